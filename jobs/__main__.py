@@ -1,0 +1,177 @@
+"""`python -m jobs STAGE KEY=VALUE...`: the image's entrypoint, and the one door to every stage.
+
+python -m jobs train-fold FOLD=2 recipe=demo
+python -m jobs submit platform=local recipe=demo train=DATA eval=TEST run=first
+STAGE=train-fold FOLD=2 python -m jobs train        as SageMaker calls it
+"""
+
+import importlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fivefold import settings as settings_
+from fivefold.choose import choose
+from fivefold.contract.job import Job, hyperparameters, job_from, report_failure
+from fivefold.contract.record import Stopwatch, key_of, output_roots, record_path, why_run, write_record
+from fivefold.contract.stages import FAILURE, STAGES, Stage
+from fivefold.errors import FivefoldError, SettingsError
+from fivefold.recipe import Settings
+
+log = logging.getLogger("fivefold")
+
+COMMANDS = {
+    "submit": ("jobs.submit", "run a recipe's stages in order on a platform"),
+    "status": ("jobs.status", "what of a run is done, running, failed"),
+    "demo": ("jobs.demo", "the whole pipeline on scikit-learn's scanned digits"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage's `main` made: the files that must be whole for it to count, and its figures."""
+
+    outputs: Sequence[Path]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the stage or command that `arguments` name; the exit code."""
+    start_log(os.environ)
+    if arguments and arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    try:
+        name, rest = stage_name(arguments, os.environ)
+        if name in COMMANDS:
+            return command(name).main(rest)
+    except FivefoldError as error:
+        return fail(error, None)
+    return run(name, rest)
+
+
+def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+    """Runs one stage as its container would; the exit code, with the failure file written if it is not 0."""
+    stage = STAGES[name]
+    start_log(environ)
+    if {"-h", "--help"} & set(arguments):
+        print(stage_help(stage))
+        return 0
+    job = None
+    with tempfile.TemporaryDirectory(prefix="fivefold-") as scratch:
+        try:
+            job = job_from(stage, environ, Path(scratch))
+            run_stage(job, settings_of(job, arguments, environ))
+            return 0
+        except (FivefoldError, KeyboardInterrupt, Exception) as error:
+            return fail(error, job)
+
+
+def run_stage(job: Job, settings: Settings) -> None:
+    """Skips the stage if its record matches; else runs it, and writes the record last."""
+    clock = Stopwatch()
+    job.probe()
+    folder = job.record_dir()
+    key = key_of(job, settings_.key_settings(settings, job.stage.sections))
+    reason = why_run(folder, key, output_roots(job))
+    if reason is None:
+        log.info(
+            "%s: nothing to do, inputs, settings and outputs match %s", job.stage.name, record_path(folder, key.stage)
+        )
+        return
+    log.info("%s runs: %s", job.stage.name, reason)
+    record_path(folder, key.stage).unlink(missing_ok=True)
+    if job.output_dir is not None:
+        (job.output_dir / FAILURE).unlink(missing_ok=True)
+    outcome = importlib.import_module(job.stage.module).main(job, settings)
+    write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
+
+
+def settings_of(job: Job, arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """The settings of this process: arguments over environment over hyperparameters over the recipe."""
+    return settings_.load(
+        [
+            settings_.arguments_layer(arguments),
+            settings_.environment_layer(environ),
+            settings_.Layer("hyperparameters", job.hyperparameters),
+        ]
+    )
+
+
+def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The stage or command to run and its arguments; `train` and no name at all stand for STAGE."""
+    first = arguments[0] if arguments and "=" not in arguments[0] and not arguments[0].startswith("-") else None
+    rest = list(arguments[1:] if first else arguments)
+    if first in (None, "train"):
+        base = Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml")
+        given = {**hyperparameters(environ, base), **{k.lower(): v for k, v in environ.items() if k.upper() == "STAGE"}}
+        first = given.get("stage") or ("train-fold" if first else None)
+    if not first:
+        raise SettingsError(f"no stage: give one of {', '.join(STAGES)}, or set STAGE; see --help")
+    name = str(first).replace("_", "-")
+    choose({**STAGES, **COMMANDS}, "stage", name)
+    return name, rest
+
+
+def command(name: str) -> ModuleType:
+    return importlib.import_module(COMMANDS[name][0])
+
+
+def fail(error: BaseException, job: Job | None) -> int:
+    """Says what went wrong, on stderr and in the failure file; the exit code of the error."""
+    report_failure(job.output_dir if job else None, error)
+    if isinstance(error, FivefoldError):
+        log.error("%s", error)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        log.error("interrupted")
+        return 130
+    log.error("unexpected %s", type(error).__name__, exc_info=error)
+    return 1
+
+
+def start_log(environ: Mapping[str, str]) -> None:
+    level = environ.get("SM_LOG_LEVEL", "20")
+    logging.basicConfig(
+        level=int(level) if level.isdigit() else logging.INFO,
+        format="%(asctime)s %(levelname)-7s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    for chatty in ("matplotlib", "PIL", "h5py", "fontTools"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def overview() -> str:
+    stages = "\n".join(f"  {stage.name:12} {stage.summary}" for stage in STAGES.values())
+    commands = "\n".join(f"  {name:12} {summary}" for name, (_, summary) in COMMANDS.items())
+    recipes = ", ".join(settings_.shipped_recipes())
+    every = settings_.describe(list(Settings.model_fields))
+    return (
+        f"{__doc__.strip()}\n\nstages:\n{stages}\n\ncommands:\n{commands}\n\nshipped recipes: {recipes}\n\n"
+        f"python -m jobs STAGE --help shows a stage's channels and keys. All keys:\n{every}"
+    )
+
+
+def stage_help(stage: Stage) -> str:
+    def variables(names: Sequence[str]) -> str:
+        return " ".join(f"SM_CHANNEL_{name.upper()}" for name in names) or "none"
+
+    keys = ("recipe", *stage.sections)
+    return (
+        f"python -m jobs {stage.name} KEY=VALUE...\n\n{stage.summary}\n\n"
+        f"channels:  {variables(stage.channels)}\noptional:  {variables(stage.optional)}\n"
+        f"writes to: {'SM_MODEL_DIR, SM_OUTPUT_DATA_DIR' if stage.writes_model else 'SM_OUTPUT_DATA_DIR'}\n\n"
+        f"keys, as arguments, environment (SECTION__KEY), hyperparameters or in a recipe:\n{settings_.describe(keys)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

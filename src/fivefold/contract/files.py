@@ -1,0 +1,103 @@
+"""Files that are whole or not there at all, and digests of them."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fivefold.errors import DataError, RetryableError, SettingsError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; renamed to `path` when the block ends well.
+
+    A full disk is a RetryableError; whatever stood at `path` before stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RetryableError(
+                f"no space left to write {path}: free some, then run the same command again"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_files(root: Path) -> list[Path]:
+    """All files below `root` (or `root` itself, a file), sorted by their relative path; hidden ones left out."""
+    if root.is_file():
+        return [root]
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def tree_sha256(root: Path, without: tuple[str, ...] = ()) -> str:
+    """One digest of the names and bytes of all files below `root`, but for those named in `without`."""
+    files = [path for path in tree_files(root) if path.name not in without]
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:
+        for path, content in zip(files, pool.map(sha256, files), strict=True):
+            name = path.name if path == root else path.relative_to(root).as_posix()
+            digest.update(f"{name}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def probe_writable(folder: Path) -> None:
+    """Makes `folder` and a file in it; a SettingsError names the path, the user and the mend."""
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RetryableError(f"no space left in {folder}") from error
+        raise SettingsError(
+            f"cannot write to {folder} as uid {os.getuid()}: {error.strerror}; "
+            "mount it writable for that user, or give another folder"
+        ) from error
+
+
+def below(root: Path, name: str) -> Path:
+    """The path `name` inside `root`; a DataError when it would lead out of it."""
+    path = Path(os.path.normpath(root / name))
+    if not path.is_relative_to(os.path.normpath(root)):
+        raise DataError(f"path {name!r} leads out of {root}")
+    return path

@@ -1,0 +1,153 @@
+"""`stage.json`: the success marker, the lineage and the cache key of a stage, written last.
+
+A stage whose record matches its inputs, settings and outputs has nothing to do. One that must
+run removes the old record first, so that a killed stage never looks finished.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import fivefold
+from fivefold.contract.artifacts import channel_digest
+from fivefold.contract.files import read_json, sha256, write_json
+from fivefold.contract.job import Job
+from fivefold.contract.stages import RECORD
+from fivefold.errors import DataError
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "efficientnet-pytorch",
+    "numpy",
+    "pillow",
+    "pyarrow",
+    "scikit-learn",
+    "safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """All that decides a stage's result: the digests of its inputs, and its settings."""
+
+    stage: str
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    def digest(self) -> str:
+        text = json.dumps([self.stage, dict(self.inputs), dict(self.settings)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Wall and CPU seconds since it was made."""
+
+    wall: float = field(default_factory=time.monotonic)
+    cpu: float = field(default_factory=time.process_time)
+
+    def read(self) -> dict[str, float]:
+        return {
+            "wall_seconds": round(time.monotonic() - self.wall, 3),
+            "cpu_seconds": round(time.process_time() - self.cpu, 3),
+        }
+
+
+def key_of(job: Job, settings: Mapping[str, Any]) -> Key:
+    """The key of this job: digests of its hashed channels, and the settings that can change its result."""
+    given = [name for name in job.stage.hashed if job.optional_channel(name) is not None]
+    digests = {name: channel_digest(job, name) for name in given}
+    return Key(stage=job.stage.name, inputs=digests, settings=dict(settings))
+
+
+def why_run(folder: Path, key: Key, roots: Mapping[str, Path]) -> str | None:
+    """Why the stage must run, or None when the record in `folder` matches `key` and its outputs are whole."""
+    path = record_path(folder, key.stage)
+    if not path.is_file():
+        return "no record of an earlier run"
+    try:
+        record = read_json(path)
+        old = Key(record["stage"], record["inputs"], record["settings"])
+        outputs = record["outputs"]
+    except (DataError, KeyError, TypeError):
+        return f"the record {path} cannot be read"
+    if old.digest() != key.digest():
+        return _difference(old, key)
+    for name, digest in outputs.items():
+        root, _, relative = name.partition("/")
+        file = roots[root] / relative if root in roots else None
+        if file is None or not file.is_file() or sha256(file) != digest:
+            return f"output missing or changed: {name}"
+    return None
+
+
+def write_record(
+    folder: Path, job: Job, key: Key, outputs: Sequence[Path], metrics: Mapping[str, Any], clock: Stopwatch
+) -> None:
+    """Writes `stage.json` into `folder`; `outputs` are the files that must be whole for it to count."""
+    roots = output_roots(job)
+    write_json(
+        record_path(folder, key.stage),
+        {
+            "stage": key.stage,
+            "key": key.digest(),
+            "inputs": dict(key.inputs),
+            "settings": dict(key.settings),
+            "outputs": {_name(path, roots): sha256(path) for path in outputs},
+            "metrics": dict(metrics),
+            "fivefold": fivefold.__version__,
+            "packages": package_versions(),
+            "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+            **clock.read(),
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
+
+
+def record_path(folder: Path, stage: str) -> Path:
+    """`stage.json`, or `<stage>.stage.json` where another stage's record stands in the same folder."""
+    path = folder / RECORD
+    others = path.is_file() and f'"stage": "{stage}"' not in path.read_text(encoding="utf-8", errors="replace")
+    return folder / f"{stage}.{RECORD}" if others else path
+
+
+def output_roots(job: Job) -> dict[str, Path]:
+    """The folders that a record names its outputs by: `model/…` and `output/…`."""
+    roots = {"output": job.output_data_dir, "model": job.model_dir if job.stage.writes_model else None}
+    return {name: path for name, path in roots.items() if path is not None}
+
+
+def package_versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _name(path: Path, roots: Mapping[str, Path]) -> str:
+    for root in sorted(roots, key=lambda root: -len(str(roots[root]))):
+        if path.is_relative_to(roots[root]):
+            return f"{root}/{path.relative_to(roots[root]).as_posix()}"
+    raise ValueError(f"{path} lies below none of {dict(roots)}")
+
+
+def _difference(old: Key, new: Key) -> str:
+    inputs = sorted(n for n in {*old.inputs, *new.inputs} if old.inputs.get(n) != new.inputs.get(n))
+    settings = sorted(n for n in {*old.settings, *new.settings} if old.settings.get(n) != new.settings.get(n))
+    parts = [f"inputs differ: {', '.join(inputs)}"] if inputs else []
+    parts += [f"settings differ: {', '.join(settings)}"] if settings else []
+    return "; ".join(parts) or "another stage's record"

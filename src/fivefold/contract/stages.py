@@ -1,0 +1,94 @@
+"""The stages: which channels each reads, which files it writes, which settings it uses."""
+
+from dataclasses import dataclass
+
+FOLDS = "folds.parquet"
+CLASSES = "classes.json"
+SPLIT_SUMMARY = "split_summary.json"
+WEIGHTS = "model.safetensors"
+RAW_WEIGHTS = "model_raw.safetensors"
+MODEL = "model.json"
+OOF = "oof.parquet"
+HOLDOUT = "holdout.parquet"
+TRAIN_LOG = "train_log.csv"
+CURVES = "training_curves.png"
+PREDICTIONS = "predictions.parquet"
+ENSEMBLE = "ensemble.json"
+METRICS = "metrics.json"
+REPORT = "report.html"
+RECORD = "stage.json"
+FAILURE = "failure"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the pipeline, as its container sees it.
+
+    `channels` must be there, `optional` may be. `hashed` are those whose bytes make the stage's
+    key; the images of a split are not among them, since `folds.parquet` holds their digests.
+    """
+
+    name: str
+    module: str
+    summary: str
+    channels: tuple[str, ...]
+    optional: tuple[str, ...]
+    hashed: tuple[str, ...]
+    sections: tuple[str, ...]
+    writes_model: bool = False
+
+
+_TRAINING = ("model", "augment", "train", "predict")
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="split",
+            module="jobs.split",
+            summary="images -> folds.parquet: folds, groups, holdout, digests",
+            channels=("train",),
+            optional=(),
+            hashed=("train",),
+            sections=("data", "split"),
+        ),
+        Stage(
+            name="train-fold",
+            module="jobs.train_fold",
+            summary="one fold's model, with its out-of-fold predictions",
+            channels=("train", "folds"),
+            optional=("weights", "cache"),
+            hashed=("folds", "weights"),
+            sections=("system", "seed", "fold", *_TRAINING),
+            writes_model=True,
+        ),
+        Stage(
+            name="ensemble",
+            module="jobs.ensemble",
+            summary="fold models -> predictions.parquet and the submission",
+            channels=("model", "eval"),
+            optional=("folds",),
+            hashed=("model", "eval", "folds"),
+            sections=("predict", "ensemble"),
+        ),
+        Stage(
+            name="evaluate",
+            module="jobs.evaluate",
+            summary="predictions and truth -> metrics.json, plots, report.html",
+            channels=(),
+            optional=("predictions", "ground_truth", "eval", "train", "model"),
+            hashed=("predictions", "ground_truth", "model"),
+            sections=("evaluate",),
+        ),
+        Stage(
+            name="distill",
+            module="jobs.distill",
+            summary="the fold models teach one student",
+            channels=("train", "folds", "model"),
+            optional=("unlabeled", "weights", "cache"),
+            hashed=("folds", "model", "unlabeled", "weights"),
+            sections=("system", "seed", *_TRAINING, "distill"),
+            writes_model=True,
+        ),
+    )
+}

@@ -1,0 +1,30 @@
+"""Every error that a user can cause or mend, each with the exit code of its process.
+
+    FivefoldError            1   something of ours went wrong
+    ├── SettingsError       64   a setting is unknown, of the wrong type, or cannot work
+    ├── DataError           65   the data is broken or contradicts itself
+    ├── MissingInputError   66   a channel, file or folder is not there
+    └── RetryableError      75   storage, network, a full disk: the same command may succeed later
+
+A message says what was found, where, and what to do about it.
+"""
+
+
+class FivefoldError(Exception):
+    exit_code = 1
+
+
+class SettingsError(FivefoldError):
+    exit_code = 64
+
+
+class DataError(FivefoldError):
+    exit_code = 65
+
+
+class MissingInputError(FivefoldError):
+    exit_code = 66
+
+
+class RetryableError(FivefoldError):
+    exit_code = 75

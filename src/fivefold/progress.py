@@ -1,0 +1,39 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then in a log."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger("fivefold")
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    """`items` one by one, while their progress shows under `label` with the time left."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            left = (now - start) / done * (total - done)
+            log.info("%s: %d of %d, %s left", label, done, total, duration(left))
+        yield item
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `4.2 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,183 @@
+"""What a system is: one frozen model a section, every key with its type, default and meaning.
+
+A recipe is a TOML (or JSON) file with these sections. `settings.py` beside this file lays the
+command line, the environment and hyperparameters over it. Settings stop at `assemble.py`: below
+it functions take plain arguments.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Spec = str | dict[str, Any]
+"""A thing with parameters, by name: `"horizontal_flip"` or `{ name = "rotation", degrees = 15 }`."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class Data(Section):
+    layout: str = Field("auto", description="auto, folders (a folder a class) or csv")
+    table: str = Field("", description="the CSV below the channel; empty: train.csv, or the only one")
+    id_column: str = Field("", description="CSV column of row ids; empty: id if there is one, else the path")
+    path_column: str = Field("", description="CSV column of image paths; empty: image_path, img_path or path")
+    label_column: str = Field("", description="CSV column of classes; empty: target, label or class_name")
+    group_column: str = Field("", description="CSV column of groups that no fold may part (people, products)")
+
+
+class Split(Section):
+    folds: int = Field(5, ge=2, description="number of folds")
+    stratify: bool = Field(True, description="give every fold the same shares of the classes")
+    holdout: float = Field(0.0, ge=0, lt=1, description="share of rows that no model trains or selects on")
+    parts: list[float] = Field([], description="instead of folds: shares of train, valid and test, e.g. [.8,.1,.1]")
+    seed: int = Field(42, description="seed of the shuffle")
+    open_images: bool = Field(True, description="open every image once: finds broken ones and duplicates")
+    skip_unreadable: bool = Field(False, description="leave unreadable images out, instead of stopping")
+    max_unpacked_gib: float = Field(200.0, gt=0, description="largest size a .zip may unpack to")
+
+    @model_validator(mode="after")
+    def _parts_sum_to_one(self) -> "Split":
+        if self.parts and (len(self.parts) != 3 or min(self.parts) < 0 or abs(sum(self.parts) - 1) > 1e-6):
+            raise ValueError("parts are three shares (train, valid, test) that sum to 1")
+        if self.parts and self.parts[1] == 0:
+            raise ValueError("parts need a valid share above 0: the best epoch is chosen on it")
+        if self.parts and self.holdout:
+            raise ValueError("parts and holdout exclude each other: the test part is the holdout")
+        return self
+
+
+class Model(Section):
+    backbone: str = Field(
+        "timm/resnet18", description="timm/NAME, torchvision/NAME, efficientnet_pytorch/NAME, fivefold/NAME"
+    )
+    options: dict[str, Any] = Field({}, description="further arguments of the backbone")
+    pretrained: bool = Field(False, description="start from the weights of the backbone's own hub")
+    weights: str = Field(
+        "", description="start from a .safetensors or .pth file: a path, or a name in SM_CHANNEL_WEIGHTS"
+    )
+    head: str = Field("linear", description="what turns features into classes")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the last layer")
+    image_size: int | list[int] = Field(224, description="pixels that it takes: one number, or [height, width]")
+    mean: list[float] = Field([0.485, 0.456, 0.406], description="of each channel, images in 0..1")
+    std: list[float] = Field([0.229, 0.224, 0.225], description="of each channel, images in 0..1")
+
+    @model_validator(mode="after")
+    def _shapes(self) -> "Model":
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError("image_size is one positive number, or [height, width]")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError("mean and std are three numbers each, and std is positive")
+        return self
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(height, width) in pixels."""
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+
+
+class Augment(Section):
+    train: list[Spec] = Field(
+        [{"name": "random_resized_crop", "scale": [0.7, 1.0]}, "horizontal_flip"],
+        description="transforms of a training image, in order",
+    )
+    eval: list[Spec] = Field(["resize"], description="transforms of an image that is predicted, in order")
+    mix: str = Field("none", description="mixing of a batch: none, mixup or cutmix")
+    mix_alpha: float = Field(1.0, gt=0, description="lambda ~ Beta(alpha, alpha)")
+    mix_p: float = Field(1.0, ge=0, le=1, description="share of batches that are mixed")
+
+
+class Train(Section):
+    epochs: int = Field(30, ge=1, description="passes over the training rows")
+    batch_size: int = Field(32, ge=1, description="images a step")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients are summed before a step")
+    loss: str = Field("cross_entropy", description="what is minimised")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a target spread over all classes")
+    optimizer: str = Field("adamw", description="adamw, adam or sgd (Nesterov)")
+    lr: float = Field(1e-3, gt=0, description="largest learning rate")
+    weight_decay: float = Field(1e-4, ge=0, description="not applied to norms and biases")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    schedule: str = Field("cosine", description="constant, cosine, step or plateau")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear rise of the learning rate at the start")
+    step_epochs: int = Field(
+        10, ge=1, description="step: epochs between two drops; plateau: epochs without improvement"
+    )
+    gamma: float = Field(0.5, gt=0, lt=1, description="step, plateau: factor of a drop")
+    clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="of the averaged weights; 0: no averaging")
+    patience: int = Field(0, ge=0, description="epochs without improvement before the end; 0: never")
+    monitor: str = Field("logloss", description="what chooses the best epoch: logloss, loss, acc or f1_macro")
+    precision: str = Field("auto", description="auto, fp32, bf16 or fp16")
+    channels_last: bool = Field(True, description="NHWC memory, faster on most machines")
+    device: str = Field("auto", description="auto, cuda, mps or cpu")
+    workers: int = Field(-1, ge=-1, description="loader processes; -1: chosen for the machine")
+    keep_in_memory: bool = Field(True, description="keep decoded images in memory while they fit in 1 GiB")
+
+
+class Predict(Section):
+    batch_size: int = Field(0, ge=0, description="images a step; 0: twice that of training")
+    views: list[str] = Field(["plain"], description="views that are averaged: plain, flip")
+
+
+class Ensemble(Section):
+    blend: Literal["mean", "fitted"] = Field(
+        "fitted", description="between systems: equal mean, or convex weights by out-of-fold logloss"
+    )
+    temperature: Literal["none", "holdout"] = Field(
+        "holdout", description="fitted on the holdout where there is one, or none"
+    )
+    submission: str = Field("submission.csv", description="file name of the submission")
+
+
+class Evaluate(Section):
+    bins: int = Field(15, ge=1, description="bins of the calibration error")
+    top_k: int = Field(5, ge=1, description="k of the top-k accuracy")
+    gallery: int = Field(48, ge=0, description="most confident mistakes that the report shows as images")
+
+
+class Distill(Section):
+    teacher: str = Field("oof", description="oof (leak-free), best_fold, ensemble, or the path of a model dir")
+    views: list[str] = Field(["plain"], description="views of which the teacher's target is the mean")
+    alpha: float = Field(0.7, ge=0, le=1, description="weight of the teacher's term; the labels' has the rest")
+    temperature: float = Field(2.0, gt=0, description="softens teacher and student in the teacher's term")
+    unlabeled_weight: float = Field(1.0, ge=0, description="weight of an unlabelled image in the teacher's term")
+    patience: int = Field(0, ge=0, description="early stopping, on the holdout alone; 0: all epochs")
+    model: dict[str, Any] = Field({}, description="what the student has otherwise than [model]")
+    train: dict[str, Any] = Field({}, description="what the student has otherwise than [train]")
+
+
+class Settings(Section):
+    """All settings of a run. A stage reads the sections that `contract.stages` names for it."""
+
+    recipe: str = Field("", description="a shipped recipe's name, or the path of a .toml or .json file")
+    system: str = Field("", description="name of the models made of this recipe; empty: the recipe's name")
+    seed: int = Field(42, ge=0, description="of weights, order and augmentation")
+    fold: int | None = Field(None, ge=0, description="the fold to train; FOLD or JOB_COMPLETION_INDEX")
+    stage: str = Field("", description="the stage, where no argument names it")
+    run: str = Field("", description="the run's name, kept in the records")
+    data: Data = Data()
+    split: Split = Split()
+    model: Model = Model()
+    augment: Augment = Augment()
+    train: Train = Train()
+    predict: Predict = Predict()
+    ensemble: Ensemble = Ensemble()
+    evaluate: Evaluate = Evaluate()
+    distill: Distill = Distill()
+
+    @model_validator(mode="after")
+    def _student_is_a_model(self) -> "Settings":
+        Model.model_validate({**self.model.model_dump(), **self.distill.model})
+        Train.model_validate({**self.train.model_dump(), **self.distill.train})
+        return self
+
+    def student(self) -> "Settings":
+        """The same settings with `[distill.model]` and `[distill.train]` laid over `[model]` and `[train]`."""
+        model = Model.model_validate({**self.model.model_dump(), **self.distill.model})
+        train = Train.model_validate({**self.train.model_dump(), **self.distill.train})
+        return self.model_copy(update={"model": model, "train": train})
+
+
+SECTIONS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)}
+EXECUTION_KEYS = {"stage", "run", "train.keep_in_memory", "train.workers"}
+"""Keys that cannot change a result: they are left out of a stage's key."""
