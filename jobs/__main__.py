@@ -11,10 +11,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from fivefold import settings as settings_
 from fivefold.choose import choose
@@ -31,14 +29,6 @@ COMMANDS = {
     "status": ("jobs.status", "what of a run is done, running, failed"),
     "demo": ("jobs.demo", "the whole pipeline on scikit-learn's scanned digits"),
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a stage's `main` made: the files that must be whole for it to count, and its figures."""
-
-    outputs: Sequence[Path]
-    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str]) -> int:
