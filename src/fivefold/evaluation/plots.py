@@ -1,0 +1,354 @@
+"""Pictures of scores, drawn by matplotlib (imported late, without a display), light or dark.
+
+Every function draws to `target`, a path or a binary file, as PNG.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from fivefold.choose import choose
+from fivefold.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Target = Path | BinaryIO
+DPI = 160
+FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic", "Noto Sans CJK JP", "WenQuanYi Zen Hei")
+"""Fonts with Hangul and Han; without any of them such classes are shown by their number."""
+NAMED_CLASSES = 40
+WRITTEN_COUNTS = 16
+BARS = 60
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture: surface, text, quiet text, grid, and those of the data."""
+
+    surface: str
+    text: str
+    quiet: str
+    grid: str
+    accent: str
+    second: str
+    wrong: str
+    ramp: tuple[str, ...]
+    series: tuple[str, ...]
+
+
+def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light") -> None:
+    """Loss, accuracy, log loss and learning rate by epoch of one `train_log.csv`.
+
+    Columns that are absent or empty (no validation rows) are left out.
+    """
+    log = read_train_log(train_log_csv)
+    colours = choose(THEMES, "theme", theme)
+    figure, axes = _grid(colours)
+    pairs = [
+        ("Loss", (("train_loss", "training"), ("val_loss", "validation"))),
+        ("Accuracy", (("train_acc", "training"), ("val_acc", "validation"))),
+        ("Validation log loss", (("val_logloss", ""),)),
+        ("Learning rate", (("lr", ""),)),
+    ]
+    for axis, (title, series) in zip(axes, pairs, strict=True):
+        _style(axis, colours, title, "epoch")
+        for (column, label), colour in zip(series, _training_colours(colours, len(series)), strict=True):
+            _line(axis, log, column, colour, label)
+        if len(series) > 1:
+            _legend(axis, colours)
+    _mark_best(axes[2], log, colours)
+    _save(figure, target_png, colours)
+
+
+def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") -> None:
+    """The validation curves of several models over one another, each under its name."""
+    colours = choose(THEMES, "theme", theme)
+    figure, axes = _grid(colours)
+    panels = (("Training loss", "train_loss"), ("Validation loss", "val_loss"))
+    panels += (("Validation accuracy", "val_acc"), ("Validation log loss", "val_logloss"))
+    tables = {name: read_train_log(path) for name, path in logs.items()}
+    few = len(tables) <= len(colours.series)
+    for axis, (title, column) in zip(axes, panels, strict=True):
+        _style(axis, colours, title, "epoch")
+        for place, (name, log) in enumerate(tables.items()):
+            _line(axis, log, column, colours.series[place] if few else colours.accent, name, 1.0 if few else 0.4)
+    if few and len(tables) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=colours.text, fontsize=9
+        )
+    _save(figure, target, colours)
+
+
+def read_train_log(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a `train_log.csv`, epoch by epoch, NaN where a cell is empty."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else {})}
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} is not a training log: {error}") from error
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme: str = "light") -> None:
+    """The confusion matrix [C, C], each row as shares of its class.
+
+    Counts are written into up to 16 classes, names beside up to 40; beyond, classes go by number.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = choose(THEMES, "theme", theme)
+    size = len(classes)
+    side = 4.2 + min(size, NAMED_CLASSES) * 0.16
+    figure = _figure(colours, (side + 1.0, side))
+    axis = figure.subplots()
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    # Rare confusions among many classes are single pixels: the square root keeps them visible.
+    shown = np.sqrt(shares)
+    ramp = LinearSegmentedColormap.from_list("ramp", colours.ramp)
+    picture = axis.imshow(shown, cmap=ramp, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+    _style(axis, colours, "", "predicted", "true")
+    axis.grid(False)
+    _class_ticks(axis, classes)
+    if size <= WRITTEN_COUNTS:
+        _write_counts(axis, matrix, shown, colours)
+    bar = figure.colorbar(picture, ax=axis, shrink=0.75, pad=0.03, ticks=np.sqrt([0, 0.01, 0.1, 0.25, 0.5, 1]))
+    bar.ax.set_yticklabels(["0", "1 %", "10 %", "25 %", "50 %", "100 %"], color=colours.quiet, fontsize=8)
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+    bar.set_label("share of the true class", color=colours.quiet, fontsize=9)
+    _save(figure, target, colours)
+
+
+def reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, theme: str = "light") -> None:
+    """The reliability diagram of `calibration.reliability_table`, above the number of rows of each bin."""
+    colours = choose(THEMES, "theme", theme)
+    figure = _figure(colours, (5.2, 5.4))
+    top, bottom = figure.subplots(2, 1, height_ratios=[3.2, 1], sharex=True)
+    _style(top, colours, "", "", "accuracy")
+    _style(bottom, colours, "", "confidence", "rows")
+    middle, width = (table["low"] + table["high"]) / 2, 1 / len(table["low"])
+    full = table["rows"] > 0
+    top.plot([0, 1], [0, 1], color=colours.quiet, linewidth=1, linestyle=(0, (4, 3)))
+    top.bar(middle[full], table["accuracy"][full], width * 0.86, color=colours.accent, label="accuracy")
+    top.plot(
+        table["confidence"][full],
+        table["confidence"][full],
+        linestyle="none",
+        marker="D",
+        markersize=5,
+        markerfacecolor=colours.second,
+        markeredgecolor=colours.surface,
+        label="mean confidence",
+    )
+    top.set(xlim=(0, 1), ylim=(0, 1.02))
+    top.text(0.03, 0.80, f"ECE {ece:.4f}", color=colours.text, fontsize=12, fontweight="bold", transform=top.transAxes)
+    _legend(top, colours, loc="upper left")
+    bottom.bar(middle, table["rows"], width * 0.86, color=colours.quiet)
+    _save(figure, target, colours)
+
+
+def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Target, theme: str = "light") -> None:
+    """F1 of each class, the weakest first; of many classes the weakest 60."""
+    colours = choose(THEMES, "theme", theme)
+    seen = np.flatnonzero((table["support"] + table["predicted"]) > 0)
+    order = seen[np.argsort(table["f1"][seen], kind="stable")][:BARS]
+    names = _drawable([classes[place] for place in order], [int(place) for place in order])
+    figure = _figure(colours, (6.4, 1.1 + 0.24 * len(order)))
+    axis = figure.subplots()
+    title = f"the weakest {BARS} of {len(classes)} classes" if len(seen) > BARS else ""
+    _style(axis, colours, title, "F1")
+    axis.grid(False, axis="y")
+    rows = np.arange(len(order))
+    axis.barh(rows, table["f1"][order], 0.72, color=colours.accent)
+    axis.set_yticks(rows, names)
+    axis.set(xlim=(0, 1), ylim=(len(order) - 0.4, -0.6))
+    for row, place in enumerate(order):
+        inside = table["f1"][place] > 0.12
+        axis.annotate(
+            f"{table['f1'][place]:.3f}",
+            (table["f1"][place], row),
+            xytext=(-4 if inside else 4, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            fontsize=7.5,
+            color=colours.surface if inside else colours.text,
+        )
+    _save(figure, target, colours)
+
+
+def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Target, theme: str = "light") -> None:
+    """How confident the right and the wrong predictions are: shares of each, by confidence."""
+    colours = choose(THEMES, "theme", theme)
+    confidence = np.exp(log_probs.max(axis=1).astype(np.float64)).clip(0, 1)
+    right = log_probs.argmax(axis=1) == codes
+    figure = _figure(colours, (5.2, 3.4))
+    axis = figure.subplots()
+    _style(axis, colours, "", "confidence", "share")
+    edges = np.linspace(0, 1, 26)
+    for part, colour, label in ((right, colours.accent, "right"), (~right, colours.wrong, "wrong")):
+        if part.any():
+            counts = np.histogram(confidence[part], edges)[0] / part.sum()
+            axis.stairs(counts, edges, fill=True, color=colour, alpha=0.35)
+            axis.stairs(counts, edges, color=colour, linewidth=1.6, label=f"{label} ({part.sum():,})")
+    axis.set_xlim(0, 1)
+    axis.set_ylim(bottom=0)
+    _legend(axis, colours, loc="upper left")
+    _save(figure, target, colours)
+
+
+def _figure(colours: Theme, inches: tuple[float, float]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=inches, facecolor=colours.surface, layout="constrained")
+
+
+def _grid(colours: Theme) -> tuple["Figure", list["Axes"]]:
+    figure = _figure(colours, (9.6, 6.0))
+    return figure, list(figure.subplots(2, 2).flat)
+
+
+def _style(axis: "Axes", colours: Theme, title: str, across: str, up: str = "") -> None:
+    axis.set_facecolor(colours.surface)
+    axis.set_title(title, color=colours.text, fontsize=11, fontweight="bold", loc="left")
+    axis.set_xlabel(across, color=colours.quiet, fontsize=9)
+    axis.set_ylabel(up, color=colours.quiet, fontsize=9)
+    axis.tick_params(colors=colours.quiet, labelsize=8.5, length=0)
+    axis.grid(color=colours.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    for name, spine in axis.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(colours.quiet)
+
+
+def _line(
+    axis: "Axes", log: Mapping[str, np.ndarray], column: str, colour: str, label: str, alpha: float = 1.0
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    values = log.get(column, np.array([]))
+    known = np.isfinite(values)
+    if known.any():
+        marker = "o" if known.sum() <= 15 else ""
+        axis.plot(
+            log["epoch"][known],
+            values[known],
+            color=colour,
+            label=label,
+            alpha=alpha,
+            linewidth=2,
+            marker=marker,
+            markersize=4,
+        )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def _mark_best(axis: "Axes", log: Mapping[str, np.ndarray], colours: Theme) -> None:
+    values = log.get("val_logloss", np.array([]))
+    if not np.isfinite(values).any():
+        return
+    best = int(np.nanargmin(values))
+    axis.plot(
+        log["epoch"][best], values[best], "o", markersize=8, color=colours.second, markeredgecolor=colours.surface
+    )
+    axis.text(
+        0.98,
+        0.94,
+        f"best {values[best]:.4f}, epoch {log['epoch'][best]:.0f}",
+        color=colours.text,
+        fontsize=9.5,
+        ha="right",
+        va="top",
+        transform=axis.transAxes,
+    )
+
+
+def _training_colours(colours: Theme, lines: int) -> tuple[str, ...]:
+    return (colours.quiet, colours.accent) if lines == 2 else (colours.accent,)
+
+
+def _legend(axis: "Axes", colours: Theme, loc: str = "best") -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, labelcolor=colours.text, fontsize=9, loc=loc)
+
+
+def _class_ticks(axis: "Axes", classes: Sequence[str]) -> None:
+    if len(classes) > NAMED_CLASSES:
+        return
+    places, names = np.arange(len(classes)), _drawable(classes, range(len(classes)))
+    axis.set_yticks(places, names)
+    level = len(classes) <= 12 and max(len(name) for name in names) <= 3
+    axis.set_xticks(places, names, rotation=0 if level else 90)
+
+
+def _write_counts(axis: "Axes", matrix: np.ndarray, shown: np.ndarray, colours: Theme) -> None:
+    for row, column in np.argwhere(matrix > 0):
+        colour = colours.surface if shown[row, column] > 0.55 else colours.text
+        axis.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", fontsize=8, color=colour)
+
+
+def _drawable(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
+    """`names`, cut to 24 characters and with `$` kept literal; the number of one that no font can draw."""
+    covered = _covered_characters()
+    return [
+        (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")
+        if all(ord(character) in covered for character in name)
+        else f"#{number}"
+        for name, number in zip(names, numbers, strict=True)
+    ]
+
+
+def _covered_characters() -> set[int]:
+    """The code points that one of the fonts of a picture can draw."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return {point for name in _families() for point in get_font(findfont(FontProperties(name))).get_charmap()}
+
+
+def _families() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    known = set(fontManager.get_font_names())
+    return ["DejaVu Sans", *[name for name in FONTS if name in known][:1]]
+
+
+def _save(figure: "Figure", target: Target, colours: Theme) -> None:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_fontfamily(_families())
+    # The extension of a temporary file says nothing, and no metadata keeps the bytes the same.
+    figure.savefig(target, format="png", dpi=DPI, facecolor=colours.surface, metadata={"Software": None})
+
+
+THEMES = {
+    "light": Theme(
+        surface="#ffffff",
+        text="#1c2430",
+        quiet="#6b7686",
+        grid="#e8ebf0",
+        accent="#2f6fde",
+        second="#e08a1e",
+        wrong="#d6455d",
+        ramp=("#ffffff", "#cfe0fb", "#7aa9f0", "#2f6fde", "#173f8a"),
+        series=("#2f6fde", "#e08a1e", "#1c9b78", "#d6455d", "#8a5bd6", "#5f6b7a", "#b8860b", "#2aa5c7"),
+    ),
+    "dark": Theme(
+        surface="#171c25",
+        text="#e8ecf2",
+        quiet="#93a0b2",
+        grid="#2a3240",
+        accent="#6ba1ff",
+        second="#f2ae55",
+        wrong="#f27a8c",
+        ramp=("#171c25", "#1f3763", "#2f5fb5", "#6ba1ff", "#d3e3ff"),
+        series=("#6ba1ff", "#f2ae55", "#45c9a2", "#f27a8c", "#b592f5", "#9aa7b8", "#d9bd4a", "#57cbe8"),
+    ),
+}
