@@ -58,13 +58,25 @@ def sha256(path: Path) -> str:
 
 
 def tree_files(root: Path) -> list[Path]:
-    """All files below `root` (or `root` itself, a file), sorted by their relative path; hidden ones left out."""
-    if root.is_file():
-        return [root]
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    """All files below `root` (or `root` itself, a file), sorted by name; hidden ones left out."""
+    return [root] if root.is_file() else [root / name for name in tree_names(root)]
+
+
+def tree_names(root: Path) -> list[str]:
+    """Relative POSIX names of all files below `root`, sorted; hidden ones left out, links followed."""
+    found: list[str] = []
+    waiting = [("", (os.path.realpath(root),))]
+    while waiting:
+        prefix, ancestors = waiting.pop()
+        with os.scandir(root / prefix) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_file():
+                    found.append(prefix + entry.name)
+                # A link to a folder that we are in would be walked for ever.
+                elif entry.is_dir() and (real := os.path.realpath(entry.path)) not in ancestors:
+                    waiting.append((f"{prefix}{entry.name}/", (*ancestors, real)))
     return sorted(found)
 
 

@@ -1,0 +1,195 @@
+"""The table that `split` writes and every later stage reads: which row belongs to which fold.
+
+One rule for k folds and for parts by ratio: the valid rows of fold f have `fold == f`; its train
+rows have part "train" and another fold; rows of part "holdout" or "test" are set aside, so no
+model trains or selects on them.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fivefold.contract.files import atomic, read_json
+from fivefold.contract.stages import FOLDS
+from fivefold.errors import DataError, MissingInputError, SettingsError
+
+PARTS = ("train", "valid", "test", "holdout")
+ASIDE = ("test", "holdout")
+COLUMNS = {
+    "id": pa.string(),
+    "path": pa.string(),
+    "label": pa.dictionary(pa.int32(), pa.string()),
+    "group": pa.string(),
+    "fold": pa.int16(),
+    "part": pa.dictionary(pa.int32(), pa.string()),
+    "sha256": pa.string(),
+}
+ROWS_A_GROUP = 262_144
+
+
+@dataclass(frozen=True, eq=False)
+class FoldTable:
+    """N rows of C classes.
+
+    `ids` and `paths` [N] strings in Arrow (a million of them are no Python objects), paths relative
+    to the train channel; `codes` [N] int32, the index into `classes`, which are sorted by name;
+    `groups` [N] strings or nulls; `fold` [N] int16, -1 where no fold validates on the row; `part`
+    [N] one of PARTS; `sha256` [N] of the files' bytes, or nulls where no image was opened.
+    """
+
+    ids: pa.Array
+    paths: pa.Array
+    codes: np.ndarray
+    classes: tuple[str, ...]
+    groups: pa.Array
+    fold: np.ndarray
+    part: np.ndarray
+    sha256: pa.Array
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def num_folds(self) -> int:
+        return int(self.fold.max(initial=-1)) + 1
+
+    def train_rows(self, fold: int) -> np.ndarray:
+        """Indices of the rows that fold `fold` trains on, ascending."""
+        return np.flatnonzero((self.part == "train") & (self.fold != self._known(fold)))
+
+    def valid_rows(self, fold: int) -> np.ndarray:
+        """Indices of the rows that fold `fold` validates on, ascending."""
+        return np.flatnonzero(self.fold == self._known(fold))
+
+    def aside_rows(self) -> np.ndarray:
+        """Indices of the rows that no model trains or selects on, ascending."""
+        return np.flatnonzero(np.isin(self.part, ASIDE))
+
+    def ids_of(self, rows: np.ndarray) -> np.ndarray:
+        """Ids of the given rows (indices) as Python strings in an object array."""
+        return self.ids.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+
+    def paths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Paths of the given rows (indices) as Python strings in an object array."""
+        return self.paths.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+
+    @cached_property
+    def _names(self) -> np.ndarray:
+        return np.array(self.classes, dtype=object)
+
+    def labels(self) -> np.ndarray:
+        """Class names of all rows [N] as Python strings in an object array."""
+        return self._names[self.codes]
+
+    def _known(self, fold: int) -> int:
+        if not 0 <= fold < self.num_folds:
+            raise SettingsError(f"fold={fold} is out of range: {FOLDS} has the folds 0 to {self.num_folds - 1}")
+        return fold
+
+
+def write_folds(path: Path, table: FoldTable) -> None:
+    """Writes the table to `path` as Parquet, whole or not at all."""
+    names = pa.array(table.classes, pa.string())
+    columns = {
+        "id": table.ids,
+        "path": table.paths,
+        "label": pa.DictionaryArray.from_arrays(pa.array(table.codes, pa.int32()), names),
+        "group": table.groups,
+        "fold": pa.array(table.fold, pa.int16()),
+        "part": pa.array(table.part, pa.string()).dictionary_encode(),
+        "sha256": table.sha256,
+    }
+    with atomic(path) as temporary:
+        pq.write_table(
+            pa.table(columns, schema=pa.schema(COLUMNS)),
+            temporary,
+            row_group_size=ROWS_A_GROUP,
+            compression="zstd",
+            use_dictionary=["label", "group", "part"],
+        )
+
+
+def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
+    """The table at `path`, checked; classes from `classes.json` where given, else the labels that occur.
+
+    Raises MissingInputError where there is no file, and a DataError that names the column at fault.
+    """
+    if not path.is_file():
+        raise MissingInputError(f"no {FOLDS} at {path}; run the split stage first")
+    try:
+        table = pq.read_table(path, columns=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a Parquet table: {error}") from error
+    table = _cast(table, path)
+    labels = table.column("label").combine_chunks()
+    classes = _classes(classes_path) if classes_path else tuple(sorted(pc.unique(labels.dictionary).to_pylist()))
+    found = FoldTable(
+        ids=_column(table, "id"),
+        paths=_column(table, "path"),
+        codes=_codes(labels, classes, path),
+        classes=classes,
+        groups=_column(table, "group"),
+        fold=_column(table, "fold").to_numpy(),
+        part=_column(table, "part").cast(pa.string()).to_numpy(zero_copy_only=False).astype("U7"),
+        sha256=_column(table, "sha256"),
+    )
+    _check(found, path)
+    return found
+
+
+def _cast(table: pa.Table, path: Path) -> pa.Table:
+    absent = [name for name in COLUMNS if name not in table.column_names]
+    if absent:
+        raise DataError(f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(table.column_names)}")
+    if not table.num_rows:
+        raise DataError(f"{path} holds no rows")
+    for name in ("id", "path", "label", "fold", "part"):
+        if table.column(name).null_count:
+            raise DataError(f"{path}: column {name} has {table.column(name).null_count} empty values")
+    try:
+        return table.select(list(COLUMNS)).cast(pa.schema(COLUMNS)).unify_dictionaries()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{path} has a column of the wrong type: {error}") from error
+
+
+def _column(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name).combine_chunks()
+    return column if isinstance(column, pa.Array) else column.chunk(0)
+
+
+def _classes(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise MissingInputError(f"no classes at {path}")
+    content = read_json(path)
+    names = content.get("classes") if isinstance(content, dict) else None
+    if not isinstance(names, list) or names != sorted({str(name) for name in names}):
+        raise DataError(f"{path} does not hold classes: a sorted list of unique names is needed")
+    return tuple(names)
+
+
+def _codes(labels: pa.DictionaryArray, classes: tuple[str, ...], path: Path) -> np.ndarray:
+    index = {name: code for code, name in enumerate(classes)}
+    used = labels.dictionary.to_pylist()
+    unknown = [name for name in used if name not in index]
+    if unknown:
+        raise DataError(f"{path} has labels that are no class: {', '.join(map(repr, unknown[:5]))}")
+    return np.array([index[name] for name in used], np.int32)[labels.indices.to_numpy()]
+
+
+def _check(table: FoldTable, path: Path) -> None:
+    if len(pc.unique(table.ids)) != len(table):
+        raise DataError(f"{path}: ids stand twice ({len(table) - len(pc.unique(table.ids))} of {len(table)})")
+    unknown = sorted(set(np.unique(table.part)) - set(PARTS))
+    if unknown:
+        raise DataError(f"{path}: column part has {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    if not set(np.unique(table.fold)) - {-1} or table.fold.min() < -1:
+        raise DataError(f"{path}: column fold has no fold to validate on")
+    if set(range(table.num_folds)) - set(np.unique(table.fold)):
+        raise DataError(f"{path}: folds are missing between 0 and {table.num_folds - 1}")
+    if (table.fold[np.isin(table.part, ASIDE)] != -1).any():
+        raise DataError(f"{path}: rows that are set aside (part {' or '.join(ASIDE)}) must have fold -1")

@@ -1,0 +1,171 @@
+"""Images where they lie: in a folder, or straight out of a zip that is never unpacked to disk.
+
+Both stores have `root`, `names()`, `exists(name)` and `read(name)`, hold no open file, and may so be
+shared by threads and forked or spawned loader workers.
+"""
+
+import posixpath
+import stat
+import struct
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from fivefold.contract.files import below, tree_names
+from fivefold.errors import DataError, MissingInputError
+
+GIB = 2**30
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Signature, then the lengths of name and extra field, of the 30 bytes before a zip entry's data."""
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """The files below a folder."""
+
+    root: Path
+
+    def names(self) -> list[str]:
+        """Relative POSIX names of all files, sorted; hidden ones and `__MACOSX` left out."""
+        return [name for name in tree_names(self.root) if "__MACOSX" not in name]
+
+    def exists(self, name: str) -> bool:
+        return below(self.root, name).is_file()
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file; a DataError for a path that leads out of the root or to no file."""
+        try:
+            return below(self.root, name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name} in {self.root} cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a zip keeps one file; sizes in bytes."""
+
+    offset: int
+    packed: int
+    size: int
+    method: int
+    crc: int
+
+
+@dataclass(frozen=True, eq=False)
+class ZipStore:
+    """The files inside a zip, by their relative names (NFC, so that a Mac's Korean names are everybody's)."""
+
+    root: Path
+    entries: Mapping[str, Entry] = field(repr=False)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return sorted(self.entries)
+
+    def names(self) -> list[str]:
+        """Relative POSIX names of all files, sorted; hidden ones and `__MACOSX` left out."""
+        return self._names
+
+    def exists(self, name: str) -> bool:
+        return _inside(name, self.root) in self.entries
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file, never more than the zip declares; a DataError when they are not whole."""
+        entry = self.entries.get(_inside(name, self.root))
+        if entry is None:
+            raise DataError(f"{name} in {self.root} cannot be read: no such file")
+        # A handle of its own for each read: nothing that threads or forked workers could share.
+        with open(self.root, "rb") as file:
+            file.seek(entry.offset)
+            signature, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size).ljust(30, b"\0"))
+            file.seek(name_length + extra_length, 1)
+            packed = file.read(entry.packed)
+        content = _unpack(packed, entry) if signature == b"PK\3\4" else None
+        if content is None or len(content) != entry.size or zlib.crc32(content) != entry.crc:
+            raise DataError(f"{name} in {self.root} is damaged: its bytes do not match the zip's size and checksum")
+        return content
+
+
+ImageStore = FolderStore | ZipStore
+
+
+def open_store(path: Path, max_unpacked_gib: float = 200.0) -> ImageStore:
+    """The store of a folder, of a .zip, or of a folder that holds nothing but one .zip (and CSVs).
+
+    Raises MissingInputError where nothing is, and DataError for a zip that is broken, that names
+    paths outside itself or links, or that would unpack to more than `max_unpacked_gib` GiB.
+    """
+    if path.is_file():
+        return _open_zip(path, max_unpacked_gib)
+    if not path.is_dir():
+        raise MissingInputError(f"{path} does not exist; give a folder of images or a .zip")
+    inside = [entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+    rest = [entry for entry in inside if entry.suffix.lower() != ".csv"]
+    if len(rest) == 1 and rest[0].suffix.lower() == ".zip" and rest[0].is_file():
+        return _open_zip(rest[0], max_unpacked_gib)
+    return FolderStore(path)
+
+
+def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+        raise DataError(f"{path} is not a whole .zip: {error}; copy it again") from error
+    size = sum(info.file_size for info in infos)
+    if size > max_unpacked_gib * GIB:
+        raise DataError(
+            f"{path} ({path.stat().st_size:,} bytes) would unpack to {size:,} bytes ({size / GIB:.2f} GiB), more than "
+            f"split.max_unpacked_gib={max_unpacked_gib:g} allows; raise that key if the zip is what you expect"
+        )
+    entries = {}
+    for info in infos:
+        name = _inside(_decoded_name(info), path)
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise DataError(f"{path}: entry {info.filename!r} is a symbolic link; pack the file itself")
+        if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+            entries[name] = _entry(info, path)
+    return ZipStore(path, entries)
+
+
+def _entry(info: zipfile.ZipInfo, path: Path) -> Entry:
+    if info.flag_bits & 0x1:
+        raise DataError(f"{path}: entry {info.filename!r} is encrypted; pack it without a password")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{path}: entry {info.filename!r} is packed by method {info.compress_type}; use deflate")
+    return Entry(info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
+
+
+def _unpack(packed: bytes, entry: Entry) -> bytes | None:
+    """The entry's bytes, at most as many as declared; None when they are no deflate stream."""
+    if entry.method == zipfile.ZIP_STORED:
+        return packed
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, max(entry.size, 1))
+    except zlib.error:
+        return None
+
+
+def _decoded_name(info: zipfile.ZipInfo) -> str:
+    """The entry's name; without the UTF-8 flag its bytes are UTF-8, else Korean Windows' cp949, else cp437."""
+    if info.flag_bits & 0x800:
+        return info.filename
+    for encoding in ("utf-8", "cp949"):
+        try:
+            return info.filename.encode("cp437").decode(encoding)
+        except UnicodeError:
+            continue
+    return info.filename
+
+
+def _inside(name: str, root: Path) -> str:
+    """The normal form of a name inside the zip `root`; a DataError when it would lead out of it."""
+    plain = unicodedata.normalize("NFC", name).replace("\\", "/")
+    normal = posixpath.normpath(plain)
+    if normal.startswith(("/", "../")) or normal in (".", "..") or normal[1:2] == ":":
+        raise DataError(f"{root}: entry {name!r} leads out of the zip; pack it again with relative names")
+    return normal
