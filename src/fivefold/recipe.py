@@ -109,6 +109,8 @@ class Train(Section):
     monitor: str = Field("logloss", description="what chooses the best epoch: logloss, loss, acc or f1_macro")
     precision: str = Field("auto", description="auto, fp32, bf16 or fp16")
     channels_last: bool = Field(True, description="NHWC memory, faster on most machines")
+    keep_raw: bool = Field(False, description="with ema_decay: also keep the best unaveraged weights (validates twice)")
+    deterministic: bool = Field(True, description="on CUDA: only kernels that give the same bits each time")
     device: str = Field("auto", description="auto, cuda, mps or cpu")
     workers: int = Field(-1, ge=-1, description="loader processes; -1: chosen for the machine")
     keep_in_memory: bool = Field(True, description="keep decoded images in memory while they fit in 1 GiB")
@@ -137,10 +139,9 @@ class Evaluate(Section):
 
 class Distill(Section):
     teacher: str = Field("oof", description="oof (leak-free), best_fold, ensemble, or the path of a model dir")
-    views: list[str] = Field(["plain"], description="views of which the teacher's target is the mean")
+    views: list[str] = Field([], description="further views that the teacher's target is averaged over")
     alpha: float = Field(0.7, ge=0, le=1, description="weight of the teacher's term; the labels' has the rest")
     temperature: float = Field(2.0, gt=0, description="softens teacher and student in the teacher's term")
-    unlabeled_weight: float = Field(1.0, ge=0, description="weight of an unlabelled image in the teacher's term")
     patience: int = Field(0, ge=0, description="early stopping, on the holdout alone; 0: all epochs")
     model: dict[str, Any] = Field({}, description="what the student has otherwise than [model]")
     train: dict[str, Any] = Field({}, description="what the student has otherwise than [train]")

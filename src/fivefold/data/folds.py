@@ -78,6 +78,10 @@ class FoldTable:
         """Paths of the given rows (indices) as Python strings in an object array."""
         return self.paths.take(pa.array(rows)).to_numpy(zero_copy_only=False)
 
+    def sha256_of(self, rows: np.ndarray) -> np.ndarray:
+        """Digests of the given rows (indices) as Python strings, or None where no image was opened, in an object array."""
+        return self.sha256.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+
     @cached_property
     def _names(self) -> np.ndarray:
         return np.array(self.classes, dtype=object)

@@ -90,7 +90,27 @@ class ZipStore:
         return content
 
 
-ImageStore = FolderStore | ZipStore
+@dataclass(frozen=True, eq=False)
+class JoinedStore:
+    """Several stores under one roof: `name/rest` is `rest` in the store called `name`."""
+
+    stores: Mapping[str, FolderStore | ZipStore]
+
+    def names(self) -> list[str]:
+        """The names of all files of all stores, sorted within each."""
+        return [f"{name}/{rest}" for name, store in self.stores.items() for rest in store.names()]
+
+    def exists(self, name: str) -> bool:
+        store, _, rest = name.partition("/")
+        return store in self.stores and self.stores[store].exists(rest)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file, as its store reads it."""
+        store, _, rest = name.partition("/")
+        return self.stores[store].read(rest)
+
+
+ImageStore = FolderStore | ZipStore | JoinedStore
 
 
 def open_store(path: Path, max_unpacked_gib: float = 200.0) -> ImageStore:

@@ -1,0 +1,106 @@
+"""Distillation: the fold models teach one student, each row by a model that never saw it."""
+
+import logging
+import sys
+
+import numpy as np
+
+from fivefold import assemble, distillation, members
+from fivefold.contract.artifacts import ModelDir, find_models
+from fivefold.contract.files import sha256
+from fivefold.contract.job import Job
+from fivefold.contract.stages import TRAIN_LOG
+from fivefold.data.images import is_image
+from fivefold.data.store import open_store
+from fivefold.errors import DataError, SettingsError
+from fivefold.inference.ensemble import check_members
+from fivefold.recipe import Settings
+from fivefold.training.loop import ValidRows, fit
+from jobs import training
+from jobs.outcome import Outcome
+
+log = logging.getLogger("fivefold")
+
+
+def main(job: Job, settings: Settings) -> Outcome:
+    """Trains the student; its model dir (`role: student`), and its holdout figures where there is a holdout."""
+    split, table = training.read_split(job)
+    models = find_models(job)
+    check_members([(model.name, model.info) for model in models])
+    if models[0].info["split"] != sha256(split):
+        raise DataError(f"{models[0].name} was trained on another split than {split}")
+    student = settings.student()
+    rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()
+    store = open_store(job.channel("train"))
+    patience = allowed_patience(settings.distill.patience, len(aside))
+
+    pupils = distillation.Pupils(table, rows, store)
+    lesson = distillation.teach(settings.distill.teacher, models, pupils, settings.distill.views)
+    log.info("student: %d rows, taught by %s", len(rows), lesson.teacher)
+
+    assemble.seed_everything(student.seed)
+    network = assemble.build_classifier(student.model, len(table.classes))
+    assemble.start_weights(network, student.model, job.optional_channel("weights"))
+    runtime = assemble.runtime_of(student)
+    assemble.check_memory(network, student, runtime)
+
+    unseen = unlabelled(job, models, table.classes)
+    train = distillation.taught(pupils, lesson, unseen, student, runtime)
+    valid = ValidRows(assemble.image_set(store, table, aside, student, training=False), table.codes[aside])
+    loop = assemble.build_loop(
+        label="student",
+        network=network,
+        train=train,
+        valid=valid if len(aside) else None,
+        settings=student,
+        runtime=runtime,
+        observers=training.observers(job, None),
+        select=patience > 0,
+        patience=patience,
+    )
+    best = fit(loop)
+
+    model = training.load_best(loop, best)
+    holdout_files, holdout_scores = training.save_holdout(job, model, store, table, student, runtime)
+    facts = {
+        "fold": None,
+        "folds": table.num_folds,
+        "classes": table.classes,
+        "split": sha256(split),
+        "teacher": lesson.teacher,
+        "leak_free": lesson.leak_free,
+        "unlabeled": len(unseen.paths) if unseen else 0,
+    }
+    files = [job.model() / TRAIN_LOG, *holdout_files]
+    files += members.save_member(job.model(), "student", best, student, runtime, facts)
+    training.draw_curves(job)
+    return Outcome(files, {"leak_free": lesson.leak_free, "rows": len(train.images), **holdout_scores})
+
+
+def allowed_patience(patience: int, holdout_rows: int) -> int:
+    """The patience; a SettingsError without a holdout, since the teachers saw every other row's label."""
+    if patience and not holdout_rows:
+        raise SettingsError(
+            f"distill.patience={patience} needs a holdout to watch: the teachers saw the labels of all folds; "
+            "split with split.holdout=0.1, or leave distill.patience at 0"
+        )
+    return patience
+
+
+def unlabelled(job: Job, models: list[ModelDir], classes: tuple[str, ...]) -> distillation.Unseen | None:
+    """The images of the unlabelled channel with the ensemble's word on each; None without that channel."""
+    channel = job.optional_channel("unlabeled")
+    if channel is None:
+        return None
+    store = open_store(channel)
+    paths = [name for name in store.names() if is_image(name)]
+    if not paths:
+        raise DataError(f"no images below the channel 'unlabeled' ({channel})")
+    log.info("student: %d unlabelled images, taught by the whole ensemble", len(paths))
+    return distillation.Unseen(store, paths, distillation.teach_unseen(models, store, paths, classes))
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import run
+
+    sys.exit(run("distill", sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""One fold: trains on the other folds' rows, predicts its own rows out-of-fold."""
+
+import logging
+import sys
+
+from fivefold import assemble, members
+from fivefold.contract.files import sha256
+from fivefold.contract.job import Job
+from fivefold.contract.stages import OOF, TRAIN_LOG
+from fivefold.data.store import open_store
+from fivefold.errors import SettingsError
+from fivefold.recipe import Settings
+from fivefold.training.loop import TrainRows, ValidRows, fit
+from jobs import training
+from jobs.outcome import Outcome
+
+log = logging.getLogger("fivefold")
+
+
+def main(job: Job, settings: Settings) -> Outcome:
+    """Trains the fold that the settings name; its model dir, and its out-of-fold figures."""
+    split, table = training.read_split(job)
+    fold = chosen_fold(settings.fold, table.num_folds)
+    rows, own_rows = table.train_rows(fold), table.valid_rows(fold)
+    store = open_store(job.channel("train"))
+    label = f"fold {fold}"
+    log.info(
+        "%s: trains on %d rows of %d classes, validates on %d", label, len(rows), len(table.classes), len(own_rows)
+    )
+
+    assemble.seed_everything(settings.seed)
+    network = assemble.build_classifier(settings.model, len(table.classes))
+    assemble.start_weights(network, settings.model, job.optional_channel("weights"))
+    runtime = assemble.runtime_of(settings)
+    assemble.check_memory(network, settings, runtime)
+
+    targets = assemble.one_hot(table.codes[rows], len(table.classes), runtime.device)
+    train = TrainRows(assemble.image_set(store, table, rows, settings, training=True), targets)
+    valid = ValidRows(assemble.image_set(store, table, own_rows, settings, training=False), table.codes[own_rows])
+    watching = training.observers(job, fold)
+    patience = settings.train.patience
+    loop = assemble.build_loop(
+        label, network, train, valid, settings, runtime, watching, select=True, patience=patience
+    )
+    best = fit(loop)
+
+    model = training.load_best(loop, best)
+    oof = training.predict_rows(model, store, table, own_rows, settings, runtime, f"{label} out-of-fold")
+    files = [job.model() / TRAIN_LOG, members.save_predictions(job.model() / OOF, oof)]
+    holdout_files, holdout_scores = training.save_holdout(job, model, store, table, settings, runtime)
+    facts = {"fold": fold, "folds": table.num_folds, "classes": table.classes, "split": sha256(split)}
+    files += holdout_files + members.save_member(job.model(), "fold", best, settings, runtime, facts)
+    training.draw_curves(job)
+
+    figures = training.scores(oof, "oof")
+    log.info("%s out-of-fold, %d rows: %s", label, len(own_rows), training.in_words(figures))
+    return Outcome(files, {"best_epoch": next(iter(best.values())).epoch, **figures, **holdout_scores})
+
+
+def chosen_fold(fold: int | None, folds: int) -> int:
+    """The fold to train; a SettingsError when none is named or the split has no such fold."""
+    if fold is None:
+        raise SettingsError(f"which fold? give FOLD=0 to FOLD={folds - 1} (an argument, or the environment)")
+    if fold >= folds:
+        raise SettingsError(f"FOLD={fold} is out of range: the split has the folds 0 to {folds - 1}")
+    return fold
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import run
+
+    sys.exit(run("train-fold", sys.argv[1:]))

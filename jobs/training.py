@@ -1,0 +1,103 @@
+"""What `train-fold` and `distill` share around their training runs."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fivefold.assemble import choose_workers, image_set, predict_batch_size
+from fivefold.contract.artifacts import locate
+from fivefold.contract.job import Job
+from fivefold.contract.stages import CLASSES, CURVES, FOLDS, HOLDOUT, TRAIN_LOG
+from fivefold.data.dataset import load_with_progress
+from fivefold.data.folds import FoldTable, read_folds
+from fivefold.data.store import ImageStore
+from fivefold.evaluation.metrics import summary
+from fivefold.evaluation.plots import training_curves
+from fivefold.inference.predictor import Runtime, predict
+from fivefold.members import save_predictions
+from fivefold.predictions import Predictions
+from fivefold.recipe import Settings
+from fivefold.training.loop import Best, Loop
+from fivefold.training.observers import Observer, csv_log, metric_line, tensorboard
+
+log = logging.getLogger("fivefold")
+
+
+def read_split(job: Job) -> tuple[Path, FoldTable]:
+    """The path of `folds.parquet` in the folds channel, and its table."""
+    path = locate(job, "folds", FOLDS)
+    return path, read_folds(path, locate(job, "folds", CLASSES))
+
+
+def observers(job: Job, fold: int | None) -> list[Observer]:
+    """The CSV log beside the model, the metric lines, and TensorBoard's events beside what people look at."""
+    watching = [csv_log(job.model() / TRAIN_LOG), metric_line(fold)]
+    if job.output_data_dir is not None:
+        watching.append(tensorboard(job.output_data_dir / "tensorboard"))
+    return watching
+
+
+def load_best(loop: Loop, best: Mapping[str, Best]) -> nn.Module:
+    """The deciding contender with the weights of its kept epoch."""
+    name = next(iter(best))
+    model = loop.contenders[name]
+    model.load_state_dict(best[name].state)
+    return model
+
+
+def predict_rows(
+    model: nn.Module,
+    store: ImageStore,
+    table: FoldTable,
+    rows: np.ndarray,
+    settings: Settings,
+    runtime: Runtime,
+    label: str,
+) -> Predictions:
+    """The predictions of rows of the split with the evaluation transform and the recipe's views, with their labels."""
+    once = settings.model_copy(update={"train": settings.train.model_copy(update={"keep_in_memory": False})})
+    images = image_set(store, table, rows, once, training=False)
+    workers = choose_workers(settings.train.workers, runtime.device)
+    batches = load_with_progress(images, predict_batch_size(settings), workers, label)
+    return Predictions(
+        ids=table.ids_of(rows),
+        fold=table.fold[rows],
+        system=settings.system,
+        classes=table.classes,
+        log_probs=predict(model, batches, runtime, settings.predict.views),
+        labels=table.labels()[rows],
+    )
+
+
+def save_holdout(
+    job: Job, model: nn.Module, store: ImageStore, table: FoldTable, settings: Settings, runtime: Runtime
+) -> tuple[list[Path], dict[str, float]]:
+    """Predicts the rows that are set aside, if there are any; the file written and its scores."""
+    rows = table.aside_rows()
+    path = job.model() / HOLDOUT
+    path.unlink(missing_ok=True)
+    if not len(rows):
+        return [], {}
+    found = predict_rows(model, store, table, rows, settings, runtime, "holdout")
+    figures = scores(found, "holdout")
+    log.info("holdout, %d rows that no model saw: %s", len(rows), in_words(figures))
+    return [save_predictions(path, found)], figures
+
+
+def scores(table: Predictions, prefix: str) -> dict[str, float]:
+    """Accuracy, logloss and macro F1 of a table with labels, named `<prefix>_…`."""
+    return {f"{prefix}_{name}": round(value, 6) for name, value in summary(table.log_probs, table.codes()).items()}
+
+
+def draw_curves(job: Job) -> None:
+    """The training curves as a picture, where there is a folder for it."""
+    if job.output_data_dir is not None:
+        training_curves(job.model() / TRAIN_LOG, job.output_data_dir / CURVES)
+
+
+def in_words(figures: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())

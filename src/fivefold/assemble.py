@@ -1,0 +1,215 @@
+"""Recipe to objects: the only place where settings and the parts meet."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fivefold.choose import choose
+from fivefold.data.dataset import ImageSet
+from fivefold.data.folds import FoldTable
+from fivefold.data.store import ImageStore
+from fivefold.data.transforms import build_transforms
+from fivefold.errors import MissingInputError, SettingsError
+from fivefold.inference.predictor import Runtime, make_runtime
+from fivefold.models.backbones import build_backbone, count_features
+from fivefold.models.classifier import Classifier
+from fivefold.models.heads import build_head
+from fivefold.models.weights import start_from
+from fivefold.recipe import Model, Settings
+from fivefold.training import memory
+from fivefold.training.ema import Ema
+from fivefold.training.loop import Duration, Loop, TrainRows, ValidRows
+from fivefold.training.losses import LOSSES
+from fivefold.training.mixing import Mixing
+from fivefold.training.objectives import Objective, distill, supervised
+from fivefold.training.observers import Observer
+from fivefold.training.optim import Schedule, build_optimizer
+from fivefold.training.updates import plain
+
+log = logging.getLogger("fivefold")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: CUDA, else MPS, else the CPU; a device that is not there is a SettingsError."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, has in there.items() if has)
+    if not choose(there, "device", name.split(":")[0]):
+        raise SettingsError(f"train.device={name}, but this machine has no such device; train.device=auto finds one")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type, None for float32. `auto`: bf16 where the machine is fast in it, else fp16 on CUDA, else fp32."""
+    if name == "auto":
+        return _fast_type(device)
+    dtype = choose(PRECISIONS, "precision", name)
+    if dtype == torch.float16 and device.type != "cuda":
+        raise SettingsError(f"train.precision=fp16 needs CUDA, and this runs on {device.type}; bf16 or fp32 will do")
+    return dtype
+
+
+def runtime_of(settings: Settings) -> Runtime:
+    """The Runtime that the settings ask for on this machine; chosen once, and logged."""
+    device = choose_device(settings.train.device)
+    dtype = choose_precision(settings.train.precision, device)
+    if device.type == "cuda" and settings.train.deterministic:
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    log.info("device %s, precision %s, %d threads", device, precision_name(dtype), torch.get_num_threads())
+    model = settings.model
+    return make_runtime(device, dtype, settings.train.channels_last, model.mean, model.std)
+
+
+def build_classifier(model: Model, classes: int) -> Classifier:
+    """The network of `[model]` with random weights, or those of its hub."""
+    backbone = build_backbone(model.backbone, model.pretrained, model.options)
+    head = build_head(model.head, count_features(backbone, model.size), classes, model.dropout)
+    return Classifier(backbone, head)
+
+
+def start_weights(network: Classifier, model: Model, channel: Path | None) -> None:
+    """Loads `model.weights` into the backbone: a path, or a name in the weights channel."""
+    if not model.weights:
+        return
+    candidates = [Path(model.weights), *([channel / model.weights] if channel else [])]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise MissingInputError(
+            f"model.weights={model.weights}: no such file, nor one of that name in SM_CHANNEL_WEIGHTS"
+        )
+    start_from(network.backbone, found)
+
+
+def image_set(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings, training: bool) -> ImageSet:
+    """The images of the given rows of the split, with the transforms of training or of evaluation."""
+    specs = settings.augment.train if training else settings.augment.eval
+    transform = build_transforms(specs, settings.model.size)
+    images = ImageSet(store, table.paths_of(rows), transform, settings.seed, table.sha256_of(rows))
+    if settings.train.keep_in_memory and not images.keep_in_memory():
+        log.info("%d images are too many to keep decoded in memory; they are read at each epoch", len(images))
+    return images
+
+
+def one_hot(codes: np.ndarray, classes: int, device: torch.device) -> Tensor:
+    """Targets float [N, C]; a code of -1 gives a row of zeros: no label."""
+    targets = torch.zeros(len(codes), classes, device=device)
+    known = torch.from_numpy(np.flatnonzero(codes >= 0)).to(device)
+    targets[known, torch.from_numpy(codes[codes >= 0].astype(np.int64)).to(device)] = 1.0
+    return targets
+
+
+def build_loop(
+    label: str,
+    network: Classifier,
+    train: TrainRows,
+    valid: ValidRows | None,
+    settings: Settings,
+    runtime: Runtime,
+    observers: Sequence[Observer],
+    select: bool,
+    patience: int,
+) -> Loop:
+    """All parts of a training run; a teacher's probabilities in `train` make it a distillation."""
+    seed_everything(settings.seed)
+    chosen = settings.train
+    loss = choose(LOSSES, "loss", chosen.loss)(chosen.label_smoothing)
+    model = runtime.place(network)
+    optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum)
+    ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
+    steps = steps_per_epoch(len(train.images), chosen.batch_size, chosen.accumulate)
+    schedule = Schedule(
+        chosen.schedule, optimizer, steps * chosen.epochs, steps, chosen.warmup_epochs, chosen.step_epochs, chosen.gamma
+    )
+    raw = {"raw": model} if ema is None or chosen.keep_raw else {}
+    objective = _objective(settings, loss, train)
+    return Loop(
+        label=label,
+        model=model,
+        contenders=({"ema": ema.model} if ema else {}) | raw,
+        train=train,
+        valid=valid,
+        duration=Duration(
+            epochs=chosen.epochs,
+            batch_size=chosen.batch_size,
+            predict_batch_size=predict_batch_size(settings),
+            accumulate=chosen.accumulate,
+            patience=patience,
+            seed=settings.seed,
+            workers=choose_workers(chosen.workers, runtime.device),
+        ),
+        mixing=Mixing(settings.augment.mix, settings.augment.mix_alpha, settings.augment.mix_p),
+        update=plain(model, objective, optimizer, runtime, chosen.clip),
+        after_step=([ema] if ema else []) + [schedule],
+        schedule=schedule,
+        loss=loss,
+        monitor=chosen.monitor,
+        select=select,
+        runtime=runtime,
+        observers=observers,
+    )
+
+
+def check_memory(network: nn.Module, settings: Settings, runtime: Runtime) -> None:
+    """Logs what a step will take; a SettingsError names a batch size that fits, when this one does not."""
+    copies = 1 + choose(OPTIMIZER_STATES, "optimizer", settings.train.optimizer) + (settings.train.ema_decay > 0)
+    found = memory.estimate(runtime.place(network), settings.model.size, runtime, copies)
+    log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, memory.available(runtime.device)))
+
+
+def steps_per_epoch(rows: int, batch_size: int, accumulate: int) -> int:
+    """Updates an epoch; see `data.dataset.epoch_batches` for the last batch."""
+    batches = -(-rows // batch_size)
+    if batches > 1 and rows % batch_size == 1:
+        batches -= 1
+    return -(-batches // accumulate)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds what draws the weights, dropout and stochastic depth; samples have seeds of their own."""
+    torch.manual_seed(seed)
+
+
+def predict_batch_size(settings: Settings) -> int:
+    return settings.predict.batch_size or 2 * settings.train.batch_size
+
+
+def choose_workers(wanted: int, device: torch.device) -> int:
+    """-1: none on a CPU, where they would take the cores from training; else up to eight, one a core."""
+    if wanted >= 0:
+        return wanted
+    return 0 if device.type == "cpu" else min(8, count_cores())
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def precision_name(dtype: torch.dtype | None) -> str:
+    return next(name for name, value in PRECISIONS.items() if value == dtype)
+
+
+def _objective(settings: Settings, loss: Any, train: TrainRows) -> Objective:
+    if train.teacher is None:
+        return supervised(loss)
+    return distill(loss, settings.distill.alpha, settings.distill.temperature)
+
+
+def _fast_type(device: torch.device) -> torch.dtype | None:
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return torch.bfloat16
+    return None
+
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1}
+"""Tensors the size of the weights that an optimiser keeps."""

@@ -1,0 +1,140 @@
+"""Images as batches: read, decode, check, transform; the same bytes with any number of workers."""
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fivefold.data.images import decode
+from fivefold.data.store import ImageStore
+from fivefold.data.transforms import Transform
+from fivefold.errors import DataError
+from fivefold.progress import track
+
+MEMORY_LIMIT = 1 << 30
+"""Bytes of decoded images that are kept at most."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` uint8 [B, 3, H, W], `rows` int64 [B]: where each stands in the dataset."""
+
+    images: Tensor
+    rows: Tensor
+
+    def pin_memory(self) -> "Batch":
+        """For the loader's `pin_memory`, which asks an unknown class for this method."""
+        return Batch(self.images.pin_memory(), self.rows.pin_memory())
+
+
+class ImageSet(Dataset):
+    """The images of N rows of a store, each by (epoch, row).
+
+    `sha256`: the digests that the split took, checked at every read; None where it took none.
+    A sample's randomness comes from (seed, epoch, row) alone, never from a worker or its order.
+    """
+
+    def __init__(
+        self,
+        store: ImageStore,
+        paths: Sequence[str],
+        transform: Transform,
+        seed: int = 0,
+        sha256: Sequence[str | None] | None = None,
+    ) -> None:
+        self.store = store
+        self.paths = paths
+        self.transform = transform
+        self.seed = seed
+        self.sha256 = sha256
+        self.kept: list[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def keep_in_memory(self) -> bool:
+        """Decodes all images once and keeps them, if they fit; whether they do. Forked workers share them."""
+        kept: list[np.ndarray] = []
+        size = 0
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for start in range(0, len(self), 256):
+                rows = range(start, min(start + 256, len(self)))
+                kept += pool.map(self.image, rows)
+                size += sum(kept[row].nbytes for row in rows)
+                if size / len(kept) * len(self) > MEMORY_LIMIT:
+                    return False
+        self.kept = kept
+        return True
+
+    def image(self, row: int) -> np.ndarray:
+        """The decoded image uint8 [H, W, 3] of a row; a DataError if it changed since the split."""
+        if self.kept is not None:
+            return self.kept[row]
+        content = self.store.read(self.paths[row])
+        expected = None if self.sha256 is None else self.sha256[row]
+        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+            raise DataError(f"{self.paths[row]} is not the file that the split saw; run the split again")
+        return decode(content, self.paths[row])
+
+    def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of the given (epoch, row) pairs; torch's global random state stays as it was."""
+        state = torch.get_rng_state()
+        images = [self._sample(epoch, row) for epoch, row in samples]
+        torch.set_rng_state(state)
+        return Batch(torch.stack(images), torch.tensor([row for _, row in samples]))
+
+    def _sample(self, epoch: int, row: int) -> Tensor:
+        # default_generator, since torch.manual_seed would reseed CUDA's generators at every sample
+        torch.default_generator.manual_seed(derive_seed(self.seed, epoch, row))
+        image = torch.from_numpy(self.image(row)).permute(2, 0, 1)
+        return self.transform(image)
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from integers, such as (seed, epoch, row)."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def epoch_batches(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[tuple[int, int]]]:
+    """A shuffled epoch of (epoch, row) pairs in batches; a last batch of one row is left out (BatchNorm needs two)."""
+    order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+    batches = [[(epoch, row) for row in order[i : i + batch_size]] for i in range(0, rows, batch_size)]
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+
+
+def in_order(rows: int, batch_size: int) -> list[list[tuple[int, int]]]:
+    """All rows in order, in batches, as epoch 0."""
+    return [[(0, row) for row in range(i, min(i + batch_size, rows))] for i in range(0, rows, batch_size)]
+
+
+def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, pin: bool = False) -> Iterator[Batch]:
+    """The given batches, read by `workers` processes (0: by this one)."""
+    return iter(
+        DataLoader(
+            images,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin,
+            # A generator of its own: the loader draws a base seed, which must not move the model's randomness.
+            generator=torch.Generator().manual_seed(0),
+            prefetch_factor=4 if workers else None,
+        )
+    )
+
+
+def load_with_progress(images: ImageSet, batch_size: int, workers: int, label: str) -> Iterator[Batch]:
+    """All rows in order, under a progress bar."""
+    batches = in_order(len(images), batch_size)
+    return track(load(images, batches, workers), len(batches), label)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch

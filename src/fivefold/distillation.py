@@ -1,0 +1,199 @@
+"""What a teacher says of the rows that its student trains on.
+
+Leak-free means: the target of a row comes from a model that never saw that row. The out-of-fold
+tables hold just that. Images without labels were seen by no fold, so all folds may teach them.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fivefold import predictions
+from fivefold.assemble import image_set, one_hot
+from fivefold.contract.artifacts import ModelDir
+from fivefold.contract.stages import MODEL, OOF
+from fivefold.data.dataset import ImageSet
+from fivefold.data.folds import FoldTable
+from fivefold.data.store import ImageStore, JoinedStore
+from fivefold.errors import DataError, MissingInputError, SettingsError
+from fivefold.inference.ensemble import mean
+from fivefold.inference.predictor import Runtime
+from fivefold.members import load_member
+from fivefold.predictions import Predictions
+from fivefold.recipe import Settings
+from fivefold.training.loop import TrainRows
+
+log = logging.getLogger("fivefold")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The teacher's log-probabilities [N, C] of N rows, and whether no teacher had seen its rows."""
+
+    log_probs: np.ndarray
+    leak_free: bool
+    teacher: str
+
+
+@dataclass(frozen=True)
+class Pupils:
+    """The rows of a split that are to be taught, and where their images lie."""
+
+    folds: FoldTable
+    rows: np.ndarray
+    store: ImageStore
+
+    def paths(self, chosen: np.ndarray) -> list[str]:
+        """The image paths of the chosen positions among the rows."""
+        return list(self.folds.paths_of(self.rows[chosen]))
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Images without labels at `paths` of a store, and the ensemble's log-probabilities [N, C] of them."""
+
+    store: ImageStore
+    paths: Sequence[str]
+    log_probs: np.ndarray
+
+
+def teach(teacher: str, models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+    """The lesson of `teacher`: oof, best_fold, ensemble, or the path of a model dir."""
+    return TEACHERS.get(teacher, _from_path(teacher))(models, pupils, views)
+
+
+def teach_unseen(
+    models: Sequence[ModelDir], store: ImageStore, paths: Sequence[str], classes: Sequence[str]
+) -> np.ndarray:
+    """The whole ensemble's log-probabilities [N, C] of images that no fold saw."""
+    return mean([_predict(model, store, paths, classes, ()) for model in models])
+
+
+def taught(pupils: Pupils, lesson: Lesson, unseen: Unseen | None, settings: Settings, runtime: Runtime) -> TrainRows:
+    """The student's rows: images, labels (none where unlabelled), and the teacher's softened probabilities."""
+    folds, rows = pupils.folds, pupils.rows
+    images = image_set(pupils.store, folds, rows, settings, training=True)
+    codes, log_probs = folds.codes[rows], lesson.log_probs
+    if unseen is not None:
+        store = JoinedStore({"labelled": pupils.store, "unlabelled": unseen.store})
+        paths = [f"labelled/{path}" for path in images.paths] + [f"unlabelled/{path}" for path in unseen.paths]
+        digests = [*(images.sha256 or [None] * len(rows)), *[None] * len(unseen.paths)]
+        images = ImageSet(store, paths, images.transform, settings.seed, digests)
+        codes = np.concatenate([codes, np.full(len(unseen.paths), -1, codes.dtype)])
+        log_probs = np.concatenate([log_probs, unseen.log_probs])
+    teacher = torch.from_numpy(soften(log_probs, settings.distill.temperature)).to(runtime.device)
+    return TrainRows(images, one_hot(codes, len(folds.classes), runtime.device), teacher)
+
+
+def soften(log_probs: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(log p / T) float32 [N, C] (Hinton et al. 2015, arXiv 1503.02531, equation 1)."""
+    scaled = log_probs.astype(np.float64) / temperature
+    scaled -= scaled.max(axis=1, keepdims=True)
+    powers = np.exp(scaled)
+    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def out_of_fold_targets(tables: Sequence[Predictions], folds: FoldTable, rows: np.ndarray) -> np.ndarray:
+    """The out-of-fold log-probabilities float32 [N, C] of `rows`; several for a row (seeds) are averaged.
+
+    Raises DataError when a row's prediction comes from another fold than its own, SettingsError
+    when a row has none.
+    """
+    position = {name: at for at, name in enumerate(folds.ids_of(rows))}
+    total = np.zeros((len(rows), len(folds.classes)))
+    count = np.zeros(len(rows), dtype=np.int64)
+    for table in tables:
+        here = np.array([position.get(name, -1) for name in table.ids], dtype=np.int64)
+        at, known = here[here >= 0], here >= 0
+        _check_folds(table.fold[known], folds.fold[rows[at]], table.ids[known])
+        total[at] += np.exp(reordered(table.log_probs, table.classes, folds.classes)[known].astype(np.float64))
+        count[at] += 1
+    if (count == 0).any():
+        raise SettingsError(
+            f"{int((count == 0).sum())} of {len(rows)} training rows have no out-of-fold prediction: train every fold "
+            "first, or choose distill.teacher=best_fold or ensemble (not leak-free); a split by parts has no folds"
+        )
+    return np.log(np.maximum(total / count[:, None], np.finfo(np.float64).tiny)).astype(np.float32)
+
+
+def reordered(log_probs: np.ndarray, classes: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+    """The columns [N, C] of `classes` in the order of `wanted`, matched by name."""
+    if set(classes) != set(wanted):
+        raise DataError(f"classes differ: {predictions.sample(sorted(set(classes) ^ set(wanted)))} on one side alone")
+    return log_probs[:, [list(classes).index(name) for name in wanted]]
+
+
+def best_model(models: Sequence[ModelDir]) -> ModelDir:
+    """The fold model with the least validation logloss."""
+    return min(models, key=lambda model: model.info["best"]["logloss"])
+
+
+def _out_of_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+    tables = [predictions.read(model.path / OOF) for model in models]
+    lessons = [out_of_fold_targets(tables, pupils.folds, pupils.rows)]
+    fold = pupils.folds.fold[pupils.rows]
+    for view in views:
+        found = np.zeros_like(lessons[0], dtype=np.float64)
+        for model in models:
+            own = np.flatnonzero(fold == model.info["fold"])
+            seeds = sum(other.info["fold"] == model.info["fold"] for other in models)
+            log_probs = _predict(model, pupils.store, pupils.paths(own), pupils.folds.classes, (view,))
+            found[own] += np.exp(log_probs.astype(np.float64)) / seeds
+        lessons.append(np.log(np.maximum(found, np.finfo(np.float64).tiny)).astype(np.float32))
+    return Lesson(mean(lessons), leak_free=True, teacher=f"out-of-fold predictions of {len(models)} models")
+
+
+def _best_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+    return _not_leak_free([best_model(models)], pupils, views)
+
+
+def _ensemble(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+    return _not_leak_free(models, pupils, views)
+
+
+def _not_leak_free(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+    names = ", ".join(model.name for model in models)
+    log.warning("the teacher (%s) saw rows that it teaches: this distillation is not leak-free", names)
+    every = np.arange(len(pupils.rows))
+    found = [_predict(model, pupils.store, pupils.paths(every), pupils.folds.classes, views) for model in models]
+    return Lesson(mean(found), leak_free=False, teacher=names)
+
+
+def _from_path(path: str) -> Callable[[Sequence[ModelDir], Pupils, Sequence[str]], Lesson]:
+    def teacher(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+        from fivefold.contract.files import read_json
+
+        if not (Path(path) / MODEL).is_file():
+            raise MissingInputError(
+                f"distill.teacher={path} is neither {', '.join(TEACHERS)} nor a folder with a {MODEL}"
+            )
+        return _not_leak_free([ModelDir(Path(path), read_json(Path(path) / MODEL))], pupils, views)
+
+    return teacher
+
+
+def _predict(
+    model: ModelDir, store: ImageStore, paths: Sequence[str], classes: Sequence[str], views: Sequence[str]
+) -> np.ndarray:
+    found = load_member(model, {}).predict(store, paths, f"teacher {model.name}", views)
+    return reordered(found, model.info["classes"], classes)
+
+
+def _check_folds(predicted: np.ndarray, own: np.ndarray, ids: np.ndarray) -> None:
+    wrong = predicted != own
+    if wrong.any():
+        raise DataError(
+            f"{int(wrong.sum())} out-of-fold predictions come from another fold than the split's, such as id "
+            f"{ids[wrong][0]!r}: the models belong to another folds.parquet"
+        )
+
+
+TEACHERS: dict[str, Callable[[Sequence[ModelDir], Pupils, Sequence[str]], Lesson]] = {
+    "oof": _out_of_fold,
+    "best_fold": _best_fold,
+    "ensemble": _ensemble,
+}

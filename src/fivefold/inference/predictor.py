@@ -1,0 +1,82 @@
+"""Log-probabilities of images by a trained classifier, averaged over views."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fivefold.choose import choose
+from fivefold.data.dataset import Batch
+from fivefold.errors import DataError
+from fivefold.inference.tta import VIEWS
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a network runs on this machine: device, autocast precision, memory format, normalisation.
+
+    `dtype` is the autocast type, None for plain float32. `mean` and `std` are float [1, 3, 1, 1]
+    on the device, for images in 0..255.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    channels_last: bool
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on this device in this memory format."""
+        return model.to(self.device, memory_format=self.memory_format)
+
+    def images(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, H, W] as normalised floats on the device."""
+        images = images.to(self.device, non_blocking=True).to(torch.float32, memory_format=self.memory_format)
+        return images.sub_(self.mean).div_(self.std)
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+
+def make_runtime(
+    device: torch.device, dtype: torch.dtype | None, channels_last: bool, mean: Sequence[float], std: Sequence[float]
+) -> Runtime:
+    """A Runtime from mean and std of images in 0..1."""
+
+    def scaled(values: Sequence[float]) -> Tensor:
+        return (torch.tensor(values, dtype=torch.float32) * 255).reshape(1, 3, 1, 1).to(device)
+
+    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std))
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views: Sequence[str]) -> np.ndarray:
+    """Log of the mean probability over `views`, float32 [N, C], rows in the order of the batches.
+
+    Raises DataError when the network gives a value that is not finite.
+    """
+    was_training = model.training
+    model.eval()
+    chosen = [choose(VIEWS, "view", name) for name in views]
+    found = [_batch(model, runtime.images(batch.images), runtime, chosen) for batch in batches]
+    model.train(was_training)
+    log_probs = torch.cat(found).cpu().numpy()
+    if not np.isfinite(log_probs).all():
+        raise DataError(
+            "the model gives probabilities that are not finite: its weights are broken, or the precision too low"
+        )
+    return log_probs
+
+
+def _batch(model: nn.Module, images: Tensor, runtime: Runtime, views: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    with runtime.autocast():
+        logits = [model(view(images)) for view in views]
+    log_probs = torch.stack([each.float().log_softmax(dim=1) for each in logits])
+    return log_probs.logsumexp(dim=0) - float(np.log(len(views)))

@@ -1,0 +1,104 @@
+"""Trained models as they lie in a model dir: saved, found again, and ready to predict."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fivefold import predictions
+from fivefold.assemble import build_classifier, choose_workers, precision_name, predict_batch_size, runtime_of
+from fivefold.contract.artifacts import ModelDir
+from fivefold.contract.files import atomic, write_json
+from fivefold.contract.stages import MODEL, RAW_WEIGHTS, WEIGHTS
+from fivefold.data.dataset import ImageSet, load_with_progress
+from fivefold.data.store import ImageStore
+from fivefold.data.transforms import build_transforms
+from fivefold.errors import DataError
+from fivefold.inference.predictor import Runtime, predict
+from fivefold.models.weights import load_exactly, save_weights
+from fivefold.predictions import Predictions
+from fivefold.recipe import Settings
+from fivefold.settings import key_settings
+from fivefold.training.loop import Best
+
+FORMAT = 1
+TRAINING_SECTIONS = ("model", "augment", "train")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A trained model, ready to predict: where it lies, its settings, its network, its runtime."""
+
+    source: ModelDir
+    settings: Settings
+    network: nn.Module
+    runtime: Runtime
+
+    def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[str] = ()) -> np.ndarray:
+        """Log-probabilities float32 [N, C] of the images at `paths`, by the recipe's views unless others are given."""
+        settings = self.settings
+        transform = build_transforms(settings.augment.eval, settings.model.size)
+        images = ImageSet(store, paths, transform)
+        workers = choose_workers(settings.train.workers, self.runtime.device)
+        batches = load_with_progress(images, predict_batch_size(settings), workers, label)
+        return predict(self.network, batches, self.runtime, views or settings.predict.views)
+
+
+def load_member(source: ModelDir, explicit: Mapping[str, Any]) -> Member:
+    """The model of a folder as its `model.json` describes it; `explicit` keys of `[predict]` override its recipe's.
+
+    Raises DataError when the folder does not rebuild a model.
+    """
+    try:
+        settings = Settings.model_validate(source.info["settings"])
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{source.path}: {MODEL} does not rebuild a model: {error}") from error
+    settings = settings.model_copy(update={"predict": settings.predict.model_copy(update=dict(explicit))})
+    model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
+    network = build_classifier(model, len(source.info["classes"]))
+    load_exactly(network, source.path / WEIGHTS)
+    runtime = runtime_of(settings)
+    return Member(source, settings, runtime.place(network).eval(), runtime)
+
+
+def save_member(
+    folder: Path, role: str, best: Mapping[str, Best], settings: Settings, runtime: Runtime, facts: Mapping[str, Any]
+) -> list[Path]:
+    """Writes the weights that predict, the others beside them, and `model.json`; the files written.
+
+    `best`: the kept epoch of each contender, the deciding one first. `facts`: what the stage knows
+    of it, such as classes, fold, folds and the digest of the split.
+    """
+    written = []
+    for name, contender in zip((WEIGHTS, RAW_WEIGHTS), best.values(), strict=False):
+        with atomic(folder / name) as temporary:
+            save_weights(temporary, contender.state)
+        written.append(folder / name)
+    deciding = next(iter(best.values()))
+    write_json(
+        folder / MODEL,
+        {
+            "format": FORMAT,
+            "role": role,
+            "system": settings.system,
+            "seed": settings.seed,
+            **facts,
+            "best": {"epoch": deciding.epoch, **deciding.scores},
+            "precision": precision_name(runtime.dtype),
+            "device": runtime.device.type,
+            "training": key_settings(settings, TRAINING_SECTIONS),
+            "settings": json.loads(settings.model_dump_json(exclude={"run", "stage"})),
+        },
+    )
+    return [*written, folder / MODEL]
+
+
+def save_predictions(path: Path, table: Predictions) -> Path:
+    """Writes a predictions table, whole or not at all; its path."""
+    with atomic(path) as temporary:
+        predictions.write(temporary, table)
+    return path

@@ -1,0 +1,110 @@
+"""Backbones by `family/name`: images [B, 3, H, W] to pooled features [B, num_features].
+
+Families: `timm/…` and `torchvision/…` (any classifier they have), `efficientnet_pytorch/…`,
+`fivefold/…` (small networks of our own). `pretrained` asks the family's own hub for weights.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fivefold.choose import choose, did_you_mean
+from fivefold.errors import RetryableError, SettingsError
+
+
+def build_backbone(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+    """The backbone `family/name` without its classifier; random weights come from torch's global generator.
+
+    Raises SettingsError for an unknown family, name or option, RetryableError when the hub cannot
+    be reached.
+    """
+    family, _, rest = name.partition("/")
+    if not rest:
+        raise SettingsError(
+            f"backbone {name!r} names no family; write one of {', '.join(f'{f}/NAME' for f in FAMILIES)}"
+        )
+    build = choose(FAMILIES, "family of backbones", family)
+    try:
+        return build(rest, pretrained, dict(options))
+    except TypeError as error:
+        raise SettingsError(f"backbone {name!r} with options {dict(options)}: {error}") from error
+
+
+@torch.no_grad()
+def count_features(backbone: nn.Module, size: tuple[int, ...]) -> int:
+    """The number of features of an image of `size`, by running one; it also proves that the size works."""
+    was_training = backbone.training
+    try:
+        features = backbone.eval()(torch.zeros(1, 3, *size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise SettingsError(f"the backbone cannot take images of {size[0]}x{size[1]} pixels: {error}") from error
+    finally:
+        backbone.train(was_training)
+    if features.ndim != 2:
+        raise SettingsError(f"the backbone gives features of shape {tuple(features.shape)}, not [B, F]")
+    return int(features.shape[1])
+
+
+def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise SettingsError(f"timm has no model {name!r}{did_you_mean(name.split('.')[0], timm.list_models())}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except (OSError, RuntimeError) as error:
+        raise _no_weights(f"timm/{name}", error) if pretrained else SettingsError(f"timm/{name}: {error}") from error
+
+
+def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise SettingsError(f"torchvision has no classifier {name!r}{did_you_mean(name, known)}")
+    try:
+        model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    except OSError as error:
+        raise _no_weights(f"torchvision/{name}", error) from error
+    last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    model.set_submodule(last, nn.Identity())
+    return model
+
+
+def _efficientnet_pytorch(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    from efficientnet_pytorch import VALID_MODELS, EfficientNet
+
+    if name not in VALID_MODELS:
+        raise SettingsError(f"efficientnet_pytorch has no model {name!r}{did_you_mean(name, VALID_MODELS)}")
+    make = EfficientNet.from_pretrained if pretrained else EfficientNet.from_name
+    try:
+        model = make(name, **options)
+    except OSError as error:
+        raise _no_weights(f"efficientnet_pytorch/{name}", error) from error
+    model._fc = nn.Identity()
+    return model
+
+
+def _fivefold(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    from fivefold.models.small import SMALL
+
+    if pretrained:
+        raise SettingsError(f"fivefold/{name} has no hub weights; set model.pretrained=false or give model.weights")
+    return choose(SMALL, "fivefold backbone", name)(**options)
+
+
+def _no_weights(name: str, error: Exception) -> RetryableError:
+    return RetryableError(
+        f"the pretrained weights of {name} cannot be downloaded ({type(error).__name__}); without internet "
+        "give a file: model.pretrained=false model.weights=PATH, or its name in SM_CHANNEL_WEIGHTS"
+    )
+
+
+FAMILIES: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "efficientnet_pytorch": _efficientnet_pytorch,
+    "fivefold": _fivefold,
+}

@@ -1,0 +1,89 @@
+"""How much memory a training step takes, measured on two images before the run."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from fivefold.errors import SettingsError
+from fivefold.inference.predictor import Runtime
+
+MEBIBYTE = 1 << 20
+PROBED_IMAGES = 2
+"""BatchNorm needs two."""
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes: `fixed` for weights, gradients, optimiser state and averages; `image` for each image of a batch."""
+
+    fixed: int
+    image: int
+
+    def total(self, batch_size: int) -> int:
+        return self.fixed + batch_size * self.image
+
+    def largest_batch(self, available: int) -> int:
+        """The most images a batch that fit into `available` bytes; 0 when not even one does."""
+        return max(0, (available - self.fixed) // max(self.image, 1))
+
+
+def estimate(model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: int) -> Estimate:
+    """The memory of a step on images of `size`, from the tensors that autograd saves of two images.
+
+    `copies`: tensors the size of the weights that live beside them (gradient, optimiser state,
+    average). The model and the random state stay as they are.
+    """
+    probe = copy.deepcopy(model).train()
+    owned = {parameter.untyped_storage().data_ptr() for parameter in probe.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    state = torch.get_rng_state()
+    images = torch.zeros(PROBED_IMAGES, 3, *size, device=runtime.device).to(memory_format=runtime.memory_format)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), runtime.autocast():
+        output = probe(images)
+    activations = sum(saved.values())
+    del output
+    torch.set_rng_state(state)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return Estimate(fixed=weights * (1 + copies), image=(activations + images.nbytes) // PROBED_IMAGES)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process may still take on the device, with a container's limit observed."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    used = psutil.Process().memory_info().rss
+    for path in CGROUP_LIMITS:
+        text = path.read_text().strip() if path.is_file() else "max"
+        if text.isdigit():
+            free = min(free, int(text) - used)
+    return max(free, 0)
+
+
+def check_fits(found: Estimate, batch_size: int, free: int) -> str:
+    """A sentence on the memory that a run takes; a SettingsError says which batch size would fit."""
+    needed = found.total(batch_size)
+    figures = f"about {needed / MEBIBYTE:,.0f} MiB at batch size {batch_size}, {free / MEBIBYTE:,.0f} MiB are free"
+    if needed <= free:
+        return figures
+    fits = found.largest_batch(free)
+    advice = (
+        f"train.batch_size={fits} would fit"
+        if fits
+        else "not even one image fits: a smaller model or image_size is needed"
+    )
+    if fits:
+        advice += f"; train.accumulate={-(-batch_size // fits)} keeps the step's size"
+    raise SettingsError(f"training needs {figures}; {advice}")

@@ -1,0 +1,139 @@
+"""Optimisers and learning-rate schedules by name."""
+
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fivefold.choose import choose
+from fivefold.errors import SettingsError
+
+
+def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float) -> Optimizer:
+    """The optimiser `name` over the model's parameters; norms and biases (fewer than two dimensions) do not decay."""
+    _skip_the_compiler()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return choose(OPTIMIZERS, "optimizer", name)([group for group in groups if group["params"]], lr, momentum)
+
+
+def _skip_the_compiler() -> None:
+    """Lets an optimiser be made without importing torch's compiler, which takes as long as torch itself.
+
+    `torch._compile._disable_dynamo` wraps two of Optimizer's methods, and imports the compiler when
+    they are first called, unless the function already carries what it would run.
+    """
+    if "torch._dynamo" in sys.modules:
+        return
+    for method in (Optimizer.add_param_group, Optimizer.zero_grad):
+        inner = getattr(method, "__wrapped__", None)
+        if inner is not None and not hasattr(inner, "__dynamo_disable"):
+            inner.__dynamo_disable = inner
+
+
+def _adamw(groups: list[dict], lr: float, momentum: float) -> Optimizer:
+    return torch.optim.AdamW(groups, lr=lr, fused=_fusable(groups))
+
+
+def _adam(groups: list[dict], lr: float, momentum: float) -> Optimizer:
+    return torch.optim.Adam(groups, lr=lr, fused=_fusable(groups))
+
+
+def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_fusable(groups))
+
+
+def _fusable(groups: list[dict]) -> bool:
+    return groups[0]["params"][0].device.type in ("cpu", "cuda")
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict], float, float], Optimizer]] = {
+    "adamw": _adamw,
+    "adam": _adam,
+    "sgd": _sgd,
+}
+
+
+class Schedule:
+    """Sets the learning rate of each step: a linear warm-up, then a factor by name."""
+
+    def __init__(
+        self,
+        name: str,
+        optimizer: Optimizer,
+        total: int,
+        steps_per_epoch: int,
+        warmup_epochs: float = 0.0,
+        step_epochs: int = 10,
+        gamma: float = 0.5,
+    ) -> None:
+        self.factor = choose(SCHEDULES, "schedule", name)
+        self.optimizer = optimizer
+        self.base = [group["lr"] for group in optimizer.param_groups]
+        self.total = total
+        self.warmup = round(warmup_epochs * steps_per_epoch)
+        if self.warmup >= total:
+            raise SettingsError(f"train.warmup_epochs={warmup_epochs} leaves no step of {total} after the warm-up")
+        self.drop_steps = step_epochs * steps_per_epoch
+        self.patience = step_epochs
+        self.gamma = gamma
+        self.step = 0
+        self.drops = 0
+        self.bad_epochs = 0
+        self._set()
+
+    def __call__(self) -> None:
+        """To be called after each step."""
+        self.step += 1
+        self._set()
+
+    def after_epoch(self, improved: bool) -> None:
+        """Counts epochs without improvement, for `plateau`."""
+        self.bad_epochs = 0 if improved else self.bad_epochs + 1
+        if self.bad_epochs >= self.patience:
+            self.drops, self.bad_epochs = self.drops + 1, 0
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _set(self) -> None:
+        if self.step < self.warmup:
+            factor = (self.step + 1) / self.warmup
+        else:
+            factor = self.factor(self, (self.step - self.warmup) / (self.total - self.warmup))
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+            group["lr"] = base * factor
+
+
+def constant(schedule: Schedule, progress: float) -> float:
+    return 1.0
+
+
+def cosine(schedule: Schedule, progress: float) -> float:
+    """½(1 + cos πt), t from 0 to 1 (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5)."""
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def step(schedule: Schedule, progress: float) -> float:
+    """γ^⌊epochs / step_epochs⌋."""
+    return schedule.gamma ** (schedule.step // schedule.drop_steps)
+
+
+def plateau(schedule: Schedule, progress: float) -> float:
+    """γ once for every `step_epochs` epochs in a row without improvement."""
+    return schedule.gamma**schedule.drops
+
+
+SCHEDULES: dict[str, Callable[[Schedule, float], float]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "step": step,
+    "plateau": plateau,
+}
