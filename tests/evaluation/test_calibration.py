@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from fivefold.evaluation import calibration, metrics
 
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
+from sklearn import metrics as reference
+
 from fivefold.errors import SettingsError
 from fivefold.evaluation import metrics
-from sklearn import metrics as reference
 
 
 def rows(count: int, classes: int, seed: int, missing: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -20,12 +22,12 @@ def rows(count: int, classes: int, seed: int, missing: int = 0) -> tuple[np.ndar
 @pytest.mark.parametrize(("classes", "missing"), [(2, 0), (7, 0), (7, 3), (40, 5)])
 def test_every_score_is_that_of_scikit_learn(classes, missing):
     log_probs, codes = rows(500, classes, seed=classes, missing=missing)
-    guesses = log_probs.argmax(axis=1)
+    guesses, probs = log_probs.argmax(axis=1), np.exp(log_probs.astype(np.float64))
     found = metrics.full_report(log_probs, codes, top_k=3)
     expected = {
-        "rows": 500,
+        "n": 500,
         "accuracy": reference.accuracy_score(codes, guesses),
-        "logloss": reference.log_loss(codes, np.exp(log_probs.astype(np.float64)), labels=range(classes)),
+        "logloss": reference.log_loss(codes, probs / probs.sum(axis=1, keepdims=True), labels=range(classes)),
         "f1_macro": reference.f1_score(codes, guesses, average="macro"),
         "f1_weighted": reference.f1_score(codes, guesses, average="weighted"),
         "recall_weighted": reference.recall_score(codes, guesses, average="weighted", zero_division=0),
@@ -81,6 +83,12 @@ def test_confusion_matrix_and_per_class_table_are_scikit_learns():
     table = metrics.per_class_table(confusion)
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         np.testing.assert_allclose(table[name], column, atol=1e-12)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 5), (5, 5), (357, 360), (410, 500)])
+def test_interval_is_scipys(right, count):
+    expected = binomtest(right, count).proportion_ci(method="wilson")
+    assert metrics.wilson_interval(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_unknown_average_lists_the_known():

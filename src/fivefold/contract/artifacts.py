@@ -27,7 +27,6 @@ TARBALLS = ("model.tar.gz", "output.tar.gz")
 KEYED_FILES = {
     "folds": (FOLDS, CLASSES),
     "model": (WEIGHTS, MODEL, OOF, HOLDOUT, TRAIN_LOG),
-    "predictions": (PREDICTIONS, HOLDOUT, ENSEMBLE),
 }
 """Of these channels only these files make a key: the folder around them may hold more."""
 
@@ -91,13 +90,46 @@ def find_models(job: Job, channel: str = "model") -> list[ModelDir]:
     return sorted(folds or found, key=lambda m: (m.info["system"], m.info["seed"], m.info["fold"] or 0))
 
 
+def find_predictions(job: Job) -> dict[str, Path]:
+    """The files of the predictions channel that go together, of predictions.parquet, holdout.parquet, ensemble.json.
+
+    A lone submission CSV takes the place of predictions.parquet; the channel may be such a file itself.
+    Raises MissingInputError when there is neither, DataError when there are several.
+    """
+    root = job.channel("predictions")
+    if root.suffix in (".parquet", ".csv"):
+        return {PREDICTIONS: root}
+    for name in (PREDICTIONS, HOLDOUT):
+        if locate_all(job, "predictions", name):
+            folder = locate(job, "predictions", name).parent
+            beside = {other: folder / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
+            return {other: path for other, path in beside.items() if path.is_file()}
+    return {PREDICTIONS: _submission(job)}
+
+
 def channel_digest(job: Job, channel: str) -> str:
     """The digest of what a stage reads of a channel: of certain files, or of the whole folder."""
     if channel == "model":
         return _digest([model.path / name for model in find_models(job) for name in KEYED_FILES["model"]])
+    if channel == "predictions":
+        return _digest(list(find_predictions(job).values()))
     if channel in KEYED_FILES:
         return _digest([path for name in KEYED_FILES[channel] for path in locate_all(job, channel, name)])
     return tree_sha256(job.channel(channel), without=(RECORD,))
+
+
+def _submission(job: Job) -> Path:
+    """The only CSV of the predictions channel, sample submissions aside."""
+    files = [path for root in roots(job, "predictions") for path in tree_files(root) if path.suffix.lower() == ".csv"]
+    found = [path for path in files if path.name != "sample_submission.csv"]
+    if not found:
+        raise MissingInputError(
+            f"no {PREDICTIONS}, {HOLDOUT} or submission CSV below the channel 'predictions' ({job.channel('predictions')})"
+        )
+    if len(found) > 1:
+        listed = ", ".join(str(path) for path in found[:4])
+        raise DataError(f"several CSVs below the channel 'predictions': {listed}; give the submission itself")
+    return found[0]
 
 
 def _digest(paths: Sequence[Path]) -> str:

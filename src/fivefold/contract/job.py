@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.contract.files import probe_writable, write_text
-from fivefold.contract.stages import FAILURE, Stage
+from fivefold.contract.stages import FAILURE, HOLDOUT, PREDICTIONS, Stage
 from fivefold.errors import FivefoldError, MissingInputError, SettingsError
 
 FAILURE_CHARACTERS = 1024
 """SageMaker shows this much of the failure file, so the message comes first."""
+PREDICTED = (PREDICTIONS, HOLDOUT)
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,16 @@ def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
     checkpoints = folder("SM_CHECKPOINT_DIR", base / "checkpoints")
     if checkpoints is None and model_dir is not None:
         checkpoints = model_dir.parent / "checkpoints"
+    output_data_dir = folder("SM_OUTPUT_DATA_DIR", base / "output" / "data")
+    channels = _channels(environ, base)
+    if stage.from_output and output_data_dir is not None and any((output_data_dir / n).is_file() for n in PREDICTED):
+        channels.setdefault(stage.from_output, output_data_dir)
     return Job(
         stage=stage,
-        channels=_channels(environ, base),
+        channels=channels,
         model_dir=model_dir,
         output_dir=output_dir,
-        output_data_dir=folder("SM_OUTPUT_DATA_DIR", base / "output" / "data"),
+        output_data_dir=output_data_dir,
         checkpoint_dir=checkpoints,
         hyperparameters=hyperparameters(environ, base),
         scratch=scratch,

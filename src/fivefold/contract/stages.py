@@ -25,7 +25,9 @@ class Stage:
     """One stage of the pipeline, as its container sees it.
 
     `channels` must be there, `optional` may be. `hashed` are those whose bytes make the stage's
-    key; the images of a split are not among them, since `folds.parquet` holds their digests.
+    key; the images of a split are not among them, since `folds.parquet` holds their digests. Of the
+    `noted` ones only whether they are given: they lend pictures, and change no figure.
+    `from_output` is read from the output's data folder where its channel is not given.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Stage:
     hashed: tuple[str, ...]
     sections: tuple[str, ...]
     writes_model: bool = False
+    noted: tuple[str, ...] = ()
+    from_output: str = ""
 
 
 _TRAINING = ("model", "augment", "train", "predict")
@@ -76,9 +80,11 @@ STAGES = {
             module="jobs.evaluate",
             summary="predictions and truth -> metrics.json, plots, report.html",
             channels=(),
-            optional=("predictions", "ground_truth", "eval", "train", "model"),
-            hashed=("predictions", "ground_truth", "model"),
+            optional=("predictions", "ground_truth", "eval", "train", "model", "folds"),
+            hashed=("predictions", "ground_truth", "model", "folds"),
             sections=("evaluate",),
+            noted=("eval", "train"),
+            from_output="predictions",
         ),
         Stage(
             name="distill",

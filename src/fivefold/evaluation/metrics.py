@@ -44,8 +44,7 @@ def logloss(log_probs: np.ndarray, codes: np.ndarray) -> float:
 
 def competition_logloss(probs: np.ndarray, codes: np.ndarray) -> float:
     """The log loss that competitions score: of probabilities, each row brought to sum 1, then clipped."""
-    shares = probs.astype(np.float64)
-    shares = shares[np.arange(len(codes)), codes] / shares.sum(axis=1)
+    shares = probs[np.arange(len(codes)), codes] / probs.sum(axis=1, dtype=np.float64)
     return float(-np.log(np.clip(shares, FLOOR, 1 - FLOOR)).mean())
 
 
@@ -88,15 +87,22 @@ def summary(log_probs: np.ndarray, codes: np.ndarray) -> dict[str, float]:
 
 
 def full_report(log_probs: np.ndarray, codes: np.ndarray, top_k: int = 5, bins: int = 15) -> dict[str, float | int]:
-    """All figures: those of METRICS, `top<k>_accuracy` and `ece`, and the number of `rows`."""
+    """All figures: those of METRICS, `top<k>_accuracy` and `ece`, and `n`, the number of rows."""
     from fivefold.evaluation.calibration import expected_calibration_error
 
     return {
-        "rows": len(codes),
+        "n": len(codes),
         **_figures(log_probs, codes, METRICS),
         f"top{top_k}_accuracy": top_k_accuracy(log_probs, codes, top_k),
         "ece": expected_calibration_error(log_probs, codes, bins),
     }
+
+
+def wilson_interval(share: float, rows: int, z: float = 1.959964) -> tuple[float, float]:
+    """The interval of a share of `rows` independent rows, 95 % by default (Wilson 1927, score interval)."""
+    middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
+    half = z / (1 + z**2 / rows) * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
+    return float(max(middle - half, 0.0)), float(min(middle + half, 1.0))
 
 
 def _figures(log_probs: np.ndarray, codes: np.ndarray, names: Mapping | tuple[str, ...]) -> dict[str, float]:
@@ -127,9 +133,7 @@ AVERAGES = {"macro": _macro, "weighted": _weighted}
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda log_probs, codes, confusion: accuracy(log_probs, codes),
     "logloss": lambda log_probs, codes, confusion: logloss(log_probs, codes),
-    "competition_logloss": lambda log_probs, codes, confusion: competition_logloss(
-        np.exp(log_probs.astype(np.float64)), codes
-    ),
+    "competition_logloss": lambda log_probs, codes, confusion: competition_logloss(np.exp(log_probs), codes),
     "f1_macro": lambda log_probs, codes, confusion: f1(confusion, "macro"),
     "f1_weighted": lambda log_probs, codes, confusion: f1(confusion, "weighted"),
     "precision_macro": lambda log_probs, codes, confusion: precision(confusion, "macro"),

@@ -17,6 +17,7 @@ from fivefold.errors import DataError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 Target = Path | BinaryIO
 DPI = 160
@@ -38,7 +39,6 @@ class Theme:
     accent: str
     second: str
     wrong: str
-    ramp: tuple[str, ...]
     series: tuple[str, ...]
 
 
@@ -81,7 +81,7 @@ def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") 
     if few and len(tables) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=colours.text, fontsize=9
+            handles, labels, loc="outside lower center", ncols=6, frameon=False, labelcolor=colours.text, fontsize=9
         )
     _save(figure, target, colours)
 
@@ -97,32 +97,26 @@ def read_train_log(path: Path) -> dict[str, np.ndarray]:
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme: str = "light") -> None:
-    """The confusion matrix [C, C], each row as shares of its class.
+    """The confusion matrix [C, C]: hits in one colour, confusions in another, as shares of the true class.
 
     Counts are written into up to 16 classes, names beside up to 40; beyond, classes go by number.
     """
-    from matplotlib.colors import LinearSegmentedColormap
-
     colours = choose(THEMES, "theme", theme)
-    size = len(classes)
-    side = 4.2 + min(size, NAMED_CLASSES) * 0.16
+    side = 4.0 + min(len(classes), NAMED_CLASSES) * 0.15
     figure = _figure(colours, (side + 1.0, side))
     axis = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    hits = np.eye(len(classes), dtype=bool)
     # Rare confusions among many classes are single pixels: the square root keeps them visible.
-    shown = np.sqrt(shares)
-    ramp = LinearSegmentedColormap.from_list("ramp", colours.ramp)
-    picture = axis.imshow(shown, cmap=ramp, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+    shown = np.sqrt(np.where(hits, shares, shares / _most(shares, hits)))
+    _shade(axis, np.ma.masked_where(~hits, shown), (colours.surface, colours.accent))
+    picture = _shade(axis, np.ma.masked_where(hits, shown), (colours.surface, colours.wrong))
     _style(axis, colours, "", "predicted", "true")
     axis.grid(False)
-    _class_ticks(axis, classes)
-    if size <= WRITTEN_COUNTS:
+    _class_ticks(axis, classes, colours)
+    if len(classes) <= WRITTEN_COUNTS:
         _write_counts(axis, matrix, shown, colours)
-    bar = figure.colorbar(picture, ax=axis, shrink=0.75, pad=0.03, ticks=np.sqrt([0, 0.01, 0.1, 0.25, 0.5, 1]))
-    bar.ax.set_yticklabels(["0", "1 %", "10 %", "25 %", "50 %", "100 %"], color=colours.quiet, fontsize=8)
-    bar.ax.tick_params(length=0)
-    bar.outline.set_visible(False)
-    bar.set_label("share of the true class", color=colours.quiet, fontsize=9)
+    _confusion_scale(figure, axis, picture, _most(shares, hits), colours)
     _save(figure, target, colours)
 
 
@@ -148,8 +142,8 @@ def reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, the
         label="mean confidence",
     )
     top.set(xlim=(0, 1), ylim=(0, 1.02))
-    top.text(0.03, 0.80, f"ECE {ece:.4f}", color=colours.text, fontsize=12, fontweight="bold", transform=top.transAxes)
-    _legend(top, colours, loc="upper left")
+    top.text(0.03, 0.93, f"ECE {ece:.4f}", color=colours.text, fontsize=11, fontweight="bold", transform=top.transAxes)
+    _legend(top, colours)
     bottom.bar(middle, table["rows"], width * 0.86, color=colours.quiet)
     _save(figure, target, colours)
 
@@ -200,14 +194,16 @@ def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Targe
             axis.stairs(counts, edges, color=colour, linewidth=1.6, label=f"{label} ({part.sum():,})")
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
-    _legend(axis, colours, loc="upper left")
+    _legend(axis, colours)
     _save(figure, target, colours)
 
 
 def _figure(colours: Theme, inches: tuple[float, float]) -> "Figure":
     from matplotlib.figure import Figure
 
-    return Figure(figsize=inches, facecolor=colours.surface, layout="constrained")
+    figure = Figure(figsize=inches, facecolor=colours.surface, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    return figure
 
 
 def _grid(colours: Theme) -> tuple["Figure", list["Axes"]]:
@@ -274,24 +270,52 @@ def _training_colours(colours: Theme, lines: int) -> tuple[str, ...]:
     return (colours.quiet, colours.accent) if lines == 2 else (colours.accent,)
 
 
-def _legend(axis: "Axes", colours: Theme, loc: str = "best") -> None:
+def _legend(axis: "Axes", colours: Theme) -> None:
+    """A legend in one row above the axes, at the right, where it hides no data."""
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, labelcolor=colours.text, fontsize=9, loc=loc)
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "columnspacing": 1.2}
+        axis.legend(frameon=False, labelcolor=colours.text, fontsize=9, ncols=3, handlelength=1.4, **place)
 
 
-def _class_ticks(axis: "Axes", classes: Sequence[str]) -> None:
+def _shade(axis: "Axes", values: np.ndarray, ends: tuple[str, str]) -> "AxesImage":
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return axis.imshow(values, LinearSegmentedColormap.from_list("", ends), vmin=0, vmax=1, interpolation="nearest")
+
+
+def _most(shares: np.ndarray, hits: np.ndarray) -> float:
+    """The confusion that gets the full colour: the largest one, but a tenth at least, so that few errors stay pale."""
+    return max(float(shares[~hits].max(initial=0)), 0.1)
+
+
+def _confusion_scale(figure: "Figure", axis: "Axes", picture: "AxesImage", most: float, colours: Theme) -> None:
+    steps = np.array([0, 0.1, 0.25, 0.5, 1])
+    bar = figure.colorbar(picture, ax=axis, shrink=0.6, aspect=28, pad=0.02, ticks=np.sqrt(steps))
+    bar.ax.set_yticklabels([f"{100 * most * step:.2g} %" for step in steps], color=colours.quiet, fontsize=8)
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+    bar.set_label("confused, share of the true class", color=colours.quiet, fontsize=9)
+
+
+def _class_ticks(axis: "Axes", classes: Sequence[str], colours: Theme) -> None:
     if len(classes) > NAMED_CLASSES:
         return
     places, names = np.arange(len(classes)), _drawable(classes, range(len(classes)))
     axis.set_yticks(places, names)
     level = len(classes) <= 12 and max(len(name) for name in names) <= 3
     axis.set_xticks(places, names, rotation=0 if level else 90)
+    between = places[1:] - 0.5
+    axis.set_xticks(between, minor=True)
+    axis.set_yticks(between, minor=True)
+    axis.grid(which="minor", color=colours.grid, linewidth=0.8)
+    axis.tick_params(which="minor", length=0)
 
 
 def _write_counts(axis: "Axes", matrix: np.ndarray, shown: np.ndarray, colours: Theme) -> None:
+    size = 8 if matrix.max(initial=0) < 10_000 else 6
     for row, column in np.argwhere(matrix > 0):
-        colour = colours.surface if shown[row, column] > 0.55 else colours.text
-        axis.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", fontsize=8, color=colour)
+        colour = colours.surface if shown[row, column] > 0.6 else colours.text
+        axis.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", fontsize=size, color=colour)
 
 
 def _drawable(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
@@ -337,7 +361,6 @@ THEMES = {
         accent="#2f6fde",
         second="#e08a1e",
         wrong="#d6455d",
-        ramp=("#ffffff", "#cfe0fb", "#7aa9f0", "#2f6fde", "#173f8a"),
         series=("#2f6fde", "#e08a1e", "#1c9b78", "#d6455d", "#8a5bd6", "#5f6b7a", "#b8860b", "#2aa5c7"),
     ),
     "dark": Theme(
@@ -348,7 +371,6 @@ THEMES = {
         accent="#6ba1ff",
         second="#f2ae55",
         wrong="#f27a8c",
-        ramp=("#171c25", "#1f3763", "#2f5fb5", "#6ba1ff", "#d3e3ff"),
         series=("#6ba1ff", "#f2ae55", "#45c9a2", "#f27a8c", "#b592f5", "#9aa7b8", "#d9bd4a", "#57cbe8"),
     ),
 }

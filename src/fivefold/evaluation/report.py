@@ -1,0 +1,181 @@
+"""One self-contained HTML page of an evaluation: figures, pictures, tables and mistakes, no network.
+
+Names of classes and files come from strangers, so the template escapes all of them (autoescape).
+"""
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fivefold.evaluation import calibration, metrics, plots
+from fivefold.evaluation.tables import Mistake, Scored, confused_pairs
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+THUMBNAIL = 160
+PIXELATED = 64
+"""Images up to this side are shown with their pixels as squares, larger ones smoothed."""
+
+Picture = Mapping[str, bytes]
+"""PNG bytes by theme: `light` and `dark`."""
+
+COMPARED = ("accuracy", "logloss", "f1_macro", "ece")
+ABOUT = {
+    "test": "Rows that no model trained on or chose anything by, scored against the ground truth that was handed in.",
+    "holdout": "Rows set aside by the split: no model trained on them or chose its epoch by them.",
+    "oof": "Each row is predicted by the fold model that did not train on it. That model did choose its best epoch on "
+    "these rows, and the figures speak of single models, not of their ensemble.",
+}
+TITLES = {"test": "Test", "holdout": "Holdout", "oof": "Out-of-fold"}
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a report says.
+
+    `scored`: the first opens the report. `figures`: of each of `scored`, by its name. `folds`: name and
+    figures of each fold's out-of-fold rows. `pictures`: of `draw`. `mistakes`: by name of `scored`.
+    `thumbnails`: PNG or JPEG bytes by (name of `scored`, row id). `notes`: a further remark by name of
+    `scored`. `records`: the `stage.json` of what made all this.
+    """
+
+    title: str
+    scored: Sequence[Scored]
+    figures: Mapping[str, Mapping[str, Any]]
+    folds: Sequence[tuple[str, Mapping[str, Any]]]
+    pictures: Mapping[str, Picture]
+    mistakes: Mapping[str, Sequence[Mistake]]
+    thumbnails: Mapping[tuple[str, str], bytes]
+    records: Sequence[Mapping[str, Any]]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    top_k: int = 5
+
+
+def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Picture]:
+    """The pictures of a report, by file name without suffix; `curves` are training logs by model name."""
+    log_probs, codes, classes = scored.table.log_probs, scored.codes, scored.table.classes
+    calibrated = calibration.reliability_table(log_probs, codes, bins)
+    error = calibration.expected_calibration_error(log_probs, codes, bins)
+    per_class = metrics.per_class_table(scored.confusion)
+    painters = {
+        "confusion_matrix": lambda to, theme: plots.confusion(scored.confusion, classes, to, theme),
+        "reliability": lambda to, theme: plots.reliability(calibrated, error, to, theme),
+        "confidence": lambda to, theme: plots.confidence_histogram(log_probs, codes, to, theme),
+        "per_class_f1": lambda to, theme: plots.class_f1(per_class, classes, to, theme),
+    }
+    if len(curves) == 1:
+        painters["training_curves"] = lambda to, theme: plots.training_curves(*curves.values(), to, theme)
+    elif curves:
+        painters["training_curves"] = lambda to, theme: plots.fold_curves(curves, to, theme)
+    return {name: {theme: _png(paint, theme) for theme in plots.THEMES} for name, paint in painters.items()}
+
+
+def render(content: Content) -> str:
+    """The page, complete."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"figure": figure, "percent": percent, "uri": data_uri, "pretty": _pretty}
+    first = content.scored[0]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        content=content,
+        first=first,
+        headline=_headline(content.figures[first.name], content.top_k),
+        about=ABOUT,
+        titles=TITLES,
+        compared=COMPARED,
+        spread=_spread([figures for _, figures in content.folds]),
+        per_class=_per_class_rows(first),
+        pairs=confused_pairs(first),
+        galleries=[(scored, _tiles(content, scored.name)) for scored in content.scored],
+    )
+
+
+def thumbnail(pixels: np.ndarray) -> bytes:
+    """An image uint8 [H, W, 3] as at most 160 px: JPEG, or PNG where it is small and JPEG would smear it."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    encoded = BytesIO()
+    if max(image.size) <= PIXELATED:
+        image.save(encoded, "PNG", optimize=True)
+    else:
+        image.save(encoded, "JPEG", quality=85)
+    return encoded.getvalue()
+
+
+def data_uri(image: bytes) -> str:
+    """PNG or JPEG bytes as a `data:` URI."""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def figure(value: float | int | None) -> str:
+    """A figure as people read it: counts with commas, scores with four digits, a dash for none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "∞" if math.isinf(value) else f"{value:.4f}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage; never 100 % for less than all."""
+    rounded = f"{100 * value:.1f}"
+    return "> 99.9 %" if rounded == "100.0" and value < 1 else f"{rounded} %"
+
+
+def _png(paint: Any, theme: str) -> bytes:
+    buffer = BytesIO()
+    paint(buffer, theme)
+    return buffer.getvalue()
+
+
+def _headline(figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
+    """Label, figure and remark of each headline figure; the accuracy first."""
+    low, high = metrics.wilson_interval(figures["accuracy"], figures["n"])
+    return [
+        ("Accuracy", figure(figures["accuracy"]), f"95 % interval {low:.4f} to {high:.4f}"),
+        ("Log loss", figure(figures["logloss"]), "nats a row, lower is better"),
+        ("Macro F1", figure(figures["f1_macro"]), "every class counts the same"),
+        (f"Top-{top_k} accuracy", figure(figures[f"top{top_k}_accuracy"]), f"true class among the first {top_k}"),
+        ("Calibration error", figure(figures["ece"]), "confidence against accuracy"),
+        ("Rows", figure(figures["n"]), figures["rows"]),
+    ]
+
+
+def _spread(folds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation over folds of the compared figures; empty for fewer than two."""
+    if len(folds) < 2:
+        return {}
+    values = {name: [fold[name] for fold in folds] for name in COMPARED}
+    return {name: (float(np.mean(column)), float(np.std(column, ddof=1))) for name, column in values.items()}
+
+
+def _per_class_rows(scored: Scored) -> list[dict[str, Any]]:
+    table = metrics.per_class_table(scored.confusion)
+    columns = {name: column.tolist() for name, column in table.items()}
+    return [
+        {"class": name, **{key: column[place] for key, column in columns.items()}}
+        for place, name in enumerate(scored.table.classes)
+    ]
+
+
+def _tiles(content: Content, name: str) -> list[dict[str, Any]]:
+    tiles = []
+    for mistake in content.mistakes.get(name, ()):
+        image = content.thumbnails.get((name, mistake.id))
+        small = image is not None and image.startswith(b"\x89PNG")
+        tiles.append({"mistake": mistake, "image": image, "small": small})
+    return tiles
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
