@@ -1,0 +1,68 @@
+# Two commands: `make demo` and `make test`. Each sets up what it needs, once.
+# Another Python 3.11 than python3.11: make demo PYTHON=/path/to/python
+
+PYTHON ?= python3.11
+PYTEST_ARGS ?= -m "not slow and not docker and not gpu"
+
+VENV := .venv
+BIN := $(VENV)/bin
+content = $(shell cat pyproject.toml $(1) | cksum | cut -d' ' -f1)
+# Set-up leaves a stamp named after the files that it followed: a changed pin sets up again.
+FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
+FOR_ALL := $(VENV)/.set-up-all-$(call content,docker/requirements.txt requirements.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(FOR_RUNS) ## split, train, ensemble, evaluate and distil real images; DEMO_ARGS="train.epochs=3"
+	@$(BIN)/python -m jobs demo $(DEMO_ARGS)
+
+test: check ## ruff, the import rules, and the tests; PYTEST_ARGS="tests/data -x"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(FOR_ALL) ## the tests that take minutes
+	@$(BIN)/python -m pytest -m "slow and not docker and not gpu"
+
+check: $(FOR_ALL) ## ruff and the import rules alone
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+
+lock: ## compile pyproject.toml's pins into requirements.txt and docker/requirements.txt
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check -q uv
+	@$(call compile,requirements.txt,--all-extras)
+	@$(call compile,docker/requirements.txt,--constraint requirements.txt)
+
+clean: ## remove .venv, the demo's images and run, and caches; other runs stay
+	rm -rf $(VENV) data/demo runs/demo .pytest_cache .ruff_cache .import_linter_cache build dist src/*.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(FOR_RUNS):
+	@echo "setting up $(VENV) for runs: PyTorch and what it needs, about 5 minutes on a fast line"
+	@$(call install,docker/requirements.txt)
+	@rm -f $(VENV)/.set-up-runs-* && touch $@
+
+$(FOR_ALL): $(FOR_RUNS)
+	@echo "setting up $(VENV) for tests: the test tools and the SageMaker SDK, about 2 minutes more"
+	@$(call install,requirements.txt)
+	@rm -f $(VENV)/.set-up-all-* && touch $@
+
+# A half-made .venv is completed; the package goes in with the pinned setuptools, so that nothing unpinned is fetched.
+define install
+{ command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): install Python 3.11, or make PYTHON=/path/to/python3.11"; exit 66; }; } && \
+{ test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV); } && \
+$(BIN)/python -m pip install --disable-pip-version-check -r $(1) && \
+$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+endef
+
+# A lock for every platform; lines that only speak of later Pythons are dropped.
+define compile
+$(BIN)/uv pip compile pyproject.toml $(2) --universal --python-version 3.11 --upgrade --quiet \
+	--no-emit-index-url --no-annotate --custom-compile-command "make lock" --output-file $(1).new && \
+sed -e "/; python_full_version >= '3.12'/d" -e "s/ ; python_full_version < '3.12'$$//" \
+	-e "s/python_full_version < '3.1[0-9]' and //" $(1).new > $(1) && rm $(1).new
+endef

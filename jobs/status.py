@@ -1,0 +1,55 @@
+"""`python -m jobs status [run=NAME] [runs=runs]`: what of a run is done, running, failed, stopped or waiting."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fivefold.choose import did_you_mean
+from fivefold.errors import MissingInputError, SettingsError
+from fivefold.launchers.plan import Plan
+from fivefold.launchers.results import figures_of, in_columns
+from fivefold.launchers.status import newest_run, read_plan, status_of
+from fivefold.settings import arguments_layer, normal_key
+
+KEYS = {"run": "the run's name; by default the newest", "runs": "the folder of all runs; by default runs"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints a line for each step of the run; 0 also where steps failed."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\n\n" + "\n".join(f"  {key:6} {meaning}" for key, meaning in KEYS.items()))
+        return 0
+    plan = read_plan(folder_of(arguments))
+    print(f"run {plan.run} in {plan.folder}\n\n{status_table(plan)}")
+    return 0
+
+
+def folder_of(arguments: Sequence[str]) -> Path:
+    given = {normal_key(name): value for name, value in arguments_layer(arguments).values.items()}
+    for key in given:
+        if key not in KEYS:
+            raise SettingsError(f"unknown key {key!r}{did_you_mean(key, KEYS)}; known: {', '.join(KEYS)}")
+    runs = Path(given.get("runs") or "runs")
+    if not given.get("run"):
+        return newest_run(runs)
+    folder = runs / given["run"]
+    if not folder.is_dir():
+        there = sorted(path.name for path in runs.glob("*/")) if runs.is_dir() else []
+        raise MissingInputError(f"no run {given['run']!r} in {runs}{did_you_mean(given['run'], there)}")
+    return folder
+
+
+def status_table(plan: Plan) -> str:
+    rows = [("step", "state", "figures", "")]
+    for step in plan.steps:
+        status = status_of(step)
+        word = f"{status.word} ({status.exit_code})" if status.exit_code else status.word
+        figures = figures_of(plan, step) if status.word == "done" else None
+        rows.append((step.name, word, str(figures or ""), status.detail))
+    return in_columns(rows)
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import main as jobs_main
+
+    sys.exit(jobs_main(["status", *sys.argv[1:]]))

@@ -1,0 +1,151 @@
+"""`python -m jobs submit KEY=VALUE...`: a recipe's stages, in order, on a platform."""
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fivefold.choose import choose, did_you_mean
+from fivefold.errors import SettingsError
+from fivefold.launchers import local
+from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, select
+from fivefold.launchers.results import report_path, results_table
+from fivefold.launchers.status import write_plan
+from fivefold.recipe import SECTIONS, Settings
+from fivefold.settings import arguments_layer, flatten, normal_key
+
+log = logging.getLogger("fivefold")
+
+KEYS = {
+    "platform": ("local", "where the stages run"),
+    "recipe": ("", "a shipped recipe's name, or the path of a .toml or .json file"),
+    "train": ("", "the training images: a folder or a .zip (needed)"),
+    "eval": ("", "the test images with test.csv and sample_submission.csv: a folder or a .zip"),
+    "ground_truth": ("", "the classes of eval's images; empty: gt.csv beside eval's test.csv, if it is there"),
+    "unlabeled": ("", "images without classes, which the ensemble teaches to the student"),
+    "weights": ("", "a folder of pretrained weights that model.weights names"),
+    "run": ("", "the run's name; empty: run_YYYYMMDD_HHMMSS_<id8>. The same name goes on where it stopped"),
+    "runs": ("runs", "the folder of all runs"),
+    "stages": ("", "only these, e.g. split,train-fold; empty: all"),
+    "folds": ("", "only these, e.g. 2,4; empty: all. Alone it means their training, and no later stage"),
+    "seeds": ("", "train every fold with each of these, e.g. 42,43; the first one teaches the student"),
+    "parallel": ("", "steps side by side; empty: one a GPU"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, as text; `overrides` are the settings among it."""
+
+    given: Mapping[str, str]
+    overrides: tuple[str, ...]
+    dry_run: bool
+
+    def __getitem__(self, key: str) -> str:
+        return self.given.get(key, KEYS[key][0])
+
+    def numbers(self, key: str) -> list[int]:
+        try:
+            return [whole_number(text) for text in self.names(key)]
+        except ValueError as error:
+            raise SettingsError(f"{key}={self[key]}: whole numbers are wanted, as in {key}=2,4") from error
+
+    def names(self, key: str) -> list[str]:
+        return [name.strip() for name in self[key].split(",") if name.strip()]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Plans the run, checks it, and hands it to its platform; the exit code of the first step that failed."""
+    if {"-h", "--help"} & set(arguments):
+        print(usage())
+        return 0
+    request = read_request(arguments)
+    run_on_platform = choose(PLATFORMS, "platform", request["platform"])
+    run = request["run"] or new_run_name()
+    inputs = local.check_inputs(inputs_of(request), Path(request["runs"]) / run)
+    everything = make_plan(inputs, request.overrides, run, request["runs"], request["recipe"], request.numbers("seeds"))
+    plan = select(everything, request.names("stages"), request.numbers("folds"))
+    parallel = parallel_of(request)
+    for note in plan.notes:
+        log.info("%s", note)
+    if request.dry_run:
+        print(describe(plan, shlex.quote(sys.executable)))
+        return 0
+    say_what_is_ignored()
+    local.unpack_ground_truth(inputs)
+    write_plan(everything)
+    code = run_on_platform(plan, parallel)
+    print(results_table(everything))
+    if (report := report_path(everything)) is not None:
+        print(f"\nreport: {report}")
+    return code
+
+
+def read_request(arguments: Sequence[str]) -> Request:
+    """The arguments, parted into submit's own keys and settings; a SettingsError for what is neither."""
+    dry_run = "--dry-run" in arguments
+    values = arguments_layer([text for text in arguments if text != "--dry-run"]).values
+    given, overrides = {}, []
+    for name, value in values.items():
+        key = normal_key(name)
+        if key in KEYS:
+            given[key] = value
+        elif "." not in key and (key not in Settings.model_fields or key in SECTIONS):
+            known = [*KEYS, *flatten(Settings())]
+            raise SettingsError(f"unknown key {name!r}{did_you_mean(key, known)}; submit --help lists the keys")
+        else:
+            overrides.append(f"{name}={value}")
+    return Request(given, tuple(overrides), dry_run)
+
+
+def inputs_of(request: Request) -> Inputs:
+    if not request["train"]:
+        raise SettingsError("submit needs train=PATH: a folder or a .zip of images")
+    return Inputs(
+        train=request["train"],
+        eval=request["eval"] or None,
+        ground_truth=request["ground_truth"] or None,
+        unlabeled=request["unlabeled"] or None,
+        weights=request["weights"] or None,
+    )
+
+
+def parallel_of(request: Request) -> int:
+    """How many steps may run side by side, 0 where the platform chooses."""
+    numbers = request.numbers("parallel")
+    if request["parallel"] and (len(numbers) != 1 or numbers[0] < 1):
+        raise SettingsError(f"parallel={request['parallel']}: a whole number from 1 on is wanted")
+    return numbers[0] if numbers else 0
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(text)
+    return int(text)
+
+
+def say_what_is_ignored() -> None:
+    ignored = local.settings_variables(os.environ)
+    if ignored:
+        log.warning("submit takes settings as arguments; its steps do not see the variables %s", ", ".join(ignored))
+
+
+def usage() -> str:
+    keys = "\n".join(f"  {key:13} {default or '-':6} {meaning}" for key, (default, meaning) in KEYS.items())
+    return (
+        f"{__doc__}\n\n{keys}\n  {'--dry-run':20} print the plan as commands with their variables; run nothing\n\n"
+        f"platforms: {', '.join(PLATFORMS)}\n\nAny setting (python -m jobs --help lists them) goes on to the stages "
+        "that use it, e.g. train.epochs=3 split.folds=4."
+    )
+
+
+PLATFORMS: dict[str, Callable[[Plan, int], int]] = {"local": local.launch}
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import main as jobs_main
+
+    sys.exit(jobs_main(["submit", *sys.argv[1:]]))

@@ -1,0 +1,122 @@
+"""Runs a plan on this machine: each step a process of its own, several side by side.
+
+A step sees the user's environment, less everything that the contract gives a meaning to, plus its
+own SM_* variables. What it prints goes to `<step>/log.txt` and to the terminal.
+"""
+
+import os
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from fivefold.contract.files import probe_writable, write_text
+from fivefold.errors import MissingInputError, RetryableError
+from fivefold.launchers.crew import Crew, Signals
+from fivefold.launchers.plan import Inputs, Plan, Step
+from fivefold.launchers.status import running_pid
+from fivefold.recipe import SECTIONS
+from fivefold.settings import ENVIRONMENT_KEYS
+
+GROUND_TRUTH = "gt.csv"
+EVAL_TABLE = "test.csv"
+NOT_PASSED_ON = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
+PASSED_ON = {"SM_LOG_LEVEL"}
+
+
+def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
+    """Runs the plan's steps, at most `parallel` at a time (0: one a GPU); the exit code of the first that failed.
+
+    130 or 143 after SIGINT or SIGTERM, which are passed on to the steps and waited for.
+    """
+    for step in plan.steps:
+        if (pid := running_pid(step)) is not None:
+            raise RetryableError(f"{step.folder} is being written by process {pid}: wait for it, or stop it")
+    probe_writable(plan.folder)
+    devices = gpus(environ)
+    parallel = parallel or max(1, len(devices))
+    cores = len(os.sched_getaffinity(0))
+
+    def environment(step: Step, gpu: str) -> dict[str, str]:
+        threads = max(1, cores // parallel) if parallel > 1 and not devices and step.stage == "train-fold" else 0
+        return step_environment(step, environ, gpu, threads)
+
+    with Signals() as signals:
+        return Crew(plan, parallel, devices if parallel > 1 else [], environment).work(signals)
+
+
+def step_environment(step: Step, environ: Mapping[str, str], gpu: str = "", threads: int = 0) -> dict[str, str]:
+    """`environ` without what the contract gives a meaning to, with the step's variables.
+
+    `gpu` is the one that it may see ("": all), `threads` the share of the cores that it may use
+    (0: all) where the user has not said it.
+    """
+    own = {name: value for name, value in environ.items() if not _has_meaning(name)}
+    if gpu:
+        own["CUDA_VISIBLE_DEVICES"] = gpu
+    if threads:
+        own.setdefault("OMP_NUM_THREADS", str(threads))
+    return {**own, "PYTHONUNBUFFERED": "1", **step.environment}
+
+
+def settings_variables(environ: Mapping[str, str]) -> list[str]:
+    """The variables that a stage would read as settings; a run's steps do not see them."""
+    return sorted(name for name in environ if _has_meaning(name) and not name.startswith("SM_"))
+
+
+def gpus(environ: Mapping[str, str]) -> list[str]:
+    """The GPUs that CUDA_VISIBLE_DEVICES or nvidia-smi name, found without loading torch."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(index) for index in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
+
+
+def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
+    """The inputs, all of them there, with the ground truth that stands beside eval's test.csv if none is given.
+
+    Where eval is a .zip, that is a file in `run_folder`; `unpack_ground_truth` makes it.
+    Raises MissingInputError.
+    """
+    for name, path in vars(inputs).items():
+        if path and not Path(path).exists():
+            raise MissingInputError(f"{name}={path}: there is no such folder or file")
+    if inputs.ground_truth or not inputs.eval:
+        return inputs
+    eval_ = Path(inputs.eval)
+    if zipfile.is_zipfile(eval_):
+        found = run_folder / GROUND_TRUTH if _zipped_ground_truth(eval_) else None
+    else:
+        tables = [eval_ / EVAL_TABLE, *sorted(eval_.glob(f"*/{EVAL_TABLE}"))]
+        beside = [table.with_name(GROUND_TRUTH) for table in tables if table.is_file()]
+        found = next((path for path in beside if path.is_file()), None)
+    return replace(inputs, ground_truth=str(found) if found else None)
+
+
+def unpack_ground_truth(inputs: Inputs) -> None:
+    """Copies the ground truth out of an eval that is a .zip, where `check_inputs` found it there."""
+    if inputs.ground_truth and inputs.eval and zipfile.is_zipfile(inputs.eval):
+        name = _zipped_ground_truth(Path(inputs.eval))
+        if name and not Path(inputs.ground_truth).exists():
+            with zipfile.ZipFile(inputs.eval) as archive:
+                write_text(Path(inputs.ground_truth), archive.read(name).decode("utf-8-sig"))
+
+
+def _zipped_ground_truth(path: Path) -> str | None:
+    """The name of the gt.csv beside a test.csv in a zip."""
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+    beside = [str(Path(name).with_name(GROUND_TRUTH)) for name in names if Path(name).name == EVAL_TABLE]
+    return min((name for name in beside if name in names), key=len, default=None)
+
+
+def _has_meaning(name: str) -> bool:
+    section, joined, _ = name.lower().partition("__")
+    if name.lower() in ENVIRONMENT_KEYS or (joined and section in SECTIONS) or name in NOT_PASSED_ON:
+        return True
+    return name.startswith("SM_") and name not in PASSED_ON
