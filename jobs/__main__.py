@@ -16,11 +16,13 @@ from types import ModuleType
 
 from fivefold import settings as settings_
 from fivefold.choose import choose
-from fivefold.contract.job import Job, hyperparameters, job_from, report_failure
+from fivefold.contract.failure import explained, report_failure
+from fivefold.contract.job import Job, hyperparameters, job_from, output_dir
 from fivefold.contract.record import Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.errors import FivefoldError, SettingsError
 from fivefold.recipe import Settings
+from fivefold.values import value_of
 
 log = logging.getLogger("fivefold")
 
@@ -41,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
         name, rest = stage_name(arguments, os.environ)
         if name in COMMANDS:
             return command(name).main(rest)
-    except FivefoldError as error:
-        return fail(error, None)
+    except (KeyboardInterrupt, Exception) as error:
+        return fail(error, os.environ)
     return run(name, rest)
 
 
@@ -53,14 +55,13 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
     if {"-h", "--help"} & set(arguments):
         print(stage_help(stage))
         return 0
-    job = None
-    with tempfile.TemporaryDirectory(prefix="fivefold-") as scratch:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="fivefold-") as scratch:
             job = job_from(stage, environ, Path(scratch))
             run_stage(job, settings_of(job, arguments, environ))
-            return 0
-        except (FivefoldError, KeyboardInterrupt, Exception) as error:
-            return fail(error, job)
+        return 0
+    except (KeyboardInterrupt, Exception) as error:
+        return fail(error, environ)
 
 
 def run_stage(job: Job, settings: Settings) -> None:
@@ -70,6 +71,8 @@ def run_stage(job: Job, settings: Settings) -> None:
     folder = job.record_dir()
     key = key_of(job, settings_.key_settings(settings, job.stage.sections))
     reason = why_run(folder, key, output_roots(job))
+    if job.output_dir is not None:
+        (job.output_dir / FAILURE).unlink(missing_ok=True)
     if reason is None:
         log.info(
             "%s: nothing to do, inputs, settings and outputs match %s", job.stage.name, record_path(folder, key.stage)
@@ -77,34 +80,43 @@ def run_stage(job: Job, settings: Settings) -> None:
         return
     log.info("%s runs: %s", job.stage.name, reason)
     record_path(folder, key.stage).unlink(missing_ok=True)
-    if job.output_dir is not None:
-        (job.output_dir / FAILURE).unlink(missing_ok=True)
+    job.clean()
     outcome = importlib.import_module(job.stage.module).main(job, settings)
     write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
 
 
 def settings_of(job: Job, arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """The settings of this process: arguments over environment over hyperparameters over the recipe."""
-    return settings_.load(
-        [
-            settings_.arguments_layer(arguments),
-            settings_.environment_layer(environ),
-            settings_.Layer("hyperparameters", job.hyperparameters),
-        ]
-    )
+    found = layers(arguments, environ)
+    settings = settings_.load(found)
+    if unused := settings_.unused_keys(found[0], job.stage.sections):
+        log.info("%s does not use: %s", job.stage.name, ", ".join(unused))
+    return settings
+
+
+def layers(arguments: Sequence[str], environ: Mapping[str, str]) -> list[settings_.Layer]:
+    """Where this process gets settings from, strongest first; the recipe and the defaults come after them."""
+    given = {settings_.normal_key(name): value for name, value in hyperparameters(environ).items()}
+    return [
+        settings_.arguments_layer(arguments),
+        settings_.environment_layer(environ),
+        settings_.Layer("hyperparameters", given),
+        settings_.index_layer(environ),
+    ]
 
 
 def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[str, list[str]]:
     """The stage or command to run and its arguments; `train` and no name at all stand for STAGE."""
     first = arguments[0] if arguments and "=" not in arguments[0] and not arguments[0].startswith("-") else None
     rest = list(arguments[1:] if first else arguments)
+    name = first
     if first in (None, "train"):
-        base = Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml")
-        given = {**hyperparameters(environ, base), **{k.lower(): v for k, v in environ.items() if k.upper() == "STAGE"}}
-        first = given.get("stage") or ("train-fold" if first else None)
-    if not first:
+        found = layers([argument for argument in rest if "=" in argument], environ)
+        given = next((layer.values["stage"] for layer in found if layer.values.get("stage")), None)
+        name = value_of(str, given) if given else ("train-fold" if first else None)
+    if not name:
         raise SettingsError(f"no stage: give one of {', '.join(STAGES)}, or set STAGE; see --help")
-    name = str(first).replace("_", "-")
+    name = name.strip().lower().replace("_", "-")
     choose({**STAGES, **COMMANDS}, "stage", name)
     return name, rest
 
@@ -113,9 +125,10 @@ def command(name: str) -> ModuleType:
     return importlib.import_module(COMMANDS[name][0])
 
 
-def fail(error: BaseException, job: Job | None) -> int:
+def fail(error: BaseException, environ: Mapping[str, str]) -> int:
     """Says what went wrong, on stderr and in the failure file; the exit code of the error."""
-    report_failure(job.output_dir if job else None, error)
+    error = explained(error)
+    report_failure(output_dir(environ), error)
     if isinstance(error, FivefoldError):
         log.error("%s", error)
         return error.exit_code

@@ -14,7 +14,7 @@ Spec = str | dict[str, Any]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -165,12 +165,6 @@ class Settings(Section):
     ensemble: Ensemble = Ensemble()
     evaluate: Evaluate = Evaluate()
     distill: Distill = Distill()
-
-    @model_validator(mode="after")
-    def _student_is_a_model(self) -> "Settings":
-        Model.model_validate({**self.model.model_dump(), **self.distill.model})
-        Train.model_validate({**self.train.model_dump(), **self.distill.train})
-        return self
 
     def student(self) -> "Settings":
         """The same settings with `[distill.model]` and `[distill.train]` laid over `[model]` and `[train]`."""

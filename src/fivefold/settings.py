@@ -1,7 +1,7 @@
 """Where settings come from: layers of keys and values over a recipe, and kind errors for a miss.
 
 Strongest first: KEY=VALUE arguments, environment, hyperparameters, recipe, default. Keys are
-case-insensitive, and sections join with a dot or with `__`.
+case-insensitive, and sections join with a dot or with `__`. `values.py` reads the text.
 """
 
 import json
@@ -16,14 +16,16 @@ from pydantic import BaseModel, ValidationError
 from fivefold.choose import choose, did_you_mean
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Settings
+from fivefold.values import value_of, words
 
 RECIPES = Path(__file__).parent / "recipes"
 ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "seed"}
+INDEX = "JOB_COMPLETION_INDEX"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of settings: where it is, and its keys with values as text or as decoded."""
+    """One source of settings: where it is, and its keys (in their normal form) with their values."""
 
     source: str
     values: Mapping[str, Any]
@@ -34,27 +36,35 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def arguments_layer(arguments: Sequence[str]) -> Layer:
-    """The layer of `KEY=VALUE` arguments; anything else is an error."""
+    """The layer of `KEY=VALUE` arguments, of a key given twice the last; anything else is an error."""
+    values = {}
     for argument in arguments:
-        if "=" not in argument:
+        name, equals, value = argument.partition("=")
+        if not equals:
             raise SettingsError(f"argument {argument!r} is not KEY=VALUE; see --help for the keys")
-    return Layer("argument", dict(argument.split("=", 1) for argument in arguments))
+        values[normal_key(name)] = value
+    return Layer("argument", values)
 
 
 def environment_layer(environ: Mapping[str, str]) -> Layer:
-    """FOLD, STAGE, RECIPE, RUN, SEED and SECTION__KEY; JOB_COMPLETION_INDEX stands in for FOLD."""
-    values = {}
+    """FOLD, STAGE, RECIPE, RUN, SEED and SECTION__KEY; an empty variable counts as one that is not set."""
+    names: dict[str, str] = {}
     for name, value in environ.items():
         section, _, key = name.lower().partition("__")
-        if (key and section in SECTIONS) or name.lower() in ENVIRONMENT_KEYS:
-            values[name] = value
-    index = environ.get("JOB_COMPLETION_INDEX")
-    if index is not None:
-        fold = next((v for n, v in values.items() if n.lower() == "fold"), index)
-        if fold != index:
-            raise SettingsError(f"FOLD={fold} and JOB_COMPLETION_INDEX={index} differ; set only one of them")
-        values = {n: v for n, v in values.items() if n.lower() != "fold"} | {"FOLD": index}
-    return Layer("environment", values)
+        if not value or not ((key and section in SECTIONS) or name.lower() in ENVIRONMENT_KEYS):
+            continue
+        other = names.setdefault(normal_key(name), name)
+        if environ[other] != value:
+            raise SettingsError(
+                f"{other}={environ[other]} and {name}={value} in the environment differ; set one of them"
+            )
+    return Layer("environment", {key: environ[name] for key, name in names.items()})
+
+
+def index_layer(environ: Mapping[str, str]) -> Layer:
+    """JOB_COMPLETION_INDEX of a Kubernetes Indexed Job, which stands in for FOLD where nothing else gives it."""
+    index = environ.get(INDEX)
+    return Layer(INDEX, {"fold": index} if index else {})
 
 
 def load(layers: Sequence[Layer]) -> Settings:
@@ -63,42 +73,55 @@ def load(layers: Sequence[Layer]) -> Settings:
     Raises SettingsError for an unknown key (with the nearest known one), a wrong type or an
     impossible value, naming the source.
     """
-    flat: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     for layer in reversed(layers):
-        for name, value in layer.values.items():
-            key = normal_key(name)
-            _check_known(key, layer.source, name)
-            flat[key] = _decode(key, value)
-    tree = read_recipe(flat["recipe"]) if flat.get("recipe") else {}
-    for key, value in flat.items():
+        for key, value in layer.values.items():
+            # A stronger value goes last, so that a table does not undo a key below it that is stronger still.
+            values.pop(key, None)
+            values[key] = _value(key, value, layer.source)
+            sources[key] = layer.source
+    _check_index(layers, values.get("fold"))
+    tree = read_recipe(values["recipe"]) if values.get("recipe") else {}
+    for key, value in values.items():
         _put(tree, key, value)
     if not tree.get("system") and tree.get("recipe"):
         tree["system"] = Path(tree["recipe"]).stem
-    return _validated(tree)
+    return _validated(tree, sources)
 
 
 def normal_key(name: str) -> str:
-    """`TRAIN__EPOCHS` or `Train.epochs` as `train.epochs`."""
-    return name.lower().replace("__", ".")
+    """`TRAIN__EPOCHS`, `Train.epochs` or `train__epochs` as `train.epochs`; hyphens become underscores."""
+    return name.strip().lower().replace("-", "_").replace("__", ".")
+
+
+def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
+    """The keys of `layer` that a stage with these `sections` does not read."""
+    read = {"recipe", "run", "stage", *sections}
+    return [key for key in layer.values if key.split(".")[0] not in read]
 
 
 def read_recipe(name: str) -> dict[str, Any]:
     """The tree of a shipped recipe, or of the TOML or JSON file at a path."""
     path = Path(name)
-    if path.suffix not in (".toml", ".json"):
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise SettingsError(f"recipe {name}: recipes are TOML or JSON, since YAML reads 5e-5 as a text")
+    if path.suffix.lower() not in (".toml", ".json"):
         path = choose(shipped_recipes(), "recipe", name)
     if not path.is_file():
         raise MissingInputError(
             f"recipe {name!r} does not exist; give a file or one of: {', '.join(shipped_recipes())}"
         )
-    text = path.read_text(encoding="utf-8")
     try:
-        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8-sig")
+        tree = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"recipe {path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
         raise SettingsError(f"recipe {path} holds {type(tree).__name__}, not a table of sections")
-    _validated(tree, source=f"recipe {path}")
+    if "recipe" in tree:
+        raise SettingsError(f"recipe {path} names another recipe, but a recipe states everything itself")
+    _validated(tree, {}, f"recipe {path}: ")
     return tree
 
 
@@ -135,59 +158,100 @@ def describe(sections: Sequence[str]) -> str:
 
 
 def _line(key: str, field: Any) -> str:
-    kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    kind = kind.replace("typing.", "")
-    return f"  {key:24} {kind:22} {json.dumps(field.default):24} {field.description}"
+    default = json.dumps(field.default, ensure_ascii=False)
+    return f"  {key:24} {words(field.annotation):26} {field.description} (default: {default})"
 
 
-def _known_keys() -> set[str]:
-    return set(flatten(Settings()))
+def _kinds() -> dict[str, Any]:
+    """`{"train.epochs": int, …}`: every key with its type, the student's among them."""
+    kinds: dict[str, Any] = {}
+    for name, field in Settings.model_fields.items():
+        model = type(field.default)
+        subs = model.model_fields if name in SECTIONS else {}
+        kinds |= {f"{name}.{key}": sub.annotation for key, sub in subs.items()} or {name: field.annotation}
+    for name in STUDENTS:
+        kinds |= {f"distill.{key}": kind for key, kind in kinds.items() if key.startswith(f"{name}.")}
+    return kinds
 
 
-def _check_known(key: str, source: str, name: str) -> None:
-    known = _known_keys()
-    parts = key.split(".")
-    in_table = len(parts) > 2 and ".".join(parts[:2]) in ("distill.model", "distill.train", "model.options")
-    if key not in known and not in_table:
-        raise SettingsError(f"unknown key {name!r} in {source}{did_you_mean(key, known)}; --help lists the keys")
-
-
-def _decode(key: str, value: Any) -> Any:
-    """Text as JSON where the key wants more than text and it parses; `True`, `False` and `None` as Python's."""
-    if not isinstance(value, str) or isinstance(_get(Settings(), key), str):
-        return value
-    text = {"True": "true", "False": "false", "None": "null"}.get(value.strip(), value)
+def _value(key: str, given: Any, source: str) -> Any:
+    """`given` as the value that `key` wants; a SettingsError for a key that there is not, or another type."""
+    parent, _, option = key.partition(".options.")
+    kind = Any if option and f"{parent}.options" in KINDS else KINDS.get(key)
+    if kind is None:
+        raise SettingsError(f"unknown key {key!r} in {source}{_nearest(key)}; --help lists the keys")
     try:
-        return json.loads(text)
-    except ValueError:
-        return value
+        return value_of(kind, given)
+    except ValueError as error:
+        raise SettingsError(f"{key}={given!r} ({source}): {error}") from None
 
 
-def _get(settings: BaseModel, key: str) -> Any:
-    value: Any = settings
-    for part in key.split("."):
-        value = getattr(value, part, None)
-    return value
+def _nearest(key: str) -> str:
+    """What to write instead of `key`: a key of that name in a section, or one that is spelled alike."""
+    if key in SECTIONS:
+        return f"; it is a section: write {key}.NAME=VALUE or {key}__NAME=VALUE"
+    same = [known for known in KINDS if known.endswith(f".{key}") and known.count(".") == 1]
+    return f"; did you mean {' or '.join(map(repr, same))}?" if same else did_you_mean(key, [*KINDS, *SECTIONS])
+
+
+def _check_index(layers: Sequence[Layer], fold: int | None) -> None:
+    index = next((layer.values["fold"] for layer in layers if layer.source == INDEX and layer.values), None)
+    if index is not None and fold != value_of(int, index):
+        raise SettingsError(f"FOLD={fold} and {INDEX}={index} differ; set only one of them")
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        # A copy, since the table may belong to a layer that is used again.
+        below = tree.get(section)
+        tree[section] = dict(below) if isinstance(below, dict) else {}
+        tree = tree[section]
     tree[last] = value
 
 
-def _validated(tree: Mapping[str, Any], source: str = "settings") -> Settings:
+def _validated(tree: Mapping[str, Any], sources: Mapping[str, str], where: str = "") -> Settings:
     try:
-        return Settings.model_validate(tree)
+        settings = Settings.model_validate(tree)
+        settings.student()
+        return settings
     except ValidationError as error:
-        problems = "; ".join(_problem(problem) for problem in error.errors())
-        raise SettingsError(f"{source}: {problems}") from error
+        # The student's sections are models of their own: their keys stand below [distill].
+        prefix = "" if error.title == "Settings" else f"distill.{error.title.lower()}."
+        problems = {_problem(problem, prefix, sources): None for problem in error.errors()}
+        raise SettingsError(where + "; ".join(problems)) from None
 
 
-def _problem(problem: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+def _problem(problem: Mapping[str, Any], prefix: str, sources: Mapping[str, str]) -> str:
+    """One complaint of pydantic's in plain words: `train.epochs=0 (argument): at least 1 is needed`."""
+    parts = [*prefix.split(".")[:-1], *problem["loc"]]
+    path = ".".join(str(part) for part in parts)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{did_you_mean(key, _known_keys())}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message}" if key else message
+        return f"unknown key {path!r}{_nearest(path)}"
+    key = next((".".join(map(str, parts[:n])) for n in (3, 2, 1) if ".".join(map(str, parts[:n])) in KINDS), "")
+    if problem["type"] == "value_error":
+        return f"{path}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    given = problem["input"]
+    source = f" ({sources[key]})" if key in sources else ""
+    return f"{key or path}={given!r}{source}: {_needed(problem, key)}"
+
+
+def _needed(problem: Mapping[str, Any], key: str) -> str:
+    bound = PLAIN.get(problem["type"])
+    if bound is not None:
+        return bound.format(**problem.get("ctx", {}))
+    return f"{words(KINDS[key]) if key else 'a table of keys'} is needed"
+
+
+PLAIN = {
+    "greater_than_equal": "at least {ge} is needed",
+    "greater_than": "more than {gt} is needed",
+    "less_than_equal": "at most {le} is needed",
+    "less_than": "less than {lt} is needed",
+    "literal_error": "{expected} is needed",
+    "finite_number": "a finite number is needed",
+}
+
+STUDENTS = ("model", "train")
+"""Sections of which `[distill]` holds a second one, for the student."""
+KINDS = _kinds()

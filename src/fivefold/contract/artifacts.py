@@ -2,6 +2,7 @@
 
 import hashlib
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,14 @@ class ModelDir:
 
     path: Path
     info: dict[str, Any]
+    shown: Path | None = None
+    """What messages call it: its `model.json`, or the tarball that it comes from."""
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """(role, system, seed, fold): no two models of a channel share it."""
+        fold = self.info["fold"]
+        return self.info["role"], self.info["system"], self.info["seed"], -1 if fold is None else fold
 
     @property
     def name(self) -> str:
@@ -45,49 +54,48 @@ class ModelDir:
         return f"fold {self.info['fold']} of {self.info['system']}, seed {self.info['seed']}"
 
 
-def roots(job: Job, channel: str) -> list[Path]:
-    """The channel's folder, and a folder for each tarball below it, unpacked with the `data` filter."""
+def roots(job: Job, channel: str) -> dict[Path, Path]:
+    """The channel's folder, and a folder for each tarball below it; each with where it is from, to name in messages."""
     root = job.channel(channel)
-    found = [root]
-    for path in tree_files(root):
-        if path.name in TARBALLS:
-            found.append(_unpacked(path, job.scratch))
-    return found
+    tarballs = [path for path in tree_files(root) if path.name in TARBALLS]
+    return {root: root} | {_unpacked(path, job.scratch): path for path in tarballs}
 
 
 def locate(job: Job, channel: str, name: str) -> Path:
     """The one file `name` anywhere in `channel`; several with different bytes are an error."""
-    paths = locate_all(job, channel, name)
-    if not paths:
+    found = _named(job, channel, name)
+    if not found:
         raise MissingInputError(f"no {name} below the channel {channel!r} ({job.channel(channel)})")
-    if len({sha256(path) for path in paths}) > 1:
-        listed = ", ".join(str(path) for path in paths[:4])
+    if len({sha256(path) for path in found}) > 1:
+        listed = ", ".join(str(shown) for shown in list(found.values())[:4])
         raise DataError(f"several different {name} below the channel {channel!r}: {listed}; give the folder of one run")
-    return paths[0]
+    return next(iter(found))
 
 
 def locate_all(job: Job, channel: str, name: str) -> list[Path]:
     """Every file `name` in `channel`, in the order of their paths."""
-    return [path for root in roots(job, channel) for path in tree_files(root) if path.name == name]
+    return list(_named(job, channel, name))
 
 
 def find_models(job: Job, channel: str = "model") -> list[ModelDir]:
     """The fold models of a channel; or its students, when it holds nothing else.
 
-    Sorted by system, seed and fold. Raises MissingInputError when there is no model at all.
+    Sorted by system, seed and fold; one that lies there twice (as a folder and in its tarball) is
+    one model. Raises MissingInputError when there is no model at all, DataError for one that is
+    not whole, and for two different models of the same fold.
     """
-    found = []
-    for path in locate_all(job, channel, MODEL):
-        info = read_json(path)
-        if not isinstance(info, dict) or not {"role", "system", "seed", "fold", "classes"} <= info.keys():
-            raise DataError(f"{path} does not describe a model: role, system, seed, fold and classes are needed")
-        found.append(ModelDir(path.parent, info))
+    found: dict[tuple[Any, ...], ModelDir] = {}
+    for path, shown in _named(job, channel, MODEL).items():
+        model = ModelDir(path.parent, _model_info(path, shown), shown)
+        other = found.setdefault(model.identity, model)
+        if not _same_bytes(model, other):
+            raise DataError(f"{other.shown} and {shown} are both {model.name}, and differ; leave one of them out")
     if not found:
         raise MissingInputError(
             f"no model below the channel {channel!r} ({job.channel(channel)}): looked for **/{MODEL} and **/model.tar.gz"
         )
-    folds = [model for model in found if model.info["role"] == "fold"]
-    return sorted(folds or found, key=lambda m: (m.info["system"], m.info["seed"], m.info["fold"] or 0))
+    folds = [model for model in found.values() if model.info["role"] == "fold"]
+    return sorted(folds or found.values(), key=lambda model: model.identity)
 
 
 def find_predictions(job: Job) -> dict[str, Path]:
@@ -140,13 +148,57 @@ def _digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def _named(job: Job, channel: str, name: str) -> dict[Path, Path]:
+    """Every file `name` in `channel`, each with what messages call it: itself, or the tarball that it comes from."""
+    return {
+        path: path if origin == root else origin
+        for root, origin in roots(job, channel).items()
+        for path in tree_files(root)
+        if path.name == name
+    }
+
+
+def _model_info(path: Path, shown: Path) -> dict[str, Any]:
+    """What `model.json` says; a DataError unless it describes a model that is whole."""
+    info = read_json(path)
+    wanted = {"role": str, "system": str, "seed": int, "fold": int | None, "classes": list}
+    if not isinstance(info, dict) or not all(n in info and isinstance(info[n], kind) for n, kind in wanted.items()):
+        raise DataError(f"{path} does not describe a model: role, system, seed, fold and classes are needed")
+    if info["role"] not in ("fold", "student"):
+        raise DataError(f"{path}: role is {info['role']!r}, neither fold nor student")
+    absent = [name for name in (WEIGHTS, RECORD) if not (path.parent / name).is_file()]
+    if absent:
+        raise DataError(
+            f"{shown}: a model without {' and '.join(absent)}: its training did not finish, or it was copied in "
+            "part; run it again, copy the whole folder, or leave it out"
+        )
+    return info
+
+
+def _same_bytes(model: ModelDir, other: ModelDir) -> bool:
+    return model is other or all(sha256(model.path / name) == sha256(other.path / name) for name in (WEIGHTS, MODEL))
+
+
 def _unpacked(tarball: Path, scratch: Path) -> Path:
-    """The folder that `tarball` was unpacked to, once a process."""
+    """The folder that `tarball` was unpacked to, once a process.
+
+    Python's `data` filter refuses names that lead out of the folder; links are refused altogether.
+    """
     target = scratch / hashlib.sha256(str(tarball.resolve()).encode()).hexdigest()[:16]
-    if not target.is_dir():
-        try:
-            with tarfile.open(tarball) as archive:
-                archive.extractall(target, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise DataError(f"{tarball} cannot be unpacked: {error}") from error
-    return target
+    if target.is_dir():
+        return target
+    partial = target.with_suffix(".partial")
+    try:
+        with tarfile.open(tarball) as archive:
+            archive.extractall(partial, filter=_without_links)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(f"{tarball} cannot be unpacked: {error}") from error
+    return partial.rename(target)
+
+
+def _without_links(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
+    if member.islnk() or member.issym():
+        raise tarfile.TarError(f"{member.name!r} is a link; archives of models and outputs hold plain files")
+    return tarfile.data_filter(member, path)

@@ -4,13 +4,18 @@ import errno
 import hashlib
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fivefold.errors import DataError, RetryableError, SettingsError
+
+SECONDS_UNTIL_ABANDONED = 900.0
+FILES_AT_ONCE = 4096
 
 
 @contextmanager
@@ -19,21 +24,36 @@ def atomic(path: Path) -> Iterator[Path]:
 
     A full disk is a RetryableError; whatever stood at `path` before stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: every container's is 1, and several may share this folder.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if disk_is_full(error):
             raise RetryableError(
                 f"no space left to write {path}: free some, then run the same command again"
             ) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether `error` says so; libraries that are not Python's (safetensors, torch) say it in words only."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes the temporary files that a killed process left below `folder` and nobody has written to of late."""
+    for path in folder.rglob(".*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,26 +101,32 @@ def tree_names(root: Path) -> list[str]:
 
 
 def tree_sha256(root: Path, without: tuple[str, ...] = ()) -> str:
-    """One digest of the names and bytes of all files below `root`, but for those named in `without`."""
-    files = [path for path in tree_files(root) if path.name not in without]
+    """One digest of the names and bytes of all files below `root`, but for those whose name ends in one of `without`."""
+    files = [path for path in tree_files(root) if not path.name.endswith(without)]
     digest = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
-        for path, content in zip(files, pool.map(sha256, files), strict=True):
-            name = path.name if path == root else path.relative_to(root).as_posix()
-            digest.update(f"{name}\0{content}\n".encode())
+        for start in range(0, len(files), FILES_AT_ONCE):
+            some = files[start : start + FILES_AT_ONCE]
+            for path, content in zip(some, pool.map(sha256, some), strict=True):
+                name = path.name if path == root else path.relative_to(root).as_posix()
+                digest.update(os.fsencode(f"{name}\0{content}\n"))
     return digest.hexdigest()
 
 
 def probe_writable(folder: Path) -> None:
     """Makes `folder` and a file in it; a SettingsError names the path, the user and the mend."""
-    probe = folder / f".probe.{os.getpid()}"
+    probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise SettingsError(
+            f"cannot write to {folder}: a file stands where a folder is needed; give another"
+        ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RetryableError(f"no space left in {folder}") from error
+        if disk_is_full(error):
+            raise RetryableError(f"no space left in {folder}: free some, then run the same command again") from error
         raise SettingsError(
             f"cannot write to {folder} as uid {os.getuid()}: {error.strerror}; "
             "mount it writable for that user, or give another folder"

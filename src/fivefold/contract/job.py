@@ -4,27 +4,23 @@ SageMaker sets no SM_* variable for an image of one's own, so what is missing is
 `/opt/ml` (or SAGEMAKER_BASE_DIR), and what is set is never overwritten.
 """
 
-import contextlib
 import json
-import os
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fivefold.contract.files import probe_writable, write_text
-from fivefold.contract.stages import FAILURE, HOLDOUT, PREDICTIONS, Stage
-from fivefold.errors import FivefoldError, MissingInputError, SettingsError
+from fivefold.contract.files import probe_writable, remove_abandoned
+from fivefold.contract.stages import HOLDOUT, PREDICTIONS, Stage
+from fivefold.errors import MissingInputError, SettingsError
 
-FAILURE_CHARACTERS = 1024
-"""SageMaker shows this much of the failure file, so the message comes first."""
+OWN_FOLDERS = ("SM_MODEL_DIR", "SM_OUTPUT_DIR", "SM_OUTPUT_DATA_DIR", "SM_CHECKPOINT_DIR", "SM_GROUND_TRUTH_DIR")
 PREDICTED = (PREDICTIONS, HOLDOUT)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the platform hands to a stage: folders of inputs and outputs, and hyperparameters."""
+    """What the platform hands to a stage: its folders of inputs and outputs."""
 
     stage: Stage
     channels: Mapping[str, Path]
@@ -32,7 +28,6 @@ class Job:
     output_dir: Path | None
     output_data_dir: Path | None
     checkpoint_dir: Path | None
-    hyperparameters: Mapping[str, Any]
     scratch: Path
 
     def channel(self, name: str) -> Path:
@@ -55,13 +50,15 @@ class Job:
     def output(self) -> Path:
         """The folder for data and for what people look at."""
         if self.output_data_dir is None:
-            raise MissingInputError(f"{self.stage.name} writes to SM_OUTPUT_DATA_DIR, which is not set")
+            raise SettingsError(f"{self.stage.name} writes to SM_OUTPUT_DATA_DIR, which is not set; give it a folder")
         return self.output_data_dir
 
     def model(self) -> Path:
         """The folder for a trained model and all that a later stage needs of it."""
         if self.model_dir is None:
-            raise MissingInputError(f"{self.stage.name} writes its model to SM_MODEL_DIR, which is not set")
+            raise SettingsError(
+                f"{self.stage.name} writes its model to SM_MODEL_DIR, which is not set; give it a folder"
+            )
         return self.model_dir
 
     def record_dir(self) -> Path:
@@ -74,9 +71,14 @@ class Job:
             self.channel(name)
         for name in self.stage.optional:
             self.optional_channel(name)
-        folders = [self.record_dir(), self.output_data_dir]
-        for folder in {folder for folder in folders if folder is not None}:
+        for folder in {self.record_dir(), self.output()}:
             probe_writable(folder)
+
+    def clean(self) -> None:
+        """Removes what a killed process may have left in the folders that this stage writes."""
+        for folder in {self.record_dir(), self.output(), self.checkpoint_dir}:
+            if folder is not None:
+                remove_abandoned(folder)
 
 
 def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
@@ -84,19 +86,13 @@ def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
 
     `scratch` is a folder of this process, for what it unpacks; the caller removes it.
     """
-    base = Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml")
-    has_base = (base / "input").is_dir() or "SAGEMAKER_BASE_DIR" in environ
-
-    def folder(variable: str, default: Path) -> Path | None:
-        value = environ.get(variable)
-        return Path(value) if value else (default if has_base else None)
-
-    output_dir = folder("SM_OUTPUT_DIR", base / "output")
-    model_dir = folder("SM_MODEL_DIR", base / "model")
-    checkpoints = folder("SM_CHECKPOINT_DIR", base / "checkpoints")
+    _refuse_urls(environ)
+    base = base_dir(environ)
+    model_dir = _folder(environ, "SM_MODEL_DIR", "model")
+    output_data_dir = _folder(environ, "SM_OUTPUT_DATA_DIR", "output/data")
+    checkpoints = _folder(environ, "SM_CHECKPOINT_DIR", "checkpoints")
     if checkpoints is None and model_dir is not None:
         checkpoints = model_dir.parent / "checkpoints"
-    output_data_dir = folder("SM_OUTPUT_DATA_DIR", base / "output" / "data")
     channels = _channels(environ, base)
     if stage.from_output and output_data_dir is not None and any((output_data_dir / n).is_file() for n in PREDICTED):
         channels.setdefault(stage.from_output, output_data_dir)
@@ -104,54 +100,76 @@ def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
         stage=stage,
         channels=channels,
         model_dir=model_dir,
-        output_dir=output_dir,
+        output_dir=output_dir(environ),
         output_data_dir=output_data_dir,
         checkpoint_dir=checkpoints,
-        hyperparameters=hyperparameters(environ, base),
         scratch=scratch,
     )
 
 
-def hyperparameters(environ: Mapping[str, str], base: Path) -> dict[str, Any]:
-    """`hyperparameters.json`, overlaid by SM_HPS, overlaid by SM_HP_*; hyphens become underscores."""
-    path = base / "input" / "config" / "hyperparameters.json"
-    text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-    found = _json_map(text, str(path)) | _json_map(environ.get("SM_HPS") or "{}", "SM_HPS")
-    for name, value in environ.items():
-        if name.upper().startswith("SM_HP_"):
-            found[name[len("SM_HP_") :].lower()] = value
-    service_keys = ("sagemaker_", "_tuning_")
-    return {k.replace("-", "_"): v for k, v in found.items() if not k.startswith(service_keys)}
+def base_dir(environ: Mapping[str, str]) -> Path:
+    """The root of SageMaker's folders: `/opt/ml`, or SAGEMAKER_BASE_DIR."""
+    return Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml")
 
 
-def report_failure(output_dir: Path | None, error: BaseException) -> None:
-    """Writes the failure file: the message first, the traceback after."""
-    if output_dir is None:
-        return
-    message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}"
-    # The folder itself may be what failed; the message is on stderr in any case.
-    with contextlib.suppress(OSError):
-        trace = "".join(traceback.format_exception(error))
-        write_text(output_dir / FAILURE, f"{message[:FAILURE_CHARACTERS]}\n\n{trace}")
+def output_dir(environ: Mapping[str, str]) -> Path | None:
+    """Where the failure file goes, or None where the platform names no such folder."""
+    return _folder(environ, "SM_OUTPUT_DIR", "output")
+
+
+def hyperparameters(environ: Mapping[str, str]) -> dict[str, Any]:
+    """`hyperparameters.json`, overlaid by SM_HPS, overlaid by SM_HP_*, with lower-case names and no hyphens.
+
+    An empty SM_HP_* variable counts as one that is not set. The service's own names are left out.
+    """
+    path = base_dir(environ) / "input" / "config" / "hyperparameters.json"
+    text = path.read_bytes() if path.is_file() else b"{}"
+    sources = (
+        _json_map(text, str(path)),
+        _json_map(environ.get("SM_HPS") or "{}", "SM_HPS"),
+        {n[len("SM_HP_") :]: value for n, value in environ.items() if n.upper().startswith("SM_HP_") and value},
+    )
+    found = {_plain(name): value for source in sources for name, value in source.items()}
+    return {name: value for name, value in found.items() if not name.startswith(("sagemaker_", "_tuning_"))}
+
+
+def _folder(environ: Mapping[str, str], variable: str, below_base: str) -> Path | None:
+    """The folder that `variable` names, or its place below the base where there is one."""
+    if environ.get(variable):
+        return Path(environ[variable])
+    base = base_dir(environ)
+    return base / below_base if environ.get("SAGEMAKER_BASE_DIR") or (base / "input").is_dir() else None
 
 
 def _channels(environ: Mapping[str, str], base: Path) -> dict[str, Path]:
+    """Each channel by its name: SM_CHANNEL_*, SM_GROUND_TRUTH_DIR, then what lies in `input/data`."""
     config = base / "input" / "config" / "inputdataconfig.json"
-    modes = _json_map(config.read_text(encoding="utf-8"), str(config)) if config.is_file() else {}
+    modes = _json_map(config.read_bytes(), str(config)) if config.is_file() else {}
     for name, entry in modes.items():
         if isinstance(entry, dict) and entry.get("TrainingInputMode") == "Pipe":
             raise SettingsError(f"channel {name!r} uses Pipe mode, which has no random access; use File or FastFile")
     data = base / "input" / "data"
-    found = {path.name.lower(): path for path in sorted(data.iterdir()) if path.is_dir()} if data.is_dir() else {}
+    found = {_plain(path.name): path for path in sorted(data.iterdir()) if path.is_dir()} if data.is_dir() else {}
+    if environ.get("SM_GROUND_TRUTH_DIR"):
+        found["ground_truth"] = Path(environ["SM_GROUND_TRUTH_DIR"])
     for name, value in environ.items():
         if name.startswith("SM_CHANNEL_") and value:
-            found[name.removeprefix("SM_CHANNEL_").lower()] = Path(value)
-    if environ.get("SM_GROUND_TRUTH_DIR"):
-        found.setdefault("ground_truth", Path(os.fspath(environ["SM_GROUND_TRUTH_DIR"])))
+            found[_plain(name.removeprefix("SM_CHANNEL_"))] = Path(value)
     return found
 
 
-def _json_map(text: str, where: str) -> dict[str, Any]:
+def _plain(name: str) -> str:
+    """A name as ours are: lower case, and `_` for the hyphens that one toolkit keeps and another replaces."""
+    return name.lower().replace("-", "_")
+
+
+def _refuse_urls(environ: Mapping[str, str]) -> None:
+    for name, value in environ.items():
+        if "://" in value and (name in OWN_FOLDERS or name.startswith("SM_CHANNEL_")):
+            raise SettingsError(f"{name}={value} is a URL, and this stage reads folders and files: copy or mount it")
+
+
+def _json_map(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,23 +111,40 @@ def write_record(
             "packages": package_versions(),
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
             **clock.read(),
-            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "peak_memory_mib": peak_memory_mib(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     )
 
 
 def record_path(folder: Path, stage: str) -> Path:
-    """`stage.json`, or `<stage>.stage.json` where another stage's record stands in the same folder."""
-    path = folder / RECORD
-    others = path.is_file() and f'"stage": "{stage}"' not in path.read_text(encoding="utf-8", errors="replace")
-    return folder / f"{stage}.{RECORD}" if others else path
+    """`stage.json`, or `<stage>.stage.json` where another stage's record stands in the same folder.
+
+    A record that had to step aside stays there, even if the other's is gone while that stage runs.
+    """
+    path, aside = folder / RECORD, folder / f"{stage}.{RECORD}"
+    return aside if aside.is_file() or _stage_of(path) not in (None, stage) else path
+
+
+def _stage_of(path: Path) -> str | None:
+    """The stage whose record stands at `path`; None where there is no record, or no readable one."""
+    try:
+        record = read_json(path)
+    except (OSError, DataError):
+        return None
+    return record.get("stage") if isinstance(record, dict) else None
 
 
 def output_roots(job: Job) -> dict[str, Path]:
     """The folders that a record names its outputs by: `model/…` and `output/…`."""
     roots = {"output": job.output_data_dir, "model": job.model_dir if job.stage.writes_model else None}
     return {name: path for name, path in roots.items() if path is not None}
+
+
+def peak_memory_mib() -> int:
+    """The most memory that this process has held."""
+    unit = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
 def package_versions() -> dict[str, str]:
@@ -150,5 +168,11 @@ def _difference(old: Key, new: Key) -> str:
     inputs = sorted(n for n in {*old.inputs, *new.inputs} if old.inputs.get(n) != new.inputs.get(n))
     settings = sorted(n for n in {*old.settings, *new.settings} if old.settings.get(n) != new.settings.get(n))
     parts = [f"inputs differ: {', '.join(inputs)}"] if inputs else []
-    parts += [f"settings differ: {', '.join(settings)}"] if settings else []
+    changes = [f"{n} {_shown(old.settings, n)} -> {_shown(new.settings, n)}" for n in settings]
+    parts += [f"settings differ: {', '.join(changes)}"] if settings else []
     return "; ".join(parts) or "another stage's record"
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    text = json.dumps(settings[name], ensure_ascii=False) if name in settings else "absent"
+    return text if len(text) <= 40 else f"{text[:37]}..."

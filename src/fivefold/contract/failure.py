@@ -1,0 +1,70 @@
+"""What a failure means to the user: an error of ours with its exit code, and the failure file."""
+
+import contextlib
+import errno
+import os
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from fivefold.contract.files import disk_is_full, write_text
+from fivefold.contract.stages import FAILURE
+from fivefold.errors import FivefoldError, RetryableError, SettingsError
+
+FAILURE_CHARACTERS = 1024
+"""SageMaker shows this much of the failure file, so the message comes first."""
+UNREACHABLE = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+}
+"""What a network or a network file system that is away answers."""
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def explained(error: BaseException) -> BaseException:
+    """`error`, or the error of ours that it amounts to where the machine is at fault, not the program.
+
+    A full disk, a network that is away and too little memory are RetryableErrors even below
+    another error; a file that this user may not touch is a SettingsError.
+    """
+    if isinstance(error, RetryableError | KeyboardInterrupt):
+        return error
+    for cause in _causes(error):
+        if disk_is_full(cause):
+            where = f" ({name})" if (name := getattr(cause, "filename", None)) else ""
+            return RetryableError(f"no space left on the device{where}: free some, then run the same command again")
+        if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):
+            return RetryableError(
+                f"out of memory ({cause}): give the process more, or lower train.batch_size or workers"
+            )
+        if isinstance(cause, OSError) and cause.errno in UNREACHABLE:
+            return RetryableError(f"storage or network failed, the same command may succeed later: {cause}")
+    if isinstance(error, OSError) and error.errno in NOT_ALLOWED:
+        return SettingsError(
+            f"{error} as uid {os.getuid()}; let that user read and write there, or give another folder"
+        )
+    return error
+
+
+def report_failure(output_dir: Path | None, error: BaseException) -> None:
+    """Writes the failure file: the message first, the traceback after."""
+    if output_dir is None:
+        return
+    message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}"
+    # The folder itself may be what failed; the message is on stderr in any case.
+    with contextlib.suppress(OSError, FivefoldError):
+        trace = "".join(traceback.format_exception(error))
+        write_text(output_dir / FAILURE, f"{message[:FAILURE_CHARACTERS]}\n\n{trace}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error` and what it was raised from, or while handling."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
