@@ -154,7 +154,7 @@ def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Ta
     seen = np.flatnonzero((table["support"] + table["predicted"]) > 0)
     order = seen[np.argsort(table["f1"][seen], kind="stable")][:BARS]
     names = _drawable([classes[place] for place in order], [int(place) for place in order])
-    figure = _figure(colours, (6.4, 1.1 + 0.24 * len(order)))
+    figure = _figure(colours, (5.2, 0.9 + 0.26 * len(order)))
     axis = figure.subplots()
     title = f"the weakest {BARS} of {len(classes)} classes" if len(seen) > BARS else ""
     _style(axis, colours, title, "F1")
@@ -183,7 +183,7 @@ def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Targe
     colours = choose(THEMES, "theme", theme)
     confidence = np.exp(log_probs.max(axis=1).astype(np.float64)).clip(0, 1)
     right = log_probs.argmax(axis=1) == codes
-    figure = _figure(colours, (5.2, 3.4))
+    figure = _figure(colours, (5.2, 5.4))
     axis = figure.subplots()
     _style(axis, colours, "", "confidence", "share")
     edges = np.linspace(0, 1, 26)

@@ -81,12 +81,18 @@ def render(content: Content) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"figure": figure, "percent": percent, "uri": data_uri, "pretty": _pretty}
+    environment.filters |= {
+        "figure": figure,
+        "percent": percent,
+        "uri": data_uri,
+        "pretty": _pretty,
+        "sentence": _sentence,
+    }
     first = content.scored[0]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         content=content,
         first=first,
-        headline=_headline(content.figures[first.name], content.top_k),
+        headline=_headline(first.name, content.figures[first.name], content.top_k),
         about=ABOUT,
         titles=TITLES,
         compared=COMPARED,
@@ -138,7 +144,7 @@ def _png(paint: Any, theme: str) -> bytes:
     return buffer.getvalue()
 
 
-def _headline(figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
+def _headline(name: str, figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
     """Label, figure and remark of each headline figure; the accuracy first."""
     low, high = metrics.wilson_interval(figures["accuracy"], figures["n"])
     return [
@@ -147,7 +153,7 @@ def _headline(figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, st
         ("Macro F1", figure(figures["f1_macro"]), "every class counts the same"),
         (f"Top-{top_k} accuracy", figure(figures[f"top{top_k}_accuracy"]), f"true class among the first {top_k}"),
         ("Calibration error", figure(figures["ece"]), "confidence against accuracy"),
-        ("Rows", figure(figures["n"]), figures["rows"]),
+        ("Rows", figure(figures["n"]), TITLES[name].lower()),
     ]
 
 
@@ -175,6 +181,10 @@ def _tiles(content: Content, name: str) -> list[dict[str, Any]]:
         small = image is not None and image.startswith(b"\x89PNG")
         tiles.append({"mistake": mistake, "image": image, "small": small})
     return tiles
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _pretty(value: Any) -> str:

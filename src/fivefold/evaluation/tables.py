@@ -79,19 +79,15 @@ def stacked(tables: Sequence[Predictions]) -> Predictions:
     Raises a DataError when they know different classes or one has no labels.
     """
     first = tables[0]
-    for table in tables:
-        odd = sorted(set(table.classes) ^ set(first.classes))
-        if odd:
-            raise DataError(f"models of different classes cannot be scored together: {sample(odd)}")
-        if table.labels is None:
-            raise DataError(f"predictions of {table.system} carry no labels, so they cannot be scored")
-    orders = [[table.classes.index(name) for name in first.classes] for table in tables]
+    unlabelled = [table.system for table in tables if table.labels is None]
+    if unlabelled:
+        raise DataError(f"predictions of {sample(unlabelled)} carry no labels, so they cannot be scored")
     return Predictions(
         ids=np.concatenate([table.ids for table in tables]),
         fold=np.concatenate([table.fold for table in tables]),
         system=first.system,
         classes=first.classes,
-        log_probs=np.concatenate([table.log_probs[:, order] for table, order in zip(tables, orders, strict=True)]),
+        log_probs=np.concatenate([table.with_classes(first.classes).log_probs for table in tables]),
         labels=np.concatenate([table.labels for table in tables]),
     )
 

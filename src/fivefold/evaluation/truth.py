@@ -1,6 +1,7 @@
 """The truth of test rows, and predictions that come as a competition's submission: CSVs to checked tables."""
 
 import csv
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +43,10 @@ def read_truth(path: Path) -> dict[str, str]:
     if not rows:
         raise DataError(f"{path} holds no rows, only {','.join(header)}")
     _refuse_repeated([row[0] for row in rows], f"{path}: ids stand twice")
-    unlabelled = [row[0] for row in rows if not row[place]]
+    unlabelled = [row[0] for row in rows if not row[place].strip()]
     if unlabelled:
         raise DataError(f"{path}: {len(unlabelled)} rows without a class: {sample(unlabelled)}")
-    return {row[0]: row[place] for row in rows}
+    return {row[0]: _plain(row[place]) for row in rows}
 
 
 def with_truth(table: Predictions, truth: dict[str, str], where: Path) -> Predictions:
@@ -75,7 +76,7 @@ def read_submission(path: Path) -> Predictions:
     row for what is no finite number at or above 0, or a row of zeros.
     """
     header, rows = _read(path)
-    classes = [name.strip() for name in header[1:]]
+    classes = [_plain(name) for name in header[1:]]
     if len(classes) < 2 or not rows:
         raise DataError(f"{path} is no submission: an id column, at least two class columns and rows are needed")
     _refuse_repeated(classes, f"{path}: columns stand twice")
@@ -117,6 +118,11 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
             f"{path}: the row {','.join(ragged)[:60]!r} has {len(ragged)} cells, the header {len(lines[0])}"
         )
     return lines[0], lines[1:]
+
+
+def _plain(name: str) -> str:
+    """A class name as the split stage has it: NFC, without the blanks around it."""
+    return unicodedata.normalize("NFC", name.strip())
 
 
 def _refuse_repeated(names: list[str], what: str) -> None:

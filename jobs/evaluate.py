@@ -1,0 +1,105 @@
+"""Scores of what is known the truth of: figures, tables, pictures, and one report that opens anywhere."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fivefold.contract.files import atomic, write_json, write_text
+from fivefold.contract.job import Job
+from fivefold.contract.stages import METRICS, REPORT
+from fivefold.errors import MissingInputError
+from fivefold.evaluation import report, tables
+from fivefold.evaluation.metrics import full_report
+from fivefold.recipe import Settings
+from jobs.outcome import Outcome
+from jobs.scoring import Evidence
+
+log = logging.getLogger("fivefold")
+
+WRONG = {"wrong_valid.csv": ("oof",), "wrong_test.csv": ("test", "holdout")}
+"""Mistakes on rows that a model was selected on, and on rows that no model saw. Rows that a model trained on
+are predicted by no stage."""
+HEADLINE = ("rows", "n", "accuracy", "logloss", "f1_macro", "ece")
+
+
+def main(job: Job, settings: Settings) -> Outcome:
+    """Scores test, holdout and out-of-fold rows, whichever there are; the files written and the figures."""
+    options, evidence, folder = settings.evaluate, Evidence(job), job.output()
+    scored = [rows for rows in (evidence.test(), evidence.holdout(), evidence.out_of_fold()) if rows is not None]
+    if not scored:
+        raise MissingInputError(
+            "nothing to report on: give SM_CHANNEL_GROUND_TRUTH (or SM_GROUND_TRUTH_DIR) with SM_CHANNEL_PREDICTIONS, "
+            "or SM_CHANNEL_MODEL with models that have out-of-fold or holdout predictions"
+        )
+    figures = {rows.name: rows.figures(options.top_k, options.bins) for rows in scored}
+    folds = [
+        (model, full_report(table.log_probs, table.codes(), options.top_k, options.bins))
+        for model, table in evidence.folds()
+    ]
+    mistakes = {rows.name: rows.mistakes() for rows in scored}
+    shown = {name: rows[: options.gallery] for name, rows in mistakes.items()}
+    pictures = report.draw(scored[0], evidence.curves(), options.bins)
+    page = report.render(
+        report.Content(
+            title=settings.run or evidence.title(),
+            scored=scored,
+            figures=figures,
+            folds=[(model.name, scores) for model, scores in folds],
+            pictures=pictures,
+            mistakes=shown,
+            thumbnails={key: image for name in shown for key, image in evidence.thumbnails(name, shown[name]).items()},
+            records=evidence.records(),
+            notes=evidence.notes(),
+            top_k=options.top_k,
+        )
+    )
+
+    written = [folder / METRICS, *write_tables(folder, scored[0], mistakes)]
+    per_fold = [{key: model.info[key] for key in ("system", "seed", "fold")} | scores for model, scores in folds]
+    write_json(folder / METRICS, finite(figures | ({"oof": figures["oof"] | {"folds": per_fold}} if folds else {})))
+    for name, picture in pictures.items():
+        written.append(folder / f"{name}.png")
+        with atomic(written[-1]) as temporary:
+            temporary.write_bytes(picture["light"])
+    write_text(folder / REPORT, page)
+    headline = finite({name: {key: scores[key] for key in HEADLINE} for name, scores in figures.items()})
+    print(json.dumps(headline, ensure_ascii=False), flush=True)
+    log.info("report: %s", folder / REPORT)
+    return Outcome([*written, folder / REPORT], headline)
+
+
+def write_tables(folder: Path, first: tables.Scored, mistakes: Mapping[str, list[tables.Mistake]]) -> list[Path]:
+    """Per class and confusion of the rows that open the report, and the mistakes of all; the files written."""
+    writers = {
+        "per_class.csv": lambda path: tables.write_per_class(path, first),
+        "confusion_matrix.csv": lambda path: tables.write_confusion(path, first),
+    }
+    for file, names in WRONG.items():
+        (folder / file).unlink(missing_ok=True)
+        found = [mistake for name in names for mistake in mistakes.get(name, ())]
+        if mistakes.keys() & set(names):
+            ranked = sorted(found, key=lambda mistake: -mistake.confidence)
+            writers[file] = lambda path, ranked=ranked: tables.write_mistakes(path, ranked)
+    for file, write in writers.items():
+        with atomic(folder / file) as temporary:
+            write(temporary)
+    return [folder / file for file in writers]
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for each infinite or undefined number, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import run
+
+    sys.exit(run("evaluate", sys.argv[1:]))

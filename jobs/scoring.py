@@ -1,0 +1,173 @@
+"""What the evaluate stage finds in its channels: rows to score, in words whose they are, and their images."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fivefold import predictions
+from fivefold.contract.artifacts import ModelDir, find_models, find_predictions, locate, locate_all
+from fivefold.contract.files import read_json
+from fivefold.contract.job import Job
+from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS, RECORD, TRAIN_LOG
+from fivefold.data.adapters import read_eval
+from fivefold.data.folds import read_folds
+from fivefold.data.images import decode
+from fivefold.data.store import ImageStore, open_store
+from fivefold.errors import DataError
+from fivefold.evaluation import truth
+from fivefold.evaluation.report import thumbnail
+from fivefold.evaluation.tables import Mistake, Scored, stacked
+from fivefold.predictions import Predictions, mean_by_id
+
+log = logging.getLogger("fivefold")
+RECORDED = {"stage", "key", "settings", "inputs", "packages", "fivefold", "wall_seconds", "finished"}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The channels of one evaluation, read as they are needed."""
+
+    job: Job
+
+    @cached_property
+    def models(self) -> list[ModelDir]:
+        return find_models(self.job) if self.job.optional_channel("model") else []
+
+    @cached_property
+    def predicted(self) -> dict[str, Path]:
+        return find_predictions(self.job) if self.job.optional_channel("predictions") else {}
+
+    @cached_property
+    def ensemble(self) -> dict[str, Any]:
+        """What `ensemble.json` says, empty without one."""
+        return read_json(self.predicted[ENSEMBLE]) if ENSEMBLE in self.predicted else {}
+
+    @cached_property
+    def split(self) -> Path | None:
+        """The split: of its own channel, or found beside the models."""
+        if self.job.optional_channel("folds"):
+            return locate(self.job, "folds", FOLDS)
+        beside = locate_all(self.job, "model", FOLDS) if self.job.optional_channel("model") else []
+        return beside[0] if beside else None
+
+    @cached_property
+    def eval_store(self) -> ImageStore | None:
+        path = self.job.optional_channel("eval")
+        return open_store(path) if path else None
+
+    @cached_property
+    def train_store(self) -> ImageStore | None:
+        path = self.job.optional_channel("train")
+        return open_store(path) if path else None
+
+    def test(self) -> Scored | None:
+        """The predicted test rows with their ground truth; None where no ground truth is given."""
+        given = self.job.optional_channel("ground_truth")
+        if given is None:
+            return None
+        self.job.channel("predictions")
+        file = truth.truth_file(given)
+        table = truth.with_truth(self._predictions(), truth.read_truth(file), file)
+        return Scored(
+            "test", self._ensemble_in_words(), f"the {len(table):,} rows of {file.name}", table, self._eval_paths()
+        )
+
+    def holdout(self) -> Scored | None:
+        """The rows set aside by the split: the ensemble's predictions, or else the mean of the models'."""
+        if HOLDOUT in self.predicted:
+            table, what = predictions.read(self.predicted[HOLDOUT]), self._ensemble_in_words()
+        else:
+            tables = [predictions.read(m.path / HOLDOUT) for m in self.models if (m.path / HOLDOUT).is_file()]
+            if not tables:
+                return None
+            table, what = mean_by_id(tables), _models_in_words(self.models, "equal mean of ")
+        table = stacked([table])
+        return Scored("holdout", what, f"the {len(table):,} rows that the split set aside", table, self._train_paths())
+
+    def out_of_fold(self) -> Scored | None:
+        """All out-of-fold rows of all models under one another; None without any."""
+        tables = [table for _, table in self.folds()]
+        if not tables:
+            return None
+        words = f"the {sum(map(len, tables)):,} out-of-fold rows of the split"
+        return Scored(
+            "oof", _models_in_words(self.models) + ", each alone", words, stacked(tables), self._train_paths()
+        )
+
+    def folds(self) -> list[tuple[ModelDir, Predictions]]:
+        """Each model that has out-of-fold rows, with them."""
+        return [(m, predictions.read(m.path / OOF)) for m in self.models if (m.path / OOF).is_file()]
+
+    def curves(self) -> dict[str, Path]:
+        """The training log of each model, by its name."""
+        one_seed = len({model.info["seed"] for model in self.models}) == 1
+        one_system = len({model.info["system"] for model in self.models}) == 1
+        logs = [(model, model.path / TRAIN_LOG) for model in self.models if (model.path / TRAIN_LOG).is_file()]
+        short = one_seed and one_system and len(logs) > 1
+        return {f"fold {m.info['fold']}" if short else m.name: path for m, path in logs}
+
+    def thumbnails(self, name: str, mistakes: Sequence[Mistake]) -> dict[tuple[str, str], bytes]:
+        """Small images of `mistakes` among the rows `name`, by (name, id); those that cannot be read are left out."""
+        store = self.eval_store if name == "test" else self.train_store
+        found = {}
+        for mistake in mistakes if store else ():
+            path = mistake.path or mistake.id
+            try:
+                found[name, mistake.id] = thumbnail(decode(store.read(path), path))
+            except DataError as error:
+                log.warning("no picture of %s: %s", mistake.id, error)
+        return found
+
+    def notes(self) -> dict[str, str]:
+        """What must be known beside the scores of the ensemble."""
+        temperature = self.ensemble.get("temperature", 1)
+        if HOLDOUT not in self.predicted or temperature in (None, 1):
+            return {}
+        return {"holdout": f"The ensemble's temperature, {temperature:.4g}, was fitted on these very rows."}
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of the stages that made what is evaluated, in the order of the pipeline."""
+        folders = [self.split.parent] if self.split else []
+        folders += [model.path for model in self.models]
+        folders += [path.parent for path in list(self.predicted.values())[:1]]
+        found = [read_json(folder / RECORD) for folder in folders if (folder / RECORD).is_file()]
+        return [record for record in found if isinstance(record, dict) and record.keys() >= RECORDED]
+
+    def title(self) -> str:
+        systems = sorted({model.info["system"] for model in self.models})
+        return ", ".join(systems) or self._predictions().system or "predictions"
+
+    def _predictions(self) -> Predictions:
+        path = self.predicted.get(PREDICTIONS) or locate(self.job, "predictions", PREDICTIONS)
+        return truth.read_submission(path) if path.suffix == ".csv" else predictions.read(path)
+
+    def _ensemble_in_words(self) -> str:
+        members = self.ensemble.get("members", [])
+        if len(members) == 1:
+            return str(members[0]["model"])
+        if members:
+            systems = ", ".join(dict.fromkeys(member["system"] for member in members))
+            return f"ensemble of {len(members)} models of {systems}"
+        return f"predictions {next(iter(self.predicted.values())).name}"
+
+    def _train_paths(self) -> Mapping[str, str]:
+        if self.split is None:
+            return {}
+        table = read_folds(self.split)
+        return dict(zip(table.ids.to_pylist(), table.paths.to_pylist(), strict=True))
+
+    def _eval_paths(self) -> Mapping[str, str]:
+        if self.eval_store is None:
+            return {}
+        table = read_eval(self.eval_store)
+        return dict(zip(table.ids, table.paths, strict=True))
+
+
+def _models_in_words(models: Sequence[ModelDir], prefix: str = "") -> str:
+    systems = ", ".join(sorted({model.info["system"] for model in models}))
+    if len(models) == 1:
+        return models[0].name
+    return f"{prefix}{len(models)} fold models of {systems}"
