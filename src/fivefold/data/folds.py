@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fivefold.arrow import pa
 from fivefold.contract.files import atomic, read_json
 from fivefold.contract.stages import FOLDS
 from fivefold.errors import DataError, MissingInputError, SettingsError
@@ -126,7 +126,7 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
     if not path.is_file():
         raise MissingInputError(f"no {FOLDS} at {path}; run the split stage first")
     try:
-        table = pq.read_table(path, columns=None)
+        table = pq.ParquetFile(path).read()
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a Parquet table: {error}") from error
     table = _cast(table, path)

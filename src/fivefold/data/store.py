@@ -33,6 +33,12 @@ class FolderStore:
         """Relative POSIX names of all files, sorted; hidden ones and `__MACOSX` left out."""
         return [name for name in tree_names(self.root) if "__MACOSX" not in name]
 
+    def listing(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the files directly in `folder` ("" is the root), sorted."""
+        inside = [entry for entry in below(self.root, folder).iterdir() if _is_shown(entry.name)]
+        folders = sorted(entry.name for entry in inside if entry.is_dir())
+        return folders, sorted({entry.name for entry in inside} - set(folders))
+
     def exists(self, name: str) -> bool:
         return below(self.root, name).is_file()
 
@@ -69,6 +75,14 @@ class ZipStore:
     def names(self) -> list[str]:
         """Relative POSIX names of all files, sorted; hidden ones and `__MACOSX` left out."""
         return self._names
+
+    def listing(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the files directly in `folder` ("" is the root), sorted."""
+        prefix = f"{folder}/" if folder else ""
+        inside = [name.removeprefix(prefix).partition("/") for name in self.entries if name.startswith(prefix)]
+        return sorted({name for name, slash, _ in inside if slash}), sorted(
+            name for name, slash, _ in inside if not slash
+        )
 
     def exists(self, name: str) -> bool:
         return _inside(name, self.root) in self.entries
@@ -123,8 +137,7 @@ def open_store(path: Path, max_unpacked_gib: float = 200.0) -> ImageStore:
         return _open_zip(path, max_unpacked_gib)
     if not path.is_dir():
         raise MissingInputError(f"{path} does not exist; give a folder of images or a .zip")
-    inside = [entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "__MACOSX"]
-    rest = [entry for entry in inside if entry.suffix.lower() != ".csv"]
+    rest = [entry for entry in path.iterdir() if _is_shown(entry.name) and entry.suffix.lower() != ".csv"]
     if len(rest) == 1 and rest[0].suffix.lower() == ".zip" and rest[0].is_file():
         return _open_zip(rest[0], max_unpacked_gib)
     return FolderStore(path)
@@ -147,7 +160,7 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
         name = _inside(_decoded_name(info), path)
         if stat.S_ISLNK(info.external_attr >> 16):
             raise DataError(f"{path}: entry {info.filename!r} is a symbolic link; pack the file itself")
-        if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+        if all(_is_shown(part) for part in name.split("/")):
             entries[name] = _entry(info, path)
     return ZipStore(path, entries)
 
@@ -180,6 +193,10 @@ def _decoded_name(info: zipfile.ZipInfo) -> str:
         except UnicodeError:
             continue
     return info.filename
+
+
+def _is_shown(part: str) -> bool:
+    return not part.startswith(".") and part != "__MACOSX"
 
 
 def _inside(name: str, root: Path) -> str:

@@ -1,0 +1,61 @@
+"""Images to folds: opens every image once, and writes which row belongs to which fold."""
+
+import logging
+import sys
+
+from fivefold.arrow import pa
+from fivefold.contract.files import write_json, write_text
+from fivefold.contract.job import Job
+from fivefold.contract.stages import CLASSES, FOLDS, SPLIT_SUMMARY
+from fivefold.data.adapters import Columns, Rows, read_rows
+from fivefold.data.folds import FoldTable, write_folds
+from fivefold.data.grouping import find_duplicates, group_codes, merged
+from fivefold.data.opening import keep_readable, open_images
+from fivefold.data.splitting import divide
+from fivefold.data.store import ImageStore, open_store
+from fivefold.data.summary import as_text, class_file, log_summary, summarise
+from fivefold.recipe import Settings
+from fivefold.settings import key_settings
+from jobs.outcome import Outcome
+
+log = logging.getLogger("fivefold")
+
+
+def main(job: Job, settings: Settings) -> Outcome:
+    """Splits the channel's rows; the folds, the classes and the figures."""
+    split = settings.split
+    store = open_store(job.channel("train"), split.max_unpacked_gib)
+    rows = labelled_rows(store, settings)
+    log.info("split: %d rows of %d classes in %s", len(rows), len(rows.classes), rows.layout)
+
+    hashes, skipped, pictures = pa.nulls(len(rows), pa.string()), [], rows.paths
+    if split.open_images:
+        rows, opened, skipped = keep_readable(rows, open_images(store, rows.paths), split.skip_unreadable)
+        hashes, pictures = opened.sha256, opened.pixels
+    duplicates = find_duplicates(pictures)
+    whole = merged(group_codes(rows.groups), duplicates)
+    fold, part = divide(rows.codes, whole, split.folds, split.holdout, split.parts, split.seed, split.stratify)
+
+    table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, hashes)
+    summary = summarise(table, rows.layout, duplicates, skipped, key_settings(settings, job.stage.sections))
+    folder = job.output()
+    outputs = [folder / FOLDS, folder / CLASSES, folder / SPLIT_SUMMARY]
+    write_folds(outputs[0], table)
+    write_json(outputs[1], class_file(table))
+    write_text(outputs[2], as_text(summary))
+    log_summary(summary)
+    return Outcome(outputs, {"rows": len(table), "classes": len(table.classes), "folds": table.num_folds})
+
+
+def labelled_rows(store: ImageStore, settings: Settings) -> Rows:
+    """The rows that the settings describe; files are looked for only where unreadable ones stop the stage."""
+    data, split = settings.data, settings.split
+    columns = Columns(data.id_column, data.path_column, data.label_column, data.group_column)
+    check_files = split.open_images and not split.skip_unreadable
+    return read_rows(store, data.layout, data.table, columns, check_files)
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import run
+
+    sys.exit(run("split", sys.argv[1:]))

@@ -1,0 +1,306 @@
+"""How data lies on disk, made rows: class folders or a CSV for training, a table or a folder to predict."""
+
+import logging
+import posixpath
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from fivefold.arrow import pa
+from fivefold.data.images import is_image
+from fivefold.data.store import ImageStore, open_store
+from fivefold.data.tables import (
+    CATEGORY,
+    ID_NAMES,
+    LABEL_NAMES,
+    PATH_NAMES,
+    TEXT,
+    CsvFile,
+    check_unique,
+    few,
+    image_paths,
+    open_csv,
+)
+from fivefold.errors import DataError, SettingsError
+
+log = logging.getLogger("fivefold")
+
+TRAIN_FOLDERS = ("train", "training")
+EVAL_FOLDERS = ("test", "eval", "evaluation")
+SPLIT_FOLDERS = {*TRAIN_FOLDERS, *EVAL_FOLDERS, "valid", "val", "validation", "unlabeled"}
+SAMPLE_SUBMISSION = "sample_submission.csv"
+NOT_TRAINING = {"test", "sample_submission", "submission", "gt", "ground_truth", "valid", "val"}
+NOT_EVAL = {"train", "sample_submission", "submission", "gt", "ground_truth"}
+DEEPEST = 8
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a CSV's columns; empty ones are guessed (but for the group: no column then)."""
+
+    id: str = ""
+    path: str = ""
+    label: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """N labelled images: `ids`, `paths` and `groups` (or nulls) [N] strings in Arrow, `codes` [N] int32 into `classes`."""
+
+    ids: pa.Array
+    paths: pa.Array
+    codes: np.ndarray
+    classes: tuple[str, ...]
+    groups: pa.Array
+    layout: str
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(self, kept: np.ndarray) -> "Rows":
+        """The rows where `kept` [N] bool is true; classes that are left without any row are dropped."""
+        mask, used = pa.array(kept), np.unique(self.codes[kept])
+        classes = tuple(self.classes[code] for code in used)
+        _check_classes(classes, "the rows that are left")
+        codes = np.searchsorted(used, self.codes[kept]).astype(np.int32)
+        ids, paths, groups = (column.filter(mask) for column in (self.ids, self.paths, self.groups))
+        return Rows(ids, paths, codes, classes, groups, self.layout)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A sample submission: the id column's name, the other columns' (a class each), the ids [N] in order."""
+
+    id_column: str
+    classes: tuple[str, ...]
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class EvalTable:
+    """The images to predict, in order: `ids` and `paths` [N] object arrays of strings."""
+
+    id_column: str
+    ids: np.ndarray
+    paths: np.ndarray
+    sample: Submission | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_rows(
+    store: ImageStore, layout: str = "auto", table: str = "", columns: Columns | None = None, check_files: bool = True
+) -> Rows:
+    """The training rows of a store: of the CSV `table` (or the one that is found), or of its class folders.
+
+    Raises a DataError for what cannot be trained on: no images, one class, missing files or columns,
+    paths that lead out, ids that stand twice, empty labels. A guessed layout is logged.
+    """
+    columns = columns or Columns()
+    if layout not in ("auto", "csv", "folders"):
+        raise SettingsError(f"data.layout={layout!r}; known: auto, csv, folders")
+    if layout == "folders" and not table:
+        return _class_folders(store)
+    found = open_csv(store, table) if table else _training_table(store, columns)
+    if found is None and layout == "csv":
+        raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
+    if found is not None and (table or layout == "csv" or _is_usable(found, columns)):
+        log.info("data: rows of %s", found)
+        return _table_rows(found, columns, check_files)
+    try:
+        rows = _class_folders(store)
+    except DataError:
+        if found is not None:
+            _must_be_usable(found, columns)
+        raise
+    log.info("data: a class for each folder of %s", rows.layout)
+    return rows
+
+
+def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str = "") -> EvalTable:
+    """The images to predict: of test.csv (or the one CSV with paths), else of test/, else all that there are.
+
+    Ids are the id column's values, or the paths as written where there is none. Without a CSV they
+    are file names; without their suffix where the sample submission has them so. Files must exist.
+    """
+    store = open_store(source) if isinstance(source, Path) else source
+    columns = Columns(id=id_column, path=path_column)
+    tables = [name for level in _levels(store, EVAL_FOLDERS) for name in _csvs(store, level)]
+    sample = _sample(store, next((name for name in tables if _base(name) == SAMPLE_SUBMISSION), None))
+    given = [name for name in tables if _stem(name) not in NOT_EVAL]
+    named = [name for name in given if _stem(name) == "test"]
+    readable = [open_csv(store, name) for name in named[:1] or given]
+    usable = [found for found in readable if found.column(columns.path, PATH_NAMES)] or readable[: len(named)]
+    if len(usable) > 1:
+        raise DataError(
+            f"several tables to predict in {store.root}: {few([t.name for t in usable])}; name one test.csv"
+        )
+    return _eval_table(usable[0], columns, sample) if usable else _eval_folder(store, sample)
+
+
+def _training_table(store: ImageStore, columns: Columns) -> CsvFile | None:
+    """train.csv, or the only CSV with the columns, or else the only CSV that may be meant; None for none."""
+    for level in _levels(store, TRAIN_FOLDERS):
+        names = [name for name in _csvs(store, level) if _stem(name) not in NOT_TRAINING]
+        named = [name for name in names if _stem(name) == "train"]
+        tables = [open_csv(store, name) for name in named or names]
+        usable = [table for table in tables if _is_usable(table, columns)]
+        if len(usable) > 1:
+            raise DataError(f"several tables in {store.root}: {few([t.name for t in usable])}; set data.table to one")
+        if tables:
+            return (usable or tables)[0]
+    return None
+
+
+def _is_usable(table: CsvFile, columns: Columns) -> bool:
+    return bool(table.column(columns.path, PATH_NAMES) and table.column(columns.label, LABEL_NAMES))
+
+
+def _must_be_usable(table: CsvFile, columns: Columns) -> tuple[str, str]:
+    path = table.must_have(columns.path, PATH_NAMES, "data.path_column")
+    return path, table.must_have(columns.label, LABEL_NAMES, "data.label_column")
+
+
+def _table_rows(table: CsvFile, columns: Columns, check_files: bool) -> Rows:
+    path, label = _must_be_usable(table, columns)
+    group = table.must_have(columns.group, (), "data.group_column") if columns.group else None
+    if columns.id:
+        table.must_have(columns.id, (), "data.id_column")
+    row_id = table.column(columns.id, ID_NAMES) or path
+    wanted = {row_id: TEXT, path: TEXT, **({group: TEXT} if group else {}), label: CATEGORY}
+    if len({path, label, group} - {None}) < 2 + bool(group):
+        raise DataError(f"{table}: one column cannot be path, label and group at once")
+    read = table.read({name: TEXT if name == row_id else kind for name, kind in wanted.items()})
+    labels = read[label] if row_id != label else read[label].dictionary_encode()
+    check_unique(read[row_id], table, row_id)
+    codes, classes = _classes(labels, table)
+    groups = pc.if_else(pc.equal(read[group], ""), None, read[group]) if group else pa.nulls(len(codes), TEXT)
+    bases = list(dict.fromkeys([table.folder, "", *(posixpath.join(table.folder, name) for name in TRAIN_FOLDERS)]))
+    paths = image_paths(read[path], table, bases, check_files)
+    return Rows(read[row_id], paths, codes, classes, groups, f"the CSV {table.name}")
+
+
+def _classes(labels: pa.DictionaryArray, table: CsvFile) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as codes [N] int32 into the sorted class names, without the blanks around them."""
+    names = [unicodedata.normalize("NFC", name.strip()) for name in labels.dictionary.to_pylist()]
+    indices = labels.indices.to_numpy()
+    if "" in names:
+        empty = np.flatnonzero(np.isin(indices, [code for code, name in enumerate(names) if not name]))
+        raise DataError(f"{table} has {len(empty)} rows with an empty label, the first in line {empty[0] + 2}")
+    classes = tuple(sorted(set(names)))
+    _check_classes(classes, str(table))
+    index = {name: code for code, name in enumerate(classes)}
+    return np.array([index[name] for name in names], np.int32)[indices], classes
+
+
+def _check_classes(classes: Sequence[str], where: str) -> None:
+    if len(classes) < 2:
+        raise DataError(f"{where}: only {len(classes)} class ({few(classes)}); at least two are needed")
+
+
+def _class_folders(store: ImageStore) -> Rows:
+    names = [name for name in store.names() if is_image(name)]
+    if not names:
+        raise DataError(f"{store.root} holds no images (nor a usable CSV); put a folder of images a class there")
+    level = _class_level(names)
+    inside = [name for name in names if name.startswith(level) and "/" in name[len(level) :]]
+    loose = sum(name.startswith(level) for name in names) - len(inside)
+    if loose:
+        log.warning("data: %d images lie in no class folder of %s and are left out", loose, level or store.root)
+    labels = [unicodedata.normalize("NFC", name[len(level) :].partition("/")[0]) for name in inside]
+    classes = tuple(sorted(set(labels)))
+    where = f"{store.root}/{level}".rstrip("/")
+    if not classes:
+        raise DataError(f"{where} holds {loose} images but no class folders, and there is no CSV of labels")
+    _check_classes(classes, where)
+    index = {name: code for code, name in enumerate(classes)}
+    codes = np.array([index[label] for label in labels], np.int32)
+    paths = pa.array(inside, TEXT)
+    return Rows(paths, paths, codes, classes, pa.nulls(len(codes), TEXT), where)
+
+
+def _class_level(names: Sequence[str]) -> str:
+    """The prefix below which each folder is a class: past a wrapper around everything, and past train/."""
+    level = ""
+    while True:
+        inside = [name[len(level) :] for name in names if name.startswith(level)]
+        folders = Counter(name.partition("/")[0] for name in inside if "/" in name)
+        nested = {name.partition("/")[0] for name in inside if name.count("/") > 1}
+        train = next((name for name in folders if name.lower() in TRAIN_FOLDERS), None)
+        others = [name for name in folders if name != train]
+        if train and (train in nested or all(name.lower() in SPLIT_FOLDERS for name in others)):
+            if others:
+                log.info("data: %s%s/ is used; left out: %s", level, train, few(others))
+            level += f"{train}/"
+        elif len(folders) == 1 and folders.total() == len(inside) and nested:
+            level += f"{next(iter(folders))}/"
+        else:
+            return level
+
+
+def _levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
+    """Folders to look for a table in: the root, then into a folder named in `special` or a lone wrapper."""
+    level = ""
+    for _ in range(DEEPEST):
+        yield level
+        folders, files = store.listing(level)
+        named = [name for name in folders if name.lower() in special]
+        lone = folders if len(folders) == 1 and not files else []
+        if not (named or lone):
+            return
+        level = posixpath.join(level, (named or lone)[0])
+
+
+def _csvs(store: ImageStore, level: str) -> list[str]:
+    return [posixpath.join(level, name) for name in store.listing(level)[1] if name.lower().endswith(".csv")]
+
+
+def _base(name: str) -> str:
+    return posixpath.basename(name).lower()
+
+
+def _stem(name: str) -> str:
+    return _base(name).removesuffix(".csv")
+
+
+def _sample(store: ImageStore, name: str | None) -> Submission | None:
+    if name is None:
+        return None
+    table = open_csv(store, name)
+    id_column, *classes = table.header
+    ids = table.read({id_column: TEXT})[id_column]
+    check_unique(ids, table, id_column)
+    return Submission(id_column, tuple(classes), ids.to_numpy(zero_copy_only=False))
+
+
+def _eval_table(table: CsvFile, columns: Columns, sample: Submission | None) -> EvalTable:
+    path = table.must_have(columns.path, PATH_NAMES, "data.path_column")
+    if columns.id:
+        table.must_have(columns.id, (), "data.id_column")
+    row_id = table.column(columns.id, ID_NAMES) or path
+    read = table.read({row_id: TEXT, path: TEXT})
+    check_unique(read[row_id], table, row_id)
+    bases = list(dict.fromkeys([table.folder, "", *(posixpath.join(table.folder, name) for name in EVAL_FOLDERS)]))
+    paths = image_paths(read[path], table, bases, check_files=True)
+    return EvalTable(row_id, *(column.to_numpy(zero_copy_only=False) for column in (read[row_id], paths)), sample)
+
+
+def _eval_folder(store: ImageStore, sample: Submission | None) -> EvalTable:
+    *_, level = _levels(store, EVAL_FOLDERS)
+    level += "/" if level else ""
+    paths = [name for name in store.names() if is_image(name) and name.startswith(level)]
+    if not paths:
+        raise DataError(f"{store.root} holds no test.csv and no images to predict")
+    names = [path[len(level) :] for path in paths]
+    stems = [posixpath.splitext(name)[0] for name in names]
+    wanted = set(sample.ids) if sample else set()
+    ids = stems if len(set(stems)) == len(stems) and set(stems) == wanted else names
+    log.info("data: %d images of %s/%s, in the order of their names", len(paths), store.root, level)
+    return EvalTable(sample.id_column if sample else "ID", np.array(ids, object), np.array(paths, object), sample)

@@ -1,0 +1,112 @@
+"""What a split came to, in numbers: for `split_summary.json`, and in a few lines for the log."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fivefold.arrow import pa
+from fivefold.data.folds import FoldTable
+from fivefold.data.grouping import Duplicates
+
+log = logging.getLogger("fivefold")
+LISTED_SETS = 1000
+"""Sets of duplicates that the summary lists; their number is always whole."""
+
+
+def summarise(
+    table: FoldTable,
+    source: str,
+    duplicates: Duplicates,
+    skipped: Sequence[Mapping[str, str]],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The figures of a split; `skipped` are paths and reasons of rows that are not in the table."""
+    bins, per_class = class_counts(table)
+    conflicting = duplicates.conflicting(table.codes)
+    per_fold = per_class[:, : table.num_folds]
+    trained = np.bincount(table.codes[table.part == "train"], minlength=len(table.classes))
+    # In k folds a fold's own rows are of part train too, but it does not train on them.
+    left = trained[:, None] - (per_fold if (table.fold[table.part == "train"] >= 0).any() else 0)
+    small = np.flatnonzero(np.bincount(table.codes, minlength=len(table.classes)) < table.num_folds)
+    return {
+        "rows": len(table),
+        "classes": len(table.classes),
+        "source": source,
+        "rows_per_bin": dict(zip(bins, per_class.sum(axis=0).tolist(), strict=True)),
+        "fewer_rows_than_folds": {table.classes[code]: int(per_class[code].sum()) for code in small},
+        "not_trained_on": {
+            f"fold {fold}": [table.classes[code] for code in np.flatnonzero(left[:, fold] == 0)]
+            for fold in range(table.num_folds)
+            if (left[:, fold] == 0).any()
+        },
+        "duplicates": {
+            "sets": len(duplicates.sets),
+            "rows": int(sum(map(len, duplicates.sets))),
+            "paths": [table.paths_of(rows).tolist() for rows in duplicates.sets[:LISTED_SETS]],
+        },
+        "conflicting_duplicates": {
+            "sets": len(conflicting),
+            "labels": [_labelled(table, rows) for rows in conflicting[:LISTED_SETS]],
+        },
+        "skipped": list(skipped),
+        "settings": dict(settings),
+        "bins": bins,
+        "rows_per_class": {name: per_class[code].tolist() for code, name in enumerate(table.classes)},
+    }
+
+
+def class_counts(table: FoldTable) -> tuple[list[str], np.ndarray]:
+    """Names of the bins (each fold, then each part without a fold), and rows of each class in each: [C, bins]."""
+    parts = sorted(set(np.unique(table.part[table.fold < 0]).tolist()))
+    bins = table.fold.astype(np.int64)
+    for position, part in enumerate(parts):
+        bins[(table.fold < 0) & (table.part == part)] = table.num_folds + position
+    names = [f"fold {fold}" for fold in range(table.num_folds)] + parts
+    cells = np.bincount(table.codes * len(names) + bins, minlength=len(table.classes) * len(names))
+    return names, cells.reshape(len(table.classes), len(names))
+
+
+def as_text(summary: Mapping[str, Any]) -> str:
+    """The summary as JSON, a line for each of its keys and for each class."""
+    lines = [f"  {_json(key)}: {_json(value)}" for key, value in summary.items() if key != "rows_per_class"]
+    per_class = [f"    {_json(name)}: {_json(counts)}" for name, counts in summary["rows_per_class"].items()]
+    return "{\n" + ",\n".join([*lines, '  "rows_per_class": {\n' + ",\n".join(per_class) + "\n  }"]) + "\n}\n"
+
+
+def log_summary(summary: Mapping[str, Any]) -> None:
+    """The figures that matter, and a warning for each thing that somebody should look at."""
+    rows = ", ".join(f"{name} {count:,}" for name, count in summary["rows_per_bin"].items())
+    log.info("split: %s rows of %d classes: %s", f"{summary['rows']:,}", summary["classes"], rows)
+    for key, words in WARNINGS.items():
+        if summary[key]:
+            log.warning("split: %d %s", len(summary[key]), words)
+    if summary["duplicates"]["sets"]:
+        counts = summary["duplicates"]["sets"], summary["duplicates"]["rows"]
+        log.warning("split: %d pictures occur more than once (%d rows); each stays on one side of every fold", *counts)
+    if summary["conflicting_duplicates"]["sets"]:
+        log.warning("split: %d of them have contradicting labels", summary["conflicting_duplicates"]["sets"])
+
+
+def class_file(table: FoldTable) -> dict[str, Any]:
+    """The content of `classes.json`."""
+    counts = np.bincount(table.codes, minlength=len(table.classes)).tolist()
+    return {"classes": list(table.classes), "counts": dict(zip(table.classes, counts, strict=True))}
+
+
+def _labelled(table: FoldTable, rows: np.ndarray) -> dict[str, str]:
+    labels = [table.classes[code] for code in table.codes[rows]]
+    return dict(zip(table.paths.take(pa.array(rows)).to_pylist(), labels, strict=True))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+WARNINGS = {
+    "fewer_rows_than_folds": "classes have fewer rows than there are folds; some folds validate without them",
+    "not_trained_on": "folds have a class that they do not train on, since all its rows are elsewhere",
+    "skipped": "images cannot be read and are left out",
+}
