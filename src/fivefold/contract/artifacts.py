@@ -3,7 +3,7 @@
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,15 +115,21 @@ def find_predictions(job: Job) -> dict[str, Path]:
     return {PREDICTIONS: _submission(job)}
 
 
-def channel_digest(job: Job, channel: str) -> str:
-    """The digest of what a stage reads of a channel: of certain files, or of the whole folder."""
+def channel_digest(job: Job, channel: str, settings: Mapping[str, Any]) -> str:
+    """The digest of what a stage with these (flat) settings reads of a channel: of certain files, or of the whole folder.
+
+    A split that opens no image reads tables (a .zip counts as one) and, of all other files, only their names.
+    """
     if channel == "model":
         return _digest([model.path / name for model in find_models(job) for name in KEYED_FILES["model"]])
     if channel == "predictions":
         return _digest(list(find_predictions(job).values()))
     if channel in KEYED_FILES:
         return _digest([path for name in KEYED_FILES[channel] for path in locate_all(job, channel, name)])
-    return tree_sha256(job.channel(channel), without=(RECORD,))
+    tables = (".csv", ".zip", str(settings.get("data.table", "")).lower() or ".csv")
+    return tree_sha256(
+        job.channel(channel), without=(RECORD,), only=("",) if settings.get("split.open_images", True) else tables
+    )
 
 
 def _submission(job: Job) -> Path:
@@ -166,17 +172,17 @@ def _model_info(path: Path, shown: Path) -> dict[str, Any]:
         raise DataError(f"{path} does not describe a model: role, system, seed, fold and classes are needed")
     if info["role"] not in ("fold", "student"):
         raise DataError(f"{path}: role is {info['role']!r}, neither fold nor student")
-    absent = [name for name in (WEIGHTS, RECORD) if not (path.parent / name).is_file()]
-    if absent:
+    if not (path.parent / RECORD).is_file():
         raise DataError(
-            f"{shown}: a model without {' and '.join(absent)}: its training did not finish, or it was copied in "
-            "part; run it again, copy the whole folder, or leave it out"
+            f"{shown}: a model without {RECORD}, so its training did not finish or it was copied in part; "
+            "run it again, copy the whole folder, or leave it out"
         )
     return info
 
 
 def _same_bytes(model: ModelDir, other: ModelDir) -> bool:
-    return model is other or all(sha256(model.path / name) == sha256(other.path / name) for name in (WEIGHTS, MODEL))
+    files = [[folder / name for name in (WEIGHTS, MODEL)] for folder in (model.path, other.path)]
+    return model is other or _digest(files[0]) == _digest(files[1])
 
 
 def _unpacked(tarball: Path, scratch: Path) -> Path:

@@ -100,16 +100,20 @@ def tree_names(root: Path) -> list[str]:
     return sorted(found)
 
 
-def tree_sha256(root: Path, without: tuple[str, ...] = ()) -> str:
-    """One digest of the names and bytes of all files below `root`, but for those whose name ends in one of `without`."""
-    files = [path for path in tree_files(root) if not path.name.endswith(without)]
-    digest = hashlib.sha256()
+def tree_sha256(root: Path, without: tuple[str, ...] = (), only: tuple[str, ...] = ("",)) -> str:
+    """One digest of the names and bytes of all files below `root`, but for those whose name ends in one of `without`.
+
+    Of files whose name does not end in one of `only` (in any case) it covers the name alone.
+    """
+    folder = root.parent if root.is_file() else root
+    names = [root.name] if root.is_file() else tree_names(root)
+    names = [name for name in names if not name.endswith(without)]
+    read = [name for name in names if name.lower().endswith(only)]
+    digest = hashlib.sha256(os.fsencode("\0".join(names)))
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), FILES_AT_ONCE):
-            some = files[start : start + FILES_AT_ONCE]
-            for path, content in zip(some, pool.map(sha256, some), strict=True):
-                name = path.name if path == root else path.relative_to(root).as_posix()
-                digest.update(os.fsencode(f"{name}\0{content}\n"))
+        for start in range(0, len(read), FILES_AT_ONCE):
+            for content in pool.map(sha256, [folder / name for name in read[start : start + FILES_AT_ONCE]]):
+                digest.update(content.encode())
     return digest.hexdigest()
 
 

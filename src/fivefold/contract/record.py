@@ -67,7 +67,7 @@ class Stopwatch:
 def key_of(job: Job, settings: Mapping[str, Any]) -> Key:
     """The key of this job: digests of its hashed channels, and the settings that can change its result."""
     given = [name for name in job.stage.hashed if job.optional_channel(name) is not None]
-    digests = {name: channel_digest(job, name) for name in given}
+    digests = {name: channel_digest(job, name, settings) for name in given}
     digests |= {name: "given" for name in job.stage.noted if job.optional_channel(name) is not None}
     return Key(stage=job.stage.name, inputs=digests, settings=dict(settings))
 

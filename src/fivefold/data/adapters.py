@@ -120,7 +120,7 @@ def read_rows(
         if found is not None:
             _must_be_usable(found, columns)
         raise
-    log.info("data: a class for each folder of %s", rows.layout)
+    log.info("data: no table of labels, so the classes are the %s", rows.layout)
     return rows
 
 
@@ -222,8 +222,15 @@ def _class_folders(store: ImageStore) -> Rows:
     _check_classes(classes, where)
     index = {name: code for code, name in enumerate(classes)}
     codes = np.array([index[label] for label in labels], np.int32)
-    paths = pa.array(inside, TEXT)
-    return Rows(paths, paths, codes, classes, pa.nulls(len(codes), TEXT), where)
+    paths = _path_column(inside, where)
+    return Rows(paths, paths, codes, classes, pa.nulls(len(codes), TEXT), f"class folders below {level or '.'}")
+
+
+def _path_column(names: Sequence[str], where: str) -> pa.Array:
+    try:
+        return pa.array(names, TEXT)
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} has file names that are not UTF-8, as {error.object!r}; rename them") from error
 
 
 def _class_level(names: Sequence[str]) -> str:

@@ -10,9 +10,12 @@ from PIL import Image
 
 from fivefold.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".mpo", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm", ".pbm"]
-)
+# fmt: off
+IMAGE_SUFFIXES = frozenset([
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".mpo", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif",
+    ".ppm", ".pgm", ".pbm",
+])
+# fmt: on
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "MPO", "JPEG2000", "PPM")
 """What may be decoded: Pillow's other plugins run programs (EPS) or are not photographs."""
 ORIENTATION = 0x0112
