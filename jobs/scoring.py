@@ -70,7 +70,7 @@ class Evidence:
             return None
         self.job.channel("predictions")
         file = truth.truth_file(given)
-        table = truth.with_truth(self._predictions(), truth.read_truth(file), file)
+        table = stacked([truth.with_truth(self._predictions(), truth.read_truth(file), file)])
         return Scored(
             "test", self._ensemble_in_words(), f"the {len(table):,} rows of {file.name}", table, self._eval_paths()
         )

@@ -291,7 +291,7 @@ def _most(shares: np.ndarray, hits: np.ndarray) -> float:
 def _confusion_scale(figure: "Figure", axis: "Axes", picture: "AxesImage", most: float, colours: Theme) -> None:
     steps = np.array([0, 0.1, 0.25, 0.5, 1])
     bar = figure.colorbar(picture, ax=axis, shrink=0.6, aspect=28, pad=0.02, ticks=np.sqrt(steps))
-    bar.ax.set_yticklabels([f"{100 * most * step:.2g} %" for step in steps], color=colours.quiet, fontsize=8)
+    bar.ax.set_yticklabels([f"{100 * most * step:.3g} %" for step in steps], color=colours.quiet, fontsize=8)
     bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
     bar.set_label("confused, share of the true class", color=colours.quiet, fontsize=9)
@@ -346,7 +346,7 @@ def _families() -> list[str]:
 def _save(figure: "Figure", target: Target, colours: Theme) -> None:
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and not artist.get_text().isascii()):
         text.set_fontfamily(_families())
     # The extension of a temporary file says nothing, and no metadata keeps the bytes the same.
     figure.savefig(target, format="png", dpi=DPI, facecolor=colours.surface, metadata={"Software": None})

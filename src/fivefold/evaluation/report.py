@@ -92,7 +92,7 @@ def render(content: Content) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         content=content,
         first=first,
-        headline=_headline(first.name, content.figures[first.name], content.top_k),
+        headline=_headline(first, content.figures[first.name], content.top_k),
         about=ABOUT,
         titles=TITLES,
         compared=COMPARED,
@@ -134,8 +134,8 @@ def figure(value: float | int | None) -> str:
 
 def percent(value: float) -> str:
     """A share as a percentage; never 100 % for less than all."""
-    rounded = f"{100 * value:.1f}"
-    return "> 99.9 %" if rounded == "100.0" and value < 1 else f"{rounded} %"
+    rounded = "100" if value == 1 else f"{min(100 * value, 99.9):.1f}"
+    return f"{rounded}\N{NO-BREAK SPACE}%"
 
 
 def _png(paint: Any, theme: str) -> bytes:
@@ -144,16 +144,17 @@ def _png(paint: Any, theme: str) -> bytes:
     return buffer.getvalue()
 
 
-def _headline(name: str, figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
+def _headline(scored: Scored, figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
     """Label, figure and remark of each headline figure; the accuracy first."""
+    among = f"true class among the first {top_k}" if len(scored.table.classes) > top_k else "there are no more classes"
     low, high = metrics.wilson_interval(figures["accuracy"], figures["n"])
     return [
         ("Accuracy", figure(figures["accuracy"]), f"95 % interval {low:.4f} to {high:.4f}"),
         ("Log loss", figure(figures["logloss"]), "nats a row, lower is better"),
         ("Macro F1", figure(figures["f1_macro"]), "every class counts the same"),
-        (f"Top-{top_k} accuracy", figure(figures[f"top{top_k}_accuracy"]), f"true class among the first {top_k}"),
+        (f"Top-{top_k} accuracy", figure(figures[f"top{top_k}_accuracy"]), among),
         ("Calibration error", figure(figures["ece"]), "confidence against accuracy"),
-        ("Rows", figure(figures["n"]), TITLES[name].lower()),
+        ("Rows", figure(figures["n"]), TITLES[scored.name].lower()),
     ]
 
 

@@ -74,20 +74,20 @@ class Scored:
 
 
 def stacked(tables: Sequence[Predictions]) -> Predictions:
-    """The rows of all tables under one another, with the first one's order of classes.
+    """The rows of all tables under one another, classes sorted by name.
 
     Raises a DataError when they know different classes or one has no labels.
     """
-    first = tables[0]
+    classes = tuple(sorted(tables[0].classes))
     unlabelled = [table.system for table in tables if table.labels is None]
     if unlabelled:
         raise DataError(f"predictions of {sample(unlabelled)} carry no labels, so they cannot be scored")
     return Predictions(
         ids=np.concatenate([table.ids for table in tables]),
         fold=np.concatenate([table.fold for table in tables]),
-        system=first.system,
-        classes=first.classes,
-        log_probs=np.concatenate([table.with_classes(first.classes).log_probs for table in tables]),
+        system=tables[0].system,
+        classes=classes,
+        log_probs=np.concatenate([table.with_classes(classes).log_probs for table in tables]),
         labels=np.concatenate([table.labels for table in tables]),
     )
 

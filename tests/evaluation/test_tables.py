@@ -1,0 +1,71 @@
+"""Scored rows and the tables that are made of them, by hand."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from fivefold.errors import DataError
+from fivefold.evaluation import tables
+from fivefold.evaluation.tables import Mistake, Scored
+from fivefold.predictions import Predictions
+
+
+def predicted(rows: dict[str, tuple[str, list[float]]], classes: tuple[str, ...] = ("a", "b", "c")) -> Predictions:
+    """A table of rows `{id: (label, probabilities)}`."""
+    return Predictions(
+        ids=np.array(list(rows), object),
+        fold=np.zeros(len(rows), np.int16),
+        system="s",
+        classes=classes,
+        log_probs=np.log(np.array([probs for _, probs in rows.values()])).astype(np.float32),
+        labels=np.array([label for label, _ in rows.values()], object),
+    )
+
+
+ROWS = {
+    "r1": ("a", [0.8, 0.1, 0.1]),
+    "r2": ("a", [0.2, 0.6, 0.2]),
+    "r3": ("b", [0.05, 0.05, 0.9]),
+    "r4": ("b", [0.2, 0.2, 0.6]),
+    "r5": ("c", [0.1, 0.1, 0.8]),
+}
+
+
+def test_mistakes_come_the_most_confident_first_and_equal_ones_by_id():
+    scored = Scored("test", "", "", predicted(ROWS), {"r3": "x/3.png"})
+    found = scored.mistakes()
+    assert [mistake.id for mistake in found] == ["r3", "r2", "r4"]
+    assert found[0] == Mistake("r3", "x/3.png", "b", "c", pytest.approx(0.9))
+    assert scored.mistakes(1) == found[:1]
+
+
+def test_confused_pairs_are_counted_and_shared_by_the_true_class():
+    scored = Scored("test", "", "", predicted(ROWS), {})
+    assert tables.confused_pairs(scored) == [("b", "c", 2, 1.0), ("a", "b", 1, 0.5)]
+
+
+def test_stacked_matches_columns_by_name_and_sorts_them():
+    other = predicted({"r6": ("c", [0.7, 0.2, 0.1])}, classes=("c", "a", "b"))
+    both = tables.stacked([other, predicted(ROWS)])
+    assert both.classes == ("a", "b", "c")
+    np.testing.assert_allclose(np.exp(both.log_probs[0]), [0.2, 0.1, 0.7], rtol=1e-6)
+    assert list(both.ids) == ["r6", *ROWS]
+
+
+def test_stacked_refuses_other_classes_and_missing_labels():
+    with pytest.raises(DataError, match="'d'"):
+        tables.stacked([predicted(ROWS), predicted({"x": ("d", [0.1, 0.1, 0.8])}, classes=("a", "b", "d"))])
+    silent = predicted(ROWS)
+    silent = Predictions(silent.ids, silent.fold, "s", silent.classes, silent.log_probs)
+    with pytest.raises(DataError, match="no labels"):
+        tables.stacked([silent])
+
+
+def test_no_cell_is_a_formula_and_every_other_stays_as_it_is(tmp_path):
+    cells = ["=1+1", "+1", "-1", "@x", "\tx", "plain", "a=b", 'quote " and , comma', "가방"]
+    tables.write_csv(tmp_path / "t.csv", cells, [cells, [1, -2.5, *cells[2:]]])
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        header, first, second = csv.reader(file)
+    assert header == first == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", *cells[5:]]
+    assert second[:2] == ["1", "-2.5"]
