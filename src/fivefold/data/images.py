@@ -1,6 +1,7 @@
 """Any image file as 8-bit RGB pixels, upright; and the digest by which equal pictures are known."""
 
 import hashlib
+import posixpath
 import re
 import warnings
 from io import BytesIO
@@ -16,7 +17,7 @@ IMAGE_SUFFIXES = frozenset([
     ".ppm", ".pgm", ".pbm",
 ])
 # fmt: on
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "MPO", "JPEG2000", "PPM")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
 """What may be decoded: Pillow's other plugins run programs (EPS) or are not photographs."""
 ORIENTATION = 0x0112
 _PILLOW = re.compile(r"PIL\.")
@@ -24,7 +25,7 @@ _PILLOW = re.compile(r"PIL\.")
 
 def is_image(name: str) -> bool:
     """Whether the file name has an image's suffix."""
-    return "." + name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+    return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def decode(content: bytes, name: str) -> np.ndarray:

@@ -1,0 +1,146 @@
+"""Decoding against Pillow's own conversions, and files that are no images."""
+
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from fivefold.data.images import decode, is_image, pixel_digest
+from fivefold.errors import DataError
+
+RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_lossless_rgb_comes_back_as_it_was() -> None:
+    for kind in ("PNG", "BMP", "TIFF", "PPM"):
+        found = decode(encoded(Image.fromarray(RGB), kind), "x")
+        assert (found == RGB).all()
+        assert found.dtype == np.uint8
+        assert found.flags.writeable
+        assert found.flags.c_contiguous
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF"])
+def test_other_formats_are_as_pillow_reads_them(kind: str) -> None:
+    content = encoded(Image.fromarray(RGB), kind)
+    assert (decode(content, "x") == np.array(Image.open(BytesIO(content)).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_images_are_upright(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(RGB), kind, exif=exif)
+    reference = ImageOps.exif_transpose(Image.open(BytesIO(content)))
+    assert (decode(content, "x") == np.array(reference)).all()
+
+
+def test_grey_and_black_and_white() -> None:
+    grey = RGB[..., 0]
+    assert (decode(encoded(Image.fromarray(grey)), "x") == grey[..., None]).all()
+    bits = Image.fromarray(grey).convert("1")
+    assert (decode(encoded(bits), "x") == np.array(bits.convert("L"))[..., None]).all()
+
+
+def test_16_bits_are_scaled_to_8() -> None:
+    wide = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
+    found = decode(encoded(Image.fromarray(wide)), "x")
+    assert found[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
+    assert (found == found[..., :1]).all()
+
+
+def test_cmyk() -> None:
+    content = encoded(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=95)
+    assert (decode(content, "x") == np.array(Image.open(BytesIO(content)).convert("RGB"))).all()
+
+
+def test_transparency_is_laid_over_white() -> None:
+    alpha = np.zeros((20, 30), np.uint8)
+    alpha[:, 15:] = 255
+    rgba = Image.fromarray(np.dstack([RGB, alpha]))
+    expected = RGB.copy()
+    expected[:, :15] = 255
+    assert (decode(encoded(rgba), "x") == expected).all()
+    grey_alpha = decode(encoded(rgba.convert("LA")), "x")
+    assert (grey_alpha[:, :15] == 255).all()
+    assert (grey_alpha[:, 15:] == np.array(Image.fromarray(RGB).convert("L"))[:, 15:, None]).all()
+
+
+def test_a_palette_with_alpha() -> None:
+    indices = np.array([[0, 1], [2, 1]], np.uint8)
+    image = Image.frombytes("P", (2, 2), indices.tobytes())
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    content = encoded(image, transparency=bytes([255, 0, 128]))
+    assert decode(content, "x").tolist() == [[[255, 0, 0], [255] * 3], [[127, 127, 255], [255] * 3]]
+
+
+def test_broken_metadata_neither_stops_nor_warns() -> None:
+    broken = encoded(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\xff")
+    palette = encoded(Image.fromarray(RGB).quantize(4), transparency=b"\0\1\2\3")
+    reference = encoded(Image.fromarray(RGB), "JPEG")
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(decode, [broken] * 20, ["x"] * 20):
+            assert (found == decode(reference, "x")).all()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decode(broken, "x")
+        decode(palette, "x")
+    assert not caught
+
+
+def huge_png(side: int) -> bytes:
+    """A PNG that says it has side x side pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+JPEG = encoded(Image.fromarray(RGB.repeat(10, 0).repeat(10, 1)), "JPEG")
+PNG = encoded(Image.fromarray(RGB), "PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (JPEG[: len(JPEG) // 2], "truncated"),
+        (PNG[: len(PNG) // 2], ""),
+        (b"this is no image", "no image of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known format"),
+        (b"", "the file is empty"),
+        (huge_png(60_000), "decompression bomb"),
+        (encoded(Image.fromarray(RGB[..., 0].astype(np.float32)), "TIFF"), "floating-point"),
+    ],
+    ids=["truncated jpeg", "truncated png", "text", "postscript", "empty", "bomb", "floats"],
+)
+def test_what_cannot_be_decoded_is_named_with_the_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(DataError, match=rf"x\.jpg cannot be decoded: .*{reason}"):
+        decode(content, "x.jpg")
+
+
+def test_equal_pictures_have_equal_digests_whatever_their_files() -> None:
+    png, bmp = (decode(encoded(Image.fromarray(RGB), kind), "x") for kind in ("PNG", "BMP"))
+    assert pixel_digest(png) == pixel_digest(bmp)
+    assert len(pixel_digest(png)) == 16
+    assert pixel_digest(png) != pixel_digest(np.ascontiguousarray(png.reshape(30, 20, 3)))
+    bmp[0, 0, 0] ^= 1
+    assert pixel_digest(png) != pixel_digest(bmp)
+
+
+def test_image_names() -> None:
+    assert all(map(is_image, ["a.jpg", "b/C.JPEG", "x.y.png", "가.webp"]))
+    assert not any(map(is_image, ["a.csv", "jpg", "a.jpg.txt", "Thumbs.db"]))

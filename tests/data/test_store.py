@@ -1,0 +1,162 @@
+"""Both stores against plain file access, and zips that must be refused."""
+
+import os
+import re
+import stat
+import struct
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from fivefold.data.store import FolderStore, ImageStore, ZipStore, open_store
+from fivefold.errors import DataError, MissingInputError
+
+FILES = {f"{kind}/{n}.bin": os.urandom(50 + 400 * n) for kind in ("a", "나비", "c d") for n in range(4)} | {
+    "top.csv": b"x\n"
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, content in {**FILES, ".hidden": b"", "a/.DS_Store": b"", "__MACOSX/a/0.bin": b""}.items():
+        path = tmp_path / "files" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return tmp_path / "files"
+
+
+def zipped(folder: Path, target: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(target, "w", method) as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder).as_posix())
+    return target
+
+
+@pytest.fixture(params=["folder", "deflated", "stored"])
+def store(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> ImageStore:
+    if request.param == "folder":
+        return open_store(folder)
+    method = zipfile.ZIP_DEFLATED if request.param == "deflated" else zipfile.ZIP_STORED
+    return open_store(zipped(folder, tmp_path / "files.zip", method))
+
+
+def contents(store: ImageStore) -> dict[str, bytes]:
+    return {name: store.read(name) for name in store.names()}
+
+
+def test_a_folder_and_its_zip_hold_the_same_files(store: ImageStore) -> None:
+    assert store.names() == sorted(FILES)
+    assert contents(store) == FILES
+    assert store.exists("a/0.bin")
+    assert not store.exists("a/9.bin")
+    assert store.listing("") == (["a", "c d", "나비"], ["top.csv"])
+    assert store.listing("a") == ([], [f"{n}.bin" for n in range(4)])
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/passwd"])
+def test_no_name_leads_out_of_the_root(store: ImageStore, name: str) -> None:
+    with pytest.raises(DataError, match="leads out"):
+        store.read(name)
+
+
+def test_a_missing_file_is_named(store: ImageStore) -> None:
+    with pytest.raises(DataError, match=r"a/9\.bin"):
+        store.read("a/9.bin")
+
+
+def test_threads_and_forked_workers_read_the_same_bytes(store: ImageStore) -> None:
+    names = store.names() * 20
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(store.read, names)) == [FILES[name] for name in names]
+    with get_context("fork").Pool(2) as workers:
+        assert workers.map(store.read, names) == [FILES[name] for name in names]
+
+
+def test_a_folder_with_nothing_but_a_zip_is_the_zip(folder: Path, tmp_path: Path) -> None:
+    channel = tmp_path / "channel"
+    channel.mkdir()
+    zipped(folder, channel / "open.zip")
+    (channel / "gt.csv").write_text("ID,label\n")
+    assert isinstance(open_store(channel), ZipStore)
+    (channel / "cat.jpg").write_bytes(b"")
+    assert isinstance(open_store(channel), FolderStore)
+
+
+def test_linked_class_folders_are_walked_and_circles_are_not(folder: Path, tmp_path: Path) -> None:
+    channel = tmp_path / "links"
+    channel.mkdir()
+    (channel / "linked").symlink_to(folder / "a")
+    (channel / "again").symlink_to(channel)
+    (channel / "broken").symlink_to(tmp_path / "nowhere")
+    assert open_store(channel).names() == [f"linked/{n}.bin" for n in range(4)]
+
+
+def test_names_of_korean_windows_and_of_a_mac_are_everybody_s(tmp_path: Path) -> None:
+    path = tmp_path / "names.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("NAMES/1.bin", b"cp949")
+        archive.writestr("\u1102\u1161\u1107\u1175/2.bin", b"decomposed")
+    # A zip of Korean Windows: the bytes of cp949, without the flag that says UTF-8.
+    path.write_bytes(path.read_bytes().replace(b"NAMES", "가".encode("cp949") + "나b".encode("cp949")))
+    store = open_store(path)
+    assert contents(store) == {"가나b/1.bin": b"cp949", "나비/2.bin": b"decomposed"}
+    assert store.read("\u1102\u1161\u1107\u1175/2.bin") == b"decomposed"
+
+
+@pytest.mark.parametrize("name", ["../evil.jpg", "a/../../evil.jpg", "/etc/evil.jpg", "C:/evil.jpg", "..\\evil.jpg"])
+def test_entries_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.writestr("fine.jpg", b"")
+        archive.writestr(name, b"")
+    with pytest.raises(DataError, match=r"evil\.jpg.*leads out"):
+        open_store(tmp_path / "evil.zip")
+
+
+def test_a_link_inside_a_zip_is_refused(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("link.jpg")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(DataError, match=r"link\.jpg.*symbolic link"):
+        open_store(tmp_path / "link.zip")
+
+
+def test_a_zip_that_expands_past_the_limit_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.jpg", bytes(4 * 2**20))
+    assert open_store(tmp_path / "bomb.zip").names() == ["bomb.jpg"]
+    with pytest.raises(DataError, match=r"4,194,304 bytes.*split\.max_unpacked_gib=0\.001"):
+        open_store(tmp_path / "bomb.zip", max_unpacked_gib=0.001)
+
+
+def test_a_read_yields_no_more_than_the_zip_declares(tmp_path: Path) -> None:
+    path = tmp_path / "liar.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("liar.jpg", bytes(2**20))
+    size = struct.pack("<I", 2**20)
+    path.write_bytes(path.read_bytes().replace(size, struct.pack("<I", 10)))
+    store = open_store(path, max_unpacked_gib=0.0001)
+    with pytest.raises(DataError, match=r"liar\.jpg.*damaged"):
+        store.read("liar.jpg")
+
+
+def test_broken_and_encrypted_zips_are_refused(folder: Path, tmp_path: Path) -> None:
+    path = zipped(folder, tmp_path / "files.zip")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="not a whole"):
+        open_store(path)
+    path.write_bytes(whole.replace(FILES["a/3.bin"], FILES["a/3.bin"][::-1]))
+    with pytest.raises(DataError, match=r"a/3\.bin.*damaged"):
+        open_store(path).read("a/3.bin")
+    path.write_bytes(re.sub(b"(?s)(PK\x01\x02....).", rb"\g<1>" + b"\x01", whole))
+    with pytest.raises(DataError, match="encrypted"):
+        open_store(path)
+
+
+def test_nothing_at_the_path_is_a_missing_input(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="nowhere"):
+        open_store(tmp_path / "nowhere")
