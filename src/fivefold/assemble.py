@@ -56,13 +56,12 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def runtime_of(settings: Settings) -> Runtime:
-    """The Runtime that the settings ask for on this machine; chosen once, and logged."""
+    """The Runtime that the settings ask for on this machine."""
     device = choose_device(settings.train.device)
     dtype = choose_precision(settings.train.precision, device)
     if device.type == "cuda" and settings.train.deterministic:
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-    log.info("device %s, precision %s, %d threads", device, precision_name(dtype), torch.get_num_threads())
     model = settings.model
     return make_runtime(device, dtype, settings.train.channels_last, model.mean, model.std)
 
@@ -89,9 +88,16 @@ def start_weights(network: Classifier, model: Model, channel: Path | None) -> No
 
 def image_set(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings, training: bool) -> ImageSet:
     """The images of the given rows of the split, with the transforms of training or of evaluation."""
+    return images_at(store, table.paths_of(rows), table.sha256_of(rows), settings, training)
+
+
+def images_at(
+    store: ImageStore, paths: Sequence[str], sha256: Sequence[str | None], settings: Settings, training: bool
+) -> ImageSet:
+    """The images at `paths`, checked against their digests; kept in memory if they fit and the settings want it."""
     specs = settings.augment.train if training else settings.augment.eval
     transform = build_transforms(specs, settings.model.size)
-    images = ImageSet(store, table.paths_of(rows), transform, settings.seed, table.sha256_of(rows))
+    images = ImageSet(store, paths, transform, settings.seed, sha256)
     if settings.train.keep_in_memory and not images.keep_in_memory():
         log.info("%d images are too many to keep decoded in memory; they are read at each epoch", len(images))
     return images
@@ -160,6 +166,7 @@ def check_memory(network: nn.Module, settings: Settings, runtime: Runtime) -> No
     """Logs what a step will take; a SettingsError names a batch size that fits, when this one does not."""
     copies = 1 + choose(OPTIMIZER_STATES, "optimizer", settings.train.optimizer) + (settings.train.ema_decay > 0)
     found = memory.estimate(runtime.place(network), settings.model.size, runtime, copies)
+    log.info(in_words(runtime))
     log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, memory.available(runtime.device)))
 
 
@@ -190,6 +197,11 @@ def choose_workers(wanted: int, device: torch.device) -> int:
 def count_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_words(runtime: Runtime) -> str:
+    """Device, precision and threads of a runtime, for the log."""
+    return f"device {runtime.device}, precision {precision_name(runtime.dtype)}, {torch.get_num_threads()} threads"
 
 
 def precision_name(dtype: torch.dtype | None) -> str:

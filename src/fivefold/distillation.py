@@ -13,17 +13,16 @@ import numpy as np
 import torch
 
 from fivefold import predictions
-from fivefold.assemble import image_set, one_hot
+from fivefold.assemble import images_at, one_hot
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.stages import MODEL, OOF
-from fivefold.data.dataset import ImageSet
 from fivefold.data.folds import FoldTable
 from fivefold.data.store import ImageStore, JoinedStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.inference.ensemble import mean
 from fivefold.inference.predictor import Runtime
 from fivefold.members import load_member
-from fivefold.predictions import Predictions
+from fivefold.predictions import Predictions, in_class_order
 from fivefold.recipe import Settings
 from fivefold.training.loop import TrainRows
 
@@ -75,16 +74,16 @@ def teach_unseen(
 
 def taught(pupils: Pupils, lesson: Lesson, unseen: Unseen | None, settings: Settings, runtime: Runtime) -> TrainRows:
     """The student's rows: images, labels (none where unlabelled), and the teacher's softened probabilities."""
-    folds, rows = pupils.folds, pupils.rows
-    images = image_set(pupils.store, folds, rows, settings, training=True)
+    folds, rows, store = pupils.folds, pupils.rows, pupils.store
+    paths, digests = [*folds.paths_of(rows)], [*folds.sha256_of(rows)]
     codes, log_probs = folds.codes[rows], lesson.log_probs
     if unseen is not None:
-        store = JoinedStore({"labelled": pupils.store, "unlabelled": unseen.store})
-        paths = [f"labelled/{path}" for path in images.paths] + [f"unlabelled/{path}" for path in unseen.paths]
-        digests = [*(images.sha256 or [None] * len(rows)), *[None] * len(unseen.paths)]
-        images = ImageSet(store, paths, images.transform, settings.seed, digests)
+        store = JoinedStore({"labelled": store, "unlabelled": unseen.store})
+        paths = [f"labelled/{path}" for path in paths] + [f"unlabelled/{path}" for path in unseen.paths]
+        digests += [None] * len(unseen.paths)
         codes = np.concatenate([codes, np.full(len(unseen.paths), -1, codes.dtype)])
         log_probs = np.concatenate([log_probs, unseen.log_probs])
+    images = images_at(store, paths, digests, settings, training=True)
     teacher = torch.from_numpy(soften(log_probs, settings.distill.temperature)).to(runtime.device)
     return TrainRows(images, one_hot(codes, len(folds.classes), runtime.device), teacher)
 
@@ -110,7 +109,7 @@ def out_of_fold_targets(tables: Sequence[Predictions], folds: FoldTable, rows: n
         here = np.array([position.get(name, -1) for name in table.ids], dtype=np.int64)
         at, known = here[here >= 0], here >= 0
         _check_folds(table.fold[known], folds.fold[rows[at]], table.ids[known])
-        total[at] += np.exp(reordered(table.log_probs, table.classes, folds.classes)[known].astype(np.float64))
+        total[at] += np.exp(table.with_classes(folds.classes).log_probs[known].astype(np.float64))
         count[at] += 1
     if (count == 0).any():
         raise SettingsError(
@@ -118,13 +117,6 @@ def out_of_fold_targets(tables: Sequence[Predictions], folds: FoldTable, rows: n
             "first, or choose distill.teacher=best_fold or ensemble (not leak-free); a split by parts has no folds"
         )
     return np.log(np.maximum(total / count[:, None], np.finfo(np.float64).tiny)).astype(np.float32)
-
-
-def reordered(log_probs: np.ndarray, classes: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-    """The columns [N, C] of `classes` in the order of `wanted`, matched by name."""
-    if set(classes) != set(wanted):
-        raise DataError(f"classes differ: {predictions.sample(sorted(set(classes) ^ set(wanted)))} on one side alone")
-    return log_probs[:, [list(classes).index(name) for name in wanted]]
 
 
 def best_model(models: Sequence[ModelDir]) -> ModelDir:
@@ -180,7 +172,7 @@ def _predict(
     model: ModelDir, store: ImageStore, paths: Sequence[str], classes: Sequence[str], views: Sequence[str]
 ) -> np.ndarray:
     found = load_member(model, {}).predict(store, paths, f"teacher {model.name}", views)
-    return reordered(found, model.info["classes"], classes)
+    return in_class_order(found, model.info["classes"], classes)
 
 
 def _check_folds(predicted: np.ndarray, own: np.ndarray, ids: np.ndarray) -> None:

@@ -85,8 +85,8 @@ def load(layers: Sequence[Layer]) -> Settings:
     tree = read_recipe(values["recipe"]) if values.get("recipe") else {}
     for key, value in values.items():
         _put(tree, key, value)
-    if not tree.get("system") and tree.get("recipe"):
-        tree["system"] = Path(tree["recipe"]).stem
+    if not tree.get("system"):
+        tree["system"] = Path(tree.get("recipe") or "default").stem
     return _validated(tree, sources)
 
 

@@ -84,18 +84,18 @@ def find_models(job: Job, channel: str = "model") -> list[ModelDir]:
     one model. Raises MissingInputError when there is no model at all, DataError for one that is
     not whole, and for two different models of the same fold.
     """
+    every = [ModelDir(p.parent, _model_info(p, shown), shown) for p, shown in _named(job, channel, MODEL).items()]
+    folds = [model for model in every if model.info["role"] == "fold"]
     found: dict[tuple[Any, ...], ModelDir] = {}
-    for path, shown in _named(job, channel, MODEL).items():
-        model = ModelDir(path.parent, _model_info(path, shown), shown)
+    for model in folds or every:
         other = found.setdefault(model.identity, model)
         if not _same_bytes(model, other):
-            raise DataError(f"{other.shown} and {shown} are both {model.name}, and differ; leave one of them out")
+            raise DataError(f"{other.shown} and {model.shown} are both {model.name}, and differ; leave one of them out")
     if not found:
         raise MissingInputError(
             f"no model below the channel {channel!r} ({job.channel(channel)}): looked for **/{MODEL} and **/model.tar.gz"
         )
-    folds = [model for model in found.values() if model.info["role"] == "fold"]
-    return sorted(folds or found.values(), key=lambda model: model.identity)
+    return sorted(found.values(), key=lambda model: model.identity)
 
 
 def find_predictions(job: Job) -> dict[str, Path]:

@@ -43,7 +43,7 @@ class TrainRows:
 
 @dataclass(frozen=True)
 class ValidRows:
-    """`images` of N rows and their class indices `codes` int64 [N]."""
+    """`images` of N rows and their class indices `codes` [N]."""
 
     images: ImageSet
     codes: np.ndarray
@@ -158,7 +158,7 @@ def validate(model: nn.Module, rows: ValidRows, loop: Loop) -> dict[str, float]:
     loaded = track(load(rows.images, batches, loop.duration.workers), len(batches), f"{loop.label} validation")
     log_probs = predict(model, loaded, loop.runtime, ["plain"])
     figures = summary(log_probs, rows.codes)
-    targets = nn.functional.one_hot(torch.from_numpy(rows.codes), log_probs.shape[1]).float()
+    targets = nn.functional.one_hot(torch.from_numpy(rows.codes).long(), log_probs.shape[1]).float()
     loss = float(loop.loss(torch.from_numpy(log_probs), targets))
     return {"loss": loss, "acc": figures["accuracy"], "logloss": figures["logloss"], "f1_macro": figures["f1_macro"]}
 

@@ -1,8 +1,9 @@
 """Optimisers and learning-rate schedules by name."""
 
+import inspect
 import math
-import sys
 from collections.abc import Callable
+from types import MethodType
 
 import torch
 from torch import nn
@@ -14,27 +15,27 @@ from fivefold.errors import SettingsError
 
 def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float) -> Optimizer:
     """The optimiser `name` over the model's parameters; norms and biases (fewer than two dimensions) do not decay."""
-    _skip_the_compiler()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return choose(OPTIMIZERS, "optimizer", name)([group for group in groups if group["params"]], lr, momentum)
+    _leave_the_compiler_out()
+    optimizer = choose(OPTIMIZERS, "optimizer", name)([group for group in groups if group["params"]], lr, momentum)
+    # The bare step: torch's wrapper around it imports the compiler, to break graphs that nobody compiles here.
+    optimizer.step = MethodType(torch.no_grad()(inspect.unwrap(type(optimizer).step)), optimizer)
+    return optimizer
 
 
-def _skip_the_compiler() -> None:
+def _leave_the_compiler_out() -> None:
     """Lets an optimiser be made without importing torch's compiler, which takes as long as torch itself.
 
-    `torch._compile._disable_dynamo` wraps two of Optimizer's methods, and imports the compiler when
-    they are first called, unless the function already carries what it would run.
+    `torch._compile._disable_dynamo` wraps these methods, and imports the compiler when one is first
+    called, unless the function already carries what it would run.
     """
-    if "torch._dynamo" in sys.modules:
-        return
     for method in (Optimizer.add_param_group, Optimizer.zero_grad):
-        inner = getattr(method, "__wrapped__", None)
-        if inner is not None and not hasattr(inner, "__dynamo_disable"):
-            inner.__dynamo_disable = inner
+        function = inspect.unwrap(method)
+        function.__dict__.setdefault("__dynamo_disable", function)
 
 
 def _adamw(groups: list[dict], lr: float, momentum: float) -> Optimizer:

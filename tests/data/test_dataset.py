@@ -1,0 +1,71 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fivefold.data.dataset import ImageSet, derive_seed, epoch_batches, in_order, load
+from fivefold.data.store import open_store
+from fivefold.data.transforms import build_transforms
+from fivefold.errors import DataError
+
+
+@pytest.fixture
+def images(tmp_path) -> ImageSet:
+    random = np.random.default_rng(0)
+    names = [f"{number}.png" for number in range(11)]
+    for name in names:
+        Image.fromarray(random.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / name)
+    digests = [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names]
+    transform = build_transforms(["random_resized_crop", "horizontal_flip"], (8, 8))
+    return ImageSet(open_store(tmp_path), names, transform, seed=5, sha256=digests)
+
+
+def epoch(images: ImageSet, number: int, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(load(images, epoch_batches(len(images), 4, 5, number), workers))
+    return torch.cat([batch.images for batch in batches]), torch.cat([batch.rows for batch in batches])
+
+
+def test_the_same_bytes_with_any_number_of_workers_and_from_memory(images):
+    plain, order = epoch(images, 1, workers=0)
+    for workers in (1, 2):
+        found, rows = epoch(images, 1, workers)
+        assert torch.equal(found, plain)
+        assert torch.equal(rows, order)
+    assert images.keep_in_memory()
+    assert torch.equal(epoch(images, 1, workers=0)[0], plain)
+
+
+def test_each_epoch_has_all_rows_in_another_order_with_other_augmentation(images):
+    (first, rows_1), (second, rows_2) = epoch(images, 1, 0), epoch(images, 2, 0)
+    assert sorted(rows_1.tolist()) == sorted(rows_2.tolist()) == list(range(11))
+    assert not torch.equal(rows_1, rows_2)
+    assert not torch.equal(first[rows_1.argsort()], second[rows_2.argsort()])
+
+
+def test_loading_does_not_move_torchs_random_state(images):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    epoch(images, 1, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_file_that_changed_since_the_split_is_named(images, tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "3.png")
+    with pytest.raises(DataError, match=r"3\.png is not the file that the split saw"):
+        list(load(images, in_order(len(images), 4), 0))
+
+
+def test_a_last_batch_of_one_is_left_out_of_training_alone():
+    assert [len(batch) for batch in epoch_batches(9, 4, 0, 0)] == [4, 4]
+    assert [len(batch) for batch in epoch_batches(10, 4, 0, 0)] == [4, 4, 2]
+    assert [len(batch) for batch in epoch_batches(1, 4, 0, 0)] == [1]
+    assert [len(batch) for batch in in_order(9, 4)] == [4, 4, 1]
+
+
+def test_seeds_of_samples_differ():
+    seeds = {derive_seed(seed, epoch, row) for seed in range(5) for epoch in range(5) for row in range(40)}
+    assert len(seeds) == 1000
+    assert min(seeds) >= 0

@@ -1,0 +1,157 @@
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+
+from fivefold.errors import DataError
+from fivefold.evaluation.metrics import logloss
+from fivefold.inference.ensemble import blend, check_members, cross_fitted, fit_weights, mean
+from fivefold.inference.submission import write_submission
+from fivefold.inference.systems import System, judge_holdout, weigh
+from fivefold.predictions import Predictions, mean_by_id
+
+RANDOM = np.random.default_rng(0)
+CODES = RANDOM.integers(0, 4, 600)
+FOLD = np.arange(600) % 5
+CLASSES = ("a", "b", "c", "d")
+
+
+def model(skill: float, seed: int) -> np.ndarray:
+    logits = np.random.default_rng(seed).normal(size=(600, 4))
+    logits[np.arange(600), CODES] += skill
+    return log_softmax(logits, axis=1).astype(np.float32)
+
+
+def table(log_probs: np.ndarray, system: str, fold: np.ndarray = FOLD) -> Predictions:
+    ids = np.array([f"row {n}" for n in range(len(log_probs))], dtype=object)
+    labels = np.array(CLASSES, dtype=object)[CODES[: len(log_probs)]]
+    return Predictions(ids, fold.astype(np.int16), system, CLASSES, log_probs, labels)
+
+
+def test_the_mean_is_that_of_probabilities():
+    members = [model(1.0, 1), model(2.0, 2), model(0.5, 3)]
+    np.testing.assert_allclose(np.exp(mean(members)), np.mean(np.exp(members), axis=0), rtol=1e-5)
+    np.testing.assert_allclose(mean(members[:1]), members[0], atol=1e-6)
+
+
+def test_fitted_weights_are_the_optimum_that_scipy_finds():
+    members = [model(1.0, 1), model(2.0, 2), model(1.5, 3)]
+    weights = fit_weights(members, CODES)
+    start = np.full(3, 1 / 3)
+    constraint = {"type": "eq", "fun": lambda w: w.sum() - 1}
+    reference = minimize(
+        lambda w: logloss(blend(members, w), CODES), start, bounds=[(0, 1)] * 3, constraints=[constraint], tol=1e-10
+    )
+    assert weights.sum() == pytest.approx(1)
+    np.testing.assert_allclose(weights, reference.x, atol=5e-3)
+    assert logloss(blend(members, weights), CODES) <= reference.fun + 1e-6
+
+
+def test_a_system_of_noise_gets_no_weight():
+    weights = fit_weights([model(3.0, 1), np.full((600, 4), np.log(0.25), np.float32) + 0 * model(0.0, 2)], CODES)
+    assert weights[0] > 0.9
+
+
+def test_cross_fitting_never_uses_a_folds_own_labels():
+    members = [model(1.0, 1), model(1.2, 2)]
+    found = cross_fitted(members, CODES, FOLD)
+    changed = CODES.copy()
+    changed[FOLD == 2] = (changed[FOLD == 2] + 1) % 4
+    again = cross_fitted(members, changed, FOLD)
+    np.testing.assert_array_equal(found[FOLD == 2], again[FOLD == 2])
+    assert (found[FOLD != 2] != again[FOLD != 2]).any()
+
+
+def info(fold: int, **changes) -> tuple[str, dict]:
+    facts = {
+        "system": "s", "seed": 1, "fold": fold, "folds": 3, "split": "x", "classes": ["a", "b"],
+        "training": {"train.lr": 0.1}, **changes,
+    }  # fmt: skip
+    return f"fold {fold} of {facts['system']}, seed {facts['seed']}", facts
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([info(0), info(1)], "lacks fold 2 of 3"),
+        (
+            [info(0), info(1), info(2, split="y")],
+            "fold 0 of s, seed 1 and fold 2 of s, seed 1 come from different splits",
+        ),
+        ([info(0), info(1), info(2, classes=["a", "c"])], "know different classes"),
+        ([info(0), info(1), info(2, training={"train.lr": 0.2})], r"differ in train\.lr"),
+        ([info(0), info(1), info(2), info(0, seed=2)], "seed 2 lacks fold 1, fold 2"),
+        ([info(0), info(1), info(2), info(2)], "4 models for 3 folds"),
+    ],
+)
+def test_what_may_not_stand_together_is_refused_by_name(members, message):
+    with pytest.raises(DataError, match=message):
+        check_members(members)
+
+
+def test_whole_systems_and_seeds_may_stand_together():
+    check_members([info(fold, seed=seed, system=s) for fold in range(3) for seed in (1, 2) for s in "st"])
+
+
+def test_folds_of_a_system_become_one_table():
+    whole = table(model(1.0, 1), "s")
+    parts = [whole.take(fold == FOLD) for fold in range(5)]
+    joined = mean_by_id(parts).in_order(list(whole.ids))
+    np.testing.assert_allclose(joined.log_probs, whole.log_probs, atol=1e-6)
+    np.testing.assert_array_equal(joined.fold, whole.fold)
+    np.testing.assert_array_equal(joined.labels, whole.labels)
+
+
+def test_holdout_rows_of_members_are_averaged_by_id_and_class_name():
+    first, second = table(model(1.0, 1), "s"), table(model(2.0, 2), "s", fold=np.full(600, 3))
+    turned = second.with_classes(("d", "c", "b", "a")).take(np.arange(600)[::-1])
+    joined = mean_by_id([first, turned])
+    np.testing.assert_allclose(joined.log_probs, mean([first.log_probs, second.log_probs]), atol=1e-6)
+    assert joined.classes == CLASSES
+    assert (joined.fold[FOLD != 3] == -1).all()
+
+
+def test_scores_say_what_they_speak_of_and_a_single_system_is_not_weighted():
+    system = System("s", 5, table(model(1.0, 1), "s"), table(model(2.0, 2), "s"))
+    weights, scores = weigh([system], "fitted")
+    assert weights.tolist() == [1.0]
+    assert [score["rows"] for score in scores] == ["out-of-fold"]
+    held, temperature, scores = judge_holdout([system], weights, "holdout")
+    assert temperature != 1.0
+    assert [score["rows"] for score in scores] == ["holdout", "holdout, which fitted the temperature"]
+    assert scores[1]["logloss"] <= scores[0]["logloss"]
+    assert len(held) == 600
+    assert judge_holdout([system], weights, "none")[1] == 1.0
+    assert judge_holdout([System("s", 5, system.oof, None)], weights, "holdout") == (None, 1.0, [])
+
+
+def test_between_systems_weights_are_fitted_and_scored_cross_fitted():
+    strong, weak = System("x", 5, table(model(3.0, 1), "x"), None), System("y", 5, table(model(0.5, 2), "y"), None)
+    weights, scores = weigh([strong, weak], "fitted")
+    assert weights[0] > 0.9
+    assert scores[-1]["rows"] == "out-of-fold, cross-fitted by fold"
+    assert scores[-1]["logloss"] < scores[-2]["logloss"]
+    assert weigh([strong, weak], "mean")[0].tolist() == [0.5, 0.5]
+
+
+def test_a_submission_has_the_samples_columns_and_order(tmp_path):
+    predicted = table(model(1.0, 1), "s").take(np.arange(3))
+    write_submission(tmp_path / "s.csv", predicted, "ID", ("c", "a", "d", "b"), ["row 2", "row 0", "row 1"])
+    lines = (tmp_path / "s.csv").read_text(encoding="utf-8-sig").splitlines()
+    assert lines[0] == "ID,c,a,d,b"
+    assert [line.split(",")[0] for line in lines[1:]] == ["row 2", "row 0", "row 1"]
+    values = np.array([line.split(",")[1:] for line in lines[1:]], dtype=float)
+    np.testing.assert_allclose(values, np.exp(predicted.log_probs)[[2, 0, 1]][:, [2, 0, 3, 1]], rtol=1e-4)
+    np.testing.assert_allclose(values.sum(axis=1), 1, atol=1e-7)
+    write_submission(tmp_path / "l.csv", predicted, "ImageID", ("ans",), list(predicted.ids))
+    assert (tmp_path / "l.csv").read_text(encoding="utf-8-sig").splitlines()[1].split(",")[1] in CLASSES
+
+
+def test_a_submission_that_does_not_fit_is_refused_by_name(tmp_path):
+    predicted = table(model(1.0, 1), "s").take(np.arange(3))
+    with pytest.raises(DataError, match="'e' unknown to the models, 'd' without a column"):
+        write_submission(tmp_path / "s.csv", predicted, "ID", ("a", "b", "c", "e"), list(predicted.ids))
+    with pytest.raises(DataError, match="lack 1 ids: 'row 9'"):
+        write_submission(tmp_path / "s.csv", predicted, "ID", CLASSES, ["row 0", "row 9"])
+    with pytest.raises(DataError, match="lacks 2 ids of the test table"):
+        write_submission(tmp_path / "s.csv", predicted, "ID", CLASSES, ["row 0"])

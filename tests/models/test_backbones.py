@@ -1,0 +1,105 @@
+import pytest
+import torch
+from torch import nn
+
+from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
+from fivefold.models.backbones import build_backbone, count_features
+from fivefold.models.classifier import Classifier
+from fivefold.models.heads import build_head
+from fivefold.models.weights import load_exactly, read_weights, save_weights, start_from
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "features"),
+    [
+        ("timm/resnet10t", 32, 512),
+        ("timm/mobilenetv3_small_050", 32, 1024),
+        ("torchvision/resnet18", 32, 512),
+        ("torchvision/mobilenet_v3_small", 32, 1024),
+        ("torchvision/convnext_tiny", 32, 768),
+        ("efficientnet_pytorch/efficientnet-b0", 32, 1280),
+    ],
+)
+def test_backbones_of_every_family_give_features(name, size, features):
+    backbone = build_backbone(name, False, {})
+    assert count_features(backbone, (size, size)) == features
+    assert backbone.training
+    network = Classifier(backbone, build_head("linear", features, 7, 0.1)).eval()
+    assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", "names no family"),
+        ("tim/resnet18", "did you mean 'timm'"),
+        ("timm/resnet1888", "did you mean"),
+        ("torchvision/resnet19", "did you mean 'resnet1"),
+        ("efficientnet_pytorch/efficientnet-b99", "did you mean 'efficientnet-b"),
+        ("fivefold/no", "unknown fivefold backbone"),
+    ],
+)
+def test_unknown_names_are_explained(name, message):
+    with pytest.raises(SettingsError, match=message):
+        build_backbone(name, False, {})
+
+
+def test_an_option_that_the_backbone_does_not_take_is_a_setting():
+    with pytest.raises(SettingsError, match="no_such_option"):
+        build_backbone("timm/resnet10t", False, {"no_such_option": 1})
+
+
+def test_a_size_that_the_backbone_cannot_take_is_a_setting():
+    with pytest.raises(SettingsError, match="images of 40x40"):
+        count_features(build_backbone("timm/vit_tiny_patch16_224", False, {}), (40, 40))
+
+
+def test_pretrained_weights_without_a_network_name_the_way_out(monkeypatch, tmp_path):
+    # An address that refuses every connection, in place of the hub.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(RetryableError, match=r"model\.weights=PATH"):
+        build_backbone("torchvision/resnet18", True, {})
+
+
+def test_weights_come_back_as_they_were_saved(tmp_path):
+    torch.manual_seed(0)
+    network = Classifier(build_backbone("timm/resnet10t", False, {}), build_head("linear", 512, 3, 0.0))
+    save_weights(tmp_path / "model.safetensors", network.state_dict())
+    torch.manual_seed(1)
+    other = Classifier(build_backbone("timm/resnet10t", False, {}), build_head("linear", 512, 3, 0.0))
+    load_exactly(other, tmp_path / "model.safetensors")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+    start = build_backbone("timm/resnet10t", False, {})
+    start_from(start, tmp_path / "model.safetensors")
+    assert torch.equal(start.state_dict()["conv1.0.weight"], network.backbone.state_dict()["conv1.0.weight"])
+
+
+def test_a_pth_with_a_wrapper_and_prefix_is_understood(tmp_path):
+    backbone = build_backbone("torchvision/resnet18", False, {})
+    wrapped = {"state_dict": {f"module.{name}": tensor for name, tensor in backbone.state_dict().items()}}
+    torch.save(wrapped, tmp_path / "w.pth")
+    assert set(read_weights(tmp_path / "w.pth")) == set(backbone.state_dict())
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_weights_that_are_none_are_refused(tmp_path, capsys):
+    torch.save({"weight": Malicious()}, tmp_path / "evil.pth")
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "text.pth").write_text("hello")
+    for name in ("evil.pth", "text.safetensors", "text.pth"):
+        with pytest.raises(DataError, match="cannot be read as weights"):
+            read_weights(tmp_path / name)
+    assert "code ran" not in capsys.readouterr().out
+    with pytest.raises(MissingInputError):
+        read_weights(tmp_path / "absent.pth")
+    save_weights(tmp_path / "other.safetensors", nn.Linear(3, 3).state_dict())
+    with pytest.raises(SettingsError, match="another network"):
+        start_from(build_backbone("torchvision/resnet18", False, {}), tmp_path / "other.safetensors")
+    with pytest.raises(DataError, match="does not hold the weights"):
+        load_exactly(nn.Linear(4, 3), tmp_path / "other.safetensors")

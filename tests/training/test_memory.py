@@ -1,0 +1,42 @@
+import pytest
+import torch
+from torch import nn
+
+from fivefold.errors import SettingsError
+from fivefold.inference.predictor import make_runtime
+from fivefold.training.memory import Estimate, available, check_fits, estimate
+
+CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
+
+
+def test_the_estimate_counts_what_autograd_keeps():
+    """A convolution keeps its input, a ReLU its output; worked by hand for 8x8 images of 4-byte floats."""
+    network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU())
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    found = estimate(network, (8, 8), CPU, copies=3)
+    image, relu = 3 * 8 * 8 * 4, 16 * 8 * 8 * 4
+    assert found.image == 2 * image + relu  # the input is counted once as input, once as kept
+    assert found.fixed == (3 * 16 * 9 + 16) * 4 * 4
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+def test_the_estimate_leaves_batch_statistics_and_random_state_alone():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    estimate(network, (8, 8), CPU, copies=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert int(network[1].num_batches_tracked) == 0
+
+
+def test_a_batch_that_does_not_fit_says_which_would():
+    found = Estimate(fixed=100 << 20, image=10 << 20)
+    assert "420 MiB at batch size 32" in check_fits(found, 32, 1 << 30)
+    with pytest.raises(SettingsError, match=r"train\.batch_size=15 would fit; train\.accumulate=3 keeps"):
+        check_fits(found, 32, 250 << 20)
+    with pytest.raises(SettingsError, match="not even one image fits"):
+        check_fits(found, 32, 105 << 20)
+
+
+def test_this_machine_has_some_memory_free():
+    assert available(torch.device("cpu")) > 100 << 20

@@ -1,0 +1,141 @@
+"""Updates, averaging, optimisers and schedules against torch's own and by reduction."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fivefold.errors import SettingsError
+from fivefold.inference.predictor import make_runtime
+from fivefold.training.ema import Ema
+from fivefold.training.losses import cross_entropy
+from fivefold.training.objectives import Rows, supervised
+from fivefold.training.optim import Schedule, build_optimizer
+from fivefold.training.updates import plain
+
+CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def rows(count: int, seed: int) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 3, (count,), generator=generator)
+    return Rows(torch.randn(count, 3, 2, 2, generator=generator), nn.functional.one_hot(codes, 3).float())
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("adamw", lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True)),
+        ("adam", lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, fused=True)),
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.01, weight_decay=0.1, momentum=0.9, nesterov=True, fused=True)),
+    ],
+)
+def test_a_plain_step_is_torchs_own(name, reference):
+    ours = network()
+    theirs = copy.deepcopy(ours)
+    decayed = [p for p in theirs.parameters() if p.ndim >= 2]
+    others = [p for p in theirs.parameters() if p.ndim < 2]
+    optimizer = reference([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
+    own = build_optimizer(name, ours, lr=0.01, weight_decay=0.1, momentum=0.9)
+    update = plain(ours, supervised(cross_entropy(0.1)), own, CPU, clip=0.5)
+    for step in range(5):
+        batch = rows(6, step)
+        update([batch])
+        optimizer.zero_grad()
+        cross_entropy(0.1)(theirs(batch.images), batch.targets).backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        optimizer.step()
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=0)
+
+
+def test_accumulated_batches_are_one_large_batch():
+    once, parts = network(), network()
+    large = rows(9, 1)
+    pieces = [Rows(large.images[a:b], large.targets[a:b]) for a, b in ((0, 4), (4, 8), (8, 9))]
+    for model, batches in ((once, [large]), (parts, pieces)):
+        optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
+        plain(model, supervised(cross_entropy(0.0)), optimizer, CPU, clip=0.0)(batches)
+    torch.testing.assert_close(weights(once), weights(parts))
+
+
+def test_clipping_bounds_the_gradient():
+    model = network()
+    before = weights(model).clone()
+    optimizer = build_optimizer("sgd", model, lr=1.0, weight_decay=0.0, momentum=0.0)
+    plain(model, supervised(cross_entropy(0.0)), optimizer, CPU, clip=1e-3)([rows(8, 2)])
+    assert float((weights(model) - before).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_an_average_with_decay_zero_is_the_weights():
+    model = network()
+    ema = Ema(model, decay=0.0)
+    with torch.no_grad():
+        model[1].weight.add_(1.0)
+    ema()
+    torch.testing.assert_close(weights(ema.model), weights(model), rtol=0, atol=0)
+
+
+def test_the_average_follows_its_formula_and_counts_batches():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).train()
+    ema = Ema(model, decay=0.9)
+    expected = model[1].running_mean.clone()
+    for step in range(1, 4):
+        model(torch.randn(4, 3, 2, 2) + 5)
+        ema()
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model[1].running_mean
+    torch.testing.assert_close(ema.model[1].running_mean, expected)
+    assert int(ema.model[1].num_batches_tracked) == 3
+    assert not ema.model.training
+
+
+def schedule(name: str, **options) -> tuple[list[float], Schedule]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    found = Schedule(name, optimizer, total=40, steps_per_epoch=4, **options)
+    rates = []
+    for _ in range(40):
+        rates.append(found.lr)
+        found()
+    return rates, found
+
+
+def test_cosine_is_torchs():
+    rates, _ = schedule("cosine")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
+    for rate in rates:
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        reference.step()
+
+
+def test_warm_up_rises_in_a_line_then_the_cosine_starts_at_its_top():
+    rates, _ = schedule("cosine", warmup_epochs=2)
+    assert rates[:8] == pytest.approx([(n + 1) / 8 for n in range(8)])
+    assert rates[8] == 1.0
+    assert rates[9] < 1.0
+
+
+def test_step_halves_every_ten_steps_and_plateau_waits_for_bad_epochs():
+    rates, _ = schedule("step", step_epochs=5, gamma=0.5)
+    assert rates == [1.0] * 20 + [0.5] * 20
+    _, plateau = schedule("plateau", step_epochs=2, gamma=0.1)
+    for improved in (True, False, True, False, False):
+        plateau.after_epoch(improved)
+    plateau()
+    assert plateau.lr == pytest.approx(0.1)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    with pytest.raises(SettingsError, match="warmup_epochs"):
+        schedule("cosine", warmup_epochs=10)
