@@ -182,8 +182,7 @@ def _table_rows(table: CsvFile, columns: Columns, check_files: bool) -> Rows:
     check_unique(read[row_id], table, row_id)
     codes, classes = _classes(labels, table)
     groups = pc.if_else(pc.equal(read[group], ""), None, read[group]) if group else pa.nulls(len(codes), TEXT)
-    bases = list(dict.fromkeys([table.folder, "", *(posixpath.join(table.folder, name) for name in TRAIN_FOLDERS)]))
-    paths = image_paths(read[path], table, bases, check_files)
+    paths = image_paths(read[path], table, _bases(table, TRAIN_FOLDERS), check_files)
     return Rows(read[row_id], paths, codes, classes, groups, f"the CSV {table.name}")
 
 
@@ -265,6 +264,12 @@ def _levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
         level = posixpath.join(level, (named or lone)[0])
 
 
+def _bases(table: CsvFile, special: Sequence[str]) -> list[str]:
+    """What a table's paths may count from: its own folder, the root, or a `special` folder beside it."""
+    beside = [name for name in table.store.listing(table.folder)[0] if name.lower() in special]
+    return list(dict.fromkeys([table.folder, "", *(posixpath.join(table.folder, name) for name in beside)]))
+
+
 def _csvs(store: ImageStore, level: str) -> list[str]:
     return [posixpath.join(level, name) for name in store.listing(level)[1] if name.lower().endswith(".csv")]
 
@@ -294,8 +299,7 @@ def _eval_table(table: CsvFile, columns: Columns, sample: Submission | None) -> 
     row_id = table.column(columns.id, ID_NAMES) or path
     read = table.read({row_id: TEXT, path: TEXT})
     check_unique(read[row_id], table, row_id)
-    bases = list(dict.fromkeys([table.folder, "", *(posixpath.join(table.folder, name) for name in EVAL_FOLDERS)]))
-    paths = image_paths(read[path], table, bases, check_files=True)
+    paths = image_paths(read[path], table, _bases(table, EVAL_FOLDERS), check_files=True)
     return EvalTable(row_id, *(column.to_numpy(zero_copy_only=False) for column in (read[row_id], paths)), sample)
 
 

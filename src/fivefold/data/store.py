@@ -4,6 +4,7 @@ Both stores have `root`, `names()`, `exists(name)` and `read(name)`, hold no ope
 shared by threads and forked or spawned loader workers.
 """
 
+import os
 import posixpath
 import stat
 import struct
@@ -35,9 +36,9 @@ class FolderStore:
 
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
         """Names of the folders and of the files directly in `folder` ("" is the root), sorted."""
-        inside = [entry for entry in below(self.root, folder).iterdir() if _is_shown(entry.name)]
-        folders = sorted(entry.name for entry in inside if entry.is_dir())
-        return folders, sorted({entry.name for entry in inside} - set(folders))
+        with os.scandir(below(self.root, folder)) as entries:
+            is_folder = {entry.name: entry.is_dir() for entry in entries if _is_shown(entry.name)}
+        return _two_lists(is_folder)
 
     def exists(self, name: str) -> bool:
         return below(self.root, name).is_file()
@@ -80,9 +81,7 @@ class ZipStore:
         """Names of the folders and of the files directly in `folder` ("" is the root), sorted."""
         prefix = f"{folder}/" if folder else ""
         inside = [name.removeprefix(prefix).partition("/") for name in self.entries if name.startswith(prefix)]
-        return sorted({name for name, slash, _ in inside if slash}), sorted(
-            name for name, slash, _ in inside if not slash
-        )
+        return _two_lists({name: bool(slash) for name, slash, _ in inside})
 
     def exists(self, name: str) -> bool:
         return _inside(name, self.root) in self.entries
@@ -193,6 +192,10 @@ def _decoded_name(info: zipfile.ZipInfo) -> str:
         except UnicodeError:
             continue
     return info.filename
+
+
+def _two_lists(is_folder: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    return tuple(sorted(name for name in is_folder if is_folder[name] is wanted) for wanted in (True, False))
 
 
 def _is_shown(part: str) -> bool:

@@ -1,0 +1,254 @@
+"""Layouts on disk, made rows: what is understood, and what is refused with which words."""
+
+import logging
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fivefold.data.adapters import Columns, Rows, read_eval, read_rows
+from fivefold.data.store import open_store
+from fivefold.errors import DataError, FivefoldError, MissingInputError
+
+
+def picture() -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURE = picture()
+
+
+def made(root: Path, *names: str, **tables: str) -> Path:
+    """A folder with a picture at each name, and `train="..."` as train.csv."""
+    root.mkdir(exist_ok=True)
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(PICTURE)
+    for name, text in tables.items():
+        (root / f"{name}.csv").write_text(text, encoding="utf-8")
+    return root
+
+
+def rows_of(root: Path, *args: object, **options: object) -> Rows:
+    return read_rows(open_store(root), *args, **options)
+
+
+def labelled(rows: Rows) -> dict[str, str]:
+    return dict(zip(rows.paths.to_pylist(), [rows.classes[code] for code in rows.codes], strict=True))
+
+
+CATS_AND_DOGS = {"cat/1.png": "cat", "cat/deep/er/2.png": "cat", "dog/1.png": "dog"}
+
+
+@pytest.mark.parametrize("prefix", ["", "train/", "wrapper/", "wrapper/train/", "Train/images/", "a/b/c/"])
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_class_folders_are_found_below_wrappers_and_train(tmp_path: Path, prefix: str, packed: bool) -> None:
+    root = made(tmp_path / "data", *(prefix + name for name in CATS_AND_DOGS), f"{prefix}.thumbs/x.png")
+    (root / prefix / "cat" / "notes.txt").write_text("no image")
+    if packed:
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+            for path in root.rglob("*"):
+                archive.write(path, path.relative_to(root))
+        root = tmp_path / "data.zip"
+    rows = rows_of(root)
+    assert labelled(rows) == {prefix + name: label for name, label in CATS_AND_DOGS.items()}
+    assert rows.ids.to_pylist() == rows.paths.to_pylist() == sorted(rows.paths.to_pylist())
+    assert rows.groups.null_count == len(rows)
+
+
+def test_train_and_test_are_never_two_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["train/cat/1.png", "train/dog/1.png", "test/1.png", "test/2.png", "valid/cat/3.png"]
+    root = made(tmp_path / "data", *names, test="ID,img_path\n1,test/1.png\n", gt="ID,label\n1,cat\n")
+    with caplog.at_level(logging.INFO):
+        assert labelled(rows_of(root)) == {"train/cat/1.png": "cat", "train/dog/1.png": "dog"}
+    assert "left out: 'test', 'valid'" in caplog.text
+    flat = made(tmp_path / "flat", "train/1.png", "test/1.png")
+    with pytest.raises(DataError, match="no class folders"):
+        rows_of(flat)
+
+
+def test_a_class_may_be_called_train_or_like_a_column(tmp_path: Path) -> None:
+    root = made(tmp_path / "data", *(f"{name}/1.png" for name in ("train", "bus", "id", "fold", "p,q r", "사과")))
+    assert rows_of(root).classes == ("bus", "fold", "id", "p,q r", "train", "사과")
+
+
+def test_images_beside_the_class_folders_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = rows_of(made(tmp_path / "data", "cat/1.png", "dog/1.png", "cover.png"))
+    assert len(rows) == 2
+    assert "1 images lie in no class folder" in caplog.text
+
+
+CSV = "image_path,target\na/1.png,cat\nb/2.png,dog\n"
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (["a/1.png", "b/2.png"], CSV),
+        (["train/a/1.png", "train/b/2.png"], CSV),
+        (["a/1.png", "b/2.png"], CSV.replace("\na/", "\n./a/").replace("\nb/", "\nb\\")),
+        (["a/1.png", "b/2.png"], "\ufeffID,img_path,label\n7,a/1.png,cat\n8,b/2.png,dog\n"),
+        (["a/1.png", "b/2.png"], "class_name,image_path,target\nx,a/1.png,cat\ny,b/2.png,dog\n"),
+        (["a/1.png", "b/2.png"], 'Path, Label \r\n"a/1.png",cat \r\nb/../b/2.png,dog\r\n'),
+    ],
+    ids=["plain", "below train", "dots and backslashes", "ids and a mark", "with class names", "quotes and blanks"],
+)
+def test_a_csv_s_columns_and_paths_are_found(tmp_path: Path, names: list[str], table: str) -> None:
+    rows = rows_of(made(tmp_path / "data", *names, train=table))
+    assert list(labelled(rows).values()) == ["cat", "dog"]
+    assert rows.paths.to_pylist() == names
+    assert rows.layout == "the CSV train.csv"
+
+
+def test_paths_count_from_the_csv_or_from_the_root(tmp_path: Path) -> None:
+    root = made(tmp_path / "data", "img/1.png", "img/2.png")
+    for start in ("../img", "img", f"{root}/img"):
+        made(root / "meta", labels=f"path,label\n{start}/1.png,a\n{start}/2.png,b\n")
+        assert list(labelled(rows_of(root, table="meta/labels.csv"))) == ["img/1.png", "img/2.png"]
+
+
+def test_columns_may_be_named_and_text_stays_text(tmp_path: Path) -> None:
+    table = "no,file,kind,who,path,label\n007,1.png,NA,p1,x,x\n7,2.png,1.0,,x,x\n08,3.png,1,p1,x,x\n"
+    root = made(tmp_path / "data", "1.png", "2.png", "3.png", train=table)
+    rows = rows_of(root, "csv", "train.csv", Columns("no", "file", "kind", "who"))
+    assert rows.ids.to_pylist() == ["007", "7", "08"]
+    assert rows.classes == ("1", "1.0", "NA")
+    assert rows.groups.to_pylist() == ["p1", None, "p1"]
+
+
+def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path) -> None:
+    root = made(tmp_path / "data", *CATS_AND_DOGS, colours="name,red\na,1\n")
+    assert labelled(rows_of(root)) == CATS_AND_DOGS
+    assert labelled(rows_of(root, "folders")) == CATS_AND_DOGS
+
+
+@pytest.mark.parametrize(
+    ("names", "table", "message"),
+    [
+        ([], None, "holds no images"),
+        (["cat/1.png", "cat/2.png"], None, r"only 1 class \('cat'\)"),
+        (["1.png"], "image_path,target\n1.png,a\n", "only 1 class"),
+        (["1.png"], "image_path,target\n1.png,a\n2.png,b\n3.png,b\n", r"names 2 of 3 files.*'2\.png', '3\.png'"),
+        (["1.png"], "image_path,target\n1.png,a\n../2.png,b\n", r"lead out of .*'\.\./2\.png'; the first in line 3"),
+        (["1.png"], "image_path,target\n1.png,a\n/etc/passwd,b\n", "lead out of .*passwd"),
+        (["1.png"], "image_path,target\n1.png,a\n,b\n", "empty or lead out"),
+        (["1.png"], "id,path,label\nx,1.png,a\ny,1.png,b\nx,1.png,b\n", r"several rows of the column 'id': 'x'"),
+        (["1.png"], "image_path,target\n1.png,a\n1.png,b\n", r"several rows .*'1\.png'"),
+        (["1.png"], "image,target\n1.png,a\n", r"no column image_path or img_path or path; it has image, target"),
+        (["1.png"], "image_path,kind\n1.png,a\n", r"no column target or label or class_name; it has image_path, kind"),
+        (["1.png"], "path,label\n1.png,a\n2.png, \n", "1 rows with an empty label, the first in line 3"),
+        (["1.png"], "path,label\n1.png,a,b\n", "cannot be read"),
+        (["1.png"], "path,label,path\n1.png,a,b\n", "the column 'path' twice"),
+        (["1.png"], "path,label\n", "no rows"),
+        (["1.png"], "", "is empty"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(
+    tmp_path: Path, names: list[str], table: str | None, message: str
+) -> None:
+    root = made(tmp_path / "data", *names, **({} if table is None else {"train": table}))
+    with pytest.raises(DataError, match=message):
+        rows_of(root)
+
+
+def test_without_a_look_at_the_files_missing_ones_pass(tmp_path: Path) -> None:
+    root = made(tmp_path / "data", train="image_path,target\n1.png,a\n2.png,b\n")
+    assert rows_of(root, check_files=False).paths.to_pylist() == ["1.png", "2.png"]
+
+
+def test_a_csv_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    for number, text in enumerate(("경로,label\n1.png,a\n", "path,label\n1.png,고양이\n")):
+        root = made(tmp_path / str(number), "1.png")
+        (root / "train.csv").write_bytes(text.encode("cp949"))
+        with pytest.raises(DataError, match="UTF-8"):
+            rows_of(root)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"table": "none.csv"}, MissingInputError, "no table none.csv"),
+        ({"layout": "csv"}, DataError, "no CSV"),
+        ({"layout": "tree"}, FivefoldError, "known: auto, csv, folders"),
+    ],
+)
+def test_a_layout_that_is_not_there(tmp_path: Path, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        rows_of(made(tmp_path / "data", *CATS_AND_DOGS), **options)
+    two = made(tmp_path / "two", "1.png", a=CSV, b=CSV)
+    with pytest.raises(DataError, match=r"several tables.*data\.table"):
+        rows_of(two)
+
+
+def test_named_columns_must_be_there(tmp_path: Path) -> None:
+    root = made(tmp_path / "data", "a/1.png", "b/2.png", train=CSV)
+    for columns in (Columns(id="no"), Columns(path="no"), Columns(label="no"), Columns(group="no")):
+        with pytest.raises(DataError, match=r"no column 'no'; it has image_path, target; set data\.\w+_column"):
+            rows_of(root, "csv", "", columns)
+
+
+def test_rows_that_are_left_lose_the_classes_that_are_not(tmp_path: Path) -> None:
+    rows = rows_of(made(tmp_path / "data", "a/1.png", "b/1.png", "c/1.png"))
+    kept = rows.take(rows.codes != 1)
+    assert labelled(kept) == {"a/1.png": "a", "c/1.png": "c"}
+    assert kept.classes == ("a", "c")
+    with pytest.raises(DataError, match="only 1 class"):
+        rows.take(rows.codes == 1)
+
+
+SAMPLE = "\ufeffID,cat,dog\nT_2,.5,.5\nT_1,.5,.5\n"
+
+
+def test_a_test_table_with_ids_and_a_sample_submission(tmp_path: Path) -> None:
+    root = made(tmp_path / "data", "test/T_1.png", "test/T_2.png", "train/cat/1.png")
+    made(
+        root, test="\ufeffID,img_path\nT_2,./test/T_2.png\nT_1,./test/T_1.png\n", train="path,label\n", gt="ID,label\n"
+    )
+    made(root, sample_submission=SAMPLE)
+    for source in (root, open_store(root)):
+        table = read_eval(source)
+        assert (table.id_column, table.ids.tolist()) == ("ID", ["T_2", "T_1"])
+        assert table.paths.tolist() == ["test/T_2.png", "test/T_1.png"]
+        assert table.sample is not None
+        assert (table.sample.id_column, table.sample.classes) == ("ID", ("cat", "dog"))
+        assert table.sample.ids.tolist() == ["T_2", "T_1"]
+
+
+def test_a_test_table_of_paths_below_test(tmp_path: Path) -> None:
+    root = made(tmp_path / "data", "test/1.png", "test/0.png", test="image_path\n1.png\n0.png\n")
+    table = read_eval(root)
+    assert (table.id_column, table.ids.tolist()) == ("image_path", ["1.png", "0.png"])
+    assert table.paths.tolist() == ["test/1.png", "test/0.png"]
+    assert table.sample is None
+
+
+def test_a_folder_of_images_without_a_table(tmp_path: Path) -> None:
+    root = made(tmp_path / "data", "test/T_1.png", "test/T_2.png", "train/cat/1.png")
+    assert read_eval(root).ids.tolist() == ["T_1.png", "T_2.png"]
+    table = read_eval(made(root, sample_submission=SAMPLE))
+    assert (table.ids.tolist(), table.paths.tolist()) == (["T_1", "T_2"], ["test/T_1.png", "test/T_2.png"])
+    flat = made(tmp_path / "flat", "b.png", "a.png")
+    assert read_eval(flat).ids.tolist() == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "table", "message"),
+    [
+        ([], None, "no test.csv and no images"),
+        (["1.png"], "ID,img_path\na,1.png\nb,2.png\n", r"1 of 2 files .*'2\.png'"),
+        (["1.png"], "ID,img_path\na,../1.png\n", "lead out"),
+        (["1.png"], "ID,img_path\na,1.png\na,1.png\n", "several rows"),
+        (["1.png"], "ID,name\na,1.png\n", "no column image_path or img_path or path; it has ID, name"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(tmp_path: Path, names: list[str], table: str | None, message: str) -> None:
+    root = made(tmp_path / "data", *names, **({} if table is None else {"test": table}))
+    with pytest.raises(DataError, match=message):
+        read_eval(root)
