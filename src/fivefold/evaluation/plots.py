@@ -5,41 +5,24 @@ Every function draws to `target`, a path or a binary file, as PNG.
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fivefold.choose import choose
 from fivefold.errors import DataError
+from fivefold.evaluation import drawing
+from fivefold.evaluation.drawing import THEMES, Target, Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-Target = Path | BinaryIO
-DPI = 160
-FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic", "Noto Sans CJK JP", "WenQuanYi Zen Hei")
-"""Fonts with Hangul and Han; without any of them such classes are shown by their number."""
 NAMED_CLASSES = 40
 WRITTEN_COUNTS = 16
-BARS = 60
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a picture: surface, text, quiet text, grid, and those of the data."""
-
-    surface: str
-    text: str
-    quiet: str
-    grid: str
-    accent: str
-    second: str
-    wrong: str
-    series: tuple[str, ...]
+BARS = 40
 
 
 def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light") -> None:
@@ -57,13 +40,13 @@ def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light
         ("Learning rate", (("lr", ""),)),
     ]
     for axis, (title, series) in zip(axes, pairs, strict=True):
-        _style(axis, colours, title, "epoch")
+        drawing.style(axis, colours, title, "epoch")
         for (column, label), colour in zip(series, _training_colours(colours, len(series)), strict=True):
             _line(axis, log, column, colour, label)
         if len(series) > 1:
-            _legend(axis, colours)
+            drawing.legend(axis, colours)
     _mark_best(axes[2], log, colours)
-    _save(figure, target_png, colours)
+    drawing.save(figure, target_png, colours)
 
 
 def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") -> None:
@@ -75,7 +58,7 @@ def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") 
     tables = {name: read_train_log(path) for name, path in logs.items()}
     few = len(tables) <= len(colours.series)
     for axis, (title, column) in zip(axes, panels, strict=True):
-        _style(axis, colours, title, "epoch")
+        drawing.style(axis, colours, title, "epoch")
         for place, (name, log) in enumerate(tables.items()):
             _line(axis, log, column, colours.series[place] if few else colours.accent, name, 1.0 if few else 0.4)
     if few and len(tables) > 1:
@@ -83,7 +66,7 @@ def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") 
         figure.legend(
             handles, labels, loc="outside lower center", ncols=6, frameon=False, labelcolor=colours.text, fontsize=9
         )
-    _save(figure, target, colours)
+    drawing.save(figure, target, colours)
 
 
 def read_train_log(path: Path) -> dict[str, np.ndarray]:
@@ -103,7 +86,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme:
     """
     colours = choose(THEMES, "theme", theme)
     side = 4.0 + min(len(classes), NAMED_CLASSES) * 0.15
-    figure = _figure(colours, (side + 1.0, side))
+    figure = drawing.blank(colours, (side + 1.0, side))
     axis = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     hits = np.eye(len(classes), dtype=bool)
@@ -111,22 +94,22 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme:
     shown = np.sqrt(np.where(hits, shares, shares / _most(shares, hits)))
     _shade(axis, np.ma.masked_where(~hits, shown), (colours.surface, colours.accent))
     picture = _shade(axis, np.ma.masked_where(hits, shown), (colours.surface, colours.wrong))
-    _style(axis, colours, "", "predicted", "true")
+    drawing.style(axis, colours, "", "predicted", "true")
     axis.grid(False)
     _class_ticks(axis, classes, colours)
     if len(classes) <= WRITTEN_COUNTS:
         _write_counts(axis, matrix, shown, colours)
     _confusion_scale(figure, axis, picture, _most(shares, hits), colours)
-    _save(figure, target, colours)
+    drawing.save(figure, target, colours)
 
 
 def reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, theme: str = "light") -> None:
     """The reliability diagram of `calibration.reliability_table`, above the number of rows of each bin."""
     colours = choose(THEMES, "theme", theme)
-    figure = _figure(colours, (5.2, 5.4))
+    figure = drawing.blank(colours, (5.2, 5.4))
     top, bottom = figure.subplots(2, 1, height_ratios=[3.2, 1], sharex=True)
-    _style(top, colours, "", "", "accuracy")
-    _style(bottom, colours, "", "confidence", "rows")
+    drawing.style(top, colours, f"ECE {ece:.4f}", "", "accuracy")
+    drawing.style(bottom, colours, "", "confidence", "rows")
     middle, width = (table["low"] + table["high"]) / 2, 1 / len(table["low"])
     full = table["rows"] > 0
     top.plot([0, 1], [0, 1], color=colours.quiet, linewidth=1, linestyle=(0, (4, 3)))
@@ -142,22 +125,21 @@ def reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, the
         label="mean confidence",
     )
     top.set(xlim=(0, 1), ylim=(0, 1.02))
-    top.text(0.03, 0.93, f"ECE {ece:.4f}", color=colours.text, fontsize=11, fontweight="bold", transform=top.transAxes)
-    _legend(top, colours)
+    drawing.legend(top, colours)
     bottom.bar(middle, table["rows"], width * 0.86, color=colours.quiet)
-    _save(figure, target, colours)
+    drawing.save(figure, target, colours)
 
 
 def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Target, theme: str = "light") -> None:
-    """F1 of each class, the weakest first; of many classes the weakest 60."""
+    """F1 of each class, the weakest first; of many classes the weakest 40."""
     colours = choose(THEMES, "theme", theme)
     seen = np.flatnonzero((table["support"] + table["predicted"]) > 0)
     order = seen[np.argsort(table["f1"][seen], kind="stable")][:BARS]
-    names = _drawable([classes[place] for place in order], [int(place) for place in order])
-    figure = _figure(colours, (5.2, 0.9 + 0.26 * len(order)))
+    names = drawing.drawable([classes[place] for place in order], [int(place) for place in order])
+    figure = drawing.blank(colours, (5.2, 0.9 + 0.26 * len(order)))
     axis = figure.subplots()
     title = f"the weakest {BARS} of {len(classes)} classes" if len(seen) > BARS else ""
-    _style(axis, colours, title, "F1")
+    drawing.style(axis, colours, title, "F1")
     axis.grid(False, axis="y")
     rows = np.arange(len(order))
     axis.barh(rows, table["f1"][order], 0.72, color=colours.accent)
@@ -175,7 +157,7 @@ def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Ta
             fontsize=7.5,
             color=colours.surface if inside else colours.text,
         )
-    _save(figure, target, colours)
+    drawing.save(figure, target, colours)
 
 
 def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Target, theme: str = "light") -> None:
@@ -183,9 +165,9 @@ def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Targe
     colours = choose(THEMES, "theme", theme)
     confidence = np.exp(log_probs.max(axis=1).astype(np.float64)).clip(0, 1)
     right = log_probs.argmax(axis=1) == codes
-    figure = _figure(colours, (5.2, 5.4))
+    figure = drawing.blank(colours, (5.2, 5.4))
     axis = figure.subplots()
-    _style(axis, colours, "", "confidence", "share")
+    drawing.style(axis, colours, "", "confidence", "share")
     edges = np.linspace(0, 1, 26)
     for part, colour, label in ((right, colours.accent, "right"), (~right, colours.wrong, "wrong")):
         if part.any():
@@ -194,34 +176,13 @@ def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Targe
             axis.stairs(counts, edges, color=colour, linewidth=1.6, label=f"{label} ({part.sum():,})")
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
-    _legend(axis, colours)
-    _save(figure, target, colours)
-
-
-def _figure(colours: Theme, inches: tuple[float, float]) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, facecolor=colours.surface, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    return figure
+    drawing.legend(axis, colours)
+    drawing.save(figure, target, colours)
 
 
 def _grid(colours: Theme) -> tuple["Figure", list["Axes"]]:
-    figure = _figure(colours, (9.6, 6.0))
+    figure = drawing.blank(colours, (9.6, 6.0))
     return figure, list(figure.subplots(2, 2).flat)
-
-
-def _style(axis: "Axes", colours: Theme, title: str, across: str, up: str = "") -> None:
-    axis.set_facecolor(colours.surface)
-    axis.set_title(title, color=colours.text, fontsize=11, fontweight="bold", loc="left")
-    axis.set_xlabel(across, color=colours.quiet, fontsize=9)
-    axis.set_ylabel(up, color=colours.quiet, fontsize=9)
-    axis.tick_params(colors=colours.quiet, labelsize=8.5, length=0)
-    axis.grid(color=colours.grid, linewidth=0.8)
-    axis.set_axisbelow(True)
-    for name, spine in axis.spines.items():
-        spine.set_visible(name == "bottom")
-        spine.set_color(colours.quiet)
 
 
 def _line(
@@ -270,13 +231,6 @@ def _training_colours(colours: Theme, lines: int) -> tuple[str, ...]:
     return (colours.quiet, colours.accent) if lines == 2 else (colours.accent,)
 
 
-def _legend(axis: "Axes", colours: Theme) -> None:
-    """A legend in one row above the axes, at the right, where it hides no data."""
-    if axis.get_legend_handles_labels()[0]:
-        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "columnspacing": 1.2}
-        axis.legend(frameon=False, labelcolor=colours.text, fontsize=9, ncols=3, handlelength=1.4, **place)
-
-
 def _shade(axis: "Axes", values: np.ndarray, ends: tuple[str, str]) -> "AxesImage":
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -300,7 +254,7 @@ def _confusion_scale(figure: "Figure", axis: "Axes", picture: "AxesImage", most:
 def _class_ticks(axis: "Axes", classes: Sequence[str], colours: Theme) -> None:
     if len(classes) > NAMED_CLASSES:
         return
-    places, names = np.arange(len(classes)), _drawable(classes, range(len(classes)))
+    places, names = np.arange(len(classes)), drawing.drawable(classes, range(len(classes)))
     axis.set_yticks(places, names)
     level = len(classes) <= 12 and max(len(name) for name in names) <= 3
     axis.set_xticks(places, names, rotation=0 if level else 90)
@@ -316,61 +270,3 @@ def _write_counts(axis: "Axes", matrix: np.ndarray, shown: np.ndarray, colours: 
     for row, column in np.argwhere(matrix > 0):
         colour = colours.surface if shown[row, column] > 0.6 else colours.text
         axis.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", fontsize=size, color=colour)
-
-
-def _drawable(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
-    """`names`, cut to 24 characters and with `$` kept literal; the number of one that no font can draw."""
-    covered = _covered_characters()
-    return [
-        (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")
-        if all(ord(character) in covered for character in name)
-        else f"#{number}"
-        for name, number in zip(names, numbers, strict=True)
-    ]
-
-
-def _covered_characters() -> set[int]:
-    """The code points that one of the fonts of a picture can draw."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    return {point for name in _families() for point in get_font(findfont(FontProperties(name))).get_charmap()}
-
-
-def _families() -> list[str]:
-    from matplotlib.font_manager import fontManager
-
-    known = set(fontManager.get_font_names())
-    return ["DejaVu Sans", *[name for name in FONTS if name in known][:1]]
-
-
-def _save(figure: "Figure", target: Target, colours: Theme) -> None:
-    from matplotlib.text import Text
-
-    for text in figure.findobj(lambda artist: isinstance(artist, Text) and not artist.get_text().isascii()):
-        text.set_fontfamily(_families())
-    # The extension of a temporary file says nothing, and no metadata keeps the bytes the same.
-    figure.savefig(target, format="png", dpi=DPI, facecolor=colours.surface, metadata={"Software": None})
-
-
-THEMES = {
-    "light": Theme(
-        surface="#ffffff",
-        text="#1c2430",
-        quiet="#6b7686",
-        grid="#e8ebf0",
-        accent="#2f6fde",
-        second="#e08a1e",
-        wrong="#d6455d",
-        series=("#2f6fde", "#e08a1e", "#1c9b78", "#d6455d", "#8a5bd6", "#5f6b7a", "#b8860b", "#2aa5c7"),
-    ),
-    "dark": Theme(
-        surface="#171c25",
-        text="#e8ecf2",
-        quiet="#93a0b2",
-        grid="#2a3240",
-        accent="#6ba1ff",
-        second="#f2ae55",
-        wrong="#f27a8c",
-        series=("#6ba1ff", "#f2ae55", "#45c9a2", "#f27a8c", "#b592f5", "#9aa7b8", "#d9bd4a", "#57cbe8"),
-    ),
-}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fivefold.evaluation import calibration, metrics, plots
+from fivefold.evaluation.drawing import THEMES
 from fivefold.evaluation.tables import Mistake, Scored, confused_pairs
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -73,7 +74,7 @@ def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Pic
         painters["training_curves"] = lambda to, theme: plots.training_curves(*curves.values(), to, theme)
     elif curves:
         painters["training_curves"] = lambda to, theme: plots.fold_curves(curves, to, theme)
-    return {name: {theme: _png(paint, theme) for theme in plots.THEMES} for name, paint in painters.items()}
+    return {name: {theme: _png(paint, theme) for theme in THEMES} for name, paint in painters.items()}
 
 
 def render(content: Content) -> str:
