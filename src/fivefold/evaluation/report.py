@@ -28,7 +28,7 @@ Picture = Mapping[str, bytes]
 
 COMPARED = ("accuracy", "logloss", "f1_macro", "ece")
 ABOUT = {
-    "test": "Rows that no model trained on or chose anything by, scored against the ground truth that was handed in.",
+    "test": "Scored against the ground truth that was handed in; no earlier stage reads it.",
     "holdout": "Rows set aside by the split: no model trained on them or chose its epoch by them.",
     "oof": "Each row is predicted by the fold model that did not train on it. That model did choose its best epoch on "
     "these rows, and the figures speak of single models, not of their ensemble.",
