@@ -1,6 +1,7 @@
 """Progress of long work: a bar on a terminal, a plain line now and then in a log."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -11,19 +12,25 @@ log = logging.getLogger("fivefold")
 SECONDS_BETWEEN_LINES = 15.0
 
 
-def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """`items` one by one, while their progress shows under `label` with the time left."""
+def track(items: Iterable[T], total: int, label: str, every: float = SECONDS_BETWEEN_LINES) -> Iterator[T]:
+    """`items` one by one, while their progress shows under `label` with the time left.
+
+    In a log that is a line `every` so many seconds.
+    """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True)
+        # A terminal that a container makes up may say that it is 0 wide, and the bar would not show.
+        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        width = {"dynamic_ncols": True} if known else {"ncols": 80}
+        yield from tqdm(items, total=total, desc=label, leave=False, **width)
         return
     start = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and now - last >= SECONDS_BETWEEN_LINES:
+        if done and now - last >= every:
             last = now
-            left = (now - start) / done * (total - done)
+            left = (now - start) / done * max(0, total - done)
             log.info("%s: %d of %d, %s left", label, done, total, duration(left))
         yield item
 

@@ -1,0 +1,198 @@
+"""The table that crosses stages: what is written is read, and what is broken is named."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fivefold.errors import DataError, MissingInputError
+from fivefold.predictions import ROWS_A_GROUP, Predictions, check, in_class_order, mean_by_id, read, sample, write
+
+CLASSES = ("cat", "fold", "id", "label", "")
+
+
+def table(rows: int = 4, classes: tuple[str, ...] = CLASSES, seed: int = 0, labels: bool = True) -> Predictions:
+    logits = np.random.default_rng(seed).normal(0, 20, (rows, len(classes)))
+    log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return Predictions(
+        ids=np.array([f"row-{n}" for n in range(rows)], dtype=object),
+        fold=(np.arange(rows) % 3).astype(np.int16),
+        system="a system",
+        classes=classes,
+        log_probs=log_probs.astype(np.float32),
+        labels=np.array([classes[n % len(classes)] for n in range(rows)], dtype=object) if labels else None,
+    )
+
+
+def assert_same(found: Predictions, expected: Predictions) -> None:
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.fold, expected.fold)
+    np.testing.assert_array_equal(found.log_probs, expected.log_probs)
+    assert (found.system, found.classes) == (expected.system, expected.classes)
+    if expected.labels is None:
+        assert found.labels is None
+    else:
+        np.testing.assert_array_equal(found.labels, expected.labels)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_what_is_written_is_read(rows: int, labels: bool, tmp_path: Path):
+    expected = table(rows, labels=labels)
+    write(tmp_path / "t.parquet", expected)
+    found = read(tmp_path / "t.parquet")
+    if rows:
+        assert_same(found, expected)
+    else:
+        assert len(found) == 0
+        assert found.classes == CLASSES
+
+
+def test_the_same_table_gives_the_same_bytes(tmp_path: Path):
+    for name in ("a", "b"):
+        write(tmp_path / name, table(9))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_probabilities_that_saturate_keep_their_precision(tmp_path: Path):
+    small = Predictions(
+        np.array(["x"], object), np.array([0]), "s", ("a", "b"), np.array([[-1e-20, -46.05]], np.float32)
+    )
+    write(tmp_path / "t", small)
+    np.testing.assert_array_equal(read(tmp_path / "t").log_probs, small.log_probs)
+
+
+def test_a_class_may_have_probability_zero(tmp_path: Path):
+    certain = Predictions(
+        np.array(["x"], object), np.array([0]), "s", ("a", "b"), np.array([[0.0, -np.inf]], np.float32)
+    )
+    write(tmp_path / "t", certain)
+    assert read(tmp_path / "t").log_probs[0, 1] == -np.inf
+
+
+def test_unknown_labels_are_empty(tmp_path: Path):
+    write(tmp_path / "t", table(2))
+    broken = pq.read_table(tmp_path / "t")
+    column = broken.column_names.index("label")
+    pq.write_table(broken.set_column(column, "label", pa.array(["cat", None])), tmp_path / "t")
+    assert list(read(tmp_path / "t").labels) == ["cat", ""]
+
+
+def test_whole_number_ids_become_texts(tmp_path: Path):
+    write(tmp_path / "t", table(3))
+    broken = pq.read_table(tmp_path / "t")
+    pq.write_table(broken.set_column(0, "id", pa.array([7, 8, 9])), tmp_path / "t")
+    assert list(read(tmp_path / "t").ids) == ["7", "8", "9"]
+
+
+def replaced(name: str, column: Any) -> Callable[[pa.Table], pa.Table]:
+    return lambda found: found.set_column(found.column_names.index(name), name, column)
+
+
+def with_value(found: pa.Table, row: int, value: float | None) -> pa.Array:
+    """The column of cats, with another value in one row."""
+    values = found.column("p/cat").to_pylist()
+    return pa.array([*values[:row], value, *values[row + 1 :]], pa.float32())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.drop_columns(["system"]), "no column system"),
+        (lambda t: t.select(["id", "fold", "system"]), "no column p/<class>"),
+        (replaced("p/cat", pa.array([1, 2, 3, 4])), "column p/cat holds int64, not log-probabilities"),
+        (replaced("p/cat", pa.array(["a", "b", "c", "d"])), "column p/cat holds string"),
+        (lambda t: replaced("p/cat", with_value(t, 1, None))(t), "the row of id 'row-1' holds NaN"),
+        (lambda t: replaced("p/cat", with_value(t, 2, float("nan")))(t), "the row of id 'row-2' holds NaN"),
+        (lambda t: replaced("p/cat", with_value(t, 3, 3.5))(t), r"the row of id 'row-3' holds 3\.5, above 0"),
+        (replaced("id", pa.array(["a", "b", "a", "c"])), "ids stand twice: 'a'"),
+        (replaced("id", pa.array(["a", None, "b", "c"])), "1 rows have no id"),
+        (replaced("id", pa.array([["a"], ["b"], ["c"], ["d"]])), "column id holds list"),
+        (replaced("fold", pa.array([0, None, 1, 2])), "column fold holds int64, 1 of them null"),
+        (replaced("fold", pa.array(["0", "1", "2", "3"])), "column fold holds string"),
+        (replaced("system", pa.array(["a", "a", "b", "a"])), "rows of several systems: 'a', 'b'"),
+        (lambda t: t.append_column("p/cat", t.column("p/cat")), "columns of the same name: 'p/cat'"),
+    ],
+)
+def test_a_broken_table_is_named(damage: Callable[[pa.Table], pa.Table], message: str, tmp_path: Path):
+    path = tmp_path / "predictions.parquet"
+    write(path, table(4))
+    pq.write_table(damage(pq.read_table(path)), path)
+    with pytest.raises(DataError, match=message) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_probabilities_instead_of_their_logarithms_are_named():
+    probs = Predictions(np.array(["x"], object), np.array([0]), "s", ("a", "b"), np.array([[0.9, 0.1]], np.float32))
+    with pytest.raises(DataError, match=r"here: the row of id 'x' holds 0\.9, above 0: natural logarithms"):
+        check(probs, "here")
+
+
+def test_a_row_that_does_not_sum_to_one_is_named_in_a_later_block_too():
+    good = np.log(np.full((ROWS_A_GROUP + 3, 2), 0.5, np.float32))
+    good[ROWS_A_GROUP + 1] = np.log([0.5, 0.4])
+    ids = np.array([f"{n}" for n in range(len(good))], object)
+    with pytest.raises(DataError, match=rf"id '{ROWS_A_GROUP + 1}': its probabilities sum to 0\.9000, not 1"):
+        check(Predictions(ids, np.zeros(len(good)), "s", ("a", "b"), good), "here")
+
+
+def test_no_file_and_no_table(tmp_path: Path):
+    with pytest.raises(MissingInputError, match="no predictions at"):
+        read(tmp_path / "absent.parquet")
+    (tmp_path / "text.parquet").write_text("id,fold\n")
+    with pytest.raises(DataError, match="is not a Parquet table"):
+        read(tmp_path / "text.parquet")
+    write(tmp_path / "whole.parquet", table(100))
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="is not a Parquet table"):
+        read(tmp_path / "half.parquet")
+
+
+def test_rows_are_taken_and_ordered_by_id():
+    whole = table(5)
+    ordered = whole.in_order(["row-3", "row-0"])
+    assert_same(ordered, whole.take(np.array([3, 0])))
+    with pytest.raises(DataError, match="predictions of a system lack 2 ids: 'x', 'y'"):
+        whole.in_order(["row-1", "x", "y"])
+
+
+def test_labels_become_codes_by_name():
+    whole = table(4)
+    np.testing.assert_array_equal(whole.codes(), [0, 1, 2, 3])
+    with pytest.raises(DataError, match="carry no labels"):
+        table(2, labels=False).codes()
+    with pytest.raises(DataError, match="labels that are no class of the model: 'cat'"):
+        Predictions(whole.ids, whole.fold, "s", ("a", "b"), whole.log_probs[:, :2], np.array(["cat"] * 4)).codes()
+
+
+def test_columns_are_matched_by_name_never_by_position():
+    whole = table(3)
+    turned = whole.with_classes(CLASSES[::-1])
+    np.testing.assert_array_equal(turned.log_probs, whole.log_probs[:, ::-1])
+    assert_same(turned.with_classes(CLASSES), whole)
+    with pytest.raises(DataError, match="classes differ: 'cat', 'dog'"):
+        in_class_order(whole.log_probs[:, :1], ["cat"], ["dog"])
+
+
+def test_the_mean_of_tables_by_hand():
+    def one(ids: str, probs: list[list[float]], fold: int, classes: tuple[str, ...]) -> Predictions:
+        log_probs = np.log(np.array(probs, np.float32))
+        return Predictions(np.array(list(ids), object), np.full(len(ids), fold), "s", classes, log_probs)
+
+    found = mean_by_id(
+        [one("ab", [[0.2, 0.8], [0.5, 0.5]], 0, ("x", "y")), one("bc", [[0.9, 0.1], [0.6, 0.4]], 1, ("y", "x"))]
+    )
+    assert list(found.ids) == ["a", "b", "c"]
+    assert list(found.fold) == [0, -1, 1]
+    np.testing.assert_allclose(np.exp(found.log_probs), [[0.2, 0.8], [0.3, 0.7], [0.4, 0.6]], rtol=1e-6)
+
+
+def test_long_lists_of_names_are_shortened():
+    assert sample(["a", "b"]) == "'a', 'b'"
+    assert sample(list("abcdefgh")) == "'a', 'b', 'c', 'd', 'e' and 3 more"

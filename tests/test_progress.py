@@ -1,0 +1,67 @@
+import logging
+import os
+import pty
+import sys
+import termios
+
+import pytest
+
+from fivefold.progress import duration, track
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (4.24, "4.2 s"),
+        (10, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.9, "1 h 0 min"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_durations_as_people_say_them(seconds: float, text: str):
+    assert duration(seconds) == text
+
+
+def test_a_log_gets_a_line_now_and_then(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="fivefold"):
+        assert list(track("abcd", 4, "reading", every=0)) == list("abcd")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"reading: {n} of 4, 0.0 s left" for n in (1, 2, 3)]
+
+
+def test_short_work_says_nothing_in_a_log(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="fivefold"):
+        assert list(track(range(1000), 1000, "reading")) == list(range(1000))
+    assert not caplog.records
+
+
+def test_more_items_than_were_announced_leave_no_negative_time(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="fivefold"):
+        list(track(range(5), 2, "reading", every=0))
+    assert caplog.records[-1].getMessage() == "reading: 4 of 2, 0.0 s left"
+
+
+def test_nothing_to_do_is_no_error(caplog: pytest.LogCaptureFixture):
+    assert list(track([], 0, "reading", every=0)) == []
+
+
+@pytest.mark.parametrize("columns", [100, 0])
+def test_a_terminal_gets_a_bar_even_if_it_does_not_know_its_width(columns: int):
+    controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, columns))
+    os.set_blocking(controller, False)
+    before, sys.stderr = sys.stderr, open(terminal, "w")
+    try:
+        assert list(track(range(3), 3, "reading")) == [0, 1, 2]
+        sys.stderr.flush()
+        shown = os.read(controller, 65536)
+    finally:
+        sys.stderr.close()
+        sys.stderr = before
+        os.close(controller)
+    assert b"reading" in shown
+    assert b"/3 [" in shown

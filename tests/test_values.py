@@ -1,0 +1,120 @@
+"""Text becomes what a user means by it, or is refused in plain words."""
+
+from typing import Any, Literal
+
+import pytest
+
+from fivefold.values import value_of, words
+
+SPEC = str | dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        (int, "3", 3),
+        (int, " 3 ", 3),
+        (int, "3.0", 3),
+        (int, "3e2", 300),
+        (int, "-1", -1),
+        (int, "007", 7),
+        (int, 3, 3),
+        (int, 3.0, 3),
+        (float, "5e-5", 5e-5),
+        (float, ".5", 0.5),
+        (float, "1", 1.0),
+        (float, 1, 1.0),
+        (bool, "true", True),
+        (bool, "True", True),
+        (bool, "1", True),
+        (bool, "on", True),
+        (bool, "No", False),
+        (bool, "0", False),
+        (bool, 1, True),
+        (bool, False, False),
+        (str, "5", "5"),
+        (str, "true", "true"),
+        (str, "null", "null"),
+        (str, "", ""),
+        (str, '"demo"', "demo"),
+        (str, '"', '"'),
+        (str, '"a" and "b"', '"a" and "b"'),
+        (str, 5, "5"),
+        (int | None, "2", 2),
+        (int | None, "none", None),
+        (int | None, None, None),
+        (Literal["mean", "fitted"], "mean", "mean"),
+        (list[str], "plain", ["plain"]),
+        (list[str], "plain,flip", ["plain", "flip"]),
+        (list[str], "plain, flip", ["plain", "flip"]),
+        (list[str], '["plain", "flip"]', ["plain", "flip"]),
+        (list[str], "['plain', 'flip']", ["plain", "flip"]),
+        (list[str], "[plain,flip]", ["plain", "flip"]),
+        (list[str], '"plain","flip"', ["plain", "flip"]),
+        (list[str], "", []),
+        (list[str], "[]", []),
+        (list[float], "[.8,.1,.1]", [0.8, 0.1, 0.1]),
+        (list[float], "0.8,0.1,0.1", [0.8, 0.1, 0.1]),
+        (list[float], "1", [1.0]),
+        (int | list[int], "224", 224),
+        (int | list[int], "224,192", [224, 192]),
+        (int | list[int], "[224, 192]", [224, 192]),
+        (list[SPEC], "resize,flip", ["resize", "flip"]),
+        (list[SPEC], '["flip", {"name": "rotation", "degrees": 15}]', ["flip", {"name": "rotation", "degrees": 15}]),
+        (list[SPEC], '["flip", { name = "rotation", degrees = 15 }]', ["flip", {"name": "rotation", "degrees": 15}]),
+        (list[SPEC], '{ name = "rotation", degrees = 15 }', [{"name": "rotation", "degrees": 15}]),
+        (dict[str, Any], '{"depth": 3}', {"depth": 3}),
+        (dict[str, Any], "{ depth = 3 }", {"depth": 3}),
+        (dict[str, Any], {"depth": 3}, {"depth": 3}),
+        (Any, "3", 3),
+        (Any, "True", True),
+        (Any, "None", None),
+        (Any, "gelu", "gelu"),
+        (Any, "[1, 2]", [1, 2]),
+    ],
+)
+def test_what_is_meant_is_accepted(kind: Any, given: Any, expected: Any):
+    found = value_of(kind, given)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "needed"),
+    [
+        (int, "3.5", "a whole number"),
+        (int, "three", "a whole number"),
+        (int, "1_000", "a whole number"),
+        (int, "0x10", "a whole number"),
+        (int, "", "a whole number"),
+        (int, "3,5", "a whole number"),
+        (int, "true", "a whole number"),
+        (int, True, "a whole number"),
+        (int, [3], "a whole number"),
+        (float, "0,001", "a number"),
+        (float, "nan", "a number"),
+        (float, "inf", "a number"),
+        (float, "1e999", "a number"),
+        (float, float("nan"), "a number"),
+        (float, True, "a number"),
+        (bool, "2", "true or false"),
+        (bool, "maybe", "true or false"),
+        (bool, "", "true or false"),
+        (str, ["a"], "text"),
+        (str, None, "text"),
+        (list[str], "plain,,flip", "a list of texts"),
+        (list[str], "plain,", "a list of texts"),
+        (list[float], "a,b", "a list of numbers"),
+        (list[SPEC], "flip,{name=rotation}", "a list of tables or texts"),
+        (int | list[int], "224x192", "a whole number or a list of whole numbers"),
+        (dict[str, Any], "depth=3", "a table"),
+        (dict[str, Any], "[" * 100_000, "a table"),
+    ],
+)
+def test_what_is_unclear_is_refused(kind: Any, given: Any, needed: str):
+    with pytest.raises(ValueError, match=f"^{needed} is needed$"):
+        value_of(kind, given)
+
+
+def test_a_choice_names_its_options():
+    assert words(Literal["mean", "fitted"]) == "one of mean, fitted"
