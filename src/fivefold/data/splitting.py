@@ -11,6 +11,9 @@ import numpy as np
 
 from fivefold.errors import SettingsError
 
+MOST_ATTEMPTS = 100
+GROUPS_FOR_ATTEMPTS = 20_000
+"""So many groups are placed at once; of fewer, several attempts are made in the same time."""
 PART_NAMES = ("train", "valid", "test")
 
 
@@ -83,20 +86,50 @@ def spread(
     stratify: bool,
     keep_in_first: bool = False,
 ) -> np.ndarray:
-    """A bin for each row, int16 [N]; with `keep_in_first` no class of lone rows goes without the first bin."""
+    """A bin for each row, int16 [N]; with `keep_in_first` no class of lone rows goes without the first bin.
+
+    Where there are few groups the most even of several attempts is taken, each in another order.
+    """
     generator = np.random.default_rng(seed)
     codes = codes if stratify else np.zeros_like(codes)
-    portion = np.array(shares, np.float64)
-    counts = np.zeros((int(codes.max(initial=-1)) + 1, len(shares)), np.int64)
-    bins = np.full(len(codes), -1, np.int16)
-    if groups is not None:
-        _place_groups(codes, groups, portion, generator, counts, bins)
+    num_classes = int(codes.max(initial=-1)) + 1
+    num_groups = 0 if groups is None else np.count_nonzero(np.bincount(groups) > 1)
+    attempts = min(MOST_ATTEMPTS, 1 + GROUPS_FOR_ATTEMPTS // num_groups) if num_groups else 1
+    best, best_score = None, (np.inf, np.inf)
+    for attempt in range(attempts):
+        counts = np.zeros((num_classes, len(shares)), np.int64)
+        bins = np.full(len(codes), -1, np.int16)
+        if num_groups:
+            _place_groups(codes, groups, np.array(shares), generator, float(attempt > 0), counts, bins)
+        _fill(codes, np.array(shares), generator, keep_in_first, counts, bins)
+        score = _unevenness(counts, np.array(shares))
+        if score < best_score:
+            best, best_score = bins, score
+    return best
+
+
+def _unevenness(counts: np.ndarray, shares: np.ndarray) -> tuple[float, float]:
+    """How far bins with `counts` [C, F] are from `shares`: of the classes in the mean, then of the rows in all."""
+    sizes = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    of_classes = np.sqrt(((counts / sizes - shares) ** 2).sum(axis=1)).mean()
+    return round(float(of_classes), 9), float(np.abs(counts.sum(axis=0) / counts.sum() - shares).max())
+
+
+def _fill(
+    codes: np.ndarray,
+    shares: np.ndarray,
+    generator: np.random.Generator,
+    keep_in_first: bool,
+    counts: np.ndarray,
+    bins: np.ndarray,
+) -> None:
+    """Gives each row without a bin one: completes `bins` [N] and `counts` [C, F]."""
     alone = np.flatnonzero(bins < 0)
-    quotas = _quotas(np.bincount(codes[alone], minlength=len(counts)), counts, portion, keep_in_first)
+    quotas = _quotas(np.bincount(codes[alone], minlength=len(counts)), counts, shares, keep_in_first)
     alone = alone[generator.permutation(len(alone))]
     alone = alone[np.argsort(codes[alone], kind="stable")]
     bins[alone] = np.repeat(np.tile(np.arange(len(shares)), len(quotas)), quotas.ravel())
-    return bins
+    counts += quotas
 
 
 def _place_groups(
@@ -104,13 +137,14 @@ def _place_groups(
     groups: np.ndarray,
     shares: np.ndarray,
     generator: np.random.Generator,
+    noise: float,
     counts: np.ndarray,
     bins: np.ndarray,
 ) -> None:
     """Places each group of several rows in a bin: fills `bins` [N] and adds its rows to `counts` [C, F].
 
     Least squares: a group goes where sum over classes of (share of the class in the bin)² / (share
-    of the bin) grows least; the rows in all count as one class more.
+    of the bin) grows least; the rows in all count as one class more. `noise` shakes the order.
     """
     members = np.bincount(groups)
     rows = np.flatnonzero(members[groups] > 1)
@@ -122,7 +156,7 @@ def _place_groups(
     weight = size / np.bincount(codes, minlength=num_classes)[of_class]
     names, start = np.unique(of_group, return_index=True)
     stop = np.append(start[1:], len(cells))
-    heaviness = np.add.reduceat(weight**2, start)
+    heaviness = np.add.reduceat(weight**2, start) * np.exp(noise * generator.uniform(-1, 1, len(names)))
     order = np.lexsort((generator.permutation(len(names)), -heaviness))
     chosen = _greedy(order, start, stop, of_class, weight, members[names] / len(codes), shares, num_classes)
     of_name = np.full(len(members), -1, np.int16)

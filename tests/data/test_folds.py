@@ -1,0 +1,134 @@
+"""The fold table: what is written comes back, and what is broken is refused by name."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fivefold.contract.files import write_json
+from fivefold.data.folds import COLUMNS, FoldTable, read_folds, write_folds
+from fivefold.errors import DataError, MissingInputError, SettingsError
+
+CLASSES = ("a, b", "fold", "id", "고양이")
+ROWS = 24
+
+
+@pytest.fixture
+def table() -> FoldTable:
+    """Three folds of 20 rows, and 4 rows set aside."""
+    rows = np.arange(ROWS)
+    return FoldTable(
+        ids=pa.array([f"{row:03d}" for row in rows]),
+        paths=pa.array([f"train/{row}.png" for row in rows]),
+        codes=(rows % 4).astype(np.int32),
+        classes=CLASSES,
+        groups=pa.array([None if row % 3 else f"g{row // 6}" for row in rows], pa.string()),
+        fold=np.where(rows < 20, rows % 3, -1).astype(np.int16),
+        part=np.where(rows < 20, "train", "holdout"),
+        sha256=pa.array(["ab" * 32] * ROWS),
+    )
+
+
+def test_what_is_written_comes_back(table: FoldTable, tmp_path: Path) -> None:
+    write_folds(tmp_path / "folds.parquet", table)
+    write_json(tmp_path / "classes.json", {"classes": list(CLASSES)})
+    for classes in (None, tmp_path / "classes.json"):
+        found = read_folds(tmp_path / "folds.parquet", classes)
+        assert found.classes == CLASSES
+        for name in ("ids", "paths", "groups", "sha256"):
+            assert getattr(found, name).equals(getattr(table, name))
+        for name in ("codes", "fold", "part"):
+            assert (getattr(found, name) == getattr(table, name)).all()
+    stored = pq.read_table(tmp_path / "folds.parquet")
+    assert stored.schema.equals(pa.schema(COLUMNS))
+    assert stored.column("label").to_pylist()[:4] == list(CLASSES)
+
+
+def test_the_same_table_is_the_same_bytes(table: FoldTable, tmp_path: Path) -> None:
+    write_folds(tmp_path / "1", table)
+    write_folds(tmp_path / "2", read_folds(tmp_path / "1"))
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+def test_rows_of_folds(table: FoldTable) -> None:
+    assert table.num_folds == 3
+    assert table.aside_rows().tolist() == [20, 21, 22, 23]
+    assert sorted(np.concatenate([table.valid_rows(fold) for fold in range(3)]).tolist()) == list(range(20))
+    for fold in range(3):
+        assert sorted([*table.train_rows(fold), *table.valid_rows(fold)]) == list(range(20))
+        assert not set(table.train_rows(fold)) & set(table.valid_rows(fold))
+    for fold in (-1, 3):
+        with pytest.raises(SettingsError, match="folds 0 to 2"):
+            table.train_rows(fold)
+
+
+def test_rows_of_parts(table: FoldTable) -> None:
+    part = np.where(np.arange(ROWS) < 12, "train", np.where(np.arange(ROWS) < 18, "valid", "test"))
+    parts = replace(table, part=part, fold=np.where(part == "valid", 0, -1).astype(np.int16))
+    assert parts.num_folds == 1
+    assert parts.train_rows(0).tolist() == list(range(12))
+    assert parts.valid_rows(0).tolist() == list(range(12, 18))
+    assert parts.aside_rows().tolist() == list(range(18, 24))
+
+
+def test_names_of_rows(table: FoldTable) -> None:
+    rows = np.array([23, 1])
+    assert table.ids_of(rows).tolist() == ["023", "001"]
+    assert table.paths_of(rows).tolist() == ["train/23.png", "train/1.png"]
+    assert table.labels()[rows].tolist() == ["고양이", "fold"]
+
+
+def test_a_class_without_rows_stays_a_class(table: FoldTable, tmp_path: Path) -> None:
+    write_folds(tmp_path / "folds.parquet", table)
+    write_json(tmp_path / "classes.json", {"classes": [*CLASSES[:1], "extra", *CLASSES[1:]]})
+    found = read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
+    assert (found.labels() == table.labels()).all()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("id", ["000"] * 2 + [f"{row:03d}" for row in range(2, ROWS)], "ids stand twice"),
+        ("id", [None] + [str(row) for row in range(1, ROWS)], "column id has 1 empty"),
+        ("path", None, "lacks the columns path"),
+        ("fold", ["x"] * ROWS, "wrong type"),
+        ("fold", [-1] * ROWS, "no fold to validate on"),
+        ("fold", [0] * 10 + [2] * 10 + [-1] * 4, "folds are missing between 0 and 2"),
+        ("fold", [0] * ROWS, "set aside.*must have fold -1"),
+        ("part", ["eval"] * ROWS, "part has eval"),
+        ("label", ["other"] * ROWS, "no class: 'other'"),
+    ],
+)
+def test_a_broken_table_is_refused(
+    table: FoldTable, tmp_path: Path, column: str, value: list | None, message: str
+) -> None:
+    path = tmp_path / "folds.parquet"
+    write_folds(path, table)
+    stored = pq.read_table(path)
+    position = stored.column_names.index(column)
+    broken = stored.remove_column(position)
+    pq.write_table(broken if value is None else broken.append_column(column, pa.array(value)), path)
+    write_json(tmp_path / "classes.json", {"classes": list(CLASSES)})
+    with pytest.raises(DataError, match=message):
+        read_folds(path, tmp_path / "classes.json")
+
+
+def test_other_files_are_refused(table: FoldTable, tmp_path: Path) -> None:
+    path = tmp_path / "folds.parquet"
+    with pytest.raises(MissingInputError, match="run the split stage"):
+        read_folds(path)
+    path.write_text("no table")
+    with pytest.raises(DataError, match="not a Parquet table"):
+        read_folds(path)
+    write_folds(path, table)
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(DataError, match="no rows"):
+        read_folds(path)
+    write_folds(path, table)
+    for content in ({"classes": ["b", "a"]}, ["a"], {}):
+        write_json(tmp_path / "classes.json", content)
+        with pytest.raises(DataError, match="does not hold classes"):
+            read_folds(path, tmp_path / "classes.json")
