@@ -1,5 +1,6 @@
 """The processes of one plan: which wait, which run, what they say, how they ended."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from fivefold.contract.stages import FAILURE
 from fivefold.launchers.plan import Plan, Step
 from fivefold.launchers.screen import Lines, Screen, bar
-from fivefold.launchers.status import LOG, epochs_done, failure_of, write_ended, write_started
+from fivefold.launchers.status import BY_SIGNAL, LOG, epochs_done, failure_of, write_ended, write_started
 
 SECONDS_BETWEEN_LOOKS = 0.03
 SECONDS_BETWEEN_FEET = 0.5
@@ -67,6 +68,19 @@ class Crew:
 
     def work(self, signals: Signals) -> int:
         """Runs all there is to run; 130 or 143 after a signal, which is passed on and waited for."""
+        try:
+            self._work(signals)
+        except BaseException:
+            self._pass_on(signal.SIGTERM, again=False)
+            raise
+        finally:
+            self.screen.foot("")
+        if signals.received:
+            return 128 + signals.received[0]
+        self._name_what_was_not_started()
+        return next((code for code in self.ended.values() if code), 0)
+
+    def _work(self, signals: Signals) -> None:
         passed_on = 0
         while self.running or (self._ready() and not signals.received):
             while not signals.received and len(self.running) < self.parallel and (ready := self._ready()):
@@ -77,11 +91,6 @@ class Crew:
             self._collect()
             self._show()
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        self.screen.foot("")
-        if signals.received:
-            return 128 + signals.received[0]
-        self._name_what_was_not_started()
-        return next((code for code in self.ended.values() if code), 0)
 
     def _ready(self) -> list[Step]:
         return [step for step in self.waiting if all(self.ended.get(name) == 0 for name in step.needs)]
@@ -136,9 +145,7 @@ class Crew:
             self.running.remove(child)
             if code:
                 where = child.step.folder / LOG
-                self.screen.line(
-                    f"{child.step.name} failed ({_meaning(code)}): {failure_of(child.step)}\n  log: {where}"
-                )
+                self.screen.line(f"{child.step.name} {_ending(code)}: {failure_of(child.step)}\n  log: {where}")
 
     def _pass_on(self, number: int, again: bool) -> None:
         """Passes a signal to the children; the second one kills them with all that they started."""
@@ -146,10 +153,12 @@ class Crew:
         names = ", ".join(child.step.name for child in self.running)
         self.screen.line(f"{name}: {'killing' if again else 'waiting for'} {names} (again: kill)")
         for child in self.running:
-            if again:
-                os.killpg(child.process.pid, signal.SIGKILL)
-            else:
-                child.process.send_signal(number)
+            # a process may have ended since it was looked at
+            with contextlib.suppress(ProcessLookupError):
+                if again:
+                    os.killpg(child.process.pid, signal.SIGKILL)
+                else:
+                    child.process.send_signal(number)
 
     def _show(self) -> None:
         """Keeps the terminal's status line; a process that runs alone draws its own progress."""
@@ -191,7 +200,5 @@ def _portion(end: int) -> bytes:
         return b""
 
 
-def _meaning(code: int) -> str:
-    if code == 128 + signal.SIGKILL:
-        return f"exit code {code}: killed, as the system does where memory runs out"
-    return f"exit code {code}"
+def _ending(code: int) -> str:
+    return f"was stopped by {BY_SIGNAL[code]} (exit code {code})" if code in BY_SIGNAL else f"failed (exit code {code})"

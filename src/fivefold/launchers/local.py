@@ -71,9 +71,10 @@ def gpus(environ: Mapping[str, str]) -> list[str]:
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
+    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if program is None:
         return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    listed = subprocess.run([program, "-L"], capture_output=True, text=True, check=False).stdout
     return [str(index) for index in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
 
 

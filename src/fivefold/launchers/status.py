@@ -18,6 +18,7 @@ from fivefold.launchers.plan import PLAN, Plan, Step
 
 STATE = "state.json"
 LOG = "log.txt"
+BY_SIGNAL = {130: "SIGINT", 137: "SIGKILL, as the system does where memory runs out", 143: "SIGTERM"}
 SECONDS_OF_DOUBT = 5.0
 """A process older than its step by less than this is the step's: clocks are read a moment apart."""
 
@@ -86,10 +87,11 @@ def status_of(step: Step) -> Status:
         if record is None:
             return Status("stopped", f"process {state['pid']} is gone without an exit code")
     if state is not None and state["exit_code"]:
-        return Status("failed", failure_of(step), state["exit_code"])
+        word = "stopped" if state["exit_code"] in BY_SIGNAL else "failed"
+        return Status(word, failure_of(step), state["exit_code"])
     if record is not None:
         return Status("done", f"{record['wall_seconds']:.0f} s, finished {_local(record['finished'])}")
-    return Status("waiting", ", ".join(step.needs) and f"for {', '.join(step.needs)}")
+    return Status("waiting")
 
 
 def record_of(step: Step) -> dict[str, Any] | None:

@@ -1,0 +1,226 @@
+"""Steps as processes of this machine: what they see, side by side, failing, stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fivefold.contract.files import read_json
+from fivefold.errors import MissingInputError, RetryableError
+from fivefold.launchers import local
+from fivefold.launchers.crew import Crew, Signals
+from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
+from fivefold.launchers.status import STATE, running_pid, status_of
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Six grey images of each of two classes, no two alike."""
+    for number in range(12):
+        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), number * 20).save(path)
+    return tmp_path / "train"
+
+
+def plan_of(images: Path, *stages: str) -> Plan:
+    inputs = Inputs(train=str(images), eval=str(images))
+    plan = make_plan(inputs, ["split.folds=3"], run="r", runs=str(images.parent / "runs"))
+    return select(plan, stages)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
+def submit(images: Path, **more: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs", "submit", f"train={images}", f"runs={images.parent / 'runs'}"]
+    command += ["run=r", "stages=split", "split.folds=3"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, **{**pipes, **more})
+
+
+def endless_steps(folder: Path) -> dict[str, str]:
+    """An environment in which a step's process starts, lets SIGINT pass, and does no more until it is stopped."""
+    lines = ["import os, signal, time", "if 'SM_OUTPUT_DIR' in os.environ:"]
+    lines += [
+        "    signal.signal(signal.SIGINT, signal.SIG_IGN)",
+        "    print('asleep', flush=True)",
+        "    time.sleep(60)",
+    ]
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def test_a_step_sees_the_users_environment_less_what_the_contract_gives_a_meaning_to() -> None:
+    step = Step("fold-0", "train-fold", (), {"SM_MODEL_DIR": "m"}, Path("f"), ())
+    users = {"HOME": "/h", "SM_LOG_LEVEL": "30"}
+    others = ["SM_CHANNEL_TRAIN", "SM_HPS", "SM_HP_LR", "FOLD", "fold", "STAGE", "RECIPE", "RUN", "SEED"]
+    others += ["TRAIN__EPOCHS", "split__folds", "JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"]
+    environ = users | dict.fromkeys(others, "1")
+    assert local.step_environment(step, environ) == {**users, "PYTHONUNBUFFERED": "1", "SM_MODEL_DIR": "m"}
+    assert local.settings_variables(environ) == sorted(n for n in others if not n.startswith("SM_"))
+
+
+def test_a_step_gets_its_share_of_the_machine() -> None:
+    step = Step("fold-0", "train-fold", (), {}, Path("f"), ())
+    assert local.step_environment(step, {}, gpu="3")["CUDA_VISIBLE_DEVICES"] == "3"
+    assert local.step_environment(step, {}, threads=2)["OMP_NUM_THREADS"] == "2"
+    assert local.step_environment(step, {"OMP_NUM_THREADS": "7"}, threads=2)["OMP_NUM_THREADS"] == "7"
+    assert "OMP_NUM_THREADS" not in local.step_environment(step, {})
+
+
+def test_gpus_are_counted_without_torch(tmp_path: Path) -> None:
+    assert local.gpus({"CUDA_VISIBLE_DEVICES": "2,5"}) == ["2", "5"]
+    assert local.gpus({"CUDA_VISIBLE_DEVICES": "", "PATH": ""}) == []
+    assert local.gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == []
+    assert local.gpus({"PATH": str(tmp_path)}) == []
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho '  MIG 1g'\necho 'GPU 1: A (UUID: y)'\n")
+    program.chmod(0o755)
+    assert local.gpus({"PATH": str(tmp_path)}) == ["0", "1"]
+
+
+def test_inputs_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="unlabeled="):
+        local.check_inputs(Inputs(train=str(tmp_path), unlabeled=str(tmp_path / "no")), tmp_path)
+
+
+def test_the_truth_is_found_beside_the_test_table(tmp_path: Path) -> None:
+    folder, run = tmp_path / "eval", tmp_path / "run"
+    inputs = Inputs(train=str(tmp_path), eval=str(folder))
+    (folder / "deep").mkdir(parents=True)
+    (folder / "gt.csv").write_text("ID,label\n")
+    assert local.check_inputs(inputs, run).ground_truth is None, "no test.csv stands beside it"
+    (folder / "deep" / "test.csv").write_text("ID\n")
+    (folder / "deep" / "gt.csv").write_text("ID,label\n")
+    assert local.check_inputs(inputs, run).ground_truth == str(folder / "deep" / "gt.csv")
+    assert local.check_inputs(replace(inputs, ground_truth=str(folder)), run).ground_truth == str(folder)
+
+
+def test_the_truth_is_taken_out_of_a_zip_only_when_the_run_starts(tmp_path: Path) -> None:
+    archive, run = tmp_path / "all.zip", tmp_path / "run"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("set/test.csv", "ID\n")
+        file.writestr("set/gt.csv", "\ufeffID,label\n1,넷\n")
+    inputs = local.check_inputs(Inputs(train=str(archive), eval=str(archive)), run)
+    assert inputs.ground_truth == str(run / "gt.csv")
+    assert not run.exists()
+    local.unpack_ground_truth(inputs)
+    assert (run / "gt.csv").read_text(encoding="utf-8") == "ID,label\n1,넷\n"
+
+
+def test_a_step_leaves_its_files_and_has_nothing_to_do_again(images: Path) -> None:
+    plan = plan_of(images, "split")
+    assert local.launch(plan) == 0
+    step = plan.step("split")
+    assert (step.folder / "output" / "folds.parquet").is_file()
+    assert status_of(step).word == "done"
+    state = read_json(step.folder / STATE)
+    assert state["exit_code"] == 0
+    assert state["ended"] >= state["started"]
+    assert local.launch(plan) == 0
+    log = (step.folder / "log.txt").read_text()
+    assert log.count("split runs: no record of an earlier run") == 1
+    assert log.count("nothing to do") == 1
+
+
+def test_siblings_of_a_failure_end_and_its_dependents_do_not_start(
+    images: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(images, "train-fold", "ensemble")  # of folds that no split has made
+    given: list[str] = []
+
+    def environment(step: Step, gpu: str) -> dict[str, str]:
+        given.append(gpu)
+        return local.step_environment(step, os.environ)
+
+    with Signals() as signals:
+        assert Crew(plan, 2, ["0", "1"], environment).work(signals) == 66
+    said = capfd.readouterr().err
+    for name in ("fold-0", "fold-1", "fold-2"):
+        assert status_of(plan.step(name)).word == "failed"
+        assert f"[{name}] " in said
+        assert f"{name} failed (exit code 66): channel 'folds'" in said
+        assert str(plan.step(name).folder / "log.txt") in said
+    assert not plan.step("ensemble").folder.exists()
+    assert "ensemble was not started: it needs fold-0, fold-1, fold-2" in said
+    assert sorted(given[:2]) == ["0", "1"]
+
+
+def test_sigterm_is_passed_on_and_waited_for(images: Path, tmp_path: Path) -> None:
+    step = plan_of(images, "split").step("split")
+    process = submit(images, env=endless_steps(tmp_path / "hook"))
+    try:
+        wait_until(lambda: "asleep" in log_of(step))
+        assert status_of(step).word == "running"
+        with pytest.raises(RetryableError, match="wait for it"):
+            local.launch(plan_of(images, "split"))
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "SIGTERM: waiting for split" in said
+    assert read_json(step.folder / STATE)["exit_code"] == 143
+    assert status_of(step).word == "stopped"
+
+
+def test_a_second_interrupt_kills_what_the_first_did_not_end(images: Path, tmp_path: Path) -> None:
+    step = plan_of(images, "split").step("split")
+    process = submit(images, env=endless_steps(tmp_path / "hook"))
+    try:
+        wait_until(lambda: "asleep" in log_of(step))
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "SIGINT: killing split" in said
+    assert read_json(step.folder / STATE)["exit_code"] == 137
+    assert running_pid(step) is None
+
+
+def log_of(step: Step) -> str:
+    path = step.folder / "log.txt"
+    return path.read_text() if path.is_file() else ""
+
+
+def test_alone_on_a_terminal_a_step_has_a_terminal(images: Path) -> None:
+    ours, theirs = os.openpty()
+    process = submit(images, stderr=theirs, stdout=subprocess.DEVNULL)
+    os.close(theirs)
+    said = b""
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        while True:
+            try:
+                portion = terminal.read(65536)
+            except OSError:
+                break
+            if not portion:
+                break
+            said += portion
+    assert process.wait(20) == 0
+    assert b"split runs: no record" in said
+    assert b"[split]" not in said
+    log = (images.parent / "runs" / "r" / "split" / "log.txt").read_bytes()
+    assert b"split runs: no record" in log
+    assert b"\r" not in log
+    assert b"\x1b" not in log
