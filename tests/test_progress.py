@@ -54,7 +54,7 @@ def test_a_terminal_gets_a_bar_even_if_it_does_not_know_its_width(columns: int):
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, columns))
     os.set_blocking(controller, False)
-    before, sys.stderr = sys.stderr, open(terminal, "w")
+    before, sys.stderr = sys.stderr, os.fdopen(terminal, "w")
     try:
         assert list(track(range(3), 3, "reading")) == [0, 1, 2]
         sys.stderr.flush()

@@ -91,8 +91,8 @@ def load(layers: Sequence[Layer]) -> Settings:
 
 
 def normal_key(name: str) -> str:
-    """`TRAIN__EPOCHS`, `Train.epochs` or `train__epochs` as `train.epochs`; hyphens become underscores."""
-    return name.strip().lower().replace("-", "_").replace("__", ".")
+    """`TRAIN__EPOCHS`, `--train.epochs` or `Train.epochs` as `train.epochs`; hyphens within become underscores."""
+    return name.strip().lower().lstrip("-").replace("-", "_").replace("__", ".")
 
 
 def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
@@ -244,10 +244,10 @@ def _needed(problem: Mapping[str, Any], key: str) -> str:
 
 
 PLAIN = {
-    "greater_than_equal": "at least {ge} is needed",
-    "greater_than": "more than {gt} is needed",
-    "less_than_equal": "at most {le} is needed",
-    "less_than": "less than {lt} is needed",
+    "greater_than_equal": "at least {ge:g} is needed",
+    "greater_than": "more than {gt:g} is needed",
+    "less_than_equal": "at most {le:g} is needed",
+    "less_than": "less than {lt:g} is needed",
     "literal_error": "{expected} is needed",
     "finite_number": "a finite number is needed",
 }

@@ -82,12 +82,13 @@ def find_models(job: Job, channel: str = "model") -> list[ModelDir]:
 
     Sorted by system, seed and fold; one that lies there twice (as a folder and in its tarball) is
     one model. Raises MissingInputError when there is no model at all, DataError for one that is
-    not whole, and for two different models of the same fold.
+    not finished, and for two different models of the same fold.
     """
     every = [ModelDir(p.parent, _model_info(p, shown), shown) for p, shown in _named(job, channel, MODEL).items()]
     folds = [model for model in every if model.info["role"] == "fold"]
     found: dict[tuple[Any, ...], ModelDir] = {}
     for model in folds or every:
+        _check_finished(model)
         other = found.setdefault(model.identity, model)
         if not _same_bytes(model, other):
             raise DataError(f"{other.shown} and {model.shown} are both {model.name}, and differ; leave one of them out")
@@ -165,19 +166,22 @@ def _named(job: Job, channel: str, name: str) -> dict[Path, Path]:
 
 
 def _model_info(path: Path, shown: Path) -> dict[str, Any]:
-    """What `model.json` says; a DataError unless it describes a model that is whole."""
+    """What `model.json` says; a DataError unless it describes a model."""
     info = read_json(path)
     wanted = {"role": str, "system": str, "seed": int, "fold": int | None, "classes": list}
     if not isinstance(info, dict) or not all(n in info and isinstance(info[n], kind) for n, kind in wanted.items()):
         raise DataError(f"{path} does not describe a model: role, system, seed, fold and classes are needed")
     if info["role"] not in ("fold", "student"):
         raise DataError(f"{path}: role is {info['role']!r}, neither fold nor student")
-    if not (path.parent / RECORD).is_file():
+    return info
+
+
+def _check_finished(model: ModelDir) -> None:
+    if not (model.path / RECORD).is_file():
         raise DataError(
-            f"{shown}: a model without {RECORD}, so its training did not finish or it was copied in part; "
+            f"{model.shown}: a model without {RECORD}, so its training did not finish or it was copied in part; "
             "run it again, copy the whole folder, or leave it out"
         )
-    return info
 
 
 def _same_bytes(model: ModelDir, other: ModelDir) -> bool:

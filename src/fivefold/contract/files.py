@@ -122,8 +122,8 @@ def probe_writable(folder: Path) -> None:
     probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        # A full disk still takes an empty file.
+        probe.write_bytes(b"probe")
     except (FileExistsError, NotADirectoryError) as error:
         raise SettingsError(
             f"cannot write to {folder}: a file stands where a folder is needed; give another"
@@ -135,6 +135,9 @@ def probe_writable(folder: Path) -> None:
             f"cannot write to {folder} as uid {os.getuid()}: {error.strerror}; "
             "mount it writable for that user, or give another folder"
         ) from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
 
 
 def below(root: Path, name: str) -> Path:

@@ -1,0 +1,118 @@
+"""What a failure means: its exit code, and the file that SageMaker shows the first 1,024 characters of."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from fivefold.contract.failure import FAILURE_CHARACTERS, explained, report_failure
+from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
+
+
+def raised(inner: BaseException, outer: BaseException | None = None) -> BaseException:
+    """`outer` as it is when raised from `inner`."""
+    try:
+        try:
+            raise inner
+        except BaseException as error:
+            if outer is not None:
+                raise outer from error
+            raise
+    except BaseException as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EIO, "Input/output error"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        MemoryError(),
+        pa.ArrowMemoryError("malloc of size 1 failed"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+        raised(OSError(errno.ENOSPC, "No space left on device"), DataError("the archive cannot be unpacked")),
+        raised(OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 576 vs 534")),
+        raised(MemoryError(), ValueError("bad")),
+    ],
+)
+def test_what_the_machine_lacks_is_worth_retrying(error: BaseException):
+    found = explained(error)
+    assert isinstance(found, RetryableError)
+    assert found.exit_code == 75
+
+
+def test_the_place_of_a_full_disk_is_named():
+    assert "(/x/y)" in str(explained(OSError(errno.ENOSPC, "No space left on device", "/x/y")))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_file_that_this_user_may_not_touch_is_a_matter_of_settings(number: int):
+    found = explained(OSError(number, os.strerror(number), "/x/y"))
+    assert isinstance(found, SettingsError)
+    assert f"'/x/y' as uid {os.getuid()}" in str(found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("ours"), KeyboardInterrupt(), DataError("bad"), MissingInputError("no"), RetryableError("later")],
+)
+def test_other_errors_stay_what_they_are(error: BaseException):
+    assert explained(error) is error
+
+
+def test_an_error_that_was_dealt_with_is_no_cause():
+    try:
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise ValueError("x") from None
+    except ValueError as error:
+        assert explained(error) is error
+
+
+def test_the_message_comes_first_then_the_traceback(tmp_path: Path):
+    report_failure(tmp_path / "output", raised(DataError("row 3 is broken")))
+    text = (tmp_path / "output" / "failure").read_text()
+    assert text.startswith("row 3 is broken\n\nTraceback")
+    assert text.rstrip().endswith("DataError: row 3 is broken")
+
+
+def test_an_unexpected_error_says_its_type(tmp_path: Path):
+    report_failure(tmp_path, raised(KeyError("x")))
+    assert (tmp_path / "failure").read_text().startswith("KeyError: 'x'\n\n")
+
+
+def test_a_long_message_fills_what_is_shown_and_no_more(tmp_path: Path):
+    report_failure(tmp_path, DataError("ö" * 5000))
+    text = (tmp_path / "failure").read_text(encoding="utf-8")
+    assert text[: FAILURE_CHARACTERS + 2] == "ö" * FAILURE_CHARACTERS + "\n\n"
+
+
+def test_a_failure_that_cannot_be_written_hides_nothing(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    report_failure(tmp_path / "file", DataError("x"))
+    report_failure(None, DataError("x"))
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_every_error_has_an_exit_code_of_its_own():
+    codes = {error: error.exit_code for error in (FivefoldError, *FivefoldError.__subclasses__())}
+    assert codes == {FivefoldError: 1, SettingsError: 64, DataError: 65, MissingInputError: 66, RetryableError: 75}
+
+
+def test_a_process_that_runs_out_of_memory_is_told_so(tmp_path: Path):
+    code = (
+        "import resource, sys\n"
+        "from fivefold.contract.failure import explained\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))\n"
+        "try: bytearray(2**31)\n"
+        "except Exception as error: sys.exit(explained(error).exit_code)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 75

@@ -1,0 +1,259 @@
+"""Files are whole or not there, digests see what matters, and folders that cannot be written say so."""
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fivefold.contract.files import (
+    FILES_AT_ONCE,
+    SECONDS_UNTIL_ABANDONED,
+    atomic,
+    below,
+    probe_writable,
+    read_json,
+    remove_abandoned,
+    sha256,
+    tree_files,
+    tree_sha256,
+    write_json,
+    write_text,
+)
+from fivefold.errors import DataError, RetryableError, SettingsError
+
+ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root: mounts a file system, or takes another user's place")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_with_its_folders_and_nothing_else(tmp_path: Path):
+    write_text(tmp_path / "a" / "b" / "t.txt", "größe")
+    assert (tmp_path / "a" / "b" / "t.txt").read_bytes() == "größe".encode()
+    assert names(tmp_path / "a" / "b") == ["t.txt"]
+
+
+def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path):
+    write_text(tmp_path / "t", "old")
+    with pytest.raises(ValueError, match="stop"), atomic(tmp_path / "t") as temporary:
+        temporary.write_text("half")
+        raise ValueError("stop")
+    assert (tmp_path / "t").read_text() == "old"
+    assert names(tmp_path) == ["t"]
+
+
+def test_a_block_that_writes_nothing_is_an_error_not_an_empty_file(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), atomic(tmp_path / "t"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_json_keeps_its_order_and_its_letters(tmp_path: Path):
+    value = {"b": "ö", "a": [1, 2.5, None]}
+    write_json(tmp_path / "v.json", value)
+    assert read_json(tmp_path / "v.json") == value
+    assert (tmp_path / "v.json").read_text(encoding="utf-8").startswith('{\n  "b": "ö"')
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b'"\xff"'])
+def test_what_is_not_json_is_named(content: bytes, tmp_path: Path):
+    (tmp_path / "v.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"v\.json is not JSON"):
+        read_json(tmp_path / "v.json")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from fivefold.contract.files import write_text
+for _ in range(300):
+    write_text(Path(sys.argv[1]), sys.argv[2] * 50_000)
+"""
+
+
+def test_two_processes_never_mix_in_one_file(tmp_path: Path):
+    path = tmp_path / "t"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, letter]) for letter in "ab"]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        if path.is_file():
+            text = path.read_text()
+            assert text in ("a" * 50_000, "b" * 50_000)
+            seen.add(text[0])
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert seen
+    assert names(tmp_path) == ["t"]
+
+
+def test_what_a_killed_process_left_is_never_read_and_goes_in_time(tmp_path: Path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from fivefold.contract.files import atomic\n"
+        "with atomic(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "model.json"])
+    assert killed.returncode == -9
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith(".model.json.")
+    assert tree_files(tmp_path) == []
+    write_text(tmp_path / "model.json", "whole")
+    remove_abandoned(tmp_path)
+    assert leftover.exists(), "it is young: another process may still be writing it"
+    old = time.time() - SECONDS_UNTIL_ABANDONED - 1
+    os.utime(leftover, (old, old))
+    remove_abandoned(tmp_path)
+    assert names(tmp_path) == ["model.json"]
+
+
+@ROOT
+def test_a_full_disk_is_worth_retrying_and_keeps_the_old_file(tiny_disk: Path):
+    write_text(tiny_disk / "t", "old")
+    with pytest.raises(RetryableError, match=r"no space left to write .*/t: free some") as caught:
+        write_text(tiny_disk / "t", "x" * 100_000)
+    assert caught.value.exit_code == 75
+    assert (tiny_disk / "t").read_text() == "old"
+    assert names(tiny_disk) == ["t"]
+
+
+@ROOT
+def test_libraries_that_report_a_full_disk_in_words_are_understood(tiny_disk: Path):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    with pytest.raises(RetryableError, match="no space left"), atomic(tiny_disk / "w.safetensors") as temporary:
+        save_file({"weights": np.zeros(100_000, np.float32)}, temporary)
+    assert names(tiny_disk) == []
+
+
+@ROOT
+def test_a_disk_without_room_for_a_file_fails_the_probe(tiny_disk: Path):
+    (tiny_disk / "filler").write_bytes(b"x" * 64 * 1024)
+    with pytest.raises(RetryableError, match="no space left in .*/disk: free some"):
+        probe_writable(tiny_disk)
+    assert names(tiny_disk) == ["filler"]
+
+
+def probed_as_nobody(folder: Path) -> str:
+    """What probing says to a user who owns nothing, in a process of its own."""
+    # In the child, since the package itself may lie where that user cannot read.
+    code = (
+        "import os, sys; from pathlib import Path; from fivefold.contract.files import probe_writable\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "try: probe_writable(Path(sys.argv[1]))\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    return subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True).stdout
+
+
+@ROOT
+def test_another_users_folder_is_refused_with_its_mend(tmp_path: Path):
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir(0o755)
+    said = probed_as_nobody(theirs)
+    assert said.startswith(f"SettingsError cannot write to {theirs} as uid 65534: Permission denied; mount it writable")
+    assert "Permission denied" in probed_as_nobody(theirs / "below")
+    theirs.chmod(0o777)
+    assert probed_as_nobody(theirs / "below") == ""
+    assert names(theirs / "below") == []
+
+
+@ROOT
+def test_a_read_only_mount_is_refused(tiny_disk: Path):
+    subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
+    with pytest.raises(SettingsError, match="Read-only file system; mount it writable"):
+        probe_writable(tiny_disk)
+
+
+def test_a_file_where_a_folder_is_needed_is_refused(tmp_path: Path):
+    write_text(tmp_path / "f", "")
+    for folder in (tmp_path / "f", tmp_path / "f" / "below"):
+        with pytest.raises(SettingsError, match="a file stands where a folder is needed"):
+            probe_writable(folder)
+
+
+def test_files_of_a_tree_are_sorted_and_hidden_ones_left_out(tmp_path: Path):
+    for name in ("b/2.png", "b/1.png", "a.png", "a/z.png", ".hidden", ".git/config", "b/.tmp"):
+        write_text(tmp_path / name, name)
+    found = [path.relative_to(tmp_path).as_posix() for path in tree_files(tmp_path)]
+    assert found == sorted(["a.png", "a/z.png", "b/1.png", "b/2.png"])
+    assert tree_files(tmp_path / "a.png") == [tmp_path / "a.png"]
+
+
+def test_links_are_followed_but_not_for_ever(tmp_path: Path):
+    write_text(tmp_path / "there" / "x.png", "x")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "linked").symlink_to(tmp_path / "there")
+    (root / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "there" / "up").symlink_to(root)
+    assert [path.relative_to(root).as_posix() for path in tree_files(root)] == ["linked/x.png"]
+
+
+def test_a_digest_is_hashlibs(tmp_path: Path):
+    content = random.Random(0).randbytes(1_000_000)
+    (tmp_path / "f").write_bytes(content)
+    assert sha256(tmp_path / "f") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_trees_digest_sees_names_and_bytes_and_nothing_else(tmp_path: Path):
+    trees = [tmp_path / "one", tmp_path / "other"]
+    for tree in trees:
+        for name in ("a/1", "a/2", "b/1"):
+            write_text(tree / name, name)
+    one, other = trees
+    whole = tree_sha256(one)
+    assert tree_sha256(other) == whole
+    os.utime(one / "a/1", (0, 0))
+    write_text(one / ".hidden", "x")
+    assert tree_sha256(one) == whole
+    write_text(one / "stage.json", "x")
+    write_text(one / "evaluate.stage.json", "x")
+    assert tree_sha256(one, without=("stage.json",)) == whole
+    (other / "a" / "1").rename(other / "a" / "3")
+    assert tree_sha256(other) != whole
+    write_text(one / "a" / "1", "else")
+    assert tree_sha256(one, without=("stage.json",)) != whole
+
+
+def test_a_digest_takes_names_that_are_no_unicode_and_many_files(tmp_path: Path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(FILES_AT_ONCE + 2):
+        (folder / f"{number:05}").touch()
+    before = tree_sha256(folder)
+    os.rename(os.fsencode(folder / "04097"), os.fsencode(folder) + b"/\xff")
+    assert tree_sha256(folder) != before
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "..", "a/b/../../../root2/x"])
+def test_a_path_that_leads_out_is_refused(name: str, tmp_path: Path):
+    with pytest.raises(DataError, match="leads out of"):
+        below(tmp_path / "root", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("a/b", "a/b"), ("a/../b", "b"), ("./a", "a"), ("..a/b..", "..a/b.."), ("", ".")]
+)
+def test_a_path_inside_is_given(name: str, path: str, tmp_path: Path):
+    assert below(tmp_path, name) == tmp_path / path

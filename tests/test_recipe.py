@@ -1,0 +1,91 @@
+"""The settings models: what they refuse, and that every key explains itself."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fivefold.contract.stages import STAGES
+from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Model, Settings, Split
+from fivefold.settings import flatten, key_settings, read_recipe, shipped_recipes
+
+
+def test_every_key_says_what_it_is():
+    for name, field in Settings.model_fields.items():
+        fields = type(field.default).model_fields if name in SECTIONS else {name: field}
+        for key, sub in fields.items():
+            assert sub.description, f"{name}.{key} has no description"
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValidationError):
+        Settings().train.epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (Split, {"parts": [0.8, 0.2]}, "three shares"),
+        (Split, {"parts": [0.8, 0.1, 0.2]}, "sum to 1"),
+        (Split, {"parts": [1.2, -0.1, -0.1]}, "three shares"),
+        (Split, {"parts": [0.9, 0.0, 0.1]}, "valid share above 0"),
+        (Split, {"parts": [0.8, 0.1, 0.1], "holdout": 0.1}, "exclude each other"),
+        (Split, {"folds": 1}, "greater than or equal to 2"),
+        (Split, {"holdout": 1.0}, "less than 1"),
+        (Split, {"max_unpacked_gib": math.inf}, "finite"),
+        (Model, {"image_size": [224]}, "one positive number"),
+        (Model, {"image_size": 0}, "one positive number"),
+        (Model, {"mean": [0.5]}, "three numbers"),
+        (Model, {"std": [0.2, 0.0, 0.2]}, "std is positive"),
+        (Model, {"pretrained": 1}, "boolean"),
+        (Model, {"backbones": "x"}, "not permitted"),
+    ],
+)
+def test_what_cannot_work_is_refused(section: type, values: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        section.model_validate(values)
+
+
+def test_parts_may_leave_the_test_part_empty():
+    assert Split(parts=[0.9, 0.1, 0.0]).parts == [0.9, 0.1, 0.0]
+
+
+def test_an_image_size_is_one_number_or_two():
+    assert Model(image_size=64).size == (64, 64)
+    assert Model(image_size=[224, 192]).size == (224, 192)
+
+
+def test_the_student_differs_only_where_it_says_so():
+    settings = Settings.model_validate(
+        {"train": {"lr": 0.01}, "distill": {"train": {"epochs": 3}, "model": {"dropout": 0.5}}}
+    )
+    student = settings.student()
+    before, after = flatten(settings), flatten(student)
+    assert {key for key in before if before[key] != after[key]} == {"train.epochs", "model.dropout"}
+    assert (student.train.epochs, student.train.lr, student.model.dropout) == (3, 0.01, 0.5)
+
+
+def test_settings_survive_their_json():
+    settings = Settings(seed=7)
+    assert Settings.model_validate(json.loads(settings.model_dump_json())) == settings
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_whole(name: str):
+    assert Settings.model_validate(read_recipe(name)).student()
+
+
+def test_stages_name_sections_and_keys_that_exist():
+    for stage in STAGES.values():
+        assert set(stage.sections) <= set(Settings.model_fields)
+        assert set(stage.hashed) <= {*stage.channels, *stage.optional}
+
+
+def test_keys_that_cannot_change_a_result_stay_out_of_a_stages_key():
+    assert set(flatten(Settings())) >= EXECUTION_KEYS
+    keys = key_settings(Settings(), STAGES["train-fold"].sections)
+    assert not EXECUTION_KEYS & set(keys)
+    assert {"fold", "seed", "train.epochs", "model.backbone"} <= set(keys)
+    assert not [key for key in keys if key.startswith(("split.", "distill.", "data."))]
