@@ -6,14 +6,15 @@ the bins; the rows that stand alone then fill each class up to its shares.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from fivefold.errors import SettingsError
 
 MOST_ATTEMPTS = 100
-GROUPS_FOR_ATTEMPTS = 20_000
-"""So many groups are placed at once; of fewer, several attempts are made in the same time."""
+WORK_FOR_ATTEMPTS = 20_000
+"""So many groups and classes are placed once; of fewer, several attempts are made in about the same time."""
 PART_NAMES = ("train", "valid", "test")
 
 
@@ -92,97 +93,86 @@ def spread(
     """
     generator = np.random.default_rng(seed)
     codes = codes if stratify else np.zeros_like(codes)
-    num_classes = int(codes.max(initial=-1)) + 1
-    num_groups = 0 if groups is None else np.count_nonzero(np.bincount(groups) > 1)
-    attempts = min(MOST_ATTEMPTS, 1 + GROUPS_FOR_ATTEMPTS // num_groups) if num_groups else 1
-    best, best_score = None, (np.inf, np.inf)
+    sizes = np.bincount(codes)
+    sparse = _group_cells(codes, groups, sizes)
+    lone = sizes - sparse.class_sizes
+    attempts = min(MOST_ATTEMPTS, 1 + WORK_FOR_ATTEMPTS // (len(sparse) + len(sizes))) if len(sparse) else 1
+    best_score = (np.inf, np.inf)
     for attempt in range(attempts):
-        counts = np.zeros((num_classes, len(shares)), np.int64)
-        bins = np.full(len(codes), -1, np.int16)
-        if num_groups:
-            _place_groups(codes, groups, np.array(shares), generator, float(attempt > 0), counts, bins)
-        _fill(codes, np.array(shares), generator, keep_in_first, counts, bins)
-        score = _unevenness(counts, np.array(shares))
+        placed = _place(sparse, np.array(shares), generator, noise=0.5 * (attempt > 0))
+        counts = sparse.counts(placed, len(shares))
+        quotas = _quotas(lone, counts, np.array(shares), keep_in_first)
+        score = _unevenness(counts + quotas, np.array(shares))
         if score < best_score:
-            best, best_score = bins, score
-    return best
+            best_score, best = score, (placed, quotas)
+    return _bins(codes, sparse, *best, generator)
 
 
-def _unevenness(counts: np.ndarray, shares: np.ndarray) -> tuple[float, float]:
-    """How far bins with `counts` [C, F] are from `shares`: of the classes in the mean, then of the rows in all."""
-    sizes = np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    of_classes = np.sqrt(((counts / sizes - shares) ** 2).sum(axis=1)).mean()
-    return round(float(of_classes), 9), float(np.abs(counts.sum(axis=0) / counts.sum() - shares).max())
+@dataclass(frozen=True, eq=False)
+class GroupCells:
+    """The groups of several rows as a sparse matrix [G, C] of row counts.
+
+    Group g has the cells start[g]:stop[g] of `of_class` and `size`; `weight` is size over the
+    class's rows, `total` [G] the group's share of all rows. `of_row` [N] is each row's g, or -1.
+    """
+
+    start: np.ndarray
+    stop: np.ndarray
+    of_class: np.ndarray
+    size: np.ndarray
+    weight: np.ndarray
+    total: np.ndarray
+    of_row: np.ndarray
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.total)
+
+    @property
+    def class_sizes(self) -> np.ndarray:
+        """Rows of each class that are in groups: [C]."""
+        return np.bincount(self.of_class, self.size, self.num_classes).astype(np.int64)
+
+    def counts(self, placed: np.ndarray, num_bins: int) -> np.ndarray:
+        """Rows of each class in each bin [C, F], with group g in bin placed[g]."""
+        cell_bins = np.repeat(placed.astype(np.int64), self.stop - self.start)
+        flat = np.bincount(self.of_class * num_bins + cell_bins, self.size, self.num_classes * num_bins)
+        return flat.reshape(self.num_classes, num_bins).astype(np.int64)
 
 
-def _fill(
-    codes: np.ndarray,
-    shares: np.ndarray,
-    generator: np.random.Generator,
-    keep_in_first: bool,
-    counts: np.ndarray,
-    bins: np.ndarray,
-) -> None:
-    """Gives each row without a bin one: completes `bins` [N] and `counts` [C, F]."""
-    alone = np.flatnonzero(bins < 0)
-    quotas = _quotas(np.bincount(codes[alone], minlength=len(counts)), counts, shares, keep_in_first)
-    alone = alone[generator.permutation(len(alone))]
-    alone = alone[np.argsort(codes[alone], kind="stable")]
-    bins[alone] = np.repeat(np.tile(np.arange(len(shares)), len(quotas)), quotas.ravel())
-    counts += quotas
+def _group_cells(codes: np.ndarray, groups: np.ndarray | None, sizes: np.ndarray) -> GroupCells:
+    groups = np.arange(len(codes)) if groups is None else groups
+    members = np.bincount(groups)
+    names = np.flatnonzero(members > 1)
+    position = np.full(len(members), -1, np.int64)
+    position[names] = np.arange(len(names))
+    of_row = position[groups]
+    rows = np.flatnonzero(of_row >= 0)
+    cells, size = np.unique(of_row[rows] * len(sizes) + codes[rows], return_counts=True)
+    of_group, of_class = np.divmod(cells, len(sizes))
+    borders = np.searchsorted(of_group, np.arange(len(names) + 1))
+    weight, total = size / sizes[of_class], members[names] / len(codes)
+    return GroupCells(borders[:-1], borders[1:], of_class, size, weight, total, of_row, len(sizes))
 
 
-def _place_groups(
-    codes: np.ndarray,
-    groups: np.ndarray,
-    shares: np.ndarray,
-    generator: np.random.Generator,
-    noise: float,
-    counts: np.ndarray,
-    bins: np.ndarray,
-) -> None:
-    """Places each group of several rows in a bin: fills `bins` [N] and adds its rows to `counts` [C, F].
+def _place(sparse: GroupCells, shares: np.ndarray, generator: np.random.Generator, noise: float) -> np.ndarray:
+    """A bin for each group: int16 [G].
 
     Least squares: a group goes where sum over classes of (share of the class in the bin)² / (share
     of the bin) grows least; the rows in all count as one class more. `noise` shakes the order.
     """
-    members = np.bincount(groups)
-    rows = np.flatnonzero(members[groups] > 1)
-    if not len(rows):
-        return
-    num_classes = len(counts)
-    cells, size = np.unique(groups[rows].astype(np.int64) * num_classes + codes[rows], return_counts=True)
-    of_group, of_class = np.divmod(cells, num_classes)
-    weight = size / np.bincount(codes, minlength=num_classes)[of_class]
-    names, start = np.unique(of_group, return_index=True)
-    stop = np.append(start[1:], len(cells))
-    heaviness = np.add.reduceat(weight**2, start) * np.exp(noise * generator.uniform(-1, 1, len(names)))
-    order = np.lexsort((generator.permutation(len(names)), -heaviness))
-    chosen = _greedy(order, start, stop, of_class, weight, members[names] / len(codes), shares, num_classes)
-    of_name = np.full(len(members), -1, np.int16)
-    of_name[names] = chosen
-    bins[rows] = of_name[groups[rows]]
-    np.add.at(counts, (codes[rows], bins[rows]), 1)
-
-
-def _greedy(
-    order: np.ndarray,
-    start: np.ndarray,
-    stop: np.ndarray,
-    of_class: np.ndarray,
-    weight: np.ndarray,
-    total: np.ndarray,
-    shares: np.ndarray,
-    num_classes: int,
-) -> np.ndarray:
-    """A bin for each group: int16 [G]. Group g has the cells start[g]:stop[g] of `of_class` and `weight`."""
-    filled = np.zeros((num_classes + 1, len(shares)))
+    chosen = np.empty(len(sparse), np.int16)
+    if not len(sparse):
+        return chosen
+    heaviness = np.add.reduceat(sparse.weight**2, sparse.start)
+    heaviness *= np.exp(noise * generator.uniform(-1, 1, len(sparse)))
+    order = np.lexsort((generator.permutation(len(sparse)), -heaviness))
+    filled = np.zeros((sparse.num_classes + 1, len(shares)))
     own = (1 / shares - 1 / shares.max()) / 2
-    chosen = np.empty(len(order), np.int16)
-    starts, stops, totals = start.tolist(), stop.tolist(), total.tolist()
+    starts, stops, totals = sparse.start.tolist(), sparse.stop.tolist(), sparse.total.tolist()
     for group in order.tolist():
-        a, b = starts[group], stops[group]
-        cells, amount, whole = of_class[a:b], weight[a:b], totals[group]
+        a, b, whole = starts[group], stops[group], totals[group]
+        cells, amount = sparse.of_class[a:b], sparse.weight[a:b]
         cost = amount @ filled.take(cells, axis=0) + whole * filled[-1] + (amount @ amount + whole * whole) * own
         best = int(cost.argmin())
         chosen[group] = best
@@ -191,18 +181,18 @@ def _greedy(
     return chosen
 
 
-def _quotas(alone: np.ndarray, counts: np.ndarray, shares: np.ndarray, keep_in_first: bool) -> np.ndarray:
-    """How many of the `alone` [C] rows of each class go to each bin: [C, F], given the `counts` there already.
+def _quotas(lone: np.ndarray, counts: np.ndarray, shares: np.ndarray, keep_in_first: bool) -> np.ndarray:
+    """How many of the `lone` [C] rows of each class go to each bin: [C, F], given the `counts` there already.
 
     Of each class the bins get whole numbers next to their shares; which of the two is chosen so that
     the rows in all follow the shares too.
     """
     quotas = np.zeros_like(counts)
     carry = shares * counts.sum() - counts.sum(axis=0)
-    for code in np.flatnonzero(alone):
-        exact = _level(int(alone[code]), counts[code], shares)
+    for code in np.flatnonzero(lone):
+        exact = _level(int(lone[code]), counts[code], shares)
         whole = np.floor(exact + 1e-9).astype(np.int64)
-        spare = int(alone[code] - whole.sum())
+        spare = int(lone[code] - whole.sum())
         rest = exact - whole
         ranked = np.argsort(-np.where(rest > 1e-9, rest + carry, -np.inf), kind="stable")
         whole[ranked[:spare]] += 1
@@ -223,3 +213,22 @@ def _level(rows: int, there: np.ndarray, shares: np.ndarray) -> np.ndarray:
         if not full.any():
             return np.where(open_bins, level * shares - there, 0.0)
         open_bins &= ~full
+
+
+def _unevenness(counts: np.ndarray, shares: np.ndarray) -> tuple[float, float]:
+    """How far bins with `counts` [C, F] are from `shares`: of the classes in the mean, then of the rows in all."""
+    sizes = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    of_classes = np.sqrt(((counts / sizes - shares) ** 2).sum(axis=1)).mean()
+    return round(float(of_classes), 9), float(np.abs(counts.sum(axis=0) / counts.sum() - shares).max())
+
+
+def _bins(
+    codes: np.ndarray, sparse: GroupCells, placed: np.ndarray, quotas: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """The bin of each row, int16 [N]: its group's, or for a lone row one by lot within its class's quotas [C, F]."""
+    bins = np.append(placed, np.int16(-1))[sparse.of_row]
+    lone = np.flatnonzero(bins < 0)
+    lone = lone[generator.permutation(len(lone))]
+    lone = lone[np.argsort(codes[lone], kind="stable")]
+    bins[lone] = np.repeat(np.tile(np.arange(quotas.shape[1]), len(quotas)), quotas.ravel())
+    return bins
