@@ -1,0 +1,79 @@
+"""The demo's images: all of scikit-learn's digits, as they are, always with the same bytes."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from fivefold.contract.files import tree_sha256
+from jobs import demo
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    demo.write_digits(folder)
+    return folder
+
+
+def rows(path: Path) -> list[list[str]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_every_digit_is_there_once_with_its_class(folder: Path) -> None:
+    digits = load_digits()
+    truth = dict(rows(folder / "test" / "gt.csv")[1:])
+    found = {path: path.parent.name for path in (folder / "train").glob("*/*.png")}
+    assert len(found) == 1437
+    found |= {path: truth[path.stem] for path in (folder / "test").glob("*.png")}
+    assert len(found) == 1797
+
+    pixels = sorted((str(label), np.asarray(Image.open(path)).tobytes()) for path, label in found.items())
+    wanted = np.rint(digits.images / 16 * 255).astype(np.uint8)
+    assert pixels == sorted((str(t), image.tobytes()) for t, image in zip(digits.target, wanted, strict=True))
+
+
+def test_every_class_gives_a_fifth_to_the_test(folder: Path) -> None:
+    labels = [label for _, label in rows(folder / "test" / "gt.csv")[1:]]
+    for digit in "0123456789":
+        trained = len(list((folder / "train" / digit).glob("*.png")))
+        assert labels.count(digit) / (trained + labels.count(digit)) == pytest.approx(0.2, abs=0.005)
+
+
+def test_tables_are_a_competitions(folder: Path) -> None:
+    table, sample = rows(folder / "test" / "test.csv"), rows(folder / "test" / "sample_submission.csv")
+    assert table[0] == ["ID", "img_path"]
+    assert sample[0] == ["ID", *"0123456789"]
+    assert [row[0] for row in table] == [row[0] for row in sample]
+    assert all((folder / "test" / path).is_file() for _, path in table[1:])
+    assert (folder / "test" / "sample_submission.csv").read_bytes().startswith(b"\xef\xbb\xbfID,")
+
+
+def test_the_same_bytes_each_time_and_none_written_twice(folder: Path, tmp_path: Path) -> None:
+    demo.write_digits(tmp_path)
+    assert tree_sha256(tmp_path) == tree_sha256(folder)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    demo.write_digits(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+
+
+def test_digits_that_were_half_written_are_written_again(folder: Path, tmp_path: Path) -> None:
+    demo.write_digits(tmp_path)
+    (tmp_path / demo.MARKER).unlink()
+    (tmp_path / "test" / "gt.csv").unlink()
+    demo.write_digits(tmp_path)
+    assert tree_sha256(tmp_path) == tree_sha256(folder)
+
+
+def test_what_the_user_gives_replaces_the_demos_own() -> None:
+    own = ["recipe=demo", "run=demo", "parallel=2"]
+    assert demo.merged(own, ["RUN=other", "train.epochs=1"]) == [
+        "recipe=demo",
+        "parallel=2",
+        "RUN=other",
+        "train.epochs=1",
+    ]

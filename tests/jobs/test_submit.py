@@ -1,0 +1,114 @@
+"""`python -m jobs submit` as people call it: what it refuses, what it prints, what it runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fivefold.contract.files import read_json
+from fivefold.errors import MissingInputError, SettingsError
+from jobs import submit
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with `train/a`, `train/b` and a test table with its truth."""
+    for number in range(12):
+        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), number * 20).save(path)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "test.csv").write_text("ID,img_path\n1,1.png\n")
+    (tmp_path / "test" / "gt.csv").write_text("ID,label\n1,a\n")
+    return tmp_path
+
+
+def jobs(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs", *arguments]
+    environ = {**os.environ, **variables}
+    return subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "needs train="),
+        (["paralel=2"], "did you mean 'parallel'"),
+        (["model=resnet"], "unknown key 'model'"),
+        (["train.epohcs=2"], "did you mean 'train.epochs'"),
+        (["platform=slurm"], "known: local"),
+        (["parallel=0"], "from 1 on"),
+        (["parallel=2,3"], "from 1 on"),
+        (["folds=two"], "folds=2,4"),
+        (["seeds=-1"], "whole numbers"),
+        (["stages=trian-fold"], "train-fold"),
+        (["folds=7"], "0 to 4"),
+        (["run=a/b"], "names a folder"),
+        (["--verbose"], "not KEY=VALUE"),
+    ],
+)
+def test_a_request_that_cannot_work(data: Path, arguments: list[str], says: str) -> None:
+    given = [f"train={data / 'train'}", f"runs={data / 'runs'}"] if arguments else []
+    with pytest.raises(SettingsError, match=says):
+        submit.main([*given, *arguments, "--dry-run"])
+    assert not (data / "runs").exists()
+
+
+def test_inputs_that_are_not_there(data: Path) -> None:
+    with pytest.raises(MissingInputError, match="eval="):
+        submit.main([f"train={data}", f"eval={data / 'no'}"])
+
+
+def test_a_dry_run_runs_nothing_and_its_commands_can_be_pasted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = data / "my runs"
+    given = [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}", "run=r", "split.folds=3", "--dry-run"]
+    assert submit.main(given) == 0
+    printed = capsys.readouterr().out
+    assert not runs.exists()
+    assert f"SM_CHANNEL_GROUND_TRUTH={data / 'test' / 'gt.csv'}" in printed
+    assert printed.count(" -m jobs train-fold ") == 3
+
+    block = printed.split("\n\n")[1]
+    assert block.startswith("# split\n")
+    pasted = subprocess.run(["sh", "-e"], input=block, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert pasted.returncode == 0, pasted.stderr
+    assert (runs / "r" / "split" / "output" / "folds.parquet").is_file()
+
+
+def test_the_command_from_end_to_end(data: Path) -> None:
+    given = ["submit", f"train={data / 'train'}", f"runs={data / 'runs'}", "run=r", "split.folds=3"]
+    first = jobs(*given, "stages=split", FOLD="1", TRAIN__EPOCHS="many")
+    assert first.returncode == 0, first.stderr
+    assert "do not see the variables FOLD, TRAIN__EPOCHS" in first.stderr
+    assert "no model is trained yet" in first.stdout
+
+    second = jobs(*given, "stages=evaluate")  # of models that nobody has trained
+    assert second.returncode == 66
+    assert "evaluate failed (exit code 66)" in second.stderr
+
+    status = jobs("status", f"runs={data / 'runs'}")
+    lines = {line.split()[0]: line for line in status.stdout.splitlines() if line}
+    assert status.returncode == 0
+    assert "done" in lines["split"]
+    assert "failed (66)" in lines["evaluate"]
+    assert "waiting" in lines["fold-2"]
+    assert [step["name"] for step in read_json(data / "runs" / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
+
+
+def test_a_typo_is_an_exit_code_and_a_line(data: Path) -> None:
+    ended = jobs("submit", f"train={data / 'train'}", "train.epohcs=3")
+    assert ended.returncode == SettingsError.exit_code
+    assert "Traceback" not in ended.stderr
+    assert "did you mean 'train.epochs'" in ended.stderr
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for key in (*submit.KEYS, "--dry-run", *submit.PLATFORMS):
+        assert key in printed

@@ -1,0 +1,161 @@
+"""The architecture, measured: who may import whom, what loads without torch, how long things are."""
+
+import ast
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fivefold
+from fivefold.contract.stages import STAGES
+from fivefold.settings import Layer, load, shipped_recipes
+from jobs.__main__ import COMMANDS
+
+REPOSITORY = Path(__file__).parents[1]
+SOURCES = sorted([*REPOSITORY.glob("src/fivefold/**/*.py"), *REPOSITORY.glob("jobs/*.py")])
+MOST_LINES_OF_A_FUNCTION = 60
+MOST_LINES_OF_A_FILE = 300
+MEDIAN_LINES_OF_A_FUNCTION = 15
+
+WITHOUT_TORCH = (
+    "choose",
+    "errors",
+    "predictions",
+    "progress",
+    "recipe",
+    "settings",
+    "contract",
+    "evaluation",
+    "launchers",
+    "data.adapters",
+    "data.folds",
+    "data.images",
+    "data.store",
+    "inference.ensemble",
+)
+READERS_OF_THE_ENVIRONMENT = ("contract", "launchers")
+"""The packages below fivefold, beside jobs, that know the container contract."""
+
+
+def modules() -> list[str]:
+    """All modules of the package, by their full names."""
+    return [found.name for found in pkgutil.walk_packages(fivefold.__path__, "fivefold.")]
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    """Every function of the sources, with its number of lines."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                yield f"{path.relative_to(REPOSITORY)}:{node.name}", node.end_lineno - node.lineno + 1
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_imports_point_down() -> None:
+    program = Path(sys.executable).with_name("lint-imports")
+    ended = subprocess.run([program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout
+
+
+def test_every_module_stands_in_the_import_contract() -> None:
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    named = {name.strip() for layer in layers for name in layer.split("|")}
+    top = {".".join(name.split(".")[:2]) for name in modules()} - {"fivefold.recipes"}
+    assert top <= named
+
+
+def test_every_package_is_installed() -> None:
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {path.parent for path in REPOSITORY.glob("src/fivefold/**/__init__.py")}
+    packages = {".".join(folder.relative_to(REPOSITORY / "src").parts) for folder in folders} | {"jobs"}
+    assert set(settings["tool"]["setuptools"]["packages"]) == packages
+
+
+def test_launching_and_reporting_load_without_torch() -> None:
+    wanted = [f"fivefold.{name}" for name in WITHOUT_TORCH]
+    names = [name for name in modules() if any(name == one or name.startswith(one + ".") for one in wanted)]
+    names += [module for module, _ in COMMANDS.values()] + ["jobs.__main__", "jobs.split", "jobs.evaluate"]
+    heavy = ("torch", "torchvision", "timm", "tensorboard", "sagemaker")
+    code = (
+        f"import importlib, json, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"
+        f"print(json.dumps([name for name in {heavy!r} if name in sys.modules]))"
+    )
+    assert json.loads(python(code)) == []
+
+
+def test_help_comes_at_once() -> None:
+    code = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'jobs', '--help'], check=True, stdout=subprocess.DEVNULL)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\nprint(used.ru_utime + used.ru_stime)"
+    )
+    assert float(python(code)) < 1.0
+
+
+def test_no_function_is_long_and_most_are_short() -> None:
+    lengths = dict(functions())
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_A_FUNCTION} == {}
+    assert sorted(lengths.values())[len(lengths) // 2] <= MEDIAN_LINES_OF_A_FUNCTION
+
+
+def test_no_file_is_long() -> None:
+    lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text("utf-8").splitlines()) for path in SOURCES}
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_A_FILE} == {}
+
+
+def test_every_public_function_and_module_says_what_it_is() -> None:
+    for path in SOURCES:
+        if path.name != "__init__.py":
+            assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path
+
+
+def test_nothing_below_the_contract_reads_the_environment() -> None:
+    found = []
+    for path in REPOSITORY.glob("src/fivefold/**/*.py"):
+        if path.relative_to(REPOSITORY / "src/fivefold").parts[0] in READERS_OF_THE_ENVIRONMENT:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.attr if isinstance(node, ast.Attribute) else None
+            if isinstance(node, ast.ImportFrom) and node.module == "os":
+                name = next((alias.name for alias in node.names), None)
+            if name in ("environ", "environb", "getenv", "putenv"):
+                found.append(f"{path.name}:{node.lineno}")
+    assert found == []
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
+def test_every_stage_has_its_story(stage: object) -> None:
+    path = REPOSITORY / f"{stage.module.replace('.', os.sep)}.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    assert [argument.arg for argument in main.args.args] == ["job", "settings"]
+    assert main.end_lineno - main.lineno + 1 <= 70
+    assert 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("module", "summary"), COMMANDS.values())
+def test_every_command_has_a_main(module: str, summary: str) -> None:
+    assert callable(importlib.import_module(module).main)
+    assert summary
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads(name: str) -> None:
+    settings = load([Layer("argument", {"recipe": name})])
+    assert settings.system == name
+    assert settings.student().train.epochs >= 1
