@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fivefold.allocator import keep_freed_memory
 from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet
 from fivefold.data.folds import FoldTable
@@ -59,6 +60,8 @@ def runtime_of(settings: Settings) -> Runtime:
     """The Runtime that the settings ask for on this machine."""
     device = choose_device(settings.train.device)
     dtype = choose_precision(settings.train.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda" and settings.train.deterministic:
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -17,7 +17,7 @@ from jobs.__main__ import run
 
 CLASSES = ("fold", "id", "빨강 차")
 SETTINGS = [
-    "model.backbone=fivefold/small_net", 'model.options={"width": 8}', "model.image_size=12", "train.epochs=3",
+    "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=12", "train.epochs=3",
     "train.batch_size=16", "train.lr=0.02", "train.ema_decay=0.9", "train.precision=fp32",
     'augment.train=["random_crop", "horizontal_flip"]', "augment.mix=cutmix", "predict.views=plain,flip",
 ]  # fmt: skip
