@@ -21,8 +21,8 @@ class Data(Section):
     layout: str = Field("auto", description="auto, folders (a folder a class) or csv")
     table: str = Field("", description="the CSV below the channel; empty: train.csv, or the only one")
     id_column: str = Field("", description="CSV column of row ids; empty: id if there is one, else the path")
-    path_column: str = Field("", description="CSV column of image paths; empty: image_path, img_path or path")
-    label_column: str = Field("", description="CSV column of classes; empty: target, label or class_name")
+    path_column: str = Field("", description="CSV column of image paths; empty: image_path, img_path, path or the like")
+    label_column: str = Field("", description="CSV column of classes; empty: target, label, class_name or the like")
     group_column: str = Field("", description="CSV column of groups that no fold may part (people, products)")
 
 
@@ -32,7 +32,7 @@ class Split(Section):
     holdout: float = Field(0.0, ge=0, lt=1, description="share of rows that no model trains or selects on")
     parts: list[float] = Field([], description="instead of folds: shares of train, valid and test, e.g. [.8,.1,.1]")
     seed: int = Field(42, description="seed of the shuffle")
-    open_images: bool = Field(True, description="open every image once: finds broken ones and duplicates")
+    open_images: bool = Field(True, description="open every image once: finds broken, missing and equal ones; false: a CSV's paths are taken on trust")
     skip_unreadable: bool = Field(False, description="leave unreadable images out, instead of stopping")
     max_unpacked_gib: float = Field(200.0, gt=0, description="largest size a .zip may unpack to")
 

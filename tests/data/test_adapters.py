@@ -141,8 +141,8 @@ def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path) -> None:
         (["1.png"], "image_path,target\n1.png,a\n,b\n", "empty or lead out"),
         (["1.png"], "id,path,label\nx,1.png,a\ny,1.png,b\nx,1.png,b\n", r"several rows of the column 'id': 'x'"),
         (["1.png"], "image_path,target\n1.png,a\n1.png,b\n", r"several rows .*'1\.png'"),
-        (["1.png"], "image,target\n1.png,a\n", r"no column image_path or img_path or path; it has image, target"),
-        (["1.png"], "image_path,kind\n1.png,a\n", r"no column target or label or class_name; it has image_path, kind"),
+        (["1.png"], "picture,target\n1.png,a\n", r"no column image_path, img_path, path or the like; it has picture, target"),
+        (["1.png"], "image_path,kind\n1.png,a\n", r"no column target, label, class_name or the like; it has image_path, kind"),
         (["1.png"], "path,label\n1.png,a\n2.png, \n", "1 rows with an empty label, the first in line 3"),
         (["1.png"], "path,label\n1.png,a,b\n", "cannot be read"),
         (["1.png"], "path,label,path\n1.png,a,b\n", "the column 'path' twice"),
@@ -245,7 +245,7 @@ def test_a_folder_of_images_without_a_table(tmp_path: Path) -> None:
         (["1.png"], "ID,img_path\na,1.png\nb,2.png\n", r"1 of 2 files .*'2\.png'"),
         (["1.png"], "ID,img_path\na,../1.png\n", "lead out"),
         (["1.png"], "ID,img_path\na,1.png\na,1.png\n", "several rows"),
-        (["1.png"], "ID,name\na,1.png\n", "no column image_path or img_path or path; it has ID, name"),
+        (["1.png"], "ID,name\na,1.png\n", "no column image_path, img_path, path or the like; it has ID, name"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused(tmp_path: Path, names: list[str], table: str | None, message: str) -> None:

@@ -15,8 +15,19 @@ from fivefold.data.store import ImageStore
 from fivefold.errors import DataError, MissingInputError
 
 ID_NAMES = ("id",)
-PATH_NAMES = ("image_path", "img_path", "path")
-LABEL_NAMES = ("target", "label", "class_name")
+PATH_NAMES = (
+    "image_path",
+    "img_path",
+    "path",
+    "file_path",
+    "filepath",
+    "filename",
+    "file_name",
+    "file",
+    "image",
+    "img",
+)
+LABEL_NAMES = ("target", "label", "class_name", "class", "category")
 TEXT = pa.string()
 CATEGORY = pa.dictionary(pa.int32(), pa.string())
 ODD_PATH = r"(^|/)\.{0,2}(/|$)|^[A-Za-z]:"
@@ -54,7 +65,7 @@ class CsvFile:
         """As `column`; a DataError names the setting `key` and the columns that there are."""
         found = self.column(given, known)
         if found is None:
-            wanted = repr(given) if given else " or ".join(known)
+            wanted = repr(given) if given else f"{', '.join(known[:3])} or the like"
             raise DataError(f"{self} has no column {wanted}; it has {', '.join(self.header)}; set {key}")
         return found
 
@@ -121,7 +132,9 @@ def check_unique(ids: pa.Array, table: CsvFile, column: str) -> None:
         return
     counted = pc.value_counts(ids)
     twice = pc.filter(counted.field("values"), pc.greater(counted.field("counts"), 1))
-    raise DataError(f"{table}: ids stand in several rows of the column {column!r}: {few(twice.to_pylist())}")
+    raise DataError(
+        f"{table}: ids stand in several rows of the column {column!r}: {few(twice.to_pylist())}; name another as the id"
+    )
 
 
 def few(names: Sequence[str]) -> str:
