@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fivefold.arrow import pa
 from fivefold.errors import DataError, MissingInputError
 
 PREFIX = "p/"
