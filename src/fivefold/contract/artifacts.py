@@ -198,9 +198,13 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     if target.is_dir():
         return target
     partial = target.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
     try:
         with tarfile.open(tarball) as archive:
             archive.extractall(partial, filter=_without_links)
+            # tarfile stops in silence at a damaged header, and gzip keeps its checksum at the very end.
+            while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+                pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

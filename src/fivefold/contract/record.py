@@ -79,9 +79,9 @@ def why_run(folder: Path, key: Key, roots: Mapping[str, Path]) -> str | None:
         return "no record of an earlier run"
     try:
         record = read_json(path)
-        old = Key(record["stage"], record["inputs"], record["settings"])
-        outputs = record["outputs"]
-    except (DataError, KeyError, TypeError):
+        old = Key(record["stage"], dict(record["inputs"]), dict(record["settings"]))
+        outputs = dict(record["outputs"])
+    except (DataError, KeyError, TypeError, ValueError):
         return f"the record {path} cannot be read"
     if old.digest() != key.digest():
         return _difference(old, key)

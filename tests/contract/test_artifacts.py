@@ -1,0 +1,321 @@
+"""What an earlier stage made is found in folders and tarballs, once, whole, and of one run."""
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fivefold.contract.artifacts import (
+    ModelDir,
+    channel_digest,
+    find_models,
+    find_predictions,
+    locate,
+    locate_all,
+    roots,
+)
+from fivefold.contract.files import write_text
+from fivefold.contract.job import Job, job_from
+from fivefold.contract.stages import STAGES
+from fivefold.errors import DataError, MissingInputError, RetryableError
+from fivefold.settings import key_settings
+
+
+def model_dir(folder: Path, **info: Any) -> Path:
+    """A model's folder as training leaves it; the weights are made of its facts, so that equals are equal."""
+    whole = {"role": "fold", "system": "s", "seed": 42, "fold": 0, "classes": ["a", "b"]} | info
+    write_text(folder / "model.json", json.dumps(whole))
+    write_text(folder / "model.safetensors", f"weights of {sorted(whole.items())}")
+    write_text(folder / "oof.parquet", "rows")
+    write_text(folder / "stage.json", "{}")
+    return folder
+
+
+def tarball(folder: Path, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder, arcname=".")
+    return path
+
+
+def given(tmp_path: Path, stage: str = "ensemble", **channels: Path) -> Job:
+    (tmp_path / "scratch").mkdir(exist_ok=True)
+    return job_from(
+        STAGES[stage], {f"SM_CHANNEL_{n.upper()}": str(p) for n, p in channels.items()}, tmp_path / "scratch"
+    )
+
+
+def found(tmp_path: Path) -> list[ModelDir]:
+    return find_models(given(tmp_path, model=tmp_path / "models"))
+
+
+def test_models_are_found_anywhere_below_in_order(tmp_path: Path):
+    models = tmp_path / "models"
+    for fold in (10, 2, 0):
+        model_dir(models / f"deep/er/{fold}", fold=fold)
+    model_dir(models / "b", fold=1, seed=43)
+    model_dir(models / "c", system="a", fold=7)
+    assert [(m.info["system"], m.info["seed"], m.info["fold"]) for m in found(tmp_path)] == [
+        ("a", 42, 7),
+        ("s", 42, 0),
+        ("s", 42, 2),
+        ("s", 42, 10),
+        ("s", 43, 1),
+    ]
+    assert found(tmp_path)[1].path == models / "deep/er/0"
+
+
+def test_a_tarball_for_each_fold_is_as_good_as_folders(tmp_path: Path):
+    for fold in range(3):
+        tarball(model_dir(tmp_path / f"made/{fold}", fold=fold), tmp_path / f"models/job-{fold}/output/model.tar.gz")
+    assert [model.name for model in found(tmp_path)] == [f"fold {fold} of s, seed 42" for fold in range(3)]
+    assert all((model.path / "model.safetensors").is_file() for model in found(tmp_path))
+    folders = given(tmp_path, model=tmp_path / "made")
+    packed = given(tmp_path, model=tmp_path / "models")
+    assert channel_digest(packed, "model", {}) == channel_digest(folders, "model", {})
+
+
+def test_a_channel_may_be_the_tarball_itself(tmp_path: Path):
+    path = tarball(model_dir(tmp_path / "made"), tmp_path / "model.tar.gz")
+    (model,) = find_models(given(tmp_path, model=path))
+    assert model.shown == path
+
+
+def test_a_model_that_lies_there_twice_is_one(tmp_path: Path):
+    folder = model_dir(tmp_path / "models/fold-0/model")
+    tarball(folder, tmp_path / "models/fold-0/output/model.tar.gz")
+    (model,) = found(tmp_path)
+    assert model.path == folder
+
+
+def test_two_different_models_of_one_fold_are_an_error_that_names_both(tmp_path: Path):
+    first = model_dir(tmp_path / "models/first")
+    packed = tarball(model_dir(tmp_path / "made", classes=["a", "c"]), tmp_path / "models/second/model.tar.gz")
+    with pytest.raises(DataError) as caught:
+        found(tmp_path)
+    for named in (first / "model.json", packed, "fold 0 of s, seed 42", "leave one of them out"):
+        assert str(named) in str(caught.value)
+
+
+def test_other_weights_alone_make_another_model(tmp_path: Path):
+    model_dir(tmp_path / "models/a")
+    write_text(model_dir(tmp_path / "models/b") / "model.safetensors", "other")
+    with pytest.raises(DataError, match="and differ"):
+        found(tmp_path)
+
+
+def test_a_student_is_taken_only_where_it_is_alone(tmp_path: Path):
+    student = model_dir(tmp_path / "models/distill", role="student", fold=None)
+    assert [model.path for model in found(tmp_path)] == [student]
+    assert found(tmp_path)[0].name == "student of s, seed 42"
+    fold = model_dir(tmp_path / "models/fold-0")
+    assert [model.path for model in found(tmp_path)] == [fold]
+
+
+def test_a_student_that_still_trains_does_not_stop_the_folds(tmp_path: Path):
+    model_dir(tmp_path / "models/fold-0")
+    (model_dir(tmp_path / "models/distill", role="student", fold=None) / "stage.json").unlink()
+    assert len(found(tmp_path)) == 1
+
+
+def test_a_model_without_its_record_is_not_finished(tmp_path: Path):
+    model_dir(tmp_path / "models/fold-0")
+    (model_dir(tmp_path / "models/fold-1", fold=1) / "stage.json").unlink()
+    with pytest.raises(
+        DataError, match=r"fold-1/model\.json: a model without stage\.json, so its training did not finish"
+    ):
+        found(tmp_path)
+
+
+def test_what_a_killed_process_left_is_no_model(tmp_path: Path):
+    model_dir(tmp_path / "models/fold-0")
+    write_text(tmp_path / "models/fold-1/.model.json.0a1b.tmp", "{")
+    model_dir(tmp_path / "models/.cache/fold-2", fold=2)
+    assert len(found(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ("[]", "does not describe a model"),
+        ('{"model_type": "bert"}', "does not describe a model: role, system, seed, fold and classes are needed"),
+        ('{"role": "fold", "system": "s", "seed": "42", "fold": 0, "classes": []}', "does not describe a model"),
+        ('{"role": "teacher", "system": "s", "seed": 42, "fold": 0, "classes": []}', "neither fold nor student"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_what_is_no_model_is_named(info: str, message: str, tmp_path: Path):
+    write_text(model_dir(tmp_path / "models/fold-0") / "model.json", info)
+    with pytest.raises(DataError, match=message) as caught:
+        found(tmp_path)
+    assert "fold-0/model.json" in str(caught.value)
+
+
+def test_no_model_at_all(tmp_path: Path):
+    (tmp_path / "models").mkdir()
+    with pytest.raises(MissingInputError, match=r"no model below the channel 'model' \(.*/models\): looked for"):
+        found(tmp_path)
+
+
+def test_one_file_is_located_wherever_it_is(tmp_path: Path):
+    write_text(tmp_path / "run/split/output/folds.parquet", "x")
+    job = given(tmp_path, "train-fold", folds=tmp_path / "run")
+    assert locate(job, "folds", "folds.parquet") == tmp_path / "run/split/output/folds.parquet"
+    direct = given(tmp_path, "train-fold", folds=tmp_path / "run/split/output/folds.parquet")
+    assert locate(direct, "folds", "folds.parquet") == tmp_path / "run/split/output/folds.parquet"
+    with pytest.raises(MissingInputError, match=r"no classes\.json below the channel 'folds'"):
+        locate(job, "folds", "classes.json")
+
+
+def test_copies_are_one_file_and_different_ones_an_error(tmp_path: Path):
+    for name in ("a", "b"):
+        write_text(tmp_path / f"run/{name}/folds.parquet", "same")
+    job = given(tmp_path, "train-fold", folds=tmp_path / "run")
+    assert locate(job, "folds", "folds.parquet") == tmp_path / "run/a/folds.parquet"
+    assert len(locate_all(job, "folds", "folds.parquet")) == 2
+    write_text(tmp_path / "made/folds.parquet", "other")
+    packed = tarball(tmp_path / "made", tmp_path / "run/c/output.tar.gz")
+    with pytest.raises(DataError, match=r"several different folds\.parquet below the channel 'folds'") as caught:
+        locate(job, "folds", "folds.parquet")
+    assert str(packed) in str(caught.value)
+
+
+def member(name: str, content: bytes = b"x", **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(content) if not fields else 0
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("../escaped", {}),
+        ("a/../../escaped", {}),
+        ("link", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
+        ("link", {"type": tarfile.SYMTYPE, "linkname": "../../escaped"}),
+        ("link", {"type": tarfile.SYMTYPE, "linkname": "model.json"}),
+        ("link", {"type": tarfile.LNKTYPE, "linkname": "model.json"}),
+        ("fifo", {"type": tarfile.FIFOTYPE}),
+        ("device", {"type": tarfile.CHRTYPE}),
+    ],
+)
+def test_an_archive_that_would_write_elsewhere_is_refused(name: str, fields: dict[str, Any], tmp_path: Path):
+    models = tmp_path / "models"
+    models.mkdir()
+    with tarfile.open(models / "model.tar.gz", "w:gz") as archive:
+        for info, content in (member("model.json", b"{}"), member(name, **fields)):
+            archive.addfile(info, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"model\.tar\.gz cannot be unpacked"):
+        found(tmp_path)
+    assert not list(tmp_path.rglob("escaped"))
+    # Not even a second try takes what was unpacked before the refusal.
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        found(tmp_path)
+
+
+def test_a_leading_slash_stays_inside(tmp_path: Path):
+    (tmp_path / "models").mkdir()
+    with tarfile.open(tmp_path / "models" / "model.tar.gz", "w:gz") as archive:
+        info, content = member(f"{tmp_path}/absolute", b"x")
+        archive.addfile(info, io.BytesIO(content))
+    job = given(tmp_path, model=tmp_path / "models")
+    assert len(locate_all(job, "model", "absolute")) == 1
+    assert not (tmp_path / "absolute").exists()
+
+
+def cut(packed: bytes) -> bytes:
+    return packed[: len(packed) // 2]
+
+
+def flip(packed: bytes) -> bytes:
+    middle = len(packed) // 2
+    return packed[:middle] + bytes(255 - byte for byte in packed[middle : middle + 64]) + packed[middle + 64 :]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda _: b"", lambda _: b"text", lambda _: gzip.compress(b"text")])
+def test_a_damaged_archive_is_named(damage: Callable[[bytes], bytes], tmp_path: Path):
+    folder = model_dir(tmp_path / "made")
+    (folder / "weights").write_bytes(bytes(range(256)) * 400)
+    path = tarball(folder, tmp_path / "models/model.tar.gz")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"models/model\.tar\.gz cannot be unpacked"):
+        found(tmp_path)
+
+
+def test_an_archive_of_nothing_holds_nothing(tmp_path: Path):
+    model_dir(tmp_path / "models/fold-0")
+    with tarfile.open(tmp_path / "models/output.tar.gz", "w:gz"):
+        pass
+    assert len(found(tmp_path)) == 1
+
+
+def test_archives_are_unpacked_once_and_only_to_scratch(tmp_path: Path):
+    tarball(model_dir(tmp_path / "made"), tmp_path / "models/model.tar.gz")
+    job = given(tmp_path, model=tmp_path / "models")
+    before = {path: path.stat().st_ino for root in roots(job, "model") for path in root.iterdir()}
+    assert {path: path.stat().st_ino for root in roots(job, "model") for path in root.iterdir()} == before
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["model.tar.gz"]
+
+
+def test_predictions_go_with_what_stands_beside_them(tmp_path: Path):
+    for name in ("predictions.parquet", "holdout.parquet", "ensemble.json", "other.csv"):
+        write_text(tmp_path / "p/output" / name, name)
+    files = find_predictions(given(tmp_path, "evaluate", predictions=tmp_path / "p"))
+    assert sorted(files) == ["ensemble.json", "holdout.parquet", "predictions.parquet"]
+    write_text(tmp_path / "csv/submission.csv", "ID,a,b")
+    write_text(tmp_path / "csv/sample_submission.csv", "ID,a,b")
+    lone = find_predictions(given(tmp_path, "evaluate", predictions=tmp_path / "csv"))
+    assert list(lone.values()) == [tmp_path / "csv/submission.csv"]
+    write_text(tmp_path / "csv/second.csv", "ID,a,b")
+    with pytest.raises(DataError, match="several CSVs"):
+        find_predictions(given(tmp_path, "evaluate", predictions=tmp_path / "csv"))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(MissingInputError, match=r"no predictions\.parquet"):
+        find_predictions(given(tmp_path, "evaluate", predictions=tmp_path / "none"))
+
+
+def digest_of(job: Job, channel: str) -> str:
+    from fivefold.recipe import Settings
+
+    return channel_digest(job, channel, key_settings(Settings(), job.stage.sections))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "oof.parquet", "holdout.parquet", "train_log.csv"])
+def test_a_models_digest_sees_all_that_is_read_of_it(name: str, tmp_path: Path):
+    folder = model_dir(tmp_path / "models/fold-0")
+    write_text(folder / "holdout.parquet", "x")
+    write_text(folder / "train_log.csv", "x")
+    job = given(tmp_path, model=tmp_path / "models")
+    before = digest_of(job, "model")
+    info = {"role": "fold", "system": "s", "seed": 42, "fold": 0, "classes": ["a", "b", "c"]}
+    write_text(folder / name, json.dumps(info))
+    assert digest_of(job, "model") != before
+
+
+def test_a_models_digest_sees_nothing_else_not_even_its_place(tmp_path: Path):
+    folder = model_dir(tmp_path / "models/fold-0")
+    job = given(tmp_path, model=tmp_path / "models")
+    before = digest_of(job, "model")
+    write_text(folder / "stage.json", '{"finished": "later"}')
+    write_text(tmp_path / "models/log.txt", "x")
+    folder.rename(tmp_path / "models/moved")
+    assert digest_of(job, "model") == before
+
+
+def test_a_full_scratch_is_worth_retrying_not_bad_data(tiny_disk: Path, tmp_path: Path):
+    from fivefold.contract.failure import explained
+
+    folder = model_dir(tmp_path / "made")
+    (folder / "weights").write_bytes(bytes(200_000))
+    tarball(folder, tmp_path / "models/model.tar.gz")
+    job = job_from(STAGES["ensemble"], {"SM_CHANNEL_MODEL": str(tmp_path / "models")}, tiny_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        find_models(job)
+    assert isinstance(explained(caught.value), RetryableError)

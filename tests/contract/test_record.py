@@ -1,0 +1,200 @@
+"""stage.json: what makes a stage run, what lets it rest, and how two stages share a folder."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fivefold.contract.files import sha256, write_text
+from fivefold.contract.job import Job, job_from
+from fivefold.contract.record import (
+    Key,
+    Stopwatch,
+    key_of,
+    output_roots,
+    package_versions,
+    record_path,
+    why_run,
+    write_record,
+)
+from fivefold.contract.stages import STAGES
+from fivefold.recipe import Settings
+from fivefold.settings import key_settings
+
+SETTINGS = {"split.folds": 5, "split.open_images": True, "data.table": ""}
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Job:
+    """A split job whose input and output are there."""
+    write_text(tmp_path / "images" / "a" / "1.png", "pixels")
+    write_text(tmp_path / "out" / "folds.parquet", "rows")
+    environ = {"SM_CHANNEL_TRAIN": str(tmp_path / "images"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}
+    return job_from(STAGES["split"], environ, tmp_path / "scratch")
+
+
+def finish(job: Job, settings: dict[str, Any] = SETTINGS, name: str = "folds.parquet") -> Key:
+    """Writes the record as a stage that has just made `name`."""
+    key = key_of(job, settings)
+    write_record(job.record_dir(), job, key, [job.output() / name], {"rows": 1}, Stopwatch())
+    return key
+
+
+def reason(job: Job, settings: dict[str, Any] = SETTINGS) -> str | None:
+    return why_run(job.record_dir(), key_of(job, settings), output_roots(job))
+
+
+def test_a_stage_runs_until_its_record_is_there(split: Job):
+    assert reason(split) == "no record of an earlier run"
+    finish(split)
+    assert reason(split) is None
+
+
+def test_changed_settings_are_named_with_what_they_were(split: Job):
+    finish(split)
+    assert reason(split, SETTINGS | {"split.folds": 3}) == "settings differ: split.folds 5 -> 3"
+    more = reason(split, {"split.folds": 3, "split.open_images": True, "data.table": "", "split.seed": 1})
+    assert more == "settings differ: split.folds 5 -> 3, split.seed absent -> 1"
+    long = reason(split, SETTINGS | {"data.table": "x" * 100})
+    assert long == f'settings differ: data.table "" -> "{"x" * 36}...'
+
+
+def test_changed_inputs_are_named(split: Job, tmp_path: Path):
+    finish(split)
+    write_text(tmp_path / "images" / "a" / "2.png", "pixels")
+    assert reason(split) == "inputs differ: train"
+    assert reason(split, SETTINGS | {"split.folds": 3}) == "inputs differ: train; settings differ: split.folds 5 -> 3"
+
+
+def test_changed_and_missing_outputs_are_named(split: Job):
+    finish(split)
+    write_text(split.output() / "folds.parquet", "other rows")
+    assert reason(split) == "output missing or changed: output/folds.parquet"
+    (split.output() / "folds.parquet").unlink()
+    assert reason(split) == "output missing or changed: output/folds.parquet"
+
+
+def test_what_stands_beside_the_outputs_changes_nothing(split: Job):
+    finish(split)
+    write_text(split.output() / "notes.txt", "mine")
+    assert reason(split) is None
+
+
+def test_a_folder_that_is_moved_or_copied_keeps_its_record(split: Job, tmp_path: Path):
+    finish(split)
+    moved = split.output().rename(tmp_path / "elsewhere")
+    assert reason(dataclasses.replace(split, output_data_dir=moved)) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '"x"', "{}", '{"stage": "split"}', '{"stage": "split", "inputs": 1, "settings": [], "outputs": 2}'],
+)
+def test_a_record_that_cannot_be_read_counts_for_nothing(text: str, split: Job):
+    write_text(split.output() / "stage.json", text)
+    assert reason(split) == f"the record {split.output() / 'stage.json'} cannot be read"
+    finish(split)
+    assert reason(split) is None
+    assert not (split.output() / "split.stage.json").exists()
+
+
+def test_the_record_says_what_was_done_with_what(split: Job):
+    key = finish(split)
+    record = json.loads((split.output() / "stage.json").read_text())
+    assert record["stage"] == "split"
+    assert record["key"] == key.digest()
+    assert list(record["inputs"]) == ["train"]
+    assert record["settings"] == SETTINGS
+    assert record["outputs"] == {"output/folds.parquet": sha256(split.output() / "folds.parquet")}
+    assert record["metrics"] == {"rows": 1}
+    assert record["packages"]["numpy"] == package_versions()["numpy"]
+    assert record["wall_seconds"] >= 0
+    assert 10 < record["peak_memory_mib"] < 100_000
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["finished"])
+
+
+def test_models_and_data_are_named_by_their_roots(tmp_path: Path):
+    environ = {"SM_MODEL_DIR": str(tmp_path), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
+    job = job_from(STAGES["train-fold"], environ, tmp_path / "scratch")
+    for name in ("model.json", "output/curves.png"):
+        write_text(tmp_path / name, name)
+    outputs = [tmp_path / "model.json", tmp_path / "output/curves.png"]
+    write_record(tmp_path, job, Key("train-fold", {}, {}), outputs, {}, Stopwatch())
+    record = json.loads((tmp_path / "stage.json").read_text())
+    assert list(record["outputs"]) == ["model/model.json", "output/curves.png"]
+    assert why_run(tmp_path, Key("train-fold", {}, {}), output_roots(job)) is None
+
+
+def test_an_output_outside_both_folders_is_a_mistake_of_ours(split: Job, tmp_path: Path):
+    write_text(tmp_path / "stray", "x")
+    with pytest.raises(ValueError, match="lies below none of"):
+        write_record(split.output(), split, key_of(split, SETTINGS), [tmp_path / "stray"], {}, Stopwatch())
+    assert not (split.output() / "stage.json").exists()
+
+
+def test_the_key_is_the_same_however_its_parts_are_ordered():
+    one = Key("s", {"a": "1", "b": "2"}, {"x": 1, "y": [1, 2]})
+    assert Key("s", {"b": "2", "a": "1"}, {"y": [1, 2], "x": 1}).digest() == one.digest()
+    assert Key("s", {"a": "1", "b": "2"}, {"x": 1, "y": [2, 1]}).digest() != one.digest()
+    assert Key("t", {"a": "1", "b": "2"}, {"x": 1, "y": [1, 2]}).digest() != one.digest()
+
+
+def test_a_key_survives_the_record_for_every_default(split: Job):
+    for stage in STAGES.values():
+        settings = key_settings(Settings(), stage.sections)
+        assert Key(stage.name, {}, json.loads(json.dumps(settings))).digest() == Key(stage.name, {}, settings).digest()
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> tuple[Job, Job]:
+    """An ensemble and an evaluation that write to one folder."""
+    out = tmp_path / "out"
+    for name in ("predictions.parquet", "metrics.json"):
+        write_text(out / name, name)
+    environ = {"SM_OUTPUT_DATA_DIR": str(out)}
+    ensemble, evaluate = (job_from(STAGES[name], environ, tmp_path / "scratch") for name in ("ensemble", "evaluate"))
+    return ensemble, evaluate
+
+
+FILES = {"ensemble": "predictions.parquet", "evaluate": "metrics.json"}
+
+
+@pytest.mark.parametrize("order", [("ensemble", "evaluate"), ("evaluate", "ensemble")])
+def test_two_stages_share_a_folder_and_each_rests_on_its_own_record(order: tuple[str, str], shared: tuple[Job, Job]):
+    jobs = {job.stage.name: job for job in shared}
+    first, second = (jobs[name] for name in order)
+    for job in (first, second):
+        finish(job, name=FILES[job.stage.name])
+    folder = first.output()
+    assert record_path(folder, first.stage.name) == folder / "stage.json"
+    assert record_path(folder, second.stage.name) == folder / f"{second.stage.name}.stage.json"
+    assert reason(first) is None
+    assert reason(second) is None
+    for job in (second, first):
+        finish(job, SETTINGS | {"changed": True}, FILES[job.stage.name])
+    assert len(list(folder.glob("*stage.json"))) == 2
+    assert reason(first, SETTINGS | {"changed": True}) is None
+    assert reason(second, SETTINGS | {"changed": True}) is None
+
+
+def test_a_record_that_stepped_aside_is_found_while_the_other_is_gone(shared: tuple[Job, Job]):
+    ensemble, evaluate = shared
+    finish(ensemble, name=FILES["ensemble"])
+    finish(evaluate, name=FILES["evaluate"])
+    (ensemble.output() / "stage.json").unlink()
+    assert reason(ensemble) == "no record of an earlier run"
+    assert reason(evaluate) is None
+    finish(ensemble, name=FILES["ensemble"])
+    assert reason(ensemble) is None
+    assert reason(evaluate) is None
+
+
+def test_new_predictions_in_the_shared_folder_make_evaluate_run(shared: tuple[Job, Job]):
+    ensemble, evaluate = shared
+    finish(ensemble, name=FILES["ensemble"])
+    finish(evaluate, name=FILES["evaluate"])
+    write_text(ensemble.output() / "predictions.parquet", "others")
+    assert reason(evaluate) == "inputs differ: predictions"
