@@ -7,6 +7,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ import pytest
 from PIL import Image
 
 from fivefold.arrow import pa
+from fivefold.contract.artifacts import channel_digest
+from fivefold.contract.job import job_from
+from fivefold.contract.stages import STAGES
 from fivefold.data.folds import FoldTable, read_folds
 
 REPOSITORY = Path(__file__).parents[2]
@@ -219,6 +223,21 @@ def test_more_folds_than_groups_is_refused_with_the_numbers(tmp_path: Path) -> N
     failed = split(channel, tmp_path / "out")
     assert failed.returncode == 64
     assert "split.folds=5, but there are only 3 groups (of 7 rows)" in failed.stderr
+
+
+def test_without_opened_images_the_key_covers_tables_and_names(tmp_path: Path) -> None:
+    channel = write(tmp_path, {"train.csv": b"path,label\n", "a.png": b"1", "b.zip": b"2"})
+    job = job_from(STAGES["split"], {"SM_CHANNEL_TRAIN": str(channel)}, tmp_path)
+
+    def digests() -> list[str]:
+        return [channel_digest(job, "train", {"split.open_images": opened}) for opened in (False, True)]
+
+    seen = [digests()]
+    for name, content in [("a.png", b"3"), ("c.png", b""), ("train.csv", b"path,label\n1,2\n"), ("b.zip", b"4")]:
+        write(channel, {name: content})
+        seen.append(digests())
+    assert [before[0] == after[0] for before, after in pairwise(seen)] == [True, False, False, False]
+    assert not any(before[1] == after[1] for before, after in pairwise(seen))
 
 
 def measured(channel: Path, output: Path, *arguments: str) -> tuple[float, float]:

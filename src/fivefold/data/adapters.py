@@ -3,8 +3,7 @@
 import logging
 import posixpath
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 
 from fivefold.arrow import pa
 from fivefold.data.images import is_image
+from fivefold.data.layouts import EVAL_FOLDERS, TRAIN_FOLDERS, bases, class_level, csvs, levels, stem
 from fivefold.data.store import ImageStore, open_store
 from fivefold.data.tables import (
     CATEGORY,
@@ -30,13 +30,9 @@ from fivefold.errors import DataError, SettingsError
 
 log = logging.getLogger("fivefold")
 
-TRAIN_FOLDERS = ("train", "training")
-EVAL_FOLDERS = ("test", "eval", "evaluation")
-SPLIT_FOLDERS = {*TRAIN_FOLDERS, *EVAL_FOLDERS, "valid", "val", "validation", "unlabeled"}
-SAMPLE_SUBMISSION = "sample_submission.csv"
-NOT_TRAINING = {"test", "sample_submission", "submission", "gt", "ground_truth", "valid", "val"}
-NOT_EVAL = {"train", "sample_submission", "submission", "gt", "ground_truth"}
-DEEPEST = 8
+SAMPLE_SUBMISSION = "sample_submission"
+NOT_TRAINING = {"test", SAMPLE_SUBMISSION, "submission", "gt", "ground_truth", "valid", "val"}
+NOT_EVAL = {"train", SAMPLE_SUBMISSION, "submission", "gt", "ground_truth"}
 
 
 @dataclass(frozen=True)
@@ -132,10 +128,10 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
     """
     store = open_store(source) if isinstance(source, Path) else source
     columns = Columns(id=id_column, path=path_column)
-    tables = [name for level in _levels(store, EVAL_FOLDERS) for name in _csvs(store, level)]
-    sample = _sample(store, next((name for name in tables if _base(name) == SAMPLE_SUBMISSION), None))
-    given = [name for name in tables if _stem(name) not in NOT_EVAL]
-    named = [name for name in given if _stem(name) == "test"]
+    tables = [name for level in levels(store, EVAL_FOLDERS) for name in csvs(store, level)]
+    sample = _sample(store, next((name for name in tables if stem(name) == SAMPLE_SUBMISSION), None))
+    given = [name for name in tables if stem(name) not in NOT_EVAL]
+    named = [name for name in given if stem(name) == "test"]
     readable = [open_csv(store, name) for name in named[:1] or given]
     usable = [found for found in readable if found.column(columns.path, PATH_NAMES)] or readable[: len(named)]
     if len(usable) > 1:
@@ -147,9 +143,9 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
 
 def _training_table(store: ImageStore, columns: Columns) -> CsvFile | None:
     """train.csv, or the only CSV with the columns, or else the only CSV that may be meant; None for none."""
-    for level in _levels(store, TRAIN_FOLDERS):
-        names = [name for name in _csvs(store, level) if _stem(name) not in NOT_TRAINING]
-        named = [name for name in names if _stem(name) == "train"]
+    for level in levels(store, TRAIN_FOLDERS):
+        names = [name for name in csvs(store, level) if stem(name) not in NOT_TRAINING]
+        named = [name for name in names if stem(name) == "train"]
         tables = [open_csv(store, name) for name in named or names]
         usable = [table for table in tables if _is_usable(table, columns)]
         if len(usable) > 1:
@@ -182,7 +178,7 @@ def _table_rows(table: CsvFile, columns: Columns, check_files: bool) -> Rows:
     check_unique(read[row_id], table, row_id)
     codes, classes = _classes(labels, table)
     groups = pc.if_else(pc.equal(read[group], ""), None, read[group]) if group else pa.nulls(len(codes), TEXT)
-    paths = image_paths(read[path], table, _bases(table, TRAIN_FOLDERS), check_files)
+    paths = image_paths(read[path], table, bases(table.store, table.folder, TRAIN_FOLDERS), check_files)
     return Rows(read[row_id], paths, codes, classes, groups, f"the CSV {table.name}")
 
 
@@ -208,7 +204,7 @@ def _class_folders(store: ImageStore) -> Rows:
     names = [name for name in store.names() if is_image(name)]
     if not names:
         raise DataError(f"{store.root} holds no images (nor a usable CSV); put a folder of images a class there")
-    level = _class_level(names)
+    level = class_level(names)
     inside = [name for name in names if name.startswith(level) and "/" in name[len(level) :]]
     loose = sum(name.startswith(level) for name in names) - len(inside)
     if loose:
@@ -232,56 +228,6 @@ def _path_column(names: Sequence[str], where: str) -> pa.Array:
         raise DataError(f"{where} has file names that are not UTF-8, as {error.object!r}; rename them") from error
 
 
-def _class_level(names: Sequence[str]) -> str:
-    """The prefix below which each folder is a class: past a wrapper around everything, and past train/."""
-    level = ""
-    while True:
-        inside = [name[len(level) :] for name in names if name.startswith(level)]
-        folders = Counter(name.partition("/")[0] for name in inside if "/" in name)
-        nested = {name.partition("/")[0] for name in inside if name.count("/") > 1}
-        train = next((name for name in folders if name.lower() in TRAIN_FOLDERS), None)
-        others = [name for name in folders if name != train]
-        if train and (train in nested or all(name.lower() in SPLIT_FOLDERS for name in others)):
-            if others:
-                log.info("data: %s%s/ is used; left out: %s", level, train, few(others))
-            level += f"{train}/"
-        elif len(folders) == 1 and folders.total() == len(inside) and nested:
-            level += f"{next(iter(folders))}/"
-        else:
-            return level
-
-
-def _levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
-    """Folders to look for a table in: the root, then into a folder named in `special` or a lone wrapper."""
-    level = ""
-    for _ in range(DEEPEST):
-        yield level
-        folders, files = store.listing(level)
-        named = [name for name in folders if name.lower() in special]
-        lone = folders if len(folders) == 1 and not files else []
-        if not (named or lone):
-            return
-        level = posixpath.join(level, (named or lone)[0])
-
-
-def _bases(table: CsvFile, special: Sequence[str]) -> list[str]:
-    """What a table's paths may count from: its own folder, the root, or a `special` folder beside it."""
-    beside = [name for name in table.store.listing(table.folder)[0] if name.lower() in special]
-    return list(dict.fromkeys([table.folder, "", *(posixpath.join(table.folder, name) for name in beside)]))
-
-
-def _csvs(store: ImageStore, level: str) -> list[str]:
-    return [posixpath.join(level, name) for name in store.listing(level)[1] if name.lower().endswith(".csv")]
-
-
-def _base(name: str) -> str:
-    return posixpath.basename(name).lower()
-
-
-def _stem(name: str) -> str:
-    return _base(name).removesuffix(".csv")
-
-
 def _sample(store: ImageStore, name: str | None) -> Submission | None:
     if name is None:
         return None
@@ -299,12 +245,12 @@ def _eval_table(table: CsvFile, columns: Columns, sample: Submission | None) -> 
     row_id = table.column(columns.id, ID_NAMES) or path
     read = table.read({row_id: TEXT, path: TEXT})
     check_unique(read[row_id], table, row_id)
-    paths = image_paths(read[path], table, _bases(table, EVAL_FOLDERS), check_files=True)
+    paths = image_paths(read[path], table, bases(table.store, table.folder, EVAL_FOLDERS), check_files=True)
     return EvalTable(row_id, *(column.to_numpy(zero_copy_only=False) for column in (read[row_id], paths)), sample)
 
 
 def _eval_folder(store: ImageStore, sample: Submission | None) -> EvalTable:
-    *_, level = _levels(store, EVAL_FOLDERS)
+    *_, level = levels(store, EVAL_FOLDERS)
     level += "/" if level else ""
     paths = [name for name in store.names() if is_image(name) and name.startswith(level)]
     if not paths:
