@@ -20,6 +20,10 @@ NOTHINGS = ("", "none", "null")
 
 def value_of(kind: Any, given: Any) -> Any:
     """`given` as a value of the type `kind`; a ValueError says in plain words what is needed."""
+    if isinstance(given, str) and given.startswith('"') and kind is not Any:
+        # Some launchers encode every hyperparameter as JSON, texts too.
+        inner = _json(given)
+        given = inner if isinstance(inner, str) else given
     for option in _options(kind):
         try:
             return READERS[get_origin(option) or option](option, given)
@@ -50,10 +54,9 @@ def _options(kind: Any) -> list[Any]:
 
 
 def _text(_: Any, given: Any) -> str:
-    """Text as it stands, without the quotes of a JSON string; a number that a platform decoded, as text again."""
+    """Text as it stands; a number that a platform decoded, as text again."""
     if isinstance(given, str):
-        inner = _json(given) if given.startswith('"') else None
-        return inner if isinstance(inner, str) else given
+        return given
     if isinstance(given, bool | int | float):
         return json.dumps(given)
     raise ValueError

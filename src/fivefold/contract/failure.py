@@ -56,7 +56,7 @@ def report_failure(output_dir: Path | None, error: BaseException) -> None:
     """Writes the failure file: the message first, the traceback after."""
     if output_dir is None:
         return
-    message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}"
+    message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}".rstrip(": ")
     # The folder itself may be what failed; the message is on stderr in any case.
     with contextlib.suppress(OSError, FivefoldError):
         trace = "".join(traceback.format_exception(error))

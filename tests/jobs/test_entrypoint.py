@@ -1,0 +1,315 @@
+"""The contract of the entrypoint, by real processes and by `run` with a real environment: stages, settings, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fivefold.contract.stages import STAGES
+from jobs.__main__ import main, run, stage_name
+
+ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root: takes another user's place")
+NOBODY = 65534
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of eight small images."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir()
+        for number in range(8):
+            Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def sagemaker(base: Path, images: Path, **hyperparameters: str) -> dict[str, str]:
+    """The folders of a training job that splits `images`, and the only variable it is told."""
+    (base / "input" / "config").mkdir(parents=True)
+    (base / "input" / "data").mkdir()
+    (base / "input" / "data" / "train").symlink_to(images)
+    (base / "input" / "config" / "hyperparameters.json").write_text(json.dumps(hyperparameters))
+    return {"SAGEMAKER_BASE_DIR": str(base)}
+
+
+def process(*command: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A process of the entrypoint that sees nothing of this one's environment."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", *command],
+        env={"PATH": os.environ["PATH"], **environ},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+def as_nobody(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The entrypoint as a user who owns nothing, which it becomes when all is loaded: Python itself may be root's."""
+    code = (
+        "import os, sys, jobs.split; from jobs.__main__ import main\n"
+        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    return process("-c", code, *arguments, **environ)
+
+
+def here(images: Path, out: Path, **more: str) -> dict[str, str]:
+    return {"SM_CHANNEL_TRAIN": str(images), "SM_OUTPUT_DATA_DIR": str(out), "SM_OUTPUT_DIR": str(out.parent), **more}
+
+
+def record(folder: Path, name: str = "stage.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
+
+
+def test_as_sagemaker_calls_it_with_no_variable_but_its_folders(images: Path, tmp_path: Path):
+    texts = {"stage": '"split"', "split.folds": '"2"', "run": "7", "sagemaker_program": '"x"'}
+    environ = sagemaker(tmp_path, images, **texts)
+    first = process("-m", "jobs", "train", **environ)
+    assert first.returncode == 0, first.stderr
+    data = tmp_path / "output" / "data"
+    assert record(data)["settings"]["split.folds"] == 2
+    assert not (tmp_path / "output" / "failure").exists()
+    newest = max(data.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert newest.name == "stage.json"
+    # SDK v3's local mode passes no argument at all; STAGE then comes from the job's environment.
+    again = process("-m", "jobs", **environ, STAGE="split")
+    assert again.returncode == 0
+    assert f"split: nothing to do, inputs, settings and outputs match {data / 'stage.json'}" in again.stderr
+
+
+def test_the_stages_file_is_an_entrypoint_too_and_sources_have_their_ranks(images: Path, tmp_path: Path):
+    (tmp_path / "r.json").write_text(json.dumps({"split": {"folds": 8, "seed": 8, "holdout": 0.4, "stratify": False}}))
+    told = {"split.folds": "7", "split.seed": "7", "split.holdout": "0.3", "recipe": str(tmp_path / "r.json")}
+    environ = sagemaker(tmp_path / "ml", images, **told)
+    environ |= {
+        "SM_HP_SPLIT__FOLDS": "6",
+        "SM_HP_SPLIT__SEED": "6",
+        "SPLIT__FOLDS": "5",
+        "SM_HP_SPLIT__OPEN-IMAGES": "",
+    }
+    environ |= {"SM_OUTPUT_DATA_DIR": str(tmp_path / "own"), "TRAIN": "x", "MODEL_DIR": "y", "DATA": "z"}
+    done = process("jobs/split.py", "SPLIT.FOLDS=4", "train.epochs=3", **environ)
+    assert done.returncode == 0, done.stderr
+    assert "split does not use: train.epochs" in done.stderr
+    settings = record(tmp_path / "own")["settings"]
+    found = {key: settings[f"split.{key}"] for key in ("folds", "seed", "holdout", "stratify", "open_images")}
+    assert found == {"folds": 4, "seed": 6, "holdout": 0.3, "stratify": False, "open_images": True}
+
+
+def test_a_mistake_is_told_on_stderr_and_in_the_failure_file(images: Path, tmp_path: Path):
+    done = process("-m", "jobs", "train", "train.epoch=3", **sagemaker(tmp_path, images))
+    assert done.returncode == 64
+    message = "unknown key 'train.epoch' in argument; did you mean 'train.epochs'?; --help lists the keys"
+    assert done.stderr.splitlines()[-1].endswith(f"ERROR   {message}")
+    failure = (tmp_path / "output" / "failure").read_text()
+    assert failure[:1024].startswith(f"{message}\n\nTraceback")
+
+
+def test_a_mistake_is_told_without_loading_what_is_heavy():
+    code = (
+        "import sys; from jobs.__main__ import main\n"
+        "assert main(['train-fold', 'train.epoch=3']) == 64\n"
+        "assert main(['--help']) == 0\n"
+        "heavy = {'torch', 'numpy', 'pyarrow', 'pandas', 'PIL', 'matplotlib', 'sklearn', 'boto3', 'tqdm'}\n"
+        "sys.exit(f'loaded: {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"
+    )
+    done = process("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def refused(tmp_path: Path, stage: str, arguments: list[str], environ: Mapping[str, str]) -> tuple[int, str]:
+    """The exit code and the first line of the failure file."""
+    code = run(stage, arguments, {"SM_OUTPUT_DIR": str(tmp_path / "told"), **environ})
+    return code, (tmp_path / "told" / "failure").read_text(encoding="utf-8").split("\n\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "environ", "code", "message"),
+    [
+        ("split", ["split.folds=five"], {}, 64, "split.folds='five' (argument): a whole number is needed"),
+        ("split", [], {"SPLIT__FOLD": "5"}, 64, "'split.fold' in environment; did you mean 'split.folds'?"),
+        ("split", [], {"SM_HP_SPLIT__FOLDS": "1"}, 64, "split.folds=1 (hyperparameters): at least 2 is needed"),
+        ("split", [], {"SM_HPS": "{"}, 64, "SM_HPS is not JSON"),
+        ("split", ["folds"], {}, 64, "argument 'folds' is not KEY=VALUE"),
+        ("split", ["recipe=dmeo"], {}, 64, "unknown recipe 'dmeo'; did you mean 'demo'?"),
+        ("split", ["recipe=/no/where.toml"], {}, 66, "recipe '/no/where.toml' does not exist"),
+        ("split", [], {}, 66, "split needs the channel 'train': set SM_CHANNEL_TRAIN"),
+        ("split", [], {"SM_CHANNEL_TRAIN": "/no/where"}, 66, "channel 'train': /no/where does not exist"),
+        ("split", [], {"SM_CHANNEL_TRAIN": "/"}, 64, "split writes to SM_OUTPUT_DATA_DIR, which is not set"),
+        ("split", [], {"SM_CHANNEL_TRAIN": "s3://a/b"}, 64, "SM_CHANNEL_TRAIN=s3://a/b is a URL"),
+        ("train-fold", [], {"FOLD": "2", "JOB_COMPLETION_INDEX": "3"}, 64, "FOLD=2 and JOB_COMPLETION_INDEX=3 differ"),
+        ("train-fold", ["FOLD=2"], {"JOB_COMPLETION_INDEX": "3"}, 64, "FOLD=2 and JOB_COMPLETION_INDEX=3 differ"),
+        ("train-fold", [], {"FOLD": "two"}, 64, "fold='two' (environment): a whole number is needed"),
+        ("train-fold", [], {"FOLD": "-1"}, 64, "fold=-1 (environment): at least 0 is needed"),
+    ],
+)
+def test_every_mistake_has_its_exit_code_and_its_words(
+    stage: str, arguments: list[str], environ: dict[str, str], code: int, message: str, tmp_path: Path
+):
+    found, told = refused(tmp_path, stage, arguments, environ)
+    assert (found, message in told) == (code, True), told
+
+
+def test_pipe_mode_is_refused(images: Path, tmp_path: Path):
+    environ = sagemaker(tmp_path / "ml", images)
+    modes = {"train": {"TrainingInputMode": "Pipe"}}
+    (tmp_path / "ml" / "input" / "config" / "inputdataconfig.json").write_text(json.dumps(modes))
+    code, told = refused(tmp_path, "split", [], environ)
+    assert code == 64
+    assert "channel 'train' uses Pipe mode" in told
+
+
+def test_the_record_is_removed_first_and_written_last(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    own, out = tmp_path / "own", tmp_path / "out"
+    for path in images.rglob("*.png"):
+        (own / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (own / path.parent.name / path.name).write_bytes(path.read_bytes())
+    assert run("split", ["split.folds=2"], here(own, out)) == 0
+    assert "split runs: no record of an earlier run" in capfd.readouterr().err
+    whole = (own / "cat" / "0.png").read_bytes()
+    (own / "cat" / "0.png").write_bytes(whole[: len(whole) // 2])
+    assert run("split", ["split.folds=2"], here(own, out)) == 65
+    assert "split runs: inputs differ: train" in capfd.readouterr().err
+    assert not (out / "stage.json").exists()
+    assert "0.png" in (tmp_path / "failure").read_text()[:1024]
+    (own / "cat" / "0.png").write_bytes(whole)
+    assert run("split", ["split.folds=3"], here(own, out)) == 0
+    assert not (tmp_path / "failure").exists()
+    (tmp_path / "failure").write_text("of another attempt")
+    assert run("split", ["split.folds=3"], here(own, out)) == 0
+    assert "split: nothing to do" in capfd.readouterr().err
+    assert not (tmp_path / "failure").exists()
+    assert run("split", ["split.folds=2"], here(own, out)) == 0
+    assert "split runs: settings differ: split.folds 3 -> 2" in capfd.readouterr().err
+    (out / "classes.json").unlink()
+    assert run("split", ["split.folds=2"], here(own, out)) == 0
+    assert "split runs: output missing or changed: output/classes.json" in capfd.readouterr().err
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_disk_that_fills_is_worth_retrying(images: Path, tiny_disk: Path, tmp_path: Path):
+    (tiny_disk / "filler").write_bytes(bytes(60 * 1024))
+    environ = here(images, tiny_disk) | {"SM_OUTPUT_DIR": str(tmp_path / "told")}
+    assert run("split", ["split.folds=2"], environ) == 75
+    assert (tmp_path / "told" / "failure").read_text().startswith("no space left to write ")
+    assert not (tiny_disk / "stage.json").exists()
+    # The failure file itself may be what does not fit: the exit code stays.
+    assert run("split", ["split.folds=2"], environ | {"SM_OUTPUT_DIR": str(tiny_disk)}) == 75
+    (tiny_disk / "filler").unlink()
+    assert run("split", ["split.folds=2"], environ) == 0
+
+
+@ROOT
+def test_another_users_output_folder_is_refused_at_once(images: Path, tmp_path: Path):
+    for folder in (tmp_path, images, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    out = tmp_path / "out"
+    out.mkdir(0o755)
+    done = as_nobody("split", **here(images, out))
+    assert done.returncode == 64
+    assert f"cannot write to {out} as uid {NOBODY}: Permission denied; mount it writable for that user" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@ROOT
+def test_images_that_this_user_may_not_read_are_told_as_such(images: Path, tmp_path: Path):
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    locked, out = tmp_path / "locked", tmp_path / "out"
+    (locked / "cat").mkdir(parents=True)
+    locked.chmod(0o711)
+    out.mkdir()
+    out.chmod(0o777)
+    done = as_nobody("split", **here(locked, out))
+    assert done.returncode == 64
+    assert f"Permission denied: '{locked}' as uid {NOBODY}" in done.stderr
+
+
+def test_interrupted_is_130_and_leaves_no_record(images: Path, tmp_path: Path):
+    environ = {"PATH": os.environ["PATH"], **here(images, tmp_path / "out")}
+    command = [sys.executable, "-m", "jobs", "split", "split.folds=2"]
+    with subprocess.Popen(command, env=environ, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        assert "split runs" in running.stderr.readline()
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read()
+    assert running.returncode == 130, rest
+    assert rest.rstrip().endswith("interrupted")
+    assert (tmp_path / "failure").read_text().startswith("KeyboardInterrupt\n\n")
+    assert not (tmp_path / "out" / "stage.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "name", "rest"),
+    [
+        (["split", "a=1"], {}, "split", ["a=1"]),
+        (["train_fold"], {}, "train-fold", []),
+        (["Train-Fold"], {}, "train-fold", []),
+        (["split"], {"STAGE": "evaluate"}, "split", []),
+        (["train"], {"STAGE": "evaluate"}, "evaluate", []),
+        (["train", "FOLD=2"], {}, "train-fold", ["FOLD=2"]),
+        (["train", "stage=distill"], {"STAGE": "evaluate"}, "distill", ["stage=distill"]),
+        ([], {"STAGE": "train_fold"}, "train-fold", []),
+        ([], {"stage": "split"}, "split", []),
+        (["FOLD=2"], {"STAGE": "train-fold"}, "train-fold", ["FOLD=2"]),
+        (["STAGE=split", "split.folds=3"], {}, "split", ["STAGE=split", "split.folds=3"]),
+        (["train"], {"STAGE": "", "SM_HP_STAGE": "ensemble"}, "ensemble", []),
+        (["train"], {"SM_HPS": '{"stage": "split"}', "STAGE": "ensemble"}, "ensemble", []),
+        (["status", "run=x"], {}, "status", ["run=x"]),
+    ],
+)
+def test_the_stage_is_found(arguments: list[str], environ: dict[str, str], name: str, rest: list[str]):
+    assert stage_name(arguments, environ) == (name, rest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stage", "message"),
+    [
+        (["trian-fold"], None, "unknown stage 'trian-fold'; did you mean 'train-fold'?; known: "),
+        ([], None, "no stage: give one of split, train-fold, ensemble, evaluate, distill, or set STAGE"),
+        (["train"], "spilt", "unknown stage 'spilt'; did you mean 'split'?"),
+    ],
+)
+def test_no_stage_is_told(
+    arguments: list[str],
+    stage: str | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    monkeypatch.setenv("SM_OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setenv("STAGE", stage or "")
+    assert main(arguments) == 64
+    assert message in capfd.readouterr().err
+    assert message in (tmp_path / "failure").read_text()[:1024]
+
+
+def test_help_lists_stages_commands_recipes_and_every_key(capfd: pytest.CaptureFixture[str]):
+    assert main(["--help"]) == 0
+    text = capfd.readouterr().out
+    for word in (*STAGES, "submit", "status", "demo", "train.epochs", "split.folds", "distill.alpha", "evaluate.bins"):
+        assert f"  {word} " in text, word
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stages_help_lists_its_channels_and_keys_and_touches_nothing(
+    stage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    assert run(stage, ["FOLD=2", "--help"], {"SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}) == 0
+    text = capfd.readouterr().out
+    for channel in (*STAGES[stage].channels, *STAGES[stage].optional):
+        assert f"SM_CHANNEL_{channel.upper()}" in text
+    for section in STAGES[stage].sections:
+        assert f"\n  {section}" in text
+    assert not (tmp_path / "out").exists()
