@@ -31,7 +31,7 @@ def main(job: Job, settings: Settings) -> Outcome:
         raise DataError(f"{models[0].name} was trained on another split than {split}")
     student = settings.student()
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()
-    store = open_store(job.channel("train"))
+    store = open_store(job.channel("train"), settings.split.max_unpacked_gib)
     patience = allowed_patience(settings.distill.patience, len(aside))
 
     pupils = distillation.Pupils(table, rows, store)

@@ -22,7 +22,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     split, table = training.read_split(job)
     fold = chosen_fold(settings.fold, table.num_folds)
     rows, own_rows = table.train_rows(fold), table.valid_rows(fold)
-    store = open_store(job.channel("train"))
+    store = open_store(job.channel("train"), settings.split.max_unpacked_gib)
     label = f"fold {fold}"
     log.info(
         "%s: trains on %d rows of %d classes, validates on %d", label, len(rows), len(table.classes), len(own_rows)
