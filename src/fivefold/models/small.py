@@ -1,6 +1,7 @@
 """Networks of our own for small images, 8 to 96 pixels, where ImageNet's networks shrink them away."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class SmallNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, stem, 2, bias=False), nn.BatchNorm2d(stem), nn.GELU())
         channels = [stem, *widths]
-        self.blocks = nn.Sequential(*(_block(a, b) for a, b in zip(channels, channels[1:], strict=False)))
+        self.blocks = nn.Sequential(*(_block(a, b) for a, b in pairwise(channels)))
         self.num_features = channels[-1]
 
     def forward(self, images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet, epoch_batches, in_order, load
-from fivefold.errors import DataError
+from fivefold.errors import DataError, SettingsError
 from fivefold.evaluation.metrics import summary
 from fivefold.inference.predictor import Runtime, predict
 from fivefold.progress import duration, track
@@ -109,7 +109,21 @@ class Loop:
 
 
 def fit(loop: Loop) -> dict[str, Best]:
-    """Trains to the end or until patience runs out; the best (or last) epoch of each contender."""
+    """Trains to the end or until patience runs out; the best (or last) epoch of each contender.
+
+    Raises DataError for a loss that is not finite, SettingsError for a batch that the device cannot hold.
+    """
+    try:
+        return _epochs(loop)
+    except torch.OutOfMemoryError as error:
+        size, accumulate = loop.duration.batch_size, loop.duration.accumulate
+        raise SettingsError(
+            f"a batch of {size} images does not fit the memory of {loop.runtime.device}; "
+            f"train.batch_size={max(1, size // 2)} train.accumulate={2 * accumulate} takes half and keeps the step's size"
+        ) from error
+
+
+def _epochs(loop: Loop) -> dict[str, Best]:
     best = {name: Best(loop.monitor) for name in loop.contenders}
     deciding = next(iter(loop.contenders))
     start, epochs = time.monotonic(), loop.duration.epochs
