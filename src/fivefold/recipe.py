@@ -32,7 +32,10 @@ class Split(Section):
     holdout: float = Field(0.0, ge=0, lt=1, description="share of rows that no model trains or selects on")
     parts: list[float] = Field([], description="instead of folds: shares of train, valid and test, e.g. [.8,.1,.1]")
     seed: int = Field(42, description="seed of the shuffle")
-    open_images: bool = Field(True, description="open every image once: finds broken, missing and equal ones; false: a CSV's paths are taken on trust")
+    open_images: bool = Field(
+        True,
+        description="open every image once: finds broken, missing and equal ones; false: a CSV's paths are taken on trust",
+    )
     skip_unreadable: bool = Field(False, description="leave unreadable images out, instead of stopping")
     max_unpacked_gib: float = Field(200.0, gt=0, description="largest size a .zip may unpack to")
 

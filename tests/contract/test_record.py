@@ -91,7 +91,16 @@ def test_a_folder_that_is_moved_or_copied_keeps_its_record(split: Job, tmp_path:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '"x"', "{}", '{"stage": "split"}', '{"stage": "split", "inputs": 1, "settings": [], "outputs": 2}'],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '"x"',
+        "{}",
+        '{"stage": "split"}',
+        '{"stage": "split", "inputs": 1, "settings": [], "outputs": 2}',
+    ],
 )
 def test_a_record_that_cannot_be_read_counts_for_nothing(text: str, split: Job):
     write_text(split.output() / "stage.json", text)

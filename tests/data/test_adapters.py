@@ -141,8 +141,16 @@ def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path) -> None:
         (["1.png"], "image_path,target\n1.png,a\n,b\n", "empty or lead out"),
         (["1.png"], "id,path,label\nx,1.png,a\ny,1.png,b\nx,1.png,b\n", r"several rows of the column 'id': 'x'"),
         (["1.png"], "image_path,target\n1.png,a\n1.png,b\n", r"several rows .*'1\.png'"),
-        (["1.png"], "picture,target\n1.png,a\n", r"no column image_path, img_path, path or the like; it has picture, target"),
-        (["1.png"], "image_path,kind\n1.png,a\n", r"no column target, label, class_name or the like; it has image_path, kind"),
+        (
+            ["1.png"],
+            "picture,target\n1.png,a\n",
+            r"no column image_path, img_path, path or the like; it has picture, target",
+        ),
+        (
+            ["1.png"],
+            "image_path,kind\n1.png,a\n",
+            r"no column target, label, class_name or the like; it has image_path, kind",
+        ),
         (["1.png"], "path,label\n1.png,a\n2.png, \n", "1 rows with an empty label, the first in line 3"),
         (["1.png"], "path,label\n1.png,a,b\n", "cannot be read"),
         (["1.png"], "path,label,path\n1.png,a,b\n", "the column 'path' twice"),

@@ -72,7 +72,7 @@ def test_a_step_sees_the_users_environment_less_what_the_contract_gives_a_meanin
     others = ["SM_CHANNEL_TRAIN", "SM_HPS", "SM_HP_LR", "FOLD", "fold", "STAGE", "RECIPE", "RUN", "SEED"]
     others += ["TRAIN__EPOCHS", "split__folds", "JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"]
     environ = users | dict.fromkeys(others, "1")
-    added = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "SM_MODEL_DIR": "m"}
+    added = {"PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "20000", "SM_MODEL_DIR": "m"}
     assert local.step_environment(step, environ) == users | added
     assert local.settings_variables(environ) == sorted(n for n in others if not n.startswith("SM_"))
 
@@ -83,7 +83,7 @@ def test_a_step_gets_its_share_of_the_machine() -> None:
     assert local.step_environment(step, {}, threads=2)["OMP_NUM_THREADS"] == "2"
     assert local.step_environment(step, {"OMP_NUM_THREADS": "7"}, threads=2)["OMP_NUM_THREADS"] == "7"
     assert "OMP_NUM_THREADS" not in local.step_environment(step, {})
-    assert local.step_environment(step, {"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert local.step_environment(step, {"GOMP_SPINCOUNT": "ACTIVE"})["GOMP_SPINCOUNT"] == "ACTIVE"
 
 
 def test_gpus_are_counted_without_torch(tmp_path: Path) -> None:
