@@ -1,6 +1,7 @@
 """Distillation: the fold models teach one student, each row by a model that never saw it."""
 
 import logging
+import math
 import sys
 
 import numpy as np
@@ -31,7 +32,7 @@ def main(job: Job, settings: Settings) -> Outcome:
         raise DataError(f"{models[0].name} was trained on another split than {split}")
     student = settings.student()
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()
-    store = open_store(job.channel("train"), settings.split.max_unpacked_gib)
+    store = open_store(job.channel("train"), max_unpacked_gib=math.inf)  # the split has weighed it
     patience = allowed_patience(settings.distill.patience, len(aside))
 
     pupils = distillation.Pupils(table, rows, store)

@@ -41,7 +41,10 @@ def main(job: Job, settings: Settings) -> Outcome:
 
     explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
     each = [predict(group, store, images, classes, explicit) for group in groups.values()]
-    systems = [System(name, len(group), joined(group, OOF), joined(group, HOLDOUT)) for name, group in groups.items()]
+    systems = [
+        System(name, len(group), len({m.info["seed"] for m in group}), joined(group, OOF), joined(group, HOLDOUT))
+        for name, group in groups.items()
+    ]
     weights, scores = weigh(systems, settings.ensemble.blend)
     holdout, temperature, holdout_scores = judge_holdout(systems, weights, settings.ensemble.temperature)
     scores += holdout_scores

@@ -112,7 +112,7 @@ def test_holdout_rows_of_members_are_averaged_by_id_and_class_name():
 
 
 def test_scores_say_what_they_speak_of_and_a_single_system_is_not_weighted():
-    system = System("s", 5, table(model(1.0, 1), "s"), table(model(2.0, 2), "s"))
+    system = System("s", 5, 1, table(model(1.0, 1), "s"), table(model(2.0, 2), "s"))
     weights, scores = weigh([system], "fitted")
     assert weights.tolist() == [1.0]
     assert [score["rows"] for score in scores] == ["out-of-fold"]
@@ -122,11 +122,19 @@ def test_scores_say_what_they_speak_of_and_a_single_system_is_not_weighted():
     assert scores[1]["logloss"] <= scores[0]["logloss"]
     assert len(held) == 600
     assert judge_holdout([system], weights, "none")[1] == 1.0
-    assert judge_holdout([System("s", 5, system.oof, None)], weights, "holdout") == (None, 1.0, [])
+    assert judge_holdout([System("s", 5, 1, system.oof, None)], weights, "holdout") == (None, 1.0, [])
+
+
+def test_several_seeds_are_not_called_single_models():
+    system = System("s", 10, 2, table(model(1.0, 1), "s"), None)
+    assert weigh([system], "fitted")[1][0]["what"] == "means of 2 seeds of s"
 
 
 def test_between_systems_weights_are_fitted_and_scored_cross_fitted():
-    strong, weak = System("x", 5, table(model(3.0, 1), "x"), None), System("y", 5, table(model(0.5, 2), "y"), None)
+    strong, weak = (
+        System("x", 5, 1, table(model(3.0, 1), "x"), None),
+        System("y", 5, 1, table(model(0.5, 2), "y"), None),
+    )
     weights, scores = weigh([strong, weak], "fitted")
     assert weights[0] > 0.9
     assert scores[-1]["rows"] == "out-of-fold, cross-fitted by fold"

@@ -101,6 +101,13 @@ def test_parts_by_share_are_one_fold() -> None:
     assert [n for n in names(plan_of("split.parts=[.7,.2,.1]")) if n.startswith("fold")] == ["fold-0"]
 
 
+def test_parts_have_no_out_of_fold_teachers_so_another_must_be_named() -> None:
+    plan = plan_of("split.parts=[.8,.1,.1]")
+    assert "distill" not in names(plan)
+    assert any("distill.teacher=best_fold" in note for note in plan.notes)
+    assert "distill" in names(plan_of("split.parts=[.8,.1,.1]", "distill.teacher=best_fold"))
+
+
 def test_the_first_seed_has_no_suffix_and_teaches() -> None:
     plan = plan_of(seeds=[42, 43])
     assert [n for n in names(plan) if n.startswith("fold")] == [*FOLD_NAMES, *(f"{n}-seed-43" for n in FOLD_NAMES)]

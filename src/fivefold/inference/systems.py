@@ -19,10 +19,14 @@ Score = dict[str, Any]
 
 @dataclass(frozen=True)
 class System:
-    """The models of one recipe, averaged equally: their joined out-of-fold and holdout tables, where there are any."""
+    """The models of one recipe, averaged equally: their joined out-of-fold and holdout tables, where there are any.
+
+    With several `seeds` an out-of-fold row is the mean of as many models.
+    """
 
     name: str
     models: int
+    seeds: int
     oof: Predictions | None
     holdout: Predictions | None
 
@@ -32,7 +36,7 @@ def weigh(systems: Sequence[System], how: str) -> tuple[np.ndarray, list[Score]]
 
     `fitted`: by out-of-fold logloss, where there are several systems; `mean`: equal.
     """
-    scores = [score(f"single models of {s.name}", "out-of-fold", s.oof) for s in systems if s.oof is not None]
+    scores = [score(_one_of(system), "out-of-fold", system.oof) for system in systems if system.oof is not None]
     equal = np.full(len(systems), 1 / len(systems))
     tables = [system.oof for system in systems if system.oof is not None]
     if len(systems) == 1 or len(tables) < len(systems):
@@ -40,13 +44,11 @@ def weigh(systems: Sequence[System], how: str) -> tuple[np.ndarray, list[Score]]
     tables = same_rows(tables)
     log_probs, first = [table.log_probs for table in tables], tables[0]
     mixed = replace(first, log_probs=blend(log_probs, equal))
-    scores.append(score("equal mean of the systems' single models", "out-of-fold", mixed))
+    scores.append(score("equal mean of the systems", "out-of-fold", mixed))
     if how == "mean":
         return equal, scores
     mixed = replace(first, log_probs=cross_fitted(log_probs, first.codes(), first.fold))
-    scores.append(
-        score("fitted weights between the systems' single models", "out-of-fold, cross-fitted by fold", mixed)
-    )
+    scores.append(score("fitted weights between the systems", "out-of-fold, cross-fitted by fold", mixed))
     return fit_weights(log_probs, first.codes()), scores
 
 
@@ -71,6 +73,12 @@ def judge_holdout(
     table = replace(table, log_probs=apply_temperature(table.log_probs, fitted))
     scores.append(score(f"the same at temperature {fitted:.3f}", "holdout, which fitted the temperature", table))
     return table, fitted, scores
+
+
+def _one_of(system: System) -> str:
+    if system.seeds == 1:
+        return f"single models of {system.name}"
+    return f"means of {system.seeds} seeds of {system.name}"
 
 
 def same_rows(tables: Sequence[Predictions]) -> list[Predictions]:

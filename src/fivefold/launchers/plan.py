@@ -148,6 +148,8 @@ class _Builder:
         names = tuple(step.name for step in folds)
         scored = self._scored("ensemble", "evaluate", str(self.folder), names)
         yield from scored
+        if not self._has_teachers():
+            return
         yield self._student(names)
         if self._student_can_be_scored():
             model = str(self.folder / "distill" / "model")
@@ -159,7 +161,9 @@ class _Builder:
             yield "no eval=: no ensemble of test images; evaluate reports on out-of-fold and holdout rows"
         elif not self.inputs.ground_truth:
             yield "no ground truth for eval: evaluate reports on out-of-fold and holdout rows"
-        if not self._student_can_be_scored():
+        if not self._has_teachers():
+            yield "split.parts leaves training rows without out-of-fold teachers, so distill is left out; distill.teacher=best_fold takes it in"
+        elif not self._student_can_be_scored():
             yield "no eval= and no holdout: nothing to score the student on, so evaluate-student is left out"
 
     def _folds(self) -> Iterator[Step]:
@@ -184,7 +188,7 @@ class _Builder:
     def _scored(self, ensemble: str, evaluate: str, model: str, needs: tuple[str, ...]) -> list[Step]:
         """The prediction of the eval images by the models below `model`, where there is an eval; its evaluation."""
         steps = []
-        given: dict[str, str | None] = {"TRAIN": self.inputs.train, "MODEL": model}
+        given: dict[str, str | None] = {"TRAIN": self.inputs.train, "FOLDS": self._output("split"), "MODEL": model}
         if self.inputs.eval:
             channels = {"MODEL": model, "EVAL": self.inputs.eval, "FOLDS": self._output("split")}
             steps.append(self._step(ensemble, "ensemble", channels, needs=needs))
@@ -219,6 +223,10 @@ class _Builder:
 
     def _seed_argument(self, seed: int) -> tuple[str, ...]:
         return (f"seed={seed}",) if self.seeds else ()
+
+    def _has_teachers(self) -> bool:
+        """Whether each training row has a teacher: with parts, none is out-of-fold."""
+        return not (self.settings.split.parts and self.settings.distill.teacher == "oof")
 
     def _student_can_be_scored(self) -> bool:
         set_aside = self.settings.split.holdout > 0 or bool(self.settings.split.parts and self.settings.split.parts[2])
