@@ -16,6 +16,7 @@ from fivefold.settings import (
     environment_layer,
     flatten,
     index_layer,
+    key_settings,
     load,
     normal_key,
     read_recipe,
@@ -300,3 +301,10 @@ def test_help_names_every_key_with_type_default_and_meaning():
     assert [line.split()[0] for line in lines] == list(flatten(Settings()))
     epochs = next(line for line in lines if "train.epochs" in line)
     assert re.fullmatch(r"  train.epochs +a whole number +passes over the training rows \(default: 30\)", epochs)
+
+
+def test_views_that_are_asked_for_are_not_those_that_a_model_chooses() -> None:
+    silent, asked = (load([Layer("argument", given)]) for given in ({}, {"predict.views": "plain"}))
+    assert silent.predict == asked.predict
+    assert "predict.views" not in key_settings(silent, ("predict",))
+    assert key_settings(asked, ("predict",))["predict.views"] == ["plain"]

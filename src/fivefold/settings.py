@@ -137,11 +137,17 @@ def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 
 def key_settings(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
-    """The settings of `sections` that can change a result, flat: what a stage's key is made of."""
+    """The settings of `sections` that can change a result, flat: what a stage's key is made of.
+
+    Of `[predict]` only what was given counts: where it says nothing, each model predicts as its own recipe says.
+    """
+    silent = {
+        f"predict.{name}" for name in type(settings.predict).model_fields.keys() - settings.predict.model_fields_set
+    }
     return {
         key: value
         for key, value in flatten(settings).items()
-        if key.split(".")[0] in sections and key not in EXECUTION_KEYS
+        if key.split(".")[0] in sections and key not in EXECUTION_KEYS | silent
     }
 
 
