@@ -7,7 +7,6 @@ on them as the run `demo`. Further KEY=VALUE are submit's: settings, parallel=, 
 import csv
 import io
 import logging
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fivefold.contract.files import atomic, read_json, write_json
+from fivefold.machine import count_cores
 from fivefold.progress import track
 from fivefold.settings import normal_key
 from jobs import submit
@@ -33,8 +33,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{__doc__.strip()}\n\n{submit.usage()}")
         return 0
     write_digits(DATA)
-    own = [f"recipe=demo run=demo train={DATA / 'train'} eval={DATA / 'test'} parallel={side_by_side()}"]
-    return submit.main(merged(own[0].split(), arguments))
+    own = f"recipe=demo run=demo train={DATA / 'train'} eval={DATA / 'test'} parallel={side_by_side()}"
+    return submit.main(merged(own.split(), arguments))
 
 
 def merged(own: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -45,7 +45,7 @@ def merged(own: Sequence[str], given: Sequence[str]) -> list[str]:
 
 def side_by_side() -> int:
     """A fold a core, as the digits' networks are too small to keep several cores busy."""
-    return min(5, len(os.sched_getaffinity(0)))
+    return min(5, count_cores())
 
 
 def write_digits(folder: Path) -> None:

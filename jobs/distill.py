@@ -1,7 +1,6 @@
 """Distillation: the fold models teach one student, each row by a model that never saw it."""
 
 import logging
-import math
 import sys
 
 import numpy as np
@@ -11,6 +10,7 @@ from fivefold.contract.artifacts import ModelDir, find_models
 from fivefold.contract.files import sha256
 from fivefold.contract.job import Job
 from fivefold.contract.stages import TRAIN_LOG
+from fivefold.data.folds import FoldTable
 from fivefold.data.images import is_image
 from fivefold.data.store import open_store
 from fivefold.errors import DataError, SettingsError
@@ -32,7 +32,7 @@ def main(job: Job, settings: Settings) -> Outcome:
         raise DataError(f"{models[0].name} was trained on another split than {split}")
     student = settings.student()
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()
-    store = open_store(job.channel("train"), max_unpacked_gib=math.inf)  # the split has weighed it
+    store = open_store(job.channel("train"))
     patience = allowed_patience(settings.distill.patience, len(aside))
 
     pupils = distillation.Pupils(table, rows, store)
@@ -45,7 +45,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     runtime = assemble.runtime_of(student)
     assemble.check_memory(network, student, runtime)
 
-    unseen = unlabelled(job, models, table.classes)
+    unseen = unlabelled(job, models, table)
     train = distillation.taught(pupils, lesson, unseen, student, runtime)
     valid = ValidRows(assemble.image_set(store, table, aside, student, training=False), table.codes[aside])
     loop = assemble.build_loop(
@@ -70,6 +70,7 @@ def main(job: Job, settings: Settings) -> Outcome:
         "split": sha256(split),
         "teacher": lesson.teacher,
         "leak_free": lesson.leak_free,
+        "selected_on": "holdout" if patience else None,
         "unlabeled": len(unseen.paths) if unseen else 0,
     }
     files = [job.model() / TRAIN_LOG, *holdout_files]
@@ -88,7 +89,7 @@ def allowed_patience(patience: int, holdout_rows: int) -> int:
     return patience
 
 
-def unlabelled(job: Job, models: list[ModelDir], classes: tuple[str, ...]) -> distillation.Unseen | None:
+def unlabelled(job: Job, models: list[ModelDir], table: FoldTable) -> distillation.Unseen | None:
     """The images of the unlabelled channel with the ensemble's word on each; None without that channel."""
     channel = job.optional_channel("unlabeled")
     if channel is None:
@@ -97,8 +98,11 @@ def unlabelled(job: Job, models: list[ModelDir], classes: tuple[str, ...]) -> di
     paths = [name for name in store.names() if is_image(name)]
     if not paths:
         raise DataError(f"no images below the channel 'unlabeled' ({channel})")
+    paths = distillation.unseen_paths(store, paths, table)
+    if not paths:
+        return None
     log.info("student: %d unlabelled images, taught by the whole ensemble", len(paths))
-    return distillation.Unseen(store, paths, distillation.teach_unseen(models, store, paths, classes))
+    return distillation.Unseen(store, paths, distillation.teach_unseen(models, store, paths, table.classes))
 
 
 if __name__ == "__main__":

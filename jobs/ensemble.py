@@ -41,10 +41,7 @@ def main(job: Job, settings: Settings) -> Outcome:
 
     explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
     each = [predict(group, store, images, classes, explicit) for group in groups.values()]
-    systems = [
-        System(name, len(group), len({m.info["seed"] for m in group}), joined(group, OOF), joined(group, HOLDOUT))
-        for name, group in groups.items()
-    ]
+    systems = [system_of(name, group, explicit.get("views")) for name, group in groups.items()]
     weights, scores = weigh(systems, settings.ensemble.blend)
     holdout, temperature, holdout_scores = judge_holdout(systems, weights, settings.ensemble.temperature)
     scores += holdout_scores
@@ -99,6 +96,15 @@ def predict(
     return mean(found)
 
 
+def system_of(name: str, group: list[ModelDir], views: list[str] | None) -> System:
+    """The tables of a system; those of the holdout count only when they were made with the views that predict now."""
+    own = all(views in (None, model.info["settings"]["predict"]["views"]) for model in group)
+    if not own:
+        log.info("%s predicts with other views than it was trained to: its holdout scores are left out", name)
+    seeds = len({model.info["seed"] for model in group})
+    return System(name, len(group), seeds, joined(group, OOF), joined(group, HOLDOUT) if own else None)
+
+
 def joined(group: list[ModelDir], file: str) -> Predictions | None:
     """The models' tables `file` as one; None unless all of them have it."""
     paths = [model.path / file for model in group]
@@ -109,8 +115,9 @@ def submit(path: Path, table: Predictions, images: EvalTable) -> Path:
     """Writes the submission in the sample's columns, or in the classes' where there is no sample."""
     columns, ids = (images.sample.classes, images.sample.ids) if images.sample else (table.classes, images.ids)
     id_column = images.sample.id_column if images.sample else images.id_column
+    marked = images.sample is not None and images.sample.marked
     with atomic(path) as temporary:
-        write_submission(temporary, table, id_column, columns, ids)
+        write_submission(temporary, table, id_column, columns, ids, marked)
     return path
 
 

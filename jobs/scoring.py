@@ -123,6 +123,8 @@ class Evidence:
 
     def notes(self) -> dict[str, str]:
         """What must be known beside the scores of the ensemble."""
+        if any(model.info.get("selected_on") == "holdout" for model in self.models):
+            return {"holdout": "The student's epoch was chosen by these very rows, so the figures flatter it."}
         temperature = self.ensemble.get("temperature", 1)
         if HOLDOUT not in self.predicted or temperature in (None, 1):
             return {}

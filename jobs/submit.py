@@ -75,7 +75,8 @@ def main(arguments: Sequence[str]) -> int:
         print(describe(plan, shlex.quote(sys.executable)))
         return 0
     say_what_is_ignored()
-    local.unpack_ground_truth(inputs)
+    local.unpack_ground_truth(inputs, plan.folder)
+    local.refuse_strangers(everything)
     write_plan(everything)
     code = run_on_platform(plan, parallel)
     print(results_table(everything))

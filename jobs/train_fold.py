@@ -1,7 +1,6 @@
 """One fold: trains on the other folds' rows, predicts its own rows out-of-fold."""
 
 import logging
-import math
 import sys
 
 from fivefold import assemble, members
@@ -23,7 +22,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     split, table = training.read_split(job)
     fold = chosen_fold(settings.fold, table.num_folds)
     rows, own_rows = table.train_rows(fold), table.valid_rows(fold)
-    store = open_store(job.channel("train"), max_unpacked_gib=math.inf)  # the split has weighed it
+    store = open_store(job.channel("train"))
     label = f"fold {fold}"
     log.info(
         "%s: trains on %d rows of %d classes, validates on %d", label, len(rows), len(table.classes), len(own_rows)

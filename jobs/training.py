@@ -35,10 +35,7 @@ def read_split(job: Job) -> tuple[Path, FoldTable]:
 
 def observers(job: Job, fold: int | None) -> list[Observer]:
     """The CSV log beside the model, the metric lines, and TensorBoard's events beside what people look at."""
-    watching = [csv_log(job.model() / TRAIN_LOG), metric_line(fold)]
-    if job.output_data_dir is not None:
-        watching.append(tensorboard(job.output_data_dir / "tensorboard"))
-    return watching
+    return [csv_log(job.model() / TRAIN_LOG), metric_line(fold), tensorboard(job.output() / "tensorboard")]
 
 
 def load_best(loop: Loop, best: Mapping[str, Best]) -> nn.Module:
@@ -84,7 +81,7 @@ def save_holdout(
         return [], {}
     found = predict_rows(model, store, table, rows, settings, runtime, "holdout")
     figures = scores(found, "holdout")
-    log.info("holdout, %d rows that no model saw: %s", len(rows), in_words(figures))
+    log.info("holdout, %d rows that no model trained on: %s", len(rows), in_words(figures))
     return [save_predictions(path, found)], figures
 
 
@@ -94,9 +91,8 @@ def scores(table: Predictions, prefix: str) -> dict[str, float]:
 
 
 def draw_curves(job: Job) -> None:
-    """The training curves as a picture, where there is a folder for it."""
-    if job.output_data_dir is not None:
-        training_curves(job.model() / TRAIN_LOG, job.output_data_dir / CURVES)
+    """The training curves as a picture."""
+    training_curves(job.model() / TRAIN_LOG, job.output() / CURVES)
 
 
 def in_words(figures: Mapping[str, Any]) -> str:

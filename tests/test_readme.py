@@ -58,6 +58,12 @@ def test_paths_in_the_papers_exist():
         assert re.search(rf"^{table}\b.* = ", code, re.MULTILINE), table
 
 
+def test_nothing_is_left_to_fill_in_and_linked_files_exist():
+    assert "@@" not in README
+    for target in re.findall(r"\]\(([^)#:]+)\)", README + CONTRIBUTING):
+        assert (ROOT / target).is_file(), target
+
+
 def test_the_layers_are_those_that_are_checked():
     written = CONTRIBUTING.split("## Who may import whom\n\n```\n")[1].split("```")[0].split("\n")[:-1]
     contract = (ROOT / "pyproject.toml").read_text().split("layers = [")[1].split("]")[0]

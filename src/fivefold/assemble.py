@@ -1,7 +1,6 @@
 """Recipe to objects: the only place where settings and the parts meet."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fivefold.allocator import keep_freed_memory
 from fivefold.choose import choose
-from fivefold.data.dataset import ImageSet
+from fivefold.data.dataset import ImageSet, count_batches
 from fivefold.data.folds import FoldTable
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.inference.predictor import Runtime, make_runtime
+from fivefold.machine import count_cores, keep_freed_memory
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier
 from fivefold.models.heads import build_head
@@ -57,9 +56,22 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def runtime_of(settings: Settings) -> Runtime:
-    """The Runtime that the settings ask for on this machine."""
+    """The Runtime that the settings ask for on this machine, for training."""
     device = choose_device(settings.train.device)
-    dtype = choose_precision(settings.train.precision, device)
+    return _runtime(settings, device, choose_precision(settings.train.precision, device))
+
+
+def runtime_for_prediction(settings: Settings, precision: str) -> Runtime:
+    """The Runtime of a trained model wherever it predicts: this machine's device, and the `precision` it was trained in.
+
+    fp16 where there is no CUDA becomes float32.
+    """
+    device = choose_device("auto")
+    dtype = choose(PRECISIONS, "precision", precision)
+    return _runtime(settings, device, None if dtype == torch.float16 and device.type != "cuda" else dtype)
+
+
+def _runtime(settings: Settings, device: torch.device, dtype: torch.dtype | None) -> Runtime:
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda" and settings.train.deterministic:
@@ -132,7 +144,9 @@ def build_loop(
     model = runtime.place(network)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
-    steps = steps_per_epoch(len(train.images), chosen.batch_size, chosen.accumulate)
+    steps = -(-count_batches(len(train.images), chosen.batch_size) // chosen.accumulate)
+    if chosen.schedule == "plateau" and not (select and valid):
+        raise SettingsError("train.schedule=plateau needs validation scores to watch, and this run selects by none")
     schedule = Schedule(
         chosen.schedule, optimizer, steps * chosen.epochs, steps, chosen.warmup_epochs, chosen.step_epochs, chosen.gamma
     )
@@ -173,14 +187,6 @@ def check_memory(network: nn.Module, settings: Settings, runtime: Runtime) -> No
     log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, memory.available(runtime.device)))
 
 
-def steps_per_epoch(rows: int, batch_size: int, accumulate: int) -> int:
-    """Updates an epoch; see `data.dataset.epoch_batches` for the last batch."""
-    batches = -(-rows // batch_size)
-    if batches > 1 and rows % batch_size == 1:
-        batches -= 1
-    return -(-batches // accumulate)
-
-
 def seed_everything(seed: int) -> None:
     """Seeds what draws the weights, dropout and stochastic depth; samples have seeds of their own."""
     torch.manual_seed(seed)
@@ -195,11 +201,6 @@ def choose_workers(wanted: int, device: torch.device) -> int:
     if wanted >= 0:
         return wanted
     return 0 if device.type == "cpu" else min(8, count_cores())
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_words(runtime: Runtime) -> str:

@@ -4,6 +4,7 @@ Leak-free means: the target of a row comes from a model that never saw that row.
 tables hold just that. Images without labels were seen by no fold, so all folds may teach them.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import torch
 
 from fivefold import predictions
 from fivefold.assemble import images_at, one_hot
-from fivefold.contract.artifacts import ModelDir
-from fivefold.contract.stages import MODEL, OOF
+from fivefold.contract.artifacts import ModelDir, model_at
+from fivefold.contract.stages import OOF
 from fivefold.data.folds import FoldTable
 from fivefold.data.store import ImageStore, JoinedStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
@@ -63,6 +64,20 @@ class Unseen:
 def teach(teacher: str, models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
     """The lesson of `teacher`: oof, best_fold, ensemble, or the path of a model dir."""
     return TEACHERS.get(teacher, _from_path(teacher))(models, pupils, views)
+
+
+def unseen_paths(store: ImageStore, paths: Sequence[str], folds: FoldTable) -> list[str]:
+    """The paths whose files are not among the split's; the others are left out, with a warning.
+
+    A fold's own image would be taught by models that trained on it, a holdout's would be trained on.
+    """
+    known = set(folds.sha256.to_pylist())
+    fresh = [path for path in paths if hashlib.sha256(store.read(path)).hexdigest() not in known]
+    if len(fresh) < len(paths):
+        log.warning(
+            "%d of %d unlabelled images are files of the split; they are left out", len(paths) - len(fresh), len(paths)
+        )
+    return fresh
 
 
 def teach_unseen(
@@ -151,19 +166,24 @@ def _not_leak_free(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[s
     names = ", ".join(model.name for model in models)
     log.warning("the teacher (%s) saw rows that it teaches: this distillation is not leak-free", names)
     every = np.arange(len(pupils.rows))
-    found = [_predict(model, pupils.store, pupils.paths(every), pupils.folds.classes, views) for model in models]
+    paths, classes = pupils.paths(every), pupils.folds.classes
+    found = []
+    for model in models:
+        own = model.info["settings"].get("predict", {}).get("views", ["plain"])
+        found.append(_predict(model, pupils.store, paths, classes, list(dict.fromkeys([*own, *views]))))
     return Lesson(mean(found), leak_free=False, teacher=names)
 
 
 def _from_path(path: str) -> Callable[[Sequence[ModelDir], Pupils, Sequence[str]], Lesson]:
     def teacher(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
-        from fivefold.contract.files import read_json
-
-        if not (Path(path) / MODEL).is_file():
+        if not Path(path).is_dir():
             raise MissingInputError(
-                f"distill.teacher={path} is neither {', '.join(TEACHERS)} nor a folder with a {MODEL}"
+                f"distill.teacher={path} is neither {', '.join(TEACHERS)} nor the folder of a model"
             )
-        return _not_leak_free([ModelDir(Path(path), read_json(Path(path) / MODEL))], pupils, views)
+        model = model_at(Path(path))
+        if model.info["split"] != models[0].info["split"]:
+            log.warning("%s comes from another split: it may have seen this split's holdout too", model.name)
+        return _not_leak_free([model], pupils, views)
 
     return teacher
 

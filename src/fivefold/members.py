@@ -10,7 +10,13 @@ import numpy as np
 from torch import nn
 
 from fivefold import predictions
-from fivefold.assemble import build_classifier, choose_workers, precision_name, predict_batch_size, runtime_of
+from fivefold.assemble import (
+    build_classifier,
+    choose_workers,
+    precision_name,
+    predict_batch_size,
+    runtime_for_prediction,
+)
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.stages import MODEL, RAW_WEIGHTS, WEIGHTS
@@ -61,7 +67,7 @@ def load_member(source: ModelDir, explicit: Mapping[str, Any]) -> Member:
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, len(source.info["classes"]))
     load_exactly(network, source.path / WEIGHTS)
-    runtime = runtime_of(settings)
+    runtime = runtime_for_prediction(settings, source.info["precision"])
     return Member(source, settings, runtime.place(network).eval(), runtime)
 
 
@@ -74,6 +80,7 @@ def save_member(
     of it, such as classes, fold, folds and the digest of the split.
     """
     written = []
+    (folder / RAW_WEIGHTS).unlink(missing_ok=True)
     for name, contender in zip((WEIGHTS, RAW_WEIGHTS), best.values(), strict=False):
         with atomic(folder / name) as temporary:
             save_weights(temporary, contender.state)
@@ -90,7 +97,7 @@ def save_member(
             "best": {"epoch": deciding.epoch, **deciding.scores},
             "precision": precision_name(runtime.dtype),
             "device": runtime.device.type,
-            "training": key_settings(settings, TRAINING_SECTIONS),
+            "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime.dtype)},
             "settings": json.loads(settings.model_dump_json(exclude={"run", "stage"})),
         },
     )

@@ -113,7 +113,9 @@ class Train(Section):
     precision: str = Field("auto", description="auto, fp32, bf16 or fp16")
     channels_last: bool = Field(True, description="NHWC memory, faster on most machines")
     keep_raw: bool = Field(False, description="with ema_decay: also keep the best unaveraged weights (validates twice)")
-    deterministic: bool = Field(True, description="on CUDA: only kernels that give the same bits each time")
+    deterministic: bool = Field(
+        True, description="on CUDA: kernels that give the same bits each time, where there are any"
+    )
     device: str = Field("auto", description="auto, cuda, mps or cpu")
     workers: int = Field(-1, ge=-1, description="loader processes; -1: chosen for the machine")
     keep_in_memory: bool = Field(True, description="keep decoded images in memory while they fit in 1 GiB")
@@ -158,7 +160,7 @@ class Settings(Section):
     seed: int = Field(42, ge=0, description="of weights, order and augmentation")
     fold: int | None = Field(None, ge=0, description="the fold to train; FOLD or JOB_COMPLETION_INDEX")
     stage: str = Field("", description="the stage, where no argument names it")
-    run: str = Field("", description="the run's name, kept in the records")
+    run: str = Field("", description="the run's name, the title of its report")
     data: Data = Data()
     split: Split = Split()
     model: Model = Model()

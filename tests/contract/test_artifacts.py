@@ -25,10 +25,16 @@ from fivefold.contract.stages import STAGES
 from fivefold.errors import DataError, MissingInputError, RetryableError
 from fivefold.settings import key_settings
 
+WHOLE = {
+    "role": "fold", "system": "s", "seed": 42, "fold": 0, "classes": ["a", "b"],
+    "folds": 2, "split": "x", "best": {}, "training": {}, "settings": {}, "precision": "fp32",
+}  # fmt: skip
+"""All that a model.json must say."""
+
 
 def model_dir(folder: Path, **info: Any) -> Path:
     """A model's folder as training leaves it; the weights are made of its facts, so that equals are equal."""
-    whole = {"role": "fold", "system": "s", "seed": 42, "fold": 0, "classes": ["a", "b"]} | info
+    whole = WHOLE | info
     write_text(folder / "model.json", json.dumps(whole))
     write_text(folder / "model.safetensors", f"weights of {sorted(whole.items())}")
     write_text(folder / "oof.parquet", "rows")
@@ -143,9 +149,12 @@ def test_what_a_killed_process_left_is_no_model(tmp_path: Path):
     ("info", "message"),
     [
         ("[]", "does not describe a model"),
-        ('{"model_type": "bert"}', "does not describe a model: role, system, seed, fold and classes are needed"),
+        ('{"model_type": "bert"}', "does not describe a model: role, system, seed, fold"),
         ('{"role": "fold", "system": "s", "seed": "42", "fold": 0, "classes": []}', "does not describe a model"),
-        ('{"role": "teacher", "system": "s", "seed": 42, "fold": 0, "classes": []}', "neither fold nor student"),
+        (
+            '{"role": "teacher", "system": "s", "seed": 42, "fold": 0, "classes": [], "folds": 2, "split": "x", "best": {}, "training": {}, "settings": {}, "precision": "fp32"}',
+            "neither fold nor student",
+        ),
         ("{", "is not JSON"),
     ],
 )
@@ -294,7 +303,7 @@ def test_a_models_digest_sees_all_that_is_read_of_it(name: str, tmp_path: Path):
     write_text(folder / "train_log.csv", "x")
     job = given(tmp_path, model=tmp_path / "models")
     before = digest_of(job, "model")
-    info = {"role": "fold", "system": "s", "seed": 42, "fold": 0, "classes": ["a", "b", "c"]}
+    info = WHOLE | {"classes": ["a", "b", "c"]}
     write_text(folder / name, json.dumps(info))
     assert digest_of(job, "model") != before
 

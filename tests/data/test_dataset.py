@@ -1,11 +1,12 @@
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fivefold.data.dataset import ImageSet, derive_seed, epoch_batches, in_order, load
+from fivefold.data.dataset import ImageSet, count_batches, derive_seed, epoch_batches, in_order, load
 from fivefold.data.store import open_store
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError
@@ -63,6 +64,17 @@ def test_a_last_batch_of_one_is_left_out_of_training_alone():
     assert [len(batch) for batch in epoch_batches(10, 4, 0, 0)] == [4, 4, 2]
     assert [len(batch) for batch in epoch_batches(1, 4, 0, 0)] == [1]
     assert [len(batch) for batch in in_order(9, 4)] == [4, 4, 1]
+
+
+def test_spawned_workers_can_be_handed_the_images(images):
+    copy = pickle.loads(pickle.dumps(images))
+    assert torch.equal(epoch(copy, 1, workers=0)[0], epoch(images, 1, workers=0)[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
+def test_batches_are_counted_as_they_are_made(batch_size):
+    for rows in range(1, 14):
+        assert count_batches(rows, batch_size) == len(epoch_batches(rows, batch_size, 0, 0))
 
 
 def test_seeds_of_samples_differ():

@@ -125,6 +125,14 @@ def test_scores_say_what_they_speak_of_and_a_single_system_is_not_weighted():
     assert judge_holdout([System("s", 5, 1, system.oof, None)], weights, "holdout") == (None, 1.0, [])
 
 
+def test_two_systems_of_a_split_without_folds_get_equal_weights():
+    one_fold = np.zeros(600)
+    systems = [System(n, 1, 1, table(model(s, k), n, one_fold), None) for n, s, k in (("x", 3.0, 1), ("y", 0.5, 2))]
+    weights, scores = weigh(systems, "fitted")
+    assert weights.tolist() == [0.5, 0.5]
+    assert all(np.isfinite(score["logloss"]) for score in scores)
+
+
 def test_several_seeds_are_not_called_single_models():
     system = System("s", 10, 2, table(model(1.0, 1), "s"), None)
     assert weigh([system], "fitted")[1][0]["what"] == "means of 2 seeds of s"
@@ -151,7 +159,9 @@ def test_a_submission_has_the_samples_columns_and_order(tmp_path):
     values = np.array([line.split(",")[1:] for line in lines[1:]], dtype=float)
     np.testing.assert_allclose(values, np.exp(predicted.log_probs)[[2, 0, 1]][:, [2, 0, 3, 1]], rtol=1e-4)
     np.testing.assert_allclose(values.sum(axis=1), 1, atol=1e-7)
-    write_submission(tmp_path / "l.csv", predicted, "ImageID", ("ans",), list(predicted.ids))
+    write_submission(tmp_path / "l.csv", predicted, "ImageID", ("ans",), list(predicted.ids), marked=True)
+    assert (tmp_path / "l.csv").read_bytes().startswith(b"\xef\xbb\xbfImageID,ans")
+    assert (tmp_path / "s.csv").read_bytes().startswith(b"ID,")
     assert (tmp_path / "l.csv").read_text(encoding="utf-8-sig").splitlines()[1].split(",")[1] in CLASSES
 
 

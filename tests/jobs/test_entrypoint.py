@@ -1,5 +1,6 @@
 """The contract of the entrypoint, by real processes and by `run` with a real environment: stages, settings, exit codes."""
 
+import functools
 import json
 import os
 import signal
@@ -238,7 +239,11 @@ def test_images_that_this_user_may_not_read_are_told_as_such(images: Path, tmp_p
 def test_interrupted_is_130_and_leaves_no_record(images: Path, tmp_path: Path):
     environ = {"PATH": os.environ["PATH"], **here(images, tmp_path / "out")}
     command = [sys.executable, "-m", "jobs", "split", "split.folds=2"]
-    with subprocess.Popen(command, env=environ, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as running:
+    # A shell that starts the tests in the background has them ignore SIGINT, which children inherit.
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, env=environ, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=listens
+    ) as running:
         assert running.stderr is not None
         assert "split runs" in running.stderr.readline()
         running.send_signal(signal.SIGINT)

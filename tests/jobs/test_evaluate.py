@@ -127,6 +127,7 @@ def write_models(
             kept = [ids[row] for row in np.flatnonzero(rows)]
             save(model / f"{name}.parquet", table(kept, np.full(len(kept), of), found[rows], codes[rows]))
         info = {"format": 1, "role": "fold", "system": "digits", "fold": number, "seed": 42, "classes": CLASSES}
+        info |= {"folds": 3, "split": "x", "best": {}, "training": {}, "settings": {}, "precision": "fp32"}
         save_file(
             {"means": np.stack([images[others][codes[others] == c].mean(axis=0) for c in range(10)])},
             model / "model.safetensors",

@@ -178,6 +178,10 @@ def test_the_whole_ensemble_may_teach_images_that_no_fold_saw(world):
     assert stage(world, "distill", "elsewhere/unlabeled", *arguments, **given) == 0
     info = json.loads((world / "elsewhere" / "unlabeled" / "model" / "model.json").read_text())
     assert (info["unlabeled"], info["leak_free"]) == (18, True)
+    given["SM_CHANNEL_UNLABELED"] = str(world / "train")
+    assert stage(world, "distill", "elsewhere/overlap", *arguments, **given) == 0
+    info = json.loads((world / "elsewhere" / "overlap" / "model" / "model.json").read_text())
+    assert info["unlabeled"] == 0  # all of them are files of the split
     shutil.rmtree(world / "elsewhere")
 
 
@@ -211,6 +215,33 @@ def test_bad_input_gets_one_clear_error_and_leaves_nothing(
     assert not list((world / folder).rglob("stage.json"))
     assert not list((world / folder).rglob("*.parquet"))
     shutil.rmtree(world / folder)
+
+
+def test_a_holdout_that_was_predicted_by_other_views_does_not_score_this_ensemble(world):
+    given = {"SM_CHANNEL_MODEL": str(world)}
+    assert stage(world, "ensemble", "elsewhere/plain", "predict.views=plain", **given) == 0
+    assert not (world / "elsewhere" / "plain" / "output" / "holdout.parquet").exists()
+    facts = json.loads((world / "elsewhere" / "plain" / "output" / "ensemble.json").read_text())
+    assert {score["rows"] for score in facts["scores"]} == {"out-of-fold"}
+    shutil.rmtree(world / "elsewhere")
+
+
+def test_weights_that_settings_name_are_part_of_the_key(world, tmp_path, caplog):
+    folder, weights = "elsewhere/weights", tmp_path / "start.safetensors"
+    arguments = ["FOLD=0", *SETTINGS, "train.epochs=1", f"model.weights={weights}"]
+    shutil.copy(world / "fold-1" / "model" / "model.safetensors", weights)
+    assert stage(world, "train-fold", folder, *arguments) == 0
+    first = (world / folder / "model" / "model.safetensors").read_bytes()
+    shutil.copy(world / "fold-2" / "model" / "model.safetensors", weights)
+    assert stage(world, "train-fold", folder, *arguments) == 0
+    assert (world / folder / "model" / "model.safetensors").read_bytes() != first
+    shutil.rmtree(world / "elsewhere")
+
+
+def test_a_student_without_validation_cannot_watch_a_plateau(world):
+    given = {"SM_CHANNEL_MODEL": str(world)}
+    assert stage(world, "distill", "bad", *SETTINGS, "train.schedule=plateau", **given) == 64
+    shutil.rmtree(world / "bad")
 
 
 def test_early_stopping_of_a_student_needs_a_holdout(world):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from fivefold.contract.files import read_json
-from fivefold.errors import MissingInputError, RetryableError
+from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers import local
 from fivefold.launchers.crew import Crew, Signals
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
@@ -122,7 +122,7 @@ def test_the_truth_is_taken_out_of_a_zip_only_when_the_run_starts(tmp_path: Path
     inputs = local.check_inputs(Inputs(train=str(archive), eval=str(archive)), run)
     assert inputs.ground_truth == str(run / "gt.csv")
     assert not run.exists()
-    local.unpack_ground_truth(inputs)
+    local.unpack_ground_truth(inputs, run)
     assert (run / "gt.csv").read_text(encoding="utf-8") == "ID,label\n1,넷\n"
 
 
@@ -226,3 +226,25 @@ def test_alone_on_a_terminal_a_step_has_a_terminal(images: Path) -> None:
     assert b"split runs: no record" in log
     assert b"\r" not in log
     assert b"\x1b" not in log
+
+
+def test_a_corrected_truth_in_the_zip_replaces_the_run_s_copy_and_never_the_user_s(tmp_path: Path) -> None:
+    archive, run, own = tmp_path / "all.zip", tmp_path / "run", tmp_path / "mine.csv"
+    own.write_text("mine")
+    for label in ("a", "b"):
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("test.csv", "ID\n")
+            file.writestr("gt.csv", f"ID,label\n1,{label}\n")
+        for truth in (str(run / "gt.csv"), str(own)):
+            local.unpack_ground_truth(Inputs(train="t", eval=str(archive), ground_truth=truth), run)
+    assert (run / "gt.csv").read_text().endswith("1,b\n")
+    assert own.read_text() == "mine"
+
+
+def test_models_of_another_plan_in_the_run_are_refused_by_name(tmp_path: Path) -> None:
+    plan = make_plan(Inputs(train="t"), ["split.folds=2"], run="r", runs=str(tmp_path))
+    for name in ("fold-0", "fold-1-seed-43"):
+        (tmp_path / "r" / name / "model").mkdir(parents=True)
+        (tmp_path / "r" / name / "model" / "model.json").write_text("{}")
+    with pytest.raises(SettingsError, match=r"this plan does not have: fold-1-seed-43;"):
+        local.refuse_strangers(plan)

@@ -15,7 +15,7 @@ def test_the_estimate_counts_what_autograd_keeps():
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     found = estimate(network, (8, 8), CPU, copies=3)
     image, relu = 3 * 8 * 8 * 4, 16 * 8 * 8 * 4
-    assert found.image == 2 * image + relu  # the input is counted once as input, once as kept
+    assert found.image == image + relu
     assert found.fixed == (3 * 16 * 9 + 16) * 4 * 4
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
 
@@ -27,6 +27,15 @@ def test_the_estimate_leaves_batch_statistics_and_random_state_alone():
     estimate(network, (8, 8), CPU, copies=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert int(network[1].num_batches_tracked) == 0
+
+
+def test_weights_that_autocast_makes_count_once_and_not_for_each_image():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 64), nn.Linear(64, 4096))
+    bf16 = make_runtime(torch.device("cpu"), torch.bfloat16, False, [0.5] * 3, [0.5] * 3)
+    found = estimate(network, (8, 8), bf16, copies=0)
+    weight = 64 * 4096  # of the second layer: the first one's is not needed backwards
+    assert found.image < 10_000
+    assert found.fixed >= weight * 4 + weight * 2
 
 
 def test_a_batch_that_does_not_fit_says_which_would():

@@ -32,6 +32,22 @@ KEYED_FILES = {
 """Of these channels only these files make a key: the folder around them may hold more."""
 
 
+DESCRIBED = {
+    "role": str,
+    "system": str,
+    "seed": int,
+    "fold": int | None,
+    "folds": int,
+    "classes": list,
+    "split": str,
+    "best": dict,
+    "training": dict,
+    "settings": dict,
+    "precision": str,
+}
+"""What `model.json` says at least, and in which type."""
+
+
 @dataclass(frozen=True)
 class ModelDir:
     """A trained model's folder, and what its `model.json` says of it."""
@@ -97,6 +113,16 @@ def find_models(job: Job, channel: str = "model") -> list[ModelDir]:
             f"no model below the channel {channel!r} ({job.channel(channel)}): looked for **/{MODEL} and **/model.tar.gz"
         )
     return sorted(found.values(), key=lambda model: model.identity)
+
+
+def model_at(folder: Path) -> ModelDir:
+    """The finished model in a folder that settings name; errors as for a channel's."""
+    path = folder / MODEL
+    if not path.is_file():
+        raise MissingInputError(f"{folder} holds no {MODEL}: give the folder of a trained model")
+    model = ModelDir(folder, _model_info(path, path), path)
+    _check_finished(model)
+    return model
 
 
 def find_predictions(job: Job) -> dict[str, Path]:
@@ -168,9 +194,8 @@ def _named(job: Job, channel: str, name: str) -> dict[Path, Path]:
 def _model_info(path: Path, shown: Path) -> dict[str, Any]:
     """What `model.json` says; a DataError unless it describes a model."""
     info = read_json(path)
-    wanted = {"role": str, "system": str, "seed": int, "fold": int | None, "classes": list}
-    if not isinstance(info, dict) or not all(n in info and isinstance(info[n], kind) for n, kind in wanted.items()):
-        raise DataError(f"{path} does not describe a model: role, system, seed, fold and classes are needed")
+    if not isinstance(info, dict) or not all(n in info and isinstance(info[n], kind) for n, kind in DESCRIBED.items()):
+        raise DataError(f"{path} does not describe a model: {', '.join(DESCRIBED)} are needed")
     if info["role"] not in ("fold", "student"):
         raise DataError(f"{path}: role is {info['role']!r}, neither fold nor student")
     return info

@@ -19,7 +19,7 @@ from typing import Any
 
 import fivefold
 from fivefold.contract.artifacts import channel_digest
-from fivefold.contract.files import read_json, sha256, write_json
+from fivefold.contract.files import read_json, sha256, tree_sha256, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import RECORD
 from fivefold.errors import DataError
@@ -35,6 +35,8 @@ PACKAGES = (
     "scikit-learn",
     "safetensors",
 )
+
+NAMED_BY_PATH = ("model.weights", "distill.teacher")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,15 @@ def key_of(job: Job, settings: Mapping[str, Any]) -> Key:
     """The key of this job: digests of its hashed channels, and the settings that can change its result."""
     given = [name for name in job.stage.hashed if job.optional_channel(name) is not None]
     digests = {name: channel_digest(job, name, settings) for name in given}
+    digests |= {key: tree_sha256(path, without=(RECORD,)) for key, path in _named_files(settings)}
     digests |= {name: "given" for name in job.stage.noted if job.optional_channel(name) is not None}
     return Key(stage=job.stage.name, inputs=digests, settings=dict(settings))
+
+
+def _named_files(settings: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """What settings name by its path: weights to start from, a teacher's folder."""
+    paths = [(key, Path(str(settings.get(key) or ""))) for key in NAMED_BY_PATH]
+    return [(key, path) for key, path in paths if path.name and path.exists()]
 
 
 def why_run(folder: Path, key: Key, roots: Mapping[str, Path]) -> str | None:

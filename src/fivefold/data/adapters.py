@@ -1,5 +1,6 @@
 """How data lies on disk, made rows: class folders or a CSV for training, a table or a folder to predict."""
 
+import codecs
 import logging
 import posixpath
 import unicodedata
@@ -76,6 +77,8 @@ class Submission:
     id_column: str
     classes: tuple[str, ...]
     ids: np.ndarray
+    marked: bool = False
+    """Whether the file starts with a byte-order mark, as Excel's do."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,8 @@ def _sample(store: ImageStore, name: str | None) -> Submission | None:
     id_column, *classes = table.header
     ids = table.read({id_column: TEXT})[id_column]
     check_unique(ids, table, id_column)
-    return Submission(id_column, tuple(classes), ids.to_numpy(zero_copy_only=False))
+    marked = store.read(name).startswith(codecs.BOM_UTF8)
+    return Submission(id_column, tuple(classes), ids.to_numpy(zero_copy_only=False), marked)
 
 
 def _eval_table(table: CsvFile, columns: Columns, sample: Submission | None) -> EvalTable:

@@ -106,7 +106,13 @@ def epoch_batches(rows: int, batch_size: int, seed: int, epoch: int) -> list[lis
     """A shuffled epoch of (epoch, row) pairs in batches; a last batch of one row is left out (BatchNorm needs two)."""
     order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
     batches = [[(epoch, row) for row in order[i : i + batch_size]] for i in range(0, rows, batch_size)]
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+    return batches[: count_batches(rows, batch_size)]
+
+
+def count_batches(rows: int, batch_size: int) -> int:
+    """The batches of a training epoch."""
+    batches = -(-rows // batch_size)
+    return batches - 1 if batches > 1 and batch_size > 1 and rows % batch_size == 1 else batches
 
 
 def in_order(rows: int, batch_size: int) -> list[list[tuple[int, int]]]:

@@ -4,6 +4,7 @@ Both stores have `root`, `names()`, `exists(name)` and `read(name)`, hold no ope
 shared by threads and forked or spawned loader workers.
 """
 
+import math
 import os
 import posixpath
 import stat
@@ -126,7 +127,7 @@ class JoinedStore:
 ImageStore = FolderStore | ZipStore | JoinedStore
 
 
-def open_store(path: Path, max_unpacked_gib: float = 200.0) -> ImageStore:
+def open_store(path: Path, max_unpacked_gib: float = math.inf) -> ImageStore:
     """The store of a folder, of a .zip, or of a folder that holds nothing but one .zip (and CSVs).
 
     Raises MissingInputError where nothing is, and DataError for a zip that is broken, that names

@@ -8,6 +8,7 @@ torchvision's v2 transforms, imported when a recipe names one.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,18 @@ Transform = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Composed:
+    """Transforms one after the other; loader workers that are spawned can be handed it."""
+
+    steps: tuple[Transform, ...]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        for step in self.steps:
+            image = step(image)
+        return image
+
+
 def build_transforms(specs: Sequence[str | dict[str, Any]], size: Size) -> Transform:
     """The composition of `specs`, whose result always has `size` (height, width).
 
@@ -30,12 +43,7 @@ def build_transforms(specs: Sequence[str | dict[str, Any]], size: Size) -> Trans
     """
     steps = [_build(spec, size) for spec in specs] + [partial(resize, size=size)]
 
-    def apply(image: Tensor) -> Tensor:
-        for step in steps:
-            image = step(image)
-        return image
-
-    return apply
+    return Composed(tuple(steps))
 
 
 def _build(spec: str | dict[str, Any], size: Size) -> Transform:

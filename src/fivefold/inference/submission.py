@@ -9,14 +9,11 @@ import numpy as np
 from fivefold.errors import DataError
 from fivefold.predictions import Predictions, sample
 
-BYTE_ORDER_MARK = "utf-8-sig"
-"""With its mark Excel reads Korean names; every CSV reader of the field takes it."""
-
 
 def write_submission(
-    path: Path, table: Predictions, id_column: str, columns: Sequence[str], ids: Sequence[str]
+    path: Path, table: Predictions, id_column: str, columns: Sequence[str], ids: Sequence[str], marked: bool = False
 ) -> None:
-    """Writes `id_column` and `columns` for the rows of `ids`, in that order.
+    """Writes `id_column` and `columns` for the rows of `ids`, in that order; `marked`: behind a byte-order mark.
 
     Columns that are the classes get probabilities; a single column that is no class gets the
     predicted class. Raises a DataError that names ids or classes which do not fit.
@@ -26,7 +23,7 @@ def write_submission(
         extra = sorted(set(table.ids) - set(ids))
         raise DataError(f"the sample submission lacks {len(extra)} ids of the test table: {sample(extra)}")
     values = _labels(rows) if _wants_labels(columns, table.classes) else _probabilities(rows, columns)
-    with open(path, "w", encoding=BYTE_ORDER_MARK, newline="") as file:
+    with open(path, "w", encoding="utf-8-sig" if marked else "utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([id_column, *columns])
         writer.writerows([name, *row] for name, row in zip(rows.ids, values, strict=True))

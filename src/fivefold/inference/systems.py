@@ -45,7 +45,7 @@ def weigh(systems: Sequence[System], how: str) -> tuple[np.ndarray, list[Score]]
     log_probs, first = [table.log_probs for table in tables], tables[0]
     mixed = replace(first, log_probs=blend(log_probs, equal))
     scores.append(score("equal mean of the systems", "out-of-fold", mixed))
-    if how == "mean":
+    if how == "mean" or len(np.unique(first.fold)) < 2:  # a single fold leaves no rows to fit on
         return equal, scores
     mixed = replace(first, log_probs=cross_fitted(log_probs, first.codes(), first.fold))
     scores.append(score("fitted weights between the systems", "out-of-fold, cross-fitted by fold", mixed))

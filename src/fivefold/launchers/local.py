@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from fivefold.contract.files import probe_writable, write_text
-from fivefold.errors import MissingInputError, RetryableError
+from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.crew import Crew, Signals
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.status import running_pid
+from fivefold.machine import count_cores
 from fivefold.recipe import SECTIONS
 from fivefold.settings import ENVIRONMENT_KEYS
 
@@ -38,7 +39,7 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     devices = gpus(environ)
     parallel = parallel or max(1, len(devices))
     # the same share for every step, however many run just then: another number of threads gives other bits
-    threads = 0 if devices or parallel == 1 else max(1, len(os.sched_getaffinity(0)) // parallel)
+    threads = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
 
     def environment(step: Step, gpu: str) -> dict[str, str]:
         return step_environment(step, environ, gpu, threads)
@@ -103,11 +104,11 @@ def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
     return replace(inputs, ground_truth=str(found) if found else None)
 
 
-def unpack_ground_truth(inputs: Inputs) -> None:
-    """Copies the ground truth out of an eval that is a .zip, where `check_inputs` found it there."""
-    if inputs.ground_truth and inputs.eval and zipfile.is_zipfile(inputs.eval):
+def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
+    """Copies the ground truth out of an eval that is a .zip into the run's folder, where `check_inputs` wants it."""
+    if inputs.ground_truth == str(run_folder / GROUND_TRUTH) and inputs.eval and zipfile.is_zipfile(inputs.eval):
         name = _zipped_ground_truth(Path(inputs.eval))
-        if name and not Path(inputs.ground_truth).exists():
+        if name:
             with zipfile.ZipFile(inputs.eval) as archive:
                 write_text(Path(inputs.ground_truth), archive.read(name).decode("utf-8-sig"))
 
@@ -125,3 +126,18 @@ def _has_meaning(name: str) -> bool:
     if name.lower() in ENVIRONMENT_KEYS or (joined and section in SECTIONS) or name in NOT_PASSED_ON:
         return True
     return name.startswith("SM_") and name not in PASSED_ON
+
+
+def refuse_strangers(plan: Plan) -> None:
+    """Raises a SettingsError for models of folds that lie in the run's folder but are not of this plan.
+
+    The ensemble takes every fold model below the run, so one of another seed or split would join it.
+    """
+    known = {step.name for step in plan.steps}
+    found = sorted(path.parent.parent.name for path in plan.folder.glob("fold-*/model/model.json"))
+    strangers = [name for name in found if name not in known]
+    if strangers:
+        raise SettingsError(
+            f"{plan.folder} holds models that this plan does not have: {', '.join(strangers)}; "
+            "remove them, give the same seeds= and split.folds, or choose another run="
+        )

@@ -1,6 +1,6 @@
 """Backbones by `family/name`: images [B, 3, H, W] to pooled features [B, num_features].
 
-Families: `timm/…` and `torchvision/…` (any classifier they have), `efficientnet_pytorch/…`,
+Families: `timm/…` and `torchvision/…` (their classifiers), `efficientnet_pytorch/…`,
 `fivefold/…` (small networks of our own). `pretrained` asks the family's own hub for weights.
 """
 
@@ -68,8 +68,12 @@ def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mod
         model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
     except OSError as error:
         raise _no_weights(f"torchvision/{name}", error) from error
-    last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    model.set_submodule(last, nn.Identity())
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear or getattr(model, "aux_logits", False):
+        raise SettingsError(
+            f"torchvision/{name} has {'a second head' if linear else 'no linear layer'} to take off; use timm/{name}"
+        )
+    model.set_submodule(linear[-1], nn.Identity())
     return model
 
 

@@ -162,7 +162,7 @@ def train_epoch(loop: Loop, epoch: int) -> dict[str, float]:
         if step % STEPS_BETWEEN_CHECKS == 0:
             _check_finite(totals, epoch)
     _check_finite(totals, epoch)
-    loss, right, rows_seen, mass = torch.stack(totals).double().sum(dim=0).tolist()
+    loss, right, rows_seen, mass = torch.stack(totals).cpu().double().sum(dim=0).tolist()
     return {"train_loss": loss / rows_seen, "train_acc": right / max(mass, 1e-12)}
 
 

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, measured on two images before the run."""
+"""How much memory a training step takes, measured on a few images before the run."""
 
 import copy
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from fivefold.errors import SettingsError
 from fivefold.inference.predictor import Runtime
 
 MEBIBYTE = 1 << 20
-PROBED_IMAGES = 2
-"""BatchNorm needs two."""
+PROBED_IMAGES = (2, 4)
+"""BatchNorm needs two; the difference is what two more images take."""
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -33,14 +33,27 @@ class Estimate:
 
 
 def estimate(model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: int) -> Estimate:
-    """The memory of a step on images of `size`, from the tensors that autograd saves of two images.
+    """The memory of a step on images of `size`, from the tensors that autograd saves of a few.
 
     `copies`: tensors the size of the weights that live beside them (gradient, optimiser state,
     average). The model and the random state stay as they are.
     """
     probe = copy.deepcopy(model).train()
+    state = torch.get_rng_state()
+    few, many = (_saved(probe, size, runtime, images) for images in PROBED_IMAGES)
+    torch.set_rng_state(state)
+    image = (many - few) // (PROBED_IMAGES[1] - PROBED_IMAGES[0])
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    # What does not grow with the batch: the weights as autocast made them.
+    constant = max(0, few - image * PROBED_IMAGES[0])
+    return Estimate(fixed=weights * (1 + copies) + constant, image=image)
+
+
+def _saved(probe: nn.Module, size: tuple[int, ...], runtime: Runtime, count: int) -> int:
+    """Bytes that a forward pass of `count` images holds until the backward pass, the images among them."""
     owned = {parameter.untyped_storage().data_ptr() for parameter in probe.parameters()}
-    saved: dict[int, int] = {}
+    images = torch.zeros(count, 3, *size, device=runtime.device).to(memory_format=runtime.memory_format)
+    saved = {images.untyped_storage().data_ptr(): images.nbytes}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -48,15 +61,10 @@ def estimate(model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: 
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    state = torch.get_rng_state()
-    images = torch.zeros(PROBED_IMAGES, 3, *size, device=runtime.device).to(memory_format=runtime.memory_format)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), runtime.autocast():
         output = probe(images)
-    activations = sum(saved.values())
     del output
-    torch.set_rng_state(state)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return Estimate(fixed=weights * (1 + copies), image=(activations + images.nbytes) // PROBED_IMAGES)
+    return sum(saved.values())
 
 
 def available(device: torch.device) -> int:

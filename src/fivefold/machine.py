@@ -1,11 +1,17 @@
-"""Memory that is freed and soon wanted again: kept by the process, instead of going back and forth to the kernel."""
+"""What the machine offers a process: its cores, and memory that need not go back and forth to the kernel."""
 
 import ctypes
+import os
 import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's mallopt(3)."""
 TOP_PAD = 1 << 28
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> bool:
