@@ -248,7 +248,8 @@ def measured(channel: Path, output: Path, *arguments: str) -> tuple[float, float
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
+    record = json.loads((output / "stage.json").read_text())
+    return usage.ru_utime + usage.ru_stime, record["peak_memory_mib"] * 1.048576
 
 
 @pytest.mark.slow

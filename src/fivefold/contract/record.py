@@ -151,7 +151,12 @@ def output_roots(job: Job) -> dict[str, Path]:
 
 
 def peak_memory_mib() -> int:
-    """The most memory that this process has held."""
+    """The most memory that this process has held; on Linux its own, since getrusage starts at its parent's."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) // 1024
     unit = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
