@@ -16,6 +16,7 @@ from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.inference.predictor import Runtime, make_runtime
+from fivefold.inference.tta import VIEWS
 from fivefold.machine import count_cores, keep_freed_memory
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier
@@ -24,9 +25,9 @@ from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
 from fivefold.training import memory
 from fivefold.training.ema import Ema
-from fivefold.training.loop import Duration, Loop, TrainRows, ValidRows
+from fivefold.training.loop import MONITORS, Duration, Loop, TrainRows, ValidRows
 from fivefold.training.losses import LOSSES
-from fivefold.training.mixing import Mixing
+from fivefold.training.mixing import MIXINGS, Mixing
 from fivefold.training.objectives import Objective, distill, supervised
 from fivefold.training.observers import Observer
 from fivefold.training.optim import Schedule, build_optimizer
@@ -138,6 +139,7 @@ def build_loop(
     patience: int,
 ) -> Loop:
     """All parts of a training run; a teacher's probabilities in `train` make it a distillation."""
+    _check_names(settings)
     seed_everything(settings.seed)
     chosen = settings.train
     loss = choose(LOSSES, "loss", chosen.loss)(chosen.label_smoothing)
@@ -210,6 +212,14 @@ def in_words(runtime: Runtime) -> str:
 
 def precision_name(dtype: torch.dtype | None) -> str:
     return next(name for name, value in PRECISIONS.items() if value == dtype)
+
+
+def _check_names(settings: Settings) -> None:
+    """Raises a SettingsError for a name that would be looked up only after an epoch, or after the last one."""
+    choose(MONITORS, "monitor", settings.train.monitor)
+    choose(MIXINGS, "mixing", settings.augment.mix)
+    for view in settings.predict.views:
+        choose(VIEWS, "view", view)
 
 
 def _objective(settings: Settings, loss: Any, train: TrainRows) -> Objective:

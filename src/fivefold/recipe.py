@@ -135,6 +135,12 @@ class Ensemble(Section):
     )
     submission: str = Field("submission.csv", description="file name of the submission")
 
+    @model_validator(mode="after")
+    def _a_name_alone(self) -> "Ensemble":
+        if not self.submission or set(self.submission) & set("/\\"):
+            raise ValueError(f"submission={self.submission!r} is not the name of a file in the output's folder")
+        return self
+
 
 class Evaluate(Section):
     bins: int = Field(15, ge=1, description="bins of the calibration error")
