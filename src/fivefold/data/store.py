@@ -144,11 +144,12 @@ def open_store(path: Path, max_unpacked_gib: float = math.inf) -> ImageStore:
 
 
 def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-        raise DataError(f"{path} is not a whole .zip: {error}; copy it again") from error
+    with open(path, "rb") as file:  # outside the try: a file that may not be read is no broken zip
+        try:
+            with zipfile.ZipFile(file) as archive:
+                infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+            raise DataError(f"{path} is not a whole .zip: {error}; copy it again") from error
     size = sum(info.file_size for info in infos)
     if size > max_unpacked_gib * GIB:
         raise DataError(
