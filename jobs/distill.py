@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from fivefold import assemble, distillation, members
-from fivefold.contract.artifacts import ModelDir, find_models
+from fivefold.contract.artifacts import ModelDir, check_split, find_models
 from fivefold.contract.files import sha256
 from fivefold.contract.job import Job
 from fivefold.contract.stages import TRAIN_LOG
@@ -28,8 +28,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     split, table = training.read_split(job)
     models = find_models(job)
     check_members([(model.name, model.info) for model in models])
-    if models[0].info["split"] != sha256(split):
-        raise DataError(f"{models[0].name} was trained on another split than {split}")
+    check_split(models, split)
     student = settings.student()
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()
     store = open_store(job.channel("train"))

@@ -10,8 +10,8 @@ import numpy as np
 
 from fivefold import predictions
 from fivefold.assemble import in_words
-from fivefold.contract.artifacts import ModelDir, find_models, locate
-from fivefold.contract.files import atomic, sha256, write_json
+from fivefold.contract.artifacts import ModelDir, check_split, find_models, locate
+from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
 from fivefold.data.adapters import EvalTable, read_eval
@@ -69,9 +69,7 @@ def check(job: Job, models: list[ModelDir]) -> None:
         names = ", ".join(model.name for model in models)
         raise DataError(f"several students below the channel 'model' ({names}); give the model dir of one")
     if job.optional_channel("folds") is not None:
-        split = locate(job, "folds", FOLDS)
-        if models[0].info["split"] != sha256(split):
-            raise DataError(f"{models[0].name} was trained on another split than {split}")
+        check_split(models, locate(job, "folds", FOLDS))
 
 
 def by_system(models: list[ModelDir]) -> dict[str, list[ModelDir]]:

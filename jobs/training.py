@@ -8,17 +8,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fivefold.assemble import choose_workers, image_set, predict_batch_size
 from fivefold.contract.artifacts import locate
 from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, CURVES, FOLDS, HOLDOUT, TRAIN_LOG
-from fivefold.data.dataset import load_with_progress
 from fivefold.data.folds import FoldTable, read_folds
 from fivefold.data.store import ImageStore
 from fivefold.evaluation.metrics import summary
 from fivefold.evaluation.plots import training_curves
-from fivefold.inference.predictor import Runtime, predict
-from fivefold.members import save_predictions
+from fivefold.inference.predictor import Runtime
+from fivefold.members import ImageFiles, predict_images, save_predictions
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
 from fivefold.training.loop import Best, Loop
@@ -56,16 +54,13 @@ def predict_rows(
     label: str,
 ) -> Predictions:
     """The predictions of rows of the split with the evaluation transform and the recipe's views, with their labels."""
-    once = settings.model_copy(update={"train": settings.train.model_copy(update={"keep_in_memory": False})})
-    images = image_set(store, table, rows, once, training=False)
-    workers = choose_workers(settings.train.workers, runtime.device)
-    batches = load_with_progress(images, predict_batch_size(settings), workers, label)
+    files = ImageFiles(store, table.paths_of(rows), table.sha256_of(rows))
     return Predictions(
         ids=table.ids_of(rows),
         fold=table.fold[rows],
         system=settings.system,
         classes=table.classes,
-        log_probs=predict(model, batches, runtime, settings.predict.views),
+        log_probs=predict_images(model, settings, runtime, files, label),
         labels=table.labels()[rows],
     )
 

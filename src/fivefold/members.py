@@ -46,12 +46,27 @@ class Member:
 
     def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[str] = ()) -> np.ndarray:
         """Log-probabilities float32 [N, C] of the images at `paths`, by the recipe's views unless others are given."""
-        settings = self.settings
-        transform = build_transforms(settings.augment.eval, settings.model.size)
-        images = ImageSet(store, paths, transform)
-        workers = choose_workers(settings.train.workers, self.runtime.device)
-        batches = load_with_progress(images, predict_batch_size(settings), workers, label)
-        return predict(self.network, batches, self.runtime, views or settings.predict.views)
+        return predict_images(self.network, self.settings, self.runtime, ImageFiles(store, paths), label, views)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Where images lie, and their digests if they are to be checked."""
+
+    store: ImageStore
+    paths: Sequence[str]
+    sha256: Sequence[str | None] | None = None
+
+
+def predict_images(
+    network: nn.Module, settings: Settings, runtime: Runtime, files: ImageFiles, label: str, views: Sequence[str] = ()
+) -> np.ndarray:
+    """Log-probabilities float32 [N, C] with the evaluation transform, by the recipe's views unless others are given."""
+    transform = build_transforms(settings.augment.eval, settings.model.size)
+    images = ImageSet(files.store, files.paths, transform, sha256=files.sha256)
+    workers = choose_workers(settings.train.workers, runtime.device)
+    batches = load_with_progress(images, predict_batch_size(settings), workers, label)
+    return predict(network, batches, runtime, views or settings.predict.views)
 
 
 def load_member(source: ModelDir, explicit: Mapping[str, Any]) -> Member:

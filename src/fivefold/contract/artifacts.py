@@ -125,6 +125,14 @@ def model_at(folder: Path) -> ModelDir:
     return model
 
 
+def check_split(models: Sequence[ModelDir], split: Path) -> None:
+    """Raises a DataError unless the models were trained on the split at this path."""
+    digest = sha256(split)
+    for model in models:
+        if model.info["split"] != digest:
+            raise DataError(f"{model.name} was trained on another split than {split}")
+
+
 def find_predictions(job: Job) -> dict[str, Path]:
     """The files of the predictions channel that go together, of predictions.parquet, holdout.parquet, ensemble.json.
 
