@@ -62,7 +62,7 @@ endef
 # A lock for every platform; lines that only speak of later Pythons are dropped.
 define compile
 $(BIN)/uv pip compile pyproject.toml $(2) --universal --python-version 3.11 --upgrade --quiet \
-	--no-emit-index-url --no-annotate --custom-compile-command "make lock" --output-file $(1).new && \
+	--no-annotate --custom-compile-command "make lock" --output-file $(1).new && \
 sed -e "/; python_full_version >= '3.12'/d" -e "s/ ; python_full_version < '3.12'$$//" \
 	-e "s/python_full_version < '3.1[0-9]' and //" $(1).new > $(1) && rm $(1).new
 endef
