@@ -36,7 +36,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     groups = by_system(models)
     classes = tuple(models[0].info["classes"])
     store = open_store(job.channel("eval"))
-    images = read_eval(store)
+    images = read_eval(store, settings.data.id_column, settings.data.path_column)
     log.info("%d models of %s predict %d images", len(models), ", ".join(groups), len(images))
 
     explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}

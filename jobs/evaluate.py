@@ -28,7 +28,7 @@ HEADLINE = ("rows", "n", "accuracy", "logloss", "f1_macro", "ece")
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Scores test, holdout and out-of-fold rows, whichever there are; the files written and the figures."""
-    options, evidence, folder = settings.evaluate, Evidence(job), job.output()
+    options, evidence, folder = settings.evaluate, Evidence(job, settings.data), job.output()
     scored = [rows for rows in (evidence.test(), evidence.holdout(), evidence.out_of_fold()) if rows is not None]
     if not scored:
         raise MissingInputError(

@@ -21,6 +21,7 @@ from fivefold.evaluation import truth
 from fivefold.evaluation.report import thumbnail
 from fivefold.evaluation.tables import Mistake, Scored, stacked
 from fivefold.predictions import Predictions, mean_by_id
+from fivefold.recipe import Data
 
 log = logging.getLogger("fivefold")
 RECORDED = {"stage", "key", "settings", "inputs", "packages", "fivefold", "wall_seconds", "finished"}
@@ -31,6 +32,7 @@ class Evidence:
     """The channels of one evaluation, read as they are needed."""
 
     job: Job
+    data: Data
 
     @cached_property
     def models(self) -> list[ModelDir]:
@@ -164,7 +166,7 @@ class Evidence:
     def _eval_paths(self) -> Mapping[str, str]:
         if self.eval_store is None:
             return {}
-        table = read_eval(self.eval_store)
+        table = read_eval(self.eval_store, self.data.id_column, self.data.path_column)
         return dict(zip(table.ids, table.paths, strict=True))
 
 

@@ -260,3 +260,12 @@ def test_what_cannot_be_predicted_is_refused(tmp_path: Path, names: list[str], t
     root = made(tmp_path / "data", *names, **({} if table is None else {"test": table}))
     with pytest.raises(DataError, match=message):
         read_eval(root)
+
+
+def test_test_tables_may_have_the_training_tables_columns_or_their_own(tmp_path: Path) -> None:
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    for header, ids in (("foto,nummer", ["7"]), ("img_path,ID", ["7"]), ("foto,img_path", ["a.png"])):
+        second = "a.png" if header == "foto,img_path" else "7"
+        (tmp_path / "test.csv").write_text(f"{header}\na.png,{second}\n")
+        table = read_eval(tmp_path, id_column="nummer", path_column="foto")
+        assert (table.ids.tolist(), table.paths.tolist()) == (ids, ["a.png"])

@@ -73,7 +73,7 @@ STAGES = {
             channels=("model", "eval"),
             optional=("folds",),
             hashed=("model", "eval", "folds"),
-            sections=("predict", "ensemble"),
+            sections=("data", "predict", "ensemble"),
         ),
         Stage(
             name="evaluate",
@@ -82,7 +82,7 @@ STAGES = {
             channels=(),
             optional=("predictions", "ground_truth", "eval", "train", "model", "folds"),
             hashed=("predictions", "ground_truth", "model", "folds"),
-            sections=("evaluate",),
+            sections=("data", "evaluate"),
             noted=("eval", "train"),
             from_output="predictions",
         ),

@@ -126,6 +126,7 @@ def read_rows(
 def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str = "") -> EvalTable:
     """The images to predict: of test.csv (or the one CSV with paths), else of test/, else all that there are.
 
+    `id_column` and `path_column` are looked for first, and guessed where the table has no such column.
     Ids are the id column's values, or the paths as written where there is none. Without a CSV they
     are file names; without their suffix where the sample submission has them so. Files must exist.
     """
@@ -136,7 +137,7 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
     given = [name for name in tables if stem(name) not in NOT_EVAL]
     named = [name for name in given if stem(name) == "test"]
     readable = [open_csv(store, name) for name in named[:1] or given]
-    usable = [found for found in readable if found.column(columns.path, PATH_NAMES)] or readable[: len(named)]
+    usable = [found for found in readable if _if_there(found, columns.path, PATH_NAMES)] or readable[: len(named)]
     if len(usable) > 1:
         raise DataError(
             f"several tables to predict in {store.root}: {few([t.name for t in usable])}; name one test.csv"
@@ -242,11 +243,14 @@ def _sample(store: ImageStore, name: str | None) -> Submission | None:
     return Submission(id_column, tuple(classes), ids.to_numpy(zero_copy_only=False), marked)
 
 
+def _if_there(table: CsvFile, given: str, known: Sequence[str]) -> str | None:
+    """The column `given`, which may be the training table's alone; otherwise the first of `known`."""
+    return (table.column(given, known) if given else None) or table.column("", known)
+
+
 def _eval_table(table: CsvFile, columns: Columns, sample: Submission | None) -> EvalTable:
-    path = table.must_have(columns.path, PATH_NAMES, "data.path_column")
-    if columns.id:
-        table.must_have(columns.id, (), "data.id_column")
-    row_id = table.column(columns.id, ID_NAMES) or path
+    path = _if_there(table, columns.path, PATH_NAMES) or table.must_have("", PATH_NAMES, "data.path_column")
+    row_id = _if_there(table, columns.id, ID_NAMES) or path
     read = table.read({row_id: TEXT, path: TEXT})
     check_unique(read[row_id], table, row_id)
     paths = image_paths(read[path], table, bases(table.store, table.folder, EVAL_FOLDERS), check_files=True)
