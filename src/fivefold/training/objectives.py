@@ -21,6 +21,11 @@ class Rows:
     targets: Tensor
     teacher: Tensor | None = None
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the network is called with."""
+        return (self.images,)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -38,7 +43,7 @@ def supervised(loss: Loss) -> Objective:
     """The loss of the logits against the targets."""
 
     def objective(model: nn.Module, rows: Rows) -> Result:
-        logits = model(rows.images).float()
+        logits = model(*rows.inputs).float()
         value = loss(logits, rows.targets)
         return Result(value, {}, logits.detach())
 
@@ -51,7 +56,7 @@ def distill(loss: Loss, alpha: float, temperature: float) -> Objective:
     def objective(model: nn.Module, rows: Rows) -> Result:
         if rows.teacher is None:
             raise ValueError("distillation needs the teacher's probabilities")
-        logits = model(rows.images).float()
+        logits = model(*rows.inputs).float()
         softened = (logits / temperature).log_softmax(dim=1)
         taught = F.kl_div(softened, rows.teacher, reduction="batchmean") * temperature**2
         labelled = loss(logits, rows.targets)
