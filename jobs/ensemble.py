@@ -21,9 +21,10 @@ from fivefold.evaluation.calibration import apply_temperature
 from fivefold.inference.ensemble import blend, check_members, mean
 from fivefold.inference.submission import write_submission
 from fivefold.inference.systems import Score, System, judge_holdout, weigh
+from fivefold.inference.tta import same_views
 from fivefold.members import load_member, save_predictions
 from fivefold.predictions import Predictions, in_class_order, mean_by_id
-from fivefold.recipe import Settings
+from fivefold.recipe import Settings, Spec
 from jobs.outcome import Outcome
 
 log = logging.getLogger("fivefold")
@@ -94,9 +95,9 @@ def predict(
     return mean(found)
 
 
-def system_of(name: str, group: list[ModelDir], views: list[str] | None) -> System:
+def system_of(name: str, group: list[ModelDir], views: list[Spec] | None) -> System:
     """The tables of a system; those of the holdout count only when they were made with the views that predict now."""
-    own = all(views in (None, model.info["settings"]["predict"]["views"]) for model in group)
+    own = views is None or all(same_views(views, model.info["settings"]["predict"]["views"]) for model in group)
     if not own:
         log.info("%s predicts with other views than it was trained to: its holdout scores are left out", name)
     seeds = len({model.info["seed"] for model in group})

@@ -16,7 +16,7 @@ from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.inference.predictor import Runtime, make_runtime
-from fivefold.inference.tta import VIEWS
+from fivefold.inference.tta import build_views
 from fivefold.machine import count_cores, keep_freed_memory
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier
@@ -218,8 +218,7 @@ def _check_names(settings: Settings) -> None:
     """Raises a SettingsError for a name that would be looked up only after an epoch, or after the last one."""
     choose(MONITORS, "monitor", settings.train.monitor)
     choose(MIXINGS, "mixing", settings.augment.mix)
-    for view in settings.predict.views:
-        choose(VIEWS, "view", view)
+    build_views(settings.predict.views)
 
 
 def _objective(settings: Settings, loss: Any, train: TrainRows) -> Objective:

@@ -22,9 +22,10 @@ from fivefold.data.store import ImageStore, JoinedStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.inference.ensemble import mean
 from fivefold.inference.predictor import Runtime
+from fivefold.inference.tta import build_views, distinct
 from fivefold.members import load_member
 from fivefold.predictions import Predictions, in_class_order
-from fivefold.recipe import Settings
+from fivefold.recipe import Settings, Spec
 from fivefold.training.loop import TrainRows
 
 log = logging.getLogger("fivefold")
@@ -61,8 +62,12 @@ class Unseen:
     log_probs: np.ndarray
 
 
-def teach(teacher: str, models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
-    """The lesson of `teacher`: oof, best_fold, ensemble, or the path of a model dir."""
+def teach(teacher: str, models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
+    """The lesson of `teacher`: oof, best_fold, ensemble, or the path of a model dir.
+
+    Raises SettingsError for a view that there is not, before anything is predicted.
+    """
+    build_views(views)
     return TEACHERS.get(teacher, _from_path(teacher))(models, pupils, views)
 
 
@@ -139,7 +144,7 @@ def best_model(models: Sequence[ModelDir]) -> ModelDir:
     return min(models, key=lambda model: model.info["best"]["logloss"])
 
 
-def _out_of_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+def _out_of_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
     tables = [predictions.read(model.path / OOF) for model in models]
     lessons = [out_of_fold_targets(tables, pupils.folds, pupils.rows)]
     fold = pupils.folds.fold[pupils.rows]
@@ -154,15 +159,15 @@ def _out_of_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str
     return Lesson(mean(lessons), leak_free=True, teacher=f"out-of-fold predictions of {len(models)} models")
 
 
-def _best_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+def _best_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
     return _not_leak_free([best_model(models)], pupils, views)
 
 
-def _ensemble(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+def _ensemble(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
     return _not_leak_free(models, pupils, views)
 
 
-def _not_leak_free(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+def _not_leak_free(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
     names = ", ".join(model.name for model in models)
     log.warning("the teacher (%s) saw rows that it teaches: this distillation is not leak-free", names)
     every = np.arange(len(pupils.rows))
@@ -170,12 +175,12 @@ def _not_leak_free(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[s
     found = []
     for model in models:
         own = model.info["settings"].get("predict", {}).get("views", ["plain"])
-        found.append(_predict(model, pupils.store, paths, classes, list(dict.fromkeys([*own, *views]))))
+        found.append(_predict(model, pupils.store, paths, classes, distinct([*own, *views])))
     return Lesson(mean(found), leak_free=False, teacher=names)
 
 
-def _from_path(path: str) -> Callable[[Sequence[ModelDir], Pupils, Sequence[str]], Lesson]:
-    def teacher(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[str]) -> Lesson:
+def _from_path(path: str) -> Callable[[Sequence[ModelDir], Pupils, Sequence[Spec]], Lesson]:
+    def teacher(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
         if not Path(path).is_dir():
             raise MissingInputError(
                 f"distill.teacher={path} is neither {', '.join(TEACHERS)} nor the folder of a model"
@@ -189,7 +194,7 @@ def _from_path(path: str) -> Callable[[Sequence[ModelDir], Pupils, Sequence[str]
 
 
 def _predict(
-    model: ModelDir, store: ImageStore, paths: Sequence[str], classes: Sequence[str], views: Sequence[str]
+    model: ModelDir, store: ImageStore, paths: Sequence[str], classes: Sequence[str], views: Sequence[Spec]
 ) -> np.ndarray:
     found = load_member(model, {}).predict(store, paths, f"teacher {model.name}", views)
     return in_class_order(found, model.info["classes"], classes)
@@ -204,7 +209,7 @@ def _check_folds(predicted: np.ndarray, own: np.ndarray, ids: np.ndarray) -> Non
         )
 
 
-TEACHERS: dict[str, Callable[[Sequence[ModelDir], Pupils, Sequence[str]], Lesson]] = {
+TEACHERS: dict[str, Callable[[Sequence[ModelDir], Pupils, Sequence[Spec]], Lesson]] = {
     "oof": _out_of_fold,
     "best_fold": _best_fold,
     "ensemble": _ensemble,

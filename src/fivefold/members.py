@@ -27,7 +27,7 @@ from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict
 from fivefold.models.weights import load_exactly, save_weights
 from fivefold.predictions import Predictions
-from fivefold.recipe import Settings
+from fivefold.recipe import Settings, Spec
 from fivefold.settings import key_settings
 from fivefold.training.loop import Best
 
@@ -44,7 +44,7 @@ class Member:
     network: nn.Module
     runtime: Runtime
 
-    def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[str] = ()) -> np.ndarray:
+    def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[Spec] = ()) -> np.ndarray:
         """Log-probabilities float32 [N, C] of the images at `paths`, by the recipe's views unless others are given."""
         return predict_images(self.network, self.settings, self.runtime, ImageFiles(store, paths), label, views)
 
@@ -59,7 +59,7 @@ class ImageFiles:
 
 
 def predict_images(
-    network: nn.Module, settings: Settings, runtime: Runtime, files: ImageFiles, label: str, views: Sequence[str] = ()
+    network: nn.Module, settings: Settings, runtime: Runtime, files: ImageFiles, label: str, views: Sequence[Spec] = ()
 ) -> np.ndarray:
     """Log-probabilities float32 [N, C] with the evaluation transform, by the recipe's views unless others are given."""
     transform = build_transforms(settings.augment.eval, settings.model.size)

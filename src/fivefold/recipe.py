@@ -123,7 +123,16 @@ class Train(Section):
 
 class Predict(Section):
     batch_size: int = Field(0, ge=0, description="images a step; 0: twice that of training")
-    views: list[str] = Field(["plain"], description="views that are averaged: plain, flip")
+    views: list[Spec] = Field(
+        ["plain"],
+        description="views that are averaged: plain, flip, rotate (degrees), shift (x, y), scale (factor), five_crops (share)",
+    )
+
+    @model_validator(mode="after")
+    def _a_view_at_least(self) -> "Predict":
+        if not self.views:
+            raise ValueError("views is empty; to see each image as it is, write plain")
+        return self
 
 
 class Ensemble(Section):
@@ -150,7 +159,7 @@ class Evaluate(Section):
 
 class Distill(Section):
     teacher: str = Field("oof", description="oof (leak-free), best_fold, ensemble, or the path of a model dir")
-    views: list[str] = Field([], description="further views that the teacher's target is averaged over")
+    views: list[Spec] = Field([], description="further views that the teacher's target is averaged over")
     alpha: float = Field(0.7, ge=0, le=1, description="weight of the teacher's term; the labels' has the rest")
     temperature: float = Field(2.0, gt=0, description="softens teacher and student in the teacher's term")
     patience: int = Field(0, ge=0, description="early stopping, on the holdout alone; 0: all epochs")

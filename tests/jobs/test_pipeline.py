@@ -164,7 +164,12 @@ def test_the_same_seed_gives_the_same_bytes_in_a_fresh_process_and_with_workers(
 def test_other_teachers_are_recorded_as_not_leak_free(world):
     for teacher in ("best_fold", "ensemble", str(world / "fold-2" / "model")):
         folder = f"distill-{Path(teacher).name}"
-        arguments = [*SETTINGS, "train.epochs=1", f"distill.teacher={teacher}"]
+        arguments = [
+            *SETTINGS,
+            "train.epochs=1",
+            f"distill.teacher={teacher}",
+            'distill.views=[{"name": "scale", "factor": 1.2}]',
+        ]
         assert stage(world, "distill", f"elsewhere/{folder}", *arguments, SM_CHANNEL_MODEL=str(world)) == 0
         info = json.loads((world / "elsewhere" / folder / "model" / "model.json").read_text())
         assert info["leak_free"] is False
@@ -202,6 +207,15 @@ def test_the_whole_ensemble_may_teach_images_that_no_fold_saw(world):
         ("train-fold", ["FOLD=0", "train.lr=1e30", "train.epochs=2"], {}, 65, "not finite"),
         ("distill", ["distill.teacher=nobody"], {}, 66, "nobody"),
         ("ensemble", ["predict.views=plain,flop"], {}, 64, "did you mean 'flip'"),
+        ("ensemble", ["predict.views=[]"], {}, 64, "views is empty"),
+        (
+            "train-fold",
+            ["FOLD=0", 'predict.views=[{"name":"rotate","degree":3}]', "train.epochs=1000000"],
+            {},
+            64,
+            "degrees",
+        ),
+        ("distill", ["distill.views=flip,flop", "train.epochs=1000000"], {}, 64, "did you mean 'flip'"),
         ("ensemble", [], {"SM_CHANNEL_MODEL": "eval"}, 66, "no model below the channel"),
         ("ensemble", [], {"SM_CHANNEL_MODEL": "fold-1"}, 65, "lacks fold 0, fold 2 of 3"),
     ],
@@ -218,6 +232,23 @@ def test_bad_input_gets_one_clear_error_and_leaves_nothing(
     assert not list((world / folder).rglob("stage.json"))
     assert not list((world / folder).rglob("*.parquet"))
     shutil.rmtree(world / folder)
+
+
+def test_views_that_are_written_otherwise_are_the_same_views_and_others_take_parameters(world):
+    given = {"SM_CHANNEL_MODEL": str(world)}
+    same = 'predict.views=["flip", {name = "plain"}]'
+    more = 'predict.views=["plain", "flip", {"name": "rotate", "degrees": 15}, {"name": "shift", "x": 1, "y": 1}]'
+    assert stage(world, "ensemble", "elsewhere/same", same, **given) == 0
+    assert stage(world, "ensemble", "elsewhere/more", more, **given) == 0
+    assert (world / "elsewhere" / "same" / "output" / "holdout.parquet").exists()
+    assert not (world / "elsewhere" / "more" / "output" / "holdout.parquet").exists()
+    paths = [
+        world / name / "output" / "predictions.parquet" for name in ("ensemble", "elsewhere/same", "elsewhere/more")
+    ]
+    own, turned, wider = (predictions.read(path).log_probs for path in paths)
+    np.testing.assert_allclose(turned, own, atol=1e-5)
+    assert np.abs(wider - own).max() > 1e-4
+    shutil.rmtree(world / "elsewhere")
 
 
 def test_a_holdout_that_was_predicted_by_other_views_does_not_score_this_ensemble(world):

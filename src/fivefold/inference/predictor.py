@@ -1,6 +1,6 @@
 """Log-probabilities of images by a trained classifier, averaged over views."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fivefold.choose import choose
 from fivefold.data.dataset import Batch
 from fivefold.errors import DataError
-from fivefold.inference.tta import VIEWS
+from fivefold.inference.tta import View, build_views
+from fivefold.recipe import Spec
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ def make_runtime(
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views: Sequence[str]) -> np.ndarray:
+def predict(model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views: Sequence[Spec]) -> np.ndarray:
     """Log of the mean probability over `views`, float32 [N, C], rows in the order of the batches.
 
     Raises DataError when the network gives a value that is not finite.
     """
     was_training = model.training
     model.eval()
-    chosen = [choose(VIEWS, "view", name) for name in views]
+    chosen = build_views(views, black=-runtime.mean / runtime.std)
     found = [_batch(model, runtime.images(batch.images), runtime, chosen) for batch in batches]
     model.train(was_training)
     log_probs = torch.cat(found).cpu().numpy()
@@ -75,7 +75,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views:
     return log_probs
 
 
-def _batch(model: nn.Module, images: Tensor, runtime: Runtime, views: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+def _batch(model: nn.Module, images: Tensor, runtime: Runtime, views: Sequence[View]) -> Tensor:
     with runtime.autocast():
         logits = [model(view(images)) for view in views]
     log_probs = torch.stack([each.float().log_softmax(dim=1) for each in logits])

@@ -1,23 +1,175 @@
-"""Views of a batch at prediction, by name: images [B, 3, H, W] to images of the same shape."""
+"""Views of a batch at prediction, by name: the same images seen otherwise, and the mean is taken over them.
 
-from collections.abc import Callable
+A view maps normalised images float [B, 3, H, W] to images of the same shape. Nothing is drawn at
+random: two predictions agree bit by bit. What lies outside an image is its mirror, or for a
+rotation black, as it was in training.
+"""
 
+import math
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fivefold.choose import choose
+from fivefold.errors import SettingsError
+from fivefold.recipe import Spec
 
 View = Callable[[Tensor], Tensor]
 
 
-def plain(images: Tensor) -> Tensor:
+def build_views(specs: Sequence[Spec], black: Tensor | float = 0.0) -> list[View]:
+    """The views of `specs`, each a name, or a table with `name` and parameters; five_crops gives five.
+
+    `black` [1, 3, 1, 1]: a black pixel, normalised. Raises SettingsError for an unknown name or
+    parameter, or a value that cannot be.
+    """
+    views: list[View] = []
+    for spec in specs:
+        name, given = identity(spec)
+        make, _ = VIEWS[name]
+        views += make(black=black, **dict(given)) if make in FILLED else make(**dict(given))
+    return views
+
+
+def identity(spec: Spec) -> tuple[str, tuple[tuple[str, Hashable], ...]]:
+    """The name of a view with all its parameters, given or default: equal for specs that mean the same."""
+    parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = str(parameters.pop("name", ""))
+    _, defaults = choose(VIEWS, "view", name)
+    for key in parameters:
+        choose(defaults, f"parameter of view {name!r}:", key)
+    for key, value in parameters.items():
+        _check(name, key, value)
+    return name, tuple(sorted({**defaults, **parameters}.items()))
+
+
+def same_views(first: Sequence[Spec], second: Sequence[Spec]) -> bool:
+    """Whether both mean the same views, in whatever order and however they are written."""
+    return sorted(map(identity, first)) == sorted(map(identity, second))
+
+
+def distinct(specs: Sequence[Spec]) -> list[Spec]:
+    """The specs in order, of those that mean the same the first."""
+    found: dict[Any, Spec] = {}
+    for spec in specs:
+        found.setdefault(identity(spec), spec)
+    return list(found.values())
+
+
+def plain() -> list[View]:
     """The images as they are."""
+    return [_as_is]
+
+
+def flip() -> list[View]:
+    """Mirrored left and right."""
+    return [_mirrored]
+
+
+def rotate(degrees: float, black: Tensor | float) -> list[View]:
+    """Turned by `degrees` counter-clockwise about the centre, bilinear; the corners are black."""
+    return [partial(_rotated, degrees=degrees, black=black)]
+
+
+def shift(x: int, y: int) -> list[View]:
+    """Moved by `x` pixels to the right and `y` down; what was left free is mirrored at the edge."""
+    return [partial(_moved, x=x, y=y)]
+
+
+def scale(factor: float) -> list[View]:
+    """Enlarged by `factor` about the centre; below 1 the smaller image is mirrored at its edges."""
+    return [partial(_zoomed, factor=factor)]
+
+
+def five_crops(share: float) -> list[View]:
+    """Five views: the corners and the centre, each `share` of both sides, at the size of the whole."""
+    places = ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))
+    return [partial(_cropped, share=share, top=top, left=left) for top, left in places]
+
+
+def _as_is(images: Tensor) -> Tensor:
     return images
 
 
-def flip(images: Tensor) -> Tensor:
-    """Mirrored left and right."""
+def _mirrored(images: Tensor) -> Tensor:
     return images.flip(-1)
 
 
-VIEWS: dict[str, View] = {
-    "plain": plain,
-    "flip": flip,
+def _rotated(images: Tensor, degrees: float, black: Tensor | float) -> Tensor:
+    """By coordinates written out, since a product of matrices would lose its last digits under autocast."""
+    height, width = images.shape[-2:]
+    angle = math.radians(degrees)
+    y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
+    x = torch.arange(width, device=images.device) - (width - 1) / 2
+    from_x, from_y = x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
+    grid = torch.stack([from_x * 2 / width, from_y * 2 / height], dim=-1).expand(len(images), -1, -1, -1)
+    return F.grid_sample(images - black, grid, align_corners=False) + black
+
+
+def _moved(images: Tensor, x: int, y: int) -> Tensor:
+    height, width = images.shape[-2:]
+    return _taken(images, torch.arange(height) - y, torch.arange(width) - x)
+
+
+def _zoomed(images: Tensor, factor: float) -> Tensor:
+    height, width = images.shape[-2:]
+    if factor >= 1:
+        return _cropped(images, share=1 / factor, top=0.5, left=0.5)
+    smaller = _resized(images, max(1, round(height * factor)), max(1, round(width * factor)))
+    top, left = (height - smaller.shape[-2]) // 2, (width - smaller.shape[-1]) // 2
+    return _taken(smaller, torch.arange(height) - top, torch.arange(width) - left)
+
+
+def _cropped(images: Tensor, share: float, top: float, left: float) -> Tensor:
+    """The box of `share` of both sides that lies `top` and `left` (0 to 1) of the free way from the corner."""
+    height, width = images.shape[-2:]
+    h, w = max(1, round(height * share)), max(1, round(width * share))
+    y, x = int((height - h) * top), int((width - w) * left)
+    return _resized(images[..., y : y + h, x : x + w], height, width)
+
+
+def _resized(images: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
+
+
+def _taken(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The pixels at `rows` and `columns`, which may lie outside: there the image is mirrored, its edge not repeated."""
+    rows, columns = (_reflected(at, size) for at, size in zip((rows, columns), images.shape[-2:], strict=True))
+    return images.index_select(-2, rows.to(images.device)).index_select(-1, columns.to(images.device))
+
+
+def _reflected(at: Tensor, size: int) -> Tensor:
+    last = max(1, size - 1)
+    return (last - (at % (2 * last) - last).abs()).clamp(max=size - 1)
+
+
+def _check(view: str, name: str, value: object) -> None:
+    """Raises a SettingsError for a value that the parameter `name` cannot have."""
+    kind, least, most = BOUNDS[name]
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+        number = "whole number" if kind is int else "number"
+        raise SettingsError(f"view {view!r}: {name}={value!r}, but a {number} from {least:g} to {most:g} is needed")
+
+
+VIEWS: dict[str, tuple[Callable[..., list[View]], dict[str, float]]] = {
+    "plain": (plain, {}),
+    "flip": (flip, {}),
+    "rotate": (rotate, {"degrees": 15}),
+    "shift": (shift, {"x": 1, "y": 1}),
+    "scale": (scale, {"factor": 1.1}),
+    "five_crops": (five_crops, {"share": 0.875}),
+}
+"""Each view with its parameters' defaults."""
+
+FILLED = {rotate}
+BOUNDS: dict[str, tuple[type, float, float]] = {
+    "degrees": (int | float, -360, 360),
+    "x": (int, -4096, 4096),
+    "y": (int, -4096, 4096),
+    "factor": (int | float, 0.25, 4),
+    "share": (int | float, 0.05, 1),
 }
