@@ -14,7 +14,7 @@ from fivefold.contract.artifacts import ModelDir, check_split, find_models, loca
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
-from fivefold.data.adapters import EvalTable, read_eval
+from fivefold.data.evals import EvalTable, read_eval
 from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import DataError
 from fivefold.evaluation.calibration import apply_temperature

@@ -12,7 +12,7 @@ from fivefold.contract.artifacts import ModelDir, find_models, find_predictions,
 from fivefold.contract.files import read_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS, RECORD, TRAIN_LOG
-from fivefold.data.adapters import read_eval
+from fivefold.data.evals import read_eval
 from fivefold.data.folds import read_folds
 from fivefold.data.images import decode
 from fivefold.data.store import ImageStore, open_store

@@ -36,7 +36,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     whole = merged(group_codes(rows.groups), duplicates)
     fold, part = divide(rows.codes, whole, split.folds, split.holdout, split.parts, split.seed, split.stratify)
 
-    table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, hashes)
+    table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, hashes, rows.factors)
     summary = summarise(table, rows.layout, duplicates, skipped, key_settings(settings, job.stage.sections))
     folder = job.output()
     outputs = [folder / FOLDS, folder / CLASSES, folder / SPLIT_SUMMARY]
@@ -52,7 +52,7 @@ def labelled_rows(store: ImageStore, settings: Settings) -> Rows:
     data, split = settings.data, settings.split
     columns = Columns(data.id_column, data.path_column, data.label_column, data.group_column)
     check_files = split.open_images and not split.skip_unreadable
-    return read_rows(store, data.layout, data.table, columns, check_files)
+    return read_rows(store, data.layout, data.table, columns, check_files, data.age_cuts)
 
 
 if __name__ == "__main__":

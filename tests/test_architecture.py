@@ -35,6 +35,7 @@ WITHOUT_TORCH = (
     "evaluation",
     "launchers",
     "data.adapters",
+    "data.evals",
     "data.folds",
     "data.images",
     "data.store",

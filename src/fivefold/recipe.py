@@ -18,12 +18,19 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    layout: str = Field("auto", description="auto, folders (a folder a class) or csv")
+    layout: str = Field("auto", description="auto, folders (a folder a class), mask_profiles (one a person) or csv")
     table: str = Field("", description="the CSV below the channel; empty: train.csv, or the only one")
     id_column: str = Field("", description="CSV column of row ids; empty: id if there is one, else the path")
     path_column: str = Field("", description="CSV column of image paths; empty: image_path, img_path, path or the like")
     label_column: str = Field("", description="CSV column of classes; empty: target, label, class_name or the like")
     group_column: str = Field("", description="CSV column of groups that no fold may part (people, products)")
+    age_cuts: list[float] = Field([30, 60], description="mask_profiles: ages at which the next class of age begins")
+
+    @model_validator(mode="after")
+    def _ages_rise(self) -> "Data":
+        if not self.age_cuts or sorted(set(self.age_cuts)) != self.age_cuts or self.age_cuts[0] <= 0:
+            raise ValueError(f"age_cuts={self.age_cuts} are ages above 0, each larger than the one before")
+        return self
 
 
 class Split(Section):
@@ -58,6 +65,9 @@ class Model(Section):
     pretrained: bool = Field(False, description="start from the weights of the backbone's own hub")
     weights: str = Field(
         "", description="start from a .safetensors or .pth file: a path, or a name in SM_CHANNEL_WEIGHTS"
+    )
+    factors: list[str] = Field(
+        [], description="know these factors of the classes alone, e.g. mask,gender; empty: the classes as they are"
     )
     head: str = Field("linear", description="what turns features into classes")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the last layer")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fivefold.data.adapters import Columns, Rows, read_eval, read_rows
+from fivefold.data.adapters import Columns, Rows, read_rows
+from fivefold.data.evals import read_eval
 from fivefold.data.store import open_store
 from fivefold.errors import DataError, FivefoldError, MissingInputError
 

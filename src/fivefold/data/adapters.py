@@ -1,20 +1,19 @@
-"""How data lies on disk, made rows: class folders or a CSV for training, a table or a folder to predict."""
+"""How training data lies on disk, made rows: class folders, profiles of people, or a CSV."""
 
-import codecs
 import logging
-import posixpath
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 
 from fivefold.arrow import pa
+from fivefold.choose import choose
 from fivefold.data.images import is_image
-from fivefold.data.layouts import EVAL_FOLDERS, TRAIN_FOLDERS, bases, class_level, csvs, levels, stem
-from fivefold.data.store import ImageStore, open_store
+from fivefold.data.layouts import TRAIN_FOLDERS, bases, class_level, csvs, levels, stem
+from fivefold.data.profiles import are_profiles, read_profiles
+from fivefold.data.store import ImageStore
 from fivefold.data.tables import (
     CATEGORY,
     ID_NAMES,
@@ -27,13 +26,13 @@ from fivefold.data.tables import (
     image_paths,
     open_csv,
 )
-from fivefold.errors import DataError, SettingsError
+from fivefold.errors import DataError
+from fivefold.factors import Factors
 
 log = logging.getLogger("fivefold")
 
 SAMPLE_SUBMISSION = "sample_submission"
 NOT_TRAINING = {"test", SAMPLE_SUBMISSION, "submission", "gt", "ground_truth", "valid", "val"}
-NOT_EVAL = {"train", SAMPLE_SUBMISSION, "submission", "gt", "ground_truth"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,10 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """N labelled images: `ids`, `paths` and `groups` (or nulls) [N] strings in Arrow, `codes` [N] int32 into `classes`."""
+    """N labelled images: `ids`, `paths` and `groups` (or nulls) [N] strings in Arrow, `codes` [N] int32 into `classes`.
+
+    `factors`: what the classes are made of, None where they are single things.
+    """
 
     ids: pa.Array
     paths: pa.Array
@@ -56,6 +58,7 @@ class Rows:
     classes: tuple[str, ...]
     groups: pa.Array
     layout: str
+    factors: Factors | None = None
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -67,46 +70,27 @@ class Rows:
         _check_classes(classes, "the rows that are left")
         codes = np.searchsorted(used, self.codes[kept]).astype(np.int32)
         ids, paths, groups = (column.filter(mask) for column in (self.ids, self.paths, self.groups))
-        return Rows(ids, paths, codes, classes, groups, self.layout)
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A sample submission: the id column's name, the other columns' (a class each), the ids [N] in order."""
-
-    id_column: str
-    classes: tuple[str, ...]
-    ids: np.ndarray
-    marked: bool = False
-    """Whether the file starts with a byte-order mark, as Excel's do."""
-
-
-@dataclass(frozen=True)
-class EvalTable:
-    """The images to predict, in order: `ids` and `paths` [N] object arrays of strings."""
-
-    id_column: str
-    ids: np.ndarray
-    paths: np.ndarray
-    sample: Submission | None
-
-    def __len__(self) -> int:
-        return len(self.ids)
+        factors = None if self.factors is None else self.factors.only(classes)
+        return Rows(ids, paths, codes, classes, groups, self.layout, factors)
 
 
 def read_rows(
-    store: ImageStore, layout: str = "auto", table: str = "", columns: Columns | None = None, check_files: bool = True
+    store: ImageStore,
+    layout: str = "auto",
+    table: str = "",
+    columns: Columns | None = None,
+    check_files: bool = True,
+    age_cuts: Sequence[float] = (30, 60),
 ) -> Rows:
-    """The training rows of a store: of the CSV `table` (or the one that is found), or of its class folders.
+    """The training rows of a store: of the CSV `table` (or the one that is found), of its profiles, or its class folders.
 
     Raises a DataError for what cannot be trained on: no images, one class, missing files or columns,
     paths that lead out, ids that stand twice, empty labels. A guessed layout is logged.
     """
     columns = columns or Columns()
-    if layout not in ("auto", "csv", "folders"):
-        raise SettingsError(f"data.layout={layout!r}; known: auto, csv, folders")
-    if layout == "folders" and not table:
-        return _class_folders(store)
+    read_folders = choose(LAYOUTS, "data.layout", layout)
+    if layout in ("folders", "mask_profiles") and not table:
+        return read_folders(store, age_cuts)
     found = open_csv(store, table) if table else _training_table(store, columns)
     if found is None and layout == "csv":
         raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
@@ -114,35 +98,13 @@ def read_rows(
         log.info("data: rows of %s", found)
         return _table_rows(found, columns, check_files)
     try:
-        rows = _class_folders(store)
+        rows = _any_folders(store, age_cuts)
     except DataError:
         if found is not None:
             _must_be_usable(found, columns)
         raise
     log.info("data: no table of labels, so the classes are the %s", rows.layout)
     return rows
-
-
-def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str = "") -> EvalTable:
-    """The images to predict: of test.csv (or the one CSV with paths), else of test/, else all that there are.
-
-    `id_column` and `path_column` are looked for first, and guessed where the table has no such column.
-    Ids are the id column's values, or the paths as written where there is none. Without a CSV they
-    are file names; without their suffix where the sample submission has them so. Files must exist.
-    """
-    store = open_store(source) if isinstance(source, Path) else source
-    columns = Columns(id=id_column, path=path_column)
-    tables = [name for level in levels(store, EVAL_FOLDERS) for name in csvs(store, level)]
-    sample = _sample(store, next((name for name in tables if stem(name) == SAMPLE_SUBMISSION), None))
-    given = [name for name in tables if stem(name) not in NOT_EVAL]
-    named = [name for name in given if stem(name) == "test"]
-    readable = [open_csv(store, name) for name in named[:1] or given]
-    usable = [found for found in readable if _if_there(found, columns.path, PATH_NAMES)] or readable[: len(named)]
-    if len(usable) > 1:
-        raise DataError(
-            f"several tables to predict in {store.root}: {few([t.name for t in usable])}; name one test.csv"
-        )
-    return _eval_table(usable[0], columns, sample) if usable else _eval_folder(store, sample)
 
 
 def _training_table(store: ImageStore, columns: Columns) -> CsvFile | None:
@@ -204,11 +166,36 @@ def _check_classes(classes: Sequence[str], where: str) -> None:
         raise DataError(f"{where}: only {len(classes)} class ({few(classes)}); at least two are needed")
 
 
-def _class_folders(store: ImageStore) -> Rows:
+def _images(store: ImageStore) -> tuple[list[str], str]:
+    """The names of all images of a store, and the level whose folders mean something."""
     names = [name for name in store.names() if is_image(name)]
     if not names:
         raise DataError(f"{store.root} holds no images (nor a usable CSV); put a folder of images a class there")
-    level = class_level(names)
+    return names, class_level(names)
+
+
+def _any_folders(store: ImageStore, age_cuts: Sequence[float]) -> Rows:
+    """Of profiles where the folders are clearly such; else of classes."""
+    names, level = _images(store)
+    if are_profiles(names, level):
+        return _profiles(store, names, level, age_cuts)
+    return _class_folders(store, names, level)
+
+
+def _profiles(store: ImageStore, names: Sequence[str], level: str, age_cuts: Sequence[float]) -> Rows:
+    where = f"{store.root}/{level}".rstrip("/")
+    found = read_profiles(names, level, age_cuts, where)
+    classes = tuple(sorted(set(found.labels)))
+    _check_classes(classes, where)
+    index = {name: code for code, name in enumerate(classes)}
+    codes = np.array([index[label] for label in found.labels], np.int32)
+    paths, people = _path_column(found.paths, where), _path_column(found.people, where)
+    return Rows(
+        paths, paths, codes, classes, people, f"mask profiles below {level or '.'}", found.factors.only(classes)
+    )
+
+
+def _class_folders(store: ImageStore, names: Sequence[str], level: str) -> Rows:
     inside = [name for name in names if name.startswith(level) and "/" in name[len(level) :]]
     loose = sum(name.startswith(level) for name in names) - len(inside)
     if loose:
@@ -232,40 +219,10 @@ def _path_column(names: Sequence[str], where: str) -> pa.Array:
         raise DataError(f"{where} has file names that are not UTF-8, as {error.object!r}; rename them") from error
 
 
-def _sample(store: ImageStore, name: str | None) -> Submission | None:
-    if name is None:
-        return None
-    table = open_csv(store, name)
-    id_column, *classes = table.header
-    ids = table.read({id_column: TEXT})[id_column]
-    check_unique(ids, table, id_column)
-    marked = store.read(name).startswith(codecs.BOM_UTF8)
-    return Submission(id_column, tuple(classes), ids.to_numpy(zero_copy_only=False), marked)
-
-
-def _if_there(table: CsvFile, given: str, known: Sequence[str]) -> str | None:
-    """The column `given`, which may be the training table's alone; otherwise the first of `known`."""
-    return (table.column(given, known) if given else None) or table.column("", known)
-
-
-def _eval_table(table: CsvFile, columns: Columns, sample: Submission | None) -> EvalTable:
-    path = _if_there(table, columns.path, PATH_NAMES) or table.must_have("", PATH_NAMES, "data.path_column")
-    row_id = _if_there(table, columns.id, ID_NAMES) or path
-    read = table.read({row_id: TEXT, path: TEXT})
-    check_unique(read[row_id], table, row_id)
-    paths = image_paths(read[path], table, bases(table.store, table.folder, EVAL_FOLDERS), check_files=True)
-    return EvalTable(row_id, *(column.to_numpy(zero_copy_only=False) for column in (read[row_id], paths)), sample)
-
-
-def _eval_folder(store: ImageStore, sample: Submission | None) -> EvalTable:
-    *_, level = levels(store, EVAL_FOLDERS)
-    level += "/" if level else ""
-    paths = [name for name in store.names() if is_image(name) and name.startswith(level)]
-    if not paths:
-        raise DataError(f"{store.root} holds no test.csv and no images to predict")
-    names = [path[len(level) :] for path in paths]
-    stems = [posixpath.splitext(name)[0] for name in names]
-    wanted = set(sample.ids) if sample else set()
-    ids = stems if len(set(stems)) == len(stems) and set(stems) == wanted else names
-    log.info("data: %d images of %s/%s, in the order of their names", len(paths), store.root, level)
-    return EvalTable(sample.id_column if sample else "ID", np.array(ids, object), np.array(paths, object), sample)
+LAYOUTS = {
+    "auto": _any_folders,
+    "csv": _any_folders,
+    "folders": lambda store, age_cuts: _class_folders(store, *_images(store)),
+    "mask_profiles": lambda store, age_cuts: _profiles(store, *_images(store), age_cuts),
+}
+"""Folders of images as rows, by the name of the layout; a CSV is looked for first in the first two."""

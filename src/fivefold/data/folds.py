@@ -5,7 +5,8 @@ rows have part "train" and another fold; rows of part "holdout" or "test" are se
 model trains or selects on them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fivefold.arrow import pa
 from fivefold.contract.files import atomic, read_json
 from fivefold.contract.stages import FOLDS
 from fivefold.errors import DataError, MissingInputError, SettingsError
+from fivefold.factors import Factors, factors_from, must_be_factored
 
 PARTS = ("train", "valid", "test", "holdout")
 ASIDE = ("test", "holdout")
@@ -40,6 +42,8 @@ class FoldTable:
     to the train channel; `codes` [N] int32, the index into `classes`, which are sorted by name;
     `groups` [N] strings or nulls; `fold` [N] int16, -1 where no fold validates on the row; `part`
     [N] one of PARTS; `sha256` [N] of the files' bytes, or nulls where no image was opened.
+    `factors`: what the split's classes are made of, if they are; `knows`: those that `classes` here
+    speak of, where they are some alone.
     """
 
     ids: pa.Array
@@ -50,6 +54,8 @@ class FoldTable:
     fold: np.ndarray
     part: np.ndarray
     sha256: pa.Array
+    factors: Factors | None = None
+    knows: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -81,6 +87,20 @@ class FoldTable:
     def sha256_of(self, rows: np.ndarray) -> np.ndarray:
         """Digests of the given rows (indices) as Python strings, or None where no image was opened, in an object array."""
         return self.sha256.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+
+    def of_factors(self, names: Sequence[str]) -> "FoldTable":
+        """The same rows, their classes made of the factors `names` alone; as it is for none or for all of them.
+
+        Raises a SettingsError for factors that the split does not have.
+        """
+        if not names:
+            return self
+        factors = must_be_factored(self.factors, names)
+        knows = factors.chosen(names)
+        if knows == factors.names:
+            return self
+        codes = factors.columns(knows, self.classes)[self.codes].astype(np.int32)
+        return replace(self, codes=codes, classes=factors.parts(knows), knows=knows)
 
     @cached_property
     def _names(self) -> np.ndarray:
@@ -131,7 +151,8 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
         raise DataError(f"{path} is not a Parquet table: {error}") from error
     table = _cast(table, path)
     labels = table.column("label").combine_chunks()
-    classes = _classes(classes_path) if classes_path else tuple(sorted(pc.unique(labels.dictionary).to_pylist()))
+    used = tuple(sorted(pc.unique(labels.dictionary).to_pylist()))
+    classes, factors = _classes(classes_path) if classes_path else (used, None)
     found = FoldTable(
         ids=_column(table, "id"),
         paths=_column(table, "path"),
@@ -141,6 +162,7 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
         fold=_column(table, "fold").to_numpy(),
         part=_column(table, "part").cast(pa.string()).to_numpy(zero_copy_only=False).astype("U7"),
         sha256=_column(table, "sha256"),
+        factors=factors,
     )
     _check(found, path)
     return found
@@ -166,14 +188,16 @@ def _column(table: pa.Table, name: str) -> pa.Array:
     return column if isinstance(column, pa.Array) else column.chunk(0)
 
 
-def _classes(path: Path) -> tuple[str, ...]:
+def _classes(path: Path) -> tuple[tuple[str, ...], Factors | None]:
+    """The classes of `classes.json`, and what they are made of, if they are."""
     if not path.is_file():
         raise MissingInputError(f"no classes at {path}")
     content = read_json(path)
     names = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(names, list) or names != sorted({str(name) for name in names}):
         raise DataError(f"{path} does not hold classes: a sorted list of unique names is needed")
-    return tuple(names)
+    factored = content.get("factors")
+    return tuple(names), None if factored is None else factors_from(factored, names, str(path))
 
 
 def _codes(labels: pa.DictionaryArray, classes: tuple[str, ...], path: Path) -> np.ndarray:

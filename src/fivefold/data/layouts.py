@@ -13,6 +13,7 @@ log = logging.getLogger("fivefold")
 
 TRAIN_FOLDERS = ("train", "training")
 EVAL_FOLDERS = ("test", "eval", "evaluation")
+IMAGE_FOLDERS = ("images",)
 SPLIT_FOLDERS = {*TRAIN_FOLDERS, *EVAL_FOLDERS, "valid", "val", "validation", "unlabeled"}
 DEEPEST = 8
 

@@ -93,7 +93,8 @@ def log_summary(summary: Mapping[str, Any]) -> None:
 def class_file(table: FoldTable) -> dict[str, Any]:
     """The content of `classes.json`."""
     counts = np.bincount(table.codes, minlength=len(table.classes)).tolist()
-    return {"classes": list(table.classes), "counts": dict(zip(table.classes, counts, strict=True))}
+    content = {"classes": list(table.classes), "counts": dict(zip(table.classes, counts, strict=True))}
+    return content if table.factors is None else content | {"factors": table.factors.as_json()}
 
 
 def _labelled(table: FoldTable, rows: np.ndarray) -> dict[str, str]:

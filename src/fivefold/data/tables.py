@@ -26,8 +26,10 @@ PATH_NAMES = (
     "file",
     "image",
     "img",
+    "imageid",
 )
 LABEL_NAMES = ("target", "label", "class_name", "class", "category")
+ANSWER_NAMES = ("ans", "answer")
 TEXT = pa.string()
 CATEGORY = pa.dictionary(pa.int32(), pa.string())
 ODD_PATH = r"(^|/)\.{0,2}(/|$)|^[A-Za-z]:"

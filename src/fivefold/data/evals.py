@@ -1,0 +1,126 @@
+"""The images to predict: of a table or a folder, and the submission that a sample asks for."""
+
+import codecs
+import logging
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fivefold.data.images import is_image
+from fivefold.data.layouts import EVAL_FOLDERS, IMAGE_FOLDERS, bases, csvs, levels, stem
+from fivefold.data.store import ImageStore, open_store
+from fivefold.data.tables import (
+    ANSWER_NAMES,
+    ID_NAMES,
+    PATH_NAMES,
+    TEXT,
+    CsvFile,
+    check_unique,
+    few,
+    image_paths,
+    open_csv,
+)
+from fivefold.errors import DataError
+
+log = logging.getLogger("fivefold")
+
+SAMPLE_SUBMISSION = "sample_submission"
+NOT_EVAL = {"train", SAMPLE_SUBMISSION, "submission", "gt", "ground_truth"}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A sample submission: the id column's name, the other columns' (a class each), the ids [N] in order."""
+
+    id_column: str
+    classes: tuple[str, ...]
+    ids: np.ndarray
+    marked: bool = False
+    """Whether the file starts with a byte-order mark, as Excel's do."""
+
+
+@dataclass(frozen=True)
+class EvalTable:
+    """The images to predict, in order: `ids` and `paths` [N] object arrays of strings."""
+
+    id_column: str
+    ids: np.ndarray
+    paths: np.ndarray
+    sample: Submission | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str = "") -> EvalTable:
+    """The images to predict: of test.csv (or the one CSV with paths), else of test/, else all that there are.
+
+    `id_column` and `path_column` are looked for first, and guessed where the table has no such column.
+    Ids are the id column's values, or the paths as written where there is none. Without a CSV they
+    are file names; without their suffix where the sample submission has them so. Files must exist.
+    """
+    store = open_store(source) if isinstance(source, Path) else source
+    tables = [name for level in levels(store, EVAL_FOLDERS) for name in csvs(store, level)]
+    sample = _sample(store, next((name for name in tables if stem(name) == SAMPLE_SUBMISSION), None))
+    given = [name for name in tables if stem(name) not in NOT_EVAL]
+    named = [name for name in given if stem(name) == "test"]
+    readable = [open_csv(store, name) for name in named[:1] or given]
+    usable = [found for found in readable if _if_there(found, path_column, PATH_NAMES)] or readable[: len(named)]
+    if len(usable) > 1:
+        raise DataError(
+            f"several tables to predict in {store.root}: {few([t.name for t in usable])}; name one test.csv"
+        )
+    return _eval_table(usable[0], id_column, path_column, sample) if usable else _eval_folder(store, sample)
+
+
+def _sample(store: ImageStore, name: str | None) -> Submission | None:
+    if name is None:
+        return None
+    table = open_csv(store, name)
+    id_column, *classes = table.header
+    ids = table.read({id_column: TEXT})[id_column]
+    check_unique(ids, table, id_column)
+    marked = store.read(name).startswith(codecs.BOM_UTF8)
+    return Submission(id_column, tuple(classes), ids.to_numpy(zero_copy_only=False), marked)
+
+
+def _if_there(table: CsvFile, given: str, known: Sequence[str]) -> str | None:
+    """The column `given`, which may be the training table's alone; otherwise the first of `known`."""
+    return (table.column(given, known) if given else None) or table.column("", known)
+
+
+def _eval_table(table: CsvFile, id_column: str, path_column: str, sample: Submission | None) -> EvalTable:
+    path = _if_there(table, path_column, PATH_NAMES) or table.must_have("", PATH_NAMES, "data.path_column")
+    row_id = _if_there(table, id_column, ID_NAMES) or path
+    read = table.read({row_id: TEXT, path: TEXT})
+    check_unique(read[row_id], table, row_id)
+    paths = image_paths(
+        read[path], table, bases(table.store, table.folder, (*EVAL_FOLDERS, *IMAGE_FOLDERS)), check_files=True
+    )
+    ids, paths = (column.to_numpy(zero_copy_only=False) for column in (read[row_id], paths))
+    return EvalTable(row_id, ids, paths, sample or _asks_itself(table, row_id, path, ids))
+
+
+def _asks_itself(table: CsvFile, row_id: str, path: str, ids: np.ndarray) -> Submission | None:
+    """The table as its own sample submission, where it has nothing but images and a column for the answer."""
+    answer = table.column("", ANSWER_NAMES)
+    if row_id != path or answer is None or len(table.header) != 2:
+        return None
+    return Submission(row_id, (answer,), ids, table.store.read(table.name).startswith(codecs.BOM_UTF8))
+
+
+def _eval_folder(store: ImageStore, sample: Submission | None) -> EvalTable:
+    *_, level = levels(store, EVAL_FOLDERS)
+    level += "/" if level else ""
+    paths = [name for name in store.names() if is_image(name) and name.startswith(level)]
+    if not paths:
+        raise DataError(f"{store.root} holds no test.csv and no images to predict")
+    names = [path[len(level) :] for path in paths]
+    stems = [posixpath.splitext(name)[0] for name in names]
+    wanted = set(sample.ids) if sample else set()
+    ids = stems if len(set(stems)) == len(stems) and set(stems) == wanted else names
+    log.info("data: %d images of %s/%s, in the order of their names", len(paths), store.root, level)
+    return EvalTable(sample.id_column if sample else "ID", np.array(ids, object), np.array(paths, object), sample)

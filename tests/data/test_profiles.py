@@ -1,0 +1,234 @@
+"""Folders of people's photographs: which class each is, who is on it, and which folders are refused."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fivefold.data.adapters import Rows, read_rows
+from fivefold.data.evals import read_eval
+from fivefold.data.folds import FoldTable, read_folds, write_folds
+from fivefold.data.grouping import find_duplicates, group_codes, merged
+from fivefold.data.profiles import STEMS, label_of, profile_factors
+from fivefold.data.splitting import divide
+from fivefold.data.store import open_store
+from fivefold.data.summary import class_file
+from fivefold.errors import DataError, SettingsError
+
+PEOPLE = {
+    "000001_female_Asian_29": "000001",
+    "000002_male_Asian_30": "000002",
+    "000003_female_Asian_59": "000003",
+    "000004_male_Asian_60": "000004",
+    "000_5_female_Asian_58": "000_5",
+}
+AGES = {"000001": 0, "000002": 1, "000003": 1, "000004": 2, "000_5": 1}
+
+
+def picture(shade: int = 0) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (2, 2), (shade % 256, shade // 256, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def drawn(root: Path, folders: Sequence[str] = tuple(PEOPLE), prefix: str = "train/images/") -> Path:
+    """Seven photographs for each folder, no two alike."""
+    for number, (folder, stem) in enumerate(product(folders, STEMS)):
+        path = root / f"{prefix}{folder}" / f"{stem}{['.jpg', '.jpeg', '.png'][number % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    return root
+
+
+def rows_of(root: Path, **options: object) -> Rows:
+    return read_rows(open_store(root), **options)
+
+
+@pytest.mark.parametrize("prefix", ["", "images/", "train/images/"])
+@pytest.mark.parametrize("layout", ["auto", "mask_profiles"])
+def test_labels_are_mask_times_6_plus_gender_times_3_plus_age(tmp_path: Path, prefix: str, layout: str) -> None:
+    rows = rows_of(drawn(tmp_path, prefix=prefix), layout=layout)
+    assert len(rows) == 7 * len(PEOPLE)
+    for path, code, person in zip(rows.paths.to_pylist(), rows.codes, rows.groups.to_pylist(), strict=True):
+        folder, file = Path(path).parts[-2:]
+        mask = 0 if file.startswith("mask") else 1 if file.startswith("incorrect") else 2
+        gender = int("female" in folder)
+        assert rows.classes[code] == str(mask * 6 + gender * 3 + AGES[PEOPLE[folder]])
+        assert person == PEOPLE[folder]
+    assert Counter(rows.groups.to_pylist()) == dict.fromkeys(PEOPLE.values(), 7)
+
+
+def test_every_combination_is_a_class_of_its_own_within_0_to_17() -> None:
+    factors = profile_factors([30, 60])
+    assert sorted(map(int, factors.values)) == list(range(18))
+    assert len(set(factors.values.values())) == 18
+    assert factors.values["0"] == ("mask", "male", "<30")
+    assert factors.values["10"] == ("incorrect", "female", "<60")
+    assert factors.values["17"] == ("normal", "female", ">=60")
+    # The original added the age to six times a code that held mask and gender already.
+    assert max(6 * mask_and_gender + age for mask_and_gender, age in product(range(6), range(3))) == 32
+    assert max(label_of(m, g, a) for m, g, a in product(range(3), range(2), range(3))) == 17
+
+
+def test_the_cuts_of_age_are_a_setting(tmp_path: Path) -> None:
+    root = drawn(tmp_path, ["1_male_Asian_57", "2_male_Asian_58", "3_male_Asian_59", "4_male_Asian_60"])
+    for cuts, wanted in {(30, 60): {"1", "2"}, (30, 58): {"1", "2"}}.items():
+        rows = rows_of(root, age_cuts=cuts)
+        masked = [code for path, code in zip(rows.paths.to_pylist(), rows.codes, strict=True) if "/mask1" in path]
+        names = [rows.classes[code] for code in masked]
+        assert set(names) == wanted
+        assert names.count("2") == sum(age >= cuts[1] for age in (57, 58, 59, 60))
+    assert rows_of(root, age_cuts=(58,)).factors.names == ("mask", "gender", "age")
+    assert set(rows_of(root, age_cuts=(58,)).classes) == {str((m * 2 + 0) * 2 + a) for m in range(3) for a in range(2)}
+
+
+def test_hidden_files_are_skipped_and_unknown_ones_reported(tmp_path: Path, caplog) -> None:
+    root = drawn(tmp_path)
+    folder = root / "train" / "images" / "000001_female_Asian_29"
+    for name in ("._mask1.jpg", ".hidden.png"):
+        (folder / name).write_bytes(picture())
+    (folder.parent / "._000001_female_Asian_29").write_bytes(b"")
+    (folder / "mask6.jpg").write_bytes(picture())
+    (folder / "copy").mkdir()
+    (folder / "copy" / "mask1.jpg").write_bytes(picture())
+    with caplog.at_level(logging.WARNING, "fivefold"):
+        rows = rows_of(root)
+    assert len(rows) == 7 * len(PEOPLE)
+    assert "2 images are none of mask1" in caplog.text
+    assert "mask6.jpg" in caplog.text
+
+
+def test_the_table_of_people_beside_the_images_is_no_table_of_images(tmp_path: Path) -> None:
+    root = drawn(tmp_path)
+    lines = ["id,gender,race,age,path", *(f"{p},{f.split('_')[-3]},Asian,1,{f}" for f, p in PEOPLE.items())]
+    (root / "train" / "train.csv").write_text("\n".join(lines))
+    assert "mask profiles" in rows_of(root).layout
+    assert "mask profiles" in rows_of(root / "train").layout
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["6_child_Asian_10", "notaprofile"], r"2 of 7 folders are not named <id>_<gender>_<race>_<age>.*'6_child"),
+        (["6_male_Asian_old"], r"1 of 6 folders.*an age that is no number: '6_male_Asian_old'"),
+        (["6_male_Asian_"], r"'6_male_Asian_'"),
+        (["6_male_Asian_-3"], r"no number: '6_male_Asian_-3'"),
+        ([f"{n}_male_Asian_x{n}" for n in range(8)], r"8 of 13.*and 3 more \(8 in all\)"),
+    ],
+)
+def test_folders_that_are_no_profiles_are_named(tmp_path: Path, folders: list[str], message: str) -> None:
+    root = drawn(tmp_path, [*PEOPLE, *folders])
+    for layout in ("auto", "mask_profiles"):
+        with pytest.raises(DataError, match=message):
+            rows_of(root, layout=layout)
+
+
+def test_folders_of_classes_are_not_taken_for_profiles(tmp_path: Path) -> None:
+    root = drawn(tmp_path, ["cat_male_tabby_3", "dog", "bird"])
+    assert set(rows_of(root).classes) == {"cat_male_tabby_3", "dog", "bird"}
+    assert rows_of(root).factors is None
+    other = tmp_path / "other"
+    for folder in PEOPLE:  # named like profiles, but what lies in them is not
+        (other / folder).mkdir(parents=True)
+        (other / folder / "1.png").write_bytes(picture())
+    assert set(rows_of(other).classes) == set(PEOPLE)
+    assert set(rows_of(drawn(tmp_path / "third"), layout="folders").classes) == set(PEOPLE)
+
+
+def split_by_person(people: int, folds: int, seed: int, parts: tuple[float, ...] = ()) -> tuple[np.ndarray, ...]:
+    """(person, fold, part) of the seven rows of each of `people`."""
+    random = np.random.default_rng(seed)
+    gender, age = random.integers(0, 2, people), random.integers(0, 3, people)
+    person = np.repeat(np.arange(people), 7)
+    mask = np.tile(np.array(list(STEMS.values())), people)
+    codes = (mask * 2 + gender[person]) * 3 + age[person]
+    fold, part = divide(codes.astype(np.int32), person, folds, 0.0, parts, seed, True)
+    return person, fold, part
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_person_stands_in_two_folds_nor_twice_in_one(seed: int) -> None:
+    person, fold, _ = split_by_person(60, 5, seed)
+    assert all(len(set(fold[person == one])) == 1 for one in range(60))
+    assert np.bincount(fold).sum() == 420
+    person, fold, part = split_by_person(60, 5, seed, (0.8, 0.2, 0.0))
+    assert all(len(set(part[person == one])) == 1 for one in range(60))
+    assert len(part) == 420
+    # The original drew its people with replacement (`random.choices`), so that some came twice and others never.
+    drawn_people = np.random.default_rng(seed).choice(60, 48)
+    assert len(set(drawn_people)) < 48
+
+
+def test_the_split_knows_what_its_classes_are_made_of(tmp_path: Path) -> None:
+    rows = rows_of(drawn(tmp_path))
+    whole = merged(group_codes(rows.groups), find_duplicates(rows.paths))
+    fold, part = divide(rows.codes, whole, 2, 0.0, [], 42, True)
+    table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, rows.paths, rows.factors)
+    write_folds(tmp_path / "folds.parquet", table)
+    (tmp_path / "classes.json").write_text(json.dumps(class_file(table)))
+    found = read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
+    assert found.factors == rows.factors
+
+    some = found.of_factors(["gender", "mask"])
+    assert some.knows == ("mask", "gender")
+    assert some.classes == tuple(
+        sorted(f"{m}+{g}" for m in ("mask", "incorrect", "normal") for g in ("male", "female"))
+    )
+    ages = found.of_factors(["age"])
+    assert ages.classes == ("<30", "<60", ">=60")
+    for path, both, age in zip(found.paths.to_pylist(), some.labels(), ages.labels(), strict=True):
+        assert both.split("+")[1] == Path(path).parent.name.split("_")[-3]
+        assert age == ("<30", "<60", ">=60")[AGES[PEOPLE[Path(path).parent.name]]]
+    assert found.of_factors([]) is found
+    assert found.of_factors(["age", "gender", "mask"]) is found
+    with pytest.raises(SettingsError, match="unknown factor 'ages'; did you mean 'age'"):
+        found.of_factors(["ages"])
+
+
+def test_factors_of_classes_without_any_are_refused(tmp_path: Path) -> None:
+    table = read_folds_of_two_classes(tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"model.factors=age, but the classes of this split are not made of factors"
+    ):
+        table.of_factors(["age"])
+    (tmp_path / "classes.json").write_text('{"classes": ["a", "b"], "factors": {"mask": {"a": "x", "b": "x"}}}')
+    with pytest.raises(DataError, match="two classes have the same factors"):
+        read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
+    (tmp_path / "classes.json").write_text('{"classes": ["a", "b"], "factors": {"mask": {"a": "x"}}}')
+    with pytest.raises(DataError, match="factors must give each class its value"):
+        read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
+
+
+def read_folds_of_two_classes(folder: Path) -> FoldTable:
+    names = [f"{name}/{n}.png" for name in "ab" for n in range(4)]
+    for name in names:
+        (folder / "two" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "two" / name).write_bytes(picture())
+    rows = rows_of(folder / "two")
+    fold, part = divide(rows.codes, None, 2, 0.0, [], 42, True)
+    table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, rows.paths)
+    write_folds(folder / "folds.parquet", table)
+    return table
+
+
+def test_the_list_of_test_images_asks_for_its_own_columns(tmp_path: Path) -> None:
+    (tmp_path / "eval" / "images").mkdir(parents=True)
+    names = [f"{n:040x}.jpg" for n in (7, 3, 5)]
+    for name in names:
+        (tmp_path / "eval" / "images" / name).write_bytes(picture())
+    (tmp_path / "eval" / "info.csv").write_text("\n".join(["ImageID,ans", *(f"{name},0" for name in names)]))
+    for root in (tmp_path / "eval", tmp_path):
+        found = read_eval(root)
+        assert list(found.ids) == names
+        assert [Path(path).name for path in found.paths] == names
+        assert (found.sample.id_column, found.sample.classes, list(found.sample.ids)) == ("ImageID", ("ans",), names)
+    (tmp_path / "eval" / "images" / names[1]).unlink()
+    with pytest.raises(DataError, match=names[1]):
+        read_eval(tmp_path / "eval")
