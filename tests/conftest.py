@@ -2,9 +2,12 @@
 
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 @pytest.fixture
@@ -17,3 +20,41 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", disk], check=True)
+
+
+@dataclass(frozen=True)
+class DrawnProducts:
+    """A folder with `image_data.csv` and the images that it names; `category` of each product id."""
+
+    root: Path
+    category: dict[str, str]
+
+
+def draw_products(root: Path, count: int = 40, size: int = 16) -> DrawnProducts:
+    """Products with a differing number of drawn images in each cell, in Korean categories of unequal size."""
+    random = np.random.default_rng(0)
+    bright = {"main": 0, "back": 0, "tag": 1, "neck": 2, "etc": None}
+    category = {f"P{n:03d}": "상의" if n % 10 < 7 else "하의" if n % 10 < 9 else "가방" for n in range(count)}
+    lines = ["id,category_name,main_image,back_image,text_tag_image,neck_tag_image,other"]
+    for number, (product, name) in enumerate(category.items()):
+        cells = []
+        for column, channel in bright.items():
+            # The other cells hold from none to two images; both signs between paths occur.
+            images = [
+                f"사진/{product}/{column}_{n}.png" for n in range(1 if column == "main" else (number + len(cells)) % 3)
+            ]
+            for image in images:
+                pixels = random.integers(0, 100, (size, size, 3))
+                pixels[..., slice(None) if channel is None else channel] += 150
+                (root / image).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.astype(np.uint8)).save(root / image)
+            cells.append(("&" if number % 2 else ", ").join(images))
+        lines.append(",".join([product, name, *(f'"{cell}"' for cell in cells)]))
+    (root / "image_data.csv").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    return DrawnProducts(root, category)
+
+
+@pytest.fixture(scope="session")
+def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
+    """Forty drawn products in the layout `products`; read only."""
+    return draw_products(tmp_path_factory.mktemp("products"))

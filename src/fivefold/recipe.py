@@ -18,12 +18,29 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    layout: str = Field("auto", description="auto, folders (a folder a class), mask_profiles (one a person) or csv")
+    layout: str = Field(
+        "auto",
+        description="auto, folders (a folder a class), mask_profiles (one a person), csv, or products (a row a product)",
+    )
     table: str = Field("", description="the CSV below the channel; empty: train.csv, or the only one")
     id_column: str = Field("", description="CSV column of row ids; empty: id if there is one, else the path")
     path_column: str = Field("", description="CSV column of image paths; empty: image_path, img_path, path or the like")
     label_column: str = Field("", description="CSV column of classes; empty: target, label, class_name or the like")
     group_column: str = Field("", description="CSV column of groups that no fold may part (people, products)")
+    base_path: str = Field(
+        "", description="folder that a CSV's paths count from; empty: the one below which they exist"
+    )
+    category_column: str = Field("", description="products: column of categories; empty: category_name or category")
+    image_types: dict[str, str] = Field(
+        {
+            "main_image": "full_shot",
+            "back_image": "full_shot",
+            "text_tag_image": "care_label",
+            "neck_tag_image": "neck_label",
+            "other": "detail_shot",
+        },
+        description="products: the class of the images in each column",
+    )
     age_cuts: list[float] = Field([30, 60], description="mask_profiles: ages at which the next class of age begins")
 
     @model_validator(mode="after")
@@ -42,6 +59,9 @@ class Split(Section):
     open_images: bool = Field(
         True,
         description="open every image once: finds broken, missing and equal ones; false: a CSV's paths are taken on trust",
+    )
+    csv: bool = Field(
+        False, description="also write train_data.csv, validation_data.csv and test_data.csv; products: always"
     )
     skip_unreadable: bool = Field(False, description="leave unreadable images out, instead of stopping")
     max_unpacked_gib: float = Field(200.0, gt=0, description="largest size a .zip may unpack to")

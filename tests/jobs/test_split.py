@@ -1,10 +1,13 @@
 """The split stage as its container runs it: one process, SM_* variables, exit codes."""
 
+import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
 from itertools import pairwise
@@ -271,3 +274,103 @@ def test_a_million_rows_take_seconds(tmp_path: Path) -> None:
     seconds, megabytes = measured(tmp_path / "data", tmp_path / "grouped", "data.group_column=person")
     assert seconds < 10
     assert megabytes < 600
+
+
+PRODUCTS = ("data.layout=products", "split.parts=[0.8,0.1,0.1]", "split.seed=2025")
+
+
+def read_part(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_products_are_parted_whole_and_evenly_by_category(products, tmp_path: Path) -> None:
+    done = split(products.root, tmp_path / "out", *PRODUCTS)
+    assert done.returncode == 0, done.stderr
+    table = table_of(tmp_path / "out")
+    files = {"train": "train_data.csv", "valid": "validation_data.csv", "test": "test_data.csv"}
+    parts = {part: read_part(tmp_path / "out" / name) for part, name in files.items()}
+    assert sum(map(len, parts.values())) == len(table) == len(list(products.root.rglob("*.png")))
+    assert all(list(row) == ["product_id", "image_path", "image_type"] for rows in parts.values() for row in rows)
+    members = {part: {row["product_id"] for row in rows} for part, rows in parts.items()}
+    # 40 products, of which 28, 8 and 4 are of a category: shares of products, whatever their numbers of images
+    assert {part: len(found) for part, found in members.items()} == {"train": 32, "valid": 4, "test": 4}
+    assert len(members["train"] | members["valid"] | members["test"]) == 40
+    tops = {part: sum(products.category[name] == "상의" for name in found) for part, found in members.items()}
+    assert tops["train"] in (22, 23)
+    assert {tops["valid"], tops["test"]} <= {2, 3}
+
+    by_path = dict(zip(table.paths.to_pylist(), zip(table.part, table.labels(), strict=True), strict=True))
+    for part, rows in parts.items():
+        assert all(by_path[row["image_path"]] == (part, row["image_type"]) for row in rows)
+        assert all((products.root / row["image_path"]).is_file() for row in rows)
+    summary = json.loads((tmp_path / "out" / "data_split_summary.json").read_text())
+    assert summary["seed"] == 2025
+    assert summary["shares"] == {"train": 0.8, "valid": 0.1, "test": 0.1}
+    assert summary["total"]["categories"] == {"가방": 4, "상의": 28, "하의": 8}
+    assert summary["parts"]["test"]["products"] == 4
+    assert summary["parts"]["test"]["images"] == len(parts["test"])
+    assert sum(summary["parts"]["valid"]["image_types"].values()) == len(parts["valid"])
+    recorded = json.loads((tmp_path / "out" / "stage.json").read_text())["outputs"]
+    assert {"output/data_split_summary.json", *(f"output/{name}" for name in files.values())} <= set(recorded)
+
+
+def test_the_seed_moves_products_and_folds_keep_them_whole(products, tmp_path: Path) -> None:
+    settings = ("data.layout=products", "split.folds=4", "split.holdout=0.1")
+    for seed in (1, 2):
+        done = split(products.root, tmp_path / f"out{seed}", *settings, f"split.seed={seed}")
+        assert done.returncode == 0, done.stderr
+    table = table_of(tmp_path / "out1")
+    whole = set(zip(table.groups.to_pylist(), table.fold.tolist(), table.part.tolist(), strict=True))
+    assert len(whole) == 40
+    assert sorted(Counter(fold for _, fold, _ in whole).items()) == [(-1, 4), (0, 9), (1, 9), (2, 9), (3, 9)]
+    assert (tmp_path / "out1" / "folds.parquet").read_bytes() != (tmp_path / "out2" / "folds.parquet").read_bytes()
+    assert not (tmp_path / "out1" / "validation_data.csv").exists()
+
+
+def test_the_same_picture_in_two_products_keeps_them_on_one_side(products, tmp_path: Path) -> None:
+    channel = tmp_path / "data"
+    shutil.copytree(products.root, channel)
+    for number in range(0, 40, 2):
+        shutil.copy(products.root / "사진/P000/main_0.png", channel / f"사진/P{number:03d}/main_0.png")
+    done = split(channel, tmp_path / "out", *PRODUCTS)
+    assert done.returncode == 0, done.stderr
+    table = table_of(tmp_path / "out")
+    twins = [row for row, path in enumerate(table.paths.to_pylist()) if int(path[4:7]) % 2 == 0]
+    assert len(set(table.part[twins].tolist())) == 1
+    assert "each stays on one side" in done.stderr
+
+
+def test_other_layouts_get_the_tables_when_asked_and_lose_them_when_not(tmp_path: Path) -> None:
+    channel, output = write(tmp_path / "data", class_folders("a", "b")), tmp_path / "out"
+    assert split(channel, output, "split.csv=true", "split.parts=0.6,0.2,0.2").returncode == 0
+    assert len(read_part(output / "train_data.csv")) == 12
+    assert "categories" not in json.loads((output / "data_split_summary.json").read_text())["total"]
+    assert split(channel, output).returncode == 0
+    assert not list(output.glob("*_data.csv"))
+
+
+def test_a_products_broken_image_stops_the_split_or_is_left_out(products, tmp_path: Path) -> None:
+    channel = tmp_path / "data"
+    shutil.copytree(products.root, channel)
+    (channel / "사진/P003/main_0.png").write_bytes(b"nothing")
+    refused = split(channel, tmp_path / "out", *PRODUCTS)
+    assert refused.returncode == 65
+    assert "P003/main_0.png cannot be decoded" in refused.stderr
+    assert not (tmp_path / "out" / "folds.parquet").exists()
+    assert split(channel, tmp_path / "out", *PRODUCTS, "split.skip_unreadable=true").returncode == 0
+    assert "사진/P003/main_0.png" not in table_of(tmp_path / "out").paths.to_pylist()
+
+
+def test_every_key_of_a_products_recipe_is_read_or_refused(products, tmp_path: Path) -> None:
+    recipe = tmp_path / "custom_config.json"
+    settings = {"data": {"layout": "products"}, "split": {"parts": [0.8, 0.1, 0.1], "seed": 2025, "stratified": True}}
+    recipe.write_text(json.dumps(settings))
+    refused = split(products.root, tmp_path / "out", f"recipe={recipe}")
+    assert refused.returncode == 64
+    assert "unknown key 'split.stratified'; did you mean 'split.stratify'?" in refused.stderr
+    del settings["split"]["stratified"]
+    recipe.write_text(json.dumps(settings))
+    done = split(products.root, tmp_path / "out", f"recipe={recipe}")
+    assert done.returncode == 0, done.stderr
+    assert len({row["product_id"] for row in read_part(tmp_path / "out" / "test_data.csv")}) == 4

@@ -50,6 +50,8 @@ class Rows:
     """N labelled images: `ids`, `paths` and `groups` (or nulls) [N] strings in Arrow, `codes` [N] int32 into `classes`.
 
     `factors`: what the classes are made of, None where they are single things.
+    `strata` [N] strings, where a split spreads its groups by something else than the classes; every
+    row then has a group, and the rows of a group one stratum.
     """
 
     ids: pa.Array
@@ -59,6 +61,7 @@ class Rows:
     groups: pa.Array
     layout: str
     factors: Factors | None = None
+    strata: pa.Array | None = None
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -71,7 +74,8 @@ class Rows:
         codes = np.searchsorted(used, self.codes[kept]).astype(np.int32)
         ids, paths, groups = (column.filter(mask) for column in (self.ids, self.paths, self.groups))
         factors = None if self.factors is None else self.factors.only(classes)
-        return Rows(ids, paths, codes, classes, groups, self.layout, factors)
+        strata = None if self.strata is None else self.strata.filter(mask)
+        return Rows(ids, paths, codes, classes, groups, self.layout, factors, strata)
 
 
 def read_rows(
@@ -81,6 +85,7 @@ def read_rows(
     columns: Columns | None = None,
     check_files: bool = True,
     age_cuts: Sequence[float] = (30, 60),
+    base_path: str = "",
 ) -> Rows:
     """The training rows of a store: of the CSV `table` (or the one that is found), of its profiles, or its class folders.
 
@@ -96,7 +101,7 @@ def read_rows(
         raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
     if found is not None and (table or layout == "csv" or _is_usable(found, columns)):
         log.info("data: rows of %s", found)
-        return _table_rows(found, columns, check_files)
+        return _table_rows(found, columns, check_files, base_path)
     try:
         rows = _any_folders(store, age_cuts)
     except DataError:
@@ -130,7 +135,7 @@ def _must_be_usable(table: CsvFile, columns: Columns) -> tuple[str, str]:
     return path, table.must_have(columns.label, LABEL_NAMES, "data.label_column")
 
 
-def _table_rows(table: CsvFile, columns: Columns, check_files: bool) -> Rows:
+def _table_rows(table: CsvFile, columns: Columns, check_files: bool, base_path: str) -> Rows:
     path, label = _must_be_usable(table, columns)
     group = table.must_have(columns.group, (), "data.group_column") if columns.group else None
     if columns.id:
@@ -144,7 +149,7 @@ def _table_rows(table: CsvFile, columns: Columns, check_files: bool) -> Rows:
     check_unique(read[row_id], table, row_id)
     codes, classes = _classes(labels, table)
     groups = pc.if_else(pc.equal(read[group], ""), None, read[group]) if group else pa.nulls(len(codes), TEXT)
-    paths = image_paths(read[path], table, bases(table.store, table.folder, TRAIN_FOLDERS), check_files)
+    paths = image_paths(read[path], table, bases(table.store, table.folder, TRAIN_FOLDERS, base_path), check_files)
     return Rows(read[row_id], paths, codes, classes, groups, f"the CSV {table.name}")
 
 

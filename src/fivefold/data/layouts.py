@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from fivefold.data.images import is_image
 from fivefold.data.store import ImageStore
 from fivefold.data.tables import few
+from fivefold.errors import SettingsError
 
 log = logging.getLogger("fivefold")
 
@@ -55,8 +56,16 @@ def csvs(store: ImageStore, level: str) -> list[str]:
     return [posixpath.join(level, name) for name in store.listing(level)[1] if name.lower().endswith(".csv")]
 
 
-def bases(store: ImageStore, folder: str, special: Sequence[str]) -> list[str]:
-    """What the paths of a table in `folder` may count from: that folder, the root, or a `special` folder beside it."""
+def bases(store: ImageStore, folder: str, special: Sequence[str], given: str = "") -> list[str]:
+    """What the paths of a table in `folder` may count from: that folder, the root, or a `special` folder beside it.
+
+    Or the folder `given` alone; a SettingsError if it is none of the store's.
+    """
+    if given:
+        base = posixpath.normpath(given.replace("\\", "/").removeprefix(f"{store.root}/"))
+        if base.startswith(("/", "../")) or base == "..":
+            raise SettingsError(f"data.base_path={given} lies outside {store.root}; give a folder below it")
+        return ["" if base == "." else base]
     beside = [name for name in store.listing(folder)[0] if name.lower() in special]
     return list(dict.fromkeys([folder, "", *(posixpath.join(folder, name) for name in beside)]))
 

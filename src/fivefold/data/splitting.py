@@ -44,6 +44,26 @@ def divide(
     return fold, np.where(aside, "holdout", "train")
 
 
+def divide_groups(
+    strata: np.ndarray,
+    groups: np.ndarray,
+    whole: np.ndarray,
+    folds: int,
+    holdout: float,
+    parts: Sequence[float],
+    seed: int,
+    stratify: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `divide`, but what is counted are groups, not rows: shares of 0.8, 0.1, 0.1 are shares of the products.
+
+    `groups` [N] whole numbers from 0 up, none left out; `strata` [N] codes, equal within a group, take
+    the classes' place; rows that share a number in `whole` [N] stay together even across groups.
+    """
+    first = np.unique(groups, return_index=True)[1]
+    fold, part = divide(strata[first], whole[first], folds, holdout, parts, seed, stratify)
+    return fold[groups], part[groups]
+
+
 def assign_folds(codes: np.ndarray, groups: np.ndarray | None, folds: int, seed: int, stratify: bool) -> np.ndarray:
     """A fold 0..folds-1 for each row: int16 [N].
 

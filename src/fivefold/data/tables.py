@@ -107,10 +107,13 @@ def open_csv(store: ImageStore, name: str) -> CsvFile:
     return CsvFile(store, name, header)
 
 
-def image_paths(raw: pa.Array, table: CsvFile, bases: Sequence[str], check_files: bool) -> pa.Array:
+def image_paths(
+    raw: pa.Array, table: CsvFile, bases: Sequence[str], check_files: bool, lines: np.ndarray | None = None
+) -> pa.Array:
     """The table's paths relative to the store's root.
 
-    They count from the first of `bases` below which most of the first rows exist. Raises a
+    They count from the first of `bases` below which most of the first rows exist; `lines` [N] are
+    those of the file, if not one a path from the second on. Raises a
     DataError for paths that lead out of the root, and with `check_files` for missing files, with
     the first few and their number.
     """
@@ -122,7 +125,7 @@ def image_paths(raw: pa.Array, table: CsvFile, bases: Sequence[str], check_files
     head = raw[:TRIED_PATHS].to_pylist()
     found = [sum(_exists(table.store, _plain(base, path)) for path in head) for base in bases]
     base = bases[int(np.argmax(found))]
-    paths = _plain_paths(raw, base, table)
+    paths = _plain_paths(raw, base, table, np.arange(len(raw)) + 2 if lines is None else lines)
     if check_files:
         _check_files(paths, table)
     return paths
@@ -156,7 +159,7 @@ def _exists(store: ImageStore, name: str | None) -> bool:
     return name is not None and store.exists(name)
 
 
-def _plain_paths(raw: pa.Array, base: str, table: CsvFile) -> pa.Array:
+def _plain_paths(raw: pa.Array, base: str, table: CsvFile, lines: np.ndarray) -> pa.Array:
     paths = pc.binary_join_element_wise(base, raw, "/") if base else raw
     odd = np.flatnonzero(pc.match_substring_regex(raw, ODD_PATH).to_numpy(zero_copy_only=False))
     if not len(odd):
@@ -166,7 +169,7 @@ def _plain_paths(raw: pa.Array, base: str, table: CsvFile) -> pa.Array:
     if outside:
         raise DataError(
             f"{table}: paths that are empty or lead out of {table.store.root}: "
-            f"{few(raw.take(pa.array(outside)).to_pylist())}; the first in line {outside[0] + 2}"
+            f"{few(raw.take(pa.array(outside)).to_pylist())}; the first in line {lines[outside[0]]}"
         )
     is_odd = np.zeros(len(raw), bool)
     is_odd[odd] = True
