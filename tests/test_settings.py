@@ -20,6 +20,7 @@ from fivefold.settings import (
     load,
     normal_key,
     read_recipe,
+    shipped_recipes,
     unused_keys,
 )
 
@@ -243,6 +244,36 @@ def test_keys_that_a_stage_does_not_read_are_found():
     assert unused_keys(layer, ("data", "split")) == ["seed", "train.epochs"]
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_says_the_same_in_json(name: str, tmp_path: Path):
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(read_recipe(name)), encoding="utf-8")
+    as_toml, as_json = flatten(given(f"recipe={name}")), flatten(given(f"recipe={path}"))
+    assert as_json | {"recipe": name} == as_toml
+
+
+def test_json_holds_nested_lists_tables_and_nothing(tmp_path: Path):
+    text = """{
+        "fold": null,
+        "model": {"image_size": [512, 384], "options": {"widths": [[8, 16], [32]], "act": null}},
+        "augment": {"train": ["resize", {"name": "random_resized_crop", "scale": [0.7, 1]}]},
+        "train": {"lr": 5e-5, "weight_decay": 1}
+    }"""
+    (tmp_path / "größe.json").write_text(text, encoding="utf-8-sig")
+    settings = given(f"recipe={tmp_path / 'größe.json'}")
+    assert settings.model.size == (512, 384)
+    assert settings.model.options == {"widths": [[8, 16], [32]], "act": None}
+    assert settings.augment.train == ["resize", {"name": "random_resized_crop", "scale": [0.7, 1]}]
+    assert (settings.train.lr, settings.train.weight_decay, settings.fold) == (5e-5, 1.0, None)
+    assert settings.system == "größe"
+
+
+@pytest.mark.parametrize("argument", ["config=", "--config=", "CONFIG="])
+def test_config_is_another_name_of_recipe(argument: str, recipe: Path):
+    assert given(argument + str(recipe)) == given(f"recipe={recipe}")
+    assert given("recipe=demo", argument + str(recipe)).train.epochs == 11
+
+
 def test_a_recipe_may_be_json_or_begin_with_a_byte_order_mark(tmp_path: Path):
     (tmp_path / "r.json").write_text(json.dumps({"train": {"epochs": 9}}))
     assert given(f"recipe={tmp_path / 'r.json'}").train.epochs == 9
@@ -257,6 +288,22 @@ def test_a_recipe_may_be_json_or_begin_with_a_byte_order_mark(tmp_path: Path):
         ("r.yaml", "a: 1", SettingsError, "recipes are TOML or JSON, since YAML reads 5e-5 as a text"),
         ("r.toml", "[train\n", SettingsError, "cannot be read: "),
         ("r.json", "{", SettingsError, "cannot be read: "),
+        ("r.json", "", SettingsError, "cannot be read: Expecting value: line 1 column 1"),
+        ("r.json", '{"train": {"epochs": 3,}}', SettingsError, "a comma before a closing bracket; JSON allows none"),
+        ("r.json", '{"seed": 1,\n"split": {\n"parts": [1, 0, 0,]}}', SettingsError, "allows none there: line 3 column"),
+        (
+            "r.json",
+            '{\n  // fast\n  "seed": 1}',
+            SettingsError,
+            "JSON has no comments; a TOML recipe may have them: line 2",
+        ),
+        ("r.json", '{"seed": 1} # fast', SettingsError, "JSON has no comments; a TOML recipe may have them: line 1"),
+        ("r.json", "{'seed': 1}", SettingsError, "JSON's quotes are double: line 1"),
+        ("r.json", '{"seed": 1, "seed": 2}', SettingsError, "the key 'seed' stands twice in one table"),
+        ("r.json", '{"train": {"lr": NaN}}', SettingsError, "NaN is no JSON; a finite number is needed"),
+        ("r.json", '{"train": {"epoch": 3}}', SettingsError, "unknown key 'train.epoch'; did you mean 'train.epochs'?"),
+        ("r.json", '{"train": {"epochs": null}}', SettingsError, "train.epochs=None: a whole number is needed"),
+        ("r.json", '{"config": "demo"}', SettingsError, "unknown key 'config'"),
         ("r.json", "[1]", SettingsError, "holds list, not a table of sections"),
         ("r.toml", "train = 3", SettingsError, "r.toml: train=3: a table of keys is needed"),
         ("r.toml", "[train]\nepoch = 3", SettingsError, "unknown key 'train.epoch'; did you mean 'train.epochs'?"),

@@ -16,11 +16,12 @@ from pydantic import BaseModel, ValidationError
 from fivefold.choose import choose, did_you_mean
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Settings
-from fivefold.values import value_of, words
+from fivefold.values import json_document, value_of, words
 
 RECIPES = Path(__file__).parent / "recipes"
 ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "seed"}
 INDEX = "JOB_COMPLETION_INDEX"
+ALIASES = {"config": "recipe"}
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ def load(layers: Sequence[Layer]) -> Settings:
 
 
 def normal_key(name: str) -> str:
-    """`TRAIN__EPOCHS`, `--train.epochs` or `Train.epochs` as `train.epochs`; hyphens within become underscores."""
-    return name.strip().lower().lstrip("-").replace("-", "_").replace("__", ".")
+    """`TRAIN__EPOCHS`, `--train.epochs` or `Train.epochs` as `train.epochs`; hyphens become underscores, `config` `recipe`."""
+    key = name.strip().lower().lstrip("-").replace("-", "_").replace("__", ".")
+    return ALIASES.get(key, key)
 
 
 def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
@@ -114,7 +116,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
-        tree = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+        tree = json_document(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"recipe {path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
