@@ -40,6 +40,8 @@ def test_settings_are_frozen():
         (Model, {"mean": [0.5]}, "three numbers"),
         (Model, {"std": [0.2, 0.0, 0.2]}, "std is positive"),
         (Model, {"pretrained": 1}, "boolean"),
+        (Model, {"meta": ["aspect", "aspect"]}, "names a feature twice"),
+        (Model, {"drop_path": 1.0}, "less than 1"),
         (Model, {"backbones": "x"}, "not permitted"),
     ],
 )

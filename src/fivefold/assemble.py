@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet, count_batches
 from fivefold.data.folds import FoldTable
+from fivefold.data.meta import count_numbers
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import MissingInputError, SettingsError
@@ -19,7 +20,7 @@ from fivefold.inference.predictor import Runtime, make_runtime
 from fivefold.inference.tta import build_views
 from fivefold.machine import count_cores, keep_freed_memory
 from fivefold.models.backbones import build_backbone, count_features
-from fivefold.models.classifier import Classifier
+from fivefold.models.classifier import Classifier, Standardised
 from fivefold.models.heads import build_head
 from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
@@ -84,9 +85,10 @@ def _runtime(settings: Settings, device: torch.device, dtype: torch.dtype | None
 
 def build_classifier(model: Model, classes: int) -> Classifier:
     """The network of `[model]` with random weights, or those of its hub."""
-    backbone = build_backbone(model.backbone, model.pretrained, model.options)
-    head = build_head(model.head, count_features(backbone, model.size), classes, model.dropout)
-    return Classifier(backbone, head)
+    meta = count_numbers(model.meta)
+    backbone = build_backbone(model.backbone, model.pretrained, model.options, model.drop_path)
+    head = build_head(model.head, count_features(backbone, model.size) + meta, classes, model.dropout)
+    return Classifier(backbone, head, Standardised(meta) if meta else None)
 
 
 def start_weights(network: Classifier, model: Model, channel: Path | None) -> None:
@@ -113,9 +115,11 @@ def images_at(
     """The images at `paths`, checked against their digests; kept in memory if they fit and the settings want it."""
     specs = settings.augment.train if training else settings.augment.eval
     transform = build_transforms(specs, settings.model.size)
-    images = ImageSet(store, paths, transform, settings.seed, sha256)
+    images = ImageSet(store, paths, transform, settings.seed, sha256, settings.model.meta)
     if settings.train.keep_in_memory and not images.keep_in_memory():
         log.info("%d images are too many to keep decoded in memory; they are read at each epoch", len(images))
+    if settings.model.meta:
+        images.measure()
     return images
 
 
@@ -143,6 +147,8 @@ def build_loop(
     seed_everything(settings.seed)
     chosen = settings.train
     loss = choose(LOSSES, "loss", chosen.loss)(chosen.label_smoothing)
+    if network.meta is not None:
+        network.meta.fit(torch.from_numpy(train.images.measure()))
     model = runtime.place(network)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
@@ -184,7 +190,8 @@ def build_loop(
 def check_memory(network: nn.Module, settings: Settings, runtime: Runtime) -> None:
     """Logs what a step will take; a SettingsError names a batch size that fits, when this one does not."""
     copies = 1 + choose(OPTIMIZER_STATES, "optimizer", settings.train.optimizer) + (settings.train.ema_decay > 0)
-    found = memory.estimate(runtime.place(network), settings.model.size, runtime, copies)
+    meta = count_numbers(settings.model.meta)
+    found = memory.estimate(runtime.place(network), settings.model.size, runtime, copies, meta)
     log.info(in_words(runtime))
     log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, memory.available(runtime.device)))
 

@@ -63,7 +63,7 @@ def predict_images(
 ) -> np.ndarray:
     """Log-probabilities float32 [N, C] with the evaluation transform, by the recipe's views unless others are given."""
     transform = build_transforms(settings.augment.eval, settings.model.size)
-    images = ImageSet(files.store, files.paths, transform, sha256=files.sha256)
+    images = ImageSet(files.store, files.paths, transform, sha256=files.sha256, meta=settings.model.meta)
     workers = choose_workers(settings.train.workers, runtime.device)
     batches = load_with_progress(images, predict_batch_size(settings), workers, label)
     return predict(network, batches, runtime, views or settings.predict.views)

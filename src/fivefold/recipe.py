@@ -89,8 +89,14 @@ class Model(Section):
     factors: list[str] = Field(
         [], description="know these factors of the classes alone, e.g. mask,gender; empty: the classes as they are"
     )
-    head: str = Field("linear", description="what turns features into classes")
+    drop_path: float | None = Field(
+        None, ge=0, lt=1, description="share of residual branches left out (stochastic depth); none: the backbone's own"
+    )
+    head: Spec = Field(
+        "linear", description="what turns features into classes: linear, mlp or convnext, or a table with parameters"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the last layer")
+    meta: list[str] = Field([], description="numbers of the whole image that join the features: aspect, color_mean")
     image_size: int | list[int] = Field(224, description="pixels that it takes: one number, or [height, width]")
     mean: list[float] = Field([0.485, 0.456, 0.406], description="of each channel, images in 0..1")
     std: list[float] = Field([0.229, 0.224, 0.225], description="of each channel, images in 0..1")
@@ -101,6 +107,8 @@ class Model(Section):
             raise ValueError("image_size is one positive number, or [height, width]")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError("mean and std are three numbers each, and std is positive")
+        if len(set(self.meta)) < len(self.meta):
+            raise ValueError("meta names a feature twice")
         return self
 
     @property

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from fivefold.data.dataset import ImageSet, count_batches, derive_seed, epoch_batches, in_order, load
+from fivefold.data.meta import measure
 from fivefold.data.store import open_store
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError
@@ -51,6 +52,22 @@ def test_loading_does_not_move_torchs_random_state(images):
     torch.manual_seed(0)
     epoch(images, 1, 0)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_meta_features_are_of_the_image_before_its_transform_and_the_same_however_they_are_read(images):
+    named = ImageSet(images.store, images.paths, images.transform, seed=5, meta=["color_mean", "aspect"])
+    assert next(load(images, [[(1, 0)]], 0)).meta is None
+    (batch,) = load(named, [[(1, 3), (2, 3), (1, 7)]], 0)
+    expected = np.stack([measure(images.image(row), ["color_mean", "aspect"]) for row in (3, 3, 7)])
+    assert batch.meta.dtype == torch.float32
+    np.testing.assert_array_equal(batch.meta.numpy(), expected)
+    np.testing.assert_array_equal(named.measure()[[3, 3, 7]], expected)
+    assert named.measure().shape == (11, 4)
+    for workers in (0, 2):
+        (again,) = load(pickle.loads(pickle.dumps(named)), [[(1, 3), (2, 3), (1, 7)]], workers)
+        assert torch.equal(again.meta, batch.meta)
+        assert torch.equal(again.images, batch.images)
+    assert ImageSet(images.store, [], images.transform, meta=["aspect"]).measure().shape == (0, 1)
 
 
 def test_a_file_that_changed_since_the_split_is_named(images, tmp_path):

@@ -8,6 +8,15 @@ from fivefold.models.classifier import Classifier
 from fivefold.models.heads import build_head
 from fivefold.models.weights import load_exactly, read_weights, save_weights, start_from
 
+LARGE = [
+    ("torchvision/resnext50_32x4d", 64, 2048),
+    ("torchvision/resnext101_32x8d", 64, 2048),
+    ("torchvision/vgg19", 32, 4096),
+    ("timm/caformer_b36.sail_in22k", 64, 768),
+    ("efficientnet_pytorch/efficientnet-b4", 64, 1792),
+    ("efficientnet_pytorch/efficientnet-b5", 64, 2048),
+]
+
 
 @pytest.mark.parametrize(
     ("name", "size", "features"),
@@ -18,6 +27,12 @@ from fivefold.models.weights import load_exactly, read_weights, save_weights, st
         ("torchvision/mobilenet_v3_small", 32, 1024),
         ("torchvision/convnext_tiny", 32, 768),
         ("efficientnet_pytorch/efficientnet-b0", 32, 1280),
+        ("torchvision/resnet34", 32, 512),
+        ("timm/efficientnet_b5", 32, 2048),
+        ("efficientnet_pytorch/efficientnet-b3", 32, 1536),
+        ("fivefold/small_net", 32, 256),
+        ("fivefold/base_model", 32, 128),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE),
     ],
 )
 def test_backbones_of_every_family_give_features(name, size, features):
@@ -44,9 +59,56 @@ def test_unknown_names_are_explained(name, message):
         build_backbone(name, False, {})
 
 
-def test_an_option_that_the_backbone_does_not_take_is_a_setting():
+@pytest.mark.parametrize(
+    "name",
+    ["timm/resnet10t", "torchvision/convnext_tiny", "efficientnet_pytorch/efficientnet-b0", "fivefold/base_model"],
+)
+def test_an_option_that_the_backbone_does_not_take_is_a_setting(name):
     with pytest.raises(SettingsError, match="no_such_option"):
-        build_backbone("timm/resnet10t", False, {"no_such_option": 1})
+        build_backbone(name, False, {"no_such_option": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("timm/resnet18", lambda net: max(getattr(m, "drop_prob", 0.0) or 0.0 for m in net.modules())),
+        ("torchvision/convnext_tiny", lambda net: max(getattr(m, "p", 0.0) for m in net.modules())),
+        ("efficientnet_pytorch/efficientnet-b0", lambda net: net._global_params.drop_connect_rate),
+    ],
+)
+def test_stochastic_depth_has_one_name_in_all_families(name, share):
+    assert share(build_backbone(name, False, {}, drop_path=0.3)) == pytest.approx(0.3)
+    assert share(build_backbone(name, False, {})) < 0.3
+    assert share(build_backbone(name, False, {}, drop_path=0.0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("fivefold/small_net", "for drop_path 'fivefold'"), ("torchvision/resnet18", "stochastic_depth_prob")],
+)
+def test_stochastic_depth_of_a_network_without_it_is_refused(name, message):
+    with pytest.raises(SettingsError, match=message):
+        build_backbone(name, False, {}, drop_path=0.1)
+
+
+def test_a_bare_backbone_gives_what_comes_out_of_the_pooling():
+    bare = build_backbone("torchvision/convnext_tiny", False, {"bare": True}).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(bare(images), bare.features(images).mean(dim=(2, 3)))
+    assert bare(images).shape == (2, 768)
+    with pytest.raises(SettingsError, match="nothing before its last layer"):
+        build_backbone("torchvision/resnet18", False, {"bare": True})
+
+
+def test_the_base_model_has_the_mask_systems_layers():
+    network = build_backbone("fivefold/base_model", False, {})
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    shapes = [(m.in_channels, m.out_channels, *m.kernel_size) for m in convolutions]
+    assert shapes == [(3, 32, 7, 7), (32, 64, 3, 3), (64, 128, 3, 3)]
+    assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.25, 0.25]
+    # Without padding: 40 - 6 - 2 = 32, halved, 16 - 2 = 14, halved.
+    assert network[:-2](torch.zeros(1, 3, 40, 40)).shape == (1, 128, 7, 7)
 
 
 def test_a_size_that_the_backbone_cannot_take_is_a_setting():

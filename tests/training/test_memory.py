@@ -4,6 +4,7 @@ from torch import nn
 
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
+from fivefold.models.classifier import Classifier, Standardised
 from fivefold.training.memory import Estimate, available, check_fits, estimate
 
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
@@ -36,6 +37,15 @@ def test_weights_that_autocast_makes_count_once_and_not_for_each_image():
     weight = 64 * 4096  # of the second layer: the first one's is not needed backwards
     assert found.image < 10_000
     assert found.fixed >= weight * 4 + weight * 2
+
+
+def test_meta_features_are_counted_with_their_images():
+    """The linear layer keeps its input: 192 pixels, and 4 standardised numbers that the two steps before made."""
+    network = Classifier(nn.Flatten(), nn.Linear(3 * 8 * 8 + 4, 2), Standardised(4))
+    without = estimate(Classifier(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)), (8, 8), CPU, copies=0)
+    found = estimate(network, (8, 8), CPU, copies=0, meta=4)
+    assert without.image == 3 * 8 * 8 * 4
+    assert found.image == 2 * 3 * 8 * 8 * 4 + 4 * 4  # the images, and the features that were joined
 
 
 def test_a_batch_that_does_not_fit_says_which_would():

@@ -4,6 +4,7 @@ import torch
 
 from fivefold.errors import SettingsError
 from fivefold.training.mixing import Mixing, cutmix, mixup
+from fivefold.training.objectives import Rows
 
 IMAGES = torch.arange(4 * 3 * 8 * 8, dtype=torch.float32).reshape(4, 3, 8, 8)
 TARGETS = torch.eye(4)
@@ -34,30 +35,30 @@ def test_cutmix_says_the_share_that_is_left(seed):
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_targets_are_mixed_as_the_images_are(name):
     constant = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
-    images, targets, teacher = Mixing(name, alpha=1.0, p=1.0)(constant, TARGETS, TARGETS.clone(), (1, 2, 3))
-    torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
-    torch.testing.assert_close(teacher, targets)
-    torch.testing.assert_close(images.mean(dim=(1, 2, 3)), targets @ torch.arange(4.0))
+    rows = Rows(constant, TARGETS, teacher=TARGETS.clone(), meta=torch.arange(4.0)[:, None])
+    mixed = Mixing(name, alpha=1.0, p=1.0)(rows, (1, 2, 3))
+    torch.testing.assert_close(mixed.targets.sum(dim=1), torch.ones(4))
+    torch.testing.assert_close(mixed.teacher, mixed.targets)
+    torch.testing.assert_close(mixed.images.mean(dim=(1, 2, 3)), mixed.targets @ torch.arange(4.0))
+    torch.testing.assert_close(mixed.meta[:, 0], mixed.targets @ torch.arange(4.0))
 
 
 def test_the_seed_decides_and_nothing_else():
     mixing = Mixing("cutmix", alpha=1.0, p=0.5)
-    first = mixing(IMAGES, TARGETS, None, (1, 2, 3))
+    first = mixing(Rows(IMAGES, TARGETS), (1, 2, 3))
     torch.rand(7)
     np.random.default_rng().random()
-    again = mixing(IMAGES, TARGETS, None, (1, 2, 3))
-    torch.testing.assert_close(first[0], again[0])
-    kinds = {bool((mixing(IMAGES, TARGETS, None, (0, step))[1] != TARGETS).any()) for step in range(30)}
+    again = mixing(Rows(IMAGES, TARGETS), (1, 2, 3))
+    torch.testing.assert_close(first.images, again.images)
+    kinds = {bool((mixing(Rows(IMAGES, TARGETS), (0, step)).targets != TARGETS).any()) for step in range(30)}
     assert kinds == {True, False}
 
 
 def test_none_leaves_all_as_it_is():
-    images, targets, teacher = Mixing("none", alpha=1.0, p=1.0)(IMAGES, TARGETS, None, (0,))
-    assert images is IMAGES
-    assert targets is TARGETS
-    assert teacher is None
+    rows = Rows(IMAGES, TARGETS)
+    assert Mixing("none", alpha=1.0, p=1.0)(rows, (0,)) is rows
 
 
 def test_an_unknown_name_is_explained():
     with pytest.raises(SettingsError, match="did you mean 'cutmix'"):
-        Mixing("cutmx", 1.0, 1.0)(IMAGES, TARGETS, None, (0,))
+        Mixing("cutmx", 1.0, 1.0)(Rows(IMAGES, TARGETS), (0,))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fivefold.data.images import decode
+from fivefold.data.meta import count_numbers, measure
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import Transform
 from fivefold.errors import DataError
@@ -23,20 +24,23 @@ MEMORY_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` uint8 [B, 3, H, W], `rows` int64 [B]: where each stands in the dataset."""
+    """`images` uint8 [B, 3, H, W]; `rows` int64 [B]: where each stands in the dataset; `meta` float [B, M] or None."""
 
     images: Tensor
     rows: Tensor
+    meta: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         """For the loader's `pin_memory`, which asks an unknown class for this method."""
-        return Batch(self.images.pin_memory(), self.rows.pin_memory())
+        meta = None if self.meta is None else self.meta.pin_memory()
+        return Batch(self.images.pin_memory(), self.rows.pin_memory(), meta)
 
 
 class ImageSet(Dataset):
     """The images of N rows of a store, each by (epoch, row).
 
     `sha256`: the digests that the split took, checked at every read; None where it took none.
+    `meta`: names of the meta features that go with each image, measured before the transform.
     A sample's randomness comes from (seed, epoch, row) alone, never from a worker or its order.
     """
 
@@ -47,13 +51,16 @@ class ImageSet(Dataset):
         transform: Transform,
         seed: int = 0,
         sha256: Sequence[str | None] | None = None,
+        meta: Sequence[str] = (),
     ) -> None:
         self.store = store
         self.paths = paths
         self.transform = transform
         self.seed = seed
         self.sha256 = sha256
+        self.meta = tuple(meta)
         self.kept: list[np.ndarray] | None = None
+        self.measured: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,6 +79,17 @@ class ImageSet(Dataset):
         self.kept = kept
         return True
 
+    def measure(self) -> np.ndarray:
+        """The meta features float32 [N, M] of all rows, measured once and kept."""
+        if self.measured is None:
+            found = np.empty((len(self), count_numbers(self.meta)), np.float32)
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                rows = pool.map(lambda row: measure(self.image(row), self.meta), range(len(self)))
+                for row, numbers in enumerate(track(rows, len(self), "meta features")):
+                    found[row] = numbers
+            self.measured = found
+        return self.measured
+
     def image(self, row: int) -> np.ndarray:
         """The decoded image uint8 [H, W, 3] of a row; a DataError if it changed since the split."""
         if self.kept is not None:
@@ -85,15 +103,21 @@ class ImageSet(Dataset):
     def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
         """The batch of the given (epoch, row) pairs; torch's global random state stays as it was."""
         state = torch.get_rng_state()
-        images = [self._sample(epoch, row) for epoch, row in samples]
+        images, meta = zip(*(self._sample(epoch, row) for epoch, row in samples), strict=True)
         torch.set_rng_state(state)
-        return Batch(torch.stack(images), torch.tensor([row for _, row in samples]))
+        rows = torch.tensor([row for _, row in samples])
+        return Batch(torch.stack(images), rows, torch.from_numpy(np.stack(meta)) if self.meta else None)
 
-    def _sample(self, epoch: int, row: int) -> Tensor:
+    def _sample(self, epoch: int, row: int) -> tuple[Tensor, np.ndarray | None]:
         # default_generator, since torch.manual_seed would reseed CUDA's generators at every sample
         torch.default_generator.manual_seed(derive_seed(self.seed, epoch, row))
-        image = torch.from_numpy(self.image(row)).permute(2, 0, 1)
-        return self.transform(image)
+        pixels = self.image(row)
+        return self.transform(torch.from_numpy(pixels).permute(2, 0, 1)), self._meta(row, pixels)
+
+    def _meta(self, row: int, pixels: np.ndarray) -> np.ndarray | None:
+        if not self.meta:
+            return None
+        return measure(pixels, self.meta) if self.measured is None else self.measured[row]
 
 
 def derive_seed(*parts: int) -> int:

@@ -41,6 +41,10 @@ class Runtime:
         images = images.to(self.device, non_blocking=True).to(torch.float32, memory_format=self.memory_format)
         return images.sub_(self.mean).div_(self.std)
 
+    def meta(self, meta: Tensor | None) -> Tensor | None:
+        """Meta features [B, M] on the device, if there are any."""
+        return None if meta is None else meta.to(self.device, non_blocking=True)
+
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
@@ -65,7 +69,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views:
     was_training = model.training
     model.eval()
     chosen = build_views(views, black=-runtime.mean / runtime.std)
-    found = [_batch(model, runtime.images(batch.images), runtime, chosen) for batch in batches]
+    found = [_batch(model, batch, runtime, chosen) for batch in batches]
     model.train(was_training)
     log_probs = torch.cat(found).cpu().numpy()
     if not np.isfinite(log_probs).all():
@@ -75,8 +79,10 @@ def predict(model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views:
     return log_probs
 
 
-def _batch(model: nn.Module, images: Tensor, runtime: Runtime, views: Sequence[View]) -> Tensor:
+def _batch(model: nn.Module, batch: Batch, runtime: Runtime, views: Sequence[View]) -> Tensor:
+    images, meta = runtime.images(batch.images), runtime.meta(batch.meta)
+    company = () if meta is None else (meta,)
     with runtime.autocast():
-        logits = [model(view(images)) for view in views]
+        logits = [model(view(images), *company) for view in views]
     log_probs = torch.stack([each.float().log_softmax(dim=1) for each in logits])
     return log_probs.logsumexp(dim=0) - float(np.log(len(views)))

@@ -5,6 +5,7 @@ Families: `timm/…` and `torchvision/…` (their classifiers), `efficientnet_py
 """
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from fivefold.choose import choose, did_you_mean
 from fivefold.errors import RetryableError, SettingsError
 
 
-def build_backbone(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+def build_backbone(
+    name: str, pretrained: bool, options: Mapping[str, Any], drop_path: float | None = None
+) -> nn.Module:
     """The backbone `family/name` without its classifier; random weights come from torch's global generator.
 
-    Raises SettingsError for an unknown family, name or option, RetryableError when the hub cannot
-    be reached.
+    `drop_path`: the share of stochastic depth (Huang et al. 2016, arXiv 1603.09382), under
+    whatever name the family has for it; None leaves it at the network's own. Raises SettingsError
+    for an unknown family, name or option, RetryableError when the hub cannot be reached.
     """
     family, _, rest = name.partition("/")
     if not rest:
@@ -26,10 +30,13 @@ def build_backbone(name: str, pretrained: bool, options: Mapping[str, Any]) -> n
             f"backbone {name!r} names no family; write one of {', '.join(f'{f}/NAME' for f in FAMILIES)}"
         )
     build = choose(FAMILIES, "family of backbones", family)
+    options = dict(options)
+    if drop_path is not None:
+        options[choose(DROP_PATHS, "family of backbones for drop_path", family)] = drop_path
     try:
         return build(rest, pretrained, dict(options))
-    except TypeError as error:
-        raise SettingsError(f"backbone {name!r} with options {dict(options)}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"backbone {name!r} with options {options}: {error}") from error
 
 
 @torch.no_grad()
@@ -59,21 +66,32 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
 
 def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """Without the last linear layer; with the option `bare` without all that stands between pooling and it."""
     from torchvision import models
 
     known = models.list_models(module=models)
     if name not in known:
         raise SettingsError(f"torchvision has no classifier {name!r}{did_you_mean(name, known)}")
+    bare = options.pop("bare", False)
     try:
         model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
     except OSError as error:
         raise _no_weights(f"torchvision/{name}", error) from error
+    known = {*signature(type(model)).parameters, *signature(models.get_model_builder(name)).parameters}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(f"it takes no option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear or getattr(model, "aux_logits", False):
         raise SettingsError(
             f"torchvision/{name} has {'a second head' if linear else 'no linear layer'} to take off; use timm/{name}"
         )
-    model.set_submodule(linear[-1], nn.Identity())
+    if bare and not isinstance(getattr(model, "classifier", None), nn.Sequential):
+        raise SettingsError(f"torchvision/{name} has nothing before its last layer that bare=true could leave out")
+    if bare:
+        model.classifier = nn.Flatten()
+    else:
+        model.set_submodule(linear[-1], nn.Identity())
     return model
 
 
@@ -112,3 +130,10 @@ FAMILIES: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
     "efficientnet_pytorch": _efficientnet_pytorch,
     "fivefold": _fivefold,
 }
+
+DROP_PATHS = {
+    "timm": "drop_path_rate",
+    "torchvision": "stochastic_depth_prob",
+    "efficientnet_pytorch": "drop_connect_rate",
+}
+"""What each family calls the share of stochastic depth."""

@@ -1,4 +1,4 @@
-"""Networks of our own for small images, 8 to 96 pixels, where ImageNet's networks shrink them away."""
+"""Small networks of our own, such as for images of 8 to 96 pixels, which ImageNet's networks shrink away."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -53,6 +53,21 @@ def small_net(widths: Sequence[int] = (64, 256, 256), stem: int = 32) -> nn.Modu
     return SmallNet(widths, stem)
 
 
+def base_model(dropout: float = 0.25) -> nn.Module:
+    """Images [B, 3, H, W] to features [B, 128]: a 7x7 and two 3x3 convolutions, then the mean over the image.
+
+    The second and third are followed by a 2x2 max-pool and dropout. It is the smallest network of
+    the mask system, against which its others are measured.
+    """
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 7), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(dropout)),
+        *(nn.Conv2d(64, 128, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(dropout)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+
+
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "small_net": small_net,
+    "base_model": base_model,
 }

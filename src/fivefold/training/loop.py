@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.choose import choose
-from fivefold.data.dataset import ImageSet, epoch_batches, in_order, load
+from fivefold.data.dataset import Batch, ImageSet, epoch_batches, in_order, load
 from fivefold.errors import DataError, SettingsError
 from fivefold.evaluation.metrics import summary
 from fivefold.inference.predictor import Runtime, predict
@@ -154,7 +154,7 @@ def train_epoch(loop: Loop, epoch: int) -> dict[str, float]:
     loop.model.train()
     step = 0
     while group := list(islice(micro, plan.accumulate)):
-        rows = [_rows(loop, batch.images, batch.rows, (plan.seed, epoch, step, n)) for n, batch in enumerate(group)]
+        rows = [_rows(loop, batch, (plan.seed, epoch, step, n)) for n, batch in enumerate(group)]
         totals += [_totals(result, part) for result, part in zip(loop.update(rows), rows, strict=True)]
         for call in loop.after_step:
             call()
@@ -192,10 +192,11 @@ def _score(loop: Loop, epoch: int, best: Mapping[str, Best]) -> dict[str, Any]:
     return result
 
 
-def _rows(loop: Loop, images: Tensor, rows: Tensor, seed: tuple[int, ...]) -> Rows:
-    rows = rows.to(loop.runtime.device, non_blocking=True)
-    teacher = None if loop.train.teacher is None else loop.train.teacher[rows]
-    return Rows(*loop.mixing(loop.runtime.images(images), loop.train.targets[rows], teacher, seed))
+def _rows(loop: Loop, batch: Batch, seed: tuple[int, ...]) -> Rows:
+    at = batch.rows.to(loop.runtime.device, non_blocking=True)
+    teacher = None if loop.train.teacher is None else loop.train.teacher[at]
+    images, meta = loop.runtime.images(batch.images), loop.runtime.meta(batch.meta)
+    return loop.mixing(Rows(images, loop.train.targets[at], teacher, meta), seed)
 
 
 def _totals(result: Result, rows: Rows) -> Tensor:

@@ -32,15 +32,15 @@ class Estimate:
         return max(0, (available - self.fixed) // max(self.image, 1))
 
 
-def estimate(model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: int) -> Estimate:
-    """The memory of a step on images of `size`, from the tensors that autograd saves of a few.
+def estimate(model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: int, meta: int = 0) -> Estimate:
+    """The memory of a step on images of `size` (with `meta` numbers each), from the tensors that autograd saves of a few.
 
     `copies`: tensors the size of the weights that live beside them (gradient, optimiser state,
     average). The model and the random state stay as they are.
     """
     probe = copy.deepcopy(model).train()
     state = torch.get_rng_state()
-    few, many = (_saved(probe, size, runtime, images) for images in PROBED_IMAGES)
+    few, many = (_saved(probe, size, runtime, images, meta) for images in PROBED_IMAGES)
     torch.set_rng_state(state)
     image = (many - few) // (PROBED_IMAGES[1] - PROBED_IMAGES[0])
     weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -49,10 +49,11 @@ def estimate(model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: 
     return Estimate(fixed=weights * (1 + copies) + constant, image=image)
 
 
-def _saved(probe: nn.Module, size: tuple[int, ...], runtime: Runtime, count: int) -> int:
+def _saved(probe: nn.Module, size: tuple[int, ...], runtime: Runtime, count: int, meta: int) -> int:
     """Bytes that a forward pass of `count` images holds until the backward pass, the images among them."""
     owned = {parameter.untyped_storage().data_ptr() for parameter in probe.parameters()}
     images = torch.zeros(count, 3, *size, device=runtime.device).to(memory_format=runtime.memory_format)
+    company = (torch.zeros(count, meta, device=runtime.device),) if meta else ()
     saved = {images.untyped_storage().data_ptr(): images.nbytes}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def _saved(probe: nn.Module, size: tuple[int, ...], runtime: Runtime, count: int
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), runtime.autocast():
-        output = probe(images)
+        output = probe(images, *company)
     del output
     return sum(saved.values())
 

@@ -4,13 +4,14 @@ One λ and one permutation a batch, drawn from a generator of the step's own.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fivefold.choose import choose
+from fivefold.training.objectives import Rows
 
 Mix = Callable[[Tensor, float, Tensor, np.random.Generator], tuple[Tensor, float]]
 
@@ -23,22 +24,22 @@ class Mixing:
     alpha: float
     p: float
 
-    def __call__(
-        self, images: Tensor, targets: Tensor, teacher: Tensor | None, seed: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The mixed images [B, 3, H, W], targets [B, C] and teacher's probabilities [B, C]."""
+    def __call__(self, rows: Rows, seed: tuple[int, ...]) -> Rows:
+        """The rows with images mixed, and all that goes with them in the same shares."""
         mix = choose(MIXINGS, "mixing", self.name)
         random = np.random.default_rng(seed)
         if mix is None or random.random() >= self.p:
-            return images, targets, teacher
+            return rows
         lam = float(random.beta(self.alpha, self.alpha))
-        order = torch.from_numpy(random.permutation(len(images))).to(images.device)
-        images, lam = mix(images, lam, order, random)
+        order = torch.from_numpy(random.permutation(len(rows.images))).to(rows.images.device)
+        images, lam = mix(rows.images, lam, order, random)
 
-        def blend(rows: Tensor) -> Tensor:
-            return torch.lerp(rows[order], rows, lam)
+        def blend(given: Tensor | None) -> Tensor | None:
+            return None if given is None else torch.lerp(given[order], given, lam)
 
-        return images, blend(targets), None if teacher is None else blend(teacher)
+        return replace(
+            rows, images=images, targets=blend(rows.targets), teacher=blend(rows.teacher), meta=blend(rows.meta)
+        )
 
 
 def mixup(images: Tensor, lam: float, order: Tensor, random: np.random.Generator) -> tuple[Tensor, float]:

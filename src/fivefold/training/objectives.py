@@ -14,17 +14,19 @@ class Rows:
     """A micro-batch on the device.
 
     `images` float [B, 3, H, W]; `targets` [B, C] probabilities, a row of zeros where there is no
-    label; `teacher` [B, C] probabilities softened by the temperature, or None.
+    label; `teacher` [B, C] probabilities softened by the temperature, or None; `meta` [B, M] meta
+    features, or None.
     """
 
     images: Tensor
     targets: Tensor
     teacher: Tensor | None = None
+    meta: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What the network is called with."""
-        return (self.images,)
+        return (self.images,) if self.meta is None else (self.images, self.meta)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from fivefold.data.meta import aspect, color_mean, count_numbers, measure
+from fivefold.errors import SettingsError
+
+
+@pytest.mark.parametrize(
+    ("names", "count"), [([], 0), (["aspect"], 1), (["color_mean"], 3), (["color_mean", "aspect"], 4)]
+)
+def test_features_stand_one_after_the_other(names, count):
+    pixels = np.full((10, 25, 3), (255, 51, 0), np.uint8)
+    numbers = {"aspect": [2.5], "color_mean": [1.0, 0.2, 0.0]}
+    found = measure(pixels, names)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [number for name in names for number in numbers[name]], atol=1e-6)
+    assert count_numbers(names) == len(found) == count
+
+
+def test_aspect_is_width_over_height():
+    assert aspect(np.zeros((30, 20, 3), np.uint8)) == pytest.approx(2 / 3)
+
+
+def test_the_colour_is_the_mean_of_the_image_at_sixteen_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    np.testing.assert_allclose(color_mean(pixels), pixels.reshape(-1, 3).mean(axis=0) / 255)
+    large = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(large).resize((16, 16))).reshape(-1, 3).mean(axis=0) / 255
+    np.testing.assert_allclose(color_mean(large), expected)
+
+
+def test_an_unknown_feature_is_explained():
+    with pytest.raises(SettingsError, match="unknown meta feature 'color'; did you mean 'color_mean'"):
+        count_numbers(["color"])
