@@ -6,9 +6,10 @@ import pytest
 
 from fivefold.contract.artifacts import ModelDir
 from fivefold.data.folds import FoldTable
-from fivefold.distillation import best_model, out_of_fold_targets, soften
+from fivefold.distillation import best_model, out_of_fold_targets
 from fivefold.errors import DataError, SettingsError
 from fivefold.predictions import Predictions
+from fivefold.training.teaching import soften
 
 CLASSES = ("a", "b", "c")
 FOLD = np.array([0, 1, 2, 0, 1, 2, -1], np.int16)

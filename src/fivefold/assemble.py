@@ -1,9 +1,10 @@
 """Recipe to objects: the only place where settings and the parts meet."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet, count_batches
 from fivefold.data.folds import FoldTable
 from fivefold.data.meta import count_numbers
+from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import MissingInputError, SettingsError
@@ -26,13 +28,16 @@ from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
 from fivefold.training import memory
 from fivefold.training.ema import Ema
+from fivefold.training.freezing import Freezing
+from fivefold.training.groups import learning_rates
 from fivefold.training.loop import MONITORS, Duration, Loop, TrainRows, ValidRows
-from fivefold.training.losses import LOSSES
+from fivefold.training.losses import Loss, balanced_weights, build_loss
 from fivefold.training.mixing import MIXINGS, Mixing
-from fivefold.training.objectives import Objective, distill, supervised
+from fivefold.training.objectives import Objective, by_labels, by_teacher, once, rdrop
 from fivefold.training.observers import Observer
 from fivefold.training.optim import Schedule, build_optimizer
-from fivefold.training.updates import plain
+from fivefold.training.teaching import Cooling
+from fivefold.training.updates import UPDATES
 
 log = logging.getLogger("fivefold")
 
@@ -146,11 +151,12 @@ def build_loop(
     _check_names(settings)
     seed_everything(settings.seed)
     chosen = settings.train
-    loss = choose(LOSSES, "loss", chosen.loss)(chosen.label_smoothing)
+    loss = _loss(settings, train)
     if network.meta is not None:
         network.meta.fit(torch.from_numpy(train.images.measure()))
     model = runtime.place(network)
-    optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum)
+    shares = learning_rates(network.backbone, chosen.backbone_lr, chosen.layer_decay)
+    optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
     steps = -(-count_batches(len(train.images), chosen.batch_size) // chosen.accumulate)
     if chosen.schedule == "plateau" and not (select and valid):
@@ -159,7 +165,8 @@ def build_loop(
         chosen.schedule, optimizer, steps * chosen.epochs, steps, chosen.warmup_epochs, chosen.step_epochs, chosen.gamma
     )
     raw = {"raw": model} if ema is None or chosen.keep_raw else {}
-    objective = _objective(settings, loss, train)
+    update = choose(UPDATES, "update", chosen.update)
+    sampler = choose(SAMPLERS, "sampler", chosen.sampler)
     return Loop(
         label=label,
         model=model,
@@ -175,9 +182,10 @@ def build_loop(
             seed=settings.seed,
             workers=choose_workers(chosen.workers, runtime.device),
         ),
+        batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed),
         mixing=Mixing(settings.augment.mix, settings.augment.mix_alpha, settings.augment.mix_p),
-        update=plain(model, objective, optimizer, runtime, chosen.clip),
-        after_step=([ema] if ema else []) + [schedule],
+        update=update(model, _objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho),
+        after_step=([ema] if ema else []) + [schedule, *_phases(settings, network, train, steps)],
         schedule=schedule,
         loss=loss,
         monitor=chosen.monitor,
@@ -189,9 +197,13 @@ def build_loop(
 
 def check_memory(network: nn.Module, settings: Settings, runtime: Runtime) -> None:
     """Logs what a step will take; a SettingsError names a batch size that fits, when this one does not."""
-    copies = 1 + choose(OPTIMIZER_STATES, "optimizer", settings.train.optimizer) + (settings.train.ema_decay > 0)
+    chosen = settings.train
+    copies = 1 + choose(OPTIMIZER_STATES, "optimizer", chosen.optimizer)
+    copies += (chosen.ema_decay > 0) + (chosen.update == "sam")
     meta = count_numbers(settings.model.meta)
     found = memory.estimate(runtime.place(network), settings.model.size, runtime, copies, meta)
+    if chosen.rdrop_alpha:
+        found = replace(found, image=2 * found.image)  # two passes, one batch of twice the rows
     log.info(in_words(runtime))
     log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, memory.available(runtime.device)))
 
@@ -228,10 +240,35 @@ def _check_names(settings: Settings) -> None:
     build_views(settings.predict.views)
 
 
-def _objective(settings: Settings, loss: Any, train: TrainRows) -> Objective:
-    if train.teacher is None:
-        return supervised(loss)
-    return distill(loss, settings.distill.alpha, settings.distill.temperature)
+def _loss(settings: Settings, train: TrainRows) -> Loss:
+    weights = balanced_weights(train.targets) if settings.train.class_weights == "balanced" else None
+    return build_loss(settings.train.loss, settings.train.label_smoothing, weights)
+
+
+def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
+    teacher, alpha = train.teacher, settings.train.rdrop_alpha
+    if teacher is None:
+        criterion = by_labels(loss)
+    else:
+        criterion = by_teacher(loss, settings.distill.alpha, lambda: teacher.temperature)
+    return rdrop(criterion, alpha) if alpha else once(criterion)
+
+
+def _phases(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> list[Callable[[], None]]:
+    """What changes from epoch to epoch besides the learning rate; `steps` of an epoch."""
+    phases: list[Callable[[], None]] = []
+    if settings.train.freeze_epochs:
+        phases.append(Freezing(network.backbone, settings.train.freeze_epochs * steps))
+    if train.teacher is not None and settings.distill.temperature_decay < 1:
+        phases.append(
+            Cooling(train.teacher, settings.distill.temperature_decay, settings.distill.temperature_end, steps)
+        )
+    return phases
+
+
+def _codes(targets: Tensor) -> np.ndarray:
+    """The class of each row of targets [N, C], -1 where it has none."""
+    return torch.where(targets.sum(dim=1) > 0, targets.argmax(dim=1), -1).cpu().numpy()
 
 
 def _fast_type(device: torch.device) -> torch.dtype | None:

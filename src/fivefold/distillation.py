@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fivefold import predictions
 from fivefold.assemble import images_at, one_hot
@@ -27,6 +26,7 @@ from fivefold.members import load_member
 from fivefold.predictions import Predictions, in_class_order
 from fivefold.recipe import Settings, Spec
 from fivefold.training.loop import TrainRows
+from fivefold.training.teaching import Teacher
 
 log = logging.getLogger("fivefold")
 
@@ -93,7 +93,7 @@ def teach_unseen(
 
 
 def taught(pupils: Pupils, lesson: Lesson, unseen: Unseen | None, settings: Settings, runtime: Runtime) -> TrainRows:
-    """The student's rows: images, labels (none where unlabelled), and the teacher's softened probabilities."""
+    """The student's rows: images, labels (none where unlabelled), and their teacher."""
     folds, rows, store = pupils.folds, pupils.rows, pupils.store
     paths, digests = [*folds.paths_of(rows)], [*folds.sha256_of(rows)]
     codes, log_probs = folds.codes[rows], lesson.log_probs
@@ -104,16 +104,8 @@ def taught(pupils: Pupils, lesson: Lesson, unseen: Unseen | None, settings: Sett
         codes = np.concatenate([codes, np.full(len(unseen.paths), -1, codes.dtype)])
         log_probs = np.concatenate([log_probs, unseen.log_probs])
     images = images_at(store, paths, digests, settings, training=True)
-    teacher = torch.from_numpy(soften(log_probs, settings.distill.temperature)).to(runtime.device)
+    teacher = Teacher(log_probs, settings.distill.temperature, runtime.device)
     return TrainRows(images, one_hot(codes, len(folds.classes), runtime.device), teacher)
-
-
-def soften(log_probs: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(log p / T) float32 [N, C] (Hinton et al. 2015, arXiv 1503.02531, equation 1)."""
-    scaled = log_probs.astype(np.float64) / temperature
-    scaled -= scaled.max(axis=1, keepdims=True)
-    powers = np.exp(scaled)
-    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def out_of_fold_targets(tables: Sequence[Predictions], folds: FoldTable, rows: np.ndarray) -> np.ndarray:

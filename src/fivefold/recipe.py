@@ -132,10 +132,29 @@ class Train(Section):
     epochs: int = Field(30, ge=1, description="passes over the training rows")
     batch_size: int = Field(32, ge=1, description="images a step")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are summed before a step")
-    loss: str = Field("cross_entropy", description="what is minimised")
+    loss: Spec = Field(
+        "cross_entropy",
+        description='cross_entropy, label_smoothing, focal, binary_focal, bce or f1; {name="focal",alpha=.5,gamma=2}',
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: a row counts by 1 / rows of its class"
+    )
+    sampler: str = Field("shuffle", description="shuffle: every row once an epoch; balanced: classes in equal parts")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a target spread over all classes")
+    rdrop_alpha: float = Field(
+        0.0, ge=0, description="weight of R-Drop's divergence of two passes; 0: one pass, no R-Drop"
+    )
+    update: str = Field("plain", description="a step: plain, or sam (two gradients)")
+    sam_rho: float = Field(0.05, ge=0, description="sam: how far up the gradient the second one is taken")
     optimizer: str = Field("adamw", description="adamw, adam or sgd (Nesterov)")
     lr: float = Field(1e-3, gt=0, description="largest learning rate")
+    backbone_lr: float = Field(1.0, gt=0, le=1, description="the backbone's share of the learning rate")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor of the learning rate from each layer of the backbone to the one before"
+    )
+    freeze_epochs: int = Field(
+        0, ge=0, description="first epochs in which the backbone and its BatchNorm statistics stay as they are"
+    )
     weight_decay: float = Field(1e-4, ge=0, description="not applied to norms and biases")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     schedule: str = Field("cosine", description="constant, cosine, step or plateau")
@@ -200,9 +219,21 @@ class Distill(Section):
     views: list[Spec] = Field([], description="further views that the teacher's target is averaged over")
     alpha: float = Field(0.7, ge=0, le=1, description="weight of the teacher's term; the labels' has the rest")
     temperature: float = Field(2.0, gt=0, description="softens teacher and student in the teacher's term")
+    temperature_decay: float = Field(
+        1.0, gt=0, le=1, description="factor of the temperature from epoch to epoch; 1: fixed"
+    )
+    temperature_end: float = Field(1.0, gt=0, description="with temperature_decay: least temperature")
     patience: int = Field(0, ge=0, description="early stopping, on the holdout alone; 0: all epochs")
     model: dict[str, Any] = Field({}, description="what the student has otherwise than [model]")
     train: dict[str, Any] = Field({}, description="what the student has otherwise than [train]")
+
+    @model_validator(mode="after")
+    def _cools(self) -> "Distill":
+        if self.temperature_decay < 1 and self.temperature_end >= self.temperature:
+            raise ValueError(
+                f"temperature={self.temperature} cannot fall to temperature_end={self.temperature_end}: the end is lower"
+            )
+        return self
 
 
 class Settings(Section):

@@ -1,9 +1,16 @@
+"""Losses and the teacher's term against torch, torchvision, scikit-learn and cases worked by hand."""
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import f1_score
+from sklearn.utils.class_weight import compute_class_weight
+from torchvision.ops import sigmoid_focal_loss
 
-from fivefold.training.losses import cross_entropy
-from fivefold.training.objectives import Rows, distill, supervised
+from fivefold.errors import SettingsError
+from fivefold.training.losses import LOSSES, balanced_weights, bce, binary_focal, build_loss, cross_entropy, f1, focal
+from fivefold.training.objectives import Rows, by_teacher, distill, supervised
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, 0.3], [-3.0, 4.0, 1.0], [0.0, 0.0, 0.0]])
 CODES = torch.tensor([0, 2, 1, 1])
@@ -53,3 +60,131 @@ def test_a_student_that_equals_its_teacher_has_no_loss_left():
     teacher = torch.softmax(LOGITS / temperature, dim=1)
     result = distill(cross_entropy(0.0), 1.0, temperature)(torch.nn.Identity(), Rows(LOGITS, ONE_HOT, teacher))
     assert abs(float(result.loss)) < 1e-6
+
+
+def test_focal_without_focus_is_cross_entropy():
+    torch.testing.assert_close(focal(0.0, gamma=0.0)(LOGITS, ONE_HOT), F.cross_entropy(LOGITS, CODES))
+    torch.testing.assert_close(focal(0.1, gamma=0.0)(LOGITS, ONE_HOT), cross_entropy(0.1)(LOGITS, ONE_HOT))
+
+
+@pytest.mark.parametrize(("gamma", "alpha"), [(2.0, 0.5), (0.5, 1.0), (1.0, 3.0)])
+def test_focal_is_alpha_times_doubt_times_cross_entropy(gamma, alpha):
+    each = F.cross_entropy(LOGITS, CODES, reduction="none")
+    expected = (alpha * (1 - torch.exp(-each)) ** gamma * each).mean()
+    torch.testing.assert_close(focal(0.0, gamma=gamma, alpha=alpha)(LOGITS, ONE_HOT), expected)
+
+
+def test_focal_by_hand():
+    """p = 0.8 of the truth: 0.5 · 0.2² · -ln 0.8 = 0.004463; of a target half and half, 0.5·0.2²·-ln .8 and 0.5·0.8²·-ln .2 halved."""
+    logits = torch.tensor([[4.0, 1.0]]).log()
+    loss = focal(0.0, gamma=2.0, alpha=0.5)
+    assert float(loss(logits, torch.tensor([[1.0, 0.0]]))) == pytest.approx(0.004463, abs=1e-6)
+    assert float(loss(logits, torch.tensor([[0.5, 0.5]]))) == pytest.approx((0.004463 + 0.515020) / 2, abs=1e-6)
+
+
+def test_the_gradient_of_focal_is_finite_where_the_network_is_sure():
+    logits = torch.tensor([[60.0, -60.0], [-60.0, 60.0]], requires_grad=True)
+    focal(0.0, gamma=0.5)(logits, torch.tensor([[1.0, 0.0], [1.0, 0.0]])).backward()
+    assert bool(torch.isfinite(logits.grad).all())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_binary_focal_and_bce_are_torchs_and_torchvisions(gamma):
+    expected = sigmoid_focal_loss(LOGITS, ONE_HOT, alpha=-1, gamma=gamma, reduction="mean")
+    torch.testing.assert_close(binary_focal(0.0, gamma=gamma)(LOGITS, ONE_HOT), expected)
+    if not gamma:
+        soft = torch.tensor([[0.2, 0.3, 0.5]] * 4)
+        torch.testing.assert_close(bce(0.0)(LOGITS, soft), F.binary_cross_entropy_with_logits(LOGITS, soft))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+def test_label_smoothing_spreads_over_the_other_classes(smoothing):
+    """Truth 1 - s, each of the two others s/2; which is torch's smoothing at s·C/(C - 1)."""
+    target = torch.full((4, 3), smoothing / 2).scatter(1, CODES[:, None], 1 - smoothing)
+    expected = -(target * LOGITS.log_softmax(dim=1)).sum(dim=1).mean()
+    found = build_loss({"name": "label_smoothing", "smoothing": smoothing})(LOGITS, ONE_HOT)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, F.cross_entropy(LOGITS, CODES, label_smoothing=smoothing * 3 / 2))
+
+
+def test_f1_of_certain_predictions_is_one_minus_scikit_learns():
+    truth, said = torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 1, 2, 0, 2])
+    logits = F.one_hot(said, 3) * 100.0
+    expected = 1 - f1_score(truth, said, average="macro")
+    assert float(f1(0.0)(logits, F.one_hot(truth, 3).float())) == pytest.approx(expected, abs=1e-6)
+
+
+def test_f1_by_hand():
+    """Probabilities .8/.2 and .4/.6 of truths 0 and 1: F1 is 1.6/2.2 and 1.2/1.8; a class that is not there has no say."""
+    logits = torch.tensor([[0.8, 0.2, 1e-30], [0.4, 0.6, 1e-30]]).log()
+    targets = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    assert float(f1(0.0)(logits, targets)) == pytest.approx(1 - (1.6 / 2.2 + 1.2 / 1.8) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_takes_soft_targets_counts_no_row_without_a_label_and_has_a_gradient(name):
+    loss = build_loss(name)
+    targets = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 0.0], [0.0, 0.4, 0.6], [0.0, 1.0, 0.0]])
+    logits = LOGITS.clone().requires_grad_()
+    value = loss(logits, targets)
+    torch.testing.assert_close(value, loss(LOGITS[[0, 2, 3]], targets[[0, 2, 3]]))
+    value.backward()
+    value = value.detach()
+    assert float(logits.grad[1].abs().max()) == 0
+    assert float(logits.grad[0].abs().max()) > 0
+    assert float(loss(LOGITS, torch.zeros_like(targets))) == 0
+    assert float(loss(LOGITS - 0.01 * logits.grad, targets)) < float(value)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_class_weights_are_torchs(gamma):
+    weights = torch.tensor([0.5, 2.0, 1.3])
+    loss = build_loss({"name": "focal", "gamma": gamma}, weights=weights)
+    log_p = LOGITS.log_softmax(dim=1)
+    expected = F.nll_loss((1 - log_p.exp()) ** gamma * log_p, CODES, weight=weights)
+    torch.testing.assert_close(loss(LOGITS, ONE_HOT), expected)
+    if not gamma:
+        found = build_loss("cross_entropy", weights=weights)(LOGITS, ONE_HOT)
+        torch.testing.assert_close(found, F.cross_entropy(LOGITS, CODES, weight=weights))
+
+
+def test_balanced_weights_are_scikit_learns():
+    codes = np.repeat([0, 1, 2], [7, 2, 1])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=codes)
+    found = balanced_weights(F.one_hot(torch.from_numpy(codes), 3).float())
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_all_classes_alike_weigh_nothing():
+    weights = balanced_weights(torch.eye(3).repeat(4, 1))
+    torch.testing.assert_close(build_loss("focal", 0.1, weights)(LOGITS, ONE_HOT), focal(0.1)(LOGITS, ONE_HOT))
+
+
+@pytest.mark.parametrize(
+    ("spec", "smoothing", "message"),
+    [
+        ("focall", 0.0, "unknown loss 'focall'; did you mean 'focal'"),
+        ({"gamma": 2}, 0.0, "unknown loss ''"),
+        ({"name": "focal", "gama": 2}, 0.0, "gama"),
+        ({"name": "focal", "gamma": -1}, 0.0, "at least 0"),
+        ({"name": "focal", "alpha": 0}, 0.0, "above 0"),
+        ({"name": "focal", "gamma": "two"}, 0.0, "two|'str'"),
+        ({"name": "cross_entropy", "gamma": 2}, 0.0, "gamma"),
+        ({"name": "label_smoothing", "smoothing": 1}, 0.0, "smoothing < 1"),
+        ("label_smoothing", 0.1, "train.label_smoothing must be 0"),
+    ],
+)
+def test_a_loss_that_cannot_be_built_says_why(spec, smoothing, message):
+    with pytest.raises(SettingsError, match=message):
+        build_loss(spec, smoothing)
+
+
+def test_at_great_heat_distillation_matches_logits():
+    """T → ∞: T²·KL tends to ½·mean over classes of the squared difference of centred logits (Hinton et al. 2015, equation 4)."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    heat = 1e4
+    rows = Rows(student, torch.zeros(5, 7), torch.softmax(teacher / heat, dim=1))
+    taught, _ = by_teacher(cross_entropy(0.0), 1.0, lambda: heat)(student, rows)
+    apart = (teacher - teacher.mean(dim=1, keepdim=True)) - (student - student.mean(dim=1, keepdim=True))
+    torch.testing.assert_close(taught, (apart**2).mean(dim=1).mean() / 2, rtol=1e-3, atol=0)

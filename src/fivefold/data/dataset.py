@@ -20,6 +20,8 @@ from fivefold.progress import track
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of decoded images that are kept at most."""
+Sample = tuple[int, int]
+"""(epoch, row)."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.choose import choose
-from fivefold.data.dataset import Batch, ImageSet, epoch_batches, in_order, load
+from fivefold.data.dataset import Batch, ImageSet, Sample, in_order, load
 from fivefold.errors import DataError, SettingsError
 from fivefold.evaluation.metrics import summary
 from fivefold.inference.predictor import Runtime, predict
@@ -25,6 +25,7 @@ from fivefold.training.losses import Loss
 from fivefold.training.mixing import Mixing
 from fivefold.training.objectives import Result, Rows
 from fivefold.training.optim import Schedule
+from fivefold.training.teaching import Teacher
 from fivefold.training.updates import Update
 
 log = logging.getLogger("fivefold")
@@ -34,11 +35,11 @@ Observer = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrainRows:
-    """`images` of N rows; `targets` [N, C] and the `teacher`'s probabilities [N, C] or None, on the device."""
+    """`images` of N rows; `targets` [N, C] on the device; the `teacher` of the rows, or None."""
 
     images: ImageSet
     targets: Tensor
-    teacher: Tensor | None = None
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Best:
 class Loop:
     """All parts of a training run. `contenders` are the models that are scored: the first one decides.
 
-    `select`: keep each contender's best epoch; else the last one, whatever the scores.
+    `batches`: the (epoch, row) pairs of an epoch's batches. `select`: keep each contender's best
+    epoch; else the last one, whatever the scores.
     """
 
     label: str
@@ -97,6 +99,7 @@ class Loop:
     train: TrainRows
     valid: ValidRows | None
     duration: Duration
+    batches: Callable[[int], list[list[Sample]]]
     mixing: Mixing
     update: Update
     after_step: Sequence[Callable[[], None]]
@@ -146,7 +149,7 @@ def _epochs(loop: Loop) -> dict[str, Best]:
 def train_epoch(loop: Loop, epoch: int) -> dict[str, float]:
     """One pass over the training rows; `train_loss`, `train_acc` (against the mixed targets, where images are mixed)."""
     plan = loop.duration
-    batches = epoch_batches(len(loop.train.images), plan.batch_size, plan.seed, epoch)
+    batches = loop.batches(epoch)
     label = f"{loop.label} epoch {epoch}/{plan.epochs}"
     pin = loop.runtime.device.type == "cuda"
     micro = track(load(loop.train.images, batches, plan.workers, pin), len(batches), label)

@@ -1,12 +1,21 @@
-"""Objectives: what is the loss of a batch? Each gives the loss, its named parts and the logits."""
+"""Objectives: what is the loss of a batch? Each gives the loss, its named parts and the logits.
 
+An objective is a criterion (what is said of logits) and a way to run the network: once, or twice
+for R-Drop. So R-Drop joins labels and a teacher alike.
+"""
+
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivefold.training.losses import Loss
+from fivefold.training.randomness import drew, random_state
+
+log = logging.getLogger("fivefold")
 
 
 @dataclass(frozen=True)
@@ -39,30 +48,92 @@ class Result:
 
 
 Objective = Callable[[nn.Module, Rows], Result]
+Criterion = Callable[[Tensor, Rows], tuple[Tensor, dict[str, Tensor]]]
+"""Logits [B, C] and their rows to a scalar and its named parts."""
+
+
+def by_labels(loss: Loss) -> Criterion:
+    """The loss of the logits against the targets."""
+
+    def criterion(logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(logits, rows.targets), {}
+
+    return criterion
+
+
+def by_teacher(loss: Loss, alpha: float, temperature: Callable[[], float]) -> Criterion:
+    """α·T²·KL(teacher_T ‖ student_T) + (1 - α)·loss (Hinton et al. 2015, arXiv 1503.02531, section 2).
+
+    `temperature` gives the T that the rows' teacher is softened by at that moment.
+    """
+
+    def criterion(logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        if rows.teacher is None:
+            raise ValueError("distillation needs the teacher's probabilities")
+        heat = temperature()
+        softened = (logits / heat).log_softmax(dim=1)
+        taught = F.kl_div(softened, rows.teacher, reduction="batchmean") * heat**2
+        labelled = loss(logits, rows.targets)
+        parts = {"teacher": taught.detach(), "labels": labelled.detach()}
+        return alpha * taught + (1 - alpha) * labelled, parts
+
+    return criterion
+
+
+def once(criterion: Criterion) -> Objective:
+    """The criterion of one pass through the network."""
+
+    def objective(model: nn.Module, rows: Rows) -> Result:
+        logits = model(*rows.inputs).float()
+        value, parts = criterion(logits, rows)
+        return Result(value, parts, logits.detach())
+
+    return objective
+
+
+def rdrop(criterion: Criterion, weight: float) -> Objective:
+    """The mean criterion of two passes + weight · ½(KL(p‖q) + KL(q‖p)) (Liang et al. 2021, arXiv 2106.14448, section 2.1).
+
+    Both passes are one batch of twice the rows, so BatchNorm counts once. Its first batch tells
+    whether the passes can differ at all.
+    """
+    warned: list[bool] = []
+
+    def objective(model: nn.Module, rows: Rows) -> Result:
+        before = None if warned else random_state(rows.images.device)
+        logits = model(*[torch.cat([each, each]) for each in rows.inputs]).float()
+        if before is not None:
+            warned.append(_warn_if_alike(rows.images.device, before))
+        first, second = logits.chunk(2)
+        (one, parts), (two, _) = criterion(first, rows), criterion(second, rows)
+        apart = divergence(first, second)
+        value = (one + two) / 2 + weight * apart
+        return Result(value, {**parts, "rdrop": apart.detach()}, first.detach())
+
+    return objective
+
+
+def divergence(first: Tensor, second: Tensor) -> Tensor:
+    """½(KL(p‖q) + KL(q‖p)) of two predictions' logits [B, C], mean over the rows."""
+    log_p, log_q = first.log_softmax(dim=1), second.log_softmax(dim=1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean() / 2
 
 
 def supervised(loss: Loss) -> Objective:
-    """The loss of the logits against the targets."""
-
-    def objective(model: nn.Module, rows: Rows) -> Result:
-        logits = model(*rows.inputs).float()
-        value = loss(logits, rows.targets)
-        return Result(value, {}, logits.detach())
-
-    return objective
+    """The loss of one pass against the targets."""
+    return once(by_labels(loss))
 
 
 def distill(loss: Loss, alpha: float, temperature: float) -> Objective:
-    """α·T²·KL(teacher_T ‖ student_T) + (1 - α)·loss (Hinton et al. 2015, arXiv 1503.02531, section 2)."""
+    """One pass against teacher and targets, at a fixed temperature."""
+    return once(by_teacher(loss, alpha, lambda: temperature))
 
-    def objective(model: nn.Module, rows: Rows) -> Result:
-        if rows.teacher is None:
-            raise ValueError("distillation needs the teacher's probabilities")
-        logits = model(*rows.inputs).float()
-        softened = (logits / temperature).log_softmax(dim=1)
-        taught = F.kl_div(softened, rows.teacher, reduction="batchmean") * temperature**2
-        labelled = loss(logits, rows.targets)
-        parts = {"teacher": taught.detach(), "labels": labelled.detach()}
-        return Result(alpha * taught + (1 - alpha) * labelled, parts, logits.detach())
 
-    return objective
+def _warn_if_alike(device: torch.device, before: list[Tensor]) -> bool:
+    if not drew(device, before):
+        log.warning(
+            "train.rdrop_alpha compares two passes of each image, but this network has no active dropout or "
+            "stochastic depth, so they are equal and cost time for nothing; set model.dropout or model.drop_path above "
+            "0, or train.rdrop_alpha=0"
+        )
+    return True

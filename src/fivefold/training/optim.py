@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 
 import torch
@@ -13,15 +13,28 @@ from fivefold.choose import choose
 from fivefold.errors import SettingsError
 
 
-def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float) -> Optimizer:
-    """The optimiser `name` over the model's parameters; norms and biases (fewer than two dimensions) do not decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    name: str,
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    shares: Mapping[int, float] | None = None,
+) -> Optimizer:
+    """The optimiser `name` over the model's parameters; norms and biases (fewer than two dimensions) do not decay.
+
+    `shares`: the share of `lr` of a parameter, by its `id`; 1 where it names none. The groups stand
+    in falling order of their rates.
+    """
+    groups: dict[tuple[float, bool], dict] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (shares or {}).get(id(parameter), 1.0), parameter.ndim >= 2
+            group = {"params": [], "lr": lr * key[0], "weight_decay": weight_decay if key[1] else 0.0}
+            groups.setdefault(key, group)["params"].append(parameter)
     _leave_the_compiler_out()
-    optimizer = choose(OPTIMIZERS, "optimizer", name)([group for group in groups if group["params"]], lr, momentum)
+    ordered = [groups[key] for key in sorted(groups, reverse=True)]
+    optimizer = choose(OPTIMIZERS, "optimizer", name)(ordered, lr, momentum)
     # The bare step: torch's wrapper around it imports the compiler, to break graphs that nobody compiles here.
     optimizer.step = MethodType(torch.no_grad()(inspect.unwrap(type(optimizer).step)), optimizer)
     return optimizer

@@ -1,0 +1,61 @@
+"""Samplers: which rows of an epoch, and that (seed, epoch) alone decides."""
+
+import numpy as np
+import pytest
+
+from fivefold.data.dataset import count_batches, epoch_batches
+from fivefold.data.sampling import REPEAT, SAMPLERS, balanced, shuffle
+
+CODES = np.repeat([0, 1, 2], [60, 9, 3])
+
+
+def rows_of(batches) -> np.ndarray:
+    return np.array([row for batch in batches for _, row in batch])
+
+
+def test_shuffle_is_the_epoch_as_it_was():
+    assert shuffle(CODES, 8, seed=3, epoch=2) == epoch_batches(len(CODES), 8, 3, 2)
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 9])
+def test_balanced_takes_each_class_alike_and_no_row_twice_before_all_others(epoch):
+    rows = rows_of(balanced(CODES, 8, seed=3, epoch=epoch))
+    assert np.bincount(CODES[rows]).tolist() == [24, 24, 24]
+    times = np.bincount(rows, minlength=len(CODES))
+    for code in range(3):
+        assert np.ptp(times[code == CODES]) <= 1
+
+
+def test_what_does_not_divide_goes_to_classes_in_turn():
+    codes = np.repeat([0, 1, 2], [5, 5, 1])
+    counts = [np.bincount(codes[rows_of(balanced(codes, 4, 0, epoch))], minlength=3) for epoch in range(40)]
+    assert all(count.max() - count.min() <= 1 for count in counts)
+    assert {tuple(count - 3) for count in counts} >= {(1, 1, 0), (1, 0, 1), (0, 1, 1)}
+
+
+def test_seed_and_epoch_decide_and_nothing_else():
+    first = balanced(CODES, 8, seed=3, epoch=1)
+    np.random.default_rng().random()
+    assert balanced(CODES, 8, seed=3, epoch=1) == first
+    assert balanced(CODES, 8, seed=3, epoch=2) != first
+    assert balanced(CODES, 8, seed=4, epoch=1) != first
+
+
+def test_a_row_that_comes_again_has_another_augmentation():
+    samples = [sample for batch in balanced(CODES, 8, seed=3, epoch=1) for sample in batch]
+    assert len(set(samples)) == len(samples)
+    assert {epoch % REPEAT for epoch, _ in samples} == {1}
+
+
+def test_rows_without_a_label_come_once_each():
+    codes = np.array([0, 0, 0, 0, 1, 1, -1, -1, -1])
+    rows = rows_of(balanced(codes, 3, seed=0, epoch=1))
+    assert sorted(rows[codes[rows] == -1].tolist()) == [6, 7, 8]
+    assert np.bincount(codes[rows][codes[rows] >= 0]).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("codes", [np.zeros(9, int), np.arange(9) % 4, np.full(9, -1)])
+def test_every_sampler_gives_as_many_batches_as_the_schedule_counts(name, codes):
+    for size in (1, 2, 4, 20):
+        assert len(SAMPLERS[name](codes, size, 0, 1)) == count_batches(len(codes), size)

@@ -1,0 +1,195 @@
+"""What changes from epoch to epoch: a frozen backbone, learning rates by layer, a cooling teacher."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from fivefold.assemble import build_classifier, build_loop, one_hot, seed_everything
+from fivefold.data.dataset import ImageSet
+from fivefold.data.store import open_store
+from fivefold.data.transforms import build_transforms
+from fivefold.inference.predictor import make_runtime
+from fivefold.models.backbones import build_backbone
+from fivefold.recipe import Augment, Distill, Model, Settings, Train
+from fivefold.training.groups import layers_of, learning_rates
+from fivefold.training.loop import Loop, TrainRows, ValidRows, fit
+from fivefold.training.optim import build_optimizer
+from fivefold.training.teaching import Cooling, Teacher, soften
+
+CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
+SMALL = Model(backbone="fivefold/small_net", options={"widths": [8, 16], "stem": 4}, image_size=12, dropout=0.2)
+LOG_PROBS = np.log(np.random.default_rng(0).dirichlet(np.ones(3), 18)).astype(np.float32)
+
+
+@pytest.fixture
+def images(tmp_path) -> ImageSet:
+    random = np.random.default_rng(0)
+    for number in range(18):
+        pixels = random.integers(0, 100, (12, 12, 3))
+        pixels[..., number % 3] += 120
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{number:02d}.png")
+    names = [f"{number:02d}.png" for number in range(18)]
+    return ImageSet(open_store(tmp_path), names, build_transforms([], (12, 12)), seed=1)
+
+
+def loop(images: ImageSet, distill: Distill | None = None, **train) -> Loop:
+    chosen = Train(epochs=4, batch_size=6, lr=0.02, precision="fp32", workers=0).model_copy(update=train)
+    settings = Settings(model=SMALL, augment=Augment(mix="none"), train=chosen, distill=distill or Distill())
+    seed_everything(0)
+    codes = np.arange(18) % 3
+    teacher = Teacher(LOG_PROBS, settings.distill.temperature, CPU.device) if distill else None
+    rows = TrainRows(images, one_hot(codes, 3, CPU.device), teacher)
+    network = build_classifier(settings.model, 3)
+    return build_loop("test", network, rows, ValidRows(images, codes), settings, CPU, [], select=True, patience=0)
+
+
+def states(made: Loop) -> list[dict[str, torch.Tensor]]:
+    """The model's weights and buffers before the first epoch and after each."""
+    found = [{name: tensor.clone() for name, tensor in made.model.state_dict().items()}]
+
+    def observe(row):
+        found.append({name: tensor.clone() for name, tensor in made.model.state_dict().items()})
+
+    fit(replace(made, observers=[observe]))
+    return found
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+@pytest.mark.parametrize("update", ["plain", "sam"])
+def test_defect_product_a_frozen_backbone_keeps_its_batch_statistics_too(images, update):
+    """The original went on updating the running statistics of the BatchNorms that it froze."""
+    made = loop(images, freeze_epochs=2, update=update, accumulate=2, ema_decay=0.9, clip=1.0)
+    found = states(made)
+    for before, after in ((found[0], found[1]), (found[1], found[2])):
+        assert {name.partition(".")[0] for name in moved(before, after)} == {"head"}
+    freed = moved(found[2], found[3])
+    assert {"backbone.stem.1.running_mean", "backbone.stem.1.num_batches_tracked", "backbone.stem.0.weight"} <= freed
+    assert int(found[4]["backbone.stem.1.num_batches_tracked"]) == 2 * 3
+
+
+def test_a_frozen_norm_normalises_by_what_it_knows(images):
+    made = loop(images, freeze_epochs=1)
+    norm = made.model.backbone.stem[1]
+    norm.running_mean.fill_(7.0)
+    given = torch.randn(4, norm.num_features, 3, 3)
+    made.model.train()
+    expected = nn.functional.batch_norm(given, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    torch.testing.assert_close(norm(given), expected)
+
+
+def test_the_schedule_and_the_optimiser_go_on_rightly_after_the_thaw(images):
+    rates = {}
+    for frozen in (0, 3):
+        rates[frozen] = rows = []
+        made = loop(images, freeze_epochs=frozen, backbone_lr=0.1, warmup_epochs=1.0, optimizer="adamw")
+        fit(replace(made, observers=[rows.append]))
+    assert [row["lr"] for row in rates[0]] == [row["lr"] for row in rates[3]]
+    assert rates[3][1]["lr"] == 0.02
+    optimizer = made.schedule.optimizer
+    steps = {int(optimizer.state[p]["step"]) for p in made.model.backbone.parameters()}
+    assert steps == {3}  # the last epoch's: moments start with the thaw
+    assert {int(optimizer.state[p]["step"]) for p in made.model.head.parameters()} == {12}
+
+
+def test_freezing_for_no_epoch_is_not_freezing_and_for_all_of_them_a_head_alone(images):
+    assert {"backbone", "head"} == {name.partition(".")[0] for name in moved(*states(loop(images))[:2])}
+    found = states(loop(images, freeze_epochs=9))
+    assert {name.partition(".")[0] for name in moved(found[0], found[-1])} == {"head"}
+
+
+def test_the_backbone_learns_at_its_share_of_the_rate(images):
+    made = loop(images, backbone_lr=0.1, schedule="constant")
+    groups = made.schedule.optimizer.param_groups
+    rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert {rate_of[id(p)] for p in made.model.head.parameters()} == {0.02}
+    assert {rate_of[id(p)] for p in made.model.backbone.parameters()} == {0.02 * 0.1}
+    assert len(rate_of) == len(list(made.model.parameters()))
+    assert made.schedule.lr == 0.02
+    assert {group["weight_decay"] for group in groups if group["params"][0].ndim < 2} == {0.0}
+
+
+def test_at_their_defaults_the_groups_are_those_of_weight_decay_alone():
+    network = build_classifier(SMALL, 3)
+    shares = learning_rates(network.backbone, 1.0, 1.0)
+    groups = build_optimizer("adamw", network, 0.01, 0.1, 0.9, shares).param_groups
+    assert [[group["lr"], group["weight_decay"]] for group in groups] == [[0.01, 0.1], [0.01, 0.0]]
+
+
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_vit.r160_in1k", "test_convnext.r160_in1k"])
+def test_layer_decay_is_timms_one_layer_below_the_head(name):
+    """timm counts from the network's last group, which here has the head above it."""
+    network = timm.create_model(name, num_classes=0)
+    found = learning_rates(network, factor=0.5, decay=0.75)
+    reference = {
+        id(parameter): group["lr_scale"]
+        for group in param_groups_layer_decay(network, layer_decay=0.75)
+        for parameter in group["params"]
+    }
+    assert set(found) == set(reference)
+    for key, scale in reference.items():
+        assert found[key] == pytest.approx(0.5 * 0.75 * scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("torchvision/resnet18", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]),
+        ("torchvision/convnext_tiny", [*(f"features.{n}" for n in range(8)), "classifier.0"]),
+        ("efficientnet_pytorch/efficientnet-b0", ["_conv_stem", "_bn0", *(f"_blocks.{n}" for n in range(16)), "_conv_head", "_bn1"]),
+        ("fivefold/small_net", ["stem.0", "stem.1", "blocks.0", "blocks.1", "blocks.2"]),
+    ],
+)  # fmt: skip
+def test_other_families_layers_stand_in_the_networks_order(name, layers):
+    found = layers_of(build_backbone(name, False, {}))
+    assert [next(key for key, layer in found.items() if layer == number) for number in range(len(layers))] == [
+        next(key for key in found if key.startswith(f"{layer}.")) for layer in layers
+    ]
+    assert max(found.values()) == len(layers) - 1
+
+
+def test_a_teacher_cools_by_epochs_down_to_its_end():
+    teacher = Teacher(LOG_PROBS, 2.0, CPU.device)
+    cooling = Cooling(teacher, decay=0.95, end=1.7, steps_per_epoch=3)
+    heats = []
+    for _ in range(18):
+        heats.append(teacher.temperature)
+        torch.testing.assert_close(teacher[torch.tensor([4])], torch.from_numpy(soften(LOG_PROBS[[4]], heats[-1])))
+        cooling()
+    assert heats == pytest.approx([2.0] * 3 + [1.9] * 3 + [1.805] * 3 + [1.71475] * 3 + [1.7] * 6)
+
+
+def test_the_student_is_taught_at_the_temperature_of_its_epoch(images):
+    made = loop(images, Distill(temperature=2.0, temperature_decay=0.5, temperature_end=0.8, alpha=1.0), epochs=3)
+    teacher, heats = made.train.teacher, []
+
+    def watch(rows):
+        assert all(torch.equal(batch.teacher.sum(dim=1).round(decimals=4), torch.ones(6)) for batch in rows)
+        heats.append(teacher.temperature)
+        return made.update(rows)
+
+    fit(replace(made, update=watch))
+    assert heats == [2.0] * 3 + [1.0] * 3 + [0.8] * 3
+
+
+def test_defect_car_b5_validation_losses_compare_while_the_temperature_moves(images):
+    """The original validated at the T of the epoch: its losses fell with T, and so chose the wrong epoch."""
+    made = loop(images, Distill(temperature=4.0, temperature_decay=0.5, alpha=1.0), epochs=3)
+    made.schedule.base = [0.0] * len(made.schedule.base)
+    made.schedule._set()
+    for module in made.model.modules():  # nothing learns, not even a running mean
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    rows = []
+    fit(replace(made, observers=[rows.append]))
+    assert made.train.teacher.temperature == 1.0
+    assert len({row["val_loss"] for row in rows}) == len({row["val_logloss"] for row in rows}) == 1
+    assert len({round(row["train_loss"], 3) for row in rows}) == 3

@@ -1,0 +1,150 @@
+"""SAM: its formula by hand, its reduction to the plain step, and what its second pass must not touch."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fivefold.errors import SettingsError
+from fivefold.inference.predictor import make_runtime
+from fivefold.training.losses import cross_entropy
+from fivefold.training.objectives import Rows, supervised
+from fivefold.training.optim import build_optimizer
+from fivefold.training.updates import UPDATES, plain, sam
+
+CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
+LOSS = cross_entropy(0.1)
+
+
+def network(*more: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), *more, nn.ReLU(), nn.Linear(8, 3)).train()
+
+
+def batches(seed: int, *counts: int) -> list[Rows]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for count in counts:
+        codes = torch.randint(0, 3, (count,), generator=generator)
+        images = torch.randn(count, 3, 2, 2, generator=generator)
+        made.append(Rows(images, nn.functional.one_hot(codes, 3).float()))
+    return made
+
+
+def optimizer_of(model: nn.Module, name: str = "sgd", lr: float = 0.1):
+    return build_optimizer(name, model, lr=lr, weight_decay=0.01, momentum=0.0)
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_sam_at_rho_zero_is_the_plain_step_bit_for_bit(name):
+    """With dropout (the same masks in both passes), BatchNorm, accumulation and clipping."""
+    found = {}
+    for update in ("plain", "sam"):
+        model = network(nn.BatchNorm1d(8), nn.Dropout(0.5))
+        torch.manual_seed(3)
+        step = UPDATES[update](model, supervised(LOSS), optimizer_of(model, name), CPU, 0.05, 0.0)
+        losses = [result.loss.item() for n in range(4) for result in step(batches(n, 6, 6, 3))]
+        found[update] = (state(model), losses, torch.rand(1))
+    assert found["plain"][1:] == found["sam"][1:]
+    for key, tensor in found["plain"][0].items():
+        assert torch.equal(tensor, found["sam"][0][key]), key
+
+
+def test_sam_by_hand_on_a_quadratic():
+    """L = ½·a·w² in two dimensions: g = a·w, and the step takes a·(w + ρ·g/‖g‖)."""
+
+    class Point(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([3.0, 1.0]))
+
+        def forward(self, images):
+            return self.w.expand(len(images), 2)
+
+    curvature = torch.tensor([1.0, 4.0])
+    model = Point()
+
+    def half_square(logits, targets):
+        return (curvature * logits**2).sum(dim=1).mean() / 2
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sam(model, supervised(half_square), optimizer, CPU, clip=0.0, rho=0.5)([Rows(torch.zeros(2, 1), torch.zeros(2, 2))])
+    gradient = torch.tensor([3.0, 4.0])  # ‖g‖ = 5, so the climb is (.3, .4)
+    expected = torch.tensor([3.0, 1.0]) - 0.1 * curvature * (torch.tensor([3.0, 1.0]) + 0.5 * gradient / 5)
+    torch.testing.assert_close(model.w.detach(), expected)
+
+
+def test_accumulated_batches_are_one_large_batch():
+    """Accumulate, perturb once, accumulate again: not a perturbation a micro-batch."""
+    once, parts = network(), network()
+    (large,) = batches(1, 9)
+    pieces = [Rows(large.images[a:b], large.targets[a:b]) for a, b in ((0, 4), (4, 8), (8, 9))]
+    for model, given in ((once, [large]), (parts, pieces)):
+        sam(model, supervised(LOSS), optimizer_of(model), CPU, clip=0.0, rho=0.2)(given)
+    for key, tensor in once.state_dict().items():
+        torch.testing.assert_close(tensor, parts.state_dict()[key])
+
+
+def test_both_passes_see_the_same_dropout_masks():
+    """Behind the dropout stands a copy that tells what it was given: each mask comes twice, in the same order."""
+    seen = []
+
+    class Tell(nn.Module):
+        def forward(self, given):
+            seen.append((given == 0).clone())
+            return given
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), Tell(), nn.Linear(12, 3)).train()
+    sam(model, supervised(LOSS), optimizer_of(model), CPU, clip=0.0, rho=0.2)(batches(0, 6, 6))
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_are_counted_once_and_at_the_weights_themselves(momentum):
+    found = []
+    for update in (plain, sam):
+        model = network(nn.BatchNorm1d(8, momentum=momentum))
+        update(model, supervised(LOSS), optimizer_of(model), CPU, 0.0, 0.5)(batches(2, 8, 8))
+        found.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+    assert int(found[1]["2.num_batches_tracked"]) == 2
+    for name, buffer in found[0].items():
+        assert torch.equal(buffer, found[1][name]), name
+
+
+def test_the_second_gradient_is_the_one_that_is_clipped():
+    model = network()
+    before = copy.deepcopy(model)
+    optimizer = build_optimizer("sgd", model, lr=1.0, weight_decay=0.0, momentum=0.0)
+    sam(model, supervised(LOSS), optimizer, CPU, clip=1e-3, rho=0.5)(batches(3, 8))
+    pairs = zip(model.parameters(), before.parameters(), strict=True)
+    moved = torch.cat([(after - old).detach().flatten() for after, old in pairs])
+    assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_parameters_that_do_not_learn_stay_where_they_are():
+    model = network()
+    model[1].requires_grad_(False)
+    optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
+    before = state(model)
+    sam(model, supervised(LOSS), optimizer, CPU, clip=1.0, rho=0.5)(batches(4, 8))
+    assert torch.equal(model[1].weight, before["1.weight"])
+    assert not torch.equal(model[3].weight, before["3.weight"])
+
+
+def test_fp16_is_refused_and_bf16_named():
+    fp16 = make_runtime(torch.device("cpu"), torch.float16, False, [0.5] * 3, [0.5] * 3)
+    model = network()
+    with pytest.raises(SettingsError, match=r"train\.update=sam .* fp16.*train\.precision=bf16"):
+        sam(model, supervised(LOSS), optimizer_of(model), fp16, clip=0.0, rho=0.05)
+    bf16 = make_runtime(torch.device("cpu"), torch.bfloat16, False, [0.5] * 3, [0.5] * 3)
+    results = sam(model, supervised(LOSS), optimizer_of(model), bf16, clip=0.0, rho=0.05)(batches(5, 8))
+    assert bool(torch.isfinite(results[0].loss))
