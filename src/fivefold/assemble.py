@@ -23,6 +23,7 @@ from fivefold.inference.tta import build_views
 from fivefold.machine import count_cores, keep_freed_memory
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, Standardised
+from fivefold.models.convolution import quicken
 from fivefold.models.heads import build_head
 from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
@@ -154,7 +155,7 @@ def build_loop(
     loss = _loss(settings, train)
     if network.meta is not None:
         network.meta.fit(torch.from_numpy(train.images.measure()))
-    model = runtime.place(network)
+    model = runtime.place(_quickened(network, runtime))
     shares = learning_rates(network.backbone, chosen.backbone_lr, chosen.layer_decay)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
@@ -269,6 +270,12 @@ def _phases(settings: Settings, network: Classifier, train: TrainRows, steps: in
 def _codes(targets: Tensor) -> np.ndarray:
     """The class of each row of targets [N, C], -1 where it has none."""
     return torch.where(targets.sum(dim=1) > 0, targets.argmax(dim=1), -1).cpu().numpy()
+
+
+def _quickened(network: nn.Module, runtime: Runtime) -> nn.Module:
+    """Small convolutions made faster to train, on the CPUs whose bf16 units make it pay."""
+    fast = runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return quicken(network) if fast else network
 
 
 def _fast_type(device: torch.device) -> torch.dtype | None:
