@@ -3,6 +3,7 @@
 python -m jobs train-fold FOLD=2 recipe=demo
 python -m jobs submit platform=local recipe=demo train=DATA eval=TEST run=first
 STAGE=train-fold FOLD=2 python -m jobs train        as SageMaker calls it
+python -m jobs train                                without STAGE: train-fold, or split and fold 0 in one
 """
 
 import importlib
@@ -17,7 +18,7 @@ from types import ModuleType
 from fivefold import settings as settings_
 from fivefold.choose import choose
 from fivefold.contract.failure import explained, report_failure
-from fivefold.contract.job import Job, hyperparameters, job_from, output_dir
+from fivefold.contract.job import Job, given_channels, hyperparameters, job_from, output_dir
 from fivefold.contract.record import Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.errors import FivefoldError, SettingsError
@@ -72,7 +73,7 @@ def run_stage(job: Job, settings: Settings) -> None:
     job.probe()
     folder = job.record_dir()
     key = key_of(job, settings_.key_settings(settings, job.stage.sections))
-    reason = why_run(folder, key, output_roots(job))
+    reason = "it prints its result" if job.stage.always else why_run(folder, key, output_roots(job))
     if job.output_dir is not None:
         (job.output_dir / FAILURE).unlink(missing_ok=True)
     if reason is None:
@@ -108,14 +109,21 @@ def layers(arguments: Sequence[str], environ: Mapping[str, str]) -> list[setting
 
 
 def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The stage or command to run and its arguments; `train` and no name at all stand for STAGE."""
+    """The stage or command to run and its arguments; `train` and no name at all stand for STAGE.
+
+    `train` without STAGE is train-fold where a folds channel is given, and otherwise the stage of its own name.
+    """
     first = arguments[0] if arguments and "=" not in arguments[0] and not arguments[0].startswith("-") else None
     rest = list(arguments[1:] if first else arguments)
     name = first
     if first in (None, "train"):
         found = layers([argument for argument in rest if "=" in argument], environ)
         given = next((layer.values["stage"] for layer in found if layer.values.get("stage")), None)
-        name = value_of(str, given) if given else ("train-fold" if first else None)
+        name = (
+            value_of(str, given)
+            if given
+            else first and ("train-fold" if "folds" in given_channels(environ) else "train")
+        )
     if not name:
         raise SettingsError(f"no stage: give one of {', '.join(STAGES)}, or set STAGE; see --help")
     name = name.strip().lower().replace("_", "-")

@@ -2,12 +2,12 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
 from fivefold import assemble, distillation, members
 from fivefold.contract.artifacts import ModelDir, check_split, find_models
-from fivefold.contract.files import sha256
 from fivefold.contract.job import Job
 from fivefold.contract.stages import TRAIN_LOG
 from fivefold.data.folds import FoldTable
@@ -25,11 +25,12 @@ log = logging.getLogger("fivefold")
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Trains the student; its model dir (`role: student`), and its holdout figures where there is a holdout."""
-    split, table = training.read_split(job)
+    student = settings.student()
+    split, table = training.read_split(job, student.model.factors)
     models = find_models(job)
     check_members([(model.name, model.info) for model in models])
     check_split(models, split)
-    student = settings.student()
+    check_factors(models, table)
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()
     store = open_store(job.channel("train"))
     patience = allowed_patience(settings.distill.patience, len(aside))
@@ -64,9 +65,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     holdout_files, holdout_scores = training.save_holdout(job, model, store, table, student, runtime)
     facts = {
         "fold": None,
-        "folds": table.num_folds,
-        "classes": table.classes,
-        "split": sha256(split),
+        **training.split_facts(split, table),
         "teacher": lesson.teacher,
         "leak_free": lesson.leak_free,
         "selected_on": "holdout" if patience else None,
@@ -76,6 +75,21 @@ def main(job: Job, settings: Settings) -> Outcome:
     files += members.save_member(job.model(), "student", best, student, runtime, facts)
     training.draw_curves(job)
     return Outcome(files, {"leak_free": lesson.leak_free, "rows": len(train.images), **holdout_scores})
+
+
+def check_factors(models: list[ModelDir], table: FoldTable) -> None:
+    """Raises a SettingsError unless the student is to know the factors of the classes that its teachers know."""
+    for model in models:
+        knows = model.info.get("knows", [])
+        if tuple(knows) != table.knows:
+            raise SettingsError(
+                f"{model.name} knows {in_factors(knows)}, and its student is to know {in_factors(table.knows)}: "
+                "a teacher speaks of its own classes alone; give the student the model.factors of its teachers"
+            )
+
+
+def in_factors(names: Sequence[str]) -> str:
+    return f"the factors {', '.join(names)}" if names else "the classes as they are"
 
 
 def allowed_patience(patience: int, holdout_rows: int) -> int:

@@ -11,11 +11,12 @@ from pathlib import Path
 from fivefold.choose import choose, did_you_mean
 from fivefold.errors import SettingsError
 from fivefold.launchers import local
-from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, select
+from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
 from fivefold.launchers.results import report_path, results_table
 from fivefold.launchers.status import write_plan
 from fivefold.recipe import SECTIONS, Settings
 from fivefold.settings import arguments_layer, flatten, normal_key
+from fivefold.values import value_of
 
 log = logging.getLogger("fivefold")
 
@@ -28,6 +29,7 @@ KEYS = {
     "unlabeled": ("", "images without classes, which the ensemble teaches to the student"),
     "weights": ("", "a folder of pretrained weights that model.weights names"),
     "run": ("", "the run's name; empty: run_YYYYMMDD_HHMMSS_<id8>. The same name goes on where it stopped"),
+    "increment": ("false", "a new run each time: NAME of run=NAME, then NAME2, NAME3, … where that one is there"),
     "runs": ("runs", "the folder of all runs"),
     "stages": ("", "only these, e.g. split,train-fold; empty: all"),
     "folds": ("", "only these, e.g. 2,4; empty: all. Alone it means their training, and no later stage"),
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     request = read_request(arguments)
     run_on_platform = choose(PLATFORMS, "platform", request["platform"])
-    run = request["run"] or new_run_name()
+    run = run_name(request)
     inputs = local.check_inputs(inputs_of(request), Path(request["runs"]) / run)
     everything = make_plan(inputs, request.overrides, run, request["runs"], request["recipe"], request.numbers("seeds"))
     plan = select(everything, request.names("stages"), request.numbers("folds"))
@@ -112,6 +114,17 @@ def inputs_of(request: Request) -> Inputs:
         unlabeled=request["unlabeled"] or None,
         weights=request["weights"] or None,
     )
+
+
+def run_name(request: Request) -> str:
+    """The run that is asked for, its next number with increment=true, or a name of this second."""
+    try:
+        increment = value_of(bool, request["increment"])
+    except ValueError as error:
+        raise SettingsError(f"increment={request['increment']}: {error}") from error
+    if increment and not request["run"]:
+        raise SettingsError("increment=true needs run=NAME, as in run=exp, for exp, exp2, exp3 and so on")
+    return next_run_name(request["run"], Path(request["runs"])) if increment else request["run"] or new_run_name()
 
 
 def parallel_of(request: Request) -> int:

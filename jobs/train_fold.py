@@ -4,7 +4,6 @@ import logging
 import sys
 
 from fivefold import assemble, members
-from fivefold.contract.files import sha256
 from fivefold.contract.job import Job
 from fivefold.contract.stages import OOF, TRAIN_LOG
 from fivefold.data.store import open_store
@@ -19,7 +18,7 @@ log = logging.getLogger("fivefold")
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Trains the fold that the settings name; its model dir, and its out-of-fold figures."""
-    split, table = training.read_split(job)
+    split, table = training.read_split(job, settings.model.factors)
     fold = chosen_fold(settings.fold, table.num_folds)
     rows, own_rows = table.train_rows(fold), table.valid_rows(fold)
     store = open_store(job.channel("train"))
@@ -48,9 +47,10 @@ def main(job: Job, settings: Settings) -> Outcome:
     oof = training.predict_rows(model, store, table, own_rows, settings, runtime, f"{label} out-of-fold")
     files = [job.model() / TRAIN_LOG, members.save_predictions(job.model() / OOF, oof)]
     holdout_files, holdout_scores = training.save_holdout(job, model, store, table, settings, runtime)
-    facts = {"fold": fold, "folds": table.num_folds, "classes": table.classes, "split": sha256(split)}
+    facts = {"fold": fold, **training.split_facts(split, table)}
     files += holdout_files + members.save_member(job.model(), "fold", best, settings, runtime, facts)
     training.draw_curves(job)
+    training.draw_examples(job, store, table, own_rows, oof, next(iter(best.values())).epoch)
 
     figures = training.scores(oof, "oof")
     log.info("%s out-of-fold, %d rows: %s", label, len(own_rows), training.in_words(figures))

@@ -1,7 +1,7 @@
 """What `train-fold` and `distill` share around their training runs."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +9,41 @@ import numpy as np
 from torch import nn
 
 from fivefold.contract.artifacts import locate
+from fivefold.contract.files import atomic, sha256
 from fivefold.contract.job import Job
-from fivefold.contract.stages import CLASSES, CURVES, FOLDS, HOLDOUT, TRAIN_LOG
+from fivefold.contract.stages import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, TRAIN_LOG
 from fivefold.data.folds import FoldTable, read_folds
+from fivefold.data.images import decode
 from fivefold.data.store import ImageStore
-from fivefold.evaluation.metrics import summary
+from fivefold.evaluation.examples import image_grid, spread_out
+from fivefold.evaluation.metrics import predicted, summary
 from fivefold.evaluation.plots import training_curves
 from fivefold.inference.predictor import Runtime
 from fivefold.members import ImageFiles, predict_images, save_predictions
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
 from fivefold.training.loop import Best, Loop
-from fivefold.training.observers import Observer, csv_log, metric_line, tensorboard
+from fivefold.training.observers import Observer, csv_log, metric_line, tensorboard, tensorboard_picture
 
 log = logging.getLogger("fivefold")
+EVENTS = "tensorboard"
 
 
-def read_split(job: Job) -> tuple[Path, FoldTable]:
-    """The path of `folds.parquet` in the folds channel, and its table."""
+def read_split(job: Job, factors: Sequence[str] = ()) -> tuple[Path, FoldTable]:
+    """The path of `folds.parquet` in the folds channel, and its table; of some factors of its classes, if any are given."""
     path = locate(job, "folds", FOLDS)
-    return path, read_folds(path, locate(job, "folds", CLASSES))
+    return path, read_folds(path, locate(job, "folds", CLASSES)).of_factors(factors)
+
+
+def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
+    """What `model.json` says of the split: its folds and digest, the model's classes, and what classes are made of."""
+    factored = {} if table.factors is None else {"knows": table.knows, "factors": table.factors.as_json()}
+    return {"folds": table.num_folds, "classes": table.classes, "split": sha256(path), **factored}
 
 
 def observers(job: Job, fold: int | None) -> list[Observer]:
     """The CSV log beside the model, the metric lines, and TensorBoard's events beside what people look at."""
-    return [csv_log(job.model() / TRAIN_LOG), metric_line(fold), tensorboard(job.output() / "tensorboard")]
+    return [csv_log(job.model() / TRAIN_LOG), metric_line(fold), tensorboard(job.output() / EVENTS)]
 
 
 def load_best(loop: Loop, best: Mapping[str, Best]) -> nn.Module:
@@ -88,6 +98,18 @@ def scores(table: Predictions, prefix: str) -> dict[str, float]:
 def draw_curves(job: Job) -> None:
     """The training curves as a picture."""
     training_curves(job.model() / TRAIN_LOG, job.output() / CURVES)
+
+
+def draw_examples(
+    job: Job, store: ImageStore, table: FoldTable, rows: np.ndarray, found: Predictions, epoch: int
+) -> None:
+    """Some of the validation rows with truth and prediction of the kept epoch: a picture, and in TensorBoard."""
+    shown = spread_out(len(rows))
+    images = [decode(store.read(path), path) for path in table.paths_of(rows[shown])]
+    guesses = [found.classes[code] for code in predicted(found.log_probs[shown])]
+    with atomic(job.output() / EXAMPLES) as temporary:
+        image_grid(images, list(found.labels[shown]), guesses, temporary)
+    tensorboard_picture(job.output() / EVENTS, "Val/examples", job.output() / EXAMPLES, epoch)
 
 
 def in_words(figures: Mapping[str, Any]) -> str:

@@ -122,7 +122,16 @@ def test_the_record_stands_with_the_model_or_else_with_the_data(tmp_path: Path):
         "ensemble": Path("/o"),
         "evaluate": Path("/o"),
         "distill": Path("/m"),
+        "train": Path("/m"),
+        "evaluation": Path("/o"),
     }
+
+
+def test_a_stage_may_keep_its_output_in_the_model_when_no_other_place_is_given(tmp_path: Path):
+    assert job("train", {"SM_MODEL_DIR": "/m"}, tmp_path).output() == Path("/m/output")
+    assert job("train", {"SM_MODEL_DIR": "/m", "SM_OUTPUT_DATA_DIR": "/o"}, tmp_path).output() == Path("/o")
+    with pytest.raises(SettingsError, match="SM_OUTPUT_DATA_DIR, which is not set"):
+        job("train-fold", {"SM_MODEL_DIR": "/m"}, tmp_path).output()
 
 
 @pytest.mark.parametrize("name", ["SM_CHANNEL_TRAIN", "SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"])

@@ -262,7 +262,8 @@ def test_interrupted_is_130_and_leaves_no_record(images: Path, tmp_path: Path):
         (["Train-Fold"], {}, "train-fold", []),
         (["split"], {"STAGE": "evaluate"}, "split", []),
         (["train"], {"STAGE": "evaluate"}, "evaluate", []),
-        (["train", "FOLD=2"], {}, "train-fold", ["FOLD=2"]),
+        (["train", "FOLD=2"], {"SM_CHANNEL_FOLDS": "x"}, "train-fold", ["FOLD=2"]),
+        (["train", "FOLD=2"], {"SM_CHANNEL_TRAIN": "x"}, "train", ["FOLD=2"]),
         (["train", "stage=distill"], {"STAGE": "evaluate"}, "distill", ["stage=distill"]),
         ([], {"STAGE": "train_fold"}, "train-fold", []),
         ([], {"stage": "split"}, "split", []),
@@ -281,7 +282,7 @@ def test_the_stage_is_found(arguments: list[str], environ: dict[str, str], name:
     ("arguments", "stage", "message"),
     [
         (["trian-fold"], None, "unknown stage 'trian-fold'; did you mean 'train-fold'?; known: "),
-        ([], None, "no stage: give one of split, train-fold, ensemble, evaluate, distill, or set STAGE"),
+        ([], None, "no stage: give one of split, train-fold, ensemble, evaluate, distill, train, "),
         (["train"], "spilt", "unknown stage 'spilt'; did you mean 'split'?"),
     ],
 )

@@ -50,6 +50,8 @@ def jobs(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         (["folds=7"], "0 to 4"),
         (["run=a/b"], "names a folder"),
         (["--verbose"], "not KEY=VALUE"),
+        (["increment=true"], "needs run=NAME"),
+        (["increment=maybe", "run=exp"], "increment=maybe: true or false is needed"),
     ],
 )
 def test_a_request_that_cannot_work(data: Path, arguments: list[str], says: str) -> None:
@@ -112,3 +114,14 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for key in (*submit.KEYS, "--dry-run", *submit.PLATFORMS):
         assert key in printed
+
+
+def test_runs_of_one_name_count_up(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = data / "runs"
+    arguments = [f"train={data / 'train'}", f"runs={runs}", "run=exp"]
+    for expected in ("exp", "exp2", "exp3"):
+        assert submit.main([*arguments, "increment=true", "--dry-run"]) == 0
+        assert f"# run {expected} in {runs / expected}" in capsys.readouterr().out
+        (runs / expected).mkdir(parents=True)
+    assert submit.main([*arguments, "--dry-run"]) == 0  # without it a run of the same name goes on
+    assert "# run exp in" in capsys.readouterr().out

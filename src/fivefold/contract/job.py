@@ -87,13 +87,14 @@ def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
     `scratch` is a folder of this process, for what it unpacks; the caller removes it.
     """
     _refuse_urls(environ)
-    base = base_dir(environ)
     model_dir = _folder(environ, "SM_MODEL_DIR", "model")
     output_data_dir = _folder(environ, "SM_OUTPUT_DATA_DIR", "output/data")
     checkpoints = _folder(environ, "SM_CHECKPOINT_DIR", "checkpoints")
     if checkpoints is None and model_dir is not None:
         checkpoints = model_dir.parent / "checkpoints"
-    channels = _channels(environ, base)
+    if stage.output_in_model and output_data_dir is None and model_dir is not None:
+        output_data_dir = model_dir / "output"
+    channels = given_channels(environ)
     if stage.from_output and output_data_dir is not None and any((output_data_dir / n).is_file() for n in PREDICTED):
         channels.setdefault(stage.from_output, output_data_dir)
     return Job(
@@ -141,8 +142,9 @@ def _folder(environ: Mapping[str, str], variable: str, below_base: str) -> Path 
     return base / below_base if environ.get("SAGEMAKER_BASE_DIR") or (base / "input").is_dir() else None
 
 
-def _channels(environ: Mapping[str, str], base: Path) -> dict[str, Path]:
+def given_channels(environ: Mapping[str, str]) -> dict[str, Path]:
     """Each channel by its name: SM_CHANNEL_*, SM_GROUND_TRUTH_DIR, then what lies in `input/data`."""
+    base = base_dir(environ)
     config = base / "input" / "config" / "inputdataconfig.json"
     modes = _json_map(config.read_bytes(), str(config)) if config.is_file() else {}
     for name, entry in modes.items():

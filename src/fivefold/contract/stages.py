@@ -12,8 +12,10 @@ OOF = "oof.parquet"
 HOLDOUT = "holdout.parquet"
 TRAIN_LOG = "train_log.csv"
 CURVES = "training_curves.png"
+EXAMPLES = "validation_examples.png"
 PREDICTIONS = "predictions.parquet"
 ENSEMBLE = "ensemble.json"
+OUTPUT = "output.csv"
 METRICS = "metrics.json"
 REPORT = "report.html"
 RECORD = "stage.json"
@@ -27,7 +29,9 @@ class Stage:
     `channels` must be there, `optional` may be. `hashed` are those whose bytes make the stage's
     key; the images of a split are not among them, since `folds.parquet` holds their digests. Of the
     `noted` ones only whether they are given: they lend pictures, and change no figure.
-    `from_output` is read from the output's data folder where its channel is not given.
+    `from_output` is read from the output's data folder where its channel is not given. With
+    `output_in_model` that folder is `output/` in the model's where it is not given either.
+    `always`: what it prints is its result, so it is never skipped.
     """
 
     name: str
@@ -40,6 +44,8 @@ class Stage:
     writes_model: bool = False
     noted: tuple[str, ...] = ()
     from_output: str = ""
+    output_in_model: bool = False
+    always: bool = False
 
 
 _TRAINING = ("model", "augment", "train", "predict")
@@ -95,6 +101,27 @@ STAGES = {
             hashed=("folds", "model", "unlabeled", "weights"),
             sections=("system", "seed", *_TRAINING, "distill"),
             writes_model=True,
+        ),
+        Stage(
+            name="train",
+            module="jobs.train",
+            summary="split and one fold in one: a model where no folds channel is given",
+            channels=("train",),
+            optional=("weights",),
+            hashed=("train", "weights"),
+            sections=("system", "seed", "fold", "data", "split", *_TRAINING),
+            writes_model=True,
+            output_in_model=True,
+        ),
+        Stage(
+            name="evaluation",
+            module="jobs.evaluation",
+            summary="output.csv and gt.csv -> accuracy and macro F1 as JSON on stdout",
+            channels=("ground_truth",),
+            optional=("predictions",),
+            hashed=("ground_truth",),
+            sections=(),
+            always=True,
         ),
     )
 }

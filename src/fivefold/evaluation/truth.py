@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fivefold.errors import DataError, MissingInputError
-from fivefold.evaluation.metrics import FLOOR
+from fivefold.evaluation.metrics import FLOOR, confusion_matrix, f1
 from fivefold.predictions import Predictions, sample
 
 TRUTH_FILES = ("gt.csv", "ground_truth.csv")
@@ -55,10 +55,7 @@ def with_truth(table: Predictions, truth: dict[str, str], where: Path) -> Predic
     predicted = set(ids)
     extra = [name for name in truth if name not in predicted]
     absent = [name for name in ids if name not in truth]
-    if extra or absent:
-        parts = [f"{len(extra)} of its {len(truth)} ids are not predicted ({sample(extra)})"] if extra else []
-        parts += [f"{len(absent)} of {len(ids)} predicted ids are not in it ({sample(absent)})"] if absent else []
-        raise DataError(f"{where} is the truth of other rows: {'; '.join(parts)}; give the truth of this test set")
+    _refuse_other_rows(where, extra, absent, len(truth), len(ids))
     labelled = replace(table, labels=np.array([truth[name] for name in ids], dtype=object))
     known = set(table.classes)
     unknown = sorted({label for label in truth.values() if label not in known})
@@ -94,6 +91,32 @@ def read_submission(path: Path) -> Predictions:
     )
 
 
+def read_answers(path: Path) -> dict[str, str]:
+    """Predicted class names by row id, of a file with one column of them, or with a column of probabilities a class."""
+    if not path.is_file():
+        raise MissingInputError(f"no answers at {path}; run inference first, with the same output folder")
+    header, _ = _read(path)
+    if len(header) == 2:
+        return read_truth(path)
+    table = read_submission(path)
+    return {name: table.classes[code] for name, code in zip(table.ids, table.log_probs.argmax(axis=1), strict=True)}
+
+
+def score_answers(answers: dict[str, str], truth: dict[str, str], where: Path) -> dict[str, float | int]:
+    """`accuracy` and `f1_macro` (over the classes that occur as truth or as answer) of `n` rows, and `n`.
+
+    Raises a DataError unless answers and truth are of the same ids.
+    """
+    extra, absent = [name for name in truth if name not in answers], [name for name in answers if name not in truth]
+    _refuse_other_rows(where, extra, absent, len(truth), len(answers))
+    classes = sorted({*truth.values(), *answers.values()})
+    index = {name: code for code, name in enumerate(classes)}
+    codes = np.array([index[name] for name in truth.values()])
+    guesses = np.array([index[answers[name]] for name in truth])
+    counts = confusion_matrix(guesses, codes, len(classes))
+    return {"accuracy": float((guesses == codes).mean()), "f1_macro": f1(counts), "n": len(codes)}
+
+
 def _probabilities(row: list[str], path: Path) -> list[float]:
     try:
         values = [float(cell) for cell in row[1:]]
@@ -118,6 +141,13 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
             f"{path}: the row {','.join(ragged)[:60]!r} has {len(ragged)} cells, the header {len(lines[0])}"
         )
     return lines[0], lines[1:]
+
+
+def _refuse_other_rows(where: Path, extra: list[str], absent: list[str], truth: int, predicted: int) -> None:
+    parts = [f"{len(extra)} of its {truth} ids are not predicted ({sample(extra)})"] if extra else []
+    parts += [f"{len(absent)} of {predicted} predicted ids are not in it ({sample(absent)})"] if absent else []
+    if parts:
+        raise DataError(f"{where} is the truth of other rows: {'; '.join(parts)}; give the truth of this test set")
 
 
 def _plain(name: str) -> str:

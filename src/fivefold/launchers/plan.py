@@ -7,6 +7,7 @@ A step's files lie in `<runs>/<run>/<step>/{model,output,checkpoints}`. A plan i
 run it, `--dry-run` prints it, and `status` reads it.
 """
 
+import itertools
 import re
 import shlex
 import time
@@ -94,6 +95,12 @@ def make_plan(
 def new_run_name() -> str:
     """`run_YYYYMMDD_HHMMSS_<id8>`, of this second's local time."""
     return f"run_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:8]}"
+
+
+def next_run_name(name: str, runs: Path) -> str:
+    """`name`, or the first of `name2`, `name3`, … that stands not yet in `runs`."""
+    names = itertools.chain([name], (f"{name}{number}" for number in itertools.count(2)))
+    return next(each for each in names if not (runs / each).exists())
 
 
 def select(plan: Plan, stages: Sequence[str] = (), folds: Sequence[int] = ()) -> Plan:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fivefold.training.loop import Observer
 
 LOG_COLUMNS = (
@@ -63,3 +65,12 @@ def tensorboard(folder: Path) -> Observer:
         writer.flush()
 
     return observe
+
+
+def tensorboard_picture(folder: Path, tag: str, picture: Path, epoch: int) -> None:
+    """Adds a picture file to TensorBoard's events in `folder`, at `epoch`."""
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with Image.open(picture) as image, SummaryWriter(str(folder), filename_suffix=".pictures") as writer:
+        writer.add_image(tag, np.array(image.convert("RGB")), epoch, dataformats="HWC")

@@ -1,0 +1,29 @@
+"""Accuracy and macro F1 of the answers in output.csv against gt.csv, as one line of JSON."""
+
+import json
+import logging
+import sys
+
+from fivefold.contract.job import Job
+from fivefold.contract.stages import OUTPUT
+from fivefold.evaluation.truth import read_answers, read_truth, score_answers, truth_file
+from fivefold.recipe import Settings
+from jobs.outcome import Outcome
+
+log = logging.getLogger("fivefold")
+
+
+def main(job: Job, settings: Settings) -> Outcome:
+    """Scores the output folder's answers (or the predictions channel's) and prints the figures."""
+    answers = (job.optional_channel("predictions") or job.output()) / OUTPUT
+    truth = truth_file(job.channel("ground_truth"))
+    log.info("evaluation: %s against %s", answers, truth)
+    scores = score_answers(read_answers(answers), read_truth(truth), truth)
+    print(json.dumps(scores), flush=True)
+    return Outcome([], scores)
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import run
+
+    sys.exit(run("evaluation", sys.argv[1:]))

@@ -1,0 +1,30 @@
+"""A training run that needs no split: it makes one by the recipe, and trains one fold of it."""
+
+import logging
+import sys
+from dataclasses import replace
+
+from fivefold.contract.job import Job
+from fivefold.contract.stages import STAGES
+from fivefold.recipe import Settings
+from jobs import split, train_fold
+from jobs.outcome import Outcome
+
+log = logging.getLogger("fivefold")
+
+
+def main(job: Job, settings: Settings) -> Outcome:
+    """Splits the channel's rows into the output's `split/`, and trains fold 0 unless the settings name another."""
+    fold = settings.fold or 0
+    log.info("train: no folds channel, so the recipe splits, and fold %d is trained", fold)
+    parting = replace(job, stage=STAGES["split"], output_data_dir=job.output() / "split")
+    folds = split.main(parting, settings)
+    training = replace(job, stage=STAGES["train-fold"], channels={**job.channels, "folds": parting.output()})
+    model = train_fold.main(training, settings.model_copy(update={"fold": fold}))
+    return Outcome([*folds.outputs, *model.outputs], {**folds.metrics, **model.metrics})
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import run
+
+    sys.exit(run("train", sys.argv[1:]))

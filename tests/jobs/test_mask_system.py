@@ -1,0 +1,239 @@
+"""People with and without masks: models of some factors, their product, and the three commands with their variables alone."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn import metrics as reference
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fivefold import predictions
+from fivefold.contract.files import sha256
+from fivefold.data.folds import read_folds
+from fivefold.data.profiles import STEMS, age_class, label_of
+from jobs.__main__ import run
+
+REPOSITORY = Path(__file__).parents[2]
+AGES = (25, 45, 65)
+TINY = [
+    "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=12",
+    "train.epochs=6", "train.batch_size=16", "train.lr=0.02", "train.precision=fp32", 'augment.train=["resize"]',
+    "split.folds=2",
+]  # fmt: skip
+MASKS = ["system=masks", "model.factors=mask,gender"]
+YEARS = ["system=ages", "model.factors=age"]
+
+
+def draw(path: Path, mask: int, gender: int, age: int, random: np.random.Generator) -> int:
+    """A photograph whose red says the mask, green the gender and blue the age; its class."""
+    pixels = random.integers(0, 60, (12, 12, 3))
+    pixels += np.array([90 * mask, 150 * gender, 90 * age_class(age, (30, 60))])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return label_of(mask, gender, age_class(age, (30, 60)))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 people with seven photographs each, and 36 images to predict with their truth."""
+    root = tmp_path_factory.mktemp("masks")
+    random = np.random.default_rng(0)
+    for number, (gender, age, _) in enumerate(product(("male", "female"), AGES, range(4))):
+        folder = root / "train" / "images" / f"{number:06d}_{gender}_Asian_{age}"
+        for stem, mask in STEMS.items():
+            draw(folder / f"{stem}.png", mask, ("male", "female").index(gender), age, random)
+        (folder / "._mask1.png").write_bytes(b"\0")
+    rows = []
+    for mask, gender, age, _ in product(range(3), range(2), AGES, range(2)):
+        name = f"{random.bytes(20).hex()}.png"
+        rows.append((name, draw(root / "eval" / "images" / name, mask, gender, age, random)))
+    write_table(root / "eval" / "info.csv", [(name, 0) for name, _ in rows])
+    write_table(root / "truth" / "gt.csv", sorted(rows))
+    return root
+
+
+def write_table(path: Path, rows: list[tuple[str, int]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["ImageID,ans", *(f"{name},{label}" for name, label in rows)]) + "\n")
+
+
+def read_table(path: Path) -> list[tuple[str, str]]:
+    with open(path, newline="") as file:
+        return [tuple(row) for row in csv.reader(file)]
+
+
+def command(name: str, *arguments: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    """`python -m jobs NAME` as a process that knows the given variables alone."""
+    given = {
+        "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
+        **{key: str(value) for key, value in variables.items()},
+    }
+    call = [sys.executable, "-W", "error", "-m", "jobs", name, *arguments]
+    return subprocess.run(call, env=given, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(world: Path) -> Path:
+    """What `train` makes, told nothing but where the images and the model are (and how small to be)."""
+    done = command("train", *TINY, SM_CHANNEL_TRAIN=world / "train", SM_MODEL_DIR=world / "model" / "exp")
+    assert done.returncode == 0, done.stderr
+    return world / "model" / "exp"
+
+
+def test_train_needs_no_folds_and_no_fold(world: Path, model: Path) -> None:
+    info = json.loads((model / "model.json").read_text())
+    split = model / "output" / "split"
+    table = read_folds(split / "folds.parquet", split / "classes.json")
+    assert (info["role"], info["fold"], info["folds"], info["knows"]) == ("fold", 0, 2, [])
+    assert info["split"] == sha256(split / "folds.parquet")
+    assert info["classes"] == sorted(map(str, range(18)))
+    assert len(table) == 24 * 7
+    people = {}
+    for person, fold in zip(table.groups.to_pylist(), table.fold.tolist(), strict=True):
+        people.setdefault(person, set()).add(fold)
+    assert len(people) == 24
+    assert all(len(folds) == 1 for folds in people.values())
+    again = command("train", *TINY, SM_CHANNEL_TRAIN=world / "train", SM_MODEL_DIR=model)
+    assert "nothing to do" in again.stderr
+
+
+def test_train_can_train_another_fold_and_write_elsewhere(world: Path, tmp_path: Path) -> None:
+    given = {"SM_CHANNEL_TRAIN": str(world / "train"), "SM_MODEL_DIR": str(tmp_path / "model")}
+    given["SM_OUTPUT_DATA_DIR"] = str(tmp_path / "out")
+    assert run("train", [*TINY, "train.epochs=1", "FOLD=1", "split.folds=3"], given) == 0
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["fold"] == 1
+    assert (tmp_path / "out" / "split" / "folds.parquet").is_file()
+    assert not (tmp_path / "model" / "output").exists()
+
+
+def test_tensorboard_has_the_tags_and_images_with_truth_and_prediction(model: Path) -> None:
+    events = EventAccumulator(str(model / "output" / "tensorboard"))
+    events.Reload()
+    assert {"Train/loss", "Train/accuracy", "Train/lr", "Val/loss", "Val/accuracy"} <= set(events.Tags()["scalars"])
+    best = json.loads((model / "model.json").read_text())["best"]["epoch"]
+    (shown,) = events.Images("Val/examples")
+    assert shown.step == best
+    with Image.open(model / "output" / "validation_examples.png") as picture:
+        assert (shown.width, shown.height) == picture.size
+        assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_evaluation_prints_what_scikit_learn_says(world: Path, tmp_path: Path) -> None:
+    truth = read_table(world / "truth" / "gt.csv")[1:]
+    random = np.random.default_rng(1)
+    answers = [(name, int(label) if random.random() < 0.6 else int(random.integers(0, 18))) for name, label in truth]
+    write_table(tmp_path / "output.csv", answers[::-1])
+    for _ in range(2):  # the original printed nothing, and a skipped stage would not either
+        done = command("evaluation", SM_GROUND_TRUTH_DIR=world / "truth", SM_OUTPUT_DATA_DIR=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        true, guessed = [label for _, label in truth], [str(label) for _, label in answers]
+        assert found["accuracy"] == pytest.approx(reference.accuracy_score(true, guessed))
+        assert found["f1_macro"] == pytest.approx(reference.f1_score(true, guessed, average="macro"))
+        assert found["n"] == 36
+
+
+def test_evaluation_takes_probabilities_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gt.csv").write_text("ImageID,ans\na,x\nb,y\nc,y\n")
+    (tmp_path / "output.csv").write_text("ImageID,x,y\na,0.9,0.1\nb,0.2,0.8\nc,0.6,0.4\n")
+    given = {"SM_GROUND_TRUTH_DIR": str(tmp_path), "SM_OUTPUT_DATA_DIR": str(tmp_path)}
+    assert run("evaluation", [], given) == 0
+    assert json.loads(capsys.readouterr().out) == {"accuracy": 2 / 3, "f1_macro": pytest.approx(2 / 3), "n": 3}
+
+
+@pytest.mark.parametrize(
+    ("truth", "answers", "code", "message"),
+    [
+        (None, "ImageID,ans\na,1\n", 66, "no gt.csv"),
+        ("ImageID,ans\na,1\n", None, 66, "no answers at"),
+        ("ImageID,ans\na,1\nb,2\n", "ImageID,ans\na,1\n", 65, "1 of its 2 ids are not predicted ('b')"),
+        ("ImageID,ans\na,1\n", "ImageID,ans\na,1\nc,1\n", 65, "1 of 2 predicted ids are not in it ('c')"),
+        ("ImageID,ans\na,1\n", "ImageID,ans\na,\n", 65, "1 rows without a class"),
+        ("ImageID,ans\na,1\n", "ImageID,ans\na,1\na,1\n", 65, "ids stand twice"),
+    ],
+)
+def test_evaluation_refuses_what_cannot_be_scored(
+    tmp_path: Path, truth: str | None, answers: str | None, code: int, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "truth").mkdir()
+    (tmp_path / "out").mkdir()
+    for name, text in {"truth/gt.csv": truth, "out/output.csv": answers}.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    given = {"SM_GROUND_TRUTH_DIR": str(tmp_path / "truth"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}
+    assert run("evaluation", [], given) == code
+    told = capfd.readouterr()
+    assert message in told.err
+    assert not told.out
+
+
+@pytest.mark.parametrize("name", ["train", "evaluation"])
+def test_each_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(name, ["--help"], {}) == 0
+    told = capsys.readouterr().out
+    assert f"python -m jobs {name}" in told
+    assert ("data.age_cuts" in told) == (name == "train")
+
+
+@pytest.fixture(scope="module")
+def halves(world: Path) -> Path:
+    """One split, and two folds each of a model of mask and gender and of one of age."""
+    root = world / "halves"
+    stage(world, "split", root / "split", "split.folds=2")
+    for fold, (name, factors) in product(range(2), {"masks": MASKS, "ages": YEARS}.items()):
+        stage(world, "train-fold", root / f"{name}-{fold}", *TINY, *factors, f"FOLD={fold}")
+    return root
+
+
+def stage(world: Path, name: str, folder: Path, *arguments: str, code: int = 0, **variables: object) -> str:
+    """Runs a stage in this process and asserts its exit code; its failure."""
+    given = {
+        "SM_CHANNEL_TRAIN": world / "train",
+        "SM_CHANNEL_FOLDS": world / "halves" / "split" / "output",
+        "SM_CHANNEL_EVAL": world / "eval",
+        "SM_MODEL_DIR": folder / "model",
+        "SM_OUTPUT_DATA_DIR": folder / "output",
+        "SM_OUTPUT_DIR": folder,
+    }
+    assert run(name, arguments, {key: str(value) for key, value in {**given, **variables}.items()}) == code
+    return (folder / "failure").read_text() if code else ""
+
+
+def test_a_model_of_some_factors_has_classes_of_its_own(halves: Path) -> None:
+    table = read_folds(halves / "split" / "output" / "folds.parquet", halves / "split" / "output" / "classes.json")
+    assert table.factors.names == ("mask", "gender", "age")
+    labels = dict(zip(table.ids.to_pylist(), table.labels(), strict=True))
+    for name, knows, classes in (("masks", ["mask", "gender"], 6), ("ages", ["age"], 3)):
+        info = json.loads((halves / f"{name}-0" / "model" / "model.json").read_text())
+        oof = predictions.read(halves / f"{name}-0" / "model" / "oof.parquet")
+        assert (info["knows"], len(info["classes"])) == (knows, classes)
+        assert list(oof.classes) == info["classes"] == list(table.factors.parts(knows))
+        assert list(oof.labels) == [table.factors.part(labels[row], knows) for row in oof.ids]
+        assert (oof.log_probs.argmax(axis=1) == oof.codes()).mean() > 0.8
+
+
+def test_a_student_knows_the_factors_of_its_teachers(world: Path, halves: Path, tmp_path: Path) -> None:
+    for name in ("masks-0", "masks-1"):
+        (tmp_path / "models" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "models" / name).symlink_to(halves / name)
+    given = {"SM_CHANNEL_MODEL": tmp_path / "models"}
+    told = stage(world, "distill", tmp_path / "bad", *TINY, *YEARS, code=64, **given)
+    assert "fold 0 of masks, seed 42 knows the factors mask, gender, and its student is to know the factors age" in told
+    told = stage(world, "distill", tmp_path / "bad", *TINY, code=64, **given)
+    assert "its student is to know the classes as they are" in told
+    stage(world, "distill", tmp_path / "student", *TINY, *MASKS, "train.epochs=1", **given)
+    info = json.loads((tmp_path / "student" / "model" / "model.json").read_text())
+    assert (info["role"], info["knows"], len(info["classes"])) == ("student", ["mask", "gender"], 6)
+
+
+def test_factors_that_there_are_not_are_refused_before_training(world: Path, halves: Path, tmp_path: Path) -> None:
+    told = stage(world, "train-fold", tmp_path, *TINY, "FOLD=0", "model.factors=masks", code=64)
+    assert "unknown factor 'masks'; did you mean 'mask'" in told
