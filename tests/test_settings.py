@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -362,3 +363,60 @@ def test_views_that_are_asked_for_are_not_those_that_a_model_chooses() -> None:
     assert silent.predict == asked.predict
     assert "predict.views" not in key_settings(silent, ("predict",))
     assert key_settings(asked, ("predict",))["predict.views"] == ["plain"]
+
+
+@pytest.fixture
+def varied(tmp_path: Path) -> Path:
+    path = tmp_path / "varied.toml"
+    path.write_text(
+        '[model]\nimage_size = 384\nmeta = ["color_mean"]\noptions = { depth = 3 }\n[train]\nepochs = 30\nlr = 1\n'
+        "[distill.train]\nepochs = 50\nclip = 5\n"
+        "[variants.plain.model]\nmeta = []\n"
+        "[variants.smoke.model]\nimage_size = 32\noptions = { width = 8 }\n[variants.smoke.train]\nepochs = 1\n"
+        "[variants.smoke.distill.train]\nepochs = 2\n"
+    )
+    return path
+
+
+def test_a_recipe_without_a_variant_is_as_it_stands(varied: Path):
+    settings = given(f"recipe={varied}")
+    assert (settings.train.epochs, settings.model.image_size, settings.system) == (30, 384, "varied")
+
+
+def test_variants_lay_their_keys_over_the_recipes(varied: Path):
+    settings = given(f"recipe={varied}:plain,smoke", "train.lr=2")
+    assert (settings.model.meta, settings.model.image_size, settings.model.options) == ([], 32, {"width": 8})
+    assert (settings.train.epochs, settings.train.lr) == (1, 2)
+    assert settings.distill.train == {"epochs": 2, "clip": 5}
+
+
+def test_models_are_named_after_the_variant_but_not_after_smoke(varied: Path):
+    assert given(f"recipe={varied}:plain,smoke").system == "varied_plain"
+    assert given(f"recipe={varied}:smoke").system == "varied"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "said"),
+    [
+        (":smok", "unknown variant of varied 'smok'; did you mean 'smoke'"),
+        (":plain,x", "unknown variant of varied 'x'"),
+    ],
+)
+def test_a_variant_that_is_not_there_is_named(varied: Path, suffix: str, said: str):
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        given(f"recipe={varied}{suffix}")
+
+
+def test_a_wrong_key_in_a_variant_names_the_variant(varied: Path):
+    varied.write_text(varied.read_text() + "[variants.wrong.train]\nepoch = 1\n")
+    with pytest.raises(SettingsError, match=r"variant wrong: unknown key 'train\.epoch'"):
+        given(f"recipe={varied}:wrong")
+    varied.write_text("variants = 3\n")
+    with pytest.raises(SettingsError, match="variants are tables"):
+        given(f"recipe={varied}")
+
+
+def test_every_variant_of_a_shipped_recipe_is_sound():
+    for name, path in shipped_recipes().items():
+        for variant in tomllib.loads(path.read_text(encoding="utf-8")).get("variants", {}):
+            read_recipe(f"{name}:{variant}")
