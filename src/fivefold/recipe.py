@@ -81,7 +81,9 @@ class Model(Section):
     backbone: str = Field(
         "timm/resnet18", description="timm/NAME, torchvision/NAME, efficientnet_pytorch/NAME, fivefold/NAME"
     )
-    options: dict[str, Any] = Field({}, description="further arguments of the backbone")
+    options: dict[str, Any] = Field(
+        {}, description="further arguments of the backbone; torchvision's bare=true: nothing between pooling and head"
+    )
     pretrained: bool = Field(False, description="start from the weights of the backbone's own hub")
     weights: str = Field(
         "", description="start from a .safetensors or .pth file: a path, or a name in SM_CHANNEL_WEIGHTS"
