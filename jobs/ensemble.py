@@ -1,8 +1,10 @@
-"""The ensemble: every fold model predicts the test images, and the mean of them is the prediction."""
+"""The ensemble: every fold model predicts the test images, and the blend of all systems is the prediction."""
 
 import logging
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,24 @@ import numpy as np
 
 from fivefold import predictions
 from fivefold.assemble import in_words
-from fivefold.contract.artifacts import ModelDir, check_split, find_models, locate
+from fivefold.contract.artifacts import ModelDir, check_split, find_models, find_submissions, locate
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
-from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
-from fivefold.data.evals import EvalTable, read_eval
+from fivefold.contract.stages import EACH, ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
+from fivefold.data.evals import EvalTable, Submission, read_eval
+from fivefold.data.same_classes import SameClasses
 from fivefold.data.store import ImageStore, open_store
-from fivefold.errors import DataError
+from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.calibration import apply_temperature
-from fivefold.inference.ensemble import blend, check_members, mean
-from fivefold.inference.submission import write_submission
-from fivefold.inference.systems import Score, System, judge_holdout, weigh
+from fivefold.inference.blends import combined, equal
+from fivefold.inference.ensemble import check_members
+from fivefold.inference.submission import check_columns, write_submission
+from fivefold.inference.submitted import PREFIX, holds_labels, read_submitted, system_name
+from fivefold.inference.systems import Rule, Score, System, join, judge_holdout, weigh
 from fivefold.inference.tta import same_views
 from fivefold.members import load_member, save_predictions
-from fivefold.predictions import Predictions, in_class_order, mean_by_id
-from fivefold.recipe import Settings, Spec
+from fivefold.predictions import Predictions, in_class_order
+from fivefold.recipe import Ensemble, Settings, Spec
 from jobs.outcome import Outcome
 
 log = logging.getLogger("fivefold")
@@ -32,38 +37,88 @@ log = logging.getLogger("fivefold")
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Predicts the eval channel with all members; the table, the submission, and what they are made of."""
-    models = find_models(job)
+    options, same = settings.ensemble, SameClasses(settings.data.same_classes, settings.data.same_class)
+    files = submission_files(job, options.submissions)
+    models = [] if files and job.optional_channel("model") is None else find_models(job)
     check(job, models)
     groups = by_system(models)
-    classes = tuple(models[0].info["classes"])
     store = open_store(job.channel("eval"))
     images = read_eval(store, settings.data.id_column, settings.data.path_column)
-    log.info("%d models of %s predict %d images", len(models), ", ".join(groups), len(images))
+    classes = known_classes(models, images, files)
+    check_submission(images, classes, same)
+    submitted = read_files(files, groups, images, classes, same)
+    check_blends(options, submitted)
+    log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
     explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
-    each = [predict(group, store, images, classes, explicit) for group in groups.values()]
-    systems = [system_of(name, group, explicit.get("views")) for name, group in groups.items()]
-    weights, scores = weigh(systems, settings.ensemble.blend)
-    holdout, temperature, holdout_scores = judge_holdout(systems, weights, settings.ensemble.temperature)
+    each = {name: predict(group, store, images, classes, explicit, options.within) for name, group in groups.items()}
+    each |= {name: found.log_probs for name, found in submitted.items()}
+    rule = Rule(options.blend, options.weights, options.within)
+    systems = [system_of(name, group, explicit.get("views"), options.within) for name, group in groups.items()]
+    systems += [System(name, 1, 1, None, None) for name in submitted]
+    weights, scores = weigh(systems, rule)
+    holdout, temperature, holdout_scores = judge_holdout(systems, weights, rule, options.temperature)
     scores += holdout_scores
     tell(scores)
 
-    log_probs = apply_temperature(blend(each, weights), temperature)
-    table = Predictions(images.ids, np.full(len(images), -1, np.int16), " + ".join(groups), classes, log_probs)
+    log_probs = apply_temperature(combined(options.blend, list(each.values()), weights), temperature)
+    table = table_of(images, " + ".join(each), classes, log_probs)
     output = job.output()
-    files = [
-        save_predictions(output / PREDICTIONS, table),
-        submit(output / settings.ensemble.submission, table, images),
-    ]
-    files += keep_holdout(output / HOLDOUT, holdout)
-    write_json(output / ENSEMBLE, description(groups, weights, temperature, scores))
+    written = [save_predictions(output / PREDICTIONS, table), submit(output / options.submission, table, images, same)]
+    written += submit_each(output / EACH, {name: each[name] for name in groups}, images, classes, same)
+    written += keep_holdout(output / HOLDOUT, holdout)
+    facts = {"within": options.within, "blend": options.blend}
+    write_json(output / ENSEMBLE, facts | description(groups, files, weights, temperature, scores))
     return Outcome(
-        [*files, output / ENSEMBLE], {"models": len(models), "images": len(images), "temperature": temperature}
+        [*written, output / ENSEMBLE], {"models": len(models), "images": len(images), "temperature": temperature}
     )
+
+
+def submission_files(job: Job, named: Sequence[str]) -> dict[str, Path]:
+    """The submission files of the channel and of the settings, by the name of their system."""
+    found: dict[str, Path] = {}
+    for path in [*find_submissions(job), *(Path(name) for name in named)]:
+        if not path.is_file():
+            raise MissingInputError(f"ensemble.submissions: no file {path}")
+        other = found.setdefault(system_name(path), path)
+        if other != path:
+            raise DataError(f"{other} and {path} are both called {system_name(path)!r}; rename one of them")
+    return found
+
+
+def known_classes(models: list[ModelDir], images: EvalTable, files: Mapping[str, Path]) -> tuple[str, ...]:
+    """The classes of the models; without any model those of the sample submission, or else of the first file."""
+    if models:
+        return tuple(models[0].info["classes"])
+    columns = images.sample.classes if images.sample else ()
+    return tuple(columns) if len(columns) > 1 else read_submitted(next(iter(files.values())), images.ids).classes
+
+
+def read_files(
+    files: Mapping[str, Path], groups: Mapping[str, Any], images: EvalTable, classes: tuple[str, ...], same: SameClasses
+) -> dict[str, Predictions]:
+    """Each file's predictions of the test images, in their order, by the name of its system."""
+    twice = sorted(files.keys() & groups.keys())
+    if twice:
+        raise DataError(f"{files[twice[0]]} is called {twice[0]!r} like a system of the models; rename one of them")
+    wanted = [str(name) for name in images.ids]
+    return {name: read_submitted(path, wanted, classes, same).in_order(wanted) for name, path in files.items()}
+
+
+def check_blends(options: Ensemble, submitted: Mapping[str, Predictions]) -> None:
+    """Raises a SettingsError for a file of classes alone in a blend that would make it a veto, or rank nothing."""
+    certain = [name for name, table in submitted.items() if holds_labels(table)]
+    if certain and options.blend in ("geometric", "rank"):
+        raise SettingsError(
+            f"ensemble.blend={options.blend} needs probabilities, and {certain[0]} holds predicted classes alone; "
+            "take vote, mean or weighted"
+        )
 
 
 def check(job: Job, models: list[ModelDir]) -> None:
     """Raises a DataError unless the models belong together, and to the split of the folds channel if it is given."""
+    if not models:
+        return
     if models[0].info["role"] == "fold":
         check_members([(model.name, model.info) for model in models])
     elif len(models) > 1:
@@ -83,41 +138,75 @@ def by_system(models: list[ModelDir]) -> dict[str, list[ModelDir]]:
 
 
 def predict(
-    group: list[ModelDir], store: ImageStore, images: EvalTable, classes: tuple[str, ...], explicit: Mapping[str, Any]
+    group: list[ModelDir],
+    store: ImageStore,
+    images: EvalTable,
+    classes: tuple[str, ...],
+    explicit: Mapping[str, Any],
+    within: str,
 ) -> np.ndarray:
-    """The equal mean of a system's models [N, C]; one network at a time is in memory."""
+    """A system's models as one [N, C], each with an equal say; one network at a time is in memory."""
     found = []
     for number, model in enumerate(group, start=1):
         member = load_member(model, explicit)
         log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), in_words(member.runtime))
         log_probs = member.predict(store, images.paths, model.name)
         found.append(in_class_order(log_probs, model.info["classes"], classes))
-    return mean(found)
+    return combined(within, found, equal(len(found)))
 
 
-def system_of(name: str, group: list[ModelDir], views: list[Spec] | None) -> System:
+def system_of(name: str, group: list[ModelDir], views: list[Spec] | None, within: str) -> System:
     """The tables of a system; those of the holdout count only when they were made with the views that predict now."""
     own = views is None or all(same_views(views, model.info["settings"]["predict"]["views"]) for model in group)
     if not own:
         log.info("%s predicts with other views than it was trained to: its holdout scores are left out", name)
     seeds = len({model.info["seed"] for model in group})
-    return System(name, len(group), seeds, joined(group, OOF), joined(group, HOLDOUT) if own else None)
+    return System(name, len(group), seeds, joined(group, OOF), joined(group, HOLDOUT, within) if own else None)
 
 
-def joined(group: list[ModelDir], file: str) -> Predictions | None:
+def joined(group: list[ModelDir], file: str, within: str = "mean") -> Predictions | None:
     """The models' tables `file` as one; None unless all of them have it."""
     paths = [model.path / file for model in group]
-    return mean_by_id([predictions.read(path) for path in paths]) if all(p.is_file() for p in paths) else None
+    return join([predictions.read(path) for path in paths], within) if all(p.is_file() for p in paths) else None
 
 
-def submit(path: Path, table: Predictions, images: EvalTable) -> Path:
+def table_of(images: EvalTable, system: str, classes: tuple[str, ...], log_probs: np.ndarray) -> Predictions:
+    return Predictions(images.ids, np.full(len(images), -1, np.int16), system, classes, log_probs)
+
+
+def check_submission(images: EvalTable, classes: tuple[str, ...], same: SameClasses) -> None:
+    """Raises a DataError unless the sample's columns can be filled, before anything is predicted."""
+    same.check_model(classes)
+    if images.sample:
+        check_columns(images.sample.classes, classes, same)
+
+
+def submit(path: Path, table: Predictions, images: EvalTable, same: SameClasses) -> Path:
     """Writes the submission in the sample's columns, or in the classes' where there is no sample."""
-    columns, ids = (images.sample.classes, images.sample.ids) if images.sample else (table.classes, images.ids)
-    id_column = images.sample.id_column if images.sample else images.id_column
-    marked = images.sample is not None and images.sample.marked
+    sample = images.sample or Submission(images.id_column, same.names(table.classes), images.ids)
     with atomic(path) as temporary:
-        write_submission(temporary, table, id_column, columns, ids, marked)
+        write_submission(temporary, table, sample.id_column, sample.classes, sample.ids, sample.marked, same)
     return path
+
+
+def submit_each(
+    folder: Path, each: Mapping[str, np.ndarray], images: EvalTable, classes: tuple[str, ...], same: SameClasses
+) -> list[Path]:
+    """Writes output_<system>.csv for every system: its probabilities of all classes, to be blended elsewhere.
+
+    Classes that mean the same keep their own probabilities there, but for merged ones, which have parts.
+    """
+    if folder.is_dir():
+        for old in folder.glob(f"{PREFIX}*.csv"):
+            old.unlink()
+    plain = replace(same, policy="merge" if same.merged else "none")
+    names = {system: re.sub(r"[^\w.()+-]+", "_", system) for system in each}
+    if len(set(names.values())) < len(names):
+        raise DataError(f"systems whose names make the same name of a file: {', '.join(names)}; rename one by system=")
+    columns = images.sample.classes if images.sample and len(images.sample.classes) > 1 else same.names(classes)
+    every = Submission(images.id_column, tuple(columns), images.ids)
+    tables = {folder / f"{PREFIX}{names[n]}.csv": table_of(images, n, classes, found) for n, found in each.items()}
+    return [submit(path, table, replace(images, sample=every), plain) for path, table in tables.items()]
 
 
 def keep_holdout(path: Path, table: Predictions | None) -> list[Path]:
@@ -132,7 +221,11 @@ def tell(scores: list[Score]) -> None:
 
 
 def description(
-    groups: Mapping[str, list[ModelDir]], weights: np.ndarray, temperature: float, scores: list[Score]
+    groups: Mapping[str, list[ModelDir]],
+    files: Mapping[str, Path],
+    weights: np.ndarray,
+    temperature: float,
+    scores: list[Score],
 ) -> dict[str, Any]:
     """What `ensemble.json` holds: members, weights, temperature, and scores with what they speak of."""
     members = [
@@ -142,10 +235,11 @@ def description(
             "weight": round(float(weight) / len(group), 9),
             "best": model.info["best"],
         }
-        for (name, group), weight in zip(groups.items(), weights, strict=True)
+        for (name, group), weight in zip(groups.items(), weights, strict=False)
         for model in group
     ]
-    systems = {name: round(float(weight), 9) for name, weight in zip(groups, weights, strict=True)}
+    systems = {name: round(float(weight), 9) for name, weight in zip([*groups, *files], weights, strict=True)}
+    members += [{"system": name, "model": f"file {path.name}", "weight": systems[name]} for name, path in files.items()]
     return {"members": members, "weights": systems, "temperature": temperature, "scores": scores}
 
 

@@ -15,6 +15,7 @@ from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS,
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import read_folds
 from fivefold.data.images import decode
+from fivefold.data.same_classes import SameClasses
 from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import DataError
 from fivefold.evaluation import truth
@@ -72,7 +73,9 @@ class Evidence:
             return None
         self.job.channel("predictions")
         file = truth.truth_file(given)
-        table = stacked([truth.with_truth(self._predictions(), truth.read_truth(file), file)])
+        same = SameClasses(self.data.same_classes, self.data.same_class)
+        labels = {name: same.merged.get(label, label) for name, label in truth.read_truth(file).items()}
+        table = stacked([truth.with_truth(same.merge_table(self._predictions()), labels, file)])
         return Scored(
             "test", self._ensemble_in_words(), f"the {len(table):,} rows of {file.name}", table, self._eval_paths()
         )

@@ -17,6 +17,7 @@ from fivefold.data.grouping import find_duplicates, group_codes, merged
 from fivefold.data.opening import keep_readable, open_images
 from fivefold.data.parts import remove_parts, write_parts
 from fivefold.data.products import ProductColumns, read_products
+from fivefold.data.same_classes import SameClasses
 from fivefold.data.splitting import divide, divide_groups
 from fivefold.data.store import ImageStore, open_store
 from fivefold.data.summary import as_text, class_file, log_summary, summarise
@@ -59,7 +60,9 @@ def main(job: Job, settings: Settings) -> Outcome:
 def labelled_rows(store: ImageStore, settings: Settings) -> Rows:
     """The rows that the settings describe; files are looked for only where unreadable ones stop the stage."""
     check_files = settings.split.open_images and not settings.split.skip_unreadable
-    return choose(READERS, "data.layout", settings.data.layout)(store, settings.data, check_files)
+    data = settings.data
+    rows = choose(READERS, "data.layout", data.layout)(store, data, check_files)
+    return SameClasses(data.same_classes, data.same_class).merge_rows(rows)
 
 
 def of_products(store: ImageStore, data: Data, check_files: bool) -> Rows:

@@ -39,7 +39,12 @@ WITHOUT_TORCH = (
     "data.folds",
     "data.images",
     "data.store",
+    "data.same_classes",
+    "inference.blends",
     "inference.ensemble",
+    "inference.submission",
+    "inference.submitted",
+    "inference.systems",
 )
 READERS_OF_THE_ENVIRONMENT = ("contract", "launchers")
 """The packages below fivefold, beside jobs, that know the container contract."""

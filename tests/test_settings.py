@@ -168,7 +168,10 @@ def test_what_a_platform_decoded_is_as_good_as_text():
         ("distill.alpha=2", "distill.alpha=2.0 (argument): at most 1 is needed"),
         ("distill.train.epochs=0", "distill.train.epochs=0 (argument): at least 1 is needed"),
         ("split.stratify=2", "split.stratify='2' (argument): true or false is needed"),
-        ("ensemble.blend=max", "ensemble.blend='max' (argument): 'mean' or 'fitted' is needed"),
+        (
+            "ensemble.blend=max",
+            "ensemble.blend='max' (argument): 'mean', 'weighted', 'fitted', 'geometric', 'rank', 'vote', 'greedy' or 'greedy_accuracy' is needed",
+        ),
         ("split.parts=.8,.2", "split: parts are three shares (train, valid, test) that sum to 1"),
         (
             "model.image_size=big",

@@ -19,7 +19,7 @@ from fivefold.contract.stages import OOF
 from fivefold.data.folds import FoldTable
 from fivefold.data.store import ImageStore, JoinedStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
-from fivefold.inference.ensemble import mean
+from fivefold.inference.blends import mean
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views, distinct
 from fivefold.members import load_member

@@ -7,14 +7,9 @@ it functions take plain arguments.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Spec = str | dict[str, Any]
-"""A thing with parameters, by name: `"horizontal_flip"` or `{ name = "rotation", degrees = 15 }`."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+from fivefold.sections import Ensemble, Evaluate, Section, Spec
 
 
 class Data(Section):
@@ -42,11 +37,29 @@ class Data(Section):
         description="products: the class of the images in each column",
     )
     age_cuts: list[float] = Field([30, 60], description="mask_profiles: ages at which the next class of age begins")
+    same_classes: list[list[str]] = Field([], description='names that mean the same class, as [["A", "B"], ["C", "D"]]')
+    same_class: Literal["none", "merge", "sum"] = Field(
+        "none",
+        description="what becomes of same_classes: nothing; merge: one class in training, parted equally in a "
+        "submission; sum: in a submission each gets the sum of their probabilities",
+    )
 
     @model_validator(mode="after")
     def _ages_rise(self) -> "Data":
         if not self.age_cuts or sorted(set(self.age_cuts)) != self.age_cuts or self.age_cuts[0] <= 0:
             raise ValueError(f"age_cuts={self.age_cuts} are ages above 0, each larger than the one before")
+        return self
+
+    @model_validator(mode="after")
+    def _each_name_once(self) -> "Data":
+        names = [name for group in self.same_classes for name in group]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if any(len(group) < 2 for group in self.same_classes):
+            raise ValueError("same_classes are groups of two names or more")
+        if twice:
+            raise ValueError(f"same_classes name {twice[0]!r} twice; a name is in one group, once")
+        if self.same_class != "none" and not names:
+            raise ValueError(f"same_class={self.same_class} needs same_classes, the groups of names")
         return self
 
 
@@ -192,28 +205,6 @@ class Predict(Section):
         if not self.views:
             raise ValueError("views is empty; to see each image as it is, write plain")
         return self
-
-
-class Ensemble(Section):
-    blend: Literal["mean", "fitted"] = Field(
-        "fitted", description="between systems: equal mean, or convex weights by out-of-fold logloss"
-    )
-    temperature: Literal["none", "holdout"] = Field(
-        "holdout", description="fitted on the holdout where there is one, or none"
-    )
-    submission: str = Field("submission.csv", description="file name of the submission")
-
-    @model_validator(mode="after")
-    def _a_name_alone(self) -> "Ensemble":
-        if not self.submission or set(self.submission) & set("/\\"):
-            raise ValueError(f"submission={self.submission!r} is not the name of a file in the output's folder")
-        return self
-
-
-class Evaluate(Section):
-    bins: int = Field(15, ge=1, description="bins of the calibration error")
-    top_k: int = Field(5, ge=1, description="k of the top-k accuracy")
-    gallery: int = Field(48, ge=0, description="most confident mistakes that the report shows as images")
 
 
 class Distill(Section):

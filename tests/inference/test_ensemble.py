@@ -5,9 +5,10 @@ from scipy.special import log_softmax
 
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import logloss
-from fivefold.inference.ensemble import blend, check_members, cross_fitted, fit_weights, mean
+from fivefold.inference.blends import arithmetic, cross_fitted, fit_weights, mean
+from fivefold.inference.ensemble import check_members
 from fivefold.inference.submission import write_submission
-from fivefold.inference.systems import System, judge_holdout, weigh
+from fivefold.inference.systems import Rule, System, judge_holdout, weigh
 from fivefold.predictions import Predictions, mean_by_id
 
 RANDOM = np.random.default_rng(0)
@@ -40,11 +41,15 @@ def test_fitted_weights_are_the_optimum_that_scipy_finds():
     start = np.full(3, 1 / 3)
     constraint = {"type": "eq", "fun": lambda w: w.sum() - 1}
     reference = minimize(
-        lambda w: logloss(blend(members, w), CODES), start, bounds=[(0, 1)] * 3, constraints=[constraint], tol=1e-10
+        lambda w: logloss(arithmetic(members, w), CODES),
+        start,
+        bounds=[(0, 1)] * 3,
+        constraints=[constraint],
+        tol=1e-10,
     )
     assert weights.sum() == pytest.approx(1)
     np.testing.assert_allclose(weights, reference.x, atol=5e-3)
-    assert logloss(blend(members, weights), CODES) <= reference.fun + 1e-6
+    assert logloss(arithmetic(members, weights), CODES) <= reference.fun + 1e-6
 
 
 def test_a_system_of_noise_gets_no_weight():
@@ -113,29 +118,29 @@ def test_holdout_rows_of_members_are_averaged_by_id_and_class_name():
 
 def test_scores_say_what_they_speak_of_and_a_single_system_is_not_weighted():
     system = System("s", 5, 1, table(model(1.0, 1), "s"), table(model(2.0, 2), "s"))
-    weights, scores = weigh([system], "fitted")
+    weights, scores = weigh([system], Rule())
     assert weights.tolist() == [1.0]
     assert [score["rows"] for score in scores] == ["out-of-fold"]
-    held, temperature, scores = judge_holdout([system], weights, "holdout")
+    held, temperature, scores = judge_holdout([system], weights, Rule(), "holdout")
     assert temperature != 1.0
     assert [score["rows"] for score in scores] == ["holdout", "holdout, which fitted the temperature"]
     assert scores[1]["logloss"] <= scores[0]["logloss"]
     assert len(held) == 600
-    assert judge_holdout([system], weights, "none")[1] == 1.0
-    assert judge_holdout([System("s", 5, 1, system.oof, None)], weights, "holdout") == (None, 1.0, [])
+    assert judge_holdout([system], weights, Rule(), "none")[1] == 1.0
+    assert judge_holdout([System("s", 5, 1, system.oof, None)], weights, Rule(), "holdout") == (None, 1.0, [])
 
 
 def test_two_systems_of_a_split_without_folds_get_equal_weights():
     one_fold = np.zeros(600)
     systems = [System(n, 1, 1, table(model(s, k), n, one_fold), None) for n, s, k in (("x", 3.0, 1), ("y", 0.5, 2))]
-    weights, scores = weigh(systems, "fitted")
+    weights, scores = weigh(systems, Rule())
     assert weights.tolist() == [0.5, 0.5]
     assert all(np.isfinite(score["logloss"]) for score in scores)
 
 
 def test_several_seeds_are_not_called_single_models():
     system = System("s", 10, 2, table(model(1.0, 1), "s"), None)
-    assert weigh([system], "fitted")[1][0]["what"] == "means of 2 seeds of s"
+    assert weigh([system], Rule())[1][0]["what"] == "means of 2 seeds of s"
 
 
 def test_between_systems_weights_are_fitted_and_scored_cross_fitted():
@@ -143,11 +148,11 @@ def test_between_systems_weights_are_fitted_and_scored_cross_fitted():
         System("x", 5, 1, table(model(3.0, 1), "x"), None),
         System("y", 5, 1, table(model(0.5, 2), "y"), None),
     )
-    weights, scores = weigh([strong, weak], "fitted")
+    weights, scores = weigh([strong, weak], Rule())
     assert weights[0] > 0.9
     assert scores[-1]["rows"] == "out-of-fold, cross-fitted by fold"
     assert scores[-1]["logloss"] < scores[-2]["logloss"]
-    assert weigh([strong, weak], "mean")[0].tolist() == [0.5, 0.5]
+    assert weigh([strong, weak], Rule("mean"))[0].tolist() == [0.5, 0.5]
 
 
 def test_a_submission_has_the_samples_columns_and_order(tmp_path):

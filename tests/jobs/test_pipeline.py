@@ -260,6 +260,36 @@ def test_a_holdout_that_was_predicted_by_other_views_does_not_score_this_ensembl
     shutil.rmtree(world / "elsewhere")
 
 
+def test_a_vote_of_the_folds_and_each_systems_own_file_blended_again(world):
+    given = {"SM_CHANNEL_MODEL": str(world)}
+    assert stage(world, "ensemble", "elsewhere/vote", "ensemble.within=vote", **given) == 0
+    output = world / "elsewhere" / "vote" / "output"
+    facts = json.loads((output / "ensemble.json").read_text())
+    assert [score["what"] for score in facts["scores"] if score["rows"] == "holdout"] == [
+        "3 models, vote within a system"
+    ]
+    held = predictions.read(output / "holdout.parquet")
+    members = [predictions.read(world / f"fold-{fold}" / "model" / "holdout.parquet") for fold in range(3)]
+    votes = sum(np.eye(3)[member.in_order(held.ids).log_probs.argmax(axis=1)] for member in members)
+    assert (np.exp(held.log_probs).argmax(axis=1) == votes.argmax(axis=1)).all()
+    # The mean of the folds goes on as a file, under the system's name, and blends with the folds' own system.
+    (mean,) = (world / "ensemble" / "output" / "csv").glob("output_*.csv")
+    assert mean.name == f"output_{held.system}.csv"
+    renamed = world / "elsewhere" / "output_before.csv"
+    shutil.copy(mean, renamed)
+    arguments = ["ensemble.blend=mean", f"ensemble.submissions={renamed}"]
+    assert stage(world, "ensemble", "elsewhere/both", *arguments, **given) == 0
+    both, before = (world / folder / "output" / "submission.csv" for folder in ("elsewhere/both", "ensemble"))
+    rows = [
+        np.array([line.split(",")[1:] for line in path.read_text("utf-8-sig").splitlines()[1:]], float)
+        for path in (both, before)
+    ]
+    np.testing.assert_allclose(rows[0], rows[1], atol=1e-6)
+    assert stage(world, "ensemble", "elsewhere/twice", f"ensemble.submissions={mean}", **given) == 65
+    assert "like a system of the models" in (world / "elsewhere" / "twice" / "failure").read_text()
+    shutil.rmtree(world / "elsewhere")
+
+
 def test_weights_that_settings_name_are_part_of_the_key(world, tmp_path, caplog):
     folder, weights = "elsewhere/weights", tmp_path / "start.safetensors"
     arguments = ["FOLD=0", *SETTINGS, "train.epochs=1", f"model.weights={weights}"]

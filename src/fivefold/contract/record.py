@@ -36,7 +36,7 @@ PACKAGES = (
     "safetensors",
 )
 
-NAMED_BY_PATH = ("model.weights", "distill.teacher")
+NAMED_BY_PATH = ("model.weights", "distill.teacher", "ensemble.submissions")
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,11 @@ def key_of(job: Job, settings: Mapping[str, Any]) -> Key:
 
 
 def _named_files(settings: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    """What settings name by its path: weights to start from, a teacher's folder."""
-    paths = [(key, Path(str(settings.get(key) or ""))) for key in NAMED_BY_PATH]
-    return [(key, path) for key, path in paths if path.name and path.exists()]
+    """What settings name by its path: weights to start from, a teacher's folder, each of several files."""
+    named = {key: settings.get(key) or "" for key in NAMED_BY_PATH}
+    paths = {key: Path(str(value)) for key, value in named.items() if not isinstance(value, list)}
+    paths |= {f"{key}.{at}": Path(p) for key, v in named.items() if isinstance(v, list) for at, p in enumerate(v)}
+    return [(key, path) for key, path in paths.items() if path.name and path.exists()]
 
 
 def why_run(folder: Path, key: Key, roots: Mapping[str, Path]) -> str | None:

@@ -15,6 +15,7 @@ CURVES = "training_curves.png"
 EXAMPLES = "validation_examples.png"
 PREDICTIONS = "predictions.parquet"
 ENSEMBLE = "ensemble.json"
+EACH = "csv"
 OUTPUT = "output.csv"
 METRICS = "metrics.json"
 REPORT = "report.html"
@@ -75,10 +76,10 @@ STAGES = {
         Stage(
             name="ensemble",
             module="jobs.ensemble",
-            summary="fold models -> predictions.parquet and the submission",
-            channels=("model", "eval"),
-            optional=("folds",),
-            hashed=("model", "eval", "folds"),
+            summary="fold models, submission files -> predictions.parquet and the submission",
+            channels=("eval",),
+            optional=("model", "folds", "submissions"),
+            hashed=("model", "eval", "folds", "submissions"),
             sections=("data", "predict", "ensemble"),
         ),
         Stage(

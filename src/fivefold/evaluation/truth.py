@@ -36,17 +36,17 @@ def read_truth(path: Path) -> dict[str, str]:
     Ids are the first column; the class is the column label, target, ans or answer, else the second.
     Raises a DataError for an empty table, an id that stands twice, or a row without a class.
     """
-    header, rows = _read(path)
+    header, rows = read_cells(path)
     if len(header) < 2:
         raise DataError(f"{path} has {len(header)} column; the truth needs an id and a class")
     place = next((at for at, name in enumerate(header) if at and name.strip().lower() in LABEL_COLUMNS), 1)
     if not rows:
         raise DataError(f"{path} holds no rows, only {','.join(header)}")
-    _refuse_repeated([row[0] for row in rows], f"{path}: ids stand twice")
+    refuse_repeated([row[0] for row in rows], f"{path}: ids stand twice")
     unlabelled = [row[0] for row in rows if not row[place].strip()]
     if unlabelled:
         raise DataError(f"{path}: {len(unlabelled)} rows without a class: {sample(unlabelled)}")
-    return {row[0]: _plain(row[place]) for row in rows}
+    return {row[0]: plain_name(row[place]) for row in rows}
 
 
 def with_truth(table: Predictions, truth: dict[str, str], where: Path) -> Predictions:
@@ -72,12 +72,12 @@ def read_submission(path: Path) -> Predictions:
     Rows are brought to sum 1 and clipped as competitions do. Raises a DataError that names the
     row for what is no finite number at or above 0, or a row of zeros.
     """
-    header, rows = _read(path)
-    classes = [_plain(name) for name in header[1:]]
+    header, rows = read_cells(path)
+    classes = [plain_name(name) for name in header[1:]]
     if len(classes) < 2 or not rows:
         raise DataError(f"{path} is no submission: an id column, at least two class columns and rows are needed")
-    _refuse_repeated(classes, f"{path}: columns stand twice")
-    _refuse_repeated([row[0] for row in rows], f"{path}: ids stand twice")
+    refuse_repeated(classes, f"{path}: columns stand twice")
+    refuse_repeated([row[0] for row in rows], f"{path}: ids stand twice")
     probs = np.array([_probabilities(row, path) for row in rows])
     probs = np.clip(probs / probs.sum(axis=1, keepdims=True), FLOOR, 1)
     probs /= probs.sum(axis=1, keepdims=True)
@@ -95,7 +95,7 @@ def read_answers(path: Path) -> dict[str, str]:
     """Predicted class names by row id, of a file with one column of them, or with a column of probabilities a class."""
     if not path.is_file():
         raise MissingInputError(f"no answers at {path}; run inference first, with the same output folder")
-    header, _ = _read(path)
+    header, _ = read_cells(path)
     if len(header) == 2:
         return read_truth(path)
     table = read_submission(path)
@@ -127,7 +127,8 @@ def _probabilities(row: list[str], path: Path) -> list[float]:
     return values
 
 
-def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+def read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a CSV in UTF-8; a DataError for another, an empty one, or rows of unlike lengths."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = [line for line in csv.reader(file, strict=True) if line]
@@ -150,12 +151,13 @@ def _refuse_other_rows(where: Path, extra: list[str], absent: list[str], truth: 
         raise DataError(f"{where} is the truth of other rows: {'; '.join(parts)}; give the truth of this test set")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A class name as the split stage has it: NFC, without the blanks around it."""
     return unicodedata.normalize("NFC", name.strip())
 
 
-def _refuse_repeated(names: list[str], what: str) -> None:
+def refuse_repeated(names: list[str], what: str) -> None:
+    """Raises a DataError, which starts with `what`, for names that stand several times."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"{what}: {sample(twice)}")

@@ -1,61 +1,9 @@
-"""Blending log-probabilities, and what may be blended with what. No torch.
-
-The folds of one system are averaged equally: each out-of-fold row has one fold's prediction, so
-nothing could fit weights between them. Between systems that share one split, convex weights are
-fitted on the out-of-fold rows, and scored by fitting them again without each fold.
-"""
+"""What may be blended with what: models of one split and the same classes, whole systems. No torch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from fivefold.errors import DataError
-
-ROUNDS = 2000
-TOLERANCE = 1e-7
-
-
-def mean(log_probs: Sequence[np.ndarray]) -> np.ndarray:
-    """The log of the equal mean probability of members, each [N, C]."""
-    return blend(log_probs, np.full(len(log_probs), 1 / len(log_probs)))
-
-
-def blend(log_probs: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """log Σ w p, float32 [N, C], for members' log-probabilities [N, C] and convex `weights` [members]."""
-    total = np.zeros(log_probs[0].shape)
-    for each, weight in zip(log_probs, weights, strict=True):
-        total += weight * np.exp(each.astype(np.float64))
-    return np.log(np.maximum(total, np.finfo(np.float64).tiny)).astype(np.float32)
-
-
-def fit_weights(log_probs: Sequence[np.ndarray], codes: np.ndarray) -> np.ndarray:
-    """The convex weights [members] with the least logloss of the blend on rows of class `codes` [N].
-
-    The problem is convex in the weights and depends on the truth's probabilities alone; expectation
-    maximisation of mixture weights climbs to its optimum (Dempster, Laird & Rubin 1977, section 4.3).
-    """
-    rows = np.arange(len(codes))
-    truth = np.stack([np.exp(each[rows, codes].astype(np.float64)) for each in log_probs])
-    truth = np.maximum(truth, np.finfo(np.float64).tiny)
-    weights = np.full(len(log_probs), 1 / len(log_probs))
-    for _ in range(ROUNDS):
-        shares = weights[:, None] * truth
-        new = (shares / shares.sum(axis=0)).mean(axis=1)
-        moved, weights = np.abs(new - weights).max(), new
-        if moved < TOLERANCE:
-            break
-    return weights
-
-
-def cross_fitted(log_probs: Sequence[np.ndarray], codes: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """The blend [N, C] of each fold's rows by weights that were fitted on the other folds' rows."""
-    result = np.empty(log_probs[0].shape, dtype=np.float32)
-    for held_out in np.unique(fold):
-        there = fold == held_out
-        weights = fit_weights([each[~there] for each in log_probs], codes[~there])
-        result[there] = blend([each[there] for each in log_probs], weights)
-    return result
 
 
 def check_members(members: Sequence[tuple[str, Mapping[str, Any]]]) -> None:

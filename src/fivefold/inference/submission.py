@@ -6,44 +6,74 @@ from pathlib import Path
 
 import numpy as np
 
+from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError
 from fivefold.predictions import Predictions, sample
 
+AS_NAMED = SameClasses()
+
 
 def write_submission(
-    path: Path, table: Predictions, id_column: str, columns: Sequence[str], ids: Sequence[str], marked: bool = False
+    path: Path,
+    table: Predictions,
+    id_column: str,
+    columns: Sequence[str],
+    ids: Sequence[str],
+    marked: bool = False,
+    same: SameClasses = AS_NAMED,
 ) -> None:
     """Writes `id_column` and `columns` for the rows of `ids`, in that order; `marked`: behind a byte-order mark.
 
-    Columns that are the classes get probabilities; a single column that is no class gets the
-    predicted class. Raises a DataError that names ids or classes which do not fit.
+    Columns that are the classes get probabilities, classes that mean the `same` by their policy; a
+    single column that is no class gets the predicted class. Raises a DataError that names ids or
+    classes which do not fit.
     """
     rows = table.in_order(ids)
     if len(ids) != len(table):
         extra = sorted(set(table.ids) - set(ids))
         raise DataError(f"the sample submission lacks {len(extra)} ids of the test table: {sample(extra)}")
-    values = _labels(rows) if _wants_labels(columns, table.classes) else _probabilities(rows, columns)
+    check_columns(columns, table.classes, same)
+    labels = wants_labels(columns, same.names(table.classes))
+    values = _labels(rows, same) if labels else _texts(_probabilities(rows, columns, same))
     with open(path, "w", encoding="utf-8-sig" if marked else "utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([id_column, *columns])
         writer.writerows([name, *row] for name, row in zip(rows.ids, values, strict=True))
 
 
-def _wants_labels(columns: Sequence[str], classes: Sequence[str]) -> bool:
+def check_columns(columns: Sequence[str], classes: Sequence[str], same: SameClasses = AS_NAMED) -> None:
+    """Raises a DataError, with the names, for columns that are no class of the models, and for classes without a column."""
+    if wants_labels(columns, same.names(classes)):
+        return
+    matrix = same.columns(classes, columns)
+    unknown = [name for name, used in zip(columns, matrix.any(axis=0), strict=True) if not used]
+    without = [name for name, used in zip(classes, matrix.any(axis=1), strict=True) if not used]
+    without += sorted(set(same.names(classes)) - {*classes, *columns})
+    if unknown or without:
+        parts = [f"{sample(sorted(unknown))} unknown to the models"] if unknown else []
+        parts += [f"{sample(sorted(without))} without a column"] if without else []
+        raise DataError(f"the sample submission's columns are not the models' classes: {', '.join(parts)}")
+
+
+def wants_labels(columns: Sequence[str], classes: Sequence[str]) -> bool:
+    """Whether `columns` are those of a submission of labels: one, which is no class."""
     return len(columns) == 1 and columns[0] not in classes
 
 
-def _labels(table: Predictions) -> list[list[str]]:
-    return [[table.classes[code]] for code in table.log_probs.argmax(axis=1)]
+def _labels(table: Predictions, same: SameClasses) -> list[list[str]]:
+    """The predicted class of each row: of summed classes, by their sum, the most probable name."""
+    probabilities = _probabilities(table, table.classes, same) if same.policy == "sum" else np.exp(table.log_probs)
+    best = probabilities.max(axis=1, keepdims=True)
+    # Names of one sum are tied: their own probabilities part them.
+    codes = np.where(probabilities >= best * (1 - 1e-12), table.log_probs, -np.inf).argmax(axis=1)
+    return [[table.classes[code]] for code in codes]
 
 
-def _probabilities(table: Predictions, columns: Sequence[str]) -> list[list[str]]:
-    missing, extra = set(columns) - set(table.classes), set(table.classes) - set(columns)
-    if missing or extra:
-        raise DataError(
-            f"the sample submission's columns are not the models' classes: {sample(sorted(missing))} unknown to the models"
-            f", {sample(sorted(extra))} without a column"
-        )
-    probabilities = np.exp(table.with_classes(columns).log_probs.astype(np.float64))
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
+def _probabilities(table: Predictions, columns: Sequence[str], same: SameClasses) -> np.ndarray:
+    """Probabilities of the `columns` [N, W], each row brought to sum 1."""
+    probabilities = np.exp(table.log_probs.astype(np.float64)) @ same.columns(table.classes, columns)
+    return probabilities / probabilities.sum(axis=1, keepdims=True)
+
+
+def _texts(probabilities: np.ndarray) -> list[list[str]]:
     return [[f"{value:.9g}" for value in row] for row in probabilities]

@@ -1,16 +1,25 @@
-"""Systems in an ensemble: their tables, the weights between them, and what each score speaks of. No torch."""
+"""Systems in an ensemble: their tables, the weights between them, and what each score speaks of. No torch.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+The folds of one system have an equal say: each out-of-fold row has one fold's prediction, so nothing
+could fit weights between them. Between systems that share one split, convex weights are fitted on the
+out-of-fold rows, and scored by fitting them again without each fold.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from fivefold.choose import choose
 from fivefold.errors import DataError
 from fivefold.evaluation.calibration import apply_temperature, fit_temperature
 from fivefold.evaluation.metrics import summary
-from fivefold.inference.ensemble import blend, cross_fitted, fit_weights
-from fivefold.predictions import Predictions, sample
+from fivefold.inference.blends import BLENDS, combined, cross_fitted, equal, given_weights
+from fivefold.predictions import Predictions, mean_by_id, sample
+
+log = logging.getLogger("fivefold")
 
 LEAST_HOLDOUT_ROWS = 50
 """Fewer rows say too little about a temperature."""
@@ -19,9 +28,10 @@ Score = dict[str, Any]
 
 @dataclass(frozen=True)
 class System:
-    """The models of one recipe, averaged equally: their joined out-of-fold and holdout tables, where there are any.
+    """The models of one recipe: their joined out-of-fold and holdout tables, where there are any.
 
-    With several `seeds` an out-of-fold row is the mean of as many models.
+    With several `seeds` an out-of-fold row is the mean of as many models. A submission file that stands
+    in the ensemble is a system of one model without tables.
     """
 
     name: str
@@ -31,29 +41,52 @@ class System:
     holdout: Predictions | None
 
 
-def weigh(systems: Sequence[System], how: str) -> tuple[np.ndarray, list[Score]]:
+@dataclass(frozen=True)
+class Rule:
+    """The blend between systems, by its name, with weights by system where it is given any; and that within a system."""
+
+    between: str = "fitted"
+    given: Mapping[str, float] = field(default_factory=dict)
+    within: str = "mean"
+
+    def in_words(self, models: int, systems: int) -> str:
+        """What an ensemble of `models` in `systems` is, as its score says it."""
+        if self.within == "mean" and (systems == 1 or BLENDS[self.between].combine is BLENDS["mean"].combine):
+            return f"mean of {models} models"
+        return f"{models} models, {self.within} within a system" + (f", {self.between} between" if systems > 1 else "")
+
+
+def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score]]:
     """Convex weights [systems], and the out-of-fold scores that speak of them.
 
-    `fitted`: by out-of-fold logloss, where there are several systems; `mean`: equal.
+    Weights are fitted where there are several systems, all with out-of-fold rows of two folds or more;
+    they are equal otherwise, unless they are given.
     """
     scores = [score(_one_of(system), "out-of-fold", system.oof) for system in systems if system.oof is not None]
-    equal = np.full(len(systems), 1 / len(systems))
+    blend, weights = choose(BLENDS, "blend", rule.between), equal(len(systems))
+    if rule.between == "weighted":
+        weights = given_weights([system.name for system in systems], rule.given)
     tables = [system.oof for system in systems if system.oof is not None]
     if len(systems) == 1 or len(tables) < len(systems):
-        return equal, scores
+        if blend.fit and len(systems) > 1:
+            unknown = ", ".join(system.name for system in systems if system.oof is None)
+            log.warning("equal weights between the systems: there are no out-of-fold rows of %s to fit on", unknown)
+        return weights, scores
     tables = same_rows(tables)
     log_probs, first = [table.log_probs for table in tables], tables[0]
-    mixed = replace(first, log_probs=blend(log_probs, equal))
-    scores.append(score("equal mean of the systems", "out-of-fold", mixed))
-    if how == "mean" or len(np.unique(first.fold)) < 2:  # a single fold leaves no rows to fit on
-        return equal, scores
-    mixed = replace(first, log_probs=cross_fitted(log_probs, first.codes(), first.fold))
-    scores.append(score("fitted weights between the systems", "out-of-fold, cross-fitted by fold", mixed))
-    return fit_weights(log_probs, first.codes()), scores
+    codes = first.codes()
+    scores.append(_score_of("mean", "out-of-fold", first, combined("mean", log_probs, equal(len(systems)))))
+    if blend.fit and len(np.unique(first.fold)) > 1:  # a single fold leaves no rows to fit on
+        mixed = cross_fitted(log_probs, codes, first.fold, blend.fit)
+        scores.append(_score_of(rule.between, "out-of-fold, cross-fitted by fold", first, mixed))
+        return blend.fit(log_probs, codes), scores
+    if not blend.fit and rule.between != "mean":
+        scores.append(_score_of(rule.between, "out-of-fold", first, combined(rule.between, log_probs, weights)))
+    return weights, scores
 
 
 def judge_holdout(
-    systems: Sequence[System], weights: np.ndarray, temperature: str
+    systems: Sequence[System], weights: np.ndarray, rule: Rule, temperature: str
 ) -> tuple[Predictions | None, float, list[Score]]:
     """The ensemble's table of the rows that no model trained or selected on, its temperature, and its scores.
 
@@ -65,14 +98,23 @@ def judge_holdout(
         return None, 1.0, []
     tables = same_rows(tables)
     table = replace(tables[0], fold=np.full(len(tables[0]), -1, np.int16))
-    table = replace(table, log_probs=blend([each.log_probs for each in tables], weights))
-    scores = [score(f"mean of {sum(s.models for s in systems)} models", "holdout", table)]
+    table = replace(table, log_probs=combined(rule.between, [each.log_probs for each in tables], weights))
+    scores = [score(rule.in_words(sum(s.models for s in systems), len(systems)), "holdout", table)]
     if temperature == "none" or len(table) < LEAST_HOLDOUT_ROWS:
         return table, 1.0, scores
     fitted = fit_temperature(table.log_probs, table.codes())
     table = replace(table, log_probs=apply_temperature(table.log_probs, fitted))
     scores.append(score(f"the same at temperature {fitted:.3f}", "holdout, which fitted the temperature", table))
     return table, fitted, scores
+
+
+def join(tables: Sequence[Predictions], within: str) -> Predictions:
+    """The tables of a system's models on the same rows as one table, each model with an equal say."""
+    if within == "mean":
+        return mean_by_id(tables)
+    aligned = same_rows(tables)
+    log_probs = combined(within, [table.log_probs for table in aligned], equal(len(aligned)))
+    return replace(aligned[0], fold=np.full(len(aligned[0]), -1, np.int16), log_probs=log_probs)
 
 
 def _one_of(system: System) -> str:
@@ -89,6 +131,10 @@ def same_rows(tables: Sequence[Predictions]) -> list[Predictions]:
         if differing:
             raise DataError(f"systems {first.system!r} and {table.system!r} speak of other rows: {sample(differing)}")
     return [table.with_classes(first.classes).in_order(first.ids) for table in tables]
+
+
+def _score_of(blend: str, rows: str, like: Predictions, log_probs: np.ndarray) -> Score:
+    return score(BLENDS[blend].words, rows, replace(like, log_probs=log_probs))
 
 
 def score(what: str, rows: str, table: Predictions) -> Score:

@@ -1,0 +1,129 @@
+"""Submission files of any origin as predictions, matched by id and by class name, never by position. No torch."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fivefold.data.same_classes import SameClasses
+from fivefold.data.tables import PATH_NAMES
+from fivefold.errors import DataError
+from fivefold.evaluation.metrics import FLOOR
+from fivefold.evaluation.truth import LABEL_COLUMNS, plain_name, read_cells, refuse_repeated
+from fivefold.predictions import Predictions, sample
+
+PREFIX = "output_"
+"""Files are called output_<model>.csv by custom: their system's name is what follows."""
+
+
+def system_name(path: Path) -> str:
+    """What an ensemble calls the system that a file speaks for: `eva` for output_eva.csv."""
+    return path.stem.removeprefix(PREFIX) or path.stem
+
+
+def read_submitted(
+    path: Path, ids: Collection[str] | None = None, classes: Sequence[str] = (), same: SameClasses | None = None
+) -> Predictions:
+    """A file of ids and a column of probabilities a class, or of ids and predicted classes, as predictions.
+
+    The ids are the first column, or that of image paths where it has the `ids`. Probabilities are brought
+    to sum 1 and clipped to [1e-15, 1] as competitions do, so that a file of classes alone says 1 and 1e-15.
+    With `classes` given (those of the models; merged names are added up) these and no others must be there;
+    otherwise they are the file's. Raises a DataError with the path and the names of ids (missing or further
+    ones, or twice), rows (no finite probability), classes and columns that do not fit.
+    """
+    header, rows = read_cells(path)
+    names, wanted = [plain_name(name) for name in header], set((same or SameClasses()).names(classes))
+    refuse_repeated(names, f"{path}: columns stand twice")
+    if not rows or len(names) < 2:
+        raise DataError(f"{path} is no submission: an id column, class columns and rows are needed")
+    paths = [at for at, name in enumerate(names) if _holds_paths(name, rows[0][at], wanted)]
+    place = _id_column(path, rows, paths, ids)
+    kept = [at for at in range(len(names)) if at not in {0, place, *paths}]
+    if not kept:
+        raise DataError(f"{path} has no column of classes, only {', '.join(names)}")
+    by_label = len(kept) == 1 and names[kept[0]] not in wanted
+    read = _of_labels if by_label else _of_probabilities
+    columns, probs = read(path, [names[at] for at in kept], [[row[at] for at in kept] for row in rows], wanted)
+    probs = np.clip(probs / probs.sum(axis=1, keepdims=True), FLOOR, 1)
+    log_probs = np.log(probs / probs.sum(axis=1, keepdims=True)).astype(np.float32)
+    found = Predictions(
+        ids=np.array([row[place] for row in rows], dtype=object),
+        fold=np.full(len(rows), -1, np.int16),
+        system=system_name(path),
+        classes=tuple(columns),
+        log_probs=log_probs,
+    )
+    found = same.merge_table(found) if same else found
+    return found.with_classes(classes) if classes else found.with_classes(sorted(columns))
+
+
+def holds_labels(table: Predictions) -> bool:
+    """Whether a file's rows say one class each and nothing of the others, as those of a file of classes alone do."""
+    if len(table.classes) < 2:
+        return True
+    return bool((np.partition(table.log_probs, -2, axis=1)[:, -2] < np.log(2 * FLOOR)).all())
+
+
+def _holds_paths(name: str, cell: str, wanted: Collection[str]) -> bool:
+    return name.lower() in PATH_NAMES and name not in wanted and not _is_number(cell)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _id_column(path: Path, rows: list[list[str]], paths: list[int], ids: Collection[str] | None) -> int:
+    """The place of the column whose values are `ids`: the first, or that of image paths; the first where ids are None."""
+    wanted = None if ids is None else set(ids)
+    for at in dict.fromkeys([0, *paths]):
+        there = [row[at] for row in rows]
+        if wanted is None or (set(there) == wanted and len(there) == len(wanted)):
+            refuse_repeated(there, f"{path}: ids stand twice")
+            return at
+    there = [row[0] for row in rows]
+    refuse_repeated(there, f"{path}: ids stand twice")
+    missing, extra = sorted(wanted - set(there)), sorted(set(there) - wanted)
+    parts = [f"{len(missing)} of the {len(wanted)} test ids are not in it ({sample(missing)})"] if missing else []
+    parts += [f"{len(extra)} of its {len(there)} ids are not in the test table ({sample(extra)})"] if extra else []
+    raise DataError(f"{path} speaks of other rows: {'; '.join(parts)}")
+
+
+def _of_probabilities(
+    path: Path, names: list[str], cells: list[list[str]], wanted: Collection[str]
+) -> tuple[list[str], np.ndarray]:
+    if wanted and set(names) != set(wanted):
+        missing, other = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
+        parts = [f"no column of {sample(missing)}"] if missing else []
+        parts += [f"columns that are no class of the models: {sample(other)}"] if other else []
+        raise DataError(f"{path}: {'; '.join(parts)}")
+    try:
+        probs = np.array(cells, dtype=np.float64)
+    except ValueError as error:
+        raise DataError(f"{path}: a cell holds what is no number: {error}") from error
+    bad = np.flatnonzero(~((probs >= 0) & (probs < np.inf)).all(axis=1) | (probs.sum(axis=1) == 0))
+    if len(bad):
+        raise DataError(
+            f"{path}: {len(bad)} rows hold no probabilities (NaN, infinite, negative or all 0), the first in line {bad[0] + 2}"
+        )
+    return names, probs
+
+
+def _of_labels(
+    path: Path, names: list[str], cells: list[list[str]], wanted: Collection[str]
+) -> tuple[list[str], np.ndarray]:
+    if names[0].lower() not in (*LABEL_COLUMNS, "predicted_class", "prediction", "class", "class_name"):
+        raise DataError(
+            f"{path}: the column {names[0]!r} is no class of the models, nor called {', '.join(LABEL_COLUMNS)}"
+        )
+    labels = [plain_name(row[0]) for row in cells]
+    columns = sorted(wanted or set(labels))
+    place = {name: code for code, name in enumerate(columns)}
+    unknown = sorted({label for label in labels if label not in place})
+    if unknown:
+        raise DataError(f"{path}: predicted classes that the models do not know: {sample(unknown)}")
+    return columns, np.eye(len(columns))[[place[label] for label in labels]]

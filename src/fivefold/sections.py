@@ -1,0 +1,57 @@
+"""What every section of a recipe is, and those that speak of what is trained already: `[ensemble]`, `[evaluate]`.
+
+The others stand in `recipe.py`, which is the door to all of them.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Spec = str | dict[str, Any]
+"""A thing with parameters, by name: `"horizontal_flip"` or `{ name = "rotation", degrees = 15 }`."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class Ensemble(Section):
+    blend: Literal["mean", "weighted", "fitted", "geometric", "rank", "vote", "greedy", "greedy_accuracy"] = Field(
+        "fitted",
+        description="between systems: equal mean, given weights, weights by out-of-fold logloss, geometric mean, "
+        "mean of ranks, vote, or greedy selection out-of-fold by logloss or by accuracy",
+    )
+    weights: dict[str, Any] = Field({}, description="of blend weighted: a number for each system, by its name")
+    within: Literal["mean", "geometric", "rank", "vote"] = Field(
+        "mean", description="between the models of one system, which have an equal say"
+    )
+    submissions: list[str] = Field(
+        [], description="submission files of any origin that are systems too, beside those of SM_CHANNEL_SUBMISSIONS"
+    )
+    temperature: Literal["none", "holdout"] = Field(
+        "holdout", description="fitted on the holdout where there is one, or none"
+    )
+    submission: str = Field("submission.csv", description="file name of the submission")
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> "Ensemble":
+        if bool(self.weights) != (self.blend == "weighted"):
+            raise ValueError(
+                f"blend={self.blend} and weights={self.weights}: blend weighted has weights, others have none"
+            )
+        for name, value in self.weights.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"weights.{name}={value!r}: a number from 0 on is needed")
+        return self
+
+    @model_validator(mode="after")
+    def _a_name_alone(self) -> "Ensemble":
+        if not self.submission or set(self.submission) & set("/\\"):
+            raise ValueError(f"submission={self.submission!r} is not the name of a file in the output's folder")
+        return self
+
+
+class Evaluate(Section):
+    bins: int = Field(15, ge=1, description="bins of the calibration error")
+    top_k: int = Field(5, ge=1, description="k of the top-k accuracy")
+    gallery: int = Field(48, ge=0, description="most confident mistakes that the report shows as images")

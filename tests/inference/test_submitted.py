@@ -1,0 +1,76 @@
+"""Submission files of any origin: matched by id and class name, refused with the names of what does not fit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fivefold.data.same_classes import SameClasses
+from fivefold.errors import DataError
+from fivefold.inference.submitted import holds_labels, read_submitted, system_name
+
+IDS, CLASSES = ("1", "2"), ("a", "b", "ㄷ")
+
+
+def write(tmp_path: Path, text: str, name: str = "output_eva.csv") -> Path:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    return tmp_path / name
+
+
+def test_rows_and_columns_are_matched_by_name(tmp_path):
+    path = write(tmp_path, "ID,ㄷ,a,b\n2,.1,.2,.7\n1,1,2,1\n")
+    found = read_submitted(path, IDS, CLASSES).in_order(IDS)
+    np.testing.assert_allclose(np.exp(found.log_probs), [[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]], atol=1e-6)
+    assert (found.system, found.classes) == ("eva", CLASSES)
+    assert not holds_labels(found)
+    assert read_submitted(path).classes == CLASSES
+
+
+def test_predicted_classes_count_as_certain(tmp_path):
+    path = write(tmp_path, "ID,image_path,target\n7,./test/2.JPEG,ㄷ\n8,./test/1.JPEG,a\n")
+    found = read_submitted(path, ("./test/1.JPEG", "./test/2.JPEG"), CLASSES)
+    assert list(found.ids) == ["./test/2.JPEG", "./test/1.JPEG"]
+    np.testing.assert_allclose(np.exp(found.log_probs), [[0, 0, 1], [1, 0, 0]], atol=1e-14)
+    assert np.isfinite(found.log_probs).all()
+    assert holds_labels(found)
+
+
+def test_merged_names_are_added_up(tmp_path):
+    path = write(tmp_path, "ID,a,b,ㄷ\n1,.5,.3,.2\n2,.1,.1,.8\n")
+    found = read_submitted(path, IDS, ("a", "b"), SameClasses((("b", "ㄷ"),), "merge"))
+    np.testing.assert_allclose(np.exp(found.log_probs), [[0.5, 0.5], [0.1, 0.9]], atol=1e-6)
+    labels = write(tmp_path, "ID,target\n1,ㄷ\n2,a\n")
+    found = read_submitted(labels, IDS, ("a", "b"), SameClasses((("b", "ㄷ"),), "merge"))
+    assert found.log_probs.argmax(axis=1).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ID,a,b,ㄷ\n1,.5,.3,.2\n", r"1 of the 2 test ids are not in it \('2'\)"),
+        ("ID,a,b,ㄷ\n1,.5,.3,.2\n2,.5,.3,.2\n3,.5,.3,.2\n", r"1 of its 3 ids are not in the test table \('3'\)"),
+        ("ID,a,b,ㄷ\n1,.5,.3,.2\n1,.5,.3,.2\n", "ids stand twice: '1'"),
+        ("ID,a,b,ㄷ\n1,.5,.3,\n2,.5,.3,.2\n", "no number"),
+        ("ID,a,b,ㄷ\n1,.5,.3,.2\n2,nan,.3,.2\n", "1 rows hold no probabilities .*first in line 3"),
+        ("ID,a,b,ㄷ\n1,.5,.3,-.2\n2,.5,.3,.2\n", "first in line 2"),
+        ("ID,a,b,ㄷ\n1,0,0,0\n2,.5,.3,.2\n", "first in line 2"),
+        ("ID,a,b\n1,.5,.5\n2,.5,.5\n", "no column of 'ㄷ'"),
+        ("ID,a,b,ㄷ,e\n1,.5,.3,.2,0\n2,.5,.3,.2,0\n", "no class of the models: 'e'"),
+        ("ID,a,b,b\n1,.5,.3,.2\n2,.5,.3,.2\n", "columns stand twice: 'b'"),
+        ("ID,target\n1,a\n2,e\n", "do not know: 'e'"),
+        ("ID,score\n1,a\n2,b\n", "the column 'score' is no class"),
+        ("ID,image_path\n1,x.png\n2,y.png\n", "no column of classes"),
+        ("ID\n1\n", "no submission"),
+        ("ID,a,b,ㄷ\n", "no submission"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(DataError, match=message) as caught:
+        read_submitted(path, IDS, CLASSES)
+    assert str(path) in str(caught.value)
+
+
+def test_the_name_of_a_system_is_that_of_its_file():
+    names = ("output_eva.csv", "my.csv", "output_.csv")
+    assert [system_name(Path(name)) for name in names] == ["eva", "my", "output_"]

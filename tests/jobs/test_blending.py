@@ -1,0 +1,165 @@
+"""Systems and submission files blended by the ensemble's entrypoint; names that mean the same car from split to score."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fivefold import predictions
+from fivefold.data.folds import read_folds
+from jobs.__main__ import run
+
+CARS = ("718_박스터", "718_스파이더", "K5")
+IDS = [f"TEST_{number}" for number in range(6)]
+PAIR = 'data.same_classes=[["718_박스터", "718_스파이더"]]'
+
+
+def write(path: Path, rows: list[list[object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def cells(path: Path) -> list[list[str]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.reader(file))
+
+
+def submission(path: Path, probs: np.ndarray, columns: tuple[str, ...] = CARS) -> Path:
+    return write(path, [["ID", *columns], *([name, *row] for name, row in zip(IDS, probs.tolist(), strict=True))])
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """A test table with its images, a sample submission, a truth, and files of three models."""
+    for name in IDS:
+        path = tmp_path / "eval" / "test" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    write(tmp_path / "eval" / "test.csv", [["ID", "img_path"], *([name, f"test/{name}.png"] for name in IDS)])
+    write(tmp_path / "eval" / "sample_submission.csv", [["ID", *CARS], *([name, 0, 0, 0] for name in IDS)])
+    write(tmp_path / "gt.csv", [["ID", "label"], *([name, CARS[n % 3]] for n, name in enumerate(IDS))])
+    random = np.random.default_rng(0)
+    submission(tmp_path / "csv" / "output_eva.csv", random.dirichlet(np.ones(3), 6))
+    submission(tmp_path / "csv" / "output_nfnet.csv", random.dirichlet(np.ones(3), 6)[:, ::-1])
+    labels = [[name, f"./test/{name}.png", CARS[n % 2]] for n, name in reversed(list(enumerate(IDS)))]
+    write(tmp_path / "labels.csv", [["ID", "image_path", "target"], *labels])
+    return tmp_path
+
+
+def stage(root: Path, name: str, folder: str, *arguments: str, **channels: str) -> int:
+    environment = {"SM_CHANNEL_EVAL": str(root / "eval"), "SM_OUTPUT_DATA_DIR": str(root / folder / "output")}
+    environment |= {"SM_OUTPUT_DIR": str(root / folder)}
+    return run(name, arguments, environment | {f"SM_CHANNEL_{key}": path for key, path in channels.items()})
+
+
+def values(path: Path) -> np.ndarray:
+    return np.array([row[1:] for row in cells(path)[1:]], dtype=float)
+
+
+def test_files_of_two_models_are_blended_without_any_model_of_ours(world):
+    given = {"SUBMISSIONS": str(world / "csv")}
+    assert stage(world, "ensemble", "mean", **given) == 0
+    found = values(world / "mean" / "output" / "submission.csv")
+    files = [values(world / "csv" / f"output_{name}.csv") for name in ("eva", "nfnet")]
+    np.testing.assert_allclose(found, np.mean(files, axis=0), atol=1e-6)
+    facts = json.loads((world / "mean" / "output" / "ensemble.json").read_text())
+    assert facts["weights"] == {"eva": 0.5, "nfnet": 0.5}
+    weights = 'ensemble.weights={"eva": 3, "nfnet": 1}'
+    assert stage(world, "ensemble", "weighted", "ensemble.blend=weighted", weights, **given) == 0
+    found = values(world / "weighted" / "output" / "submission.csv")
+    np.testing.assert_allclose(found, 0.75 * files[0] + 0.25 * files[1], atol=1e-6)
+
+
+def test_a_file_of_labels_votes_and_one_named_by_the_settings_counts_too(world):
+    named = f"ensemble.submissions={json.dumps([str(world / 'labels.csv')])}"
+    given = {"SUBMISSIONS": str(world / "csv")}
+    assert stage(world, "ensemble", "vote", "ensemble.blend=vote", named, **given) == 0
+    facts = json.loads((world / "vote" / "output" / "ensemble.json").read_text())
+    assert set(facts["weights"]) == {"eva", "nfnet", "labels"}
+    votes = [values(world / "csv" / f"output_{name}.csv") for name in ("eva", "nfnet")]
+    votes.append(np.eye(3)[[n % 2 for n in range(6)]])
+    counts = sum(np.eye(3)[each.argmax(axis=1)] for each in votes)
+    expected = (counts + np.mean(votes, axis=0)) / 4
+    np.testing.assert_allclose(values(world / "vote" / "output" / "submission.csv"), expected, atol=1e-6)
+
+
+def test_a_changed_file_is_another_key(world, caplog):
+    named = f"ensemble.submissions={world / 'csv' / 'output_eva.csv'},{world / 'csv' / 'output_nfnet.csv'}"
+    assert stage(world, "ensemble", "again", named) == 0
+    first = (world / "again" / "output" / "submission.csv").read_bytes()
+    submission(world / "csv" / "output_eva.csv", np.full((6, 3), 1 / 3))
+    with caplog.at_level("INFO", "fivefold"):
+        assert stage(world, "ensemble", "again", named) == 0
+    assert (world / "again" / "output" / "submission.csv").read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["ensemble.submissions=absent.csv"], 66, "no file absent.csv"),
+        (["ensemble.blend=geometric", "ensemble.submissions=labels.csv"], 64, "labels holds predicted classes alone"),
+        (["ensemble.blend=weighted"], 64, "blend weighted has weights"),
+        (["ensemble.blend=fitted", 'ensemble.weights={"eva": 1}'], 64, "others have none"),
+        (["ensemble.blend=weighted", 'ensemble.weights={"eva": 1}'], 64, "lacks nfnet"),
+        (["ensemble.blend=weighted", 'ensemble.weights={"eva": "x"}'], 64, "a number from 0 on"),
+        (["ensemble.submissions=other/output_eva.csv"], 65, "are both called 'eva'"),
+        (["ensemble.submissions=gt.csv", PAIR, "data.same_class=sum", "ensemble.blend=rank"], 64, "gt holds predicted"),
+        (['data.same_classes=[["K5", "K6"]]', "data.same_class=sum"], 65, "'K6', which is no class of the models"),
+        (["data.same_class=merge"], 64, "needs same_classes"),
+        (['data.same_classes=[["K5", "K5"]]'], 64, "'K5' twice"),
+    ],
+)
+def test_bad_input_gets_one_clear_error_and_leaves_nothing(world, monkeypatch, arguments, code, message):
+    submission(world / "other" / "output_eva.csv", np.full((6, 3), 1 / 3))
+    monkeypatch.chdir(world)
+    assert stage(world, "ensemble", "bad", *arguments, SUBMISSIONS=str(world / "csv")) == code
+    assert message in (world / "bad" / "failure").read_text()
+    assert not list((world / "bad" / "output").rglob("*.*"))
+
+
+def test_without_models_and_files_the_model_channel_is_asked_for(world):
+    assert stage(world, "ensemble", "bad") == 66
+    assert "needs the channel 'model'" in (world / "bad" / "failure").read_text()
+
+
+def test_merged_cars_are_one_class_from_the_split_on(world):
+    for number, name in enumerate([*CARS, *CARS]):
+        path = world / "train" / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number * 30, 0, 0)).save(path)
+    merge = (PAIR, "data.same_class=merge")
+    assert stage(world, "split", "split", *merge, "split.folds=2", TRAIN=str(world / "train")) == 0
+    split = read_folds(world / "split" / "output" / "folds.parquet")
+    assert split.classes == ("718_박스터", "K5")
+    assert np.bincount(split.codes).tolist() == [4, 2]
+    # The sample has both columns, so without a model of the one class there is nothing to part.
+    assert stage(world, "ensemble", "merge", *merge, SUBMISSIONS=str(world / "csv" / "output_eva.csv")) == 65
+    assert "split and train with merge" in (world / "merge" / "failure").read_text()
+
+
+def test_truth_under_either_name_is_a_hit_of_the_merged_class(world):
+    probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9]] * 2)
+    table = submission(world / "merged" / "s.csv", probs, ("718_박스터", "K5"))
+    both = submission(world / "both" / "s.csv", probs[:, [0, 0, 1]] * [0.5, 0.5, 1])
+    for path in (table, both):
+        given = {"PREDICTIONS": str(path), "GROUND_TRUTH": str(world / "gt.csv")}
+        assert stage(world, "evaluate", "score", PAIR, "data.same_class=merge", **given) == 0
+        found = json.loads((world / "score" / "output" / "metrics.json").read_text())["test"]
+        assert found["accuracy"] == 1.0
+        assert found["logloss"] == pytest.approx(-np.log(0.9), abs=1e-5)
+
+
+def test_the_sum_reaches_the_submission_and_not_the_table_of_predictions(world):
+    given = {"SUBMISSIONS": str(world / "csv" / "output_eva.csv")}
+    assert stage(world, "ensemble", "sum", PAIR, "data.same_class=sum", **given) == 0
+    eva = values(world / "csv" / "output_eva.csv")
+    both = eva[:, 0] + eva[:, 1]
+    expected = np.stack([both, both, eva[:, 2]], axis=1) / (1 + both)[:, None]
+    np.testing.assert_allclose(values(world / "sum" / "output" / "submission.csv"), expected, atol=1e-6)
+    kept = predictions.read(world / "sum" / "output" / "predictions.parquet").with_classes(CARS)
+    np.testing.assert_allclose(np.exp(kept.log_probs), eva, atol=1e-6)
