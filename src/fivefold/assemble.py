@@ -287,5 +287,5 @@ def _fast_type(device: torch.device) -> torch.dtype | None:
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1}
+OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1}
 """Tensors the size of the weights that an optimiser keeps."""

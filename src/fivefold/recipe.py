@@ -161,7 +161,9 @@ class Train(Section):
     )
     update: str = Field("plain", description="a step: plain, or sam (two gradients)")
     sam_rho: float = Field(0.05, ge=0, description="sam: how far up the gradient the second one is taken")
-    optimizer: str = Field("adamw", description="adamw, adam or sgd (Nesterov)")
+    optimizer: str = Field(
+        "adamw", description="adamw, adam, sgd (Nesterov) or muon (AdamW for norms, biases, first and last layer)"
+    )
     lr: float = Field(1e-3, gt=0, description="largest learning rate")
     backbone_lr: float = Field(1.0, gt=0, le=1, description="the backbone's share of the learning rate")
     layer_decay: float = Field(
@@ -171,7 +173,7 @@ class Train(Section):
         0, ge=0, description="first epochs in which the backbone and its BatchNorm statistics stay as they are"
     )
     weight_decay: float = Field(1e-4, ge=0, description="not applied to norms and biases")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and muon")
     schedule: str = Field("cosine", description="constant, cosine, step or plateau")
     warmup_epochs: float = Field(0.0, ge=0, description="linear rise of the learning rate at the start")
     step_epochs: int = Field(

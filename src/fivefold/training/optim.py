@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fivefold.choose import choose
 from fivefold.errors import SettingsError
+from fivefold.training.muon import Muon, hidden_weights
 
 
 def build_optimizer(
@@ -26,12 +27,13 @@ def build_optimizer(
     `shares`: the share of `lr` of a parameter, by its `id`; 1 where it names none. The groups stand
     in falling order of their rates.
     """
-    groups: dict[tuple[float, bool], dict] = {}
+    groups: dict[tuple[float, bool, bool], dict] = {}
+    hidden = hidden_weights(model) if name == "muon" else set()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            key = (shares or {}).get(id(parameter), 1.0), parameter.ndim >= 2
+            key = (shares or {}).get(id(parameter), 1.0), parameter.ndim >= 2, id(parameter) in hidden
             group = {"params": [], "lr": lr * key[0], "weight_decay": weight_decay if key[1] else 0.0}
-            groups.setdefault(key, group)["params"].append(parameter)
+            groups.setdefault(key, group | ({"orthogonal": True} if key[2] else {}))["params"].append(parameter)
     _leave_the_compiler_out()
     ordered = [groups[key] for key in sorted(groups, reverse=True)]
     optimizer = choose(OPTIMIZERS, "optimizer", name)(ordered, lr, momentum)
@@ -63,6 +65,10 @@ def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_fusable(groups))
 
 
+def _muon(groups: list[dict], lr: float, momentum: float) -> Optimizer:
+    return Muon(groups, lr, momentum)
+
+
 def _fusable(groups: list[dict]) -> bool:
     return groups[0]["params"][0].device.type in ("cpu", "cuda")
 
@@ -71,6 +77,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict], float, float], Optimizer]] = {
     "adamw": _adamw,
     "adam": _adam,
     "sgd": _sgd,
+    "muon": _muon,
 }
 
 
