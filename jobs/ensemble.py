@@ -67,7 +67,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     written = [save_predictions(output / PREDICTIONS, table), submit(output / options.submission, table, images, same)]
     written += submit_each(output / EACH, {name: each[name] for name in groups}, images, classes, same)
     written += keep_holdout(output / HOLDOUT, holdout)
-    facts = {"within": options.within, "blend": options.blend}
+    facts = {"submission": options.submission, "within": options.within, "blend": options.blend}
     write_json(output / ENSEMBLE, facts | description(groups, files, weights, temperature, scores))
     return Outcome(
         [*written, output / ENSEMBLE], {"models": len(models), "images": len(images), "temperature": temperature}

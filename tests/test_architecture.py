@@ -95,7 +95,12 @@ def test_every_package_is_installed() -> None:
 def test_launching_and_reporting_load_without_torch() -> None:
     wanted = [f"fivefold.{name}" for name in WITHOUT_TORCH]
     names = [name for name in modules() if any(name == one or name.startswith(one + ".") for one in wanted)]
-    names += [module for module, _ in COMMANDS.values()] + ["jobs.__main__", "jobs.split", "jobs.evaluate"]
+    names += [module for module, _ in COMMANDS.values()] + [
+        "jobs.__main__",
+        "jobs.split",
+        "jobs.evaluate",
+        "jobs.compare",
+    ]
     heavy = ("torch", "torchvision", "timm", "tensorboard", "sagemaker")
     code = (
         f"import importlib, json, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fivefold.sections import Ensemble, Evaluate, Section, Spec
+from fivefold.sections import Compare, Ensemble, Evaluate, Section, Spec
 
 
 class Data(Section):
@@ -248,6 +248,7 @@ class Settings(Section):
     predict: Predict = Predict()
     ensemble: Ensemble = Ensemble()
     evaluate: Evaluate = Evaluate()
+    compare: Compare = Compare()
     distill: Distill = Distill()
 
     def student(self) -> "Settings":

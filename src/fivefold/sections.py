@@ -1,4 +1,5 @@
-"""What every section of a recipe is, and those that speak of what is trained already: `[ensemble]`, `[evaluate]`.
+"""What every section of a recipe is, and those that speak of what is trained already: `[ensemble]`, `[evaluate]`,
+`[compare]`.
 
 The others stand in `recipe.py`, which is the door to all of them.
 """
@@ -55,3 +56,8 @@ class Evaluate(Section):
     bins: int = Field(15, ge=1, description="bins of the calibration error")
     top_k: int = Field(5, ge=1, description="k of the top-k accuracy")
     gallery: int = Field(48, ge=0, description="most confident mistakes that the report shows as images")
+
+
+class Compare(Section):
+    runs: list[str] = Field([], description="folders of runs, each with its ensemble's submission, its models, or both")
+    files: list[str] = Field([], description="submission files, beside those of SM_CHANNEL_SUBMISSIONS")

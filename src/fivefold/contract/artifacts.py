@@ -31,6 +31,8 @@ KEYED_FILES = {
 }
 """Of these channels only these files make a key: the folder around them may hold more."""
 
+COMPARED = (".csv", ".parquet", ENSEMBLE, MODEL)
+"""Of a run only these files are compared."""
 NO_SUBMISSIONS = ("sample_submission.csv", "train.csv", "test.csv", "gt.csv", "ground_truth.csv")
 
 DESCRIBED = {
@@ -173,6 +175,8 @@ def channel_digest(job: Job, channel: str, settings: Mapping[str, Any]) -> str:
         return _digest(list(find_predictions(job).values()))
     if channel in KEYED_FILES:
         return _digest([path for name in KEYED_FILES[channel] for path in locate_all(job, channel, name)])
+    if channel == "runs":
+        return tree_sha256(job.channel(channel), without=(RECORD,), only=COMPARED)
     tables = (".csv", ".zip", str(settings.get("data.table", "")).lower() or ".csv")
     return tree_sha256(
         job.channel(channel), without=(RECORD,), only=("",) if settings.get("split.open_images", True) else tables

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fivefold
-from fivefold.contract.artifacts import channel_digest
+from fivefold.contract.artifacts import COMPARED, channel_digest
 from fivefold.contract.files import read_json, sha256, tree_sha256, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import RECORD
@@ -36,7 +36,7 @@ PACKAGES = (
     "safetensors",
 )
 
-NAMED_BY_PATH = ("model.weights", "distill.teacher", "ensemble.submissions")
+NAMED_BY_PATH = ("model.weights", "distill.teacher", "ensemble.submissions", "compare.files", "compare.runs")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ def key_of(job: Job, settings: Mapping[str, Any]) -> Key:
     """The key of this job: digests of its hashed channels, and the settings that can change its result."""
     given = [name for name in job.stage.hashed if job.optional_channel(name) is not None]
     digests = {name: channel_digest(job, name, settings) for name in given}
-    digests |= {key: tree_sha256(path, without=(RECORD,)) for key, path in _named_files(settings)}
+    digests |= {
+        key: tree_sha256(path, without=(RECORD,), only=COMPARED if key.startswith("compare.") else ("",))
+        for key, path in _named_files(settings)
+    }
     digests |= {name: "given" for name in job.stage.noted if job.optional_channel(name) is not None}
     return Key(stage=job.stage.name, inputs=digests, settings=dict(settings))
 

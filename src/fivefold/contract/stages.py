@@ -19,6 +19,7 @@ EACH = "csv"
 OUTPUT = "output.csv"
 METRICS = "metrics.json"
 REPORT = "report.html"
+COMPARISON = "compare.html"
 RECORD = "stage.json"
 FAILURE = "failure"
 
@@ -92,6 +93,15 @@ STAGES = {
             sections=("data", "evaluate"),
             noted=("eval", "train"),
             from_output="predictions",
+        ),
+        Stage(
+            name="compare",
+            module="jobs.compare",
+            summary="runs and submission files side by side -> tables, pictures, compare.html",
+            channels=(),
+            optional=("runs", "submissions", "ground_truth"),
+            hashed=("runs", "submissions", "ground_truth"),
+            sections=("compare",),
         ),
         Stage(
             name="distill",

@@ -59,11 +59,11 @@ def legend(axis: "Axes", colours: Theme) -> None:
         axis.legend(frameon=False, labelcolor=colours.text, fontsize=9, ncols=3, handlelength=1.4, **place)
 
 
-def drawable(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
-    """`names`, cut to 24 characters and with `$` kept literal; the number of one that no font can draw."""
+def drawable(names: Sequence[str], numbers: Sequence[int], most: int = 24) -> list[str]:
+    """`names`, cut to `most` characters and with `$` kept literal; the number of one that no font can draw."""
     covered = _covered_characters()
     return [
-        (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")
+        (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
         if all(ord(character) in covered for character in name)
         else f"#{number}"
         for name, number in zip(names, numbers, strict=True)

@@ -19,6 +19,8 @@ from fivefold.evaluation.drawing import THEMES
 from fivefold.evaluation.tables import Mistake, Scored, confused_pairs
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+LOOK = Path(__file__).with_name("look.css")
+"""What pages look like, this one and that of a comparison."""
 THUMBNAIL = 160
 PIXELATED = 64
 """Images up to this side are shown with their pixels as squares, larger ones smoothed."""
@@ -74,23 +76,14 @@ def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Pic
         painters["training_curves"] = lambda to, theme: plots.training_curves(*curves.values(), to, theme)
     elif curves:
         painters["training_curves"] = lambda to, theme: plots.fold_curves(curves, to, theme)
-    return {name: {theme: _png(paint, theme) for theme in THEMES} for name, paint in painters.items()}
+    return {name: drawn(paint) for name, paint in painters.items()}
 
 
 def render(content: Content) -> str:
     """The page, complete."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {
-        "figure": figure,
-        "percent": percent,
-        "uri": data_uri,
-        "pretty": _pretty,
-        "sentence": _sentence,
-    }
     first = content.scored[0]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return filled(
+        TEMPLATE,
         content=content,
         first=first,
         headline=_headline(first, content.figures[first.name], content.top_k),
@@ -102,6 +95,28 @@ def render(content: Content) -> str:
         pairs=confused_pairs(first),
         galleries=[(scored, _tiles(content, scored.name)) for scored in content.scored],
     )
+
+
+def filled(template: Path, **values: Any) -> str:
+    """The page of a template in the common look, every value escaped."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {
+        "figure": figure,
+        "percent": percent,
+        "uri": data_uri,
+        "pretty": _pretty,
+        "sentence": _sentence,
+    }
+    look = Markup(LOOK.read_text(encoding="utf-8"))
+    return environment.from_string(template.read_text(encoding="utf-8")).render(look=look, **values)
+
+
+def drawn(paint: Any) -> Picture:
+    """What `paint(target, theme)` draws, as PNG bytes by theme."""
+    return {theme: _png(paint, theme) for theme in THEMES}
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:

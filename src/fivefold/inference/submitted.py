@@ -21,6 +21,11 @@ def system_name(path: Path) -> str:
     return path.stem.removeprefix(PREFIX) or path.stem
 
 
+def names_classes_alone(path: Path) -> bool:
+    """Whether a file has one column of predicted classes, rather than one of probabilities a class."""
+    return len([name for name in read_cells(path)[0][1:] if plain_name(name).lower() not in PATH_NAMES]) < 2
+
+
 def read_submitted(
     path: Path, ids: Collection[str] | None = None, classes: Sequence[str] = (), same: SameClasses | None = None
 ) -> Predictions:

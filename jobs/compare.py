@@ -1,0 +1,184 @@
+"""Several runs and submission files side by side: who scores what, who agrees with whom, all submissions in one table."""
+
+import csv
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fivefold import predictions
+from fivefold.contract.artifacts import find_submissions
+from fivefold.contract.files import atomic, read_json, tree_files, write_json, write_text
+from fivefold.contract.job import Job
+from fivefold.contract.stages import COMPARISON, ENSEMBLE, MODEL, OOF
+from fivefold.errors import DataError, MissingInputError
+from fivefold.evaluation import comparison, truth
+from fivefold.evaluation.comparison import Experiment
+from fivefold.inference.submitted import names_classes_alone, read_submitted, system_name
+from fivefold.predictions import mean_by_id
+from fivefold.recipe import Settings
+from jobs.outcome import Outcome
+
+log = logging.getLogger("fivefold")
+STACKED = "all_experiments_submission_compare.csv"
+
+
+def main(job: Job, settings: Settings) -> Outcome:
+    """Compares all that it is given; the tables, pictures and page, and the figures."""
+    experiments = with_tables(found_experiments(job, settings.compare.runs, settings.compare.files))
+    file, labels = ground_truth(job)
+    tables = {"test": [each.test_figures(labels, file) if file else None for each in experiments]}
+    tables["oof"] = [each.oof_figures() for each in experiments]
+    alike, notes = comparison.pairs(experiments)
+    shown = "test" if any(tables["test"]) else "oof"
+    if not any(tables[shown]):
+        notes.append("nothing is scored: there is neither a ground truth nor out-of-fold rows")
+    pictures = comparison.draw(experiments, tables[shown], alike)
+    page = comparison.page(
+        settings.run or f"{len(experiments)} experiments", experiments, tables, alike, pictures, notes
+    )
+    for note in notes:
+        log.info("%s", note)
+
+    folder = job.output()
+    written = write_tables(folder, experiments, tables, alike, notes)
+    for name in ("model_acc", "correlation"):
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    for name, picture in pictures.items():
+        written.append(folder / f"{name}.png")
+        with atomic(written[-1]) as temporary:
+            temporary.write_bytes(picture["light"])
+    write_text(folder / COMPARISON, page)
+    figures = {each.name: scores for each, scores in zip(experiments, tables[shown], strict=True) if scores}
+    print(json.dumps(figures, ensure_ascii=False), flush=True)
+    log.info("comparison: %s", folder / COMPARISON)
+    return Outcome([*written, folder / COMPARISON], figures)
+
+
+def found_experiments(job: Job, runs: Sequence[str], files: Sequence[str]) -> list[Experiment]:
+    """The runs of the channel and of the settings, then the files of both; names are theirs, each once."""
+    channel = job.optional_channel("runs")
+    folders = [path for path in sorted(channel.iterdir()) if path.is_dir()] if channel else []
+    found = [of_run(path) for path in [*folders, *map(Path, runs)]]
+    found += [of_file(path) for path in [*find_submissions(job), *map(Path, files)]]
+    for name in {each.name for each in found if [other.name for other in found].count(each.name) > 1}:
+        # Files of one name in several folders go by their folder too.
+        found = [replace(e, name=f"{Path(e.source).parent.name}/{name}") if e.name == name else e for e in found]
+    twice = sorted({each.name for each in found if [other.name for other in found].count(each.name) > 1})
+    if twice:
+        raise DataError(f"two experiments are called {twice[0]!r}; rename the folder or the file of one")
+    if len(found) < 2:
+        raise MissingInputError(
+            f"{len(found)} experiments are too few to compare: give compare.runs=A,B (folders of runs), "
+            "compare.files=x.csv,y.csv, or the channels SM_CHANNEL_RUNS and SM_CHANNEL_SUBMISSIONS"
+        )
+    return found
+
+
+def of_file(path: Path) -> Experiment:
+    if not path.is_file():
+        raise MissingInputError(f"no submission file {path}")
+    return Experiment(name=system_name(path), source=str(path), file=path)
+
+
+def of_run(folder: Path) -> Experiment:
+    """A run's ensemble and the out-of-fold rows of its fold models, whichever there are."""
+    if not folder.is_dir():
+        raise MissingInputError(f"no run {folder}: a folder is needed (files go to compare.files)")
+    files = tree_files(folder)
+    usual = folder / "ensemble" / "output" / ENSEMBLE
+    ensembles = [usual] if usual.is_file() else [path for path in files if path.name == ENSEMBLE]
+    if len(ensembles) > 1:
+        raise DataError(
+            f"several ensembles in the run {folder}: {', '.join(map(str, ensembles[:4]))}; give one's folder"
+        )
+    submissions = [path.parent / read_json(path).get("submission", "submission.csv") for path in ensembles]
+    absent = [path for path in submissions if not path.is_file()]
+    if absent:
+        raise MissingInputError(f"the run {folder} has no submission {absent[0]}")
+    infos = {p.parent: read_json(p) for p in files if p.name == MODEL and (p.parent / OOF).is_file()}
+    folds = {path: info for path, info in infos.items() if info.get("role") == "fold"}
+    if not folds and not submissions:
+        raise MissingInputError(f"the run {folder} holds neither {ENSEMBLE} nor fold models with {OOF}")
+    oof = mean_by_id([predictions.read(path / OOF) for path in folds]) if folds else None
+    systems = ", ".join(sorted({str(info["system"]) for info in folds.values()}))
+    words = f"{len(folds)} fold models of {systems}" if folds else ""
+    return Experiment(folder.resolve().name, str(folder), next(iter(submissions), None), oof=oof, oof_words=words)
+
+
+def with_tables(experiments: Sequence[Experiment]) -> list[Experiment]:
+    """The experiments with their submissions read; those of classes alone know the classes of the others."""
+    read = {each.name: read_submitted(each.file) for each in experiments if each.file is not None}
+    certain = {each.name for each in experiments if each.file is not None and names_classes_alone(each.file)}
+    known = sorted({name for key, table in read.items() if key not in certain for name in table.classes})
+    known = known or sorted({name for table in read.values() for name in table.classes})
+    for each in experiments:
+        if each.name in certain and each.file is not None:
+            read[each.name] = read_submitted(each.file, classes=known)
+    return [replace(each, table=read.get(each.name), labels_only=each.name in certain) for each in experiments]
+
+
+def ground_truth(job: Job) -> tuple[Path | None, Mapping[str, str]]:
+    given = job.optional_channel("ground_truth")
+    file = truth.truth_file(given) if given else None
+    return file, truth.read_truth(file) if file else {}
+
+
+def write_tables(
+    folder: Path,
+    experiments: Sequence[Experiment],
+    tables: Mapping[str, Sequence[comparison.Figures | None]],
+    alike: comparison.Pairs | None,
+    notes: Sequence[str],
+) -> list[Path]:
+    """The figures as CSV and JSON, and all submissions under one another, where there are any; the files written."""
+    written = [folder / "comparison.csv", folder / "comparison.json"]
+    with atomic(written[0]) as temporary:
+        comparison.write_figures(temporary, experiments, tables)
+    write_json(written[1], as_json(experiments, tables, alike, notes))
+    (folder / STACKED).unlink(missing_ok=True)
+    submitted = next((each.file for each in experiments if each.file is not None), None)
+    if submitted is not None:
+        written.append(folder / STACKED)
+        with open(submitted, encoding="utf-8-sig", newline="") as file:
+            id_column = next(csv.reader(file))[0]
+        with atomic(written[-1]) as temporary:
+            comparison.write_stacked(temporary, experiments, id_column)
+    return written
+
+
+def as_json(
+    experiments: Sequence[Experiment],
+    tables: Mapping[str, Sequence[comparison.Figures | None]],
+    alike: comparison.Pairs | None,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    every = [
+        {"experiment": each.name, "source": each.source, "oof_rows_of": each.oof_words}
+        | {name: figures[at] for name, figures in tables.items()}
+        for at, each in enumerate(experiments)
+    ]
+    if alike is None:
+        return {"experiments": every, "likeness": None, "notes": list(notes)}
+    matrices = {name: plain(getattr(alike, name)) for name in ("agreement", "correlation")}
+    return {
+        "experiments": every,
+        "likeness": {"names": list(alike.names.values()), "rows": alike.rows, **matrices},
+        "notes": list(notes),
+    }
+
+
+def plain(matrix: np.ndarray) -> list[list[float | None]]:
+    """A matrix as lists, null where a number is undefined."""
+    return [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in matrix]
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import run
+
+    sys.exit(run("compare", sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""Likeness of experiments by hand and under renaming; pictures for the names and numbers that occur."""
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fivefold.errors import DataError
+from fivefold.evaluation import comparison, comparison_plots
+from fivefold.evaluation.comparison import Experiment, agreement, correlation, pairs
+from fivefold.predictions import Predictions
+
+LONG = (
+    "효율적인_컨브넥스트_베이스_384_라벨스무딩_오리지널_모델",
+    "caformer_b36.sail_in22k_ft_in1k_384 · 5 folds · 3 views",
+)
+
+
+def table(probs: np.ndarray, classes: tuple[str, ...] = ("a", "b", "c"), start: int = 0) -> Predictions:
+    ids = np.array([f"T{start + n}" for n in range(len(probs))], object)
+    return Predictions(ids, np.full(len(probs), -1, np.int16), "s", classes, np.log(probs).astype(np.float32))
+
+
+FIRST = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
+SECOND = np.array([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.5, 0.2, 0.3], [0.3, 0.1, 0.6]])
+
+
+def test_agreement_and_correlation_by_hand():
+    np.testing.assert_allclose(agreement([table(FIRST), table(SECOND)]), [[1, 0.5], [0.5, 1]])
+    expected = np.corrcoef(FIRST.ravel(), SECOND.ravel())
+    np.testing.assert_allclose(correlation([table(FIRST), table(SECOND)]), expected, atol=1e-6)
+
+
+def test_likeness_does_not_hang_on_what_classes_are_called():
+    """Pearson of class indices did: in another order of the classes it says something else of the same predictions."""
+    turned = [table(FIRST[:, [1, 0, 2]]), table(SECOND[:, [1, 0, 2]])]
+    plain = [table(FIRST), table(SECOND)]
+    indices = [np.corrcoef([each.log_probs.argmax(axis=1) for each in tables])[0, 1] for tables in (plain, turned)]
+    assert abs(indices[0] - indices[1]) > 0.1
+    np.testing.assert_allclose(agreement(turned), agreement(plain))
+    np.testing.assert_allclose(correlation(turned), correlation(plain), atol=1e-12)
+
+
+def test_a_table_that_never_changes_has_no_correlation():
+    found = correlation([table(np.full((4, 3), 1 / 3)), table(SECOND)])
+    assert np.isnan(found[0]).all()
+    assert found[1, 1] == pytest.approx(1)
+
+
+def test_rows_and_classes_are_matched_by_name_and_whoever_has_none_is_named():
+    turned = table(FIRST[::-1][:, [2, 0, 1]], ("c", "a", "b"))
+    turned = Predictions(turned.ids[::-1], turned.fold, "s", turned.classes, turned.log_probs)
+    given = [
+        Experiment("x", "x.csv", table=table(FIRST)),
+        Experiment("none", "z"),
+        Experiment("y", "y.csv", table=turned),
+    ]
+    found, notes = pairs(given)
+    assert found.names == {1: "x", 3: "y"}
+    np.testing.assert_allclose(found.agreement, 1)
+    np.testing.assert_allclose(found.correlation, 1, atol=1e-6)
+    assert notes == ["none has no test predictions: no likeness"]
+
+
+def test_out_of_fold_rows_are_compared_where_both_have_them():
+    given = [Experiment("x", "x", oof=table(FIRST)), Experiment("y", "y", oof=table(SECOND, start=2))]
+    found, _ = pairs(given)
+    assert found.rows == "2 out-of-fold rows"
+    given = [Experiment("x", "x", table=table(FIRST)), Experiment("y", "y", table=table(SECOND, start=2))]
+    with pytest.raises(DataError, match="x and y predict other rows: 'T0', 'T1', 'T4', 'T5'"):
+        pairs(given)
+    with pytest.raises(DataError, match="x and y know different classes: 'c', 'd'"):
+        pairs([given[0], Experiment("y", "y", table=table(SECOND, ("a", "b", "d")))])
+
+
+def picture(draw, *arguments) -> Image.Image:
+    target = BytesIO()
+    draw(*arguments, target)
+    return Image.open(target, formats=["PNG"])
+
+
+@pytest.mark.parametrize("count", [2, 6, 60])
+def test_pictures_have_a_size_that_can_be_read(count):
+    names = [f"{LONG[n % 2]} {n}" for n in range(count)]
+    figures = [
+        {"accuracy": 0.9 - n / 100, "accuracy_low": 0.8, "accuracy_high": 0.95, "logloss": None if n % 2 else 0.3}
+        for n in range(count)
+    ]
+    drawn = picture(comparison_plots.scores, names, [{}, *figures[1:]])
+    assert drawn.width > 1000
+    matrix = np.clip(np.eye(count) + 0.8, 0, 1)
+    matrix[0, 1] = matrix[1, 0] = np.nan
+    drawn = picture(comparison_plots.likeness, dict(enumerate(names, start=1)), matrix, matrix)
+    assert 500 < drawn.height < 3000
+
+
+def test_long_names_stand_in_lines_and_keep_all_their_letters():
+    names = comparison_plots.numbered({3: "convnext_tiny_mixup_rdrop_sam_ema_200_epochs", 7: "x" * 100})
+    assert names[0].startswith("3  convnext")
+    assert names[0].replace("\n", "") == "3  convnext_tiny_mixup_rdrop_sam_ema_200_epochs"
+    for name in names:
+        assert max(map(len, name.split("\n"))) <= comparison_plots.LINE
+
+
+def test_the_page_escapes_names_of_strangers():
+    given = [Experiment("<b>x</b>", "x.csv", table=table(FIRST)), Experiment("y", "y.csv", table=table(SECOND))]
+    figures = {"n": 4, "accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "logloss": None, "f1_macro": 0.4}
+    alike, notes = pairs(given)
+    pictures = comparison.draw(given, [figures, None], alike)
+    text = comparison.page("two", given, {"test": [figures, None], "oof": [None, None]}, alike, pictures, notes)
+    assert "<b>x</b>" not in text
+    assert "&lt;b&gt;x" in text
+    assert text.count("data:image/png") == 4
+    assert "Out-of-fold</h2>" not in text

@@ -1,0 +1,158 @@
+"""The compare stage over runs and submission files, by its entrypoint."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, log_loss
+
+from fivefold import predictions
+from fivefold.contract.files import write_json
+from fivefold.predictions import Predictions
+from jobs.__main__ import run
+
+CLASSES = ("K5", "모닝", "레이")
+IDS = [f"TEST_{n}" for n in range(40)]
+CODES = np.arange(40) % 3
+
+
+def guesses(seed: int, skill: float) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(40, 3))
+    logits[np.arange(40), CODES] += skill
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+
+def write(path: Path, header: list[str], rows: list[list[object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def submission(path: Path, probs: np.ndarray) -> Path:
+    return write(path, ["ID", *CLASSES], [[name, *row] for name, row in zip(IDS, probs.tolist(), strict=True)])
+
+
+def make_run(folder: Path, seed: int, skill: float) -> Path:
+    """A run's ensemble and two fold models, as their stages leave them."""
+    submission(folder / "ensemble" / "output" / "mine.csv", guesses(seed, skill))
+    write_json(folder / "ensemble" / "output" / "ensemble.json", {"submission": "mine.csv", "members": []})
+    for fold in range(2):
+        model = folder / f"fold-{fold}" / "model"
+        model.mkdir(parents=True)
+        rows = np.arange(40) % 2 == fold
+        labels = np.array(CLASSES, object)[CODES[rows]]
+        found = Predictions(
+            np.array([f"train {n}" for n in np.flatnonzero(rows)], object),
+            np.full(rows.sum(), fold, np.int16), "s", CLASSES,
+            np.log(guesses(seed + 9, skill)[rows]).astype(np.float32), labels,
+        )  # fmt: skip
+        predictions.write(model / "oof.parquet", found)
+        write_json(model / "model.json", {"role": "fold", "system": "s", "seed": 1, "fold": fold})
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    make_run(tmp_path / "A", 1, 3.0)
+    make_run(tmp_path / "B", 2, 1.0)
+    submission(tmp_path / "csv" / "output_eva.csv", guesses(3, 2.0))
+    labels = [[name, CLASSES[code]] for name, code in zip(IDS, CODES, strict=True)]
+    write(tmp_path / "csv" / "output_표.csv", ["ID", "target"], labels)
+    write(tmp_path / "gt.csv", ["ID", "label"], labels[::-1])
+    return tmp_path
+
+
+def compare(root: Path, *arguments: str, **channels: str) -> int:
+    environment = {"SM_OUTPUT_DATA_DIR": str(root / "out"), "SM_OUTPUT_DIR": str(root / "failed")}
+    return run("compare", arguments, environment | {f"SM_CHANNEL_{name}": path for name, path in channels.items()})
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_runs_and_files_side_by_side(world, capsys):
+    runs = f"compare.runs={world / 'A'},{world / 'B'}"
+    assert compare(world, runs, SUBMISSIONS=str(world / "csv"), GROUND_TRUTH=str(world / "gt.csv")) == 0
+    out = world / "out"
+    found = rows(out / "comparison.csv")
+    assert [row["experiment"] for row in found] == ["A", "B", "eva", "표"]
+    for row, probs in zip(found, (guesses(1, 3.0), guesses(2, 1.0), guesses(3, 2.0)), strict=False):
+        assert float(row["test_accuracy"]) == pytest.approx(accuracy_score(CODES, probs.argmax(axis=1)))
+        assert float(row["test_logloss"]) == pytest.approx(log_loss(CODES, probs), abs=1e-5)
+        assert row["test_n"] == "40"
+    assert (found[3]["test_accuracy"], found[3]["test_logloss"]) == ("1.000000", "")
+    assert float(found[0]["oof_logloss"]) == pytest.approx(log_loss(CODES, guesses(10, 3.0)), abs=1e-5)
+    assert found[2]["oof_n"] == ""
+    stacked = rows(out / "all_experiments_submission_compare.csv")
+    assert list(stacked[0]) == ["experiment", "ID", *sorted(CLASSES)]
+    assert [row["experiment"] for row in stacked[::40]] == ["A", "B", "eva", "표"]
+    assert float(stacked[45]["모닝"]) == pytest.approx(guesses(2, 1.0)[5, 1], abs=1e-6)
+    facts = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    assert facts["likeness"]["names"] == ["A", "B", "eva", "표"]
+    share = (guesses(1, 3.0).argmax(axis=1) == guesses(2, 1.0).argmax(axis=1)).mean()
+    assert facts["likeness"]["agreement"][0][1] == pytest.approx(share)
+    for name in ("model_acc.png", "correlation.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    page = (out / "compare.html").read_text(encoding="utf-8")
+    assert "2 fold models of s" in page
+    assert set(json.loads(capsys.readouterr().out)) == {"A", "B", "eva", "표"}
+    record = json.loads((out / "stage.json").read_text())
+    assert len(record["outputs"]) == 6
+
+
+def test_without_ground_truth_out_of_fold_rows_are_shown(world, capsys):
+    for name in "AB":
+        (world / name / "ensemble" / "output" / "ensemble.json").unlink()
+    (world / "runs").mkdir()
+    for name in "AB":
+        (world / name).rename(world / "runs" / name)
+    assert compare(world, RUNS=str(world / "runs")) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["B"]["logloss"] == pytest.approx(log_loss(CODES, guesses(11, 1.0)), abs=1e-5)
+    assert (world / "out" / "model_acc.png").is_file()
+    assert not (world / "out" / "all_experiments_submission_compare.csv").exists()
+    facts = json.loads((world / "out" / "comparison.json").read_text(encoding="utf-8"))
+    assert facts["likeness"]["rows"] == "40 out-of-fold rows"
+
+
+def test_files_alone_without_truth_are_compared_by_likeness_and_a_changed_file_is_seen(world, caplog):
+    files = [submission(world / name / "submission.csv", guesses(seed, 1.0)) for seed, name in enumerate("xy")]
+    given = f"compare.files={files[0]},{files[1]}"
+    assert compare(world, given) == 0
+    first = json.loads((world / "out" / "comparison.json").read_text())
+    assert first["likeness"]["names"] == ["x/submission", "y/submission"]
+    assert "nothing is scored" in first["notes"][0]
+    assert not (world / "out" / "model_acc.png").exists()
+    submission(files[0], guesses(1, 1.0))
+    assert compare(world, given) == 0
+    again = json.loads((world / "out" / "comparison.json").read_text())
+    assert again["likeness"]["agreement"][0][1] == 1 > first["likeness"]["agreement"][0][1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 66, "0 experiments are too few"),
+        (["compare.runs={root}/A"], 66, "1 experiments are too few"),
+        (["compare.runs={root}/A,{root}/absent"], 66, "no run {root}/absent"),
+        (["compare.files={root}/absent.csv"], 66, "no submission file {root}/absent.csv"),
+        (["compare.runs={root}/A,{root}/csv"], 66, "holds neither ensemble.json nor fold models"),
+        (["compare.runs={root}/A,{root}/A"], 65, "two experiments are called"),
+        (["compare.runs={root}/A,{root}"], 65, "several ensembles in the run"),
+        (["compare.files={root}/csv/output_eva.csv,{root}/odd.csv"], 65, "know different classes: 'K9'"),
+        (["compare.files={root}/csv/output_eva.csv,{root}/short.csv"], 65, "predict other rows: "),
+        (["runs={root}/A"], 64, "did you mean 'compare.runs'"),
+    ],
+)
+def test_bad_input_gets_one_clear_error_and_leaves_nothing(world, arguments, code, message):
+    write(world / "odd.csv", ["ID", "K5", "K9", "레이", "모닝"], [[name, 1, 0, 0, 0] for name in IDS])
+    write(world / "short.csv", ["ID", *CLASSES], [[name, 0.5, 0.5, 0] for name in IDS[:9]])
+    assert compare(world, *(text.format(root=world) for text in arguments)) == code
+    assert message.format(root=world) in (world / "failed" / "failure").read_text()
+    assert not list((world / "out").rglob("*.*"))
