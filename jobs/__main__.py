@@ -27,6 +27,8 @@ from fivefold.values import value_of
 
 log = logging.getLogger("fivefold")
 
+RESULTS = "test_result"
+"""Where the results of a stage lie that is run by hand and told no place."""
 COMMANDS = {
     "submit": ("jobs.submit", "run a recipe's stages in order on a platform"),
     "status": ("jobs.status", "what of a run is done, running, failed"),
@@ -59,12 +61,33 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
         print(stage_help(stage))
         return 0
     try:
+        if stage.by_argument:
+            arguments, environ = paths_given(stage, arguments, environ)
         with tempfile.TemporaryDirectory(prefix="fivefold-") as scratch:
             job = job_from(stage, environ, Path(scratch))
             run_stage(job, settings_of(job, arguments, environ))
         return 0
     except (KeyboardInterrupt, Exception) as error:
         return fail(error, environ)
+
+
+def paths_given(
+    stage: Stage, arguments: Sequence[str], environ: Mapping[str, str]
+) -> tuple[list[str], Mapping[str, str]]:
+    """Arguments without `CHANNEL=PATH` and `output=PATH`, and the environment with the variables that these stand for.
+
+    Where nothing names an output it is `test_result/run_YYYYMMDD_HHMMSS_<id8>`.
+    """
+    variables = {name: f"SM_CHANNEL_{name.upper()}" for name in (*stage.channels, *stage.optional)}
+    variables["output"] = "SM_OUTPUT_DATA_DIR"
+    given = {variables[name]: path for name, _, path in (a.partition("=") for a in arguments) if name in variables}
+    rest = [argument for argument in arguments if argument.partition("=")[0] not in variables]
+    environ = {**environ, **given}
+    if job_from(stage, environ, Path()).output_data_dir is None:
+        from fivefold.launchers.plan import new_run_name
+
+        environ["SM_OUTPUT_DATA_DIR"] = str(Path(RESULTS) / new_run_name())
+    return rest, environ
 
 
 def run_stage(job: Job, settings: Settings) -> None:
@@ -178,11 +201,13 @@ def stage_help(stage: Stage) -> str:
         return " ".join(f"SM_CHANNEL_{name.upper()}" for name in names) or "none"
 
     keys = ("recipe", *stage.sections)
+    paths = " ".join(f"{name}=PATH" for name in (*stage.channels, *stage.optional))
     return (
         f"python -m jobs {stage.name} KEY=VALUE...\n\n{stage.summary}\n\n"
         f"channels:  {variables(stage.channels)}\noptional:  {variables(stage.optional)}\n"
-        f"writes to: {'SM_MODEL_DIR, SM_OUTPUT_DATA_DIR' if stage.writes_model else 'SM_OUTPUT_DATA_DIR'}\n\n"
-        f"keys, as arguments, environment (SECTION__KEY), hyperparameters or in a recipe:\n{settings_.describe(keys)}"
+        + (f"as arguments too: {paths} output=PATH\n" if stage.by_argument else "")
+        + f"writes to: {'SM_MODEL_DIR, SM_OUTPUT_DATA_DIR' if stage.writes_model else 'SM_OUTPUT_DATA_DIR'}\n\n"
+        + f"keys, as arguments, environment (SECTION__KEY), hyperparameters or in a recipe:\n{settings_.describe(keys)}"
     )
 
 

@@ -44,6 +44,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     assemble.start_weights(network, student.model, job.optional_channel("weights"))
     runtime = assemble.runtime_of(student)
     assemble.check_memory(network, student, runtime)
+    training.check_disk(job, network, student)
 
     unseen = unlabelled(job, models, table)
     train = distillation.taught(pupils, lesson, unseen, student, runtime)

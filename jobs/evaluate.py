@@ -22,7 +22,7 @@ log = logging.getLogger("fivefold")
 
 WRONG = {"wrong_valid.csv": ("oof",), "wrong_test.csv": ("test", "holdout")}
 """Mistakes on rows that a model was selected on, and on rows that no model saw. Rows that a model trained on
-are predicted by no stage."""
+are predicted by `predict` alone, which has their wrong_train.csv."""
 HEADLINE = ("rows", "n", "accuracy", "logloss", "f1_macro", "ece")
 
 

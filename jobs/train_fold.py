@@ -32,6 +32,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     assemble.start_weights(network, settings.model, job.optional_channel("weights"))
     runtime = assemble.runtime_of(settings)
     assemble.check_memory(network, settings, runtime)
+    training.check_disk(job, network, settings)
 
     targets = assemble.one_hot(table.codes[rows], len(table.classes), runtime.device)
     train = TrainRows(assemble.image_set(store, table, rows, settings, training=True), targets)

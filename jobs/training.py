@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from fivefold.contract.artifacts import locate
-from fivefold.contract.files import atomic, sha256
+from fivefold.contract.files import MIB, atomic, check_space, sha256
 from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, TRAIN_LOG
 from fivefold.data.folds import FoldTable, read_folds
@@ -27,6 +27,8 @@ from fivefold.training.observers import Observer, csv_log, metric_line, tensorbo
 
 log = logging.getLogger("fivefold")
 EVENTS = "tensorboard"
+BESIDE_WEIGHTS = 4 * MIB
+"""Bytes for logs, curves, events and small tables of predictions."""
 
 
 def read_split(job: Job, factors: Sequence[str] = ()) -> tuple[Path, FoldTable]:
@@ -39,6 +41,16 @@ def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
     """What `model.json` says of the split: its folds and digest, the model's classes, and what classes are made of."""
     factored = {} if table.factors is None else {"knows": table.knows, "factors": table.factors.as_json()}
     return {"folds": table.num_folds, "classes": table.classes, "split": sha256(path), **factored}
+
+
+def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:
+    """Raises a RetryableError before the first epoch where the weights that this stage keeps will not fit the disk.
+
+    They are the kept ones, the unaveraged ones beside them if they are wanted, and a temporary file of one.
+    """
+    weights = sum(tensor.nbytes for tensor in network.state_dict().values())
+    copies = 2 + (settings.train.keep_raw and settings.train.ema_decay > 0)
+    check_space(job.model(), copies * weights + BESIDE_WEIGHTS)
 
 
 def observers(job: Job, fold: int | None) -> list[Observer]:

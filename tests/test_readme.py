@@ -28,9 +28,11 @@ def test_every_command_names_a_stage_and_known_keys(line):
     if name == "STAGE":
         return
     assert name in {*STAGES, *COMMANDS, "train"} or line.startswith("python -m jobs --help")
+    stage = STAGES.get(name)
+    paths = {*stage.channels, *stage.optional, "output"} if stage and stage.by_argument else set()
     for key, _ in re.findall(r"([A-Za-z_.]+)=(\S+)", rest[0]):
         key = normal_key(key)
-        assert key in KEYS or key == "fold" or key.split(".")[0] in SECTIONS, key
+        assert key in KEYS or key in paths or key == "fold" or key.split(".")[0] in SECTIONS, key
 
 
 def test_recipes_that_the_papers_name_are_shipped():

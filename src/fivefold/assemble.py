@@ -43,13 +43,13 @@ from fivefold.training.updates import UPDATES
 log = logging.getLogger("fivefold")
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, key: str = "train.device") -> torch.device:
     """`auto`: CUDA, else MPS, else the CPU; a device that is not there is a SettingsError."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, has in there.items() if has)
     if not choose(there, "device", name.split(":")[0]):
-        raise SettingsError(f"train.device={name}, but this machine has no such device; train.device=auto finds one")
+        raise SettingsError(f"{key}={name}, but this machine has no such device; {key}=auto finds one")
     return torch.device(name)
 
 
@@ -69,14 +69,14 @@ def runtime_of(settings: Settings) -> Runtime:
     return _runtime(settings, device, choose_precision(settings.train.precision, device))
 
 
-def runtime_for_prediction(settings: Settings, precision: str) -> Runtime:
+def runtime_for_prediction(settings: Settings, precision: str, device: str = "auto") -> Runtime:
     """The Runtime of a trained model wherever it predicts: this machine's device, and the `precision` it was trained in.
 
     fp16 where there is no CUDA becomes float32.
     """
-    device = choose_device("auto")
+    chosen = choose_device(device, "predict.device")
     dtype = choose(PRECISIONS, "precision", precision)
-    return _runtime(settings, device, None if dtype == torch.float16 and device.type != "cuda" else dtype)
+    return _runtime(settings, chosen, None if dtype == torch.float16 and chosen.type != "cuda" else dtype)
 
 
 def _runtime(settings: Settings, device: torch.device, dtype: torch.dtype | None) -> Runtime:

@@ -20,8 +20,8 @@ from fivefold.assemble import (
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.stages import MODEL, RAW_WEIGHTS, WEIGHTS
-from fivefold.data.dataset import ImageSet, load_with_progress
-from fivefold.data.store import ImageStore
+from fivefold.data.dataset import ImageSet, in_order, load, load_with_progress
+from fivefold.data.store import FolderStore, ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict
@@ -48,6 +48,11 @@ class Member:
         """Log-probabilities float32 [N, C] of the images at `paths`, by the recipe's views unless others are given."""
         return predict_images(self.network, self.settings, self.runtime, ImageFiles(store, paths), label, views)
 
+    def predict_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Log-probabilities float32 [N, C] of decoded images, each uint8 [H, W, 3], by the recipe's views."""
+        files = ImageFiles(FolderStore(Path()), [""] * len(pixels), pixels=pixels)
+        return predict_images(self.network, self.settings, self.runtime, files, "")
+
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -56,16 +61,25 @@ class ImageFiles:
     store: ImageStore
     paths: Sequence[str]
     sha256: Sequence[str | None] | None = None
+    pixels: Sequence[np.ndarray] | None = None
+    """The decoded images, where they are in memory already."""
 
 
 def predict_images(
     network: nn.Module, settings: Settings, runtime: Runtime, files: ImageFiles, label: str, views: Sequence[Spec] = ()
 ) -> np.ndarray:
-    """Log-probabilities float32 [N, C] with the evaluation transform, by the recipe's views unless others are given."""
+    """Log-probabilities float32 [N, C] with the evaluation transform, by the recipe's views unless others are given.
+
+    With a progress bar, unless `files` brings its pixels.
+    """
     transform = build_transforms(settings.augment.eval, settings.model.size)
     images = ImageSet(files.store, files.paths, transform, sha256=files.sha256, meta=settings.model.meta)
-    workers = choose_workers(settings.train.workers, runtime.device)
-    batches = load_with_progress(images, predict_batch_size(settings), workers, label)
+    if files.pixels is not None:
+        images.kept = list(files.pixels)
+        batches = load(images, in_order(len(images), predict_batch_size(settings)), workers=0)
+    else:
+        workers = choose_workers(settings.train.workers, runtime.device)
+        batches = load_with_progress(images, predict_batch_size(settings), workers, label)
     return predict(network, batches, runtime, views or settings.predict.views)
 
 
@@ -82,7 +96,7 @@ def load_member(source: ModelDir, explicit: Mapping[str, Any]) -> Member:
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, len(source.info["classes"]))
     load_exactly(network, source.path / WEIGHTS)
-    runtime = runtime_for_prediction(settings, source.info["precision"])
+    runtime = runtime_for_prediction(settings, source.info["precision"], explicit.get("device", "auto"))
     return Member(source, settings, runtime.place(network).eval(), runtime)
 
 

@@ -197,10 +197,25 @@ class Train(Section):
 
 class Predict(Section):
     batch_size: int = Field(0, ge=0, description="images a step; 0: twice that of training")
+    device: str = Field("auto", description="auto (CUDA, else MPS, else the CPU), cuda, mps or cpu")
+    file: str = Field("predictions.csv", description="predict: file name of the table of images and their classes")
+    folder: str = Field("", description="predict: folder below the output in which each run makes a run_…; empty: none")
+    rows: list[str] = Field(
+        ["train", "valid", "test"], description="predict, with SM_CHANNEL_FOLDS: rows of the split that are predicted"
+    )
     views: list[Spec] = Field(
         ["plain"],
         description="views that are averaged: plain, flip, rotate (degrees), shift (x, y), scale (factor), five_crops (share)",
     )
+
+    @model_validator(mode="after")
+    def _names_alone(self) -> "Predict":
+        for key, name in (("file", self.file or "/"), ("folder", self.folder)):
+            if set(name) & set("/\\") or name in (".", ".."):
+                raise ValueError(f"{key}={name!r} is not a name alone, for a place in the output's folder")
+        if not self.rows or set(self.rows) - {"train", "valid", "test"}:
+            raise ValueError(f"rows={self.rows} are not some of train, valid and test")
+        return self
 
     @model_validator(mode="after")
     def _a_view_at_least(self) -> "Predict":

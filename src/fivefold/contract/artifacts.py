@@ -67,6 +67,11 @@ class ModelDir:
         return self.info["role"], self.info["system"], self.info["seed"], -1 if fold is None else fold
 
     @property
+    def system(self) -> str:
+        """The system that it belongs to in an ensemble; a student is one of its own."""
+        return f"{self.info['system']} (student)" if self.info["role"] == "student" else self.info["system"]
+
+    @property
     def name(self) -> str:
         if self.info["role"] == "student":
             return f"student of {self.info['system']}, seed {self.info['seed']}"

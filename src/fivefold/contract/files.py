@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from fivefold.errors import DataError, RetryableError, SettingsError
 
 SECONDS_UNTIL_ABANDONED = 900.0
 FILES_AT_ONCE = 4096
+MIB = 2**20
 
 
 @contextmanager
@@ -138,6 +140,16 @@ def probe_writable(folder: Path) -> None:
     finally:
         with suppress(OSError):
             probe.unlink()
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises a RetryableError, with both figures, where less than `needed` bytes are free for `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RetryableError(
+            f"{folder} has {free / MIB:.1f} MiB free, and what this stage writes takes about {needed / MIB:.1f} MiB: "
+            "free some, then run the same command again"
+        )
 
 
 def below(root: Path, name: str) -> Path:

@@ -48,6 +48,8 @@ class Stage:
     from_output: str = ""
     output_in_model: bool = False
     always: bool = False
+    by_argument: bool = False
+    """Whether its channels may also be arguments, as in `images=photo.jpg`: for stages that people run by hand."""
 
 
 _TRAINING = ("model", "augment", "train", "predict")
@@ -102,6 +104,17 @@ STAGES = {
             optional=("runs", "submissions", "ground_truth"),
             hashed=("runs", "submissions", "ground_truth"),
             sections=("compare",),
+        ),
+        Stage(
+            name="predict",
+            module="jobs.predict",
+            summary="one image, a folder or a table of them -> predictions.csv: classes and confidences",
+            channels=("images", "model"),
+            optional=("folds",),
+            hashed=("images", "model", "folds"),
+            sections=("data", "predict"),
+            always=True,
+            by_argument=True,
         ),
         Stage(
             name="distill",

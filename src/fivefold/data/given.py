@@ -1,0 +1,147 @@
+"""What a user hands over to be predicted: an image, a folder, a zip, a table of paths, or images in memory."""
+
+import logging
+import os
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fivefold.data.images import is_image
+from fivefold.data.store import FolderStore, ImageStore, ZipStore, open_store
+from fivefold.data.tables import LABEL_NAMES, PATH_NAMES, TEXT, TRIED_PATHS, CsvFile, few, open_csv
+from fivefold.errors import DataError, MissingInputError
+
+log = logging.getLogger("fivefold")
+
+TRUTH_NAMES = ("true_class", "image_type", *LABEL_NAMES)
+NO_TABLES = ("sample_submission.csv", "submission.csv")
+
+
+@dataclass(frozen=True)
+class AnywhereStore:
+    """Files anywhere on this machine, by the paths that a user wrote."""
+
+    root: Path = Path()
+
+    def exists(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def read(self, name: str | os.PathLike[str]) -> bytes:
+        """The bytes of one file; a DataError for what is none."""
+        try:
+            return (self.root / name).read_bytes()
+        except (OSError, ValueError, TypeError) as error:  # a null character in it, or bytes for a path
+            raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class HandedStore:
+    """Things handed over in memory, by a name each: paths, bytes of image files, or Pillow's images."""
+
+    things: Mapping[str, Any]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one thing as an image file; a DataError for what is no image."""
+        thing = self.things[name]
+        if isinstance(thing, str | os.PathLike):
+            return AnywhereStore().read(thing)
+        if isinstance(thing, bytes | bytearray | memoryview):
+            return bytes(thing)
+        if isinstance(thing, Image.Image):
+            return _encoded(thing)
+        raise DataError(f"{type(thing).__name__} is neither a path, nor bytes, nor an image of Pillow's")
+
+
+@dataclass(frozen=True)
+class Given:
+    """N images: where they lie, their paths there, what the user calls them, and their true classes, "" if unknown."""
+
+    store: ImageStore | AnywhereStore | HandedStore
+    paths: Sequence[str]
+    shown: Sequence[str]
+    truth: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def read_given(path: Path, base_path: str = "", path_column: str = "", label_column: str = "") -> Given:
+    """The images at `path`: one image, a table of paths, or a folder or .zip of either.
+
+    A table's paths count from `base_path`, else from its own folder or the working directory,
+    whichever has more of the first ones. That an image is there and whole is not looked at.
+    Raises MissingInputError where nothing is, and DataError for a folder without images or a table without paths.
+    """
+    if path.is_file() and path.suffix.lower() == ".csv":
+        return _table(open_csv(FolderStore(path.parent), path.name), base_path, path_column, label_column)
+    if path.is_file() and path.suffix.lower() != ".zip":
+        return Given(AnywhereStore(), [str(path)], [str(path)], [""])
+    store = open_store(path)
+    tables = [name for name in store.listing("")[1] if name.lower().endswith(".csv") and name not in NO_TABLES]
+    usable = [table for table in (open_csv(store, name) for name in tables) if table.column(path_column, PATH_NAMES)]
+    if len(usable) > 1:
+        raise DataError(f"several tables in {path}: {few([t.name for t in usable])}; name one of them as the images")
+    if usable:
+        return _table(usable[0], base_path, path_column, label_column)
+    names = [name for name in store.names() if is_image(name)]
+    if not names:
+        raise DataError(f"no images below {path}, nor a CSV with their paths")
+    return Given(store, names, names, [""] * len(names))
+
+
+def with_folders_as_truth(given: Given, classes: Sequence[str]) -> Given:
+    """`given`, with each image's folder as its true class where all lie in folders called like classes."""
+    folders = [posixpath.basename(posixpath.dirname(path)) for path in given.paths]
+    if any(given.truth) or not set(folders) <= set(classes):
+        return given
+    log.info("every image lies in a folder that is called like a class, so that is taken as its true class")
+    return Given(given.store, given.paths, given.shown, folders)
+
+
+def check_truth(given: Given, classes: Sequence[str]) -> None:
+    """Raises a DataError for true classes that are none of the model's."""
+    unknown = sorted(set(given.truth) - {"", *classes})
+    if unknown:
+        raise DataError(f"true classes that the model does not know: {few(unknown)}; it knows {few(list(classes))}")
+
+
+def _table(table: CsvFile, base_path: str, path_column: str, label_column: str) -> Given:
+    path = table.must_have(path_column, PATH_NAMES, "data.path_column")
+    label = table.column(label_column, TRUTH_NAMES)
+    read = table.read({name: TEXT for name in (path, label) if name})
+    shown = read[path].to_pylist()
+    truth = [name.strip() for name in read[label].to_pylist()] if label else [""] * len(shown)
+    if isinstance(table.store, ZipStore):
+        store, bases = table.store, [base_path or table.folder]
+    else:
+        store, bases = AnywhereStore(), [base_path] if base_path else [str(table.store.root), ""]
+        if base_path and not Path(base_path).is_dir():
+            raise MissingInputError(f"data.base_path={base_path}: there is no such folder")
+    plain = [name.strip().replace("\\", "/") for name in shown]
+    found = [sum(_there(store, posixpath.join(base, name)) for name in plain[:TRIED_PATHS]) for base in bases]
+    base = bases[int(np.argmax(found))]
+    return Given(store, [posixpath.join(base, name) for name in plain], shown, truth)
+
+
+def _there(store: ImageStore | AnywhereStore, name: str) -> bool:
+    try:
+        return store.exists(name)
+    except (DataError, ValueError):
+        return False
+
+
+def _encoded(image: Image.Image) -> bytes:
+    """A Pillow image as a file without loss, its orientation kept."""
+    content = BytesIO()
+    try:
+        plain = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")
+        plain.save(content, "PNG", exif=image.getexif().tobytes())
+    except Exception as error:  # a file that Pillow opened is decoded only now, and may turn out to be broken
+        raise DataError(f"the image cannot be decoded: {error}") from error
+    return content.getvalue()
