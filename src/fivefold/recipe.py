@@ -205,7 +205,8 @@ class Predict(Section):
     )
     views: list[Spec] = Field(
         ["plain"],
-        description="views that are averaged: plain, flip, rotate (degrees), shift (x, y), scale (factor), five_crops (share)",
+        description="views that are averaged: plain, flip, rotate (degrees), shift (x, y), scale (factor), five_crops (share); "
+        "with flip = true mirrored too",
     )
 
     @model_validator(mode="after")

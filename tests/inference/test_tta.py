@@ -72,6 +72,16 @@ def test_a_shift_to_the_right_moves_to_the_right():
     assert torch.equal(seen("shift", x=2, y=0)[0][..., 2:], IMAGES[..., :-2])
 
 
+def test_with_flip_a_view_is_also_taken_of_the_mirrored_images():
+    for name, parameters in (("shift", {"x": 2, "y": -1}), ("rotate", {"degrees": 10}), ("five_crops", {})):
+        alone = seen(name, **parameters)
+        both = seen(name, **parameters, flip=True)
+        assert len(both) == 2 * len(alone)
+        mirrored = build_views([{"name": name, **parameters}], BLACK)
+        for found, expected in zip(both, [*alone, *(view(IMAGES.flip(-1)) for view in mirrored)], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_a_scale_enlarges_the_middle_or_mirrors_around_a_smaller_image():
     assert torch.equal(seen("scale", factor=1)[0], IMAGES)
     middle = v2.resize(IMAGES[..., 5:15, 3:10], [20, 14], antialias=True)
@@ -119,6 +129,7 @@ def test_specs_that_mean_the_same_are_the_same():
         ({"name": "rotate", "degrees": "4"}, "a number from -360 to 360"),
         ({"name": "shift", "x": 1.5}, "x=1.5, but a whole number"),
         ({"name": "shift", "x": True}, "x=True, but a whole number"),
+        ({"name": "shift", "flip": 1}, "flip=1, but true or false"),
         ({"name": "scale", "factor": 0}, "factor=0, but a number from 0.25 to 4"),
         ({"name": "scale", "factor": float("nan")}, "factor=nan"),
         ({"name": "five_crops", "share": [0.5]}, "share"),

@@ -24,6 +24,7 @@ View = Callable[[Tensor], Tensor]
 def build_views(specs: Sequence[Spec], black: Tensor | float = 0.0) -> list[View]:
     """The views of `specs`, each a name, or a table with `name` and parameters; five_crops gives five.
 
+    With `flip = true` each is taken of the mirrored images too.
     `black` [1, 3, 1, 1]: a black pixel, normalised. Raises SettingsError for an unknown name or
     parameter, or a value that cannot be.
     """
@@ -31,7 +32,10 @@ def build_views(specs: Sequence[Spec], black: Tensor | float = 0.0) -> list[View
     for spec in specs:
         name, given = identity(spec)
         make, _ = VIEWS[name]
-        views += make(black=black, **dict(given)) if make in FILLED else make(**dict(given))
+        parameters = dict(given)
+        mirrored_too = parameters.pop("flip", False)
+        made = make(black=black, **parameters) if make in FILLED else make(**parameters)
+        views += made + [partial(_of_mirrored, view=view) for view in made if mirrored_too]
     return views
 
 
@@ -99,6 +103,10 @@ def _mirrored(images: Tensor) -> Tensor:
     return images.flip(-1)
 
 
+def _of_mirrored(images: Tensor, view: View) -> Tensor:
+    return view(images.flip(-1))
+
+
 def _rotated(images: Tensor, degrees: float, black: Tensor | float) -> Tensor:
     """By coordinates written out, since a product of matrices would lose its last digits under autocast."""
     height, width = images.shape[-2:]
@@ -149,6 +157,10 @@ def _reflected(at: Tensor, size: int) -> Tensor:
 
 def _check(view: str, name: str, value: object) -> None:
     """Raises a SettingsError for a value that the parameter `name` cannot have."""
+    if name == "flip":
+        if not isinstance(value, bool):
+            raise SettingsError(f"view {view!r}: flip={value!r}, but true or false is needed")
+        return
     kind, least, most = BOUNDS[name]
     if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
         number = "whole number" if kind is int else "number"
@@ -158,10 +170,10 @@ def _check(view: str, name: str, value: object) -> None:
 VIEWS: dict[str, tuple[Callable[..., list[View]], dict[str, float]]] = {
     "plain": (plain, {}),
     "flip": (flip, {}),
-    "rotate": (rotate, {"degrees": 15}),
-    "shift": (shift, {"x": 1, "y": 1}),
-    "scale": (scale, {"factor": 1.1}),
-    "five_crops": (five_crops, {"share": 0.875}),
+    "rotate": (rotate, {"degrees": 15, "flip": False}),
+    "shift": (shift, {"x": 1, "y": 1, "flip": False}),
+    "scale": (scale, {"factor": 1.1, "flip": False}),
+    "five_crops": (five_crops, {"share": 0.875, "flip": False}),
 }
 """Each view with its parameters' defaults."""
 
