@@ -282,7 +282,7 @@ def test_the_stage_is_found(arguments: list[str], environ: dict[str, str], name:
     ("arguments", "stage", "message"),
     [
         (["trian-fold"], None, "unknown stage 'trian-fold'; did you mean 'train-fold'?; known: "),
-        ([], None, "no stage: give one of split, train-fold, ensemble, evaluate, compare, distill, train, "),
+        ([], None, "no stage: give one of split, train-fold, ensemble, evaluate, "),
         (["train"], "spilt", "unknown stage 'spilt'; did you mean 'split'?"),
     ],
 )
