@@ -23,6 +23,7 @@ from fivefold.contract.record import Stopwatch, key_of, output_roots, record_pat
 from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.errors import FivefoldError, SettingsError
 from fivefold.recipe import Settings
+from fivefold.recipes import shipped_recipes
 from fivefold.values import value_of
 
 log = logging.getLogger("fivefold")
@@ -188,7 +189,7 @@ def start_log(environ: Mapping[str, str]) -> None:
 def overview() -> str:
     stages = "\n".join(f"  {stage.name:12} {stage.summary}" for stage in STAGES.values())
     commands = "\n".join(f"  {name:12} {summary}" for name, (_, summary) in COMMANDS.items())
-    recipes = ", ".join(settings_.shipped_recipes())
+    recipes = ", ".join(shipped_recipes())
     every = settings_.describe(list(Settings.model_fields))
     return (
         f"{__doc__.strip()}\n\nstages:\n{stages}\n\ncommands:\n{commands}\n\nshipped recipes: {recipes}\n\n"

@@ -15,7 +15,8 @@ import pytest
 
 import fivefold
 from fivefold.contract.stages import STAGES
-from fivefold.settings import Layer, load, shipped_recipes
+from fivefold.recipes import shipped_recipes
+from fivefold.settings import Layer, load
 from jobs.__main__ import COMMANDS
 
 REPOSITORY = Path(__file__).parents[1]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fivefold.contract.stages import STAGES
-from fivefold.settings import SECTIONS, normal_key, shipped_recipes
+from fivefold.recipes import shipped_recipes
+from fivefold.settings import SECTIONS, normal_key
 from fivefold.settings import read_recipe as recipe
 from jobs.__main__ import COMMANDS
 from jobs.submit import KEYS

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from fivefold.contract.stages import STAGES
 from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Model, Settings, Split
-from fivefold.settings import flatten, key_settings, read_recipe, shipped_recipes
+from fivefold.recipes import shipped_recipes
+from fivefold.settings import flatten, key_settings, read_recipe
 
 
 def test_every_key_says_what_it_is():

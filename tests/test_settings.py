@@ -10,6 +10,7 @@ import pytest
 
 from fivefold.errors import FivefoldError, MissingInputError, SettingsError
 from fivefold.recipe import Settings
+from fivefold.recipes import shipped_recipes
 from fivefold.settings import (
     Layer,
     arguments_layer,
@@ -21,7 +22,6 @@ from fivefold.settings import (
     load,
     normal_key,
     read_recipe,
-    shipped_recipes,
     unused_keys,
 )
 

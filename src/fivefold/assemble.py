@@ -184,7 +184,7 @@ def build_loop(
             workers=choose_workers(chosen.workers, runtime.device),
         ),
         batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed),
-        mixing=Mixing(settings.augment.mix, settings.augment.mix_alpha, settings.augment.mix_p),
+        mixing=_mixing(settings),
         update=update(model, _objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho),
         after_step=([ema] if ema else []) + [schedule, *_phases(settings, network, train, steps)],
         schedule=schedule,
@@ -244,6 +244,13 @@ def _check_names(settings: Settings) -> None:
 def _loss(settings: Settings, train: TrainRows) -> Loss:
     weights = balanced_weights(train.targets) if settings.train.class_weights == "balanced" else None
     return build_loss(settings.train.loss, settings.train.label_smoothing, weights)
+
+
+def _mixing(settings: Settings) -> Mixing:
+    chosen, epochs = settings.augment, settings.train.epochs
+    if chosen.mix_off_epochs >= epochs:
+        raise SettingsError(f"augment.mix_off_epochs={chosen.mix_off_epochs} leaves none of {epochs} epochs to mix in")
+    return Mixing(chosen.mix, chosen.mix_alpha, chosen.mix_p, epochs - chosen.mix_off_epochs)
 
 
 def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:

@@ -141,6 +141,7 @@ class Augment(Section):
     mix: str = Field("none", description="mixing of a batch: none, mixup or cutmix")
     mix_alpha: float = Field(1.0, gt=0, description="lambda ~ Beta(alpha, alpha)")
     mix_p: float = Field(1.0, ge=0, le=1, description="share of batches that are mixed")
+    mix_off_epochs: int = Field(0, ge=0, description="last epochs without mixing, in which images are as they will be")
 
 
 class Train(Section):

@@ -5,25 +5,21 @@ case-insensitive, and sections join with a dot or with `__`. `values.py` reads t
 """
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from fivefold.choose import choose, did_you_mean
-from fivefold.errors import MissingInputError, SettingsError
+from fivefold.choose import did_you_mean
+from fivefold.errors import SettingsError
 from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Settings
-from fivefold.values import json_document, value_of, words
+from fivefold.recipes import read, system_of
+from fivefold.values import value_of, words
 
-RECIPES = Path(__file__).parent / "recipes"
 ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "seed"}
 INDEX = "JOB_COMPLETION_INDEX"
 ALIASES = {"config": "recipe"}
-SMOKE = "smoke"
-"""The variant that changes sizes and counts only, so that a whole system runs in a minute."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +28,6 @@ class Layer:
 
     source: str
     values: Mapping[str, Any]
-
-
-def shipped_recipes() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
 
 
 def arguments_layer(arguments: Sequence[str]) -> Layer:
@@ -89,7 +81,7 @@ def load(layers: Sequence[Layer]) -> Settings:
     for key, value in values.items():
         _put(tree, key, value)
     if not tree.get("system"):
-        tree["system"] = _system(tree.get("recipe") or "default")
+        tree["system"] = system_of(tree.get("recipe") or "default")
     return _validated(tree, sources)
 
 
@@ -106,71 +98,11 @@ def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The tree of a shipped recipe, or of the TOML or JSON file at a path; `name:a,b` with its variants `a` and `b`.
-
-    A variant is a table `[variants.a]` of the recipe: the keys that it has otherwise, section by section.
-    """
-    file, variants = _parts(name)
-    path = _recipe_path(file)
-    tree = _tree(path)
-    there = tree.pop("variants", {})
-    if not isinstance(there, dict) or not all(isinstance(variant, dict) for variant in there.values()):
-        raise SettingsError(f"recipe {path}: variants are tables, each of sections: [variants.small.train]")
-    _validated(tree, {}, f"recipe {path}: ")
-    for variant in variants:
-        _lay_over(tree, choose(there, f"variant of {path.stem}", variant))
-        _validated(tree, {}, f"recipe {path}, variant {variant}: ")
+    """The tree of a shipped recipe, or of a file at a path, with its variants: `name:a,b`; see `recipes.read`."""
+    tree: dict[str, Any] = {}
+    for where, tree in read(name):
+        _validated(tree, {}, where)
     return tree
-
-
-def _parts(name: str) -> tuple[str, list[str]]:
-    """The recipe's own name, and the names of the variants behind its last colon."""
-    file, colon, variants = name.rpartition(":")
-    if not colon or Path(name).is_file():
-        return name, []
-    return file, [variant.strip() for variant in variants.split(",") if variant.strip()]
-
-
-def _system(recipe: str) -> str:
-    """The name that models get by default: the recipe's, with its variants but for `smoke`, which is the same made small."""
-    file, variants = _parts(recipe)
-    return "_".join([Path(file).stem, *(variant for variant in variants if variant != SMOKE)])
-
-
-def _recipe_path(name: str) -> Path:
-    path = Path(name)
-    if path.suffix.lower() in (".yaml", ".yml"):
-        raise SettingsError(f"recipe {name}: recipes are TOML or JSON, since YAML reads 5e-5 as a text")
-    if path.suffix.lower() not in (".toml", ".json"):
-        path = choose(shipped_recipes(), "recipe", name)
-    if not path.is_file():
-        raise MissingInputError(
-            f"recipe {name!r} does not exist; give a file or one of: {', '.join(shipped_recipes())}"
-        )
-    return path
-
-
-def _tree(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        tree = json_document(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"recipe {path} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise SettingsError(f"recipe {path} holds {type(tree).__name__}, not a table of sections")
-    if "recipe" in tree:
-        raise SettingsError(f"recipe {path} names another recipe, but a recipe states everything itself")
-    return tree
-
-
-def _lay_over(tree: dict[str, Any], variant: Mapping[str, Any]) -> None:
-    """Puts the variant's values into the tree: the keys of its sections, and of [distill.model] and [distill.train]."""
-    for name, value in variant.items():
-        below = tree.get(name)
-        if isinstance(value, dict) and isinstance(below, dict) and (name in SECTIONS or name in STUDENTS):
-            _lay_over(below, value)
-        else:
-            tree[name] = value
 
 
 def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -36,7 +36,7 @@ def test_cutmix_says_the_share_that_is_left(seed):
 def test_targets_are_mixed_as_the_images_are(name):
     constant = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
     rows = Rows(constant, TARGETS, teacher=TARGETS.clone(), meta=torch.arange(4.0)[:, None])
-    mixed = Mixing(name, alpha=1.0, p=1.0)(rows, (1, 2, 3))
+    mixed = Mixing(name, alpha=1.0, p=1.0)(rows, 1, (1, 2, 3))
     torch.testing.assert_close(mixed.targets.sum(dim=1), torch.ones(4))
     torch.testing.assert_close(mixed.teacher, mixed.targets)
     torch.testing.assert_close(mixed.images.mean(dim=(1, 2, 3)), mixed.targets @ torch.arange(4.0))
@@ -45,20 +45,26 @@ def test_targets_are_mixed_as_the_images_are(name):
 
 def test_the_seed_decides_and_nothing_else():
     mixing = Mixing("cutmix", alpha=1.0, p=0.5)
-    first = mixing(Rows(IMAGES, TARGETS), (1, 2, 3))
+    first = mixing(Rows(IMAGES, TARGETS), 1, (1, 2, 3))
     torch.rand(7)
     np.random.default_rng().random()
-    again = mixing(Rows(IMAGES, TARGETS), (1, 2, 3))
+    again = mixing(Rows(IMAGES, TARGETS), 1, (1, 2, 3))
     torch.testing.assert_close(first.images, again.images)
-    kinds = {bool((mixing(Rows(IMAGES, TARGETS), (0, step)).targets != TARGETS).any()) for step in range(30)}
+    kinds = {bool((mixing(Rows(IMAGES, TARGETS), 1, (0, step)).targets != TARGETS).any()) for step in range(30)}
     assert kinds == {True, False}
 
 
 def test_none_leaves_all_as_it_is():
     rows = Rows(IMAGES, TARGETS)
-    assert Mixing("none", alpha=1.0, p=1.0)(rows, (0,)) is rows
+    assert Mixing("none", alpha=1.0, p=1.0)(rows, 1, (0,)) is rows
 
 
 def test_an_unknown_name_is_explained():
     with pytest.raises(SettingsError, match="did you mean 'cutmix'"):
-        Mixing("cutmx", 1.0, 1.0)(Rows(IMAGES, TARGETS), (0,))
+        Mixing("cutmx", 1.0, 1.0)(Rows(IMAGES, TARGETS), 1, (0,))
+
+
+def test_after_its_last_epoch_nothing_is_mixed():
+    mixing = Mixing("cutmix", alpha=1.0, p=1.0, last=3)
+    rows = Rows(IMAGES, TARGETS)
+    assert [mixing(rows, epoch, (0, epoch)) is rows for epoch in (1, 3, 4, 9)] == [False, False, True, True]

@@ -157,7 +157,7 @@ def train_epoch(loop: Loop, epoch: int) -> dict[str, float]:
     loop.model.train()
     step = 0
     while group := list(islice(micro, plan.accumulate)):
-        rows = [_rows(loop, batch, (plan.seed, epoch, step, n)) for n, batch in enumerate(group)]
+        rows = [_rows(loop, batch, epoch, (plan.seed, epoch, step, n)) for n, batch in enumerate(group)]
         totals += [_totals(result, part) for result, part in zip(loop.update(rows), rows, strict=True)]
         for call in loop.after_step:
             call()
@@ -195,11 +195,11 @@ def _score(loop: Loop, epoch: int, best: Mapping[str, Best]) -> dict[str, Any]:
     return result
 
 
-def _rows(loop: Loop, batch: Batch, seed: tuple[int, ...]) -> Rows:
+def _rows(loop: Loop, batch: Batch, epoch: int, seed: tuple[int, ...]) -> Rows:
     at = batch.rows.to(loop.runtime.device, non_blocking=True)
     teacher = None if loop.train.teacher is None else loop.train.teacher[at]
     images, meta = loop.runtime.images(batch.images), loop.runtime.meta(batch.meta)
-    return loop.mixing(Rows(images, loop.train.targets[at], teacher, meta), seed)
+    return loop.mixing(Rows(images, loop.train.targets[at], teacher, meta), epoch, seed)
 
 
 def _totals(result: Result, rows: Rows) -> Tensor:

@@ -18,17 +18,18 @@ Mix = Callable[[Tensor, float, Tensor, np.random.Generator], tuple[Tensor, float
 
 @dataclass(frozen=True)
 class Mixing:
-    """What is mixed: λ ~ Beta(alpha, alpha), with probability `p` a batch."""
+    """What is mixed: λ ~ Beta(alpha, alpha), with probability `p` a batch, up to epoch `last` (from 1; None: in all)."""
 
     name: str
     alpha: float
     p: float
+    last: int | None = None
 
-    def __call__(self, rows: Rows, seed: tuple[int, ...]) -> Rows:
+    def __call__(self, rows: Rows, epoch: int, seed: tuple[int, ...]) -> Rows:
         """The rows with images mixed, and all that goes with them in the same shares."""
         mix = choose(MIXINGS, "mixing", self.name)
         random = np.random.default_rng(seed)
-        if mix is None or random.random() >= self.p:
+        if mix is None or (self.last is not None and epoch > self.last) or random.random() >= self.p:
             return rows
         lam = float(random.beta(self.alpha, self.alpha))
         order = torch.from_numpy(random.permutation(len(rows.images))).to(rows.images.device)
