@@ -120,7 +120,7 @@ def images_at(
 ) -> ImageSet:
     """The images at `paths`, checked against their digests; kept in memory if they fit and the settings want it."""
     specs = settings.augment.train if training else settings.augment.eval
-    transform = build_transforms(specs, settings.model.size)
+    transform = build_transforms(specs, settings.model.size, evaluation=not training)
     images = ImageSet(store, paths, transform, settings.seed, sha256, settings.model.meta)
     if settings.train.keep_in_memory and not images.keep_in_memory():
         log.info("%d images are too many to keep decoded in memory; they are read at each epoch", len(images))

@@ -72,7 +72,7 @@ def predict_images(
 
     With a progress bar, unless `files` brings its pixels.
     """
-    transform = build_transforms(settings.augment.eval, settings.model.size)
+    transform = build_transforms(settings.augment.eval, settings.model.size, evaluation=True)
     images = ImageSet(files.store, files.paths, transform, sha256=files.sha256, meta=settings.model.meta)
     if files.pixels is not None:
         images.kept = list(files.pixels)

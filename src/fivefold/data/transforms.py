@@ -2,14 +2,15 @@
 
 All randomness comes from torch's default CPU generator, which the dataset seeds for each sample
 from (seed, epoch, row). The four that run on every image of nearly every recipe are written here,
-on uint8 and without torchvision (whose import costs as much as torch's own); the others are
-torchvision's v2 transforms, imported when a recipe names one.
+on uint8 and without torchvision (whose import costs as much as torch's own); what torchvision lacks
+is in `effects.py`; the others are torchvision's v2 transforms, imported when a recipe names one.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,7 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.choose import choose
+from fivefold.data.bounds import check
+from fivefold.data.effects import (
+    brightness,
+    centre_crop_pixels,
+    coarse_dropout,
+    gaussian_noise,
+    grid_distortion,
+    unsharp_mask,
+)
 from fivefold.errors import SettingsError
+from fivefold.recipe import Spec
 
 Transform = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
@@ -35,21 +46,63 @@ class Composed:
         return image
 
 
-def build_transforms(specs: Sequence[str | dict[str, Any]], size: Size) -> Transform:
+@dataclass(frozen=True)
+class Sometimes:
+    """A transform that is applied with probability `p`."""
+
+    step: Transform
+    p: float
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.step(image) if torch.rand(()) < self.p else image
+
+
+def build_transforms(specs: Sequence[Spec], size: Size, evaluation: bool = False) -> Transform:
     """The composition of `specs`, whose result always has `size` (height, width).
 
-    A spec is a name, or a table with `name` and that transform's parameters. Where none of them
-    resizes, a plain resize comes last. Raises SettingsError for an unknown name or parameter.
+    A spec is a name of TRANSFORMS or SETS, or a table with `name` and that transform's parameters;
+    each takes a probability `p`. Where none of them resizes, a plain resize comes last. In an
+    `evaluation` a set gives its fixed parts alone. Raises SettingsError for an unknown name or
+    parameter, and for a transform of an evaluation that draws at random.
     """
-    steps = [_build(spec, size) for spec in specs] + [partial(resize, size=size)]
+    steps = [_build(spec, size) for spec in expanded(specs, evaluation)] + [partial(resize, size=size)]
 
     return Composed(tuple(steps))
 
 
-def _build(spec: str | dict[str, Any], size: Size) -> Transform:
+def expanded(specs: Sequence[Spec], evaluation: bool) -> list[Spec]:
+    """The specs with every named set replaced by its parts, in an evaluation by its fixed parts."""
+    found: list[Spec] = []
+    for spec in specs:
+        name, parameters = _taken_apart(spec)
+        if name in SETS and parameters:
+            raise SettingsError(f"{name} is a set of transforms and takes no parameters; name its parts instead")
+        if name not in SETS and evaluation and not _is_fixed(name, parameters):
+            raise SettingsError(
+                f"augment.eval: {name!r} draws at random, so that no two predictions would agree; "
+                f"an evaluation may have {', '.join(sorted(FIXED))}"
+            )
+        parts = SETS.get(name, (spec,))
+        found += [part for part in parts if not evaluation or _is_fixed(*_taken_apart(part))]
+    return found
+
+
+def _is_fixed(name: str, parameters: dict[str, Any]) -> bool:
+    choose(TRANSFORMS | SETS, "transform", name)
+    return name in FIXED and parameters.get("p", 1) == 1
+
+
+def _taken_apart(spec: Spec) -> tuple[str, dict[str, Any]]:
     parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = str(parameters.pop("name", ""))
-    make = choose(TRANSFORMS, "transform", name)
+    return str(parameters.pop("name", "")), parameters
+
+
+def _build(spec: Spec, size: Size) -> Transform:
+    name, parameters = _taken_apart(spec)
+    make = choose(TRANSFORMS | SETS, "transform", name)
+    p = parameters.get("p", 1)
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise SettingsError(f"transform {name!r}: p={p!r}, but a probability from 0 to 1 is needed")
     try:
         return make(size=size, **parameters)
     except (TypeError, ValueError) as error:
@@ -103,28 +156,43 @@ def random_resized_crop(image: Tensor, size: Size, scale: Sequence[float], ratio
 
 
 def _own(function: Callable[..., Tensor], takes_size: bool = True, **defaults: Any) -> Callable[..., Transform]:
-    """A builder for one of the functions above, with its parameters' defaults."""
+    """A builder for a function of images, with its parameters' defaults; a `p` that it lacks is added."""
 
     def make(size: Size, **parameters: Any) -> Transform:
+        p = None if "p" in defaults else parameters.pop("p", None)
         unknown = sorted(parameters.keys() - defaults.keys())
         if unknown:
-            raise SettingsError(f"{function.__name__} has no parameter {unknown[0]!r}; it takes {sorted(defaults)}")
+            known = sorted(defaults.keys() | {"p"})
+            raise SettingsError(f"{function.__name__} has no parameter {unknown[0]!r}; it takes {known}")
+        for key, value in parameters.items():
+            check(function.__name__, key, value, defaults[key])
         sized = {"size": size} if takes_size else {}
-        return partial(function, **sized, **{**defaults, **parameters})
+        return _with_probability(partial(function, **sized, **{**defaults, **parameters}), p)
 
     return make
 
 
 def _v2(name: str, **defaults: Any) -> Callable[..., Transform]:
-    """A builder for the transform `name` of torchvision.transforms.v2, which takes its parameters."""
+    """A builder for the transform `name` of torchvision.transforms.v2; `interpolation` by name, `p` added if it lacks one."""
 
     def make(size: Size, **parameters: Any) -> Transform:
         from torchvision.transforms import v2
 
-        return getattr(v2, name)(**{**defaults, **parameters})
+        kind = getattr(v2, name)
+        p = None if "p" in signature(kind).parameters else parameters.pop("p", None)
+        if "interpolation" in parameters:
+            parameters["interpolation"] = v2.InterpolationMode(parameters["interpolation"])
+        return _with_probability(kind(**{**defaults, **parameters}), p)
 
     return make
 
+
+def _with_probability(step: Transform, p: float | None) -> Transform:
+    return step if p is None or p == 1 else Sometimes(step, p)
+
+
+NORMAL_NOISE = {"name": "gaussian_noise", "std": [0.237, 0.247, 0.246]}
+"""Noise of standard deviation 1 after the mask system's normalisation."""
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "resize": _own(resize),
@@ -132,6 +200,12 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "horizontal_flip": _own(horizontal_flip, takes_size=False, p=0.5),
     "random_crop": _own(random_crop, padding=4, mode="reflect"),
     "random_resized_crop": _own(random_resized_crop, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)),
+    "centre_crop_pixels": _own(centre_crop_pixels, takes_size=False, height=224, width=224, pad=False),
+    "brightness": _own(brightness, takes_size=False, amount=0.0),
+    "unsharp_mask": _own(unsharp_mask, takes_size=False, kernel=7, sigma=1.5, amount=1.5, threshold=0),
+    "gaussian_noise": _own(gaussian_noise, takes_size=False, mean=0.0, std=0.1),
+    "coarse_dropout": _own(coarse_dropout, takes_size=False, holes=(8, 8), height=(1, 16), width=(1, 16), fill=0),
+    "grid_distortion": _own(grid_distortion, takes_size=False, steps=5, limit=(-0.3, 0.3), fill=255),
     "vertical_flip": _v2("RandomVerticalFlip"),
     "rotation": _v2("RandomRotation", degrees=15),
     "affine": _v2("RandomAffine", degrees=0),
@@ -144,3 +218,24 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "auto_contrast": _v2("RandomAutocontrast"),
     "random_erasing": _v2("RandomErasing"),
 }
+
+FIXED = {"resize", "centre_crop", "centre_crop_pixels", "brightness", "unsharp_mask"}
+"""Transforms that draw nothing, or nothing at p = 1: what an evaluation may have."""
+
+SETS: dict[str, tuple[Spec, ...]] = {
+    "BaseAugmentation": ("resize",),
+    "AddGaussianNoise": ("resize", NORMAL_NOISE),
+    "CustomAugmentation": (
+        {"name": "centre_crop_pixels", "height": 320, "width": 256},
+        "resize",
+        {"name": "color_jitter", "brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.1},
+        NORMAL_NOISE,
+    ),
+    "bestAugmentation": (
+        {"name": "centre_crop_pixels", "height": 380, "width": 380},
+        "resize",
+        {"name": "color_jitter", "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2},
+        "horizontal_flip",
+    ),
+}
+"""The mask system's augmentations under their own names; the normalisation is `model.mean` and `model.std`."""

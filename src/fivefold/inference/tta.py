@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.choose import choose
+from fivefold.data.effects import reflected
 from fivefold.errors import SettingsError
 from fivefold.recipe import Spec
 
@@ -146,13 +147,8 @@ def _resized(images: Tensor, height: int, width: int) -> Tensor:
 
 def _taken(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The pixels at `rows` and `columns`, which may lie outside: there the image is mirrored, its edge not repeated."""
-    rows, columns = (_reflected(at, size) for at, size in zip((rows, columns), images.shape[-2:], strict=True))
+    rows, columns = (reflected(at, size) for at, size in zip((rows, columns), images.shape[-2:], strict=True))
     return images.index_select(-2, rows.to(images.device)).index_select(-1, columns.to(images.device))
-
-
-def _reflected(at: Tensor, size: int) -> Tensor:
-    last = max(1, size - 1)
-    return (last - (at % (2 * last) - last).abs()).clamp(max=size - 1)
 
 
 def _check(view: str, name: str, value: object) -> None:
