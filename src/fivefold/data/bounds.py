@@ -42,6 +42,14 @@ BOUNDS: dict[str, tuple[Any, float, float]] = {
     "fill": (int | float, 0, 255),
     "steps": (int, 1, 100),
     "limit": (int | float, -0.99, 10),
+    "shift": (int | float, 0, 1),
+    "zoom": (int | float, 0.1, 10),
+    "degrees": (int | float, 0, 180),
+    "stretch": (int | float, 1, 10),
+    "brightness": (int | float, 0, 1),
+    "contrast": (int | float, 0, 1),
+    "saturation": (int | float, 0, 1),
+    "cast": (int | float, 0, 1),
 }
 """Kind, least and most of each parameter of our own transforms."""
 COLOURS = ("mean", "std", "fill")

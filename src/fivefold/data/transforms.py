@@ -27,6 +27,7 @@ from fivefold.data.effects import (
     grid_distortion,
     unsharp_mask,
 )
+from fivefold.data.jitter import linear_colour_jitter, shift_scale_rotate
 from fivefold.errors import SettingsError
 from fivefold.recipe import Spec
 
@@ -205,6 +206,12 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "unsharp_mask": _own(unsharp_mask, takes_size=False, kernel=7, sigma=1.5, amount=1.5, threshold=0),
     "gaussian_noise": _own(gaussian_noise, takes_size=False, mean=0.0, std=0.1),
     "coarse_dropout": _own(coarse_dropout, takes_size=False, holes=(8, 8), height=(1, 16), width=(1, 16), fill=0),
+    "shift_scale_rotate": _own(
+        shift_scale_rotate, takes_size=False, shift=0.0, zoom=(0.9, 1.1), degrees=15.0, stretch=1.0
+    ),
+    "linear_colour_jitter": _own(
+        linear_colour_jitter, takes_size=False, brightness=0.1, contrast=0.2, saturation=0.2, cast=0.0
+    ),
     "grid_distortion": _own(grid_distortion, takes_size=False, steps=5, limit=(-0.3, 0.3), fill=255),
     "vertical_flip": _v2("RandomVerticalFlip"),
     "rotation": _v2("RandomRotation", degrees=15),
