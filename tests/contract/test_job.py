@@ -121,6 +121,8 @@ def test_the_record_stands_with_the_model_or_else_with_the_data(tmp_path: Path):
         "train-fold": Path("/m"),
         "ensemble": Path("/o"),
         "evaluate": Path("/o"),
+        "compare": Path("/o"),
+        "predict": Path("/o"),
         "distill": Path("/m"),
         "train": Path("/m"),
         "evaluation": Path("/o"),
