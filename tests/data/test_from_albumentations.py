@@ -1,0 +1,121 @@
+"""Ours beside albumentations 2.0.8 (MIT), with the same parameters; docs/from-albumentations.md names the differences.
+
+Distances are in levels of 255.
+"""
+
+import os
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or the import asks the network for a newer version
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+from albumentations.augmentations.geometric import functional as geometric
+from albumentations.augmentations.pixel import functional as pixel
+
+from fivefold.data.effects import (
+    brightness,
+    centre_crop_pixels,
+    coarse_dropout,
+    gaussian_noise,
+    stretched,
+    unsharp_mask,
+)
+from fivefold.data.transforms import build_transforms, horizontal_flip
+from fivefold.inference.predictor import make_runtime
+
+COARSE = torch.rand(1, 3, 12, 9, generator=torch.Generator().manual_seed(0))
+SMOOTH = torch.nn.functional.interpolate(COARSE, (96, 72), mode="bicubic")[0].mul(255).clamp(0, 255).to(torch.uint8)
+NOISE = torch.randint(0, 256, (3, 96, 72), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+IMAGES = pytest.mark.parametrize("image", [SMOOTH, NOISE], ids=["smooth", "noise"])
+
+
+def theirs(transform: A.BasicTransform, image: torch.Tensor) -> np.ndarray:
+    """The image [3, H, W] as albumentations changes it."""
+    return transform(image=image.permute(1, 2, 0).numpy())["image"].transpose(2, 0, 1)
+
+
+def distance(ours: torch.Tensor, other: np.ndarray) -> np.ndarray:
+    assert ours.shape == other.shape
+    return np.abs(ours.numpy().astype(float) - other)
+
+
+@IMAGES
+def test_flip_is_equal(image):
+    assert distance(horizontal_flip(image, 1.0), theirs(A.HorizontalFlip(p=1), image)).max() == 0
+
+
+@IMAGES
+@pytest.mark.parametrize("amount", [-0.2, 0.2])
+def test_fixed_brightness_is_equal(image, amount):
+    transform = A.RandomBrightnessContrast((amount, amount), (0, 0), p=1)
+    assert distance(brightness(image, amount), theirs(transform, image)).max() <= 1
+
+
+@IMAGES
+@pytest.mark.parametrize(("height", "width"), [(40, 32), (96, 20)])
+def test_centre_crop_is_equal(image, height, width):
+    assert (
+        distance(centre_crop_pixels(image, height, width, False), theirs(A.CenterCrop(height, width), image)).max() == 0
+    )
+
+
+@IMAGES
+def test_a_padded_centre_crop_is_equal(image):
+    transform = A.CenterCrop(120, 90, pad_if_needed=True)
+    assert distance(centre_crop_pixels(image, 120, 90, True), theirs(transform, image)).max() == 0
+
+
+@IMAGES
+@pytest.mark.parametrize(("amount", "threshold"), [(0.5, 10), (1.0, 10), (1.5, 10), (1.5, 25)])
+def test_unsharp_mask_is_within_a_level(image, amount, threshold):
+    found = pixel.unsharp_mask(image.permute(1, 2, 0).numpy(), 7, 1.5, amount, threshold).transpose(2, 0, 1)
+    away = distance(unsharp_mask(image, 7, 1.5, amount, threshold), found)
+    # A difference just at the threshold may fall on either side of it, and moves its neighbours a little.
+    assert (away > 1).mean() < 0.002
+    assert away.max() <= 12
+
+
+@pytest.mark.parametrize("factors", [[1.25], [0.8], [0.7, 1.1, 1.0, 1.2]])
+def test_grid_distortion_reads_a_given_grid_within_two_pixels(factors):
+    """A ramp shows where each pixel comes from. Theirs lays a step's pixels over its ends, ours over its width."""
+    ramp = torch.arange(72, dtype=torch.uint8).expand(3, 96, 72).contiguous()
+    ones = [1.0] * len(factors)
+    from_x, _ = geometric.generate_grid((96, 72), [*factors, 1.0], [*ones, 1.0], len(factors))
+    ours = stretched(ramp, torch.tensor(ones), torch.tensor(factors), 255)[0, 48].numpy().astype(float)
+    inside = from_x[48] < 70
+    assert inside.sum() > 50
+    assert np.abs(ours - from_x[48])[inside].max() < 2
+    assert np.abs(np.arange(72) - from_x[48])[inside].max() > 4
+
+
+def test_noise_has_the_same_moments():
+    grey = torch.full((3, 96, 72), 128, dtype=torch.uint8)
+    transform = A.Compose([A.GaussNoise((0.1, 0.1), p=1)], seed=0)
+    torch.manual_seed(0)
+    ours, other = gaussian_noise(grey, 0.0, 0.1).float(), theirs(transform, grey)
+    assert (float(ours.mean()), other.mean()) == (pytest.approx(128, abs=0.6), pytest.approx(128, abs=0.6))
+    assert float(ours.std()) == pytest.approx(25.5, rel=0.01)
+    assert other.std() == pytest.approx(25.5, rel=0.03)
+
+
+def test_holes_cover_the_same_share():
+    white = torch.full((3, 96, 72), 255, dtype=torch.uint8)
+    transform = A.Compose([A.CoarseDropout((8, 8), (16, 16), (16, 16), fill=0, p=1)], seed=0)
+    torch.manual_seed(0)
+    ours = np.mean([(coarse_dropout(white, (8, 8), (16, 16), (16, 16), 0) == 0).float().mean() for _ in range(300)])
+    other = np.mean([(theirs(transform, white) == 0).mean() for _ in range(300)])
+    assert ours == pytest.approx(other, abs=0.01)
+
+
+def test_normalisation_is_the_same():
+    mean, std = [0.548, 0.504, 0.479], [0.237, 0.247, 0.246]
+    runtime = make_runtime(torch.device("cpu"), None, False, mean, std)
+    np.testing.assert_allclose(runtime.images(NOISE[None])[0], theirs(A.Normalize(mean, std), NOISE), atol=1e-5)
+
+
+def test_a_smaller_image_is_close_where_it_is_smooth():
+    """Ours averages over the pixels that it leaves out (antialiasing), theirs does not."""
+    away = distance(build_transforms(["resize"], (48, 36))(SMOOTH), theirs(A.Resize(48, 36), SMOOTH))
+    assert away.mean() < 3
