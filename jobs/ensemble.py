@@ -44,6 +44,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     groups = by_system(models)
     store = open_store(job.channel("eval"))
     images = read_eval(store, settings.data.id_column, settings.data.path_column)
+    images = images.answered_in(options.answer_column, options.number_column)
     classes = known_classes(models, images, files)
     check_submission(images, classes, same)
     submitted = read_files(files, groups, images, classes, same)
@@ -185,7 +186,9 @@ def submit(path: Path, table: Predictions, images: EvalTable, same: SameClasses)
     """Writes the submission in the sample's columns, or in the classes' where there is no sample."""
     sample = images.sample or Submission(images.id_column, same.names(table.classes), images.ids)
     with atomic(path) as temporary:
-        write_submission(temporary, table, sample.id_column, sample.classes, sample.ids, sample.marked, same)
+        write_submission(
+            temporary, table, sample.id_column, sample.classes, sample.ids, sample.marked, same, sample.numbered
+        )
     return path
 
 

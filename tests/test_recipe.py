@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from fivefold.contract.stages import STAGES
-from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Model, Settings, Split
+from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Ensemble, Model, Settings, Split
 from fivefold.recipes import shipped_recipes
 from fivefold.settings import flatten, key_settings, read_recipe
 
@@ -44,6 +44,8 @@ def test_settings_are_frozen():
         (Model, {"meta": ["aspect", "aspect"]}, "names a feature twice"),
         (Model, {"drop_path": 1.0}, "less than 1"),
         (Model, {"backbones": "x"}, "not permitted"),
+        (Ensemble, {"number_column": "ID"}, "needs answer_column"),
+        (Ensemble, {"number_column": "ID", "answer_column": "ID"}, "name two columns"),
     ],
 )
 def test_what_cannot_work_is_refused(section: type, values: dict[str, Any], message: str):

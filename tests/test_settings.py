@@ -295,7 +295,7 @@ def test_a_recipe_may_be_json_or_begin_with_a_byte_order_mark(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "error", "message"),
     [
-        ("absent.toml", None, MissingInputError, "does not exist; give a file or one of: demo"),
+        ("absent.toml", None, MissingInputError, "does not exist; give a file or one of: car_"),
         ("r.yaml", "a: 1", SettingsError, "recipes are TOML or JSON, since YAML reads 5e-5 as a text"),
         ("r.toml", "[train\n", SettingsError, "cannot be read: "),
         ("r.json", "{", SettingsError, "cannot be read: "),

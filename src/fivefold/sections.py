@@ -33,6 +33,10 @@ class Ensemble(Section):
         "holdout", description="fitted on the holdout where there is one, or none"
     )
     submission: str = Field("submission.csv", description="file name of the submission")
+    answer_column: str = Field(
+        "", description="column of predicted classes, where no sample submission names one; empty: a column a class"
+    )
+    number_column: str = Field("", description="with answer_column: first column, of the rows' numbers; empty: none")
 
     @model_validator(mode="after")
     def _weights_are_used(self) -> "Ensemble":
@@ -49,6 +53,14 @@ class Ensemble(Section):
     def _a_name_alone(self) -> "Ensemble":
         if not self.submission or set(self.submission) & set("/\\"):
             raise ValueError(f"submission={self.submission!r} is not the name of a file in the output's folder")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_beside_answers(self) -> "Ensemble":
+        if self.number_column and self.number_column == self.answer_column:
+            raise ValueError(f"number_column and answer_column are both {self.number_column!r}; name two columns")
+        if self.number_column and not self.answer_column:
+            raise ValueError(f"number_column={self.number_column!r} needs answer_column, the column of the classes")
         return self
 
 

@@ -228,6 +228,7 @@ def test_a_test_table_with_ids_and_a_sample_submission(tmp_path: Path) -> None:
         assert table.sample is not None
         assert (table.sample.id_column, table.sample.classes) == ("ID", ("cat", "dog"))
         assert table.sample.ids.tolist() == ["T_2", "T_1"]
+        assert table.answered_in("target", "ID").sample == table.sample  # what a sample asks for goes first
 
 
 def test_a_test_table_of_paths_below_test(tmp_path: Path) -> None:
@@ -236,6 +237,11 @@ def test_a_test_table_of_paths_below_test(tmp_path: Path) -> None:
     assert (table.id_column, table.ids.tolist()) == ("image_path", ["1.png", "0.png"])
     assert table.paths.tolist() == ["test/1.png", "test/0.png"]
     assert table.sample is None
+    asked = table.answered_in("target", "ID").sample
+    assert asked is not None
+    assert (asked.numbered, asked.id_column, asked.classes) == ("ID", "image_path", ("target",))
+    assert asked.ids.tolist() == ["1.png", "0.png"]
+    assert table.answered_in("", "").sample is None
 
 
 def test_a_folder_of_images_without_a_table(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from fivefold.evaluation.metrics import logloss
 from fivefold.inference.blends import arithmetic, cross_fitted, fit_weights, mean
 from fivefold.inference.ensemble import check_members
 from fivefold.inference.submission import write_submission
+from fivefold.inference.submitted import read_submitted
 from fivefold.inference.systems import Rule, System, judge_holdout, weigh
 from fivefold.predictions import Predictions, mean_by_id
 
@@ -168,6 +169,17 @@ def test_a_submission_has_the_samples_columns_and_order(tmp_path):
     assert (tmp_path / "l.csv").read_bytes().startswith(b"\xef\xbb\xbfImageID,ans")
     assert (tmp_path / "s.csv").read_bytes().startswith(b"ID,")
     assert (tmp_path / "l.csv").read_text(encoding="utf-8-sig").splitlines()[1].split(",")[1] in CLASSES
+
+
+def test_a_submission_of_answers_may_number_its_rows(tmp_path):
+    predicted = table(model(1.0, 1), "s").take(np.arange(3))
+    answers = [CLASSES[code] for code in predicted.log_probs.argmax(axis=1)]
+    path, wanted = tmp_path / "output.csv", ["row 2", "row 0", "row 1"]
+    write_submission(path, predicted, "image_path", ["target"], wanted, numbered="ID")
+    expected = ["ID,image_path,target", f"0,row 2,{answers[2]}", f"1,row 0,{answers[0]}", f"2,row 1,{answers[1]}"]
+    assert path.read_text().splitlines() == expected
+    again = read_submitted(path, wanted, CLASSES).in_order(predicted.ids)
+    assert [again.classes[code] for code in again.log_probs.argmax(axis=1)] == answers
 
 
 def test_a_submission_that_does_not_fit_is_refused_by_name(tmp_path):

@@ -4,7 +4,7 @@ import codecs
 import logging
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,8 @@ class Submission:
     ids: np.ndarray
     marked: bool = False
     """Whether the file starts with a byte-order mark, as Excel's do."""
+    numbered: str = ""
+    """The name of a first column, of the rows' numbers from 0; empty: there is none."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class EvalTable:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def answered_in(self, column: str, numbered: str) -> "EvalTable":
+        """The same images, whose submission has predicted classes in `column`; what a sample asks for goes first."""
+        if self.sample or not column:
+            return self
+        return replace(self, sample=Submission(self.id_column, (column,), self.ids, numbered=numbered))
 
 
 def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str = "") -> EvalTable:

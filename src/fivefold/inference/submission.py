@@ -21,12 +21,13 @@ def write_submission(
     ids: Sequence[str],
     marked: bool = False,
     same: SameClasses = AS_NAMED,
+    numbered: str = "",
 ) -> None:
     """Writes `id_column` and `columns` for the rows of `ids`, in that order; `marked`: behind a byte-order mark.
 
-    Columns that are the classes get probabilities, classes that mean the `same` by their policy; a
-    single column that is no class gets the predicted class. Raises a DataError that names ids or
-    classes which do not fit.
+    A column `numbered` of the rows' numbers from 0 stands first, if it has a name. Columns that are the
+    classes get probabilities, classes that mean the `same` by their policy; a single column that is no
+    class gets the predicted class. Raises a DataError that names ids or classes which do not fit.
     """
     rows = table.in_order(ids)
     if len(ids) != len(table):
@@ -37,8 +38,9 @@ def write_submission(
     values = _labels(rows, same) if labels else _texts(_probabilities(rows, columns, same))
     with open(path, "w", encoding="utf-8-sig" if marked else "utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([id_column, *columns])
-        writer.writerows([name, *row] for name, row in zip(rows.ids, values, strict=True))
+        writer.writerow([*([numbered] if numbered else []), id_column, *columns])
+        for number, (name, row) in enumerate(zip(rows.ids, values, strict=True)):
+            writer.writerow([*([number] if numbered else []), name, *row])
 
 
 def check_columns(columns: Sequence[str], classes: Sequence[str], same: SameClasses = AS_NAMED) -> None:
