@@ -66,6 +66,6 @@ def test_softening_at_one_is_the_identity_and_heat_flattens():
     np.testing.assert_allclose(soften(log_probs, 2.0), [root / root.sum()], atol=1e-6)
 
 
-def test_the_best_fold_is_that_of_the_least_logloss(tmp_path):
+def test_defect_car_b5_the_best_fold_is_that_of_the_least_logloss_and_not_the_first(tmp_path):
     models = [ModelDir(tmp_path / str(n), {"best": {"logloss": loss}}) for n, loss in enumerate((0.5, 0.3, 0.4))]
     assert best_model(models).path.name == "1"

@@ -23,7 +23,7 @@ from fivefold.inference.blends import mean
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views, distinct
 from fivefold.members import load_member
-from fivefold.predictions import Predictions, in_class_order
+from fivefold.predictions import Predictions, in_class_order, sample
 from fivefold.recipe import Settings, Spec
 from fivefold.training.loop import TrainRows
 from fivefold.training.teaching import Teacher
@@ -188,8 +188,18 @@ def _from_path(path: str) -> Callable[[Sequence[ModelDir], Pupils, Sequence[Spec
 def _predict(
     model: ModelDir, store: ImageStore, paths: Sequence[str], classes: Sequence[str], views: Sequence[Spec]
 ) -> np.ndarray:
+    _check_classes(model, classes)
     found = load_member(model, {}).predict(store, paths, f"teacher {model.name}", views)
     return in_class_order(found, model.info["classes"], classes)
+
+
+def _check_classes(model: ModelDir, classes: Sequence[str]) -> None:
+    differing = sorted(set(model.info["classes"]) ^ set(classes))
+    if differing:
+        raise DataError(
+            f"the teacher {model.shown} knows other classes than the split that its student learns: {sample(differing)} "
+            "on one side alone; give a teacher of the same classes"
+        )
 
 
 def _check_folds(predicted: np.ndarray, own: np.ndarray, ids: np.ndarray) -> None:

@@ -308,7 +308,7 @@ def test_a_student_without_validation_cannot_watch_a_plateau(world):
     shutil.rmtree(world / "bad")
 
 
-def test_early_stopping_of_a_student_needs_a_holdout(world):
+def test_defect_car_b5_a_student_is_not_selected_on_images_that_its_teachers_trained_on(world):
     assert stage(world, "split", "no-holdout", "split.folds=3") == 0
     folds = world / "no-holdout" / "output"
     given = {"SM_CHANNEL_MODEL": str(world), "SM_CHANNEL_FOLDS": str(folds)}
@@ -323,3 +323,98 @@ def test_early_stopping_of_a_student_needs_a_holdout(world):
     assert stage(world, "distill", "nh/distill", *SETTINGS, "train.epochs=1", **given) == 0
     for folder in ("nh", "bad", "no-holdout"):
         shutil.rmtree(world / folder)
+
+
+def test_defect_car_convnext_validation_sees_no_training_augmentation_and_every_class(world):
+    """The original validated on randomly cropped and flipped images of a split that it did not stratify."""
+    folder, crops = "elsewhere/augmented", 'augment.train=[{"name": "random_resized_crop", "scale": [0.08, 0.1]}]'
+    arguments = ["FOLD=0", *SETTINGS, "train.epochs=2", "predict.views=plain", crops]
+    assert stage(world, "train-fold", folder, *arguments) == 0
+    info = json.loads((world / folder / "model" / "model.json").read_text())
+    oof = predictions.read(world / folder / "model" / "oof.parquet")
+    truth = oof.log_probs[np.arange(len(oof)), oof.codes()]
+    assert info["best"]["logloss"] == pytest.approx(-truth.astype(float).mean(), rel=1e-5)
+    assert np.bincount(oof.codes()).tolist() == [9, 9, 9]
+    shutil.rmtree(world / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("folder", "student", "teacher"),
+    [
+        ("self", [], "best_fold"),
+        ("smaller", ['distill.model.options={"widths": [6], "stem": 4}', "distill.train.lr=0.01"], "oof"),
+        ("other", ["distill.model.backbone=timm/test_resnet", "distill.model.options={}"], "ensemble"),
+        ("again", ["distill.temperature_decay=0.5"], "student"),
+    ],
+)
+def test_a_student_may_be_its_teachers_twin_another_network_or_a_students_student(world, folder, student, teacher):
+    named = str(world / "distill" / "model") if teacher == "student" else teacher
+    given = {"SM_CHANNEL_MODEL": str(world)}
+    arguments = [*SETTINGS, "train.epochs=2", f"distill.teacher={named}", *student]
+    assert stage(world, "distill", f"elsewhere/{folder}", *arguments, **given) == 0
+    model = world / "elsewhere" / folder / "model"
+    info = json.loads((model / "model.json").read_text())
+    assert info["role"] == "student"
+    same = (
+        info["settings"]["model"]
+        == json.loads((world / "fold-0" / "model" / "model.json").read_text())["settings"]["model"]
+    )
+    assert same == (folder in ("self", "again"))
+    assert stage(world, "ensemble", f"elsewhere/{folder}-ensemble", SM_CHANNEL_MODEL=str(model)) == 0
+    shutil.rmtree(world / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "code", "message"),
+    [
+        ("model.safetensors", lambda old: old[: len(old) // 2], 65, "does not hold the weights"),
+        ("model.json", lambda old: b"{", 65, "model.json"),
+        ("model.json", lambda old: old.replace(b'"role": "fold"', b'"role": "guru"'), 65, "neither fold nor student"),
+        ("model.json", lambda old: old.replace("빨강 차".encode(), b"red car"), 65, "knows other classes"),
+    ],
+)
+def test_a_teacher_that_cannot_be_read_or_knows_other_classes_is_one_clear_error(
+    world, tmp_path, name, change, code, message
+):
+    original = (world / "fold-1" / "model" / name).read_bytes()
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world / "fold-1" / "model", teacher)
+    (teacher / name).write_bytes(change(original))
+    assert (teacher / name).read_bytes() != original
+    arguments = [*SETTINGS, f"distill.teacher={teacher}"]
+    assert stage(world, "distill", "bad-teacher", *arguments, SM_CHANNEL_MODEL=str(world)) == code
+    assert message in (world / "bad-teacher" / "failure").read_text()
+    assert not list((world / "bad-teacher").rglob("*.safetensors"))
+    shutil.rmtree(world / "bad-teacher")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.loss=focall"], "did you mean 'focal'"),
+        (['train.loss={"name": "focal", "gama": 2}'], "gama"),
+        (["train.update=samm"], "did you mean 'sam'"),
+        (["train.sampler=balance"], "did you mean 'balanced'"),
+        (["train.class_weights=equal"], "'none' or 'balanced' is needed"),
+        (["train.freeze_epochs=-1"], "at least 0"),
+        (["train.backbone_lr=0"], "more than 0"),
+        (["distill.temperature_decay=0.9", "distill.temperature=1"], "cannot fall to temperature_end=1.0"),
+    ],
+)
+def test_parts_of_training_that_there_are_not_are_explained_before_the_first_epoch(world, arguments, message):
+    assert stage(world, "train-fold", "bad-part", "FOLD=0", *SETTINGS, "train.epochs=1000000", *arguments) == 64
+    assert message in (world / "bad-part" / "failure").read_text()
+    shutil.rmtree(world / "bad-part")
+
+
+def test_parts_of_training_run_by_their_settings_alone(world, caplog):
+    arguments = [
+        "FOLD=0", *SETTINGS, 'train.loss={name = "focal", alpha = 0.5, gamma = 2}', "train.class_weights=balanced",
+        "train.sampler=balanced", "train.rdrop_alpha=0.5", "train.update=sam", "train.freeze_epochs=1",
+        "train.backbone_lr=0.1", "train.layer_decay=0.9", "train.accumulate=2", "train.clip=1", "model.dropout=0.3",
+    ]  # fmt: skip
+    assert stage(world, "train-fold", "elsewhere/parts", *arguments) == 0
+    settings = json.loads((world / "elsewhere" / "parts" / "model" / "model.json").read_text())["settings"]["train"]
+    assert settings["loss"] == {"name": "focal", "alpha": 0.5, "gamma": 2}
+    assert not [record for record in caplog.records if "dropout" in record.getMessage()]
+    shutil.rmtree(world / "elsewhere")
