@@ -43,7 +43,7 @@ class Muon(Optimizer):
         gradients = [parameter.grad for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        return [orthogonalised(each.flatten(1)).view_as(each) * _size(each.flatten(1)) for each in ahead]
+        return [_rows_back(orthogonalised(matrix := _as_matrix(each)) * _size(matrix), each) for each in ahead]
 
     def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """AdamW's step without its decay (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2)."""
@@ -72,7 +72,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
         square = found @ found.t()
-        found = a * found + (b * square + c * square @ square) @ found
+        mixed = torch.addmm(square, square, square, beta=b, alpha=c)
+        found = torch.addmm(found, mixed, found, beta=a)
     found = found.to(matrix.dtype)
     return found if matrix.shape[0] <= matrix.shape[1] else found.t()
 
@@ -84,6 +85,21 @@ def hidden_weights(model: nn.Module) -> set[int]:
     """
     layers = [m.weight for m in getattr(model, "backbone", model).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     return {id(weight) for weight in layers[1:] if weight.flatten(1).shape[1] > 1 and weight.shape[1] > 1}
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """The weight as [out, the rest], columns in the order of memory, which the result only shares: nothing is copied."""
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.flatten(1)
+
+
+def _rows_back(matrix: Tensor, weight: Tensor) -> Tensor:
+    """A matrix as by `_as_matrix` in the shape of its weight."""
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        out, inputs, height, width = weight.shape
+        return matrix.view(out, height, width, inputs).permute(0, 3, 1, 2)
+    return matrix.view_as(weight)
 
 
 def _size(matrix: Tensor) -> float:
