@@ -23,9 +23,10 @@ from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.calibration import apply_temperature
 from fivefold.inference.blends import combined, equal
 from fivefold.inference.ensemble import check_members
+from fivefold.inference.product import Product, product_of
 from fivefold.inference.submission import check_columns, write_submission
 from fivefold.inference.submitted import PREFIX, holds_labels, read_submitted, system_name
-from fivefold.inference.systems import Rule, Score, System, join, judge_holdout, weigh
+from fivefold.inference.systems import Rule, Score, System, join, judge_holdout, scores_alone, weigh
 from fivefold.inference.tta import same_views
 from fivefold.members import load_member, save_predictions
 from fivefold.predictions import Predictions, in_class_order
@@ -40,36 +41,41 @@ def main(job: Job, settings: Settings) -> Outcome:
     options, same = settings.ensemble, SameClasses(settings.data.same_classes, settings.data.same_class)
     files = submission_files(job, options.submissions)
     models = [] if files and job.optional_channel("model") is None else find_models(job)
-    check(job, models)
+    check(job, models, options.blend)
     groups = by_system(models)
+    product = product_for(options.blend, groups, files)
     store = open_store(job.channel("eval"))
     images = read_eval(store, settings.data.id_column, settings.data.path_column)
     images = images.answered_in(options.answer_column, options.number_column)
-    classes = known_classes(models, images, files)
+    classes = product.factors.classes if product else known_classes(models, images, files)
     check_submission(images, classes, same)
     submitted = read_files(files, groups, images, classes, same)
     check_blends(options, submitted)
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
     explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
-    each = {name: predict(group, store, images, classes, explicit, options.within) for name, group in groups.items()}
+    each = {name: predict(group, store, images, explicit, options.within) for name, group in groups.items()}
     each |= {name: found.log_probs for name, found in submitted.items()}
-    rule = Rule(options.blend, options.weights, options.within)
     systems = [system_of(name, group, explicit.get("views"), options.within) for name, group in groups.items()]
     systems += [System(name, 1, 1, None, None) for name in submitted]
+    rule, alone = Rule(options.blend, options.weights, options.within), []
+    if product:
+        rule, alone = Rule("mean", within=options.within, product=product.name), scores_alone(systems)
+        each, systems = {product.name: product.join(each)}, [product.joined(systems)]
     weights, scores = weigh(systems, rule)
     holdout, temperature, holdout_scores = judge_holdout(systems, weights, rule, options.temperature)
-    scores += holdout_scores
+    scores = alone + scores + holdout_scores
     tell(scores)
 
-    log_probs = apply_temperature(combined(options.blend, list(each.values()), weights), temperature)
+    log_probs = apply_temperature(combined(rule.between, list(each.values()), weights), temperature)
     table = table_of(images, " + ".join(each), classes, log_probs)
     output = job.output()
     written = [save_predictions(output / PREDICTIONS, table), submit(output / options.submission, table, images, same)]
-    written += submit_each(output / EACH, {name: each[name] for name in groups}, images, classes, same)
+    written += submit_each(output / EACH, {name: each[name] for name in groups if name in each}, images, classes, same)
     written += keep_holdout(output / HOLDOUT, holdout)
     facts = {"submission": options.submission, "within": options.within, "blend": options.blend}
-    write_json(output / ENSEMBLE, facts | description(groups, files, weights, temperature, scores))
+    shares = product.weights if product else weights
+    write_json(output / ENSEMBLE, facts | description(groups, files, shares, temperature, scores))
     return Outcome(
         [*written, output / ENSEMBLE], {"models": len(models), "images": len(images), "temperature": temperature}
     )
@@ -116,13 +122,13 @@ def check_blends(options: Ensemble, submitted: Mapping[str, Predictions]) -> Non
         )
 
 
-def check(job: Job, models: list[ModelDir]) -> None:
+def check(job: Job, models: list[ModelDir], blend: str) -> None:
     """Raises a DataError unless the models belong together, and to the split of the folds channel if it is given."""
     if not models:
         return
     if models[0].info["role"] == "fold":
-        check_members([(model.name, model.info) for model in models])
-    elif len(models) > 1:
+        check_members([(model.name, model.info) for model in models], blend == "product")
+    elif len(models) > 1 and blend != "product":
         names = ", ".join(model.name for model in models)
         raise DataError(f"several students below the channel 'model' ({names}); give the model dir of one")
     if job.optional_channel("folds") is not None:
@@ -138,16 +144,28 @@ def by_system(models: list[ModelDir]) -> dict[str, list[ModelDir]]:
     return groups
 
 
+def described(groups: Mapping[str, list[ModelDir]]) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+    """Of each system its models: what each is called, and what its `model.json` says."""
+    return {name: [(model.name, model.info) for model in group] for name, group in groups.items()}
+
+
+def product_for(blend: str, groups: Mapping[str, list[ModelDir]], files: Mapping[str, Path]) -> Product | None:
+    """How blend `product` joins the systems, None for another blend; errors for what it cannot join."""
+    if blend != "product":
+        return None
+    if files:
+        raise SettingsError(
+            f"ensemble.blend=product joins models of different factors, and {next(iter(files))} is a submission file; "
+            "blend it with the product's own submission by another blend"
+        )
+    return product_of(described(groups))
+
+
 def predict(
-    group: list[ModelDir],
-    store: ImageStore,
-    images: EvalTable,
-    classes: tuple[str, ...],
-    explicit: Mapping[str, Any],
-    within: str,
+    group: list[ModelDir], store: ImageStore, images: EvalTable, explicit: Mapping[str, Any], within: str
 ) -> np.ndarray:
     """A system's models as one [N, C], each with an equal say; one network at a time is in memory."""
-    found = []
+    found, classes = [], group[0].info["classes"]
     for number, model in enumerate(group, start=1):
         member = load_member(model, explicit)
         log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), in_words(member.runtime))

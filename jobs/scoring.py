@@ -21,6 +21,7 @@ from fivefold.errors import DataError
 from fivefold.evaluation import truth
 from fivefold.evaluation.report import thumbnail
 from fivefold.evaluation.tables import Mistake, Scored, stacked
+from fivefold.inference.product import factors_of, needs_product, product_of
 from fivefold.predictions import Predictions, mean_by_id
 from fivefold.recipe import Data
 
@@ -75,7 +76,8 @@ class Evidence:
         file = truth.truth_file(given)
         same = SameClasses(self.data.same_classes, self.data.same_class)
         labels = {name: same.merged.get(label, label) for name, label in truth.read_truth(file).items()}
-        table = stacked([truth.with_truth(same.merge_table(self._predictions()), labels, file)])
+        found = same.merge_table(self._predictions())
+        table = stacked([truth.with_truth(found, self._in_factors(labels, found.classes), file)])
         return Scored(
             "test", self._ensemble_in_words(), f"the {len(table):,} rows of {file.name}", table, self._eval_paths()
         )
@@ -85,18 +87,25 @@ class Evidence:
         if HOLDOUT in self.predicted:
             table, what = predictions.read(self.predicted[HOLDOUT]), self._ensemble_in_words()
         else:
-            tables = [predictions.read(m.path / HOLDOUT) for m in self.models if (m.path / HOLDOUT).is_file()]
-            if not tables:
+            found = self._tables(HOLDOUT)
+            if not found:
                 return None
-            table, what = mean_by_id(tables), _models_in_words(self.models, "equal mean of ")
+            joined = needs_product([model.info for model, _ in found])
+            table = _product(found) if joined else mean_by_id([table for _, table in found])
+            what = _models_in_words(self.models, "product of " if joined else "equal mean of ")
         table = stacked([table])
         return Scored("holdout", what, f"the {len(table):,} rows that the split set aside", table, self._train_paths())
 
     def out_of_fold(self) -> Scored | None:
         """All out-of-fold rows of all models under one another; None without any."""
-        tables = [table for _, table in self.folds()]
-        if not tables:
+        found = self.folds()
+        if not found:
             return None
+        if needs_product([model.info for model, _ in found]):
+            table, what = _product(found), _models_in_words(self.models, "product of ")
+            words = f"the {len(table):,} out-of-fold rows of the split"
+            return Scored("oof", what, words, stacked([table]), self._train_paths())
+        tables = [table for _, table in found]
         words = f"the {sum(map(len, tables)):,} out-of-fold rows of the split"
         return Scored(
             "oof", _models_in_words(self.models) + ", each alone", words, stacked(tables), self._train_paths()
@@ -104,7 +113,7 @@ class Evidence:
 
     def folds(self) -> list[tuple[ModelDir, Predictions]]:
         """Each model that has out-of-fold rows, with them."""
-        return [(m, predictions.read(m.path / OOF)) for m in self.models if (m.path / OOF).is_file()]
+        return self._tables(OOF)
 
     def curves(self) -> dict[str, Path]:
         """The training log of each model, by its name."""
@@ -147,6 +156,18 @@ class Evidence:
         systems = sorted({model.info["system"] for model in self.models})
         return ", ".join(systems) or self._predictions().system or "predictions"
 
+    def _tables(self, file: str) -> list[tuple[ModelDir, Predictions]]:
+        """Each model that has the table `file`, with it."""
+        return [(model, predictions.read(model.path / file)) for model in self.models if (model.path / file).is_file()]
+
+    def _in_factors(self, labels: Mapping[str, str], classes: Sequence[str]) -> dict[str, str]:
+        """The truth in the words of models that know some factors alone, where it is these that predicted."""
+        info = self.models[0].info if self.models else {}
+        if not info.get("knows") or set(classes) != set(info["classes"]):
+            return dict(labels)
+        factors = factors_of(info)
+        return {n: factors.part(c, info["knows"]) if c in factors.values else c for n, c in labels.items()}
+
     def _predictions(self) -> Predictions:
         path = self.predicted.get(PREDICTIONS) or locate(self.job, "predictions", PREDICTIONS)
         return truth.read_submission(path) if path.suffix == ".csv" else predictions.read(path)
@@ -171,6 +192,15 @@ class Evidence:
             return {}
         table = read_eval(self.eval_store, self.data.id_column, self.data.path_column)
         return dict(zip(table.ids, table.paths, strict=True))
+
+
+def _product(found: Sequence[tuple[ModelDir, Predictions]]) -> Predictions:
+    """The tables of models that know different factors as one: the mean of each system's, multiplied."""
+    groups: dict[str, list[tuple[ModelDir, Predictions]]] = {}
+    for model, table in found:
+        groups.setdefault(model.info["system"], []).append((model, table))
+    product = product_of({name: [(model.name, model.info) for model, _ in group] for name, group in groups.items()})
+    return product.table({name: mean_by_id([table for _, table in group]) for name, group in groups.items()})
 
 
 def _models_in_words(models: Sequence[ModelDir], prefix: str = "") -> str:

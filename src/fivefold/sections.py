@@ -17,10 +17,13 @@ class Section(BaseModel):
 
 
 class Ensemble(Section):
-    blend: Literal["mean", "weighted", "fitted", "geometric", "rank", "vote", "greedy", "greedy_accuracy"] = Field(
+    blend: Literal[
+        "mean", "weighted", "fitted", "geometric", "rank", "vote", "product", "greedy", "greedy_accuracy"
+    ] = Field(
         "fitted",
         description="between systems: equal mean, given weights, weights by out-of-fold logloss, geometric mean, "
-        "mean of ranks, vote, or greedy selection out-of-fold by logloss or by accuracy",
+        "mean of ranks, vote, product of systems that know different factors of the classes, or greedy selection "
+        "out-of-fold by logloss or by accuracy",
     )
     weights: dict[str, Any] = Field({}, description="of blend weighted: a number for each system, by its name")
     within: Literal["mean", "geometric", "rank", "vote"] = Field(

@@ -125,6 +125,7 @@ def test_the_record_stands_with_the_model_or_else_with_the_data(tmp_path: Path):
         "predict": Path("/o"),
         "distill": Path("/m"),
         "train": Path("/m"),
+        "inference": Path("/o"),
         "evaluation": Path("/o"),
     }
 

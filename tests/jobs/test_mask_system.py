@@ -175,12 +175,12 @@ def test_evaluation_refuses_what_cannot_be_scored(
     assert not told.out
 
 
-@pytest.mark.parametrize("name", ["train", "evaluation"])
+@pytest.mark.parametrize("name", ["train", "inference", "evaluation"])
 def test_each_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name, ["--help"], {}) == 0
     told = capsys.readouterr().out
     assert f"python -m jobs {name}" in told
-    assert ("data.age_cuts" in told) == (name == "train")
+    assert ("split.folds" in told) == (name == "train")
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +237,122 @@ def test_a_student_knows_the_factors_of_its_teachers(world: Path, halves: Path, 
 def test_factors_that_there_are_not_are_refused_before_training(world: Path, halves: Path, tmp_path: Path) -> None:
     told = stage(world, "train-fold", tmp_path, *TINY, "FOLD=0", "model.factors=masks", code=64)
     assert "unknown factor 'masks'; did you mean 'mask'" in told
+
+
+def test_inference_answers_by_one_model_in_the_columns_of_the_list(world: Path, model: Path, tmp_path: Path) -> None:
+    given = {"SM_CHANNEL_EVAL": world / "eval", "SM_CHANNEL_MODEL": model, "SM_OUTPUT_DATA_DIR": tmp_path}
+    done = command("inference", **given)
+    assert done.returncode == 0, done.stderr
+    answers, asked = read_table(tmp_path / "output.csv"), read_table(world / "eval" / "info.csv")
+    assert answers[0] == ("ImageID", "ans")
+    assert [name for name, _ in answers] == [name for name, _ in asked]
+    assert {label for _, label in answers[1:]} <= set(map(str, range(18)))
+    found = predictions.read(tmp_path / "predictions.parquet")
+    assert [found.classes[code] for code in found.log_probs.argmax(axis=1)] == [label for _, label in answers[1:]]
+    scored = command("evaluation", SM_GROUND_TRUTH_DIR=world / "truth", SM_OUTPUT_DATA_DIR=tmp_path)
+    assert (
+        json.loads(scored.stdout)["accuracy"] > 3 / 18
+    )  # three times chance: the network is tiny, and trained for a moment
+
+
+def test_inference_joins_models_of_different_factors_by_itself(world: Path, halves: Path, tmp_path: Path) -> None:
+    """The joined code is that of what each half answers alone: neither out of range, nor with the age added wrongly."""
+    for name in ("masks-0", "ages-1"):  # one fold of each will do
+        (tmp_path / "models" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "models" / name).symlink_to(halves / name)
+        stage(world, "inference", tmp_path / name, SM_CHANNEL_MODEL=halves / name)
+    stage(world, "inference", tmp_path, SM_CHANNEL_MODEL=tmp_path / "models")
+    found = predictions.read(tmp_path / "output" / "predictions.parquet")
+    assert (len(found.classes), found.system) == (18, "ages × masks")
+    both, years = (dict(read_table(tmp_path / name / "output" / "output.csv")[1:]) for name in ("masks-0", "ages-1"))
+    answers = read_table(tmp_path / "output" / "output.csv")[1:]
+    assert len(answers) == 36
+    for name, answer in answers:
+        mask, gender = both[name].split("+")
+        places = ("mask", "incorrect", "normal").index(mask), ("male", "female").index(gender)
+        assert int(answer) == places[0] * 6 + places[1] * 3 + ("<30", "<60", ">=60").index(years[name])
+
+
+@pytest.fixture(scope="module")
+def joined(world: Path, halves: Path) -> Path:
+    stage(world, "ensemble", world / "joined", "ensemble.blend=product", SM_CHANNEL_MODEL=halves)
+    return world / "joined"
+
+
+def test_the_product_speaks_of_all_18_classes(world: Path, halves: Path, joined: Path) -> None:
+    found = predictions.read(joined / "output" / "predictions.parquet")
+    assert found.classes == tuple(sorted(map(str, range(18))))
+    truth = dict(read_table(world / "truth" / "gt.csv")[1:])
+    codes = [found.classes.index(truth[name]) for name in found.ids]
+    assert (found.log_probs.argmax(axis=1) == codes).mean() > 0.5  # of one in eighteen by chance
+    rows = read_table(joined / "output" / "submission.csv")
+    assert rows[0] == ("ImageID", "ans")
+    assert {label for _, label in rows[1:]} <= set(map(str, range(18)))
+
+    facts = json.loads((joined / "output" / "ensemble.json").read_text())
+    assert facts["weights"] == {"ages": 1.0, "masks": 1.0}
+    assert [score["what"] for score in facts["scores"]] == [
+        "single models of ages", "single models of masks", "single models of ages × masks",
+    ]  # fmt: skip
+    assert {score["n"] for score in facts["scores"]} == {24 * 7}
+    tables = {
+        name: [predictions.read(halves / f"{name}-{fold}" / "model" / "oof.parquet") for fold in range(2)]
+        for name in ("masks", "ages")
+    }
+    right = [
+        [
+            row
+            for table in tables[name]
+            for row in zip(table.ids, table.log_probs.argmax(axis=1) == table.codes(), strict=True)
+        ]
+        for name in ("masks", "ages")
+    ]
+    both = [hit and dict(right[1])[name] for name, hit in right[0]]
+    assert facts["scores"][-1]["accuracy"] == pytest.approx(np.mean(both), abs=1e-5)
+
+
+def test_evaluation_of_the_product_is_by_the_joined_classes(world: Path, halves: Path, joined: Path) -> None:
+    given = {
+        "SM_CHANNEL_PREDICTIONS": joined / "output",
+        "SM_CHANNEL_MODEL": halves,
+        "SM_GROUND_TRUTH_DIR": world / "truth",
+    }
+    stage(world, "evaluate", world / "report", **given)
+    metrics = json.loads((world / "report" / "output" / "metrics.json").read_text())
+    facts = json.loads((joined / "output" / "ensemble.json").read_text())
+    assert metrics["test"]["n"] == 36
+    assert metrics["oof"]["accuracy"] == pytest.approx(facts["scores"][-1]["accuracy"], abs=1e-5)
+    assert metrics["oof"]["what"].startswith("product of 4 fold models")
+
+
+def test_half_a_system_is_scored_by_the_factors_it_knows(world: Path, halves: Path, tmp_path: Path) -> None:
+    for fold in range(2):
+        (tmp_path / "models" / f"ages-{fold}").parent.mkdir(exist_ok=True)
+        (tmp_path / "models" / f"ages-{fold}").symlink_to(halves / f"ages-{fold}")
+    models = {"SM_CHANNEL_MODEL": tmp_path / "models"}
+    stage(world, "ensemble", tmp_path / "ages", **models)
+    given = {**models, "SM_CHANNEL_PREDICTIONS": tmp_path / "ages" / "output", "SM_GROUND_TRUTH_DIR": world / "truth"}
+    stage(world, "evaluate", tmp_path / "report", **given)
+    assert json.loads((tmp_path / "report" / "output" / "metrics.json").read_text())["test"]["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("folders", "arguments", "message"),
+    [
+        (
+            ["masks-0", "masks-1", "ages-0", "ages-1"],
+            [],
+            "know different factors of their classes (ensemble.blend=product",
+        ),
+        (["masks-0", "masks-1"], ["ensemble.blend=product"], "no model knows the factor age"),
+        (["masks-0", "masks-1", "ages-0"], ["ensemble.blend=product"], "system 'ages' with seed 42 lacks fold 1"),
+    ],
+)
+def test_what_the_ensemble_cannot_join_is_named(
+    world: Path, halves: Path, tmp_path: Path, folders: list[str], arguments: list[str], message: str
+) -> None:
+    for name in folders:
+        (tmp_path / "models" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "models" / name).symlink_to(halves / name)
+    assert message in stage(world, "ensemble", tmp_path, *arguments, code=65, SM_CHANNEL_MODEL=tmp_path / "models")
+    assert not list((tmp_path / "output").glob("*.parquet"))

@@ -138,6 +138,15 @@ STAGES = {
             output_in_model=True,
         ),
         Stage(
+            name="inference",
+            module="jobs.inference",
+            summary="whatever models lie there -> output.csv in the columns that are asked for",
+            channels=("model", "eval"),
+            optional=(),
+            hashed=("model", "eval"),
+            sections=("data", "predict"),
+        ),
+        Stage(
             name="evaluation",
             module="jobs.evaluation",
             summary="output.csv and gt.csv -> accuracy and macro F1 as JSON on stdout",

@@ -4,16 +4,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fivefold.errors import DataError
+from fivefold.inference.product import needs_product
 
 
-def check_members(members: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def check_members(members: Sequence[tuple[str, Mapping[str, Any]]], product: bool = False) -> None:
     """Raises a DataError, with the names, unless all members may stand in one ensemble.
 
-    `members`: a name and the `model.json` of each. All must share one split and the same classes;
-    within a system all folds must be there, for every seed, trained with the same settings.
+    `members`: a name and the `model.json` of each. All must share one split and the same classes (of a
+    `product` those that systems of different factors make together); within a system all folds must be there, for every seed, trained with the same settings.
     """
-    _check_same(members, "split", "come from different splits (folds.parquet)")
-    _check_same(members, "classes", "know different classes")
+    check_same(members, "split", "come from different splits (folds.parquet)")
+    if not product:
+        factored = needs_product([info for _, info in members])
+        hint = "know different factors of their classes (ensemble.blend=product joins such systems)"
+        check_same(members, "classes", hint if factored else "know different classes")
     systems: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for name, info in members:
         systems.setdefault(info["system"], []).append((name, info))
@@ -22,7 +26,8 @@ def check_members(members: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         _check_folds(system, models)
 
 
-def _check_same(members: Sequence[tuple[str, Mapping[str, Any]]], field: str, problem: str) -> None:
+def check_same(members: Sequence[tuple[str, Mapping[str, Any]]], field: str, problem: str) -> None:
+    """Raises a DataError that names the first two members whose `field` differs, and the `problem`."""
     first, expected = members[0][0], members[0][1][field]
     for name, info in members[1:]:
         if info[field] != expected:

@@ -48,9 +48,13 @@ class Rule:
     between: str = "fitted"
     given: Mapping[str, float] = field(default_factory=dict)
     within: str = "mean"
+    product: str = ""
+    """The systems of a product, in words, where the one system is their product."""
 
     def in_words(self, models: int, systems: int) -> str:
         """What an ensemble of `models` in `systems` is, as its score says it."""
+        if self.product:
+            return f"product of {models} models, {self.product}"
         if self.within == "mean" and (systems == 1 or BLENDS[self.between].combine is BLENDS["mean"].combine):
             return f"mean of {models} models"
         return f"{models} models, {self.within} within a system" + (f", {self.between} between" if systems > 1 else "")
@@ -62,7 +66,7 @@ def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score
     Weights are fitted where there are several systems, all with out-of-fold rows of two folds or more;
     they are equal otherwise, unless they are given.
     """
-    scores = [score(_one_of(system), "out-of-fold", system.oof) for system in systems if system.oof is not None]
+    scores = scores_alone(systems)
     blend, weights = choose(BLENDS, "blend", rule.between), equal(len(systems))
     if rule.between == "weighted":
         weights = given_weights([system.name for system in systems], rule.given)
@@ -115,6 +119,11 @@ def join(tables: Sequence[Predictions], within: str) -> Predictions:
     aligned = same_rows(tables)
     log_probs = combined(within, [table.log_probs for table in aligned], equal(len(aligned)))
     return replace(aligned[0], fold=np.full(len(aligned[0]), -1, np.int16), log_probs=log_probs)
+
+
+def scores_alone(systems: Sequence[System]) -> list[Score]:
+    """The out-of-fold scores of each system that has such rows."""
+    return [score(_one_of(system), "out-of-fold", system.oof) for system in systems if system.oof is not None]
 
 
 def _one_of(system: System) -> str:

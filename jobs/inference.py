@@ -1,0 +1,53 @@
+"""The answers of whatever models lie there: output.csv in the columns that are asked for."""
+
+import logging
+import sys
+
+from fivefold.contract.artifacts import find_models
+from fivefold.contract.job import Job
+from fivefold.contract.stages import OUTPUT, PREDICTIONS
+from fivefold.data.evals import read_eval
+from fivefold.data.same_classes import SameClasses
+from fivefold.data.store import open_store
+from fivefold.inference.blends import mean
+from fivefold.inference.ensemble import check_same
+from fivefold.inference.product import needs_product, product_of
+from fivefold.members import save_predictions
+from fivefold.recipe import Settings
+from jobs.ensemble import by_system, check_submission, described, predict, submit, table_of
+from jobs.outcome import Outcome
+
+log = logging.getLogger("fivefold")
+
+
+def main(job: Job, settings: Settings) -> Outcome:
+    """Predicts the eval channel: by one model, by the mean of several, or by the product of those of different factors."""
+    models = find_models(job)
+    groups, infos = by_system(models), [model.info for model in models]
+    product = product_of(described(groups)) if needs_product(infos) else None
+    if product is None:
+        check_same([(model.name, model.info) for model in models], "classes", "know different classes")
+        if infos[0].get("knows"):
+            log.warning(
+                "inference: the models know %s alone; the answers speak of no more", ", ".join(infos[0]["knows"])
+            )
+    classes = product.factors.classes if product else tuple(infos[0]["classes"])
+    same = SameClasses(settings.data.same_classes, settings.data.same_class)
+    store = open_store(job.channel("eval"))
+    images = read_eval(store, settings.data.id_column, settings.data.path_column)
+    check_submission(images, classes, same)
+
+    explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
+    each = {name: predict(group, store, images, explicit, "mean") for name, group in groups.items()}
+    log_probs = product.join(each) if product else mean(list(each.values()))
+    table = table_of(images, product.name if product else " + ".join(each), classes, log_probs)
+    output = job.output()
+    written = [save_predictions(output / PREDICTIONS, table), submit(output / OUTPUT, table, images, same)]
+    log.info("inference: %d images by %d models of %s: %s", len(images), len(models), table.system, output / OUTPUT)
+    return Outcome(written, {"models": len(models), "images": len(images)})
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import run
+
+    sys.exit(run("inference", sys.argv[1:]))
