@@ -16,7 +16,8 @@ from fivefold.data.store import open_store
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
 from fivefold.recipe import Settings
-from fivefold.training.loop import ValidRows, fit
+from fivefold.training.loop import ValidRows
+from fivefold.training.trackers import close_trackers
 from jobs import training
 from jobs.outcome import Outcome
 
@@ -60,7 +61,7 @@ def main(job: Job, settings: Settings) -> Outcome:
         select=patience > 0,
         patience=patience,
     )
-    best = fit(loop)
+    best, trackers = training.fit(loop, job, student)
 
     model = training.load_best(loop, best)
     holdout_files, holdout_scores = training.save_holdout(job, model, store, table, student, runtime)
@@ -75,6 +76,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     files = [job.model() / TRAIN_LOG, *holdout_files]
     files += members.save_member(job.model(), "student", best, student, runtime, facts)
     training.draw_curves(job)
+    close_trackers(trackers, holdout_scores)
     return Outcome(files, {"leak_free": lesson.leak_free, "rows": len(train.images), **holdout_scores})
 
 

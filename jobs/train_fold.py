@@ -9,7 +9,8 @@ from fivefold.contract.stages import OOF, TRAIN_LOG
 from fivefold.data.store import open_store
 from fivefold.errors import SettingsError
 from fivefold.recipe import Settings
-from fivefold.training.loop import TrainRows, ValidRows, fit
+from fivefold.training.loop import TrainRows, ValidRows
+from fivefold.training.trackers import close_trackers
 from jobs import training
 from jobs.outcome import Outcome
 
@@ -42,7 +43,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     loop = assemble.build_loop(
         label, network, train, valid, settings, runtime, watching, select=True, patience=patience
     )
-    best = fit(loop)
+    best, trackers = training.fit(loop, job, settings)
 
     model = training.load_best(loop, best)
     oof = training.predict_rows(model, store, table, own_rows, settings, runtime, f"{label} out-of-fold")
@@ -51,9 +52,10 @@ def main(job: Job, settings: Settings) -> Outcome:
     facts = {"fold": fold, **training.split_facts(split, table)}
     files += holdout_files + members.save_member(job.model(), "fold", best, settings, runtime, facts)
     training.draw_curves(job)
-    training.draw_examples(job, store, table, own_rows, oof, next(iter(best.values())).epoch)
+    training.draw_examples(job, store, table, own_rows, oof, next(iter(best.values())).epoch, trackers)
 
     figures = training.scores(oof, "oof")
+    close_trackers(trackers, figures | holdout_scores)
     log.info("%s out-of-fold, %d rows: %s", label, len(own_rows), training.in_words(figures))
     return Outcome(files, {"best_epoch": next(iter(best.values())).epoch, **figures, **holdout_scores})
 

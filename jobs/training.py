@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from fivefold.inference.predictor import Runtime
 from fivefold.members import ImageFiles, predict_images, save_predictions
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
+from fivefold.settings import flatten
 from fivefold.training.loop import Best, Loop
-from fivefold.training.observers import Observer, csv_log, metric_line, tensorboard, tensorboard_picture
+from fivefold.training.loop import fit as fit_loop
+from fivefold.training.observers import Observer, csv_log, metric_line
+from fivefold.training.trackers import Run, Tracker, close_trackers, open_trackers
 
 log = logging.getLogger("fivefold")
-EVENTS = "tensorboard"
 BESIDE_WEIGHTS = 4 * MIB
 """Bytes for logs, curves, events and small tables of predictions."""
 
@@ -54,8 +57,20 @@ def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:
 
 
 def observers(job: Job, fold: int | None) -> list[Observer]:
-    """The CSV log beside the model, the metric lines, and TensorBoard's events beside what people look at."""
-    return [csv_log(job.model() / TRAIN_LOG), metric_line(fold), tensorboard(job.output() / EVENTS)]
+    """The CSV log beside the model, and the metric lines."""
+    return [csv_log(job.model() / TRAIN_LOG), metric_line(fold)]
+
+
+def fit(loop: Loop, job: Job, settings: Settings) -> tuple[dict[str, Best], list[Tracker]]:
+    """The loop's best epochs, and the trackers that watched it, still open for the final scores."""
+    name, project = f"{settings.system} {loop.label}", settings.train.project
+    run = Run(name, settings.system, project, flatten(settings), job.output())
+    trackers = open_trackers(settings.train.trackers, run)
+    try:
+        return fit_loop(replace(loop, observers=[*loop.observers, *trackers])), trackers
+    except BaseException:
+        close_trackers(trackers, None)
+        raise
 
 
 def load_best(loop: Loop, best: Mapping[str, Best]) -> nn.Module:
@@ -113,15 +128,22 @@ def draw_curves(job: Job) -> None:
 
 
 def draw_examples(
-    job: Job, store: ImageStore, table: FoldTable, rows: np.ndarray, found: Predictions, epoch: int
+    job: Job,
+    store: ImageStore,
+    table: FoldTable,
+    rows: np.ndarray,
+    found: Predictions,
+    epoch: int,
+    trackers: Sequence[Tracker],
 ) -> None:
-    """Some of the validation rows with truth and prediction of the kept epoch: a picture, and in TensorBoard."""
+    """Some of the validation rows with truth and prediction of the kept epoch: a picture, which the trackers keep too."""
     shown = spread_out(len(rows))
     images = [decode(store.read(path), path) for path in table.paths_of(rows[shown])]
     guesses = [found.classes[code] for code in predicted(found.log_probs[shown])]
     with atomic(job.output() / EXAMPLES) as temporary:
         image_grid(images, list(found.labels[shown]), guesses, temporary)
-    tensorboard_picture(job.output() / EVENTS, "Val/examples", job.output() / EXAMPLES, epoch)
+    for tracker in trackers:
+        tracker.picture("Val/examples", job.output() / EXAMPLES, epoch)
 
 
 def in_words(figures: Mapping[str, Any]) -> str:

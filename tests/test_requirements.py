@@ -9,6 +9,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 ALL = REPOSITORY / "requirements.txt"
 RUNS = REPOSITORY / "docker" / "requirements.txt"
+EXTRAS = ("export", "launch", "test", "trackers")
 
 
 def pins(path: Path) -> dict[str, str]:
@@ -32,16 +33,16 @@ def direct(*extras: str) -> dict[str, str]:
 
 def test_everything_that_is_named_is_pinned_as_named() -> None:
     assert direct().items() <= pins(RUNS).items()
-    assert (direct() | direct("launch", "test")).items() <= pins(ALL).items()
+    assert (direct() | direct(*EXTRAS)).items() <= pins(ALL).items()
 
 
 def test_what_runs_is_a_part_of_everything() -> None:
     assert pins(RUNS).items() <= pins(ALL).items()
 
 
-def test_what_runs_holds_no_launch_or_test_tool() -> None:
-    assert not direct("launch", "test").keys() & pins(RUNS).keys()
-    assert not {name for name in pins(RUNS) if name.startswith(("sagemaker", "mlflow", "pytest"))}
+def test_what_runs_holds_nothing_of_the_extras() -> None:
+    assert not direct(*EXTRAS).keys() & pins(RUNS).keys()
+    assert not {name for name in pins(RUNS) if name.startswith(("sagemaker", "mlflow", "onnx", "pytest", "wandb"))}
 
 
 def test_the_build_tool_is_pinned_since_the_package_is_installed_with_it() -> None:

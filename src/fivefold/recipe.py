@@ -194,6 +194,8 @@ class Train(Section):
     device: str = Field("auto", description="auto, cuda, mps or cpu")
     workers: int = Field(-1, ge=-1, description="loader processes; -1: chosen for the machine")
     keep_in_memory: bool = Field(True, description="keep decoded images in memory while they fit in 1 GiB")
+    trackers: list[str] = Field(["tensorboard"], description="who keeps the run's figures: tensorboard, wandb, mlflow")
+    project: str = Field("fivefold", min_length=1, description="of wandb, and the experiment of mlflow")
 
 
 class Predict(Section):
@@ -276,5 +278,5 @@ class Settings(Section):
 
 
 SECTIONS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)}
-EXECUTION_KEYS = {"stage", "run", "train.keep_in_memory", "train.workers"}
+EXECUTION_KEYS = {"stage", "run", "train.keep_in_memory", "train.project", "train.trackers", "train.workers"}
 """Keys that cannot change a result: they are left out of a stage's key."""

@@ -14,6 +14,7 @@ from PIL import Image
 from fivefold import predictions
 from fivefold.contract.files import sha256
 from jobs.__main__ import run
+from reading import wandb_records
 
 CLASSES = ("fold", "id", "빨강 차")
 SETTINGS = [
@@ -201,6 +202,7 @@ def test_the_whole_ensemble_may_teach_images_that_no_fold_saw(world):
         ("train-fold", ["FOLD=0", "train.monitor=auc"], {}, 64, "unknown monitor 'auc'"),
         ("train-fold", ["FOLD=0", "predict.views=plain,flop", "train.epochs=1000000"], {}, 64, "did you mean 'flip'"),
         ("train-fold", ["FOLD=0", "train.monitor=auc", "train.epochs=1000000"], {}, 64, "unknown monitor 'auc'"),
+        ("train-fold", ["FOLD=0", "train.trackers=wanda", "train.epochs=1000000"], {}, 64, "did you mean 'wandb'"),
         ("ensemble", ["ensemble.submission=../out.csv"], {}, 64, "not the name of a file"),
         ("train-fold", ["FOLD=0", "train.batch_size=100000000"], {}, 64, "would fit"),
         ("train-fold", ["FOLD=0", "model.weights=absent.pth"], {}, 66, "absent.pth"),
@@ -300,6 +302,20 @@ def test_weights_that_settings_name_are_part_of_the_key(world, tmp_path, caplog)
     assert stage(world, "train-fold", folder, *arguments) == 0
     assert (world / folder / "model" / "model.safetensors").read_bytes() != first
     shutil.rmtree(world / "elsewhere")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of W&B's own
+@pytest.mark.parametrize(("lr", "code", "ended"), [("0.02", 0, 0), ("1e30", 65, 1)])
+def test_a_tracker_is_told_how_the_run_ended(world, lr, code, ended, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    arguments = [*SETTINGS, "train.trackers=wandb", f"train.lr={lr}", "train.epochs=2"]
+    assert stage(world, "train-fold", "tracked", "FOLD=0", *arguments) == code
+    records = wandb_records(world / "tracked" / "output")
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [ended]
+    final = {(i.key or i.nested_key[0]) for r in records if r.HasField("summary") for i in r.summary.update}
+    assert (final >= {"oof_accuracy", "holdout_logloss"}) is (code == 0)
+    assert not (world / "tracked" / "output" / "tensorboard").exists()
+    shutil.rmtree(world / "tracked")
 
 
 def test_a_student_without_validation_cannot_watch_a_plateau(world):

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fivefold.training.loop import Observer
 
 LOG_COLUMNS = (
@@ -39,38 +37,3 @@ def metric_line(fold: int | None) -> Observer:
         print(f"metric fold={'student' if fold is None else fold} epoch={row['epoch']} {figures}", flush=True)
 
     return observe
-
-
-def tensorboard(folder: Path) -> Observer:
-    """Writes TensorBoard events: Train/{loss,accuracy,lr} and Val/{loss,accuracy,logloss,f1_macro}."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()  # a run that starts over must not be drawn over its predecessor
-    writer = SummaryWriter(str(folder))
-    names = {
-        "train_loss": "Train/loss",
-        "train_acc": "Train/accuracy",
-        "lr": "Train/lr",
-        "val_loss": "Val/loss",
-        "val_acc": "Val/accuracy",
-        "val_logloss": "Val/logloss",
-        "val_f1_macro": "Val/f1_macro",
-    }
-
-    def observe(row: Mapping[str, Any]) -> None:
-        for name, tag in names.items():
-            if row.get(name) is not None:
-                writer.add_scalar(tag, row[name], row["epoch"])
-        writer.flush()
-
-    return observe
-
-
-def tensorboard_picture(folder: Path, tag: str, picture: Path, epoch: int) -> None:
-    """Adds a picture file to TensorBoard's events in `folder`, at `epoch`."""
-    from PIL import Image
-    from torch.utils.tensorboard import SummaryWriter
-
-    with Image.open(picture) as image, SummaryWriter(str(folder), filename_suffix=".pictures") as writer:
-        writer.add_image(tag, np.array(image.convert("RGB")), epoch, dataformats="HWC")
