@@ -182,7 +182,7 @@ def start_log(environ: Mapping[str, str]) -> None:
         stream=sys.stderr,
         force=True,
     )
-    for chatty in ("matplotlib", "PIL", "h5py", "fontTools"):
+    for chatty in ("matplotlib", "PIL", "h5py", "fontTools", "onnx_ir", "onnxscript"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

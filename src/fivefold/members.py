@@ -83,10 +83,10 @@ def predict_images(
     return predict(network, batches, runtime, views or settings.predict.views)
 
 
-def load_member(source: ModelDir, explicit: Mapping[str, Any]) -> Member:
+def load_member(source: ModelDir, explicit: Mapping[str, Any], weights: str = WEIGHTS) -> Member:
     """The model of a folder as its `model.json` describes it; `explicit` keys of `[predict]` override its recipe's.
 
-    Raises DataError when the folder does not rebuild a model.
+    `weights` is the file of the folder that holds them. Raises DataError when the folder does not rebuild a model.
     """
     try:
         settings = Settings.model_validate(source.info["settings"])
@@ -95,7 +95,7 @@ def load_member(source: ModelDir, explicit: Mapping[str, Any]) -> Member:
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update=dict(explicit))})
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, len(source.info["classes"]))
-    load_exactly(network, source.path / WEIGHTS)
+    load_exactly(network, source.path / weights)
     runtime = runtime_for_prediction(settings, source.info["precision"], explicit.get("device", "auto"))
     return Member(source, settings, runtime.place(network).eval(), runtime)
 

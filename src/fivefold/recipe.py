@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fivefold.sections import Compare, Ensemble, Evaluate, Section, Spec
+from fivefold.sections import Compare, Ensemble, Evaluate, Export, Section, Spec
 
 
 class Data(Section):
@@ -256,7 +256,7 @@ class Settings(Section):
     recipe: str = Field("", description="a shipped recipe's name, or the path of a .toml or .json file")
     system: str = Field("", description="name of the models made of this recipe; empty: the recipe's name")
     seed: int = Field(42, ge=0, description="of weights, order and augmentation")
-    fold: int | None = Field(None, ge=0, description="the fold to train; FOLD or JOB_COMPLETION_INDEX")
+    fold: int | None = Field(None, ge=0, description="the fold to train (or to export); FOLD or JOB_COMPLETION_INDEX")
     stage: str = Field("", description="the stage, where no argument names it")
     run: str = Field("", description="the run's name, the title of its report")
     data: Data = Data()
@@ -269,6 +269,7 @@ class Settings(Section):
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
     distill: Distill = Distill()
+    export: Export = Export()
 
     def student(self) -> "Settings":
         """The same settings with `[distill.model]` and `[distill.train]` laid over `[model]` and `[train]`."""

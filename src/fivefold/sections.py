@@ -1,5 +1,5 @@
-"""What every section of a recipe is, and those that speak of what is trained already: `[ensemble]`, `[evaluate]`,
-`[compare]`.
+"""What every section of a recipe is, and those that speak of what is trained already: `[ensemble]`, `[export]`,
+`[evaluate]`, `[compare]`.
 
 The others stand in `recipe.py`, which is the door to all of them.
 """
@@ -64,6 +64,20 @@ class Ensemble(Section):
             raise ValueError(f"number_column and answer_column are both {self.number_column!r}; name two columns")
         if self.number_column and not self.answer_column:
             raise ValueError(f"number_column={self.number_column!r} needs answer_column, the column of the classes")
+        return self
+
+
+class Export(Section):
+    format: str = Field("onnx", description="onnx (a graph with all its members), or pth (the state dict of one)")
+    file: str = Field("", description="file name; empty: model.onnx, model.pth")
+    weights: Literal["best", "raw"] = Field(
+        "best", description="best: those that predict (averaged, where train.ema_decay is on); raw: the others"
+    )
+
+    @model_validator(mode="after")
+    def _a_name_alone(self) -> "Export":
+        if set(self.file) & set("/\\") or self.file.startswith("."):
+            raise ValueError(f"file={self.file!r} is not the name of a file in the output's folder")
         return self
 
 

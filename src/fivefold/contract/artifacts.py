@@ -28,6 +28,7 @@ TARBALLS = ("model.tar.gz", "output.tar.gz")
 KEYED_FILES = {
     "folds": (FOLDS, CLASSES),
     "model": (WEIGHTS, MODEL, OOF, HOLDOUT, TRAIN_LOG),
+    "ensemble": (ENSEMBLE,),
 }
 """Of these channels only these files make a key: the folder around them may hold more."""
 

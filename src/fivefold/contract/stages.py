@@ -15,6 +15,7 @@ CURVES = "training_curves.png"
 EXAMPLES = "validation_examples.png"
 PREDICTIONS = "predictions.parquet"
 ENSEMBLE = "ensemble.json"
+EXPORT = "export.json"
 EACH = "csv"
 OUTPUT = "output.csv"
 METRICS = "metrics.json"
@@ -115,6 +116,15 @@ STAGES = {
             sections=("data", "predict"),
             always=True,
             by_argument=True,
+        ),
+        Stage(
+            name="export",
+            module="jobs.export",
+            summary="a student, a fold or an ensemble as one ONNX or .pth file",
+            channels=("model",),
+            optional=("ensemble",),
+            hashed=("model", "ensemble"),
+            sections=("fold", "predict", "export"),
         ),
         Stage(
             name="distill",

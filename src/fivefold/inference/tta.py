@@ -115,7 +115,7 @@ def _rotated(images: Tensor, degrees: float, black: Tensor | float) -> Tensor:
     y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     from_x, from_y = x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
-    grid = torch.stack([from_x * 2 / width, from_y * 2 / height], dim=-1).expand(len(images), -1, -1, -1)
+    grid = torch.stack([from_x * 2 / width, from_y * 2 / height], dim=-1).expand(images.shape[0], -1, -1, -1)
     return F.grid_sample(images - black, grid, align_corners=False) + black
 
 

@@ -1,0 +1,262 @@
+"""Trained models as one file that other programs read: ONNX, or a plain PyTorch state dict.
+
+The ONNX graph is the whole prediction but for reading and resizing an image: it normalises, sees
+each view, averages views and members, and applies the temperature. It is not written unless
+onnxruntime gives the same probabilities as the networks do.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fivefold.data.meta import count_numbers
+from fivefold.errors import DataError, FivefoldError, SettingsError
+from fivefold.extras import need
+from fivefold.inference.tta import View, build_views
+from fivefold.members import Member
+
+log = logging.getLogger("fivefold")
+MOST_BYTES = 2_000_000_000
+"""A file of protobuf, which ONNX is, holds no more than 2 GiB."""
+TOLERANCE = 1e-4
+"""How far a probability of onnxruntime may be from the networks'."""
+CHECKED_IMAGES = 5
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Members with a convex weight each, and the temperature of their mean; a single model is an ensemble of one."""
+
+    members: Sequence[Member]
+    weights: Sequence[float]
+    temperature: float = 1.0
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.members[0].source.info["classes"])
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(height, width) of the images that it takes."""
+        return self.members[0].settings.model.size
+
+    @property
+    def meta(self) -> list[str]:
+        """The meta features that it takes beside images."""
+        return next((m.settings.model.meta for m in self.members if m.settings.model.meta), [])
+
+    def check(self) -> None:
+        """Raises a SettingsError unless one graph can be made of it: one size, one way to get there, the same numbers."""
+        for other in self.members[1:]:
+            first = self.members[0]
+            for what, a, b in (
+                ("sizes", first.settings.model.size, other.settings.model.size),
+                ("augment.eval", first.settings.augment.eval, other.settings.augment.eval),
+            ):
+                if a != b:
+                    raise SettingsError(
+                        f"{first.source.name} and {other.source.name} take images of different {what} ({a}, {b}), "
+                        "and an exported file takes one: export each system by itself"
+                    )
+            if other.settings.model.meta not in ([], self.meta):
+                raise SettingsError(
+                    f"{other.source.name} takes other meta features than {first.source.name}: export each by itself"
+                )
+
+
+class Seen(nn.Module):
+    """Images [B, 3, H, W] in 0..255 to one member's mean probability over its views [B, C]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, member: Member) -> None:
+        super().__init__()
+        self.network = for_tracing(member.network.float().cpu().to(memory_format=torch.contiguous_format))
+        self.register_buffer("mean", member.runtime.mean.cpu())
+        self.register_buffer("std", member.runtime.std.cpu())
+        self.views: list[View] = build_views(member.settings.predict.views, black=-self.mean / self.std)
+        self.takes_meta = bool(member.settings.model.meta)
+
+    def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
+        normalised = (images - self.mean) / self.std
+        company = (meta,) if self.takes_meta else ()
+        probabilities = [self.network(view(normalised), *company).softmax(dim=1) for view in self.views]
+        return torch.stack(probabilities).mean(dim=0)
+
+
+class Blended(nn.Module):
+    """Images float [B, 3, H, W] in 0..255, and meta features [B, M] where members take them, to probabilities [B, C]."""
+
+    weights: Tensor
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(Seen(member) for member in ensemble.members)
+        self.register_buffer("weights", torch.tensor(list(ensemble.weights), dtype=torch.float32))
+        self.temperature = ensemble.temperature
+
+    def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
+        each = torch.stack([member(images, meta) for member in self.members], dim=-1)
+        mean = (each * self.weights).sum(dim=-1)
+        if self.temperature == 1:
+            return mean
+        return (mean.clamp_min(torch.finfo(mean.dtype).tiny).log() / self.temperature).softmax(dim=1)
+
+
+def for_tracing(network: nn.Module) -> nn.Module:
+    """The network with activations that a graph can hold: efficientnet_pytorch's Swish is an autograd function else."""
+    for module in network.modules():
+        if hasattr(module, "set_swish"):
+            module.set_swish(memory_efficient=False)
+    return network.eval()
+
+
+def describe(ensemble: Ensemble) -> dict[str, Any]:
+    """What a user of the file must know: classes in their order, the image's size and making, views, members."""
+    first = ensemble.members[0].settings
+    return {
+        "classes": ensemble.classes,
+        "height": ensemble.size[0],
+        "width": ensemble.size[1],
+        "meta": ensemble.meta,
+        "transform": first.augment.eval,
+        "mean": first.model.mean,
+        "std": first.model.std,
+        "views": first.predict.views,
+        "temperature": ensemble.temperature,
+        "members": [
+            {"name": member.source.name, "weight": float(weight)}
+            for member, weight in zip(ensemble.members, ensemble.weights, strict=True)
+        ],
+    }
+
+
+def write_onnx(path: Path, ensemble: Ensemble) -> None:
+    """Writes one graph: `images` float [N, 3, H, W] in 0..255, RGB (and `meta` float [N, M]) to `probabilities` [N, C].
+
+    N is free. The metadata hold `describe`, each value as JSON. Raises a FivefoldError when
+    onnxruntime disagrees with the networks, a SettingsError for what ONNX cannot hold.
+    """
+    need(["onnx", "onnxscript", "onnxruntime"], "export", "export.format=onnx")
+    ensemble.check()
+    blended = Blended(ensemble).eval()
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in blended.state_dict().values())
+    if weights > MOST_BYTES:
+        raise SettingsError(
+            f"the {len(ensemble.members)} networks hold {weights / 1e9:.1f} GB, and an ONNX file at most "
+            f"{MOST_BYTES / 1e9:.0f} GB: export one fold (FOLD=0), or a student"
+        )
+    program = _traced(blended, _inputs(ensemble, 2))
+    for key, value in describe(ensemble).items():
+        program.model.metadata_props[key] = json.dumps(value, ensure_ascii=False)
+    program.save(path, external_data=False)
+    difference = _largest_difference(path, blended, _inputs(ensemble, CHECKED_IMAGES))
+    if not difference <= TOLERANCE:
+        raise FivefoldError(
+            f"onnxruntime gives probabilities that are {difference:.2g} from the networks' (at most {TOLERANCE:g} is "
+            "allowed), so the ONNX file was not kept; format=pth holds the same weights without a graph"
+        )
+    log.info("onnxruntime agrees on %d random images: at most %.1e apart", CHECKED_IMAGES, difference)
+
+
+def write_pth(path: Path, ensemble: Ensemble) -> None:
+    """Writes the state dict of one network, which `torch.load(…, weights_only=True)` reads without any code."""
+    if len(ensemble.members) > 1:
+        raise SettingsError(
+            f"format=pth holds one network, and there are {len(ensemble.members)}: give the model dir of one, or FOLD=0"
+        )
+    state = {name: tensor.contiguous().cpu() for name, tensor in ensemble.members[0].network.state_dict().items()}
+    with open(path, "wb") as file:  # by its handle: a path's name would go into the file
+        torch.save(state, file)
+
+
+def _inputs(ensemble: Ensemble, images: int) -> tuple[Tensor, ...]:
+    """Random images and numbers, the same each time."""
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, 3, *ensemble.size), generator=random).float()
+    numbers = torch.rand(images, count_numbers(ensemble.meta), generator=random)
+    return (pixels, numbers) if ensemble.meta else (pixels,)
+
+
+def _traced(blended: Blended, inputs: tuple[Tensor, ...]) -> torch.onnx.ONNXProgram:
+    """The graph of `blended` with a free number of images, without the places in code that each node came from."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    # Named once: the second input has as many rows, which the tracing finds out by itself.
+    counts = {"images": {0: torch.export.Dim("N")}, "meta": {0: torch.export.Dim.AUTO}}
+    names = ["images", "meta"][: len(inputs)]
+    try:
+        program = torch.onnx.export(
+            blended,
+            inputs,
+            input_names=names,
+            output_names=["probabilities"],
+            dynamic_shapes={name: counts[name] for name in names},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise SettingsError(f"this network cannot be written as ONNX ({reason[0]}); format=pth can") from error
+    assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)
+    return program
+
+
+def _largest_difference(path: Path, blended: Blended, inputs: tuple[Tensor, ...]) -> float:
+    """Between the file's probabilities by onnxruntime and the networks' own; NaN where either is not finite."""
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [given.name for given in session.get_inputs()]
+        (found,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
+    except Exception as error:  # onnxruntime's own have no class in common
+        raise FivefoldError(f"onnxruntime does not run the ONNX file, so it was not kept: {error}") from error
+    with torch.inference_mode():
+        expected = blended(*inputs).numpy()
+    return float(np.abs(found - expected).max())
+
+
+def equal_systems(systems: Sequence[str]) -> list[float]:
+    """A weight for each model, whose systems are `systems` [members]: systems count the same, and models within one."""
+    return [1 / len(set(systems)) / list(systems).count(system) for system in systems]
+
+
+def read_blend(content: Any, names: Sequence[str], where: str) -> tuple[list[float], float]:
+    """The weight of each model of `names` [members], and the temperature, as an `ensemble.json` has them.
+
+    Raises DataError when it speaks of other models, SettingsError when its blend is no mean of
+    probabilities.
+    """
+    try:
+        weights = {str(member["model"]): float(member["weight"]) for member in content["members"]}
+        blends = {key: str(content.get(key, "mean")) for key in ("blend", "within")}
+        temperature = float(content["temperature"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where} does not say which models are blended, with which weights: {error!r}") from error
+    for key, blend in blends.items():
+        if blend not in MEANS:
+            raise SettingsError(f"{where}: {key}={blend} is no mean of probabilities, and a graph holds nothing else")
+    if set(weights) != set(names):
+        raise DataError(f"{where} blends {', '.join(sorted(weights))}; the models are {', '.join(sorted(names))}")
+    return [weights[name] for name in names], temperature
+
+
+MEANS = ("mean", "weighted", "fitted", "greedy", "greedy_accuracy")
+"""Blends that are convex sums of probabilities."""
+
+FORMATS: dict[str, tuple[str, Callable[[Path, Ensemble], None]]] = {
+    "onnx": ("model.onnx", write_onnx),
+    "pth": ("model.pth", write_pth),
+}
+"""Each format with the name that its file has by default."""

@@ -1,0 +1,280 @@
+"""Exported files against the pipeline's own predictions of the same images, and what is not exported."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fivefold.assemble import build_classifier, runtime_of, seed_everything
+from fivefold.contract.artifacts import model_at
+from fivefold.contract.files import atomic, write_json
+from fivefold.data.meta import measure
+from fivefold.data.store import open_store
+from fivefold.errors import FivefoldError
+from fivefold.evaluation.calibration import apply_temperature
+from fivefold.exporting import Ensemble, write_onnx
+from fivefold.inference.blends import arithmetic
+from fivefold.members import load_member, save_member
+from fivefold.recipe import Augment, Model, Predict, Settings, Train
+from fivefold.training.loop import Best
+from jobs.__main__ import run
+
+CLASSES = ["fold", "id", "빨강 차"]
+SIZE = (10, 12)
+NET = Model(backbone="fivefold/small_net", options={"widths": [8, 16], "stem": 8}, image_size=list(SIZE), mean=[0.5, 0.4, 0.3])  # fmt: skip
+
+
+def save(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **changes) -> Path:
+    """A model dir as a stage leaves it, with weights that were drawn and averages of no layer at its start."""
+    settings = Settings(
+        system=system,
+        seed=seed,
+        model=NET.model_copy(update=changes.get("model", {})),
+        augment=Augment(train=[], eval=changes.get("eval", ["resize"])),
+        train=Train(precision="fp32", channels_last=True, ema_decay=0.9, keep_raw=True, workers=0),
+        predict=Predict(batch_size=4, views=changes.get("views", ["plain"])),
+    )
+    best = {}
+    for name in ("ema", "raw"):
+        seed_everything(100 * seed + 10 * (fold or 0) + (name == "raw"))
+        network = build_classifier(settings.model, len(CLASSES))
+        network.train()(torch.randn(16, 3, *settings.model.size), *([torch.rand(16, 4)] if settings.model.meta else []))
+        with torch.no_grad():
+            for parameter in network.head.parameters():
+                parameter.mul_(20)  # probabilities that are not all alike
+        best[name] = Best("logloss", 1, {"logloss": 1.0}, network.state_dict())
+    facts = {"fold": fold, "folds": 2, "classes": CLASSES, "split": "x"}
+    save_member(folder, "student" if fold is None else "fold", best, settings, runtime_of(settings), facts)
+    write_json(folder / "stage.json", {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Seven images at the size that the models take."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(7):
+        Image.fromarray(random.integers(0, 256, (*SIZE, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Two systems of two folds, and a student."""
+    root = tmp_path_factory.mktemp("world")
+    for fold in range(2):
+        save(root / "folds" / f"a{fold}", fold, views=["flip", {"name": "rotate", "degrees": 20}])
+        save(root / "folds" / f"b{fold}", fold, seed=2, system="b")
+    save(root / "student", None)
+    return root
+
+
+def export(model: Path, output: Path, *arguments: str, **environment: str) -> int:
+    variables = {"SM_CHANNEL_MODEL": str(model), "SM_OUTPUT_DATA_DIR": str(output), "SM_OUTPUT_DIR": str(output)}
+    return run("export", arguments, {**variables, **environment})
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+
+
+def by_onnx(path: Path, folder: Path, **more: np.ndarray) -> np.ndarray:
+    """The file's probabilities [N, C] of all images at once, after those of each one alone gave the same."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    given = {"images": pixels(folder).transpose(0, 3, 1, 2).astype(np.float32), **more}
+    (found,) = session.run(["probabilities"], given)
+    alone = [session.run(None, {name: value[n : n + 1] for name, value in given.items()})[0] for n in range(len(found))]
+    np.testing.assert_allclose(np.concatenate(alone), found, atol=1e-6)
+    return found
+
+
+def by_pipeline(models: list[Path], folder: Path, weights: list[float]) -> np.ndarray:
+    """The blended log-probabilities [N, C], by the code of the ensemble stage."""
+    names = sorted(path.name for path in folder.iterdir())
+    members = [load_member(model_at(path), {}) for path in models]
+    return arithmetic([member.predict(open_store(folder), names, "test") for member in members], np.array(weights))
+
+
+def test_an_ensemble_is_one_graph_with_its_weights_views_and_temperature(world, images, tmp_path):
+    weights = {"a": 0.7, "b": 0.3}
+    members = [
+        {"system": system, "model": f"fold {fold} of {system}, seed {seed}", "weight": weight / 2}
+        for (system, weight), seed in zip(weights.items(), (1, 2), strict=True)
+        for fold in range(2)
+    ]
+    write_json(tmp_path / "given" / "ensemble.json", {"members": members, "weights": weights, "temperature": 1.7})
+    given = {"SM_CHANNEL_ENSEMBLE": str(tmp_path / "given")}
+    assert export(world / "folds", tmp_path / "out", **given) == 0
+    found = by_onnx(tmp_path / "out" / "model.onnx", images)
+    models = sorted((world / "folds").iterdir())
+    log_probs = by_pipeline(models, images, [member["weight"] for member in members])
+    np.testing.assert_allclose(found, np.exp(apply_temperature(log_probs, 1.7)), atol=1e-5)
+    assert np.abs(found - np.exp(log_probs)).max() > 0.01  # the temperature does something
+    assert found.std(axis=0).max() > 0.01  # and so do the images
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    described = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert {key: described[key] for key in metadata} == metadata
+    assert (metadata["classes"], metadata["height"], metadata["width"]) == (CLASSES, *SIZE)
+    assert [member["weight"] for member in metadata["members"]] == [pytest.approx(m["weight"]) for m in members]
+    assert (metadata["temperature"], metadata["mean"]) == (1.7, [0.5, 0.4, 0.3])
+    assert (session.get_inputs()[0].shape, session.get_inputs()[0].type) == (["N", 3, *SIZE], "tensor(float)")
+    assert str(Path.cwd()).encode() not in (tmp_path / "out" / "model.onnx").read_bytes()
+
+
+def test_without_its_record_all_systems_count_the_same(world, images, tmp_path):
+    assert export(world / "folds", tmp_path, "predict.views=plain") == 0
+    models = [load_member(model_at(path), {"views": ["plain"]}) for path in sorted((world / "folds").iterdir())]
+    names = sorted(path.name for path in images.iterdir())
+    each = [np.exp(member.predict(open_store(images), names, "test")) for member in models]
+    np.testing.assert_allclose(by_onnx(tmp_path / "model.onnx", images), np.mean(each, axis=0), atol=1e-5)
+
+
+def test_meta_features_are_a_second_input(images, tmp_path):
+    folder = save(tmp_path / "model", None, model={"meta": ["aspect", "color_mean"]})
+    assert export(folder, tmp_path / "out") == 0
+    meta = np.stack([measure(one, ["aspect", "color_mean"]) for one in pixels(images)])
+    found = by_onnx(tmp_path / "out" / "model.onnx", images, meta=meta)
+    np.testing.assert_allclose(found, np.exp(by_pipeline([folder], images, [1.0])), atol=1e-5)
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["meta"] == ["aspect", "color_mean"]
+
+
+def test_a_state_dict_is_plain_and_under_the_name_that_is_asked_for(world, images, tmp_path):
+    names = {"best": "best_model_ema.pth", "raw": "best_model.pth"}
+    for weights, name in names.items():
+        arguments = ["export.format=pth", f"export.file={name}", f"export.weights={weights}", "FOLD=1"]
+        folder = world / "folds" / "a1"
+        assert export(folder, tmp_path, *arguments) == 0
+        network = build_classifier(load_member(model_at(folder), {}).settings.model, len(CLASSES))
+        network.load_state_dict(torch.load(tmp_path / name, weights_only=True))
+        inputs = torch.rand(2, 3, *SIZE)
+        file = {"best": "model.safetensors", "raw": "model_raw.safetensors"}[weights]
+        expected = load_member(model_at(folder), {}, file).network
+        torch.testing.assert_close(network.eval()(inputs), expected(inputs))
+    assert (tmp_path / names["best"]).read_bytes() != (tmp_path / names["raw"]).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["onnx", "pth"])
+def test_the_same_model_gives_the_same_bytes(form, world, tmp_path):
+    for folder in ("one", "two"):
+        assert export(world / "student", tmp_path / folder, f"export.format={form}", "export.file=x") == 0
+    assert (tmp_path / "one" / "x").read_bytes() == (tmp_path / "two" / "x").read_bytes()
+
+
+def spoilt(world: Path, folder: Path, what: str) -> dict[str, str]:
+    """The channels of a case that cannot be exported."""
+    models, blend = folder / "models", folder / "blend"
+    shutil.copytree(world / "folds", models, ignore=lambda _, names: [name for name in names if name.startswith("b")])
+    members = [{"model": f"fold {fold} of a, seed 1", "weight": 1 / 2} for fold in range(2)]
+    content = {"members": members, "temperature": 1.0}
+    if what == "size":
+        for fold in range(2):
+            save(models / f"b{fold}", fold, seed=2, system="b", model={"image_size": 16})
+    elif what == "eval":
+        for fold in range(2):
+            save(models / f"b{fold}", fold, seed=2, system="b", eval=["centre_crop"])
+    elif what == "meta":
+        for fold in range(2):
+            save(models / f"b{fold}", fold, seed=2, system="b", model={"meta": ["color_mean", "aspect"]})
+            save(models / f"c{fold}", fold, seed=2, system="c", model={"meta": ["aspect", "color_mean"]})
+    elif what == "incomplete":
+        save(models / "b0", 0, seed=2, system="b")
+    elif what == "students":
+        shutil.rmtree(models)
+        save(models / "one", None, seed=1)
+        save(models / "two", None, seed=2)
+    elif what == "no raw weights":
+        (models / "a1" / "model_raw.safetensors").unlink()
+    elif what == "strangers":
+        members[0]["model"] = "file other.csv"
+    elif what == "rank":
+        content["blend"] = "rank"
+    elif what == "no members":
+        content.pop("members")
+    write_json(blend / "ensemble.json", content)
+    with_blend = what in ("strangers", "rank", "no members")
+    return {"SM_CHANNEL_MODEL": str(models)} | ({"SM_CHANNEL_ENSEMBLE": str(blend)} if with_blend else {})
+
+
+@pytest.mark.parametrize(
+    ("what", "arguments", "code", "message"),
+    [
+        ("", ["export.format=onyx"], 64, "unknown format 'onyx'; did you mean 'onnx'?"),
+        ("", ["export.file=../model.onnx"], 64, "not the name of a file"),
+        ("", ["export.format=pth"], 64, "format=pth holds one network, and there are 2"),
+        ("", ["FOLD=2"], 64, "FOLD=2: no model below the channel 'model'"),
+        ("size", [], 64, "take images of different sizes ((10, 12), (16, 16))"),
+        ("size", ["FOLD=1"], 64, "FOLD=1: 2 models (fold 1 of a, seed 1, fold 1 of b, seed 2)"),
+        ("eval", [], 64, "different augment.eval"),
+        ("meta", [], 64, "takes other meta features"),
+        ("incomplete", [], 65, "system 'b' with seed 2 lacks fold 1 of 2"),
+        ("students", [], 65, "give the model dir of one student"),
+        ("no raw weights", ["export.weights=raw"], 66, "model_raw.safetensors"),
+        ("strangers", [], 65, "blends file other.csv, fold 1 of a"),
+        ("rank", [], 64, "blend=rank is no mean of probabilities"),
+        ("no members", [], 65, "does not say which models are blended"),
+        ("", ["predict.views=flop"], 64, "did you mean 'flip'"),
+    ],
+)
+def test_what_cannot_be_exported_is_told_and_leaves_nothing(what, arguments, code, message, world, tmp_path):
+    output = tmp_path / "out"
+    channels = spoilt(world, tmp_path, what)
+    assert export(tmp_path, output, *arguments, **channels) == code
+    assert message in (output / "failure").read_text()[:1024]
+    assert [path.name for path in output.iterdir()] == ["failure"]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_an_absent_package_names_the_extra_and_pth_needs_none(package, world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as Python itself marks a module that cannot be imported
+    assert export(world / "student", tmp_path / "onnx") == 64
+    assert f"export.format=onnx needs {package}, " in (tmp_path / "onnx" / "failure").read_text()
+    assert "'fivefold[export]'" in (tmp_path / "onnx" / "failure").read_text()
+    assert export(world / "student", tmp_path / "pth", "export.format=pth") == 0
+
+
+class Drifting(nn.Module):
+    """A network that gives something else at each call, which a graph cannot."""
+
+    calls = count(1)
+
+    def forward(self, images):
+        return images.mean(dim=(2, 3)) * 0 + images.new_tensor([next(self.calls), 0.0, 0.0])
+
+
+def test_a_graph_that_disagrees_with_the_networks_is_not_kept(world, tmp_path):
+    member = load_member(model_at(world / "student"), {"views": ["plain"]})
+    ensemble = Ensemble([replace(member, network=Drifting())], [1.0])
+    with pytest.raises(FivefoldError, match=r"from the networks' \(at most 0.0001 is allowed\)") as caught:
+        with atomic(tmp_path / "model.onnx") as temporary:
+            write_onnx(temporary, ensemble)
+    assert caught.value.exit_code == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [
+        ("timm/resnet18", 64),
+        ("timm/caformer_s18", 64),
+        ("timm/efficientnet_b0", 64),
+        ("torchvision/convnext_tiny", 64),
+        ("torchvision/vgg11_bn", 64),
+        ("efficientnet_pytorch/efficientnet-b0", 64),
+    ],
+)
+def test_the_families_can_be_exported(backbone, size, tmp_path):
+    model = {"backbone": backbone, "options": {}, "image_size": size, "pretrained": False}
+    folder = save(tmp_path / "model", None, model=model, views=["plain", "five_crops"])
+    assert export(folder, tmp_path / "out") == 0
