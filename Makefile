@@ -12,13 +12,16 @@ FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
 FOR_ALL := $(VENV)/.set-up-all-$(call content,docker/requirements.txt requirements.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lock clean
+.PHONY: help demo systems test test-slow check lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(FOR_RUNS) ## split, train, ensemble, evaluate and distil real images; DEMO_ARGS="train.epochs=3"
 	@$(BIN)/python -m jobs demo $(DEMO_ARGS)
+
+systems: $(FOR_RUNS) ## the five reference systems end to end, made small, on drawn images; SYSTEMS="mask_profile"
+	@$(BIN)/python tests/systems $(SYSTEMS)
 
 test: check ## ruff, the import rules, and the tests; PYTEST_ARGS="tests/data -x"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

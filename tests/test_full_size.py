@@ -1,4 +1,4 @@
-"""The reference systems' networks at their full size: built, and trained for one step of two images on this machine."""
+"""The reference systems at their full size: each recipe's own network, trained for one step of two images on this machine."""
 
 import numpy as np
 import pytest
@@ -7,65 +7,50 @@ from PIL import Image
 
 from fivefold.assemble import build_classifier, build_loop, images_at, one_hot, runtime_of, seed_everything
 from fivefold.data.store import open_store
-from fivefold.recipe import Augment, Model, Settings, Train
+from fivefold.recipe import Settings
+from fivefold.settings import arguments_layer, load
 from fivefold.training.loop import TrainRows, fit
 
-MASK = {"mean": [0.548, 0.504, 0.479], "std": [0.237, 0.247, 0.246]}
 SYSTEMS = {
-    "car_efficientnet_b5": (
-        396,
-        Model(
-            backbone="timm/efficientnet_b5",
-            head={"name": "mlp", "hidden": 512, "norm": "batch", "dropout": 0.3},
-            meta=["color_mean", "aspect"],
-            image_size=384,
-        ),
-    ),
-    "car_convnext_tiny": (
-        396,
-        Model(
-            backbone="torchvision/convnext_tiny",
-            options={"bare": True},
-            head={"name": "convnext", "dropout": 0.3},
-            image_size=224,
-        ),
-    ),
-    "sketch_caformer": (500, Model(backbone="timm/caformer_b36.sail_in22k", drop_path=0.1, image_size=224)),
-    "product_image_type": (
-        4,
-        Model(
-            backbone="torchvision/efficientnet_b0",
-            options={"bare": True},
-            head={"name": "mlp", "hidden": 640, "norm": "layer", "before": 0.3, "dropout": 0.3},
-            image_size=256,
-        ),
-    ),
-    "mask_profile": (6, Model(backbone="efficientnet_pytorch/efficientnet-b3", image_size=[512, 384], **MASK)),
+    "car_efficientnet_b5": 396,
+    "car_efficientnet_b5:d": 396,
+    "car_convnext_tiny": 396,
+    "sketch_caformer": 500,
+    "product_image_type": 4,
+    "mask_profile": 18,
+    "mask_profile:mask_gender": 6,
+    "mask_profile:age": 3,
 }
+"""Recipes with the number of classes that their models know."""
+
+
+def full_recipe(name: str) -> Settings:
+    """All that the recipe says but for the hub, and a single step: two images, one epoch, float32 or bf16 on this CPU."""
+    own = ["model.pretrained=false", "train.epochs=1", "train.batch_size=2", "train.device=cpu", "train.workers=0"]
+    return load([arguments_layer([f"recipe={name}", *own])])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_full_size_network_takes_a_training_step(name, tmp_path):
-    classes, model = SYSTEMS[name]
+def test_a_recipe_takes_a_training_step_at_its_full_size(name, tmp_path):
+    settings, classes = full_recipe(name), SYSTEMS[name]
     random = np.random.default_rng(0)
     for number in range(2):
         Image.fromarray(random.integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
-    train = Train(epochs=1, batch_size=2, optimizer="adamw", lr=1e-4, precision="bf16", device="cpu", workers=0)
-    settings = Settings(model=model, augment=Augment(train=["random_resized_crop", "horizontal_flip"]), train=train)
-    seed_everything(0)
-    network = build_classifier(model, classes)
+    seed_everything(settings.seed)
+    network = build_classifier(settings.model, classes)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     runtime = runtime_of(settings)
     images = images_at(open_store(tmp_path), ["0.png", "1.png"], [None, None], settings, training=True)
     rows = TrainRows(images, one_hot(np.array([0, classes - 1]), classes, runtime.device))
     loop = build_loop(name, network, rows, None, settings, runtime, [], select=False, patience=0)
-    after = fit(loop)["raw"].state
+    found = fit(loop)
+    assert set(found) == ({"ema", "raw"} if settings.train.ema_decay else {"raw"})
+    after = found["raw"].state
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
     moved = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
-    assert {part: any(key.startswith(part) for key in moved) for part in ("backbone.", "head.")} == {
-        "backbone.": True,
-        "head.": True,
-    }
-    parameters = [key for key, _ in network.named_parameters()]
-    assert len(moved.intersection(parameters)) > 0.9 * len(parameters)
+    frozen = settings.train.freeze_epochs > 0
+    assert any(key.startswith("head.") for key in moved)
+    assert any(key.startswith("backbone.") for key in moved) == (not frozen)
+    trained = [key for key, _ in network.named_parameters() if not (frozen and key.startswith("backbone."))]
+    assert len(moved.intersection(trained)) > 0.9 * len(trained)

@@ -1,0 +1,113 @@
+"""Small drawn images in the exact layouts of the five reference systems; the same bytes each time.
+
+A class is a colour, so that a network may learn it; what surrounds the images is the originals': Korean
+class names, tables with a byte-order mark, `&` between paths, folders of people, hashed names.
+"""
+
+import csv
+import hashlib
+import zipfile
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fivefold.data.profiles import GENDERS, STEMS, age_class, label_of
+
+COLOURS = ((210, 60, 60), (60, 190, 80), (70, 90, 220), (220, 200, 60))
+CARS = ("1시리즈_F20_2013_2015", "디_올뉴니로_2022_2025", "아반떼_N_2022_2023", "K5_3세대_하이브리드_2020_2022")
+SKETCHES = ("n01443537", "n01608432", "n02119789", "n03291819")
+TYPES = ("full_shot", "care_label", "neck_label", "detail_shot")
+CUTS = (30, 60)
+
+
+def draw_cars(root: Path) -> None:
+    """open.zip: train/<class>/*.jpg (32 images), test/TEST_00000.jpg (8), test.csv, sample_submission.csv, gt.csv."""
+    folder, names = root / "open", [f"TEST_{number:05d}" for number in range(8)]
+    for code, name in enumerate(CARS):
+        for number in range(8):
+            shape = (48, 64) if number % 2 else (64, 56)
+            picture(folder / "train" / name / f"{name}_{number:04d}.jpg", COLOURS[code], shape)
+    for number, name in enumerate(names):
+        picture(folder / "test" / f"{name}.jpg", COLOURS[number % 4], (48, 64))
+    table(folder / "test.csv", ("ID", "img_path"), [(name, f"./test/{name}.jpg") for name in names])
+    table(folder / "gt.csv", ("ID", "label"), [(name, CARS[number % 4]) for number, name in enumerate(names)])
+    columns = sorted(CARS)
+    table(folder / "sample_submission.csv", ("ID", *columns), [(name, *[0] * len(columns)) for name in names])
+    with zipfile.ZipFile(root / "open.zip", "w") as archive:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            archive.write(path, path.relative_to(folder).as_posix())
+
+
+def draw_sketches(root: Path) -> None:
+    """train.csv (class_name,image_path,target) and train/<synset>/sketch_0.JPEG (32); test.csv and test/0.JPEG (8); gt.csv."""
+    rows = []
+    for code, name in enumerate(SKETCHES):
+        for number in range(8):
+            path = f"{name}/sketch_{number}.JPEG"
+            picture(root / "train" / path, COLOURS[code], (72, 64), paper=255)
+            rows.append((name, path, code))
+    table(root / "train.csv", ("class_name", "image_path", "target"), rows)
+    for number in range(8):
+        picture(root / "test" / f"{number}.JPEG", COLOURS[number % 4], (72, 64), paper=255)
+    table(root / "test.csv", ("image_path",), [(f"{number}.JPEG",) for number in range(8)])
+    table(root / "gt.csv", ("image_path", "target"), [(f"{number}.JPEG", number % 4) for number in range(8)])
+
+
+def draw_products(root: Path) -> None:
+    """image_data.csv of 20 products with their images; batch.csv of six images, of which one cannot be read."""
+    columns = {"main_image": 0, "back_image": 0, "text_tag_image": 1, "neck_tag_image": 2, "other": 3}
+    rows = []
+    for number in range(20):
+        cells = []
+        for column, code in columns.items():
+            paths = [f"사진/P{number:03d}/{column}_{n}.jpg" for n in range(2 if column == "other" else 1)]
+            for path in paths:
+                picture(root / "data" / path, COLOURS[code], (60, 50))
+            cells.append(("&" if number % 2 else ",").join(paths))
+        rows.append((f"P{number:03d}", "상의" if number % 2 else "하의", *cells))
+    table(root / "data" / "image_data.csv", ("id", "category_name", *columns), rows)
+    batch = [(f"data/사진/P{number:03d}/main_image_0.jpg", "full_shot") for number in range(5)]
+    (root / "broken.jpg").write_bytes(b"no image")
+    table(root / "batch.csv", ("image_path", "true_class"), [*batch, ("broken.jpg", "full_shot")])
+
+
+def draw_faces(root: Path) -> None:
+    """train/images/<id>_<gender>_<race>_<age>/ of 12 people; eval/images/<sha>.jpg (18) with info.csv; truth/gt.csv."""
+    for number, (gender, age, _) in enumerate(product(GENDERS, (22, 45, 60), range(2))):
+        folder = root / "train" / "images" / f"{number:06d}_{gender}_Asian_{age}"
+        for stem, mask in STEMS.items():
+            picture(folder / f"{stem}.jpg", face(mask, gender, age), (64, 48))
+        (folder / "._mask1.jpg").write_bytes(b"\0")
+    rows = []
+    for mask, gender, age in product(range(3), GENDERS, (25, 40, 65)):
+        name = f"{hashlib.sha1(f'{mask} {gender} {age}'.encode()).hexdigest()}.jpg"
+        picture(root / "eval" / "images" / name, face(mask, gender, age), (64, 48))
+        rows.append((name, label_of(mask, GENDERS.index(gender), age_class(age, CUTS))))
+    table(root / "eval" / "info.csv", ("ImageID", "ans"), [(name, 0) for name, _ in sorted(rows)], marked=False)
+    table(root / "truth" / "gt.csv", ("ImageID", "ans"), sorted(rows), marked=False)
+
+
+def face(mask: int, gender: str, age: int) -> tuple[int, int, int]:
+    """A colour whose red says the mask, whose green the gender and whose blue the age."""
+    return 40 + 90 * mask, 60 + 140 * GENDERS.index(gender), 40 + 90 * age_class(age, CUTS)
+
+
+def picture(path: Path, colour: Sequence[int], shape: tuple[int, int], paper: int = 128) -> None:
+    """A JPEG of `shape` (height, width): a block of the colour on paper, with noise that its path seeds."""
+    random = np.random.default_rng(list("/".join(path.parts[-2:]).encode()))
+    pixels = np.full((*shape, 3), float(paper))
+    top, left = random.integers(2, shape[0] // 4), random.integers(2, shape[1] // 4)
+    pixels[top : top + shape[0] // 2, left : left + shape[1] // 2] = colour
+    pixels += random.normal(0, 20, pixels.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, "JPEG", quality=90)
+
+
+def table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]], marked: bool = True) -> None:
+    """A CSV, behind a byte-order mark if it is `marked`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8-sig" if marked else "utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
