@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from files import problems
-from systems import SYSTEMS, Command, System
 
 from fivefold.launchers.results import in_columns
+from systems import SYSTEMS, Command, System
 
 REPOSITORY = Path(__file__).parents[2]
 LOG = "log.txt"

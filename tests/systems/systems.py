@@ -50,7 +50,13 @@ def submit(recipe: str, *arguments: str) -> Command:
     return job("submit", "platform=local", f"recipe={recipe}", "parallel=2", *arguments)
 
 
-def trained(folder: str, classes: int, epochs: int, rows: int | None = None) -> list[Expected]:
+def export(model: str, folder: str, file: str, *arguments: str) -> Command:
+    """A model's weights as a .pth file in `folder`."""
+    given = {"SM_CHANNEL_MODEL": model, "SM_OUTPUT_DATA_DIR": folder}
+    return job("export", "export.format=pth", f"export.file={file}", *arguments, **given)
+
+
+def trained(folder: str, epochs: int, rows: int | None = None) -> list[Expected]:
     """What a fold's training leaves in `folder`, its model dir and its output."""
     return [
         Expected(f"{folder}/model/model.safetensors", least=10_000),
@@ -102,6 +108,7 @@ def printed(path: Path) -> str:
     return ", ".join(f"{name} {found[name]:.3f}" for name in SCORES[:2])
 
 
+STUDENT = "Student_stage2_fold1_best.pth"
 CAR_COLUMNS = ("ID", *sorted(drawn.CARS))
 
 
@@ -112,6 +119,7 @@ def b5_commands(root: Path) -> Iterator[Command]:
         yield submit(recipe, "train=open.zip", "eval=open.zip", f"run={name}", "stages=split,train-fold,ensemble")
     runs = ",".join(f"runs/{name}" for name in "ABCD")
     yield job("compare", f"compare.runs={runs}", SM_GROUND_TRUTH_DIR="runs/C", SM_OUTPUT_DATA_DIR="compare")
+    yield export("runs/C/distill", "student", STUDENT)
 
 
 B5 = System(
@@ -119,8 +127,8 @@ B5 = System(
     commands=b5_commands,
     files=(
         *split("runs/C", 32),
-        *(each for fold in (0, 1) for each in trained(f"runs/C/fold-{fold}", 4, 2, 16)),
-        *trained("runs/C/distill", 4, 3),
+        *(each for fold in (0, 1) for each in trained(f"runs/C/fold-{fold}", 2, 16)),
+        *trained("runs/C/distill", 3),
         *report("runs/C/evaluate/output", 4),
         *report("runs/C/evaluate-student/output", 4)[:2],
         *(
@@ -131,6 +139,7 @@ B5 = System(
             )
         ),
         Expected("runs/C/ensemble/output/csv/output_car_efficientnet_b5.csv", CAR_COLUMNS, 8),
+        Expected(f"student/{STUDENT}", least=10_000),
         Expected("compare/all_experiments_submission_compare.csv", ("experiment", *CAR_COLUMNS), 4 * 8),
         Expected("compare/comparison.csv", rows=4),
         Expected("compare/model_acc.png", least=2_000),
@@ -144,6 +153,8 @@ B5 = System(
 def convnext_commands(root: Path) -> Iterator[Command]:
     stages = "stages=split,train-fold,ensemble,evaluate"
     yield submit("car_convnext_tiny:smoke", "train=open.zip", "eval=open.zip", "run=convnext", stages)
+    yield export("runs/convnext/fold-0", "best", "best_model_ema.pth")
+    yield export("runs/convnext/fold-0", "raw", "best_model.pth", "export.weights=raw")
 
 
 CONVNEXT = System(
@@ -151,8 +162,10 @@ CONVNEXT = System(
     commands=convnext_commands,
     files=(
         *split("runs/convnext", 32),
-        *(each for fold in (0, 1) for each in trained(f"runs/convnext/fold-{fold}", 4, 2, 16)),
+        *(each for fold in (0, 1) for each in trained(f"runs/convnext/fold-{fold}", 2, 16)),
         *(Expected(f"runs/convnext/fold-{fold}/model/model_raw.safetensors", least=10_000) for fold in (0, 1)),
+        Expected("best/best_model_ema.pth", least=10_000),
+        Expected("raw/best_model.pth", least=10_000),
         *ensemble("runs/convnext/ensemble/output", "convnexttiny_ema_submission.csv", CAR_COLUMNS, 8),
         *report("runs/convnext/evaluate/output", 4),
     ),
@@ -180,7 +193,7 @@ SKETCH = System(
             each
             for run in ("caformer", "resnet101")
             for fold in (0, 1)
-            for each in trained(f"runs/{run}/fold-{fold}", 4, 2, 16)
+            for each in trained(f"runs/{run}/fold-{fold}", 2, 16)
         ),
         *ensemble("runs/caformer/ensemble/output", "output.csv", ANSWERS, 8),
         *ensemble("blend", "output.csv", ANSWERS, 8),
@@ -216,7 +229,7 @@ PRODUCT = System(
         Expected("runs/run_*/split/output/validation_data.csv", PRODUCT_COLUMNS, 12),
         Expected("runs/run_*/split/output/test_data.csv", PRODUCT_COLUMNS, 12),
         Expected("runs/run_*/split/output/data_split_summary.json"),
-        *trained("runs/run_*/fold-0", 4, 3),
+        *trained("runs/run_*/fold-0", 3),
         *report("runs/run_*/evaluate/output", 4),
         Expected("runs/run_*/evaluate/output/wrong_test.csv"),
         Expected("test_result/run_????????_??????_????????/inference_results.csv", RESULTS, 6),
@@ -254,7 +267,7 @@ MASK = System(
         *(Expected(f"model/{name}/output/tensorboard/events.*") for name in ("exp", "exp2")),
         *(Expected(f"model/{name}/output/validation_examples.png", least=2_000) for name in ("exp", "exp2")),
         Expected("model/exp/output/split/folds.parquet", (*FOLDS_TABLE, REST), 84),
-        *(each for run in ("exp", "exp2") for fold in (0, 1) for each in trained(f"runs/{run}/fold-{fold}", 6, 2, 42)),
+        *(each for run in ("exp", "exp2") for fold in (0, 1) for each in trained(f"runs/{run}/fold-{fold}", 2, 42)),
         Expected("output/output.csv", ("ImageID", "ans"), 18),
         *ensemble("product", "output.csv", ("ImageID", "ans"), 18),
         Expected("inference.out", SCORES, 1),
