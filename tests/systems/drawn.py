@@ -42,8 +42,8 @@ def draw_cars(root: Path) -> None:
 
 
 def draw_sketches(root: Path) -> None:
-    """train.csv (class_name,image_path,target) and train/<synset>/sketch_0.JPEG (32); test.csv and test/0.JPEG (8); gt.csv."""
-    rows = []
+    """data/: train.csv (class_name,image_path,target) and train/<synset>/sketch_0.JPEG (32); test.csv and test/0.JPEG (8); gt.csv."""
+    root, rows = root / "data", []
     for code, name in enumerate(SKETCHES):
         for number in range(8):
             path = f"{name}/sketch_{number}.JPEG"

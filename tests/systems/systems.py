@@ -175,11 +175,11 @@ CONVNEXT = System(
 
 def sketch_commands(root: Path) -> Iterator[Command]:
     stages = "stages=split,train-fold,ensemble,evaluate"
-    yield submit("sketch_caformer:smoke", "train=.", "eval=.", "run=caformer", stages)
-    yield submit("sketch_caformer:smoke,resnet101", "train=.", "eval=.", "run=resnet101", stages)
+    yield submit("sketch_caformer:smoke", "train=data", "eval=data", "run=caformer", stages)
+    yield submit("sketch_caformer:smoke,resnet101", "train=data", "eval=data", "run=resnet101", stages)
     runs = "compare.runs=runs/caformer,runs/resnet101"
-    yield job("compare", runs, SM_GROUND_TRUTH_DIR="gt.csv", SM_OUTPUT_DATA_DIR="compare")
-    given = {"SM_CHANNEL_MODEL": "runs", "SM_CHANNEL_EVAL": ".", "SM_OUTPUT_DATA_DIR": "blend"}
+    yield job("compare", runs, SM_GROUND_TRUTH_DIR="data", SM_OUTPUT_DATA_DIR="compare")
+    given = {"SM_CHANNEL_MODEL": "runs", "SM_CHANNEL_EVAL": "data", "SM_OUTPUT_DATA_DIR": "blend"}
     yield job("ensemble", "recipe=sketch_caformer:smoke", **given)
 
 
