@@ -233,7 +233,10 @@ PRODUCT = System(
         *report("runs/run_*/evaluate/output", 4),
         Expected("runs/run_*/evaluate/output/wrong_test.csv"),
         Expected("test_result/run_????????_??????_????????/inference_results.csv", RESULTS, 6),
-        *(Expected(f"parts/wrong_{part}.csv", ("image_path", REST)) for part in ("train", "valid", "test")),
+        *(
+            Expected(f"parts/wrong_{part}.csv", ("id", "path", "true_class", "predicted_class", "confidence"))
+            for part in ("train", "valid", "test")
+        ),
         Expected("parts/inference_results.csv", RESULTS, 120),
         Expected("api.out", RESULTS[:3], 4),
     ),
