@@ -248,8 +248,8 @@ def _loss(settings: Settings, train: TrainRows) -> Loss:
 
 def _mixing(settings: Settings) -> Mixing:
     chosen, epochs = settings.augment, settings.train.epochs
-    if chosen.mix_off_epochs >= epochs:
-        raise SettingsError(f"augment.mix_off_epochs={chosen.mix_off_epochs} leaves none of {epochs} epochs to mix in")
+    if choose(MIXINGS, "mixing", chosen.mix) and chosen.mix_off_epochs >= epochs:
+        log.warning("augment.mix_off_epochs=%d of %d epochs: no image is mixed", chosen.mix_off_epochs, epochs)
     return Mixing(chosen.mix, chosen.mix_alpha, chosen.mix_p, epochs - chosen.mix_off_epochs)
 
 

@@ -68,3 +68,9 @@ def test_after_its_last_epoch_nothing_is_mixed():
     mixing = Mixing("cutmix", alpha=1.0, p=1.0, last=3)
     rows = Rows(IMAGES, TARGETS)
     assert [mixing(rows, epoch, (0, epoch)) is rows for epoch in (1, 3, 4, 9)] == [False, False, True, True]
+
+
+def test_fewer_epochs_than_are_to_go_unmixed_mix_nothing():
+    mixing = Mixing("mixup", alpha=1.0, p=1.0, last=3 - 6)
+    rows = Rows(IMAGES, TARGETS)
+    assert all(mixing(rows, epoch, (0, epoch)) is rows for epoch in (1, 2, 3))

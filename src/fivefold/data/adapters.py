@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from fivefold.arrow import pa
 from fivefold.choose import choose
 from fivefold.data.images import is_image
-from fivefold.data.layouts import TRAIN_FOLDERS, bases, class_level, csvs, levels, stem
+from fivefold.data.layouts import SAMPLE_SUBMISSION, TRAIN_FOLDERS, bases, class_level, csvs, levels, stem
 from fivefold.data.profiles import are_profiles, read_profiles
 from fivefold.data.store import ImageStore
 from fivefold.data.tables import (
@@ -31,7 +31,6 @@ from fivefold.factors import Factors
 
 log = logging.getLogger("fivefold")
 
-SAMPLE_SUBMISSION = "sample_submission"
 NOT_TRAINING = {"test", SAMPLE_SUBMISSION, "submission", "gt", "ground_truth", "valid", "val"}
 
 

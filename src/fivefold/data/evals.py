@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fivefold.data.images import is_image
-from fivefold.data.layouts import EVAL_FOLDERS, IMAGE_FOLDERS, bases, csvs, levels, stem
+from fivefold.data.layouts import EVAL_FOLDERS, IMAGE_FOLDERS, SAMPLE_SUBMISSION, bases, csvs, levels, stem
 from fivefold.data.store import ImageStore, open_store
 from fivefold.data.tables import (
     ANSWER_NAMES,
@@ -27,7 +27,6 @@ from fivefold.errors import DataError
 
 log = logging.getLogger("fivefold")
 
-SAMPLE_SUBMISSION = "sample_submission"
 NOT_EVAL = {"train", SAMPLE_SUBMISSION, "submission", "gt", "ground_truth"}
 
 

@@ -15,6 +15,7 @@ log = logging.getLogger("fivefold")
 TRAIN_FOLDERS = ("train", "training")
 EVAL_FOLDERS = ("test", "eval", "evaluation")
 IMAGE_FOLDERS = ("images",)
+SAMPLE_SUBMISSION = "sample_submission"
 SPLIT_FOLDERS = {*TRAIN_FOLDERS, *EVAL_FOLDERS, "valid", "val", "validation", "unlabeled"}
 DEEPEST = 8
 
