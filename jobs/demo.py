@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from fivefold.contract.files import atomic, read_json, write_json
-from fivefold.machine import count_cores
 from fivefold.progress import track
 from fivefold.settings import normal_key
 from jobs import submit
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{__doc__.strip()}\n\n{submit.usage()}")
         return 0
     write_digits(DATA)
-    own = f"recipe=demo run=demo train={DATA / 'train'} eval={DATA / 'test'} parallel={side_by_side()}"
+    own = f"recipe=demo run=demo train={DATA / 'train'} eval={DATA / 'test'}"
     return submit.main(merged(own.split(), arguments))
 
 
@@ -41,11 +40,6 @@ def merged(own: Sequence[str], given: Sequence[str]) -> list[str]:
     """The demo's own arguments, but for those that the user gives otherwise."""
     keys = {normal_key(text.split("=", 1)[0]) for text in given}
     return [*(text for text in own if text.split("=", 1)[0] not in keys), *given]
-
-
-def side_by_side() -> int:
-    """A fold a core, as the digits' networks are too small to keep several cores busy."""
-    return min(5, count_cores())
 
 
 def write_digits(folder: Path) -> None:

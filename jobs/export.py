@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from fivefold import exporting
 from fivefold.choose import choose
-from fivefold.contract.artifacts import ModelDir, find_models, locate, locate_all
+from fivefold.committee import find_description
+from fivefold.contract.artifacts import ModelDir, find_models, locate
 from fivefold.contract.files import atomic, read_json, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE, EXPORT, RAW_WEIGHTS, WEIGHTS
@@ -56,13 +57,14 @@ def chosen(models: list[ModelDir], fold: int | None) -> list[ModelDir]:
 
 
 def blend_of(job: Job, models: Sequence[ModelDir]) -> tuple[list[float], float]:
-    """The weight of each model and the temperature: of the ensemble channel, or else equal systems at 1."""
-    if job.optional_channel("ensemble") is None:
-        if locate_all(job, "model", ENSEMBLE):
-            log.info("%s below the channel 'model' is not read: give its folder as SM_CHANNEL_ENSEMBLE", ENSEMBLE)
+    """The weight of each model and the temperature: of the ensemble channel or beside the models, else equal systems at 1."""
+    given = job.optional_channel("ensemble") is not None
+    path = locate(job, "ensemble", ENSEMBLE) if given else find_description(job, models)
+    if path is None:
         return exporting.equal_systems([model.system for model in models]), 1.0
-    path = locate(job, "ensemble", ENSEMBLE)
-    return exporting.read_blend(read_json(path), [model.name for model in models], str(path))
+    weights, temperature = exporting.read_blend(read_json(path), [model.name for model in models], str(path))
+    log.info("%d models with the weights and the temperature %.4g of %s", len(models), temperature, path)
+    return weights, temperature
 
 
 def in_words(models: Sequence[ModelDir]) -> str:

@@ -34,7 +34,7 @@ KEYS = {
     "stages": ("", "only these, e.g. split,train-fold; empty: all"),
     "folds": ("", "only these, e.g. 2,4; empty: all. Alone it means their training, and no later stage"),
     "seeds": ("", "train every fold with each of these, e.g. 42,43; the first one teaches the student"),
-    "parallel": ("", "steps side by side; empty: one a GPU"),
+    "parallel": ("", "folds side by side; empty: one a GPU, or one a CPU core as far as memory goes round"),
 }
 
 

@@ -111,9 +111,16 @@ def test_an_ensemble_is_one_graph_with_its_weights_views_and_temperature(world, 
         for (system, weight), seed in zip(weights.items(), (1, 2), strict=True)
         for fold in range(2)
     ]
-    write_json(tmp_path / "given" / "ensemble.json", {"members": members, "weights": weights, "temperature": 1.7})
+    blend = {"members": members, "weights": weights, "temperature": 1.7}
+    write_json(tmp_path / "given" / "ensemble.json", blend)
     given = {"SM_CHANNEL_ENSEMBLE": str(tmp_path / "given")}
     assert export(world / "folds", tmp_path / "out", **given) == 0
+    beside = tmp_path / "beside"
+    shutil.copytree(world / "folds", beside / "models")
+    write_json(beside / "both" / "ensemble.json", blend)
+    write_json(beside / "one" / "ensemble.json", blend | {"members": members[:2]})  # of other models: says nothing
+    assert export(beside, tmp_path / "again") == 0
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
     found = by_onnx(tmp_path / "out" / "model.onnx", images)
     models = sorted((world / "folds").iterdir())
     log_probs = by_pipeline(models, images, [member["weight"] for member in members])

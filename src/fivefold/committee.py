@@ -153,30 +153,45 @@ def seen_as(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
     return part
 
 
-def _description(job: Job, models: Sequence[ModelDir]) -> dict[str, Any] | None:
-    """The `ensemble.json` of the channel that speaks of exactly these models; None where there is none."""
+def find_description(job: Job, models: Sequence[ModelDir]) -> Path | None:
+    """The `ensemble.json` below the channel `model` that blends exactly these models; None where there is none.
+
+    Raises DataError for one that does not say what it blends, and for several that blend otherwise.
+    """
     own = sorted((model.system, model.name) for model in models)
-    found: list[dict[str, Any]] = []
+    found: dict[Path, dict[str, Any]] = {}
     for path in locate_all(job, "model", ENSEMBLE):
         facts = read_json(path)
         try:
             if sorted((member["system"], member["model"]) for member in facts["members"]) == own:
-                kept = {"weights": dict(facts["weights"]), "temperature": float(facts["temperature"])}
-                found.append(kept | {name: str(facts.get(name, "mean")) for name in ("within", "blend")})
+                found[path] = _blend(facts)
         except (TypeError, KeyError, ValueError) as error:
             raise DataError(
                 f"{path} does not describe an ensemble: {error}; write it again, or leave it out"
             ) from error
-    if any(facts != found[0] for facts in found):
+    blends = list(found.values())
+    if any(blend != blends[0] for blend in blends):
         raise DataError(
             f"several {ENSEMBLE} of these models below the channel 'model' ({Path(job.channel('model'))}), with other "
             "weights or temperatures; give the folder of one run"
         )
-    if found and "rank" in (found[0]["within"], found[0]["blend"]):
+    return next(iter(found), None)
+
+
+def _description(job: Job, models: Sequence[ModelDir]) -> dict[str, Any] | None:
+    path = find_description(job, models)
+    blend = _blend(read_json(path)) if path else None
+    if blend and "rank" in (blend["within"], blend["blend"]):
         raise DataError(
             f"{ENSEMBLE} blends by rank, which says nothing of an image alone; blend otherwise, or take a fold"
         )
-    return found[0] if found else None
+    return blend
+
+
+def _blend(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an `ensemble.json` that says how to blend."""
+    kept = {"weights": dict(facts["weights"]), "temperature": float(facts["temperature"])}
+    return kept | {name: str(facts.get(name, "mean")) for name in ("within", "blend")}
 
 
 def _no_transform(image: Any) -> Any:

@@ -3,15 +3,30 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's mallopt(3)."""
 TOP_PAD = 1 << 28
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def count_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, with a container's limit observed."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    used = psutil.Process().memory_info().rss
+    for path in CGROUP_LIMITS:
+        text = path.read_text().strip() if path.is_file() else "max"
+        if text.isdigit():
+            free = min(free, int(text) - used)
+    return max(free, 0)
 
 
 def keep_freed_memory() -> bool:

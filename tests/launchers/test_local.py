@@ -86,6 +86,21 @@ def test_a_step_gets_its_share_of_the_machine() -> None:
     assert local.step_environment(step, {"GOMP_SPINCOUNT": "7"})["GOMP_SPINCOUNT"] == "7"
 
 
+def test_folds_stand_side_by_side_one_a_gpu_or_one_a_core_while_memory_lasts(images: Path, monkeypatch) -> None:
+    plan = plan_of(images, "split", "train-fold", "ensemble")  # of three folds
+    for gpus, cores, memory, expected in (
+        (["0", "1"], 64, 1 << 40, 2),
+        ([], 64, 1 << 40, 3),
+        ([], 1, 1 << 40, 1),
+        ([], 64, 1 << 30, 1),
+        ([], 64, int(2.5 * local.MEMORY_OF_A_FOLD), 2),
+    ):
+        monkeypatch.setattr(local, "count_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(local, "free_memory", lambda memory=memory: memory)
+        assert local.side_by_side(plan, gpus) == expected
+    assert local.side_by_side(plan_of(images, "split"), []) == 1
+
+
 def test_gpus_are_counted_without_torch(tmp_path: Path) -> None:
     assert local.gpus({"CUDA_VISIBLE_DEVICES": "2,5"}) == ["2", "5"]
     assert local.gpus({"CUDA_VISIBLE_DEVICES": "", "PATH": ""}) == []

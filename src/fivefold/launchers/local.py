@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.crew import Crew, Signals
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.status import running_pid
-from fivefold.machine import count_cores
+from fivefold.machine import count_cores, free_memory
 from fivefold.recipe import SECTIONS
 from fivefold.settings import ENVIRONMENT_KEYS
 
@@ -25,10 +25,12 @@ GROUND_TRUTH = "gt.csv"
 EVAL_TABLE = "test.csv"
 NOT_PASSED_ON = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
 PASSED_ON = {"SM_LOG_LEVEL"}
+MEMORY_OF_A_FOLD = 6 << 30
+"""Bytes that a fold on CPU cores is counted with, since its network is not known here; a rough guess, on the safe side."""
 
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
-    """Runs the plan's steps, at most `parallel` at a time (0: one a GPU); the exit code of the first that failed.
+    """Runs the plan's steps, at most `parallel` at a time (0: as `side_by_side` says); the exit code of the first that failed.
 
     130 or 143 after SIGINT or SIGTERM, which are passed on to the steps and waited for.
     """
@@ -37,15 +39,27 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
             raise RetryableError(f"{step.folder} is being written by process {pid}: wait for it, or stop it")
     probe_writable(plan.folder)
     devices = gpus(environ)
-    parallel = parallel or max(1, len(devices))
-    # the same share for every step, however many run just then: another number of threads gives other bits
-    threads = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
+    parallel = parallel or side_by_side(plan, devices)
+    # the same share for every fold, however many run just then: another number of threads gives other bits
+    share = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
 
     def environment(step: Step, gpu: str) -> dict[str, str]:
-        return step_environment(step, environ, gpu, threads)
+        return step_environment(step, environ, gpu, share if step.stage == "train-fold" else 0)
 
     with Signals() as signals:
         return Crew(plan, parallel, devices if parallel > 1 else [], environment).work(signals)
+
+
+def side_by_side(plan: Plan, devices: Sequence[str]) -> int:
+    """A fold a GPU; without one a fold a core, as far as MEMORY_OF_A_FOLD goes round.
+
+    Threads of one fold wait for one another at each of its layers: of a small network on two cores,
+    two folds of one thread did 1.33 times the steps of one fold of two.
+    """
+    if devices:
+        return len(devices)
+    folds = sum(step.stage == "train-fold" for step in plan.steps)
+    return max(1, min(folds, count_cores(), free_memory() // MEMORY_OF_A_FOLD))
 
 
 def step_environment(step: Step, environ: Mapping[str, str], gpu: str = "", threads: int = 0) -> dict[str, str]:

@@ -2,19 +2,17 @@
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import Runtime
+from fivefold.machine import free_memory
 
 MEBIBYTE = 1 << 20
 PROBED_IMAGES = (2, 4)
 """BatchNorm needs two; the difference is what two more images take."""
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -70,15 +68,7 @@ def _saved(probe: nn.Module, size: tuple[int, ...], runtime: Runtime, count: int
 
 def available(device: torch.device) -> int:
     """Bytes that this process may still take on the device, with a container's limit observed."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    used = psutil.Process().memory_info().rss
-    for path in CGROUP_LIMITS:
-        text = path.read_text().strip() if path.is_file() else "max"
-        if text.isdigit():
-            free = min(free, int(text) - used)
-    return max(free, 0)
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def check_fits(found: Estimate, batch_size: int, free: int) -> str:
