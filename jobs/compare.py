@@ -15,11 +15,11 @@ from fivefold import predictions
 from fivefold.contract.artifacts import find_submissions
 from fivefold.contract.files import atomic, read_json, tree_files, write_json, write_text
 from fivefold.contract.job import Job
-from fivefold.contract.stages import COMPARISON, ENSEMBLE, MODEL, OOF
+from fivefold.contract.stages import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
 from fivefold.errors import DataError, MissingInputError
 from fivefold.evaluation import comparison, truth
 from fivefold.evaluation.comparison import Experiment
-from fivefold.inference.submitted import names_classes_alone, read_submitted, system_name
+from fivefold.inference.submitted import has_ids, names_classes_alone, read_submitted, system_name
 from fivefold.predictions import mean_by_id
 from fivefold.recipe import Settings
 from jobs.outcome import Outcome
@@ -30,8 +30,8 @@ STACKED = "all_experiments_submission_compare.csv"
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Compares all that it is given; the tables, pictures and page, and the figures."""
-    experiments = with_tables(found_experiments(job, settings.compare.runs, settings.compare.files))
     file, labels = ground_truth(job)
+    experiments = with_tables(found_experiments(job, settings.compare.runs, settings.compare.files), labels)
     tables = {"test": [each.test_figures(labels, file) if file else None for each in experiments]}
     tables["oof"] = [each.oof_figures() for each in experiments]
     alike, notes = comparison.pairs(experiments)
@@ -106,20 +106,29 @@ def of_run(folder: Path) -> Experiment:
     if not folds and not submissions:
         raise MissingInputError(f"the run {folder} holds neither {ENSEMBLE} nor fold models with {OOF}")
     oof = mean_by_id([predictions.read(path / OOF) for path in folds]) if folds else None
+    file = next(iter(submissions), None)
+    # a submission of classes alone has lost the probabilities, which stand beside it
+    kept = file is not None and names_classes_alone(file) and (file.parent / PREDICTIONS).is_file()
+    table = predictions.read(file.parent / PREDICTIONS) if kept else None
     systems = ", ".join(sorted({str(info["system"]) for info in folds.values()}))
     words = f"{len(folds)} fold models of {systems}" if folds else ""
-    return Experiment(folder.resolve().name, str(folder), next(iter(submissions), None), oof=oof, oof_words=words)
+    return Experiment(folder.resolve().name, str(folder), file, table, fuller=kept, oof=oof, oof_words=words)
 
 
-def with_tables(experiments: Sequence[Experiment]) -> list[Experiment]:
-    """The experiments with their submissions read; those of classes alone know the classes of the others."""
-    read = {each.name: read_submitted(each.file) for each in experiments if each.file is not None}
-    certain = {each.name for each in experiments if each.file is not None and names_classes_alone(each.file)}
+def with_tables(experiments: Sequence[Experiment], labels: Mapping[str, str]) -> list[Experiment]:
+    """The experiments with their submissions read; those of classes alone know the classes of the others.
+
+    A file's rows go by the ids that the tables of runs have, or those of `labels`, where one of its columns does.
+    """
+    read = {each.name: each.table for each in experiments if each.table is not None}
+    ids = next((table.ids.tolist() for table in read.values()), list(labels))
+    files = {each.name: each.file for each in experiments if each.file is not None and each.name not in read}
+    columns = {name: ids if has_ids(file, ids) else None for name, file in files.items()}
+    read |= {name: read_submitted(file, columns[name]) for name, file in files.items()}
+    certain = {name for name, file in files.items() if names_classes_alone(file)}
     known = sorted({name for key, table in read.items() if key not in certain for name in table.classes})
     known = known or sorted({name for table in read.values() for name in table.classes})
-    for each in experiments:
-        if each.name in certain and each.file is not None:
-            read[each.name] = read_submitted(each.file, classes=known)
+    read |= {name: read_submitted(files[name], columns[name], classes=known) for name in certain}
     return [replace(each, table=read.get(each.name), labels_only=each.name in certain) for each in experiments]
 
 

@@ -106,6 +106,30 @@ def test_runs_and_files_side_by_side(world, capsys):
     assert len(record["outputs"]) == 6
 
 
+def test_a_run_whose_submission_lost_the_probabilities_is_scored_by_its_predictions(world, capsys):
+    """A submission of numbers, paths and classes, as the sketches have it; the truth goes by the paths."""
+    paths = [f"{name}.JPEG" for name in IDS]
+    for name, seed, skill in (("A", 1, 3.0), ("B", 2, 1.0)):
+        folder, probs = world / name / "ensemble" / "output", guesses(seed, skill)
+        answers = [[n, path, CLASSES[code]] for n, (path, code) in enumerate(zip(paths, probs.argmax(1), strict=True))]
+        write(folder / "mine.csv", ["ID", "image_path", "target"], answers)
+        ids, unknown = np.array(paths, object), np.full(40, -1, np.int16)
+        predictions.write(
+            folder / "predictions.parquet", Predictions(ids, unknown, "", CLASSES, np.log(probs).astype(np.float32))
+        )
+    labels = [[path, CLASSES[code]] for path, code in zip(paths, CODES, strict=True)]
+    write(world / "gt.csv", ["image_path", "label"], labels[::-1])
+    other = write(world / "other.csv", ["ID", "image_path", "target"], [[n, *row] for n, row in enumerate(labels)])
+    runs = f"compare.runs={world / 'A'},{world / 'B'}"
+    assert compare(world, runs, f"compare.files={other}", GROUND_TRUTH=str(world)) == 0
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    for name, seed, skill in (("A", 1, 3.0), ("B", 2, 1.0)):
+        probs = guesses(seed, skill)
+        assert figures[name]["accuracy"] == pytest.approx(accuracy_score(CODES, probs.argmax(1)))
+        assert figures[name]["logloss"] == pytest.approx(log_loss(CODES, probs), rel=1e-5)
+    assert (figures["other"]["accuracy"], figures["other"]["logloss"]) == (1, None)
+
+
 def test_without_ground_truth_out_of_fold_rows_are_shown(world, capsys):
     for name in "AB":
         (world / name / "ensemble" / "output" / "ensemble.json").unlink()

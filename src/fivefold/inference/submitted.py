@@ -26,6 +26,13 @@ def names_classes_alone(path: Path) -> bool:
     return len([name for name in read_cells(path)[0][1:] if plain_name(name).lower() not in PATH_NAMES]) < 2
 
 
+def has_ids(path: Path, ids: Collection[str]) -> bool:
+    """Whether the first column of a file, or one of its columns of image paths, holds exactly these ids."""
+    header, rows = read_cells(path)
+    places = [0, *(at for at, name in enumerate(header) if plain_name(name).lower() in PATH_NAMES)]
+    return any(len(rows) == len(ids) and {row[at] for row in rows} == set(ids) for at in places)
+
+
 def read_submitted(
     path: Path, ids: Collection[str] | None = None, classes: Sequence[str] = (), same: SameClasses | None = None
 ) -> Predictions:
