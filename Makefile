@@ -6,6 +6,8 @@ PYTEST_ARGS ?= -m "not slow and not docker and not gpu"
 
 VENV := .venv
 BIN := $(VENV)/bin
+# A file of tests a core: most wait for processes, and networks this small do not keep two threads busy.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 content = $(shell cat pyproject.toml $(1) | cksum | cut -d' ' -f1)
 # Set-up leaves a stamp named after the files that it followed: a changed pin sets up again.
 FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
@@ -24,10 +26,10 @@ systems: $(FOR_RUNS) ## the five reference systems end to end, made small, on dr
 	@$(BIN)/python tests/systems $(SYSTEMS)
 
 test: check ## ruff, the import rules, and the tests; PYTEST_ARGS="tests/data -x"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(FOR_ALL) ## the tests that take minutes
-	@$(BIN)/python -m pytest -m "slow and not docker and not gpu"
+	@$(PYTEST) -m "slow and not docker and not gpu"
 
 check: $(FOR_ALL) ## ruff and the import rules alone
 	@$(BIN)/ruff check .

@@ -154,7 +154,7 @@ def probed_as_nobody(folder: Path) -> str:
 
 @ROOT
 def test_another_users_folder_is_refused_with_its_mend(tmp_path: Path):
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     theirs = tmp_path / "theirs"
     theirs.mkdir(0o755)

@@ -212,7 +212,7 @@ def test_a_disk_that_fills_is_worth_retrying(images: Path, tiny_disk: Path, tmp_
 
 @ROOT
 def test_another_users_output_folder_is_refused_at_once(images: Path, tmp_path: Path):
-    for folder in (tmp_path, images, *tmp_path.parents[:2]):
+    for folder in (tmp_path, images, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     out = tmp_path / "out"
     out.mkdir(0o755)
@@ -224,7 +224,7 @@ def test_another_users_output_folder_is_refused_at_once(images: Path, tmp_path: 
 
 @ROOT
 def test_images_that_this_user_may_not_read_are_told_as_such(images: Path, tmp_path: Path):
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     locked, out = tmp_path / "locked", tmp_path / "out"
     (locked / "cat").mkdir(parents=True)
