@@ -24,6 +24,7 @@ BASE = (
     'model.options={"widths": [64, 128, 128], "stem": 32}',
     "model.dropout=0.2",
     "augment.mix=none",
+    "augment.mix_off_epochs=0",
     "train.epochs=8",
     "train.warmup_epochs=1",
     "predict.views=plain",

@@ -85,7 +85,7 @@ def all_read(without: str = "") -> set[str]:
     return found | students | {key for name, keys in properties().items() if name in found for key in keys}
 
 
-def test_every_key_is_read_by_some_code():
+def test_defect_product_every_key_is_read_by_some_code():
     assert every_key() - all_read() - BEFORE == set()
 
 

@@ -65,7 +65,7 @@ def test_labels_are_mask_times_6_plus_gender_times_3_plus_age(tmp_path: Path, pr
     assert Counter(rows.groups.to_pylist()) == dict.fromkeys(PEOPLE.values(), 7)
 
 
-def test_every_combination_is_a_class_of_its_own_within_0_to_17() -> None:
+def test_defect_mask_every_combination_is_a_class_of_its_own_within_0_to_17() -> None:
     factors = profile_factors([30, 60])
     assert sorted(map(int, factors.values)) == list(range(18))
     assert len(set(factors.values.values())) == 18
@@ -154,7 +154,7 @@ def split_by_person(people: int, folds: int, seed: int, parts: tuple[float, ...]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_person_stands_in_two_folds_nor_twice_in_one(seed: int) -> None:
+def test_defect_mask_no_person_stands_in_two_folds_nor_twice_in_one(seed: int) -> None:
     person, fold, _ = split_by_person(60, 5, seed)
     assert all(len(set(fold[person == one])) == 1 for one in range(60))
     assert np.bincount(fold).sum() == 420

@@ -32,7 +32,7 @@ def test_agreement_and_correlation_by_hand():
     np.testing.assert_allclose(correlation([table(FIRST), table(SECOND)]), expected, atol=1e-6)
 
 
-def test_likeness_does_not_hang_on_what_classes_are_called():
+def test_defect_sketch_likeness_does_not_hang_on_what_classes_are_called():
     """Pearson of class indices did: in another order of the classes it says something else of the same predictions."""
     turned = [table(FIRST[:, [1, 0, 2]]), table(SECOND[:, [1, 0, 2]])]
     plain = [table(FIRST), table(SECOND)]

@@ -86,7 +86,7 @@ def test_ranks_by_hand():
     np.testing.assert_allclose(rank([first * 3 - 5, second], equal(2)), rank([first, second], equal(2)))
 
 
-def test_tied_votes_go_to_the_highest_mean_probability_and_not_to_the_smallest_index():
+def test_defect_sketch_tied_votes_go_to_the_highest_mean_probability_and_not_to_the_smallest_index():
     # A vote of class indices gave this row to class 0, which both members together believe in least of the tied.
     tied = [logs([0.5, 0.1, 0.4]), logs([0.0001, 0.0999, 0.9])]
     indices = [int(each.argmax()) for each in tied]

@@ -47,7 +47,7 @@ def test_a_rotation_is_torchvisions_with_black_corners(degrees):
     torch.testing.assert_close(seen("rotate", degrees=degrees)[0], expected, atol=2e-4, rtol=0)
 
 
-def test_a_rotation_says_the_same_twice_where_the_original_drew_its_angle():
+def test_defect_car_convnext_a_rotation_says_the_same_twice_where_the_original_drew_its_angle():
     """The ConvNeXt of the cars took a RandomRotation(15) as a view: no two of its predictions agreed."""
     torch.manual_seed(1)
     first = seen("rotate", degrees=15)[0]

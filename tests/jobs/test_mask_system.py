@@ -126,7 +126,7 @@ def test_tensorboard_has_the_tags_and_images_with_truth_and_prediction(model: Pa
         assert np.asarray(picture.convert("L")).std() > 10
 
 
-def test_evaluation_prints_what_scikit_learn_says(world: Path, tmp_path: Path) -> None:
+def test_defect_mask_evaluation_prints_what_scikit_learn_says(world: Path, tmp_path: Path) -> None:
     truth = read_table(world / "truth" / "gt.csv")[1:]
     random = np.random.default_rng(1)
     answers = [(name, int(label) if random.random() < 0.6 else int(random.integers(0, 18))) for name, label in truth]

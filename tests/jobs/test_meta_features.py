@@ -67,7 +67,7 @@ def train(world: Path, variant: str, fold: int) -> Path:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_each_variant_trains_and_is_rebuilt_to_the_same_predictions(world, variant):
+def test_defect_car_b5_each_variant_trains_and_is_rebuilt_to_the_same_predictions(world, variant):
     folder = train(world, variant, 0)
     saved = predictions.read(folder / "oof.parquet")
     member = load_member(ModelDir(folder, json.loads((folder / "model.json").read_text())), {})

@@ -287,7 +287,7 @@ def test_the_api_answers_in_order_and_never_fails_for_a_bad_image(api, products,
     assert api.predict([]) == []
 
 
-def test_a_bad_image_is_no_black_image_with_a_confident_class(api, tmp_path) -> None:
+def test_defect_product_a_bad_image_is_no_black_image_with_a_confident_class(api, tmp_path) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
     (tmp_path / "broken.png").write_bytes(b"x")
     black, broken = api.predict([tmp_path / "black.png", tmp_path / "broken.png"])
