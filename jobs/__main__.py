@@ -9,6 +9,7 @@ python -m jobs train                                without STAGE: train-fold, o
 import importlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,12 @@ from fivefold import settings as settings_
 from fivefold.choose import choose
 from fivefold.contract.failure import explained, report_failure
 from fivefold.contract.job import Job, given_channels, hyperparameters, job_from, output_dir
-from fivefold.contract.record import Stopwatch, key_of, output_roots, record_path, why_run, write_record
+from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
-from fivefold.errors import FivefoldError, SettingsError
+from fivefold.errors import FivefoldError, SettingsError, StoppedError
 from fivefold.recipe import Settings
 from fivefold.recipes import shipped_recipes
+from fivefold.stopping import noted, poll
 from fivefold.values import value_of
 
 log = logging.getLogger("fivefold")
@@ -64,9 +66,10 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
     try:
         if stage.by_argument:
             arguments, environ = paths_given(stage, arguments, environ)
-        with tempfile.TemporaryDirectory(prefix="fivefold-") as scratch:
+        with noted(), tempfile.TemporaryDirectory(prefix="fivefold-") as scratch:
             job = job_from(stage, environ, Path(scratch))
             run_stage(job, settings_of(job, arguments, environ))
+            poll()
         return 0
     except (KeyboardInterrupt, Exception) as error:
         return fail(error, environ)
@@ -108,8 +111,24 @@ def run_stage(job: Job, settings: Settings) -> None:
     log.info("%s runs: %s", job.stage.name, reason)
     record_path(folder, key.stage).unlink(missing_ok=True)
     job.clean()
+    if job.stage.writes_model:
+        job = with_own_checkpoints(job, key)
+    poll()
     outcome = importlib.import_module(job.stage.module).main(job, settings)
+    poll()
     write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
+    if job.stage.writes_model:
+        shutil.rmtree(job.checkpoints(), ignore_errors=True)
+
+
+def with_own_checkpoints(job: Job, key: Key) -> Job:
+    """The job with the folder of this key's checkpoints; others' are left alone, and named."""
+    own = job.of_key(key.digest())
+    others = sorted(path.name for path in job.checkpoints().iterdir() if path.is_dir() and path != own.checkpoints())
+    if others:
+        log.info("checkpoints of other settings, data or classes are left alone: %s", ", ".join(others))
+    own.checkpoints().mkdir(exist_ok=True)
+    return own
 
 
 def settings_of(job: Job, arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -162,6 +181,9 @@ def command(name: str) -> ModuleType:
 def fail(error: BaseException, environ: Mapping[str, str]) -> int:
     """Says what went wrong, on stderr and in the failure file; the exit code of the error."""
     error = explained(error)
+    if isinstance(error, StoppedError):  # no failure: it goes on
+        log.warning("%s", error)
+        return error.exit_code
     report_failure(output_dir(environ), error)
     if isinstance(error, FivefoldError):
         log.error("%s", error)

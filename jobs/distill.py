@@ -57,11 +57,10 @@ def main(job: Job, settings: Settings) -> Outcome:
         valid=valid if len(aside) else None,
         settings=student,
         runtime=runtime,
-        observers=training.observers(job, None),
         select=patience > 0,
         patience=patience,
     )
-    best, trackers = training.fit(loop, job, student)
+    best, trackers = training.fit(loop, job, student, None)
 
     model = training.load_best(loop, best)
     holdout_files, holdout_scores = training.save_holdout(job, model, store, table, student, runtime)

@@ -38,12 +38,9 @@ def main(job: Job, settings: Settings) -> Outcome:
     targets = assemble.one_hot(table.codes[rows], len(table.classes), runtime.device)
     train = TrainRows(assemble.image_set(store, table, rows, settings, training=True), targets)
     valid = ValidRows(assemble.image_set(store, table, own_rows, settings, training=False), table.codes[own_rows])
-    watching = training.observers(job, fold)
     patience = settings.train.patience
-    loop = assemble.build_loop(
-        label, network, train, valid, settings, runtime, watching, select=True, patience=patience
-    )
-    best, trackers = training.fit(loop, job, settings)
+    loop = assemble.build_loop(label, network, train, valid, settings, runtime, select=True, patience=patience)
+    best, trackers = training.fit(loop, job, settings, fold)
 
     model = training.load_best(loop, best)
     oof = training.predict_rows(model, store, table, own_rows, settings, runtime, f"{label} out-of-fold")

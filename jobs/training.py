@@ -26,7 +26,9 @@ from fivefold.recipe import Settings
 from fivefold.settings import flatten
 from fivefold.training.loop import Best, Loop
 from fivefold.training.loop import fit as fit_loop
-from fivefold.training.observers import Observer, csv_log, metric_line
+from fivefold.training.observers import csv_log, metric_line
+from fivefold.training.optim import OPTIMIZER_STATES
+from fivefold.training.resume import Checkpoints
 from fivefold.training.trackers import Run, Tracker, close_trackers, open_trackers
 
 log = logging.getLogger("fivefold")
@@ -54,20 +56,28 @@ def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
     copies = 2 + (settings.train.keep_raw and settings.train.ema_decay > 0)
     check_space(job.model(), copies * weights + BESIDE_WEIGHTS)
+    # a checkpoint: weights, what the optimiser keeps of them, their average, the best ones; two, and a temporary file
+    states = OPTIMIZER_STATES.get(settings.train.optimizer, 2)
+    kept = copies + states + (settings.train.ema_decay > 0)
+    check_space(job.checkpoints(), 3 * kept * weights)
 
 
-def observers(job: Job, fold: int | None) -> list[Observer]:
-    """The CSV log beside the model, and the metric lines."""
-    return [csv_log(job.model() / TRAIN_LOG), metric_line(fold)]
+def fit(loop: Loop, job: Job, settings: Settings, fold: int | None) -> tuple[dict[str, Best], list[Tracker]]:
+    """The loop's best epochs, and the trackers that watched it, still open for the final scores.
 
-
-def fit(loop: Loop, job: Job, settings: Settings) -> tuple[dict[str, Best], list[Tracker]]:
-    """The loop's best epochs, and the trackers that watched it, still open for the final scores."""
+    It goes on from the newest checkpoint of these settings, data and classes.
+    """
     name, project = f"{settings.system} {loop.label}", settings.train.project
     run = Run(name, settings.system, project, flatten(settings), job.output())
     trackers = open_trackers(settings.train.trackers, run)
+    loop = replace(
+        loop,
+        observers=[csv_log(job.model() / TRAIN_LOG), *trackers],
+        announcers=[metric_line(fold)],
+        checkpoints=Checkpoints(job.checkpoints(), settings.train.checkpoint_minutes, settings.train.checkpoint_steps),
+    )
     try:
-        return fit_loop(replace(loop, observers=[*loop.observers, *trackers])), trackers
+        return fit_loop(loop), trackers
     except BaseException:
         close_trackers(trackers, None)
         raise

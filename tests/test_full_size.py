@@ -43,7 +43,7 @@ def test_a_recipe_takes_a_training_step_at_its_full_size(name, tmp_path):
     runtime = runtime_of(settings)
     images = images_at(open_store(tmp_path), ["0.png", "1.png"], [None, None], settings, training=True)
     rows = TrainRows(images, one_hot(np.array([0, classes - 1]), classes, runtime.device))
-    loop = build_loop(name, network, rows, None, settings, runtime, [], select=False, patience=0)
+    loop = build_loop(name, network, rows, None, settings, runtime, select=False, patience=0)
     found = fit(loop)
     assert set(found) == ({"ema", "raw"} if settings.train.ema_decay else {"raw"})
     after = found["raw"].state

@@ -1,7 +1,7 @@
 """Recipe to objects: the only place where settings and the parts meet."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,10 +35,10 @@ from fivefold.training.loop import MONITORS, Duration, Loop, TrainRows, ValidRow
 from fivefold.training.losses import Loss, balanced_weights, build_loss
 from fivefold.training.mixing import MIXINGS, Mixing
 from fivefold.training.objectives import Objective, by_labels, by_teacher, once, rdrop
-from fivefold.training.observers import Observer
-from fivefold.training.optim import Schedule, build_optimizer
+from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer
+from fivefold.training.resume import Stateful
 from fivefold.training.teaching import Cooling
-from fivefold.training.updates import UPDATES
+from fivefold.training.updates import UPDATES, build_scaler
 
 log = logging.getLogger("fivefold")
 
@@ -144,7 +144,6 @@ def build_loop(
     valid: ValidRows | None,
     settings: Settings,
     runtime: Runtime,
-    observers: Sequence[Observer],
     select: bool,
     patience: int,
 ) -> Loop:
@@ -166,7 +165,9 @@ def build_loop(
         chosen.schedule, optimizer, steps * chosen.epochs, steps, chosen.warmup_epochs, chosen.step_epochs, chosen.gamma
     )
     raw = {"raw": model} if ema is None or chosen.keep_raw else {}
-    update = choose(UPDATES, "update", chosen.update)
+    update, scaler = choose(UPDATES, "update", chosen.update), build_scaler(runtime)
+    after_step = [*([ema] if ema else []), schedule, *_phases(settings, network, train, steps)]
+    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scaler": scaler}
     sampler = choose(SAMPLERS, "sampler", chosen.sampler)
     return Loop(
         label=label,
@@ -185,14 +186,16 @@ def build_loop(
         ),
         batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed),
         mixing=_mixing(settings),
-        update=update(model, _objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho),
-        after_step=([ema] if ema else []) + [schedule, *_phases(settings, network, train, steps)],
+        update=update(
+            model, _objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
+        ),
+        after_step=after_step,
         schedule=schedule,
         loss=loss,
         monitor=chosen.monitor,
         select=select,
         runtime=runtime,
-        observers=observers,
+        parts=parts | {type(part).__name__: part for part in after_step},
     )
 
 
@@ -262,9 +265,9 @@ def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
     return rdrop(criterion, alpha) if alpha else once(criterion)
 
 
-def _phases(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> list[Callable[[], None]]:
+def _phases(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> list[Freezing | Cooling]:
     """What changes from epoch to epoch besides the learning rate; `steps` of an epoch."""
-    phases: list[Callable[[], None]] = []
+    phases: list[Freezing | Cooling] = []
     if settings.train.freeze_epochs:
         phases.append(Freezing(network.backbone, settings.train.freeze_epochs * steps))
     if train.teacher is not None and settings.distill.temperature_decay < 1:
@@ -294,5 +297,3 @@ def _fast_type(device: torch.device) -> torch.dtype | None:
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1}
-"""Tensors the size of the weights that an optimiser keeps."""

@@ -4,10 +4,13 @@
     ├── SettingsError       64   a setting is unknown, of the wrong type, or cannot work
     ├── DataError           65   the data is broken or contradicts itself
     ├── MissingInputError   66   a channel, file or folder is not there
-    └── RetryableError      75   storage, network, a full disk: the same command may succeed later
+    ├── RetryableError      75   storage, network, a full disk: the same command may succeed later
+    └── StoppedError   143, 130   told to stop by SIGTERM or SIGINT: the same command goes on
 
 A message says what was found, where, and what to do about it.
 """
+
+import signal
 
 
 class FivefoldError(Exception):
@@ -28,3 +31,13 @@ class MissingInputError(FivefoldError):
 
 class RetryableError(FivefoldError):
     exit_code = 75
+
+
+class StoppedError(FivefoldError):
+    """The process was sent the signal `number`, and has kept what it had."""
+
+    exit_code = 143
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name}: the same command goes on from here")

@@ -7,15 +7,18 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from fivefold.stopping import poll
+
 T = TypeVar("T")
 log = logging.getLogger("fivefold")
 SECONDS_BETWEEN_LINES = 15.0
 
 
 def track(items: Iterable[T], total: int, label: str, every: float = SECONDS_BETWEEN_LINES) -> Iterator[T]:
-    """`items` one by one, while their progress shows under `label` with the time left.
+    """`items` one by one, while their progress shows under `label` with the time left; a place to be stopped at.
 
-    In a log that is a line `every` so many seconds.
+    In a log that is a line `every` so many seconds. Raises StoppedError, before an item is taken, when the process
+    was told to stop.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -23,16 +26,24 @@ def track(items: Iterable[T], total: int, label: str, every: float = SECONDS_BET
         # A terminal that a container makes up may say that it is 0 wide, and the bar would not show.
         known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
         width = {"dynamic_ncols": True} if known else {"ncols": 80}
-        yield from tqdm(items, total=total, desc=label, leave=False, **width)
+        yield from stoppable(tqdm(items, total=total, desc=label, leave=False, **width))
         return
     start = last = time.monotonic()
-    for done, item in enumerate(items):
+    for done, item in enumerate(stoppable(items)):
         now = time.monotonic()
         if done and now - last >= every:
             last = now
             left = (now - start) / done * max(0, total - done)
             log.info("%s: %d of %d, %s left", label, done, total, duration(left))
         yield item
+
+
+def stoppable(items: Iterable[T]) -> Iterator[T]:
+    """`items` one by one; StoppedError, before one is taken, when the process was told to stop."""
+    poll()
+    for item in items:
+        yield item
+        poll()
 
 
 def duration(seconds: float) -> str:

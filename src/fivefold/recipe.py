@@ -194,6 +194,12 @@ class Train(Section):
     device: str = Field("auto", description="auto, cuda, mps or cpu")
     workers: int = Field(-1, ge=-1, description="loader processes; -1: chosen for the machine")
     keep_in_memory: bool = Field(True, description="keep decoded images in memory while they fit in 1 GiB")
+    checkpoint_minutes: float = Field(
+        10.0,
+        ge=0,
+        description="minutes between checkpoints within an epoch; one follows each epoch anyway; 0: none within",
+    )
+    checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints within an epoch; 0: by time alone")
     trackers: list[str] = Field(["tensorboard"], description="who keeps the run's figures: tensorboard, wandb, mlflow")
     project: str = Field("fivefold", min_length=1, description="of wandb, and the experiment of mlflow")
 
@@ -279,5 +285,8 @@ class Settings(Section):
 
 
 SECTIONS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)}
-EXECUTION_KEYS = {"stage", "run", "train.keep_in_memory", "train.project", "train.trackers", "train.workers"}
+EXECUTION_KEYS = {"stage", "run"} | {
+    f"train.{name}"
+    for name in ("checkpoint_minutes", "checkpoint_steps", "keep_in_memory", "project", "trackers", "workers")
+}
 """Keys that cannot change a result: they are left out of a stage's key."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from fivefold.contract.failure import FAILURE_CHARACTERS, explained, report_failure
-from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
+from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError, StoppedError
 
 
 def raised(inner: BaseException, outer: BaseException | None = None) -> BaseException:
@@ -100,7 +100,9 @@ def test_a_failure_that_cannot_be_written_hides_nothing(tmp_path: Path):
 
 def test_every_error_has_an_exit_code_of_its_own():
     codes = {error: error.exit_code for error in (FivefoldError, *FivefoldError.__subclasses__())}
-    assert codes == {FivefoldError: 1, SettingsError: 64, DataError: 65, MissingInputError: 66, RetryableError: 75}
+    assert codes == {FivefoldError: 1, SettingsError: 64, DataError: 65, MissingInputError: 66, RetryableError: 75} | {
+        StoppedError: 143
+    }
 
 
 def test_a_process_that_runs_out_of_memory_is_told_so(tmp_path: Path):

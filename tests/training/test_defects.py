@@ -47,7 +47,7 @@ def loop(images: ImageSet, mix: str = "none", valid_codes: np.ndarray = CODES, *
     seed_everything(0)
     network = Classifier(nn.Flatten(), nn.Linear(108, 3))
     rows, valid = TrainRows(images, one_hot(CODES, 3, CPU.device)), ValidRows(images, valid_codes)
-    return build_loop("test", network, rows, valid, settings, CPU, [], select=True, patience=0)
+    return build_loop("test", network, rows, valid, settings, CPU, select=True, patience=0)
 
 
 def test_defect_car_b5_a_scaled_gradient_is_unscaled_before_it_is_clipped():

@@ -40,7 +40,7 @@ def loop(images: ImageSet, select: bool = True, patience: int = 0, **train) -> L
     codes = np.arange(12) % 3
     rows = TrainRows(images, one_hot(codes, 3, CPU.device))
     valid = ValidRows(images, codes)
-    return build_loop("test", network, rows, valid, settings, CPU, [], select=select, patience=patience)
+    return build_loop("test", network, rows, valid, settings, CPU, select=select, patience=patience)
 
 
 def test_the_best_epoch_is_kept_with_its_own_weights(images):

@@ -46,7 +46,7 @@ def loop(images: ImageSet, distill: Distill | None = None, **train) -> Loop:
     teacher = Teacher(LOG_PROBS, settings.distill.temperature, CPU.device) if distill else None
     rows = TrainRows(images, one_hot(codes, 3, CPU.device), teacher)
     network = build_classifier(settings.model, 3)
-    return build_loop("test", network, rows, ValidRows(images, codes), settings, CPU, [], select=True, patience=0)
+    return build_loop("test", network, rows, ValidRows(images, codes), settings, CPU, select=True, patience=0)
 
 
 def states(made: Loop) -> list[dict[str, torch.Tensor]]:

@@ -50,7 +50,7 @@ def train(images: ImageSet, taught: bool = False, **more) -> tuple[dict[str, Bes
     probs = np.full((48, 3), 0.1, np.float32) + 0.7 * np.eye(3, dtype=np.float32)[CODES]
     teacher = Teacher(np.log(probs), 2.0, CPU.device) if taught else None
     rows, valid = TrainRows(images, one_hot(CODES, 3, CPU.device), teacher), ValidRows(images, CODES)
-    made = build_loop("test", network, rows, valid, settings, CPU, [], select=True, patience=0)
+    made = build_loop("test", network, rows, valid, settings, CPU, select=True, patience=0)
     seen: list[dict] = []
     norms: list[float] = []
 

@@ -4,12 +4,11 @@ import contextlib
 import errno
 import os
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
-from fivefold.contract.files import disk_is_full, write_text
+from fivefold.contract.files import causes, disk_is_full, write_text
 from fivefold.contract.stages import FAILURE
-from fivefold.errors import FivefoldError, RetryableError, SettingsError
+from fivefold.errors import FivefoldError, RetryableError, SettingsError, StoppedError
 
 FAILURE_CHARACTERS = 1024
 """SageMaker shows this much of the failure file, so the message comes first."""
@@ -33,9 +32,9 @@ def explained(error: BaseException) -> BaseException:
     A full disk, a network that is away and too little memory are RetryableErrors even below
     another error; a file that this user may not touch is a SettingsError.
     """
-    if isinstance(error, RetryableError | KeyboardInterrupt):
+    if isinstance(error, RetryableError | StoppedError | KeyboardInterrupt):
         return error
-    for cause in _causes(error):
+    for cause in causes(error):
         if disk_is_full(cause):
             where = f" ({name})" if (name := getattr(cause, "filename", None)) else ""
             return RetryableError(f"no space left on the device{where}: free some, then run the same command again")
@@ -61,10 +60,3 @@ def report_failure(output_dir: Path | None, error: BaseException) -> None:
     with contextlib.suppress(OSError, FivefoldError):
         trace = "".join(traceback.format_exception(error))
         write_text(output_dir / FAILURE, f"{message[:FAILURE_CHARACTERS]}\n\n{trace}")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error` and what it was raised from, or while handling."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -35,7 +35,7 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        if disk_is_full(error):
+        if any(disk_is_full(cause) for cause in causes(error)):
             raise RetryableError(
                 f"no space left to write {path}: free some, then run the same command again"
             ) from error
@@ -43,6 +43,13 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error` and what it was raised from, or while handling."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def disk_is_full(error: BaseException) -> bool:

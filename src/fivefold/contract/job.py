@@ -6,7 +6,7 @@ SageMaker sets no SM_* variable for an image of one's own, so what is missing is
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,14 @@ class Job:
             )
         return self.model_dir
 
+    def checkpoints(self) -> Path:
+        """The folder for what a killed training goes on from."""
+        return self.checkpoint_dir or self.model().parent / "checkpoints"
+
+    def of_key(self, digest: str) -> "Job":
+        """This job with a folder of checkpoints for what `digest` stands for: its settings, data and classes alone."""
+        return replace(self, checkpoint_dir=self.checkpoints() / digest[:16])
+
     def record_dir(self) -> Path:
         """Where stage.json goes: the model's folder if the stage has one, else the output's."""
         return self.model() if self.stage.writes_model else self.output()
@@ -71,7 +79,7 @@ class Job:
             self.channel(name)
         for name in self.stage.optional:
             self.optional_channel(name)
-        for folder in {self.record_dir(), self.output()}:
+        for folder in {self.record_dir(), self.output(), *({self.checkpoints()} if self.stage.writes_model else ())}:
             probe_writable(folder)
 
     def clean(self) -> None:

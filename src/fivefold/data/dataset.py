@@ -16,7 +16,7 @@ from fivefold.data.meta import count_numbers, measure
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import Transform
 from fivefold.errors import DataError
-from fivefold.progress import track
+from fivefold.progress import stoppable, track
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of decoded images that are kept at most."""
@@ -72,7 +72,7 @@ class ImageSet(Dataset):
         kept: list[np.ndarray] = []
         size = 0
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for start in range(0, len(self), 256):
+            for start in stoppable(range(0, len(self), 256)):
                 rows = range(start, min(start + 256, len(self)))
                 kept += pool.map(self.image, rows)
                 size += sum(kept[row].nbytes for row in rows)

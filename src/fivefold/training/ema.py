@@ -1,6 +1,7 @@
 """The exponential moving average of a model's weights."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,13 @@ class Ema:
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
         self._floats = [(own, new) for own, new in pairs if own.is_floating_point()]
         self._counters = [(own, new) for own, new in pairs if not own.is_floating_point()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.model.load_state_dict(state["model"])
 
     @torch.no_grad()
     def __call__(self) -> None:

@@ -23,9 +23,20 @@ class Freezing:
         """To be called after each step."""
         self.left -= 1
         if self.left == 0:
-            self._learn(True)
-            for hook in self._hooks:
-                hook.remove()
+            self._let_go()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"left": self.left}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.left = state["left"]
+        if self.left <= 0:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._learn(True)
+        for hook in self._hooks:
+            hook.remove()
 
     def _learn(self, wanted: bool) -> None:
         for parameter in self._frozen:

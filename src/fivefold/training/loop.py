@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fivefold.choose import choose
 from fivefold.data.dataset import Batch, ImageSet, Sample, in_order, load
-from fivefold.errors import DataError, SettingsError
+from fivefold.errors import DataError, SettingsError, StoppedError
 from fivefold.evaluation.metrics import summary
 from fivefold.inference.predictor import Runtime, predict
 from fivefold.progress import duration, track
@@ -25,6 +25,7 @@ from fivefold.training.losses import Loss
 from fivefold.training.mixing import Mixing
 from fivefold.training.objectives import Result, Rows
 from fivefold.training.optim import Schedule
+from fivefold.training.resume import Checkpoints, Stateful, captured, restore
 from fivefold.training.teaching import Teacher
 from fivefold.training.updates import Update
 
@@ -85,12 +86,41 @@ class Best:
         self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+@dataclass
+class Progress:
+    """How far a run is: the `epoch` that runs, its `step`s that are done with their `totals`, its first `lr`; `rows` of ended ones.
+
+    `best` is by contender. The loop changes it between two steps alone, so that it can be kept at any time.
+    """
+
+    best: dict[str, Best]
+    epoch: int = 1
+    step: int = 0
+    lr: float = 0.0
+    totals: list[Tensor] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = {name: {"epoch": b.epoch, "scores": dict(b.scores), "state": b.state} for name, b in self.best.items()}
+        totals = torch.stack(self.totals).cpu() if self.totals else None
+        reached = {"epoch": self.epoch, "step": self.step, "lr": self.lr}
+        return {**reached, "totals": totals, "rows": self.rows, "best": kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.step, self.lr, self.rows = (state[name] for name in ("epoch", "step", "lr", "rows"))
+        self.totals = [] if state["totals"] is None else list(state["totals"])
+        for name, kept in state["best"].items():
+            self.best[name].epoch, self.best[name].scores, self.best[name].state = kept.values()
+
+
 @dataclass(frozen=True)
 class Loop:
     """All parts of a training run. `contenders` are the models that are scored: the first one decides.
 
     `batches`: the (epoch, row) pairs of an epoch's batches. `select`: keep each contender's best
-    epoch; else the last one, whatever the scores.
+    epoch; else the last one, whatever the scores. `parts` are all that have a state, which
+    `checkpoints` keep. Of a run that goes on, `observers` are told of its earlier epochs anew,
+    `announcers` not.
     """
 
     label: str
@@ -108,16 +138,24 @@ class Loop:
     monitor: str
     select: bool
     runtime: Runtime
-    observers: Sequence[Observer]
+    parts: Mapping[str, Stateful] = field(default_factory=dict)
+    checkpoints: Checkpoints | None = None
+    observers: Sequence[Observer] = ()
+    announcers: Sequence[Observer] = ()
 
 
 def fit(loop: Loop) -> dict[str, Best]:
-    """Trains to the end or until patience runs out; the best (or last) epoch of each contender.
+    """Trains to the end or until patience runs out, from the newest checkpoint; the best (or last) epoch of each contender.
 
-    Raises DataError for a loss that is not finite, SettingsError for a batch that the device cannot hold.
+    Raises DataError for a loss that is not finite, SettingsError for a batch that the device cannot hold,
+    and StoppedError, after a checkpoint, when the process was told to stop.
     """
+    progress = _begun(loop)
     try:
-        return _epochs(loop)
+        return _epochs(loop, progress)
+    except StoppedError:
+        _keep(loop, progress)
+        raise
     except torch.OutOfMemoryError as error:
         size, accumulate = loop.duration.batch_size, loop.duration.accumulate
         raise SettingsError(
@@ -126,46 +164,74 @@ def fit(loop: Loop) -> dict[str, Best]:
         ) from error
 
 
-def _epochs(loop: Loop) -> dict[str, Best]:
-    best = {name: Best(loop.monitor) for name in loop.contenders}
-    deciding = next(iter(loop.contenders))
-    start, epochs = time.monotonic(), loop.duration.epochs
-    for epoch in range(1, epochs + 1):
-        lr = loop.schedule.lr
-        row = {"epoch": epoch, **train_epoch(loop, epoch), "lr": lr}
+def _begun(loop: Loop) -> Progress:
+    """Nothing done yet; or as far as the newest checkpoint that can be read, with all parts as they were then."""
+    progress = Progress({name: Best(loop.monitor) for name in loop.contenders})
+    state = loop.checkpoints.load() if loop.checkpoints is not None else None
+    if state is not None:
+        restore({**loop.parts, "progress": progress}, loop.runtime.device, state)
+        log.info("%s goes on after step %d of epoch %d", loop.label, progress.step, progress.epoch)
+        for row in progress.rows:
+            for observe in loop.observers:
+                observe(row)
+    return progress
+
+
+def _keep(loop: Loop, progress: Progress) -> None:
+    if loop.checkpoints is not None:
+        loop.checkpoints.save(captured({**loop.parts, "progress": progress}, loop.runtime.device))
+
+
+def _epochs(loop: Loop, progress: Progress) -> dict[str, Best]:
+    best, deciding = progress.best, next(iter(loop.contenders))
+    start, before, epochs = time.monotonic(), len(progress.rows), loop.duration.epochs
+    while progress.epoch <= epochs and not _patience_is_out(loop, progress):
+        epoch = progress.epoch
+        if not progress.step:
+            progress.lr = loop.schedule.lr
+        row = {"epoch": epoch, **train_epoch(loop, progress), "lr": progress.lr}
         improved = _score(loop, epoch, best)
         row |= {f"val_{name}": value for name, value in improved.pop("scores", {}).items()}
-        for observe in loop.observers:
+        for observe in (*loop.observers, *loop.announcers):
             observe(row)
-        left = (time.monotonic() - start) / epoch * (epochs - epoch)
+        left = (time.monotonic() - start) / (epoch - before) * (epochs - epoch)
         log.info("%s epoch %d/%d %s, %s left", loop.label, epoch, epochs, _figures(row), duration(left))
         loop.schedule.after_epoch(improved[deciding])
-        if loop.duration.patience and epoch - best[deciding].epoch >= loop.duration.patience:
-            log.info("%s stops: %s did not improve for %d epochs", loop.label, loop.monitor, loop.duration.patience)
-            break
+        progress.rows.append(row)
+        progress.epoch, progress.step, progress.totals = epoch + 1, 0, []
+        _keep(loop, progress)
     return best
 
 
-def train_epoch(loop: Loop, epoch: int) -> dict[str, float]:
-    """One pass over the training rows; `train_loss`, `train_acc` (against the mixed targets, where images are mixed)."""
-    plan = loop.duration
-    batches = loop.batches(epoch)
+def _patience_is_out(loop: Loop, progress: Progress) -> bool:
+    allowed, ended = loop.duration.patience, len(progress.rows)
+    out = allowed > 0 and ended - progress.best[next(iter(progress.best))].epoch >= allowed
+    if out:
+        log.info("%s stops: %s did not improve for %d epochs", loop.label, loop.monitor, allowed)
+    return out
+
+
+def train_epoch(loop: Loop, progress: Progress) -> dict[str, float]:
+    """The rest of a pass over the training rows; its `train_loss`, `train_acc` (against the targets as images are mixed)."""
+    plan, epoch = loop.duration, progress.epoch
+    batches = loop.batches(epoch)[progress.step * plan.accumulate :]
     label = f"{loop.label} epoch {epoch}/{plan.epochs}"
     pin = loop.runtime.device.type == "cuda"
     micro = track(load(loop.train.images, batches, plan.workers, pin), len(batches), label)
-    totals: list[Tensor] = []
     loop.model.train()
-    step = 0
     while group := list(islice(micro, plan.accumulate)):
-        rows = [_rows(loop, batch, epoch, (plan.seed, epoch, step, n)) for n, batch in enumerate(group)]
-        totals += [_totals(result, part) for result, part in zip(loop.update(rows), rows, strict=True)]
+        rows = [_rows(loop, batch, epoch, (plan.seed, epoch, progress.step, n)) for n, batch in enumerate(group)]
+        results = loop.update(rows)
         for call in loop.after_step:
             call()
-        step += 1
-        if step % STEPS_BETWEEN_CHECKS == 0:
-            _check_finite(totals, epoch)
-    _check_finite(totals, epoch)
-    loss, right, rows_seen, mass = torch.stack(totals).cpu().double().sum(dim=0).tolist()
+        progress.totals += [_totals(result, part) for result, part in zip(results, rows, strict=True)]
+        progress.step += 1
+        if progress.step % STEPS_BETWEEN_CHECKS == 0:
+            _check_finite(progress.totals, epoch)
+        if loop.checkpoints is not None and loop.checkpoints.due():
+            _keep(loop, progress)
+    _check_finite(progress.totals, epoch)
+    loss, right, rows_seen, mass = torch.stack(progress.totals).cpu().double().sum(dim=0).tolist()
     return {"train_loss": loss / rows_seen, "train_acc": right / max(mass, 1e-12)}
 
 
@@ -177,14 +243,18 @@ def validate(model: nn.Module, rows: ValidRows, loop: Loop) -> dict[str, float]:
     figures = summary(log_probs, rows.codes)
     targets = nn.functional.one_hot(torch.from_numpy(rows.codes).long(), log_probs.shape[1]).float()
     loss = float(loop.loss(torch.from_numpy(log_probs), targets))
-    return {"loss": loss, "acc": figures["accuracy"], "logloss": figures["logloss"], "f1_macro": figures["f1_macro"]}
+    names = {"acc": "accuracy", "logloss": "logloss", "f1_macro": "f1_macro"}
+    return {"loss": loss, **{name: float(figures[figure]) for name, figure in names.items()}}
 
 
 def _score(loop: Loop, epoch: int, best: Mapping[str, Best]) -> dict[str, Any]:
     """Whether each contender improved, and the deciding one's scores (none without validation rows)."""
     result: dict[str, Any] = {}
+    valid = loop.valid
+    # all are scored before one is kept: stopped in between, the epoch is scored again as if it had not been
+    found = {name: validate(model, valid, loop) if valid else {} for name, model in loop.contenders.items()}
     for name, model in loop.contenders.items():
-        scores = validate(model, loop.valid, loop) if loop.valid is not None else {}
+        scores = found[name]
         if loop.select and scores:
             result[name] = best[name].offer(epoch, scores, model)
         else:

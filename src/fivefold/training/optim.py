@@ -48,7 +48,7 @@ def _leave_the_compiler_out() -> None:
     `torch._compile._disable_dynamo` wraps these methods, and imports the compiler when one is first
     called, unless the function already carries what it would run.
     """
-    for method in (Optimizer.add_param_group, Optimizer.zero_grad):
+    for method in (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict):
         function = inspect.unwrap(method)
         function.__dict__.setdefault("__dynamo_disable", function)
 
@@ -62,7 +62,11 @@ def _adam(groups: list[dict], lr: float, momentum: float) -> Optimizer:
 
 
 def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_fusable(groups))
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_fusable(groups))
+    # The fused step knows no parameters that join later, as frozen ones do: all start with the momentum 0.
+    for parameter in (each for group in groups if momentum for each in group["params"]):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _muon(groups: list[dict], lr: float, momentum: float) -> Optimizer:
@@ -79,6 +83,8 @@ OPTIMIZERS: dict[str, Callable[[list[dict], float, float], Optimizer]] = {
     "sgd": _sgd,
     "muon": _muon,
 }
+OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1}
+"""Tensors the size of the weights that an optimiser keeps."""
 
 
 class Schedule:
@@ -119,6 +125,13 @@ class Schedule:
         self.bad_epochs = 0 if improved else self.bad_epochs + 1
         if self.bad_epochs >= self.patience:
             self.drops, self.bad_epochs = self.drops + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step, "drops": self.drops, "bad_epochs": self.bad_epochs}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step, self.drops, self.bad_epochs = state["step"], state["drops"], state["bad_epochs"]
+        self._set()
 
     @property
     def lr(self) -> float:

@@ -40,9 +40,20 @@ class Cooling:
     def __call__(self) -> None:
         """To be called after each step."""
         self.step += 1
-        epochs, begun = divmod(self.step, self.steps_per_epoch)
-        if not begun and self.teacher.temperature > self.end:
-            self.teacher.set_temperature(max(self.end, self.start * self.decay**epochs))
+        if self.step % self.steps_per_epoch == 0 and self.teacher.temperature > self.end:
+            self._cool()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+        if self.start > self.end:
+            self._cool()
+
+    def _cool(self) -> None:
+        epochs = self.step // self.steps_per_epoch
+        self.teacher.set_temperature(max(self.end, self.start * self.decay**epochs))
 
 
 def soften(log_probs: np.ndarray, temperature: float) -> np.ndarray:

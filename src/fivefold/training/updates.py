@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from fivefold.errors import SettingsError
@@ -14,14 +15,26 @@ from fivefold.training.randomness import random_state, set_random_state
 Update = Callable[[Sequence[Rows]], list[Result]]
 
 
+def build_scaler(runtime: Runtime) -> GradScaler:
+    """What scales the loss of fp16; with another precision it leaves it as it is."""
+    return GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+
+
 def plain(
-    model: nn.Module, objective: Objective, optimizer: Optimizer, runtime: Runtime, clip: float, rho: float = 0.0
+    model: nn.Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    clip: float,
+    rho: float = 0.0,
+    scaler: GradScaler | None = None,
 ) -> Update:
     """One gradient of the mean loss over the micro-batches, one optimiser step.
 
-    fp16 is scaled, and unscaled before the gradient's norm is cut to `clip` (0: not cut). `rho` is sam's.
+    fp16 is scaled (by `scaler`, or one of its own), and unscaled before the gradient's norm is cut to
+    `clip` (0: not cut). `rho` is sam's.
     """
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    scaler = scaler or build_scaler(runtime)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def update(micro_batches: Sequence[Rows]) -> list[Result]:
@@ -38,7 +51,13 @@ def plain(
 
 
 def sam(
-    model: nn.Module, objective: Objective, optimizer: Optimizer, runtime: Runtime, clip: float, rho: float
+    model: nn.Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    clip: float,
+    rho: float,
+    scaler: GradScaler | None = None,
 ) -> Update:
     """A step by the gradient at w + ρ·g/‖g‖, g the gradient at w (Foret et al. 2021, arXiv 2010.01412, equations 2 and 3).
 

@@ -1,0 +1,55 @@
+"""Being told to stop: SIGTERM and SIGINT are noted, and long work asks between two of its items."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from fivefold.errors import StoppedError
+
+NOTED = (signal.SIGTERM, signal.SIGINT)
+_received: list[int] = []
+
+
+def poll() -> None:
+    """Raises StoppedError if this process was told to stop; to be called wherever work can be left."""
+    if _received:
+        raise StoppedError(_received[0])
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Notes SIGTERM and SIGINT while the block runs, for `poll`; a second one ends the process at once.
+
+    As process 1 of a container a process that handles no signals is sent none, and would be killed
+    in the end. A signal that the process was started to ignore stays ignored; in a thread other
+    than the main one nothing is noted, since Python handles signals there alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def note(number: int, _: FrameType | None) -> None:
+        if os.getpid() != owner:  # a loader's worker, which inherits this by fork, ends as any process does
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif _received:
+            os._exit(128 + number)
+        else:
+            _received.append(number)
+            # no logging: the signal may have come in the middle of a line of it
+            os.write(2, f"{signal.Signals(number).name}: stops as soon as all is kept (again: at once)\n".encode())
+
+    before = {number: signal.getsignal(number) for number in NOTED}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received.clear()

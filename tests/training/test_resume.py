@@ -1,0 +1,204 @@
+"""A run that is stopped anywhere and goes on ends in the same bytes as one that is not."""
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fivefold.assemble import build_classifier, build_loop, one_hot, seed_everything
+from fivefold.data.dataset import ImageSet
+from fivefold.data.store import open_store
+from fivefold.data.transforms import build_transforms
+from fivefold.errors import RetryableError, StoppedError
+from fivefold.inference.predictor import make_runtime
+from fivefold.recipe import Augment, Distill, Model, Settings, Train
+from fivefold.stopping import noted
+from fivefold.training.loop import Loop, TrainRows, ValidRows, fit
+from fivefold.training.resume import Checkpoints
+from fivefold.training.teaching import Teacher
+
+CPU = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.25] * 3)
+CODES = np.arange(24) % 3
+EPOCHS, STEPS = 4, 3
+CASES = {
+    "everything": {"accumulate": 2, "clip": 1.0, "ema_decay": 0.95, "keep_raw": True, "rdrop_alpha": 0.5,
+                   "update": "sam", "sampler": "balanced"},
+    "frozen, plateau": {"freeze_epochs": 2, "schedule": "plateau", "step_epochs": 1, "optimizer": "sgd"},
+    "cooling": {"optimizer": "muon", "warmup_epochs": 1.0},
+    "patience": {"patience": 1, "lr": 1e-9},
+}  # fmt: skip
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageSet:
+    drawing = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = [f"{number:02d}.png" for number in range(24)]
+    for number, name in enumerate(names):
+        pixels = drawing.integers(0, 150, (12, 12, 3))
+        pixels[..., number % 3] += 100
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+    return ImageSet(open_store(folder), names, build_transforms(["random_crop", "horizontal_flip"], (12, 12)), seed=1)
+
+
+def made(case: str, images: ImageSet, checkpoints: Checkpoints | None = None) -> tuple[Loop, list[dict]]:
+    """A fresh loop, as a new process makes it, and the rows of epochs that its observer is told of."""
+    chosen = dict(CASES[case])
+    patience, accumulate = chosen.pop("patience", 0), chosen.get("accumulate", 1)
+    settings = Settings(
+        model=Model(backbone="fivefold/small_net", options={"widths": [8, 16], "stem": 8}, image_size=12, dropout=0.3),
+        augment=Augment(mix="mixup", mix_alpha=0.4),
+        train=Train(
+            **{"epochs": EPOCHS, "batch_size": 24 // STEPS // accumulate, "lr": 0.02, "precision": "fp32", "workers": 0} | chosen
+        ),
+        distill=Distill(temperature=2.0, temperature_decay=0.9),
+    )  # fmt: skip
+    seed_everything(0)
+    network = build_classifier(settings.model, 3)
+    probs = np.full((24, 3), 0.1, np.float32) + 0.7 * np.eye(3, dtype=np.float32)[CODES]
+    teacher = Teacher(np.log(probs), 2.0, CPU.device) if case == "cooling" else None
+    rows, valid = TrainRows(images, one_hot(CODES, 3, CPU.device), teacher), ValidRows(images, CODES)
+    loop = build_loop("test", network, rows, valid, settings, CPU, select=True, patience=patience)
+    told: list[dict] = []
+    return replace(loop, checkpoints=checkpoints, observers=[told.append]), told
+
+
+def stopped_after(loop: Loop, step: int) -> Loop:
+    """The loop, in which SIGTERM comes within the given step."""
+    steps = iter(range(1, 1000))
+
+    def strike() -> None:
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return replace(loop, after_step=[strike, *loop.after_step])
+
+
+def stopped_while_scoring(loop: Loop, call: int) -> Loop:
+    """The loop, in which SIGTERM comes within a validation: the `call`-th time that a loss is taken there."""
+    calls = iter(range(1, 1000))
+
+    def loss(*given):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loop.loss(*given)
+
+    return replace(loop, loss=loss)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def through(case: str, images: ImageSet, folder: Path, stops: list[Callable[[Loop], Loop]]) -> None:
+    """Stops one run after the other, then lets one go on to its end, which must be that of a run without a stop."""
+    reference, expected = made(case, images)
+    best = fit(reference)
+    for stop in stops:
+        loop, _ = made(case, images, Checkpoints(folder))
+        with noted(), pytest.raises(StoppedError) as caught:
+            fit(stop(loop))
+        assert caught.value.exit_code == 143
+        random.seed()
+        torch.manual_seed(99)  # whatever a new process has
+    last, rows = made(case, images, Checkpoints(folder))
+    found = fit(last)
+    assert rows == expected, "what an observer is told of epochs"
+    for name, kept in best.items():
+        assert (found[name].epoch, found[name].scores) == (kept.epoch, kept.scores)
+        assert same(found[name].state, kept.state), f"{name}: the kept weights"
+    assert same(last.model.state_dict(), reference.model.state_dict()), "the last weights"
+
+
+EVERY_STEP = [("everything", step) for step in range(1, EPOCHS * STEPS + 1)]
+AROUND_AN_EPOCHS_END = [(case, step) for case in ("frozen, plateau", "cooling") for step in (2, 3, 4, 6, 7)]
+
+
+@pytest.mark.parametrize(("case", "step"), EVERY_STEP + AROUND_AN_EPOCHS_END)
+def test_stopped_within_any_step_it_goes_on_to_the_same_bits(case, step, images, tmp_path):
+    through(case, images, tmp_path / "kept", [partial(stopped_after, step=step)])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_again_and_again_also_while_it_scores(case, images, tmp_path):
+    stops = [
+        partial(stopped_while_scoring, call=1),
+        partial(stopped_after, step=2),
+        partial(stopped_while_scoring, call=1),
+    ]
+    over = case == "patience"  # the second epoch is its last: nothing is left to be stopped after its scores
+    through(case, images, tmp_path / "kept", stops[:2] if over else stops)
+
+
+def test_a_run_that_is_over_is_not_run_again(images, tmp_path):
+    loop, rows = made("patience", images, Checkpoints(tmp_path / "kept"))
+    best = fit(loop)
+    again, told = made("patience", images, Checkpoints(tmp_path / "kept"))
+    again = replace(again, update=None)  # a step would fail
+    assert same(fit(again)["raw"].state, best["raw"].state)
+    assert told == rows
+    assert len(rows) < EPOCHS
+
+
+def test_one_that_cannot_be_read_gives_way_to_the_one_before(images, tmp_path, caplog):
+    folder = tmp_path / "kept"
+    reference, _ = made("cooling", images)
+    best = fit(reference)
+    loop, _ = made("cooling", images, Checkpoints(folder))
+    with noted(), pytest.raises(StoppedError):
+        fit(stopped_after(loop, 8))
+    newest = max(folder.iterdir())
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    last, _ = made("cooling", images, Checkpoints(folder))
+    assert same(fit(last)["raw"].state, best["raw"].state)
+    assert f"{newest} cannot be read" in caplog.text
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    assert Checkpoints(folder).load() is None
+
+
+def test_nothing_but_plain_values_is_read(tmp_path):
+    """A checkpoint may come out of a bucket that others write to: no code of its pickle is run."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    (tmp_path / "kept").mkdir()
+    torch.save({"x": Evil()}, tmp_path / "kept" / "00000001.pt")
+    assert Checkpoints(tmp_path / "kept").load() is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_are_kept_and_a_full_disk_leaves_them_be(tiny_disk):
+    kept = Checkpoints(tiny_disk / "kept")
+    for number in range(4):
+        kept.save({"number": number, "weights": torch.zeros(1000)})
+    names = sorted(path.name for path in kept.folder.iterdir())
+    assert names == ["00000003.pt", "00000004.pt"]
+    with pytest.raises(RetryableError, match="no space left"):
+        kept.save({"number": 4, "weights": torch.zeros(50_000)})
+    assert sorted(path.name for path in kept.folder.iterdir()) == names
+    assert kept.load()["number"] == 3
+
+
+def test_it_is_time_after_so_many_minutes_or_steps(tmp_path):
+    now = [0.0]
+    by_time, by_steps = Checkpoints(tmp_path, 2, 0, lambda: now[0]), Checkpoints(tmp_path, 0, 3, lambda: now[0])
+    never = Checkpoints(tmp_path, 0, 0, lambda: now[0])
+    found = []
+    for now[0] in (60.0, 119.0, 120.0, 130.0):
+        found.append([each.due() for each in (by_time, by_steps, never)])
+        for each, due in zip((by_time, by_steps, never), found[-1], strict=True):
+            if due:
+                each.save({})
+    assert found == [[False, False, False], [False, False, False], [True, True, False], [False, False, False]]
