@@ -35,6 +35,7 @@ RESULTS = "test_result"
 COMMANDS = {
     "submit": ("jobs.submit", "run a recipe's stages in order on a platform"),
     "status": ("jobs.status", "what of a run is done, running, failed"),
+    "trace": ("jobs.trace", "where an artifact came from, back to the images; --check takes every digest again"),
     "demo": ("jobs.demo", "the whole pipeline on scikit-learn's scanned digits"),
 }
 
@@ -100,7 +101,7 @@ def run_stage(job: Job, settings: Settings) -> None:
     job.probe()
     folder = job.record_dir()
     key = key_of(job, settings_.key_settings(settings, job.stage.sections))
-    reason = "it prints its result" if job.stage.always else why_run(folder, key, output_roots(job))
+    reason = "it prints its result" if job.stage.always else why_run(folder, key, output_roots(job), settings.reuse)
     if job.output_dir is not None:
         (job.output_dir / FAILURE).unlink(missing_ok=True)
     if reason is None:

@@ -265,6 +265,9 @@ class Settings(Section):
     fold: int | None = Field(None, ge=0, description="the fold to train (or to export); FOLD or JOB_COMPLETION_INDEX")
     stage: str = Field("", description="the stage, where no argument names it")
     run: str = Field("", description="the run's name, the title of its report")
+    reuse: Literal["strict", "warn", "force"] = Field(
+        "warn", description="a result of other code or packages: strict makes it anew, warn says so, force is silent"
+    )
     data: Data = Data()
     split: Split = Split()
     model: Model = Model()
@@ -285,7 +288,7 @@ class Settings(Section):
 
 
 SECTIONS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)}
-EXECUTION_KEYS = {"stage", "run"} | {
+EXECUTION_KEYS = {"stage", "run", "reuse"} | {
     f"train.{name}"
     for name in ("checkpoint_minutes", "checkpoint_steps", "keep_in_memory", "project", "trackers", "workers")
 }

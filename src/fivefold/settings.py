@@ -93,7 +93,7 @@ def normal_key(name: str) -> str:
 
 def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
     """The keys of `layer` that a stage with these `sections` does not read."""
-    read = {"recipe", "run", "stage", *sections}
+    read = {"recipe", "run", "stage", "reuse", *sections}
     return [key for key in layer.values if key.split(".")[0] not in read]
 
 

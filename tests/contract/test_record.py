@@ -15,12 +15,12 @@ from fivefold.contract.record import (
     Stopwatch,
     key_of,
     output_roots,
-    package_versions,
     record_path,
     why_run,
     write_record,
 )
 from fivefold.contract.stages import STAGES
+from fivefold.contract.versions import code_version, package_versions
 from fivefold.recipe import Settings
 from fivefold.settings import key_settings
 
@@ -110,6 +110,24 @@ def test_a_record_that_cannot_be_read_counts_for_nothing(text: str, split: Job):
     assert not (split.output() / "split.stage.json").exists()
 
 
+@pytest.mark.parametrize("field", ["code", "packages"])
+def test_other_code_or_packages_are_told_refused_or_passed_over(field: str, split: Job, caplog):
+    finish(split)
+    path = split.output() / "stage.json"
+    record = json.loads(path.read_text())
+    old = record["packages"] | {"torch": "1.0"} if field == "packages" else "0.1.0+0"
+    write_text(path, json.dumps(record | {field: old}))
+    key, roots = key_of(split, SETTINGS), output_roots(split)
+    words = (
+        f"torch 1.0 -> {package_versions()['torch']}" if field == "packages" else f"code 0.1.0+0 -> {code_version()}"
+    )
+    assert why_run(split.output(), key, roots, "strict") == f"made by other code or packages: {words}"
+    assert why_run(split.output(), key, roots, "force") is None
+    assert not caplog.records
+    assert why_run(split.output(), key, roots) is None
+    assert f"{path} was made by other code or packages ({words}), and is taken all the same" in caplog.text
+
+
 def test_the_record_says_what_was_done_with_what(split: Job):
     key = finish(split)
     record = json.loads((split.output() / "stage.json").read_text())
@@ -120,6 +138,9 @@ def test_the_record_says_what_was_done_with_what(split: Job):
     assert record["outputs"] == {"output/folds.parquet": sha256(split.output() / "folds.parquet")}
     assert record["metrics"] == {"rows": 1}
     assert record["packages"]["numpy"] == package_versions()["numpy"]
+    assert record["code"] == code_version()
+    images = split.channel("train")
+    assert record["sources"] == {"train": ["../images", str(images.resolve())]}
     assert record["wall_seconds"] >= 0
     assert 10 < record["peak_memory_mib"] < 100_000
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["finished"])

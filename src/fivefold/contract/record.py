@@ -6,6 +6,7 @@ run removes the old record first, so that a killed stage never looks finished.
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import resource
@@ -13,29 +14,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import fivefold
 from fivefold.contract.artifacts import COMPARED, channel_digest
 from fivefold.contract.files import read_json, sha256, tree_sha256, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import RECORD
+from fivefold.contract.versions import changed_since, code_version, package_versions
 from fivefold.errors import DataError
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "efficientnet-pytorch",
-    "numpy",
-    "pillow",
-    "pyarrow",
-    "scikit-learn",
-    "safetensors",
-)
+log = logging.getLogger("fivefold")
 
+IMAGE_VARIABLE = "FIVEFOLD_IMAGE"
+"""Names the digest of the container's image, where somebody sets it."""
 NAMED_BY_PATH = ("model.weights", "distill.teacher", "ensemble.submissions", "compare.files", "compare.runs")
 
 
@@ -86,8 +78,11 @@ def _named_files(settings: Mapping[str, Any]) -> list[tuple[str, Path]]:
     return [(key, path) for key, path in paths.items() if path.name and path.exists()]
 
 
-def why_run(folder: Path, key: Key, roots: Mapping[str, Path]) -> str | None:
-    """Why the stage must run, or None when the record in `folder` matches `key` and its outputs are whole."""
+def why_run(folder: Path, key: Key, roots: Mapping[str, Path], reuse: str = "warn") -> str | None:
+    """Why the stage must run, or None when the record in `folder` matches `key` and its outputs are whole.
+
+    Other code or packages than the record's are told (`reuse` warn), a reason (strict), or neither (force).
+    """
     path = record_path(folder, key.stage)
     if not path.is_file():
         return "no record of an earlier run"
@@ -104,7 +99,24 @@ def why_run(folder: Path, key: Key, roots: Mapping[str, Path]) -> str | None:
         file = roots[root] / relative if root in roots else None
         if file is None or not file.is_file() or sha256(file) != digest:
             return f"output missing or changed: {name}"
+    others = changed_since(record) if reuse != "force" else ""
+    if others and reuse == "strict":
+        return f"made by other code or packages: {others}"
+    if others:
+        log.warning(
+            "%s was made by other code or packages (%s), and is taken all the same: reuse=strict makes it anew",
+            path,
+            others,
+        )
     return None
+
+
+def sources(job: Job, folder: Path) -> dict[str, list[str]]:
+    """Where each channel of the stage lay: as seen from the record's folder, which may move with them, and absolute."""
+    names = [name for name in (*job.stage.channels, *job.stage.optional) if name in job.channels]
+    here = folder.resolve()
+    found = {name: job.channels[name].resolve() for name in names}
+    return {name: [os.path.relpath(path, here), str(path)] for name, path in found.items()}
 
 
 def write_record(
@@ -119,10 +131,13 @@ def write_record(
             "key": key.digest(),
             "inputs": dict(key.inputs),
             "settings": dict(key.settings),
+            "sources": sources(job, folder),
+            "roots": {name: os.path.relpath(path.resolve(), folder.resolve()) for name, path in roots.items()},
             "outputs": {_name(path, roots): sha256(path) for path in outputs},
             "metrics": dict(metrics),
-            "fivefold": fivefold.__version__,
+            "code": code_version(),
             "packages": package_versions(),
+            "image": os.environ.get(IMAGE_VARIABLE, ""),
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
             **clock.read(),
             "peak_memory_mib": peak_memory_mib(),
@@ -164,16 +179,6 @@ def peak_memory_mib() -> int:
             return int(line.split()[1]) // 1024
     unit = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
-
-
-def package_versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
 
 
 def _name(path: Path, roots: Mapping[str, Path]) -> str:

@@ -219,7 +219,7 @@ class _Builder:
             environment |= {"SM_MODEL_DIR": str(folder / "model"), "SM_CHECKPOINT_DIR": str(folder / "checkpoints")}
         environment |= {"SM_OUTPUT_DATA_DIR": self._output(name), "SM_OUTPUT_DIR": str(folder)}
         recipe = (f"recipe={self.recipe}",) if self.recipe else ()
-        own = tuple(text for text in self.overrides if _section(text) in STAGES[stage].sections)
+        own = tuple(text for text in self.overrides if _section(text) in (*STAGES[stage].sections, "reuse"))
         return Step(name, stage, (*recipe, *own, *arguments), environment, folder, needs, epochs)
 
     def _output(self, step: str) -> str:

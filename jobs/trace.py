@@ -1,0 +1,117 @@
+"""`python -m jobs trace PATH [--check]`: where an artifact came from, back to the images.
+
+PATH is a file that a stage wrote, its folder, or its stage.json. With --check every digest on the
+way is taken again: outputs, what each stage read, and the images behind the split.
+"""
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fivefold.contract import lineage
+from fivefold.contract.lineage import Made
+from fivefold.contract.stages import CLASSES, FOLDS
+from fivefold.data.folds import read_folds
+from fivefold.data.store import open_store
+from fivefold.errors import DataError, FivefoldError, SettingsError
+from fivefold.progress import track
+from fivefold.stopping import noted
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the tree of records; with --check 0 if all is as it was, else a DataError that names what is not."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    paths = [argument for argument in arguments if argument != "--check"]
+    if len(paths) != 1 or paths[0].startswith("-"):
+        raise SettingsError("trace takes one path, as in: python -m jobs trace runs/first/ensemble/output --check")
+    made = lineage.traced(lineage.find_record(Path(paths[0])))
+    print("\n".join(tree(made)))
+    if "--check" in arguments:
+        check(made)
+    return 0
+
+
+def tree(made: Made) -> list[str]:
+    """A line or some for the record, then those of all that it read, indented below it; each record is described once."""
+    lines = [shown(made.path.parent), *about(made)]
+    return [f"{made.name}: {lines[0]}", *(f"   {line}" for line in lines[1:]), *branches(made, {made.path})]
+
+
+def branches(made: Made, told: set[Path]) -> list[str]:
+    """What lies below a record, channel by channel."""
+    leaves: list[tuple[str, Made | None]] = []
+    for channel, (place, behind) in made.read.items():
+        leaves += [(f"{channel} <- {each.name}: {shown(each.path.parent)}", each) for each in behind]
+        leaves += [] if behind else [(f"{channel}: {shown(place) if place else 'no longer there'}", None)]
+    lines = []
+    for at, (line, step) in enumerate(leaves):
+        branch, beside = ("└─ ", "   ") if at == len(leaves) - 1 else ("├─ ", "│  ")
+        known = step is not None and step.path in told
+        lines.append(branch + line + (" (above)" if known else ""))
+        if step is not None and not known:
+            told.add(step.path)
+            lines += [f"{beside}   {more}" for more in about(step)]
+            lines += [beside + more for more in branches(step, told)]
+    return lines
+
+
+def shown(path: Path) -> str:
+    """A path as seen from here where it lies below."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def about(made: Made) -> list[str]:
+    """When a record was made, with what, and how good it was."""
+    facts, packages = made.facts, made.facts.get("packages", {})
+    metrics = [f"{name} {value:g}" for name, value in facts["metrics"].items() if isinstance(value, int | float)]
+    made_with = f"code {facts.get('code', 'unknown')}, torch {packages.get('torch', 'unknown')}"
+    first = f"{facts.get('finished', '')}, key {facts['key'][:12]}, {made_with}, {facts.get('wall_seconds', 0):.0f} s"
+    return [first, *([", ".join(metrics)] if metrics else [])]
+
+
+def check(made: Made) -> None:
+    """Takes every digest again; a DataError with all that differs."""
+    steps = list(lineage.everything(made))
+    found: list[str] = []
+    with noted(), tempfile.TemporaryDirectory(prefix="fivefold-") as scratch:
+        for number, step in enumerate(track(steps, len(steps), "records")):
+            folder = Path(scratch) / str(number)
+            folder.mkdir()
+            found += lineage.problems(step, folder)
+            found += changed_images(step) if step.name == "split" else []
+    if found:
+        raise DataError(f"{len(found)} differences: {'; '.join(found[:10])}")
+    print(f"all as it was: {len(steps)} records, their outputs and inputs")
+
+
+def changed_images(split: Made) -> list[str]:
+    """The images that are no longer those that the split saw."""
+    place = split.read["train"][0]
+    folder = split.path.parent / split.facts["roots"]["output"]
+    if place is None or not (folder / FOLDS).is_file():
+        return [f"{split.path}: its images are no longer there"] if place is None else []
+    table, store = read_folds(folder / FOLDS, folder / CLASSES), open_store(place)
+    pairs = list(zip(table.paths.to_pylist(), table.sha256.to_pylist(), strict=True))
+    found = []
+    for path, digest in track(pairs, len(pairs), "images"):
+        if digest is None:
+            continue
+        try:
+            same = hashlib.sha256(store.read(path)).hexdigest() == digest
+        except FivefoldError as error:
+            found.append(str(error))
+            continue
+        if not same:
+            found.append(f"{path} is not the file that the split saw")
+    return found
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import main as jobs_main
+
+    sys.exit(jobs_main(["trace", *sys.argv[1:]]))
