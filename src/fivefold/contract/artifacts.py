@@ -34,6 +34,8 @@ KEYED_FILES = {
 
 COMPARED = (".csv", ".parquet", ENSEMBLE, MODEL)
 """Of a run only these files are compared."""
+TRUTH = ("/gt.csv", "/ground_truth.csv")
+"""Files that lie beside test images, and that no stage reads which predicts them."""
 NO_SUBMISSIONS = ("sample_submission.csv", "train.csv", "test.csv", "gt.csv", "ground_truth.csv")
 
 DESCRIBED = {
@@ -183,9 +185,10 @@ def channel_digest(job: Job, channel: str, settings: Mapping[str, Any]) -> str:
         return _digest([path for name in KEYED_FILES[channel] for path in locate_all(job, channel, name)])
     if channel == "runs":
         return tree_sha256(job.channel(channel), without=(RECORD,), only=COMPARED)
+    without = (RECORD, *TRUTH) if channel == "eval" else (RECORD,)
     tables = (".csv", ".zip", str(settings.get("data.table", "")).lower() or ".csv")
     return tree_sha256(
-        job.channel(channel), without=(RECORD,), only=("",) if settings.get("split.open_images", True) else tables
+        job.channel(channel), without=without, only=("",) if settings.get("split.open_images", True) else tables
     )
 
 

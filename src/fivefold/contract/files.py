@@ -110,13 +110,13 @@ def tree_names(root: Path) -> list[str]:
 
 
 def tree_sha256(root: Path, without: tuple[str, ...] = (), only: tuple[str, ...] = ("",)) -> str:
-    """One digest of the names and bytes of all files below `root`, but for those whose name ends in one of `without`.
+    """One digest of the names and bytes of all files below `root`, but for those whose path ends in one of `without`.
 
     Of files whose name does not end in one of `only` (in any case) it covers the name alone.
     """
     folder = root.parent if root.is_file() else root
     names = [root.name] if root.is_file() else tree_names(root)
-    names = [name for name in names if not name.endswith(without)]
+    names = [name for name in names if not f"/{name}".endswith(without)]
     read = [name for name in names if name.lower().endswith(only)]
     digest = hashlib.sha256(os.fsencode("\0".join(names)))
     with ThreadPoolExecutor() as pool:
