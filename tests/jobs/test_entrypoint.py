@@ -223,6 +223,24 @@ def test_another_users_output_folder_is_refused_at_once(images: Path, tmp_path: 
 
 
 @ROOT
+def test_a_place_for_checkpoints_that_cannot_be_written_is_told_before_any_work(images: Path, tmp_path: Path):
+    for folder in (tmp_path, images, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    for name in ("model", "output"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(0o777)
+    assert process("-m", "jobs", "split", **here(images, tmp_path / "split")).returncode == 0
+    given = {
+        "SM_CHANNEL_TRAIN": str(images), "SM_CHANNEL_FOLDS": str(tmp_path / "split"),
+        "SM_MODEL_DIR": str(tmp_path / "model"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output"),
+    }  # fmt: skip
+    done = as_nobody("train-fold", FOLD="0", **given)
+    assert done.returncode == 64
+    assert f"cannot write to {tmp_path / 'checkpoints'} as uid {NOBODY}" in done.stderr
+    assert "or set SM_CHECKPOINT_DIR to another folder" in done.stderr
+
+
+@ROOT
 def test_images_that_this_user_may_not_read_are_told_as_such(images: Path, tmp_path: Path):
     for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)

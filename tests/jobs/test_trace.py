@@ -114,7 +114,11 @@ def test_what_is_no_longer_as_it_was_is_named(what, message, world, capsys):
         (["{}/data/train/a/1.png"], 66, "no stage left a record"),
         (["{}/run"], 66, "no stage left a record"),
         (["{}/broken/stage.json"], 65, "is not JSON"),
-        (["{}/old/stage.json"], 65, "is no record that can be traced"),
+        (
+            ["{}/old/stage.json"],
+            65,
+            "cannot be traced, it has no sources, roots, inputs, outputs, settings: run its stage again",
+        ),
     ],
 )
 def test_bad_input_gets_one_clear_error(arguments, code, message, world, capsys):

@@ -139,6 +139,14 @@ def test_stopped_again_and_again_also_while_it_scores(case, images, tmp_path):
     through(case, images, tmp_path / "kept", stops[:2] if over else stops)
 
 
+def test_defect_product_a_checkpoint_follows_every_epoch_and_not_only_better_ones(images, tmp_path):
+    loop, rows = made("patience", images, Checkpoints(tmp_path / "kept"))
+    fit(loop)
+    assert [path.stem for path in sorted((tmp_path / "kept").iterdir())] == ["00000001", "00000002"]
+    assert len(rows) == 2
+    assert rows[1]["val_logloss"] >= rows[0]["val_logloss"], "the second epoch was no better"
+
+
 def test_a_run_that_is_over_is_not_run_again(images, tmp_path):
     loop, rows = made("patience", images, Checkpoints(tmp_path / "kept"))
     best = fit(loop)

@@ -126,8 +126,8 @@ def tree_sha256(root: Path, without: tuple[str, ...] = (), only: tuple[str, ...]
     return digest.hexdigest()
 
 
-def probe_writable(folder: Path) -> None:
-    """Makes `folder` and a file in it; a SettingsError names the path, the user and the mend."""
+def probe_writable(folder: Path, other: str = "give another folder") -> None:
+    """Makes `folder` and a file in it; a SettingsError names the path, the user, the mend and what `other` way there is."""
     probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def probe_writable(folder: Path) -> None:
             raise RetryableError(f"no space left in {folder}: free some, then run the same command again") from error
         raise SettingsError(
             f"cannot write to {folder} as uid {os.getuid()}: {error.strerror}; "
-            "mount it writable for that user, or give another folder"
+            f"mount it writable for that user, or {other}"
         ) from error
     finally:
         with suppress(OSError):

@@ -79,8 +79,10 @@ class Job:
             self.channel(name)
         for name in self.stage.optional:
             self.optional_channel(name)
-        for folder in {self.record_dir(), self.output(), *({self.checkpoints()} if self.stage.writes_model else ())}:
+        for folder in {self.record_dir(), self.output()}:
             probe_writable(folder)
+        if self.stage.writes_model:
+            probe_writable(self.checkpoints(), "set SM_CHECKPOINT_DIR to another folder")
 
     def clean(self) -> None:
         """Removes what a killed process may have left in the folders that this stage writes."""

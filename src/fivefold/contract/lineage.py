@@ -95,13 +95,13 @@ def records_below(folder: Path) -> list[Path]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record at `path`; a DataError unless it is one."""
+    """The record at `path`; a DataError unless it is one, and says where all that it names lay."""
     facts = read_json(path)
-    try:
-        all(dict(facts[name]) is not None for name in ("sources", "roots", "inputs", "outputs", "settings"))
-        STAGES[facts["stage"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is no record that can be traced ({error!r}): run its stage again") from error
+    tables = ("sources", "roots", "inputs", "outputs", "settings")
+    if not isinstance(facts, dict) or facts.get("stage") not in STAGES:
+        raise DataError(f"{path} is no record of a stage")
+    if absent := [name for name in tables if not isinstance(facts.get(name), dict)]:
+        raise DataError(f"{path} cannot be traced, it has no {', '.join(absent)}: run its stage again")
     return facts
 
 
