@@ -167,6 +167,8 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
 
 
 def _entry(info: zipfile.ZipInfo, path: Path) -> Entry:
+    if info.header_offset < 0:
+        raise DataError(f"{path} is not a whole .zip: entry {info.filename!r} lies before its start; copy it again")
     if info.flag_bits & 0x1:
         raise DataError(f"{path}: entry {info.filename!r} is encrypted; pack it without a password")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

@@ -1,0 +1,233 @@
+"""Whatever stands in a file, it is read or refused with one of our errors: nothing of foreign bytes ends in a traceback.
+
+Files that are whole are changed in a few places (which gets deeper than bytes at random), by hypothesis.
+"""
+
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fivefold import predictions
+from fivefold.contract.artifacts import find_models
+from fivefold.contract.failure import explained
+from fivefold.contract.job import Job, hyperparameters, job_from
+from fivefold.contract.lineage import read_record
+from fivefold.contract.record import Key, why_run
+from fivefold.contract.stages import STAGES
+from fivefold.data.adapters import read_rows
+from fivefold.data.folds import read_folds
+from fivefold.data.given import read_given
+from fivefold.data.images import decode
+from fivefold.data.store import open_store
+from fivefold.errors import FivefoldError
+from fivefold.evaluation.truth import read_submission, read_truth
+from fivefold.inference.submitted import read_submitted
+from fivefold.predictions import Predictions
+from fivefold.recipe import Settings
+from fivefold.recipes import shipped_recipes
+from fivefold.settings import Layer, arguments_layer, flatten, load, normal_key, read_recipe
+
+MOST = int(os.environ.get("FIVEFOLD_EXAMPLES", "60"))
+"""Of each test; more of them find more."""
+EXAMPLES = settings(
+    max_examples=MOST, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+KEYS = sorted(flatten(Settings()))
+CELLS = st.one_of(
+    st.sampled_from(["", "a", "1", "0.5", "-1", "nan", "inf", "1e999", "../x", "a/b.png", "\ufeff", '"', "=1+1"]),
+    st.text(max_size=8),
+)
+
+
+@st.composite
+def changed(draw, whole: bytes) -> bytes:
+    """The bytes with up to four places overwritten, taken out or filled with others, or cut off."""
+    content = bytearray(whole)
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, max(len(content) - 1, 0)))
+        length = draw(st.sampled_from([0, 1, 1, 2, 8, 64]))
+        content[start : start + length] = draw(st.binary(max_size=8))
+    return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.integers(0, 4)) == 0 else content)
+
+
+def survives(read: Callable[[Path], object], content: bytes, name: str) -> None:
+    """Writes the file and reads it: a result, or an error of ours (or what amounts to one) with words."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        error = raised(lambda: read(path))
+    assert error is None or isinstance(error, FivefoldError), f"{type(error).__name__}: {error}"
+    assert error is None or str(error).strip()
+
+
+def raised(call: Callable[[], object]) -> BaseException | None:
+    """What a call raised, as the entrypoint understands it."""
+    try:
+        call()
+    except Exception as error:
+        return explained(error)
+    return None
+
+
+def image(form: str, mode: str = "RGB") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 11, 4), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").convert(mode).save(file, form)
+    return file.getvalue()
+
+
+def table(header: list[str], rows: list[list[object]]) -> bytes:
+    return "\n".join(",".join(map(str, row)) for row in [header, *rows]).encode("utf-8-sig")
+
+
+def parquet() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        ids, fold = np.array([f"r{n}" for n in range(6)], object), np.arange(6).astype(np.int16) % 2
+        log_probs = np.log(np.full((6, 2), 0.5, np.float32))
+        predictions.write(Path(folder) / "p.parquet", Predictions(ids, fold, "s", ("a", "b"), log_probs))
+        return (Path(folder) / "p.parquet").read_bytes()
+
+
+def archive() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as made:
+        for name in ("a/1.png", "b/2.png", "사진/3.png"):
+            made.writestr(name, image("PNG"))
+    return file.getvalue()
+
+
+def read_archive(path: Path) -> None:
+    store = open_store(path)
+    for name in store.names():
+        store.read(name)
+
+
+@pytest.mark.parametrize(("form", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("GIF", "P"), ("WEBP", "RGB"), ("BMP", "RGB"), ("TIFF", "RGB")])  # fmt: skip
+def test_images(form, mode):
+    @EXAMPLES
+    @given(changed(image(form, mode)))
+    def check(content: bytes) -> None:
+        try:
+            found = decode(content, "x")
+        except FivefoldError:
+            return
+        assert (found.dtype, found.ndim, found.shape[2]) == (np.uint8, 3, 3)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["demo", "car_efficientnet_b5"])
+def test_recipes(name):
+    @EXAMPLES
+    @given(changed(shipped_recipes()[name].read_bytes()))
+    def check(content: bytes) -> None:
+        survives(lambda path: read_recipe(str(path)), content, "mine.toml")
+
+    check()
+
+
+@EXAMPLES
+@given(
+    changed(
+        json.dumps({"train": {"epochs": 3, "lr": 0.1}, "augment": {"train": ["resize", {"name": "rotation"}]}}).encode()
+    )
+)
+def test_recipes_in_json(content):
+    survives(lambda path: read_recipe(str(path)), content, "mine.json")
+
+
+@EXAMPLES
+@given(st.dictionaries(st.sampled_from([*KEYS, "lr", "sagemaker_x", "TRAIN__EPOCHS"]), CELLS, max_size=4))
+def test_hyperparameters_and_arguments(found):
+    def read(path: Path) -> None:
+        given = hyperparameters({"SAGEMAKER_BASE_DIR": str(path.parents[2])})
+        load([Layer("hyperparameters", {normal_key(name): value for name, value in given.items()})])
+
+    survives(read, json.dumps(found).encode(), "input/config/hyperparameters.json")
+    survives(lambda _: load([arguments_layer([f"{name}={value}" for name, value in found.items()])]), b"", "x")
+
+
+@EXAMPLES
+@given(changed(b'{"train.epochs": "3", "FOLD": "1"}'))
+def test_hyperparameters_as_bytes(content):
+    survives(
+        lambda path: hyperparameters({"SAGEMAKER_BASE_DIR": str(path.parents[2])}),
+        content,
+        "input/config/hyperparameters.json",
+    )
+
+
+READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
+    "predictions": (predictions.read, parquet(), "predictions.parquet"),
+    "folds": (read_folds, parquet(), "folds.parquet"),
+    "submission": (read_submission, table(["ID", "a", "b"], [[n, 0.5, 0.5] for n in range(4)]), "s.csv"),
+    "submitted": (read_submitted, table(["ID", "a", "b"], [[n, 0.5, 0.5] for n in range(4)]), "s.csv"),
+    "answers": (read_submitted, table(["ID", "image_path", "target"], [[n, f"{n}.png", n % 2] for n in range(4)]), "s.csv"),
+    "truth": (read_truth, table(["ID", "label"], [[n, "ab"[n % 2]] for n in range(4)]), "gt.csv"),
+    "batch": (read_given, table(["image_path", "true_class"], [[f"{n}.png", "a"] for n in range(4)]), "batch.csv"),
+    "archive": (read_archive, archive(), "images.zip"),
+    "record": (read_record, json.dumps({"stage": "split", "sources": {}, "roots": {}}).encode(), "stage.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_files_that_stages_read(name):
+    read, whole, file = READERS[name]
+
+    @EXAMPLES
+    @given(changed(whole))
+    def check(content: bytes) -> None:
+        survives(read, content, file)
+
+    check()
+
+
+@EXAMPLES
+@given(st.lists(st.lists(CELLS, min_size=1, max_size=5), max_size=5))
+def test_tables_of_odd_cells(rows):
+    content = "\n".join(",".join(row) for row in rows).encode()
+    for read in (read_truth, read_submission, read_submitted, read_given):
+        survives(read, content, "table.csv")
+
+
+@EXAMPLES
+@given(
+    st.lists(st.tuples(CELLS, CELLS, CELLS), max_size=5),
+    st.sampled_from([("image_path", "target"), ("ID", "img_path", "label")]),
+)
+def test_training_tables_of_odd_cells(rows, header):
+    lines = [",".join(header), *(",".join(row[: len(header)]) for row in rows)]
+    survives(lambda path: read_rows(open_store(path.parent)), "\n".join(lines).encode(), "train.csv")
+
+
+@EXAMPLES
+@given(
+    changed(b'{"format": 1, "role": "fold", "system": "s", "seed": 1, "fold": 0, "folds": 2, "classes": ["a", "b"]}')
+)
+def test_descriptions_of_models(content):
+    def read(path: Path) -> None:
+        job: Job = job_from(STAGES["ensemble"], {"SM_CHANNEL_MODEL": str(path.parent)}, path.parent)
+        find_models(job)
+
+    survives(read, content, "model.json")
+
+
+@EXAMPLES
+@given(
+    changed(
+        b'{"stage": "split", "inputs": {"train": "x"}, "settings": {}, "outputs": {"output/a": "1"}, "packages": {}}'
+    )
+)
+def test_records_of_earlier_runs(content):
+    survives(lambda path: why_run(path.parent, Key("split", {}, {}), {"output": path.parent}), content, "stage.json")
