@@ -43,7 +43,7 @@ lock: ## compile pyproject.toml's pins into requirements.txt and docker/requirem
 	@$(call compile,docker/requirements.txt,--constraint requirements.txt)
 
 clean: ## remove .venv, the demo's images and run, and caches; other runs stay
-	rm -rf $(VENV) data/demo runs/demo .pytest_cache .ruff_cache .import_linter_cache build dist src/*.egg-info
+	rm -rf $(VENV) data/demo runs/demo .hypothesis .pytest_cache .ruff_cache .import_linter_cache build dist src/*.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(FOR_RUNS):
