@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fivefold.contract.files import read_json, sha256, tree_files, tree_sha256
+from fivefold.contract.files import read_json, sha256, sha256_once, tree_files, tree_sha256
 from fivefold.contract.job import Job
 from fivefold.contract.stages import (
     CLASSES,
@@ -36,6 +36,8 @@ COMPARED = (".csv", ".parquet", ENSEMBLE, MODEL)
 """Of a run only these files are compared."""
 TRUTH = ("/gt.csv", "/ground_truth.csv")
 """Files that lie beside test images, and that no stage reads which predicts them."""
+CHECKED = (WEIGHTS, MODEL, OOF, HOLDOUT)
+"""Files of a model that later stages read."""
 NO_SUBMISSIONS = ("sample_submission.csv", "train.csv", "test.csv", "gt.csv", "ground_truth.csv")
 
 DESCRIBED = {
@@ -210,7 +212,7 @@ def _digest(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         if path.is_file():
-            digest.update(f"{path.name}\0{sha256(path)}\n".encode())
+            digest.update(f"{path.name}\0{sha256_once(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -240,6 +242,16 @@ def _check_finished(model: ModelDir) -> None:
             f"{model.shown}: a model without {RECORD}, so its training did not finish or it was copied in part; "
             "run it again, copy the whole folder, or leave it out"
         )
+    record = read_json(model.path / RECORD)
+    outputs = record.get("outputs") if isinstance(record, dict) else None
+    made = {name.partition("/")[2]: digest for name, digest in (outputs or {}).items()}
+    for name in CHECKED:
+        path = model.path / name
+        if name in made and path.is_file() and sha256_once(path) != made[name]:
+            raise DataError(
+                f"{model.shown.parent / name} is not the file that its stage made (see {RECORD} beside it): copy the "
+                "whole folder again, or run the stage again"
+            )
 
 
 def _same_bytes(model: ModelDir, other: ModelDir) -> bool:

@@ -23,7 +23,7 @@ def truth_file(where: Path) -> Path:
     for name in TRUTH_FILES:
         if (where / name).is_file():
             return where / name
-    found = sorted(where.glob("*.csv"))
+    found = [path for path in sorted(where.glob("*.csv")) if path.is_file()]
     if len(found) == 1:
         return found[0]
     listed = ", ".join(path.name for path in found) or "no CSV"

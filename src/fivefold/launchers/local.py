@@ -40,11 +40,11 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     probe_writable(plan.folder)
     devices = gpus(environ)
     parallel = parallel or side_by_side(plan, devices)
-    # the same share for every fold, however many run just then: another number of threads gives other bits
+    # the same share for every step, however many run just then: another number of threads gives other bits
     share = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
 
     def environment(step: Step, gpu: str) -> dict[str, str]:
-        return step_environment(step, environ, gpu, share if step.stage == "train-fold" else 0)
+        return step_environment(step, environ, gpu, share)
 
     with Signals() as signals:
         return Crew(plan, parallel, devices if parallel > 1 else [], environment).work(signals)

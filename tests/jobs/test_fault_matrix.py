@@ -1,0 +1,218 @@
+"""Every file that a stage reads, spoilt in every way: its exit code, one clear error, and nothing that looks finished.
+
+The cells that end otherwise than by 65 stand in OTHERWISE, each with its reason.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.__main__ import run
+
+SETTINGS = [
+    "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 8], "stem": 8}', "model.image_size=12", "train.epochs=1",
+    "train.batch_size=8", "train.precision=fp32", "train.trackers=[]",
+]  # fmt: skip
+STAGES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
+    "split": ("split", ["split.folds=2"], ("TRAIN",)),
+    "split of a table": ("split", ["split.folds=2", "data.table=train.csv"], ("TRAIN",)),
+    "train-fold": ("train-fold", ["FOLD=0", *SETTINGS], ("TRAIN", "FOLDS")),
+    "train-fold from weights": ("train-fold", ["FOLD=0", "model.weights=start.safetensors", *SETTINGS], ("TRAIN", "FOLDS", "WEIGHTS")),
+    "ensemble": ("ensemble", [], ("EVAL", "MODEL", "FOLDS", "SUBMISSIONS")),
+    "evaluate": ("evaluate", [], ("PREDICTIONS", "GROUND_TRUTH", "MODEL", "FOLDS", "EVAL")),
+    "distill": ("distill", SETTINGS, ("TRAIN", "FOLDS", "MODEL")),
+    "predict": ("predict", [], ("IMAGES", "MODEL")),
+    "export": ("export", ["export.format=pth", "FOLD=0"], ("MODEL",)),
+    "compare": ("compare", [], ("SUBMISSIONS", "GROUND_TRUTH")),
+}  # fmt: skip
+INPUTS: dict[str, tuple[str, ...]] = {
+    "split": ("train/a/0.png",),
+    "split of a table": ("train/train.csv", "train/a/0.png"),
+    "train-fold": ("train/a/0.png", "folds/folds.parquet", "folds/classes.json"),
+    "train-fold from weights": ("weights/start.safetensors",),
+    "ensemble": (
+        "eval/test.csv", "eval/images/0.png", "eval/sample_submission.csv", "model/fold-0/model.json",
+        "model/fold-0/model.safetensors", "model/fold-0/oof.parquet", "submissions/output_other.csv", "folds/folds.parquet",
+    ),
+    "evaluate": (
+        "predictions/predictions.parquet", "ground_truth/gt.csv", "model/fold-0/oof.parquet", "model/fold-0/model.json",
+        "folds/folds.parquet",
+    ),
+    "distill": ("folds/folds.parquet", "folds/classes.json", "train/a/0.png", "model/fold-0/model.json", "model/fold-0/oof.parquet"),
+    "predict": ("images/batch.csv", "model/fold-0/model.json", "model/fold-0/model.safetensors"),
+    "export": ("model/fold-0/model.json", "model/fold-0/model.safetensors"),
+    "compare": ("submissions/output_other.csv", "ground_truth/gt.csv"),
+}  # fmt: skip
+
+
+def emptied(path: Path, other: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_off(path: Path, other: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def random_bytes(path: Path, other: Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(500))
+
+
+def a_text(path: Path, other: Path) -> None:
+    path.write_text("[1, 2, 3]\n", encoding="utf-8")
+
+
+def missing(path: Path, other: Path) -> None:
+    path.unlink()
+
+
+def a_folder(path: Path, other: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def of_another_run(path: Path, other: Path) -> None:
+    path.write_bytes(other.read_bytes())
+
+
+FAULTS: dict[str, Callable[[Path, Path], None]] = {
+    "emptied": emptied, "cut off": cut_off, "random bytes": random_bytes, "a text": a_text, "missing": missing,
+    "a folder": a_folder, "of another run": of_another_run,
+}  # fmt: skip
+ABSENT = ("missing", "a folder")
+TABLE, PARQUET, NAMES = "train/train.csv", "folds/folds.parquet", "folds/classes.json"
+WEIGHTS, MODEL, OOF = (f"model/fold-0/{name}" for name in ("model.safetensors", "model.json", "oof.parquet"))
+OTHERWISE: dict[tuple[str, str, str], tuple[int, str]] = {
+    # absent: 66, with what was looked for and where
+    **{("split of a table", TABLE, fault): (66, "no table train.csv in") for fault in ABSENT},
+    **{(case, PARQUET, fault): (66, "no folds.parquet below the channel 'folds'")
+       for case in ("train-fold", "ensemble", "evaluate", "distill") for fault in ABSENT},
+    **{(case, NAMES, fault): (66, "no classes.json below the channel 'folds'")
+       for case in ("train-fold", "distill") for fault in ABSENT},
+    **{("train-fold from weights", "weights/start.safetensors", fault): (66, "no such file") for fault in ABSENT},
+    **{(case, WEIGHTS, fault): (66, "no weights at") for case in ("ensemble", "predict", "export") for fault in ABSENT},
+    **{("distill", OOF, fault): (66, "no predictions at") for fault in ABSENT},
+    **{(case, "ground_truth/gt.csv", fault): (66, "name the truth gt.csv") for case in ("evaluate", "compare") for fault in ABSENT},
+    **{("compare", "submissions/output_other.csv", fault): (66, "too few to compare") for fault in ABSENT},
+    # the fold that was asked for is a setting
+    **{("export", MODEL, fault): (64, "FOLD=0: no model below") for fault in ABSENT},
+    # what may be left out: a sample, one of several submissions or models, scores of rows that nobody asked for
+    **{("ensemble", name, fault): (0, "")
+       for name in ("eval/sample_submission.csv", "submissions/output_other.csv", OOF) for fault in ABSENT},
+    **{("evaluate", name, fault): (0, "") for name in (OOF, MODEL) for fault in ABSENT},
+    **{("predict", name, fault): (0, "") for name in (MODEL, "images/batch.csv") for fault in ABSENT},
+    # another image is an image; other weights of the same shapes are weights to start from
+    **{(case, "train/a/0.png", "of another run"): (0, "") for case in ("split", "split of a table")},
+    ("ensemble", "eval/images/0.png", "of another run"): (0, ""),
+    ("train-fold from weights", "weights/start.safetensors", "of another run"): (0, ""),
+    # it lends the gallery the paths of training images, and finds none: no figure hangs on it
+    ("evaluate", PARQUET, "of another run"): (0, ""),
+    # a folder of images that holds a text beside them
+    ("predict", "images/batch.csv", "a text"): (0, ""),
+}  # fmt: skip
+
+
+def draw(root: Path, classes: tuple[str, str], seed: int) -> None:
+    """Images to train on, to test on and to predict, with their tables; seeded, so that two runs differ."""
+    random = np.random.default_rng(seed)
+    for folder in (*(f"train/{name}" for name in classes), "eval/images", "images"):
+        (root / folder).mkdir(parents=True)
+        for number in range(8):
+            pixels = random.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"{number}.png")
+    rows = "".join(f"{name}/{n}.png,{name}\n" for name in classes for n in range(8))
+    (root / "train" / "train.csv").write_text(f"image_path,target\n{rows}")
+    ids = [f"{seed}{n}" for n in range(8)]
+    (root / "eval" / "test.csv").write_text(
+        "ID,img_path\n" + "".join(f"{i},images/{n}.png\n" for n, i in enumerate(ids))
+    )
+    header = f"ID,{','.join(classes)}\n"
+    (root / "eval" / "sample_submission.csv").write_text(header + "".join(f"{i},0,0\n" for i in ids))
+    for name, text in (
+        ("submissions/output_other.csv", header + "".join(f"{i},0.4,0.6\n" for i in ids)),
+        ("submissions/output_third.csv", header + "".join(f"{i},0.3,0.7\n" for i in ids)),
+        ("ground_truth/gt.csv", "ID,label\n" + "".join(f"{i},{classes[n % 2]}\n" for n, i in enumerate(ids))),
+        ("images/batch.csv", "image_path,true_class\n" + "".join(f"{n}.png,{classes[n % 2]}\n" for n in range(8))),
+    ):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+
+
+def make(root: Path, classes: tuple[str, str], seed: int) -> Path:
+    """A whole run's files, each channel in a folder of its own."""
+    draw(root, classes, seed)
+    assert call(root, "split", root / "folds") == 0
+    for fold in range(2):
+        assert (
+            run(
+                "train-fold",
+                [f"FOLD={fold}", *SETTINGS],
+                variables(root, root / "model" / f"fold-{fold}", ("TRAIN", "FOLDS")),
+            )
+            == 0
+        )
+    (root / "weights").mkdir()
+    assert run("ensemble", [], variables(root, root / "predictions", ("EVAL", "MODEL", "FOLDS"))) == 0
+    backbone_of(root / "model" / "fold-0" / "model.safetensors", root / "weights" / "start.safetensors")
+    return root
+
+
+def backbone_of(model: Path, path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(model)
+    save_file(
+        {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}, path
+    )
+
+
+def variables(root: Path, folder: Path, channels: tuple[str, ...]) -> dict[str, str]:
+    given = {f"SM_CHANNEL_{name}": str(root / name.lower()) for name in channels}
+    return given | {"SM_MODEL_DIR": str(folder), "SM_OUTPUT_DATA_DIR": str(folder), "SM_OUTPUT_DIR": str(folder.parent / "failed"),
+                    "SM_CHECKPOINT_DIR": str(folder.parent / "checkpoints")}  # fmt: skip
+
+
+def call(root: Path, case: str, folder: Path) -> int:
+    stage, arguments, channels = STAGES[case]
+    return run(stage, arguments, variables(root, folder, channels))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("whole"), ("a", "b"), 1)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """A run of other images, with other ids, and with one class that is called otherwise."""
+    root = make(tmp_path_factory.mktemp("other"), ("a", "c"), 2)
+    return root
+
+
+CELLS = [(case, name, fault) for case, names in INPUTS.items() for name in names for fault in FAULTS]
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_the_stage_runs_where_nothing_is_spoilt(case, whole, tmp_path):
+    assert call(whole, case, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(("case", "name", "fault"), CELLS)
+def test_a_spoilt_file_is_told_and_nothing_looks_finished(case, name, fault, whole, other, tmp_path, capsys):
+    root = Path(shutil.copytree(whole, tmp_path / "in"))
+    FAULTS[fault](root / name, other / name)
+    code, words = OTHERWISE.get((case, name, fault), (65, ""))
+    assert call(root, case, tmp_path / "out") == code
+    said = capsys.readouterr().err
+    if code == 0:
+        return
+    errors = [line for line in said.splitlines() if re.match(r"\d\d:\d\d:\d\d ERROR", line)]
+    assert len(errors) == 1, said
+    assert "Traceback" not in said
+    assert words in errors[0]
+    assert not (tmp_path / "out" / "stage.json").exists()
+    assert not list((tmp_path / "out").rglob(".*.tmp"))
