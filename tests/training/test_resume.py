@@ -17,7 +17,7 @@ from fivefold.assemble import build_classifier, build_loop, one_hot, seed_everyt
 from fivefold.data.dataset import ImageSet
 from fivefold.data.store import open_store
 from fivefold.data.transforms import build_transforms
-from fivefold.errors import RetryableError, StoppedError
+from fivefold.errors import DataError, RetryableError, StoppedError
 from fivefold.inference.predictor import make_runtime
 from fivefold.recipe import Augment, Distill, Model, Settings, Train
 from fivefold.stopping import noted
@@ -172,6 +172,13 @@ def test_one_that_cannot_be_read_gives_way_to_the_one_before(images, tmp_path, c
     for path in folder.iterdir():
         path.write_bytes(b"")
     assert Checkpoints(folder).load() is None
+
+
+def test_one_of_another_version_is_told_as_such(images, tmp_path):
+    Checkpoints(tmp_path / "kept").save({"random": {}, "weights of old": torch.zeros(3)})
+    loop, _ = made("cooling", images, Checkpoints(tmp_path / "kept"))
+    with pytest.raises(DataError, match=r"does not fit this training \(KeyError: 'model'\).*remove the checkpoints"):
+        fit(loop)
 
 
 def test_nothing_but_plain_values_is_read(tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fivefold.contract.files import atomic
+from fivefold.errors import DataError
 from fivefold.training.randomness import random_state, set_random_state
 
 log = logging.getLogger("fivefold")
@@ -85,10 +86,19 @@ def captured(parts: Mapping[str, Stateful], device: torch.device) -> dict[str, A
 
 
 def restore(parts: Mapping[str, Stateful], device: torch.device, state: Mapping[str, Any]) -> None:
-    """Gives each part its state, and the random generators theirs."""
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    kept = state["random"]
+    """Gives each part its state, and the random generators theirs.
+
+    Raises a DataError where they do not fit, as those of another version of the code may not.
+    """
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        kept = state["random"]
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the checkpoint does not fit this training ({type(error).__name__}: {error}), as one of another version "
+            "of the code may not: remove the checkpoints to start over, or go on with that version"
+        ) from error
     set_random_state(device, kept["torch"])
     version, words, gauss = kept["python"]
     random.setstate((version, tuple(words), gauss))
