@@ -14,7 +14,7 @@ from fivefold.contract import lineage
 from fivefold.contract.lineage import Made
 from fivefold.contract.stages import CLASSES, FOLDS
 from fivefold.data.folds import read_folds
-from fivefold.data.store import open_store
+from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import DataError, FivefoldError, SettingsError
 from fivefold.progress import track
 from fivefold.stopping import noted
@@ -90,25 +90,24 @@ def check(made: Made) -> None:
 
 
 def changed_images(split: Made) -> list[str]:
-    """The images that are no longer those that the split saw."""
-    place = split.read["train"][0]
-    folder = split.path.parent / split.facts["roots"]["output"]
+    """The images that are no longer those that the split saw; none where the records themselves tell what is gone."""
+    place, folder = split.read["train"][0], split.path.parent / split.facts["roots"]["output"]
     if place is None or not (folder / FOLDS).is_file():
-        return [f"{split.path}: its images are no longer there"] if place is None else []
+        return []
     table, store = read_folds(folder / FOLDS, folder / CLASSES), open_store(place)
-    pairs = list(zip(table.paths.to_pylist(), table.sha256.to_pylist(), strict=True))
-    found = []
-    for path, digest in track(pairs, len(pairs), "images"):
-        if digest is None:
-            continue
-        try:
-            same = hashlib.sha256(store.read(path)).hexdigest() == digest
-        except FivefoldError as error:
-            found.append(str(error))
-            continue
-        if not same:
-            found.append(f"{path} is not the file that the split saw")
-    return found
+    pairs = zip(table.paths.to_pylist(), table.sha256.to_pylist(), strict=True)
+    return [
+        wrong for path, digest in track(pairs, len(table), "images") if (wrong := changed_image(store, path, digest))
+    ]
+
+
+def changed_image(store: ImageStore, path: str, digest: str | None) -> str:
+    """What is wrong with an image, in words; empty where nothing is, or where the split opened none."""
+    try:
+        same = digest is None or hashlib.sha256(store.read(path)).hexdigest() == digest
+    except FivefoldError as error:
+        return str(error)
+    return "" if same else f"{path} is not the file that the split saw"
 
 
 if __name__ == "__main__":

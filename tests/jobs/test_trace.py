@@ -104,6 +104,16 @@ def test_what_is_no_longer_as_it_was_is_named(what, message, world, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_channel_that_is_gone_is_named(world, capsys):
+    record = world / "run" / "ensemble" / "output" / "stage.json"
+    told = json.loads(record.read_text())
+    told["sources"]["eval"][1] = str(world / "data" / "eval")
+    record.write_text(json.dumps(told))
+    (world / "data" / "eval").rename(world / "data" / "elsewhere")
+    assert main(["trace", str(world / "run" / "ensemble"), "--check"]) == 65
+    assert "stage.json: its channel 'eval' is no longer there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -117,12 +127,14 @@ def test_what_is_no_longer_as_it_was_is_named(what, message, world, capsys):
         (
             ["{}/old/stage.json"],
             65,
-            "cannot be traced, it has no sources, roots, inputs, outputs, settings: run its stage again",
+            "cannot be traced, it has no key, sources, roots, inputs, outputs, settings, metrics: run its stage again",
         ),
+        (["{}/odd/stage.json"], 65, "cannot be traced, it has no sources: run its stage again"),
     ],
 )
 def test_bad_input_gets_one_clear_error(arguments, code, message, world, capsys):
-    for name, text in (("broken", "{"), ("old", '{"stage": "split"}')):
+    odd = {**json.loads((world / "run" / "split" / "output" / "stage.json").read_text()), "sources": {"train": [1, 2]}}
+    for name, text in (("broken", "{"), ("old", '{"stage": "split"}'), ("odd", json.dumps(odd))):
         (world / name).mkdir()
         (world / name / "stage.json").write_text(text)
     assert main(["trace", *(argument.format(world) for argument in arguments)]) == code

@@ -63,7 +63,11 @@ class Job:
 
     def checkpoints(self) -> Path:
         """The folder for what a killed training goes on from."""
-        return self.checkpoint_dir or self.model().parent / "checkpoints"
+        if self.checkpoint_dir is None:
+            raise SettingsError(
+                f"{self.stage.name} keeps checkpoints in SM_CHECKPOINT_DIR, or beside SM_MODEL_DIR, and neither is set"
+            )
+        return self.checkpoint_dir
 
     def of_key(self, digest: str) -> "Job":
         """This job with a folder of checkpoints for what `digest` stands for: its settings, data and classes alone."""

@@ -1,7 +1,8 @@
 """Where an artifact came from: the record of the stage that made it, and those of all that the stage read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,26 @@ MAKERS = {
 }
 """The stages whose results a channel holds; of the other channels nobody here made anything."""
 NEIGHBOURS = ("model", "output")
+
+
+def _is_table(value: Any, of: Callable[[Any], bool] = lambda _: True) -> bool:
+    return isinstance(value, dict) and all(map(of, value.values()))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+NEEDED: dict[str, Callable[[Any], bool]] = {
+    "key": _is_text,
+    "sources": partial(_is_table, of=lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_text, v))),
+    "roots": partial(_is_table, of=_is_text),
+    "inputs": partial(_is_table, of=_is_text),
+    "outputs": partial(_is_table, of=_is_text),
+    "settings": _is_table,
+    "metrics": _is_table,
+}
+"""What a record must hold to be traced, each with what tells whether it is that."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +118,10 @@ def records_below(folder: Path) -> list[Path]:
 def read_record(path: Path) -> dict[str, Any]:
     """The record at `path`; a DataError unless it is one, and says where all that it names lay."""
     facts = read_json(path)
-    tables = ("sources", "roots", "inputs", "outputs", "settings")
     if not isinstance(facts, dict) or facts.get("stage") not in STAGES:
         raise DataError(f"{path} is no record of a stage")
-    if absent := [name for name in tables if not isinstance(facts.get(name), dict)]:
-        raise DataError(f"{path} cannot be traced, it has no {', '.join(absent)}: run its stage again")
+    if lacking := [name for name, fits in NEEDED.items() if not fits(facts.get(name))]:
+        raise DataError(f"{path} cannot be traced, it has no {', '.join(lacking)}: run its stage again")
     return facts
 
 
@@ -122,11 +142,11 @@ def everything(made: Made) -> Iterator[Made]:
 
 def problems(made: Made, scratch: Path) -> list[str]:
     """What is not as the record says: outputs that are missing or changed, channels that hold something else."""
-    folders = {name: made.path.parent / place for name, place in made.facts["roots"].items()}
-    found = []
+    gone = [name for name, (place, _) in made.read.items() if place is None]
+    found = [f"{made.path}: its channel {name!r} is no longer there" for name in gone]
     for name, digest in made.facts["outputs"].items():
         root, _, inside = name.partition("/")
-        file = folders[root] / inside
+        file = made.path.parent / made.facts["roots"].get(root, root) / inside
         if not file.is_file() or sha256(file) != digest:
             found.append(f"{file}: {'missing' if not file.is_file() else 'changed since it was made'}")
     job = Job(

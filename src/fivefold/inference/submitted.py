@@ -29,8 +29,8 @@ def names_classes_alone(path: Path) -> bool:
 def has_ids(path: Path, ids: Collection[str]) -> bool:
     """Whether the first column of a file, or one of its columns of image paths, holds exactly these ids."""
     header, rows = read_cells(path)
-    places = [0, *(at for at, name in enumerate(header) if plain_name(name).lower() in PATH_NAMES)]
-    return any(len(rows) == len(ids) and {row[at] for row in rows} == set(ids) for at in places)
+    paths = [at for at, name in enumerate(header) if plain_name(name).lower() in PATH_NAMES]
+    return _place_of(rows, [0, *paths], set(ids)) is not None
 
 
 def read_submitted(
@@ -92,17 +92,20 @@ def _is_number(cell: str) -> bool:
 def _id_column(path: Path, rows: list[list[str]], paths: list[int], ids: Collection[str] | None) -> int:
     """The place of the column whose values are `ids`: the first, or that of image paths; the first where ids are None."""
     wanted = None if ids is None else set(ids)
-    for at in dict.fromkeys([0, *paths]):
-        there = [row[at] for row in rows]
-        if wanted is None or (set(there) == wanted and len(there) == len(wanted)):
-            refuse_repeated(there, f"{path}: ids stand twice")
-            return at
-    there = [row[0] for row in rows]
+    at = 0 if wanted is None else _place_of(rows, [0, *paths], wanted)
+    there = [row[at or 0] for row in rows]
     refuse_repeated(there, f"{path}: ids stand twice")
+    if wanted is None or at is not None:
+        return at or 0
     missing, extra = sorted(wanted - set(there)), sorted(set(there) - wanted)
     parts = [f"{len(missing)} of the {len(wanted)} test ids are not in it ({sample(missing)})"] if missing else []
     parts += [f"{len(extra)} of its {len(there)} ids are not in the test table ({sample(extra)})"] if extra else []
     raise DataError(f"{path} speaks of other rows: {'; '.join(parts)}")
+
+
+def _place_of(rows: list[list[str]], places: Sequence[int], wanted: set[str]) -> int | None:
+    """The first of the places whose column holds exactly what is wanted, each once; None where none does."""
+    return next((at for at in places if len(rows) == len(wanted) and {row[at] for row in rows} == wanted), None)
 
 
 def _of_probabilities(
