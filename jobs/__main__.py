@@ -19,9 +19,10 @@ from types import ModuleType
 from fivefold import settings as settings_
 from fivefold.choose import choose
 from fivefold.contract.failure import explained, report_failure
-from fivefold.contract.job import Job, given_channels, hyperparameters, job_from, output_dir
+from fivefold.contract.job import Job, given_channels, hyperparameters, job_from, output_data, output_dir
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
+from fivefold.contract.storage import SCRATCH, shown
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
 from fivefold.recipe import Settings
 from fivefold.recipes import shipped_recipes
@@ -67,9 +68,10 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
     try:
         if stage.by_argument:
             arguments, environ = paths_given(stage, arguments, environ)
-        with noted(), tempfile.TemporaryDirectory(prefix="fivefold-") as scratch:
+        with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
             job = job_from(stage, environ, Path(scratch))
-            run_stage(job, settings_of(job, arguments, environ))
+            with job.remote:
+                run_stage(job, settings_of(job, arguments, environ))
             poll()
         return 0
     except (KeyboardInterrupt, Exception) as error:
@@ -88,7 +90,7 @@ def paths_given(
     given = {variables[name]: path for name, _, path in (a.partition("=") for a in arguments) if name in variables}
     rest = [argument for argument in arguments if argument.partition("=")[0] not in variables]
     environ = {**environ, **given}
-    if job_from(stage, environ, Path()).output_data_dir is None:
+    if output_data(environ) is None:
         from fivefold.launchers.plan import new_run_name
 
         environ["SM_OUTPUT_DATA_DIR"] = str(Path(RESULTS) / new_run_name())
@@ -111,6 +113,7 @@ def run_stage(job: Job, settings: Settings) -> None:
         return
     log.info("%s runs: %s", job.stage.name, reason)
     record_path(folder, key.stage).unlink(missing_ok=True)
+    job.remote.begin(key.stage)
     job.clean()
     if job.stage.writes_model:
         job = with_own_checkpoints(job, key)
@@ -118,17 +121,20 @@ def run_stage(job: Job, settings: Settings) -> None:
     outcome = importlib.import_module(job.stage.module).main(job, settings)
     poll()
     write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
+    job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
     if job.stage.writes_model:
+        job.remote.forget(job.checkpoints())
         shutil.rmtree(job.checkpoints(), ignore_errors=True)
 
 
 def with_own_checkpoints(job: Job, key: Key) -> Job:
     """The job with the folder of this key's checkpoints; others' are left alone, and named."""
     own = job.of_key(key.digest())
-    others = sorted(path.name for path in job.checkpoints().iterdir() if path.is_dir() and path != own.checkpoints())
-    if others:
-        log.info("checkpoints of other settings, data or classes are left alone: %s", ", ".join(others))
+    others = {path.name for path in job.checkpoints().iterdir() if path.is_dir()}
     own.checkpoints().mkdir(exist_ok=True)
+    others |= job.remote.restore(own.checkpoints())
+    if others := sorted(others - {own.checkpoints().name}):
+        log.info("checkpoints of other settings, data or classes are left alone: %s", ", ".join(others))
     return own
 
 
@@ -205,8 +211,16 @@ def start_log(environ: Mapping[str, str]) -> None:
         stream=sys.stderr,
         force=True,
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(with_urls)
     for chatty in ("matplotlib", "PIL", "h5py", "fontTools", "onnx_ir", "onnxscript"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def with_urls(line: logging.LogRecord) -> bool:
+    """Has a line of the log speak of URLs, not of the folders that stand for them."""
+    line.msg, line.args = shown(line.getMessage()), None
+    return True
 
 
 def overview() -> str:

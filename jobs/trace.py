@@ -1,7 +1,7 @@
 """`python -m jobs trace PATH [--check]`: where an artifact came from, back to the images.
 
-PATH is a file that a stage wrote, its folder, or its stage.json. With --check every digest on the
-way is taken again: outputs, what each stage read, and the images behind the split.
+PATH is a file that a stage wrote, its folder, or its stage.json, here or at s3://. With --check every
+digest on the way is taken again: outputs, what each stage read, and the images behind the split.
 """
 
 import hashlib
@@ -10,12 +10,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fivefold.contract import lineage
+from fivefold.contract import lineage, storage
 from fivefold.contract.lineage import Made
-from fivefold.contract.stages import CLASSES, FOLDS
+from fivefold.contract.s3.urls import Url, is_url, parse
+from fivefold.contract.stages import CLASSES, FOLDS, RECORD
+from fivefold.contract.storage import SCRATCH, Remote
 from fivefold.data.folds import read_folds
 from fivefold.data.store import ImageStore, open_store
-from fivefold.errors import DataError, FivefoldError, SettingsError
+from fivefold.errors import DataError, FivefoldError, MissingInputError, SettingsError
 from fivefold.progress import track
 from fivefold.stopping import noted
 
@@ -28,11 +30,47 @@ def main(arguments: Sequence[str]) -> int:
     paths = [argument for argument in arguments if argument != "--check"]
     if len(paths) != 1 or paths[0].startswith("-"):
         raise SettingsError("trace takes one path, as in: python -m jobs trace runs/first/ensemble/output --check")
-    made = lineage.traced(lineage.find_record(Path(paths[0])))
-    print("\n".join(tree(made)))
-    if "--check" in arguments:
-        check(made)
+    with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+        reach = Reach(Path(scratch), everything="--check" in arguments)
+        made = lineage.traced(lineage.find_record(reach.path(paths[0])), reach)
+        print(storage.shown("\n".join(tree(made))))
+        if "--check" in arguments:
+            check(made, Path(scratch))
     return 0
+
+
+class Reach:
+    """Finds the places that records name, at s3:// too, of which it fetches the records alone or everything."""
+
+    def __init__(self, scratch: Path, everything: bool) -> None:
+        self._remote, self._everything = Remote(scratch), everything
+        self._known: dict[str, Path | None] = {}
+
+    def __call__(self, folder: Path, places: Sequence[str]) -> Path | None:
+        """The place of a channel whose record lies in `folder`; None where it is gone."""
+        if not is_url(places[1]):
+            return lineage.nearest(folder, places)
+        if places[1] not in self._known:
+            try:
+                self._known[places[1]] = self._fetched(parse(places[1], "a record"))
+            except MissingInputError:
+                self._known[places[1]] = None
+        return self._known[places[1]]
+
+    def path(self, given: str) -> Path:
+        """What the user names: a path, or a URL of a folder or of a file that a stage wrote."""
+        if not is_url(given):
+            return Path(given)
+        url = parse(given, "trace")
+        try:
+            return self._fetched(url)
+        except MissingInputError:
+            return self._fetched(url.parent, url.name) / url.name
+
+    def _fetched(self, url: Url, *files: str) -> Path:
+        path = self._remote.channel(url)
+        self._remote.fetch(path, only=("",) if self._everything else (RECORD, *files))
+        return path
 
 
 def tree(made: Made) -> list[str]:
@@ -74,16 +112,15 @@ def about(made: Made) -> list[str]:
     return [first, *([", ".join(metrics)] if metrics else [])]
 
 
-def check(made: Made) -> None:
+def check(made: Made, scratch: Path) -> None:
     """Takes every digest again; a DataError with all that differs."""
     steps = list(lineage.everything(made))
     found: list[str] = []
-    with noted(), tempfile.TemporaryDirectory(prefix="fivefold-") as scratch:
-        for number, step in enumerate(track(steps, len(steps), "records")):
-            folder = Path(scratch) / str(number)
-            folder.mkdir()
-            found += lineage.problems(step, folder)
-            found += changed_images(step) if step.name == "split" else []
+    for number, step in enumerate(track(steps, len(steps), "records")):
+        folder = scratch / str(number)
+        folder.mkdir()
+        found += lineage.problems(step, folder)
+        found += changed_images(step) if step.name == "split" else []
     if found:
         raise DataError(f"{len(found)} differences: {'; '.join(found[:10])}")
     print(f"all as it was: {len(steps)} records, their outputs and inputs")

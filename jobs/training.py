@@ -74,7 +74,9 @@ def fit(loop: Loop, job: Job, settings: Settings, fold: int | None) -> tuple[dic
         loop,
         observers=[csv_log(job.model() / TRAIN_LOG), *trackers],
         announcers=[metric_line(fold)],
-        checkpoints=Checkpoints(job.checkpoints(), settings.train.checkpoint_minutes, settings.train.checkpoint_steps),
+        checkpoints=Checkpoints(
+            job.checkpoints(), settings.train.checkpoint_minutes, settings.train.checkpoint_steps, job.remote.keep
+        ),
     )
     try:
         return fit_loop(loop), trackers

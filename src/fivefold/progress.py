@@ -12,6 +12,7 @@ from fivefold.stopping import poll
 T = TypeVar("T")
 log = logging.getLogger("fivefold")
 SECONDS_BETWEEN_LINES = 15.0
+MIB = 2**20
 
 
 def track(items: Iterable[T], total: int, label: str, every: float = SECONDS_BETWEEN_LINES) -> Iterator[T]:
@@ -36,6 +37,25 @@ def track(items: Iterable[T], total: int, label: str, every: float = SECONDS_BET
             left = (now - start) / done * max(0, total - done)
             log.info("%s: %d of %d, %s left", label, done, total, duration(left))
         yield item
+
+
+def meter(steps: Iterable[int], total: int, label: str, every: float = SECONDS_BETWEEN_LINES) -> None:
+    """Takes all `steps`, each a number of bytes, while their sum of `total` shows under `label`; stopped as `track` is."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=label, leave=False, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+            for step in stoppable(steps):
+                bar.update(step)
+        return
+    start = last = time.monotonic()
+    done = 0
+    for step in stoppable(steps):
+        done, now = done + step, time.monotonic()
+        if done > 0 and now - last >= every:
+            last = now
+            left = (now - start) / done * max(0, total - done)
+            log.info("%s: %.1f of %.1f MiB, %s left", label, done / MIB, total / MIB, duration(left))
 
 
 def stoppable(items: Iterable[T]) -> Iterator[T]:

@@ -14,8 +14,11 @@ _received: list[int] = []
 
 
 def poll() -> None:
-    """Raises StoppedError if this process was told to stop; to be called wherever work can be left."""
-    if _received:
+    """Raises StoppedError if this process was told to stop; to be called wherever work can be left.
+
+    In another thread than the main one nothing: who waits for that thread decides.
+    """
+    if _received and threading.current_thread() is threading.main_thread():
         raise StoppedError(_received[0])
 
 

@@ -127,10 +127,17 @@ def test_a_stage_may_keep_its_output_in_the_model_when_no_other_place_is_given(t
         job("train-fold", {"SM_MODEL_DIR": "/m"}, tmp_path).output()
 
 
-@pytest.mark.parametrize("name", ["SM_CHANNEL_TRAIN", "SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"])
-def test_a_url_never_becomes_a_folder_of_that_name(name: str, tmp_path: Path):
-    with pytest.raises(SettingsError, match=f"{name}=s3://bucket/x is a URL"):
-        job("split", {name: "s3://bucket/x"}, tmp_path)
+@pytest.mark.parametrize("name", ["SM_CHANNEL_TRAIN", "SM_OUTPUT_DATA_DIR"])
+@pytest.mark.parametrize("url", ["gs://bucket/x", "https://bucket/x", "s3://", "s3:///x", "s3://a/../b"])
+def test_a_url_never_becomes_a_folder_of_that_name(name: str, url: str, tmp_path: Path):
+    with pytest.raises(SettingsError, match=name):
+        job("split", {name: url}, tmp_path)
+
+
+def test_urls_of_what_a_stage_does_not_read_or_write_are_never_asked_for(tmp_path: Path):
+    found = job("split", {"SM_CHANNEL_MODEL": "s3://bucket/x", "SM_MODEL_DIR": "s3://bucket/y"}, tmp_path)
+    assert "model" not in found.channels
+    assert found.model_dir is None
 
 
 def test_pipe_mode_is_refused(base: Path, tmp_path: Path):

@@ -147,7 +147,7 @@ def refused(tmp_path: Path, stage: str, arguments: list[str], environ: Mapping[s
         ("split", [], {}, 66, "split needs the channel 'train': set SM_CHANNEL_TRAIN"),
         ("split", [], {"SM_CHANNEL_TRAIN": "/no/where"}, 66, "channel 'train': /no/where does not exist"),
         ("split", [], {"SM_CHANNEL_TRAIN": "/"}, 64, "split writes to SM_OUTPUT_DATA_DIR, which is not set"),
-        ("split", [], {"SM_CHANNEL_TRAIN": "s3://a/b"}, 64, "SM_CHANNEL_TRAIN=s3://a/b is a URL"),
+        ("split", [], {"SM_CHANNEL_TRAIN": "gs://a/b"}, 64, "SM_CHANNEL_TRAIN is a URL of the kind gs://"),
         ("train-fold", [], {"FOLD": "2", "JOB_COMPLETION_INDEX": "3"}, 64, "FOLD=2 and JOB_COMPLETION_INDEX=3 differ"),
         ("train-fold", ["FOLD=2"], {"JOB_COMPLETION_INDEX": "3"}, 64, "FOLD=2 and JOB_COMPLETION_INDEX=3 differ"),
         ("train-fold", [], {"FOLD": "two"}, 64, "fold='two' (environment): a whole number is needed"),

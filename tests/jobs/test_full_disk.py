@@ -1,13 +1,10 @@
 """Each stage on a disk that fills up: exit 75, nothing half-written, and the same command goes on once there is room."""
 
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from drawing import noise_in, write_test_table
 from jobs.__main__ import run
 
 SETTINGS = [
@@ -33,13 +30,8 @@ WHOLE = {
 def world(tmp_path_factory) -> Path:
     """Images, their split, two folds and what each stage makes of them where there is room."""
     root = tmp_path_factory.mktemp("world")
-    random = np.random.default_rng(0)
-    for name in ("train/a", "train/b", "eval/images"):
-        (root / name).mkdir(parents=True)
-        for number in range(40):
-            Image.fromarray(random.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(root / name / f"{number}.png")
-    rows = "".join(f"{n},images/{n}.png\n" for n in range(40))
-    (root / "eval" / "test.csv").write_text(f"ID,img_path\n{rows}")
+    noise_in(root, ("train/a", "train/b", "eval/images"), 40)
+    write_test_table(root / "eval", 40)
     assert stage(root, root / "split", "split") == 0
     for fold in range(2):
         folder = root / "models" / f"fold-{fold}"
@@ -71,18 +63,6 @@ def stage(root: Path, folder: Path, name: str) -> int:
     return run(name, STAGES[name], given)
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 8 MiB."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", mounted], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield mounted
-    subprocess.run(["umount", mounted], check=True)
-
-
 def fill(disk: Path, left: int) -> None:
     """Takes all but `left` KiB."""
     with open(disk / "filler", "wb") as file:
@@ -91,13 +71,13 @@ def fill(disk: Path, left: int) -> None:
 
 @pytest.mark.parametrize("left", [0, 4])
 @pytest.mark.parametrize("name", STAGES)
-def test_a_full_disk_is_75_and_nothing_is_half_written(name, left, world, disk, tmp_path):
-    fill(disk, left)
-    folder = disk / "out"
+def test_a_full_disk_is_75_and_nothing_is_half_written(name, left, world, small_disk, tmp_path):
+    fill(small_disk, left)
+    folder = small_disk / "out"
     assert stage(world, folder, name) == 75
     assert "free some, then run the same command again" in (tmp_path / "failed" / "failure").read_text()
     assert not (folder / "stage.json").exists()
-    assert not list(disk.rglob(".*.tmp")), "temporary files"
-    (disk / "filler").unlink()
+    assert not list(small_disk.rglob(".*.tmp")), "temporary files"
+    (small_disk / "filler").unlink()
     assert stage(world, folder, name) == 0
     assert (folder / WHOLE[name]).read_bytes() == (world / name / WHOLE[name]).read_bytes()

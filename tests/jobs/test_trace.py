@@ -4,10 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from drawing import noise_in, write_test_table
 from jobs.__main__ import main, run
 
 SETTINGS = [
@@ -20,14 +19,8 @@ SETTINGS = [
 def made(tmp_path_factory) -> Path:
     """A split, two folds, their ensemble, a student and its ensemble."""
     root = tmp_path_factory.mktemp("made")
-    random = np.random.default_rng(0)
-    for name in ("train/a", "train/b", "eval/images"):
-        (root / "data" / name).mkdir(parents=True)
-        for number in range(6):
-            pixels = random.integers(0, 255, (12, 12, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "data" / name / f"{number}.png")
-    rows = "".join(f"{n},images/{n}.png\n" for n in range(6))
-    (root / "data" / "eval" / "test.csv").write_text(f"ID,img_path\n{rows}")
+    noise_in(root / "data", ("train/a", "train/b", "eval/images"), 6)
+    write_test_table(root / "data" / "eval", 6)
     run_folder = root / "run"
     assert stage(run_folder, "split", "split", "split.folds=2") == 0
     for fold in range(2):

@@ -208,8 +208,11 @@ def test_two_are_kept_and_a_full_disk_leaves_them_be(tiny_disk):
 
 def test_it_is_time_after_so_many_minutes_or_steps(tmp_path):
     now = [0.0]
-    by_time, by_steps = Checkpoints(tmp_path, 2, 0, lambda: now[0]), Checkpoints(tmp_path, 0, 3, lambda: now[0])
-    never = Checkpoints(tmp_path, 0, 0, lambda: now[0])
+    by_time, by_steps = (
+        Checkpoints(tmp_path, 2, 0, clock=lambda: now[0]),
+        Checkpoints(tmp_path, 0, 3, clock=lambda: now[0]),
+    )
+    never = Checkpoints(tmp_path, 0, 0, clock=lambda: now[0])
     found = []
     for now[0] in (60.0, 119.0, 120.0, 130.0):
         found.append([each.due() for each in (by_time, by_steps, never)])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fivefold.contract.files import causes, disk_is_full, write_text
 from fivefold.contract.stages import FAILURE
+from fivefold.contract.storage import shown
 from fivefold.errors import FivefoldError, RetryableError, SettingsError, StoppedError
 
 FAILURE_CHARACTERS = 1024
@@ -59,4 +60,4 @@ def report_failure(output_dir: Path | None, error: BaseException) -> None:
     # The folder itself may be what failed; the message is on stderr in any case.
     with contextlib.suppress(OSError, FivefoldError):
         trace = "".join(traceback.format_exception(error))
-        write_text(output_dir / FAILURE, f"{message[:FAILURE_CHARACTERS]}\n\n{trace}")
+        write_text(output_dir / FAILURE, f"{shown(message)[:FAILURE_CHARACTERS]}\n\n{trace}")

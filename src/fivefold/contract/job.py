@@ -6,15 +6,16 @@ SageMaker sets no SM_* variable for an image of one's own, so what is missing is
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fivefold.contract.files import probe_writable, remove_abandoned
+from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stages import HOLDOUT, PREDICTIONS, Stage
+from fivefold.contract.storage import Remote
 from fivefold.errors import MissingInputError, SettingsError
 
-OWN_FOLDERS = ("SM_MODEL_DIR", "SM_OUTPUT_DIR", "SM_OUTPUT_DATA_DIR", "SM_CHECKPOINT_DIR", "SM_GROUND_TRUTH_DIR")
 PREDICTED = (PREDICTIONS, HOLDOUT)
 
 
@@ -29,6 +30,8 @@ class Job:
     output_data_dir: Path | None
     checkpoint_dir: Path | None
     scratch: Path
+    remote: Remote = field(default_factory=lambda: Remote(Path()))
+    """Which of these paths stand for URLs."""
 
     def channel(self, name: str) -> Path:
         """The folder (or file) of a channel that must be there."""
@@ -41,8 +44,13 @@ class Job:
         return path
 
     def optional_channel(self, name: str) -> Path | None:
-        """The folder of a channel, or None where it is not given; given but absent is an error."""
+        """The folder of a channel, or None where it is not given; given but absent is an error.
+
+        One that lies at a URL is fetched when it is first asked for.
+        """
         path = self.channels.get(name)
+        if path is not None:
+            self.remote.fetch(path)
         if path is not None and not path.exists():
             raise MissingInputError(f"channel {name!r}: {path} does not exist; check SM_CHANNEL_{name.upper()}")
         return path
@@ -80,9 +88,11 @@ class Job:
     def probe(self) -> None:
         """Checks that required channels exist and that outputs can be written, before any work."""
         for name in self.stage.channels:
-            self.channel(name)
+            if self.channels.get(name) not in self.remote.channels:
+                self.channel(name)
         for name in self.stage.optional:
-            self.optional_channel(name)
+            if self.channels.get(name) not in self.remote.channels:
+                self.optional_channel(name)
         for folder in {self.record_dir(), self.output()}:
             probe_writable(folder)
         if self.stage.writes_model:
@@ -98,11 +108,12 @@ class Job:
 def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
     """The Job of `stage` in this environment: SM_* variables first, then `/opt/ml`.
 
-    `scratch` is a folder of this process, for what it unpacks; the caller removes it.
+    `scratch` is a folder of this process, for what it unpacks and fetches; the caller removes it.
     """
-    _refuse_urls(environ)
+    remote = Remote(scratch)
+    environ = _localised(stage, environ, remote)
     model_dir = _folder(environ, "SM_MODEL_DIR", "model")
-    output_data_dir = _folder(environ, "SM_OUTPUT_DATA_DIR", "output/data")
+    output_data_dir = output_data(environ)
     checkpoints = _folder(environ, "SM_CHECKPOINT_DIR", "checkpoints")
     if checkpoints is None and model_dir is not None:
         checkpoints = model_dir.parent / "checkpoints"
@@ -119,7 +130,33 @@ def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
         output_data_dir=output_data_dir,
         checkpoint_dir=checkpoints,
         scratch=scratch,
+        remote=remote,
     )
+
+
+def _localised(stage: Stage, environ: Mapping[str, str], remote: Remote) -> dict[str, str]:
+    """The environment with a path for each URL that the stage reads or writes; of other channels none.
+
+    Where the model goes to a URL and nothing is said of checkpoints, those lie beside it, as they do in folders.
+    """
+    given = {name: value for name, value in environ.items() if is_url(value)}
+    if "SM_OUTPUT_DIR" in given:
+        raise SettingsError("SM_OUTPUT_DIR is where the platform looks for the failure file: give it a folder, no URL")
+    if stage.writes_model and "SM_MODEL_DIR" in given:
+        url = parse(given["SM_MODEL_DIR"], "SM_MODEL_DIR")
+        given.setdefault("SM_CHECKPOINT_DIR", str(url.parent / "checkpoints"))
+    found = dict(environ)
+    for name, value in given.items():
+        channel = "ground_truth" if name == "SM_GROUND_TRUTH_DIR" else _plain(name.removeprefix("SM_CHANNEL_"))
+        if name in ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
+            writes = name == "SM_OUTPUT_DATA_DIR" or stage.writes_model
+            found[name] = str(remote.output(parse(value, name))) if writes else ""
+        elif name == "SM_CHECKPOINT_DIR":
+            found[name] = str(remote.keep_checkpoints(parse(value, name))) if stage.writes_model else ""
+        elif name.startswith("SM_CHANNEL_") or name == "SM_GROUND_TRUTH_DIR":
+            read = channel in (*stage.channels, *stage.optional)
+            found[name] = str(remote.channel(parse(value, name))) if read else ""
+    return found
 
 
 def base_dir(environ: Mapping[str, str]) -> Path:
@@ -146,6 +183,11 @@ def hyperparameters(environ: Mapping[str, str]) -> dict[str, Any]:
     )
     found = {_plain(name): value for source in sources for name, value in source.items()}
     return {name: value for name, value in found.items() if not name.startswith(("sagemaker_", "_tuning_"))}
+
+
+def output_data(environ: Mapping[str, str]) -> Path | None:
+    """Where data and what people look at go, or None where nothing names a folder for it."""
+    return _folder(environ, "SM_OUTPUT_DATA_DIR", "output/data")
 
 
 def _folder(environ: Mapping[str, str], variable: str, below_base: str) -> Path | None:
@@ -177,12 +219,6 @@ def given_channels(environ: Mapping[str, str]) -> dict[str, Path]:
 def _plain(name: str) -> str:
     """A name as ours are: lower case, and `_` for the hyphens that one toolkit keeps and another replaces."""
     return name.lower().replace("-", "_")
-
-
-def _refuse_urls(environ: Mapping[str, str]) -> None:
-    for name, value in environ.items():
-        if "://" in value and (name in OWN_FOLDERS or name.startswith("SM_CHANNEL_")):
-            raise SettingsError(f"{name}={value} is a URL, and this stage reads folders and files: copy or mount it")
 
 
 def _json_map(text: str | bytes, where: str) -> dict[str, Any]:

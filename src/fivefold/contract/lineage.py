@@ -1,6 +1,6 @@
 """Where an artifact came from: the record of the stage that made it, and those of all that the stage read."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ MAKERS = {
 }
 """The stages whose results a channel holds; of the other channels nobody here made anything."""
 NEIGHBOURS = ("model", "output")
+Reach = Callable[[Path, Sequence[str]], Path | None]
 
 
 def _is_table(value: Any, of: Callable[[Any], bool] = lambda _: True) -> bool:
@@ -59,20 +60,25 @@ class Made:
         return str(self.facts["stage"])
 
 
-def traced(path: Path, seen: tuple[Path, ...] = ()) -> Made:
-    """The record at `path` with all behind it."""
+def nearest(folder: Path, places: Sequence[str]) -> Path | None:
+    """A channel's place: as seen from its record's folder, else the absolute one; None where neither is there."""
+    return next((there for there in (folder / places[0], Path(places[1])) if there.exists()), None)
+
+
+def traced(path: Path, reach: Reach = nearest, seen: tuple[Path, ...] = ()) -> Made:
+    """The record at `path` with all behind it; `reach` finds the place of a channel from what a record says of it."""
     path = path.resolve()
     facts = read_record(path)
     read: dict[str, tuple[Path | None, tuple[Made, ...]]] = {}
     for channel, places in dict(facts["sources"]).items():
-        place = next((there for there in (path.parent / places[0], Path(places[1])) if there.exists()), None)
+        place = reach(path.parent, places)
         makers = MAKERS.get(channel, ())
         behind = records_below(place.resolve()) if place is not None and makers else []
         stages = {each: read_record(each)["stage"] for each in behind if each not in (*seen, path)}
         made = [each for each, stage in stages.items() if stage in makers]
         # a student that lies beside fold models is none of them
         made = [each for each in made if stages[each] != "distill"] or made
-        read[channel] = place and place.resolve(), tuple(traced(each, (*seen, path)) for each in made)
+        read[channel] = place and place.resolve(), tuple(traced(each, reach, (*seen, path)) for each in made)
     return Made(path, facts, read)
 
 

@@ -112,11 +112,17 @@ def why_run(folder: Path, key: Key, roots: Mapping[str, Path], reuse: str = "war
 
 
 def sources(job: Job, folder: Path) -> dict[str, list[str]]:
-    """Where each channel of the stage lay: as seen from the record's folder, which may move with them, and absolute."""
+    """Where each channel of the stage lay: as seen from the record's folder, which may move with them, and absolute.
+
+    A URL is the same from everywhere.
+    """
     names = [name for name in (*job.stage.channels, *job.stage.optional) if name in job.channels]
     here = folder.resolve()
-    found = {name: job.channels[name].resolve() for name in names}
-    return {name: [os.path.relpath(path, here), str(path)] for name, path in found.items()}
+    return {name: _seen_from(here, job.channels[name], job.remote.source(job.channels[name])) for name in names}
+
+
+def _seen_from(here: Path, path: Path, url: str | None) -> list[str]:
+    return [url, url] if url else [os.path.relpath(path.resolve(), here), str(path.resolve())]
 
 
 def write_record(

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fivefold.contract.files import probe_writable, write_text
+from fivefold.contract.s3.urls import is_url, parse
+from fivefold.contract.storage import Remote
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.crew import Crew, Signals
 from fivefold.launchers.plan import Inputs, Plan, Step
@@ -100,14 +102,21 @@ def gpus(environ: Mapping[str, str]) -> list[str]:
 def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
     """The inputs, all of them there, with the ground truth that stands beside eval's test.csv if none is given.
 
-    Where eval is a .zip, that is a file in `run_folder`; `unpack_ground_truth` makes it.
+    Where eval is a .zip, that is a file in `run_folder`; `unpack_ground_truth` makes it. Any may be at s3://, where
+    a .zip is not looked into.
     Raises MissingInputError.
     """
     for name, path in vars(inputs).items():
-        if path and not Path(path).exists():
+        if path and is_url(path):
+            parse(path, name)
+        elif path and not Path(path).exists():
             raise MissingInputError(f"{name}={path}: there is no such folder or file")
     if inputs.ground_truth or not inputs.eval:
         return inputs
+    if is_url(inputs.eval):
+        names = Remote(Path()).names(parse(inputs.eval, "eval"))
+        truth = f"{inputs.eval.rstrip('/')}/{found}" if (found := _truth_beside_table(names)) else None
+        return replace(inputs, ground_truth=truth)
     eval_ = Path(inputs.eval)
     if zipfile.is_zipfile(eval_):
         found = run_folder / GROUND_TRUTH if _zipped_ground_truth(eval_) else None
@@ -130,7 +139,12 @@ def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
 def _zipped_ground_truth(path: Path) -> str | None:
     """The name of the gt.csv beside a test.csv in a zip."""
     with zipfile.ZipFile(path) as archive:
-        names = set(archive.namelist())
+        return _truth_beside_table(archive.namelist())
+
+
+def _truth_beside_table(paths: Sequence[str]) -> str | None:
+    """The gt.csv beside a test.csv, the one with the shortest path."""
+    names = set(paths)
     beside = [str(Path(name).with_name(GROUND_TRUTH)) for name in names if Path(name).name == EVAL_TABLE]
     return min((name for name in beside if name in names), key=len, default=None)
 

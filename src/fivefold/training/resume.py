@@ -38,13 +38,18 @@ class Stateful(Protocol):
 class Checkpoints:
     """The newest checkpoints of one run in a folder of its own, numbered; each is whole or not there.
 
-    `minutes` and `steps`: how much of an epoch may be lost at most, 0: a whole one.
+    `minutes` and `steps`: how much of an epoch may be lost at most, 0: a whole one. `saved` is told each new file.
     """
 
     def __init__(
-        self, folder: Path, minutes: float = 0.0, steps: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: Path,
+        minutes: float = 0.0,
+        steps: int = 0,
+        saved: Callable[[Path], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.folder, self.minutes, self.steps, self._clock = folder, minutes, steps, clock
+        self.folder, self.minutes, self.steps, self.saved, self._clock = folder, minutes, steps, saved, clock
         self._last, self._steps_since = clock(), 0
 
     def due(self) -> bool:
@@ -60,8 +65,11 @@ class Checkpoints:
         """
         found = self._newest_first()
         number = int(found[0].stem) + 1 if found else 1
-        with atomic(self.folder / f"{number:08d}.pt") as temporary, open(temporary, "wb") as file:
+        path = self.folder / f"{number:08d}.pt"
+        with atomic(path) as temporary, open(temporary, "wb") as file:
             torch.save(dict(state), file)
+        if self.saved is not None:
+            self.saved(path)
         for path in found[KEPT - 1 :]:
             path.unlink(missing_ok=True)
         self._last, self._steps_since = self._clock(), 0

@@ -1,0 +1,27 @@
+"""Small drawn images and tables for tests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def noise(path: Path, random: np.random.Generator, size: int = 12) -> None:
+    """An image of random pixels, of which no two are alike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(random.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(path)
+
+
+def noise_in(folder: Path, names: Sequence[str], count: int, seed: int = 0) -> None:
+    """`count` images in each of the folders below `folder`: 0.png, 1.png, …"""
+    random = np.random.default_rng(seed)
+    for name in names:
+        for number in range(count):
+            noise(folder / name / f"{number}.png", random)
+
+
+def write_test_table(folder: Path, count: int) -> None:
+    """A `test.csv` of the images 0.png, 1.png, … in `images`."""
+    rows = "".join(f"{n},images/{n}.png\n" for n in range(count))
+    (folder / "test.csv").write_text(f"ID,img_path\n{rows}")

@@ -1,0 +1,161 @@
+"""Stages on `s3://` that are killed, stopped, or find a damaged checkpoint: each is a process, and nothing stays on its disk."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from drawing import noise_in
+from jobs.__main__ import run
+from s3_server import Bucket, Proxy, Request, served
+
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).parents[2]
+STRUCK = Path(__file__).parents[1] / "struck.py"
+INTERVAL = 2
+SETTINGS = [
+    "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=12", "model.dropout=0.3",
+    "train.epochs=4", "train.batch_size=8", "train.lr=0.02", "train.ema_decay=0.9", "train.precision=fp32", "augment.mix=cutmix",
+    f"train.checkpoint_steps={INTERVAL}", "train.trackers=[]",
+]  # fmt: skip
+BYTES = ("model.safetensors", "oof.parquet", "train_log.csv", "model.json")
+SECONDS_TO_STOP = 30
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with served() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, their split, and a fold to which nothing happened, all in folders."""
+    root = tmp_path_factory.mktemp("whole")
+    noise_in(root / "train", "ab", 48)
+    split = {"SM_CHANNEL_TRAIN": str(root / "train"), "SM_OUTPUT_DATA_DIR": str(root / "split")}
+    assert run("split", ["split.folds=2"], split) == 0
+    there = {"SM_CHANNEL_TRAIN": str(root / "train"), "SM_CHANNEL_FOLDS": str(root / "split")}
+    there |= {"SM_MODEL_DIR": str(root / "model"), "SM_OUTPUT_DATA_DIR": str(root / "output")}
+    process = begin(root, there)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    return root
+
+
+@pytest.fixture
+def bucket(endpoint: str, whole: Path, request: pytest.FixtureRequest) -> Bucket:
+    """A bucket with the images and the split."""
+    found = Bucket(endpoint, f"b{abs(hash(request.node.name)):x}")
+    found.client.create_bucket(Bucket=found.name, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    for folder in ("train", "split"):
+        for path in (whole / folder).rglob("*.*"):
+            found.write(path.relative_to(whole).as_posix(), path.read_bytes())
+    return found
+
+
+def urls(bucket: Bucket, endpoint: str = "") -> dict[str, str]:
+    places = {
+        "CHANNEL_TRAIN": "train",
+        "CHANNEL_FOLDS": "split",
+        "MODEL_DIR": "fold/model",
+        "OUTPUT_DATA_DIR": "fold/output",
+    }
+    return bucket.environ(endpoint) | {f"SM_{name}": f"s3://{bucket.name}/{key}" for name, key in places.items()}
+
+
+def begin(folder: Path, environ: dict[str, str], number: str = "SIGKILL", point: str = "never", call: int = 1):
+    command = [
+        sys.executable,
+        str(STRUCK),
+        number,
+        point,
+        str(call),
+        str(folder / "steps"),
+        "train-fold",
+        "FOLD=0",
+        *SETTINGS,
+    ]
+    own = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(folder)}
+    return subprocess.Popen(
+        command, env=own | environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+
+
+def steps(folder: Path) -> int:
+    """How many its processes made; none where all were made before."""
+    return (folder / "steps").stat().st_size if (folder / "steps").exists() else 0
+
+
+def check_whole(bucket: Bucket, whole: Path) -> None:
+    keys = bucket.listed("fold/model")
+    attempt = next(key for key in keys if key.endswith("stage.json")).removesuffix("stage.json")
+    for name in BYTES:
+        assert bucket.read(attempt + name) == (whole / "model" / name).read_bytes(), name
+    assert not bucket.listed("fold/checkpoints")
+
+
+@pytest.mark.parametrize(("point", "call"), [("step", 20), ("checkpoint", 6), ("views", 1), ("record", 1)])
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+def test_on_another_machine_it_goes_on_to_the_same_bytes(number, point, call, bucket, whole, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    process = begin(first, urls(bucket), number, point, call)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143}[number], said
+    assert not [key for key in bucket.listed("fold") if key.endswith("stage.json")], "nothing looks finished"
+    assert bucket.listed("fold/checkpoints")
+    process = begin(second, urls(bucket))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert "goes on after step" in said
+    check_whole(bucket, whole)
+    if number == "SIGTERM":
+        assert steps(first) + steps(second) == steps(whole), "its last checkpoint went up, so no step is run twice"
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(bucket, whole, tmp_path):
+    process = begin(tmp_path, urls(bucket), "SIGTERM", "step", 20)
+    process.communicate(timeout=120)
+    newest = bucket.listed("fold/checkpoints")[-1]
+    bucket.write(newest, bucket.read(newest)[::-1])
+    process = begin(tmp_path, urls(bucket))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert f"the checkpoint s3://{bucket.name}/{newest} is damaged: the one before it is taken" in said
+    check_whole(bucket, whole)
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_told_to_stop_amid_a_transfer_it_stops_in_time(method, bucket, whole, tmp_path):
+    """Each of 96 images, or each file of the result, takes a second more than it should; or nothing is answered at all."""
+    started: list[float] = []
+
+    def slow(request: Request) -> str | None:
+        wanted = "/train/" in request.path if method == "GET" else "attempt-" in request.path
+        if request.method != method or not wanted:
+            return None
+        started.append(time.monotonic())
+        return "slow" if len(started) < 3 else "silent"
+
+    proxy = Proxy(bucket.endpoint, slow)
+    with proxy.listening() as endpoint:
+        process = begin(tmp_path, urls(bucket, endpoint))
+        while len(started) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        told = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, said
+    assert time.monotonic() - told < SECONDS_TO_STOP
+    process = begin(tmp_path, urls(bucket))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    check_whole(bucket, whole)
