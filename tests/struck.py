@@ -1,13 +1,15 @@
-"""`python struck.py SIGNAL POINT CALL STEPS STAGE KEY=VALUE…`: a stage that a signal hits at the CALL-th time it comes by POINT.
+"""`python struck.py SIGNAL POINT CALL DELAY STEPS STAGE KEY=VALUE…`: a stage that a signal hits.
 
-A byte goes to the file STEPS for every step of its optimiser, so that nobody has to believe a log. POINT `never`
-only counts.
+It does so DELAY seconds after the CALL-th time that it comes by POINT, and then the time stands in STEPS.struck. A byte
+goes to the file STEPS for every step of its optimiser, so that nobody has to believe a log. POINT `never` only counts.
 """
 
 import io
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -22,16 +24,25 @@ from fivefold.training.optim import Schedule
 from jobs import __main__ as door
 from jobs import training
 
-number, point, call, steps, *arguments = sys.argv[1:]
+number, point, call, delay, steps, *arguments = sys.argv[1:]
 left = int(call)
 
 
+def hit() -> None:
+    Path(f"{steps}.struck").write_text(str(time.time()))
+    os.kill(os.getpid(), signal.Signals[number])
+
+
 def strike() -> None:
-    """Counts down; at the last time, the signal."""
+    """Counts down; at the last time, the signal: at once, or after the delay while the stage goes on."""
     global left
     left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.Signals[number])
+    if left == 0 and float(delay) == 0:
+        hit()
+    elif left == 0:
+        late = threading.Timer(float(delay), hit)
+        late.daemon = True
+        late.start()
 
 
 def before(owner: Any, name: str) -> None:
@@ -66,23 +77,18 @@ def count_steps(path: Path) -> None:
     Schedule.__call__ = counted
 
 
+POINTS: dict[str, Callable[[], None]] = {
+    "never": lambda: None,
+    "start": lambda: before(door, "key_of"),
+    "caching": lambda: before(ImageSet, "keep_in_memory"),
+    "step": lambda: before(Schedule, "__call__"),
+    "validation": lambda: before(loop, "validate"),
+    "checkpoint": lambda: setattr(resume.torch, "save", half_written),
+    "views": lambda: before(training, "predict_images"),
+    "weights": lambda: before(members, "save_weights"),
+    "record": lambda: before(door, "write_record"),
+}
+
 count_steps(Path(steps))
-if point == "start":
-    before(door, "key_of")
-elif point == "caching":
-    before(ImageSet, "keep_in_memory")
-elif point == "step":
-    before(Schedule, "__call__")
-elif point == "validation":
-    before(loop, "validate")
-elif point == "checkpoint":
-    resume.torch.save = half_written
-elif point == "views":
-    before(training, "predict_images")
-elif point == "weights":
-    before(members, "save_weights")
-elif point == "record":
-    before(door, "write_record")
-elif point != "never":
-    sys.exit(f"no point {point!r}")
+POINTS[point]()
 sys.exit(door.main(arguments))

@@ -29,12 +29,22 @@ BYTES = {
     "train-fold": ("model.safetensors", "model_raw.safetensors", "oof.parquet", "train_log.csv", "model.json"),
     "distill": ("model.safetensors", "model_raw.safetensors", "holdout.parquet", "train_log.csv", "model.json"),
 }
-POINTS = {
-    "start": 1, "caching": 1, "caching again": 2, "step": 3, "step again": 13, "validation": 4, "checkpoint": 2,
-    "checkpoint again": 9, "views": 1, "weights": 2, "record": 1,
-}  # fmt: skip
+PHASES = {
+    "start": ("start", 1, 1, 0.05),
+    "caching": ("caching", 1, 2, 0.01),
+    "warm-up": ("step", 1, STEPS_OF_AN_EPOCH, 0.01),
+    "training": ("step", STEPS_OF_AN_EPOCH + 1, EPOCHS * STEPS_OF_AN_EPOCH, 0.01),
+    "validation": ("validation", 1, EPOCHS, 0.01),
+    "checkpoint": ("checkpoint", 1, EPOCHS * STEPS_OF_AN_EPOCH // INTERVAL, 0.0),
+    "views": ("views", 1, 1, 0.02),
+    "weights": ("weights", 1, 2, 0.0),
+    "record": ("record", 1, 1, 0.0),
+}
+"""Of each a point of `struck.py`, the first and the last time that a stage comes by it, and the seconds that it lasts."""
 SECONDS_TO_STOP = 30
-RANDOM_KILLS = int(os.environ.get("FIVEFOLD_KILLS", "12"))
+INSTANTS = int(os.environ.get("FIVEFOLD_INSTANTS", "1"))
+"""Random instants in each phase of each stage."""
+slowest: dict[str, float] = {}
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +78,25 @@ def variables(root: Path, folder: Path) -> dict[str, str]:
     }
 
 
-def begin(root: Path, folder: Path, stage: str, number: str = "SIGKILL", point: str = "never", call: int = 1):
+def begin(
+    root: Path,
+    folder: Path,
+    stage: str,
+    number: str = "SIGKILL",
+    point: str = "never",
+    call: int = 1,
+    delay: float = 0.0,
+):
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(STRUCK), number, point, str(call), str(folder / "steps"), stage, *STAGES[stage]]
+    strike = [number, point, str(call), str(delay), str(folder / "steps")]
+    command = [sys.executable, str(STRUCK), *strike, stage, *STAGES[stage]]
     environ = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
         command, env={**environ, **variables(root, folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 
 
-def struck(root: Path, folder: Path, stage: str, *strike: str | int) -> subprocess.CompletedProcess[str]:
+def struck(root: Path, folder: Path, stage: str, *strike: str | float) -> subprocess.CompletedProcess[str]:
     """Runs the stage to its end, or to the strike (a signal, a point, the how-manieth time there)."""
     process = begin(root, folder, stage, *strike)
     said = process.communicate(timeout=240)[1].decode()
@@ -96,33 +115,47 @@ def check_whole(root: Path, folder: Path, stage: str, kills: int) -> None:
     assert wanted <= steps <= wanted + kills * INTERVAL
 
 
-@pytest.mark.parametrize("point", POINTS)
+def instant(stage: str, phase: str, seed: int) -> tuple[str, int, float]:
+    """A random instant in a phase: a point, the how-manieth time there, and seconds after it."""
+    random_ = random.Random(f"{stage} {phase} {seed}")
+    point, first, last, seconds = PHASES[phase]
+    return point, random_.randint(first, last), random_.uniform(0.0, seconds)
+
+
+def seconds_since_strike(folder: Path) -> float:
+    return time.time() - float((folder / "steps.struck").read_text())
+
+
+@pytest.mark.parametrize("seed", range(INSTANTS))
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_in_any_phase_it_goes_on_to_the_same_bytes(stage, point, world, tmp_path):
-    killed = struck(world, tmp_path, stage, "SIGKILL", point.split()[0], POINTS[point])
+def test_killed_at_a_random_instant_of_any_phase_it_goes_on_to_the_same_bytes(stage, phase, seed, world, tmp_path):
+    killed = struck(world, tmp_path, stage, "SIGKILL", *instant(stage, phase, seed))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "model" / "stage.json").exists(), "nothing looks finished"
     again = struck(world, tmp_path, stage)
     assert again.returncode == 0, again.stderr
-    assert ("goes on after step" in again.stderr) == (point not in ("start", "caching", "caching again"))
     check_whole(world, tmp_path, stage, kills=1)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("seed", range(INSTANTS))
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_told_to_stop_in_any_phase_it_is_143_and_goes_on_to_the_same_bytes(stage, point, world, tmp_path):
-    start = time.monotonic()
-    stopped = struck(world, tmp_path, stage, "SIGTERM", point.split()[0], POINTS[point])
+def test_told_to_stop_at_a_random_instant_it_is_143_and_goes_on_to_the_same_bytes(stage, phase, seed, world, tmp_path):
+    stopped = struck(world, tmp_path, stage, "SIGTERM", *instant(stage, phase, seed))
+    slowest[f"{stage} {phase} {seed}"] = seconds_since_strike(tmp_path)
     assert stopped.returncode == 143, stopped.stderr
-    assert time.monotonic() - start < SECONDS_TO_STOP
+    assert slowest[f"{stage} {phase} {seed}"] < SECONDS_TO_STOP
     assert stopped.stderr.rstrip().endswith("stopped by SIGTERM: the same command goes on from here")
     assert not (tmp_path / "failure").exists()
     again = struck(world, tmp_path, stage)
     assert again.returncode == 0, again.stderr
     check_whole(world, tmp_path, stage, kills=0)
+    where = max(slowest, key=lambda name: slowest[name])
+    print(f"slowest of {len(slowest)} exits: {slowest[where]:.2f} s ({where})")
 
 
-@pytest.mark.parametrize("seed", range(RANDOM_KILLS // 3))
+@pytest.mark.parametrize("seed", range(2 * INSTANTS))
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_three_times_at_random_instants(stage, seed, world, tmp_path):
     instants = random.Random(seed)

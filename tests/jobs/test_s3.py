@@ -313,12 +313,14 @@ def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(bucke
         ({"SM_OUTPUT_DIR": "s3://{}/x"}, 64, "SM_OUTPUT_DIR is where the platform looks for the failure file"),
     ],
 )
-def test_every_mistake_has_its_exit_code_and_its_words(given, code, message, bucket, capsys):
+def test_every_mistake_has_its_exit_code_and_its_words(given, code, message, bucket, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert stage(bucket, "split", **{name: value.format(bucket.name) for name, value in given.items()}) == code
     told = capsys.readouterr().err
     assert message in told
     assert "hush" not in told
     assert not bucket.listed("run/"), "nothing is half-written"
+    assert not list(tmp_path.iterdir()), "no folder that is named like a URL"
 
 
 def test_no_credentials_and_no_endpoint_are_told_and_secrets_are_not(bucket, monkeypatch, capfd):

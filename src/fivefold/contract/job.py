@@ -165,8 +165,8 @@ def base_dir(environ: Mapping[str, str]) -> Path:
 
 
 def output_dir(environ: Mapping[str, str]) -> Path | None:
-    """Where the failure file goes, or None where the platform names no such folder."""
-    return _folder(environ, "SM_OUTPUT_DIR", "output")
+    """Where the failure file goes, or None where the platform names no such folder; a URL is none."""
+    return None if is_url(environ.get("SM_OUTPUT_DIR", "")) else _folder(environ, "SM_OUTPUT_DIR", "output")
 
 
 def hyperparameters(environ: Mapping[str, str]) -> dict[str, Any]:
