@@ -37,7 +37,7 @@ from fivefold.training.mixing import MIXINGS, Mixing
 from fivefold.training.objectives import Objective, by_labels, by_teacher, once, rdrop
 from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer
 from fivefold.training.resume import Stateful
-from fivefold.training.teaching import Cooling
+from fivefold.training.teaching import Annealing, Cooling, lesson_plan
 from fivefold.training.updates import UPDATES, build_scaler
 
 log = logging.getLogger("fivefold")
@@ -261,20 +261,17 @@ def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
     if teacher is None:
         criterion = by_labels(loss)
     else:
-        criterion = by_teacher(loss, settings.distill.alpha, lambda: teacher.temperature)
+        criterion = by_teacher(loss, lambda: teacher.alpha, lambda: teacher.temperature)
     return rdrop(criterion, alpha) if alpha else once(criterion)
 
 
-def _phases(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> list[Freezing | Cooling]:
-    """What changes from epoch to epoch besides the learning rate; `steps` of an epoch."""
-    phases: list[Freezing | Cooling] = []
-    if settings.train.freeze_epochs:
-        phases.append(Freezing(network.backbone, settings.train.freeze_epochs * steps))
-    if train.teacher is not None and settings.distill.temperature_decay < 1:
-        phases.append(
-            Cooling(train.teacher, settings.distill.temperature_decay, settings.distill.temperature_end, steps)
-        )
-    return phases
+def _phases(
+    settings: Settings, network: Classifier, train: TrainRows, steps: int
+) -> list[Freezing | Cooling | Annealing]:
+    """What changes with the steps besides the learning rate; `steps` of an epoch."""
+    epochs, first = settings.train.epochs, settings.train.freeze_epochs
+    freezing = [Freezing(network.backbone, first * steps)] if first else []
+    return [*freezing, *(lesson_plan(train.teacher, settings.distill, steps, epochs) if train.teacher else [])]
 
 
 def _codes(targets: Tensor) -> np.ndarray:

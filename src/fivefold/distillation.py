@@ -104,7 +104,7 @@ def taught(pupils: Pupils, lesson: Lesson, unseen: Unseen | None, settings: Sett
         codes = np.concatenate([codes, np.full(len(unseen.paths), -1, codes.dtype)])
         log_probs = np.concatenate([log_probs, unseen.log_probs])
     images = images_at(store, paths, digests, settings, training=True)
-    teacher = Teacher(log_probs, settings.distill.temperature, runtime.device)
+    teacher = Teacher(log_probs, settings.distill.alpha, settings.distill.temperature, runtime.device)
     return TrainRows(images, one_hot(codes, len(folds.classes), runtime.device), teacher)
 
 

@@ -238,6 +238,7 @@ class Distill(Section):
     teacher: str = Field("oof", description="oof (leak-free), best_fold, ensemble, or the path of a model dir")
     views: list[Spec] = Field([], description="further views that the teacher's target is averaged over")
     alpha: float = Field(0.7, ge=0, le=1, description="weight of the teacher's term; the labels' has the rest")
+    annealing: float = Field(0.0, ge=0, le=1, description="share of the steps over which alpha falls to 0; 0: it stays")
     temperature: float = Field(2.0, gt=0, description="softens teacher and student in the teacher's term")
     temperature_decay: float = Field(
         1.0, gt=0, le=1, description="factor of the temperature from epoch to epoch; 1: fixed"

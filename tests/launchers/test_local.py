@@ -94,11 +94,21 @@ def test_folds_stand_side_by_side_one_a_gpu_or_one_a_core_while_memory_lasts(ima
         ([], 1, 1 << 40, 1),
         ([], 64, 1 << 30, 1),
         ([], 64, int(2.5 * local.MEMORY_OF_A_FOLD), 2),
+        ([], 2, 1 << 40, 3),  # two, then one, would leave a core idle
+        ([], 2, int(2.5 * local.MEMORY_OF_A_FOLD), 2),
     ):
         monkeypatch.setattr(local, "count_cores", lambda cores=cores: cores)
         monkeypatch.setattr(local, "free_memory", lambda memory=memory: memory)
         assert local.side_by_side(plan, gpus) == expected
     assert local.side_by_side(plan_of(images, "split"), []) == 1
+
+
+@pytest.mark.parametrize(
+    ("folds", "at_once", "cores", "expected"),
+    [(5, 2, 2, 3.0), (5, 3, 2, 2.5), (5, 5, 2, 2.5), (5, 4, 4, 2.0), (5, 5, 4, 1.25), (4, 2, 2, 2.0), (1, 1, 8, 1.0)],
+)
+def test_how_long_folds_take_side_by_side(folds: int, at_once: int, cores: int, expected: float) -> None:
+    assert local._rounds(folds, at_once, cores) == pytest.approx(expected)
 
 
 def test_gpus_are_counted_without_torch(tmp_path: Path) -> None:

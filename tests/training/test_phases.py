@@ -43,7 +43,7 @@ def loop(images: ImageSet, distill: Distill | None = None, **train) -> Loop:
     settings = Settings(model=SMALL, augment=Augment(mix="none"), train=chosen, distill=distill or Distill())
     seed_everything(0)
     codes = np.arange(18) % 3
-    teacher = Teacher(LOG_PROBS, settings.distill.temperature, CPU.device) if distill else None
+    teacher = Teacher(LOG_PROBS, settings.distill.alpha, settings.distill.temperature, CPU.device) if distill else None
     rows = TrainRows(images, one_hot(codes, 3, CPU.device), teacher)
     network = build_classifier(settings.model, 3)
     return build_loop("test", network, rows, ValidRows(images, codes), settings, CPU, select=True, patience=0)
@@ -157,7 +157,7 @@ def test_other_families_layers_stand_in_the_networks_order(name, layers):
 
 
 def test_a_teacher_cools_by_epochs_down_to_its_end():
-    teacher = Teacher(LOG_PROBS, 2.0, CPU.device)
+    teacher = Teacher(LOG_PROBS, 0.7, 2.0, CPU.device)
     cooling = Cooling(teacher, decay=0.95, end=1.7, steps_per_epoch=3)
     heats = []
     for _ in range(18):
@@ -178,6 +178,29 @@ def test_the_student_is_taught_at_the_temperature_of_its_epoch(images):
 
     fit(replace(made, update=watch))
     assert heats == [2.0] * 3 + [1.0] * 3 + [0.8] * 3
+
+
+def test_the_teachers_weight_falls_to_nothing_over_its_share_of_the_steps(images):
+    """Clark et al. 2019, section 3.2: linear from the teacher to the labels; a step's value is the mixture of that step."""
+    made = loop(images, Distill(alpha=0.8, temperature=1.0, annealing=0.5), epochs=4)
+    teacher, weights = made.train.teacher, []
+
+    def watch(rows):
+        weights.append(teacher.alpha)
+        results = made.update(rows)
+        for result in results:
+            taught, labelled = result.parts["teacher"], result.parts["labels"]
+            torch.testing.assert_close(result.loss.detach(), weights[-1] * taught + (1 - weights[-1]) * labelled)
+        return results
+
+    fit(replace(made, update=watch))
+    assert weights == pytest.approx([0.8 * (1 - step / 6) for step in range(6)] + [0.0] * 6)
+
+
+def test_without_annealing_the_teachers_weight_stays(images):
+    made = loop(images, Distill(alpha=0.8, temperature=1.0), epochs=2)
+    fit(made)
+    assert made.train.teacher.alpha == 0.8
 
 
 def test_defect_car_b5_validation_losses_compare_while_the_temperature_moves(images):

@@ -57,7 +57,7 @@ def test_rdrop_at_alpha_zero_is_the_mean_loss_of_both_passes():
 
 def test_rdrop_teaches_both_passes():
     model = network(nn.Dropout(0.5))
-    criterion = by_teacher(LOSS, 0.7, lambda: 2.0)
+    criterion = by_teacher(LOSS, lambda: 0.7, lambda: 2.0)
     first, second = both_passes(model)
     torch.manual_seed(5)
     result = rdrop(criterion, 0.5)(model, ROWS)

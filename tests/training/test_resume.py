@@ -60,12 +60,12 @@ def made(case: str, images: ImageSet, checkpoints: Checkpoints | None = None) ->
         train=Train(
             **{"epochs": EPOCHS, "batch_size": 24 // STEPS // accumulate, "lr": 0.02, "precision": "fp32", "workers": 0} | chosen
         ),
-        distill=Distill(temperature=2.0, temperature_decay=0.9),
+        distill=Distill(temperature=2.0, temperature_decay=0.9, annealing=0.7),
     )  # fmt: skip
     seed_everything(0)
     network = build_classifier(settings.model, 3)
     probs = np.full((24, 3), 0.1, np.float32) + 0.7 * np.eye(3, dtype=np.float32)[CODES]
-    teacher = Teacher(np.log(probs), 2.0, CPU.device) if case == "cooling" else None
+    teacher = Teacher(np.log(probs), 0.7, 2.0, CPU.device) if case == "cooling" else None
     rows, valid = TrainRows(images, one_hot(CODES, 3, CPU.device), teacher), ValidRows(images, CODES)
     loop = build_loop("test", network, rows, valid, settings, CPU, select=True, patience=patience)
     told: list[dict] = []

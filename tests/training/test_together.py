@@ -48,7 +48,7 @@ def train(images: ImageSet, taught: bool = False, **more) -> tuple[dict[str, Bes
     seed_everything(0)
     network = build_classifier(settings.model, 3)
     probs = np.full((48, 3), 0.1, np.float32) + 0.7 * np.eye(3, dtype=np.float32)[CODES]
-    teacher = Teacher(np.log(probs), 2.0, CPU.device) if taught else None
+    teacher = Teacher(np.log(probs), 0.7, 2.0, CPU.device) if taught else None
     rows, valid = TrainRows(images, one_hot(CODES, 3, CPU.device), teacher), ValidRows(images, CODES)
     made = build_loop("test", network, rows, valid, settings, CPU, select=True, patience=0)
     seen: list[dict] = []

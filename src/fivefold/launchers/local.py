@@ -42,26 +42,34 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     probe_writable(plan.folder)
     devices = gpus(environ)
     parallel = parallel or side_by_side(plan, devices)
-    # the same share for every step, however many run just then: another number of threads gives other bits
+    # the same share for every fold, however many run just then: another number of threads gives other bits
     share = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
 
     def environment(step: Step, gpu: str) -> dict[str, str]:
-        return step_environment(step, environ, gpu, share)
+        return step_environment(step, environ, gpu, share if step.stage == "train-fold" else 0)
 
     with Signals() as signals:
         return Crew(plan, parallel, devices if parallel > 1 else [], environment).work(signals)
 
 
 def side_by_side(plan: Plan, devices: Sequence[str]) -> int:
-    """A fold a GPU; without one a fold a core, as far as MEMORY_OF_A_FOLD goes round.
+    """A fold a GPU; without one as many as have the cores busy to the end, as far as MEMORY_OF_A_FOLD goes round.
 
     Threads of one fold wait for one another at each of its layers: of a small network on two cores,
-    two folds of one thread did 1.33 times the steps of one fold of two.
+    two folds of one thread did 1.33 times the steps of one fold of two. Of five folds on two cores
+    three run at first, then two, since of two, two and one the last would leave a core idle.
     """
     if devices:
         return len(devices)
-    folds = sum(step.stage == "train-fold" for step in plan.steps)
-    return max(1, min(folds, count_cores(), free_memory() // MEMORY_OF_A_FOLD))
+    folds, cores = sum(step.stage == "train-fold" for step in plan.steps), count_cores()
+    most = max(1, min(folds, free_memory() // MEMORY_OF_A_FOLD))
+    return min(range(min(cores, most), most + 1), key=lambda number: _rounds(folds, number, cores))
+
+
+def _rounds(folds: int, at_once: int, cores: int) -> float:
+    """How long folds take, so many at once, each on no more than a core; in units of one fold's time."""
+    full, rest = divmod(folds, at_once)
+    return full * max(1.0, at_once / cores) + (max(1.0, rest / cores) if rest else 0.0)
 
 
 def step_environment(step: Step, environ: Mapping[str, str], gpu: str = "", threads: int = 0) -> dict[str, str]:

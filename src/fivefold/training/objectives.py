@@ -61,10 +61,10 @@ def by_labels(loss: Loss) -> Criterion:
     return criterion
 
 
-def by_teacher(loss: Loss, alpha: float, temperature: Callable[[], float]) -> Criterion:
+def by_teacher(loss: Loss, alpha: Callable[[], float], temperature: Callable[[], float]) -> Criterion:
     """α·T²·KL(teacher_T ‖ student_T) + (1 - α)·loss (Hinton et al. 2015, arXiv 1503.02531, section 2).
 
-    `temperature` gives the T that the rows' teacher is softened by at that moment.
+    `alpha` gives the weight of that moment, `temperature` the T that the rows' teacher is softened by then.
     """
 
     def criterion(logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,7 +75,7 @@ def by_teacher(loss: Loss, alpha: float, temperature: Callable[[], float]) -> Cr
         taught = F.kl_div(softened, rows.teacher, reduction="batchmean") * heat**2
         labelled = loss(logits, rows.targets)
         parts = {"teacher": taught.detach(), "labels": labelled.detach()}
-        return alpha * taught + (1 - alpha) * labelled, parts
+        return alpha() * taught + (1 - alpha()) * labelled, parts
 
     return criterion
 
@@ -125,8 +125,8 @@ def supervised(loss: Loss) -> Objective:
 
 
 def distill(loss: Loss, alpha: float, temperature: float) -> Objective:
-    """One pass against teacher and targets, at a fixed temperature."""
-    return once(by_teacher(loss, alpha, lambda: temperature))
+    """One pass against teacher and targets, at a fixed weight and temperature."""
+    return once(by_teacher(loss, lambda: alpha, lambda: temperature))
 
 
 def _warn_if_alike(device: torch.device, before: list[Tensor]) -> bool:

@@ -1,18 +1,21 @@
-"""What a teacher says of the training rows, softened by a temperature that may cool from epoch to epoch."""
+"""What a teacher says of the training rows: softened by a temperature that may cool, with a weight that may fall."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fivefold.recipe import Distill
+
 
 class Teacher:
     """The teacher's log-probabilities [N, C] of N rows; `teacher[rows]` are its softened probabilities [B, C].
 
-    `temperature` is T of the epoch that runs.
+    `temperature` is T of the epoch that runs, `alpha` the weight of the teacher's term at the step that runs.
     """
 
-    def __init__(self, log_probs: np.ndarray, temperature: float, device: torch.device) -> None:
+    def __init__(self, log_probs: np.ndarray, alpha: float, temperature: float, device: torch.device) -> None:
         self.log_probs = log_probs
+        self.alpha = alpha
         self.device = device
         self.set_temperature(temperature)
 
@@ -54,6 +57,40 @@ class Cooling:
     def _cool(self) -> None:
         epochs = self.step // self.steps_per_epoch
         self.teacher.set_temperature(max(self.end, self.start * self.decay**epochs))
+
+
+class Annealing:
+    """Lets the teacher's alpha fall to 0 in equal parts over the first `steps` steps: soft targets first, labels at last.
+
+    Teacher annealing of Clark et al. 2019, "BAM! Born-again multi-task networks" (arXiv 1907.04829,
+    section 3.2), whose λ is 1 - alpha.
+    """
+
+    def __init__(self, teacher: Teacher, steps: int) -> None:
+        self.teacher, self.start, self.steps = teacher, teacher.alpha, steps
+        self.step = 0
+
+    def __call__(self) -> None:
+        """To be called after each step."""
+        self.step += 1
+        self._weigh()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+        self._weigh()
+
+    def _weigh(self) -> None:
+        self.teacher.alpha = self.start * max(0.0, 1 - self.step / self.steps)
+
+
+def lesson_plan(teacher: Teacher, chosen: Distill, steps: int, epochs: int) -> list[Cooling | Annealing]:
+    """What changes of the teacher over `epochs` of so many steps."""
+    falling = round(chosen.annealing * epochs * steps)
+    cooling = Cooling(teacher, chosen.temperature_decay, chosen.temperature_end, steps)
+    return [*([cooling] if chosen.temperature_decay < 1 else []), *([Annealing(teacher, falling)] if falling else [])]
 
 
 def soften(log_probs: np.ndarray, temperature: float) -> np.ndarray:
