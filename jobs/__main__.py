@@ -244,7 +244,8 @@ def stage_help(stage: Stage) -> str:
         f"python -m jobs {stage.name} KEY=VALUE...\n\n{stage.summary}\n\n"
         f"channels:  {variables(stage.channels)}\noptional:  {variables(stage.optional)}\n"
         + (f"as arguments too: {paths} output=PATH\n" if stage.by_argument else "")
-        + f"writes to: {'SM_MODEL_DIR, SM_OUTPUT_DATA_DIR' if stage.writes_model else 'SM_OUTPUT_DATA_DIR'}\n\n"
+        + f"writes to: {'SM_MODEL_DIR, SM_OUTPUT_DATA_DIR' if stage.writes_model else 'SM_OUTPUT_DATA_DIR'}\n"
+        + "each a folder, or s3://bucket/prefix (AWS_ENDPOINT_URL_S3 names another store)\n\n"
         + f"keys, as arguments, environment (SECTION__KEY), hyperparameters or in a recipe:\n{settings_.describe(keys)}"
     )
 

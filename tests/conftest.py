@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from s3_server import Bucket, served
+
 
 @contextmanager
 def disk_of(size: str, folder: Path) -> Iterator[Path]:
@@ -36,6 +38,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 8 MiB."""
     with disk_of("8m", tmp_path) as disk:
         yield disk
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The endpoint of a real server of S3's protocol, one for all tests of a process."""
+    with served() as found:
+        yield found
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
+    """An empty bucket of this test's own, and the credentials for it."""
+    found = Bucket.made(s3_endpoint, request.node.nodeid)
+    for name, value in found.environ().items():
+        monkeypatch.setenv(name, value)
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A real server that speaks S3's protocol, and a proxy before it that breaks what it is told to."""
 
+import hashlib
 import os
 import random
 import re
@@ -15,10 +16,11 @@ from dataclasses import dataclass, field
 
 import boto3
 
+REGION = "eu-central-1"
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
     "AWS_SECRET_ACCESS_KEY": "a-secret-that-nobody-may-see",
-    "AWS_DEFAULT_REGION": "eu-central-1",
+    "AWS_DEFAULT_REGION": REGION,
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     "AWS_EC2_METADATA_DISABLED": "true",
@@ -52,10 +54,17 @@ def served() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """An empty bucket of a server, looked at past all of our own code."""
+    """A bucket of a server, looked at past all of our own code."""
 
     endpoint: str
     name: str
+
+    @classmethod
+    def made(cls, endpoint: str, name: str) -> "Bucket":
+        """A new one, named after a test."""
+        found = cls(endpoint, f"b{hashlib.sha256(name.encode()).hexdigest()[:20]}")
+        found.client.create_bucket(Bucket=found.name, CreateBucketConfiguration={"LocationConstraint": REGION})
+        return found
 
     @property
     def client(self):
@@ -64,7 +73,7 @@ class Bucket:
             endpoint_url=self.endpoint,
             aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
-            region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
+            region_name=REGION,
         )
 
     def listed(self, prefix: str = "") -> list[str]:

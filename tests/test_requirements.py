@@ -28,7 +28,7 @@ def direct(*extras: str) -> dict[str, str]:
     """What pyproject.toml itself names, of the dependencies or of the extras."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = [text for extra in extras for text in project["optional-dependencies"][extra]] or project["dependencies"]
-    return dict(text.split("==") for text in named)
+    return dict(re.sub(r"\[.*\]", "", text).split("==") for text in named)
 
 
 def test_everything_that_is_named_is_pinned_as_named() -> None:

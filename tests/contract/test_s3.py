@@ -5,7 +5,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,24 +17,9 @@ from fivefold.contract.s3.transfers import Download
 from fivefold.contract.s3.urls import Url, parse
 from fivefold.contract.storage import Remote, shown
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
-from s3_server import Bucket, Proxy, Request, served
+from s3_server import Bucket, Proxy, Request
 
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with served() as found:
-        yield found
-
-
-@pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
-    found = Bucket(endpoint, f"b{abs(hash(request.node.name)):x}")
-    found.client.create_bucket(Bucket=found.name, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
-    for name, value in found.environ().items():
-        monkeypatch.setenv(name, value)
-    return found
 
 
 @pytest.fixture

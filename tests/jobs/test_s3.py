@@ -4,14 +4,14 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from jobs.__main__ import main, run
-from s3_server import CREDENTIALS, Bucket, Proxy, Request, now_and_then, served
+from s3_server import CREDENTIALS, Bucket, Proxy, Request, now_and_then
 
 SETTINGS = [
     "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 8], "stem": 8}', "model.image_size=12", "train.epochs=2",
@@ -23,26 +23,16 @@ SAME = (".parquet", ".safetensors", "classes.json", "submission.csv")
 """Files that hold neither a time nor a place."""
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with served() as found:
-        yield found
-
-
 @pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
-    """A bucket with training images, test images and their truth, and the credentials for it."""
-    found = Bucket(endpoint, f"b{abs(hash(request.node.name)):x}")
-    found.client.create_bucket(Bucket=found.name, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+def filled(bucket: Bucket) -> Bucket:
+    """A bucket with training images, test images and their truth."""
     random = np.random.default_rng(0)
-    for name, count in (("train/a", IMAGES), ("train/b", IMAGES), ("test/images", IMAGES)):
-        for number in range(count):
-            found.write(f"data/{name}/{number}.png", drawn(random, bright=name == "train/b"))
-    found.write("data/test/test.csv", csv("ID,img_path", (f"{n},images/{n}.png" for n in range(IMAGES))))
-    found.write("data/test/gt.csv", csv("ID,label", (f"{n},{'ab'[n % 2]}" for n in range(IMAGES))))
-    for name, value in found.environ().items():
-        monkeypatch.setenv(name, value)
-    return found
+    for name in ("train/a", "train/b", "test/images"):
+        for number in range(IMAGES):
+            bucket.write(f"data/{name}/{number}.png", drawn(random, bright=name == "train/b"))
+    bucket.write("data/test/test.csv", csv("ID,img_path", (f"{n},images/{n}.png" for n in range(IMAGES))))
+    bucket.write("data/test/gt.csv", csv("ID,label", (f"{n},{'ab'[n % 2]}" for n in range(IMAGES))))
+    return bucket
 
 
 def drawn(random: np.random.Generator, bright: bool) -> bytes:
@@ -99,22 +89,22 @@ def results(bucket: Bucket) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_the_whole_run_lies_in_a_bucket_and_again_has_nothing_to_do(bucket, capsys):
+def test_the_whole_run_lies_in_a_bucket_and_again_has_nothing_to_do(filled, capsys):
     for step in STAGES:
-        assert stage(bucket, step) == 0, step
-    assert record(bucket, "evaluate")["metrics"]["test"]["accuracy"] > 0.5
-    assert record(bucket, "distill")["sources"]["train"] == [f"s3://{bucket.name}/data/train"] * 2
-    before = contents(bucket)
+        assert stage(filled, step) == 0, step
+    assert record(filled, "evaluate")["metrics"]["test"]["accuracy"] > 0.5
+    assert record(filled, "distill")["sources"]["train"] == [f"s3://{filled.name}/data/train"] * 2
+    before = contents(filled)
     assert not [key for key in before if "checkpoints" in key], "what a finished stage no longer needs"
     capsys.readouterr()
     for step in STAGES:
-        assert stage(bucket, step) == 0
+        assert stage(filled, step) == 0
     told = capsys.readouterr().err
     assert told.count("nothing to do") == len(STAGES)
-    assert f"match s3://{bucket.name}/run/split/output/stage.json" in told
+    assert f"match s3://{filled.name}/run/split/output/stage.json" in told
     assert "/tmp" not in told, "paths of this process mean nothing to anybody"
-    assert contents(bucket) == before
-    check_lineage(bucket, capsys)
+    assert contents(filled) == before
+    check_lineage(filled, capsys)
 
 
 def check_lineage(bucket: Bucket, capsys) -> None:
@@ -133,14 +123,14 @@ def check_lineage(bucket: Bucket, capsys) -> None:
     assert main(["trace", f"{url}/no/where"]) == 66
 
 
-def test_what_a_bucket_holds_is_what_folders_would_hold(bucket, tmp_path):
+def test_what_a_bucket_holds_is_what_folders_would_hold(filled, tmp_path):
     """The same split and fold in folders: the same bytes but for times and places."""
-    for key in bucket.listed("data/train"):
+    for key in filled.listed("data/train"):
         path = tmp_path / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bucket.read(key))
+        path.write_bytes(filled.read(key))
     for step in ("split", "fold-0"):
-        assert stage(bucket, step) == 0
+        assert stage(filled, step) == 0
         name, arguments, _ = STAGES[step]
         environ = {
             "SM_CHANNEL_TRAIN": str(tmp_path / "data/train"),
@@ -149,66 +139,67 @@ def test_what_a_bucket_holds_is_what_folders_would_hold(bucket, tmp_path):
         environ |= {"SM_MODEL_DIR": str(tmp_path / "run" / step / "model")}
         environ |= {"SM_OUTPUT_DATA_DIR": str(tmp_path / "run" / step / "output")}
         assert run(name, arguments, environ) == 0
-        told = record(bucket, step)
+        told = record(filled, step)
         here = json.loads(next((tmp_path / "run" / step).rglob("stage.json")).read_text())
         assert told["key"] == here["key"]
         assert told["outputs"] == here["outputs"]
 
 
-def test_a_changed_setting_replaces_the_attempt_and_the_stages_after_it_see_the_new_one(bucket, capsys):
+def test_a_changed_setting_replaces_the_attempt_and_the_stages_after_it_see_the_new_one(filled, capsys):
     for step in ("split", "fold-0", "fold-1", "ensemble"):
-        assert stage(bucket, step) == 0
-    old = record(bucket, "fold-0")
+        assert stage(filled, step) == 0
+    old = record(filled, "fold-0")
     capsys.readouterr()
-    assert stage(bucket, "fold-0", "train.lr=0.01") == 0
-    assert "train-fold runs: settings differ: train.lr" in capsys.readouterr().err
-    assert record(bucket, "fold-0")["files"] != old["files"]
-    assert stage(bucket, "ensemble") == 0
+    for step in ("fold-0", "fold-1"):
+        assert stage(filled, step, "train.lr=0.01") == 0
+        assert "train-fold runs: settings differ: train.lr" in capsys.readouterr().err
+    assert record(filled, "fold-0")["files"] != old["files"]
+    assert stage(filled, "ensemble") == 0
     assert "ensemble runs: inputs differ: model" in capsys.readouterr().err
 
 
-def test_an_attempt_without_its_record_counts_for_nothing(bucket, capsys):
-    assert stage(bucket, "split") == 0
-    attempt = next(key for key in bucket.listed("run/split") if key.endswith("stage.json")).removesuffix("stage.json")
+def test_an_attempt_without_its_record_counts_for_nothing(filled, capsys):
+    assert stage(filled, "split") == 0
+    attempt = next(key for key in filled.listed("run/split") if key.endswith("stage.json")).removesuffix("stage.json")
     half = attempt[:-9] + "00000000/"
-    bucket.write(f"{half}folds.parquet", b"half a fi")
-    assert stage(bucket, "fold-0") == 0, "reads the whole one"
-    bucket.delete(f"{attempt}stage.json")
+    filled.write(f"{half}folds.parquet", b"half a fi")
+    assert stage(filled, "fold-0") == 0, "reads the whole one"
+    filled.delete(f"{attempt}stage.json")
     capsys.readouterr()
-    assert stage(bucket, "fold-1") == 66
-    assert f"s3://{bucket.name}/run/split/output: nothing is there, and no finished stage" in capsys.readouterr().err
+    assert stage(filled, "fold-1") == 66
+    assert f"s3://{filled.name}/run/split/output: nothing is there, and no finished stage" in capsys.readouterr().err
 
 
-def test_two_writers_do_not_mix(bucket, monkeypatch):
+def test_two_writers_do_not_mix(filled, monkeypatch):
     """A pod's dying twin leaves its files and its record after ours; who reads takes the one or the other."""
     monkeypatch.setattr("fivefold.contract.s3.store.LONGEST_WAIT", 0.1)
-    assert stage(bucket, "split") == 0
-    mine = record(bucket, "split")
-    key = next(key for key in bucket.listed("run/split") if key.endswith("stage.json"))
+    assert stage(filled, "split") == 0
+    mine = record(filled, "split")
+    key = next(key for key in filled.listed("run/split") if key.endswith("stage.json"))
     twin = key.replace(key.split("/")[-2][-8:], "ffffffff").removesuffix("stage.json")
-    other = bucket.read(key.replace("stage.json", "folds.parquet")) + b"!"
-    bucket.write(f"{twin}folds.parquet", other)
-    assert stage(bucket, "fold-0") == 0
-    bucket.write(f"{twin}stage.json", json.dumps({**mine, "files": {"folds.parquet": "0" * 64}}).encode())
-    assert stage(bucket, "fold-1") == 75, "the twin's record is newer, and its file is not what it says"
-    files = {name: hashlib.sha256(bucket.read(key.replace("stage.json", name))).hexdigest() for name in mine["files"]}
+    other = filled.read(key.replace("stage.json", "folds.parquet")) + b"!"
+    filled.write(f"{twin}folds.parquet", other)
+    assert stage(filled, "fold-0") == 0
+    filled.write(f"{twin}stage.json", json.dumps({**mine, "files": {"folds.parquet": "0" * 64}}).encode())
+    assert stage(filled, "fold-1") == 75, "the twin's record is newer, and its file is not what it says"
+    files = {name: hashlib.sha256(filled.read(key.replace("stage.json", name))).hexdigest() for name in mine["files"]}
     for name in files:
-        bucket.write(f"{twin}{name}", bucket.read(key.replace("stage.json", name)))
-    bucket.write(f"{twin}stage.json", json.dumps({**mine, "files": files}).encode())
-    assert stage(bucket, "fold-1") == 0
-    assert stage(bucket, "split") == 0
+        filled.write(f"{twin}{name}", filled.read(key.replace("stage.json", name)))
+    filled.write(f"{twin}stage.json", json.dumps({**mine, "files": files}).encode())
+    assert stage(filled, "fold-1") == 0
+    assert stage(filled, "split") == 0
 
 
-def test_submit_takes_its_inputs_from_a_bucket(bucket, tmp_path, capsys):
+def test_submit_takes_its_inputs_from_a_bucket(filled, tmp_path, capsys):
     """The stages run here; the truth beside the test table is found there."""
-    train, test = f"train=s3://{bucket.name}/data/train", f"eval=s3://{bucket.name}/data/test"
+    train, test = f"train=s3://{filled.name}/data/train", f"eval=s3://{filled.name}/data/test"
     settings = [setting for setting in SETTINGS if "trackers" not in setting]
     asked = ["submit", train, test, f"runs={tmp_path}", "run=r", "split.folds=2", *settings]
     assert main([*asked, "--dry-run"]) == 0
-    assert f"=s3://{bucket.name}/data/test/gt.csv" in capsys.readouterr().out
+    assert f"=s3://{filled.name}/data/test/gt.csv" in capsys.readouterr().out
     assert main([*asked, "stages=split"]) == 0
     assert (tmp_path / "r" / "split" / "output" / "folds.parquet").is_file()
-    assert main(["submit", f"train=s3://{bucket.name}/nothing", f"runs={tmp_path}", "run=s", "stages=split"]) == 66
+    assert main(["submit", f"train=s3://{filled.name}/nothing", f"runs={tmp_path}", "run=s", "stages=split"]) == 66
     assert main(["submit", "train=gs://b/k", f"runs={tmp_path}", "run=s"]) == 64
 
 
@@ -216,24 +207,24 @@ FAULTS = ("503", "drop", "truncate", "slow", "lost")
 
 
 @pytest.mark.slow
-def test_faults_between_the_stages_and_the_store_change_nothing(bucket, monkeypatch):
+def test_faults_between_the_stages_and_the_store_change_nothing(filled, monkeypatch):
     """A share of all requests fails in each way; every stage ends well, with the bytes of a run without faults."""
     for step in STAGES:
-        assert stage(bucket, step) == 0
-    undisturbed = results(bucket)
-    for key in bucket.listed("run/"):
-        bucket.delete(key)
-    proxy = Proxy(bucket.endpoint, now_and_then(0, 0.1, FAULTS))
+        assert stage(filled, step) == 0
+    undisturbed = results(filled)
+    for key in filled.listed("run/"):
+        filled.delete(key)
+    proxy = Proxy(filled.endpoint, now_and_then(0, 0.1, FAULTS))
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         for step in STAGES:
-            assert stage(bucket, step) == 0, step
+            assert stage(filled, step) == 0, step
     assert {*proxy.faults} == {*FAULTS}
-    assert results(bucket) == undisturbed
+    assert results(filled) == undisturbed
 
 
 @pytest.mark.parametrize("fault", ["spoilt", "garbled"])
-def test_bytes_that_change_on_their_way_are_found_by_their_digest(fault, bucket, monkeypatch, capsys):
+def test_bytes_that_change_on_their_way_are_found_by_their_digest(fault, filled, monkeypatch, capsys):
     """The first three times that folds.parquet comes by, and what TCP and ETags let through."""
     seen: list[Request] = []
 
@@ -243,23 +234,23 @@ def test_bytes_that_change_on_their_way_are_found_by_their_digest(fault, bucket,
         seen.append(request)
         return fault
 
-    proxy = Proxy(bucket.endpoint, third)
+    proxy = Proxy(filled.endpoint, third)
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        assert stage(bucket, "split") == 0
-        assert stage(bucket, "fold-0") == 0
+        assert stage(filled, "split") == 0
+        assert stage(filled, "fold-0") == 0
     assert proxy.faults == [fault] * 3
     assert "holds other bytes than were sent: sent again" in capsys.readouterr().err
-    record(bucket, "split")
+    record(filled, "split")
 
 
 @pytest.mark.slow
-def test_a_store_that_starts_again_is_waited_for(bucket, monkeypatch):
-    proxy = Proxy(bucket.endpoint)
+def test_a_store_that_starts_again_is_waited_for(filled, monkeypatch):
+    proxy = Proxy(filled.endpoint)
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         proxy.down_until = time.monotonic() + 3
-        assert stage(bucket, "split") == 0
+        assert stage(filled, "split") == 0
         started = time.monotonic()
 
         def away(request: Request) -> str | None:
@@ -268,28 +259,28 @@ def test_a_store_that_starts_again_is_waited_for(bucket, monkeypatch):
             return "drop" if time.monotonic() < proxy.down_until else None
 
         proxy.fault = away
-        assert stage(bucket, "fold-0") == 0
+        assert stage(filled, "fold-0") == 0
         assert proxy.down_until > started, "it was away while the model went up"
-    record(bucket, "fold-0")
+    record(filled, "fold-0")
 
 
-def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(bucket, monkeypatch, capsys):
+def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(filled, monkeypatch, capsys):
     """From the first file of the model on nothing goes up any more; the checkpoint is there, so no epoch is lost."""
     for step in ("split", "fold-1"):
-        assert stage(bucket, step) == 0
+        assert stage(filled, step) == 0
     monkeypatch.setattr("fivefold.contract.s3.store.LONGEST_WAIT", 0.1)
-    proxy = Proxy(bucket.endpoint)
+    proxy = Proxy(filled.endpoint)
     proxy.fault = lambda request: "503" if "fold-0/output/attempt-" in request.path else None
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        assert stage(bucket, "fold-0") == 75
+        assert stage(filled, "fold-0") == 75
     told = capsys.readouterr().err
     assert "the store is busy or broken, the same command may succeed later" in told
-    assert not [key for key in bucket.listed("run/fold-0") if key.endswith("stage.json")]
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
-    assert stage(bucket, "fold-0") == 0
+    assert not [key for key in filled.listed("run/fold-0") if key.endswith("stage.json")]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", filled.endpoint)
+    assert stage(filled, "fold-0") == 0
     assert "fold 0 epoch 1/2" not in capsys.readouterr().err, "epochs that a checkpoint holds are not run again"
-    record(bucket, "fold-0")
+    record(filled, "fold-0")
 
 
 @pytest.mark.parametrize(
@@ -313,35 +304,35 @@ def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(bucke
         ({"SM_OUTPUT_DIR": "s3://{}/x"}, 64, "SM_OUTPUT_DIR is where the platform looks for the failure file"),
     ],
 )
-def test_every_mistake_has_its_exit_code_and_its_words(given, code, message, bucket, capsys, tmp_path, monkeypatch):
+def test_every_mistake_has_its_exit_code_and_its_words(given, code, message, filled, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert stage(bucket, "split", **{name: value.format(bucket.name) for name, value in given.items()}) == code
+    assert stage(filled, "split", **{name: value.format(filled.name) for name, value in given.items()}) == code
     told = capsys.readouterr().err
     assert message in told
     assert "hush" not in told
-    assert not bucket.listed("run/"), "nothing is half-written"
+    assert not filled.listed("run/"), "nothing is half-written"
     assert not list(tmp_path.iterdir()), "no folder that is named like a URL"
 
 
-def test_no_credentials_and_no_endpoint_are_told_and_secrets_are_not(bucket, monkeypatch, capfd):
+def test_no_credentials_and_no_endpoint_are_told_and_secrets_are_not(filled, monkeypatch, capfd):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "nowhere")
-    assert stage(bucket, "split", SM_LOG_LEVEL="10") == 64
+    assert stage(filled, "split", SM_LOG_LEVEL="10") == 64
     assert "check AWS_PROFILE, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL_S3" in capfd.readouterr().err
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
-    assert stage(bucket, "split", SM_LOG_LEVEL="10") == 0
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", filled.endpoint)
+    assert stage(filled, "split", SM_LOG_LEVEL="10") == 0
     told = "".join(capfd.readouterr())
     assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"] not in told
     assert CREDENTIALS["AWS_ACCESS_KEY_ID"] not in told
     assert "Signature" not in told
     for name in CREDENTIALS:
         monkeypatch.delenv(name) if name.startswith("AWS_A") or "SECRET_A" in name else None
-    assert stage(bucket, "fold-0") == 64
+    assert stage(filled, "fold-0") == 64
     assert "no credentials for it" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["../x.png", "a//x.png", "a/0.png/x.png", "a/./x.png"])
-def test_keys_that_are_no_paths_are_refused(key, bucket, capsys):
-    bucket.write(f"data/train/{key}", b"x")
-    assert stage(bucket, "split") == 65
+def test_keys_that_are_no_paths_are_refused(key, filled, capsys):
+    filled.write(f"data/train/{key}", b"x")
+    assert stage(filled, "split") == 65
     told = capsys.readouterr().err
     assert "leads out of" in told or "cannot be a file's name" in told

@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from drawing import noise_in
 from jobs.__main__ import run
-from s3_server import Bucket, Proxy, Request, served
+from s3_server import Bucket, Proxy, Request
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
@@ -25,12 +24,6 @@ SETTINGS = [
 ]  # fmt: skip
 BYTES = ("model.safetensors", "oof.parquet", "train_log.csv", "model.json")
 SECONDS_TO_STOP = 30
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with served() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +42,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bucket(endpoint: str, whole: Path, request: pytest.FixtureRequest) -> Bucket:
+def filled(bucket: Bucket, whole: Path) -> Bucket:
     """A bucket with the images and the split."""
-    found = Bucket(endpoint, f"b{abs(hash(request.node.name)):x}")
-    found.client.create_bucket(Bucket=found.name, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
     for folder in ("train", "split"):
         for path in (whole / folder).rglob("*.*"):
-            found.write(path.relative_to(whole).as_posix(), path.read_bytes())
-    return found
+            bucket.write(path.relative_to(whole).as_posix(), path.read_bytes())
+    return bucket
 
 
 def urls(bucket: Bucket, endpoint: str = "") -> dict[str, str]:
@@ -102,38 +93,38 @@ def check_whole(bucket: Bucket, whole: Path) -> None:
 
 @pytest.mark.parametrize(("point", "call"), [("step", 20), ("checkpoint", 6), ("views", 1), ("record", 1)])
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
-def test_on_another_machine_it_goes_on_to_the_same_bytes(number, point, call, bucket, whole, tmp_path):
+def test_on_another_machine_it_goes_on_to_the_same_bytes(number, point, call, filled, whole, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    process = begin(first, urls(bucket), number, point, call)
+    process = begin(first, urls(filled), number, point, call)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143}[number], said
-    assert not [key for key in bucket.listed("fold") if key.endswith("stage.json")], "nothing looks finished"
-    assert bucket.listed("fold/checkpoints")
-    process = begin(second, urls(bucket))
+    assert not [key for key in filled.listed("fold") if key.endswith("stage.json")], "nothing looks finished"
+    assert filled.listed("fold/checkpoints")
+    process = begin(second, urls(filled))
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
     assert "goes on after step" in said
-    check_whole(bucket, whole)
+    check_whole(filled, whole)
     if number == "SIGTERM":
         assert steps(first) + steps(second) == steps(whole), "its last checkpoint went up, so no step is run twice"
 
 
-def test_of_a_damaged_checkpoint_the_one_before_is_taken(bucket, whole, tmp_path):
-    process = begin(tmp_path, urls(bucket), "SIGTERM", "step", 20)
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(filled, whole, tmp_path):
+    process = begin(tmp_path, urls(filled), "SIGTERM", "step", 20)
     process.communicate(timeout=120)
-    newest = bucket.listed("fold/checkpoints")[-1]
-    bucket.write(newest, bucket.read(newest)[::-1])
-    process = begin(tmp_path, urls(bucket))
+    newest = filled.listed("fold/checkpoints")[-1]
+    filled.write(newest, filled.read(newest)[::-1])
+    process = begin(tmp_path, urls(filled))
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
-    assert f"the checkpoint s3://{bucket.name}/{newest} is damaged: the one before it is taken" in said
-    check_whole(bucket, whole)
+    assert f"the checkpoint s3://{filled.name}/{newest} is damaged: the one before it is taken" in said
+    check_whole(filled, whole)
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])
-def test_told_to_stop_amid_a_transfer_it_stops_in_time(method, bucket, whole, tmp_path):
+def test_told_to_stop_amid_a_transfer_it_stops_in_time(method, filled, whole, tmp_path):
     """Each of 96 images, or each file of the result, takes a second more than it should; or nothing is answered at all."""
     started: list[float] = []
 
@@ -144,9 +135,9 @@ def test_told_to_stop_amid_a_transfer_it_stops_in_time(method, bucket, whole, tm
         started.append(time.monotonic())
         return "slow" if len(started) < 3 else "silent"
 
-    proxy = Proxy(bucket.endpoint, slow)
+    proxy = Proxy(filled.endpoint, slow)
     with proxy.listening() as endpoint:
-        process = begin(tmp_path, urls(bucket, endpoint))
+        process = begin(tmp_path, urls(filled, endpoint))
         while len(started) < 3:
             assert process.poll() is None
             time.sleep(0.05)
@@ -155,7 +146,7 @@ def test_told_to_stop_amid_a_transfer_it_stops_in_time(method, bucket, whole, tm
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 143, said
     assert time.monotonic() - told < SECONDS_TO_STOP
-    process = begin(tmp_path, urls(bucket))
+    process = begin(tmp_path, urls(filled))
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
-    check_whole(bucket, whole)
+    check_whole(filled, whole)

@@ -112,9 +112,7 @@ class Remote:
         path = self._place("out", url)
         if any(output.url == url for output in self.outputs):
             return path
-        probe = url / f".probe.{secrets.token_hex(4)}"
-        self.store.write(probe, b"probe")
-        self.store.delete([probe])
+        self._probe(url)
         path.mkdir(parents=True, exist_ok=True)
         stored = attempts.visible(self.store, url, self.store.starting(url, START))
         self._download(stored, path, str(url))
@@ -149,7 +147,8 @@ class Remote:
             self._remove_old(output, stage, name)
 
     def keep_checkpoints(self, url: Url) -> Path:
-        """The folder that stands for a URL of checkpoints."""
+        """The folder that stands for a URL of checkpoints; errors as for `output`."""
+        self._probe(url)
         path = self._place("checkpoints", url)
         path.mkdir(parents=True, exist_ok=True)
         from fivefold.contract.s3.checkpoints import CheckpointSync
@@ -170,6 +169,11 @@ class Remote:
         """Removes a key's checkpoints, once its stage is done."""
         if self.checkpoints is not None:
             self.checkpoints.forget(own)
+
+    def _probe(self, url: Url) -> None:
+        probe = url / f".probe.{secrets.token_hex(4)}"
+        self.store.write(probe, b"probe")
+        self.store.delete([probe])
 
     def _found(self, url: Url) -> list[Stored]:
         if url.key and (one := self.store.find(url)):

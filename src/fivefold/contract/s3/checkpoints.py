@@ -5,6 +5,7 @@ import os
 import queue
 import re
 import secrets
+import shutil
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -53,7 +54,10 @@ class CheckpointSync:
     def send(self, path: Path) -> None:
         """Has a checkpoint sent, in the background; one that still waits to be is left out for it."""
         copy = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        os.link(path, copy)  # the training removes its own when two newer ones are there
+        try:  # the training removes its own when two newer ones are there
+            os.link(path, copy)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, copy)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
             self._thread.start()
