@@ -104,8 +104,8 @@ class Store:
         raise RetryableError(f"{waiting[0][1]} holds other bytes than were sent, each of {ROUNDS} times")
 
     def write_file(self, path: Path, url: Url) -> None:
-        """A file to an object within this thread, in parts; whoever reads it must know its digest."""
-        config = FileConfig(multipart_threshold=PARTS_OF, multipart_chunksize=PARTS_OF, use_threads=False)
+        """A file to an object, its parts side by side, without a word; whoever reads it must know its digest."""
+        config = FileConfig(multipart_threshold=PARTS_OF, multipart_chunksize=PARTS_OF, max_concurrency=AT_ONCE // 2)
         self._persist(url, lambda: self._client.upload_file(str(path), url.bucket, url.key, Config=config))
 
     def _list(self, url: Url, start: str, most: int = 0) -> list[Object]:
