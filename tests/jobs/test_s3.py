@@ -123,6 +123,7 @@ def check_lineage(bucket: Bucket, capsys) -> None:
     assert main(["trace", f"{url}/no/where"]) == 66
 
 
+@pytest.mark.slow
 def test_what_a_bucket_holds_is_what_folders_would_hold(filled, tmp_path):
     """The same split and fold in folders: the same bytes but for times and places."""
     for key in filled.listed("data/train"):
@@ -145,6 +146,7 @@ def test_what_a_bucket_holds_is_what_folders_would_hold(filled, tmp_path):
         assert told["outputs"] == here["outputs"]
 
 
+@pytest.mark.slow
 def test_a_changed_setting_replaces_the_attempt_and_the_stages_after_it_see_the_new_one(filled, capsys):
     for step in ("split", "fold-0", "fold-1", "ensemble"):
         assert stage(filled, step) == 0
@@ -170,6 +172,7 @@ def test_an_attempt_without_its_record_counts_for_nothing(filled, capsys):
     assert f"s3://{filled.name}/run/split/output: nothing is there, and no finished stage" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_writers_do_not_mix(filled, monkeypatch):
     """A pod's dying twin leaves its files and its record after ours; who reads takes the one or the other."""
     monkeypatch.setattr("fivefold.contract.s3.store.LONGEST_WAIT", 0.1)
@@ -190,6 +193,7 @@ def test_two_writers_do_not_mix(filled, monkeypatch):
     assert stage(filled, "split") == 0
 
 
+@pytest.mark.slow
 def test_submit_takes_its_inputs_from_a_bucket(filled, tmp_path, capsys):
     """The stages run here; the truth beside the test table is found there."""
     train, test = f"train=s3://{filled.name}/data/train", f"eval=s3://{filled.name}/data/test"
@@ -264,6 +268,7 @@ def test_a_store_that_starts_again_is_waited_for(filled, monkeypatch):
     record(filled, "fold-0")
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(filled, monkeypatch, capsys):
     """From the first file of the model on nothing goes up any more; the checkpoint is there, so no epoch is lost."""
     for step in ("split", "fold-1"):
