@@ -86,10 +86,11 @@ def begin(
     point: str = "never",
     call: int = 1,
     delay: float = 0.0,
+    more: tuple[str, ...] = (),
 ):
     folder.mkdir(parents=True, exist_ok=True)
     strike = [number, point, str(call), str(delay), str(folder / "steps")]
-    command = [sys.executable, str(STRUCK), *strike, stage, *STAGES[stage]]
+    command = [sys.executable, str(STRUCK), *strike, stage, *STAGES[stage], *more]
     environ = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
         command, env={**environ, **variables(root, folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -174,7 +175,7 @@ def test_killed_three_times_at_random_instants(stage, seed, world, tmp_path):
 
 
 def test_a_second_signal_ends_it_at_once(world, tmp_path):
-    process = begin(world, tmp_path, "train-fold")
+    process = begin(world, tmp_path, "train-fold", more=("train.epochs=4000",))
     assert process.stderr is not None
     while b"trains on" not in process.stderr.readline():
         pass

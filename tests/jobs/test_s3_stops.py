@@ -61,17 +61,8 @@ def urls(bucket: Bucket, endpoint: str = "") -> dict[str, str]:
 
 
 def begin(folder: Path, environ: dict[str, str], number: str = "SIGKILL", point: str = "never", call: int = 1):
-    command = [
-        sys.executable,
-        str(STRUCK),
-        number,
-        point,
-        str(call),
-        str(folder / "steps"),
-        "train-fold",
-        "FOLD=0",
-        *SETTINGS,
-    ]
+    strike = [number, point, str(call), "0", str(folder / "steps")]
+    command = [sys.executable, str(STRUCK), *strike, "train-fold", "FOLD=0", *SETTINGS]
     own = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(folder)}
     return subprocess.Popen(
         command, env=own | environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
