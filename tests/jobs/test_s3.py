@@ -304,6 +304,8 @@ def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(fille
             66,
             "/no/where: nothing is there, and no finished stage has written",
         ),
+        ({"SM_CHANNEL_TRAIN": "s3://no such bucket!/x"}, 64, "s3://no such bucket!/x cannot be a place in a store"),
+        ({"SM_OUTPUT_DATA_DIR": "s3://B_/x"}, 66, "there is no bucket 'B_'"),
         ({"SM_CHANNEL_TRAIN": "s3://no-bucket/x"}, 66, "there is no bucket 'no-bucket'"),
         ({"SM_OUTPUT_DATA_DIR": "s3://no-bucket/x"}, 66, "there is no bucket 'no-bucket'"),
         ({"SM_OUTPUT_DIR": "s3://{}/x"}, 64, "SM_OUTPUT_DIR is where the platform looks for the failure file"),

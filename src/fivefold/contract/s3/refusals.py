@@ -1,7 +1,17 @@
 """What a store that fails means to the user: errors of ours, each with the URL and the mend."""
 
 from boto3.exceptions import S3UploadFailedError
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSOError,
+    TokenRetrievalError,
+)
 from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
 from fivefold.contract.files import disk_is_full
@@ -12,6 +22,9 @@ REFUSED = {
     "AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch",
     "AccountProblem", "Forbidden", "403",
 }  # fmt: skip
+NO_CREDENTIALS = (
+    CredentialRetrievalError, NoCredentialsError, PartialCredentialsError, ProfileNotFound, SSOError, TokenRetrievalError,
+)  # fmt: skip
 ABSENT = {"NoSuchBucket", "NoSuchKey", "NotFound", "404"}
 TRANSIENT = {
     "RequestTimeout",
@@ -29,7 +42,9 @@ def as_ours(error: Exception, url: Url) -> FivefoldError:
         return error
     if disk_is_full(error):
         return RetryableError(f"no space left for {url}: free some, then run the same command again")
-    if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
+    if isinstance(error, ParamValidationError):
+        return SettingsError(f"{url} cannot be a place in a store: {' '.join(str(error).split())}")
+    if isinstance(error, NO_CREDENTIALS):
         return SettingsError(
             f"{url}: no credentials for it ({error}); set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "or give this machine or pod a role"
