@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from fivefold.stopping import poll
@@ -15,47 +15,41 @@ SECONDS_BETWEEN_LINES = 15.0
 MIB = 2**20
 
 
-def track(items: Iterable[T], total: int, label: str, every: float = SECONDS_BETWEEN_LINES) -> Iterator[T]:
+def track(
+    items: Iterable[T],
+    total: int,
+    label: str,
+    every: float = SECONDS_BETWEEN_LINES,
+    bytes_of: Callable[[T], int] | None = None,
+) -> Iterator[T]:
     """`items` one by one, while their progress shows under `label` with the time left; a place to be stopped at.
 
-    In a log that is a line `every` so many seconds. Raises StoppedError, before an item is taken, when the process
-    was told to stop.
+    In a log that is a line `every` so many seconds. `total` counts the items, or with `bytes_of` the bytes that they
+    stand for. Raises StoppedError, before an item is taken, when the process was told to stop.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         # A terminal that a container makes up may say that it is 0 wide, and the bar would not show.
         known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-        width = {"dynamic_ncols": True} if known else {"ncols": 80}
-        yield from stoppable(tqdm(items, total=total, desc=label, leave=False, **width))
-        return
-    start = last = time.monotonic()
-    for done, item in enumerate(stoppable(items)):
-        now = time.monotonic()
-        if done and now - last >= every:
-            last = now
-            left = (now - start) / done * max(0, total - done)
-            log.info("%s: %d of %d, %s left", label, done, total, duration(left))
-        yield item
-
-
-def meter(steps: Iterable[int], total: int, label: str, every: float = SECONDS_BETWEEN_LINES) -> None:
-    """Takes all `steps`, each a number of bytes, while their sum of `total` shows under `label`; stopped as `track` is."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, desc=label, leave=False, unit="B", unit_scale=True, unit_divisor=1024) as bar:
-            for step in stoppable(steps):
-                bar.update(step)
+        look = {"dynamic_ncols": True} if known else {"ncols": 80}
+        look |= {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if bytes_of else {}
+        with tqdm(total=total, desc=label, leave=False, **look) as bar:
+            for item in stoppable(items):
+                yield item
+                bar.update(bytes_of(item) if bytes_of else 1)
         return
     start = last = time.monotonic()
     done = 0
-    for step in stoppable(steps):
-        done, now = done + step, time.monotonic()
+    for item in stoppable(items):
+        now = time.monotonic()
         if done > 0 and now - last >= every:
             last = now
             left = (now - start) / done * max(0, total - done)
-            log.info("%s: %.1f of %.1f MiB, %s left", label, done / MIB, total / MIB, duration(left))
+            amount = f"{done / MIB:.1f} of {total / MIB:.1f} MiB" if bytes_of else f"{done} of {total}"
+            log.info("%s: %s, %s left", label, amount, duration(left))
+        yield item
+        done += bytes_of(item) if bytes_of else 1
 
 
 def stoppable(items: Iterable[T]) -> Iterator[T]:

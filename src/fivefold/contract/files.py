@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.errors import DataError, RetryableError, SettingsError
+from fivefold.progress import MIB
 
 SECONDS_UNTIL_ABANDONED = 900.0
 FILES_AT_ONCE = 4096
-MIB = 2**20
 
 
 @contextmanager

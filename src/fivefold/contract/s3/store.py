@@ -24,7 +24,7 @@ from fivefold.contract.s3.refusals import as_ours
 from fivefold.contract.s3.transfers import Download, Moved, Object, ReadBack, Transfer, Upload
 from fivefold.contract.s3.urls import Url
 from fivefold.errors import FivefoldError, RetryableError, SettingsError
-from fivefold.progress import meter
+from fivefold.progress import track
 from fivefold.stopping import poll
 
 log = logging.getLogger("fivefold")
@@ -175,7 +175,8 @@ class Store:
                 time.sleep(SECONDS_BETWEEN_LOOKS if under_way else 0)
 
         with TransferManager(self._client, config) as manager:  # which cancels the rest when an error leaves it
-            meter(steps(manager), sum(transfer.size for transfer in transfers), label)
+            for _ in track(steps(manager), sum(transfer.size for transfer in transfers), label, bytes_of=int):
+                pass  # the work is in the steps
         return failed
 
 
@@ -183,10 +184,10 @@ def _outcome(future: TransferFuture, transfer: Transfer) -> FivefoldError | None
     """What a transfer that has ended failed by."""
     try:
         future.result()
-        transfer.check()
+        problem = transfer.problem()
     except Exception as error:
         return as_ours(error, transfer.url)
-    return None
+    return RetryableError(f"{transfer.url} arrived with {problem}") if problem else None
 
 
 def _object(bucket: str, entry: dict[str, Any]) -> Object:

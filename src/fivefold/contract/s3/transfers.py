@@ -2,9 +2,10 @@
 
 import hashlib
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from s3transfer.futures import TransferFuture
 from s3transfer.manager import TransferManager
@@ -12,7 +13,6 @@ from s3transfer.subscribers import BaseSubscriber
 
 from fivefold.contract.files import sha256
 from fivefold.contract.s3.urls import Url
-from fivefold.errors import RetryableError
 
 
 @dataclass(frozen=True)
@@ -25,69 +25,52 @@ class Object:
     modified: float
 
 
-class Transfer(Protocol):
-    """One file on its way; done once `check` passes."""
+class Transfer(ABC):
+    """One file on its way from or to `url`, of `size` bytes."""
 
+    url: Url
     size: int
 
+    @abstractmethod
     def start(self, manager: TransferManager, watchers: list[BaseSubscriber]) -> TransferFuture:
         """Sets it on its way."""
 
-    def check(self) -> None:
-        """Raises a RetryableError where what has arrived is not what was sent."""
-
-    @property
-    def url(self) -> Url: ...
+    def problem(self) -> str:
+        """What is wrong with what has arrived, in words; empty where nothing is known to be."""
+        return ""
 
 
-@dataclass
-class Download:
+class Download(Transfer):
     """An object to a file; `digest`: its SHA-256, where somebody knows it."""
 
-    source: Object
-    path: Path
-    digest: str | None = None
-
-    @property
-    def url(self) -> Url:
-        return self.source.url
-
-    @property
-    def size(self) -> int:
-        return self.source.size
+    def __init__(self, source: Object, path: Path, digest: str | None = None) -> None:
+        self.source, self.path, self.digest = source, path, digest
+        self.url, self.size = source.url, source.size
 
     def start(self, manager: TransferManager, watchers: list[BaseSubscriber]) -> TransferFuture:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         watchers = [*watchers, _Known(self.source)]
         return manager.download(self.url.bucket, self.url.key, str(self.path), subscribers=watchers)
 
-    def check(self) -> None:
+    def problem(self) -> str:
         found = self.path.stat().st_size
-        if found != self.size or (self.digest and sha256(self.path) != self.digest):
-            self.path.unlink()
-            what = "other bytes than were written" if found == self.size else f"{found} of its {self.size} bytes"
-            raise RetryableError(f"{self.url} arrived with {what}")
+        if found == self.size and (self.digest is None or sha256(self.path) == self.digest):
+            return ""
+        self.path.unlink()
+        return "other bytes than were written" if found == self.size else f"{found} of its {self.size} bytes"
 
 
-@dataclass
-class Upload:
-    """A file to an object."""
+class Upload(Transfer):
+    """A file to an object, which `ReadBack` then has to confirm."""
 
-    path: Path
-    url: Url
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size
+    def __init__(self, path: Path, url: Url) -> None:
+        self.path, self.url, self.size = path, url, path.stat().st_size
 
     def start(self, manager: TransferManager, watchers: list[BaseSubscriber]) -> TransferFuture:
         return manager.upload(str(self.path), self.url.bucket, self.url.key, subscribers=watchers)
 
-    def check(self) -> None:
-        """Nothing: what the store holds is read back by `ReadBack`."""
 
-
-class ReadBack:
+class ReadBack(Transfer):
     """An object that was written from a file, read again, to nothing but a digest."""
 
     def __init__(self, path: Path, url: Url) -> None:
@@ -97,9 +80,6 @@ class ReadBack:
     def start(self, manager: TransferManager, watchers: list[BaseSubscriber]) -> TransferFuture:
         self._sink = _Sink()
         return manager.download(self.url.bucket, self.url.key, self._sink, subscribers=watchers)
-
-    def check(self) -> None:
-        """Nothing: whoever asks for the digest knows what it should be."""
 
     def digest(self) -> str:
         """The SHA-256 of what was read."""
