@@ -38,9 +38,7 @@ def in_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | None)
     """
     if stage.name not in CHANNELS:
         return environ
-    if stage.name == "train-fold" and fold is None:
-        raise SettingsError("which fold? give FOLD=0, 1 and so on (an argument, or the environment)")
-    found = outputs_of(stage.name, f"{run}/{stage.name if fold is None else f'fold-{fold}'}")
+    found = outputs_of(stage.name, f"{run}/{_step_of(stage, fold)}")
     given = given_channels(environ)
     for name, place in channels_of(stage.name, run).items():
         if name not in given and (name in stage.channels or _is_there(place)):
@@ -64,6 +62,14 @@ def truth_beside_table(names: Sequence[str]) -> str | None:
     """Of the names of files the gt.csv beside a test.csv, the one with the shortest path."""
     beside = [str(Path(name).with_name(GROUND_TRUTH)) for name in names if Path(name).name == EVAL_TABLE]
     return min((name for name in beside if name in set(names)), key=len, default=None)
+
+
+def _step_of(stage: Stage, fold: int | None) -> str:
+    if stage.name != "train-fold":
+        return stage.name
+    if fold is None:
+        raise SettingsError("which fold? give FOLD=0, 1 and so on (an argument, or the environment)")
+    return f"fold-{fold}"
 
 
 def _is_there(place: str) -> bool:
