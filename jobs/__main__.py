@@ -38,6 +38,7 @@ COMMANDS = {
     "submit": ("jobs.submit", "run a recipe's stages in order on a platform"),
     "status": ("jobs.status", "what of a run is done, running, failed"),
     "trace": ("jobs.trace", "where an artifact came from, back to the images; --check takes every digest again"),
+    "serve": ("jobs.serve", "answer with a trained model over HTTP, as SageMaker's hosting asks for it"),
     "demo": ("jobs.demo", "the whole pipeline on scikit-learn's scanned digits"),
 }
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from fivefold.assemble import (
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.stages import MODEL, RAW_WEIGHTS, WEIGHTS
-from fivefold.data.dataset import ImageSet, in_order, load, load_with_progress
+from fivefold.data.dataset import Batch, ImageSet, in_order, joined, load, load_with_progress
 from fivefold.data.store import FolderStore, ImageStore
-from fivefold.data.transforms import build_transforms
+from fivefold.data.transforms import Transform, build_transforms
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict
 from fivefold.models.weights import load_exactly, save_weights
@@ -52,6 +53,26 @@ class Member:
         """Log-probabilities float32 [N, C] of decoded images, each uint8 [H, W, 3], by the recipe's views."""
         files = ImageFiles(FolderStore(Path()), [""] * len(pixels), pixels=pixels)
         return predict_images(self.network, self.settings, self.runtime, files, "")
+
+    @property
+    def sight(self) -> str:
+        """What it does to a decoded image before its network sees it; members of equal sight see the same."""
+        model = self.settings.model
+        return repr((self.settings.augment.eval, model.size, model.meta))
+
+    @cached_property
+    def _transform(self) -> Transform:
+        return build_transforms(self.settings.augment.eval, self.settings.model.size, evaluation=True)
+
+    def prepare(self, pixels: np.ndarray) -> Batch:
+        """A decoded image uint8 [H, W, 3] as the network takes it, a batch of one; for several threads at once."""
+        image = ImageSet(FolderStore(Path()), [""], self._transform, meta=self.settings.model.meta)
+        image.kept = [pixels]
+        return image.__getitems__([(0, 0)])
+
+    def predict_prepared(self, images: Sequence[Batch]) -> np.ndarray:
+        """Log-probabilities float32 [N, C] of N prepared images, in one step, by the recipe's views."""
+        return predict(self.network, [joined(images)], self.runtime, self.settings.predict.views)
 
 
 @dataclass(frozen=True)
@@ -127,7 +148,7 @@ def save_member(
             "precision": precision_name(runtime.dtype),
             "device": runtime.device.type,
             "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime.dtype)},
-            "settings": json.loads(settings.model_dump_json(exclude={"run", "runs", "stage"})),
+            "settings": json.loads(settings.model_dump_json(exclude={"run", "runs", "stage", "serve"})),
         },
     )
     return [*written, folder / MODEL]

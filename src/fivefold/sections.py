@@ -1,5 +1,5 @@
 """What every section of a recipe is, and those that speak of what is trained already: `[ensemble]`, `[export]`,
-`[evaluate]`, `[compare]`.
+`[serve]`, `[evaluate]`, `[compare]`.
 
 The others stand in `recipe.py`, which is the door to all of them.
 """
@@ -85,6 +85,20 @@ class Evaluate(Section):
     bins: int = Field(15, ge=1, description="bins of the calibration error")
     top_k: int = Field(5, ge=1, description="k of the top-k accuracy")
     gallery: int = Field(48, ge=0, description="most confident mistakes that the report shows as images")
+
+
+class Serve(Section):
+    host: str = Field("0.0.0.0", min_length=1, description="address to listen at; :: for IPv6 too")
+    port: int = Field(8080, ge=0, le=65535, description="port to listen at (or SAGEMAKER_BIND_TO_PORT); 0: a free one")
+    batch_size: int = Field(32, ge=1, description="images of all requests that the model takes in one step at most")
+    max_wait_ms: float = Field(5.0, ge=0, description="how long the first image of a batch waits for others")
+    queue: int = Field(
+        256, ge=1, description="images of all requests under way at most; what is more is told to come later"
+    )
+    max_body_mb: float = Field(8.0, gt=0, description="largest body of a request, in millions of bytes")
+    max_megapixels: float = Field(50.0, gt=0, description="largest image, in millions of pixels")
+    timeout_s: float = Field(60.0, gt=0, description="seconds for a request to be received and answered")
+    drain_s: float = Field(25.0, ge=0, description="seconds that requests under way have to be answered after SIGTERM")
 
 
 class Compare(Section):

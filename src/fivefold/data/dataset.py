@@ -38,6 +38,12 @@ class Batch:
         return Batch(self.images.pin_memory(), self.rows.pin_memory(), meta)
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of several, in their order."""
+    meta = None if batches[0].meta is None else torch.cat([batch.meta for batch in batches])
+    return Batch(torch.cat([batch.images for batch in batches]), torch.cat([batch.rows for batch in batches]), meta)
+
+
 class ImageSet(Dataset):
     """The images of N rows of a store, each by (epoch, row).
 
