@@ -30,7 +30,8 @@ class Batcher:
     """Runs `judge` (N prepared images -> rows [N, C]) in a thread of its own, on at most `size` images a time.
 
     The first image of a batch waits up to `max_wait` seconds for others, which a request that is alone does not:
-    `under_way` says how many requests there are. Each row goes to the image that it was computed of.
+    `under_way` says how many requests there are, `seen` hears how many images a batch had, and the thread calls
+    `begin` first. Each row goes to the image that it was computed of.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Batcher:
         max_wait: float,
         under_way: Callable[[], int],
         seen: Callable[[int], None],
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._judge, self._size, self._max_wait = judge, size, max_wait
-        self._under_way, self._seen = under_way, seen
+        self._under_way, self._seen, self._begin = under_way, seen, begin
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Waiting] = deque()
         self._changed = threading.Condition()
@@ -73,6 +75,7 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
+        self._begin()
         while (batch := self._next()) is not None:
             waiting = [each for each in batch if not each.answer.cancelled()]
             if waiting:
