@@ -1,7 +1,7 @@
 """`python -m jobs serve [model=PATH] KEY=VALUE...`: a trained model that answers over HTTP, as SageMaker's hosting calls it.
 
 The model is a fold's, a student, or a folder with a whole ensemble: model=PATH (or s3://bucket/prefix), else
-SM_CHANNEL_MODEL, else SM_MODEL_DIR, else /opt/ml/model. It answers
+SM_CHANNEL_MODEL, else SM_MODEL_DIR, else the student of run=NAME, else /opt/ml/model. It answers
 
     POST /invocations   an image (image/jpeg, image/png, …), or a JSON list of images in base64; ?top=N
     GET /ping           200 when it is ready, 503 while it loads and when it stops
@@ -22,7 +22,7 @@ from fivefold.contract.storage import SCRATCH
 from fivefold.errors import MissingInputError
 from fivefold.recipe import Settings
 from fivefold.sections import Serve
-from fivefold.settings import Layer, arguments_layer, describe, environment_layer, load, normal_key, unused_keys
+from fivefold.settings import Layer, describe, load, normal_key, unused_keys
 from fivefold.stopping import noted
 
 if TYPE_CHECKING:
@@ -42,11 +42,13 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
         print(f"{__doc__.strip()}\n\nkeys, as arguments or environment (SERVE__PORT=8081):\n{keys()}")
         return 0
     path, rest = taken_apart(arguments)
-    layers = [arguments_layer(rest), environment_layer(environ), port_layer(environ)]
-    settings = load(layers)
-    if unused := unused_keys(layers[0], ("predict", "serve")):
+    from jobs.__main__ import layers
+
+    found = [*layers(rest, environ), port_layer(environ)]
+    settings = load(found)
+    if unused := unused_keys(found[0], ("predict", "serve")):
         log.info("serve does not use: %s", ", ".join(unused))
-    path = path or model_path(environ)
+    path = path or model_path(environ, settings)
     from fivefold.serving.server import address, listen, serve
     from fivefold.serving.service import Service
 
@@ -77,15 +79,16 @@ def port_layer(environ: Mapping[str, str]) -> Layer:
     return Layer(PORT, {"serve.port": environ[PORT]} if environ.get(PORT) else {})
 
 
-def model_path(environ: Mapping[str, str]) -> str:
-    """Where the platform has put the model; a MissingInputError where nothing is."""
+def model_path(environ: Mapping[str, str], settings: Settings) -> str:
+    """Where the platform has put the model, else the student of the run that is named; a MissingInputError for neither."""
     hosted = base_dir(environ) / "model"
-    path = environ.get("SM_CHANNEL_MODEL") or environ.get("SM_MODEL_DIR") or (str(hosted) if hosted.is_dir() else "")
-    if not path:
+    student = f"{settings.runs}/{settings.run}/distill" if settings.run else ""
+    path = environ.get("SM_CHANNEL_MODEL") or environ.get("SM_MODEL_DIR") or student
+    if not path and not hosted.is_dir():
         raise MissingInputError(
             f"serve needs a model: give model=PATH, or set SM_CHANNEL_MODEL (SageMaker's place, {hosted}, is not there)"
         )
-    return path
+    return path or str(hosted)
 
 
 def limits_of(serve: Serve) -> "Limits":

@@ -42,7 +42,7 @@ def stage(name: str, *arguments: str, **environment: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(products, tmp_path_factory) -> Path:
-    """A run of two folds, their ensemble with its own temperature, and a student."""
+    """A run of two folds, their ensemble, and a student."""
     root = tmp_path_factory.mktemp("run")
     parts = ("data.layout=products", "split.folds=2", "split.holdout=0.3")
     stage("split", *parts, SM_CHANNEL_TRAIN=products.root, SM_OUTPUT_DATA_DIR=root / "split")
@@ -53,7 +53,7 @@ def trained(products, tmp_path_factory) -> Path:
     where = {"SM_MODEL_DIR": root / "distill/model", "SM_OUTPUT_DATA_DIR": root / "distill/output"}
     stage("distill", *TRAINING, **channels, SM_CHANNEL_MODEL=root, **where)
     images = {"SM_CHANNEL_EVAL": products.root / "사진", "SM_CHANNEL_FOLDS": root / "split"}
-    stage("ensemble", SM_CHANNEL_MODEL=root, **images, SM_OUTPUT_DATA_DIR=root / "ensemble")
+    stage("ensemble", "ensemble.temperature=none", SM_CHANNEL_MODEL=root, **images, SM_OUTPUT_DATA_DIR=root / "ensemble")
     return root
 
 

@@ -66,7 +66,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]
         raise SettingsError(
             f"serve.host={host} serve.port={port}: cannot listen there: {reason}; give another serve.port, or port 0 for a free one"
         ) from error
@@ -108,13 +108,15 @@ async def running(listener: socket.socket, service: Service, drain: float) -> As
         yield task
     finally:
         service.draining, server.should_exit = True, True
-        log.info("stops: %d requests are under way", service.requests)
+        if service.model is not None:
+            log.info("stops: %d requests are under way", service.requests)
         try:
             await task
         finally:
             service.close()
         counters = service.counters
-        log.info("answered %d requests, %d images", sum(counters.requests.values()), counters.images)
+        if service.model is not None:
+            log.info("answered %d requests, %d images", sum(counters.requests.values()), counters.images)
 
 
 async def told_to_stop(*unless: asyncio.Future) -> None:
