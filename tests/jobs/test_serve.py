@@ -53,7 +53,9 @@ def trained(products, tmp_path_factory) -> Path:
     where = {"SM_MODEL_DIR": root / "distill/model", "SM_OUTPUT_DATA_DIR": root / "distill/output"}
     stage("distill", *TRAINING, **channels, SM_CHANNEL_MODEL=root, **where)
     images = {"SM_CHANNEL_EVAL": products.root / "사진", "SM_CHANNEL_FOLDS": root / "split"}
-    stage("ensemble", "ensemble.temperature=none", SM_CHANNEL_MODEL=root, **images, SM_OUTPUT_DATA_DIR=root / "ensemble")
+    stage(
+        "ensemble", "ensemble.temperature=none", SM_CHANNEL_MODEL=root, **images, SM_OUTPUT_DATA_DIR=root / "ensemble"
+    )
     return root
 
 

@@ -93,6 +93,10 @@ async def answered(service: Service, request: Request) -> Response:
         return (JSONResponse if read else TurnedAway)(refused.as_json(), refused.status, headers)
     except ClientDisconnect:
         return Response(status_code=GONE)
+    except asyncio.CancelledError:
+        if not service.draining:
+            raise
+        return JSONResponse({"error": "the server ends: try another"}, 503, {"Retry-After": "1"})
     except Exception as error:
         log.exception("a request failed")
         return JSONResponse({"error": f"an unexpected error of the server: {type(error).__name__}"}, 500)

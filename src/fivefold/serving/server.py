@@ -96,11 +96,16 @@ async def _serve(listener: socket.socket, service: Service, load: Callable[[], M
 
 
 @asynccontextmanager
-async def running(listener: socket.socket, service: Service, drain: float) -> AsyncIterator[asyncio.Future[None]]:
-    """Runs the server beside the block; after it no request is accepted, and those under way are answered."""
+async def running(
+    listener: socket.socket, service: Service, drain: float, idle: float = KEEP_ALIVE
+) -> AsyncIterator[asyncio.Future[None]]:
+    """Runs the server beside the block; after it no request is accepted, and those under way are answered.
+
+    A connection may be `idle` for so many seconds, and its requests have `drain` seconds after the block.
+    """
     config = uvicorn.Config(
         build_app(service), http=Patient, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning", access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=drain,
+        server_header=False, proxy_headers=False, timeout_keep_alive=idle, timeout_graceful_shutdown=drain,
     )  # fmt: skip
     server = Server(config)
     task = asyncio.ensure_future(server.serve([listener]))
