@@ -4,8 +4,10 @@ import base64
 import http.client
 import io
 import json
+import shutil
 import signal
 import socket
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -388,3 +390,75 @@ def refused(folder: Path, *arguments: str, **environ: str) -> tuple[int, str]:
     with ServerProcess(folder / "log", *arguments, **environ) as server:
         code = server.process.wait(SECONDS)
     return code, server.told().splitlines()[-1].partition("ERROR   ")[2]
+
+
+@pytest.mark.slow
+def test_as_sagemaker_hosts_it(trained, products, tmp_path) -> None:
+    pictures = known(trained / "fold-1", products.root)
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
+        archive.add(trained / "fold-1/model", ".")
+    (tmp_path / "opt/model").mkdir(parents=True)
+    with tarfile.open(tmp_path / "model.tar.gz") as archive:
+        archive.extractall(tmp_path / "opt/model", filter="data")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    told = {"SAGEMAKER_BASE_DIR": str(tmp_path / "opt"), "SAGEMAKER_BIND_TO_PORT": port}
+    with ServerProcess(tmp_path / "log", **told) as server:
+        assert server.ready().port == int(port)
+        found, _ = asked_all_at_once(server, pictures, clients=4, rounds=6)
+        assert found == {"right": 24}
+        assert server.end(signal.SIGINT) == 130
+    assert not (tmp_path / "opt/output").exists()
+
+
+@pytest.mark.slow
+def test_a_tarball_and_a_bucket_are_models_too(trained, products, bucket, tmp_path) -> None:
+    pictures = known(trained / "distill", products.root)
+    shutil.make_archive(str(tmp_path / "packed/model"), "gztar", trained / "distill/model")
+    for path in (trained / "distill/model").iterdir():
+        bucket.write(f"student/{path.name}", path.read_bytes())
+    for model in (str(tmp_path / "packed"), f"s3://{bucket.name}/student"):
+        with ServerProcess(tmp_path / "log", f"model={model}", **bucket.environ()) as server:
+            found, _ = asked_all_at_once(server.ready(), pictures, clients=4, rounds=6)
+            assert found == {"right": 24}, model
+            assert server.end() == 143
+
+
+@pytest.mark.slow
+def test_a_run_means_its_student(trained, products, tmp_path) -> None:
+    pictures = known(trained / "distill", products.root)
+    with ServerProcess(tmp_path / "log", f"run={trained.name}", RUNS=str(trained.parent)) as server:
+        found, _ = asked_all_at_once(server.ready(), pictures, clients=2, rounds=3)
+    assert found == {"right": 6}
+
+
+@pytest.mark.slow
+def test_a_signal_while_it_loads_ends_it(trained, tmp_path) -> None:
+    with ServerProcess(tmp_path / "log", f"model={trained}") as server:
+        assert server.port
+        assert server.end() == 143
+        assert "ready: " not in server.told()
+
+
+@pytest.mark.slow
+def test_what_is_no_model_is_told_as_any_stage_tells_it(trained, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, message = refused(tmp_path, f"model={tmp_path / 'empty'}")
+    assert (code, message.startswith("no model below the channel 'model'")) == (66, True)
+    shutil.copytree(trained / "distill/model", tmp_path / "half")
+    (tmp_path / "half/stage.json").unlink()
+    code, message = refused(tmp_path, f"model={tmp_path / 'half'}")
+    assert (code, "its training did not finish or it was copied in part" in message) == (65, True)
+    assert refused(tmp_path, f"model={trained}", "predict.device=gpu")[0] == 64
+
+
+@pytest.mark.slow
+def test_many_clients_with_images_of_all_sizes_get_no_wrong_answer(server, trained, tmp_path) -> None:
+    random = np.random.default_rng(0)
+    for number in range(150):
+        height, width = random.integers(1, 120, 2)
+        pixels = random.integers(0, 256, (height, width, 3)) // random.integers(1, 5) + random.integers(0, 60, 3)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / f"{number}.png")
+    found, images = asked_all_at_once(server, known(trained, tmp_path), clients=48, rounds=60)
+    assert found == {"right": 48 * 60}
+    assert images == 48 * 60 * 3
