@@ -122,7 +122,7 @@ class Bench:
         found = []
         for row in np.exp(verdict.log_probs.astype(np.float64)):
             second, best = np.argsort(row)[-2:]
-            found.append(Expected(self.committee.classes[best], row[best], row[best] - row[second]))
+            found.append(Expected(self.committee.classes[best], float(row[best]), float(row[best] - row[second])))
         return found
 
     def handed(self) -> ImageFiles:
