@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fivefold.sections import Compare, Ensemble, Evaluate, Export, Section, Spec
+from fivefold.sections import Compare, Ensemble, Evaluate, Export, SageMaker, Section, Spec
 
 
 class Data(Section):
@@ -280,6 +280,7 @@ class Settings(Section):
     compare: Compare = Compare()
     distill: Distill = Distill()
     export: Export = Export()
+    sagemaker: SageMaker = SageMaker()
 
     def student(self) -> "Settings":
         """The same settings with `[distill.model]` and `[distill.train]` laid over `[model]` and `[train]`."""
