@@ -5,7 +5,7 @@ validator; lengths, patterns, ranges and names of instances by a walk over its s
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -100,7 +100,8 @@ def _unlike_its_shape(request: Request, operation: str) -> list[str]:
     shape = _model().operation_model(operation).input_shape
     report = ParamValidator().validate(request, shape)
     if report.has_errors():
-        return [" ".join(line.split()) for line in report.generate_report().splitlines()]
+        lines = [" ".join(line.split()) for line in report.generate_report().splitlines()]
+        return [f"{line}{_mend(re.findall(r'[A-Za-z0-9]+', line))}" for line in lines]
     return [f"{problem}{_mend(where)}" for where, problem in _beyond(shape, request, ())]
 
 
@@ -172,7 +173,7 @@ def _fits(pattern: str, text: str) -> bool:
     return re.fullmatch(pattern, text) is not None
 
 
-def _mend(where: tuple[str, ...]) -> str:
+def _mend(where: Sequence[str]) -> str:
     found = next((MENDS[name] for name in reversed(where) if name in MENDS), "")
     return f" ({found})" if found else ""
 

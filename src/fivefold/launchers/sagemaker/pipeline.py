@@ -43,9 +43,8 @@ def name_of(plan: Plan) -> str:
     return f"fivefold-{plain(plan.run)}"
 
 
-def upsert(plan: Plan, service: Service, parallel: int = 0) -> str:
+def upsert(request: Request, service: Service) -> str:
     """Creates the pipeline, or updates the one of its name; its ARN."""
-    request = pipeline_request(plan, parallel)
     name = request["PipelineName"]
     found = service.call(
         f"ListPipelines {name}", "sagemaker", "list_pipelines", PipelineNamePrefix=name, MaxResults=100

@@ -3,6 +3,7 @@
 The SDK is loaded here alone, and only when something is started: it takes seconds, and many machines lack it.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ def need_sdk(wanted: str) -> None:
 def start(request: Request, session: Any) -> str:
     """Starts the job of `request` at the service, through `session` (of boto3); the job's name.
 
-    The SDK ends the name with the moment at which it sends it, as `requests` does. It checks the role, too.
+    The SDK ends the name with the moment at which it sends it, as `requests` does.
     """
+    # The SDK would simulate the role's policies at each job, which few callers may, and ask for more than a role needs.
+    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
     from botocore.exceptions import BotoCoreError, ClientError
     from sagemaker.core.helper.session_helper import Session
 
