@@ -70,8 +70,16 @@ class Service:
     down: int = 0
     """How many of the next calls are answered 503."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    group: threading.Lock = field(default_factory=threading.Lock)
+    clients: dict[str, Any] = field(default_factory=dict)
 
     def client(self, name: str) -> Any:
+        with self.lock:
+            if name not in self.clients:
+                self.clients[name] = self._client(name)
+            return self.clients[name]
+
+    def _client(self, name: str) -> Any:
         keys = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"]}
         return boto3.client(name, endpoint_url=self.moto, region_name=CREDENTIALS["AWS_DEFAULT_REGION"], **keys)
 
@@ -214,7 +222,7 @@ class Service:
 
     def _log(self, job: Job, lines: list[str]) -> None:
         logs, stream = self.client("logs"), f"{job.request['TrainingJobName']}/algo-1-{time.time_ns()}"
-        with self.lock:
+        with self.group:
             if LOG_GROUP not in [each["logGroupName"] for each in logs.describe_log_groups()["logGroups"]]:
                 logs.create_log_group(logGroupName=LOG_GROUP)
         logs.create_log_stream(logGroupName=LOG_GROUP, logStreamName=stream)

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 from jobs.demo import write_digits
 
 REPOSITORY = Path(__file__).parents[2]
-SETTINGS = ("recipe=demo", "run=r", "split.folds=2", "train.epochs=1", "distill.train.epochs=1")
+SETTINGS = ("recipe=demo", "run=r", "split.folds=2", "train.epochs=1", "train.warmup_epochs=0")
 THREADS = {"OMP_NUM_THREADS": "1"}
 FILES = {
     "split": ("output/folds.parquet", "output/classes.json"),
@@ -25,13 +26,17 @@ STEPS = {
 
 
 def digits(folder: Path) -> Path:
+    """The demo's `train/` and `test/`, and `train.zip`."""
     write_digits(folder)
+    with zipfile.ZipFile(folder / "train.zip", "w") as archive:
+        for path in sorted((folder / "train").rglob("*.png")):
+            archive.write(path, path.relative_to(folder / "train").as_posix())
     return folder
 
 
-def run_here(data: Path, runs: Path) -> Path:
-    """The run's folder, after all its steps ran as processes of this machine."""
-    ended = submit(["platform=local", f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}"], THREADS)
+def run_here(data: Path, runs: Path, train: str = "train") -> Path:
+    """The run's folder, after all its steps ran as processes of this machine; `train` is the folder or the zip."""
+    ended = submit(["platform=local", f"train={data / train}", f"eval={data / 'test'}", f"runs={runs}"], THREADS)
     assert ended.returncode == 0, ended.stdout
     return runs / "r"
 

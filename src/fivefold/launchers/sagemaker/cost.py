@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Plan, Step
 from fivefold.launchers.sagemaker.requests import options_of
+from fivefold.sections import SageMaker
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Ceiling:
 
 def ceilings(plan: Plan) -> list[Ceiling]:
     """Of each step the most that it may cost; a warm pool's wait counts, a spot's discount does not."""
-    return [_ceiling(plan, step) for step in plan.steps]
+    return [_ceiling(step, options_of(plan.settings, step)) for step in plan.steps]
 
 
 def check_cost(plan: Plan) -> list[Ceiling]:
@@ -62,7 +63,6 @@ def in_words(found: list[Ceiling], most: float) -> str:
     return f"{len(found)} jobs may cost up to {total:.2f} (price × longest runtime){limit}"
 
 
-def _ceiling(plan: Plan, step: Step) -> Ceiling:
-    options = options_of(plan.settings, step)
+def _ceiling(step: Step, options: SageMaker) -> Ceiling:
     hours = options.max_hours + options.keep_alive_minutes / 60
     return Ceiling(step.name, options.instance_type, options.instance_count, options.price, hours)

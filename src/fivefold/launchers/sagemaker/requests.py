@@ -46,7 +46,10 @@ def requests_of(plan: Plan, moment: str = "") -> dict[str, Request]:
 
 def request_of(plan: Plan, step: Step, moment: str) -> Request:
     """The CreateTrainingJob of one step; what it asks for is not checked here."""
-    options = options_of(plan.settings, step)
+    return _request(plan, step, options_of(plan.settings, step), moment)
+
+
+def _request(plan: Plan, step: Step, options: SageMaker, moment: str) -> Request:
     request: Request = {
         "TrainingJobName": f"{base_name(plan.run, step)}-{moment}",
         "RoleArn": options.role,
@@ -95,7 +98,9 @@ def _add_what_is_asked_for(request: Request, options: SageMaker) -> None:
 
 
 def options_of(settings: Settings, step: Step) -> SageMaker:
-    return settings.sagemaker.of_stage(step.stage)
+    """The `[sagemaker]` of a step's stage."""
+    common = settings.sagemaker
+    return common.of_stage(step.stage) if common.stages else common
 
 
 def base_name(run: str, step: Step) -> str:
