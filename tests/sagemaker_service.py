@@ -67,6 +67,9 @@ class Service:
     """A part of the name of jobs that lose their instance once, after their first checkpoint."""
     hold: str = ""
     """A part of the name of jobs that stay at Starting until this is emptied."""
+    quota: int = 0
+    """How many jobs the account may run at once, 0: any number; `refused` counts those that were too many."""
+    refused: int = 0
     down: int = 0
     """How many of the next calls are answered 503."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -90,6 +93,13 @@ class Service:
         """The answer to a call that is ours, None for one that is moto's alone."""
         given = json.loads(body) if action.startswith("SageMaker.") and body else {}
         job = self.jobs.get(given.get("TrainingJobName", ""))
+        running = sum(each.status == "InProgress" for each in self.jobs.values())
+        if action == "SageMaker.CreateTrainingJob" and self.quota and running >= self.quota:
+            self.refused += 1
+            return (
+                400,
+                b'{"__type": "ResourceLimitExceeded", "message": "the account-level service limit is 1 Instances"}',
+            )
         if action == "SageMaker.StopTrainingJob" and job is not None:
             job.stopped = True
             if job.process is not None:
@@ -115,7 +125,7 @@ class Service:
         while self.hold and self.hold in name:
             time.sleep(0.05)
         try:
-            code = self._attempt(job)
+            code = 0 if job.stopped else self._attempt(job)
             while job.interrupted and code == 143 and not job.stopped:
                 job.turn("Interrupted")
                 job.interrupted, self.interrupt_once = False, ""

@@ -99,14 +99,15 @@ def test_a_job_is_sent_by_the_sdk_as_it_was_printed_run_and_found_again(
 
 def test_a_fold_with_everything_is_sent_as_it_was_printed(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     """What the SDK makes of a fold's request, which has metrics and checkpoints; its job waits until it is stopped."""
+    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"))
+    assert code == 0, said
     service.hold = "fold-1"
-    bucket.write("runs/r/split/there.txt", b"x")
     given = arguments(bucket, tmp_path, "stages=train-fold", "folds=1", "sagemaker.keep_alive_minutes=5")
     code, printed = submit(service, *given, "--dry-run")
     assert code == 0, printed
     process = command(service, *given)
-    wait_until(lambda: service.jobs)
-    (job,) = service.jobs.values()
+    wait_until(lambda: len(service.jobs) == 2)
+    (_, job) = service.jobs.values()
     asked = json.loads(printed[printed.index("{") :])["fold-1"]
     assert job.request | {"TrainingJobName": ""} == asked | {"TrainingJobName": ""}
     process.send_signal(signal.SIGINT)
@@ -115,16 +116,19 @@ def test_a_fold_with_everything_is_sent_as_it_was_printed(service: Service, buck
     assert f"aws sagemaker stop-training-job --training-job-name {job.request['TrainingJobName']}" in said
     assert not job.stopped
 
-    process = command(service, *given)  # the same command waits for it again
-    wait_until(lambda: service.calls[-1] == "SageMaker.DescribeTrainingJob")
+    looks = service.calls.count("SageMaker.DescribeTrainingJob")
+    # another command of the same run takes the split as done, and waits for the fold again
+    process = command(service, *arguments(bucket, tmp_path, "folds=1", "sagemaker.keep_alive_minutes=5"))
+    wait_until(lambda: service.calls.count("SageMaker.DescribeTrainingJob") > looks + 2)
     service.answer(
         "SageMaker.StopTrainingJob", json.dumps({"TrainingJobName": job.request["TrainingJobName"]}).encode()
     )
     service.hold = ""
     said, _ = process.communicate(timeout=120)
-    assert "waits for job" in said
+    assert "split: nothing to do" in said
+    assert "fold-1: waits for job" in said
     assert process.returncode == 143, said
-    assert len(service.jobs) == 1
+    assert len(service.jobs) == 2
 
 
 def wait_until(is_so: object, seconds: float = 60) -> None:
@@ -167,6 +171,25 @@ def test_a_service_that_is_away_for_a_while_is_waited_for(service: Service, buck
     service.hold = ""
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
+
+
+def test_a_quota_lets_a_job_wait_for_those_that_run(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"))
+    assert code == 0, said
+    service.hold, service.quota = "fold", 1
+    process = command(service, *arguments(bucket, tmp_path, "stages=train-fold"))
+    wait_until(lambda: service.refused)
+    (_, first) = service.jobs.values()
+    service.answer(
+        "SageMaker.StopTrainingJob", json.dumps({"TrainingJobName": first.request["TrainingJobName"]}).encode()
+    )
+    service.hold = ""
+    wait_until(lambda: len(service.jobs) > 2)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert "waits: CreateTrainingJob" in said
+    assert "ResourceLimitExceeded" in said
+    assert process.returncode == 130
 
 
 def test_without_credentials_it_says_so_before_anything_starts(

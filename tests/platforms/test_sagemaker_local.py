@@ -1,6 +1,7 @@
 """SageMaker's local mode on the real Docker engine, with the real SDKs: no region, no credentials, the same bytes."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,7 +37,10 @@ def asked(data: Path, runs: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("compress", ["true", "false"])
 def test_the_chain_is_the_same_bytes(compress: str, data: Path, here: Path, tmp_path: Path) -> None:
     given = asked(data, tmp_path, f"sagemaker.compress={compress}", "parallel=2")
-    ended = submit(given, NOWHERE | {"HOME": str(tmp_path)})
+    # another home hides Compose 2, a plugin of the user's, where 1.29 is installed too
+    ended = submit(
+        given, NOWHERE | ({"HOME": str(tmp_path)} if compress == "true" and shutil.which("docker-compose") else {})
+    )
     assert ended.returncode == 0, ended.stdout
     assert differing(here, tmp_path / "r", STEPS) == []
     packed = (tmp_path / "r" / "sagemaker" / "folds" / "fold-0" / "model.tar.gz").is_file()

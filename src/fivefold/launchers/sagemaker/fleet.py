@@ -74,12 +74,19 @@ class Fleet:
             step = next(ready, None)
             if step is None:
                 return
+            try:
+                self._begin(step)
+            except RetryableError as error:
+                if not self.running:
+                    raise
+                # a quota of the account: there is room when one of those that run has ended
+                self._say_once(step.name, f"{step.name} waits: {error}")
+                return
             self.waiting.remove(step)
-            self._begin(step)
 
     def _begin(self, step: Step) -> None:
         request = self.requests[step.name]
-        asked = self._asked(step, request)
+        asked = self._asked(request)
         job, look = self._found(step, asked)
         if look is None or (look.over and look.exit_code):
             self._clear_the_way(step, request, job)
@@ -95,11 +102,17 @@ class Fleet:
         self.jobs[step.name] = job
         self.running.append(step)
 
-    def _asked(self, step: Step, request: Request) -> dict[str, Any]:
+    def _asked(self, request: Request) -> dict[str, Any]:
         """What makes a step's result: the parts of its request, and the jobs that it goes on from."""
         image = request["AlgorithmSpecification"]["TrainingImage"]
-        needed = {name: self.jobs[name] for name in step.needs if name in self.jobs}
-        return {"image": image, "after": needed, **{part: request[part] for part in OF_THE_RESULT}}
+        return {"image": image, "after": self._sources(request), **{part: request[part] for part in OF_THE_RESULT}}
+
+    def _sources(self, request: Request) -> dict[str, str]:
+        """The jobs of this run, by their steps, whose outputs a request reads; also those of earlier commands."""
+        urls = [each["DataSource"]["S3DataSource"]["S3Uri"] for each in request["InputDataConfig"]]
+        known = {path.parent.name: read_json(path) for path in sorted(self.plan.folder.glob(f"*/{JOB}"))}
+        places = {name: f"{each['asked']['OutputDataConfig']['S3OutputPath']}/" for name, each in known.items()}
+        return {name: known[name]["job"] for name, place in places.items() if place.startswith(tuple(urls))}
 
     def _found(self, step: Step, asked: Mapping[str, Any]) -> tuple[str, Look | None]:
         """The job of an earlier command and how it stands; no name where there is none.
@@ -144,9 +157,7 @@ class Fleet:
                     raise
                 continue
             self._say(step, self.service.new_lines(job))
-            if self.shown.get(job) != look.detail:
-                self.shown[job] = look.detail
-                self.screen.line(f"{step.name}: {look.status}, {look.detail}")
+            self._say_once(job, f"{step.name}: {look.status}, {look.detail}")
             if look.over:
                 self._end(step, look)
 
@@ -163,6 +174,11 @@ class Fleet:
                 file.writelines(f"{line}\n" for line in lines)
         for line in lines:
             self.screen.line(f"[{step.name}] {line}")
+
+    def _say_once(self, of: str, line: str) -> None:
+        if self.shown.get(of) != line:
+            self.shown[of] = line
+            self.screen.line(line)
 
     def _wait(self, signals: Signals) -> None:
         until = time.monotonic() + self.plan.settings.sagemaker.poll_seconds
