@@ -128,7 +128,7 @@ def save_member(
             "precision": precision_name(runtime.dtype),
             "device": runtime.device.type,
             "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime.dtype)},
-            "settings": json.loads(settings.model_dump_json(exclude={"run", "stage", *OF_PLATFORMS})),
+            "settings": json.loads(settings.model_dump_json(exclude={"run", "runs", "stage", *OF_PLATFORMS})),
         },
     )
     return [*written, folder / MODEL]

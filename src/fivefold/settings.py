@@ -18,7 +18,7 @@ from fivefold.recipes import read, system_of
 from fivefold.sections import OF_A_STAGE, STAGES_OF_A_RUN
 from fivefold.values import value_of, words
 
-ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "seed"}
+ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "runs", "seed"}
 INDEX = "JOB_COMPLETION_INDEX"
 ALIASES = {"config": "recipe"}
 
@@ -43,7 +43,7 @@ def arguments_layer(arguments: Sequence[str]) -> Layer:
 
 
 def environment_layer(environ: Mapping[str, str]) -> Layer:
-    """FOLD, STAGE, RECIPE, RUN, SEED and SECTION__KEY; an empty variable counts as one that is not set."""
+    """FOLD, STAGE, RECIPE, RUN, RUNS, SEED and SECTION__KEY; an empty variable counts as one that is not set."""
     names: dict[str, str] = {}
     for name, value in environ.items():
         section, _, key = name.lower().partition("__")
@@ -94,7 +94,7 @@ def normal_key(name: str) -> str:
 
 def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
     """The keys of `layer` that a stage with these `sections` does not read."""
-    read = {"recipe", "run", "stage", "reuse", *sections}
+    read = {"recipe", "run", "runs", "stage", "reuse", *sections}
     return [key for key in layer.values if key.split(".")[0] not in read]
 
 

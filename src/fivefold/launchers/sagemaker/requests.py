@@ -167,7 +167,9 @@ def hyperparameters(plan: Plan, step: Step) -> dict[str, str]:
 
 def written_out(settings: Settings, sections: tuple[str, ...]) -> dict[str, str]:
     """What was set of `sections`, with `system` and `seed` where they are read, as JSON texts."""
-    tree = settings.model_dump(mode="json", exclude_unset=True, exclude={"recipe", "run", "stage", *OF_PLATFORMS})
+    tree = settings.model_dump(
+        mode="json", exclude_unset=True, exclude={"recipe", "run", "runs", "stage", *OF_PLATFORMS}
+    )
     keys = {key: tree_at(tree, key) for key in flatten(settings) if tree_at(tree, key) is not None}
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
