@@ -59,6 +59,7 @@ def test_a_fold_is_asked_for_in_full() -> None:
     assert re.fullmatch(r"fivefold-first-fold-2-\d{14}", request.pop("TrainingJobName"))
     metrics = request["AlgorithmSpecification"].pop("MetricDefinitions")
     assert [metric["Name"] for metric in metrics] == list(logline.METRICS)
+    request["InputDataConfig"].sort(key=lambda channel: channel["ChannelName"])
     assert request == {
         "RoleArn": ROLE,
         "AlgorithmSpecification": {
@@ -71,7 +72,7 @@ def test_a_fold_is_asked_for_in_full() -> None:
             "FOLD": "2",
             "FIVEFOLD_IMAGE": "123456789012.dkr.ecr.eu-central-1.amazonaws.com/fivefold:1",
         },
-        "InputDataConfig": [prefix("train", "s3://bucket/train/"), prefix("folds", "s3://bucket/runs/first/split/")],
+        "InputDataConfig": [prefix("folds", "s3://bucket/runs/first/split/"), prefix("train", "s3://bucket/train/")],
         "OutputDataConfig": {"S3OutputPath": "s3://bucket/runs/first/folds/fold-2", "CompressionType": "GZIP"},
         "ResourceConfig": {"InstanceType": "ml.g5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 50},
         "StoppingCondition": {"MaxRuntimeInSeconds": 5400},

@@ -6,6 +6,7 @@ Only names of data, recipe and fold are changed. Each fold's `model.tar.gz` then
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from platform_runs import FILES, REPOSITORY, THREADS, digits, run_here
+from platform_runs import FILES, REPOSITORY, digits, run_here
 
 pytestmark = pytest.mark.docker
 IMAGE = os.environ.get("FIVEFOLD_IMAGE", "fivefold:latest")
@@ -34,16 +35,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def here(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_here(data, tmp_path_factory.mktemp("here"))
-
-
-@pytest.fixture(scope="module")
-def ensemble_of_one(data: Path, here: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of the ensemble of fold 1 alone, made on this machine."""
-    output = tmp_path_factory.mktemp("one")
-    given = {"SM_CHANNEL_MODEL": here / "fold-1", "SM_CHANNEL_EVAL": data / "test", "SM_OUTPUT_DATA_DIR": output}
-    environ = {**os.environ, **THREADS, **{name: str(path) for name, path in given.items()}}
-    subprocess.run([sys.executable, "-m", "jobs", "ensemble", "recipe=demo"], cwd=REPOSITORY, env=environ, check=True)
-    return output
 
 
 @pytest.fixture(scope="session")
@@ -89,12 +80,12 @@ def unpacked(tarball: Path, folder: Path) -> Path:
     return folder
 
 
-def data_folder(tmp_path: Path, data: Path, here: Path) -> Path:
-    """A folder with `photos`, `split` and `test`, as the examples name them."""
-    (tmp_path / "photos").symlink_to(data / "train")
-    (tmp_path / "split").symlink_to(here / "split" / "output")
-    (tmp_path / "test").symlink_to(data / "test")
-    return tmp_path
+def data_folder(folder: Path, data: Path, here: Path) -> Path:
+    """A folder with `photos`, `split` and `test`, as the examples name them, and `models` with the other fold's model."""
+    for name, place in (("photos", data / "train"), ("split", here / "split" / "output"), ("test", data / "test")):
+        (folder / name).symlink_to(place)
+    shutil.copytree(here / "fold-0" / "model", folder / "models" / "fold-0")
+    return folder
 
 
 def assert_same_fold(model: Path, here: Path) -> None:
@@ -103,10 +94,10 @@ def assert_same_fold(model: Path, here: Path) -> None:
         assert (model / file).read_bytes() == (here / "fold-1" / name).read_bytes(), file
 
 
-def assert_same_ensemble(output: Path, expected: Path) -> None:
+def assert_same_ensemble(output: Path, here: Path) -> None:
     for name in ("predictions.parquet", "submission.csv"):
         (found,) = output.rglob(name)
-        assert found.read_bytes() == (expected / name).read_bytes(), name
+        assert found.read_bytes() == (here / "ensemble" / "output" / name).read_bytes(), name
 
 
 def of_fold(code: str) -> str:
@@ -116,37 +107,44 @@ def of_fold(code: str) -> str:
     return changed(code, {**changes, "fivefold:latest": IMAGE})
 
 
-def test_the_launch_of_version_3(data: Path, here: Path, ensemble_of_one: Path, tmp_path: Path) -> None:
+def of_ensemble(code: str, changes: dict[str, str]) -> str:
+    """The example of a fold as one of the ensemble."""
+    code = re.sub(r"environment=\{.*?\}", f"environment={ENSEMBLE}", changed(code, changes))
+    return re.sub(r"hyperparameters=\{.*?\}", 'hyperparameters={"recipe": "demo"}', code)
+
+
+def test_the_launch_of_version_3(data: Path, here: Path, tmp_path: Path) -> None:
     folder = data_folder(tmp_path, data, here)
     fold = of_fold(example("import ModelTrainer"))
     run(sys.executable, fold, folder)
-    assert_same_fold(unpacked(folder / "sdk/fold-2/compressed_artifacts/model.tar.gz", tmp_path / "model"), here)
+    packed = folder / "sdk/fold-2/compressed_artifacts/model.tar.gz"
+    assert_same_fold(unpacked(packed, tmp_path / "model"), here)
 
-    channels = {'channel_name="train", data_source="photos"': 'channel_name="eval", data_source="test"'}
-    channels |= {
-        'channel_name="folds", data_source="split"': 'channel_name="model", data_source="sdk/fold-2/compressed_artifacts"'
+    (folder / "models" / "fold-1").mkdir()
+    packed.rename(folder / "models" / "fold-1" / "model.tar.gz")
+    changes = {
+        'channel_name="train", data_source="photos"': 'channel_name="eval", data_source="test"',
+        'channel_name="folds", data_source="split"': 'channel_name="model", data_source="models"',
+        'Path("sdk/fold-2")': 'Path("sdk/ensemble")',
     }
-    ensemble = changed(fold, {**channels, 'root="sdk/fold-2"': 'root="sdk/ensemble"'})
-    ensemble = re.sub(r"environment=\{.*?\}", f"environment={ENSEMBLE}", ensemble)
-    run(sys.executable, re.sub(r"hyperparameters=\{.*?\}", 'hyperparameters={"recipe": "demo"}', ensemble), folder)
+    run(sys.executable, of_ensemble(fold, changes), folder)
     packed = folder / "sdk/ensemble/compressed_artifacts/output.tar.gz"
-    assert_same_ensemble(unpacked(packed, tmp_path / "output"), ensemble_of_one)
+    assert_same_ensemble(unpacked(packed, tmp_path / "output"), here)
 
 
-def test_the_launch_of_version_2(
-    data: Path, here: Path, ensemble_of_one: Path, tmp_path: Path, python_of_v2: Path
-) -> None:
+def test_the_launch_of_version_2(data: Path, here: Path, tmp_path: Path, python_of_v2: Path) -> None:
     folder = data_folder(tmp_path, data, here)
     fold = of_fold(example("import Estimator"))
     run(python_of_v2, fold, folder, AWS_DEFAULT_REGION="eu-central-1")
-    assert_same_fold(unpacked(folder / "sdk/fold-2/model.tar.gz", tmp_path / "model"), here)
+    packed = folder / "sdk/fold-2/model.tar.gz"
+    assert_same_fold(unpacked(packed, tmp_path / "model"), here)
 
-    channels = {
+    (folder / "models" / "fold-1").mkdir()
+    packed.rename(folder / "models" / "fold-1" / "model.tar.gz")
+    changes = {
         '"train": "file://photos"': '"eval": "file://test"',
-        '"folds": "file://split"': '"model": "file://sdk/fold-2"',
+        '"folds": "file://split"': '"model": "file://models"',
+        "file://sdk/fold-2": "file://sdk/ensemble",
     }
-    ensemble = changed(fold, {"file://sdk/fold-2": "file://sdk/ensemble", **channels})
-    ensemble = re.sub(r"environment=\{.*?\}", f"environment={ENSEMBLE}", ensemble)
-    ensemble = re.sub(r"hyperparameters=\{.*?\}", 'hyperparameters={"recipe": "demo"}', ensemble)
-    run(python_of_v2, ensemble, folder, AWS_DEFAULT_REGION="eu-central-1")
-    assert_same_ensemble(unpacked(folder / "sdk/ensemble/output.tar.gz", tmp_path / "output"), ensemble_of_one)
+    run(python_of_v2, of_ensemble(fold, changes), folder, AWS_DEFAULT_REGION="eu-central-1")
+    assert_same_ensemble(unpacked(folder / "sdk/ensemble/output.tar.gz", tmp_path / "output"), here)

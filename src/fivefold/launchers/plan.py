@@ -67,7 +67,7 @@ class Plan:
     folder: Path
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
-    settings: Settings = field(default_factory=Settings, repr=False)
+    settings: Settings = field(default_factory=Settings, repr=False, compare=False)
 
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)
