@@ -2,19 +2,15 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from platform_runs import STEPS, THREADS, differing, digits, run_here, submit
-
+from containers import IMAGE, ONE_THREAD, differing
 from fivefold.errors import DataError
+from platform_runs import digits, run_here, submit
 
 pytestmark = pytest.mark.docker
-IMAGE = os.environ.get("FIVEFOLD_IMAGE", "fivefold:latest")
 NOWHERE = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
 """No region and no credentials, whatever this machine has."""
 
@@ -42,7 +38,7 @@ def test_the_chain_is_the_same_bytes(compress: str, data: Path, here: Path, tmp_
         given, NOWHERE | ({"HOME": str(tmp_path)} if compress == "true" and shutil.which("docker-compose") else {})
     )
     assert ended.returncode == 0, ended.stdout
-    assert differing(here, tmp_path / "r", STEPS) == []
+    assert differing(tmp_path / "r", here) == []
     packed = (tmp_path / "r" / "sagemaker" / "folds" / "fold-0" / "model.tar.gz").is_file()
     assert packed == (compress == "true")
     assert "report: " in ended.stdout
@@ -55,7 +51,7 @@ def test_a_failure_is_told_with_the_containers_own_words_and_code(tmp_path: Path
     (tmp_path / "train" / "a").mkdir(parents=True)
     (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")
     given = ["platform=sagemaker-local", f"train={tmp_path / 'train'}", f"runs={tmp_path}", f"sagemaker.image={IMAGE}"]
-    ended = submit([*given, "stages=split"], NOWHERE | THREADS)
+    ended = submit([*given, "stages=split"], NOWHERE | ONE_THREAD)
     assert ended.returncode == DataError.exit_code, ended.stdout
     assert "split failed (exit code 65)" in ended.stdout
     assert "only 1 class ('a')" in ended.stdout.split("split failed")[1]

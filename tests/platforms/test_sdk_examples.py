@@ -14,12 +14,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from platform_runs import FILES, REPOSITORY, digits, run_here
+from containers import IMAGE
+from platform_runs import REPOSITORY, digits, run_here
 
 pytestmark = pytest.mark.docker
-IMAGE = os.environ.get("FIVEFOLD_IMAGE", "fivefold:latest")
 PINS = Path(__file__).parent / "sdk-v2.txt"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SETTINGS = '{"recipe": "demo", "split__folds": "2", "train__epochs": "1", "train__warmup_epochs": "0"}'
@@ -89,9 +87,8 @@ def data_folder(folder: Path, data: Path, here: Path) -> Path:
 
 
 def assert_same_fold(model: Path, here: Path) -> None:
-    for name in FILES["train-fold"]:
-        file = name.removeprefix("model/")
-        assert (model / file).read_bytes() == (here / "fold-1" / name).read_bytes(), file
+    for name in ("model.safetensors", "model.json", "oof.parquet", "train_log.csv"):
+        assert (model / name).read_bytes() == (here / "fold-1" / "model" / name).read_bytes(), name
 
 
 def assert_same_ensemble(output: Path, here: Path) -> None:

@@ -6,23 +6,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+from containers import ONE_THREAD
 from jobs.demo import write_digits
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 SETTINGS = ("recipe=demo", "run=r", "split.folds=2", "train.epochs=1", "train.warmup_epochs=0")
-THREADS = {"OMP_NUM_THREADS": "1"}
-FILES = {
-    "split": ("output/folds.parquet", "output/classes.json"),
-    "train-fold": ("model/model.safetensors", "model/model.json", "model/oof.parquet", "model/train_log.csv"),
-    "ensemble": ("output/predictions.parquet", "output/submission.csv", "output/ensemble.json"),
-    "evaluate": ("output/metrics.json",),
-    "distill": ("model/model.safetensors", "model/model.json", "model/train_log.csv"),
-}
-"""What must be the same bytes on every platform."""
-STEPS = {
-    "split": "split", "fold-0": "train-fold", "fold-1": "train-fold", "ensemble": "ensemble", "evaluate": "evaluate",
-    "distill": "distill", "ensemble-student": "ensemble", "evaluate-student": "evaluate",
-}  # fmt: skip
+STEPS = ("split", "fold-0", "fold-1", "ensemble", "evaluate", "distill", "ensemble-student", "evaluate-student")
 
 
 def digits(folder: Path) -> Path:
@@ -36,7 +25,7 @@ def digits(folder: Path) -> Path:
 
 def run_here(data: Path, runs: Path, train: str = "train") -> Path:
     """The run's folder, after all its steps ran as processes of this machine; `train` is the folder or the zip."""
-    ended = submit(["platform=local", f"train={data / train}", f"eval={data / 'test'}", f"runs={runs}"], THREADS)
+    ended = submit(["platform=local", f"train={data / train}", f"eval={data / 'test'}", f"runs={runs}"], ONE_THREAD)
     assert ended.returncode == 0, ended.stdout
     return runs / "r"
 
@@ -47,10 +36,3 @@ def submit(given: list[str], variables: dict[str, str]) -> subprocess.CompletedP
     command = [sys.executable, "-m", "jobs", "submit", *SETTINGS, *given]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.run(command, cwd=REPOSITORY, env={**own, **variables}, check=False, timeout=1200, **pipes)
-
-
-def differing(one: Path, other: Path, steps: dict[str, str]) -> list[str]:
-    """The files of these steps that are not the same bytes in both folders, or are in neither."""
-    names = [f"{step}/{name}" for step, stage in steps.items() for name in FILES[stage]]
-    assert all((one / name).is_file() for name in names)
-    return [n for n in names if not (other / n).is_file() or (one / n).read_bytes() != (other / n).read_bytes()]
