@@ -12,7 +12,9 @@ from fivefold.choose import choose, did_you_mean
 from fivefold.errors import SettingsError
 from fivefold.launchers import local
 from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
-from fivefold.launchers.results import report_path, results_table
+from fivefold.launchers.results import results_of
+from fivefold.launchers.sagemaker import launch as sagemaker
+from fivefold.launchers.sagemaker import local as sagemaker_local
 from fivefold.launchers.status import write_plan
 from fivefold.recipe import SECTIONS, Settings
 from fivefold.settings import arguments_layer, flatten, normal_key
@@ -38,6 +40,26 @@ KEYS = {
 }
 
 
+FLAGS = {
+    "--dry-run": "print the plan, as commands with their variables or as requests; run nothing",
+    "--pipeline": "sagemaker: create or update a Pipeline of the plan, instead of running it",
+}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where a plan can run: what runs it, the plan in the platform's own words, its inputs checked, what came of it.
+
+    `check` raises an error for a plan that the platform cannot run, before anything is written.
+    """
+
+    launch: Callable[[Plan, int], int]
+    describe: Callable[[Plan], str]
+    check_inputs: Callable[[Inputs, Path], Inputs]
+    results: Callable[[Plan], str]
+    check: Callable[[Plan], object] = lambda plan: None
+
+
 @dataclass(frozen=True)
 class Request:
     """What the command line asks for, as text; `overrides` are the settings among it."""
@@ -45,6 +67,7 @@ class Request:
     given: Mapping[str, str]
     overrides: tuple[str, ...]
     dry_run: bool
+    pipeline: bool
 
     def __getitem__(self, key: str) -> str:
         return self.given.get(key, KEYS[key][0])
@@ -65,32 +88,42 @@ def main(arguments: Sequence[str]) -> int:
         print(usage())
         return 0
     request = read_request(arguments)
-    run_on_platform = choose(PLATFORMS, "platform", request["platform"])
+    platform = choose(PLATFORMS, "platform", request["platform"])
     run = run_name(request)
-    inputs = local.check_inputs(inputs_of(request), Path(request["runs"]) / run)
+    inputs = platform.check_inputs(inputs_of(request), Path(request["runs"]) / run)
     everything = make_plan(inputs, request.overrides, run, request["runs"], request["recipe"], request.numbers("seeds"))
     plan = select(everything, request.names("stages"), request.numbers("folds"))
     parallel = parallel_of(request)
     for note in plan.notes:
         log.info("%s", note)
+    if request.pipeline:
+        return pipeline(request, plan, parallel)
     if request.dry_run:
-        print(describe(plan, shlex.quote(sys.executable)))
+        print(platform.describe(plan))
         return 0
+    platform.check(plan)
     say_what_is_ignored()
     local.unpack_ground_truth(inputs, plan.folder)
     local.refuse_strangers(everything)
     write_plan(everything)
-    code = run_on_platform(plan, parallel)
-    print(results_table(everything))
-    if (report := report_path(everything)) is not None:
-        print(f"\nreport: {report}")
+    code = platform.launch(plan, parallel)
+    print(platform.results(everything))
     return code
+
+
+def pipeline(request: Request, plan: Plan, parallel: int) -> int:
+    """Prints the definition of the plan's Pipeline (--dry-run), or creates or updates it; nothing runs."""
+    if request["platform"] != "sagemaker":
+        raise SettingsError(f"--pipeline is of platform=sagemaker, and platform={request['platform']} has none")
+    if request.dry_run:
+        print(sagemaker.describe_pipeline(plan))
+        return 0
+    return sagemaker.upsert_pipeline(plan, parallel)
 
 
 def read_request(arguments: Sequence[str]) -> Request:
     """The arguments, parted into submit's own keys and settings; a SettingsError for what is neither."""
-    dry_run = "--dry-run" in arguments
-    values = arguments_layer([text for text in arguments if text != "--dry-run"]).values
+    values = arguments_layer([text for text in arguments if text not in FLAGS]).values
     given, overrides = {}, []
     for name, value in values.items():
         key = normal_key(name)
@@ -101,7 +134,7 @@ def read_request(arguments: Sequence[str]) -> Request:
             raise SettingsError(f"unknown key {name!r}{did_you_mean(key, known)}; submit --help lists the keys")
         else:
             overrides.append(f"{name}={value}")
-    return Request(given, tuple(overrides), dry_run)
+    return Request(given, tuple(overrides), *(flag in arguments for flag in FLAGS))
 
 
 def inputs_of(request: Request) -> Inputs:
@@ -149,14 +182,31 @@ def say_what_is_ignored() -> None:
 
 def usage() -> str:
     keys = "\n".join(f"  {key:13} {default or '-':6} {meaning}" for key, (default, meaning) in KEYS.items())
+    flags = "\n".join(f"  {flag:20} {meaning}" for flag, meaning in FLAGS.items())
     return (
-        f"{__doc__}\n\n{keys}\n  {'--dry-run':20} print the plan as commands with their variables; run nothing\n\n"
+        f"{__doc__}\n\n{keys}\n{flags}\n\n"
         f"platforms: {', '.join(PLATFORMS)}\n\nAny setting (python -m jobs --help lists them) goes on to the stages "
         "that use it, e.g. train.epochs=3 split.folds=4."
     )
 
 
-PLATFORMS: dict[str, Callable[[Plan, int], int]] = {"local": local.launch}
+def commands(plan: Plan) -> str:
+    return describe(plan, shlex.quote(sys.executable))
+
+
+PLATFORMS = {
+    "local": Platform(local.launch, commands, local.check_inputs, results_of),
+    "sagemaker": Platform(
+        sagemaker.launch, sagemaker.describe, sagemaker.check_inputs, sagemaker.results, sagemaker.check
+    ),
+    "sagemaker-local": Platform(
+        sagemaker_local.launch,
+        sagemaker_local.describe,
+        sagemaker_local.check_inputs,
+        results_of,
+        sagemaker_local.check,
+    ),
+}
 
 
 if __name__ == "__main__":

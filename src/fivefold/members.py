@@ -29,6 +29,7 @@ from fivefold.inference.predictor import Runtime, predict
 from fivefold.models.weights import load_exactly, save_weights
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings, Spec
+from fivefold.sections import OF_PLATFORMS
 from fivefold.settings import key_settings
 from fivefold.training.loop import Best
 
@@ -148,7 +149,7 @@ def save_member(
             "precision": precision_name(runtime.dtype),
             "device": runtime.device.type,
             "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime.dtype)},
-            "settings": json.loads(settings.model_dump_json(exclude={"run", "runs", "stage", "serve"})),
+            "settings": json.loads(settings.model_dump_json(exclude={"run", "runs", "stage", "serve", *OF_PLATFORMS})),
         },
     )
     return [*written, folder / MODEL]

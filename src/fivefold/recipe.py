@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fivefold.sections import Compare, Ensemble, Evaluate, Export, Section, Serve, Spec
+from fivefold.sections import Compare, Ensemble, Evaluate, Export, SageMaker, Section, Serve, Spec
 
 
 class Data(Section):
@@ -282,6 +282,7 @@ class Settings(Section):
     distill: Distill = Distill()
     export: Export = Export()
     serve: Serve = Serve()
+    sagemaker: SageMaker = SageMaker()
 
     def student(self) -> "Settings":
         """The same settings with `[distill.model]` and `[distill.train]` laid over `[model]` and `[train]`."""

@@ -1,12 +1,12 @@
 """What every section of a recipe is, and those that speak of what is trained already: `[ensemble]`, `[export]`,
-`[serve]`, `[evaluate]`, `[compare]`.
+`[serve]`, `[evaluate]`, `[compare]`; and of where it is trained: `[sagemaker]`.
 
 The others stand in `recipe.py`, which is the door to all of them.
 """
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Spec = str | dict[str, Any]
 """A thing with parameters, by name: `"horizontal_flip"` or `{ name = "rotation", degrees = 15 }`."""
@@ -104,3 +104,100 @@ class Serve(Section):
 class Compare(Section):
     runs: list[str] = Field([], description="folders of runs, each with its ensemble's submission, its models, or both")
     files: list[str] = Field([], description="submission files, beside those of SM_CHANNEL_SUBMISSIONS")
+
+
+class SageMaker(Section):
+    image: str = Field(
+        "", description="the image: its URI in ECR; sagemaker-local: a local one, empty: fivefold:latest"
+    )
+    role: str = Field("", description="ARN of the role that the jobs have, arn:aws:iam::ACCOUNT:role/NAME")
+    output: str = Field("", description="s3://bucket/prefix below which each run has a folder of its name")
+    region: str = Field("", description="empty: that of AWS_DEFAULT_REGION or of the profile")
+    instance_type: str = Field("", description="of each job, as ml.g5.xlarge")
+    instance_count: int = Field(1, ge=1, description="instances of a job that trains")
+    volume_gb: int = Field(50, ge=1, description="disk of an instance")
+    max_hours: float = Field(24.0, gt=0, le=672, description="longest runtime of a job")
+    spot: bool = Field(False, description="spare capacity, cheaper and sometimes taken back; goes on from checkpoints")
+    max_wait_hours: float = Field(
+        0.0, ge=0, description="spot: longest time from request to end, waiting included; 0: twice max_hours"
+    )
+    keep_alive_minutes: int = Field(
+        0, ge=0, le=360, description="warm pool: minutes that an instance waits for the next job; not with spot"
+    )
+    subnets: list[str] = Field([], description="of the VPC that jobs run in; with security_groups")
+    security_groups: list[str] = Field([], description="of the VPC that jobs run in; with subnets")
+    isolate: bool = Field(
+        False, description="no network in the container; needs nothing that is fetched, as pretrained"
+    )
+    kms_key: str = Field("", description="KMS key that encrypts outputs in S3")
+    volume_kms_key: str = Field("", description="KMS key that encrypts disks; not for instances with NVMe disks")
+    tags: dict[str, Any] = Field({}, description="of each job: texts by name")
+    environment: dict[str, Any] = Field({}, description="further variables of each container: texts by name")
+    input_mode: Literal["File", "FastFile"] = Field(
+        "File", description="channels are copied first, or read as asked for"
+    )
+    compress: bool = Field(True, description="outputs as model.tar.gz and output.tar.gz; false: as plain files")
+    price: float = Field(0.0, ge=0, description="of an instance for an hour, as you pay it; 0: not given")
+    max_cost: float = Field(
+        0.0,
+        ge=0,
+        description="most that all jobs together may cost, in the unit of price; more is refused; 0: no limit",
+    )
+    poll_seconds: float = Field(15.0, ge=0.1, description="seconds between two looks at a job")
+    stages: dict[str, Any] = Field(
+        {}, description="what a stage has otherwise: sagemaker.stages.ensemble.instance_type=ml.c6i.xlarge"
+    )
+
+    @model_validator(mode="after")
+    def _can_work(self) -> "SageMaker":
+        if self.spot and self.keep_alive_minutes:
+            raise ValueError("spot and keep_alive_minutes exclude each other: spot instances have no warm pool")
+        if self.max_wait_hours and not self.spot:
+            raise ValueError(
+                f"max_wait_hours={self.max_wait_hours:g} is of spot instances; set spot=true, or leave it out"
+            )
+        if 0 < self.max_wait_hours < self.max_hours:
+            raise ValueError(
+                f"max_wait_hours={self.max_wait_hours:g} is less than max_hours={self.max_hours:g}, which it contains"
+            )
+        if bool(self.subnets) != bool(self.security_groups):
+            raise ValueError("subnets and security_groups go together: a VPC needs both")
+        return self
+
+    @model_validator(mode="after")
+    def _texts_by_name(self) -> "SageMaker":
+        for key, table in (("tags", self.tags), ("environment", self.environment)):
+            for name, value in table.items():
+                if isinstance(value, bool) or not isinstance(value, str | int | float):
+                    raise ValueError(f"{key}.{name}={value!r} is no text")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_can_work(self) -> "SageMaker":
+        for name, table in self.stages.items():
+            if name not in STAGES_OF_A_RUN or not isinstance(table, dict):
+                raise ValueError(f"stages.{name} is no table of a stage; the stages are {', '.join(STAGES_OF_A_RUN)}")
+            unknown = sorted(set(table) - OF_A_STAGE)
+            if unknown:
+                raise ValueError(
+                    f"stages.{name}.{unknown[0]} is nothing that a stage has: {', '.join(sorted(OF_A_STAGE))}"
+                )
+            try:
+                self.of_stage(name)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                where = ".".join(map(str, ("stages", name, *problem["loc"])))
+                raise ValueError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
+        return self
+
+    def of_stage(self, stage: str) -> "SageMaker":
+        """These settings with what `stage` has otherwise; a hyphen in its name is as good as a `_`."""
+        own = self.stages.get(stage.replace("-", "_"), {})
+        return SageMaker.model_validate({**self.model_dump(), "stages": {}, **own}) if own else self
+
+
+STAGES_OF_A_RUN = ("split", "train_fold", "ensemble", "evaluate", "distill")
+OF_A_STAGE = frozenset(SageMaker.model_fields) - {"output", "region", "max_cost", "poll_seconds", "stages"}
+"""The keys of `[sagemaker]` that a stage may have otherwise."""
+OF_PLATFORMS = ("sagemaker",)
+"""Sections that say where stages run: they are no part of a model, and of no stage's key."""

@@ -15,6 +15,7 @@ from fivefold.choose import did_you_mean
 from fivefold.errors import SettingsError
 from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Settings
 from fivefold.recipes import read, system_of
+from fivefold.sections import OF_A_STAGE, STAGES_OF_A_RUN
 from fivefold.values import value_of, words
 
 ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "runs", "seed"}
@@ -157,6 +158,8 @@ def _kinds() -> dict[str, Any]:
         kinds |= {f"{name}.{key}": sub.annotation for key, sub in subs.items()} or {name: field.annotation}
     for name in STUDENTS:
         kinds |= {f"distill.{key}": kind for key, kind in kinds.items() if key.startswith(f"{name}.")}
+    for stage in STAGES_OF_A_RUN:
+        kinds |= {f"sagemaker.stages.{stage}.{key}": kinds[f"sagemaker.{key}"] for key in OF_A_STAGE}
     return kinds
 
 

@@ -1,6 +1,7 @@
 """Finding what an earlier stage made, as folders or inside the tarballs that SageMaker makes."""
 
 import hashlib
+import shutil
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -262,7 +263,8 @@ def _same_bytes(model: ModelDir, other: ModelDir) -> bool:
 def _unpacked(tarball: Path, scratch: Path) -> Path:
     """The folder that `tarball` was unpacked to, once a process.
 
-    Python's `data` filter refuses names that lead out of the folder; links are refused altogether.
+    Plain files and folders alone are unpacked, of names that stay in the folder; anything else is refused. Not by
+    tarfile's own filters, which came with Python 3.11.4: Debian's is older.
     """
     target = scratch / hashlib.sha256(str(tarball.resolve()).encode()).hexdigest()[:16]
     if target.is_dir():
@@ -271,7 +273,8 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     partial.mkdir(exist_ok=True)
     try:
         with tarfile.open(tarball) as archive:
-            archive.extractall(partial, filter=_without_links)
+            for member in archive:
+                _unpack(archive, member, partial)
             # tarfile stops in silence at a damaged header, and gzip keeps its checksum at the very end.
             while archive.fileobj is not None and archive.fileobj.read(1 << 20):
                 pass
@@ -282,7 +285,14 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     return partial.rename(target)
 
 
-def _without_links(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
-    if member.islnk() or member.issym():
-        raise tarfile.TarError(f"{member.name!r} is a link; archives of models and outputs hold plain files")
-    return tarfile.data_filter(member, path)
+def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """Writes one member below `folder`, with the rights and the owner that any new file has there."""
+    path = folder / member.name.lstrip("/")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise tarfile.TarError(f"{member.name!r} leads out of the archive")
+    if not member.isdir() and not member.isreg():
+        raise tarfile.TarError(f"{member.name!r} is no plain file; archives of models and outputs hold nothing else")
+    (path if member.isdir() else path.parent).mkdir(parents=True, exist_ok=True)
+    if content := archive.extractfile(member):  # a folder has none
+        with content, open(path, "wb") as file:
+            shutil.copyfileobj(content, file, 1 << 20)

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fivefold import logline
+from fivefold.logline import LOG_COLUMNS
 from fivefold.training.loop import Observer
-
-LOG_COLUMNS = (
-    "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_logloss", "val_f1_macro", "lr"
-)  # fmt: skip
 
 
 def csv_log(path: Path) -> Observer:
@@ -29,11 +27,9 @@ def csv_log(path: Path) -> Observer:
 
 
 def metric_line(fold: int | None) -> Observer:
-    """Prints one stable line an epoch, from which SageMaker's regexes read the metrics."""
+    """Prints one stable line an epoch, from which platforms read the metrics."""
 
     def observe(row: Mapping[str, Any]) -> None:
-        names = [name for name in LOG_COLUMNS[1:] if row.get(name) is not None and name != "lr"]
-        figures = " ".join(f"{name}={row[name]:.4f}" for name in names)
-        print(f"metric fold={'student' if fold is None else fold} epoch={row['epoch']} {figures}", flush=True)
+        print(logline.metric_line(fold, row), flush=True)
 
     return observe

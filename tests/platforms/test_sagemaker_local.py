@@ -1,0 +1,65 @@
+"""SageMaker's local mode on the real Docker engine, with the real SDKs: no region, no credentials, the same bytes."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from containers import IMAGE, ONE_THREAD, differing
+from fivefold.errors import DataError
+from platform_runs import digits, run_here, submit
+
+pytestmark = pytest.mark.docker
+NOWHERE = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+"""No region and no credentials, whatever this machine has."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def here(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_here(data, tmp_path_factory.mktemp("here"))
+
+
+def asked(data: Path, runs: Path, *more: str) -> list[str]:
+    given = ["platform=sagemaker-local", f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}"]
+    return [*given, f"sagemaker.image={IMAGE}", "sagemaker.environment={OMP_NUM_THREADS='1'}", *more]
+
+
+@pytest.mark.parametrize("compress", ["true", "false"])
+def test_the_chain_is_the_same_bytes(compress: str, data: Path, here: Path, tmp_path: Path) -> None:
+    given = asked(data, tmp_path, f"sagemaker.compress={compress}", "parallel=2")
+    # another home hides Compose 2, a plugin of the user's, where 1.29 is installed too
+    ended = submit(
+        given, NOWHERE | ({"HOME": str(tmp_path)} if compress == "true" and shutil.which("docker-compose") else {})
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert differing(tmp_path / "r", here) == []
+    packed = (tmp_path / "r" / "sagemaker" / "folds" / "fold-0" / "model.tar.gz").is_file()
+    assert packed == (compress == "true")
+    assert "report: " in ended.stdout
+    assert "ensemble" in ended.stdout
+    assert "trains on" in (tmp_path / "r" / "fold-1" / "log.txt").read_text()
+    assert not list((tmp_path / "r").glob("*/work"))
+
+
+def test_a_failure_is_told_with_the_containers_own_words_and_code(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")
+    given = ["platform=sagemaker-local", f"train={tmp_path / 'train'}", f"runs={tmp_path}", f"sagemaker.image={IMAGE}"]
+    ended = submit([*given, "stages=split"], NOWHERE | ONE_THREAD)
+    assert ended.returncode == DataError.exit_code, ended.stdout
+    assert "split failed (exit code 65)" in ended.stdout
+    assert "only 1 class ('a')" in ended.stdout.split("split failed")[1]
+
+
+def test_an_image_that_is_not_there_is_told(data: Path, tmp_path: Path) -> None:
+    ended = submit(
+        [*asked(data, tmp_path, "stages=split")[:-2], "sagemaker.image=fivefold:no-such", "stages=split"], NOWHERE
+    )
+    assert ended.returncode == 1, ended.stdout
+    assert "the engine started no container" in ended.stdout

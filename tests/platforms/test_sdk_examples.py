@@ -1,0 +1,147 @@
+"""The launches of README as they stand there, by the real SDKs in local mode: version 3, and version 2 in a venv of its own.
+
+Only names of data, recipe and fold are changed. Each fold's `model.tar.gz` then feeds an ensemble, by the same SDK.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from containers import IMAGE
+from platform_runs import REPOSITORY, digits, run_here
+
+pytestmark = pytest.mark.docker
+PINS = Path(__file__).parent / "sdk-v2.txt"
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+SETTINGS = '{"recipe": "demo", "split__folds": "2", "train__epochs": "1", "train__warmup_epochs": "0"}'
+FOLD = '{"STAGE": "train-fold", "FOLD": "2"}'
+ENSEMBLE = '{"STAGE": "ensemble", "OMP_NUM_THREADS": "1"}'
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def here(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_here(data, tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture(scope="session")
+def python_of_v2() -> Path:
+    """The interpreter of a venv with SDK v2, which is built once and kept in build/ while its pins stay."""
+    digest = hashlib.sha256(PINS.read_bytes()).hexdigest()[:12]
+    folder = REPOSITORY / "build" / "sdk-v2"
+    python, stamp = folder / "bin" / "python", folder / f"built-{digest}"
+    if not stamp.is_file():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        quiet = ["--quiet", "--disable-pip-version-check"]
+        subprocess.run([python, "-m", "pip", "install", *quiet, "-r", PINS], check=True)
+        stamp.touch()
+    return python
+
+
+def example(of: str) -> str:
+    """The block of README that imports `of`."""
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if of in each]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    return block
+
+
+def changed(code: str, changes: dict[str, str]) -> str:
+    for old, new in changes.items():
+        assert old in code, old
+        code = code.replace(old, new)
+    return code
+
+
+def run(python: Path | str, code: str, folder: Path, **variables: str) -> str:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environ = {**own, "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ended = subprocess.run([python, "-c", code], cwd=folder, env=environ, check=False, timeout=600, **pipes)
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
+def unpacked(tarball: Path, folder: Path) -> Path:
+    with tarfile.open(tarball) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def data_folder(folder: Path, data: Path, here: Path) -> Path:
+    """A folder with `photos`, `split` and `test`, as the examples name them, and `models` with the other fold's model."""
+    for name, place in (("photos", data / "train"), ("split", here / "split" / "output"), ("test", data / "test")):
+        (folder / name).symlink_to(place)
+    shutil.copytree(here / "fold-0" / "model", folder / "models" / "fold-0")
+    return folder
+
+
+def assert_same_fold(model: Path, here: Path) -> None:
+    for name in ("model.safetensors", "model.json", "oof.parquet", "train_log.csv"):
+        assert (model / name).read_bytes() == (here / "fold-1" / "model" / name).read_bytes(), name
+
+
+def assert_same_ensemble(output: Path, here: Path) -> None:
+    for name in ("predictions.parquet", "submission.csv"):
+        (found,) = output.rglob(name)
+        assert found.read_bytes() == (here / "ensemble" / "output" / name).read_bytes(), name
+
+
+def of_fold(code: str) -> str:
+    """The example for the digits, and the fold that there is."""
+    fold = '{"STAGE": "train-fold", "FOLD": "1", "OMP_NUM_THREADS": "1"}'
+    changes = {'{"recipe": "small_images"}': SETTINGS.replace('"split__folds": "2", ', ""), FOLD: fold}
+    return changed(code, {**changes, "fivefold:latest": IMAGE})
+
+
+def of_ensemble(code: str, changes: dict[str, str]) -> str:
+    """The example of a fold as one of the ensemble."""
+    code = re.sub(r"environment=\{.*?\}", f"environment={ENSEMBLE}", changed(code, changes))
+    return re.sub(r"hyperparameters=\{.*?\}", 'hyperparameters={"recipe": "demo"}', code)
+
+
+def test_the_launch_of_version_3(data: Path, here: Path, tmp_path: Path) -> None:
+    folder = data_folder(tmp_path, data, here)
+    fold = of_fold(example("import ModelTrainer"))
+    run(sys.executable, fold, folder)
+    packed = folder / "sdk/fold-2/compressed_artifacts/model.tar.gz"
+    assert_same_fold(unpacked(packed, tmp_path / "model"), here)
+
+    (folder / "models" / "fold-1").mkdir()
+    packed.rename(folder / "models" / "fold-1" / "model.tar.gz")
+    changes = {
+        'channel_name="train", data_source="photos"': 'channel_name="eval", data_source="test"',
+        'channel_name="folds", data_source="split"': 'channel_name="model", data_source="models"',
+        'Path("sdk/fold-2")': 'Path("sdk/ensemble")',
+    }
+    run(sys.executable, of_ensemble(fold, changes), folder)
+    packed = folder / "sdk/ensemble/compressed_artifacts/output.tar.gz"
+    assert_same_ensemble(unpacked(packed, tmp_path / "output"), here)
+
+
+def test_the_launch_of_version_2(data: Path, here: Path, tmp_path: Path, python_of_v2: Path) -> None:
+    folder = data_folder(tmp_path, data, here)
+    fold = of_fold(example("import Estimator"))
+    run(python_of_v2, fold, folder, AWS_DEFAULT_REGION="eu-central-1")
+    packed = folder / "sdk/fold-2/model.tar.gz"
+    assert_same_fold(unpacked(packed, tmp_path / "model"), here)
+
+    (folder / "models" / "fold-1").mkdir()
+    packed.rename(folder / "models" / "fold-1" / "model.tar.gz")
+    changes = {
+        '"train": "file://photos"': '"eval": "file://test"',
+        '"folds": "file://split"': '"model": "file://models"',
+        "file://sdk/fold-2": "file://sdk/ensemble",
+    }
+    run(python_of_v2, of_ensemble(fold, changes), folder, AWS_DEFAULT_REGION="eu-central-1")
+    assert_same_ensemble(unpacked(folder / "sdk/ensemble/output.tar.gz", tmp_path / "output"), here)
