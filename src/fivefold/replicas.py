@@ -248,7 +248,7 @@ def _reaching() -> Iterator[None]:
         poll()
         raise LostError(
             "a process that trains with this one is gone, and its own log says why: the same command goes on from the "
-            f"last checkpoint ({next(iter(str(error).splitlines()), '')})"
+            "last checkpoint"
         ) from error
 
 
