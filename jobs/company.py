@@ -9,7 +9,7 @@ from typing import Any
 
 from fivefold.contract.hosts import hosts_of, processes_of
 from fivefold.contract.job import Job
-from fivefold.contract.place import is_member, place_of
+from fivefold.contract.place import check_batch, is_member, place_of
 from fivefold.contract.stages import Stage
 from fivefold.recipe import Settings
 from fivefold.settings import key_settings
@@ -35,6 +35,7 @@ def run_by_others(
     processes = _processes(stage, environ, settings)
     if hosts.count * processes == 1:
         return None
+    check_batch(_trained(stage, settings()).train.batch_size, hosts.count * processes)
     from fivefold.launchers import replicas
 
     where = f" on each of {hosts.count} hosts, of which this is number {hosts.index}" if hosts.count > 1 else ""
@@ -55,6 +56,7 @@ def decided(job: Job, settings: Settings, run: bool) -> bool:
     """Whether the stage is to run, as the first process decides for all of one group of settings."""
     if job.place.world == 1:
         return run
+    check_batch(_trained(job.stage, settings).train.batch_size, job.place.world)
     from fivefold.replicas import Replicas
 
     replicas = Replicas(job.place)
@@ -83,5 +85,8 @@ def _processes(stage: Stage, environ: Mapping[str, str], settings: Callable[[], 
         named = len(gpus(environ))
     if named <= 1:
         return 1
-    chosen = settings().student() if stage.name == "distill" else settings()
-    return named if chosen.train.device in ("auto", "cuda") else 1
+    return named if _trained(stage, settings()).train.device in ("auto", "cuda") else 1
+
+
+def _trained(stage: Stage, settings: Settings) -> Settings:
+    return settings.student() if stage.name == "distill" else settings

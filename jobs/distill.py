@@ -38,7 +38,6 @@ def main(job: Job, settings: Settings) -> Outcome:
     patience = allowed_patience(settings.distill.patience, len(aside))
 
     replicas = Replicas(job.place)
-    replicas.check_batch(student.train.batch_size)
     pupils = distillation.Pupils(table, rows, store, replicas)
     lesson = distillation.teach(settings.distill.teacher, models, pupils, settings.distill.views)
     log.info("student: %d rows, taught by %s", len(rows), lesson.teacher)

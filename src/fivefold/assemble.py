@@ -67,7 +67,6 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 def runtime_of(settings: Settings, replicas: Replicas = BY_ITSELF) -> Runtime:
     """The Runtime that the settings ask for on this machine, for training, alone or with others."""
-    replicas.check_batch(settings.train.batch_size)
     device = replicas.own_device(choose_device(settings.train.device))
     precision = replicas.shared(precision_name(choose_precision(settings.train.precision, device)))
     return _runtime(settings, device, PRECISIONS[precision], replicas)

@@ -20,15 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fivefold.contract.place import ALONE, Place
+from fivefold.contract.place import ALONE, FEWEST_ROWS, Place
 from fivefold.errors import LostError, SettingsError, StoppedError
 from fivefold.stopping import poll
 
 T = TypeVar("T")
 log = logging.getLogger("fivefold")
 
-FEWEST_ROWS = 2
-"""Of a batch that a process takes a part of; BatchNorm needs two."""
 BUCKET = 1 << 23
 """Numbers that are summed at once: 32 MiB of float32."""
 PATIENCE = timedelta(minutes=30)
@@ -103,15 +101,6 @@ class Replicas:
     def largest_share(self, count: int) -> int:
         """The most rows of a batch of `count` that a process has."""
         return -(-count // self.place.world)
-
-    def check_batch(self, size: int) -> None:
-        """A SettingsError for batches of which there are not two rows for each process."""
-        world, fewest = self.place.world, FEWEST_ROWS * self.place.world
-        if not self.alone and size < fewest:
-            raise SettingsError(
-                f"train.batch_size={size} is the batch of all {world} processes together, and each needs {FEWEST_ROWS} "
-                f"rows of it: train.batch_size={fewest} or more, or fewer processes (NPROC, NNODES)"
-            )
 
     def own_device(self, device: torch.device) -> torch.device:
         """Of a host's GPUs the one of this process; a SettingsError where there are too few."""

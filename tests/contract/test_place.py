@@ -7,7 +7,7 @@ import pytest
 
 from fivefold.contract.hosts import Hosts, hosts_of, index_is_of_hosts, processes_of
 from fivefold.contract.job import job_from
-from fivefold.contract.place import ALONE, Place, is_member, place_of
+from fivefold.contract.place import ALONE, Place, check_batch, is_member, place_of
 from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
 
@@ -126,3 +126,10 @@ def test_the_first_alone_has_places_to_write_to(tmp_path: Path) -> None:
     away = {**environ, "RANK": "1", "LOCAL_RANK": "1", "SM_MODEL_DIR": "s3://nowhere/model"}
     assert job_from(STAGES["train-fold"], away, tmp_path).remote.outputs == [], "nothing is asked of the store"
     assert job_from(STAGES["ensemble"], {**environ, "RANK": "0"}, tmp_path).place == ALONE
+
+
+def test_a_batch_needs_two_rows_for_each_process() -> None:
+    check_batch(1, 1)
+    check_batch(8, 4)
+    with pytest.raises(SettingsError, match=r"train\.batch_size=7 is the batch of all 4 .*train\.batch_size=8 or more"):
+        check_batch(7, 4)

@@ -16,7 +16,6 @@ from parted import CASES, COUNTS, OTHERS, ROWS, SIZE, predicted, trained
 
 from fivefold.contract.hosts import Hosts
 from fivefold.contract.place import Place
-from fivefold.errors import SettingsError
 from fivefold.launchers.replicas import free_port
 from fivefold.replicas import Replicas
 
@@ -134,9 +133,3 @@ def test_shares_are_disjoint_and_whole(world: int, count: int) -> None:
     assert [row for part in taken for row in part] == rows
     assert max(map(len, taken)) - min(map(len, taken)) <= 1
     assert max(map(len, taken)) == Replicas(Place(0, world)).largest_share(count)
-
-
-def test_a_batch_needs_two_rows_for_each_process() -> None:
-    Replicas(Place(0, 4)).check_batch(8)
-    with pytest.raises(SettingsError, match=r"train\.batch_size=7 is the batch of all 4 .*train\.batch_size=8 or more"):
-        Replicas(Place(0, 4)).check_batch(7)

@@ -18,6 +18,8 @@ from fivefold.contract.storage import Remote
 from fivefold.errors import MissingInputError, SettingsError
 
 PREDICTED = (PREDICTIONS, HOLDOUT)
+SHARED_SCRATCH = "FIVEFOLD_SCRATCH"
+"""A folder for what the processes of one host fetch, each for all; their starter removes it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
 
     `scratch` is a folder of this process, for what it unpacks and fetches; the caller removes it.
     """
-    remote = Remote(scratch)
+    remote = Remote(Path(environ.get(SHARED_SCRATCH) or scratch))
     place = place_of(environ) if stage.writes_model else ALONE
     environ = _localised(stage, environ, remote, place.leads)
     model_dir = _folder(environ, "SM_MODEL_DIR", "model")

@@ -25,6 +25,8 @@ class Place:
 
 
 ALONE = Place()
+FEWEST_ROWS = 2
+"""Of a batch that a process takes a part of; BatchNorm needs two."""
 
 
 def is_member(environ: Mapping[str, str]) -> bool:
@@ -48,6 +50,16 @@ def place_of(environ: Mapping[str, str]) -> Place:
     if world > 1 and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
         raise SettingsError(f"WORLD_SIZE={world} processes meet at MASTER_ADDR and MASTER_PORT: set both")
     return place
+
+
+def check_batch(size: int, world: int) -> None:
+    """A SettingsError for batches that have not so many rows for each of `world` processes."""
+    fewest = FEWEST_ROWS * world
+    if world > 1 and size < fewest:
+        raise SettingsError(
+            f"train.batch_size={size} is the batch of all {world} processes together, and each needs {FEWEST_ROWS} "
+            f"rows of it: train.batch_size={fewest} or more, or fewer processes (NPROC, NNODES)"
+        )
 
 
 def whole(environ: Mapping[str, str], name: str, least: int, otherwise: int) -> int:

@@ -6,10 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
 from fivefold.contract.hosts import Hosts
+from fivefold.contract.job import SHARED_SCRATCH
+from fivefold.contract.storage import SCRATCH
 from fivefold.errors import FivefoldError, RetryableError
 from fivefold.launchers.crew import SECONDS_BETWEEN_LOOKS, Signals
 from fivefold.machine import count_cores
@@ -35,12 +38,13 @@ def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mappi
         **environ,
         "FIVEFOLD_PARENT": str(os.getpid()),
     }
-    with Signals() as signals:
+    with Signals() as signals, tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         children: list[subprocess.Popen[bytes]] = []
         try:
             for local_rank in range(processes):
-                own = {**shared, **hosts.variables(processes, local_rank, port)}
-                children.append(subprocess.Popen(command, env=own))
+                own = {**shared, SHARED_SCRATCH: scratch, **hosts.variables(processes, local_rank, port)}
+                # a session of its own: what Ctrl-C sends to the terminal's processes comes once, from here
+                children.append(subprocess.Popen(command, env=own, start_new_session=True))
             killed = _wait(children, signals)
         except BaseException:
             for child in children:
