@@ -21,6 +21,7 @@ from fivefold.choose import choose
 from fivefold.contract.failure import explained, report_failure
 from fivefold.contract.hosts import index_is_of_hosts
 from fivefold.contract.job import Job, given_channels, hyperparameters, job_from, output_data, output_dir
+from fivefold.contract.place import PARENT
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.contract.storage import SCRATCH, shown
@@ -74,7 +75,7 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
         code = company.run_by_others(stage, arguments, environ, lambda: settings_.load(layers(arguments, environ)))
         if code is not None:
             return code
-        end_with(environ.get("FIVEFOLD_PARENT", ""))
+        end_with(environ.get(PARENT, ""))
         with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
             job = job_from(stage, environ, Path(scratch))
             with company.joined(job), job.remote:

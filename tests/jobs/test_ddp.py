@@ -15,6 +15,7 @@ from PIL import Image
 from fivefold import predictions
 from fivefold.launchers.replicas import free_port
 from jobs.__main__ import run
+from s3_server import Bucket, Proxy
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = (
@@ -304,6 +305,33 @@ def test_a_student_and_a_model_without_a_split_are_trained_by_two_as_well(world:
     said = process.communicate(timeout=240)[1]
     assert process.returncode == 0, said
     assert (tmp_path / "train" / "output" / "split" / "folds.parquet").is_file()
+
+
+@pytest.mark.slow
+def test_from_a_bucket_two_processes_fetch_every_file_once_and_send_the_same_results(
+    bucket: Bucket, world: Path, whole: Path, tmp_path: Path
+) -> None:
+    for folder in ("train", "split"):
+        for path in (world / folder).rglob("*"):
+            if path.is_file():
+                bucket.write(path.relative_to(world).as_posix(), path.read_bytes())
+    proxy = Proxy(bucket.endpoint)
+    with proxy.listening() as endpoint:
+        at = {
+            "SM_CHANNEL_TRAIN": "train",
+            "SM_CHANNEL_FOLDS": "split",
+            "SM_MODEL_DIR": "model",
+            "SM_OUTPUT_DATA_DIR": "output",
+        }
+        urls = {name: f"s3://{bucket.name}/{key}" for name, key in at.items()}
+        code, said = fold(world, tmp_path, NPROC="2", **urls, **bucket.environ(endpoint))
+    assert code == 0, said
+    read = [request.path.partition("?")[0] for request in proxy.requests if request.method == "GET"]
+    pictures = [path for path in read if path.endswith(".png")]
+    assert len(pictures) == len(set(pictures)) == len(list((world / "train").rglob("*.png")))
+    for name in BYTES:
+        (key,) = [key for key in bucket.listed("model/") if key.endswith(f"/{name}")]
+        assert bucket.read(key) == (whole / "model" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(

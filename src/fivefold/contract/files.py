@@ -165,6 +165,7 @@ def probe_writable(folder: Path, other: str = "give another folder") -> None:
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Keeps other processes that do this in the same folder waiting while the block runs."""
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".turn", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.contract.files import probe_writable, remove_abandoned
-from fivefold.contract.place import ALONE, Place, place_of
+from fivefold.contract.place import ALONE, SHARED_SCRATCH, Place, place_of
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stages import HOLDOUT, PREDICTIONS, Stage
 from fivefold.contract.storage import Remote
 from fivefold.errors import MissingInputError, SettingsError
 
 PREDICTED = (PREDICTIONS, HOLDOUT)
-SHARED_SCRATCH = "FIVEFOLD_SCRATCH"
-"""A folder for what the processes of one host fetch, each for all; their starter removes it."""
 
 
 @dataclass(frozen=True)

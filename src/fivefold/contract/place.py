@@ -25,6 +25,10 @@ class Place:
 
 
 ALONE = Place()
+PARENT = "FIVEFOLD_PARENT"
+"""The number of the process that a process is not to outlive."""
+SHARED_SCRATCH = "FIVEFOLD_SCRATCH"
+"""A folder for what the processes of one host fetch, each for all; their starter removes it."""
 FEWEST_ROWS = 2
 """Of a batch that a process takes a part of; BatchNorm needs two."""
 

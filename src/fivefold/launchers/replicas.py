@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from fivefold.contract.hosts import Hosts
-from fivefold.contract.job import SHARED_SCRATCH
+from fivefold.contract.place import PARENT, SHARED_SCRATCH
 from fivefold.contract.storage import SCRATCH
 from fivefold.errors import FivefoldError, RetryableError
 from fivefold.launchers.crew import SECONDS_BETWEEN_LOOKS, Signals
@@ -19,6 +20,7 @@ from fivefold.machine import count_cores
 
 SECONDS_FOR_THE_REST = 30.0
 """Where one failed, the others find out at the next thing that they tell it, and have so long to end."""
+PORTS = range(20_000, 29_000)
 OF_ITS_OWN = (64, 65, 66, 1)
 """Exit codes that say what went wrong; 75 may only mean that another process is gone."""
 
@@ -26,18 +28,10 @@ OF_ITS_OWN = (64, 65, 66, 1)
 def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mapping[str, str]) -> int:
     """Runs `python -m jobs` with `arguments` as so many processes; the exit code of the one that says what happened.
 
-    130 or 143 after SIGINT or SIGTERM, which are passed on; a second one kills. Raises RetryableError for a process
-    that was killed by another.
+    130 or 143 after SIGINT or SIGTERM, which are passed on; a second one kills. Errors as for `as_one`.
     """
     command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "jobs", *arguments]
-    port = hosts.port or free_port()
-    shared = {
-        # as many threads as go round; another number would give other bits
-        "OMP_NUM_THREADS": str(max(1, count_cores() // processes)),
-        "GOMP_SPINCOUNT": "20000",
-        **environ,
-        "FIVEFOLD_PARENT": str(os.getpid()),
-    }
+    port, shared = hosts.port or free_port(), shared_variables(hosts, processes, environ)
     with Signals() as signals, tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         children: list[subprocess.Popen[bytes]] = []
         try:
@@ -52,14 +46,25 @@ def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mappi
             raise
     first = hosts.index * processes
     codes = {first + n: child.returncode for n, child in enumerate(children) if child not in killed}
-    return _as_one(codes, hosts.count * processes, signals.received)
+    return as_one(codes, hosts.count * processes, signals.received)
+
+
+def shared_variables(hosts: Hosts, processes: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of all processes of this host; what the user has set stays."""
+    # where all are on one host nothing that they tell each other need leave it
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if hosts.count == 1 and sys.platform.startswith("linux") else {}
+    # as many threads as go round: another number would give other bits
+    threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // processes)), "GOMP_SPINCOUNT": "20000"}
+    return {**loopback, **threads, **environ, PARENT: str(os.getpid())}
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port of this host that nobody listens at, below those that outgoing connections take by themselves."""
+    while True:
+        port = PORTS.start + secrets.randbelow(len(PORTS))
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("", port))
+            return port
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]], signals: Signals) -> list[subprocess.Popen[bytes]]:
@@ -91,8 +96,12 @@ def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
             child.send_signal(number)
 
 
-def _as_one(codes: Mapping[int, int], world: int, received: Sequence[int]) -> int:
-    """The exit code that the codes of all ranks amount to; negative ones are signals."""
+def as_one(codes: Mapping[int, int], world: int, received: Sequence[int] = ()) -> int:
+    """The exit code that those of all ranks amount to, negative ones being signals, after the signals `received`.
+
+    What says what went wrong goes before 75, which others end with that miss a process. Raises RetryableError for one
+    that was killed, FivefoldError for one that crashed.
+    """
     failed = {rank: code for rank, code in codes.items() if code}
     if not failed:
         return 0
