@@ -207,11 +207,11 @@ def check_memory(network: nn.Module, settings: Settings, runtime: Runtime) -> No
     copies += (chosen.ema_decay > 0) + (chosen.update == "sam")
     meta = count_numbers(settings.model.meta)
     found = memory.estimate(runtime.place(network), settings.model.size, runtime, copies, meta)
-    if chosen.rdrop_alpha:
-        found = replace(found, image=2 * found.image)  # two passes, one batch of twice the rows
+    place, passes = runtime.replicas.place, 2 if chosen.rdrop_alpha else 1  # two passes: one batch of twice the rows
+    found = replace(found, image=-(-passes * found.image // place.world))  # of a batch each process holds its part
     log.info(in_words(runtime))
-    batch = runtime.replicas.largest_share(settings.train.batch_size)
-    log.info("memory: %s", memory.check_fits(found, batch, memory.available(runtime.device)))
+    free = memory.available(runtime.device, place.local_world)
+    log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, free))
 
 
 def seed_everything(seed: int) -> None:
