@@ -11,6 +11,8 @@ from fivefold.contract.hosts import hosts_of, processes_of
 from fivefold.contract.job import Job
 from fivefold.contract.place import check_batch, is_member, place_of
 from fivefold.contract.stages import Stage
+from fivefold.launchers import replicas
+from fivefold.launchers.local import gpus
 from fivefold.recipe import Settings
 from fivefold.settings import key_settings
 
@@ -36,8 +38,6 @@ def run_by_others(
     if hosts.count * processes == 1:
         return None
     check_batch(_trained(stage, settings()).train.batch_size, hosts.count * processes)
-    from fivefold.launchers import replicas
-
     where = f" on each of {hosts.count} hosts, of which this is number {hosts.index}" if hosts.count > 1 else ""
     log.info("%s: %d processes%s", stage.name, processes, where)
     return replicas.start([stage.name, *arguments], hosts, processes, environ)
@@ -59,12 +59,12 @@ def decided(job: Job, settings: Settings, run: bool) -> bool:
     check_batch(_trained(job.stage, settings).train.batch_size, job.place.world)
     from fivefold.replicas import Replicas
 
-    replicas = Replicas(job.place)
+    company = Replicas(job.place)
     told = json.dumps(key_settings(settings, job.stage.sections), sort_keys=True)
-    replicas.check_same(
+    company.check_same(
         told, "its settings are others than the first one's; give all hosts the same arguments and variables"
     )
-    return replicas.shared(run)
+    return company.shared(run)
 
 
 def follow(job: Job, settings: Settings) -> None:
@@ -79,10 +79,7 @@ def _processes(stage: Stage, environ: Mapping[str, str], settings: Callable[[], 
     named = processes_of(environ)
     if named == 1 or (named and environ.get("NPROC")):
         return named
-    if named is None:
-        from fivefold.launchers.local import gpus
-
-        named = len(gpus(environ))
+    named = len(gpus(environ)) if named is None else named
     if named <= 1:
         return 1
     return named if _trained(stage, settings()).train.device in ("auto", "cuda") else 1
