@@ -75,8 +75,9 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
         code = company.run_by_others(stage, arguments, environ, lambda: settings_.load(layers(arguments, environ)))
         if code is not None:
             return code
-        end_with(environ.get(PARENT, ""))
-        with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+        parent = environ.get(PARENT, "")
+        end_with(parent)
+        with noted(at_once=not parent), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
             job = job_from(stage, environ, Path(scratch))
             with company.joined(job), job.remote:
                 (run_stage if job.place.leads else company.follow)(job, settings_of(job, arguments, environ))

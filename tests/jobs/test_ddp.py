@@ -151,10 +151,15 @@ def test_what_is_done_is_skipped_by_all(world: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_told_to_stop_all_end_with_143_and_go_on_to_the_same_bytes(world: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", ["the starter", "everybody"])
+def test_told_to_stop_all_end_with_143_and_go_on_to_the_same_bytes(
+    told: str, world: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Docker and Kubernetes tell a container's first process, systemd and a batch system all of them."""
     process = begin(("train-fold", *SMALL), variables(world, tmp_path / "stopped", NPROC="2"))
     wait_for_epoch(process, 5)
-    process.send_signal(signal.SIGTERM)
+    for pid in [process.pid, *(children(process) if told == "everybody" else [])]:
+        os.kill(pid, signal.SIGTERM)
     said = process.communicate(timeout=SECONDS_TO_END)[1]
     assert process.returncode == 143, said
     assert said.count("stopped by SIGTERM: the same command goes on from here") == 2
