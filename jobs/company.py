@@ -39,7 +39,7 @@ def run_by_others(
         return None
     check_batch(_trained(stage, settings()).train.batch_size, hosts.count * processes)
     where = f" on each of {hosts.count} hosts, of which this is number {hosts.index}" if hosts.count > 1 else ""
-    log.info("%s: %d processes%s", stage.name, processes, where)
+    log.info("%s: %d process%s%s", stage.name, processes, "es" if processes > 1 else "", where)
     return replicas.start([stage.name, *arguments], hosts, processes, environ)
 
 

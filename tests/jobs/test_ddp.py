@@ -256,6 +256,19 @@ def test_a_signal_to_one_host_stops_both_and_a_lost_one_is_75(world: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_host_that_waits_for_another_can_be_stopped(rank: str, world: Path, tmp_path: Path) -> None:
+    met = {"NNODES": "2", "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NPROC": "1"}
+    process = begin(("train-fold", *SMALL), variables(world, tmp_path, **met))
+    assert process.stderr is not None
+    assert f"on each of 2 hosts, of which this is number {rank}" in process.stderr.readline()
+    time.sleep(6)  # until torch is there, and it waits
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=SECONDS_TO_END)[1]
+    assert process.returncode == 143, said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "message"),
     [
