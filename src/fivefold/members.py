@@ -21,14 +21,15 @@ from fivefold.assemble import (
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.stages import MODEL, RAW_WEIGHTS, WEIGHTS
-from fivefold.data.dataset import Batch, ImageSet, in_order, joined, load, load_with_progress
+from fivefold.data.dataset import Batch, ImageSet, joined
 from fivefold.data.store import FolderStore, ImageStore
 from fivefold.data.transforms import Transform, build_transforms
 from fivefold.errors import DataError
-from fivefold.inference.predictor import Runtime, predict
+from fivefold.inference.predictor import Runtime, predict, predict_all
 from fivefold.models.weights import load_exactly, save_weights
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings, Spec
+from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.sections import OF_PLATFORMS
 from fivefold.settings import key_settings
 from fivefold.training.loop import Best
@@ -98,17 +99,19 @@ def predict_images(
     images = ImageSet(files.store, files.paths, transform, sha256=files.sha256, meta=settings.model.meta)
     if files.pixels is not None:
         images.kept = list(files.pixels)
-        batches = load(images, in_order(len(images), predict_batch_size(settings)), workers=0)
+        workers, label = 0, ""
     else:
-        workers = choose_workers(settings.train.workers, runtime.device)
-        batches = load_with_progress(images, predict_batch_size(settings), workers, label)
-    return predict(network, batches, runtime, views or settings.predict.views)
+        workers = choose_workers(settings.train.workers, runtime)
+    size = predict_batch_size(settings)
+    return predict_all(network, images, size, workers, runtime, views or settings.predict.views, label)
 
 
-def load_member(source: ModelDir, explicit: Mapping[str, Any], weights: str = WEIGHTS) -> Member:
+def load_member(
+    source: ModelDir, explicit: Mapping[str, Any], weights: str = WEIGHTS, replicas: Replicas = BY_ITSELF
+) -> Member:
     """The model of a folder as its `model.json` describes it; `explicit` keys of `[predict]` override its recipe's.
 
-    `weights` is the file of the folder that holds them. Raises DataError when the folder does not rebuild a model.
+    `weights` is the file of the folder that holds them; `replicas` part the rows that it predicts. Raises DataError when the folder does not rebuild a model.
     """
     try:
         settings = Settings.model_validate(source.info["settings"])
@@ -118,7 +121,7 @@ def load_member(source: ModelDir, explicit: Mapping[str, Any], weights: str = WE
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, len(source.info["classes"]))
     load_exactly(network, source.path / weights)
-    runtime = runtime_for_prediction(settings, source.info["precision"], explicit.get("device", "auto"))
+    runtime = runtime_for_prediction(settings, source.info["precision"], explicit.get("device", "auto"), replicas)
     return Member(source, settings, runtime.place(network).eval(), runtime)
 
 
