@@ -13,7 +13,7 @@ import shlex
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's steps in an order that respects their needs, and notes on what was left out."""
+    """A run's steps in an order that respects their needs, notes on what was left out, and the settings it was made of."""
 
     run: str
     folder: Path
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
+    settings: Settings = field(default_factory=Settings, repr=False)
 
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)
@@ -90,7 +91,7 @@ def make_plan(
     settings = _checked(overrides, recipe, seeds)
     builder = _Builder(Path(runs) / run, inputs, settings, tuple(overrides), recipe, tuple(seeds))
     steps = tuple(builder.steps())
-    return Plan(run, builder.folder, steps, tuple(builder.notes()))
+    return Plan(run, builder.folder, steps, tuple(builder.notes()), settings)
 
 
 def new_run_name() -> str:
