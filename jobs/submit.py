@@ -10,9 +10,9 @@ from pathlib import Path
 
 from fivefold.choose import choose, did_you_mean
 from fivefold.errors import SettingsError
-from fivefold.launchers import local
+from fivefold.launchers import kubernetes, local, tasks
 from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
-from fivefold.launchers.results import report_path, results_table
+from fivefold.launchers.results import results_of
 from fivefold.launchers.status import write_plan
 from fivefold.recipe import SECTIONS, Settings
 from fivefold.settings import arguments_layer, flatten, normal_key
@@ -36,6 +36,20 @@ KEYS = {
     "seeds": ("", "train every fold with each of these, e.g. 42,43; the first one teaches the student"),
     "parallel": ("", "folds side by side; empty: one a GPU, or one a CPU core as far as memory goes round"),
 }
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where a plan can run: what runs it, the plan in the platform's own words, its inputs checked, what came of it.
+
+    `check` raises an error for a plan that the platform cannot run, before anything is written.
+    """
+
+    launch: Callable[[Plan, int], int]
+    describe: Callable[[Plan, int], str]
+    check_inputs: Callable[[Inputs, Path], Inputs]
+    results: Callable[[Plan], str]
+    check: Callable[[Plan], object] = lambda plan: None
 
 
 @dataclass(frozen=True)
@@ -65,25 +79,24 @@ def main(arguments: Sequence[str]) -> int:
         print(usage())
         return 0
     request = read_request(arguments)
-    run_on_platform = choose(PLATFORMS, "platform", request["platform"])
+    platform = choose(PLATFORMS, "platform", request["platform"])
     run = run_name(request)
-    inputs = local.check_inputs(inputs_of(request), Path(request["runs"]) / run)
+    inputs = platform.check_inputs(inputs_of(request), Path(request["runs"]) / run)
     everything = make_plan(inputs, request.overrides, run, request["runs"], request["recipe"], request.numbers("seeds"))
     plan = select(everything, request.names("stages"), request.numbers("folds"))
     parallel = parallel_of(request)
     for note in plan.notes:
         log.info("%s", note)
     if request.dry_run:
-        print(describe(plan, shlex.quote(sys.executable)))
+        print(platform.describe(plan, parallel))
         return 0
+    platform.check(plan)
     say_what_is_ignored()
     local.unpack_ground_truth(inputs, plan.folder)
     local.refuse_strangers(everything)
     write_plan(everything)
-    code = run_on_platform(plan, parallel)
-    print(results_table(everything))
-    if (report := report_path(everything)) is not None:
-        print(f"\nreport: {report}")
+    code = platform.launch(plan, parallel)
+    print(platform.results(everything))
     return code
 
 
@@ -150,13 +163,22 @@ def say_what_is_ignored() -> None:
 def usage() -> str:
     keys = "\n".join(f"  {key:13} {default or '-':6} {meaning}" for key, (default, meaning) in KEYS.items())
     return (
-        f"{__doc__}\n\n{keys}\n  {'--dry-run':20} print the plan as commands with their variables; run nothing\n\n"
+        f"{__doc__}\n\n{keys}\n  {'--dry-run':20} print the plan, as commands with their variables or as manifests; run nothing\n\n"
         f"platforms: {', '.join(PLATFORMS)}\n\nAny setting (python -m jobs --help lists them) goes on to the stages "
         "that use it, e.g. train.epochs=3 split.folds=4."
     )
 
 
-PLATFORMS: dict[str, Callable[[Plan, int], int]] = {"local": local.launch}
+def commands(plan: Plan, parallel: int) -> str:
+    return describe(plan, shlex.quote(sys.executable))
+
+
+PLATFORMS = {
+    "local": Platform(local.launch, commands, local.check_inputs, results_of),
+    "kubernetes": Platform(
+        kubernetes.launch, kubernetes.describe, tasks.check_inputs, kubernetes.results, kubernetes.check
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -57,6 +57,12 @@ def results_table(plan: Plan) -> str:
     return in_columns(table, numbers=(1, 2, 4)) if len(table) > 1 else "no model is trained yet"
 
 
+def results_of(plan: Plan) -> str:
+    """The table of the run, and where its report lies."""
+    report = report_path(plan)
+    return results_table(plan) + (f"\n\nreport: {report}" if report else "")
+
+
 def report_path(plan: Plan) -> Path | None:
     """The report of the run's folds and ensemble, where it is written."""
     paths = [step.folder / "output" / REPORT for step in plan.steps if step.name == "evaluate"]
