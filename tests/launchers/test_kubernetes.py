@@ -62,7 +62,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def plan_of(cluster: Cluster, *overrides: str) -> Plan:
-    inputs = Inputs("/data/train", "/data/eval", "/data/eval/gt.csv")
+    inputs = Inputs("/data/train", "/data/eval")
     given = ["split.folds=3", "kubernetes.poll_seconds=0.05", *overrides]
     return make_plan(inputs, given, run="r", runs=str(cluster.runs), recipe="demo")
 

@@ -1,8 +1,5 @@
 """A plan for engines on a cluster: Argo's Workflow of all its steps, and Kubeflow Trainer's TrainJob of one fold on several machines."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from fivefold.launchers.manifests import (
     NAME,
     PERMANENT,
@@ -74,7 +71,9 @@ def _template(task: Task, pods: Pods) -> Object:
     asked = [text if not text.startswith("recipe=") else f"recipe={_parameter('recipe')}" for text in container["args"]]
     # the number of folds stands in one place: what split makes is what is trained
     asked += [f"split.folds={_parameter('folds')}"] if task.stage == "split" else []
-    env = [_of_parameters(entry) for entry in container.pop("env")]
+    each = {"FOLD": "{{inputs.parameters.fold}}"} if task.indexed else {}
+    variables = each | {entry["name"]: entry.get("value", "") for entry in container.pop("env")} | each
+    env = [{"name": name, "value": value} for name, value in (variables | {"RUN": _parameter("run")}).items()]
     named = {"image": _parameter("image"), "command": COMMAND, "args": asked, "env": env}
     fold = {"inputs": {"parameters": [{"name": "fold"}]}} if task.indexed else {}
     return {
@@ -89,12 +88,6 @@ def _template(task: Task, pods: Pods) -> Object:
         },
         "container": container | named,
     }
-
-
-def _of_parameters(entry: Mapping[str, Any]) -> Object:
-    """A variable as it is, but for those two that every path is made of."""
-    of_parameters = {"FOLD": "{{inputs.parameters.fold}}", "RUN": _parameter("run")}
-    return {"name": entry["name"], "value": of_parameters.get(entry["name"], entry.get("value"))}
 
 
 def _parameter(name: str) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from fivefold.contract.layout import channels_of, outputs_of
 from fivefold.contract.s3.urls import is_url
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.launchers.plan import Plan
-from fivefold.launchers.tasks import DATA, RUNS, Task, job_name, seed_of
+from fivefold.launchers.tasks import DATA, RUNS, Task, fold_of, job_name, seed_of
 
 Object = dict[str, Any]
 
@@ -151,17 +152,25 @@ def container_security() -> Object:
 
 
 def environment(task: Task, pods: Pods) -> list[Object]:
-    """The container's variables. RUN stands in the run's paths; of an Indexed Job FOLD, a pod's index, in those of its fold."""
-    step = task.steps[0]
-    values = dict(step.environment)
+    """The container's variables: the run, and what a stage that knows its run does not find there by itself."""
+    own = {name: _placed(value, task) for name, value in _not_found(task).items()}
     if is_url(pods.runs):  # where a platform looks for a failure file is no URL; pods have the termination log besides
-        del values["SM_OUTPUT_DIR"]
-    own = {name: _placed(value, task, pods) for name, value in values.items()}
+        own.pop("SM_OUTPUT_DIR", None)
     threads = {"OMP_NUM_THREADS": str(pods.cpus), "GOMP_SPINCOUNT": "20000"}
     on_cores = threads if task.stage in ON_GPU and not pods.gpus else {}
-    fold = [{"name": "FOLD", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}] if task.indexed else []
-    named = {"RUN": step.folder.parent.name, **own, **CACHES, **on_cores}
+    index = {"name": "FOLD", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
+    fold = [index] if any("$(FOLD)" in value for value in own.values()) else []
+    named = {"RUNS": pods.runs.rstrip("/"), "RUN": task.steps[0].folder.parent.name, **own, **CACHES, **on_cores}
     return fold + [{"name": name, "value": value} for name, value in named.items()]
+
+
+def _not_found(task: Task) -> dict[str, str]:
+    """The step's variables, but for those that are where the layout of runs has them."""
+    step = task.steps[0]
+    run, usual = str(step.folder.parent), f"fold-{fold_of(step)}" if task.stage == "train-fold" else task.stage
+    known = {f"SM_CHANNEL_{name.upper()}": path for name, path in channels_of(task.stage, run).items()}
+    known |= outputs_of(task.stage, f"{run}/{usual}")
+    return {name: value for name, value in step.environment.items() if known.get(name) != value}
 
 
 def literal(text: str) -> str:
@@ -173,7 +182,7 @@ def _arguments(task: Task) -> list[str]:
     return [literal(text) for text in task.steps[0].arguments if not (task.indexed and text.startswith("FOLD="))]
 
 
-def _placed(value: str, task: Task, pods: Pods) -> str:
+def _placed(value: str, task: Task) -> str:
     """A path or URL as the pod sees it: in the run's folder, wherever runs are; there in that of the pod's fold."""
     step = task.steps[0]
     if not PurePosixPath(value).is_relative_to(step.folder.parent):
@@ -181,7 +190,7 @@ def _placed(value: str, task: Task, pods: Pods) -> str:
     parts = PurePosixPath(value).relative_to(step.folder.parent).parts
     if task.indexed and parts[:1] == (step.name,):
         parts = (f"fold-$(FOLD){seed_of(step)}", *parts[1:])
-    return "/".join([pods.runs.rstrip("/"), "$(RUN)", *parts])
+    return "/".join(["$(RUNS)", "$(RUN)", *parts])
 
 
 def variables_of_store() -> list[Object]:

@@ -31,7 +31,6 @@ from fivefold.launchers.tasks import DATA, RUNS, tasks_of
 from fivefold.launchers.yaml_text import as_yaml
 
 RECIPE = "small_images"
-TRUTH = f"{DATA}/eval/gt.csv"
 PODS = Pods()
 ON_ITS_OWN = ("split", "train-folds", "ensemble", "evaluate", "distill")
 LOADER = "fivefold-loader"
@@ -42,7 +41,7 @@ KUSTOMIZATION = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kusto
 
 def plan() -> Plan:
     """The plan that the files are rendered from."""
-    return make_plan(Inputs(f"{DATA}/train", f"{DATA}/eval", TRUTH), run="first", runs=RUNS, recipe=RECIPE)
+    return make_plan(Inputs(f"{DATA}/train", f"{DATA}/eval"), run="first", runs=RUNS, recipe=RECIPE)
 
 
 def files() -> dict[str, str]:
@@ -91,11 +90,10 @@ def loader(pods: Pods) -> Object:
 def store_overlay(made: Plan) -> Object:
     """A kustomization that puts what the Jobs read and write below $(STORE), and takes the claim from them."""
     removed = {"$patch": "delete", **_name_alone(claim(PODS))}
-    at_store = Pods(runs=f"$(STORE){RUNS}")
     patches = [
         {
             "target": {"kind": "Job", "labelSelector": f"{TASK}={task.name}"},
-            "patch": as_yaml([_in_store(environment(task, at_store))]),
+            "patch": as_yaml([_in_store(environment(task, PODS))]),
         }
         for task in tasks_of(made)
     ]
@@ -114,16 +112,13 @@ def store_overlay(made: Plan) -> Object:
 
 
 def _in_store(env: Sequence[Mapping[str, Any]]) -> Object:
-    """The patch of one Job. Its variables come first, so those that they are made of are named before them."""
-    made_of = [{"name": entry["name"]} for entry in env if entry["name"] in ("FOLD", "RUN")]
-    moved = [
-        {**entry, "value": f"$(STORE){entry['value']}" if entry["value"].startswith(DATA) else entry["value"]}
-        for entry in env
-        if entry["name"].startswith("SM_") and entry["name"] != "SM_OUTPUT_DIR"
-    ]
+    """The patch of one Job."""
+    values = {entry["name"]: entry["value"] for entry in env if "value" in entry}
+    moved = {name: f"$(STORE){value}" for name, value in values.items() if value.startswith((DATA, RUNS))}
+    no_folder = [{"$patch": "delete", "name": "SM_OUTPUT_DIR"}] if "SM_OUTPUT_DIR" in values else []
     container = {
         "name": CONTAINER,
-        "env": [*made_of, *moved, {"$patch": "delete", "name": "SM_OUTPUT_DIR"}],
+        "env": [*({"name": name, "value": value} for name, value in moved.items()), *no_folder],
         "envFrom": variables_of_store(),
         "volumeMounts": [{"$patch": "delete", "mountPath": path} for path in (DATA, RUNS)],
     }
@@ -157,8 +152,7 @@ COMMENTS = {
     ),
     "evaluate-job.yaml": _STAGE.format(
         name="evaluate",
-        what="Scores and the report. After ensemble. If /data/eval has no gt.csv, remove SM_CHANNEL_GROUND_TRUTH:\n"
-        "out-of-fold and holdout rows are scored then.",
+        what="Scores and the report: of test rows, if there is a gt.csv beside the test.csv of /data/eval. After ensemble.",
     ),
     "distill-job.yaml": _STAGE.format(name="distill", what="The fold models teach one student. After train-folds."),
     "pvc.yaml": "The claim that holds the data and the runs. Folds side by side on several machines need ReadWriteMany.\n"
