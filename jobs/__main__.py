@@ -26,6 +26,7 @@ from fivefold.contract.place import PARENT
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.contract.storage import SCRATCH, shown
+from fivefold.contract.termination import report_termination
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
 from fivefold.machine import end_with
 from fivefold.recipe import Settings
@@ -206,6 +207,7 @@ def fail(error: BaseException, environ: Mapping[str, str]) -> int:
         log.warning("%s", error)
         return error.exit_code
     report_failure(output_dir(environ), error)
+    report_termination(environ, error)
     if isinstance(error, FivefoldError):
         log.error("%s", error)
         return error.exit_code

@@ -1,5 +1,5 @@
 """What every section of a recipe is, and those that speak of what is trained already: `[ensemble]`, `[export]`,
-`[serve]`, `[evaluate]`, `[compare]`; and of where it is trained: `[sagemaker]`.
+`[serve]`, `[evaluate]`, `[compare]`; and of where it is trained: `[sagemaker]`, `[kubernetes]`.
 
 The others stand in `recipe.py`, which is the door to all of them.
 """
@@ -199,5 +199,21 @@ class SageMaker(Section):
 STAGES_OF_A_RUN = ("split", "train_fold", "ensemble", "evaluate", "distill")
 OF_A_STAGE = frozenset(SageMaker.model_fields) - {"output", "region", "max_cost", "poll_seconds", "stages"}
 """The keys of `[sagemaker]` that a stage may have otherwise."""
-OF_PLATFORMS = ("sagemaker",)
+
+
+class Kubernetes(Section):
+    image: str = Field("fivefold:latest", min_length=1, description="the image of every pod")
+    namespace: str = Field("", description="empty: that of kubectl's context")
+    context: str = Field("", description="the cluster, as kubectl config names it; empty: the current one")
+    claim: str = Field("fivefold", min_length=1, description="the claim with data and runs; made where it is not there")
+    runs: str = Field("/runs", description="where runs lie: /runs of the claim, or s3://bucket/prefix")
+    gpus: int = Field(1, ge=0, description="GPUs of a pod that trains or predicts; 0: none")
+    cpus: int = Field(2, ge=1, description="CPUs that a pod asks for; without a GPU also the threads of its process")
+    memory: str = Field("4Gi", pattern=r"\d+(\.\d+)?([kMGTPE]|[KMGTPE]i)?", description="memory that a pod asks for")
+    service_account: str = Field("", description="the pods' service account, for a role that may use s3://")
+    queue: str = Field("", description="the LocalQueue of Kueue that Jobs wait in")
+    poll_seconds: float = Field(5.0, ge=0.05, description="seconds between two looks at the Jobs")
+
+
+OF_PLATFORMS = ("sagemaker", "kubernetes")
 """Sections that say where stages run: they are no part of a model, and of no stage's key."""
