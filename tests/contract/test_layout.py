@@ -42,10 +42,9 @@ def test_what_is_said_is_left_as_it_is(tmp_path: Path):
     assert found["SM_OUTPUT_DATA_DIR"] == str(tmp_path / "first" / "fold-2" / "output"), "an empty one is not set"
 
 
-def test_a_channel_of_the_platform_is_not_covered_by_the_run(tmp_path: Path):
-    base = tmp_path / "ml"
-    (base / "input" / "data" / "folds").mkdir(parents=True)
-    assert "SM_CHANNEL_FOLDS" not in filled("train-fold", tmp_path / "first", 0, SAGEMAKER_BASE_DIR=str(base))
+def test_folders_of_the_platform_are_not_covered_by_the_run(tmp_path: Path):
+    own = {"SAGEMAKER_BASE_DIR": str(tmp_path / "ml")}
+    assert filled("train-fold", tmp_path / "first", 0, **own) == own
 
 
 def test_what_a_stage_can_do_without_is_taken_where_it_is(tmp_path: Path):

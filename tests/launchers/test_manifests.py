@@ -56,7 +56,8 @@ def test_a_shipped_file_is_what_is_rendered(name: str) -> None:
 
 def test_every_file_is_rendered_or_a_kustomization() -> None:
     assert set(FILES) - set(shipped.files()) == {
-        f"{folder}kustomization.yaml" for folder in ("", "base/", "overlays/cpu/", "overlays/kueue/")
+        "serve-deployment.yaml",
+        *(f"{folder}kustomization.yaml" for folder in ("", "base/", "overlays/cpu/", "overlays/kueue/")),
     }
 
 

@@ -171,6 +171,11 @@ def base_dir(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml")
 
 
+def has_base(environ: Mapping[str, str]) -> bool:
+    """Whether the platform has folders there: SAGEMAKER_BASE_DIR is set, or `/opt/ml/input` is."""
+    return bool(environ.get("SAGEMAKER_BASE_DIR")) or (base_dir(environ) / "input").is_dir()
+
+
 def output_dir(environ: Mapping[str, str]) -> Path | None:
     """Where the failure file goes, or None where the platform names no such folder; a URL is none."""
     return None if is_url(environ.get("SM_OUTPUT_DIR", "")) else _folder(environ, "SM_OUTPUT_DIR", "output")
@@ -201,8 +206,7 @@ def _folder(environ: Mapping[str, str], variable: str, below_base: str) -> Path 
     """The folder that `variable` names, or its place below the base where there is one."""
     if environ.get(variable):
         return Path(environ[variable])
-    base = base_dir(environ)
-    return base / below_base if environ.get("SAGEMAKER_BASE_DIR") or (base / "input").is_dir() else None
+    return base_dir(environ) / below_base if has_base(environ) else None
 
 
 def given_channels(environ: Mapping[str, str]) -> dict[str, Path]:

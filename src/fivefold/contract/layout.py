@@ -8,7 +8,7 @@ Plans are made of it. A stage that is told its run (RUN=first) finds by it what 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fivefold.contract.job import given_channels
+from fivefold.contract.job import given_channels, has_base
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stages import STAGES, Stage
 from fivefold.contract.storage import Remote
@@ -34,9 +34,10 @@ def outputs_of(stage: str, step: str) -> dict[str, str]:
 def in_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | None) -> Mapping[str, str]:
     """`environ` with what it does not say of the stage's channels and folders, as the run at `run` has them.
 
-    A channel that the stage can do without is taken where it is there. Other stages than the run's keep theirs.
+    A channel that the stage can do without is taken where it is there. Other stages than the run's keep theirs, and
+    so do all where the platform has folders of its own (`/opt/ml`): there a run is but a title.
     """
-    if stage.name not in CHANNELS:
+    if stage.name not in CHANNELS or has_base(environ):
         return environ
     found = outputs_of(stage.name, f"{run}/{_step_of(stage, fold)}")
     given = given_channels(environ)

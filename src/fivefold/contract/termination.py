@@ -21,13 +21,12 @@ def report_termination(environ: Mapping[str, str], error: BaseException) -> None
     TERMINATION_LOG names another than `/dev/termination-log`, as `terminationMessagePath` may.
     """
     path = Path(environ.get(VARIABLE) or DEFAULT)
-    if not path.is_file():
-        return
     message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}".rstrip(": ")
     text = f"{shown(message)}\n\n{''.join(traceback.format_exception(error))}"
     # it may be another user's; the message is on stderr in any case
     with contextlib.suppress(OSError):
-        path.write_bytes(_cut(text, MOST_BYTES))
+        if path.is_file():
+            path.write_bytes(_cut(text, MOST_BYTES))
 
 
 def _cut(text: str, most: int) -> bytes:
