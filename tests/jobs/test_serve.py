@@ -253,6 +253,13 @@ def test_garbage_is_a_clear_4xx(server, kind, body, status, message) -> None:
         ("POST", "/invocations?top=0", {"content_type": PNG}, 400, "top='0': a whole number from 1 on is needed"),
         ("POST", "/invocations?top=two", {"content_type": PNG}, 400, "top='two'"),
         ("POST", "/invocations?tpo=2", {"content_type": PNG}, 400, "unknown parameter 'tpo'; there is top=N"),
+        (
+            "POST",
+            "/invocations",
+            {"content_type": PNG, "content_encoding": "gzip"},
+            415,
+            "(Content-Encoding: gzip): send it",
+        ),
         ("POST", "/invocations", {"content_type": PNG, "accept": "image/png"}, 406, "answers are application/json or"),
     ],
 )

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from fivefold.serving.answers import FORMS, Said, choose_form
-from fivefold.serving.bodies import count_wanted, declared_length, is_list, too_large
+from fivefold.serving.bodies import check_plain, count_wanted, declared_length, is_list, too_large
 from fivefold.serving.counters import MEDIA_TYPE
 from fivefold.serving.refusals import RefusedError
 from fivefold.serving.service import Service, timed
@@ -76,6 +76,7 @@ async def answered(service: Service, request: Request) -> Response:
     """The answer to one request, whatever it is."""
     read = False
     try:
+        check_plain(request.headers.get("content-encoding", ""))
         many = is_list(request.headers.get("content-type", ""))
         form = choose_form(request.headers.get("accept", ""))
         if declared_length(request.headers) > service.limits.max_body:
@@ -87,7 +88,8 @@ async def answered(service: Service, request: Request) -> Response:
             asked = await service.read(body, many)
             take(len(asked.files))
             rows = await unless_gone(request, service.predict(asked))
-            return Response(FORMS[form](Said(service.model.classes, rows, top, asked.many)), media_type=form)
+            said = Said(service.model.classes, rows, top, asked.many)
+            return Response(await service.render(FORMS[form], said), media_type=form)
     except RefusedError as refused:
         headers = {} if refused.later is None else {"Retry-After": str(refused.later)}
         return (JSONResponse if read else TurnedAway)(refused.as_json(), refused.status, headers)

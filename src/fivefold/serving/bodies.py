@@ -55,6 +55,12 @@ def is_list(content_type: str) -> bool:
     return False
 
 
+def check_plain(encoding: str) -> None:
+    """RefusedError (415) for a body that is packed, as by gzip: image files are packed already."""
+    if encoding.strip().lower() not in ("", "identity"):
+        raise RefusedError(415, f"the body is packed (Content-Encoding: {encoding}): send it as it is")
+
+
 def read_image(body: bytes) -> Asked:
     """The body itself as the one image; RefusedError (400) where it is empty."""
     if not body:

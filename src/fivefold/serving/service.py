@@ -13,6 +13,7 @@ import numpy as np
 from fivefold.data.images import decode
 from fivefold.errors import DataError
 from fivefold.machine import count_cores
+from fivefold.serving.answers import Said
 from fivefold.serving.batching import Batcher
 from fivefold.serving.bodies import Asked, Limits, read_image, read_list, too_large
 from fivefold.serving.counters import Counters
@@ -141,6 +142,10 @@ class Service:
                 503, f"no answer within {self.limits.timeout:g} s (serve.timeout_s): try again later", later=LATER
             ) from None
         return np.stack(rows) if rows else np.empty((0, len(self.model.classes)), np.float32)
+
+    async def render(self, form: Callable[[Said], bytes], said: Said) -> bytes:
+        """The body of an answer; that of a list, which may have many classes, is written in another thread."""
+        return await self._in_thread(form, said) if said.many else form(said)
 
     async def _prepared(self, asked: Asked) -> list[Any]:
         names = [
