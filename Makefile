@@ -18,7 +18,7 @@ FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
 FOR_ALL := $(VENV)/.set-up-all-$(call content,docker/requirements.txt requirements.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo systems test test-slow test-docker image check lock clean
+.PHONY: help demo systems test test-slow test-docker image manifests check lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-docker: $(FOR_ALL) ## the image on a Docker engine; after `make image`
 image: ## the one image of all stages; IMAGE=fivefold:latest BASE_IMAGE=python:3.11-slim
 	docker build -f docker/Dockerfile -t $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
+
+manifests: $(FOR_RUNS) ## render k8s/ from the plan
+	@$(BIN)/python -m fivefold.launchers.shipped k8s
 
 check: $(FOR_ALL) ## ruff and the import rules alone
 	@$(BIN)/ruff check .

@@ -19,16 +19,21 @@ from types import ModuleType
 from fivefold import settings as settings_
 from fivefold.choose import choose
 from fivefold.contract.failure import explained, report_failure
+from fivefold.contract.hosts import index_is_of_hosts
 from fivefold.contract.job import Job, given_channels, hyperparameters, job_from, output_data, output_dir
 from fivefold.contract.layout import in_run
+from fivefold.contract.place import PARENT
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.contract.storage import SCRATCH, shown
+from fivefold.contract.termination import report_termination
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
+from fivefold.machine import end_with
 from fivefold.recipe import Settings
 from fivefold.recipes import shipped_recipes
 from fivefold.stopping import noted, poll
 from fivefold.values import value_of
+from jobs import company
 
 log = logging.getLogger("fivefold")
 
@@ -38,6 +43,7 @@ COMMANDS = {
     "submit": ("jobs.submit", "run a recipe's stages in order on a platform"),
     "status": ("jobs.status", "what of a run is done, running, failed"),
     "trace": ("jobs.trace", "where an artifact came from, back to the images; --check takes every digest again"),
+    "serve": ("jobs.serve", "answer with a trained model over HTTP, as SageMaker's hosting asks for it"),
     "demo": ("jobs.demo", "the whole pipeline on scikit-learn's scanned digits"),
 }
 
@@ -69,13 +75,18 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
     try:
         if stage.by_argument:
             arguments, environ = paths_given(stage, arguments, environ)
-        with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+        code = company.run_by_others(stage, arguments, environ, lambda: settings_.load(layers(arguments, environ)))
+        if code is not None:
+            return code
+        parent = environ.get(PARENT, "")
+        end_with(parent)
+        with noted(at_once=not parent), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
             settings = settings_of(stage, arguments, environ)
             if settings.run:
                 environ = in_run(stage, environ, f"{settings.runs}/{settings.run}", settings.fold)
             job = job_from(stage, environ, Path(scratch))
-            with job.remote:
-                run_stage(job, settings)
+            with company.joined(job), job.remote:
+                (run_stage if job.place.leads else company.follow)(job, settings)
             poll()
         return 0
     except (KeyboardInterrupt, Exception) as error:
@@ -110,7 +121,7 @@ def run_stage(job: Job, settings: Settings) -> None:
     reason = "it prints its result" if job.stage.always else why_run(folder, key, output_roots(job), settings.reuse)
     if job.output_dir is not None:
         (job.output_dir / FAILURE).unlink(missing_ok=True)
-    if reason is None:
+    if not company.decided(job, settings, reason is not None):
         log.info(
             "%s: nothing to do, inputs, settings and outputs match %s", job.stage.name, record_path(folder, key.stage)
         )
@@ -158,7 +169,7 @@ def layers(arguments: Sequence[str], environ: Mapping[str, str]) -> list[setting
         settings_.arguments_layer(arguments),
         settings_.environment_layer(environ),
         settings_.Layer("hyperparameters", given),
-        settings_.index_layer(environ),
+        settings_.index_layer({} if index_is_of_hosts(environ) else environ),
     ]
 
 
@@ -196,6 +207,7 @@ def fail(error: BaseException, environ: Mapping[str, str]) -> int:
         log.warning("%s", error)
         return error.exit_code
     report_failure(output_dir(environ), error)
+    report_termination(environ, error)
     if isinstance(error, FivefoldError):
         log.error("%s", error)
         return error.exit_code
@@ -207,10 +219,12 @@ def fail(error: BaseException, environ: Mapping[str, str]) -> int:
 
 
 def start_log(environ: Mapping[str, str]) -> None:
-    level = environ.get("SM_LOG_LEVEL", "20")
+    level, rank = environ.get("SM_LOG_LEVEL", "20"), environ.get("RANK", "0")
+    follows = rank != "0"  # the first of several processes that train together speaks for all
+    logging.getLogger("fivefold").setLevel(logging.WARNING if follows else logging.NOTSET)
     logging.basicConfig(
         level=int(level) if level.isdigit() else logging.INFO,
-        format="%(asctime)s %(levelname)-7s %(message)s",
+        format=f"%(asctime)s %(levelname)-7s {f'[rank {rank}] ' if follows else ''}%(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
         force=True,

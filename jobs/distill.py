@@ -16,6 +16,7 @@ from fivefold.data.store import open_store
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
 from fivefold.recipe import Settings
+from fivefold.replicas import Replicas
 from fivefold.training.loop import ValidRows
 from fivefold.training.trackers import close_trackers
 from jobs import training
@@ -36,18 +37,19 @@ def main(job: Job, settings: Settings) -> Outcome:
     store = open_store(job.channel("train"))
     patience = allowed_patience(settings.distill.patience, len(aside))
 
-    pupils = distillation.Pupils(table, rows, store)
+    replicas = Replicas(job.place)
+    pupils = distillation.Pupils(table, rows, store, replicas)
     lesson = distillation.teach(settings.distill.teacher, models, pupils, settings.distill.views)
     log.info("student: %d rows, taught by %s", len(rows), lesson.teacher)
 
     assemble.seed_everything(student.seed)
     network = assemble.build_classifier(student.model, len(table.classes))
     assemble.start_weights(network, student.model, job.optional_channel("weights"))
-    runtime = assemble.runtime_of(student)
+    runtime = assemble.runtime_of(student, replicas)
     assemble.check_memory(network, student, runtime)
     training.check_disk(job, network, student)
 
-    unseen = unlabelled(job, models, table)
+    unseen = unlabelled(job, models, pupils)
     train = distillation.taught(pupils, lesson, unseen, student, runtime)
     valid = ValidRows(assemble.image_set(store, table, aside, student, training=False), table.codes[aside])
     loop = assemble.build_loop(
@@ -64,9 +66,12 @@ def main(job: Job, settings: Settings) -> Outcome:
 
     model = training.load_best(loop, best)
     holdout_files, holdout_scores = training.save_holdout(job, model, store, table, student, runtime)
+    if not job.place.leads:
+        return Outcome([])
     facts = {
         "fold": None,
         **training.split_facts(split, table),
+        **training.processes(job),
         "teacher": lesson.teacher,
         "leak_free": lesson.leak_free,
         "selected_on": "holdout" if patience else None,
@@ -104,7 +109,7 @@ def allowed_patience(patience: int, holdout_rows: int) -> int:
     return patience
 
 
-def unlabelled(job: Job, models: list[ModelDir], table: FoldTable) -> distillation.Unseen | None:
+def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils) -> distillation.Unseen | None:
     """The images of the unlabelled channel with the ensemble's word on each; None without that channel."""
     channel = job.optional_channel("unlabeled")
     if channel is None:
@@ -113,11 +118,11 @@ def unlabelled(job: Job, models: list[ModelDir], table: FoldTable) -> distillati
     paths = [name for name in store.names() if is_image(name)]
     if not paths:
         raise DataError(f"no images below the channel 'unlabeled' ({channel})")
-    paths = distillation.unseen_paths(store, paths, table)
+    paths = distillation.unseen_paths(store, paths, pupils.folds)
     if not paths:
         return None
     log.info("student: %d unlabelled images, taught by the whole ensemble", len(paths))
-    return distillation.Unseen(store, paths, distillation.teach_unseen(models, store, paths, table.classes))
+    return distillation.Unseen(store, paths, distillation.teach_unseen(models, store, paths, pupils))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fivefold.choose import choose, did_you_mean
 from fivefold.errors import SettingsError
-from fivefold.launchers import local
+from fivefold.launchers import kubernetes, local, tasks
 from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
 from fivefold.launchers.results import results_of
 from fivefold.launchers.sagemaker import launch as sagemaker
@@ -41,7 +41,7 @@ KEYS = {
 
 
 FLAGS = {
-    "--dry-run": "print the plan, as commands with their variables or as requests; run nothing",
+    "--dry-run": "print the plan, as commands, requests or manifests; run nothing",
     "--pipeline": "sagemaker: create or update a Pipeline of the plan, instead of running it",
 }
 
@@ -54,7 +54,7 @@ class Platform:
     """
 
     launch: Callable[[Plan, int], int]
-    describe: Callable[[Plan], str]
+    describe: Callable[[Plan, int], str]
     check_inputs: Callable[[Inputs, Path], Inputs]
     results: Callable[[Plan], str]
     check: Callable[[Plan], object] = lambda plan: None
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     if request.pipeline:
         return pipeline(request, plan, parallel)
     if request.dry_run:
-        print(platform.describe(plan))
+        print(platform.describe(plan, parallel))
         return 0
     platform.check(plan)
     say_what_is_ignored()
@@ -190,7 +190,7 @@ def usage() -> str:
     )
 
 
-def commands(plan: Plan) -> str:
+def commands(plan: Plan, parallel: int) -> str:
     return describe(plan, shlex.quote(sys.executable))
 
 
@@ -205,6 +205,9 @@ PLATFORMS = {
         sagemaker_local.check_inputs,
         results_of,
         sagemaker_local.check,
+    ),
+    "kubernetes": Platform(
+        kubernetes.launch, kubernetes.describe, tasks.check_inputs, kubernetes.results, kubernetes.check
     ),
 }
 

@@ -14,10 +14,15 @@ log = logging.getLogger("fivefold")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Splits the channel's rows into the output's `split/`, and trains fold 0 unless the settings name another."""
+    """Splits the channel's rows into the output's `split/`, and trains fold 0 unless the settings name another.
+
+    Of several processes that train together each splits, to the same folds, the first alone where they stay.
+    """
     fold = settings.fold or 0
     log.info("train: no folds channel, so the recipe splits, and fold %d is trained", fold)
-    parting = replace(job, stage=STAGES["split"], output_data_dir=job.output() / "split")
+    parting = replace(
+        job, stage=STAGES["split"], output_data_dir=(job.output() if job.place.leads else job.scratch) / "split"
+    )
     folds = split.main(parting, settings)
     training = replace(job, stage=STAGES["train-fold"], channels={**job.channels, "folds": parting.output()})
     model = train_fold.main(training, settings.model_copy(update={"fold": fold}))

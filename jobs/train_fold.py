@@ -9,6 +9,7 @@ from fivefold.contract.stages import OOF, TRAIN_LOG
 from fivefold.data.store import open_store
 from fivefold.errors import SettingsError
 from fivefold.recipe import Settings
+from fivefold.replicas import Replicas
 from fivefold.training.loop import TrainRows, ValidRows
 from fivefold.training.trackers import close_trackers
 from jobs import training
@@ -31,7 +32,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     assemble.seed_everything(settings.seed)
     network = assemble.build_classifier(settings.model, len(table.classes))
     assemble.start_weights(network, settings.model, job.optional_channel("weights"))
-    runtime = assemble.runtime_of(settings)
+    runtime = assemble.runtime_of(settings, Replicas(job.place))
     assemble.check_memory(network, settings, runtime)
     training.check_disk(job, network, settings)
 
@@ -44,9 +45,11 @@ def main(job: Job, settings: Settings) -> Outcome:
 
     model = training.load_best(loop, best)
     oof = training.predict_rows(model, store, table, own_rows, settings, runtime, f"{label} out-of-fold")
-    files = [job.model() / TRAIN_LOG, members.save_predictions(job.model() / OOF, oof)]
     holdout_files, holdout_scores = training.save_holdout(job, model, store, table, settings, runtime)
-    facts = {"fold": fold, **training.split_facts(split, table)}
+    if not job.place.leads:
+        return Outcome([])
+    files = [job.model() / TRAIN_LOG, members.save_predictions(job.model() / OOF, oof)]
+    facts = {"fold": fold, **training.split_facts(split, table), **training.processes(job)}
     files += holdout_files + members.save_member(job.model(), "fold", best, settings, runtime, facts)
     training.draw_curves(job)
     training.draw_examples(job, store, table, own_rows, oof, next(iter(best.values())).epoch, trackers)

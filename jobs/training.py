@@ -23,6 +23,7 @@ from fivefold.inference.predictor import Runtime
 from fivefold.members import ImageFiles, predict_images, save_predictions
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
+from fivefold.replicas import Replicas
 from fivefold.settings import flatten
 from fivefold.training.loop import Best, Loop
 from fivefold.training.loop import fit as fit_loop
@@ -39,7 +40,15 @@ BESIDE_WEIGHTS = 4 * MIB
 def read_split(job: Job, factors: Sequence[str] = ()) -> tuple[Path, FoldTable]:
     """The path of `folds.parquet` in the folds channel, and its table; of some factors of its classes, if any are given."""
     path = locate(job, "folds", FOLDS)
+    Replicas(job.place).check_same(
+        sha256(path), f"its {FOLDS} is another than the first one's; give all hosts the same split"
+    )
     return path, read_folds(path, locate(job, "folds", CLASSES)).of_factors(factors)
+
+
+def processes(job: Job) -> dict[str, int]:
+    """What `model.json` says of the processes that trained together, if they were several: their number changes bits."""
+    return {} if job.place.world == 1 else {"processes": job.place.world}
 
 
 def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
@@ -53,6 +62,8 @@ def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:
 
     They are the kept ones, the unaveraged ones beside them if they are wanted, and a temporary file of one.
     """
+    if not job.place.leads:
+        return
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
     copies = 2 + (settings.train.keep_raw and settings.train.ema_decay > 0)
     check_space(job.model(), copies * weights + BESIDE_WEIGHTS)
@@ -65,8 +76,11 @@ def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:
 def fit(loop: Loop, job: Job, settings: Settings, fold: int | None) -> tuple[dict[str, Best], list[Tracker]]:
     """The loop's best epochs, and the trackers that watched it, still open for the final scores.
 
-    It goes on from the newest checkpoint of these settings, data and classes.
+    It goes on from the newest checkpoint of these settings, data and classes. Of several processes that train
+    together the first alone is watched, and keeps checkpoints.
     """
+    if not job.place.leads:
+        return fit_loop(loop), []
     name, project = f"{settings.system} {loop.label}", settings.train.project
     run = Run(name, settings.system, project, flatten(settings), job.output())
     trackers = open_trackers(settings.train.trackers, run)
@@ -119,14 +133,16 @@ def save_holdout(
 ) -> tuple[list[Path], dict[str, float]]:
     """Predicts the rows that are set aside, if there are any; the file written and its scores."""
     rows = table.aside_rows()
-    path = job.model() / HOLDOUT
-    path.unlink(missing_ok=True)
+    if job.place.leads:
+        (job.model() / HOLDOUT).unlink(missing_ok=True)
     if not len(rows):
         return [], {}
     found = predict_rows(model, store, table, rows, settings, runtime, "holdout")
+    if not job.place.leads:
+        return [], {}
     figures = scores(found, "holdout")
     log.info("holdout, %d rows that no model trained on: %s", len(rows), in_words(figures))
-    return [save_predictions(path, found)], figures
+    return [save_predictions(job.model() / HOLDOUT, found)], figures
 
 
 def scores(table: Predictions, prefix: str) -> dict[str, float]:

@@ -152,7 +152,7 @@ def test_what_a_platform_decoded_is_as_good_as_text():
         ("train.epoch=3", "unknown key 'train.epoch' in argument; did you mean 'train.epochs'?; --help lists the keys"),
         ("epochs=3", "unknown key 'epochs' in argument; did you mean 'train.epochs'?; --help lists the keys"),
         ("lr=1", "unknown key 'lr' in argument; did you mean 'train.lr'?; --help lists the keys"),
-        ("batch_size=1", "did you mean 'train.batch_size' or 'predict.batch_size'?"),
+        ("batch_size=1", "did you mean 'train.batch_size' or 'predict.batch_size' or 'serve.batch_size'?"),
         ("trian.epochs=1", "did you mean 'train.epochs'?"),
         ("train=1", "unknown key 'train' in argument; it is a section: write train.NAME=VALUE"),
         ("distill.train.epoch=3", "did you mean 'distill.train.epochs'?"),

@@ -25,8 +25,10 @@ from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, Standardised
 from fivefold.models.convolution import quicken
 from fivefold.models.heads import build_head
+from fivefold.models.norms import with_norms_of_all
 from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
+from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.training import memory
 from fivefold.training.ema import Ema
 from fivefold.training.freezing import Freezing
@@ -63,30 +65,33 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
     return dtype
 
 
-def runtime_of(settings: Settings) -> Runtime:
-    """The Runtime that the settings ask for on this machine, for training."""
-    device = choose_device(settings.train.device)
-    return _runtime(settings, device, choose_precision(settings.train.precision, device))
+def runtime_of(settings: Settings, replicas: Replicas = BY_ITSELF) -> Runtime:
+    """The Runtime that the settings ask for on this machine, for training, alone or with others."""
+    device = replicas.own_device(choose_device(settings.train.device))
+    precision = replicas.shared(precision_name(choose_precision(settings.train.precision, device)))
+    return _runtime(settings, device, PRECISIONS[precision], replicas)
 
 
-def runtime_for_prediction(settings: Settings, precision: str, device: str = "auto") -> Runtime:
+def runtime_for_prediction(
+    settings: Settings, precision: str, device: str = "auto", replicas: Replicas = BY_ITSELF
+) -> Runtime:
     """The Runtime of a trained model wherever it predicts: this machine's device, and the `precision` it was trained in.
 
     fp16 where there is no CUDA becomes float32.
     """
-    chosen = choose_device(device, "predict.device")
+    chosen = replicas.own_device(choose_device(device, "predict.device"))
     dtype = choose(PRECISIONS, "precision", precision)
-    return _runtime(settings, chosen, None if dtype == torch.float16 and chosen.type != "cuda" else dtype)
+    return _runtime(settings, chosen, None if dtype == torch.float16 and chosen.type != "cuda" else dtype, replicas)
 
 
-def _runtime(settings: Settings, device: torch.device, dtype: torch.dtype | None) -> Runtime:
+def _runtime(settings: Settings, device: torch.device, dtype: torch.dtype | None, replicas: Replicas) -> Runtime:
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda" and settings.train.deterministic:
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
     model = settings.model
-    return make_runtime(device, dtype, settings.train.channels_last, model.mean, model.std)
+    return make_runtime(device, dtype, settings.train.channels_last, model.mean, model.std, replicas)
 
 
 def build_classifier(model: Model, classes: int) -> Classifier:
@@ -169,21 +174,17 @@ def build_loop(
     after_step = [*([ema] if ema else []), schedule, *_phases(settings, network, train, steps)]
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scaler": scaler}
     sampler = choose(SAMPLERS, "sampler", chosen.sampler)
+    predicted, workers = predict_batch_size(settings), choose_workers(chosen.workers, runtime)
+    duration = Duration(
+        chosen.epochs, chosen.batch_size, predicted, chosen.accumulate, patience, settings.seed, workers
+    )
     return Loop(
         label=label,
         model=model,
         contenders=({"ema": ema.model} if ema else {}) | raw,
         train=train,
         valid=valid,
-        duration=Duration(
-            epochs=chosen.epochs,
-            batch_size=chosen.batch_size,
-            predict_batch_size=predict_batch_size(settings),
-            accumulate=chosen.accumulate,
-            patience=patience,
-            seed=settings.seed,
-            workers=choose_workers(chosen.workers, runtime.device),
-        ),
+        duration=duration,
         batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed),
         mixing=_mixing(settings),
         update=update(
@@ -206,10 +207,11 @@ def check_memory(network: nn.Module, settings: Settings, runtime: Runtime) -> No
     copies += (chosen.ema_decay > 0) + (chosen.update == "sam")
     meta = count_numbers(settings.model.meta)
     found = memory.estimate(runtime.place(network), settings.model.size, runtime, copies, meta)
-    if chosen.rdrop_alpha:
-        found = replace(found, image=2 * found.image)  # two passes, one batch of twice the rows
+    place, passes = runtime.replicas.place, 2 if chosen.rdrop_alpha else 1  # two passes: one batch of twice the rows
+    found = replace(found, image=-(-passes * found.image // place.world))  # of a batch each process holds its part
     log.info(in_words(runtime))
-    log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, memory.available(runtime.device)))
+    free = memory.available(runtime.device, place.local_world)
+    log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, free))
 
 
 def seed_everything(seed: int) -> None:
@@ -221,11 +223,11 @@ def predict_batch_size(settings: Settings) -> int:
     return settings.predict.batch_size or 2 * settings.train.batch_size
 
 
-def choose_workers(wanted: int, device: torch.device) -> int:
-    """-1: none on a CPU, where they would take the cores from training; else up to eight, one a core."""
+def choose_workers(wanted: int, runtime: Runtime) -> int:
+    """-1: none on a CPU, where they would take the cores from training; else up to eight, one a core of this process's part."""
     if wanted >= 0:
         return wanted
-    return 0 if device.type == "cpu" else min(8, count_cores())
+    return 0 if runtime.device.type == "cpu" else min(8, max(1, count_cores() // runtime.replicas.place.local_world))
 
 
 def in_words(runtime: Runtime) -> str:
@@ -280,7 +282,8 @@ def _codes(targets: Tensor) -> np.ndarray:
 
 
 def _quickened(network: nn.Module, runtime: Runtime) -> nn.Module:
-    """Small convolutions made faster to train, on the CPUs whose bf16 units make it pay."""
+    """Small convolutions made faster to train, on the CPUs whose bf16 units make it pay; BatchNorm for several processes."""
+    network = network if runtime.replicas.alone else with_norms_of_all(network, runtime.device)
     fast = runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     return quicken(network) if fast else network
 

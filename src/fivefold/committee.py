@@ -13,7 +13,7 @@ from fivefold.contract.artifacts import ModelDir, find_models, locate_all
 from fivefold.contract.files import read_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE
-from fivefold.data.dataset import ImageSet
+from fivefold.data.dataset import Batch, ImageSet
 from fivefold.data.folds import FoldTable
 from fivefold.errors import DataError
 from fivefold.evaluation.calibration import apply_temperature
@@ -26,6 +26,8 @@ from fivefold.progress import track
 
 log = logging.getLogger("fivefold")
 
+Prepared = dict[str, Batch]
+"""An image as the networks take it, by the `sight` of the members."""
 IMAGES_AT_ONCE = 32
 """So many decoded images are in memory at most, and as many that are decoded meanwhile."""
 
@@ -77,6 +79,22 @@ class Committee:
             for words, member in zip(said, self.members, strict=True) if pixels else ():
                 words.append(self._of(member, list(pixels.values())))
         return Verdict(np.array(rows, np.int64), self._blended(said), unreadable)
+
+    def prepare(self, pixels: np.ndarray) -> Prepared:
+        """A decoded image uint8 [H, W, 3] as the networks take it, once for members that see alike; for several threads."""
+        seeing = {member.sight: member for member in self.members}
+        return {sight: member.prepare(pixels) for sight, member in seeing.items()}
+
+    def judge(self, images: Sequence[Prepared]) -> np.ndarray:
+        """log p float32 [N, C] of N prepared images, which each member takes in one step.
+
+        The company of an image changes its row by no more than the rounding of the networks' precision.
+        """
+        said = []
+        for member in self.members:
+            words = member.predict_prepared([image[member.sight] for image in images])
+            said.append([in_class_order(words, member.source.info["classes"], self.classes)])
+        return self._blended(said)
 
     def _of(self, member: Member, pixels: Sequence[np.ndarray]) -> np.ndarray:
         return in_class_order(member.predict_pixels(pixels), member.source.info["classes"], self.classes)

@@ -7,7 +7,7 @@ tables hold just that. Images without labels were seen by no fold, so all folds 
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from fivefold.inference.tta import build_views, distinct
 from fivefold.members import load_member
 from fivefold.predictions import Predictions, in_class_order, sample
 from fivefold.recipe import Settings, Spec
+from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.training.loop import TrainRows
 from fivefold.training.teaching import Teacher
 
@@ -42,11 +43,12 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Pupils:
-    """The rows of a split that are to be taught, and where their images lie."""
+    """The rows of a split that are to be taught, where their images lie, and who parts them in predicting."""
 
     folds: FoldTable
     rows: np.ndarray
     store: ImageStore
+    replicas: Replicas = BY_ITSELF
 
     def paths(self, chosen: np.ndarray) -> list[str]:
         """The image paths of the chosen positions among the rows."""
@@ -85,11 +87,9 @@ def unseen_paths(store: ImageStore, paths: Sequence[str], folds: FoldTable) -> l
     return fresh
 
 
-def teach_unseen(
-    models: Sequence[ModelDir], store: ImageStore, paths: Sequence[str], classes: Sequence[str]
-) -> np.ndarray:
+def teach_unseen(models: Sequence[ModelDir], store: ImageStore, paths: Sequence[str], pupils: Pupils) -> np.ndarray:
     """The whole ensemble's log-probabilities [N, C] of images that no fold saw."""
-    return mean([_predict(model, store, paths, classes, ()) for model in models])
+    return mean([_predict(model, replace(pupils, store=store), paths, ()) for model in models])
 
 
 def taught(pupils: Pupils, lesson: Lesson, unseen: Unseen | None, settings: Settings, runtime: Runtime) -> TrainRows:
@@ -145,7 +145,7 @@ def _out_of_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spe
         for model in models:
             own = np.flatnonzero(fold == model.info["fold"])
             seeds = sum(other.info["fold"] == model.info["fold"] for other in models)
-            log_probs = _predict(model, pupils.store, pupils.paths(own), pupils.folds.classes, (view,))
+            log_probs = _predict(model, pupils, pupils.paths(own), (view,))
             found[own] += np.exp(log_probs.astype(np.float64)) / seeds
         lessons.append(np.log(np.maximum(found, np.finfo(np.float64).tiny)).astype(np.float32))
     return Lesson(mean(lessons), leak_free=True, teacher=f"out-of-fold predictions of {len(models)} models")
@@ -163,11 +163,11 @@ def _not_leak_free(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[S
     names = ", ".join(model.name for model in models)
     log.warning("the teacher (%s) saw rows that it teaches: this distillation is not leak-free", names)
     every = np.arange(len(pupils.rows))
-    paths, classes = pupils.paths(every), pupils.folds.classes
+    paths = pupils.paths(every)
     found = []
     for model in models:
         own = model.info["settings"].get("predict", {}).get("views", ["plain"])
-        found.append(_predict(model, pupils.store, paths, classes, distinct([*own, *views])))
+        found.append(_predict(model, pupils, paths, distinct([*own, *views])))
     return Lesson(mean(found), leak_free=False, teacher=names)
 
 
@@ -185,11 +185,11 @@ def _from_path(path: str) -> Callable[[Sequence[ModelDir], Pupils, Sequence[Spec
     return teacher
 
 
-def _predict(
-    model: ModelDir, store: ImageStore, paths: Sequence[str], classes: Sequence[str], views: Sequence[Spec]
-) -> np.ndarray:
+def _predict(model: ModelDir, pupils: Pupils, paths: Sequence[str], views: Sequence[Spec]) -> np.ndarray:
+    classes = pupils.folds.classes
     _check_classes(model, classes)
-    found = load_member(model, {}).predict(store, paths, f"teacher {model.name}", views)
+    member = load_member(model, {}, replicas=pupils.replicas)
+    found = member.predict(pupils.store, paths, f"teacher {model.name}", views)
     return in_class_order(found, model.info["classes"], classes)
 
 

@@ -2,9 +2,12 @@
 
 import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1
+"""An option of Linux's prctl(2)."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's mallopt(3)."""
 TOP_PAD = 1 << 28
@@ -14,6 +17,15 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 def count_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_with(parent: str) -> None:
+    """Has Linux kill this process when its parent, the process `parent` by number, is gone; "" for no such wish."""
+    if not parent or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it was gone before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def free_memory() -> int:

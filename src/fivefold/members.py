@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ from fivefold.assemble import (
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.stages import MODEL, RAW_WEIGHTS, WEIGHTS
-from fivefold.data.dataset import ImageSet, in_order, load, load_with_progress
+from fivefold.data.dataset import Batch, ImageSet, joined
 from fivefold.data.store import FolderStore, ImageStore
-from fivefold.data.transforms import build_transforms
+from fivefold.data.transforms import Transform, build_transforms
 from fivefold.errors import DataError
-from fivefold.inference.predictor import Runtime, predict
+from fivefold.inference.predictor import Runtime, predict, predict_all
 from fivefold.models.weights import load_exactly, save_weights
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings, Spec
+from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.sections import OF_PLATFORMS
 from fivefold.settings import key_settings
 from fivefold.training.loop import Best
@@ -54,6 +56,26 @@ class Member:
         files = ImageFiles(FolderStore(Path()), [""] * len(pixels), pixels=pixels)
         return predict_images(self.network, self.settings, self.runtime, files, "")
 
+    @property
+    def sight(self) -> str:
+        """What it does to a decoded image before its network sees it; members of equal sight see the same."""
+        model = self.settings.model
+        return repr((self.settings.augment.eval, model.size, model.meta))
+
+    @cached_property
+    def _transform(self) -> Transform:
+        return build_transforms(self.settings.augment.eval, self.settings.model.size, evaluation=True)
+
+    def prepare(self, pixels: np.ndarray) -> Batch:
+        """A decoded image uint8 [H, W, 3] as the network takes it, a batch of one; for several threads at once."""
+        image = ImageSet(FolderStore(Path()), [""], self._transform, meta=self.settings.model.meta)
+        image.kept = [pixels]
+        return image.__getitems__([(0, 0)])
+
+    def predict_prepared(self, images: Sequence[Batch]) -> np.ndarray:
+        """Log-probabilities float32 [N, C] of N prepared images, in one step, by the recipe's views."""
+        return predict(self.network, [joined(images)], self.runtime, self.settings.predict.views)
+
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -77,17 +99,19 @@ def predict_images(
     images = ImageSet(files.store, files.paths, transform, sha256=files.sha256, meta=settings.model.meta)
     if files.pixels is not None:
         images.kept = list(files.pixels)
-        batches = load(images, in_order(len(images), predict_batch_size(settings)), workers=0)
+        workers, label = 0, ""
     else:
-        workers = choose_workers(settings.train.workers, runtime.device)
-        batches = load_with_progress(images, predict_batch_size(settings), workers, label)
-    return predict(network, batches, runtime, views or settings.predict.views)
+        workers = choose_workers(settings.train.workers, runtime)
+    size = predict_batch_size(settings)
+    return predict_all(network, images, size, workers, runtime, views or settings.predict.views, label)
 
 
-def load_member(source: ModelDir, explicit: Mapping[str, Any], weights: str = WEIGHTS) -> Member:
+def load_member(
+    source: ModelDir, explicit: Mapping[str, Any], weights: str = WEIGHTS, replicas: Replicas = BY_ITSELF
+) -> Member:
     """The model of a folder as its `model.json` describes it; `explicit` keys of `[predict]` override its recipe's.
 
-    `weights` is the file of the folder that holds them. Raises DataError when the folder does not rebuild a model.
+    `weights` is the file of the folder that holds them; `replicas` part the rows that it predicts. Raises DataError when the folder does not rebuild a model.
     """
     try:
         settings = Settings.model_validate(source.info["settings"])
@@ -97,7 +121,7 @@ def load_member(source: ModelDir, explicit: Mapping[str, Any], weights: str = WE
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, len(source.info["classes"]))
     load_exactly(network, source.path / weights)
-    runtime = runtime_for_prediction(settings, source.info["precision"], explicit.get("device", "auto"))
+    runtime = runtime_for_prediction(settings, source.info["precision"], explicit.get("device", "auto"), replicas)
     return Member(source, settings, runtime.place(network).eval(), runtime)
 
 
@@ -128,7 +152,7 @@ def save_member(
             "precision": precision_name(runtime.dtype),
             "device": runtime.device.type,
             "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime.dtype)},
-            "settings": json.loads(settings.model_dump_json(exclude={"run", "runs", "stage", *OF_PLATFORMS})),
+            "settings": json.loads(settings.model_dump_json(exclude={"run", "runs", "stage", "serve", *OF_PLATFORMS})),
         },
     )
     return [*written, folder / MODEL]

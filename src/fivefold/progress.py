@@ -27,6 +27,9 @@ def track(
     In a log that is a line `every` so many seconds. `total` counts the items, or with `bytes_of` the bytes that they
     stand for. Raises StoppedError, before an item is taken, when the process was told to stop.
     """
+    if log.level > logging.INFO:  # told to be quiet, as a process is whose neighbour shows the same progress
+        yield from stoppable(items)
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 

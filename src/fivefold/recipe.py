@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fivefold.sections import Compare, Ensemble, Evaluate, Export, SageMaker, Section, Spec
+from fivefold.sections import Compare, Ensemble, Evaluate, Export, Kubernetes, SageMaker, Section, Serve, Spec
 
 
 class Data(Section):
@@ -281,7 +281,9 @@ class Settings(Section):
     compare: Compare = Compare()
     distill: Distill = Distill()
     export: Export = Export()
+    serve: Serve = Serve()
     sagemaker: SageMaker = SageMaker()
+    kubernetes: Kubernetes = Kubernetes()
 
     def student(self) -> "Settings":
         """The same settings with `[distill.model]` and `[distill.train]` laid over `[model]` and `[train]`."""

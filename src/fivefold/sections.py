@@ -1,5 +1,5 @@
 """What every section of a recipe is, and those that speak of what is trained already: `[ensemble]`, `[export]`,
-`[evaluate]`, `[compare]`; and of where it is trained: `[sagemaker]`.
+`[serve]`, `[evaluate]`, `[compare]`; and of where it is trained: `[sagemaker]`, `[kubernetes]`.
 
 The others stand in `recipe.py`, which is the door to all of them.
 """
@@ -85,6 +85,20 @@ class Evaluate(Section):
     bins: int = Field(15, ge=1, description="bins of the calibration error")
     top_k: int = Field(5, ge=1, description="k of the top-k accuracy")
     gallery: int = Field(48, ge=0, description="most confident mistakes that the report shows as images")
+
+
+class Serve(Section):
+    host: str = Field("0.0.0.0", min_length=1, description="address to listen at; :: for IPv6 too")
+    port: int = Field(8080, ge=0, le=65535, description="port to listen at (or SAGEMAKER_BIND_TO_PORT); 0: a free one")
+    batch_size: int = Field(32, ge=1, description="images of all requests that the model takes in one step at most")
+    max_wait_ms: float = Field(5.0, ge=0, description="how long the first image of a batch waits for others")
+    queue: int = Field(
+        256, ge=1, description="images of all requests under way at most; what is more is told to come later"
+    )
+    max_body_mb: float = Field(8.0, gt=0, description="largest body of a request, in millions of bytes")
+    max_megapixels: float = Field(50.0, gt=0, description="largest image, in millions of pixels")
+    timeout_s: float = Field(60.0, gt=0, description="seconds for a request to be received and answered")
+    drain_s: float = Field(25.0, ge=0, description="seconds that requests under way have to be answered after SIGTERM")
 
 
 class Compare(Section):
@@ -185,5 +199,21 @@ class SageMaker(Section):
 STAGES_OF_A_RUN = ("split", "train_fold", "ensemble", "evaluate", "distill")
 OF_A_STAGE = frozenset(SageMaker.model_fields) - {"output", "region", "max_cost", "poll_seconds", "stages"}
 """The keys of `[sagemaker]` that a stage may have otherwise."""
-OF_PLATFORMS = ("sagemaker",)
+
+
+class Kubernetes(Section):
+    image: str = Field("fivefold:latest", min_length=1, description="the image of every pod")
+    namespace: str = Field("", description="empty: that of kubectl's context")
+    context: str = Field("", description="the cluster, as kubectl config names it; empty: the current one")
+    claim: str = Field("fivefold", min_length=1, description="the claim with data and runs; made where it is not there")
+    runs: str = Field("/runs", description="where runs lie: /runs of the claim, or s3://bucket/prefix")
+    gpus: int = Field(1, ge=0, description="GPUs of a pod that trains or predicts; 0: none")
+    cpus: int = Field(2, ge=1, description="CPUs that a pod asks for; without a GPU also the threads of its process")
+    memory: str = Field("4Gi", pattern=r"\d+(\.\d+)?([kMGTPE]|[KMGTPE]i)?", description="memory that a pod asks for")
+    service_account: str = Field("", description="the pods' service account, for a role that may use s3://")
+    queue: str = Field("", description="the LocalQueue of Kueue that Jobs wait in")
+    poll_seconds: float = Field(5.0, ge=0.05, description="seconds between two looks at the Jobs")
+
+
+OF_PLATFORMS = ("sagemaker", "kubernetes")
 """Sections that say where stages run: they are no part of a model, and of no stage's key."""

@@ -23,8 +23,10 @@ def poll() -> None:
 
 
 @contextmanager
-def noted() -> Iterator[None]:
-    """Notes SIGTERM and SIGINT while the block runs, for `poll`; a second one ends the process at once.
+def noted(at_once: bool = True) -> Iterator[None]:
+    """Notes SIGTERM and SIGINT while the block runs, for `poll`; a second one ends the process `at_once`.
+
+    Not where its starter does that, and hands on what it is sent itself: who signals all of them then signals twice.
 
     As process 1 of a container a process that handles no signals is sent none, and would be killed
     in the end. A signal that the process was started to ignore stays ignored; in a thread other
@@ -39,9 +41,9 @@ def noted() -> Iterator[None]:
         if os.getpid() != owner:  # a loader's worker, which inherits this by fork, ends as any process does
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif _received:
+        elif _received and at_once:
             os._exit(128 + number)
-        else:
+        elif not _received:
             _received.append(number)
             # no logging: the signal may have come in the middle of a line of it
             os.write(2, f"{signal.Signals(number).name}: stops as soon as all is kept (again: at once)\n".encode())

@@ -41,7 +41,7 @@ def jobs(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         (["paralel=2"], "did you mean 'parallel'"),
         (["model=resnet"], "unknown key 'model'"),
         (["train.epohcs=2"], "did you mean 'train.epochs'"),
-        (["platform=slurm"], "known: local"),
+        (["platform=slurm"], "known: .*local"),
         (["parallel=0"], "from 1 on"),
         (["parallel=2,3"], "from 1 on"),
         (["folds=two"], "folds=2,4"),

@@ -138,6 +138,12 @@ def test_weights_come_back_as_they_were_saved(tmp_path):
     assert torch.equal(start.state_dict()["conv1.0.weight"], network.backbone.state_dict()["conv1.0.weight"])
 
 
+def test_weights_may_be_read_by_whom_other_files_may(tmp_path):
+    (tmp_path / "plain").touch()
+    save_weights(tmp_path / "model.safetensors", nn.Linear(3, 3).state_dict())
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_pth_with_a_wrapper_and_prefix_is_understood(tmp_path):
     backbone = build_backbone("torchvision/resnet18", False, {})
     wrapped = {"state_dict": {f"module.{name}": tensor for name, tensor in backbone.state_dict().items()}}

@@ -9,7 +9,7 @@ from pathlib import Path
 from fivefold.contract.files import causes, disk_is_full, write_text
 from fivefold.contract.stages import FAILURE
 from fivefold.contract.storage import shown
-from fivefold.errors import FivefoldError, RetryableError, SettingsError, StoppedError
+from fivefold.errors import FivefoldError, LostError, RetryableError, SettingsError, StoppedError
 
 FAILURE_CHARACTERS = 1024
 """SageMaker shows this much of the failure file, so the message comes first."""
@@ -53,8 +53,8 @@ def explained(error: BaseException) -> BaseException:
 
 
 def report_failure(output_dir: Path | None, error: BaseException) -> None:
-    """Writes the failure file: the message first, the traceback after."""
-    if output_dir is None:
+    """Writes the failure file: the message first, the traceback after; a mere consequence gives way to what is there."""
+    if output_dir is None or (isinstance(error, LostError) and (output_dir / FAILURE).is_file()):
         return
     message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}".rstrip(": ")
     # The folder itself may be what failed; the message is on stderr in any case.

@@ -1,6 +1,7 @@
 """Files that are whole or not there at all, and digests of them."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -159,6 +160,15 @@ def probe_writable(folder: Path, other: str = "give another folder") -> None:
     finally:
         with suppress(OSError):
             probe.unlink()
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keeps other processes that do this in the same folder waiting while the block runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".turn", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def check_space(folder: Path, needed: int) -> None:

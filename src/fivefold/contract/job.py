@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.contract.files import probe_writable, remove_abandoned
+from fivefold.contract.place import ALONE, SHARED_SCRATCH, Place, place_of
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stages import HOLDOUT, PREDICTIONS, Stage
 from fivefold.contract.storage import Remote
@@ -32,6 +33,8 @@ class Job:
     scratch: Path
     remote: Remote = field(default_factory=lambda: Remote(Path()))
     """Which of these paths stand for URLs."""
+    place: Place = ALONE
+    """Of several processes that train together the first alone has outputs and checkpoints."""
 
     def channel(self, name: str) -> Path:
         """The folder (or file) of a channel that must be there."""
@@ -93,6 +96,8 @@ class Job:
         for name in self.stage.optional:
             if self.channels.get(name) not in self.remote.channels:
                 self.optional_channel(name)
+        if not self.place.leads:
+            return
         for folder in {self.record_dir(), self.output()}:
             probe_writable(folder)
         if self.stage.writes_model:
@@ -110,8 +115,9 @@ def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
 
     `scratch` is a folder of this process, for what it unpacks and fetches; the caller removes it.
     """
-    remote = Remote(scratch)
-    environ = _localised(stage, environ, remote)
+    remote = Remote(Path(environ.get(SHARED_SCRATCH) or scratch))
+    place = place_of(environ) if stage.writes_model else ALONE
+    environ = _localised(stage, environ, remote, place.leads)
     model_dir = _folder(environ, "SM_MODEL_DIR", "model")
     output_data_dir = output_data(environ)
     checkpoints = _folder(environ, "SM_CHECKPOINT_DIR", "checkpoints")
@@ -125,17 +131,18 @@ def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
     return Job(
         stage=stage,
         channels=channels,
-        model_dir=model_dir,
+        model_dir=model_dir if place.leads else None,
         output_dir=output_dir(environ),
-        output_data_dir=output_data_dir,
-        checkpoint_dir=checkpoints,
+        output_data_dir=output_data_dir if place.leads else None,
+        checkpoint_dir=checkpoints if place.leads else None,
         scratch=scratch,
         remote=remote,
+        place=place,
     )
 
 
-def _localised(stage: Stage, environ: Mapping[str, str], remote: Remote) -> dict[str, str]:
-    """The environment with a path for each URL that the stage reads or writes; of other channels none.
+def _localised(stage: Stage, environ: Mapping[str, str], remote: Remote, leads: bool) -> dict[str, str]:
+    """The environment with a path for each URL that the stage reads or, where this process `leads`, writes; of others none.
 
     Where the model goes to a URL and nothing is said of checkpoints, those lie beside it, as they do in folders.
     """
@@ -149,10 +156,10 @@ def _localised(stage: Stage, environ: Mapping[str, str], remote: Remote) -> dict
     for name, value in given.items():
         channel = "ground_truth" if name == "SM_GROUND_TRUTH_DIR" else _plain(name.removeprefix("SM_CHANNEL_"))
         if name in ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
-            writes = name == "SM_OUTPUT_DATA_DIR" or stage.writes_model
+            writes = leads and (name == "SM_OUTPUT_DATA_DIR" or stage.writes_model)
             found[name] = str(remote.output(parse(value, name))) if writes else ""
         elif name == "SM_CHECKPOINT_DIR":
-            found[name] = str(remote.keep_checkpoints(parse(value, name))) if stage.writes_model else ""
+            found[name] = str(remote.keep_checkpoints(parse(value, name))) if leads and stage.writes_model else ""
         elif name.startswith("SM_CHANNEL_") or name == "SM_GROUND_TRUTH_DIR":
             read = channel in (*stage.channels, *stage.optional)
             found[name] = str(remote.channel(parse(value, name))) if read else ""

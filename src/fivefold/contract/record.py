@@ -145,6 +145,7 @@ def write_record(
             "packages": package_versions(),
             "image": os.environ.get(IMAGE_VARIABLE, ""),
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+            "processes": job.place.world,
             **clock.read(),
             "peak_memory_mib": peak_memory_mib(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fivefold.contract.files import check_space, read_json, tree_files
+from fivefold.contract.files import check_space, one_at_a_time, read_json, tree_files
 from fivefold.contract.s3 import attempts
 from fivefold.contract.s3.attempts import FILES, START, Attempt, Stored
 from fivefold.contract.s3.urls import Url
@@ -95,10 +95,15 @@ class Remote:
         return [each.name for each in self._found(url)]
 
     def fetch(self, path: Path, only: tuple[str, ...] = ("",)) -> None:
-        """Brings what a channel's path stands for, unless it is there; `only` the files whose names end in one of these."""
+        """Brings what a channel's path stands for, unless it is there; `only` the files whose names end in one of these.
+
+        Processes that share `scratch` fetch in turns, and none what another one has brought.
+        """
         if path in self.waiting:
-            stored = [each for each in self.waiting.pop(path) if each.name.endswith(only)]
-            self._download(stored, path, str(self.channels[path]))
+            with one_at_a_time(self.scratch):
+                wanted = [each for each in self.waiting.pop(path) if each.name.endswith(only)]
+                stored = [each for each in wanted if not (path / each.name if each.name else path).exists()]
+                self._download(stored, path, str(self.channels[path]))
 
     def source(self, path: Path) -> str | None:
         """The URL that a channel's path stands for; None for a path of this machine."""

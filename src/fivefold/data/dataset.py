@@ -38,6 +38,12 @@ class Batch:
         return Batch(self.images.pin_memory(), self.rows.pin_memory(), meta)
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of several, in their order."""
+    meta = None if batches[0].meta is None else torch.cat([batch.meta for batch in batches])
+    return Batch(torch.cat([batch.images for batch in batches]), torch.cat([batch.rows for batch in batches]), meta)
+
+
 class ImageSet(Dataset):
     """The images of N rows of a store, each by (epoch, row).
 
@@ -141,9 +147,9 @@ def count_batches(rows: int, batch_size: int) -> int:
     return batches - 1 if batches > 1 and batch_size > 1 and rows % batch_size == 1 else batches
 
 
-def in_order(rows: int, batch_size: int) -> list[list[tuple[int, int]]]:
-    """All rows in order, in batches, as epoch 0."""
-    return [[(0, row) for row in range(i, min(i + batch_size, rows))] for i in range(0, rows, batch_size)]
+def in_order(rows: int, batch_size: int, start: int = 0) -> list[list[tuple[int, int]]]:
+    """The rows from `start` to below `rows` in order, in batches, as epoch 0."""
+    return [[(0, row) for row in range(i, min(i + batch_size, rows))] for i in range(start, rows, batch_size)]
 
 
 def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, pin: bool = False) -> Iterator[Batch]:
@@ -160,12 +166,6 @@ def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, p
             prefetch_factor=4 if workers else None,
         )
     )
-
-
-def load_with_progress(images: ImageSet, batch_size: int, workers: int, label: str) -> Iterator[Batch]:
-    """All rows in order, under a progress bar."""
-    batches = in_order(len(images), batch_size)
-    return track(load(images, batches, workers), len(batches), label)
 
 
 def _as_is(batch: Batch) -> Batch:

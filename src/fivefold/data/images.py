@@ -1,6 +1,7 @@
 """Any image file as 8-bit RGB pixels, upright; and the digest by which equal pictures are known."""
 
 import hashlib
+import math
 import posixpath
 import re
 import warnings
@@ -28,16 +29,17 @@ def is_image(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def decode(content: bytes, name: str) -> np.ndarray:
+def decode(content: bytes, name: str, max_pixels: float = math.inf) -> np.ndarray:
     """The pixels of an image file: uint8 [H, W, 3] RGB, contiguous and writable, EXIF orientation applied.
 
     Grey, CMYK, palette and 16-bit images are converted (16 bits scaled to 8), transparency is laid
     over white, and of an animation it is the first frame. Raises a DataError with `name` and the
-    reason for what is no image, is cut off, or would unpack to absurdly many pixels.
+    reason for what is no image, is cut off, or would unpack to absurdly many pixels, or to more than `max_pixels`.
     """
     _silence_pillow()
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
+            _check_size(image, max_pixels)
             pixels = _rgb(image)
             return np.ascontiguousarray(UPRIGHT[_orientation(image)](pixels))
     except Exception as error:  # decoders raise whatever foreign bytes lead them to
@@ -49,6 +51,12 @@ def pixel_digest(pixels: np.ndarray) -> bytes:
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels))
     return digest.digest()[:16]
+
+
+def _check_size(image: Image.Image, most: float) -> None:
+    """A ValueError for an image of more pixels than `most`, by its head alone: nothing of it is unpacked yet."""
+    if image.width * image.height > most:
+        raise ValueError(f"it has {image.width} × {image.height} pixels, more than the {most / 1e6:g} million allowed")
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fivefold.data.dataset import Batch
+from fivefold.data.dataset import Batch, ImageSet, in_order, load
 from fivefold.errors import DataError
 from fivefold.inference.tta import View, build_views
+from fivefold.progress import track
 from fivefold.recipe import Spec
+from fivefold.replicas import BY_ITSELF, Replicas
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Runtime:
     """How a network runs on this machine: device, autocast precision, memory format, normalisation.
 
     `dtype` is the autocast type, None for plain float32. `mean` and `std` are float [1, 3, 1, 1]
-    on the device, for images in 0..255.
+    on the device, for images in 0..255. `replicas` are the processes that part its rows.
     """
 
     device: torch.device
@@ -27,6 +29,7 @@ class Runtime:
     channels_last: bool
     mean: Tensor
     std: Tensor
+    replicas: Replicas = BY_ITSELF
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -50,14 +53,41 @@ class Runtime:
 
 
 def make_runtime(
-    device: torch.device, dtype: torch.dtype | None, channels_last: bool, mean: Sequence[float], std: Sequence[float]
+    device: torch.device,
+    dtype: torch.dtype | None,
+    channels_last: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    replicas: Replicas = BY_ITSELF,
 ) -> Runtime:
     """A Runtime from mean and std of images in 0..1."""
 
     def scaled(values: Sequence[float]) -> Tensor:
         return (torch.tensor(values, dtype=torch.float32) * 255).reshape(1, 3, 1, 1).to(device)
 
-    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std))
+    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std), replicas)
+
+
+def predict_all(
+    model: nn.Module,
+    images: ImageSet,
+    batch_size: int,
+    workers: int,
+    runtime: Runtime,
+    views: Sequence[Spec],
+    label: str = "",
+) -> np.ndarray:
+    """`predict` of all rows in order, in batches of `batch_size`, under a progress bar if there is a `label`.
+
+    Where several processes train together each takes its part of the rows, none twice, and has the result of all.
+    """
+    replicas = runtime.replicas
+    share = replicas.share(len(images))
+    batches = in_order(share.stop, replicas.largest_share(batch_size) if share.parted else batch_size, share.start)
+    loaded = load(images, batches, workers)
+    items = track(loaded, len(batches), label) if label else loaded
+    found = replicas.together(lambda: predict(model, items, runtime, views))
+    return share.whole(torch.from_numpy(found)).numpy() if share.parted else found
 
 
 @torch.inference_mode()

@@ -16,10 +16,13 @@ LEAST_SHARE = 0.5
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """Writes a state dict as safetensors, bytes that depend on its values alone."""
+    """Writes a state dict as safetensors, bytes that depend on its values alone; who may read it says the umask."""
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in sorted(state.items())}, path)
+    path.chmod(mode)  # safetensors leaves the file to its owner alone
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -16,31 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.choose import choose
-from fivefold.data.dataset import Batch, ImageSet, Sample, in_order, load
+from fivefold.data.dataset import ImageSet, Sample, load
 from fivefold.errors import DataError, SettingsError, StoppedError
 from fivefold.evaluation.metrics import summary
-from fivefold.inference.predictor import Runtime, predict
+from fivefold.inference.predictor import Runtime, predict_all
 from fivefold.progress import duration, track
 from fivefold.training.losses import Loss
 from fivefold.training.mixing import Mixing
 from fivefold.training.objectives import Result, Rows
 from fivefold.training.optim import Schedule
+from fivefold.training.portions import TrainRows, own_part, rows_of, seed_step
 from fivefold.training.resume import Checkpoints, Stateful, captured, restore
-from fivefold.training.teaching import Teacher
 from fivefold.training.updates import Update
 
 log = logging.getLogger("fivefold")
 STEPS_BETWEEN_CHECKS = 50
 Observer = Callable[[Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class TrainRows:
-    """`images` of N rows; `targets` [N, C] on the device; the `teacher` of the rows, or None."""
-
-    images: ImageSet
-    targets: Tensor
-    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +158,8 @@ def fit(loop: Loop) -> dict[str, Best]:
 def _begun(loop: Loop) -> Progress:
     """Nothing done yet; or as far as the newest checkpoint that can be read, with all parts as they were then."""
     progress = Progress({name: Best(loop.monitor) for name in loop.contenders})
-    state = loop.checkpoints.load() if loop.checkpoints is not None else None
+    loop.runtime.replicas.start_alike(loop.model)
+    state = loop.runtime.replicas.shared(loop.checkpoints.load() if loop.checkpoints is not None else None)
     if state is not None:
         restore({**loop.parts, "progress": progress}, loop.runtime.device, state)
         log.info("%s goes on after step %d of epoch %d", loop.label, progress.step, progress.epoch)
@@ -213,14 +205,19 @@ def _patience_is_out(loop: Loop, progress: Progress) -> bool:
 
 def train_epoch(loop: Loop, progress: Progress) -> dict[str, float]:
     """The rest of a pass over the training rows; its `train_loss`, `train_acc` (against the targets as images are mixed)."""
-    plan, epoch = loop.duration, progress.epoch
+    plan, epoch, runtime = loop.duration, progress.epoch, loop.runtime
     batches = loop.batches(epoch)[progress.step * plan.accumulate :]
     label = f"{loop.label} epoch {epoch}/{plan.epochs}"
-    pin = loop.runtime.device.type == "cuda"
-    micro = track(load(loop.train.images, batches, plan.workers, pin), len(batches), label)
+    loaded = load(loop.train.images, own_part(batches, runtime), plan.workers, runtime.device.type == "cuda")
+    micro = zip(track(loaded, len(batches), label), batches, strict=True)
     loop.model.train()
-    while group := list(islice(micro, plan.accumulate)):
-        rows = [_rows(loop, batch, epoch, (plan.seed, epoch, progress.step, n)) for n, batch in enumerate(group)]
+    while group := runtime.replicas.together(lambda: list(islice(micro, plan.accumulate))):
+        at = (plan.seed, epoch, progress.step)
+        seed_step(runtime, *at)
+        rows = [
+            rows_of(batch, samples, loop.train, loop.mixing, runtime, epoch, (*at, n))
+            for n, (batch, samples) in enumerate(group)
+        ]
         results = loop.update(rows)
         for call in loop.after_step:
             call()
@@ -237,14 +234,14 @@ def train_epoch(loop: Loop, progress: Progress) -> dict[str, float]:
 
 def validate(model: nn.Module, rows: ValidRows, loop: Loop) -> dict[str, float]:
     """`loss`, `acc`, `logloss`, `f1_macro` of the plain view."""
-    batches = in_order(len(rows.images), loop.duration.predict_batch_size)
-    loaded = track(load(rows.images, batches, loop.duration.workers), len(batches), f"{loop.label} validation")
-    log_probs = predict(model, loaded, loop.runtime, ["plain"])
+    plan, label = loop.duration, f"{loop.label} validation"
+    log_probs = predict_all(model, rows.images, plan.predict_batch_size, plan.workers, loop.runtime, ["plain"], label)
     figures = summary(log_probs, rows.codes)
     targets = nn.functional.one_hot(torch.from_numpy(rows.codes).long(), log_probs.shape[1]).float()
     loss = float(loop.loss(torch.from_numpy(log_probs), targets))
     names = {"acc": "accuracy", "logloss": "logloss", "f1_macro": "f1_macro"}
-    return {"loss": loss, **{name: float(figures[figure]) for name, figure in names.items()}}
+    found = {"loss": loss, **{name: float(figures[figure]) for name, figure in names.items()}}
+    return loop.runtime.replicas.shared(found)  # one machine's rounding decides for all
 
 
 def _score(loop: Loop, epoch: int, best: Mapping[str, Best]) -> dict[str, Any]:
@@ -265,17 +262,10 @@ def _score(loop: Loop, epoch: int, best: Mapping[str, Best]) -> dict[str, Any]:
     return result
 
 
-def _rows(loop: Loop, batch: Batch, epoch: int, seed: tuple[int, ...]) -> Rows:
-    at = batch.rows.to(loop.runtime.device, non_blocking=True)
-    teacher = None if loop.train.teacher is None else loop.train.teacher[at]
-    images, meta = loop.runtime.images(batch.images), loop.runtime.meta(batch.meta)
-    return loop.mixing(Rows(images, loop.train.targets[at], teacher, meta), epoch, seed)
-
-
 def _totals(result: Result, rows: Rows) -> Tensor:
     """[loss · rows, mass of the targets that the prediction hits, rows, mass], on the device, without waiting for it."""
     hit = rows.targets.gather(1, result.logits.argmax(dim=1, keepdim=True)).sum()
-    count = torch.full_like(hit, len(rows.images))
+    count = torch.full_like(hit, len(rows.targets))
     return torch.stack([result.loss.detach() * count, hit, count, rows.targets.sum()])
 
 

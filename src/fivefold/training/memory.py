@@ -66,9 +66,12 @@ def _saved(probe: nn.Module, size: tuple[int, ...], runtime: Runtime, count: int
     return sum(saved.values())
 
 
-def available(device: torch.device) -> int:
-    """Bytes that this process may still take on the device, with a container's limit observed."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+def available(device: torch.device, sharers: int = 1) -> int:
+    """Bytes that this process may still take on the device, with a container's limit observed.
+
+    `sharers`: the processes of this host that train together; each has a GPU of its own, and a part of the other memory.
+    """
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // sharers
 
 
 def check_fits(found: Estimate, batch_size: int, free: int) -> str:

@@ -24,13 +24,15 @@ class Rows:
 
     `images` float [B, 3, H, W]; `targets` [B, C] probabilities, a row of zeros where there is no
     label; `teacher` [B, C] probabilities softened by the temperature, or None; `meta` [B, M] meta
-    features, or None.
+    features, or None. Where several processes part the batch, `images` and `meta` are this one's
+    rows, all else is the batch's, and `whole` makes its logits those of the batch.
     """
 
     images: Tensor
     targets: Tensor
     teacher: Tensor | None = None
     meta: Tensor | None = None
+    whole: Callable[[Tensor], Tensor] = lambda logits: logits
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -84,7 +86,7 @@ def once(criterion: Criterion) -> Objective:
     """The criterion of one pass through the network."""
 
     def objective(model: nn.Module, rows: Rows) -> Result:
-        logits = model(*rows.inputs).float()
+        logits = rows.whole(model(*rows.inputs).float())
         value, parts = criterion(logits, rows)
         return Result(value, parts, logits.detach())
 
@@ -104,7 +106,7 @@ def rdrop(criterion: Criterion, weight: float) -> Objective:
         logits = model(*[torch.cat([each, each]) for each in rows.inputs]).float()
         if before is not None:
             warned.append(_warn_if_alike(rows.images.device, before))
-        first, second = logits.chunk(2)
+        first, second = (rows.whole(half) for half in logits.chunk(2))
         (one, parts), (two, _) = criterion(first, rows), criterion(second, rows)
         apart = divergence(first, second)
         value = (one + two) / 2 + weight * apart

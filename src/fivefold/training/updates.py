@@ -63,7 +63,8 @@ def sam(
 
     Both gradients are those of the same micro-batches from the same random state. The second one
     is clipped; what the network counts while it runs (BatchNorm's statistics) is the first pass's,
-    and so are the results. Raises SettingsError for fp16, whose scaling has no word on two gradients.
+    and so are the results. Where several processes part a batch, g is the gradient of the whole
+    batch in each of them, so they climb to the same point. Raises SettingsError for fp16, whose scaling has no word on two gradients.
     """
     if runtime.dtype == torch.float16:
         raise SettingsError(
@@ -99,14 +100,15 @@ def _accumulate(
     runtime: Runtime,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> list[Result]:
-    """Adds the gradient of the mean loss over the micro-batches' rows to the parameters'."""
-    rows = sum(len(batch.images) for batch in micro_batches)
+    """Adds the gradient of the mean loss over the micro-batches' rows, those of all processes, to the parameters'."""
+    rows = sum(len(batch.targets) for batch in micro_batches)
     results = []
     for batch in micro_batches:
         with runtime.autocast():
             result = objective(model, batch)
-        scale(result.loss * (len(batch.images) / rows)).backward()
+        scale(result.loss * (len(batch.targets) / rows)).backward()
         results.append(result)
+    runtime.replicas.sum_gradients(model)
     return results
 
 

@@ -44,7 +44,7 @@ def say_cost(plan: Plan) -> None:
     log.info("%s", in_words(check_cost(plan), plan.settings.sagemaker.max_cost))
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: Plan, parallel: int = 0) -> str:
     """The requests of all steps as JSON, checked as they are before they are sent."""
     requests = checks.checked_requests(plan)
     say_cost(plan)

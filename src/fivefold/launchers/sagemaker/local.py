@@ -55,7 +55,7 @@ def check(plan: Plan, environ: Mapping[str, str] = os.environ) -> None:
     jobs_of(plan)
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: Plan, parallel: int = 0) -> str:
     """The jobs of all steps as JSON: image, channels, hyperparameters and variables."""
     return json.dumps({name: job.as_json() for name, job in jobs_of(plan).items()}, indent=2, ensure_ascii=False)
 

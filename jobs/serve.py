@@ -1,0 +1,128 @@
+"""`python -m jobs serve [model=PATH] KEY=VALUE...`: a trained model that answers over HTTP, as SageMaker's hosting calls it.
+
+The model is a fold's, a student, or a folder with a whole ensemble: model=PATH (or s3://bucket/prefix), else
+SM_CHANNEL_MODEL, else SM_MODEL_DIR, else the student of run=NAME, else /opt/ml/model. It answers
+
+    POST /invocations   an image (image/jpeg, image/png, …), or a JSON list of images in base64; ?top=N
+    GET /ping           200 when it is ready, 503 while it loads and when it stops
+    GET /metrics        counters for Prometheus
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fivefold.contract.job import base_dir, job_from
+from fivefold.contract.stages import STAGES
+from fivefold.contract.storage import SCRATCH
+from fivefold.errors import MissingInputError
+from fivefold.recipe import Settings
+from fivefold.sections import Serve
+from fivefold.settings import Layer, describe, load, normal_key, unused_keys
+from fivefold.stopping import noted
+
+if TYPE_CHECKING:
+    from fivefold.committee import Committee
+    from fivefold.serving.bodies import Limits
+
+log = logging.getLogger("fivefold")
+
+PORT = "SAGEMAKER_BIND_TO_PORT"
+USED = ("  recipe ", "  predict.device ", "  predict.views ", "  serve.")
+"""How the lines of the help begin of keys that are used here; each model predicts as its own recipe says."""
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+    """Serves until it is told to stop, which is a StoppedError like any stage's."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__.strip()}\n\nkeys, as arguments or environment (SERVE__PORT=8081):\n{keys()}")
+        return 0
+    path, rest = taken_apart(arguments)
+    from jobs.__main__ import layers
+
+    found = [*layers(rest, environ), port_layer(environ)]
+    settings = load(found)
+    if unused := unused_keys(found[0], ("predict", "serve")):
+        log.info("serve does not use: %s", ", ".join(unused))
+    path = path or model_path(environ, settings)
+    from fivefold.serving.server import address, listen, serve
+    from fivefold.serving.service import Service
+
+    options = settings.serve
+    with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+        with listen(options.host, options.port) as listener:
+            log.info("listens at %s, loads %s", address(listener), path)
+            service = Service(limits_of(options))
+            serve(listener, service, lambda: model_at(path, settings, Path(scratch)), options.drain_s)
+    return 0
+
+
+def keys() -> str:
+    """The keys that are used here, a line each."""
+    lines = describe(("recipe", "predict", "serve")).splitlines()
+    return "\n".join(line for line in lines if line.startswith(USED))
+
+
+def taken_apart(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The path of the model that the arguments name, "" if none, and the other arguments."""
+    given = [argument for argument in arguments if normal_key(argument.partition("=")[0]) == "model"]
+    rest = [argument for argument in arguments if argument not in given]
+    return (given[-1].partition("=")[2] if given else ""), rest
+
+
+def port_layer(environ: Mapping[str, str]) -> Layer:
+    """The port that SageMaker wants a container of several to listen at."""
+    return Layer(PORT, {"serve.port": environ[PORT]} if environ.get(PORT) else {})
+
+
+def model_path(environ: Mapping[str, str], settings: Settings) -> str:
+    """Where the platform has put the model, else the student of the run that is named; a MissingInputError for neither."""
+    hosted = base_dir(environ) / "model"
+    student = f"{settings.runs}/{settings.run}/distill" if settings.run else ""
+    path = environ.get("SM_CHANNEL_MODEL") or environ.get("SM_MODEL_DIR") or student
+    if not path and not hosted.is_dir():
+        raise MissingInputError(
+            f"serve needs a model: give model=PATH, or set SM_CHANNEL_MODEL (SageMaker's place, {hosted}, is not there)"
+        )
+    return path or str(hosted)
+
+
+def limits_of(serve: Serve) -> "Limits":
+    """The limits in the units of the server: seconds, bytes, pixels."""
+    from fivefold.serving.bodies import MILLION, Limits
+
+    return Limits(
+        batch_size=serve.batch_size,
+        max_wait=serve.max_wait_ms / 1000,
+        queue=serve.queue,
+        max_body=serve.max_body_mb * MILLION,
+        max_pixels=serve.max_megapixels * MILLION,
+        timeout=serve.timeout_s,
+    )
+
+
+def model_at(path: str, settings: Settings, scratch: Path) -> "Committee":
+    """The models of the path, loaded and tried on a grey image; what is at s3:// is fetched first."""
+    job = job_from(STAGES["predict"], {"SM_CHANNEL_MODEL": path}, scratch)
+    job.channel("model")
+    import numpy as np
+
+    from fivefold.committee import load_committee
+
+    explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
+    committee = load_committee(job, explicit)
+    grey = committee.prepare(np.full((64, 64, 3), 128, np.uint8))
+    for size in (settings.serve.batch_size, 1):
+        committee.judge([grey] * size)
+    log.info("%d models of %s, %d classes", len(committee.members), path, len(committee.classes))
+    return committee
+
+
+if __name__ == "__main__":
+    from jobs.__main__ import main as jobs_main
+
+    sys.exit(jobs_main(["serve", *sys.argv[1:]]))

@@ -1,0 +1,122 @@
+"""The paths of the server: `POST /invocations`, `GET /ping`, `GET /metrics`."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from fivefold.serving.answers import FORMS, Said, choose_form
+from fivefold.serving.bodies import count_wanted, declared_length, is_list, too_large
+from fivefold.serving.counters import MEDIA_TYPE
+from fivefold.serving.refusals import RefusedError
+from fivefold.serving.service import Service, timed
+
+log = logging.getLogger("fivefold")
+
+T = TypeVar("T")
+GONE = 499
+"""The status, in the counters alone, of a request whose client has hung up."""
+LINGER = 2.0
+"""Seconds for which a body that is refused is still taken in, so that the client comes to read why."""
+
+
+class TurnedAway(JSONResponse):
+    """An answer to a request whose body was not read to its end.
+
+    A connection that is closed on unread bytes is reset, and the client would lose the answer: it is
+    sent at once, then what still comes is dropped for a while, then the connection is closed.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers["Connection"] = "close"
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while (await receive()).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def build_app(service: Service) -> Starlette:
+    """The application whose answers `service` gives."""
+
+    async def ping(_: Request) -> Response:
+        state = service.state()
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    async def metrics(_: Request) -> Response:
+        return PlainTextResponse(service.counters.text(service.images), media_type=MEDIA_TYPE)
+
+    async def invocations(request: Request) -> Response:
+        with timed(service.counters) as status:
+            response = await answered(service, request)
+            status[0] = response.status_code
+        if service.draining:
+            response.headers["Connection"] = "close"
+        return response
+
+    routes = [
+        Route("/ping", ping),
+        Route("/metrics", metrics),
+        Route("/invocations", invocations, methods=["POST"]),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: explained})
+
+
+async def answered(service: Service, request: Request) -> Response:
+    """The answer to one request, whatever it is."""
+    read = False
+    try:
+        many = is_list(request.headers.get("content-type", ""))
+        form = choose_form(request.headers.get("accept", ""))
+        if declared_length(request.headers) > service.limits.max_body:
+            raise too_large(service.limits.max_body)
+        with service.admitted() as take:
+            top = count_wanted(request.query_params, len(service.model.classes))
+            body = await service.receive(request.stream())
+            read = True
+            asked = await service.read(body, many)
+            take(len(asked.files))
+            rows = await unless_gone(request, service.predict(asked))
+            return Response(FORMS[form](Said(service.model.classes, rows, top, asked.many)), media_type=form)
+    except RefusedError as refused:
+        headers = {} if refused.later is None else {"Retry-After": str(refused.later)}
+        return (JSONResponse if read else TurnedAway)(refused.as_json(), refused.status, headers)
+    except ClientDisconnect:
+        return Response(status_code=GONE)
+    except asyncio.CancelledError:
+        if not service.draining:
+            raise
+        return JSONResponse({"error": "the server ends: try another"}, 503, {"Retry-After": "1"})
+    except Exception as error:
+        log.exception("a request failed")
+        return JSONResponse({"error": f"an unexpected error of the server: {type(error).__name__}"}, 500)
+
+
+async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
+    """What the work gives; a ClientDisconnect, with the work given up, when the client hangs up before."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def explained(request: Request, error: HTTPException) -> Response:
+    """The answer to a request that no path or method is there for."""
+    there = "POST /invocations, GET /ping and GET /metrics"
+    message = f"{request.method} {request.url.path}: {error.detail}; there are {there}"
+    return JSONResponse({"error": message}, error.status_code, error.headers)

@@ -1,0 +1,174 @@
+"""A model that answers requests: it reads, decodes and prepares images, has them judged in batches, and counts."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from fivefold.data.images import decode
+from fivefold.errors import DataError
+from fivefold.machine import count_cores
+from fivefold.serving.batching import Batcher
+from fivefold.serving.bodies import Asked, Limits, read_image, read_list, too_large
+from fivefold.serving.counters import Counters
+from fivefold.serving.refusals import RefusedError
+
+log = logging.getLogger("fivefold")
+
+LATER = 1
+"""Seconds after which a request that finds the queue full may come again."""
+
+
+class Model(Protocol):
+    """What is served: a `committee.Committee`."""
+
+    classes: tuple[str, ...]
+
+    def prepare(self, pixels: np.ndarray) -> Any: ...
+
+    def judge(self, images: Sequence[Any]) -> np.ndarray: ...
+
+
+class Service:
+    """Answers requests by one model, as soon as it has one; its methods belong to one event loop."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.counters = Counters()
+        self.model: Model | None = None
+        self.draining = False
+        self.requests = 0
+        self.images = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._batcher: Batcher | None = None
+
+    def open(self, model: Model) -> None:
+        """Takes requests from now on: the model has a thread with all of torch's, images have threads with one each."""
+        import torch
+
+        threads, limits = torch.get_num_threads(), self.limits
+        self._batcher = Batcher(
+            model.judge,
+            limits.batch_size,
+            limits.max_wait,
+            under_way=lambda: self.requests,
+            seen=self.counters.batch,
+            begin=lambda: torch.set_num_threads(threads),
+        )
+        # Each thread that works with torch would have as many of its own: on two cores images took half as long again.
+        self._pool = ThreadPoolExecutor(count_cores(), "images", torch.set_num_threads, (1,))
+        self.model = model
+
+    def close(self) -> None:
+        """Ends the threads; nothing may be asked any more."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        if self._batcher is not None:
+            self._batcher.close()
+
+    def state(self) -> str:
+        """`ready`, or why it is not."""
+        if self.draining:
+            return "draining"
+        if self.model is None or self._batcher is None:
+            return "loading"
+        return "ready" if self._batcher.healthy else "failing"
+
+    @contextmanager
+    def admitted(self) -> Iterator[Callable[[int], None]]:
+        """A place for a request of one image; to be called with the number of its images when that is known.
+
+        RefusedError (503) while there is no model and where the queue is full; (413) for more images than it could ever hold.
+        """
+        if self.model is None:
+            raise RefusedError(503, "the model is still being loaded: try again later", later=LATER)
+        taken = 0
+
+        def take(images: int) -> None:
+            nonlocal taken
+            if images > self.limits.queue:
+                raise RefusedError(
+                    413, f"{images} images in one request, at most {self.limits.queue} (serve.queue): send fewer"
+                )
+            if self.images - taken + images > self.limits.queue:
+                raise RefusedError(503, f"{self.images} images are under way already: try again later", later=LATER)
+            self.images += images - taken
+            taken = images
+
+        take(1)
+        self.requests += 1
+        try:
+            yield take
+        finally:
+            self.requests -= 1
+            self.images -= taken
+
+    async def receive(self, chunks: AsyncIterator[bytes]) -> bytes:
+        """The body of a request; RefusedError (413) as soon as it is larger than the limit, (408) when it takes too long."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                async for chunk in chunks:
+                    body += chunk
+                    if len(body) > self.limits.max_body:
+                        raise too_large(self.limits.max_body)
+        except TimeoutError:
+            raise RefusedError(
+                408, f"the body was not sent within {self.limits.timeout:g} s (serve.timeout_s)"
+            ) from None
+        return bytes(body)
+
+    async def read(self, body: bytes, many: bool) -> Asked:
+        """The image files of a body; a large list is read in another thread, so that others need not wait for it."""
+        return await self._in_thread(read_list, body) if many else read_image(body)
+
+    async def predict(self, asked: Asked) -> np.ndarray:
+        """log p float32 [N, C] of the images in their order.
+
+        RefusedError (422) for the first that cannot be decoded or has too many pixels, (503) when it takes too long.
+        """
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                prepared = await self._prepared(asked)
+                rows = await asyncio.gather(*(self._batcher.ask(image) for image in prepared))
+        except TimeoutError:
+            raise RefusedError(
+                503, f"no answer within {self.limits.timeout:g} s (serve.timeout_s): try again later", later=LATER
+            ) from None
+        return np.stack(rows) if rows else np.empty((0, len(self.model.classes)), np.float32)
+
+    async def _prepared(self, asked: Asked) -> list[Any]:
+        names = [
+            (f"image {at} of the list", at) if asked.many else ("the image", None) for at in range(len(asked.files))
+        ]
+        work = [self._in_thread(self._prepare, file, *name) for file, name in zip(asked.files, names, strict=True)]
+        found = await asyncio.gather(*work, return_exceptions=True)
+        for each in found:
+            if isinstance(each, BaseException):
+                raise each
+        return found
+
+    def _prepare(self, file: bytes, name: str, at: int | None) -> Any:
+        try:
+            pixels = decode(file, name, self.limits.max_pixels)
+        except DataError as error:
+            raise RefusedError(422, str(error), image=at) from None
+        return self.model.prepare(pixels)
+
+    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+
+@contextmanager
+def timed(counters: Counters) -> Iterator[list[int]]:
+    """Counts a request by the status that is put into the list, and the seconds that the block takes."""
+    begun, status = time.perf_counter(), [500]
+    try:
+        yield status
+    finally:
+        counters.request(status[0], time.perf_counter() - begun)

@@ -1,0 +1,86 @@
+"""Every shipped recipe, made small, trains by two processes on images drawn in its layout; and so does its student."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fivefold import predictions
+from fivefold.contract.stages import CLASSES, FOLDS
+from fivefold.data.folds import read_folds
+from fivefold.recipes import shipped_recipes
+
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).parents[2]
+sys.path.append(str(REPOSITORY / "tests" / "systems"))
+
+import drawn  # noqa: E402
+
+DRAWN = {
+    "car_convnext_tiny": (drawn.draw_cars, "open.zip"),
+    "car_efficientnet_b5": (drawn.draw_cars, "open.zip"),
+    "sketch_caformer": (drawn.draw_sketches, "data"),
+    "product_image_type": (drawn.draw_products, "data"),
+    "mask_profile:mask_gender": (drawn.draw_faces, "train"),
+    "mask_profile:age": (drawn.draw_faces, "train"),
+    "mask_profile": (drawn.draw_faces, "train"),
+    "demo": (drawn.draw_cars, "open/train"),
+    "small_images": (drawn.draw_cars, "open/train"),
+}
+"""Of each recipe, with its variant, what is drawn for it and where its training images then lie."""
+TWO = ("split.folds=2", "train.epochs=2", "train.warmup_epochs=1", "train.batch_size=8")
+MORE = {
+    "demo": TWO,
+    "small_images": (*TWO, "augment.mix_off_epochs=1"),
+    "product_image_type": ("distill.teacher=best_fold",),
+}
+"""What so few images ask for: sizes and counts of recipes without a smoke variant, a teacher where there is one fold."""
+
+
+def test_every_shipped_recipe_is_here() -> None:
+    assert {name.partition(":")[0] for name in DRAWN} == set(shipped_recipes())
+
+
+def stage(root: Path, name: str, *arguments: str, **variables: str) -> str:
+    """Runs a stage in `root`, by two processes if it trains; what it said."""
+    environ = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "NPROC": "2", **variables}
+    environ["PYTHONPATH"] = os.pathsep.join((str(REPOSITORY / "src"), str(REPOSITORY)))
+    command = [sys.executable, "-W", "error::UserWarning:fivefold", "-m", "jobs", name, *arguments]
+    ended = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stderr
+
+
+def check_model(folder: Path) -> None:
+    """Two processes took part, each row is predicted once, and the curve has figures."""
+    assert json.loads((folder / "model.json").read_text())["processes"] == 2
+    table = predictions.read(folder / "oof.parquet")
+    assert len(set(table.ids)) == len(table.ids) > 0
+    assert np.isfinite(table.log_probs).all()
+    lines = (folder / "train_log.csv").read_text().splitlines()[1:]
+    assert len(lines) >= 2
+    assert all(np.isfinite(float(line.split(",")[1])) for line in lines)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_two_processes_train_a_fold_and_a_student(name: str, tmp_path: Path) -> None:
+    draw, train = DRAWN[name]
+    draw(tmp_path)
+    recipe = (
+        f"recipe={name}" if name in ("demo", "small_images") else f"recipe={name}{',' if ':' in name else ':'}smoke"
+    )
+    more = MORE.get(name, ())
+    given = {"SM_CHANNEL_TRAIN": train, "SM_CHANNEL_FOLDS": "split"}
+    stage(tmp_path, "split", recipe, *more, SM_CHANNEL_TRAIN=train, SM_OUTPUT_DATA_DIR="split")
+    for fold in range(read_folds(tmp_path / "split" / FOLDS, tmp_path / "split" / CLASSES).num_folds):
+        out = {"SM_MODEL_DIR": f"models/fold-{fold}/model", "SM_OUTPUT_DATA_DIR": f"models/fold-{fold}/output"}
+        said = stage(tmp_path, "train-fold", recipe, *more, f"FOLD={fold}", **given, **out)
+        assert "train-fold: 2 processes" in said
+        check_model(tmp_path / f"models/fold-{fold}/model")
+    out = {"SM_MODEL_DIR": "student/model", "SM_OUTPUT_DATA_DIR": "student/output", "SM_CHANNEL_MODEL": "models"}
+    stage(tmp_path, "distill", recipe, *more, **given, **out)
+    assert json.loads((tmp_path / "student/model/model.json").read_text())["processes"] == 2

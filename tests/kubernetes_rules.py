@@ -1,0 +1,103 @@
+"""What a cluster asks of manifests: the schemas of its versions, and the restricted pod security standard."""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hera.workflows.models import Workflow
+from jsonschema import Draft202012Validator
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime, TrainerV1alpha1TrainJob
+from kubernetes_validate.utils import all_versions, schema_contents
+from referencing import Registry, Resource
+
+OLDEST = "1.33.0"
+"""The first version that has all of an Indexed Job as these use it."""
+VERSIONS = [OLDEST, all_versions()[-1]]
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+"""The kinds of volumes that the restricted standard allows."""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text("utf-8")))
+
+
+def check(one: Mapping[str, Any], version: str) -> None:
+    """Raises an error for what the API of this version does not know, or would not take."""
+    {"Workflow": of_argo, "TrainJob": of_trainer, "TrainingRuntime": of_trainer}.get(one["kind"], of_kubernetes)(
+        one, version
+    )
+    for spec in pod_specs(one) if "." in one["apiVersion"] else []:
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "any"}, "spec": spec}
+        of_kubernetes(pod, version)
+
+
+def of_kubernetes(one: Mapping[str, Any], version: str) -> None:
+    """Raises a ValidationError for a field that the schema of this kind does not have, or of another type."""
+    group, _, number = one["apiVersion"].rpartition("/")
+    api = f"{group.split('.')[0]}-{number}" if group else number
+    schema(version, f"{one['kind'].lower()}-{api}").validate(one)
+
+
+@lru_cache
+def schema(version: str, name: str) -> Draft202012Validator:
+    """The strict schema of a kind. (The package reads all definitions again for each object.)"""
+    folder = f"kubernetes-json-schema/v{version}-local-strict"
+    found, definitions = (schema_contents(f"{folder}/{file}.json", version) for file in (name, "_definitions"))
+    registry = Resource.from_contents(definitions) @ Registry()
+    return Draft202012Validator(found, registry=Resource.from_contents(found) @ registry)
+
+
+def of_argo(one: Mapping[str, Any], _: str) -> None:
+    """The models know every field; what they do not give back, Argo would not know."""
+    assert Workflow.model_validate(one).model_dump(mode="json", by_alias=True, exclude_none=True) == one
+
+
+def of_trainer(one: Mapping[str, Any], _: str) -> None:
+    models = {"TrainJob": TrainerV1alpha1TrainJob, "TrainingRuntime": TrainerV1alpha1TrainingRuntime}
+    assert models[one["kind"]].from_dict(dict(one)).to_dict() == one
+
+
+def pod_specs(one: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the pods of an object are made of; Argo's with the containers that its templates give them."""
+    spec = one.get("spec", {})
+    if one["kind"] == "Workflow":
+        shared = {key: spec[key] for key in ("securityContext", "volumes")}
+        return [
+            {**shared, "containers": [{"name": "main", **template["container"]}], "restartPolicy": "Never"}
+            for template in spec["templates"]
+            if "container" in template
+        ]
+    if one["kind"] == "TrainingRuntime":
+        return [each["template"]["spec"]["template"]["spec"] for each in spec["template"]["spec"]["replicatedJobs"]]
+    return {"Job": lambda: [spec["template"]["spec"]], "Pod": lambda: [spec]}.get(one["kind"], list)()
+
+
+def against_restricted(spec: Mapping[str, Any]) -> Iterable[str]:
+    """Each way in which a pod is not within the restricted standard of Kubernetes' documentation."""
+    whole = spec.get("securityContext", {})
+    yield from (key for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key))
+    yield from (f"volume {each}" for each in spec.get("volumes", []) if not VOLUMES & each.keys())
+    if whole.get("sysctls"):
+        yield "sysctls"
+    for container in [*spec["containers"], *spec.get("initContainers", [])]:
+        own = {**whole, **container.get("securityContext", {})}
+        drop = own.get("capabilities", {}).get("drop", [])
+        if own.get("privileged") or own.get("allowPrivilegeEscalation") is not False:
+            yield "allowPrivilegeEscalation"
+        if "ALL" not in drop or set(own.get("capabilities", {}).get("add", [])) - {"NET_BIND_SERVICE"}:
+            yield "capabilities"
+        if own.get("runAsNonRoot") is not True or own.get("runAsUser") == 0:
+            yield "runAsNonRoot"
+        if own.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
+            yield "seccompProfile"
+        if own.get("procMount", "Default") != "Default":
+            yield "procMount"
+        yield from (f"hostPort {port}" for port in container.get("ports", []) if port.get("hostPort"))
+
+
+def expand(text: str, known: Mapping[str, str]) -> str:
+    """Text as Kubernetes gives it to a container: $(NAME) is what is known by that name, $$ is $, all else stays."""
+    return re.sub(r"\$\$|\$\(([^)]*)\)", lambda found: "$" if found[0] == "$$" else known.get(found[1], found[0]), text)

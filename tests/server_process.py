@@ -1,0 +1,107 @@
+"""`python -m jobs serve` as a real process on a free port of this machine, and plain clients of it."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+SECONDS = 60.0
+"""So long the process has to start, to answer or to end."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: status, headers by their lower-case names, and the body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class ServerProcess:
+    """A server that is being started; to be used as a context, which kills what has not ended."""
+
+    early: Sequence[Answer] = ()
+    """What it said before it was ready, where somebody asked."""
+
+    def __init__(self, log: Path, *arguments: str, **environ: str) -> None:
+        self.log = log
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "SAGEMAKER_"))}
+        plain |= {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}", "OMP_NUM_THREADS": "1", **environ}
+        command = [sys.executable, "-W", "error", "-m", "jobs", "serve", *arguments]
+        if (
+            not any(argument.startswith("serve.port=") for argument in arguments)
+            and "SAGEMAKER_BIND_TO_PORT" not in plain
+        ):
+            command.append("serve.port=0")
+        with open(log, "wb") as file:
+            self.process = subprocess.Popen([*command, "serve.host=127.0.0.1"], env=plain, cwd=REPOSITORY, stderr=file)
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def told(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """The match of a pattern in the log, as soon as it is there."""
+        until = time.monotonic() + SECONDS
+        while (found := re.search(pattern, self.told())) is None:
+            assert self.process.poll() is None, self.told()
+            assert time.monotonic() < until, self.told()
+            time.sleep(0.02)
+        return found
+
+    @property
+    def port(self) -> int:
+        return int(self.wait_for(r"listens at http://127\.0\.0\.1:(\d+)")[1])
+
+    def ready(self) -> "ServerProcess":
+        self.wait_for("ready: ")
+        return self
+
+    def connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+
+    def raw(self) -> socket.socket:
+        """A plain connection, to be sent any bytes."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """One request on a connection of its own; `content_type="image/png"` is a header."""
+        connection = self.connection()
+        try:
+            return sent(connection, method, path, body, **headers)
+        finally:
+            connection.close()
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """The exit code after this signal."""
+        self.process.send_signal(number)
+        return self.process.wait(SECONDS)
+
+
+def sent(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+    """The answer to a request on this connection; a body that is iterated over goes in chunks."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, body, named, encode_chunked=hasattr(body, "__next__"))
+    response = connection.getresponse()
+    return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())

@@ -1,0 +1,163 @@
+"""`python parted.py IMAGES RESULTS`: trains every case as one of the processes of RANK and WORLD_SIZE; what came out, as a file."""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fivefold.assemble import build_classifier, build_loop, one_hot, seed_everything
+from fivefold.contract.place import place_of
+from fivefold.data.dataset import ImageSet
+from fivefold.data.store import FolderStore
+from fivefold.data.transforms import build_transforms
+from fivefold.errors import StoppedError
+from fivefold.inference.predictor import make_runtime, predict_all
+from fivefold.recipe import Augment, Distill, Model, Settings, Train
+from fivefold.replicas import BY_ITSELF, Replicas, joined
+from fivefold.stopping import noted
+from fivefold.training.loop import TrainRows, ValidRows, fit
+from fivefold.training.resume import Checkpoints
+from fivefold.training.teaching import Teacher
+
+ROWS, EPOCHS = 26, 3
+CODES = np.arange(ROWS) % 3
+SIZE = 20
+PLAIN = {"backbone": "fivefold/base_model", "options": {"dropout": 0.0}, "dropout": 0.0}
+NORMED = {"backbone": "fivefold/small_net", "options": {"widths": [8, 16], "stem": 8}, "dropout": 0.3}
+CASES: dict[str, dict[str, Any]] = {
+    # 26 rows in batches of 8: parts of 4 and 4 rows, and a last batch of 2 that is too small to be parted
+    "plain": {},
+    "uneven": {"batch_size": 7},
+    "mixup": {"mix": "mixup"},
+    "cutmix, meta": {"mix": "cutmix", "meta": ["color_mean"]},
+    "accumulated": {"mix": "mixup", "accumulate": 3, "batch_size": 5, "clip": 0.5},
+    "sam": {"update": "sam", "accumulate": 2, "mix": "cutmix", "batch_size": 6, "sam_rho": 0.1},
+    "rdrop": {"rdrop_alpha": 1.0, "mix": "mixup", "batch_size": 7},
+    "f1": {"loss": "f1"},
+    "weights": {"class_weights": "balanced", "unlabelled": 9, "mix": "mixup", "label_smoothing": 0.1},
+    "taught": {"taught": True, "unlabelled": 9, "mix": "cutmix"},
+    "muon": {"optimizer": "muon", "ema_decay": 0.9, "keep_raw": True, "freeze_epochs": 1, "sampler": "balanced"},
+    "bf16": {"precision": "bf16"},
+}
+"""Networks without BatchNorm and dropout: as one process trains them."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "norms": {"network": NORMED, "ema_decay": 0.9, "update": "sam", "mix": "mixup"},
+    "frozen norms": {"network": NORMED, "freeze_epochs": EPOCHS, "accumulate": 2},
+    "one step": {"network": NORMED, "epochs": 1, "batch_size": ROWS},
+}
+"""What each process draws or counts by itself: here the processes must stay alike."""
+COUNTS = (1, 2, 3, 4, 5, ROWS)
+
+
+@dataclass(frozen=True)
+class Counted(FolderStore):
+    """A folder that notes what is read in it."""
+
+    read_names: list[str]
+
+    def read(self, name: str) -> bytes:
+        self.read_names.append(name)
+        return super().read(name)
+
+
+def images_in(
+    folder: Path, transform: list[str], names: list[str] | None = None, meta: tuple[str, ...] = ()
+) -> ImageSet:
+    store = Counted(folder, [])
+    found = sorted(path.name for path in folder.iterdir()) if names is None else names
+    return ImageSet(store, found, build_transforms(transform, (SIZE, SIZE)), seed=1, meta=meta)
+
+
+def settings_of(case: dict[str, Any]) -> Settings:
+    chosen = {
+        key: value for key, value in case.items() if key not in ("mix", "meta", "network", "unlabelled", "taught")
+    }
+    return Settings(
+        model=Model(**(case.get("network", PLAIN) | {"image_size": SIZE, "meta": case.get("meta", [])})),
+        augment=Augment(mix=case.get("mix", "none"), mix_alpha=0.7),
+        train=Train(**{"epochs": EPOCHS, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "precision": "fp32", "workers": 0} | chosen),
+        distill=Distill(temperature=2.0, temperature_decay=0.9, annealing=0.7),
+    )  # fmt: skip
+
+
+def trained(
+    folder: Path, case: dict[str, Any], replicas: Replicas = BY_ITSELF, kept: Checkpoints | None = None, stop: int = 0
+) -> dict[str, Any]:
+    """The rows of the epochs, the states of all models at the end, the kept epochs; stopped in step `stop`, if there is one."""
+    settings = settings_of(case)
+    dtype = torch.bfloat16 if case.get("precision") == "bf16" else None
+    runtime = make_runtime(torch.device("cpu"), dtype, True, [0.5] * 3, [0.25] * 3, replicas)
+    seed_everything(0)
+    network = build_classifier(settings.model, 3)
+    codes = CODES.copy()
+    codes[: case.get("unlabelled", 0)] = -1
+    probs = np.full((ROWS, 3), 0.1, np.float32) + 0.7 * np.eye(3, dtype=np.float32)[CODES]
+    teacher = Teacher(np.log(probs), 0.7, 2.0, runtime.device) if case.get("taught") else None
+    meta = tuple(case.get("meta", ()))
+    train = TrainRows(
+        images_in(folder, ["random_crop", "horizontal_flip"], meta=meta), one_hot(codes, 3, runtime.device), teacher
+    )
+    valid = ValidRows(images_in(folder, [], meta=meta), CODES)
+    loop = build_loop("test", network, train, valid, settings, runtime, select=True, patience=0)
+    rows: list[dict[str, Any]] = []
+    steps = iter(range(1, 10_000))
+
+    def strike() -> None:
+        if next(steps) == stop:
+            os.kill(os.getpid(), 15)
+
+    own = kept if replicas.place.leads else None
+    loop = replace(loop, observers=[rows.append], checkpoints=own, after_step=[strike, *loop.after_step])
+    best = fit(loop)
+    states = {
+        name: {key: each.clone() for key, each in model.state_dict().items()} for name, model in loop.contenders.items()
+    }
+    return {"rows": rows, "states": states, "best": {name: each.epoch for name, each in best.items()}}
+
+
+def predicted(folder: Path, count: int, replicas: Replicas = BY_ITSELF) -> dict[str, Any]:
+    """The log-probabilities of the first `count` images, and what was read for them."""
+    seed_everything(0)
+    network = build_classifier(settings_of({}).model, 3)
+    images = images_in(folder, [], sorted(path.name for path in folder.iterdir())[:count])
+    runtime = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.25] * 3, replicas)
+    found = predict_all(network, images, 4, 0, runtime, ["plain", "flip"])
+    return {"found": torch.from_numpy(found), "read": list(images.store.read_names)}
+
+
+def stopped_and_gone_on(folder: Path, kept: Path, replicas: Replicas) -> dict[str, Any]:
+    """A run of which the last process alone is told to stop in a step, and goes on from the first one's checkpoint."""
+    case = OTHERS["norms"]
+    told = 0
+    with noted():
+        try:
+            trained(
+                folder,
+                case,
+                replicas,
+                Checkpoints(kept),
+                stop=6 if replicas.place.rank == replicas.place.world - 1 else 0,
+            )
+        except StoppedError as error:
+            told = error.number
+    torch.manual_seed(99)  # whatever a new process has
+    return {"told": told, **trained(folder, case, replicas, Checkpoints(kept))}
+
+
+def main(folder: Path, results: Path) -> None:
+    torch.set_num_threads(1)
+    with joined(place_of(os.environ)) as replicas:
+        found = {name: trained(folder, case, replicas) for name, case in {**CASES, **OTHERS}.items()}
+        found["stopped"] = stopped_and_gone_on(folder, results / "kept", replicas)
+        found["predicted"] = {str(count): predicted(folder, count, replicas) for count in COUNTS}
+        words = replicas.shared({"word": f"of {replicas.place.rank}", "numbers": torch.arange(3.0)})
+        found["shared"] = words
+        torch.save(found, results / f"{replicas.place.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
