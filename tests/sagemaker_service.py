@@ -186,7 +186,7 @@ class Service:
         while job.process.poll() is None:
             time.sleep(0.05)
             wanted = self.interrupt_once and self.interrupt_once in job.request["TrainingJobName"]
-            if wanted and not job.interrupted and list((job.folder / "checkpoints").rglob("*.safetensors")):
+            if wanted and not job.interrupted and list((job.folder / "checkpoints").rglob("*.pt")):
                 job.interrupted = True
                 job.process.send_signal(signal.SIGTERM)
         reader.join(5)

@@ -97,6 +97,7 @@ def test_a_job_is_sent_by_the_sdk_as_it_was_printed_run_and_found_again(
     assert len(service.jobs) == 1
 
 
+@pytest.mark.slow
 def test_a_fold_with_everything_is_sent_as_it_was_printed(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     """What the SDK makes of a fold's request, which has metrics and checkpoints; its job waits until it is stopped."""
     code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"))
@@ -138,6 +139,7 @@ def wait_until(is_so: object, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_failure_has_its_reason_and_its_exit_code(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     bucket.write("train/a/0.png", b"no image")
     code, said = submit(service, *arguments(bucket, tmp_path, "stages=split,train-fold"))
@@ -162,6 +164,7 @@ def test_what_another_job_left_is_not_mixed_in(service: Service, bucket: Bucket,
     assert not service.jobs
 
 
+@pytest.mark.slow
 def test_a_service_that_is_away_for_a_while_is_waited_for(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     service.hold = "split"
     process = command(service, *arguments(bucket, tmp_path, "stages=split"))
@@ -173,6 +176,7 @@ def test_a_service_that_is_away_for_a_while_is_waited_for(service: Service, buck
     assert process.returncode == 0, said
 
 
+@pytest.mark.slow
 def test_a_quota_lets_a_job_wait_for_those_that_run(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"))
     assert code == 0, said

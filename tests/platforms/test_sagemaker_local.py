@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from containers import IMAGE, ONE_THREAD, differing
+from containers import IMAGE, ONE_THREAD, differing, docker
 from fivefold.errors import DataError
-from platform_runs import digits, run_here, submit
+from platform_runs import REPOSITORY, SETTINGS, digits, run_here, submit
 
 pytestmark = pytest.mark.docker
 NOWHERE = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
@@ -63,3 +66,30 @@ def test_an_image_that_is_not_there_is_told(data: Path, tmp_path: Path) -> None:
     )
     assert ended.returncode == 1, ended.stdout
     assert "the engine started no container" in ended.stdout
+
+
+def test_a_signal_stops_the_container_and_leaves_none(data: Path, here: Path, tmp_path: Path) -> None:
+    shutil.copytree(here / "split", tmp_path / "r" / "split")
+    shutil.copytree(here / "split" / "output", tmp_path / "r" / "sagemaker" / "split" / "output")
+    command = [
+        sys.executable,
+        "-m",
+        "jobs",
+        "submit",
+        *SETTINGS,
+        *asked(data, tmp_path, "stages=train-fold", "folds=1"),
+    ]
+    said = tmp_path / "said.txt"
+    with open(said, "w") as file:
+        process = subprocess.Popen([*command, "train.epochs=5000"], cwd=REPOSITORY, stdout=file, stderr=file)
+    until = time.monotonic() + 120
+    while "metric fold=1 epoch=2" not in said.read_text():
+        assert process.poll() is None, said.read_text()
+        assert time.monotonic() < until, said.read_text()
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(timeout=120) == 143, said.read_text()
+    assert "fold-1 failed (exit code 143)" in said.read_text()
+    project = "label=com.docker.compose.project=fivefold-r-fold-1"
+    assert docker("ps", "--all", "--quiet", "--filter", project).stdout == ""
+    assert not (tmp_path / "r" / "fold-1" / "work").exists()
