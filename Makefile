@@ -2,19 +2,23 @@
 # Another Python 3.11 than python3.11: make demo PYTHON=/path/to/python
 
 PYTHON ?= python3.11
+IMAGE ?= fivefold:latest
+BASE_IMAGE ?= python:3.11-slim
 PYTEST_ARGS ?= -m "not slow and not docker and not gpu"
 
 VENV := .venv
 BIN := $(VENV)/bin
 # A file of tests a core: most wait for processes, and networks this small do not keep two threads busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)$(shell git diff --quiet HEAD 2>/dev/null || echo -dirty)
 content = $(shell cat pyproject.toml $(1) | cksum | cut -d' ' -f1)
 # Set-up leaves a stamp named after the files that it followed: a changed pin sets up again.
 FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
 FOR_ALL := $(VENV)/.set-up-all-$(call content,docker/requirements.txt requirements.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo systems test test-slow check lock clean
+.PHONY: help demo systems test test-slow test-docker image check lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +34,13 @@ test: check ## ruff, the import rules, and the tests; PYTEST_ARGS="tests/data -x
 
 test-slow: $(FOR_ALL) ## the tests that take minutes
 	@$(PYTEST) -m "slow and not docker and not gpu"
+
+test-docker: $(FOR_ALL) ## the image on a Docker engine; after `make image`
+	@FIVEFOLD_IMAGE=$(IMAGE) BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest -m docker
+
+image: ## the one image of all stages; IMAGE=fivefold:latest BASE_IMAGE=python:3.11-slim
+	docker build -f docker/Dockerfile -t $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
 
 check: $(FOR_ALL) ## ruff and the import rules alone
 	@$(BIN)/ruff check .

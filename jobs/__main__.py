@@ -21,6 +21,7 @@ from fivefold.choose import choose
 from fivefold.contract.failure import explained, report_failure
 from fivefold.contract.hosts import index_is_of_hosts
 from fivefold.contract.job import Job, given_channels, hyperparameters, job_from, output_data, output_dir
+from fivefold.contract.layout import in_run
 from fivefold.contract.place import PARENT
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
@@ -78,9 +79,12 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
         parent = environ.get(PARENT, "")
         end_with(parent)
         with noted(at_once=not parent), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+            settings = settings_of(stage, arguments, environ)
+            if settings.run:
+                environ = in_run(stage, environ, f"{settings.runs}/{settings.run}", settings.fold)
             job = job_from(stage, environ, Path(scratch))
             with company.joined(job), job.remote:
-                (run_stage if job.place.leads else company.follow)(job, settings_of(job, arguments, environ))
+                (run_stage if job.place.leads else company.follow)(job, settings)
             poll()
         return 0
     except (KeyboardInterrupt, Exception) as error:
@@ -147,12 +151,12 @@ def with_own_checkpoints(job: Job, key: Key) -> Job:
     return own
 
 
-def settings_of(job: Job, arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def settings_of(stage: Stage, arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """The settings of this process: arguments over environment over hyperparameters over the recipe."""
     found = layers(arguments, environ)
     settings = settings_.load(found)
-    if unused := settings_.unused_keys(found[0], job.stage.sections):
-        log.info("%s does not use: %s", job.stage.name, ", ".join(unused))
+    if unused := settings_.unused_keys(found[0], stage.sections):
+        log.info("%s does not use: %s", stage.name, ", ".join(unused))
     return settings
 
 

@@ -130,7 +130,7 @@ def save_member(
             "precision": precision_name(runtime.dtype),
             "device": runtime.device.type,
             "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime.dtype)},
-            "settings": json.loads(settings.model_dump_json(exclude={"run", "stage"})),
+            "settings": json.loads(settings.model_dump_json(exclude={"run", "runs", "stage"})),
         },
     )
     return [*written, folder / MODEL]

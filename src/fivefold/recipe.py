@@ -265,7 +265,8 @@ class Settings(Section):
     seed: int = Field(42, ge=0, description="of weights, order and augmentation")
     fold: int | None = Field(None, ge=0, description="the fold to train (or to export); FOLD or JOB_COMPLETION_INDEX")
     stage: str = Field("", description="the stage, where no argument names it")
-    run: str = Field("", description="the run's name, the title of its report")
+    run: str = Field("", description="the run's name, the title of its report; a stage reads and writes in its folder")
+    runs: str = Field("runs", description="where the folders of all runs are, or an s3://bucket/prefix")
     reuse: Literal["strict", "warn", "force"] = Field(
         "warn", description="a result of other code or packages: strict makes it anew, warn says so, force is silent"
     )
@@ -289,7 +290,7 @@ class Settings(Section):
 
 
 SECTIONS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)}
-EXECUTION_KEYS = {"stage", "run", "reuse"} | {
+EXECUTION_KEYS = {"stage", "run", "runs", "reuse"} | {
     f"train.{name}"
     for name in ("checkpoint_minutes", "checkpoint_steps", "keep_in_memory", "project", "trackers", "workers")
 }

@@ -17,7 +17,7 @@ from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Settings
 from fivefold.recipes import read, system_of
 from fivefold.values import value_of, words
 
-ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "seed"}
+ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "runs", "seed"}
 INDEX = "JOB_COMPLETION_INDEX"
 ALIASES = {"config": "recipe"}
 
@@ -42,7 +42,7 @@ def arguments_layer(arguments: Sequence[str]) -> Layer:
 
 
 def environment_layer(environ: Mapping[str, str]) -> Layer:
-    """FOLD, STAGE, RECIPE, RUN, SEED and SECTION__KEY; an empty variable counts as one that is not set."""
+    """FOLD, STAGE, RECIPE, RUN, RUNS, SEED and SECTION__KEY; an empty variable counts as one that is not set."""
     names: dict[str, str] = {}
     for name, value in environ.items():
         section, _, key = name.lower().partition("__")
@@ -93,7 +93,7 @@ def normal_key(name: str) -> str:
 
 def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
     """The keys of `layer` that a stage with these `sections` does not read."""
-    read = {"recipe", "run", "stage", "reuse", *sections}
+    read = {"recipe", "run", "runs", "stage", "reuse", *sections}
     return [key for key in layer.values if key.split(".")[0] not in read]
 
 

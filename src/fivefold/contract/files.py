@@ -148,13 +148,13 @@ def probe_writable(folder: Path, other: str = "give another folder") -> None:
         probe.write_bytes(b"probe")
     except (FileExistsError, NotADirectoryError) as error:
         raise SettingsError(
-            f"cannot write to {folder}: a file stands where a folder is needed; give another"
+            f"cannot write to {folder.absolute()}: a file stands where a folder is needed; give another"
         ) from error
     except OSError as error:
         if disk_is_full(error):
             raise RetryableError(f"no space left in {folder}: free some, then run the same command again") from error
         raise SettingsError(
-            f"cannot write to {folder} as uid {os.getuid()}: {error.strerror}; "
+            f"cannot write to {folder.absolute()} as uid {os.getuid()}: {error.strerror}; "
             f"mount it writable for that user, or {other}"
         ) from error
     finally:

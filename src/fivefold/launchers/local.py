@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fivefold.contract.files import probe_writable, write_text
+from fivefold.contract.layout import GROUND_TRUTH, truth_beside_table, truth_of
 from fivefold.contract.s3.urls import is_url, parse
-from fivefold.contract.storage import Remote
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.crew import Crew, Signals
 from fivefold.launchers.plan import Inputs, Plan, Step
@@ -23,8 +23,6 @@ from fivefold.machine import count_cores, free_memory
 from fivefold.recipe import SECTIONS
 from fivefold.settings import ENVIRONMENT_KEYS
 
-GROUND_TRUTH = "gt.csv"
-EVAL_TABLE = "test.csv"
 NOT_PASSED_ON = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
 PASSED_ON = {"SM_LOG_LEVEL"}
 MEMORY_OF_A_FOLD = 6 << 30
@@ -121,18 +119,10 @@ def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
             raise MissingInputError(f"{name}={path}: there is no such folder or file")
     if inputs.ground_truth or not inputs.eval:
         return inputs
-    if is_url(inputs.eval):
-        names = Remote(Path()).names(parse(inputs.eval, "eval"))
-        truth = f"{inputs.eval.rstrip('/')}/{found}" if (found := _truth_beside_table(names)) else None
-        return replace(inputs, ground_truth=truth)
-    eval_ = Path(inputs.eval)
-    if zipfile.is_zipfile(eval_):
-        found = run_folder / GROUND_TRUTH if _zipped_ground_truth(eval_) else None
-    else:
-        tables = [eval_ / EVAL_TABLE, *sorted(eval_.glob(f"*/{EVAL_TABLE}"))]
-        beside = [table.with_name(GROUND_TRUTH) for table in tables if table.is_file()]
-        found = next((path for path in beside if path.is_file()), None)
-    return replace(inputs, ground_truth=str(found) if found else None)
+    if not is_url(inputs.eval) and zipfile.is_zipfile(inputs.eval):
+        inside = _zipped_ground_truth(Path(inputs.eval))
+        return replace(inputs, ground_truth=str(run_folder / GROUND_TRUTH) if inside else None)
+    return replace(inputs, ground_truth=truth_of(inputs.eval))
 
 
 def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
@@ -147,14 +137,7 @@ def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
 def _zipped_ground_truth(path: Path) -> str | None:
     """The name of the gt.csv beside a test.csv in a zip."""
     with zipfile.ZipFile(path) as archive:
-        return _truth_beside_table(archive.namelist())
-
-
-def _truth_beside_table(paths: Sequence[str]) -> str | None:
-    """The gt.csv beside a test.csv, the one with the shortest path."""
-    names = set(paths)
-    beside = [str(Path(name).with_name(GROUND_TRUTH)) for name in names if Path(name).name == EVAL_TABLE]
-    return min((name for name in beside if name in names), key=len, default=None)
+        return truth_beside_table(archive.namelist())
 
 
 def _has_meaning(name: str) -> bool:

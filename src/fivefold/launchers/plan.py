@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.choose import did_you_mean
+from fivefold.contract.layout import channels_of, outputs_of
 from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
 from fivefold.recipe import Settings
@@ -149,7 +150,7 @@ class _Builder:
     seeds: tuple[int, ...]
 
     def steps(self) -> Iterator[Step]:
-        yield self._step("split", "split", {"TRAIN": self.inputs.train})
+        yield self._step("split", "split", {"train": self.inputs.train})
         folds = list(self._folds())
         yield from folds
         names = tuple(step.name for step in folds)
@@ -178,29 +179,22 @@ class _Builder:
             for fold in range(number_of_folds(self.settings)):
                 name = f"fold-{fold}" if seed == self._first_seed() else f"fold-{fold}-seed-{seed}"
                 arguments = (*self._seed_argument(seed), f"FOLD={fold}")
-                channels = {"TRAIN": self.inputs.train, "FOLDS": self._output("split"), "WEIGHTS": self.inputs.weights}
+                channels = {"train": self.inputs.train, "weights": self.inputs.weights}
                 yield self._step(name, "train-fold", channels, arguments, ("split",), self.settings.train.epochs)
 
     def _student(self, teachers: tuple[str, ...]) -> Step:
-        channels = {
-            "TRAIN": self.inputs.train,
-            "FOLDS": self._output("split"),
-            "MODEL": str(self.folder),
-            "UNLABELED": self.inputs.unlabeled,
-            "WEIGHTS": self.inputs.weights,
-        }
+        given = {"train": self.inputs.train, "unlabeled": self.inputs.unlabeled, "weights": self.inputs.weights}
         epochs = self.settings.student().train.epochs
-        return self._step("distill", "distill", channels, self._seed_argument(self._first_seed()), teachers, epochs)
+        return self._step("distill", "distill", given, self._seed_argument(self._first_seed()), teachers, epochs)
 
     def _scored(self, ensemble: str, evaluate: str, model: str, needs: tuple[str, ...]) -> list[Step]:
         """The prediction of the eval images by the models below `model`, where there is an eval; its evaluation."""
         steps = []
-        given: dict[str, str | None] = {"TRAIN": self.inputs.train, "FOLDS": self._output("split"), "MODEL": model}
+        given = {"train": self.inputs.train, "model": model, "predictions": None}
         if self.inputs.eval:
-            channels = {"MODEL": model, "EVAL": self.inputs.eval, "FOLDS": self._output("split")}
-            steps.append(self._step(ensemble, "ensemble", channels, needs=needs))
-            given |= {"PREDICTIONS": self._output(ensemble), "EVAL": self.inputs.eval}
-            given |= {"GROUND_TRUTH": self.inputs.ground_truth}
+            steps.append(self._step(ensemble, "ensemble", {"model": model, "eval": self.inputs.eval}, needs=needs))
+            given |= {"predictions": str(self.folder / ensemble / "output"), "eval": self.inputs.eval}
+            given |= {"ground_truth": self.inputs.ground_truth}
             needs = (ensemble,)
         return [*steps, self._step(evaluate, "evaluate", given, needs=needs)]
 
@@ -213,17 +207,14 @@ class _Builder:
         needs: tuple[str, ...] = (),
         epochs: int = 0,
     ) -> Step:
+        """The step; `channels` beside those that its stage reads of the run, or instead of them."""
         folder = self.folder / name
-        environment = {f"SM_CHANNEL_{channel}": path for channel, path in channels.items() if path}
-        if STAGES[stage].writes_model:
-            environment |= {"SM_MODEL_DIR": str(folder / "model"), "SM_CHECKPOINT_DIR": str(folder / "checkpoints")}
-        environment |= {"SM_OUTPUT_DATA_DIR": self._output(name), "SM_OUTPUT_DIR": str(folder)}
+        paths = {**channels_of(stage, str(self.folder)), **channels}
+        environment = {f"SM_CHANNEL_{channel.upper()}": path for channel, path in paths.items() if path}
+        environment |= outputs_of(stage, str(folder))
         recipe = (f"recipe={self.recipe}",) if self.recipe else ()
         own = tuple(text for text in self.overrides if _section(text) in (*STAGES[stage].sections, "reuse"))
         return Step(name, stage, (*recipe, *own, *arguments), environment, folder, needs, epochs)
-
-    def _output(self, step: str) -> str:
-        return str(self.folder / step / "output")
 
     def _first_seed(self) -> int:
         return self.seeds[0] if self.seeds else self.settings.seed

@@ -1,0 +1,91 @@
+"""Where the stages of one run read and write: `<runs>/<run>/<step>/{model,output,checkpoints}`.
+
+    split  fold-0 … fold-K  ensemble  evaluate  distill  ensemble-student  evaluate-student
+
+Plans are made of it. A stage that is told its run (RUN=first) finds by it what no SM_* variable says.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fivefold.contract.job import given_channels
+from fivefold.contract.s3.urls import is_url, parse
+from fivefold.contract.stages import STAGES, Stage
+from fivefold.contract.storage import Remote
+from fivefold.errors import MissingInputError, SettingsError
+
+GROUND_TRUTH = "gt.csv"
+EVAL_TABLE = "test.csv"
+
+
+def channels_of(stage: str, run: str) -> dict[str, str]:
+    """The channels that a stage reads of the run at `run` (a folder, or a URL), by their names."""
+    return {name: f"{run}/{place}" if place else run for name, place in CHANNELS[stage].items()}
+
+
+def outputs_of(stage: str, step: str) -> dict[str, str]:
+    """The SM_* variables of what a stage writes as the step at `step` (a folder, or a URL)."""
+    found = {"SM_OUTPUT_DATA_DIR": f"{step}/output"}
+    if STAGES[stage].writes_model:
+        found |= {"SM_MODEL_DIR": f"{step}/model", "SM_CHECKPOINT_DIR": f"{step}/checkpoints"}
+    return found if is_url(step) else {**found, "SM_OUTPUT_DIR": step}
+
+
+def in_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | None) -> Mapping[str, str]:
+    """`environ` with what it does not say of the stage's channels and folders, as the run at `run` has them.
+
+    A channel that the stage can do without is taken where it is there. Other stages than the run's keep theirs.
+    """
+    if stage.name not in CHANNELS:
+        return environ
+    found = outputs_of(stage.name, f"{run}/{_step_of(stage, fold)}")
+    given = given_channels(environ)
+    for name, place in channels_of(stage.name, run).items():
+        if name not in given and (name in stage.channels or _is_there(place)):
+            found[f"SM_CHANNEL_{name.upper()}"] = place
+    if stage.name == "evaluate" and "ground_truth" not in given and "eval" in given:
+        found["SM_CHANNEL_GROUND_TRUTH"] = truth_of(str(given["eval"])) or ""
+    return {**environ, **{name: value for name, value in found.items() if not environ.get(name)}}
+
+
+def truth_of(eval_: str) -> str | None:
+    """The gt.csv beside the test.csv of test images at a folder or a URL, or one folder below; None where there is none."""
+    if is_url(eval_):
+        found = truth_beside_table(Remote(Path()).names(parse(eval_, "eval")))
+        return f"{eval_.rstrip('/')}/{found}" if found else None
+    tables = [Path(eval_) / EVAL_TABLE, *sorted(Path(eval_).glob(f"*/{EVAL_TABLE}"))]
+    beside = [table.with_name(GROUND_TRUTH) for table in tables if table.is_file()]
+    return next((str(path) for path in beside if path.is_file()), None)
+
+
+def truth_beside_table(names: Sequence[str]) -> str | None:
+    """Of the names of files the gt.csv beside a test.csv, the one with the shortest path."""
+    beside = [str(Path(name).with_name(GROUND_TRUTH)) for name in names if Path(name).name == EVAL_TABLE]
+    return min((name for name in beside if name in set(names)), key=len, default=None)
+
+
+def _step_of(stage: Stage, fold: int | None) -> str:
+    if stage.name != "train-fold":
+        return stage.name
+    if fold is None:
+        raise SettingsError("which fold? give FOLD=0, 1 and so on (an argument, or the environment)")
+    return f"fold-{fold}"
+
+
+def _is_there(place: str) -> bool:
+    if not is_url(place):
+        return Path(place).exists()
+    try:
+        return bool(Remote(Path()).names(parse(place, "RUNS")))
+    except MissingInputError:
+        return False
+
+
+CHANNELS: dict[str, dict[str, str]] = {
+    "split": {},
+    "train-fold": {"folds": "split/output"},
+    "ensemble": {"model": "", "folds": "split/output"},
+    "evaluate": {"predictions": "ensemble/output", "model": "", "folds": "split/output"},
+    "distill": {"folds": "split/output", "model": ""},
+}
+"""What each stage reads of its run, by channel: a place in it; the empty one is the run itself, with all its models."""

@@ -1,0 +1,90 @@
+"""A run's folders: what a stage that is told its run fills in, and what it leaves as it is."""
+
+from pathlib import Path
+
+import pytest
+
+from fivefold.contract.layout import CHANNELS, in_run, truth_of
+from fivefold.contract.stages import STAGES
+from fivefold.errors import SettingsError
+from fivefold.launchers.plan import Inputs, make_plan
+
+
+def filled(stage: str, run: Path, fold: int | None = None, **given: str) -> dict[str, str]:
+    return dict(in_run(STAGES[stage], given, str(run), fold))
+
+
+def test_a_stage_that_is_told_its_run_has_the_variables_that_a_plan_gives_it(tmp_path: Path):
+    run, data = tmp_path / "runs" / "first", tmp_path / "eval"
+    data.mkdir()
+    (data / "test.csv").write_text("ID,img_path\n")
+    (data / "gt.csv").write_text("ID,label\n")
+    plan = make_plan(
+        Inputs(train="/data", eval=str(data), ground_truth=str(data / "gt.csv")), (), "first", str(run.parent), "demo"
+    )
+    for name in ("split", "ensemble"):
+        (run / name / "output").mkdir(parents=True)
+    given = {"SM_CHANNEL_TRAIN": "/data", "SM_CHANNEL_EVAL": str(data)}
+    for step in plan.steps:
+        if step.name.endswith("-student"):
+            continue
+        fold = int(step.name.removeprefix("fold-")) if step.stage == "train-fold" else None
+        read = {f"SM_CHANNEL_{name.upper()}" for name in (*STAGES[step.stage].channels, *STAGES[step.stage].optional)}
+        own = {name: value for name, value in given.items() if name in read}
+        assert filled(step.stage, run, fold, **own) == dict(step.environment), step.name
+    assert set(CHANNELS) == {step.stage for step in plan.steps}
+
+
+def test_what_is_said_is_left_as_it_is(tmp_path: Path):
+    own = {"SM_MODEL_DIR": "/m", "SM_CHANNEL_FOLDS": "/f", "SM_OUTPUT_DATA_DIR": ""}
+    found = filled("train-fold", tmp_path / "first", 2, **own)
+    assert (found["SM_MODEL_DIR"], found["SM_CHANNEL_FOLDS"]) == ("/m", "/f")
+    assert found["SM_OUTPUT_DATA_DIR"] == str(tmp_path / "first" / "fold-2" / "output"), "an empty one is not set"
+
+
+def test_a_channel_of_the_platform_is_not_covered_by_the_run(tmp_path: Path):
+    base = tmp_path / "ml"
+    (base / "input" / "data" / "folds").mkdir(parents=True)
+    assert "SM_CHANNEL_FOLDS" not in filled("train-fold", tmp_path / "first", 0, SAGEMAKER_BASE_DIR=str(base))
+
+
+def test_what_a_stage_can_do_without_is_taken_where_it_is(tmp_path: Path):
+    run = tmp_path / "first"
+    assert not [name for name in filled("evaluate", run) if name.startswith("SM_CHANNEL_")]
+    (run / "split" / "output").mkdir(parents=True)
+    assert set(filled("evaluate", run)) >= {"SM_CHANNEL_FOLDS", "SM_CHANNEL_MODEL"}
+    assert "SM_CHANNEL_PREDICTIONS" not in filled("evaluate", run)
+    assert filled("train-fold", tmp_path / "no", 0)["SM_CHANNEL_FOLDS"] == f"{tmp_path}/no/split/output", (
+        "it needs that"
+    )
+
+
+def test_a_fold_that_is_not_named_has_no_folder(tmp_path: Path):
+    with pytest.raises(SettingsError, match="which fold"):
+        filled("train-fold", tmp_path)
+
+
+def test_a_fold_in_the_environment_is_nothing_to_other_stages(tmp_path: Path):
+    assert filled("split", tmp_path, 2)["SM_OUTPUT_DATA_DIR"] == f"{tmp_path}/split/output"
+
+
+def test_stages_that_are_no_steps_of_a_run_keep_their_variables(tmp_path: Path):
+    assert filled("predict", tmp_path) == {}
+
+
+def test_runs_may_be_in_a_bucket(bucket):
+    bucket.write("runs/first/split/output/folds.parquet", b"x")
+    found = dict(in_run(STAGES["ensemble"], {}, f"s3://{bucket.name}/runs/first", None))
+    assert found["SM_CHANNEL_FOLDS"] == f"s3://{bucket.name}/runs/first/split/output"
+    assert found["SM_OUTPUT_DATA_DIR"] == f"s3://{bucket.name}/runs/first/ensemble/output"
+    assert "SM_OUTPUT_DIR" not in found, "the failure file stays on the machine"
+    empty = dict(in_run(STAGES["evaluate"], {}, f"s3://{bucket.name}/runs/none", None))
+    assert not [name for name in empty if name.startswith("SM_CHANNEL_")]
+
+
+def test_the_truth_stands_beside_the_table(tmp_path: Path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "gt.csv").write_text("ID,label\n")
+    assert truth_of(str(tmp_path)) is None
+    (tmp_path / "deep" / "test.csv").write_text("ID,img_path\n")
+    assert truth_of(str(tmp_path)) == str(tmp_path / "deep" / "gt.csv")
