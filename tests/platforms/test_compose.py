@@ -1,10 +1,15 @@
 """`docker compose run train-fold FOLD=2` and the profile `pipeline`, with Compose 2 and with docker-compose 1.29."""
 
+import csv
 import json
 import os
 import re
+import shutil
 import subprocess
+import time
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -37,7 +42,9 @@ class Project:
         (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in own.items()))
 
     def container(self, service: str) -> str:
-        return self(NEW, "--profile", "pipeline", "ps", "--all", "--quiet", service).stdout.strip()
+        return self(
+            NEW, "--profile", "pipeline", "--profile", "stage", "ps", "--all", "--quiet", service
+        ).stdout.strip()
 
     def wait(self, service: str) -> None:
         docker("wait", self.container(service))
@@ -55,7 +62,7 @@ class Project:
 def project(tmp_path: Path, digits: Path):
     found = Project(tmp_path / "checkout", digits)
     yield found
-    found(NEW, "--profile", "pipeline", *CLEAR)
+    found(NEW, "--profile", "pipeline", "--profile", "stage", *CLEAR)
 
 
 @pytest.mark.docker
@@ -87,6 +94,42 @@ def test_the_pipeline_runs_in_order_with_folds_side_by_side(image, project: Proj
     assert split <= began
     assert last < fold, "folds run side by side"
     assert fold <= ensemble <= student
+
+
+@pytest.mark.docker
+def test_the_student_answers_and_drains_when_it_is_stopped(image, project: Project, here: Path, digits: Path):
+    shutil.copytree(here, project.runs / "first")
+    with open(project.folder / ".env", "a") as file:
+        file.write("PORT=0\n")
+    project(NEW, "up", "--detach", "serve")
+    address = "http://" + project(NEW, "port", "serve", "8080").stdout.strip()
+    for _ in range(300):
+        if answered(f"{address}/ping") == 200:
+            break
+        time.sleep(0.1)
+    request = Request(
+        f"{address}/invocations", (digits / "test" / "TEST_00000.png").read_bytes(), {"Content-Type": "image/png"}
+    )
+    with urlopen(request, timeout=30) as answer:
+        found = json.load(answer)
+    with open(here / "ensemble-student" / "output" / "submission.csv", encoding="utf-8-sig") as file:
+        row = next(csv.DictReader(file))
+    assert found["probabilities"] == pytest.approx(
+        {name: float(row[name]) for name in found["probabilities"]}, abs=1e-5
+    )
+    project(NEW, "stop", "serve")
+    assert json.loads(docker("inspect", project.container("serve")).stdout)[0]["State"]["ExitCode"] == 143
+
+
+def answered(url: str) -> int:
+    """The status of a GET; 0 where nobody listens yet."""
+    try:
+        with urlopen(url, timeout=5) as answer:
+            return answer.status
+    except HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
 
 
 @pytest.mark.docker
@@ -134,7 +177,9 @@ def test_every_service_has_its_grace_and_the_folds_are_the_recipes():
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     assert {service["stop_grace_period"] for service in services.values()} == {"120s"}
     assert all(service["init"] for service in services.values())
-    assert {"split", "train-fold", "ensemble", "evaluate", "distill", "predict", "tensorboard"} <= set(services)
+    assert {"split", "train-fold", "ensemble", "evaluate", "distill", "predict", "serve", "tensorboard"} <= set(
+        services
+    )
     folds = [name for name in services if name.startswith("pipeline-fold-")]
     assert len(folds) == load([arguments_layer(["recipe=small_images"])]).split.folds
     assert all(services[name]["command"] == [f"FOLD={name[-1]}"] for name in folds)
