@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fivefold.contract.storage import shown
-from fivefold.errors import FivefoldError
+from fivefold.errors import FivefoldError, LostError
 
 VARIABLE = "TERMINATION_LOG"
 DEFAULT = "/dev/termination-log"
@@ -18,10 +18,11 @@ def report_termination(environ: Mapping[str, str], error: BaseException) -> None
     """Writes the message of `error`, then its traceback, where a pod's last words go; nothing where there is no such file.
 
     The file is the platform's, bound into the container: it is written in place, as a new one would not be seen.
-    TERMINATION_LOG names another than `/dev/termination-log`, as `terminationMessagePath` may.
+    TERMINATION_LOG names another than `/dev/termination-log`, as `terminationMessagePath` may. Of processes that train
+    together one may only have lost the others: that gives way to what is written.
     """
     path = Path(environ.get(VARIABLE) or DEFAULT)
-    if not path.is_file():
+    if not path.is_file() or (isinstance(error, LostError) and path.stat().st_size):
         return
     message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}".rstrip(": ")
     text = f"{shown(message)}\n\n{''.join(traceback.format_exception(error))}"
