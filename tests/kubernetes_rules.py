@@ -72,7 +72,9 @@ def pod_specs(one: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
     if one["kind"] == "TrainingRuntime":
         return [each["template"]["spec"]["template"]["spec"] for each in spec["template"]["spec"]["replicatedJobs"]]
-    return {"Job": lambda: [spec["template"]["spec"]], "Pod": lambda: [spec]}.get(one["kind"], list)()
+    if one["kind"] in ("Job", "Deployment"):
+        return [spec["template"]["spec"]]
+    return [spec] if one["kind"] == "Pod" else []
 
 
 def against_restricted(spec: Mapping[str, Any]) -> Iterable[str]:
@@ -101,3 +103,51 @@ def against_restricted(spec: Mapping[str, Any]) -> Iterable[str]:
 def expand(text: str, known: Mapping[str, str]) -> str:
     """Text as Kubernetes gives it to a container: $(NAME) is what is known by that name, $$ is $, all else stays."""
     return re.sub(r"\$\$|\$\(([^)]*)\)", lambda found: "$" if found[0] == "$$" else known.get(found[1], found[0]), text)
+
+
+def against_the_server(one: Mapping[str, Any]) -> Iterable[str]:
+    """Each way in which an API server would refuse an object that its schema takes: what fields ask of one another."""
+    name, longest = one["metadata"]["name"], one["metadata"]["name"]
+    spec = one.get("spec", {})
+    if one["kind"] == "Job":
+        indexed = spec.get("completionMode") == "Indexed"
+        longest = f"{name}-{spec['completions'] - 1}" if indexed else name
+        rules = spec.get("podFailurePolicy", {}).get("rules", [])
+        if ("backoffLimitPerIndex" in spec) > indexed:
+            yield "backoffLimitPerIndex without indexes"
+        if any(rule["action"] == "FailIndex" for rule in rules) and "backoffLimitPerIndex" not in spec:
+            yield "FailIndex without backoffLimitPerIndex"
+        if rules and spec["template"]["spec"].get("restartPolicy") != "Never":
+            yield "podFailurePolicy with restarts"
+        if rules and spec.get("podReplacementPolicy", "Failed") != "Failed":
+            yield "podFailurePolicy with early replacement"
+        codes = [rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule]
+        if any(values != sorted(set(values)) or 0 in values for values in codes):
+            yield "exit codes that are not in order, or hold 0"
+        owners = {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule}
+        if owners - {container["name"] for container in spec["template"]["spec"]["containers"]}:
+            yield "a rule of no container"
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", longest):
+        yield f"{longest} is no name of a pod"
+    labels = one["metadata"].get("labels", {}).values()
+    yield from (
+        f"label {text}" for text in labels if not re.fullmatch(r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?", text)
+    )
+    for pod in pod_specs(one):
+        yield from _against_pods(pod)
+
+
+def _against_pods(spec: Mapping[str, Any]) -> Iterable[str]:
+    volumes = [volume["name"] for volume in spec.get("volumes", [])]
+    for container in spec["containers"]:
+        mounts = container.get("volumeMounts", [])
+        yield from (f"mount of no volume {each['name']}" for each in mounts if each["name"] not in volumes)
+        for names in (
+            volumes,
+            [each["mountPath"] for each in mounts],
+            [each["name"] for each in container.get("env", [])],
+        ):
+            yield from (f"{name} twice" for name in set(names) if names.count(name) > 1)
+        limits, requests = (container.get("resources", {}).get(key, {}) for key in ("limits", "requests"))
+        if requests.get("nvidia.com/gpu", limits.get("nvidia.com/gpu")) != limits.get("nvidia.com/gpu"):
+            yield "GPUs that are asked for otherwise than limited"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fivefold.contract.termination import MOST_BYTES, report_termination
-from fivefold.errors import DataError
+from fivefold.errors import DataError, LostError
 
 
 def raised(error: Exception) -> Exception:
@@ -45,6 +45,15 @@ def test_it_fits_and_no_character_is_halved(log: Path, before: str):
     written = log.read_bytes()
     assert MOST_BYTES - 1 <= len(written) <= MOST_BYTES
     assert written.decode() == before + "ö" * ((MOST_BYTES - len(before)) // 2)
+
+
+def test_a_mere_consequence_gives_way_to_the_cause(log: Path):
+    environ = {"TERMINATION_LOG": str(log)}
+    report_termination(environ, LostError("the others are gone"))
+    assert log.read_text().startswith("the others are gone")
+    report_termination(environ, DataError("row 3 is broken"))
+    report_termination(environ, LostError("the others are gone"))
+    assert log.read_text().startswith("row 3 is broken")
 
 
 def test_the_file_stays_the_one_that_is_bound(log: Path, tmp_path: Path):

@@ -61,8 +61,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return found
 
 
-def plan_of(cluster: Cluster, *overrides: str) -> Plan:
-    inputs = Inputs("/data/train", "/data/eval")
+def plan_of(cluster: Cluster, *overrides: str, eval_: str | None = None) -> Plan:
+    inputs = Inputs("/data/train", eval_)
     given = ["split.folds=3", "kubernetes.poll_seconds=0.05", *overrides]
     return make_plan(inputs, given, run="r", runs=str(cluster.runs), recipe="demo")
 
@@ -84,9 +84,8 @@ def submit(cluster: Cluster, *arguments: str) -> subprocess.Popen[str]:
 
 
 def test_the_whole_graph_in_order(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch(cluster) == 0
-    applied = cluster.calls("apply")
-    assert len(applied) == 1 + 7
+    assert launch(cluster, plan_of(cluster, eval_="/data/eval")) == 0
+    assert len(cluster.calls("apply")) == 1 + 7
     assert set(cluster.jobs()) == {"split", "train-folds", "ensemble", "evaluate", "distill", "ensemble-student", "evaluate-student"}  # fmt: skip
     said = capsys.readouterr().err
     ends = [line.split(":")[0].removeprefix("fivefold-r-") for line in said.splitlines() if line.endswith(": done")]
@@ -102,6 +101,14 @@ def test_what_is_applied_is_what_is_printed(cluster: Cluster) -> None:
     printed = {one["metadata"]["name"]: one for one in kubernetes.objects(plan, kubernetes.pods_of(plan))}
     for one in cluster.jobs().values():
         assert one["spec"] == printed[one["metadata"]["name"]]["spec"]
+
+
+def test_where_it_runs_is_told_to_no_stage(cluster: Cluster) -> None:
+    plan = plan_of(cluster, "kubernetes.gpus=0", "train.epochs=2")
+    told = {text for step in plan.steps for text in step.arguments}
+    assert "train.epochs=2" in told
+    assert not [text for text in told if "kubernetes" in text]
+    assert kubernetes.pods_of(plan).gpus == 0
 
 
 def test_logs_are_followed_and_kept(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,9 +127,9 @@ def test_a_failed_fold_is_named_with_its_last_words(
     assert launch(cluster) == code
     said = capsys.readouterr().err
     assert f"{FOLDS}: failed (FailedIndexes)\n  fold-1: exit code {code}: {words}; exit code {code}\n" in said
-    assert "ensemble was not started: it needs train-folds" in said
+    assert "evaluate was not started: it needs train-folds" in said
     assert "fold-0:" not in said
-    assert "ensemble" not in cluster.jobs()
+    assert "evaluate" not in cluster.jobs()
 
 
 def test_a_try_that_another_makes_good(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +165,7 @@ def test_the_same_command_skips_what_is_done(cluster: Cluster, capsys: pytest.Ca
     assert launch(cluster) == 0
     assert len(cluster.calls("apply")) == before
     assert cluster.calls("replace") == []
-    assert capsys.readouterr().err.count("is there and done: skipped") == 7
+    assert capsys.readouterr().err.count("is there and done: skipped") == 4
 
 
 def test_what_failed_is_made_anew_and_what_followed_too(cluster: Cluster) -> None:

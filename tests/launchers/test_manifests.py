@@ -54,11 +54,9 @@ def test_a_shipped_file_is_what_is_rendered(name: str) -> None:
     assert (K8S / name).read_text("utf-8") == shipped.files()[name], "make manifests writes it anew"
 
 
-def test_every_file_is_rendered_or_a_kustomization() -> None:
-    assert set(FILES) - set(shipped.files()) == {
-        "serve-deployment.yaml",
-        *(f"{folder}kustomization.yaml" for folder in ("", "base/", "overlays/cpu/", "overlays/kueue/")),
-    }
+def test_every_file_is_rendered_or_written_by_hand() -> None:
+    kustomizations = {f"{folder}kustomization.yaml" for folder in ("", "base/", "overlays/cpu/", "overlays/kueue/")}
+    assert set(FILES) - set(shipped.files()) == {*kustomizations, "serve-deployment.yaml"}
 
 
 def test_submit_renders_the_shipped_run() -> None:
@@ -87,6 +85,21 @@ def test_every_pod_is_within_the_restricted_standard(name: str) -> None:
     for one in rules.read(K8S / name):
         for spec in rules.pod_specs(one):
             assert list(rules.against_restricted(spec)) == []
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_fields_of_an_object_fit_one_another(name: str) -> None:
+    for one in rules.read(K8S / name):
+        assert list(rules.against_the_server(one)) == []
+
+
+def test_all_that_submit_may_render_fits() -> None:
+    for plan in (plan_of(seeds=[1, 2], run="a" * 32), select(plan_of(), (), [3]), plan_of(run="Run_2.0")):
+        for pods in (Pods(), Pods(runs="s3://a/b", gpus=0, queue="q", service_account="me", parallel=2)):
+            for one in kubernetes.objects(plan, pods):
+                rules.check(one, rules.OLDEST)
+                assert list(rules.against_the_server(one)) == []
+                assert [found for spec in rules.pod_specs(one) for found in rules.against_restricted(spec)] == []
 
 
 def test_a_claim_stands_in_each_file_whose_pods_want_it() -> None:
@@ -156,6 +169,25 @@ def test_a_pod_outside_the_standard_is_found(word: str, spoil: Any) -> None:
     spec = copy.deepcopy(rules.pod_specs(rules.read(K8S / "split-job.yaml")[1])[0])
     spoil(spec)
     assert any(word in found for found in rules.against_restricted(spec))
+
+
+MISFITS = {
+    "FailIndex": lambda spec: spec.pop("backoffLimitPerIndex"),
+    "restarts": lambda spec: spec["template"]["spec"].update(restartPolicy="OnFailure"),
+    "early": lambda spec: spec.update(podReplacementPolicy="TerminatingOrFailed"),
+    "order": lambda spec: spec["podFailurePolicy"]["rules"][1]["onExitCodes"].update(values=[66, 64]),
+    "no container": lambda spec: spec["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="other"),
+    "no volume": lambda spec: spec["template"]["spec"]["volumes"].pop(),
+    "twice": lambda spec: spec["template"]["spec"]["containers"][0]["env"].append({"name": "RUN", "value": "b"}),
+    "no name": lambda spec: spec.update(completions=10**40),
+}
+
+
+@pytest.mark.parametrize(("word", "spoil"), MISFITS.items(), ids=MISFITS)
+def test_fields_that_do_not_fit_are_found(word: str, spoil: Any) -> None:
+    one = copy.deepcopy(rules.read(K8S / "train-folds-job.yaml")[1])
+    spoil(one["spec"])
+    assert any(word in found for found in rules.against_the_server(one))
 
 
 # what a Job does is what the plan says

@@ -76,7 +76,7 @@ class Node:
             if reference["name"] not in self.maps and not reference.get("optional"):
                 raise AssertionError(f"no {reference['name']}: the pod would not start")
             found |= self.maps.get(reference["name"], {})
-        for entry in container["env"]:
+        for entry in container.get("env", []):
             if "valueFrom" in entry:
                 assert entry["valueFrom"]["fieldRef"]["fieldPath"] == f"metadata.annotations['{INDEX}']"
                 found[entry["name"]] = str(index)

@@ -62,6 +62,7 @@ def test_the_folds_are_the_indexes(ran: dict[str, list[Ended]], claim: Path) -> 
     assert len(ran["train-folds"]) == 5
     models = [read_json(claim / "runs" / "first" / f"fold-{index}" / "model" / "model.json") for index in range(5)]
     assert [model["fold"] for model in models] == list(range(5))
+    assert not [model for model in models if "kubernetes" in model["settings"]], "where it ran is no part of a model"
 
 
 def test_the_artifacts_are_the_local_runs(ran: dict[str, list[Ended]], claim: Path, here: Path) -> None:
@@ -104,6 +105,19 @@ def test_data_cannot_be_written(node: Node) -> None:
     assert "/data/out" in ended.words.splitlines()[0]
 
 
+def test_data_come_in_by_the_loader(node: Node) -> None:
+    """What `kubectl cp` does there: tar, as the pod's user, into a folder of the claim."""
+    spec = deepcopy(read(ROOT / "k8s" / "loader-pod.yaml")[-1]["spec"])
+    spec["containers"][0]["command"] = [
+        "sh",
+        "-c",
+        "cd /tmp && echo 1 >a && tar -cf - a | tar -xmf - -C /data && cat /data/a",
+    ]
+    ended = node.run({"metadata": {"name": "loader"}, "spec": {"template": {"spec": spec}}})
+    assert (ended.code, ended.log) == (0, "1\n")
+    assert (node.claim / "data" / "a").stat().st_uid == 10001
+
+
 def test_a_fold_in_a_bucket_has_no_claim(claim: Path, image: str, bucket: Bucket) -> None:
     train = claim / "data" / "train"
     for path in sorted(train.rglob("*.png"))[::6]:
@@ -115,8 +129,9 @@ def test_a_fold_in_a_bucket_has_no_claim(claim: Path, image: str, bucket: Bucket
     assert {one["kind"] for one in objects} == {"Job"}
     # the server is on this machine's loopback
     there = Node(claim, image, {"fivefold-s3": bucket.environ()}, network="host")
-    split, folds = objects[:2]
-    for job, index in ((split, None), (folds, 1)):
+    split, folds, evaluate, _ = objects
+    for job, index in ((split, None), (folds, 1), (evaluate, None)):
         ended = there.run(job, index)
         assert ended.code == 0, ended.log[-3000:]
-    assert any(name.startswith("runs/first/fold-1/model/") for name in bucket.listed())
+    written = [name for name in bucket.listed("runs/") if name.endswith(("model.safetensors", "report.html"))]
+    assert sorted(name.split("/")[2] for name in written) == ["evaluate", "fold-1"]
