@@ -2,7 +2,7 @@
 
 Each holds the whole network. A batch's rows are parted among them; the loss is taken of the logits of all rows in every
 process, so it is that of one process whatever the loss, and the gradients of all are summed. The sum is our own and not
-DistributedDataParallel's, whose buckets change after the first step (so a run that goes on would add in another order),
+DistributedDataParallel's, whose buckets change after the first step (so a run that goes on may add in another order),
 and which knows neither parameters that freeze and thaw nor two gradients a step.
 """
 
