@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from containers import IMAGE
+from containers import IMAGE, docker
 from platform_runs import REPOSITORY, digits, run_here
 
 pytestmark = pytest.mark.docker
@@ -47,6 +48,16 @@ def python_of_v2() -> Path:
         subprocess.run([python, "-m", "pip", "install", *quiet, "-r", PINS], check=True)
         stamp.touch()
     return python
+
+
+@pytest.fixture(autouse=True)
+def containers_of_the_sdk() -> Iterator[None]:
+    """Removes the stopped containers that the SDKs leave."""
+    of_the_sdk = ["ps", "--all", "--quiet", "--filter", "name=algo-1", "--filter", "status=exited"]
+    before = docker(*of_the_sdk).stdout.split()
+    yield
+    left = [container for container in docker(*of_the_sdk).stdout.split() if container not in before]
+    docker("rm", "--volumes", *left)
 
 
 def example(of: str) -> str:
