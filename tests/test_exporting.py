@@ -104,6 +104,7 @@ def by_pipeline(models: list[Path], folder: Path, weights: list[float]) -> np.nd
     return arithmetic([member.predict(open_store(folder), names, "test") for member in members], np.array(weights))
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_one_graph_with_its_weights_views_and_temperature(world, images, tmp_path):
     weights = {"a": 0.7, "b": 0.3}
     members = [

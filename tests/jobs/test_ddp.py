@@ -123,6 +123,7 @@ def same_files(one: Path, other: Path) -> None:
         assert (one / "model" / name).read_bytes() == (other / "model" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_predict_every_row_once(world: Path, tmp_path: Path) -> None:
     assert run("train-fold", list(WITHOUT_NORMS), variables(world, tmp_path / "one")) == 0
     code, said = fold(world, tmp_path / "two", WITHOUT_NORMS, NPROC="2")

@@ -7,6 +7,7 @@ import pytest
 from drawing import noise_in, write_test_table
 from jobs.__main__ import run
 
+pytestmark = pytest.mark.slow
 SETTINGS = [
     "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 8], "stem": 8}', "model.image_size=12", "train.epochs=2",
     "train.batch_size=8", "train.precision=fp32",

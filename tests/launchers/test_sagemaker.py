@@ -53,6 +53,7 @@ def submit(service: Service, *given: str, **variables: str) -> tuple[int, str]:
     return process.returncode, said
 
 
+@pytest.mark.slow
 def test_a_job_is_sent_by_the_sdk_as_it_was_printed_run_and_found_again(
     service: Service, bucket: Bucket, tmp_path: Path
 ) -> None:
