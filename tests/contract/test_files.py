@@ -25,6 +25,7 @@ from fivefold.contract.files import (
     write_text,
 )
 from fivefold.errors import DataError, RetryableError, SettingsError
+from rights import let_others_in
 
 ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root: mounts a file system, or takes another user's place")
 
@@ -154,8 +155,7 @@ def probed_as_nobody(folder: Path) -> str:
 
 @ROOT
 def test_another_users_folder_is_refused_with_its_mend(tmp_path: Path):
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
+    let_others_in(tmp_path)
     theirs = tmp_path / "theirs"
     theirs.mkdir(0o755)
     said = probed_as_nobody(theirs)

@@ -3,13 +3,13 @@
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from fivefold.contract.termination import MOST_BYTES, report_termination
 from fivefold.errors import DataError, LostError
+from rights import let_others_in
 
 
 def raised(error: Exception) -> Exception:
@@ -81,9 +81,7 @@ def test_one_that_cannot_be_written_hides_nothing(log: Path):
         "if os.getuid() == 0: os.setuid(65534)\n"
         "report_termination({'TERMINATION_LOG': sys.argv[1]}, DataError('x'))\nprint('said')"
     )
-    for parent in [folder, *folder.parents]:
-        if parent.stat().st_uid == os.getuid() and parent.is_relative_to(tempfile.gettempdir()):
-            parent.chmod(parent.stat().st_mode | 0o055)
+    let_others_in(folder)
     ended = subprocess.run([sys.executable, "-c", code, folder / log.name], capture_output=True, text=True)
     assert ended.stdout == "said\n", ended.stderr
     assert (folder / log.name).read_text() == ""

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fivefold.contract.stages import STAGES
 from jobs.__main__ import main, run, stage_name
+from rights import let_others_in
 
 ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root: takes another user's place")
 NOBODY = 65534
@@ -212,8 +213,7 @@ def test_a_disk_that_fills_is_worth_retrying(images: Path, tiny_disk: Path, tmp_
 
 @ROOT
 def test_another_users_output_folder_is_refused_at_once(images: Path, tmp_path: Path):
-    for folder in (tmp_path, images, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
+    let_others_in(tmp_path, images)
     out = tmp_path / "out"
     out.mkdir(0o755)
     done = as_nobody("split", **here(images, out))
@@ -224,8 +224,7 @@ def test_another_users_output_folder_is_refused_at_once(images: Path, tmp_path: 
 
 @ROOT
 def test_a_place_for_checkpoints_that_cannot_be_written_is_told_before_any_work(images: Path, tmp_path: Path):
-    for folder in (tmp_path, images, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
+    let_others_in(tmp_path, images)
     for name in ("model", "output"):
         (tmp_path / name).mkdir()
         (tmp_path / name).chmod(0o777)
@@ -242,8 +241,7 @@ def test_a_place_for_checkpoints_that_cannot_be_written_is_told_before_any_work(
 
 @ROOT
 def test_images_that_this_user_may_not_read_are_told_as_such(images: Path, tmp_path: Path):
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
+    let_others_in(tmp_path)
     locked, out = tmp_path / "locked", tmp_path / "out"
     (locked / "cat").mkdir(parents=True)
     locked.chmod(0o711)
