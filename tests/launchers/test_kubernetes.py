@@ -15,6 +15,7 @@ import pytest
 
 from fivefold.errors import RetryableError, SettingsError
 from fivefold.launchers import kubernetes
+from fivefold.launchers.kubectl import Kubectl
 from fivefold.launchers.plan import Inputs, Plan, make_plan, select
 from jobs import submit as jobs_submit
 
@@ -231,6 +232,20 @@ def test_why_a_pod_does_not_start_is_said_once(cluster: Cluster) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert said.count(f"split waits: Unschedulable: {reason}") == 1
+
+
+def test_what_kubectl_says_at_length_is_told_once(tmp_path: Path) -> None:
+    log = (
+        "E1122 03:10:54.574608   20834 memcache.go:265] couldn't get current server API group list: connection refused"
+    )
+    program = tmp_path / "kubectl"
+    program.write_text(
+        f"#!/bin/sh\nprintf '%s\\n%s\\n' \"{log}\" 'The connection to the server was refused' >&2\nexit 1\n"
+    )
+    program.chmod(0o755)
+    with pytest.raises(RetryableError) as caught:
+        Kubectl(environ={"PATH": str(tmp_path)}).ask("get", "jobs")
+    assert str(caught.value).endswith("kubectl get: The connection to the server was refused")
 
 
 def test_a_cluster_that_is_away_for_a_while(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:

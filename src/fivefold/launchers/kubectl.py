@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ AWAY = (
     "internal error",
 )
 """What kubectl says where the cluster, and not the request, is at fault."""
+OF_ITS_LOG = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d")
+"""How the lines of kubectl's own log begin, each of which says at more length what its last line says."""
 
 
 class Kubectl:
@@ -80,8 +83,9 @@ class Kubectl:
 
 
 def _error(verb: str, said: str) -> FivefoldError:
-    words = " ".join(said.split()) or "it said nothing"
-    if any(sign in words.lower() for sign in AWAY):
+    told = [line for line in said.splitlines() if not OF_ITS_LOG.match(line)] or said.splitlines()
+    words = " ".join(" ".join(told).split()) or "it said nothing"
+    if any(sign in said.lower() for sign in AWAY):
         return RetryableError(
             f"the cluster does not answer, the same command may succeed later: kubectl {verb}: {words}"
         )
