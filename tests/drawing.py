@@ -21,6 +21,17 @@ def noise_in(folder: Path, names: Sequence[str], count: int, seed: int = 0) -> N
             noise(folder / name / f"{number}.png", random)
 
 
+def tinted_in(folder: Path, names: Sequence[str], count: int, by: int) -> None:
+    """`count` images in each of at most three folders, random but for one colour of its own, which is `by` brighter."""
+    random = np.random.default_rng(0)
+    for colour, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(0, 120, (12, 12, 3))
+            pixels[..., colour] += by
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
+
+
 def write_test_table(folder: Path, count: int) -> None:
     """A `test.csv` of the images 0.png, 1.png, … in `images`."""
     rows = "".join(f"{n},images/{n}.png\n" for n in range(count))

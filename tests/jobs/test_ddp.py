@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from drawing import tinted_in
 from fivefold import predictions
 from fivefold.launchers.replicas import free_port
 from jobs.__main__ import run
@@ -42,13 +42,7 @@ SECONDS_TO_END = 45
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn images of two classes, their split, and another split of them."""
     root = tmp_path_factory.mktemp("world")
-    drawing = np.random.default_rng(0)
-    for code, name in enumerate(("a", "b")):
-        (root / "train" / name).mkdir(parents=True)
-        for number in range(53):
-            pixels = drawing.integers(0, 120, (12, 12, 3))
-            pixels[..., code] += 60
-            Image.fromarray(pixels.astype(np.uint8)).save(root / "train" / name / f"{number}.png")
+    tinted_in(root / "train", ["a", "b"], 53, by=60)
     for name, seed in (("split", 1), ("other", 2)):
         channels = {"SM_CHANNEL_TRAIN": str(root / "train"), "SM_OUTPUT_DATA_DIR": str(root / name)}
         assert run("split", ["split.folds=2", "split.holdout=0.1", f"split.seed={seed}"], channels) == 0

@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from drawing import tinted_in
 from jobs.__main__ import run
 
 pytestmark = pytest.mark.slow
@@ -51,13 +50,7 @@ slowest: dict[str, float] = {}
 def world(tmp_path_factory) -> Path:
     """Drawn images in two classes, their split, teachers, and what the stages make of them when nothing happens."""
     root = tmp_path_factory.mktemp("world")
-    drawing = np.random.default_rng(0)
-    for code, name in enumerate(("a", "b")):
-        (root / "train" / name).mkdir(parents=True)
-        for number in range(53):
-            pixels = drawing.integers(0, 120, (12, 12, 3))
-            pixels[..., code] += 100
-            Image.fromarray(pixels.astype(np.uint8)).save(root / "train" / name / f"{number}.png")
+    tinted_in(root / "train", ["a", "b"], 53, by=100)
     split = {"SM_CHANNEL_TRAIN": str(root / "train"), "SM_OUTPUT_DATA_DIR": str(root / "split")}
     assert run("split", ["split.folds=2", "split.holdout=0.1"], split) == 0
     for fold in range(2):
