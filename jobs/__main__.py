@@ -21,7 +21,7 @@ from fivefold.choose import choose
 from fivefold.contract.failure import explained, report_failure
 from fivefold.contract.hosts import index_is_of_hosts
 from fivefold.contract.job import Job, given_channels, hyperparameters, job_from, output_data, output_dir
-from fivefold.contract.layout import in_run
+from fivefold.contract.layout import in_run, run_at
 from fivefold.contract.place import PARENT
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
@@ -83,7 +83,7 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
         with noted(at_once=not parent), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
             settings = settings_of(stage, arguments, environ)
             if settings.run:
-                environ = in_run(stage, environ, f"{settings.runs}/{settings.run}", settings.fold)
+                environ = in_run(stage, environ, run_at(settings.runs, settings.run), settings.fold)
             job = job_from(stage, environ, Path(scratch))
             with company.joined(job), job.remote:
                 (run_stage if job.place.leads else company.follow)(job, settings)

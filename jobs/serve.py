@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fivefold.contract.job import base_dir, job_from
+from fivefold.contract.layout import run_at
 from fivefold.contract.stages import STAGES
 from fivefold.contract.storage import SCRATCH
 from fivefold.errors import MissingInputError
@@ -82,7 +83,7 @@ def port_layer(environ: Mapping[str, str]) -> Layer:
 def model_path(environ: Mapping[str, str], settings: Settings) -> str:
     """Where the platform has put the model, else the student of the run that is named; a MissingInputError for neither."""
     hosted = base_dir(environ) / "model"
-    student = f"{settings.runs}/{settings.run}/distill" if settings.run else ""
+    student = f"{run_at(settings.runs, settings.run)}/distill" if settings.run else ""
     path = environ.get("SM_CHANNEL_MODEL") or environ.get("SM_MODEL_DIR") or student
     if not path and not hosted.is_dir():
         raise MissingInputError(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.contract.layout import CHANNELS, in_run, truth_of
+from fivefold.contract.layout import CHANNELS, in_run, run_at, truth_of
 from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, make_plan
@@ -56,6 +56,13 @@ def test_what_a_stage_can_do_without_is_taken_where_it_is(tmp_path: Path):
     assert filled("train-fold", tmp_path / "no", 0)["SM_CHANNEL_FOLDS"] == f"{tmp_path}/no/split/output", (
         "it needs that"
     )
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "../other", "/tmp/x"])
+def test_a_run_whose_name_leads_elsewhere_is_refused(name: str):
+    with pytest.raises(SettingsError, match="a name alone, without '/'"):
+        run_at("runs", name)
+    assert run_at("s3://bucket/runs/", "first") == "s3://bucket/runs/first"
 
 
 def test_a_fold_that_is_not_named_has_no_folder(tmp_path: Path):

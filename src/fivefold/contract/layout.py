@@ -18,6 +18,13 @@ GROUND_TRUTH = "gt.csv"
 EVAL_TABLE = "test.csv"
 
 
+def run_at(runs: str, run: str) -> str:
+    """The folder or URL of a run among `runs`; a SettingsError for a name that would lead elsewhere."""
+    if run in (".", "..") or "/" in run:
+        raise SettingsError(f"run={run!r} names a folder in {runs}: a name alone, without '/'; another place is RUNS=")
+    return f"{runs.rstrip('/')}/{run}"
+
+
 def channels_of(stage: str, run: str) -> dict[str, str]:
     """The channels that a stage reads of the run at `run` (a folder, or a URL), by their names."""
     return {name: f"{run}/{place}" if place else run for name, place in CHANNELS[stage].items()}
