@@ -57,7 +57,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     figures = training.scores(oof, "oof")
     close_trackers(trackers, figures | holdout_scores)
     log.info("%s out-of-fold, %d rows: %s", label, len(own_rows), training.in_words(figures))
-    return Outcome(files, {"best_epoch": next(iter(best.values())).epoch, **figures, **holdout_scores})
+    told = {"best_epoch": next(iter(best.values())).epoch, **figures, **holdout_scores, **loop.throughput.figures()}
+    return Outcome(files, told)
 
 
 def chosen_fold(fold: int | None, folds: int) -> int:

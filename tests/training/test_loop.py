@@ -1,5 +1,6 @@
 """The loop: what it selects, when it stops, and what it says of a run that goes wrong."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -66,6 +67,16 @@ def test_patience_ends_a_run_that_does_not_improve(images):
     made.schedule._set()
     fit(made)
     assert len(epochs) == 3
+
+
+def test_each_epoch_tells_its_images_a_second_and_the_record_their_median(images, caplog):
+    made = loop(images)
+    with caplog.at_level("INFO"):
+        fit(made)
+    told = [float(m) for text in caplog.messages for m in re.findall(r"epoch \d/4 .* ([\d.e+]+) images/s", text)]
+    assert told == pytest.approx(made.throughput.passes, rel=1e-3)
+    assert len(told) == 4
+    assert made.throughput.figures() == {"images_per_second": round(np.median(made.throughput.passes[1:]), 2)}
 
 
 def test_with_averaging_the_average_decides_and_the_raw_weights_may_be_kept_by_their_own_score(images):
