@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fivefold.data.dataset import Batch, ImageSet, in_order, load
 from fivefold.errors import DataError
 from fivefold.inference.tta import View, build_views
+from fivefold.models.grouped import groups_in_float32
 from fivefold.progress import track
 from fivefold.recipe import Spec
 from fivefold.replicas import BY_ITSELF, Replicas
@@ -22,6 +23,7 @@ class Runtime:
 
     `dtype` is the autocast type, None for plain float32. `mean` and `std` are float [1, 3, 1, 1]
     on the device, for images in 0..255. `replicas` are the processes that part its rows.
+    `grouped_fp32`: grouped convolutions stay in float32 under autocast.
     """
 
     device: torch.device
@@ -30,6 +32,7 @@ class Runtime:
     mean: Tensor
     std: Tensor
     replicas: Replicas = BY_ITSELF
+    grouped_fp32: bool = False
     _tiled: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )
@@ -39,7 +42,8 @@ class Runtime:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, model: nn.Module) -> nn.Module:
-        """The model on this device in this memory format."""
+        """The model on this device in this memory format, its grouped convolutions as `grouped_fp32` wants them."""
+        model = groups_in_float32(model) if self.grouped_fp32 else model
         return model.to(self.device, memory_format=self.memory_format)
 
     def images(self, images: Tensor) -> Tensor:
@@ -82,13 +86,14 @@ def make_runtime(
     mean: Sequence[float],
     std: Sequence[float],
     replicas: Replicas = BY_ITSELF,
+    grouped_fp32: bool = False,
 ) -> Runtime:
     """A Runtime from mean and std of images in 0..1."""
 
     def scaled(values: Sequence[float]) -> Tensor:
         return (torch.tensor(values, dtype=torch.float32) * 255).reshape(1, 3, 1, 1).to(device)
 
-    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std), replicas)
+    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std), replicas, grouped_fp32)
 
 
 def predict_all(
