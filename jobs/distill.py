@@ -45,7 +45,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     assemble.seed_everything(student.seed)
     network = assemble.build_classifier(student.model, len(table.classes))
     assemble.start_weights(network, student.model, job.optional_channel("weights"))
-    runtime = assemble.runtime_of(student, replicas)
+    student, runtime = training.settled(job, student, network, replicas)
     assemble.check_memory(network, student, runtime)
     training.check_disk(job, network, student)
 

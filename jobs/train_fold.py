@@ -32,7 +32,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     assemble.seed_everything(settings.seed)
     network = assemble.build_classifier(settings.model, len(table.classes))
     assemble.start_weights(network, settings.model, job.optional_channel("weights"))
-    runtime = assemble.runtime_of(settings, Replicas(job.place))
+    settings, runtime = training.settled(job, settings, network, Replicas(job.place))
     assemble.check_memory(network, settings, runtime)
     training.check_disk(job, network, settings)
 
