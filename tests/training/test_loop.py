@@ -108,3 +108,8 @@ def test_mixed_images_are_scored_against_their_mixed_labels(images):
     mixing = replace(made.mixing, name="mixup", alpha=100.0)
     fit(replace(made, mixing=mixing, observers=[rows.append]))
     assert 0 <= rows[0]["train_acc"] <= 0.9  # λ near ½: no prediction can hit more than the larger share
+
+
+def test_sam_every_kth_step_without_sam_is_refused(images):
+    with pytest.raises(SettingsError, match=r"train\.sam_every=2 is of train\.update=sam, and this is plain"):
+        loop(images, sam_every=2)
