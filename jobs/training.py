@@ -1,6 +1,7 @@
 """What `train-fold` and `distill` share around their training runs."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,9 +76,13 @@ def settled(job: Job, settings: Settings, network: nn.Module, replicas: Replicas
 
 
 def decisions_of(job: Job) -> Path | None:
-    """The folder for what the stages of a run decide once: beside the step, where the split that it reads lies there too."""
-    run, split = job.model().absolute().parent.parent, job.channel("folds").absolute()
-    return run / DECISIONS if split in (run / "split", run / "split" / "output") else None
+    """The folder for what the stages of a run decide once: beside the step, where the split that it reads lies there too.
+
+    None where it does not, or where this user may not write there.
+    """
+    run, split = job.model().absolute().parent.parent, job.channels["folds"].absolute()
+    together = split in (run / "split", run / "split" / "output")
+    return run / DECISIONS if together and os.access(run, os.W_OK) else None
 
 
 def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:

@@ -20,6 +20,7 @@ from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError, RetryableError, StoppedError
 from fivefold.inference.predictor import make_runtime
 from fivefold.recipe import Augment, Distill, Model, Settings, Train
+from fivefold.runtimes import RUNTIME, Manner
 from fivefold.stopping import noted
 from fivefold.training.loop import Loop, TrainRows, ValidRows, fit
 from fivefold.training.resume import Checkpoints
@@ -158,6 +159,17 @@ def test_a_run_that_is_over_is_not_run_again(images, tmp_path):
     assert same(fit(again)["raw"].state, best["raw"].state)
     assert told == rows
     assert len(rows) < EPOCHS
+
+
+def test_it_keeps_the_precision_and_does_not_go_on_in_another(images, tmp_path):
+    loop, _ = made("patience", images, Checkpoints(tmp_path / "kept"))
+    fit(loop)
+    kept = Checkpoints(tmp_path / "kept").load()[RUNTIME]
+    assert kept == {"precision": "fp32", "channels_last": True}
+    again, _ = made("patience", images, Checkpoints(tmp_path / "kept"))
+    other = Manner(replace(CPU, dtype=torch.bfloat16, grouped_fp32=True))
+    with pytest.raises(DataError, match=r"does not fit .* trained with .*fp32.* and this is .*bf16_grouped_fp32"):
+        fit(replace(again, parts={**again.parts, RUNTIME: other}))
 
 
 def test_one_that_cannot_be_read_gives_way_to_the_one_before(images, tmp_path, caplog):
