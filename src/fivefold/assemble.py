@@ -29,16 +29,11 @@ from fivefold.models.heads import build_head
 from fivefold.models.norms import with_norms_of_all
 from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
-from fivefold.runtimes import (
-    RUNTIME,
-    Manner,
-    in_words,
-    precision_name,
-    quickened,
-    runtime_for_prediction,
-    runtime_of,
-    settled,
-)
+from fivefold.runtimes import RUNTIME, Manner, in_words, quickened
+from fivefold.runtimes import precision_name as precision_name
+from fivefold.runtimes import runtime_for_prediction as runtime_for_prediction
+from fivefold.runtimes import runtime_of as runtime_of
+from fivefold.runtimes import settled as settled
 from fivefold.training import memory
 from fivefold.training.ema import Ema
 from fivefold.training.freezing import Freezing
@@ -54,8 +49,6 @@ from fivefold.training.teaching import Annealing, Cooling, lesson_plan
 from fivefold.training.updates import UPDATES, InTurns, Update, build_scaler
 
 log = logging.getLogger("fivefold")
-__all__ = ("RUNTIME", "in_words", "precision_name", "runtime_for_prediction", "runtime_of", "settled")
-"""Of `runtimes.py`, for those who come through this door."""
 
 
 def build_classifier(model: Model, classes: int) -> Classifier:
