@@ -12,7 +12,7 @@ from fivefold.contract.layout import run_at
 from fivefold.contract.s3.urls import is_url
 from fivefold.data.cache import DECODER, HEAD, Cache
 from fivefold.data.cached import CachedStore, with_caches
-from fivefold.data.caching import Source, cached_once
+from fivefold.data.caching import Source, cached_once, in_words
 from fivefold.data.folds import FoldTable
 from fivefold.data.images import Pixels, pixels_of
 from fivefold.data.store import ImageStore, open_store
@@ -99,5 +99,5 @@ def tell(caches: Sequence[Cache], digests: Sequence[str | None]) -> None:
     lacking = int(np.all([cache.find(digests) < 0 for cache in caches], axis=0).sum())
     rest = f"; {lacking} of {len(digests)} are not there and read from their files" if lacking else ""
     for cache in caches:
-        size = f"{len(cache)} images, {cache.pixels.in_words}, {cache.bytes / 2**30:.3g} GiB"
+        size = f"{len(cache)} images, {cache.pixels.in_words}, {in_words(cache.bytes)}"
         log.info("image cache: %s (%s)%s", cache.folder, size, rest)

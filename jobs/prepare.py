@@ -9,11 +9,11 @@ from fivefold.contract.artifacts import locate
 from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, FOLDS
 from fivefold.data.cache import HEAD, INDEX, PIXELS
-from fivefold.data.caching import Source, key_of_images, made, survey
+from fivefold.data.caching import Source, in_words, key_of_images, made, survey
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import read_folds
 from fivefold.data.images import is_image, pixels_of
-from fivefold.data.store import GIB, open_store
+from fivefold.data.store import open_store
 from fivefold.recipe import Settings
 from jobs.outcome import Outcome
 
@@ -26,7 +26,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     images = survey(sources(job, settings), pixels)
     folder = job.output() / key_of_images(images, pixels)
     cache = made(folder, images, pixels, settings.data.cache_gib)
-    log.info("%d images, %s, %.3g GiB: %s", len(cache), pixels.in_words, cache.bytes / GIB, folder)
+    log.info("%d images, %s, %s: %s", len(cache), pixels.in_words, in_words(cache.bytes), folder)
     others = sorted(path.parent.name for path in job.output().glob(f"*/{HEAD}") if path.parent != folder)
     if others:
         log.info("caches of other images or settings are left alone: %s", ", ".join(others))

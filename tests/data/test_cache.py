@@ -20,12 +20,13 @@ from PIL import Image
 
 from fivefold.data.cache import ENTRY, HEAD, INDEX, PIXELS, Cache, key_of
 from fivefold.data.cached import with_caches
-from fivefold.data.caching import Source, bytes_of, cached_once, check_room, key_of_images, made, survey
+from fivefold.data.caching import Source, build, bytes_of, cached_once, check_room, key_of_images, made, survey
 from fivefold.data.dataset import ImageSet, epoch_batches, load
 from fivefold.data.images import Pixels, decode
 from fivefold.data.store import open_store
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
+from rights import let_others_in
 
 GIB = 2**30
 KINDS = [Pixels(), Pixels(24), Pixels(24, scaled=True)]
@@ -251,7 +252,7 @@ def test_an_index_that_points_out_of_the_file_is_refused(odd: Source, tmp_path: 
 def test_one_that_is_too_large_is_an_error_that_says_what_helps(odd: Source, tmp_path: Path) -> None:
     images = survey([odd], Pixels())
     with pytest.raises(
-        SettingsError, match=r"16 decoded images take .* GiB, and data.cache_gib=1e-05 are allowed: .*data.store_size"
+        SettingsError, match=r"16 decoded images take .* MiB, and data.cache_gib=1e-05 are allowed: .*data.store_size"
     ):
         check_room(tmp_path, images, 1e-5)
     assert cached_once(tmp_path / "caches", [odd], Pixels(), 1e-5) is None
@@ -262,12 +263,52 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_decoded(
     odd: Source, tiny_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     images = survey([odd], Pixels())
-    with pytest.raises(RetryableError, match="GiB free for them: free some"):
+    with pytest.raises(RetryableError, match="MiB free for them: free some"):
         made(tiny_disk / "key", images, Pixels(), 1.0)
     assert cached_once(tiny_disk, [odd], Pixels(), 1.0) is None
     assert "images are read from their files" in caplog.text
     assert not list(tiny_disk.glob("[!.]*"))
     assert not list(tiny_disk.glob(".*.tmp"))
+
+
+def test_a_disk_that_fills_while_images_are_written_is_75_and_nothing_is_left(odd: Source, tiny_disk: Path) -> None:
+    with pytest.raises(RetryableError, match=r"no space left to write .*free some, then run the same command again"):
+        build(tiny_disk / "key", survey([odd], Pixels()), Pixels())
+    assert not list(tiny_disk.iterdir())
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from fivefold.data.cache import Cache
+from fivefold.data.caching import one_builder, Source, cached_once
+from fivefold.data.images import Pixels
+from fivefold.data.store import open_store
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+caches, images, *digests = sys.argv[1:]
+store = open_store(Path(images))
+found = cached_once(Path(caches), [Source(store, store.names()[:len(digests)], digests)], Pixels(), 1.0)
+print(None if found is None else found.image(0).sum())
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_may_read_a_cache_and_goes_without_where_it_could_not_make_one(
+    odd: Source, tmp_path: Path
+) -> None:
+    cache = cache_of(odd, tmp_path / "caches")
+    let_others_in(tmp_path / "caches", odd.store.root)
+
+    def asked(digests: list[str]) -> tuple[str, str]:
+        command = [sys.executable, "-c", AS_NOBODY, str(tmp_path / "caches"), str(odd.store.root), *digests]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        return ended.stdout.strip(), ended.stderr
+
+    assert asked(list(odd.sha256)) == (str(cache.image(0).sum()), "")
+    said, log_ = asked(list(odd.sha256[:2]))
+    assert said == "None"
+    assert "Permission denied" in log_
+    assert "images are read from their files" in log_
 
 
 def test_where_nothing_can_be_written_images_are_read_from_their_files(

@@ -28,7 +28,7 @@ from fivefold.data.images import Pixels, decoded_size
 from fivefold.data.store import GIB, ImageStore
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
 from fivefold.machine import count_cores
-from fivefold.progress import track
+from fivefold.progress import MIB, track
 from fivefold.stopping import poll
 
 log = logging.getLogger("fivefold")
@@ -93,16 +93,22 @@ def bytes_of(images: Iterable[Surveyed]) -> int:
     return sum(_padded(height * width * 3) for height, width in (image.size for image in images))
 
 
+def in_words(size: float) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
+
+
 def check_room(folder: Path, images: Sequence[Surveyed], most_gib: float) -> None:
     """Raises where these images are too large: a SettingsError for `most_gib`, a RetryableError for the disk's free space."""
     needed, free = bytes_of(images), (1 - RESERVE) * shutil.disk_usage(folder).free
-    what = f"{len(images)} decoded images take {needed / GIB:.3g} GiB"
+    what = f"{len(images)} decoded images take {in_words(needed)}"
     smaller = "data.store_size=256, say, shrinks each to 256 pixels"
     if needed > most_gib * GIB:
         raise SettingsError(f"{what}, and data.cache_gib={most_gib:g} are allowed: raise that key, or {smaller}")
     if needed > free:
         raise RetryableError(
-            f"{what}, and {folder} has {free / GIB:.3g} GiB free for them: free some, give another folder, or {smaller}"
+            f"{what}, and {folder} has {in_words(free)} free for them: "
+            f"free some, then run the same command again; another folder helps too, or {smaller}"
         )
 
 
@@ -168,6 +174,8 @@ def one_builder(path: Path) -> Iterator[None]:
     try:
         file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
+        if not lock.exists():
+            raise
         file = os.open(lock, os.O_RDONLY)
     try:
         _take(file, path)
@@ -221,9 +229,8 @@ def _opened(path: Path) -> Cache | None:
 
 def _built(path: Path, images: Sequence[Surveyed], pixels: Pixels, most_gib: float) -> Cache:
     check_room(path.parent, images, most_gib)
-    log.info(
-        "%d images are decoded once, %s, into %s (%.3g GiB)", len(images), pixels.in_words, path, bytes_of(images) / GIB
-    )
+    size = in_words(bytes_of(images))
+    log.info("%d images are decoded once, %s, into %s (%s)", len(images), pixels.in_words, path, size)
     return build(path, images, pixels)
 
 

@@ -69,7 +69,7 @@ class Pixels:
     @property
     def in_words(self) -> str:
         scaled = ", JPEGs decoded at a scale" if self.scaled else ""
-        return f"shrunk to {self.store_size} pixels{scaled}" if self.store_size else "as decoded"
+        return f"shrunk to {self.store_size} pixels{scaled}" if self.store_size else "at their own size"
 
 
 def pixels_of(data: Data) -> Pixels:
