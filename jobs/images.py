@@ -8,7 +8,6 @@ import numpy as np
 
 from fivefold.contract.artifacts import locate_all
 from fivefold.contract.job import Job
-from fivefold.contract.layout import run_at
 from fivefold.contract.s3.urls import is_url
 from fivefold.data.cache import DECODER, HEAD, Cache
 from fivefold.data.cached import CachedStore, with_caches
@@ -48,7 +47,7 @@ def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore | C
 
 
 def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
-    """The caches below the cache channel, all their bytes checked; those that hold images as `pixels`, if given.
+    """The caches below the cache channel, all their bytes checked (on each host once); those that hold images as `pixels`, if given.
 
     Raises MissingInputError for a channel without any, DataError for one that is damaged, SettingsError where none
     holds images as these pixels.
@@ -60,7 +59,8 @@ def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
     if not found:
         raise MissingInputError(f"no {HEAD} below the channel 'cache' ({folder}): give the output of prepare")
     for cache in found:
-        cache.verify()
+        if job.place.local_rank == 0:
+            cache.verify()
         if cache.decoder != DECODER:
             log.warning("%s was decoded by %s, not by this %s: pixels may differ", cache.folder, cache.decoder, DECODER)
     fitting = [cache for cache in found if pixels in (None, cache.pixels)]
@@ -85,13 +85,15 @@ def first_use(source: Source, pixels: Pixels, folder: Path | None, most_gib: flo
 def cache_folder(settings: Settings) -> Path | None:
     """Where caches are made on first use: `data.cache`; `auto` is beside the runs in a run of this machine, else nowhere."""
     chosen = settings.data.cache
-    if chosen in OFF or (chosen == AUTO and (not settings.run or is_url(run_at(settings.runs, settings.run)))):
-        return None
+    if chosen == AUTO:
+        # Where the platform has folders of its own, a run is a title, and no such folder is there.
+        told = settings.run and not is_url(settings.runs) and Path(settings.runs).is_dir()
+        return Path(settings.runs) / BESIDE_RUNS if told else None
     if is_url(chosen):
         raise SettingsError(
-            f"data.cache={chosen} is a folder of this machine, no URL; prepare makes a cache to be kept at one"
+            f"data.cache={chosen} is a folder of this machine, no URL; prepare makes a cache that is kept at one"
         )
-    return Path(settings.runs) / BESIDE_RUNS if chosen == AUTO else Path(chosen)
+    return None if chosen in OFF else Path(chosen)
 
 
 def tell(caches: Sequence[Cache], digests: Sequence[str | None]) -> None:

@@ -257,11 +257,15 @@ def test_prepare_takes_a_split_that_opened_no_image_and_train_fold_goes_without(
     assert not (world / "untouched").exists()
 
 
-def test_in_a_run_the_cache_lies_beside_the_runs_and_elsewhere_there_is_none(world: Path, plain: Path) -> None:
+def test_in_a_run_the_cache_lies_beside_the_runs_and_elsewhere_there_is_none(
+    world: Path, plain: Path, tmp_path: Path
+) -> None:
     def folder(**data: object) -> Path | None:
-        return cache_folder(Settings(run="first", runs="r", data=Data(**data)))
+        return cache_folder(Settings(run="first", runs=str(tmp_path / "r"), data=Data(**data)))
 
-    assert folder() == Path("r/cache")
+    assert folder() is None, "a run that is but a title has no folder"
+    (tmp_path / "r").mkdir()
+    assert folder() == tmp_path / "r" / "cache"
     assert folder(cache="off") is folder(cache="") is None
     assert folder(cache="/x") == Path("/x")
     assert cache_folder(Settings()) is None

@@ -22,10 +22,12 @@ from PIL import Image
 from fivefold.contract.files import read_json, sha256
 from fivefold.data.images import Pixels
 from fivefold.errors import DataError, MissingInputError
+from fivefold.progress import track
 
 HEAD, INDEX, PIXELS = "cache.json", "index.npy", "pixels.u8"
 FORMAT = 1
 ALIGNED = 64
+PORTION = 1 << 22
 ENTRY = np.dtype([("sha256", "S32"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
 DECODER = f"Pillow {Image.__version__}"
 
@@ -68,8 +70,13 @@ class Cache:
         return self._mapped[offset : offset + height * width * 3].reshape(height, width, 3)
 
     def verify(self) -> None:
-        """Reads all pixels; a DataError unless they are those that were written."""
-        if sha256(self.folder / PIXELS) != self._digest:
+        """Reads all pixels, with a progress bar; a DataError unless they are those that were written."""
+        digest = hashlib.sha256()
+        with open(self.folder / PIXELS, "rb") as file:
+            portions = iter(lambda: file.read(PORTION), b"")
+            for portion in track(portions, self.bytes, "checking the image cache", bytes_of=len):
+                digest.update(portion)
+        if digest.hexdigest() != self._digest:
             raise DataError(
                 f"{self.folder / PIXELS} is damaged: its bytes do not match the digest in {HEAD}; copy the whole folder "
                 "again, or run prepare again"

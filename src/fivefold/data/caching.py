@@ -59,7 +59,7 @@ class Source:
         return content, found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Surveyed:
     """A file that a cache is to hold: where it is, its digest, and the (height, width) that it is stored at, about."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fivefold.data.cache import Cache
 from fivefold.data.cached import CachedStore, caches_of
 from fivefold.data.images import Pixels
 from fivefold.data.meta import count_numbers, measure
@@ -124,7 +125,7 @@ class ImageSet(Dataset):
             return self.kept[row]
         for cache, at in self.cached:
             if at[row] >= 0:
-                return cache.image(at[row])
+                return _held(cache, int(at[row]))
         content = self.store.read(self.paths[row])
         expected = None if self.sha256 is None else self.sha256[row]
         if expected is None and not self.cached:
@@ -133,7 +134,7 @@ class ImageSet(Dataset):
         if expected not in (None, digest):
             raise DataError(f"{self.paths[row]} is not the file that the split saw; run the split again")
         found = ((cache, int(cache.find([digest])[0])) for cache, _ in self.cached)
-        held = next((cache.image(at) for cache, at in found if at >= 0), None)
+        held = next((_held(cache, at) for cache, at in found if at >= 0), None)
         return self.pixels.decode(content, self.paths[row]) if held is None else held
 
     def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
@@ -156,14 +157,17 @@ class ImageSet(Dataset):
         # default_generator, since torch.manual_seed would reseed CUDA's generators at every sample
         torch.default_generator.manual_seed(derive_seed(self.seed, epoch, row))
         pixels = self.image(row)
-        if not pixels.flags.writeable:
-            _take_read_only()
         return self.transform(torch.from_numpy(pixels).permute(2, 0, 1)), self._meta(row, pixels)
 
     def _meta(self, row: int, pixels: np.ndarray) -> np.ndarray | None:
         if not self.meta:
             return None
         return measure(pixels, self.meta) if self.measured is None else self.measured[row]
+
+
+def _held(cache: Cache, at: int) -> np.ndarray:
+    _take_read_only()
+    return cache.image(at)
 
 
 @lru_cache(maxsize=1)

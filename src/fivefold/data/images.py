@@ -102,7 +102,7 @@ def decoded_size(content: bytes, name: str) -> tuple[int, int]:
     _silence_pillow()
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
-            turned = _orientation(image) in TURNED
+            turned = image.format != "TIFF" and _orientation(image) in TURNED  # Pillow turns TIFFs itself
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:  # decoders raise whatever foreign bytes lead them to
         raise DataError(f"{name} cannot be decoded: {_reason(error, content)}") from error
