@@ -57,7 +57,7 @@ def stage(root: Path, name: str, folder: str, *arguments: str, **channels: Path)
         "SM_OUTPUT_DATA_DIR": str(root / folder / "output"),
         "SM_OUTPUT_DIR": str(root / folder),
     }
-    return run(name, arguments, {**variables, **given})
+    return run(name, arguments, {name: value for name, value in {**variables, **given}.items() if value != "."})
 
 
 def train(root: Path, folder: str, *arguments: str, **channels: Path) -> Path:
@@ -169,6 +169,26 @@ def test_what_predicts_takes_the_pixels_that_the_model_was_trained_on(world: Pat
         assert stage(world, "ensemble", f"ensemble-{name}", model=world / "both", eval=world / "eval", **cache) == 0
     tables = [(world / f"ensemble-{name}" / "output" / "predictions.parquet").read_bytes() for name in folders]
     assert len(set(tables)) == 1
+
+
+@pytest.mark.slow
+def test_models_to_which_other_pixels_count_predict_together(world: Path) -> None:
+    """A committee, which decodes for all its members, against the ensemble, in which each member reads for itself."""
+    for name, *more in (("sized", "data.store_size=10", "data.scaled_decoding=true"), ("whole",)):
+        for fold in range(2):
+            train(world, f"mixed/{name}-{fold}", f"system={name}", *more, OFF, f"FOLD={fold}")
+    channels = {"model": world / "mixed", "eval": world / "eval"}
+    assert (
+        stage(world, "ensemble", "mixed-ensemble", "ensemble.blend=mean", "ensemble.temperature=none", **channels) == 0
+    )
+    table = read(world / "mixed-ensemble" / "output" / "predictions.parquet")
+    expected = {
+        f"images/{name}.png": float(np.exp(row.max())) for name, row in zip(table.ids, table.log_probs, strict=True)
+    }
+    assert stage(world, "predict", "mixed-predict", images=world / "eval", model=world / "mixed", folds=Path()) == 0
+    lines = (world / "mixed-predict" / "output" / "predictions.csv").read_text().splitlines()[1:]
+    found = {line.split(",")[0]: float(line.split(",")[2]) for line in lines}
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.slow
