@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,17 @@ from PIL import Image
 
 from fivefold.data.cache import ENTRY, HEAD, INDEX, PIXELS, Cache, key_of
 from fivefold.data.cached import with_caches
-from fivefold.data.caching import Source, build, bytes_of, cached_once, check_room, key_of_images, made, survey
+from fivefold.data.caching import (
+    Source,
+    build,
+    bytes_of,
+    cached_once,
+    check_room,
+    key_of_images,
+    made,
+    one_builder,
+    survey,
+)
 from fivefold.data.dataset import ImageSet, epoch_batches, load
 from fivefold.data.images import Pixels, decode
 from fivefold.data.store import open_store
@@ -376,6 +387,24 @@ def test_of_two_processes_at_once_one_builds_and_both_have_the_same(odd: Source,
     assert len(set(found)) == 1, "one folder, made once, and the same pixels"
     assert len(list(tmp_path.glob("[!.]*"))) == 1
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_who_comes_second_says_that_it_waits_and_takes_what_the_first_made(
+    odd: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = tmp_path / key_of(list(odd.sha256), Pixels())
+    with ThreadPoolExecutor(1) as pool:
+        with one_builder(path):
+            second = pool.submit(cached_once, tmp_path, [odd], Pixels(), 1.0)
+            deadline = time.monotonic() + 30
+            while "waiting for it" not in caplog.text:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            first = build(path, survey([odd], Pixels()), Pixels())
+            assert not second.done()
+        assert second.result(30).folder == first.folder
+    assert "decoded once" not in caplog.text, "the second made nothing"
 
 
 BUILDER = """

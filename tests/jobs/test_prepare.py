@@ -1,8 +1,13 @@
 """`prepare`, its cache as a channel, and the cache that the first process makes: the same bytes as without any."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +174,33 @@ def test_what_predicts_takes_the_pixels_that_the_model_was_trained_on(world: Pat
         assert stage(world, "ensemble", f"ensemble-{name}", model=world / "both", eval=world / "eval", **cache) == 0
     tables = [(world / f"ensemble-{name}" / "output" / "predictions.parquet").read_bytes() for name in folders]
     assert len(set(tables)) == 1
+
+
+@pytest.mark.slow
+def test_told_to_stop_it_is_143_with_nothing_left_and_the_same_command_makes_the_cache(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for number in range(80):
+        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(path, compress_level=1)
+    assert stage(tmp_path, "split", "split", "split.folds=2") == 0
+    output = tmp_path / "prepared"
+    variables = {"TRAIN": tmp_path / "train", "FOLDS": tmp_path / "split" / "output"}
+    environ = {f"SM_CHANNEL_{name}": str(path) for name, path in variables.items()} | {
+        "SM_OUTPUT_DATA_DIR": str(output)
+    }
+    command = [sys.executable, "-m", "jobs", "prepare"]
+    process = subprocess.Popen(command, env=os.environ | environ, cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size > 10**6 for path in output.glob(".*.tmp/pixels.u8")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be told to"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert not [path for path in output.iterdir() if not path.name.endswith(".lock")]
+    assert subprocess.run(command, env=os.environ | environ, cwd=Path(__file__).parents[2]).returncode == 0
+    Cache(next(output.glob(f"*/{HEAD}")).parent).verify()
 
 
 @pytest.mark.slow

@@ -52,8 +52,11 @@ def in_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | None)
     for name, place in channels_of(stage.name, run).items():
         if name not in given and (name in stage.channels or _is_there(place)):
             found[f"SM_CHANNEL_{name.upper()}"] = place
-    if "cache" in stage.optional and "cache" not in given and _is_there(f"{run}/{PREPARED}/{RECORD}"):
-        found["SM_CHANNEL_CACHE"] = f"{run}/{PREPARED}"
+    prepared = f"{run}/{PREPARED}"
+    if "cache" in stage.optional and "cache" not in given:
+        # At a URL only what is finished is found at all.
+        there = _is_there(prepared if is_url(run) else f"{prepared}/{RECORD}")
+        found |= {"SM_CHANNEL_CACHE": prepared} if there else {}
     if stage.name == "evaluate" and "ground_truth" not in given and "eval" in given:
         found["SM_CHANNEL_GROUND_TRUTH"] = truth_of(str(given["eval"])) or ""
     return {**environ, **{name: value for name, value in found.items() if not environ.get(name)}}
