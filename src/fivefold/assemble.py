@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet, count_batches
 from fivefold.data.folds import FoldTable
+from fivefold.data.images import pixels_of
 from fivefold.data.meta import count_numbers
 from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
@@ -83,7 +84,7 @@ def images_at(
     """The images at `paths`, checked against their digests; kept in memory if they fit and the settings want it."""
     specs = settings.augment.train if training else settings.augment.eval
     transform = build_transforms(specs, settings.model.size, evaluation=not training)
-    images = ImageSet(store, paths, transform, settings.seed, sha256, settings.model.meta)
+    images = ImageSet(store, paths, transform, settings.seed, sha256, settings.model.meta, pixels_of(settings.data))
     if settings.train.keep_in_memory and not images.keep_in_memory():
         log.info("%d images are too many to keep decoded in memory; they are read at each epoch", len(images))
     if settings.model.meta:
