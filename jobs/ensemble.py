@@ -18,7 +18,7 @@ from fivefold.contract.job import Job
 from fivefold.contract.stages import EACH, ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
 from fivefold.data.evals import EvalTable, Submission, read_eval
 from fivefold.data.same_classes import SameClasses
-from fivefold.data.store import ImageStore, open_store
+from fivefold.data.store import open_store
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.calibration import apply_temperature
 from fivefold.inference.blends import combined, equal
@@ -28,7 +28,7 @@ from fivefold.inference.submission import check_columns, write_submission
 from fivefold.inference.submitted import PREFIX, holds_labels, read_submitted, system_name
 from fivefold.inference.systems import Rule, Score, System, join, judge_holdout, scores_alone, weigh
 from fivefold.inference.tta import same_views
-from fivefold.members import load_member, save_predictions
+from fivefold.members import Gallery, ImageFiles, load_member, save_predictions
 from fivefold.predictions import Predictions, in_class_order
 from fivefold.recipe import Ensemble, Settings, Spec
 from jobs.outcome import Outcome
@@ -54,7 +54,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
     explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
-    each = {name: predict(group, store, images, explicit, options.within) for name, group in groups.items()}
+    gallery = Gallery(ImageFiles(store, images.paths), job.scratch)
+    each = {name: predict(group, gallery, explicit, options.within) for name, group in groups.items()}
     each |= {name: found.log_probs for name, found in submitted.items()}
     systems = [system_of(name, group, explicit.get("views"), options.within) for name, group in groups.items()]
     systems += [System(name, 1, 1, None, None) for name in submitted]
@@ -161,15 +162,14 @@ def product_for(blend: str, groups: Mapping[str, list[ModelDir]], files: Mapping
     return product_of(described(groups))
 
 
-def predict(
-    group: list[ModelDir], store: ImageStore, images: EvalTable, explicit: Mapping[str, Any], within: str
-) -> np.ndarray:
+def predict(group: list[ModelDir], gallery: Gallery, explicit: Mapping[str, Any], within: str) -> np.ndarray:
     """A system's models as one [N, C], each with an equal say; one network at a time is in memory."""
     found, classes = [], group[0].info["classes"]
     for number, model in enumerate(group, start=1):
         member = load_member(model, explicit)
         log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), in_words(member.runtime))
-        log_probs = member.predict(store, images.paths, model.name)
+        log_probs = member.predict_seen(gallery, model.name)
+        del member
         found.append(in_class_order(log_probs, model.info["classes"], classes))
     return combined(within, found, equal(len(found)))
 

@@ -12,7 +12,7 @@ from fivefold.data.store import open_store
 from fivefold.inference.blends import mean
 from fivefold.inference.ensemble import check_same
 from fivefold.inference.product import needs_product, product_of
-from fivefold.members import save_predictions
+from fivefold.members import Gallery, ImageFiles, save_predictions
 from fivefold.recipe import Settings
 from jobs.ensemble import by_system, check_submission, described, predict, submit, table_of
 from jobs.outcome import Outcome
@@ -38,7 +38,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     check_submission(images, classes, same)
 
     explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
-    each = {name: predict(group, store, images, explicit, "mean") for name, group in groups.items()}
+    gallery = Gallery(ImageFiles(store, images.paths), job.scratch)
+    each = {name: predict(group, gallery, explicit, "mean") for name, group in groups.items()}
     log_probs = product.join(each) if product else mean(list(each.values()))
     table = table_of(images, product.name if product else " + ".join(each), classes, log_probs)
     output = job.output()

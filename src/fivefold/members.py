@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fivefold import predictions
 from fivefold.assemble import (
     build_classifier,
     choose_workers,
+    image_set,
     precision_name,
     predict_batch_size,
     runtime_for_prediction,
@@ -22,6 +23,8 @@ from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.stages import MODEL, RAW_WEIGHTS, WEIGHTS
 from fivefold.data.dataset import Batch, ImageSet, joined
+from fivefold.data.folds import FoldTable
+from fivefold.data.prepared import Prepared, memory_limit
 from fivefold.data.store import FolderStore, ImageStore
 from fivefold.data.transforms import Transform, build_transforms
 from fivefold.errors import DataError
@@ -49,12 +52,18 @@ class Member:
 
     def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[Spec] = ()) -> np.ndarray:
         """Log-probabilities float32 [N, C] of the images at `paths`, by the recipe's views unless others are given."""
-        return predict_images(self.network, self.settings, self.runtime, ImageFiles(store, paths), label, views)
+        return self.predict_seen(Gallery(ImageFiles(store, paths)), label, views)
+
+    def predict_seen(
+        self, gallery: "Gallery", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """As `predict`, of the images of a gallery (or of some `rows` of it), which makes them once for all members."""
+        return predict_images(self.network, self.settings, self.runtime, gallery.seen_by(self), label, views, rows)
 
     def predict_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Log-probabilities float32 [N, C] of decoded images, each uint8 [H, W, 3], by the recipe's views."""
         files = ImageFiles(FolderStore(Path()), [""] * len(pixels), pixels=pixels)
-        return predict_images(self.network, self.settings, self.runtime, files, "")
+        return predict_images(self.network, self.settings, self.runtime, evaluated(self.settings, files), "")
 
     @property
     def sight(self) -> str:
@@ -70,7 +79,7 @@ class Member:
         """A decoded image uint8 [H, W, 3] as the network takes it, a batch of one; for several threads at once."""
         image = ImageSet(FolderStore(Path()), [""], self._transform, meta=self.settings.model.meta)
         image.kept = [pixels]
-        return image.__getitems__([(0, 0)])
+        return image.seen(0)
 
     def predict_prepared(self, images: Sequence[Batch]) -> np.ndarray:
         """Log-probabilities float32 [N, C] of N prepared images, in one step, by the recipe's views."""
@@ -88,22 +97,58 @@ class ImageFiles:
     """The decoded images, where they are in memory already."""
 
 
-def predict_images(
-    network: nn.Module, settings: Settings, runtime: Runtime, files: ImageFiles, label: str, views: Sequence[Spec] = ()
-) -> np.ndarray:
-    """Log-probabilities float32 [N, C] with the evaluation transform, by the recipe's views unless others are given.
+@dataclass
+class Gallery:
+    """Images as members see them: decoded and transformed once for all members of the same sight, and for all views.
 
-    With a progress bar, unless `files` brings its pixels.
+    They stay in memory up to a limit that all sights share, then in files of the folder `scratch`.
     """
+
+    files: ImageFiles
+    scratch: Path | None = None
+    seen: dict[str, Prepared] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    def seen_by(self, member: Member) -> Prepared:
+        """The images as the member's network takes them; made when it predicts."""
+        if member.sight not in self.seen:
+            left = memory_limit() - sum(other.in_memory for other in self.seen.values())
+            self.seen[member.sight] = evaluated(member.settings, self.files, self.scratch, left)
+        return self.seen[member.sight]
+
+
+def evaluation_images(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings) -> Prepared:
+    """The images of rows of the split as every validation and every view sees them, made once if memory holds them."""
+    images = image_set(store, table, rows, settings, training=False)
+    return Prepared(images, otherwise=partial(images.read_once, settings.train.keep_in_memory))
+
+
+def evaluated(settings: Settings, files: ImageFiles, scratch: Path | None = None, limit: int | None = None) -> Prepared:
+    """Images under the evaluation transform of a recipe, to be made once; `limit` bytes in memory, more in `scratch`."""
     transform = build_transforms(settings.augment.eval, settings.model.size, evaluation=True)
     images = ImageSet(files.store, files.paths, transform, sha256=files.sha256, meta=settings.model.meta)
     if files.pixels is not None:
         images.kept = list(files.pixels)
-        workers, label = 0, ""
-    else:
-        workers = choose_workers(settings.train.workers, runtime)
-    size = predict_batch_size(settings)
-    return predict_all(network, images, size, workers, runtime, views or settings.predict.views, label)
+    return Prepared(images, scratch, limit)
+
+
+def predict_images(
+    network: nn.Module,
+    settings: Settings,
+    runtime: Runtime,
+    images: Prepared,
+    label: str,
+    views: Sequence[Spec] = (),
+    rows: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Log-probabilities float32 [N, C] of all images, or of some `rows`, by the recipe's views unless others are given.
+
+    With a progress bar, if there is a `label`.
+    """
+    size, workers = predict_batch_size(settings), choose_workers(settings.train.workers, runtime)
+    return predict_all(network, images, size, workers, runtime, views or settings.predict.views, label, rows)
 
 
 def load_member(
