@@ -21,7 +21,8 @@ from fivefold.evaluation.examples import image_grid, spread_out
 from fivefold.evaluation.metrics import predicted, summary
 from fivefold.evaluation.plots import training_curves
 from fivefold.inference.predictor import Runtime
-from fivefold.members import evaluation_images, predict_images, save_predictions
+from fivefold.inference.tables import save_predictions
+from fivefold.members import evaluation_images, predict_images
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
 from fivefold.replicas import Replicas

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fivefold import predictions
 from fivefold.assemble import (
     build_classifier,
     choose_workers,
@@ -30,7 +29,6 @@ from fivefold.data.transforms import Transform, build_transforms
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict, predict_all
 from fivefold.models.weights import load_exactly, save_weights
-from fivefold.predictions import Predictions
 from fivefold.recipe import Settings, Spec
 from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.sections import OF_PLATFORMS
@@ -201,10 +199,3 @@ def save_member(
         },
     )
     return [*written, folder / MODEL]
-
-
-def save_predictions(path: Path, table: Predictions) -> Path:
-    """Writes a predictions table, whole or not at all; its path."""
-    with atomic(path) as temporary:
-        predictions.write(temporary, table)
-    return path

@@ -124,11 +124,11 @@ class TableFile:
     rows: int
     labelled: bool
 
-    def ids(self) -> pa.Array:
-        """The ids [N], texts; a DataError where one is absent or stands twice."""
+    def ids(self, checked: bool = True) -> pa.Array:
+        """The ids [N], texts; a DataError where one is absent or, if that is to be `checked`, stands twice."""
         blocks = [_texts(block, "id", self.path) for block in self.blocks(["id"])]
         ids = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
-        if len(pc.unique(ids)) < len(ids):
+        if checked and len(pc.unique(ids)) < len(ids):
             raise DataError(f"{self.path}: ids stand twice: {sample(_twice(ids.to_pylist()))}")
         return ids
 
@@ -204,21 +204,23 @@ def check(table: Predictions, where: str) -> None:
     if len(set(table.ids)) < len(table):
         raise DataError(f"{where}: ids stand twice: {sample(_twice(table.ids))}")
     for start in range(0, len(table), ROWS_A_GROUP):
-        block = table.log_probs[start : start + ROWS_A_GROUP]
-        with np.errstate(over="ignore"):
-            sums = np.exp(block.astype(np.float64)).sum(axis=1)
-        # Written so that NaN counts as bad.
-        bad = np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))
-        if len(bad):
-            _refuse_row(block[bad[0]], sums[bad[0]], f"{where}: the row of id {table.ids[start + bad[0]]!r}")
+        rows = slice(start, start + ROWS_A_GROUP)
+        check_block(table.log_probs[rows], table.ids[rows], where)
 
 
-def _refuse_row(log_probs: np.ndarray, total: float, row: str) -> None:
-    if np.isnan(log_probs).any():
+def check_block(log_probs: np.ndarray, ids: Sequence[str], where: str) -> None:
+    """Raises a DataError, naming `where` and the id, for the first row of log_probs [n, C] that is no probabilities."""
+    with np.errstate(over="ignore"):
+        sums = np.exp(log_probs.astype(np.float64)).sum(axis=1)
+    bad = np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))  # so that NaN counts as bad
+    if not len(bad):
+        return
+    found, row = log_probs[bad[0]], f"{where}: the row of id {ids[bad[0]]!r}"
+    if np.isnan(found).any():
         raise DataError(f"{row} holds NaN")
-    if (log_probs > TOLERANCE).any():
-        raise DataError(f"{row} holds {log_probs.max():.4g}, above 0: natural logarithms of probabilities are needed")
-    raise DataError(f"{row}: its probabilities sum to {total:.4f}, not 1")
+    if (found > TOLERANCE).any():
+        raise DataError(f"{row} holds {found.max():.4g}, above 0: natural logarithms of probabilities are needed")
+    raise DataError(f"{row}: its probabilities sum to {sums[bad[0]]:.4f}, not 1")
 
 
 def in_class_order(log_probs: np.ndarray, classes: Sequence[str], wanted: Sequence[str]) -> np.ndarray:

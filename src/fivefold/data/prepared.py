@@ -5,7 +5,6 @@ image can be kept: in memory up to a limit, beyond it in one file of a scratch f
 """
 
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fivefold.contract.files import reserve
 from fivefold.data.dataset import MEMORY_LIMIT, Batch, ImageSet, Sample, load
 from fivefold.machine import free_memory
-from fivefold.progress import MIB, track
+from fivefold.progress import track
 
 log = logging.getLogger("fivefold")
 
@@ -136,7 +136,7 @@ def _in_file(shape: tuple[int, ...], folder: Path) -> np.ndarray | None:
     size = int(np.prod(shape))
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            _reserve(file.fileno(), size)
+            reserve(file.fileno(), size)
         except OSError as error:
             with suppress(OSError):
                 file.truncate(0)
@@ -150,12 +150,3 @@ def _in_file(shape: tuple[int, ...], folder: Path) -> np.ndarray | None:
             )
             return None
         return np.memmap(file, np.uint8, "r+", shape=shape)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """The whole file on the disk, now: one that fills up under a memory map kills the process without a word."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-        return
-    for start in range(0, size, MIB):  # macOS
-        os.pwrite(descriptor, bytes(min(MIB, size - start)), start)
