@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from fivefold import predictions
-from fivefold.contract.artifacts import ModelDir, check_split, find_models, find_submissions, locate
+from fivefold.contract.artifacts import ModelDir, check_split, find_models, locate
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import EACH, ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
+from fivefold.contract.submissions import find_submissions
 from fivefold.data.evals import EvalTable, Submission, read_eval
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.store import ImageStore, open_store

@@ -39,9 +39,6 @@ TRUTH = ("/gt.csv", "/ground_truth.csv")
 """Files that lie beside test images, and that no stage reads which predicts them."""
 CHECKED = (WEIGHTS, MODEL, OOF, HOLDOUT)
 """Files of a model that later stages read."""
-NO_SUBMISSIONS = ("sample_submission.csv", "train.csv", "test.csv", "gt.csv", "ground_truth.csv")
-NO_TABLES = (FOLDS, OOF, HOLDOUT)
-"""Tables of a run that do not speak of the test images."""
 
 DESCRIBED = {
     "role": str,
@@ -164,23 +161,6 @@ def find_predictions(job: Job) -> dict[str, Path]:
             beside = {other: folder / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
             return {other: path for other, path in beside.items() if path.is_file()}
     return {PREDICTIONS: _submission(job)}
-
-
-def find_submissions(job: Job, tables: bool = False) -> list[Path]:
-    """The submission CSVs of the channel: the file itself, or all below it, samples and truths aside; none without it.
-
-    With `tables`, where there is no CSV, the .parquet tables of predictions: a run's folder has the same rows in both.
-    """
-    if job.optional_channel("submissions") is None:
-        return []
-    files = [path for root in roots(job, "submissions") for path in tree_files(root)]
-    found = [path for path in files if path.suffix.lower() == ".csv" and path.name not in NO_SUBMISSIONS]
-    if tables and not found:
-        found = [path for path in files if path.suffix.lower() == ".parquet" and path.name not in NO_TABLES]
-    if not found:
-        what = "CSV, nor a table of predictions," if tables else "CSV"
-        raise MissingInputError(f"no {what} below the channel 'submissions' ({job.channel('submissions')})")
-    return found
 
 
 def channel_digest(job: Job, channel: str, settings: Mapping[str, Any]) -> str:
