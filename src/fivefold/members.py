@@ -58,11 +58,6 @@ class Member:
         """As `predict`, of the images of a gallery (or of some `rows` of it), which makes them once for all members."""
         return predict_images(self.network, self.settings, self.runtime, gallery.seen_by(self), label, views, rows)
 
-    def predict_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """Log-probabilities float32 [N, C] of decoded images, each uint8 [H, W, 3], by the recipe's views."""
-        files = ImageFiles(FolderStore(Path()), [""] * len(pixels), pixels=pixels)
-        return predict_images(self.network, self.settings, self.runtime, evaluated(self.settings, files), "")
-
     @property
     def sight(self) -> str:
         """What it does to a decoded image before its network sees it; members of equal sight see the same."""

@@ -1,7 +1,6 @@
 """Images made once for an evaluation: the same bytes as read anew, in memory, in a file, or where there is room in neither."""
 
 import hashlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,26 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+from counting import CountingStore
 from fivefold.data.dataset import Batch, ImageSet, in_order, load
 from fivefold.data.prepared import Prepared
-from fivefold.data.store import FolderStore, ImageStore
+from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError
 
 COUNT = 11
 BATCHES = in_order(COUNT, 4)
-
-
-class CountingStore(FolderStore):
-    """A folder that counts how often each of its files is read."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.reads: Counter[str] = Counter()
-
-    def read(self, name: str) -> bytes:
-        self.reads[name] += 1
-        return super().read(name)
 
 
 @pytest.fixture
