@@ -51,7 +51,7 @@ class Runtime:
         """uint8 images [B, 3, H, W] as normalised floats on the device: (x - mean) / std, in a tensor of their own.
 
         On a CPU mean and std stand beside each pixel, laid out as the images are: a number for each channel, broadcast
-        over the pixels, runs at a third of that speed. The bits are the same.
+        over the pixels, is much slower. The bits are the same.
         """
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
         images = images.to(torch.float32)
