@@ -34,7 +34,10 @@ class Options:
     rows: int = _key(1_000_000, "rows of a table")
     threads: int = _key(0, "threads of each process; 0: the cores of this machine")
     device: str = _key("cpu", "cpu or cuda")
-    search: str = _key("short", "peer: short (precision × memory format, then workers) or full (every combination)")
+    search: str = _key(
+        "short",
+        "for timm's best: short (precision × memory format, then workers), full (every combination), or what was found: bf16,NHWC,0",
+    )
     work: str = _key("build/benchmarks", "folder of images, splits and runs; it may be deleted")
     results: str = _key("benchmarks/results", "folder of the JSON")
 
@@ -77,7 +80,6 @@ def parse(arguments: Sequence[str], default: Options = Options()) -> Options:  #
         if getattr(options, name) < 1:
             raise SettingsError(f"{name}={getattr(options, name)}: at least 1 is needed")
     choose({"cpu": 1, "cuda": 1}, "device", options.device)
-    choose({"short": 1, "full": 1}, "search", options.search)
     return options
 
 

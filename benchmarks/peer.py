@@ -1,7 +1,7 @@
 """`train-fold` ÷ timm's training loop at its best settings on this machine: the same model, batch, files and augmentation.
 
 The search for them is part of it: precision (fp32, or bf16 by autocast) × memory format with no loader worker, then the
-number of workers (0, 1, 2) at the best; `search=full` tries every combination. Each try is a fresh process of two epochs, of
+number of workers (0, 1, 2) at the best; `search=full` tries every combination, `search=bf16,NHWC,0` none but that. Each try is a fresh process of two epochs, of
 which the second counts; the two fastest are tried twice more, in turns, and of each setting its best try counts. What
 was tried stands beside the figure.
 """
@@ -22,6 +22,7 @@ from benchmarks.results import Finding, ratio
 from benchmarks.train import beside, train_fold
 from fivefold.contract.stages import CLASSES, FOLDS
 from fivefold.data.folds import read_folds
+from fivefold.errors import SettingsError
 from fivefold.progress import track
 
 Told = dict[str, Any]
@@ -54,7 +55,9 @@ def against_timm(name: str, key: str, table: Mapping[str, Case], options: Option
 
 
 def search(found: Case, photos: Path, split: Path, options: Options) -> tuple[Setting, list[str]]:
-    """The fastest setting, and what each one tried reached, in words."""
+    """The fastest setting, and what each one tried reached, in words; or the one that `search` gives."""
+    if options.search not in ("short", "full"):
+        return given_setting(options.search), []
     precisions, workers = PRECISIONS[options.device], WORKERS[options.device]
     rates: dict[Setting, float] = {}
 
@@ -109,6 +112,14 @@ def request(found: Case, setting: Setting, epochs: int, options: Options) -> dic
         "weight_decay": WEIGHT_DECAY,
         "device": options.device,
     }
+
+
+def given_setting(text: str) -> Setting:
+    """`bf16,NHWC,0` as a setting."""
+    precision, layout, workers = [*text.split(","), "", ""][:3]
+    if precision not in ("fp32", "bf16") or layout not in ("NCHW", "NHWC") or not workers.isdigit():
+        raise SettingsError(f"search={text}: short, full, or a setting as bf16,NHWC,0 is needed")
+    return precision, layout == "NHWC", int(workers)
 
 
 def in_words(setting: Setting) -> str:

@@ -19,6 +19,7 @@ from benchmarks.__main__ import BENCHMARKS, main, plan
 from benchmarks.bars import BARS, Bar
 from benchmarks.options import Options, parse
 from benchmarks.pairs import Spread, in_turns, run
+from benchmarks.peer import given_setting, in_words
 from benchmarks.photos import FEWEST, crop, photographs, two_photographs
 from benchmarks.results import Finding
 from fivefold.errors import DataError, FivefoldError, SettingsError
@@ -129,6 +130,14 @@ def test_options_are_typed_and_unknown_ones_refused():
         parse(["cases=resnet"]).chosen(["resnet18@64"])
 
 
+def test_timms_settings_may_be_given_instead_of_searched():
+    assert given_setting("bf16,NHWC,2") == ("bf16", True, 2)
+    assert in_words(given_setting("fp32,NCHW,0")) == "fp32, NCHW, 0 workers"
+    for text in ("shrt", "bf16,NHWC", "fp16,NHWC,0", "fp32,NCHW,-1"):
+        with pytest.raises(SettingsError, match="short, full, or a setting"):
+            given_setting(text)
+
+
 def test_a_plan_is_checked_before_anything_runs():
     with pytest.raises(SettingsError, match="did you mean 'train'"):
         plan(["start", "trian"], [])
@@ -201,6 +210,7 @@ FIRST = {"train": "resnet18@64", "peer": "resnet18@64"}
 def test_each_runs_to_its_end(name, tmp_path):
     arguments = [name, *SMALL, f"work={tmp_path / 'work'}", f"results={tmp_path / 'results'}"]
     arguments += [f"cases={FIRST[name]}"] if name in FIRST else []
+    arguments += ["search=fp32,NHWC,0"] if name == "folds" else []
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
