@@ -45,7 +45,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     assemble.seed_everything(student.seed)
     network = assemble.build_classifier(student.model, len(table.classes))
     assemble.start_weights(network, student.model, job.optional_channel("weights"))
-    runtime = assemble.runtime_of(student, replicas)
+    student, runtime = training.settled(job, student, network, replicas)
     assemble.check_memory(network, student, runtime)
     training.check_disk(job, network, student)
 
@@ -81,7 +81,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     files += members.save_member(job.model(), "student", best, student, runtime, facts)
     training.draw_curves(job)
     close_trackers(trackers, holdout_scores)
-    return Outcome(files, {"leak_free": lesson.leak_free, "rows": len(train.images), **holdout_scores})
+    told = {"leak_free": lesson.leak_free, "rows": len(train.images), **holdout_scores, **loop.throughput.figures()}
+    return Outcome(files, told)
 
 
 def check_factors(models: list[ModelDir], table: FoldTable) -> None:

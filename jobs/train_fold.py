@@ -32,7 +32,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     assemble.seed_everything(settings.seed)
     network = assemble.build_classifier(settings.model, len(table.classes))
     assemble.start_weights(network, settings.model, job.optional_channel("weights"))
-    runtime = assemble.runtime_of(settings, Replicas(job.place))
+    settings, runtime = training.settled(job, settings, network, Replicas(job.place))
     assemble.check_memory(network, settings, runtime)
     training.check_disk(job, network, settings)
 
@@ -57,7 +57,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     figures = training.scores(oof, "oof")
     close_trackers(trackers, figures | holdout_scores)
     log.info("%s out-of-fold, %d rows: %s", label, len(own_rows), training.in_words(figures))
-    return Outcome(files, {"best_epoch": next(iter(best.values())).epoch, **figures, **holdout_scores})
+    told = {"best_epoch": next(iter(best.values())).epoch, **figures, **holdout_scores, **loop.throughput.figures()}
+    return Outcome(files, told)
 
 
 def chosen_fold(fold: int | None, folds: int) -> int:

@@ -1,6 +1,7 @@
 """What `train-fold` and `distill` share around their training runs."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fivefold import assemble
 from fivefold.contract.artifacts import locate
 from fivefold.contract.files import MIB, atomic, check_space, sha256
 from fivefold.contract.job import Job
@@ -33,6 +35,8 @@ from fivefold.training.resume import Checkpoints
 from fivefold.training.trackers import Run, Tracker, close_trackers, open_trackers
 
 log = logging.getLogger("fivefold")
+DECISIONS = ".decisions"
+"""Hidden, so that it is in no digest of the run."""
 BESIDE_WEIGHTS = 4 * MIB
 """Bytes for logs, curves, events and small tables of predictions."""
 
@@ -55,6 +59,30 @@ def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
     """What `model.json` says of the split: its folds and digest, the model's classes, and what classes are made of."""
     factored = {} if table.factors is None else {"knows": table.knows, "factors": table.factors.as_json()}
     return {"folds": table.num_folds, "classes": table.classes, "split": sha256(path), **factored}
+
+
+def settled(job: Job, settings: Settings, network: nn.Module, replicas: Replicas) -> tuple[Settings, Runtime]:
+    """The settings with the precision and memory format of this run, and their Runtime.
+
+    A run that goes on keeps those of its checkpoint. The stages of a run that share its folder share one decision.
+    """
+    asked = "auto" in (settings.train.precision, settings.train.channels_last)
+    before, shared = None, None
+    if asked and job.place.leads:
+        before = (Checkpoints(job.checkpoints()).load() or {}).get(assemble.RUNTIME)
+        shared = decisions_of(job)
+    found = assemble.settled(settings, network, replicas, before, shared)
+    return found, assemble.runtime_of(found, replicas)
+
+
+def decisions_of(job: Job) -> Path | None:
+    """The folder for what the stages of a run decide once: beside the step, where the split that it reads lies there too.
+
+    None where it does not, or where this user may not write there.
+    """
+    run, split = job.model().absolute().parent.parent, job.channels["folds"].absolute()
+    together = split in (run / "split", run / "split" / "output")
+    return run / DECISIONS if together and os.access(run, os.W_OK) else None
 
 
 def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:

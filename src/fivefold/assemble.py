@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet, count_batches
@@ -18,17 +20,25 @@ from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import MissingInputError, SettingsError
-from fivefold.inference.predictor import Runtime, make_runtime
+from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
-from fivefold.machine import count_cores, keep_freed_memory
+from fivefold.machine import count_cores
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, Standardised
-from fivefold.models.convolution import quicken
 from fivefold.models.heads import build_head
 from fivefold.models.norms import with_norms_of_all
 from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
-from fivefold.replicas import BY_ITSELF, Replicas
+from fivefold.runtimes import (
+    RUNTIME,
+    Manner,
+    in_words,
+    precision_name,
+    quickened,
+    runtime_for_prediction,
+    runtime_of,
+    settled,
+)
 from fivefold.training import memory
 from fivefold.training.ema import Ema
 from fivefold.training.freezing import Freezing
@@ -38,60 +48,14 @@ from fivefold.training.losses import Loss, balanced_weights, build_loss
 from fivefold.training.mixing import MIXINGS, Mixing
 from fivefold.training.objectives import Objective, by_labels, by_teacher, once, rdrop
 from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer
+from fivefold.training.randomness import draws
 from fivefold.training.resume import Stateful
 from fivefold.training.teaching import Annealing, Cooling, lesson_plan
-from fivefold.training.updates import UPDATES, build_scaler
+from fivefold.training.updates import UPDATES, InTurns, Update, build_scaler
 
 log = logging.getLogger("fivefold")
-
-
-def choose_device(name: str, key: str = "train.device") -> torch.device:
-    """`auto`: CUDA, else MPS, else the CPU; a device that is not there is a SettingsError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, has in there.items() if has)
-    if not choose(there, "device", name.split(":")[0]):
-        raise SettingsError(f"{key}={name}, but this machine has no such device; {key}=auto finds one")
-    return torch.device(name)
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type, None for float32. `auto`: bf16 where the machine is fast in it, else fp16 on CUDA, else fp32."""
-    if name == "auto":
-        return _fast_type(device)
-    dtype = choose(PRECISIONS, "precision", name)
-    if dtype == torch.float16 and device.type != "cuda":
-        raise SettingsError(f"train.precision=fp16 needs CUDA, and this runs on {device.type}; bf16 or fp32 will do")
-    return dtype
-
-
-def runtime_of(settings: Settings, replicas: Replicas = BY_ITSELF) -> Runtime:
-    """The Runtime that the settings ask for on this machine, for training, alone or with others."""
-    device = replicas.own_device(choose_device(settings.train.device))
-    precision = replicas.shared(precision_name(choose_precision(settings.train.precision, device)))
-    return _runtime(settings, device, PRECISIONS[precision], replicas)
-
-
-def runtime_for_prediction(
-    settings: Settings, precision: str, device: str = "auto", replicas: Replicas = BY_ITSELF
-) -> Runtime:
-    """The Runtime of a trained model wherever it predicts: this machine's device, and the `precision` it was trained in.
-
-    fp16 where there is no CUDA becomes float32.
-    """
-    chosen = replicas.own_device(choose_device(device, "predict.device"))
-    dtype = choose(PRECISIONS, "precision", precision)
-    return _runtime(settings, chosen, None if dtype == torch.float16 and chosen.type != "cuda" else dtype, replicas)
-
-
-def _runtime(settings: Settings, device: torch.device, dtype: torch.dtype | None, replicas: Replicas) -> Runtime:
-    if device.type == "cpu":
-        keep_freed_memory()
-    if device.type == "cuda" and settings.train.deterministic:
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    model = settings.model
-    return make_runtime(device, dtype, settings.train.channels_last, model.mean, model.std, replicas)
+__all__ = ("RUNTIME", "in_words", "precision_name", "runtime_for_prediction", "runtime_of", "settled")
+"""Of `runtimes.py`, for those who come through this door."""
 
 
 def build_classifier(model: Model, classes: int) -> Classifier:
@@ -159,7 +123,7 @@ def build_loop(
     loss = _loss(settings, train)
     if network.meta is not None:
         network.meta.fit(torch.from_numpy(train.images.measure()))
-    model = runtime.place(_quickened(network, runtime))
+    model = _prepared(network, runtime)
     shares = learning_rates(network.backbone, chosen.backbone_lr, chosen.layer_decay)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
@@ -170,9 +134,13 @@ def build_loop(
         chosen.schedule, optimizer, steps * chosen.epochs, steps, chosen.warmup_epochs, chosen.step_epochs, chosen.gamma
     )
     raw = {"raw": model} if ema is None or chosen.keep_raw else {}
-    update, scaler = choose(UPDATES, "update", chosen.update), build_scaler(runtime)
+    scaler = build_scaler(runtime)
+    update = _update(settings, model, _objective(settings, loss, train), optimizer, runtime, scaler)
     after_step = [*([ema] if ema else []), schedule, *_phases(settings, network, train, steps)]
-    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scaler": scaler, RUNTIME: Manner(runtime)}
+    parts |= {"turns": update} if isinstance(update, InTurns) else {}
+    if chosen.compile:
+        network.backbone.compile()  # in place, so names stay; after the average was copied, which is not trained
     sampler = choose(SAMPLERS, "sampler", chosen.sampler)
     predicted, workers = predict_batch_size(settings), choose_workers(chosen.workers, runtime)
     duration = Duration(
@@ -187,9 +155,7 @@ def build_loop(
         duration=duration,
         batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed),
         mixing=_mixing(settings),
-        update=update(
-            model, _objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
-        ),
+        update=update,
         after_step=after_step,
         schedule=schedule,
         loss=loss,
@@ -200,18 +166,27 @@ def build_loop(
     )
 
 
-def check_memory(network: nn.Module, settings: Settings, runtime: Runtime) -> None:
+def check_memory(network: Classifier, settings: Settings, runtime: Runtime) -> None:
     """Logs what a step will take; a SettingsError names a batch size that fits, when this one does not."""
     chosen = settings.train
     copies = 1 + choose(OPTIMIZER_STATES, "optimizer", chosen.optimizer)
     copies += (chosen.ema_decay > 0) + (chosen.update == "sam")
     meta = count_numbers(settings.model.meta)
     found = memory.estimate(runtime.place(network), settings.model.size, runtime, copies, meta)
-    place, passes = runtime.replicas.place, 2 if chosen.rdrop_alpha else 1  # two passes: one batch of twice the rows
+    place = runtime.replicas.place
+    passes = (
+        2 if chosen.rdrop_alpha and _backbone_draws(network, settings, runtime) else 1
+    )  # one batch of twice the rows
     found = replace(found, image=-(-passes * found.image // place.world))  # of a batch each process holds its part
     log.info(in_words(runtime))
     free = memory.available(runtime.device, place.local_world)
     log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, free))
+
+
+def _backbone_draws(network: Classifier, settings: Settings, runtime: Runtime) -> bool:
+    images = torch.zeros(2, 3, *settings.model.size, device=runtime.device)
+    with runtime.autocast():
+        return draws(network.backbone, images.to(memory_format=runtime.memory_format))
 
 
 def seed_everything(seed: int) -> None:
@@ -228,15 +203,6 @@ def choose_workers(wanted: int, runtime: Runtime) -> int:
     if wanted >= 0:
         return wanted
     return 0 if runtime.device.type == "cpu" else min(8, max(1, count_cores() // runtime.replicas.place.local_world))
-
-
-def in_words(runtime: Runtime) -> str:
-    """Device, precision and threads of a runtime, for the log."""
-    return f"device {runtime.device}, precision {precision_name(runtime.dtype)}, {torch.get_num_threads()} threads"
-
-
-def precision_name(dtype: torch.dtype | None) -> str:
-    return next(name for name, value in PRECISIONS.items() if value == dtype)
 
 
 def _check_names(settings: Settings) -> None:
@@ -267,6 +233,30 @@ def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
     return rdrop(criterion, alpha) if alpha else once(criterion)
 
 
+def _update(
+    settings: Settings,
+    model: nn.Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    scaler: GradScaler,
+) -> Update:
+    chosen = settings.train
+
+    def made(name: str) -> Update:
+        return choose(UPDATES, "update", name)(
+            model, objective, optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
+        )
+
+    if chosen.sam_every == 1:
+        return made(chosen.update)
+    if chosen.update != "sam":
+        raise SettingsError(
+            f"train.sam_every={chosen.sam_every} is of train.update=sam, and this is {chosen.update}: leave it at 1"
+        )
+    return InTurns(made("sam"), made("plain"), chosen.sam_every)
+
+
 def _phases(
     settings: Settings, network: Classifier, train: TrainRows, steps: int
 ) -> list[Freezing | Cooling | Annealing]:
@@ -281,19 +271,7 @@ def _codes(targets: Tensor) -> np.ndarray:
     return torch.where(targets.sum(dim=1) > 0, targets.argmax(dim=1), -1).cpu().numpy()
 
 
-def _quickened(network: nn.Module, runtime: Runtime) -> nn.Module:
-    """Small convolutions made faster to train, on the CPUs whose bf16 units make it pay; BatchNorm for several processes."""
+def _prepared(network: nn.Module, runtime: Runtime) -> nn.Module:
+    """The network as it trains on this machine; BatchNorm for several processes."""
     network = network if runtime.replicas.alone else with_norms_of_all(network, runtime.device)
-    fast = runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return quicken(network) if fast else network
-
-
-def _fast_type(device: torch.device) -> torch.dtype | None:
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
-        return torch.bfloat16
-    return None
-
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return runtime.place(quickened(network, runtime))

@@ -149,9 +149,9 @@ def save_member(
             "seed": settings.seed,
             **facts,
             "best": {"epoch": deciding.epoch, **deciding.scores},
-            "precision": precision_name(runtime.dtype),
+            "precision": precision_name(runtime),
             "device": runtime.device.type,
-            "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime.dtype)},
+            "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime)},
             "settings": json.loads(settings.model_dump_json(exclude={"run", "runs", "stage", "serve", *OF_PLATFORMS})),
         },
     )

@@ -84,6 +84,7 @@ def test_a_fold_leaves_a_model_that_can_be_rebuilt_and_its_out_of_fold_rows(worl
         f"model/{name}"
         for name in ("model.safetensors", "model.json", "oof.parquet", "holdout.parquet", "train_log.csv")
     }
+    assert record["metrics"]["images_per_second"] > 0
     assert len(oof) == 27
     assert set(oof.fold) == {1}
     assert set(oof.labels) == set(CLASSES)

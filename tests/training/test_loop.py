@@ -1,5 +1,6 @@
 """The loop: what it selects, when it stops, and what it says of a run that goes wrong."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -68,6 +69,16 @@ def test_patience_ends_a_run_that_does_not_improve(images):
     assert len(epochs) == 3
 
 
+def test_each_epoch_tells_its_images_a_second_and_the_record_their_median(images, caplog):
+    made = loop(images)
+    with caplog.at_level("INFO"):
+        fit(made)
+    told = [float(m) for text in caplog.messages for m in re.findall(r"epoch \d/4 .* ([\d.e+]+) images/s", text)]
+    assert told == pytest.approx(made.throughput.passes, rel=1e-3)
+    assert len(told) == 4
+    assert made.throughput.figures() == {"images_per_second": round(np.median(made.throughput.passes[1:]), 2)}
+
+
 def test_with_averaging_the_average_decides_and_the_raw_weights_may_be_kept_by_their_own_score(images):
     assert list(fit(loop(images, ema_decay=0.9))) == ["ema"]
     best = fit(loop(images, ema_decay=0.9, keep_raw=True))
@@ -97,3 +108,8 @@ def test_mixed_images_are_scored_against_their_mixed_labels(images):
     mixing = replace(made.mixing, name="mixup", alpha=100.0)
     fit(replace(made, mixing=mixing, observers=[rows.append]))
     assert 0 <= rows[0]["train_acc"] <= 0.9  # λ near ½: no prediction can hit more than the larger share
+
+
+def test_sam_every_kth_step_without_sam_is_refused(images):
+    with pytest.raises(SettingsError, match=r"train\.sam_every=2 is of train\.update=sam, and this is plain"):
+        loop(images, sam_every=2)

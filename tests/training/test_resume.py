@@ -20,6 +20,7 @@ from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError, RetryableError, StoppedError
 from fivefold.inference.predictor import make_runtime
 from fivefold.recipe import Augment, Distill, Model, Settings, Train
+from fivefold.runtimes import RUNTIME, Manner
 from fivefold.stopping import noted
 from fivefold.training.loop import Loop, TrainRows, ValidRows, fit
 from fivefold.training.resume import Checkpoints
@@ -33,6 +34,7 @@ CASES = {
                    "update": "sam", "sampler": "balanced"},
     "frozen, plateau": {"freeze_epochs": 2, "schedule": "plateau", "step_epochs": 1, "optimizer": "sgd"},
     "cooling": {"optimizer": "muon", "warmup_epochs": 1.0},
+    "sam every second": {"update": "sam", "sam_every": 2, "rdrop_alpha": 0.5, "ema_decay": 0.95},
     "patience": {"patience": 1, "lr": 1e-9},
 }  # fmt: skip
 
@@ -120,7 +122,9 @@ def through(case: str, images: ImageSet, folder: Path, stops: list[Callable[[Loo
 
 
 EVERY_STEP = [("everything", step) for step in range(1, EPOCHS * STEPS + 1)]
-AROUND_AN_EPOCHS_END = [(case, step) for case in ("frozen, plateau", "cooling") for step in (2, 3, 4, 6, 7)]
+AROUND_AN_EPOCHS_END = [
+    (case, step) for case in ("frozen, plateau", "cooling", "sam every second") for step in (2, 3, 4, 6, 7)
+]
 
 
 @pytest.mark.parametrize(("case", "step"), EVERY_STEP + AROUND_AN_EPOCHS_END)
@@ -155,6 +159,17 @@ def test_a_run_that_is_over_is_not_run_again(images, tmp_path):
     assert same(fit(again)["raw"].state, best["raw"].state)
     assert told == rows
     assert len(rows) < EPOCHS
+
+
+def test_it_keeps_the_precision_and_does_not_go_on_in_another(images, tmp_path):
+    loop, _ = made("patience", images, Checkpoints(tmp_path / "kept"))
+    fit(loop)
+    kept = Checkpoints(tmp_path / "kept").load()[RUNTIME]
+    assert kept == {"precision": "fp32", "channels_last": True}
+    again, _ = made("patience", images, Checkpoints(tmp_path / "kept"))
+    other = Manner(replace(CPU, dtype=torch.bfloat16, grouped_fp32=True))
+    with pytest.raises(DataError, match=r"does not fit .* trained with .*fp32.* and this is .*bf16_grouped_fp32"):
+        fit(replace(again, parts={**again.parts, RUNTIME: other}))
 
 
 def test_one_that_cannot_be_read_gives_way_to_the_one_before(images, tmp_path, caplog):

@@ -11,7 +11,7 @@ from fivefold.inference.predictor import make_runtime
 from fivefold.training.losses import cross_entropy
 from fivefold.training.objectives import Rows, supervised
 from fivefold.training.optim import build_optimizer
-from fivefold.training.updates import UPDATES, plain, sam
+from fivefold.training.updates import UPDATES, InTurns, plain, sam
 
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
 LOSS = cross_entropy(0.1)
@@ -148,3 +148,35 @@ def test_fp16_is_refused_and_bf16_named():
     bf16 = make_runtime(torch.device("cpu"), torch.bfloat16, False, [0.5] * 3, [0.5] * 3)
     results = sam(model, supervised(LOSS), optimizer_of(model), bf16, clip=0.0, rho=0.05)(batches(5, 8))
     assert bool(torch.isfinite(results[0].loss))
+
+
+def in_turns(model: nn.Module, every: int) -> InTurns:
+    parts = (model, supervised(LOSS), optimizer_of(model), CPU, 0.0)
+    return InTurns(sam(*parts, rho=0.5), plain(*parts), every)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_sam_at_every_kth_step_is_sam_there_and_plain_between(every):
+    ours, theirs = network(), network()
+    step, parts = in_turns(ours, every), (theirs, supervised(LOSS), optimizer_of(theirs), CPU, 0.0)
+    steps = [sam(*parts, rho=0.5), plain(*parts)]
+    for number in range(5):
+        step(batches(number, 8))
+        steps[number % every > 0](batches(number, 8))
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name]), (number, name)
+
+
+def test_a_run_that_goes_on_knows_whose_turn_it_is():
+    whole, gone_on = network(), network()
+    first, second = in_turns(whole, 3), in_turns(gone_on, 3)
+    for number in range(4):
+        first(batches(number, 8))
+        second(batches(number, 8))
+    resumed = in_turns(gone_on, 3)
+    resumed.load_state_dict(second.state_dict())
+    for number in range(4, 8):
+        first(batches(number, 8))
+        resumed(batches(number, 8))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, gone_on.state_dict()[name]), name

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fivefold.data.dataset import Batch, ImageSet, in_order, load
 from fivefold.errors import DataError
 from fivefold.inference.tta import View, build_views
+from fivefold.models.grouped import groups_in_float32
 from fivefold.progress import track
 from fivefold.recipe import Spec
 from fivefold.replicas import BY_ITSELF, Replicas
@@ -22,6 +23,7 @@ class Runtime:
 
     `dtype` is the autocast type, None for plain float32. `mean` and `std` are float [1, 3, 1, 1]
     on the device, for images in 0..255. `replicas` are the processes that part its rows.
+    `grouped_fp32`: grouped convolutions stay in float32 under autocast.
     """
 
     device: torch.device
@@ -30,19 +32,44 @@ class Runtime:
     mean: Tensor
     std: Tensor
     replicas: Replicas = BY_ITSELF
+    grouped_fp32: bool = False
+    _tiled: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, model: nn.Module) -> nn.Module:
-        """The model on this device in this memory format."""
+        """The model on this device in this memory format, its grouped convolutions as `grouped_fp32` wants them."""
+        model = groups_in_float32(model) if self.grouped_fp32 else model
         return model.to(self.device, memory_format=self.memory_format)
 
     def images(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] as normalised floats on the device."""
-        images = images.to(self.device, non_blocking=True).to(torch.float32, memory_format=self.memory_format)
-        return images.sub_(self.mean).div_(self.std)
+        """uint8 images [B, 3, H, W] as normalised floats on the device: (x - mean) / std, in a tensor of their own.
+
+        On a CPU mean and std stand beside each pixel, laid out as the images are: a number for each channel, broadcast
+        over the pixels, runs at a third of that speed. The bits are the same.
+        """
+        images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
+        images = images.to(torch.float32)
+        if self.device.type != "cpu":
+            return images.sub_(self.mean).div_(self.std)
+        mean, std = self._tiles(images.shape[-2:])
+        self._in_rows(images).sub_(mean).div_(std)
+        return images
+
+    def _in_rows(self, images: Tensor) -> Tensor:
+        """A view of them [B, H·W·3] in the order in which they lie in memory."""
+        return (images.permute(0, 2, 3, 1) if self.channels_last else images).reshape(len(images), -1)
+
+    def _tiles(self, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Mean and std [1, H·W·3] of an image of `size` as it lies in memory; kept for the next batch."""
+        if size not in self._tiled:
+            mean, std = (self._in_rows(each.expand(1, 3, *size)).contiguous() for each in (self.mean, self.std))
+            self._tiled[size] = mean, std
+        return self._tiled[size]
 
     def meta(self, meta: Tensor | None) -> Tensor | None:
         """Meta features [B, M] on the device, if there are any."""
@@ -59,13 +86,14 @@ def make_runtime(
     mean: Sequence[float],
     std: Sequence[float],
     replicas: Replicas = BY_ITSELF,
+    grouped_fp32: bool = False,
 ) -> Runtime:
     """A Runtime from mean and std of images in 0..1."""
 
     def scaled(values: Sequence[float]) -> Tensor:
         return (torch.tensor(values, dtype=torch.float32) * 255).reshape(1, 3, 1, 1).to(device)
 
-    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std), replicas)
+    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std), replicas, grouped_fp32)
 
 
 def predict_all(

@@ -8,6 +8,7 @@ class Classifier(nn.Module):
     """Images float [B, 3, H, W], normalised, to logits [B, C].
 
     With `meta` it takes meta features [B, M] too: standardised, they stand behind the backbone's.
+    Both halves may be called by themselves: `head(features(…))` is the whole.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, meta: "Standardised | None" = None) -> None:
@@ -17,10 +18,12 @@ class Classifier(nn.Module):
         self.meta = meta
 
     def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
+        return self.head(self.features(images, meta))
+
+    def features(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
+        """All that the head sees [B, F]."""
         features = self.backbone(images)
-        if self.meta is not None:
-            features = torch.cat([features, self.meta(meta)], dim=1)
-        return self.head(features)
+        return features if self.meta is None else torch.cat([features, self.meta(meta)], dim=1)
 
 
 class Standardised(nn.Module):

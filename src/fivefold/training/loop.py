@@ -27,6 +27,7 @@ from fivefold.training.objectives import Result, Rows
 from fivefold.training.optim import Schedule
 from fivefold.training.portions import TrainRows, own_part, rows_of, seed_step
 from fivefold.training.resume import Checkpoints, Stateful, captured, restore
+from fivefold.training.throughput import Throughput
 from fivefold.training.updates import Update
 
 log = logging.getLogger("fivefold")
@@ -133,6 +134,7 @@ class Loop:
     checkpoints: Checkpoints | None = None
     observers: Sequence[Observer] = ()
     announcers: Sequence[Observer] = ()
+    throughput: Throughput = field(default_factory=Throughput)
 
 
 def fit(loop: Loop) -> dict[str, Best]:
@@ -187,7 +189,8 @@ def _epochs(loop: Loop, progress: Progress) -> dict[str, Best]:
         for observe in (*loop.observers, *loop.announcers):
             observe(row)
         left = (time.monotonic() - start) / (epoch - before) * (epochs - epoch)
-        log.info("%s epoch %d/%d %s, %s left", loop.label, epoch, epochs, _figures(row), duration(left))
+        speed = f"{loop.throughput.passes[-1]:.4g} images/s, " if loop.throughput.passes else ""
+        log.info("%s epoch %d/%d %s, %s%s left", loop.label, epoch, epochs, _figures(row), speed, duration(left))
         loop.schedule.after_epoch(improved[deciding])
         progress.rows.append(row)
         progress.epoch, progress.step, progress.totals = epoch + 1, 0, []
@@ -205,8 +208,17 @@ def _patience_is_out(loop: Loop, progress: Progress) -> bool:
 
 def train_epoch(loop: Loop, progress: Progress) -> dict[str, float]:
     """The rest of a pass over the training rows; its `train_loss`, `train_acc` (against the targets as images are mixed)."""
+    batches = loop.batches(progress.epoch)[progress.step * loop.duration.accumulate :]
+    with loop.throughput.of(sum(map(len, batches))):
+        _steps(loop, progress, batches)
+        _check_finite(progress.totals, progress.epoch)  # waits for a GPU to be done
+    loss, right, rows_seen, mass = torch.stack(progress.totals).cpu().double().sum(dim=0).tolist()
+    return {"train_loss": loss / rows_seen, "train_acc": right / max(mass, 1e-12)}
+
+
+def _steps(loop: Loop, progress: Progress, batches: list[list[Sample]]) -> None:
+    """The steps of the given batches, and what is to be done between two of them."""
     plan, epoch, runtime = loop.duration, progress.epoch, loop.runtime
-    batches = loop.batches(epoch)[progress.step * plan.accumulate :]
     label = f"{loop.label} epoch {epoch}/{plan.epochs}"
     loaded = load(loop.train.images, own_part(batches, runtime), plan.workers, runtime.device.type == "cuda")
     micro = zip(track(loaded, len(batches), label), batches, strict=True)
@@ -227,9 +239,6 @@ def train_epoch(loop: Loop, progress: Progress) -> dict[str, float]:
             _check_finite(progress.totals, epoch)
         if loop.checkpoints is not None and loop.checkpoints.due():
             _keep(loop, progress)
-    _check_finite(progress.totals, epoch)
-    loss, right, rows_seen, mass = torch.stack(progress.totals).cpu().double().sum(dim=0).tolist()
-    return {"train_loss": loss / rows_seen, "train_acc": right / max(mass, 1e-12)}
 
 
 def validate(model: nn.Module, rows: ValidRows, loop: Loop) -> dict[str, float]:

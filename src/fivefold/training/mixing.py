@@ -14,7 +14,7 @@ from fivefold.choose import choose
 from fivefold.training.objectives import Rows
 
 Mix = Callable[[Tensor, float, Tensor, np.random.Generator], tuple[Tensor, float]]
-"""Images, λ, the images that each is mixed with, a generator; the mixed images, and λ as it came out."""
+"""Images, λ, the images that each is mixed with (a copy, to write to), a generator; the mixed images, and λ as it came out."""
 Partners = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """The order of a batch's rows to the images and meta features that this process's own ones are mixed with."""
 
@@ -38,7 +38,7 @@ class Mixing:
         if mix is None or (self.last is not None and epoch > self.last) or random.random() >= self.p:
             return rows
         lam = float(random.beta(self.alpha, self.alpha))
-        order = torch.from_numpy(random.permutation(len(rows.targets))).to(rows.images.device)
+        order = torch.from_numpy(random.permutation(len(rows.targets))).to(rows.images.device, non_blocking=True)
         others, others_meta = partners(order) if partners else (rows.images[order], _at(rows.meta, order))
         images, lam = mix(rows.images, lam, others, random)
 
@@ -52,7 +52,7 @@ class Mixing:
 
 def mixup(images: Tensor, lam: float, others: Tensor, random: np.random.Generator) -> tuple[Tensor, float]:
     """λ·image + (1 - λ)·other (Zhang et al. 2018, arXiv 1710.09412, equation 1)."""
-    return torch.lerp(others, images, lam), lam
+    return others.lerp_(images, lam), lam
 
 
 def cutmix(images: Tensor, lam: float, others: Tensor, random: np.random.Generator) -> tuple[Tensor, float]:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fivefold.models.classifier import Classifier
 from fivefold.training.losses import Loss
-from fivefold.training.randomness import drew, random_state
+from fivefold.training.randomness import draws
 
 log = logging.getLogger("fivefold")
 
@@ -96,23 +97,34 @@ def once(criterion: Criterion) -> Objective:
 def rdrop(criterion: Criterion, weight: float) -> Objective:
     """The mean criterion of two passes + weight · ½(KL(p‖q) + KL(q‖p)) (Liang et al. 2021, arXiv 2106.14448, section 2.1).
 
-    Both passes are one batch of twice the rows, so BatchNorm counts once. Its first batch tells
-    whether the passes can differ at all.
+    Both passes are one batch of twice the rows. Where nothing in the backbone draws, it would give both the same
+    features: it runs once, and they are doubled for the head, which is the same loss with the same gradients.
+    BatchNorm counts a batch once either way, its variance in a backbone that runs once over B rows, not 2B.
+    The first batch tells what draws.
     """
-    warned: list[bool] = []
+    twice: list[Callable[[nn.Module, Rows], Tensor]] = []
 
     def objective(model: nn.Module, rows: Rows) -> Result:
-        before = None if warned else random_state(rows.images.device)
-        logits = model(*[torch.cat([each, each]) for each in rows.inputs]).float()
-        if before is not None:
-            warned.append(_warn_if_alike(rows.images.device, before))
-        first, second = (rows.whole(half) for half in logits.chunk(2))
+        if not twice:
+            twice.append(_cheapest_form(model, rows))
+        first, second = (rows.whole(half) for half in twice[0](model, rows).float().chunk(2))
         (one, parts), (two, _) = criterion(first, rows), criterion(second, rows)
         apart = divergence(first, second)
         value = (one + two) / 2 + weight * apart
         return Result(value, {**parts, "rdrop": apart.detach()}, first.detach())
 
     return objective
+
+
+def whole_twice(model: nn.Module, rows: Rows) -> Tensor:
+    """Logits [2B, C] of two passes through all of the network, as one batch of twice the rows."""
+    return model(*[torch.cat([each, each]) for each in rows.inputs])
+
+
+def head_twice(model: Classifier, rows: Rows) -> Tensor:
+    """Logits [2B, C] of one pass through the backbone and two through the head."""
+    features = model.features(*rows.inputs)
+    return model.head(torch.cat([features, features]))
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:
@@ -131,11 +143,16 @@ def distill(loss: Loss, alpha: float, temperature: float) -> Objective:
     return once(by_teacher(loss, lambda: alpha, lambda: temperature))
 
 
-def _warn_if_alike(device: torch.device, before: list[Tensor]) -> bool:
-    if not drew(device, before):
+def _cheapest_form(model: nn.Module, rows: Rows) -> Callable[[nn.Module, Rows], Tensor]:
+    """The cheapest way to two passes that is exact for this network; warns where they would be equal."""
+    few = [torch.cat([each[:1], each[:1]]) for each in rows.inputs]  # two rows, for BatchNorm
+    if not draws(model, *few):
         log.warning(
             "train.rdrop_alpha compares two passes of each image, but this network has no active dropout or "
             "stochastic depth, so they are equal and cost time for nothing; set model.dropout or model.drop_path above "
             "0, or train.rdrop_alpha=0"
         )
-    return True
+    if isinstance(model, Classifier) and not draws(model.backbone, few[0]):
+        log.info("R-Drop: all that draws stands in the head, so the backbone runs once for both passes")
+        return head_twice
+    return whole_twice

@@ -1,0 +1,126 @@
+"""The precision of a run: chosen once for all its folds, kept by one that goes on, and the one that predicts later."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fivefold import predictions
+from fivefold.assemble import RUNTIME, build_classifier
+from fivefold.contract.artifacts import model_at
+from fivefold.contract.job import job_from
+from fivefold.contract.stages import STAGES
+from fivefold.data.folds import read_folds
+from fivefold.data.store import open_store
+from fivefold.members import load_member
+from fivefold.recipe import Model, Settings, Train
+from fivefold.replicas import BY_ITSELF
+from fivefold.training.resume import Checkpoints
+from jobs import training
+from jobs.__main__ import run
+
+GROUPED = "timm/mobilenetv3_small_050"
+SETTINGS = [
+    "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=32", "model.mean=.5,.5,.5", "model.std=.25,.25,.25",
+    "train.epochs=1", "train.batch_size=8", "train.trackers=[]", "augment.train=horizontal_flip",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A run's folder with drawn images and their split in two folds."""
+    root = tmp_path_factory.mktemp("run")
+    random = np.random.default_rng(0)
+    for number in range(24):
+        pixels = random.integers(0, 140, (32, 32, 3))
+        pixels[..., number % 2] += 110
+        path = root / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    assert run("split", ["split.folds=2"], variables(root, "split")) == 0
+    return root
+
+
+def variables(root: Path, step: str) -> dict[str, str]:
+    return {
+        "SM_CHANNEL_TRAIN": str(root / "images"),
+        "SM_CHANNEL_FOLDS": str(root / "split" / "output"),
+        "SM_MODEL_DIR": str(root / step / "model"),
+        "SM_OUTPUT_DATA_DIR": str(root / step / "output"),
+    }
+
+
+def model_json(root: Path, step: str) -> dict:
+    return json.loads((root / step / "model" / "model.json").read_text())
+
+
+def test_all_folds_of_a_run_have_the_precision_that_one_of_them_found(world):
+    assert run("train-fold", ["FOLD=0", *SETTINGS, "train.channels_last=auto"], variables(world, "fold-0")) == 0
+    (kept,) = (world / training.DECISIONS).glob("*.json")
+    found, info = json.loads(kept.read_text()), model_json(world, "fold-0")
+    assert found["choice"].split()[0] == info["precision"] == info["training"]["train.precision"]
+    assert (
+        info["settings"]["train"]["channels_last"]
+        == info["training"]["train.channels_last"]
+        == ("NHWC" in found["choice"])
+    )
+    # whatever this fold would have found by itself: it takes what stands there
+    kept.write_text(json.dumps(found | {"choice": "fp32 NCHW"}))
+    assert run("train-fold", ["FOLD=1", *SETTINGS, "train.channels_last=auto"], variables(world, "fold-1")) == 0
+    info = model_json(world, "fold-1")
+    assert (info["precision"], info["settings"]["train"]["channels_last"]) == ("fp32", False)
+
+
+def test_a_run_whose_folder_is_not_to_be_written_decides_by_itself(world, tmp_path):
+    job = job_from(STAGES["train-fold"], variables(world, "fold-9"), tmp_path)
+    assert training.decisions_of(job) == world / training.DECISIONS
+    if os.getuid() == 0:
+        pytest.skip("root may write anywhere")
+    world.chmod(0o500)
+    assert training.decisions_of(job) is None
+    world.chmod(0o700)
+
+
+def test_a_model_predicts_later_the_bits_that_it_predicted_in_its_training(world):
+    arguments = [*SETTINGS, f"model.backbone={GROUPED}", "model.options={}", "train.precision=bf16_grouped_fp32"]
+    assert run("train-fold", ["FOLD=0", *arguments], variables(world, "g")) == 0
+    member = load_member(model_at(world / "g" / "model"), {})
+    assert (member.source.info["precision"], member.runtime.grouped_fp32) == ("bf16_grouped_fp32", True)
+    oof = predictions.read(world / "g" / "model" / "oof.parquet")
+    table = read_folds(world / "split" / "output" / "folds.parquet", world / "split" / "output" / "classes.json")
+    rows = table.valid_rows(0)
+    assert list(table.ids_of(rows)) == list(oof.ids)
+    found = member.predict(open_store(world / "images"), table.paths_of(rows), "")
+    assert np.array_equal(found, oof.log_probs)
+
+
+def test_a_run_that_goes_on_keeps_the_precision_of_its_checkpoint(world, tmp_path):
+    job = job_from(STAGES["train-fold"], variables(world, "resumed"), tmp_path)
+    state = {RUNTIME: {"precision": "bf16_grouped_fp32", "channels_last": False}}
+    job.checkpoints().mkdir(parents=True)
+    Checkpoints(job.checkpoints()).save(state)
+    of = Settings(model=Model(backbone=GROUPED, image_size=32), train=Train(channels_last="auto"))
+    settings, runtime = training.settled(job, of, build_classifier(of.model, 2), BY_ITSELF)
+    assert (settings.train.precision, settings.train.channels_last) == ("bf16_grouped_fp32", False)
+    assert (runtime.dtype, runtime.grouped_fp32, runtime.channels_last) == (torch.bfloat16, True, False)
+
+
+@pytest.mark.parametrize(
+    ("folds", "model", "shared"),
+    [
+        ("r/split/output", "r/fold-0/model", "r"),
+        ("r/split", "r/fold-0/model", "r"),
+        ("opt/ml/input/data/folds", "opt/ml/model", None),
+        ("r/m/output/split", "r/m", None),
+        ("q/split/output", "r/fold-0/model", None),
+    ],
+)
+def test_decisions_are_shared_where_split_and_step_lie_in_one_folder(folds, model, shared, tmp_path):
+    (tmp_path / model).mkdir(parents=True)
+    environ = {"SM_CHANNEL_FOLDS": str(tmp_path / folds), "SM_MODEL_DIR": str(tmp_path / model)}
+    found = training.decisions_of(job_from(STAGES["train-fold"], environ, tmp_path))
+    assert found == (shared and tmp_path / shared / training.DECISIONS)
