@@ -30,7 +30,10 @@ def of_case(name: str, options: Options) -> Finding:
     found = case(name, options, CASES)
     photos, models = images_of(found, options), trained(found, options)
     turns = in_turns(
-        lambda: stage(photos, models, options), lambda: alone(found, models, options), options.pairs, f"ensemble {name}"
+        lambda: stage(photos, models, options),
+        lambda _: alone(found, models, options),
+        options.pairs,
+        f"ensemble {name}",
     )
     rates = [(a["images"] / a["seconds"], b["images"] / b["seconds"]) for a, b in turns]
     return ratio(

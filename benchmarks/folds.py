@@ -35,7 +35,7 @@ def measure(options: Options) -> list[Finding]:
         best, tried = search(found, photos, split_of(photos, options), options)
         turns = in_turns(
             lambda found=found, photos=photos: ours(found, photos, options),
-            lambda found=found, photos=photos, best=best: theirs(found, photos, best, options),
+            lambda _, found=found, photos=photos, best=best: theirs(found, photos, best, options),
             options.pairs,
             f"folds {name}",
         )

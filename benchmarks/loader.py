@@ -35,7 +35,7 @@ def measure(options: Options) -> list[Finding]:
     def turn(kind: str) -> dict[str, float]:
         return run(["-m", "benchmarks.loader", json.dumps(given | {"kind": kind})], 1).told
 
-    turns = in_turns(lambda: turn("ours"), lambda: turn("torchvision"), options.pairs, "loader")
+    turns = in_turns(lambda: turn("ours"), lambda _: turn("torchvision"), options.pairs, "loader")
     rates = {name: [each[side]["loader"] for each in turns] for side, name in ((0, "ours"), (1, "torchvision"))}
     findings = {
         "loader": Finding(

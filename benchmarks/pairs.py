@@ -102,11 +102,12 @@ def _wait(process: subprocess.Popen) -> None:
         raise
 
 
-def in_turns(first: Callable[[], A], second: Callable[[], B], pairs: int, label: str) -> list[tuple[A, B]]:
-    """What both give, in turns, so many times, under a progress bar."""
+def in_turns(first: Callable[[], A], second: Callable[[A], B], pairs: int, label: str) -> list[tuple[A, B]]:
+    """What both give, in turns, so many times, under a progress bar; the second one is told what the first one gave."""
     found = []
     for _ in track(range(pairs), pairs, label):
-        found.append((first(), second()))
+        given = first()
+        found.append((given, second(given)))
     return found
 
 

@@ -46,7 +46,7 @@ def against_timm(name: str, key: str, table: Mapping[str, Case], options: Option
     best, tried = search(found, photos, split, options)
     turns = in_turns(
         lambda: train_fold(found, photos, split, options),
-        lambda: timm(found, photos, split, best, found.epochs, options),
+        lambda _: timm(found, photos, split, best, found.epochs, options),
         options.pairs,
         f"peer {name}",
     )

@@ -1,7 +1,7 @@
 """The model alone: steps on a batch that lies ready on the device, `python -m benchmarks.resident JSON`.
 
 The loop is the one that `train-fold FOLD=0` builds of the same settings, photographs and split. JSON is an object of
-`train`, `split`, `settings` (KEY=VALUE), `what` (a name of STEPS), `steps` that are timed after `warm_up` others.
+`train`, `split`, `decisions`, `settings` (KEY=VALUE), `what` (a name of STEPS), `steps` that are timed after `warm_up` others.
 What it tells: images a second and seconds of the processor an image; `losses` of every step where `curve` is true.
 """
 
@@ -24,6 +24,7 @@ from fivefold.data.dataset import Batch, Sample, load
 from fivefold.data.folds import read_folds
 from fivefold.data.store import open_store
 from fivefold.recipe import Settings
+from fivefold.replicas import BY_ITSELF
 from fivefold.settings import arguments_layer
 from fivefold.settings import load as load_settings
 from fivefold.training.loop import Loop, TrainRows
@@ -55,7 +56,7 @@ class Resident:
 
 def main(arguments: Sequence[str]) -> int:
     given = json.loads(arguments[0])
-    resident = of_first_fold(given["train"], Path(given["split"]), given["settings"])
+    resident = of_first_fold(given["train"], Path(given["split"]), given["settings"], Path(given["decisions"]))
     step = choose(STEPS, "step", given["what"])(resident)
     resident.loop.model.train()
     losses = [step() for _ in range(given["warm_up"])]
@@ -64,21 +65,25 @@ def main(arguments: Sequence[str]) -> int:
     losses += [step() for _ in range(given["steps"])]
     resident.wait()
     told: dict[str, Any] = rate([begun.since(given["steps"] * len(resident.samples))])
-    told["precision"] = str(resident.loop.runtime.dtype or "float32").removeprefix("torch.")
+    told["precision"] = assemble.precision_name(resident.loop.runtime)
     if given.get("curve"):
         told["losses"] = [float(loss) for loss in losses]
     print(json.dumps(told))
     return 0
 
 
-def of_first_fold(train: str, split: Path, arguments: Sequence[str]) -> Resident:
-    """The loop of fold 0 on as many of its images as a batch has, with its first batch."""
+def of_first_fold(train: str, split: Path, arguments: Sequence[str], decisions: Path) -> Resident:
+    """The loop of fold 0 on as many of its images as a batch has, with its first batch.
+
+    What is left to a probe is probed once, and found in the folder `decisions` later.
+    """
     settings = load_settings([arguments_layer(arguments)])
     table = read_folds(split / FOLDS, split / CLASSES)
     rows = table.train_rows(0)[: settings.train.batch_size]
-    runtime = assemble.runtime_of(settings)
     assemble.seed_everything(settings.seed)
     network = assemble.build_classifier(settings.model, len(table.classes))
+    settings = assemble.settled(settings, network, BY_ITSELF, None, decisions)
+    runtime = assemble.runtime_of(settings)
     targets = assemble.one_hot(table.codes[rows], len(table.classes), runtime.device)
     images = assemble.image_set(open_store(Path(train)), table, rows, settings, training=True)
     loop = assemble.build_loop(

@@ -34,6 +34,7 @@ def measure(options: Options) -> list[Finding]:
     found = case("convnext_tiny@224", options, CASES)
     photos = images_of(found, options)
     split = split_of(photos, options)
+    options.fresh("decisions")  # what a probe finds holds for all turns, and for no other run
     kinds = {"all_four": against_plain, "stochastic_depth": against_cheapest, "curve": curve}
     return [kinds[name](found, photos, split, options) for name in options.chosen(kinds)]
 
@@ -42,7 +43,7 @@ def against_plain(found: Case, photos: Path, split: Path, options: Options) -> F
     plain = [*found.arguments(options.device), DEPTHS["all_four"], HEAD_DROPOUT]
     turns = in_turns(
         lambda: resident([*plain, *ALL_FOUR], "whole", found.epochs, photos, split, options),
-        lambda: resident(plain, "whole", 3 * found.epochs, photos, split, options),
+        lambda _: resident(plain, "whole", 3 * found.epochs, photos, split, options),
         options.pairs,
         "step: all four, plain",
     )
@@ -55,7 +56,7 @@ def against_cheapest(found: Case, photos: Path, split: Path, options: Options) -
     arguments = [*found.arguments(options.device), DEPTHS["stochastic_depth"], HEAD_DROPOUT, *ALL_FOUR]
     turns = in_turns(
         lambda: resident(arguments, "whole", found.epochs, photos, split, options),
-        lambda: resident(arguments, "cheapest", found.epochs, photos, split, options),
+        lambda _: resident(arguments, "cheapest", found.epochs, photos, split, options),
         options.pairs,
         "step: all four, by hand",
     )

@@ -34,7 +34,6 @@ def epochs(seen: dict[str, Any]) -> None:
         images, begun = sum(map(len, parts.batches(progress.epoch))), Reading.now()
         result = train_epoch(parts, progress)  # it ends with figures on the CPU, so nothing is under way
         seen.setdefault("passes", []).append(begun.since(images))
-        seen["precision"] = str(parts.runtime.dtype or "float32").removeprefix("torch.")
         return result
 
     loop.train_epoch = timed

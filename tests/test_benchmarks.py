@@ -43,7 +43,9 @@ def test_turns_alternate_and_their_ratios_are_of_neighbours():
         order.append(name)
         return factor * next(speed)
 
-    turns = in_turns(lambda: turn("A", 2), lambda: turn("B", 1), 7, "turns")
+    told = []
+    turns = in_turns(lambda: turn("A", 2), lambda given: told.append(given) or turn("B", 1), 7, "turns")
+    assert told == [a for a, _ in turns]
     assert "".join(order) == "AB" * 7
     assert Spread.of([a / b for a, b in turns]).most == pytest.approx(2 / 0.9)
     assert Spread.of([a / b for a, b in turns]).least == pytest.approx(2 / 0.9)
