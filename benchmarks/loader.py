@@ -1,7 +1,7 @@
-"""The loader alone on one core: from decoded images to a batch of uint8 at 224 px, by crop, resize and flip.
+"""The loader alone on one core: from cached images to a batch of uint8 at 224 px, by crop, resize and flip.
 
-Images of 341 × 256 pixels lie decoded, as a stage keeps them; `assemble.images_at` gives them as it does to a training. B is
-torchvision v2's RandomResizedCrop and RandomHorizontalFlip on the same pixels, stacked. Each process is bound to one core and
+JPEGs of 500 × 375 pixels lie in an image cache at `data.store_size=256`, so 341 × 256; `assemble.images_at` gives them as it
+does to a training. B is torchvision v2's RandomResizedCrop and RandomHorizontalFlip on the same pixels, stacked. Each process is bound to one core and
 has one thread. The normalisation of such a batch to floats is timed by itself, since on a GPU it is not this core's work.
 """
 
@@ -9,28 +9,29 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Case, images_of
+from benchmarks.cases import Case, images_of, split_of
 from benchmarks.options import Options
 from benchmarks.pairs import Spread, in_turns, run
 from benchmarks.results import Finding, ratio
 from fivefold.choose import choose
+from fivefold.errors import RetryableError
 
 SIZE = 224
 BATCH = 64
 BATCHES = 24
 WARM_UP = 3
 IMAGES = 256
-STORED = "341x256"
+STORED = 256
 
 
 def measure(options: Options) -> list[Finding]:
     found = Case("resnet18", options.size or SIZE, options.batch or BATCH, options.count or IMAGES, 1)
-    photos = images_of(found, replace(options, photo=STORED))
-    given = {"photos": str(photos), "size": found.size, "batch": found.batch}
+    photos = images_of(found, options)
+    places = {"photos": photos, "split": split_of(photos, options), "caches": options.folder("caches")}
+    given = {name: str(path) for name, path in places.items()} | {"size": found.size, "batch": found.batch}
 
     def turn(kind: str) -> dict[str, float]:
         return run(["-m", "benchmarks.loader", json.dumps(given | {"kind": kind})], 1).told
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    images, settings = decoded(Path(given["photos"]), given["size"])
+    images, settings = cached(Path(given["photos"]), Path(given["split"]), Path(given["caches"]), given["size"])
     make = choose({"ours": ours, "torchvision": torchvision}, "kind", given["kind"])(images, given["size"])
     batches = [[(epoch, row) for row in order(len(images), given["batch"], epoch)] for epoch in range(1, BATCHES + 1)]
     runtime = runtime_of(settings)
@@ -70,19 +71,29 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def decoded(photos: Path, size: int) -> tuple[Any, Any]:
-    """The images of the folder as a training has them, decoded already; and its settings."""
-    from fivefold.assemble import images_at
+def cached(photos: Path, split: Path, caches: Path, size: int) -> tuple[Any, Any]:
+    """All images of the split as a training has them, from a cache that is made once; and the settings."""
+    import numpy as np
+
+    from fivefold.assemble import image_set
+    from fivefold.contract.stages import CLASSES, FOLDS
+    from fivefold.data.cached import with_caches
+    from fivefold.data.caching import Source, cached_once
+    from fivefold.data.folds import read_folds
+    from fivefold.data.images import pixels_of
     from fivefold.data.store import open_store
     from fivefold.settings import arguments_layer, load
 
-    crop = ["random_resized_crop", "horizontal_flip"]
-    settings = load(
-        [arguments_layer([f"model.image_size={size}", f"augment.train={json.dumps(crop)}", "train.device=cpu"])]
-    )
-    store = open_store(photos)
-    names = [name for name in store.names() if name.endswith(".jpg")]
-    return images_at(store, names, [None] * len(names), settings, training=True), settings
+    crop = json.dumps(["random_resized_crop", "horizontal_flip"])
+    keys = (f"model.image_size={size}", f"augment.train={crop}", f"data.store_size={STORED}", "train.device=cpu")
+    settings = load([arguments_layer([*keys, "train.keep_in_memory=false"])])
+    table, store = read_folds(split / FOLDS, split / CLASSES), open_store(photos)
+    rows = np.arange(len(table))
+    source = Source(store, table.paths_of(rows), table.sha256_of(rows))
+    cache = cached_once(caches, [source], pixels_of(settings.data), settings.data.cache_gib)
+    if cache is None:
+        raise RetryableError(f"no room for the image cache in {caches}: free some, or give another work=")
+    return image_set(with_caches(store, [cache]), table, rows, settings, training=True), settings
 
 
 def ours(images: Any, size: int) -> Callable[[Sequence[tuple[int, int]]], Any]:

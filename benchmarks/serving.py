@@ -34,7 +34,7 @@ import torch
 from fivefold.committee import Committee
 from fivefold.data.dataset import joined
 from fivefold.data.given import HandedStore
-from fivefold.data.images import decode, is_image
+from fivefold.data.images import is_image
 from fivefold.errors import MissingInputError
 from fivefold.inference.predictor import predict
 from fivefold.members import ImageFiles
@@ -113,7 +113,7 @@ class Bench:
         self.same = 2e-2 if any(member.runtime.dtype for member in committee.members) else SAME
         self.expected = self.answers()
         chosen = [files[at % len(files)] for at in range(self.batch)]
-        prepared = [committee.prepare(decode(file, "an image")) for file in chosen]
+        prepared = [committee.prepare(committee.decode(file, "an image")) for file in chosen]
         self.resident = {sight: joined([image[sight] for image in prepared]) for sight in prepared[0]}
 
     def answers(self) -> list[Expected]:

@@ -15,13 +15,13 @@ from benchmarks.options import Options
 from benchmarks.pairs import Ended, Spread, repeated, run
 from benchmarks.results import Finding
 from fivefold.contract.files import atomic, check_space
+from fivefold.predictions import ROWS_A_GROUP
 from fivefold.progress import track
 
 TABLES = 5
 CLASSES = 100
 LINEAR = 4
 MB = 1e6
-ROWS_AT_ONCE = 50_000
 
 
 def measure(options: Options) -> list[Finding]:
@@ -88,8 +88,8 @@ def write_csv(path: Path, rows: int) -> None:
     codes = (CLASSES * np.random.default_rng(0).random(rows) ** 2).astype(np.int64)
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("image_path,target\n")
-        for start in range(0, rows, ROWS_AT_ONCE):
-            some = enumerate(codes[start : start + ROWS_AT_ONCE].tolist(), start=start)
+        for start in range(0, rows, ROWS_A_GROUP):
+            some = enumerate(codes[start : start + ROWS_A_GROUP].tolist(), start=start)
             file.write("".join(f"images/{number:07}.jpg,class-{code:02}\n" for number, code in some))
 
 
@@ -111,8 +111,8 @@ def groups(rows: int, seed: int) -> Iterator:
     import pyarrow as pa
 
     random = np.random.default_rng(seed)
-    for start in range(0, rows, ROWS_AT_ONCE):
-        count = min(ROWS_AT_ONCE, rows - start)
+    for start in range(0, rows, ROWS_A_GROUP):
+        count = min(ROWS_A_GROUP, rows - start)
         logits = random.standard_normal((count, CLASSES), np.float32) * 2
         log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         columns = {

@@ -60,7 +60,8 @@ def train_fold(found: Case, photos: Path, split: Path, options: Options) -> Told
         "SM_OUTPUT_DATA_DIR": folder / "output",
         "SM_CHECKPOINT_DIR": folder / "checkpoints",
     }
-    arguments = ["train-fold", "FOLD=0", *found.arguments(options.device)]
+    cache = f"data.cache={options.folder('caches')}"  # as folds of a run share one; the first turn makes it
+    arguments = ["train-fold", "FOLD=0", cache, *found.arguments(options.device)]
     ended = run(
         ["-m", "benchmarks.watched", "epochs", *arguments],
         options.cores,

@@ -12,14 +12,13 @@ from fivefold.contract.job import Job
 from fivefold.contract.stages import TRAIN_LOG
 from fivefold.data.folds import FoldTable
 from fivefold.data.images import is_image
-from fivefold.data.store import open_store
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
 from fivefold.recipe import Settings
 from fivefold.replicas import Replicas
 from fivefold.training.loop import ValidRows
 from fivefold.training.trackers import close_trackers
-from jobs import training
+from jobs import images, training
 from jobs.outcome import Outcome
 
 log = logging.getLogger("fivefold")
@@ -34,7 +33,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     check_split(models, split)
     check_factors(models, table)
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()
-    store = open_store(job.channel("train"))
+    store = images.open_split(job, table, student)
     patience = allowed_patience(settings.distill.patience, len(aside))
 
     replicas = Replicas(job.place)
@@ -115,7 +114,7 @@ def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils) ->
     channel = job.optional_channel("unlabeled")
     if channel is None:
         return None
-    store = open_store(channel)
+    store = images.open_images(job, "unlabeled")
     paths = [name for name in store.names() if is_image(name)]
     if not paths:
         raise DataError(f"no images below the channel 'unlabeled' ({channel})")

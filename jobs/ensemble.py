@@ -18,7 +18,7 @@ from fivefold.contract.job import Job
 from fivefold.contract.stages import EACH, ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
 from fivefold.data.evals import EvalTable, Submission, read_eval
 from fivefold.data.same_classes import SameClasses
-from fivefold.data.store import ImageStore, open_store
+from fivefold.data.store import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.calibration import apply_temperature
 from fivefold.inference.blends import combined, equal
@@ -31,6 +31,7 @@ from fivefold.inference.tta import same_views
 from fivefold.members import load_member, save_predictions
 from fivefold.predictions import Predictions, in_class_order
 from fivefold.recipe import Ensemble, Settings, Spec
+from jobs.images import open_images
 from jobs.outcome import Outcome
 
 log = logging.getLogger("fivefold")
@@ -44,7 +45,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     check(job, models, options.blend)
     groups = by_system(models)
     product = product_for(options.blend, groups, files)
-    store = open_store(job.channel("eval"))
+    store = open_images(job, "eval")
     images = read_eval(store, settings.data.id_column, settings.data.path_column)
     images = images.answered_in(options.answer_column, options.number_column)
     classes = product.factors.classes if product else known_classes(models, images, files)

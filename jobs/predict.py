@@ -20,7 +20,6 @@ from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, FOLDS
 from fivefold.data.folds import read_folds
 from fivefold.data.given import Given, check_truth, read_given, with_folders_as_truth
-from fivefold.data.store import open_store
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import summary
 from fivefold.evaluation.tables import Scored, write_mistakes
@@ -28,6 +27,7 @@ from fivefold.launchers.plan import new_run_name
 from fivefold.members import ImageFiles
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
+from jobs.images import open_images
 from jobs.outcome import Outcome
 
 log = logging.getLogger("fivefold")
@@ -92,7 +92,7 @@ def what_is_asked(job: Job, settings: Settings, models: Sequence[ModelDir], clas
     if not len(rows):
         raise DataError(f"{path} has no rows that are {' or '.join(settings.predict.rows)} to these models")
     paths = table.paths_of(rows).tolist()
-    given = Given(open_store(job.channel("images")), paths, paths, table.labels()[rows].tolist())
+    given = Given(open_images(job, "images"), paths, paths, table.labels()[rows].tolist())
     check_truth(given, classes)
     return Asked(given, part[rows], table.sha256_of(rows))
 

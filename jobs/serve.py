@@ -116,7 +116,7 @@ def model_at(path: str, settings: Settings, scratch: Path) -> "Committee":
 
     explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
     committee = load_committee(job, explicit)
-    grey = committee.prepare(np.full((64, 64, 3), 128, np.uint8))
+    grey = committee.prepare(dict.fromkeys(committee.kinds, np.full((64, 64, 3), 128, np.uint8)))
     for size in (settings.serve.batch_size, 1):
         committee.judge([grey] * size)
     log.info("%d models of %s, %d classes", len(committee.members), path, len(committee.classes))

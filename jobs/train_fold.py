@@ -6,13 +6,12 @@ import sys
 from fivefold import assemble, members
 from fivefold.contract.job import Job
 from fivefold.contract.stages import OOF, TRAIN_LOG
-from fivefold.data.store import open_store
 from fivefold.errors import SettingsError
 from fivefold.recipe import Settings
 from fivefold.replicas import Replicas
 from fivefold.training.loop import TrainRows, ValidRows
 from fivefold.training.trackers import close_trackers
-from jobs import training
+from jobs import images, training
 from jobs.outcome import Outcome
 
 log = logging.getLogger("fivefold")
@@ -23,7 +22,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     split, table = training.read_split(job, settings.model.factors)
     fold = chosen_fold(settings.fold, table.num_folds)
     rows, own_rows = table.train_rows(fold), table.valid_rows(fold)
-    store = open_store(job.channel("train"))
+    store = images.open_split(job, table, settings)
     label = f"fold {fold}"
     log.info(
         "%s: trains on %d rows of %d classes, validates on %d", label, len(rows), len(table.classes), len(own_rows)

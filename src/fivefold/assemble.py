@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet, count_batches
 from fivefold.data.folds import FoldTable
+from fivefold.data.images import pixels_of
 from fivefold.data.meta import count_numbers
 from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
@@ -29,16 +30,11 @@ from fivefold.models.heads import build_head
 from fivefold.models.norms import with_norms_of_all
 from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
-from fivefold.runtimes import (
-    RUNTIME,
-    Manner,
-    in_words,
-    precision_name,
-    quickened,
-    runtime_for_prediction,
-    runtime_of,
-    settled,
-)
+from fivefold.runtimes import RUNTIME, Manner, in_words, quickened
+from fivefold.runtimes import precision_name as precision_name
+from fivefold.runtimes import runtime_for_prediction as runtime_for_prediction
+from fivefold.runtimes import runtime_of as runtime_of
+from fivefold.runtimes import settled as settled
 from fivefold.training import memory
 from fivefold.training.ema import Ema
 from fivefold.training.freezing import Freezing
@@ -54,8 +50,6 @@ from fivefold.training.teaching import Annealing, Cooling, lesson_plan
 from fivefold.training.updates import UPDATES, InTurns, Update, build_scaler
 
 log = logging.getLogger("fivefold")
-__all__ = ("RUNTIME", "in_words", "precision_name", "runtime_for_prediction", "runtime_of", "settled")
-"""Of `runtimes.py`, for those who come through this door."""
 
 
 def build_classifier(model: Model, classes: int) -> Classifier:
@@ -90,7 +84,7 @@ def images_at(
     """The images at `paths`, checked against their digests; kept in memory if they fit and the settings want it."""
     specs = settings.augment.train if training else settings.augment.eval
     transform = build_transforms(specs, settings.model.size, evaluation=not training)
-    images = ImageSet(store, paths, transform, settings.seed, sha256, settings.model.meta)
+    images = ImageSet(store, paths, transform, settings.seed, sha256, settings.model.meta, pixels_of(settings.data))
     if settings.train.keep_in_memory and not images.keep_in_memory():
         log.info("%d images are too many to keep decoded in memory; they are read at each epoch", len(images))
     if settings.model.meta:

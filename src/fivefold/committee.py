@@ -1,6 +1,7 @@
 """Trained models that predict together, in memory: a fold's, a student, or an ensemble with its weights."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE
 from fivefold.data.dataset import Batch, ImageSet
 from fivefold.data.folds import FoldTable
+from fivefold.data.images import Pixels
 from fivefold.errors import DataError
 from fivefold.evaluation.calibration import apply_temperature
 from fivefold.inference.blends import combined, equal
@@ -65,25 +67,37 @@ class Committee:
     def predict(self, files: ImageFiles, label: str = "") -> Verdict:
         """Every member's word on each image that can be read, blended; a progress bar where there is a `label`.
 
-        An image is read and decoded once for all members. None of this raises for a single bad image.
+        An image is read and decoded once for all members to which the same pixels count. None of this raises for a
+        single bad image.
         """
-        portions = read_in_portions(files)
         total = -(-len(files.paths) // IMAGES_AT_ONCE)
-        rows: list[int] = []
-        unreadable: dict[int, str] = {}
         said: list[list[np.ndarray]] = [[] for _ in self.members]
-        for portion in track(portions, total, label) if label else portions:
-            unreadable |= {row: image for row, image in portion.items() if isinstance(image, str)}
-            pixels = {row: image for row, image in portion.items() if not isinstance(image, str)}
-            rows += pixels
-            for words, member in zip(said, self.members, strict=True) if pixels else ():
-                words.append(self._of(member, list(pixels.values())))
+        for pixels in self.kinds:
+            portions, rows, unreadable = read_in_portions(files, pixels), [], {}
+            seeing = [
+                (words, member) for words, member in zip(said, self.members, strict=True) if member.pixels == pixels
+            ]
+            for portion in track(portions, total, label) if label else portions:
+                unreadable |= {row: image for row, image in portion.items() if isinstance(image, str)}
+                read = {row: image for row, image in portion.items() if not isinstance(image, str)}
+                rows += read
+                for words, member in seeing if read else ():
+                    words.append(self._of(member, list(read.values())))
         return Verdict(np.array(rows, np.int64), self._blended(said), unreadable)
 
-    def prepare(self, pixels: np.ndarray) -> Prepared:
-        """A decoded image uint8 [H, W, 3] as the networks take it, once for members that see alike; for several threads."""
+    @property
+    def kinds(self) -> list[Pixels]:
+        """What pixels of a file count to the members: nearly always the same to all of them."""
+        return list(dict.fromkeys(member.pixels for member in self.members))
+
+    def decode(self, content: bytes, name: str, max_pixels: float = math.inf) -> dict[Pixels, np.ndarray]:
+        """An image file as the pixels uint8 [H, W, 3] that count to each member; for several threads. DataError as `images.decode`."""
+        return {pixels: pixels.decode(content, name, max_pixels) for pixels in self.kinds}
+
+    def prepare(self, decoded: Mapping[Pixels, np.ndarray]) -> Prepared:
+        """What `decode` gave as the networks take it, once for members that see alike; for several threads."""
         seeing = {member.sight: member for member in self.members}
-        return {sight: member.prepare(pixels) for sight, member in seeing.items()}
+        return {sight: member.prepare(decoded[member.pixels]) for sight, member in seeing.items()}
 
     def judge(self, images: Sequence[Prepared]) -> np.ndarray:
         """log p float32 [N, C] of N prepared images, which each member takes in one step.
@@ -109,9 +123,9 @@ class Committee:
         return apply_temperature(combined(self.between, each, self.weights), self.temperature)
 
 
-def read_in_portions(files: ImageFiles) -> Iterator[dict[int, np.ndarray | str]]:
+def read_in_portions(files: ImageFiles, pixels: Pixels) -> Iterator[dict[int, np.ndarray | str]]:
     """Each row's pixels uint8 [H, W, 3], or why there are none; the next portion is decoded while one is in use."""
-    images = ImageSet(files.store, files.paths, transform=_no_transform, sha256=files.sha256)
+    images = ImageSet(files.store, files.paths, transform=_no_transform, sha256=files.sha256, pixels=pixels)
 
     def read(row: int) -> np.ndarray | str:
         try:

@@ -22,6 +22,7 @@ from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.stages import MODEL, RAW_WEIGHTS, WEIGHTS
 from fivefold.data.dataset import Batch, ImageSet, joined
+from fivefold.data.images import Pixels, pixels_of
 from fivefold.data.store import FolderStore, ImageStore
 from fivefold.data.transforms import Transform, build_transforms
 from fivefold.errors import DataError
@@ -35,7 +36,7 @@ from fivefold.settings import key_settings
 from fivefold.training.loop import Best
 
 FORMAT = 1
-TRAINING_SECTIONS = ("model", "augment", "train")
+TRAINING_SECTIONS = ("data.store_size", "data.scaled_decoding", "model", "augment", "train")
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,20 @@ class Member:
 
     def predict_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Log-probabilities float32 [N, C] of decoded images, each uint8 [H, W, 3], by the recipe's views."""
-        files = ImageFiles(FolderStore(Path()), [""] * len(pixels), pixels=pixels)
+        stored = [self.pixels.shrink(image) for image in pixels]
+        files = ImageFiles(FolderStore(Path()), [""] * len(stored), pixels=stored)
         return predict_images(self.network, self.settings, self.runtime, files, "")
 
     @property
     def sight(self) -> str:
         """What it does to a decoded image before its network sees it; members of equal sight see the same."""
         model = self.settings.model
-        return repr((self.settings.augment.eval, model.size, model.meta))
+        return repr((self.pixels, self.settings.augment.eval, model.size, model.meta))
+
+    @property
+    def pixels(self) -> Pixels:
+        """What pixels of an image file count to it."""
+        return pixels_of(self.settings.data)
 
     @cached_property
     def _transform(self) -> Transform:
@@ -69,7 +76,7 @@ class Member:
     def prepare(self, pixels: np.ndarray) -> Batch:
         """A decoded image uint8 [H, W, 3] as the network takes it, a batch of one; for several threads at once."""
         image = ImageSet(FolderStore(Path()), [""], self._transform, meta=self.settings.model.meta)
-        image.kept = [pixels]
+        image.kept = [self.pixels.shrink(pixels)]
         return image.__getitems__([(0, 0)])
 
     def predict_prepared(self, images: Sequence[Batch]) -> np.ndarray:
@@ -96,7 +103,8 @@ def predict_images(
     With a progress bar, unless `files` brings its pixels.
     """
     transform = build_transforms(settings.augment.eval, settings.model.size, evaluation=True)
-    images = ImageSet(files.store, files.paths, transform, sha256=files.sha256, meta=settings.model.meta)
+    pixels = pixels_of(settings.data)
+    images = ImageSet(files.store, files.paths, transform, 0, files.sha256, settings.model.meta, pixels)
     if files.pixels is not None:
         images.kept = list(files.pixels)
         workers, label = 0, ""

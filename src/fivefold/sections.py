@@ -1,4 +1,4 @@
-"""What every section of a recipe is, and those that speak of what is trained already: `[ensemble]`, `[export]`,
+"""What every section of a recipe is; `[data]`, those that speak of what is trained already: `[ensemble]`, `[export]`,
 `[serve]`, `[evaluate]`, `[compare]`; and of where it is trained: `[sagemaker]`, `[kubernetes]`.
 
 The others stand in `recipe.py`, which is the door to all of them.
@@ -14,6 +14,74 @@ Spec = str | dict[str, Any]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    layout: str = Field(
+        "auto",
+        description="auto, folders (a folder a class), mask_profiles (one a person), csv, or products (a row a product)",
+    )
+    table: str = Field("", description="the CSV below the channel; empty: train.csv, or the only one")
+    id_column: str = Field("", description="CSV column of row ids; empty: id if there is one, else the path")
+    path_column: str = Field("", description="CSV column of image paths; empty: image_path, img_path, path or the like")
+    label_column: str = Field("", description="CSV column of classes; empty: target, label, class_name or the like")
+    group_column: str = Field("", description="CSV column of groups that no fold may part (people, products)")
+    base_path: str = Field(
+        "", description="folder that a CSV's paths count from; empty: the one below which they exist"
+    )
+    category_column: str = Field("", description="products: column of categories; empty: category_name or category")
+    image_types: dict[str, str] = Field(
+        {
+            "main_image": "full_shot",
+            "back_image": "full_shot",
+            "text_tag_image": "care_label",
+            "neck_tag_image": "neck_label",
+            "other": "detail_shot",
+        },
+        description="products: the class of the images in each column",
+    )
+    age_cuts: list[float] = Field([30, 60], description="mask_profiles: ages at which the next class of age begins")
+    same_classes: list[list[str]] = Field([], description='names that mean the same class, as [["A", "B"], ["C", "D"]]')
+    same_class: Literal["none", "merge", "sum"] = Field(
+        "none",
+        description="what becomes of same_classes: nothing; merge: one class in training, parted equally in a "
+        "submission; sum: in a submission each gets the sum of their probabilities",
+    )
+    store_size: int = Field(
+        0, ge=0, description="an image's shorter side is shrunk to so many pixels before anything else; 0: as decoded"
+    )
+    scaled_decoding: bool = Field(
+        False, description="decode JPEGs at 1/2, 1/4 or 1/8 where that is not below store_size: faster, other pixels"
+    )
+    cache: str = Field(
+        "auto",
+        description="folder of images that are decoded once for all stages; auto: cache beside the runs, inside a run; off",
+    )
+    cache_gib: float = Field(64.0, gt=0, description="largest size of an image cache; one that is larger is not made")
+
+    @model_validator(mode="after")
+    def _ages_rise(self) -> "Data":
+        if not self.age_cuts or sorted(set(self.age_cuts)) != self.age_cuts or self.age_cuts[0] <= 0:
+            raise ValueError(f"age_cuts={self.age_cuts} are ages above 0, each larger than the one before")
+        return self
+
+    @model_validator(mode="after")
+    def _each_name_once(self) -> "Data":
+        names = [name for group in self.same_classes for name in group]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if any(len(group) < 2 for group in self.same_classes):
+            raise ValueError("same_classes are groups of two names or more")
+        if twice:
+            raise ValueError(f"same_classes name {twice[0]!r} twice; a name is in one group, once")
+        if self.same_class != "none" and not names:
+            raise ValueError(f"same_class={self.same_class} needs same_classes, the groups of names")
+        return self
+
+    @model_validator(mode="after")
+    def _scaled_to_a_size(self) -> "Data":
+        if self.scaled_decoding and not self.store_size:
+            raise ValueError("scaled_decoding=true needs store_size, below which nothing is scaled")
+        return self
 
 
 class Ensemble(Section):

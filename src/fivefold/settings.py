@@ -94,8 +94,13 @@ def normal_key(name: str) -> str:
 
 def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
     """The keys of `layer` that a stage with these `sections` does not read."""
-    read = {"recipe", "run", "runs", "stage", "reuse", *sections}
-    return [key for key in layer.values if key.split(".")[0] not in read]
+    read = ("recipe", "run", "runs", "stage", "reuse", *sections)
+    return [key for key in layer.values if not is_of(key, read)]
+
+
+def is_of(key: str, sections: Sequence[str]) -> bool:
+    """Whether a key is of these sections, of which one may be a single key: `data.store_size`."""
+    return key in sections or key.split(".")[0] in sections
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -128,7 +133,7 @@ def key_settings(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(settings).items()
-        if key.split(".")[0] in sections and key not in EXECUTION_KEYS | silent
+        if is_of(key, sections) and key not in EXECUTION_KEYS | silent
     }
 
 
@@ -136,7 +141,11 @@ def describe(sections: Sequence[str]) -> str:
     """Every key of `sections` with type, default and meaning, a line each, for `--help`."""
     lines = []
     for name in sections:
-        field = Settings.model_fields[name]
+        section, _, key = name.partition(".")
+        field = Settings.model_fields[section]
+        if key:
+            lines.append(_line(name, type(field.default).model_fields[key]))
+            continue
         if name not in SECTIONS:
             lines.append(_line(name, field))
             continue

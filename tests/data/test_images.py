@@ -8,9 +8,11 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as v2
 
-from fivefold.data.images import decode, is_image, pixel_digest
+from fivefold.data.images import Pixels, decode, decoded_size, is_image, pixel_digest
 from fivefold.errors import DataError
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -35,6 +37,49 @@ def test_lossless_rgb_comes_back_as_it_was() -> None:
 def test_other_formats_are_as_pillow_reads_them(kind: str) -> None:
     content = encoded(Image.fromarray(RGB), kind)
     assert (decode(content, "x") == np.array(Image.open(BytesIO(content)).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("pixels", [Pixels(24), Pixels(24, scaled=True)])
+@pytest.mark.parametrize("size", [(96, 60), (60, 96), (47, 200), (24, 25), (20, 300), (24, 24)])
+def test_an_image_is_stored_with_a_shorter_side_of_the_size_and_a_smaller_one_as_it_is(
+    pixels: Pixels, size: tuple[int, int]
+) -> None:
+    width, height = size
+    content = encoded(Image.fromarray(RGB).resize(size), "JPEG", quality=95)
+    found = pixels.decode(content, "x")
+    scale = min(1, 24 / min(size))
+    assert min(found.shape[:2]) == min(24, *size)
+    assert found.shape[:2] == pytest.approx((height * scale, width * scale), abs=1.5 if pixels.scaled else 0.5)
+    whole = decode(content, "x")
+    if not pixels.scaled:
+        assert (
+            found
+            == v2.resize(torch.from_numpy(whole).permute(2, 0, 1), found.shape[:2], antialias=True)
+            .permute(1, 2, 0)
+            .numpy()
+        ).all()
+        assert found.shape[:2] == pixels.size(height, width)
+    assert np.abs(found.astype(int) - pixels.shrink(whole)[: found.shape[0], : found.shape[1]]).mean() < 12
+    assert pixels.shrink(found) is found, "what is shrunk stays"
+
+
+def test_scaled_decoding_stops_above_the_size() -> None:
+    content = encoded(Image.fromarray(RGB).resize((400, 300)), "JPEG")
+    shorter = {
+        least: min(decode(content, "x", least=least).shape[:2]) for least in (0, 301, 300, 151, 150, 149, 75, 38, 37, 1)
+    }
+    assert shorter == {0: 300, 301: 300, 300: 300, 151: 300, 150: 150, 149: 150, 75: 75, 38: 75, 37: 38, 1: 38}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_is_known_from_the_head(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(RGB), kind, exif=exif)
+    assert decoded_size(content, "x") == decode(content, "x").shape[:2]
+    with pytest.raises(DataError, match="x cannot be decoded"):
+        decoded_size(content[:3], "x")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

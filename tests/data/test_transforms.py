@@ -70,3 +70,78 @@ def test_the_scale_of_a_random_resized_crop_is_kept():
         shares.append(random_resized_crop(blocks, (10, 10), scale=(0.25, 0.5), ratio=(1, 1)).float().mean() / 255)
     assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
     assert np.std(shares) > 0.1
+
+
+def boxes(count: int, **parameters: object) -> np.ndarray:
+    """(top, left, height, width) of the crops of an image 120 × 200 whose colours are its coordinates; float [N, 4]."""
+    down = torch.arange(120.0)[:, None].expand(120, 200)
+    across = torch.arange(200.0)[None].expand(120, 200)
+    image = torch.stack([down, across])
+    found = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        crop = random_resized_crop(image, (8, 8), **parameters)
+        # Of a linear ramp at 8 pixels those away from the edge are the ramp at 5/16 and 11/16 of the box, less a half.
+        (first, last), (left, right) = crop[0, [2, 5], 4].tolist(), crop[1, 4, [2, 5]].tolist()
+        height, width = (last - first) * 8 / 3, (right - left) * 8 / 3
+        found.append((first + 0.5 - height * 5 / 16, left + 0.5 - width * 5 / 16, height, width))
+    return np.array(found)
+
+
+def test_a_random_resized_crop_is_uniform_in_area_log_uniform_in_aspect_and_lies_anywhere():
+    found = boxes(2000, scale=(0.1, 0.28), ratio=(0.5, 2.0))  # all of which fit
+    assert np.abs(found - found.round()).max() < 0.45, "boxes of whole pixels, but for the weights' own rounding"
+    top, left, height, width = found.round().T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height <= 120).all()
+    assert (left + width <= 200).all()
+    area, aspect = height * width / (120 * 200), np.log(width / height)
+    for values, low, high in ((area, 0.1, 0.28), (aspect, np.log(0.5), np.log(2))):
+        shares, _ = np.histogram(values, bins=4, range=(low, high))
+        assert shares.sum() > 1900, "but for rounding all lie within"
+        assert shares / shares.sum() == pytest.approx(np.full(4, 0.25), abs=0.04)
+    room = np.stack([top / (120 - height), left / (200 - width)])
+    assert room.mean(axis=1) == pytest.approx([0.5, 0.5], abs=0.03)
+    assert room.std(axis=1) == pytest.approx([12**-0.5] * 2, abs=0.03)
+
+
+def test_a_crop_that_never_fits_is_the_middle():
+    image = IMAGE[:, :4]
+    found = random_resized_crop(image, (4, 4), scale=(1.0, 1.0), ratio=(1, 1))
+    assert torch.equal(found, image[:, :, 13:17])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 1.0])
+def test_a_flip_comes_as_often_as_it_is_to(p):
+    flips = 0
+    for seed in range(1000):
+        torch.manual_seed(seed)
+        flips += not torch.equal(horizontal_flip(IMAGE, p), IMAGE)
+    assert flips / 1000 == pytest.approx(p, abs=0.04)
+
+
+def test_a_resize_gives_the_same_pixels_however_they_lie_in_memory():
+    rows = IMAGE.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    crop = (slice(None), slice(3, 33), slice(2, 29))
+    for size in ((24, 24), (40, 13), (60, 70)):
+        expected = v2.resize(IMAGE[crop].contiguous(), size, antialias=True)
+        assert torch.equal(resize(IMAGE[crop], size), expected)
+        found = resize(rows[crop], size)
+        assert torch.equal(found, expected)
+        assert found.permute(1, 2, 0).is_contiguous(), "rows of colours stay so: that is what is fast"
+
+
+def test_a_transform_that_would_write_to_the_image_that_it_is_given_is_refused():
+    with pytest.raises(SettingsError, match="inplace=true would change the image"):
+        build_transforms([{"name": "random_erasing", "inplace": True}], (8, 8))
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMS))
+def test_no_transform_writes_to_the_image_that_it_is_given(name):
+    image = IMAGE.clone()
+    transform = build_transforms([{"name": name, **PARAMETERS.get(name, {})}], (24, 32))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        transform(image)
+    assert torch.equal(image, IMAGE)

@@ -298,7 +298,7 @@ def test_the_stage_is_found(arguments: list[str], environ: dict[str, str], name:
     ("arguments", "stage", "message"),
     [
         (["trian-fold"], None, "unknown stage 'trian-fold'; did you mean 'train-fold'?; known: "),
-        ([], None, "no stage: give one of split, train-fold, ensemble, evaluate, "),
+        ([], None, "no stage: give one of split, prepare, train-fold, ensemble, evaluate, "),
         (["train"], "spilt", "unknown stage 'spilt'; did you mean 'split'?"),
     ],
 )

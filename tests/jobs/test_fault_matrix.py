@@ -21,7 +21,9 @@ SETTINGS = [
 STAGES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "split": ("split", ["split.folds=2"], ("TRAIN",)),
     "split of a table": ("split", ["split.folds=2", "data.table=train.csv"], ("TRAIN",)),
+    "prepare": ("prepare", [], ("TRAIN", "FOLDS", "EVAL")),
     "train-fold": ("train-fold", ["FOLD=0", *SETTINGS], ("TRAIN", "FOLDS")),
+    "train-fold from a cache": ("train-fold", ["FOLD=0", *SETTINGS], ("TRAIN", "FOLDS", "CACHE")),
     "train-fold from weights": ("train-fold", ["FOLD=0", "model.weights=start.safetensors", *SETTINGS], ("TRAIN", "FOLDS", "WEIGHTS")),
     "ensemble": ("ensemble", [], ("EVAL", "MODEL", "FOLDS", "SUBMISSIONS")),
     "evaluate": ("evaluate", [], ("PREDICTIONS", "GROUND_TRUTH", "MODEL", "FOLDS", "EVAL")),
@@ -33,7 +35,9 @@ STAGES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
 INPUTS: dict[str, tuple[str, ...]] = {
     "split": ("train/a/0.png",),
     "split of a table": ("train/train.csv", "train/a/0.png"),
+    "prepare": ("train/a/0.png", "eval/images/0.png", "eval/test.csv", "folds/folds.parquet", "folds/classes.json"),
     "train-fold": ("train/a/0.png", "folds/folds.parquet", "folds/classes.json"),
+    "train-fold from a cache": ("cache/images/cache.json", "cache/images/index.npy", "cache/images/pixels.u8"),
     "train-fold from weights": ("weights/start.safetensors",),
     "ensemble": (
         "eval/test.csv", "eval/images/0.png", "eval/sample_submission.csv", "model/fold-0/model.json",
@@ -90,9 +94,11 @@ OTHERWISE: dict[tuple[str, str, str], tuple[int, str]] = {
     # absent: 66, with what was looked for and where
     **{("split of a table", TABLE, fault): (66, "no table train.csv in") for fault in ABSENT},
     **{(case, PARQUET, fault): (66, "no folds.parquet below the channel 'folds'")
-       for case in ("train-fold", "ensemble", "evaluate", "distill") for fault in ABSENT},
+       for case in ("prepare", "train-fold", "ensemble", "evaluate", "distill") for fault in ABSENT},
     **{(case, NAMES, fault): (66, "no classes.json below the channel 'folds'")
-       for case in ("train-fold", "distill") for fault in ABSENT},
+       for case in ("prepare", "train-fold", "distill") for fault in ABSENT},
+    **{("train-fold from a cache", "cache/images/cache.json", fault): (66, "no cache.json below the channel 'cache'")
+       for fault in ABSENT},
     **{("train-fold from weights", "weights/start.safetensors", fault): (66, "no such file") for fault in ABSENT},
     **{(case, WEIGHTS, fault): (66, "no weights at") for case in ("ensemble", "predict", "export") for fault in ABSENT},
     **{("distill", OOF, fault): (66, "no predictions at") for fault in ABSENT},
@@ -107,8 +113,10 @@ OTHERWISE: dict[tuple[str, str, str], tuple[int, str]] = {
     **{("predict", name, fault): (0, "") for name in (MODEL, "images/batch.csv") for fault in ABSENT},
     # another image is an image; other weights of the same shapes are weights to start from
     **{(case, "train/a/0.png", "of another run"): (0, "") for case in ("split", "split of a table")},
-    ("ensemble", "eval/images/0.png", "of another run"): (0, ""),
+    **{(case, "eval/images/0.png", "of another run"): (0, "") for case in ("prepare", "ensemble")},
     ("train-fold from weights", "weights/start.safetensors", "of another run"): (0, ""),
+    # without its table the images are all that lie there, and ids are nothing to a cache
+    **{("prepare", "eval/test.csv", fault): (0, "") for fault in (*ABSENT, "of another run")},
     # it lends the gallery the paths of training images, and finds none: no figure hangs on it
     ("evaluate", PARQUET, "of another run"): (0, ""),
     # a folder of images that holds a text beside them
@@ -146,6 +154,10 @@ def make(root: Path, classes: tuple[str, str], seed: int) -> Path:
     """A whole run's files, each channel in a folder of its own."""
     draw(root, classes, seed)
     assert call(root, "split", root / "folds") == 0
+    assert run("prepare", [], variables(root, root / "cache", ("TRAIN", "FOLDS"))) == 0
+    next((root / "cache").glob("*/cache.json")).parent.rename(
+        root / "cache" / "images"
+    )  # its own name is of what it holds
     for fold in range(2):
         assert (
             run(

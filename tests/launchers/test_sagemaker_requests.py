@@ -200,7 +200,7 @@ def from_hyperparameters(given: dict[str, str]) -> Settings:
 
 def sections_of(settings: Settings, stage: str) -> dict[str, Any]:
     tree = settings.model_dump()
-    return {name: tree[name] for name in STAGES[stage].sections if name != "fold"}
+    return {name: requests.tree_at(tree, name) for name in STAGES[stage].sections if name != "fold"}
 
 
 @pytest.mark.parametrize("row", [{}, {"val_loss": float("nan")}, {"train_loss": 12.5, "val_f1_macro": 1.0}])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fivefold.data.images import decode
 from fivefold.serving.batching import SICK_AFTER
 from fivefold.serving.bodies import Limits
 from fivefold.serving.server import address, listen, running
@@ -36,6 +37,9 @@ class Brightness:
         self.gate = threading.Event()
         self.gate.set()
         self.asked: list[int] = []
+
+    def decode(self, content: bytes, name: str, max_pixels: float) -> np.ndarray:
+        return decode(content, name, max_pixels)
 
     def prepare(self, pixels: np.ndarray) -> int:
         return int(pixels.max())

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from fivefold.contract.job import given_channels, has_base
 from fivefold.contract.s3.urls import is_url, parse
-from fivefold.contract.stages import STAGES, Stage
+from fivefold.contract.stages import RECORD, STAGES, Stage
 from fivefold.contract.storage import Remote
 from fivefold.errors import MissingInputError, SettingsError
 
 GROUND_TRUTH = "gt.csv"
 EVAL_TABLE = "test.csv"
+PREPARED = "prepare/output"
 
 
 def run_at(runs: str, run: str) -> str:
@@ -51,6 +52,11 @@ def in_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | None)
     for name, place in channels_of(stage.name, run).items():
         if name not in given and (name in stage.channels or _is_there(place)):
             found[f"SM_CHANNEL_{name.upper()}"] = place
+    prepared = f"{run}/{PREPARED}"
+    if "cache" in stage.optional and "cache" not in given:
+        # At a URL only what is finished is found at all.
+        there = _is_there(prepared if is_url(run) else f"{prepared}/{RECORD}")
+        found |= {"SM_CHANNEL_CACHE": prepared} if there else {}
     if stage.name == "evaluate" and "ground_truth" not in given and "eval" in given:
         found["SM_CHANNEL_GROUND_TRUTH"] = truth_of(str(given["eval"])) or ""
     return {**environ, **{name: value for name, value in found.items() if not environ.get(name)}}
@@ -91,6 +97,7 @@ def _is_there(place: str) -> bool:
 
 CHANNELS: dict[str, dict[str, str]] = {
     "split": {},
+    "prepare": {"folds": "split/output"},
     "train-fold": {"folds": "split/output"},
     "ensemble": {"model": "", "folds": "split/output"},
     "evaluate": {"predictions": "ensemble/output", "model": "", "folds": "split/output"},

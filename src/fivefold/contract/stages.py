@@ -34,6 +34,7 @@ class Stage:
     `noted` ones only whether they are given: they lend pictures, and change no figure.
     `from_output` is read from the output's data folder where its channel is not given. With
     `output_in_model` that folder is `output/` in the model's where it is not given either.
+    Of `sections` one may be a single key of a section. A `cache` channel can change nothing, and is in no key.
     `always`: what it prints is its result, so it is never skipped.
     """
 
@@ -53,7 +54,8 @@ class Stage:
     """Whether its channels may also be arguments, as in `images=photo.jpg`: for stages that people run by hand."""
 
 
-_TRAINING = ("model", "augment", "train", "predict")
+_IMAGES = ("data.store_size", "data.scaled_decoding", "data.cache", "data.cache_gib")
+_TRAINING = (*_IMAGES, "model", "augment", "train", "predict")
 
 STAGES = {
     stage.name: stage
@@ -68,11 +70,20 @@ STAGES = {
             sections=("data", "split"),
         ),
         Stage(
+            name="prepare",
+            module="jobs.prepare",
+            summary="images -> an image cache: every image decoded once, for all stages",
+            channels=("train", "folds"),
+            optional=("eval", "unlabeled"),
+            hashed=("folds", "eval", "unlabeled"),
+            sections=("data",),
+        ),
+        Stage(
             name="train-fold",
             module="jobs.train_fold",
             summary="one fold's model, with its out-of-fold predictions",
             channels=("train", "folds"),
-            optional=("weights",),
+            optional=("weights", "cache"),
             hashed=("folds", "weights"),
             sections=("system", "seed", "fold", *_TRAINING),
             writes_model=True,
@@ -82,7 +93,7 @@ STAGES = {
             module="jobs.ensemble",
             summary="fold models, submission files -> predictions.parquet and the submission",
             channels=("eval",),
-            optional=("model", "folds", "submissions"),
+            optional=("model", "folds", "submissions", "cache"),
             hashed=("model", "eval", "folds", "submissions"),
             sections=("data", "predict", "ensemble"),
         ),
@@ -111,7 +122,7 @@ STAGES = {
             module="jobs.predict",
             summary="one image, a folder or a table of them -> predictions.csv: classes and confidences",
             channels=("images", "model"),
-            optional=("folds",),
+            optional=("folds", "cache"),
             hashed=("images", "model", "folds"),
             sections=("data", "predict"),
             always=True,
@@ -131,7 +142,7 @@ STAGES = {
             module="jobs.distill",
             summary="the fold models teach one student",
             channels=("train", "folds", "model"),
-            optional=("unlabeled", "weights"),
+            optional=("unlabeled", "weights", "cache"),
             hashed=("folds", "model", "unlabeled", "weights"),
             sections=("system", "seed", *_TRAINING, "distill"),
             writes_model=True,
@@ -141,9 +152,9 @@ STAGES = {
             module="jobs.train",
             summary="split and one fold in one: a model where no folds channel is given",
             channels=("train",),
-            optional=("weights",),
+            optional=("weights", "cache"),
             hashed=("train", "weights"),
-            sections=("system", "seed", "fold", "data", "split", *_TRAINING),
+            sections=("system", "seed", "fold", "data", "split", "model", "augment", "train", "predict"),
             writes_model=True,
             output_in_model=True,
         ),

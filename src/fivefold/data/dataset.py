@@ -2,16 +2,20 @@
 
 import hashlib
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fivefold.data.images import decode
+from fivefold.data.cache import Cache
+from fivefold.data.cached import CachedStore, caches_of
+from fivefold.data.images import Pixels
 from fivefold.data.meta import count_numbers, measure
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import Transform
@@ -26,7 +30,7 @@ Sample = tuple[int, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` uint8 [B, 3, H, W]; `rows` int64 [B]: where each stands in the dataset; `meta` float [B, M] or None."""
+    """`images` uint8 [B, 3, H, W], channels last in memory; `rows` int64 [B]: where each stands in the dataset; `meta` float [B, M] or None."""
 
     images: Tensor
     rows: Tensor
@@ -48,18 +52,20 @@ class ImageSet(Dataset):
     """The images of N rows of a store, each by (epoch, row).
 
     `sha256`: the digests that the split took, checked at every read; None where it took none.
+    `pixels`: what pixels of a file count. Images that the store's caches hold as these are read from there.
     `meta`: names of the meta features that go with each image, measured before the transform.
     A sample's randomness comes from (seed, epoch, row) alone, never from a worker or its order.
     """
 
     def __init__(
         self,
-        store: ImageStore,
+        store: ImageStore | CachedStore,
         paths: Sequence[str],
         transform: Transform,
         seed: int = 0,
         sha256: Sequence[str | None] | None = None,
         meta: Sequence[str] = (),
+        pixels: Pixels = Pixels(),  # noqa: B008
     ) -> None:
         self.store = store
         self.paths = paths
@@ -67,14 +73,29 @@ class ImageSet(Dataset):
         self.seed = seed
         self.sha256 = sha256
         self.meta = tuple(meta)
+        self.pixels = pixels
+        digests = [None] * len(paths) if sha256 is None else sha256
+        self.cached = [(cache, cache.find(digests)) for cache in caches_of(store, pixels)]
         self.kept: list[np.ndarray] | None = None
         self.measured: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def count_cached(self) -> int:
+        """How many rows are known to be in a cache; those without a digest are not, before they are read."""
+        known = np.zeros(len(self), bool)
+        for _, at in self.cached:
+            known |= at >= 0
+        return int(known.sum())
+
     def keep_in_memory(self) -> bool:
-        """Decodes all images once and keeps them, if they fit; whether they do. Forked workers share them."""
+        """Decodes all images once and keeps them, if they fit; whether they do. Forked workers share them.
+
+        Those that lie in a cache need not be kept.
+        """
+        if self.count_cached() == len(self):
+            return True
         kept: list[np.ndarray] = []
         size = 0
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -99,22 +120,38 @@ class ImageSet(Dataset):
         return self.measured
 
     def image(self, row: int) -> np.ndarray:
-        """The decoded image uint8 [H, W, 3] of a row; a DataError if it changed since the split."""
+        """The stored pixels uint8 [H, W, 3] of a row, not to be written to; a DataError if it changed since the split."""
         if self.kept is not None:
             return self.kept[row]
+        for cache, at in self.cached:
+            if at[row] >= 0:
+                return _held(cache, int(at[row]))
         content = self.store.read(self.paths[row])
         expected = None if self.sha256 is None else self.sha256[row]
-        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+        if expected is None and not self.cached:
+            return self.pixels.decode(content, self.paths[row])
+        digest = hashlib.sha256(content).hexdigest()
+        if expected not in (None, digest):
             raise DataError(f"{self.paths[row]} is not the file that the split saw; run the split again")
-        return decode(content, self.paths[row])
+        found = ((cache, int(cache.find([digest])[0])) for cache, _ in self.cached)
+        held = next((_held(cache, at) for cache, at in found if at >= 0), None)
+        return self.pixels.decode(content, self.paths[row]) if held is None else held
 
     def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
         """The batch of the given (epoch, row) pairs; torch's global random state stays as it was."""
         state = torch.get_rng_state()
-        images, meta = zip(*(self._sample(epoch, row) for epoch, row in samples), strict=True)
+        images, meta = None, []
+        for at, (epoch, row) in enumerate(samples):
+            image, numbers = self._sample(epoch, row)
+            if images is None:
+                # Each image goes to its place at once, as its pixels lie: stacking rows of colours took half as long again.
+                _, height, width = image.shape
+                images = torch.empty((len(samples), height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+            images[at].copy_(image)
+            meta.append(numbers)
         torch.set_rng_state(state)
         rows = torch.tensor([row for _, row in samples])
-        return Batch(torch.stack(images), rows, torch.from_numpy(np.stack(meta)) if self.meta else None)
+        return Batch(images, rows, torch.from_numpy(np.stack(meta)) if self.meta else None)
 
     def _sample(self, epoch: int, row: int) -> tuple[Tensor, np.ndarray | None]:
         # default_generator, since torch.manual_seed would reseed CUDA's generators at every sample
@@ -126,6 +163,21 @@ class ImageSet(Dataset):
         if not self.meta:
             return None
         return measure(pixels, self.meta) if self.measured is None else self.measured[row]
+
+
+def _held(cache: Cache, at: int) -> np.ndarray:
+    _take_read_only()
+    return cache.image(at)
+
+
+@lru_cache(maxsize=1)
+def _take_read_only() -> None:
+    """Has torch say now, and to nobody, what it says once a process of an array that may not be written to.
+
+    A cache's images are such arrays; no transform writes to the image that it is given.
+    """
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    torch.from_numpy(np.frombuffer(b"0", np.uint8))
 
 
 def derive_seed(*parts: int) -> int:

@@ -5,12 +5,14 @@ import math
 import posixpath
 import re
 import warnings
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
 
 from fivefold.errors import DataError
+from fivefold.recipe import Data
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset([
@@ -29,19 +31,79 @@ def is_image(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def decode(content: bytes, name: str, max_pixels: float = math.inf) -> np.ndarray:
+@dataclass(frozen=True)
+class Pixels:
+    """What pixels of an image file count: for training, for prediction, and in a cache.
+
+    `store_size`: an image whose shorter side is longer is shrunk until that side has so many pixels, bilinear with
+    antialiasing (`transforms.resize`); 0: as decoded. `scaled`: a JPEG is decoded at a half, a quarter or an eighth
+    where that is not below `store_size`: faster, with other pixels.
+    """
+
+    store_size: int = 0
+    scaled: bool = False
+
+    def decode(self, content: bytes, name: str, max_pixels: float = math.inf) -> np.ndarray:
+        """The pixels uint8 [H, W, 3] of an image file, as `decode` gives them, at their stored size."""
+        return self.shrink(decode(content, name, max_pixels, self.store_size if self.scaled else 0))
+
+    def shrink(self, pixels: np.ndarray) -> np.ndarray:
+        """Decoded pixels uint8 [H, W, 3] at their stored size; those that have it already are returned themselves."""
+        size = self.size(*pixels.shape[:2])
+        if size == pixels.shape[:2]:
+            return pixels
+        import torch
+
+        from fivefold.data.transforms import resize
+
+        found = resize(torch.from_numpy(pixels).permute(2, 0, 1), size)
+        return np.ascontiguousarray(found.permute(1, 2, 0).numpy())
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) at which an image of this size is stored."""
+        shorter = min(height, width)
+        if not 0 < self.store_size < shorter:
+            return height, width
+        return round(height * self.store_size / shorter), round(width * self.store_size / shorter)
+
+    @property
+    def in_words(self) -> str:
+        scaled = ", JPEGs decoded at a scale" if self.scaled else ""
+        return f"shrunk to {self.store_size} pixels{scaled}" if self.store_size else "at their own size"
+
+
+def pixels_of(data: Data) -> Pixels:
+    """What `[data]` says of pixels."""
+    return Pixels(data.store_size, data.scaled_decoding)
+
+
+def decode(content: bytes, name: str, max_pixels: float = math.inf, least: int = 0) -> np.ndarray:
     """The pixels of an image file: uint8 [H, W, 3] RGB, contiguous and writable, EXIF orientation applied.
 
     Grey, CMYK, palette and 16-bit images are converted (16 bits scaled to 8), transparency is laid
-    over white, and of an animation it is the first frame. Raises a DataError with `name` and the
-    reason for what is no image, is cut off, or would unpack to absurdly many pixels, or to more than `max_pixels`.
+    over white, and of an animation it is the first frame. A JPEG is scaled down as it is decoded, as far as its shorter
+    side keeps `least` pixels (0: not at all). Raises a DataError with `name` and the reason for what is no image,
+    is cut off, or would unpack to absurdly many pixels, or to more than `max_pixels`.
     """
     _silence_pillow()
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             _check_size(image, max_pixels)
+            if least:
+                image.draft(None, (least, least))
             pixels = _rgb(image)
             return np.ascontiguousarray(UPRIGHT[_orientation(image)](pixels))
+    except Exception as error:  # decoders raise whatever foreign bytes lead them to
+        raise DataError(f"{name} cannot be decoded: {_reason(error, content)}") from error
+
+
+def decoded_size(content: bytes, name: str) -> tuple[int, int]:
+    """(height, width) that `decode` would give, of the file's head alone; a DataError for what is no image."""
+    _silence_pillow()
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            turned = image.format != "TIFF" and _orientation(image) in TURNED  # Pillow turns TIFFs itself
+            return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:  # decoders raise whatever foreign bytes lead them to
         raise DataError(f"{name} cannot be decoded: {_reason(error, content)}") from error
 
@@ -112,3 +174,5 @@ UPRIGHT = {
     8: lambda p: p.transpose(1, 0, 2)[::-1],
 }
 """Stored pixels [H, W, 3] -> upright pixels, by EXIF orientation."""
+TURNED = (5, 6, 7, 8)
+"""Orientations that exchange height and width."""

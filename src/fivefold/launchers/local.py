@@ -44,10 +44,16 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     share = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
 
     def environment(step: Step, gpu: str) -> dict[str, str]:
-        return step_environment(step, environ, gpu, share if step.stage == "train-fold" else 0)
+        threads = share if step.stage == "train-fold" else 0
+        return {**step_environment(step, environ, gpu, threads), **shared_cache(plan)}
 
     with Signals() as signals:
         return Crew(plan, parallel, devices if parallel > 1 else [], environment).work(signals)
+
+
+def shared_cache(plan: Plan) -> dict[str, str]:
+    """The variable by which the steps share the image cache beside the runs, where the settings leave it open."""
+    return {"DATA__CACHE": str(plan.folder.parent / "cache")} if plan.settings.data.cache == "auto" else {}
 
 
 def side_by_side(plan: Plan, devices: Sequence[str]) -> int:

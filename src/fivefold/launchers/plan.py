@@ -22,7 +22,7 @@ from fivefold.contract.layout import channels_of, outputs_of
 from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
 from fivefold.recipe import Settings
-from fivefold.settings import arguments_layer, load, normal_key
+from fivefold.settings import arguments_layer, is_of, load, normal_key
 
 PLAN = "plan.json"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -214,7 +214,7 @@ class _Builder:
         environment = {f"SM_CHANNEL_{channel.upper()}": path for channel, path in paths.items() if path}
         environment |= outputs_of(stage, str(folder))
         recipe = (f"recipe={self.recipe}",) if self.recipe else ()
-        own = tuple(text for text in self.overrides if _section(text) in (*STAGES[stage].sections, "reuse"))
+        own = tuple(text for text in self.overrides if is_of(_key(text), (*STAGES[stage].sections, "reuse")))
         return Step(name, stage, (*recipe, *own, *arguments), environment, folder, needs, epochs)
 
     def _first_seed(self) -> int:
@@ -246,7 +246,11 @@ def _checked(overrides: Sequence[str], recipe: str, seeds: Sequence[int]) -> Set
 
 
 def _section(override: str) -> str:
-    return normal_key(override.split("=", 1)[0]).split(".")[0]
+    return _key(override).split(".")[0]
+
+
+def _key(override: str) -> str:
+    return normal_key(override.split("=", 1)[0])
 
 
 def _check_names(plan: Plan, stages: Sequence[str], folds: Sequence[int]) -> None:

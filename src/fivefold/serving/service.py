@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fivefold.data.images import decode
 from fivefold.errors import DataError
 from fivefold.machine import count_cores
 from fivefold.serving.answers import Said
@@ -30,7 +29,9 @@ class Model(Protocol):
 
     classes: tuple[str, ...]
 
-    def prepare(self, pixels: np.ndarray) -> Any: ...
+    def decode(self, content: bytes, name: str, max_pixels: float) -> Any: ...
+
+    def prepare(self, decoded: Any) -> Any: ...
 
     def judge(self, images: Sequence[Any]) -> np.ndarray: ...
 
@@ -160,10 +161,10 @@ class Service:
 
     def _prepare(self, file: bytes, name: str, at: int | None) -> Any:
         try:
-            pixels = decode(file, name, self.limits.max_pixels)
+            decoded = self.model.decode(file, name, self.limits.max_pixels)
         except DataError as error:
             raise RefusedError(422, str(error), image=at) from None
-        return self.model.prepare(pixels)
+        return self.model.prepare(decoded)
 
     def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

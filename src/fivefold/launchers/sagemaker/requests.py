@@ -24,7 +24,7 @@ from fivefold.logline import metric_patterns
 from fivefold.recipe import Settings
 from fivefold.recipes import shipped_recipes
 from fivefold.sections import OF_PLATFORMS, SageMaker
-from fivefold.settings import flatten, normal_key
+from fivefold.settings import flatten, is_of, normal_key
 
 Request = dict[str, Any]
 
@@ -174,7 +174,7 @@ def written_out(settings: Settings, sections: tuple[str, ...]) -> dict[str, str]
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in keys.items()
-        if key.split(".")[0] in sections
+        if is_of(key, sections)
     }
 
 

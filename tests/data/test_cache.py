@@ -1,0 +1,447 @@
+"""The image cache: the same pixels as the files', one builder, and nothing that looks finished and is not."""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fivefold.data.cache import ENTRY, HEAD, INDEX, PIXELS, Cache, key_of
+from fivefold.data.cached import with_caches
+from fivefold.data.caching import (
+    Source,
+    build,
+    bytes_of,
+    cached_once,
+    check_room,
+    key_of_images,
+    made,
+    one_builder,
+    survey,
+)
+from fivefold.data.dataset import ImageSet, epoch_batches, load
+from fivefold.data.images import Pixels, decode
+from fivefold.data.store import open_store
+from fivefold.data.transforms import build_transforms
+from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
+from rights import let_others_in
+
+GIB = 2**30
+KINDS = [Pixels(), Pixels(24), Pixels(24, scaled=True)]
+
+
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def draw_odd(folder: Path) -> None:
+    """An image of each kind that decoding treats in its own way, with shorter sides above and below 24 pixels."""
+    random = np.random.default_rng(0)
+    rgb = np.kron(random.integers(0, 256, (9, 15, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+    image = Image.fromarray(rgb)
+    folder.mkdir()
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.rotate(orientation).save(folder / f"upright{orientation}.jpg", exif=exif)
+    image.convert("L").save(folder / "grey.jpg")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(random.integers(0, 2**16, (40, 30), dtype=np.uint16)).save(folder / "wide.png")
+    image.convert("RGBA").rotate(30, expand=True).save(folder / "alpha.png")
+    image.convert("RGBA").rotate(30).quantize(17).save(folder / "palette.png")
+    image.resize((9, 70)).save(folder / "narrow.webp")
+    image.resize((25, 24)).save(folder / "exact.bmp")
+    image.save(folder / "twice.png")
+    image.save(folder / "twice again.png")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("odd") / "images"
+    draw_odd(folder)
+    store = open_store(folder)
+    names = np.array(store.names(), object)
+    return Source(store, names, np.array([digest_of(folder / name) for name in names], object))
+
+
+def cache_of(source: Source, folder: Path, pixels: Pixels = KINDS[0]) -> Cache:
+    images = survey([source], pixels)
+    return made(folder / key_of_images(images, pixels), images, pixels, 1.0)
+
+
+@pytest.mark.parametrize("pixels", KINDS, ids=lambda pixels: pixels.in_words)
+def test_every_kind_of_image_has_the_same_pixels_as_its_file(odd: Source, tmp_path: Path, pixels: Pixels) -> None:
+    cache = cache_of(odd, tmp_path, pixels)
+    cache.verify()
+    assert len(cache) == len(odd.paths) - 1, "equal files lie there once"
+    for name, at in zip(odd.paths, cache.find(odd.sha256), strict=True):
+        expected = pixels.decode(odd.store.read(name), name)
+        assert np.array_equal(cache.image(at), expected), name
+        assert cache.image(at).ctypes.data % 64 == 0
+        assert not cache.image(at).flags.writeable
+    assert cache.bytes == (cache.folder / PIXELS).stat().st_size
+    assert pickle.loads(pickle.dumps(cache)).image(3).tobytes() == cache.image(3).tobytes()
+
+
+def test_what_is_estimated_is_what_is_written(odd: Source, tmp_path: Path) -> None:
+    for pixels in KINDS[:2]:
+        assert bytes_of(survey([odd], pixels)) == cache_of(odd, tmp_path, pixels).bytes
+
+
+def test_what_is_not_there_is_not_found(odd: Source, tmp_path: Path) -> None:
+    cache = cache_of(odd, tmp_path)
+    assert cache.find(["00" * 32, None, "ff" * 32]).tolist() == [-1, -1, -1]
+    assert cache.find([]).tolist() == []
+
+
+def test_the_key_is_of_files_and_pixels_not_of_names_and_order(odd: Source) -> None:
+    digests = list(odd.sha256)
+    assert key_of(digests, Pixels()) == key_of([*digests[::-1], digests[0]], Pixels())
+    others = [key_of(digests[1:], Pixels()), *(key_of(digests, pixels) for pixels in KINDS)]
+    assert len(set(others)) == 4
+
+
+def batches_of(images: ImageSet, workers: int = 0) -> bytes:
+    found = load(images, epoch_batches(len(images), 4, 5, 1), workers)
+    return b"".join(batch.images.contiguous().numpy().tobytes() + batch.rows.numpy().tobytes() for batch in found)
+
+
+@pytest.mark.parametrize("pixels", KINDS[:2], ids=lambda pixels: pixels.in_words)
+def test_the_same_batches_from_files_memory_and_cache_with_any_number_of_workers(
+    odd: Source, tmp_path: Path, pixels: Pixels
+) -> None:
+    transform = build_transforms(["random_resized_crop", "horizontal_flip"], (16, 16))
+
+    def images(store: object, digests: object = odd.sha256) -> ImageSet:
+        return ImageSet(store, odd.paths, transform, 5, digests, ["aspect", "color_mean"], pixels)
+
+    plain, kept = images(odd.store), images(odd.store)
+    held = with_caches(odd.store, [cache_of(odd, tmp_path, pixels)])
+    assert kept.keep_in_memory()
+    expected = batches_of(plain)
+    assert batches_of(kept) == expected
+    cached, undigested = images(held), images(held, None)
+    assert (cached.count_cached(), undigested.count_cached()) == (len(odd.paths), 0)
+    for found in (cached, undigested, pickle.loads(pickle.dumps(cached))):
+        for workers in (0, 1, 2):
+            assert batches_of(found, workers) == expected
+    assert cached.keep_in_memory()
+    assert cached.kept is None, "what is mapped need not be kept"
+    assert cached.measure().tobytes() == plain.measure().tobytes()
+
+
+def test_a_cached_row_opens_no_file_and_others_are_read_from_theirs(odd: Source, tmp_path: Path) -> None:
+    some = Source(odd.store, odd.paths[:5], odd.sha256[:5])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cache = cache_of(some, tmp_path / "caches")
+    transform = build_transforms(["resize"], (8, 8))
+    images = ImageSet(with_caches(open_store(empty), [cache]), odd.paths, transform, 0, odd.sha256)
+    assert images.count_cached() == 5
+    assert images.image(4).shape[2] == 3
+    with pytest.raises(DataError, match="cannot be read"):
+        images.image(6)
+    whole = ImageSet(with_caches(odd.store, [cache]), odd.paths, transform, 0, odd.sha256)
+    assert np.array_equal(whole.image(6), decode(odd.store.read(odd.paths[6]), "6"))
+
+
+def test_a_cache_of_other_pixels_is_not_used(odd: Source, tmp_path: Path) -> None:
+    store = with_caches(odd.store, [cache_of(odd, tmp_path, Pixels(24))])
+    assert ImageSet(store, odd.paths, build_transforms(["resize"], (8, 8)), 0, odd.sha256).count_cached() == 0
+
+
+def test_a_batch_is_its_samples_one_by_one(odd: Source) -> None:
+    """The preallocated batch against the plain way: each image transformed under its own seed, then stacked."""
+    images = ImageSet(
+        odd.store, odd.paths, build_transforms(["random_resized_crop", "horizontal_flip"], (16, 12)), seed=3
+    )
+    batch = images.__getitems__([(2, row) for row in range(6)])
+    plain = torch.stack([images._sample(2, row)[0] for row in range(6)])
+    assert torch.equal(batch.images, plain)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.images.shape == (6, 3, 16, 12)
+
+
+def too_large(head: dict[str, object]) -> None:
+    head["bytes"] = int(head["bytes"]) + 64
+
+
+def of_another_format(head: dict[str, object]) -> None:
+    head["format"] = 99
+
+
+def of_another_type(head: dict[str, object]) -> None:
+    head["store_size"] = "24"
+
+
+def edited(edit: Callable[[dict[str, object]], None]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        head = json.loads((folder / HEAD).read_text())
+        edit(head)
+        (folder / HEAD).write_text(json.dumps(head))
+
+    return spoil
+
+
+def garbage(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(b"\xff\x00garbage")
+
+
+def cut_off(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-64])
+
+
+SPOILT = {
+    "head garbage": (garbage(HEAD), "is not JSON"),
+    "head a list": (lambda folder: (folder / HEAD).write_text("[1]"), "does not describe an image cache"),
+    "head of another type": (edited(of_another_type), "does not describe an image cache"),
+    "format": (edited(of_another_format), "is of format 99"),
+    "size": (edited(too_large), "it is cut off, or of another"),
+    "pixels cut off": (cut_off(PIXELS), "it is cut off, or of another"),
+    "pixels gone": (lambda folder: (folder / PIXELS).unlink(), "has 0 bytes"),
+    "index cut off": (cut_off(INDEX), "is not the index"),
+    "index garbage": (garbage(INDEX), "is not the index"),
+    "index gone": (lambda folder: (folder / INDEX).unlink(), "is not the index"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_a_spoilt_cache_is_refused_and_on_first_use_made_anew(
+    odd: Source, tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil, message = SPOILT[fault]
+    cache = cache_of(odd, tmp_path)
+    whole = (cache.folder / PIXELS).read_bytes()
+    spoil(cache.folder)
+    with pytest.raises(DataError, match=message):
+        Cache(cache.folder)
+    found = cached_once(tmp_path, [odd], Pixels(), 1.0)
+    assert "made anew" in caplog.text
+    assert found is not None
+    assert (found.folder / PIXELS).read_bytes() == whole
+
+
+def test_pixels_that_are_not_those_that_were_written_are_found_by_verify(odd: Source, tmp_path: Path) -> None:
+    cache = cache_of(odd, tmp_path)
+    with open(cache.folder / PIXELS, "r+b") as file:
+        file.seek(5)
+        file.write(b"\x00\x01\x02")
+    with pytest.raises(DataError, match="do not match the digest"):
+        Cache(cache.folder).verify()
+
+
+def test_no_cache_is_a_missing_input(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"no cache\.json in"):
+        Cache(tmp_path)
+
+
+def test_an_index_that_points_out_of_the_file_is_refused(odd: Source, tmp_path: Path) -> None:
+    folder = cache_of(odd, tmp_path).folder
+    index = np.load(folder / INDEX)
+    assert index.dtype == ENTRY
+    index["offset"][-1] = 2**40
+    np.save(folder / INDEX, index)
+    head = json.loads((folder / HEAD).read_text()) | {"index_sha256": digest_of(folder / INDEX)}
+    (folder / HEAD).write_text(json.dumps(head))
+    with pytest.raises(DataError, match="does not fit"):
+        Cache(folder)
+
+
+def test_one_that_is_too_large_is_an_error_that_says_what_helps(odd: Source, tmp_path: Path) -> None:
+    images = survey([odd], Pixels())
+    with pytest.raises(
+        SettingsError, match=r"16 decoded images take .* MiB, and data.cache_gib=1e-05 are allowed: .*data.store_size"
+    ):
+        check_room(tmp_path, images, 1e-5)
+    assert cached_once(tmp_path / "caches", [odd], Pixels(), 1e-5) is None
+    assert not list((tmp_path / "caches").glob("[!.]*"))
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_decoded(
+    odd: Source, tiny_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = survey([odd], Pixels())
+    with pytest.raises(RetryableError, match="MiB free for them: free some"):
+        made(tiny_disk / "key", images, Pixels(), 1.0)
+    assert cached_once(tiny_disk, [odd], Pixels(), 1.0) is None
+    assert "images are read from their files" in caplog.text
+    assert not list(tiny_disk.glob("[!.]*"))
+    assert not list(tiny_disk.glob(".*.tmp"))
+
+
+def test_a_disk_that_fills_while_images_are_written_is_75_and_nothing_is_left(odd: Source, tiny_disk: Path) -> None:
+    with pytest.raises(RetryableError, match=r"no space left to write .*free some, then run the same command again"):
+        build(tiny_disk / "key", survey([odd], Pixels()), Pixels())
+    assert not list(tiny_disk.iterdir())
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from fivefold.data.cache import Cache
+from fivefold.data.caching import one_builder, Source, cached_once
+from fivefold.data.images import Pixels
+from fivefold.data.store import open_store
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+caches, images, *digests = sys.argv[1:]
+store = open_store(Path(images))
+found = cached_once(Path(caches), [Source(store, store.names()[:len(digests)], digests)], Pixels(), 1.0)
+print(None if found is None else found.image(0).sum())
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_may_read_a_cache_and_goes_without_where_it_could_not_make_one(
+    odd: Source, tmp_path: Path
+) -> None:
+    cache = cache_of(odd, tmp_path / "caches")
+    let_others_in(tmp_path / "caches", odd.store.root)
+
+    def asked(digests: list[str]) -> tuple[str, str]:
+        command = [sys.executable, "-c", AS_NOBODY, str(tmp_path / "caches"), str(odd.store.root), *digests]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        return ended.stdout.strip(), ended.stderr
+
+    assert asked(list(odd.sha256)) == (str(cache.image(0).sum()), "")
+    said, log_ = asked(list(odd.sha256[:2]))
+    assert said == "None"
+    assert "Permission denied" in log_
+    assert "images are read from their files" in log_
+
+
+def test_where_nothing_can_be_written_images_are_read_from_their_files(
+    odd: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert cached_once(tmp_path / "file" / "caches", [odd], Pixels(), 1.0) is None
+    assert "images are read from their files" in caplog.text
+
+
+def test_a_finished_cache_is_used_where_nothing_can_be_written(odd: Source, tmp_path: Path) -> None:
+    cache = cache_of(odd, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    found = cached_once(tmp_path, [odd], Pixels(), 1e-9)
+    assert found is not None
+    assert found.folder == cache.folder
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_file_that_changed_since_the_split_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    draw_odd(tmp_path / "images")
+    store = open_store(tmp_path / "images")
+    source = Source(store, ["grey.jpg", "cmyk.jpg"], ["00" * 32, None])
+    with pytest.raises(DataError, match=r"grey\.jpg is not the file that the split saw"):
+        cached_once(tmp_path / "caches", [source], Pixels(), 1.0)
+    assert not list((tmp_path / "caches").glob("[!.]*"))
+
+
+def test_an_image_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    draw_odd(tmp_path / "images")
+    path = tmp_path / "images" / "grey.jpg"
+    path.write_bytes(path.read_bytes()[:-40])
+    source = Source(open_store(tmp_path / "images"), ["grey.jpg", "cmyk.jpg"], [digest_of(path), None])
+    with pytest.raises(DataError, match=r"grey\.jpg cannot be decoded"):
+        cached_once(tmp_path / "caches", [source], Pixels(), 1.0)
+    assert [each.name for each in (tmp_path / "caches").iterdir() if not each.name.endswith(".lock")] == []
+
+
+def build_in(
+    folder: Path, images: Path, started: "multiprocessing.synchronize.Event", results: "multiprocessing.Queue"
+) -> None:
+    logging.disable()
+    store = open_store(images)
+    source = Source(store, store.names(), [digest_of(images / name) for name in store.names()])
+    started.wait()
+    cache = cached_once(folder, [source], Pixels(), 1.0)
+    results.put(
+        (
+            cache.folder.stat().st_ino,
+            hashlib.sha256(b"".join(cache.image(n).tobytes() for n in range(len(cache)))).hexdigest(),
+        )
+    )
+
+
+def test_of_two_processes_at_once_one_builds_and_both_have_the_same(odd: Source, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    started, results = context.Event(), context.Queue()
+    processes = [context.Process(target=build_in, args=(tmp_path, odd.store.root, started, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    started.set()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert len(set(found)) == 1, "one folder, made once, and the same pixels"
+    assert len(list(tmp_path.glob("[!.]*"))) == 1
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_who_comes_second_says_that_it_waits_and_takes_what_the_first_made(
+    odd: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = tmp_path / key_of(list(odd.sha256), Pixels())
+    with ThreadPoolExecutor(1) as pool:
+        with one_builder(path):
+            second = pool.submit(cached_once, tmp_path, [odd], Pixels(), 1.0)
+            deadline = time.monotonic() + 30
+            while "waiting for it" not in caplog.text:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            first = build(path, survey([odd], Pixels()), Pixels())
+            assert not second.done()
+        assert second.result(30).folder == first.folder
+    assert "decoded once" not in caplog.text, "the second made nothing"
+
+
+BUILDER = """
+import sys, numpy as np
+from pathlib import Path
+from fivefold.data.caching import Source, cached_once
+from fivefold.data.images import Pixels
+from fivefold.data.store import open_store
+import hashlib
+images, folder = Path(sys.argv[1]), Path(sys.argv[2])
+store = open_store(images)
+names = store.names()
+cached_once(folder, [Source(store, names, [hashlib.sha256((images / n).read_bytes()).hexdigest() for n in names])], Pixels(), 1.0)
+"""
+
+
+@pytest.mark.slow
+def test_a_build_that_is_killed_leaves_nothing_that_looks_finished_and_the_next_clears_it(tmp_path: Path) -> None:
+    images, caches = tmp_path / "images", tmp_path / "caches"
+    images.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(60):
+        Image.fromarray(random.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(images / f"{number}.png")
+    command = [sys.executable, "-c", BUILDER, str(images), str(caches)]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size > 10**6 for path in caches.glob(".*.tmp/pixels.u8")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(list(caches.glob(".*.tmp"))) == 1
+    assert not list(caches.glob("[!.]*"))
+    subprocess.run(command, check=True)
+    assert not list(caches.glob(".*.tmp"))
+    (folder,) = caches.glob("[!.]*")
+    cache = Cache(folder)
+    cache.verify()
+    assert len(cache) == 60
