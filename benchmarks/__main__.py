@@ -29,7 +29,7 @@ QUICK_RESULTS = "results=build/benchmarks/results"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Its module of the same name has `measure(options) -> list[Finding]`; `quick` are its arguments in the short set, None where it has no part in it."""
+    """Its module of the same name has `measure(options) -> Iterator[Finding]`; `quick` are its arguments in the short set, None where it has no part in it."""
 
     summary: str
     minutes: float
@@ -50,6 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     except FivefoldError as error:
         log.error("%s", error)
         return error.exit_code
+    except KeyboardInterrupt:
+        log.error("interrupted; what was measured before is kept")
+        return 130
     return 0
 
 
@@ -78,8 +81,10 @@ def run(name: str, options: Options) -> None:
     about = machine.about(options.cores, options.device)
     log.info("%s: about %g min here; %s", name, BENCHMARKS[name].minutes, BENCHMARKS[name].summary)
     module = importlib.import_module(f"benchmarks.{name}")
-    findings = module.measure(options)
-    path = results.keep(name, findings, options, about)
+    findings = []
+    for found in module.measure(options):  # each is kept at once: another may fail after an hour
+        findings.append(found)
+        path = results.keep(name, [found], options, about)
     print(f"{results.table(name, findings, about)}\n    kept: {path}\n", flush=True)
 
 

@@ -7,7 +7,7 @@ whose three views lie ready, as many images. The models are those of a short run
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ IMAGES_TO_TRAIN = 100
 WARM_UP = 2
 
 
-def measure(options: Options) -> list[Finding]:
-    return [of_case(name, options) for name in options.chosen(CASES)]
+def measure(options: Options) -> Iterator[Finding]:
+    for name in options.chosen(CASES):
+        yield of_case(name, options)
 
 
 def of_case(name: str, options: Options) -> Finding:

@@ -7,6 +7,7 @@ validations and checkpoints are in it, and timm's settings are the best ones tha
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,34 +27,31 @@ class Took:
     cpu_seconds: float
 
 
-def measure(options: Options) -> list[Finding]:
-    """The ratio of seconds, theirs ÷ ours."""
-    findings = []
+def measure(options: Options) -> Iterator[Finding]:
     for name in options.chosen(CASES):
-        found = case(name, options, CASES)
-        photos = images_of(found, options)
-        best, tried = search(found, photos, split_of(photos, options), options)
-        turns = in_turns(
-            lambda found=found, photos=photos: ours(found, photos, options),
-            lambda _, found=found, photos=photos, best=best: theirs(found, photos, best, options),
-            options.pairs,
-            f"folds {name}",
-        )
-        findings.append(
-            ratio(
-                name,
-                [b.seconds / a.seconds for a, b in turns],
-                images=found.images,
-                epochs=found.epochs,
-                timm_best=in_words(best),
-                tried=tried,
-                ours_seconds=Spread.of([a.seconds for a, _ in turns]),
-                timm_seconds=Spread.of([b.seconds for _, b in turns]),
-                ours_cpu_seconds=Spread.of([a.cpu_seconds for a, _ in turns]),
-                timm_cpu_seconds=Spread.of([b.cpu_seconds for _, b in turns]),
-            )
-        )
-    return findings
+        yield of_case(name, options)
+
+
+def of_case(name: str, options: Options) -> Finding:
+    """The ratio of seconds, theirs ÷ ours."""
+    found = case(name, options, CASES)
+    photos = images_of(found, options)
+    best, tried = search(found, photos, split_of(photos, options), options)
+    turns = in_turns(
+        lambda: ours(found, photos, options),
+        lambda _: theirs(found, photos, best, options),
+        options.pairs,
+        f"folds {name}",
+    )
+    took = {
+        f"{who}_{what}": Spread.of([getattr(turn[side], what) for turn in turns])
+        for side, who in enumerate(("ours", "timm"))
+        for what in ("seconds", "cpu_seconds")
+    }
+    sizes = {"images": found.images, "epochs": found.epochs}
+    return ratio(
+        name, [b.seconds / a.seconds for a, b in turns], **sizes, timm_best=in_words(best), tried=tried, **took
+    )
 
 
 def ours(found: Case, photos: Path, options: Options) -> Took:

@@ -8,7 +8,7 @@ has one thread. The normalisation of such a batch to floats is timed by itself, 
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ IMAGES = 256
 STORED = 256
 
 
-def measure(options: Options) -> list[Finding]:
+def measure(options: Options) -> Iterator[Finding]:
     found = Case("resnet18", options.size or SIZE, options.batch or BATCH, options.count or IMAGES, 1)
     photos = images_of(found, options)
     places = {"photos": photos, "split": split_of(photos, options), "caches": options.folder("caches")}
@@ -45,7 +45,7 @@ def measure(options: Options) -> list[Finding]:
         "of_torchvision": ratio("of_torchvision", [a["loader"] / b["loader"] for a, b in turns]),
         "normalise": Finding("normalise", Spread.of([a["normalise"] for a, _ in turns])),
     }
-    return [findings[name] for name in options.chosen(findings)]
+    yield from (findings[name] for name in options.chosen(findings))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ was tried stands beside the figure.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ FINALS = 2
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
 
 
-def measure(options: Options) -> list[Finding]:
-    return [against_timm(name, name, CASES, options) for name in options.chosen(CASES)]
+def measure(options: Options) -> Iterator[Finding]:
+    for name in options.chosen(CASES):
+        yield against_timm(name, name, CASES, options)
 
 
 def against_timm(name: str, key: str, table: Mapping[str, Case], options: Options) -> Finding:

@@ -5,6 +5,7 @@ The clock starts before the process does and is read in it when the first step i
 settings, hashing, decoding and building the network are all in it; the process ends there.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,10 @@ NETWORKS = {
 }
 
 
-def measure(options: Options) -> list[Finding]:
-    findings = []
+def measure(options: Options) -> Iterator[Finding]:
     for name in options.chosen(KINDS):
         seconds = repeated(lambda name=name: KINDS[name](name, options), options.pairs + 1, f"start {name}")[1:]
-        findings.append(Finding(name, Spread.of(seconds), {"seconds_of_each": [round(each, 3) for each in seconds]}))
-    return findings
+        yield Finding(name, Spread.of(seconds), {"each": " ".join(f"{each:.3f}" for each in seconds)})
 
 
 def first_step(name: str, options: Options) -> float:

@@ -7,6 +7,7 @@ trunk draws too, and the exact form of least work is a batch of twice the rows, 
 the straightforward version, in fp32 and from the same draws: the farthest loss of CURVE_STEPS steps, in shares of it.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,13 +31,14 @@ CURVE_STEPS = 10
 CURVE_BATCH = 8
 
 
-def measure(options: Options) -> list[Finding]:
+def measure(options: Options) -> Iterator[Finding]:
     found = case("convnext_tiny@224", options, CASES)
     photos = images_of(found, options)
     split = split_of(photos, options)
     options.fresh("decisions")  # what a probe finds holds for all turns, and for no other run
     kinds = {"all_four": against_plain, "stochastic_depth": against_cheapest, "curve": curve}
-    return [kinds[name](found, photos, split, options) for name in options.chosen(kinds)]
+    for name in options.chosen(kinds):
+        yield kinds[name](found, photos, split, options)
 
 
 def against_plain(found: Case, photos: Path, split: Path, options: Options) -> Finding:

@@ -24,9 +24,10 @@ LINEAR = 4
 MB = 1e6
 
 
-def measure(options: Options) -> list[Finding]:
+def measure(options: Options) -> Iterator[Finding]:
     """Seconds and memory of each kind; of the larger tables a run for two of the others, since only a ratio is asked."""
-    return [found for name in options.chosen(KINDS) for found in KINDS[name](options)]
+    for name in options.chosen(KINDS):
+        yield from KINDS[name](options)
 
 
 def of_split(options: Options) -> list[Finding]:

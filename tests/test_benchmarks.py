@@ -196,6 +196,16 @@ def test_the_readme_has_the_table_of_what_was_measured():
     assert table.text(ROOT / "benchmarks" / "results") in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_benchmark_prints_its_figure_beside_its_bar_and_keeps_it(tmp_path, capsys):
+    assert main(["start", "cases=help", "pairs=2", f"work={tmp_path / 'w'}", f"results={tmp_path / 'r'}"]) == 0
+    row = json.loads((tmp_path / "r" / "start.json").read_text())["rows"]["help"]
+    assert (row["bar"], row["at"], row["unit"], row["figure"]["n"]) == (0.5, "most", "s", 2)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "jobs --help" in line)
+    assert f"{row['figure']['median']:.2f} s" in line
+    assert "≤ 0.5 s" in line
+    assert row["verdict"] in line
+
+
 def test_nothing_that_is_shipped_imports_the_benchmarks_and_their_files_are_short():
     shipped = [path for folder in ("src", "jobs") for path in (ROOT / folder).rglob("*.py")]
     assert not [path for path in shipped if re.search(r"^\s*(from|import) benchmarks", path.read_text(), re.MULTILINE)]
