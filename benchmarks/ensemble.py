@@ -66,7 +66,7 @@ def trained(found: Case, options: Options) -> Path:
             f"predict.views={json.dumps(VIEWS)}",
             *few.arguments(options.device),
         ],
-        options.cores,
+        0,  # submit parts the cores among the folds itself
     )
     return options.folder("models") / name
 

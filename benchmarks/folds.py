@@ -71,7 +71,7 @@ def ours(found: Case, photos: Path, options: Options) -> Took:
             f"split.folds={FOLD_COUNT}",
             *found.arguments(options.device),
         ],
-        options.cores,
+        0,  # submit parts the cores among the folds itself
     )
     return Took(ended.seconds, ended.cpu_seconds)
 

@@ -67,7 +67,8 @@ class Ended:
 def run(arguments: Sequence[str], threads: int, variables: Mapping[str, str] | None = None) -> Ended:
     """`python ARGUMENTS` as a fresh process from the repository's root; a FivefoldError tells its last words.
 
-    What it and the processes that it waited for used is counted together; the peak is the largest one's.
+    `threads` 0: as many as it takes by itself. What it and the processes that it waited for used is counted
+    together; the peak is the largest one's.
     """
     with tempfile.TemporaryDirectory() as folder:
         said, logged, metered = (Path(folder) / name for name in ("stdout", "stderr", "used.json"))
@@ -117,11 +118,11 @@ def repeated(what: Callable[[], A], times: int, label: str) -> list[A]:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """This process's variables without those that are settings of stages, and with these threads."""
-    dropped = set(settings_variables(os.environ))
+    """This process's variables without those that are settings of stages or speak of threads, and with these threads."""
+    dropped = {*settings_variables(os.environ), *THREADS}
     kept = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SM_")}
     paths = [str(ROOT / "src"), str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
-    return kept | {"PYTHONPATH": os.pathsep.join(paths)} | dict.fromkeys(THREADS, str(threads))
+    return kept | {"PYTHONPATH": os.pathsep.join(paths)} | (dict.fromkeys(THREADS, str(threads)) if threads else {})
 
 
 def _last_json(text: str) -> Any:

@@ -38,7 +38,9 @@ def against_resident(name: str, table: Mapping[str, Case], options: Options) -> 
         options.pairs,
         f"train {name}",
     )
-    return ratio(name, [a["images_per_second"] / b["images_per_second"] for a, b in turns], **beside(turns, "alone"))
+    ratios = [a["images_per_second"] / b["images_per_second"] for a, b in turns]
+    said = Spread.of([a["stage_says"] for a, _ in turns])
+    return ratio(name, ratios, **beside(turns, "alone"), stage_json=said)
 
 
 def beside(turns: list[tuple[Told, Told]], other: str) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def train_fold(found: Case, photos: Path, split: Path, options: Options) -> Told
         {name: str(path) for name, path in channels.items()},
     )
     counted = ended.told["passes"][1:] or ended.told["passes"]
-    said = read_json(folder / "model" / RECORD)["metrics"].get("images_per_second")
+    said = read_json(folder / "model" / RECORD)["metrics"]["images_per_second"]
     return rate(counted) | manner_of(folder / "model") | {"stage_says": said}
 
 

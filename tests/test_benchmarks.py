@@ -74,6 +74,11 @@ def test_settings_of_this_process_do_not_reach_the_measured_ones(monkeypatch):
     assert run(["-c", code], threads=1).told == []
 
 
+def test_a_process_may_choose_its_threads_itself(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert run(["-c", "import os; print(int('OMP_NUM_THREADS' in os.environ))"], threads=0).told == 0
+
+
 def test_a_process_that_fails_tells_its_last_words():
     with pytest.raises(FivefoldError, match=r"(?s)ended with 64.*unknown backbone source"):
         run(["-c", "import sys; print('unknown backbone source', file=sys.stderr); sys.exit(64)"], threads=1)
@@ -235,5 +240,7 @@ def test_each_runs_to_its_end(name, tmp_path):
         assert row["verdict"] in ("reached", "missed", "")
         assert row["machine"]["packages"]["torch"] == torch.__version__.split("+")[0]
         assert row["what"] in ended.stdout
+    if name == "train":  # the clocks around the stage and its own say the same
+        assert rows[FIRST[name]]["stage_json"]["median"] == pytest.approx(rows[FIRST[name]]["ours"]["median"], rel=0.05)
     if name == "step":
         assert rows["curve"]["figure"]["median"] < 1e-3
