@@ -4,6 +4,7 @@
 PYTHON ?= python3.11
 IMAGE ?= fivefold:latest
 BASE_IMAGE ?= python:3.11-slim
+BENCH ?= quick
 PYTEST_ARGS ?= -m "not slow and not docker and not gpu"
 
 VENV := .venv
@@ -18,7 +19,7 @@ FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
 FOR_ALL := $(VENV)/.set-up-all-$(call content,docker/requirements.txt requirements.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo systems test test-slow test-docker image manifests check lock clean
+.PHONY: help demo systems bench test test-slow test-docker image manifests check lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +29,9 @@ demo: $(FOR_RUNS) ## split, train, ensemble, evaluate and distil real images; DE
 
 systems: $(FOR_RUNS) ## the five reference systems end to end, made small, on drawn images; SYSTEMS="mask_profile"
 	@$(BIN)/python tests/systems $(SYSTEMS)
+
+bench: $(FOR_RUNS) ## how fast it is on this machine, a few minutes; BENCH="train step", BENCH=all (hours)
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 test: check ## ruff, the import rules, and the tests; PYTEST_ARGS="tests/data -x"
 	@$(PYTEST) $(PYTEST_ARGS)

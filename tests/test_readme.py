@@ -56,7 +56,9 @@ def test_paths_in_the_papers_exist():
         r"`((?:training|data|models|inference|evaluation|contract|launchers)/\w+\.py)`", CONTRIBUTING
     ):
         assert (ROOT / "src" / "fivefold" / path).is_file(), path
-    code = "".join(file.read_text() for folder in ("src", "jobs") for file in (ROOT / folder).rglob("*.py"))
+    code = "".join(
+        file.read_text() for folder in ("src", "jobs", "benchmarks") for file in (ROOT / folder).rglob("*.py")
+    )
     for table in re.findall(r"`([A-Z]{4,}S)`", CONTRIBUTING):
         assert re.search(rf"^{table}\b.* = ", code, re.MULTILINE), table
 
