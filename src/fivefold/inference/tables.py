@@ -73,6 +73,7 @@ def joined(tables: Sequence[TableFile], weights: np.ndarray, ids: pa.Array, scra
     columns = [PREFIX + name for name in tables[0].classes]
     with ThreadPoolExecutor(count_cores()) as pool, ExitStack() as files:
         sources = [_in_order(table, ids, scratch, files) for table in tables]
+        pa.default_memory_pool().release_unused()  # of comparing the ids, which Arrow would keep
         start = 0
         for blocks in zip(*(_portions(source.blocks(columns)) for source in sources), strict=True):
             rows = blocks[0].num_rows
