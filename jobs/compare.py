@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from fivefold import predictions
-from fivefold.contract.artifacts import find_submissions
 from fivefold.contract.files import atomic, read_json, tree_files, write_json, write_text
 from fivefold.contract.job import Job
 from fivefold.contract.stages import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
+from fivefold.contract.submissions import find_submissions
 from fivefold.errors import DataError, MissingInputError
 from fivefold.evaluation import comparison, truth
 from fivefold.evaluation.comparison import Experiment

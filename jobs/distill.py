@@ -37,7 +37,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     patience = allowed_patience(settings.distill.patience, len(aside))
 
     replicas = Replicas(job.place)
-    pupils = distillation.Pupils(table, rows, store, replicas)
+    pupils = distillation.Pupils(table, rows, store, replicas, job.scratch)
     lesson = distillation.teach(settings.distill.teacher, models, pupils, settings.distill.views)
     log.info("student: %d rows, taught by %s", len(rows), lesson.teacher)
 
@@ -50,7 +50,7 @@ def main(job: Job, settings: Settings) -> Outcome:
 
     unseen = unlabelled(job, models, pupils)
     train = distillation.taught(pupils, lesson, unseen, student, runtime)
-    valid = ValidRows(assemble.image_set(store, table, aside, student, training=False), table.codes[aside])
+    valid = ValidRows(members.evaluation_images(store, table, aside, student), table.codes[aside])
     loop = assemble.build_loop(
         label="student",
         network=network,
@@ -64,7 +64,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     best, trackers = training.fit(loop, job, student, None)
 
     model = training.load_best(loop, best)
-    holdout_files, holdout_scores = training.save_holdout(job, model, store, table, student, runtime)
+    holdout_files, holdout_scores = training.save_holdout(job, model, store, table, student, runtime, valid.images)
     if not job.place.leads:
         return Outcome([])
     facts = {

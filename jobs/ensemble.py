@@ -11,24 +11,23 @@ from typing import Any
 import numpy as np
 
 from fivefold import predictions
-from fivefold.assemble import in_words
-from fivefold.contract.artifacts import ModelDir, check_split, find_models, find_submissions, locate
+from fivefold.contract.artifacts import ModelDir, check_split, find_models, locate
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import EACH, ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
+from fivefold.contract.submissions import find_submissions
 from fivefold.data.evals import EvalTable, Submission, read_eval
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.store import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.calibration import apply_temperature
-from fivefold.inference.blends import combined, equal
+from fivefold.inference.blends import BLENDS, arithmetic, combined, equal
 from fivefold.inference.ensemble import check_members
 from fivefold.inference.product import Product, product_of
 from fivefold.inference.submission import check_columns, write_submission
-from fivefold.inference.submitted import PREFIX, holds_labels, read_submitted, system_name
+from fivefold.inference.submitted import PREFIX, holds_labels, is_table, read_submitted, system_name
 from fivefold.inference.systems import Rule, Score, System, join, judge_holdout, scores_alone, weigh
-from fivefold.inference.tta import same_views
-from fivefold.members import load_member, save_predictions
+from fivefold.inference.tables import save_predictions
 from fivefold.predictions import Predictions, in_class_order
 from fivefold.recipe import Ensemble, Settings, Spec
 from jobs.images import open_images
@@ -42,6 +41,10 @@ def main(job: Job, settings: Settings) -> Outcome:
     options, same = settings.ensemble, SameClasses(settings.data.same_classes, settings.data.same_class)
     files = submission_files(job, options.submissions)
     models = [] if files and job.optional_channel("model") is None else find_models(job)
+    if not models and tables_alone(files, options, same):
+        from jobs import joining
+
+        return joining.main(job, settings, files)
     check(job, models, options.blend)
     groups = by_system(models)
     product = product_for(options.blend, groups, files)
@@ -55,7 +58,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
     explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
-    each = {name: predict(group, store, images, explicit, options.within) for name, group in groups.items()}
+    each = predict_each(groups, store, images, explicit, options.within, job.scratch) if groups else {}
     each |= {name: found.log_probs for name, found in submitted.items()}
     systems = [system_of(name, group, explicit.get("views"), options.within) for name, group in groups.items()]
     systems += [System(name, 1, 1, None, None) for name in submitted]
@@ -85,13 +88,19 @@ def main(job: Job, settings: Settings) -> Outcome:
 def submission_files(job: Job, named: Sequence[str]) -> dict[str, Path]:
     """The submission files of the channel and of the settings, by the name of their system."""
     found: dict[str, Path] = {}
-    for path in [*find_submissions(job), *(Path(name) for name in named)]:
+    for path in [*find_submissions(job, tables=True), *(Path(name) for name in named)]:
         if not path.is_file():
             raise MissingInputError(f"ensemble.submissions: no file {path}")
         other = found.setdefault(system_name(path), path)
         if other != path:
             raise DataError(f"{other} and {path} are both called {system_name(path)!r}; rename one of them")
     return found
+
+
+def tables_alone(files: Mapping[str, Path], options: Ensemble, same: SameClasses) -> bool:
+    """Whether all that is blended are tables of predictions, row by row, so that they need not be in memory as a whole."""
+    by_rows = options.blend != "product" and BLENDS[options.blend].combine is arithmetic
+    return by_rows and not same.groups and all(is_table(path) for path in files.values())
 
 
 def known_classes(models: list[ModelDir], images: EvalTable, files: Mapping[str, Path]) -> tuple[str, ...]:
@@ -162,21 +171,40 @@ def product_for(blend: str, groups: Mapping[str, list[ModelDir]], files: Mapping
     return product_of(described(groups))
 
 
-def predict(
-    group: list[ModelDir], store: ImageStore, images: EvalTable, explicit: Mapping[str, Any], within: str
-) -> np.ndarray:
+def predict_each(
+    groups: Mapping[str, list[ModelDir]],
+    store: ImageStore,
+    images: EvalTable,
+    explicit: Mapping[str, Any],
+    within: str,
+    scratch: Path,
+) -> dict[str, np.ndarray]:
+    """Each system's [N, C]; an image is decoded and transformed once for all models that see alike, and for all views."""
+    from fivefold.members import Gallery, ImageFiles
+
+    gallery = Gallery(ImageFiles(store, images.paths), scratch)
+    return {name: predict(group, gallery, explicit, within) for name, group in groups.items()}
+
+
+def predict(group: list[ModelDir], gallery: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
     """A system's models as one [N, C], each with an equal say; one network at a time is in memory."""
+    from fivefold.assemble import in_words
+    from fivefold.members import load_member
+
     found, classes = [], group[0].info["classes"]
     for number, model in enumerate(group, start=1):
         member = load_member(model, explicit)
         log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), in_words(member.runtime))
-        log_probs = member.predict(store, images.paths, model.name)
+        log_probs = member.predict_seen(gallery, model.name)
+        del member
         found.append(in_class_order(log_probs, model.info["classes"], classes))
     return combined(within, found, equal(len(found)))
 
 
 def system_of(name: str, group: list[ModelDir], views: list[Spec] | None, within: str) -> System:
     """The tables of a system; those of the holdout count only when they were made with the views that predict now."""
+    from fivefold.inference.tta import same_views
+
     own = views is None or all(same_views(views, model.info["settings"]["predict"]["views"]) for model in group)
     if not own:
         log.info("%s predicts with other views than it was trained to: its holdout scores are left out", name)

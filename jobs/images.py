@@ -78,7 +78,7 @@ def first_use(source: Source, pixels: Pixels, folder: Path | None, most_gib: flo
     if folder is None or not known:
         return []
     images = Source(source.store, source.paths[known], source.sha256[known])
-    cache = cached_once(folder, [images], pixels, most_gib)
+    cache = cached_once(folder, images, pixels, most_gib)
     return [] if cache is None else [cache]
 
 

@@ -12,9 +12,9 @@ from fivefold.data.store import open_store
 from fivefold.inference.blends import mean
 from fivefold.inference.ensemble import check_same
 from fivefold.inference.product import needs_product, product_of
-from fivefold.members import save_predictions
+from fivefold.inference.tables import save_predictions
 from fivefold.recipe import Settings
-from jobs.ensemble import by_system, check_submission, described, predict, submit, table_of
+from jobs.ensemble import by_system, check_submission, described, predict_each, submit, table_of
 from jobs.outcome import Outcome
 
 log = logging.getLogger("fivefold")
@@ -38,7 +38,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     check_submission(images, classes, same)
 
     explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
-    each = {name: predict(group, store, images, explicit, "mean") for name, group in groups.items()}
+    each = predict_each(groups, store, images, explicit, "mean", job.scratch)
     log_probs = product.join(each) if product else mean(list(each.values()))
     table = table_of(images, product.name if product else " + ".join(each), classes, log_probs)
     output = job.output()

@@ -7,6 +7,7 @@ from fivefold import assemble, members
 from fivefold.contract.job import Job
 from fivefold.contract.stages import OOF, TRAIN_LOG
 from fivefold.errors import SettingsError
+from fivefold.inference.tables import save_predictions
 from fivefold.recipe import Settings
 from fivefold.replicas import Replicas
 from fivefold.training.loop import TrainRows, ValidRows
@@ -37,17 +38,17 @@ def main(job: Job, settings: Settings) -> Outcome:
 
     targets = assemble.one_hot(table.codes[rows], len(table.classes), runtime.device)
     train = TrainRows(assemble.image_set(store, table, rows, settings, training=True), targets)
-    valid = ValidRows(assemble.image_set(store, table, own_rows, settings, training=False), table.codes[own_rows])
+    valid = ValidRows(members.evaluation_images(store, table, own_rows, settings), table.codes[own_rows])
     patience = settings.train.patience
     loop = assemble.build_loop(label, network, train, valid, settings, runtime, select=True, patience=patience)
     best, trackers = training.fit(loop, job, settings, fold)
 
     model = training.load_best(loop, best)
-    oof = training.predict_rows(model, store, table, own_rows, settings, runtime, f"{label} out-of-fold")
+    oof = training.predict_rows(model, store, table, own_rows, settings, runtime, f"{label} out-of-fold", valid.images)
     holdout_files, holdout_scores = training.save_holdout(job, model, store, table, settings, runtime)
     if not job.place.leads:
         return Outcome([])
-    files = [job.model() / TRAIN_LOG, members.save_predictions(job.model() / OOF, oof)]
+    files = [job.model() / TRAIN_LOG, save_predictions(job.model() / OOF, oof)]
     facts = {"fold": fold, **training.split_facts(split, table), **training.processes(job)}
     files += holdout_files + members.save_member(job.model(), "fold", best, settings, runtime, facts)
     training.draw_curves(job)

@@ -17,12 +17,14 @@ from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, TRAIN_LOG
 from fivefold.data.folds import FoldTable, read_folds
 from fivefold.data.images import decode
+from fivefold.data.prepared import Prepared
 from fivefold.data.store import ImageStore
 from fivefold.evaluation.examples import image_grid, spread_out
 from fivefold.evaluation.metrics import predicted, summary
 from fivefold.evaluation.plots import training_curves
 from fivefold.inference.predictor import Runtime
-from fivefold.members import ImageFiles, predict_images, save_predictions
+from fivefold.inference.tables import save_predictions
+from fivefold.members import evaluation_images, predict_images
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
 from fivefold.replicas import Replicas
@@ -143,29 +145,39 @@ def predict_rows(
     settings: Settings,
     runtime: Runtime,
     label: str,
+    images: Prepared | None = None,
 ) -> Predictions:
-    """The predictions of rows of the split with the evaluation transform and the recipe's views, with their labels."""
-    files = ImageFiles(store, table.paths_of(rows), table.sha256_of(rows))
+    """The predictions of rows of the split with the evaluation transform and the recipe's views, with their labels.
+
+    `images`: those of the rows, where they are prepared already.
+    """
+    images = evaluation_images(store, table, rows, settings) if images is None else images
     return Predictions(
         ids=table.ids_of(rows),
         fold=table.fold[rows],
         system=settings.system,
         classes=table.classes,
-        log_probs=predict_images(model, settings, runtime, files, label),
+        log_probs=predict_images(model, settings, runtime, images, label),
         labels=table.labels()[rows],
     )
 
 
 def save_holdout(
-    job: Job, model: nn.Module, store: ImageStore, table: FoldTable, settings: Settings, runtime: Runtime
+    job: Job,
+    model: nn.Module,
+    store: ImageStore,
+    table: FoldTable,
+    settings: Settings,
+    runtime: Runtime,
+    images: Prepared | None = None,
 ) -> tuple[list[Path], dict[str, float]]:
-    """Predicts the rows that are set aside, if there are any; the file written and its scores."""
+    """Predicts the rows that are set aside, if there are any (`images`: theirs, if prepared already); the file written and its scores."""
     rows = table.aside_rows()
     if job.place.leads:
         (job.model() / HOLDOUT).unlink(missing_ok=True)
     if not len(rows):
         return [], {}
-    found = predict_rows(model, store, table, rows, settings, runtime, "holdout")
+    found = predict_rows(model, store, table, rows, settings, runtime, "holdout", images)
     if not job.place.leads:
         return [], {}
     figures = scores(found, "holdout")

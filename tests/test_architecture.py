@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fivefold
-from fivefold.contract.stages import STAGES
+from fivefold.contract.stages import STAGES, Stage
 from fivefold.recipes import shipped_recipes
 from fivefold.settings import Layer, load
 from jobs.__main__ import COMMANDS
@@ -43,10 +43,27 @@ WITHOUT_TORCH = (
     "data.same_classes",
     "inference.blends",
     "inference.ensemble",
+    "inference.figures",
     "inference.submission",
     "inference.submitted",
     "inference.systems",
+    "inference.tables",
 )
+LATE = (
+    "boto3",
+    "matplotlib",
+    "onnx",
+    "pandas",
+    "psutil",
+    "scipy",
+    "sklearn",
+    "sympy",
+    "tensorboard",
+    "timm",
+    "torch._dynamo",
+    "torchvision",
+)
+"""What is imported when it is used, if it is: timm alone takes as long as torch."""
 READERS_OF_THE_ENVIRONMENT = ("contract", "launchers")
 """The packages below fivefold, beside jobs, that know the container contract."""
 
@@ -101,11 +118,23 @@ def test_launching_and_reporting_load_without_torch() -> None:
         "jobs.split",
         "jobs.evaluate",
         "jobs.compare",
+        "jobs.ensemble",
+        "jobs.inference",
+        "jobs.joining",
     ]
     heavy = ("torch", "torchvision", "timm", "tensorboard", "sagemaker")
     code = (
         f"import importlib, json, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"
         f"print(json.dumps([name for name in {heavy!r} if name in sys.modules]))"
+    )
+    assert json.loads(python(code)) == []
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
+def test_a_stage_starts_without_what_only_some_recipes_or_its_end_need(stage: Stage) -> None:
+    code = (
+        f"import json, sys\nimport jobs.__main__, {stage.module}\n"
+        f"print(json.dumps([name for name in {LATE!r} if name in sys.modules]))"
     )
     assert json.loads(python(code)) == []
 

@@ -81,14 +81,12 @@ def image_set(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: S
 def images_at(
     store: ImageStore, paths: Sequence[str], sha256: Sequence[str | None], settings: Settings, training: bool
 ) -> ImageSet:
-    """The images at `paths`, checked against their digests; kept in memory if they fit and the settings want it."""
+    """The images at `paths`, checked against their digests; those to train on are kept in memory if they fit and the settings want it."""
     specs = settings.augment.train if training else settings.augment.eval
     transform = build_transforms(specs, settings.model.size, evaluation=not training)
     images = ImageSet(store, paths, transform, settings.seed, sha256, settings.model.meta, pixels_of(settings.data))
-    if settings.train.keep_in_memory and not images.keep_in_memory():
-        log.info("%d images are too many to keep decoded in memory; they are read at each epoch", len(images))
-    if settings.model.meta:
-        images.measure()
+    if training:
+        images.read_once(settings.train.keep_in_memory)
     return images
 
 

@@ -17,12 +17,13 @@ from fivefold.contract.stages import ENSEMBLE
 from fivefold.data.dataset import Batch, ImageSet
 from fivefold.data.folds import FoldTable
 from fivefold.data.images import Pixels
+from fivefold.data.store import FolderStore
 from fivefold.errors import DataError
 from fivefold.evaluation.calibration import apply_temperature
 from fivefold.inference.blends import combined, equal
 from fivefold.inference.ensemble import check_members
 from fivefold.machine import count_cores
-from fivefold.members import ImageFiles, Member, load_member
+from fivefold.members import Gallery, ImageFiles, Member, load_member
 from fivefold.predictions import in_class_order
 from fivefold.progress import track
 
@@ -67,8 +68,8 @@ class Committee:
     def predict(self, files: ImageFiles, label: str = "") -> Verdict:
         """Every member's word on each image that can be read, blended; a progress bar where there is a `label`.
 
-        An image is read and decoded once for all members to which the same pixels count. None of this raises for a
-        single bad image.
+        An image is read and decoded once for all members to which the same pixels count, and transformed once for
+        those that see alike. None of this raises for a single bad image.
         """
         total = -(-len(files.paths) // IMAGES_AT_ONCE)
         said: list[list[np.ndarray]] = [[] for _ in self.members]
@@ -81,8 +82,9 @@ class Committee:
                 unreadable |= {row: image for row, image in portion.items() if isinstance(image, str)}
                 read = {row: image for row, image in portion.items() if not isinstance(image, str)}
                 rows += read
+                gallery = Gallery(ImageFiles(FolderStore(Path()), [""] * len(read), pixels=list(read.values())))
                 for words, member in seeing if read else ():
-                    words.append(self._of(member, list(read.values())))
+                    words.append(self._of(member, gallery))
         return Verdict(np.array(rows, np.int64), self._blended(said), unreadable)
 
     @property
@@ -110,8 +112,8 @@ class Committee:
             said.append([in_class_order(words, member.source.info["classes"], self.classes)])
         return self._blended(said)
 
-    def _of(self, member: Member, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        return in_class_order(member.predict_pixels(pixels), member.source.info["classes"], self.classes)
+    def _of(self, member: Member, gallery: Gallery) -> np.ndarray:
+        return in_class_order(member.predict_seen(gallery, ""), member.source.info["classes"], self.classes)
 
     def _blended(self, said: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
         """log p float32 [R, C] of what each member `said` in portions."""

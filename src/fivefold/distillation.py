@@ -7,7 +7,7 @@ tables hold just that. Images without labels were seen by no fold, so all folds 
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.inference.blends import mean
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views, distinct
-from fivefold.members import load_member
+from fivefold.members import Gallery, ImageFiles, load_member
 from fivefold.predictions import Predictions, in_class_order, sample
 from fivefold.recipe import Settings, Spec
 from fivefold.replicas import BY_ITSELF, Replicas
@@ -49,10 +49,11 @@ class Pupils:
     rows: np.ndarray
     store: ImageStore
     replicas: Replicas = BY_ITSELF
+    scratch: Path | None = None
 
-    def paths(self, chosen: np.ndarray) -> list[str]:
-        """The image paths of the chosen positions among the rows."""
-        return list(self.folds.paths_of(self.rows[chosen]))
+    def gallery(self) -> Gallery:
+        """The images of the rows, to be made once for all teachers and views."""
+        return Gallery(ImageFiles(self.store, list(self.folds.paths_of(self.rows))), self.scratch)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def unseen_paths(store: ImageStore, paths: Sequence[str], folds: FoldTable) -> l
 
 def teach_unseen(models: Sequence[ModelDir], store: ImageStore, paths: Sequence[str], pupils: Pupils) -> np.ndarray:
     """The whole ensemble's log-probabilities [N, C] of images that no fold saw."""
-    return mean([_predict(model, replace(pupils, store=store), paths, ()) for model in models])
+    gallery = Gallery(ImageFiles(store, paths), pupils.scratch)
+    return mean([_predict(model, pupils, gallery, [()])[0] for model in models])
 
 
 def taught(pupils: Pupils, lesson: Lesson, unseen: Unseen | None, settings: Settings, runtime: Runtime) -> TrainRows:
@@ -139,15 +141,14 @@ def best_model(models: Sequence[ModelDir]) -> ModelDir:
 def _out_of_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
     tables = [predictions.read(model.path / OOF) for model in models]
     lessons = [out_of_fold_targets(tables, pupils.folds, pupils.rows)]
-    fold = pupils.folds.fold[pupils.rows]
-    for view in views:
-        found = np.zeros_like(lessons[0], dtype=np.float64)
-        for model in models:
-            own = np.flatnonzero(fold == model.info["fold"])
-            seeds = sum(other.info["fold"] == model.info["fold"] for other in models)
-            log_probs = _predict(model, pupils, pupils.paths(own), (view,))
-            found[own] += np.exp(log_probs.astype(np.float64)) / seeds
-        lessons.append(np.log(np.maximum(found, np.finfo(np.float64).tiny)).astype(np.float32))
+    fold, gallery = pupils.folds.fold[pupils.rows], pupils.gallery()
+    found = [np.zeros_like(lessons[0], dtype=np.float64) for _ in views]
+    for model in models if views else ():
+        own = np.flatnonzero(fold == model.info["fold"])
+        seeds = sum(other.info["fold"] == model.info["fold"] for other in models)
+        for total, log_probs in zip(found, _predict(model, pupils, gallery, [(v,) for v in views], own), strict=True):
+            total[own] += np.exp(log_probs.astype(np.float64)) / seeds
+    lessons += [np.log(np.maximum(total, np.finfo(np.float64).tiny)).astype(np.float32) for total in found]
     return Lesson(mean(lessons), leak_free=True, teacher=f"out-of-fold predictions of {len(models)} models")
 
 
@@ -162,12 +163,10 @@ def _ensemble(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec])
 def _not_leak_free(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
     names = ", ".join(model.name for model in models)
     log.warning("the teacher (%s) saw rows that it teaches: this distillation is not leak-free", names)
-    every = np.arange(len(pupils.rows))
-    paths = pupils.paths(every)
-    found = []
+    gallery, found = pupils.gallery(), []
     for model in models:
         own = model.info["settings"].get("predict", {}).get("views", ["plain"])
-        found.append(_predict(model, pupils, paths, distinct([*own, *views])))
+        found += _predict(model, pupils, gallery, [distinct([*own, *views])])
     return Lesson(mean(found), leak_free=False, teacher=names)
 
 
@@ -185,12 +184,15 @@ def _from_path(path: str) -> Callable[[Sequence[ModelDir], Pupils, Sequence[Spec
     return teacher
 
 
-def _predict(model: ModelDir, pupils: Pupils, paths: Sequence[str], views: Sequence[Spec]) -> np.ndarray:
+def _predict(
+    model: ModelDir, pupils: Pupils, gallery: Gallery, lists: Sequence[Sequence[Spec]], rows: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """What a model says of a gallery, or of some `rows` of it: [N, C] by the mean of each list of views, its own where empty."""
     classes = pupils.folds.classes
     _check_classes(model, classes)
     member = load_member(model, {}, replicas=pupils.replicas)
-    found = member.predict(pupils.store, paths, f"teacher {model.name}", views)
-    return in_class_order(found, model.info["classes"], classes)
+    found = [member.predict_seen(gallery, f"teacher {model.name}", views, rows) for views in lists]
+    return [in_class_order(log_probs, model.info["classes"], classes) for log_probs in found]
 
 
 def _check_classes(model: ModelDir, classes: Sequence[str]) -> None:

@@ -2,18 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from fivefold import predictions
 from fivefold.assemble import (
     build_classifier,
     choose_workers,
+    image_set,
     precision_name,
     predict_batch_size,
     runtime_for_prediction,
@@ -22,13 +22,14 @@ from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.stages import MODEL, RAW_WEIGHTS, WEIGHTS
 from fivefold.data.dataset import Batch, ImageSet, joined
+from fivefold.data.folds import FoldTable
 from fivefold.data.images import Pixels, pixels_of
+from fivefold.data.prepared import Prepared, memory_limit
 from fivefold.data.store import FolderStore, ImageStore
 from fivefold.data.transforms import Transform, build_transforms
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict, predict_all
 from fivefold.models.weights import load_exactly, save_weights
-from fivefold.predictions import Predictions
 from fivefold.recipe import Settings, Spec
 from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.sections import OF_PLATFORMS
@@ -50,13 +51,13 @@ class Member:
 
     def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[Spec] = ()) -> np.ndarray:
         """Log-probabilities float32 [N, C] of the images at `paths`, by the recipe's views unless others are given."""
-        return predict_images(self.network, self.settings, self.runtime, ImageFiles(store, paths), label, views)
+        return self.predict_seen(Gallery(ImageFiles(store, paths)), label, views)
 
-    def predict_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """Log-probabilities float32 [N, C] of decoded images, each uint8 [H, W, 3], by the recipe's views."""
-        stored = [self.pixels.shrink(image) for image in pixels]
-        files = ImageFiles(FolderStore(Path()), [""] * len(stored), pixels=stored)
-        return predict_images(self.network, self.settings, self.runtime, files, "")
+    def predict_seen(
+        self, gallery: "Gallery", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """As `predict`, of the images of a gallery (or of some `rows` of it), which makes them once for all members."""
+        return predict_images(self.network, self.settings, self.runtime, gallery.seen_by(self), label, views, rows)
 
     @property
     def sight(self) -> str:
@@ -77,7 +78,7 @@ class Member:
         """A decoded image uint8 [H, W, 3] as the network takes it, a batch of one; for several threads at once."""
         image = ImageSet(FolderStore(Path()), [""], self._transform, meta=self.settings.model.meta)
         image.kept = [self.pixels.shrink(pixels)]
-        return image.__getitems__([(0, 0)])
+        return image.seen(0)
 
     def predict_prepared(self, images: Sequence[Batch]) -> np.ndarray:
         """Log-probabilities float32 [N, C] of N prepared images, in one step, by the recipe's views."""
@@ -95,23 +96,59 @@ class ImageFiles:
     """The decoded images, where they are in memory already."""
 
 
-def predict_images(
-    network: nn.Module, settings: Settings, runtime: Runtime, files: ImageFiles, label: str, views: Sequence[Spec] = ()
-) -> np.ndarray:
-    """Log-probabilities float32 [N, C] with the evaluation transform, by the recipe's views unless others are given.
+@dataclass
+class Gallery:
+    """Images as members see them: decoded and transformed once for all members of the same sight, and for all views.
 
-    With a progress bar, unless `files` brings its pixels.
+    They stay in memory up to a limit that all sights share, then in files of the folder `scratch`.
     """
+
+    files: ImageFiles
+    scratch: Path | None = None
+    seen: dict[str, Prepared] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    def seen_by(self, member: Member) -> Prepared:
+        """The images as the member's network takes them; made when it predicts."""
+        if member.sight not in self.seen:
+            left = memory_limit() - sum(other.in_memory for other in self.seen.values())
+            self.seen[member.sight] = evaluated(member.settings, self.files, self.scratch, left)
+        return self.seen[member.sight]
+
+
+def evaluation_images(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings) -> Prepared:
+    """The images of rows of the split as every validation and every view sees them, made once if memory holds them."""
+    images = image_set(store, table, rows, settings, training=False)
+    return Prepared(images, otherwise=partial(images.read_once, settings.train.keep_in_memory))
+
+
+def evaluated(settings: Settings, files: ImageFiles, scratch: Path | None = None, limit: int | None = None) -> Prepared:
+    """Images under the evaluation transform of a recipe, to be made once; `limit` bytes in memory, more in `scratch`."""
     transform = build_transforms(settings.augment.eval, settings.model.size, evaluation=True)
     pixels = pixels_of(settings.data)
     images = ImageSet(files.store, files.paths, transform, 0, files.sha256, settings.model.meta, pixels)
     if files.pixels is not None:
-        images.kept = list(files.pixels)
-        workers, label = 0, ""
-    else:
-        workers = choose_workers(settings.train.workers, runtime)
-    size = predict_batch_size(settings)
-    return predict_all(network, images, size, workers, runtime, views or settings.predict.views, label)
+        images.kept = [pixels.shrink(image) for image in files.pixels]
+    return Prepared(images, scratch, limit)
+
+
+def predict_images(
+    network: nn.Module,
+    settings: Settings,
+    runtime: Runtime,
+    images: Prepared,
+    label: str,
+    views: Sequence[Spec] = (),
+    rows: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Log-probabilities float32 [N, C] of all images, or of some `rows`, by the recipe's views unless others are given.
+
+    With a progress bar, if there is a `label`.
+    """
+    size, workers = predict_batch_size(settings), choose_workers(settings.train.workers, runtime)
+    return predict_all(network, images, size, workers, runtime, views or settings.predict.views, label, rows)
 
 
 def load_member(
@@ -164,10 +201,3 @@ def save_member(
         },
     )
     return [*written, folder / MODEL]
-
-
-def save_predictions(path: Path, table: Predictions) -> Path:
-    """Writes a predictions table, whole or not at all; its path."""
-    with atomic(path) as temporary:
-        predictions.write(temporary, table)
-    return path

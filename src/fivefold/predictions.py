@@ -6,11 +6,14 @@ a probability saturates. Columns are matched by class name, never by position.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fivefold.arrow import pa
@@ -47,6 +50,8 @@ class Predictions:
 
     def in_order(self, ids: Sequence[str]) -> "Predictions":
         """The rows of `ids` in that order; a DataError names ids that are not there."""
+        if len(ids) == len(self) and np.array_equal(self.ids, ids):
+            return self
         position = {name: row for row, name in enumerate(self.ids)}
         missing = [name for name in ids if name not in position]
         if missing:
@@ -70,16 +75,96 @@ class Predictions:
 
 def write(path: Path, table: Predictions) -> None:
     """Writes the table as Parquet to `path` (give a temporary name; see `contract.files.atomic`)."""
-    columns: dict[str, pa.Array] = {
-        "id": pa.array(table.ids, pa.string()),
-        "fold": pa.array(table.fold, pa.int16()),
-        "system": pa.DictionaryArray.from_arrays(np.zeros(len(table), np.int32), [table.system]),
-    }
-    if table.labels is not None:
-        columns["label"] = pa.array(table.labels, pa.string()).dictionary_encode()
-    for code, name in enumerate(table.classes):
-        columns[PREFIX + name] = pa.array(np.ascontiguousarray(table.log_probs[:, code], np.float32))
-    pq.write_table(pa.table(columns), path, row_group_size=ROWS_A_GROUP, compression="zstd")
+    with TableWriter(path, table.system, table.classes, table.labels is not None) as writer:
+        for start in range(0, max(len(table), 1), ROWS_A_GROUP):
+            rows = slice(start, start + ROWS_A_GROUP)
+            labels = None if table.labels is None else table.labels[rows]
+            writer.write(table.ids[rows], table.fold[rows], table.log_probs[rows].T, labels)
+
+
+class TableWriter:
+    """A table of predictions that is written a block of rows at a time; each block is a row group of the file."""
+
+    def __init__(self, path: Path, system: str, classes: Sequence[str], labelled: bool) -> None:
+        codes = pa.dictionary(pa.int32(), pa.string())
+        fields = [("id", pa.string()), ("fold", pa.int16()), ("system", codes), *([("label", codes)] * labelled)]
+        self.schema = pa.schema(fields + [(PREFIX + name, pa.float32()) for name in classes])
+        self.system = system
+        # Dictionaries of numbers that are hardly ever the same take ten times as long, and half as much room again.
+        self.writer = pq.ParquetWriter(path, self.schema, compression="lz4", use_dictionary=["system", "label"])
+
+    def write(
+        self, ids: Any, fold: np.ndarray, log_probs: Sequence[np.ndarray], labels: np.ndarray | None = None
+    ) -> None:
+        """A block of n rows; `log_probs` [C][n], class by class. `ids` are texts or an Arrow array of them."""
+        columns: list[pa.Array] = [
+            ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string()),
+            pa.array(fold, pa.int16()),
+            pa.DictionaryArray.from_arrays(np.zeros(len(ids), np.int32), [self.system]),
+        ]
+        if labels is not None:
+            columns.append(pa.array(labels, pa.string()).dictionary_encode())
+        columns += [pa.array(np.ascontiguousarray(column, np.float32)) for column in log_probs]
+        self.writer.write_table(pa.table(columns, schema=self.schema), row_group_size=ROWS_A_GROUP)
+
+    def __enter__(self) -> "TableWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A table in a file, of which a block of rows is in memory at a time: `rows` [N] of a `system`, by `classes` [C]."""
+
+    path: Path
+    system: str
+    classes: tuple[str, ...]
+    rows: int
+    labelled: bool
+
+    def ids(self, checked: bool = True) -> pa.Array:
+        """The ids [N], texts; a DataError where one is absent or, if that is to be `checked`, stands twice."""
+        blocks = [_texts(block, "id", self.path) for block in self.blocks(["id"])]
+        ids = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
+        if checked and len(pc.unique(ids)) < len(ids):
+            raise DataError(f"{self.path}: ids stand twice: {sample(_twice(ids.to_pylist()))}")
+        return ids
+
+    def blocks(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The rows in order with all columns or some, at most twice ROWS_A_GROUP at a time."""
+        with _refused(self.path), pq.ParquetFile(self.path, pre_buffer=False) as file:
+            for group in range(file.num_row_groups):
+                if file.metadata.row_group(group).num_rows <= 2 * ROWS_A_GROUP:
+                    yield file.read_row_group(group, columns)
+                else:  # of others' files, which may be one group
+                    for batch in file.iter_batches(ROWS_A_GROUP, [group], columns):
+                        yield pa.Table.from_batches([batch])
+
+
+def open_table(path: Path) -> TableFile:
+    """A table that is to be read, its columns and its system checked, not yet its rows.
+
+    Raises MissingInputError, or a DataError that names the column.
+    """
+    if not path.is_file():
+        raise MissingInputError(f"no predictions at {path}")
+    with _refused(path), pq.ParquetFile(path, pre_buffer=False) as file:
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+    names = schema.names
+    classes = tuple(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
+    absent = [name for name in ("id", "fold", "system") if name not in names]
+    if absent or not classes:
+        raise DataError(f"{path} is not a predictions table: no column {', '.join(absent) or PREFIX + '<class>'}")
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: columns of the same name: {sample(_twice(names))}")
+    for name in classes:
+        kind = schema.field(PREFIX + name).type
+        if not pa.types.is_floating(kind):
+            raise DataError(f"{path}: column {PREFIX + name} holds {kind}, not log-probabilities")
+    found = TableFile(path, "", classes, rows, "label" in names)
+    return replace(found, system=_system(found))
 
 
 def read(path: Path) -> Predictions:
@@ -87,36 +172,31 @@ def read(path: Path) -> Predictions:
 
     Raises MissingInputError, or a DataError that names the column or the row.
     """
-    if not path.is_file():
-        raise MissingInputError(f"no predictions at {path}")
+    file = open_table(path)
+    log_probs = np.empty((file.rows, len(file.classes)), np.float32)
+    ids, fold, labels = (np.empty(file.rows, kind) for kind in (object, np.int16, object))
+    start = 0
+    for block in file.blocks():
+        rows = slice(start, start := start + block.num_rows)
+        for code, name in enumerate(file.classes):
+            log_probs[rows, code] = block.column(PREFIX + name).to_numpy()
+        ids[rows], fold[rows] = _texts(block, "id", path).to_pylist(), _folds(block, path)
+        if file.labelled:
+            labels[rows] = ["" if text is None else text for text in _texts(block, "label", path).to_pylist()]
+    found = Predictions(ids, fold, file.system, file.classes, log_probs, labels if file.labelled else None)
+    check(found, str(path))
+    return found
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """What Arrow says of a broken file as a DataError; what the system says, as of a full disk, as it is."""
     try:
-        table = pq.ParquetFile(path).read()  # read_table imports pandas, which takes a second
+        yield
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
         raise DataError(f"{path} is not a Parquet table: {error}") from error
-    classes = tuple(name.removeprefix(PREFIX) for name in table.column_names if name.startswith(PREFIX))
-    absent = [name for name in ("id", "fold", "system") if name not in table.column_names]
-    if absent or not classes:
-        raise DataError(f"{path} is not a predictions table: no column {', '.join(absent) or PREFIX + '<class>'}")
-    if len(set(table.column_names)) < len(table.column_names):
-        raise DataError(f"{path}: columns of the same name: {sample(_twice(table.column_names))}")
-    log_probs = np.empty((table.num_rows, len(classes)), np.float32)
-    for code, name in enumerate(classes):
-        column = table.column(PREFIX + name)
-        if not pa.types.is_floating(column.type):
-            raise DataError(f"{path}: column {PREFIX + name} holds {column.type}, not log-probabilities")
-        log_probs[:, code] = column.to_numpy()
-    found = Predictions(
-        ids=_strings(table, "id", path),
-        fold=_folds(table, path),
-        system=_system(table, path),
-        classes=classes,
-        log_probs=log_probs,
-        labels=_strings(table, "label", path) if "label" in table.column_names else None,
-    )
-    check(found, str(path))
-    return found
 
 
 def check(table: Predictions, where: str) -> None:
@@ -124,25 +204,29 @@ def check(table: Predictions, where: str) -> None:
     if len(set(table.ids)) < len(table):
         raise DataError(f"{where}: ids stand twice: {sample(_twice(table.ids))}")
     for start in range(0, len(table), ROWS_A_GROUP):
-        block = table.log_probs[start : start + ROWS_A_GROUP]
-        with np.errstate(over="ignore"):
-            sums = np.exp(block.astype(np.float64)).sum(axis=1)
-        # Written so that NaN counts as bad.
-        bad = np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))
-        if len(bad):
-            _refuse_row(block[bad[0]], sums[bad[0]], f"{where}: the row of id {table.ids[start + bad[0]]!r}")
+        rows = slice(start, start + ROWS_A_GROUP)
+        check_block(table.log_probs[rows], table.ids[rows], where)
 
 
-def _refuse_row(log_probs: np.ndarray, total: float, row: str) -> None:
-    if np.isnan(log_probs).any():
+def check_block(log_probs: np.ndarray, ids: Sequence[str], where: str) -> None:
+    """Raises a DataError, naming `where` and the id, for the first row of log_probs [n, C] that is no probabilities."""
+    with np.errstate(over="ignore"):
+        sums = np.exp(log_probs.astype(np.float64)).sum(axis=1)
+    bad = np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))  # so that NaN counts as bad
+    if not len(bad):
+        return
+    found, row = log_probs[bad[0]], f"{where}: the row of id {ids[bad[0]]!r}"
+    if np.isnan(found).any():
         raise DataError(f"{row} holds NaN")
-    if (log_probs > TOLERANCE).any():
-        raise DataError(f"{row} holds {log_probs.max():.4g}, above 0: natural logarithms of probabilities are needed")
-    raise DataError(f"{row}: its probabilities sum to {total:.4f}, not 1")
+    if (found > TOLERANCE).any():
+        raise DataError(f"{row} holds {found.max():.4g}, above 0: natural logarithms of probabilities are needed")
+    raise DataError(f"{row}: its probabilities sum to {sums[bad[0]]:.4f}, not 1")
 
 
 def in_class_order(log_probs: np.ndarray, classes: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
     """The columns [N, C] of `classes` in the order of `wanted`; a DataError names classes of one side alone."""
+    if tuple(classes) == tuple(wanted):
+        return log_probs
     if set(classes) != set(wanted):
         raise DataError(f"classes differ: {sample(sorted(set(classes) ^ set(wanted)))} on one side alone")
     position = {name: code for code, name in enumerate(classes)}
@@ -157,11 +241,13 @@ def mean_by_id(tables: Sequence[Predictions]) -> Predictions:
     """
     first = tables[0]
     aligned = [table.with_classes(first.classes) for table in tables]
-    every = [name for table in tables for name in table.ids]
     position: dict[str, int] = {}
-    rows = np.array([position.setdefault(name, len(position)) for name in every], dtype=np.int64)
-    total = np.zeros((len(position), len(first.classes)))
-    np.add.at(total, rows, np.exp(np.concatenate([table.log_probs for table in aligned]).astype(np.float64)))
+    own = [np.array([position.setdefault(name, len(position)) for name in table.ids], np.int64) for table in tables]
+    rows, total = np.concatenate(own), np.zeros((len(position), len(first.classes)))
+    for at, table in zip(own, aligned, strict=True):
+        for start in range(0, len(at), ROWS_A_GROUP):
+            here = at[start : start + ROWS_A_GROUP]
+            np.add.at(total, here, np.exp(table.log_probs[start : start + ROWS_A_GROUP].astype(np.float64)))
     count = np.bincount(rows, minlength=len(position))
     fold = np.empty(len(position), np.int16)
     folds = np.concatenate([table.fold for table in tables])
@@ -181,15 +267,15 @@ def sample(names: Sequence[object], most: int = 5) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _strings(table: pa.Table, name: str, path: Path) -> np.ndarray:
+def _texts(table: pa.Table, name: str, path: Path) -> pa.Array:
     """A column as texts; a label that is null is an unknown one, an id must not be."""
     try:
-        found = table.column(name).cast(pa.string())
+        found = table.column(name).cast(pa.string()).combine_chunks()
     except pa.ArrowException as error:
         raise DataError(f"{path}: column {name} holds {table.column(name).type}, not text") from error
     if found.null_count and name == "id":
         raise DataError(f"{path}: {found.null_count} rows have no id")
-    return np.array(["" if text is None else text for text in found.to_pylist()], dtype=object)
+    return found
 
 
 def _folds(table: pa.Table, path: Path) -> np.ndarray:
@@ -199,11 +285,12 @@ def _folds(table: pa.Table, path: Path) -> np.ndarray:
     return column.to_numpy().astype(np.int16)
 
 
-def _system(table: pa.Table, path: Path) -> str:
+def _system(file: TableFile) -> str:
     """The one system of all rows; several in a table would be averaged as if they were one."""
-    names = sorted({str(name) for chunk in table.column("system").chunks for name in chunk.unique().to_pylist()})
+    blocks = file.blocks(["system"])
+    names = sorted({str(n) for block in blocks for n in block.column("system").unique().to_pylist()})
     if len(names) > 1:
-        raise DataError(f"{path}: rows of several systems: {sample(names)}; give one table for each")
+        raise DataError(f"{file.path}: rows of several systems: {sample(names)}; give one table for each")
     return names[0] if names else ""
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from fivefold.data.caching import (
     bytes_of,
     cached_once,
     check_room,
+    check_sample,
     key_of_images,
     made,
     one_builder,
@@ -34,7 +36,7 @@ from fivefold.data.caching import (
 )
 from fivefold.data.dataset import ImageSet, epoch_batches, load
 from fivefold.data.images import Pixels, decode
-from fivefold.data.store import open_store
+from fivefold.data.store import FolderStore, open_store
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
 from rights import let_others_in
@@ -228,7 +230,7 @@ def test_a_spoilt_cache_is_refused_and_on_first_use_made_anew(
     spoil(cache.folder)
     with pytest.raises(DataError, match=message):
         Cache(cache.folder)
-    found = cached_once(tmp_path, [odd], Pixels(), 1.0)
+    found = cached_once(tmp_path, odd, Pixels(), 1.0)
     assert "made anew" in caplog.text
     assert found is not None
     assert (found.folder / PIXELS).read_bytes() == whole
@@ -266,8 +268,38 @@ def test_one_that_is_too_large_is_an_error_that_says_what_helps(odd: Source, tmp
         SettingsError, match=r"16 decoded images take .* MiB, and data.cache_gib=1e-05 are allowed: .*data.store_size"
     ):
         check_room(tmp_path, images, 1e-5)
-    assert cached_once(tmp_path / "caches", [odd], Pixels(), 1e-5) is None
+    assert cached_once(tmp_path / "caches", odd, Pixels(), 1e-5) is None
     assert not list((tmp_path / "caches").glob("[!.]*"))
+
+
+@dataclass
+class Counting:
+    """A store that counts the files that are read of it."""
+
+    store: FolderStore
+    count: int = 0
+
+    def read(self, name: str) -> bytes:
+        self.count += 1
+        return self.store.read(name)
+
+
+def test_of_many_images_a_few_say_that_they_are_far_too_many(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    random = np.random.default_rng(0)
+    names = [f"{number}.bmp" for number in range(1100)]
+    for name in names:
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
+    source = Source(open_store(tmp_path / "images"), names, [digest_of(tmp_path / "images" / name) for name in names])
+    size = bytes_of(survey([source], Pixels()))
+    assert size == 1100 * 192
+    for share in (2, 1.01, 0.99):
+        check_sample(tmp_path, source, Pixels(), share * size / GIB)
+    with pytest.raises(SettingsError, match=r"1100 decoded images take about 0\.2 MiB, and data.cache_gib="):
+        check_sample(tmp_path, source, Pixels(), 0.5 * size / GIB)
+    counted = Counting(source.store)
+    assert cached_once(tmp_path / "caches", Source(counted, names, source.sha256), Pixels(), 0.5 * size / GIB) is None
+    assert counted.count < 300, "not all files were read"
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_decoded(
@@ -276,7 +308,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_decoded(
     images = survey([odd], Pixels())
     with pytest.raises(RetryableError, match="MiB free for them: free some"):
         made(tiny_disk / "key", images, Pixels(), 1.0)
-    assert cached_once(tiny_disk, [odd], Pixels(), 1.0) is None
+    assert cached_once(tiny_disk, odd, Pixels(), 1.0) is None
     assert "images are read from their files" in caplog.text
     assert not list(tiny_disk.glob("[!.]*"))
     assert not list(tiny_disk.glob(".*.tmp"))
@@ -298,7 +330,7 @@ from fivefold.data.store import open_store
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 caches, images, *digests = sys.argv[1:]
 store = open_store(Path(images))
-found = cached_once(Path(caches), [Source(store, store.names()[:len(digests)], digests)], Pixels(), 1.0)
+found = cached_once(Path(caches), Source(store, store.names()[:len(digests)], digests), Pixels(), 1.0)
 print(None if found is None else found.image(0).sum())
 """
 
@@ -326,14 +358,14 @@ def test_where_nothing_can_be_written_images_are_read_from_their_files(
     odd: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert cached_once(tmp_path / "file" / "caches", [odd], Pixels(), 1.0) is None
+    assert cached_once(tmp_path / "file" / "caches", odd, Pixels(), 1.0) is None
     assert "images are read from their files" in caplog.text
 
 
 def test_a_finished_cache_is_used_where_nothing_can_be_written(odd: Source, tmp_path: Path) -> None:
     cache = cache_of(odd, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    found = cached_once(tmp_path, [odd], Pixels(), 1e-9)
+    found = cached_once(tmp_path, odd, Pixels(), 1e-9)
     assert found is not None
     assert found.folder == cache.folder
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -342,9 +374,9 @@ def test_a_finished_cache_is_used_where_nothing_can_be_written(odd: Source, tmp_
 def test_a_file_that_changed_since_the_split_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     draw_odd(tmp_path / "images")
     store = open_store(tmp_path / "images")
-    source = Source(store, ["grey.jpg", "cmyk.jpg"], ["00" * 32, None])
+    source = Source(store, ["grey.jpg", "cmyk.jpg"], ["00" * 32, digest_of(tmp_path / "images" / "cmyk.jpg")])
     with pytest.raises(DataError, match=r"grey\.jpg is not the file that the split saw"):
-        cached_once(tmp_path / "caches", [source], Pixels(), 1.0)
+        cached_once(tmp_path / "caches", source, Pixels(), 1.0)
     assert not list((tmp_path / "caches").glob("[!.]*"))
 
 
@@ -352,9 +384,13 @@ def test_an_image_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     draw_odd(tmp_path / "images")
     path = tmp_path / "images" / "grey.jpg"
     path.write_bytes(path.read_bytes()[:-40])
-    source = Source(open_store(tmp_path / "images"), ["grey.jpg", "cmyk.jpg"], [digest_of(path), None])
+    source = Source(
+        open_store(tmp_path / "images"),
+        ["grey.jpg", "cmyk.jpg"],
+        [digest_of(path), digest_of(path.with_name("cmyk.jpg"))],
+    )
     with pytest.raises(DataError, match=r"grey\.jpg cannot be decoded"):
-        cached_once(tmp_path / "caches", [source], Pixels(), 1.0)
+        cached_once(tmp_path / "caches", source, Pixels(), 1.0)
     assert [each.name for each in (tmp_path / "caches").iterdir() if not each.name.endswith(".lock")] == []
 
 
@@ -365,7 +401,7 @@ def build_in(
     store = open_store(images)
     source = Source(store, store.names(), [digest_of(images / name) for name in store.names()])
     started.wait()
-    cache = cached_once(folder, [source], Pixels(), 1.0)
+    cache = cached_once(folder, source, Pixels(), 1.0)
     results.put(
         (
             cache.folder.stat().st_ino,
@@ -396,7 +432,7 @@ def test_who_comes_second_says_that_it_waits_and_takes_what_the_first_made(
     path = tmp_path / key_of(list(odd.sha256), Pixels())
     with ThreadPoolExecutor(1) as pool:
         with one_builder(path):
-            second = pool.submit(cached_once, tmp_path, [odd], Pixels(), 1.0)
+            second = pool.submit(cached_once, tmp_path, odd, Pixels(), 1.0)
             deadline = time.monotonic() + 30
             while "waiting for it" not in caplog.text:
                 assert time.monotonic() < deadline
@@ -417,7 +453,7 @@ import hashlib
 images, folder = Path(sys.argv[1]), Path(sys.argv[2])
 store = open_store(images)
 names = store.names()
-cached_once(folder, [Source(store, names, [hashlib.sha256((images / n).read_bytes()).hexdigest() for n in names])], Pixels(), 1.0)
+cached_once(folder, Source(store, names, [hashlib.sha256((images / n).read_bytes()).hexdigest() for n in names]), Pixels(), 1.0)
 """
 
 

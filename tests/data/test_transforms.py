@@ -89,7 +89,7 @@ def boxes(count: int, **parameters: object) -> np.ndarray:
 
 
 def test_a_random_resized_crop_is_uniform_in_area_log_uniform_in_aspect_and_lies_anywhere():
-    found = boxes(2000, scale=(0.1, 0.28), ratio=(0.5, 2.0))  # all of which fit
+    found = boxes(1200, scale=(0.1, 0.28), ratio=(0.5, 2.0))  # all of which fit
     assert np.abs(found - found.round()).max() < 0.45, "boxes of whole pixels, but for the weights' own rounding"
     top, left, height, width = found.round().T
     assert (top >= 0).all()
@@ -99,8 +99,8 @@ def test_a_random_resized_crop_is_uniform_in_area_log_uniform_in_aspect_and_lies
     area, aspect = height * width / (120 * 200), np.log(width / height)
     for values, low, high in ((area, 0.1, 0.28), (aspect, np.log(0.5), np.log(2))):
         shares, _ = np.histogram(values, bins=4, range=(low, high))
-        assert shares.sum() > 1900, "but for rounding all lie within"
-        assert shares / shares.sum() == pytest.approx(np.full(4, 0.25), abs=0.04)
+        assert shares.sum() > 1150, "but for rounding all lie within"
+        assert shares / shares.sum() == pytest.approx(np.full(4, 0.25), abs=0.05)
     room = np.stack([top / (120 - height), left / (200 - width)])
     assert room.mean(axis=1) == pytest.approx([0.5, 0.5], abs=0.03)
     assert room.std(axis=1) == pytest.approx([12**-0.5] * 2, abs=0.03)
@@ -115,10 +115,10 @@ def test_a_crop_that_never_fits_is_the_middle():
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 1.0])
 def test_a_flip_comes_as_often_as_it_is_to(p):
     flips = 0
-    for seed in range(1000):
+    for seed in range(400):
         torch.manual_seed(seed)
         flips += not torch.equal(horizontal_flip(IMAGE, p), IMAGE)
-    assert flips / 1000 == pytest.approx(p, abs=0.04)
+    assert flips / 400 == pytest.approx(p, abs=0.06)
 
 
 def test_a_resize_gives_the_same_pixels_however_they_lie_in_memory():

@@ -26,6 +26,7 @@ from fivefold.recipe import Settings
 from fivefold.sections import Data
 from jobs.__main__ import run
 from jobs.images import cache_folder
+from s3_server import Bucket
 
 SETTINGS = [
     "model.backbone=fivefold/small_net", 'model.options={"widths": [4], "stem": 4}', "model.image_size=8", "train.epochs=2",
@@ -201,6 +202,22 @@ def test_told_to_stop_it_is_143_with_nothing_left_and_the_same_command_makes_the
     assert not [path for path in output.iterdir() if not path.name.endswith(".lock")]
     assert subprocess.run(command, env=os.environ | environ, cwd=Path(__file__).parents[2]).returncode == 0
     Cache(next(output.glob(f"*/{HEAD}")).parent).verify()
+
+
+@pytest.mark.slow
+def test_a_cache_in_a_bucket_is_a_channel_and_a_run_there_finds_it(
+    world: Path, plain: Path, bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (world / "split" / "output").iterdir():
+        bucket.write(f"runs/first/split/output/{path.name}", path.read_bytes())
+    told = {"RUN": "first", "RUNS": f"s3://{bucket.name}/runs", "SM_CHANNEL_TRAIN": str(world / "train")}
+    assert run("prepare", [], told) == 0
+    assert len([key for key in bucket.listed("runs/first/prepare/output/") if key.endswith(PIXELS)]) == 1
+    capsys.readouterr()
+    folders = {"SM_MODEL_DIR": str(tmp_path / "model"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
+    assert run("train-fold", ["FOLD=0", *SETTINGS], told | folders) == 0
+    assert "(32 images, at their own size" in capsys.readouterr().err
+    assert same(tmp_path / "model", plain)
 
 
 @pytest.mark.slow

@@ -1,10 +1,14 @@
+import re
+
 import pytest
 import torch
 from torch import nn
 
+from fivefold.assemble import build_classifier, check_memory
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
 from fivefold.models.classifier import Classifier, Standardised
+from fivefold.recipe import Model, Settings, Train
 from fivefold.training.memory import Estimate, available, check_fits, estimate
 
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
@@ -59,3 +63,22 @@ def test_a_batch_that_does_not_fit_says_which_would():
 
 def test_this_machine_has_some_memory_free():
     assert available(torch.device("cpu")) > 100 << 20
+
+
+def told(caplog, model: dict | None = None, **train) -> float:
+    """The MiB that a run says it takes."""
+    chosen = Settings(
+        model=Model(**{"backbone": "timm/resnet10t", "image_size": 64} | (model or {})),
+        train=Train(**{"batch_size": 64, "precision": "fp32"} | train),
+    )
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        check_memory(build_classifier(chosen.model, 3), chosen, CPU)
+    found = re.search(r"memory: about ([\d,]+) MiB", caplog.text)
+    return float(found[1].replace(",", ""))
+
+
+def test_rdrop_takes_the_memory_of_two_passes_only_where_the_backbone_runs_twice(caplog):
+    alone = told(caplog, model={"dropout": 0.2})
+    assert told(caplog, rdrop_alpha=0.5, model={"dropout": 0.2}) == alone
+    assert told(caplog, rdrop_alpha=0.5, model={"drop_path": 0.1}) > 1.5 * alone

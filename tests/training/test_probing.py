@@ -13,14 +13,24 @@ from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
 from fivefold.recipe import Model, Settings, Train
 from fivefold.replicas import BY_ITSELF
-from fivefold.runtimes import PRECISIONS, choose_precision, precision_name, runtime_for_prediction, runtime_of
+from fivefold.runtimes import (
+    PRECISIONS,
+    _candidates,
+    choose_precision,
+    precision_name,
+    runtime_for_prediction,
+    runtime_of,
+)
 from fivefold.training.probing import ROUNDS, Decision, Probe, decided_once, fastest, probe_images, timed
 
 CPU = torch.device("cpu")
 FAST = choose_precision("auto", CPU) == "bf16"
 
 
-def settings(backbone: str = "timm/mobilenetv3_small_050", **train) -> Settings:
+GROUPED, SMALL = "timm/mobilenetv3_small_050", "fivefold/small_net"
+
+
+def settings(backbone: str = GROUPED, **train) -> Settings:
     return Settings(model=Model(backbone=backbone, image_size=32), train=Train(**{"batch_size": 4} | train))
 
 
@@ -62,7 +72,7 @@ def test_a_probe_leaves_network_and_random_state_as_they_were():
     before = {name: tensor.clone() for name, tensor in probed.state_dict().items()}
     kinds = [type(module) for module in probed.modules()]
     state = torch.get_rng_state()
-    probe = Probe((32, 32), 2, probed)
+    probe = Probe((32, 32), 2, probed, seconds=0.2)
     for name, (dtype, grouped) in list(PRECISIONS.items())[:3]:
         runtime = make_runtime(CPU, dtype, True, [0.5] * 3, [0.5] * 3, grouped_fp32=grouped)
         probe.add(name, runtime, runtime.place)
@@ -77,12 +87,12 @@ def test_a_probe_leaves_network_and_random_state_as_they_were():
 
 
 def test_a_run_decides_once_and_its_stages_agree(tmp_path, caplog):
-    of = settings(channels_last="auto")
+    of = settings(SMALL, channels_last="auto")
     with caplog.at_level("INFO"):
         first = settled(of, network(of), BY_ITSELF, None, tmp_path / "d")
     (kept,) = (tmp_path / "d").glob("*.json")
     found = json.loads(kept.read_text())
-    names = ["fp32", "bf16", "bf16_grouped_fp32"] if FAST else ["fp32"]
+    names = ["fp32", "bf16"] if FAST else ["fp32"]
     assert list(found["milliseconds"]) == [f"{name} {format_}" for name in names for format_ in ("NHWC", "NCHW")]
     assert found["choice"] == f"{first.train.precision} {'NHWC' if first.train.channels_last else 'NCHW'}"
     (line,) = [text for text in caplog.messages if "by a probe" in text]
@@ -91,9 +101,18 @@ def test_a_run_decides_once_and_its_stages_agree(tmp_path, caplog):
     kept.write_text(json.dumps({**found, "choice": "fp32 NCHW"}))
     second = settled(of, network(of), BY_ITSELF, None, tmp_path / "d")
     assert (second.train.precision, second.train.channels_last) == ("fp32", False)
-    other = settings("fivefold/small_net", channels_last="auto")
-    settled(other, network(other), BY_ITSELF, None, tmp_path / "d")
-    assert len(list((tmp_path / "d").glob("*.json"))) == 2, "another network is another question"
+    settled(settings(SMALL, channels_last="auto", batch_size=3), network(of), BY_ITSELF, None, tmp_path / "d")
+    assert len(list((tmp_path / "d").glob("*.json"))) == 2, "another batch is another question"
+
+
+@pytest.mark.skipif(not FAST, reason="bf16 is no candidate on this CPU")
+def test_grouped_convolutions_in_float32_are_a_candidate_where_there_are_any():
+    found = {
+        backbone: _candidates(settings(backbone), network(settings(backbone)), CPU) for backbone in (SMALL, GROUPED)
+    }
+    assert list(found[SMALL]) == ["fp32", "bf16"]
+    assert list(found[GROUPED]) == ["fp32", "bf16", "bf16_grouped_fp32"]
+    assert list(_candidates(settings(precision="bf16"), network(settings()), CPU)) == ["bf16"]
 
 
 @pytest.mark.parametrize(

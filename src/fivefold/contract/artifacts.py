@@ -39,7 +39,6 @@ TRUTH = ("/gt.csv", "/ground_truth.csv")
 """Files that lie beside test images, and that no stage reads which predicts them."""
 CHECKED = (WEIGHTS, MODEL, OOF, HOLDOUT)
 """Files of a model that later stages read."""
-NO_SUBMISSIONS = ("sample_submission.csv", "train.csv", "test.csv", "gt.csv", "ground_truth.csv")
 
 DESCRIBED = {
     "role": str,
@@ -162,17 +161,6 @@ def find_predictions(job: Job) -> dict[str, Path]:
             beside = {other: folder / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
             return {other: path for other, path in beside.items() if path.is_file()}
     return {PREDICTIONS: _submission(job)}
-
-
-def find_submissions(job: Job) -> list[Path]:
-    """The submission CSVs of the channel: the file itself, or all below it, samples and truths aside; none without it."""
-    if job.optional_channel("submissions") is None:
-        return []
-    files = [path for root in roots(job, "submissions") for path in tree_files(root) if path.suffix.lower() == ".csv"]
-    found = [path for path in files if path.name not in NO_SUBMISSIONS]
-    if not found:
-        raise MissingInputError(f"no CSV below the channel 'submissions' ({job.channel('submissions')})")
-    return found
 
 
 def channel_digest(job: Job, channel: str, settings: Mapping[str, Any]) -> str:

@@ -139,6 +139,15 @@ def tree_sha256(root: Path, without: tuple[str, ...] = (), only: tuple[str, ...]
     return digest.hexdigest()
 
 
+def reserve(descriptor: int, size: int) -> None:
+    """Takes `size` bytes of the disk for an open file, now: one that fills up under a memory map kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    for start in range(0, size, MIB):  # macOS
+        os.pwrite(descriptor, bytes(min(MIB, size - start)), start)
+
+
 def probe_writable(folder: Path, other: str = "give another folder") -> None:
     """Makes `folder` and a file in it; a SettingsError names the path, the user, the mend and what `other` way there is."""
     probe = folder / f".probe.{secrets.token_hex(4)}.tmp"

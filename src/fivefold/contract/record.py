@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,8 @@ def write_record(
 ) -> None:
     """Writes `stage.json` into `folder`; `outputs` are the files that must be whole for it to count."""
     roots = output_roots(job)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(sha256, outputs))
     write_json(
         record_path(folder, key.stage),
         {
@@ -139,7 +142,7 @@ def write_record(
             "settings": dict(key.settings),
             "sources": sources(job, folder),
             "roots": {name: os.path.relpath(path.resolve(), folder.resolve()) for name, path in roots.items()},
-            "outputs": {_name(path, roots): sha256(path) for path in outputs},
+            "outputs": {_name(path, roots): digest for path, digest in zip(outputs, digests, strict=True)},
             "metrics": dict(metrics),
             "code": code_version(),
             "packages": package_versions(),

@@ -130,7 +130,8 @@ class Remote:
             found = attempts.sorted_out(output.url, self.store.starting(output.url, START))[1]
             output.replaced = attempts.superseded(found, stage)
         taken = [each.marker.url for output in self.outputs for each in output.replaced if each.marker]
-        self.store.delete(sorted(taken, key=lambda url: url.name != RECORD))
+        if taken:  # where there is no URL at all, not even boto3 is imported
+            self.store.delete(sorted(taken, key=lambda url: url.name != RECORD))
 
     def publish(self, stage: str, record: Path, made: Sequence[Path]) -> None:
         """Sends what the stage wrote, its record last of all; then removes the attempts that this one replaces.

@@ -33,6 +33,9 @@ from fivefold.stopping import poll
 
 log = logging.getLogger("fivefold")
 
+SAMPLE = 256
+SURE = 0.8
+"""Images that are looked at first, and the share of what they promise that must be too large to look no further."""
 RESERVE = 0.05
 """Share of the free disk that a cache leaves free."""
 AHEAD = 4
@@ -100,8 +103,22 @@ def in_words(size: float) -> str:
 
 def check_room(folder: Path, images: Sequence[Surveyed], most_gib: float) -> None:
     """Raises where these images are too large: a SettingsError for `most_gib`, a RetryableError for the disk's free space."""
-    needed, free = bytes_of(images), (1 - RESERVE) * shutil.disk_usage(folder).free
-    what = f"{len(images)} decoded images take {in_words(needed)}"
+    needed = bytes_of(images)
+    _check_room(folder, needed, f"{len(images)} decoded images take {in_words(needed)}", most_gib)
+
+
+def check_sample(folder: Path, source: Source, pixels: Pixels, most_gib: float) -> None:
+    """As `check_room`, by a few of many images, so that not all are read for an answer that is plain from those."""
+    count = len(source.paths)
+    if count > 4 * SAMPLE:
+        rows = range(0, count, -(-count // SAMPLE))
+        few = survey([Source(source.store, [source.paths[n] for n in rows], [source.sha256[n] for n in rows])], pixels)
+        needed = bytes_of(few) / len(few) * len(set(source.sha256))
+        _check_room(folder, SURE * needed, f"{count} decoded images take about {in_words(needed)}", most_gib)
+
+
+def _check_room(folder: Path, needed: float, what: str, most_gib: float) -> None:
+    free = (1 - RESERVE) * shutil.disk_usage(folder).free
     smaller = "data.store_size=256, say, shrinks each to 256 pixels"
     if needed > most_gib * GIB:
         raise SettingsError(f"{what}, and data.cache_gib={most_gib:g} are allowed: raise that key, or {smaller}")
@@ -148,17 +165,19 @@ def key_of_images(images: Sequence[Surveyed], pixels: Pixels) -> str:
     return key_of([image.sha256 for image in images], pixels)
 
 
-def cached_once(folder: Path, sources: Sequence[Source], pixels: Pixels, most_gib: float) -> Cache | None:
+def cached_once(folder: Path, source: Source, pixels: Pixels, most_gib: float) -> Cache | None:
     """The cache of these images among those in `folder`, made by the first process that asks; the others wait for it.
 
     All digests must be known. None, with a line in the log, where it does not fit or `folder` cannot be written to: the
     images are then to be read from their files. One that is damaged is made anew.
     """
-    path = folder / key_of([digest for source in sources for digest in source.sha256 if digest], pixels)
+    path = folder / key_of(source.sha256, pixels)
     with suppress(MissingInputError, DataError):
         return Cache(path)
     try:
-        return made(path, lambda: survey(sources, pixels), pixels, most_gib)
+        folder.mkdir(parents=True, exist_ok=True)
+        check_sample(folder, source, pixels, most_gib)
+        return made(path, lambda: survey([source], pixels), pixels, most_gib)
     except OSError as error:
         log.warning("no image cache in %s (%s): images are read from their files", folder, error.strerror or error)
     except (SettingsError, RetryableError) as error:

@@ -1,6 +1,7 @@
 """Images as batches: read, decode, check, transform; the same bytes with any number of workers."""
 
 import hashlib
+import logging
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from fivefold.data.store import ImageStore
 from fivefold.data.transforms import Transform
 from fivefold.errors import DataError
 from fivefold.progress import stoppable, track
+
+log = logging.getLogger("fivefold")
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of decoded images that are kept at most."""
@@ -89,6 +92,13 @@ class ImageSet(Dataset):
             known |= at >= 0
         return int(known.sum())
 
+    def read_once(self, keep: bool) -> None:
+        """Keeps what can be of images that each epoch reads: their pixels if they fit and are to be kept, their meta features."""
+        if keep and not self.keep_in_memory():
+            log.info("%d images are too many to keep decoded in memory; they are read at each epoch", len(self))
+        if self.meta:
+            self.measure()
+
     def keep_in_memory(self) -> bool:
         """Decodes all images once and keeps them, if they fit; whether they do. Forked workers share them.
 
@@ -152,6 +162,12 @@ class ImageSet(Dataset):
         torch.set_rng_state(state)
         rows = torch.tensor([row for _, row in samples])
         return Batch(images, rows, torch.from_numpy(np.stack(meta)) if self.meta else None)
+
+    def seen(self, row: int) -> Batch:
+        """A row as an evaluation sees it, a batch of one; for several threads at once, since nothing is drawn at random."""
+        pixels = self.image(row)
+        meta = torch.from_numpy(self._meta(row, pixels)[None]) if self.meta else None
+        return Batch(self.transform(torch.from_numpy(pixels).permute(2, 0, 1))[None], torch.tensor([row]), meta)
 
     def _sample(self, epoch: int, row: int) -> tuple[Tensor, np.ndarray | None]:
         # default_generator, since torch.manual_seed would reseed CUDA's generators at every sample

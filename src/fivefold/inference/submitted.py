@@ -1,23 +1,28 @@
 """Submission files of any origin as predictions, matched by id and by class name, never by position. No torch."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
+from fivefold.contract.stages import PREDICTIONS
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.tables import PATH_NAMES
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import FLOOR
 from fivefold.evaluation.truth import LABEL_COLUMNS, plain_name, read_cells, refuse_repeated
-from fivefold.predictions import Predictions, sample
+from fivefold.predictions import Predictions, open_table, read, sample
 
 PREFIX = "output_"
 """Files are called output_<model>.csv by custom: their system's name is what follows."""
 
 
 def system_name(path: Path) -> str:
-    """What an ensemble calls the system that a file speaks for: `eva` for output_eva.csv."""
+    """What an ensemble calls the system that a file speaks for: `eva` for output_eva.csv; a table under its usual name says it."""
+    if path.name == PREDICTIONS:
+        return open_table(path).system or path.parent.name
     return path.stem.removeprefix(PREFIX) or path.stem
 
 
@@ -42,8 +47,10 @@ def read_submitted(
     to sum 1 and clipped to [1e-15, 1] as competitions do, so that a file of classes alone says 1 and 1e-15.
     With `classes` given (those of the models; merged names are added up) these and no others must be there;
     otherwise they are the file's. Raises a DataError with the path and the names of ids (missing or further
-    ones, or twice), rows (no finite probability), classes and columns that do not fit.
+    ones, or twice), rows (no finite probability), classes and columns that do not fit. A .parquet is a table of predictions.
     """
+    if is_table(path):
+        return _of_table(path, ids, classes, same or SameClasses())
     header, rows = read_cells(path)
     names, wanted = [plain_name(name) for name in header], set((same or SameClasses()).names(classes))
     refuse_repeated(names, f"{path}: columns stand twice")
@@ -68,6 +75,22 @@ def read_submitted(
     )
     found = same.merge_table(found) if same else found
     return found.with_classes(classes) if classes else found.with_classes(sorted(columns))
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table of predictions, by its name, and no CSV."""
+    return path.suffix.lower() == ".parquet"
+
+
+def _of_table(path: Path, ids: Collection[str] | None, classes: Sequence[str], same: SameClasses) -> Predictions:
+    found = same.merge_table(replace(read(path), system=system_name(path), labels=None))
+    there, wanted = set(found.ids), set(found.ids if ids is None else ids)
+    if there != wanted:
+        _refuse_other_rows(path, sorted(wanted - there), sorted(there - wanted), len(wanted), len(there))
+    try:
+        return found.with_classes(classes or sorted(found.classes))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def holds_labels(table: Predictions) -> bool:
@@ -97,9 +120,12 @@ def _id_column(path: Path, rows: list[list[str]], paths: list[int], ids: Collect
     refuse_repeated(there, f"{path}: ids stand twice")
     if wanted is None or at is not None:
         return at or 0
-    missing, extra = sorted(wanted - set(there)), sorted(set(there) - wanted)
-    parts = [f"{len(missing)} of the {len(wanted)} test ids are not in it ({sample(missing)})"] if missing else []
-    parts += [f"{len(extra)} of its {len(there)} ids are not in the test table ({sample(extra)})"] if extra else []
+    _refuse_other_rows(path, sorted(wanted - set(there)), sorted(set(there) - wanted), len(wanted), len(there))
+
+
+def _refuse_other_rows(path: Path, missing: list[str], extra: list[str], wanted: int, there: int) -> NoReturn:
+    parts = [f"{len(missing)} of the {wanted} test ids are not in it ({sample(missing)})"] if missing else []
+    parts += [f"{len(extra)} of its {there} ids are not in the test table ({sample(extra)})"] if extra else []
     raise DataError(f"{path} speaks of other rows: {'; '.join(parts)}")
 
 

@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from fivefold.models.depthwise import Depthwise, may_gain
+
 
 class InFloat32:
     """To stand before a convolution's class: under autocast it runs on float32, and gives the autocast type again."""
@@ -20,6 +22,12 @@ class InFloat32:
         with torch.autocast(device, enabled=False):
             found = super().forward(images.float())  # type: ignore[misc]
         return found.to(torch.get_autocast_dtype(device))
+
+    def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What torch's own forward ends in; other classes' may not, and keep torch's gradients."""
+        if images.device.type == "cpu" and self.training and torch.is_grad_enabled() and may_gain(self):  # type: ignore[attr-defined]
+            return Depthwise.apply(images, weight, bias, self.padding)  # type: ignore[attr-defined]
+        return super()._conv_forward(images, weight, bias)  # type: ignore[misc]
 
 
 def has_groups(network: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet, Sample, load
+from fivefold.data.prepared import Prepared
 from fivefold.errors import DataError, SettingsError, StoppedError
 from fivefold.evaluation.metrics import summary
 from fivefold.inference.predictor import Runtime, predict_all
@@ -39,7 +40,7 @@ Observer = Callable[[Mapping[str, Any]], None]
 class ValidRows:
     """`images` of N rows and their class indices `codes` [N]."""
 
-    images: ImageSet
+    images: ImageSet | Prepared
     codes: np.ndarray
 
 

@@ -51,8 +51,8 @@ class Probe:
     The network and the random state stay as they are.
     """
 
-    def __init__(self, size: tuple[int, ...], images: int, network: nn.Module) -> None:
-        self.size, self.images, self.network = size, images, network
+    def __init__(self, size: tuple[int, ...], images: int, network: nn.Module, seconds: float = SECONDS) -> None:
+        self.size, self.images, self.network, self.seconds = size, images, network, seconds
         self.steps: dict[str, Callable[[], None]] = {}
 
     def add(self, name: str, runtime: Runtime, made: Callable[[nn.Module], nn.Module]) -> None:
@@ -73,7 +73,7 @@ class Probe:
     def run(self) -> Decision:
         """The fastest of the candidates, in rounds in which each has a step; the first round warms up."""
         state = random_state(torch.device("cpu"))
-        times = timed(self.steps)
+        times = timed(self.steps, self.seconds)
         set_random_state(torch.device("cpu"), state)
         milliseconds = {name: 1000 * statistics.median(found) for name, found in times.items()}
         return Decision(fastest(milliseconds), milliseconds, self.images)

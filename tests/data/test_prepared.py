@@ -1,0 +1,104 @@
+"""Images made once for an evaluation: the same bytes as read anew, in memory, in a file, or where there is room in neither."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from counting import CountingStore
+from fivefold.data.dataset import Batch, ImageSet, in_order, load
+from fivefold.data.prepared import Prepared
+from fivefold.data.store import ImageStore
+from fivefold.data.transforms import build_transforms
+from fivefold.errors import DataError
+
+COUNT = 11
+BATCHES = in_order(COUNT, 4)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageSet:
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    store = CountingStore(tmp_path / "images")
+    names = [f"{number}.png" for number in range(COUNT)]
+    for number, name in enumerate(names):
+        pixels = random.integers(0, 256, (20 + number, 25, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(store.root / name)
+    digests = [hashlib.sha256((store.root / name).read_bytes()).hexdigest() for name in names]
+    transform = build_transforms(["resize"], (8, 12), evaluation=True)
+    return ImageSet(store, names, transform, sha256=digests, meta=["color_mean", "aspect"])
+
+
+def reads(images: ImageSet) -> set[int]:
+    """How often the files were read: one number, where all were read as often."""
+    store: ImageStore = images.store
+    assert isinstance(store, CountingStore)
+    return {store.reads[name] for name in images.paths}
+
+
+def same(found: list[Batch], expected: list[Batch]) -> bool:
+    return len(found) == len(expected) and all(
+        torch.equal(one.images, other.images)
+        and torch.equal(one.rows, other.rows)
+        and torch.equal(one.meta, other.meta)
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 0], ids=["memory", "file"])
+def test_the_same_bytes_as_the_loaders_however_often_they_are_asked_for(images, tmp_path, limit):
+    expected = list(load(images, BATCHES, 0))
+    images.store.reads.clear()
+    prepared = Prepared(images, tmp_path, limit)
+    for _ in range(3):
+        assert same(list(prepared.batches(BATCHES, 0)), expected)
+    assert isinstance(prepared.pixels, np.memmap) == (limit == 0)
+    assert prepared.in_memory == (COUNT * 8 * 12 * 3 if limit else 0)
+    assert reads(images) <= {1, 2}  # one image is made twice: it tells the size
+    assert sum(images.store.reads.values()) == COUNT + 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "images"]  # the file has no name: nothing of it can be left behind
+
+
+def test_where_there_is_room_in_neither_they_are_read_anew(images):
+    calls = []
+    prepared = Prepared(images, limit=0, otherwise=lambda: calls.append("told"))
+    expected = list(load(images, BATCHES, 0))
+    for workers in (0, 1):
+        assert same(list(prepared.batches(BATCHES, workers)), expected)
+    assert calls == ["told"]
+    assert prepared.in_memory == 0
+
+
+def test_a_full_disk_is_told_and_they_are_read_anew(images, tiny_disk, caplog):
+    images.transform = build_transforms(["resize"], (80, 80), evaluation=True)
+    prepared = Prepared(images, tiny_disk, limit=0)
+    assert same(list(prepared.batches(BATCHES, 0)), list(load(images, BATCHES, 0)))
+    assert "has no room (No space left on device); TMPDIR names another folder" in caplog.text
+
+
+def test_rows_are_made_when_they_are_asked_for_and_not_again(images):
+    prepared = Prepared(images, limit=1 << 20)
+    some = [[(0, 9), (0, 2)], [(0, 4)]]
+    assert same(list(prepared.batches(some, 0)), list(load(images, some, 0)))
+    assert np.flatnonzero(prepared.done).tolist() == [2, 4, 9]
+    list(prepared.batches(BATCHES, 0))
+    assert prepared.done.all()
+    assert list(prepared.batches([], 0)) == []
+
+
+def test_making_them_does_not_move_torchs_random_state(images):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(Prepared(images, limit=1 << 20).batches(BATCHES, 0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_file_that_changed_since_the_split_is_named(images):
+    Image.new("RGB", (20, 20)).save(images.store.root / "3.png")
+    with pytest.raises(DataError, match=r"3\.png is not the file that the split saw"):
+        list(Prepared(images).batches(BATCHES, 0))
