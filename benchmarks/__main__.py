@@ -13,6 +13,7 @@ quick to build/benchmarks/results.
 
 import importlib
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,5 +117,11 @@ BENCHMARKS = {
 """In the order in which `all` runs them."""
 
 
+def _stop(number: int, frame: object) -> None:
+    """Ends this process as Ctrl-C does, so that the process that is measured ends too."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -209,6 +211,19 @@ def test_a_benchmark_prints_its_figure_beside_its_bar_and_keeps_it(tmp_path, cap
     assert f"{row['figure']['median']:.2f} s" in line
     assert "≤ 0.5 s" in line
     assert row["verdict"] in line
+
+
+def test_told_to_stop_it_leaves_no_process(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "start", "cases=small", f"work={tmp_path}", f"results={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while len(measured := psutil.Process(process.pid).children(recursive=True)) < 2:  # the meter, and what it measures
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    _, alive = psutil.wait_procs(measured, timeout=10)
+    assert alive == []
 
 
 def test_nothing_that_is_shipped_imports_the_benchmarks_and_their_files_are_short():
