@@ -90,7 +90,7 @@ def cached(photos: Path, split: Path, caches: Path, size: int) -> tuple[Any, Any
     table, store = read_folds(split / FOLDS, split / CLASSES), open_store(photos)
     rows = np.arange(len(table))
     source = Source(store, table.paths_of(rows), table.sha256_of(rows))
-    cache = cached_once(caches, [source], pixels_of(settings.data), settings.data.cache_gib)
+    cache = cached_once(caches, source, pixels_of(settings.data), settings.data.cache_gib)
     if cache is None:
         raise RetryableError(f"no room for the image cache in {caches}: free some, or give another work=")
     return image_set(with_caches(store, [cache]), table, rows, settings, training=True), settings
