@@ -79,6 +79,7 @@ BARS: dict[str, dict[str, Bar]] = {
     "start": {
         "small": Bar("process start to the end of the first training step, small network", 3.5, "s", most=True),
         "timm": Bar("the same, a timm model", 4.5, "s", most=True),
+        "timm_probed": Bar("the same where its precision is probed: once a run", None, "s"),
         "help": Bar("`python -m jobs --help`", 0.5, "s", most=True),
         "dry_run": Bar("`submit --dry-run`", 0.5, "s", most=True),
     },

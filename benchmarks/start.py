@@ -1,6 +1,7 @@
 """How soon a process is at work: from its start to the end of its first training step, to its help, to a plan.
 
-`small` is the network of the recipe `demo`, `timm` a ResNet-18 of timm; both on a few photographs that are split already.
+`small` is the network of the recipe `demo`, `timm` a ResNet-18 of timm whose precision is stated,
+as shipped recipes state it, `timm_probed` one whose precision a probe finds, as the first stage of a run pays it; all on a few photographs that are split already.
 The clock starts before the process does and is read in it when the first step is done, so that imports, reading the
 settings, hashing, decoding and building the network are all in it; the process ends there.
 """
@@ -15,9 +16,11 @@ from benchmarks.pairs import Spread, repeated, run
 from benchmarks.results import Finding
 
 IMAGES = 100
+TIMM = ("model.backbone=timm/resnet18", "model.image_size=64", "train.batch_size=32")
 NETWORKS = {
     "small": ("recipe=demo",),
-    "timm": ("model.backbone=timm/resnet18", "model.image_size=64", "train.batch_size=32"),
+    "timm": (*TIMM, "train.precision=bf16"),
+    "timm_probed": TIMM,
 }
 
 
@@ -58,4 +61,10 @@ def photographs(options: Options) -> Path:
     return images_of(Case("resnet18", 64, 32, options.count or IMAGES, 1), options)
 
 
-KINDS: dict[str, Any] = {"small": first_step, "timm": first_step, "help": helped, "dry_run": planned}
+KINDS: dict[str, Any] = {
+    "small": first_step,
+    "timm": first_step,
+    "timm_probed": first_step,
+    "help": helped,
+    "dry_run": planned,
+}

@@ -21,7 +21,7 @@ from fivefold.runtimes import (
     runtime_for_prediction,
     runtime_of,
 )
-from fivefold.training.probing import ROUNDS, Decision, Probe, decided_once, fastest, probe_images, timed
+from fivefold.training.probing import FIRST_ROUNDS, ROUNDS, Decision, Probe, decided_once, fastest, probe_images, timed
 
 CPU = torch.device("cpu")
 FAST = choose_precision("auto", CPU) == "bf16"
@@ -45,18 +45,34 @@ def test_what_is_less_simple_must_be_faster_by_the_margin():
     assert fastest({"fp32": 100.0, "bf16": 120.0, "bf16_grouped_fp32": 70.0}) == "bf16_grouped_fp32"
 
 
+def ticking(order, **seconds):
+    """A clock of its own, that each step in `order` moves by its seconds (1e-3 where none are given)."""
+    return lambda: sum(seconds.get(name, 1e-3) for name in order)
+
+
 def test_steps_are_timed_in_turns_without_the_first_round_and_within_the_time():
     order: list[str] = []
 
     def step(name: str, seconds: float):
         return lambda: (order.append(name), time.sleep(seconds))
 
-    times = timed({"slow": step("slow", 0.02), "quick": step("quick", 0.005)})
-    assert order == ["slow", "quick"] * (1 + ROUNDS)
-    assert {name: len(each) for name, each in times.items()} == {"slow": ROUNDS, "quick": ROUNDS}
-    assert min(times["slow"]) >= 0.02 > min(times["quick"])
+    times = timed({"one": step("one", 0.01), "other": step("other", 0.01)}, clock=ticking(order))
+    assert order == ["one", "other"] * (1 + ROUNDS)
+    assert {name: len(each) for name, each in times.items()} == {"one": ROUNDS, "other": ROUNDS}
     order.clear()
-    assert [len(each) for each in timed({"slow": step("slow", 0.03)}, seconds=0.05).values()] == [1]
+    both = timed({"one": step("one", 0.03), "other": step("other", 0.03)}, seconds=0.05)
+    assert [len(each) for each in both.values()] == [1, 1]
+
+
+def test_what_is_clearly_slower_runs_in_the_first_rounds_alone():
+    order = []
+    steps = {name: (lambda name=name: order.append(name)) for name in ("slow", "quick", "near")}
+    times = timed(steps, 1e9, ticking(order, slow=5.0, quick=1.0, near=1.1))
+    assert order == ["slow", "quick", "near"] * (1 + FIRST_ROUNDS) + ["quick", "near"] * (ROUNDS - FIRST_ROUNDS)
+    assert {len(times["slow"]), len(times["quick"])} == {FIRST_ROUNDS, ROUNDS}
+    order.clear()
+    timed({name: steps[name] for name in ("slow", "quick")}, 1e9, ticking(order, slow=5.0, quick=1.0))
+    assert order == ["slow", "quick"] * (1 + FIRST_ROUNDS)
 
 
 def test_a_step_has_two_images_at_least_and_no_more_than_the_batch():

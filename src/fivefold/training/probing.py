@@ -23,6 +23,8 @@ PIXELS = 4 * 224 * 224
 """Of all images of a step that is timed, if they are not fewer than two."""
 SECONDS, ROUNDS = 2.0, 7
 """A further round of steps begins before so many seconds are over, and never after so many rounds."""
+CLEARLY, FIRST_ROUNDS = 1.2, 2
+"""After so many rounds a candidate is out whose quickest step took so many times another one's slowest."""
 MARGIN = 0.03
 """What is less simple must be faster by this share."""
 
@@ -82,17 +84,26 @@ class Probe:
 def timed(
     steps: Mapping[str, Callable[[], None]], seconds: float = SECONDS, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each step in several rounds, of which the first is left out; one more round at least."""
+    """Seconds of each step in several rounds, of which the first is left out; one more round at least.
+
+    What is clearly slower than another runs in the first rounds alone, and a single one that is left need not run on.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = clock()
     for done in range(1 + ROUNDS):
-        if done > 1 and clock() - start > seconds:
+        running = list(steps) if done <= FIRST_ROUNDS else _not_clearly_slower(times)
+        if done > 1 and (clock() - start > seconds or (done > FIRST_ROUNDS and len(running) == 1)):
             break
-        for name, step in steps.items():
+        for name in running:
             begun = clock()
-            step()
+            steps[name]()
             times[name] += [clock() - begun] if done else []
     return times
+
+
+def _not_clearly_slower(times: Mapping[str, Sequence[float]]) -> list[str]:
+    most = min(max(found) for found in times.values())
+    return [name for name, found in times.items() if min(found) < CLEARLY * most]
 
 
 def fastest(times: Mapping[str, float]) -> str:
