@@ -19,6 +19,7 @@ import torch
 
 from fivefold import members
 from fivefold.data.dataset import ImageSet
+from fivefold.data.prepared import Prepared
 from fivefold.training import loop, resume
 from fivefold.training.optim import Schedule
 from jobs import __main__ as door
@@ -81,6 +82,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "never": lambda: None,
     "start": lambda: before(door, "key_of"),
     "caching": lambda: before(ImageSet, "keep_in_memory"),
+    "preparing": lambda: before(Prepared, "_make"),
     "step": lambda: before(Schedule, "__call__"),
     "validation": lambda: before(loop, "validate"),
     "checkpoint": lambda: setattr(resume.torch, "save", half_written),

@@ -37,6 +37,8 @@ from fivefold.settings import key_settings
 from fivefold.training.loop import Best
 
 FORMAT = 1
+OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {"data": {"cache", "cache_gib"}}
+"""Settings that say where something runs and lies; a model is the same wherever it was made."""
 TRAINING_SECTIONS = ("data.store_size", "data.scaled_decoding", "model", "augment", "train")
 
 
@@ -197,7 +199,7 @@ def save_member(
             "precision": precision_name(runtime),
             "device": runtime.device.type,
             "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime)},
-            "settings": json.loads(settings.model_dump_json(exclude={"run", "runs", "stage", "serve", *OF_PLATFORMS})),
+            "settings": json.loads(settings.model_dump_json(exclude=OF_PLACE)),
         },
     )
     return [*written, folder / MODEL]

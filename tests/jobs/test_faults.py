@@ -30,7 +30,8 @@ BYTES = {
 }
 PHASES = {
     "start": ("start", 1, 1, 0.05),
-    "caching": ("caching", 1, 2, 0.01),
+    "caching": ("caching", 1, 1, 0.01),
+    "preparing": ("preparing", 1, EPOCHS, 0.01),
     "warm-up": ("step", 1, STEPS_OF_AN_EPOCH, 0.01),
     "training": ("step", STEPS_OF_AN_EPOCH + 1, EPOCHS * STEPS_OF_AN_EPOCH, 0.01),
     "validation": ("validation", 1, EPOCHS, 0.01),
