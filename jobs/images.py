@@ -8,6 +8,7 @@ import numpy as np
 
 from fivefold.contract.artifacts import locate_all
 from fivefold.contract.job import Job
+from fivefold.contract.layout import CACHES
 from fivefold.contract.s3.urls import is_url
 from fivefold.data.cache import DECODER, HEAD, Cache
 from fivefold.data.cached import CachedStore, with_caches
@@ -22,7 +23,6 @@ log = logging.getLogger("fivefold")
 
 OFF = ("", "off")
 AUTO = "auto"
-BESIDE_RUNS = "cache"
 
 
 def open_images(job: Job, channel: str) -> ImageStore | CachedStore:
@@ -88,7 +88,7 @@ def cache_folder(settings: Settings) -> Path | None:
     if chosen == AUTO:
         # Where the platform has folders of its own, a run is a title, and no such folder is there.
         told = settings.run and not is_url(settings.runs) and Path(settings.runs).is_dir()
-        return Path(settings.runs) / BESIDE_RUNS if told else None
+        return Path(settings.runs) / CACHES if told else None
     if is_url(chosen):
         raise SettingsError(
             f"data.cache={chosen} is a folder of this machine, no URL; prepare makes a cache that is kept at one"

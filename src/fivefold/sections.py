@@ -55,7 +55,7 @@ class Data(Section):
     )
     cache: str = Field(
         "auto",
-        description="folder of images that are decoded once for all stages; auto: cache beside the runs, inside a run; off",
+        description="folder of images that are decoded once for all stages; auto: .cache beside the runs, inside a run; off",
     )
     cache_gib: float = Field(64.0, gt=0, description="largest size of an image cache; one that is larger is not made")
 

@@ -334,21 +334,21 @@ def test_in_a_run_the_cache_lies_beside_the_runs_and_elsewhere_there_is_none(
 
     assert folder() is None, "a run that is but a title has no folder"
     (tmp_path / "r").mkdir()
-    assert folder() == tmp_path / "r" / "cache"
+    assert folder() == tmp_path / "r" / ".cache"
     assert folder(cache="off") is folder(cache="") is None
     assert folder(cache="/x") == Path("/x")
     assert cache_folder(Settings()) is None
     assert cache_folder(Settings(run="first", runs="s3://b/runs")) is None
     found = train(world, "told", "run=first", f"runs={world / 'runs'}")
     assert same(found, plain)
-    assert len(list((world / "runs" / "cache").glob(f"*/{HEAD}"))) == 1
+    assert len(list((world / "runs" / ".cache").glob(f"*/{HEAD}"))) == 1
 
 
 def test_the_steps_of_a_local_run_share_one_cache_unless_the_settings_say_where(tmp_path: Path) -> None:
     def shared(*overrides: str) -> dict[str, str]:
         return shared_cache(make_plan(Inputs(train="/data"), overrides, "first", str(tmp_path), "demo"))
 
-    assert shared() == {"DATA__CACHE": str(tmp_path / "cache")}
+    assert shared() == {"DATA__CACHE": str(tmp_path / ".cache")}
     assert shared("data.cache=off") == shared("data.cache=/x") == {}
 
 

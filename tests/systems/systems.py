@@ -210,7 +210,7 @@ SKETCH = System(
 
 def product_commands(root: Path) -> Iterator[Command]:
     yield submit("product_image_type:smoke", "train=data")
-    (run,) = [path.name for path in (root / "runs").iterdir()]
+    (run,) = [path.name for path in (root / "runs").glob("run_*")]
     recipe, model = "recipe=product_image_type:smoke", f"model=runs/{run}/fold-0"
     yield job("predict", recipe, model, "images=batch.csv", "output=.", printed="batch.out")
     yield job("predict", recipe, model, "images=data", f"folds=runs/{run}/split", "output=parts", "predict.folder=")

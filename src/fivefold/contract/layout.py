@@ -17,6 +17,8 @@ from fivefold.errors import MissingInputError, SettingsError
 GROUND_TRUTH = "gt.csv"
 EVAL_TABLE = "test.csv"
 PREPARED = "prepare/output"
+CACHES = ".cache"
+"""Where runs that lie side by side share image caches: no run can be called so."""
 
 
 def run_at(runs: str, run: str) -> str:

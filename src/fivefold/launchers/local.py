@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fivefold.contract.files import probe_writable, write_text
-from fivefold.contract.layout import GROUND_TRUTH, truth_beside_table, truth_of
+from fivefold.contract.layout import CACHES, GROUND_TRUTH, truth_beside_table, truth_of
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.crew import Crew, Signals
@@ -53,7 +53,7 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
 
 def shared_cache(plan: Plan) -> dict[str, str]:
     """The variable by which the steps share the image cache beside the runs, where the settings leave it open."""
-    return {"DATA__CACHE": str(plan.folder.parent / "cache")} if plan.settings.data.cache == "auto" else {}
+    return {"DATA__CACHE": str(plan.folder.parent / CACHES)} if plan.settings.data.cache == "auto" else {}
 
 
 def side_by_side(plan: Plan, devices: Sequence[str]) -> int:
