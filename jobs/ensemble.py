@@ -30,6 +30,7 @@ from fivefold.inference.systems import Rule, Score, System, join, judge_holdout,
 from fivefold.inference.tables import save_predictions
 from fivefold.predictions import Predictions, in_class_order
 from fivefold.recipe import Ensemble, Settings, Spec
+from jobs.description import description
 from jobs.images import open_images
 from jobs.outcome import Outcome
 
@@ -268,29 +269,6 @@ def tell(scores: list[Score]) -> None:
     for score in scores:
         figures = f"accuracy {score['accuracy']:.4f}, logloss {score['logloss']:.4f}"
         log.info("%s: %s (%s rows, n=%d)", score["what"], figures, score["rows"], score["n"])
-
-
-def description(
-    groups: Mapping[str, list[ModelDir]],
-    files: Mapping[str, Path],
-    weights: np.ndarray,
-    temperature: float,
-    scores: list[Score],
-) -> dict[str, Any]:
-    """What `ensemble.json` holds: members, weights, temperature, and scores with what they speak of."""
-    members = [
-        {
-            "system": name,
-            "model": model.name,
-            "weight": round(float(weight) / len(group), 9),
-            "best": model.info["best"],
-        }
-        for (name, group), weight in zip(groups.items(), weights, strict=False)
-        for model in group
-    ]
-    systems = {name: round(float(weight), 9) for name, weight in zip([*groups, *files], weights, strict=True)}
-    members += [{"system": name, "model": f"file {path.name}", "weight": systems[name]} for name, path in files.items()]
-    return {"members": members, "weights": systems, "temperature": temperature, "scores": scores}
 
 
 if __name__ == "__main__":
