@@ -31,20 +31,28 @@ def atomic(path: Path) -> Iterator[Path]:
     # Not the process id: every container's is 1, and several may share this folder.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with full_disk_told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Makes a full disk, while `path` is written, a RetryableError."""
+    try:
+        yield
     except Exception as error:
         if any(disk_is_full(cause) for cause in causes(error)):
             raise RetryableError(
                 f"no space left to write {path}: free some, then run the same command again"
             ) from error
         raise
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fivefold.contract.files import causes, disk_is_full, sha256, write_json
+from fivefold.contract.files import full_disk_told, sha256, write_json
 from fivefold.data.cache import ALIGNED, ENTRY, HEAD, INDEX, PIXELS, Cache, head_of, key_of
 from fivefold.data.images import Pixels, decoded_size
 from fivefold.data.store import GIB, ImageStore
@@ -133,16 +133,11 @@ def build(folder: Path, images: Sequence[Surveyed], pixels: Pixels) -> Cache:
     """The cache of these images at `folder`, which is not there yet; a RetryableError, and nothing left, on a full disk."""
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        _write(temporary, images, pixels)
-        temporary.rename(folder)
-        _sync(folder.parent)
-    except Exception as error:
-        if any(disk_is_full(cause) for cause in causes(error)):
-            raise RetryableError(
-                f"no space left to write {folder}: free some, then run the same command again"
-            ) from error
-        raise
+        with full_disk_told(folder):
+            temporary.mkdir(parents=True)
+            _write(temporary, images, pixels)
+            temporary.rename(folder)
+            _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Cache(folder)
