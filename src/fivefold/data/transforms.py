@@ -33,6 +33,8 @@ from fivefold.recipe import Spec
 
 Transform = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
+Box = tuple[int, int, int, int]
+"""Top, left, height and width, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,14 @@ def resize(image: Tensor, size: Size) -> Tensor:
 
 def centre_crop_resize(image: Tensor, size: Size, share: float) -> Tensor:
     """The middle `share` of both sides after the shorter side was fitted to `size`."""
-    height, width = image.shape[-2:]
+    return _resized_box(image, centre_box(*image.shape[-2:], size, share), size)
+
+
+def centre_box(height: int, width: int, size: Size, share: float) -> Box:
+    """The box in the middle of an image that `centre_crop_resize` shows."""
     scale = min(height / size[0], width / size[1]) * share
     box = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    top, left = (height - box[0]) // 2, (width - box[1]) // 2
-    return resize(image[:, top : top + box[0], left : left + box[1]], size)
+    return (height - box[0]) // 2, (width - box[1]) // 2, *box
 
 
 def horizontal_flip(image: Tensor, p: float) -> Tensor:
@@ -146,7 +151,11 @@ def random_crop(image: Tensor, size: Size, padding: int, mode: str) -> Tensor:
 
 def random_resized_crop(image: Tensor, size: Size, scale: Sequence[float], ratio: Sequence[float]) -> Tensor:
     """A random box of `scale` of the area and an aspect in `ratio`, resized (Szegedy et al. 2015, arXiv 1409.4842)."""
-    height, width = image.shape[-2:]
+    return _resized_box(image, random_box(*image.shape[-2:], size, scale, ratio), size)
+
+
+def random_box(height: int, width: int, size: Size, scale: Sequence[float], ratio: Sequence[float]) -> Box:
+    """The box of an image that `random_resized_crop` shows; where ten draws do not fit, the largest in the middle."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         # one draw of four numbers below 1: four draws of one took four times as long
@@ -155,9 +164,13 @@ def random_resized_crop(image: Tensor, size: Size, scale: Sequence[float], ratio
         aspect = math.exp(low + of_ratio * (high - low))
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
-            top, left = int(down * (height - h + 1)), int(across * (width - w + 1))
-            return resize(image[:, top : top + h, left : left + w], size)
-    return centre_crop_resize(image, size, share=1.0)
+            return int(down * (height - h + 1)), int(across * (width - w + 1)), h, w
+    return centre_box(height, width, size, share=1.0)
+
+
+def _resized_box(image: Tensor, box: Box, size: Size) -> Tensor:
+    top, left, height, width = box
+    return resize(image[:, top : top + height, left : left + width], size)
 
 
 def _own(function: Callable[..., Tensor], takes_size: bool = True, **defaults: Any) -> Callable[..., Transform]:
