@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fivefold.data.ahead import ahead
 from fivefold.data.dataset import Batch, ImageSet, Sample, in_order, load
 from fivefold.data.prepared import Prepared
 from fivefold.errors import DataError
@@ -137,7 +138,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views:
     was_training = model.training
     model.eval()
     chosen = build_views(views, black=-runtime.mean / runtime.std)
-    found = [_batch(model, batch, runtime, chosen) for batch in batches]
+    found = [_batch(model, batch, runtime, chosen) for batch in ahead(batches, runtime.device)]
     model.train(was_training)
     log_probs = torch.cat(found).cpu().numpy()
     if not np.isfinite(log_probs).all():

@@ -1,0 +1,107 @@
+"""Batches go to a GPU one ahead of the step that has them; on a CPU nothing is read ahead."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fivefold.data.ahead import ahead, one_ahead
+from fivefold.data.dataset import Batch
+from fivefold.errors import DataError
+
+
+def batches(count: int, read: list[int], meta: bool = False) -> Iterator[Batch]:
+    """Batches of 4 images, channels last; `read` is told of each."""
+    drawn = torch.Generator().manual_seed(0)
+    for number in range(count):
+        read.append(number)
+        pixels = torch.randint(0, 256, (4, 96, 80, 3), dtype=torch.uint8, generator=drawn)
+        company = torch.randn(4, 2, generator=drawn) if meta else None
+        yield Batch(pixels.permute(0, 3, 1, 2), torch.arange(4) + 4 * number, company)
+
+
+def test_on_a_cpu_a_batch_is_read_when_it_is_asked_for_and_given_as_it_is():
+    read: list[int] = []
+    given = batches(3, read)
+    assert ahead(given, torch.device("cpu")) is given
+    next(given)
+    assert read == [0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_each_is_sent_before_the_one_before_it_is_given_out_and_none_twice_or_lost(count):
+    events: list[str] = []
+    numbers = iter(range(count))
+
+    def send() -> int | None:
+        number = next(numbers, None)
+        events.append(f"send {number}")
+        return number
+
+    def receive(number: int) -> int:
+        events.append(f"receive {number}")
+        return number
+
+    found = []
+    for number in one_ahead(send, receive):
+        events.append(f"step {number}")
+        found.append(number)
+    assert found == list(range(count))
+    for number in range(1, count):
+        assert events.index(f"send {number}") < events.index(f"receive {number - 1}") < events.index(f"step {number}")
+    assert [event for event in events if event.startswith("receive")] == [f"receive {n}" for n in range(count)]
+    assert events.count("send None") == 1
+
+
+def test_no_more_than_one_is_sent_ahead():
+    read: list[int] = []
+    given = batches(5, read)
+    stepping = one_ahead(lambda: next(given, None), lambda batch: batch)
+    next(stepping)
+    assert read == [0, 1]
+    next(stepping)
+    assert read == [0, 1, 2]
+
+
+def test_what_cannot_be_read_is_said_by_the_step_before():
+    def broken() -> Iterator[Batch]:
+        yield from batches(2, [])
+        raise DataError("2.png cannot be decoded")
+
+    given = broken()
+    stepping = one_ahead(lambda: next(given, None), lambda batch: batch)
+    next(stepping)
+    with pytest.raises(DataError, match=r"2\.png"):
+        next(stepping)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pinned", [True, False])
+def test_on_a_gpu_the_batches_are_the_same_while_others_are_copied_and_memory_is_used_anew(pinned):
+    cuda = torch.device("cuda")
+    given = (batch.pin_memory() if pinned else batch for batch in batches(40, [], meta=True))
+    kept = []
+    for batch in ahead(given, cuda):
+        assert batch.images.is_cuda
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        torch.cuda._sleep(2_000_000)  # the step is still to begin when the next ones are copied
+        kept.append((batch.images.float().sum(dim=(1, 2, 3)), batch.rows + 0, batch.meta * 1))
+        del batch
+    for (sums, rows, meta), expected in zip(kept, batches(40, [], meta=True), strict=True):
+        assert torch.equal(sums.cpu(), expected.images.float().sum(dim=(1, 2, 3)))
+        assert torch.equal(rows.cpu(), expected.rows)
+        assert torch.equal(meta.cpu(), expected.meta)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_no_batch_waits_for_the_device():
+    given = [batch.pin_memory() for batch in batches(6, [], meta=True)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = list(ahead(given, torch.device("cuda")))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(found) == 6
