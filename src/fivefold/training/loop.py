@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.choose import choose
-from fivefold.data.dataset import ImageSet, Sample, load
+from fivefold.data.dataset import ImageSet, Sample
 from fivefold.data.prepared import Prepared
 from fivefold.errors import DataError, SettingsError, StoppedError
 from fivefold.evaluation.metrics import summary
@@ -221,7 +221,7 @@ def _steps(loop: Loop, progress: Progress, batches: list[list[Sample]]) -> None:
     """The steps of the given batches, and what is to be done between two of them."""
     plan, epoch, runtime = loop.duration, progress.epoch, loop.runtime
     label = f"{loop.label} epoch {epoch}/{plan.epochs}"
-    loaded = load(loop.train.images, own_part(batches, runtime), plan.workers, runtime.device.type == "cuda")
+    loaded = loop.train.batches(own_part(batches, runtime), plan.workers, runtime.device)
     micro = zip(track(loaded, len(batches), label), batches, strict=True)
     loop.model.train()
     while group := runtime.replicas.together(lambda: list(islice(micro, plan.accumulate))):

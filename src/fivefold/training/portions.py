@@ -1,12 +1,14 @@
 """From what a loader reads to the rows of a micro-batch: this process's images, the whole batch's targets, mixed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fivefold.data.dataset import Batch, ImageSet, Sample, derive_seed
+from fivefold.data.ahead import ahead
+from fivefold.data.dataset import Batch, ImageSet, Sample, derive_seed, load
+from fivefold.data.resident import Resident
 from fivefold.inference.predictor import Runtime
 from fivefold.training.mixing import Mixing
 from fivefold.training.objectives import Rows
@@ -15,11 +17,18 @@ from fivefold.training.teaching import Teacher
 
 @dataclass(frozen=True)
 class TrainRows:
-    """`images` of N rows; `targets` [N, C] on the device; the `teacher` of the rows, or None."""
+    """`images` of N rows; `targets` [N, C] on the device; the `teacher` of the rows, or None; the images on the device, or None."""
 
     images: ImageSet
     targets: Tensor
     teacher: Teacher | None = None
+    resident: Resident | None = None
+
+    def batches(self, batches: list[list[Sample]], workers: int, device: torch.device) -> Iterator[Batch]:
+        """The given batches, the same bytes wherever they are made; on CUDA they are there before the step that has them."""
+        if self.resident is not None:
+            return ahead(self.resident.batches(batches), device)
+        return ahead(load(self.images, batches, workers, pin=device.type == "cuda"), device)
 
 
 def own_part(batches: Sequence[list[Sample]], runtime: Runtime) -> list[list[Sample]]:
