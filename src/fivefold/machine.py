@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +11,11 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 """An option of Linux's prctl(2)."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Parameters of glibc's mallopt(3)."""
+NEVER = -1
+"""Parameters of glibc's mallopt(3), and the threshold that no free memory is above."""
+MADV_HUGEPAGE = 14
+"""An advice of Linux's madvise(2)."""
+HUGE_PAGES, OVERCOMMIT = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/sys/vm/overcommit_memory")
 TOP_PAD = 1 << 28
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -50,14 +55,51 @@ def free_memory() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc not to return freed memory; whether it took it (elsewhere there is no such call).
+    """Tells glibc not to return freed memory, and to take it in huge pages; whether it took it (elsewhere there is no such call).
 
     A training step on a CPU frees and allocates the same tensors again and again. By default glibc
     maps each large one afresh, and the kernel zeroes every page of it: a quarter of a small network's step.
     """
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    libc = ctypes.CDLL(None)
+    if getattr(libc, "mallopt", None) is None:
         return False
-    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, TOP_PAD)])
+    kept = all([libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, NEVER), libc.mallopt(M_TOP_PAD, TOP_PAD)])
+    return kept and (_in_huge_pages(libc) or kept)
+
+
+def _in_huge_pages(libc: ctypes.CDLL) -> bool:
+    """Has the kernel use huge pages for the heap as it grows; whether it may.
+
+    Addresses alone are taken for it, as many as there is free memory: what is advised must be mapped, and a heap
+    that grows afterwards does so in common pages.
+    """
+    limited = any(
+        resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    )
+    if limited or _words_of(OVERCOMMIT) == "2" or "[madvise]" not in _words_of(HUGE_PAGES):
+        return False
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    taken = libc.malloc(free_memory())
+    if taken is None:
+        return False
+    libc.free(taken)
+    start, end = _heap()
+    return libc.madvise(start, end - start, MADV_HUGEPAGE) == 0
+
+
+def _heap() -> tuple[int, int]:
+    """Where the heap of this process begins and ends."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    heaps = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith("[heap]")]
+    return int(heaps[0][0], 16), int(heaps[-1][1], 16)
+
+
+def _words_of(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""

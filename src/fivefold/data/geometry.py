@@ -88,7 +88,7 @@ def sight_of(transform: Composed, height: int, width: int) -> Sight:
     """What the chain shows of an image of that size; draws from torch's generator what the transforms draw."""
     sight = Sight(height, width)
     for step in transform.steps:
-        if isinstance(step, Sometimes) and not torch.rand(()) < step.p:
+        if isinstance(step, Sometimes) and torch.rand(()).item() >= step.p:
             continue
         chosen = _certain(step)
         GEOMETRY[chosen.func](sight, **chosen.keywords)
@@ -121,11 +121,11 @@ def _horizontal_flip(sight: Sight, p: float) -> None:
 def _random_crop(sight: Sight, size: Size, padding: int, mode: str) -> None:
     sight.resize(size)
     top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()
-    sight.pick(*(_padded(n, padding, mode)[at : at + n] for n, at in zip(size, (top, left), strict=True)))
+    sight.pick(*(padded(n, padding, mode)[at : at + n] for n, at in zip(size, (top, left), strict=True)))
 
 
 @lru_cache(maxsize=16)
-def _padded(count: int, padding: int, mode: str) -> np.ndarray:
+def padded(count: int, padding: int, mode: str) -> np.ndarray:
     """Where each of `count` pixels in a row and those padded beside it come from; -1: from nowhere."""
     if mode == "constant":
         return np.pad(_numbers(count), padding, constant_values=-1)

@@ -57,7 +57,7 @@ class Sometimes:
     p: float
 
     def __call__(self, image: Tensor) -> Tensor:
-        return self.step(image) if torch.rand(()) < self.p else image
+        return self.step(image) if torch.rand(()).item() < self.p else image
 
 
 def build_transforms(specs: Sequence[Spec], size: Size, evaluation: bool = False) -> Transform:
