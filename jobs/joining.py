@@ -85,7 +85,7 @@ def write_blocks(blocks: Iterator[Block], table: TableWriter, submission: Submis
             fold = np.full(len(block.ids), -1, np.int16)
             waiting = [
                 pool.submit(table.write, block.ids, fold, block.log_probs),
-                pool.submit(submission.write, block.ids.to_pylist(), block.log_probs),
+                pool.submit(submission.write, block.ids, block.log_probs),
             ]
         for future in waiting:
             future.result()
