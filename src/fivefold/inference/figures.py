@@ -15,7 +15,7 @@ from fivefold.arrow import pa
 
 AT_ONCE = 48_000
 """Numbers that are turned to text at a time, so that they stay in the processor's cache."""
-CHUNK = 4 << 20
+CHUNK = 2 << 20
 """Bytes of lines that are given at a time: in small pieces a file takes twice the time to be written."""
 LEAST_EXPONENT = -99
 """Smaller numbers have no room for their exponent; they are written as 0."""
