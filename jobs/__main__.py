@@ -135,7 +135,7 @@ def run_stage(job: Job, settings: Settings) -> None:
     poll()
     outcome = importlib.import_module(job.stage.module).main(job, settings)
     poll()
-    write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
+    write_record(folder, job, key, outcome.outputs, outcome.metrics, clock, outcome.digests)
     job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
     if job.stage.writes_model:
         job.remote.forget(job.checkpoints())

@@ -12,6 +12,7 @@ from fivefold.arrow import pa
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE, PREDICTIONS
+from fivefold.contract.streamed import Streamed
 from fivefold.data.evals import EvalTable, Submission, read_eval
 from fivefold.data.store import open_store
 from fivefold.errors import DataError
@@ -50,14 +51,22 @@ def main(job: Job, settings: Settings, files: Mapping[str, Path]) -> Outcome:
 
     output = job.output()
     written = [output / PREDICTIONS, output / options.submission]
-    with atomic(written[0]) as table, atomic(written[1]) as submission, open(submission, "wb") as file:
-        with TableWriter(table, " + ".join(tables), first.classes, labelled=False) as writer:
+    with (
+        atomic(written[0]) as table,
+        atomic(written[1]) as submission,
+        Streamed(table) as rows,
+        Streamed(submission) as text,
+    ):
+        with TableWriter(rows, " + ".join(tables), first.classes, labelled=False) as writer:
             blocks = joined(list(tables.values()), weights, wanted.ids, job.scratch)
             total = -(-len(wanted.ids) // ROWS_A_GROUP)
-            write_blocks(track(blocks, total, "ensemble"), writer, SubmissionWriter(file, wanted, first.classes))
+            write_blocks(track(blocks, total, "ensemble"), writer, SubmissionWriter(text, wanted, first.classes))
     facts = {"submission": options.submission, "within": options.within, "blend": options.blend}
     write_json(output / ENSEMBLE, facts | description({}, files, weights, 1.0, []))
-    return Outcome([*written, output / ENSEMBLE], {"models": 0, "images": len(wanted.ids), "temperature": 1.0})
+    figures = {"models": 0, "images": len(wanted.ids), "temperature": 1.0}
+    return Outcome(
+        [*written, output / ENSEMBLE], figures, dict(zip(written, (rows.sha256(), text.sha256()), strict=True))
+    )
 
 
 def submission_wanted(job: Job, settings: Settings, first: TableFile) -> Submission:
@@ -85,7 +94,7 @@ def write_blocks(blocks: Iterator[Block], table: TableWriter, submission: Submis
             fold = np.full(len(block.ids), -1, np.int16)
             waiting = [
                 pool.submit(table.write, block.ids, fold, block.log_probs),
-                pool.submit(submission.write, block.ids.to_pylist(), block.log_probs),
+                pool.submit(submission.write, block.ids, block.log_probs),
             ]
         for future in waiting:
             future.result()

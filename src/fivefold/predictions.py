@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -85,7 +85,7 @@ def write(path: Path, table: Predictions) -> None:
 class TableWriter:
     """A table of predictions that is written a block of rows at a time; each block is a row group of the file."""
 
-    def __init__(self, path: Path, system: str, classes: Sequence[str], labelled: bool) -> None:
+    def __init__(self, path: Path | IO[bytes], system: str, classes: Sequence[str], labelled: bool) -> None:
         codes = pa.dictionary(pa.int32(), pa.string())
         fields = [("id", pa.string()), ("fold", pa.int16()), ("system", codes), *([("label", codes)] * labelled)]
         self.schema = pa.schema(fields + [(PREFIX + name, pa.float32()) for name in classes])

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from fivefold.contract.files import sha256
 from fivefold.inference.tables import save_predictions
 from fivefold.predictions import Predictions, TableWriter, read
 from jobs.__main__ import run
@@ -142,6 +143,24 @@ def test_what_cannot_be_blended_leaves_nothing_half_written(world, damage, argum
     assert message in (world / "refused" / "failure").read_text()
     output = world / "refused" / "output"
     assert not output.exists() or list(output.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written(world, tiny_disk):
+    for seed, system in enumerate(("eva", "nfnet", "resnet")):
+        save_predictions(world / "runs" / system / "predictions.parquet", table(system, seed, 4000))
+    channels = {"SM_CHANNEL_SUBMISSIONS": str(world / "runs"), "SM_OUTPUT_DATA_DIR": str(tiny_disk / "output")}
+    assert run("ensemble", (), channels | {"SM_OUTPUT_DIR": str(world / "full")}) == 75
+    assert "no space left to write" in (world / "full" / "failure").read_text()
+    assert list((tiny_disk / "output").iterdir()) == []
+
+
+def test_the_record_holds_the_digests_of_what_lies_there(world):
+    assert stage(world, "mean") == 0
+    output = world / "mean" / "output"
+    outputs = json.loads((output / "stage.json").read_text())["outputs"]
+    assert outputs == {
+        f"output/{name}": sha256(output / name) for name in ("predictions.parquet", "submission.csv", "ensemble.json")
+    }
 
 
 GROUP = 65_536

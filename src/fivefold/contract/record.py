@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fivefold.contract.artifacts import COMPARED, channel_digest
@@ -127,12 +128,21 @@ def _seen_from(here: Path, path: Path, url: str | None) -> list[str]:
 
 
 def write_record(
-    folder: Path, job: Job, key: Key, outputs: Sequence[Path], metrics: Mapping[str, Any], clock: Stopwatch
+    folder: Path,
+    job: Job,
+    key: Key,
+    outputs: Sequence[Path],
+    metrics: Mapping[str, Any],
+    clock: Stopwatch,
+    known: Mapping[Path, str] = MappingProxyType({}),
 ) -> None:
-    """Writes `stage.json` into `folder`; `outputs` are the files that must be whole for it to count."""
+    """Writes `stage.json` into `folder`; `outputs` are the files that must be whole for it to count.
+
+    `known` are digests of those that had theirs taken while they were written, which need not be read for it.
+    """
     roots = output_roots(job)
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(sha256, outputs))
+        digests = list(pool.map(lambda path: known.get(path) or sha256(path), outputs))
     write_json(
         record_path(folder, key.stage),
         {

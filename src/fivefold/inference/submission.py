@@ -9,6 +9,7 @@ from typing import IO
 
 import numpy as np
 
+from fivefold.arrow import pa
 from fivefold.data.evals import Submission
 from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError
@@ -59,18 +60,21 @@ class SubmissionWriter:
         self.numbered = bool(wanted.numbered)
         self.labels = wants_labels(wanted.classes, classes)
         place = {name: code for code, name in enumerate(classes)}
-        self.codes = [] if self.labels else [place[name] for name in wanted.classes]
+        codes = [] if self.labels else [place[name] for name in wanted.classes]
+        self.order = slice(None) if codes == list(range(len(classes))) else codes  # a slice copies nothing
         header = [*([wanted.numbered] if wanted.numbered else []), wanted.id_column, *wanted.classes]
         file.write((codecs.BOM_UTF8 if wanted.marked else b"") + _csv([header]))
 
-    def write(self, ids: Sequence[str], log_probs: Sequence[np.ndarray]) -> None:
-        """The rows of `ids` [n] with log_probs [C][n], class by class."""
+    def write(self, ids: pa.Array, log_probs: np.ndarray) -> None:
+        """The rows of `ids` [n], texts, with log_probs [C, n], class by class."""
         if not self.labels:
-            self.file.writelines(lines(ids, np.stack([log_probs[code] for code in self.codes], axis=1)))
+            self.file.writelines(lines(ids, log_probs[self.order].T))
             return
-        names = [self.classes[code] for code in np.argmax(np.stack(log_probs), axis=0)]
-        numbers = range(self.rows, self.rows + len(ids))
-        self.file.write(_csv(zip(numbers, ids, names, strict=True) if self.numbered else zip(ids, names, strict=True)))
+        names = [self.classes[code] for code in np.argmax(log_probs, axis=0)]
+        numbers, texts = range(self.rows, self.rows + len(ids)), ids.to_pylist()
+        self.file.write(
+            _csv(zip(numbers, texts, names, strict=True) if self.numbered else zip(texts, names, strict=True))
+        )
         self.rows += len(ids)
 
 

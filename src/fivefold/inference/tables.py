@@ -31,11 +31,11 @@ LEAST = float(np.log(TINY))
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `start` on of joined tables: their `ids` [n], and `log_probs` [C][n], class by class, float32."""
+    """Rows `start` on of joined tables: their `ids` [n], and `log_probs` [C, n], class by class, float32."""
 
     start: int
     ids: pa.Array
-    log_probs: list[np.ndarray]
+    log_probs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -153,22 +153,22 @@ def _mixed(
     tables: Sequence[TableFile],
     ids: pa.Array,
     pool: Executor,
-) -> list[np.ndarray]:
-    """log Σ w p [C][n] of a block [K][C][n] of K tables, checked, each row brought to sum 1."""
-    columns = [np.empty(len(ids), np.float32) for _ in found[0]]
+) -> np.ndarray:
+    """log Σ w p [C, n] of a block [K][C][n] of K tables, checked, each row brought to sum 1."""
+    columns = np.empty((len(found[0]), len(ids)), np.float32)
 
     def mix(start: int) -> bool:
         rows = slice(start, start + ROWS_AT_ONCE)
-        return _mix([[column[rows] for column in each] for each in found], weights, [each[rows] for each in columns])
+        return _mix([[column[rows] for column in each] for each in found], weights, columns[:, rows])
 
     if not all(pool.map(mix, range(0, len(ids), ROWS_AT_ONCE))):
         _refuse(found, tables, ids)
     return columns
 
 
-def _mix(found: Sequence[Sequence[np.ndarray]], weights: np.ndarray, into: Sequence[np.ndarray]) -> bool:
-    """Writes log Σ w p of a few rows [K][C][n] `into` [C][n], each row with sum 1; whether every table's rows had it before."""
-    rows = len(into[0])
+def _mix(found: Sequence[Sequence[np.ndarray]], weights: np.ndarray, into: np.ndarray) -> bool:
+    """Writes log Σ w p of a few rows [K][C][n] `into` [C, n], each row with sum 1; whether every table's rows had it before."""
+    rows = into.shape[1]
     sums, whole, probs = (
         np.zeros((len(found), rows), np.float32),
         np.zeros(rows, np.float32),
@@ -179,7 +179,8 @@ def _mix(found: Sequence[Sequence[np.ndarray]], weights: np.ndarray, into: Seque
         for each, total in zip(zip(*found, strict=True), into, strict=True):
             total[:] = 0
             for column, weight, own in zip(each, weights, sums, strict=True):
-                own += np.exp(column, out=probs, dtype=np.float32, casting="same_kind")
+                np.copyto(probs, column, casting="same_kind")  # exp of what is not in the cache takes twice the time
+                own += np.exp(probs, out=probs)
                 total += probs if weight == 1 else np.multiply(probs, weight, out=probs)
             whole += total
             faint = np.flatnonzero(total < FAINT)
