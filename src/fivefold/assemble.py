@@ -135,17 +135,13 @@ def build_loop(
     if chosen.compile:
         network.backbone.compile()  # in place, so names stay; after the average was copied, which is not trained
     sampler = choose(SAMPLERS, "sampler", chosen.sampler)
-    predicted, workers = predict_batch_size(settings), choose_workers(chosen.workers, runtime)
-    duration = Duration(
-        chosen.epochs, chosen.batch_size, predicted, chosen.accumulate, patience, settings.seed, workers
-    )
     return Loop(
         label=label,
         model=model,
         contenders=({"ema": ema.model} if ema else {}) | raw,
         train=train,
         valid=valid,
-        duration=duration,
+        duration=_duration(settings, patience, runtime),
         batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed),
         mixing=_mixing(settings),
         update=update,
@@ -156,6 +152,20 @@ def build_loop(
         select=select,
         runtime=runtime,
         parts=parts | {type(part).__name__: part for part in after_step},
+    )
+
+
+def _duration(settings: Settings, patience: int, runtime: Runtime) -> Duration:
+    chosen = settings.train
+    return Duration(
+        epochs=chosen.epochs,
+        batch_size=chosen.batch_size,
+        predict_batch_size=predict_batch_size(settings),
+        accumulate=chosen.accumulate,
+        patience=patience,
+        validate_every=chosen.validate_every,
+        seed=settings.seed,
+        workers=choose_workers(chosen.workers, runtime),
     )
 
 

@@ -60,6 +60,9 @@ class Train(Section):
     clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of the averaged weights; 0: no averaging")
     patience: int = Field(0, ge=0, description="epochs without improvement before the end; 0: never")
+    validate_every: int = Field(
+        1, ge=1, description="epochs from one validation to the next; the last epoch is always validated"
+    )
     monitor: str = Field("logloss", description="what chooses the best epoch: logloss, loss, acc or f1_macro")
     precision: str = Field(
         "auto",

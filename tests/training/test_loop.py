@@ -69,6 +69,38 @@ def test_patience_ends_a_run_that_does_not_improve(images):
     assert len(epochs) == 3
 
 
+def test_only_every_third_epoch_and_the_last_are_validated_and_training_is_the_same(images):
+    rows = {1: [], 3: []}
+    made = {
+        every: replace(loop(images, validate_every=every, select=False), observers=[rows[every].append])
+        for every in rows
+    }
+    best = {every: fit(made[every])["raw"] for every in made}
+    assert [("val_logloss" in row) for row in rows[3]] == [False, False, True, True]
+    assert [row["train_loss"] for row in rows[3]] == [row["train_loss"] for row in rows[1]]
+    assert rows[3][2:] == rows[1][2:]
+    assert torch.equal(best[3].state["head.weight"], best[1].state["head.weight"])
+
+
+def test_the_best_of_the_validated_epochs_is_kept(images):
+    seen = []
+    made = replace(loop(images, validate_every=2), observers=[seen.append])
+    best = fit(made)["raw"]
+    assert (best.scores["logloss"], best.epoch) == min(
+        (row["val_logloss"], row["epoch"]) for row in seen if row["epoch"] % 2 == 0
+    )
+
+
+def test_patience_waits_for_a_validation(images):
+    epochs = []
+    made = loop(images, patience=1, lr=1e-12, validate_every=3, epochs=9)
+    made = replace(made, observers=[lambda row: epochs.append(row["epoch"])])
+    made.schedule.base = [0.0] * len(made.schedule.base)
+    made.schedule._set()
+    fit(made)
+    assert len(epochs) == 6
+
+
 def test_each_epoch_tells_its_images_a_second_and_the_record_their_median(images, caplog):
     made = loop(images)
     with caplog.at_level("INFO"):

@@ -151,6 +151,17 @@ def test_step_halves_every_ten_steps_and_plateau_waits_for_bad_epochs():
     assert plateau.lr == pytest.approx(0.1)
 
 
+def test_plateau_decides_only_where_it_was_looked():
+    _, plateau = schedule("plateau", step_epochs=2, gamma=0.1)
+    for improved in (True, None, None, None):
+        plateau.after_epoch(improved)
+    plateau()
+    assert plateau.lr == 1.0
+    plateau.after_epoch(False)
+    plateau()
+    assert plateau.lr == pytest.approx(0.1)
+
+
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(SettingsError, match="warmup_epochs"):
         schedule("cosine", warmup_epochs=10)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fivefold.data.batched import together
 from fivefold.data.cache import Cache
 from fivefold.data.cached import CachedStore, caches_of
 from fivefold.data.images import Pixels
 from fivefold.data.meta import count_numbers, measure
 from fivefold.data.store import ImageStore
-from fivefold.data.together import together
 from fivefold.data.transforms import Transform
 from fivefold.errors import DataError
 from fivefold.progress import stoppable, track

@@ -46,13 +46,17 @@ class ValidRows:
 
 @dataclass(frozen=True)
 class Duration:
-    """How long, in which portions, from which seed; `patience` 0 means all epochs."""
+    """How long, in which portions, from which seed; `patience` 0 means all epochs.
+
+    Every `validate_every`th epoch is validated, and the last one.
+    """
 
     epochs: int
     batch_size: int
     predict_batch_size: int
     accumulate: int
     patience: int
+    validate_every: int
     seed: int
     workers: int
 
@@ -178,30 +182,33 @@ def _keep(loop: Loop, progress: Progress) -> None:
 
 
 def _epochs(loop: Loop, progress: Progress) -> dict[str, Best]:
-    best, deciding = progress.best, next(iter(loop.contenders))
     start, before, epochs = time.monotonic(), len(progress.rows), loop.duration.epochs
     while progress.epoch <= epochs and not _patience_is_out(loop, progress):
         epoch = progress.epoch
         if not progress.step:
             progress.lr = loop.schedule.lr
         row = {"epoch": epoch, **train_epoch(loop, progress), "lr": progress.lr}
-        improved = _score(loop, epoch, best)
-        row |= {f"val_{name}": value for name, value in improved.pop("scores", {}).items()}
+        improved, scores = _score(loop, epoch, progress.best) if _is_scored(loop, epoch) else (None, {})
+        row |= {f"val_{name}": value for name, value in scores.items()}
         for observe in (*loop.observers, *loop.announcers):
             observe(row)
-        left = (time.monotonic() - start) / (epoch - before) * (epochs - epoch)
+        left = duration((time.monotonic() - start) / (epoch - before) * (epochs - epoch))
         speed = f"{loop.throughput.passes[-1]:.4g} images/s, " if loop.throughput.passes else ""
-        log.info("%s epoch %d/%d %s, %s%s left", loop.label, epoch, epochs, _figures(row), speed, duration(left))
-        loop.schedule.after_epoch(improved[deciding])
+        log.info("%s epoch %d/%d %s, %s%s left", loop.label, epoch, epochs, _figures(row), speed, left)
+        loop.schedule.after_epoch(improved)
         progress.rows.append(row)
         progress.epoch, progress.step, progress.totals = epoch + 1, 0, []
         _keep(loop, progress)
-    return best
+    return progress.best
+
+
+def _is_scored(loop: Loop, epoch: int) -> bool:
+    return epoch % loop.duration.validate_every == 0 or epoch == loop.duration.epochs
 
 
 def _patience_is_out(loop: Loop, progress: Progress) -> bool:
     allowed, ended = loop.duration.patience, len(progress.rows)
-    out = allowed > 0 and ended - progress.best[next(iter(progress.best))].epoch >= allowed
+    out = allowed > 0 and _is_scored(loop, ended) and ended - progress.best[next(iter(progress.best))].epoch >= allowed
     if out:
         log.info("%s stops: %s did not improve for %d epochs", loop.label, loop.monitor, allowed)
     return out
@@ -254,22 +261,18 @@ def validate(model: nn.Module, rows: ValidRows, loop: Loop) -> dict[str, float]:
     return loop.runtime.replicas.shared(found)  # one machine's rounding decides for all
 
 
-def _score(loop: Loop, epoch: int, best: Mapping[str, Best]) -> dict[str, Any]:
-    """Whether each contender improved, and the deciding one's scores (none without validation rows)."""
-    result: dict[str, Any] = {}
-    valid = loop.valid
+def _score(loop: Loop, epoch: int, best: Mapping[str, Best]) -> tuple[bool, dict[str, float]]:
+    """Whether the deciding contender improved, and its scores (none without validation rows)."""
+    deciding, valid, improved = next(iter(loop.contenders)), loop.valid, True
     # all are scored before one is kept: stopped in between, the epoch is scored again as if it had not been
     found = {name: validate(model, valid, loop) if valid else {} for name, model in loop.contenders.items()}
     for name, model in loop.contenders.items():
-        scores = found[name]
-        if loop.select and scores:
-            result[name] = best[name].offer(epoch, scores, model)
-        else:
-            result[name] = True
-            if epoch == loop.duration.epochs:
-                best[name].keep(epoch, scores, model)
-        result.setdefault("scores", scores)
-    return result
+        if loop.select and found[name]:
+            better = best[name].offer(epoch, found[name], model)
+            improved = better if name == deciding else improved
+        elif epoch == loop.duration.epochs:
+            best[name].keep(epoch, found[name], model)
+    return improved, found[deciding]
 
 
 def _totals(result: Result, rows: Rows) -> Tensor:

@@ -120,10 +120,10 @@ class Schedule:
         self.step += 1
         self._set()
 
-    def after_epoch(self, improved: bool) -> None:
-        """Counts epochs without improvement, for `plateau`."""
+    def after_epoch(self, improved: bool | None) -> None:
+        """Counts epochs without improvement, for `plateau`; None: it was not looked at, and decides nothing."""
         self.bad_epochs = 0 if improved else self.bad_epochs + 1
-        if self.bad_epochs >= self.patience:
+        if improved is not None and self.bad_epochs >= self.patience:
             self.drops, self.bad_epochs = self.drops + 1, 0
 
     def state_dict(self) -> dict[str, int]:

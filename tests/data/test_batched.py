@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from fivefold.data.batched import together
 from fivefold.data.dataset import ImageSet, derive_seed
 from fivefold.data.jitter import drawn_colours, drawn_similarity, recoloured, sampled
 from fivefold.data.store import FolderStore
-from fivefold.data.together import together
 from fivefold.data.transforms import build_transforms
 from fivefold.settings import arguments_layer, load
 
