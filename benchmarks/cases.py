@@ -19,13 +19,17 @@ WEIGHT_DECAY = 0.05
 
 @dataclass(frozen=True)
 class Case:
-    """`name`: timm's, of a network at `size` pixels; `images` in all, of which a fold trains on four fifths."""
+    """`name`: timm's, of a network at `size` pixels; `images` in all, of which a fold trains on four fifths.
+
+    `stored`: the shorter side that the image cache keeps (`data.store_size`); 0: all of it.
+    """
 
     name: str
     size: int
     batch: int
     images: int
     epochs: int
+    stored: int = 0
 
     def arguments(self, device: str = "cpu") -> list[str]:
         """The settings of a stage: random_resized_crop and a flip, AdamW, no validation that chooses for long."""
@@ -34,6 +38,7 @@ class Case:
             f"model.backbone=timm/{self.name}",
             f"model.image_size={self.size}",
             f"augment.train={json.dumps([crop, 'horizontal_flip'])}",
+            f"data.store_size={self.stored}",
             f"train.batch_size={self.batch}",
             f"train.epochs={self.epochs}",
             "train.optimizer=adamw",
@@ -52,6 +57,7 @@ def case(name: str, options: Options, table: dict[str, Case]) -> Case:
         batch=options.batch or found.batch,
         images=options.count or found.images,
         epochs=options.epochs or found.epochs,
+        stored=options.stored if options.stored >= 0 else found.stored,
     )
 
 
@@ -69,12 +75,12 @@ def split_of(photos: Path, options: Options) -> Path:
 
 
 CASES = {
-    "resnet18@64": Case("resnet18", 64, 64, 1280, 5),
-    "resnet18@224": Case("resnet18", 224, 32, 480, 3),
-    "efficientnet_b0@224": Case("efficientnet_b0", 224, 32, 240, 3),
-    "convnext_tiny@224": Case("convnext_tiny", 224, 32, 160, 3),
+    "resnet18@64": Case("resnet18", 64, 64, 1280, 5, 128),
+    "resnet18@224": Case("resnet18", 224, 32, 480, 3, 256),
+    "efficientnet_b0@224": Case("efficientnet_b0", 224, 32, 240, 3, 256),
+    "convnext_tiny@224": Case("convnext_tiny", 224, 32, 160, 3, 256),
 }
 GPU_CASES = {
-    "convnext_tiny@224": Case("convnext_tiny", 224, 128, 5120, 4),
+    "convnext_tiny@224": Case("convnext_tiny", 224, 128, 5120, 4, 256),
     "efficientnet_b5@456": Case("efficientnet_b5", 456, 32, 1280, 4),
 }

@@ -92,4 +92,4 @@ def theirs(found: Case, photos: Path, best: Setting, options: Options) -> Took:
     return Took(sum(each.seconds for each in ended), sum(each.cpu_seconds for each in ended))
 
 
-CASES = {"resnet18@64": Case("resnet18", 64, 64, 1000, 5)}
+CASES = {"resnet18@64": Case("resnet18", 64, 64, 1000, 5, 128)}

@@ -31,6 +31,7 @@ class Options:
     epochs: int = _key(0, "epochs of a training, of which the first is not counted; 0: its own")
     size: int = _key(0, "pixels that the networks take; 0: the case's")
     batch: int = _key(0, "images a step; 0: the case's")
+    stored: int = _key(-1, "shorter side of the images in the cache (data.store_size); 0: as they are; -1: the case's")
     rows: int = _key(1_000_000, "rows of a table")
     threads: int = _key(0, "threads of each process; 0: the cores of this machine")
     device: str = _key("cpu", "cpu or cuda")
