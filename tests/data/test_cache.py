@@ -34,7 +34,7 @@ from fivefold.data.caching import (
     one_builder,
     survey,
 )
-from fivefold.data.dataset import ImageSet, epoch_batches, load
+from fivefold.data.dataset import ImageSet, derive_seed, epoch_batches, load
 from fivefold.data.images import Pixels, decode
 from fivefold.data.store import FolderStore, open_store
 from fivefold.data.transforms import build_transforms
@@ -171,7 +171,12 @@ def test_a_batch_is_its_samples_one_by_one(odd: Source) -> None:
         odd.store, odd.paths, build_transforms(["random_resized_crop", "horizontal_flip"], (16, 12)), seed=3
     )
     batch = images.__getitems__([(2, row) for row in range(6)])
-    plain = torch.stack([images._sample(2, row)[0] for row in range(6)])
+
+    def alone(row: int) -> torch.Tensor:
+        torch.manual_seed(derive_seed(3, 2, row))
+        return images.transform(torch.from_numpy(images.image(row)).permute(2, 0, 1))
+
+    plain = torch.stack([alone(row) for row in range(6)])
     assert torch.equal(batch.images, plain)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.images.shape == (6, 3, 16, 12)
