@@ -405,8 +405,7 @@ def test_as_sagemaker_hosts_it(trained, products, tmp_path) -> None:
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
         archive.add(trained / "fold-1/model", ".")
     (tmp_path / "opt/model").mkdir(parents=True)
-    with tarfile.open(tmp_path / "model.tar.gz") as archive:
-        archive.extractall(tmp_path / "opt/model", filter="data")
+    shutil.unpack_archive(tmp_path / "model.tar.gz", tmp_path / "opt/model")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     told = {"SAGEMAKER_BASE_DIR": str(tmp_path / "opt"), "SAGEMAKER_BIND_TO_PORT": port}

@@ -2,7 +2,7 @@
 
 import json
 import re
-import tarfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,8 +64,7 @@ def fetched(bucket: Bucket, service: Service, folder: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(bucket.read(key))
             if inside.endswith(".tar.gz"):
-                with tarfile.open(target) as archive:
-                    archive.extractall(folder / step / inside.removesuffix(".tar.gz"), filter="data")
+                shutil.unpack_archive(target, folder / step / inside.removesuffix(".tar.gz"))
     return folder
 
 

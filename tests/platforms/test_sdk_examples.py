@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,8 +83,7 @@ def run(python: Path | str, code: str, folder: Path, **variables: str) -> str:
 
 
 def unpacked(tarball: Path, folder: Path) -> Path:
-    with tarfile.open(tarball) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(tarball, folder)
     return folder
 
 
