@@ -66,11 +66,13 @@ def keep_freed_memory() -> bool:
     if getattr(libc, "mallopt", None) is None:
         return False
     kept = all([libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, NEVER), libc.mallopt(M_TOP_PAD, TOP_PAD)])
-    return kept and (_in_huge_pages(libc) or kept)
+    if kept:
+        _take_huge_pages(libc)
+    return kept
 
 
-def _in_huge_pages(libc: ctypes.CDLL) -> bool:
-    """Has the kernel use huge pages for the heap as it grows; whether it may.
+def _take_huge_pages(libc: ctypes.CDLL) -> None:
+    """Has the kernel use huge pages for the heap as it grows, where it gives them on advice and no limit stands against it.
 
     Addresses alone are taken for it, as many as there is free memory: what is advised must be mapped, and a heap
     that grows afterwards does so in common pages.
@@ -79,26 +81,23 @@ def _in_huge_pages(libc: ctypes.CDLL) -> bool:
         resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     )
     if limited or _words_of(OVERCOMMIT) == "2" or "[madvise]" not in _words_of(HUGE_PAGES):
-        return False
+        return
     libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
         ctypes.c_void_p,
         [ctypes.c_size_t],
         [ctypes.c_void_p],
     )
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    taken = libc.malloc(free_memory())
-    if taken is None:
-        return False
-    libc.free(taken)
-    start, end = _heap()
-    return libc.madvise(start, end - start, MADV_HUGEPAGE) == 0
+    libc.free(libc.malloc(free_memory()))  # of what cannot be had malloc gives nothing, which free takes
+    for start, end in _heaps():
+        libc.madvise(start, end - start, MADV_HUGEPAGE)
 
 
-def _heap() -> tuple[int, int]:
-    """Where the heap of this process begins and ends."""
+def _heaps() -> list[tuple[int, int]]:
+    """Where the parts of this process's heap begin and end."""
     lines = Path("/proc/self/maps").read_text().splitlines()
-    heaps = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith("[heap]")]
-    return int(heaps[0][0], 16), int(heaps[-1][1], 16)
+    spans = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith("[heap]")]
+    return [(int(start, 16), int(end, 16)) for start, end in spans]
 
 
 def _words_of(path: Path) -> str:

@@ -23,7 +23,16 @@ from fivefold.data.jitter import (
     sampled,
     shift_scale_rotate,
 )
-from fivefold.data.transforms import Composed, Size, Sometimes, Transform, horizontal_flip, random_crop, resize
+from fivefold.data.transforms import (
+    Composed,
+    Size,
+    Sometimes,
+    Transform,
+    horizontal_flip,
+    random_corner,
+    random_crop,
+    resize,
+)
 
 
 class Work(Protocol):
@@ -114,7 +123,7 @@ def _flipped(images: Tensor, numbers: Tensor, p: float) -> Tensor:
 
 
 def _drawn_corner(size: Size, padding: int, mode: str) -> Numbers:
-    return tuple(torch.randint(0, 2 * padding + 1, (2,)).tolist())
+    return random_corner(padding)
 
 
 def _cropped(images: Tensor, numbers: Tensor, size: Size, padding: int, mode: str) -> Tensor:

@@ -19,6 +19,7 @@ from fivefold.data.transforms import (
     centre_crop_resize,
     horizontal_flip,
     random_box,
+    random_corner,
     random_crop,
     random_resized_crop,
     resize,
@@ -120,8 +121,8 @@ def _horizontal_flip(sight: Sight, p: float) -> None:
 
 def _random_crop(sight: Sight, size: Size, padding: int, mode: str) -> None:
     sight.resize(size)
-    top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()
-    sight.pick(*(padded(n, padding, mode)[at : at + n] for n, at in zip(size, (top, left), strict=True)))
+    corner = random_corner(padding)
+    sight.pick(*(padded(n, padding, mode)[at : at + n] for n, at in zip(size, corner, strict=True)))
 
 
 @lru_cache(maxsize=16)

@@ -141,12 +141,18 @@ def horizontal_flip(image: Tensor, p: float) -> Tensor:
 def random_crop(image: Tensor, size: Size, padding: int, mode: str) -> Tensor:
     """A crop of `size` from the image at `size` with `padding` pixels on each side (`mode` of F.pad)."""
     image = resize(image, size)
-    top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()
+    top, left = random_corner(padding)
     if mode == "constant":
         padded = F.pad(image, (padding,) * 4)
     else:  # F.pad reflects floats alone
         padded = F.pad(image[None].float(), (padding,) * 4, mode=mode)[0].to(torch.uint8)
     return padded[:, top : top + size[0], left : left + size[1]]
+
+
+def random_corner(padding: int) -> tuple[int, int]:
+    """Where in the padded image the crop of `random_crop` begins: top and left."""
+    top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()
+    return top, left
 
 
 def random_resized_crop(image: Tensor, size: Size, scale: Sequence[float], ratio: Sequence[float]) -> Tensor:
