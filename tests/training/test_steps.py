@@ -12,7 +12,7 @@ from fivefold.training.ema import Ema
 from fivefold.training.losses import cross_entropy
 from fivefold.training.objectives import Rows, supervised
 from fivefold.training.optim import Schedule, build_optimizer
-from fivefold.training.updates import plain
+from fivefold.training.updates import plain, sam
 
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
 
@@ -81,6 +81,15 @@ def test_accumulated_batches_are_one_large_batch():
         optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
         plain(model, supervised(cross_entropy(0.0)), optimizer, CPU, clip=0.0)(batches)
     torch.testing.assert_close(weights(once), weights(parts))
+
+
+@pytest.mark.parametrize("update", [plain, sam])
+def test_who_keeps_the_results_of_a_step_keeps_no_graph(update):
+    model = network()
+    optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
+    results = update(model, supervised(cross_entropy(0.0)), optimizer, CPU, clip=0.0, rho=0.1)([rows(4, 1), rows(4, 2)])
+    assert [result.loss.grad_fn for result in results] == [None, None]
+    assert [result.logits.grad_fn for result in results] == [None, None]
 
 
 def test_clipping_bounds_the_gradient():

@@ -43,7 +43,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Result:
-    """`loss` scalar, its `parts` detached, `logits` [B, C] detached."""
+    """`loss` scalar, which an update gives detached; its `parts` and `logits` [B, C], detached."""
 
     loss: Tensor
     parts: dict[str, Tensor]

@@ -1,6 +1,7 @@
 """Updates by name: what is a step? Each owns backward, unscaling, clipping and accumulation."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -123,14 +124,17 @@ def _accumulate(
     runtime: Runtime,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> list[Result]:
-    """Adds the gradient of the mean loss over the micro-batches' rows, those of all processes, to the parameters'."""
+    """Adds the gradient of the mean loss over the micro-batches' rows, those of all processes, to the parameters'.
+
+    Losses are detached: who keeps the results until the next step would keep this one's graph with them.
+    """
     rows = sum(len(batch.targets) for batch in micro_batches)
     results = []
     for batch in micro_batches:
         with runtime.autocast():
             result = objective(model, batch)
         scale(result.loss * (len(batch.targets) / rows)).backward()
-        results.append(result)
+        results.append(replace(result, loss=result.loss.detach()))
     runtime.replicas.sum_gradients(model)
     return results
 
