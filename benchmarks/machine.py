@@ -14,6 +14,8 @@ from fivefold.machine import count_cores
 
 log = logging.getLogger("fivefold")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
+BF16_UNITS = ("amx_bf16", "avx512_bf16")
+"""The flags of processors that compute in bf16, the faster units first."""
 QUIET = 0.25
 """A load of less than this a core is that of a machine that does nothing else."""
 
@@ -45,12 +47,18 @@ def about(threads: int, device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def core_kind(facts: dict[str, Any]) -> str:
+    """Processor (and GPU), number of cores, and their units for bf16."""
+    gpu = f", {facts['gpu']}" if facts.get("gpu") else ""
+    units = next((unit for unit in BF16_UNITS if unit in facts["flags"]), "no units for bf16")
+    return f"{facts['processor']}{gpu}, {facts['cores']} cores ({units})"
+
+
 def in_words(facts: dict[str, Any]) -> str:
     """The machine in one line."""
-    packages, extra = facts["packages"], ", ".join(facts["flags"][-2:])
-    gpu = f", {facts['gpu']}" if facts.get("gpu") else ""
+    packages = facts["packages"]
     return (
-        f"{facts['processor']}{gpu}, {facts['cores']} cores ({extra}), {facts['threads']} threads, {facts['memory_gib']} GiB; "
+        f"{core_kind(facts)}, {facts['threads']} threads, {facts['memory_gib']} GiB; "
         f"torch {packages['torch']}, timm {packages['timm']}, torchvision {packages['torchvision']}; revision {facts['revision']}"
     )
 

@@ -8,16 +8,19 @@ neighbours counts, and the median over the pairs with its quartiles and extremes
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.options import ROOT
+from benchmarks.turns import VARIABLE, take_turns
 from fivefold.errors import FivefoldError
 from fivefold.launchers.local import settings_variables
 from fivefold.progress import track
@@ -64,43 +67,73 @@ class Ended:
     """`time.monotonic()` before it was started, which is the same clock in all processes."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """`python ARGUMENTS` with variables of its own."""
+
+    arguments: Sequence[str]
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
 def run(arguments: Sequence[str], threads: int, variables: Mapping[str, str] | None = None) -> Ended:
     """`python ARGUMENTS` as a fresh process from the repository's root; a FivefoldError tells its last words.
 
     `threads` 0: as many as it takes by itself. What it and the processes that it waited for used is counted
     together; the peak is the largest one's.
     """
+    with _started(Call(arguments, variables or {}), threads) as end:
+        return end()
+
+
+def side_by_side(first: Call, second: Call, threads: int) -> tuple[Ended, Ended]:
+    """Both as fresh processes that take turns (`turns.my_turn`): one works while the other waits."""
+    with ExitStack() as stack:
+        ours, ends = [], []
+        for call in (first, second):
+            own, its = socket.socketpair()
+            with its:
+                told = replace(call, variables={**call.variables, VARIABLE: str(its.fileno())})
+                ends.append(stack.enter_context(_started(told, threads, its.fileno())))
+            ours.append(stack.enter_context(own))
+        take_turns(ours)
+        one, other = (end() for end in ends)
+    return one, other
+
+
+@contextmanager
+def _started(call: Call, threads: int, *lines: int) -> Iterator[Callable[[], Ended]]:
+    """The process, which has the files `lines` too; what waits for it. It does not outlive this context, nor does what it started."""
     with tempfile.TemporaryDirectory() as folder:
         said, logged, metered = (Path(folder) / name for name in ("stdout", "stderr", "used.json"))
         with open(said, "wb") as stdout, open(logged, "wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", METER, metered, sys.executable, *arguments],
+                [sys.executable, "-I", "-S", METER, metered, sys.executable, *call.arguments],
                 cwd=ROOT,
-                env=_environment(threads) | dict(variables or {}),
+                env=_environment(threads) | dict(call.variables),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
                 start_new_session=True,
+                pass_fds=lines,
             )
-            _wait(process)
-        if not metered.is_file():
-            raise FivefoldError(f"python {' '.join(arguments)[:300]}: {logged.read_text(errors='replace')}")
-        used = json.loads(metered.read_text(encoding="utf-8"))
-        if code := used.pop("code"):
-            tail = logged.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_A_FAILURE:]
-            words = "\n  ".join(["", *tail])
-            raise FivefoldError(f"python {' '.join(arguments)[:300]} ended with {code}:{words}")
-        return Ended(**used, told=_last_json(said.read_text(encoding="utf-8", errors="replace")))
+        try:
+            yield lambda: _ended(process, call, said, logged, metered)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
-def _wait(process: subprocess.Popen) -> None:
-    """Until it is over; what interrupts this process ends that one too, with all that it started."""
-    try:
-        process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
+def _ended(process: subprocess.Popen, call: Call, said: Path, logged: Path, metered: Path) -> Ended:
+    process.wait()
+    words = f"python {' '.join(call.arguments)[:300]}"
+    if not metered.is_file():
+        raise FivefoldError(f"{words}: {logged.read_text(errors='replace')}")
+    used = json.loads(metered.read_text(encoding="utf-8"))
+    if code := used.pop("code"):
+        tail = logged.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_A_FAILURE:]
+        raise FivefoldError("\n  ".join([f"{words} ended with {code}:", *tail]))
+    return Ended(**used, told=_last_json(said.read_text(encoding="utf-8", errors="replace")))
 
 
 def in_turns(first: Callable[[], A], second: Callable[[A], B], pairs: int, label: str) -> list[tuple[A, B]]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES, LR, SCALE, WEIGHT_DECAY, Case, case, images_of, split_of
-from benchmarks.clocks import rate
+from benchmarks.clocks import counted, rate, ratio_of_rounds
 from benchmarks.fold_folders import link
 from benchmarks.options import Options
-from benchmarks.pairs import in_turns, run
+from benchmarks.pairs import Call, repeated, run, side_by_side
 from benchmarks.results import Finding, ratio
-from benchmarks.train import beside, train_fold
+from benchmarks.train import beside, manner_of, told_by, train_fold
 from fivefold.contract.stages import CLASSES, FOLDS
 from fivefold.data.folds import read_folds
 from fivefold.errors import SettingsError
@@ -45,13 +45,15 @@ def against_timm(name: str, key: str, table: Mapping[str, Case], options: Option
     photos = images_of(found, options)
     split = split_of(photos, options)
     best, tried = search(found, photos, split, options)
-    turns = in_turns(
-        lambda: train_fold(found, photos, split, options),
-        lambda _: timm(found, photos, split, best, found.epochs, options),
-        options.pairs,
-        f"peer {name}",
-    )
-    ratios = [a["images_per_second"] / b["images_per_second"] for a, b in turns]
+    settings = [*found.arguments(options.device), *manner_of(found, photos, split, options)]
+
+    def pair() -> tuple[Told, Told]:
+        stage = train_fold(settings, photos, split, options)
+        loop = timm(found, photos, split, best, found.epochs, options)
+        return told_by(*side_by_side(stage, loop, options.cores), options)
+
+    turns = repeated(pair, options.pairs, f"peer {name}")
+    ratios = [ratio_of_rounds(*turn) for turn in turns]
     return ratio(key, ratios, timm_best=in_words(best), tried=tried, **beside(turns, "timm"))
 
 
@@ -64,8 +66,8 @@ def search(found: Case, photos: Path, split: Path, options: Options) -> tuple[Se
 
     def tries(settings: list[Setting]) -> None:
         for setting in track(settings, len(settings), f"timm's best for {found.name}"):
-            reached = timm(found, photos, split, setting, 2, options)["images_per_second"]
-            rates[setting] = max(reached, rates.get(setting, 0.0))
+            told = run(timm(found, photos, split, setting, 2, options).arguments, options.cores).told
+            rates[setting] = max(rate(counted(told))["images_per_second"], rates.get(setting, 0.0))
 
     if options.search == "full":
         tries(list(product(precisions, (False, True), workers)))
@@ -78,11 +80,10 @@ def search(found: Case, photos: Path, split: Path, options: Options) -> tuple[Se
     return ordered[0], [f"{in_words(each)}: {rates[each]:.1f} images/s" for each in ordered]
 
 
-def timm(found: Case, photos: Path, split: Path, setting: Setting, epochs: int, options: Options) -> Told:
-    """A fresh process of timm's loop on the rows of fold 0; its images a second from the second epoch on."""
+def timm(found: Case, photos: Path, split: Path, setting: Setting, epochs: int, options: Options) -> Call:
+    """A fresh process of timm's loop on the rows of fold 0."""
     given = request(found, setting, epochs, options) | {"data": str(fold_zero(photos, split, options))}
-    told = run(["-m", "benchmarks.timm_loop", json.dumps(given)], options.cores).told
-    return rate(told["passes"][1:] or told["passes"]) | {"precision": setting[0]}
+    return Call(["-m", "benchmarks.timm_loop", json.dumps(given)])
 
 
 def fold_zero(photos: Path, split: Path, options: Options) -> Path:

@@ -1,8 +1,9 @@
 """The model alone: steps on a batch that lies ready on the device, `python -m benchmarks.resident JSON`.
 
 The loop is the one that `train-fold FOLD=0` builds of the same settings, photographs and split. JSON is an object of
-`train`, `split`, `decisions`, `settings` (KEY=VALUE), `what` (a name of STEPS), `steps` that are timed after `warm_up` others.
-What it tells: images a second and seconds of the processor an image; `losses` of every step where `curve` is true.
+`train`, `split`, `decisions`, `settings` (KEY=VALUE), `what` (a name of STEPS), and the number of `passes` of so many `steps` each,
+which are timed after `warm_up` other steps. What it tells: the passes with their seconds; `losses` of every step where
+`curve` is true.
 """
 
 import json
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.clocks import Reading, rate
+from benchmarks.clocks import Reading
 from benchmarks.handmade import ByHand, Numbers
+from benchmarks.turns import my_turn
 from fivefold import assemble
 from fivefold.choose import choose
 from fivefold.contract.stages import CLASSES, FOLDS
@@ -60,11 +62,14 @@ def main(arguments: Sequence[str]) -> int:
     step = choose(STEPS, "step", given["what"])(resident)
     resident.loop.model.train()
     losses = [step() for _ in range(given["warm_up"])]
-    resident.wait()
-    begun = Reading.now()
-    losses += [step() for _ in range(given["steps"])]
-    resident.wait()
-    told: dict[str, Any] = rate([begun.since(given["steps"] * len(resident.samples))])
+    told: dict[str, Any] = {"passes": []}
+    for _ in range(given["passes"]):
+        resident.wait()
+        my_turn()
+        begun = Reading.now()
+        losses += [step() for _ in range(given["steps"])]
+        resident.wait()
+        told["passes"].append(begun.since(given["steps"] * len(resident.samples)))
     told["precision"] = assemble.precision_name(resident.loop.runtime)
     if given.get("curve"):
         told["losses"] = [float(loss) for loss in losses]

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.cases import Case, case, images_of, split_of
+from benchmarks.clocks import ratio_of_rounds
 from benchmarks.options import Options
-from benchmarks.pairs import Spread, in_turns
+from benchmarks.pairs import Call, Spread, repeated, run, side_by_side
 from benchmarks.results import Finding, ratio
 from benchmarks.train import beside, resident
 
@@ -27,6 +28,8 @@ ALL_FOUR = (
 )
 HEAD_DROPOUT = "model.dropout=0.2"
 DEPTHS = {"all_four": "model.drop_path=0.0", "stochastic_depth": "model.drop_path=0.1"}
+ROUNDS = 4
+"""Passes of each side, of which the first warms up."""
 CURVE_STEPS = 10
 CURVE_BATCH = 8
 
@@ -43,27 +46,34 @@ def measure(options: Options) -> Iterator[Finding]:
 
 def against_plain(found: Case, photos: Path, split: Path, options: Options) -> Finding:
     plain = [*found.arguments(options.device), DEPTHS["all_four"], HEAD_DROPOUT]
-    turns = in_turns(
-        lambda: resident([*plain, *ALL_FOUR], "whole", found.epochs, photos, split, options),
-        lambda _: resident(plain, "whole", 3 * found.epochs, photos, split, options),
-        options.pairs,
-        "step: all four, plain",
-    )
-    return ratio(
-        "all_four", [b["images_per_second"] / a["images_per_second"] for a, b in turns], **beside(turns, "plain")
-    )
+    four = resident([*plain, *ALL_FOUR], "whole", (ROUNDS, found.epochs), photos, split, options)
+    alone = resident(plain, "whole", (ROUNDS, 3 * found.epochs), photos, split, options)
+    _decide(plain, photos, split, options)
+    return _slower("all_four", four, "plain", alone, options)
 
 
 def against_cheapest(found: Case, photos: Path, split: Path, options: Options) -> Finding:
-    arguments = [*found.arguments(options.device), DEPTHS["stochastic_depth"], HEAD_DROPOUT, *ALL_FOUR]
-    turns = in_turns(
-        lambda: resident(arguments, "whole", found.epochs, photos, split, options),
-        lambda _: resident(arguments, "cheapest", found.epochs, photos, split, options),
-        options.pairs,
-        "step: all four, by hand",
+    settings = [*found.arguments(options.device), DEPTHS["stochastic_depth"], HEAD_DROPOUT, *ALL_FOUR]
+    ours, by_hand = (
+        resident(settings, what, (ROUNDS, found.epochs), photos, split, options) for what in ("whole", "cheapest")
     )
-    ratios = [b["images_per_second"] / a["images_per_second"] for a, b in turns]
-    return ratio("stochastic_depth", ratios, **beside(turns, "by_hand"))
+    _decide(settings, photos, split, options)
+    return _slower("stochastic_depth", ours, "by_hand", by_hand, options)
+
+
+def _decide(settings: list[str], photos: Path, split: Path, options: Options) -> None:
+    """Has the precision probed by a process that is alone: those side by side find it."""
+    run(resident(settings, "update", (1, 1), photos, split, options).arguments, options.cores)
+
+
+def _slower(name: str, ours: Call, other_name: str, other: Call, options: Options) -> Finding:
+    """Seconds an image of the one ÷ those of the other."""
+    turns = repeated(
+        lambda: tuple(ended.told for ended in side_by_side(ours, other, options.cores)),
+        options.pairs,
+        f"step: all four, {other_name}",
+    )
+    return ratio(name, [1 / ratio_of_rounds(*turn) for turn in turns], **beside(turns, other_name))
 
 
 def curve(found: Case, photos: Path, split: Path, options: Options) -> Finding:
@@ -72,15 +82,16 @@ def curve(found: Case, photos: Path, split: Path, options: Options) -> Finding:
     distances, curves = [], {}
     for name, depth in DEPTHS.items():
         arguments = [*small.arguments(options.device), depth, HEAD_DROPOUT, *ALL_FOUR, "train.precision=fp32"]
-        ours, theirs = (
-            resident(arguments, what, CURVE_STEPS, photos, split, options, curve=True, warm_up=0)["losses"]
-            for what in ("whole", "straightforward")
+        size, more = (1, CURVE_STEPS), {"curve": True, "warm_up": 0}
+        calls = (
+            resident(arguments, what, size, photos, split, options, **more) for what in ("whole", "straightforward")
         )
+        ours, theirs = (run(call.arguments, options.cores).told["losses"] for call in calls)
         distances.append(max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)))
         curves[name] = {"losses": ours, "straightforward": theirs, "distance": distances[-1]}
     farthest = max(distances)
     return Finding("curve", Spread.of([farthest]), {"steps": CURVE_STEPS, "curves": curves})
 
 
-CASES = {"convnext_tiny@224": Case("convnext_tiny", 224, 16, 100, 4)}
-"""`epochs` are the steps that are timed of the four together; of plain ones three times as many."""
+CASES = {"convnext_tiny@224": Case("convnext_tiny", 224, 16, 100, 2)}
+"""`epochs` are the steps of a pass of the four together; of plain ones three times as many."""

@@ -23,6 +23,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 
 from benchmarks.clocks import Reading
+from benchmarks.turns import my_turn
 
 Given = dict[str, Any]
 LOG_INTERVAL = 50
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def trained(given: Given) -> Given:
-    """The passes of all epochs, each with its seconds; the last weights go to `save` if it is given."""
+    """The passes of all epochs, each in its turn and with its seconds; the last weights go to `save` if it is given."""
     device = torch.device(given["device"])
     data = Path(given["data"])
     classes = len(list((data / "train").iterdir()))
@@ -50,6 +51,7 @@ def trained(given: Given) -> Given:
     )
     passes, best = [], 0.0
     for epoch in range(given["epochs"]):
+        my_turn()
         begun = Reading.now()
         images = train_one_epoch(epoch, model, training, optimizer, scheduler, given, device)
         passes.append(begun.since(images))
@@ -57,7 +59,7 @@ def trained(given: Given) -> Given:
     if given.get("save"):
         torch.save(model.state_dict(), given["save"])  # CheckpointSaver
     del training, validation  # its workers end here
-    return {"passes": passes, "best": best}
+    return {"passes": passes, "best": best, "precision": given["precision"]}
 
 
 def build(given: Given, classes: int, device: torch.device) -> nn.Module:

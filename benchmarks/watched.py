@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.clocks import Reading
+from benchmarks.turns import my_turn
 from fivefold.choose import choose
 from jobs.__main__ import main as jobs_main
 
@@ -25,13 +26,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def epochs(seen: dict[str, Any]) -> None:
-    """`passes`: of each epoch the training pass with its loader, without the validation; the device is waited for."""
+    """`passes`: of each epoch the training pass with its loader, without the validation; the device is waited for.
+
+    A pass begins when it is this process's turn.
+    """
     from fivefold.training import loop
 
     train_epoch = loop.train_epoch
 
     def timed(parts: loop.Loop, progress: loop.Progress) -> Any:
-        images, begun = sum(map(len, parts.batches(progress.epoch))), Reading.now()
+        images = sum(map(len, parts.batches(progress.epoch)))
+        my_turn()
+        begun = Reading.now()
         result = train_epoch(parts, progress)  # it ends with figures on the CPU, so nothing is under way
         seen.setdefault("passes", []).append(begun.since(images))
         return result

@@ -1,5 +1,6 @@
 """The benchmarks: their statistics, their photographs, what they refuse; and, slow, that each runs to its end when made small."""
 
+import itertools
 import json
 import re
 import signal
@@ -19,8 +20,9 @@ from PIL import Image
 from benchmarks import results, table
 from benchmarks.__main__ import BENCHMARKS, main, plan
 from benchmarks.bars import BARS, Bar
+from benchmarks.clocks import ratio_of_rounds
 from benchmarks.options import Options, parse
-from benchmarks.pairs import Spread, in_turns, run
+from benchmarks.pairs import Call, Spread, in_turns, run, side_by_side
 from benchmarks.peer import given_setting, in_words
 from benchmarks.photos import FEWEST, crop, photographs, two_photographs
 from benchmarks.results import Finding
@@ -51,6 +53,45 @@ def test_turns_alternate_and_their_ratios_are_of_neighbours():
     assert "".join(order) == "AB" * 7
     assert Spread.of([a / b for a, b in turns]).most == pytest.approx(2 / 0.9)
     assert Spread.of([a / b for a, b in turns]).least == pytest.approx(2 / 0.9)
+
+
+SIDE = (
+    "import json, sys, time\n"
+    "from benchmarks.turns import my_turn\n"
+    "passes = []\n"
+    "for _ in range(int(sys.argv[1])):\n"
+    "    my_turn()\n"
+    "    begun = time.monotonic()\n"
+    "    time.sleep(.02)\n"
+    "    passes.append([begun, time.monotonic()])\n"
+    "    time.sleep(.03)  # as a validation\n"
+    "print(json.dumps(passes))\n"
+)
+
+
+def test_side_by_side_one_works_while_the_other_waits():
+    first, second = side_by_side(Call(["-c", SIDE, "4"]), Call(["-c", SIDE, "3"]), threads=1)
+    told = sorted([*[(*each, "A") for each in first.told], *[(*each, "B") for each in second.told]])
+    assert "".join(name for *_, name in told) == "ABABABA"
+    for (_, end, _), (begun, *_) in itertools.pairwise(told):
+        assert begun > end + 0.03, "what follows a pass is done in its turn"
+
+
+def test_side_by_side_one_that_fails_ends_both():
+    begun = time.monotonic()
+    with pytest.raises(FivefoldError, match=r"(?s)ended with 65.*broken"):
+        side_by_side(
+            Call(["-c", SIDE, "3"]), Call(["-c", "import sys; print('broken', file=sys.stderr); sys.exit(65)"]), 1
+        )
+    assert time.monotonic() - begun < 20
+
+
+def test_a_ratio_is_of_neighbouring_passes_less_the_first():
+    def told(*seconds: float) -> dict:
+        return {"passes": [{"images": 10, "seconds": each, "cpu_seconds": each} for each in seconds]}
+
+    assert ratio_of_rounds(told(9, 1, 2, 4), told(1, 2, 4, 8)) == pytest.approx(2), "whatever the machine's speed does"
+    assert ratio_of_rounds(told(2), told(4)) == pytest.approx(2), "of a single pass that one"
 
 
 def test_a_process_is_measured_whole():
@@ -183,20 +224,22 @@ def test_a_bar_judges_and_shows():
 
 def test_rows_are_kept_beside_earlier_ones_and_shown_in_the_table(tmp_path):
     options = parse([f"results={tmp_path}", "pairs=3", "images=/home/me/photos", "count=99"])
-    about = {"processor": "one"}
+    about = {"processor": "one", "flags": ["amx_bf16"], "cores": 2}
     results.keep(
         "start", [Finding("small", Spread.of([3.0, 3.2, 3.9])), Finding("timm", Spread.of([5.0]))], options, about
     )
-    path = results.keep("start", [Finding("timm", Spread.of([4.25]))], parse([f"results={tmp_path}"]), about)
+    other = {"processor": "two", "flags": ["avx512f"], "cores": 4}
+    path = results.keep("start", [Finding("timm", Spread.of([4.25]))], parse([f"results={tmp_path}"]), other)
     rows = json.loads(path.read_text())["rows"]
     assert rows["small"]["verdict"] == "reached"
     assert rows["timm"]["figure"]["median"] == 4.25
     assert rows["small"]["options"] == {"pairs": 3, "count": 99}
     assert "/home" not in path.read_text()
     text = table.text(tmp_path)
-    assert "| 3.20 s [3.10, 3.55] (count=99) | `start` |" in text
-    assert "| 4.25 s | `start` |" in text
-    assert text.count("\n") == 1 + sum(map(len, BARS.values()))
+    assert "| 3.20 s [3.10, 3.55] (count=99) | 3 | A | `start` |" in text
+    assert "| 4.25 s | 1 | B | `start` |" in text
+    assert text.endswith("\n\nA: one, 2 cores (amx_bf16); B: two, 4 cores (no units for bf16).")
+    assert text.count("\n") == 3 + sum(map(len, BARS.values()))
 
 
 def test_the_readme_has_the_table_of_what_was_measured():
