@@ -35,6 +35,17 @@ def test_every_view_keeps_the_shape_is_finite_and_draws_nothing(name, shape):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("name", ["shift", "scale"])
+def test_pixels_beyond_the_edges_are_the_same_in_both_memory_formats_which_stay(name):
+    first = torch.randn(2, 3, 9, 12)
+    last = first.contiguous(memory_format=torch.channels_last)
+    spec = {"shift": {"name": "shift", "x": 3, "y": -2}, "scale": {"name": "scale", "factor": 0.7}}[name]
+    (view,) = build_views([spec])
+    torch.testing.assert_close(view(last), view(first), rtol=0, atol=1e-6)
+    assert view(first).is_contiguous()
+    assert view(last).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_plain_and_flip():
     assert torch.equal(seen("plain")[0], IMAGES)
     assert torch.equal(seen("flip")[0], v2.horizontal_flip(IMAGES))

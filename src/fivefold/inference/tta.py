@@ -146,9 +146,17 @@ def _resized(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def _taken(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The pixels at `rows` and `columns`, which may lie outside: there the image is mirrored, its edge not repeated."""
-    rows, columns = (reflected(at, size) for at, size in zip((rows, columns), images.shape[-2:], strict=True))
-    return images.index_select(-2, rows.to(images.device)).index_select(-1, columns.to(images.device))
+    """The pixels at `rows` and `columns`, which may lie outside: there the image is mirrored, its edge not repeated.
+
+    Both are taken at once, and in the order in which the pixels lie in memory, which stays: index_select of one side after the
+    other took fifteen times as long at 224 px with channels last, and gave them back channels first.
+    """
+    rows, columns = (
+        reflected(at, size).to(images.device) for at, size in zip((rows, columns), images.shape[-2:], strict=True)
+    )
+    if images.is_contiguous(memory_format=torch.channels_last):
+        return images.permute(0, 2, 3, 1)[:, rows[:, None], columns].permute(0, 3, 1, 2)
+    return images[:, :, rows[:, None], columns]
 
 
 def _check(view: str, name: str, value: object) -> None:
