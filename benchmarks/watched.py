@@ -46,7 +46,13 @@ def epochs(seen: dict[str, Any]) -> None:
 
 
 def stage(seen: dict[str, Any]) -> None:
-    """`stage`: all that the stage `ensemble` does, from finding the models to the last file written."""
+    """`stage`: all that the stage `ensemble` does, from finding the models to the last file written.
+
+    What it imports late is imported before: five seconds that `start` counts.
+    """
+    import timm  # noqa: F401
+
+    import fivefold.committee  # noqa: F401
     from jobs import ensemble
 
     whole = ensemble.main
