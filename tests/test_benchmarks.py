@@ -77,7 +77,7 @@ def test_side_by_side_one_works_while_the_other_waits():
         assert begun > end + 0.03, "what follows a pass is done in its turn"
 
 
-def test_side_by_side_one_that_fails_ends_both():
+def test_side_by_side_one_that_fails_is_told_when_the_other_is_over():
     begun = time.monotonic()
     with pytest.raises(FivefoldError, match=r"(?s)ended with 65.*broken"):
         side_by_side(
