@@ -72,7 +72,11 @@ def world(tmp_path_factory) -> Path:
     """Two systems of two folds, and a student."""
     root = tmp_path_factory.mktemp("world")
     for fold in range(2):
-        save(root / "folds" / f"a{fold}", fold, views=["flip", {"name": "rotate", "degrees": 20}])
+        save(
+            root / "folds" / f"a{fold}",
+            fold,
+            views=["flip", {"name": "shift", "x": 2}, {"name": "rotate", "degrees": 20}],
+        )
         save(root / "folds" / f"b{fold}", fold, seed=2, system="b")
     save(root / "student", None)
     return root

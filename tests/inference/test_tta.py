@@ -46,6 +46,21 @@ def test_pixels_beyond_the_edges_are_the_same_in_both_memory_formats_which_stay(
     assert view(last).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("given", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(
+    "spec",
+    ["plain", "flip", "rotate", "scale", "five_crops", *({"name": "shift", "x": x, "y": 3} for x in (-2, 0, 40))],
+)
+def test_pixels_moved_before_they_are_normalised_are_those_moved_after(spec, given, flip):
+    if flip and spec not in ("plain", "flip"):
+        spec = {**({"name": spec} if isinstance(spec, str) else spec), "flip": True}
+    runtime = make_runtime(torch.device("cpu"), None, given == torch.channels_last, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
+    pixels = torch.randint(0, 256, (2, 3, 20, 14), dtype=torch.uint8).contiguous(memory_format=given)
+    for view in build_views([spec], BLACK):
+        assert torch.equal(runtime.images(view.moved(pixels)), view.moved(runtime.images(pixels)))
+
+
 def test_plain_and_flip():
     assert torch.equal(seen("plain")[0], IMAGES)
     assert torch.equal(seen("flip")[0], v2.horizontal_flip(IMAGES))
@@ -113,10 +128,10 @@ def test_the_prediction_is_the_mean_probability_over_all_views():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
     pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
-    specs = ["plain", {"name": "shift", "x": 2}, "five_crops"]
+    specs = ["plain", {"name": "shift", "x": 2, "flip": True}, {"name": "scale", "flip": True}, "flip", "five_crops"]
     found = predict(model, [Batch(pixels, torch.arange(3))], runtime, specs)
     views = build_views(specs, -2.0)
-    assert len(views) == 7
+    assert len(views) == 11
     normal = (pixels.float() / 255 - 0.5) / 0.25
     expected = torch.stack([model(view(normal)).softmax(dim=1) for view in views]).mean(dim=0)
     np.testing.assert_allclose(np.exp(found), expected.detach(), atol=1e-5)

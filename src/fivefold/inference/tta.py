@@ -1,12 +1,13 @@
 """Views of a batch at prediction, by name: the same images seen otherwise, and the mean is taken over them.
 
-A view maps normalised images float [B, 3, H, W] to images of the same shape. Nothing is drawn at
-random: two predictions agree bit by bit. What lies outside an image is its mirror, or for a
-rotation black, as it was in training.
+A view maps images [B, 3, H, W] to images of the same shape. Nothing is drawn at random: two
+predictions agree bit by bit. What lies outside an image is its mirror, or for a rotation black, as
+it was in training.
 """
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,31 @@ from fivefold.data.effects import reflected
 from fivefold.errors import SettingsError
 from fivefold.recipe import Spec
 
-View = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]
+
+
+def _as_is(images: Tensor) -> Tensor:
+    return images
+
+
+@dataclass(frozen=True)
+class View:
+    """Images [B, 3, H, W] seen otherwise: first their pixels are `moved`, then new ones are `resampled` from them.
+
+    Moving is the same before and after normalising, and quicker before, on bytes; resampling is done on normalised floats.
+    """
+
+    moved: Change = _as_is
+    resampled: Change = _as_is
+
+    def __call__(self, normalised: Tensor) -> Tensor:
+        """The view of images that are normalised already."""
+        return self.resampled(self.moved(normalised))
+
+    def of_mirrored(self) -> "View":
+        """The same view of the images mirrored left and right."""
+        first = self.moved
+        return replace(self, moved=_mirrored if first is _as_is else lambda images: first(_mirrored(images)))
 
 
 def build_views(specs: Sequence[Spec], black: Tensor | float = 0.0) -> list[View]:
@@ -36,7 +61,7 @@ def build_views(specs: Sequence[Spec], black: Tensor | float = 0.0) -> list[View
         parameters = dict(given)
         mirrored_too = parameters.pop("flip", False)
         made = make(black=black, **parameters) if make in FILLED else make(**parameters)
-        views += made + [partial(_of_mirrored, view=view) for view in made if mirrored_too]
+        views += made + [view.of_mirrored() for view in made if mirrored_too]
     return views
 
 
@@ -67,45 +92,37 @@ def distinct(specs: Sequence[Spec]) -> list[Spec]:
 
 def plain() -> list[View]:
     """The images as they are."""
-    return [_as_is]
+    return [View()]
 
 
 def flip() -> list[View]:
     """Mirrored left and right."""
-    return [_mirrored]
+    return [View(moved=_mirrored)]
 
 
 def rotate(degrees: float, black: Tensor | float) -> list[View]:
     """Turned by `degrees` counter-clockwise about the centre, bilinear; the corners are black."""
-    return [partial(_rotated, degrees=degrees, black=black)]
+    return [View(resampled=partial(_rotated, degrees=degrees, black=black))]
 
 
 def shift(x: int, y: int) -> list[View]:
     """Moved by `x` pixels to the right and `y` down; what was left free is mirrored at the edge."""
-    return [partial(_moved, x=x, y=y)]
+    return [View(moved=partial(_moved, x=x, y=y))]
 
 
 def scale(factor: float) -> list[View]:
     """Enlarged by `factor` about the centre; below 1 the smaller image is mirrored at its edges."""
-    return [partial(_zoomed, factor=factor)]
+    return [View(resampled=partial(_zoomed, factor=factor))]
 
 
 def five_crops(share: float) -> list[View]:
     """Five views: the corners and the centre, each `share` of both sides, at the size of the whole."""
     places = ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))
-    return [partial(_cropped, share=share, top=top, left=left) for top, left in places]
-
-
-def _as_is(images: Tensor) -> Tensor:
-    return images
+    return [View(resampled=partial(_cropped, share=share, top=top, left=left)) for top, left in places]
 
 
 def _mirrored(images: Tensor) -> Tensor:
     return images.flip(-1)
-
-
-def _of_mirrored(images: Tensor, view: View) -> Tensor:
-    return view(images.flip(-1))
 
 
 def _rotated(images: Tensor, degrees: float, black: Tensor | float) -> Tensor:
@@ -121,7 +138,7 @@ def _rotated(images: Tensor, degrees: float, black: Tensor | float) -> Tensor:
 
 def _moved(images: Tensor, x: int, y: int) -> Tensor:
     height, width = images.shape[-2:]
-    return _taken(images, torch.arange(height) - y, torch.arange(width) - x)
+    return _taken(images, range(-y, height - y), range(-x, width - x))
 
 
 def _zoomed(images: Tensor, factor: float) -> Tensor:
@@ -130,7 +147,7 @@ def _zoomed(images: Tensor, factor: float) -> Tensor:
         return _cropped(images, share=1 / factor, top=0.5, left=0.5)
     smaller = _resized(images, max(1, round(height * factor)), max(1, round(width * factor)))
     top, left = (height - smaller.shape[-2]) // 2, (width - smaller.shape[-1]) // 2
-    return _taken(smaller, torch.arange(height) - top, torch.arange(width) - left)
+    return _taken(smaller, range(-top, height - top), range(-left, width - left))
 
 
 def _cropped(images: Tensor, share: float, top: float, left: float) -> Tensor:
@@ -145,18 +162,26 @@ def _resized(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
 
 
-def _taken(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def _taken(images: Tensor, rows: range, columns: range) -> Tensor:
     """The pixels at `rows` and `columns`, which may lie outside: there the image is mirrored, its edge not repeated.
 
-    Both are taken at once, and in the order in which the pixels lie in memory, which stays: index_select of one side after the
-    other takes half as long again, and gives back channels first, which a network then turns over.
+    What lies inside is copied as a block, in a sixth of the time that looking up each pixel takes, and the memory format stays.
     """
-    rows, columns = (
-        reflected(at, size).to(images.device) for at, size in zip((rows, columns), images.shape[-2:], strict=True)
-    )
     if images.is_contiguous(memory_format=torch.channels_last):
-        return images.permute(0, 2, 3, 1)[:, rows[:, None], columns].permute(0, 3, 1, 2)
-    return images[:, :, rows[:, None], columns]
+        return _along(_along(images.permute(0, 2, 3, 1), 1, rows), 2, columns).permute(0, 3, 1, 2)
+    return _along(_along(images, 2, rows), 3, columns)
+
+
+def _along(images: Tensor, dim: int, at: range) -> Tensor:
+    """The images at the positions `at` of a dimension."""
+    size = images.shape[dim]
+    start, stop = (min(max(end, 0), size) for end in (at.start, at.stop))
+    if (start, stop) == (at.start, at.stop) == (0, size):
+        return images
+    beyond = ([p for p in at if p < 0], [p for p in at if p >= size])
+    mirrored = (reflected(torch.tensor(ends, dtype=torch.long), size).to(images.device) for ends in beyond)
+    first, last = (images.index_select(dim, ends) for ends in mirrored)
+    return torch.cat([first, images.narrow(dim, start, stop - start), last], dim)
 
 
 def _check(view: str, name: str, value: object) -> None:
