@@ -1,6 +1,5 @@
 """Log-probabilities of images by a trained classifier, averaged over views."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from fivefold.data.ahead import ahead
 from fivefold.data.dataset import Batch, ImageSet, Sample, in_order, load
 from fivefold.data.prepared import Prepared
 from fivefold.errors import DataError
-from fivefold.inference.tta import Change, View, build_views
+from fivefold.inference.tta import View, build_views
 from fivefold.models.grouped import groups_in_float32
 from fivefold.progress import track
 from fivefold.recipe import Spec
@@ -159,15 +158,7 @@ def _batch(model: nn.Module, batch: Batch, runtime: Runtime, views: Sequence[Vie
 
 
 def _seen(images: Tensor, runtime: Runtime, views: Sequence[View]) -> Iterator[Tensor]:
-    """Each view of uint8 images [B, 3, H, W], normalised on the device; views that move pixels alike share that work."""
-    images = images.to(runtime.device, non_blocking=True)
-    left = Counter(view.moved for view in views)
-    shared: dict[Change, Tensor] = {}
-    for view in views:
-        normalised = shared.pop(view.moved, None)
-        if normalised is None:
-            normalised = runtime.images(view.moved(images))
-        left[view.moved] -= 1
-        if left[view.moved]:
-            shared[view.moved] = normalised
-        yield view.resampled(normalised)
+    """Each view of uint8 images [B, 3, H, W], normalised on the device; those that move pixels alike together, normalised once."""
+    for moved in dict.fromkeys(view.moved for view in views):
+        normalised = runtime.images(moved(images))
+        yield from (view.resampled(normalised) for view in views if view.moved == moved)
