@@ -1,15 +1,14 @@
 """Grouped convolutions in float32 under bf16 autocast: faster where bf16 misses the fast kernels.
 
-On CPUs the backward of a depthwise convolution in bf16 runs in a reference kernel (5x5, 240
-channels: 92 ms, where float32 in NHWC takes 21). All else of such a network gains by bf16.
+On CPUs the backward of many grouped convolutions in bf16 runs in a reference kernel (5x5, 240 channels, depthwise: 92 ms,
+where float32 in NHWC takes 21). All else of such a network gains by bf16. For depthwise ones of torch's own class
+`depthwise.py` has gradients that are quick in both types; this is for the others, and for machines slow in bf16 forward.
 """
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-
-from fivefold.models.depthwise import Depthwise, may_gain
 
 
 class InFloat32:
@@ -22,12 +21,6 @@ class InFloat32:
         with torch.autocast(device, enabled=False):
             found = super().forward(images.float())  # type: ignore[misc]
         return found.to(torch.get_autocast_dtype(device))
-
-    def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What torch's own forward ends in; other classes' may not, and keep torch's gradients."""
-        if images.device.type == "cpu" and self.training and torch.is_grad_enabled() and may_gain(self):  # type: ignore[attr-defined]
-            return Depthwise.apply(images, weight, bias, self.padding)  # type: ignore[attr-defined]
-        return super()._conv_forward(images, weight, bias)  # type: ignore[misc]
 
 
 def has_groups(network: nn.Module) -> bool:
