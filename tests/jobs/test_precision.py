@@ -23,7 +23,7 @@ from fivefold.training.resume import Checkpoints
 from jobs import training
 from jobs.__main__ import run
 
-GROUPED = "timm/mobilenetv3_small_050"
+GROUPED = "timm/tf_mobilenetv3_small_075"
 SETTINGS = [
     "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=32", "model.mean=.5,.5,.5", "model.std=.25,.25,.25",
     "train.epochs=1", "train.batch_size=8", "train.trackers=[]", "augment.train=horizontal_flip",

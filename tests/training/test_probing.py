@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 FAST = choose_precision("auto", CPU) == "bf16"
 
 
-GROUPED, SMALL = "timm/mobilenetv3_small_050", "fivefold/small_net"
+GROUPED, SMALL = "timm/tf_mobilenetv3_small_075", "fivefold/small_net"
 
 
 def settings(backbone: str = GROUPED, **train) -> Settings:

@@ -28,17 +28,19 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def quicken_depthwise(network: nn.Module) -> nn.Module:
-    """The network with each depthwise convolution of torch's own class made a DepthwiseConv2d; parameters and their names stay."""
+    """The network with each convolution that `may_gain` made a DepthwiseConv2d; parameters and their names stay."""
     for module in network.modules():
-        if type(module) is nn.Conv2d and may_gain(module):
+        if may_gain(module):
             module.__class__ = DepthwiseConv2d
     return network
 
 
-def may_gain(convolution: nn.Conv2d) -> bool:
-    """Whether it is a depthwise convolution that is padded by zeros or not at all."""
-    depthwise = convolution.groups == convolution.in_channels == convolution.out_channels > 1
-    return depthwise and convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+def may_gain(module: nn.Module) -> bool:
+    """Whether it is a depthwise convolution of torch's own class, padded by zeros or not at all; a DepthwiseConv2d is one."""
+    if type(module) not in (nn.Conv2d, DepthwiseConv2d):
+        return False
+    depthwise = module.groups == module.in_channels == module.out_channels > 1
+    return depthwise and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 class Depthwise(torch.autograd.Function):

@@ -1,14 +1,16 @@
 """Grouped convolutions in float32 under bf16 autocast: faster where bf16 misses the fast kernels.
 
 On CPUs the backward of many grouped convolutions in bf16 runs in a reference kernel (5x5, 240 channels, depthwise: 92 ms,
-where float32 in NHWC takes 21). All else of such a network gains by bf16. For depthwise ones of torch's own class
-`depthwise.py` has gradients that are quick in both types; this is for the others, and for machines slow in bf16 forward.
+where float32 in NHWC takes 21). All else of such a network gains by bf16, and so do depthwise convolutions of torch's own
+class, which `depthwise.py` gives gradients that are quick in both types: they stay in bf16.
 """
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+
+from fivefold.models.depthwise import may_gain
 
 
 class InFloat32:
@@ -24,14 +26,15 @@ class InFloat32:
 
 
 def has_groups(network: nn.Module) -> bool:
-    """Whether any convolution of the network is grouped (depthwise is a group a channel)."""
+    """Whether any convolution of the network is grouped and none that is quick in bf16."""
     return any(_is_grouped(module) for module in network.modules())
 
 
 def groups_in_float32(network: nn.Module) -> nn.Module:
-    """The network with each grouped convolution made one that runs in float32; parameters and their names stay.
+    """The network with grouped convolutions made ones that run in float32, less those that are quick in bf16.
 
-    Convolutions of other classes (those of timm or efficientnet_pytorch that pad to the same size) keep their own forward.
+    Parameters and their names stay. Convolutions of other classes (those of timm or efficientnet_pytorch that pad to the same
+    size) keep their own forward.
     """
     for module in network.modules():
         if _is_grouped(module) and not isinstance(module, InFloat32):
@@ -40,7 +43,7 @@ def groups_in_float32(network: nn.Module) -> nn.Module:
 
 
 def _is_grouped(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups > 1
+    return isinstance(module, nn.Conv2d) and module.groups > 1 and not may_gain(module)
 
 
 @lru_cache
