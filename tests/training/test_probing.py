@@ -3,6 +3,7 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from fivefold.assemble import build_classifier, settled
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
+from fivefold.models.depthwise import DepthwiseConv2d
 from fivefold.recipe import Model, Settings, Train
 from fivefold.replicas import BY_ITSELF
 from fivefold.runtimes import (
@@ -18,6 +20,7 @@ from fivefold.runtimes import (
     _candidates,
     choose_precision,
     precision_name,
+    quickened,
     runtime_for_prediction,
     runtime_of,
 )
@@ -129,6 +132,16 @@ def test_grouped_convolutions_in_float32_are_a_candidate_where_there_are_any():
     assert list(found[SMALL]) == ["fp32", "bf16"]
     assert list(found[GROUPED]) == ["fp32", "bf16", "bf16_grouped_fp32"]
     assert list(_candidates(settings(precision="bf16"), network(settings()), CPU)) == ["bf16"]
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "bf16_grouped_fp32"])
+def test_on_a_cpu_depthwise_convolutions_of_torchs_own_class_train_quickly_in_each_precision(name):
+    runtime = runtime_of(settings(precision=name))
+    made = runtime.place(quickened(network(settings()), runtime))
+    grouped = [type(each) for each in made.modules() if isinstance(each, nn.Conv2d) and each.groups > 1]
+    assert (len(grouped), grouped.count(DepthwiseConv2d)) == (11, 7), "four of stride 2 pad to the same size"
+    elsewhere = quickened(network(settings()), replace(runtime, device=torch.device("meta")))
+    assert not any(isinstance(each, DepthwiseConv2d) for each in elsewhere.modules())
 
 
 @pytest.mark.parametrize(
