@@ -1,17 +1,18 @@
 """Depthwise convolutions on CPUs, whose gradients are computed by what is fast there: the kernels of the forward pass.
 
 Of a depthwise convolution oneDNN does the forward pass in fast kernels, whatever the type and the size. Not so its
-gradients: those of a large kernel's weights (7x7, 96 channels, 32 images of 56 pixels, bf16, two cores without AMX: 105 ms
+gradients: those of a wide kernel's weights (7x7, 96 channels, 32 images of 56 pixels, bf16, two cores without AMX: 105 ms
 where the forward pass takes 5), and in bf16 those of the images where the stride is 2 (5x5, 144 channels: 106 ms, in float32 20).
-But both gradients of stride 1 are depthwise convolutions themselves, of more channels or with the kernel turned round.
+But both gradients of stride 1 are depthwise convolutions themselves, of more channels or with the kernel turned round. Those
+of another stride or dilation are oneDNN's own in float32.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALLEST_KERNEL = 5
-"""From so many pixels of kernel on a convolution finds the weights' gradient faster than oneDNN's own kernels for it."""
+WIDEST_OF_ONEDNN = 3
+"""Up to so many columns of kernel oneDNN's own kernels for the weights' gradient are fast (11x1: 4 ms, 1x11: 41, in bf16)."""
 IMAGES_AT_ONCE = 8
 """So many images are laid out anew at a time: they stay in the processor's caches."""
 
@@ -73,13 +74,13 @@ def _is_plain(weight: Tensor, stride: tuple[int, int], padding: tuple[int, int],
 def _by_convolutions(
     images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: tuple[bool, bool]
 ) -> Gradients:
-    """The images' gradient is that of the output under the kernel turned round; for a small kernel torch finds the weights'."""
+    """The images' gradient is that of the output under the kernel turned round; for a narrow kernel torch finds the weights'."""
     padding = geometry[1]
     back = [size - 1 - pad for size, pad in zip(weight.shape[2:], padding, strict=True)]
     to_images = F.conv2d(grad, weight.flip(2, 3), None, 1, back, 1, len(weight)) if needed[0] else None
     if not needed[1]:
         return to_images, None
-    if min(weight.shape[2:]) < SMALLEST_KERNEL:
+    if weight.shape[3] <= WIDEST_OF_ONEDNN:
         return to_images, _torchs(images, weight, grad, geometry, (False, True))[1]
     pieces = zip(images.split(IMAGES_AT_ONCE), grad.split(IMAGES_AT_ONCE), strict=True)
     total = sum(_to_weight(*piece, padding) for piece in pieces)
