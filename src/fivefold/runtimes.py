@@ -14,7 +14,7 @@ from fivefold.inference.predictor import Runtime, make_runtime
 from fivefold.machine import keep_freed_memory
 from fivefold.models.convolution import quicken
 from fivefold.models.depthwise import quicken_depthwise
-from fivefold.models.grouped import has_groups
+from fivefold.models.grouped import has_slow_groups
 from fivefold.recipe import Settings
 from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.training.probing import Probe, decided_once, probe_images
@@ -145,7 +145,7 @@ def _candidates(settings: Settings, network: nn.Module, device: torch.device) ->
     chosen = settings.train
     precisions = [choose_precision(chosen.precision, device)]
     if chosen.precision == "auto" and device.type == "cpu" and precisions == ["bf16"]:
-        precisions = ["fp32", "bf16", *(["bf16_grouped_fp32"] if has_groups(network) else [])]
+        precisions = ["fp32", "bf16", *(["bf16_grouped_fp32"] if has_slow_groups(network) else [])]
     formats = dict(FORMATS) if chosen.channels_last == "auto" else {"": chosen.channels_last}
     formats = {"": True} if chosen.channels_last == "auto" and device.type != "cpu" else formats
     return {
@@ -183,4 +183,4 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, bool]] = {
     "bf16_grouped_fp32": (torch.bfloat16, True),
     "fp16": (torch.float16, False),
 }
-"""Each precision's autocast type (None: float32), and whether grouped convolutions stay in float32."""
+"""Each precision's autocast type (None: float32), and whether grouped convolutions that bf16 slows stay in float32."""

@@ -66,7 +66,7 @@ class Train(Section):
     monitor: str = Field("logloss", description="what chooses the best epoch: logloss, loss, acc or f1_macro")
     precision: str = Field(
         "auto",
-        description="fp32, bf16, bf16_grouped_fp32 (grouped convolutions in fp32), fp16, or auto: the fastest here by a "
+        description="fp32, bf16, bf16_grouped_fp32 (in fp32 the grouped convolutions that bf16 slows), fp16, or auto: the fastest here by a "
         "short probe",
     )
     channels_last: bool | Literal["auto"] = Field(

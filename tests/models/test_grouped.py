@@ -11,7 +11,7 @@ from torch import nn
 from fivefold.inference.predictor import make_runtime
 from fivefold.models.backbones import build_backbone
 from fivefold.models.depthwise import quicken_depthwise
-from fivefold.models.grouped import InFloat32, groups_in_float32, has_groups
+from fivefold.models.grouped import InFloat32, groups_in_float32, has_slow_groups
 from fivefold.training.losses import cross_entropy
 from fivefold.training.objectives import Rows, supervised
 from fivefold.training.optim import build_optimizer
@@ -62,7 +62,7 @@ def test_without_autocast_it_is_the_convolution_itself():
 def test_depthwise_ones_that_are_quick_in_bf16_stay():
     network = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 5, 2, groups=8))
     for each in (network, quicken_depthwise(copy.deepcopy(network))):
-        assert not has_groups(each)
+        assert not has_slow_groups(each)
         assert not any(isinstance(module, InFloat32) for module in groups_in_float32(each))
 
 
@@ -70,8 +70,8 @@ def test_names_parameters_and_all_else_stay_and_it_can_be_done_twice():
     network = build_backbone("timm/tf_mobilenetv3_small_075", False, {})
     before = dict(network.named_parameters())
     names, classes = list(network.state_dict()), [type(module) for module in network.modules()]
-    assert has_groups(network)
-    assert not has_groups(build_backbone("timm/resnet10t", False, {}))
+    assert has_slow_groups(network)
+    assert not has_slow_groups(build_backbone("timm/resnet10t", False, {}))
     changed = groups_in_float32(groups_in_float32(network))
     assert list(changed.state_dict()) == names
     assert all(parameter is before[name] for name, parameter in changed.named_parameters())

@@ -25,7 +25,7 @@ class Runtime:
 
     `dtype` is the autocast type, None for plain float32. `mean` and `std` are float [1, 3, 1, 1]
     on the device, for images in 0..255. `replicas` are the processes that part its rows.
-    `grouped_fp32`: grouped convolutions stay in float32 under autocast.
+    `grouped_fp32`: grouped convolutions that bf16 slows stay in float32 under autocast.
     """
 
     device: torch.device

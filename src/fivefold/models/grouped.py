@@ -25,9 +25,9 @@ class InFloat32:
         return found.to(torch.get_autocast_dtype(device))
 
 
-def has_groups(network: nn.Module) -> bool:
+def has_slow_groups(network: nn.Module) -> bool:
     """Whether any convolution of the network is grouped and none that is quick in bf16."""
-    return any(_is_grouped(module) for module in network.modules())
+    return any(_is_slow(module) for module in network.modules())
 
 
 def groups_in_float32(network: nn.Module) -> nn.Module:
@@ -37,12 +37,12 @@ def groups_in_float32(network: nn.Module) -> nn.Module:
     size) keep their own forward.
     """
     for module in network.modules():
-        if _is_grouped(module) and not isinstance(module, InFloat32):
+        if _is_slow(module) and not isinstance(module, InFloat32):
             module.__class__ = _in_float32(type(module))
     return network
 
 
-def _is_grouped(module: nn.Module) -> bool:
+def _is_slow(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups > 1 and not may_gain(module)
 
 
