@@ -6,7 +6,6 @@ STAGE=train-fold FOLD=2 python -m jobs train        as SageMaker calls it
 python -m jobs train                                without STAGE: train-fold, or split and fold 0 in one
 """
 
-import importlib
 import logging
 import os
 import shutil
@@ -29,6 +28,7 @@ from fivefold.contract.storage import SCRATCH, shown
 from fivefold.contract.termination import report_termination
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
 from fivefold.machine import end_with
+from fivefold.process import leave, load
 from fivefold.recipe import Settings
 from fivefold.recipes import shipped_recipes
 from fivefold.stopping import noted, poll
@@ -133,7 +133,7 @@ def run_stage(job: Job, settings: Settings) -> None:
     if job.stage.writes_model:
         job = with_own_checkpoints(job, key)
     poll()
-    outcome = importlib.import_module(job.stage.module).main(job, settings)
+    outcome = load(job.stage.module).main(job, settings)
     poll()
     write_record(folder, job, key, outcome.outputs, outcome.metrics, clock, outcome.digests)
     job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
@@ -197,7 +197,7 @@ def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[st
 
 
 def command(name: str) -> ModuleType:
-    return importlib.import_module(COMMANDS[name][0])
+    return load(COMMANDS[name][0])
 
 
 def fail(error: BaseException, environ: Mapping[str, str]) -> int:
@@ -269,4 +269,4 @@ def stage_help(stage: Stage) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

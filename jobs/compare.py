@@ -188,6 +188,7 @@ def plain(matrix: np.ndarray) -> list[list[float | None]]:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("compare", sys.argv[1:]))
+    leave(run("compare", sys.argv[1:]))

@@ -88,6 +88,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) 
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import main as jobs_main
 
-    sys.exit(jobs_main(["demo", *sys.argv[1:]]))
+    leave(jobs_main(["demo", *sys.argv[1:]]))

@@ -127,6 +127,7 @@ def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils) ->
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("distill", sys.argv[1:]))
+    leave(run("distill", sys.argv[1:]))

@@ -272,6 +272,7 @@ def tell(scores: list[Score]) -> None:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("ensemble", sys.argv[1:]))
+    leave(run("ensemble", sys.argv[1:]))

@@ -100,6 +100,7 @@ def finite(value: Any) -> Any:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("evaluate", sys.argv[1:]))
+    leave(run("evaluate", sys.argv[1:]))

@@ -24,6 +24,7 @@ def main(job: Job, settings: Settings) -> Outcome:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("evaluation", sys.argv[1:]))
+    leave(run("evaluation", sys.argv[1:]))

@@ -72,6 +72,7 @@ def in_words(models: Sequence[ModelDir]) -> str:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("export", sys.argv[1:]))
+    leave(run("export", sys.argv[1:]))

@@ -147,6 +147,7 @@ def write_wrong(folder: Path, scored: Mapping[str, Scored]) -> list[Path]:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("predict", sys.argv[1:]))
+    leave(run("predict", sys.argv[1:]))

@@ -51,6 +51,7 @@ def sources(job: Job, settings: Settings) -> list[Source]:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("prepare", sys.argv[1:]))
+    leave(run("prepare", sys.argv[1:]))

@@ -124,6 +124,7 @@ def model_at(path: str, settings: Settings, scratch: Path) -> "Committee":
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import main as jobs_main
 
-    sys.exit(jobs_main(["serve", *sys.argv[1:]]))
+    leave(jobs_main(["serve", *sys.argv[1:]]))

@@ -89,6 +89,7 @@ READERS = dict.fromkeys(LAYOUTS, of_table_or_folders) | {"products": of_products
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("split", sys.argv[1:]))
+    leave(run("split", sys.argv[1:]))

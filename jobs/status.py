@@ -55,6 +55,7 @@ def waits_for(plan: Plan, step: Step) -> str:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import main as jobs_main
 
-    sys.exit(jobs_main(["status", *sys.argv[1:]]))
+    leave(jobs_main(["status", *sys.argv[1:]]))

@@ -213,6 +213,7 @@ PLATFORMS = {
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import main as jobs_main
 
-    sys.exit(jobs_main(["submit", *sys.argv[1:]]))
+    leave(jobs_main(["submit", *sys.argv[1:]]))

@@ -148,6 +148,7 @@ def changed_image(store: ImageStore, path: str, digest: str | None) -> str:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import main as jobs_main
 
-    sys.exit(jobs_main(["trace", *sys.argv[1:]]))
+    leave(jobs_main(["trace", *sys.argv[1:]]))

@@ -30,6 +30,7 @@ def main(job: Job, settings: Settings) -> Outcome:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("train", sys.argv[1:]))
+    leave(run("train", sys.argv[1:]))

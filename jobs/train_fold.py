@@ -72,6 +72,7 @@ def chosen_fold(fold: int | None, folds: int) -> int:
 
 
 if __name__ == "__main__":
+    from fivefold.process import leave
     from jobs.__main__ import run
 
-    sys.exit(run("train-fold", sys.argv[1:]))
+    leave(run("train-fold", sys.argv[1:]))

@@ -13,6 +13,7 @@ from torch import nn
 
 from fivefold.choose import choose, did_you_mean
 from fivefold.errors import RetryableError, SettingsError
+from fivefold.process import importing
 
 
 def build_backbone(
@@ -55,7 +56,8 @@ def count_features(backbone: nn.Module, size: tuple[int, ...]) -> int:
 
 
 def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    import timm
+    with importing():
+        import timm
 
     if not timm.is_model(name):
         raise SettingsError(f"timm has no model {name!r}{did_you_mean(name.split('.')[0], timm.list_models())}")
@@ -67,7 +69,8 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
 def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Without the last linear layer; with the option `bare` without all that stands between pooling and it."""
-    from torchvision import models
+    with importing():
+        from torchvision import models
 
     known = models.list_models(module=models)
     if name not in known:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from PIL import Image
 
 from fivefold.choose import choose
@@ -98,8 +97,13 @@ class TensorBoard:
         self.writer.flush()
 
     def picture(self, tag: str, path: Path, epoch: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # the file as it is: `add_image` would decode it and write it again
         with Image.open(path) as image:
-            self.writer.add_image(tag, np.array(image.convert("RGB")), epoch, dataformats="HWC")
+            size = {"height": image.height, "width": image.width, "colorspace": len(image.getbands())}
+        kept = Summary.Image(**size, encoded_image_string=path.read_bytes())
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=kept)]), epoch)
 
     def close(self, scores: Mapping[str, float] | None) -> None:
         for name, value in (scores or {}).items():
