@@ -1,5 +1,7 @@
 import pytest
 import torch
+from efficientnet_pytorch import EfficientNet
+from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 from torch import nn
 
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
@@ -171,3 +173,27 @@ def test_weights_that_are_none_are_refused(tmp_path, capsys):
         start_from(build_backbone("torchvision/resnet18", False, {}), tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="does not hold the weights"):
         load_exactly(nn.Linear(4, 3), tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("size", [64, 45])
+def test_efficientnet_pytorch_pads_inside_its_convolutions_and_gives_the_same(size):
+    torch.manual_seed(0)
+    theirs = EfficientNet.from_name("efficientnet-b0")
+    theirs._fc = nn.Identity()
+    torch.manual_seed(0)
+    ours = build_backbone("efficientnet_pytorch/efficientnet-b0", False, {})
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    padded = [name for name, module in ours.named_modules() if isinstance(module, Conv2dStaticSamePadding)]
+    strided = [name for name, module in ours.named_modules() if getattr(module, "stride", None) in ((2, 2), [2, 2])]
+    assert padded == strided
+    assert len(padded) == 5
+    images = torch.randn(4, 3, size, size)
+    found = []
+    for network in (ours.train(), theirs.train()):
+        torch.manual_seed(1)
+        features = network(images)
+        features.square().sum().backward()
+        found.append([features.detach(), *(each.grad for each in network.parameters() if each.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-5, atol=1e-6)

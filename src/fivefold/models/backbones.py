@@ -109,6 +109,23 @@ def _efficientnet_pytorch(name: str, pretrained: bool, options: dict[str, Any]) 
     except OSError as error:
         raise _no_weights(f"efficientnet_pytorch/{name}", error) from error
     model._fc = nn.Identity()
+    return _padding_inside(model)
+
+
+def _padding_inside(model: nn.Module) -> nn.Module:
+    """The network with each convolution that writes a padded copy of its images, alike on both sides, made one that pads itself.
+
+    These are all of stride 1 and odd kernel. They become torch's own class, with the same output and names.
+    """
+    from efficientnet_pytorch.utils import Conv2dStaticSamePadding
+
+    for module in model.modules():
+        if isinstance(module, Conv2dStaticSamePadding):
+            left, right, top, bottom = getattr(module.static_padding, "padding", (0, 0, 0, 0))
+            if left == right and top == bottom:
+                del module.static_padding
+                module.padding = (top, left)
+                module.__class__ = nn.Conv2d
     return model
 
 
