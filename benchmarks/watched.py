@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.clocks import Reading
 from benchmarks.turns import my_turn
 from fivefold.choose import choose
+from fivefold.process import load
 from jobs.__main__ import main as jobs_main
 
 
@@ -67,9 +68,11 @@ def stage(seen: dict[str, Any]) -> None:
 
 
 def first_step(seen: dict[str, Any]) -> None:
-    """`first_step`: `time.monotonic()` when the first step is done; the process ends there."""
-    from fivefold.training import updates
+    """`first_step`: `time.monotonic()` when the first step is done; the process ends there.
 
+    The stage's torch is imported here, as the stage would.
+    """
+    updates = load("fivefold.training.updates")
     plain = updates.UPDATES["plain"]
 
     def watched(*parts: Any) -> Callable[..., Any]:
