@@ -115,7 +115,7 @@ def _efficientnet_pytorch(name: str, pretrained: bool, options: dict[str, Any]) 
 def _padding_inside(model: nn.Module) -> nn.Module:
     """The network with each convolution that writes a padded copy of its images, alike on both sides, made one that pads itself.
 
-    These are all of stride 1 and odd kernel. They become torch's own class, with the same output and names.
+    Nearly all are of stride 1. They become torch's own class, with the same output and names.
     """
     from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 
