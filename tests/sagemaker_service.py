@@ -46,6 +46,7 @@ class Job:
     reason: str = ""
     details: list[str] = field(default_factory=list)
     process: subprocess.Popen[str] | None = None
+    thread: threading.Thread | None = None
     interrupted: bool = False
     stopped: bool = False
 
@@ -112,13 +113,24 @@ class Service:
         if action == "SageMaker.CreateTrainingJob":
             request = json.loads(body)
             job = self.jobs[request["TrainingJobName"]] = Job(request, self.folder / request["TrainingJobName"])
-            threading.Thread(target=self._run, args=(job,), daemon=True).start()
+            job.thread = threading.Thread(target=self._run, args=(job,), daemon=True)
+            job.thread.start()
         if action == "SageMaker.DescribeTrainingJob":
             told = json.loads(answer)
             job = self.jobs[told["TrainingJobName"]]
             told |= {"TrainingJobStatus": job.status, "SecondaryStatus": job.detail, "FailureReason": job.reason}
             return json.dumps({name: value for name, value in told.items() if value != ""}).encode()
         return answer
+
+    def close(self) -> None:
+        """Ends the jobs that still run, and waits for them: their folders may go then."""
+        self.hold = ""
+        for job in self.jobs.values():
+            job.stopped = True
+            while job.thread is not None and job.thread.is_alive():
+                if job.process is not None and job.process.poll() is None:
+                    job.process.kill()
+                job.thread.join(0.1)
 
     def _run(self, job: Job) -> None:
         name = job.request["TrainingJobName"]
@@ -293,11 +305,8 @@ def serving(moto: str, folder: Path) -> Iterator[Service]:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         service.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         yield service
-        for job in service.jobs.values():
-            if job.process is not None and job.process.poll() is None:
-                job.process.kill()
-                job.process.wait()
         server.shutdown()
+        service.close()
 
 
 def _action(handler: http.server.BaseHTTPRequestHandler, body: bytes) -> str:
