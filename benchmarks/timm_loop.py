@@ -32,6 +32,9 @@ LOG_INTERVAL = 50
 
 def main(arguments: Sequence[str]) -> int:
     given = json.loads(arguments[0])
+    if torch.device(given["device"]).type == "cuda":  # the script's main
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     torch.manual_seed(42)  # utils.random_seed
     print(json.dumps(predicted(given) if "models" in given else trained(given)))
     return 0

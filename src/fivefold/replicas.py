@@ -103,8 +103,12 @@ class Replicas:
         return -(-count // self.place.world)
 
     def own_device(self, device: torch.device) -> torch.device:
-        """Of a host's GPUs the one of this process; a SettingsError where there are too few."""
-        if device.type != "cuda" or self.place.local_world == 1:
+        """Of a host's GPUs the one of this process, which becomes the current one; a SettingsError where there are too few."""
+        if device.type != "cuda":
+            return device
+        if self.place.local_world == 1:
+            if device.index is not None:
+                torch.cuda.set_device(device)  # a stream or random state is the current GPU's where no other is named
             return device
         there = torch.cuda.device_count()
         if device.index is not None or self.place.local_world > there:

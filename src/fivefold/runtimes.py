@@ -45,8 +45,12 @@ def choose_device(name: str, key: str = "train.device") -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, has in there.items() if has)
-    if not choose(there, "device", name.split(":")[0]):
+    kind, _, number = name.partition(":")
+    if not choose(there, "device", kind):
         raise SettingsError(f"{key}={name}, but this machine has no such device; {key}=auto finds one")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if number and not (number.isdecimal() and int(number) < count):
+        raise SettingsError(f"{key}={name}, but this machine has {kind}:0 to {kind}:{count - 1}; {key}=auto finds one")
     return torch.device(name)
 
 
@@ -119,9 +123,11 @@ def precision_name(runtime: Runtime) -> str:
 def _runtime(settings: Settings, device: torch.device, precision: str, replicas: Replicas) -> Runtime:
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda" and settings.train.deterministic:
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    if device.type == "cuda":
+        same_bits = settings.train.deterministic
+        torch.backends.cudnn.benchmark = not same_bits  # kernels chosen by trial: perhaps others each time
+        torch.use_deterministic_algorithms(same_bits, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
     model, channels_last = settings.model, settings.train.channels_last is not False
     dtype, grouped_fp32 = PRECISIONS[precision]
     return make_runtime(device, dtype, channels_last, model.mean, model.std, replicas, grouped_fp32)

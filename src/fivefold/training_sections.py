@@ -75,7 +75,8 @@ class Train(Section):
     compile: bool = Field(False, description="on CUDA: torch.compile the backbone; slow to start, then faster")
     keep_raw: bool = Field(False, description="with ema_decay: also keep the best unaveraged weights (validates twice)")
     deterministic: bool = Field(
-        True, description="on CUDA: kernels that give the same bits each time, where there are any"
+        True,
+        description="on CUDA: kernels that give the same bits each time, where there are any; false: the fastest ones",
     )
     device: str = Field("auto", description="auto, cuda, mps or cpu")
     workers: int = Field(-1, ge=-1, description="loader processes; -1: chosen for the machine")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from fivefold.contract.failure import FAILURE_CHARACTERS, explained, report_failure
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError, StoppedError
@@ -57,6 +58,18 @@ def test_a_file_that_this_user_may_not_touch_is_a_matter_of_settings(number: int
     found = explained(OSError(number, os.strerror(number), "/x/y"))
     assert isinstance(found, SettingsError)
     assert f"'/x/y' as uid {os.getuid()}" in str(found)
+
+
+def test_a_gpu_without_room_is_a_matter_of_settings_and_keeps_the_advice_that_was_given():
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+    found = explained(full)
+    assert (found.exit_code, str(found)) == (
+        SettingsError.exit_code,
+        "the device's memory is too small (CUDA out of memory. Tried to allocate 2.00 GiB.): lower predict.batch_size, "
+        "train.batch_size (train.accumulate keeps the step's size) or model.image_size",
+    )
+    advice = raised(full, SettingsError("a batch of 8 images does not fit"))
+    assert explained(advice) is advice
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
 import hashlib
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +15,8 @@ from fivefold.data.dataset import ImageSet, count_batches, derive_seed, epoch_ba
 from fivefold.data.meta import measure
 from fivefold.data.store import open_store
 from fivefold.data.transforms import build_transforms
-from fivefold.errors import DataError
+from fivefold.errors import DataError, StoppedError
+from fivefold.stopping import noted
 
 
 @pytest.fixture
@@ -52,6 +58,54 @@ def test_loading_does_not_move_torchs_random_state(images):
     torch.manual_seed(0)
     epoch(images, 1, 0)
     assert torch.equal(torch.rand(3), expected)
+
+
+STRUCK = """
+import os, subprocess, sys
+from pathlib import Path
+from fivefold.data.dataset import ImageSet, epoch_batches, load
+from fivefold.data.store import open_store
+from fivefold.data.transforms import build_transforms
+from fivefold.errors import StoppedError
+from fivefold.progress import stoppable
+from fivefold.stopping import noted
+
+folder, number = sys.argv[1:]
+images = ImageSet(open_store(Path(folder)), [f"{n}.png" for n in range(11)], build_transforms([], (8, 8)))
+try:
+    with noted():
+        for count, _ in enumerate(stoppable(load(images, epoch_batches(11, 2, 0, 1) * 1000, 2))):
+            if count == 3:
+                subprocess.Popen(["setsid", "kill", "-s", number, "--", f"-{os.getpid()}"])
+except StoppedError as stopped:
+    print("stopped by", stopped.number)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_stops_the_process_and_not_its_workers(images, tmp_path, number):
+    """As a terminal's ^C and `timeout` send it: a worker that died of it would be the training's failure."""
+    command = [sys.executable, "-c", STRUCK, tmp_path, str(int(number))]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True, check=False)
+    assert (found.returncode, found.stdout) == (0, f"stopped by {int(number)}\n"), found.stderr
+
+
+def test_measuring_can_be_left(images):
+    seen = []
+
+    class Slow(ImageSet):
+        def image(self, row):
+            seen.append(row)
+            if len(seen) == 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.002)
+            return np.zeros((8, 8, 3), np.uint8)
+
+    many = Slow(images.store, ["0.png"] * 2000, images.transform, meta=["aspect"])
+    with noted(), pytest.raises(StoppedError):
+        many.measure()
+    assert len(seen) < 200
+    assert many.measured is None
 
 
 def test_meta_features_are_of_the_image_before_its_transform_and_the_same_however_they_are_read(images):

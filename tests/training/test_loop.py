@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -17,7 +18,8 @@ from fivefold.errors import DataError, SettingsError
 from fivefold.inference.predictor import make_runtime
 from fivefold.models.classifier import Classifier
 from fivefold.recipe import Augment, Model, Settings, Train
-from fivefold.training.loop import Loop, TrainRows, ValidRows, fit
+from fivefold.training.loop import Loop, TrainRows, ValidRows, fit, validate
+from fivefold.training.losses import LOSSES, build_loss
 
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
 
@@ -58,6 +60,20 @@ def test_without_selection_the_last_epoch_is_kept_whatever_its_score(images):
     best = fit(made)["raw"]
     assert best.epoch == 4
     assert torch.equal(best.state["head.weight"], made.model.state_dict()["head.weight"])
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_the_loss_of_a_validation_is_that_of_training(images, name):
+    made = loop(images, loss=name)
+    with torch.no_grad():
+        made.model.head.weight.mul_(30)  # sure of itself, so that logits are far from log-probabilities
+    seen = torch.stack([images.seen(row).images[0] for row in range(12)])
+    with torch.no_grad():
+        logits = made.model.eval()(CPU.images(seen))
+    expected = build_loss(name)(logits, one_hot(np.arange(12) % 3, 3, CPU.device))
+    found = validate(made.model, made.valid, made)
+    assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert found["logloss"] == pytest.approx(float(F.cross_entropy(logits, torch.arange(12) % 3)), rel=1e-5)
 
 
 def test_patience_ends_a_run_that_does_not_improve(images):

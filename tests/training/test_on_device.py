@@ -92,5 +92,26 @@ def test_a_run_that_goes_on_ends_in_the_same_bytes_whichever_way_its_images_come
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_run_that_is_stopped_within_an_epoch_goes_on_to_the_same_bytes(images, tmp_path):
+    kept = Checkpoints(tmp_path / "checkpoints")
+    with noted(), pytest.raises(StoppedError):
+        fit(stopped_after(made(images, "auto", "cuda", kept), 4))
+    same(weights(made(images, "auto", "cuda", kept)), weights(made(images, "auto", "cuda")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_gpu_that_is_named_is_the_current_one(images):
+    before = torch.cuda.current_device()
+    try:
+        same(weights(made(images, "auto", "cuda:1")), weights(made(images, "auto", "cuda:0")))
+        made(images, "auto", "cuda:1")
+        assert torch.cuda.current_device() == 1
+    finally:
+        torch.cuda.set_device(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_losses_scores_and_weights_are_those_of_the_loader(images):
     same(weights(made(images, "auto", "cuda")), weights(made(images, False, "cuda")))

@@ -22,7 +22,7 @@ from fivefold.inference.predictor import make_runtime
 from fivefold.recipe import Augment, Distill, Model, Settings, Train
 from fivefold.runtimes import RUNTIME, Manner
 from fivefold.stopping import noted
-from fivefold.training.loop import Loop, TrainRows, ValidRows, fit
+from fivefold.training.loop import Loop, TrainRows, ValidRows, _begun, fit
 from fivefold.training.resume import Checkpoints
 from fivefold.training.teaching import Teacher
 
@@ -159,6 +159,15 @@ def test_a_run_that_is_over_is_not_run_again(images, tmp_path):
     assert same(fit(again)["raw"].state, best["raw"].state)
     assert told == rows
     assert len(rows) < EPOCHS
+
+
+def test_what_it_has_summed_up_lies_on_the_device_again(images, tmp_path):
+    loop, _ = made("cooling", images, Checkpoints(tmp_path / "kept"))
+    with noted(), pytest.raises(StoppedError):
+        fit(stopped_after(loop, 2))
+    again, _ = made("cooling", images, Checkpoints(tmp_path / "kept"))
+    elsewhere = replace(again, runtime=replace(CPU, device=torch.device("meta")))
+    assert [each.device.type for each in _begun(elsewhere).totals] == ["meta"] * 2
 
 
 def test_it_keeps_the_precision_and_does_not_go_on_in_another(images, tmp_path):

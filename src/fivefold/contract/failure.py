@@ -24,6 +24,8 @@ UNREACHABLE = {
     errno.ENETUNREACH,
 }
 """What a network or a network file system that is away answers."""
+OUT_OF_MEMORY = "OutOfMemoryError"
+"""What torch calls a GPU without room, by name, since a failure may come before torch does."""
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -42,6 +44,11 @@ def explained(error: BaseException) -> BaseException:
         if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):
             return RetryableError(
                 f"out of memory ({cause}): give the process more, or lower train.batch_size or workers"
+            )
+        if type(cause).__name__ == OUT_OF_MEMORY and not isinstance(error, SettingsError):
+            return SettingsError(
+                f"the device's memory is too small ({str(cause).splitlines()[0]}): lower predict.batch_size, "
+                "train.batch_size (train.accumulate keeps the step's size) or model.image_size"
             )
         if isinstance(cause, OSError) and cause.errno in UNREACHABLE:
             return RetryableError(f"storage or network failed, the same command may succeed later: {cause}")

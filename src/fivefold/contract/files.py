@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -17,8 +18,12 @@ from typing import Any
 
 from fivefold.errors import DataError, RetryableError, SettingsError
 from fivefold.progress import MIB
+from fivefold.stopping import poll
+
+log = logging.getLogger("fivefold")
 
 SECONDS_UNTIL_ABANDONED = 900.0
+SECONDS_BETWEEN_LOOKS = 0.1
 FILES_AT_ONCE = 4096
 
 
@@ -184,8 +189,21 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     """Keeps other processes that do this in the same folder waiting while the block runs."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".turn", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file.fileno())
         yield
+
+
+def lock(file: int, waiting: str = "") -> None:
+    """Locks the open file once nobody else has it; who has to wait says `waiting` in the log, and can be stopped."""
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                log.info("%s", waiting)
+            waiting = ""
+        poll()
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -5,31 +5,25 @@ one. It is written under a temporary name while a lock is held. The lock goes wi
 killed one left is then removed by the next.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
 import secrets
 import shutil
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from fivefold.contract.files import full_disk_told, sha256, write_json
+from fivefold.contract.files import full_disk_told, lock, sha256, write_json
 from fivefold.data.cache import ALIGNED, ENTRY, HEAD, INDEX, PIXELS, Cache, head_of, key_of
 from fivefold.data.images import Pixels, decoded_size
 from fivefold.data.store import GIB, ImageStore
+from fivefold.data.threads import in_threads
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
-from fivefold.machine import count_cores
 from fivefold.progress import MIB, track
-from fivefold.stopping import poll
 
 log = logging.getLogger("fivefold")
 
@@ -38,11 +32,6 @@ SURE = 0.8
 """Images that are looked at first, and the share of what they promise that must be too large to look no further."""
 RESERVE = 0.05
 """Share of the free disk that a cache leaves free."""
-AHEAD = 4
-"""So many images a thread are decoded before they are written, at most."""
-SECONDS_BETWEEN_LOOKS = 0.1
-
-T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -167,9 +156,9 @@ def cached_once(folder: Path, source: Source, pixels: Pixels, most_gib: float) -
     images are then to be read from their files. One that is damaged is made anew.
     """
     path = folder / key_of(source.sha256, pixels)
-    with suppress(MissingInputError, DataError):
-        return Cache(path)
     try:
+        with suppress(MissingInputError, DataError):
+            return Cache(path)
         folder.mkdir(parents=True, exist_ok=True)
         check_sample(folder, source, pixels, most_gib)
         return made(path, lambda: survey([source], pixels), pixels, most_gib)
@@ -184,48 +173,20 @@ def cached_once(folder: Path, source: Source, pixels: Pixels, most_gib: float) -
 def one_builder(path: Path) -> Iterator[None]:
     """Keeps others that would make the cache at `path` waiting; what a killed process left of it is removed."""
     # One that another user made can be locked all the same.
-    lock = path.with_name(f".{path.name}.lock")
+    name = path.with_name(f".{path.name}.lock")
     try:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
-        if not lock.exists():
+        if not name.exists():
             raise
-        file = os.open(lock, os.O_RDONLY)
+        file = os.open(name, os.O_RDONLY)
     try:
-        _take(file, path)
+        lock(file, f"another process decodes these images into {path}: waiting for it")
         for left in path.parent.glob(f".{path.name}.*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         os.close(file)
-
-
-def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`work` of each item, in order, by as many threads as there are cores; no more than AHEAD each wait to be taken."""
-    waiting = deque()
-    pool = ThreadPoolExecutor(count_cores())
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > AHEAD * count_cores():
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _take(file: int, path: Path) -> None:
-    told = False
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not told:
-                log.info("another process decodes these images into %s: waiting for it", path)
-            told = True
-        poll()
-        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _opened(path: Path) -> Cache | None:

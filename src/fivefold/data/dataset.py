@@ -2,10 +2,12 @@
 
 import hashlib
 import logging
+import os
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +22,7 @@ from fivefold.data.cached import CachedStore, caches_of
 from fivefold.data.images import Pixels
 from fivefold.data.meta import count_numbers, measure
 from fivefold.data.store import ImageStore
+from fivefold.data.threads import in_threads
 from fivefold.data.transforms import Transform
 from fivefold.errors import DataError
 from fivefold.progress import stoppable, track
@@ -124,8 +127,7 @@ class ImageSet(Dataset):
         """The meta features float32 [N, M] of all rows, measured once and kept."""
         if self.measured is None:
             found = np.empty((len(self), count_numbers(self.meta)), np.float32)
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                rows = pool.map(lambda row: measure(self.image(row), self.meta), range(len(self)))
+            with closing(in_threads(lambda row: measure(self.image(row), self.meta), range(len(self)))) as rows:
                 for row, numbers in enumerate(track(rows, len(self), "meta features")):
                     found[row] = numbers
             self.measured = found
@@ -249,6 +251,7 @@ def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, p
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_as_is,
+            worker_init_fn=_leave_the_group,
             pin_memory=pin,
             # A generator of its own: the loader draws a base seed, which must not move the model's randomness.
             generator=torch.Generator().manual_seed(0),
@@ -259,3 +262,11 @@ def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, p
 
 def _as_is(batch: Batch) -> Batch:
     return batch
+
+
+def _leave_the_group(worker: int) -> None:
+    """Makes a worker a process group of its own: what is sent to the group (^C, `timeout`) is for the process that keeps a checkpoint.
+
+    Killed with it, the worker would end the training by torch's error of a lost worker.
+    """
+    os.setpgid(0, 0)

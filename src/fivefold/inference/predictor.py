@@ -1,6 +1,6 @@
 """Log-probabilities of images by a trained classifier, averaged over views."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -98,6 +98,22 @@ def make_runtime(
     return Runtime(device, dtype, channels_last, scaled(mean), scaled(std), replicas, grouped_fp32)
 
 
+OfViews = Callable[[Sequence[Tensor]], Tensor]
+"""What is made of the logits [B, C] of each view: [B, C]."""
+
+
+def log_mean(logits: Sequence[Tensor]) -> Tensor:
+    """Log of the mean probability over the views."""
+    log_probs = torch.stack([each.log_softmax(dim=1) for each in logits])
+    return log_probs.logsumexp(dim=0) - float(np.log(len(logits)))
+
+
+def only_logits(logits: Sequence[Tensor]) -> Tensor:
+    """The logits of a single view."""
+    (only,) = logits
+    return only
+
+
 def predict_all(
     model: nn.Module,
     images: ImageSet | Prepared,
@@ -107,6 +123,7 @@ def predict_all(
     views: Sequence[Spec],
     label: str = "",
     rows: Sequence[int] | None = None,
+    of_views: OfViews = log_mean,
 ) -> np.ndarray:
     """`predict` of all rows in order, or of the given `rows` of the images, in batches of `batch_size`, under a progress bar if there is a `label`.
 
@@ -118,7 +135,9 @@ def predict_all(
     batches = in_order(share.stop, replicas.largest_share(batch_size) if share.parted else batch_size, share.start)
     if rows is not None:
         batches = [[(epoch, int(rows[at])) for epoch, at in batch] for batch in batches]
-    found = replicas.together(lambda: predict(model, _loaded(images, batches, workers, label), runtime, views))
+    found = replicas.together(
+        lambda: predict(model, _loaded(images, batches, workers, label), runtime, views, of_views)
+    )
     return share.whole(torch.from_numpy(found)).numpy() if share.parted else found
 
 
@@ -130,31 +149,33 @@ def _loaded(images: ImageSet | Prepared, batches: list[list[Sample]], workers: i
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views: Sequence[Spec]) -> np.ndarray:
-    """Log of the mean probability over `views`, float32 [N, C], rows in the order of the batches.
+def predict(
+    model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views: Sequence[Spec], of_views: OfViews = log_mean
+) -> np.ndarray:
+    """What `of_views` makes of the views' logits (log of the mean probability), float32 [N, C], rows in the order of the batches.
 
     Raises DataError when the network gives a value that is not finite.
     """
     was_training = model.training
     model.eval()
     chosen = build_views(views, black=-runtime.mean / runtime.std)
-    found = [_batch(model, batch, runtime, chosen) for batch in ahead(batches, runtime.device)]
+    found = [of_views(_batch(model, batch, runtime, chosen)) for batch in ahead(batches, runtime.device)]
     model.train(was_training)
-    log_probs = torch.cat(found).cpu().numpy()
-    if not np.isfinite(log_probs).all():
+    table = torch.cat(found).cpu().numpy()
+    if not np.isfinite(table).all():
         raise DataError(
             "the model gives probabilities that are not finite: its weights are broken, or the precision too low"
         )
-    return log_probs
+    return table
 
 
-def _batch(model: nn.Module, batch: Batch, runtime: Runtime, views: Sequence[View]) -> Tensor:
+def _batch(model: nn.Module, batch: Batch, runtime: Runtime, views: Sequence[View]) -> list[Tensor]:
+    """Logits float32 [B, C] of each view."""
     meta = runtime.meta(batch.meta)
     company = () if meta is None else (meta,)
     with runtime.autocast():
         logits = [model(images, *company) for images in _seen(batch.images, runtime, views)]
-    log_probs = torch.stack([each.float().log_softmax(dim=1) for each in logits])
-    return log_probs.logsumexp(dim=0) - float(np.log(len(views)))
+    return [each.float() for each in logits]
 
 
 def _seen(images: Tensor, runtime: Runtime, views: Sequence[View]) -> Iterator[Tensor]:

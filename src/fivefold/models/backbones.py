@@ -124,7 +124,7 @@ def _padding_inside(model: nn.Module) -> nn.Module:
             left, right, top, bottom = getattr(module.static_padding, "padding", (0, 0, 0, 0))
             if left == right and top == bottom:
                 del module.static_padding
-                module.padding = (top, left)
+                module.padding, module.stride = (top, left), tuple(module.stride)  # its class makes lists of some
                 module.__class__ = nn.Conv2d
     return model
 

@@ -20,7 +20,7 @@ from fivefold.data.dataset import ImageSet, Sample
 from fivefold.data.prepared import Prepared
 from fivefold.errors import DataError, SettingsError, StoppedError
 from fivefold.evaluation.metrics import summary
-from fivefold.inference.predictor import Runtime, predict_all
+from fivefold.inference.predictor import Runtime, only_logits, predict_all
 from fivefold.progress import duration, track
 from fivefold.training.losses import Loss
 from fivefold.training.mixing import Mixing
@@ -169,6 +169,7 @@ def _begun(loop: Loop) -> Progress:
     state = loop.runtime.replicas.shared(loop.checkpoints.load() if loop.checkpoints is not None else None)
     if state is not None:
         restore({**loop.parts, "progress": progress}, loop.runtime.device, state)
+        progress.totals = [each.to(loop.runtime.device) for each in progress.totals]  # to stand with those of new steps
         log.info("%s goes on after step %d of epoch %d", loop.label, progress.step, progress.epoch)
         for row in progress.rows:
             for observe in loop.observers:
@@ -252,10 +253,15 @@ def _steps(loop: Loop, progress: Progress, batches: list[list[Sample]]) -> None:
 def validate(model: nn.Module, rows: ValidRows, loop: Loop) -> dict[str, float]:
     """`loss`, `acc`, `logloss`, `f1_macro` of the plain view."""
     plan, label = loop.duration, f"{loop.label} validation"
-    log_probs = predict_all(model, rows.images, plan.predict_batch_size, plan.workers, loop.runtime, ["plain"], label)
-    figures = summary(log_probs, rows.codes)
-    targets = nn.functional.one_hot(torch.from_numpy(rows.codes).long(), log_probs.shape[1]).float()
-    loss = float(loop.loss(torch.from_numpy(log_probs), targets))
+    found = predict_all(
+        model, rows.images, plan.predict_batch_size, plan.workers, loop.runtime, ["plain"], label, of_views=only_logits
+    )
+    logits = torch.from_numpy(found)
+    figures = summary(logits.log_softmax(dim=1).numpy(), rows.codes)
+    targets = nn.functional.one_hot(torch.from_numpy(rows.codes).long(), logits.shape[1]).float()
+    loss = float(
+        loop.loss(logits, targets)
+    )  # of logits as in training: a loss by sigmoids is another of log-probabilities
     names = {"acc": "accuracy", "logloss": "logloss", "f1_macro": "f1_macro"}
     found = {"loss": loss, **{name: float(figures[figure]) for name, figure in names.items()}}
     return loop.runtime.replicas.shared(found)  # one machine's rounding decides for all
