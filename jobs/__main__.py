@@ -27,7 +27,7 @@ from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.contract.storage import SCRATCH, shown
 from fivefold.contract.termination import report_termination
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
-from fivefold.machine import end_with
+from fivefold.machine import end_with, start_no_more_threads
 from fivefold.process import leave, load
 from fivefold.recipe import Settings
 from fivefold.recipes import shipped_recipes
@@ -78,6 +78,7 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
         code = company.run_by_others(stage, arguments, environ, lambda: settings_.load(layers(arguments, environ)))
         if code is not None:
             return code
+        start_no_more_threads(os.environ)
         parent = environ.get(PARENT, "")
         end_with(parent)
         with noted(at_once=not parent), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:

@@ -3,12 +3,31 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from fivefold.machine import HUGE_PAGES
+from fivefold.machine import HUGE_PAGES, cpu_limit
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({}, None),
+    ],
+)
+def test_the_limit_on_cpu_time_of_either_version_of_cgroups(files: dict[str, str], limit: float | None, tmp_path: Path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_limit(tmp_path) == limit
+
 
 TOUCHED = """
 import ctypes, resource, sys

@@ -1,11 +1,13 @@
 """What the machine offers a process: its cores, and memory that need not go back and forth to the kernel."""
 
 import ctypes
+import math
 import os
 import platform
 import resource
 import signal
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -17,12 +19,33 @@ MADV_HUGEPAGE = 14
 """An advice of Linux's madvise(2)."""
 HUGE_PAGES, OVERCOMMIT = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/sys/vm/overcommit_memory")
 TOP_PAD = 1 << 28
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_LIMITS = (CGROUPS / "memory.max", CGROUPS / "memory/memory.limit_in_bytes")
 
 
 def count_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use, with a container's limit on CPU time observed."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = cpu_limit()
+    return there if limit is None else min(there, max(1, math.ceil(limit)))
+
+
+def cpu_limit(cgroups: Path = CGROUPS) -> float | None:
+    """Seconds of CPU time a second that the container's cgroup (version 2 or 1) allows, None without a limit."""
+    own, *given = _words_of(cgroups / "cpu.max").split() or [
+        _words_of(cgroups / "cpu/cpu.cfs_quota_us"),
+        _words_of(cgroups / "cpu/cpu.cfs_period_us"),
+    ]
+    return int(own) / int(given[0]) if own.isdigit() else None  # "max", "-1": no limit
+
+
+def start_no_more_threads(environ: MutableMapping[str, str]) -> None:
+    """Has libraries that load later start as many threads as a limit on CPU time lets run, where the user does not say it.
+
+    They count the machine's cores, and threads beyond the limit have all of them stand still for the rest of each period.
+    """
+    if cpu_limit() is not None:
+        environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
 
 
 def cpu_name() -> str:

@@ -45,6 +45,12 @@ def test_any_user_on_a_root_that_is_read_only(image, runs: Path, digits: Path, h
     assert (runs / "first" / "fold-2" / "model" / "model.safetensors").stat().st_uid == 54321
 
 
+def test_a_limit_on_cpu_time_is_known_inside(image):
+    code = "from fivefold.machine import cpu_limit; print(cpu_limit())"
+    for given, limit in ((["--cpus=1.5"], "1.5"), ([], "None")):
+        assert docker("run", "--rm", *given, "--entrypoint=python", image, "-c", code).stdout.strip() == limit
+
+
 def test_a_folder_that_the_user_may_not_write_is_named_with_the_user(image, runs: Path, digits: Path):
     (runs / "first").chmod(0o755)
     done = docker("run", "--rm", "--user=54321", *run_options(runs, digits), image, "train-fold", "FOLD=2", check=False)
