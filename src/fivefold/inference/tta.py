@@ -179,8 +179,9 @@ def _along(images: Tensor, dim: int, at: range) -> Tensor:
     start, stop = (min(max(end, 0), size) for end in (at.start, at.stop))
     if (start, stop) == (at.start, at.stop) == (0, size):
         return images
-    beyond = ([p for p in at if p < 0], [p for p in at if p >= size])
-    mirrored = (reflected(torch.tensor(ends, dtype=torch.long), size).to(images.device) for ends in beyond)
+    beyond = ((at.start, max(at.start, min(at.stop, 0))), (min(at.stop, max(at.start, size)), at.stop))
+    # made on the device: a copy of them would wait for it
+    mirrored = (reflected(torch.arange(*ends, device=images.device), size) for ends in beyond)
     first, last = (images.index_select(dim, ends) for ends in mirrored)
     return torch.cat([first, images.narrow(dim, start, stop - start), last], dim)
 
