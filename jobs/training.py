@@ -29,7 +29,8 @@ from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
 from fivefold.replicas import Replicas
 from fivefold.settings import flatten
-from fivefold.training.loop import Best, Loop
+from fivefold.training.best import Best
+from fivefold.training.loop import Loop
 from fivefold.training.loop import fit as fit_loop
 from fivefold.training.observers import csv_log, metric_line
 from fivefold.training.optim import OPTIMIZER_STATES

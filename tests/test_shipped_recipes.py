@@ -26,7 +26,7 @@ from fivefold.models.small import SMALL
 from fivefold.recipe import Settings
 from fivefold.recipes import SMOKE, shipped_recipes
 from fivefold.settings import flatten, read_recipe
-from fivefold.training.loop import MONITORS
+from fivefold.training.best import MONITORS
 from fivefold.training.losses import build_loss
 from fivefold.training.mixing import MIXINGS
 from fivefold.training.optim import SCHEDULES

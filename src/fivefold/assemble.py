@@ -37,14 +37,15 @@ from fivefold.runtimes import runtime_for_prediction as runtime_for_prediction
 from fivefold.runtimes import runtime_of as runtime_of
 from fivefold.runtimes import settled as settled
 from fivefold.training import memory
+from fivefold.training.best import MONITORS
 from fivefold.training.ema import Ema
 from fivefold.training.freezing import Freezing
 from fivefold.training.groups import learning_rates
-from fivefold.training.loop import MONITORS, Duration, Loop, TrainRows, ValidRows
+from fivefold.training.loop import Duration, Loop, TrainRows, ValidRows
 from fivefold.training.losses import Loss, balanced_weights, build_loss
 from fivefold.training.mixing import MIXINGS, Mixing
 from fivefold.training.objectives import Objective, by_labels, by_teacher, once, rdrop
-from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer
+from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer, check_warmup
 from fivefold.training.randomness import draws
 from fivefold.training.resume import Stateful
 from fivefold.training.teaching import Annealing, Cooling, lesson_plan
@@ -110,7 +111,7 @@ def build_loop(
     patience: int,
 ) -> Loop:
     """All parts of a training run; a teacher's probabilities in `train` make it a distillation."""
-    _check_names(settings)
+    check_training(settings)
     seed_everything(settings.seed)
     chosen = settings.train
     loss = _loss(settings, train)
@@ -217,11 +218,12 @@ def choose_workers(wanted: int, runtime: Runtime) -> int:
     return 0 if runtime.device.type == "cpu" else min(8, max(1, count_cores() // runtime.replicas.place.local_world))
 
 
-def _check_names(settings: Settings) -> None:
-    """Raises a SettingsError for a name that would be looked up only after an epoch, or after the last one."""
+def check_training(settings: Settings) -> None:
+    """Raises a SettingsError for what would be found out only after images are read, an epoch, or the last one."""
     choose(MONITORS, "monitor", settings.train.monitor)
     choose(MIXINGS, "mixing", settings.augment.mix)
     build_views(settings.predict.views)
+    check_warmup(settings.train.warmup_epochs, settings.train.epochs)
 
 
 def _loss(settings: Settings, train: TrainRows) -> Loss:

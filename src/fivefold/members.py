@@ -34,7 +34,7 @@ from fivefold.recipe import Settings, Spec
 from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.sections import OF_PLATFORMS
 from fivefold.settings import key_settings
-from fivefold.training.loop import Best
+from fivefold.training.best import Best
 
 FORMAT = 1
 OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {

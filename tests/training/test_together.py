@@ -13,7 +13,8 @@ from fivefold.data.store import open_store
 from fivefold.data.transforms import build_transforms
 from fivefold.inference.predictor import make_runtime
 from fivefold.recipe import Augment, Distill, Model, Settings, Train
-from fivefold.training.loop import Best, TrainRows, ValidRows, fit
+from fivefold.training.best import Best
+from fivefold.training.loop import TrainRows, ValidRows, fit
 from fivefold.training.teaching import Teacher
 
 CPU = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.25] * 3)

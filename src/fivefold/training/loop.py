@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet, Sample
 from fivefold.data.prepared import Prepared
 from fivefold.errors import DataError, SettingsError, StoppedError
 from fivefold.evaluation.metrics import summary
 from fivefold.inference.predictor import Runtime, only_logits, predict_all
 from fivefold.progress import duration, track
+from fivefold.training.best import Best
 from fivefold.training.losses import Loss
 from fivefold.training.mixing import Mixing
 from fivefold.training.objectives import Result, Rows
@@ -59,28 +59,6 @@ class Duration:
     validate_every: int
     seed: int
     workers: int
-
-
-@dataclass
-class Best:
-    """The best epoch so far by one figure, and the weights of it."""
-
-    monitor: str
-    epoch: int = 0
-    scores: Mapping[str, float] = field(default_factory=dict)
-    state: dict[str, Tensor] = field(default_factory=dict)
-
-    def offer(self, epoch: int, scores: Mapping[str, float], model: nn.Module) -> bool:
-        """Keeps this epoch's weights if its score is better than all before; whether it is."""
-        sign = choose(MONITORS, "monitor", self.monitor)
-        if self.epoch and sign * scores[self.monitor] >= sign * self.scores[self.monitor]:
-            return False
-        self.keep(epoch, scores, model)
-        return True
-
-    def keep(self, epoch: int, scores: Mapping[str, float], model: nn.Module) -> None:
-        self.epoch, self.scores = epoch, dict(scores)
-        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 @dataclass
@@ -300,7 +278,3 @@ def _check_finite(totals: Sequence[Tensor], epoch: int) -> None:
 
 def _figures(row: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value:.4g}" for name, value in row.items() if name not in ("epoch", "lr"))
-
-
-MONITORS = {"loss": 1, "logloss": 1, "acc": -1, "f1_macro": -1}
-"""Figures of the validation that may choose the best epoch: 1 where less is better, -1 where more is."""
