@@ -35,7 +35,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     rows = labelled_rows(store, settings)
     log.info("split: %d rows of %d classes in %s", len(rows), len(rows.classes), rows.layout)
 
-    hashes, skipped, pictures = pa.nulls(len(rows), pa.string()), [], rows.paths
+    hashes, skipped, pictures, known = pa.nulls(len(rows), pa.string()), [], rows.paths, rows.classes
     if split.open_images:
         rows, opened, skipped = keep_readable(rows, open_images(store, rows.paths), split.skip_unreadable)
         hashes, pictures = opened.sha256, opened.pixels
@@ -44,7 +44,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     fold, part = divided(rows, whole, split)
 
     table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, hashes, rows.factors)
-    summary = summarise(table, rows.layout, duplicates, skipped, key_settings(settings, job.stage.sections))
+    lost = sorted(set(known) - set(rows.classes))
+    summary = summarise(table, rows.layout, duplicates, skipped, lost, key_settings(settings, job.stage.sections))
     folder = job.output()
     remove_parts(folder)
     outputs = [folder / FOLDS, folder / CLASSES, folder / SPLIT_SUMMARY]

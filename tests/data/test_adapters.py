@@ -73,6 +73,80 @@ def test_train_and_test_are_never_two_classes(tmp_path: Path, caplog: pytest.Log
         rows_of(flat)
 
 
+SPLITS = {
+    "images": (
+        ["train_images/a/1.png", "train_images/b/1.png", "test_images/1.png", "val images/2.png"],
+        "train_images",
+    ),
+    "sets": (
+        ["training-set/training-set/a/1.png", "training-set/training-set/b/1.png", "test-set/1.png"],
+        "training-set",
+    ),
+    "of one whole": (["seg_pred/1.png", "seg_test/a/1.png", "seg_train/a/1.png", "seg_train/b/1.png"], "seg_train"),
+    "beside classes": (["a/1.png", "b/1.png", "Test/1.png", "unlabeled/1.png", "test_images/1.png"], ""),
+}
+
+
+@pytest.mark.parametrize(("names", "below"), SPLITS.values(), ids=SPLITS)
+def test_folders_called_as_parts_of_a_split_are_no_classes(tmp_path: Path, names: list[str], below: str) -> None:
+    rows = rows_of(made(tmp_path / "data", *names))
+    assert rows.classes == ("a", "b")
+    assert all(path.startswith(below) for path in rows.paths.to_pylist())
+
+
+def test_parts_of_a_split_without_classes_are_refused(tmp_path: Path) -> None:
+    flat = made(tmp_path / "flat", "train_images/1.png", "test_images/1.png", "train_masks/1.png")
+    with pytest.raises(DataError, match=r"flat/train_images holds no class folders \(1 images lie in none\)"):
+        rows_of(flat)
+
+
+@pytest.mark.parametrize(
+    ("classes", "doubtful"),
+    [
+        (("bus", "test tube", "train station"), "'test tube', 'train station'"),
+        (("test tube", "train station"), "'test tube', 'train station'"),
+        (("bus", "train"), "'train'"),
+        (("invalid", "valid"), "'valid'"),
+        (("contest", "strain"), ""),
+    ],
+)
+def test_classes_called_almost_as_parts_stay_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, classes: tuple[str, ...], doubtful: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert rows_of(made(tmp_path / "data", *(f"{name}/1.png" for name in classes))).classes == classes
+    told = [record.getMessage() for record in caplog.records]
+    assert told == (
+        [f"data: {tmp_path}/data has classes called as parts of a split: {doubtful}; take out what is none"]
+        if doubtful
+        else []
+    )
+
+
+def test_what_is_left_out_of_the_classes_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        rows_of(made(tmp_path / "data", "cat/1.png", "dog/1.png", "test/1.png"))
+    assert "data, as parts of a split by their names: 'test'; rename what is a class" in caplog.text
+
+
+def test_folders_inside_class_folders_are_named_as_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["plants/oak/1.png", "plants/rose/1.png", "plants/rose/2.png", "animals/deep/1.png", "animals/2.png"]
+    with caplog.at_level(logging.WARNING):
+        assert rows_of(made(tmp_path / "data", *names)).classes == ("animals", "plants")
+    assert "data are no classes of their own: 'plants/oak', 'plants/rose'\n" in caplog.text
+
+
+def test_a_class_called_as_a_part_is_no_class_even_alone(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no class folders"):
+        rows_of(made(tmp_path / "data", "test/1.png"))
+
+
+def test_class_folders_are_called_as_labels_are(tmp_path: Path) -> None:
+    rows = rows_of(made(tmp_path / "data", "cat/1.png", "cat /2.png", "caf\u00e9/3.png", " cafe\u0301/4.png"))
+    assert rows.classes == ("caf\u00e9", "cat")
+    assert rows.codes.tolist() == [0, 0, 1, 1]
+
+
 def test_a_class_may_be_called_train_or_like_a_column(tmp_path: Path) -> None:
     root = made(tmp_path / "data", *(f"{name}/1.png" for name in ("train", "bus", "id", "fold", "p,q r", "사과")))
     assert rows_of(root).classes == ("bus", "fold", "id", "p,q r", "train", "사과")
@@ -98,13 +172,24 @@ CSV = "image_path,target\na/1.png,cat\nb/2.png,dog\n"
         (["a/1.png", "b/2.png"], "\ufeffID,img_path,label\n7,a/1.png,cat\n8,b/2.png,dog\n"),
         (["a/1.png", "b/2.png"], "class_name,image_path,target\nx,a/1.png,cat\ny,b/2.png,dog\n"),
         (["a/1.png", "b/2.png"], 'Path, Label \r\n"a/1.png",cat \r\nb/../b/2.png,dog\r\n'),
+        (["train_images/a/1.png", "train_images/b/2.png"], CSV.replace("image_path", "image_id")),
+        (["images/a/1.png", "images/b/2.png"], CSV.replace("image_path", "Image_Name")),
+        (["a/1.png", "b/2.png"], CSV.replace(".png", "")),
+        (["train/a/1.PNG", "train/b/2.PNG", "test/3.jpg"], CSV.replace(".png", "").replace("image_path", "image_id")),
+        (["a/1.png", "b/2.png"], CSV.replace(",", ";")),
+        (["a/1.png", "b/2.png"], CSV.replace(",", "\t").replace("cat", '"c, d"').replace('"c, d"', "cat")),
+        (["a/1.png", "b/2.png"], f"\n\r\n{CSV}"),
+        (["a/1.png", "b/2.png"], CSV.replace("a/", " a/").replace("2.png", "2.png\t ")),
     ],
-    ids=["plain", "below train", "dots and backslashes", "ids and a mark", "with class names", "quotes and blanks"],
-)
+    ids=[
+        "plain", "below train", "dots and backslashes", "ids and a mark", "with class names", "quotes and blanks",
+        "below train_images", "below images", "no suffix", "no suffix, below train", "semicolons", "tabs", "after blank lines", "blanks around paths",
+    ],
+)  # fmt: skip
 def test_a_csv_s_columns_and_paths_are_found(tmp_path: Path, names: list[str], table: str) -> None:
     rows = rows_of(made(tmp_path / "data", *names, train=table))
     assert list(labelled(rows).values()) == ["cat", "dog"]
-    assert rows.paths.to_pylist() == names
+    assert rows.paths.to_pylist() == names[:2]
     assert rows.layout == "the CSV train.csv"
 
 
@@ -113,6 +198,29 @@ def test_paths_count_from_the_csv_or_from_the_root(tmp_path: Path) -> None:
     for start in ("../img", "img", f"{root}/img"):
         made(root / "meta", labels=f"path,label\n{start}/1.png,a\n{start}/2.png,b\n")
         assert list(labelled(rows_of(root, table="meta/labels.csv"))) == ["img/1.png", "img/2.png"]
+
+
+def test_absolute_paths_may_go_another_way_to_the_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = made(tmp_path / "data", "img/1.png", "img/2.png")
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    for channel in (root, tmp_path / "link", Path("data"), Path("link")):
+        for spelled in {root, channel.absolute()}:
+            made(root, train=f"path,label\n{spelled}/img/1.png,a\n{spelled}/img/2.png,b\n")
+            assert list(labelled(rows_of(channel))) == ["img/1.png", "img/2.png"]
+            made(root, train="path,label\n1.png,a\n2.png,b\n")
+            assert list(labelled(rows_of(channel, base_path=f"{spelled}/img"))) == ["img/1.png", "img/2.png"]
+    made(root, train="path,label\nimg/1.png,a\nimg/2.png,b\n")
+    assert len(rows_of(Path("data"), base_path=str(root))) == 2
+
+
+def test_groups_are_those_of_labels_without_blanks_and_composed(tmp_path: Path) -> None:
+    groups = ["p1", " p1", "p1\t", "caf\u00e9", "cafe\u0301", " ", ""]
+    names = [f"{number}.png" for number in range(len(groups))]
+    lines = [f'{name},{"ab"[at % 2]},"{group}"' for at, (name, group) in enumerate(zip(names, groups, strict=True))]
+    root = made(tmp_path / "data", *names, train="\n".join(["path,label,who", *lines]))
+    found = rows_of(root, columns=Columns(group="who")).groups.to_pylist()
+    assert found == ["p1", "p1", "p1", "caf\u00e9", "caf\u00e9", None, None]
 
 
 def test_columns_may_be_named_and_text_stays_text(tmp_path: Path) -> None:
@@ -124,10 +232,54 @@ def test_columns_may_be_named_and_text_stays_text(tmp_path: Path) -> None:
     assert rows.groups.to_pylist() == ["p1", None, "p1"]
 
 
-def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path) -> None:
-    root = made(tmp_path / "data", *CATS_AND_DOGS, colours="name,red\na,1\n")
-    assert labelled(rows_of(root)) == CATS_AND_DOGS
+def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = made(tmp_path / "data", *CATS_AND_DOGS, colours="name,red\na,1\n", sizes="name,wide\na,1\n")
     assert labelled(rows_of(root, "folders")) == CATS_AND_DOGS
+    assert not caplog.records
+    assert labelled(rows_of(root)) == CATS_AND_DOGS
+    assert f"colours.csv in {root} is passed over; its columns are name, red" in caplog.text
+    assert f"sizes.csv in {root} is passed over; its columns are name, wide" in caplog.text
+    made(root, labels="path,label\ncat/1.png,a\ndog/1.png,b\n")
+    caplog.clear()
+    assert rows_of(root).layout == "the CSV labels.csv"
+    assert [record.getMessage().split()[1] for record in caplog.records] == ["colours.csv", "sizes.csv"]
+
+
+@pytest.mark.parametrize(
+    ("header", "keys"),
+    [
+        ("foto,breed", "data.path_column and data.label_column"),
+        ("image_id,breed", "data.label_column"),
+        ("foto,label", "data.path_column"),
+    ],
+)
+def test_a_table_called_train_is_never_passed_over(tmp_path: Path, header: str, keys: str) -> None:
+    root = made(tmp_path / "data", *CATS_AND_DOGS)
+    (root / "Train.csv").write_text(f"{header}\ncat/1.png,x\n")
+    message = (
+        rf"Train.csv in .* has no column .*; it has {header.replace(',', ', ')}; set {keys}, or data.layout=folders"
+    )
+    with pytest.raises(DataError, match=message):
+        rows_of(root)
+    assert labelled(rows_of(root, "folders")) == CATS_AND_DOGS
+
+
+def test_a_table_in_the_other_writing_of_accents_finds_its_files(tmp_path: Path) -> None:
+    composed, apart = "caf\u00e9/\uac00.png", "cafe\u0301/\u1100\u1161.png"
+    for number, (disk, written) in enumerate(
+        [(composed, apart), (apart, composed), ("caf\u00e9/\u1100\u1161.png", apart)]
+    ):
+        root = made(tmp_path / str(number), disk, "b.png", train=f"path,label\n{written},a\nb.png,b\n")
+        store = open_store(root)
+        assert [store.read(path) for path in read_rows(store).paths.to_pylist()] == [PICTURE, PICTURE]
+
+
+def test_archives_beside_which_there_are_no_images_are_named(tmp_path: Path) -> None:
+    root = made(tmp_path / "data", "train.zip", "test.zip")
+    with pytest.raises(
+        DataError, match=r"holds no images .*; unpack 'test\.zip', 'train\.zip', or give one \.zip itself"
+    ):
+        rows_of(root)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +289,11 @@ def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path) -> None:
         (["cat/1.png", "cat/2.png"], None, r"only 1 class \('cat'\)"),
         (["1.png"], "image_path,target\n1.png,a\n", "only 1 class"),
         (["1.png"], "image_path,target\n1.png,a\n2.png,b\n3.png,b\n", r"names 2 of 3 files.*'2\.png', '3\.png'"),
-        (["1.png"], "image_path,target\n1.png,a\n../2.png,b\n", r"lead out of .*'\.\./2\.png'; the first in line 3"),
+        (
+            ["1.png"],
+            "image_path,target\n1.png,a\n../2.png,b\n",
+            r"lead out of .*'\.\./2\.png'; the first in row 2 below",
+        ),
         (["1.png"], "image_path,target\n1.png,a\n/etc/passwd,b\n", "lead out of .*passwd"),
         (["1.png"], "image_path,target\n1.png,a\n,b\n", "empty or lead out"),
         (["1.png"], "id,path,label\nx,1.png,a\ny,1.png,b\nx,1.png,b\n", r"several rows of the column 'id': 'x'"),
@@ -152,7 +308,17 @@ def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path) -> None:
             "image_path,kind\n1.png,a\n",
             r"no column target, label, class_name or the like; it has image_path, kind",
         ),
-        (["1.png"], "path,label\n1.png,a\n2.png, \n", "1 rows with an empty label, the first in line 3"),
+        (
+            ["1.png"],
+            "path,label\n1.png,a\n2.png, \n",
+            "1 rows with an empty label, the first in row 2 below the header",
+        ),
+        (["1.png"], 'path,note,label\n1.png,"x\n\ny",a\n2.png,,b\n3.png,z,\n', "the first in row 3 below the header"),
+        (
+            ["1.png"],
+            'path,label\n1.png,"a\n2.png,"b\n',
+            r"1 labels with a line break, the first 'a\\n2\.png,b' in row 1",
+        ),
         (["1.png"], "path,label\n1.png,a,b\n", "cannot be read"),
         (["1.png"], "path,label,path\n1.png,a,b\n", "the column 'path' twice"),
         (["1.png"], "path,label\n", "no rows"),
@@ -237,6 +403,8 @@ def test_a_test_table_of_paths_below_test(tmp_path: Path) -> None:
     assert (table.id_column, table.ids.tolist()) == ("image_path", ["1.png", "0.png"])
     assert table.paths.tolist() == ["test/1.png", "test/0.png"]
     assert table.sample is None
+    kaggle = made(tmp_path / "kaggle", "test_images/1.png", "train_images/1.png", test="image_id\n1.png\n")
+    assert read_eval(kaggle).paths.tolist() == ["test_images/1.png"]
     asked = table.answered_in("target", "ID").sample
     assert asked is not None
     assert (asked.numbered, asked.id_column, asked.classes) == ("ID", "image_path", ("target",))
@@ -249,6 +417,9 @@ def test_a_folder_of_images_without_a_table(tmp_path: Path) -> None:
     assert read_eval(root).ids.tolist() == ["T_1.png", "T_2.png"]
     table = read_eval(made(root, sample_submission=SAMPLE))
     assert (table.ids.tolist(), table.paths.tolist()) == (["T_1", "T_2"], ["test/T_1.png", "test/T_2.png"])
+    for train, test in (("Training", "Testing"), ("train_images", "test_images"), ("seg_train", "seg_test")):
+        beside = made(tmp_path / test, f"{train}/a/1.png", f"{test}/a/2.png", f"{test}/b/3.png")
+        assert read_eval(beside).paths.tolist() == [f"{test}/a/2.png", f"{test}/b/3.png"]
     flat = made(tmp_path / "flat", "b.png", "a.png")
     assert read_eval(flat).ids.tolist() == ["a.png", "b.png"]
 

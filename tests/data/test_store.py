@@ -106,6 +106,16 @@ def test_names_of_korean_windows_and_of_a_mac_are_everybody_s(tmp_path: Path) ->
     assert store.read("\u1102\u1161\u1107\u1175/2.bin") == b"decomposed"
 
 
+@pytest.mark.parametrize("other", ["가/1.jpg", "\u1100\u1161/1.jpg", "./가//1.jpg", "가\\1.jpg"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_entries_that_become_one_file_are_refused(tmp_path: Path, other: str) -> None:
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+        archive.writestr("가/1.jpg", b"one")
+        archive.writestr(other, b"two")
+    with pytest.raises(DataError, match=r"twice\.zip: the entry '가/1\.jpg' is there twice"):
+        open_store(tmp_path / "twice.zip")
+
+
 @pytest.mark.parametrize("name", ["../evil.jpg", "a/../../evil.jpg", "/etc/evil.jpg", "C:/evil.jpg", "..\\evil.jpg"])
 def test_entries_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
@@ -155,6 +165,19 @@ def test_broken_and_encrypted_zips_are_refused(folder: Path, tmp_path: Path) -> 
     path.write_bytes(re.sub(b"(?s)(PK\x01\x02....).", rb"\g<1>" + b"\x01", whole))
     with pytest.raises(DataError, match="encrypted"):
         open_store(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Labels.csv", r"Labels\.csv is a table, .*: give its folder, and data\.table=Labels\.csv"),
+        ("photos.tar.gz", r"photos\.tar\.gz is neither a folder nor a \.zip; give a folder of images or a \.zip"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_so(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / name).write_text("path,label\n")
+    with pytest.raises(DataError, match=message):
+        open_store(tmp_path / name)
 
 
 def test_nothing_at_the_path_is_a_missing_input(tmp_path: Path) -> None:

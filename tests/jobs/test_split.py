@@ -159,8 +159,10 @@ def test_unreadable_images_stop_the_stage_or_are_left_out(tmp_path: Path) -> Non
 
     done = split(channel, tmp_path / "out", "split.skip_unreadable=true")
     assert done.returncode == 0, done.stderr
-    skipped = json.loads((tmp_path / "out" / "split_summary.json").read_text())["skipped"]
-    assert [entry["path"] for entry in skipped] == ["b/cut.jpg", "c/text.jpg"]
+    summary = json.loads((tmp_path / "out" / "split_summary.json").read_text())
+    assert [entry["path"] for entry in summary["skipped"]] == ["b/cut.jpg", "c/text.jpg"]
+    assert summary["lost_classes"] == ["c"]
+    assert "WARNING split: none of the images of 'c' can be read: no classes any more" in done.stderr
     assert table_of(tmp_path / "out").classes == ("a", "b")
 
 

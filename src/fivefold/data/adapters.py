@@ -1,17 +1,26 @@
 """How training data lies on disk, made rows: class folders, profiles of people, or a CSV."""
 
 import logging
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
 
 from fivefold.arrow import pa
 from fivefold.choose import choose
 from fivefold.data.images import is_image
-from fivefold.data.layouts import SAMPLE_SUBMISSION, TRAIN_FOLDERS, bases, class_level, csvs, levels, stem
+from fivefold.data.layouts import (
+    IMAGE_FOLDERS,
+    SAMPLE_SUBMISSION,
+    TRAIN_FOLDERS,
+    bases,
+    class_images,
+    class_level,
+    csvs,
+    levels,
+    stem,
+    warn_of_deeper,
+)
 from fivefold.data.profiles import are_profiles, read_profiles
 from fivefold.data.store import ImageStore
 from fivefold.data.tables import (
@@ -25,6 +34,7 @@ from fivefold.data.tables import (
     few,
     image_paths,
     open_csv,
+    plain_text,
 )
 from fivefold.errors import DataError
 from fivefold.factors import Factors
@@ -32,6 +42,9 @@ from fivefold.factors import Factors
 log = logging.getLogger("fivefold")
 
 NOT_TRAINING = {"test", SAMPLE_SUBMISSION, "submission", "gt", "ground_truth", "valid", "val"}
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+LONGEST = 60
+"""Of what a message shows of a label, in characters."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +108,28 @@ def read_rows(
     read_folders = choose(LAYOUTS, "data.layout", layout)
     if layout in ("folders", "mask_profiles") and not table:
         return read_folders(store, age_cuts)
-    found = open_csv(store, table) if table else _training_table(store, columns)
-    if found is None and layout == "csv":
+    tables = [open_csv(store, table)] if table else _training_tables(store, columns)
+    if not tables and layout == "csv":
         raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
-    if found is not None and (table or layout == "csv" or _is_usable(found, columns)):
-        log.info("data: rows of %s", found)
-        return _table_rows(found, columns, check_files, base_path)
+    if tables and (table or layout == "csv" or _is_usable(tables[0], columns)):
+        log.info("data: rows of %s", tables[0])
+        _pass_over(tables[1:])
+        return _table_rows(tables[0], columns, check_files, base_path)
     try:
         rows = _any_folders(store, age_cuts)
     except DataError:
-        if found is not None:
-            _must_be_usable(found, columns)
+        if tables:
+            _must_be_usable(tables[0], columns)
         raise
+    if tables and stem(tables[0].name) == "train" and rows.factors is None:
+        _must_be_usable(tables[0], columns, ", or data.layout=folders where the folders are the classes")
+    _pass_over(tables)
     log.info("data: no table of labels, so the classes are the %s", rows.layout)
     return rows
 
 
-def _training_table(store: ImageStore, columns: Columns) -> CsvFile | None:
-    """train.csv, or the only CSV with the columns, or else the only CSV that may be meant; None for none."""
+def _training_tables(store: ImageStore, columns: Columns) -> list[CsvFile]:
+    """train.csv, or the only CSV with the columns and the others that may be meant, or those alone; empty for none."""
     for level in levels(store, TRAIN_FOLDERS):
         names = [name for name in csvs(store, level) if stem(name) not in NOT_TRAINING]
         named = [name for name in names if stem(name) == "train"]
@@ -121,17 +138,25 @@ def _training_table(store: ImageStore, columns: Columns) -> CsvFile | None:
         if len(usable) > 1:
             raise DataError(f"several tables in {store.root}: {few([t.name for t in usable])}; set data.table to one")
         if tables:
-            return (usable or tables)[0]
-    return None
+            return sorted(tables, key=lambda table: table not in usable)
+    return []
+
+
+def _pass_over(tables: Sequence[CsvFile]) -> None:
+    for table in tables:
+        log.warning("data: %s is passed over; its columns are %s", table, ", ".join(table.header))
 
 
 def _is_usable(table: CsvFile, columns: Columns) -> bool:
     return bool(table.column(columns.path, PATH_NAMES) and table.column(columns.label, LABEL_NAMES))
 
 
-def _must_be_usable(table: CsvFile, columns: Columns) -> tuple[str, str]:
-    path = table.must_have(columns.path, PATH_NAMES, "data.path_column")
-    return path, table.must_have(columns.label, LABEL_NAMES, "data.label_column")
+def _must_be_usable(table: CsvFile, columns: Columns, otherwise: str = "") -> tuple[str, str]:
+    """The columns of paths and labels; the DataError for a miss names all that is to be set, and what to do `otherwise`."""
+    wanted = {"data.path_column": (columns.path, PATH_NAMES), "data.label_column": (columns.label, LABEL_NAMES)}
+    keys = " and ".join(key for key, names in wanted.items() if table.column(*names) is None) + otherwise
+    path, label = (table.must_have(*names, keys) for names in wanted.values())
+    return path, label
 
 
 def _table_rows(table: CsvFile, columns: Columns, check_files: bool, base_path: str) -> Rows:
@@ -147,18 +172,34 @@ def _table_rows(table: CsvFile, columns: Columns, check_files: bool, base_path: 
     labels = read[label] if row_id != label else read[label].dictionary_encode()
     check_unique(read[row_id], table, row_id)
     codes, classes = _classes(labels, table)
-    groups = pc.if_else(pc.equal(read[group], ""), None, read[group]) if group else pa.nulls(len(codes), TEXT)
-    paths = image_paths(read[path], table, bases(table.store, table.folder, TRAIN_FOLDERS, base_path), check_files)
+    groups = _groups(read[group]) if group else pa.nulls(len(codes), TEXT)
+    where = bases(table.store, table.folder, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), base_path)
+    paths = image_paths(read[path], table, where, check_files)
     return Rows(read[row_id], paths, codes, classes, groups, f"the CSV {table.name}")
+
+
+def _groups(written: pa.StringArray) -> pa.Array:
+    """Groups [N] as they are written, without the blanks around them; null where there is none."""
+    encoded = written.dictionary_encode()
+    names = [plain_text(name) or None for name in encoded.dictionary.to_pylist()]
+    return pa.array(names, TEXT).take(encoded.indices)
 
 
 def _classes(labels: pa.DictionaryArray, table: CsvFile) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as codes [N] int32 into the sorted class names, without the blanks around them."""
-    names = [unicodedata.normalize("NFC", name.strip()) for name in labels.dictionary.to_pylist()]
+    names = [plain_text(name) for name in labels.dictionary.to_pylist()]
     indices = labels.indices.to_numpy()
-    if "" in names:
-        empty = np.flatnonzero(np.isin(indices, [code for code, name in enumerate(names) if not name]))
-        raise DataError(f"{table} has {len(empty)} rows with an empty label, the first in line {empty[0] + 2}")
+    empty = np.flatnonzero(np.isin(indices, [code for code, name in enumerate(names) if not name]))
+    if len(empty):
+        raise DataError(
+            f"{table} has {len(empty)} rows with an empty label, the first in row {empty[0] + 1} below the header"
+        )
+    torn = np.flatnonzero(np.isin(indices, [code for code, name in enumerate(names) if set(name) & {*"\r\n"}]))
+    if len(torn):
+        raise DataError(
+            f"{table} has {len(torn)} labels with a line break, the first {names[indices[torn[0]]][:LONGEST]!r} in "
+            f"row {torn[0] + 1} below the header; a quote may be missing there"
+        )
     classes = tuple(sorted(set(names)))
     _check_classes(classes, str(table))
     index = {name: code for code, name in enumerate(classes)}
@@ -174,7 +215,9 @@ def _images(store: ImageStore) -> tuple[list[str], str]:
     """The names of all images of a store, and the level whose folders mean something."""
     names = [name for name in store.names() if is_image(name)]
     if not names:
-        raise DataError(f"{store.root} holds no images (nor a usable CSV); put a folder of images a class there")
+        packed = [name for name in store.names() if name.lower().endswith(ARCHIVES)]
+        how = f"unpack {few(packed)}, or give one .zip itself" if packed else "put a folder of images a class there"
+        raise DataError(f"{store.root} holds no images (nor a usable CSV); {how}")
     return names, class_level(names)
 
 
@@ -204,16 +247,24 @@ def _class_folders(store: ImageStore, names: Sequence[str], level: str) -> Rows:
     loose = sum(name.startswith(level) for name in names) - len(inside)
     if loose:
         log.warning("data: %d images lie in no class folder of %s and are left out", loose, level or store.root)
-    labels = [unicodedata.normalize("NFC", name[len(level) :].partition("/")[0]) for name in inside]
-    classes = tuple(sorted(set(labels)))
     where = f"{store.root}/{level}".rstrip("/")
+    inside = class_images(inside, level, where)
+    labels = [_class_name(name, level) for name in inside]
+    classes = tuple(sorted(set(labels)))
     if not classes:
-        raise DataError(f"{where} holds {loose} images but no class folders, and there is no CSV of labels")
+        raise DataError(f"{where} holds no class folders ({loose} images lie in none), and there is no CSV of labels")
     _check_classes(classes, where)
+    warn_of_deeper(inside, level, where)
     index = {name: code for code, name in enumerate(classes)}
     codes = np.array([index[label] for label in labels], np.int32)
     paths = _path_column(inside, where)
     return Rows(paths, paths, codes, classes, pa.nulls(len(codes), TEXT), f"class folders below {level or '.'}")
+
+
+def _class_name(name: str, level: str) -> str:
+    """The class folder of an image, called as labels are; one of blanks alone as it is."""
+    folder = name[len(level) :].partition("/")[0]
+    return plain_text(folder) or folder
 
 
 def _path_column(names: Sequence[str], where: str) -> pa.Array:

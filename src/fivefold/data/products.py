@@ -34,13 +34,13 @@ class ProductColumns:
 
 @dataclass
 class Images:
-    """N images in the order of the table: path as written, product, class, category, and the line that names it."""
+    """N images in the order of the table: path as written, product, class, category, and the row that names it."""
 
     path: list[str] = field(default_factory=list)
     product: list[str] = field(default_factory=list)
     label: list[str] = field(default_factory=list)
     category: list[str] = field(default_factory=list)
-    line: list[int] = field(default_factory=list)
+    row: list[int] = field(default_factory=list)
 
     def take(self, kept: list[int]) -> "Images":
         """The images at the positions `kept`."""
@@ -64,7 +64,7 @@ def read_products(
     if not images.path:
         raise DataError(f"{found} names no image in the columns {', '.join(columns.image_types)}")
     where = bases(store, found.folder, TRAIN_FOLDERS, base_path)
-    paths = image_paths(pa.array(images.path, TEXT), found, where, check_files, np.array(images.line))
+    paths = image_paths(pa.array(images.path, TEXT), found, where, check_files, np.array(images.row))
     kept = _once(images, paths.to_pylist(), found)
     images, paths = images.take(kept), paths.take(pa.array(kept))
     classes = tuple(sorted(set(images.label)))
@@ -111,7 +111,7 @@ def _images(table: CsvFile, columns: ProductColumns) -> Images:
         before = len(images.path)
         for name, kind in of_type.items():
             for path in filter(None, map(str.strip, BETWEEN_PATHS.split(cells[name][row]))):
-                for column, value in zip(vars(images).values(), (path, product, kind, category, row + 2), strict=True):
+                for column, value in zip(vars(images).values(), (path, product, kind, category, row + 1), strict=True):
                     column.append(value)
         if len(images.path) == before:
             without.append(product)
@@ -124,7 +124,8 @@ def _check_products(products: list[str], categories: list[str], table: CsvFile) 
     for what, values in (("id", products), ("category", categories)):
         if "" in values:
             raise DataError(
-                f"{table} has {values.count('')} rows with an empty {what}, the first in line {values.index('') + 2}"
+                f"{table} has {values.count('')} rows with an empty {what}, the first in row "
+                f"{values.index('') + 1} below the header"
             )
     twice = [name for name, count in Counter(products).items() if count > 1]
     if not twice:
@@ -144,8 +145,8 @@ def _once(images: Images, paths: list[str], table: CsvFile) -> list[int]:
         for what, values in (("products", images.product), ("image types", images.label)):
             if values[other] != values[at]:
                 raise DataError(
-                    f"{table}: {path!r} is an image of two {what}, {values[other]!r} (line {images.line[other]}) "
-                    f"and {values[at]!r} (line {images.line[at]}); name it once"
+                    f"{table}: {path!r} is an image of two {what}, {values[other]!r} (row {images.row[other]}) "
+                    f"and {values[at]!r} (row {images.row[at]}); name it once"
                 )
     if len(first) < len(paths):
         log.warning("data: %d images stand twice in their product's row and are taken once", len(paths) - len(first))

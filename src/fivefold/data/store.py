@@ -42,14 +42,26 @@ class FolderStore:
         return _two_lists(is_folder)
 
     def exists(self, name: str) -> bool:
-        return below(self.root, name).is_file()
+        return _spelled(self.root, name).is_file()
 
     def read(self, name: str) -> bytes:
         """The bytes of one file; a DataError for a path that leads out of the root or to no file."""
         try:
-            return below(self.root, name).read_bytes()
+            return _spelled(self.root, name).read_bytes()
         except OSError as error:
             raise DataError(f"{name} in {self.root} cannot be read: {error.strerror}") from error
+
+
+def _spelled(root: Path, name: str) -> Path:
+    """The path `name` inside `root`; where it is not there, with accents composed or apart, as they stand on the disk."""
+    path = below(root, name)
+    if name.isascii() or path.exists():
+        return path
+    found = root
+    for part in path.relative_to(os.path.normpath(root)).parts:
+        forms = (found / unicodedata.normalize(form, part) for form in ("NFC", "NFD"))
+        found = next((form for form in forms if form.exists()), found / part)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +161,7 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
             with zipfile.ZipFile(file) as archive:
                 infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-            raise DataError(f"{path} is not a whole .zip: {error}; copy it again") from error
+            raise DataError(_no_zip(path, error)) from error
     size = sum(info.file_size for info in infos)
     if size > max_unpacked_gib * GIB:
         raise DataError(
@@ -161,9 +173,24 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
         name = _inside(_decoded_name(info), path)
         if stat.S_ISLNK(info.external_attr >> 16):
             raise DataError(f"{path}: entry {info.filename!r} is a symbolic link; pack the file itself")
-        if all(_is_shown(part) for part in name.split("/")):
-            entries[name] = _entry(info, path)
+        if not all(_is_shown(part) for part in name.split("/")):
+            continue
+        if name in entries:
+            raise DataError(
+                f"{path}: the entry {name!r} is there twice (however accents are written); pack it again with one"
+            )
+        entries[name] = _entry(info, path)
     return ZipStore(path, entries)
+
+
+def _no_zip(path: Path, error: Exception) -> str:
+    """What to say of a file that is no zip, by what it is called."""
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        return f"{path} is a table, and a folder or a .zip is needed: give its folder, and data.table={path.name}"
+    if suffix != ".zip":
+        return f"{path} is neither a folder nor a .zip; give a folder of images or a .zip"
+    return f"{path} is not a whole .zip: {error}; copy it again"
 
 
 def _entry(info: zipfile.ZipInfo, path: Path) -> Entry:

@@ -10,6 +10,7 @@ import numpy as np
 from fivefold.arrow import pa
 from fivefold.data.folds import FoldTable
 from fivefold.data.grouping import Duplicates
+from fivefold.data.tables import few
 
 log = logging.getLogger("fivefold")
 LISTED_SETS = 1000
@@ -21,9 +22,10 @@ def summarise(
     source: str,
     duplicates: Duplicates,
     skipped: Sequence[Mapping[str, str]],
+    lost: Sequence[str],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The figures of a split; `skipped` are paths and reasons of rows that are not in the table."""
+    """The figures of a split; `skipped` are paths and reasons of rows that are not in the table, `lost` classes of these alone."""
     bins, per_class = class_counts(table)
     conflicting = duplicates.conflicting(table.codes)
     per_fold = per_class[:, : table.num_folds]
@@ -52,6 +54,7 @@ def summarise(
             "labels": [_labelled(table, rows) for rows in conflicting[:LISTED_SETS]],
         },
         "skipped": list(skipped),
+        "lost_classes": list(lost),
         "settings": dict(settings),
         "bins": bins,
         "rows_per_class": {name: per_class[code].tolist() for code, name in enumerate(table.classes)},
@@ -83,6 +86,8 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     for key, words in WARNINGS.items():
         if summary[key]:
             log.warning("split: %d %s", len(summary[key]), words)
+    if summary["lost_classes"]:
+        log.warning("split: none of the images of %s can be read: no classes any more", few(summary["lost_classes"]))
     if summary["duplicates"]["sets"]:
         counts = summary["duplicates"]["sets"], summary["duplicates"]["rows"]
         log.warning("split: %d pictures occur more than once (%d rows); each stays on one side of every fold", *counts)
