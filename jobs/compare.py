@@ -1,6 +1,5 @@
 """Several runs and submission files side by side: who scores what, who agrees with whom, all submissions in one table."""
 
-import csv
 import json
 import logging
 import sys
@@ -154,8 +153,7 @@ def write_tables(
     submitted = next((each.file for each in experiments if each.file is not None), None)
     if submitted is not None:
         written.append(folder / STACKED)
-        with open(submitted, encoding="utf-8-sig", newline="") as file:
-            id_column = next(csv.reader(file))[0]
+        id_column = truth.read_cells(submitted, 1)[0][0]
         with atomic(written[-1]) as temporary:
             comparison.write_stacked(temporary, experiments, id_column)
     return written

@@ -27,6 +27,7 @@ log = logging.getLogger("fivefold")
 def main(job: Job, settings: Settings) -> Outcome:
     """Trains the student; its model dir (`role: student`), and its holdout figures where there is a holdout."""
     student = settings.student()
+    assemble.check_training(student)
     split, table = training.read_split(job, student.model.factors)
     models = find_models(job)
     check_members([(model.name, model.info) for model in models])

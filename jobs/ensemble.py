@@ -16,7 +16,7 @@ from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import EACH, ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
 from fivefold.contract.submissions import find_submissions
-from fivefold.data.evals import EvalTable, Submission, read_eval
+from fivefold.data.evals import EvalTable, Submission, check_rows, read_eval
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.store import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
@@ -25,7 +25,14 @@ from fivefold.inference.blends import BLENDS, arithmetic, combined, equal
 from fivefold.inference.ensemble import check_members
 from fivefold.inference.product import Product, product_of
 from fivefold.inference.submission import check_columns, write_submission
-from fivefold.inference.submitted import PREFIX, holds_labels, is_table, read_submitted, system_name
+from fivefold.inference.submitted import (
+    PREFIX,
+    holds_labels,
+    is_table,
+    names_classes_alone,
+    read_submitted,
+    system_name,
+)
 from fivefold.inference.systems import Rule, Score, System, join, judge_holdout, scores_alone, weigh
 from fivefold.inference.tables import save_predictions
 from fivefold.predictions import Predictions, in_class_order
@@ -78,7 +85,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     written = [save_predictions(output / PREDICTIONS, table), submit(output / options.submission, table, images, same)]
     written += submit_each(output / EACH, {name: each[name] for name in groups if name in each}, images, classes, same)
     written += keep_holdout(output / HOLDOUT, holdout)
-    facts = {"submission": options.submission, "within": options.within, "blend": options.blend}
+    facts = {"submission": options.submission, "id_column": images.id_column}
+    facts |= {"within": options.within, "blend": options.blend}
     shares = product.weights if product else weights
     write_json(output / ENSEMBLE, facts | description(groups, files, shares, temperature, scores))
     return Outcome(
@@ -105,11 +113,18 @@ def tables_alone(files: Mapping[str, Path], options: Ensemble, same: SameClasses
 
 
 def known_classes(models: list[ModelDir], images: EvalTable, files: Mapping[str, Path]) -> tuple[str, ...]:
-    """The classes of the models; without any model those of the sample submission, or else of the first file."""
+    """The classes of the models; without any those of the sample submission, else of the first file of probabilities.
+
+    Files of predicted classes alone know together those that any of them names.
+    """
     if models:
         return tuple(models[0].info["classes"])
     columns = images.sample.classes if images.sample else ()
-    return tuple(columns) if len(columns) > 1 else read_submitted(next(iter(files.values())), images.ids).classes
+    if len(columns) > 1:
+        return tuple(columns)
+    whole = [path for path in files.values() if is_table(path) or not names_classes_alone(path)]
+    found = [read_submitted(path, images.ids).classes for path in whole[:1] or files.values()]
+    return tuple(sorted({name for classes in found for name in classes}))
 
 
 def read_files(
@@ -224,19 +239,18 @@ def table_of(images: EvalTable, system: str, classes: tuple[str, ...], log_probs
 
 
 def check_submission(images: EvalTable, classes: tuple[str, ...], same: SameClasses) -> None:
-    """Raises a DataError unless the sample's columns can be filled, before anything is predicted."""
+    """Raises a DataError unless the sample's rows and columns can be filled, before anything is predicted."""
     same.check_model(classes)
     if images.sample:
         check_columns(images.sample.classes, classes, same)
+    check_rows(images)
 
 
 def submit(path: Path, table: Predictions, images: EvalTable, same: SameClasses) -> Path:
     """Writes the submission in the sample's columns, or in the classes' where there is no sample."""
     sample = images.sample or Submission(images.id_column, same.names(table.classes), images.ids)
     with atomic(path) as temporary:
-        write_submission(
-            temporary, table, sample.id_column, sample.classes, sample.ids, sample.marked, same, sample.numbered
-        )
+        write_submission(temporary, table, sample, same)
     return path
 
 

@@ -6,7 +6,7 @@ import sys
 
 from fivefold.contract.job import Job
 from fivefold.contract.stages import OUTPUT
-from fivefold.evaluation.truth import read_answers, read_truth, score_answers, truth_file
+from fivefold.evaluation.truth import read_answers, read_cells, read_truth, score_answers, truth_file
 from fivefold.recipe import Settings
 from jobs.outcome import Outcome
 
@@ -15,10 +15,11 @@ log = logging.getLogger("fivefold")
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Scores the output folder's answers (or the predictions channel's) and prints the figures."""
-    answers = (job.optional_channel("predictions") or job.output()) / OUTPUT
+    file = (job.optional_channel("predictions") or job.output()) / OUTPUT
     truth = truth_file(job.channel("ground_truth"))
-    log.info("evaluation: %s against %s", answers, truth)
-    scores = score_answers(read_answers(answers), read_truth(truth), truth)
+    log.info("evaluation: %s against %s", file, truth)
+    answers = read_answers(file)
+    scores = score_answers(answers, read_truth(truth, read_cells(file, 1)[0][0], answers), truth)
     print(json.dumps(scores), flush=True)
     return Outcome([], scores)
 

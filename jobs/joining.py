@@ -61,7 +61,8 @@ def main(job: Job, settings: Settings, files: Mapping[str, Path]) -> Outcome:
             blocks = joined(list(tables.values()), weights, wanted.ids, job.scratch)
             total = -(-len(wanted.ids) // ROWS_A_GROUP)
             write_blocks(track(blocks, total, "ensemble"), writer, SubmissionWriter(text, wanted, first.classes))
-    facts = {"submission": options.submission, "within": options.within, "blend": options.blend}
+    facts = {"submission": options.submission, "id_column": wanted.id_column}
+    facts |= {"within": options.within, "blend": options.blend}
     write_json(output / ENSEMBLE, facts | description({}, files, weights, 1.0, []))
     figures = {"models": 0, "images": len(wanted.ids), "temperature": 1.0}
     return Outcome(

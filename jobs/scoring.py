@@ -11,6 +11,7 @@ from fivefold import predictions
 from fivefold.contract.artifacts import ModelDir, find_models, find_predictions, locate, locate_all
 from fivefold.contract.files import read_json
 from fivefold.contract.job import Job
+from fivefold.contract.record import record_path
 from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS, RECORD, TRAIN_LOG
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import read_folds
@@ -42,7 +43,15 @@ class Evidence:
 
     @cached_property
     def predicted(self) -> dict[str, Path]:
-        return find_predictions(self.job) if self.job.optional_channel("predictions") else {}
+        found = find_predictions(self.job) if self.job.optional_channel("predictions") else {}
+        if ENSEMBLE in found and not record_path(found[ENSEMBLE].parent, "ensemble").is_file():
+            log.warning(
+                "%s has no record (%s) of the ensemble stage, which failed or is still running, or was copied in part: "
+                "what is scored may be older than its models; run ensemble again",
+                found[ENSEMBLE].parent,
+                RECORD,
+            )
+        return found
 
     @cached_property
     def ensemble(self) -> dict[str, Any]:
@@ -75,8 +84,9 @@ class Evidence:
         self.job.channel("predictions")
         file = truth.truth_file(given)
         same = SameClasses(self.data.same_classes, self.data.same_class)
-        labels = {name: same.merged.get(label, label) for name, label in truth.read_truth(file).items()}
         found = same.merge_table(self._predictions())
+        read = truth.read_truth(file, self._id_column(), found.ids)
+        labels = {name: same.merged.get(label, label) for name, label in read.items()}
         table = stacked([truth.with_truth(found, self._in_factors(labels, found.classes), file)])
         return Scored(
             "test", self._ensemble_in_words(), f"the {len(table):,} rows of {file.name}", table, self._eval_paths()
@@ -168,9 +178,17 @@ class Evidence:
         factors = factors_of(info)
         return {n: factors.part(c, info["knows"]) if c in factors.values else c for n, c in labels.items()}
 
+    def _predictions_file(self) -> Path:
+        return self.predicted.get(PREDICTIONS) or locate(self.job, "predictions", PREDICTIONS)
+
     def _predictions(self) -> Predictions:
-        path = self.predicted.get(PREDICTIONS) or locate(self.job, "predictions", PREDICTIONS)
+        path = self._predictions_file()
         return truth.read_submission(path) if path.suffix == ".csv" else predictions.read(path)
+
+    def _id_column(self) -> str:
+        """What a submission of the predictions calls their ids; "" where nothing says it."""
+        path = self._predictions_file()
+        return truth.read_cells(path, 1)[0][0] if path.suffix == ".csv" else self.ensemble.get("id_column", "")
 
     def _ensemble_in_words(self) -> str:
         members = self.ensemble.get("members", [])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fivefold.choose import choose, did_you_mean
+from fivefold.contract.files import probe_writable
 from fivefold.errors import SettingsError
 from fivefold.launchers import kubernetes, local, tasks
 from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
@@ -27,7 +28,7 @@ KEYS = {
     "recipe": ("", "a shipped recipe's name, or the path of a .toml or .json file"),
     "train": ("", "the training images: a folder or a .zip (needed)"),
     "eval": ("", "the test images with test.csv and sample_submission.csv: a folder or a .zip"),
-    "ground_truth": ("", "the classes of eval's images; empty: gt.csv beside eval's test.csv, if it is there"),
+    "ground_truth": ("", "the classes of eval's images; empty: gt.csv or ground_truth.csv beside eval's test.csv"),
     "unlabeled": ("", "images without classes, which the ensemble teaches to the student"),
     "weights": ("", "a folder of pretrained weights that model.weights names"),
     "run": ("", "the run's name; empty: run_YYYYMMDD_HHMMSS_<id8>. The same name goes on where it stopped"),
@@ -103,6 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     platform.check(plan)
     say_what_is_ignored()
+    probe_writable(plan.folder)
     local.unpack_ground_truth(inputs, plan.folder)
     local.refuse_strangers(everything)
     write_plan(everything)
@@ -140,6 +142,11 @@ def read_request(arguments: Sequence[str]) -> Request:
 def inputs_of(request: Request) -> Inputs:
     if not request["train"]:
         raise SettingsError("submit needs train=PATH: a folder or a .zip of images")
+    if request["ground_truth"] and not request["eval"]:
+        log.warning(
+            "ground_truth=%s is not used: without eval= no test images are predicted; give eval= too",
+            request["ground_truth"],
+        )
     return Inputs(
         train=request["train"],
         eval=request["eval"] or None,

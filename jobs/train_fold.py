@@ -20,6 +20,7 @@ log = logging.getLogger("fivefold")
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Trains the fold that the settings name; its model dir, and its out-of-fold figures."""
+    assemble.check_training(settings)
     split, table = training.read_split(job, settings.model.factors)
     fold = chosen_fold(settings.fold, table.num_folds)
     rows, own_rows = table.train_rows(fold), table.valid_rows(fold)

@@ -28,6 +28,9 @@ log = logging.getLogger("fivefold")
 ERROR = "ERROR"
 """The predicted class of what cannot be read, with a confidence of 0."""
 
+LISTED = 5
+"""Reasons that the warning of unreadable images names; a line each follows for the others."""
+
 Picture = str | os.PathLike[str] | bytes | Image.Image
 PICTURES = (str, os.PathLike, bytes, Image.Image)
 
@@ -87,7 +90,7 @@ def answers(verdict: Verdict, names: Sequence[str], classes: Sequence[str]) -> l
 
 
 def tell(verdict: Verdict, names: Sequence[str], results: Sequence[dict[str, Any]], seconds: float) -> None:
-    """Logs time, successes, failures with the first reasons, and how often each class was predicted."""
+    """Logs time, successes, failures with the reason of each, and how often each class was predicted."""
     read, failed = len(verdict.rows), len(verdict.unreadable)
     each = f"{1000 * seconds / len(names):.1f} ms an image" if names else "no image"
     log.info("predicted %d images in %.2f s (%s): %d successes, %d failures", len(names), seconds, each, read, failed)
@@ -95,7 +98,10 @@ def tell(verdict: Verdict, names: Sequence[str], results: Sequence[dict[str, Any
     if counts:
         log.info("classes: %s", ", ".join(f"{name} {count}" for name, count in counts.most_common()))
     if failed:
-        log.warning("%d images cannot be read: %s", failed, sample(list(verdict.unreadable.values())))
+        reasons = list(verdict.unreadable.values())
+        log.warning("%d images cannot be read: %s", failed, sample(reasons, LISTED))
+        for reason in reasons[LISTED:]:
+            log.info("cannot be read: %s", reason)
 
 
 def _name(thing: Any, at: int) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.contract.layout import CHANNELS, in_run, run_at, truth_of
+from fivefold.contract.layout import CHANNELS, in_run, run_at, truth_beside_table, truth_of
 from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, make_plan
@@ -94,3 +94,13 @@ def test_the_truth_stands_beside_the_table(tmp_path: Path):
     assert truth_of(str(tmp_path)) is None
     (tmp_path / "deep" / "test.csv").write_text("ID,img_path\n")
     assert truth_of(str(tmp_path)) == str(tmp_path / "deep" / "gt.csv")
+
+
+@pytest.mark.parametrize("name", ["ground_truth.csv", "GT.csv", "Ground-Truth.CSV"])
+def test_the_truth_is_found_however_it_is_spelt(tmp_path: Path, name: str):
+    (tmp_path / "Test.csv").write_text("ID,img_path\n")
+    (tmp_path / name).write_text("ID,label\n")
+    assert truth_of(str(tmp_path)) == str(tmp_path / name)
+    assert truth_beside_table([f"deep/er/{name}", f"set/{name}", "set/test.csv", "deep/er/test.csv"]) == f"set/{name}"
+    (tmp_path / "gt.csv").write_text("ID,label\n")
+    assert truth_of(str(tmp_path)) == str(tmp_path / "gt.csv")

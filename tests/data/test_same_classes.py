@@ -8,6 +8,7 @@ import pytest
 from sklearn.metrics import log_loss
 
 from fivefold.data.adapters import Rows
+from fivefold.data.evals import Submission
 from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import competition_logloss
@@ -24,7 +25,7 @@ def table(classes: tuple[str, ...], *rows: list[float]) -> Predictions:
 
 
 def submitted(tmp_path, found: Predictions, same: SameClasses, columns: tuple[str, ...] = ALL) -> np.ndarray:
-    write_submission(tmp_path / "s.csv", found, "ID", columns, list(found.ids), same=same)
+    write_submission(tmp_path / "s.csv", found, Submission("ID", tuple(columns), list(found.ids)), same)
     lines = (tmp_path / "s.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == ",".join(["ID", *columns])
     return np.array([line.split(",")[1:] for line in lines[1:]], dtype=float)
@@ -51,7 +52,7 @@ def test_merge_parts_the_one_class_equally(tmp_path):
 def test_labels_of_a_sum_are_the_sums_winner_under_its_more_probable_name(tmp_path):
     found, same = table(ALL, [0.4, 0.25, 0.35], [0.4, 0.35, 0.25]), SameClasses(PAIR, "sum")
     for policy, expected in ((same, ["더_뉴_K5", "K5_3세대"]), (SameClasses(), ["718", "718"])):
-        write_submission(tmp_path / "l.csv", found, "ID", ("target",), list(found.ids), same=policy)
+        write_submission(tmp_path / "l.csv", found, Submission("ID", ("target",), list(found.ids)), policy)
         lines = (tmp_path / "l.csv").read_text(encoding="utf-8").splitlines()[1:]
         assert [line.split(",")[1] for line in lines] == expected
 
@@ -97,8 +98,8 @@ def test_names_that_do_not_fit_are_refused_by_name():
 
 def test_a_sample_without_a_merged_name_or_with_a_strange_one_is_refused(tmp_path):
     same, found = SameClasses(PAIR, "merge"), table(ALL[:2], [0.2, 0.8])
-    with pytest.raises(DataError, match=r"classes: '더_뉴_K5' without a column$"):
+    with pytest.raises(DataError, match=r"classes: '더_뉴_K5' without a column;"):
         submitted(tmp_path, found, same, ("718", "K5_3세대"))
-    with pytest.raises(DataError, match=r"classes: '911' unknown to the models$"):
+    with pytest.raises(DataError, match=r"classes: '911' unknown to the models;"):
         submitted(tmp_path, found, same, (*ALL, "911"))
     assert not (tmp_path / "s.csv").exists()

@@ -3,6 +3,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
+from fivefold.data.evals import Submission
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import logloss
 from fivefold.inference.blends import arithmetic, cross_fitted, fit_weights, mean
@@ -158,16 +159,18 @@ def test_between_systems_weights_are_fitted_and_scored_cross_fitted():
 
 def test_a_submission_has_the_samples_columns_and_order(tmp_path):
     predicted = table(model(1.0, 1), "s").take(np.arange(3))
-    write_submission(tmp_path / "s.csv", predicted, "ID", ("c", "a", "d", "b"), ["row 2", "row 0", "row 1"])
+    write_submission(tmp_path / "s.csv", predicted, Submission("ID", ("c", "a", "d", "b"), ["row 2", "row 0", "row 1"]))
     lines = (tmp_path / "s.csv").read_text(encoding="utf-8-sig").splitlines()
     assert lines[0] == "ID,c,a,d,b"
     assert [line.split(",")[0] for line in lines[1:]] == ["row 2", "row 0", "row 1"]
     values = np.array([line.split(",")[1:] for line in lines[1:]], dtype=float)
     np.testing.assert_allclose(values, np.exp(predicted.log_probs)[[2, 0, 1]][:, [2, 0, 3, 1]], rtol=1e-4)
     np.testing.assert_allclose(values.sum(axis=1), 1, atol=1e-7)
-    write_submission(tmp_path / "l.csv", predicted, "ImageID", ("ans",), list(predicted.ids), marked=True)
-    assert (tmp_path / "l.csv").read_bytes().startswith(b"\xef\xbb\xbfImageID,ans")
-    assert (tmp_path / "s.csv").read_bytes().startswith(b"ID,")
+    write_submission(
+        tmp_path / "l.csv", predicted, Submission("ImageID", ("ans",), list(predicted.ids), marked=True, end="\r\n")
+    )
+    assert (tmp_path / "l.csv").read_bytes().startswith(b"\xef\xbb\xbfImageID,ans\r\n")
+    assert (tmp_path / "s.csv").read_bytes().startswith(b"ID,c,a,d,b\nrow 2,")
     assert (tmp_path / "l.csv").read_text(encoding="utf-8-sig").splitlines()[1].split(",")[1] in CLASSES
 
 
@@ -175,7 +178,7 @@ def test_a_submission_of_answers_may_number_its_rows(tmp_path):
     predicted = table(model(1.0, 1), "s").take(np.arange(3))
     answers = [CLASSES[code] for code in predicted.log_probs.argmax(axis=1)]
     path, wanted = tmp_path / "output.csv", ["row 2", "row 0", "row 1"]
-    write_submission(path, predicted, "image_path", ["target"], wanted, numbered="ID")
+    write_submission(path, predicted, Submission("image_path", ("target",), wanted, numbered="ID"))
     expected = ["ID,image_path,target", f"0,row 2,{answers[2]}", f"1,row 0,{answers[0]}", f"2,row 1,{answers[1]}"]
     assert path.read_text().splitlines() == expected
     again = read_submitted(path, wanted, CLASSES).in_order(predicted.ids)
@@ -184,9 +187,11 @@ def test_a_submission_of_answers_may_number_its_rows(tmp_path):
 
 def test_a_submission_that_does_not_fit_is_refused_by_name(tmp_path):
     predicted = table(model(1.0, 1), "s").take(np.arange(3))
-    with pytest.raises(DataError, match="'e' unknown to the models, 'd' without a column"):
-        write_submission(tmp_path / "s.csv", predicted, "ID", ("a", "b", "c", "e"), list(predicted.ids))
+    with pytest.raises(
+        DataError, match="'e' unknown to the models, 'd' without a column; behind its first column, of the ids"
+    ):
+        write_submission(tmp_path / "s.csv", predicted, Submission("ID", ("a", "b", "c", "e"), list(predicted.ids)))
     with pytest.raises(DataError, match="lack 1 ids: 'row 9'"):
-        write_submission(tmp_path / "s.csv", predicted, "ID", CLASSES, ["row 0", "row 9"])
+        write_submission(tmp_path / "s.csv", predicted, Submission("ID", CLASSES, ["row 0", "row 9"]))
     with pytest.raises(DataError, match="lacks 2 ids of the test table"):
-        write_submission(tmp_path / "s.csv", predicted, "ID", CLASSES, ["row 0"])
+        write_submission(tmp_path / "s.csv", predicted, Submission("ID", CLASSES, ["row 0"]))

@@ -58,21 +58,22 @@ def test_lines_of_several_chunks_are_whole(classes):
     rows = CHUNK // (13 * classes) * 2 + 7 if classes > 2 else 9000
     ids = pa.array([f"{n}" for n in range(rows + 5)]).slice(5)
     log_probs = np.random.default_rng(0).uniform(-20, 0, (classes, rows)).astype(np.float32).T
-    found = b"".join(lines(ids, log_probs)).split(b"\r\n")
+    found = b"".join(lines(ids, log_probs)).split(b"\n")
     assert found.pop() == b""
     texts = cells(log_probs)
     assert found == [name.encode() + bytes(text) for name, text in zip(ids.to_pylist(), texts, strict=True)]
 
 
-def test_lines_are_those_of_a_csv_whatever_the_ids():
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_are_those_of_a_csv_whatever_the_ids(end):
     ids = ["plain", 'a "quoted" one', "with, comma", "", "이름", "two\nlines"] * 40
     log_probs = np.log(np.random.default_rng(0).dirichlet(np.ones(3), len(ids)))
-    text = b"".join(lines(pa.array(ids), log_probs)).decode()
+    text = b"".join(lines(pa.array(ids), log_probs, end.encode())).decode()
     rows = list(csv.reader(io.StringIO(text, newline="")))
     assert [row[0] for row in rows] == ids
     np.testing.assert_allclose(np.array([row[1:] for row in rows], float), np.exp(log_probs), rtol=5e-7)
     expected = io.StringIO(newline="")
-    csv.writer(expected).writerows(
+    csv.writer(expected, lineterminator=end).writerows(
         [name, *(f"{p:.6e}" for p in np.exp(row))] for name, row in zip(ids, log_probs, strict=True)
     )
     assert text == expected.getvalue()

@@ -7,7 +7,7 @@ import pytest
 
 from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError
-from fivefold.inference.submitted import holds_labels, read_submitted, system_name
+from fivefold.inference.submitted import holds_labels, names_classes_alone, read_submitted, system_name
 
 IDS, CLASSES = ("1", "2"), ("a", "b", "ㄷ")
 
@@ -24,6 +24,17 @@ def test_rows_and_columns_are_matched_by_name(tmp_path):
     assert (found.system, found.classes) == ("eva", CLASSES)
     assert not holds_labels(found)
     assert read_submitted(path).classes == CLASSES
+
+
+@pytest.mark.parametrize("index", ["", "Unnamed: 0"])
+def test_the_index_of_pandas_is_no_class(tmp_path, index):
+    path = write(tmp_path, f"{index},ID,ㄷ,a,b\n0,2,.1,.2,.7\n1,1,.5,.25,.25\n")
+    found = read_submitted(path, IDS, CLASSES).in_order(IDS)
+    np.testing.assert_allclose(np.exp(found.log_probs), [[0.25, 0.25, 0.5], [0.2, 0.7, 0.1]], atol=1e-6)
+    assert read_submitted(path).classes == CLASSES
+    labels = write(tmp_path, f"{index},ID,target\n0,2,a\n1,1,b\n")
+    assert names_classes_alone(labels)
+    assert read_submitted(labels, IDS, CLASSES).in_order(IDS).log_probs.argmax(axis=1).tolist() == [1, 0]
 
 
 def test_predicted_classes_count_as_certain(tmp_path):

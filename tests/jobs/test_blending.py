@@ -88,6 +88,34 @@ def test_a_file_of_labels_votes_and_one_named_by_the_settings_counts_too(world):
     np.testing.assert_allclose(values(world / "vote" / "output" / "submission.csv"), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("with_probabilities", [False, True])
+def test_files_of_labels_know_the_classes_of_one_another(world, with_probabilities):
+    (world / "eval" / "sample_submission.csv").unlink()
+    for name, row in (("a", [0, 1, 0, 1, 0, 1]), ("b", [0, 1, 2, 1, 0, 1])):
+        write(
+            world / "votes" / f"output_{name}.csv",
+            [["ID", "target"], *([i, CARS[c]] for i, c in zip(IDS, row, strict=True))],
+        )
+    if with_probabilities:
+        submission(world / "votes" / "output_c.csv", np.full((6, 3), 1 / 3))
+    assert stage(world, "ensemble", "vote", "ensemble.blend=vote", SUBMISSIONS=str(world / "votes")) == 0
+    rows = cells(world / "vote" / "output" / "submission.csv")
+    assert rows[0] == ["ID", *sorted(CARS)]
+    assert values(world / "vote" / "output" / "submission.csv")[2].argmax() in (0, 2)
+
+
+def test_a_sample_of_other_rows_is_refused_and_an_index_is_no_class(world):
+    rows = cells(world / "csv" / "output_eva.csv")
+    write(world / "csv" / "output_eva.csv", [["", *rows[0]], *([n, *row] for n, row in enumerate(rows[1:]))])
+    given = {"SUBMISSIONS": str(world / "csv")}
+    (world / "eval" / "sample_submission.csv").rename(world / "eval" / "sampleSubmission.csv")
+    assert stage(world, "ensemble", "mean", **given) == 0
+    assert cells(world / "mean" / "output" / "submission.csv")[0] == ["ID", *CARS]
+    write(world / "eval" / "sampleSubmission.csv", [["ID", *CARS], *([name.lower(), 0, 0, 0] for name in IDS)])
+    assert stage(world, "ensemble", "bad", **given) == 65
+    assert "name other rows: 6 of its 6 ids are of no image" in (world / "bad" / "failure").read_text()
+
+
 def test_a_changed_file_is_another_key(world, caplog):
     named = f"ensemble.submissions={world / 'csv' / 'output_eva.csv'},{world / 'csv' / 'output_nfnet.csv'}"
     assert stage(world, "ensemble", "again", named) == 0

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -325,6 +326,28 @@ def test_a_submission_scores_as_the_predictions_that_it_was_made_of(digits, whol
     assert {k: v for k, v in found.items() if k not in ("what", "rows")} == pytest.approx(
         {k: v for k, v in expected.items() if k not in ("what", "rows")}, abs=1e-6
     )
+
+
+def test_a_truth_with_an_index_or_other_columns_scores_the_same(digits, whole, tmp_path):
+    rows = read_cells(digits.folder / "test" / "gt.csv")
+    truth = [["", "fold", "ID", "class"], *([n, 0, *row] for n, row in enumerate(rows[:0:-1]))]
+    write_csv(tmp_path / "gt.csv", truth)
+    channels = {"SM_CHANNEL_PREDICTIONS": str(digits.folder / "ensemble"), "SM_GROUND_TRUTH_DIR": str(tmp_path)}
+    assert run("evaluate", [], channels | {"SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["test"]
+    assert found == json.loads((whole[0] / "metrics.json").read_text())["test"]
+
+
+def test_what_a_failed_ensemble_left_is_scored_with_a_warning(digits, tmp_path, capsys):
+    folder = tmp_path / "ensemble"
+    shutil.copytree(digits.folder / "ensemble", folder)
+    channels = {"SM_CHANNEL_PREDICTIONS": str(folder), "SM_GROUND_TRUTH_DIR": str(digits.folder / "test")}
+    for number, record in enumerate((None, {"stage": "evaluate"}, {"stage": "ensemble"})):
+        if record:
+            write_json(folder / "stage.json", record)
+        assert run("evaluate", [], channels | {"SM_OUTPUT_DATA_DIR": str(tmp_path / str(number))}) == 0
+        told = capsys.readouterr().err.count("what is scored may be older than its models")
+        assert told == (record != {"stage": "ensemble"})
 
 
 def test_predictions_in_the_output_folder_serve_where_no_channel_names_any(digits, tmp_path):

@@ -215,6 +215,13 @@ def test_the_whole_ensemble_may_teach_images_that_no_fold_saw(world):
             "train.device=cpu:first, but this machine has cpu:0",
         ),
         ("train-fold", ["FOLD=0", "train.monitor=auc"], {}, 64, "unknown monitor 'auc'"),
+        (
+            "train-fold",
+            ["FOLD=0", "train.warmup_epochs=3"],
+            {"SM_CHANNEL_TRAIN": "eval"},  # no image of the split is there: it is told before any is read
+            64,
+            "train.warmup_epochs=3 leaves nothing of train.epochs=3: give more epochs, or a shorter warm-up",
+        ),
         ("train-fold", ["FOLD=0", "predict.views=plain,flop", "train.epochs=1000000"], {}, 64, "did you mean 'flip'"),
         ("train-fold", ["FOLD=0", "train.monitor=auc", "train.epochs=1000000"], {}, 64, "unknown monitor 'auc'"),
         ("train-fold", ["FOLD=0", "train.trackers=wanda", "train.epochs=1000000"], {}, 64, "did you mean 'wandb'"),

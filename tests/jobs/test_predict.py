@@ -18,6 +18,8 @@ import pytest
 from PIL import Image
 
 from fivefold import ImageClassificationAPI, predictions
+from fivefold.api import tell
+from fivefold.committee import Verdict
 from fivefold.data.folds import FoldTable, read_folds
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from jobs.__main__ import run
@@ -201,6 +203,13 @@ def test_unreadable_images_are_rows_with_error_and_the_stage_goes_on(shop, produ
     assert "5 images cannot be read: " in done.stderr
     assert json.loads(done.stdout)["errors"] == 5
     assert json.loads(done.stdout)["test"]["n"] == 1
+
+
+def test_the_reason_of_every_unreadable_image_is_in_the_log(caplog) -> None:
+    reasons = {row: f"{row}.png cannot be decoded" for row in range(7)}
+    caplog.set_level("INFO", "fivefold")
+    tell(Verdict(np.empty(0, np.int64), np.empty((0, 2), np.float32), reasons), [*reasons.values()], [], 1.0)
+    assert [reason for reason in reasons.values() if reason not in caplog.text] == []
 
 
 def test_nothing_but_unreadable_images_is_a_table_of_errors(shop, tmp_path) -> None:

@@ -61,6 +61,20 @@ def test_a_request_that_cannot_work(data: Path, arguments: list[str], says: str)
     assert not (data / "runs").exists()
 
 
+@pytest.mark.parametrize("file", ["runs", "runs/r", "runs/r/split", "runs/r/ensemble"])
+def test_a_file_where_the_run_needs_a_folder_is_a_setting_that_cannot_work(data: Path, file: str) -> None:
+    (data / file).parent.mkdir(parents=True, exist_ok=True)
+    (data / file).touch()
+    with pytest.raises(SettingsError, match=f"cannot write to {data}/runs/r.*: a file stands where a folder is needed"):
+        submit.main([f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={data / 'runs'}", "run=r"])
+    assert not (data / "runs" / "r" / "split" / "log.txt").exists(), "nothing was started"
+
+
+def test_a_truth_without_test_images_is_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert submit.main([f"train={data / 'train'}", f"ground_truth={data / 'test'}", "--dry-run"]) == 0
+    assert any("is not used: without eval=" in r.message and r.levelname == "WARNING" for r in caplog.records)
+
+
 def test_inputs_that_are_not_there(data: Path) -> None:
     with pytest.raises(MissingInputError, match="eval="):
         submit.main([f"train={data}", f"eval={data / 'no'}"])

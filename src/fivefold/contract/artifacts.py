@@ -11,6 +11,7 @@ from typing import Any
 
 from fivefold.contract.files import read_json, sha256, sha256_once, tree_files, tree_sha256
 from fivefold.contract.job import Job
+from fivefold.contract.spelling import TRUTHS, is_sample
 from fivefold.contract.stages import (
     CLASSES,
     ENSEMBLE,
@@ -35,7 +36,7 @@ KEYED_FILES = {
 
 COMPARED = (".csv", ".parquet", ENSEMBLE, MODEL)
 """Of a run only these files are compared."""
-TRUTH = ("/gt.csv", "/ground_truth.csv")
+TRUTH = tuple(f"/{name}" for name in TRUTHS)
 """Files that lie beside test images, and that no stage reads which predicts them."""
 CHECKED = (WEIGHTS, MODEL, OOF, HOLDOUT)
 """Files of a model that later stages read."""
@@ -186,7 +187,7 @@ def channel_digest(job: Job, channel: str, settings: Mapping[str, Any]) -> str:
 def _submission(job: Job) -> Path:
     """The only CSV of the predictions channel, sample submissions aside."""
     files = [path for root in roots(job, "predictions") for path in tree_files(root) if path.suffix.lower() == ".csv"]
-    found = [path for path in files if path.name != "sample_submission.csv"]
+    found = [path for path in files if not is_sample(path.name)]
     if not found:
         raise MissingInputError(
             f"no {PREDICTIONS}, {HOLDOUT} or submission CSV below the channel 'predictions' ({job.channel('predictions')})"

@@ -5,11 +5,13 @@
 Plans are made of it. A stage that is told its run (RUN=first) finds by it what no SM_* variable says.
 """
 
+import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fivefold.contract.job import given_channels, has_base
 from fivefold.contract.s3.urls import is_url, parse
+from fivefold.contract.spelling import truth_among
 from fivefold.contract.stages import RECORD, STAGES, Stage
 from fivefold.contract.storage import Remote
 from fivefold.errors import MissingInputError, SettingsError
@@ -65,19 +67,20 @@ def in_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | None)
 
 
 def truth_of(eval_: str) -> str | None:
-    """The gt.csv beside the test.csv of test images at a folder or a URL, or one folder below; None where there is none."""
+    """The ground truth beside the test.csv of test images at a folder or a URL, or one folder below; None where there is none."""
     if is_url(eval_):
         found = truth_beside_table(Remote(Path()).names(parse(eval_, "eval")))
         return f"{eval_.rstrip('/')}/{found}" if found else None
-    tables = [Path(eval_) / EVAL_TABLE, *sorted(Path(eval_).glob(f"*/{EVAL_TABLE}"))]
-    beside = [table.with_name(GROUND_TRUTH) for table in tables if table.is_file()]
-    return next((str(path) for path in beside if path.is_file()), None)
+    folders = [Path(eval_), *sorted(path for path in Path(eval_).glob("*") if path.is_dir())]
+    files = [[str(path) for path in folder.glob("*.[cC][sS][vV]") if path.is_file()] for folder in folders]
+    return next((found for names in files if (found := truth_beside_table(names))), None)
 
 
 def truth_beside_table(names: Sequence[str]) -> str | None:
-    """Of the names of files the gt.csv beside a test.csv, the one with the shortest path."""
-    beside = [str(Path(name).with_name(GROUND_TRUTH)) for name in names if Path(name).name == EVAL_TABLE]
-    return min((name for name in beside if name in set(names)), key=len, default=None)
+    """Of the names of files the ground truth beside a test.csv, in the folder with the shortest path."""
+    folders = {posixpath.dirname(name) for name in names if posixpath.basename(name).lower() == EVAL_TABLE}
+    beside = [truth_among(n for n in names if posixpath.dirname(n) == folder) for folder in sorted(folders)]
+    return min((name for name in beside if name), key=len, default=None)
 
 
 def _step_of(stage: Stage, fold: int | None) -> str:

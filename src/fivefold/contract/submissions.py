@@ -5,11 +5,12 @@ from pathlib import Path
 from fivefold.contract.artifacts import roots
 from fivefold.contract.files import tree_files
 from fivefold.contract.job import Job
+from fivefold.contract.spelling import is_sample, is_truth
 from fivefold.contract.stages import FOLDS, HOLDOUT, OOF
 from fivefold.errors import MissingInputError
 
-OTHERS = ("sample_submission.csv", "train.csv", "test.csv", "gt.csv", "ground_truth.csv", FOLDS, OOF, HOLDOUT)
-"""Tables that may lie there too, and say nothing of the test images."""
+OTHERS = ("train.csv", "test.csv", FOLDS, OOF, HOLDOUT)
+"""Tables that may lie there too, beside samples and truths, and say nothing of the test images."""
 
 
 def find_submissions(job: Job, tables: bool = False) -> list[Path]:
@@ -19,9 +20,13 @@ def find_submissions(job: Job, tables: bool = False) -> list[Path]:
     """
     if job.optional_channel("submissions") is None:
         return []
-    files = [path for root in roots(job, "submissions") for path in tree_files(root) if path.name not in OTHERS]
+    files = [path for root in roots(job, "submissions") for path in tree_files(root) if not _says_nothing(path.name)]
     for suffix in (".csv", ".parquet")[: 1 + tables]:
         if found := [path for path in files if path.suffix.lower() == suffix]:
             return found
     what = "CSV or table of predictions" if tables else "CSV"
     raise MissingInputError(f"no {what} below the channel 'submissions' ({job.channel('submissions')})")
+
+
+def _says_nothing(name: str) -> bool:
+    return name in OTHERS or is_sample(name) or is_truth(name)

@@ -8,10 +8,10 @@ import numpy as np
 
 from fivefold.arrow import pa
 from fivefold.choose import choose
+from fivefold.contract.spelling import is_sample, is_truth, plain_name
 from fivefold.data.images import is_image
 from fivefold.data.layouts import (
     IMAGE_FOLDERS,
-    SAMPLE_SUBMISSION,
     TRAIN_FOLDERS,
     bases,
     class_images,
@@ -34,14 +34,13 @@ from fivefold.data.tables import (
     few,
     image_paths,
     open_csv,
-    plain_text,
 )
 from fivefold.errors import DataError
 from fivefold.factors import Factors
 
 log = logging.getLogger("fivefold")
 
-NOT_TRAINING = {"test", SAMPLE_SUBMISSION, "submission", "gt", "ground_truth", "valid", "val"}
+NOT_TRAINING = {"test", "submission", "valid", "val"}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 LONGEST = 60
 """Of what a message shows of a label, in characters."""
@@ -131,7 +130,7 @@ def read_rows(
 def _training_tables(store: ImageStore, columns: Columns) -> list[CsvFile]:
     """train.csv, or the only CSV with the columns and the others that may be meant, or those alone; empty for none."""
     for level in levels(store, TRAIN_FOLDERS):
-        names = [name for name in csvs(store, level) if stem(name) not in NOT_TRAINING]
+        names = [name for name in csvs(store, level) if _may_be_training(name)]
         named = [name for name in names if stem(name) == "train"]
         tables = [open_csv(store, name) for name in named or names]
         usable = [table for table in tables if _is_usable(table, columns)]
@@ -140,6 +139,10 @@ def _training_tables(store: ImageStore, columns: Columns) -> list[CsvFile]:
         if tables:
             return sorted(tables, key=lambda table: table not in usable)
     return []
+
+
+def _may_be_training(name: str) -> bool:
+    return stem(name) not in NOT_TRAINING and not is_sample(name) and not is_truth(name)
 
 
 def _pass_over(tables: Sequence[CsvFile]) -> None:
@@ -181,13 +184,13 @@ def _table_rows(table: CsvFile, columns: Columns, check_files: bool, base_path: 
 def _groups(written: pa.StringArray) -> pa.Array:
     """Groups [N] as they are written, without the blanks around them; null where there is none."""
     encoded = written.dictionary_encode()
-    names = [plain_text(name) or None for name in encoded.dictionary.to_pylist()]
+    names = [plain_name(name) or None for name in encoded.dictionary.to_pylist()]
     return pa.array(names, TEXT).take(encoded.indices)
 
 
 def _classes(labels: pa.DictionaryArray, table: CsvFile) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as codes [N] int32 into the sorted class names, without the blanks around them."""
-    names = [plain_text(name) for name in labels.dictionary.to_pylist()]
+    names = [plain_name(name) for name in labels.dictionary.to_pylist()]
     indices = labels.indices.to_numpy()
     empty = np.flatnonzero(np.isin(indices, [code for code, name in enumerate(names) if not name]))
     if len(empty):
@@ -264,7 +267,7 @@ def _class_folders(store: ImageStore, names: Sequence[str], level: str) -> Rows:
 def _class_name(name: str, level: str) -> str:
     """The class folder of an image, called as labels are; one of blanks alone as it is."""
     folder = name[len(level) :].partition("/")[0]
-    return plain_text(folder) or folder
+    return plain_name(folder) or folder
 
 
 def _path_column(names: Sequence[str], where: str) -> pa.Array:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fivefold.contract.spelling import is_sample, is_truth, plain_name
 from fivefold.data.images import is_image
-from fivefold.data.layouts import EVAL_FOLDERS, IMAGE_FOLDERS, SAMPLE_SUBMISSION, bases, csvs, levels, stem
+from fivefold.data.layouts import EVAL_FOLDERS, IMAGE_FOLDERS, bases, csvs, levels, stem
 from fivefold.data.store import ImageStore, open_store
 from fivefold.data.tables import (
     ANSWER_NAMES,
@@ -27,7 +28,7 @@ from fivefold.errors import DataError
 
 log = logging.getLogger("fivefold")
 
-NOT_EVAL = {"train", SAMPLE_SUBMISSION, "submission", "gt", "ground_truth"}
+NOT_EVAL = {"train", "submission"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Submission:
     """Whether the file starts with a byte-order mark, as Excel's do."""
     numbered: str = ""
     """The name of a first column, of the rows' numbers from 0; empty: there is none."""
+    written: tuple[str, ...] = ()
+    """The classes as the file writes them, with blanks or decomposed letters; empty: as in `classes`."""
+    end: str = "\n"
+    """The end of a line."""
+
+    @property
+    def header(self) -> list[str]:
+        """The first line's cells."""
+        return [*([self.numbered] if self.numbered else []), self.id_column, *(self.written or self.classes)]
 
 
 @dataclass(frozen=True)
@@ -67,12 +77,12 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
 
     `id_column` and `path_column` are looked for first, and guessed where the table has no such column.
     Ids are the id column's values, or the paths as written where there is none. Without a CSV they
-    are file names; without their suffix where the sample submission has them so. Files must exist.
+    are file names; paths, or either without the suffix, where the sample submission has them so. Files must exist.
     """
     store = open_store(source) if isinstance(source, Path) else source
     tables = [name for level in levels(store, EVAL_FOLDERS) for name in csvs(store, level)]
-    sample = _sample(store, next((name for name in tables if stem(name) == SAMPLE_SUBMISSION), None))
-    given = [name for name in tables if stem(name) not in NOT_EVAL]
+    sample = _sample(store, next(filter(is_sample, tables), None))
+    given = [name for name in tables if not (stem(name) in NOT_EVAL or is_sample(name) or is_truth(name))]
     named = [name for name in given if stem(name) == "test"]
     readable = [open_csv(store, name) for name in named[:1] or given]
     usable = [found for found in readable if _if_there(found, path_column, PATH_NAMES)] or readable[: len(named)]
@@ -83,15 +93,39 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
     return _eval_table(usable[0], id_column, path_column, sample) if usable else _eval_folder(store, sample)
 
 
+def check_rows(images: EvalTable) -> None:
+    """Raises a DataError, with the ids, unless the sample submission has a row for each of the images and no other."""
+    if images.sample is None or images.sample.ids is images.ids:
+        return
+    asked, there = set(images.sample.ids), set(images.ids)
+    parts = []
+    if extra := sorted(asked - there):
+        parts.append(f"{len(extra)} of its {len(asked)} ids are of no image ({few(extra)})")
+    if missing := sorted(there - asked):
+        parts.append(f"{len(missing)} of the {len(there)} images are not in it ({few(missing)})")
+    if parts:
+        raise DataError(
+            f"the sample submission and the test images name other rows: {'; '.join(parts)}; "
+            "give the sample of these images, its ids letter for letter (7 is not 007)"
+        )
+
+
 def _sample(store: ImageStore, name: str | None) -> Submission | None:
     if name is None:
         return None
     table = open_csv(store, name)
-    id_column, *classes = table.header
+    id_column, *written = table.header
     ids = table.read({id_column: TEXT})[id_column]
     check_unique(ids, table, id_column)
-    marked = store.read(name).startswith(codecs.BOM_UTF8)
-    return Submission(id_column, tuple(classes), ids.to_numpy(zero_copy_only=False), marked)
+    plain = tuple(plain_name(cell) for cell in written)
+    return _of_file(table, Submission(id_column, plain, ids.to_numpy(zero_copy_only=False), written=tuple(written)))
+
+
+def _of_file(table: CsvFile, submission: Submission) -> Submission:
+    """The submission with the byte-order mark and the ends of lines that the table's file has."""
+    first, _, _ = table.store.read(table.name).partition(b"\n")
+    end = "\r\n" if first.endswith(b"\r") else "\n"
+    return replace(submission, marked=first.startswith(codecs.BOM_UTF8), end=end)
 
 
 def _if_there(table: CsvFile, given: str, known: Sequence[str]) -> str | None:
@@ -116,7 +150,7 @@ def _asks_itself(table: CsvFile, row_id: str, path: str, ids: np.ndarray) -> Sub
     answer = table.column("", ANSWER_NAMES)
     if row_id != path or answer is None or len(table.header) != 2:
         return None
-    return Submission(row_id, (answer,), ids, table.store.read(table.name).startswith(codecs.BOM_UTF8))
+    return _of_file(table, Submission(row_id, (answer,), ids))
 
 
 def _eval_folder(store: ImageStore, sample: Submission | None) -> EvalTable:
@@ -126,8 +160,8 @@ def _eval_folder(store: ImageStore, sample: Submission | None) -> EvalTable:
     if not paths:
         raise DataError(f"{store.root} holds no test.csv and no images to predict")
     names = [path[len(level) :] for path in paths]
-    stems = [posixpath.splitext(name)[0] for name in names]
     wanted = set(sample.ids) if sample else set()
-    ids = stems if len(set(stems)) == len(stems) and set(stems) == wanted else names
+    bare = [[posixpath.splitext(name)[0] for name in each] for each in (names, paths)]
+    ids = next((each for each in (bare[0], paths, bare[1]) if len(wanted) == len(each) and set(each) == wanted), names)
     log.info("data: %d images of %s/%s, in the order of their names", len(paths), store.root, level)
     return EvalTable(sample.id_column if sample else "ID", np.array(ids, object), np.array(paths, object), sample)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fivefold.contract.spelling import is_sample, plain_name
 from fivefold.data.images import is_image
 from fivefold.data.store import FolderStore, ImageStore, ZipStore, open_store
 from fivefold.data.tables import LABEL_NAMES, PATH_NAMES, TEXT, TRIED_PATHS, CsvFile, few, open_csv
@@ -20,7 +21,7 @@ from fivefold.errors import DataError, MissingInputError
 log = logging.getLogger("fivefold")
 
 TRUTH_NAMES = ("true_class", "image_type", *LABEL_NAMES)
-NO_TABLES = ("sample_submission.csv", "submission.csv")
+SUBMISSION = "submission.csv"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def read_given(path: Path, base_path: str = "", path_column: str = "", label_col
     if path.is_file() and path.suffix.lower() != ".zip":
         return Given(AnywhereStore(), [str(path)], [str(path)], [""])
     store = open_store(path)
-    tables = [name for name in store.listing("")[1] if name.lower().endswith(".csv") and name not in NO_TABLES]
+    found = [name for name in store.listing("")[1] if name.lower().endswith(".csv")]
+    tables = [name for name in found if name.lower() != SUBMISSION and not is_sample(name)]
     usable = [table for table in (open_csv(store, name) for name in tables) if table.column(path_column, PATH_NAMES)]
     if len(usable) > 1:
         raise DataError(f"several tables in {path}: {few([t.name for t in usable])}; name one of them as the images")
@@ -97,7 +99,7 @@ def read_given(path: Path, base_path: str = "", path_column: str = "", label_col
 
 def with_folders_as_truth(given: Given, classes: Sequence[str]) -> Given:
     """`given`, with each image's folder as its true class where all lie in folders called like classes."""
-    folders = [posixpath.basename(posixpath.dirname(path)) for path in given.paths]
+    folders = [plain_name(posixpath.basename(posixpath.dirname(path))) for path in given.paths]
     if any(given.truth) or not set(folders) <= set(classes):
         return given
     log.info("every image lies in a folder that is called like a class, so that is taken as its true class")
@@ -106,9 +108,13 @@ def with_folders_as_truth(given: Given, classes: Sequence[str]) -> Given:
 
 def check_truth(given: Given, classes: Sequence[str]) -> None:
     """Raises a DataError for true classes that are none of the model's."""
-    unknown = sorted(set(given.truth) - {"", *classes})
-    if unknown:
-        raise DataError(f"true classes that the model does not know: {few(unknown)}; it knows {few(list(classes))}")
+    known = {"", *classes}
+    rows = [name for name in given.truth if name not in known]
+    if rows:
+        raise DataError(
+            f"{len(rows)} of {len(given)} rows have true classes that the model does not know: {few(sorted(set(rows)))}; "
+            f"it knows {few(list(classes))}; leave such cells empty to have these rows predicted and not scored"
+        )
 
 
 def _table(table: CsvFile, base_path: str, path_column: str, label_column: str) -> Given:
@@ -116,7 +122,7 @@ def _table(table: CsvFile, base_path: str, path_column: str, label_column: str) 
     label = table.column(label_column, TRUTH_NAMES)
     read = table.read({name: TEXT for name in (path, label) if name})
     shown = read[path].to_pylist()
-    truth = [name.strip() for name in read[label].to_pylist()] if label else [""] * len(shown)
+    truth = [plain_name(name) for name in read[label].to_pylist()] if label else [""] * len(shown)
     if isinstance(table.store, ZipStore):
         store, bases = table.store, [base_path or table.folder]
     else:

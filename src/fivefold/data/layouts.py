@@ -17,7 +17,6 @@ log = logging.getLogger("fivefold")
 TRAIN_FOLDERS = ("train", "training")
 EVAL_FOLDERS = ("test", "testing", "eval", "evaluation")
 IMAGE_FOLDERS = ("images",)
-SAMPLE_SUBMISSION = "sample_submission"
 HELD_OUT = {*EVAL_FOLDERS, "valid", "val", "validation", "pred", "unlabeled", "unlabelled"}
 SPLIT_FOLDERS = {*TRAIN_FOLDERS, *HELD_OUT}
 OF_ANY_PART = {"", "set", "data", "dataset", "image", "images", "img", "imgs", "photo", "photos", "jpg", "jpeg", "png"}

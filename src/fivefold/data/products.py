@@ -2,7 +2,6 @@
 
 import logging
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fivefold.arrow import pa
+from fivefold.contract.spelling import plain_name
 from fivefold.data.adapters import Rows
 from fivefold.data.layouts import TRAIN_FOLDERS, bases, csvs, levels, stem
 from fivefold.data.store import ImageStore
@@ -103,7 +103,7 @@ def _images(table: CsvFile, columns: ProductColumns) -> Images:
     of_type = {table.must_have(name, (), "data.image_types"): kind for name, kind in columns.image_types.items()}
     read = table.read(dict.fromkeys((id_column, category_column, *of_type), TEXT))
     products = [name.strip() for name in read[id_column].to_pylist()]
-    categories = [unicodedata.normalize("NFC", name.strip()) for name in read[category_column].to_pylist()]
+    categories = [plain_name(name) for name in read[category_column].to_pylist()]
     _check_products(products, categories, table)
     cells = {name: read[name].to_pylist() for name in of_type}
     images, without = Images(), []

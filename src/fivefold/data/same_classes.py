@@ -10,7 +10,6 @@ mean of a calibrated model, which is never more (log(1 + s) is concave and meets
 whole for the first name would cost 34.5 nats for every row that carries the second.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from fivefold.choose import did_you_mean
+from fivefold.contract.spelling import plain_name
 from fivefold.data.adapters import Rows
 from fivefold.errors import DataError
 from fivefold.predictions import Predictions
@@ -33,7 +33,7 @@ class SameClasses:
     @cached_property
     def named(self) -> tuple[tuple[str, ...], ...]:
         """The groups, their names as the split has them (NFC, without the blanks around them)."""
-        return tuple(tuple(unicodedata.normalize("NFC", name.strip()) for name in group) for group in self.groups)
+        return tuple(tuple(plain_name(name) for name in group) for group in self.groups)
 
     @cached_property
     def merged(self) -> dict[str, str]:

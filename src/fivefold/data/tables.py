@@ -4,7 +4,6 @@ import csv
 import io
 import posixpath
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,11 +169,6 @@ def _where_most_are(paths: Sequence[str], store: ImageStore, bases: Sequence[str
     tried = [(base, suffix) for suffix in suffixes for base in bases]
     found = [sum(_exists(store, _plain(base, f"{path}{suffix}")) for path in paths) for base, suffix in tried]
     return tried[int(np.argmax(found))]
-
-
-def plain_text(value: str) -> str:
-    """A label or group without the blanks around it, in NFC."""
-    return unicodedata.normalize("NFC", value.strip())
 
 
 def without_root(path: str, root: Path) -> str:

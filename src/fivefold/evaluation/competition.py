@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fivefold.contract.spelling import plain_name
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import competition_logloss
-from fivefold.evaluation.truth import plain_name, read_cells
+from fivefold.evaluation.truth import read_cells
 from fivefold.predictions import sample
 
 

@@ -1,52 +1,86 @@
 """The truth of test rows, and predictions that come as a competition's submission: CSVs to checked tables."""
 
 import csv
-import unicodedata
+import logging
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from fivefold.contract.spelling import TRUTHS, plain_name, truth_among
 from fivefold.errors import DataError, MissingInputError
 from fivefold.evaluation.metrics import FLOOR, confusion_matrix, f1
 from fivefold.predictions import Predictions, sample
 
-TRUTH_FILES = ("gt.csv", "ground_truth.csv")
-LABEL_COLUMNS = ("label", "target", "ans", "answer")
+log = logging.getLogger("fivefold")
+
+LABEL_COLUMNS = ("target", "label", "class_name", "class", "category", "ans", "answer")
+"""The names of a column of classes, the first one that is there goes: as training tables have them, then of answers."""
+ID_COLUMNS = ("id", "imageid", "image_id")
+FAR = 0.1
+"""How far a row's sum may be from 1, or as a share from 100, before it is told."""
 
 
 def truth_file(where: Path) -> Path:
-    """The CSV of the truth: `where` itself, or in that folder gt.csv, ground_truth.csv, or the only CSV."""
+    """The CSV of the truth: `where` itself, or in that folder gt.csv, ground_truth.csv (in any case), or the only CSV."""
     if where.is_file():
         return where
-    for name in TRUTH_FILES:
-        if (where / name).is_file():
-            return where / name
-    found = [path for path in sorted(where.glob("*.csv")) if path.is_file()]
+    found = [path for path in sorted(where.glob("*.[cC][sS][vV]")) if path.is_file()]
+    if name := truth_among(path.name for path in found):
+        return where / name
     if len(found) == 1:
         return found[0]
     listed = ", ".join(path.name for path in found) or "no CSV"
-    raise MissingInputError(f"no {' or '.join(TRUTH_FILES)} in {where} (found: {listed}); name the truth gt.csv")
+    raise MissingInputError(f"no {' or '.join(TRUTHS)} in {where} (found: {listed}); name the truth gt.csv")
 
 
-def read_truth(path: Path) -> dict[str, str]:
+def read_truth(path: Path, id_column: str = "", ids: Collection[str] = ()) -> dict[str, str]:
     """Class names by row id.
 
-    Ids are the first column; the class is the column label, target, ans or answer, else the second.
-    Raises a DataError for an empty table, an id that stands twice, or a row without a class.
+    Ids are the column called `id_column`, else id, else the first one with a name; where it has not the `ids`,
+    any that has them. The class is the first of LABEL_COLUMNS that is there, else the one other column.
+    Raises a DataError for an empty table, an id that stands twice, a row without a class, or several columns
+    that could be the class.
     """
     header, rows = read_cells(path)
     if len(header) < 2:
         raise DataError(f"{path} has {len(header)} column; the truth needs an id and a class")
-    place = next((at for at, name in enumerate(header) if at and name.strip().lower() in LABEL_COLUMNS), 1)
     if not rows:
         raise DataError(f"{path} holds no rows, only {','.join(header)}")
-    refuse_repeated([row[0] for row in rows], f"{path}: ids stand twice")
-    unlabelled = [row[0] for row in rows if not row[place].strip()]
+    at_id = _id_place(_plain(header), rows, id_column, ids)
+    place, *others = _label_places(path, header, at_id)
+    unused = f" (not {', '.join(repr(header[at]) for at in others)})" if others else ""
+    log.info("%s: ids are its column %r, classes %r%s", path, header[at_id], header[place], unused)
+    refuse_repeated([row[at_id] for row in rows], f"{path}: ids stand twice")
+    unlabelled = [row[at_id] for row in rows if not row[place].strip()]
     if unlabelled:
         raise DataError(f"{path}: {len(unlabelled)} rows without a class: {sample(unlabelled)}")
-    return {row[0]: plain_name(row[place]) for row in rows}
+    return {row[at_id]: plain_name(row[place]) for row in rows}
+
+
+def _id_place(names: Sequence[str], rows: Sequence[Sequence[str]], called: str, ids: Collection[str]) -> int:
+    """The place of the ids: by name, unless another column has the `ids` and this one has not."""
+    known, wanted = [name for name in (plain_name(called).lower(), "id") if name], set(ids)
+    places = [at for at, name in enumerate(names) if name not in LABEL_COLUMNS] or [0]
+    places.sort(key=lambda at: (known.index(names[at]) if names[at] in known else len(known), _is_index(names[at])))
+    return next((at for at in places if wanted and {row[at] for row in rows} == wanted), places[0])
+
+
+def _label_places(path: Path, header: Sequence[str], at_id: int) -> list[int]:
+    """The places of all columns called like classes, the best first; of the one other column where none is."""
+    names, rest = _plain(header), [at for at in range(len(header)) if at != at_id]
+    if called := [names.index(name) for name in LABEL_COLUMNS if name in names and names.index(name) != at_id]:
+        return called
+    rest = [at for at in rest if not _is_index(names[at])] or rest
+    if len(rest) > 1:
+        raise DataError(
+            f"{path} does not say which column is the class: {', '.join(repr(header[at]) for at in rest)}; "
+            f"call it {', '.join(LABEL_COLUMNS[:2])} or the like"
+        )
+    return rest
 
 
 def with_truth(table: Predictions, truth: dict[str, str], where: Path) -> Predictions:
@@ -78,9 +112,7 @@ def read_submission(path: Path) -> Predictions:
         raise DataError(f"{path} is no submission: an id column, at least two class columns and rows are needed")
     refuse_repeated(classes, f"{path}: columns stand twice")
     refuse_repeated([row[0] for row in rows], f"{path}: ids stand twice")
-    probs = np.array([_probabilities(row, path) for row in rows])
-    probs = np.clip(probs / probs.sum(axis=1, keepdims=True), FLOOR, 1)
-    probs /= probs.sum(axis=1, keepdims=True)
+    probs = shares(np.array([_probabilities(row, path) for row in rows]), path)
     order = np.argsort(np.array(classes), kind="stable")
     return Predictions(
         ids=np.array([row[0] for row in rows], dtype=object),
@@ -91,11 +123,27 @@ def read_submission(path: Path) -> Predictions:
     )
 
 
+def shares(probs: np.ndarray, path: Path) -> np.ndarray:
+    """`probs` [N, C] at or above 0, each row brought to sum 1 and clipped to [FLOOR, 1]; warns of sums far from 1 and 100."""
+    sums = probs.sum(axis=1)
+    far = np.flatnonzero(np.minimum(np.abs(sums - 1), np.abs(sums / 100 - 1)) > FAR)
+    if len(far):
+        log.warning(
+            "%s: %d rows sum neither to 1 nor to 100, the first in line %d (to %g); each is divided by its sum",
+            path,
+            len(far),
+            far[0] + 2,
+            sums[far[0]],
+        )
+    probs = np.clip(probs / sums[:, None], FLOOR, 1)
+    return probs / probs.sum(axis=1, keepdims=True)
+
+
 def read_answers(path: Path) -> dict[str, str]:
     """Predicted class names by row id, of a file with one column of them, or with a column of probabilities a class."""
     if not path.is_file():
         raise MissingInputError(f"no answers at {path}; run inference first, with the same output folder")
-    header, _ = read_cells(path)
+    header, _ = read_cells(path, 1)
     if len(header) == 2:
         return read_truth(path)
     table = read_submission(path)
@@ -127,11 +175,15 @@ def _probabilities(row: list[str], path: Path) -> list[float]:
     return values
 
 
-def read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a CSV in UTF-8; a DataError for another, an empty one, or rows of unlike lengths."""
+def read_cells(path: Path, most: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows, or the first `most`, of a CSV in UTF-8, less the index that pandas writes before the ids.
+
+    Raises a DataError for another encoding, an empty file, or rows of unlike lengths.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = [line for line in csv.reader(file, strict=True) if line]
+            filled = (line for line in csv.reader(file, strict=True) if line)
+            lines = list(filled if most is None else islice(filled, most + 1))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV in UTF-8: {error}") from error
     if not lines:
@@ -141,7 +193,35 @@ def read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
         raise DataError(
             f"{path}: the row {','.join(ragged)[:60]!r} has {len(ragged)} cells, the header {len(lines[0])}"
         )
+    if _has_index(lines):
+        lines = [line[1:] for line in lines]
     return lines[0], lines[1:]
+
+
+def _has_index(lines: Sequence[Sequence[str]]) -> bool:
+    """Whether a first column without a name stands before the ids: one that is called so, or is of no numbers."""
+    first, second = [*_plain(lines[0]), ""][:2]
+    if not _is_index(first) or len(lines[0]) < 3 or second in LABEL_COLUMNS:
+        return False
+    cell = lines[1][1] if lines[1:] else ""
+    return second in ID_COLUMNS or (cell != "" and not is_number(cell))
+
+
+def _plain(header: Sequence[str]) -> list[str]:
+    return [plain_name(name).lower() for name in header]
+
+
+def _is_index(name: str) -> bool:
+    """Whether pandas calls a column so that has no name, in lower case."""
+    return not name or name.startswith("unnamed:")
+
+
+def is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse_other_rows(where: Path, extra: list[str], absent: list[str], truth: int, predicted: int) -> None:
@@ -149,11 +229,6 @@ def _refuse_other_rows(where: Path, extra: list[str], absent: list[str], truth: 
     parts += [f"{len(absent)} of {predicted} predicted ids are not in it ({sample(absent)})"] if absent else []
     if parts:
         raise DataError(f"{where} is the truth of other rows: {'; '.join(parts)}; give the truth of this test set")
-
-
-def plain_name(name: str) -> str:
-    """A class name as the split stage has it: NFC, without the blanks around it."""
-    return unicodedata.normalize("NFC", name.strip())
 
 
 def refuse_repeated(names: list[str], what: str) -> None:

@@ -22,7 +22,6 @@ LEAST_EXPONENT = -99
 LEAST_LOG = -240.0
 """A logarithm that is surely written as 0; those below it, down to -inf, count as this one."""
 CELL = np.dtype([("comma", "S1"), ("first", "<u4"), ("last", "<u4"), ("exponent", "<u4")])
-END = np.frombuffer(b"\r\n", np.uint8)
 PER_EXPONENT = -1 / float(np.log(10))
 ROUNDED_UP = 1 - 2.17148e-8
 """A number's negative exponent is its -log10 plus 1, cut off; less than 1, because from 9.9999995 on it rounds to the next."""
@@ -70,23 +69,23 @@ def _write_cells(log_probs: np.ndarray, found: np.ndarray) -> None:
     found["exponent"] = np.take(EXPONENT, exponent, mode="clip")
 
 
-def lines(ids: pa.Array, log_probs: np.ndarray) -> Iterator[memoryview]:
-    """Lines of a CSV, about CHUNK bytes at a time: each of `ids` [N], quoted where it must be, and the probabilities
-    of its row of log_probs [N, C], in any layout.
+def lines(ids: pa.Array, log_probs: np.ndarray, end: bytes = b"\n") -> Iterator[memoryview]:
+    """Lines of a CSV, about CHUNK bytes at a time: each of `ids` [N], quoted where it must be, the probabilities
+    of its row of log_probs [N, C], in any layout, and the `end`.
     """
     if any(pc.any(pc.match_substring(ids, sign)).as_py() for sign in ',"\r\n'):
         ids = pa.array(_quoted(ids.to_pylist()), pa.string())
     rows = max(1, CHUNK // (CELL.itemsize * log_probs.shape[1]))
     for start in range(0, len(ids), rows):
-        yield _joined(ids.slice(start, rows), _endings(log_probs[start : start + rows]))
+        yield _joined(ids.slice(start, rows), _endings(log_probs[start : start + rows], end))
 
 
-def _endings(log_probs: np.ndarray) -> np.ndarray:
-    """The cells of rows [n, C] and the end of their lines: bytes uint8 [n, 13 · C + 2]."""
+def _endings(log_probs: np.ndarray, end: bytes) -> np.ndarray:
+    """The cells of rows [n, C] and the end of their lines: bytes uint8 [n, 13 · C + len(end)]."""
     count, classes = log_probs.shape
-    text = np.empty((count, CELL.itemsize * classes + len(END)), np.uint8)
-    text[:, -len(END) :] = END
-    found, rows = text[:, : -len(END)].view(CELL), max(1, AT_ONCE // classes)
+    text = np.empty((count, CELL.itemsize * classes + len(end)), np.uint8)
+    text[:, -len(end) :] = np.frombuffer(end, np.uint8)
+    found, rows = text[:, : -len(end)].view(CELL), max(1, AT_ONCE // classes)
     for start in range(0, count, rows):
         _write_cells(log_probs[start : start + rows], found[start : start + rows])
     return text

@@ -19,34 +19,24 @@ from fivefold.predictions import Predictions, sample
 AS_NAMED = SameClasses()
 
 
-def write_submission(
-    path: Path,
-    table: Predictions,
-    id_column: str,
-    columns: Sequence[str],
-    ids: Sequence[str],
-    marked: bool = False,
-    same: SameClasses = AS_NAMED,
-    numbered: str = "",
-) -> None:
-    """Writes `id_column` and `columns` for the rows of `ids`, in that order; `marked`: behind a byte-order mark.
+def write_submission(path: Path, table: Predictions, wanted: Submission, same: SameClasses = AS_NAMED) -> None:
+    """Writes the rows and columns that are `wanted`, in that order, as its header and its ends of lines are.
 
-    A column `numbered` of the rows' numbers from 0 stands first, if it has a name. Columns that are the
-    classes get probabilities, classes that mean the `same` by their policy; a single column that is no
-    class gets the predicted class. Raises a DataError that names ids or classes which do not fit.
+    Columns that are the classes get probabilities, classes that mean the `same` by their policy; a single column
+    that is no class gets the predicted class. Raises a DataError that names ids or classes which do not fit.
     """
-    rows = table.in_order(ids)
-    if len(ids) != len(table):
-        extra = sorted(set(table.ids) - set(ids))
+    rows = table.in_order(wanted.ids)
+    if len(wanted.ids) != len(table):
+        extra = sorted(set(table.ids) - set(wanted.ids))
         raise DataError(f"the sample submission lacks {len(extra)} ids of the test table: {sample(extra)}")
-    check_columns(columns, table.classes, same)
-    labels = wants_labels(columns, same.names(table.classes))
-    values = _labels(rows, same) if labels else _texts(_probabilities(rows, columns, same))
-    with open(path, "w", encoding="utf-8-sig" if marked else "utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*([numbered] if numbered else []), id_column, *columns])
+    check_columns(wanted.classes, table.classes, same)
+    labels = wants_labels(wanted.classes, same.names(table.classes))
+    values = _labels(rows, same) if labels else _texts(_probabilities(rows, wanted.classes, same))
+    with open(path, "w", encoding="utf-8-sig" if wanted.marked else "utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator=wanted.end)
+        writer.writerow(wanted.header)
         for number, (name, row) in enumerate(zip(rows.ids, values, strict=True)):
-            writer.writerow([*([number] if numbered else []), name, *row])
+            writer.writerow([*([number] if wanted.numbered else []), name, *row])
 
 
 class SubmissionWriter:
@@ -57,30 +47,28 @@ class SubmissionWriter:
 
     def __init__(self, file: IO[bytes], wanted: Submission, classes: Sequence[str]) -> None:
         self.file, self.classes, self.rows = file, classes, 0
-        self.numbered = bool(wanted.numbered)
+        self.numbered, self.end = bool(wanted.numbered), wanted.end
         self.labels = wants_labels(wanted.classes, classes)
         place = {name: code for code, name in enumerate(classes)}
         codes = [] if self.labels else [place[name] for name in wanted.classes]
         self.order = slice(None) if codes == list(range(len(classes))) else codes  # a slice copies nothing
-        header = [*([wanted.numbered] if wanted.numbered else []), wanted.id_column, *wanted.classes]
-        file.write((codecs.BOM_UTF8 if wanted.marked else b"") + _csv([header]))
+        file.write((codecs.BOM_UTF8 if wanted.marked else b"") + _csv([wanted.header], self.end))
 
     def write(self, ids: pa.Array, log_probs: np.ndarray) -> None:
         """The rows of `ids` [n], texts, with log_probs [C, n], class by class."""
         if not self.labels:
-            self.file.writelines(lines(ids, log_probs[self.order].T))
+            self.file.writelines(lines(ids, log_probs[self.order].T, self.end.encode()))
             return
         names = [self.classes[code] for code in np.argmax(log_probs, axis=0)]
         numbers, texts = range(self.rows, self.rows + len(ids)), ids.to_pylist()
-        self.file.write(
-            _csv(zip(numbers, texts, names, strict=True) if self.numbered else zip(texts, names, strict=True))
-        )
+        rows = zip(numbers, texts, names, strict=True) if self.numbered else zip(texts, names, strict=True)
+        self.file.write(_csv(rows, self.end))
         self.rows += len(ids)
 
 
-def _csv(rows: Iterable[Sequence[object]]) -> bytes:
+def _csv(rows: Iterable[Sequence[object]], end: str) -> bytes:
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
+    csv.writer(text, lineterminator=end).writerows(rows)
     return text.getvalue().encode()
 
 
@@ -95,7 +83,10 @@ def check_columns(columns: Sequence[str], classes: Sequence[str], same: SameClas
     if unknown or without:
         parts = [f"{sample(sorted(unknown))} unknown to the models"] if unknown else []
         parts += [f"{sample(sorted(without))} without a column"] if without else []
-        raise DataError(f"the sample submission's columns are not the models' classes: {', '.join(parts)}")
+        raise DataError(
+            f"the sample submission's columns are not the models' classes: {', '.join(parts)}; behind its first column, "
+            "of the ids, a sample has one column a class, or a single one for the predicted class"
+        )
 
 
 def wants_labels(columns: Sequence[str], classes: Sequence[str]) -> bool:

@@ -7,12 +7,13 @@ from typing import NoReturn
 
 import numpy as np
 
+from fivefold.contract.spelling import plain_name
 from fivefold.contract.stages import PREDICTIONS
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.tables import PATH_NAMES
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import FLOOR
-from fivefold.evaluation.truth import LABEL_COLUMNS, plain_name, read_cells, refuse_repeated
+from fivefold.evaluation.truth import LABEL_COLUMNS, is_number, read_cells, refuse_repeated, shares
 from fivefold.predictions import Predictions, open_table, read, sample
 
 PREFIX = "output_"
@@ -28,7 +29,7 @@ def system_name(path: Path) -> str:
 
 def names_classes_alone(path: Path) -> bool:
     """Whether a file has one column of predicted classes, rather than one of probabilities a class."""
-    return len([name for name in read_cells(path)[0][1:] if plain_name(name).lower() not in PATH_NAMES]) < 2
+    return len([name for name in read_cells(path, 1)[0][1:] if plain_name(name).lower() not in PATH_NAMES]) < 2
 
 
 def has_ids(path: Path, ids: Collection[str]) -> bool:
@@ -64,14 +65,12 @@ def read_submitted(
     by_label = len(kept) == 1 and names[kept[0]] not in wanted
     read = _of_labels if by_label else _of_probabilities
     columns, probs = read(path, [names[at] for at in kept], [[row[at] for at in kept] for row in rows], wanted)
-    probs = np.clip(probs / probs.sum(axis=1, keepdims=True), FLOOR, 1)
-    log_probs = np.log(probs / probs.sum(axis=1, keepdims=True)).astype(np.float32)
     found = Predictions(
         ids=np.array([row[place] for row in rows], dtype=object),
         fold=np.full(len(rows), -1, np.int16),
         system=system_name(path),
         classes=tuple(columns),
-        log_probs=log_probs,
+        log_probs=np.log(shares(probs, path)).astype(np.float32),
     )
     found = same.merge_table(found) if same else found
     return found.with_classes(classes) if classes else found.with_classes(sorted(columns))
@@ -101,15 +100,7 @@ def holds_labels(table: Predictions) -> bool:
 
 
 def _holds_paths(name: str, cell: str, wanted: Collection[str]) -> bool:
-    return name.lower() in PATH_NAMES and name not in wanted and not _is_number(cell)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+    return name.lower() in PATH_NAMES and name not in wanted and not is_number(cell)
 
 
 def _id_column(path: Path, rows: list[list[str]], paths: list[int], ids: Collection[str] | None) -> int:
@@ -157,7 +148,7 @@ def _of_probabilities(
 def _of_labels(
     path: Path, names: list[str], cells: list[list[str]], wanted: Collection[str]
 ) -> tuple[list[str], np.ndarray]:
-    if names[0].lower() not in (*LABEL_COLUMNS, "predicted_class", "prediction", "class", "class_name"):
+    if names[0].lower() not in (*LABEL_COLUMNS, "predicted_class", "prediction"):
         raise DataError(
             f"{path}: the column {names[0]!r} is no class of the models, nor called {', '.join(LABEL_COLUMNS)}"
         )

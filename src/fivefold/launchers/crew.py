@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from fivefold.contract.files import probe_writable
 from fivefold.contract.stages import FAILURE
 from fivefold.launchers.plan import Plan, Step
 from fivefold.launchers.screen import Lines, Screen, bar
@@ -97,7 +98,7 @@ class Crew:
 
     def _start(self, step: Step, alone: bool) -> None:
         self.waiting.remove(step)
-        step.folder.mkdir(parents=True, exist_ok=True)
+        probe_writable(step.folder)
         (step.folder / FAILURE).unlink(missing_ok=True)
         gpu = self._least_used_gpu()
         command = [sys.executable, "-m", "jobs", step.stage, *step.arguments]

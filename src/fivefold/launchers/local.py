@@ -37,7 +37,8 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     for step in plan.steps:
         if (pid := running_pid(step)) is not None:
             raise RetryableError(f"{step.folder} is being written by process {pid}: wait for it, or stop it")
-    probe_writable(plan.folder)
+    for folder in (plan.folder, *(step.folder for step in plan.steps if step.folder.exists())):
+        probe_writable(folder)
     devices = gpus(environ)
     parallel = parallel or side_by_side(plan, devices)
     # the same share for every fold, however many run just then: another number of threads gives other bits

@@ -87,6 +87,15 @@ OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1}
 """Tensors the size of the weights that an optimiser keeps."""
 
 
+def check_warmup(warmup_epochs: float, epochs: float) -> None:
+    """Raises a SettingsError for a warm-up that leaves no step of the training."""
+    if warmup_epochs >= epochs:
+        raise SettingsError(
+            f"train.warmup_epochs={warmup_epochs:g} leaves nothing of train.epochs={epochs:g}: "
+            "give more epochs, or a shorter warm-up (0: none)"
+        )
+
+
 class Schedule:
     """Sets the learning rate of each step: a linear warm-up, then a factor by name."""
 
@@ -105,8 +114,7 @@ class Schedule:
         self.base = [group["lr"] for group in optimizer.param_groups]
         self.total = total
         self.warmup = round(warmup_epochs * steps_per_epoch)
-        if self.warmup >= total:
-            raise SettingsError(f"train.warmup_epochs={warmup_epochs} leaves no step of {total} after the warm-up")
+        check_warmup(self.warmup / steps_per_epoch, total / steps_per_epoch)
         self.drop_steps = step_epochs * steps_per_epoch
         self.patience = step_epochs
         self.gamma = gamma
