@@ -62,6 +62,21 @@ def test_a_profiler_gets_to_write_its_profile(tmp_path: Path):
     assert left.value.code == 7
 
 
+def test_what_an_import_made_is_not_looked_through_again():
+    program = """
+import gc
+from fivefold.process import load
+
+load("json")
+kept = gc.get_freeze_count()
+load("json")
+assert gc.get_freeze_count() == kept, "nothing new was imported"
+assert kept > 1000
+assert len(gc.get_objects()) < kept / 10
+"""
+    assert ended(program).stderr == ""
+
+
 def test_garbage_is_looked_for_again_after_imports_however_they_end():
     assert gc.isenabled()
     with importing(), importing():
