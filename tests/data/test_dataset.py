@@ -61,7 +61,7 @@ def test_loading_does_not_move_torchs_random_state(images):
 
 
 STRUCK = """
-import os, subprocess, sys
+import os, signal, subprocess, sys
 from pathlib import Path
 from fivefold.data.dataset import ImageSet, epoch_batches, load
 from fivefold.data.store import open_store
@@ -71,6 +71,7 @@ from fivefold.progress import stoppable
 from fivefold.stopping import noted
 
 folder, number = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests in the background has it ignored
 images = ImageSet(open_store(Path(folder)), [f"{n}.png" for n in range(11)], build_transforms([], (8, 8)))
 try:
     with noted():
