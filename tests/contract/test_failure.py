@@ -68,6 +68,7 @@ def test_a_gpu_without_room_is_a_matter_of_settings_and_keeps_the_advice_that_wa
         "the device's memory is too small (CUDA out of memory. Tried to allocate 2.00 GiB.): lower predict.batch_size, "
         "train.batch_size (train.accumulate keeps the step's size) or model.image_size",
     )
+    assert explained(torch.OutOfMemoryError()).exit_code == SettingsError.exit_code
     advice = raised(full, SettingsError("a batch of 8 images does not fit"))
     assert explained(advice) is advice
 

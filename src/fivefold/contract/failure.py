@@ -46,8 +46,9 @@ def explained(error: BaseException) -> BaseException:
                 f"out of memory ({cause}): give the process more, or lower train.batch_size or workers"
             )
         if type(cause).__name__ == OUT_OF_MEMORY and not isinstance(error, SettingsError):
+            first_line, _, _ = str(cause).partition("\n")
             return SettingsError(
-                f"the device's memory is too small ({str(cause).splitlines()[0]}): lower predict.batch_size, "
+                f"the device's memory is too small ({first_line}): lower predict.batch_size, "
                 "train.batch_size (train.accumulate keeps the step's size) or model.image_size"
             )
         if isinstance(cause, OSError) and cause.errno in UNREACHABLE:

@@ -72,7 +72,8 @@ def truth_of(eval_: str) -> str | None:
         found = truth_beside_table(Remote(Path()).names(parse(eval_, "eval")))
         return f"{eval_.rstrip('/')}/{found}" if found else None
     folders = [Path(eval_), *sorted(path for path in Path(eval_).glob("*") if path.is_dir())]
-    files = [[str(path) for path in folder.glob("*.[cC][sS][vV]") if path.is_file()] for folder in folders]
+    # one by one: a folder of images may hold very many
+    files = ([str(path) for path in folder.glob("*.[cC][sS][vV]") if path.is_file()] for folder in folders)
     return next((found for names in files if (found := truth_beside_table(names))), None)
 
 
