@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from fivefold.evaluation.comparison import Experiment
 from fivefold.inference.submitted import has_ids, names_classes_alone, read_submitted, system_name
 from fivefold.predictions import mean_by_id
 from fivefold.recipe import Settings
-from jobs.outcome import Outcome
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 STACKED = "all_experiments_submission_compare.csv"
@@ -183,10 +182,3 @@ def as_json(
 def plain(matrix: np.ndarray) -> list[list[float | None]]:
     """A matrix as lists, null where a number is undefined."""
     return [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in matrix]
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("compare", sys.argv[1:]))

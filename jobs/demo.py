@@ -7,7 +7,6 @@ on them as the run `demo`. Further KEY=VALUE are submit's: settings, parallel=, 
 import csv
 import io
 import logging
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 from fivefold.contract.files import atomic, read_json, write_json
 from fivefold.progress import track
 from fivefold.settings import normal_key
-from jobs import submit
+from . import submit
 
 log = logging.getLogger("fivefold")
 
@@ -85,10 +84,3 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) 
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import main as jobs_main
-
-    leave(jobs_main(["demo", *sys.argv[1:]]))

@@ -1,7 +1,6 @@
 """Distillation: the fold models teach one student, each row by a model that never saw it."""
 
 import logging
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,8 +17,8 @@ from fivefold.recipe import Settings
 from fivefold.replicas import Replicas
 from fivefold.training.loop import ValidRows
 from fivefold.training.trackers import close_trackers
-from jobs import images, training
-from jobs.outcome import Outcome
+from . import images, training
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -125,10 +124,3 @@ def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils) ->
         return None
     log.info("student: %d unlabelled images, taught by the whole ensemble", len(paths))
     return distillation.Unseen(store, paths, distillation.teach_unseen(models, store, paths, pupils))
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("distill", sys.argv[1:]))

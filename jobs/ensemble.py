@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,9 +36,9 @@ from fivefold.inference.systems import Rule, Score, System, join, judge_holdout,
 from fivefold.inference.tables import save_predictions
 from fivefold.predictions import Predictions, in_class_order
 from fivefold.recipe import Ensemble, Settings, Spec
-from jobs.description import description
-from jobs.images import open_images
-from jobs.outcome import Outcome
+from .description import description
+from .images import open_images
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -50,7 +49,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     files = submission_files(job, options.submissions)
     models = [] if files and job.optional_channel("model") is None else find_models(job)
     if not models and tables_alone(files, options, same):
-        from jobs import joining
+        from . import joining
 
         return joining.main(job, settings, files)
     check(job, models, options.blend)
@@ -283,10 +282,3 @@ def tell(scores: list[Score]) -> None:
     for score in scores:
         figures = f"accuracy {score['accuracy']:.4f}, logloss {score['logloss']:.4f}"
         log.info("%s: %s (%s rows, n=%d)", score["what"], figures, score["rows"], score["n"])
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("ensemble", sys.argv[1:]))

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from fivefold.errors import MissingInputError
 from fivefold.evaluation import report, tables
 from fivefold.evaluation.metrics import full_report
 from fivefold.recipe import Settings
-from jobs.outcome import Outcome
-from jobs.scoring import Evidence
+from .outcome import Outcome
+from .scoring import Evidence
 
 log = logging.getLogger("fivefold")
 
@@ -97,10 +96,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("evaluate", sys.argv[1:]))

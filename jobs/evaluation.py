@@ -2,13 +2,12 @@
 
 import json
 import logging
-import sys
 
 from fivefold.contract.job import Job
 from fivefold.contract.stages import OUTPUT
 from fivefold.evaluation.truth import read_answers, read_cells, read_truth, score_answers, truth_file
 from fivefold.recipe import Settings
-from jobs.outcome import Outcome
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -22,10 +21,3 @@ def main(job: Job, settings: Settings) -> Outcome:
     scores = score_answers(answers, read_truth(truth, read_cells(file, 1)[0][0], answers), truth)
     print(json.dumps(scores), flush=True)
     return Outcome([], scores)
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("evaluation", sys.argv[1:]))

@@ -1,7 +1,6 @@
 """A trained model as one file that other programs read: a student, a fold, or a whole ensemble."""
 
 import logging
-import sys
 from collections.abc import Sequence
 
 from fivefold import exporting
@@ -15,7 +14,7 @@ from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
 from fivefold.members import load_member
 from fivefold.recipe import Settings
-from jobs.outcome import Outcome
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -69,10 +68,3 @@ def blend_of(job: Job, models: Sequence[ModelDir]) -> tuple[list[float], float]:
 
 def in_words(models: Sequence[ModelDir]) -> str:
     return f"{len(models)} models ({', '.join(model.name for model in models)})" if models else "no model"
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("export", sys.argv[1:]))

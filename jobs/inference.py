@@ -1,7 +1,6 @@
 """The answers of whatever models lie there: output.csv in the columns that are asked for."""
 
 import logging
-import sys
 
 from fivefold.contract.artifacts import find_models
 from fivefold.contract.job import Job
@@ -14,8 +13,8 @@ from fivefold.inference.ensemble import check_same
 from fivefold.inference.product import needs_product, product_of
 from fivefold.inference.tables import save_predictions
 from fivefold.recipe import Settings
-from jobs.ensemble import by_system, check_submission, described, predict_each, submit, table_of
-from jobs.outcome import Outcome
+from .ensemble import by_system, check_submission, described, predict_each, submit, table_of
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -45,10 +44,3 @@ def main(job: Job, settings: Settings) -> Outcome:
     written = [save_predictions(output / PREDICTIONS, table), submit(output / OUTPUT, table, images, same)]
     log.info("inference: %d images by %d models of %s: %s", len(images), len(models), table.system, output / OUTPUT)
     return Outcome(written, {"models": len(models), "images": len(images)})
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("inference", sys.argv[1:]))

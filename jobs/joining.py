@@ -23,8 +23,8 @@ from fivefold.machine import keep_freed_memory
 from fivefold.predictions import ROWS_A_GROUP, TableFile, TableWriter, open_table, sample
 from fivefold.progress import track
 from fivefold.recipe import Settings
-from jobs.description import description
-from jobs.outcome import Outcome
+from .description import description
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import logging
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from fivefold.launchers.plan import new_run_name
 from fivefold.members import ImageFiles
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
-from jobs.images import open_images
-from jobs.outcome import Outcome
+from .images import open_images
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -144,10 +143,3 @@ def write_wrong(folder: Path, scored: Mapping[str, Scored]) -> list[Path]:
         with atomic(written[-1]) as temporary:
             write_mistakes(temporary, rows.mistakes())
     return written
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("predict", sys.argv[1:]))

@@ -1,7 +1,6 @@
 """The image cache: every image of the split, and of the images to predict, decoded once for all later stages."""
 
 import logging
-import sys
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from fivefold.data.folds import read_folds
 from fivefold.data.images import is_image, pixels_of
 from fivefold.data.store import open_store
 from fivefold.recipe import Settings
-from jobs.outcome import Outcome
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -48,10 +47,3 @@ def sources(job: Job, settings: Settings) -> list[Source]:
         names = [name for name in store.names() if is_image(name)]
         found.append(Source(store, names, [None] * len(names)))
     return found
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("prepare", sys.argv[1:]))

@@ -10,7 +10,6 @@ SM_CHANNEL_MODEL, else SM_MODEL_DIR, else the student of run=NAME, else /opt/ml/
 
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
         print(f"{__doc__.strip()}\n\nkeys, as arguments or environment (SERVE__PORT=8081):\n{keys()}")
         return 0
     path, rest = taken_apart(arguments)
-    from jobs.__main__ import layers
+    from .__main__ import layers
 
     found = [*layers(rest, environ), port_layer(environ)]
     settings = load(found)
@@ -121,10 +120,3 @@ def model_at(path: str, settings: Settings, scratch: Path) -> "Committee":
         committee.judge([grey] * size)
     log.info("%d models of %s, %d classes", len(committee.members), path, len(committee.classes))
     return committee
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import main as jobs_main
-
-    leave(jobs_main(["serve", *sys.argv[1:]]))

@@ -1,7 +1,6 @@
 """Images to folds: opens every image once, and writes which row belongs to which fold."""
 
 import logging
-import sys
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,7 +22,7 @@ from fivefold.data.store import ImageStore, open_store
 from fivefold.data.summary import as_text, class_file, log_summary, summarise
 from fivefold.recipe import Data, Settings, Split
 from fivefold.settings import key_settings
-from jobs.outcome import Outcome
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -87,10 +86,3 @@ def divided(rows: Rows, whole: np.ndarray | None, split: Split) -> tuple[np.ndar
 
 READERS = dict.fromkeys(LAYOUTS, of_table_or_folders) | {"products": of_products}
 """What reads the rows of a channel, by the name of its layout."""
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("split", sys.argv[1:]))

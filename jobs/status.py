@@ -1,6 +1,5 @@
 """`python -m jobs status [run=NAME] [runs=runs]`: what of a run is done, running, failed, stopped or waiting."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,10 +51,3 @@ def status_table(plan: Plan) -> str:
 def waits_for(plan: Plan, step: Step) -> str:
     undone = [name for name in step.needs if status_of(plan.step(name)).word != "done"]
     return f"for {', '.join(undone)}" if undone else ""
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import main as jobs_main
-
-    leave(jobs_main(["status", *sys.argv[1:]]))

@@ -217,10 +217,3 @@ PLATFORMS = {
         kubernetes.launch, kubernetes.describe, tasks.check_inputs, kubernetes.results, kubernetes.check
     ),
 }
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import main as jobs_main
-
-    leave(jobs_main(["submit", *sys.argv[1:]]))

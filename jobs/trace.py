@@ -5,7 +5,6 @@ digest on the way is taken again: outputs, what each stage read, and the images 
 """
 
 import hashlib
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,10 +144,3 @@ def changed_image(store: ImageStore, path: str, digest: str | None) -> str:
     except FivefoldError as error:
         return str(error)
     return "" if same else f"{path} is not the file that the split saw"
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import main as jobs_main
-
-    leave(jobs_main(["trace", *sys.argv[1:]]))

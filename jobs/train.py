@@ -1,14 +1,13 @@
 """A training run that needs no split: it makes one by the recipe, and trains one fold of it."""
 
 import logging
-import sys
 from dataclasses import replace
 
 from fivefold.contract.job import Job
 from fivefold.contract.stages import STAGES
 from fivefold.recipe import Settings
-from jobs import split, train_fold
-from jobs.outcome import Outcome
+from . import split, train_fold
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -27,10 +26,3 @@ def main(job: Job, settings: Settings) -> Outcome:
     training = replace(job, stage=STAGES["train-fold"], channels={**job.channels, "folds": parting.output()})
     model = train_fold.main(training, settings.model_copy(update={"fold": fold}))
     return Outcome([*folds.outputs, *model.outputs], {**folds.metrics, **model.metrics})
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("train", sys.argv[1:]))

@@ -1,7 +1,6 @@
 """One fold: trains on the other folds' rows, predicts its own rows out-of-fold."""
 
 import logging
-import sys
 
 from fivefold import assemble, members
 from fivefold.contract.job import Job
@@ -12,8 +11,8 @@ from fivefold.recipe import Settings
 from fivefold.replicas import Replicas
 from fivefold.training.loop import TrainRows, ValidRows
 from fivefold.training.trackers import close_trackers
-from jobs import images, training
-from jobs.outcome import Outcome
+from . import images, training
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -70,10 +69,3 @@ def chosen_fold(fold: int | None, folds: int) -> int:
     if fold >= folds:
         raise SettingsError(f"FOLD={fold} is out of range: the split has the folds 0 to {folds - 1}")
     return fold
-
-
-if __name__ == "__main__":
-    from fivefold.process import leave
-    from jobs.__main__ import run
-
-    leave(run("train-fold", sys.argv[1:]))

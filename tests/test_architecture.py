@@ -20,10 +20,6 @@ from fivefold.settings import Layer, load
 from jobs.__main__ import COMMANDS
 
 REPOSITORY = Path(__file__).parents[1]
-SOURCES = sorted([*REPOSITORY.glob("src/fivefold/**/*.py"), *REPOSITORY.glob("jobs/*.py")])
-MOST_LINES_OF_A_FUNCTION = 60
-MOST_LINES_OF_A_FILE = 300
-MEDIAN_LINES_OF_A_FUNCTION = 15
 
 WITHOUT_TORCH = (
     "choose",
@@ -71,15 +67,6 @@ READERS_OF_THE_ENVIRONMENT = ("contract", "launchers")
 def modules() -> list[str]:
     """All modules of the package, by their full names."""
     return [found.name for found in pkgutil.walk_packages(fivefold.__path__, "fivefold.")]
-
-
-def functions() -> Iterator[tuple[str, int]]:
-    """Every function of the sources, with its number of lines."""
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno is not None
-                yield f"{path.relative_to(REPOSITORY)}:{node.name}", node.end_lineno - node.lineno + 1
 
 
 def python(code: str) -> str:
@@ -148,23 +135,6 @@ def test_help_comes_at_once() -> None:
     assert float(python(code)) < 1.0
 
 
-def test_no_function_is_long_and_most_are_short() -> None:
-    lengths = dict(functions())
-    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_A_FUNCTION} == {}
-    assert sorted(lengths.values())[len(lengths) // 2] <= MEDIAN_LINES_OF_A_FUNCTION
-
-
-def test_no_file_is_long() -> None:
-    lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text("utf-8").splitlines()) for path in SOURCES}
-    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_A_FILE} == {}
-
-
-def test_every_public_function_and_module_says_what_it_is() -> None:
-    for path in SOURCES:
-        if path.name != "__init__.py":
-            assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path
-
-
 def test_nothing_below_the_contract_reads_the_environment() -> None:
     found = []
     for path in REPOSITORY.glob("src/fivefold/**/*.py"):
@@ -177,22 +147,6 @@ def test_nothing_below_the_contract_reads_the_environment() -> None:
             if name in ("environ", "environb", "getenv", "putenv"):
                 found.append(f"{path.name}:{node.lineno}")
     assert found == []
-
-
-@pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
-def test_every_stage_has_its_story(stage: object) -> None:
-    path = REPOSITORY / f"{stage.module.replace('.', os.sep)}.py"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
-    assert [argument.arg for argument in main.args.args] == ["job", "settings"]
-    assert main.end_lineno - main.lineno + 1 <= 70
-    assert 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(("module", "summary"), COMMANDS.values())
-def test_every_command_has_a_main(module: str, summary: str) -> None:
-    assert callable(importlib.import_module(module).main)
-    assert summary
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -41,36 +41,7 @@ def test_recipes_that_the_papers_name_are_shipped():
         assert recipe(name)
 
 
-def test_paths_in_the_papers_exist():
-    tree = README.split("```\njobs/ ")[1].split("```")[0]
-    folder = ROOT
-    for line in ("jobs/ " + tree).splitlines():
-        names = line.split("  ")[0] if not line.startswith(" ") else line[2:].split("   ")[0]
-        if not line.startswith(" "):
-            folder = ROOT / names.strip().split(" ")[0]
-            assert folder.is_dir(), folder
-            continue
-        for name in names.split():
-            assert list(folder.glob(name)), f"{folder}/{name}"
-    for path in re.findall(
-        r"`((?:training|data|models|inference|evaluation|contract|launchers)/\w+\.py)`", CONTRIBUTING
-    ):
-        assert (ROOT / "src" / "fivefold" / path).is_file(), path
-    code = "".join(
-        file.read_text() for folder in ("src", "jobs", "benchmarks") for file in (ROOT / folder).rglob("*.py")
-    )
-    for table in re.findall(r"`([A-Z]{4,}S)`", CONTRIBUTING):
-        assert re.search(rf"^{table}\b.* = ", code, re.MULTILINE), table
-
-
 def test_nothing_is_left_to_fill_in_and_linked_files_exist():
     assert "@@" not in README
     for target in re.findall(r"\]\(([^)#:]+)\)", README + CONTRIBUTING):
         assert (ROOT / target).is_file(), target
-
-
-def test_the_layers_are_those_that_are_checked():
-    written = CONTRIBUTING.split("## Who may import whom\n\n```\n")[1].split("```")[0].split("\n")[:-1]
-    contract = (ROOT / "pyproject.toml").read_text().split("layers = [")[1].split("]")[0]
-    checked = [line.strip(' ",').replace("fivefold.", "") for line in contract.splitlines() if line.strip()]
-    assert written == checked

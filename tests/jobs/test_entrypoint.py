@@ -89,7 +89,7 @@ def test_as_sagemaker_calls_it_with_no_variable_but_its_folders(images: Path, tm
     assert f"split: nothing to do, inputs, settings and outputs match {data / 'stage.json'}" in again.stderr
 
 
-def test_the_stages_file_is_an_entrypoint_too_and_sources_have_their_ranks(images: Path, tmp_path: Path):
+def test_sources_of_settings_have_their_ranks(images: Path, tmp_path: Path):
     (tmp_path / "r.json").write_text(json.dumps({"split": {"folds": 8, "seed": 8, "holdout": 0.4, "stratify": False}}))
     told = {"split.folds": "7", "split.seed": "7", "split.holdout": "0.3", "recipe": str(tmp_path / "r.json")}
     environ = sagemaker(tmp_path / "ml", images, **told)
@@ -100,7 +100,7 @@ def test_the_stages_file_is_an_entrypoint_too_and_sources_have_their_ranks(image
         "SM_HP_SPLIT__OPEN-IMAGES": "",
     }
     environ |= {"SM_OUTPUT_DATA_DIR": str(tmp_path / "own"), "TRAIN": "x", "MODEL_DIR": "y", "DATA": "z"}
-    done = process("jobs/split.py", "SPLIT.FOLDS=4", "train.epochs=3", **environ)
+    done = process("-m", "jobs", "split", "SPLIT.FOLDS=4", "train.epochs=3", **environ)
     assert done.returncode == 0, done.stderr
     assert "split does not use: train.epochs" in done.stderr
     settings = record(tmp_path / "own")["settings"]
