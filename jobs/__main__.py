@@ -33,6 +33,7 @@ from fivefold.recipe import Settings
 from fivefold.recipes import shipped_recipes
 from fivefold.stopping import noted, poll
 from fivefold.values import value_of
+
 from . import company
 
 log = logging.getLogger("fivefold")

@@ -17,6 +17,7 @@ from fivefold.recipe import Settings
 from fivefold.replicas import Replicas
 from fivefold.training.loop import ValidRows
 from fivefold.training.trackers import close_trackers
+
 from . import images, training
 from .outcome import Outcome
 

@@ -1,14 +1,11 @@
 """The architecture, measured: who may import whom, what loads without torch, how long things are."""
 
 import ast
-import importlib
 import json
-import os
 import pkgutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
