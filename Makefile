@@ -4,7 +4,7 @@
 PYTHON ?= python3.11
 IMAGE ?= fivefold:latest
 BASE_IMAGE ?= python:3.11-slim
-BENCH ?= quick
+BENCH ?= loader pairs=3 results=build/benchmarks/results
 PYTEST_ARGS ?= -m "not slow and not docker and not gpu"
 
 VENV := .venv
