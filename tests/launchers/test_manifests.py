@@ -216,7 +216,8 @@ def test_every_pod_sees_what_its_step_sees(runs: Path) -> None:
             fold = index if task.indexed else None
             assert as_seen(step, variables, fold) == step.environment, step.name
             container = one["spec"]["template"]["spec"]["containers"][0]
-            assert [*container["args"][1:], *([f"FOLD={index}"] if task.indexed else [])] == list(step.arguments)
+            fold_told = [f"FOLD={index}"] if task.indexed else []
+            assert [*container["args"], *fold_told] == list(step.command)
             assert container["args"][0] == step.stage
             assert variables.get("FOLD", str(index)) == str(index)
     assert [task.name for task in tasks_of(plan)][1:3] == ["train-folds", "train-folds-seed-43"]
@@ -435,7 +436,7 @@ def test_the_train_job_is_the_fold_of_the_plan(runs: Path) -> None:
     _, runtime, one = rules.read(K8S / "trainer/trainjob.yaml")
     step = plan_of(runs=str(runs)).step("fold-0")
     trainer = one["spec"]["trainer"]
-    assert trainer["args"] == [step.stage, *step.arguments]
+    assert trainer["args"] == list(step.command)
     found = expanded({"spec": {"template": {"spec": {"containers": [trainer]}}}})
     assert as_seen(step, {**found, "RUNS": str(runs)}, 0) == step.environment
     assert one["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]

@@ -101,7 +101,7 @@ class Crew:
         probe_writable(step.folder)
         (step.folder / FAILURE).unlink(missing_ok=True)
         gpu = self._least_used_gpu()
-        command = [sys.executable, "-m", "jobs", step.stage, *step.arguments]
+        command = [sys.executable, "-m", "jobs", *step.command]
         as_terminal = alone and self.screen.terminal
         read_end, write_end = _terminal() if as_terminal else os.pipe()
         process = subprocess.Popen(
@@ -121,7 +121,7 @@ class Crew:
     def _read(self, step: Step, end: int, as_terminal: bool) -> None:
         """Copies what a step says to its log and to the screen, until it says no more."""
         with open(step.folder / LOG, "a", encoding="utf-8") as file, os.fdopen(end, "rb", buffering=0) as pipe:
-            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {step.stage} {' '.join(step.arguments)}\n")
+            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(step.command)}\n")
 
             def keep(line: str) -> None:
                 file.write(line + "\n")

@@ -14,7 +14,7 @@ from fivefold.launchers.manifests import (
     pod,
 )
 from fivefold.launchers.plan import Plan
-from fivefold.launchers.tasks import Task, fold_of, job_name, tasks_of
+from fivefold.launchers.tasks import Task, job_name, tasks_of
 
 COMMAND = ["python", "-m", "jobs"]
 ACCOUNT = "fivefold-workflow"
@@ -115,7 +115,7 @@ def _account() -> list[Object]:
 
 def train_job(plan: Plan, pods: Pods, fold: int) -> list[Object]:
     """One fold as a TrainJob on NODES machines, and the TrainingRuntime whose pods these are."""
-    step = next(step for step in plan.steps if fold_of(step) == fold)
+    step = next(step for step in plan.steps if step.fold == fold)
     task = Task(step.name, (step,), ())
     container = pod(task, pods)["containers"][0]
     job = {

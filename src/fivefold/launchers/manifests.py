@@ -13,7 +13,7 @@ from fivefold.contract.layout import channels_of, outputs_of
 from fivefold.contract.s3.urls import is_url
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.launchers.plan import Plan
-from fivefold.launchers.tasks import DATA, RUNS, Task, fold_of, job_name, seed_of
+from fivefold.launchers.tasks import DATA, RUNS, Task, job_name, name_with
 
 Object = dict[str, Any]
 
@@ -99,6 +99,8 @@ def job(plan: Plan, task: Task, pods: Pods) -> Object:
 def pod(task: Task, pods: Pods) -> Object:
     """The pod of a task, within the restricted pod security standard."""
     on_gpu = pods.gpus > 0 and task.stage in ON_GPU
+    step = task.steps[0]
+    command = (step.stage, *step.arguments) if task.indexed else step.command
     env = environment(task, pods)
     at_store = any(is_url(entry.get("value", "")) for entry in env)
     from_claim = [path for path in (DATA, RUNS) if any(entry.get("value", "").startswith(path) for entry in env)]
@@ -113,7 +115,7 @@ def pod(task: Task, pods: Pods) -> Object:
                 "name": CONTAINER,
                 "image": pods.image,
                 "imagePullPolicy": "IfNotPresent",
-                "args": [task.stage, *_arguments(task)],
+                "args": [literal(text) for text in command],
                 "env": env,
                 **({"envFrom": variables_of_store()} if at_store else {}),
                 "resources": _resources(pods, pods.gpus if on_gpu else 0),
@@ -167,7 +169,7 @@ def environment(task: Task, pods: Pods) -> list[Object]:
 def _not_found(task: Task) -> dict[str, str]:
     """The step's variables, but for those that are where the layout of runs has them."""
     step = task.steps[0]
-    run, usual = str(step.folder.parent), f"fold-{fold_of(step)}" if task.stage == "train-fold" else task.stage
+    run, usual = str(step.folder.parent), task.stage if step.fold is None else f"fold-{step.fold}"
     known = {f"SM_CHANNEL_{name.upper()}": path for name, path in channels_of(task.stage, run).items()}
     known |= outputs_of(task.stage, f"{run}/{usual}")
     return {name: value for name, value in step.environment.items() if known.get(name) != value}
@@ -178,10 +180,6 @@ def literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _arguments(task: Task) -> list[str]:
-    return [literal(text) for text in task.steps[0].arguments if not (task.indexed and text.startswith("FOLD="))]
-
-
 def _placed(value: str, task: Task) -> str:
     """A path or URL as the pod sees it: in the run's folder, wherever runs are; there in that of the pod's fold."""
     step = task.steps[0]
@@ -189,7 +187,7 @@ def _placed(value: str, task: Task) -> str:
         return literal(value)
     parts = PurePosixPath(value).relative_to(step.folder.parent).parts
     if task.indexed and parts[:1] == (step.name,):
-        parts = (f"fold-$(FOLD){seed_of(step)}", *parts[1:])
+        parts = (name_with(step, "fold-$(FOLD)"), *parts[1:])
     return "/".join(["$(RUNS)", "$(RUN)", *parts])
 
 

@@ -78,21 +78,14 @@ def check_runs(runs: str) -> None:
         raise SettingsError(f"kubernetes.runs={runs}: runs lie in {RUNS} of the claim, or at s3://bucket/prefix")
 
 
-def fold_of(step: Step) -> int | None:
-    """The fold that a step trains, None for other steps."""
-    given = [text.removeprefix("FOLD=") for text in step.arguments if text.startswith("FOLD=")]
-    return int(given[0]) if given else None
-
-
 def _task_name(plan: Plan, step: Step) -> str:
     """A step's own name, or of folds that are 0, 1, 2 and so on for their seed, `train-folds` or `train-folds-seed-43`."""
-    if step.stage != "train-fold":
+    if step.fold is None:
         return step.name
-    seed = seed_of(step)
-    folds = [fold_of(other) for other in plan.steps if other.stage == step.stage and seed_of(other) == seed]
-    return f"train-folds{seed}" if folds == list(range(len(folds))) else step.name
+    folds = [other.fold for other in plan.steps if other.fold is not None and other.seed == step.seed]
+    return name_with(step, "train-folds") if folds == list(range(len(folds))) else step.name
 
 
-def seed_of(step: Step) -> str:
-    """`-seed-43` of `fold-0-seed-43`, empty for the first seed."""
-    return step.name.removeprefix(f"fold-{fold_of(step)}")
+def name_with(step: Step, text: str) -> str:
+    """The name of a step that trains a fold, with `text` for its `fold-2`, and the seed behind it as it is."""
+    return step.name.replace(f"fold-{step.fold}", text, 1)
