@@ -11,7 +11,7 @@ from pathlib import Path
 from fivefold.choose import choose, did_you_mean
 from fivefold.contract.files import probe_writable
 from fivefold.errors import SettingsError
-from fivefold.launchers import kubernetes, local, tasks
+from fivefold.launchers import kubernetes, local, manifests
 from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
 from fivefold.launchers.results import results_of
 from fivefold.launchers.sagemaker import launch as sagemaker
@@ -214,6 +214,6 @@ PLATFORMS = {
         sagemaker_local.check,
     ),
     "kubernetes": Platform(
-        kubernetes.launch, kubernetes.describe, tasks.check_inputs, kubernetes.results, kubernetes.check
+        kubernetes.launch, kubernetes.describe, manifests.check_inputs, kubernetes.results, kubernetes.check
     ),
 }

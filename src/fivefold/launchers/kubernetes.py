@@ -15,13 +15,26 @@ from typing import Any
 from fivefold.errors import RetryableError, SettingsError
 from fivefold.launchers import kubectl as cluster
 from fivefold.launchers.kubectl import Kubectl
-from fivefold.launchers.manifests import CONTAINER, RUN, Object, Pods, claim, job
+from fivefold.launchers.manifests import (
+    CONTAINER,
+    DATA,
+    RUN,
+    RUNS,
+    Object,
+    Pods,
+    Task,
+    as_yaml,
+    check_names,
+    check_runs,
+    claim,
+    job,
+    job_name,
+    tasks_of,
+)
 from fivefold.launchers.plan import Plan, Step
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.screen import Lines, Screen
 from fivefold.launchers.status import LOG
-from fivefold.launchers.tasks import DATA, RUNS, Task, check_names, check_runs, job_name, tasks_of
-from fivefold.launchers.yaml_text import as_yaml
 
 SECONDS_FOR_LAST_WORDS = 20.0
 
