@@ -13,10 +13,9 @@ from fivefold.contract.files import probe_writable
 from fivefold.errors import SettingsError
 from fivefold.launchers import kubernetes, local, manifests
 from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
-from fivefold.launchers.results import results_of
 from fivefold.launchers.sagemaker import launch as sagemaker
 from fivefold.launchers.sagemaker import local as sagemaker_local
-from fivefold.launchers.status import write_plan
+from fivefold.launchers.status import results_of, write_plan
 from fivefold.recipe import SECTIONS, Settings
 from fivefold.settings import arguments_layer, flatten, normal_key
 from fivefold.values import value_of
