@@ -15,7 +15,7 @@ from fivefold.contract.hosts import Hosts
 from fivefold.contract.place import PARENT, SHARED_SCRATCH
 from fivefold.contract.storage import SCRATCH
 from fivefold.errors import FivefoldError, RetryableError
-from fivefold.launchers.crew import SECONDS_BETWEEN_LOOKS, Signals
+from fivefold.launchers.scheduler import SECONDS_BETWEEN_SIGNALS, Signals
 from fivefold.machine import count_cores
 
 SECONDS_FOR_THE_REST = 30.0
@@ -86,7 +86,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], signals: Signals) -> list
             for child in running:
                 child.wait()
             return running
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(SECONDS_BETWEEN_SIGNALS)
     return []
 
 
