@@ -125,18 +125,6 @@ def test_the_same_bytes_kept_in_memory_from_the_channel_and_made_on_first_use(
     assert "are decoded once" not in capsys.readouterr().err
 
 
-def test_the_same_bytes_from_cached_images_that_lie_on_the_device(
-    world: Path, plain: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = [OFF, PLAIN, "data.on_device=true"]
-    assert same(train(world, "on-device", *asked, cache=prepared), plain)
-    assert re.search(r"images lie on cpu: 0\.\d MiB", capsys.readouterr().err)
-    record = json.loads((world / "on-device" / "model" / "stage.json").read_text())
-    assert "data.on_device" not in record["settings"]
-    assert same(train(world, "off-device", *asked), plain), "nowhere decoded: as without the wish"
-    assert "images stay off the device: they do not all lie decoded in a cache" in capsys.readouterr().err
-
-
 def test_rows_that_a_cache_lacks_are_read_from_their_files(
     world: Path, plain: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

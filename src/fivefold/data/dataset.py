@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fivefold.data.batched import together
 from fivefold.data.cache import Cache
 from fivefold.data.cached import CachedStore, caches_of
 from fivefold.data.images import Pixels
@@ -77,7 +76,6 @@ class ImageSet(Dataset):
         self.store = store
         self.paths = paths
         self.transform = transform
-        self.together = together(transform)
         self.seed = seed
         self.sha256 = sha256
         self.meta = tuple(meta)
@@ -154,7 +152,17 @@ class ImageSet(Dataset):
     def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
         """The batch of the given (epoch, row) pairs; torch's global random state stays as it was."""
         state = torch.get_rng_state()
-        images, meta = self._one_by_one(samples) if self.together is None else self._together(samples)
+        images, meta = None, []
+        for at, (epoch, row) in enumerate(samples):
+            pixels = self.image(row)
+            # default_generator, since torch.manual_seed would reseed CUDA's generators at every sample
+            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, row))
+            image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1))
+            if images is None:
+                # Channels last, each image copied as its pixels lie: stacking took half as long again.
+                images = torch.empty((len(samples), *image.shape[1:], 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+            images[at].copy_(image)
+            meta.append(self._meta(row, pixels))
         torch.set_rng_state(state)
         rows = torch.tensor([row for _, row in samples])
         return Batch(images, rows, torch.from_numpy(np.stack(meta)) if self.meta else None)
@@ -165,43 +173,10 @@ class ImageSet(Dataset):
         meta = torch.from_numpy(self._meta(row, pixels)[None]) if self.meta else None
         return Batch(self.transform(torch.from_numpy(pixels).permute(2, 0, 1))[None], torch.tensor([row]), meta)
 
-    def _one_by_one(self, samples: Sequence[Sample]) -> tuple[Tensor, list[np.ndarray | None]]:
-        """Images and meta features of the samples, each transformed by itself."""
-        images, meta = None, []
-        for at, (epoch, row) in enumerate(samples):
-            pixels = self._seeded(epoch, row)
-            image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1))
-            images = _empty(len(samples), *image.shape[1:]) if images is None else images
-            images[at].copy_(image)
-            meta.append(self._meta(row, pixels))
-        return images, meta
-
-    def _together(self, samples: Sequence[Sample]) -> tuple[Tensor, list[np.ndarray | None]]:
-        """The same, with the work of each transform done to all images at once."""
-        images, drawn, meta = _empty(len(samples), *self.together.size), [], []
-        for at, (epoch, row) in enumerate(samples):
-            pixels = self._seeded(epoch, row)
-            images[at].copy_(self.together.fitted(torch.from_numpy(pixels).permute(2, 0, 1)))
-            drawn.append(self.together.drawn())
-            meta.append(self._meta(row, pixels))
-        return self.together.done(images, drawn).contiguous(memory_format=torch.channels_last), meta
-
-    def _seeded(self, epoch: int, row: int) -> np.ndarray:
-        """The stored pixels of a row, with torch's generator as the sample's transform is to find it."""
-        pixels = self.image(row)
-        # default_generator, since torch.manual_seed would reseed CUDA's generators at every sample
-        torch.default_generator.manual_seed(derive_seed(self.seed, epoch, row))
-        return pixels
-
     def _meta(self, row: int, pixels: np.ndarray) -> np.ndarray | None:
         if not self.meta:
             return None
         return measure(pixels, self.meta) if self.measured is None else self.measured[row]
-
-
-def _empty(count: int, height: int, width: int) -> Tensor:
-    """Room for images [N, 3, H, W], channels last: each goes to its place as its pixels lie, since stacking took half as long again."""
-    return torch.empty((count, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def _held(cache: Cache, at: int) -> np.ndarray:
