@@ -17,7 +17,7 @@ from PIL import Image
 from drawing import write_test_table
 from fivefold.contract.layout import in_run
 from fivefold.contract.stages import STAGES
-from fivefold.data.cache import HEAD, INDEX, PIXELS, Cache
+from fivefold.data.image_cache import HEAD, INDEX, PIXELS, Cache
 from fivefold.data.images import Pixels
 from fivefold.launchers.local import shared_cache
 from fivefold.launchers.plan import Inputs, make_plan

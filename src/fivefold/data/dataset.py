@@ -6,7 +6,6 @@ import os
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,14 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fivefold.data.cache import Cache
-from fivefold.data.cached import CachedStore, caches_of
-from fivefold.data.images import Pixels
+from fivefold.data.image_cache import Cache
+from fivefold.data.images import Pixels, in_threads
 from fivefold.data.meta import count_numbers, measure
-from fivefold.data.store import ImageStore
-from fivefold.data.threads import in_threads
+from fivefold.data.store import ImageStore, read_unchanged
 from fivefold.data.transforms import Transform
-from fivefold.errors import DataError
 from fivefold.progress import stoppable, track
 
 log = logging.getLogger("fivefold")
@@ -65,7 +61,7 @@ class ImageSet(Dataset):
 
     def __init__(
         self,
-        store: ImageStore | CachedStore,
+        store: ImageStore,
         paths: Sequence[str],
         transform: Transform,
         seed: int = 0,
@@ -81,7 +77,7 @@ class ImageSet(Dataset):
         self.meta = tuple(meta)
         self.pixels = pixels
         digests = [None] * len(paths) if sha256 is None else sha256
-        self.cached = [(cache, cache.find(digests)) for cache in caches_of(store, pixels)]
+        self.cached = [(cache, cache.find(digests)) for cache in store.caches if cache.pixels == pixels]
         self.kept: list[np.ndarray] | None = None
         self.measured: np.ndarray | None = None
 
@@ -111,13 +107,14 @@ class ImageSet(Dataset):
             return True
         kept: list[np.ndarray] = []
         size = 0
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for start in stoppable(range(0, len(self), 256)):
-                rows = range(start, min(start + 256, len(self)))
-                kept += pool.map(self.image, rows)
-                size += sum(kept[row].nbytes for row in rows)
-                if size / len(kept) * len(self) > MEMORY_LIMIT:
+        with closing(in_threads(self.image, range(len(self)))) as decoded:
+            for image in stoppable(decoded):
+                kept.append(image)
+                size += image.nbytes
+                if len(kept) % 256 == 0 and size / len(kept) * len(self) > MEMORY_LIMIT:
                     return False
+        if size > MEMORY_LIMIT:
+            return False
         self.kept = kept
         return True
 
@@ -138,16 +135,15 @@ class ImageSet(Dataset):
         for cache, at in self.cached:
             if at[row] >= 0:
                 return _held(cache, int(at[row]))
-        content = self.store.read(self.paths[row])
-        expected = None if self.sha256 is None else self.sha256[row]
-        if expected is None and not self.cached:
-            return self.pixels.decode(content, self.paths[row])
-        digest = hashlib.sha256(content).hexdigest()
-        if expected not in (None, digest):
-            raise DataError(f"{self.paths[row]} is not the file that the split saw; run the split again")
-        found = ((cache, int(cache.find([digest])[0])) for cache, _ in self.cached)
-        held = next((_held(cache, at) for cache, at in found if at >= 0), None)
-        return self.pixels.decode(content, self.paths[row]) if held is None else held
+        digest = None if self.sha256 is None else self.sha256[row]
+        if digest is None and not self.cached:
+            return self.pixels.decode(self.store.read(self.paths[row]), self.paths[row])
+        content, digest = read_unchanged(self.store, self.paths[row], digest)
+        for cache, _ in self.cached:
+            (at,) = cache.find([digest])
+            if at >= 0:
+                return _held(cache, int(at))
+        return self.pixels.decode(content, self.paths[row])
 
     def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
         """The batch of the given (epoch, row) pairs; torch's global random state stays as it was."""
