@@ -37,9 +37,7 @@ from fivefold.settings import key_settings
 from fivefold.training.best import Best
 
 FORMAT = 1
-OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {
-    "data": {"cache", "cache_gib", "on_device"}
-}
+OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {"data": {"cache", "cache_gib"}}
 """Settings that say where something runs and lies; a model is the same wherever it was made."""
 TRAINING_SECTIONS = ("data.store_size", "data.scaled_decoding", "model", "augment", "train")
 

@@ -171,7 +171,7 @@ class Settings(Section):
 
 
 SECTIONS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)}
-EXECUTION_KEYS = {"stage", "run", "runs", "reuse", "data.cache", "data.cache_gib", "data.on_device"} | {
+EXECUTION_KEYS = {"stage", "run", "runs", "reuse", "data.cache", "data.cache_gib"} | {
     f"train.{name}"
     for name in ("checkpoint_minutes", "checkpoint_steps", "keep_in_memory", "project", "trackers", "workers")
 }

@@ -58,11 +58,6 @@ class Data(Section):
         description="folder of images that are decoded once for all stages; auto: .cache beside the runs, inside a run; off",
     )
     cache_gib: float = Field(64.0, gt=0, description="largest size of an image cache; one that is larger is not made")
-    on_device: bool | Literal["auto"] = Field(
-        "auto",
-        description="training images that are cached lie on the device and are cropped there, the same bytes; auto: on "
-        "CUDA, where they take a third of the free memory at most",
-    )
 
     @model_validator(mode="after")
     def _ages_rise(self) -> "Data":

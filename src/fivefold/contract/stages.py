@@ -55,7 +55,7 @@ class Stage:
 
 
 _IMAGES = ("data.store_size", "data.scaled_decoding", "data.cache", "data.cache_gib")
-_TRAINING = (*_IMAGES, "data.on_device", "model", "augment", "train", "predict")
+_TRAINING = (*_IMAGES, "model", "augment", "train", "predict")
 
 STAGES = {
     stage.name: stage
