@@ -21,13 +21,11 @@ from fivefold.contract.stages import STAGES
 from fivefold.contract.storage import SCRATCH
 from fivefold.errors import MissingInputError
 from fivefold.recipe import Settings
-from fivefold.sections import Serve
 from fivefold.settings import Layer, describe, load, normal_key, unused_keys
 from fivefold.stopping import noted
 
 if TYPE_CHECKING:
     from fivefold.committee import Committee
-    from fivefold.serving.bodies import Limits
 
 log = logging.getLogger("fivefold")
 
@@ -56,7 +54,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         with listen(options.host, options.port) as listener:
             log.info("listens at %s, loads %s", address(listener), path)
-            service = Service(limits_of(options))
+            service = Service(options)
             serve(listener, service, lambda: model_at(path, settings, Path(scratch)), options.drain_s)
     return 0
 
@@ -89,20 +87,6 @@ def model_path(environ: Mapping[str, str], settings: Settings) -> str:
             f"serve needs a model: give model=PATH, or set SM_CHANNEL_MODEL (SageMaker's place, {hosted}, is not there)"
         )
     return path or str(hosted)
-
-
-def limits_of(serve: Serve) -> "Limits":
-    """The limits in the units of the server: seconds, bytes, pixels."""
-    from fivefold.serving.bodies import MILLION, Limits
-
-    return Limits(
-        batch_size=serve.batch_size,
-        max_wait=serve.max_wait_ms / 1000,
-        queue=serve.queue,
-        max_body=serve.max_body_mb * MILLION,
-        max_pixels=serve.max_megapixels * MILLION,
-        timeout=serve.timeout_s,
-    )
 
 
 def model_at(path: str, settings: Settings, scratch: Path) -> "Committee":
