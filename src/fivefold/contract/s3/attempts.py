@@ -23,8 +23,7 @@ from fivefold.contract.stages import RECORD
 from fivefold.errors import DataError, RetryableError
 
 if TYPE_CHECKING:
-    from fivefold.contract.s3.store import Store
-    from fivefold.contract.s3.transfers import Object
+    from fivefold.contract.s3.client import Object, Store
 
 FILES = "files.json"
 MARKERS = (RECORD, FILES)

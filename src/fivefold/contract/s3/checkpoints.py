@@ -11,8 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fivefold.contract.files import sha256
-from fivefold.contract.s3.store import Store
-from fivefold.contract.s3.transfers import Download
+from fivefold.contract.s3.client import Download, Store
 from fivefold.contract.s3.urls import Url
 from fivefold.errors import FivefoldError
 
