@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.options import ROOT
-from fivefold.contract.versions import package_versions
+from fivefold.contract.record import package_versions
 from fivefold.errors import SettingsError
 from fivefold.machine import count_cores
 

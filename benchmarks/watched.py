@@ -9,12 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 from benchmarks.clocks import Reading
 from benchmarks.turns import my_turn
 from fivefold.choose import choose
-from fivefold.process import load
 from jobs.__main__ import main as jobs_main
 
 
@@ -72,7 +72,7 @@ def first_step(seen: dict[str, Any]) -> None:
 
     The stage's torch is imported here, as the stage would.
     """
-    updates = load("fivefold.training.updates")
+    updates = import_module("fivefold.training.updates")
     plain = updates.UPDATES["plain"]
 
     def watched(*parts: Any) -> Callable[..., Any]:

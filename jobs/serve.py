@@ -21,7 +21,7 @@ from fivefold.contract.stages import STAGES
 from fivefold.contract.storage import SCRATCH
 from fivefold.errors import MissingInputError
 from fivefold.recipe import Settings
-from fivefold.settings import Layer, describe, load, normal_key, unused_keys
+from fivefold.settings import Layer, describe, layers_of, load, normal_key, unused_keys
 from fivefold.stopping import noted
 
 if TYPE_CHECKING:
@@ -40,11 +40,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
         print(f"{__doc__.strip()}\n\nkeys, as arguments or environment (SERVE__PORT=8081):\n{keys()}")
         return 0
     path, rest = taken_apart(arguments)
-    from .__main__ import layers
-
-    found = [*layers(rest, environ), port_layer(environ)]
-    settings = load(found)
-    if unused := unused_keys(found[0], ("predict", "serve")):
+    layers = [*layers_of(rest, environ), port_layer(environ)]
+    settings = load(layers)
+    if unused := unused_keys(layers[0], ("predict", "serve")):
         log.info("serve does not use: %s", ", ".join(unused))
     path = path or model_path(environ, settings)
     from fivefold.serving.server import address, listen, serve

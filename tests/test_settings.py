@@ -170,7 +170,7 @@ def test_what_a_platform_decoded_is_as_good_as_text():
         ("split.stratify=2", "split.stratify='2' (argument): true or false is needed"),
         (
             "ensemble.blend=max",
-            "ensemble.blend='max' (argument): 'mean', 'weighted', 'fitted', 'geometric', 'rank', 'vote', 'product', 'greedy' or 'greedy_accuracy' is needed",
+            "ensemble.blend='max' (argument): one of mean, weighted, fitted, geometric, rank, vote, product, greedy, ",
         ),
         ("split.parts=.8,.2", "split: parts are three shares (train, valid, test) that sum to 1"),
         (

@@ -12,10 +12,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fivefold.choose import did_you_mean
+from fivefold.contract.hosts import index_is_of_hosts
+from fivefold.contract.job import hyperparameters
 from fivefold.errors import SettingsError
-from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Settings
+from fivefold.recipe import EXECUTION_KEYS, OF_A_STAGE, SECTIONS, STAGES_OF_A_RUN, Settings
 from fivefold.recipes import read, system_of
-from fivefold.sections import OF_A_STAGE, STAGES_OF_A_RUN
 from fivefold.values import value_of, words
 
 ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "runs", "seed"}
@@ -61,6 +62,16 @@ def index_layer(environ: Mapping[str, str]) -> Layer:
     """JOB_COMPLETION_INDEX of a Kubernetes Indexed Job, which stands in for FOLD where nothing else gives it."""
     index = environ.get(INDEX)
     return Layer(INDEX, {"fold": index} if index else {})
+
+
+def layers_of(arguments: Sequence[str], environ: Mapping[str, str]) -> list[Layer]:
+    """Where a process gets settings from, strongest first; the recipe and the defaults come after them."""
+    return [
+        arguments_layer(arguments),
+        environment_layer(environ),
+        Layer("hyperparameters", {normal_key(name): value for name, value in hyperparameters(environ).items()}),
+        index_layer({} if index_is_of_hosts(environ) else environ),
+    ]
 
 
 def load(layers: Sequence[Layer]) -> Settings:

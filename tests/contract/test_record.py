@@ -13,14 +13,15 @@ from fivefold.contract.job import Job, job_from
 from fivefold.contract.record import (
     Key,
     Stopwatch,
+    code_version,
     key_of,
     output_roots,
+    package_versions,
     record_path,
     why_run,
     write_record,
 )
 from fivefold.contract.stages import STAGES
-from fivefold.contract.versions import code_version, package_versions
 from fivefold.recipe import Settings
 from fivefold.settings import key_settings
 
