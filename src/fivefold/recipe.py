@@ -13,66 +13,50 @@ Spec = str | dict[str, Any]
 """A thing with parameters, by name: `"horizontal_flip"` or `{ name = "rotation", degrees = 15 }`."""
 
 
+IMAGE_TYPES = {
+    "main_image": "full_shot",
+    "back_image": "full_shot",
+    "text_tag_image": "care_label",
+    "neck_tag_image": "neck_label",
+    "other": "detail_shot",
+}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class Data(Section):
-    layout: str = Field(
-        "auto",
-        description="auto, folders (a folder a class), mask_profiles (one a person), csv, or products (a row a product)",
-    )
+    layout: str = Field("auto", description="auto, folders, mask_profiles (one a person), csv, or products (one a row)")
     table: str = Field("", description="the CSV below the channel; empty: train.csv, or the only one")
     id_column: str = Field("", description="CSV column of row ids; empty: id if there is one, else the path")
     path_column: str = Field("", description="CSV column of image paths; empty: image_path, img_path, path or the like")
     label_column: str = Field("", description="CSV column of classes; empty: target, label, class_name or the like")
     group_column: str = Field("", description="CSV column of groups that no fold may part (people, products)")
-    base_path: str = Field(
-        "", description="folder that a CSV's paths count from; empty: the one below which they exist"
-    )
+    base_path: str = Field("", description="folder that a CSV's paths count from; empty: the one where they exist")
     category_column: str = Field("", description="products: column of categories; empty: category_name or category")
-    image_types: dict[str, str] = Field(
-        {
-            "main_image": "full_shot",
-            "back_image": "full_shot",
-            "text_tag_image": "care_label",
-            "neck_tag_image": "neck_label",
-            "other": "detail_shot",
-        },
-        description="products: the class of the images in each column",
-    )
+    image_types: dict[str, str] = Field(IMAGE_TYPES, description="products: the class of the images in each column")
     age_cuts: list[float] = Field([30, 60], description="mask_profiles: ages at which the next class of age begins")
     same_classes: list[list[str]] = Field([], description='names that mean the same class, as [["A", "B"], ["C", "D"]]')
     same_class: Literal["none", "merge", "sum"] = Field(
         "none",
-        description="what becomes of same_classes: nothing; merge: one class in training, parted equally in a "
-        "submission; sum: in a submission each gets the sum of their probabilities",
+        description="of same_classes; merge: one class in training; sum: each gets the sum of their probabilities",
     )
     store_size: int = Field(
         0, ge=0, description="an image's shorter side is shrunk to so many pixels before anything else; 0: as decoded"
     )
-    scaled_decoding: bool = Field(
-        False, description="decode JPEGs at 1/2, 1/4 or 1/8 where that is not below store_size: faster, other pixels"
-    )
-    cache: str = Field(
-        "auto",
-        description="folder of images that are decoded once for all stages; auto: .cache beside the runs, inside a run; off",
-    )
+    scaled_decoding: bool = Field(False, description="decode JPEGs at 1/2, 1/4 or 1/8, not below store_size: faster")
+    cache: str = Field("auto", description="folder of decoded images for all stages; auto: .cache beside the runs; off")
     cache_gib: float = Field(64.0, gt=0, description="largest size of an image cache; one that is larger is not made")
     on_device: bool | Literal["auto"] = Field(
         "auto",
-        description="training images that are cached lie on the device and are cropped there, the same bytes; auto: on "
-        "CUDA, where they take a third of the free memory at most",
+        description="crop cached training images on the device; auto: on CUDA, in a third of its free memory",
     )
 
     @model_validator(mode="after")
-    def _ages_rise(self) -> "Data":
+    def _check(self) -> "Data":
         if not self.age_cuts or sorted(set(self.age_cuts)) != self.age_cuts or self.age_cuts[0] <= 0:
             raise ValueError(f"age_cuts={self.age_cuts} are ages above 0, each larger than the one before")
-        return self
-
-    @model_validator(mode="after")
-    def _each_name_once(self) -> "Data":
         names = [name for group in self.same_classes for name in group]
         twice = sorted({name for name in names if names.count(name) > 1})
         if any(len(group) < 2 for group in self.same_classes):
@@ -81,10 +65,6 @@ class Data(Section):
             raise ValueError(f"same_classes name {twice[0]!r} twice; a name is in one group, once")
         if self.same_class != "none" and not names:
             raise ValueError(f"same_class={self.same_class} needs same_classes, the groups of names")
-        return self
-
-    @model_validator(mode="after")
-    def _scaled_to_a_size(self) -> "Data":
         if self.scaled_decoding and not self.store_size:
             raise ValueError("scaled_decoding=true needs store_size, below which nothing is scaled")
         return self
@@ -96,13 +76,8 @@ class Split(Section):
     holdout: float = Field(0.0, ge=0, lt=1, description="share of rows that no model trains or selects on")
     parts: list[float] = Field([], description="instead of folds: shares of train, valid and test, e.g. [.8,.1,.1]")
     seed: int = Field(42, description="seed of the shuffle")
-    open_images: bool = Field(
-        True,
-        description="open every image once: finds broken, missing and equal ones; false: a CSV's paths are taken on trust",
-    )
-    csv: bool = Field(
-        False, description="also write train_data.csv, validation_data.csv and test_data.csv; products: always"
-    )
+    open_images: bool = Field(True, description="open all once to find broken and equal ones; false: a CSV is trusted")
+    csv: bool = Field(False, description="also write train, validation and test as CSVs; products: always")
     skip_unreadable: bool = Field(False, description="leave unreadable images out, instead of stopping")
     max_unpacked_gib: float = Field(200.0, gt=0, description="largest size a .zip may unpack to")
 
@@ -121,22 +96,12 @@ class Model(Section):
     backbone: str = Field(
         "timm/resnet18", description="timm/NAME, torchvision/NAME, efficientnet_pytorch/NAME, fivefold/NAME"
     )
-    options: dict[str, Any] = Field(
-        {}, description="further arguments of the backbone; torchvision's bare=true: nothing between pooling and head"
-    )
+    options: dict[str, Any] = Field({}, description="arguments of the backbone; torchvision's bare=true: pooling alone")
     pretrained: bool = Field(False, description="start from the weights of the backbone's own hub")
-    weights: str = Field(
-        "", description="start from a .safetensors or .pth file: a path, or a name in SM_CHANNEL_WEIGHTS"
-    )
-    factors: list[str] = Field(
-        [], description="know these factors of the classes alone, e.g. mask,gender; empty: the classes as they are"
-    )
-    drop_path: float | None = Field(
-        None, ge=0, lt=1, description="share of residual branches left out (stochastic depth); none: the backbone's own"
-    )
-    head: Spec = Field(
-        "linear", description="what turns features into classes: linear, mlp or convnext, or a table with parameters"
-    )
+    weights: str = Field("", description="start from this .safetensors or .pth: a path, or in SM_CHANNEL_WEIGHTS")
+    factors: list[str] = Field([], description="factors of the classes to know, e.g. mask,gender; empty: the classes")
+    drop_path: float | None = Field(None, ge=0, lt=1, description="stochastic depth; none: the backbone's own")
+    head: Spec = Field("linear", description="linear, mlp or convnext, or a table with parameters")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the last layer")
     meta: list[str] = Field([], description="numbers of the whole image that join the features: aspect, color_mean")
     image_size: int | list[int] = Field(224, description="pixels that it takes: one number, or [height, width]")
@@ -175,69 +140,42 @@ class Train(Section):
     epochs: int = Field(30, ge=1, description="passes over the training rows")
     batch_size: int = Field(32, ge=1, description="images a step")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are summed before a step")
-    loss: Spec = Field(
-        "cross_entropy",
-        description='cross_entropy, label_smoothing, focal, binary_focal, bce or f1; {name="focal",alpha=.5,gamma=2}',
-    )
-    class_weights: Literal["none", "balanced"] = Field(
-        "none", description="balanced: a row counts by 1 / rows of its class"
-    )
+    loss: Spec = Field("cross_entropy", description="cross_entropy, label_smoothing, focal, binary_focal, bce or f1")
+    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes count more")
     sampler: str = Field("shuffle", description="shuffle: every row once an epoch; balanced: classes in equal parts")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a target spread over all classes")
-    rdrop_alpha: float = Field(
-        0.0, ge=0, description="weight of R-Drop's divergence of two passes; 0: one pass, no R-Drop"
-    )
+    rdrop_alpha: float = Field(0.0, ge=0, description="weight of R-Drop's divergence of two passes; 0: no R-Drop")
     update: str = Field("plain", description="a step: plain, or sam (two gradients)")
     sam_rho: float = Field(0.05, ge=0, description="sam: how far up the gradient the second one is taken")
     sam_every: int = Field(1, ge=1, description="sam at every k-th step from the first on, plain steps between")
-    optimizer: str = Field(
-        "adamw", description="adamw, adam, sgd (Nesterov) or muon (AdamW for norms, biases, first and last layer)"
-    )
+    optimizer: str = Field("adamw", description="adamw, adam, sgd (Nesterov) or muon (AdamW where it does not apply)")
     lr: float = Field(1e-3, gt=0, description="largest learning rate")
     backbone_lr: float = Field(1.0, gt=0, le=1, description="the backbone's share of the learning rate")
-    layer_decay: float = Field(
-        1.0, gt=0, le=1, description="factor of the learning rate from each layer of the backbone to the one before"
-    )
-    freeze_epochs: int = Field(
-        0, ge=0, description="first epochs in which the backbone and its BatchNorm statistics stay as they are"
-    )
+    layer_decay: float = Field(1.0, gt=0, le=1, description="factor of the learning rate from a layer to that before")
+    freeze_epochs: int = Field(0, ge=0, description="first epochs in which the backbone stays as it is, BatchNorm too")
     weight_decay: float = Field(1e-4, ge=0, description="not applied to norms and biases")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and muon")
     schedule: str = Field("cosine", description="constant, cosine, step or plateau")
     warmup_epochs: float = Field(0.0, ge=0, description="linear rise of the learning rate at the start")
-    step_epochs: int = Field(
-        10, ge=1, description="step: epochs between two drops; plateau: epochs without improvement"
-    )
+    step_epochs: int = Field(10, ge=1, description="step: epochs between drops; plateau: epochs without improvement")
     gamma: float = Field(0.5, gt=0, lt=1, description="step, plateau: factor of a drop")
     clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of the averaged weights; 0: no averaging")
     patience: int = Field(0, ge=0, description="epochs without improvement before the end; 0: never")
-    validate_every: int = Field(
-        1, ge=1, description="epochs from one validation to the next; the last epoch is always validated"
-    )
+    validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch is always validated")
     monitor: str = Field("logloss", description="what chooses the best epoch: logloss, loss, acc or f1_macro")
     precision: str = Field(
         "auto",
-        description="fp32, bf16, bf16_grouped_fp32 (in fp32 the grouped convolutions that bf16 slows), fp16, or auto: the fastest here by a "
-        "short probe",
+        description="fp32, bf16, bf16_grouped_fp32 (grouped convolutions in fp32), fp16, or auto: the fastest in a probe",
     )
-    channels_last: bool | Literal["auto"] = Field(
-        True, description="NHWC memory, faster on most machines; auto: by the same probe"
-    )
+    channels_last: bool | Literal["auto"] = Field(True, description="NHWC memory, mostly faster; auto: by the probe")
     compile: bool = Field(False, description="on CUDA: torch.compile the backbone; slow to start, then faster")
     keep_raw: bool = Field(False, description="with ema_decay: also keep the best unaveraged weights (validates twice)")
-    deterministic: bool = Field(
-        True,
-        description="on CUDA: kernels that give the same bits each time, where there are any; false: the fastest ones",
-    )
+    deterministic: bool = Field(True, description="on CUDA: same bits each time where kernels can; false: the fastest")
     device: str = Field("auto", description="auto, cuda, mps or cpu")
     workers: int = Field(-1, ge=-1, description="loader processes; -1: chosen for the machine")
     keep_in_memory: bool = Field(True, description="keep decoded images in memory while they fit in 1 GiB")
-    checkpoint_minutes: float = Field(
-        10.0,
-        ge=0,
-        description="minutes between checkpoints within an epoch; one follows each epoch anyway; 0: none within",
-    )
+    checkpoint_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints within an epoch; 0: none")
     checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints within an epoch; 0: by time alone")
     trackers: list[str] = Field(["tensorboard"], description="who keeps the run's figures: tensorboard, wandb, mlflow")
     project: str = Field("fivefold", min_length=1, description="of wandb, and the experiment of mlflow")
@@ -248,26 +186,19 @@ class Predict(Section):
     device: str = Field("auto", description="auto (CUDA, else MPS, else the CPU), cuda, mps or cpu")
     file: str = Field("predictions.csv", description="predict: file name of the table of images and their classes")
     folder: str = Field("", description="predict: folder below the output in which each run makes a run_…; empty: none")
-    rows: list[str] = Field(
-        ["train", "valid", "test"], description="predict, with SM_CHANNEL_FOLDS: rows of the split that are predicted"
-    )
+    rows: list[str] = Field(["train", "valid", "test"], description="predict, with SM_CHANNEL_FOLDS: rows to predict")
     views: list[Spec] = Field(
         ["plain"],
-        description="views that are averaged: plain, flip, rotate (degrees), shift (x, y), scale (factor), five_crops (share); "
-        "with flip = true mirrored too",
+        description="views to average: plain, flip, rotate (degrees), shift (x, y), scale (factor), five_crops (share)",
     )
 
     @model_validator(mode="after")
-    def _names_alone(self) -> "Predict":
+    def _check(self) -> "Predict":
         for key, name in (("file", self.file or "/"), ("folder", self.folder)):
             if set(name) & set("/\\") or name in (".", ".."):
                 raise ValueError(f"{key}={name!r} is not a name alone, for a place in the output's folder")
         if not self.rows or set(self.rows) - {"train", "valid", "test"}:
             raise ValueError(f"rows={self.rows} are not some of train, valid and test")
-        return self
-
-    @model_validator(mode="after")
-    def _a_view_at_least(self) -> "Predict":
         if not self.views:
             raise ValueError("views is empty; to see each image as it is, write plain")
         return self
@@ -283,23 +214,15 @@ class Ensemble(Section):
         "out-of-fold by logloss or by accuracy",
     )
     weights: dict[str, Any] = Field({}, description="of blend weighted: a number for each system, by its name")
-    within: Literal["mean", "geometric", "rank", "vote"] = Field(
-        "mean", description="between the models of one system, which have an equal say"
-    )
-    submissions: list[str] = Field(
-        [], description="submission files of any origin that are systems too, beside those of SM_CHANNEL_SUBMISSIONS"
-    )
-    temperature: Literal["none", "holdout"] = Field(
-        "holdout", description="fitted on the holdout where there is one, or none"
-    )
+    within: Literal["mean", "geometric", "rank", "vote"] = Field("mean", description="between the models of one system")
+    submissions: list[str] = Field([], description="submission files that are systems too, as SM_CHANNEL_SUBMISSIONS")
+    temperature: Literal["none", "holdout"] = Field("holdout", description="fitted on the holdout if there is one")
     submission: str = Field("submission.csv", description="file name of the submission")
-    answer_column: str = Field(
-        "", description="column of predicted classes, where no sample submission names one; empty: a column a class"
-    )
+    answer_column: str = Field("", description="column of predicted classes if no sample names one; empty: one a class")
     number_column: str = Field("", description="with answer_column: first column, of the rows' numbers; empty: none")
 
     @model_validator(mode="after")
-    def _weights_are_used(self) -> "Ensemble":
+    def _check(self) -> "Ensemble":
         if bool(self.weights) != (self.blend == "weighted"):
             raise ValueError(
                 f"blend={self.blend} and weights={self.weights}: blend weighted has weights, others have none"
@@ -307,16 +230,8 @@ class Ensemble(Section):
         for name, value in self.weights.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"weights.{name}={value!r}: a number from 0 on is needed")
-        return self
-
-    @model_validator(mode="after")
-    def _a_name_alone(self) -> "Ensemble":
         if not self.submission or set(self.submission) & set("/\\"):
             raise ValueError(f"submission={self.submission!r} is not the name of a file in the output's folder")
-        return self
-
-    @model_validator(mode="after")
-    def _numbers_beside_answers(self) -> "Ensemble":
         if self.number_column and self.number_column == self.answer_column:
             raise ValueError(f"number_column and answer_column are both {self.number_column!r}; name two columns")
         if self.number_column and not self.answer_column:
@@ -330,9 +245,7 @@ class Distill(Section):
     alpha: float = Field(0.7, ge=0, le=1, description="weight of the teacher's term; the labels' has the rest")
     annealing: float = Field(0.0, ge=0, le=1, description="share of the steps over which alpha falls to 0; 0: it stays")
     temperature: float = Field(2.0, gt=0, description="softens teacher and student in the teacher's term")
-    temperature_decay: float = Field(
-        1.0, gt=0, le=1, description="factor of the temperature from epoch to epoch; 1: fixed"
-    )
+    temperature_decay: float = Field(1.0, gt=0, le=1, description="factor of the temperature per epoch; 1: fixed")
     temperature_end: float = Field(1.0, gt=0, description="with temperature_decay: least temperature")
     patience: int = Field(0, ge=0, description="early stopping, on the holdout alone; 0: all epochs")
     model: dict[str, Any] = Field({}, description="what the student has otherwise than [model]")
@@ -350,9 +263,7 @@ class Distill(Section):
 class Export(Section):
     format: str = Field("onnx", description="onnx (a graph with all its members), or pth (the state dict of one)")
     file: str = Field("", description="file name; empty: model.onnx, model.pth")
-    weights: Literal["best", "raw"] = Field(
-        "best", description="best: those that predict (averaged, where train.ema_decay is on); raw: the others"
-    )
+    weights: Literal["best", "raw"] = Field("best", description="best: those that predict (EMA); raw: not averaged")
 
     @model_validator(mode="after")
     def _a_name_alone(self) -> "Export":
@@ -372,9 +283,7 @@ class Serve(Section):
     port: int = Field(8080, ge=0, le=65535, description="port to listen at (or SAGEMAKER_BIND_TO_PORT); 0: a free one")
     batch_size: int = Field(32, ge=1, description="images of all requests that the model takes in one step at most")
     max_wait_ms: float = Field(5.0, ge=0, description="how long the first image of a batch waits for others")
-    queue: int = Field(
-        256, ge=1, description="images of all requests under way at most; what is more is told to come later"
-    )
+    queue: int = Field(256, ge=1, description="images of all requests under way at most; the rest get 503")
     max_body_mb: float = Field(8.0, gt=0, description="largest body of a request, in millions of bytes")
     max_megapixels: float = Field(50.0, gt=0, description="largest image, in millions of pixels")
     timeout_s: float = Field(60.0, gt=0, description="seconds for a request to be received and answered")
@@ -387,9 +296,7 @@ class Compare(Section):
 
 
 class SageMaker(Section):
-    image: str = Field(
-        "", description="the image: its URI in ECR; sagemaker-local: a local one, empty: fivefold:latest"
-    )
+    image: str = Field("", description="its URI in ECR; sagemaker-local: a local one, empty: fivefold:latest")
     role: str = Field("", description="ARN of the role that the jobs have, arn:aws:iam::ACCOUNT:role/NAME")
     output: str = Field("", description="s3://bucket/prefix below which each run has a folder of its name")
     region: str = Field("", description="empty: that of AWS_DEFAULT_REGION or of the profile")
@@ -398,38 +305,26 @@ class SageMaker(Section):
     volume_gb: int = Field(50, ge=1, description="disk of an instance")
     max_hours: float = Field(24.0, gt=0, le=672, description="longest runtime of a job")
     spot: bool = Field(False, description="spare capacity, cheaper and sometimes taken back; goes on from checkpoints")
-    max_wait_hours: float = Field(
-        0.0, ge=0, description="spot: longest time from request to end, waiting included; 0: twice max_hours"
-    )
-    keep_alive_minutes: int = Field(
-        0, ge=0, le=360, description="warm pool: minutes that an instance waits for the next job; not with spot"
-    )
+    max_wait_hours: float = Field(0.0, ge=0, description="spot: longest time from request to end; 0: twice max_hours")
+    keep_alive_minutes: int = Field(0, ge=0, le=360, description="warm pool: wait for the next job; not with spot")
     subnets: list[str] = Field([], description="of the VPC that jobs run in; with security_groups")
     security_groups: list[str] = Field([], description="of the VPC that jobs run in; with subnets")
-    isolate: bool = Field(
-        False, description="no network in the container; needs nothing that is fetched, as pretrained"
-    )
+    isolate: bool = Field(False, description="no network in the container; nothing can be fetched, as pretrained")
     kms_key: str = Field("", description="KMS key that encrypts outputs in S3")
     volume_kms_key: str = Field("", description="KMS key that encrypts disks; not for instances with NVMe disks")
     tags: dict[str, Any] = Field({}, description="of each job: texts by name")
     environment: dict[str, Any] = Field({}, description="further variables of each container: texts by name")
-    input_mode: Literal["File", "FastFile"] = Field(
-        "File", description="channels are copied first, or read as asked for"
-    )
+    input_mode: Literal["File", "FastFile"] = Field("File", description="channels are copied first, or read when used")
     compress: bool = Field(True, description="outputs as model.tar.gz and output.tar.gz; false: as plain files")
     price: float = Field(0.0, ge=0, description="of an instance for an hour, as you pay it; 0: not given")
-    max_cost: float = Field(
-        0.0,
-        ge=0,
-        description="most that all jobs together may cost, in the unit of price; more is refused; 0: no limit",
-    )
+    max_cost: float = Field(0.0, ge=0, description="most that all jobs may cost, in the unit of price; 0: no limit")
     poll_seconds: float = Field(15.0, ge=0.1, description="seconds between two looks at a job")
     stages: dict[str, Any] = Field(
         {}, description="what a stage has otherwise: sagemaker.stages.ensemble.instance_type=ml.c6i.xlarge"
     )
 
     @model_validator(mode="after")
-    def _can_work(self) -> "SageMaker":
+    def _check(self) -> "SageMaker":
         if self.spot and self.keep_alive_minutes:
             raise ValueError("spot and keep_alive_minutes exclude each other: spot instances have no warm pool")
         if self.max_wait_hours and not self.spot:
@@ -442,18 +337,10 @@ class SageMaker(Section):
             )
         if bool(self.subnets) != bool(self.security_groups):
             raise ValueError("subnets and security_groups go together: a VPC needs both")
-        return self
-
-    @model_validator(mode="after")
-    def _texts_by_name(self) -> "SageMaker":
         for key, table in (("tags", self.tags), ("environment", self.environment)):
             for name, value in table.items():
                 if isinstance(value, bool) or not isinstance(value, str | int | float):
                     raise ValueError(f"{key}.{name}={value!r} is no text")
-        return self
-
-    @model_validator(mode="after")
-    def _stages_can_work(self) -> "SageMaker":
         for name, table in self.stages.items():
             if name not in STAGES_OF_A_RUN or not isinstance(table, dict):
                 raise ValueError(f"stages.{name} is no table of a stage; the stages are {', '.join(STAGES_OF_A_RUN)}")

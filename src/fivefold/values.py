@@ -51,7 +51,7 @@ def json_document(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{_why_no_json(error)}: line {error.lineno} column {error.colno}") from None
+        raise ValueError(f"{error.msg}: line {error.lineno} column {error.colno}") from None
 
 
 def _readings(given: Any) -> Iterator[Any]:
@@ -102,17 +102,6 @@ def _words(kind: Any, many: bool) -> str:
     if origin is list:
         return ("lists" if many else "a list") + f" of {words(get_args(kind)[0], many=True)}"
     return WORDS[origin][many]
-
-
-def _why_no_json(error: json.JSONDecodeError) -> str:
-    before, here = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
-    if here.startswith(("//", "/*", "#")):
-        return "JSON has no comments; a TOML recipe may have them"
-    if before.endswith(",") and here.startswith(("}", "]")):
-        return "a comma before a closing bracket; JSON allows none there"
-    if here.startswith("'"):
-        return "JSON's quotes are double"
-    return error.msg
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -132,13 +132,13 @@ def sources(job: Job, folder: Path) -> dict[str, list[str]]:
 
     A URL is the same from everywhere.
     """
-    names = [name for name in (*job.stage.channels, *job.stage.optional) if name in job.channels]
-    here = folder.resolve()
-    return {name: _seen_from(here, job.channels[name], job.remote.source(job.channels[name])) for name in names}
-
-
-def _seen_from(here: Path, path: Path, url: str | None) -> list[str]:
-    return [url, url] if url else [os.path.relpath(path.resolve(), here), str(path.resolve())]
+    here, places = folder.resolve(), {}
+    for name in (*job.stage.channels, *job.stage.optional):
+        if name in job.channels:
+            path = job.channels[name].resolve()
+            url = job.remote.source(job.channels[name])
+            places[name] = [url, url] if url else [os.path.relpath(path, here), str(path)]
+    return places
 
 
 def write_record(

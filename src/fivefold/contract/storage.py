@@ -128,7 +128,7 @@ class Remote:
         """Takes back the markers of this stage's earlier attempts, records first: from here on they do not count."""
         for output in self.outputs:
             found = attempts.sorted_out(output.url, self.store.starting(output.url, START))[1]
-            output.replaced = attempts.superseded(found, stage)
+            output.replaced = [attempt for attempt in found if attempt.stage == stage and attempt.marker]
         taken = [each.marker.url for output in self.outputs for each in output.replaced if each.marker]
         if taken:  # where there is no URL at all, not even boto3 is imported
             self.store.delete(sorted(taken, key=lambda url: url.name != RECORD))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import boto3
 from boto3.exceptions import S3UploadFailedError
-from boto3.s3.transfer import TransferConfig as FileConfig
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -29,7 +29,7 @@ from botocore.exceptions import (
 )
 from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 from s3transfer.futures import TransferFuture
-from s3transfer.manager import TransferConfig, TransferManager
+from s3transfer.manager import TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
 from fivefold.contract.files import disk_is_full, sha256
@@ -48,8 +48,10 @@ MAX_WAIT = 12.0
 CONCURRENCY = 16
 READ_TIMEOUT = 20
 """A call that hears nothing for so many seconds has failed."""
-PART_SIZE = 8 << 20
-"""Bytes of a part, and of the smallest file that moves in parts."""
+PARTS = TransferConfig(
+    multipart_threshold=8 << 20, multipart_chunksize=8 << 20, max_concurrency=CONCURRENCY, num_download_attempts=1
+)
+"""From 8 MiB on files move in parts of that size."""
 SECONDS_BETWEEN_LOOKS = 0.05
 CHECKSUM = {"ChecksumAlgorithm": "SHA256"}
 QUIET = ("boto3", "botocore", "s3transfer", "urllib3")
@@ -172,9 +174,8 @@ class Store:
 
     def write_file(self, path: Path, url: Url) -> None:
         """A file to an object, its parts side by side, without progress."""
-        config = FileConfig(multipart_threshold=PART_SIZE, multipart_chunksize=PART_SIZE)
         self._retry(
-            url, lambda: self._client.upload_file(str(path), url.bucket, url.key, ExtraArgs=CHECKSUM, Config=config)
+            url, lambda: self._client.upload_file(str(path), url.bucket, url.key, ExtraArgs=CHECKSUM, Config=PARTS)
         )
 
     def _list(self, url: Url, start: str, most: int = 0) -> list[Object]:
@@ -206,16 +207,10 @@ class Store:
     def _transfer(self, transfers: Sequence[Download | Upload], label: str) -> None:
         """Moves all, several at a time; after a failure those that are left are tried again."""
         left = list(reversed(transfers))
-        config = TransferConfig(
-            multipart_threshold=PART_SIZE,
-            multipart_chunksize=PART_SIZE,
-            max_request_concurrency=CONCURRENCY,
-            num_download_attempts=1,
-        )
 
         def move() -> None:
             # Leaving the manager by an error cancels what has not begun.
-            with TransferManager(self._client, config) as manager:
+            with TransferManager(self._client, PARTS) as manager:
                 futures = {transfer: transfer.start(manager) for transfer in reversed(left)}
                 total = sum(transfer.size for transfer in futures)
                 for transfer in track(list(futures), total, label, bytes_of=lambda transfer: transfer.size):
