@@ -68,9 +68,8 @@ def cached_images(request: dict[str, Any]) -> Any:
 
     from fivefold.assemble import image_set
     from fivefold.contract.stages import CLASSES, FOLDS
-    from fivefold.data.cached import with_caches
-    from fivefold.data.caching import Source, cached_once
     from fivefold.data.folds import read_folds
+    from fivefold.data.image_cache import Source, cached_once, with_caches
     from fivefold.data.images import pixels_of
     from fivefold.data.store import open_store
     from fivefold.settings import arguments_layer, load

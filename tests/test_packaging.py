@@ -68,7 +68,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, folder / "source" / name)
-    pip(Path(sys.executable), "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, folder / "source")
+    pip(
+        Path(sys.executable),
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        folder,
+        folder / "source",
+    )
     return next(folder.glob("*.whl"))
 
 

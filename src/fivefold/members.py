@@ -30,9 +30,8 @@ from fivefold.data.transforms import Transform, build_transforms
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict, predict_all
 from fivefold.models.weights import load_exactly, save_weights
-from fivefold.recipe import Settings, Spec
+from fivefold.recipe import OF_PLATFORMS, Settings, Spec
 from fivefold.replicas import BY_ITSELF, Replicas
-from fivefold.sections import OF_PLATFORMS
 from fivefold.settings import key_settings
 from fivefold.training.best import Best
 

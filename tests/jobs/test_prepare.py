@@ -22,8 +22,7 @@ from fivefold.data.images import Pixels
 from fivefold.launchers.local import shared_cache
 from fivefold.launchers.plan import Inputs, make_plan
 from fivefold.predictions import read
-from fivefold.recipe import Settings
-from fivefold.sections import Data
+from fivefold.recipe import Data, Settings
 from jobs.__main__ import run
 from jobs.images import cache_folder
 from s3_server import Bucket

@@ -21,9 +21,8 @@ from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Plan, Step
 from fivefold.logline import metric_patterns
-from fivefold.recipe import Settings
+from fivefold.recipe import OF_PLATFORMS, SageMaker, Settings
 from fivefold.recipes import shipped_recipes
-from fivefold.sections import OF_PLATFORMS, SageMaker
 from fivefold.settings import flatten, is_of, normal_key
 
 Request = dict[str, Any]
