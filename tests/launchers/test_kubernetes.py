@@ -99,7 +99,7 @@ def test_the_whole_graph_in_order(cluster: Cluster, capsys: pytest.CaptureFixtur
 def test_what_is_applied_is_what_is_printed(cluster: Cluster) -> None:
     plan = plan_of(cluster)
     launch(cluster, plan)
-    printed = {one["metadata"]["name"]: one for one in kubernetes.objects(plan, kubernetes.pods_of(plan))}
+    printed = {one["metadata"]["name"]: one for one in kubernetes.objects(plan)}
     for one in cluster.jobs().values():
         assert one["spec"] == printed[one["metadata"]["name"]]["spec"]
 
@@ -109,7 +109,6 @@ def test_where_it_runs_is_told_to_no_stage(cluster: Cluster) -> None:
     told = {text for step in plan.steps for text in step.arguments}
     assert "train.epochs=2" in told
     assert not [text for text in told if "kubernetes" in text]
-    assert kubernetes.pods_of(plan).gpus == 0
 
 
 def test_logs_are_followed_and_kept(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:

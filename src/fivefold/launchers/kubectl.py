@@ -13,19 +13,10 @@ from fivefold.errors import FivefoldError, RetryableError, SettingsError
 from fivefold.launchers.manifests import CONTAINER, PERMANENT, Object
 
 SECONDS_FOR_AN_ANSWER = 120
-AWAY = (
-    "unable to connect",
-    "connection refused",
-    "connection reset",
-    "timeout",
-    "timed out",
-    "no route to host",
-    "no such host",
-    "eof",
-    "etcdserver",
-    "too many requests",
-    "unavailable",
-    "internal error",
+AWAY = re.compile(
+    "unable to connect|connection refused|connection reset|timeout|timed out|no route to host|no such host|eof|etcdserver"
+    "|too many requests|unavailable|internal error",
+    re.IGNORECASE,
 )
 """What kubectl says where the cluster, and not the request, is at fault."""
 OF_ITS_LOG = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d")
@@ -91,7 +82,7 @@ class Kubectl:
 def _error(verb: str, said: str) -> FivefoldError:
     told = [line for line in said.splitlines() if not OF_ITS_LOG.match(line)] or said.splitlines()
     words = " ".join(" ".join(told).split()) or "it said nothing"
-    if any(sign in said.lower() for sign in AWAY):
+    if AWAY.search(said):
         return RetryableError(
             f"the cluster does not answer, the same command may succeed later: kubectl {verb}: {words}"
         )
