@@ -246,7 +246,7 @@ def test_what_kubectl_says_at_length_is_told_once(tmp_path: Path) -> None:
     program.chmod(0o755)
     with pytest.raises(RetryableError) as caught:
         Kubectl(environ={"PATH": str(tmp_path)}).ask("get", "jobs")
-    assert str(caught.value).endswith("kubectl get: The connection to the server was refused")
+    assert str(caught.value).endswith(": The connection to the server was refused")
 
 
 def test_a_cluster_that_is_away_for_a_while(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
