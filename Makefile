@@ -47,7 +47,7 @@ image: ## the one image of all stages; IMAGE=fivefold:latest BASE_IMAGE=python:3
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
 
 manifests: $(FOR_RUNS) ## render k8s/ from the plan
-	@$(BIN)/python -m fivefold.launchers.shipped k8s
+	@$(BIN)/python -m fivefold.launchers.manifests k8s
 
 check: $(FOR_ALL) ## ruff and the import rules alone
 	@$(BIN)/ruff check .

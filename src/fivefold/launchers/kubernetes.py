@@ -3,6 +3,7 @@
 What is in the cluster stays there when this process ends: the same command looks at it and goes on.
 """
 
+import io
 import os
 import subprocess
 import threading
@@ -15,13 +16,26 @@ from typing import Any
 from fivefold.errors import RetryableError, SettingsError
 from fivefold.launchers import kubectl as cluster
 from fivefold.launchers.kubectl import Kubectl
-from fivefold.launchers.manifests import CONTAINER, RUN, Object, Pods, claim, job
+from fivefold.launchers.manifests import (
+    CONTAINER,
+    DATA,
+    RUN,
+    RUNS,
+    Object,
+    Pods,
+    Task,
+    as_yaml,
+    check_names,
+    check_runs,
+    claim,
+    job,
+    job_name,
+    tasks_of,
+)
 from fivefold.launchers.plan import Plan, Step
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.screen import Lines, Screen
+from fivefold.launchers.screen import Screen, copy_output
 from fivefold.launchers.status import LOG
-from fivefold.launchers.tasks import DATA, RUNS, Task, check_names, check_runs, job_name, tasks_of
-from fivefold.launchers.yaml_text import as_yaml
 
 SECONDS_FOR_LAST_WORDS = 20.0
 
@@ -253,20 +267,9 @@ class Logs:
             stream.reader.join(SECONDS_FOR_LAST_WORDS)
 
     def _read(self, name: str, process: subprocess.Popen[bytes], step: Step) -> None:
-        step.folder.mkdir(parents=True, exist_ok=True)
         assert process.stdout is not None
-        with process.stdout as pipe, open(step.folder / LOG, "a", encoding="utf-8") as file:
-            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} pod {name}\n")
-
-            def keep(line: str) -> None:
-                file.write(line + "\n")
-                file.flush()
-                self.screen.line(f"[{step.name}] {line}")
-
-            lines = Lines(keep)
-            while portion := pipe.read1():
-                lines.feed(portion)
-            lines.close()
+        output = io.TextIOWrapper(process.stdout, "utf-8", "replace", newline="")
+        copy_output(output, step.folder / LOG, f"pod {name}", self.screen, step.name)
         process.wait()
         self._streams[name].ended = _now()
 

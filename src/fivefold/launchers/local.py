@@ -27,7 +27,7 @@ from fivefold.contract.stages import FAILURE
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.screen import Lines, Screen, bar
+from fivefold.launchers.screen import Screen, copy_output
 from fivefold.launchers.status import LOG, epochs_done, failure_of, running_pid, write_ended, write_started
 from fivefold.machine import count_cores, free_memory
 from fivefold.recipe import SECTIONS
@@ -102,9 +102,15 @@ class LocalBackend:
             start_new_session=True,
         )
         os.close(write_end)
-        write_started(step, process.pid)
-        reader = threading.Thread(target=self._read, args=(step, read_end, as_terminal), daemon=True)
+        output = os.fdopen(read_end, encoding="utf-8", errors="replace", newline="")
+        told = (output, step.folder / LOG, " ".join(step.command), self.screen, "" if as_terminal else step.name)
+        reader = threading.Thread(target=copy_output, args=told, daemon=True)
         reader.start()
+        try:
+            write_started(step, process.pid)
+        except BaseException:
+            process.kill()
+            raise
         self.children[step.name] = Child(process, reader, gpu)
 
     def poll(self, running: Sequence[Step]) -> dict[str, int]:
@@ -139,25 +145,7 @@ class LocalBackend:
         child = self.children.get(step.name)
         if child is None:
             return f"{failure_of(step)}\n  log: {step.folder / LOG}"
-        return bar(epochs_done(step, child.started), step.epochs) if step.epochs else ""
-
-    def _read(self, step: Step, end: int, as_terminal: bool) -> None:
-        """Copies what a step prints to its log and to the screen, until its process closes the pipe."""
-        with open(step.folder / LOG, "a", encoding="utf-8") as file, os.fdopen(end, "rb", buffering=0) as pipe:
-            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(step.command)}\n")
-
-            def keep(line: str) -> None:
-                file.write(line + "\n")
-                file.flush()
-                if not as_terminal:
-                    self.screen.line(f"[{step.name}] {line}")
-
-            lines = Lines(keep)
-            while portion := _portion(pipe.fileno()):
-                text = lines.feed(portion)
-                if as_terminal:
-                    self.screen.raw(text)
-            lines.close()
+        return f"epoch {epochs_done(step, child.started)} of {step.epochs}" if step.epochs else ""
 
 
 def _terminal() -> tuple[int, int]:
@@ -166,14 +154,6 @@ def _terminal() -> tuple[int, int]:
     size = fcntl.ioctl(sys.stderr.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
     fcntl.ioctl(write_end, termios.TIOCSWINSZ, size)
     return read_end, write_end
-
-
-def _portion(end: int) -> bytes:
-    """What can be read now, waiting for it; empty at the end."""
-    try:
-        return os.read(end, 65_536)
-    except OSError:  # a pseudo-terminal ends with EIO on Linux, not with an empty read
-        return b""
 
 
 def shared_cache(plan: Plan) -> dict[str, str]:
