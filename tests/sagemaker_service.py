@@ -16,7 +16,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ import requests
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
-from s3_server import CREDENTIALS
+from s3_server import CREDENTIALS, Bucket
 
 REPOSITORY = Path(__file__).parents[1]
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/fivefold:1"
 ROLE = "arn:aws:iam::123456789012:role/fivefold"
 OF_THE_CONTRACT = ("SM_", "AWS_", "SAGEMAKER_", "FOLD", "STAGE")
 NOT_FORWARDED = ("content-length", "transfer-encoding", "connection", "content-encoding")
@@ -73,11 +74,11 @@ class Service:
     down: int = 0
     """How many of the next calls are answered 503."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    """boto3's default session, by which a Bucket is reached, is not for several threads."""
 
     def client(self, name: str) -> Any:
-        keys = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"]}
-        with self.lock:  # boto3's session is not for several threads
-            return boto3.client(name, endpoint_url=self.moto, region_name=CREDENTIALS["AWS_DEFAULT_REGION"], **keys)
+        """A client of moto's server; one session each, since they are not for several threads."""
+        return boto3.Session().client(name, endpoint_url=self.moto)
 
     def environ(self) -> dict[str, str]:
         return {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint}
@@ -194,20 +195,22 @@ class Service:
 
     def _fetch(self, url: str, folder: Path) -> int:
         """Fetches all objects whose keys begin so, named by what follows the last slash of the prefix; their number."""
-        prefix = urlsplit(url).path.lstrip("/")
-        bucket = boto3_bucket(self, url)
-        keys = [entry.key for entry in bucket.objects.filter(Prefix=prefix)]
-        for key in keys:
-            path = folder / key[prefix.rfind("/") + 1 :]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            bucket.download_file(key, str(path))
+        bucket, prefix = Bucket(self.moto, urlsplit(url).netloc), urlsplit(url).path.lstrip("/")
+        with self.lock:
+            keys = bucket.listed(prefix)
+            for key in keys:
+                path = folder / key[prefix.rfind("/") + 1 :]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(bucket.read(key))
         return len(keys)
 
     def _mirror(self, folder: Path, url: str) -> None:
-        bucket, prefix = boto3_bucket(self, url), urlsplit(url).path.strip("/")
-        bucket.objects.filter(Prefix=f"{prefix}/").delete()
-        for path in (path for path in folder.rglob("*") if path.is_file()):
-            bucket.upload_file(str(path), f"{prefix}/{path.relative_to(folder).as_posix()}")
+        bucket, prefix = Bucket(self.moto, urlsplit(url).netloc), urlsplit(url).path.strip("/")
+        with self.lock:
+            for key in bucket.listed(f"{prefix}/"):
+                bucket.delete(key)
+            for path in (path for path in folder.rglob("*") if path.is_file()):
+                bucket.write(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def _upload(self, job: Job) -> None:
         config = job.request["OutputDataConfig"]
@@ -223,21 +226,13 @@ class Service:
 
     def _log(self, job: Job, lines: list[str]) -> None:
         logs = self.client("logs")
-        with self.lock:
-            if not logs.describe_log_groups(logGroupNamePrefix=LOG_GROUP)["logGroups"]:
-                logs.create_log_group(logGroupName=LOG_GROUP)
+        with suppress(logs.exceptions.ResourceAlreadyExistsException):
+            logs.create_log_group(logGroupName=LOG_GROUP)
         stream = {"logGroupName": LOG_GROUP, "logStreamName": f"{job.name}/algo-1-{time.time_ns()}"}
         logs.create_log_stream(**stream)
         events = [{"timestamp": int(time.time() * 1000), "message": line} for line in lines]
-        for start in range(0, len(events), 500):
-            logs.put_log_events(**stream, logEvents=events[start : start + 500])
-
-
-def boto3_bucket(service: Service, url: str) -> Any:
-    """The bucket of an s3:// URL at moto's server."""
-    keys = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"]}
-    with service.lock:
-        return boto3.resource("s3", endpoint_url=service.moto, **keys).Bucket(urlsplit(url).netloc)
+        if events:
+            logs.put_log_events(**stream, logEvents=events)
 
 
 class Handler(WSGIRequestHandler):
@@ -245,6 +240,13 @@ class Handler(WSGIRequestHandler):
 
     def log_request(self, *_: object) -> None:
         """Nothing: the calls are kept."""
+
+
+def arguments(bucket: Bucket, folder: Path, *more: str) -> list[str]:
+    """What `submit` is given for jobs whose outputs lie in `bucket`, and whose run lies in `folder`/runs."""
+    given = ["platform=sagemaker", "run=r", f"runs={folder / 'runs'}", f"sagemaker.output=s3://{bucket.name}/runs"]
+    given += [f"sagemaker.image={IMAGE}", f"sagemaker.role={ROLE}", "sagemaker.instance_type=ml.m5.large"]
+    return [*given, "sagemaker.poll_seconds=0.2", *more]
 
 
 @contextmanager

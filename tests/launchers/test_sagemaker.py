@@ -17,10 +17,9 @@ from PIL import Image
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.sagemaker.client import JobStatus, translated_errors
 from s3_server import Bucket
-from sagemaker_service import ROLE, Service, serving
+from sagemaker_service import Service, arguments, serving
 
 REPOSITORY = Path(__file__).parents[2]
-IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/fivefold:1"
 
 
 @pytest.fixture
@@ -34,10 +33,8 @@ def service(bucket: Bucket, tmp_path: Path) -> Iterator[Service]:
         yield found
 
 
-def arguments(bucket: Bucket, tmp_path: Path, *more: str) -> list[str]:
-    given = ["platform=sagemaker", f"train=s3://{bucket.name}/train", f"runs={tmp_path / 'runs'}", "run=r"]
-    given += [f"sagemaker.image={IMAGE}", f"sagemaker.role={ROLE}", f"sagemaker.output=s3://{bucket.name}/runs"]
-    return [*given, "sagemaker.instance_type=ml.m5.large", "sagemaker.poll_seconds=0.2", "split.folds=3", *more]
+def asked(bucket: Bucket, tmp_path: Path, *more: str) -> list[str]:
+    return arguments(bucket, tmp_path, f"train=s3://{bucket.name}/train", "split.folds=3", *more)
 
 
 def command(service: Service, *given: str, **variables: str) -> subprocess.Popen[str]:
@@ -56,16 +53,16 @@ def submit(service: Service, *given: str, **variables: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_a_job_is_sent_as_it_was_printed_run_and_found_again(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    given = arguments(bucket, tmp_path, "stages=split", "sagemaker.tags={team='vision'}", "sagemaker.spot=true")
+    given = asked(bucket, tmp_path, "stages=split", "sagemaker.tags={team='vision'}", "sagemaker.spot=true")
     code, printed = submit(service, *given, "--dry-run")
     assert code == 0
     assert service.calls == []
-    asked = json.loads(printed[printed.index("{") :])["split"]
+    printed_request = json.loads(printed[printed.index("{") :])["split"]
 
     code, said = submit(service, *given)
     assert code == 0, said
     (job,) = service.jobs.values()
-    assert job.request | {"TrainingJobName": ""} == asked | {"TrainingJobName": ""}
+    assert job.request | {"TrainingJobName": ""} == printed_request | {"TrainingJobName": ""}
     assert re.fullmatch(r"fivefold-r-split-\d{14}", job.name)
     assert job.details == ["Starting", "Downloading", "Training", "Uploading", "Completed"]
     log = (tmp_path / "runs" / "r" / "split" / "log.txt").read_text().splitlines()
@@ -86,7 +83,7 @@ def test_a_job_is_sent_as_it_was_printed_run_and_found_again(service: Service, b
 @pytest.mark.slow
 def test_a_signal_leaves_the_job_which_is_found_again(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     service.hold = "split"
-    given = arguments(bucket, tmp_path, "stages=split")
+    given = asked(bucket, tmp_path, "stages=split")
     process = command(service, *given)
     wait_until(lambda: "SageMaker.DescribeTrainingJob" in service.calls)
     (job,) = service.jobs.values()
@@ -125,7 +122,7 @@ def wait_until(is_so: object, seconds: float = 60) -> None:
 @pytest.mark.slow
 def test_a_failure_has_its_reason_and_its_exit_code(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     bucket.write("train/a/0.png", b"no image")
-    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split,train-fold"))
+    code, said = submit(service, *asked(bucket, tmp_path, "stages=split,train-fold"))
     assert code == DataError.exit_code, said
     (job,) = service.jobs.values()
     assert re.search(rf"split failed \(exit code 65\): job {job.name}: AlgorithmError: .*0\.png", said)
@@ -134,7 +131,7 @@ def test_a_failure_has_its_reason_and_its_exit_code(service: Service, bucket: Bu
     # mended, the same command starts it anew; a quota lets one fold wait for another
     bucket.delete("train/a/0.png")
     service.hold, service.quota = "r-fold", 1
-    process = command(service, *arguments(bucket, tmp_path, "stages=split,train-fold"))
+    process = command(service, *asked(bucket, tmp_path, "stages=split,train-fold"))
     wait_until(lambda: service.refused)
     (_, split, first) = service.jobs.values()
     assert not bucket.listed(f"runs/r/split/{job.name}/")
@@ -151,7 +148,7 @@ def test_a_failure_has_its_reason_and_its_exit_code(service: Service, bucket: Bu
 def test_what_another_job_left_is_not_mixed_in(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     place = "runs/r/split/fivefold-r-split-1/output/output.tar.gz"
     bucket.write(place, b"another's")
-    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"))
+    code, said = submit(service, *asked(bucket, tmp_path, "stages=split"))
     assert code == SettingsError.exit_code
     assert place in said
     assert not service.jobs
@@ -161,7 +158,7 @@ def test_without_credentials_it_says_so_before_anything_starts(
     service: Service, bucket: Bucket, tmp_path: Path
 ) -> None:
     nothing = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
-    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"), **nothing)
+    code, said = submit(service, *asked(bucket, tmp_path, "stages=split"), **nothing)
     assert code == SettingsError.exit_code, said
     assert "AWS_PROFILE" in said
     assert "Traceback" not in said
@@ -169,7 +166,7 @@ def test_without_credentials_it_says_so_before_anything_starts(
 
 
 def test_a_pipeline_is_created_then_updated(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    given = arguments(bucket, tmp_path, "--pipeline")
+    given = asked(bucket, tmp_path, "--pipeline")
     code, said = submit(service, *given)
     assert code == 0, said
     assert "arn:aws:sagemaker:eu-central-1:123456789012:pipeline/fivefold-r" in said

@@ -21,10 +21,9 @@ from fivefold.recipe import Settings
 from fivefold.sections import OF_A_STAGE, STAGES_OF_A_RUN, SageMaker
 from fivefold.settings import arguments_layer, flatten, is_of, load
 from jobs import submit
-from sagemaker_service import ROLE
+from sagemaker_service import IMAGE, ROLE
 
 REPOSITORY = Path(__file__).parents[2]
-IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/fivefold:1"
 GIVEN = (
     f"sagemaker.image={IMAGE}",
     f"sagemaker.role={ROLE}",
@@ -65,29 +64,16 @@ def test_a_fold_is_asked_for_in_full() -> None:
             "LocalPath": "/opt/ml/checkpoints",
         },
     }
-    given = (
-        "sagemaker.subnets=subnet-1,subnet-2",
-        "sagemaker.security_groups=sg-1",
-        "sagemaker.kms_key=alias/out",
-        "sagemaker.volume_kms_key=1234",
-        "sagemaker.keep_alive_minutes=10",
-        "sagemaker.isolate=true",
-        "sagemaker.input_mode=FastFile",
-        "sagemaker.compress=false",
-        "sagemaker.environment={OMP_NUM_THREADS=4}",
-        "sagemaker.tags={team='vision'}",
-    )
+    settings = """subnets=subnet-1,subnet-2 security_groups=sg-1 kms_key=alias/out volume_kms_key=1234 isolate=true
+        keep_alive_minutes=10 input_mode=FastFile compress=false environment={OMP_NUM_THREADS=4} tags={team='vision'}"""
+    given = [f"sagemaker.{text}" for text in settings.split()]
     full = validated_requests(plan_of("train.epochs=3", *given, inputs=Inputs("s3://bucket/train")))["fold-2"]
-    changed = {name: part for name, part in full.items() if part != request.get(name)}
-    assert changed.pop("AlgorithmSpecification")["TrainingInputMode"] == "FastFile"
-    del changed["TrainingJobName"], changed["StoppingCondition"]
-    assert changed == {
+    assert full["AlgorithmSpecification"]["TrainingInputMode"] == "FastFile"
+    for name in ("TrainingJobName", "AlgorithmSpecification", "StoppingCondition"):
+        del full[name]
+    assert {name: part for name, part in full.items() if part != request.get(name)} == {
         "Environment": {**request["Environment"], "OMP_NUM_THREADS": "4"},
-        "OutputDataConfig": {
-            **request["OutputDataConfig"],
-            "CompressionType": "NONE",
-            "KmsKeyId": "alias/out",
-        },
+        "OutputDataConfig": {**request["OutputDataConfig"], "CompressionType": "NONE", "KmsKeyId": "alias/out"},
         "ResourceConfig": {**request["ResourceConfig"], "VolumeKmsKeyId": "1234", "KeepAlivePeriodInSeconds": 600},
         "VpcConfig": {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]},
         "EnableNetworkIsolation": True,
@@ -110,19 +96,14 @@ def test_stages_are_chained_by_prefixes() -> None:
     assert places["distill"]["unlabeled"] == "s3://bucket/more/"
     assert places["ensemble-student"]["model"] == f"{run}/distill/"
     assert places["evaluate-student"]["predictions"] == f"{run}/ensemble-student/"
-    # no channel of a stage reads another's checkpoints, and what it reads is what the stage knows
-    for step in plan.steps:
-        assert set(places[step.name]) <= {*STAGES[step.stage].channels, *STAGES[step.stage].optional}
-        assert not any("checkpoints" in url for url in places[step.name].values())
-
-
-def test_no_prefix_of_a_channel_takes_in_another_steps_outputs() -> None:
+    # what a stage reads is what it knows, and no prefix takes in another step's outputs, or checkpoints
     requests = validated_requests(plan_of(seeds=[1, 2]))
     outputs = {name: f"{request['OutputDataConfig']['S3OutputPath']}/" for name, request in requests.items()}
     assert len(set(outputs.values())) == len(requests)
-    for request in requests.values():
-        for channel in request["InputDataConfig"]:
-            url = channel["DataSource"]["S3DataSource"]["S3Uri"]
+    for step in plan.steps:
+        assert set(places[step.name]) <= {*STAGES[step.stage].channels, *STAGES[step.stage].optional}
+        for url in places[step.name].values():
+            assert "checkpoints" not in url
             taken = {name for name, output in outputs.items() if output.startswith(url)}
             assert len(taken) <= 1 or (url.endswith("/folds/") and all(name.startswith("fold-") for name in taken))
 
@@ -327,11 +308,7 @@ def test_cost_is_price_times_longest_runtime_of_every_job() -> None:
     given += ["sagemaker.stages.train_fold.instance_count=2", "sagemaker.stages.train_fold.keep_alive_minutes=30"]
     plan = plan_of(*given, "sagemaker.stages.evaluate.price=0.5", "sagemaker.stages.evaluate.max_hours=1")
     costs = max_costs(plan)
-    assert {name: costs[name] for name in ("split", "fold-1", "evaluate")} == {
-        "split": 2 * 3,
-        "fold-1": 2 * 2 * 3.5,
-        "evaluate": 0.5,
-    }
+    assert (costs["split"], costs["fold-1"], costs["evaluate"]) == (2 * 3, 2 * 2 * 3.5, 0.5)
     assert sum(costs.values()) == pytest.approx(6 + 3 * 14 + 6 + 0.5 + 6 + 6 + 0.5)
     assert "67.00" in check_cost(plan)
     assert "8 of 8" in check_cost(plan_of("split.folds=2"))
@@ -339,29 +316,24 @@ def test_cost_is_price_times_longest_runtime_of_every_job() -> None:
 
 def test_a_pipeline_is_the_same_requests_in_the_same_order() -> None:
     plan = plan_of(seeds=[1, 2])
-    definition = json.loads(launch.describe_pipeline(plan))
+    definition = json.loads(launch.describe_pipeline(plan), object_hook=executed)
     assert definition["Version"] == "2020-12-01"
     assert [step["Name"] for step in definition["Steps"]] == [step.name for step in plan.steps]
+    requests = json.dumps(requests_of(plan)).replace("/runs/first/", f"/runs/first/{EXECUTION}/")
     for step, defined in zip(plan.steps, definition["Steps"], strict=True):
         assert defined["Type"] == "Training"
         assert defined.get("DependsOn", []) == list(step.needs)
         assert re.fullmatch(r"[A-Za-z0-9\-_]{1,64}", step.name)
-        name = {"TrainingJobName": "pipelines-ab12cd34-fold"}
-        request = executed(defined["Arguments"], "ab12cd34") | name
-        moved = json.dumps(requests_of(plan)[step.name] | name).replace("/runs/first/", "/runs/first/ab12cd34/")
-        assert request == json.loads(moved)
-        check_request(step.name, request)
+        name = {"TrainingJobName": f"pipelines-{EXECUTION}-fold"}
+        assert defined["Arguments"] | name == json.loads(requests)[step.name] | name
+        check_request(step.name, defined["Arguments"] | name)
 
 
-def executed(value: Any, execution: str) -> Any:
-    """What the service makes of a definition's expressions."""
-    if isinstance(value, list):
-        return [executed(part, execution) for part in value]
-    if not isinstance(value, dict):
-        return value
-    if set(value) == {"Std:Join"}:
-        return value["Std:Join"]["On"].join(executed(part, execution) for part in value["Std:Join"]["Values"])
-    if set(value) == {"Get"}:
-        assert value["Get"] == "Execution.PipelineExecutionId"
-        return execution
-    return {name: executed(part, execution) for name, part in value.items()}
+EXECUTION = "ab12cd34"
+
+
+def executed(table: dict[str, Any]) -> Any:
+    """What the service makes of a definition's expression."""
+    if "Std:Join" in table:
+        return table["Std:Join"]["On"].join(table["Std:Join"]["Values"])
+    return EXECUTION if table == {"Get": "Execution.PipelineExecutionId"} else table
