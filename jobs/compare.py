@@ -14,10 +14,11 @@ from fivefold.contract.files import atomic, read_json, tree_files, write_json, w
 from fivefold.contract.job import Job
 from fivefold.contract.stages import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
 from fivefold.contract.submissions import find_submissions
+from fivefold.csv_tables import open_csv
 from fivefold.errors import DataError, MissingInputError
 from fivefold.evaluation import comparison, truth
 from fivefold.evaluation.comparison import Experiment
-from fivefold.inference.submitted import has_ids, names_classes_alone, read_submitted, system_name
+from fivefold.inference.submitted import names_classes_alone, read_submitted, system_name
 from fivefold.predictions import mean_by_id
 from fivefold.recipe import Settings
 
@@ -122,12 +123,11 @@ def with_tables(experiments: Sequence[Experiment], labels: Mapping[str, str]) ->
     read = {each.name: each.table for each in experiments if each.table is not None}
     ids = next((table.ids.tolist() for table in read.values()), list(labels))
     files = {each.name: each.file for each in experiments if each.file is not None and each.name not in read}
-    columns = {name: ids if has_ids(file, ids) else None for name, file in files.items()}
-    read |= {name: read_submitted(file, columns[name]) for name, file in files.items()}
+    read |= {name: read_submitted(file, ids, all_ids=False) for name, file in files.items()}
     certain = {name for name, file in files.items() if names_classes_alone(file)}
     known = sorted({name for key, table in read.items() if key not in certain for name in table.classes})
     known = known or sorted({name for table in read.values() for name in table.classes})
-    read |= {name: read_submitted(files[name], columns[name], classes=known) for name in certain}
+    read |= {name: read_submitted(files[name], ids, known, all_ids=False) for name in certain}
     return [replace(each, table=read.get(each.name), labels_only=each.name in certain) for each in experiments]
 
 
@@ -153,7 +153,7 @@ def write_tables(
     submitted = next((each.file for each in experiments if each.file is not None), None)
     if submitted is not None:
         written.append(folder / STACKED)
-        id_column = truth.read_cells(submitted, 1)[0][0]
+        id_column = open_csv(submitted).columns[0]
         with atomic(written[-1]) as temporary:
             comparison.write_stacked(temporary, experiments, id_column)
     return written

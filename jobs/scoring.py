@@ -13,6 +13,7 @@ from fivefold.contract.files import read_json
 from fivefold.contract.job import Job
 from fivefold.contract.record import record_path
 from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS, RECORD, TRAIN_LOG
+from fivefold.csv_tables import open_csv
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import read_folds
 from fivefold.data.images import decode
@@ -23,6 +24,7 @@ from fivefold.evaluation import truth
 from fivefold.evaluation.report import thumbnail
 from fivefold.evaluation.tables import Mistake, Scored, stacked
 from fivefold.inference.product import factors_of, needs_product, product_of
+from fivefold.inference.submitted import names_classes_alone, read_submitted
 from fivefold.predictions import Predictions, mean_by_id
 from fivefold.recipe import Data
 
@@ -183,12 +185,16 @@ class Evidence:
 
     def _predictions(self) -> Predictions:
         path = self._predictions_file()
-        return truth.read_submission(path) if path.suffix == ".csv" else predictions.read(path)
+        if path.suffix != ".csv":
+            return predictions.read(path)
+        if names_classes_alone(path):
+            raise DataError(f"{path} holds no probabilities, of which evaluate speaks; score classes by `evaluation`")
+        return read_submitted(path)
 
     def _id_column(self) -> str:
         """What a submission of the predictions calls their ids; "" where nothing says it."""
         path = self._predictions_file()
-        return truth.read_cells(path, 1)[0][0] if path.suffix == ".csv" else self.ensemble.get("id_column", "")
+        return open_csv(path).columns[0] if path.suffix == ".csv" else self.ensemble.get("id_column", "")
 
     def _ensemble_in_words(self) -> str:
         members = self.ensemble.get("members", [])

@@ -92,7 +92,7 @@ def test_paths_count_from_the_base_path(tmp_path: Path) -> None:
         (["1,x,a.png,,z.png,,"], "names 1 of 2 files that do not exist: 'z.png'"),
         (["1,x,a.png,,b.png,,", "2,x,,,,,", "3,x,../c.png,,,,"], "lead out .* the first in row 3 below the header"),
         (["1,x,,,,,"], "names no image in the columns main_image"),
-        (["1,x,a.png,b.png,,,"], r"all images are of one class \('full_shot'\)"),
+        (["1,x,a.png,b.png,,,"], r"only 1 class \('full_shot'\)"),
     ],
 )  # fmt: skip
 def test_what_contradicts_itself_is_refused(tmp_path: Path, lines: list[str], message: str) -> None:

@@ -5,10 +5,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from fivefold.arrow import pa
 from fivefold.choose import choose
 from fivefold.contract.spelling import is_sample, is_truth, plain_name
+from fivefold.csv_tables import (
+    ID_NAMES,
+    LABEL_NAMES,
+    PATH_NAMES,
+    CsvFile,
+    check_filled,
+    check_unique,
+    plain_names,
+)
 from fivefold.data.images import is_image
 from fivefold.data.layouts import (
     IMAGE_FOLDERS,
@@ -17,31 +27,24 @@ from fivefold.data.layouts import (
     class_images,
     class_level,
     csvs,
+    image_paths,
     levels,
+    open_table,
     stem,
     warn_of_deeper,
 )
 from fivefold.data.profiles import are_profiles, read_profiles
 from fivefold.data.store import ImageStore
-from fivefold.data.tables import (
-    CATEGORY,
-    ID_NAMES,
-    LABEL_NAMES,
-    PATH_NAMES,
-    TEXT,
-    CsvFile,
-    check_unique,
-    few,
-    image_paths,
-    open_csv,
-)
 from fivefold.errors import DataError
 from fivefold.factors import Factors
+from fivefold.predictions import sample
 
 log = logging.getLogger("fivefold")
 
 NOT_TRAINING = {"test", "submission", "valid", "val"}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+TEXT = pa.string()
+Column = pd.Series | Sequence[str]
 LONGEST = 60
 """Of what a message shows of a label, in characters."""
 
@@ -107,13 +110,13 @@ def read_rows(
     read_folders = choose(LAYOUTS, "data.layout", layout)
     if layout in ("folders", "mask_profiles") and not table:
         return read_folders(store, age_cuts)
-    tables = [open_csv(store, table)] if table else _training_tables(store, columns)
+    tables = [open_table(store, table)] if table else _training_tables(store, columns)
     if not tables and layout == "csv":
         raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
     if tables and (table or layout == "csv" or _is_usable(tables[0], columns)):
         log.info("data: rows of %s", tables[0])
         _pass_over(tables[1:])
-        return _table_rows(tables[0], columns, check_files, base_path)
+        return _table_rows(store, tables[0], columns, check_files, base_path)
     try:
         rows = _any_folders(store, age_cuts)
     except DataError:
@@ -132,10 +135,12 @@ def _training_tables(store: ImageStore, columns: Columns) -> list[CsvFile]:
     for level in levels(store, TRAIN_FOLDERS):
         names = [name for name in csvs(store, level) if _may_be_training(name)]
         named = [name for name in names if stem(name) == "train"]
-        tables = [open_csv(store, name) for name in named or names]
+        tables = [open_table(store, name) for name in named or names]
         usable = [table for table in tables if _is_usable(table, columns)]
         if len(usable) > 1:
-            raise DataError(f"several tables in {store.root}: {few([t.name for t in usable])}; set data.table to one")
+            raise DataError(
+                f"several tables in {store.root}: {sample([t.name for t in usable])}; set data.table to one"
+            )
         if tables:
             return sorted(tables, key=lambda table: table not in usable)
     return []
@@ -147,7 +152,7 @@ def _may_be_training(name: str) -> bool:
 
 def _pass_over(tables: Sequence[CsvFile]) -> None:
     for table in tables:
-        log.warning("data: %s is passed over; its columns are %s", table, ", ".join(table.header))
+        log.warning("data: %s is passed over; its columns are %s", table, ", ".join(table.columns))
 
 
 def _is_usable(table: CsvFile, columns: Columns) -> bool:
@@ -162,56 +167,66 @@ def _must_be_usable(table: CsvFile, columns: Columns, otherwise: str = "") -> tu
     return path, label
 
 
-def _table_rows(table: CsvFile, columns: Columns, check_files: bool, base_path: str) -> Rows:
+def _table_rows(store: ImageStore, table: CsvFile, columns: Columns, check_files: bool, base_path: str) -> Rows:
     path, label = _must_be_usable(table, columns)
     group = table.must_have(columns.group, (), "data.group_column") if columns.group else None
     if columns.id:
         table.must_have(columns.id, (), "data.id_column")
     row_id = table.column(columns.id, ID_NAMES) or path
-    wanted = {row_id: TEXT, path: TEXT, **({group: TEXT} if group else {}), label: CATEGORY}
     if len({path, label, group} - {None}) < 2 + bool(group):
         raise DataError(f"{table}: one column cannot be path, label and group at once")
-    read = table.read({name: TEXT if name == row_id else kind for name, kind in wanted.items()})
-    labels = read[label] if row_id != label else read[label].dictionary_encode()
-    check_unique(read[row_id], table, row_id)
-    codes, classes = _classes(labels, table)
-    groups = _groups(read[group]) if group else pa.nulls(len(codes), TEXT)
-    where = bases(table.store, table.folder, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), base_path)
-    paths = image_paths(read[path], table, where, check_files)
-    return Rows(read[row_id], paths, codes, classes, groups, f"the CSV {table.name}")
-
-
-def _groups(written: pa.StringArray) -> pa.Array:
-    """Groups [N] as they are written, without the blanks around them; null where there is none."""
-    encoded = written.dictionary_encode()
-    names = [plain_name(name) or None for name in encoded.dictionary.to_pylist()]
-    return pa.array(names, TEXT).take(encoded.indices)
-
-
-def _classes(labels: pa.DictionaryArray, table: CsvFile) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels as codes [N] int32 into the sorted class names, without the blanks around them."""
-    names = [plain_name(name) for name in labels.dictionary.to_pylist()]
-    indices = labels.indices.to_numpy()
-    empty = np.flatnonzero(np.isin(indices, [code for code, name in enumerate(names) if not name]))
-    if len(empty):
-        raise DataError(
-            f"{table} has {len(empty)} rows with an empty label, the first in row {empty[0] + 1} below the header"
-        )
-    torn = np.flatnonzero(np.isin(indices, [code for code, name in enumerate(names) if set(name) & {*"\r\n"}]))
+    frame = table.read([row_id, path, label, *([group] if group else [])])
+    check_unique(frame[row_id], table)
+    check_filled(frame[label], "label", table)
+    labels = plain_names(frame[label])
+    torn = np.flatnonzero(labels.str.contains(r"[\r\n]"))
     if len(torn):
         raise DataError(
-            f"{table} has {len(torn)} labels with a line break, the first {names[indices[torn[0]]][:LONGEST]!r} in "
+            f"{table} has {len(torn)} labels with a line break, the first {labels.iloc[torn[0]][:LONGEST]!r} in "
             f"row {torn[0] + 1} below the header; a quote may be missing there"
         )
-    classes = tuple(sorted(set(names)))
-    _check_classes(classes, str(table))
-    index = {name: code for code, name in enumerate(classes)}
-    return np.array([index[name] for name in names], np.int32)[indices], classes
+    where = bases(store, table.name, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), base_path)
+    paths = image_paths(frame[path], table, store, where, check_files)
+    groups = plain_names(frame[group]).replace("", None) if group else None
+    return make_rows(paths, labels, str(table), f"the CSV {table.name}", ids=frame[row_id], groups=groups)
+
+
+def make_rows(
+    paths: Column,
+    labels: Column,
+    where: str,
+    layout: str,
+    ids: Column | None = None,
+    groups: Column | None = None,
+    strata: Column | None = None,
+    factors: Factors | None = None,
+) -> Rows:
+    """N rows of their columns, whose ids are their paths where there are none; `where` they are, for the DataErrors.
+
+    Refused are fewer than two classes, and names that are not UTF-8.
+    """
+    codes, classes = pd.factorize(np.asarray(labels, object), sort=True)
+    _check_classes(classes, where)
+    try:
+        arrow = [None if column is None else pa.array(column, TEXT) for column in (paths, ids, groups, strata)]
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} has file names that are not UTF-8, as {error.object!r}; rename them") from error
+    names, own, people, kinds = arrow
+    return Rows(
+        ids=names if own is None else own,
+        paths=names,
+        codes=codes.astype(np.int32),
+        classes=tuple(classes),
+        groups=pa.nulls(len(codes), TEXT) if people is None else people,
+        layout=layout,
+        factors=None if factors is None else factors.only(tuple(classes)),
+        strata=kinds,
+    )
 
 
 def _check_classes(classes: Sequence[str], where: str) -> None:
     if len(classes) < 2:
-        raise DataError(f"{where}: only {len(classes)} class ({few(classes)}); at least two are needed")
+        raise DataError(f"{where}: only {len(classes)} class ({sample(classes)}); at least two are needed")
 
 
 def _images(store: ImageStore) -> tuple[list[str], str]:
@@ -219,7 +234,7 @@ def _images(store: ImageStore) -> tuple[list[str], str]:
     names = [name for name in store.names() if is_image(name)]
     if not names:
         packed = [name for name in store.names() if name.lower().endswith(ARCHIVES)]
-        how = f"unpack {few(packed)}, or give one .zip itself" if packed else "put a folder of images a class there"
+        how = f"unpack {sample(packed)}, or give one .zip itself" if packed else "put a folder of images a class there"
         raise DataError(f"{store.root} holds no images (nor a usable CSV); {how}")
     return names, class_level(names)
 
@@ -235,14 +250,8 @@ def _any_folders(store: ImageStore, age_cuts: Sequence[float]) -> Rows:
 def _profiles(store: ImageStore, names: Sequence[str], level: str, age_cuts: Sequence[float]) -> Rows:
     where = f"{store.root}/{level}".rstrip("/")
     found = read_profiles(names, level, age_cuts, where)
-    classes = tuple(sorted(set(found.labels)))
-    _check_classes(classes, where)
-    index = {name: code for code, name in enumerate(classes)}
-    codes = np.array([index[label] for label in found.labels], np.int32)
-    paths, people = _path_column(found.paths, where), _path_column(found.people, where)
-    return Rows(
-        paths, paths, codes, classes, people, f"mask profiles below {level or '.'}", found.factors.only(classes)
-    )
+    layout = f"mask profiles below {level or '.'}"
+    return make_rows(found.paths, found.labels, where, layout, groups=found.people, factors=found.factors)
 
 
 def _class_folders(store: ImageStore, names: Sequence[str], level: str) -> Rows:
@@ -252,29 +261,19 @@ def _class_folders(store: ImageStore, names: Sequence[str], level: str) -> Rows:
         log.warning("data: %d images lie in no class folder of %s and are left out", loose, level or store.root)
     where = f"{store.root}/{level}".rstrip("/")
     inside = class_images(inside, level, where)
-    labels = [_class_name(name, level) for name in inside]
-    classes = tuple(sorted(set(labels)))
-    if not classes:
+    if not inside:
         raise DataError(f"{where} holds no class folders ({loose} images lie in none), and there is no CSV of labels")
-    _check_classes(classes, where)
+    rows = make_rows(
+        inside, [_class_name(name, level) for name in inside], where, f"class folders below {level or '.'}"
+    )
     warn_of_deeper(inside, level, where)
-    index = {name: code for code, name in enumerate(classes)}
-    codes = np.array([index[label] for label in labels], np.int32)
-    paths = _path_column(inside, where)
-    return Rows(paths, paths, codes, classes, pa.nulls(len(codes), TEXT), f"class folders below {level or '.'}")
+    return rows
 
 
 def _class_name(name: str, level: str) -> str:
     """The class folder of an image, called as labels are; one of blanks alone as it is."""
     folder = name[len(level) :].partition("/")[0]
     return plain_name(folder) or folder
-
-
-def _path_column(names: Sequence[str], where: str) -> pa.Array:
-    try:
-        return pa.array(names, TEXT)
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where} has file names that are not UTF-8, as {error.object!r}; rename them") from error
 
 
 LAYOUTS = {

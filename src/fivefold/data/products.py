@@ -1,26 +1,22 @@
 """Products as rows of a table, with several images in each of several cells: one row an image, grouped by product."""
 
 import logging
-import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
+import pandas as pd
 
-from fivefold.arrow import pa
-from fivefold.contract.spelling import plain_name
-from fivefold.data.adapters import Rows
-from fivefold.data.layouts import TRAIN_FOLDERS, bases, csvs, levels, stem
+from fivefold.csv_tables import CATEGORY_NAMES, ID_NAMES, CsvFile, check_filled, plain_names
+from fivefold.data.adapters import Rows, make_rows
+from fivefold.data.layouts import TRAIN_FOLDERS, bases, csvs, image_paths, levels, open_table, stem
 from fivefold.data.store import ImageStore
-from fivefold.data.tables import ID_NAMES, TEXT, CsvFile, few, image_paths, open_csv
 from fivefold.errors import DataError, SettingsError
+from fivefold.predictions import sample
 
 log = logging.getLogger("fivefold")
 
 TABLE = "image_data"
-CATEGORY_NAMES = ("category_name", "category")
-BETWEEN_PATHS = re.compile("[&,]")
+BETWEEN_PATHS = "[&,]"
 
 
 @dataclass(frozen=True)
@@ -30,21 +26,6 @@ class ProductColumns:
     image_types: Mapping[str, str]
     id: str = ""
     category: str = ""
-
-
-@dataclass
-class Images:
-    """N images in the order of the table: path as written, product, class, category, and the row that names it."""
-
-    path: list[str] = field(default_factory=list)
-    product: list[str] = field(default_factory=list)
-    label: list[str] = field(default_factory=list)
-    category: list[str] = field(default_factory=list)
-    row: list[int] = field(default_factory=list)
-
-    def take(self, kept: list[int]) -> "Images":
-        """The images at the positions `kept`."""
-        return Images(*([column[at] for at in kept] for column in vars(self).values()))
 
 
 def read_products(
@@ -58,36 +39,36 @@ def read_products(
     """
     if len(set(columns.image_types.values())) < 2:
         raise SettingsError("data.image_types gives fewer than two classes; map image columns to at least two")
-    found = open_csv(store, table) if table else _product_table(store, columns)
+    found = open_table(store, table) if table else _product_table(store, columns)
     log.info("data: products of %s", found)
     images = _images(found, columns)
-    if not images.path:
+    if not len(images):
         raise DataError(f"{found} names no image in the columns {', '.join(columns.image_types)}")
-    where = bases(store, found.folder, TRAIN_FOLDERS, base_path)
-    paths = image_paths(pa.array(images.path, TEXT), found, where, check_files, np.array(images.row))
-    kept = _once(images, paths.to_pylist(), found)
-    images, paths = images.take(kept), paths.take(pa.array(kept))
-    classes = tuple(sorted(set(images.label)))
-    if len(classes) < 2:
-        raise DataError(f"{found}: all images are of one class ({few(classes)}); at least two are needed")
-    return Rows(
-        ids=paths,
-        paths=paths,
-        codes=np.searchsorted(np.array(classes, object), np.array(images.label, object)).astype(np.int32),
-        classes=classes,
-        groups=pa.array(images.product, TEXT),
-        layout=f"the products of {found.name}",
-        strata=pa.array(images.category, TEXT),
+    where = bases(store, found.name, TRAIN_FOLDERS, base_path)
+    images["path"] = image_paths(images["path"], found, store, where, check_files, images["row"].tolist())
+    _check_owners(images, found)
+    once = images.drop_duplicates("path")
+    if len(once) < len(images):
+        log.warning("data: %d images stand twice in their product's row and are taken once", len(images) - len(once))
+    return make_rows(
+        once["path"],
+        once["label"],
+        str(found),
+        f"the products of {found.name}",
+        groups=once["product"],
+        strata=once["category"],
     )
 
 
 def _product_table(store: ImageStore, columns: ProductColumns) -> CsvFile:
     for level in levels(store, TRAIN_FOLDERS):
-        tables = [open_csv(store, name) for name in csvs(store, level)]
+        tables = [open_table(store, name) for name in csvs(store, level)]
         named = [table for table in tables if stem(table.name) == TABLE]
         usable = named or [table for table in tables if all(table.column(name, ()) for name in columns.image_types)]
         if len(usable) > 1:
-            raise DataError(f"several product tables in {store.root}: {few([t.name for t in usable])}; set data.table")
+            raise DataError(
+                f"several product tables in {store.root}: {sample([t.name for t in usable])}; set data.table"
+            )
         if usable:
             return usable[0]
     raise DataError(
@@ -96,58 +77,48 @@ def _product_table(store: ImageStore, columns: ProductColumns) -> CsvFile:
     )
 
 
-def _images(table: CsvFile, columns: ProductColumns) -> Images:
-    """Every image that the table names; rows without any are reported."""
+def _images(table: CsvFile, columns: ProductColumns) -> pd.DataFrame:
+    """Every image that the table names, in its order: `path` as written, `product`, `category`, `label`, `row` from 1 on.
+
+    Rows without any image are reported.
+    """
     id_column = table.must_have(columns.id, ID_NAMES, "data.id_column")
     category_column = table.must_have(columns.category, CATEGORY_NAMES, "data.category_column")
-    of_type = {table.must_have(name, (), "data.image_types"): kind for name, kind in columns.image_types.items()}
-    read = table.read(dict.fromkeys((id_column, category_column, *of_type), TEXT))
-    products = [name.strip() for name in read[id_column].to_pylist()]
-    categories = [plain_name(name) for name in read[category_column].to_pylist()]
-    _check_products(products, categories, table)
-    cells = {name: read[name].to_pylist() for name in of_type}
-    images, without = Images(), []
-    for row, (product, category) in enumerate(zip(products, categories, strict=True)):
-        before = len(images.path)
-        for name, kind in of_type.items():
-            for path in filter(None, map(str.strip, BETWEEN_PATHS.split(cells[name][row]))):
-                for column, value in zip(vars(images).values(), (path, product, kind, category, row + 1), strict=True):
-                    column.append(value)
-        if len(images.path) == before:
-            without.append(product)
-    if without:
-        log.warning("data: %d products of %s name no image and are left out: %s", len(without), table, few(without))
-    return images
+    label_of = {table.must_have(name, (), "data.image_types"): label for name, label in columns.image_types.items()}
+    frame = table.read([id_column, category_column, *label_of])
+    products = pd.DataFrame({"product": frame[id_column].str.strip(), "category": plain_names(frame[category_column])})
+    _check_products(products, table)
+    paths = frame[list(label_of)].stack().str.split(BETWEEN_PATHS, regex=True).explode().str.strip()
+    paths = paths[paths != ""]
+    rows, image_columns = (paths.index.get_level_values(level) for level in (0, 1))
+    images = products.loc[rows].assign(path=paths.to_numpy(), label=image_columns.map(label_of), row=rows + 1)
+    without = products["product"].drop(rows.unique())
+    if len(without):
+        log.warning("data: %d products of %s name no image and are left out: %s", len(without), table, sample(without))
+    return images.reset_index(drop=True)
 
 
-def _check_products(products: list[str], categories: list[str], table: CsvFile) -> None:
-    for what, values in (("id", products), ("category", categories)):
-        if "" in values:
+def _check_products(products: pd.DataFrame, table: CsvFile) -> None:
+    check_filled(products["product"], "id", table)
+    check_filled(products["category"], "category", table)
+    again = products[products["product"].duplicated(keep=False)].groupby("product")["category"]
+    torn = again.unique()[again.nunique() > 1]
+    if len(torn):
+        shown = ", ".join(f"{name!r} ({', '.join(sorted(found))})" for name, found in torn[:5].items())
+        raise DataError(f"{table}: products of two categories: {shown}; a product has one category")
+    if len(again):
+        raise DataError(f"{table}: products stand in several rows: {sample(list(again.groups))}; give each one row")
+
+
+def _check_owners(images: pd.DataFrame, table: CsvFile) -> None:
+    """Raises a DataError for an image of two products or two classes."""
+    by_path = images.groupby("path")
+    for what, column in (("products", "product"), ("image types", "label")):
+        torn = images[by_path[column].transform("nunique") > 1]
+        if len(torn):
+            same = torn[torn["path"] == torn["path"].iloc[0]]
+            first, other = same.drop_duplicates(column)[[column, "row"]].to_numpy()[:2]
             raise DataError(
-                f"{table} has {values.count('')} rows with an empty {what}, the first in row "
-                f"{values.index('') + 1} below the header"
+                f"{table}: {same['path'].iloc[0]!r} is an image of two {what}, {first[0]!r} (row {first[1]}) "
+                f"and {other[0]!r} (row {other[1]}); name it once"
             )
-    twice = [name for name, count in Counter(products).items() if count > 1]
-    if not twice:
-        return
-    of = {name: {c for p, c in zip(products, categories, strict=True) if p == name} for name in twice[:100]}
-    torn = [f"{name!r} ({', '.join(sorted(found))})" for name, found in of.items() if len(found) > 1]
-    if torn:
-        raise DataError(f"{table}: products of two categories: {', '.join(torn[:5])}; a product has one category")
-    raise DataError(f"{table}: products stand in several rows: {few(twice)}; give each one row")
-
-
-def _once(images: Images, paths: list[str], table: CsvFile) -> list[int]:
-    """The positions of images that stand for the first time; an image of two products or classes is a DataError."""
-    first: dict[str, int] = {}
-    for at, path in enumerate(paths):
-        other = first.setdefault(path, at)
-        for what, values in (("products", images.product), ("image types", images.label)):
-            if values[other] != values[at]:
-                raise DataError(
-                    f"{table}: {path!r} is an image of two {what}, {values[other]!r} (row {images.row[other]}) "
-                    f"and {values[at]!r} (row {images.row[at]}); name it once"
-                )
-    if len(first) < len(paths):
-        log.warning("data: %d images stand twice in their product's row and are taken once", len(paths) - len(first))
-    return list(first.values())

@@ -9,7 +9,6 @@ import numpy as np
 
 from fivefold.errors import DataError
 from fivefold.evaluation import comparison_plots, metrics
-from fivefold.evaluation.competition import submission_logloss
 from fivefold.evaluation.metrics import competition_logloss
 from fivefold.evaluation.report import Picture, drawn, filled
 from fivefold.evaluation.tables import write_csv
@@ -54,12 +53,9 @@ class Experiment:
         if self.table is None or self.file is None:
             return None
         table = with_truth(self.table, dict(truth), where)
-        return _figures(table, None if self.labels_only else self._logloss(table, truth))
-
-    def _logloss(self, table: Predictions, truth: Mapping[str, str]) -> float:
-        if self.file is None or self.fuller:
-            return competition_logloss(np.exp(table.log_probs.astype(np.float64)), table.codes())
-        return submission_logloss(self.file, truth)
+        if self.labels_only:
+            return _figures(table, None)
+        return _figures(table, competition_logloss(np.exp(table.log_probs.astype(np.float64)), table.codes()))
 
     def oof_figures(self) -> Figures | None:
         """FIGURES of the out-of-fold rows; None without any."""
