@@ -33,7 +33,7 @@ from fivefold.errors import FivefoldError
 from fivefold.evaluation.truth import read_truth
 from fivefold.inference.submitted import read_submitted
 from fivefold.predictions import Predictions
-from fivefold.recipe import Settings
+from fivefold.recipe import Data, Settings
 from fivefold.recipes import shipped_recipes
 from fivefold.settings import Layer, arguments_layer, flatten, load, normal_key, read_recipe
 
@@ -207,7 +207,7 @@ def test_tables_of_odd_cells(rows):
 )
 def test_training_tables_of_odd_cells(rows, header):
     lines = [",".join(header), *(",".join(row[: len(header)]) for row in rows)]
-    survives(lambda path: read_rows(open_store(path.parent)), "\n".join(lines).encode(), "train.csv")
+    survives(lambda path: read_rows(open_store(path.parent), Data()), "\n".join(lines).encode(), "train.csv")
 
 
 @EXAMPLES

@@ -95,17 +95,12 @@ def class_level(names: Sequence[str]) -> str:
 
 
 def class_images(inside: Sequence[str], level: str, where: str) -> list[str]:
-    """The images in folders that are classes, and not a test/ beside them; warns of these, and of names in between."""
+    """The images in folders that are classes, and not a test/ beside them; warns of these."""
     folders = dict.fromkeys(name[len(level) :].partition("/")[0] for name in inside)
     parts = _held_out(folders)
     if parts:
         log.warning(
             "data: left out of %s, as parts of a split by their names: %s; rename what is a class", where, sample(parts)
-        )
-    doubtful = [name for name in parts_of(folders) if name not in parts]
-    if doubtful:
-        log.warning(
-            "data: %s has classes called as parts of a split: %s; take out what is none", where, sample(doubtful)
         )
     left_out = tuple(f"{level}{name}/" for name in parts)
     return [name for name in inside if not name.startswith(left_out)]

@@ -8,7 +8,6 @@ import bisect
 import logging
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import pandas as pd
@@ -27,16 +26,6 @@ NAMED = "<id>_<gender>_<race>_<age>"
 PROFILE = rf"^(?P<person>.+)_(?P<gender>(?i:{'|'.join(GENDERS)}))_[^_]+_(?P<age>[^_]+)$"
 
 
-@dataclass(frozen=True)
-class Profiles:
-    """N photographs: `paths`, class names `labels` and the `people` they show, [N] each; what the classes are made of."""
-
-    paths: list[str]
-    labels: list[str]
-    people: list[str]
-    factors: Factors
-
-
 def are_profiles(names: Sequence[str], level: str) -> bool:
     """Whether most folders below `level` that hold images are named as profiles, and images in them as theirs."""
     photos = _photos(names, level)
@@ -44,8 +33,10 @@ def are_profiles(names: Sequence[str], level: str) -> bool:
     return 2 * right["folder"].nunique() > photos["folder"].nunique()
 
 
-def read_profiles(names: Sequence[str], level: str, age_cuts: Sequence[float], where: str) -> Profiles:
-    """The photographs among the image `names` below `level`; those of other names are left out, with a warning.
+def read_profiles(names: Sequence[str], level: str, age_cuts: Sequence[float], where: str) -> pd.DataFrame:
+    """The photographs among the image `names` below `level`: `name`, `person` and `label`, the name of the class.
+
+    Those of other names are left out, with a warning.
 
     Raises a DataError that names folders which are no profiles, or whose age is no number.
     """
@@ -58,11 +49,10 @@ def read_profiles(names: Sequence[str], level: str, age_cuts: Sequence[float], w
     odd = sorted(set(names) - set(kept["name"]))
     if odd:
         log.warning("data: %d images are none of %s and are left out: %s", len(odd), ", ".join(STEMS), sample(odd))
-    ages = [age_class(int(age), age_cuts) for age in kept["age"]]
+    ages = kept["age"].map(lambda age: age_class(int(age), age_cuts))
     genders = kept["gender"].str.lower().map(GENDERS.index)
-    numbers = label_of(kept["stem"].map(STEMS), genders, pd.Series(ages, kept.index), len(age_cuts) + 1)
-    labels = numbers.astype(int).astype(str).tolist()
-    return Profiles(kept["name"].tolist(), labels, kept["person"].tolist(), profile_factors(age_cuts))
+    numbers = label_of(kept["stem"].map(STEMS), genders, ages, len(age_cuts) + 1)
+    return kept.assign(label=numbers.astype(str))
 
 
 def label_of(mask: int, gender: int, age: int, ages: int = 3) -> int:
