@@ -84,7 +84,7 @@ def test_merged_names_are_added_up(tmp_path):
         ("ID,a,b,ㄷ,e\n1,.5,.3,.2,0\n2,.5,.3,.2,0\n", "no class of the models: 'e'"),
         ("ID,a,b,b\n1,.5,.3,.2\n2,.5,.3,.2\n", "column 'b' twice"),
         ("ID,target\n1,a\n2,e\n", "do not know: 'e'"),
-        ("ID,image_path\n1,x.png\n2,y.png\n", "no column of classes"),
+        ("ID,image_path\n1,x.png\n2,y.png\n", "no columns of classes"),
         ("ID\n1\n", "no submission"),
         ("ID,a,b,ㄷ\n", "no rows"),
     ],

@@ -289,13 +289,13 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
     if not len(images):
         raise DataError(f"{table} names no image in the columns {', '.join(data.image_types)}")
     where = bases(store, table.name, TRAIN_FOLDERS, data.base_path)
-    images["path"] = image_paths(images["path"], table, store, where, check_files, images["row"].tolist())
+    images["path"] = image_paths(images["path"], table, store, where, check_files)
     for what, column in (("products", "product"), ("image types", "label")):
         torn = images[images.groupby("path")[column].transform("nunique") > 1]
         if len(torn):
             path = torn["path"].iloc[0]
-            owners = torn[torn["path"] == path].drop_duplicates(column)
-            shown = [f"{name!r} (row {row})" for name, row in zip(owners[column], owners["row"], strict=True)]
+            owners = torn[column][torn["path"] == path].drop_duplicates()
+            shown = [f"{name!r} (row {row + 1})" for row, name in owners.items()]
             raise DataError(f"{table}: {path!r} is an image of two {what}, {' and '.join(shown[:2])}; name it once")
     once = images.drop_duplicates("path")
     if len(once) < len(images):
@@ -305,7 +305,7 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
 
 
 def _product_images(table: CsvFile, data: Data) -> pd.DataFrame:
-    """Every image that the table names, in its order: `path` as written, `product`, `category`, `label`, `row` from 1 on.
+    """Every image that the table names, in its order: `path` as written, `product`, `category`, `label`; the index says its row.
 
     Rows without any image are reported.
     """
@@ -320,11 +320,11 @@ def _product_images(table: CsvFile, data: Data) -> pd.DataFrame:
     paths = frame[list(label_of)].stack().str.split(BETWEEN_PATHS, regex=True).explode().str.strip()
     paths = paths[paths != ""]
     rows, image_columns = (paths.index.get_level_values(level) for level in (0, 1))
-    images = products.loc[rows].assign(path=paths.to_numpy(), label=image_columns.map(label_of), row=rows + 1)
+    images = products.loc[rows].assign(path=paths.to_numpy(), label=image_columns.map(label_of))
     without = products["product"].drop(rows.unique())
     if len(without):
         log.warning("data: %d products of %s name no image and are left out: %s", len(without), table, sample(without))
-    return images.reset_index(drop=True)
+    return images
 
 
 LAYOUTS = {

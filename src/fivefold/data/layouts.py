@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from fivefold.csv_tables import CsvFile, parse_csv
@@ -39,17 +38,18 @@ class Part(NamedTuple):
     whole: tuple[str, ...]
 
 
-def part_of(folder: str) -> Part | None:
-    """("test", ("seg",)) for Seg_Test, ("train", ()) for train-images; None for a name with none of the words, or several."""
-    words = re.split(r"[_\-\s]+", folder.lower())
-    found = [word for word in words if word in SPLIT_FOLDERS]
-    whole = tuple(word for word in words if word not in SPLIT_FOLDERS | OF_ANY_PART)
-    return Part(found[0], whole) if len(found) == 1 else None
-
-
 def parts_of(folders: Collection[str]) -> dict[str, Part]:
-    """What the names say of those folders that are called as a part of a split."""
-    return {folder: part for folder in folders if (part := part_of(folder))}
+    """The folders called as a part of a split, by one word of SPLIT_FOLDERS.
+
+    ("test", ("seg",)) for Seg_Test, ("train", ()) for train-images.
+    """
+    parts = {}
+    for folder in folders:
+        words = re.split(r"[_\-\s]+", folder.lower())
+        named_as = [word for word in words if word in SPLIT_FOLDERS]
+        if len(named_as) == 1:
+            parts[folder] = Part(named_as[0], tuple(w for w in words if w not in SPLIT_FOLDERS | OF_ANY_PART))
+    return parts
 
 
 def named(folders: Collection[str], special: Sequence[str]) -> list[str]:
@@ -97,7 +97,12 @@ def class_level(names: Sequence[str]) -> str:
 def class_images(inside: Sequence[str], level: str, where: str) -> list[str]:
     """The images in folders that are classes, and not a test/ beside them; warns of these."""
     folders = dict.fromkeys(name[len(level) :].partition("/")[0] for name in inside)
-    parts = _held_out(folders)
+    lower = {folder.lower() for folder in folders}  # "valid" beside "invalid" is a class
+    parts = [
+        folder
+        for folder, (word, whole) in parts_of(folders).items()
+        if word in HELD_OUT and not whole and f"in{word}" not in lower
+    ]
     if parts:
         log.warning(
             "data: left out of %s, as parts of a split by their names: %s; rename what is a class", where, sample(parts)
@@ -115,16 +120,6 @@ def warn_of_deeper(inside: Sequence[str], level: str, where: str) -> None:
         log.warning(
             "data: folders inside the class folders of %s are no classes of their own: %s", where, sample(deeper)
         )
-
-
-def _held_out(folders: Collection[str]) -> list[str]:
-    """Those of class folders that are called as a part to validate or test on, and so are no classes."""
-    classes = {folder.lower() for folder in folders}  # "valid" beside "invalid" is a class
-    return [
-        folder
-        for folder, (word, whole) in parts_of(folders).items()
-        if word in HELD_OUT and not whole and f"in{word}" not in classes
-    ]
 
 
 def levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
@@ -173,18 +168,13 @@ def open_table(store: ImageStore, name: str) -> CsvFile:
 
 
 def image_paths(
-    written: pd.Series,
-    table: CsvFile,
-    store: ImageStore,
-    bases: Sequence[str],
-    check_files: bool,
-    rows: Sequence[int] | None = None,
+    written: pd.Series, table: CsvFile, store: ImageStore, bases: Sequence[str], check_files: bool
 ) -> pd.Series:
     """The paths `written` in a table, relative to the store's root, without the blanks around them.
 
     They count from the first of `bases` below which most of the first paths exist; names without a suffix get
-    that of the images there. `rows` [N] are the numbers of the table's rows, if there is not one a path from 1 on.
-    Raises a DataError for paths that lead out of the root, and with `check_files` for missing files.
+    that of the images there. The index says the rows, from 0 on. Raises a DataError for paths that lead out of
+    the root, and with `check_files` for missing files.
     """
     paths = written.str.replace("\\", "/", regex=False).str.strip()
     for root in _spellings(store.root):
@@ -195,12 +185,11 @@ def image_paths(
     normal = f"{base}/" + paths if base else paths.copy()
     odd = paths.str.contains(ODD_PATH)
     normal[odd] = [_inside(base, path) for path in paths[odd]]
-    outside = np.flatnonzero(normal == "")
+    outside = paths[normal == ""]
     if len(outside):
-        row = outside[0] + 1 if rows is None else rows[outside[0]]
         raise DataError(
-            f"{table}: paths that are empty or lead out of {store.root}: "
-            f"{sample(paths.iloc[outside])}; the first in row {row} below the header"
+            f"{table}: paths that are empty or lead out of {store.root}: {sample(outside)}; "
+            f"the first in row {outside.index[0] + 1} below the header"
         )
     missing = [path for path in normal if not store.exists(path)] if check_files else []
     if missing:

@@ -62,8 +62,8 @@ def read_submitted(
     paths = [name for name in frame if _holds_paths(plain_name(name), frame[name].iat[0], wanted)]
     row_id = _id_column(path, frame, paths, ids, all_ids)
     cells = frame.drop(columns={frame.columns[0], row_id, *paths}).rename(columns=plain_name)
-    if cells.columns.empty:
-        raise DataError(f"{path} has no column of classes, only {', '.join(table.columns)}")
+    if cells.columns.empty or cells.columns.has_duplicates:
+        raise DataError(f"{path} has no columns of classes, each once, but {', '.join(table.columns)}")
     by_label = len(cells.columns) == 1 and cells.columns[0] not in wanted
     columns, shares = (_of_labels if by_label else _of_probabilities)(table, cells, wanted)
     found = Predictions(
