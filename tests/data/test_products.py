@@ -5,8 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+from drawing import write_data
 from fivefold.data.adapters import Rows, read_rows
 from fivefold.data.store import open_store
 from fivefold.errors import DataError, FivefoldError, SettingsError
@@ -18,11 +18,8 @@ TYPES = Data().image_types
 
 def table(root: Path, *lines: str, header: str = HEADER, images: str = "abcdefgh", **options: object) -> Rows:
     """The rows of an image_data.csv with these lines, beside one-letter images."""
-    root.mkdir(exist_ok=True)
-    for name in images:
-        Image.new("RGB", (2, 2)).save(root / f"{name}.png")
-    (root / "image_data.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8-sig")
-    return read(root, **options)
+    text = "\n".join([f"\ufeff{header}", *lines])
+    return read(write_data(root, *(f"{name}.png" for name in images), image_data=text), **options)
 
 
 def read(root: Path, check_files: bool = True, **options: object) -> Rows:

@@ -34,8 +34,7 @@ class Experiment:
     """One of those that are compared.
 
     `source`: the submission file or the run's folder, as people know it. `file` and `table`: its submission
-    of the test rows, `labels_only` where that names classes without probabilities, `fuller` where the table
-    has the probabilities that the file has not. `oof`: its out-of-fold
+    of the test rows, `labels_only` where that names classes without probabilities. `oof`: its out-of-fold
     rows, and `oof_words` whose they are.
     """
 
@@ -44,7 +43,6 @@ class Experiment:
     file: Path | None = None
     table: Predictions | None = None
     labels_only: bool = False
-    fuller: bool = False
     oof: Predictions | None = None
     oof_words: str = ""
 
