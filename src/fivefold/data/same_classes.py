@@ -4,10 +4,8 @@
 its probability equally among the names. `sum`: the model knows all names, and in a submission each of them
 gets the sum of their probabilities. Either way rows are brought to sum 1, as the competition's metric does.
 
-Equal parts, rather than the whole for each name, because that scores better wherever the names are equally
-frequent: of a probability s the whole costs log(1 + s) more by its renormalisation, the part s·log 2 in the
-mean of a calibrated model, which is never more (log(1 + s) is concave and meets s·log 2 at 0 and 1). The
-whole for the first name would cost 34.5 nats for every row that carries the second.
+Equal parts score better than the whole for each name wherever the names are equally frequent: the whole costs
+log(1 + s) more by its renormalisation, the part s·log 2 in the mean, which is never more.
 """
 
 from collections.abc import Sequence

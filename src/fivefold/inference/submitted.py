@@ -10,7 +10,16 @@ import pandas as pd
 
 from fivefold.contract.spelling import plain_name
 from fivefold.contract.stages import PREDICTIONS
-from fivefold.csv_tables import PATH_NAMES, CsvFile, check_same_ids, check_unique, is_number, open_csv, plain_names
+from fivefold.csv_tables import (
+    PATH_NAMES,
+    CsvFile,
+    check_filled,
+    check_same_ids,
+    check_unique,
+    is_number,
+    open_csv,
+    plain_names,
+)
 from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import FLOOR
@@ -146,6 +155,7 @@ def _of_probabilities(table: CsvFile, cells: pd.DataFrame, wanted: Collection[st
 
 def _of_labels(table: CsvFile, cells: pd.DataFrame, wanted: Collection[str]) -> tuple[list[str], np.ndarray]:
     """The classes, and 1 for the one that each row names and FLOOR for the others [N, C]."""
+    check_filled(cells.iloc[:, 0], "class", table)
     labels = plain_names(cells.iloc[:, 0])
     columns = sorted(wanted or labels.unique())
     unknown = sorted(set(labels) - set(columns))
