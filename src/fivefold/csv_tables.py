@@ -3,7 +3,7 @@
 import codecs
 import csv
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -97,8 +97,7 @@ class CsvFile:
         twice = [name for name in names if self.columns.count(name) > 1]
         if twice:
             raise DataError(f"{self} has the column {twice[0]!r} twice; rename one of them")
-        if not self._count_rows():
-            raise DataError(f"{self} holds no rows, only the header {', '.join(self.columns)}")
+        self._check_lines()
         places = [self.columns.index(name) + self.has_index for name in names]
         try:
             frame = pd.read_csv(
@@ -113,6 +112,8 @@ class CsvFile:
             )
         except (pd.errors.ParserError, ValueError) as error:
             raise DataError(f"{self} cannot be read: {error}") from error
+        if not len(frame):
+            raise DataError(f"{self} holds no rows, only the header {', '.join(self.columns)}")
         return frame[places].set_axis(names, axis=1)
 
     def numbers(self, cells: pd.DataFrame) -> np.ndarray:
@@ -131,17 +132,16 @@ class CsvFile:
                 f"column {cells.columns[column]!r}, is no number"
             ) from error
 
-    def _count_rows(self) -> int:
-        """How many rows stand below the header; a DataError for the line of one that is broken or of another length."""
-        width, count, lines = len(self.columns) + self.has_index, -1, _lines(self.text, self.delimiter, strict=True)
+    def _check_lines(self) -> None:
+        """Raises a DataError for the first line that is broken or of another length; pandas would fill it up."""
+        width = len(self.columns) + self.has_index
+        reader = csv.reader(io.StringIO(self.text, newline=""), delimiter=self.delimiter, strict=True)
         try:
-            for number, cells in lines:
-                count += 1
-                if len(cells) != width:
-                    raise DataError(f"{self}: line {number} has {len(cells)} cells, the header {width}")
+            for cells in reader:
+                if len(cells) != width and not _is_blank(cells):
+                    raise DataError(f"{self}: line {reader.line_num} has {len(cells)} cells, the header {width}")
         except csv.Error as error:
             raise DataError(f"{self} cannot be read: {error}; a quote may be missing") from error
-        return count
 
 
 def open_csv(path: Path) -> CsvFile:
@@ -168,16 +168,14 @@ def parse_csv(content: bytes, where: str, name: str) -> CsvFile:
     return CsvFile(where, name, text, tuple(head[0][index:]), delimiter, index, content.startswith(codecs.BOM_UTF8))
 
 
-def _lines(text: str, delimiter: str, strict: bool) -> Iterator[tuple[int, list[str]]]:
-    """Number and cells of every line that is not blank; a csv.Error for broken quotes if that is `strict`."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
-    return ((reader.line_num, cells) for cells in reader if len(cells) > 1 or "".join(cells).strip())
-
-
 def _head(text: str, delimiter: str) -> list[list[str]]:
     """The cells of the header and of the first row; empty lists where there is none."""
-    lines = [cells for _, cells in islice(_lines(text, delimiter, strict=False), 2)]
-    return [*lines, [], []][:2]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    return [*islice((cells for cells in reader if not _is_blank(cells)), 2), [], []][:2]
+
+
+def _is_blank(cells: list[str]) -> bool:
+    return len(cells) < 2 and not "".join(cells).strip()
 
 
 def _has_index(header: list[str], row: list[str]) -> bool:
@@ -203,7 +201,8 @@ def is_number(cell: str) -> bool:
 
 def plain_names(cells: pd.Series) -> pd.Series:
     """The cells as names of classes or groups: see `plain_name`."""
-    return cells.map({name: plain_name(name) for name in cells.unique()})
+    codes, names = pd.factorize(cells)
+    return pd.Series(pd.array([plain_name(name) for name in names], dtype="str").take(codes), cells.index)
 
 
 def check_filled(cells: pd.Series, what: str, where: object) -> None:
