@@ -116,7 +116,7 @@ def _id_column(
     path: Path, frame: pd.DataFrame, paths: Sequence[str], ids: Collection[str] | None, all_ids: bool
 ) -> str:
     """The first column whose values are `ids`, of the first one and those of `paths`; the first one where none is."""
-    first, wanted = str(frame.columns[0]), set(ids or ())
+    first, wanted = str(frame.columns[0]), set() if ids is None else set(ids)
     row_id = next((name for name in (first, *paths) if set(frame[name]) == wanted), first)
     check_unique(frame[row_id], path)
     if ids is not None and all_ids:
