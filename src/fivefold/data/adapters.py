@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -74,14 +74,17 @@ class Rows:
 
     def take(self, kept: np.ndarray) -> "Rows":
         """The rows where `kept` [N] bool is true; classes that are left without any row are dropped."""
-        mask, used = pa.array(kept), np.unique(self.codes[kept])
+        used = np.unique(self.codes[kept])
         classes = tuple(self.classes[code] for code in used)
         _check_classes(classes, "the rows that are left")
-        codes = np.searchsorted(used, self.codes[kept]).astype(np.int32)
-        ids, paths, groups = (column.filter(mask) for column in (self.ids, self.paths, self.groups))
-        factors = None if self.factors is None else self.factors.only(classes)
-        strata = None if self.strata is None else self.strata.filter(mask)
-        return Rows(ids, paths, codes, classes, groups, self.layout, factors, strata)
+        arrow = {name: getattr(self, name) for name in ("ids", "paths", "groups", "strata")}
+        return replace(
+            self,
+            codes=np.searchsorted(used, self.codes[kept]).astype(np.int32),
+            classes=classes,
+            factors=None if self.factors is None else self.factors.only(classes),
+            **{name: None if column is None else column.filter(pa.array(kept)) for name, column in arrow.items()},
+        )
 
 
 def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Rows:
@@ -156,13 +159,10 @@ def _is_usable(table: CsvFile, data: Data) -> bool:
 
 def _must_be_usable(table: CsvFile, data: Data, otherwise: str = "") -> tuple[str, str]:
     """The columns of paths and labels; the DataError for a miss names all that is to be set, and what to do `otherwise`."""
-    wanted = {
-        "data.path_column": (data.path_column, PATH_NAMES),
-        "data.label_column": (data.label_column, LABEL_NAMES),
-    }
-    keys = " and ".join(key for key, names in wanted.items() if table.column(*names) is None) + otherwise
-    path, label = (table.must_have(*names, keys) for names in wanted.values())
-    return path, label
+    path, label = (data.path_column, PATH_NAMES), (data.label_column, LABEL_NAMES)
+    keys = {"data.path_column": table.column(*path), "data.label_column": table.column(*label)}
+    absent = " and ".join(key for key, column in keys.items() if column is None) + otherwise
+    return table.must_have(*path, absent), table.must_have(*label, absent)
 
 
 def _table_rows(store: ImageStore, table: CsvFile, data: Data, check_files: bool) -> Rows:
@@ -205,21 +205,18 @@ def make_rows(
     """
     codes, classes = pd.factorize(np.asarray(labels, object), sort=True)
     _check_classes(classes, where)
+    nothing = pa.nulls(len(codes), TEXT)
     try:
-        arrow = [None if column is None else pa.array(column, TEXT) for column in (paths, ids, groups, strata)]
+        arrow = {
+            "paths": pa.array(paths, TEXT),
+            "ids": pa.array(paths if ids is None else ids, TEXT),
+            "groups": nothing if groups is None else pa.array(groups, TEXT),
+            "strata": None if strata is None else pa.array(strata, TEXT),
+        }
     except UnicodeEncodeError as error:
         raise DataError(f"{where} has file names that are not UTF-8, as {error.object!r}; rename them") from error
-    names, own, people, kinds = arrow
-    return Rows(
-        ids=names if own is None else own,
-        paths=names,
-        codes=codes.astype(np.int32),
-        classes=tuple(classes),
-        groups=pa.nulls(len(codes), TEXT) if people is None else people,
-        layout=layout,
-        factors=None if factors is None else factors.only(tuple(classes)),
-        strata=kinds,
-    )
+    factors = None if factors is None else factors.only(tuple(classes))
+    return Rows(codes=codes.astype(np.int32), classes=tuple(classes), layout=layout, factors=factors, **arrow)
 
 
 def _check_classes(classes: Sequence[str], where: str) -> None:
@@ -259,16 +256,11 @@ def _class_folders(store: ImageStore, names: Sequence[str], level: str, _: Data)
     inside = class_images(inside, level, where)
     if not inside:
         raise DataError(f"{where} holds no class folders ({loose} images lie in none), and there is no CSV of labels")
-    labels = [_class_name(name, level) for name in inside]
+    folders = [name[len(level) :].partition("/")[0] for name in inside]
+    labels = [plain_name(folder) or folder for folder in folders]
     rows = make_rows(inside, labels, where, f"class folders below {level or '.'}")
     warn_of_deeper(inside, level, where)
     return rows
-
-
-def _class_name(name: str, level: str) -> str:
-    """The class folder of an image, called as labels are; one of blanks alone as it is."""
-    folder = name[len(level) :].partition("/")[0]
-    return plain_name(folder) or folder
 
 
 def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from fivefold.contract.spelling import is_sample, is_truth, plain_name
 from fivefold.csv_tables import ANSWER_NAMES, ID_NAMES, PATH_NAMES, CsvFile, check_same_ids, check_unique
@@ -72,7 +71,7 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
     """
     store = open_store(source) if isinstance(source, Path) else source
     tables = [name for level in levels(store, EVAL_FOLDERS) for name in csvs(store, level)]
-    wanted = _sample(store, next(filter(is_sample, tables), None))
+    wanted = next((_sample(open_table(store, name)) for name in tables if is_sample(name)), None)
     given = [name for name in tables if not (stem(name) in NOT_EVAL or is_sample(name) or is_truth(name))]
     named = [name for name in given if stem(name) == "test"]
     readable = [open_table(store, name) for name in named[:1] or given]
@@ -90,25 +89,13 @@ def check_rows(images: EvalTable) -> None:
         check_same_ids(images.sample.ids, "the sample submission", images.ids, "the test images")
 
 
-def _sample(store: ImageStore, name: str | None) -> Submission | None:
-    if name is None:
-        return None
-    table = open_table(store, name)
+def _sample(table: CsvFile) -> Submission:
+    """A table as a sample submission: its first column are the ids, and it is written as its file is."""
     id_column, *written = table.columns
-    return _asked_by(table, table.read([id_column])[id_column], written)
-
-
-def _asked_by(table: CsvFile, ids: pd.Series, written: Sequence[str]) -> Submission:
-    """The submission of these ids and columns, which starts and whose lines end as the table's file."""
+    ids = table.read([id_column])[id_column]
     check_unique(ids, table)
-    return Submission(
-        id_column=str(ids.name),
-        classes=tuple(map(plain_name, written)),
-        ids=ids.to_numpy(object),
-        marked=table.has_mark,
-        written=tuple(written),
-        end=table.line_end,
-    )
+    classes, spelling = tuple(map(plain_name, written)), {"marked": table.has_mark, "end": table.line_end}
+    return Submission(id_column, classes, ids.to_numpy(object), written=tuple(written), **spelling)
 
 
 def _if_there(table: CsvFile, given: str, known: Sequence[str]) -> str | None:
@@ -125,10 +112,8 @@ def _eval_table(
     check_unique(frame[row_id], table)
     where = bases(store, table.name, (*EVAL_FOLDERS, *IMAGE_FOLDERS))
     paths = image_paths(frame[path], table, store, where, check_files=True)
-    answer = table.column("", ANSWER_NAMES)
-    if wanted is None and row_id == path and answer and len(table.columns) == 2:
-        # The table has nothing but images and a column for the answer, so it is its own sample submission.
-        wanted = _asked_by(table, frame[row_id], [answer])
+    if wanted is None and table.columns == (row_id, table.column("", ANSWER_NAMES)) and row_id == path:
+        wanted = _sample(table)  # the table has nothing but images and a column for the answer
     return EvalTable(row_id, frame[row_id].to_numpy(object), paths.to_numpy(object), wanted)
 
 

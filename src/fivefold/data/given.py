@@ -14,7 +14,7 @@ from PIL import Image
 from fivefold.contract.spelling import is_sample, plain_name
 from fivefold.csv_tables import PATH_NAMES, TRUE_CLASS_NAMES, CsvFile, plain_names
 from fivefold.data.images import is_image
-from fivefold.data.layouts import TRIED_PATHS, open_table
+from fivefold.data.layouts import TRIED_PATHS, csvs, open_table
 from fivefold.data.store import FolderStore, ImageStore, ZipStore, open_store
 from fivefold.errors import DataError, MissingInputError
 from fivefold.predictions import sample
@@ -85,9 +85,8 @@ def read_given(path: Path, base_path: str = "", path_column: str = "", label_col
     if path.is_file() and path.suffix.lower() != ".zip":
         return Given(AnywhereStore(), [str(path)], [str(path)], [""])
     store = open_store(path)
-    found = [name for name in store.listing("")[1] if name.lower().endswith(".csv")]
-    tables = [name for name in found if name.lower() != SUBMISSION and not is_sample(name)]
-    usable = [table for table in (open_table(store, name) for name in tables) if table.column(path_column, PATH_NAMES)]
+    names = [name for name in csvs(store, "") if name.lower() != SUBMISSION and not is_sample(name)]
+    usable = [table for table in (open_table(store, name) for name in names) if table.column(path_column, PATH_NAMES)]
     if len(usable) > 1:
         raise DataError(f"several tables in {path}: {sample([t.name for t in usable])}; name one of them as the images")
     if usable:
