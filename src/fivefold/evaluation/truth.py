@@ -12,7 +12,7 @@ import numpy as np
 
 from fivefold.contract.spelling import TRUTHS, plain_name, truth_among
 from fivefold.errors import DataError, MissingInputError
-from fivefold.evaluation.metrics import FLOOR, confusion_matrix, f1
+from fivefold.evaluation.metrics import FLOOR
 from fivefold.predictions import Predictions, sample
 
 log = logging.getLogger("fivefold")
@@ -157,12 +157,11 @@ def score_answers(answers: dict[str, str], truth: dict[str, str], where: Path) -
     """
     extra, absent = [name for name in truth if name not in answers], [name for name in answers if name not in truth]
     _refuse_other_rows(where, extra, absent, len(truth), len(answers))
-    classes = sorted({*truth.values(), *answers.values()})
-    index = {name: code for code, name in enumerate(classes)}
-    codes = np.array([index[name] for name in truth.values()])
-    guesses = np.array([index[answers[name]] for name in truth])
-    counts = confusion_matrix(guesses, codes, len(classes))
-    return {"accuracy": float((guesses == codes).mean()), "f1_macro": f1(counts), "n": len(codes)}
+    from sklearn.metrics import accuracy_score, f1_score
+
+    labels, guesses = list(truth.values()), [answers[name] for name in truth]
+    f1 = f1_score(labels, guesses, average="macro", zero_division=0)
+    return {"accuracy": accuracy_score(labels, guesses), "f1_macro": float(f1), "n": len(labels)}
 
 
 def _probabilities(row: list[str], path: Path) -> list[float]:
