@@ -22,8 +22,6 @@ from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
 from fivefold.arrow import pa
 from fivefold.contract.artifacts import channel_digest
-from fivefold.contract.job import job_from
-from fivefold.contract.stages import STAGES
 from fivefold.data.folds import FoldTable, read_folds
 
 REPOSITORY = Path(__file__).parents[2]
@@ -285,10 +283,9 @@ def test_more_folds_than_pictures_is_refused_with_the_numbers(tmp_path: Path) ->
 
 def test_without_opened_images_the_key_covers_tables_and_names(tmp_path: Path) -> None:
     channel = write(tmp_path, {"train.csv": b"path,label\n", "a.png": b"1", "b.zip": b"2"})
-    job = job_from(STAGES["split"], {"SM_CHANNEL_TRAIN": str(channel)}, tmp_path)
 
     def digests() -> list[str]:
-        return [channel_digest(job, "train", {"split.open_images": opened}) for opened in (False, True)]
+        return [channel_digest("train", channel, tmp_path, {"split.open_images": opened}) for opened in (False, True)]
 
     seen = [digests()]
     for name, content in [("a.png", b"3"), ("c.png", b""), ("train.csv", b"path,label\n1,2\n"), ("b.zip", b"4")]:

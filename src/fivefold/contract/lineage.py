@@ -8,7 +8,6 @@ from typing import Any
 
 from fivefold.contract.artifacts import channel_digest
 from fivefold.contract.files import read_json, sha256, tree_files
-from fivefold.contract.job import Job
 from fivefold.contract.stages import RECORD, STAGES
 from fivefold.errors import DataError, FivefoldError, MissingInputError
 
@@ -155,17 +154,15 @@ def problems(made: Made, scratch: Path) -> list[str]:
         file = made.path.parent / made.facts["roots"].get(root, root) / inside
         if not file.is_file() or sha256(file) != digest:
             found.append(f"{file}: {'missing' if not file.is_file() else 'changed since it was made'}")
-    job = Job(
-        STAGES[made.name], {n: place for n, (place, _) in made.read.items() if place}, None, None, None, None, scratch
-    )
     for channel, digest in made.facts["inputs"].items():
-        if channel not in job.channels or digest == "given":
+        folder, _ = made.read.get(channel, (None, ()))
+        if folder is None or digest == "given":
             continue
         try:
-            changed = channel_digest(job, channel, made.facts["settings"]) != digest
+            changed = channel_digest(channel, folder, scratch, made.facts["settings"]) != digest
         except FivefoldError as error:
             found.append(f"{made.path}: its channel {channel!r} cannot be read any more: {error}")
             continue
         if changed:
-            found.append(f"{made.path}: its channel {channel!r} ({job.channels[channel]}) holds something else now")
+            found.append(f"{made.path}: its channel {channel!r} ({folder}) holds something else now")
     return found
