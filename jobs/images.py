@@ -59,7 +59,7 @@ def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
     folder = job.optional_channel("cache")
     if folder is None:
         return []
-    found = [Cache(path.parent) for path in locate_all(job, "cache", HEAD)]
+    found = [Cache(path.parent) for path in locate_all(folder, job.scratch, HEAD)]
     if not found:
         raise MissingInputError(f"no {HEAD} below the channel 'cache' ({folder}): give the output of prepare")
     for cache in found:

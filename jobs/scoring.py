@@ -41,11 +41,13 @@ class Evidence:
 
     @cached_property
     def models(self) -> list[ModelDir]:
-        return find_models(self.job) if self.job.optional_channel("model") else []
+        folder = self.job.optional_channel("model")
+        return find_models(folder, self.job.scratch) if folder else []
 
     @cached_property
     def predicted(self) -> dict[str, Path]:
-        found = find_predictions(self.job) if self.job.optional_channel("predictions") else {}
+        folder = self.job.optional_channel("predictions")
+        found = find_predictions(folder, self.job.scratch) if folder else {}
         if ENSEMBLE in found and not record_path(found[ENSEMBLE].parent, "ensemble").is_file():
             log.warning(
                 "%s has no record (%s) of the ensemble stage, which failed or is still running, or was copied in part: "
@@ -65,7 +67,8 @@ class Evidence:
         """The split: of its own channel, or found beside the models."""
         if self.job.optional_channel("folds"):
             return locate(self.job, "folds", FOLDS)
-        return next(iter(locate_all(self.job, "model", FOLDS)), None) if self.job.optional_channel("model") else None
+        folder = self.job.optional_channel("model")
+        return next(iter(locate_all(folder, self.job.scratch, FOLDS)), None) if folder else None
 
     def test(self) -> Scored | None:
         """The predicted test rows with their ground truth; None where no ground truth is given."""

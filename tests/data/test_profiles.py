@@ -15,13 +15,12 @@ from PIL import Image
 from fivefold.data.adapters import Rows, read_rows
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import FoldTable, read_folds, write_folds
-from fivefold.data.grouping import find_duplicates, group_codes, merged
 from fivefold.data.profiles import STEMS, label_of, profile_factors
-from fivefold.data.splitting import divide
+from fivefold.data.splitting import divide, group_codes
 from fivefold.data.store import open_store
 from fivefold.data.summary import class_file
 from fivefold.errors import DataError, SettingsError
-from fivefold.recipe import Data
+from fivefold.recipe import Data, Split
 
 PEOPLE = {
     "000001_female_Asian_29": "000001",
@@ -150,7 +149,7 @@ def split_by_person(people: int, folds: int, seed: int, parts: tuple[float, ...]
     person = np.repeat(np.arange(people), 7)
     mask = np.tile(np.array(list(STEMS.values())), people)
     codes = (mask * 2 + gender[person]) * 3 + age[person]
-    fold, part = divide(codes.astype(np.int32), person, folds, 0.0, parts, seed, True)
+    fold, part = divide(codes, person, np.arange(len(codes)), Split(folds=folds, parts=list(parts), seed=seed))
     return person, fold, part
 
 
@@ -169,8 +168,7 @@ def test_defect_mask_no_person_stands_in_two_folds_nor_twice_in_one(seed: int) -
 
 def test_the_split_knows_what_its_classes_are_made_of(tmp_path: Path) -> None:
     rows = rows_of(drawn(tmp_path))
-    whole = merged(group_codes(rows.groups), find_duplicates(rows.paths))
-    fold, part = divide(rows.codes, whole, 2, 0.0, [], 42, True)
+    fold, part = divide(rows.codes, group_codes(rows.groups), np.arange(len(rows)), Split(folds=2))
     table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, rows.paths, rows.factors)
     write_folds(tmp_path / "folds.parquet", table)
     (tmp_path / "classes.json").write_text(json.dumps(class_file(table)))
@@ -213,7 +211,7 @@ def read_folds_of_two_classes(folder: Path) -> FoldTable:
         (folder / "two" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "two" / name).write_bytes(picture())
     rows = rows_of(folder / "two")
-    fold, part = divide(rows.codes, None, 2, 0.0, [], 42, True)
+    fold, part = divide(rows.codes, None, np.arange(len(rows)), Split(folds=2))
     table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, rows.paths)
     write_folds(folder / "folds.parquet", table)
     return table

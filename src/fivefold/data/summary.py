@@ -9,7 +9,7 @@ import numpy as np
 
 from fivefold.arrow import pa
 from fivefold.data.folds import FoldTable
-from fivefold.data.grouping import Duplicates
+from fivefold.data.splitting import Duplicates
 from fivefold.predictions import sample
 
 log = logging.getLogger("fivefold")

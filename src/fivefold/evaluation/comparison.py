@@ -198,7 +198,6 @@ def _cell(value: float | int | None) -> str | int:
 
 def _figures(table: Predictions, logloss: float | None) -> Figures:
     codes = table.codes()
-    share = metrics.accuracy(table.log_probs, codes)
-    low, high = metrics.wilson_interval(share, len(codes))
-    f1 = metrics.summary(table.log_probs, codes)["f1_macro"]
-    return dict(zip(FIGURES, (len(codes), share, low, high, logloss, f1), strict=True))
+    scores = metrics.summary(table.log_probs, codes)
+    low, high = metrics.wilson_interval(scores["accuracy"], len(codes))
+    return dict(zip(FIGURES, (len(codes), scores["accuracy"], low, high, logloss, scores["f1_macro"]), strict=True))
