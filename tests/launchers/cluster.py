@@ -3,8 +3,8 @@
 
 `script.json` holds for each Job a list of tries by index: {"fivefold-r-train-folds": {"1": [{"code": 75}, {"code": 0}]}}.
 A try: `code`, `message` (its last words), `log`, `waits` (a reason to stay pending), `looks` (how many it runs for),
-`forever` (until there is a file `go`; a file `delete-jobs` has the Jobs deleted). What is not named ends well at its first try. Each look at pods is a step of time. It speaks as much of
-kubectl as the driver does, and answers all else with exit code 2.
+`forever` (until there is a file `go`). What is not named ends well at its first try. A file `delete-jobs` has the Jobs
+deleted. Each look at pods is a step of time. It speaks as much of kubectl as the driver does.
 """
 
 import json
