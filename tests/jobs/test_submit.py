@@ -73,9 +73,6 @@ def test_a_file_where_the_run_needs_a_folder_is_a_setting_that_cannot_work(data:
 def test_a_truth_without_test_images_is_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert submit.main([f"train={data / 'train'}", f"ground_truth={data / 'test'}", "--dry-run"]) == 0
     assert any("is not used: without eval=" in r.message and r.levelname == "WARNING" for r in caplog.records)
-
-
-def test_inputs_that_are_not_there(data: Path) -> None:
     with pytest.raises(MissingInputError, match="eval="):
         submit.main([f"train={data}", f"eval={data / 'no'}"])
 
@@ -115,19 +112,16 @@ def test_the_command_from_end_to_end(data: Path) -> None:
     assert "waiting" in lines["fold-2"]
     assert [step["name"] for step in read_json(data / "runs" / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
 
-
-def test_a_typo_is_an_exit_code_and_a_line(data: Path) -> None:
-    ended = jobs("submit", f"train={data / 'train'}", "train.epohcs=3")
-    assert ended.returncode == SettingsError.exit_code
-    assert "Traceback" not in ended.stderr
-    assert "did you mean 'train.epochs'" in ended.stderr
+    typo = jobs("submit", f"train={data / 'train'}", "train.epohcs=3")
+    assert typo.returncode == SettingsError.exit_code
+    assert "Traceback" not in typo.stderr
+    assert "did you mean 'train.epochs'" in typo.stderr
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert submit.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for key in (*submit.Keys.model_fields, "--dry-run", *submit.PLATFORMS):
-        assert key in printed
+    assert all(key in printed for key in (*submit.Keys.model_fields, "--dry-run", *submit.PLATFORMS))
 
 
 def test_runs_of_one_name_count_up(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

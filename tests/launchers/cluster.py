@@ -2,9 +2,9 @@
 """A stand-in for kubectl and the cluster behind it: it keeps objects in a folder, and pods live by the script there.
 
 `script.json` holds for each Job a list of tries by index: {"fivefold-r-train-folds": {"1": [{"code": 75}, {"code": 0}]}}.
-A try: `code`, `message` (its last words), `log`, `waits` (a reason to stay pending), `looks` (how many it runs for),
-`forever` (until there is a file `go`; a file `delete-jobs` has the Jobs deleted). What is not named ends well at its first try. Each look at pods is a step of time. It speaks as much of
-kubectl as the driver does, and answers all else with exit code 2.
+A try: `code`, `message` (its last words), `log`, `waits` (a reason to stay pending), `forever` (it runs until there is a
+file `go`). What is not named ends well at its first try. A file `delete-jobs` has the Jobs
+deleted. Each look at pods is a step of time. It speaks as much of kubectl as the driver does.
 """
 
 import json
@@ -85,82 +85,63 @@ def live(folder: Path, path: Path) -> None:
     job = json.loads(path.read_text())
     if job["status"].get("conditions"):
         return
-    indexed = job["spec"].get("completionMode") == "Indexed"
-    count = job["spec"].get("completions", 1)
-    states = [index_lives(folder, job, index, indexed) for index in range(count)]
-    failed = [str(index) for index, state in enumerate(states) if state == "failed"]
-    if all(state in ("done", "failed") for state in states):
+    indexed = "completions" in job["spec"]
+    codes = [index_lives(folder, job, index, indexed) for index in range(job["spec"].get("completions", 1))]
+    if None not in codes:
+        failed = [str(index) for index, code in enumerate(codes) if code]
         reason = "FailedIndexes" if indexed else "BackoffLimitExceeded"
-        job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
-        if failed:
-            job["status"] = {"conditions": [{"type": "Failed", "status": "True", "reason": reason}]}
-            if indexed:
-                job["status"]["failedIndexes"] = ",".join(failed)
+        condition = {"type": "Failed" if failed else "Complete", "status": "True", "reason": reason}
+        job["status"] = {"conditions": [condition], "failedIndexes": ",".join(failed) if indexed else ""}
     write(path, job)
 
 
-def index_lives(folder: Path, job: dict, index: int, indexed: bool) -> str:
-    """`running`, `done` or `failed`: an index has tries until one ends well, comes again, or none is left."""
-    name = job["metadata"]["name"]
+def index_lives(folder: Path, job: dict, index: int, indexed: bool) -> int | None:
+    """The exit code of an index's last try, None while it runs: until one ends well, comes again, or none is left."""
+    name, spec = job["metadata"]["name"], job["spec"]
+    permanent = spec["podFailurePolicy"]["rules"][PERMANENT_RULE]["onExitCodes"]["values"]
     script = json.loads((folder / "script.json").read_text()).get(name, {}).get(str(index), [{"code": 0}])
-    for number in range(1 + job["spec"].get("backoffLimitPerIndex", job["spec"].get("backoffLimit", 0))):
+    code = None
+    for number in range(1 + spec.get("backoffLimitPerIndex", spec.get("backoffLimit", 0))):
         acted = script[min(number, len(script) - 1)]
         path = folder / f"pod-{name}-{index}-{number}.json"
-        pod = json.loads(path.read_text()) if path.exists() else born(job, index, number, indexed)
-        code = pod_lives(pod, acted, (folder / "go").exists())
-        write(path, pod)
-        if code is None:
-            return "running"
-        if code == 0:
-            return "done"
-        if code in job["spec"]["podFailurePolicy"]["rules"][PERMANENT_RULE]["onExitCodes"]["values"]:
-            return "failed"
-    return "failed"
-
-
-def born(job: dict, index: int, number: int, indexed: bool) -> dict:
-    annotations = {"batch.kubernetes.io/job-completion-index": str(index)} if indexed else {}
-    labels = {
-        **job["spec"]["template"]["metadata"]["labels"],
-        "batch.kubernetes.io/controller-uid": job["metadata"]["uid"],
-    }
-    return {
-        "kind": "Pod",
-        "metadata": {
-            "name": f"{job['metadata']['name']}-{index}-{number}",
-            "labels": labels,
-            "annotations": annotations,
-            "creationTimestamp": f"2026-01-01T00:00:{number:02}Z",
-        },
-        "age": 0,
-        "status": {},
-    }
-
-
-def pod_lives(pod: dict, acted: dict, go: bool) -> int | None:
-    """One step of time for a pod; its exit code once it has one (lost without one: 137)."""
-    status, pod["age"] = pod["status"], pod["age"] + 1
-    if status.get("phase") in ("Succeeded", "Failed"):
-        return acted["code"] if acted["code"] is not None else 137
-    status["phase"] = "Pending"
-    if acted.get("waits"):
-        status["conditions"] = [
-            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": acted["waits"]}
-        ]
-        return None
-    if pod["age"] > 1:
-        status["phase"] = "Running"
-        status["containerStatuses"] = [{"name": "fivefold", "state": {"running": {}}}]
+        pod = json.loads(path.read_text()) if path.exists() else born(job, path.stem[4:], index, number, indexed)
+        pod["age"] += 1
         pod["log"] = acted.get("log", "works")
-    if (acted.get("forever") and not go) or pod["age"] < 2 + acted.get("looks", 1):
-        return None
-    ended = {"exitCode": acted["code"], "message": acted.get("message", ""), "reason": acted.get("reason", "Error")}
-    status["phase"] = "Failed" if acted["code"] != 0 else "Succeeded"
-    status["containerStatuses"] = [{"name": "fivefold", "state": {"terminated": ended}}]
-    if acted["code"] is None:
-        status.update(containerStatuses=[], reason="Evicted", message=acted.get("message", ""))
-        return 137
-    return acted["code"]
+        pod["status"], code = status_of(acted, pod["age"], (folder / "go").exists())
+        write(path, pod)
+        if code in (None, 0, *permanent):
+            break
+    return code
+
+
+def born(job: dict, name: str, index: int, number: int, indexed: bool) -> dict:
+    metadata = {
+        "name": name,
+        "labels": {
+            **job["spec"]["template"]["metadata"]["labels"],
+            "batch.kubernetes.io/controller-uid": job["metadata"]["uid"],
+        },
+        "annotations": {"batch.kubernetes.io/job-completion-index": str(index)} if indexed else {},
+        "creationTimestamp": f"2026-01-01T00:00:{number:02}Z",
+    }
+    return {"kind": "Pod", "metadata": metadata, "age": 0}
+
+
+def status_of(acted: dict, age: int, go: bool) -> tuple[dict, int | None]:
+    """A pod's status, and its exit code once it has one (lost without one: 137)."""
+    if waits := acted.get("waits"):
+        unplaced = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": waits}
+        return {"phase": "Pending", "conditions": [unplaced]}, None
+    if age == 1:
+        return {"phase": "Pending"}, None
+    if age == 2 or (acted.get("forever") and not go):
+        return {"phase": "Running", "containerStatuses": [{"name": "fivefold", "state": {"running": {}}}]}, None
+    code, message = acted["code"], acted.get("message", "")
+    if code is None:
+        return {"phase": "Failed", "reason": "Evicted", "message": message}, 137
+    state = {"terminated": {"exitCode": code, "message": message, "reason": acted.get("reason", "Error")}}
+    phase = "Failed" if code else "Succeeded"
+    return {"phase": phase, "containerStatuses": [{"name": "fivefold", "state": state}]}, code
 
 
 def logs(folder: Path, arguments: list[str]) -> int:

@@ -22,24 +22,17 @@ def names(plan: Plan) -> list[str]:
     return [step.name for step in plan.steps]
 
 
-def test_every_step_comes_after_what_it_needs() -> None:
+def test_every_step_comes_after_what_it_needs_and_has_its_channels() -> None:
     plan = plan_of()
     assert names(plan) == EVERY_NAME
     seen: set[str] = set()
     for step in plan.steps:
         assert set(step.needs) <= seen, step.name
         seen.add(step.name)
-    assert plan.step("ensemble").needs == plan.step("distill").needs == tuple(FOLD_NAMES)
-
-
-def test_required_channels_are_given_and_lie_in_steps_that_are_needed() -> None:
-    plan = plan_of()
-    for step in plan.steps:
-        for channel in STAGES[step.stage].channels:
-            assert f"SM_CHANNEL_{channel.upper()}" in step.environment, step.name
-        allowed = {*STAGES[step.stage].channels, *STAGES[step.stage].optional}
         given = {n.removeprefix("SM_CHANNEL_").lower() for n in step.environment if n.startswith("SM_CHANNEL_")}
-        assert given <= allowed, step.name
+        stage = STAGES[step.stage]
+        assert {*stage.channels} <= given <= {*stage.channels, *stage.optional}, step.name
+    assert plan.step("ensemble").needs == plan.step("distill").needs == tuple(FOLD_NAMES)
 
 
 def test_a_fold_has_the_layout_of_the_run() -> None:
@@ -83,28 +76,20 @@ def test_weights_and_unlabelled_images_are_channels() -> None:
     assert [s.name for s in plan.steps if "SM_CHANNEL_UNLABELED" in s.environment] == ["distill"]
 
 
-def test_without_test_images_nothing_predicts_them() -> None:
+def test_without_test_images_nothing_predicts_them_and_a_holdout_scores_the_student() -> None:
     plan = plan_of(inputs=Inputs(train="t"))
     assert names(plan) == ["split", *FOLD_NAMES, "evaluate", "distill"]
     assert "SM_CHANNEL_PREDICTIONS" not in plan.step("evaluate").environment
     assert plan.step("evaluate").needs == tuple(FOLD_NAMES)
     assert any("no eval=" in note for note in plan.notes)
+    held_out = plan_of("split.holdout=.1", inputs=Inputs(train="t")).steps[-1]
+    assert (held_out.name, held_out.needs) == ("evaluate-student", ("distill",))
+    assert held_out.environment["SM_CHANNEL_MODEL"] == "runs/r/distill/model"
 
 
-def test_a_holdout_scores_the_student_where_there_are_no_test_images() -> None:
-    plan = plan_of("split.holdout=.1", inputs=Inputs(train="t"))
-    assert names(plan)[-1] == "evaluate-student"
-    assert plan.step("evaluate-student").needs == ("distill",)
-    assert plan.step("evaluate-student").environment["SM_CHANNEL_MODEL"] == "runs/r/distill/model"
-
-
-def test_parts_by_share_are_one_fold() -> None:
-    assert [n for n in names(plan_of("split.parts=[.7,.2,.1]")) if n.startswith("fold")] == ["fold-0"]
-
-
-def test_parts_have_no_out_of_fold_teachers_so_another_must_be_named() -> None:
+def test_parts_by_share_are_one_fold_without_teachers_unless_another_is_named() -> None:
     plan = plan_of("split.parts=[.8,.1,.1]")
-    assert "distill" not in names(plan)
+    assert names(plan) == ["split", "fold-0", "ensemble", "evaluate"]
     assert any("distill.teacher=best_fold" in note for note in plan.notes)
     assert "distill" in names(plan_of("split.parts=[.8,.1,.1]", "distill.teacher=best_fold"))
 
@@ -157,12 +142,9 @@ def test_a_bad_request_fails_in_the_plan(make: object, says: str) -> None:
         make()
 
 
-def test_a_recipe_file_that_is_not_there() -> None:
+def test_names() -> None:
     with pytest.raises(MissingInputError, match="nowhere"):
         make_plan(ALL, run="r", recipe="nowhere.toml")
-
-
-def test_run_names_sort_by_time_and_do_not_repeat() -> None:
     first, second = new_run_name(), new_run_name()
     assert first != second
     assert re.fullmatch(r"run_\d{8}_\d{6}_[0-9a-f]{8}", first)

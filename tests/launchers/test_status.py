@@ -47,22 +47,16 @@ def gone() -> int:
     return process.pid
 
 
-def test_a_plan_is_read_as_it_was_written(plan: Plan) -> None:
+def test_a_plan_is_read_as_it_was_written_where_it_is_now(plan: Plan) -> None:
     assert read_plan(plan.folder) == plan
-
-
-def test_a_run_that_was_moved_is_read_where_it_is(plan: Plan) -> None:
     moved = plan.folder.with_name("moved")
     plan.folder.rename(moved)
     assert read_plan(moved).step("fold-1").folder == moved / "fold-1"
-
-
-def test_what_is_no_plan(plan: Plan) -> None:
-    write_json(plan.folder / PLAN, {"run": "r"})
+    write_json(moved / PLAN, {"run": "r"})
     with pytest.raises(DataError, match="not a plan"):
-        read_plan(plan.folder)
+        read_plan(moved)
     with pytest.raises(MissingInputError, match="holds no run"):
-        read_plan(plan.folder.parent)
+        read_plan(moved.parent)
 
 
 def test_waiting_running_done(plan: Plan) -> None:
@@ -83,37 +77,32 @@ def test_a_stage_that_was_run_by_hand_is_done(plan: Plan) -> None:
     assert status_of(plan.step("fold-0")).word == "done"
 
 
-def test_a_failure_says_its_first_line_before_the_old_record(plan: Plan) -> None:
-    step = plan.step("split")
-    write_json(step.folder / "output" / "stage.json", RECORD)
-    write_started(step, os.getpid())
-    write_text(step.folder / "failure", "no images in t\n\nTraceback")
-    write_ended(step, 66)
-    status = status_of(step)
-    assert (status.word, status.detail, status.exit_code) == ("failed", "no images in t", 66)
-
-
-def test_a_failure_without_a_file_says_the_last_line_of_the_log(plan: Plan) -> None:
+@pytest.mark.parametrize(
+    ("files", "code", "status"),
+    [
+        ({"output/stage.json": json.dumps(RECORD), "failure": "no images\n\nTrace"}, 66, ("failed", "no images", 66)),
+        ({"log.txt": "one\ntwo\n\n"}, 137, ("stopped", "two", 137)),
+    ],
+)
+def test_a_failure_says_its_first_line_or_the_last_of_the_log(plan: Plan, files: Any, code: int, status: Any) -> None:
     step = plan.step("split")
     write_started(step, os.getpid())
-    write_text(step.folder / "log.txt", "one\ntwo\n\n")
-    write_ended(step, 137)
-    assert (status_of(step).word, status_of(step).detail) == ("stopped", "two")
+    for name, text in files.items():
+        write_text(step.folder / name, text)
+    write_ended(step, code)
+    found = status_of(step)
+    assert (found.word, found.detail, found.exit_code) == status
 
 
-def test_a_process_that_is_gone_without_a_word_is_stopped(plan: Plan) -> None:
+def test_a_process_that_is_gone_or_another_is_stopped(plan: Plan) -> None:
     step = plan.step("split")
     write_started(step, gone())
     assert status_of(step).word == "stopped"
     assert running_pid(step) is None
-
-
-def test_a_later_process_with_the_same_number_is_another(plan: Plan) -> None:
-    step = plan.step("split")
     write_started(step, os.getpid())
     state = json.loads((step.folder / STATE).read_text())
     write_json(step.folder / STATE, {**state, "started": "2001-01-01T00:00:00+00:00"})
-    assert status_of(step).word == "stopped"
+    assert status_of(step).word == "stopped", "a later process has the same number"
 
 
 def test_epochs_of_this_run_alone_are_counted(plan: Plan) -> None:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from containers import IMAGE, ONE_THREAD, ROOT, SETTINGS, called, differing, docker
+from fivefold.contract.layout import CHANNELS
 from fivefold.settings import arguments_layer, load
 
 NEW, OLD = ["docker", "compose"], ["docker-compose"]
@@ -177,17 +178,12 @@ def test_every_service_has_its_grace_and_the_folds_are_the_recipes():
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     assert {service["stop_grace_period"] for service in services.values()} == {"120s"}
     assert all(service["init"] for service in services.values())
-    assert {"split", "train-fold", "ensemble", "evaluate", "distill", "predict", "serve", "tensorboard"} <= set(
-        services
-    )
-    folds = [name for name in services if name.startswith("pipeline-fold-")]
-    assert len(folds) == load([arguments_layer(["recipe=small_images"])]).split.folds
-    assert all(services[name]["command"] == [f"FOLD={name[-1]}"] for name in folds)
-    assert (
-        set(services["pipeline-ensemble"]["depends_on"])
-        == set(folds)
-        == set(services["pipeline-distill"]["depends_on"])
-    )
+    assert {*CHANNELS, "predict", "serve", "tensorboard"} <= set(services)
+    count = load([arguments_layer(["recipe=small_images"])]).split.folds
+    folds = {f"pipeline-fold-{fold}": [f"FOLD={fold}"] for fold in range(count)}
+    assert {name: services[name]["command"] for name in services if name.startswith("pipeline-fold-")} == folds
+    for step in ("pipeline-ensemble", "pipeline-distill"):
+        assert set(services[step]["depends_on"]) == set(folds)
 
 
 def test_what_can_be_set_is_in_the_example():

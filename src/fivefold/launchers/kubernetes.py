@@ -9,7 +9,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -202,61 +201,40 @@ def _is_over(one: Mapping[str, Any]) -> bool:
     return any(cluster.condition(one, kind) for kind in ("Complete", "Failed"))
 
 
-@dataclass
-class Stream:
-    """One pod's log as it is followed: the process, and the thread that reads it."""
-
-    process: subprocess.Popen[bytes]
-    reader: threading.Thread
-    ended: str = ""
-
-
 class Logs:
-    """Follows the log of every pod that it is shown, each by a process of kubectl."""
+    """Follows the log of every pod that it is shown, each by a process of kubectl and a thread that reads it."""
 
     def __init__(self, kubectl: Kubectl, screen: Screen) -> None:
         self.kubectl, self.screen = kubectl, screen
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, tuple[subprocess.Popen[bytes], threading.Thread]] = {}
 
     def follow(self, pod: Mapping[str, Any], step: Step) -> None:
         """Follows a pod that has started. One whose stream broke off while it runs is taken up from there."""
-        name = pod["metadata"]["name"]
-        known = self._streams.get(name)
-        if not cluster.has_started(pod) or (known and (known.process.poll() is None or cluster.is_over(pod))):
+        name, log = pod["metadata"]["name"], step.folder / LOG
+        earlier = self._streams.get(name)
+        if not cluster.has_started(pod) or (earlier and (earlier[0].poll() is None or cluster.is_over(pod))):
             return
-        since = ["--since-time", known.ended or _now()] if known else []
-        process = subprocess.Popen(
-            self.kubectl.command("logs", "--follow", name, "--container", CONTAINER, *since),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        reader = threading.Thread(target=self._read, args=(name, process, step), daemon=True)
-        self._streams[name] = Stream(process, reader)
-        reader.start()
+        command = self.kubectl.command("logs", "--follow", name, "--container", CONTAINER)
+        if earlier:
+            last_line = datetime.fromtimestamp(log.stat().st_mtime, UTC)
+            command += ["--since-time", last_line.isoformat(timespec="seconds")]
+        quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, **quiet)
+        output = io.TextIOWrapper(process.stdout, "utf-8", "replace", newline="")
+        told = (output, log, f"pod {name}", self.screen, step.name)
+        self._streams[name] = process, threading.Thread(target=copy_output, args=told, daemon=True)
+        self._streams[name][1].start()
 
     def finish(self, pods: Sequence[Mapping[str, Any]]) -> None:
         """Waits for the last words of pods that are over."""
         until = time.monotonic() + SECONDS_FOR_LAST_WORDS
         for pod in pods:
             if stream := self._streams.get(pod["metadata"]["name"]):
-                stream.reader.join(max(0.0, until - time.monotonic()))
+                stream[1].join(max(0.0, until - time.monotonic()))
 
     def stop(self) -> None:
         """Ends every process that still follows."""
-        for stream in self._streams.values():
-            if stream.process.poll() is None:
-                stream.process.terminate()
-            stream.reader.join(SECONDS_FOR_LAST_WORDS)
-
-    def _read(self, name: str, process: subprocess.Popen[bytes], step: Step) -> None:
-        assert process.stdout is not None
-        output = io.TextIOWrapper(process.stdout, "utf-8", "replace", newline="")
-        copy_output(output, step.folder / LOG, f"pod {name}", self.screen, step.name)
-        process.wait()
-        self._streams[name].ended = _now()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        for process, reader in self._streams.values():
+            process.terminate()
+            reader.join(SECONDS_FOR_LAST_WORDS)
+            process.wait()
