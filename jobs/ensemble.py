@@ -48,7 +48,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     """Predicts the eval channel with all members; the table, the submission, and what they are made of."""
     options, same = settings.ensemble, SameClasses(settings.data.same_classes, settings.data.same_class)
     files = submission_files(job, options.submissions)
-    models = [] if files and job.optional_channel("model") is None else find_models(job)
+    without = files and job.optional_channel("model") is None
+    models = [] if without else find_models(job.channel("model"), job.scratch)
     if not models and tables_alone(files, options, same):
         from . import joining
 
@@ -65,7 +66,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     check_blends(options, submitted)
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
-    explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
+    explicit = settings.predict.model_dump(exclude_unset=True)
     each = predict_each(groups, store, images, explicit, options.within, job.scratch) if groups else {}
     each |= {name: found.log_probs for name, found in submitted.items()}
     systems = [system_of(name, group, explicit.get("views"), options.within) for name, group in groups.items()]

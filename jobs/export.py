@@ -25,10 +25,10 @@ def main(job: Job, settings: Settings) -> Outcome:
     options = settings.export
     name, write = choose(exporting.FORMATS, "format", options.format)
     path = job.output() / (options.file or name)
-    models = chosen(find_models(job), settings.fold)
+    models = chosen(find_models(job.channel("model"), job.scratch), settings.fold)
     weights, temperature = blend_of(job, models)
 
-    explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
+    explicit = settings.predict.model_dump(exclude_unset=True)
     file = {"best": WEIGHTS, "raw": RAW_WEIGHTS}[options.weights]
     members = [load_member(model, explicit, file) for model in models]
     ensemble = exporting.Ensemble(members, weights, temperature)
@@ -58,8 +58,10 @@ def chosen(models: list[ModelDir], fold: int | None) -> list[ModelDir]:
 
 def blend_of(job: Job, models: Sequence[ModelDir]) -> tuple[list[float], float]:
     """The weight of each model and the temperature: of the ensemble channel or beside the models, else equal systems at 1."""
-    given = job.optional_channel("ensemble") is not None
-    path = locate(job, "ensemble", ENSEMBLE) if given else find_description(job, models)
+    if job.optional_channel("ensemble") is None:
+        path = find_description(job.channel("model"), job.scratch, models)
+    else:
+        path = locate(job, "ensemble", ENSEMBLE)
     if path is None:
         return exporting.equal_systems([model.system for model in models]), 1.0
     weights, temperature = exporting.read_blend(read_json(path), [model.name for model in models], str(path))

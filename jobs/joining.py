@@ -19,7 +19,6 @@ from fivefold.errors import DataError
 from fivefold.inference.submission import SubmissionWriter, check_columns
 from fivefold.inference.systems import Rule, System, weigh
 from fivefold.inference.tables import Block, check_classes, joined
-from fivefold.machine import keep_freed_memory
 from fivefold.predictions import ROWS_A_GROUP, TableFile, TableWriter, open_table, sample
 from fivefold.progress import track
 from fivefold.recipe import Settings
@@ -38,7 +37,6 @@ def main(job: Job, settings: Settings, files: Mapping[str, Path]) -> Outcome:
 
     Rows are those that the eval channel asks for where it is given, and otherwise the first table's.
     """
-    keep_freed_memory()
     options = settings.ensemble
     tables = {name: open_table(path) for name, path in files.items()}
     first = next(iter(tables.values()))

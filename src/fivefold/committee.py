@@ -12,7 +12,6 @@ import numpy as np
 
 from fivefold.contract.artifacts import ModelDir, find_models, locate_all
 from fivefold.contract.files import read_json
-from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE
 from fivefold.data.dataset import Batch, ImageSet
 from fivefold.data.folds import FoldTable
@@ -147,23 +146,23 @@ def read_in_portions(files: ImageFiles, pixels: Pixels) -> Iterator[dict[int, np
             yield dict(zip(*waiting, strict=True))
 
 
-def load_committee(job: Job, explicit: Mapping[str, Any]) -> Committee:
-    """The models of the channel `model`, with the weights and temperature of their `ensemble.json` if it is there.
+def load_committee(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> Committee:
+    """The models below a folder (tarballs are unpacked to `scratch`), with the weights and temperature of their `ensemble.json` if it is there.
 
     `explicit`: keys of `[predict]` that override the models' own. One fold's model may stand alone;
     several must be whole systems of one split.
     """
-    models = find_models(job)
+    models = find_models(folder, scratch)
     if len(models) > 1 and models[0].info["role"] == "fold":
         check_members([(model.name, model.info) for model in models])
     elif len(models) > 1:
         names = ", ".join(model.name for model in models)
-        raise DataError(f"several students below the channel 'model' ({names}); give the model dir of one")
+        raise DataError(f"several students below {folder} ({names}); give the model dir of one")
     classes = tuple(models[0].info["classes"])
     groups: dict[str, list[Member]] = {}
     for model in models:
         groups.setdefault(model.system, []).append(load_member(model, explicit))
-    found = _description(job, models)
+    found = _description(folder, scratch, models)
     if found is None:
         return Committee(groups, classes, equal(len(groups)))
     log.info("%d models with the weights and the temperature %.4g of %s", len(models), found["temperature"], ENSEMBLE)
@@ -187,14 +186,14 @@ def seen_as(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
     return part
 
 
-def find_description(job: Job, models: Sequence[ModelDir]) -> Path | None:
-    """The `ensemble.json` below the channel `model` that blends exactly these models; None where there is none.
+def find_description(folder: Path, scratch: Path, models: Sequence[ModelDir]) -> Path | None:
+    """The `ensemble.json` below a folder that blends exactly these models; None where there is none.
 
     Raises DataError for one that does not say what it blends, and for several that blend otherwise.
     """
     own = sorted((model.system, model.name) for model in models)
     found: dict[Path, dict[str, Any]] = {}
-    for path in locate_all(job, "model", ENSEMBLE):
+    for path in locate_all(folder, scratch, ENSEMBLE):
         facts = read_json(path)
         try:
             if sorted((member["system"], member["model"]) for member in facts["members"]) == own:
@@ -206,14 +205,14 @@ def find_description(job: Job, models: Sequence[ModelDir]) -> Path | None:
     blends = list(found.values())
     if any(blend != blends[0] for blend in blends):
         raise DataError(
-            f"several {ENSEMBLE} of these models below the channel 'model' ({Path(job.channel('model'))}), with other "
-            "weights or temperatures; give the folder of one run"
+            f"several {ENSEMBLE} of these models below {folder}, with other weights or temperatures; give the folder of "
+            "one run"
         )
     return next(iter(found), None)
 
 
-def _description(job: Job, models: Sequence[ModelDir]) -> dict[str, Any] | None:
-    path = find_description(job, models)
+def _description(folder: Path, scratch: Path, models: Sequence[ModelDir]) -> dict[str, Any] | None:
+    path = find_description(folder, scratch, models)
     blend = _blend(read_json(path)) if path else None
     if blend and "rank" in (blend["within"], blend["blend"]):
         raise DataError(

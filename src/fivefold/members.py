@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,13 @@ from fivefold.data.transforms import Transform, build_transforms
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict, predict_all
 from fivefold.models.weights import load_exactly, save_weights
-from fivefold.recipe import Settings, Spec
+from fivefold.recipe import OF_PLATFORMS, Settings, Spec
 from fivefold.replicas import BY_ITSELF, Replicas
-from fivefold.sections import OF_PLATFORMS
 from fivefold.settings import key_settings
 from fivefold.training.best import Best
 
 FORMAT = 1
-OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {
-    "data": {"cache", "cache_gib", "on_device"}
-}
+OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {"data": {"cache", "cache_gib"}}
 """Settings that say where something runs and lies; a model is the same wherever it was made."""
 TRAINING_SECTIONS = ("data.store_size", "data.scaled_decoding", "model", "augment", "train")
 
@@ -124,8 +121,7 @@ class Gallery:
 
 def evaluation_images(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings) -> Prepared:
     """The images of rows of the split as every validation and every view sees them, made once if memory holds them."""
-    images = image_set(store, table, rows, settings, training=False)
-    return Prepared(images, otherwise=partial(images.read_once, settings.train.keep_in_memory))
+    return Prepared(image_set(store, table, rows, settings, training=False))
 
 
 def evaluated(settings: Settings, files: ImageFiles, scratch: Path | None = None, limit: int | None = None) -> Prepared:

@@ -17,8 +17,7 @@ from fivefold.launchers.plan import Inputs, Plan, make_plan
 from fivefold.launchers.sagemaker import launch
 from fivefold.launchers.sagemaker.requests import requests_of
 from fivefold.launchers.sagemaker.validation import check_cost, check_request, max_costs, validated_requests
-from fivefold.recipe import Settings
-from fivefold.sections import OF_A_STAGE, STAGES_OF_A_RUN, SageMaker
+from fivefold.recipe import OF_A_STAGE, STAGES_OF_A_RUN, SageMaker, Settings
 from fivefold.settings import arguments_layer, flatten, is_of, load
 from jobs import submit
 from sagemaker_service import IMAGE, ROLE

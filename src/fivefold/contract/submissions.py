@@ -20,7 +20,12 @@ def find_submissions(job: Job, tables: bool = False) -> list[Path]:
     """
     if job.optional_channel("submissions") is None:
         return []
-    files = [path for root in roots(job, "submissions") for path in tree_files(root) if not _says_nothing(path.name)]
+    files = [
+        path
+        for root in roots(job.channel("submissions"), job.scratch)
+        for path in tree_files(root)
+        if not _says_nothing(path.name)
+    ]
     for suffix in (".csv", ".parquet")[: 1 + tables]:
         if found := [path for path in files if path.suffix.lower() == suffix]:
             return found

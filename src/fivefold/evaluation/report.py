@@ -65,7 +65,7 @@ def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Pic
     log_probs, codes, classes = scored.table.log_probs, scored.codes, scored.table.classes
     calibrated = calibration.reliability_table(log_probs, codes, bins)
     error = calibration.expected_calibration_error(log_probs, codes, bins)
-    per_class = metrics.per_class_table(scored.confusion)
+    per_class = metrics.per_class_table(log_probs, codes)
     painters = {
         "confusion_matrix": lambda to, theme: plots.confusion(scored.confusion, classes, to, theme),
         "reliability": lambda to, theme: plots.reliability(calibrated, error, to, theme),
@@ -183,7 +183,7 @@ def _spread(folds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]
 
 
 def _per_class_rows(scored: Scored) -> list[dict[str, Any]]:
-    table = metrics.per_class_table(scored.confusion)
+    table = metrics.per_class_table(scored.table.log_probs, scored.codes)
     columns = {name: column.tolist() for name, column in table.items()}
     return [
         {"class": name, **{key: column[place] for key, column in columns.items()}}

@@ -49,7 +49,7 @@ class Scored:
     @cached_property
     def confusion(self) -> np.ndarray:
         """Counts [C, C], true class by row."""
-        return metrics.confusion_matrix(metrics.predicted(self.table.log_probs), self.codes, len(self.table.classes))
+        return metrics.confusion_matrix(self.table.log_probs, self.codes)
 
     def figures(self, top_k: int, bins: int) -> dict[str, float | int | str]:
         """All scores, after `what` and `rows`."""
@@ -103,7 +103,7 @@ def confused_pairs(scored: Scored, most: int = 12) -> list[tuple[str, str, int, 
 
 
 def write_per_class(path: Path, scored: Scored) -> None:
-    table = metrics.per_class_table(scored.confusion)
+    table = metrics.per_class_table(scored.table.log_probs, scored.codes)
     header = ("class", "precision", "recall", "f1", "support", "predicted")
     columns = [[f"{value:.6f}" for value in table[name]] for name in header[1:4]]
     columns += [table[name].tolist() for name in header[4:]]

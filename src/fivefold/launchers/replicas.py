@@ -16,7 +16,7 @@ from fivefold.contract.place import PARENT, SHARED_SCRATCH
 from fivefold.contract.storage import SCRATCH
 from fivefold.errors import FivefoldError, RetryableError
 from fivefold.launchers.scheduler import SECONDS_BETWEEN_SIGNALS, Signals
-from fivefold.machine import count_cores
+from fivefold.machine import GLIBC_TUNABLES, count_cores
 
 SECONDS_FOR_THE_REST = 30.0
 """Where one failed, the others find out at the next thing that they tell it, and have so long to end."""
@@ -26,11 +26,11 @@ OF_ITS_OWN = (64, 65, 66, 1)
 
 
 def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mapping[str, str]) -> int:
-    """Runs `python -m jobs` with `arguments` as so many processes; the exit code of the one that says what happened.
+    """Runs `python -m fivefold.jobs` with `arguments` as so many processes; the exit code of the one that says what happened.
 
     130 or 143 after SIGINT or SIGTERM, which are passed on; a second one kills. Errors as for `as_one`.
     """
-    command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "jobs", *arguments]
+    command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "fivefold.jobs", *arguments]
     port, shared = hosts.port or free_port(), shared_variables(hosts, processes, environ)
     with Signals() as signals, tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         children: list[subprocess.Popen[bytes]] = []
@@ -55,7 +55,7 @@ def shared_variables(hosts: Hosts, processes: int, environ: Mapping[str, str]) -
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if hosts.count == 1 and sys.platform.startswith("linux") else {}
     # as many threads as go round: another number would give other bits
     threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // processes)), "GOMP_SPINCOUNT": "20000"}
-    return {**loopback, **threads, **environ, PARENT: str(os.getpid())}
+    return {**loopback, **threads, "GLIBC_TUNABLES": GLIBC_TUNABLES, **environ, PARENT: str(os.getpid())}
 
 
 def free_port() -> int:

@@ -20,9 +20,8 @@ from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Plan, Step
 from fivefold.logline import metric_patterns
-from fivefold.recipe import SECTIONS, Settings
+from fivefold.recipe import SECTIONS, SageMaker, Settings
 from fivefold.recipes import shipped_recipes
-from fivefold.sections import SageMaker
 from fivefold.settings import is_of, normal_key
 
 Request = dict[str, Any]
