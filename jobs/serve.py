@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("fivefold")
 
 PORT = "SAGEMAKER_BIND_TO_PORT"
-USED = ("  recipe ", "  predict.device ", "  predict.views ", "  serve.")
-"""How the lines of the help begin of keys that are used here; each model predicts as its own recipe says."""
+KEYS = ("recipe", "predict.device", "predict.views", "serve")
+"""What is used here; otherwise each model predicts as its own recipe says."""
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Serves until it is told to stop, which is a StoppedError like any stage's."""
     if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__.strip()}\n\nkeys, as arguments or environment (SERVE__PORT=8081):\n{keys()}")
+        print(f"{__doc__.strip()}\n\nkeys, as arguments or environment (SERVE__PORT=8081):\n{describe(KEYS)}")
         return 0
     path, rest = taken_apart(arguments)
     layers = [*layers_of(rest, environ), port_layer(environ)]
@@ -55,12 +55,6 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
             service = Service(options)
             serve(listener, service, lambda: model_at(path, settings, Path(scratch)), options.drain_s)
     return 0
-
-
-def keys() -> str:
-    """The keys that are used here, a line each."""
-    lines = describe(("recipe", "predict", "serve")).splitlines()
-    return "\n".join(line for line in lines if line.startswith(USED))
 
 
 def taken_apart(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -22,8 +22,16 @@ IMAGE_TYPES = {
 }
 
 
+Blend = Literal["mean", "weighted", "fitted", "geometric", "rank", "vote", "product", "greedy", "greedy_accuracy"]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+
+def _check_name(key: str, name: str, needed: bool = False) -> None:
+    if set(name) & set("/\\") or name in (".", "..") or (needed and not name):
+        raise ValueError(f"{key}={name!r} is not a name alone, for a place in the output's folder")
 
 
 class Data(Section):
@@ -38,13 +46,8 @@ class Data(Section):
     image_types: dict[str, str] = Field(IMAGE_TYPES, description="products: the class of the images in each column")
     age_cuts: list[float] = Field([30, 60], description="mask_profiles: ages at which the next class of age begins")
     same_classes: list[list[str]] = Field([], description='names that mean the same class, as [["A", "B"], ["C", "D"]]')
-    same_class: Literal["none", "merge", "sum"] = Field(
-        "none",
-        description="of same_classes; merge: one class in training; sum: each gets the sum of their probabilities",
-    )
-    store_size: int = Field(
-        0, ge=0, description="an image's shorter side is shrunk to so many pixels before anything else; 0: as decoded"
-    )
+    same_class: Literal["none", "merge", "sum"] = Field("none", description="same_classes: one class, or summed later")
+    store_size: int = Field(0, ge=0, description="shorter side, in pixels, that images are shrunk to first; 0: as is")
     scaled_decoding: bool = Field(False, description="decode JPEGs at 1/2, 1/4 or 1/8, not below store_size: faster")
     cache: str = Field("auto", description="folder of decoded images for all stages; auto: .cache beside the runs; off")
     cache_gib: float = Field(64.0, gt=0, description="largest size of an image cache; one that is larger is not made")
@@ -89,9 +92,7 @@ class Split(Section):
 
 
 class Model(Section):
-    backbone: str = Field(
-        "timm/resnet18", description="timm/NAME, torchvision/NAME, efficientnet_pytorch/NAME, fivefold/NAME"
-    )
+    backbone: str = Field("timm/resnet18", description="timm/, torchvision/, efficientnet_pytorch/ or fivefold/NAME")
     options: dict[str, Any] = Field({}, description="arguments of the backbone; torchvision's bare=true: pooling alone")
     pretrained: bool = Field(False, description="start from the weights of the backbone's own hub")
     weights: str = Field("", description="start from this .safetensors or .pth: a path, or in SM_CHANNEL_WEIGHTS")
@@ -160,10 +161,7 @@ class Train(Section):
     patience: int = Field(0, ge=0, description="epochs without improvement before the end; 0: never")
     validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch is always validated")
     monitor: str = Field("logloss", description="what chooses the best epoch: logloss, loss, acc or f1_macro")
-    precision: str = Field(
-        "auto",
-        description="fp32, bf16, bf16_grouped_fp32 (grouped convolutions in fp32), fp16, or auto: the fastest in a probe",
-    )
+    precision: str = Field("auto", description="fp32, bf16, bf16_grouped_fp32, fp16, or auto: the fastest in a probe")
     channels_last: bool | Literal["auto"] = Field(True, description="NHWC memory, mostly faster; auto: by the probe")
     compile: bool = Field(False, description="on CUDA: torch.compile the backbone; slow to start, then faster")
     keep_raw: bool = Field(False, description="with ema_decay: also keep the best unaveraged weights (validates twice)")
@@ -190,9 +188,8 @@ class Predict(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Predict":
-        for key, name in (("file", self.file or "/"), ("folder", self.folder)):
-            if set(name) & set("/\\") or name in (".", ".."):
-                raise ValueError(f"{key}={name!r} is not a name alone, for a place in the output's folder")
+        _check_name("file", self.file, needed=True)
+        _check_name("folder", self.folder)
         if not self.rows or set(self.rows) - {"train", "valid", "test"}:
             raise ValueError(f"rows={self.rows} are not some of train, valid and test")
         if not self.views:
@@ -201,13 +198,8 @@ class Predict(Section):
 
 
 class Ensemble(Section):
-    blend: Literal[
-        "mean", "weighted", "fitted", "geometric", "rank", "vote", "product", "greedy", "greedy_accuracy"
-    ] = Field(
-        "fitted",
-        description="between systems: equal mean, given weights, weights by out-of-fold logloss, geometric mean, "
-        "mean of ranks, vote, product of systems that know different factors of the classes, or greedy selection "
-        "out-of-fold by logloss or by accuracy",
+    blend: Blend = Field(
+        "fitted", description="between systems; fitted: weights by out-of-fold logloss; greedy: selection"
     )
     weights: dict[str, Any] = Field({}, description="of blend weighted: a number for each system, by its name")
     within: Literal["mean", "geometric", "rank", "vote"] = Field("mean", description="between the models of one system")
@@ -220,14 +212,11 @@ class Ensemble(Section):
     @model_validator(mode="after")
     def _check(self) -> "Ensemble":
         if bool(self.weights) != (self.blend == "weighted"):
-            raise ValueError(
-                f"blend={self.blend} and weights={self.weights}: blend weighted has weights, others have none"
-            )
+            raise ValueError(f"weights={self.weights}: blend weighted has weights, others have none")
         for name, value in self.weights.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"weights.{name}={value!r}: a number from 0 on is needed")
-        if not self.submission or set(self.submission) & set("/\\"):
-            raise ValueError(f"submission={self.submission!r} is not the name of a file in the output's folder")
+        _check_name("submission", self.submission, needed=True)
         if self.number_column and self.number_column == self.answer_column:
             raise ValueError(f"number_column and answer_column are both {self.number_column!r}; name two columns")
         if self.number_column and not self.answer_column:
@@ -263,8 +252,7 @@ class Export(Section):
 
     @model_validator(mode="after")
     def _a_name_alone(self) -> "Export":
-        if set(self.file) & set("/\\") or self.file.startswith("."):
-            raise ValueError(f"file={self.file!r} is not the name of a file in the output's folder")
+        _check_name("file", self.file)
         return self
 
 
@@ -315,22 +303,16 @@ class SageMaker(Section):
     price: float = Field(0.0, ge=0, description="of an instance for an hour, as you pay it; 0: not given")
     max_cost: float = Field(0.0, ge=0, description="most that all jobs may cost, in the unit of price; 0: no limit")
     poll_seconds: float = Field(15.0, ge=0.1, description="seconds between two looks at a job")
-    stages: dict[str, Any] = Field(
-        {}, description="what a stage has otherwise: sagemaker.stages.ensemble.instance_type=ml.c6i.xlarge"
-    )
+    stages: dict[str, Any] = Field({}, description="of one stage: sagemaker.stages.ensemble.instance_type=ml.m5.xlarge")
 
     @model_validator(mode="after")
     def _check(self) -> "SageMaker":
         if self.spot and self.keep_alive_minutes:
             raise ValueError("spot and keep_alive_minutes exclude each other: spot instances have no warm pool")
         if self.max_wait_hours and not self.spot:
-            raise ValueError(
-                f"max_wait_hours={self.max_wait_hours:g} is of spot instances; set spot=true, or leave it out"
-            )
+            raise ValueError(f"max_wait_hours={self.max_wait_hours:g} is of spot instances: set spot=true")
         if 0 < self.max_wait_hours < self.max_hours:
-            raise ValueError(
-                f"max_wait_hours={self.max_wait_hours:g} is less than max_hours={self.max_hours:g}, which it contains"
-            )
+            raise ValueError(f"max_wait_hours={self.max_wait_hours:g} is less than max_hours={self.max_hours:g}")
         if bool(self.subnets) != bool(self.security_groups):
             raise ValueError("subnets and security_groups go together: a VPC needs both")
         for key, table in (("tags", self.tags), ("environment", self.environment)):
@@ -392,9 +374,7 @@ class Settings(Section):
     stage: str = Field("", description="the stage, where no argument names it")
     run: str = Field("", description="the run's name, the title of its report; a stage reads and writes in its folder")
     runs: str = Field("runs", description="where the folders of all runs are, or an s3://bucket/prefix")
-    reuse: Literal["strict", "warn", "force"] = Field(
-        "warn", description="a result of other code or packages: strict makes it anew, warn says so, force is silent"
-    )
+    reuse: Literal["strict", "warn", "force"] = Field("warn", description="results of other code: redo, warn or ignore")
     data: Data = Data()
     split: Split = Split()
     model: Model = Model()

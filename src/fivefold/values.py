@@ -43,17 +43,6 @@ def words(kind: Any, many: bool = False) -> str:
     return " or ".join(name for name in named if name)
 
 
-def json_document(text: str) -> Any:
-    """The value of a JSON document, which names no key twice; a ValueError says in plain words in which line it breaks.
-
-    Stricter than `json.loads`: NaN and Infinity are no JSON, and of a key given twice one would be read by nobody.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg}: line {error.lineno} column {error.colno}") from None
-
-
 def _readings(given: Any) -> Iterator[Any]:
     """What `given` may mean, the likeliest first: a list or a table, nothing, text, a number, values between commas."""
     text = json.dumps(given) if isinstance(given, bool | int | float) else given
@@ -102,16 +91,3 @@ def _words(kind: Any, many: bool) -> str:
     if origin is list:
         return ("lists" if many else "a list") + f" of {words(get_args(kind)[0], many=True)}"
     return WORDS[origin][many]
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one table")
-    return table
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON; a finite number is needed")

@@ -130,13 +130,6 @@ def test_a_model_without_its_record_is_not_finished(tmp_path: Path):
         found(tmp_path)
 
 
-def test_what_a_killed_process_left_is_no_model(tmp_path: Path):
-    model_dir(tmp_path / "models/fold-0")
-    write_text(tmp_path / "models/fold-1/.model.json.0a1b.tmp", "{")
-    model_dir(tmp_path / "models/.cache/fold-2", fold=2)
-    assert len(found(tmp_path)) == 1
-
-
 @pytest.mark.parametrize(
     ("info", "message"),
     [

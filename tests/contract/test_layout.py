@@ -80,14 +80,6 @@ def test_runs_may_be_in_a_bucket(bucket):
     assert not [name for name in empty if name.startswith("SM_CHANNEL_")]
 
 
-def test_the_truth_stands_beside_the_table(tmp_path: Path):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "gt.csv").write_text("ID,label\n")
-    assert truth_of(str(tmp_path)) is None
-    (tmp_path / "deep" / "test.csv").write_text("ID,img_path\n")
-    assert truth_of(str(tmp_path)) == str(tmp_path / "deep" / "gt.csv")
-
-
 @pytest.mark.parametrize("name", ["ground_truth.csv", "GT.csv", "Ground-Truth.CSV"])
 def test_the_truth_is_found_however_it_is_spelt(tmp_path: Path, name: str):
     (tmp_path / "Test.csv").write_text("ID,img_path\n")

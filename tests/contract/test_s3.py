@@ -15,7 +15,7 @@ from fivefold.contract.s3.checkpoints import CheckpointSync
 from fivefold.contract.s3.client import Download, Store
 from fivefold.contract.s3.urls import Url, parse
 from fivefold.contract.storage import Remote, shown
-from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
+from fivefold.errors import DataError, RetryableError, SettingsError
 from s3_server import Bucket, Proxy, Request
 
 MIB = 2**20
@@ -241,13 +241,6 @@ def test_refused_requests_say_which_rights_are_needed(bucket, url, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         with pytest.raises(SettingsError, match=f"{url}/.* access refused .* need s3:ListBucket, s3:GetObject"):
             Remote(Path("/tmp")).output(url)
-
-
-def test_what_is_not_there_is_told_before_anything_runs(bucket):
-    with pytest.raises(MissingInputError, match="nothing is there, and no finished stage has written there"):
-        Remote(Path("/tmp")).channel(Url(bucket.name, "no/where"))
-    with pytest.raises(MissingInputError, match="there is no bucket 'nobodys'"):
-        Remote(Path("/tmp")).channel(Url("nobodys", "x"))
 
 
 @pytest.mark.parametrize(

@@ -115,12 +115,6 @@ def until(condition, what: str) -> None:
         time.sleep(0.005)
 
 
-def test_an_answer_is_the_models() -> None:
-    with served() as server:
-        told = server.ask(64).json
-    assert told == {"predicted_class": "dark", "confidence": 0.75, "probabilities": {"dark": 0.75, "bright": 0.25}}
-
-
 def test_a_full_queue_is_told_to_come_later_and_all_others_are_answered() -> None:
     with served(queue=3) as server, ThreadPoolExecutor(3) as pool:
         server.model.gate.clear()

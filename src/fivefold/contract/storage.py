@@ -221,7 +221,8 @@ class Remote:
         replaced = {each.url for each in output.replaced}
         long_ago = time.time() - SECONDS_TO_ABANDON
         for each in found:
-            abandoned = each.stage == stage and each.marker is None and not each.is_newer_than(long_ago)
+            newest = max(item.modified for item in each.objects.values())
+            abandoned = each.stage == stage and each.marker is None and newest <= long_ago
             if each.url.name != own and (each.url in replaced or abandoned):
                 self.store.delete(held.url for held in each.objects.values())
 

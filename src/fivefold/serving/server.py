@@ -5,12 +5,13 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import uvicorn
 
 from fivefold.errors import SettingsError
 from fivefold.serving.app import build_app
-from fivefold.serving.service import Model, Service
+from fivefold.serving.service import Service
 from fivefold.stopping import poll
 
 log = logging.getLogger("fivefold")
@@ -57,7 +58,7 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(listener: socket.socket, service: Service, load: Callable[[], Model], drain: float) -> None:
+def serve(listener: socket.socket, service: Service, load: Callable[[], Any], drain: float) -> None:
     """Answers at `listener` by the model that `load` gives; ends by a StoppedError, or by what `load` raises.
 
     While it loads, and from the signal on, `/ping` is 503. Requests under way then have `drain` seconds.
@@ -65,7 +66,7 @@ def serve(listener: socket.socket, service: Service, load: Callable[[], Model], 
     asyncio.run(_serve(listener, service, load, drain))
 
 
-async def _serve(listener: socket.socket, service: Service, load: Callable[[], Model], drain: float) -> None:
+async def _serve(listener: socket.socket, service: Service, load: Callable[[], Any], drain: float) -> None:
     async with running(listener, service, drain) as server:
         loading = asyncio.ensure_future(asyncio.to_thread(load))
         await told_to_stop(loading, server)

@@ -1,10 +1,10 @@
 """A model that answers requests: it reads, decodes and prepares images, has them judged in batches, and counts."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -18,6 +18,9 @@ from fivefold.serving.protocol import MILLION, ImageRequest, Prediction, Refused
 LATER = 1
 """Seconds after which a request that finds the queue full may come again."""
 
+
+if TYPE_CHECKING:
+    from fivefold.committee import Committee
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -51,18 +54,6 @@ class Metrics:
         return round(self.registry.get_sample_value(sample, labels) or 0)
 
 
-class Model(Protocol):
-    """What is served: a `committee.Committee`."""
-
-    classes: tuple[str, ...]
-
-    def decode(self, content: bytes, name: str, max_pixels: float) -> Any: ...
-
-    def prepare(self, decoded: Any) -> Any: ...
-
-    def judge(self, images: Sequence[Any]) -> np.ndarray: ...
-
-
 class Service:
     """Answers requests by one model, as soon as it has one; its methods belong to one event loop."""
 
@@ -70,14 +61,14 @@ class Service:
         self.limits = limits
         self.max_body = limits.max_body_mb * MILLION
         self.metrics = Metrics(lambda: self.images)
-        self.model: Model | None = None
+        self.model: Committee | None = None
         self.draining = False
         self.requests = 0
         self.images = 0
         self._pool: ThreadPoolExecutor | None = None
         self._batcher: Batcher | None = None
 
-    def open(self, model: Model) -> None:
+    def open(self, model: "Committee") -> None:
         """Takes requests from now on: the model has a thread with all of torch's, images have threads with one each."""
         import torch
 
@@ -177,17 +168,15 @@ class Service:
         return await self._in_thread(form, prediction) if prediction.many else form(prediction)
 
     async def _prepared(self, asked: ImageRequest) -> list[Any]:
-        names = [
-            (f"image {at} of the list", at) if asked.many else ("the image", None) for at in range(len(asked.files))
-        ]
-        work = [self._in_thread(self._prepare, file, *name) for file, name in zip(asked.files, names, strict=True)]
+        work = [self._in_thread(self._prepare, file, at if asked.many else None) for at, file in enumerate(asked.files)]
         found = await asyncio.gather(*work, return_exceptions=True)
         for each in found:
             if isinstance(each, BaseException):
                 raise each
         return found
 
-    def _prepare(self, file: bytes, name: str, at: int | None) -> Any:
+    def _prepare(self, file: bytes, at: int | None) -> Any:
+        name = "the image" if at is None else f"image {at} of the list"
         try:
             decoded = self.model.decode(file, name, self.limits.max_megapixels * MILLION)
         except DataError as error:

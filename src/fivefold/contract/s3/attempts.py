@@ -50,10 +50,6 @@ class Attempt:
         """The object that says that the attempt is whole."""
         return next((self.objects[name] for name in MARKERS if name in self.objects), None)
 
-    def is_newer_than(self, moment: float) -> bool:
-        """Whether something was put there since `moment` (seconds since 1970)."""
-        return any(found.modified > moment for found in self.objects.values())
-
 
 @dataclass(frozen=True)
 class Stored:
