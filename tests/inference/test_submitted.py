@@ -24,6 +24,8 @@ def test_rows_and_columns_are_matched_by_name(tmp_path):
     assert (found.system, found.classes) == ("eva", CLASSES)
     assert not holds_labels(found)
     assert read_submitted(path).classes == CLASSES
+    assert not names_classes_alone(path)
+    assert names_classes_alone(write(tmp_path, ",ID,target\n0,2,a\n1,1,b\n"))
 
 
 def test_a_column_of_classes_may_have_any_name(tmp_path):
@@ -31,25 +33,10 @@ def test_a_column_of_classes_may_have_any_name(tmp_path):
     assert (found.classes, found.log_probs.argmax(axis=1).tolist()) == (("a", "b"), [1, 0])
 
 
-def test_ids_without_a_name_stay_ids(tmp_path):
-    assert read_submitted(write(tmp_path, ",b,a\n7,.25,.75\n8,1,0\n")).ids.tolist() == ["7", "8"]
-
-
 def test_rows_that_are_no_shares_of_one_or_of_a_hundred_are_told(tmp_path, caplog):
     read_submitted(write(tmp_path, "ID,b,a\n1,.25,.75\n2,10,90\n3,.9,.9\n4,3,1\n"))
     (warned,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "2 rows sum neither to 1 nor to 100, the first in row 3 below the header (to 1.8)" in warned
-
-
-@pytest.mark.parametrize("index", ["", "Unnamed: 0"])
-def test_the_index_of_pandas_is_no_class(tmp_path, index):
-    path = write(tmp_path, f"{index},ID,ㄷ,a,b\n0,2,.1,.2,.7\n1,1,.5,.25,.25\n")
-    found = read_submitted(path, IDS, CLASSES).in_order(IDS)
-    np.testing.assert_allclose(np.exp(found.log_probs), [[0.25, 0.25, 0.5], [0.2, 0.7, 0.1]], atol=1e-6)
-    assert read_submitted(path).classes == CLASSES
-    labels = write(tmp_path, f"{index},ID,target\n0,2,a\n1,1,b\n")
-    assert names_classes_alone(labels)
-    assert read_submitted(labels, IDS, CLASSES).in_order(IDS).log_probs.argmax(axis=1).tolist() == [1, 0]
 
 
 def test_predicted_classes_count_as_certain(tmp_path):

@@ -205,16 +205,15 @@ def make_rows(
     """
     codes, classes = pd.factorize(np.asarray(labels, object), sort=True)
     _check_classes(classes, where)
-    nothing = pa.nulls(len(codes), TEXT)
+    columns = {"paths": paths, "ids": paths if ids is None else ids, "groups": groups, "strata": strata}
     try:
         arrow = {
-            "paths": pa.array(paths, TEXT),
-            "ids": pa.array(paths if ids is None else ids, TEXT),
-            "groups": nothing if groups is None else pa.array(groups, TEXT),
-            "strata": None if strata is None else pa.array(strata, TEXT),
+            name: None if column is None else pa.array(np.asarray(column, object), TEXT, from_pandas=True)
+            for name, column in columns.items()
         }
     except UnicodeEncodeError as error:
         raise DataError(f"{where} has file names that are not UTF-8, as {error.object!r}; rename them") from error
+    arrow["groups"] = pa.nulls(len(codes), TEXT) if groups is None else arrow["groups"]
     factors = None if factors is None else factors.only(tuple(classes))
     return Rows(codes=codes.astype(np.int32), classes=tuple(classes), layout=layout, factors=factors, **arrow)
 

@@ -191,7 +191,7 @@ def image_paths(
             f"{table}: paths that are empty or lead out of {store.root}: {sample(outside)}; "
             f"the first in row {outside.index[0] + 1} below the header"
         )
-    missing = [path for path in normal if not store.exists(path)] if check_files else []
+    missing = [path for path in normal.tolist() if not store.exists(path)] if check_files else []
     if missing:
         raise DataError(f"{table} names {len(missing)} of {len(normal)} files that do not exist: {sample(missing)}")
     return normal

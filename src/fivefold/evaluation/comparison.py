@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fivefold.csv_tables import check_same_ids
 from fivefold.errors import DataError
 from fivefold.evaluation import comparison_plots, metrics
 from fivefold.evaluation.metrics import competition_logloss
@@ -118,8 +119,8 @@ def same_tables(tables: Sequence[Predictions], names: Sequence[str], strict: boo
         if differing:
             raise DataError(f"{names[0]} and {name} know different classes: {sample(differing)}")
         there = set(table.ids)
-        if strict and there != set(ids):
-            raise DataError(f"{names[0]} and {name} predict other rows: {sample(sorted(there ^ set(ids)))}")
+        if strict:
+            check_same_ids(ids, names[0], there, name)
         ids = [each for each in ids if each in there]
     if not ids:
         raise DataError(f"{', '.join(names)} have no row in common")

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from fivefold.choose import choose
-from fivefold.errors import DataError
+from fivefold.csv_tables import check_same_ids
 from fivefold.evaluation.calibration import apply_temperature, fit_temperature
 from fivefold.evaluation.metrics import summary
 from fivefold.inference.blends import BLENDS, combined, cross_fitted, equal, given_weights
-from fivefold.predictions import Predictions, mean_by_id, sample
+from fivefold.predictions import Predictions, mean_by_id
 
 log = logging.getLogger("fivefold")
 
@@ -136,9 +136,7 @@ def same_rows(tables: Sequence[Predictions]) -> list[Predictions]:
     """All tables in the first one's order of rows and classes; a DataError names ids of one side alone."""
     first = tables[0]
     for table in tables[1:]:
-        differing = sorted(set(table.ids) ^ set(first.ids))
-        if differing:
-            raise DataError(f"systems {first.system!r} and {table.system!r} speak of other rows: {sample(differing)}")
+        check_same_ids(first.ids, f"system {first.system!r}", table.ids, f"system {table.system!r}")
     return [table.with_classes(first.classes).in_order(first.ids) for table in tables]
 
 
