@@ -26,9 +26,6 @@ def main(job: Job, settings: Settings) -> Outcome:
     folder = job.output() / key_of([image.sha256 for image in images], pixels)
     cache = open_or_build(folder, lambda: images, pixels, settings.data.cache_gib)
     log.info("%d images, %s, %s: %s", len(cache), pixels.in_words, in_words(cache.bytes), folder)
-    others = sorted(path.parent.name for path in job.output().glob(f"*/{HEAD}") if path.parent != folder)
-    if others:
-        log.info("caches of other images or settings are left alone: %s", ", ".join(others))
     files = [folder / PIXELS, folder / INDEX, folder / HEAD]
     return Outcome(files, {"images": len(cache), "bytes": cache.bytes})
 

@@ -6,36 +6,11 @@ import torch
 from fivefold.data.dataset import derive_seed
 from fivefold.data.transforms import SETS, build_transforms
 from fivefold.errors import SettingsError
+from fivefold.settings import arguments_layer, load
 
+RECIPES = ["car_efficientnet_b5", "car_convnext_tiny", "sketch_caformer", "product_image_type"]
 SYSTEMS = {
-    "car_efficientnet_b5": [
-        "horizontal_flip",
-        {"name": "rotation", "degrees": 15},
-        {"name": "color_jitter", "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.1},
-        {"name": "affine", "degrees": 0, "translate": [0.1, 0.1], "scale": [0.9, 1.1]},
-    ],
-    "car_convnext_tiny": [
-        {"name": "random_resized_crop", "scale": [0.7, 1.0]},
-        "horizontal_flip",
-        {"name": "rotation", "degrees": 15},
-        {"name": "color_jitter", "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1},
-        {"name": "affine", "degrees": 10, "translate": [0.05, 0.05], "scale": [0.9, 1.1]},
-        {"name": "perspective", "distortion_scale": 0.2, "p": 0.5},
-    ],
-    "sketch_caformer": [
-        {"name": "horizontal_flip", "p": 0.5},
-        {"name": "rotation", "degrees": 30, "interpolation": "bilinear", "fill": 255, "p": 0.5},
-        {"name": "coarse_dropout", "holes": [1, 8], "height": [1, 16], "width": [1, 16], "p": 0.5},
-        {"name": "grid_distortion", "steps": 1, "limit": [-0.03, 0.05], "fill": 255, "p": 0.5},
-        "resize",
-        {"name": "unsharp_mask", "kernel": 7, "sigma": 1.5, "amount": 1.5},
-        {"name": "brightness", "amount": -0.2},
-    ],
-    "product_image_type": [
-        {"name": "rotation", "degrees": 10},
-        {"name": "color_jitter", "brightness": 0.2, "contrast": 0.2, "saturation": 0.2},
-        "horizontal_flip",
-    ],
+    **{name: load([arguments_layer([f"recipe={name}"])]).augment.train for name in RECIPES},
     **{f"mask_profile {name}": [name] for name in SETS},
     "automatic": ["rand_augment", "trivial_augment", {"name": "random_erasing", "p": 1.0}],
 }
@@ -82,9 +57,7 @@ def test_a_set_at_evaluation_is_its_fixed_parts_alone(name):
     assert torch.equal(found[0], build_transforms(parts, (48, 40))(image("large")))
 
 
-@pytest.mark.parametrize(
-    "system", ["car_efficientnet_b5", "car_convnext_tiny", "sketch_caformer", "product_image_type"]
-)
+@pytest.mark.parametrize("system", RECIPES)
 def test_a_training_list_is_no_evaluation(system):
     """The ConvNeXt of the cars validated on randomly cropped, turned and jittered images."""
     with pytest.raises(SettingsError, match=r"augment\.eval: .* draws at random"):

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from fivefold.data.image_cache import Cache
 from fivefold.data.images import Pixels, in_threads
@@ -83,7 +83,7 @@ class ImageSet(Dataset):
         self.meta = tuple(meta)
         self.pixels = pixels
         digests = [None] * len(paths) if sha256 is None else sha256
-        self.cached = [(cache, cache.find(digests)) for cache in store.caches if cache.pixels == pixels]
+        self.cached = [(cache, cache.find(digests)) for cache in getattr(store, "caches", ()) if cache.pixels == pixels]
         self.kept: list[np.ndarray] | None = None
         self.measured: np.ndarray | None = None
 
@@ -227,7 +227,7 @@ def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, p
             images,
             batch_sampler=batches,
             num_workers=workers,
-            collate_fn=_as_is,
+            collate_fn=default_convert,
             worker_init_fn=_leave_the_group,
             pin_memory=pin,
             # A generator of its own: the loader draws a base seed, which must not move the model's randomness.
@@ -235,10 +235,6 @@ def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, p
             prefetch_factor=4 if workers else None,
         )
     )
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _leave_the_group(worker: int) -> None:

@@ -5,7 +5,6 @@ The annotation of a parameter says what values a recipe may give it; a default i
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
@@ -146,7 +145,8 @@ def shift_scale_rotate(
     moves = np.float32([2 * shift * (2 * across - 1), 2 * shift * (2 * down - 1)])
     (x_of_x, x_of_y), (y_of_x, y_of_y) = np.float32([[cos * wide, -sin / wide], [sin * wide, cos / wide]])
     height, width = image.shape[-2:]
-    x, y = _positions(height, width)
+    x = (2 * np.arange(width, dtype=np.float32) + 1) / width - 1
+    y = ((2 * np.arange(height, dtype=np.float32) + 1) / height - 1)[:, None]
     ratio = height / width  # a turn keeps angles of pixels
     grid = np.empty((1, height, width, 2), np.float32)
     grid[0, ..., 0] = x_of_x * x + x_of_y * ratio * y + moves[0]
@@ -156,13 +156,6 @@ def shift_scale_rotate(
     )  # colour by colour in memory, which is sampled in a third of the time
     moved = F.grid_sample(planes, torch.from_numpy(grid), padding_mode="reflection", align_corners=False)
     return moved[0].round_().to(torch.uint8)
-
-
-@lru_cache(maxsize=8)
-def _positions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """x [1, W] and y [H, 1] of every pixel's centre, float32, -1 to 1 from edge to edge."""
-    y, x = ((2 * np.arange(size, dtype=np.float32) + 1) / size - 1 for size in (height, width))
-    return x[None], y[:, None]
 
 
 def linear_colour_jitter(

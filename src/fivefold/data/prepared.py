@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fivefold.contract.files import reserve
 from fivefold.data.dataset import MEMORY_LIMIT, Batch, ImageSet, Sample, load
@@ -67,7 +66,8 @@ class Prepared:
         together = np.array_equal(rows, np.arange(start, start + len(rows)))
         chosen = slice(start, start + len(rows)) if together else rows
         meta = None if self.meta is None else torch.from_numpy(self.meta[chosen].copy())
-        return Batch(_as_images(self.pixels[chosen]), torch.from_numpy(rows), meta)
+        images = torch.from_numpy(self.pixels[chosen]).permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(rows), meta)
 
     def _make(self, rows: np.ndarray, label: str) -> bool:
         """Makes those of `rows` that are not made yet; whether there is room for them."""
@@ -108,11 +108,6 @@ class Prepared:
 def memory_limit() -> int:
     """Bytes that kept images may take on this machine now."""
     return min(MEMORY_LIMIT, free_memory() // SHARE_OF_FREE)
-
-
-def _as_images(pixels: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] as images [B, 3, H, W], without a copy: each image's channels lie last in memory."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def _in_file(shape: tuple[int, ...], folder: Path) -> np.ndarray | None:

@@ -15,7 +15,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +76,9 @@ class ZipStore:
     entries: Mapping[str, zipfile.ZipInfo] = field(repr=False)
     caches: Sequence[Any] = ()
 
-    @cached_property
-    def _names(self) -> list[str]:
-        return sorted(self.entries)
-
     def names(self) -> list[str]:
         """Relative POSIX names of all files, sorted; hidden ones and `__MACOSX` left out."""
-        return self._names
+        return sorted(self.entries)
 
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
         """Names of the folders and of the files directly in `folder` ("" is the root), sorted."""

@@ -61,9 +61,7 @@ def build_transforms(specs: Sequence[Spec], size: Size, evaluation: bool = False
     `evaluation` a set gives its fixed parts alone. Raises SettingsError for an unknown name or
     parameter, and for a transform of an evaluation that draws at random.
     """
-    steps = [_build(spec, size) for spec in expanded(specs, evaluation)] + [partial(resize, size=size)]
-
-    return Composed(tuple(steps))
+    return Composed((*(_build(spec, size) for spec in expanded(specs, evaluation)), partial(resize, size=size)))
 
 
 def expanded(specs: Sequence[Spec], evaluation: bool) -> list[Spec]:
