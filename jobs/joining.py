@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from fivefold.arrow import pa
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE, PREDICTIONS

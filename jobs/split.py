@@ -3,9 +3,9 @@
 import logging
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from fivefold.arrow import pa
 from fivefold.choose import choose
 from fivefold.contract.files import write_json, write_text
 from fivefold.contract.job import Job

@@ -46,7 +46,6 @@ LATE = (
     "boto3",
     "matplotlib",
     "onnx",
-    "pandas",
     "psutil",
     "scipy",
     "sklearn",

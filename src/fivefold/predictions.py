@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fivefold.arrow import pa
 from fivefold.errors import DataError, MissingInputError
 
 PREFIX = "p/"

@@ -14,11 +14,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pytest
 from PIL import Image
 
-from fivefold.arrow import pa
 from fivefold.contract.artifacts import channel_digest
 from fivefold.contract.job import job_from
 from fivefold.contract.stages import STAGES

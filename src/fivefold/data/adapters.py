@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from fivefold.arrow import pa
 from fivefold.choose import choose
 from fivefold.contract.spelling import is_sample, is_truth, plain_name
 from fivefold.data.images import is_image

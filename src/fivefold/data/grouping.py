@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-
-from fivefold.arrow import pa
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from fivefold.arrow import pa
 from fivefold.data.adapters import Rows
 from fivefold.data.images import decode, pixel_digest
 from fivefold.data.store import ImageStore

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from fivefold.arrow import pa
 from fivefold.contract.files import atomic, write_json
 from fivefold.data.folds import FoldTable
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 
-from fivefold.arrow import pa
 from fivefold.contract.spelling import plain_name
 from fivefold.data.adapters import Rows
 from fivefold.data.layouts import TRAIN_FOLDERS, bases, csvs, levels, stem

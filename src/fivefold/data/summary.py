@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from fivefold.arrow import pa
 from fivefold.data.folds import FoldTable
 from fivefold.data.grouping import Duplicates
 from fivefold.data.tables import few

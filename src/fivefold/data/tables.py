@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from fivefold.arrow import pa
 from fivefold.data.images import is_image
 from fivefold.data.store import ImageStore
 from fivefold.errors import DataError, MissingInputError

@@ -9,9 +9,8 @@ import io
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-
-from fivefold.arrow import pa
 
 AT_ONCE = 48_000
 """Numbers that are turned to text at a time, so that they stay in the processor's cache."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import pyarrow as pa
 
-from fivefold.arrow import pa
 from fivefold.data.evals import Submission
 from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError

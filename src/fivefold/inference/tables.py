@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from fivefold import predictions
-from fivefold.arrow import pa
 from fivefold.contract.files import atomic, disk_is_full, reserve
 from fivefold.errors import DataError, RetryableError
 from fivefold.inference.blends import TINY
