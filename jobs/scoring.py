@@ -22,6 +22,7 @@ from fivefold.errors import DataError
 from fivefold.evaluation import truth
 from fivefold.evaluation.report import thumbnail
 from fivefold.evaluation.tables import Mistake, Scored, stacked
+from fivefold.inference.ensemble import by_system
 from fivefold.inference.product import factors_of, needs_product, product_of
 from fivefold.predictions import Predictions, mean_by_id
 from fivefold.recipe import Data
@@ -214,11 +215,9 @@ class Evidence:
 
 def _product(found: Sequence[tuple[ModelDir, Predictions]]) -> Predictions:
     """The tables of models that know different factors as one: the mean of each system's, multiplied."""
-    groups: dict[str, list[tuple[ModelDir, Predictions]]] = {}
-    for model, table in found:
-        groups.setdefault(model.info["system"], []).append((model, table))
-    product = product_of({name: [(model.name, model.info) for model, _ in group] for name, group in groups.items()})
-    return product.table({name: mean_by_id([table for _, table in group]) for name, group in groups.items()})
+    groups = by_system([model for model, _ in found])
+    tables = {name: [table for model, table in found if model.system == name] for name in groups}
+    return product_of(groups).table({name: mean_by_id(group) for name, group in tables.items()})
 
 
 def _models_in_words(models: Sequence[ModelDir], prefix: str = "") -> str:

@@ -2,11 +2,10 @@
 
 import logging
 
-from fivefold import assemble, members
+from fivefold import assemble, members, predictions
 from fivefold.contract.job import Job
 from fivefold.contract.stages import OOF, TRAIN_LOG
 from fivefold.errors import SettingsError
-from fivefold.inference.tables import save_predictions
 from fivefold.recipe import Settings
 from fivefold.replicas import Replicas
 from fivefold.training.loop import TrainRows, ValidRows
@@ -50,7 +49,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     holdout_files, holdout_scores = training.save_holdout(job, model, store, table, settings, runtime)
     if not job.place.leads:
         return Outcome([])
-    files = [job.model() / TRAIN_LOG, save_predictions(job.model() / OOF, oof)]
+    files = [job.model() / TRAIN_LOG, predictions.write(job.model() / OOF, oof)]
     facts = {"fold": fold, **training.split_facts(split, table), **training.processes(job)}
     files += holdout_files + members.save_member(job.model(), "fold", best, settings, runtime, facts)
     training.draw_curves(job)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fivefold import assemble
+from fivefold import assemble, predictions
 from fivefold.contract.artifacts import locate
 from fivefold.contract.files import MIB, atomic, check_space, sha256
 from fivefold.contract.job import Job
@@ -23,7 +23,6 @@ from fivefold.evaluation.examples import image_grid, spread_out
 from fivefold.evaluation.metrics import predicted, summary
 from fivefold.evaluation.plots import training_curves
 from fivefold.inference.predictor import Runtime
-from fivefold.inference.tables import save_predictions
 from fivefold.members import evaluation_images, predict_images
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
@@ -183,7 +182,7 @@ def save_holdout(
         return [], {}
     figures = scores(found, "holdout")
     log.info("holdout, %d rows that no model trained on: %s", len(rows), in_words(figures))
-    return [save_predictions(job.model() / HOLDOUT, found)], figures
+    return [predictions.write(job.model() / HOLDOUT, found)], figures
 
 
 def scores(table: Predictions, prefix: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from fivefold.data.tables import PATH_NAMES
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import FLOOR
 from fivefold.evaluation.truth import LABEL_COLUMNS, is_number, read_cells, refuse_repeated, shares
-from fivefold.predictions import Predictions, open_table, read, sample
+from fivefold.predictions import Predictions, read, read_system, sample
 
 PREFIX = "output_"
 """Files are called output_<model>.csv by custom: their system's name is what follows."""
@@ -23,7 +23,7 @@ PREFIX = "output_"
 def system_name(path: Path) -> str:
     """What an ensemble calls the system that a file speaks for: `eva` for output_eva.csv; a table under its usual name says it."""
     if path.name == PREDICTIONS:
-        return open_table(path).system or path.parent.name
+        return read_system(path) or path.parent.name
     return path.stem.removeprefix(PREFIX) or path.stem
 
 
