@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from fivefold import predictions
 from fivefold.contract.artifacts import ModelDir, find_models, find_predictions, locate, locate_all
 from fivefold.contract.files import read_json
@@ -21,7 +23,7 @@ from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import DataError
 from fivefold.evaluation import truth
 from fivefold.evaluation.report import thumbnail
-from fivefold.evaluation.tables import Mistake, Scored, stacked
+from fivefold.evaluation.tables import Scored, stacked
 from fivefold.inference.ensemble import by_system
 from fivefold.inference.product import factors_of, needs_product, product_of
 from fivefold.predictions import Predictions, mean_by_id
@@ -134,11 +136,11 @@ class Evidence:
         short = one_seed and one_system and len(logs) > 1
         return {f"fold {m.info['fold']}" if short else m.name: path for m, path in logs}
 
-    def thumbnails(self, name: str, mistakes: Sequence[Mistake]) -> dict[tuple[str, str], bytes]:
+    def thumbnails(self, name: str, mistakes: pd.DataFrame) -> dict[tuple[str, str], bytes]:
         """Small images of `mistakes` among the rows `name`, by (name, id); those that cannot be read are left out."""
         store = self.eval_store if name == "test" else self.train_store
         found = {}
-        for mistake in mistakes if store else ():
+        for mistake in mistakes.itertuples() if store else ():
             path = mistake.path or mistake.id
             try:
                 found[name, mistake.id] = thumbnail(decode(store.read(path), path))

@@ -19,9 +19,8 @@ from fivefold.data.folds import FoldTable, read_folds
 from fivefold.data.images import decode
 from fivefold.data.prepared import Prepared
 from fivefold.data.store import ImageStore
-from fivefold.evaluation.examples import image_grid, spread_out
 from fivefold.evaluation.metrics import predicted, summary
-from fivefold.evaluation.plots import training_curves
+from fivefold.evaluation.plots import image_grid, spread_out, training_curves
 from fivefold.inference.predictor import Runtime
 from fivefold.members import evaluation_images, predict_images
 from fivefold.predictions import Predictions

@@ -1,12 +1,11 @@
 """The parts of a split as tables that people and other programs open, and their figures."""
 
-import csv
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,7 +20,7 @@ FILES = {
     "holdout": "test_data.csv",
 }
 """The table of each part. Of k folds train_data.csv holds all, and none is for validation alone."""
-HEADER = ("product_id", "image_path", "image_type")
+HEADER = ["product_id", "image_path", "image_type"]
 
 
 def write_parts(
@@ -32,20 +31,20 @@ def write_parts(
     `strata` [N] categories; `seed` and `shares` are those of the split, for the summary. Paths count
     from the train channel. A row without a group stands for a product of its own.
     """
-    products = pc.coalesce(table.groups, table.ids).to_numpy(zero_copy_only=False)
-    labels, figures, written = table.labels(), {}, []
+    columns = (pc.coalesce(table.groups, table.ids), table.paths, table.labels())
+    frame = pd.DataFrame({name: np.asarray(column) for name, column in zip(HEADER, columns, strict=True)})
+    frame["category"] = None if strata is None else np.asarray(strata)
+    figures, written = {}, []
     for part in [name for name in FILES if (table.part == name).any()]:
-        rows = np.flatnonzero(table.part == part)
+        rows = frame[table.part == part]
         written.append(folder / FILES[part])
-        with atomic(written[-1]) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(HEADER)
-            writer.writerows(zip(products[rows], table.paths_of(rows), labels[rows], strict=True))
-        figures[part] = _figures(rows, products, labels, strata)
+        with atomic(written[-1]) as temporary:
+            rows.to_csv(temporary, columns=HEADER, index=False, lineterminator="\n")
+        figures[part] = _figures(rows)
     everything = {
         "seed": seed,
         "shares": dict(zip(("train", "valid", "test"), shares, strict=False)),
-        "total": _figures(np.arange(len(table)), products, labels, strata),
+        "total": _figures(frame),
         "parts": figures,
     }
     write_json(folder / SUMMARY, everything)
@@ -58,14 +57,12 @@ def remove_parts(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _figures(rows: np.ndarray, products: np.ndarray, labels: np.ndarray, strata: pa.Array | None) -> dict[str, Any]:
+def _figures(rows: pd.DataFrame) -> dict[str, Any]:
     """Products and images of `rows`, images of each type, and products of each category where they have one."""
-    found = {
-        "products": len(set(products[rows])),
+    figures = {
+        "products": rows["product_id"].nunique(),
         "images": len(rows),
-        "image_types": dict(sorted(Counter(labels[rows].tolist()).items())),
+        "image_types": rows["image_type"].value_counts().sort_index().to_dict(),
     }
-    if strata is None:
-        return found
-    category = dict(zip(products[rows], strata.take(pa.array(rows)).to_pylist(), strict=True))
-    return found | {"categories": dict(sorted(Counter(category.values()).items()))}
+    categories = rows.drop_duplicates("product_id", keep="last")["category"].value_counts().sort_index().to_dict()
+    return figures | ({"categories": categories} if categories else {})

@@ -1,28 +1,42 @@
-"""Pictures of scores, drawn by matplotlib (imported late, without a display), light or dark.
+"""Pictures of scores, of a comparison and of images, drawn by matplotlib (imported late, without a display), light or dark.
 
 Every function draws to `target`, a path or a binary file, as PNG.
 """
 
-import csv
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+from PIL import Image
 
 from fivefold.choose import choose
 from fivefold.errors import DataError
 from fivefold.evaluation import drawing
-from fivefold.evaluation.drawing import THEMES, Target, Theme
+from fivefold.evaluation.drawing import DPI, THEMES, Target, Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-NAMED_CLASSES = 40
-WRITTEN_COUNTS = 16
+NAMED_MOST = 40
+"""Up to so many classes or experiments have their names beside a matrix."""
+WRITTEN_MOST = 16
+"""Up to so many have their figures written into its cells."""
 BARS = 40
+LONGEST_NAME = 60
+LINE = 28
+"""Cells of a line of a name: Hangul and Han take two."""
+COLUMNS = 4
+SHOWN = 16
+SIDE, GAP, CAPTION = 320, 24, 48
+"""Pixels of a shown image's longer side, around it, and of the two lines above it."""
+LARGE_PIXELS = 3
+"""An image that is enlarged so many times or more keeps its pixels as squares."""
 
 
 def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light") -> None:
@@ -70,13 +84,12 @@ def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") 
 
 
 def read_train_log(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a `train_log.csv`, epoch by epoch, NaN where a cell is empty."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    """Reads the columns of a `train_log.csv`, epoch by epoch, NaN where a cell is empty."""
     try:
-        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else {})}
-    except (TypeError, ValueError) as error:
+        log = pd.read_csv(path, dtype=np.float64, index_col=False)
+    except ValueError as error:
         raise DataError(f"{path} is not a training log: {error}") from error
+    return {name: log[name].to_numpy() for name in log}
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme: str = "light") -> None:
@@ -85,7 +98,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme:
     Counts are written into up to 16 classes, names beside up to 40; beyond, classes go by number.
     """
     colours = choose(THEMES, "theme", theme)
-    side = 4.0 + min(len(classes), NAMED_CLASSES) * 0.15
+    side = 4.0 + min(len(classes), NAMED_MOST) * 0.15
     figure = drawing.blank(colours, (side + 1.0, side))
     axis = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -97,7 +110,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme:
     drawing.style(axis, colours, "", "predicted", "true")
     axis.grid(False)
     _class_ticks(axis, classes, colours)
-    if len(classes) <= WRITTEN_COUNTS:
+    if len(classes) <= WRITTEN_MOST:
         _write_counts(axis, matrix, shown, colours)
     _confusion_scale(figure, axis, picture, _most(shares, hits), colours)
     drawing.save(figure, target, colours)
@@ -180,6 +193,95 @@ def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Targe
     drawing.save(figure, target, colours)
 
 
+def scores(
+    names: Sequence[str], figures: Sequence[Mapping[str, float | None]], target: Target, theme: str = "light"
+) -> None:
+    """Accuracy with its 95 % interval, and log loss, of each experiment: bars from 0, figures beside them.
+
+    `figures`: of each of `names`, `accuracy`, `accuracy_low`, `accuracy_high` and `logloss`, or None for unknown.
+    """
+    colours = choose(THEMES, "theme", theme)
+    labels = numbered(dict(enumerate(names, start=1)))
+    height = sum(0.24 + 0.16 * label.count("\n") + 0.12 for label in labels)
+    figure = drawing.blank(colours, (9.6, 1.15 + height))
+    left, right = figure.subplots(1, 2, sharey=True)
+    accuracy, logloss = _column(figures, "accuracy"), _column(figures, "logloss")
+    spread = np.abs(np.stack([_column(figures, "accuracy_low"), _column(figures, "accuracy_high")]) - accuracy)
+    _bars(left, colours, "Accuracy", "share of rows, higher is better", accuracy, colours.accent)
+    left.errorbar(
+        accuracy, np.arange(len(names)), xerr=spread, fmt="none", ecolor=colours.text, elinewidth=1.1, capsize=2.5
+    )
+    left.set_xlim(0, 1)
+    _bars(right, colours, "Log loss", "nats a row, lower is better", logloss, colours.second)
+    right.set_xlim(0, 1.05 * np.nanmax(logloss, initial=0.01))
+    left.set_yticks(np.arange(len(names)), labels)
+    left.set_ylim(len(names) - 0.4, -0.6)
+    drawing.save(figure, target, colours)
+
+
+def likeness(
+    names: Mapping[int, str], agreement: np.ndarray, correlation: np.ndarray, target: Target, theme: str = "light"
+) -> None:
+    """Two heat maps [M, M] side by side: shares of rows with the same predicted class, correlations of probabilities.
+
+    `names` of the M experiments by their numbers.
+    """
+    colours = choose(THEMES, "theme", theme)
+    side = 1.6 + 0.5 * min(len(names), WRITTEN_MOST) + 0.06 * min(max(len(names) - WRITTEN_MOST, 0), NAMED_MOST)
+    figure = drawing.blank(colours, (2 * side + 2.6, side + 0.8))
+    left, right = figure.subplots(1, 2)
+    _heat(left, colours, "Agreement of predicted classes", agreement)
+    _heat(right, colours, "Correlation of probabilities", correlation)
+    places = np.arange(len(names))
+    if len(names) <= NAMED_MOST:
+        numbers = [str(number) for number in names]
+        left.set_yticks(places, numbered(names))
+        right.set_yticks(places, numbers)
+        for axis in (left, right):
+            axis.set_xticks(places, numbers)
+    drawing.save(figure, target, colours)
+
+
+def numbered(names: Mapping[int, str]) -> list[str]:
+    """`1  name`, in lines of some 28 cells; the number alone for a name that no font can draw."""
+    drawn = drawing.drawable(list(names.values()), list(names), LONGEST_NAME)
+    return [
+        str(number) if name == f"#{number}" else "\n".join(_lines(f"{number}  {name}"))
+        for number, name in zip(names, drawn, strict=True)
+    ]
+
+
+def spread_out(rows: int, most: int = SHOWN) -> np.ndarray:
+    """At most `most` of `rows` rows, evenly spread over them, ascending."""
+    return np.unique(np.linspace(0, rows - 1, min(rows, most)).round().astype(np.int64))
+
+
+def image_grid(
+    images: Sequence[np.ndarray], truth: Sequence[str], guesses: Sequence[str], target: Target, theme: str = "light"
+) -> None:
+    """The images (uint8 [H, W, 3], of any sizes), each under its true and its predicted class; mistakes in another colour.
+
+    They are pasted into one canvas, which takes half the time of as many axes.
+    """
+    colours = choose(THEMES, "theme", theme)
+    numbers = range(len(images))
+    names = zip(drawing.drawable(truth, numbers), drawing.drawable(guesses, numbers), strict=True)
+    shown = [_fitted(image) for image in images]
+    lines = [shown[start : start + COLUMNS] for start in range(0, len(shown), COLUMNS)]
+    tops = np.cumsum([GAP, *(CAPTION + max(image.height for image in line) + GAP for line in lines)])
+    size = (COLUMNS * (SIDE + GAP) + GAP, int(tops[-1]))
+    pasted = Image.new("RGB", size, colours.surface)
+    figure = drawing.canvas(colours, (size[0] / DPI, size[1] / DPI))
+    for number, (image, (true, guess)) in enumerate(zip(shown, names, strict=True)):
+        left, top = GAP + number % COLUMNS * (SIDE + GAP), int(tops[number // COLUMNS])
+        pasted.paste(image, (left, top + CAPTION))
+        colour = colours.text if true == guess else colours.wrong
+        caption, at = f"truth {true}\npredicted {guess}", (left / size[0], 1 - (top + CAPTION - 8) / size[1])
+        figure.text(*at, caption, color=colour, fontsize=8, va="bottom")
+    figure.figimage(np.asarray(pasted))
+    drawing.save(figure, target, colours)
+
+
 def _grid(colours: Theme) -> tuple["Figure", list["Axes"]]:
     figure = drawing.blank(colours, (9.6, 6.0))
     return figure, list(figure.subplots(2, 2).flat)
@@ -252,7 +354,7 @@ def _confusion_scale(figure: "Figure", axis: "Axes", picture: "AxesImage", most:
 
 
 def _class_ticks(axis: "Axes", classes: Sequence[str], colours: Theme) -> None:
-    if len(classes) > NAMED_CLASSES:
+    if len(classes) > NAMED_MOST:
         return
     places, names = np.arange(len(classes)), drawing.drawable(classes, range(len(classes)))
     axis.set_yticks(places, names)
@@ -270,3 +372,61 @@ def _write_counts(axis: "Axes", matrix: np.ndarray, shown: np.ndarray, colours: 
     for row, column in np.argwhere(matrix > 0):
         colour = colours.surface if shown[row, column] > 0.6 else colours.text
         axis.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", fontsize=size, color=colour)
+
+
+def _lines(text: str) -> list[str]:
+    """`text` in lines of at most LINE cells, broken behind blanks, `_`, `-` and `.` where it can be."""
+    lines, line = [], ""
+    for piece in re.findall(r"[^ _.-]*[ _.-]*", text):
+        while _cells(piece) > LINE:
+            piece, cut = piece[LINE // 2 :], piece[: LINE // 2]
+            lines += [line, cut] if line else [cut]
+            line = ""
+        if line and _cells(line + piece) > LINE:
+            lines, line = [*lines, line], ""
+        line += piece
+    return [each.rstrip() for each in [*lines, line] if each.strip()]
+
+
+def _cells(text: str) -> int:
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def _column(figures: Sequence[Mapping[str, float | None]], name: str) -> np.ndarray:
+    return np.array([np.nan if row.get(name) is None else row[name] for row in figures], dtype=np.float64)
+
+
+def _bars(axis: "Axes", colours: Theme, title: str, across: str, values: np.ndarray, colour: str) -> None:
+    """Bars from 0, with each figure at the panel's right edge, where nothing hides it."""
+    drawing.style(axis, colours, title, across)
+    axis.grid(False, axis="y")
+    axis.barh(np.arange(len(values)), np.nan_to_num(values), 0.6, color=colour)
+    for row, value in enumerate(values):
+        text = "–" if np.isnan(value) else f"{value:.4f}"
+        axis.text(1.02, row, text, color=colours.text, fontsize=9.5, va="center", transform=axis.get_yaxis_transform())
+
+
+def _heat(axis: "Axes", colours: Theme, title: str, values: np.ndarray) -> None:
+    """A square of shades: white for the least likeness of two, or a little below, full colour for 1."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    others = values[~np.eye(len(values), dtype=bool)]
+    low = min(float(np.nanmin(others, initial=1.0)), 0.98)
+    low -= 0.15 * (1 - low)
+    shades = LinearSegmentedColormap.from_list("", (colours.surface, colours.accent))
+    axis.imshow(np.ma.masked_invalid(values), shades, vmin=low, vmax=1, interpolation="nearest")
+    drawing.style(axis, colours, title, "")
+    axis.grid(False)
+    for row, column in np.ndindex(*values.shape) if len(values) <= WRITTEN_MOST else ():
+        value = values[row, column]
+        ink = colours.surface if (value - low) / (1 - low) > 0.7 else colours.text
+        text = "–" if np.isnan(value) else f"{value:.3f}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=8.5, color=ink)
+
+
+def _fitted(image: np.ndarray) -> Image.Image:
+    """The image with its longer side at SIDE pixels."""
+    scale = SIDE / max(image.shape[:2])
+    height, width = (max(1, round(scale * side)) for side in image.shape[:2])
+    how = Image.Resampling.NEAREST if scale >= LARGE_PIXELS else Image.Resampling.LANCZOS
+    return Image.fromarray(image).resize((width, height), how)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fivefold.evaluation import calibration, metrics, plots
 from fivefold.evaluation.drawing import THEMES
-from fivefold.evaluation.tables import Mistake, Scored, confused_pairs
+from fivefold.evaluation.tables import Scored, confused_pairs
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 LOOK = Path(__file__).with_name("look.css")
@@ -53,7 +54,7 @@ class Content:
     figures: Mapping[str, Mapping[str, Any]]
     folds: Sequence[tuple[str, Mapping[str, Any]]]
     pictures: Mapping[str, Picture]
-    mistakes: Mapping[str, Sequence[Mistake]]
+    mistakes: Mapping[str, pd.DataFrame]
     thumbnails: Mapping[tuple[str, str], bytes]
     records: Sequence[Mapping[str, Any]]
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -183,17 +184,13 @@ def _spread(folds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]
 
 
 def _per_class_rows(scored: Scored) -> list[dict[str, Any]]:
-    table = metrics.per_class_table(scored.confusion)
-    columns = {name: column.tolist() for name, column in table.items()}
-    return [
-        {"class": name, **{key: column[place] for key, column in columns.items()}}
-        for place, name in enumerate(scored.table.classes)
-    ]
+    columns = {"class": scored.table.classes, **metrics.per_class_table(scored.confusion)}
+    return pd.DataFrame(columns).to_dict("records")
 
 
 def _tiles(content: Content, name: str) -> list[dict[str, Any]]:
     tiles = []
-    for mistake in content.mistakes.get(name, ()):
+    for mistake in content.mistakes[name].itertuples():
         image = content.thumbnails.get((name, mistake.id))
         small = image is not None and image.startswith(b"\x89PNG")
         tiles.append({"mistake": mistake, "image": image, "small": small})
