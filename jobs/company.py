@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 from fivefold.contract.hosts import hosts_of, processes_of
@@ -12,7 +13,6 @@ from fivefold.contract.place import check_batch, is_member, place_of
 from fivefold.contract.stages import Stage
 from fivefold.launchers import replicas
 from fivefold.launchers.local import gpus
-from fivefold.process import load
 from fivefold.recipe import Settings
 from fivefold.settings import key_settings
 
@@ -71,7 +71,7 @@ def follow(job: Job, settings: Settings) -> None:
     """What a process does that is not the first: it trains with it, and leaves all files to it."""
     job.probe()
     if decided(job, settings, False):
-        load(job.stage.module).main(job, settings)
+        import_module(job.stage.module).main(job, settings)
 
 
 def _processes(stage: Stage, environ: Mapping[str, str], settings: Callable[[], Settings]) -> int:

@@ -4,10 +4,9 @@ The digits are written as 8×8 PNG files below data/demo, once; then `submit` ru
 on them as the run `demo`. Further KEY=VALUE are submit's: settings, parallel=, runs=, --dry-run.
 """
 
-import csv
 import io
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,15 +72,14 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 def write_tables(folder: Path, labels: Sequence[str]) -> None:
     """The tables of a competition's download: what to predict, in which columns, and the truth."""
+    import pandas as pd
+
     ids = [f"TEST_{number:05d}" for number in range(len(labels))]
-    classes = sorted(set(labels))
-    write_csv(folder / "test.csv", ["ID", "img_path"], ([name, f"./{name}.png"] for name in ids))
-    write_csv(folder / "sample_submission.csv", ["ID", *classes], ([name, *["0.0"] * len(classes)] for name in ids))
-    write_csv(folder / "gt.csv", ["ID", "label"], zip(ids, labels, strict=True))
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    tables = {
+        "test.csv": pd.DataFrame({"ID": ids, "img_path": [f"./{name}.png" for name in ids]}),
+        "sample_submission.csv": pd.DataFrame(0.0, pd.Index(ids, name="ID"), sorted(set(labels))).reset_index(),
+        "gt.csv": pd.DataFrame({"ID": ids, "label": labels}),
+    }
+    for name, table in tables.items():
+        with atomic(folder / name) as temporary:
+            table.to_csv(temporary, index=False, encoding="utf-8-sig")

@@ -46,12 +46,11 @@ def main(job: Job, settings: Settings) -> Outcome:
     network = assemble.build_classifier(student.model, len(table.classes))
     assemble.start_weights(network, student.model, job.optional_channel("weights"))
     student, runtime = training.settled(job, student, network, replicas)
-    free = assemble.check_memory(network, student, runtime)
+    assemble.check_memory(network, student, runtime)
     training.check_disk(job, network, student)
 
     unseen = unlabelled(job, models, pupils)
     train = distillation.taught(pupils, lesson, unseen, student, runtime)
-    train = assemble.on_device(train, student, runtime, free)
     valid = ValidRows(members.evaluation_images(store, table, aside, student), table.codes[aside])
     loop = assemble.build_loop(
         label="student",

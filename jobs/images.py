@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,8 @@ from fivefold.contract.artifacts import locate_all
 from fivefold.contract.job import Job
 from fivefold.contract.layout import CACHES
 from fivefold.contract.s3.urls import is_url
-from fivefold.data.cache import DECODER, HEAD, Cache
-from fivefold.data.cached import CachedStore, with_caches
-from fivefold.data.caching import Source, cached_once, in_words
 from fivefold.data.folds import FoldTable
+from fivefold.data.image_cache import DECODER, HEAD, Cache, Source, cached_once, in_words
 from fivefold.data.images import Pixels, pixels_of
 from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import MissingInputError, SettingsError
@@ -25,12 +24,12 @@ OFF = ("", "off")
 AUTO = "auto"
 
 
-def open_images(job: Job, channel: str) -> ImageStore | CachedStore:
+def open_images(job: Job, channel: str) -> ImageStore:
     """The store of a channel, with what the caches of the cache channel hold of it."""
-    return with_caches(open_store(job.channel(channel)), channel_caches(job))
+    return replace(open_store(job.channel(channel)), caches=channel_caches(job))
 
 
-def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore | CachedStore:
+def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore:
     """The store of the train channel, with what a cache holds of the rows of the split.
 
     That is the cache channel's, or else the one below `data.cache`, which the first process that asks makes.
@@ -43,7 +42,7 @@ def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore | C
     )
     if caches:
         tell(caches, digests)
-    return with_caches(store, caches)
+    return replace(store, caches=caches)
 
 
 def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
@@ -61,8 +60,9 @@ def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
     for cache in found:
         if job.place.local_rank == 0:
             cache.verify()
-        if cache.decoder != DECODER:
-            log.warning("%s was decoded by %s, not by this %s: pixels may differ", cache.folder, cache.decoder, DECODER)
+        by = cache.head.decoder
+        if by != DECODER:
+            log.warning("%s was decoded by %s, not by this %s: pixels may differ", cache.folder, by, DECODER)
     fitting = [cache for cache in found if pixels in (None, cache.pixels)]
     if not fitting:
         raise SettingsError(
@@ -77,8 +77,7 @@ def first_use(source: Source, pixels: Pixels, folder: Path | None, most_gib: flo
     known = [row for row, digest in enumerate(source.sha256) if digest]
     if folder is None or not known:
         return []
-    images = Source(source.store, source.paths[known], source.sha256[known])
-    cache = cached_once(folder, images, pixels, most_gib)
+    cache = cached_once(folder, source.take(known), pixels, most_gib)
     return [] if cache is None else [cache]
 
 

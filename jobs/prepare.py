@@ -7,10 +7,9 @@ import numpy as np
 from fivefold.contract.artifacts import locate
 from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, FOLDS
-from fivefold.data.cache import HEAD, INDEX, PIXELS
-from fivefold.data.caching import Source, in_words, key_of_images, made, survey
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import read_folds
+from fivefold.data.image_cache import HEAD, INDEX, PIXELS, Source, in_words, key_of, open_or_build, survey
 from fivefold.data.images import is_image, pixels_of
 from fivefold.data.store import open_store
 from fivefold.recipe import Settings
@@ -24,8 +23,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     """Decodes the images of all channels that are given into a folder of the output, which is named by what it holds."""
     pixels = pixels_of(settings.data)
     images = survey(sources(job, settings), pixels)
-    folder = job.output() / key_of_images(images, pixels)
-    cache = made(folder, images, pixels, settings.data.cache_gib)
+    folder = job.output() / key_of([image.sha256 for image in images], pixels)
+    cache = open_or_build(folder, lambda: images, pixels, settings.data.cache_gib)
     log.info("%d images, %s, %s: %s", len(cache), pixels.in_words, in_words(cache.bytes), folder)
     others = sorted(path.parent.name for path in job.output().glob(f"*/{HEAD}") if path.parent != folder)
     if others:

@@ -21,13 +21,11 @@ from fivefold.contract.stages import STAGES
 from fivefold.contract.storage import SCRATCH
 from fivefold.errors import MissingInputError
 from fivefold.recipe import Settings
-from fivefold.sections import Serve
-from fivefold.settings import Layer, describe, load, normal_key, unused_keys
+from fivefold.settings import Layer, describe, layers_of, load, normal_key, unused_keys
 from fivefold.stopping import noted
 
 if TYPE_CHECKING:
     from fivefold.committee import Committee
-    from fivefold.serving.bodies import Limits
 
 log = logging.getLogger("fivefold")
 
@@ -42,11 +40,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
         print(f"{__doc__.strip()}\n\nkeys, as arguments or environment (SERVE__PORT=8081):\n{keys()}")
         return 0
     path, rest = taken_apart(arguments)
-    from .__main__ import layers
-
-    found = [*layers(rest, environ), port_layer(environ)]
-    settings = load(found)
-    if unused := unused_keys(found[0], ("predict", "serve")):
+    layers = [*layers_of(rest, environ), port_layer(environ)]
+    settings = load(layers)
+    if unused := unused_keys(layers[0], ("predict", "serve")):
         log.info("serve does not use: %s", ", ".join(unused))
     path = path or model_path(environ, settings)
     from fivefold.serving.server import address, listen, serve
@@ -56,7 +52,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         with listen(options.host, options.port) as listener:
             log.info("listens at %s, loads %s", address(listener), path)
-            service = Service(limits_of(options))
+            service = Service(options)
             serve(listener, service, lambda: model_at(path, settings, Path(scratch)), options.drain_s)
     return 0
 
@@ -89,20 +85,6 @@ def model_path(environ: Mapping[str, str], settings: Settings) -> str:
             f"serve needs a model: give model=PATH, or set SM_CHANNEL_MODEL (SageMaker's place, {hosted}, is not there)"
         )
     return path or str(hosted)
-
-
-def limits_of(serve: Serve) -> "Limits":
-    """The limits in the units of the server: seconds, bytes, pixels."""
-    from fivefold.serving.bodies import MILLION, Limits
-
-    return Limits(
-        batch_size=serve.batch_size,
-        max_wait=serve.max_wait_ms / 1000,
-        queue=serve.queue,
-        max_body=serve.max_body_mb * MILLION,
-        max_pixels=serve.max_megapixels * MILLION,
-        timeout=serve.timeout_s,
-    )
 
 
 def model_at(path: str, settings: Settings, scratch: Path) -> "Committee":

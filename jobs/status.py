@@ -6,8 +6,7 @@ from pathlib import Path
 from fivefold.choose import did_you_mean
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.launchers.plan import Plan, Step
-from fivefold.launchers.results import figures_of, in_columns
-from fivefold.launchers.status import newest_run, read_plan, status_of
+from fivefold.launchers.status import figures_of, in_columns, newest_run, read_plan, status_of
 from fivefold.settings import arguments_layer, normal_key
 
 KEYS = {"run": "the run's name; by default the newest", "runs": "the folder of all runs; by default runs"}

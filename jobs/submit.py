@@ -4,41 +4,62 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from fivefold.choose import choose, did_you_mean
 from fivefold.contract.files import probe_writable
 from fivefold.errors import SettingsError
-from fivefold.launchers import kubernetes, local, tasks
+from fivefold.launchers import kubernetes, local, manifests
 from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
-from fivefold.launchers.results import results_of
 from fivefold.launchers.sagemaker import launch as sagemaker
 from fivefold.launchers.sagemaker import local as sagemaker_local
-from fivefold.launchers.status import write_plan
+from fivefold.launchers.status import results_of, write_plan
 from fivefold.recipe import SECTIONS, Settings
-from fivefold.settings import arguments_layer, flatten, normal_key
-from fivefold.values import value_of
+from fivefold.settings import arguments_layer, flatten
 
 log = logging.getLogger("fivefold")
 
-KEYS = {
-    "platform": ("local", "where the stages run"),
-    "recipe": ("", "a shipped recipe's name, or the path of a .toml or .json file"),
-    "train": ("", "the training images: a folder or a .zip (needed)"),
-    "eval": ("", "the test images with test.csv and sample_submission.csv: a folder or a .zip"),
-    "ground_truth": ("", "the classes of eval's images; empty: gt.csv or ground_truth.csv beside eval's test.csv"),
-    "unlabeled": ("", "images without classes, which the ensemble teaches to the student"),
-    "weights": ("", "a folder of pretrained weights that model.weights names"),
-    "run": ("", "the run's name; empty: run_YYYYMMDD_HHMMSS_<id8>. The same name goes on where it stopped"),
-    "increment": ("false", "a new run each time: NAME of run=NAME, then NAME2, NAME3, … where that one is there"),
-    "runs": ("runs", "the folder of all runs"),
-    "stages": ("", "only these, e.g. split,train-fold; empty: all"),
-    "folds": ("", "only these, e.g. 2,4; empty: all. Alone it means their training, and no later stage"),
-    "seeds": ("", "train every fold with each of these, e.g. 42,43; the first one teaches the student"),
-    "parallel": ("", "folds side by side; empty: one a GPU, or one a CPU core as far as memory goes round"),
-}
+split_at_commas = BeforeValidator(lambda text: [part.strip() for part in text.split(",") if part.strip()])
+Names = Annotated[list[str], split_at_commas]
+Numbers = Annotated[list[NonNegativeInt], split_at_commas]
+
+
+class Keys(BaseModel):
+    """The keys of submit's own; all else on its command line are settings."""
+
+    platform: str = Field("local", description="where the stages run")
+    recipe: str = Field("", description="a shipped recipe's name, or the path of a .toml or .json file")
+    train: str = Field("", description="the training images: a folder or a .zip (needed)")
+    eval: str = Field("", description="the test images with test.csv and sample_submission.csv: a folder or a .zip")
+    ground_truth: str = Field(
+        "",
+        description="the classes of eval's images; empty: gt.csv or ground_truth.csv beside eval's test.csv",
+    )
+    unlabeled: str = Field("", description="images without classes, which the ensemble teaches to the student")
+    weights: str = Field("", description="a folder of pretrained weights that model.weights names")
+    run: str = Field(
+        "",
+        description="the run's name; empty: run_YYYYMMDD_HHMMSS_<id8>. The same name goes on where it stopped",
+    )
+    increment: bool = Field(
+        False, description="a new run each time: NAME of run=NAME, then NAME2, NAME3, … where that one is there"
+    )
+    runs: str = Field("runs", description="the folder of all runs")
+    stages: Names = Field([], description="only these, e.g. split,train-fold; empty: all")
+    folds: Numbers = Field(
+        [], description="only these, e.g. 2,4; empty: all. Alone it means their training, and no later stage"
+    )
+    seeds: Numbers = Field(
+        [], description="train every fold with each of these, e.g. 42,43; the first one teaches the student"
+    )
+    parallel: PositiveInt | None = Field(
+        None, description="folds side by side; empty: one a GPU, or one a CPU core as far as memory goes round"
+    )
 
 
 FLAGS = {
@@ -61,45 +82,24 @@ class Platform:
     check: Callable[[Plan], object] = lambda plan: None
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for, as text; `overrides` are the settings among it."""
-
-    given: Mapping[str, str]
-    overrides: tuple[str, ...]
-    dry_run: bool
-    pipeline: bool
-
-    def __getitem__(self, key: str) -> str:
-        return self.given.get(key, KEYS[key][0])
-
-    def numbers(self, key: str) -> list[int]:
-        try:
-            return [whole_number(text) for text in self.names(key)]
-        except ValueError as error:
-            raise SettingsError(f"{key}={self[key]}: whole numbers are wanted, as in {key}=2,4") from error
-
-    def names(self, key: str) -> list[str]:
-        return [name.strip() for name in self[key].split(",") if name.strip()]
-
-
 def main(arguments: Sequence[str]) -> int:
     """Plans the run, checks it, and hands it to its platform; the exit code of the first step that failed."""
     if {"-h", "--help"} & set(arguments):
         print(usage())
         return 0
-    request = read_request(arguments)
-    platform = choose(PLATFORMS, "platform", request["platform"])
-    run = run_name(request)
-    inputs = platform.check_inputs(inputs_of(request), Path(request["runs"]) / run)
-    everything = make_plan(inputs, request.overrides, run, request["runs"], request["recipe"], request.numbers("seeds"))
-    plan = select(everything, request.names("stages"), request.numbers("folds"))
-    parallel = parallel_of(request)
+    keys, overrides = read_arguments([text for text in arguments if text not in FLAGS])
+    dry_run = "--dry-run" in arguments
+    platform = choose(PLATFORMS, "platform", keys.platform)
+    run = run_name(keys)
+    inputs = platform.check_inputs(inputs_of(keys), Path(keys.runs) / run)
+    everything = make_plan(inputs, overrides, run, keys.runs, keys.recipe, keys.seeds)
+    plan = select(everything, keys.stages, keys.folds)
+    parallel = keys.parallel or 0
     for note in plan.notes:
         log.info("%s", note)
-    if request.pipeline:
-        return pipeline(request, plan, parallel)
-    if request.dry_run:
+    if "--pipeline" in arguments:
+        return pipeline(keys.platform, plan, parallel, dry_run)
+    if dry_run:
         print(platform.describe(plan, parallel))
         return 0
     platform.check(plan)
@@ -113,72 +113,52 @@ def main(arguments: Sequence[str]) -> int:
     return code
 
 
-def pipeline(request: Request, plan: Plan, parallel: int) -> int:
+def pipeline(platform: str, plan: Plan, parallel: int, dry_run: bool) -> int:
     """Prints the definition of the plan's Pipeline (--dry-run), or creates or updates it; nothing runs."""
-    if request["platform"] != "sagemaker":
-        raise SettingsError(f"--pipeline is of platform=sagemaker, and platform={request['platform']} has none")
-    if request.dry_run:
+    if platform != "sagemaker":
+        raise SettingsError(f"--pipeline is of platform=sagemaker, and platform={platform} has none")
+    if dry_run:
         print(sagemaker.describe_pipeline(plan))
         return 0
     return sagemaker.upsert_pipeline(plan, parallel)
 
 
-def read_request(arguments: Sequence[str]) -> Request:
+def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:
     """The arguments, parted into submit's own keys and settings; a SettingsError for what is neither."""
-    values = arguments_layer([text for text in arguments if text not in FLAGS]).values
-    given, overrides = {}, []
-    for name, value in values.items():
-        key = normal_key(name)
-        if key in KEYS:
-            given[key] = value
+    own: dict[str, Any] = {}
+    overrides = []
+    for key, value in arguments_layer(arguments).values.items():
+        if key in Keys.model_fields:
+            own |= {key: value} if value else {}
         elif "." not in key and (key not in Settings.model_fields or key in SECTIONS):
-            known = [*KEYS, *flatten(Settings())]
-            raise SettingsError(f"unknown key {name!r}{did_you_mean(key, known)}; submit --help lists the keys")
+            known = [*Keys.model_fields, *flatten(Settings())]
+            raise SettingsError(f"unknown key {key!r}{did_you_mean(key, known)}; submit --help lists the keys")
         else:
-            overrides.append(f"{name}={value}")
-    return Request(given, tuple(overrides), *(flag in arguments for flag in FLAGS))
+            overrides.append(f"{key}={value}")
+    try:
+        return Keys.model_validate(own), overrides
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
+        raise SettingsError(f"{key}={own[key]}: {error.errors()[0]['msg']}; submit --help lists the keys") from error
 
 
-def inputs_of(request: Request) -> Inputs:
-    if not request["train"]:
+def inputs_of(keys: Keys) -> Inputs:
+    if not keys.train:
         raise SettingsError("submit needs train=PATH: a folder or a .zip of images")
-    if request["ground_truth"] and not request["eval"]:
+    if keys.ground_truth and not keys.eval:
         log.warning(
             "ground_truth=%s is not used: without eval= no test images are predicted; give eval= too",
-            request["ground_truth"],
+            keys.ground_truth,
         )
-    return Inputs(
-        train=request["train"],
-        eval=request["eval"] or None,
-        ground_truth=request["ground_truth"] or None,
-        unlabeled=request["unlabeled"] or None,
-        weights=request["weights"] or None,
-    )
+    others = ("eval", "ground_truth", "unlabeled", "weights")
+    return Inputs(keys.train, **{name: getattr(keys, name) or None for name in others})
 
 
-def run_name(request: Request) -> str:
+def run_name(keys: Keys) -> str:
     """The run that is asked for, its next number with increment=true, or a name of this second."""
-    try:
-        increment = value_of(bool, request["increment"])
-    except ValueError as error:
-        raise SettingsError(f"increment={request['increment']}: {error}") from error
-    if increment and not request["run"]:
+    if keys.increment and not keys.run:
         raise SettingsError("increment=true needs run=NAME, as in run=exp, for exp, exp2, exp3 and so on")
-    return next_run_name(request["run"], Path(request["runs"])) if increment else request["run"] or new_run_name()
-
-
-def parallel_of(request: Request) -> int:
-    """How many steps may run side by side, 0 where the platform chooses."""
-    numbers = request.numbers("parallel")
-    if request["parallel"] and (len(numbers) != 1 or numbers[0] < 1):
-        raise SettingsError(f"parallel={request['parallel']}: a whole number from 1 on is wanted")
-    return numbers[0] if numbers else 0
-
-
-def whole_number(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(text)
-    return int(text)
+    return next_run_name(keys.run, Path(keys.runs)) if keys.increment else keys.run or new_run_name()
 
 
 def say_what_is_ignored() -> None:
@@ -188,7 +168,8 @@ def say_what_is_ignored() -> None:
 
 
 def usage() -> str:
-    keys = "\n".join(f"  {key:13} {default or '-':6} {meaning}" for key, (default, meaning) in KEYS.items())
+    defaults = {name: str(value).lower() if value not in ("", [], None) else "-" for name, value in Keys()}
+    keys = "\n".join(f"  {n:13} {defaults[n]:6} {field.description}" for n, field in Keys.model_fields.items())
     flags = "\n".join(f"  {flag:20} {meaning}" for flag, meaning in FLAGS.items())
     return (
         f"{__doc__}\n\n{keys}\n{flags}\n\n"
@@ -214,6 +195,6 @@ PLATFORMS = {
         sagemaker_local.check,
     ),
     "kubernetes": Platform(
-        kubernetes.launch, kubernetes.describe, tasks.check_inputs, kubernetes.results, kubernetes.check
+        kubernetes.launch, kubernetes.describe, manifests.check_inputs, kubernetes.results, kubernetes.check
     ),
 }

@@ -33,12 +33,11 @@ def main(job: Job, settings: Settings) -> Outcome:
     network = assemble.build_classifier(settings.model, len(table.classes))
     assemble.start_weights(network, settings.model, job.optional_channel("weights"))
     settings, runtime = training.settled(job, settings, network, Replicas(job.place))
-    free = assemble.check_memory(network, settings, runtime)
+    assemble.check_memory(network, settings, runtime)
     training.check_disk(job, network, settings)
 
     targets = assemble.one_hot(table.codes[rows], len(table.classes), runtime.device)
     train = TrainRows(assemble.image_set(store, table, rows, settings, training=True), targets)
-    train = assemble.on_device(train, settings, runtime, free)
     valid = ValidRows(members.evaluation_images(store, table, own_rows, settings), table.codes[own_rows])
     patience = settings.train.patience
     loop = assemble.build_loop(label, network, train, valid, settings, runtime, select=True, patience=patience)

@@ -10,7 +10,7 @@ from fivefold.recipes import shipped_recipes
 from fivefold.settings import SECTIONS, normal_key
 from fivefold.settings import read_recipe as recipe
 from jobs.__main__ import COMMANDS
-from jobs.submit import KEYS
+from jobs.submit import Keys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def test_every_command_names_a_stage_and_known_keys(line):
     paths = {*stage.channels, *stage.optional, "output"} if stage and stage.by_argument else set()
     for key, _ in re.findall(r"([A-Za-z_.]+)=(\S+)", rest[0]):
         key = normal_key(key)
-        assert key in KEYS or key in paths or key == "fold" or key.split(".")[0] in SECTIONS, key
+        assert key in Keys.model_fields or key in paths or key == "fold" or key.split(".")[0] in SECTIONS, key
 
 
 def test_recipes_that_the_papers_name_are_shipped():

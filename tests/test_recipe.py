@@ -1,6 +1,5 @@
 """The settings models: what they refuse, and that every key explains itself."""
 
-import json
 import math
 from typing import Any
 
@@ -53,10 +52,6 @@ def test_what_cannot_work_is_refused(section: type, values: dict[str, Any], mess
         section.model_validate(values)
 
 
-def test_parts_may_leave_the_test_part_empty():
-    assert Split(parts=[0.9, 0.1, 0.0]).parts == [0.9, 0.1, 0.0]
-
-
 def test_an_image_size_is_one_number_or_two():
     assert Model(image_size=64).size == (64, 64)
     assert Model(image_size=[224, 192]).size == (224, 192)
@@ -70,11 +65,6 @@ def test_the_student_differs_only_where_it_says_so():
     before, after = flatten(settings), flatten(student)
     assert {key for key in before if before[key] != after[key]} == {"train.epochs", "model.dropout"}
     assert (student.train.epochs, student.train.lr, student.model.dropout) == (3, 0.01, 0.5)
-
-
-def test_settings_survive_their_json():
-    settings = Settings(seed=7)
-    assert Settings.model_validate(json.loads(settings.model_dump_json())) == settings
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

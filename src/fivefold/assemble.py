@@ -17,7 +17,6 @@ from fivefold.data.dataset import ImageSet, count_batches
 from fivefold.data.folds import FoldTable
 from fivefold.data.images import pixels_of
 from fivefold.data.meta import count_numbers
-from fivefold.data.resident import made_resident
 from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
@@ -170,11 +169,8 @@ def _duration(settings: Settings, patience: int, runtime: Runtime) -> Duration:
     )
 
 
-def check_memory(network: Classifier, settings: Settings, runtime: Runtime) -> int:
-    """The bytes of the device's memory that a step leaves free; logs what it takes.
-
-    A SettingsError names a batch size that fits, when this one does not.
-    """
+def check_memory(network: Classifier, settings: Settings, runtime: Runtime) -> None:
+    """Logs the device's memory that a step takes; a SettingsError names a batch size that fits, when this one does not."""
     chosen = settings.train
     copies = 1 + choose(OPTIMIZER_STATES, "optimizer", chosen.optimizer)
     copies += (chosen.ema_decay > 0) + (chosen.update == "sam")
@@ -188,12 +184,6 @@ def check_memory(network: Classifier, settings: Settings, runtime: Runtime) -> i
     log.info(in_words(runtime))
     free = memory.available(runtime.device, place.local_world)
     log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, free))
-    return free - found.total(settings.train.batch_size)
-
-
-def on_device(train: TrainRows, settings: Settings, runtime: Runtime, free: int) -> TrainRows:
-    """The rows with their images on the device, where `data.on_device` wants that and they fit into the bytes that are `free`."""
-    return replace(train, resident=made_resident(train.images, settings.data.on_device, runtime.device, free))
 
 
 def _backbone_draws(network: Classifier, settings: Settings, runtime: Runtime) -> bool:

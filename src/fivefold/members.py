@@ -32,16 +32,13 @@ from fivefold.data.transforms import Transform, build_transforms
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict, predict_all
 from fivefold.models.weights import load_exactly, save_weights
-from fivefold.recipe import Settings, Spec
+from fivefold.recipe import OF_PLATFORMS, Settings, Spec
 from fivefold.replicas import BY_ITSELF, Replicas
-from fivefold.sections import OF_PLATFORMS
 from fivefold.settings import key_settings
 from fivefold.training.best import Best
 
 FORMAT = 1
-OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {
-    "data": {"cache", "cache_gib", "on_device"}
-}
+OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {"data": {"cache", "cache_gib"}}
 """Settings that say where something runs and lies; a model is the same wherever it was made."""
 TRAINING_SECTIONS = ("data.store_size", "data.scaled_decoding", "model", "augment", "train")
 

@@ -11,7 +11,6 @@ from torch import nn
 from fivefold.choose import choose
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import Runtime, make_runtime
-from fivefold.machine import keep_freed_memory
 from fivefold.models.convolution import quicken
 from fivefold.models.depthwise import quicken_depthwise
 from fivefold.models.grouped import has_slow_groups
@@ -121,8 +120,6 @@ def precision_name(runtime: Runtime) -> str:
 
 
 def _runtime(settings: Settings, device: torch.device, precision: str, replicas: Replicas) -> Runtime:
-    if device.type == "cpu":
-        keep_freed_memory()
     if device.type == "cuda":
         same_bits = settings.train.deterministic
         torch.backends.cudnn.benchmark = not same_bits  # kernels chosen by trial: perhaps others each time

@@ -108,13 +108,6 @@ def test_two_different_models_of_one_fold_are_an_error_that_names_both(tmp_path:
         assert str(named) in str(caught.value)
 
 
-def test_other_weights_alone_make_another_model(tmp_path: Path):
-    model_dir(tmp_path / "models/a")
-    write_text(model_dir(tmp_path / "models/b") / "model.safetensors", "other")
-    with pytest.raises(DataError, match="and differ"):
-        found(tmp_path)
-
-
 def test_a_student_is_taken_only_where_it_is_alone(tmp_path: Path):
     student = model_dir(tmp_path / "models/distill", role="student", fold=None)
     assert [model.path for model in found(tmp_path)] == [student]
@@ -206,13 +199,10 @@ def member(name: str, content: bytes = b"x", **fields: Any) -> tuple[tarfile.Tar
     ("name", "fields"),
     [
         ("../escaped", {}),
-        ("a/../../escaped", {}),
         ("link", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
-        ("link", {"type": tarfile.SYMTYPE, "linkname": "../../escaped"}),
         ("link", {"type": tarfile.SYMTYPE, "linkname": "model.json"}),
         ("link", {"type": tarfile.LNKTYPE, "linkname": "model.json"}),
         ("fifo", {"type": tarfile.FIFOTYPE}),
-        ("device", {"type": tarfile.CHRTYPE}),
     ],
 )
 def test_an_archive_that_would_write_elsewhere_is_refused(name: str, fields: dict[str, Any], tmp_path: Path):
@@ -227,16 +217,6 @@ def test_an_archive_that_would_write_elsewhere_is_refused(name: str, fields: dic
     # Not even a second try takes what was unpacked before the refusal.
     with pytest.raises(DataError, match="cannot be unpacked"):
         found(tmp_path)
-
-
-def test_a_leading_slash_stays_inside(tmp_path: Path):
-    (tmp_path / "models").mkdir()
-    with tarfile.open(tmp_path / "models" / "model.tar.gz", "w:gz") as archive:
-        info, content = member(f"{tmp_path}/absolute", b"x")
-        archive.addfile(info, io.BytesIO(content))
-    job = given(tmp_path, model=tmp_path / "models")
-    assert len(locate_all(job, "model", "absolute")) == 1
-    assert not (tmp_path / "absolute").exists()
 
 
 def cut(packed: bytes) -> bytes:

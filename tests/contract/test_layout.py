@@ -70,14 +70,6 @@ def test_a_fold_that_is_not_named_has_no_folder(tmp_path: Path):
         filled("train-fold", tmp_path)
 
 
-def test_a_fold_in_the_environment_is_nothing_to_other_stages(tmp_path: Path):
-    assert filled("split", tmp_path, 2)["SM_OUTPUT_DATA_DIR"] == f"{tmp_path}/split/output"
-
-
-def test_stages_that_are_no_steps_of_a_run_keep_their_variables(tmp_path: Path):
-    assert filled("predict", tmp_path) == {}
-
-
 def test_runs_may_be_in_a_bucket(bucket):
     bucket.write("runs/first/split/output/folds.parquet", b"x")
     found = dict(in_run(STAGES["ensemble"], {}, f"s3://{bucket.name}/runs/first", None))

@@ -12,8 +12,7 @@ import pytest
 from fivefold.contract import storage
 from fivefold.contract.s3 import attempts
 from fivefold.contract.s3.checkpoints import CheckpointSync
-from fivefold.contract.s3.store import Store
-from fivefold.contract.s3.transfers import Download
+from fivefold.contract.s3.client import Download, Store
 from fivefold.contract.s3.urls import Url, parse
 from fivefold.contract.storage import Remote, shown
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
@@ -61,7 +60,7 @@ def test_an_object_that_changes_while_it_is_read_is_not_taken_for_whole(bucket, 
     store = Store()
     (found,) = store.below(url)
     bucket.write((url / "x").key, b"b" * 20 * MIB)
-    monkeypatch.setattr("fivefold.contract.s3.store.LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_WAIT", 0.01)
     with pytest.raises(RetryableError, match="changed while it was read"):
         store.download([Download(found, tmp_path / "x")], "down")
     assert not list(tmp_path.iterdir())
@@ -222,7 +221,7 @@ def test_a_store_that_is_slower_than_the_training_gets_the_newest_checkpoint_alo
 
 
 def test_a_checkpoint_that_does_not_go_up_costs_a_warning_and_no_training(bucket, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("fivefold.contract.s3.store.LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_WAIT", 0.01)
     folder = tmp_path / "0123"
     folder.mkdir()
     (folder / "00000001.pt").write_bytes(b"x")

@@ -12,29 +12,31 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from fivefold.data.cache import ENTRY, HEAD, INDEX, PIXELS, Cache, key_of
-from fivefold.data.cached import with_caches
-from fivefold.data.caching import (
+from fivefold.data.dataset import ImageSet, epoch_batches, load
+from fivefold.data.image_cache import (
+    ENTRY,
+    HEAD,
+    INDEX,
+    PIXELS,
+    Cache,
     Source,
     build,
     bytes_of,
     cached_once,
     check_room,
     check_sample,
-    key_of_images,
-    made,
+    key_of,
     one_builder,
+    open_or_build,
     survey,
 )
-from fivefold.data.dataset import ImageSet, derive_seed, epoch_batches, load
 from fivefold.data.images import Pixels, decode
 from fivefold.data.store import FolderStore, open_store
 from fivefold.data.transforms import build_transforms
@@ -80,8 +82,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def cache_of(source: Source, folder: Path, pixels: Pixels = KINDS[0]) -> Cache:
-    images = survey([source], pixels)
-    return made(folder / key_of_images(images, pixels), images, pixels, 1.0)
+    return open_or_build(folder / key_of(list(source.sha256), pixels), lambda: survey([source], pixels), pixels, 1.0)
 
 
 @pytest.mark.parametrize("pixels", KINDS, ids=lambda pixels: pixels.in_words)
@@ -131,7 +132,7 @@ def test_the_same_batches_from_files_memory_and_cache_with_any_number_of_workers
         return ImageSet(store, odd.paths, transform, 5, digests, ["aspect", "color_mean"], pixels)
 
     plain, kept = images(odd.store), images(odd.store)
-    held = with_caches(odd.store, [cache_of(odd, tmp_path, pixels)])
+    held = replace(odd.store, caches=[cache_of(odd, tmp_path, pixels)])
     assert kept.keep_in_memory()
     expected = batches_of(plain)
     assert batches_of(kept) == expected
@@ -151,35 +152,18 @@ def test_a_cached_row_opens_no_file_and_others_are_read_from_theirs(odd: Source,
     empty.mkdir()
     cache = cache_of(some, tmp_path / "caches")
     transform = build_transforms(["resize"], (8, 8))
-    images = ImageSet(with_caches(open_store(empty), [cache]), odd.paths, transform, 0, odd.sha256)
+    images = ImageSet(replace(open_store(empty), caches=[cache]), odd.paths, transform, 0, odd.sha256)
     assert images.count_cached() == 5
     assert images.image(4).shape[2] == 3
     with pytest.raises(DataError, match="cannot be read"):
         images.image(6)
-    whole = ImageSet(with_caches(odd.store, [cache]), odd.paths, transform, 0, odd.sha256)
+    whole = ImageSet(replace(odd.store, caches=[cache]), odd.paths, transform, 0, odd.sha256)
     assert np.array_equal(whole.image(6), decode(odd.store.read(odd.paths[6]), "6"))
 
 
 def test_a_cache_of_other_pixels_is_not_used(odd: Source, tmp_path: Path) -> None:
-    store = with_caches(odd.store, [cache_of(odd, tmp_path, Pixels(24))])
+    store = replace(odd.store, caches=[cache_of(odd, tmp_path, Pixels(24))])
     assert ImageSet(store, odd.paths, build_transforms(["resize"], (8, 8)), 0, odd.sha256).count_cached() == 0
-
-
-def test_a_batch_is_its_samples_one_by_one(odd: Source) -> None:
-    """The preallocated batch against the plain way: each image transformed under its own seed, then stacked."""
-    images = ImageSet(
-        odd.store, odd.paths, build_transforms(["random_resized_crop", "horizontal_flip"], (16, 12)), seed=3
-    )
-    batch = images.__getitems__([(2, row) for row in range(6)])
-
-    def alone(row: int) -> torch.Tensor:
-        torch.manual_seed(derive_seed(3, 2, row))
-        return images.transform(torch.from_numpy(images.image(row)).permute(2, 0, 1))
-
-    plain = torch.stack([alone(row) for row in range(6)])
-    assert torch.equal(batch.images, plain)
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    assert batch.images.shape == (6, 3, 16, 12)
 
 
 def too_large(head: dict[str, object]) -> None:
@@ -272,7 +256,7 @@ def test_one_that_is_too_large_is_an_error_that_says_what_helps(odd: Source, tmp
     with pytest.raises(
         SettingsError, match=r"16 decoded images take .* MiB, and data.cache_gib=1e-05 are allowed: .*data.store_size"
     ):
-        check_room(tmp_path, images, 1e-5)
+        check_room(tmp_path, len(images), bytes_of(images), 1e-5)
     assert cached_once(tmp_path / "caches", odd, Pixels(), 1e-5) is None
     assert not list((tmp_path / "caches").glob("[!.]*"))
 
@@ -300,7 +284,7 @@ def test_of_many_images_a_few_say_that_they_are_far_too_many(tmp_path: Path) -> 
     assert size == 1100 * 192
     for share in (2, 1.01, 0.99):
         check_sample(tmp_path, source, Pixels(), share * size / GIB)
-    with pytest.raises(SettingsError, match=r"1100 decoded images take about 0\.2 MiB, and data.cache_gib="):
+    with pytest.raises(SettingsError, match=r"1100 decoded images take 0\.2 MiB, and data.cache_gib="):
         check_sample(tmp_path, source, Pixels(), 0.5 * size / GIB)
     counted = Counting(source.store)
     assert cached_once(tmp_path / "caches", Source(counted, names, source.sha256), Pixels(), 0.5 * size / GIB) is None
@@ -312,7 +296,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_decoded(
 ) -> None:
     images = survey([odd], Pixels())
     with pytest.raises(RetryableError, match="MiB free for them: free some"):
-        made(tiny_disk / "key", images, Pixels(), 1.0)
+        open_or_build(tiny_disk / "key", lambda: images, Pixels(), 1.0)
     assert cached_once(tiny_disk, odd, Pixels(), 1.0) is None
     assert "images are read from their files" in caplog.text
     assert not list(tiny_disk.glob("[!.]*"))
@@ -328,8 +312,7 @@ def test_a_disk_that_fills_while_images_are_written_is_75_and_nothing_is_left(od
 AS_NOBODY = """
 import os, sys
 from pathlib import Path
-from fivefold.data.cache import Cache
-from fivefold.data.caching import one_builder, Source, cached_once
+from fivefold.data.image_cache import Source, cached_once
 from fivefold.data.images import Pixels
 from fivefold.data.store import open_store
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -451,7 +434,7 @@ def test_who_comes_second_says_that_it_waits_and_takes_what_the_first_made(
 BUILDER = """
 import sys, numpy as np
 from pathlib import Path
-from fivefold.data.caching import Source, cached_once
+from fivefold.data.image_cache import Source, cached_once
 from fivefold.data.images import Pixels
 from fivefold.data.store import open_store
 import hashlib

@@ -51,7 +51,7 @@ def test_a_random_crop_moves_the_image_by_at_most_its_padding():
     ("spec", "message"),
     [
         ("horizontal_flop", "did you mean 'horizontal_flip'"),
-        ({"name": "random_crop", "pad": 4}, "no parameter 'pad'"),
+        ({"name": "random_crop", "pad": 4}, "did you mean 'padding'"),
         ({"name": "rotation", "angle": 4}, "rotation"),
         ({}, "unknown transform ''"),
     ],

@@ -17,13 +17,12 @@ from PIL import Image
 from drawing import write_test_table
 from fivefold.contract.layout import in_run
 from fivefold.contract.stages import STAGES
-from fivefold.data.cache import HEAD, INDEX, PIXELS, Cache
+from fivefold.data.image_cache import HEAD, INDEX, PIXELS, Cache
 from fivefold.data.images import Pixels
 from fivefold.launchers.local import shared_cache
 from fivefold.launchers.plan import Inputs, make_plan
 from fivefold.predictions import read
-from fivefold.recipe import Settings
-from fivefold.sections import Data
+from fivefold.recipe import Data, Settings
 from jobs.__main__ import run
 from jobs.images import cache_folder
 from s3_server import Bucket
@@ -123,18 +122,6 @@ def test_the_same_bytes_kept_in_memory_from_the_channel_and_made_on_first_use(
     capsys.readouterr()
     assert same(train(world, "second", f"data.cache={world / 'caches'}"), plain)
     assert "are decoded once" not in capsys.readouterr().err
-
-
-def test_the_same_bytes_from_cached_images_that_lie_on_the_device(
-    world: Path, plain: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = [OFF, PLAIN, "data.on_device=true"]
-    assert same(train(world, "on-device", *asked, cache=prepared), plain)
-    assert re.search(r"images lie on cpu: 0\.\d MiB", capsys.readouterr().err)
-    record = json.loads((world / "on-device" / "model" / "stage.json").read_text())
-    assert "data.on_device" not in record["settings"]
-    assert same(train(world, "off-device", *asked), plain), "nowhere decoded: as without the wish"
-    assert "images stay off the device: they do not all lie decoded in a cache" in capsys.readouterr().err
 
 
 def test_rows_that_a_cache_lacks_are_read_from_their_files(

@@ -16,8 +16,9 @@ from PIL import Image
 from fivefold.contract.files import read_json
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers import local
-from fivefold.launchers.crew import Crew, Signals
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
+from fivefold.launchers.scheduler import Scheduler
+from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import STATE, running_pid, status_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -176,8 +177,9 @@ def test_siblings_of_a_failure_end_and_its_dependents_do_not_start(
         given.append(gpu)
         return local.step_environment(step, os.environ)
 
-    with Signals() as signals:
-        assert Crew(plan, 2, ["0", "1"], environment).work(signals) == 66
+    screen = Screen()
+    backend = local.LocalBackend(screen, ["0", "1"], environment)
+    assert Scheduler(plan.steps, backend, screen, parallel=2, seconds=0.03).run() == 66
     said = capfd.readouterr().err
     for name in ("fold-0", "fold-1", "fold-2"):
         assert status_of(plan.step(name)).word == "failed"

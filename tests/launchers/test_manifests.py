@@ -15,11 +15,22 @@ import kubernetes_rules as rules
 from fivefold.contract.layout import in_run
 from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
-from fivefold.launchers import kubernetes, shipped
-from fivefold.launchers.manifests import INDEX, PERMANENT, Pods, job, literal
+from fivefold.launchers import kubernetes
+from fivefold.launchers.manifests import (
+    INDEX,
+    PERMANENT,
+    Pods,
+    as_yaml,
+    check_inputs,
+    check_names,
+    check_runs,
+    files,
+    job,
+    job_name,
+    literal,
+    tasks_of,
+)
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
-from fivefold.launchers.tasks import check_inputs, check_names, check_runs, job_name, tasks_of
-from fivefold.launchers.yaml_text import as_yaml
 
 K8S = Path(__file__).parents[2] / "k8s"
 FILES = sorted(path.relative_to(K8S).as_posix() for path in K8S.rglob("*.yaml"))
@@ -49,145 +60,91 @@ def expanded(one: dict[str, Any], index: int | None = None, **given: str) -> dic
 # what is shipped
 
 
-@pytest.mark.parametrize("name", sorted(shipped.files()))
-def test_a_shipped_file_is_what_is_rendered(name: str) -> None:
-    assert (K8S / name).read_text("utf-8") == shipped.files()[name], "make manifests writes it anew"
+def test_rendered_files_are_up_to_date() -> None:
+    assert {name: (K8S / name).read_text("utf-8") for name in files()} == files(), "make manifests writes them anew"
 
 
-def test_every_file_is_rendered_or_written_by_hand() -> None:
-    kustomizations = {f"{folder}kustomization.yaml" for folder in ("", "base/", "overlays/cpu/", "overlays/kueue/")}
-    assert set(FILES) - set(shipped.files()) == {*kustomizations, "serve-deployment.yaml"}
+def test_submit_renders_the_shipped_files() -> None:
+    assert list(yaml.safe_load_all(kubernetes.describe(plan_of()))) == [
+        one
+        for name in ("pvc.yaml", *(f"{task.name}-job.yaml" for task in tasks_of(plan_of())))
+        for one in rules.read(K8S / name)
+    ]
 
 
-def test_submit_renders_the_shipped_run() -> None:
-    rendered = list(yaml.safe_load_all(kubernetes.describe(plan_of())))
-    assert rendered == rules.read(K8S / "base/run.yaml")
-    jobs = {one["metadata"]["name"]: one for one in rendered if one["kind"] == "Job"}
-    for stage in shipped.ON_ITS_OWN:
-        claim, alone = rules.read(K8S / f"{stage}-job.yaml")
-        assert alone == jobs[f"fivefold-first-{stage}"]
-        assert claim == rendered[0] == rules.read(K8S / "pvc.yaml")[0]
-
-
-@pytest.mark.parametrize("version", rules.VERSIONS)
-@pytest.mark.parametrize("name", OBJECTS)
-def test_every_object_is_known_to_the_field(name: str, version: str) -> None:
-    for one in rules.read(K8S / name):
+def accept(one: dict[str, Any]) -> None:
+    """Raises an error for an object that a cluster would refuse, or that is not within the restricted standard."""
+    for version in rules.VERSIONS:
         rules.check(one, version)
+    assert [*rules.against_the_server(one)] == []
+    assert [found for spec in rules.pod_specs(one) for found in rules.against_restricted(spec)] == []
 
 
-def test_the_versions_are_1_33_and_the_newest_at_hand() -> None:
+@pytest.mark.parametrize("name", OBJECTS)
+def test_a_cluster_takes_every_object(name: str) -> None:
     assert rules.VERSIONS == ["1.33.0", "1.37.0"]
-
-
-@pytest.mark.parametrize("name", OBJECTS)
-def test_every_pod_is_within_the_restricted_standard(name: str) -> None:
     for one in rules.read(K8S / name):
-        for spec in rules.pod_specs(one):
-            assert list(rules.against_restricted(spec)) == []
+        accept(one)
 
 
-@pytest.mark.parametrize("name", OBJECTS)
-def test_fields_of_an_object_fit_one_another(name: str) -> None:
-    for one in rules.read(K8S / name):
-        assert list(rules.against_the_server(one)) == []
-
-
-def test_all_that_submit_may_render_fits() -> None:
+def test_a_cluster_takes_all_that_submit_may_render() -> None:
     for plan in (plan_of(seeds=[1, 2], run="a" * 32), select(plan_of(), (), [3]), plan_of(run="Run_2.0")):
         for pods in (Pods(), Pods(runs="s3://a/b", gpus=0, queue="q", service_account="me", parallel=2)):
             for one in kubernetes.objects(plan, pods):
-                rules.check(one, rules.OLDEST)
-                assert list(rules.against_the_server(one)) == []
-                assert [found for spec in rules.pod_specs(one) for found in rules.against_restricted(spec)] == []
+                accept(one)
 
 
-def test_a_claim_stands_in_each_file_whose_pods_want_it() -> None:
-    for name in OBJECTS:
-        found = rules.read(K8S / name)
-        wanted = {
-            volume["persistentVolumeClaim"]["claimName"]
-            for one in found
-            for spec in rules.pod_specs(one)
-            for volume in spec["volumes"]
-            if "persistentVolumeClaim" in volume
-        }
-        assert wanted <= {one["metadata"]["name"] for one in found if one["kind"] == "PersistentVolumeClaim"}, name
+def test_the_claim_stands_in_a_file_of_its_own() -> None:
+    """What deletes the objects of another file, or of a kustomization, must not delete the data."""
+    kinds = {name: {one["kind"] for one in rules.read(K8S / name)} for name in OBJECTS}
+    assert [name for name in kinds if "PersistentVolumeClaim" in kinds[name]] == ["pvc.yaml"]
+    assert kinds["pvc.yaml"] == {"PersistentVolumeClaim"}
+    assert "pvc.yaml" not in yaml.safe_load((K8S / "kustomization.yaml").read_text())["resources"]
 
 
+FOLDS, WORKFLOW, TRAINER = "train-folds-job.yaml", "contrib/workflow.yaml", "contrib/trainjob.yaml"
 SPOILT = {
-    "a field that is none": lambda spec: spec.update(tollerations=[]),
-    "a field of another place": lambda spec: spec["containers"][0].update(terminationGracePeriodSeconds=3),
-    "a number for text": lambda spec: spec["containers"][0]["env"][-1].update(value=3),
+    "an unknown field": (FOLDS, lambda one: pod_of(one).update(tollerations=[])),
+    "a field of another place": (TRAINER, lambda one: container_of(one).update(terminationGracePeriodSeconds=3)),
+    "a number for text": (FOLDS, lambda one: container_of(one)["env"][-1].update(value=3)),
+    "an unknown field of Argo": (WORKFLOW, lambda one: one["spec"]["templates"][1]["retryStrategy"].update(limmit=1)),
+    "an unknown field of Trainer": (TRAINER, lambda one: one["spec"].update(limmit=1)),
+    "runAsNonRoot": (FOLDS, lambda one: pod_of(one)["securityContext"].pop("runAsNonRoot")),
+    "seccompProfile": (FOLDS, lambda one: pod_of(one)["securityContext"].pop("seccompProfile")),
+    "capabilities": (FOLDS, lambda one: container_of(one)["securityContext"]["capabilities"].update(add=["SYS_ADMIN"])),
+    "allowPrivilegeEscalation": (TRAINER, lambda one: container_of(one).pop("securityContext")),
+    "hostNetwork": (FOLDS, lambda one: pod_of(one).update(hostNetwork=True)),
+    "volume": (FOLDS, lambda one: pod_of(one)["volumes"].append({"name": "x", "hostPath": {"path": "/"}})),
+    "FailIndex": (FOLDS, lambda one: one["spec"].pop("backoffLimitPerIndex")),
+    "restarts": (FOLDS, lambda one: pod_of(one).update(restartPolicy="OnFailure")),
+    "early": (FOLDS, lambda one: one["spec"].update(podReplacementPolicy="TerminatingOrFailed")),
+    "order": (FOLDS, lambda one: rule_of(one).update(values=[66, 64])),
+    "no container": (FOLDS, lambda one: rule_of(one).update(containerName="other")),
+    "no volume": (FOLDS, lambda one: pod_of(one)["volumes"].pop()),
+    "twice": (FOLDS, lambda one: container_of(one)["env"].append({"name": "RUN", "value": "b"})),
+    "no name": (FOLDS, lambda one: one["spec"].update(completions=10**40)),
 }
 
 
-@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-@pytest.mark.parametrize("name", ["train-folds-job.yaml", "argo/workflow.yaml", "trainer/trainjob.yaml"])
-def test_a_spoilt_object_is_found(name: str, spoil: Any) -> None:
-    objects = copy.deepcopy(rules.read(K8S / name))
-    specs = [spec for one in objects for spec in rules.pod_specs(one)]
-    for spec in specs:
-        spec["containers"][0].setdefault("env", [{"name": "A", "value": "b"}])
-        spoil(spec)
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "any"}, "spec": spec}
-        with pytest.raises(ValidationError):
-            rules.of_kubernetes(pod, rules.OLDEST)
+def pod_of(one: dict[str, Any]) -> dict[str, Any]:
+    return rules.pod_specs(one)[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("argo/workflow.yaml", ["spec", "templates", 1, "retryStrategy"]),
-        ("argo/workflow.yaml", ["spec", "templates", 0, "dag"]),
-        ("trainer/trainjob.yaml", ["spec", "trainer"]),
-        ("trainer/trainjob.yaml", ["spec"]),
-    ],
-)
-def test_a_field_that_an_engine_does_not_know_is_found(name: str, path: list[Any]) -> None:
-    one = rules.read(K8S / name)[-1]
-    place = one
-    for key in path:
-        place = place[key]
-    place["limmit"] = 1
-    with pytest.raises(AssertionError):
-        rules.check(one, rules.OLDEST)
+def container_of(one: dict[str, Any]) -> dict[str, Any]:
+    return pod_of(one)["containers"][0]
 
 
-INSECURE = {
-    "runAsNonRoot": lambda spec: spec["securityContext"].pop("runAsNonRoot"),
-    "seccompProfile": lambda spec: spec["securityContext"].pop("seccompProfile"),
-    "capabilities": lambda spec: spec["containers"][0]["securityContext"]["capabilities"].update(add=["SYS_ADMIN"]),
-    "allowPrivilegeEscalation": lambda spec: spec["containers"][0].pop("securityContext"),
-    "hostNetwork": lambda spec: spec.update(hostNetwork=True),
-    "volume": lambda spec: spec["volumes"].append({"name": "x", "hostPath": {"path": "/"}}),
-}
+def rule_of(one: dict[str, Any]) -> dict[str, Any]:
+    return one["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]
 
 
-@pytest.mark.parametrize(("word", "spoil"), INSECURE.items(), ids=INSECURE)
-def test_a_pod_outside_the_standard_is_found(word: str, spoil: Any) -> None:
-    spec = copy.deepcopy(rules.pod_specs(rules.read(K8S / "split-job.yaml")[1])[0])
-    spoil(spec)
-    assert any(word in found for found in rules.against_restricted(spec))
-
-
-MISFITS = {
-    "FailIndex": lambda spec: spec.pop("backoffLimitPerIndex"),
-    "restarts": lambda spec: spec["template"]["spec"].update(restartPolicy="OnFailure"),
-    "early": lambda spec: spec.update(podReplacementPolicy="TerminatingOrFailed"),
-    "order": lambda spec: spec["podFailurePolicy"]["rules"][1]["onExitCodes"].update(values=[66, 64]),
-    "no container": lambda spec: spec["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="other"),
-    "no volume": lambda spec: spec["template"]["spec"]["volumes"].pop(),
-    "twice": lambda spec: spec["template"]["spec"]["containers"][0]["env"].append({"name": "RUN", "value": "b"}),
-    "no name": lambda spec: spec.update(completions=10**40),
-}
-
-
-@pytest.mark.parametrize(("word", "spoil"), MISFITS.items(), ids=MISFITS)
-def test_fields_that_do_not_fit_are_found(word: str, spoil: Any) -> None:
-    one = copy.deepcopy(rules.read(K8S / "train-folds-job.yaml")[1])
-    spoil(one["spec"])
-    assert any(word in found for found in rules.against_the_server(one))
+@pytest.mark.parametrize(("name", "spoil"), SPOILT.values(), ids=SPOILT)
+def test_an_object_that_a_cluster_would_refuse_is_found(name: str, spoil: Any) -> None:
+    kind = {FOLDS: "Job", WORKFLOW: "Workflow", TRAINER: "TrainingRuntime"}[name]
+    one = next(one for one in rules.read(K8S / name) if one["kind"] == kind)
+    spoil(one)
+    with pytest.raises((ValidationError, AssertionError)):
+        accept(one)
 
 
 # what a Job does is what the plan says
@@ -216,7 +173,8 @@ def test_every_pod_sees_what_its_step_sees(runs: Path) -> None:
             fold = index if task.indexed else None
             assert as_seen(step, variables, fold) == step.environment, step.name
             container = one["spec"]["template"]["spec"]["containers"][0]
-            assert [*container["args"][1:], *([f"FOLD={index}"] if task.indexed else [])] == list(step.arguments)
+            fold_told = [f"FOLD={index}"] if task.indexed else []
+            assert [*container["args"], *fold_told] == list(step.command)
             assert container["args"][0] == step.stage
             assert variables.get("FOLD", str(index)) == str(index)
     assert [task.name for task in tasks_of(plan)][1:3] == ["train-folds", "train-folds-seed-43"]
@@ -328,76 +286,70 @@ def test_names_of_runs_become_names_of_jobs() -> None:
 # kustomizations, by the tool itself
 
 
-def kustomized(folder: Path) -> list[dict[str, Any]]:
-    ended = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
+def kustomized(folder: Path, *changes: tuple[str, str]) -> list[dict[str, Any]]:
+    """What a copy of `k8s/` in `folder` renders, in whose kustomization.yaml these texts stand for others."""
+    shutil.copytree(K8S, folder / "k8s")
+    file = folder / "k8s" / "kustomization.yaml"
+    for old, new in changes:
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+    ended = subprocess.run(["kubectl", "kustomize", file.parent], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    return list(yaml.safe_load_all(ended.stdout))
+    objects = list(yaml.safe_load_all(ended.stdout))
+    for one in objects:
+        accept(one)
+    return objects
+
+
+def with_component(name: str) -> tuple[str, str]:
+    return ("components: []", f"components: [components/{name}]")
 
 
 def by_name(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Objects by kind and name; what stands in lists by name is sorted, since its order says nothing but for variables."""
-    found = {f"{one['kind']}/{one['metadata']['name']}": one for one in copy.deepcopy(objects)}
+    """Jobs by name; what stands in lists by name is sorted, since its order says nothing but for variables."""
+    found = {one["metadata"]["name"]: one for one in copy.deepcopy(objects) if one["kind"] == "Job"}
     for one in found.values():
-        for spec in rules.pod_specs(one):
-            spec["containers"][0]["env"] = expanded(one, 3, STORE="s3://cars/all")
-            spec["containers"][0]["volumeMounts"].sort(key=lambda mount: mount["mountPath"])
+        container_of(one)["env"] = expanded(one, 3, STORE="s3://cars/all")
+        container_of(one)["volumeMounts"].sort(key=lambda mount: mount["mountPath"])
     return found
 
 
-def rendered(pods: Pods, inputs: Inputs | None = None, run: str = "first") -> dict[str, dict[str, Any]]:
-    return by_name(kubernetes.objects(plan_of(inputs=inputs, run=run), pods))
-
-
-@needs_kubectl
-@pytest.mark.parametrize("folder", ["", "base", "overlays/cpu", "overlays/s3", "overlays/kueue"])
-def test_a_kustomization_is_known_to_the_field(folder: str) -> None:
-    for one in kustomized(K8S / folder):
-        for version in rules.VERSIONS:
-            rules.check(one, version)
-        assert [found for spec in rules.pod_specs(one) for found in rules.against_restricted(spec)] == []
+def rendered(pods: Pods, inputs: Inputs | None = None) -> dict[str, dict[str, Any]]:
+    return by_name(kubernetes.objects(plan_of(inputs=inputs), pods))
 
 
 @needs_kubectl
 @pytest.mark.parametrize(
-    ("folder", "pods"),
-    [("", Pods()), ("overlays/cpu", Pods(gpus=0)), ("overlays/kueue", Pods(queue="fivefold"))],
+    ("component", "pods"), [("", Pods()), ("cpu", Pods(gpus=0)), ("kueue", Pods(queue="fivefold"))]
 )
-def test_an_overlay_is_what_submit_renders_so(folder: str, pods: Pods) -> None:
-    assert by_name(kustomized(K8S / folder)) == rendered(pods)
+def test_a_component_is_what_submit_renders_so(tmp_path: Path, component: str, pods: Pods) -> None:
+    changes = [with_component(component)] if component else []
+    assert by_name(kustomized(tmp_path, *changes)) == rendered(pods)
 
 
 @needs_kubectl
-def test_the_overlay_s3_is_what_submit_renders_for_a_bucket() -> None:
-    found = kustomized(K8S / "overlays/s3")
+def test_the_component_s3_is_what_submit_renders_for_a_bucket(tmp_path: Path) -> None:
+    found = kustomized(tmp_path, with_component("s3"))
     assert [one["data"]["STORE"] for one in found if one["kind"] == "ConfigMap"] == ["s3://my-bucket/fivefold"]
-    jobs = by_name([one for one in found if one["kind"] != "ConfigMap"])
     at = "s3://cars/all/data"
     wanted = rendered(Pods(runs="s3://cars/all/runs"), Inputs(f"{at}/train", f"{at}/eval"))
     for one in wanted.values():
-        one["spec"]["template"]["spec"]["containers"][0]["env"]["STORE"] = "s3://cars/all"
-    assert jobs == wanted
+        container_of(one)["env"]["STORE"] = "s3://cars/all"
+    assert by_name(found) == wanted
 
 
 @needs_kubectl
-@pytest.mark.parametrize("overlay", ["", "overlays/cpu", "overlays/s3"])
-def test_one_line_names_another_run_and_another_image(tmp_path: Path, overlay: str) -> None:
-    shutil.copytree(K8S, tmp_path / "k8s")
-    file = tmp_path / "k8s" / "base" / "kustomization.yaml"
-    text = file.read_text().replace("run=first", "run=second-try").replace("newTag: latest", "newTag: v2")
-    file.write_text(text.replace("- name: fivefold\n    newTag", "- name: fivefold\n    newName: here/it\n    newTag"))
-    found = [one for one in kustomized(tmp_path / "k8s" / overlay) if one["kind"] == "Job"]
-    assert {one["metadata"]["name"] for one in found} == {
-        job_name("second-try", task.name) for task in tasks_of(plan_of())
-    }
-    for one in found:
-        container = one["spec"]["template"]["spec"]["containers"][0]
-        assert container["image"] == "here/it:v2"
-        said = expanded(one, 2, STORE="s3://a")
-        assert "/first" not in str(said)
-        assert said["RUN"] == "second-try"
-        labels = one["spec"]["template"]["metadata"]["labels"]
-        assert one["metadata"]["labels"] == labels
-        assert labels["app.kubernetes.io/instance"] == "second-try"
+@pytest.mark.parametrize("component", ["cpu", "s3"])
+def test_one_line_names_another_run_and_another_image(tmp_path: Path, component: str) -> None:
+    changes = [("run=first", "run=second-try"), ("newTag: latest", "newTag: v2\n    newName: here/it")]
+    found = by_name(kustomized(tmp_path, with_component(component), *changes))
+    assert set(found) == {job_name("second-try", task.name) for task in tasks_of(plan_of())}
+    for one in found.values():
+        assert container_of(one)["image"] == "here/it:v2"
+        assert container_of(one)["env"]["RUN"] == "second-try"
+        assert "/first" not in str(container_of(one)["env"])
+        assert one["metadata"]["labels"] == one["spec"]["template"]["metadata"]["labels"]
+        assert one["metadata"]["labels"]["app.kubernetes.io/instance"] == "second-try"
 
 
 # engines
@@ -405,37 +357,42 @@ def test_one_line_names_another_run_and_another_image(tmp_path: Path, overlay: s
 
 def test_the_workflow_is_the_plan(runs: Path) -> None:
     plan = plan_of(runs=str(runs))
-    *_, whole = rules.read(K8S / "argo/workflow.yaml")
-    given = {f"workflow.parameters.{each['name']}": each["value"] for each in whole["spec"]["arguments"]["parameters"]}
-    templates = {each["name"]: each for each in whole["spec"]["templates"]}
-    nodes = {each["name"]: each for each in templates["run"]["dag"]["tasks"]}
+    *_, workflow = rules.read(K8S / "contrib/workflow.yaml")
+    given = {
+        f"workflow.parameters.{each['name']}": each["value"] for each in workflow["spec"]["arguments"]["parameters"]
+    }
+    graph, stage = workflow["spec"]["templates"]
+    nodes = {node["name"]: node for node in graph["dag"]["tasks"]}
     tasks = {task.name: task for task in tasks_of(plan)}
     assert {name: tuple(node.get("dependencies", ())) for name, node in nodes.items()} == {
         name: task.needs for name, task in tasks.items()
     }
     for name, task in tasks.items():
+        own = [*stage["inputs"]["parameters"], *nodes[name]["arguments"]["parameters"]]
+        parameters = {f"inputs.parameters.{each['name']}": each.get("value", "") for each in own}
         for index, step in enumerate(task.steps):
-            text = yaml.safe_dump(templates[nodes[name]["template"]]["container"])
-            for parameter, value in {**given, "inputs.parameters.fold": str(index), "item": str(index)}.items():
+            text = yaml.safe_dump({"container": stage["container"], "patch": stage["podSpecPatch"]})
+            for parameter, value in {**parameters, **given, "item": str(index)}.items():
                 text = text.replace("{{" + parameter + "}}", value)
-            container = yaml.safe_load(text.replace("value: /runs\n", f"value: {runs}\n"))
-            found = expanded({"spec": {"template": {"spec": {"containers": [container]}}}})
-            fold = int(found["FOLD"]) if task.indexed else None
-            assert as_seen(step, found, fold) == step.environment
-            assert fold == (index if task.indexed else None)
-            more = ["split.folds=5"] if name == "split" else []
-            less = [f"FOLD={index}"] if task.indexed else []
-            assert container["args"] == [step.stage, *(each for each in step.arguments if each not in less), *more]
-            assert container["command"] == ["python", "-m", "jobs"]
+            found = yaml.safe_load(text.replace("/runs", str(runs)))
+            container, patch = found["container"], yaml.safe_load(found["patch"])
+            variables = expanded({"spec": {"template": {"spec": {"containers": [container]}}}})
+            assert variables["FOLD"] == ("" if step.fold is None else str(step.fold))
+            seen = as_seen(step, variables, step.fold)
+            surplus = {f"SM_CHANNEL_{channel}" for channel in ("TRAIN", "EVAL")} - set(step.environment)
+            assert {key: value for key, value in seen.items() if key not in surplus} == step.environment, step.name
+            assert [*container["command"], *container["args"]] == ["python", "-m", "jobs", step.stage, *step.arguments]
+            wanted = container_of(job(plan, task, Pods()))["resources"].get("limits", {"nvidia.com/gpu": "0"})
+            assert patch["containers"] == [{"name": "main", "resources": {"limits": wanted}}]
     assert given["workflow.parameters.folds"] == str(len(tasks["train-folds"].steps))
     assert nodes["train-folds"]["withSequence"] == {"count": "{{workflow.parameters.folds}}"}
 
 
 def test_the_train_job_is_the_fold_of_the_plan(runs: Path) -> None:
-    _, runtime, one = rules.read(K8S / "trainer/trainjob.yaml")
+    runtime, one = rules.read(K8S / "contrib/trainjob.yaml")
     step = plan_of(runs=str(runs)).step("fold-0")
     trainer = one["spec"]["trainer"]
-    assert trainer["args"] == [step.stage, *step.arguments]
+    assert trainer["args"] == list(step.command)
     found = expanded({"spec": {"template": {"spec": {"containers": [trainer]}}}})
     assert as_seen(step, {**found, "RUNS": str(runs)}, 0) == step.environment
     assert one["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]

@@ -52,7 +52,8 @@ def test_a_fold_has_the_layout_of_the_run() -> None:
         "SM_OUTPUT_DATA_DIR": "runs/r/fold-2/output",
         "SM_OUTPUT_DIR": "runs/r/fold-2",
     }
-    assert step.arguments == ("recipe=demo", "FOLD=2")
+    assert (step.fold, step.seed) == (2, 42)
+    assert step.command == ("train-fold", "recipe=demo", "FOLD=2")
     assert step.folder == Path("runs/r/fold-2")
 
 
@@ -111,7 +112,7 @@ def test_parts_have_no_out_of_fold_teachers_so_another_must_be_named() -> None:
 def test_the_first_seed_has_no_suffix_and_teaches() -> None:
     plan = plan_of(seeds=[42, 43])
     assert [n for n in names(plan) if n.startswith("fold")] == [*FOLD_NAMES, *(f"{n}-seed-43" for n in FOLD_NAMES)]
-    assert plan.step("fold-1-seed-43").arguments[-2:] == ("seed=43", "FOLD=1")
+    assert plan.step("fold-1-seed-43").command[-2:] == ("seed=43", "FOLD=1")
     assert "seed=42" in plan.step("distill").arguments
     assert set(plan.step("ensemble").needs) == {n for n in names(plan) if n.startswith("fold")}
 

@@ -20,8 +20,7 @@ from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, make_plan
 from fivefold.launchers.sagemaker import checks, cost, launch, pipeline, requests
 from fivefold.launchers.sagemaker.checks import check_request, checked_requests
-from fivefold.recipe import Settings
-from fivefold.sections import OF_A_STAGE, STAGES_OF_A_RUN, SageMaker
+from fivefold.recipe import OF_A_STAGE, STAGES_OF_A_RUN, SageMaker, Settings
 from fivefold.settings import arguments_layer, load
 from jobs import submit
 

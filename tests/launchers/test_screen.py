@@ -1,10 +1,11 @@
 """Several processes on one terminal: whole lines, and what a terminal would show of a progress bar."""
 
 import io
+from pathlib import Path
 
 import pytest
 
-from fivefold.launchers.screen import Lines, Screen, bar
+from fivefold.launchers.screen import Screen, copy_output
 
 
 class Terminal(io.StringIO):
@@ -12,53 +13,38 @@ class Terminal(io.StringIO):
         return True
 
 
-def lines_of(*portions: bytes) -> list[str]:
-    found: list[str] = []
-    lines = Lines(found.append)
-    for portion in portions:
-        lines.feed(portion)
-    lines.close()
-    return found
-
-
-def test_portions_become_whole_lines() -> None:
-    assert lines_of(b"one\ntw", b"o\n\nthr", b"ee") == ["one", "two", "", "three"]
-
-
-def test_a_letter_parted_between_portions_is_whole() -> None:
-    word = "é넷".encode()
-    for cut in range(len(word)):
-        assert lines_of(word[:cut], word[cut:]) == ["é넷"]
-
-
-def test_of_a_progress_bar_the_last_state_is_kept() -> None:
-    assert lines_of(b"\r 10%|#   |\r100%|####|\r\n") == ["100%|####|"]
-    assert lines_of(b"\r 10%|#   |\r          \rdone\n") == ["done"]
-
-
-def test_colours_do_not_reach_the_log() -> None:
-    assert lines_of(b"\x1b[31mred\x1b[0m\x1b[A\n") == ["red"]
-
-
-def test_the_status_line_stays_below_what_is_said() -> None:
-    terminal = Terminal()
-    screen = Screen(terminal)
-    screen.foot("1 of 3")
-    screen.line("hello")
-    screen.foot("")
-    assert terminal.getvalue() == "1 of 3" + "\r\x1b[Khello\n1 of 3" + "\r\x1b[K"
-
-
-def test_a_log_has_no_status_line() -> None:
+def copied(printed: bytes, folder: Path, name: str) -> tuple[str, list[str]]:
+    """What the screen and the log have of what a process printed."""
     stream = io.StringIO()
-    screen = Screen(stream)
-    screen.foot("1 of 3")
-    screen.line("hello")
-    assert stream.getvalue() == "hello\n"
+    output = io.TextIOWrapper(io.BytesIO(printed), "utf-8", "replace", newline="")
+    copy_output(output, folder / "log.txt", "split", Screen(stream), name)
+    title, *lines = (folder / "log.txt").read_text("utf-8").splitlines()
+    assert title.endswith(" split")
+    return stream.getvalue(), lines
 
 
 @pytest.mark.parametrize(
-    ("done", "total", "text"), [(0, 4, "[----] 0/4"), (2, 4, "[##--] 2/4"), (4, 4, "[####] 4/4"), (0, 0, "[----] 0/0")]
+    ("printed", "lines"),
+    [
+        ("one\ntwo\n\nthr\xe9\uba5f".encode(), ["one", "two", "", "thr\xe9\uba5f"]),
+        (b"\r 10%|#   |\r100%|####|\r\n", ["100%|####|"]),
+        (b"\r 10%|#   |\r          \rdone\n", ["done"]),
+        (b"\x1b[31mred\x1b[0m\x1b[A\n", ["red"]),
+        (b"\xff\r\n", ["\ufffd"]),
+    ],
 )
-def test_bar(done: int, total: int, text: str) -> None:
-    assert bar(done, total, width=4) == text
+def test_a_log_has_whole_lines_and_of_a_bar_the_last_state(tmp_path: Path, printed: bytes, lines: list[str]) -> None:
+    assert copied(printed, tmp_path, "a") == ("".join(f"[a] {line}\n" for line in lines), lines)
+    assert copied(printed, tmp_path / "alone", "") == (printed.decode("utf-8", "replace"), lines)
+
+
+def test_the_status_line_stays_below_other_lines_and_on_terminals_alone() -> None:
+    for stream, expected in (
+        (Terminal(), "1 of 3" + "\r\x1b[Khello\n1 of 3" + "\r\x1b[K"),
+        (io.StringIO(), "hello\n"),
+    ):
+        screen = Screen(stream)
+        screen.foot("1 of 3")
+        screen.line("hello")
+        screen.foot("")
+        assert stream.getvalue() == expected

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from files import problems
 
-from fivefold.launchers.results import in_columns
+from fivefold.launchers.status import in_columns
 from systems import SYSTEMS, Command, System
 
 REPOSITORY = Path(__file__).parents[2]

@@ -1,7 +1,6 @@
 """Finding what an earlier stage made, as folders or inside the tarballs that SageMaker makes."""
 
 import hashlib
-import shutil
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -250,11 +249,7 @@ def _same_bytes(model: ModelDir, other: ModelDir) -> bool:
 
 
 def _unpacked(tarball: Path, scratch: Path) -> Path:
-    """The folder that `tarball` was unpacked to, once a process.
-
-    Plain files and folders alone are unpacked, of names that stay in the folder; anything else is refused. Not by
-    tarfile's own filters, which came with Python 3.11.4: Debian's is older.
-    """
+    """The folder that `tarball` was unpacked to, once a process; what would lie outside of it is refused."""
     target = scratch / hashlib.sha256(str(tarball.resolve()).encode()).hexdigest()[:16]
     if target.is_dir():
         return target
@@ -262,8 +257,7 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     partial.mkdir(exist_ok=True)
     try:
         with tarfile.open(tarball) as archive:
-            for member in archive:
-                _unpack(archive, member, partial)
+            archive.extractall(partial, filter=_plain_data)
             # tarfile stops in silence at a damaged header, and gzip keeps its checksum at the very end.
             while archive.fileobj is not None and archive.fileobj.read(1 << 20):
                 pass
@@ -274,14 +268,8 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     return partial.rename(target)
 
 
-def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    """Writes one member below `folder`, with the rights and the owner that any new file has there."""
-    path = folder / member.name.lstrip("/")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise tarfile.TarError(f"{member.name!r} leads out of the archive")
-    if not member.isdir() and not member.isreg():
-        raise tarfile.TarError(f"{member.name!r} is no plain file; archives of models and outputs hold nothing else")
-    (path if member.isdir() else path.parent).mkdir(parents=True, exist_ok=True)
-    if content := archive.extractfile(member):  # a folder has none
-        with content, open(path, "wb") as file:
-            shutil.copyfileobj(content, file, 1 << 20)
+def _plain_data(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """tarfile's own filter for data, which also refuses links: archives of models and outputs hold none."""
+    if not member.isreg() and not member.isdir():
+        raise tarfile.SpecialFileError(member)
+    return tarfile.data_filter(member, folder)

@@ -5,14 +5,22 @@ import math
 import posixpath
 import re
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from fivefold.errors import DataError
+from fivefold.machine import count_cores
 from fivefold.recipe import Data
+
+T, R = TypeVar("T"), TypeVar("R")
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset([
@@ -113,6 +121,23 @@ def pixel_digest(pixels: np.ndarray) -> bytes:
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels))
     return digest.digest()[:16]
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`work` of each item, in order, by as many threads as there are cores; four results each wait to be taken, at most.
+
+    What was not begun is cancelled when the generator is closed.
+    """
+    coming = iter(items)
+    pool = ThreadPoolExecutor(count_cores())
+    try:
+        waiting = deque(pool.submit(work, item) for item in islice(coming, 4 * count_cores()))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(work, item) for item in islice(coming, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _check_size(image: Image.Image, most: float) -> None:

@@ -7,8 +7,7 @@ image can be kept: in memory up to a limit, beyond it in one file of a scratch f
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,12 @@ from torch import Tensor
 
 from fivefold.contract.files import reserve
 from fivefold.data.dataset import MEMORY_LIMIT, Batch, ImageSet, Sample, load
+from fivefold.data.images import in_threads
 from fivefold.machine import free_memory
 from fivefold.progress import track
 
 log = logging.getLogger("fivefold")
 
-AT_ONCE = 64
-"""Images that the threads are handed at a time: so many are waited for when the process is told to stop."""
 SHARE_OF_FREE = 4
 """Kept images take at most this part (1/4) of the memory that is free."""
 
@@ -89,15 +87,10 @@ class Prepared:
             if self.otherwise is not None:
                 self.otherwise()
             return False
-        made = self._made(missing)
-        for row in track(made, len(missing), f"{label}: images") if label else made:
-            self.done[row] = True
+        with closing(in_threads(self._keep, missing.tolist())) as made:
+            for row in track(made, len(missing), f"{label}: images") if label else made:
+                self.done[row] = True
         return True
-
-    def _made(self, rows: np.ndarray) -> Iterator[int]:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for start in range(0, len(rows), AT_ONCE):
-                yield from pool.map(self._keep, rows[start : start + AT_ONCE].tolist())
 
     def _keep(self, row: int) -> int:
         batch = self.images.seen(row)

@@ -1,14 +1,16 @@
-"""The user's own kubectl, as a process: what is in the cluster, and what is to be there."""
+"""The user's own kubectl, as a process, and what the cluster says by it of Jobs and pods: phases, exit codes, last words."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fivefold.errors import FivefoldError, RetryableError, SettingsError
+from fivefold.launchers.manifests import CONTAINER, PERMANENT, Object
 
 SECONDS_FOR_AN_ANSWER = 120
 AWAY = (
@@ -28,6 +30,10 @@ AWAY = (
 """What kubectl says where the cluster, and not the request, is at fault."""
 OF_ITS_LOG = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d")
 """How the lines of kubectl's own log begin, each of which says at more length what its last line says."""
+INDEX_OF_POD = "batch.kubernetes.io/job-completion-index"
+OWNER = "batch.kubernetes.io/controller-uid"
+OURS = 1
+"""The exit code of an error of ours, which another try would meet again."""
 
 
 class Kubectl:
@@ -67,7 +73,7 @@ class Kubectl:
             raise _error(arguments[0], ended.stderr)
         return ended.stdout
 
-    def items(self, kinds: str, selector: str) -> list[dict[str, Any]]:
+    def items(self, kinds: str, selector: str) -> list[Object]:
         """The objects of these kinds (`jobs,pods`) that have these labels."""
         return json.loads(self.ask("get", kinds, "--selector", selector, "--output", "json"))["items"]
 
@@ -90,3 +96,95 @@ def _error(verb: str, said: str) -> FivefoldError:
             f"the cluster does not answer, the same command may succeed later: kubectl {verb}: {words}"
         )
     return SettingsError(f"kubectl {verb} was refused: {words}")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one pod failed: its exit code (None where its container never ended), and what was said last."""
+
+    pod: str
+    index: int | None
+    code: int | None
+    words: str
+
+    def __str__(self) -> str:
+        how = "lost" if self.code is None else f"exit code {self.code}"
+        return f"{how}: {self.words}" if self.words else how
+
+
+def condition(one: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
+    """The condition of an object that is true now, None where it is not."""
+    found = one.get("status", {}).get("conditions") or []
+    return next((each for each in found if each["type"] == kind and each["status"] == "True"), None)
+
+
+def pods_of_job(pods: Iterable[Mapping[str, Any]], job: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pods of this Job, oldest first, and of none that had its name before."""
+    own = [pod for pod in pods if pod["metadata"].get("labels", {}).get(OWNER) == job["metadata"]["uid"]]
+    return sorted(own, key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
+
+
+def index_of(pod: Mapping[str, Any]) -> int | None:
+    """A pod's index in an Indexed Job, None in another."""
+    index = pod["metadata"].get("annotations", {}).get(INDEX_OF_POD)
+    return None if index is None else int(index)
+
+
+def has_started(pod: Mapping[str, Any]) -> bool:
+    """Whether the container runs, or has run: whether there is a log."""
+    state = _state(pod)
+    return "running" in state or "terminated" in state
+
+
+def is_over(pod: Mapping[str, Any]) -> bool:
+    return pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+
+
+def ending(pod: Mapping[str, Any]) -> Ending | None:
+    """How a pod failed; None where it runs, or ended well."""
+    status = pod.get("status", {})
+    if status.get("phase") != "Failed":
+        return None
+    ended = _state(pod).get("terminated", {})
+    lost = status.get("message") or status.get("reason") or ""
+    words = (ended.get("message") or lost or ended.get("reason") or "").strip().split("\n", 1)[0]
+    if ended.get("reason") == "OOMKilled":
+        words = "out of memory: give more by kubernetes.memory, or lower train.batch_size or train.workers"
+    return Ending(pod["metadata"]["name"], index_of(pod), ended.get("exitCode"), words)
+
+
+def waits_for(pod: Mapping[str, Any]) -> str:
+    """Why a pod does not start, as the cluster says it; empty where it has started or says nothing."""
+    if pod.get("status", {}).get("phase") != "Pending":
+        return ""
+    conditions = pod["status"].get("conditions") or []
+    unplaced = [each for each in conditions if each["type"] == "PodScheduled" and each["status"] == "False"]
+    reason = unplaced[0] if unplaced else _state(pod).get("waiting", {})
+    if reason.get("reason") in ("ContainerCreating", "PodInitializing"):
+        return ""
+    return ": ".join(text for text in (reason.get("reason"), reason.get("message")) if text)
+
+
+def failed_indexes(job: Mapping[str, Any]) -> list[int]:
+    """The indexes that an Indexed Job has given up: `1,3-5` of its status are 1, 3, 4 and 5."""
+    spans = [text.split("-") for text in (job.get("status", {}).get("failedIndexes") or "").split(",") if text]
+    return [index for span in spans for index in range(int(span[0]), int(span[-1]) + 1)]
+
+
+def last_endings(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> list[Ending]:
+    """The last ending of each index that the Job has given up, or of the Job's last pod."""
+    found = [each for pod in pods if (each := ending(pod)) is not None]
+    last = {each.index: each for each in found}
+    given_up = failed_indexes(job)
+    return [last[index] for index in given_up if index in last] if given_up else list(last.values())[-1:]
+
+
+def exit_code(endings: Sequence[Ending]) -> int:
+    """A code of ours that comes again, if a pod ended with one; 1 for an unexpected error; else 75: try again."""
+    codes = [each.code for each in endings]
+    return next((code for code in codes if code in (*PERMANENT, OURS)), RetryableError.exit_code)
+
+
+def _state(pod: Mapping[str, Any]) -> Mapping[str, Any]:
+    statuses = pod.get("status", {}).get("containerStatuses") or []
+    return next((each.get("state", {}) for each in statuses if each["name"] == CONTAINER), {})

@@ -3,19 +3,41 @@
 What is in the cluster stays there when this process ends: the same command looks at it and goes on.
 """
 
-import logging
+import io
 import os
-from collections.abc import Mapping
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
 
-from fivefold.launchers.crew import Signals
-from fivefold.launchers.fleet import Fleet
+from fivefold.errors import RetryableError, SettingsError
+from fivefold.launchers import kubectl as cluster
 from fivefold.launchers.kubectl import Kubectl
-from fivefold.launchers.manifests import Object, Pods, claim, job
-from fivefold.launchers.plan import Plan
-from fivefold.launchers.tasks import DATA, RUNS, check_names, check_runs, tasks_of
-from fivefold.launchers.yaml_text import as_yaml
+from fivefold.launchers.manifests import (
+    CONTAINER,
+    DATA,
+    RUN,
+    RUNS,
+    Object,
+    Pods,
+    Task,
+    as_yaml,
+    check_names,
+    check_runs,
+    claim,
+    job,
+    job_name,
+    tasks_of,
+)
+from fivefold.launchers.plan import Plan, Step
+from fivefold.launchers.scheduler import Scheduler
+from fivefold.launchers.screen import Screen, copy_output
+from fivefold.launchers.status import LOG
 
-log = logging.getLogger("fivefold")
+SECONDS_FOR_LAST_WORDS = 20.0
 
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
@@ -25,9 +47,12 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     """
     check(plan)
     pods, section = pods_of(plan, parallel), plan.settings.kubernetes
-    kubectl = Kubectl(section.namespace, section.context, environ)
-    with Signals() as signals:
-        return Fleet(plan, pods, kubectl, section.poll_seconds).work(signals)
+    screen = Screen()
+    backend = KubernetesBackend(plan, pods, Kubectl(section.namespace, section.context, environ), screen)
+    try:
+        return Scheduler(tasks_of(plan), backend, screen, seconds=section.poll_seconds).run()
+    finally:
+        backend.logs.stop()
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
@@ -41,7 +66,7 @@ def objects(plan: Plan, pods: Pods) -> list[Object]:
     return [*([claim(pods)] if any(has_claim(one) for one in jobs) else []), *jobs]
 
 
-def has_claim(one: Object) -> bool:
+def has_claim(one: Mapping[str, Any]) -> bool:
     return any("persistentVolumeClaim" in volume for volume in one["spec"]["template"]["spec"]["volumes"])
 
 
@@ -75,3 +100,179 @@ def results(plan: Plan) -> str:
         f"the run is in {RUNS}/{plan.run} of the claim {section.claim}; beside a pod of k8s/loader-pod.yaml:\n"
         f"kubectl cp fivefold-loader:{RUNS}/{plan.run} {plan.folder}    ({DATA} and {RUNS} are there)"
     )
+
+
+class KubernetesBackend:
+    """Runs each Task as a Job of the cluster. What it started goes on without this process, and is found again."""
+
+    def __init__(self, plan: Plan, pods: Pods, kubectl: Kubectl, screen: Screen) -> None:
+        """Raises a SettingsError where a Job of the plan runs with other arguments, before anything is applied."""
+        self.plan, self.pods, self.kubectl, self.screen = plan, pods, kubectl, screen
+        self.logs = Logs(kubectl, screen)
+        self._selector = f"{RUN}={plan.run}"
+        self._skipped: set[str] = set()
+        self._printed: set[str] = set()
+        self._failures: dict[str, str] = {}
+        self._jobs = {one["metadata"]["name"]: one for one in kubectl.items("jobs", self._selector)}
+        for task in tasks_of(plan):
+            name = self._job(task)
+            present = self._jobs.get(name)
+            if present and not _is_over(present) and not same(present, job(plan, task, pods)):
+                raise SettingsError(
+                    f"the Job {name} runs with other settings: wait for it, give another run=, or kubectl delete job {name}"
+                )
+
+    def start(self, task: Task, alone: bool) -> int | None:
+        """Applies a Job, or goes on with the one that is there: done, running, or failed and made anew."""
+        wanted = job(self.plan, task, self.pods)
+        name = self._job(task)
+        present = self._jobs.get(name)
+        if present is None:
+            self._make_claim(wanted)
+            self.kubectl.apply(wanted)
+            self.screen.line(f"{name}: applied")
+        elif not _is_over(present):
+            self.screen.line(f"{name} is there and runs: it is followed")
+        elif cluster.condition(present, "Complete") and same(present, wanted) and self._skipped.issuperset(task.needs):
+            self.screen.line(f"{name} is there and done: skipped; kubectl delete job {name} has it run again")
+            self._skipped.add(task.name)
+            return 0
+        else:
+            self.kubectl.replace(wanted)
+            why = "had failed" if cluster.condition(present, "Failed") else "was done with other settings or inputs"
+            self.screen.line(f"{name} {why}: replaced")
+        return None
+
+    def poll(self, running: Sequence[Task]) -> dict[str, int]:
+        objects = self.kubectl.items("jobs,pods", self._selector)
+        jobs = {one["metadata"]["name"]: one for one in objects if one["kind"] == "Job"}
+        pods = [one for one in objects if one["kind"] == "Pod"]
+        codes = {task.name: self._poll_job(task, jobs.get(self._job(task)), pods) for task in running}
+        return {name: code for name, code in codes.items() if code is not None}
+
+    def stop(self, running: Sequence[Task], number: int, again: bool) -> bool:
+        """Leaves the Jobs to the cluster, and prints how to follow them again and how to end them."""
+        names = ", ".join(self._job(task) for task in running) or "no Job"
+        where = " ".join(["kubectl", *self.kubectl.where])
+        self.screen.line(
+            f"no longer followed: {names} of {self.plan.run} in the cluster\n"
+            f"  the same command goes on; to end them: {where} delete jobs --selector {self._selector}"
+        )
+        return False
+
+    def describe(self, task: Task) -> str:
+        return self._failures.get(task.name, "")
+
+    def _job(self, task: Task) -> str:
+        return job_name(self.plan.run, task.name)
+
+    def _make_claim(self, wanted: Mapping[str, Any]) -> None:
+        if has_claim(wanted) and not self.kubectl.has("persistentvolumeclaim", self.pods.claim):
+            self.kubectl.apply(claim(self.pods))
+            self.screen.line(f"claim {self.pods.claim}: applied")
+
+    def _poll_job(self, task: Task, one: Object | None, pods: Sequence[Object]) -> int | None:
+        """Prints what is new of a Job and of its pods; its exit code once it is over."""
+        if one is None:
+            self._failures[task.name] = f"the Job {self._job(task)} was deleted"
+            return RetryableError.exit_code
+        own = cluster.pods_of_job(pods, one)
+        for pod in own:
+            step = task.steps[cluster.index_of(pod) or 0]
+            self.logs.follow(pod, step)
+            if reason := cluster.waits_for(pod):
+                self._print_once(f"{step.name} waits: {reason}", reason)
+            if ending := cluster.ending(pod):
+                self._print_once(f"{step.name}, pod {ending.pod}, failed: {ending}", ending.pod)
+        failed = cluster.condition(one, "Failed")
+        if not _is_over(one):
+            return None
+        self.logs.finish(own)
+        if failed is None:
+            self.screen.line(f"{self._job(task)}: done")
+            return 0
+        last = cluster.last_endings(one, own)
+        named = [f"\n  {task.steps[ending.index or 0].name}: {ending}" for ending in last]
+        self._failures[task.name] = f"the Job {self._job(task)}, {failed.get('reason', 'unknown')}{''.join(named)}"
+        return cluster.exit_code(last)
+
+    def _print_once(self, text: str, key: str) -> None:
+        if key not in self._printed:
+            self._printed.add(key)
+            self.screen.line(text)
+
+
+def same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a Job in the cluster does what the plan wants: its image, arguments and variables, for as many folds."""
+    return _what_it_does(found) == _what_it_does(wanted)
+
+
+def _what_it_does(one: Mapping[str, Any]) -> tuple[Any, ...]:
+    containers = one["spec"]["template"]["spec"]["containers"]
+    container = next((each for each in containers if each["name"] == CONTAINER), {})
+    values = {each["name"]: each["value"] for each in container.get("env", []) if "value" in each}
+    return container.get("image"), container.get("args"), values, one["spec"].get("completions") or 1
+
+
+def _is_over(one: Mapping[str, Any]) -> bool:
+    return any(cluster.condition(one, kind) for kind in ("Complete", "Failed"))
+
+
+@dataclass
+class Stream:
+    """One pod's log as it is followed: the process, and the thread that reads it."""
+
+    process: subprocess.Popen[bytes]
+    reader: threading.Thread
+    ended: str = ""
+
+
+class Logs:
+    """Follows the log of every pod that it is shown, each by a process of kubectl."""
+
+    def __init__(self, kubectl: Kubectl, screen: Screen) -> None:
+        self.kubectl, self.screen = kubectl, screen
+        self._streams: dict[str, Stream] = {}
+
+    def follow(self, pod: Mapping[str, Any], step: Step) -> None:
+        """Follows a pod that has started. One whose stream broke off while it runs is taken up from there."""
+        name = pod["metadata"]["name"]
+        known = self._streams.get(name)
+        if not cluster.has_started(pod) or (known and (known.process.poll() is None or cluster.is_over(pod))):
+            return
+        since = ["--since-time", known.ended or _now()] if known else []
+        process = subprocess.Popen(
+            self.kubectl.command("logs", "--follow", name, "--container", CONTAINER, *since),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        reader = threading.Thread(target=self._read, args=(name, process, step), daemon=True)
+        self._streams[name] = Stream(process, reader)
+        reader.start()
+
+    def finish(self, pods: Sequence[Mapping[str, Any]]) -> None:
+        """Waits for the last words of pods that are over."""
+        until = time.monotonic() + SECONDS_FOR_LAST_WORDS
+        for pod in pods:
+            if stream := self._streams.get(pod["metadata"]["name"]):
+                stream.reader.join(max(0.0, until - time.monotonic()))
+
+    def stop(self) -> None:
+        """Ends every process that still follows."""
+        for stream in self._streams.values():
+            if stream.process.poll() is None:
+                stream.process.terminate()
+            stream.reader.join(SECONDS_FOR_LAST_WORDS)
+
+    def _read(self, name: str, process: subprocess.Popen[bytes], step: Step) -> None:
+        assert process.stdout is not None
+        output = io.TextIOWrapper(process.stdout, "utf-8", "replace", newline="")
+        copy_output(output, step.folder / LOG, f"pod {name}", self.screen, step.name)
+        process.wait()
+        self._streams[name].ended = _now()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

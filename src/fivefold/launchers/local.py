@@ -4,25 +4,37 @@ A step sees the user's environment, less everything that the contract gives a me
 own SM_* variables. What it prints goes to `<step>/log.txt` and to the terminal.
 """
 
+import contextlib
+import fcntl
 import os
+import pty
 import shutil
+import signal
 import subprocess
+import sys
+import termios
+import threading
+import time
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fivefold.contract.files import probe_writable, write_text
 from fivefold.contract.layout import CACHES, GROUND_TRUTH, truth_beside_table, truth_of
 from fivefold.contract.s3.urls import is_url, parse
+from fivefold.contract.stages import FAILURE
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
-from fivefold.launchers.crew import Crew, Signals
 from fivefold.launchers.plan import Inputs, Plan, Step
-from fivefold.launchers.status import running_pid
-from fivefold.machine import count_cores, free_memory
+from fivefold.launchers.scheduler import Scheduler
+from fivefold.launchers.screen import Screen, copy_output
+from fivefold.launchers.status import LOG, epochs_done, failure_of, running_pid, write_ended, write_started
+from fivefold.machine import GLIBC_TUNABLES, count_cores, free_memory
 from fivefold.recipe import SECTIONS
 from fivefold.settings import ENVIRONMENT_KEYS
 
+SECONDS_BETWEEN_POLLS = 0.03
+SECONDS_FOR_LAST_WORDS = 2.0
 NOT_PASSED_ON = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
 PASSED_ON = {"SM_LOG_LEVEL"}
 MEMORY_OF_A_FOLD = 6 << 30
@@ -48,8 +60,100 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
         threads = share if step.stage == "train-fold" else 0
         return {**step_environment(step, environ, gpu, threads), **shared_cache(plan)}
 
-    with Signals() as signals:
-        return Crew(plan, parallel, devices if parallel > 1 else [], environment).work(signals)
+    screen = Screen()
+    backend = LocalBackend(screen, devices if parallel > 1 else [], environment)
+    return Scheduler(plan.steps, backend, screen, parallel, SECONDS_BETWEEN_POLLS).run()
+
+
+@dataclass
+class Child:
+    """A step's running process, with the thread that reads what it prints."""
+
+    process: subprocess.Popen[bytes]
+    reader: threading.Thread
+    gpu: str
+    started: float = field(default_factory=time.time)
+
+
+class LocalBackend:
+    """Runs each step as a process of this machine; signals are passed on to all of them."""
+
+    def __init__(
+        self, screen: Screen, devices: Sequence[str], environment: Callable[[Step, str], dict[str, str]]
+    ) -> None:
+        """`environment(step, gpu)` are the variables of a step's process; `devices` are dealt out, one a process."""
+        self.screen, self.devices, self.environment = screen, devices, environment
+        self.children: dict[str, Child] = {}
+
+    def start(self, step: Step, alone: bool) -> None:
+        """Starts the step's process; on a pseudo-terminal, for its progress bars, where it runs alone."""
+        probe_writable(step.folder)
+        (step.folder / FAILURE).unlink(missing_ok=True)
+        used = [child.gpu for child in self.children.values()]
+        gpu = min(self.devices, key=used.count, default="")
+        as_terminal = alone and self.screen.terminal
+        read_end, write_end = _terminal() if as_terminal else os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs", *step.command],
+            env=self.environment(step, gpu),
+            stdin=subprocess.DEVNULL,
+            stdout=write_end,
+            stderr=write_end,
+            start_new_session=True,
+        )
+        os.close(write_end)
+        output = os.fdopen(read_end, encoding="utf-8", errors="replace", newline="")
+        told = (output, step.folder / LOG, " ".join(step.command), self.screen, "" if as_terminal else step.name)
+        reader = threading.Thread(target=copy_output, args=told, daemon=True)
+        reader.start()
+        try:
+            write_started(step, process.pid)
+        except BaseException:
+            process.kill()
+            raise
+        self.children[step.name] = Child(process, reader, gpu)
+
+    def poll(self, running: Sequence[Step]) -> dict[str, int]:
+        codes = {}
+        for step in running:
+            child = self.children[step.name]
+            if child.process.poll() is None:
+                continue
+            child.reader.join(SECONDS_FOR_LAST_WORDS)
+            code = child.process.returncode
+            codes[step.name] = 128 - code if code < 0 else code
+            write_ended(step, codes[step.name])
+            del self.children[step.name]
+        return codes
+
+    def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
+        """Passes a signal on to the processes; the second one kills them with all that they started."""
+        names = ", ".join(step.name for step in running)
+        self.screen.line(
+            f"{signal.Signals(number).name}: {'killing' if again else 'waiting for'} {names} (again: kill)"
+        )
+        for child in self.children.values():
+            # a process may have ended since it was polled
+            with contextlib.suppress(ProcessLookupError):
+                if again:
+                    os.killpg(child.process.pid, signal.SIGKILL)
+                else:
+                    child.process.send_signal(number)
+        return True
+
+    def describe(self, step: Step) -> str:
+        child = self.children.get(step.name)
+        if child is None:
+            return f"{failure_of(step)}\n  log: {step.folder / LOG}"
+        return f"epoch {epochs_done(step, child.started)} of {step.epochs}" if step.epochs else ""
+
+
+def _terminal() -> tuple[int, int]:
+    """The two ends of a pseudo-terminal of the size of this process's own."""
+    read_end, write_end = pty.openpty()
+    size = fcntl.ioctl(sys.stderr.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
+    fcntl.ioctl(write_end, termios.TIOCSWINSZ, size)
+    return read_end, write_end
 
 
 def shared_cache(plan: Plan) -> dict[str, str]:
@@ -92,6 +196,7 @@ def step_environment(step: Step, environ: Mapping[str, str], gpu: str = "", thre
     # small network took 10 s an epoch instead of 1.3 s. Sleeping at once (PASSIVE) cost 30 % on an idle machine;
     # a short spin cost nothing there.
     own.setdefault("GOMP_SPINCOUNT", "20000")
+    own.setdefault("GLIBC_TUNABLES", GLIBC_TUNABLES)
     return {**own, "PYTHONUNBUFFERED": "1", **step.environment}
 
 

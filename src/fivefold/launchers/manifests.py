@@ -1,22 +1,29 @@
 """A plan as Kubernetes objects: one Job a step, one Indexed Job for the folds of a seed, and the claim that they share.
 
 Paths are the same in every pod: data in `/data`, runs in `/runs`, two folders of one claim, or either at s3://.
-Objects are plain dicts.
+Objects are plain dicts. Run as a program it writes the Jobs of `k8s/`: `make manifests`.
 """
 
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
+from fivefold.contract.files import write_text
 from fivefold.contract.layout import channels_of, outputs_of
-from fivefold.contract.s3.urls import is_url
+from fivefold.contract.s3.urls import is_url, parse
 from fivefold.errors import DataError, MissingInputError, SettingsError
-from fivefold.launchers.plan import Plan
-from fivefold.launchers.tasks import DATA, RUNS, Task, fold_of, job_name, seed_of
+from fivefold.launchers.plan import Inputs, Plan, Step, make_plan
 
 Object = dict[str, Any]
 
+DATA, RUNS = "/data", "/runs"
+"""Where every pod sees the data and the runs, two folders of one claim."""
+MOST_CHARACTERS = 63
 CONTAINER = "fivefold"
 STORE = "fivefold-s3"
 """The ConfigMap and the Secret that a pod takes variables from where anything lies at s3://; both may be absent."""
@@ -32,6 +39,84 @@ QUEUE = "kueue.x-k8s.io/queue-name"
 NAME, RUN, TASK = (f"app.kubernetes.io/{key}" for key in ("name", "instance", "component"))
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 CACHES = {"HOME": "/tmp", "TORCH_HOME": "/tmp/torch", "HF_HOME": "/tmp/huggingface", "MPLCONFIGDIR": "/tmp/matplotlib"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one Job does: a step, or the folds of one seed, 0 to the last, as an Indexed Job; after the tasks it needs."""
+
+    name: str
+    steps: tuple[Step, ...]
+    needs: tuple[str, ...]
+    indexed: bool = False
+
+    @property
+    def stage(self) -> str:
+        return self.steps[0].stage
+
+
+def tasks_of(plan: Plan) -> list[Task]:
+    """The plan's Jobs in order. Folds that do not start at 0, or leave one out, are a Job each."""
+    names = {step.name: _task_name(plan, step) for step in plan.steps}
+    tasks = []
+    for name in dict.fromkeys(names.values()):
+        steps = tuple(step for step in plan.steps if names[step.name] == name)
+        needs = dict.fromkeys(names[need] for step in steps for need in step.needs)
+        tasks.append(Task(name, steps, tuple(needs), indexed=name != steps[0].name))
+    return tasks
+
+
+def job_name(run: str, task: str) -> str:
+    """The name of a task's Job. In names of a cluster only small letters, digits and hyphens stand."""
+    return re.sub(r"[._]", "-", f"fivefold-{run}-{task}").lower()
+
+
+def check_names(plan: Plan) -> None:
+    """Raises a SettingsError where the run's name cannot be a part of the names of its pods."""
+    names = [(job_name(plan.run, task.name), task) for task in tasks_of(plan)]
+    longest = max((f"{name}-{len(task.steps) - 1}" if task.indexed else name for name, task in names), key=len)
+    if not plan.run[-1].isalnum():
+        raise SettingsError(f"run={plan.run!r}: on Kubernetes a name ends in a letter or a digit")
+    if len(longest) > MOST_CHARACTERS:
+        most = len(plan.run) - len(longest) + MOST_CHARACTERS
+        raise SettingsError(
+            f"run={plan.run!r} is too long for Kubernetes: {longest} has {len(longest)} of {MOST_CHARACTERS} characters; "
+            f"{most} are left for the run"
+        )
+
+
+def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
+    """The inputs as they are; a SettingsError for a path that no pod would see: it lies in /data of the claim, or at s3://."""
+    for name, path in vars(inputs).items():
+        if path and is_url(path):
+            parse(path, name)
+        elif path and (not PurePosixPath(path).is_relative_to(DATA) or ".." in PurePosixPath(path).parts):
+            raise SettingsError(
+                f"{name}={path}: pods see {DATA} of the claim, and s3://; copy it to the claim as docs/kubernetes.md "
+                f"shows, and give {name}={DATA}/…"
+            )
+    return inputs
+
+
+def check_runs(runs: str) -> None:
+    """Raises a SettingsError for a place of runs that no pod could write to."""
+    if is_url(runs):
+        parse(runs, "kubernetes.runs")
+    elif runs != RUNS:
+        raise SettingsError(f"kubernetes.runs={runs}: runs lie in {RUNS} of the claim, or at s3://bucket/prefix")
+
+
+def _task_name(plan: Plan, step: Step) -> str:
+    """A step's own name, or of folds that are 0, 1, 2 and so on for their seed, `train-folds` or `train-folds-seed-43`."""
+    if step.fold is None:
+        return step.name
+    folds = [other.fold for other in plan.steps if other.fold is not None and other.seed == step.seed]
+    return name_with(step, "train-folds") if folds == list(range(len(folds))) else step.name
+
+
+def name_with(step: Step, text: str) -> str:
+    """The name of a step that trains a fold, with `text` for its `fold-2`, and the seed behind it as it is."""
+    return step.name.replace(f"fold-{step.fold}", text, 1)
 
 
 @dataclass(frozen=True)
@@ -99,11 +184,14 @@ def job(plan: Plan, task: Task, pods: Pods) -> Object:
 def pod(task: Task, pods: Pods) -> Object:
     """The pod of a task, within the restricted pod security standard."""
     on_gpu = pods.gpus > 0 and task.stage in ON_GPU
+    step = task.steps[0]
+    command = (step.stage, *step.arguments) if task.indexed else step.command
     env = environment(task, pods)
+    from_store = [{kind: {"name": STORE, "optional": True}} for kind in ("configMapRef", "secretRef")]
     at_store = any(is_url(entry.get("value", "")) for entry in env)
     from_claim = [path for path in (DATA, RUNS) if any(entry.get("value", "").startswith(path) for entry in env)]
     return {
-        **pod_security(),
+        **_pod_security(),
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": SECONDS_OF_GRACE,
         **({"serviceAccountName": pods.service_account} if pods.service_account else {}),
@@ -113,11 +201,11 @@ def pod(task: Task, pods: Pods) -> Object:
                 "name": CONTAINER,
                 "image": pods.image,
                 "imagePullPolicy": "IfNotPresent",
-                "args": [task.stage, *_arguments(task)],
+                "args": [literal(text) for text in command],
                 "env": env,
-                **({"envFrom": variables_of_store()} if at_store else {}),
+                **({"envFrom": from_store} if at_store else {}),
                 "resources": _resources(pods, pods.gpus if on_gpu else 0),
-                **container_security(),
+                **_container_security(),
                 "terminationMessagePolicy": "FallbackToLogsOnError",
                 "volumeMounts": mounts(from_claim),
             }
@@ -126,7 +214,7 @@ def pod(task: Task, pods: Pods) -> Object:
     }
 
 
-def pod_security() -> Object:
+def _pod_security() -> Object:
     """A user that is not root, who owns the claim's files as a group; nothing of the cluster's own inside."""
     return {
         "automountServiceAccountToken": False,
@@ -142,7 +230,7 @@ def pod_security() -> Object:
     }
 
 
-def container_security() -> Object:
+def _container_security() -> Object:
     context = {
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
@@ -167,7 +255,7 @@ def environment(task: Task, pods: Pods) -> list[Object]:
 def _not_found(task: Task) -> dict[str, str]:
     """The step's variables, but for those that are where the layout of runs has them."""
     step = task.steps[0]
-    run, usual = str(step.folder.parent), f"fold-{fold_of(step)}" if task.stage == "train-fold" else task.stage
+    run, usual = str(step.folder.parent), task.stage if step.fold is None else f"fold-{step.fold}"
     known = {f"SM_CHANNEL_{name.upper()}": path for name, path in channels_of(task.stage, run).items()}
     known |= outputs_of(task.stage, f"{run}/{usual}")
     return {name: value for name, value in step.environment.items() if known.get(name) != value}
@@ -178,10 +266,6 @@ def literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _arguments(task: Task) -> list[str]:
-    return [literal(text) for text in task.steps[0].arguments if not (task.indexed and text.startswith("FOLD="))]
-
-
 def _placed(value: str, task: Task) -> str:
     """A path or URL as the pod sees it: in the run's folder, wherever runs are; there in that of the pod's fold."""
     step = task.steps[0]
@@ -189,13 +273,8 @@ def _placed(value: str, task: Task) -> str:
         return literal(value)
     parts = PurePosixPath(value).relative_to(step.folder.parent).parts
     if task.indexed and parts[:1] == (step.name,):
-        parts = (f"fold-$(FOLD){seed_of(step)}", *parts[1:])
+        parts = (name_with(step, "fold-$(FOLD)"), *parts[1:])
     return "/".join(["$(RUNS)", "$(RUN)", *parts])
-
-
-def variables_of_store() -> list[Object]:
-    """Where credentials and the address of a store come from, if they are there."""
-    return [{kind: {"name": STORE, "optional": True}} for kind in ("configMapRef", "secretRef")]
 
 
 def _resources(pods: Pods, gpus: int) -> Object:
@@ -203,18 +282,61 @@ def _resources(pods: Pods, gpus: int) -> Object:
     return {"requests": {"cpu": str(pods.cpus), "memory": pods.memory}, **limits}
 
 
-def mounts(paths: Sequence[str], read_only: Sequence[str] = (DATA,)) -> list[Object]:
+def mounts(paths: Sequence[str]) -> list[Object]:
     """Where a container sees these folders of the claim, and what it may write to besides: /tmp, and /dev/shm in memory."""
-    found: list[Object] = [{"name": "storage", "mountPath": path, "subPath": path.strip("/")} for path in paths]
-    for mount in found:
-        mount |= {"readOnly": True} if mount["mountPath"] in read_only else {}
-    return [*found, {"name": "tmp", "mountPath": "/tmp"}, {"name": "shm", "mountPath": "/dev/shm"}]
+    read_only = {DATA: {"readOnly": True}}
+    claimed = [
+        {"name": "storage", "mountPath": path, "subPath": path.strip("/"), **read_only.get(path, {})} for path in paths
+    ]
+    return [*claimed, {"name": "tmp", "mountPath": "/tmp"}, {"name": "shm", "mountPath": "/dev/shm"}]
 
 
-def volumes(pods: Pods, with_claim: bool = True) -> list[Object]:
+def volumes(pods: Pods, with_claim: bool) -> list[Object]:
     storage = {"name": "storage", "persistentVolumeClaim": {"claimName": pods.claim}}
     return [
         *([storage] if with_claim else []),
         {"name": "tmp", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
     ]
+
+
+def as_yaml(objects: Sequence[Object]) -> str:
+    """The objects as one YAML file."""
+    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Nothing is an alias, and in quotes stands also what other readers than PyYAML take for a number or a bool."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("float", re.compile(r"([yYnN]|[-+.0-9][-+.0-9a-fA-FxXoO_]*)$"), list("yYnN-+.0123456789"))
+
+
+def files() -> dict[str, str]:
+    """The text of each rendered file by its path in `k8s/`: the Jobs of the run `first` of the recipe `small_images`."""
+    plan = make_plan(Inputs(f"{DATA}/train", f"{DATA}/eval"), run="first", runs=RUNS, recipe="small_images")
+    objects = {f"{task.name}-job.yaml": job(plan, task, Pods()) for task in tasks_of(plan)}
+    objects["pvc.yaml"] = claim(Pods())
+    return {name: HEAD.format(COMMENTS[name], name) + as_yaml([one]) for name, one in objects.items()}
+
+
+HEAD = "# {}\n#\n#     kubectl apply -f k8s/{}\n#\n# Rendered from the plan by `make manifests`.\n"
+COMMENTS = {
+    "split-job.yaml": "Images in /data/train to folds, in /runs/first/split.",
+    "train-folds-job.yaml": "Every fold in a pod of its own, side by side: FOLD is the pod's index. After split.",
+    "ensemble-job.yaml": "The fold models predict /data/eval; the submission is in /runs/first/ensemble/output.",
+    "evaluate-job.yaml": "Scores and the report: of test rows, if there is a gt.csv beside the test.csv. After ensemble.",
+    "distill-job.yaml": "The fold models teach one student. After train-folds.",
+    "ensemble-student-job.yaml": "The student predicts /data/eval. After distill.",
+    "evaluate-student-job.yaml": "The student's scores. After ensemble-student.",
+    "pvc.yaml": "The claim of the data and the runs, applied once. Folds on several machines need ReadWriteMany.",
+}
+"""What stands at the head of each file."""
+
+
+if __name__ == "__main__":
+    for path, text in files().items():
+        write_text(Path(sys.argv[1]) / path, text)

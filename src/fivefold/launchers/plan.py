@@ -42,9 +42,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Step:
-    """One process: `python -m jobs <stage> <arguments>` with `environment`, after the steps it needs.
+    """One process: `python -m jobs <command>` with `environment`, after the steps it needs.
 
-    `epochs` is how many a training step takes at most, 0 for other steps.
+    `epochs` is how many a training step takes at most, 0 for other steps. `fold` is set where a step trains a fold,
+    `seed` where it trains a model.
     """
 
     name: str
@@ -54,6 +55,14 @@ class Step:
     folder: Path
     needs: tuple[str, ...]
     epochs: int = 0
+    fold: int | None = None
+    seed: int | None = None
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The stage and all its arguments, with the fold."""
+        fold = () if self.fold is None else (f"FOLD={self.fold}",)
+        return (self.stage, *self.arguments, *fold)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "folder": str(self.folder)}
@@ -129,7 +138,7 @@ def describe(plan: Plan, python: str = "python") -> str:
     for step in plan.steps:
         after = f", after {', '.join(step.needs)}" if step.needs else ""
         variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
-        command = shlex.join([python, "-m", "jobs", step.stage, *step.arguments])
+        command = shlex.join([python, "-m", "jobs", *step.command])
         blocks.append(f"\n# {step.name}{after}\n" + " \\\n  ".join([*variables, command]))
     return "\n".join(blocks)
 
@@ -179,14 +188,14 @@ class _Builder:
         for seed in self.seeds or (self.settings.seed,):
             for fold in range(number_of_folds(self.settings)):
                 name = f"fold-{fold}" if seed == self._first_seed() else f"fold-{fold}-seed-{seed}"
-                arguments = (*self._seed_argument(seed), f"FOLD={fold}")
                 channels = {"train": self.inputs.train, "weights": self.inputs.weights}
-                yield self._step(name, "train-fold", channels, arguments, ("split",), self.settings.train.epochs)
+                epochs = self.settings.train.epochs
+                yield self._step(name, "train-fold", channels, ("split",), epochs, fold, seed)
 
     def _student(self, teachers: tuple[str, ...]) -> Step:
         given = {"train": self.inputs.train, "unlabeled": self.inputs.unlabeled, "weights": self.inputs.weights}
         epochs = self.settings.student().train.epochs
-        return self._step("distill", "distill", given, self._seed_argument(self._first_seed()), teachers, epochs)
+        return self._step("distill", "distill", given, teachers, epochs, seed=self._first_seed())
 
     def _scored(self, ensemble: str, evaluate: str, model: str, needs: tuple[str, ...]) -> list[Step]:
         """The prediction of the eval images by the models below `model`, where there is an eval; its evaluation."""
@@ -204,9 +213,10 @@ class _Builder:
         name: str,
         stage: str,
         channels: Mapping[str, str | None],
-        arguments: tuple[str, ...] = (),
         needs: tuple[str, ...] = (),
         epochs: int = 0,
+        fold: int | None = None,
+        seed: int | None = None,
     ) -> Step:
         """The step; `channels` beside those that its stage reads of the run, or instead of them."""
         folder = self.folder / name
@@ -215,13 +225,11 @@ class _Builder:
         environment |= outputs_of(stage, str(folder))
         recipe = (f"recipe={self.recipe}",) if self.recipe else ()
         own = tuple(text for text in self.overrides if is_of(_key(text), (*STAGES[stage].sections, "reuse")))
-        return Step(name, stage, (*recipe, *own, *arguments), environment, folder, needs, epochs)
+        seeded = (f"seed={seed}",) if self.seeds and seed is not None else ()
+        return Step(name, stage, (*recipe, *own, *seeded), environment, folder, needs, epochs, fold, seed)
 
     def _first_seed(self) -> int:
         return self.seeds[0] if self.seeds else self.settings.seed
-
-    def _seed_argument(self, seed: int) -> tuple[str, ...]:
-        return (f"seed={seed}",) if self.seeds else ()
 
     def _has_teachers(self) -> bool:
         """Whether each training row has a teacher: with parts, none is out-of-fold."""
@@ -260,22 +268,16 @@ def _check_names(plan: Plan, stages: Sequence[str], folds: Sequence[int]) -> Non
             raise SettingsError(
                 f"stages: unknown stage {name!r}{did_you_mean(name, known)}; known: {', '.join(STAGES)}"
             )
-    there = sorted({fold for step in plan.steps if (fold := _fold(step)) is not None})
+    there = sorted({step.fold for step in plan.steps if step.fold is not None})
     absent = [str(fold) for fold in folds if fold not in there]
     if absent:
         raise SettingsError(f"folds={','.join(absent)}: the run has the folds {there[0]} to {there[-1]}")
 
 
 def _wanted(step: Step, stages: Sequence[str], folds: Sequence[int]) -> bool:
-    if folds and _fold(step) is not None and _fold(step) not in folds:
+    if folds and step.fold is not None and step.fold not in folds:
         return False
     if not stages or step.name in stages:
         return True
     of_student = step.name.endswith("-student")
     return step.stage in stages and (not of_student or "distill" in stages)
-
-
-def _fold(step: Step) -> int | None:
-    """The fold that a step trains, None for other steps."""
-    given = [text for text in step.arguments if text.startswith("FOLD=")]
-    return int(given[0].removeprefix("FOLD=")) if given else None

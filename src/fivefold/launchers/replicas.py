@@ -15,8 +15,8 @@ from fivefold.contract.hosts import Hosts
 from fivefold.contract.place import PARENT, SHARED_SCRATCH
 from fivefold.contract.storage import SCRATCH
 from fivefold.errors import FivefoldError, RetryableError
-from fivefold.launchers.crew import SECONDS_BETWEEN_LOOKS, Signals
-from fivefold.machine import count_cores
+from fivefold.launchers.scheduler import SECONDS_BETWEEN_SIGNALS, Signals
+from fivefold.machine import GLIBC_TUNABLES, count_cores
 
 SECONDS_FOR_THE_REST = 30.0
 """Where one failed, the others find out at the next thing that they tell it, and have so long to end."""
@@ -55,7 +55,7 @@ def shared_variables(hosts: Hosts, processes: int, environ: Mapping[str, str]) -
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if hosts.count == 1 and sys.platform.startswith("linux") else {}
     # as many threads as go round: another number would give other bits
     threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // processes)), "GOMP_SPINCOUNT": "20000"}
-    return {**loopback, **threads, **environ, PARENT: str(os.getpid())}
+    return {**loopback, **threads, "GLIBC_TUNABLES": GLIBC_TUNABLES, **environ, PARENT: str(os.getpid())}
 
 
 def free_port() -> int:
@@ -86,7 +86,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], signals: Signals) -> list
             for child in running:
                 child.wait()
             return running
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(SECONDS_BETWEEN_SIGNALS)
     return []
 
 

@@ -1,11 +1,12 @@
-"""What several processes say, shown on one terminal and kept in one log each."""
+"""What several processes print, shown on one terminal and kept in one log each."""
 
-import codecs
+import contextlib
 import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+import time
+from pathlib import Path
 from typing import IO
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -24,60 +25,44 @@ class Screen:
         self._lock = threading.Lock()
 
     def line(self, text: str) -> None:
-        with self._lock:
-            self._write(f"{self._erase()}{text}\n{self._foot}")
+        self._write(f"{text}\n")
 
     def raw(self, text: str) -> None:
         """Text as it comes, with its own line ends and control characters."""
         with self._lock:
-            self._write(text)
+            self.stream.write(text)
+            self.stream.flush()
 
     def foot(self, text: str) -> None:
         """Puts `text` on the status line; empty text removes it."""
-        if not self.terminal:
-            return
+        if self.terminal:
+            self._write("", text[: shutil.get_terminal_size().columns - 1])
+
+    def _write(self, text: str, foot: str | None = None) -> None:
         with self._lock:
-            erase = self._erase()
-            self._foot = text[: shutil.get_terminal_size().columns - 1]
-            self._write(erase + self._foot)
-
-    def _erase(self) -> str:
-        return "\r\x1b[K" if self._foot else ""
-
-    def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+            erase = "\r\x1b[K" if self._foot else ""
+            self._foot = self._foot if foot is None else foot
+            self.stream.write(f"{erase}{text}{self._foot}")
+            self.stream.flush()
 
 
-class Lines:
-    """Bytes in any portions, given on as whole lines: what a terminal would show of each at its end."""
+def copy_output(output: IO[str], log: Path, title: str, screen: Screen, name: str = "") -> None:
+    """Appends what a process prints to its log, below a line with the time and `title`, and shows it, until it ends.
 
-    def __init__(self, give: Callable[[str], None]) -> None:
-        self._give = give
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._rest = ""
-
-    def feed(self, portion: bytes) -> str:
-        """Takes a portion and gives on the lines that it ends; the portion as text."""
-        text = self._decoder.decode(portion)
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._line(line)
-        return text
-
-    def close(self) -> None:
-        if self._rest:
-            self._line(self._rest)
-            self._rest = ""
-
-    def _line(self, line: str) -> None:
-        shown = [part for part in ESCAPE.sub("", line).rstrip("\r").split("\r") if part.strip()]
-        # tqdm wipes its bar with spaces and a carriage return: a line of nothing else is no line
-        if shown or "\r" not in line.rstrip("\r"):
-            self._give(shown[-1].rstrip() if shown else "")
-
-
-def bar(done: int, total: int, width: int = 10) -> str:
-    """`[####------] 4/10`."""
-    filled = min(width, round(width * done / total)) if total else 0
-    return f"[{'#' * filled}{'-' * (width - filled)}] {done}/{total}"
+    On the screen lines stand behind the `name` of their step; without one text is shown as it comes, bars too, of which
+    the log keeps the last state. `output` is opened with newline="".
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # a pseudo-terminal ends with EIO on Linux, not with an empty read
+    with output, open(log, "a", encoding="utf-8") as file, contextlib.suppress(OSError):
+        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
+        for text in output:
+            if not name:
+                screen.raw(text)
+            line = ESCAPE.sub("", text).rstrip()
+            # a bar goes back to the start of its line by a carriage return, to be drawn again or wiped
+            if text.endswith("\n") or (line and not text.endswith("\r")):
+                file.write(f"{line}\n")
+                file.flush()
+                if name:
+                    screen.line(f"[{name}] {line}")

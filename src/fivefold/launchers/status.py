@@ -1,18 +1,17 @@
-"""What of a run is done, running, failed, stopped or waiting, read from the files that it leaves.
+"""What of a run is done, running, failed, stopped or waiting, and its figures, read from the files that it leaves.
 
 A step's folder holds `state.json` (process, start, end, exit code: written by the launcher),
-`stage.json` (written last by the stage itself), `failure` and `log.txt`.
+`stage.json` (written last by the stage itself), `failure` and `log.txt`; that of an evaluation `metrics.json`.
 """
 
-import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fivefold.contract.files import read_json, write_json
-from fivefold.contract.stages import FAILURE, RECORD, STAGES, TRAIN_LOG
+from fivefold.contract.stages import FAILURE, METRICS, RECORD, REPORT, STAGES, TRAIN_LOG
 from fivefold.errors import DataError, MissingInputError
 from fivefold.launchers.plan import PLAN, Plan, Step
 
@@ -21,6 +20,9 @@ LOG = "log.txt"
 BY_SIGNAL = {130: "SIGINT", 137: "SIGKILL, as the system does where memory runs out", 143: "SIGTERM"}
 SECONDS_OF_DOUBT = 5.0
 """A process older than its step by less than this is the step's: clocks are read a moment apart."""
+EVALUATION = {"ensemble": "evaluate", "distill": "evaluate-student", "ensemble-student": "evaluate-student"}
+"""The step whose metrics.json scores what a step made."""
+ROWS = {"oof": "out-of-fold", "test": "test", "holdout": "holdout"}
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,9 @@ def read_plan(folder: Path) -> Plan:
         raise MissingInputError(f"{folder} holds no run: {path} is not there")
     tree = read_json(path)
     try:
-        steps = [
-            Step(
-                **{
-                    **step,
-                    "folder": folder / step["name"],
-                    "arguments": tuple(step["arguments"]),
-                    "needs": tuple(step["needs"]),
-                }
-            )
-            for step in tree["steps"]
-        ]
-        return Plan(tree["run"], folder, tuple(steps), tuple(tree["notes"]))
+        for step in tree["steps"]:
+            step |= {"folder": folder / step["name"], **{key: tuple(step[key]) for key in ("arguments", "needs")}}
+        return Plan(tree["run"], folder, tuple(Step(**step) for step in tree["steps"]), tuple(tree["notes"]))
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is not a plan: {error}") from error
 
@@ -83,7 +76,8 @@ def status_of(step: Step) -> Status:
     record = record_of(step)
     if state is not None and state["ended"] is None:
         if _alive(state):
-            return Status("running", running_detail(step, state))
+            done = epochs_done(step, datetime.fromisoformat(state["started"]).timestamp() - SECONDS_OF_DOUBT)
+            return Status("running", f"epoch {done} of {step.epochs}" if step.epochs and done else last_line(step))
         if record is None:
             return Status("stopped", f"process {state['pid']} is gone without an exit code")
     if state is not None and state["exit_code"]:
@@ -123,14 +117,7 @@ def epochs_done(step: Step, since: float = 0.0) -> int:
     path = step.folder / "model" / TRAIN_LOG
     if not path.is_file() or path.stat().st_mtime < since:
         return 0
-    with open(path, encoding="utf-8", newline="") as file:
-        return sum(1 for _ in csv.DictReader(file))
-
-
-def running_detail(step: Step, state: Mapping[str, Any]) -> str:
-    started = datetime.fromisoformat(state["started"]).timestamp()
-    done = epochs_done(step, started - SECONDS_OF_DOUBT)
-    return f"epoch {done} of {step.epochs}" if step.epochs and done else last_line(step)
+    return len(path.read_text("utf-8").splitlines()[1:])
 
 
 def running_pid(step: Step) -> int | None:
@@ -162,3 +149,72 @@ def _now() -> str:
 
 def _local(finished: str) -> str:
     return datetime.fromisoformat(finished).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Accuracy in 0..1 and logloss in nats, of `rows`."""
+
+    accuracy: float
+    logloss: float
+    rows: str
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.4f}, logloss {self.logloss:.4f} ({self.rows})"
+
+
+def figures_of(plan: Plan, step: Step) -> Figures | None:
+    """What is known of the models that a step made or scored; None where nothing is."""
+    record = record_of(step)
+    if record is None:
+        return None
+    if step.stage == "train-fold":
+        return _figures(record["metrics"], "oof", "oof_")
+    if step.stage == "split":
+        return None
+    evaluation = plan.folder / EVALUATION.get(step.name, step.name) / "output"
+    done = (evaluation / RECORD).is_file() and (evaluation / METRICS).is_file()
+    scored = read_json(evaluation / METRICS) if done else {}
+    test = _figures(scored.get("test"), "test") or _figures(scored.get("holdout"), "holdout")
+    if test is not None or step.stage == "ensemble":
+        return test
+    return _figures(record["metrics"], "holdout", "holdout_") or _figures(scored.get("oof"), "oof")
+
+
+def results_table(plan: Plan) -> str:
+    """Every fold, the ensemble and the student: accuracy, logloss, the rows they speak of, seconds."""
+    table = [("", "accuracy", "logloss", "rows", "seconds")]
+    for step in plan.steps:
+        name = {"distill": "student", "ensemble": "ensemble"}.get(step.name, step.name)
+        record = record_of(step)
+        if record is None or not (step.stage == "train-fold" or step.name in ("ensemble", "distill")):
+            continue
+        found = figures_of(plan, step)
+        scores = (f"{found.accuracy:.4f}", f"{found.logloss:.4f}", found.rows) if found else ("-", "-", "not scored")
+        table.append((name, *scores, f"{record['wall_seconds']:.1f}"))
+    return in_columns(table, numbers=(1, 2, 4)) if len(table) > 1 else "no model is trained yet"
+
+
+def results_of(plan: Plan) -> str:
+    """The table of the run, and where the report of its folds and ensemble lies."""
+    report = plan.folder / "evaluate" / "output" / REPORT
+    return results_table(plan) + (f"\n\nreport: {report}" if report.is_file() else "")
+
+
+def in_columns(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """Rows as lines with aligned columns; those in `numbers` to the right."""
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+
+    def cell(text: str, at: int) -> str:
+        return text.rjust(widths[at]) if at in numbers else text.ljust(widths[at])
+
+    return "\n".join("  ".join(cell(text, at) for at, text in enumerate(row)).rstrip() for row in rows)
+
+
+def _figures(metrics: Mapping[str, Any] | None, rows: str, prefix: str = "") -> Figures | None:
+    """The figures among `metrics`, whose names begin with `prefix`; None where they are not there."""
+    accuracy, logloss = ((metrics or {}).get(f"{prefix}{name}") for name in ("accuracy", "logloss"))
+    if not metrics or accuracy is None or logloss is None:
+        return None
+    count = f", {metrics['n']}" if "n" in metrics else ""
+    return Figures(accuracy, logloss, ROWS[rows] + count)

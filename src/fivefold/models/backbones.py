@@ -13,7 +13,6 @@ from torch import nn
 
 from fivefold.choose import choose, did_you_mean
 from fivefold.errors import RetryableError, SettingsError
-from fivefold.process import importing
 
 
 def build_backbone(
@@ -56,8 +55,7 @@ def count_features(backbone: nn.Module, size: tuple[int, ...]) -> int:
 
 
 def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    with importing():
-        import timm
+    import timm
 
     if not timm.is_model(name):
         raise SettingsError(f"timm has no model {name!r}{did_you_mean(name.split('.')[0], timm.list_models())}")
@@ -69,8 +67,7 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
 def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Without the last linear layer; with the option `bare` without all that stands between pooling and it."""
-    with importing():
-        from torchvision import models
+    from torchvision import models
 
     known = models.list_models(module=models)
     if name not in known:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fivefold.data.ahead import ahead
 from fivefold.data.dataset import Batch, ImageSet, Sample, derive_seed, load
-from fivefold.data.resident import Resident
 from fivefold.inference.predictor import Runtime
 from fivefold.training.mixing import Mixing
 from fivefold.training.objectives import Rows
@@ -17,17 +16,14 @@ from fivefold.training.teaching import Teacher
 
 @dataclass(frozen=True)
 class TrainRows:
-    """`images` of N rows; `targets` [N, C] on the device; the `teacher` of the rows, or None; the images on the device, or None."""
+    """`images` of N rows; `targets` [N, C] on the device; the `teacher` of the rows, or None."""
 
     images: ImageSet
     targets: Tensor
     teacher: Teacher | None = None
-    resident: Resident | None = None
 
     def batches(self, batches: list[list[Sample]], workers: int, device: torch.device) -> Iterator[Batch]:
-        """The given batches, the same bytes wherever they are made; on CUDA they are there before the step that has them."""
-        if self.resident is not None:
-            return ahead(self.resident.batches(batches), device)
+        """The given batches; on CUDA they are there before the step that has them."""
         return ahead(load(self.images, batches, workers, pin=device.type == "cuda"), device)
 
 

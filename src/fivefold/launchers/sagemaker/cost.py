@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Plan, Step
 from fivefold.launchers.sagemaker.requests import options_of
-from fivefold.sections import SageMaker
+from fivefold.recipe import SageMaker
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from fivefold.contract.files import read_json, write_json
 from fivefold.contract.s3.urls import parse
 from fivefold.contract.storage import Remote
 from fivefold.errors import RetryableError, SettingsError
-from fivefold.launchers.crew import Signals
 from fivefold.launchers.plan import Plan, Step
 from fivefold.launchers.sagemaker.requests import Request
 from fivefold.launchers.sagemaker.service import Look, Service
+from fivefold.launchers.scheduler import Signals
 from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import LOG
 

@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from fivefold.launchers.crew import Signals
 from fivefold.launchers.plan import Inputs, Plan
 from fivefold.launchers.sagemaker import checks, pipeline
 from fivefold.launchers.sagemaker.cost import check_cost, in_words
@@ -17,6 +16,7 @@ from fivefold.launchers.sagemaker.fleet import Fleet
 from fivefold.launchers.sagemaker.requests import root_of
 from fivefold.launchers.sagemaker.service import Service
 from fivefold.launchers.sagemaker.trainer import need_sdk
+from fivefold.launchers.scheduler import Signals
 
 log = logging.getLogger("fivefold")
 

@@ -20,10 +20,10 @@ from fivefold.contract.s3.urls import is_url
 from fivefold.contract.stages import FAILURE, STAGES
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.launchers import local
-from fivefold.launchers.crew import Signals
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.sagemaker import requests
 from fivefold.launchers.sagemaker.trainer import need_sdk, run_here
+from fivefold.launchers.scheduler import Signals
 from fivefold.launchers.status import LOG, failure_of, record_of, write_ended, write_started
 
 log = logging.getLogger("fivefold")

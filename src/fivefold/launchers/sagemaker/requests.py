@@ -21,9 +21,8 @@ from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Plan, Step
 from fivefold.logline import metric_patterns
-from fivefold.recipe import Settings
+from fivefold.recipe import OF_PLATFORMS, SageMaker, Settings
 from fivefold.recipes import shipped_recipes
-from fivefold.sections import OF_PLATFORMS, SageMaker
 from fivefold.settings import flatten, is_of, normal_key
 
 Request = dict[str, Any]
@@ -162,7 +161,7 @@ def hyperparameters(plan: Plan, step: Step) -> dict[str, str]:
     if recipe and recipe.partition(":")[0] not in shipped_recipes():
         del found["recipe"]
         found = written_out(plan.settings, STAGES[step.stage].sections) | found
-    return {name.replace(".", "__"): value for name, value in found.items() if name != "fold"}
+    return {name.replace(".", "__"): value for name, value in found.items()}
 
 
 def written_out(settings: Settings, sections: tuple[str, ...]) -> dict[str, str]:
@@ -188,8 +187,8 @@ def tree_at(tree: Mapping[str, Any], key: str) -> Any:
 
 def environment(step: Step, options: SageMaker) -> dict[str, str]:
     """The variables of a step's container: its stage, its fold, its image for the record, and what the user adds."""
-    folds = dict(text.split("=", 1) for text in step.arguments if text.startswith("FOLD="))
-    own = {"STAGE": step.stage, **folds, IMAGE_VARIABLE: options.image}
+    fold = {} if step.fold is None else {"FOLD": str(step.fold)}
+    own = {"STAGE": step.stage, **fold, IMAGE_VARIABLE: options.image}
     taken = sorted({"STAGE", "FOLD"} & {name.upper() for name in options.environment})
     if taken:
         raise SettingsError(
