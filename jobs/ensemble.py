@@ -50,7 +50,10 @@ def main(job: Job, settings: Settings) -> Outcome:
     options, same = settings.ensemble, SameClasses(settings.data.same_classes, settings.data.same_class)
     files = submission_files(job, options.submissions)
     models = [] if files and job.optional_channel("model") is None else find_models(job)
-    check(job, models, options.blend)
+    if models:
+        check_together(models, options.blend == "product")
+        if job.optional_channel("folds") is not None:
+            check_split(models, locate(job, "folds", FOLDS))
     groups = by_system(models)
     product = product_for(options.blend, groups, files)
     store, images = asked_rows(job, settings, [] if models else list(files.values()))
@@ -149,15 +152,6 @@ def check_blends(options: recipe.Ensemble, submitted: Mapping[str, Predictions])
         )
 
 
-def check(job: Job, models: list[ModelDir], blend: str) -> None:
-    """Raises a DataError unless the models belong together, and to the split of the folds channel if it is given."""
-    if not models:
-        return
-    check_together(models, blend == "product")
-    if job.optional_channel("folds") is not None:
-        check_split(models, locate(job, "folds", FOLDS))
-
-
 def product_for(blend: str, groups: Mapping[str, list[ModelDir]], files: Mapping[str, Path]) -> Product | None:
     """How blend `product` joins the systems, None for another blend; errors for what it cannot join."""
     if blend != "product":
@@ -252,7 +246,7 @@ def submit_each(
     columns = images.sample.classes if images.sample and len(images.sample.classes) > 1 else same.names(classes)
     every = Submission(images.id_column, tuple(columns), images.ids)
     tables = {folder / f"{PREFIX}{names[n]}.csv": table_of(images, n, classes, found) for n, found in each.items()}
-    return [submit(path, table, replace(images, sample=every), plain) for path, table in tables.items()]
+    return [write_submission(path, table, every, plain) for path, table in tables.items()]
 
 
 def keep_holdout(path: Path, table: Predictions | None) -> list[Path]:

@@ -14,12 +14,11 @@ from fivefold.data.adapters import LAYOUTS, Columns, Rows, read_rows
 from fivefold.data.folds import FoldTable, write_folds
 from fivefold.data.grouping import find_duplicates, group_codes, merged
 from fivefold.data.opening import keep_readable, open_images
-from fivefold.data.parts import remove_parts, write_parts
 from fivefold.data.products import ProductColumns, read_products
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.splitting import divide, divide_groups
 from fivefold.data.store import ImageStore, open_store
-from fivefold.data.summary import as_text, class_file, log_summary, summarise
+from fivefold.data.summary import as_text, class_file, log_summary, remove_parts, summarise, write_parts
 from fivefold.recipe import Data, Settings, Split
 from fivefold.settings import key_settings
 

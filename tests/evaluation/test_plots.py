@@ -9,8 +9,7 @@ from PIL import Image
 
 from fivefold.errors import DataError, SettingsError
 from fivefold.evaluation import calibration, metrics, plots
-from fivefold.evaluation.drawing import THEMES
-from fivefold.evaluation.plots import CAPTION, COLUMNS, GAP, SIDE, image_grid, spread_out
+from fivefold.evaluation.plots import CAPTION, COLUMNS, GAP, SIDE, THEMES, image_grid, spread_out
 
 LOG = "epoch,train_loss,train_acc,val_loss,val_acc,val_logloss,val_f1_macro,lr\n"
 

@@ -11,12 +11,12 @@ from fivefold.data.evals import Submission
 from fivefold.errors import DataError
 from fivefold.evaluation.calibration import apply_temperature
 from fivefold.evaluation.metrics import logloss
-from fivefold.inference.blends import arithmetic, combined, cross_fitted, fit_weights, mean
+from fivefold.inference.blends import arithmetic, combined, fit_weights, mean
 from fivefold.inference.ensemble import Ensemble, by_system, check_together, read_ensemble
 from fivefold.inference.submission import write_submission
 from fivefold.inference.submitted import read_submitted
 from fivefold.inference.systems import Rule, System, judge_holdout, weigh
-from fivefold.predictions import Predictions, mean_by_id
+from fivefold.predictions import Predictions
 
 RANDOM = np.random.default_rng(0)
 CODES = RANDOM.integers(0, 4, 600)
@@ -64,16 +64,6 @@ def test_a_system_of_noise_gets_no_weight():
     assert weights[0] > 0.9
 
 
-def test_cross_fitting_never_uses_a_folds_own_labels():
-    members = [model(1.0, 1), model(1.2, 2)]
-    found = cross_fitted(members, CODES, FOLD)
-    changed = CODES.copy()
-    changed[FOLD == 2] = (changed[FOLD == 2] + 1) % 4
-    again = cross_fitted(members, changed, FOLD)
-    np.testing.assert_array_equal(found[FOLD == 2], again[FOLD == 2])
-    assert (found[FOLD != 2] != again[FOLD != 2]).any()
-
-
 def info(fold: int | None, **changes) -> ModelDir:
     facts = {
         "role": "fold", "system": "s", "seed": 1, "fold": fold, "folds": 3, "split": "x", "classes": ["a", "b"],
@@ -118,24 +108,6 @@ def test_what_ensemble_json_says_is_read_again(tmp_path):
     systems = [combined("geometric", each[:3], np.full(3, 1 / 3)), combined("geometric", each[3:], np.full(3, 1 / 3))]
     expected = apply_temperature(arithmetic(systems, np.array([0.75, 0.25])), 1.5)
     np.testing.assert_array_equal(ensemble.blend(each), expected)
-
-
-def test_folds_of_a_system_become_one_table():
-    whole = table(model(1.0, 1), "s")
-    parts = [whole.take(fold == FOLD) for fold in range(5)]
-    joined = mean_by_id(parts).in_order(list(whole.ids))
-    np.testing.assert_allclose(joined.log_probs, whole.log_probs, atol=1e-6)
-    np.testing.assert_array_equal(joined.fold, whole.fold)
-    np.testing.assert_array_equal(joined.labels, whole.labels)
-
-
-def test_holdout_rows_of_members_are_averaged_by_id_and_class_name():
-    first, second = table(model(1.0, 1), "s"), table(model(2.0, 2), "s", fold=np.full(600, 3))
-    turned = second.with_classes(("d", "c", "b", "a")).take(np.arange(600)[::-1])
-    joined = mean_by_id([first, turned])
-    np.testing.assert_allclose(joined.log_probs, mean([first.log_probs, second.log_probs]), atol=1e-6)
-    assert joined.classes == CLASSES
-    assert (joined.fold[FOLD != 3] == -1).all()
 
 
 def test_scores_say_what_they_speak_of_and_a_single_system_is_not_weighted():

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 from fivefold.evaluation import calibration, metrics, plots
-from fivefold.evaluation.drawing import THEMES
 from fivefold.evaluation.tables import Scored, confused_pairs
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -83,6 +82,7 @@ def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Pic
 def render(content: Content) -> str:
     """The page, complete."""
     first = content.scored[0]
+    per_class = pd.DataFrame({"class": first.table.classes, **metrics.per_class_table(first.confusion)})
     return filled(
         TEMPLATE,
         content=content,
@@ -92,7 +92,7 @@ def render(content: Content) -> str:
         titles=TITLES,
         compared=COMPARED,
         spread=_spread([figures for _, figures in content.folds]),
-        per_class=_per_class_rows(first),
+        per_class=per_class.to_dict("records"),
         pairs=confused_pairs(first),
         galleries=[(scored, _tiles(content, scored.name)) for scored in content.scored],
     )
@@ -117,7 +117,7 @@ def filled(template: Path, **values: Any) -> str:
 
 def drawn(paint: Any) -> Picture:
     """What `paint(target, theme)` draws, as PNG bytes by theme."""
-    return {theme: _png(paint, theme) for theme in THEMES}
+    return {theme: _png(paint, theme) for theme in plots.THEMES}
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
@@ -181,11 +181,6 @@ def _spread(folds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]
         return {}
     values = {name: [fold[name] for fold in folds] for name in COMPARED}
     return {name: (float(np.mean(column)), float(np.std(column, ddof=1))) for name, column in values.items()}
-
-
-def _per_class_rows(scored: Scored) -> list[dict[str, Any]]:
-    columns = {"class": scored.table.classes, **metrics.per_class_table(scored.confusion)}
-    return pd.DataFrame(columns).to_dict("records")
 
 
 def _tiles(content: Content, name: str) -> list[dict[str, Any]]:
