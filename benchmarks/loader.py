@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def cached_images(request: dict[str, Any]) -> Any:
     from fivefold.assemble import image_set
     from fivefold.contract.stages import CLASSES, FOLDS
     from fivefold.data.folds import read_folds
-    from fivefold.data.image_cache import Source, cached_once, with_caches
+    from fivefold.data.image_cache import Source, cached_once
     from fivefold.data.images import pixels_of
     from fivefold.data.store import open_store
     from fivefold.settings import arguments_layer, load
@@ -83,7 +84,7 @@ def cached_images(request: dict[str, Any]) -> Any:
     source = Source(store, table.paths_of(rows), table.sha256_of(rows))
     cache = cached_once(Path(request["caches"]), source, pixels_of(settings.data), settings.data.cache_gib)
     assert cache is not None, f"no room for the image cache in {request['caches']}"
-    return image_set(with_caches(store, [cache]), table, rows, settings, training=True)
+    return image_set(replace(store, caches=(cache,)), table, rows, settings, training=True)
 
 
 if __name__ == "__main__":

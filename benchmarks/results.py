@@ -12,11 +12,11 @@ from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import pandas as pd
-from fivefold.contract.versions import package_versions
 
 from benchmarks.options import ROOT, Options
 from benchmarks.processes import spread
 from fivefold.contract.files import read_json, write_json
+from fivefold.contract.record import package_versions
 from fivefold.errors import SettingsError
 
 log = logging.getLogger("fivefold")

@@ -39,11 +39,11 @@ log = logging.getLogger("fivefold")
 RESULTS = "test_result"
 """Where the results of a stage lie that is run by hand and told no place."""
 COMMANDS = {
-    "submit": ("jobs.submit", "run a recipe's stages in order on a platform"),
-    "status": ("jobs.status", "what of a run is done, running, failed"),
-    "trace": ("jobs.trace", "where an artifact came from, back to the images; --check takes every digest again"),
-    "serve": ("jobs.serve", "answer with a trained model over HTTP, as SageMaker's hosting asks for it"),
-    "demo": ("jobs.demo", "the whole pipeline on scikit-learn's scanned digits"),
+    "submit": (".submit", "run a recipe's stages in order on a platform"),
+    "status": (".status", "what of a run is done, running, failed"),
+    "trace": (".trace", "where an artifact came from, back to the images; --check takes every digest again"),
+    "serve": (".serve", "answer with a trained model over HTTP, as SageMaker's hosting asks for it"),
+    "demo": (".demo", "the whole pipeline on scikit-learn's scanned digits"),
 }
 
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         name, rest = stage_name(arguments, os.environ)
         if name in COMMANDS:
-            return import_module(COMMANDS[name][0]).main(rest)
+            return import_module(COMMANDS[name][0], __package__).main(rest)
     except (KeyboardInterrupt, Exception) as error:
         return fail(error, os.environ)
     return run(name, rest)
@@ -134,7 +134,7 @@ def run_stage(job: Job, settings: Settings) -> None:
     if job.stage.writes_model:
         job = with_own_checkpoints(job, key)
     poll()
-    outcome = import_module(job.stage.module).main(job, settings)
+    outcome = import_module(job.stage.module, __package__).main(job, settings)
     poll()
     write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
     job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
@@ -254,5 +254,10 @@ def stage_help(stage: Stage) -> str:
     )
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+    """The console command `fivefold`."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    command_line()

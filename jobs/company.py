@@ -71,7 +71,7 @@ def follow(job: Job, settings: Settings) -> None:
     """What a process does that is not the first: it trains with it, and leaves all files to it."""
     job.probe()
     if decided(job, settings, False):
-        import_module(job.stage.module).main(job, settings)
+        import_module(job.stage.module, __package__).main(job, settings)
 
 
 def _processes(stage: Stage, environ: Mapping[str, str], settings: Callable[[], Settings]) -> int:

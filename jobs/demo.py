@@ -4,7 +4,6 @@ The digits are written as 8×8 PNG files below data/demo, once; then `submit` ru
 on them as the run `demo`. Further KEY=VALUE are submit's: settings, parallel=, runs=, --dry-run.
 """
 
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 
 from fivefold.contract.files import atomic, read_json, write_json
 from fivefold.progress import track
-from fivefold.settings import normal_key
 
 from . import submit
 
@@ -31,20 +29,15 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{__doc__.strip()}\n\n{submit.usage()}")
         return 0
     write_digits(DATA)
-    own = f"recipe=demo run=demo train={DATA / 'train'} eval={DATA / 'test'}"
-    return submit.main(merged(own.split(), arguments))
-
-
-def merged(own: Sequence[str], given: Sequence[str]) -> list[str]:
-    """The demo's own arguments, but for those that the user gives otherwise."""
-    keys = {normal_key(text.split("=", 1)[0]) for text in given}
-    return [*(text for text in own if text.split("=", 1)[0] not in keys), *given]
+    # of a key given twice submit takes the last one: the user's
+    return submit.main(["recipe=demo", "run=demo", f"train={DATA / 'train'}", f"eval={DATA / 'test'}", *arguments])
 
 
 def write_digits(folder: Path) -> None:
     """Writes train/<digit>/NNNN.png (80 %) and test/ with test.csv, sample_submission.csv and gt.csv (20 %)."""
     if (folder / MARKER).is_file() and read_json(folder / MARKER) == {"format": FORMAT}:
         return
+    from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -54,20 +47,11 @@ def write_digits(folder: Path) -> None:
     names = {int(row): f"train/{digits.target[row]}/{row:04d}.png" for row in train}
     names |= {int(row): f"test/TEST_{number:05d}.png" for number, row in enumerate(test)}
     for row, name in track(names.items(), len(names), "writing digits"):
-        write_png(folder / name, images[row])
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[row]).save(folder / name)
     write_tables(folder / "test", [str(digits.target[row]) for row in test])
     write_json(folder / MARKER, {"format": FORMAT})
     log.info("wrote %d training and %d test images to %s", len(train), len(test), folder)
-
-
-def write_png(path: Path, image: np.ndarray) -> None:
-    """Writes a grey image [H, W] uint8, always with the same bytes."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
 
 
 def write_tables(folder: Path, labels: Sequence[str]) -> None:

@@ -49,7 +49,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     """Predicts the eval channel with all members; the table, the submission, and what they are made of."""
     options, same = settings.ensemble, SameClasses(settings.data.same_classes, settings.data.same_class)
     files = submission_files(job, options.submissions)
-    models = [] if files and job.optional_channel("model") is None else find_models(job)
+    without = files and job.optional_channel("model") is None
+    models = [] if without else find_models(job.channel("model"), job.scratch)
     if models:
         check_together(models, options.blend == "product")
         if job.optional_channel("folds") is not None:
@@ -63,7 +64,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     check_blends(options, submitted)
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
-    explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
+    explicit = settings.predict.model_dump(exclude_unset=True)
     each = predict_each(groups, store, images, explicit, options.within, job.scratch) if groups else {}
     each |= {name: table.log_probs for name, table in submitted.items()}
     systems = [system_of(name, group, explicit.get("views"), options.within) for name, group in groups.items()]

@@ -5,10 +5,10 @@ import logging
 from fivefold import exporting
 from fivefold.choose import choose
 from fivefold.committee import Committee
-from fivefold.contract.artifacts import ModelDir, find_models
+from fivefold.contract.artifacts import ModelDir, find_models, locate, locate_all
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
-from fivefold.contract.stages import EXPORT, RAW_WEIGHTS, WEIGHTS
+from fivefold.contract.stages import ENSEMBLE, EXPORT, RAW_WEIGHTS, WEIGHTS
 from fivefold.errors import SettingsError
 from fivefold.inference.ensemble import find_ensemble
 from fivefold.members import load_member
@@ -24,10 +24,14 @@ def main(job: Job, settings: Settings) -> Outcome:
     options = settings.export
     name, write = choose(exporting.FORMATS, "format", options.format)
     path = job.output() / (options.file or name)
-    models = find_models(job) if settings.fold is None else [model_of_fold(find_models(job), settings.fold)]
-    ensemble = find_ensemble(job, models)
+    models = find_models(job.channel("model"), job.scratch)
+    models = models if settings.fold is None else [model_of_fold(models, settings.fold)]
+    if job.optional_channel("ensemble") is None:
+        ensemble = find_ensemble(models, locate_all(job.channel("model"), job.scratch, ENSEMBLE))
+    else:
+        ensemble = find_ensemble(models, [locate(job, "ensemble", ENSEMBLE)], required=True)
 
-    explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
+    explicit = settings.predict.model_dump(exclude_unset=True)
     file = {"best": WEIGHTS, "raw": RAW_WEIGHTS}[options.weights]
     committee = Committee(ensemble, [load_member(model, explicit, file) for model in ensemble.models])
     path.unlink(missing_ok=True)

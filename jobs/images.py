@@ -1,7 +1,6 @@
 """Where a stage's images are read from: the files of a channel, and what a cache holds of them decoded."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from fivefold.contract.job import Job
 from fivefold.contract.layout import CACHES
 from fivefold.contract.s3.urls import is_url
 from fivefold.data.folds import FoldTable
-from fivefold.data.image_cache import DECODER, HEAD, Cache, Source, cached_once, in_words
+from fivefold.data.image_cache import DECODER, HEAD, Cache, cached_once, files_of, in_words
 from fivefold.data.images import Pixels, pixels_of
 from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import MissingInputError, SettingsError
@@ -37,11 +36,17 @@ def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore:
     store, pixels = open_store(job.channel("train")), pixels_of(settings.data)
     rows = np.arange(len(table))
     digests = table.sha256_of(rows)
-    caches = channel_caches(job, pixels) or first_use(
-        Source(store, table.paths_of(rows), digests), pixels, cache_folder(settings), settings.data.cache_gib
-    )
-    if caches:
-        tell(caches, digests)
+    known = [file for file in files_of(store, table.paths_of(rows), digests) if file.sha256]
+    caches = channel_caches(job, pixels)
+    folder = cache_folder(settings)
+    if not caches and folder is not None and known:
+        cache = cached_once(folder, known, pixels, settings.data.cache_gib)
+        caches = [] if cache is None else [cache]
+    lacking = np.all([cache.find(digests) < 0 for cache in caches], axis=0).sum() if caches else 0
+    rest = f"; {lacking} of {len(digests)} are not there and read from their files" if lacking else ""
+    for cache in caches:
+        size = f"{len(cache)} images, {cache.pixels.in_words}, {in_words(cache.bytes)}"
+        log.info("image cache: %s (%s)%s", cache.folder, size, rest)
     return replace(store, caches=caches)
 
 
@@ -54,7 +59,7 @@ def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
     folder = job.optional_channel("cache")
     if folder is None:
         return []
-    found = [Cache(path.parent) for path in locate_all(job, "cache", HEAD)]
+    found = [Cache(path.parent) for path in locate_all(folder, job.scratch, HEAD)]
     if not found:
         raise MissingInputError(f"no {HEAD} below the channel 'cache' ({folder}): give the output of prepare")
     for cache in found:
@@ -72,15 +77,6 @@ def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
     return fitting
 
 
-def first_use(source: Source, pixels: Pixels, folder: Path | None, most_gib: float) -> list[Cache]:
-    """The cache of these images in `folder`, made if it is not there; none where there is no folder, or no room."""
-    known = [row for row, digest in enumerate(source.sha256) if digest]
-    if folder is None or not known:
-        return []
-    cache = cached_once(folder, source.take(known), pixels, most_gib)
-    return [] if cache is None else [cache]
-
-
 def cache_folder(settings: Settings) -> Path | None:
     """Where caches are made on first use: `data.cache`; `auto` is beside the runs in a run of this machine, else nowhere."""
     chosen = settings.data.cache
@@ -93,12 +89,3 @@ def cache_folder(settings: Settings) -> Path | None:
             f"data.cache={chosen} is a folder of this machine, no URL; prepare makes a cache that is kept at one"
         )
     return None if chosen in OFF else Path(chosen)
-
-
-def tell(caches: Sequence[Cache], digests: Sequence[str | None]) -> None:
-    """Logs where the caches lie, how large they are, and how many rows they lack."""
-    lacking = int(np.all([cache.find(digests) < 0 for cache in caches], axis=0).sum())
-    rest = f"; {lacking} of {len(digests)} are not there and read from their files" if lacking else ""
-    for cache in caches:
-        size = f"{len(cache)} images, {cache.pixels.in_words}, {in_words(cache.bytes)}"
-        log.info("image cache: %s (%s)%s", cache.folder, size, rest)

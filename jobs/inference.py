@@ -22,7 +22,7 @@ log = logging.getLogger("fivefold")
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Predicts the eval channel: by one model, by the mean of several, or by the product of those of different factors."""
-    models = find_models(job)
+    models = find_models(job.channel("model"), job.scratch)
     groups, infos = by_system(models), [model.info for model in models]
     product = product_of(groups) if needs_product(infos) else None
     if product is None:
@@ -37,7 +37,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     images = read_eval(store, settings.data.id_column, settings.data.path_column)
     check_submission(images, classes, same)
 
-    explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
+    explicit = settings.predict.model_dump(exclude_unset=True)
     each = predict_each(groups, store, images, explicit, "mean", job.scratch)
     log_probs = product.join(each) if product else mean(list(each.values()))
     table = table_of(images, product.name if product else " + ".join(each), classes, log_probs)

@@ -47,8 +47,8 @@ class Asked:
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Predicts the images; the table of them, the mistakes of each part, and how long an image took."""
-    explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
-    committee = load_committee(job, explicit)
+    explicit = settings.predict.model_dump(exclude_unset=True)
+    committee = load_committee(job.channel("model"), job.scratch, explicit)
     asked = what_is_asked(job, settings, [member.source for member in committee.members], committee.classes)
     given = asked.given
     log.info("%d models predict %d images", len(committee.members), len(given))

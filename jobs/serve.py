@@ -89,14 +89,12 @@ def model_path(environ: Mapping[str, str], settings: Settings) -> str:
 
 def model_at(path: str, settings: Settings, scratch: Path) -> "Committee":
     """The models of the path, loaded and tried on a grey image; what is at s3:// is fetched first."""
-    job = job_from(STAGES["predict"], {"SM_CHANNEL_MODEL": path}, scratch)
-    job.channel("model")
+    folder = job_from(STAGES["predict"], {"SM_CHANNEL_MODEL": path}, scratch).channel("model")
     import numpy as np
 
     from fivefold.committee import load_committee
 
-    explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
-    committee = load_committee(job, explicit)
+    committee = load_committee(folder, scratch, settings.predict.model_dump(exclude_unset=True))
     grey = committee.prepare(dict.fromkeys(committee.kinds, np.full((64, 64, 3), 128, np.uint8)))
     for size in (settings.serve.batch_size, 1):
         committee.judge([grey] * size)

@@ -108,46 +108,29 @@ def expand(text: str, known: Mapping[str, str]) -> str:
 def against_the_server(one: Mapping[str, Any]) -> Iterable[str]:
     """Each way in which an API server would refuse an object that its schema takes: what fields ask of one another."""
     name, longest = one["metadata"]["name"], one["metadata"]["name"]
-    spec = one.get("spec", {})
     if one["kind"] == "Job":
+        spec = one["spec"]
         indexed = spec.get("completionMode") == "Indexed"
         longest = f"{name}-{spec['completions'] - 1}" if indexed else name
-        rules = spec.get("podFailurePolicy", {}).get("rules", [])
-        if ("backoffLimitPerIndex" in spec) > indexed:
-            yield "backoffLimitPerIndex without indexes"
-        if any(rule["action"] == "FailIndex" for rule in rules) and "backoffLimitPerIndex" not in spec:
-            yield "FailIndex without backoffLimitPerIndex"
-        if rules and spec["template"]["spec"].get("restartPolicy") != "Never":
-            yield "podFailurePolicy with restarts"
-        if rules and spec.get("podReplacementPolicy", "Failed") != "Failed":
-            yield "podFailurePolicy with early replacement"
-        codes = [rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule]
-        if any(values != sorted(set(values)) or 0 in values for values in codes):
-            yield "exit codes that are not in order, or hold 0"
+        rules = spec["podFailurePolicy"]["rules"]
+        fails_index = any(rule["action"] == "FailIndex" for rule in rules)
+        if ("backoffLimitPerIndex" in spec, fails_index) != (indexed, indexed):
+            yield "FailIndex, backoffLimitPerIndex and indexes are not together"
+        if spec["template"]["spec"]["restartPolicy"] != "Never" or spec["podReplacementPolicy"] != "Failed":
+            yield "podFailurePolicy with restarts, or early replacement"
         owners = {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule}
         if owners - {container["name"] for container in spec["template"]["spec"]["containers"]}:
             yield "a rule of no container"
     if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", longest):
         yield f"{longest} is no name of a pod"
-    labels = one["metadata"].get("labels", {}).values()
-    yield from (
-        f"label {text}" for text in labels if not re.fullmatch(r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?", text)
-    )
+    for label in one["metadata"].get("labels", {}).values():
+        if not re.fullmatch(r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?", label):
+            yield f"label {label}"
     for pod in pod_specs(one):
-        yield from _against_pods(pod)
-
-
-def _against_pods(spec: Mapping[str, Any]) -> Iterable[str]:
-    volumes = [volume["name"] for volume in spec.get("volumes", [])]
-    for container in spec["containers"]:
-        mounts = container.get("volumeMounts", [])
-        yield from (f"mount of no volume {each['name']}" for each in mounts if each["name"] not in volumes)
-        for names in (
-            volumes,
-            [each["mountPath"] for each in mounts],
-            [each["name"] for each in container.get("env", [])],
-        ):
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            yield from (
+                f"no volume {each['name']}" for each in container["volumeMounts"] if each["name"] not in volumes
+            )
+            names = [each["name"] for each in container.get("env", [])]
             yield from (f"{name} twice" for name in set(names) if names.count(name) > 1)
-        limits, requests = (container.get("resources", {}).get(key, {}) for key in ("limits", "requests"))
-        if requests.get("nvidia.com/gpu", limits.get("nvidia.com/gpu")) != limits.get("nvidia.com/gpu"):
-            yield "GPUs that are asked for otherwise than limited"

@@ -87,14 +87,14 @@ def test_every_module_stands_in_the_import_contract() -> None:
 def test_every_package_is_installed() -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {path.parent for path in REPOSITORY.glob("src/fivefold/**/__init__.py")}
-    packages = {".".join(folder.relative_to(REPOSITORY / "src").parts) for folder in folders} | {"jobs"}
+    packages = {".".join(folder.relative_to(REPOSITORY / "src").parts) for folder in folders} | {"fivefold.jobs"}
     assert set(settings["tool"]["setuptools"]["packages"]) == packages
 
 
 def test_launching_and_reporting_load_without_torch() -> None:
     wanted = [f"fivefold.{name}" for name in WITHOUT_TORCH]
     names = [name for name in modules() if any(name == one or name.startswith(one + ".") for one in wanted)]
-    names += [module for module, _ in COMMANDS.values()] + [
+    names += [f"jobs{module}" for module, _ in COMMANDS.values()] + [
         "jobs.__main__",
         "jobs.split",
         "jobs.evaluate",
@@ -113,7 +113,7 @@ def test_launching_and_reporting_load_without_torch() -> None:
 @pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
 def test_a_stage_starts_without_what_only_some_recipes_or_its_end_need(stage: Stage) -> None:
     code = (
-        f"import json, sys\nimport jobs.__main__, {stage.module}\n"
+        f"import json, sys\nimport jobs.__main__, jobs{stage.module}\n"
         f"print(json.dumps([name for name in {LATE!r} if name in sys.modules]))"
     )
     assert json.loads(python(code)) == []

@@ -131,7 +131,7 @@ def test_install_leaves_another_pytorch_alone(wheel: Path, tmp_path: Path) -> No
         metadata = distribution(name).read_text("METADATA")
         assert metadata
         metadata = re.sub(r"(?m)^Version: .*$", f"Version: {version}", metadata)
-        metadata = re.sub(r"(?m)^Requires-Dist: torch==.*$", f"Requires-Dist: torch=={earlier['torch']}", metadata)
+        metadata = re.sub(r"(?m)^Requires-Dist: torch .*$", "Requires-Dist: torch", metadata)
         folder = site / f"{name}-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(metadata, encoding="utf-8")

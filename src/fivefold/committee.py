@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fivefold.contract.artifacts import ModelDir, find_models
-from fivefold.contract.job import Job
+from fivefold.contract.artifacts import ModelDir, find_models, locate_all
 from fivefold.contract.stages import ENSEMBLE
 from fivefold.data.dataset import Batch, ImageSet
 from fivefold.data.folds import FoldTable
@@ -113,13 +113,13 @@ class Committee:
                 yield dict(zip(*waiting, strict=True))
 
 
-def load_committee(job: Job, explicit: Mapping[str, Any]) -> Committee:
-    """The models of the channel `model`, with the weights and temperature of their `ensemble.json` if it is there.
+def load_committee(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> Committee:
+    """The models below a folder (tarballs are unpacked to `scratch`), with the weights and temperature of their `ensemble.json` if it is there.
 
     `explicit`: keys of `[predict]` that override the models' own. One fold's model may stand alone;
     several must be whole systems of one split.
     """
-    ensemble = find_ensemble(job, find_models(job))
+    ensemble = find_ensemble(find_models(folder, scratch), locate_all(folder, scratch, ENSEMBLE))
     if "rank" in (ensemble.within, ensemble.between):
         raise DataError(
             f"{ENSEMBLE} blends by rank, which says nothing of an image alone; blend otherwise, or take a fold"

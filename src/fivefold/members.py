@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,7 @@ class Gallery:
 
 def evaluation_images(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings) -> Prepared:
     """The images of rows of the split as every validation and every view sees them, made once if memory holds them."""
-    images = image_set(store, table, rows, settings, training=False)
-    return Prepared(images, otherwise=partial(images.read_once, settings.train.keep_in_memory))
+    return Prepared(image_set(store, table, rows, settings, training=False))
 
 
 def evaluated(settings: Settings, files: ImageFiles, scratch: Path | None = None, limit: int | None = None) -> Prepared:

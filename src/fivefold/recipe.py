@@ -71,7 +71,7 @@ class Split(Section):
     stratify: bool = Field(True, description="give every fold the same shares of the classes")
     holdout: float = Field(0.0, ge=0, lt=1, description="share of rows that no model trains or selects on")
     parts: list[float] = Field([], description="instead of folds: shares of train, valid and test, e.g. [.8,.1,.1]")
-    seed: int = Field(42, description="seed of the shuffle")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="seed of the shuffle")
     open_images: bool = Field(True, description="open all once to find broken and equal ones; false: a CSV is trusted")
     csv: bool = Field(False, description="also write train, validation and test as CSVs; products: always")
     skip_unreadable: bool = Field(False, description="leave unreadable images out, instead of stopping")

@@ -116,7 +116,7 @@ def test_a_sample_of_other_rows_is_refused_and_an_index_is_no_class(world):
     assert cells(world / "mean" / "output" / "submission.csv")[0] == ["ID", *CARS]
     write(world / "eval" / "sampleSubmission.csv", [["ID", *CARS], *([name.lower(), 0, 0, 0] for name in IDS)])
     assert stage(world, "ensemble", "bad", **given) == 65
-    assert "name other rows: 6 of its 6 ids are of no image" in (world / "bad" / "failure").read_text()
+    assert "name other rows: 6 of the 6 ids of the sample submission" in (world / "bad" / "failure").read_text()
 
 
 def test_a_changed_file_is_another_key(world, caplog):

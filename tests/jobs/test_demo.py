@@ -53,27 +53,12 @@ def test_tables_are_a_competitions(folder: Path) -> None:
     assert (folder / "test" / "sample_submission.csv").read_bytes().startswith(b"\xef\xbb\xbfID,")
 
 
-def test_the_same_bytes_each_time_and_none_written_twice(folder: Path, tmp_path: Path) -> None:
+def test_files_are_written_once_and_again_where_they_were_half_written(folder: Path, tmp_path: Path) -> None:
     demo.write_digits(tmp_path)
-    assert tree_sha256(tmp_path) == tree_sha256(folder)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
     demo.write_digits(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
-
-
-def test_digits_that_were_half_written_are_written_again(folder: Path, tmp_path: Path) -> None:
-    demo.write_digits(tmp_path)
     (tmp_path / demo.MARKER).unlink()
     (tmp_path / "test" / "gt.csv").unlink()
     demo.write_digits(tmp_path)
     assert tree_sha256(tmp_path) == tree_sha256(folder)
-
-
-def test_what_the_user_gives_replaces_the_demos_own() -> None:
-    own = ["recipe=demo", "run=demo", "parallel=2"]
-    assert demo.merged(own, ["RUN=other", "train.epochs=1"]) == [
-        "recipe=demo",
-        "parallel=2",
-        "RUN=other",
-        "train.epochs=1",
-    ]

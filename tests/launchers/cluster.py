@@ -3,7 +3,7 @@
 
 `script.json` holds for each Job a list of tries by index: {"fivefold-r-train-folds": {"1": [{"code": 75}, {"code": 0}]}}.
 A try: `code`, `message` (its last words), `log`, `waits` (a reason to stay pending), `looks` (how many it runs for),
-`forever` (until there is a file `go`). What is not named ends well at its first try. Each look at pods is a step of time. It speaks as much of
+`forever` (until there is a file `go`; a file `delete-jobs` has the Jobs deleted). What is not named ends well at its first try. Each look at pods is a step of time. It speaks as much of
 kubectl as the driver does, and answers all else with exit code 2.
 """
 
@@ -38,6 +38,9 @@ def is_away(folder: Path) -> bool:
 
 def get(folder: Path, arguments: list[str]) -> int:
     kinds, *rest = arguments
+    if (folder / "delete-jobs").exists():
+        for path in (*folder.glob("job-*"), *folder.glob("pod-*")):
+            path.unlink()
     if rest[1:] == ["--ignore-not-found", "--output", "name"]:
         if (folder / f"{kinds}-{rest[0]}.json").exists():
             print(f"{kinds}/{rest[0]}")

@@ -19,7 +19,6 @@ from fivefold.launchers import kubernetes
 from fivefold.launchers.manifests import (
     INDEX,
     PERMANENT,
-    Pods,
     as_yaml,
     check_inputs,
     check_names,
@@ -87,11 +86,13 @@ def test_a_cluster_takes_every_object(name: str) -> None:
         accept(one)
 
 
+ELSEWHERE = ("kubernetes.runs=s3://a/b", "kubernetes.gpus=0", "kubernetes.queue=q", "kubernetes.service_account=me")
+
+
 def test_a_cluster_takes_all_that_submit_may_render() -> None:
-    for plan in (plan_of(seeds=[1, 2], run="a" * 32), select(plan_of(), (), [3]), plan_of(run="Run_2.0")):
-        for pods in (Pods(), Pods(runs="s3://a/b", gpus=0, queue="q", service_account="me", parallel=2)):
-            for one in kubernetes.objects(plan, pods):
-                accept(one)
+    for plan in (plan_of(seeds=[1, 2], run="a" * 32), select(plan_of(), (), [3]), plan_of(*ELSEWHERE, run="Run_2.0")):
+        for one in kubernetes.objects(plan, parallel=2):
+            accept(one)
 
 
 def test_the_claim_stands_in_a_file_of_its_own() -> None:
@@ -118,7 +119,6 @@ SPOILT = {
     "FailIndex": (FOLDS, lambda one: one["spec"].pop("backoffLimitPerIndex")),
     "restarts": (FOLDS, lambda one: pod_of(one).update(restartPolicy="OnFailure")),
     "early": (FOLDS, lambda one: one["spec"].update(podReplacementPolicy="TerminatingOrFailed")),
-    "order": (FOLDS, lambda one: rule_of(one).update(values=[66, 64])),
     "no container": (FOLDS, lambda one: rule_of(one).update(containerName="other")),
     "no volume": (FOLDS, lambda one: pod_of(one)["volumes"].pop()),
     "twice": (FOLDS, lambda one: container_of(one)["env"].append({"name": "RUN", "value": "b"})),
@@ -165,9 +165,9 @@ def as_seen(step: Step, variables: dict[str, str], fold: int | None) -> dict[str
 
 
 def test_every_pod_sees_what_its_step_sees(runs: Path) -> None:
-    plan = plan_of(seeds=[42, 43], runs=str(runs))
+    plan = plan_of(f"kubernetes.runs={runs}", seeds=[42, 43], runs=str(runs))
     for task in tasks_of(plan):
-        one = job(plan, task, Pods(runs=str(runs)))
+        one = job(plan, task)
         for index, step in enumerate(task.steps):
             variables = {**expanded(one, index), "JOB_COMPLETION_INDEX": str(index)}
             fold = index if task.indexed else None
@@ -181,56 +181,49 @@ def test_every_pod_sees_what_its_step_sees(runs: Path) -> None:
 
 
 def test_runs_at_a_store_are_urls_and_no_folder(runs: Path) -> None:
-    plan = plan_of(seeds=[42, 43])
+    plan = plan_of("kubernetes.runs=s3://cars/runs/", seeds=[42, 43])
     for task in tasks_of(plan):
-        found = expanded(job(plan, task, Pods(runs="s3://cars/runs/")), 1)
+        found = expanded(job(plan, task), 1)
         assert found["RUNS"] == "s3://cars/runs"
         assert "SM_OUTPUT_DIR" not in found
         own = {value for name, value in found.items() if name.startswith("SM_") and not value.startswith("/data")}
         assert all(value.startswith("s3://cars/runs/first/") for value in own)
-    assert expanded(job(plan, tasks_of(plan)[2], Pods()), 1)["SM_MODEL_DIR"] == "/runs/first/fold-1-seed-43/model"
+    assert (
+        expanded(job(plan_of(seeds=[42, 43]), tasks_of(plan)[2]), 1)["SM_MODEL_DIR"]
+        == "/runs/first/fold-1-seed-43/model"
+    )
 
 
 def test_folds_are_tried_again_alone_unless_their_exit_code_comes_again() -> None:
     plan = plan_of()
-    spec = job(plan, tasks_of(plan)[1], Pods())["spec"]
+    spec = job(plan, tasks_of(plan)[1])["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 5, 5)
-    assert spec["backoffLimitPerIndex"] == 2
+    assert [job(plan, tasks_of(plan)[1], parallel)["spec"]["parallelism"] for parallel in (2, 9)] == [2, 5]
+    assert (spec["backoffLimitPerIndex"], spec["podReplacementPolicy"]) == (2, "Failed")
     assert "maxFailedIndexes" not in spec
-    assert spec["podReplacementPolicy"] == "Failed"
     drained, permanent = spec["podFailurePolicy"]["rules"]
     assert (drained["action"], permanent["action"]) == ("Ignore", "FailIndex")
     assert permanent["onExitCodes"]["values"] == PERMANENT == [64, 65, 66]
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == 120
-    assert spec["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_some_folds_are_jobs_of_their_own() -> None:
+def test_some_folds_are_jobs_of_their_own_and_the_first_ones_are_one() -> None:
     plan = select(plan_of(), (), [1, 3])
     named = {task.name: task for task in tasks_of(plan)}
     assert list(named) == ["split", "fold-1", "fold-3"]
-    one = job(plan, named["fold-3"], Pods())
+    one = job(plan, named["fold-3"])
     assert "completionMode" not in one["spec"]
     assert one["spec"]["podFailurePolicy"]["rules"][1]["action"] == "FailJob"
-    assert "FOLD=3" in one["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert "FOLD=3" in container_of(one)["args"]
     assert "FOLD" not in expanded(one)
-
-
-def test_the_first_folds_are_one_job() -> None:
-    plan = select(plan_of(), (), [0, 1])
-    assert job(plan, tasks_of(plan)[1], Pods())["spec"]["completions"] == 2
-
-
-def test_parallel_says_how_many_folds_at_once() -> None:
-    plan = plan_of()
-    assert job(plan, tasks_of(plan)[1], Pods(parallel=2))["spec"]["parallelism"] == 2
-    assert job(plan, tasks_of(plan)[1], Pods(parallel=9))["spec"]["parallelism"] == 5
+    first = select(plan_of(), (), [0, 1])
+    assert job(first, tasks_of(first)[1])["spec"]["completions"] == 2
 
 
 def test_only_training_and_prediction_ask_for_a_gpu() -> None:
-    plan = plan_of()
+    plan = plan_of("kubernetes.gpus=2")
     for task in tasks_of(plan):
-        spec = job(plan, task, Pods(gpus=2))["spec"]["template"]["spec"]
+        spec = job(plan, task)["spec"]["template"]["spec"]
         wanted = {"nvidia.com/gpu": "2"} if task.stage not in ("split", "evaluate") else None
         assert spec["containers"][0]["resources"].get("limits") == wanted
         assert ("tolerations" in spec) == (wanted is not None)
@@ -238,7 +231,7 @@ def test_only_training_and_prediction_ask_for_a_gpu() -> None:
 
 def test_text_of_the_user_is_no_variable_of_kubernetes() -> None:
     plan = plan_of(inputs=Inputs("/data/$(HOME)/a$$b"))
-    one = job(plan, tasks_of(plan)[0], Pods())
+    one = job(plan, tasks_of(plan)[0])
     assert expanded(one, HOME="x")["SM_CHANNEL_TRAIN"] == "/data/$(HOME)/a$$b"
     assert literal("$(A)") == "$$(A)"
 
@@ -253,15 +246,10 @@ def test_text_stays_text(text: str) -> None:
 # what is refused
 
 
-@pytest.mark.parametrize(
-    "path", ["photos", "/photos", "/data/../etc", "/database", "gs://bucket/x"], ids=lambda path: path
-)
+@pytest.mark.parametrize("path", ["photos", "/photos", "/data/../etc", "/database", "gs://bucket/x"])
 def test_data_that_no_pod_would_see(path: str) -> None:
     with pytest.raises(SettingsError, match="train"):
         check_inputs(Inputs(path), Path("runs/first"))
-
-
-def test_data_in_the_claim_or_a_bucket_are_taken_as_they_are() -> None:
     inputs = Inputs("/data/train", "s3://cars/eval", unlabeled="/data")
     assert check_inputs(inputs, Path("runs/first")) == inputs
 
@@ -272,15 +260,12 @@ def test_runs_that_no_pod_could_write(runs: str) -> None:
         check_runs(runs)
 
 
-@pytest.mark.parametrize(("run", "says"), [("a" * 43, "37 are left"), ("first-", "ends in")])
-def test_a_run_whose_pods_could_not_be_named(run: str, says: str) -> None:
-    with pytest.raises(SettingsError, match=says):
-        check_names(plan_of(run=run))
-
-
 def test_names_of_runs_become_names_of_jobs() -> None:
     assert job_name("run_2026.A", "split") == "fivefold-run-2026-a-split"
     check_names(plan_of(run="a" * 37))
+    for run, says in (("a" * 43, "37 are left"), ("first-", "ends in")):
+        with pytest.raises(SettingsError, match=says):
+            check_names(plan_of(run=run))
 
 
 # kustomizations, by the tool itself
@@ -314,17 +299,17 @@ def by_name(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def rendered(pods: Pods, inputs: Inputs | None = None) -> dict[str, dict[str, Any]]:
-    return by_name(kubernetes.objects(plan_of(inputs=inputs), pods))
+def rendered(*overrides: str, inputs: Inputs | None = None) -> dict[str, dict[str, Any]]:
+    return by_name(kubernetes.objects(plan_of(*overrides, inputs=inputs)))
 
 
 @needs_kubectl
 @pytest.mark.parametrize(
-    ("component", "pods"), [("", Pods()), ("cpu", Pods(gpus=0)), ("kueue", Pods(queue="fivefold"))]
+    ("component", "overrides"), [("", []), ("cpu", ["kubernetes.gpus=0"]), ("kueue", ["kubernetes.queue=fivefold"])]
 )
-def test_a_component_is_what_submit_renders_so(tmp_path: Path, component: str, pods: Pods) -> None:
+def test_a_component_is_what_submit_renders_so(tmp_path: Path, component: str, overrides: list[str]) -> None:
     changes = [with_component(component)] if component else []
-    assert by_name(kustomized(tmp_path, *changes)) == rendered(pods)
+    assert by_name(kustomized(tmp_path, *changes)) == rendered(*overrides)
 
 
 @needs_kubectl
@@ -332,7 +317,7 @@ def test_the_component_s3_is_what_submit_renders_for_a_bucket(tmp_path: Path) ->
     found = kustomized(tmp_path, with_component("s3"))
     assert [one["data"]["STORE"] for one in found if one["kind"] == "ConfigMap"] == ["s3://my-bucket/fivefold"]
     at = "s3://cars/all/data"
-    wanted = rendered(Pods(runs="s3://cars/all/runs"), Inputs(f"{at}/train", f"{at}/eval"))
+    wanted = rendered("kubernetes.runs=s3://cars/all/runs", inputs=Inputs(f"{at}/train", f"{at}/eval"))
     for one in wanted.values():
         container_of(one)["env"]["STORE"] = "s3://cars/all"
     assert by_name(found) == wanted
@@ -382,7 +367,7 @@ def test_the_workflow_is_the_plan(runs: Path) -> None:
             surplus = {f"SM_CHANNEL_{channel}" for channel in ("TRAIN", "EVAL")} - set(step.environment)
             assert {key: value for key, value in seen.items() if key not in surplus} == step.environment, step.name
             assert [*container["command"], *container["args"]] == ["python", "-m", "jobs", step.stage, *step.arguments]
-            wanted = container_of(job(plan, task, Pods()))["resources"].get("limits", {"nvidia.com/gpu": "0"})
+            wanted = container_of(job(plan, task))["resources"].get("limits", {"nvidia.com/gpu": "0"})
             assert patch["containers"] == [{"name": "main", "resources": {"limits": wanted}}]
     assert given["workflow.parameters.folds"] == str(len(tasks["train-folds"].steps))
     assert nodes["train-folds"]["withSequence"] == {"count": "{{workflow.parameters.folds}}"}

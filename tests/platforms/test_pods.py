@@ -11,7 +11,6 @@ import pytest
 from containers import ONE_THREAD, ROOT, SETTINGS, as_arguments, differing
 from fivefold.contract.files import read_json
 from fivefold.launchers import kubernetes
-from fivefold.launchers.manifests import Pods
 from fivefold.launchers.plan import Inputs, make_plan
 from kubernetes_rules import read
 from platforms.pods import Ended, Node
@@ -123,9 +122,9 @@ def test_a_fold_in_a_bucket_has_no_claim(claim: Path, image: str, bucket: Bucket
     for path in sorted(train.rglob("*.png"))[::6]:
         bucket.write(f"data/train/{path.relative_to(train)}", path.read_bytes())
     at = f"s3://{bucket.name}"
-    settings = ["split.folds=2", *as_arguments(SETTINGS)]
+    settings = ["split.folds=2", f"kubernetes.runs={at}/runs", "kubernetes.gpus=0", *as_arguments(SETTINGS)]
     plan = make_plan(Inputs(f"{at}/data/train"), settings, run="first", recipe="demo")
-    objects = kubernetes.objects(plan, Pods(runs=f"{at}/runs", gpus=0))
+    objects = kubernetes.objects(plan)
     assert {one["kind"] for one in objects} == {"Job"}
     # the server is on this machine's loopback
     there = Node(claim, image, {"fivefold-s3": bucket.environ()}, network="host")

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fivefold.contract.artifacts import channel_digest
 from fivefold.contract.files import read_json, sha256, tree_files
-from fivefold.contract.job import Job
 from fivefold.contract.stages import RECORD, STAGES
 from fivefold.errors import DataError, FivefoldError, MissingInputError
 
@@ -126,12 +125,11 @@ def verify(node: Node, scratch: Path) -> list[str]:
         file = node.path.parent / node.facts["roots"].get(root, root) / inside
         if not file.is_file() or sha256(file) != digest:
             problems.append(f"{file}: {'changed since it was made' if file.is_file() else 'missing'}")
-    job = Job(STAGES[node.name], places, None, None, None, None, scratch)
     for channel, digest in node.facts["inputs"].items():
         if channel not in places or digest == "given":
             continue
         try:
-            if channel_digest(job, channel, node.facts["settings"]) != digest:
+            if channel_digest(channel, places[channel], scratch, node.facts["settings"]) != digest:
                 problems.append(f"{node.path}: its channel {channel!r} ({places[channel]}) holds something else now")
         except FivefoldError as error:
             problems.append(f"{node.path}: its channel {channel!r} cannot be read any more: {error}")

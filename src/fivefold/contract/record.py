@@ -76,7 +76,7 @@ class Stopwatch:
 def key_of(job: Job, settings: Mapping[str, Any]) -> Key:
     """The key of this job: digests of its hashed channels, and the settings that can change its result."""
     given = [name for name in job.stage.hashed if job.optional_channel(name) is not None]
-    digests = {name: channel_digest(job, name, settings) for name in given}
+    digests = {name: channel_digest(name, job.channel(name), job.scratch, settings) for name in given}
     digests |= {
         key: tree_sha256(path, without=(RECORD,), only=COMPARED if key.startswith("compare.") else ("",))
         for key, path in _named_files(settings)
@@ -196,12 +196,13 @@ def _stage_of(path: Path) -> str | None:
 @lru_cache(maxsize=1)
 def code_version() -> str:
     """The version, and the first digits of the SHA-256 of all our Python files: `0.1.0+1f2e3d4c5b6a`."""
-    jobs = find_spec("jobs")
-    folders = [Path(fivefold.__file__).parent, *([Path(jobs.origin).parent] if jobs and jobs.origin else [])]
+    package, jobs = Path(fivefold.__file__).parent, find_spec("fivefold.jobs")
+    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    if jobs and jobs.origin:  # in a checkout it lies outside the package
+        files |= {f"jobs/{path.name}": path for path in Path(jobs.origin).parent.glob("*.py")}
     digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0".encode() + path.read_bytes())
     return f"{fivefold.__version__}+{digest.hexdigest()[:12]}"
 
 

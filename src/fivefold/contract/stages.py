@@ -54,7 +54,8 @@ class Stage:
 
     @property
     def module(self) -> str:
-        return f"jobs.{self.name.replace('-', '_')}"
+        """The module of jobs/ that runs it, relative to that package."""
+        return f".{self.name.replace('-', '_')}"
 
 
 _IMAGES = ("data.store_size", "data.scaled_decoding", "data.cache", "data.cache_gib")

@@ -20,7 +20,7 @@ def find_submissions(job: Job, tables: bool = False) -> list[Path]:
     """
     if job.optional_channel("submissions") is None:
         return []
-    files = [path for root in roots(job, "submissions") for path in tree_files(root)]
+    files = [path for root in roots(job.channel("submissions"), job.scratch) for path in tree_files(root)]
     files = [p for p in files if not (p.name in OTHERS or is_sample(p.name) or is_truth(p.name))]
     for suffix in (".csv", ".parquet")[: 1 + tables]:
         if found := [path for path in files if path.suffix.lower() == suffix]:

@@ -5,7 +5,7 @@ import logging
 import os
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,16 +38,22 @@ class Batch:
     rows: Tensor
     meta: Tensor | None = None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.images, self.rows, *([] if self.meta is None else [self.meta])]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch of what `change` makes of each tensor."""
+        return Batch(*map(change, self.tensors))
+
     def pin_memory(self) -> "Batch":
         """For the loader's `pin_memory`, which asks an unknown class for this method."""
-        meta = None if self.meta is None else self.meta.pin_memory()
-        return Batch(self.images.pin_memory(), self.rows.pin_memory(), meta)
+        return self.map(Tensor.pin_memory)
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """One batch of several, in their order."""
-    meta = None if batches[0].meta is None else torch.cat([batch.meta for batch in batches])
-    return Batch(torch.cat([batch.images for batch in batches]), torch.cat([batch.rows for batch in batches]), meta)
+    return Batch(*map(torch.cat, zip(*(batch.tensors for batch in batches), strict=True)))
 
 
 class ImageSet(Dataset):

@@ -21,7 +21,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -160,52 +160,40 @@ def key_of(digests: Sequence[str], pixels: Pixels) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class Source:
-    """Images at `paths` of a store [N], and the SHA-256 that their files must have; None where that is not known."""
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image of a store, and the SHA-256 that its file must have (None: not known).
+
+    `size`: the (height, width) that it is stored at, about, once it was surveyed.
+    """
 
     store: ImageStore
-    paths: Sequence[str]
-    sha256: Sequence[str | None]
+    path: str
+    sha256: str | None
+    size: tuple[int, int] = (0, 0)
 
-    def take(self, rows: Sequence[int]) -> "Source":
-        return Source(self.store, [self.paths[row] for row in rows], [self.sha256[row] for row in rows])
-
-    def read(self, row: int) -> tuple[bytes, str]:
-        """The file's bytes and their SHA-256; a DataError if it changed since the split."""
-        return read_unchanged(self.store, self.paths[row], self.sha256[row])
-
-
-@dataclass(frozen=True, slots=True)
-class Surveyed:
-    """A file that a cache is to hold: where it is, its digest, and the (height, width) that it is stored at, about."""
-
-    source: Source
-    row: int
-    sha256: str
-    size: tuple[int, int]
+    def survey(self, pixels: Pixels) -> "ImageFile":
+        """The same with its digest and size, of the file's bytes and head: nothing is decoded."""
+        content, digest = read_unchanged(self.store, self.path, self.sha256)
+        return replace(self, sha256=digest, size=pixels.size(*decoded_size(content, self.path)))
 
     def decode(self, pixels: Pixels) -> np.ndarray:
-        content, digest = self.source.read(self.row)
-        if digest != self.sha256:
-            raise DataError(f"{self.source.paths[self.row]} has changed while it was read; run the same command again")
-        return pixels.decode(content, self.source.paths[self.row])
+        return pixels.decode(read_unchanged(self.store, self.path, self.sha256)[0], self.path)
 
 
-def survey(sources: Sequence[Source], pixels: Pixels) -> list[Surveyed]:
-    """Every file once, by ascending digest, of the files' bytes and heads: nothing is decoded yet."""
+def files_of(store: ImageStore, paths: Sequence[str], sha256: Sequence[str | None] | None = None) -> list[ImageFile]:
+    digests = [None] * len(paths) if sha256 is None else sha256
+    return [ImageFile(store, path, digest) for path, digest in zip(paths, digests, strict=True)]
 
-    def look(item: tuple[Source, int]) -> Surveyed:
-        source, row = item
-        content, digest = source.read(row)
-        return Surveyed(source, row, digest, pixels.size(*decoded_size(content, source.paths[row])))
 
-    items = [(source, row) for source in sources for row in range(len(source.paths))]
-    images = {image.sha256: image for image in track(in_threads(look, items), len(items), "looking at images")}
+def survey(files: Sequence[ImageFile], pixels: Pixels) -> list[ImageFile]:
+    """Of every content one file, surveyed, by ascending digest."""
+    surveyed = in_threads(lambda file: file.survey(pixels), files)
+    images = {image.sha256: image for image in track(surveyed, len(files), "looking at images")}
     return [images[digest] for digest in sorted(images)]
 
 
-def bytes_of(images: Sequence[Surveyed]) -> int:
+def bytes_of(images: Sequence[ImageFile]) -> int:
     """The bytes of the pixels of these images, each padded to the next boundary."""
     return sum(_padded(height * width * 3) for height, width in (image.size for image in images))
 
@@ -229,28 +217,27 @@ def check_room(folder: Path, images: int, needed: float, most_gib: float) -> Non
         )
 
 
-def check_sample(folder: Path, source: Source, pixels: Pixels, most_gib: float) -> None:
+def check_sample(folder: Path, files: Sequence[ImageFile], pixels: Pixels, most_gib: float) -> None:
     """As `check_room`, by a few of many images, so that not all are read for an answer that is plain from those."""
-    count = len(source.paths)
-    if count > 4 * SAMPLE:
-        few = survey([source.take(range(0, count, -(-count // SAMPLE)))], pixels)
-        files = len(set(source.sha256))
-        check_room(folder, files, SURE * bytes_of(few) / len(few) * files, most_gib)
+    if len(files) > 4 * SAMPLE:
+        few = survey(files[:: -(-len(files) // SAMPLE)], pixels)
+        count = len({file.sha256 for file in files})
+        check_room(folder, count, SURE * bytes_of(few) / len(few) * count, most_gib)
 
 
-def cached_once(folder: Path, source: Source, pixels: Pixels, most_gib: float) -> Cache | None:
+def cached_once(folder: Path, files: Sequence[ImageFile], pixels: Pixels, most_gib: float) -> Cache | None:
     """The cache of these images among those in `folder`, made by the first process that asks; the others wait for it.
 
     All digests must be known. None, with a line in the log, where it does not fit or `folder` cannot be written to: the
     images are then to be read from their files. One that is damaged is made anew.
     """
-    path = folder / key_of(source.sha256, pixels)
+    path = folder / key_of([file.sha256 for file in files], pixels)
     try:
         with suppress(MissingInputError, DataError):
             return Cache(path)
         folder.mkdir(parents=True, exist_ok=True)
-        check_sample(folder, source, pixels, most_gib)
-        return open_or_build(path, lambda: survey([source], pixels), pixels, most_gib)
+        check_sample(folder, files, pixels, most_gib)
+        return open_or_build(path, lambda: survey(files, pixels), pixels, most_gib)
     except OSError as error:
         log.warning("no image cache in %s (%s): images are read from their files", folder, error.strerror or error)
     except (SettingsError, RetryableError) as error:
@@ -259,7 +246,7 @@ def cached_once(folder: Path, source: Source, pixels: Pixels, most_gib: float) -
 
 
 def open_or_build(
-    path: Path, survey_images: Callable[[], Sequence[Surveyed]], pixels: Pixels, most_gib: float
+    path: Path, survey_images: Callable[[], Sequence[ImageFile]], pixels: Pixels, most_gib: float
 ) -> Cache:
     """The cache at `path`: the one that is there, or else a new one of these images, made by one process at a time.
 
@@ -302,7 +289,7 @@ def one_builder(path: Path) -> Iterator[None]:
         os.close(file)
 
 
-def build(folder: Path, images: Sequence[Surveyed], pixels: Pixels) -> Cache:
+def build(folder: Path, images: Sequence[ImageFile], pixels: Pixels) -> Cache:
     """The cache of these images at `folder`, which is not there yet; a RetryableError, and nothing left, on a full disk."""
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -316,7 +303,7 @@ def build(folder: Path, images: Sequence[Surveyed], pixels: Pixels) -> Cache:
     return Cache(folder)
 
 
-def _write(folder: Path, images: Sequence[Surveyed], pixels: Pixels) -> None:
+def _write(folder: Path, images: Sequence[ImageFile], pixels: Pixels) -> None:
     index = np.zeros(len(images), ENTRY)
     digest = hashlib.sha256()
     offset = 0

@@ -6,7 +6,7 @@ image can be kept: in memory up to a limit, beyond it in one file of a scratch f
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -31,20 +31,13 @@ class Prepared:
 
     `pixels`: uint8 [N, H, W, 3], which batches show as [B, 3, H, W]. Batches are the same, byte for byte, as
     `load` gives of the set itself. Where they fit neither `limit` bytes of memory nor a file in `scratch` (None:
-    there is to be none), `otherwise` is called once, and they are read anew each time, as `load` does.
+    there is to be none), they are read anew each time, as `load` does.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        scratch: Path | None = None,
-        limit: int | None = None,
-        otherwise: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, images: ImageSet, scratch: Path | None = None, limit: int | None = None) -> None:
         self.images = images
         self.scratch = scratch
         self.limit = limit
-        self.otherwise = otherwise
         self.pixels: np.ndarray | None = None
         self.meta: np.ndarray | None = None
         self.done = np.zeros(len(images), bool)
@@ -84,8 +77,6 @@ class Prepared:
         if self.pixels is None:
             self.fits = self._find_room(int(missing[0]))
         if not self.fits:
-            if self.otherwise is not None:
-                self.otherwise()
             return False
         with closing(in_threads(self._keep, missing.tolist())) as made:
             for row in track(made, len(missing), f"{label}: images") if label else made:

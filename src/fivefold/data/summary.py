@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from fivefold.contract.files import atomic, write_json
 from fivefold.data.folds import FoldTable
-from fivefold.data.grouping import Duplicates
-from fivefold.data.tables import few
+from fivefold.data.splitting import Duplicates
+from fivefold.predictions import sample
 
 log = logging.getLogger("fivefold")
 LISTED_SETS = 1000
@@ -100,7 +100,7 @@ def log_summary(summary: Mapping[str, Any]) -> None:
         if summary[key]:
             log.warning("split: %d %s", len(summary[key]), words)
     if summary["lost_classes"]:
-        log.warning("split: none of the images of %s can be read: no classes any more", few(summary["lost_classes"]))
+        log.warning("split: none of the images of %s can be read: no classes any more", sample(summary["lost_classes"]))
     if summary["duplicates"]["sets"]:
         counts = summary["duplicates"]["sets"], summary["duplicates"]["rows"]
         log.warning("split: %d pictures occur more than once (%d rows); each stays on one side of every fold", *counts)

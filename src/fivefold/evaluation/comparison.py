@@ -9,7 +9,6 @@ import pandas as pd
 
 from fivefold.errors import DataError
 from fivefold.evaluation import metrics, plots
-from fivefold.evaluation.competition import submission_logloss
 from fivefold.evaluation.metrics import competition_logloss
 from fivefold.evaluation.report import Picture, drawn, filled
 from fivefold.evaluation.tables import write_csv
@@ -35,8 +34,7 @@ class Experiment:
     """One of those that are compared.
 
     `source`: the submission file or the run's folder, as people know it. `file` and `table`: its submission
-    of the test rows, `labels_only` where that names classes without probabilities, `fuller` where the table
-    has the probabilities that the file has not. `oof`: its out-of-fold
+    of the test rows, `labels_only` where that names classes without probabilities. `oof`: its out-of-fold
     rows, and `oof_words` whose they are.
     """
 
@@ -45,7 +43,6 @@ class Experiment:
     file: Path | None = None
     table: Predictions | None = None
     labels_only: bool = False
-    fuller: bool = False
     oof: Predictions | None = None
     oof_words: str = ""
 
@@ -54,12 +51,9 @@ class Experiment:
         if self.table is None or self.file is None:
             return None
         table = with_truth(self.table, dict(truth), where)
-        return _figures(table, None if self.labels_only else self._logloss(table, truth))
-
-    def _logloss(self, table: Predictions, truth: Mapping[str, str]) -> float:
-        if self.file is None or self.fuller:
-            return competition_logloss(np.exp(table.log_probs.astype(np.float64)), table.codes())
-        return submission_logloss(self.file, truth)
+        if self.labels_only:
+            return _figures(table, None)
+        return _figures(table, competition_logloss(np.exp(table.log_probs.astype(np.float64)), table.codes()))
 
     def oof_figures(self) -> Figures | None:
         """FIGURES of the out-of-fold rows; None without any."""
@@ -196,7 +190,6 @@ def page(
 
 def _figures(table: Predictions, logloss: float | None) -> Figures:
     codes = table.codes()
-    share = metrics.accuracy(table.log_probs, codes)
-    low, high = metrics.wilson_interval(share, len(codes))
-    f1 = metrics.summary(table.log_probs, codes)["f1_macro"]
-    return dict(zip(FIGURES, (len(codes), share, low, high, logloss, f1), strict=True))
+    scores = metrics.summary(table.log_probs, codes)
+    low, high = metrics.wilson_interval(scores["accuracy"], len(codes))
+    return dict(zip(FIGURES, (len(codes), scores["accuracy"], low, high, logloss, scores["f1_macro"]), strict=True))

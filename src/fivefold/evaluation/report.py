@@ -65,7 +65,7 @@ def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Pic
     log_probs, codes, classes = scored.table.log_probs, scored.codes, scored.table.classes
     calibrated = calibration.reliability_table(log_probs, codes, bins)
     error = calibration.expected_calibration_error(log_probs, codes, bins)
-    per_class = metrics.per_class_table(scored.confusion)
+    per_class = metrics.per_class_table(log_probs, codes)
     painters = {
         "confusion_matrix": lambda to, theme: plots.confusion(scored.confusion, classes, to, theme),
         "reliability": lambda to, theme: plots.reliability(calibrated, error, to, theme),
@@ -82,7 +82,9 @@ def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Pic
 def render(content: Content) -> str:
     """The page, complete."""
     first = content.scored[0]
-    per_class = pd.DataFrame({"class": first.table.classes, **metrics.per_class_table(first.confusion)})
+    per_class = pd.DataFrame(
+        {"class": first.table.classes, **metrics.per_class_table(first.table.log_probs, first.codes)}
+    )
     return filled(
         TEMPLATE,
         content=content,

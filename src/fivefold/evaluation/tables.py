@@ -38,7 +38,7 @@ class Scored:
     @cached_property
     def confusion(self) -> np.ndarray:
         """Counts [C, C], true class by row."""
-        return metrics.confusion_matrix(metrics.predicted(self.table.log_probs), self.codes, len(self.table.classes))
+        return metrics.confusion_matrix(self.table.log_probs, self.codes)
 
     def figures(self, top_k: int, bins: int) -> dict[str, float | int | str]:
         """All scores, after `what` and `rows`."""
@@ -98,7 +98,7 @@ def confused_pairs(scored: Scored, most: int = 12) -> list[tuple[str, str, int, 
 
 
 def write_per_class(path: Path, scored: Scored) -> Path:
-    frame = pd.DataFrame(metrics.per_class_table(scored.confusion))
+    frame = pd.DataFrame(metrics.per_class_table(scored.table.log_probs, scored.codes))
     frame.insert(0, "class", scored.table.classes)
     return write_csv(path, frame)
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fivefold.contract.artifacts import ModelDir, locate, locate_all
+from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import read_json
-from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE
 from fivefold.errors import DataError
 from fivefold.evaluation.calibration import apply_temperature
@@ -77,30 +76,27 @@ def by_system(models: Sequence[ModelDir]) -> dict[str, list[ModelDir]]:
     return groups
 
 
-def find_ensemble(job: Job, models: Sequence[ModelDir]) -> Ensemble:
-    """Finds how the models are blended: in the channel `ensemble`, else beside them; without that, systems are equal.
+def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: bool = False) -> Ensemble:
+    """Finds how the models are blended by one of the `ensemble.json` at `paths`; where none does, systems are equal.
 
-    Raises DataError unless the models are one, or whole systems of one split; for a file of the channel that blends
-    other models; and for several files that blend these otherwise.
+    Raises DataError unless the models are one, or whole systems of one split; for several files that blend these
+    otherwise; and for files that blend other models alone, where one is `required`.
     """
     if len(models) > 1:
         check_together(models)
-    if job.optional_channel("ensemble") is not None:
-        path = locate(job, "ensemble", ENSEMBLE)
-        ensembles = {path: read_ensemble(path, models)}
-        if ensembles[path] is None:
-            raise DataError(f"{path} blends other models than these: {', '.join(model.name for model in models)}")
-    else:
-        read = {path: read_ensemble(path, models) for path in locate_all(job, "model", ENSEMBLE)}
-        ensembles = {path: ensemble for path, ensemble in read.items() if ensemble is not None}
+    read = {path: read_ensemble(path, models) for path in paths}
+    ensembles = {path: ensemble for path, ensemble in read.items() if ensemble is not None}
+    if required and not ensembles:
+        names = ", ".join(model.name for model in models)
+        raise DataError(f"{', '.join(map(str, paths))} blends other models than these: {names}")
     if not ensembles:
         systems = by_system(models)
         return Ensemble(systems, tuple(equal(len(systems)).tolist()))
     path, ensemble = next(iter(ensembles.items()))
     if any(other != ensemble for other in ensembles.values()):
         raise DataError(
-            f"several {ENSEMBLE} of these models below the channel 'model' ({Path(job.channel('model'))}), with other "
-            "weights or temperatures; give the folder of one run"
+            f"several {ENSEMBLE} of these models ({', '.join(map(str, ensembles))}), with other weights or temperatures; "
+            "give the folder of one run"
         )
     log.info("%d models with the weights and the temperature %.4g of %s", len(models), ensemble.temperature, path)
     return ensemble
@@ -126,7 +122,7 @@ def check_together(models: Sequence[ModelDir], product: bool = False) -> None:
         check_members(models, product)
     elif len(models) > 1 and not product:
         names = ", ".join(model.name for model in models)
-        raise DataError(f"several students below the channel 'model' ({names}); give the model dir of one")
+        raise DataError(f"several students ({names}); give the model dir of one")
 
 
 def check_members(models: Sequence[ModelDir], product: bool = False) -> None:

@@ -9,23 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fivefold.errors import FivefoldError, RetryableError, SettingsError
+from fivefold.errors import RetryableError, SettingsError
 from fivefold.launchers.manifests import CONTAINER, PERMANENT, Object
 
 SECONDS_FOR_AN_ANSWER = 120
-AWAY = (
-    "unable to connect",
-    "connection refused",
-    "connection reset",
-    "timeout",
-    "timed out",
-    "no route to host",
-    "no such host",
-    "eof",
-    "etcdserver",
-    "too many requests",
-    "unavailable",
-    "internal error",
+AWAY = re.compile(
+    "unable to connect|connection refused|connection reset|timeout|timed out|no route to host|no such host|eof|etcdserver"
+    "|too many requests|unavailable|internal error",
+    re.IGNORECASE,
 )
 """What kubectl says where the cluster, and not the request, is at fault."""
 OF_ITS_LOG = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d")
@@ -69,9 +60,13 @@ class Kubectl:
             )
         except subprocess.TimeoutExpired as error:
             raise RetryableError(f"kubectl {arguments[0]} gave no answer in {SECONDS_FOR_AN_ANSWER} s") from error
-        if ended.returncode:
-            raise _error(arguments[0], ended.stderr)
-        return ended.stdout
+        if not ended.returncode:
+            return ended.stdout
+        lines = ended.stderr.splitlines()
+        words = " ".join(" ".join([line for line in lines if not OF_ITS_LOG.match(line)] or lines).split())
+        if AWAY.search(ended.stderr):
+            raise RetryableError(f"the cluster does not answer, the same command may succeed later: {words}")
+        raise SettingsError(f"kubectl {arguments[0]} was refused: {words or 'it said nothing'}")
 
     def items(self, kinds: str, selector: str) -> list[Object]:
         """The objects of these kinds (`jobs,pods`) that have these labels."""
@@ -86,16 +81,6 @@ class Kubectl:
     def replace(self, one: Mapping[str, Any]) -> None:
         """Deletes what has this name, which cannot be changed any more, and makes it anew."""
         self.ask("replace", "--force", "--filename", "-", stdin=json.dumps(one))
-
-
-def _error(verb: str, said: str) -> FivefoldError:
-    told = [line for line in said.splitlines() if not OF_ITS_LOG.match(line)] or said.splitlines()
-    words = " ".join(" ".join(told).split()) or "it said nothing"
-    if any(sign in said.lower() for sign in AWAY):
-        return RetryableError(
-            f"the cluster does not answer, the same command may succeed later: kubectl {verb}: {words}"
-        )
-    return SettingsError(f"kubectl {verb} was refused: {words}")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from fivefold.launchers.manifests import (
     RUN,
     RUNS,
     Object,
-    Pods,
     Task,
     as_yaml,
     check_names,
@@ -46,9 +45,8 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     130 or 143 after SIGINT or SIGTERM: the Jobs go on, and are no longer followed.
     """
     check(plan)
-    pods, section = pods_of(plan, parallel), plan.settings.kubernetes
-    screen = Screen()
-    backend = KubernetesBackend(plan, pods, Kubectl(section.namespace, section.context, environ), screen)
+    section, screen = plan.settings.kubernetes, Screen()
+    backend = KubernetesBackend(plan, parallel, Kubectl(section.namespace, section.context, environ), screen)
     try:
         return Scheduler(tasks_of(plan), backend, screen, seconds=section.poll_seconds).run()
     finally:
@@ -58,12 +56,12 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
 def describe(plan: Plan, parallel: int = 0) -> str:
     """The plan as what is applied: the claim, if pods need it, and the Jobs in order."""
     check(plan)
-    return as_yaml(objects(plan, pods_of(plan, parallel))).rstrip("\n")
+    return as_yaml(objects(plan, parallel)).rstrip("\n")
 
 
-def objects(plan: Plan, pods: Pods) -> list[Object]:
-    jobs = [job(plan, task, pods) for task in tasks_of(plan)]
-    return [*([claim(pods)] if any(has_claim(one) for one in jobs) else []), *jobs]
+def objects(plan: Plan, parallel: int = 0) -> list[Object]:
+    jobs = [job(plan, task, parallel) for task in tasks_of(plan)]
+    return [*([claim(plan.settings.kubernetes)] if any(has_claim(one) for one in jobs) else []), *jobs]
 
 
 def has_claim(one: Mapping[str, Any]) -> bool:
@@ -74,21 +72,6 @@ def check(plan: Plan) -> None:
     """Raises a SettingsError for what no cluster could run, before anything is written."""
     check_names(plan)
     check_runs(plan.settings.kubernetes.runs)
-
-
-def pods_of(plan: Plan, parallel: int = 0) -> Pods:
-    section = plan.settings.kubernetes
-    return Pods(
-        image=section.image,
-        claim=section.claim,
-        runs=section.runs,
-        gpus=section.gpus,
-        cpus=section.cpus,
-        memory=section.memory,
-        service_account=section.service_account,
-        queue=section.queue,
-        parallel=parallel,
-    )
 
 
 def results(plan: Plan) -> str:
@@ -105,9 +88,9 @@ def results(plan: Plan) -> str:
 class KubernetesBackend:
     """Runs each Task as a Job of the cluster. What it started goes on without this process, and is found again."""
 
-    def __init__(self, plan: Plan, pods: Pods, kubectl: Kubectl, screen: Screen) -> None:
+    def __init__(self, plan: Plan, parallel: int, kubectl: Kubectl, screen: Screen) -> None:
         """Raises a SettingsError where a Job of the plan runs with other arguments, before anything is applied."""
-        self.plan, self.pods, self.kubectl, self.screen = plan, pods, kubectl, screen
+        self.plan, self.parallel, self.kubectl, self.screen = plan, parallel, kubectl, screen
         self.logs = Logs(kubectl, screen)
         self._selector = f"{RUN}={plan.run}"
         self._skipped: set[str] = set()
@@ -117,14 +100,14 @@ class KubernetesBackend:
         for task in tasks_of(plan):
             name = self._job(task)
             present = self._jobs.get(name)
-            if present and not _is_over(present) and not same(present, job(plan, task, pods)):
+            if present and not _is_over(present) and not same(present, job(plan, task, parallel)):
                 raise SettingsError(
                     f"the Job {name} runs with other settings: wait for it, give another run=, or kubectl delete job {name}"
                 )
 
     def start(self, task: Task, alone: bool) -> int | None:
         """Applies a Job, or goes on with the one that is there: done, running, or failed and made anew."""
-        wanted = job(self.plan, task, self.pods)
+        wanted = job(self.plan, task, self.parallel)
         name = self._job(task)
         present = self._jobs.get(name)
         if present is None:
@@ -167,9 +150,10 @@ class KubernetesBackend:
         return job_name(self.plan.run, task.name)
 
     def _make_claim(self, wanted: Mapping[str, Any]) -> None:
-        if has_claim(wanted) and not self.kubectl.has("persistentvolumeclaim", self.pods.claim):
-            self.kubectl.apply(claim(self.pods))
-            self.screen.line(f"claim {self.pods.claim}: applied")
+        pods = self.plan.settings.kubernetes
+        if has_claim(wanted) and not self.kubectl.has("persistentvolumeclaim", pods.claim):
+            self.kubectl.apply(claim(pods))
+            self.screen.line(f"claim {pods.claim}: applied")
 
     def _poll_job(self, task: Task, one: Object | None, pods: Sequence[Object]) -> int | None:
         """Prints what is new of a Job and of its pods; its exit code once it is over."""

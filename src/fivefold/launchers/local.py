@@ -94,7 +94,7 @@ class LocalBackend:
         as_terminal = alone and self.screen.terminal
         read_end, write_end = _terminal() if as_terminal else os.pipe()
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs", *step.command],
+            [sys.executable, "-m", "fivefold.jobs", *step.command],
             env=self.environment(step, gpu),
             stdin=subprocess.DEVNULL,
             stdout=write_end,

@@ -18,6 +18,7 @@ from fivefold.contract.layout import channels_of, outputs_of
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan
+from fivefold.recipe import Kubernetes
 
 Object = dict[str, Any]
 
@@ -28,6 +29,7 @@ CONTAINER = "fivefold"
 STORE = "fivefold-s3"
 """The ConfigMap and the Secret that a pod takes variables from where anything lies at s3://; both may be absent."""
 UID = 10001
+READ_ONLY = {DATA: {"readOnly": True}}
 GPU = "nvidia.com/gpu"
 ON_GPU = ("train-fold", "distill", "ensemble")
 PERMANENT = sorted({SettingsError.exit_code, DataError.exit_code, MissingInputError.exit_code})
@@ -119,26 +121,7 @@ def name_with(step: Step, text: str) -> str:
     return step.name.replace(f"fold-{step.fold}", text, 1)
 
 
-@dataclass(frozen=True)
-class Pods:
-    """What a run's pods are made of and ask for; `runs` is `/runs`, a folder of the claim, or an s3:// URL.
-
-    `cpus` are requested, and without a GPU they are the threads of a process that trains or predicts. In a `queue`
-    Jobs wait, suspended, for Kueue. `parallel` is how many folds run at once, 0 for all.
-    """
-
-    image: str = "fivefold:latest"
-    claim: str = "fivefold"
-    runs: str = RUNS
-    gpus: int = 1
-    cpus: int = 2
-    memory: str = "4Gi"
-    service_account: str = ""
-    queue: str = ""
-    parallel: int = 0
-
-
-def claim(pods: Pods) -> Object:
+def claim(pods: Kubernetes) -> Object:
     """The claim that data and runs share. Folds on several machines need ReadWriteMany."""
     return {
         "apiVersion": "v1",
@@ -148,20 +131,20 @@ def claim(pods: Pods) -> Object:
     }
 
 
-def job(plan: Plan, task: Task, pods: Pods) -> Object:
-    """The Job of a task. Exit codes that come again end it (or its index) at once; a drained machine costs no try."""
+def job(plan: Plan, task: Task, parallel: int = 0) -> Object:
+    """The Job of a task, at most `parallel` folds at once (0: all).
+
+    Exit codes that come again end it (or its index) at once; a drained machine costs no try.
+    """
+    pods = plan.settings.kubernetes
     labels = {NAME: "fivefold", RUN: plan.run, TASK: task.name}
     queue = {QUEUE: pods.queue} if pods.queue else {}
     count = len(task.steps)
-    indexed: Object = {
-        "completionMode": "Indexed",
-        "completions": count,
-        "parallelism": min(pods.parallel, count) or count,
-    }
+    indexed = {"completionMode": "Indexed", "completions": count, "parallelism": min(parallel, count) or count}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": job_name(plan.run, task.name), "labels": labels | queue},
+        "metadata": {"name": job_name(plan.run, task.name), "labels": {**labels, **queue}},
         "spec": {
             **({"suspend": True} if pods.queue else {}),
             **({**indexed, "backoffLimitPerIndex": RETRIES} if task.indexed else {"backoffLimit": RETRIES}),
@@ -181,7 +164,7 @@ def job(plan: Plan, task: Task, pods: Pods) -> Object:
     }
 
 
-def pod(task: Task, pods: Pods) -> Object:
+def pod(task: Task, pods: Kubernetes) -> Object:
     """The pod of a task, within the restricted pod security standard."""
     on_gpu = pods.gpus > 0 and task.stage in ON_GPU
     step = task.steps[0]
@@ -191,7 +174,17 @@ def pod(task: Task, pods: Pods) -> Object:
     at_store = any(is_url(entry.get("value", "")) for entry in env)
     from_claim = [path for path in (DATA, RUNS) if any(entry.get("value", "").startswith(path) for entry in env)]
     return {
-        **_pod_security(),
+        # a user that is not root, who owns the claim's files as a group; nothing of the cluster's own inside
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": UID,
+            "runAsGroup": UID,
+            "fsGroup": UID,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": SECONDS_OF_GRACE,
         **({"serviceAccountName": pods.service_account} if pods.service_account else {}),
@@ -204,42 +197,35 @@ def pod(task: Task, pods: Pods) -> Object:
                 "args": [literal(text) for text in command],
                 "env": env,
                 **({"envFrom": from_store} if at_store else {}),
-                "resources": _resources(pods, pods.gpus if on_gpu else 0),
-                **_container_security(),
+                "resources": {
+                    "requests": {"cpu": str(pods.cpus), "memory": pods.memory},
+                    **({"limits": {GPU: str(pods.gpus)}} if on_gpu else {}),
+                },
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "capabilities": {"drop": ["ALL"]},
+                    "readOnlyRootFilesystem": True,
+                },
                 "terminationMessagePolicy": "FallbackToLogsOnError",
-                "volumeMounts": mounts(from_claim),
+                "volumeMounts": [
+                    *(
+                        {"name": "storage", "mountPath": path, "subPath": path.strip("/"), **READ_ONLY.get(path, {})}
+                        for path in from_claim
+                    ),
+                    {"name": "tmp", "mountPath": "/tmp"},
+                    {"name": "shm", "mountPath": "/dev/shm"},
+                ],
             }
         ],
-        "volumes": volumes(pods, bool(from_claim)),
+        "volumes": [
+            *([{"name": "storage", "persistentVolumeClaim": {"claimName": pods.claim}}] if from_claim else []),
+            {"name": "tmp", "emptyDir": {}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
+        ],
     }
 
 
-def _pod_security() -> Object:
-    """A user that is not root, who owns the claim's files as a group; nothing of the cluster's own inside."""
-    return {
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": UID,
-            "runAsGroup": UID,
-            "fsGroup": UID,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-    }
-
-
-def _container_security() -> Object:
-    context = {
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-        "readOnlyRootFilesystem": True,
-    }
-    return {"securityContext": context}
-
-
-def environment(task: Task, pods: Pods) -> list[Object]:
+def environment(task: Task, pods: Kubernetes) -> list[Object]:
     """The container's variables: the run, and what a stage that knows its run does not find there by itself."""
     own = {name: _placed(value, task) for name, value in _not_found(task).items()}
     if is_url(pods.runs):  # where a platform looks for a failure file is no URL; pods have the termination log besides
@@ -277,29 +263,6 @@ def _placed(value: str, task: Task) -> str:
     return "/".join(["$(RUNS)", "$(RUN)", *parts])
 
 
-def _resources(pods: Pods, gpus: int) -> Object:
-    limits = {"limits": {GPU: str(gpus)}} if gpus else {}
-    return {"requests": {"cpu": str(pods.cpus), "memory": pods.memory}, **limits}
-
-
-def mounts(paths: Sequence[str]) -> list[Object]:
-    """Where a container sees these folders of the claim, and what it may write to besides: /tmp, and /dev/shm in memory."""
-    read_only = {DATA: {"readOnly": True}}
-    claimed = [
-        {"name": "storage", "mountPath": path, "subPath": path.strip("/"), **read_only.get(path, {})} for path in paths
-    ]
-    return [*claimed, {"name": "tmp", "mountPath": "/tmp"}, {"name": "shm", "mountPath": "/dev/shm"}]
-
-
-def volumes(pods: Pods, with_claim: bool) -> list[Object]:
-    storage = {"name": "storage", "persistentVolumeClaim": {"claimName": pods.claim}}
-    return [
-        *([storage] if with_claim else []),
-        {"name": "tmp", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
-    ]
-
-
 def as_yaml(objects: Sequence[Object]) -> str:
     """The objects as one YAML file."""
     return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
@@ -318,8 +281,8 @@ _Dumper.add_implicit_resolver("float", re.compile(r"([yYnN]|[-+.0-9][-+.0-9a-fA-
 def files() -> dict[str, str]:
     """The text of each rendered file by its path in `k8s/`: the Jobs of the run `first` of the recipe `small_images`."""
     plan = make_plan(Inputs(f"{DATA}/train", f"{DATA}/eval"), run="first", runs=RUNS, recipe="small_images")
-    objects = {f"{task.name}-job.yaml": job(plan, task, Pods()) for task in tasks_of(plan)}
-    objects["pvc.yaml"] = claim(Pods())
+    objects = {f"{task.name}-job.yaml": job(plan, task) for task in tasks_of(plan)}
+    objects["pvc.yaml"] = claim(plan.settings.kubernetes)
     return {name: HEAD.format(COMMENTS[name], name) + as_yaml([one]) for name, one in objects.items()}
 
 

@@ -12,12 +12,12 @@ import re
 import shlex
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fivefold.choose import did_you_mean
+from fivefold.choose import choose
 from fivefold.contract.layout import channels_of, outputs_of
 from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
@@ -42,7 +42,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Step:
-    """One process: `python -m jobs <command>` with `environment`, after the steps it needs.
+    """One process: `python -m fivefold.jobs <command>` with `environment`, after the steps it needs.
 
     `epochs` is how many a training step takes at most, 0 for other steps. `fold` is set where a step trains a fold,
     `seed` where it trains a model.
@@ -99,8 +99,8 @@ def make_plan(
         raise SettingsError(f"run={run!r} names a folder: letters, digits, '.', '_' and '-', not starting with '.'")
     settings = _checked(overrides, recipe, seeds)
     builder = _Builder(Path(runs) / run, inputs, settings, tuple(overrides), recipe, tuple(seeds))
-    steps = tuple(builder.steps())
-    return Plan(run, builder.folder, steps, tuple(builder.notes()), settings)
+    builder.build()
+    return Plan(run, builder.folder, tuple(builder.steps), tuple(builder.notes), settings)
 
 
 def new_run_name() -> str:
@@ -120,15 +120,24 @@ def select(plan: Plan, stages: Sequence[str] = (), folds: Sequence[int] = ()) ->
     The student's ensemble and evaluation come with `distill`, or by their own names. `folds` alone
     means these folds' training, and no stage that would want all of them.
     """
-    _check_names(plan, stages, folds)
-    if folds and not stages:
-        stages = ("split", "train-fold")
-    kept = [step for step in plan.steps if _wanted(step, stages, folds)]
+    for name in stages:
+        choose(dict.fromkeys([*STAGES, *(step.name for step in plan.steps)]), "stage", name)
+    present = sorted({step.fold for step in plan.steps if step.fold is not None})
+    if absent := [str(fold) for fold in folds if fold not in present]:
+        raise SettingsError(f"folds={','.join(absent)}: the run has the folds {present[0]} to {present[-1]}")
+    stages = stages or (("split", "train-fold") if folds else ())
+
+    def is_wanted(step: Step) -> bool:
+        if folds and step.fold is not None and step.fold not in folds:
+            return False
+        by_stage = step.stage in stages and (not step.name.endswith("-student") or "distill" in stages)
+        return not stages or step.name in stages or by_stage
+
+    kept = {step.name: step for step in plan.steps if is_wanted(step)}
     if not kept:
         raise SettingsError(f"no step of this run is left by stages={','.join(stages)}; {', '.join(plan.notes)}")
-    names = {step.name for step in kept}
-    steps = tuple(replace(step, needs=tuple(n for n in step.needs if n in names)) for step in kept)
-    return replace(plan, steps=steps)
+    steps = (replace(step, needs=tuple(name for name in step.needs if name in kept)) for step in kept.values())
+    return replace(plan, steps=tuple(steps))
 
 
 def describe(plan: Plan, python: str = "python") -> str:
@@ -138,7 +147,7 @@ def describe(plan: Plan, python: str = "python") -> str:
     for step in plan.steps:
         after = f", after {', '.join(step.needs)}" if step.needs else ""
         variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
-        command = shlex.join([python, "-m", "jobs", *step.command])
+        command = shlex.join([python, "-m", "fivefold.jobs", *step.command])
         blocks.append(f"\n# {step.name}{after}\n" + " \\\n  ".join([*variables, command]))
     return "\n".join(blocks)
 
@@ -148,9 +157,9 @@ def number_of_folds(settings: Settings) -> int:
     return 1 if settings.split.parts else settings.split.folds
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Builder:
-    """What every step of one run is made of."""
+    """The steps of one run, added in order, and notes on what is left out."""
 
     folder: Path
     inputs: Inputs
@@ -158,57 +167,51 @@ class _Builder:
     overrides: tuple[str, ...]
     recipe: str
     seeds: tuple[int, ...]
+    steps: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    def steps(self) -> Iterator[Step]:
-        yield self._step("split", "split", {"train": self.inputs.train})
-        folds = list(self._folds())
-        yield from folds
-        names = tuple(step.name for step in folds)
-        scored = self._scored("ensemble", "evaluate", str(self.folder), names)
-        yield from scored
-        if not self._has_teachers():
-            return
-        yield self._student(names)
-        if self._student_can_be_scored():
-            model = str(self.folder / "distill" / "model")
-            yield from self._scored("ensemble-student", "evaluate-student", model, ("distill",))
-
-    def notes(self) -> Iterator[str]:
-        """What the plan leaves out, and why."""
-        if not self.inputs.eval:
-            yield "no eval=: no ensemble of test images; evaluate reports on out-of-fold and holdout rows"
-        elif not self.inputs.ground_truth:
-            yield "no ground truth for eval: evaluate reports on out-of-fold and holdout rows"
-        if not self._has_teachers():
-            yield "split.parts leaves training rows without out-of-fold teachers, so distill is left out; distill.teacher=best_fold takes it in"
-        elif not self._student_can_be_scored():
-            yield "no eval= and no holdout: nothing to score the student on, so evaluate-student is left out"
-
-    def _folds(self) -> Iterator[Step]:
-        for seed in self.seeds or (self.settings.seed,):
+    def build(self) -> None:
+        inputs, split = self.inputs, self.settings.split
+        self._add("split", "split", {"train": inputs.train})
+        images = {"train": inputs.train, "weights": inputs.weights}
+        seeds = self.seeds or (self.settings.seed,)
+        for seed in seeds:
             for fold in range(number_of_folds(self.settings)):
-                name = f"fold-{fold}" if seed == self._first_seed() else f"fold-{fold}-seed-{seed}"
-                channels = {"train": self.inputs.train, "weights": self.inputs.weights}
-                epochs = self.settings.train.epochs
-                yield self._step(name, "train-fold", channels, ("split",), epochs, fold, seed)
+                name = f"fold-{fold}" if seed == seeds[0] else f"fold-{fold}-seed-{seed}"
+                self._add(name, "train-fold", images, ("split",), self.settings.train.epochs, fold, seed)
+        teachers = tuple(step.name for step in self.steps[1:])
+        self._add_scores("ensemble", "evaluate", str(self.folder), teachers)
+        if not inputs.eval:
+            self.notes.append("no eval=: no ensemble of test images; evaluate reports on out-of-fold and holdout rows")
+        elif not inputs.ground_truth:
+            self.notes.append("no ground truth for eval: evaluate reports on out-of-fold and holdout rows")
+        if split.parts and self.settings.distill.teacher == "oof":  # no row is out-of-fold, so none has a teacher
+            self.notes.append(
+                "split.parts leaves training rows without out-of-fold teachers, so distill is left out; "
+                "distill.teacher=best_fold takes it in"
+            )
+            return
+        images = {"train": inputs.train, "unlabeled": inputs.unlabeled, "weights": inputs.weights}
+        self._add("distill", "distill", images, teachers, self.settings.student().train.epochs, seed=seeds[0])
+        if inputs.eval or split.holdout > 0 or (split.parts and split.parts[2]):
+            model = str(self.folder / "distill" / "model")
+            self._add_scores("ensemble-student", "evaluate-student", model, ("distill",))
+        else:
+            self.notes.append(
+                "no eval= and no holdout: nothing to score the student on, so evaluate-student is left out"
+            )
 
-    def _student(self, teachers: tuple[str, ...]) -> Step:
-        given = {"train": self.inputs.train, "unlabeled": self.inputs.unlabeled, "weights": self.inputs.weights}
-        epochs = self.settings.student().train.epochs
-        return self._step("distill", "distill", given, teachers, epochs, seed=self._first_seed())
-
-    def _scored(self, ensemble: str, evaluate: str, model: str, needs: tuple[str, ...]) -> list[Step]:
-        """The prediction of the eval images by the models below `model`, where there is an eval; its evaluation."""
-        steps = []
+    def _add_scores(self, ensemble: str, evaluate: str, model: str, needs: tuple[str, ...]) -> None:
+        """Adds the prediction of the eval images by the models below `model`, where there is an eval; its evaluation."""
         given = {"train": self.inputs.train, "model": model, "predictions": None}
         if self.inputs.eval:
-            steps.append(self._step(ensemble, "ensemble", {"model": model, "eval": self.inputs.eval}, needs=needs))
+            self._add(ensemble, "ensemble", {"model": model, "eval": self.inputs.eval}, needs)
             given |= {"predictions": str(self.folder / ensemble / "output"), "eval": self.inputs.eval}
             given |= {"ground_truth": self.inputs.ground_truth}
             needs = (ensemble,)
-        return [*steps, self._step(evaluate, "evaluate", given, needs=needs)]
+        self._add(evaluate, "evaluate", given, needs)
 
-    def _step(
+    def _add(
         self,
         name: str,
         stage: str,
@@ -217,8 +220,8 @@ class _Builder:
         epochs: int = 0,
         fold: int | None = None,
         seed: int | None = None,
-    ) -> Step:
-        """The step; `channels` beside those that its stage reads of the run, or instead of them."""
+    ) -> None:
+        """Adds a step; `channels` beside those that its stage reads of the run, or instead of them."""
         folder = self.folder / name
         paths = {**channels_of(stage, str(self.folder)), **channels}
         environment = {f"SM_CHANNEL_{channel.upper()}": path for channel, path in paths.items() if path}
@@ -226,18 +229,8 @@ class _Builder:
         recipe = (f"recipe={self.recipe}",) if self.recipe else ()
         own = tuple(text for text in self.overrides if is_of(_key(text), (*STAGES[stage].sections, "reuse")))
         seeded = (f"seed={seed}",) if self.seeds and seed is not None else ()
-        return Step(name, stage, (*recipe, *own, *seeded), environment, folder, needs, epochs, fold, seed)
-
-    def _first_seed(self) -> int:
-        return self.seeds[0] if self.seeds else self.settings.seed
-
-    def _has_teachers(self) -> bool:
-        """Whether each training row has a teacher: with parts, none is out-of-fold."""
-        return not (self.settings.split.parts and self.settings.distill.teacher == "oof")
-
-    def _student_can_be_scored(self) -> bool:
-        set_aside = self.settings.split.holdout > 0 or bool(self.settings.split.parts and self.settings.split.parts[2])
-        return bool(self.inputs.eval) or set_aside
+        arguments = (*recipe, *own, *seeded)
+        self.steps.append(Step(name, stage, arguments, environment, folder, needs, epochs, fold, seed))
 
 
 def _checked(overrides: Sequence[str], recipe: str, seeds: Sequence[int]) -> Settings:
@@ -259,25 +252,3 @@ def _section(override: str) -> str:
 
 def _key(override: str) -> str:
     return normal_key(override.split("=", 1)[0])
-
-
-def _check_names(plan: Plan, stages: Sequence[str], folds: Sequence[int]) -> None:
-    known = [*STAGES, *(step.name for step in plan.steps)]
-    for name in stages:
-        if name not in known:
-            raise SettingsError(
-                f"stages: unknown stage {name!r}{did_you_mean(name, known)}; known: {', '.join(STAGES)}"
-            )
-    there = sorted({step.fold for step in plan.steps if step.fold is not None})
-    absent = [str(fold) for fold in folds if fold not in there]
-    if absent:
-        raise SettingsError(f"folds={','.join(absent)}: the run has the folds {there[0]} to {there[-1]}")
-
-
-def _wanted(step: Step, stages: Sequence[str], folds: Sequence[int]) -> bool:
-    if folds and step.fold is not None and step.fold not in folds:
-        return False
-    if not stages or step.name in stages:
-        return True
-    of_student = step.name.endswith("-student")
-    return step.stage in stages and (not of_student or "distill" in stages)

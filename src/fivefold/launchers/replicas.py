@@ -26,11 +26,11 @@ OF_ITS_OWN = (64, 65, 66, 1)
 
 
 def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mapping[str, str]) -> int:
-    """Runs `python -m jobs` with `arguments` as so many processes; the exit code of the one that says what happened.
+    """Runs `python -m fivefold.jobs` with `arguments` as so many processes; the exit code of the one that says what happened.
 
     130 or 143 after SIGINT or SIGTERM, which are passed on; a second one kills. Errors as for `as_one`.
     """
-    command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "jobs", *arguments]
+    command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "fivefold.jobs", *arguments]
     port, shared = hosts.port or free_port(), shared_variables(hosts, processes, environ)
     with Signals() as signals, tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         children: list[subprocess.Popen[bytes]] = []

@@ -106,10 +106,7 @@ def last_line(step: Step) -> str:
     path = step.folder / LOG
     if not path.is_file():
         return ""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1].strip() if lines else ""
+    return path.read_text("utf-8", "replace").rstrip().rpartition("\n")[2].strip()
 
 
 def epochs_done(step: Step, since: float = 0.0) -> int:
