@@ -136,7 +136,7 @@ def run_stage(job: Job, settings: Settings) -> None:
     poll()
     outcome = import_module(job.stage.module, __package__).main(job, settings)
     poll()
-    write_record(folder, job, key, outcome.outputs, outcome.metrics, clock, outcome.digests)
+    write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
     job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
     if job.stage.writes_model:
         job.remote.forget(job.checkpoints())

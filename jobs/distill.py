@@ -28,7 +28,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     assemble.check_training(student)
     split, table = read_split(job, student.model.factors)
     models = find_models(job.channel("model"), job.scratch)
-    check_members([(model.name, model.info) for model in models])
+    check_members(models)
     check_split(models, split)
     check_factors(models, table)
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fivefold import assemble
+from fivefold import assemble, predictions
 from fivefold.contract.artifacts import locate
 from fivefold.contract.files import MIB, atomic, check_space, sha256
 from fivefold.contract.job import Job
@@ -18,11 +18,9 @@ from fivefold.contract.stages import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, 
 from fivefold.data.folds import FoldTable, read_folds
 from fivefold.data.images import decode
 from fivefold.data.store import ImageStore
-from fivefold.evaluation.examples import image_grid, spread_out
 from fivefold.evaluation.metrics import predicted, summary
-from fivefold.evaluation.plots import training_curves
+from fivefold.evaluation.plots import image_grid, spread_out, training_curves
 from fivefold.inference.predictor import Runtime
-from fivefold.inference.tables import save_predictions
 from fivefold.members import evaluation_images, predict_images, save_member
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions
@@ -189,7 +187,7 @@ class TrainingRun:
         for name, prefix, table in ((OOF, "oof", oof), (HOLDOUT, "holdout", holdout)):
             if table is None:
                 continue
-            files.append(save_predictions(folder / name, table))
+            files.append(predictions.write(folder / name, table))
             scores = {
                 f"{prefix}_{metric}": round(value, 6)
                 for metric, value in summary(table.log_probs, table.codes()).items()

@@ -36,11 +36,9 @@ WITHOUT_TORCH = (
     "data.same_classes",
     "inference.blends",
     "inference.ensemble",
-    "inference.figures",
     "inference.submission",
     "inference.submitted",
     "inference.systems",
-    "inference.tables",
 )
 LATE = (
     "boto3",
@@ -103,7 +101,6 @@ def test_launching_and_reporting_load_without_torch() -> None:
         "jobs.compare",
         "jobs.ensemble",
         "jobs.inference",
-        "jobs.joining",
     ]
     heavy = ("torch", "torchvision", "timm", "tensorboard", "sagemaker")
     code = (
