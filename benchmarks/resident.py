@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fivefold.replicas import BY_ITSELF
 
 from benchmarks.clocks import Reading
 from benchmarks.handmade import ByHand, Numbers
@@ -26,7 +27,6 @@ from fivefold.data.dataset import Batch, Sample, load
 from fivefold.data.folds import read_folds
 from fivefold.data.store import open_store
 from fivefold.recipe import Settings
-from fivefold.replicas import BY_ITSELF
 from fivefold.settings import arguments_layer
 from fivefold.settings import load as load_settings
 from fivefold.training.loop import Loop, TrainRows

@@ -18,14 +18,13 @@ from types import ModuleType
 from fivefold import settings as settings_
 from fivefold.choose import choose
 from fivefold.contract.failure import explained, report_failure
-from fivefold.contract.hosts import index_is_of_hosts
 from fivefold.contract.job import Job, given_channels, hyperparameters, job_from, output_data, output_dir
 from fivefold.contract.layout import in_run, run_at
-from fivefold.contract.place import PARENT
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.contract.storage import SCRATCH, shown
 from fivefold.contract.termination import report_termination
+from fivefold.distributed.place import PARENT, index_is_of_hosts
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
 from fivefold.machine import end_with, start_no_more_threads
 from fivefold.process import leave, load

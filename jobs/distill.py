@@ -11,10 +11,10 @@ from fivefold.contract.job import Job
 from fivefold.contract.stages import TRAIN_LOG
 from fivefold.data.folds import FoldTable
 from fivefold.data.images import is_image
+from fivefold.distributed.replicas import Replicas
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
 from fivefold.recipe import Settings
-from fivefold.replicas import Replicas
 from fivefold.training.loop import ValidRows
 from fivefold.training.trackers import close_trackers
 

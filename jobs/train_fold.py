@@ -5,10 +5,10 @@ import logging
 from fivefold import assemble, members
 from fivefold.contract.job import Job
 from fivefold.contract.stages import OOF, TRAIN_LOG
+from fivefold.distributed.replicas import Replicas
 from fivefold.errors import SettingsError
 from fivefold.inference.tables import save_predictions
 from fivefold.recipe import Settings
-from fivefold.replicas import Replicas
 from fivefold.training.loop import TrainRows, ValidRows
 from fivefold.training.trackers import close_trackers
 

@@ -19,6 +19,7 @@ from fivefold.data.folds import FoldTable, read_folds
 from fivefold.data.images import decode
 from fivefold.data.prepared import Prepared
 from fivefold.data.store import ImageStore
+from fivefold.distributed.replicas import Replicas
 from fivefold.evaluation.examples import image_grid, spread_out
 from fivefold.evaluation.metrics import predicted, summary
 from fivefold.evaluation.plots import training_curves
@@ -27,7 +28,6 @@ from fivefold.inference.tables import save_predictions
 from fivefold.members import evaluation_images, predict_images
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
-from fivefold.replicas import Replicas
 from fivefold.settings import flatten
 from fivefold.training.best import Best
 from fivefold.training.loop import Loop

@@ -21,6 +21,7 @@ from fivefold.data.resident import made_resident
 from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
+from fivefold.distributed.replicas import with_norms_of_all
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
@@ -28,7 +29,6 @@ from fivefold.machine import count_cores
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, Standardised
 from fivefold.models.heads import build_head
-from fivefold.models.norms import with_norms_of_all
 from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
 from fivefold.runtimes import RUNTIME, Manner, in_words, quickened

@@ -27,11 +27,11 @@ from fivefold.data.images import Pixels, pixels_of
 from fivefold.data.prepared import Prepared, memory_limit
 from fivefold.data.store import FolderStore, ImageStore
 from fivefold.data.transforms import Transform, build_transforms
+from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict, predict_all
 from fivefold.models.weights import load_exactly, save_weights
 from fivefold.recipe import Settings, Spec
-from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.sections import OF_PLATFORMS
 from fivefold.settings import key_settings
 from fivefold.training.best import Best

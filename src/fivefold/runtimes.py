@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fivefold.choose import choose
+from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import Runtime, make_runtime
 from fivefold.machine import keep_freed_memory
@@ -16,7 +17,6 @@ from fivefold.models.convolution import quicken
 from fivefold.models.depthwise import quicken_depthwise
 from fivefold.models.grouped import has_slow_groups
 from fivefold.recipe import Settings
-from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.training.probing import Probe, decided_once, probe_images
 
 log = logging.getLogger("fivefold")

@@ -16,9 +16,9 @@ from fivefold.contract.job import job_from
 from fivefold.contract.stages import STAGES
 from fivefold.data.folds import read_folds
 from fivefold.data.store import open_store
+from fivefold.distributed.replicas import BY_ITSELF
 from fivefold.members import load_member
 from fivefold.recipe import Model, Settings, Train
-from fivefold.replicas import BY_ITSELF
 from fivefold.training.resume import Checkpoints
 from jobs import training
 from jobs.__main__ import run

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from fivefold.assemble import build_classifier, settled
+from fivefold.distributed.replicas import BY_ITSELF
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
 from fivefold.models.depthwise import DepthwiseConv2d
 from fivefold.recipe import Model, Settings, Train
-from fivefold.replicas import BY_ITSELF
 from fivefold.runtimes import (
     PRECISIONS,
     _candidates,

@@ -11,9 +11,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-from fivefold.contract.hosts import Hosts
-from fivefold.contract.place import PARENT, SHARED_SCRATCH
 from fivefold.contract.storage import SCRATCH
+from fivefold.distributed.place import PARENT, SHARED_SCRATCH, Hosts
 from fivefold.errors import FivefoldError, RetryableError
 from fivefold.launchers.crew import SECONDS_BETWEEN_LOOKS, Signals
 from fivefold.machine import count_cores

@@ -1,9 +1,8 @@
 """The processes that train one model together, as torch.distributed joins them: who has which rows, and what they tell each other.
 
 Each holds the whole network. A batch's rows are parted among them; the loss is taken of the logits of all rows in every
-process, so it is that of one process whatever the loss, and the gradients of all are summed. The sum is our own and not
-DistributedDataParallel's, whose buckets change after the first step (so a run that goes on may add in another order),
-and which knows neither parameters that freeze and thaw nor two gradients a step.
+process, so it is that of one process whatever the loss and however unequal the parts, and the gradients of all are summed
+when the backward pass is over.
 """
 
 import io
@@ -18,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from fivefold.contract.place import ALONE, FEWEST_ROWS, Place
+from fivefold.distributed.place import ALONE, FEWEST_ROWS, Place
 from fivefold.errors import LostError, SettingsError, StoppedError
 from fivefold.stopping import poll
 
@@ -271,3 +270,21 @@ def _own_statistics(model: nn.Module) -> list[Tensor]:
         if norm.training and norm.running_mean is not None
         for each in (norm.running_mean, norm.running_var)
     ]
+
+
+def with_norms_of_all(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with BatchNorm over the rows of all processes on GPUs; on CPUs, where torch has no such norm, as it is.
+
+    Parameters, buffers and their names stay. The log says which it is, if the network has BatchNorm at all.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        return network
+    if device.type != "cuda":
+        log.info(
+            "BatchNorm normalises by each process's own rows; its running statistics are averaged over the processes"
+        )
+        return network
+    from timm.layers import convert_sync_batchnorm  # torch's own would drop the activations in timm's norms
+
+    log.info("BatchNorm normalises by the rows of all processes (SyncBatchNorm)")
+    return convert_sync_batchnorm(network)
