@@ -65,13 +65,12 @@ def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
 
 
 def settled(job: Job, settings: Settings, network: nn.Module, replicas: Replicas) -> tuple[Settings, Runtime]:
-    """The settings with the precision and memory format of this run, and their Runtime.
+    """The settings with the precision of this run, and their Runtime.
 
-    A run that goes on keeps those of its checkpoint. The stages of a run that share its folder share one decision.
+    A run that goes on keeps that of its checkpoint. The stages of a run that share its folder share one decision.
     """
-    asked = "auto" in (settings.train.precision, settings.train.channels_last)
     before, shared = None, None
-    if asked and job.place.leads:
+    if settings.train.precision == "auto" and job.place.leads:
         before = (Checkpoints(job.checkpoints()).load() or {}).get(assemble.RUNTIME)
         shared = decisions_of(job)
     found = assemble.settled(settings, network, replicas, before, shared)

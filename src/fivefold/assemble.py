@@ -117,7 +117,7 @@ def build_loop(
     loss = _loss(settings, train)
     if network.meta is not None:
         network.meta.fit(torch.from_numpy(train.images.measure()))
-    model = _prepared(network, runtime)
+    model = _prepared(network, runtime, chosen.cpu_convs)
     shares = learning_rates(network.backbone, chosen.backbone_lr, chosen.layer_decay)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
@@ -285,7 +285,7 @@ def _codes(targets: Tensor) -> np.ndarray:
     return torch.where(targets.sum(dim=1) > 0, targets.argmax(dim=1), -1).cpu().numpy()
 
 
-def _prepared(network: nn.Module, runtime: Runtime) -> nn.Module:
+def _prepared(network: nn.Module, runtime: Runtime, cpu_convs: bool) -> nn.Module:
     """The network as it trains on this machine; BatchNorm for several processes."""
     network = network if runtime.replicas.alone else with_norms_of_all(network, runtime.device)
-    return runtime.place(quickened(network, runtime))
+    return runtime.place(quickened(network, runtime, cpu_convs))

@@ -69,9 +69,8 @@ class Train(Section):
         description="fp32, bf16, bf16_grouped_fp32 (in fp32 the grouped convolutions that bf16 slows), fp16, or auto: the fastest here by a "
         "short probe",
     )
-    channels_last: bool | Literal["auto"] = Field(
-        True, description="NHWC memory, faster on most machines; auto: by the same probe"
-    )
+    channels_last: bool = Field(True, description="NHWC memory, faster on most machines")
+    cpu_convs: bool = Field(True, description="on CPUs: convolutions with quicker gradients than torch's own")
     compile: bool = Field(False, description="on CUDA: torch.compile the backbone; slow to start, then faster")
     keep_raw: bool = Field(False, description="with ema_decay: also keep the best unaveraged weights (validates twice)")
     deterministic: bool = Field(
