@@ -29,13 +29,11 @@ from fivefold.members import evaluation_images, predict_images
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
 from fivefold.settings import flatten
-from fivefold.training.best import Best
-from fivefold.training.loop import Loop
+from fivefold.training.loop import Best, Loop
 from fivefold.training.loop import fit as fit_loop
-from fivefold.training.observers import csv_log, metric_line
 from fivefold.training.optim import OPTIMIZER_STATES
 from fivefold.training.resume import Checkpoints
-from fivefold.training.trackers import Run, Tracker, close_trackers, open_trackers
+from fivefold.training.trackers import Run, Tracker, close_trackers, csv_log, metric_line, open_trackers
 
 log = logging.getLogger("fivefold")
 DECISIONS = ".decisions"

@@ -27,8 +27,7 @@ from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
 from fivefold.machine import count_cores
 from fivefold.models.backbones import build_backbone, count_features
-from fivefold.models.classifier import Classifier, Standardised
-from fivefold.models.heads import build_head
+from fivefold.models.classifier import Classifier, Standardised, build_head
 from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
 from fivefold.runtimes import RUNTIME, Manner, in_words, quickened
@@ -37,16 +36,12 @@ from fivefold.runtimes import runtime_for_prediction as runtime_for_prediction
 from fivefold.runtimes import runtime_of as runtime_of
 from fivefold.runtimes import settled as settled
 from fivefold.training import memory
-from fivefold.training.best import MONITORS
-from fivefold.training.ema import Ema
-from fivefold.training.freezing import Freezing
-from fivefold.training.groups import learning_rates
-from fivefold.training.loop import Duration, Loop, TrainRows, ValidRows
+from fivefold.training.loop import MONITORS, Duration, Loop, TrainRows, ValidRows
 from fivefold.training.losses import Loss, balanced_weights, build_loss
 from fivefold.training.mixing import MIXINGS, Mixing
-from fivefold.training.objectives import Objective, by_labels, by_teacher, once, rdrop
-from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer, check_warmup
-from fivefold.training.randomness import draws
+from fivefold.training.objectives import Objective, by_labels, by_teacher, draws, once, rdrop
+from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer, check_warmup, learning_rates
+from fivefold.training.phases import Ema, Freezing
 from fivefold.training.resume import Stateful
 from fivefold.training.teaching import Annealing, Cooling, lesson_plan
 from fivefold.training.updates import UPDATES, InTurns, Update, build_scaler
@@ -122,8 +117,6 @@ def build_loop(
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
     steps = -(-count_batches(len(train.images), chosen.batch_size) // chosen.accumulate)
-    if chosen.schedule == "plateau" and not (select and valid):
-        raise SettingsError("train.schedule=plateau needs validation scores to watch, and this run selects by none")
     schedule = Schedule(
         chosen.schedule, optimizer, steps * chosen.epochs, steps, chosen.warmup_epochs, chosen.step_epochs, chosen.gamma
     )

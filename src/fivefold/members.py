@@ -34,7 +34,7 @@ from fivefold.models.weights import load_exactly, save_weights
 from fivefold.recipe import Settings, Spec
 from fivefold.sections import OF_PLATFORMS
 from fivefold.settings import key_settings
-from fivefold.training.best import Best
+from fivefold.training.loop import Best
 
 FORMAT = 1
 OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {

@@ -44,19 +44,20 @@ class Train(Section):
     lr: float = Field(1e-3, gt=0, description="largest learning rate")
     backbone_lr: float = Field(1.0, gt=0, le=1, description="the backbone's share of the learning rate")
     layer_decay: float = Field(
-        1.0, gt=0, le=1, description="factor of the learning rate from each layer of the backbone to the one before"
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from each layer of the backbone to the one before (timm/… alone)",
     )
     freeze_epochs: int = Field(
         0, ge=0, description="first epochs in which the backbone and its BatchNorm statistics stay as they are"
     )
     weight_decay: float = Field(1e-4, ge=0, description="not applied to norms and biases")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and muon")
-    schedule: str = Field("cosine", description="constant, cosine, step or plateau")
+    schedule: str = Field("cosine", description="constant, cosine or step")
     warmup_epochs: float = Field(0.0, ge=0, description="linear rise of the learning rate at the start")
-    step_epochs: int = Field(
-        10, ge=1, description="step: epochs between two drops; plateau: epochs without improvement"
-    )
-    gamma: float = Field(0.5, gt=0, lt=1, description="step, plateau: factor of a drop")
+    step_epochs: int = Field(10, ge=1, description="step: epochs between two drops")
+    gamma: float = Field(0.5, gt=0, lt=1, description="step: factor of a drop")
     clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of the averaged weights; 0: no averaging")
     patience: int = Field(0, ge=0, description="epochs without improvement before the end; 0: never")

@@ -8,9 +8,8 @@ from torch import nn
 
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
 from fivefold.models.backbones import build_backbone, count_features
-from fivefold.models.classifier import Classifier
+from fivefold.models.classifier import Classifier, build_head
 from fivefold.models.cpu_convs import DepthwiseConv2d, quicken
-from fivefold.models.heads import build_head
 from fivefold.models.weights import load_exactly, read_weights, save_weights, start_from
 
 LARGE = [

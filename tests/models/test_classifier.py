@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from fivefold.models.classifier import Classifier, Standardised
-from fivefold.training.ema import Ema
+from fivefold.training.phases import Ema
 
 
 def test_numbers_are_standardised_as_numpy_does_and_constant_ones_only_centred():

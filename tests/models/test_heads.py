@@ -6,8 +6,7 @@ from torch import nn
 
 from fivefold.errors import SettingsError
 from fivefold.models.backbones import build_backbone
-from fivefold.models.classifier import Classifier
-from fivefold.models.heads import MultiSampleDropout, build_head
+from fivefold.models.classifier import Classifier, MultiSampleDropout, build_head
 
 
 def kinds(head: nn.Module) -> list[str]:

@@ -8,11 +8,9 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from fivefold.models.backbones import build_backbone
-from fivefold.models.classifier import Classifier, Standardised
-from fivefold.models.heads import build_head
+from fivefold.models.classifier import Classifier, Standardised, build_head
 from fivefold.training.losses import cross_entropy
-from fivefold.training.objectives import Objective, Rows, by_labels, by_teacher, divergence, rdrop, supervised
-from fivefold.training.randomness import draws
+from fivefold.training.objectives import Objective, Rows, by_labels, by_teacher, divergence, draws, once, rdrop
 
 IMAGES = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(1))
 TARGETS = F.one_hot(torch.tensor([0, 1, 2, 0, 1, 2]), 3).float()
@@ -74,7 +72,7 @@ def test_rdrop_teaches_both_passes():
 def test_a_network_with_nothing_to_drop_is_warned_of_once_and_trains_as_without(dropping, caplog):
     model, objective = network(dropping), rdrop(by_labels(LOSS), 0.5)
     for _ in range(2):
-        torch.testing.assert_close(objective(model, ROWS).loss, supervised(LOSS)(model, ROWS).loss)
+        torch.testing.assert_close(objective(model, ROWS).loss, once(by_labels(LOSS))(model, ROWS).loss)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert "no active dropout or stochastic depth" in warnings[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fivefold.models.classifier import Classifier
 from fivefold.training.losses import Loss
-from fivefold.training.randomness import draws
+from fivefold.training.resume import random_state, set_random_state
 
 log = logging.getLogger("fivefold")
 
@@ -133,14 +133,22 @@ def divergence(first: Tensor, second: Tensor) -> Tensor:
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean() / 2
 
 
-def supervised(loss: Loss) -> Objective:
-    """The loss of one pass against the targets."""
-    return once(by_labels(loss))
+@torch.no_grad()
+def draws(module: nn.Module, *inputs: Tensor) -> bool:
+    """Whether the module draws from the generators when it runs in training, by running it.
 
-
-def distill(loss: Loss, alpha: float, temperature: float) -> Objective:
-    """One pass against teacher and targets, at a fixed weight and temperature."""
-    return once(by_teacher(loss, lambda: alpha, lambda: temperature))
+    Its buffers, its mode and the random state are as before. Waits for the device.
+    """
+    device, training = inputs[0].device, [(part, part.training) for part in module.modules()]
+    before, buffers = random_state(device), [buffer.clone() for buffer in module.buffers()]
+    module.train()(*inputs)
+    drew = not all(torch.equal(one, other) for one, other in zip(before, random_state(device), strict=True))
+    set_random_state(device, before)
+    for buffer, kept in zip(module.buffers(), buffers, strict=True):
+        buffer.copy_(kept)
+    for part, was in training:
+        part.training = was
+    return drew
 
 
 def _cheapest_form(model: nn.Module, rows: Rows) -> Callable[[nn.Module, Rows], Tensor]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import Runtime
 from fivefold.training.objectives import Objective, Result, Rows
-from fivefold.training.randomness import random_state, set_random_state
+from fivefold.training.resume import random_state, set_random_state
 
 Update = Callable[[Sequence[Rows]], list[Result]]
 
