@@ -14,7 +14,6 @@ from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
 from fivefold.members import load_member
 from fivefold.recipe import Settings
-
 from .outcome import Outcome
 
 log = logging.getLogger("fivefold")

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet, count_batches
@@ -22,7 +20,7 @@ from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.distributed.replicas import with_norms_of_all
-from fivefold.errors import MissingInputError, SettingsError
+from fivefold.errors import MissingInputError
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
 from fivefold.machine import count_cores
@@ -44,7 +42,7 @@ from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer,
 from fivefold.training.phases import Ema, Freezing
 from fivefold.training.resume import Stateful
 from fivefold.training.teaching import Annealing, Cooling, lesson_plan
-from fivefold.training.updates import UPDATES, InTurns, Update, build_scaler
+from fivefold.training.updates import UPDATES, build_scaler
 
 log = logging.getLogger("fivefold")
 
@@ -122,10 +120,11 @@ def build_loop(
     )
     raw = {"raw": model} if ema is None or chosen.keep_raw else {}
     scaler = build_scaler(runtime)
-    update = _update(settings, model, _objective(settings, loss, train), optimizer, runtime, scaler)
+    update = choose(UPDATES, "update", chosen.update)(
+        model, _objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
+    )
     after_step = [*([ema] if ema else []), schedule, *_phases(settings, network, train, steps)]
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scaler": scaler, RUNTIME: Manner(runtime)}
-    parts |= {"turns": update} if isinstance(update, InTurns) else {}
     if chosen.compile:
         network.backbone.compile()  # in place, so names stay; after the average was copied, which is not trained
     sampler = choose(SAMPLERS, "sampler", chosen.sampler)
@@ -238,30 +237,6 @@ def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
     else:
         criterion = by_teacher(loss, lambda: teacher.alpha, lambda: teacher.temperature)
     return rdrop(criterion, alpha) if alpha else once(criterion)
-
-
-def _update(
-    settings: Settings,
-    model: nn.Module,
-    objective: Objective,
-    optimizer: Optimizer,
-    runtime: Runtime,
-    scaler: GradScaler,
-) -> Update:
-    chosen = settings.train
-
-    def made(name: str) -> Update:
-        return choose(UPDATES, "update", name)(
-            model, objective, optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
-        )
-
-    if chosen.sam_every == 1:
-        return made(chosen.update)
-    if chosen.update != "sam":
-        raise SettingsError(
-            f"train.sam_every={chosen.sam_every} is of train.update=sam, and this is {chosen.update}: leave it at 1"
-        )
-    return InTurns(made("sam"), made("plain"), chosen.sam_every)
 
 
 def _phases(

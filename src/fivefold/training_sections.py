@@ -37,7 +37,6 @@ class Train(Section):
     )
     update: str = Field("plain", description="a step: plain, or sam (two gradients)")
     sam_rho: float = Field(0.05, ge=0, description="sam: how far up the gradient the second one is taken")
-    sam_every: int = Field(1, ge=1, description="sam at every k-th step from the first on, plain steps between")
     optimizer: str = Field(
         "adamw", description="adamw, adam, sgd (Nesterov) or muon (AdamW for norms, biases, first and last layer)"
     )

@@ -125,11 +125,6 @@ def test_a_batch_that_does_not_fit_says_what_would(images):
         fit(replace(loop_of(images)[0], update=too_large))
 
 
-def test_sam_every_kth_step_without_sam_is_refused(images):
-    with pytest.raises(SettingsError, match=r"train\.sam_every=2"):
-        loop_of(images, sam_every=2)
-
-
 def test_defect_car_b5_a_scaled_gradient_is_unscaled_before_it_is_clipped():
     """The original cut the norm of the gradient times fp16's loss scale: next to nothing of it was left.
 

@@ -154,11 +154,11 @@ def test_the_teachers_weight_falls_to_nothing_over_its_share_of_the_steps(images
 
     def watch(rows):
         weights.append(teacher.alpha)
-        results = made.update(rows)
-        for result in results:
-            taught, labelled = result.parts["teacher"], result.parts["labels"]
-            torch.testing.assert_close(result.loss.detach(), weights[-1] * taught + (1 - weights[-1]) * labelled)
-        return results
+        (result,) = made.update(rows)
+        taught = nn.functional.kl_div(result.logits.log_softmax(dim=1), rows[0].teacher, reduction="batchmean")
+        labelled = nn.functional.cross_entropy(result.logits, rows[0].targets)
+        torch.testing.assert_close(result.loss, weights[-1] * taught + (1 - weights[-1]) * labelled)
+        return [result]
 
     fit(replace(made, update=watch))
     assert weights == pytest.approx([0.8 * (1 - step / 6) for step in range(6)] + [0.0] * 6)

@@ -25,7 +25,6 @@ CASES = {
                    "update": "sam", "sampler": "balanced"},
     "frozen, step": {"freeze_epochs": 2, "schedule": "step", "step_epochs": 1, "optimizer": "sgd"},
     "cooling": {"optimizer": "muon", "warmup_epochs": 1.0},
-    "sam every second": {"update": "sam", "sam_every": 2, "rdrop_alpha": 0.5, "ema_decay": 0.95},
     "patience": {"patience": 1, "lr": 1e-9},
 }  # fmt: skip
 
@@ -93,9 +92,7 @@ def through(case: str, images: ImageSet, folder: Path, stops: list[Callable[[Loo
 
 
 EVERY_STEP = [("everything", step) for step in range(1, EPOCHS * STEPS + 1)]
-AROUND_AN_EPOCHS_END = [
-    (case, step) for case in ("frozen, step", "cooling", "sam every second") for step in (2, 3, 4, 6, 7)
-]
+AROUND_AN_EPOCHS_END = [(case, step) for case in ("frozen, step", "cooling") for step in (2, 3, 4, 6, 7)]
 
 
 @pytest.mark.parametrize(("case", "step"), EVERY_STEP + AROUND_AN_EPOCHS_END)

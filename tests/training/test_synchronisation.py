@@ -30,7 +30,7 @@ INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 CASES = {
     **{f"loss {name}": {"loss": name} for name in LOSSES},
     "everything": {"update": "sam", "rdrop_alpha": 0.5, "ema_decay": 0.9, "clip": 1.0, "accumulate": 2, "freeze_epochs": 1},
-    "sam every second": {"update": "sam", "sam_every": 2, "optimizer": "sgd"},
+    "sgd": {"optimizer": "sgd"},
     "muon": {"optimizer": "muon", "warmup_epochs": 1.0, "class_weights": "balanced"},
     "adam": {"optimizer": "adam", "schedule": "constant", "label_smoothing": 0.1},
 }  # fmt: skip

@@ -26,8 +26,6 @@ from fivefold.stopping import poll
 T = TypeVar("T")
 log = logging.getLogger("fivefold")
 
-BUCKET = 1 << 23
-"""Numbers that are summed at once: 32 MiB of float32."""
 PATIENCE = timedelta(minutes=30)
 """A process that others wait for longer is lost. The first one saves and sends results while they do."""
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -179,14 +177,14 @@ class Replicas:
             torch._foreach_div_(statistics, self.place.world)
 
     def _sum(self, tensors: Sequence[Tensor]) -> None:
-        """In buckets of always the same tensors, so that sums of more than two have the same bits each time."""
+        """As one tensor, always of the same ones, so that sums of more than two have the same bits each time."""
+        if not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with _reaching():
-            buckets = [(bucket, torch.cat([each.reshape(-1) for each in bucket])) for bucket in _buckets(tensors)]
-            waiting = [dist.all_reduce(flat, async_op=True) for _, flat in buckets]
-            for (bucket, flat), work in zip(buckets, waiting, strict=True):
-                work.wait()
-                parts = flat.split([each.numel() for each in bucket])
-                torch._foreach_copy_(bucket, [part.view(each.shape) for each, part in zip(bucket, parts, strict=True)])
+            dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)])
 
 
 BY_ITSELF = Replicas()
@@ -246,19 +244,6 @@ def _reaching() -> Iterator[None]:
 
 def _bounds(count: int, rank: int, world: int) -> tuple[int, int]:
     return count * rank // world, count * (rank + 1) // world
-
-
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensors in their order, in lists of about BUCKET numbers."""
-    buckets: list[list[Tensor]] = []
-    room = 0
-    for tensor in tensors:
-        if room < tensor.numel() or not buckets:
-            buckets.append([])
-            room = BUCKET
-        buckets[-1].append(tensor)
-        room -= tensor.numel()
-    return buckets
 
 
 def _own_statistics(model: nn.Module) -> list[Tensor]:

@@ -1,7 +1,6 @@
 """A classifier: a backbone, and a head on its features, which meta features may join.
 
-Heads by name: features [B, F] to logits [B, C]. All take `dropout`, before their last layer, and `samples`: over so many
-dropout masks the logits are averaged in training (multi-sample dropout, Inoue 2019, arXiv 1905.09788, section 3).
+Heads by name: features [B, F] to logits [B, C]. All take `dropout`, before their last layer.
 """
 
 import inspect
@@ -84,9 +83,9 @@ def build_head(spec: str | dict[str, Any], features: int, classes: int, dropout:
         raise SettingsError(f"head {name!r} with {parameters}: {error}") from error
 
 
-def linear(features: int, classes: int, *, dropout: float, samples: int = 1) -> nn.Module:
+def linear(features: int, classes: int, *, dropout: float) -> nn.Module:
     """Dropout, then one linear layer."""
-    return nn.Sequential(_dropout(dropout, samples), nn.Linear(features, classes))
+    return nn.Sequential(nn.Dropout(_share("dropout", dropout)), nn.Linear(features, classes))
 
 
 def mlp(
@@ -94,7 +93,6 @@ def mlp(
     classes: int,
     *,
     dropout: float,
-    samples: int = 1,
     hidden: int = 512,
     norm: str = "batch",
     before: float = 0.0,
@@ -102,38 +100,17 @@ def mlp(
     """Dropout `before`, then linear to `hidden`, `norm` (batch, layer or none), ReLU, dropout and linear."""
     return nn.Sequential(
         nn.Dropout(_share("before", before)),
-        nn.Linear(features, _count("hidden", hidden)),
+        nn.Linear(features, _positive("hidden", hidden)),
         choose(NORMS, "norm", str(norm))(hidden),
         nn.ReLU(),
-        _dropout(dropout, samples),
+        nn.Dropout(_share("dropout", dropout)),
         nn.Linear(hidden, classes),
     )
 
 
-def convnext(features: int, classes: int, *, dropout: float, samples: int = 1) -> nn.Module:
+def convnext(features: int, classes: int, *, dropout: float) -> nn.Module:
     """LayerNorm, dropout and one linear layer (Liu et al. 2022, arXiv 2201.03545; ε = 1e-6 as in its code)."""
-    return nn.Sequential(nn.LayerNorm(features, eps=1e-6), _dropout(dropout, samples), nn.Linear(features, classes))
-
-
-class MultiSampleDropout(nn.Dropout):
-    """The mean of `samples` dropouts of the same features.
-
-    A linear layer follows, so the logits of that mean are the mean of the samples' logits.
-    """
-
-    def __init__(self, p: float, samples: int) -> None:
-        super().__init__(p)
-        self.samples = samples
-
-    def forward(self, features: Tensor) -> Tensor:
-        if not self.training:
-            return features
-        return torch.stack([super(MultiSampleDropout, self).forward(features) for _ in range(self.samples)]).mean(dim=0)
-
-
-def _dropout(share: float, samples: int) -> nn.Module:
-    _share("dropout", share)
-    return nn.Dropout(share) if _count("samples", samples) == 1 else MultiSampleDropout(share, samples)
+    return nn.Sequential(nn.LayerNorm(features, eps=1e-6), *linear(features, classes, dropout=dropout))
 
 
 def _share(name: str, value: float) -> float:
@@ -142,7 +119,7 @@ def _share(name: str, value: float) -> float:
     return float(value)
 
 
-def _count(name: str, value: int) -> int:
+def _positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r} is not a whole number from 1")
     return value

@@ -69,14 +69,6 @@ def hidden_weights(model: nn.Module) -> set[int]:
     return {id(weight) for weight in layers[1:] if weight.flatten(1).shape[1] > 1 and weight.shape[1] > 1}
 
 
-def _adamw(groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    return torch.optim.AdamW(groups, lr=lr, eps=ADAM_EPS, fused=_fusable(groups))
-
-
-def _adam(groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    return torch.optim.Adam(groups, lr=lr, eps=ADAM_EPS, fused=_fusable(groups))
-
-
 def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_fusable(groups))
     # The fused step knows no parameters that join later, as frozen ones do: all start with the momentum 0.
@@ -103,8 +95,8 @@ def _fusable(groups: list[dict]) -> bool:
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict], float, float], Optimizer]] = {
-    "adamw": _adamw,
-    "adam": _adam,
+    "adamw": lambda groups, lr, momentum: torch.optim.AdamW(groups, lr=lr, fused=_fusable(groups)),
+    "adam": lambda groups, lr, momentum: torch.optim.Adam(groups, lr=lr, fused=_fusable(groups)),
     "sgd": _sgd,
     "muon": _muon,
 }
