@@ -21,10 +21,10 @@ from fivefold.choose import choose
 from fivefold.contract.failure import explained, report_failure, report_termination
 from fivefold.contract.job import Job, given_channels, job_from, output_data, output_dir
 from fivefold.contract.layout import in_run, run_at
-from fivefold.contract.place import PARENT
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.contract.storage import SCRATCH, shown
+from fivefold.distributed.place import PARENT
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
 from fivefold.machine import end_with, start_no_more_threads
 from fivefold.recipe import Settings

@@ -10,10 +10,10 @@ from fivefold.contract.artifacts import ModelDir, check_split, find_models
 from fivefold.contract.job import Job
 from fivefold.data.folds import FoldTable
 from fivefold.data.images import is_image
+from fivefold.distributed.replicas import Replicas
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
 from fivefold.recipe import Settings
-from fivefold.replicas import Replicas
 
 from . import images
 from .outcome import Outcome

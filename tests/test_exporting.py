@@ -27,7 +27,7 @@ from fivefold.inference.blends import arithmetic
 from fivefold.inference.ensemble import Ensemble
 from fivefold.members import load_member, save_member
 from fivefold.recipe import Augment, Model, Predict, Settings, Train
-from fivefold.training.best import Best
+from fivefold.training.loop import Best
 from jobs.__main__ import run
 
 CLASSES = ["fold", "id", "빨강 차"]

@@ -24,7 +24,7 @@ from fivefold.members import Gallery, ImageFiles, load_member, save_member
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions, write
 from fivefold.recipe import Augment, Model, Predict, Settings, Train
-from fivefold.training.best import Best
+from fivefold.training.loop import Best
 
 CLASSES = ["a", "b", "c"]
 COUNT, FOLDS, BATCH = 12, 3, 4

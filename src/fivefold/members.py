@@ -29,13 +29,13 @@ from fivefold.data.meta import measure
 from fivefold.data.prepared import Prepared, memory_limit
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import Transform, build_transforms
+from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict, predict_all
 from fivefold.models.weights import load_exactly, save_weights
 from fivefold.recipe import OF_PLATFORMS, Settings, Spec
-from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.settings import key_settings
-from fivefold.training.best import Best
+from fivefold.training.loop import Best
 
 FORMAT = 1
 OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {"data": {"cache", "cache_gib"}}
