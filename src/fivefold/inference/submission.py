@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from fivefold.contract.files import atomic
+from fivefold.csv_tables import check_same_ids
 from fivefold.data.evals import Submission
 from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError
@@ -24,10 +25,8 @@ def write_submission(path: Path, table: Predictions, wanted: Submission, same: S
     that is no class gets the predicted class. The file is whole or not there; returns its path. Raises a DataError
     that names ids or classes which do not fit.
     """
+    check_same_ids(wanted.ids, "the sample submission", table.ids, "the predictions")
     rows = table.in_order(wanted.ids)
-    if len(wanted.ids) != len(table):
-        extra = sorted(set(table.ids) - set(wanted.ids))
-        raise DataError(f"the sample submission lacks {len(extra)} ids of the test table: {sample(extra)}")
     check_columns(wanted.classes, table.classes, same)
     if wants_labels(wanted.classes, same.names(table.classes)):
         frame = pd.DataFrame(_labels(rows, same), dtype=object)
