@@ -240,7 +240,7 @@ def test_the_whole_ensemble_may_teach_images_that_no_fold_saw(world):
             "degrees",
         ),
         ("distill", ["distill.views=flip,flop", "train.epochs=1000000"], {}, 64, "did you mean 'flip'"),
-        ("ensemble", [], {"SM_CHANNEL_MODEL": "eval"}, 66, "no model below the channel"),
+        ("ensemble", [], {"SM_CHANNEL_MODEL": "eval"}, 66, "no model below"),
         ("ensemble", [], {"SM_CHANNEL_MODEL": "fold-1"}, 65, "lacks fold 0, fold 2 of 3"),
     ],
 )

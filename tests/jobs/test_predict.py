@@ -245,7 +245,7 @@ def test_folders_called_like_classes_are_the_truth(shop, tmp_path) -> None:
     [
         ("absent.jpg", "shop", [], 66, "absent.jpg does not exist"),
         ("empty", "shop", [], 65, "no images below"),
-        ("a.png", "empty", [], 66, "no model below the channel 'model'"),
+        ("a.png", "empty", [], 66, "no model below"),
         ("strange.csv", "shop", [], 65, "true classes that the model does not know: 'shoe'"),
         ("paths.csv", "shop", [], 65, "has no column image_path, img_path, path or the like"),
         ("a.png", "shop", ["predict.device=cuda"], 64, "predict.device=cuda, but this machine has no such device"),

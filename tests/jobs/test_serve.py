@@ -146,7 +146,8 @@ def test_an_answer_is_as_long_and_in_the_form_that_is_asked_for(server, pictures
     assert told == table.body
     lines = table.body.decode().splitlines()
     assert lines[0] == "predicted_class,confidence"
-    assert lines[1] == f"{short['predicted_class']},{short['confidence']}"
+    name, confidence = lines[1].split(",")
+    assert (name, float(confidence)) == (short["predicted_class"], pytest.approx(short["confidence"], rel=1e-5))
     assert len(lines) == 3
 
 
@@ -429,7 +430,7 @@ def test_a_signal_while_it_loads_ends_it(trained, tmp_path) -> None:
 def test_what_is_no_model_is_told_as_any_stage_tells_it(trained, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     code, message = refused(tmp_path, f"model={tmp_path / 'empty'}")
-    assert (code, message.startswith("no model below the channel 'model'")) == (66, True)
+    assert (code, message.startswith("no model below")) == (66, True)
     shutil.copytree(trained / "distill/model", tmp_path / "half")
     (tmp_path / "half/stage.json").unlink()
     code, message = refused(tmp_path, f"model={tmp_path / 'half'}")

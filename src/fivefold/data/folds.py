@@ -7,7 +7,6 @@ model trains or selects on them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -102,13 +101,9 @@ class FoldTable:
         codes = factors.columns(knows, self.classes)[self.codes].astype(np.int32)
         return replace(self, codes=codes, classes=factors.parts(knows), knows=knows)
 
-    @cached_property
-    def _names(self) -> np.ndarray:
-        return np.array(self.classes, dtype=object)
-
     def labels(self) -> np.ndarray:
         """Class names of all rows [N] as Python strings in an object array."""
-        return self._names[self.codes]
+        return np.array(self.classes, dtype=object)[self.codes]
 
     def _known(self, fold: int) -> int:
         if not 0 <= fold < self.num_folds:
@@ -150,18 +145,18 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a Parquet table: {error}") from error
     table = _cast(table, path)
-    labels = table.column("label").combine_chunks()
+    labels = table.column("label").chunk(0)
     used = tuple(sorted(pc.unique(labels.dictionary).to_pylist()))
     classes, factors = _classes(classes_path) if classes_path else (used, None)
     found = FoldTable(
-        ids=_column(table, "id"),
-        paths=_column(table, "path"),
+        ids=table.column("id").chunk(0),
+        paths=table.column("path").chunk(0),
         codes=_codes(labels, classes, path),
         classes=classes,
-        groups=_column(table, "group"),
-        fold=_column(table, "fold").to_numpy(),
-        part=_column(table, "part").cast(pa.string()).to_numpy(zero_copy_only=False).astype("U7"),
-        sha256=_column(table, "sha256"),
+        groups=table.column("group").chunk(0),
+        fold=table.column("fold").to_numpy(),
+        part=table.column("part").cast(pa.string()).to_numpy().astype("U7"),
+        sha256=table.column("sha256").chunk(0),
         factors=factors,
     )
     _check(found, path)
@@ -178,14 +173,9 @@ def _cast(table: pa.Table, path: Path) -> pa.Table:
         if table.column(name).null_count:
             raise DataError(f"{path}: column {name} has {table.column(name).null_count} empty values")
     try:
-        return table.select(list(COLUMNS)).cast(pa.schema(COLUMNS)).unify_dictionaries()
+        return table.select(list(COLUMNS)).cast(pa.schema(COLUMNS)).unify_dictionaries().combine_chunks()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"{path} has a column of the wrong type: {error}") from error
-
-
-def _column(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name).combine_chunks()
-    return column if isinstance(column, pa.Array) else column.chunk(0)
 
 
 def _classes(path: Path) -> tuple[tuple[str, ...], Factors | None]:
