@@ -19,9 +19,6 @@ from fivefold.recipe import Settings
 
 log = logging.getLogger("fivefold")
 
-OFF = ("", "off")
-AUTO = "auto"
-
 
 def open_images(job: Job, channel: str) -> ImageStore:
     """The store of a channel, with what the caches of the cache channel hold of it."""
@@ -80,7 +77,7 @@ def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
 def cache_folder(settings: Settings) -> Path | None:
     """Where caches are made on first use: `data.cache`; `auto` is beside the runs in a run of this machine, else nowhere."""
     chosen = settings.data.cache
-    if chosen == AUTO:
+    if chosen == "auto":
         # Where the platform has folders of its own, a run is a title, and no such folder is there.
         told = settings.run and not is_url(settings.runs) and Path(settings.runs).is_dir()
         return Path(settings.runs) / CACHES if told else None
@@ -88,4 +85,4 @@ def cache_folder(settings: Settings) -> Path | None:
         raise SettingsError(
             f"data.cache={chosen} is a folder of this machine, no URL; prepare makes a cache that is kept at one"
         )
-    return None if chosen in OFF else Path(chosen)
+    return None if chosen in ("", "off") else Path(chosen)

@@ -79,8 +79,8 @@ def images_at(
     specs = settings.augment.train if training else settings.augment.eval
     transform = build_transforms(specs, settings.model.size, evaluation=not training)
     images = ImageSet(store, paths, transform, settings.seed, sha256, settings.model.meta, pixels_of(settings.data))
-    if training:
-        images.read_once(settings.train.keep_in_memory)
+    if training and settings.train.keep_in_memory:
+        images.keep_in_memory()
     return images
 
 

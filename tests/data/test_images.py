@@ -61,12 +61,12 @@ def test_scaled_decoding_stops_above_the_size() -> None:
     assert shorter == {0: 300, 301: 300, 300: 300, 151: 300, 150: 150, 149: 150, 75: 75, 38: 75, 37: 38, 1: 38}
 
 
+KINDS = [(kind, mode) for kind in ("PNG", "TIFF") for mode in ("RGB", "L", "RGBA", "I;16", "P")]
+
+
 @pytest.mark.parametrize("orientation", range(10))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16", "P"])
+@pytest.mark.parametrize(("kind", "mode"), [*KINDS, ("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB"), ("WEBP", "RGBA")])
 def test_images_are_upright_and_their_size_is_known_from_the_head(mode: str, kind: str, orientation: int) -> None:
-    if (mode, kind) in {("RGBA", "JPEG"), ("I;16", "JPEG"), ("I;16", "WEBP"), ("P", "JPEG"), ("P", "WEBP")}:
-        pytest.skip("no such file")
     exif = Image.Exif()
     exif[0x0112] = orientation
     wide = Image.fromarray(RGB[..., 0].astype(np.uint16) * 257)

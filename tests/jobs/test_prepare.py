@@ -282,6 +282,7 @@ def test_a_cache_of_other_pixels_is_one_clear_error(world: Path, prepared: Path)
     message = failure(world, "bad")
     assert "holds images at their own size, and these settings take them shrunk to 12 pixels" in message
     assert "run prepare with the same data.store_size" in message
+    assert stage(world, "prepare", "bad", "data.scaled_decoding=true") == 64, "it needs a size"
 
 
 def test_a_cache_that_is_too_large_is_an_error_of_prepare_and_a_line_of_train_fold(

@@ -26,6 +26,8 @@ log = logging.getLogger("fivefold")
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of decoded images that are kept at most."""
+SAMPLE = 256
+"""Images by which is told whether all of them are too large."""
 Sample = tuple[int, int]
 """(epoch, row)."""
 
@@ -92,17 +94,7 @@ class ImageSet(Dataset):
 
     def count_cached(self) -> int:
         """How many rows are known to be in a cache; those without a digest are not, before they are read."""
-        known = np.zeros(len(self), bool)
-        for _, at in self.cached:
-            known |= at >= 0
-        return int(known.sum())
-
-    def read_once(self, keep: bool) -> None:
-        """Keeps what can be of images that each epoch reads: their pixels if they fit and are to be kept, their meta features."""
-        if keep and not self.keep_in_memory():
-            log.info("%d images are too many to keep decoded in memory; they are read at each epoch", len(self))
-        if self.meta:
-            self.measure()
+        return int(np.any([at >= 0 for _, at in self.cached], axis=0).sum())
 
     def keep_in_memory(self) -> bool:
         """Decodes all images once and keeps them, if they fit; whether they do. Forked workers share them.
@@ -117,10 +109,10 @@ class ImageSet(Dataset):
             for image in stoppable(decoded):
                 kept.append(image)
                 size += image.nbytes
-                if len(kept) % 256 == 0 and size / len(kept) * len(self) > MEMORY_LIMIT:
+                expected = size / SAMPLE * len(self) if len(kept) == SAMPLE else size
+                if expected > MEMORY_LIMIT:
+                    log.info("%d images are too many to keep decoded; they are read at each epoch", len(self))
                     return False
-        if size > MEMORY_LIMIT:
-            return False
         self.kept = kept
         return True
 

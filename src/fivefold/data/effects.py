@@ -191,7 +191,7 @@ def _draw(bounds: Sequence[int]) -> int:
 
 def _colour(value: float | Sequence[float]) -> Tensor:
     """A colour as a float [3, 1, 1], or [1, 1, 1] for one number."""
-    return torch.tensor([value] if isinstance(value, int | float) else list(value), dtype=torch.float32)[:, None, None]
+    return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
 
 
 def _as_image(pixels: np.ndarray) -> Tensor:

@@ -110,21 +110,13 @@ class ZipStore:
 
 @dataclass(frozen=True, eq=False)
 class JoinedStore:
-    """Several stores under one roof: `name/rest` is `rest` in the store called `name`."""
+    """Several stores to read from: `name/rest` is `rest` in the store called `name`."""
 
     stores: Mapping[str, FolderStore | ZipStore]
 
     @property
     def caches(self) -> list[Any]:
         return [cache for store in self.stores.values() for cache in store.caches]
-
-    def names(self) -> list[str]:
-        """The names of all files of all stores, sorted within each."""
-        return [f"{name}/{rest}" for name, store in self.stores.items() for rest in store.names()]
-
-    def exists(self, name: str) -> bool:
-        store, _, rest = name.partition("/")
-        return store in self.stores and self.stores[store].exists(rest)
 
     def read(self, name: str) -> bytes:
         """The bytes of one file, as its store reads it."""
