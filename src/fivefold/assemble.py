@@ -87,10 +87,8 @@ def images_at(
 
 def one_hot(codes: np.ndarray, classes: int, device: torch.device) -> Tensor:
     """Targets float [N, C]; a code of -1 gives a row of zeros: no label."""
-    targets = torch.zeros(len(codes), classes, device=device)
-    known = torch.from_numpy(np.flatnonzero(codes >= 0)).to(device)
-    targets[known, torch.from_numpy(codes[codes >= 0].astype(np.int64)).to(device)] = 1.0
-    return targets
+    shifted = torch.from_numpy(codes.astype(np.int64)) + 1
+    return nn.functional.one_hot(shifted, classes + 1)[:, 1:].float().to(device)
 
 
 def build_loop(
