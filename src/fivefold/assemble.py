@@ -40,7 +40,7 @@ from fivefold.training.objectives import Objective, by_labels, by_teacher, draws
 from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer, check_warmup, learning_rates
 from fivefold.training.phases import Ema, Freezing
 from fivefold.training.resume import Stateful
-from fivefold.training.teaching import Annealing, Cooling, lesson_plan
+from fivefold.training.teaching import Lessons
 from fivefold.training.updates import UPDATES, build_scaler
 
 log = logging.getLogger("fivefold")
@@ -86,10 +86,8 @@ def images_at(
 
 def one_hot(codes: np.ndarray, classes: int, device: torch.device) -> Tensor:
     """Targets float [N, C]; a code of -1 gives a row of zeros: no label."""
-    targets = torch.zeros(len(codes), classes, device=device)
-    known = torch.from_numpy(np.flatnonzero(codes >= 0)).to(device)
-    targets[known, torch.from_numpy(codes[codes >= 0].astype(np.int64)).to(device)] = 1.0
-    return targets
+    shifted = torch.from_numpy(codes.astype(np.int64)) + 1
+    return nn.functional.one_hot(shifted, classes + 1)[:, 1:].float().to(device)
 
 
 def build_loop(
@@ -229,13 +227,14 @@ def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
     return rdrop(criterion, alpha) if alpha else once(criterion)
 
 
-def _phases(
-    settings: Settings, network: Classifier, train: TrainRows, steps: int
-) -> list[Freezing | Cooling | Annealing]:
+def _phases(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> list[Freezing | Lessons]:
     """What changes with the steps besides the learning rate; `steps` of an epoch."""
-    epochs, first = settings.train.epochs, settings.train.freeze_epochs
-    freezing = [Freezing(network.backbone, first * steps)] if first else []
-    return [*freezing, *(lesson_plan(train.teacher, settings.distill, steps, epochs) if train.teacher else [])]
+    epochs, first, taught = settings.train.epochs, settings.train.freeze_epochs, settings.distill
+    phases: list[Freezing | Lessons] = [Freezing(network.backbone, first * steps)] if first else []
+    if train.teacher is not None:
+        falling = round(taught.annealing * epochs * steps)
+        phases.append(Lessons(train.teacher, steps, taught.temperature_decay, taught.temperature_end, falling))
+    return phases
 
 
 def _codes(targets: Tensor) -> np.ndarray:

@@ -66,8 +66,8 @@ def test_the_settings_dropout_is_for_a_head_that_gives_none():
     [
         ("liner", "unknown head 'liner'; did you mean 'linear'"),
         ({"hidden": 3}, "unknown head ''"),
-        ({"name": "linear", "hidden": 3}, "head 'linear' has no parameter 'hidden'; it takes dropout"),
-        ({"name": "mlp", "hiden": 3}, "no parameter 'hiden'; did you mean 'hidden'"),
+        ({"name": "linear", "hidden": 3}, "head 'linear' .*'hidden'"),
+        ({"name": "mlp", "hiden": 3}, "head 'mlp' .*'hiden'"),
         ({"name": "mlp", "hidden": 0}, "hidden=0 is not a whole number from 1"),
         ({"name": "mlp", "hidden": "many"}, "hidden='many'"),
         ({"name": "mlp", "norm": "bach"}, "unknown norm 'bach'; did you mean 'batch'"),

@@ -11,14 +11,9 @@ TARGETS = torch.eye(4)
 ORDER = torch.tensor([1, 2, 3, 0])
 
 
-def test_mixup_at_lambda_one_is_the_identity():
-    images, lam = mixup(IMAGES, 1.0, IMAGES[ORDER], np.random.default_rng(0))
-    torch.testing.assert_close(images, IMAGES)
-    assert lam == 1.0
-
-
-def test_cutmix_at_lambda_one_is_the_identity():
-    images, lam = cutmix(IMAGES, 1.0, IMAGES[ORDER], np.random.default_rng(0))
+@pytest.mark.parametrize("mix", [mixup, cutmix])
+def test_at_lambda_one_it_is_the_identity(mix):
+    images, lam = mix(IMAGES, 1.0, IMAGES[ORDER], np.random.default_rng(0))
     torch.testing.assert_close(images, IMAGES)
     assert lam == 1.0
 
@@ -54,23 +49,12 @@ def test_the_seed_decides_and_nothing_else():
     assert kinds == {True, False}
 
 
-def test_none_leaves_all_as_it_is():
-    rows = Rows(IMAGES, TARGETS)
-    assert Mixing("none", alpha=1.0, p=1.0)(rows, 1, (0,)) is rows
-
-
 def test_an_unknown_name_is_explained():
     with pytest.raises(SettingsError, match="did you mean 'cutmix'"):
         Mixing("cutmx", 1.0, 1.0)(Rows(IMAGES, TARGETS), 1, (0,))
 
 
-def test_after_its_last_epoch_nothing_is_mixed():
-    mixing = Mixing("cutmix", alpha=1.0, p=1.0, last=3)
-    rows = Rows(IMAGES, TARGETS)
-    assert [mixing(rows, epoch, (0, epoch)) is rows for epoch in (1, 3, 4, 9)] == [False, False, True, True]
-
-
-def test_fewer_epochs_than_are_to_go_unmixed_mix_nothing():
-    mixing = Mixing("mixup", alpha=1.0, p=1.0, last=3 - 6)
-    rows = Rows(IMAGES, TARGETS)
-    assert all(mixing(rows, epoch, (0, epoch)) is rows for epoch in (1, 2, 3))
+@pytest.mark.parametrize(("name", "last", "mixed"), [("cutmix", 3, [1, 3]), ("mixup", -3, []), ("none", None, [])])
+def test_after_its_last_epoch_nothing_is_mixed(name, last, mixed):
+    mixing, rows = Mixing(name, alpha=1.0, p=1.0, last=last), Rows(IMAGES, TARGETS)
+    assert [epoch for epoch in (1, 3, 4, 9) if mixing(rows, epoch, (0, epoch)) is not rows] == mixed

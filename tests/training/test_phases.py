@@ -17,7 +17,7 @@ from fivefold.models.backbones import build_backbone
 from fivefold.recipe import Model
 from fivefold.training.loop import Loop, fit
 from fivefold.training.optim import build_optimizer, learning_rates
-from fivefold.training.teaching import Cooling, Teacher, soften
+from fivefold.training.teaching import Lessons, Teacher, soften
 from training_runs import CPU, SMALL, images_in, run_of, stand_still
 
 LOG_PROBS = np.log(np.random.default_rng(0).dirichlet(np.ones(3), 18)).astype(np.float32)
@@ -125,7 +125,7 @@ def test_layer_decay_of_a_network_that_names_no_layers_is_refused():
 
 def test_a_teacher_cools_by_epochs_down_to_its_end():
     teacher = Teacher(LOG_PROBS, 0.7, 2.0, CPU.device)
-    cooling = Cooling(teacher, decay=0.95, end=1.7, steps_per_epoch=3)
+    cooling = Lessons(teacher, steps_per_epoch=3, decay=0.95, end=1.7)
     heats = []
     for _ in range(18):
         heats.append(teacher.temperature)

@@ -48,14 +48,6 @@ def test_rdrop_by_hand():
     assert float(found) == pytest.approx((0.130812 + 0.143841) / 2, abs=1e-6)
 
 
-def test_rdrop_at_alpha_zero_is_the_mean_loss_of_both_passes():
-    model = network(nn.Dropout(0.5))
-    first, second = both_passes(model)
-    torch.manual_seed(5)
-    found = rdrop(by_labels(LOSS), 0.0)(model, ROWS).loss
-    torch.testing.assert_close(found, (LOSS(first, TARGETS) + LOSS(second, TARGETS)) / 2, rtol=0, atol=0)
-
-
 def test_rdrop_teaches_both_passes():
     model = network(nn.Dropout(0.5))
     criterion = by_teacher(LOSS, lambda: 0.7, lambda: 2.0)

@@ -81,17 +81,6 @@ def test_sam_by_hand_on_a_quadratic():
     torch.testing.assert_close(model.w.detach(), expected)
 
 
-def test_accumulated_batches_are_one_large_batch():
-    """Accumulate, perturb once, accumulate again: not a perturbation a micro-batch."""
-    whole, parts = network(), network()
-    (large,) = batches(1, 9)
-    pieces = [Rows(large.images[a:b], large.targets[a:b]) for a, b in ((0, 4), (4, 8), (8, 9))]
-    for model, given in ((whole, [large]), (parts, pieces)):
-        sam(model, OBJECTIVE, optimizer_of(model), CPU, clip=0.0, rho=0.2)(given)
-    for key, tensor in whole.state_dict().items():
-        torch.testing.assert_close(tensor, parts.state_dict()[key])
-
-
 def test_both_passes_see_the_same_dropout_masks():
     """Behind the dropout stands a copy that tells what it was given: each mask comes twice, in the same order."""
     seen = []

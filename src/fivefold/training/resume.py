@@ -2,18 +2,16 @@
 
 What has a state has `state_dict` and `load_state_dict`: network, average, optimiser, schedule,
 scaler, phases, and how far the loop is. A sample's augmentation and a batch's mixing come from
-(seed, epoch, row) and (seed, epoch, step), so of the random generators it is those that dropout
-and its like draw from which count.
+(seed, epoch, row) and (seed, epoch, step), so of the random generators it is torch's that count,
+from which dropout and its like draw.
 """
 
 import logging
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,12 +87,12 @@ class Checkpoints:
 
 
 def captured(parts: Mapping[str, Stateful], device: torch.device) -> dict[str, Any]:
-    """The states of all parts and of the random generators."""
-    return {"random": _random(device), **{name: part.state_dict() for name, part in parts.items()}}
+    """The states of all parts and of torch's random generators."""
+    return {"random": random_state(device), **{name: part.state_dict() for name, part in parts.items()}}
 
 
 def restore(parts: Mapping[str, Stateful], device: torch.device, state: Mapping[str, Any]) -> None:
-    """Gives each part its state, and the random generators theirs.
+    """Gives each part its state, and torch's random generators theirs.
 
     Raises a DataError where they do not fit, as those of another version of the code may not.
     """
@@ -107,21 +105,7 @@ def restore(parts: Mapping[str, Stateful], device: torch.device, state: Mapping[
             f"the checkpoint does not fit this training ({type(error).__name__}: {error}), as one of another version "
             "of the code may not: remove the checkpoints to start over, or go on with that version"
         ) from error
-    set_random_state(device, kept["torch"])
-    version, words, gauss = kept["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, words, *rest = kept["numpy"]
-    np.random.set_state((name, np.array(words, np.uint32), *rest))
-
-
-def _random(device: torch.device) -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    name, numbers, *rest = np.random.get_state()
-    return {
-        "torch": random_state(device),
-        "python": [version, list(words), gauss],
-        "numpy": [str(name), numbers.tolist(), *rest],
-    }
+    set_random_state(device, kept)
 
 
 def random_state(device: torch.device) -> list[Tensor]:

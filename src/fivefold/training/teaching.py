@@ -4,8 +4,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fivefold.recipe import Distill
-
 
 class Teacher:
     """The teacher's log-probabilities [N, C] of N rows; `teacher[rows]` are its softened probabilities [B, C].
@@ -28,69 +26,32 @@ class Teacher:
         return self._probs[rows]
 
 
-class Cooling:
-    """Sets T = max(end, start · decay^e) of epoch e = 0, 1, … after the last step of the one before.
+class Lessons:
+    """What changes of a teacher with the steps; to be called after each.
 
-    Validation scores labels at T = 1, so its epochs compare, whatever T the student is taught at.
+    Of epoch e = 0, 1, … T = max(end, start · decay^e); validation scores labels at T = 1, so its epochs compare. alpha falls to
+    0 in equal parts over the first `falling` steps, if there are any: soft targets first, labels at last (Clark et al. 2019,
+    "BAM! Born-again multi-task networks", arXiv 1907.04829, section 3.2, whose λ is 1 - alpha).
     """
 
-    def __init__(self, teacher: Teacher, decay: float, end: float, steps_per_epoch: int) -> None:
-        self.teacher = teacher
-        self.start, self.decay, self.end = teacher.temperature, decay, end
-        self.steps_per_epoch = steps_per_epoch
+    def __init__(self, teacher: Teacher, steps_per_epoch: int, decay: float, end: float, falling: int = 0) -> None:
+        self.teacher, self.alpha, self.start = teacher, teacher.alpha, teacher.temperature
+        self.steps_per_epoch, self.decay, self.end, self.falling = steps_per_epoch, decay, min(end, self.start), falling
         self.step = 0
 
     def __call__(self) -> None:
-        """To be called after each step."""
-        self.step += 1
-        if self.step % self.steps_per_epoch == 0 and self.teacher.temperature > self.end:
-            self._cool()
+        self.load_state_dict({"step": self.step + 1})
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
-        if self.start > self.end:
-            self._cool()
-
-    def _cool(self) -> None:
-        epochs = self.step // self.steps_per_epoch
-        self.teacher.set_temperature(max(self.end, self.start * self.decay**epochs))
-
-
-class Annealing:
-    """Lets the teacher's alpha fall to 0 in equal parts over the first `steps` steps: soft targets first, labels at last.
-
-    Teacher annealing of Clark et al. 2019, "BAM! Born-again multi-task networks" (arXiv 1907.04829,
-    section 3.2), whose λ is 1 - alpha.
-    """
-
-    def __init__(self, teacher: Teacher, steps: int) -> None:
-        self.teacher, self.start, self.steps = teacher, teacher.alpha, steps
-        self.step = 0
-
-    def __call__(self) -> None:
-        """To be called after each step."""
-        self.step += 1
-        self._weigh()
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
-        self._weigh()
-
-    def _weigh(self) -> None:
-        self.teacher.alpha = self.start * max(0.0, 1 - self.step / self.steps)
-
-
-def lesson_plan(teacher: Teacher, chosen: Distill, steps: int, epochs: int) -> list[Cooling | Annealing]:
-    """What changes of the teacher over `epochs` of so many steps."""
-    falling = round(chosen.annealing * epochs * steps)
-    cooling = Cooling(teacher, chosen.temperature_decay, chosen.temperature_end, steps)
-    return [*([cooling] if chosen.temperature_decay < 1 else []), *([Annealing(teacher, falling)] if falling else [])]
+        temperature = max(self.end, self.start * self.decay ** (self.step // self.steps_per_epoch))
+        if temperature != self.teacher.temperature:
+            self.teacher.set_temperature(temperature)
+        if self.falling:
+            self.teacher.alpha = self.alpha * max(0.0, 1 - self.step / self.falling)
 
 
 def soften(log_probs: np.ndarray, temperature: float) -> np.ndarray:
