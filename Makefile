@@ -4,7 +4,7 @@
 PYTHON ?= python3.11
 IMAGE ?= fivefold:latest
 BASE_IMAGE ?= python:3.11-slim
-BENCH ?= quick
+BENCH ?= loader pairs=3 results=build/benchmarks/results
 PYTEST_ARGS ?= -m "not slow and not docker and not gpu"
 
 VENV := .venv
@@ -16,7 +16,7 @@ REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)$(shell git di
 content = $(shell cat pyproject.toml $(1) | cksum | cut -d' ' -f1)
 # Set-up leaves a stamp named after the files that it followed: a changed pin sets up again.
 FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
-FOR_ALL := $(VENV)/.set-up-all-$(call content,docker/requirements.txt requirements.txt)
+FOR_ALL := $(VENV)/.set-up-all-$(call content,requirements.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo systems bench test test-slow test-docker image manifests check lock clean
@@ -54,11 +54,14 @@ check: $(FOR_ALL) ## ruff and the import rules alone
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
 
-lock: ## compile pyproject.toml's pins into requirements.txt and docker/requirements.txt
+lock: ## compile pyproject.toml into requirements.txt, docker/requirements.txt and requirements-dev.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --disable-pip-version-check -q uv
-	@$(call compile,requirements.txt,--all-extras)
-	@$(call compile,docker/requirements.txt,--constraint requirements.txt)
+	@$(call compile,requirements-dev.txt,--all-extras --upgrade)
+	@$(call compile,requirements.txt,--extra launch --constraint requirements-dev.txt)
+	@$(call compile,docker/requirements.txt,--constraint requirements-dev.txt)
+	@{ echo "-r requirements.txt"; grep -vxFf requirements.txt requirements-dev.txt; } >requirements-dev.new
+	@mv requirements-dev.new requirements-dev.txt
 
 clean: ## remove .venv, the demo's images and run, and caches; other runs stay
 	rm -rf $(VENV) data/demo runs/demo .hypothesis .pytest_cache .ruff_cache .import_linter_cache build dist src/*.egg-info
@@ -71,7 +74,7 @@ $(FOR_RUNS):
 
 $(FOR_ALL): $(FOR_RUNS)
 	@echo "setting up $(VENV) for tests: the test tools and the SageMaker SDK, about 2 minutes more"
-	@$(call install,requirements.txt)
+	@$(call install,requirements-dev.txt)
 	@rm -f $(VENV)/.set-up-all-* && touch $@
 
 # A half-made .venv is completed; the package goes in with the pinned setuptools, so that nothing unpinned is fetched.
@@ -84,7 +87,7 @@ endef
 
 # A lock for every platform; lines that only speak of later Pythons are dropped.
 define compile
-$(BIN)/uv pip compile pyproject.toml $(2) --universal --python-version 3.11 --upgrade --quiet \
+$(BIN)/uv pip compile pyproject.toml $(2) --universal --python-version 3.11 --quiet \
 	--no-annotate --custom-compile-command "make lock" --output-file $(1).new && \
 sed -e "/; python_full_version >= '3.12'/d" -e "s/ ; python_full_version < '3.12'$$//" \
 	-e "s/python_full_version < '3.1[0-9]' and //" $(1).new > $(1) && rm $(1).new

@@ -1,8 +1,7 @@
-"""`ensemble` of 5 models × 3 views, images a second ÷ the same models alone on batches that lie ready.
+"""`ensemble` of 5 models × 3 views, images/s ÷ the same models alone on resident batches.
 
-A is the whole stage as a process, from finding the models to the last file written, without its imports: decoding, transforms,
-loading weights, blending and the submission are in it. B runs the same five networks one after the other on a batch
-whose three views lie ready, as many images. The models are those of a short run that is made once.
+A is the whole stage as a process, from finding the models to the last file, without its imports. B runs the same five networks one
+after the other on a batch whose three views lie ready, as many images. The models are those of a short run, trained once.
 """
 
 import json
@@ -12,128 +11,88 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import FOLD_COUNT, Case, case, images_of
 from benchmarks.options import Options
-from benchmarks.pairs import Spread, in_turns, run
-from benchmarks.results import Finding, ratio
+from benchmarks.processes import Call, Timer, rate, repeat, run, spread
+from benchmarks.results import Finding, ratio_finding
+from benchmarks.workloads import FOLD_COUNT, Workload, photographs, workload
 
 VIEWS: list[Any] = ["plain", "flip", {"name": "shift", "x": 4, "y": 4}]
 IMAGES_TO_TRAIN = 100
-WARM_UP = 2
+WORKLOADS = {"resnet18@224": Workload("resnet18", 224, 32, 640, 1)}
 
 
 def measure(options: Options) -> Iterator[Finding]:
-    for name in options.chosen(CASES):
-        yield of_case(name, options)
+    for name in options.select(list(WORKLOADS)):
+        work = workload(name, options, WORKLOADS)
+        photos, models = photographs(options, work.images), train_models(work, options)
+        request = {"models": str(models), "images": work.images, "device": options.device}
+        alone = Call(["-m", "benchmarks.ensemble", json.dumps(request)])
+        pairs = repeat(
+            lambda photos=photos, models=models, alone=alone: (
+                run(stage(photos, models, options), options.cores).output["passes"],
+                run(alone, options.cores).output["passes"],
+            ),
+            options.pairs,
+            f"ensemble {name}",
+        )
+        rates = {side: [rate(pair[s]) for pair in pairs] for s, side in enumerate(("ours", "alone"))}
+        ratios = [ours / alone for ours, alone in zip(*rates.values(), strict=True)]
+        yield ratio_finding(name, ratios, **{side: spread(values) for side, values in rates.items()})
 
 
-def of_case(name: str, options: Options) -> Finding:
-    found = case(name, options, CASES)
-    photos, models = images_of(found, options), trained(found, options)
-    turns = in_turns(
-        lambda: stage(photos, models, options),
-        lambda _: alone(found, models, options),
-        options.pairs,
-        f"ensemble {name}",
-    )
-    rates = [(a["images"] / a["seconds"], b["images"] / b["seconds"]) for a, b in turns]
-    return ratio(
-        name,
-        [a / b for a, b in rates],
-        images=turns[0][0]["images"],
-        ours=Spread.of([a for a, _ in rates]),
-        alone=Spread.of([b for _, b in rates]),
-        ours_cpu_ms=Spread.of([1000 * a["cpu_seconds"] / a["images"] for a, _ in turns]),
-        alone_cpu_ms=Spread.of([1000 * b["cpu_seconds"] / b["images"] for _, b in turns]),
-    )
-
-
-def trained(found: Case, options: Options) -> Path:
-    """The run with the five models, trained for an epoch of few images, once."""
-    few = replace(found, images=min(IMAGES_TO_TRAIN, found.images), epochs=1)
-    photos, name = images_of(few, options), f"{found.name}-{found.size}-{found.batch}"
-    run(
-        [
-            "-m",
-            "jobs",
-            "submit",
-            "platform=local",
-            f"train={photos}",
-            f"runs={options.folder('models')}",
-            f"run={name}",
-            "stages=split,train-fold",
-            f"split.folds={FOLD_COUNT}",
-            f"predict.views={json.dumps(VIEWS)}",
-            *few.arguments(options.device),
-        ],
-        0,  # submit parts the cores among the folds itself
-    )
+def train_models(work: Workload, options: Options) -> Path:
+    """Return the run with five models, each trained for one epoch on few images, once."""
+    few = replace(work, images=min(IMAGES_TO_TRAIN, work.images), epochs=1)
+    name = f"{work.name}-{work.size}-{work.batch}"
+    arguments = ["-m", "jobs", "submit", "platform=local", f"train={photographs(options, few.images)}", f"run={name}"]
+    arguments += [f"runs={options.folder('models')}", "stages=split,train-fold", f"split.folds={FOLD_COUNT}"]
+    arguments += [f"predict.views={json.dumps(VIEWS)}", *few.settings()]
+    run(Call(arguments), 0)  # submit shares the cores among the folds itself
     return options.folder("models") / name
 
 
-def stage(photos: Path, models: Path, options: Options) -> dict[str, Any]:
-    """A fresh run of `ensemble`: its images, and seconds without imports."""
+def stage(photos: Path, models: Path, options: Options) -> Call:
+    """Return the call of `ensemble` with a clock around it."""
     channels = {
         "SM_CHANNEL_MODEL": str(models),
         "SM_CHANNEL_EVAL": str(photos),
-        "SM_OUTPUT_DATA_DIR": str(options.fresh("runs", "ensemble")),
+        "SM_OUTPUT_DATA_DIR": str(options.empty_folder("runs", "ensemble")),
     }
     arguments = ["ensemble", "ensemble.blend=mean", f"predict.device={options.device}"]
-    return run(["-m", "benchmarks.watched", "stage", *arguments], options.cores, channels).told["stage"]
+    return Call(["-m", "benchmarks.watched", "stage", *arguments], channels)
 
 
-def alone(found: Case, models: Path, options: Options) -> dict[str, Any]:
-    """A fresh process of this module: as many images through the five networks, and their seconds."""
-    given = {"models": str(models), "images": found.images, "device": options.device}
-    return run(["-m", "benchmarks.ensemble", json.dumps(given)], options.cores).told
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The models alone, in this process: for each all views of a batch, as often as the images need."""
+def run_models(request: dict[str, Any]) -> list[dict[str, float]]:
+    """Run every model of the ensemble on all views of a resident batch, as often as the images need."""
     import torch
 
-    from benchmarks.clocks import Reading
     from fivefold.assemble import predict_batch_size
-    from fivefold.inference.tta import build_views
-
-    given = json.loads(arguments[0])
-    total: dict[str, Any] = {"images": given["images"], "seconds": 0.0, "cpu_seconds": 0.0}
-    with torch.inference_mode():
-        for member in members(Path(given["models"]), given["device"]):
-            size, runtime = predict_batch_size(member.settings), member.runtime
-            batch = torch.randint(0, 256, (size, 3, *member.settings.model.size), dtype=torch.uint8)
-            views = [view(runtime.images(batch)) for view in build_views(VIEWS)]
-            for _ in range(WARM_UP):
-                passed(member, views, size)
-            begun = Reading.now()
-            for start in range(0, given["images"], size):
-                passed(member, views, min(size, given["images"] - start))
-            for key, value in begun.since(0).items():
-                total[key] += value
-    print(json.dumps(total))
-    return 0
-
-
-def members(models: Path, device: str) -> Sequence[Any]:
-    """The five, ready to predict."""
     from fivefold.contract.artifacts import ModelDir
     from fivefold.contract.files import read_json
     from fivefold.contract.stages import MODEL
+    from fivefold.inference.tta import build_views
     from fivefold.members import load_member
 
-    folders = sorted(models.glob("fold-*/model"))
-    return [load_member(ModelDir(path, read_json(path / MODEL)), {"device": device}) for path in folders]
+    passes, images = [], request["images"]
+    for path in sorted(Path(request["models"]).glob("fold-*/model")):
+        member = load_member(ModelDir(path, read_json(path / MODEL)), {"device": request["device"]})
+        size = predict_batch_size(member.settings)
+        batch = torch.randint(0, 256, (size, 3, *member.settings.model.size), dtype=torch.uint8)
+        with torch.inference_mode(), member.runtime.autocast():
+            views = [view(member.runtime.images(batch)) for view in build_views(VIEWS)]
+            run_views(member, views, size, 2 * size)
+            timer = Timer()
+            run_views(member, views, size, images)
+        passes.append(timer.stop(0))
+    return [{**passes[0], "images": images}, *passes[1:]]
 
 
-def passed(member: Any, views: Sequence[Any], count: int) -> None:
-    """The first `count` images of every view through the network; the last result is waited for."""
-    with member.runtime.autocast():
-        for view in views:
-            logits = member.network(view[:count])
-    float(logits.sum())
+def run_views(member: Any, views: Sequence[Any], size: int, images: int) -> None:
+    """Run batches of all views through the network until `images` are done, and wait for the device."""
+    for start in range(0, images, size):
+        logits = [member.network(view[: images - start]) for view in views]
+    float(logits[-1].sum())
 
-
-CASES = {"resnet18@224": Case("resnet18", 224, 32, 640, 1)}
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print(json.dumps({"passes": run_models(json.loads(sys.argv[1]))}))

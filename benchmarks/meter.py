@@ -1,7 +1,6 @@
-"""Runs a command and writes what it used as JSON to a file: `python -I -S benchmarks/meter.py FILE COMMAND…`.
+"""Run a command and write what it used as JSON to a file: `python -I -S benchmarks/meter.py FILE COMMAND…`.
 
-A process of little memory of its own, because the kernel counts to a new process's peak what its parent held when it was
-started; and with few imports, because it stands between every two processes that are measured.
+This process is small, because the kernel counts towards a new process's peak what its parent held when it started.
 """
 
 import json
@@ -10,15 +9,14 @@ import sys
 import time
 
 if __name__ == "__main__":
-    begun = time.monotonic()
+    started = time.monotonic()
     process = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
-    _, status, used = os.wait4(process, 0)
-    told = {
-        "seconds": time.monotonic() - begun,
-        "cpu_seconds": used.ru_utime + used.ru_stime,
-        "peak_bytes": used.ru_maxrss * 1024,
-        "begun": begun,
+    _, status, usage = os.wait4(process, 0)
+    result = {
+        "seconds": time.monotonic() - started,
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "started": started,
         "code": os.waitstatus_to_exitcode(status),
     }
     with open(sys.argv[1], "w", encoding="utf-8") as file:
-        json.dump(told, file)
+        json.dump(result, file)

@@ -1,89 +1,78 @@
-"""What a benchmark can be told: KEY=VALUE, each with its default and meaning."""
+"""Options of the benchmarks: KEY=VALUE, each with its default and meaning."""
 
+import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fivefold.choose import choose
 from fivefold.errors import SettingsError
-from fivefold.machine import count_cores
-from fivefold.values import value_of
 
 ROOT = Path(__file__).parents[1]
 """The repository."""
 
 
-def _key(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"meaning": meaning})
+class Options(BaseModel):
+    """0 and "" mean the default of the benchmark. A benchmark ignores the options that it has no use for."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-@dataclass(frozen=True)
-class Options:
-    """0 and "" mean the benchmark's own. What a benchmark has no use for, it does not read."""
-
-    pairs: int = _key(7, "pairs of fresh processes, or runs where there is nothing to pair")
-    cases: str = _key("", "only these of its rows, between commas; empty: all")
-    images: str = _key("", "a folder of photographs of yours; empty: crops of scikit-learn's two")
-    photo: str = _key("500x375", "size of the crops: 500x375, or 1600x1200 as a camera's")
-    count: int = _key(0, "images at most; 0: the benchmark's own number")
-    epochs: int = _key(0, "epochs of a training, of which the first is not counted; 0: its own")
-    size: int = _key(0, "pixels that the networks take; 0: the case's")
-    batch: int = _key(0, "images a step; 0: the case's")
-    stored: int = _key(-1, "shorter side of the images in the cache (data.store_size); 0: as they are; -1: the case's")
-    rows: int = _key(1_000_000, "rows of a table")
-    threads: int = _key(0, "threads of each process; 0: the cores of this machine")
-    device: str = _key("cpu", "cpu or cuda")
-    search: str = _key(
-        "short",
-        "for timm's best: short (precision × memory format, then workers), full (every combination), or what was found: bf16,NHWC,0",
-    )
-    work: str = _key("build/benchmarks", "folder of images, splits and runs; it may be deleted")
-    results: str = _key("benchmarks/results", "folder of the JSON")
+    pairs: int = Field(7, ge=1, description="pairs of fresh processes, or runs where there is nothing to pair")
+    cases: str = Field("", description="only these rows, separated by commas; empty: all")
+    images: str = Field("", description="a folder of class folders of photographs; empty: crops of scikit-learn's two")
+    photo: str = Field("500x375", pattern=r"^\d+x\d+$", description="size of the crops, as 1600x1200")
+    count: int = Field(0, ge=0, description="number of images at most")
+    epochs: int = Field(0, ge=0, description="epochs of a training; the first is not counted")
+    size: int = Field(0, ge=0, description="image size of the networks in pixels")
+    batch: int = Field(0, ge=0, description="images a step")
+    threads: int = Field(0, ge=0, description="threads of each process; 0: the number of cores")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="device of the networks")
+    search: str = Field("", description="timm's settings as bf16,NHWC,0; empty: search for the best ones")
+    work: str = Field("build/benchmarks", description="folder of images, splits and runs; it may be deleted")
+    results: str = Field("benchmarks/results", description="folder of the JSON files")
 
     @property
     def cores(self) -> int:
-        return self.threads or count_cores()
+        return self.threads or len(os.sched_getaffinity(0))
 
     def folder(self, *names: str) -> Path:
-        """A folder below `work`, made if it is not there."""
-        found = Path(self.work).resolve().joinpath(*names)
-        found.mkdir(parents=True, exist_ok=True)
-        return found
+        """Return a folder below `work`; make it if it does not exist."""
+        path = Path(self.work).resolve().joinpath(*names)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
 
-    def fresh(self, *names: str) -> Path:
-        """The same, and empty."""
+    def empty_folder(self, *names: str) -> Path:
+        """Return the same folder, emptied."""
         shutil.rmtree(Path(self.work).resolve().joinpath(*names), ignore_errors=True)
         return self.folder(*names)
 
-    def chosen(self, known: Sequence[str]) -> list[str]:
-        """The rows among `known` that are wanted; a SettingsError for one that is not there."""
+    def select(self, known: Sequence[str]) -> list[str]:
+        """Return the rows among `known` that `cases` names, or all. Raises SettingsError for an unknown one."""
         table = {name: name for name in known}
         return [choose(table, "case", name.strip()) for name in self.cases.split(",")] if self.cases else list(known)
 
 
-def parse(arguments: Sequence[str], default: Options = Options()) -> Options:  # noqa: B008
-    """`default` with the KEY=VALUE of `arguments`; a SettingsError for an unknown key or a value that cannot be."""
-    known = {each.name: each for each in fields(Options)}
-    given: dict[str, Any] = {}
+def parse(arguments: Sequence[str]) -> Options:
+    """Build the options from KEY=VALUE arguments. Raises SettingsError for an unknown key or an invalid value."""
+    values = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals:
             raise SettingsError(f"argument {argument!r} is not KEY=VALUE; python -m benchmarks --help lists the keys")
-        kind = choose(known, "key", name).type
-        try:
-            given[name] = value_of(kind, text)
-        except ValueError as error:
-            raise SettingsError(f"{name}={text}: {error}") from error
-    options = replace(default, **given)
-    for name in ("pairs", "rows"):
-        if getattr(options, name) < 1:
-            raise SettingsError(f"{name}={getattr(options, name)}: at least 1 is needed")
-    choose({"cpu": 1, "cuda": 1}, "device", options.device)
-    return options
+        choose(Options.model_fields, "key", name)
+        values[name] = text
+    try:
+        return Options.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SettingsError(f"{first['loc'][0]}={first['input']}: {first['msg']}") from error
 
 
-def keys() -> str:
-    """The keys with their defaults, for the help."""
-    return "\n".join(f"  {f'{each.name}={each.default}':28} {each.metadata['meaning']}" for each in fields(Options))
+def describe_keys() -> str:
+    """Return the keys with their defaults, for the help."""
+    return "\n".join(
+        f"  {f'{name}={field.default}':28} {field.description}" for name, field in Options.model_fields.items()
+    )

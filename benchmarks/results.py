@@ -1,89 +1,164 @@
-"""What a benchmark found: JSON to keep, and a table to look at."""
+"""Rows of the table of speed, their targets, the machine, and JSON files: `python -m benchmarks.results [FOLDER]`."""
 
+import logging
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from string import ascii_uppercase
+from typing import Any, NamedTuple
 
-from benchmarks import machine
-from benchmarks.bars import BARS, Bar
-from benchmarks.options import Options
-from benchmarks.pairs import Spread
+import pandas as pd
+
+from benchmarks.options import ROOT, Options
+from benchmarks.processes import spread
 from fivefold.contract.files import read_json, write_json
+from fivefold.contract.record import package_versions
+from fivefold.errors import SettingsError
 
-PLACES = ("cases", "images", "results", "work")
-"""Options that say where things lie or which rows are measured: they are not kept, and paths are nobody's business."""
+log = logging.getLogger("fivefold")
+BF16_UNITS = ("amx_bf16", "avx512_bf16")
+"""Processor flags of units that compute in bf16, the faster one first."""
+QUIET_LOAD = 0.25
+"""A quiet machine has less load than this per core."""
+
+
+def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
+    """Return the facts that a figure depends on. Warns if other processes are running. SettingsError without the device."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > QUIET_LOAD * cores:
+        log.warning("the machine is busy (load %.1f on %d cores); stop other processes first", load, cores)
+    rows = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    cpu = {name.strip(): value.strip() for name, value in rows}
+    git = ["git", "describe", "--always", "--dirty"]
+    return {
+        "processor": cpu.get("model name", "unknown"),
+        "flags": [flag for flag in BF16_UNITS if flag in cpu.get("flags", "").split()],
+        "cores": cores,
+        "threads": threads,
+        **({"gpu": _gpu()} if device == "cuda" else {}),
+        "load_before": round(load, 2),
+        "revision": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip(),
+        "packages": package_versions(),
+    }
+
+
+def name_machine(facts: dict[str, Any]) -> str:
+    """Return processor (and GPU), number of cores and bf16 units in one phrase."""
+    gpu = f", {facts['gpu']}" if facts.get("gpu") else ""
+    units = next((unit for unit in BF16_UNITS if unit in facts["flags"]), "no units for bf16")
+    return f"{facts['processor']}{gpu}, {facts['cores']} cores ({units})"
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SettingsError("device=cuda needs a GPU with CUDA, and this machine has none")
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+
+
+class Target(NamedTuple):
+    """What a row measures, and its limit in `unit` ("" for a ratio): at least, or `at_most`; NaN: no target."""
+
+    text: str
+    limit: float
+    unit: str
+    at_most: bool
+
+    def judge(self, value: float) -> str:
+        """Return `reached`, `missed`, or "" without a limit."""
+        if math.isnan(self.limit):
+            return ""
+        return "reached" if (value <= self.limit if self.at_most else value >= self.limit) else "missed"
+
+    def number(self, value: float) -> str:
+        """Format a value of this row without its unit."""
+        if self.unit:
+            return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+        return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
+
+    def __str__(self) -> str:
+        return "–" if math.isnan(self.limit) else f"{'≤' if self.at_most else '≥'} {self.limit:,g} {self.unit}".strip()
+
+
+TARGETS = {
+    name: {row.row: Target(row.text, row.limit, row.unit, bool(row.at_most)) for row in rows.itertuples()}
+    for name, rows in pd.read_csv(ROOT / "benchmarks" / "targets.csv")
+    .fillna({"unit": ""})
+    .groupby("benchmark", sort=False)
+}
+NOT_SAVED = ("cases", "images", "results", "work", "threads")
+"""Options that name places or select rows."""
+SHOWN = ("photo", "count", "epochs", "size", "batch")
+"""Options that change what a figure means; the table names them where they are not the default."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The figure of the row `key` of a benchmark, and what stands beside it: rates, CPU seconds, settings."""
+    """The figure of the row `key`, and details beside it: rates, CPU seconds, settings."""
 
     key: str
-    figure: Spread
-    beside: Mapping[str, Any] = field(default_factory=dict)
+    figure: Mapping[str, float]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def ratio(key: str, ratios: Sequence[float], **beside: Any) -> Finding:
-    """A finding of paired ratios; a Spread beside it becomes its JSON."""
-    ready = {name: value.as_json() if isinstance(value, Spread) else value for name, value in beside.items()}
-    return Finding(key, Spread.of(ratios), {"ratios": [round(each, 4) for each in ratios], **ready})
+def ratio_finding(key: str, ratios: Sequence[float], **details: Any) -> Finding:
+    """Make a finding of paired ratios."""
+    return Finding(key, spread(ratios), {"ratios": [round(each, 4) for each in ratios], **details})
 
 
-def keep(name: str, findings: Sequence[Finding], options: Options, about: Mapping[str, Any]) -> Path:
-    """Writes RESULTS/NAME.json, whole or not at all; its path. Rows that were not measured now stay as they were."""
+def save(name: str, finding: Finding, options: Options, facts: Mapping[str, Any]) -> Path:
+    """Write the row into RESULTS/NAME.json atomically; the other rows stay. Return the path."""
     path = Path(options.results) / f"{name}.json"
     rows = read_json(path)["rows"] if path.is_file() else {}
-    told = {
-        key: value for key, value in vars(options).items() if value != getattr(Options(), key) and key not in PLACES
+    target = TARGETS[name][finding.key]
+    rows[finding.key] = {
+        "what": target.text,
+        "bar": str(target),
+        "figure": dict(finding.figure),
+        "verdict": target.judge(finding.figure["median"]),
+        **finding.details,
+        "options": options.model_dump(exclude_defaults=True, exclude=set(NOT_SAVED)),
+        "machine": dict(facts),
     }
-    measured = {each.key: _row(BARS[name][each.key], each) for each in findings}
-    rows |= {key: row | {"options": told, "machine": dict(about)} for key, row in measured.items()}
-    write_json(path, {"benchmark": name, "rows": {key: rows[key] for key in BARS[name] if key in rows}})
+    write_json(path, {"benchmark": name, "rows": {key: rows[key] for key in TARGETS[name] if key in rows}})
     return path
 
 
-def table(name: str, findings: Sequence[Finding], about: Mapping[str, Any]) -> str:
-    """The findings as people read them: figure and bar side by side, with the spread."""
-    lines = [f"{name}: {machine.in_words(dict(about))}", ""]
-    width = max(len(BARS[name][each.key].what) for each in findings)
-    lines.append(f"{'':{width}}  {'figure':>16} {'bar':>16}           quartiles, extremes (n)")
-    for each in findings:
-        bar, spread = BARS[name][each.key], each.figure
-        q1, q3, least, most = map(bar.number, (spread.q1, spread.q3, spread.least, spread.most))
-        verdict = bar.verdict(spread.median)
-        lines.append(
-            f"{bar.what:{width}}  {bar.shown(spread.median):>16} {bar.wanted:>16}  {verdict:7}  {q1} .. {q3}, {least} .. {most} ({spread.n})"
-        )
-        lines += [f"    {line}" for line in _beside(each.beside)]
-    return "\n".join(lines)
+def markdown_table(folder: Path, names: Sequence[str] = tuple(TARGETS)) -> str:
+    """Return the table: text, target, figure with quartiles, n, machine, command; then the machines."""
+    machines: list[str] = []
+    lines = ["| | target | figure | n | on | `python -m benchmarks` |", "|---|---|---|---|---|---|"]
+    for name in names:
+        path = folder / f"{name}.json"
+        rows = read_json(path)["rows"] if path.is_file() else {}
+        for key, target in TARGETS[name].items():
+            cells = _cells(rows[key], target, machines) if key in rows else ["–"] * 3
+            lines.append(f"| {' | '.join([target.text, str(target), *cells])} | `{name}` |")
+    legend = [f"{letter}: {machine}" for letter, machine in zip(ascii_uppercase, machines, strict=False)]
+    return "\n".join([*lines, "", f"{'; '.join(legend)}."])
 
 
-def _beside(beside: Mapping[str, Any]) -> list[str]:
-    """What stands beside a figure, a line for what is a list of lines, and one for all that is short."""
-    long = [
-        f"{key}: {line}"
-        for key, value in beside.items()
-        if isinstance(value, list) and key != "ratios"
-        for line in value
-    ]
-    short = [f"{key} {_short(value)}" for key, value in beside.items() if not isinstance(value, list)]
-    return [*long, *([", ".join(short)] if short else [])]
+def _cells(row: dict[str, Any], target: Target, machines: list[str]) -> list[str]:
+    """Return figure, n and the letter of the machine, which joins `machines` if it is new."""
+    machine, figure = name_machine(row["machine"]), row["figure"]
+    if machine not in machines:
+        machines.append(machine)
+    spread = "" if figure["n"] == 1 else f" [{target.number(figure['q1'])}, {target.number(figure['q3'])}]"
+    missed = ", missed" if target.judge(figure["median"]) == "missed" else ""
+    changed = " ".join(f"{name}={value}" for name, value in row["options"].items() if name in SHOWN)
+    text = (
+        f"{target.number(figure['median'])} {target.unit}".strip()
+        + spread
+        + missed
+        + (f" ({changed})" if changed else "")
+    )
+    return [text, str(figure["n"]), ascii_uppercase[machines.index(machine)]]
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, dict) and "median" in value:
-        value = value["median"]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _row(bar: Bar, found: Finding) -> dict[str, Any]:
-    return {
-        "what": bar.what,
-        "unit": bar.unit,
-        "bar": bar.limit,
-        "at": "most" if bar.most else "least",
-        "figure": found.figure.as_json(),
-        "verdict": bar.verdict(found.figure.median),
-        **found.beside,
-    }
+if __name__ == "__main__":
+    print(markdown_table(Path(sys.argv[1] if len(sys.argv) > 1 else Options().results)))

@@ -1,95 +1,54 @@
-"""A stage as it is, with clocks around a part of it: `python -m benchmarks.watched WATCH STAGE KEY=VALUE…`.
+"""A stage with a clock around a part of it: `python -m benchmarks.watched WATCH STAGE KEY=VALUE…`.
 
-The stage runs as `python -m jobs STAGE …` would run it, in this process; what the clocks saw is the last line of stdout,
-as JSON. The clocks are read twice an epoch, or once.
+The stage runs in this process as `python -m jobs STAGE …` would run it. The last line on stdout is what the clock read, as JSON.
 """
 
+import importlib
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.clocks import Reading
-from benchmarks.turns import my_turn
-from fivefold.choose import choose
-from fivefold.process import load
+from benchmarks.processes import Timer, wait_for_turn
 from jobs.__main__ import main as jobs_main
 
 
-def main(arguments: Sequence[str]) -> int:
-    seen: dict[str, Any] = {}
-    choose(WATCHES, "watch", arguments[0])(seen)
-    code = jobs_main(arguments[1:])
-    print(json.dumps(seen), flush=True)
-    return code
-
-
-def epochs(seen: dict[str, Any]) -> None:
-    """`passes`: of each epoch the training pass with its loader, without the validation; the device is waited for.
-
-    A pass begins when it is this process's turn.
-    """
-    from fivefold.training import loop
-
+def watch_epochs(readings: dict[str, Any]) -> None:
+    """Read `passes`: the training pass of each epoch with its loader, without validation, each in its turn."""
+    loop = importlib.import_module("fivefold.training.loop")
     train_epoch = loop.train_epoch
 
-    def timed(parts: loop.Loop, progress: loop.Progress) -> Any:
-        images = sum(map(len, parts.batches(progress.epoch)))
-        my_turn()
-        begun = Reading.now()
-        result = train_epoch(parts, progress)  # it ends with figures on the CPU, so nothing is under way
-        seen.setdefault("passes", []).append(begun.since(images))
+    def timed(trainer: Any, progress: Any) -> Any:
+        images = sum(map(len, trainer.batches(progress.epoch)))
+        wait_for_turn()
+        timer = Timer()
+        result = train_epoch(trainer, progress)  # it ends with numbers on the CPU, so the device is idle
+        readings.setdefault("passes", []).append(timer.stop(images))
         return result
 
     loop.train_epoch = timed
 
 
-def stage(seen: dict[str, Any]) -> None:
-    """`stage`: all that the stage `ensemble` does, from finding the models to the last file written.
+def watch_stage(readings: dict[str, Any]) -> None:
+    """Read `passes`: one, the whole stage `ensemble`. Late imports are done before."""
+    importlib.import_module("timm")
+    importlib.import_module("fivefold.committee")
+    ensemble = importlib.import_module("jobs.ensemble")
+    main = ensemble.main
 
-    What it imports late is imported before: five seconds that `start` counts.
-    """
-    import timm  # noqa: F401
-
-    import fivefold.committee  # noqa: F401
-    from jobs import ensemble
-
-    whole = ensemble.main
-
-    def timed(*given: Any) -> Any:
-        begun = Reading.now()
-        outcome = whole(*given)
-        seen["stage"] = begun.since(outcome.metrics["images"])
+    def timed(*arguments: Any) -> Any:
+        timer = Timer()
+        outcome = main(*arguments)
+        readings["passes"] = [timer.stop(outcome.metrics["images"])]
         return outcome
 
     ensemble.main = timed
 
 
-def first_step(seen: dict[str, Any]) -> None:
-    """`first_step`: `time.monotonic()` when the first step is done; the process ends there.
-
-    The stage's torch is imported here, as the stage would.
-    """
-    updates = load("fivefold.training.updates")
-    plain = updates.UPDATES["plain"]
-
-    def watched(*parts: Any) -> Callable[..., Any]:
-        update = plain(*parts)
-
-        def first(rows: Any) -> Any:
-            results = update(rows)
-            float(results[0].loss)
-            print(json.dumps({"first_step": time.monotonic()}), flush=True)
-            os._exit(0)
-
-        return first
-
-    updates.UPDATES["plain"] = watched
-
-
-WATCHES = {"epochs": epochs, "stage": stage, "first_step": first_step}
+WATCHES = {"epochs": watch_epochs, "stage": watch_stage}
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    readings: dict[str, Any] = {}
+    WATCHES[sys.argv[1]](readings)
+    code = jobs_main(sys.argv[2:])
+    print(json.dumps(readings), flush=True)
+    sys.exit(code)

@@ -12,23 +12,21 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 from fivefold import settings as settings_
 from fivefold.choose import choose
-from fivefold.contract.failure import explained, report_failure
-from fivefold.contract.hosts import index_is_of_hosts
-from fivefold.contract.job import Job, given_channels, hyperparameters, job_from, output_data, output_dir
+from fivefold.contract.failure import explained, report_failure, report_termination
+from fivefold.contract.job import Job, given_channels, job_from, output_data, output_dir
 from fivefold.contract.layout import in_run, run_at
-from fivefold.contract.place import PARENT
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.contract.storage import SCRATCH, shown
-from fivefold.contract.termination import report_termination
+from fivefold.distributed.place import PARENT
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
 from fivefold.machine import end_with, start_no_more_threads
-from fivefold.process import leave, load
 from fivefold.recipe import Settings
 from fivefold.recipes import shipped_recipes
 from fivefold.stopping import noted, poll
@@ -41,11 +39,11 @@ log = logging.getLogger("fivefold")
 RESULTS = "test_result"
 """Where the results of a stage lie that is run by hand and told no place."""
 COMMANDS = {
-    "submit": ("jobs.submit", "run a recipe's stages in order on a platform"),
-    "status": ("jobs.status", "what of a run is done, running, failed"),
-    "trace": ("jobs.trace", "where an artifact came from, back to the images; --check takes every digest again"),
-    "serve": ("jobs.serve", "answer with a trained model over HTTP, as SageMaker's hosting asks for it"),
-    "demo": ("jobs.demo", "the whole pipeline on scikit-learn's scanned digits"),
+    "submit": (".submit", "run a recipe's stages in order on a platform"),
+    "status": (".status", "what of a run is done, running, failed"),
+    "trace": (".trace", "where an artifact came from, back to the images; --check takes every digest again"),
+    "serve": (".serve", "answer with a trained model over HTTP, as SageMaker's hosting asks for it"),
+    "demo": (".demo", "the whole pipeline on scikit-learn's scanned digits"),
 }
 
 
@@ -58,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         name, rest = stage_name(arguments, os.environ)
         if name in COMMANDS:
-            return command(name).main(rest)
+            return import_module(COMMANDS[name][0], __package__).main(rest)
     except (KeyboardInterrupt, Exception) as error:
         return fail(error, os.environ)
     return run(name, rest)
@@ -76,14 +74,15 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
     try:
         if stage.by_argument:
             arguments, environ = paths_given(stage, arguments, environ)
-        code = company.run_by_others(stage, arguments, environ, lambda: settings_.load(layers(arguments, environ)))
+        settings_once = cache(lambda: settings_of(stage, arguments, environ))
+        code = company.run_by_others(stage, arguments, environ, settings_once)
         if code is not None:
             return code
         start_no_more_threads(os.environ)
         parent = environ.get(PARENT, "")
         end_with(parent)
         with noted(at_once=not parent), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
-            settings = settings_of(stage, arguments, environ)
+            settings = settings_once()
             if settings.run:
                 environ = in_run(stage, environ, run_at(settings.runs, settings.run), settings.fold)
             job = job_from(stage, environ, Path(scratch))
@@ -135,9 +134,9 @@ def run_stage(job: Job, settings: Settings) -> None:
     if job.stage.writes_model:
         job = with_own_checkpoints(job, key)
     poll()
-    outcome = load(job.stage.module).main(job, settings)
+    outcome = import_module(job.stage.module, __package__).main(job, settings)
     poll()
-    write_record(folder, job, key, outcome.outputs, outcome.metrics, clock, outcome.digests)
+    write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
     job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
     if job.stage.writes_model:
         job.remote.forget(job.checkpoints())
@@ -157,22 +156,11 @@ def with_own_checkpoints(job: Job, key: Key) -> Job:
 
 def settings_of(stage: Stage, arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """The settings of this process: arguments over environment over hyperparameters over the recipe."""
-    found = layers(arguments, environ)
-    settings = settings_.load(found)
-    if unused := settings_.unused_keys(found[0], stage.sections):
+    layers = settings_.layers_of(arguments, environ)
+    settings = settings_.load(layers)
+    if unused := settings_.unused_keys(layers[0], stage.sections):
         log.info("%s does not use: %s", stage.name, ", ".join(unused))
     return settings
-
-
-def layers(arguments: Sequence[str], environ: Mapping[str, str]) -> list[settings_.Layer]:
-    """Where this process gets settings from, strongest first; the recipe and the defaults come after them."""
-    given = {settings_.normal_key(name): value for name, value in hyperparameters(environ).items()}
-    return [
-        settings_.arguments_layer(arguments),
-        settings_.environment_layer(environ),
-        settings_.Layer("hyperparameters", given),
-        settings_.index_layer({} if index_is_of_hosts(environ) else environ),
-    ]
 
 
 def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -184,8 +172,8 @@ def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[st
     rest = list(arguments[1:] if first else arguments)
     name = first
     if first in (None, "train"):
-        found = layers([argument for argument in rest if "=" in argument], environ)
-        given = next((layer.values["stage"] for layer in found if layer.values.get("stage")), None)
+        layers = settings_.layers_of([argument for argument in rest if "=" in argument], environ)
+        given = next((layer.values["stage"] for layer in layers if layer.values.get("stage")), None)
         name = (
             value_of(str, given)
             if given
@@ -196,10 +184,6 @@ def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[st
     name = name.strip().lower().replace("_", "-")
     choose({**STAGES, **COMMANDS}, "stage", name)
     return name, rest
-
-
-def command(name: str) -> ModuleType:
-    return load(COMMANDS[name][0])
 
 
 def fail(error: BaseException, environ: Mapping[str, str]) -> int:
@@ -270,5 +254,10 @@ def stage_help(stage: Stage) -> str:
     )
 
 
+def command_line() -> None:
+    """The console command `fivefold`."""
+    sys.exit(main(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    command_line()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from fivefold.contract.files import atomic, read_json, tree_files, write_json, w
 from fivefold.contract.job import Job
 from fivefold.contract.stages import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
 from fivefold.contract.submissions import find_submissions
+from fivefold.csv_tables import open_csv
 from fivefold.errors import DataError, MissingInputError
 from fivefold.evaluation import comparison, truth
 from fivefold.evaluation.comparison import Experiment
-from fivefold.inference.submitted import has_ids, names_classes_alone, read_submitted, system_name
+from fivefold.inference.submitted import names_classes_alone, read_submitted, system_name
 from fivefold.predictions import mean_by_id
 from fivefold.recipe import Settings
 
@@ -65,12 +67,12 @@ def found_experiments(job: Job, runs: Sequence[str], files: Sequence[str]) -> li
     folders = [path for path in sorted(channel.iterdir()) if path.is_dir()] if channel else []
     found = [of_run(path) for path in [*folders, *map(Path, runs)]]
     found += [of_file(path) for path in [*find_submissions(job), *map(Path, files)]]
-    for name in {each.name for each in found if [other.name for other in found].count(each.name) > 1}:
-        # Files of one name in several folders go by their folder too.
-        found = [replace(e, name=f"{Path(e.source).parent.name}/{name}") if e.name == name else e for e in found]
-    twice = sorted({each.name for each in found if [other.name for other in found].count(each.name) > 1})
-    if twice:
-        raise DataError(f"two experiments are called {twice[0]!r}; rename the folder or the file of one")
+    counts = Counter(each.name for each in found)
+    # Files of one name in several folders go by their folder too.
+    found = [replace(e, name=f"{Path(e.source).parent.name}/{e.name}") if counts[e.name] > 1 else e for e in found]
+    name, count = Counter(each.name for each in found).most_common(1)[0] if found else ("", 0)
+    if count > 1:
+        raise DataError(f"two experiments are called {name!r}; rename the folder or the file of one")
     if len(found) < 2:
         raise MissingInputError(
             f"{len(found)} experiments are too few to compare: give compare.runs=A,B (folders of runs), "
@@ -111,7 +113,7 @@ def of_run(folder: Path) -> Experiment:
     table = predictions.read(file.parent / PREDICTIONS) if kept else None
     systems = ", ".join(sorted({str(info["system"]) for info in folds.values()}))
     words = f"{len(folds)} fold models of {systems}" if folds else ""
-    return Experiment(folder.resolve().name, str(folder), file, table, fuller=kept, oof=oof, oof_words=words)
+    return Experiment(folder.resolve().name, str(folder), file, table, oof=oof, oof_words=words)
 
 
 def with_tables(experiments: Sequence[Experiment], labels: Mapping[str, str]) -> list[Experiment]:
@@ -122,12 +124,11 @@ def with_tables(experiments: Sequence[Experiment], labels: Mapping[str, str]) ->
     read = {each.name: each.table for each in experiments if each.table is not None}
     ids = next((table.ids.tolist() for table in read.values()), list(labels))
     files = {each.name: each.file for each in experiments if each.file is not None and each.name not in read}
-    columns = {name: ids if has_ids(file, ids) else None for name, file in files.items()}
-    read |= {name: read_submitted(file, columns[name]) for name, file in files.items()}
+    read |= {name: read_submitted(file, ids, all_ids=False) for name, file in files.items()}
     certain = {name for name, file in files.items() if names_classes_alone(file)}
     known = sorted({name for key, table in read.items() if key not in certain for name in table.classes})
     known = known or sorted({name for table in read.values() for name in table.classes})
-    read |= {name: read_submitted(files[name], columns[name], classes=known) for name in certain}
+    read |= {name: read_submitted(files[name], ids, known, all_ids=False) for name in certain}
     return [replace(each, table=read.get(each.name), labels_only=each.name in certain) for each in experiments]
 
 
@@ -145,17 +146,13 @@ def write_tables(
     notes: Sequence[str],
 ) -> list[Path]:
     """The figures as CSV and JSON, and all submissions under one another, where there are any; the files written."""
-    written = [folder / "comparison.csv", folder / "comparison.json"]
-    with atomic(written[0]) as temporary:
-        comparison.write_figures(temporary, experiments, tables)
+    written = [comparison.write_figures(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
     write_json(written[1], as_json(experiments, tables, alike, notes))
     (folder / STACKED).unlink(missing_ok=True)
     submitted = next((each.file for each in experiments if each.file is not None), None)
     if submitted is not None:
-        written.append(folder / STACKED)
-        id_column = truth.read_cells(submitted, 1)[0][0]
-        with atomic(written[-1]) as temporary:
-            comparison.write_stacked(temporary, experiments, id_column)
+        id_column = open_csv(submitted).columns[0]
+        written.append(comparison.write_stacked(folder / STACKED, experiments, id_column))
     return written
 
 
@@ -165,21 +162,15 @@ def as_json(
     alike: comparison.Pairs | None,
     notes: Sequence[str],
 ) -> dict[str, Any]:
+    """All figures, and the matrices of likeness, null where a number of theirs is undefined."""
     every = [
         {"experiment": each.name, "source": each.source, "oof_rows_of": each.oof_words}
         | {name: figures[at] for name, figures in tables.items()}
         for at, each in enumerate(experiments)
     ]
-    if alike is None:
-        return {"experiments": every, "likeness": None, "notes": list(notes)}
-    matrices = {name: plain(getattr(alike, name)) for name in ("agreement", "correlation")}
-    return {
-        "experiments": every,
-        "likeness": {"names": list(alike.names.values()), "rows": alike.rows, **matrices},
-        "notes": list(notes),
-    }
-
-
-def plain(matrix: np.ndarray) -> list[list[float | None]]:
-    """A matrix as lists, null where a number is undefined."""
-    return [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in matrix]
+    likeness = None
+    if alike is not None:
+        likeness = {"names": list(alike.names.values()), "rows": alike.rows}
+        for name, matrix in (("agreement", alike.agreement), ("correlation", alike.correlation)):
+            likeness[name] = [[None if np.isnan(cell) else round(float(cell), 6) for cell in row] for row in matrix]
+    return {"experiments": every, "likeness": likeness, "notes": list(notes)}

@@ -5,21 +5,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fivefold import assemble, distillation, members
+from fivefold import assemble, distillation
 from fivefold.contract.artifacts import ModelDir, check_split, find_models
 from fivefold.contract.job import Job
-from fivefold.contract.stages import TRAIN_LOG
 from fivefold.data.folds import FoldTable
 from fivefold.data.images import is_image
+from fivefold.distributed.replicas import Replicas
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
 from fivefold.recipe import Settings
-from fivefold.replicas import Replicas
-from fivefold.training.loop import ValidRows
-from fivefold.training.trackers import close_trackers
 
-from . import images, training
+from . import images
 from .outcome import Outcome
+from .training import read_split, start_run
 
 log = logging.getLogger("fivefold")
 
@@ -28,62 +26,30 @@ def main(job: Job, settings: Settings) -> Outcome:
     """Trains the student; its model dir (`role: student`), and its holdout figures where there is a holdout."""
     student = settings.student()
     assemble.check_training(student)
-    split, table = training.read_split(job, student.model.factors)
-    models = find_models(job)
-    check_members([(model.name, model.info) for model in models])
+    split, table = read_split(job, student.model.factors)
+    models = find_models(job.channel("model"), job.scratch)
+    check_members(models)
     check_split(models, split)
     check_factors(models, table)
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()
     store = images.open_split(job, table, student)
     patience = allowed_patience(settings.distill.patience, len(aside))
 
-    replicas = Replicas(job.place)
-    pupils = distillation.Pupils(table, rows, store, replicas, job.scratch)
+    pupils = distillation.Pupils(table, rows, store, Replicas(job.place), job.scratch)
     lesson = distillation.teach(settings.distill.teacher, models, pupils, settings.distill.views)
     log.info("student: %d rows, taught by %s", len(rows), lesson.teacher)
 
-    assemble.seed_everything(student.seed)
-    network = assemble.build_classifier(student.model, len(table.classes))
-    assemble.start_weights(network, student.model, job.optional_channel("weights"))
-    student, runtime = training.settled(job, student, network, replicas)
-    free = assemble.check_memory(network, student, runtime)
-    training.check_disk(job, network, student)
-
+    run = start_run(job, student, split, table, store, "student")
     unseen = unlabelled(job, models, pupils)
-    train = distillation.taught(pupils, lesson, unseen, student, runtime)
-    train = assemble.on_device(train, student, runtime, free)
-    valid = ValidRows(members.evaluation_images(store, table, aside, student), table.codes[aside])
-    loop = assemble.build_loop(
-        label="student",
-        network=network,
-        train=train,
-        valid=valid if len(aside) else None,
-        settings=student,
-        runtime=runtime,
-        select=patience > 0,
-        patience=patience,
-    )
-    best, trackers = training.fit(loop, job, student, None)
-
-    model = training.load_best(loop, best)
-    holdout_files, holdout_scores = training.save_holdout(job, model, store, table, student, runtime, valid.images)
-    if not job.place.leads:
-        return Outcome([])
+    train = distillation.taught(pupils, lesson, unseen, run.settings, run.runtime)
+    run.fit(train, aside, patience, select=patience > 0, fold=None)
     facts = {
-        "fold": None,
-        **training.split_facts(split, table),
-        **training.processes(job),
         "teacher": lesson.teacher,
         "leak_free": lesson.leak_free,
         "selected_on": "holdout" if patience else None,
         "unlabeled": len(unseen.paths) if unseen else 0,
     }
-    files = [job.model() / TRAIN_LOG, *holdout_files]
-    files += members.save_member(job.model(), "student", best, student, runtime, facts)
-    training.draw_curves(job)
-    close_trackers(trackers, holdout_scores)
-    told = {"leak_free": lesson.leak_free, "rows": len(train.images), **holdout_scores, **loop.throughput.figures()}
-    return Outcome(files, told)
+    return run.finish("student", facts, {"leak_free": lesson.leak_free, "rows": len(train.images)})
 
 
 def check_factors(models: list[ModelDir], table: FoldTable) -> None:

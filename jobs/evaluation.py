@@ -5,7 +5,10 @@ import logging
 
 from fivefold.contract.job import Job
 from fivefold.contract.stages import OUTPUT
-from fivefold.evaluation.truth import read_answers, read_cells, read_truth, score_answers, truth_file
+from fivefold.csv_tables import open_csv
+from fivefold.errors import MissingInputError
+from fivefold.evaluation.truth import read_truth, score_answers, truth_file
+from fivefold.inference.submitted import read_submitted
 from fivefold.recipe import Settings
 
 from .outcome import Outcome
@@ -18,7 +21,11 @@ def main(job: Job, settings: Settings) -> Outcome:
     file = (job.optional_channel("predictions") or job.output()) / OUTPUT
     truth = truth_file(job.channel("ground_truth"))
     log.info("evaluation: %s against %s", file, truth)
-    answers = read_answers(file)
-    scores = score_answers(answers, read_truth(truth, read_cells(file, 1)[0][0], answers), truth)
+    if not file.is_file():
+        raise MissingInputError(f"no answers at {file}; run inference first, with the same output folder")
+    table = read_submitted(file)
+    guesses = table.log_probs.argmax(axis=1)
+    answers = {name: table.classes[code] for name, code in zip(table.ids, guesses, strict=True)}
+    scores = score_answers(answers, read_truth(truth, open_csv(file).columns[0], answers), truth)
     print(json.dumps(scores), flush=True)
     return Outcome([], scores)

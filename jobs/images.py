@@ -1,7 +1,7 @@
 """Where a stage's images are read from: the files of a channel, and what a cache holds of them decoded."""
 
 import logging
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,8 @@ from fivefold.contract.artifacts import locate_all
 from fivefold.contract.job import Job
 from fivefold.contract.layout import CACHES
 from fivefold.contract.s3.urls import is_url
-from fivefold.data.cache import DECODER, HEAD, Cache
-from fivefold.data.cached import CachedStore, with_caches
-from fivefold.data.caching import Source, cached_once, in_words
 from fivefold.data.folds import FoldTable
+from fivefold.data.image_cache import DECODER, HEAD, Cache, cached_once, files_of, in_words
 from fivefold.data.images import Pixels, pixels_of
 from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import MissingInputError, SettingsError
@@ -25,12 +23,12 @@ OFF = ("", "off")
 AUTO = "auto"
 
 
-def open_images(job: Job, channel: str) -> ImageStore | CachedStore:
+def open_images(job: Job, channel: str) -> ImageStore:
     """The store of a channel, with what the caches of the cache channel hold of it."""
-    return with_caches(open_store(job.channel(channel)), channel_caches(job))
+    return replace(open_store(job.channel(channel)), caches=channel_caches(job))
 
 
-def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore | CachedStore:
+def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore:
     """The store of the train channel, with what a cache holds of the rows of the split.
 
     That is the cache channel's, or else the one below `data.cache`, which the first process that asks makes.
@@ -38,12 +36,18 @@ def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore | C
     store, pixels = open_store(job.channel("train")), pixels_of(settings.data)
     rows = np.arange(len(table))
     digests = table.sha256_of(rows)
-    caches = channel_caches(job, pixels) or first_use(
-        Source(store, table.paths_of(rows), digests), pixels, cache_folder(settings), settings.data.cache_gib
-    )
-    if caches:
-        tell(caches, digests)
-    return with_caches(store, caches)
+    known = [file for file in files_of(store, table.paths_of(rows), digests) if file.sha256]
+    caches = channel_caches(job, pixels)
+    folder = cache_folder(settings)
+    if not caches and folder is not None and known:
+        cache = cached_once(folder, known, pixels, settings.data.cache_gib)
+        caches = [] if cache is None else [cache]
+    lacking = np.all([cache.find(digests) < 0 for cache in caches], axis=0).sum() if caches else 0
+    rest = f"; {lacking} of {len(digests)} are not there and read from their files" if lacking else ""
+    for cache in caches:
+        size = f"{len(cache)} images, {cache.pixels.in_words}, {in_words(cache.bytes)}"
+        log.info("image cache: %s (%s)%s", cache.folder, size, rest)
+    return replace(store, caches=caches)
 
 
 def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
@@ -55,14 +59,15 @@ def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
     folder = job.optional_channel("cache")
     if folder is None:
         return []
-    found = [Cache(path.parent) for path in locate_all(job, "cache", HEAD)]
+    found = [Cache(path.parent) for path in locate_all(folder, job.scratch, HEAD)]
     if not found:
         raise MissingInputError(f"no {HEAD} below the channel 'cache' ({folder}): give the output of prepare")
     for cache in found:
         if job.place.local_rank == 0:
             cache.verify()
-        if cache.decoder != DECODER:
-            log.warning("%s was decoded by %s, not by this %s: pixels may differ", cache.folder, cache.decoder, DECODER)
+        by = cache.head.decoder
+        if by != DECODER:
+            log.warning("%s was decoded by %s, not by this %s: pixels may differ", cache.folder, by, DECODER)
     fitting = [cache for cache in found if pixels in (None, cache.pixels)]
     if not fitting:
         raise SettingsError(
@@ -70,16 +75,6 @@ def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
             f"{pixels.in_words}: run prepare with the same data.store_size and data.scaled_decoding, or leave it out"
         )
     return fitting
-
-
-def first_use(source: Source, pixels: Pixels, folder: Path | None, most_gib: float) -> list[Cache]:
-    """The cache of these images in `folder`, made if it is not there; none where there is no folder, or no room."""
-    known = [row for row, digest in enumerate(source.sha256) if digest]
-    if folder is None or not known:
-        return []
-    images = Source(source.store, source.paths[known], source.sha256[known])
-    cache = cached_once(folder, images, pixels, most_gib)
-    return [] if cache is None else [cache]
 
 
 def cache_folder(settings: Settings) -> Path | None:
@@ -94,12 +89,3 @@ def cache_folder(settings: Settings) -> Path | None:
             f"data.cache={chosen} is a folder of this machine, no URL; prepare makes a cache that is kept at one"
         )
     return None if chosen in OFF else Path(chosen)
-
-
-def tell(caches: Sequence[Cache], digests: Sequence[str | None]) -> None:
-    """Logs where the caches lie, how large they are, and how many rows they lack."""
-    lacking = int(np.all([cache.find(digests) < 0 for cache in caches], axis=0).sum())
-    rest = f"; {lacking} of {len(digests)} are not there and read from their files" if lacking else ""
-    for cache in caches:
-        size = f"{len(cache)} images, {cache.pixels.in_words}, {in_words(cache.bytes)}"
-        log.info("image cache: %s (%s)%s", cache.folder, size, rest)

@@ -7,10 +7,9 @@ import numpy as np
 from fivefold.contract.artifacts import locate
 from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, FOLDS
-from fivefold.data.cache import HEAD, INDEX, PIXELS
-from fivefold.data.caching import Source, in_words, key_of_images, made, survey
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import read_folds
+from fivefold.data.image_cache import HEAD, INDEX, PIXELS, ImageFile, files_of, in_words, key_of, open_or_build, survey
 from fivefold.data.images import is_image, pixels_of
 from fivefold.data.store import open_store
 from fivefold.recipe import Settings
@@ -23,28 +22,23 @@ log = logging.getLogger("fivefold")
 def main(job: Job, settings: Settings) -> Outcome:
     """Decodes the images of all channels that are given into a folder of the output, which is named by what it holds."""
     pixels = pixels_of(settings.data)
-    images = survey(sources(job, settings), pixels)
-    folder = job.output() / key_of_images(images, pixels)
-    cache = made(folder, images, pixels, settings.data.cache_gib)
+    images = survey(image_files(job, settings), pixels)
+    folder = job.output() / key_of([image.sha256 for image in images], pixels)
+    cache = open_or_build(folder, lambda: images, pixels, settings.data.cache_gib)
     log.info("%d images, %s, %s: %s", len(cache), pixels.in_words, in_words(cache.bytes), folder)
-    others = sorted(path.parent.name for path in job.output().glob(f"*/{HEAD}") if path.parent != folder)
-    if others:
-        log.info("caches of other images or settings are left alone: %s", ", ".join(others))
     files = [folder / PIXELS, folder / INDEX, folder / HEAD]
     return Outcome(files, {"images": len(cache), "bytes": cache.bytes})
 
 
-def sources(job: Job, settings: Settings) -> list[Source]:
+def image_files(job: Job, settings: Settings) -> list[ImageFile]:
     """The images of the split, of the eval channel and of the unlabelled one, as far as they are given."""
     table = read_folds(locate(job, "folds", FOLDS), locate(job, "folds", CLASSES))
     rows = np.arange(len(table))
-    found = [Source(open_store(job.channel("train")), table.paths_of(rows), table.sha256_of(rows))]
+    files = files_of(open_store(job.channel("train")), table.paths_of(rows), table.sha256_of(rows))
     if job.optional_channel("eval") is not None:
         store = open_store(job.channel("eval"))
-        paths = read_eval(store, settings.data.id_column, settings.data.path_column).paths
-        found.append(Source(store, paths, [None] * len(paths)))
+        files += files_of(store, read_eval(store, settings.data.id_column, settings.data.path_column).paths)
     if job.optional_channel("unlabeled") is not None:
         store = open_store(job.channel("unlabeled"))
-        names = [name for name in store.names() if is_image(name)]
-        found.append(Source(store, names, [None] * len(names)))
-    return found
+        files += files_of(store, [name for name in store.names() if is_image(name)])
+    return files

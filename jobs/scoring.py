@@ -7,12 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from fivefold import predictions
 from fivefold.contract.artifacts import ModelDir, find_models, find_predictions, locate, locate_all
 from fivefold.contract.files import read_json
 from fivefold.contract.job import Job
 from fivefold.contract.record import record_path
 from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS, RECORD, TRAIN_LOG
+from fivefold.csv_tables import open_csv
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import read_folds
 from fivefold.data.images import decode
@@ -21,8 +24,10 @@ from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import DataError
 from fivefold.evaluation import truth
 from fivefold.evaluation.report import thumbnail
-from fivefold.evaluation.tables import Mistake, Scored, stacked
+from fivefold.evaluation.tables import Scored, stacked
+from fivefold.inference.ensemble import by_system
 from fivefold.inference.product import factors_of, needs_product, product_of
+from fivefold.inference.submitted import names_classes_alone, read_submitted
 from fivefold.predictions import Predictions, mean_by_id
 from fivefold.recipe import Data
 
@@ -39,11 +44,13 @@ class Evidence:
 
     @cached_property
     def models(self) -> list[ModelDir]:
-        return find_models(self.job) if self.job.optional_channel("model") else []
+        folder = self.job.optional_channel("model")
+        return find_models(folder, self.job.scratch) if folder else []
 
     @cached_property
     def predicted(self) -> dict[str, Path]:
-        found = find_predictions(self.job) if self.job.optional_channel("predictions") else {}
+        folder = self.job.optional_channel("predictions")
+        found = find_predictions(folder, self.job.scratch) if folder else {}
         if ENSEMBLE in found and not record_path(found[ENSEMBLE].parent, "ensemble").is_file():
             log.warning(
                 "%s has no record (%s) of the ensemble stage, which failed or is still running, or was copied in part: "
@@ -63,18 +70,8 @@ class Evidence:
         """The split: of its own channel, or found beside the models."""
         if self.job.optional_channel("folds"):
             return locate(self.job, "folds", FOLDS)
-        beside = locate_all(self.job, "model", FOLDS) if self.job.optional_channel("model") else []
-        return beside[0] if beside else None
-
-    @cached_property
-    def eval_store(self) -> ImageStore | None:
-        path = self.job.optional_channel("eval")
-        return open_store(path) if path else None
-
-    @cached_property
-    def train_store(self) -> ImageStore | None:
-        path = self.job.optional_channel("train")
-        return open_store(path) if path else None
+        folder = self.job.optional_channel("model")
+        return next(iter(locate_all(folder, self.job.scratch, FOLDS)), None) if folder else None
 
     def test(self) -> Scored | None:
         """The predicted test rows with their ground truth; None where no ground truth is given."""
@@ -94,17 +91,17 @@ class Evidence:
 
     def holdout(self) -> Scored | None:
         """The rows set aside by the split: the ensemble's predictions, or else the mean of the models'."""
+        found = [] if HOLDOUT in self.predicted else self._tables(HOLDOUT)
         if HOLDOUT in self.predicted:
             table, what = predictions.read(self.predicted[HOLDOUT]), self._ensemble_in_words()
+        elif needs_product([model.info for model, _ in found]):
+            table, what = _product(found), _models_in_words(self.models, "product of ")
+        elif found:
+            table = mean_by_id([table for _, table in found])
+            what = _models_in_words(self.models, "equal mean of ")
         else:
-            found = self._tables(HOLDOUT)
-            if not found:
-                return None
-            joined = needs_product([model.info for model, _ in found])
-            table = _product(found) if joined else mean_by_id([table for _, table in found])
-            what = _models_in_words(self.models, "product of " if joined else "equal mean of ")
-        table = stacked([table])
-        return Scored("holdout", what, f"the {len(table):,} rows that the split set aside", table, self._train_paths())
+            return None
+        return self._of_split("holdout", what, [table], "rows that the split set aside")
 
     def out_of_fold(self) -> Scored | None:
         """All out-of-fold rows of all models under one another; None without any."""
@@ -112,14 +109,17 @@ class Evidence:
         if not found:
             return None
         if needs_product([model.info for model, _ in found]):
-            table, what = _product(found), _models_in_words(self.models, "product of ")
-            words = f"the {len(table):,} out-of-fold rows of the split"
-            return Scored("oof", what, words, stacked([table]), self._train_paths())
-        tables = [table for _, table in found]
-        words = f"the {sum(map(len, tables)):,} out-of-fold rows of the split"
-        return Scored(
-            "oof", _models_in_words(self.models) + ", each alone", words, stacked(tables), self._train_paths()
-        )
+            tables, what = [_product(found)], _models_in_words(self.models, "product of ")
+        else:
+            tables, what = [table for _, table in found], f"{_models_in_words(self.models)}, each alone"
+        return self._of_split("oof", what, tables, "out-of-fold rows of the split")
+
+    def _of_split(self, name: str, what: str, tables: Sequence[Predictions], which: str) -> Scored:
+        """The rows of the `tables`, with the paths that the split has of them."""
+        table = stacked(tables)
+        split = read_folds(self.split) if self.split else None
+        paths = dict(zip(split.ids.to_pylist(), split.paths.to_pylist(), strict=True)) if split else {}
+        return Scored(name, what, f"the {len(table):,} {which}", table, paths)
 
     def folds(self) -> list[tuple[ModelDir, Predictions]]:
         """Each model that has out-of-fold rows, with them."""
@@ -133,11 +133,11 @@ class Evidence:
         short = one_seed and one_system and len(logs) > 1
         return {f"fold {m.info['fold']}" if short else m.name: path for m, path in logs}
 
-    def thumbnails(self, name: str, mistakes: Sequence[Mistake]) -> dict[tuple[str, str], bytes]:
+    def thumbnails(self, name: str, mistakes: pd.DataFrame) -> dict[tuple[str, str], bytes]:
         """Small images of `mistakes` among the rows `name`, by (name, id); those that cannot be read are left out."""
-        store = self.eval_store if name == "test" else self.train_store
+        store = self._store("eval" if name == "test" else "train")
         found = {}
-        for mistake in mistakes if store else ():
+        for mistake in mistakes.itertuples() if store else ():
             path = mistake.path or mistake.id
             try:
                 found[name, mistake.id] = thumbnail(decode(store.read(path), path))
@@ -166,6 +166,10 @@ class Evidence:
         systems = sorted({model.info["system"] for model in self.models})
         return ", ".join(systems) or self._predictions().system or "predictions"
 
+    def _store(self, channel: str) -> ImageStore | None:
+        path = self.job.optional_channel(channel)
+        return open_store(path) if path else None
+
     def _tables(self, file: str) -> list[tuple[ModelDir, Predictions]]:
         """Each model that has the table `file`, with it."""
         return [(model, predictions.read(model.path / file)) for model in self.models if (model.path / file).is_file()]
@@ -183,12 +187,16 @@ class Evidence:
 
     def _predictions(self) -> Predictions:
         path = self._predictions_file()
-        return truth.read_submission(path) if path.suffix == ".csv" else predictions.read(path)
+        if path.suffix != ".csv":
+            return predictions.read(path)
+        if names_classes_alone(path):
+            raise DataError(f"{path} holds no probabilities, of which evaluate speaks; score classes by `evaluation`")
+        return read_submitted(path)
 
     def _id_column(self) -> str:
         """What a submission of the predictions calls their ids; "" where nothing says it."""
         path = self._predictions_file()
-        return truth.read_cells(path, 1)[0][0] if path.suffix == ".csv" else self.ensemble.get("id_column", "")
+        return open_csv(path).columns[0] if path.suffix == ".csv" else self.ensemble.get("id_column", "")
 
     def _ensemble_in_words(self) -> str:
         members = self.ensemble.get("members", [])
@@ -199,26 +207,19 @@ class Evidence:
             return f"ensemble of {len(members)} models of {systems}"
         return f"predictions {next(iter(self.predicted.values())).name}"
 
-    def _train_paths(self) -> Mapping[str, str]:
-        if self.split is None:
-            return {}
-        table = read_folds(self.split)
-        return dict(zip(table.ids.to_pylist(), table.paths.to_pylist(), strict=True))
-
     def _eval_paths(self) -> Mapping[str, str]:
-        if self.eval_store is None:
+        store = self._store("eval")
+        if store is None:
             return {}
-        table = read_eval(self.eval_store, self.data.id_column, self.data.path_column)
+        table = read_eval(store, self.data.id_column, self.data.path_column)
         return dict(zip(table.ids, table.paths, strict=True))
 
 
 def _product(found: Sequence[tuple[ModelDir, Predictions]]) -> Predictions:
     """The tables of models that know different factors as one: the mean of each system's, multiplied."""
-    groups: dict[str, list[tuple[ModelDir, Predictions]]] = {}
-    for model, table in found:
-        groups.setdefault(model.info["system"], []).append((model, table))
-    product = product_of({name: [(model.name, model.info) for model, _ in group] for name, group in groups.items()})
-    return product.table({name: mean_by_id([table for _, table in group]) for name, group in groups.items()})
+    groups = by_system([model for model, _ in found])
+    tables = {name: [table for model, table in found if model.system == name] for name in groups}
+    return product_of(groups).table({name: mean_by_id(group) for name, group in tables.items()})
 
 
 def _models_in_words(models: Sequence[ModelDir], prefix: str = "") -> str:

@@ -21,32 +21,28 @@ from fivefold.contract.stages import STAGES
 from fivefold.contract.storage import SCRATCH
 from fivefold.errors import MissingInputError
 from fivefold.recipe import Settings
-from fivefold.sections import Serve
-from fivefold.settings import Layer, describe, load, normal_key, unused_keys
+from fivefold.settings import Layer, describe, layers_of, load, normal_key, unused_keys
 from fivefold.stopping import noted
 
 if TYPE_CHECKING:
     from fivefold.committee import Committee
-    from fivefold.serving.bodies import Limits
 
 log = logging.getLogger("fivefold")
 
 PORT = "SAGEMAKER_BIND_TO_PORT"
-USED = ("  recipe ", "  predict.device ", "  predict.views ", "  serve.")
-"""How the lines of the help begin of keys that are used here; each model predicts as its own recipe says."""
+KEYS = ("recipe", "predict.device", "predict.views", "serve")
+"""What is used here; otherwise each model predicts as its own recipe says."""
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Serves until it is told to stop, which is a StoppedError like any stage's."""
     if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__.strip()}\n\nkeys, as arguments or environment (SERVE__PORT=8081):\n{keys()}")
+        print(f"{__doc__.strip()}\n\nkeys, as arguments or environment (SERVE__PORT=8081):\n{describe(KEYS)}")
         return 0
     path, rest = taken_apart(arguments)
-    from .__main__ import layers
-
-    found = [*layers(rest, environ), port_layer(environ)]
-    settings = load(found)
-    if unused := unused_keys(found[0], ("predict", "serve")):
+    layers = [*layers_of(rest, environ), port_layer(environ)]
+    settings = load(layers)
+    if unused := unused_keys(layers[0], ("predict", "serve")):
         log.info("serve does not use: %s", ", ".join(unused))
     path = path or model_path(environ, settings)
     from fivefold.serving.server import address, listen, serve
@@ -56,15 +52,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         with listen(options.host, options.port) as listener:
             log.info("listens at %s, loads %s", address(listener), path)
-            service = Service(limits_of(options))
+            service = Service(options)
             serve(listener, service, lambda: model_at(path, settings, Path(scratch)), options.drain_s)
     return 0
-
-
-def keys() -> str:
-    """The keys that are used here, a line each."""
-    lines = describe(("recipe", "predict", "serve")).splitlines()
-    return "\n".join(line for line in lines if line.startswith(USED))
 
 
 def taken_apart(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -91,30 +81,14 @@ def model_path(environ: Mapping[str, str], settings: Settings) -> str:
     return path or str(hosted)
 
 
-def limits_of(serve: Serve) -> "Limits":
-    """The limits in the units of the server: seconds, bytes, pixels."""
-    from fivefold.serving.bodies import MILLION, Limits
-
-    return Limits(
-        batch_size=serve.batch_size,
-        max_wait=serve.max_wait_ms / 1000,
-        queue=serve.queue,
-        max_body=serve.max_body_mb * MILLION,
-        max_pixels=serve.max_megapixels * MILLION,
-        timeout=serve.timeout_s,
-    )
-
-
 def model_at(path: str, settings: Settings, scratch: Path) -> "Committee":
     """The models of the path, loaded and tried on a grey image; what is at s3:// is fetched first."""
-    job = job_from(STAGES["predict"], {"SM_CHANNEL_MODEL": path}, scratch)
-    job.channel("model")
+    folder = job_from(STAGES["predict"], {"SM_CHANNEL_MODEL": path}, scratch).channel("model")
     import numpy as np
 
     from fivefold.committee import load_committee
 
-    explicit = {key: getattr(settings.predict, key) for key in settings.predict.model_fields_set}
-    committee = load_committee(job, explicit)
+    committee = load_committee(folder, scratch, settings.predict.model_dump(exclude_unset=True))
     grey = committee.prepare(dict.fromkeys(committee.kinds, np.full((64, 64, 3), 128, np.uint8)))
     for size in (settings.serve.batch_size, 1):
         committee.judge([grey] * size)

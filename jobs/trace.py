@@ -6,16 +6,16 @@ digest on the way is taken again: outputs, what each stage read, and the images 
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fivefold.contract import lineage, storage
-from fivefold.contract.lineage import Made
+from fivefold.contract.lineage import Node
 from fivefold.contract.s3.urls import Url, is_url, parse
 from fivefold.contract.stages import CLASSES, FOLDS, RECORD
 from fivefold.contract.storage import SCRATCH, Remote
 from fivefold.data.folds import read_folds
-from fivefold.data.store import ImageStore, open_store
+from fivefold.data.store import open_store
 from fivefold.errors import DataError, FivefoldError, MissingInputError, SettingsError
 from fivefold.progress import track
 from fivefold.stopping import noted
@@ -30,15 +30,15 @@ def main(arguments: Sequence[str]) -> int:
     if len(paths) != 1 or paths[0].startswith("-"):
         raise SettingsError("trace takes one path, as in: python -m jobs trace runs/first/ensemble/output --check")
     with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
-        reach = Reach(Path(scratch), everything="--check" in arguments)
-        made = lineage.traced(lineage.find_record(reach.path(paths[0])), reach)
-        print(storage.shown("\n".join(tree(made))))
+        resolver = Resolver(Path(scratch), everything="--check" in arguments)
+        node = lineage.trace(lineage.find_record(resolver.path(paths[0])), resolver)
+        print(storage.shown("\n".join(tree(node, set()))))
         if "--check" in arguments:
-            check(made, Path(scratch))
+            check(node, Path(scratch))
     return 0
 
 
-class Reach:
+class Resolver:
     """Finds the places that records name, at s3:// too, of which it fetches the records alone or everything."""
 
     def __init__(self, scratch: Path, everything: bool) -> None:
@@ -48,7 +48,7 @@ class Reach:
     def __call__(self, folder: Path, places: Sequence[str]) -> Path | None:
         """The place of a channel whose record lies in `folder`; None where it is gone."""
         if not is_url(places[1]):
-            return lineage.nearest(folder, places)
+            return lineage.resolve_path(folder, places)
         if places[1] not in self._known:
             try:
                 self._known[places[1]] = self._fetched(parse(places[1], "a record"))
@@ -72,28 +72,20 @@ class Reach:
         return path
 
 
-def tree(made: Made) -> list[str]:
-    """A line or some for the record, then those of all that it read, indented below it; each record is described once."""
-    lines = [shown(made.path.parent), *about(made)]
-    return [f"{made.name}: {lines[0]}", *(f"   {line}" for line in lines[1:]), *branches(made, {made.path})]
-
-
-def branches(made: Made, told: set[Path]) -> list[str]:
-    """What lies below a record, channel by channel."""
-    leaves: list[tuple[str, Made | None]] = []
-    for channel, (place, behind) in made.read.items():
-        leaves += [(f"{channel} <- {each.name}: {shown(each.path.parent)}", each) for each in behind]
-        leaves += [] if behind else [(f"{channel}: {shown(place) if place else 'no longer there'}", None)]
-    lines = []
-    for at, (line, step) in enumerate(leaves):
-        branch, beside = ("└─ ", "   ") if at == len(leaves) - 1 else ("├─ ", "│  ")
-        known = step is not None and step.path in told
-        lines.append(branch + line + (" (above)" if known else ""))
-        if step is not None and not known:
-            told.add(step.path)
-            lines += [f"{beside}   {more}" for more in about(step)]
-            lines += [beside + more for more in branches(step, told)]
-    return lines
+def tree(node: Node, described: set[Path], label: str = "", indent: str = "") -> Iterator[str]:
+    """The lines of a record, then those of all that it read, indented below it; each record is described once."""
+    again = node.path in described
+    yield f"{indent}{label}{node.name}: {shown(node.path.parent)}{' (above)' if again else ''}"
+    if again:
+        return
+    described.add(node.path)
+    indent += "   "
+    yield from (indent + line for line in describe(node))
+    for channel, (place, behind) in node.read.items():
+        for step in behind:
+            yield from tree(step, described, f"{channel} <- ", indent)
+        if not behind:
+            yield f"{indent}{channel}: {shown(place) if place else 'no longer there'}"
 
 
 def shown(path: Path) -> str:
@@ -102,45 +94,42 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def about(made: Made) -> list[str]:
+def describe(node: Node) -> list[str]:
     """When a record was made, with what, and how good it was."""
-    facts, packages = made.facts, made.facts.get("packages", {})
+    facts, packages = node.facts, node.facts.get("packages", {})
     metrics = [f"{name} {value:g}" for name, value in facts["metrics"].items() if isinstance(value, int | float)]
-    made_with = f"code {facts.get('code', 'unknown')}, torch {packages.get('torch', 'unknown')}"
-    first = f"{facts.get('finished', '')}, key {facts['key'][:12]}, {made_with}, {facts.get('wall_seconds', 0):.0f} s"
+    code = f"code {facts.get('code', 'unknown')}, torch {packages.get('torch', 'unknown')}"
+    first = f"{facts.get('finished', '')}, key {facts['key'][:12]}, {code}, {facts.get('wall_seconds', 0):.0f} s"
     return [first, *([", ".join(metrics)] if metrics else [])]
 
 
-def check(made: Made, scratch: Path) -> None:
+def check(node: Node, scratch: Path) -> None:
     """Takes every digest again; a DataError with all that differs."""
-    steps = list(lineage.everything(made))
-    found: list[str] = []
+    steps = node.walk()
+    problems: list[str] = []
     for number, step in enumerate(track(steps, len(steps), "records")):
         folder = scratch / str(number)
         folder.mkdir()
-        found += lineage.problems(step, folder)
-        found += changed_images(step) if step.name == "split" else []
-    if found:
-        raise DataError(f"{len(found)} differences: {'; '.join(found[:10])}")
+        problems += lineage.verify(step, folder)
+        problems += changed_images(step) if step.name == "split" else []
+    if problems:
+        raise DataError(f"{len(problems)} differences: {'; '.join(problems[:10])}")
     print(f"all as it was: {len(steps)} records, their outputs and inputs")
 
 
-def changed_images(split: Made) -> list[str]:
+def changed_images(split: Node) -> list[str]:
     """The images that are no longer those that the split saw; none where the records themselves tell what is gone."""
     place, folder = split.read["train"][0], split.path.parent / split.facts["roots"]["output"]
     if place is None or not (folder / FOLDS).is_file():
         return []
     table, store = read_folds(folder / FOLDS, folder / CLASSES), open_store(place)
-    pairs = zip(table.paths.to_pylist(), table.sha256.to_pylist(), strict=True)
-    return [
-        wrong for path, digest in track(pairs, len(table), "images") if (wrong := changed_image(store, path, digest))
-    ]
-
-
-def changed_image(store: ImageStore, path: str, digest: str | None) -> str:
-    """What is wrong with an image, in words; empty where nothing is, or where the split opened none."""
-    try:
-        same = digest is None or hashlib.sha256(store.read(path)).hexdigest() == digest
-    except FivefoldError as error:
-        return str(error)
-    return "" if same else f"{path} is not the file that the split saw"
+    problems = []
+    for path, digest in track(
+        zip(table.paths.to_pylist(), table.sha256.to_pylist(), strict=True), len(table), "images"
+    ):
+        try:  # where the split opened no image there is no digest
+            if digest is not None and hashlib.sha256(store.read(path)).hexdigest() != digest:
+                problems.append(f"{path} is not the file that the split saw")
+        except FivefoldError as error:
+            problems.append(str(error))
+    return problems

@@ -1,41 +1,39 @@
-"""What `train-fold` and `distill` share around their training runs."""
+"""A training run of `train-fold` or `distill`: from a network with its first weights to a model dir."""
 
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from fivefold import assemble
+from fivefold import assemble, predictions
 from fivefold.contract.artifacts import locate
 from fivefold.contract.files import MIB, atomic, check_space, sha256
 from fivefold.contract.job import Job
-from fivefold.contract.stages import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, TRAIN_LOG
+from fivefold.contract.stages import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, OOF, TRAIN_LOG
 from fivefold.data.folds import FoldTable, read_folds
 from fivefold.data.images import decode
-from fivefold.data.prepared import Prepared
 from fivefold.data.store import ImageStore
-from fivefold.evaluation.examples import image_grid, spread_out
+from fivefold.distributed.replicas import Replicas
 from fivefold.evaluation.metrics import predicted, summary
-from fivefold.evaluation.plots import training_curves
+from fivefold.evaluation.plots import image_grid, spread_out, training_curves
 from fivefold.inference.predictor import Runtime
-from fivefold.inference.tables import save_predictions
-from fivefold.members import evaluation_images, predict_images
+from fivefold.members import evaluation_images, predict_images, save_member
+from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
-from fivefold.replicas import Replicas
 from fivefold.settings import flatten
-from fivefold.training.best import Best
-from fivefold.training.loop import Loop
+from fivefold.training.loop import Best, TrainRows, ValidRows
 from fivefold.training.loop import fit as fit_loop
-from fivefold.training.observers import csv_log, metric_line
 from fivefold.training.optim import OPTIMIZER_STATES
 from fivefold.training.resume import Checkpoints
-from fivefold.training.trackers import Run, Tracker, close_trackers, open_trackers
+from fivefold.training.trackers import Run, Tracker, close_trackers, csv_log, metric_line, open_trackers
+
+from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 DECISIONS = ".decisions"
@@ -65,13 +63,12 @@ def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
 
 
 def settled(job: Job, settings: Settings, network: nn.Module, replicas: Replicas) -> tuple[Settings, Runtime]:
-    """The settings with the precision and memory format of this run, and their Runtime.
+    """The settings with the precision of this run, and their Runtime.
 
-    A run that goes on keeps those of its checkpoint. The stages of a run that share its folder share one decision.
+    A run that goes on keeps that of its checkpoint. The stages of a run that share its folder share one decision.
     """
-    asked = "auto" in (settings.train.precision, settings.train.channels_last)
     before, shared = None, None
-    if asked and job.place.leads:
+    if settings.train.precision == "auto" and job.place.leads:
         before = (Checkpoints(job.checkpoints()).load() or {}).get(assemble.RUNTIME)
         shared = decisions_of(job)
     found = assemble.settled(settings, network, replicas, before, shared)
@@ -104,116 +101,128 @@ def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:
     check_space(job.checkpoints(), 3 * kept * weights)
 
 
-def fit(loop: Loop, job: Job, settings: Settings, fold: int | None) -> tuple[dict[str, Best], list[Tracker]]:
-    """The loop's best epochs, and the trackers that watched it, still open for the final scores.
+@dataclass
+class TrainingRun:
+    """A network that a stage trains on rows of a split: `start_run`, then `fit`, `predict` and `finish`.
 
-    It goes on from the newest checkpoint of these settings, data and classes. Of several processes that train
-    together the first alone is watched, and keeps checkpoints.
+    `split` is the path of the `folds.parquet` of `table`, `store` holds its images, `label` is what logs call the run.
     """
-    if not job.place.leads:
-        return fit_loop(loop), []
-    name, project = f"{settings.system} {loop.label}", settings.train.project
-    run = Run(name, settings.system, project, flatten(settings), job.output())
-    trackers = open_trackers(settings.train.trackers, run)
-    loop = replace(
-        loop,
-        observers=[csv_log(job.model() / TRAIN_LOG), *trackers],
-        announcers=[metric_line(fold)],
-        checkpoints=Checkpoints(
-            job.checkpoints(), settings.train.checkpoint_minutes, settings.train.checkpoint_steps, job.remote.keep
-        ),
-    )
-    try:
-        return fit_loop(loop), trackers
-    except BaseException:
-        close_trackers(trackers, None)
-        raise
+
+    job: Job
+    settings: Settings
+    split: Path
+    table: FoldTable
+    store: ImageStore
+    label: str
+    network: Classifier
+    runtime: Runtime
+    trackers: list[Tracker] = field(default_factory=list)
+
+    def fit(self, train: TrainRows, valid_rows: np.ndarray, patience: int, select: bool, fold: int | None) -> None:
+        """Trains on `train`, validates on rows of the split (or on none), and keeps the best epoch if `select`.
+
+        It goes on from the newest checkpoint of these settings, data and classes. Of several processes that train
+        together the first alone is watched, and keeps checkpoints.
+        """
+        self.valid_rows = valid_rows
+        self.valid_images = evaluation_images(self.store, self.table, valid_rows, self.settings)
+        valid = ValidRows(self.valid_images, self.table.codes[valid_rows]) if len(valid_rows) else None
+        self.loop = assemble.build_loop(
+            self.label, self.network, train, valid, self.settings, self.runtime, select, patience
+        )
+        self.best = self._fit_watched(fold) if self.job.place.leads else fit_loop(self.loop)
+        name, self.deciding = next(iter(self.best.items()))
+        self.model = self.loop.contenders[name]
+        self.model.load_state_dict(self.deciding.state)
+
+    def _fit_watched(self, fold: int | None) -> dict[str, Best]:
+        """The best epochs of the loop; the trackers that watch it stay open for the final scores."""
+        job, chosen = self.job, self.settings.train
+        name = f"{self.settings.system} {self.label}"
+        run = Run(name, self.settings.system, chosen.project, flatten(self.settings), job.output())
+        self.trackers = open_trackers(chosen.trackers, run)
+        checkpoints = Checkpoints(
+            job.checkpoints(), chosen.checkpoint_minutes, chosen.checkpoint_steps, job.remote.keep
+        )
+        observers = [csv_log(job.model() / TRAIN_LOG), *self.trackers]
+        try:
+            return fit_loop(
+                replace(self.loop, observers=observers, announcers=[metric_line(fold)], checkpoints=checkpoints)
+            )
+        except BaseException:
+            close_trackers(self.trackers, None)
+            raise
+
+    def predict(self, rows: np.ndarray, label: str) -> Predictions:
+        """The model's predictions of rows of the split, with their labels, by the recipe's views."""
+        validated = np.array_equal(rows, self.valid_rows)
+        images = self.valid_images if validated else evaluation_images(self.store, self.table, rows, self.settings)
+        return Predictions(
+            ids=self.table.ids_of(rows),
+            fold=self.table.fold[rows],
+            system=self.settings.system,
+            classes=self.table.classes,
+            log_probs=predict_images(self.model, self.settings, self.runtime, images, label),
+            labels=self.table.labels()[rows],
+        )
+
+    def finish(
+        self, role: str, facts: Mapping[str, Any], metrics: Mapping[str, Any], oof: Predictions | None = None
+    ) -> Outcome:
+        """Predicts the rows that are set aside, if any, and writes the model dir and the pictures.
+
+        `facts`: what `model.json` says beside the split, `metrics`: figures beside the scores. Of several processes
+        the first alone writes.
+        """
+        aside = self.table.aside_rows()
+        holdout = self.predict(aside, "holdout") if len(aside) else None
+        if not self.job.place.leads:
+            return Outcome([])
+        folder = self.job.model()
+        (folder / HOLDOUT).unlink(missing_ok=True)
+        files, figures = [folder / TRAIN_LOG], {}
+        for name, prefix, table in ((OOF, "oof", oof), (HOLDOUT, "holdout", holdout)):
+            if table is None:
+                continue
+            files.append(predictions.write(folder / name, table))
+            scores = {
+                f"{prefix}_{metric}": round(value, 6)
+                for metric, value in summary(table.log_probs, table.codes()).items()
+            }
+            words = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
+            log.info("%s, %d rows that it did not train on: %s", self.label, len(table), words)
+            figures |= scores
+        facts = {"fold": None, **split_facts(self.split, self.table), **processes(self.job), **facts}
+        files += save_member(folder, role, self.best, self.settings, self.runtime, facts)
+        training_curves(folder / TRAIN_LOG, self.job.output() / CURVES)
+        if oof is not None:
+            self._draw_examples(oof)
+        close_trackers(self.trackers, figures)
+        return Outcome(files, {**metrics, **figures, **self.loop.throughput.figures()})
+
+    def _draw_examples(self, table: Predictions) -> None:
+        """Some validation rows with truth and prediction of the kept epoch: a picture, which the trackers keep too."""
+        shown = spread_out(len(self.valid_rows))
+        paths = self.table.paths_of(self.valid_rows[shown])
+        guesses = [table.classes[code] for code in predicted(table.log_probs[shown])]
+        with atomic(self.job.output() / EXAMPLES) as temporary:
+            images = [decode(self.store.read(path), path) for path in paths]
+            image_grid(images, list(table.labels[shown]), guesses, temporary)
+        for tracker in self.trackers:
+            tracker.picture("Val/examples", self.job.output() / EXAMPLES, self.deciding.epoch)
 
 
-def load_best(loop: Loop, best: Mapping[str, Best]) -> nn.Module:
-    """The deciding contender with the weights of its kept epoch."""
-    name = next(iter(best))
-    model = loop.contenders[name]
-    model.load_state_dict(best[name].state)
-    return model
+def start_run(
+    job: Job, settings: Settings, split: Path, table: FoldTable, store: ImageStore, label: str
+) -> TrainingRun:
+    """A run whose network has its first weights, whose precision is settled, and which fits memory and disk.
 
-
-def predict_rows(
-    model: nn.Module,
-    store: ImageStore,
-    table: FoldTable,
-    rows: np.ndarray,
-    settings: Settings,
-    runtime: Runtime,
-    label: str,
-    images: Prepared | None = None,
-) -> Predictions:
-    """The predictions of rows of the split with the evaluation transform and the recipe's views, with their labels.
-
-    `images`: those of the rows, where they are prepared already.
+    Raises a SettingsError or RetryableError if it does not fit.
     """
-    images = evaluation_images(store, table, rows, settings) if images is None else images
-    return Predictions(
-        ids=table.ids_of(rows),
-        fold=table.fold[rows],
-        system=settings.system,
-        classes=table.classes,
-        log_probs=predict_images(model, settings, runtime, images, label),
-        labels=table.labels()[rows],
-    )
-
-
-def save_holdout(
-    job: Job,
-    model: nn.Module,
-    store: ImageStore,
-    table: FoldTable,
-    settings: Settings,
-    runtime: Runtime,
-    images: Prepared | None = None,
-) -> tuple[list[Path], dict[str, float]]:
-    """Predicts the rows that are set aside, if there are any (`images`: theirs, if prepared already); the file written and its scores."""
-    rows = table.aside_rows()
-    if job.place.leads:
-        (job.model() / HOLDOUT).unlink(missing_ok=True)
-    if not len(rows):
-        return [], {}
-    found = predict_rows(model, store, table, rows, settings, runtime, "holdout", images)
-    if not job.place.leads:
-        return [], {}
-    figures = scores(found, "holdout")
-    log.info("holdout, %d rows that no model trained on: %s", len(rows), in_words(figures))
-    return [save_predictions(job.model() / HOLDOUT, found)], figures
-
-
-def scores(table: Predictions, prefix: str) -> dict[str, float]:
-    """Accuracy, logloss and macro F1 of a table with labels, named `<prefix>_…`."""
-    return {f"{prefix}_{name}": round(value, 6) for name, value in summary(table.log_probs, table.codes()).items()}
-
-
-def draw_curves(job: Job) -> None:
-    """The training curves as a picture."""
-    training_curves(job.model() / TRAIN_LOG, job.output() / CURVES)
-
-
-def draw_examples(
-    job: Job,
-    store: ImageStore,
-    table: FoldTable,
-    rows: np.ndarray,
-    found: Predictions,
-    epoch: int,
-    trackers: Sequence[Tracker],
-) -> None:
-    """Some of the validation rows with truth and prediction of the kept epoch: a picture, which the trackers keep too."""
-    shown = spread_out(len(rows))
-    images = [decode(store.read(path), path) for path in table.paths_of(rows[shown])]
-    guesses = [found.classes[code] for code in predicted(found.log_probs[shown])]
-    with atomic(job.output() / EXAMPLES) as temporary:
-        image_grid(images, list(found.labels[shown]), guesses, temporary)
-    for tracker in trackers:
-        tracker.picture("Val/examples", job.output() / EXAMPLES, epoch)
-
-
-def in_words(figures: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    assemble.seed_everything(settings.seed)
+    network = assemble.build_classifier(settings.model, len(table.classes))
+    assemble.start_weights(network, settings.model, job.optional_channel("weights"))
+    settings, runtime = settled(job, settings, network, Replicas(job.place))
+    assemble.check_memory(network, settings, runtime)
+    check_disk(job, network, settings)
+    return TrainingRun(job, settings, split, table, store, label, network, runtime)

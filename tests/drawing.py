@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+PICTURE = b"P6 2 2 255 " + bytes(12)
+"""An image of 2 x 2 pixels (PPM), which Pillow knows whatever its name."""
+
 
 def noise(path: Path, random: np.random.Generator, size: int = 12) -> None:
     """An image of random pixels, of which no two are alike."""
@@ -36,3 +39,14 @@ def write_test_table(folder: Path, count: int) -> None:
     """A `test.csv` of the images 0.png, 1.png, … in `images`."""
     rows = "".join(f"{n},images/{n}.png\n" for n in range(count))
     (folder / "test.csv").write_text(f"ID,img_path\n{rows}")
+
+
+def write_data(root: Path, *names: str, **tables: str) -> Path:
+    """A folder with the same tiny picture at each name, and `train="..."` as train.csv."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(PICTURE)
+    for name, text in tables.items():
+        (root / f"{name}.csv").write_text(text, encoding="utf-8", newline="")
+    return root

@@ -1,5 +1,6 @@
 """A real server that speaks S3's protocol, and a proxy before it that breaks what it is told to."""
 
+import base64
 import hashlib
 import os
 import random
@@ -26,7 +27,7 @@ CREDENTIALS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 SECONDS_TO_START = 60.0
-ANSWERS = {"503": b"ServiceUnavailable", "403": b"AccessDenied"}
+ANSWERS = {"503": b"ServiceUnavailable", "403": b"AccessDenied", "400": b"BadDigest"}
 SECONDS = {"slow": 1.0, "silent": 60.0}
 
 
@@ -109,7 +110,7 @@ class Proxy:
 
     503, 403: an answer in its place; drop: the connection closed; truncate: half of the answer's body, then closed; slow: a
     second later; silent: no answer for a minute; lost: handed on, but its answer closed off; spoilt: a bit of the body turned on its way to the client,
-    garbled: on its way to the server.
+    garbled: on its way to the server, which then answers 400 where the request has a SHA-256.
     """
 
     endpoint: str
@@ -158,14 +159,17 @@ class Proxy:
         """Whether the connection goes on."""
         if fault == "drop":
             return False
+        if fault in SECONDS:
+            time.sleep(SECONDS[fault])
+        checksum = re.search(rb"(?i)\r\nx-amz-checksum-sha256: *([^\r]+)", head)
+        if fault == "garbled":
+            body = _turned(body)
+            if checksum and base64.b64decode(checksum[1]) != hashlib.sha256(body).digest():
+                fault = "400"  # moto takes it, S3 does not
         if fault in ANSWERS:
             told = b"<Error><Code>%s</Code><Message>a fault</Message></Error>" % ANSWERS[fault]
             client.sendall(b"HTTP/1.1 %s Fault\r\nContent-Length: %d\r\n\r\n" % (fault.encode(), len(told)) + told)
             return True
-        if fault in SECONDS:
-            time.sleep(SECONDS[fault])
-        if fault == "garbled":
-            body = _turned(body)
         head_only = head.startswith(b"HEAD ")
         host, port = self.endpoint.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as server:

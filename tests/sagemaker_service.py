@@ -1,14 +1,11 @@
-"""SageMaker on this machine: moto's server for its API, and before it one that really runs the jobs.
+"""SageMaker on this machine: training jobs that really run, before moto's server for S3, logs and Pipelines.
 
-What moto does not do is done here: a job's container is a process with SageMaker's folders (SAGEMAKER_BASE_DIR for
-/opt/ml) and nothing of the contract in its environment but the job's own; its channels come from moto's S3, its outputs
-and checkpoints go there, packed or not, its words go to moto's CloudWatch; it can be stopped, and interrupted once, as spot instances are.
-All other calls are moto's.
+moto has each job completed at once, and drops its `Environment`. So the calls on training jobs are answered here: a
+job's container is a process with SageMaker's folders (SAGEMAKER_BASE_DIR for /opt/ml) and nothing of the contract in its
+environment but the job's own. Its channels come from moto's S3, its outputs and checkpoints go there, packed or not, its
+words go to moto's CloudWatch. It can be stopped, and interrupted once, as spot instances are.
 """
 
-import http.client
-import http.server
-import io
 import json
 import os
 import shutil
@@ -19,40 +16,43 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
+import requests
+from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.wrappers import Request, Response
 
-from s3_server import CREDENTIALS
+from s3_server import CREDENTIALS, Bucket
 
 REPOSITORY = Path(__file__).parents[1]
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/fivefold:1"
 ROLE = "arn:aws:iam::123456789012:role/fivefold"
 OF_THE_CONTRACT = ("SM_", "AWS_", "SAGEMAKER_", "FOLD", "STAGE")
+NOT_FORWARDED = ("content-length", "transfer-encoding", "connection", "content-encoding")
 
 
 @dataclass
 class Job:
-    """One training job: what was asked for, and how it stands."""
+    """One training job: its request, and how it stands; `details` are all its secondary statuses so far."""
 
     request: dict[str, Any]
     folder: Path
     status: str = "InProgress"
-    detail: str = "Starting"
     reason: str = ""
-    details: list[str] = field(default_factory=list)
-    process: subprocess.Popen[str] | None = None
+    details: list[str] = field(default_factory=lambda: ["Starting"])
     thread: threading.Thread | None = None
     interrupted: bool = False
     stopped: bool = False
 
-    def turn(self, detail: str) -> None:
-        self.detail = detail
-        self.details.append(detail)
+    @property
+    def name(self) -> str:
+        return self.request["TrainingJobName"]
 
 
 @dataclass
@@ -74,244 +74,193 @@ class Service:
     down: int = 0
     """How many of the next calls are answered 503."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    group: threading.Lock = field(default_factory=threading.Lock)
-    clients: dict[str, Any] = field(default_factory=dict)
+    """boto3's default session, by which a Bucket is reached, is not for several threads."""
 
     def client(self, name: str) -> Any:
-        with self.lock:
-            if name not in self.clients:
-                self.clients[name] = self._client(name)
-            return self.clients[name]
-
-    def _client(self, name: str) -> Any:
-        keys = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"]}
-        return boto3.client(name, endpoint_url=self.moto, region_name=CREDENTIALS["AWS_DEFAULT_REGION"], **keys)
+        """A client of moto's server; one session each, since they are not for several threads."""
+        return boto3.Session().client(name, endpoint_url=self.moto)
 
     def environ(self) -> dict[str, str]:
-        return {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint, "SAGEMAKER_TELEMETRY_OPT_OUT": "true"}
+        return {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint}
 
-    def answer(self, action: str, body: bytes) -> tuple[int, bytes] | None:
-        """The answer to a call that is ours, None for one that is moto's alone."""
-        given = json.loads(body) if action.startswith("SageMaker.") and body else {}
-        job = self.jobs.get(given.get("TrainingJobName", ""))
-        running = sum(each.status == "InProgress" for each in self.jobs.values())
-        if action == "SageMaker.CreateTrainingJob" and self.quota and running >= self.quota:
-            self.refused += 1
-            return (
-                400,
-                b'{"__type": "ResourceLimitExceeded", "message": "the account-level service limit is 1 Instances"}',
-            )
-        if action == "SageMaker.StopTrainingJob" and job is not None:
-            job.stopped = True
-            if job.process is not None:
-                job.process.send_signal(signal.SIGTERM)
-            return 200, b"{}"
-        return None
+    def respond(self, call: Request) -> Response:
+        """Answers a call on training jobs, and hands any other on to moto."""
+        action = call.headers.get("X-Amz-Target") or f"s3.{call.method}{'?list' if 'list-type' in call.args else ''}"
+        self.calls.append(action)
+        if self.down > 0:
+            self.down -= 1
+            return Response('{"__type": "ServiceUnavailable"}', 503)
+        body = call.get_data()
+        if action.endswith("TrainingJob"):
+            status, answer = self.training_job(action, json.loads(body))
+            return Response(json.dumps(answer), status, content_type="application/x-amz-json-1.1")
+        url = f"{self.moto}{call.full_path.removesuffix('?')}"
+        moto = requests.request(call.method, url, data=body, headers=dict(call.headers), timeout=60)
+        headers = {name: value for name, value in moto.headers.items() if name.lower() not in NOT_FORWARDED}
+        return Response(moto.content, moto.status_code, headers)
 
-    def after(self, action: str, body: bytes, answer: bytes) -> bytes:
-        """moto's answer with what is known here; a job that moto has taken is started."""
+    def training_job(self, action: str, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        name = asked["TrainingJobName"]
+        arn = {"TrainingJobArn": f"arn:aws:sagemaker:eu-central-1:123456789012:training-job/{name}"}
         if action == "SageMaker.CreateTrainingJob":
-            request = json.loads(body)
-            job = self.jobs[request["TrainingJobName"]] = Job(request, self.folder / request["TrainingJobName"])
+            if self.quota and sum(job.status == "InProgress" for job in self.jobs.values()) >= self.quota:
+                self.refused += 1
+                return 400, {"__type": "ResourceLimitExceeded", "message": "the account-level limit is 1 Instances"}
+            assert name not in self.jobs, f"two jobs are called {name}"
+            job = self.jobs[name] = Job(asked, self.folder / name)
             job.thread = threading.Thread(target=self._run, args=(job,), daemon=True)
             job.thread.start()
-        if action == "SageMaker.DescribeTrainingJob":
-            told = json.loads(answer)
-            job = self.jobs[told["TrainingJobName"]]
-            told |= {"TrainingJobStatus": job.status, "SecondaryStatus": job.detail, "FailureReason": job.reason}
-            return json.dumps({name: value for name, value in told.items() if value != ""}).encode()
-        return answer
+            return 200, arn
+        job = self.jobs[name]
+        if action == "SageMaker.StopTrainingJob":
+            job.stopped = True
+            return 200, {}
+        status = {"TrainingJobStatus": job.status, "SecondaryStatus": job.details[-1], "FailureReason": job.reason}
+        return 200, {"TrainingJobName": name, **arn, **{key: value for key, value in status.items() if value}}
 
     def close(self) -> None:
         """Ends the jobs that still run, and waits for them: their folders may go then."""
         self.hold = ""
         for job in self.jobs.values():
             job.stopped = True
-            while job.thread is not None and job.thread.is_alive():
-                if job.process is not None and job.process.poll() is None:
-                    job.process.kill()
-                job.thread.join(0.1)
+        for job in self.jobs.values():
+            job.thread.join(60)
 
     def _run(self, job: Job) -> None:
-        name = job.request["TrainingJobName"]
-        while self.hold and self.hold in name:
+        while self.hold and self.hold in job.name:
             time.sleep(0.05)
         try:
             code = 0 if job.stopped else self._attempt(job)
             while job.interrupted and code == 143 and not job.stopped:
-                job.turn("Interrupted")
                 job.interrupted, self.interrupt_once = False, ""
-                job.turn("Restarting")
+                job.details += ["Interrupted", "Restarting"]
                 code = self._attempt(job)
-            self._over(job, code)
+            failure = job.folder / "output" / "failure"
+            ending = "Stopped" if job.stopped else "Failed" if code else "Completed"
+            if ending == "Failed":
+                words = failure.read_text()[:1024] if failure.is_file() else ""
+                job.reason = f"AlgorithmError: {words}, exit code: {code}"
+            elif ending == "Completed":
+                job.details.append("Uploading")
+                self._upload(job)
+            job.details.append(ending)
+            job.status = ending
         except Exception as error:
             job.status, job.reason = "Failed", f"InternalServerError: {error!r}"
             raise
 
-    def _over(self, job: Job, code: int) -> None:
-        output = job.folder / "output"
-        if job.stopped:
-            job.turn("Stopped")
-            job.status = "Stopped"
-        elif code:
-            told = (output / "failure").read_text()[:1024] if (output / "failure").is_file() else ""
-            job.reason = f"AlgorithmError: {told}, exit code: {code}"
-            job.turn("Failed")
-            job.status = "Failed"
-        else:
-            job.turn("Uploading")
-            self._upload(job)
-            job.turn("Completed")
-            job.status = "Completed"
-
     def _attempt(self, job: Job) -> int:
         """The job's container, once, on an instance that has nothing but what is fetched; its exit code."""
         shutil.rmtree(job.folder, ignore_errors=True)
-        job.turn("Downloading")
-        base, request = job.folder, job.request
+        job.details.append("Downloading")
+        channels = {each["ChannelName"]: each["DataSource"]["S3DataSource"] for each in job.request["InputDataConfig"]}
         for folder in ("input/config", "input/data", "model", "output/data", "checkpoints"):
-            (base / folder).mkdir(parents=True)
-        for channel in request["InputDataConfig"]:
-            source = channel["DataSource"]["S3DataSource"]
-            self._fetch(source["S3Uri"], base / "input" / "data" / channel["ChannelName"])
-        if "CheckpointConfig" in request:
-            self._fetch(request["CheckpointConfig"]["S3Uri"] + "/", base / "checkpoints", needed=False)
-        config = {channel["ChannelName"]: {"TrainingInputMode": "File"} for channel in request["InputDataConfig"]}
-        (base / "input/config/inputdataconfig.json").write_text(json.dumps(config))
-        (base / "input/config/hyperparameters.json").write_text(json.dumps(request.get("HyperParameters", {})))
-        (base / "input/config/resourceconfig.json").write_text(
-            json.dumps({"current_host": "algo-1", "hosts": ["algo-1"], "network_interface_name": "eth0"})
-        )
-        job.turn("Training")
-        return self._contained(job)
+            (job.folder / folder).mkdir(parents=True)
+        for name, source in channels.items():
+            assert self._fetch(source["S3Uri"], job.folder / "input" / "data" / name), f"nothing at {source}"
+        checkpoints = job.request.get("CheckpointConfig", {}).get("S3Uri")
+        if checkpoints:
+            self._fetch(f"{checkpoints}/", job.folder / "checkpoints")
+        configs = {
+            "inputdataconfig": {name: {"TrainingInputMode": "File"} for name in channels},
+            "hyperparameters": job.request.get("HyperParameters", {}),
+            "resourceconfig": {"current_host": "algo-1", "hosts": ["algo-1"], "network_interface_name": "eth0"},
+        }
+        for name, config in configs.items():
+            (job.folder / f"input/config/{name}.json").write_text(json.dumps(config))
+        job.details.append("Training")
+        code = self._run_container(job)
+        if checkpoints:
+            self._mirror(job.folder / "checkpoints", checkpoints)
+        return code
 
-    def _contained(self, job: Job) -> int:
+    def _run_container(self, job: Job) -> int:
         own = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_CONTRACT)}
-        given = {"TRAINING_JOB_NAME": job.request["TrainingJobName"], "SAGEMAKER_BASE_DIR": str(job.folder)}
-        environ = {**own, "PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}", **given, **job.request.get("Environment", {})}
+        own |= {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}", "SAGEMAKER_BASE_DIR": str(job.folder)}
+        environ = own | {"TRAINING_JOB_NAME": job.name} | job.request.get("Environment", {})
         command = [sys.executable, "-m", "jobs", "train"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        job.process = subprocess.Popen(command, cwd=job.folder, env=environ, start_new_session=True, **pipes)
-        lines: list[str] = []
-        reader = threading.Thread(target=lambda: lines.extend(job.process.stdout), daemon=True)
-        reader.start()
-        while job.process.poll() is None:
-            time.sleep(0.05)
-            wanted = self.interrupt_once and self.interrupt_once in job.request["TrainingJobName"]
-            if wanted and not job.interrupted and list((job.folder / "checkpoints").rglob("*.pt")):
-                job.interrupted = True
-                job.process.send_signal(signal.SIGTERM)
-        reader.join(5)
-        job.process.stdout.close()
-        if "CheckpointConfig" in job.request:
-            self._mirror(job.folder / "checkpoints", job.request["CheckpointConfig"]["S3Uri"])
-        self._log(job, lines)
-        return job.process.returncode
+        with open(job.folder / "log", "w+", encoding="utf-8") as log:
+            process = subprocess.Popen(command, cwd=job.folder, env=environ, stdout=log, stderr=log)
+            told = False
+            while process.poll() is None:
+                time.sleep(0.05)
+                if self.interrupt_once and self.interrupt_once in job.name:
+                    job.interrupted = job.interrupted or any((job.folder / "checkpoints").rglob("*.pt"))
+                if (job.stopped or job.interrupted) and not told:
+                    told = True
+                    process.send_signal(signal.SIGTERM)
+            log.seek(0)
+            self._log(job, [line.rstrip("\n") for line in log if line.strip()])
+        return process.returncode
 
-    def _fetch(self, url: str, folder: Path, needed: bool = True) -> None:
-        """All objects whose keys begin so, named by what follows the last slash of the prefix."""
-        bucket, prefix = urlsplit(url).netloc, urlsplit(url).path.lstrip("/")
-        pages = self.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        assert keys or not needed, f"no object below {url}"
-        start = len(prefix.rpartition("/")[0]) + 1 if "/" in prefix else 0
-        for key in keys:
-            path = folder / key[start:]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.client("s3").download_file(bucket, key, str(path))
+    def _fetch(self, url: str, folder: Path) -> int:
+        """Fetches all objects whose keys begin so, named by what follows the last slash of the prefix; their number."""
+        bucket, prefix = Bucket(self.moto, urlsplit(url).netloc), urlsplit(url).path.lstrip("/")
+        with self.lock:
+            keys = bucket.listed(prefix)
+            for key in keys:
+                path = folder / key[prefix.rfind("/") + 1 :]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(bucket.read(key))
+        return len(keys)
 
     def _mirror(self, folder: Path, url: str) -> None:
-        bucket, prefix = urlsplit(url).netloc, urlsplit(url).path.strip("/")
-        there = self.client("s3").list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/").get("Contents", [])
-        for entry in there:
-            self.client("s3").delete_object(Bucket=bucket, Key=entry["Key"])
-        for path in (path for path in folder.rglob("*") if path.is_file()):
-            self.client("s3").upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder).as_posix()}")
+        bucket, prefix = Bucket(self.moto, urlsplit(url).netloc), urlsplit(url).path.strip("/")
+        with self.lock:
+            for key in bucket.listed(f"{prefix}/"):
+                bucket.delete(key)
+            for path in (path for path in folder.rglob("*") if path.is_file()):
+                bucket.write(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def _upload(self, job: Job) -> None:
         config = job.request["OutputDataConfig"]
-        url = f"{config['S3OutputPath']}/{job.request['TrainingJobName']}/output"
+        packed = job.folder / "packed"
+        packed.mkdir()
         for name, folder in (("model", job.folder / "model"), ("output", job.folder / "output" / "data")):
             if config["CompressionType"] == "NONE":
-                self._mirror(folder, f"{url}/{'data' if name == 'output' else name}")
-                continue
-            packed = io.BytesIO()
-            with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-                archive.add(folder, ".")
-            bucket, prefix = urlsplit(url).netloc, urlsplit(url).path.strip("/")
-            body = packed.getvalue()
-            self.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{name}.tar.gz", Body=body)
+                folder.rename(packed / ("data" if name == "output" else name))
+            else:
+                with tarfile.open(packed / f"{name}.tar.gz", "w:gz") as archive:
+                    archive.add(folder, ".")
+        self._mirror(packed, f"{config['S3OutputPath']}/{job.name}/output")
 
     def _log(self, job: Job, lines: list[str]) -> None:
-        logs, stream = self.client("logs"), f"{job.request['TrainingJobName']}/algo-1-{time.time_ns()}"
-        with self.group:
-            if LOG_GROUP not in [each["logGroupName"] for each in logs.describe_log_groups()["logGroups"]]:
-                logs.create_log_group(logGroupName=LOG_GROUP)
-        logs.create_log_stream(logGroupName=LOG_GROUP, logStreamName=stream)
-        now = int(time.time() * 1000)
-        events = [{"timestamp": now, "message": line.rstrip("\n")} for line in lines if line.strip()]
-        for start in range(0, len(events), 500):
-            logs.put_log_events(logGroupName=LOG_GROUP, logStreamName=stream, logEvents=events[start : start + 500])
+        logs = self.client("logs")
+        with suppress(logs.exceptions.ResourceAlreadyExistsException):
+            logs.create_log_group(logGroupName=LOG_GROUP)
+        stream = {"logGroupName": LOG_GROUP, "logStreamName": f"{job.name}/algo-1-{time.time_ns()}"}
+        logs.create_log_stream(**stream)
+        events = [{"timestamp": int(time.time() * 1000), "message": line} for line in lines]
+        if events:
+            logs.put_log_events(**stream, logEvents=events)
+
+
+class Handler(WSGIRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_request(self, *_: object) -> None:
+        """Nothing: the calls are kept."""
+
+
+def arguments(bucket: Bucket, folder: Path, *more: str) -> list[str]:
+    """What `submit` is given for jobs whose outputs lie in `bucket`, and whose run lies in `folder`/runs."""
+    given = ["platform=sagemaker", "run=r", f"runs={folder / 'runs'}", f"sagemaker.output=s3://{bucket.name}/runs"]
+    given += [f"sagemaker.image={IMAGE}", f"sagemaker.role={ROLE}", "sagemaker.instance_type=ml.m5.large"]
+    return [*given, "sagemaker.poll_seconds=0.2", *more]
 
 
 @contextmanager
 def serving(moto: str, folder: Path) -> Iterator[Service]:
-    """A service before moto's server at `moto`; its role may do all that the SDK asks after."""
+    """A service before moto's server at `moto`."""
     service = Service(moto, folder)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def handle_any(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            action = self.headers.get("X-Amz-Target") or _action(self, body)
-            service.calls.append(action)
-            if service.down > 0:
-                service.down -= 1
-                return self.send(503, b'{"__type":"ServiceUnavailable"}', {})
-            if ours := service.answer(action, body):
-                return self.send(*ours, {"Content-Type": "application/x-amz-json-1.1"})
-            status, headers, answer = self.forwarded(body)
-            if status == 200:
-                answer = service.after(action, body, answer)
-            return self.send(status, answer, headers)
-
-        def forwarded(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            host = urlsplit(service.moto)
-            connection = http.client.HTTPConnection(host.hostname, host.port, timeout=60)
-            connection.request(self.command, self.path, body, dict(self.headers))
-            answer = connection.getresponse()
-            content = answer.read()
-            connection.close()
-            return answer.status, dict(answer.getheaders()), content
-
-        def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                if name.lower() not in ("content-length", "transfer-encoding", "connection", "server", "date"):
-                    self.send_header(name, value)
-            length = headers.get("Content-Length") if self.command == "HEAD" else None
-            self.send_header("Content-Length", length or str(len(content)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            """Nothing: the calls are kept."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        service.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    server = make_server("127.0.0.1", 0, Request.application(service.respond), threaded=True, request_handler=Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    service.endpoint = f"http://127.0.0.1:{server.server_port}"
+    try:
         yield service
+    finally:
         server.shutdown()
+        thread.join()
+        server.server_close()
         service.close()
-
-
-def _action(handler: http.server.BaseHTTPRequestHandler, body: bytes) -> str:
-    """The action of a call in another protocol than JSON: `Action=GetRole` of a form, or S3's own."""
-    form = dict(part.partition("=")[::2] for part in body.decode("latin-1").split("&") if "=" in part)
-    if "Action" in form:
-        return f"{'sts' if form['Action'].startswith('GetCaller') else 'iam'}.{form['Action']}"
-    return f"s3.{handler.command}{'?list' if 'list-type' in handler.path else ''}"

@@ -20,20 +20,19 @@ from PIL import Image
 from fivefold import predictions
 from fivefold.contract.artifacts import find_models
 from fivefold.contract.failure import explained
-from fivefold.contract.job import Job, hyperparameters, job_from
+from fivefold.contract.job import hyperparameters
 from fivefold.contract.lineage import read_record
 from fivefold.contract.record import Key, why_run
-from fivefold.contract.stages import STAGES
 from fivefold.data.adapters import read_rows
 from fivefold.data.folds import read_folds
 from fivefold.data.given import read_given
 from fivefold.data.images import decode
 from fivefold.data.store import open_store
 from fivefold.errors import FivefoldError
-from fivefold.evaluation.truth import read_submission, read_truth
+from fivefold.evaluation.truth import read_truth
 from fivefold.inference.submitted import read_submitted
 from fivefold.predictions import Predictions
-from fivefold.recipe import Settings
+from fivefold.recipe import Data, Settings
 from fivefold.recipes import shipped_recipes
 from fivefold.settings import Layer, arguments_layer, flatten, load, normal_key, read_recipe
 
@@ -171,7 +170,6 @@ def test_hyperparameters_as_bytes(content):
 READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     "predictions": (predictions.read, parquet(), "predictions.parquet"),
     "folds": (read_folds, parquet(), "folds.parquet"),
-    "submission": (read_submission, table(["ID", "a", "b"], [[n, 0.5, 0.5] for n in range(4)]), "s.csv"),
     "submitted": (read_submitted, table(["ID", "a", "b"], [[n, 0.5, 0.5] for n in range(4)]), "s.csv"),
     "answers": (read_submitted, table(["ID", "image_path", "target"], [[n, f"{n}.png", n % 2] for n in range(4)]), "s.csv"),
     "truth": (read_truth, table(["ID", "label"], [[n, "ab"[n % 2]] for n in range(4)]), "gt.csv"),
@@ -197,7 +195,7 @@ def test_files_that_stages_read(name):
 @given(st.lists(st.lists(CELLS, min_size=1, max_size=5), max_size=5))
 def test_tables_of_odd_cells(rows):
     content = "\n".join(",".join(row) for row in rows).encode()
-    for read in (read_truth, read_submission, read_submitted, read_given):
+    for read in (read_truth, read_submitted, read_given):
         survives(read, content, "table.csv")
 
 
@@ -208,7 +206,7 @@ def test_tables_of_odd_cells(rows):
 )
 def test_training_tables_of_odd_cells(rows, header):
     lines = [",".join(header), *(",".join(row[: len(header)]) for row in rows)]
-    survives(lambda path: read_rows(open_store(path.parent)), "\n".join(lines).encode(), "train.csv")
+    survives(lambda path: read_rows(open_store(path.parent), Data()), "\n".join(lines).encode(), "train.csv")
 
 
 @EXAMPLES
@@ -216,11 +214,7 @@ def test_training_tables_of_odd_cells(rows, header):
     changed(b'{"format": 1, "role": "fold", "system": "s", "seed": 1, "fold": 0, "folds": 2, "classes": ["a", "b"]}')
 )
 def test_descriptions_of_models(content):
-    def read(path: Path) -> None:
-        job: Job = job_from(STAGES["ensemble"], {"SM_CHANNEL_MODEL": str(path.parent)}, path.parent)
-        find_models(job)
-
-    survives(read, content, "model.json")
+    survives(lambda path: find_models(path.parent, path.parent), content, "model.json")
 
 
 @EXAMPLES

@@ -1,5 +1,3 @@
-"""A process of its own each: what is told to glibc holds for all of it."""
-
 import platform
 import subprocess
 import sys
@@ -7,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.machine import HUGE_PAGES, cpu_limit
-
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+from fivefold.machine import GLIBC_TUNABLES, cpu_limit
 
 
 @pytest.mark.parametrize(
@@ -29,62 +25,31 @@ def test_the_limit_on_cpu_time_of_either_version_of_cgroups(files: dict[str, str
     assert cpu_limit(tmp_path) == limit
 
 
-TOUCHED = """
-import ctypes, resource, sys
-from fivefold.machine import keep_freed_memory
-
+FAULTS = """
+import ctypes, resource
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
-
-def faults(size):
+for size in (64 << 20, 64 << 20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     taken = libc.malloc(size)
     libc.memset(taken, 1, size)
     libc.free(taken)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-kept = keep_freed_memory() if sys.argv[1] == "kept" else None
-print(kept, *(faults(int(sys.argv[2])) for _ in range(3)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-PAGE = 4096
 
 
-def faults(kept: str, size: int, *before: str) -> tuple[str, list[int]]:
-    """What `keep_freed_memory` said, and the page faults of three times `size` bytes, each freed before the next."""
-    command = [*before, sys.executable, "-c", TOUCHED, kept, str(size)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    said, *counts = done.stdout.split()
-    return said, [int(count) for count in counts]
-
-
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_taken_again_without_the_kernel():
-    size = 64 << 20
-    _, usual = faults("usual", size)
-    said, kept = faults("kept", size)
-    assert said == "True"
-    assert min(usual[1:]) > size // PAGE // 2
-    assert max(kept[1:]) < size // PAGE // 100
+    """By page faults of the second of two equal allocations."""
+    faults = [
+        int(subprocess.run([sys.executable, "-c", FAULTS], env=environ, capture_output=True, check=True).stdout)
+        for environ in ({}, {"GLIBC_TUNABLES": GLIBC_TUNABLES})
+    ]
+    assert faults[0] > 8000
+    assert faults[1] < 100
 
 
-@pytest.mark.slow
-def test_more_than_two_gibibytes_stay_too():
-    said, kept = faults("kept", 2200 << 20)
-    assert said == "True"
-    assert max(kept[1:]) < 1000
-
-
-@pytest.mark.skipif(
-    not HUGE_PAGES.is_file() or "[madvise]" not in HUGE_PAGES.read_text(),
-    reason="the kernel gives no huge pages on advice",
-)
-def test_the_heap_grows_in_huge_pages():
-    size = 256 << 20
-    _, kept = faults("kept", size)
-    assert kept[0] < size // PAGE // 4
-
-
-def test_a_limit_on_addresses_is_kept_to():
-    said, kept = faults("kept", 64 << 20, "prlimit", "--data=8000000000")
-    assert said == "True"
-    assert max(kept[1:]) < 200
+def test_the_image_sets_the_same_tunables():
+    dockerfile = (Path(__file__).parents[1] / "docker" / "Dockerfile").read_text()
+    assert f"GLIBC_TUNABLES={GLIBC_TUNABLES} " in dockerfile

@@ -33,22 +33,6 @@ def test_a_log_gets_a_line_now_and_then(caplog: pytest.LogCaptureFixture):
     assert lines == [f"reading: {n} of 4, 0.0 s left" for n in (1, 2, 3)]
 
 
-def test_short_work_says_nothing_in_a_log(caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.INFO, logger="fivefold"):
-        assert list(track(range(1000), 1000, "reading")) == list(range(1000))
-    assert not caplog.records
-
-
-def test_more_items_than_were_announced_leave_no_negative_time(caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.INFO, logger="fivefold"):
-        list(track(range(5), 2, "reading", every=0))
-    assert caplog.records[-1].getMessage() == "reading: 4 of 2, 0.0 s left"
-
-
-def test_nothing_to_do_is_no_error(caplog: pytest.LogCaptureFixture):
-    assert list(track([], 0, "reading", every=0)) == []
-
-
 @pytest.mark.parametrize("columns", [100, 0])
 def test_a_terminal_gets_a_bar_even_if_it_does_not_know_its_width(columns: int):
     controller, terminal = pty.openpty()

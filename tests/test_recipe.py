@@ -1,6 +1,5 @@
 """The settings models: what they refuse, and that every key explains itself."""
 
-import json
 import math
 from typing import Any
 
@@ -33,17 +32,12 @@ def test_settings_are_frozen():
         (Split, {"parts": [1.2, -0.1, -0.1]}, "three shares"),
         (Split, {"parts": [0.9, 0.0, 0.1]}, "valid share above 0"),
         (Split, {"parts": [0.8, 0.1, 0.1], "holdout": 0.1}, "exclude each other"),
-        (Split, {"folds": 1}, "greater than or equal to 2"),
-        (Split, {"holdout": 1.0}, "less than 1"),
         (Split, {"max_unpacked_gib": math.inf}, "finite"),
         (Model, {"image_size": [224]}, "one positive number"),
-        (Model, {"image_size": 0}, "one positive number"),
         (Model, {"mean": [0.5]}, "three numbers"),
         (Model, {"std": [0.2, 0.0, 0.2]}, "std is positive"),
         (Model, {"pretrained": 1}, "boolean"),
         (Model, {"meta": ["aspect", "aspect"]}, "names a feature twice"),
-        (Model, {"drop_path": 1.0}, "less than 1"),
-        (Model, {"backbones": "x"}, "not permitted"),
         (Ensemble, {"number_column": "ID"}, "needs answer_column"),
         (Ensemble, {"number_column": "ID", "answer_column": "ID"}, "name two columns"),
     ],
@@ -51,10 +45,6 @@ def test_settings_are_frozen():
 def test_what_cannot_work_is_refused(section: type, values: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         section.model_validate(values)
-
-
-def test_parts_may_leave_the_test_part_empty():
-    assert Split(parts=[0.9, 0.1, 0.0]).parts == [0.9, 0.1, 0.0]
 
 
 def test_an_image_size_is_one_number_or_two():
@@ -70,11 +60,6 @@ def test_the_student_differs_only_where_it_says_so():
     before, after = flatten(settings), flatten(student)
     assert {key for key in before if before[key] != after[key]} == {"train.epochs", "model.dropout"}
     assert (student.train.epochs, student.train.lr, student.model.dropout) == (3, 0.01, 0.5)
-
-
-def test_settings_survive_their_json():
-    settings = Settings(seed=7)
-    assert Settings.model_validate(json.loads(settings.model_dump_json())) == settings
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -16,8 +16,6 @@ from PIL import Image
 from fivefold.committee import Committee, Verdict, load_committee
 from fivefold.contract.artifacts import TARBALLS
 from fivefold.contract.files import tree_files
-from fivefold.contract.job import Job
-from fivefold.contract.stages import STAGES
 from fivefold.data.given import HandedStore
 from fivefold.errors import MissingInputError
 from fivefold.members import ImageFiles
@@ -54,8 +52,7 @@ class ImageClassificationAPI:
         explicit = {"device": device, **({"batch_size": batch_size} if batch_size else {})}
         packed = any(file.name in TARBALLS for file in tree_files(path))
         with tempfile.TemporaryDirectory(prefix="fivefold-") if packed else nullcontext("") as scratch:
-            job = Job(STAGES["predict"], {"model": path}, None, None, None, None, Path(scratch))
-            self._committee: Committee = load_committee(job, explicit)
+            self._committee: Committee = load_committee(path, Path(scratch), explicit)
         log.info("%d models of %s, %d classes", len(self._committee.members), path, len(self.classes))
 
     @property

@@ -6,7 +6,7 @@ tables hold just that. Images without labels were seen by no fold, so all folds 
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fivefold.contract.artifacts import ModelDir, model_at
 from fivefold.contract.stages import OOF
 from fivefold.data.folds import FoldTable
 from fivefold.data.store import ImageStore, JoinedStore
+from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.inference.blends import mean
 from fivefold.inference.predictor import Runtime
@@ -25,11 +26,11 @@ from fivefold.inference.tta import build_views, distinct
 from fivefold.members import Gallery, ImageFiles, load_member
 from fivefold.predictions import Predictions, in_class_order, sample
 from fivefold.recipe import Settings, Spec
-from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.training.loop import TrainRows
 from fivefold.training.teaching import Teacher
 
 log = logging.getLogger("fivefold")
+TEACHERS = ("oof", "best_fold", "ensemble")
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,22 @@ class Unseen:
 def teach(teacher: str, models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
     """The lesson of `teacher`: oof, best_fold, ensemble, or the path of a model dir.
 
-    Raises SettingsError for a view that there is not, before anything is predicted.
+    Raises SettingsError for a view that does not exist, before anything is predicted.
     """
     build_views(views)
-    return TEACHERS.get(teacher, _from_path(teacher))(models, pupils, views)
+    if teacher == "oof":
+        return _teach_out_of_fold(models, pupils, views)
+    if teacher == "best_fold":
+        models = [best_model(models)]
+    elif teacher != "ensemble":
+        models = [_model_of_path(teacher, models[0].info["split"])]
+    names = ", ".join(model.name for model in models)
+    log.warning("the teacher (%s) saw rows that it teaches: this distillation is not leak-free", names)
+    gallery, log_probs = pupils.gallery(), []
+    for model in models:
+        own = model.info["settings"].get("predict", {}).get("views", ["plain"])
+        log_probs += _predict(model, pupils, gallery, [distinct([*own, *views])])
+    return Lesson(mean(log_probs), leak_free=False, teacher=names)
 
 
 def unseen_paths(store: ImageStore, paths: Sequence[str], folds: FoldTable) -> list[str]:
@@ -117,13 +130,17 @@ def out_of_fold_targets(tables: Sequence[Predictions], folds: FoldTable, rows: n
     when a row has none.
     """
     position = {name: at for at, name in enumerate(folds.ids_of(rows))}
-    total = np.zeros((len(rows), len(folds.classes)))
-    count = np.zeros(len(rows), dtype=np.int64)
+    total, count = np.zeros((len(rows), len(folds.classes))), np.zeros(len(rows), dtype=np.int64)
     for table in tables:
-        here = np.array([position.get(name, -1) for name in table.ids], dtype=np.int64)
-        at, known = here[here >= 0], here >= 0
-        _check_folds(table.fold[known], folds.fold[rows[at]], table.ids[known])
-        total[at] += np.exp(table.with_classes(folds.classes).log_probs[known].astype(np.float64))
+        at = np.array([position.get(name, -1) for name in table.ids], dtype=np.int64)
+        table, at = table.take(at >= 0), at[at >= 0]
+        wrong = table.fold != folds.fold[rows[at]]
+        if wrong.any():
+            raise DataError(
+                f"{int(wrong.sum())} out-of-fold predictions come from another fold than the split's, such as id "
+                f"{table.ids[wrong][0]!r}: the models belong to another folds.parquet"
+            )
+        total[at] += np.exp(table.with_classes(folds.classes).log_probs.astype(np.float64))
         count[at] += 1
     if (count == 0).any():
         raise SettingsError(
@@ -138,83 +155,42 @@ def best_model(models: Sequence[ModelDir]) -> ModelDir:
     return min(models, key=lambda model: model.info["best"]["logloss"])
 
 
-def _out_of_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
-    tables = [predictions.read(model.path / OOF) for model in models]
-    lessons = [out_of_fold_targets(tables, pupils.folds, pupils.rows)]
-    fold, gallery = pupils.folds.fold[pupils.rows], pupils.gallery()
-    found = [np.zeros_like(lessons[0], dtype=np.float64) for _ in views]
+def _teach_out_of_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
+    """Each row by the models of its own fold: what they predicted after their training, and each of `views`."""
+    folds, rows, gallery = pupils.folds, pupils.rows, pupils.gallery()
+    tables = [[predictions.read(model.path / OOF) for model in models], *([] for _ in views)]
+    ids, fold = folds.ids_of(rows), folds.fold[rows]
     for model in models if views else ():
         own = np.flatnonzero(fold == model.info["fold"])
-        seeds = sum(other.info["fold"] == model.info["fold"] for other in models)
-        for total, log_probs in zip(found, _predict(model, pupils, gallery, [(v,) for v in views], own), strict=True):
-            total[own] += np.exp(log_probs.astype(np.float64)) / seeds
-    lessons += [np.log(np.maximum(total, np.finfo(np.float64).tiny)).astype(np.float32) for total in found]
+        for table, log_probs in zip(
+            tables[1:], _predict(model, pupils, gallery, [(view,) for view in views], own), strict=True
+        ):
+            table.append(Predictions(ids[own], fold[own], model.system, folds.classes, log_probs))
+    lessons = [out_of_fold_targets(table, folds, rows) for table in tables]
     return Lesson(mean(lessons), leak_free=True, teacher=f"out-of-fold predictions of {len(models)} models")
 
 
-def _best_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
-    return _not_leak_free([best_model(models)], pupils, views)
-
-
-def _ensemble(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
-    return _not_leak_free(models, pupils, views)
-
-
-def _not_leak_free(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
-    names = ", ".join(model.name for model in models)
-    log.warning("the teacher (%s) saw rows that it teaches: this distillation is not leak-free", names)
-    gallery, found = pupils.gallery(), []
-    for model in models:
-        own = model.info["settings"].get("predict", {}).get("views", ["plain"])
-        found += _predict(model, pupils, gallery, [distinct([*own, *views])])
-    return Lesson(mean(found), leak_free=False, teacher=names)
-
-
-def _from_path(path: str) -> Callable[[Sequence[ModelDir], Pupils, Sequence[Spec]], Lesson]:
-    def teacher(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
-        if not Path(path).is_dir():
-            raise MissingInputError(
-                f"distill.teacher={path} is neither {', '.join(TEACHERS)} nor the folder of a model"
-            )
-        model = model_at(Path(path))
-        if model.info["split"] != models[0].info["split"]:
-            log.warning("%s comes from another split: it may have seen this split's holdout too", model.name)
-        return _not_leak_free([model], pupils, views)
-
-    return teacher
+def _model_of_path(path: str, split: str) -> ModelDir:
+    """The model in a folder that `distill.teacher` names; a warning if it is of another split than the digest `split`."""
+    if not Path(path).is_dir():
+        raise MissingInputError(f"distill.teacher={path} is neither {', '.join(TEACHERS)} nor the folder of a model")
+    model = model_at(Path(path))
+    if model.info["split"] != split:
+        log.warning("%s comes from another split: it may have seen this split's holdout too", model.name)
+    return model
 
 
 def _predict(
     model: ModelDir, pupils: Pupils, gallery: Gallery, lists: Sequence[Sequence[Spec]], rows: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """What a model says of a gallery, or of some `rows` of it: [N, C] by the mean of each list of views, its own where empty."""
+    """A model's log-probabilities [N, C] of a gallery, or of some `rows` of it: the mean of each list of views, its own where empty."""
     classes = pupils.folds.classes
-    _check_classes(model, classes)
-    member = load_member(model, {}, replicas=pupils.replicas)
-    found = [member.predict_seen(gallery, f"teacher {model.name}", views, rows) for views in lists]
-    return [in_class_order(log_probs, model.info["classes"], classes) for log_probs in found]
-
-
-def _check_classes(model: ModelDir, classes: Sequence[str]) -> None:
     differing = sorted(set(model.info["classes"]) ^ set(classes))
     if differing:
         raise DataError(
             f"the teacher {model.shown} knows other classes than the split that its student learns: {sample(differing)} "
             "on one side alone; give a teacher of the same classes"
         )
-
-
-def _check_folds(predicted: np.ndarray, own: np.ndarray, ids: np.ndarray) -> None:
-    wrong = predicted != own
-    if wrong.any():
-        raise DataError(
-            f"{int(wrong.sum())} out-of-fold predictions come from another fold than the split's, such as id "
-            f"{ids[wrong][0]!r}: the models belong to another folds.parquet"
-        )
-
-
-TEACHERS: dict[str, Callable[[Sequence[ModelDir], Pupils, Sequence[Spec]], Lesson]] = {
-    "oof": _out_of_fold,
-    "best_fold": _best_fold,
-    "ensemble": _ensemble,
-}
+    member = load_member(model, {}, replicas=pupils.replicas)
+    predicted = [member.predict_seen(gallery, f"teacher {model.name}", views, rows) for views in lists]
+    return [in_class_order(log_probs, model.info["classes"], classes) for log_probs in predicted]

@@ -1,10 +1,9 @@
-"""What the machine offers a process: its cores, and memory that need not go back and forth to the kernel."""
+"""What the machine offers a process: its cores, its memory, and how both are used."""
 
 import ctypes
 import math
 import os
 import platform
-import resource
 import signal
 import sys
 from collections.abc import MutableMapping
@@ -12,13 +11,12 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 """An option of Linux's prctl(2)."""
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-NEVER = -1
-"""Parameters of glibc's mallopt(3), and the threshold that no free memory is above."""
-MADV_HUGEPAGE = 14
-"""An advice of Linux's madvise(2)."""
-HUGE_PAGES, OVERCOMMIT = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/sys/vm/overcommit_memory")
-TOP_PAD = 1 << 28
+GLIBC_TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1"
+"""The variable of this name by which glibc keeps freed memory, and takes it in huge pages; the image sets it too.
+
+A training step on a CPU frees and allocates the same tensors again and again. By default glibc
+maps each large one afresh, and the kernel zeroes every page of it: a quarter of a small network's step.
+"""
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_LIMITS = (CGROUPS / "memory.max", CGROUPS / "memory/memory.limit_in_bytes")
 
@@ -75,52 +73,6 @@ def free_memory() -> int:
         if text.isdigit():
             free = min(free, int(text) - used)
     return max(free, 0)
-
-
-def keep_freed_memory() -> bool:
-    """Tells glibc not to return freed memory, and to take it in huge pages; whether it took it (elsewhere there is no such call).
-
-    A training step on a CPU frees and allocates the same tensors again and again. By default glibc
-    maps each large one afresh, and the kernel zeroes every page of it: a quarter of a small network's step.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    if getattr(libc, "mallopt", None) is None:
-        return False
-    kept = all([libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, NEVER), libc.mallopt(M_TOP_PAD, TOP_PAD)])
-    if kept:
-        _take_huge_pages(libc)
-    return kept
-
-
-def _take_huge_pages(libc: ctypes.CDLL) -> None:
-    """Has the kernel use huge pages for the heap as it grows, where it gives them on advice and no limit stands against it.
-
-    Addresses alone are taken for it, as many as there is free memory: what is advised must be mapped, and a heap
-    that grows afterwards does so in common pages.
-    """
-    limited = any(
-        resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
-    )
-    if limited or _words_of(OVERCOMMIT) == "2" or "[madvise]" not in _words_of(HUGE_PAGES):
-        return
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.free(libc.malloc(free_memory()))  # of what cannot be had malloc gives nothing, which free takes
-    for start, end in _heaps():
-        libc.madvise(start, end - start, MADV_HUGEPAGE)
-
-
-def _heaps() -> list[tuple[int, int]]:
-    """Where the parts of this process's heap begin and end."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    spans = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith("[heap]")]
-    return [(int(start, 16), int(end, 16)) for start, end in spans]
 
 
 def _words_of(path: Path) -> str:

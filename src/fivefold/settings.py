@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from fivefold.choose import did_you_mean
+from fivefold.contract.job import hyperparameters
+from fivefold.distributed.place import index_is_of_hosts
 from fivefold.errors import SettingsError
-from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Settings
+from fivefold.recipe import EXECUTION_KEYS, OF_A_STAGE, SECTIONS, STAGES_OF_A_RUN, Settings
 from fivefold.recipes import read, system_of
-from fivefold.sections import OF_A_STAGE, STAGES_OF_A_RUN
 from fivefold.values import value_of, words
 
 ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "runs", "seed"}
@@ -61,6 +63,16 @@ def index_layer(environ: Mapping[str, str]) -> Layer:
     """JOB_COMPLETION_INDEX of a Kubernetes Indexed Job, which stands in for FOLD where nothing else gives it."""
     index = environ.get(INDEX)
     return Layer(INDEX, {"fold": index} if index else {})
+
+
+def layers_of(arguments: Sequence[str], environ: Mapping[str, str]) -> list[Layer]:
+    """Where a process gets settings from, strongest first; the recipe and the defaults come after them."""
+    return [
+        arguments_layer(arguments),
+        environment_layer(environ),
+        Layer("hyperparameters", {normal_key(name): value for name, value in hyperparameters(environ).items()}),
+        index_layer({} if index_is_of_hosts(environ) else environ),
+    ]
 
 
 def load(layers: Sequence[Layer]) -> Settings:
@@ -127,49 +139,19 @@ def key_settings(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
 
     Of `[predict]` only what was given counts: where it says nothing, each model predicts as its own recipe says.
     """
-    silent = {
-        f"predict.{name}" for name in type(settings.predict).model_fields.keys() - settings.predict.model_fields_set
-    }
-    return {
-        key: value
-        for key, value in flatten(settings).items()
-        if is_of(key, sections) and key not in EXECUTION_KEYS | silent
-    }
+    fields = type(settings.predict).model_fields.keys()
+    left_out = EXECUTION_KEYS | {f"predict.{name}" for name in fields - settings.predict.model_fields_set}
+    return {key: value for key, value in flatten(settings).items() if is_of(key, sections) and key not in left_out}
 
 
 def describe(sections: Sequence[str]) -> str:
     """Every key of `sections` with type, default and meaning, a line each, for `--help`."""
-    lines = []
-    for name in sections:
-        section, _, key = name.partition(".")
-        field = Settings.model_fields[section]
-        if key:
-            lines.append(_line(name, type(field.default).model_fields[key]))
-            continue
-        if name not in SECTIONS:
-            lines.append(_line(name, field))
-            continue
-        lines += [_line(f"{name}.{key}", sub) for key, sub in type(field.default).model_fields.items()]
+    lines = [
+        f"  {key:24} {words(field.annotation):26} {field.description} (default: {json.dumps(field.default, ensure_ascii=False)})"
+        for key, field in FIELDS.items()
+        if is_of(key, sections)
+    ]
     return "\n".join(lines)
-
-
-def _line(key: str, field: Any) -> str:
-    default = json.dumps(field.default, ensure_ascii=False)
-    return f"  {key:24} {words(field.annotation):26} {field.description} (default: {default})"
-
-
-def _kinds() -> dict[str, Any]:
-    """`{"train.epochs": int, …}`: every key with its type, the student's among them."""
-    kinds: dict[str, Any] = {}
-    for name, field in Settings.model_fields.items():
-        model = type(field.default)
-        subs = model.model_fields if name in SECTIONS else {}
-        kinds |= {f"{name}.{key}": sub.annotation for key, sub in subs.items()} or {name: field.annotation}
-    for name in STUDENTS:
-        kinds |= {f"distill.{key}": kind for key, kind in kinds.items() if key.startswith(f"{name}.")}
-    for stage in STAGES_OF_A_RUN:
-        kinds |= {f"sagemaker.stages.{stage}.{key}": kinds[f"sagemaker.{key}"] for key in OF_A_STAGE}
-    return kinds
 
 
 def _value(key: str, given: Any, source: str) -> Any:
@@ -249,7 +231,14 @@ PLAIN = {
     "literal_error": "{expected} is needed",
     "finite_number": "a finite number is needed",
 }
-
-STUDENTS = ("model", "train")
-"""Sections of which `[distill]` holds a second one, for the student."""
-KINDS = _kinds()
+FIELDS: dict[str, FieldInfo] = {}
+"""`{"train.epochs": …}`: every key, in the order of the schema."""
+for _name, _field in Settings.model_fields.items():
+    _fields = type(_field.default).model_fields if _name in SECTIONS else {}
+    FIELDS |= {f"{_name}.{key}": field for key, field in _fields.items()} or {_name: _field}
+KINDS = {key: field.annotation for key, field in FIELDS.items()}
+"""The type of every key, also of the student's and of those that a stage has otherwise."""
+KINDS |= {f"distill.{key}": kind for key, kind in KINDS.items() if key.startswith(("model.", "train."))}
+KINDS |= {
+    f"sagemaker.stages.{stage}.{key}": KINDS[f"sagemaker.{key}"] for stage in STAGES_OF_A_RUN for key in OF_A_STAGE
+}

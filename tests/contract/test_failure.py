@@ -4,14 +4,29 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 
-from fivefold.contract.failure import FAILURE_CHARACTERS, explained, report_failure
-from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError, StoppedError
+from fivefold.contract.failure import (
+    FAILURE_CHARACTERS,
+    TERMINATION_BYTES,
+    explained,
+    report_failure,
+    report_termination,
+)
+from fivefold.errors import (
+    DataError,
+    FivefoldError,
+    LostError,
+    MissingInputError,
+    RetryableError,
+    SettingsError,
+    StoppedError,
+)
 
 
 def raised(inner: BaseException, outer: BaseException | None = None) -> BaseException:
@@ -87,16 +102,40 @@ def test_an_error_that_was_dealt_with_is_no_cause():
     assert explained(error) is error
 
 
-def test_the_message_comes_first_then_the_traceback(tmp_path: Path):
-    report_failure(tmp_path / "output", raised(DataError("row 3 is broken")))
-    text = (tmp_path / "output" / "failure").read_text()
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """A pod's termination log as the platform makes it: there, and empty."""
+    path = tmp_path / "termination-log"
+    path.touch()
+    return path
+
+
+@pytest.fixture(params=["failure file", "termination log"])
+def report(request: pytest.FixtureRequest, log: Path) -> Callable[[BaseException], str]:
+    """Reports an error in one of the two ways; the text."""
+
+    def failure_file(error: BaseException) -> str:
+        report_failure(log.parent / "output", error)
+        return (log.parent / "output" / "failure").read_text(encoding="utf-8")
+
+    def termination_log(error: BaseException) -> str:
+        report_termination({"TERMINATION_LOG": str(log)}, error)
+        return log.read_text(encoding="utf-8")
+
+    return failure_file if request.param == "failure file" else termination_log
+
+
+def test_the_message_comes_first_then_the_traceback(report: Callable[[BaseException], str]):
+    text = report(raised(DataError("row 3 is broken")))
     assert text.startswith("row 3 is broken\n\nTraceback")
     assert text.rstrip().endswith("DataError: row 3 is broken")
+    assert report(raised(KeyError("x"))).startswith("KeyError: 'x'\n\n")
 
 
-def test_an_unexpected_error_says_its_type(tmp_path: Path):
-    report_failure(tmp_path, raised(KeyError("x")))
-    assert (tmp_path / "failure").read_text().startswith("KeyError: 'x'\n\n")
+def test_a_mere_consequence_gives_way_to_the_cause(report: Callable[[BaseException], str]):
+    assert report(LostError("the others are gone")).startswith("the others are gone")
+    report(DataError("row 3 is broken"))
+    assert report(LostError("the others are gone")).startswith("row 3 is broken")
 
 
 def test_a_long_message_fills_what_is_shown_and_no_more(tmp_path: Path):
@@ -105,11 +144,31 @@ def test_a_long_message_fills_what_is_shown_and_no_more(tmp_path: Path):
     assert text[: FAILURE_CHARACTERS + 2] == "ö" * FAILURE_CHARACTERS + "\n\n"
 
 
-def test_a_failure_that_cannot_be_written_hides_nothing(tmp_path: Path):
+@pytest.mark.parametrize("before", ["", "a"])
+def test_a_termination_log_fits_and_no_character_is_halved(log: Path, before: str):
+    report_termination({"TERMINATION_LOG": str(log)}, DataError(before + "ö" * TERMINATION_BYTES))
+    written = log.read_bytes()
+    assert TERMINATION_BYTES - 1 <= len(written) <= TERMINATION_BYTES
+    assert written.decode() == before + "ö" * ((TERMINATION_BYTES - len(before)) // 2)
+
+
+def test_a_report_that_cannot_be_written_hides_nothing(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    report_failure(tmp_path / "file", DataError("x"))
-    report_failure(None, DataError("x"))
+    for folder in (tmp_path / "file", None):
+        report_failure(folder, DataError("x"))
+    for place in (tmp_path / "no", tmp_path):  # none is made where the platform made none
+        report_termination({"TERMINATION_LOG": str(place)}, DataError("x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_stage_writes_its_last_words_into_the_file_that_is_bound(log: Path, tmp_path: Path):
+    os.link(log, tmp_path / "bound")
+    environ = {**os.environ, "TERMINATION_LOG": str(log), "SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}
+    environ["SM_CHANNEL_TRAIN"] = str(tmp_path / "nowhere")
+    ended = subprocess.run([sys.executable, "-m", "jobs", "split"], env=environ, capture_output=True, text=True)
+    assert ended.returncode == 66, ended.stderr
+    assert (tmp_path / "bound").read_text().startswith(f"channel 'train': {tmp_path / 'nowhere'} does not exist")
 
 
 def test_every_error_has_an_exit_code_of_its_own():

@@ -82,12 +82,6 @@ def test_ground_truth_has_a_variable_of_its_own_between_channel_and_folder(base:
     assert job("evaluate", environ, tmp_path).channels["ground_truth"] == Path("/channel")
 
 
-def test_a_channel_may_be_a_file(tmp_path: Path):
-    write_text(tmp_path / "images.zip", "x")
-    found = job("split", {"SM_CHANNEL_TRAIN": str(tmp_path / "images.zip")}, tmp_path)
-    assert found.channel("train") == tmp_path / "images.zip"
-
-
 def test_a_missing_channel_is_told_with_its_variable(tmp_path: Path):
     found = job("train-fold", {"SM_CHANNEL_TRIAN": str(tmp_path), "SM_CHANNEL_FOLDS": str(tmp_path / "no")}, tmp_path)
     with pytest.raises(MissingInputError, match=r"'train': set SM_CHANNEL_TRAIN to its folder \(given: folds, trian\)"):
@@ -146,11 +140,6 @@ def test_pipe_mode_is_refused(base: Path, tmp_path: Path):
         job("split", configured(base, "inputdataconfig", modes), tmp_path)
 
 
-def test_fast_file_mode_is_taken(base: Path, tmp_path: Path):
-    modes = {"train": {"TrainingInputMode": "FastFile", "S3DistributionType": "FullyReplicated"}}
-    assert "train" in job("split", configured(base, "inputdataconfig", modes), tmp_path).channels
-
-
 @pytest.mark.parametrize("text", ["{", "[1]", '"a"', "", b"\xff\xfe"])
 def test_configuration_that_is_no_map_is_named(text: str | bytes, base: Path, tmp_path: Path):
     for name in ("hyperparameters", "inputdataconfig"):
@@ -182,11 +171,6 @@ def test_hyperparameters_of_the_service_are_not_ours(base: Path):
     names = {"sagemaker_program": '"x"', "SAGEMAKER_REGION": "x", "_tuning_objective_metric": "y", "fold": "2"}
     environ = configured(base, "hyperparameters", names) | {"SM_HP_SAGEMAKER_JOB_NAME": "z"}
     assert hyperparameters(environ) == {"fold": "2"}
-
-
-def test_sm_hps_that_is_no_map_is_named():
-    with pytest.raises(SettingsError, match="SM_HPS holds list, not a map"):
-        hyperparameters({"SM_HPS": "[]"})
 
 
 def test_the_failure_file_has_its_folder_only_where_a_platform_names_one(base: Path):

@@ -70,14 +70,6 @@ def test_a_fold_that_is_not_named_has_no_folder(tmp_path: Path):
         filled("train-fold", tmp_path)
 
 
-def test_a_fold_in_the_environment_is_nothing_to_other_stages(tmp_path: Path):
-    assert filled("split", tmp_path, 2)["SM_OUTPUT_DATA_DIR"] == f"{tmp_path}/split/output"
-
-
-def test_stages_that_are_no_steps_of_a_run_keep_their_variables(tmp_path: Path):
-    assert filled("predict", tmp_path) == {}
-
-
 def test_runs_may_be_in_a_bucket(bucket):
     bucket.write("runs/first/split/output/folds.parquet", b"x")
     found = dict(in_run(STAGES["ensemble"], {}, f"s3://{bucket.name}/runs/first", None))
@@ -86,14 +78,6 @@ def test_runs_may_be_in_a_bucket(bucket):
     assert "SM_OUTPUT_DIR" not in found, "the failure file stays on the machine"
     empty = dict(in_run(STAGES["evaluate"], {}, f"s3://{bucket.name}/runs/none", None))
     assert not [name for name in empty if name.startswith("SM_CHANNEL_")]
-
-
-def test_the_truth_stands_beside_the_table(tmp_path: Path):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "gt.csv").write_text("ID,label\n")
-    assert truth_of(str(tmp_path)) is None
-    (tmp_path / "deep" / "test.csv").write_text("ID,img_path\n")
-    assert truth_of(str(tmp_path)) == str(tmp_path / "deep" / "gt.csv")
 
 
 @pytest.mark.parametrize("name", ["ground_truth.csv", "GT.csv", "Ground-Truth.CSV"])

@@ -12,11 +12,10 @@ import pytest
 from fivefold.contract import storage
 from fivefold.contract.s3 import attempts
 from fivefold.contract.s3.checkpoints import CheckpointSync
-from fivefold.contract.s3.store import Store
-from fivefold.contract.s3.transfers import Download
+from fivefold.contract.s3.client import Download, Store
 from fivefold.contract.s3.urls import Url, parse
 from fivefold.contract.storage import Remote, shown
-from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
+from fivefold.errors import DataError, RetryableError, SettingsError
 from s3_server import Bucket, Proxy, Request
 
 MIB = 2**20
@@ -61,7 +60,7 @@ def test_an_object_that_changes_while_it_is_read_is_not_taken_for_whole(bucket, 
     store = Store()
     (found,) = store.below(url)
     bucket.write((url / "x").key, b"b" * 20 * MIB)
-    monkeypatch.setattr("fivefold.contract.s3.store.LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_WAIT", 0.01)
     with pytest.raises(RetryableError, match="changed while it was read"):
         store.download([Download(found, tmp_path / "x")], "down")
     assert not list(tmp_path.iterdir())
@@ -222,7 +221,7 @@ def test_a_store_that_is_slower_than_the_training_gets_the_newest_checkpoint_alo
 
 
 def test_a_checkpoint_that_does_not_go_up_costs_a_warning_and_no_training(bucket, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("fivefold.contract.s3.store.LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_WAIT", 0.01)
     folder = tmp_path / "0123"
     folder.mkdir()
     (folder / "00000001.pt").write_bytes(b"x")
@@ -242,13 +241,6 @@ def test_refused_requests_say_which_rights_are_needed(bucket, url, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         with pytest.raises(SettingsError, match=f"{url}/.* access refused .* need s3:ListBucket, s3:GetObject"):
             Remote(Path("/tmp")).output(url)
-
-
-def test_what_is_not_there_is_told_before_anything_runs(bucket):
-    with pytest.raises(MissingInputError, match="nothing is there, and no finished stage has written there"):
-        Remote(Path("/tmp")).channel(Url(bucket.name, "no/where"))
-    with pytest.raises(MissingInputError, match="there is no bucket 'nobodys'"):
-        Remote(Path("/tmp")).channel(Url("nobodys", "x"))
 
 
 @pytest.mark.parametrize(

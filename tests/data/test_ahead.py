@@ -31,36 +31,16 @@ def test_on_a_cpu_a_batch_is_read_when_it_is_asked_for_and_given_as_it_is():
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_each_is_sent_before_the_one_before_it_is_given_out_and_none_twice_or_lost(count):
     events: list[str] = []
-    numbers = iter(range(count))
-
-    def send() -> int | None:
-        number = next(numbers, None)
-        events.append(f"send {number}")
-        return number
-
-    def receive(number: int) -> int:
-        events.append(f"receive {number}")
-        return number
-
-    found = []
-    for number in one_ahead(send, receive):
-        events.append(f"step {number}")
-        found.append(number)
-    assert found == list(range(count))
-    for number in range(1, count):
-        assert events.index(f"send {number}") < events.index(f"receive {number - 1}") < events.index(f"step {number}")
-    assert [event for event in events if event.startswith("receive")] == [f"receive {n}" for n in range(count)]
-    assert events.count("send None") == 1
-
-
-def test_no_more_than_one_is_sent_ahead():
-    read: list[int] = []
-    given = batches(5, read)
-    stepping = one_ahead(lambda: next(given, None), lambda batch: batch)
-    next(stepping)
-    assert read == [0, 1]
-    next(stepping)
-    assert read == [0, 1, 2]
+    stepping = one_ahead(
+        range(count),
+        lambda number: events.append(f"send {number}") or number,
+        lambda number: events.append(f"receive {number}") or number,
+    )
+    assert list(stepping) == list(range(count))
+    sent = [f"send {number}" for number in range(count)]
+    received = [f"receive {number}" for number in range(count)]
+    pairs = [event for pair in zip(sent[1:], received, strict=False) for event in pair]
+    assert events == sent[:1] + pairs + received[-1:]
 
 
 def test_what_cannot_be_read_is_said_by_the_step_before():
@@ -68,8 +48,7 @@ def test_what_cannot_be_read_is_said_by_the_step_before():
         yield from batches(2, [])
         raise DataError("2.png cannot be decoded")
 
-    given = broken()
-    stepping = one_ahead(lambda: next(given, None), lambda batch: batch)
+    stepping = one_ahead(broken(), lambda batch: batch, lambda batch: batch)
     next(stepping)
     with pytest.raises(DataError, match=r"2\.png"):
         next(stepping)

@@ -12,29 +12,32 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from fivefold.data.cache import ENTRY, HEAD, INDEX, PIXELS, Cache, key_of
-from fivefold.data.cached import with_caches
-from fivefold.data.caching import (
-    Source,
+from fivefold.data.dataset import ImageSet, epoch_batches, load
+from fivefold.data.image_cache import (
+    ENTRY,
+    HEAD,
+    INDEX,
+    PIXELS,
+    Cache,
+    ImageFile,
     build,
     bytes_of,
     cached_once,
     check_room,
     check_sample,
-    key_of_images,
-    made,
+    files_of,
+    key_of,
     one_builder,
+    open_or_build,
     survey,
 )
-from fivefold.data.dataset import ImageSet, derive_seed, epoch_batches, load
 from fivefold.data.images import Pixels, decode
 from fivefold.data.store import FolderStore, open_store
 from fivefold.data.transforms import build_transforms
@@ -70,6 +73,17 @@ def draw_odd(folder: Path) -> None:
     image.save(folder / "twice again.png")
 
 
+@dataclass(frozen=True)
+class Source:
+    store: FolderStore
+    paths: np.ndarray
+    sha256: np.ndarray
+
+    @property
+    def files(self) -> list[ImageFile]:
+        return files_of(self.store, self.paths, self.sha256)
+
+
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("odd") / "images"
@@ -80,8 +94,9 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def cache_of(source: Source, folder: Path, pixels: Pixels = KINDS[0]) -> Cache:
-    images = survey([source], pixels)
-    return made(folder / key_of_images(images, pixels), images, pixels, 1.0)
+    return open_or_build(
+        folder / key_of(list(source.sha256), pixels), lambda: survey(source.files, pixels), pixels, 1.0
+    )
 
 
 @pytest.mark.parametrize("pixels", KINDS, ids=lambda pixels: pixels.in_words)
@@ -100,7 +115,7 @@ def test_every_kind_of_image_has_the_same_pixels_as_its_file(odd: Source, tmp_pa
 
 def test_what_is_estimated_is_what_is_written(odd: Source, tmp_path: Path) -> None:
     for pixels in KINDS[:2]:
-        assert bytes_of(survey([odd], pixels)) == cache_of(odd, tmp_path, pixels).bytes
+        assert bytes_of(survey(odd.files, pixels)) == cache_of(odd, tmp_path, pixels).bytes
 
 
 def test_what_is_not_there_is_not_found(odd: Source, tmp_path: Path) -> None:
@@ -131,7 +146,7 @@ def test_the_same_batches_from_files_memory_and_cache_with_any_number_of_workers
         return ImageSet(store, odd.paths, transform, 5, digests, ["aspect", "color_mean"], pixels)
 
     plain, kept = images(odd.store), images(odd.store)
-    held = with_caches(odd.store, [cache_of(odd, tmp_path, pixels)])
+    held = replace(odd.store, caches=[cache_of(odd, tmp_path, pixels)])
     assert kept.keep_in_memory()
     expected = batches_of(plain)
     assert batches_of(kept) == expected
@@ -151,35 +166,18 @@ def test_a_cached_row_opens_no_file_and_others_are_read_from_theirs(odd: Source,
     empty.mkdir()
     cache = cache_of(some, tmp_path / "caches")
     transform = build_transforms(["resize"], (8, 8))
-    images = ImageSet(with_caches(open_store(empty), [cache]), odd.paths, transform, 0, odd.sha256)
+    images = ImageSet(replace(open_store(empty), caches=[cache]), odd.paths, transform, 0, odd.sha256)
     assert images.count_cached() == 5
     assert images.image(4).shape[2] == 3
     with pytest.raises(DataError, match="cannot be read"):
         images.image(6)
-    whole = ImageSet(with_caches(odd.store, [cache]), odd.paths, transform, 0, odd.sha256)
+    whole = ImageSet(replace(odd.store, caches=[cache]), odd.paths, transform, 0, odd.sha256)
     assert np.array_equal(whole.image(6), decode(odd.store.read(odd.paths[6]), "6"))
 
 
 def test_a_cache_of_other_pixels_is_not_used(odd: Source, tmp_path: Path) -> None:
-    store = with_caches(odd.store, [cache_of(odd, tmp_path, Pixels(24))])
+    store = replace(odd.store, caches=[cache_of(odd, tmp_path, Pixels(24))])
     assert ImageSet(store, odd.paths, build_transforms(["resize"], (8, 8)), 0, odd.sha256).count_cached() == 0
-
-
-def test_a_batch_is_its_samples_one_by_one(odd: Source) -> None:
-    """The preallocated batch against the plain way: each image transformed under its own seed, then stacked."""
-    images = ImageSet(
-        odd.store, odd.paths, build_transforms(["random_resized_crop", "horizontal_flip"], (16, 12)), seed=3
-    )
-    batch = images.__getitems__([(2, row) for row in range(6)])
-
-    def alone(row: int) -> torch.Tensor:
-        torch.manual_seed(derive_seed(3, 2, row))
-        return images.transform(torch.from_numpy(images.image(row)).permute(2, 0, 1))
-
-    plain = torch.stack([alone(row) for row in range(6)])
-    assert torch.equal(batch.images, plain)
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    assert batch.images.shape == (6, 3, 16, 12)
 
 
 def too_large(head: dict[str, object]) -> None:
@@ -235,7 +233,7 @@ def test_a_spoilt_cache_is_refused_and_on_first_use_made_anew(
     spoil(cache.folder)
     with pytest.raises(DataError, match=message):
         Cache(cache.folder)
-    found = cached_once(tmp_path, odd, Pixels(), 1.0)
+    found = cached_once(tmp_path, odd.files, Pixels(), 1.0)
     assert "made anew" in caplog.text
     assert found is not None
     assert (found.folder / PIXELS).read_bytes() == whole
@@ -268,12 +266,12 @@ def test_an_index_that_points_out_of_the_file_is_refused(odd: Source, tmp_path: 
 
 
 def test_one_that_is_too_large_is_an_error_that_says_what_helps(odd: Source, tmp_path: Path) -> None:
-    images = survey([odd], Pixels())
+    images = survey(odd.files, Pixels())
     with pytest.raises(
         SettingsError, match=r"16 decoded images take .* MiB, and data.cache_gib=1e-05 are allowed: .*data.store_size"
     ):
-        check_room(tmp_path, images, 1e-5)
-    assert cached_once(tmp_path / "caches", odd, Pixels(), 1e-5) is None
+        check_room(tmp_path, len(images), bytes_of(images), 1e-5)
+    assert cached_once(tmp_path / "caches", odd.files, Pixels(), 1e-5) is None
     assert not list((tmp_path / "caches").glob("[!.]*"))
 
 
@@ -296,24 +294,24 @@ def test_of_many_images_a_few_say_that_they_are_far_too_many(tmp_path: Path) -> 
     for name in names:
         Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
     source = Source(open_store(tmp_path / "images"), names, [digest_of(tmp_path / "images" / name) for name in names])
-    size = bytes_of(survey([source], Pixels()))
+    size = bytes_of(survey(source.files, Pixels()))
     assert size == 1100 * 192
     for share in (2, 1.01, 0.99):
-        check_sample(tmp_path, source, Pixels(), share * size / GIB)
-    with pytest.raises(SettingsError, match=r"1100 decoded images take about 0\.2 MiB, and data.cache_gib="):
-        check_sample(tmp_path, source, Pixels(), 0.5 * size / GIB)
+        check_sample(tmp_path, source.files, Pixels(), share * size / GIB)
+    with pytest.raises(SettingsError, match=r"1100 decoded images take 0\.2 MiB, and data.cache_gib="):
+        check_sample(tmp_path, source.files, Pixels(), 0.5 * size / GIB)
     counted = Counting(source.store)
-    assert cached_once(tmp_path / "caches", Source(counted, names, source.sha256), Pixels(), 0.5 * size / GIB) is None
+    assert cached_once(tmp_path / "caches", files_of(counted, names, source.sha256), Pixels(), 0.5 * size / GIB) is None
     assert counted.count < 300, "not all files were read"
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_decoded(
     odd: Source, tiny_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images = survey([odd], Pixels())
+    images = survey(odd.files, Pixels())
     with pytest.raises(RetryableError, match="MiB free for them: free some"):
-        made(tiny_disk / "key", images, Pixels(), 1.0)
-    assert cached_once(tiny_disk, odd, Pixels(), 1.0) is None
+        open_or_build(tiny_disk / "key", lambda: images, Pixels(), 1.0)
+    assert cached_once(tiny_disk, odd.files, Pixels(), 1.0) is None
     assert "images are read from their files" in caplog.text
     assert not list(tiny_disk.glob("[!.]*"))
     assert not list(tiny_disk.glob(".*.tmp"))
@@ -321,21 +319,20 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_decoded(
 
 def test_a_disk_that_fills_while_images_are_written_is_75_and_nothing_is_left(odd: Source, tiny_disk: Path) -> None:
     with pytest.raises(RetryableError, match=r"no space left to write .*free some, then run the same command again"):
-        build(tiny_disk / "key", survey([odd], Pixels()), Pixels())
+        build(tiny_disk / "key", survey(odd.files, Pixels()), Pixels())
     assert not list(tiny_disk.iterdir())
 
 
 AS_NOBODY = """
 import os, sys
 from pathlib import Path
-from fivefold.data.cache import Cache
-from fivefold.data.caching import one_builder, Source, cached_once
+from fivefold.data.image_cache import cached_once, files_of
 from fivefold.data.images import Pixels
 from fivefold.data.store import open_store
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 caches, images, *digests = sys.argv[1:]
 store = open_store(Path(images))
-found = cached_once(Path(caches), Source(store, store.names()[:len(digests)], digests), Pixels(), 1.0)
+found = cached_once(Path(caches), files_of(store, store.names()[:len(digests)], digests), Pixels(), 1.0)
 print(None if found is None else found.image(0).sum())
 """
 
@@ -363,14 +360,14 @@ def test_where_nothing_can_be_written_images_are_read_from_their_files(
     odd: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert cached_once(tmp_path / "file" / "caches", odd, Pixels(), 1.0) is None
+    assert cached_once(tmp_path / "file" / "caches", odd.files, Pixels(), 1.0) is None
     assert "images are read from their files" in caplog.text
 
 
 def test_a_finished_cache_is_used_where_nothing_can_be_written(odd: Source, tmp_path: Path) -> None:
     cache = cache_of(odd, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    found = cached_once(tmp_path, odd, Pixels(), 1e-9)
+    found = cached_once(tmp_path, odd.files, Pixels(), 1e-9)
     assert found is not None
     assert found.folder == cache.folder
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -381,7 +378,7 @@ def test_a_file_that_changed_since_the_split_is_named_and_nothing_is_left(tmp_pa
     store = open_store(tmp_path / "images")
     source = Source(store, ["grey.jpg", "cmyk.jpg"], ["00" * 32, digest_of(tmp_path / "images" / "cmyk.jpg")])
     with pytest.raises(DataError, match=r"grey\.jpg is not the file that the split saw"):
-        cached_once(tmp_path / "caches", source, Pixels(), 1.0)
+        cached_once(tmp_path / "caches", source.files, Pixels(), 1.0)
     assert not list((tmp_path / "caches").glob("[!.]*"))
 
 
@@ -395,7 +392,7 @@ def test_an_image_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
         [digest_of(path), digest_of(path.with_name("cmyk.jpg"))],
     )
     with pytest.raises(DataError, match=r"grey\.jpg cannot be decoded"):
-        cached_once(tmp_path / "caches", source, Pixels(), 1.0)
+        cached_once(tmp_path / "caches", source.files, Pixels(), 1.0)
     assert [each.name for each in (tmp_path / "caches").iterdir() if not each.name.endswith(".lock")] == []
 
 
@@ -406,7 +403,7 @@ def build_in(
     store = open_store(images)
     source = Source(store, store.names(), [digest_of(images / name) for name in store.names()])
     started.wait()
-    cache = cached_once(folder, source, Pixels(), 1.0)
+    cache = cached_once(folder, source.files, Pixels(), 1.0)
     results.put(
         (
             cache.folder.stat().st_ino,
@@ -437,12 +434,12 @@ def test_who_comes_second_says_that_it_waits_and_takes_what_the_first_made(
     path = tmp_path / key_of(list(odd.sha256), Pixels())
     with ThreadPoolExecutor(1) as pool:
         with one_builder(path):
-            second = pool.submit(cached_once, tmp_path, odd, Pixels(), 1.0)
+            second = pool.submit(cached_once, tmp_path, odd.files, Pixels(), 1.0)
             deadline = time.monotonic() + 30
             while "waiting for it" not in caplog.text:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            first = build(path, survey([odd], Pixels()), Pixels())
+            first = build(path, survey(odd.files, Pixels()), Pixels())
             assert not second.done()
         assert second.result(30).folder == first.folder
     assert "decoded once" not in caplog.text, "the second made nothing"
@@ -451,14 +448,14 @@ def test_who_comes_second_says_that_it_waits_and_takes_what_the_first_made(
 BUILDER = """
 import sys, numpy as np
 from pathlib import Path
-from fivefold.data.caching import Source, cached_once
+from fivefold.data.image_cache import cached_once, files_of
 from fivefold.data.images import Pixels
 from fivefold.data.store import open_store
 import hashlib
 images, folder = Path(sys.argv[1]), Path(sys.argv[2])
 store = open_store(images)
 names = store.names()
-cached_once(folder, Source(store, names, [hashlib.sha256((images / n).read_bytes()).hexdigest() for n in names]), Pixels(), 1.0)
+cached_once(folder, files_of(store, names, [hashlib.sha256((images / n).read_bytes()).hexdigest() for n in names]), Pixels(), 1.0)
 """
 
 

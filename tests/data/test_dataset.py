@@ -16,6 +16,8 @@ from fivefold.data.meta import measure
 from fivefold.data.store import open_store
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError, StoppedError
+from fivefold.settings import arguments_layer
+from fivefold.settings import load as load_settings
 from fivefold.stopping import noted
 
 
@@ -50,6 +52,23 @@ def test_each_epoch_has_all_rows_in_another_order_with_other_augmentation(images
     assert sorted(rows_1.tolist()) == sorted(rows_2.tolist()) == list(range(11))
     assert not torch.equal(rows_1, rows_2)
     assert not torch.equal(first[rows_1.argsort()], second[rows_2.argsort()])
+
+
+@pytest.mark.parametrize("recipe", ["small_images", "sketch_caformer", "demo"])
+def test_a_batch_is_its_samples_one_by_one_with_any_number_of_threads(images, recipe):
+    chain = load_settings([arguments_layer([f"recipe={recipe}"])]).augment.train
+    images = ImageSet(images.store, images.paths, build_transforms(chain, (16, 12)), seed=3)
+    batch = images.__getitems__([(2, row) for row in range(11)]).images
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads % 2 + 1)
+    try:
+        for row in range(11):
+            torch.manual_seed(derive_seed(3, 2, row))
+            alone = images.transform(torch.from_numpy(images.image(row)).permute(2, 0, 1))
+            assert torch.equal(batch[row], alone)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_loading_does_not_move_torchs_random_state(images):

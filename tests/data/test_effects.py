@@ -1,33 +1,28 @@
-"""Effects against hand-worked pixels, scipy and invariants."""
+"""Our own augmentations against hand-worked pixels, matrices and invariants."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import correlate1d
+import torch.nn.functional as F
+from torch import Tensor
 
 from fivefold.data.effects import (
-    blurred,
     brightness,
     centre_crop_pixels,
     coarse_dropout,
-    gaussian,
-    gaussian_noise,
     grid_distortion,
-    reflected,
+    linear_colour_jitter,
+    shift_scale_rotate,
     stretched,
     unsharp_mask,
 )
 
 IMAGE = torch.randint(0, 256, (3, 40, 30), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 GREY = torch.full((3, 200, 200), 128, dtype=torch.uint8)
-
-
-def test_noise_has_the_deviation_and_mean_that_were_asked_for_in_each_channel():
-    torch.manual_seed(0)
-    found = gaussian_noise(GREY, mean=[0.0, 0.1, -0.1], std=[0.02, 0.05, 0.1]).double() / 255
-    np.testing.assert_allclose(found.std(dim=(1, 2)), [0.02, 0.05, 0.1], rtol=0.03)
-    np.testing.assert_allclose(found.mean(dim=(1, 2)) - 128 / 255, [0.0, 0.1, -0.1], atol=2e-3)
-    assert torch.equal(gaussian_noise(IMAGE, 0.0, 0.0), IMAGE)
+STILL = {"shift": 0.0, "zoom": (1.0, 1.0), "degrees": 0.0, "stretch": 1.0}
+PALE = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "cast": 0.0}
 
 
 def test_holes_are_as_many_and_as_large_as_was_asked_for():
@@ -42,12 +37,7 @@ def test_holes_are_as_many_and_as_large_as_was_asked_for():
         sizes.add((rows, columns))
     assert sizes == {(3, 7), (4, 7), (5, 7)}
     assert torch.equal(coarse_dropout(GREY, [0, 0], [1, 1], [1, 1], 0), GREY)
-
-
-def test_a_hole_larger_than_the_image_is_all_of_it_and_the_original_is_untouched():
-    image = GREY[:, :4, :5].clone()
-    assert (coarse_dropout(image, [1, 1], [16, 16], [16, 16], 0) == 0).all()
-    assert (image == 128).all()
+    assert (coarse_dropout(GREY[:, :4, :5], [1, 1], [16, 16], [16, 16], 0) == 0).all()
 
 
 def test_a_grid_that_is_not_stretched_is_the_identity():
@@ -55,34 +45,21 @@ def test_a_grid_that_is_not_stretched_is_the_identity():
     assert torch.equal(grid_distortion(IMAGE, 4, [0.0, 0.0], 0), IMAGE)
 
 
-def test_one_step_stretches_from_the_top_left_corner_and_leaves_a_white_border():
+def test_steps_stretch_from_the_top_left_corner_and_leave_a_white_border():
     ramp = torch.arange(100, dtype=torch.uint8).expand(3, 100, 100).contiguous()
     found = stretched(ramp, torch.ones(1), torch.tensor([1.05]), 255)
     np.testing.assert_allclose(found[0, 0, :95].float(), np.arange(95) * 1.05, atol=0.51)
     assert (found[:, :, 96:] == 255).all()
     assert (stretched(ramp, torch.ones(1), torch.tensor([0.97]), 255) != 255).all()
-
-
-def test_steps_have_stretches_of_their_own():
-    ramp = torch.arange(100, dtype=torch.uint8).expand(3, 100, 100).contiguous()
     found = stretched(ramp, torch.ones(1), torch.tensor([0.5, 1.5]), 255)[0, 0].float()
     assert (found[10], found[50], found[90]) == (5, 25, 85)
-
-
-def test_a_blur_is_scipys():
-    weights = gaussian(7, 1.5)
-    assert weights.sum() == pytest.approx(1)
-    expected = IMAGE.double().numpy()
-    for axis in (1, 2):
-        expected = correlate1d(expected, weights.double().numpy(), axis=axis, mode="mirror")
-    np.testing.assert_allclose(blurred(IMAGE.float(), weights), expected, atol=1e-3)
-    assert blurred(torch.ones(3, 1, 1), weights).shape == (3, 1, 1)
 
 
 def test_sharpening_leaves_flat_images_alone_and_widens_an_edge():
     assert torch.equal(unsharp_mask(GREY, 7, 1.5, 1.5, 0), GREY)
     assert torch.equal(unsharp_mask(IMAGE, 7, 1.5, 0.0, 0), IMAGE)
     assert torch.equal(unsharp_mask(IMAGE, 7, 1.5, 1.5, 255), IMAGE)
+    assert unsharp_mask(IMAGE[:, :1, :2]).shape == (3, 1, 2)
     edge = GREY.clone()
     edge[:, :, 100:] = 160
     row = unsharp_mask(edge, 7, 1.5, 1.5, 0)[0, 0].int()
@@ -96,16 +73,86 @@ def test_brightness_moves_every_value_and_stops_at_the_ends():
     assert brightness(image, 0.2)[0, 0].tolist() == [51, 101, 102, 251, 255]
 
 
-def test_a_crop_of_fixed_pixels_takes_what_there_is_or_pads_with_black():
-    assert torch.equal(centre_crop_pixels(IMAGE, 20, 10, False), IMAGE[:, 10:30, 10:20])
-    assert torch.equal(centre_crop_pixels(IMAGE, 50, 10, False), IMAGE[:, :, 10:20])
-    padded = centre_crop_pixels(IMAGE, 50, 34, True)
-    assert padded.shape == (3, 50, 34)
+def test_a_crop_of_fixed_pixels_is_the_middle_with_black_borders_where_the_image_is_smaller():
+    assert torch.equal(centre_crop_pixels(IMAGE, 20, 10), IMAGE[:, 10:30, 10:20])
+    padded = centre_crop_pixels(IMAGE, 50, 34)
     assert torch.equal(padded[:, 5:45, 2:32], IMAGE)
-    assert padded.sum() == IMAGE.sum()
+    assert (padded.shape, padded.sum()) == ((3, 50, 34), IMAGE.sum())
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_reflection_is_numpys(size):
-    expected = np.pad(np.arange(size), 9, mode="reflect")
-    np.testing.assert_array_equal(reflected(torch.arange(-9, size + 9), size), expected)
+@pytest.mark.parametrize("size", [(32, 32), (20, 33), (1, 1)])
+def test_a_similarity_and_a_map_of_colours_at_rest_change_nothing(size: tuple[int, int]):
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    assert torch.equal(shift_scale_rotate(image, **STILL), image)
+    assert torch.equal(linear_colour_jitter(image, **PALE), image)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_they_are_products_of_matrices(seed: int):
+    """Against the same maps in float64, whose numbers are drawn here in the same order."""
+    height, width = IMAGE.shape[1:]
+    torch.manual_seed(seed)
+    across, down, size, turn, form = torch.rand(5, dtype=torch.float32).double().tolist()
+    step, angle, wide = 1 / (0.8 + size * 0.45), math.radians((2 * turn - 1) * 20), 1.3 ** (form - 0.5)
+    turned = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]).double() * step
+    move = turned * torch.tensor([[wide, height / width / wide], [wide * width / height, 1 / wide]]).double()
+    offset = 0.2 * torch.tensor([[2 * across - 1], [2 * down - 1]]).double()
+    grid = F.affine_grid(torch.cat([move, offset], dim=1)[None], (1, *IMAGE.shape), align_corners=False)
+    expected = F.grid_sample(IMAGE[None].double(), grid, padding_mode="reflection", align_corners=False)[0]
+    torch.manual_seed(seed)
+    assert (shift_scale_rotate(IMAGE, 0.1, (0.8, 1.25), 20, 1.3).double() - expected).abs().max() <= 0.51
+
+    torch.manual_seed(seed)
+    light, contrast, saturation, *casts = (2 * torch.rand(6).double() - 1).tolist()
+    contrast, saturation = 1 + 0.3 * contrast, 1 + 0.4 * saturation
+    mean = IMAGE.double().mean(dim=0, keepdim=True)
+    mixed = (mean + saturation * (IMAGE - mean) - 127.5) * contrast + 127.5
+    mixed += 255 * (0.1 * light + 0.05 * torch.tensor(casts).double()[:, None, None])
+    torch.manual_seed(seed)
+    found = linear_colour_jitter(IMAGE, 0.1, 0.3, 0.4, 0.05).double()
+    assert (found - mixed.clamp(0, 255)).abs().max() <= 0.51
+
+
+def disc(height: int, width: int, x: float, y: float, radius: float) -> Tensor:
+    rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
+    inside = (columns - x) ** 2 + (rows - y) ** 2 < radius**2
+    return (inside.to(torch.uint8) * 255).expand(3, -1, -1).contiguous()
+
+
+def moments(image: Tensor) -> tuple[float, float, float, float]:
+    """x, y of the mass, and its standard deviations along x and y, in pixels."""
+    mass = image[0].double()
+    mass = mass / mass.sum()
+    x, y = torch.arange(image.shape[2]) + 0.5, (torch.arange(image.shape[1]) + 0.5)[:, None]
+    mean_x, mean_y = (mass * x).sum(), (mass * y).sum()
+    return *map(float, (mean_x, mean_y)), *(
+        float((mass * (at - mean) ** 2).sum().sqrt()) for at, mean in ((x, mean_x), (y, mean_y))
+    )
+
+
+def draws(image: Tensor, **parameters: object) -> Tensor:
+    """The moments of 40 similarities of the image, [40, 4]."""
+    found = []
+    for seed in range(40):
+        torch.default_generator.manual_seed(seed)
+        found.append(moments(shift_scale_rotate(image, **{**STILL, **parameters})))
+    return torch.tensor(found)
+
+
+def test_a_shift_moves_by_up_to_its_share_of_each_side():
+    furthest = (draws(disc(40, 80, 40, 20, 5), shift=0.1)[:, :2] - torch.tensor([40, 20])).abs().amax(dim=0)
+    assert 6 < furthest[0] <= 8.01
+    assert 3 < furthest[1] <= 4.01
+
+
+def test_turning_keeps_distances_in_an_image_that_is_no_square():
+    x, y, *_ = draws(disc(40, 80, 52, 20, 4), degrees=20).T
+    assert (((x - 40) ** 2 + (y - 20) ** 2).sqrt() - 12).abs().max() < 0.1
+    assert 3 < (y - 20).abs().max() <= 12 * 0.3421 + 0.1
+
+
+def test_stretching_makes_one_side_longer_and_the_other_shorter():
+    _, _, wide, high = draws(disc(48, 48, 24, 24, 10), stretch=1.5).T
+    assert ((wide * high).sqrt() - 5).abs().max() < 0.1
+    assert 1.35 < (wide / high).max() < 1.52
+    assert 1.35 < (high / wide).max() < 1.52

@@ -5,10 +5,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from fivefold.data.adapters import Rows
-from fivefold.data.products import ProductColumns, read_products
+from drawing import write_data
+from fivefold.data.adapters import Rows, read_rows
 from fivefold.data.store import open_store
 from fivefold.errors import DataError, FivefoldError, SettingsError
 from fivefold.recipe import Data
@@ -19,11 +18,12 @@ TYPES = Data().image_types
 
 def table(root: Path, *lines: str, header: str = HEADER, images: str = "abcdefgh", **options: object) -> Rows:
     """The rows of an image_data.csv with these lines, beside one-letter images."""
-    root.mkdir(exist_ok=True)
-    for name in images:
-        Image.new("RGB", (2, 2)).save(root / f"{name}.png")
-    (root / "image_data.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8-sig")
-    return read_products(open_store(root), ProductColumns(TYPES), **options)
+    text = "\n".join([f"\ufeff{header}", *lines])
+    return read(write_data(root, *(f"{name}.png" for name in images), image_data=text), **options)
+
+
+def read(root: Path, check_files: bool = True, **options: object) -> Rows:
+    return read_rows(open_store(root), Data(layout="products", **options), check_files)
 
 
 def test_each_image_gets_its_columns_class_its_product_and_its_category(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_each_image_gets_its_columns_class_its_product_and_its_category(tmp_path
 
 
 def test_drawn_products_are_read_whole(products) -> None:
-    rows = read_products(open_store(products.root), ProductColumns(TYPES))
+    rows = read(products.root)
     assert len(rows) == len(list(products.root.rglob("*.png")))
     assert dict(zip(rows.groups.to_pylist(), rows.strata.to_pylist(), strict=True)) == products.category
     assert set(rows.classes) == set(TYPES.values())
@@ -83,8 +83,7 @@ def test_paths_count_from_the_base_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["1,x,a.png,,b.png,,", "1,y,c.png,,,,"], r"products of two categories: '1' \(x, y\)"),
-        (["1,x,a.png,,b.png,,", "1,x,c.png,,,,"], "products stand in several rows: '1'"),
+        (["1,x,a.png,,b.png,,", "1,x,c.png,,,,"], "ids stand twice, in several rows of the column 'id': '1'"),
         (["1,x,a.png,,b.png,,", "2,x,a.png,,,,"], r"'a.png' is an image of two products, '1' \(row 1\) and '2' \(row 2\)"),
         (["1,x,a.png,,a.png,,"], "'a.png' is an image of two image types, 'full_shot'"),
         (["1,x,a.png,,b.png,,", "2, ,c.png,,,,"], "1 rows with an empty category, the first in row 2 below the header"),
@@ -92,7 +91,7 @@ def test_paths_count_from_the_base_path(tmp_path: Path) -> None:
         (["1,x,a.png,,z.png,,"], "names 1 of 2 files that do not exist: 'z.png'"),
         (["1,x,a.png,,b.png,,", "2,x,,,,,", "3,x,../c.png,,,,"], "lead out .* the first in row 3 below the header"),
         (["1,x,,,,,"], "names no image in the columns main_image"),
-        (["1,x,a.png,b.png,,,"], r"all images are of one class \('full_shot'\)"),
+        (["1,x,a.png,b.png,,,"], r"only 1 class \('full_shot'\)"),
     ],
 )  # fmt: skip
 def test_what_contradicts_itself_is_refused(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -104,17 +103,20 @@ def test_columns_must_be_there_and_give_two_classes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column 'other'; it has .*; set data.image_types"):
         table(tmp_path, "1,x,a.png,,b.png,", header=HEADER.removesuffix(",other"))
     with pytest.raises(SettingsError, match="fewer than two classes"):
-        read_products(open_store(tmp_path), ProductColumns({"main_image": "one", "back_image": "one"}))
+        read(tmp_path, image_types={"main_image": "one", "back_image": "one"})
     (tmp_path / "image_data.csv").rename(tmp_path / "other.csv")
-    with pytest.raises(DataError, match=r"no image_data.csv in .*, nor a CSV with the columns main_image"):
-        read_products(open_store(tmp_path), ProductColumns(TYPES))
+    with pytest.raises(DataError, match=r"other.csv .* has no column 'other'"):
+        read(tmp_path)
+    (tmp_path / "other.csv").unlink()
+    with pytest.raises(DataError, match=r"no image_data.csv in .*, nor another CSV"):
+        read(tmp_path)
 
 
 def test_a_table_of_another_name_is_found_by_its_columns_or_named(tmp_path: Path) -> None:
     table(tmp_path, "1,x,a.png,,b.png,,")
     (tmp_path / "image_data.csv").rename(tmp_path / "상품.csv")
-    assert len(read_products(open_store(tmp_path), ProductColumns(TYPES))) == 2
+    assert len(read(tmp_path)) == 2
     (tmp_path / "again.csv").write_bytes((tmp_path / "상품.csv").read_bytes())
-    with pytest.raises(FivefoldError, match="several product tables"):
-        read_products(open_store(tmp_path), ProductColumns(TYPES))
-    assert len(read_products(open_store(tmp_path), ProductColumns(TYPES), table="again.csv")) == 2
+    with pytest.raises(FivefoldError, match="several tables"):
+        read(tmp_path)
+    assert len(read(tmp_path, table="again.csv")) == 2

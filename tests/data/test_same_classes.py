@@ -5,13 +5,11 @@ import unicodedata
 import numpy as np
 import pyarrow as pa
 import pytest
-from sklearn.metrics import log_loss
 
 from fivefold.data.adapters import Rows
 from fivefold.data.evals import Submission
 from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError
-from fivefold.evaluation.metrics import competition_logloss
 from fivefold.inference.submission import write_submission
 from fivefold.predictions import Predictions
 
@@ -31,22 +29,18 @@ def submitted(tmp_path, found: Predictions, same: SameClasses, columns: tuple[st
     return np.array([line.split(",")[1:] for line in lines[1:]], dtype=float)
 
 
-def test_none_leaves_all_as_it_is(tmp_path):
-    found = submitted(tmp_path, table(ALL, [0.5, 0.3, 0.2]), SameClasses(PAIR, "none"))
-    np.testing.assert_allclose(found, [[0.5, 0.3, 0.2]], atol=1e-6)
-
-
-def test_sum_gives_both_the_sum_and_rows_sum_to_1(tmp_path):
-    # .5, .3 + .2, .3 + .2 make 1.5 in all.
-    found = submitted(tmp_path, table(ALL, [0.5, 0.3, 0.2]), SameClasses(PAIR, "sum"))
-    np.testing.assert_allclose(found, [[1 / 3, 1 / 3, 1 / 3]], atol=1e-6)
-    found = submitted(tmp_path, table(ALL, [0.2, 0.7, 0.1]), SameClasses(PAIR, "sum"), ("더_뉴_K5", "718", "K5_3세대"))
-    np.testing.assert_allclose(found, [[0.8 / 1.8, 0.2 / 1.8, 0.8 / 1.8]], atol=1e-6)
-
-
-def test_merge_parts_the_one_class_equally(tmp_path):
-    found = submitted(tmp_path, table(ALL[:2], [0.2, 0.8]), SameClasses(PAIR, "merge"))
-    np.testing.assert_allclose(found, [[0.2, 0.4, 0.4]], atol=1e-6)
+@pytest.mark.parametrize(
+    ("policy", "classes", "row", "columns", "expected"),
+    [
+        ("none", ALL, [0.5, 0.3, 0.2], ALL, [0.5, 0.3, 0.2]),
+        ("sum", ALL, [0.5, 0.3, 0.2], ALL, [1 / 3, 1 / 3, 1 / 3]),  # .5, .3 + .2, .3 + .2 make 1.5 in all
+        ("sum", ALL, [0.2, 0.7, 0.1], ("더_뉴_K5", "718", "K5_3세대"), [0.8 / 1.8, 0.2 / 1.8, 0.8 / 1.8]),
+        ("merge", ALL[:2], [0.2, 0.8], ALL, [0.2, 0.4, 0.4]),
+    ],
+)
+def test_a_submission_has_the_shares_of_the_policy(tmp_path, policy, classes, row, columns, expected):
+    found = submitted(tmp_path, table(classes, row), SameClasses(PAIR, policy), columns)
+    np.testing.assert_allclose(found, [expected], atol=1e-6)
 
 
 def test_labels_of_a_sum_are_the_sums_winner_under_its_more_probable_name(tmp_path):
@@ -55,18 +49,6 @@ def test_labels_of_a_sum_are_the_sums_winner_under_its_more_probable_name(tmp_pa
         write_submission(tmp_path / "l.csv", found, Submission("ID", ("target",), list(found.ids)), policy)
         lines = (tmp_path / "l.csv").read_text(encoding="utf-8").splitlines()[1:]
         assert [line.split(",")[1] for line in lines] == expected
-
-
-def test_equal_parts_score_no_worse_than_the_whole_for_each_name_where_names_are_equally_frequent():
-    """The docstring's claim: the mean competition logloss of a calibrated model over both names of the truth."""
-    for s in (0.05, 0.3, 0.6, 0.9, 1.0):
-        parts, whole = np.array([[1 - s, s / 2, s / 2]]), np.array([[1 - s, s, s]])
-        truth = [(0, 1 - s), (1, s / 2), (2, s / 2)]
-        costs = [sum(w * competition_logloss(p, np.array([c])) for c, w in truth if w) for p in (parts, whole)]
-        assert costs[1] - costs[0] == pytest.approx(np.log(1 + s) - s * np.log(2), abs=1e-9)
-        assert costs[0] <= costs[1] + 1e-12
-    first_gets_all = np.array([[1 - 0.9, 0.9, 0.0]])
-    assert log_loss([2], np.clip(first_gets_all, 1e-15, 1), labels=[0, 1, 2]) > 34
 
 
 def test_merging_turns_rows_and_tables_to_the_first_name():

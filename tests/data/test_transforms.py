@@ -22,14 +22,9 @@ def test_every_transform_gives_an_image_of_the_size_and_repeats_by_seed(name):
     assert torch.equal(first, again)
 
 
-def test_resize_is_torchvisions():
+def test_resize_and_a_certain_flip_are_torchvisions():
     assert torch.equal(resize(IMAGE, (17, 23)), v2.resize(IMAGE, [17, 23], antialias=True))
-
-
-def test_flip_with_certainty_mirrors_and_twice_is_the_identity():
     assert torch.equal(horizontal_flip(IMAGE, 1.0), v2.horizontal_flip(IMAGE))
-    assert torch.equal(horizontal_flip(horizontal_flip(IMAGE, 1.0), 1.0), IMAGE)
-    assert torch.equal(horizontal_flip(IMAGE, 0.0), IMAGE)
 
 
 def test_a_crop_of_everything_is_a_resize():
@@ -51,7 +46,7 @@ def test_a_random_crop_moves_the_image_by_at_most_its_padding():
     ("spec", "message"),
     [
         ("horizontal_flop", "did you mean 'horizontal_flip'"),
-        ({"name": "random_crop", "pad": 4}, "no parameter 'pad'"),
+        ({"name": "random_crop", "pad": 4}, "did you mean 'padding'"),
         ({"name": "rotation", "angle": 4}, "rotation"),
         ({}, "unknown transform ''"),
     ],
@@ -59,17 +54,6 @@ def test_a_random_crop_moves_the_image_by_at_most_its_padding():
 def test_what_does_not_exist_is_explained(spec, message):
     with pytest.raises(SettingsError, match=message):
         build_transforms([spec], (8, 8))
-
-
-def test_the_scale_of_a_random_resized_crop_is_kept():
-    blocks = torch.zeros(3, 100, 100, dtype=torch.uint8)
-    blocks[:, :50] = 255
-    shares = []
-    for seed in range(200):
-        torch.manual_seed(seed)
-        shares.append(random_resized_crop(blocks, (10, 10), scale=(0.25, 0.5), ratio=(1, 1)).float().mean() / 255)
-    assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
-    assert np.std(shares) > 0.1
 
 
 def boxes(count: int, **parameters: object) -> np.ndarray:

@@ -5,9 +5,9 @@ import unicodedata
 import numpy as np
 import pytest
 
-from fivefold.data.tables import ANSWER_NAMES, LABEL_NAMES
 from fivefold.errors import DataError, MissingInputError
 from fivefold.evaluation import truth
+from fivefold.predictions import Predictions
 
 
 @pytest.mark.parametrize(
@@ -44,17 +44,12 @@ def test_ids_are_the_column_that_is_called_so_or_that_has_the_predicted_ids(tmp_
     assert truth.read_truth(tmp_path / "gt.csv", ids=["x", "y"]) == {"0": "dog", "1": "cat"}
 
 
-def test_every_name_of_a_class_column_is_one_of_the_truth():
-    assert (*LABEL_NAMES, *ANSWER_NAMES) == truth.LABEL_COLUMNS
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "empty"),
         (b"id\n1\n", "1 column"),
-        (b"id,label\n1,\xff\xfe\n", "UTF-8"),
-        (b"id,label\n1,\n", "without a class"),
+        (b"id,label\n1,a\n1,a\n", "twice"),
+        (b"id,label\n1,a\n2, \n", "empty class, the first in row 2"),
         (b"id,fold,breed\n1,0,cat\n", "which column is the class: 'fold', 'breed'.*target, label"),
     ],
 )
@@ -76,38 +71,17 @@ def test_truth_is_found_by_name_or_because_it_is_alone(tmp_path):
         assert truth.truth_file(tmp_path) == tmp_path / name
 
 
-def test_a_submission_becomes_log_probabilities_in_the_order_of_names(tmp_path):
-    (tmp_path / "s.csv").write_text("ID,b,a\n1,3,1\n2,0,1\n", encoding="utf-8")
-    found = truth.read_submission(tmp_path / "s.csv")
-    assert found.classes == ("a", "b")
-    np.testing.assert_allclose(np.exp(found.log_probs), [[0.25, 0.75], [1, 0]], atol=1e-6)
-    assert np.isfinite(found.log_probs).all()
+def test_answers_are_scored_by_scikit_learn_and_only_of_the_same_ids(tmp_path):
+    right = {"1": "a", "2": "b", "3": "b"}
+    scores = truth.score_answers({"3": "b", "2": "c", "1": "a"}, right, tmp_path)
+    assert scores == pytest.approx({"accuracy": 2 / 3, "f1_macro": (1 + 2 / 3 + 0) / 3, "n": 3})
+    with pytest.raises(DataError, match="1 of the 3 ids"):
+        truth.score_answers({"1": "a", "2": "b"}, right, tmp_path)
 
 
-@pytest.mark.parametrize("header", [",ID,b,a", "Unnamed: 0,image_path,b,a", ",ImageID,b,a"])
-def test_the_index_of_pandas_is_no_class_and_no_id(tmp_path, header):
-    (tmp_path / "s.csv").write_text(
-        f"{header}\n0,7,.25,.75\n1,8,1,0\n".replace("7,", "7x," if "path" in header else "7,")
-    )
-    found = truth.read_submission(tmp_path / "s.csv")
-    assert (found.classes, found.ids.tolist()[1]) == (("a", "b"), "8")
-    np.testing.assert_allclose(np.exp(found.log_probs), [[0.75, 0.25], [0, 1]], atol=1e-6)
-
-
-def test_ids_without_a_name_stay_ids(tmp_path):
-    (tmp_path / "s.csv").write_text(",b,a\n7,.25,.75\n8,1,0\n", encoding="utf-8")
-    assert truth.read_submission(tmp_path / "s.csv").ids.tolist() == ["7", "8"]
-
-
-def test_rows_that_are_no_shares_of_one_or_of_a_hundred_are_told(tmp_path, caplog):
-    (tmp_path / "s.csv").write_text("ID,b,a\n1,.25,.75\n2,10,90\n3,.9,.9\n4,3,1\n", encoding="utf-8")
-    truth.read_submission(tmp_path / "s.csv")
-    (warned,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert "2 rows sum neither to 1 nor to 100, the first in line 4 (to 1.8)" in warned
-
-
-@pytest.mark.parametrize("text", ["ID,a,a\n1,.5,.5\n", "ID,a,b\n1,.5,.5\n1,.5,.5\n", "ID,a\n1,1\n", "ID,a,b\n1,0,0\n"])
-def test_a_submission_that_contradicts_itself_is_refused(tmp_path, text):
-    (tmp_path / "s.csv").write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=r"s\.csv"):
-        truth.read_submission(tmp_path / "s.csv")
+def test_predictions_get_their_truth_by_id(tmp_path):
+    table = Predictions(np.array(["1", "2"], object), np.full(2, -1), "s", ("a", "b"), np.log(np.full((2, 2), 0.5)))
+    assert truth.with_truth(table, {"2": "a", "1": "b"}, tmp_path).labels.tolist() == ["b", "a"]
+    for labels, message in (({"1": "a"}, "1 of the 2 ids"), ({"1": "a", "2": "c"}, "does not know: 'c'")):
+        with pytest.raises(DataError, match=message):
+            truth.with_truth(table, labels, tmp_path)

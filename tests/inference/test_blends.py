@@ -8,7 +8,7 @@ from scipy.special import log_softmax
 from scipy.stats import gmean
 
 from fivefold.errors import SettingsError
-from fivefold.evaluation.metrics import accuracy, logloss
+from fivefold.evaluation.metrics import METRICS, logloss
 from fivefold.inference.blends import (
     BLENDS,
     arithmetic,
@@ -115,7 +115,7 @@ def test_votes_count_as_a_counter_counts_them():
 @pytest.mark.parametrize("pick", [greedy, greedy_accuracy])
 def test_greedy_selection_is_better_than_its_best_member_and_takes_members_again(pick):
     members = [model(1.5, 1), model(1.4, 2), model(0.1, 3)]
-    loss = {greedy: logloss, greedy_accuracy: lambda found, codes: -accuracy(found, codes)}[pick]
+    loss = {greedy: logloss, greedy_accuracy: lambda found, codes: -METRICS["accuracy"](found, codes)}[pick]
     weights = pick(members, CODES)
     assert weights.sum() == pytest.approx(1)
     assert loss(arithmetic(members, weights), CODES) <= min(loss(each, CODES) for each in members)
@@ -166,7 +166,9 @@ def test_a_blend_without_weights_is_scored_as_it_predicts(name):
     weights, scores = weigh(systems, Rule(name))
     assert weights.tolist() == [1 / 3] * 3
     assert (scores[-1]["what"], scores[-1]["rows"]) == (BLENDS[name].words, "out-of-fold")
-    assert scores[-1]["accuracy"] == pytest.approx(accuracy(BLENDS[name].combine(members, weights), CODES), abs=1e-6)
+    assert scores[-1]["accuracy"] == pytest.approx(
+        METRICS["accuracy"](BLENDS[name].combine(members, weights), CODES), abs=1e-6
+    )
     held, _, judged = judge_holdout(systems, weights, Rule(name), "none")
     np.testing.assert_array_equal(held.log_probs, BLENDS[name].combine(members, weights))
     assert judged[0]["what"] == f"12 models, mean within a system, {name} between"

@@ -154,9 +154,9 @@ def test_evaluation_takes_probabilities_too(tmp_path: Path, capsys: pytest.Captu
     [
         (None, "ImageID,ans\na,1\n", 66, "no gt.csv"),
         ("ImageID,ans\na,1\n", None, 66, "no answers at"),
-        ("ImageID,ans\na,1\nb,2\n", "ImageID,ans\na,1\n", 65, "1 of its 2 ids are not predicted ('b')"),
-        ("ImageID,ans\na,1\n", "ImageID,ans\na,1\nc,1\n", 65, "1 of 2 predicted ids are not in it ('c')"),
-        ("ImageID,ans\na,1\n", "ImageID,ans\na,\n", 65, "1 rows without a class"),
+        ("ImageID,ans\na,1\nb,2\n", "ImageID,ans\na,1\n", 65, "1 of the 2 ids"),
+        ("ImageID,ans\na,1\n", "ImageID,ans\na,1\nc,1\n", 65, "1 of the 2 ids of the answers"),
+        ("ImageID,ans\na,1\n", "ImageID,ans\na,\n", 65, "1 rows with an empty class"),
         ("ImageID,ans\na,1\n", "ImageID,ans\na,1\na,1\n", 65, "ids stand twice"),
     ],
 )

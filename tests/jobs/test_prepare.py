@@ -17,13 +17,12 @@ from PIL import Image
 from drawing import write_test_table
 from fivefold.contract.layout import in_run
 from fivefold.contract.stages import STAGES
-from fivefold.data.cache import HEAD, INDEX, PIXELS, Cache
+from fivefold.data.image_cache import HEAD, INDEX, PIXELS, Cache
 from fivefold.data.images import Pixels
 from fivefold.launchers.local import shared_cache
 from fivefold.launchers.plan import Inputs, make_plan
 from fivefold.predictions import read
-from fivefold.recipe import Settings
-from fivefold.sections import Data
+from fivefold.recipe import Data, Settings
 from jobs.__main__ import run
 from jobs.images import cache_folder
 from s3_server import Bucket
@@ -123,18 +122,6 @@ def test_the_same_bytes_kept_in_memory_from_the_channel_and_made_on_first_use(
     capsys.readouterr()
     assert same(train(world, "second", f"data.cache={world / 'caches'}"), plain)
     assert "are decoded once" not in capsys.readouterr().err
-
-
-def test_the_same_bytes_from_cached_images_that_lie_on_the_device(
-    world: Path, plain: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = [OFF, PLAIN, "data.on_device=true"]
-    assert same(train(world, "on-device", *asked, cache=prepared), plain)
-    assert re.search(r"images lie on cpu: 0\.\d MiB", capsys.readouterr().err)
-    record = json.loads((world / "on-device" / "model" / "stage.json").read_text())
-    assert "data.on_device" not in record["settings"]
-    assert same(train(world, "off-device", *asked), plain), "nowhere decoded: as without the wish"
-    assert "images stay off the device: they do not all lie decoded in a cache" in capsys.readouterr().err
 
 
 def test_rows_that_a_cache_lacks_are_read_from_their_files(
@@ -263,12 +250,19 @@ def test_a_students_unlabelled_images_come_from_the_cache_too(world: Path, plain
     assert weights[0] == weights[1]
 
 
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / PIXELS).read_bytes())
+    content[100] ^= 255
+    (folder / PIXELS).write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("spoil", "code", "message"),
     [
         (lambda folder: (folder / PIXELS).write_bytes(b"x"), 65, "it is cut off, or of another cache"),
         (lambda folder: (folder / HEAD).write_text("garbage"), 65, "is not JSON"),
         (lambda folder: (folder / INDEX).write_bytes(b"x"), 65, "is not the index"),
+        (flip_a_bit, 65, "is damaged: its bytes do not match the digest"),
         (lambda folder: shutil.rmtree(folder), 66, "no cache.json below the channel 'cache'"),
     ],
 )
@@ -282,27 +276,12 @@ def test_a_channel_that_holds_no_whole_cache_is_one_clear_error(
     assert not (world / "bad" / "model" / "stage.json").exists()
 
 
-def test_pixels_that_changed_on_the_way_are_found_before_training(world: Path, prepared: Path, tmp_path: Path) -> None:
-    shutil.copytree(prepared, tmp_path / "cache")
-    path = next((tmp_path / "cache").glob(f"*/{PIXELS}"))
-    content = bytearray(path.read_bytes())
-    content[100] ^= 255
-    path.write_bytes(content)
-    assert stage(world, "train-fold", "bad", "FOLD=0", *SETTINGS, cache=tmp_path / "cache") == 65
-    assert "is damaged: its bytes do not match the digest" in failure(world, "bad")
-
-
 def test_a_cache_of_other_pixels_is_one_clear_error(world: Path, prepared: Path) -> None:
     arguments = ["FOLD=0", *SETTINGS, "data.store_size=12"]
     assert stage(world, "train-fold", "bad", *arguments, cache=prepared) == 64
     message = failure(world, "bad")
     assert "holds images at their own size, and these settings take them shrunk to 12 pixels" in message
     assert "run prepare with the same data.store_size" in message
-
-
-def test_scaled_decoding_needs_a_size(world: Path) -> None:
-    assert stage(world, "prepare", "bad", "data.scaled_decoding=true") == 64
-    assert "scaled_decoding=true needs store_size" in failure(world, "bad")
 
 
 def test_a_cache_that_is_too_large_is_an_error_of_prepare_and_a_line_of_train_fold(

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from PIL import Image
 
-from fivefold.errors import DataError, RetryableError, SettingsError
-from fivefold.launchers.sagemaker.service import Look
+from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
+from fivefold.launchers.sagemaker.client import JobStatus, translated_errors
 from s3_server import Bucket
-from sagemaker_service import ROLE, Service, serving
+from sagemaker_service import Service, arguments, serving
 
 REPOSITORY = Path(__file__).parents[2]
-IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/fivefold:1"
 
 
 @pytest.fixture
@@ -33,10 +33,8 @@ def service(bucket: Bucket, tmp_path: Path) -> Iterator[Service]:
         yield found
 
 
-def arguments(bucket: Bucket, tmp_path: Path, *more: str) -> list[str]:
-    given = ["platform=sagemaker", f"train=s3://{bucket.name}/train", f"runs={tmp_path / 'runs'}", "run=r"]
-    given += [f"sagemaker.image={IMAGE}", f"sagemaker.role={ROLE}", f"sagemaker.output=s3://{bucket.name}/runs"]
-    return [*given, "sagemaker.instance_type=ml.m5.large", "sagemaker.poll_seconds=0.2", "split.folds=3", *more]
+def asked(bucket: Bucket, tmp_path: Path, *more: str) -> list[str]:
+    return arguments(bucket, tmp_path, f"train=s3://{bucket.name}/train", "split.folds=3", *more)
 
 
 def command(service: Service, *given: str, **variables: str) -> subprocess.Popen[str]:
@@ -54,83 +52,64 @@ def submit(service: Service, *given: str, **variables: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_a_job_is_sent_by_the_sdk_as_it_was_printed_run_and_found_again(
-    service: Service, bucket: Bucket, tmp_path: Path
-) -> None:
-    given = arguments(
-        bucket,
-        tmp_path,
-        "stages=split",
-        "sagemaker.tags={team='vision'}",
-        "sagemaker.spot=true",
-        "sagemaker.subnets=subnet-1",
-        "sagemaker.security_groups=sg-1",
-        "sagemaker.kms_key=alias/out",
-        "sagemaker.volume_kms_key=1234",
-        "sagemaker.isolate=true",
-    )
+def test_a_job_is_sent_as_it_was_printed_run_and_found_again(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+    given = asked(bucket, tmp_path, "stages=split", "sagemaker.tags={team='vision'}", "sagemaker.spot=true")
     code, printed = submit(service, *given, "--dry-run")
     assert code == 0
     assert service.calls == []
-    asked = json.loads(printed[printed.index("{") :])["split"]
+    printed_request = json.loads(printed[printed.index("{") :])["split"]
 
     code, said = submit(service, *given)
     assert code == 0, said
     (job,) = service.jobs.values()
-    sent = {name: value for name, value in job.request.items() if name != "TrainingJobName"}
-    assert sent == {name: value for name, value in asked.items() if name != "TrainingJobName"}
-    assert re.fullmatch(r"fivefold-r-split-\d{14}", job.request["TrainingJobName"])
-    assert job.details == ["Downloading", "Training", "Uploading", "Completed"]
-    assert "[split] " in said  # its log was followed
-    assert "split: Completed, Completed" in said
-    place = f"runs/r/split/{job.request['TrainingJobName']}/output"
+    assert job.request | {"TrainingJobName": ""} == printed_request | {"TrainingJobName": ""}
+    assert re.fullmatch(r"fivefold-r-split-\d{14}", job.name)
+    assert job.details == ["Starting", "Downloading", "Training", "Uploading", "Completed"]
+    log = (tmp_path / "runs" / "r" / "split" / "log.txt").read_text().splitlines()
+    assert log
+    assert [line for line in said.splitlines() if line.startswith("[split]")] == [f"[split] {line}" for line in log]
+    place = f"runs/r/split/{job.name}/output"
     assert bucket.listed("runs/") == [f"{place}/model.tar.gz", f"{place}/output.tar.gz"]
 
+    # another instance makes the same result, another seed does not
     code, said = submit(service, *given, "sagemaker.stages.split.instance_type=ml.c5.xlarge")
     assert code == 0
-    assert "nothing to do" in said
-    assert len(service.jobs) == 1
-
     code, said = submit(service, *given, "split.seed=7")
     assert code == SettingsError.exit_code
-    assert "HyperParameters differ" in said
-    assert "choose another run=" in said
+    assert "HyperParameters" in said
     assert len(service.jobs) == 1
 
 
 @pytest.mark.slow
-def test_a_fold_with_everything_is_sent_as_it_was_printed(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    """What the SDK makes of a fold's request, which has metrics and checkpoints; its job waits until it is stopped."""
-    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"))
-    assert code == 0, said
-    service.hold = "fold-1"
-    given = arguments(bucket, tmp_path, "stages=train-fold", "folds=1", "sagemaker.keep_alive_minutes=5")
-    code, printed = submit(service, *given, "--dry-run")
-    assert code == 0, printed
+def test_a_signal_leaves_the_job_which_is_found_again(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+    service.hold = "split"
+    given = asked(bucket, tmp_path, "stages=split")
     process = command(service, *given)
-    wait_until(lambda: len(service.jobs) == 2)
-    (_, job) = service.jobs.values()
-    asked = json.loads(printed[printed.index("{") :])["fold-1"]
-    assert job.request | {"TrainingJobName": ""} == asked | {"TrainingJobName": ""}
+    wait_until(lambda: "SageMaker.DescribeTrainingJob" in service.calls)
+    (job,) = service.jobs.values()
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"aws sagemaker stop-training-job --training-job-name {job.request['TrainingJobName']}" in said
+    assert f"aws sagemaker stop-training-job --training-job-name {job.name}" in said
     assert not job.stopped
 
-    looks = service.calls.count("SageMaker.DescribeTrainingJob")
-    # another command of the same run takes the split as done, and waits for the fold again
-    process = command(service, *arguments(bucket, tmp_path, "folds=1", "sagemaker.keep_alive_minutes=5"))
-    wait_until(lambda: service.calls.count("SageMaker.DescribeTrainingJob") > looks + 2)
-    service.answer(
-        "SageMaker.StopTrainingJob", json.dumps({"TrainingJobName": job.request["TrainingJobName"]}).encode()
-    )
+    # it cannot be waited for as something else
+    code, said = submit(service, *given, "split.seed=7")
+    assert code == SettingsError.exit_code
+    assert "HyperParameters" in said
+
+    # the service is away for a while, the job goes on and is stopped
+    process = command(service, *given)
+    service.calls.clear()
+    wait_until(lambda: service.calls.count("SageMaker.DescribeTrainingJob") > 2)
+    service.down = 12
+    wait_until(lambda: service.down == 0)
+    assert process.poll() is None
+    job.stopped = True
     service.hold = ""
-    said, _ = process.communicate(timeout=120)
-    assert "split: nothing to do" in said
-    assert "fold-1: waits for job" in said
-    assert process.returncode == 143, said
-    assert len(service.jobs) == 2
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert len(service.jobs) == 1
 
 
 def wait_until(is_so: object, seconds: float = 60) -> None:
@@ -143,73 +122,51 @@ def wait_until(is_so: object, seconds: float = 60) -> None:
 @pytest.mark.slow
 def test_a_failure_has_its_reason_and_its_exit_code(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     bucket.write("train/a/0.png", b"no image")
-    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split,train-fold"))
+    code, said = submit(service, *asked(bucket, tmp_path, "stages=split,train-fold"))
     assert code == DataError.exit_code, said
-    assert re.search(r"split failed \(exit code 65\), job fivefold-r-split-\d+: AlgorithmError: .*0\.png", said)
-    assert "fold-0 was not started: it needs split" in said
-    assert len(service.jobs) == 1
+    (job,) = service.jobs.values()
+    assert re.search(rf"split failed \(exit code 65\): job {job.name}: AlgorithmError: .*0\.png", said)
+    bucket.write(f"runs/r/split/{job.name}/output/output.tar.gz", b"what a failed job may leave")
 
-    # mended, the same command starts it anew
+    # mended, the same command starts it anew; a quota lets one fold wait for another
     bucket.delete("train/a/0.png")
-    time.sleep(1)  # names of jobs end with the second
-    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"))
-    assert code == 0, said
-    assert len(service.jobs) == 2
+    service.hold, service.quota = "r-fold", 1
+    process = command(service, *asked(bucket, tmp_path, "stages=split,train-fold"))
+    wait_until(lambda: service.refused)
+    (_, split, first) = service.jobs.values()
+    assert not bucket.listed(f"runs/r/split/{job.name}/")
+    assert split.status == "Completed"
+    first.stopped = True
+    service.hold = ""
+    wait_until(lambda: len(service.jobs) > 3)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert "ResourceLimitExceeded" in said
+    assert process.returncode == 130
 
 
 def test_what_another_job_left_is_not_mixed_in(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    bucket.write("runs/r/split/fivefold-r-split-1/output/output.tar.gz", b"another's")
-    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"))
+    place = "runs/r/split/fivefold-r-split-1/output/output.tar.gz"
+    bucket.write(place, b"another's")
+    code, said = submit(service, *asked(bucket, tmp_path, "stages=split"))
     assert code == SettingsError.exit_code
-    assert "of a job that this folder of runs does not know" in said
+    assert place in said
     assert not service.jobs
-
-
-@pytest.mark.slow
-def test_a_service_that_is_away_for_a_while_is_waited_for(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    service.hold = "split"
-    process = command(service, *arguments(bucket, tmp_path, "stages=split"))
-    wait_until(lambda: "SageMaker.DescribeTrainingJob" in service.calls)
-    service.down = 12
-    wait_until(lambda: service.down == 0)
-    service.hold = ""
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-
-
-@pytest.mark.slow
-def test_a_quota_lets_a_job_wait_for_those_that_run(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"))
-    assert code == 0, said
-    service.hold, service.quota = "fold", 1
-    process = command(service, *arguments(bucket, tmp_path, "stages=train-fold"))
-    wait_until(lambda: service.refused)
-    (_, first) = service.jobs.values()
-    service.answer(
-        "SageMaker.StopTrainingJob", json.dumps({"TrainingJobName": first.request["TrainingJobName"]}).encode()
-    )
-    service.hold = ""
-    wait_until(lambda: len(service.jobs) > 2)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert "waits: CreateTrainingJob" in said
-    assert "ResourceLimitExceeded" in said
-    assert process.returncode == 130
 
 
 def test_without_credentials_it_says_so_before_anything_starts(
     service: Service, bucket: Bucket, tmp_path: Path
 ) -> None:
     nothing = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
-    code, said = submit(service, *arguments(bucket, tmp_path, "stages=split"), **nothing)
+    code, said = submit(service, *asked(bucket, tmp_path, "stages=split"), **nothing)
     assert code == SettingsError.exit_code, said
-    assert "no credentials" in said
+    assert "AWS_PROFILE" in said
     assert "Traceback" not in said
     assert not service.jobs
 
 
 def test_a_pipeline_is_created_then_updated(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    given = arguments(bucket, tmp_path, "--pipeline")
+    given = asked(bucket, tmp_path, "--pipeline")
     code, said = submit(service, *given)
     assert code == 0, said
     assert "arn:aws:sagemaker:eu-central-1:123456789012:pipeline/fivefold-r" in said
@@ -222,18 +179,20 @@ def test_a_pipeline_is_created_then_updated(service: Service, bucket: Bucket, tm
     assert code == 0, said
     stored = client.describe_pipeline(PipelineName="fivefold-r")
     assert '"train__epochs": "5"' in stored["PipelineDefinition"]
-    assert [call for call in service.calls if "Pipeline" in call] == [
-        "SageMaker.ListPipelines", "SageMaker.CreatePipeline", "SageMaker.ListPipelines", "SageMaker.UpdatePipeline",
-    ]  # fmt: skip
-    assert not service.jobs
+    calls = [
+        f"SageMaker.{action}Pipeline{s}" for action, s in (("List", "s"), ("Create", ""), ("List", "s"), ("Update", ""))
+    ]
+    assert service.calls == calls
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("status", "detail", "reason", "code"),
     [
+        ("InProgress", "Training", "", None),
+        ("Stopping", "Stopping", "", None),
         ("Completed", "Completed", "", 0),
-        ("Failed", "Failed", "AlgorithmError: no folds.parquet, exit code: 66", 66),
+        ("Failed", "Failed", "AlgorithmError: no folds.parquet, exit code: 66", MissingInputError.exit_code),
         ("Failed", "Failed", "AlgorithmError: exit code: 137", 1),
         ("Failed", "Failed", "CapacityError: unable to provision", 1),
         ("Stopped", "Stopped", "", 143),
@@ -241,5 +200,22 @@ def test_a_pipeline_is_created_then_updated(service: Service, bucket: Bucket, tm
         ("Stopped", "MaxWaitTimeExceeded", "", RetryableError.exit_code),
     ],
 )
-def test_how_a_job_ended_is_an_exit_code(status: str, detail: str, reason: str, code: int) -> None:
-    assert Look(status, detail, reason).exit_code == code
+def test_how_a_job_ended_is_an_exit_code(status: str, detail: str, reason: str, code: int | None) -> None:
+    assert JobStatus(status, detail, reason).exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [
+        ("AccessDeniedException", 400, SettingsError),
+        ("ThrottlingException", 400, RetryableError),
+        ("ResourceLimitExceeded", 400, RetryableError),
+        ("Unknown", 503, RetryableError),
+        ("ResourceNotFoundException", 400, MissingInputError),
+        ("ValidationException", 400, SettingsError),
+    ],
+)
+def test_an_error_of_the_service_is_one_of_ours(code: str, status: int, expected: type[FivefoldError]) -> None:
+    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(expected, match=f"{code}.*CreateTrainingJob"), translated_errors():
+        raise ClientError(answer, "CreateTrainingJob")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from containers import IMAGE, docker, run_here
+from containers import IMAGE, ONE_THREAD, docker, run_here
 from jobs.demo import write_digits
+from platform_runs import submit
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +29,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """The folder of the whole run by this machine's own processes."""
     return run_here(tmp_path_factory.mktemp("runs"), digits)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """The folder of the run of `platform_runs`, by this machine's own processes."""
+    runs = tmp_path_factory.mktemp("small")
+    ended = submit([f"train={digits / 'train'}", f"eval={digits / 'test'}", f"runs={runs}"], ONE_THREAD)
+    assert ended.returncode == 0, ended.stdout
+    return runs / "r"

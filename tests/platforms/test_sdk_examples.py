@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from containers import IMAGE, docker
-from platform_runs import REPOSITORY, digits, run_here
+from platform_runs import REPOSITORY
 
 pytestmark = pytest.mark.docker
 PINS = Path(__file__).parent / "sdk-v2.txt"
@@ -23,16 +23,6 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SETTINGS = '{"recipe": "demo", "split__folds": "2", "train__epochs": "1", "train__warmup_epochs": "0"}'
 FOLD = '{"STAGE": "train-fold", "FOLD": "2"}'
 ENSEMBLE = '{"STAGE": "ensemble", "OMP_NUM_THREADS": "1"}'
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return digits(tmp_path_factory.mktemp("digits"))
-
-
-@pytest.fixture(scope="module")
-def here(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_here(data, tmp_path_factory.mktemp("here"))
 
 
 @pytest.fixture(scope="session")
@@ -87,23 +77,27 @@ def unpacked(tarball: Path, folder: Path) -> Path:
     return folder
 
 
-def data_folder(folder: Path, data: Path, here: Path) -> Path:
+def data_folder(folder: Path, digits: Path, small_run: Path) -> Path:
     """A folder with `photos`, `split` and `test`, as the examples name them, and `models` with the other fold's model."""
-    for name, place in (("photos", data / "train"), ("split", here / "split" / "output"), ("test", data / "test")):
+    for name, place in (
+        ("photos", digits / "train"),
+        ("split", small_run / "split" / "output"),
+        ("test", digits / "test"),
+    ):
         (folder / name).symlink_to(place)
-    shutil.copytree(here / "fold-0" / "model", folder / "models" / "fold-0")
+    shutil.copytree(small_run / "fold-0" / "model", folder / "models" / "fold-0")
     return folder
 
 
-def assert_same_fold(model: Path, here: Path) -> None:
+def assert_same_fold(model: Path, small_run: Path) -> None:
     for name in ("model.safetensors", "model.json", "oof.parquet", "train_log.csv"):
-        assert (model / name).read_bytes() == (here / "fold-1" / "model" / name).read_bytes(), name
+        assert (model / name).read_bytes() == (small_run / "fold-1" / "model" / name).read_bytes(), name
 
 
-def assert_same_ensemble(output: Path, here: Path) -> None:
+def assert_same_ensemble(output: Path, small_run: Path) -> None:
     for name in ("predictions.parquet", "submission.csv"):
         (found,) = output.rglob(name)
-        assert found.read_bytes() == (here / "ensemble" / "output" / name).read_bytes(), name
+        assert found.read_bytes() == (small_run / "ensemble" / "output" / name).read_bytes(), name
 
 
 def of_fold(code: str) -> str:
@@ -119,12 +113,12 @@ def of_ensemble(code: str, changes: dict[str, str]) -> str:
     return re.sub(r"hyperparameters=\{.*?\}", 'hyperparameters={"recipe": "demo"}', code)
 
 
-def test_the_launch_of_version_3(data: Path, here: Path, tmp_path: Path) -> None:
-    folder = data_folder(tmp_path, data, here)
+def test_the_launch_of_version_3(digits: Path, small_run: Path, tmp_path: Path) -> None:
+    folder = data_folder(tmp_path, digits, small_run)
     fold = of_fold(example("import ModelTrainer"))
     run(sys.executable, fold, folder)
     packed = folder / "sdk/fold-2/compressed_artifacts/model.tar.gz"
-    assert_same_fold(unpacked(packed, tmp_path / "model"), here)
+    assert_same_fold(unpacked(packed, tmp_path / "model"), small_run)
 
     (folder / "models" / "fold-1").mkdir()
     packed.rename(folder / "models" / "fold-1" / "model.tar.gz")
@@ -135,15 +129,15 @@ def test_the_launch_of_version_3(data: Path, here: Path, tmp_path: Path) -> None
     }
     run(sys.executable, of_ensemble(fold, changes), folder)
     packed = folder / "sdk/ensemble/compressed_artifacts/output.tar.gz"
-    assert_same_ensemble(unpacked(packed, tmp_path / "output"), here)
+    assert_same_ensemble(unpacked(packed, tmp_path / "output"), small_run)
 
 
-def test_the_launch_of_version_2(data: Path, here: Path, tmp_path: Path, python_of_v2: Path) -> None:
-    folder = data_folder(tmp_path, data, here)
+def test_the_launch_of_version_2(digits: Path, small_run: Path, tmp_path: Path, python_of_v2: Path) -> None:
+    folder = data_folder(tmp_path, digits, small_run)
     fold = of_fold(example("import Estimator"))
     run(python_of_v2, fold, folder, AWS_DEFAULT_REGION="eu-central-1")
     packed = folder / "sdk/fold-2/model.tar.gz"
-    assert_same_fold(unpacked(packed, tmp_path / "model"), here)
+    assert_same_fold(unpacked(packed, tmp_path / "model"), small_run)
 
     (folder / "models" / "fold-1").mkdir()
     packed.rename(folder / "models" / "fold-1" / "model.tar.gz")
@@ -153,4 +147,4 @@ def test_the_launch_of_version_2(data: Path, here: Path, tmp_path: Path, python_
         "file://sdk/fold-2": "file://sdk/ensemble",
     }
     run(python_of_v2, of_ensemble(fold, changes), folder, AWS_DEFAULT_REGION="eu-central-1")
-    assert_same_ensemble(unpacked(folder / "sdk/ensemble/output.tar.gz", tmp_path / "output"), here)
+    assert_same_ensemble(unpacked(folder / "sdk/ensemble/output.tar.gz", tmp_path / "output"), small_run)

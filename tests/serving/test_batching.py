@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import pytest
 
 from fivefold.serving.batching import SICK_AFTER, Batcher
 
@@ -134,27 +133,3 @@ def test_a_model_that_fails_again_and_again_is_sick_until_it_works() -> None:
 
     found, _ = with_batcher(work, under_way=1)
     assert found == [*[True] * SICK_AFTER, False, True]
-
-
-def test_a_model_of_too_few_rows_is_an_error_and_no_wrong_answer() -> None:
-    async def work() -> Any:
-        batcher = Batcher(lambda numbers: np.zeros((len(numbers) - 1, 2)), 2, LONG, lambda: 9, lambda _: None)
-        try:
-            return await answers(batcher, [1, 2])
-        finally:
-            batcher.close()
-
-    assert [type(each) for each in asyncio.run(work())] == [ValueError, ValueError]
-
-
-def test_closing_answers_what_waits() -> None:
-    async def work() -> list[float]:
-        batcher = Batcher(Network(), 9, LONG, lambda: 9, lambda _: None)
-        waiting = batcher.ask(3)
-        batcher.close()
-        assert not batcher.healthy
-        return (await waiting).tolist()
-
-    begun = time.monotonic()
-    assert asyncio.run(work()) == pytest.approx([3, 6])
-    assert time.monotonic() - begun < LONG / 2

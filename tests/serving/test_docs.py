@@ -7,7 +7,7 @@ import boto3
 import pytest
 
 from fivefold.recipe import Settings
-from fivefold.serving.answers import FORMS
+from fivefold.serving.protocol import RENDERERS
 from fivefold.settings import environment_layer
 
 DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -30,4 +30,4 @@ def test_every_limit_that_the_docs_name_is_a_key() -> None:
     named = set(re.findall(r"`serve\.(\w+)`", DOCS)) | {name.lower() for name in re.findall(r"SERVE__(\w+)", DOCS)}
     assert named <= set(type(Settings().serve).model_fields)
     assert {"queue", "max_body_mb", "max_megapixels", "timeout_s", "drain_s"} <= named
-    assert [form for form in FORMS if f"`Accept: {form}`" not in DOCS.replace(" (default)", "")] == []
+    assert [form for form in RENDERERS if f"`Accept: {form}`" not in DOCS.replace(" (default)", "")] == []

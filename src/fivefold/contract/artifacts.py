@@ -1,7 +1,6 @@
 """Finding what an earlier stage made, as folders or inside the tarballs that SageMaker makes."""
 
 import hashlib
-import shutil
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -84,37 +83,41 @@ class ModelDir:
         return f"fold {self.info['fold']} of {self.info['system']}, seed {self.info['seed']}"
 
 
-def roots(job: Job, channel: str) -> dict[Path, Path]:
-    """The channel's folder, and a folder for each tarball below it; each with where it is from, to name in messages."""
-    root = job.channel(channel)
-    tarballs = [path for path in tree_files(root) if path.name in TARBALLS]
-    return {root: root} | {_unpacked(path, job.scratch): path for path in tarballs}
+def roots(folder: Path, scratch: Path) -> dict[Path, Path]:
+    """The folder, and one below `scratch` for each tarball in it; each with where it is from, to name in messages."""
+    tarballs = [path for path in tree_files(folder) if path.name in TARBALLS]
+    return {folder: folder} | {_unpacked(path, scratch): path for path in tarballs}
 
 
 def locate(job: Job, channel: str, name: str) -> Path:
     """The one file `name` anywhere in `channel`; several with different bytes are an error."""
-    found = _named(job, channel, name)
+    found = _named(job.channel(channel), job.scratch, name)
     if not found:
         raise MissingInputError(f"no {name} below the channel {channel!r} ({job.channel(channel)})")
+    return _only(found, name, job.channel(channel))
+
+
+def _only(found: Mapping[Path, Path], name: str, folder: Path) -> Path:
+    """The first of files that must all have the same bytes."""
     if len({sha256(path) for path in found}) > 1:
         listed = ", ".join(str(shown) for shown in list(found.values())[:4])
-        raise DataError(f"several different {name} below the channel {channel!r}: {listed}; give the folder of one run")
+        raise DataError(f"several different {name} below {folder}: {listed}; give the folder of one run")
     return next(iter(found))
 
 
-def locate_all(job: Job, channel: str, name: str) -> list[Path]:
-    """Every file `name` in `channel`, in the order of their paths."""
-    return list(_named(job, channel, name))
+def locate_all(folder: Path, scratch: Path, name: str) -> list[Path]:
+    """Every file `name` below a folder, in the order of their paths."""
+    return list(_named(folder, scratch, name))
 
 
-def find_models(job: Job, channel: str = "model") -> list[ModelDir]:
-    """The fold models of a channel; or its students, when it holds nothing else.
+def find_models(folder: Path, scratch: Path) -> list[ModelDir]:
+    """The fold models below a folder; or its students, when it holds nothing else. Tarballs are unpacked to `scratch`.
 
     Sorted by system, seed and fold; one that lies there twice (as a folder and in its tarball) is
     one model. Raises MissingInputError when there is no model at all, DataError for one that is
     not finished, and for two different models of the same fold.
     """
-    every = [ModelDir(p.parent, _model_info(p, shown), shown) for p, shown in _named(job, channel, MODEL).items()]
+    every = [ModelDir(p.parent, _model_info(p, shown), shown) for p, shown in _named(folder, scratch, MODEL).items()]
     folds = [model for model in every if model.info["role"] == "fold"]
     found: dict[tuple[Any, ...], ModelDir] = {}
     for model in folds or every:
@@ -123,9 +126,7 @@ def find_models(job: Job, channel: str = "model") -> list[ModelDir]:
         if not _same_bytes(model, other):
             raise DataError(f"{other.shown} and {model.shown} are both {model.name}, and differ; leave one of them out")
     if not found:
-        raise MissingInputError(
-            f"no model below the channel {channel!r} ({job.channel(channel)}): looked for **/{MODEL} and **/model.tar.gz"
-        )
+        raise MissingInputError(f"no model below {folder}: looked for **/{MODEL} and **/model.tar.gz")
     return sorted(found.values(), key=lambda model: model.identity)
 
 
@@ -147,54 +148,49 @@ def check_split(models: Sequence[ModelDir], split: Path) -> None:
             raise DataError(f"{model.name} was trained on another split than {split}")
 
 
-def find_predictions(job: Job) -> dict[str, Path]:
-    """The files of the predictions channel that go together, of predictions.parquet, holdout.parquet, ensemble.json.
+def find_predictions(folder: Path, scratch: Path) -> dict[str, Path]:
+    """The files of a predictions channel that go together, of predictions.parquet, holdout.parquet, ensemble.json.
 
-    A lone submission CSV takes the place of predictions.parquet; the channel may be such a file itself.
+    A lone submission CSV takes the place of predictions.parquet; `folder` may be such a file itself.
     Raises MissingInputError when there is neither, DataError when there are several.
     """
-    root = job.channel("predictions")
-    if root.suffix in (".parquet", ".csv"):
-        return {PREDICTIONS: root}
+    if folder.suffix in (".parquet", ".csv"):
+        return {PREDICTIONS: folder}
     for name in (PREDICTIONS, HOLDOUT):
-        if locate_all(job, "predictions", name):
-            folder = locate(job, "predictions", name).parent
-            beside = {other: folder / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
+        if found := _named(folder, scratch, name):
+            parent = _only(found, name, folder).parent
+            beside = {other: parent / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
             return {other: path for other, path in beside.items() if path.is_file()}
-    return {PREDICTIONS: _submission(job)}
+    return {PREDICTIONS: _submission(folder, scratch)}
 
 
-def channel_digest(job: Job, channel: str, settings: Mapping[str, Any]) -> str:
+def channel_digest(channel: str, folder: Path, scratch: Path, settings: Mapping[str, Any]) -> str:
     """The digest of what a stage with these (flat) settings reads of a channel: of certain files, or of the whole folder.
 
     A split that opens no image reads tables (a .zip counts as one) and, of all other files, only their names.
     """
     if channel == "model":
-        return _digest([model.path / name for model in find_models(job) for name in KEYED_FILES["model"]])
+        return _digest([model.path / name for model in find_models(folder, scratch) for name in KEYED_FILES["model"]])
     if channel == "predictions":
-        return _digest(list(find_predictions(job).values()))
+        return _digest(list(find_predictions(folder, scratch).values()))
     if channel in KEYED_FILES:
-        return _digest([path for name in KEYED_FILES[channel] for path in locate_all(job, channel, name)])
+        return _digest([path for name in KEYED_FILES[channel] for path in _named(folder, scratch, name)])
     if channel == "runs":
-        return tree_sha256(job.channel(channel), without=(RECORD,), only=COMPARED)
+        return tree_sha256(folder, without=(RECORD,), only=COMPARED)
     without = (RECORD, *TRUTH) if channel == "eval" else (RECORD,)
     tables = (".csv", ".zip", str(settings.get("data.table", "")).lower() or ".csv")
-    return tree_sha256(
-        job.channel(channel), without=without, only=("",) if settings.get("split.open_images", True) else tables
-    )
+    return tree_sha256(folder, without=without, only=("",) if settings.get("split.open_images", True) else tables)
 
 
-def _submission(job: Job) -> Path:
-    """The only CSV of the predictions channel, sample submissions aside."""
-    files = [path for root in roots(job, "predictions") for path in tree_files(root) if path.suffix.lower() == ".csv"]
+def _submission(folder: Path, scratch: Path) -> Path:
+    """The only CSV of a predictions channel, sample submissions aside."""
+    files = [path for root in roots(folder, scratch) for path in tree_files(root) if path.suffix.lower() == ".csv"]
     found = [path for path in files if not is_sample(path.name)]
     if not found:
-        raise MissingInputError(
-            f"no {PREDICTIONS}, {HOLDOUT} or submission CSV below the channel 'predictions' ({job.channel('predictions')})"
-        )
+        raise MissingInputError(f"no {PREDICTIONS}, {HOLDOUT} or submission CSV below {folder}")
     if len(found) > 1:
         listed = ", ".join(str(path) for path in found[:4])
-        raise DataError(f"several CSVs below the channel 'predictions': {listed}; give the submission itself")
+        raise DataError(f"several CSVs below {folder}: {listed}; give the submission itself")
     return found[0]
 
 
@@ -206,11 +202,11 @@ def _digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _named(job: Job, channel: str, name: str) -> dict[Path, Path]:
-    """Every file `name` in `channel`, each with what messages call it: itself, or the tarball that it comes from."""
+def _named(folder: Path, scratch: Path, name: str) -> dict[Path, Path]:
+    """Every file `name` below `folder`, each with what messages call it: itself, or the tarball that it comes from."""
     return {
         path: path if origin == root else origin
-        for root, origin in roots(job, channel).items()
+        for root, origin in roots(folder, scratch).items()
         for path in tree_files(root)
         if path.name == name
     }
@@ -250,11 +246,7 @@ def _same_bytes(model: ModelDir, other: ModelDir) -> bool:
 
 
 def _unpacked(tarball: Path, scratch: Path) -> Path:
-    """The folder that `tarball` was unpacked to, once a process.
-
-    Plain files and folders alone are unpacked, of names that stay in the folder; anything else is refused. Not by
-    tarfile's own filters, which came with Python 3.11.4: Debian's is older.
-    """
+    """The folder that `tarball` was unpacked to, once a process; what would lie outside of it is refused."""
     target = scratch / hashlib.sha256(str(tarball.resolve()).encode()).hexdigest()[:16]
     if target.is_dir():
         return target
@@ -262,8 +254,7 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     partial.mkdir(exist_ok=True)
     try:
         with tarfile.open(tarball) as archive:
-            for member in archive:
-                _unpack(archive, member, partial)
+            archive.extractall(partial, filter=_plain_data)
             # tarfile stops in silence at a damaged header, and gzip keeps its checksum at the very end.
             while archive.fileobj is not None and archive.fileobj.read(1 << 20):
                 pass
@@ -274,14 +265,8 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     return partial.rename(target)
 
 
-def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    """Writes one member below `folder`, with the rights and the owner that any new file has there."""
-    path = folder / member.name.lstrip("/")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise tarfile.TarError(f"{member.name!r} leads out of the archive")
-    if not member.isdir() and not member.isreg():
-        raise tarfile.TarError(f"{member.name!r} is no plain file; archives of models and outputs hold nothing else")
-    (path if member.isdir() else path.parent).mkdir(parents=True, exist_ok=True)
-    if content := archive.extractfile(member):  # a folder has none
-        with content, open(path, "wb") as file:
-            shutil.copyfileobj(content, file, 1 << 20)
+def _plain_data(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """tarfile's own filter for data, which also refuses links: archives of models and outputs hold none."""
+    if not member.isreg() and not member.isdir():
+        raise tarfile.SpecialFileError(member)
+    return tarfile.data_filter(member, folder)

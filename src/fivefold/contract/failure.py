@@ -1,9 +1,10 @@
-"""What a failure means to the user: an error of ours with its exit code, and the failure file."""
+"""What a failure means to the user: an error of ours with its exit code, the failure file, and a pod's last words."""
 
 import contextlib
 import errno
 import os
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 from fivefold.contract.files import causes, disk_is_full, write_text
@@ -13,6 +14,9 @@ from fivefold.errors import FivefoldError, LostError, RetryableError, SettingsEr
 
 FAILURE_CHARACTERS = 1024
 """SageMaker shows this much of the failure file, so the message comes first."""
+TERMINATION_VARIABLE, TERMINATION_LOG = "TERMINATION_LOG", "/dev/termination-log"
+TERMINATION_BYTES = 4096
+"""Kubernetes keeps this much of the file of one container."""
 UNREACHABLE = {
     errno.EIO,
     errno.ESTALE,
@@ -64,8 +68,28 @@ def report_failure(output_dir: Path | None, error: BaseException) -> None:
     """Writes the failure file: the message first, the traceback after; a mere consequence gives way to what is there."""
     if output_dir is None or (isinstance(error, LostError) and (output_dir / FAILURE).is_file()):
         return
-    message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}".rstrip(": ")
     # The folder itself may be what failed; the message is on stderr in any case.
     with contextlib.suppress(OSError, FivefoldError):
-        trace = "".join(traceback.format_exception(error))
-        write_text(output_dir / FAILURE, f"{shown(message)[:FAILURE_CHARACTERS]}\n\n{trace}")
+        write_text(output_dir / FAILURE, _report(error, FAILURE_CHARACTERS))
+
+
+def report_termination(environ: Mapping[str, str], error: BaseException) -> None:
+    """Writes message and traceback where `kubectl describe pod` reads a pod's last words; nothing where there is no such file.
+
+    The file is the platform's, bound into the container: it is written in place, as a new one would not be seen.
+    TERMINATION_LOG names another than `/dev/termination-log`, as `terminationMessagePath` may. Of processes that train
+    together one may only have lost the others: that gives way to what is written.
+    """
+    path = Path(environ.get(TERMINATION_VARIABLE) or TERMINATION_LOG)
+    # it may be another user's; the message is on stderr in any case
+    with contextlib.suppress(OSError):
+        if path.is_file() and not (isinstance(error, LostError) and path.stat().st_size):
+            # the first bytes, no character of them halved
+            text = _report(error).encode("utf-8", "replace")[:TERMINATION_BYTES].decode("utf-8", "ignore")
+            path.write_bytes(text.encode())
+
+
+def _report(error: BaseException, characters: int | None = None) -> str:
+    """At most so many `characters` of the message, then the traceback."""
+    message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"{shown(message)[:characters]}\n\n{''.join(traceback.format_exception(error))}"

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.contract.files import probe_writable, remove_abandoned
-from fivefold.contract.place import ALONE, SHARED_SCRATCH, Place, place_of
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stages import HOLDOUT, PREDICTIONS, Stage
 from fivefold.contract.storage import Remote
+from fivefold.distributed.place import ALONE, SHARED_SCRATCH, Place, place_of
 from fivefold.errors import MissingInputError, SettingsError
 
 PREDICTED = (PREDICTIONS, HOLDOUT)
+DIRECTORIES = ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR", "SM_CHECKPOINT_DIR", "SM_GROUND_TRUTH_DIR")
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,20 @@ class Job:
 
     def output(self) -> Path:
         """The folder for data and for what people look at."""
-        if self.output_data_dir is None:
-            raise SettingsError(f"{self.stage.name} writes to SM_OUTPUT_DATA_DIR, which is not set; give it a folder")
-        return self.output_data_dir
+        return self._given(self.output_data_dir, "writes to SM_OUTPUT_DATA_DIR")
 
     def model(self) -> Path:
         """The folder for a trained model and all that a later stage needs of it."""
-        if self.model_dir is None:
-            raise SettingsError(
-                f"{self.stage.name} writes its model to SM_MODEL_DIR, which is not set; give it a folder"
-            )
-        return self.model_dir
+        return self._given(self.model_dir, "writes its model to SM_MODEL_DIR")
 
     def checkpoints(self) -> Path:
         """The folder for what a killed training goes on from."""
-        if self.checkpoint_dir is None:
-            raise SettingsError(
-                f"{self.stage.name} keeps checkpoints in SM_CHECKPOINT_DIR, or beside SM_MODEL_DIR, and neither is set"
-            )
-        return self.checkpoint_dir
+        return self._given(self.checkpoint_dir, "keeps checkpoints in SM_CHECKPOINT_DIR, or beside SM_MODEL_DIR")
+
+    def _given(self, folder: Path | None, use: str) -> Path:
+        if folder is None:
+            raise SettingsError(f"{self.stage.name} {use}, which is not set; give it a folder")
+        return folder
 
     def of_key(self, digest: str) -> "Job":
         """This job with a folder of checkpoints for what `digest` stands for: its settings, data and classes alone."""
@@ -90,12 +86,9 @@ class Job:
 
     def probe(self) -> None:
         """Checks that required channels exist and that outputs can be written, before any work."""
-        for name in self.stage.channels:
+        for name in (*self.stage.channels, *self.stage.optional):
             if self.channels.get(name) not in self.remote.channels:
-                self.channel(name)
-        for name in self.stage.optional:
-            if self.channels.get(name) not in self.remote.channels:
-                self.optional_channel(name)
+                (self.channel if name in self.stage.channels else self.optional_channel)(name)
         if not self.place.leads:
             return
         for folder in {self.record_dir(), self.output()}:
@@ -152,17 +145,19 @@ def _localised(stage: Stage, environ: Mapping[str, str], remote: Remote, leads: 
     if stage.writes_model and "SM_MODEL_DIR" in given:
         url = parse(given["SM_MODEL_DIR"], "SM_MODEL_DIR")
         given.setdefault("SM_CHECKPOINT_DIR", str(url.parent / "checkpoints"))
+    read = {f"SM_CHANNEL_{name.upper()}" for name in (*stage.channels, *stage.optional)}
+    written = {"SM_OUTPUT_DATA_DIR", *(("SM_MODEL_DIR", "SM_CHECKPOINT_DIR") if stage.writes_model else ())}
     found = dict(environ)
     for name, value in given.items():
-        channel = "ground_truth" if name == "SM_GROUND_TRUTH_DIR" else _plain(name.removeprefix("SM_CHANNEL_"))
-        if name in ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
-            writes = leads and (name == "SM_OUTPUT_DATA_DIR" or stage.writes_model)
-            found[name] = str(remote.output(parse(value, name))) if writes else ""
-        elif name == "SM_CHECKPOINT_DIR":
-            found[name] = str(remote.keep_checkpoints(parse(value, name))) if leads and stage.writes_model else ""
-        elif name.startswith("SM_CHANNEL_") or name == "SM_GROUND_TRUTH_DIR":
-            read = channel in (*stage.channels, *stage.optional)
-            found[name] = str(remote.channel(parse(value, name))) if read else ""
+        variable = "SM_CHANNEL_GROUND_TRUTH" if name == "SM_GROUND_TRUTH_DIR" else name.upper().replace("-", "_")
+        if variable in read:
+            found[name] = str(remote.channel(parse(value, name)))
+        elif name == "SM_CHECKPOINT_DIR" and leads and name in written:
+            found[name] = str(remote.keep_checkpoints(parse(value, name)))
+        elif name in written and leads:
+            found[name] = str(remote.output(parse(value, name)))
+        elif name in DIRECTORIES or name.startswith("SM_CHANNEL_"):
+            found[name] = ""
     return found
 
 

@@ -15,21 +15,34 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+import fivefold
 from fivefold.contract.artifacts import COMPARED, channel_digest
 from fivefold.contract.files import read_json, sha256, tree_sha256, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import RECORD
-from fivefold.contract.versions import changed_since, code_version, package_versions
 from fivefold.errors import DataError
 
 log = logging.getLogger("fivefold")
 
 IMAGE_VARIABLE = "FIVEFOLD_IMAGE"
 """Names the digest of the container's image, where somebody sets it."""
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "efficientnet-pytorch",
+    "numpy",
+    "pillow",
+    "pyarrow",
+    "scikit-learn",
+    "safetensors",
+)
 NAMED_BY_PATH = ("model.weights", "distill.teacher", "ensemble.submissions", "compare.files", "compare.runs")
 
 
@@ -63,7 +76,7 @@ class Stopwatch:
 def key_of(job: Job, settings: Mapping[str, Any]) -> Key:
     """The key of this job: digests of its hashed channels, and the settings that can change its result."""
     given = [name for name in job.stage.hashed if job.optional_channel(name) is not None]
-    digests = {name: channel_digest(job, name, settings) for name in given}
+    digests = {name: channel_digest(name, job.channel(name), job.scratch, settings) for name in given}
     digests |= {
         key: tree_sha256(path, without=(RECORD,), only=COMPARED if key.startswith("compare.") else ("",))
         for key, path in _named_files(settings)
@@ -118,13 +131,13 @@ def sources(job: Job, folder: Path) -> dict[str, list[str]]:
 
     A URL is the same from everywhere.
     """
-    names = [name for name in (*job.stage.channels, *job.stage.optional) if name in job.channels]
-    here = folder.resolve()
-    return {name: _seen_from(here, job.channels[name], job.remote.source(job.channels[name])) for name in names}
-
-
-def _seen_from(here: Path, path: Path, url: str | None) -> list[str]:
-    return [url, url] if url else [os.path.relpath(path.resolve(), here), str(path.resolve())]
+    here, places = folder.resolve(), {}
+    for name in (*job.stage.channels, *job.stage.optional):
+        if name in job.channels:
+            path = job.channels[name].resolve()
+            url = job.remote.source(job.channels[name])
+            places[name] = [url, url] if url else [os.path.relpath(path, here), str(path)]
+    return places
 
 
 def write_record(
@@ -134,15 +147,11 @@ def write_record(
     outputs: Sequence[Path],
     metrics: Mapping[str, Any],
     clock: Stopwatch,
-    known: Mapping[Path, str] = MappingProxyType({}),
 ) -> None:
-    """Writes `stage.json` into `folder`; `outputs` are the files that must be whole for it to count.
-
-    `known` are digests of those that had theirs taken while they were written, which need not be read for it.
-    """
+    """Writes `stage.json` into `folder`; `outputs` are the files that must be whole for it to count."""
     roots = output_roots(job)
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda path: known.get(path) or sha256(path), outputs))
+        digests = list(pool.map(sha256, outputs))
     write_json(
         record_path(folder, key.stage),
         {
@@ -182,6 +191,40 @@ def _stage_of(path: Path) -> str | None:
     except (OSError, DataError):
         return None
     return record.get("stage") if isinstance(record, dict) else None
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """The version, and the first digits of the SHA-256 of all our Python files: `0.1.0+1f2e3d4c5b6a`."""
+    package, jobs = Path(fivefold.__file__).parent, find_spec("fivefold.jobs")
+    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    if jobs and jobs.origin:  # in a checkout it lies outside the package
+        files |= {f"jobs/{path.name}": path for path in Path(jobs.origin).parent.glob("*.py")}
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0".encode() + path.read_bytes())
+    return f"{fivefold.__version__}+{digest.hexdigest()[:12]}"
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that results may depend on; `absent` where one is not installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def changed_since(record: Mapping[str, Any]) -> str:
+    """Which code and packages are others than those of a record, in words: `torch 2.13.0 -> 2.14.1`; empty if none."""
+    now = {"code": code_version(), **package_versions()}
+    packages = record.get("packages")
+    then = {"code": record.get("code"), **(packages if isinstance(packages, Mapping) else {})}
+    return ", ".join(
+        f"{name} {then.get(name) or 'unknown'} -> {now[name]}" for name in now if then.get(name) != now[name]
+    )
 
 
 def output_roots(job: Job) -> dict[str, Path]:

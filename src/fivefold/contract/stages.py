@@ -39,12 +39,11 @@ class Stage:
     """
 
     name: str
-    module: str
     summary: str
-    channels: tuple[str, ...]
-    optional: tuple[str, ...]
     hashed: tuple[str, ...]
-    sections: tuple[str, ...]
+    channels: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()
     writes_model: bool = False
     noted: tuple[str, ...] = ()
     from_output: str = ""
@@ -53,25 +52,27 @@ class Stage:
     by_argument: bool = False
     """Whether its channels may also be arguments, as in `images=photo.jpg`: for stages that people run by hand."""
 
+    @property
+    def module(self) -> str:
+        """The module of jobs/ that runs it, relative to that package."""
+        return f".{self.name.replace('-', '_')}"
+
 
 _IMAGES = ("data.store_size", "data.scaled_decoding", "data.cache", "data.cache_gib")
-_TRAINING = (*_IMAGES, "data.on_device", "model", "augment", "train", "predict")
+_TRAINING = (*_IMAGES, "model", "augment", "train", "predict")
 
 STAGES = {
     stage.name: stage
     for stage in (
         Stage(
             name="split",
-            module="jobs.split",
             summary="images -> folds.parquet: folds, groups, holdout, digests",
             channels=("train",),
-            optional=(),
             hashed=("train",),
             sections=("data", "split"),
         ),
         Stage(
             name="prepare",
-            module="jobs.prepare",
             summary="images -> an image cache: every image decoded once, for all stages",
             channels=("train", "folds"),
             optional=("eval", "unlabeled"),
@@ -80,7 +81,6 @@ STAGES = {
         ),
         Stage(
             name="train-fold",
-            module="jobs.train_fold",
             summary="one fold's model, with its out-of-fold predictions",
             channels=("train", "folds"),
             optional=("weights", "cache"),
@@ -90,18 +90,14 @@ STAGES = {
         ),
         Stage(
             name="ensemble",
-            module="jobs.ensemble",
             summary="fold models, submission files -> predictions.parquet and the submission",
-            channels=(),
             optional=("eval", "model", "folds", "submissions", "cache"),
             hashed=("model", "eval", "folds", "submissions"),
             sections=("data", "predict", "ensemble"),
         ),
         Stage(
             name="evaluate",
-            module="jobs.evaluate",
             summary="predictions and truth -> metrics.json, plots, report.html",
-            channels=(),
             optional=("predictions", "ground_truth", "eval", "train", "model", "folds"),
             hashed=("predictions", "ground_truth", "model", "folds"),
             sections=("data", "evaluate"),
@@ -110,16 +106,13 @@ STAGES = {
         ),
         Stage(
             name="compare",
-            module="jobs.compare",
             summary="runs and submission files side by side -> tables, pictures, compare.html",
-            channels=(),
             optional=("runs", "submissions", "ground_truth"),
             hashed=("runs", "submissions", "ground_truth"),
             sections=("compare",),
         ),
         Stage(
             name="predict",
-            module="jobs.predict",
             summary="one image, a folder or a table of them -> predictions.csv: classes and confidences",
             channels=("images", "model"),
             optional=("folds", "cache"),
@@ -130,7 +123,6 @@ STAGES = {
         ),
         Stage(
             name="export",
-            module="jobs.export",
             summary="a student, a fold or an ensemble as one ONNX or .pth file",
             channels=("model",),
             optional=("ensemble",),
@@ -139,7 +131,6 @@ STAGES = {
         ),
         Stage(
             name="distill",
-            module="jobs.distill",
             summary="the fold models teach one student",
             channels=("train", "folds", "model"),
             optional=("unlabeled", "weights", "cache"),
@@ -149,7 +140,6 @@ STAGES = {
         ),
         Stage(
             name="train",
-            module="jobs.train",
             summary="split and one fold in one: a model where no folds channel is given",
             channels=("train",),
             optional=("weights", "cache"),
@@ -160,21 +150,17 @@ STAGES = {
         ),
         Stage(
             name="inference",
-            module="jobs.inference",
             summary="whatever models lie there -> output.csv in the columns that are asked for",
             channels=("model", "eval"),
-            optional=(),
             hashed=("model", "eval"),
             sections=("data", "predict"),
         ),
         Stage(
             name="evaluation",
-            module="jobs.evaluation",
             summary="output.csv and gt.csv -> accuracy and macro F1 as JSON on stdout",
             channels=("ground_truth",),
             optional=("predictions",),
             hashed=("ground_truth",),
-            sections=(),
             always=True,
         ),
     )

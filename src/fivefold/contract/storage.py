@@ -25,7 +25,7 @@ from fivefold.errors import MissingInputError
 
 if TYPE_CHECKING:
     from fivefold.contract.s3.checkpoints import CheckpointSync
-    from fivefold.contract.s3.store import Store
+    from fivefold.contract.s3.client import Store
 
 log = logging.getLogger("fivefold")
 
@@ -76,7 +76,7 @@ class Remote:
     @cached_property
     def store(self) -> "Store":
         """The client; boto3 is loaded where a URL is given, and nowhere else."""
-        from fivefold.contract.s3.store import Store
+        from fivefold.contract.s3.client import Store
 
         return Store()
 
@@ -128,7 +128,7 @@ class Remote:
         """Takes back the markers of this stage's earlier attempts, records first: from here on they do not count."""
         for output in self.outputs:
             found = attempts.sorted_out(output.url, self.store.starting(output.url, START))[1]
-            output.replaced = attempts.superseded(found, stage)
+            output.replaced = [attempt for attempt in found if attempt.stage == stage and attempt.marker]
         taken = [each.marker.url for output in self.outputs for each in output.replaced if each.marker]
         if taken:  # where there is no URL at all, not even boto3 is imported
             self.store.delete(sorted(taken, key=lambda url: url.name != RECORD))
@@ -195,7 +195,7 @@ class Remote:
     def _download(self, stored: Sequence[Stored], path: Path, label: str) -> None:
         if not stored:
             return
-        from fivefold.contract.s3.transfers import Download
+        from fivefold.contract.s3.client import Download
 
         path.parent.mkdir(parents=True, exist_ok=True)
         check_space(path.parent, sum(each.object.size for each in stored))
@@ -221,7 +221,8 @@ class Remote:
         replaced = {each.url for each in output.replaced}
         long_ago = time.time() - SECONDS_TO_ABANDON
         for each in found:
-            abandoned = each.stage == stage and each.marker is None and not each.is_newer_than(long_ago)
+            newest = max(item.modified for item in each.objects.values())
+            abandoned = each.stage == stage and each.marker is None and newest <= long_ago
             if each.url.name != own and (each.url in replaced or abandoned):
                 self.store.delete(held.url for held in each.objects.values())
 

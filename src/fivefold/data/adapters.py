@@ -1,14 +1,26 @@
-"""How training data lies on disk, made rows: class folders, profiles of people, or a CSV."""
+"""How training data lies on disk, made rows: class folders, profiles of people, a CSV, or a CSV of products."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 
-from fivefold.arrow import pa
 from fivefold.choose import choose
 from fivefold.contract.spelling import is_sample, is_truth, plain_name
+from fivefold.csv_tables import (
+    CATEGORY_NAMES,
+    ID_NAMES,
+    LABEL_NAMES,
+    PATH_NAMES,
+    CsvFile,
+    check_filled,
+    check_unique,
+    plain_names,
+)
 from fivefold.data.images import is_image
 from fivefold.data.layouts import (
     IMAGE_FOLDERS,
@@ -17,43 +29,26 @@ from fivefold.data.layouts import (
     class_images,
     class_level,
     csvs,
+    image_paths,
     levels,
+    open_table,
     stem,
     warn_of_deeper,
 )
-from fivefold.data.profiles import are_profiles, read_profiles
+from fivefold.data.profiles import are_profiles, profile_factors, read_profiles
 from fivefold.data.store import ImageStore
-from fivefold.data.tables import (
-    CATEGORY,
-    ID_NAMES,
-    LABEL_NAMES,
-    PATH_NAMES,
-    TEXT,
-    CsvFile,
-    check_unique,
-    few,
-    image_paths,
-    open_csv,
-)
-from fivefold.errors import DataError
+from fivefold.errors import DataError, SettingsError
 from fivefold.factors import Factors
+from fivefold.predictions import sample
+from fivefold.recipe import Data
 
 log = logging.getLogger("fivefold")
 
 NOT_TRAINING = {"test", "submission", "valid", "val"}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
-LONGEST = 60
-"""Of what a message shows of a label, in characters."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of a CSV's columns; empty ones are guessed (but for the group: no column then)."""
-
-    id: str = ""
-    path: str = ""
-    label: str = ""
-    group: str = ""
+BETWEEN_PATHS = "[&,]"
+TEXT = pa.string()
+Column = pd.Series | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,66 +74,74 @@ class Rows:
 
     def take(self, kept: np.ndarray) -> "Rows":
         """The rows where `kept` [N] bool is true; classes that are left without any row are dropped."""
-        mask, used = pa.array(kept), np.unique(self.codes[kept])
+        used = np.unique(self.codes[kept])
         classes = tuple(self.classes[code] for code in used)
         _check_classes(classes, "the rows that are left")
-        codes = np.searchsorted(used, self.codes[kept]).astype(np.int32)
-        ids, paths, groups = (column.filter(mask) for column in (self.ids, self.paths, self.groups))
-        factors = None if self.factors is None else self.factors.only(classes)
-        strata = None if self.strata is None else self.strata.filter(mask)
-        return Rows(ids, paths, codes, classes, groups, self.layout, factors, strata)
+        arrow = {name: getattr(self, name) for name in ("ids", "paths", "groups", "strata")}
+        return replace(
+            self,
+            codes=np.searchsorted(used, self.codes[kept]).astype(np.int32),
+            classes=classes,
+            factors=None if self.factors is None else self.factors.only(classes),
+            **{name: None if column is None else column.filter(pa.array(kept)) for name, column in arrow.items()},
+        )
 
 
-def read_rows(
-    store: ImageStore,
-    layout: str = "auto",
-    table: str = "",
-    columns: Columns | None = None,
-    check_files: bool = True,
-    age_cuts: Sequence[float] = (30, 60),
-    base_path: str = "",
-) -> Rows:
-    """The training rows of a store: of the CSV `table` (or the one that is found), of its profiles, or its class folders.
+def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Rows:
+    """The training rows of a store, as `data.layout` says: of a CSV, of products, of profiles, or of class folders.
 
-    Raises a DataError for what cannot be trained on: no images, one class, missing files or columns,
-    paths that lead out, ids that stand twice, empty labels. A guessed layout is logged.
+    The CSV is `data.table` or the one that is found. Raises a DataError for what cannot be trained on: no images,
+    one class, missing files or columns, paths that lead out, ids that stand twice, empty labels. A guessed layout
+    is logged.
     """
-    columns = columns or Columns()
-    read_folders = choose(LAYOUTS, "data.layout", layout)
-    if layout in ("folders", "mask_profiles") and not table:
-        return read_folders(store, age_cuts)
-    tables = [open_csv(store, table)] if table else _training_tables(store, columns)
-    if not tables and layout == "csv":
+    read_folders = choose(LAYOUTS, "data.layout", data.layout)
+    if data.layout == "products":
+        return _product_rows(store, data, check_files)
+    if data.table or data.layout in ("auto", "csv"):
+        return _table_or_folders(store, data, check_files)
+    return read_folders(store, *_images(store), data)
+
+
+def _table_or_folders(store: ImageStore, data: Data, check_files: bool) -> Rows:
+    tables = _find_tables(store, data.table, "train", partial(_is_usable, data=data))
+    if not tables and data.layout == "csv":
         raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
-    if tables and (table or layout == "csv" or _is_usable(tables[0], columns)):
+    if tables and (data.table or data.layout == "csv" or _is_usable(tables[0], data)):
         log.info("data: rows of %s", tables[0])
         _pass_over(tables[1:])
-        return _table_rows(tables[0], columns, check_files, base_path)
+        return _table_rows(store, tables[0], data, check_files)
     try:
-        rows = _any_folders(store, age_cuts)
+        rows = _any_folders(store, *_images(store), data)
     except DataError:
         if tables:
-            _must_be_usable(tables[0], columns)
+            _must_be_usable(tables[0], data)
         raise
     if tables and stem(tables[0].name) == "train" and rows.factors is None:
-        _must_be_usable(tables[0], columns, ", or data.layout=folders where the folders are the classes")
+        _must_be_usable(tables[0], data, ", or data.layout=folders where the folders are the classes")
     _pass_over(tables)
     log.info("data: no table of labels, so the classes are the %s", rows.layout)
     return rows
 
 
-def _training_tables(store: ImageStore, columns: Columns) -> list[CsvFile]:
-    """train.csv, or the only CSV with the columns and the others that may be meant, or those alone; empty for none."""
+def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[CsvFile], bool]) -> list[CsvFile]:
+    """The CSV `name`, or the one called as `usual`, or the only usable one; behind it those that are no such table."""
+    if name:
+        return [open_table(store, name)]
+    others: list[CsvFile] = []
     for level in levels(store, TRAIN_FOLDERS):
-        names = [name for name in csvs(store, level) if _may_be_training(name)]
-        named = [name for name in names if stem(name) == "train"]
-        tables = [open_csv(store, name) for name in named or names]
-        usable = [table for table in tables if _is_usable(table, columns)]
+        tables = [open_table(store, name) for name in csvs(store, level) if _may_be_training(name)]
+        named = [table for table in tables if stem(table.name) == usual]
+        usable = named or [table for table in tables if is_usable(table)]
         if len(usable) > 1:
-            raise DataError(f"several tables in {store.root}: {few([t.name for t in usable])}; set data.table to one")
-        if tables:
-            return sorted(tables, key=lambda table: table not in usable)
-    return []
+            raise DataError(
+                f"several tables in {store.root}: {sample([t.name for t in usable])}; set data.table to one"
+            )
+        if named:
+            return named
+        others += [table for table in tables if table not in usable]
+        if usable:
+            return usable + others
+    return others
 
 
 def _may_be_training(name: str) -> bool:
@@ -147,71 +150,77 @@ def _may_be_training(name: str) -> bool:
 
 def _pass_over(tables: Sequence[CsvFile]) -> None:
     for table in tables:
-        log.warning("data: %s is passed over; its columns are %s", table, ", ".join(table.header))
+        log.warning("data: %s is passed over; its columns are %s", table, ", ".join(table.columns))
 
 
-def _is_usable(table: CsvFile, columns: Columns) -> bool:
-    return bool(table.column(columns.path, PATH_NAMES) and table.column(columns.label, LABEL_NAMES))
+def _is_usable(table: CsvFile, data: Data) -> bool:
+    return bool(table.column(data.path_column, PATH_NAMES) and table.column(data.label_column, LABEL_NAMES))
 
 
-def _must_be_usable(table: CsvFile, columns: Columns, otherwise: str = "") -> tuple[str, str]:
+def _must_be_usable(table: CsvFile, data: Data, otherwise: str = "") -> tuple[str, str]:
     """The columns of paths and labels; the DataError for a miss names all that is to be set, and what to do `otherwise`."""
-    wanted = {"data.path_column": (columns.path, PATH_NAMES), "data.label_column": (columns.label, LABEL_NAMES)}
-    keys = " and ".join(key for key, names in wanted.items() if table.column(*names) is None) + otherwise
-    path, label = (table.must_have(*names, keys) for names in wanted.values())
-    return path, label
+    path, label = (data.path_column, PATH_NAMES), (data.label_column, LABEL_NAMES)
+    keys = {"data.path_column": table.column(*path), "data.label_column": table.column(*label)}
+    absent = " and ".join(key for key, column in keys.items() if column is None) + otherwise
+    return table.must_have(*path, absent), table.must_have(*label, absent)
 
 
-def _table_rows(table: CsvFile, columns: Columns, check_files: bool, base_path: str) -> Rows:
-    path, label = _must_be_usable(table, columns)
-    group = table.must_have(columns.group, (), "data.group_column") if columns.group else None
-    if columns.id:
-        table.must_have(columns.id, (), "data.id_column")
-    row_id = table.column(columns.id, ID_NAMES) or path
-    wanted = {row_id: TEXT, path: TEXT, **({group: TEXT} if group else {}), label: CATEGORY}
+def _table_rows(store: ImageStore, table: CsvFile, data: Data, check_files: bool) -> Rows:
+    path, label = _must_be_usable(table, data)
+    group = table.must_have(data.group_column, (), "data.group_column") if data.group_column else None
+    if data.id_column:
+        table.must_have(data.id_column, (), "data.id_column")
+    row_id = table.column(data.id_column, ID_NAMES) or path
     if len({path, label, group} - {None}) < 2 + bool(group):
         raise DataError(f"{table}: one column cannot be path, label and group at once")
-    read = table.read({name: TEXT if name == row_id else kind for name, kind in wanted.items()})
-    labels = read[label] if row_id != label else read[label].dictionary_encode()
-    check_unique(read[row_id], table, row_id)
-    codes, classes = _classes(labels, table)
-    groups = _groups(read[group]) if group else pa.nulls(len(codes), TEXT)
-    where = bases(table.store, table.folder, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), base_path)
-    paths = image_paths(read[path], table, where, check_files)
-    return Rows(read[row_id], paths, codes, classes, groups, f"the CSV {table.name}")
-
-
-def _groups(written: pa.StringArray) -> pa.Array:
-    """Groups [N] as they are written, without the blanks around them; null where there is none."""
-    encoded = written.dictionary_encode()
-    names = [plain_name(name) or None for name in encoded.dictionary.to_pylist()]
-    return pa.array(names, TEXT).take(encoded.indices)
-
-
-def _classes(labels: pa.DictionaryArray, table: CsvFile) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels as codes [N] int32 into the sorted class names, without the blanks around them."""
-    names = [plain_name(name) for name in labels.dictionary.to_pylist()]
-    indices = labels.indices.to_numpy()
-    empty = np.flatnonzero(np.isin(indices, [code for code, name in enumerate(names) if not name]))
-    if len(empty):
-        raise DataError(
-            f"{table} has {len(empty)} rows with an empty label, the first in row {empty[0] + 1} below the header"
-        )
-    torn = np.flatnonzero(np.isin(indices, [code for code, name in enumerate(names) if set(name) & {*"\r\n"}]))
+    frame = table.read([row_id, path, label, *([group] if group else [])])
+    check_unique(frame[row_id], table)
+    check_filled(frame[label], "label", table)
+    labels = plain_names(frame[label])
+    torn = np.flatnonzero(labels.str.contains(r"[\r\n]"))
     if len(torn):
         raise DataError(
-            f"{table} has {len(torn)} labels with a line break, the first {names[indices[torn[0]]][:LONGEST]!r} in "
-            f"row {torn[0] + 1} below the header; a quote may be missing there"
+            f"{table}: the label in row {torn[0] + 1} below the header has a line break: {labels.iloc[torn[0]][:60]!r}; "
+            "a quote may be missing there"
         )
-    classes = tuple(sorted(set(names)))
-    _check_classes(classes, str(table))
-    index = {name: code for code, name in enumerate(classes)}
-    return np.array([index[name] for name in names], np.int32)[indices], classes
+    where = bases(store, table.name, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), data.base_path)
+    paths = image_paths(frame[path], table, store, where, check_files)
+    groups = plain_names(frame[group]).replace("", None) if group else None
+    return make_rows(paths, labels, str(table), f"the CSV {table.name}", ids=frame[row_id], groups=groups)
+
+
+def make_rows(
+    paths: Column,
+    labels: Column,
+    where: str,
+    layout: str,
+    ids: Column | None = None,
+    groups: Column | None = None,
+    strata: Column | None = None,
+    factors: Factors | None = None,
+) -> Rows:
+    """N rows of their columns, whose ids are their paths where there are none; `where` they are, for the DataErrors.
+
+    Refused are fewer than two classes, and names that are not UTF-8.
+    """
+    codes, classes = pd.factorize(np.asarray(labels, object), sort=True)
+    _check_classes(classes, where)
+    columns = {"paths": paths, "ids": paths if ids is None else ids, "groups": groups, "strata": strata}
+    try:
+        arrow = {
+            name: None if column is None else pa.array(np.asarray(column, object), TEXT, from_pandas=True)
+            for name, column in columns.items()
+        }
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} has file names that are not UTF-8, as {error.object!r}; rename them") from error
+    arrow["groups"] = pa.nulls(len(codes), TEXT) if groups is None else arrow["groups"]
+    factors = None if factors is None else factors.only(tuple(classes))
+    return Rows(codes=codes.astype(np.int32), classes=tuple(classes), layout=layout, factors=factors, **arrow)
 
 
 def _check_classes(classes: Sequence[str], where: str) -> None:
     if len(classes) < 2:
-        raise DataError(f"{where}: only {len(classes)} class ({few(classes)}); at least two are needed")
+        raise DataError(f"{where}: only {len(classes)} class ({sample(classes)}); at least two are needed")
 
 
 def _images(store: ImageStore) -> tuple[list[str], str]:
@@ -219,68 +228,101 @@ def _images(store: ImageStore) -> tuple[list[str], str]:
     names = [name for name in store.names() if is_image(name)]
     if not names:
         packed = [name for name in store.names() if name.lower().endswith(ARCHIVES)]
-        how = f"unpack {few(packed)}, or give one .zip itself" if packed else "put a folder of images a class there"
+        how = f"unpack {sample(packed)}, or give one .zip itself" if packed else "put a folder of images a class there"
         raise DataError(f"{store.root} holds no images (nor a usable CSV); {how}")
     return names, class_level(names)
 
 
-def _any_folders(store: ImageStore, age_cuts: Sequence[float]) -> Rows:
+def _any_folders(store: ImageStore, names: Sequence[str], level: str, data: Data) -> Rows:
     """Of profiles where the folders are clearly such; else of classes."""
-    names, level = _images(store)
-    if are_profiles(names, level):
-        return _profiles(store, names, level, age_cuts)
-    return _class_folders(store, names, level)
+    read = _profiles if are_profiles(names, level) else _class_folders
+    return read(store, names, level, data)
 
 
-def _profiles(store: ImageStore, names: Sequence[str], level: str, age_cuts: Sequence[float]) -> Rows:
+def _profiles(store: ImageStore, names: Sequence[str], level: str, data: Data) -> Rows:
     where = f"{store.root}/{level}".rstrip("/")
-    found = read_profiles(names, level, age_cuts, where)
-    classes = tuple(sorted(set(found.labels)))
-    _check_classes(classes, where)
-    index = {name: code for code, name in enumerate(classes)}
-    codes = np.array([index[label] for label in found.labels], np.int32)
-    paths, people = _path_column(found.paths, where), _path_column(found.people, where)
-    return Rows(
-        paths, paths, codes, classes, people, f"mask profiles below {level or '.'}", found.factors.only(classes)
-    )
+    photos = read_profiles(names, level, data.age_cuts, where)
+    layout, factors = f"mask profiles below {level or '.'}", profile_factors(data.age_cuts)
+    return make_rows(photos["name"], photos["label"], where, layout, groups=photos["person"], factors=factors)
 
 
-def _class_folders(store: ImageStore, names: Sequence[str], level: str) -> Rows:
+def _class_folders(store: ImageStore, names: Sequence[str], level: str, _: Data) -> Rows:
     inside = [name for name in names if name.startswith(level) and "/" in name[len(level) :]]
     loose = sum(name.startswith(level) for name in names) - len(inside)
     if loose:
         log.warning("data: %d images lie in no class folder of %s and are left out", loose, level or store.root)
     where = f"{store.root}/{level}".rstrip("/")
     inside = class_images(inside, level, where)
-    labels = [_class_name(name, level) for name in inside]
-    classes = tuple(sorted(set(labels)))
-    if not classes:
+    if not inside:
         raise DataError(f"{where} holds no class folders ({loose} images lie in none), and there is no CSV of labels")
-    _check_classes(classes, where)
+    folders = [name[len(level) :].partition("/")[0] for name in inside]
+    labels = [plain_name(folder) or folder for folder in folders]
+    rows = make_rows(inside, labels, where, f"class folders below {level or '.'}")
     warn_of_deeper(inside, level, where)
-    index = {name: code for code, name in enumerate(classes)}
-    codes = np.array([index[label] for label in labels], np.int32)
-    paths = _path_column(inside, where)
-    return Rows(paths, paths, codes, classes, pa.nulls(len(codes), TEXT), f"class folders below {level or '.'}")
+    return rows
 
 
-def _class_name(name: str, level: str) -> str:
-    """The class folder of an image, called as labels are; one of blanks alone as it is."""
-    folder = name[len(level) :].partition("/")[0]
-    return plain_name(folder) or folder
+def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
+    """The images of a product table: of image_data.csv, or the CSV `data.table`, or the only one with the columns.
+
+    A cell holds paths between `&` or `,`; an empty cell is none. The class of an image is that of its
+    column, its group the product, its stratum the product's category. Raises a DataError for a
+    product that stands twice, an empty id or category, and an image of two products or two classes.
+    """
+    if len(set(data.image_types.values())) < 2:
+        raise SettingsError("data.image_types gives fewer than two classes; map image columns to at least two")
+    tables = _find_tables(store, data.table, "image_data", lambda table: all(map(table.column, data.image_types)))
+    if not tables:
+        raise DataError(f"no image_data.csv in {store.root}, nor another CSV; set data.table to its name")
+    table = tables[0]
+    log.info("data: products of %s", table)
+    images = _product_images(table, data)
+    if not len(images):
+        raise DataError(f"{table} names no image in the columns {', '.join(data.image_types)}")
+    where = bases(store, table.name, TRAIN_FOLDERS, data.base_path)
+    images["path"] = image_paths(images["path"], table, store, where, check_files)
+    for what, column in (("products", "product"), ("image types", "label")):
+        torn = images[images.groupby("path")[column].transform("nunique") > 1]
+        if len(torn):
+            path = torn["path"].iloc[0]
+            owners = torn[column][torn["path"] == path].drop_duplicates()
+            shown = [f"{name!r} (row {row + 1})" for row, name in owners.items()]
+            raise DataError(f"{table}: {path!r} is an image of two {what}, {' and '.join(shown[:2])}; name it once")
+    once = images.drop_duplicates("path")
+    if len(once) < len(images):
+        log.warning("data: %d images stand twice in their product's row and are taken once", len(images) - len(once))
+    columns = {"groups": once["product"], "strata": once["category"]}
+    return make_rows(once["path"], once["label"], str(table), f"the products of {table.name}", **columns)
 
 
-def _path_column(names: Sequence[str], where: str) -> pa.Array:
-    try:
-        return pa.array(names, TEXT)
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where} has file names that are not UTF-8, as {error.object!r}; rename them") from error
+def _product_images(table: CsvFile, data: Data) -> pd.DataFrame:
+    """Every image that the table names, in its order: `path` as written, `product`, `category`, `label`; the index says its row.
+
+    Rows without any image are reported.
+    """
+    id_column = table.must_have(data.id_column, ID_NAMES, "data.id_column")
+    category_column = table.must_have(data.category_column, CATEGORY_NAMES, "data.category_column")
+    label_of = {table.must_have(name, (), "data.image_types"): label for name, label in data.image_types.items()}
+    frame = table.read([id_column, category_column, *label_of])
+    products = pd.DataFrame({"product": frame[id_column].str.strip(), "category": plain_names(frame[category_column])})
+    check_filled(products["product"], "id", table)
+    check_filled(products["category"], "category", table)
+    check_unique(products["product"].rename(id_column), table)
+    paths = frame[list(label_of)].stack().str.split(BETWEEN_PATHS, regex=True).explode().str.strip()
+    paths = paths[paths != ""]
+    rows, image_columns = (paths.index.get_level_values(level) for level in (0, 1))
+    images = products.loc[rows].assign(path=paths.to_numpy(), label=image_columns.map(label_of))
+    without = products["product"].drop(rows.unique())
+    if len(without):
+        log.warning("data: %d products of %s name no image and are left out: %s", len(without), table, sample(without))
+    return images
 
 
 LAYOUTS = {
     "auto": _any_folders,
     "csv": _any_folders,
-    "folders": lambda store, age_cuts: _class_folders(store, *_images(store)),
-    "mask_profiles": lambda store, age_cuts: _profiles(store, *_images(store), age_cuts),
+    "folders": _class_folders,
+    "mask_profiles": _profiles,
+    "products": _any_folders,
 }
-"""Folders of images as rows, by the name of the layout; a CSV is looked for first in the first two."""
+"""What reads the folders of a store, by the name of its layout; the other layouts look for a CSV first."""

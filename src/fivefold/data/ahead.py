@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from fivefold.data.dataset import Batch
 
@@ -20,56 +19,38 @@ def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """
     if device.type != "cuda":
         return iter(batches)
-    lane = _Lane(iter(batches), device)
-    return one_ahead(lane.send, lane.receive)
+    stream = _copying_stream(device)
 
+    def send(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        pinned = batch if batch.images.is_pinned() else batch.pin_memory()
+        with torch.cuda.stream(stream):
+            return pinned.map(lambda tensor: tensor.to(device, non_blocking=True)), stream.record_event()
 
-def one_ahead(send: Callable[[], Sent | None], receive: Callable[[Sent], Batch]) -> Iterator[Batch]:
-    """What `receive` makes of each thing that was sent, when the next one is sent already; `send` gives None at the end."""
-    coming = send()
-    while coming is not None:
-        following = send()
-        yield receive(coming)
-        coming = following
-
-
-class _Lane:
-    """A stream beside the one that computes. What is made or copied here is waited for there, by the device alone."""
-
-    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
-        self.batches, self.device = batches, device
-        self.stream = _stream(device)
-        self.stream.wait_stream(torch.cuda.current_stream(device))  # for pixels that lie on the device already
-
-    def send(self) -> tuple[Batch, torch.cuda.Event] | None:
-        """The next batch on its way to the device, and what happens when it is there."""
-        with torch.cuda.stream(self.stream):
-            batch = next(self.batches, None)
-            if batch is None:
-                return None
-            pinned = batch if batch.images.is_cuda or batch.images.is_pinned() else batch.pin_memory()
-            moved = Batch(*(None if each is None else self._moved(each) for each in _tensors(pinned)))
-            return moved, self.stream.record_event()
-
-    def receive(self, sent: tuple[Batch, torch.cuda.Event]) -> Batch:
-        """The batch, for the stream that computes: it waits for the event, and the memory is not used anew before it is done."""
-        batch, there = sent
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_event(there)
-        for each in _tensors(batch):
-            if each is not None:
-                each.record_stream(computing)
+    def receive(sent: tuple[Batch, torch.cuda.Event]) -> Batch:
+        """The batch for the stream that computes, which waits for the copy; the memory is not used anew before it is done."""
+        batch, copied = sent
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(copied)
+        for tensor in batch.tensors:
+            tensor.record_stream(computing)
         return batch
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+    return one_ahead(batches, send, receive)
 
 
-def _tensors(batch: Batch) -> tuple[Tensor | None, ...]:
-    return batch.images, batch.rows, batch.meta
+def one_ahead(
+    batches: Iterable[Batch], send: Callable[[Batch], Sent], receive: Callable[[Sent], Batch]
+) -> Iterator[Batch]:
+    """What `receive` makes of each batch that was sent, when the next one is sent already."""
+    waiting: list[Sent] = []
+    for batch in batches:
+        waiting.append(send(batch))
+        if len(waiting) > 1:
+            yield receive(waiting.pop(0))
+    yield from map(receive, waiting)
 
 
 @lru_cache(maxsize=16)
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all passes: a stream keeps the memory that it once had for itself."""
     return torch.cuda.Stream(device)

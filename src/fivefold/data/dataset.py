@@ -5,8 +5,7 @@ import logging
 import os
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,17 +13,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 
-from fivefold.data.batched import together
-from fivefold.data.cache import Cache
-from fivefold.data.cached import CachedStore, caches_of
-from fivefold.data.images import Pixels
+from fivefold.data.image_cache import Cache
+from fivefold.data.images import Pixels, in_threads
 from fivefold.data.meta import count_numbers, measure
-from fivefold.data.store import ImageStore
-from fivefold.data.threads import in_threads
+from fivefold.data.store import ImageStore, read_unchanged
 from fivefold.data.transforms import Transform
-from fivefold.errors import DataError
 from fivefold.progress import stoppable, track
 
 log = logging.getLogger("fivefold")
@@ -43,16 +38,22 @@ class Batch:
     rows: Tensor
     meta: Tensor | None = None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.images, self.rows, *([] if self.meta is None else [self.meta])]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch of what `change` makes of each tensor."""
+        return Batch(*map(change, self.tensors))
+
     def pin_memory(self) -> "Batch":
         """For the loader's `pin_memory`, which asks an unknown class for this method."""
-        meta = None if self.meta is None else self.meta.pin_memory()
-        return Batch(self.images.pin_memory(), self.rows.pin_memory(), meta)
+        return self.map(Tensor.pin_memory)
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """One batch of several, in their order."""
-    meta = None if batches[0].meta is None else torch.cat([batch.meta for batch in batches])
-    return Batch(torch.cat([batch.images for batch in batches]), torch.cat([batch.rows for batch in batches]), meta)
+    return Batch(*map(torch.cat, zip(*(batch.tensors for batch in batches), strict=True)))
 
 
 class ImageSet(Dataset):
@@ -66,7 +67,7 @@ class ImageSet(Dataset):
 
     def __init__(
         self,
-        store: ImageStore | CachedStore,
+        store: ImageStore,
         paths: Sequence[str],
         transform: Transform,
         seed: int = 0,
@@ -77,13 +78,12 @@ class ImageSet(Dataset):
         self.store = store
         self.paths = paths
         self.transform = transform
-        self.together = together(transform)
         self.seed = seed
         self.sha256 = sha256
         self.meta = tuple(meta)
         self.pixels = pixels
         digests = [None] * len(paths) if sha256 is None else sha256
-        self.cached = [(cache, cache.find(digests)) for cache in caches_of(store, pixels)]
+        self.cached = [(cache, cache.find(digests)) for cache in getattr(store, "caches", ()) if cache.pixels == pixels]
         self.kept: list[np.ndarray] | None = None
         self.measured: np.ndarray | None = None
 
@@ -113,13 +113,14 @@ class ImageSet(Dataset):
             return True
         kept: list[np.ndarray] = []
         size = 0
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for start in stoppable(range(0, len(self), 256)):
-                rows = range(start, min(start + 256, len(self)))
-                kept += pool.map(self.image, rows)
-                size += sum(kept[row].nbytes for row in rows)
-                if size / len(kept) * len(self) > MEMORY_LIMIT:
+        with closing(in_threads(self.image, range(len(self)))) as decoded:
+            for image in stoppable(decoded):
+                kept.append(image)
+                size += image.nbytes
+                if len(kept) % 256 == 0 and size / len(kept) * len(self) > MEMORY_LIMIT:
                     return False
+        if size > MEMORY_LIMIT:
+            return False
         self.kept = kept
         return True
 
@@ -140,21 +141,30 @@ class ImageSet(Dataset):
         for cache, at in self.cached:
             if at[row] >= 0:
                 return _held(cache, int(at[row]))
-        content = self.store.read(self.paths[row])
-        expected = None if self.sha256 is None else self.sha256[row]
-        if expected is None and not self.cached:
-            return self.pixels.decode(content, self.paths[row])
-        digest = hashlib.sha256(content).hexdigest()
-        if expected not in (None, digest):
-            raise DataError(f"{self.paths[row]} is not the file that the split saw; run the split again")
-        found = ((cache, int(cache.find([digest])[0])) for cache, _ in self.cached)
-        held = next((_held(cache, at) for cache, at in found if at >= 0), None)
-        return self.pixels.decode(content, self.paths[row]) if held is None else held
+        digest = None if self.sha256 is None else self.sha256[row]
+        if digest is None and not self.cached:
+            return self.pixels.decode(self.store.read(self.paths[row]), self.paths[row])
+        content, digest = read_unchanged(self.store, self.paths[row], digest)
+        for cache, _ in self.cached:
+            (at,) = cache.find([digest])
+            if at >= 0:
+                return _held(cache, int(at))
+        return self.pixels.decode(content, self.paths[row])
 
     def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
         """The batch of the given (epoch, row) pairs; torch's global random state stays as it was."""
         state = torch.get_rng_state()
-        images, meta = self._one_by_one(samples) if self.together is None else self._together(samples)
+        images, meta = None, []
+        for at, (epoch, row) in enumerate(samples):
+            pixels = self.image(row)
+            # default_generator, since torch.manual_seed would reseed CUDA's generators at every sample
+            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, row))
+            image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1))
+            if images is None:
+                # Channels last, each image copied as its pixels lie: stacking took half as long again.
+                images = torch.empty((len(samples), *image.shape[1:], 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+            images[at].copy_(image)
+            meta.append(self._meta(row, pixels))
         torch.set_rng_state(state)
         rows = torch.tensor([row for _, row in samples])
         return Batch(images, rows, torch.from_numpy(np.stack(meta)) if self.meta else None)
@@ -165,43 +175,10 @@ class ImageSet(Dataset):
         meta = torch.from_numpy(self._meta(row, pixels)[None]) if self.meta else None
         return Batch(self.transform(torch.from_numpy(pixels).permute(2, 0, 1))[None], torch.tensor([row]), meta)
 
-    def _one_by_one(self, samples: Sequence[Sample]) -> tuple[Tensor, list[np.ndarray | None]]:
-        """Images and meta features of the samples, each transformed by itself."""
-        images, meta = None, []
-        for at, (epoch, row) in enumerate(samples):
-            pixels = self._seeded(epoch, row)
-            image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1))
-            images = _empty(len(samples), *image.shape[1:]) if images is None else images
-            images[at].copy_(image)
-            meta.append(self._meta(row, pixels))
-        return images, meta
-
-    def _together(self, samples: Sequence[Sample]) -> tuple[Tensor, list[np.ndarray | None]]:
-        """The same, with the work of each transform done to all images at once."""
-        images, drawn, meta = _empty(len(samples), *self.together.size), [], []
-        for at, (epoch, row) in enumerate(samples):
-            pixels = self._seeded(epoch, row)
-            images[at].copy_(self.together.fitted(torch.from_numpy(pixels).permute(2, 0, 1)))
-            drawn.append(self.together.drawn())
-            meta.append(self._meta(row, pixels))
-        return self.together.done(images, drawn).contiguous(memory_format=torch.channels_last), meta
-
-    def _seeded(self, epoch: int, row: int) -> np.ndarray:
-        """The stored pixels of a row, with torch's generator as the sample's transform is to find it."""
-        pixels = self.image(row)
-        # default_generator, since torch.manual_seed would reseed CUDA's generators at every sample
-        torch.default_generator.manual_seed(derive_seed(self.seed, epoch, row))
-        return pixels
-
     def _meta(self, row: int, pixels: np.ndarray) -> np.ndarray | None:
         if not self.meta:
             return None
         return measure(pixels, self.meta) if self.measured is None else self.measured[row]
-
-
-def _empty(count: int, height: int, width: int) -> Tensor:
-    """Room for images [N, 3, H, W], channels last: each goes to its place as its pixels lie, since stacking took half as long again."""
-    return torch.empty((count, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def _held(cache: Cache, at: int) -> np.ndarray:
@@ -250,7 +227,7 @@ def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, p
             images,
             batch_sampler=batches,
             num_workers=workers,
-            collate_fn=_as_is,
+            collate_fn=default_convert,
             worker_init_fn=_leave_the_group,
             pin_memory=pin,
             # A generator of its own: the loader draws a base seed, which must not move the model's randomness.
@@ -258,10 +235,6 @@ def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, p
             prefetch_factor=4 if workers else None,
         )
     )
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _leave_the_group(worker: int) -> None:

@@ -1,27 +1,60 @@
-"""Noise, holes, distortion, sharpening and the like: uint8 images [3, H, W] to uint8 images [3, h, w].
+"""Augmentations that torchvision lacks: uint8 images [3, H, W] to uint8 images [3, h, w], drawn from torch's default generator.
 
-What torchvision lacks. Positions and counts are drawn from torch's default generator.
+The annotation of a parameter says what values a recipe may give it; a default is what it is otherwise.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
-Colour = float | Sequence[float]
+GREY = 127.5
 
 
-def gaussian_noise(image: Tensor, mean: Colour, std: Colour) -> Tensor:
-    """Normal noise in every value; `mean` and `std` as shares of 255, one number or one a channel."""
-    noise = torch.randn(image.shape) * _colour(std) + _colour(mean)
-    return _as_uint8(image + noise * 255)
+def number(kind: type, least: float, most: float) -> Any:
+    """The type of a parameter from `least` to `most`."""
+    return Annotated[kind, Field(ge=least, le=most)]
+
+
+def span(kind: type, least: float, most: float) -> Any:
+    """The type of a parameter of two ascending numbers from `least` to `most`."""
+    return Annotated[
+        list[number(kind, least, most)], Field(min_length=2, max_length=2), AfterValidator(_check_ascending)
+    ]
+
+
+def _check_ascending(ends: list[float]) -> list[float]:
+    if ends[0] > ends[1]:
+        raise ValueError("the first number is larger than the second")
+    return ends
+
+
+def _check_odd(kernel: int) -> int:
+    if kernel % 2 == 0:
+        raise ValueError("an odd number is needed")
+    return kernel
+
+
+Share = number(float, 0, 1)
+Side, Sides = number(int, 1, 65535), span(int, 1, 65535)
+Level = number(float, 0, 255)
+Colour = Level | Annotated[list[Level], Field(min_length=3, max_length=3)]
+"""One number for all channels, or one for each."""
 
 
 def coarse_dropout(
-    image: Tensor, holes: Sequence[int], height: Sequence[int], width: Sequence[int], fill: Colour
+    image: Tensor,
+    holes: span(int, 0, 1000) = (8, 8),
+    height: Sides = (1, 16),
+    width: Sides = (1, 16),
+    fill: Colour = 0,
 ) -> Tensor:
-    """Boxes of `fill` (0 to 255) in the image (DeVries & Taylor 2017, arXiv 1708.04552).
+    """Boxes of `fill` in the image (DeVries & Taylor 2017, arXiv 1708.04552).
 
     Their number and sides in pixels are drawn from ranges, both ends included; a box always lies
     within the image, and is no larger than it.
@@ -36,10 +69,12 @@ def coarse_dropout(
     return image
 
 
-def grid_distortion(image: Tensor, steps: int, limit: Sequence[float], fill: Colour) -> Tensor:
+def grid_distortion(
+    image: Tensor, steps: number(int, 1, 100) = 5, limit: span(float, -0.99, 10) = (-0.3, 0.3), fill: Colour = 255
+) -> Tensor:
     """The image stretched by 1 + d, with another d ~ U(limit) in each of `steps` columns and rows.
 
-    The stretches add up from the top left corner; what would come from outside is `fill` (0 to 255).
+    The stretches add up from the top left corner; what would come from outside is `fill`.
     """
     stretches = [1 + torch.empty(steps).uniform_(*limit) for _ in range(2)]
     return stretched(image, *stretches, fill)
@@ -52,67 +87,94 @@ def stretched(image: Tensor, rows: Tensor, columns: Tensor, fill: Colour) -> Ten
     grid = torch.stack(torch.meshgrid((2 * y + 1) / height - 1, (2 * x + 1) / width - 1, indexing="ij")[::-1], dim=-1)
     colour = _colour(fill)
     moved = F.grid_sample((image - colour)[None], grid[None], align_corners=False)[0]
-    return _as_uint8(moved + colour)
+    return (moved + colour).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def unsharp_mask(image: Tensor, kernel: int, sigma: float, amount: float, threshold: float) -> Tensor:
+def unsharp_mask(
+    image: Tensor,
+    kernel: Annotated[number(int, 1, 99), AfterValidator(_check_odd)] = 7,
+    sigma: number(float, 0.01, 100) = 1.5,
+    amount: number(float, -100, 100) = 1.5,
+    threshold: Level = 0,
+) -> Tensor:
     """The image plus `amount` times what a Gaussian blur of `kernel` pixels takes from it.
 
     With `threshold` (levels of 255) above 0 only where the difference is larger, softly bounded.
     """
-    pixels = image.float()
-    weights = gaussian(kernel, sigma)
-    detail = pixels - blurred(pixels, weights)
-    sharp = (pixels + amount * detail).clamp(0, 255)
+    from scipy.ndimage import gaussian_filter
+
+    blur = {"sigma": sigma, "radius": kernel // 2, "mode": "mirror", "axes": (1, 2)}
+    pixels = image.numpy().astype(np.float32)
+    detail = pixels - gaussian_filter(pixels, **blur)
+    sharp = (pixels + amount * detail).clip(0, 255)
     if threshold > 0:
-        where = blurred((detail.abs() > threshold).float(), weights)
-        sharp = where * sharp + (1 - where) * pixels
-    return _as_uint8(sharp)
+        weights = gaussian_filter((np.abs(detail) > threshold).astype(np.float32), **blur)
+        sharp = weights * sharp + (1 - weights) * pixels
+    return _as_image(sharp)
 
 
-def brightness(image: Tensor, amount: float) -> Tensor:
+def brightness(image: Tensor, amount: number(float, -1, 1) = 0.0) -> Tensor:
     """Every value moved by `amount` of 255, the same for each image."""
     return (image.to(torch.int16) + round(amount * 255)).clamp_(0, 255).to(torch.uint8)
 
 
-def centre_crop_pixels(image: Tensor, height: int, width: int, pad: bool) -> Tensor:
-    """The middle `height` x `width` pixels.
+def centre_crop_pixels(image: Tensor, height: Side = 224, width: Side = 224) -> Tensor:
+    """The middle `height` × `width` pixels; a smaller image gets black borders."""
+    from torchvision.transforms.v2.functional import center_crop
 
-    Of an image that is smaller, all there is on that side; with `pad` black borders make up for it.
+    return center_crop(image, [height, width])
+
+
+def shift_scale_rotate(
+    image: Tensor,
+    shift: Share = 0.0,
+    zoom: span(float, 0.1, 10) = (0.9, 1.1),
+    degrees: number(float, 0, 180) = 15.0,
+    stretch: number(float, 1, 10) = 1.0,
+) -> Tensor:
+    """A random similarity of the image, stretched: one bilinear sampling, mirrored beyond the edges.
+
+    Moves by up to `shift` of each side, enlarges by a factor in `zoom`, turns by up to `degrees`,
+    and stretches the sides against each other by up to the factor `stretch` (1: not).
     """
-    rows, columns = image.shape[-2:]
-    h, w = min(height, rows), min(width, columns)
-    top, left = round((rows - h) / 2), round((columns - w) / 2)
-    middle = image[:, top : top + h, left : left + w]
-    if not pad or (h, w) == (height, width):
-        return middle
-    above, before = (height - h) // 2, (width - w) // 2
-    return F.pad(middle, (before, width - w - before, above, height - h - above))
+    across, down, size, turn, form = torch.rand(5).tolist()
+    step = 1 / (zoom[0] + size * (zoom[1] - zoom[0]))
+    wide = stretch ** (form - 0.5)
+    angle = math.radians((2 * turn - 1) * degrees)
+    cos, sin = step * math.cos(angle), step * math.sin(angle)
+    moves = np.float32([2 * shift * (2 * across - 1), 2 * shift * (2 * down - 1)])
+    (x_of_x, x_of_y), (y_of_x, y_of_y) = np.float32([[cos * wide, -sin / wide], [sin * wide, cos / wide]])
+    height, width = image.shape[-2:]
+    x = (2 * np.arange(width, dtype=np.float32) + 1) / width - 1
+    y = ((2 * np.arange(height, dtype=np.float32) + 1) / height - 1)[:, None]
+    ratio = height / width  # a turn keeps angles of pixels
+    grid = np.empty((1, height, width, 2), np.float32)
+    grid[0, ..., 0] = x_of_x * x + x_of_y * ratio * y + moves[0]
+    grid[0, ..., 1] = y_of_x / ratio * x + y_of_y * y + moves[1]
+    planes = torch.empty(1, *image.shape).copy_(
+        image
+    )  # colour by colour in memory, which is sampled in a third of the time
+    moved = F.grid_sample(planes, torch.from_numpy(grid), padding_mode="reflection", align_corners=False)
+    return moved[0].round_().to(torch.uint8)
 
 
-def gaussian(kernel: int, sigma: float) -> Tensor:
-    """`kernel` weights of a normal density, float, with sum 1."""
-    at = torch.arange(kernel) - (kernel - 1) / 2
-    weights = torch.exp(-(at**2) / (2 * sigma**2))
-    return weights / weights.sum()
+def linear_colour_jitter(
+    image: Tensor, brightness: Share = 0.1, contrast: Share = 0.2, saturation: Share = 0.2, cast: Share = 0.0
+) -> Tensor:
+    """A random linear map of the colours of all pixels of the image.
 
-
-def blurred(pixels: Tensor, weights: Tensor) -> Tensor:
-    """Float images [3, H, W] blurred by an odd number of weights along both sides, mirrored at the edges.
-
-    As a sum of moved images, which for a few weights takes a fraction of a convolution's time.
+    Contrast (about middle grey) and saturation (about a pixel's mean) get factors in 1 ± their
+    number; all channels together move by up to `brightness` of 255, and each by up to `cast`.
     """
-    for side in (-2, -1):
-        size, reach = pixels.shape[side], len(weights) // 2
-        wide = pixels.index_select(side, reflected(torch.arange(-reach, size + reach), size))
-        pixels = sum(weight * wide.narrow(side, at, size) for at, weight in enumerate(weights.tolist()))
-    return pixels
-
-
-def reflected(at: Tensor, size: int) -> Tensor:
-    """Positions in 0 to size - 1 for any whole positions: mirrored at the ends, which are not repeated."""
-    last = max(1, size - 1)
-    return (last - (at % (2 * last) - last).abs()).clamp(max=size - 1)
+    light, factor, colour, *casts = (2 * drawn - 1 for drawn in torch.rand(6).tolist())
+    factor, colour = 1 + factor * contrast, 1 + colour * saturation
+    pixels = np.array(image.numpy(), np.float32, order="C")
+    mean = (pixels[0] + pixels[1] + pixels[2]) * np.float32(factor * (1 - colour) / 3)
+    pixels *= np.float32(factor * colour)
+    pixels += mean
+    for plane, own in zip(pixels, casts, strict=True):
+        plane += np.float32(GREY * (1 - factor) + 255 * (light * brightness + own * cast))
+    return _as_image(pixels)
 
 
 def _integral(factors: Tensor, size: int) -> Tensor:
@@ -127,10 +189,11 @@ def _draw(bounds: Sequence[int]) -> int:
     return int(torch.randint(bounds[0], bounds[1] + 1, ()))
 
 
-def _colour(value: Colour) -> Tensor:
+def _colour(value: float | Sequence[float]) -> Tensor:
     """A colour as a float [3, 1, 1], or [1, 1, 1] for one number."""
     return torch.tensor([value] if isinstance(value, int | float) else list(value), dtype=torch.float32)[:, None, None]
 
 
-def _as_uint8(pixels: Tensor) -> Tensor:
-    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+def _as_image(pixels: np.ndarray) -> Tensor:
+    """Float pixels [3, H, W] as an image."""
+    return torch.from_numpy(np.rint(pixels).clip(0, 255).astype(np.uint8))

@@ -9,18 +9,18 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from fivefold.contract.spelling import is_sample, plain_name
+from fivefold.csv_tables import PATH_NAMES, TRUE_CLASS_NAMES, CsvFile, plain_names
 from fivefold.data.images import is_image
+from fivefold.data.layouts import TRIED_PATHS, csvs, open_table
 from fivefold.data.store import FolderStore, ImageStore, ZipStore, open_store
-from fivefold.data.tables import LABEL_NAMES, PATH_NAMES, TEXT, TRIED_PATHS, CsvFile, few, open_csv
 from fivefold.errors import DataError, MissingInputError
+from fivefold.predictions import sample
 
 log = logging.getLogger("fivefold")
 
-TRUTH_NAMES = ("true_class", "image_type", *LABEL_NAMES)
 SUBMISSION = "submission.csv"
 
 
@@ -80,17 +80,17 @@ def read_given(path: Path, base_path: str = "", path_column: str = "", label_col
     Raises MissingInputError where nothing is, and DataError for a folder without images or a table without paths.
     """
     if path.is_file() and path.suffix.lower() == ".csv":
-        return _table(open_csv(FolderStore(path.parent), path.name), base_path, path_column, label_column)
+        store = FolderStore(path.parent)
+        return _table(store, open_table(store, path.name), base_path, path_column, label_column)
     if path.is_file() and path.suffix.lower() != ".zip":
         return Given(AnywhereStore(), [str(path)], [str(path)], [""])
     store = open_store(path)
-    found = [name for name in store.listing("")[1] if name.lower().endswith(".csv")]
-    tables = [name for name in found if name.lower() != SUBMISSION and not is_sample(name)]
-    usable = [table for table in (open_csv(store, name) for name in tables) if table.column(path_column, PATH_NAMES)]
+    names = [name for name in csvs(store, "") if name.lower() != SUBMISSION and not is_sample(name)]
+    usable = [table for table in (open_table(store, name) for name in names) if table.column(path_column, PATH_NAMES)]
     if len(usable) > 1:
-        raise DataError(f"several tables in {path}: {few([t.name for t in usable])}; name one of them as the images")
+        raise DataError(f"several tables in {path}: {sample([t.name for t in usable])}; name one of them as the images")
     if usable:
-        return _table(usable[0], base_path, path_column, label_column)
+        return _table(store, usable[0], base_path, path_column, label_column)
     names = [name for name in store.names() if is_image(name)]
     if not names:
         raise DataError(f"no images below {path}, nor a CSV with their paths")
@@ -112,27 +112,27 @@ def check_truth(given: Given, classes: Sequence[str]) -> None:
     rows = [name for name in given.truth if name not in known]
     if rows:
         raise DataError(
-            f"{len(rows)} of {len(given)} rows have true classes that the model does not know: {few(sorted(set(rows)))}; "
-            f"it knows {few(list(classes))}; leave such cells empty to have these rows predicted and not scored"
+            f"{len(rows)} of {len(given)} rows have true classes that the model does not know: {sample(sorted(set(rows)))}; "
+            f"it knows {sample(list(classes))}; leave such cells empty to have these rows predicted and not scored"
         )
 
 
-def _table(table: CsvFile, base_path: str, path_column: str, label_column: str) -> Given:
+def _table(
+    images: FolderStore | ZipStore, table: CsvFile, base_path: str, path_column: str, label_column: str
+) -> Given:
     path = table.must_have(path_column, PATH_NAMES, "data.path_column")
-    label = table.column(label_column, TRUTH_NAMES)
-    read = table.read({name: TEXT for name in (path, label) if name})
-    shown = read[path].to_pylist()
-    truth = [plain_name(name) for name in read[label].to_pylist()] if label else [""] * len(shown)
-    if isinstance(table.store, ZipStore):
-        store, bases = table.store, [base_path or table.folder]
+    label = table.column(label_column, TRUE_CLASS_NAMES)
+    frame = table.read([name for name in (path, label) if name])
+    truth = plain_names(frame[label]).tolist() if label else [""] * len(frame)
+    if isinstance(images, ZipStore):
+        store, bases = images, [base_path or posixpath.dirname(table.name)]
     else:
-        store, bases = AnywhereStore(), [base_path] if base_path else [str(table.store.root), ""]
+        store, bases = AnywhereStore(), [base_path] if base_path else [str(images.root), ""]
         if base_path and not Path(base_path).is_dir():
             raise MissingInputError(f"data.base_path={base_path}: there is no such folder")
-    plain = [name.strip().replace("\\", "/") for name in shown]
-    found = [sum(_there(store, posixpath.join(base, name)) for name in plain[:TRIED_PATHS]) for base in bases]
-    base = bases[int(np.argmax(found))]
-    return Given(store, [posixpath.join(base, name) for name in plain], shown, truth)
+    paths = frame[path].str.strip().str.replace("\\", "/", regex=False).tolist()
+    base = max(bases, key=lambda base: sum(_there(store, posixpath.join(base, name)) for name in paths[:TRIED_PATHS]))
+    return Given(store, [posixpath.join(base, name) for name in paths], frame[path].tolist(), truth)
 
 
 def _there(store: ImageStore | AnywhereStore, name: str) -> bool:

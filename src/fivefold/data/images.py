@@ -5,14 +5,23 @@ import math
 import posixpath
 import re
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fivefold.errors import DataError
+from fivefold.machine import count_cores
 from fivefold.recipe import Data
+
+T, R = TypeVar("T"), TypeVar("R")
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset([
@@ -91,8 +100,10 @@ def decode(content: bytes, name: str, max_pixels: float = math.inf, least: int =
             _check_size(image, max_pixels)
             if least:
                 image.draft(None, (least, least))
-            pixels = _rgb(image)
-            return np.ascontiguousarray(UPRIGHT[_orientation(image)](pixels))
+            image.load()
+            with suppress(Exception):  # broken metadata says nothing against the pixels
+                ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image)
     except Exception as error:  # decoders raise whatever foreign bytes lead them to
         raise DataError(f"{name} cannot be decoded: {_reason(error, content)}") from error
 
@@ -102,7 +113,10 @@ def decoded_size(content: bytes, name: str) -> tuple[int, int]:
     _silence_pillow()
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
-            turned = image.format != "TIFF" and _orientation(image) in TURNED  # Pillow turns TIFFs itself
+            orientation = 1
+            with suppress(Exception):  # broken metadata says nothing against the pixels
+                orientation = image.getexif().get(ORIENTATION, 1)
+            turned = orientation in TURNED and image.format != "TIFF"  # Pillow turns TIFFs itself
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:  # decoders raise whatever foreign bytes lead them to
         raise DataError(f"{name} cannot be decoded: {_reason(error, content)}") from error
@@ -113,6 +127,23 @@ def pixel_digest(pixels: np.ndarray) -> bytes:
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels))
     return digest.digest()[:16]
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`work` of each item, in order, by as many threads as there are cores; four results each wait to be taken, at most.
+
+    What was not begun is cancelled when the generator is closed.
+    """
+    coming = iter(items)
+    pool = ThreadPoolExecutor(count_cores())
+    try:
+        waiting = deque(pool.submit(work, item) for item in islice(coming, 4 * count_cores()))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(work, item) for item in islice(coming, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _check_size(image: Image.Image, most: float) -> None:
@@ -136,15 +167,6 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 (as stored) where it is absent, absurd or unreadable."""
-    try:
-        value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # broken metadata says nothing against the pixels
-        return 1
-    return value if value in UPRIGHT else 1
-
-
 def _reason(error: Exception, content: bytes) -> str:
     if not content:
         return "the file is empty"
@@ -163,16 +185,5 @@ def _silence_pillow() -> None:
         warnings.filterwarnings("ignore", module=_PILLOW.pattern)
 
 
-UPRIGHT = {
-    1: lambda p: p,
-    2: lambda p: p[:, ::-1],
-    3: lambda p: p[::-1, ::-1],
-    4: lambda p: p[::-1],
-    5: lambda p: p.transpose(1, 0, 2),
-    6: lambda p: p.transpose(1, 0, 2)[:, ::-1],
-    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda p: p.transpose(1, 0, 2)[::-1],
-}
-"""Stored pixels [H, W, 3] -> upright pixels, by EXIF orientation."""
 TURNED = (5, 6, 7, 8)
-"""Orientations that exchange height and width."""
+"""Values of EXIF's orientation that exchange height and width."""

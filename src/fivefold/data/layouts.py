@@ -5,12 +5,16 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+
+from fivefold.csv_tables import CsvFile, parse_csv
 from fivefold.data.images import is_image
 from fivefold.data.store import ImageStore
-from fivefold.data.tables import few, without_root
-from fivefold.errors import SettingsError
+from fivefold.errors import DataError, MissingInputError, SettingsError
+from fivefold.predictions import sample
 
 log = logging.getLogger("fivefold")
 
@@ -22,6 +26,9 @@ SPLIT_FOLDERS = {*TRAIN_FOLDERS, *HELD_OUT}
 OF_ANY_PART = {"", "set", "data", "dataset", "image", "images", "img", "imgs", "photo", "photos", "jpg", "jpeg", "png"}
 """What a folder's name may say beside its word of SPLIT_FOLDERS without saying of what it is a part."""
 DEEPEST = 8
+ODD_PATH = r"(?:^|/)\.{0,2}(?:/|$)|^[A-Za-z]:"
+"""Paths that are not plain: empty, absolute, with a drive, or with `.` or `..` or nothing between slashes."""
+TRIED_PATHS = 64
 
 
 class Part(NamedTuple):
@@ -31,17 +38,18 @@ class Part(NamedTuple):
     whole: tuple[str, ...]
 
 
-def part_of(folder: str) -> Part | None:
-    """("test", ("seg",)) for Seg_Test, ("train", ()) for train-images; None for a name with none of the words, or several."""
-    words = re.split(r"[_\-\s]+", folder.lower())
-    found = [word for word in words if word in SPLIT_FOLDERS]
-    whole = tuple(word for word in words if word not in SPLIT_FOLDERS | OF_ANY_PART)
-    return Part(found[0], whole) if len(found) == 1 else None
-
-
 def parts_of(folders: Collection[str]) -> dict[str, Part]:
-    """What the names say of those folders that are called as a part of a split."""
-    return {folder: part for folder in folders if (part := part_of(folder))}
+    """The folders called as a part of a split, by one word of SPLIT_FOLDERS.
+
+    ("test", ("seg",)) for Seg_Test, ("train", ()) for train-images.
+    """
+    parts = {}
+    for folder in folders:
+        words = re.split(r"[_\-\s]+", folder.lower())
+        named_as = [word for word in words if word in SPLIT_FOLDERS]
+        if len(named_as) == 1:
+            parts[folder] = Part(named_as[0], tuple(w for w in words if w not in SPLIT_FOLDERS | OF_ANY_PART))
+    return parts
 
 
 def named(folders: Collection[str], special: Sequence[str]) -> list[str]:
@@ -78,7 +86,7 @@ def class_level(names: Sequence[str]) -> str:
         if train:
             others = [name for name in folders if name != train]
             if others:
-                log.info("data: %s%s/ is used; left out: %s", level, train, few(others))
+                log.info("data: %s%s/ is used; left out: %s", level, train, sample(others))
             level += f"{train}/"
         elif len(folders) == 1 and folders.total() == len(inside) and nested:
             level += f"{next(iter(folders))}/"
@@ -87,16 +95,18 @@ def class_level(names: Sequence[str]) -> str:
 
 
 def class_images(inside: Sequence[str], level: str, where: str) -> list[str]:
-    """The images in folders that are classes, and not a test/ beside them; warns of these, and of names in between."""
+    """The images in folders that are classes, and not a test/ beside them; warns of these."""
     folders = dict.fromkeys(name[len(level) :].partition("/")[0] for name in inside)
-    parts = _held_out(folders)
+    lower = {folder.lower() for folder in folders}  # "valid" beside "invalid" is a class
+    parts = [
+        folder
+        for folder, (word, whole) in parts_of(folders).items()
+        if word in HELD_OUT and not whole and f"in{word}" not in lower
+    ]
     if parts:
         log.warning(
-            "data: left out of %s, as parts of a split by their names: %s; rename what is a class", where, few(parts)
+            "data: left out of %s, as parts of a split by their names: %s; rename what is a class", where, sample(parts)
         )
-    doubtful = [name for name in parts_of(folders) if name not in parts]
-    if doubtful:
-        log.warning("data: %s has classes called as parts of a split: %s; take out what is none", where, few(doubtful))
     left_out = tuple(f"{level}{name}/" for name in parts)
     return [name for name in inside if not name.startswith(left_out)]
 
@@ -107,17 +117,9 @@ def warn_of_deeper(inside: Sequence[str], level: str, where: str) -> None:
     below = Counter(folder for folder, _ in {tuple(pair) for pair in folders})
     deeper = sorted({"/".join(pair) for pair in folders if below[pair[0]] > 1})
     if deeper:
-        log.warning("data: folders inside the class folders of %s are no classes of their own: %s", where, few(deeper))
-
-
-def _held_out(folders: Collection[str]) -> list[str]:
-    """Those of class folders that are called as a part to validate or test on, and so are no classes."""
-    classes = {folder.lower() for folder in folders}  # "valid" beside "invalid" is a class
-    return [
-        folder
-        for folder, (word, whole) in parts_of(folders).items()
-        if word in HELD_OUT and not whole and f"in{word}" not in classes
-    ]
+        log.warning(
+            "data: folders inside the class folders of %s are no classes of their own: %s", where, sample(deeper)
+        )
 
 
 def levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
@@ -138,8 +140,8 @@ def csvs(store: ImageStore, level: str) -> list[str]:
     return [posixpath.join(level, name) for name in store.listing(level)[1] if name.lower().endswith(".csv")]
 
 
-def bases(store: ImageStore, folder: str, special: Sequence[str], given: str = "") -> list[str]:
-    """What the paths of a table in `folder` may count from: that folder, the root, or a `special` folder beside it.
+def bases(store: ImageStore, table: str, special: Sequence[str], given: str = "") -> list[str]:
+    """What the paths of the CSV `table` may count from: its folder, the root, or a `special` folder beside it.
 
     Or the folder `given` alone; a SettingsError if it is none of the store's.
     """
@@ -148,6 +150,7 @@ def bases(store: ImageStore, folder: str, special: Sequence[str], given: str = "
         if base.startswith(("/", "../")) or base == "..":
             raise SettingsError(f"data.base_path={given} lies outside {store.root}; give a folder below it")
         return ["" if base == "." else base]
+    folder = posixpath.dirname(table)
     beside = named(store.listing(folder)[0], special)
     return list(dict.fromkeys([folder, "", *(posixpath.join(folder, name) for name in beside)]))
 
@@ -155,3 +158,73 @@ def bases(store: ImageStore, folder: str, special: Sequence[str], given: str = "
 def stem(name: str) -> str:
     """`train` for `a/b/Train.csv`."""
     return posixpath.basename(name).lower().removesuffix(".csv")
+
+
+def open_table(store: ImageStore, name: str) -> CsvFile:
+    """The CSV `name` of a store."""
+    if not store.exists(name):
+        raise MissingInputError(f"no table {name} in {store.root}")
+    return parse_csv(store.read(name), f"{name} in {store.root}", name)
+
+
+def image_paths(
+    written: pd.Series, table: CsvFile, store: ImageStore, bases: Sequence[str], check_files: bool
+) -> pd.Series:
+    """The paths `written` in a table, relative to the store's root, without the blanks around them.
+
+    They count from the first of `bases` below which most of the first paths exist; names without a suffix get
+    that of the images there. The index says the rows, from 0 on. Raises a DataError for paths that lead out of
+    the root, and with `check_files` for missing files.
+    """
+    paths = written.str.replace("\\", "/", regex=False).str.strip()
+    for root in _spellings(store.root):
+        paths = paths.str.removeprefix(root)
+    paths = paths.str.replace(r"^(?:\./)+", "", regex=True)
+    base, suffix = _where_most_are(paths[:TRIED_PATHS].tolist(), store, bases)
+    paths = paths + suffix
+    normal = f"{base}/" + paths if base else paths.copy()
+    odd = paths.str.contains(ODD_PATH)
+    normal[odd] = [_inside(base, path) for path in paths[odd]]
+    outside = paths[normal == ""]
+    if len(outside):
+        raise DataError(
+            f"{table}: paths that are empty or lead out of {store.root}: {sample(outside)}; "
+            f"the first in row {outside.index[0] + 1} below the header"
+        )
+    missing = [path for path in normal.tolist() if not store.exists(path)] if check_files else []
+    if missing:
+        raise DataError(f"{table} names {len(missing)} of {len(normal)} files that do not exist: {sample(missing)}")
+    return normal
+
+
+def _where_most_are(paths: Sequence[str], store: ImageStore, bases: Sequence[str]) -> tuple[str, str]:
+    """The base below which most of the paths are files, and the suffix that they lack; the first base where none is."""
+    suffixes = [""]
+    if not any(map(is_image, paths)):
+        counts = Counter(posixpath.splitext(name)[1] for name in store.names() if is_image(name))
+        suffixes += [suffix for suffix, _ in counts.most_common()]
+
+    def count(pair: tuple[str, str]) -> int:
+        inside = [_inside(pair[0], path + pair[1]) for path in paths]
+        return sum(path != "" and store.exists(path) for path in inside)
+
+    return max(((base, suffix) for suffix in suffixes for base in bases), key=count)
+
+
+def _inside(base: str, path: str) -> str:
+    """The normal form of `path` below `base`; empty when it is empty or leads out of the root."""
+    normal = posixpath.normpath(posixpath.join(base, path))
+    outside = normal.startswith(("/", "../")) or normal in (".", "..") or normal[1:2] == ":"
+    return "" if outside or not path.strip() else normal
+
+
+def without_root(path: str, root: Path) -> str:
+    """An absolute path inside `root`, however that is spelled, as a relative one; another as it is."""
+    for start in _spellings(root):
+        path = f"{path}/".removeprefix(start).removesuffix("/")
+    return path or "."
+
+
+def _spellings(root: Path) -> list[str]:
+    """A folder as it is given, absolute, and where its links lead, each with a slash at its end."""
+    return [f"{path}/" for path in dict.fromkeys((root, root.absolute(), root.resolve()))]

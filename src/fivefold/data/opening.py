@@ -1,21 +1,17 @@
 """Every image opened once: digests of its bytes and of its pixels, and why it cannot be read if so."""
 
 import hashlib
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from fivefold.arrow import pa
 from fivefold.data.adapters import Rows
-from fivefold.data.images import decode, pixel_digest
+from fivefold.data.images import decode, in_threads, pixel_digest
 from fivefold.data.store import ImageStore
 from fivefold.errors import DataError
 from fivefold.progress import track
 
-IMAGES_A_TASK = 32
 DIGEST_BYTES = 16
 LISTED = 5
 
@@ -48,21 +44,13 @@ def open_images(store: ImageStore, paths: pa.Array) -> Opened:
     pixels = np.zeros(len(paths), f"V{DIGEST_BYTES}")
     hashes: list[str | None] = []
     unreadable: dict[int, str] = {}
-    for row, (file_hash, digest, reason) in enumerate(track(_opened(store, paths), len(paths), "opening images")):
+    opened = in_threads(lambda path: _open(store, path), paths.to_pylist())
+    for row, (file_hash, digest, reason) in enumerate(track(opened, len(paths), "opening images")):
         hashes.append(file_hash)
         pixels[row] = digest
         if reason:
             unreadable[row] = reason
     return Opened(pa.array(hashes, pa.string()), pixels, unreadable)
-
-
-def _opened(store: ImageStore, paths: pa.Array) -> Iterator[tuple[str | None, bytes, str]]:
-    def work(start: int) -> list[tuple[str | None, bytes, str]]:
-        return [_open(store, path) for path in paths[start : start + IMAGES_A_TASK].to_pylist()]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(work, range(0, len(paths), IMAGES_A_TASK)):
-            yield from found
 
 
 def _open(store: ImageStore, path: str) -> tuple[str | None, bytes, str]:

@@ -6,24 +6,21 @@ image can be kept: in memory up to a limit, beyond it in one file of a scratch f
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fivefold.contract.files import reserve
 from fivefold.data.dataset import MEMORY_LIMIT, Batch, ImageSet, Sample, load
+from fivefold.data.images import in_threads
 from fivefold.machine import free_memory
 from fivefold.progress import track
 
 log = logging.getLogger("fivefold")
 
-AT_ONCE = 64
-"""Images that the threads are handed at a time: so many are waited for when the process is told to stop."""
 SHARE_OF_FREE = 4
 """Kept images take at most this part (1/4) of the memory that is free."""
 
@@ -33,20 +30,13 @@ class Prepared:
 
     `pixels`: uint8 [N, H, W, 3], which batches show as [B, 3, H, W]. Batches are the same, byte for byte, as
     `load` gives of the set itself. Where they fit neither `limit` bytes of memory nor a file in `scratch` (None:
-    there is to be none), `otherwise` is called once, and they are read anew each time, as `load` does.
+    there is to be none), they are read anew each time, as `load` does.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        scratch: Path | None = None,
-        limit: int | None = None,
-        otherwise: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, images: ImageSet, scratch: Path | None = None, limit: int | None = None) -> None:
         self.images = images
         self.scratch = scratch
         self.limit = limit
-        self.otherwise = otherwise
         self.pixels: np.ndarray | None = None
         self.meta: np.ndarray | None = None
         self.done = np.zeros(len(images), bool)
@@ -76,7 +66,8 @@ class Prepared:
         together = np.array_equal(rows, np.arange(start, start + len(rows)))
         chosen = slice(start, start + len(rows)) if together else rows
         meta = None if self.meta is None else torch.from_numpy(self.meta[chosen].copy())
-        return Batch(_as_images(self.pixels[chosen]), torch.from_numpy(rows), meta)
+        images = torch.from_numpy(self.pixels[chosen]).permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(rows), meta)
 
     def _make(self, rows: np.ndarray, label: str) -> bool:
         """Makes those of `rows` that are not made yet; whether there is room for them."""
@@ -86,18 +77,11 @@ class Prepared:
         if self.pixels is None:
             self.fits = self._find_room(int(missing[0]))
         if not self.fits:
-            if self.otherwise is not None:
-                self.otherwise()
             return False
-        made = self._made(missing)
-        for row in track(made, len(missing), f"{label}: images") if label else made:
-            self.done[row] = True
+        with closing(in_threads(self._keep, missing.tolist())) as made:
+            for row in track(made, len(missing), f"{label}: images") if label else made:
+                self.done[row] = True
         return True
-
-    def _made(self, rows: np.ndarray) -> Iterator[int]:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for start in range(0, len(rows), AT_ONCE):
-                yield from pool.map(self._keep, rows[start : start + AT_ONCE].tolist())
 
     def _keep(self, row: int) -> int:
         batch = self.images.seen(row)
@@ -124,11 +108,6 @@ class Prepared:
 def memory_limit() -> int:
     """Bytes that kept images may take on this machine now."""
     return min(MEMORY_LIMIT, free_memory() // SHARE_OF_FREE)
-
-
-def _as_images(pixels: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] as images [B, 3, H, W], without a copy: each image's channels lie last in memory."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def _in_file(shape: tuple[int, ...], folder: Path) -> np.ndarray | None:

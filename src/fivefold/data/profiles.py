@@ -7,13 +7,14 @@ A class is mask × gender × age as one number: `(mask · 2 + gender) · ages + 
 import bisect
 import logging
 import posixpath
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import product
 
-from fivefold.data.tables import few
+import pandas as pd
+
 from fivefold.errors import DataError
 from fivefold.factors import Factors
+from fivefold.predictions import sample
 
 log = logging.getLogger("fivefold")
 
@@ -22,46 +23,36 @@ GENDERS = ("male", "female")
 STEMS = {**{f"mask{number}": 0 for number in range(1, 6)}, "incorrect_mask": 1, "normal": 2}
 """What a file is called, without its suffix -> its place in MASKS."""
 NAMED = "<id>_<gender>_<race>_<age>"
-
-
-@dataclass(frozen=True)
-class Profiles:
-    """N photographs: `paths`, class names `labels` and the `people` they show, [N] each; what the classes are made of."""
-
-    paths: list[str]
-    labels: list[str]
-    people: list[str]
-    factors: Factors
+PROFILE = rf"^(?P<person>.+)_(?P<gender>(?i:{'|'.join(GENDERS)}))_[^_]+_(?P<age>[^_]+)$"
 
 
 def are_profiles(names: Sequence[str], level: str) -> bool:
     """Whether most folders below `level` that hold images are named as profiles, and images in them as theirs."""
-    inside = list(_inside(names, level))
-    known = {folder for _, folder, stem in inside if stem in STEMS}
-    right = sum(_parsed(folder) is not None for folder in known)
-    return 2 * right > len({folder for _, folder, _ in inside})
+    photos = _photos(names, level)
+    right = photos[photos["stem"].isin(STEMS) & photos["person"].notna()]
+    return 2 * right["folder"].nunique() > photos["folder"].nunique()
 
 
-def read_profiles(names: Sequence[str], level: str, age_cuts: Sequence[float], where: str) -> Profiles:
-    """The photographs among the image `names` below `level`; those of other names are left out, with a warning.
+def read_profiles(names: Sequence[str], level: str, age_cuts: Sequence[float], where: str) -> pd.DataFrame:
+    """The photographs among the image `names` below `level`: `name`, `person` and `label`, the name of the class.
+
+    Those of other names are left out, with a warning.
 
     Raises a DataError that names folders which are no profiles, or whose age is no number.
     """
-    inside = list(_inside(names, level))
-    folders = {folder: _parsed(folder) for folder in sorted({folder for _, folder, _ in inside})}
-    _refuse(folders, where)
-    kept = [(name, *folders[folder], STEMS[stem]) for name, folder, stem in inside if stem in STEMS]
-    left = len(names) - len(kept)
-    if left:
-        odd = sorted(set(names) - {name for name, *_ in kept})
-        log.warning("data: %d images are none of %s and are left out: %s", left, ", ".join(STEMS), few(odd))
-    factors = profile_factors(age_cuts)
-    ages = len(age_cuts) + 1
-    labels = [
-        str(label_of(mask, GENDERS.index(gender), age_class(int(age), age_cuts), ages))
-        for _, _, gender, age, mask in kept
-    ]
-    return Profiles([name for name, *_ in kept], labels, [person for _, person, *_ in kept], factors)
+    photos = _photos(names, level)
+    folders = photos.drop_duplicates("folder").sort_values("folder")
+    _refuse(folders, folders["person"].isna(), f"are not named {NAMED} (gender male or female)", where)
+    ageless = ~folders["age"].astype(object).str.fullmatch("[0-9]+").astype(bool)
+    _refuse(folders, ageless, f"named {NAMED}, have an age that is no number", where)
+    kept = photos[photos["stem"].isin(STEMS)]
+    odd = sorted(set(names) - set(kept["name"]))
+    if odd:
+        log.warning("data: %d images are none of %s and are left out: %s", len(odd), ", ".join(STEMS), sample(odd))
+    ages = kept["age"].map(lambda age: age_class(int(age), age_cuts))
+    genders = kept["gender"].str.lower().map(GENDERS.index)
+    numbers = label_of(kept["stem"].map(STEMS), genders, ages, len(age_cuts) + 1)
+    return kept.assign(label=numbers.astype(str))
 
 
 def label_of(mask: int, gender: int, age: int, ages: int = 3) -> int:
@@ -84,34 +75,23 @@ def profile_factors(age_cuts: Sequence[float]) -> Factors:
     return Factors(("mask", "gender", "age"), values)
 
 
-def _inside(names: Sequence[str], level: str) -> Iterator[tuple[str, str, str]]:
-    """Each image below a folder of `level`: its name, that folder, and its name in there without the suffix."""
+def _photos(names: Sequence[str], level: str) -> pd.DataFrame:
+    """The images below a folder of `level`: `name`, `folder`, `stem` in there, and the folder's `person`, `gender`, `age`.
+
+    These are absent where the folder is named otherwise.
+    """
+    rows = []
     for name in names:
         folder, slash, rest = name[len(level) :].partition("/")
         if name.startswith(level) and slash:
-            yield name, folder, posixpath.splitext(rest)[0]
+            rows.append((name, folder, posixpath.splitext(rest)[0]))
+    photos = pd.DataFrame(rows, columns=["name", "folder", "stem"], dtype=object)
+    return photos.join(photos["folder"].str.extract(PROFILE))
 
 
-def _parsed(folder: str) -> tuple[str, str, str] | None:
-    """Person, gender and age (as written) of a profile's name; None when it is no profile's."""
-    parts = folder.rsplit("_", 3)
-    if len(parts) < 4 or not all(parts) or parts[1].lower() not in GENDERS:
-        return None
-    return parts[0], parts[1].lower(), parts[3]
-
-
-def _refuse(folders: dict[str, tuple[str, str, str] | None], where: str) -> None:
-    odd = [folder for folder, parsed in folders.items() if parsed is None]
-    if odd:
+def _refuse(folders: pd.DataFrame, odd: pd.Series, what: str, where: str) -> None:
+    if odd.any():
         raise DataError(
-            f"{where}: {len(odd)} of {len(folders)} folders are not named {NAMED} (gender male or female): {few(odd)}; "
-            "rename them or take them out"
-        )
-    ageless = [
-        folder for folder, parsed in folders.items() if parsed and not (parsed[2].isascii() and parsed[2].isdigit())
-    ]
-    if ageless:
-        raise DataError(
-            f"{where}: {len(ageless)} of {len(folders)} folders, named {NAMED}, have an age that is no number: {few(ageless)}; "
+            f"{where}: {odd.sum()} of {len(folders)} folders {what}: {sample(folders['folder'][odd])}; "
             "rename them or take them out"
         )

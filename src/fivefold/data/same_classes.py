@@ -4,10 +4,8 @@
 its probability equally among the names. `sum`: the model knows all names, and in a submission each of them
 gets the sum of their probabilities. Either way rows are brought to sum 1, as the competition's metric does.
 
-Equal parts, rather than the whole for each name, because that scores better wherever the names are equally
-frequent: of a probability s the whole costs log(1 + s) more by its renormalisation, the part s·log 2 in the
-mean of a calibrated model, which is never more (log(1 + s) is concave and meets s·log 2 at 0 and 1). The
-whole for the first name would cost 34.5 nats for every row that carries the second.
+Equal parts score better than the whole for each name wherever the names are equally frequent: the whole costs
+log(1 + s) more by its renormalisation, the part s·log 2 in the mean, which is never more.
 """
 
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 
 from fivefold.choose import did_you_mean
 from fivefold.contract.spelling import plain_name
@@ -38,7 +37,7 @@ class SameClasses:
     @cached_property
     def merged(self) -> dict[str, str]:
         """The name that stands for each other one, where they are merged; empty under another policy."""
-        return {other: first for first, *others in self._used("merge") for other in others}
+        return {other: first for first, *others in self.named for other in others if self.policy == "merge"}
 
     def columns(self, classes: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
         """What turns probabilities of `classes` [N, C] into those of the columns `wanted` [N, W]: a matrix [C, W].
@@ -47,13 +46,11 @@ class SameClasses:
         """
         matrix = np.zeros((len(classes), len(wanted)))
         place = {name: code for code, name in enumerate(classes)}
-        summed = {name: group for group in self._used("sum") for name in group}
-        parts = {name: (group[0], 1 / len(group)) for group in self._used("merge") for name in group}
+        group_of = {name: group for group in self.named for name in group if self.policy != "none"}
         for column, name in enumerate(wanted):
-            source, share = parts.get(name, (name, 1.0))
-            for each in summed.get(name, (source,)):
-                if each in place:
-                    matrix[place[each], column] = share
+            group = group_of.get(name, (name,))
+            sources, share = (group[:1], 1 / len(group)) if self.policy == "merge" else (group, 1.0)
+            matrix[[place[source] for source in sources if source in place], column] = share
         return matrix
 
     def names(self, classes: Sequence[str]) -> tuple[str, ...]:
@@ -69,26 +66,21 @@ class SameClasses:
         """`table` with the probabilities of merged names in one column, and its labels merged."""
         if not self.merged.keys() & {*table.classes, *(table.labels if table.labels is not None else ())}:
             return table
-        classes = tuple(dict.fromkeys(self.merge_labels(table.classes)))
-        place = {name: code for code, name in enumerate(classes)}
-        total = np.zeros((len(classes), len(table)))
-        for name, column in zip(table.classes, table.log_probs.T, strict=True):
-            total[place[self.merged.get(name, name)]] += np.exp(column.astype(np.float64))
-        log_probs = np.log(np.maximum(total.T, np.finfo(np.float64).tiny)).astype(np.float32)
+        codes, classes = pd.factorize(np.array(self.merge_labels(table.classes), object))
+        total = np.exp(table.log_probs.astype(np.float64)) @ np.eye(len(classes))[codes]
+        log_probs = np.log(np.maximum(total, np.finfo(np.float64).tiny)).astype(np.float32)
         labels = None if table.labels is None else np.array(self.merge_labels(table.labels), dtype=object)
-        return replace(table, classes=classes, log_probs=log_probs, labels=labels)
+        return replace(table, classes=tuple(classes), log_probs=log_probs, labels=labels)
 
     def merge_rows(self, rows: Rows) -> Rows:
         """Training rows with merged names as one class; a DataError for a name that no row carries."""
         if not self.merged:
             return rows
         self.check(rows.classes, "the training rows")
-        classes = tuple(sorted(set(self.merge_labels(rows.classes))))
+        codes, classes = pd.factorize(np.array(self.merge_labels(rows.classes), object), sort=True)
         if len(classes) < 2:
             raise DataError("data.same_classes leaves a single class; at least two are needed")
-        place = {name: code for code, name in enumerate(classes)}
-        codes = np.array([place[name] for name in self.merge_labels(rows.classes)], np.int32)[rows.codes]
-        return replace(rows, codes=codes, classes=classes)
+        return replace(rows, codes=codes.astype(np.int32)[rows.codes], classes=tuple(classes))
 
     def check(self, classes: Sequence[str], whose: str) -> None:
         """Raises a DataError for a name in a group that is none of `classes`, unless the policy is none."""
@@ -108,6 +100,3 @@ class SameClasses:
                 f"data.same_class=merge, but the models know {unmerged[0]!r}, which is merged into "
                 f"{self.merged[unmerged[0]]!r}: split and train with merge, or take data.same_class=sum"
             )
-
-    def _used(self, policy: str) -> Sequence[Sequence[str]]:
-        return self.named if self.policy == policy else ()

@@ -1,254 +1,234 @@
-"""Which rows go to which fold or part: stratified, with groups whole, the same for the same seed.
+"""Which rows go to which fold or part.
 
-A bin is a fold or a part; `shares` [F] say how much of the rows each is to have. Groups of several
-rows are placed one by one, those that weigh most in their classes first, where they least unbalance
-the bins; the rows that stand alone then fill each class up to its shares.
+scikit-learn divides rows that stand alone, so that folds equal those of a notebook at the same seed, row by row.
+With `table` the rows in their order, without repeated pictures, and `label` as pandas reads it:
+
+    StratifiedKFold(split.folds, shuffle=True, random_state=split.seed).split(table, table.label)
+
+A holdout is set aside first, and the folds are made of `train` as it comes, in shuffled order:
+
+    train, holdout = train_test_split(table, test_size=split.holdout, stratify=table.label, random_state=split.seed)
+
+Parts are set aside in the same way: `test` of all rows, then `valid` with test_size = valid / (train + valid).
+split.stratify=false: KFold, and train_test_split without `stratify`. Rows of a picture follow the first of them.
 """
 
+import logging
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fivefold.errors import SettingsError
+from fivefold.recipe import Split
 
-MOST_ATTEMPTS = 100
-WORK_FOR_ATTEMPTS = 20_000
-"""So many groups and classes are placed once; of fewer, several attempts are made in about the same time."""
+log = logging.getLogger("fivefold")
 PART_NAMES = ("train", "valid", "test")
 
 
-def divide(
-    codes: np.ndarray,
-    groups: np.ndarray | None,
-    folds: int,
-    holdout: float,
-    parts: Sequence[float],
-    seed: int,
-    stratify: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(fold, part) of each row, int16 [N] and str [N], by the rule of `folds.py`.
+@dataclass(frozen=True, eq=False)
+class Duplicates:
+    """Which of N rows are the same picture: `codes` [N] equal for equal pictures, `sets` the rows of each that occurs again."""
 
-    With `parts` the shares of train, valid and test; else `folds` folds of the rows that are left
-    after a share of `holdout` is set aside.
+    codes: np.ndarray
+    sets: list[np.ndarray]
+
+    def conflicting(self, labels: np.ndarray) -> list[np.ndarray]:
+        """The sets whose rows do not all have the same of `labels` [N]."""
+        return [rows for rows in self.sets if len(np.unique(labels[rows])) > 1]
+
+
+def find_duplicates(keys: np.ndarray | pa.Array) -> Duplicates:
+    """The rows with equal keys (digests [N] as fixed bytes, or strings [N] in Arrow)."""
+    if isinstance(keys, np.ndarray):
+        codes = np.unique(keys, return_inverse=True)[1].astype(np.int32)
+    else:
+        codes = pc.dictionary_encode(keys).indices.to_numpy()
+    again = np.flatnonzero(np.bincount(codes)[codes] > 1) if len(codes) else codes
+    again = again[np.argsort(codes[again], kind="stable")]
+    borders = np.flatnonzero(np.diff(codes[again])) + 1
+    return Duplicates(codes, np.split(again, borders) if len(again) else [])
+
+
+def group_codes(groups: pa.Array) -> np.ndarray | None:
+    """Groups [N] as whole numbers from 0 up in the order of rows, a null a group of its own; None if no two rows share one."""
+    encoded = pc.dictionary_encode(groups)
+    codes = encoded.indices.fill_null(-1).to_numpy().copy()
+    alone = codes < 0
+    if len(encoded.dictionary) + alone.sum() == len(codes):
+        return None
+    codes[alone] = len(encoded.dictionary) + np.arange(alone.sum())
+    return codes
+
+
+def rank_labels(classes: Sequence[str]) -> np.ndarray:
+    """The place of each class in pandas' order of the label column: by value if all are numbers, else by name. [C]"""
+    try:
+        return np.argsort(np.argsort(np.array(classes, float), kind="stable"))
+    except ValueError:
+        return np.argsort(np.argsort(np.array(classes, object)))
+
+
+def divide(
+    codes: np.ndarray, groups: np.ndarray | None, pictures: np.ndarray, split: Split
+) -> tuple[np.ndarray, np.ndarray]:
+    """(fold, part) of each row, int16 [N] (-1 where no fold validates on it) and str [N], by the rule of `folds.py`.
+
+    `codes` [N] are classes in pandas' order, `groups` [N] numbers of what stays together, or None; rows of equal
+    `pictures` [N] stay together too. Raises a SettingsError if a fold or part would get no row.
     """
-    if parts:
-        part = assign_parts(codes, groups, parts, seed, stratify)
+    if groups is not None:
+        return _divide_groups(codes, _connect(groups, pictures), split)
+    first = _first_rows(pictures)
+    own = np.flatnonzero(first == np.arange(len(first)))
+    fold, part = np.empty(len(first), np.int16), np.empty(len(first), "U7")
+    fold[own], part[own] = _divide_rows(codes[own], split)
+    return fold[first], part[first]
+
+
+def divide_products(
+    strata: np.ndarray, products: np.ndarray, pictures: np.ndarray, split: Split
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `divide`, but products are divided like rows: shares of 0.8, 0.1, 0.1 are shares of the products.
+
+    `products` [N] whole numbers from 0 up in the order of rows; `strata` [N] codes, equal within a product, take the
+    classes' place. A product that shares a picture with an earlier one follows it.
+    """
+    first = np.unique(products, return_index=True)[1]
+    fold, part = divide(strata[first], None, _connect(products, pictures)[first], split)
+    return fold[products], part[products]
+
+
+def _first_rows(codes: np.ndarray) -> np.ndarray:
+    """The first row that has the code of each row: [N]."""
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _connect(groups: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """Groups [N] of which those that share a picture are one: connected components of the rows."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    # Groups and pictures are the nodes of one graph, and a row is an edge between its two.
+    ends = groups, pictures.astype(np.int64) + groups.max() + 1
+    nodes = int(ends[1].max()) + 1
+    edges = coo_array((np.ones(len(groups), bool), ends), shape=(nodes, nodes))
+    return connected_components(edges, directed=False)[1][groups]
+
+
+def _divide_rows(codes: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """(fold, part) of rows that stand alone."""
+    fold, part = np.full(len(codes), -1, np.int16), np.full(len(codes), "train", "U7")
+    rows = np.arange(len(codes))
+    if split.parts:
+        train, valid, test = split.parts
+        rows, aside = _set_aside(rows, codes, test, split)
+        part[aside] = "test"
+        _, chosen = _set_aside(rows, codes, valid / (train + valid), split)
+        part[chosen], fold[chosen] = "valid", 0
+        return fold, part
+    rows, aside = _set_aside(rows, codes, split.holdout, split)
+    part[aside] = "holdout"
+    fold[rows] = _assign_folds(codes[rows], split)
+    return fold, part
+
+
+def _set_aside(rows: np.ndarray, codes: np.ndarray, share: float, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that are kept and those that are set aside, both in scikit-learn's order.
+
+    A class of one row is kept. If either side has fewer rows than there are classes, it is drawn without strata.
+    """
+    if not share:
+        return rows, rows[:0]
+    size = math.ceil(share * len(rows))
+    if size >= len(rows):
+        raise SettingsError(f"a share of {share:g} of {len(rows)} rows leaves none to train on; give it a smaller one")
+    from sklearn.model_selection import train_test_split
+
+    labels = codes[rows]
+    counts = np.bincount(labels)
+    single = counts[labels] == 1
+    if split.stratify and min(size, len(rows) - single.sum() - size) >= (counts > 1).sum():
+        several = ~single
+        kept, aside = train_test_split(rows[several], test_size=size, stratify=labels[several], random_state=split.seed)
+        return np.concatenate([rows[single], kept]), aside
+    if split.stratify:
+        log.warning(
+            "split: %d of %d rows are set aside without regard to the classes: too few for all", size, len(rows)
+        )
+    kept, aside = train_test_split(rows, test_size=size, random_state=split.seed)
+    return kept, aside
+
+
+def _assign_folds(codes: np.ndarray, split: Split) -> np.ndarray:
+    """A fold for each row: int16 [N]. Classes with fewer rows than folds are in some folds only."""
+    if split.folds > len(codes):
+        raise SettingsError(
+            f"split.folds={split.folds}, but there are only {len(codes)} rows of different pictures; use fewer folds"
+        )
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    fold = np.empty(len(codes), np.int16)
+    if split.stratify and np.bincount(codes).max() < split.folds:
+        # StratifiedKFold refuses this: the rows of one class after the other are dealt out in turn.
+        shuffled = np.random.default_rng(split.seed).permutation(len(codes))
+        fold[np.lexsort((shuffled, codes))] = np.arange(len(codes)) % split.folds
+        return fold
+    splitter = (StratifiedKFold if split.stratify else KFold)(split.folds, shuffle=True, random_state=split.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # `log_summary` reports them
+        for number, (_, valid) in enumerate(splitter.split(codes, codes)):
+            fold[valid] = number
+    return fold
+
+
+def _divide_groups(codes: np.ndarray, groups: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """(fold, part) of rows whose groups stay whole."""
+    codes = codes if split.stratify else np.zeros_like(codes)
+    if split.parts:
+        part = _spread_groups(codes, groups, split.parts, split.seed)
         return np.where(part == 1, 0, -1).astype(np.int16), np.array(PART_NAMES)[part]
     aside = np.zeros(len(codes), bool)
-    if holdout > 0:
-        aside = assign_parts(codes, groups, (1 - holdout, holdout), seed, stratify) == 1
+    if split.holdout:
+        aside = _spread_groups(codes, groups, (1 - split.holdout, split.holdout), split.seed) == 1
     fold = np.full(len(codes), -1, np.int16)
-    kept = ~aside
-    fold[kept] = assign_folds(codes[kept], None if groups is None else groups[kept], folds, seed, stratify)
+    fold[~aside] = _spread_groups(codes[~aside], groups[~aside], [1 / split.folds] * split.folds, split.seed)
     return fold, np.where(aside, "holdout", "train")
 
 
-def divide_groups(
-    strata: np.ndarray,
-    groups: np.ndarray,
-    whole: np.ndarray,
-    folds: int,
-    holdout: float,
-    parts: Sequence[float],
-    seed: int,
-    stratify: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `divide`, but what is counted are groups, not rows: shares of 0.8, 0.1, 0.1 are shares of the products.
+def _spread_groups(codes: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """A bin for each row, int16 [N], so that every class has its `shares` [F] in the bins, and groups stay whole.
 
-    `groups` [N] whole numbers from 0 up, none left out; `strata` [N] codes, equal within a group, take
-    the classes' place; rows that share a number in `whole` [N] stay together even across groups.
+    Greedy, as StratifiedGroupKFold: groups that weigh most in their classes first, each to the bin where the sum
+    over classes of (share of the class in the bin)² / (share of the bin) grows least; all rows count as one class
+    more. It looks at the classes of a group alone, so a million rows take seconds, and bins have any shares.
     """
-    first = np.unique(groups, return_index=True)[1]
-    fold, part = divide(strata[first], whole[first], folds, holdout, parts, seed, stratify)
-    return fold[groups], part[groups]
+    from scipy.sparse import coo_array
 
-
-def assign_folds(codes: np.ndarray, groups: np.ndarray | None, folds: int, seed: int, stratify: bool) -> np.ndarray:
-    """A fold 0..folds-1 for each row: int16 [N].
-
-    `codes` [N] classes and `groups` [N] whole numbers from 0 up, or None where each row stands alone.
-    Every class is spread evenly where its groups allow it, and so are the rows in all; a class with
-    fewer rows than folds is in some folds only. Raises a SettingsError for more folds than groups.
-    """
-    units = len(codes) if groups is None else len(np.unique(groups))
-    if folds > units:
-        what = "rows" if groups is None else f"groups (of {len(codes)} rows)"
-        raise SettingsError(
-            f"split.folds={folds}, but there are only {units} {what} to spread over them; use fewer folds"
-        )
-    return spread(codes, groups, [1 / folds] * folds, seed, stratify)
-
-
-def assign_parts(
-    codes: np.ndarray, groups: np.ndarray | None, shares: Sequence[float], seed: int, stratify: bool
-) -> np.ndarray:
-    """A part 0..len(shares)-1 for each row, by shares that sum to 1: int16 [N].
-
-    Part 0 is the one to train on: of a class whose rows stand alone it keeps at least one.
-    A part with a share above 0 that gets no row is a SettingsError.
-    """
-    wanted = [part for part, share in enumerate(shares) if share > 0]
-    bins = spread(codes, groups, [shares[part] for part in wanted], seed, stratify, keep_in_first=True)
-    empty = sorted(set(range(len(wanted))) - set(np.unique(bins).tolist()))
-    if empty:
-        units = "rows" if groups is None else f"rows in {len(np.unique(groups))} groups"
-        raise SettingsError(
-            f"a part of {shares[wanted[empty[0]]]:g} of {len(codes)} {units} is empty; give it a larger share"
-        )
-    return np.array(wanted, np.int16)[bins]
-
-
-def spread(
-    codes: np.ndarray,
-    groups: np.ndarray | None,
-    shares: Sequence[float],
-    seed: int,
-    stratify: bool,
-    keep_in_first: bool = False,
-) -> np.ndarray:
-    """A bin for each row, int16 [N]; with `keep_in_first` no class of lone rows goes without the first bin.
-
-    Where there are few groups the most even of several attempts is taken, each in another order.
-    """
+    groups = np.unique(groups, return_inverse=True)[1]
+    bins = np.flatnonzero(shares)
+    sizes = np.append(np.bincount(codes), len(codes))
+    classes = np.concatenate([codes, np.full(len(codes), len(sizes) - 1)])
+    weights = coo_array((1 / sizes[classes], (np.tile(groups, 2), classes))).tocsr()
     generator = np.random.default_rng(seed)
-    codes = codes if stratify else np.zeros_like(codes)
-    sizes = np.bincount(codes)
-    sparse = _group_cells(codes, groups, sizes)
-    lone = sizes - sparse.class_sizes
-    attempts = min(MOST_ATTEMPTS, 1 + WORK_FOR_ATTEMPTS // (len(sparse) + len(sizes))) if len(sparse) else 1
-    best_score = (np.inf, np.inf)
-    for attempt in range(attempts):
-        placed = _place(sparse, np.array(shares), generator, noise=0.5 * (attempt > 0))
-        counts = sparse.counts(placed, len(shares))
-        quotas = _quotas(lone, counts, np.array(shares), keep_in_first)
-        score = _unevenness(counts + quotas, np.array(shares))
-        if score < best_score:
-            best_score, best = score, (placed, quotas)
-    return _bins(codes, sparse, *best, generator)
-
-
-@dataclass(frozen=True, eq=False)
-class GroupCells:
-    """The groups of several rows as a sparse matrix [G, C] of row counts.
-
-    Group g has the cells start[g]:stop[g] of `of_class` and `size`; `weight` is size over the
-    class's rows, `total` [G] the group's share of all rows. `of_row` [N] is each row's g, or -1.
-    """
-
-    start: np.ndarray
-    stop: np.ndarray
-    of_class: np.ndarray
-    size: np.ndarray
-    weight: np.ndarray
-    total: np.ndarray
-    of_row: np.ndarray
-    num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.total)
-
-    @property
-    def class_sizes(self) -> np.ndarray:
-        """Rows of each class that are in groups: [C]."""
-        return np.bincount(self.of_class, self.size, self.num_classes).astype(np.int64)
-
-    def counts(self, placed: np.ndarray, num_bins: int) -> np.ndarray:
-        """Rows of each class in each bin [C, F], with group g in bin placed[g]."""
-        cell_bins = np.repeat(placed.astype(np.int64), self.stop - self.start)
-        flat = np.bincount(self.of_class * num_bins + cell_bins, self.size, self.num_classes * num_bins)
-        return flat.reshape(self.num_classes, num_bins).astype(np.int64)
-
-
-def _group_cells(codes: np.ndarray, groups: np.ndarray | None, sizes: np.ndarray) -> GroupCells:
-    groups = np.arange(len(codes)) if groups is None else groups
-    members = np.bincount(groups)
-    names = np.flatnonzero(members > 1)
-    position = np.full(len(members), -1, np.int64)
-    position[names] = np.arange(len(names))
-    of_row = position[groups]
-    rows = np.flatnonzero(of_row >= 0)
-    cells, size = np.unique(of_row[rows] * len(sizes) + codes[rows], return_counts=True)
-    of_group, of_class = np.divmod(cells, len(sizes))
-    borders = np.searchsorted(of_group, np.arange(len(names) + 1))
-    weight, total = size / sizes[of_class], members[names] / len(codes)
-    return GroupCells(borders[:-1], borders[1:], of_class, size, weight, total, of_row, len(sizes))
-
-
-def _place(sparse: GroupCells, shares: np.ndarray, generator: np.random.Generator, noise: float) -> np.ndarray:
-    """A bin for each group: int16 [G].
-
-    Least squares: a group goes where sum over classes of (share of the class in the bin)² / (share
-    of the bin) grows least; the rows in all count as one class more. `noise` shakes the order.
-    """
-    chosen = np.empty(len(sparse), np.int16)
-    if not len(sparse):
-        return chosen
-    heaviness = np.add.reduceat(sparse.weight**2, sparse.start)
-    heaviness *= np.exp(noise * generator.uniform(-1, 1, len(sparse)))
-    order = np.lexsort((generator.permutation(len(sparse)), -heaviness))
-    filled = np.zeros((sparse.num_classes + 1, len(shares)))
-    own = (1 / shares - 1 / shares.max()) / 2
-    starts, stops, totals = sparse.start.tolist(), sparse.stop.tolist(), sparse.total.tolist()
+    order = np.lexsort((generator.permutation(weights.shape[0]), -weights.power(2).sum(axis=1)))
+    chosen = np.empty(weights.shape[0], np.int16)
+    shares = np.array(shares)[bins]
+    filled = np.zeros((len(sizes), len(bins)))
     for group in order.tolist():
-        a, b, whole = starts[group], stops[group], totals[group]
-        cells, amount = sparse.of_class[a:b], sparse.weight[a:b]
-        cost = amount @ filled.take(cells, axis=0) + whole * filled[-1] + (amount @ amount + whole * whole) * own
-        best = int(cost.argmin())
-        chosen[group] = best
-        filled[cells, best] += amount / shares[best]
-        filled[-1, best] += whole / shares[best]
-    return chosen
-
-
-def _quotas(lone: np.ndarray, counts: np.ndarray, shares: np.ndarray, keep_in_first: bool) -> np.ndarray:
-    """How many of the `lone` [C] rows of each class go to each bin: [C, F], given the `counts` there already.
-
-    Of each class the bins get whole numbers next to their shares; which of the two is chosen so that
-    the rows in all follow the shares too.
-    """
-    quotas = np.zeros_like(counts)
-    carry = shares * counts.sum() - counts.sum(axis=0)
-    for code in np.flatnonzero(lone):
-        exact = _level(int(lone[code]), counts[code], shares)
-        whole = np.floor(exact + 1e-9).astype(np.int64)
-        spare = int(lone[code] - whole.sum())
-        rest = exact - whole
-        ranked = np.argsort(-np.where(rest > 1e-9, rest + carry, -np.inf), kind="stable")
-        whole[ranked[:spare]] += 1
-        if keep_in_first and counts[code, 0] + whole[0] == 0:
-            whole[whole.argmax()] -= 1
-            whole[0] = 1
-        carry += exact - whole
-        quotas[code] = whole
-    return quotas
-
-
-def _level(rows: int, there: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """`rows` poured over bins that hold `there` [F], so that they end as near to `shares` as they can: [F]."""
-    open_bins = np.ones(len(shares), bool)
-    while True:
-        level = (rows + there[open_bins].sum()) / shares[open_bins].sum()
-        full = open_bins & (there > level * shares)
-        if not full.any():
-            return np.where(open_bins, level * shares - there, 0.0)
-        open_bins &= ~full
-
-
-def _unevenness(counts: np.ndarray, shares: np.ndarray) -> tuple[float, float]:
-    """How far bins with `counts` [C, F] are from `shares`: of the classes in the mean, then of the rows in all."""
-    sizes = np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    of_classes = np.sqrt(((counts / sizes - shares) ** 2).sum(axis=1)).mean()
-    return round(float(of_classes), 9), float(np.abs(counts.sum(axis=0) / counts.sum() - shares).max())
-
-
-def _bins(
-    codes: np.ndarray, sparse: GroupCells, placed: np.ndarray, quotas: np.ndarray, generator: np.random.Generator
-) -> np.ndarray:
-    """The bin of each row, int16 [N]: its group's, or for a lone row one by lot within its class's quotas [C, F]."""
-    bins = np.append(placed, np.int16(-1))[sparse.of_row]
-    lone = np.flatnonzero(bins < 0)
-    lone = lone[generator.permutation(len(lone))]
-    lone = lone[np.argsort(codes[lone], kind="stable")]
-    bins[lone] = np.repeat(np.tile(np.arange(quotas.shape[1]), len(quotas)), quotas.ravel())
-    return bins
+        cells = slice(weights.indptr[group], weights.indptr[group + 1])
+        own, weight = weights.indices[cells], weights.data[cells]
+        best = (weight @ filled[own] + weight @ weight / (2 * shares)).argmin()
+        chosen[group] = bins[best]
+        filled[own, best] += weight / shares[best]
+    if len(empty := np.setdiff1d(bins, chosen)):
+        raise SettingsError(
+            f"{len(chosen)} groups (of {len(codes)} rows) leave {len(empty)} of {len(bins)} folds or parts empty; "
+            "use fewer folds, or a larger share"
+        )
+    return chosen[groups]

@@ -1,9 +1,10 @@
 """Images where they lie: in a folder, or straight out of a zip that is never unpacked to disk.
 
-Both stores have `root`, `names()`, `exists(name)` and `read(name)`, hold no open file, and may so be
-shared by threads and forked or spawned loader workers.
+Stores have `root`, `names()`, `exists(name)` and `read(name)`, hold no open file, and may so be shared by threads and
+forked or spawned loader workers. `caches` are the image caches (`image_cache.Cache`) that hold some of the images decoded.
 """
 
+import hashlib
 import math
 import os
 import posixpath
@@ -12,17 +13,19 @@ import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fivefold.contract.files import below, tree_names
 from fivefold.errors import DataError, MissingInputError
 
 GIB = 2**30
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Signature, then the lengths of name and extra field, of the 30 bytes before a zip entry's data."""
+"""Signature, then the lengths of name and extra field, of the 30 bytes before the data of a zip's entry."""
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Packings of which no more is unpacked than the zip declares."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class FolderStore:
     """The files below a folder."""
 
     root: Path
+    caches: Sequence[Any] = ()
 
     def names(self) -> list[str]:
         """Relative POSIX names of all files, sorted; hidden ones and `__MACOSX` left out."""
@@ -64,31 +68,17 @@ def _spelled(root: Path, name: str) -> Path:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where a zip keeps one file; sizes in bytes."""
-
-    offset: int
-    packed: int
-    size: int
-    method: int
-    crc: int
-
-
 @dataclass(frozen=True, eq=False)
 class ZipStore:
     """The files inside a zip, by their relative names (NFC, so that a Mac's Korean names are everybody's)."""
 
     root: Path
-    entries: Mapping[str, Entry] = field(repr=False)
-
-    @cached_property
-    def _names(self) -> list[str]:
-        return sorted(self.entries)
+    entries: Mapping[str, zipfile.ZipInfo] = field(repr=False)
+    caches: Sequence[Any] = ()
 
     def names(self) -> list[str]:
         """Relative POSIX names of all files, sorted; hidden ones and `__MACOSX` left out."""
-        return self._names
+        return sorted(self.entries)
 
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
         """Names of the folders and of the files directly in `folder` ("" is the root), sorted."""
@@ -104,14 +94,16 @@ class ZipStore:
         entry = self.entries.get(_inside(name, self.root))
         if entry is None:
             raise DataError(f"{name} in {self.root} cannot be read: no such file")
-        # A handle of its own for each read: nothing that threads or forked workers could share.
+        # Neither an open ZipFile, whose place in the file forked workers would share, nor its list read anew each time.
         with open(self.root, "rb") as file:
-            file.seek(entry.offset)
-            signature, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size).ljust(30, b"\0"))
-            file.seek(name_length + extra_length, 1)
-            packed = file.read(entry.packed)
-        content = _unpack(packed, entry) if signature == b"PK\3\4" else None
-        if content is None or len(content) != entry.size or zlib.crc32(content) != entry.crc:
+            file.seek(entry.header_offset)
+            signature, *lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size).ljust(LOCAL_HEADER.size, b"\0"))
+            file.seek(sum(lengths), os.SEEK_CUR)
+            try:
+                content = zipfile.ZipExtFile(file, "r", entry).read(entry.file_size)
+            except (zipfile.BadZipFile, zlib.error, EOFError):
+                content = b""
+        if signature != b"PK\3\4" or len(content) != entry.file_size:
             raise DataError(f"{name} in {self.root} is damaged: its bytes do not match the zip's size and checksum")
         return content
 
@@ -121,6 +113,10 @@ class JoinedStore:
     """Several stores under one roof: `name/rest` is `rest` in the store called `name`."""
 
     stores: Mapping[str, FolderStore | ZipStore]
+
+    @property
+    def caches(self) -> list[Any]:
+        return [cache for store in self.stores.values() for cache in store.caches]
 
     def names(self) -> list[str]:
         """The names of all files of all stores, sorted within each."""
@@ -137,6 +133,15 @@ class JoinedStore:
 
 
 ImageStore = FolderStore | ZipStore | JoinedStore
+
+
+def read_unchanged(store: ImageStore, name: str, digest: str | None) -> tuple[bytes, str]:
+    """The bytes of one file and their SHA-256; a DataError where that is not the `digest` that the split took, if it took one."""
+    content = store.read(name)
+    own = hashlib.sha256(content).hexdigest()
+    if digest not in (None, own):
+        raise DataError(f"{name} is not the file that the split saw; run the split again")
+    return content, own
 
 
 def open_store(path: Path, max_unpacked_gib: float = math.inf) -> ImageStore:
@@ -179,7 +184,8 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
             raise DataError(
                 f"{path}: the entry {name!r} is there twice (however accents are written); pack it again with one"
             )
-        entries[name] = _entry(info, path)
+        _check_entry(info, path)
+        entries[name] = info
     return ZipStore(path, entries)
 
 
@@ -193,24 +199,13 @@ def _no_zip(path: Path, error: Exception) -> str:
     return f"{path} is not a whole .zip: {error}; copy it again"
 
 
-def _entry(info: zipfile.ZipInfo, path: Path) -> Entry:
+def _check_entry(info: zipfile.ZipInfo, path: Path) -> None:
     if info.header_offset < 0:
         raise DataError(f"{path} is not a whole .zip: entry {info.filename!r} lies before its start; copy it again")
     if info.flag_bits & 0x1:
         raise DataError(f"{path}: entry {info.filename!r} is encrypted; pack it without a password")
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    if info.compress_type not in METHODS:
         raise DataError(f"{path}: entry {info.filename!r} is packed by method {info.compress_type}; use deflate")
-    return Entry(info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
-
-
-def _unpack(packed: bytes, entry: Entry) -> bytes | None:
-    """The entry's bytes, at most as many as declared; None when they are no deflate stream."""
-    if entry.method == zipfile.ZIP_STORED:
-        return packed
-    try:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, max(entry.size, 1))
-    except zlib.error:
-        return None
 
 
 def _decoded_name(info: zipfile.ZipInfo) -> str:

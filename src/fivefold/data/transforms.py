@@ -11,23 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, ValidationError, create_model
 from torch import Tensor
 
 from fivefold.choose import choose
-from fivefold.data.bounds import check
-from fivefold.data.effects import (
-    brightness,
-    centre_crop_pixels,
-    coarse_dropout,
-    gaussian_noise,
-    grid_distortion,
-    unsharp_mask,
-)
-from fivefold.data.jitter import linear_colour_jitter, shift_scale_rotate
+from fivefold.data import effects
+from fivefold.data.effects import Share, number, span
 from fivefold.errors import SettingsError
 from fivefold.recipe import Spec
 
@@ -68,9 +61,7 @@ def build_transforms(specs: Sequence[Spec], size: Size, evaluation: bool = False
     `evaluation` a set gives its fixed parts alone. Raises SettingsError for an unknown name or
     parameter, and for a transform of an evaluation that draws at random.
     """
-    steps = [_build(spec, size) for spec in expanded(specs, evaluation)] + [partial(resize, size=size)]
-
-    return Composed(tuple(steps))
+    return Composed((*(_build(spec, size) for spec in expanded(specs, evaluation)), partial(resize, size=size)))
 
 
 def expanded(specs: Sequence[Spec], evaluation: bool) -> list[Spec]:
@@ -108,7 +99,11 @@ def _build(spec: Spec, size: Size) -> Transform:
         raise SettingsError(f"transform {name!r}: p={p!r}, but a probability from 0 to 1 is needed")
     try:
         return make(size=size, **parameters)
-    except (TypeError, ValueError) as error:
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = problem["loc"][0]
+        raise SettingsError(f"transform {name!r}: {key}={parameters[key]!r} cannot be: {problem['msg']}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
         raise SettingsError(f"transform {name!r} with {parameters}: {error}") from error
 
 
@@ -121,7 +116,7 @@ def resize(image: Tensor, size: Size) -> Tensor:
     return F.interpolate(batch, size=size, mode="bilinear", antialias=True)[0]
 
 
-def centre_crop_resize(image: Tensor, size: Size, share: float) -> Tensor:
+def centre_crop_resize(image: Tensor, size: Size, share: number(float, 0.01, 1) = 0.875) -> Tensor:
     """The middle `share` of both sides after the shorter side was fitted to `size`."""
     return _resized_box(image, centre_box(*image.shape[-2:], size, share), size)
 
@@ -133,15 +128,20 @@ def centre_box(height: int, width: int, size: Size, share: float) -> Box:
     return (height - box[0]) // 2, (width - box[1]) // 2, *box
 
 
-def horizontal_flip(image: Tensor, p: float) -> Tensor:
+def horizontal_flip(image: Tensor, p: Share = 0.5) -> Tensor:
     """Mirrors left and right with probability `p`."""
     return image.flip(-1) if torch.rand(()).item() < p else image
 
 
-def random_crop(image: Tensor, size: Size, padding: int, mode: str) -> Tensor:
+def random_crop(
+    image: Tensor,
+    size: Size,
+    padding: number(int, 0, 4096) = 4,
+    mode: Literal["constant", "reflect", "replicate", "circular"] = "reflect",
+) -> Tensor:
     """A crop of `size` from the image at `size` with `padding` pixels on each side (`mode` of F.pad)."""
     image = resize(image, size)
-    top, left = random_corner(padding)
+    top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()
     if mode == "constant":
         padded = F.pad(image, (padding,) * 4)
     else:  # F.pad reflects floats alone
@@ -149,13 +149,9 @@ def random_crop(image: Tensor, size: Size, padding: int, mode: str) -> Tensor:
     return padded[:, top : top + size[0], left : left + size[1]]
 
 
-def random_corner(padding: int) -> tuple[int, int]:
-    """Where in the padded image the crop of `random_crop` begins: top and left."""
-    top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()
-    return top, left
-
-
-def random_resized_crop(image: Tensor, size: Size, scale: Sequence[float], ratio: Sequence[float]) -> Tensor:
+def random_resized_crop(
+    image: Tensor, size: Size, scale: span(float, 1e-4, 1) = (0.08, 1.0), ratio: span(float, 0.01, 100) = (3 / 4, 4 / 3)
+) -> Tensor:
     """A random box of `scale` of the area and an aspect in `ratio`, resized (Szegedy et al. 2015, arXiv 1409.4842)."""
     return _resized_box(image, random_box(*image.shape[-2:], size, scale, ratio), size)
 
@@ -179,38 +175,41 @@ def _resized_box(image: Tensor, box: Box, size: Size) -> Tensor:
     return resize(image[:, top : top + height, left : left + width], size)
 
 
-def _own(function: Callable[..., Tensor], takes_size: bool = True, **defaults: Any) -> Callable[..., Transform]:
-    """A builder for a function of images, with its parameters' defaults; a `p` that it lacks is added."""
+def _own(function: Callable[..., Tensor]) -> Callable[..., Transform]:
+    """A builder for a function of images, whose annotations say what its parameters may be; a `p` that it lacks is added."""
 
     def make(size: Size, **parameters: Any) -> Transform:
-        p = None if "p" in defaults else parameters.pop("p", None)
-        unknown = sorted(parameters.keys() - defaults.keys())
-        if unknown:
-            known = sorted(defaults.keys() | {"p"})
-            raise SettingsError(f"{function.__name__} has no parameter {unknown[0]!r}; it takes {known}")
-        for key, value in parameters.items():
-            check(function.__name__, key, value, defaults[key])
-        sized = {"size": size} if takes_size else {}
-        return _with_probability(partial(function, **sized, **{**defaults, **parameters}), p)
+        fields = {name: (each.annotation, each.default) for name, each in signature(function).parameters.items()}
+        sized = {"size": size} if fields.pop("size", None) else {}
+        del fields["image"]
+        p = None if "p" in fields else parameters.pop("p", None)
+        for key in parameters:
+            choose(fields, f"parameter of transform {function.__name__}:", key)
+        kind = create_model(function.__name__, __config__=ConfigDict(strict=True), **fields)
+        return _with_probability(partial(function, **sized, **dict(kind(**parameters))), p)
 
     return make
 
 
 def _v2(name: str, **defaults: Any) -> Callable[..., Transform]:
-    """A builder for the transform `name` of torchvision.transforms.v2; `interpolation` by name, `p` added if it lacks one."""
+    """A builder for the transform `name` of torchvision.transforms.v2; `interpolation` by name, `p` added if it lacks one.
+
+    It is tried on a black image, since not all of them check what they are given before they see one.
+    """
 
     def make(size: Size, **parameters: Any) -> Transform:
         from torchvision.transforms import v2
 
         if parameters.get("inplace"):
-            raise SettingsError(
-                f"transform {name}: inplace=true would change the image that other epochs see too; leave it out"
-            )
+            raise ValueError("inplace=true would change the image that other epochs see too; leave it out")
         kind = getattr(v2, name)
         p = None if "p" in signature(kind).parameters else parameters.pop("p", None)
         if "interpolation" in parameters:
             parameters["interpolation"] = v2.InterpolationMode(parameters["interpolation"])
-        return _with_probability(kind(**{**defaults, **parameters}), p)
+        step = kind(**{**defaults, **parameters})
+        with torch.random.fork_rng(devices=[]):
+            step(torch.zeros(3, *size, dtype=torch.uint8))
+        return _with_probability(step, p)
 
     return make
 
@@ -219,27 +218,23 @@ def _with_probability(step: Transform, p: float | None) -> Transform:
     return step if p is None or p == 1 else Sometimes(step, p)
 
 
-NORMAL_NOISE = {"name": "gaussian_noise", "std": [0.237, 0.247, 0.246]}
-"""Noise of standard deviation 1 after the mask system's normalisation."""
+NORMAL_NOISE = {"name": "gaussian_noise", "sigma": 0.243}
+"""Noise of standard deviation 1 after the mask system's normalisation, in the mean of its channels."""
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "resize": _own(resize),
-    "centre_crop": _own(centre_crop_resize, share=0.875),
-    "horizontal_flip": _own(horizontal_flip, takes_size=False, p=0.5),
-    "random_crop": _own(random_crop, padding=4, mode="reflect"),
-    "random_resized_crop": _own(random_resized_crop, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)),
-    "centre_crop_pixels": _own(centre_crop_pixels, takes_size=False, height=224, width=224, pad=False),
-    "brightness": _own(brightness, takes_size=False, amount=0.0),
-    "unsharp_mask": _own(unsharp_mask, takes_size=False, kernel=7, sigma=1.5, amount=1.5, threshold=0),
-    "gaussian_noise": _own(gaussian_noise, takes_size=False, mean=0.0, std=0.1),
-    "coarse_dropout": _own(coarse_dropout, takes_size=False, holes=(8, 8), height=(1, 16), width=(1, 16), fill=0),
-    "shift_scale_rotate": _own(
-        shift_scale_rotate, takes_size=False, shift=0.0, zoom=(0.9, 1.1), degrees=15.0, stretch=1.0
-    ),
-    "linear_colour_jitter": _own(
-        linear_colour_jitter, takes_size=False, brightness=0.1, contrast=0.2, saturation=0.2, cast=0.0
-    ),
-    "grid_distortion": _own(grid_distortion, takes_size=False, steps=5, limit=(-0.3, 0.3), fill=255),
+    "centre_crop": _own(centre_crop_resize),
+    "horizontal_flip": _own(horizontal_flip),
+    "random_crop": _own(random_crop),
+    "random_resized_crop": _own(random_resized_crop),
+    "centre_crop_pixels": _own(effects.centre_crop_pixels),
+    "brightness": _own(effects.brightness),
+    "unsharp_mask": _own(effects.unsharp_mask),
+    "coarse_dropout": _own(effects.coarse_dropout),
+    "grid_distortion": _own(effects.grid_distortion),
+    "shift_scale_rotate": _own(effects.shift_scale_rotate),
+    "linear_colour_jitter": _own(effects.linear_colour_jitter),
+    "gaussian_noise": _v2("GaussianNoise"),
     "vertical_flip": _v2("RandomVerticalFlip"),
     "rotation": _v2("RandomRotation", degrees=15),
     "affine": _v2("RandomAffine", degrees=0),

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from fivefold.csv_tables import check_same_ids
 from fivefold.errors import DataError
-from fivefold.evaluation import comparison_plots, metrics
-from fivefold.evaluation.competition import submission_logloss
+from fivefold.evaluation import metrics, plots
 from fivefold.evaluation.metrics import competition_logloss
 from fivefold.evaluation.report import Picture, drawn, filled
 from fivefold.evaluation.tables import write_csv
@@ -17,7 +17,7 @@ from fivefold.evaluation.truth import with_truth
 from fivefold.predictions import Predictions, sample
 
 TEMPLATE = Path(__file__).with_name("comparison.html.j2")
-FIGURES = ("n", "accuracy", "accuracy_low", "accuracy_high", "logloss", "f1_macro")
+FIGURES = ["n", "accuracy", "accuracy_low", "accuracy_high", "logloss", "f1_macro"]
 
 
 TITLES = {"test": "Test", "oof": "Out-of-fold"}
@@ -35,8 +35,7 @@ class Experiment:
     """One of those that are compared.
 
     `source`: the submission file or the run's folder, as people know it. `file` and `table`: its submission
-    of the test rows, `labels_only` where that names classes without probabilities, `fuller` where the table
-    has the probabilities that the file has not. `oof`: its out-of-fold
+    of the test rows, `labels_only` where that names classes without probabilities. `oof`: its out-of-fold
     rows, and `oof_words` whose they are.
     """
 
@@ -45,7 +44,6 @@ class Experiment:
     file: Path | None = None
     table: Predictions | None = None
     labels_only: bool = False
-    fuller: bool = False
     oof: Predictions | None = None
     oof_words: str = ""
 
@@ -54,12 +52,9 @@ class Experiment:
         if self.table is None or self.file is None:
             return None
         table = with_truth(self.table, dict(truth), where)
-        return _figures(table, None if self.labels_only else self._logloss(table, truth))
-
-    def _logloss(self, table: Predictions, truth: Mapping[str, str]) -> float:
-        if self.file is None or self.fuller:
-            return competition_logloss(np.exp(table.log_probs.astype(np.float64)), table.codes())
-        return submission_logloss(self.file, truth)
+        if self.labels_only:
+            return _figures(table, None)
+        return _figures(table, competition_logloss(np.exp(table.log_probs.astype(np.float64)), table.codes()))
 
     def oof_figures(self) -> Figures | None:
         """FIGURES of the out-of-fold rows; None without any."""
@@ -124,26 +119,22 @@ def same_tables(tables: Sequence[Predictions], names: Sequence[str], strict: boo
         if differing:
             raise DataError(f"{names[0]} and {name} know different classes: {sample(differing)}")
         there = set(table.ids)
-        if strict and there != set(ids):
-            raise DataError(f"{names[0]} and {name} predict other rows: {sample(sorted(there ^ set(ids)))}")
+        if strict:
+            check_same_ids(ids, names[0], there, name)
         ids = [each for each in ids if each in there]
     if not ids:
         raise DataError(f"{', '.join(names)} have no row in common")
     return [table.with_classes(first.classes).in_order(ids) for table in tables]
 
 
-def write_stacked(path: Path, experiments: Sequence[Experiment], id_column: str) -> None:
-    """The submissions under one another: `experiment`, the ids, and a column of probabilities a class."""
-    there = [each for each in experiments if each.table is not None]
-    tables = same_tables([each.table for each in there], [each.name for each in there], strict=True)
-
-    def rows() -> Any:
-        for each, table in zip(there, tables, strict=True):
-            probabilities = np.exp(table.log_probs.astype(np.float64))
-            for name, values in zip(table.ids, probabilities, strict=True):
-                yield (each.name, name, *(f"{value:.9g}" for value in values))
-
-    write_csv(path, ("experiment", id_column, *tables[0].classes), rows())
+def write_stacked(path: Path, experiments: Sequence[Experiment], id_column: str) -> Path:
+    """Writes the submissions under one another: `experiment`, the ids, and a column of probabilities a class."""
+    submitted = [each for each in experiments if each.table is not None]
+    tables = same_tables([each.table for each in submitted], [each.name for each in submitted], strict=True)
+    frame = pd.DataFrame(np.exp(np.concatenate([table.log_probs for table in tables]), dtype=np.float64))
+    frame.insert(0, "id", np.concatenate([table.ids for table in tables]))
+    frame.insert(0, "experiment", np.repeat([each.name for each in submitted], len(tables[0])))
+    return write_csv(path, frame, ["experiment", id_column, *tables[0].classes], digits="%.9g")
 
 
 def draw(
@@ -153,23 +144,23 @@ def draw(
     found = {}
     if any(figures):
         names, known = [each.name for each in experiments], [each or {} for each in figures]
-        found["model_acc"] = drawn(lambda to, theme: comparison_plots.scores(names, known, to, theme))
+        found["model_acc"] = drawn(lambda to, theme: plots.scores(names, known, to, theme))
     if alike is not None:
         heat = (alike.names, alike.agreement, alike.correlation)
-        found["correlation"] = drawn(lambda to, theme: comparison_plots.likeness(*heat, to, theme))
+        found["correlation"] = drawn(lambda to, theme: plots.likeness(*heat, to, theme))
     return found
 
 
 def write_figures(
     path: Path, experiments: Sequence[Experiment], tables: Mapping[str, Sequence[Figures | None]]
-) -> None:
-    """A row an experiment: its number and name, and FIGURES of each of `tables`, empty where unknown."""
-    header = ["number", "experiment", *(f"{name}_{key}" for name in tables for key in FIGURES)]
-    rows = [
-        [at + 1, each.name, *(_cell((figures[at] or {}).get(key)) for figures in tables.values() for key in FIGURES)]
-        for at, each in enumerate(experiments)
-    ]
-    write_csv(path, header, rows)
+) -> Path:
+    """Writes a row an experiment: its number and name, and FIGURES of each of `tables`, empty where unknown."""
+    numbers = range(1, len(experiments) + 1)
+    frame = pd.DataFrame({"number": numbers, "experiment": [each.name for each in experiments]})
+    for name, figures in tables.items():
+        known = pd.DataFrame([each or {} for each in figures], columns=FIGURES)
+        frame = frame.join(known.astype(dict.fromkeys(FIGURES, float) | {"n": "Int64"}).add_prefix(f"{name}_"))
+    return write_csv(path, frame)
 
 
 def page(
@@ -198,13 +189,8 @@ def page(
     )
 
 
-def _cell(value: float | int | None) -> str | int:
-    return "" if value is None else f"{value:.6f}" if isinstance(value, float) else value
-
-
 def _figures(table: Predictions, logloss: float | None) -> Figures:
     codes = table.codes()
-    share = metrics.accuracy(table.log_probs, codes)
-    low, high = metrics.wilson_interval(share, len(codes))
-    f1 = metrics.summary(table.log_probs, codes)["f1_macro"]
-    return dict(zip(FIGURES, (len(codes), share, low, high, logloss, f1), strict=True))
+    scores = metrics.summary(table.log_probs, codes)
+    low, high = metrics.wilson_interval(scores["accuracy"], len(codes))
+    return dict(zip(FIGURES, (len(codes), scores["accuracy"], low, high, logloss, scores["f1_macro"]), strict=True))

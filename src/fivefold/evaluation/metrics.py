@@ -1,18 +1,18 @@
-"""Scores of log-probabilities against the truth, in numpy alone: training validates with them.
+"""Scores of log-probabilities against the truth: scikit-learn's metrics by name, and log losses.
 
-Throughout, `log_probs` is [N, C] natural logarithms, `codes` [N] the true class indices, N >= 1;
-`confusion` is [C, C] counts, true class by row, predicted class by column.
-References: scikit-learn's functions of the same names.
+Throughout, `log_probs` is [N, C] natural logarithms and `codes` [N] the true class indices, N >= 1.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from fivefold.choose import choose
 
+EPOCH = ("accuracy", "logloss", "f1_macro")
 FLOOR = 1e-15
 """Competitions clip probabilities to [FLOOR, 1 - FLOOR]."""
+Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
 def predicted(log_probs: np.ndarray) -> np.ndarray:
@@ -20,21 +20,25 @@ def predicted(log_probs: np.ndarray) -> np.ndarray:
     return log_probs.argmax(axis=1)
 
 
-def accuracy(log_probs: np.ndarray, codes: np.ndarray) -> float:
-    """Share of rows whose most probable class is the true one."""
-    return float((predicted(log_probs) == codes).mean())
+def of_classes(name: str, **options: object) -> Metric:
+    """The score `sklearn.metrics.<name>` of the most probable classes; `options` are its further arguments."""
+
+    def metric(log_probs: np.ndarray, codes: np.ndarray) -> float:
+        from sklearn import metrics
+
+        return float(getattr(metrics, name)(codes, predicted(log_probs), **options))
+
+    return metric
 
 
 def top_k_accuracy(log_probs: np.ndarray, codes: np.ndarray, k: int = 5) -> float:
     """Share of rows whose true class is among the k most probable ones; 1 where k >= C.
 
-    Of equal probabilities the earlier class counts as the more probable, as in `predicted`,
-    so that k = 1 is the accuracy.
+    Of equal probabilities the earlier class counts as the more probable, as in `predicted` (scikit-learn takes the
+    later one), so that k = 1 is the accuracy.
     """
-    true = np.take_along_axis(log_probs, codes[:, None], axis=1)
-    before = np.arange(log_probs.shape[1]) < codes[:, None]
-    rank = (log_probs > true).sum(axis=1) + ((log_probs == true) & before).sum(axis=1)
-    return float((rank < k).mean())
+    ranked = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]
+    return float((ranked == codes[:, None]).any(axis=1).mean())
 
 
 def logloss(log_probs: np.ndarray, codes: np.ndarray) -> float:
@@ -48,42 +52,26 @@ def competition_logloss(probs: np.ndarray, codes: np.ndarray) -> float:
     return float(-np.log(np.clip(shares, FLOOR, 1 - FLOOR)).mean())
 
 
-def confusion_matrix(guesses: np.ndarray, codes: np.ndarray, classes: int) -> np.ndarray:
-    """Counts [classes, classes] int64: true class by row, predicted class by column."""
-    return np.bincount(codes * classes + guesses, minlength=classes * classes).reshape(classes, classes)
+def confusion_matrix(log_probs: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Counts [C, C] int64: true class by row, predicted class by column."""
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix(codes, predicted(log_probs), labels=range(log_probs.shape[1]))
 
 
-def per_class_table(confusion: np.ndarray) -> dict[str, np.ndarray]:
+def per_class_table(log_probs: np.ndarray, codes: np.ndarray) -> dict[str, np.ndarray]:
     """Per class [C]: `precision`, `recall`, `f1` in [0, 1] (0 where undefined), `support`, `predicted` counts."""
-    hits = np.diag(confusion).astype(np.float64)
-    support, guessed = confusion.sum(axis=1), confusion.sum(axis=0)
-    return {
-        "precision": _ratio(hits, guessed),
-        "recall": _ratio(hits, support),
-        "f1": _ratio(2 * hits, support + guessed),
-        "support": support,
-        "predicted": guessed,
-    }
+    from sklearn.metrics import precision_recall_fscore_support
+
+    guesses, labels = predicted(log_probs), range(log_probs.shape[1])
+    scores = precision_recall_fscore_support(codes, guesses, labels=labels, zero_division=0)
+    table = dict(zip(("precision", "recall", "f1", "support"), scores, strict=True))
+    return table | {"predicted": np.bincount(guesses, minlength=len(labels))}
 
 
-def precision(confusion: np.ndarray, average: str = "macro") -> float:
-    """Share of the rows given a class that are of it, averaged over classes by `average`."""
-    return _averaged("precision", confusion, average)
-
-
-def recall(confusion: np.ndarray, average: str = "macro") -> float:
-    """Share of the rows of a class that are given it, averaged over classes by `average`."""
-    return _averaged("recall", confusion, average)
-
-
-def f1(confusion: np.ndarray, average: str = "macro") -> float:
-    """Harmonic mean of a class's precision and recall, averaged over classes by `average`."""
-    return _averaged("f1", confusion, average)
-
-
-def summary(log_probs: np.ndarray, codes: np.ndarray) -> dict[str, float]:
-    """The figures of one epoch: `accuracy`, `logloss`, `f1_macro`."""
-    return _figures(log_probs, codes, ("accuracy", "logloss", "f1_macro"))
+def summary(log_probs: np.ndarray, codes: np.ndarray, names: Iterable[str] = EPOCH) -> dict[str, float]:
+    """The metrics `names`, by default the figures of one epoch."""
+    return {name: choose(METRICS, "metric", name)(log_probs, codes) for name in names}
 
 
 def full_report(log_probs: np.ndarray, codes: np.ndarray, top_k: int = 5, bins: int = 15) -> dict[str, float | int]:
@@ -92,53 +80,29 @@ def full_report(log_probs: np.ndarray, codes: np.ndarray, top_k: int = 5, bins: 
 
     return {
         "n": len(codes),
-        **_figures(log_probs, codes, METRICS),
+        **summary(log_probs, codes, METRICS),
         f"top{top_k}_accuracy": top_k_accuracy(log_probs, codes, top_k),
         "ece": expected_calibration_error(log_probs, codes, bins),
     }
 
 
-def wilson_interval(share: float, rows: int, z: float = 1.959964) -> tuple[float, float]:
-    """The interval of a share of `rows` independent rows, 95 % by default (Wilson 1927, score interval)."""
-    middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
-    half = z / (1 + z**2 / rows) * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
-    return float(max(middle - half, 0.0)), float(min(middle + half, 1.0))
+def wilson_interval(share: float, rows: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `rows` independent rows (Wilson 1927, score interval)."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(round(share * rows), rows).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
-def _figures(log_probs: np.ndarray, codes: np.ndarray, names: Mapping | tuple[str, ...]) -> dict[str, float]:
-    confusion = confusion_matrix(predicted(log_probs), codes, log_probs.shape[1])
-    return {name: choose(METRICS, "metric", name)(log_probs, codes, confusion) for name in names}
-
-
-def _averaged(column: str, confusion: np.ndarray, average: str) -> float:
-    table = per_class_table(confusion)
-    return float(choose(AVERAGES, "average", average)(table[column], table))
-
-
-def _macro(values: np.ndarray, table: Mapping[str, np.ndarray]) -> float:
-    """The mean over the classes that occur, as truth or as prediction."""
-    return values[(table["support"] + table["predicted"]) > 0].mean()
-
-
-def _weighted(values: np.ndarray, table: Mapping[str, np.ndarray]) -> float:
-    return (values * table["support"]).sum() / table["support"].sum()
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
-
-
-AVERAGES = {"macro": _macro, "weighted": _weighted}
-
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
-    "accuracy": lambda log_probs, codes, confusion: accuracy(log_probs, codes),
-    "logloss": lambda log_probs, codes, confusion: logloss(log_probs, codes),
-    "competition_logloss": lambda log_probs, codes, confusion: competition_logloss(np.exp(log_probs), codes),
-    "f1_macro": lambda log_probs, codes, confusion: f1(confusion, "macro"),
-    "f1_weighted": lambda log_probs, codes, confusion: f1(confusion, "weighted"),
-    "precision_macro": lambda log_probs, codes, confusion: precision(confusion, "macro"),
-    "precision_weighted": lambda log_probs, codes, confusion: precision(confusion, "weighted"),
-    "recall_macro": lambda log_probs, codes, confusion: recall(confusion, "macro"),
-    "recall_weighted": lambda log_probs, codes, confusion: recall(confusion, "weighted"),
+METRICS: dict[str, Metric] = {
+    "accuracy": of_classes("accuracy_score"),
+    "logloss": logloss,
+    "competition_logloss": lambda log_probs, codes: competition_logloss(np.exp(log_probs), codes),
+    "f1_macro": of_classes("f1_score", average="macro", zero_division=0),
+    "f1_weighted": of_classes("f1_score", average="weighted", zero_division=0),
+    "precision_macro": of_classes("precision_score", average="macro", zero_division=0),
+    "precision_weighted": of_classes("precision_score", average="weighted", zero_division=0),
+    "recall_macro": of_classes("recall_score", average="macro", zero_division=0),
+    "recall_weighted": of_classes("recall_score", average="weighted", zero_division=0),
 }
-"""Every score of a report. To add one: its function above, its line here, its test."""
+"""Every score of a report, macro ones over the classes that occur as truth or as prediction. To add one: its line here."""

@@ -1,27 +1,28 @@
-"""The truth of test rows, and predictions that come as a competition's submission: CSVs to checked tables."""
+"""The truth of rows, as a CSV has it, and how predictions and answers fare against it."""
 
-import csv
 import logging
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from fivefold.contract.spelling import TRUTHS, plain_name, truth_among
+from fivefold.csv_tables import (
+    CLASS_NAMES,
+    ID_NAMES,
+    CsvFile,
+    check_filled,
+    check_same_ids,
+    check_unique,
+    is_index,
+    open_csv,
+    plain_names,
+)
 from fivefold.errors import DataError, MissingInputError
-from fivefold.evaluation.metrics import FLOOR, confusion_matrix, f1
 from fivefold.predictions import Predictions, sample
 
 log = logging.getLogger("fivefold")
-
-LABEL_COLUMNS = ("target", "label", "class_name", "class", "category", "ans", "answer")
-"""The names of a column of classes, the first one that is there goes: as training tables have them, then of answers."""
-ID_COLUMNS = ("id", "imageid", "image_id")
-FAR = 0.1
-"""How far a row's sum may be from 1, or as a share from 100, before it is told."""
 
 
 def truth_file(where: Path) -> Path:
@@ -41,44 +42,39 @@ def read_truth(path: Path, id_column: str = "", ids: Collection[str] = ()) -> di
     """Class names by row id.
 
     Ids are the column called `id_column`, else id, else the first one with a name; where it has not the `ids`,
-    any that has them. The class is the first of LABEL_COLUMNS that is there, else the one other column.
+    any that has them. The class is the first of CLASS_NAMES that is there, else the one other column.
     Raises a DataError for an empty table, an id that stands twice, a row without a class, or several columns
     that could be the class.
     """
-    header, rows = read_cells(path)
-    if len(header) < 2:
-        raise DataError(f"{path} has {len(header)} column; the truth needs an id and a class")
-    if not rows:
-        raise DataError(f"{path} holds no rows, only {','.join(header)}")
-    at_id = _id_place(_plain(header), rows, id_column, ids)
-    place, *others = _label_places(path, header, at_id)
-    unused = f" (not {', '.join(repr(header[at]) for at in others)})" if others else ""
-    log.info("%s: ids are its column %r, classes %r%s", path, header[at_id], header[place], unused)
-    refuse_repeated([row[at_id] for row in rows], f"{path}: ids stand twice")
-    unlabelled = [row[at_id] for row in rows if not row[place].strip()]
-    if unlabelled:
-        raise DataError(f"{path}: {len(unlabelled)} rows without a class: {sample(unlabelled)}")
-    return {row[at_id]: plain_name(row[place]) for row in rows}
+    table = open_csv(path)
+    if len(table.columns) < 2:
+        raise DataError(f"{path} has {len(table.columns)} column; the truth needs an id and a class")
+    frame, plain = table.read(), dict(zip(table.columns, table.plain_columns, strict=True))
+    known, wanted = [name for name in (plain_name(id_column).lower(), *ID_NAMES) if name], set(ids)
+    columns = [name for name in frame if plain[name] not in CLASS_NAMES] or list(frame)[:1]
+    columns.sort(
+        key=lambda name: (known.index(plain[name]) if plain[name] in known else len(known), is_index(plain[name]))
+    )
+    row_id = next((name for name in columns if wanted and set(frame[name]) == wanted), columns[0])
+    label, *others = _class_columns(table, row_id)
+    unused = f" (not {', '.join(map(repr, others))})" if others else ""
+    log.info("%s: ids are its column %r, classes %r%s", path, row_id, label, unused)
+    check_unique(frame[row_id], path)
+    check_filled(frame[label], "class", path)
+    return dict(zip(frame[row_id], plain_names(frame[label]), strict=True))
 
 
-def _id_place(names: Sequence[str], rows: Sequence[Sequence[str]], called: str, ids: Collection[str]) -> int:
-    """The place of the ids: by name, unless another column has the `ids` and this one has not."""
-    known, wanted = [name for name in (plain_name(called).lower(), "id") if name], set(ids)
-    places = [at for at, name in enumerate(names) if name not in LABEL_COLUMNS] or [0]
-    places.sort(key=lambda at: (known.index(names[at]) if names[at] in known else len(known), _is_index(names[at])))
-    return next((at for at in places if wanted and {row[at] for row in rows} == wanted), places[0])
-
-
-def _label_places(path: Path, header: Sequence[str], at_id: int) -> list[int]:
-    """The places of all columns called like classes, the best first; of the one other column where none is."""
-    names, rest = _plain(header), [at for at in range(len(header)) if at != at_id]
-    if called := [names.index(name) for name in LABEL_COLUMNS if name in names and names.index(name) != at_id]:
+def _class_columns(table: CsvFile, row_id: str) -> list[str]:
+    """All columns called like classes, the best first; the one other column where none is."""
+    plain = dict(zip(table.plain_columns, table.columns, strict=True))
+    if called := [plain[name] for name in CLASS_NAMES if name in plain and plain[name] != row_id]:
         return called
-    rest = [at for at in rest if not _is_index(names[at])] or rest
+    rest = [name for name in table.columns if name != row_id]
+    rest = [name for name in rest if not is_index(plain_name(name).lower())] or rest
     if len(rest) > 1:
         raise DataError(
-            f"{path} does not say which column is the class: {', '.join(repr(header[at]) for at in rest)}; "
-            f"call it {', '.join(LABEL_COLUMNS[:2])} or the like"
+            f"{table} does not say which column is the class: {', '.join(map(repr, rest))}; "
+            f"call it {', '.join(CLASS_NAMES[:2])} or the like"
         )
     return rest
 
@@ -86,68 +82,13 @@ def _label_places(path: Path, header: Sequence[str], at_id: int) -> list[int]:
 def with_truth(table: Predictions, truth: dict[str, str], where: Path) -> Predictions:
     """`table` with labels; a DataError unless ids are the same on both sides and every class is known."""
     ids = [str(name) for name in table.ids]
-    predicted = set(ids)
-    extra = [name for name in truth if name not in predicted]
-    absent = [name for name in ids if name not in truth]
-    _refuse_other_rows(where, extra, absent, len(truth), len(ids))
-    labelled = replace(table, labels=np.array([truth[name] for name in ids], dtype=object))
-    known = set(table.classes)
-    unknown = sorted({label for label in truth.values() if label not in known})
+    check_same_ids(truth, str(where), ids, "the predictions")
+    unknown = sorted(set(truth.values()) - set(table.classes))
     if unknown:
         raise DataError(
             f"{where}: classes that the model does not know: {sample(unknown)}; it knows {sample(table.classes)}"
         )
-    return labelled
-
-
-def read_submission(path: Path) -> Predictions:
-    """A submission (first column ids, one column of probabilities a class) as predictions.
-
-    Rows are brought to sum 1 and clipped as competitions do. Raises a DataError that names the
-    row for what is no finite number at or above 0, or a row of zeros.
-    """
-    header, rows = read_cells(path)
-    classes = [plain_name(name) for name in header[1:]]
-    if len(classes) < 2 or not rows:
-        raise DataError(f"{path} is no submission: an id column, at least two class columns and rows are needed")
-    refuse_repeated(classes, f"{path}: columns stand twice")
-    refuse_repeated([row[0] for row in rows], f"{path}: ids stand twice")
-    probs = shares(np.array([_probabilities(row, path) for row in rows]), path)
-    order = np.argsort(np.array(classes), kind="stable")
-    return Predictions(
-        ids=np.array([row[0] for row in rows], dtype=object),
-        fold=np.full(len(rows), -1, np.int16),
-        system=path.stem,
-        classes=tuple(classes[at] for at in order),
-        log_probs=np.log(probs)[:, order].astype(np.float32),
-    )
-
-
-def shares(probs: np.ndarray, path: Path) -> np.ndarray:
-    """`probs` [N, C] at or above 0, each row brought to sum 1 and clipped to [FLOOR, 1]; warns of sums far from 1 and 100."""
-    sums = probs.sum(axis=1)
-    far = np.flatnonzero(np.minimum(np.abs(sums - 1), np.abs(sums / 100 - 1)) > FAR)
-    if len(far):
-        log.warning(
-            "%s: %d rows sum neither to 1 nor to 100, the first in line %d (to %g); each is divided by its sum",
-            path,
-            len(far),
-            far[0] + 2,
-            sums[far[0]],
-        )
-    probs = np.clip(probs / sums[:, None], FLOOR, 1)
-    return probs / probs.sum(axis=1, keepdims=True)
-
-
-def read_answers(path: Path) -> dict[str, str]:
-    """Predicted class names by row id, of a file with one column of them, or with a column of probabilities a class."""
-    if not path.is_file():
-        raise MissingInputError(f"no answers at {path}; run inference first, with the same output folder")
-    header, _ = read_cells(path, 1)
-    if len(header) == 2:
-        return read_truth(path)
-    table = read_submission(path)
-    return {name: table.classes[code] for name, code in zip(table.ids, table.log_probs.argmax(axis=1), strict=True)}
+    return replace(table, labels=np.array([truth[name] for name in ids], dtype=object))
 
 
 def score_answers(answers: dict[str, str], truth: dict[str, str], where: Path) -> dict[str, float | int]:
@@ -155,84 +96,9 @@ def score_answers(answers: dict[str, str], truth: dict[str, str], where: Path) -
 
     Raises a DataError unless answers and truth are of the same ids.
     """
-    extra, absent = [name for name in truth if name not in answers], [name for name in answers if name not in truth]
-    _refuse_other_rows(where, extra, absent, len(truth), len(answers))
-    classes = sorted({*truth.values(), *answers.values()})
-    index = {name: code for code, name in enumerate(classes)}
-    codes = np.array([index[name] for name in truth.values()])
-    guesses = np.array([index[answers[name]] for name in truth])
-    counts = confusion_matrix(guesses, codes, len(classes))
-    return {"accuracy": float((guesses == codes).mean()), "f1_macro": f1(counts), "n": len(codes)}
+    from sklearn.metrics import accuracy_score, f1_score
 
-
-def _probabilities(row: list[str], path: Path) -> list[float]:
-    try:
-        values = [float(cell) for cell in row[1:]]
-    except ValueError as error:
-        raise DataError(f"{path}: the row of id {row[0]!r} holds what is no number: {error}") from error
-    if not all(0 <= value < float("inf") for value in values) or sum(values) == 0:
-        raise DataError(f"{path}: the row of id {row[0]!r} holds no probabilities: NaN, infinite, negative or all 0")
-    return values
-
-
-def read_cells(path: Path, most: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows, or the first `most`, of a CSV in UTF-8, less the index that pandas writes before the ids.
-
-    Raises a DataError for another encoding, an empty file, or rows of unlike lengths.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            filled = (line for line in csv.reader(file, strict=True) if line)
-            lines = list(filled if most is None else islice(filled, most + 1))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a CSV in UTF-8: {error}") from error
-    if not lines:
-        raise DataError(f"{path} is empty")
-    ragged = next((line for line in lines if len(line) != len(lines[0])), None)
-    if ragged is not None:
-        raise DataError(
-            f"{path}: the row {','.join(ragged)[:60]!r} has {len(ragged)} cells, the header {len(lines[0])}"
-        )
-    if _has_index(lines):
-        lines = [line[1:] for line in lines]
-    return lines[0], lines[1:]
-
-
-def _has_index(lines: Sequence[Sequence[str]]) -> bool:
-    """Whether a first column without a name stands before the ids: one that is called so, or is of no numbers."""
-    first, second = [*_plain(lines[0]), ""][:2]
-    if not _is_index(first) or len(lines[0]) < 3 or second in LABEL_COLUMNS:
-        return False
-    cell = lines[1][1] if lines[1:] else ""
-    return second in ID_COLUMNS or (cell != "" and not is_number(cell))
-
-
-def _plain(header: Sequence[str]) -> list[str]:
-    return [plain_name(name).lower() for name in header]
-
-
-def _is_index(name: str) -> bool:
-    """Whether pandas calls a column so that has no name, in lower case."""
-    return not name or name.startswith("unnamed:")
-
-
-def is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _refuse_other_rows(where: Path, extra: list[str], absent: list[str], truth: int, predicted: int) -> None:
-    parts = [f"{len(extra)} of its {truth} ids are not predicted ({sample(extra)})"] if extra else []
-    parts += [f"{len(absent)} of {predicted} predicted ids are not in it ({sample(absent)})"] if absent else []
-    if parts:
-        raise DataError(f"{where} is the truth of other rows: {'; '.join(parts)}; give the truth of this test set")
-
-
-def refuse_repeated(names: list[str], what: str) -> None:
-    """Raises a DataError, which starts with `what`, for names that stand several times."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{what}: {sample(twice)}")
+    check_same_ids(truth, str(where), answers, "the answers")
+    right, guesses = list(truth.values()), [answers[name] for name in truth]
+    f1 = f1_score(right, guesses, average="macro", zero_division=0)
+    return {"accuracy": float(accuracy_score(right, guesses)), "f1_macro": float(f1), "n": len(right)}

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.choose import choose
-from fivefold.data.effects import reflected
 from fivefold.errors import SettingsError
 from fivefold.recipe import Spec
 
@@ -184,6 +183,12 @@ def _along(images: Tensor, dim: int, at: range) -> Tensor:
     mirrored = (reflected(torch.arange(*ends, device=images.device), size) for ends in beyond)
     first, last = (images.index_select(dim, ends) for ends in mirrored)
     return torch.cat([first, images.narrow(dim, start, stop - start), last], dim)
+
+
+def reflected(at: Tensor, size: int) -> Tensor:
+    """Positions in 0 to size - 1 for any whole positions: mirrored at the ends, which are not repeated."""
+    last = max(1, size - 1)
+    return (last - (at % (2 * last) - last).abs()).clamp(max=size - 1)
 
 
 def _check(view: str, name: str, value: object) -> None:

@@ -29,7 +29,7 @@ from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.screen import Screen, copy_output
 from fivefold.launchers.status import LOG, epochs_done, failure_of, running_pid, write_ended, write_started
-from fivefold.machine import count_cores, free_memory
+from fivefold.machine import GLIBC_TUNABLES, count_cores, free_memory
 from fivefold.recipe import SECTIONS
 from fivefold.settings import ENVIRONMENT_KEYS
 
@@ -94,7 +94,7 @@ class LocalBackend:
         as_terminal = alone and self.screen.terminal
         read_end, write_end = _terminal() if as_terminal else os.pipe()
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs", *step.command],
+            [sys.executable, "-m", "fivefold.jobs", *step.command],
             env=self.environment(step, gpu),
             stdin=subprocess.DEVNULL,
             stdout=write_end,
@@ -194,6 +194,7 @@ def step_environment(step: Step, environ: Mapping[str, str], gpu: str = "", thre
     # small network took 10 s an epoch instead of 1.3 s. Sleeping at once (PASSIVE) cost 30 % on an idle machine;
     # a short spin cost nothing there.
     own.setdefault("GOMP_SPINCOUNT", "20000")
+    own.setdefault("GLIBC_TUNABLES", GLIBC_TUNABLES)
     return {**own, "PYTHONUNBUFFERED": "1", **step.environment}
 
 

@@ -18,7 +18,7 @@ from fivefold.contract.layout import channels_of, outputs_of
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan
-from fivefold.sections import Kubernetes
+from fivefold.recipe import Kubernetes
 
 Object = dict[str, Any]
 

@@ -41,7 +41,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Step:
-    """One process: `python -m jobs <command>` with `environment`, after the steps it needs.
+    """One process: `python -m fivefold.jobs <command>` with `environment`, after the steps it needs.
 
     `epochs` is how many a training step takes at most, 0 for other steps. `fold` is set where a step trains a fold,
     `seed` where it trains a model.
@@ -143,7 +143,7 @@ def describe(plan: Plan, python: str = "python") -> str:
     for step in plan.steps:
         after = f", after {', '.join(step.needs)}" if step.needs else ""
         variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
-        command = shlex.join([python, "-m", "jobs", *step.command])
+        command = shlex.join([python, "-m", "fivefold.jobs", *step.command])
         blocks.append(f"\n# {step.name}{after}\n" + " \\\n  ".join([*variables, command]))
     return "\n".join(blocks)
 

@@ -3,6 +3,7 @@
 A variant is a table `[variants.NAME]` of the recipe: the keys that it has otherwise, section by section.
 """
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 from fivefold.choose import choose
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.recipe import SECTIONS
-from fivefold.values import json_document
 
 SMOKE = "smoke"
 """The variant that changes sizes and counts only, so that a whole system runs in a minute."""
@@ -69,7 +69,7 @@ def _recipe_path(name: str) -> Path:
 def _tree(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        tree = json_document(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+        tree = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"recipe {path} cannot be read: {error}") from error
     if not isinstance(tree, dict):

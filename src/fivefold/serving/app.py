@@ -2,22 +2,31 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import TypeVar
 
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from fivefold.serving.answers import FORMS, Said, choose_form
-from fivefold.serving.bodies import check_plain, count_wanted, declared_length, is_list, too_large
-from fivefold.serving.counters import MEDIA_TYPE
-from fivefold.serving.refusals import RefusedError
-from fivefold.serving.service import Service, timed
+from fivefold.serving.protocol import (
+    RENDERERS,
+    Prediction,
+    RefusedError,
+    check_plain,
+    count_wanted,
+    declared_length,
+    is_list,
+    negotiate_type,
+    too_large,
+)
+from fivefold.serving.service import Service
 
 log = logging.getLogger("fivefold")
 
@@ -54,12 +63,12 @@ def build_app(service: Service) -> Starlette:
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def metrics(_: Request) -> Response:
-        return PlainTextResponse(service.counters.text(service.images), media_type=MEDIA_TYPE)
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def invocations(request: Request) -> Response:
-        with timed(service.counters) as status:
-            response = await answered(service, request)
-            status[0] = response.status_code
+        start = time.perf_counter()
+        response = await answered(service, request)
+        service.metrics.count_request(response.status_code, time.perf_counter() - start)
         if service.draining:
             response.headers["Connection"] = "close"
         return response
@@ -78,9 +87,9 @@ async def answered(service: Service, request: Request) -> Response:
     try:
         check_plain(request.headers.get("content-encoding", ""))
         many = is_list(request.headers.get("content-type", ""))
-        form = choose_form(request.headers.get("accept", ""))
-        if declared_length(request.headers) > service.limits.max_body:
-            raise too_large(service.limits.max_body)
+        form = negotiate_type(request.headers.get("accept", ""))
+        if declared_length(request.headers) > service.max_body:
+            raise too_large(service.max_body)
         with service.admitted() as take:
             top = count_wanted(request.query_params, len(service.model.classes))
             body = await service.receive(request.stream())
@@ -88,8 +97,8 @@ async def answered(service: Service, request: Request) -> Response:
             asked = await service.read(body, many)
             take(len(asked.files))
             rows = await unless_gone(request, service.predict(asked))
-            said = Said(service.model.classes, rows, top, asked.many)
-            return Response(await service.render(FORMS[form], said), media_type=form)
+            prediction = Prediction(service.model.classes, rows, top, asked.many)
+            return Response(await service.render(RENDERERS[form], prediction), media_type=form)
     except RefusedError as refused:
         headers = {} if refused.later is None else {"Retry-After": str(refused.later)}
         return (JSONResponse if read else TurnedAway)(refused.as_json(), refused.status, headers)

@@ -108,13 +108,10 @@ class Batcher:
                 return
             self._failures += 1
             log.exception("the model failed on an image")
-            self._tell([(each, error) for each in batch])
+            self._loop.call_soon_threadsafe(_deliver, [(each, error) for each in batch])
             return
         self._failures = 0
         self._seen(len(batch))
-        self._tell(found)
-
-    def _tell(self, found: Sequence[tuple[Waiting, np.ndarray | Exception]]) -> None:
         self._loop.call_soon_threadsafe(_deliver, found)
 
 

@@ -5,13 +5,13 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fivefold.errors import SettingsError
 from fivefold.serving.app import build_app
-from fivefold.serving.service import Model, Service
+from fivefold.serving.service import Service
 from fivefold.stopping import poll
 
 log = logging.getLogger("fivefold")
@@ -23,26 +23,6 @@ LAP = 0.25
 """Seconds between the end of accepting and the closing of idle connections: what is on its way then is still taken in."""
 WATCH = 0.05
 """Seconds between two looks for a signal."""
-
-
-class Patient(H11Protocol):
-    """A connection that is closed when the head of a request is not complete in the time that it may be idle.
-
-    uvicorn has no such limit: a client that sends half a head would keep its connection for ever.
-    """
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        self._close_at(self.loop.time() + self.timeout_keep_alive)
-
-    def data_received(self, data: bytes) -> None:
-        due = self.timeout_keep_alive_task and self.timeout_keep_alive_task.when()
-        super().data_received(data)
-        if due and self.timeout_keep_alive_task is None and (self.cycle is None or self.cycle.response_complete):
-            self._close_at(due)
-
-    def _close_at(self, when: float) -> None:
-        self.timeout_keep_alive_task = self.loop.call_at(when, self.timeout_keep_alive_handler)
 
 
 class Server(uvicorn.Server):
@@ -78,7 +58,7 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(listener: socket.socket, service: Service, load: Callable[[], Model], drain: float) -> None:
+def serve(listener: socket.socket, service: Service, load: Callable[[], Any], drain: float) -> None:
     """Answers at `listener` by the model that `load` gives; ends by a StoppedError, or by what `load` raises.
 
     While it loads, and from the signal on, `/ping` is 503. Requests under way then have `drain` seconds.
@@ -86,7 +66,7 @@ def serve(listener: socket.socket, service: Service, load: Callable[[], Model], 
     asyncio.run(_serve(listener, service, load, drain))
 
 
-async def _serve(listener: socket.socket, service: Service, load: Callable[[], Model], drain: float) -> None:
+async def _serve(listener: socket.socket, service: Service, load: Callable[[], Any], drain: float) -> None:
     async with running(listener, service, drain) as server:
         loading = asyncio.ensure_future(asyncio.to_thread(load))
         await told_to_stop(loading, server)
@@ -96,16 +76,14 @@ async def _serve(listener: socket.socket, service: Service, load: Callable[[], M
 
 
 @asynccontextmanager
-async def running(
-    listener: socket.socket, service: Service, drain: float, idle: float = KEEP_ALIVE
-) -> AsyncIterator[asyncio.Future[None]]:
+async def running(listener: socket.socket, service: Service, drain: float) -> AsyncIterator[asyncio.Future[None]]:
     """Runs the server beside the block; after it no request is accepted, and those under way are answered.
 
-    A connection may be `idle` for so many seconds, and its requests have `drain` seconds after the block.
+    These have `drain` seconds after the block.
     """
     config = uvicorn.Config(
-        build_app(service), http=Patient, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning", access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=idle, timeout_graceful_shutdown=drain,
+        build_app(service), http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning", access_log=False,
+        server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=drain,
     )  # fmt: skip
     server = Server(config)
     task = asyncio.ensure_future(server.serve([listener]))
@@ -119,9 +97,11 @@ async def running(
             await task
         finally:
             service.close()
-        counters = service.counters
         if service.model is not None:
-            log.info("answered %d requests, %d images", sum(counters.requests.values()), counters.images)
+            requests, images = map(
+                service.metrics.read, ("fivefold_request_seconds_count", "fivefold_batch_images_sum")
+            )
+            log.info("answered %d requests, %d images", requests, images)
 
 
 async def told_to_stop(*unless: asyncio.Future) -> None:

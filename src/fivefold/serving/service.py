@@ -1,55 +1,74 @@
 """A model that answers requests: it reads, decodes and prepares images, has them judged in batches, and counts."""
 
 import asyncio
-import logging
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from fivefold.errors import DataError
 from fivefold.machine import count_cores
-from fivefold.serving.answers import Said
+from fivefold.recipe import Serve
 from fivefold.serving.batching import Batcher
-from fivefold.serving.bodies import Asked, Limits, read_image, read_list, too_large
-from fivefold.serving.counters import Counters
-from fivefold.serving.refusals import RefusedError
-
-log = logging.getLogger("fivefold")
+from fivefold.serving.protocol import MILLION, ImageRequest, Prediction, RefusedError, read_image, read_list, too_large
 
 LATER = 1
 """Seconds after which a request that finds the queue full may come again."""
 
 
-class Model(Protocol):
-    """What is served: a `committee.Committee`."""
+if TYPE_CHECKING:
+    from fivefold.committee import Committee
 
-    classes: tuple[str, ...]
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Upper bounds of the histograms' buckets."""
+disable_created_metrics()
 
-    def decode(self, content: bytes, name: str, max_pixels: float) -> Any: ...
 
-    def prepare(self, decoded: Any) -> Any: ...
+class Metrics:
+    """What Prometheus reads of a server; `images` gives the images of requests that are not yet answered."""
 
-    def judge(self, images: Sequence[Any]) -> np.ndarray: ...
+    def __init__(self, images: Callable[[], int]) -> None:
+        self.registry = own = CollectorRegistry()
+        self._requests = Counter(
+            "fivefold_requests", "requests of /invocations by the status of their answer", ["status"], registry=own
+        )
+        under_way = Gauge("fivefold_images_under_way", "images of requests that are not yet answered", registry=own)
+        under_way.set_function(images)
+        self._seconds = Histogram(
+            "fivefold_request_seconds", "seconds from a request's head to its answer", buckets=SECONDS, registry=own
+        )
+        self.batches = Histogram(
+            "fivefold_batch_images", "images in one step of the model", buckets=SIZES, registry=own
+        )
+
+    def count_request(self, status: int, seconds: float) -> None:
+        self._requests.labels(status).inc()
+        self._seconds.observe(seconds)
+
+    def read(self, sample: str, **labels: str) -> int:
+        """The value of a sample, as `fivefold_batch_images_sum`; 0 where there is none yet."""
+        return round(self.registry.get_sample_value(sample, labels) or 0)
 
 
 class Service:
     """Answers requests by one model, as soon as it has one; its methods belong to one event loop."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Serve) -> None:
         self.limits = limits
-        self.counters = Counters()
-        self.model: Model | None = None
+        self.max_body = limits.max_body_mb * MILLION
+        self.metrics = Metrics(lambda: self.images)
+        self.model: Committee | None = None
         self.draining = False
         self.requests = 0
         self.images = 0
         self._pool: ThreadPoolExecutor | None = None
         self._batcher: Batcher | None = None
 
-    def open(self, model: Model) -> None:
+    def open(self, model: "Committee") -> None:
         """Takes requests from now on: the model has a thread with all of torch's, images have threads with one each."""
         import torch
 
@@ -57,9 +76,9 @@ class Service:
         self._batcher = Batcher(
             model.judge,
             limits.batch_size,
-            limits.max_wait,
+            limits.max_wait_ms / 1000,
             under_way=lambda: self.requests,
-            seen=self.counters.batch,
+            seen=self.metrics.batches.observe,
             begin=lambda: torch.set_num_threads(threads),
         )
         # Each thread that works with torch would have as many of its own: on two cores images took half as long again.
@@ -114,67 +133,55 @@ class Service:
         """The body of a request; RefusedError (413) as soon as it is larger than the limit, (408) when it takes too long."""
         body = bytearray()
         try:
-            async with asyncio.timeout(self.limits.timeout):
+            async with asyncio.timeout(self.limits.timeout_s):
                 async for chunk in chunks:
                     body += chunk
-                    if len(body) > self.limits.max_body:
-                        raise too_large(self.limits.max_body)
+                    if len(body) > self.max_body:
+                        raise too_large(self.max_body)
         except TimeoutError:
             raise RefusedError(
-                408, f"the body was not sent within {self.limits.timeout:g} s (serve.timeout_s)"
+                408, f"the body was not sent within {self.limits.timeout_s:g} s (serve.timeout_s)"
             ) from None
         return bytes(body)
 
-    async def read(self, body: bytes, many: bool) -> Asked:
+    async def read(self, body: bytes, many: bool) -> ImageRequest:
         """The image files of a body; a large list is read in another thread, so that others need not wait for it."""
         return await self._in_thread(read_list, body) if many else read_image(body)
 
-    async def predict(self, asked: Asked) -> np.ndarray:
+    async def predict(self, asked: ImageRequest) -> np.ndarray:
         """log p float32 [N, C] of the images in their order.
 
         RefusedError (422) for the first that cannot be decoded or has too many pixels, (503) when it takes too long.
         """
         try:
-            async with asyncio.timeout(self.limits.timeout):
+            async with asyncio.timeout(self.limits.timeout_s):
                 prepared = await self._prepared(asked)
                 rows = await asyncio.gather(*(self._batcher.ask(image) for image in prepared))
         except TimeoutError:
             raise RefusedError(
-                503, f"no answer within {self.limits.timeout:g} s (serve.timeout_s): try again later", later=LATER
+                503, f"no answer within {self.limits.timeout_s:g} s (serve.timeout_s): try again later", later=LATER
             ) from None
         return np.stack(rows) if rows else np.empty((0, len(self.model.classes)), np.float32)
 
-    async def render(self, form: Callable[[Said], bytes], said: Said) -> bytes:
+    async def render(self, form: Callable[[Prediction], bytes], prediction: Prediction) -> bytes:
         """The body of an answer; that of a list, which may have many classes, is written in another thread."""
-        return await self._in_thread(form, said) if said.many else form(said)
+        return await self._in_thread(form, prediction) if prediction.many else form(prediction)
 
-    async def _prepared(self, asked: Asked) -> list[Any]:
-        names = [
-            (f"image {at} of the list", at) if asked.many else ("the image", None) for at in range(len(asked.files))
-        ]
-        work = [self._in_thread(self._prepare, file, *name) for file, name in zip(asked.files, names, strict=True)]
+    async def _prepared(self, asked: ImageRequest) -> list[Any]:
+        work = [self._in_thread(self._prepare, file, at if asked.many else None) for at, file in enumerate(asked.files)]
         found = await asyncio.gather(*work, return_exceptions=True)
         for each in found:
             if isinstance(each, BaseException):
                 raise each
         return found
 
-    def _prepare(self, file: bytes, name: str, at: int | None) -> Any:
+    def _prepare(self, file: bytes, at: int | None) -> Any:
+        name = "the image" if at is None else f"image {at} of the list"
         try:
-            decoded = self.model.decode(file, name, self.limits.max_pixels)
+            decoded = self.model.decode(file, name, self.limits.max_megapixels * MILLION)
         except DataError as error:
             raise RefusedError(422, str(error), image=at) from None
         return self.model.prepare(decoded)
 
     def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-
-
-@contextmanager
-def timed(counters: Counters) -> Iterator[list[int]]:
-    """Counts a request by the status that is put into the list, and the seconds that the block takes."""
-    begun, status = time.perf_counter(), [500]
-    try:
-        yield status
-    finally:
-        counters.request(status[0], time.perf_counter() - begun)

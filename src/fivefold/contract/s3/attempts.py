@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,8 +23,7 @@ from fivefold.contract.stages import RECORD
 from fivefold.errors import DataError, RetryableError
 
 if TYPE_CHECKING:
-    from fivefold.contract.s3.store import Store
-    from fivefold.contract.s3.transfers import Object
+    from fivefold.contract.s3.client import Object, Store
 
 FILES = "files.json"
 MARKERS = (RECORD, FILES)
@@ -50,10 +49,6 @@ class Attempt:
     def marker(self) -> "Object | None":
         """The object that says that the attempt is whole."""
         return next((self.objects[name] for name in MARKERS if name in self.objects), None)
-
-    def is_newer_than(self, moment: float) -> bool:
-        """Whether something was put there since `moment` (seconds since 1970)."""
-        return any(found.modified > moment for found in self.objects.values())
 
 
 @dataclass(frozen=True)
@@ -146,8 +141,3 @@ def _check_names(seen: Mapping[str, Stored], url: Url) -> None:
             raise DataError(
                 f"{url / name} cannot be a file's name: it is empty in part, or the name of a folder too; rename it"
             )
-
-
-def superseded(attempts: Sequence[Attempt], stage: str) -> list[Attempt]:
-    """The attempts of a stage that are whole, and that a new one will take the place of."""
-    return [each for each in attempts if each.stage == stage and each.marker]

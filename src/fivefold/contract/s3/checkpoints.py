@@ -2,17 +2,14 @@
 
 import logging
 import os
-import queue
 import re
 import secrets
 import shutil
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 from fivefold.contract.files import sha256
-from fivefold.contract.s3.store import Store
-from fivefold.contract.s3.transfers import Download
+from fivefold.contract.s3.client import Download, Store
 from fivefold.contract.s3.urls import Url
 from fivefold.errors import FivefoldError
 
@@ -32,8 +29,9 @@ class CheckpointSync:
 
     def __init__(self, store: Store, url: Url, folder: Path) -> None:
         self._store, self._url, self._folder = store, url, folder
-        self._there: list[Url] = []
-        self._queue: queue.SimpleQueue[tuple[Path, Url] | None] = queue.SimpleQueue()
+        self._sent: list[Url] = []
+        self._lock = threading.Lock()
+        self._waiting: tuple[Path, Url] | None = None
         self._thread: threading.Thread | None = None
 
     def restore(self, own: Path) -> set[str]:
@@ -41,7 +39,7 @@ class CheckpointSync:
         every = self._store.below(self._url)
         here = self._at(own)
         found = [each for each in every if each.url.parent == here and CHECKPOINT.fullmatch(each.url.name)]
-        self._there = [each.url for each in found]
+        self._sent = [each.url for each in found]
         for each in found[-CHECKPOINTS_KEPT:]:
             number, digest, _ = each.url.name.split(".")
             path = own / f"{number}.pt"
@@ -58,10 +56,13 @@ class CheckpointSync:
             os.link(path, copy)
         except OSError:  # a file system without links
             shutil.copyfile(path, copy)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-            self._thread.start()
-        self._queue.put((copy, self._at(path.parent) / path.name))
+        with self._lock:
+            replaced, self._waiting = self._waiting, (copy, self._at(path.parent))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+                self._thread.start()
+        if replaced is not None:
+            replaced[0].unlink(missing_ok=True)
 
     def forget(self, own: Path) -> None:
         """Removes a key's checkpoints, once its stage is done."""
@@ -70,39 +71,32 @@ class CheckpointSync:
 
     def close(self) -> None:
         """Waits for what is being sent, for a while."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(SECONDS_FOR_LAST_CHECKPOINT)
-            if self._thread.is_alive():
+        thread = self._thread
+        if thread is not None:
+            thread.join(SECONDS_FOR_LAST_CHECKPOINT)
+            if thread.is_alive():
                 log.warning("the last checkpoint is not at %s yet: the next run goes on from the one before", self._url)
-            self._thread = None
 
     def _at(self, folder: Path) -> Url:
         return self._url / folder.relative_to(self._folder).as_posix()
 
     def _work(self) -> None:
-        while (newest := self._newest()) is not None:
-            copy, url = newest
+        """Sends what waits, until nothing does."""
+        while (waiting := self._take()) is not None:
+            copy, folder = waiting
             try:
-                url = url.parent / f"{Path(url.name).stem}.{sha256(copy)}.pt"
+                url = folder / f"{copy.name.split('.')[1]}.{sha256(copy)}.pt"
                 self._store.write_file(copy, url)
-                self._there.append(url)
-                self._store.delete(self._there[:-CHECKPOINTS_KEPT])
-                del self._there[:-CHECKPOINTS_KEPT]
+                self._sent.append(url)
+                self._store.delete(self._sent[:-CHECKPOINTS_KEPT])
+                del self._sent[:-CHECKPOINTS_KEPT]
             except (FivefoldError, OSError) as error:
-                log.warning("a checkpoint could not be kept at %s, the next one is tried again: %s", url, error)
-            with suppress(OSError):
-                copy.unlink()
+                log.warning("a checkpoint could not be kept at %s, the next one is tried again: %s", folder, error)
+            copy.unlink(missing_ok=True)
 
-    def _newest(self) -> tuple[Path, Url] | None:
-        """The last of what waits; None at the end."""
-        found = self._queue.get()
-        while found is not None and not self._queue.empty():
-            following = self._queue.get()
-            if following is None:
-                self._queue.put(None)
-                break
-            with suppress(OSError):
-                found[0].unlink()
-            found = following
-        return found
+    def _take(self) -> tuple[Path, Url] | None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, None
+            if waiting is None:
+                self._thread = None
+            return waiting

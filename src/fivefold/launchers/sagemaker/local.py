@@ -6,12 +6,12 @@ of each step (or plain folders, with `sagemaker.compress=false`), and is what th
 """
 
 import json
-import logging
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,147 +19,157 @@ from typing import Any
 from fivefold.contract.s3.urls import is_url
 from fivefold.contract.stages import FAILURE, STAGES
 from fivefold.errors import MissingInputError, SettingsError
+from fivefold.extras import need
 from fivefold.launchers import local
 from fivefold.launchers.plan import Inputs, Plan, Step
-from fivefold.launchers.sagemaker import requests
-from fivefold.launchers.sagemaker.trainer import need_sdk, run_here
-from fivefold.launchers.scheduler import Signals
+from fivefold.launchers.sagemaker.requests import (
+    base_name,
+    channels,
+    environment,
+    hyperparameters,
+    options_of,
+    place_of,
+)
+from fivefold.launchers.scheduler import Scheduler
+from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import LOG, failure_of, record_of, write_ended, write_started
-
-log = logging.getLogger("fivefold")
 
 IMAGE = "fivefold:latest"
 PLACE = "sagemaker"
 WORK = "work"
-TARBALLS = ("model.tar.gz", "output.tar.gz")
-SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_TO_STOP = 120
-"""As long as SageMaker waits between SIGTERM and SIGKILL."""
+SECONDS_BETWEEN_POLLS = 0.2
 
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
-    """Runs the plan's steps in containers, `parallel` at a time (0: one); the exit code of the first that failed.
+    """Runs the plan's steps in containers, `parallel` at a time (0: one); returns the code of the first that failed.
 
     A step that is done already runs again: its container starts empty.
     """
-    jobs = jobs_of(plan)
-    with Signals() as signals:
-        return Engine(plan, jobs, bool(local.gpus(environ)), max(1, parallel)).work(signals)
+    parallel, screen = max(1, parallel), Screen()
+    with ThreadPoolExecutor(parallel) as pool:
+        containers = Containers(plan, jobs_of(plan), bool(local.gpus(environ)), screen, pool)
+        return Scheduler(plan.steps, containers, screen, parallel, SECONDS_BETWEEN_POLLS).run()
 
 
 def check(plan: Plan, environ: Mapping[str, str] = os.environ) -> None:
     """Raises a SettingsError where the SDK or the Docker engine is missing."""
-    need_sdk("platform=sagemaker-local")
+    need(("sagemaker",), "launch", "platform=sagemaker-local")
     if shutil.which("docker", path=environ.get("PATH")) is None:
         raise SettingsError("platform=sagemaker-local needs docker, which is not in PATH: install a Docker engine")
     jobs_of(plan)
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
-    """The jobs of all steps as JSON: image, channels, hyperparameters and variables."""
-    return json.dumps({name: job.as_json() for name, job in jobs_of(plan).items()}, indent=2, ensure_ascii=False)
+    """Returns the jobs of all steps as JSON: image, channels, hyperparameters and variables."""
+    return json.dumps(jobs_of(plan), indent=2, ensure_ascii=False)
 
 
 def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
-    """The inputs, all of them of this machine: local mode would need credentials for others."""
+    """Returns the inputs, all of them of this machine: local mode would need credentials for others."""
     for name, path in vars(inputs).items():
         if path and is_url(path):
             raise SettingsError(f"{name}={path}: platform=sagemaker-local takes folders and files of this machine")
     return local.check_inputs(inputs, run_folder)
 
 
-@dataclass(frozen=True)
-class LocalJob:
-    """One step for the engine: its channels are folders (or files) of this machine."""
-
-    image: str
-    channels: Mapping[str, Path]
-    request: Mapping[str, Mapping[str, str]]
-    compress: bool
-
-    def as_json(self) -> dict[str, Any]:
-        paths = {name: str(path) for name, path in self.channels.items()}
-        return {"Image": self.image, "InputDataConfig": paths, **self.request}
-
-
-def jobs_of(plan: Plan) -> dict[str, LocalJob]:
-    """The job of each step, by the step's name."""
-    return {step.name: job_of(plan, step) for step in plan.steps}
-
-
-def job_of(plan: Plan, step: Step) -> LocalJob:
-    options = requests.options_of(plan.settings, step)
-    options = options.model_copy(update={"image": options.image or IMAGE})
-    given = requests.channels(plan, step, str(plan.folder / PLACE))
-    paths = {name: Path(path).resolve() for name, path in given.items()}
-    request = {
-        "HyperParameters": requests.hyperparameters(plan, step),
-        "Environment": requests.environment(step, options),
-    }
-    return LocalJob(options.image, paths, request, options.compress)
+def jobs_of(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Returns the job of each step by the step's name; its channels are folders (or files) of this machine."""
+    jobs = {}
+    for step in plan.steps:
+        options = options_of(plan.settings, step)
+        options = options.model_copy(update={"image": options.image or IMAGE})
+        paths = channels(plan, step, str(plan.folder / PLACE))
+        jobs[step.name] = {
+            "Image": options.image,
+            "InputDataConfig": {name: str(Path(path).resolve()) for name, path in paths.items()},
+            "HyperParameters": hyperparameters(plan, step),
+            "Environment": environment(step, options),
+        }
+    return jobs
 
 
 @dataclass
-class Engine:
-    """Runs jobs on the Docker engine as their needs are met."""
+class Containers:
+    """Containers of the SDK's local mode as the backend of a Scheduler; each is waited for by a thread of `pool`."""
 
     plan: Plan
-    jobs: Mapping[str, LocalJob]
+    jobs: Mapping[str, Mapping[str, Any]]
     gpu: bool
-    parallel: int
-    ended: dict[str, int] = field(default_factory=dict)
+    screen: Screen
+    pool: ThreadPoolExecutor
+    futures: dict[str, Future[int]] = field(default_factory=dict)
 
-    def work(self, signals: Signals) -> int:
-        """Runs all there is to run; 128 + the signal that stopped it, which stops the containers too."""
-        waiting, running, stopped = list(self.plan.steps), dict[Future[int], Step](), False
-        with ThreadPoolExecutor(self.parallel) as pool:
-            while True:
-                ready = [step for step in waiting if all(self.ended.get(name) == 0 for name in step.needs)]
-                for step in [] if signals.received else ready[: self.parallel - len(running)]:
-                    waiting.remove(step)
-                    running[pool.submit(self._run, step)] = step
-                if not running:
-                    break
-                if signals.received and not stopped:
-                    stopped = True
-                    stop([self._root(step) for step in running.values()])
-                done, _ = wait(running, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
-                for future in done:
-                    self._end(running.pop(future), future.result())
-        if signals.received:
-            return 128 + signals.received[0]
-        for step in waiting:
-            log.error("%s was not started: it needs a step that failed", step.name)
-        return next((code for code in self.ended.values() if code), 0)
+    def start(self, step: Step, alone: bool) -> None:
+        self.futures[step.name] = self.pool.submit(self._run, step)
+
+    def poll(self, running: Sequence[Step]) -> dict[str, int]:
+        return {step.name: future.result() for step in running if (future := self.futures[step.name]).done()}
+
+    def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
+        """Sends SIGTERM to the containers, which keep what they have; the second time SIGKILL."""
+        self.screen.line(
+            f"{signal.Signals(number).name}: {'killing' if again else 'stopping'} containers (again: kill)"
+        )
+        for step in running:
+            for container in containers_of(self._root(step)):
+                docker("kill", "--signal", "KILL" if again else "TERM", container)
+        return True
+
+    def describe(self, step: Step) -> str:
+        return f"{failure_of(step)}\n  log: {step.folder / LOG}" if self.futures[step.name].done() else ""
 
     def _root(self, step: Step) -> Path:
         """The folder of a job's container; the SDK's compose project has its name, so no two may share it."""
-        return (step.folder / WORK / requests.base_name(self.plan.run, step).lower()).resolve()
+        return (step.folder / WORK / base_name(self.plan.run, step).lower()).resolve()
 
     def _run(self, step: Step) -> int:
-        """One job, from its channels to its results; the exit code of its container."""
+        """Runs one job, from its channels to its results; returns the exit code of its container, 1 without one."""
         job, root = self.jobs[step.name], self._root(step)
         shutil.rmtree(root.parent, ignore_errors=True)
         root.mkdir(parents=True)
         write_started(step, os.getpid())
-        channels = {name: as_folder(path, root.parent / "channels" / name) for name, path in job.channels.items()}
-        told = ""
+        problem = ""
         try:
-            run_here(job.image, requests.base_name(self.plan.run, step), root, channels, job.request, self.gpu)
+            run_container(job, root, self.gpu)
         except (RuntimeError, ImportError, OSError) as error:  # a container that failed; no compose, no engine
-            told = str(error)
-        code = code_of(root, step.folder / LOG)
-        keep(step, self.plan.folder / PLACE / requests.place_of(step), root, job.compress)
+            problem = str(error)
+        code = collect_container(root, step.folder / LOG)
+        collect_outputs(
+            step, root, self.plan.folder / PLACE / place_of(step), options_of(self.plan.settings, step).compress
+        )
         shutil.rmtree(root.parent, ignore_errors=True)
         if code is None:
-            (step.folder / FAILURE).write_text(f"the engine started no container: {told}")
-        return 1 if code is None or (code == 0 and record_of(step) is None) else code
-
-    def _end(self, step: Step, code: int) -> None:
+            (step.folder / FAILURE).write_text(f"the engine started no container: {problem}")
+        code = 1 if code is None or (code == 0 and record_of(step) is None) else code
         write_ended(step, code)
-        self.ended[step.name] = code
-        if code:
-            log.error("%s failed (exit code %d): %s\n  log: %s", step.name, code, failure_of(step), step.folder / LOG)
+        return code
+
+
+def run_container(job: Mapping[str, Any], root: Path, gpu: bool) -> None:
+    """Runs a job on the local Docker engine, with no region and no credentials, and waits for it.
+
+    `root` is a folder of its own, which gets `artifacts/` and `compressed_artifacts/`. Raises RuntimeError where the
+    container failed.
+    """
+    # Loaded here alone: the SDK takes seconds, and many machines lack it.
+    from sagemaker.core.training.configs import Compute, InputData
+    from sagemaker.train import ModelTrainer
+    from sagemaker.train.model_trainer import Mode
+
+    folders = {
+        name: as_folder(Path(path), root.parent / "channels" / name) for name, path in job["InputDataConfig"].items()
+    }
+    trainer = ModelTrainer(
+        training_mode=Mode.LOCAL_CONTAINER,
+        training_image=job["Image"],
+        base_job_name=root.name,
+        compute=Compute(instance_type="local_gpu" if gpu else "local_cpu", instance_count=1),
+        environment=dict(job["Environment"]),
+        hyperparameters=dict(job["HyperParameters"]),
+        input_data_config=[InputData(channel_name=name, data_source=str(path)) for name, path in folders.items()],
+        local_container_root=str(root),
+    )
+    trainer.train(wait=True)
 
 
 def as_folder(path: Path, folder: Path) -> Path:
@@ -176,31 +186,27 @@ def as_folder(path: Path, folder: Path) -> Path:
     return folder
 
 
-def keep(step: Step, place: Path, root: Path, compress: bool) -> None:
-    """Moves what a container left to the step's folder, and to where the next step reads it."""
-    made, packed = root / "artifacts", root / "compressed_artifacts"
-    moves = {made / "model": "model", made / "output" / "data": "output", made / "output" / FAILURE: FAILURE}
-    for found, name in moves.items():
+def collect_outputs(step: Step, root: Path, place: Path, compress: bool) -> None:
+    """Moves what a container left to the step's folder, and to `place`, where the next step reads it."""
+    outputs = {"model": root / "artifacts/model", "output": root / "artifacts/output/data"}
+    for name, path in {**outputs, FAILURE: root / "artifacts/output" / FAILURE}.items():
         shutil.rmtree(step.folder / name, ignore_errors=True)
         (step.folder / name).unlink(missing_ok=True)
-        if found.is_file() or (found.is_dir() and (name != "model" or STAGES[step.stage].writes_model)):
-            shutil.move(found, step.folder / name)
+        if path.exists() and (name != "model" or STAGES[step.stage].writes_model):
+            shutil.move(path, step.folder / name)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    if record_of(step) is None:
-        return
-    for tarball in TARBALLS if compress else ():
-        shutil.move(packed / tarball, place / tarball)
-    for name in () if compress else ("model", "output"):
-        if (step.folder / name).is_dir():
+    for name in outputs if record_of(step) is not None else ():
+        if compress:
+            shutil.move(root / "compressed_artifacts" / f"{name}.tar.gz", place)
+        elif (step.folder / name).is_dir():
             shutil.copytree(step.folder / name, place / name)
 
 
-def code_of(root: Path, log_file: Path) -> int | None:
-    """The exit code of the job's container, whose words go to `log_file`; it is removed. None where there is none."""
-    found = docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={root.name}")
+def collect_container(root: Path, log_file: Path) -> int | None:
+    """Removes a job's container, whose words go to `log_file`; returns its exit code, None where there is none."""
     code = None
-    for container in found.stdout.split():
+    for container in containers_of(root):
         code = int(docker("inspect", "--format", "{{.State.ExitCode}}", container).stdout or 1)
         with open(log_file, "ab") as file:
             subprocess.run(["docker", "logs", container], stdout=file, stderr=file, check=False)
@@ -208,12 +214,9 @@ def code_of(root: Path, log_file: Path) -> int | None:
     return code
 
 
-def stop(roots: Sequence[Path]) -> None:
-    """Sends SIGTERM to the containers of jobs, which keep what they have."""
-    for root in roots:
-        found = docker("ps", "--quiet", "--filter", f"label=com.docker.compose.project={root.name}")
-        for container in found.stdout.split():
-            docker("stop", "--time", str(SECONDS_TO_STOP), container)
+def containers_of(root: Path) -> list[str]:
+    label = f"label=com.docker.compose.project={root.name}"
+    return docker("ps", "--all", "--quiet", "--filter", label).stdout.split()
 
 
 def docker(*arguments: str) -> subprocess.CompletedProcess[str]:

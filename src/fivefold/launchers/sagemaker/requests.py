@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Plan, Step
 from fivefold.logline import metric_patterns
-from fivefold.recipe import Settings
+from fivefold.recipe import SECTIONS, SageMaker, Settings
 from fivefold.recipes import shipped_recipes
-from fivefold.sections import OF_PLATFORMS, SageMaker
-from fivefold.settings import flatten, is_of, normal_key
+from fivefold.settings import is_of, normal_key
 
 Request = dict[str, Any]
 
@@ -33,80 +31,73 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINTS_IN_CONTAINER = "/opt/ml/checkpoints"
 CHANNEL = "SM_CHANNEL_"
 MOST_CHARACTERS = 63
-MOMENT = "%Y%m%d%H%M%S"
-"""What the SDK ends the name of a job with: it tells one job of a step from the next."""
+TIME_FORMAT = "%Y%m%d%H%M%S"
+"""The end of a job's name, which tells one job of a step from the next."""
 FILES = (".zip", ".csv", ".parquet")
 
 
-def requests_of(plan: Plan, moment: str = "") -> dict[str, Request]:
-    """The request of each step, by the step's name; `moment` ends the names of the jobs, empty: now."""
-    moment = moment or time.strftime(MOMENT)
-    return {step.name: request_of(plan, step, moment) for step in plan.steps}
+def requests_of(plan: Plan) -> dict[str, Request]:
+    """Returns the CreateTrainingJob of each step by the step's name, unchecked; the jobs' names end with the time."""
+    time_stamp = time.strftime(TIME_FORMAT)
+    return {step.name: _request_of(plan, step, time_stamp) for step in plan.steps}
 
 
-def request_of(plan: Plan, step: Step, moment: str) -> Request:
-    """The CreateTrainingJob of one step; what it asks for is not checked here."""
-    return _request(plan, step, options_of(plan.settings, step), moment)
-
-
-def _request(plan: Plan, step: Step, options: SageMaker, moment: str) -> Request:
-    request: Request = {
-        "TrainingJobName": f"{base_name(plan.run, step)}-{moment}",
+def _request_of(plan: Plan, step: Step, time_stamp: str) -> Request:
+    options, root = options_of(plan.settings, step), root_of(plan)
+    trains = STAGES[step.stage].writes_model
+    metrics = [{"Name": name, "Regex": pattern} for name, pattern in metric_patterns().items()] if trains else []
+    algorithm = {"TrainingImage": options.image, "TrainingInputMode": options.input_mode, "MetricDefinitions": metrics}
+    checkpoints = {"S3Uri": f"{root}/{CHECKPOINTS}/{step.name}", "LocalPath": CHECKPOINTS_IN_CONTAINER}
+    output = {
+        "S3OutputPath": f"{root}/{place_of(step)}",
+        "CompressionType": "GZIP" if options.compress else "NONE",
+        "KmsKeyId": options.kms_key,
+    }
+    resources = {
+        "InstanceCount": options.instance_count,
+        "VolumeSizeInGB": options.volume_gb,
+        "VolumeKmsKeyId": options.volume_kms_key,
+        "KeepAlivePeriodInSeconds": 60 * options.keep_alive_minutes,
+    }
+    limits = {"MaxRuntimeInSeconds": seconds(options.max_hours)}
+    if options.spot:
+        limits["MaxWaitTimeInSeconds"] = seconds(options.max_wait_hours or 2 * options.max_hours)
+    vpc = {"SecurityGroupIds": options.security_groups, "Subnets": options.subnets}
+    optional = {
+        "CheckpointConfig": checkpoints if trains else None,
+        "EnableManagedSpotTraining": options.spot,
+        "VpcConfig": vpc if options.subnets else None,
+        "EnableNetworkIsolation": options.isolate,
+        "Tags": [{"Key": key, "Value": str(value)} for key, value in options.tags.items()],
+    }
+    return {
+        "TrainingJobName": f"{base_name(plan.run, step)}-{time_stamp}",
         "RoleArn": options.role,
-        "AlgorithmSpecification": {"TrainingImage": options.image, "TrainingInputMode": options.input_mode},
+        "AlgorithmSpecification": _present(algorithm),
         "HyperParameters": hyperparameters(plan, step),
         "Environment": environment(step, options),
-        "InputDataConfig": [channel(name, url) for name, url in channels(plan, step, root_of(plan)).items()],
-        "OutputDataConfig": {
-            "S3OutputPath": f"{root_of(plan)}/{place_of(step)}",
-            "CompressionType": "GZIP" if options.compress else "NONE",
-        },
-        "ResourceConfig": {
-            "InstanceType": options.instance_type,
-            "InstanceCount": options.instance_count,
-            "VolumeSizeInGB": options.volume_gb,
-        },
-        "StoppingCondition": {"MaxRuntimeInSeconds": seconds(options.max_hours)},
+        "InputDataConfig": [channel(name, url) for name, url in channels(plan, step, root).items()],
+        "OutputDataConfig": _present(output),
+        "ResourceConfig": {"InstanceType": options.instance_type, **_present(resources)},
+        "StoppingCondition": limits,
+        **_present(optional),
     }
-    if STAGES[step.stage].writes_model:
-        patterns = metric_patterns().items()
-        request["AlgorithmSpecification"]["MetricDefinitions"] = [{"Name": n, "Regex": text} for n, text in patterns]
-        url = f"{root_of(plan)}/{CHECKPOINTS}/{step.name}"
-        request["CheckpointConfig"] = {"S3Uri": url, "LocalPath": CHECKPOINTS_IN_CONTAINER}
-    _add_what_is_asked_for(request, options)
-    return request
 
 
-def _add_what_is_asked_for(request: Request, options: SageMaker) -> None:
-    """Spot, warm pool, VPC, keys and tags, where they are set."""
-    resources = request["ResourceConfig"]
-    if options.spot:
-        request["EnableManagedSpotTraining"] = True
-        request["StoppingCondition"]["MaxWaitTimeInSeconds"] = seconds(options.max_wait_hours or 2 * options.max_hours)
-    if options.keep_alive_minutes:
-        resources["KeepAlivePeriodInSeconds"] = 60 * options.keep_alive_minutes
-    if options.volume_kms_key:
-        resources["VolumeKmsKeyId"] = options.volume_kms_key
-    if options.kms_key:
-        request["OutputDataConfig"]["KmsKeyId"] = options.kms_key
-    if options.subnets or options.security_groups:
-        request["VpcConfig"] = {"SecurityGroupIds": options.security_groups, "Subnets": options.subnets}
-    if options.isolate:
-        request["EnableNetworkIsolation"] = True
-    if options.tags:
-        request["Tags"] = [{"Key": key, "Value": str(value)} for key, value in options.tags.items()]
+def _present(parts: Request) -> Request:
+    """Returns the parts that are set: not empty, 0 or False."""
+    return {name: part for name, part in parts.items() if part}
 
 
 def options_of(settings: Settings, step: Step) -> SageMaker:
     """The `[sagemaker]` of a step's stage."""
-    common = settings.sagemaker
-    return common.of_stage(step.stage) if common.stages else common
+    return settings.sagemaker.of_stage(step.stage)
 
 
 def base_name(run: str, step: Step) -> str:
-    """`fivefold-<run>-<step>`, short enough for the moment after it; a long run is cut, and told apart by a digest."""
+    """Returns `fivefold-<run>-<step>`, short enough for a time after it; a long run is cut, with a digest at its end."""
     tail = f"-{plain(step.name)}"
-    room = MOST_CHARACTERS - len(f"fivefold-{tail}-{time.strftime(MOMENT)}")
+    room = MOST_CHARACTERS - len(f"fivefold-{tail}-{time.strftime(TIME_FORMAT)}")
     name = plain(run)
     if len(name) > room:
         digest = hashlib.sha256(run.encode()).hexdigest()[:6]
@@ -152,50 +143,41 @@ def channel(name: str, url: str) -> Request:
 
 
 def hyperparameters(plan: Plan, step: Step) -> dict[str, str]:
-    """The settings of a step, all texts; a recipe that the image does not hold is written out, key by key.
+    """Returns the settings of a step, all texts; a recipe that the image does not hold is written out, key by key.
 
-    Names have `__` for a dot, since others than [a-z0-9_] are changed on the way.
+    Names have `__` for a dot, since SageMaker keeps [a-z0-9_] alone.
     """
-    given = dict(text.split("=", 1) for text in step.arguments)
-    recipe = given.get("recipe", "")
-    found = {normal_key(name): value for name, value in given.items()}
-    if recipe and recipe.partition(":")[0] not in shipped_recipes():
-        del found["recipe"]
-        found = written_out(plan.settings, STAGES[step.stage].sections) | found
-    return {name.replace(".", "__"): value for name, value in found.items()}
+    pairs = (text.split("=", 1) for text in step.arguments)
+    values = {normal_key(name): value for name, value in pairs}
+    if "recipe" in values and values["recipe"].partition(":")[0] not in shipped_recipes():
+        del values["recipe"]
+        values = set_values(plan.settings, STAGES[step.stage].sections) | values
+    return {name.replace(".", "__"): value for name, value in values.items()}
 
 
-def written_out(settings: Settings, sections: tuple[str, ...]) -> dict[str, str]:
-    """What was set of `sections`, with `system` and `seed` where they are read, as JSON texts."""
-    tree = settings.model_dump(
-        mode="json", exclude_unset=True, exclude={"recipe", "run", "runs", "stage", *OF_PLATFORMS}
-    )
-    keys = {key: tree_at(tree, key) for key in flatten(settings) if tree_at(tree, key) is not None}
+def set_values(settings: Settings, sections: tuple[str, ...]) -> dict[str, str]:
+    """Returns what was set of `sections`, by `section.key`, as JSON texts."""
+    leaves = {}
+    for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
+        leaves |= {f"{name}.{key}": leaf for key, leaf in value.items()} if name in SECTIONS else {name: value}
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in keys.items()
-        if is_of(key, sections)
+        for key, value in leaves.items()
+        if is_of(key, sections) and value is not None
     }
 
 
-def tree_at(tree: Mapping[str, Any], key: str) -> Any:
-    """What a dotted key leads to, None where it leads nowhere."""
-    found: Any = tree
-    for name in key.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
-
-
 def environment(step: Step, options: SageMaker) -> dict[str, str]:
-    """The variables of a step's container: its stage, its fold, its image for the record, and what the user adds."""
-    fold = {} if step.fold is None else {"FOLD": str(step.fold)}
-    own = {"STAGE": step.stage, **fold, IMAGE_VARIABLE: options.image}
-    taken = sorted({"STAGE", "FOLD"} & {name.upper() for name in options.environment})
-    if taken:
+    """Returns the variables of a step's container: stage, fold, the image for the record, and the user's own."""
+    reserved = sorted({"STAGE", "FOLD"} & {name.upper() for name in options.environment})
+    if reserved:
         raise SettingsError(
-            f"sagemaker.environment sets {taken[0]}, which each step of a run sets itself; leave it out"
+            f"sagemaker.environment sets {reserved[0]}, which each step of a run sets itself; leave it out"
         )
-    return {name: value for name, value in own.items() if value} | {n: str(v) for n, v in options.environment.items()}
+    fold = {} if step.fold is None else {"FOLD": str(step.fold)}
+    image = {IMAGE_VARIABLE: options.image} if options.image else {}
+    own = {name: str(value) for name, value in options.environment.items()}
+    return {"STAGE": step.stage, **fold, **image, **own}
 
 
 def seconds(hours: float) -> int:

@@ -1,0 +1,154 @@
+"""SageMaker through boto3: jobs and their status, logs, outputs in S3, Pipelines; each error of boto3 as one of ours."""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fivefold.contract.s3.urls import parse
+from fivefold.errors import FivefoldError, MissingInputError, RetryableError, SettingsError
+from fivefold.launchers.sagemaker.requests import Request
+
+log = logging.getLogger("fivefold")
+
+LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+EXIT_CODE = re.compile(r"exit code:? (1|64|65|66|75|130|143)\b", re.IGNORECASE)
+"""A code of ours in the failure reason of a job."""
+OUT_OF_TIME = ("MaxRuntimeExceeded", "MaxWaitTimeExceeded", "Interrupted")
+THROTTLED = re.compile("Throttling|ResourceLimitExceeded|CapacityError|InternalFailure|ServiceUnavailable")
+REFUSED = re.compile("AccessDenied|UnrecognizedClient|InvalidClientTokenId|ExpiredToken")
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job as the service describes it: `status` is InProgress, Completed, Failed, Stopping or Stopped."""
+
+    status: str
+    detail: str
+    reason: str = ""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the job runs; the container's code where the failure names one of ours; 75 after a time limit."""
+        if self.status not in ("Completed", "Failed", "Stopped"):
+            return None
+        if self.status == "Completed":
+            return 0
+        if named := EXIT_CODE.search(self.reason):
+            return int(named[1])
+        if self.status == "Stopped":
+            return RetryableError.exit_code if self.detail in OUT_OF_TIME else 143
+        return 1
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Raises an error of ours for whatever boto3 raises in the block, or in the function that this decorates."""
+    from botocore import exceptions
+
+    try:
+        yield
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as error:
+        raise SettingsError(f"no credentials ({error}); set AWS_PROFILE, or log in with aws sso login") from error
+    except exceptions.ClientError as error:
+        code, status = error.response["Error"].get("Code", ""), error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if REFUSED.match(code) or status == 403:
+            raise SettingsError(f"{error}; docs/sagemaker.md has the policy that is needed") from error
+        if THROTTLED.match(code) or status >= 500 or status == 429:
+            raise RetryableError(f"busy, or a limit of the account: {error}") from error
+        raise (MissingInputError if code.startswith("ResourceNotFound") else SettingsError)(str(error)) from error
+    except exceptions.BotoCoreError as error:
+        raise RetryableError(f"SageMaker is not reached, the same command may succeed later: {error}") from error
+
+
+@dataclass
+class Client:
+    """The service in one region. boto3 itself asks again where the service is away for a moment, or throttles."""
+
+    sagemaker: Any
+    s3: Any
+    logs: Any
+    log_tokens: dict[str, str] = field(default_factory=dict)
+    """How far each stream of logs was read."""
+    reads_logs: bool = True
+
+    @classmethod
+    @translated_errors()
+    def of_region(cls, region: str) -> "Client":
+        """Returns the client of `region`, empty: the user's own; raises a SettingsError where none is named."""
+        import boto3
+        from botocore.config import Config
+
+        region = region or os.environ.get("AWS_REGION") or boto3.session.Session().region_name or ""
+        if not re.fullmatch(r"[a-z]{2,3}(-[a-z]+)+-\d", region):
+            raise SettingsError(
+                f"{region!r} is no region for SageMaker: give sagemaker.region=eu-central-1, or set AWS_DEFAULT_REGION"
+            )
+        logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found credentials
+        config = Config(retries={"mode": "adaptive", "total_max_attempts": 5})
+        return cls(*(boto3.client(name, region_name=region, config=config) for name in ("sagemaker", "s3", "logs")))
+
+    @translated_errors()
+    def start(self, request: Request) -> None:
+        self.sagemaker.create_training_job(**request)
+
+    @translated_errors()
+    def describe(self, job: str) -> JobStatus:
+        answer = self.sagemaker.describe_training_job(TrainingJobName=job)
+        return JobStatus(
+            answer["TrainingJobStatus"], answer.get("SecondaryStatus", ""), answer.get("FailureReason", "")
+        )
+
+    @translated_errors()
+    def upsert_pipeline(self, request: Request) -> str:
+        """Creates the pipeline of `request`, or updates the one of its name; returns its ARN."""
+        name = request["PipelineName"]
+        pipelines = self.sagemaker.list_pipelines(PipelineNamePrefix=name, MaxResults=100)["PipelineSummaries"]
+        if name in [pipeline["PipelineName"] for pipeline in pipelines]:
+            return str(self.sagemaker.update_pipeline(**request)["PipelineArn"])
+        token = f"{name}-{'0' * 32}"[:128]  # always the same: of two calls that create it at once one does
+        return str(self.sagemaker.create_pipeline(**request, ClientRequestToken=token)["PipelineArn"])
+
+    @translated_errors()
+    def delete_outputs(self, output: str, job: str) -> None:
+        """Deletes what `job` (empty: none) left below the URL `output`; raises a SettingsError where other objects lie."""
+        url = parse(output, "sagemaker.output")
+        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=url.bucket, Prefix=f"{url.key}/")
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+        foreign = [key for key in keys if not job or not key.startswith(f"{url.key}/{job}/")]
+        if foreign:
+            raise SettingsError(
+                f"s3://{url.bucket}/{foreign[0]} is there already, of a job that this folder of runs does not know: choose "
+                f"another run=, or remove {output}"
+            )
+        for key in keys:
+            self.s3.delete_object(Bucket=url.bucket, Key=key)
+
+    def new_lines(self, job: str) -> list[str]:
+        """Returns what a job has logged since the last call; nothing where its log may not be read, which is told once."""
+        lines: list[str] = []
+        try:
+            if self.reads_logs:
+                self._read_logs(job, lines)
+        except SettingsError as error:
+            log.warning("logs are not followed: %s", error)
+            self.reads_logs = False
+        except FivefoldError as error:
+            log.debug("%s", error)  # no log yet, or the network is away: the next call may tell more
+        return lines
+
+    @translated_errors()
+    def _read_logs(self, job: str, lines: list[str]) -> None:
+        """Appends the new lines of a job's streams to `lines`; a stream ends where the token stays the same."""
+        streams = self.logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")["logStreams"]
+        for name in sorted(stream["logStreamName"] for stream in streams):
+            token = ""
+            while token != self.log_tokens.get(name):
+                token = self.log_tokens.get(name, "")
+                position = {"nextToken": token} if token else {"startFromHead": True}
+                answer = self.logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=name, **position)
+                lines += [event["message"] for event in answer["events"]]
+                self.log_tokens[name] = answer["nextForwardToken"]

@@ -1,0 +1,98 @@
+"""Tables as people save them: read whole and as text, or refused with the place."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fivefold.csv_tables import PATH_NAMES, check_same_ids, check_unique, open_csv, plain_names
+from fivefold.errors import DataError, MissingInputError
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    (folder / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder / "t.csv"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "id,text\n007,NA\n1e3,\n",
+        "\ufeffid,text\r\n007,NA\r\n1e3,\r\n",
+        "id,text\r007,NA\r1e3,",
+        "id;text\n007;NA\n1e3;\n",
+        '"id"\t"text"\n007\tNA\n"1e3"\t""\n',
+        "\n \r\nid,text\n\n007,NA\n  \n1e3,\n\n",
+        ",id,text\n0,007,NA\n1,1e3,\n",
+        "Unnamed: 0,id,text\n0,007,NA\n1,1e3,\n",
+    ],
+    ids=["plain", "Excel", "old Mac", "semicolons", "tabs and quotes", "blank lines", "index", "index read again"],
+)
+def test_every_way_to_save_a_table_is_read_as_the_same_text(tmp_path, text):
+    table = open_csv(write(tmp_path, text))
+    assert table.columns == ("id", "text")
+    assert table.read().to_dict("list") == {"id": ["007", "1e3"], "text": ["NA", ""]}
+    assert table.read(["text", "id", "text"]).columns.tolist() == ["text", "id"]
+    assert (table.has_mark, table.line_end) == (text[0] == "\ufeff", "\r\n" if "text\r\n" in text else "\n")
+
+
+def test_cells_may_hold_the_delimiter_quotes_and_line_breaks(tmp_path):
+    frame = open_csv(write(tmp_path, 'a,b\n"1,5","say ""no"""\n x ,"two\nlines"\n')).read()
+    assert frame.values.tolist() == [["1,5", 'say "no"'], [" x ", "two\nlines"]]
+
+
+@pytest.mark.parametrize("text", [",text\n007,NA\n", ",target,text\n1,a,b\n", ",0.5,1\n7,.25,.75\n"])
+def test_a_first_column_without_a_name_may_be_no_index(tmp_path, text):
+    assert open_csv(write(tmp_path, text)).columns[0] == ""
+
+
+def test_columns_are_found_by_their_names_in_any_case(tmp_path):
+    table = open_csv(write(tmp_path, "ID, Img_Path ,image\n1,2,3\n"))
+    assert table.column("", PATH_NAMES) == " Img_Path "
+    assert (table.column("id"), table.column("Image"), table.column("no")) == ("ID", "image", None)
+    with pytest.raises(DataError, match=r"no column 'no'; it has ID, .*; set data\.key"):
+        table.must_have("no", (), "data.key")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        (" \n\n", "empty"),
+        ("a,b\n", "no rows"),
+        ("a,b\n1,2\n\n3\n", "line 4 has 1 cells, the header 2"),
+        ("a,b\n1,2,3\n", "line 2 has 3 cells"),
+        ('a,b\n1,"2\n3,"4\n', "quote may be missing"),
+        ('a,b\n1,"2\n', "quote may be missing"),
+        ("a,b,a\n1,2,3\n", "column 'a' twice"),
+        ("a,b\n1,고양이\n".encode("cp949"), "UTF-8"),
+    ],
+)
+def test_what_is_no_table_is_refused_with_the_place(tmp_path, text, message):
+    with pytest.raises(DataError, match=rf"t\.csv.*{message}"):
+        open_csv(write(tmp_path, text)).read()
+
+
+def test_a_table_that_is_not_there_is_missing(tmp_path):
+    with pytest.raises(MissingInputError, match=r"t\.csv"):
+        open_csv(tmp_path / "t.csv")
+
+
+def test_numbers_may_have_decimal_commas_and_others_are_named(tmp_path):
+    for text in ("a,b\n.5,1e-3\n 2 ,nan\n", "a;b\n0,5;1e-3\n2;nan\n"):
+        table = open_csv(write(tmp_path, text))
+        np.testing.assert_array_equal(table.numbers(table.read()), [[0.5, 1e-3], [2, np.nan]])
+    table = open_csv(write(tmp_path, "a,b\n1,2\n3,x\n"))
+    with pytest.raises(DataError, match="'x' in row 2 below the header, column 'b', is no number"):
+        table.numbers(table.read())
+
+
+def test_names_are_plain_and_ids_unique_and_the_same():
+    assert plain_names(pd.Series([" e\u0301", "\u00e9 "])).tolist() == ["\u00e9", "\u00e9"]
+    with pytest.raises(DataError, match=r"t: ids stand twice, .*'id': '7'"):
+        check_unique(pd.Series(["7", "8", "7"], name="id"), "t")
+    check_same_ids(["7", "8"], "t", ["8", "7"], "u")
+    message = r"1 of the 2 ids of t are not in u \('7'\); 2 of the 3 ids of u are not in t \('007', '9'\)"
+    with pytest.raises(DataError, match=message):
+        check_same_ids(["7", "8"], "t", ["8", "007", "9"], "u")
