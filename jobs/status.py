@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fivefold.choose import did_you_mean
 from fivefold.errors import MissingInputError, SettingsError
-from fivefold.launchers.plan import Plan, Step
+from fivefold.launchers.plan import Plan
 from fivefold.launchers.status import figures_of, in_columns, newest_run, read_plan, status_of
 from fivefold.settings import arguments_layer, normal_key
 
@@ -43,10 +43,6 @@ def status_table(plan: Plan) -> str:
         status = status_of(step)
         word = f"{status.word} ({status.exit_code})" if status.exit_code else status.word
         figures = figures_of(plan, step) if status.word == "done" else None
-        rows.append((step.name, word, str(figures or ""), status.detail or waits_for(plan, step)))
+        undone = ", ".join(name for name in step.needs if status_of(plan.step(name)).word != "done")
+        rows.append((step.name, word, str(figures or ""), status.detail or (f"for {undone}" if undone else "")))
     return in_columns(rows)
-
-
-def waits_for(plan: Plan, step: Step) -> str:
-    undone = [name for name in step.needs if status_of(plan.step(name)).word != "done"]
-    return f"for {', '.join(undone)}" if undone else ""

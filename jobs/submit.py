@@ -98,12 +98,16 @@ def main(arguments: Sequence[str]) -> int:
     for note in plan.notes:
         log.info("%s", note)
     if "--pipeline" in arguments:
-        return pipeline(keys.platform, plan, parallel, dry_run)
+        if keys.platform != "sagemaker":
+            raise SettingsError(f"--pipeline is of platform=sagemaker, and platform={keys.platform} has none")
+        if not dry_run:
+            return sagemaker.upsert_pipeline(plan, parallel)
     if dry_run:
-        print(platform.describe(plan, parallel))
+        print(sagemaker.describe_pipeline(plan) if "--pipeline" in arguments else platform.describe(plan, parallel))
         return 0
     platform.check(plan)
-    say_what_is_ignored()
+    if ignored := local.settings_variables(os.environ):
+        log.warning("submit takes settings as arguments; its steps do not see the variables %s", ", ".join(ignored))
     probe_writable(plan.folder)
     local.unpack_ground_truth(inputs, plan.folder)
     local.refuse_strangers(everything)
@@ -111,16 +115,6 @@ def main(arguments: Sequence[str]) -> int:
     code = platform.launch(plan, parallel)
     print(platform.results(everything))
     return code
-
-
-def pipeline(platform: str, plan: Plan, parallel: int, dry_run: bool) -> int:
-    """Prints the definition of the plan's Pipeline (--dry-run), or creates or updates it; nothing runs."""
-    if platform != "sagemaker":
-        raise SettingsError(f"--pipeline is of platform=sagemaker, and platform={platform} has none")
-    if dry_run:
-        print(sagemaker.describe_pipeline(plan))
-        return 0
-    return sagemaker.upsert_pipeline(plan, parallel)
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:
@@ -161,12 +155,6 @@ def run_name(keys: Keys) -> str:
     return next_run_name(keys.run, Path(keys.runs)) if keys.increment else keys.run or new_run_name()
 
 
-def say_what_is_ignored() -> None:
-    ignored = local.settings_variables(os.environ)
-    if ignored:
-        log.warning("submit takes settings as arguments; its steps do not see the variables %s", ", ".join(ignored))
-
-
 def usage() -> str:
     defaults = {name: str(value).lower() if value not in ("", [], None) else "-" for name, value in Keys()}
     keys = "\n".join(f"  {n:13} {defaults[n]:6} {field.description}" for n, field in Keys.model_fields.items())
@@ -178,12 +166,10 @@ def usage() -> str:
     )
 
 
-def commands(plan: Plan, parallel: int) -> str:
-    return describe(plan, shlex.quote(sys.executable))
-
-
 PLATFORMS = {
-    "local": Platform(local.launch, commands, local.check_inputs, results_of),
+    "local": Platform(
+        local.launch, lambda plan, _: describe(plan, shlex.quote(sys.executable)), local.check_inputs, results_of
+    ),
     "sagemaker": Platform(
         sagemaker.launch, sagemaker.describe, sagemaker.check_inputs, sagemaker.results, sagemaker.check
     ),

@@ -16,7 +16,6 @@ from fivefold.launchers.status import (
     STATE,
     epochs_done,
     figures_of,
-    in_columns,
     newest_run,
     read_plan,
     results_of,
@@ -182,7 +181,3 @@ def test_the_table_has_a_line_for_each_model_that_is_there(plan: Plan) -> None:
         "",
         f"report: {report}",
     ]
-
-
-def test_columns_are_as_wide_as_their_widest() -> None:
-    assert in_columns([("a", "1"), ("bbb", "22")], numbers=[1]) == "a     1\nbbb  22"

@@ -117,8 +117,7 @@ def index_of(pod: Mapping[str, Any]) -> int | None:
 
 def has_started(pod: Mapping[str, Any]) -> bool:
     """Whether the container runs, or has run: whether there is a log."""
-    state = _state(pod)
-    return "running" in state or "terminated" in state
+    return not {"running", "terminated"}.isdisjoint(_state(pod))
 
 
 def is_over(pod: Mapping[str, Any]) -> bool:
@@ -150,17 +149,12 @@ def waits_for(pod: Mapping[str, Any]) -> str:
     return ": ".join(text for text in (reason.get("reason"), reason.get("message")) if text)
 
 
-def failed_indexes(job: Mapping[str, Any]) -> list[int]:
-    """The indexes that an Indexed Job has given up: `1,3-5` of its status are 1, 3, 4 and 5."""
-    spans = [text.split("-") for text in (job.get("status", {}).get("failedIndexes") or "").split(",") if text]
-    return [index for span in spans for index in range(int(span[0]), int(span[-1]) + 1)]
-
-
 def last_endings(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> list[Ending]:
     """The last ending of each index that the Job has given up, or of the Job's last pod."""
-    found = [each for pod in pods if (each := ending(pod)) is not None]
-    last = {each.index: each for each in found}
-    given_up = failed_indexes(job)
+    last = {each.index: each for pod in pods if (each := ending(pod)) is not None}
+    # of the status `1,3-5` are 1, 3, 4 and 5
+    spans = [text.split("-") for text in (job["status"].get("failedIndexes") or "").split(",") if text]
+    given_up = [index for span in spans for index in range(int(span[0]), int(span[-1]) + 1)]
     return [last[index] for index in given_up if index in last] if given_up else list(last.values())[-1:]
 
 

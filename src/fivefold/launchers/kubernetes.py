@@ -99,7 +99,7 @@ class KubernetesBackend:
         for task in tasks_of(plan):
             name = self._job(task)
             present = self._jobs.get(name)
-            if present and not _is_over(present) and not same(present, job(plan, task, parallel)):
+            if present and not _is_over(present) and work_of(present) != work_of(job(plan, task, parallel)):
                 raise SettingsError(
                     f"the Job {name} runs with other settings: wait for it, give another run=, or kubectl delete job {name}"
                 )
@@ -115,7 +115,11 @@ class KubernetesBackend:
             self.screen.line(f"{name}: applied")
         elif not _is_over(present):
             self.screen.line(f"{name} is there and runs: it is followed")
-        elif cluster.condition(present, "Complete") and same(present, wanted) and self._skipped.issuperset(task.needs):
+        elif (
+            cluster.condition(present, "Complete")
+            and work_of(present) == work_of(wanted)
+            and self._skipped.issuperset(task.needs)
+        ):
             self.screen.line(f"{name} is there and done: skipped; kubectl delete job {name} has it run again")
             self._skipped.add(task.name)
             return 0
@@ -185,12 +189,8 @@ class KubernetesBackend:
             self.screen.line(text)
 
 
-def same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a Job in the cluster does what the plan wants: its image, arguments and variables, for as many folds."""
-    return _what_it_does(found) == _what_it_does(wanted)
-
-
-def _what_it_does(one: Mapping[str, Any]) -> tuple[Any, ...]:
+def work_of(one: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a Job does: its image, arguments and variables, for so many folds."""
     containers = one["spec"]["template"]["spec"]["containers"]
     container = next((each for each in containers if each["name"] == CONTAINER), {})
     values = {each["name"]: each["value"] for each in container.get("env", []) if "value" in each}

@@ -172,13 +172,13 @@ def side_by_side(plan: Plan, devices: Sequence[str]) -> int:
         return len(devices)
     folds, cores = sum(step.stage == "train-fold" for step in plan.steps), count_cores()
     most = max(1, min(folds, free_memory() // MEMORY_OF_A_FOLD))
-    return min(range(min(cores, most), most + 1), key=lambda number: _rounds(folds, number, cores))
 
+    def duration(at_once: int) -> float:
+        """How long all folds take, each on no more than a core; in units of one fold's time."""
+        full, rest = divmod(folds, at_once)
+        return full * max(1.0, at_once / cores) + (max(1.0, rest / cores) if rest else 0.0)
 
-def _rounds(folds: int, at_once: int, cores: int) -> float:
-    """How long folds take, so many at once, each on no more than a core; in units of one fold's time."""
-    full, rest = divmod(folds, at_once)
-    return full * max(1.0, at_once / cores) + (max(1.0, rest / cores) if rest else 0.0)
+    return min(range(min(cores, most), most + 1), key=duration)
 
 
 def step_environment(step: Step, environ: Mapping[str, str], gpu: str = "", threads: int = 0) -> dict[str, str]:
@@ -188,10 +188,8 @@ def step_environment(step: Step, environ: Mapping[str, str], gpu: str = "", thre
     (0: all) where the user has not said it.
     """
     own = {name: value for name, value in environ.items() if not _has_meaning(name)}
-    if gpu:
-        own["CUDA_VISIBLE_DEVICES"] = gpu
-    if threads:
-        own.setdefault("OMP_NUM_THREADS", str(threads))
+    own |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+    own = {"OMP_NUM_THREADS": str(threads), **own} if threads else own
     # Threads that spin for long while they wait take the cores from those they wait for: beside another process a
     # small network took 10 s an epoch instead of 1.3 s. Sleeping at once (PASSIVE) cost 30 % on an idle machine;
     # a short spin cost nothing there.
@@ -232,7 +230,8 @@ def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
     if inputs.ground_truth or not inputs.eval:
         return inputs
     if not is_url(inputs.eval) and zipfile.is_zipfile(inputs.eval):
-        inside = _zipped_ground_truth(Path(inputs.eval))
+        with zipfile.ZipFile(inputs.eval) as archive:
+            inside = truth_beside_table(archive.namelist())
         return replace(inputs, ground_truth=str(run_folder / GROUND_TRUTH) if inside else None)
     return replace(inputs, ground_truth=truth_of(inputs.eval))
 
@@ -240,16 +239,9 @@ def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
 def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
     """Copies the ground truth out of an eval that is a .zip into the run's folder, where `check_inputs` wants it."""
     if inputs.ground_truth == str(run_folder / GROUND_TRUTH) and inputs.eval and zipfile.is_zipfile(inputs.eval):
-        name = _zipped_ground_truth(Path(inputs.eval))
-        if name:
-            with zipfile.ZipFile(inputs.eval) as archive:
+        with zipfile.ZipFile(inputs.eval) as archive:
+            if name := truth_beside_table(archive.namelist()):
                 write_text(Path(inputs.ground_truth), archive.read(name).decode("utf-8-sig"))
-
-
-def _zipped_ground_truth(path: Path) -> str | None:
-    """The name of the gt.csv beside a test.csv in a zip."""
-    with zipfile.ZipFile(path) as archive:
-        return truth_beside_table(archive.namelist())
 
 
 def _has_meaning(name: str) -> bool:

@@ -13,9 +13,8 @@ import shlex
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from fivefold.choose import choose
 from fivefold.contract.layout import channels_of, outputs_of
@@ -63,9 +62,6 @@ class Step:
         """The stage and all its arguments, with the fold."""
         fold = () if self.fold is None else (f"FOLD={self.fold}",)
         return (self.stage, *self.arguments, *fold)
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "folder": str(self.folder)}
 
 
 @dataclass(frozen=True)
@@ -152,11 +148,6 @@ def describe(plan: Plan, python: str = "python") -> str:
     return "\n".join(blocks)
 
 
-def number_of_folds(settings: Settings) -> int:
-    """K for k folds; 1 where rows are parted by shares."""
-    return 1 if settings.split.parts else settings.split.folds
-
-
 @dataclass
 class _Builder:
     """The steps of one run, added in order, and notes on what is left out."""
@@ -176,7 +167,7 @@ class _Builder:
         images = {"train": inputs.train, "weights": inputs.weights}
         seeds = self.seeds or (self.settings.seed,)
         for seed in seeds:
-            for fold in range(number_of_folds(self.settings)):
+            for fold in range(1 if split.parts else split.folds):
                 name = f"fold-{fold}" if seed == seeds[0] else f"fold-{fold}-seed-{seed}"
                 self._add(name, "train-fold", images, ("split",), self.settings.train.epochs, fold, seed)
         teachers = tuple(step.name for step in self.steps[1:])

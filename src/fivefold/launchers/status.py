@@ -5,7 +5,7 @@ A step's folder holds `state.json` (process, start, end, exit code: written by t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Status:
 
 
 def write_plan(plan: Plan) -> None:
-    steps = [step.as_json() for step in plan.steps]
+    steps = [{**asdict(step), "folder": str(step.folder)} for step in plan.steps]
     write_json(plan.folder / PLAN, {"run": plan.run, "folder": str(plan.folder), "notes": plan.notes, "steps": steps})
 
 
@@ -200,12 +200,9 @@ def results_of(plan: Plan) -> str:
 
 def in_columns(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """Rows as lines with aligned columns; those in `numbers` to the right."""
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-
-    def cell(text: str, at: int) -> str:
-        return text.rjust(widths[at]) if at in numbers else text.ljust(widths[at])
-
-    return "\n".join("  ".join(cell(text, at) for at, text in enumerate(row)).rstrip() for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    formats = [f"{'>' if at in numbers else '<'}{width}" for at, width in enumerate(widths)]
+    return "\n".join("  ".join(map(format, row, formats)).rstrip() for row in rows)
 
 
 def _figures(metrics: Mapping[str, Any] | None, rows: str, prefix: str = "") -> Figures | None:
