@@ -40,7 +40,7 @@ from fivefold.data.store import ImageStore
 from fivefold.errors import DataError, SettingsError
 from fivefold.factors import Factors
 from fivefold.predictions import sample
-from fivefold.sections import Data
+from fivefold.recipe import Data
 
 log = logging.getLogger("fivefold")
 
