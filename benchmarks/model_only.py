@@ -24,14 +24,13 @@ from fivefold.contract.stages import CLASSES, FOLDS
 from fivefold.data.dataset import Batch, Sample, load
 from fivefold.data.folds import read_folds
 from fivefold.data.store import open_store
+from fivefold.distributed.replicas import BY_ITSELF
 from fivefold.recipe import Settings
-from fivefold.replicas import BY_ITSELF
 from fivefold.settings import arguments_layer
 from fivefold.settings import load as load_settings
-from fivefold.training.loop import Loop, TrainRows
+from fivefold.training.loop import Loop, TrainRows, rows_of
 from fivefold.training.objectives import Rows
-from fivefold.training.portions import rows_of
-from fivefold.training.randomness import random_state, set_random_state
+from fivefold.training.resume import random_state, set_random_state
 
 Step = Callable[[], torch.Tensor]
 """A step; it returns its loss on the device."""

@@ -21,10 +21,10 @@ from fivefold.choose import choose
 from fivefold.contract.failure import explained, report_failure, report_termination
 from fivefold.contract.job import Job, given_channels, job_from, output_data, output_dir
 from fivefold.contract.layout import in_run, run_at
-from fivefold.contract.place import PARENT
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
 from fivefold.contract.stages import FAILURE, STAGES, Stage
 from fivefold.contract.storage import SCRATCH, shown
+from fivefold.distributed.place import PARENT
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
 from fivefold.machine import end_with, start_no_more_threads
 from fivefold.recipe import Settings
@@ -136,7 +136,7 @@ def run_stage(job: Job, settings: Settings) -> None:
     poll()
     outcome = import_module(job.stage.module, __package__).main(job, settings)
     poll()
-    write_record(folder, job, key, outcome.outputs, outcome.metrics, clock, outcome.digests)
+    write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
     job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
     if job.stage.writes_model:
         job.remote.forget(job.checkpoints())

@@ -7,11 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
-from fivefold.contract.hosts import hosts_of, processes_of
 from fivefold.contract.job import Job
-from fivefold.contract.place import check_batch, is_member, place_of
 from fivefold.contract.stages import Stage
-from fivefold.launchers import replicas
+from fivefold.distributed import launch
+from fivefold.distributed.place import check_batch, hosts_of, is_member, place_of, processes_of
 from fivefold.launchers.local import gpus
 from fivefold.recipe import Settings
 from fivefold.settings import key_settings
@@ -40,14 +39,14 @@ def run_by_others(
     check_batch(_trained(stage, settings()).train.batch_size, hosts.count * processes)
     where = f" on each of {hosts.count} hosts, of which this is number {hosts.index}" if hosts.count > 1 else ""
     log.info("%s: %d process%s%s", stage.name, processes, "es" if processes > 1 else "", where)
-    return replicas.start([stage.name, *arguments], hosts, processes, environ)
+    return launch.start([stage.name, *arguments], hosts, processes, environ)
 
 
 def joined(job: Job) -> AbstractContextManager[Any]:
     """The processes that train together, once all are there; alone, nothing is waited for, and torch not loaded."""
     if job.place.world == 1:
         return nullcontext()
-    from fivefold.replicas import joined
+    from fivefold.distributed.replicas import joined
 
     return joined(job.place)
 
@@ -57,7 +56,7 @@ def decided(job: Job, settings: Settings, run: bool) -> bool:
     if job.place.world == 1:
         return run
     check_batch(_trained(job.stage, settings).train.batch_size, job.place.world)
-    from fivefold.replicas import Replicas
+    from fivefold.distributed.replicas import Replicas
 
     company = Replicas(job.place)
     told = json.dumps(key_settings(settings, job.stage.sections), sort_keys=True)

@@ -146,17 +146,13 @@ def write_tables(
     notes: Sequence[str],
 ) -> list[Path]:
     """The figures as CSV and JSON, and all submissions under one another, where there are any; the files written."""
-    written = [folder / "comparison.csv", folder / "comparison.json"]
-    with atomic(written[0]) as temporary:
-        comparison.write_figures(temporary, experiments, tables)
+    written = [comparison.write_figures(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
     write_json(written[1], as_json(experiments, tables, alike, notes))
     (folder / STACKED).unlink(missing_ok=True)
     submitted = next((each.file for each in experiments if each.file is not None), None)
     if submitted is not None:
-        written.append(folder / STACKED)
         id_column = open_csv(submitted).columns[0]
-        with atomic(written[-1]) as temporary:
-            comparison.write_stacked(temporary, experiments, id_column)
+        written.append(comparison.write_stacked(folder / STACKED, experiments, id_column))
     return written
 
 

@@ -10,10 +10,10 @@ from fivefold.contract.artifacts import ModelDir, check_split, find_models
 from fivefold.contract.job import Job
 from fivefold.data.folds import FoldTable
 from fivefold.data.images import is_image
+from fivefold.distributed.replicas import Replicas
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
 from fivefold.recipe import Settings
-from fivefold.replicas import Replicas
 
 from . import images
 from .outcome import Outcome
@@ -28,7 +28,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     assemble.check_training(student)
     split, table = read_split(job, student.model.factors)
     models = find_models(job.channel("model"), job.scratch)
-    check_members([(model.name, model.info) for model in models])
+    check_members(models)
     check_split(models, split)
     check_factors(models, table)
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fivefold import predictions
+from fivefold import predictions, recipe
 from fivefold.contract.artifacts import ModelDir, check_split, find_models, locate
-from fivefold.contract.files import atomic, write_json
+from fivefold.contract.files import write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import EACH, ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
 from fivefold.contract.submissions import find_submissions
@@ -20,8 +20,8 @@ from fivefold.data.same_classes import SameClasses
 from fivefold.data.store import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.calibration import apply_temperature
-from fivefold.inference.blends import BLENDS, arithmetic, combined, equal
-from fivefold.inference.ensemble import check_members
+from fivefold.inference.blends import combined, equal
+from fivefold.inference.ensemble import Ensemble, by_system, check_together
 from fivefold.inference.product import Product, product_of
 from fivefold.inference.submission import check_columns, write_submission
 from fivefold.inference.submitted import (
@@ -33,15 +33,16 @@ from fivefold.inference.submitted import (
     system_name,
 )
 from fivefold.inference.systems import Rule, Score, System, join, judge_holdout, scores_alone, weigh
-from fivefold.inference.tables import save_predictions
 from fivefold.predictions import Predictions, in_class_order
-from fivefold.recipe import Ensemble, Settings, Spec
+from fivefold.recipe import Settings, Spec
 
-from .description import description
 from .images import open_images
 from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
+
+ID_COLUMN = "ID"
+"""What the submission calls its ids where no test table does."""
 
 
 def main(job: Job, settings: Settings) -> Outcome:
@@ -50,16 +51,13 @@ def main(job: Job, settings: Settings) -> Outcome:
     files = submission_files(job, options.submissions)
     without = files and job.optional_channel("model") is None
     models = [] if without else find_models(job.channel("model"), job.scratch)
-    if not models and tables_alone(files, options, same):
-        from . import joining
-
-        return joining.main(job, settings, files)
-    check(job, models, options.blend)
+    if models:
+        check_together(models, options.blend == "product")
+        if job.optional_channel("folds") is not None:
+            check_split(models, locate(job, "folds", FOLDS))
     groups = by_system(models)
     product = product_for(options.blend, groups, files)
-    store = open_images(job, "eval")
-    images = read_eval(store, settings.data.id_column, settings.data.path_column)
-    images = images.answered_in(options.answer_column, options.number_column)
+    store, images = asked_rows(job, settings, [] if models else list(files.values()))
     classes = product.factors.classes if product else known_classes(models, images, files)
     check_submission(images, classes, same)
     submitted = read_files(files, groups, images, classes, same)
@@ -68,7 +66,7 @@ def main(job: Job, settings: Settings) -> Outcome:
 
     explicit = settings.predict.model_dump(exclude_unset=True)
     each = predict_each(groups, store, images, explicit, options.within, job.scratch) if groups else {}
-    each |= {name: found.log_probs for name, found in submitted.items()}
+    each |= {name: table.log_probs for name, table in submitted.items()}
     systems = [system_of(name, group, explicit.get("views"), options.within) for name, group in groups.items()]
     systems += [System(name, 1, 1, None, None) for name in submitted]
     rule, alone = Rule(options.blend, options.weights, options.within), []
@@ -83,16 +81,28 @@ def main(job: Job, settings: Settings) -> Outcome:
     log_probs = apply_temperature(combined(rule.between, list(each.values()), weights), temperature)
     table = table_of(images, " + ".join(each), classes, log_probs)
     output = job.output()
-    written = [save_predictions(output / PREDICTIONS, table), submit(output / options.submission, table, images, same)]
+    written = [predictions.write(output / PREDICTIONS, table), submit(output / options.submission, table, images, same)]
     written += submit_each(output / EACH, {name: each[name] for name in groups if name in each}, images, classes, same)
     written += keep_holdout(output / HOLDOUT, holdout)
+    shares = tuple((product.weights if product else weights).tolist())
+    ensemble = Ensemble(groups, shares, temperature, options.within, options.blend, files)
     facts = {"submission": options.submission, "id_column": images.id_column}
-    facts |= {"within": options.within, "blend": options.blend}
-    shares = product.weights if product else weights
-    write_json(output / ENSEMBLE, facts | description(groups, files, shares, temperature, scores))
+    write_json(output / ENSEMBLE, facts | ensemble.describe(scores))
     return Outcome(
         [*written, output / ENSEMBLE], {"models": len(models), "images": len(images), "temperature": temperature}
     )
+
+
+def asked_rows(job: Job, settings: Settings, files: Sequence[Path]) -> tuple[ImageStore | None, EvalTable]:
+    """The store and the rows of the eval channel; without that channel, the rows of the first of `files`, all tables."""
+    options = settings.ensemble
+    if files and all(map(is_table, files)) and job.optional_channel("eval") is None:
+        ids = predictions.read(files[0]).ids
+        store, images = None, EvalTable(ID_COLUMN, ids, ids, None)
+    else:
+        store = open_images(job, "eval")
+        images = read_eval(store, settings.data.id_column, settings.data.path_column)
+    return store, images.answered_in(options.answer_column, options.number_column)
 
 
 def submission_files(job: Job, named: Sequence[str]) -> dict[str, Path]:
@@ -105,12 +115,6 @@ def submission_files(job: Job, named: Sequence[str]) -> dict[str, Path]:
         if other != path:
             raise DataError(f"{other} and {path} are both called {system_name(path)!r}; rename one of them")
     return found
-
-
-def tables_alone(files: Mapping[str, Path], options: Ensemble, same: SameClasses) -> bool:
-    """Whether all that is blended are tables of predictions, row by row, so that they need not be in memory as a whole."""
-    by_rows = options.blend != "product" and BLENDS[options.blend].combine is arithmetic
-    return by_rows and not same.groups and all(is_table(path) for path in files.values())
 
 
 def known_classes(models: list[ModelDir], images: EvalTable, files: Mapping[str, Path]) -> tuple[str, ...]:
@@ -139,7 +143,7 @@ def read_files(
     return {name: read_submitted(path, wanted, classes, same).in_order(wanted) for name, path in files.items()}
 
 
-def check_blends(options: Ensemble, submitted: Mapping[str, Predictions]) -> None:
+def check_blends(options: recipe.Ensemble, submitted: Mapping[str, Predictions]) -> None:
     """Raises a SettingsError for a file of classes alone in a blend that would make it a veto, or rank nothing."""
     certain = [name for name, table in submitted.items() if holds_labels(table)]
     if certain and options.blend in ("geometric", "rank"):
@@ -147,33 +151,6 @@ def check_blends(options: Ensemble, submitted: Mapping[str, Predictions]) -> Non
             f"ensemble.blend={options.blend} needs probabilities, and {certain[0]} holds predicted classes alone; "
             "take vote, mean or weighted"
         )
-
-
-def check(job: Job, models: list[ModelDir], blend: str) -> None:
-    """Raises a DataError unless the models belong together, and to the split of the folds channel if it is given."""
-    if not models:
-        return
-    if models[0].info["role"] == "fold":
-        check_members([(model.name, model.info) for model in models], blend == "product")
-    elif len(models) > 1 and blend != "product":
-        names = ", ".join(model.name for model in models)
-        raise DataError(f"several students below the channel 'model' ({names}); give the model dir of one")
-    if job.optional_channel("folds") is not None:
-        check_split(models, locate(job, "folds", FOLDS))
-
-
-def by_system(models: list[ModelDir]) -> dict[str, list[ModelDir]]:
-    """The models by their system's name; a student is a system of its own."""
-    groups: dict[str, list[ModelDir]] = {}
-    for model in models:
-        student = model.info["role"] == "student"
-        groups.setdefault(f"{model.info['system']} (student)" if student else model.info["system"], []).append(model)
-    return groups
-
-
-def described(groups: Mapping[str, list[ModelDir]]) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
-    """Of each system its models: what each is called, and what its `model.json` says."""
-    return {name: [(model.name, model.info) for model in group] for name, group in groups.items()}
 
 
 def product_for(blend: str, groups: Mapping[str, list[ModelDir]], files: Mapping[str, Path]) -> Product | None:
@@ -185,7 +162,7 @@ def product_for(blend: str, groups: Mapping[str, list[ModelDir]], files: Mapping
             f"ensemble.blend=product joins models of different factors, and {next(iter(files))} is a submission file; "
             "blend it with the product's own submission by another blend"
         )
-    return product_of(described(groups))
+    return product_of(groups)
 
 
 def predict_each(
@@ -250,9 +227,7 @@ def check_submission(images: EvalTable, classes: tuple[str, ...], same: SameClas
 def submit(path: Path, table: Predictions, images: EvalTable, same: SameClasses) -> Path:
     """Writes the submission in the sample's columns, or in the classes' where there is no sample."""
     sample = images.sample or Submission(images.id_column, same.names(table.classes), images.ids)
-    with atomic(path) as temporary:
-        write_submission(temporary, table, sample, same)
-    return path
+    return write_submission(path, table, sample, same)
 
 
 def submit_each(
@@ -272,12 +247,12 @@ def submit_each(
     columns = images.sample.classes if images.sample and len(images.sample.classes) > 1 else same.names(classes)
     every = Submission(images.id_column, tuple(columns), images.ids)
     tables = {folder / f"{PREFIX}{names[n]}.csv": table_of(images, n, classes, found) for n, found in each.items()}
-    return [submit(path, table, replace(images, sample=every), plain) for path, table in tables.items()]
+    return [write_submission(path, table, every, plain) for path, table in tables.items()]
 
 
 def keep_holdout(path: Path, table: Predictions | None) -> list[Path]:
     path.unlink(missing_ok=True)
-    return [] if table is None else [save_predictions(path, table)]
+    return [] if table is None else [predictions.write(path, table)]
 
 
 def tell(scores: list[Score]) -> None:

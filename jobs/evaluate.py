@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from fivefold.contract.files import atomic, write_json, write_text
 from fivefold.contract.job import Job
 from fivefold.contract.stages import METRICS, REPORT
@@ -72,22 +74,16 @@ def main(job: Job, settings: Settings) -> Outcome:
     return Outcome([*written, folder / REPORT], headline)
 
 
-def write_tables(folder: Path, first: tables.Scored, mistakes: Mapping[str, list[tables.Mistake]]) -> list[Path]:
+def write_tables(folder: Path, first: tables.Scored, mistakes: Mapping[str, pd.DataFrame]) -> list[Path]:
     """Per class and confusion of the rows that open the report, and the mistakes of all; the files written."""
-    writers = {
-        "per_class.csv": lambda path: tables.write_per_class(path, first),
-        "confusion_matrix.csv": lambda path: tables.write_confusion(path, first),
-    }
+    written = [tables.write_per_class(folder / "per_class.csv", first)]
+    written.append(tables.write_confusion(folder / "confusion_matrix.csv", first))
     for file, names in WRONG.items():
         (folder / file).unlink(missing_ok=True)
-        found = [mistake for name in names for mistake in mistakes.get(name, ())]
-        if mistakes.keys() & set(names):
-            ranked = sorted(found, key=lambda mistake: -mistake.confidence)
-            writers[file] = lambda path, ranked=ranked: tables.write_mistakes(path, ranked)
-    for file, write in writers.items():
-        with atomic(folder / file) as temporary:
-            write(temporary)
-    return [folder / file for file in writers]
+        if frames := [mistakes[name] for name in names if name in mistakes]:
+            ranked = pd.concat(frames).sort_values("confidence", ascending=False, kind="stable")
+            written.append(tables.write_csv(folder / file, ranked))
+    return written
 
 
 def finite(value: Any) -> Any:

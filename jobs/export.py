@@ -1,17 +1,16 @@
 """A trained model as one file that other programs read: a student, a fold, or a whole ensemble."""
 
 import logging
-from collections.abc import Sequence
 
 from fivefold import exporting
 from fivefold.choose import choose
-from fivefold.committee import find_description
-from fivefold.contract.artifacts import ModelDir, find_models, locate
-from fivefold.contract.files import atomic, read_json, write_json
+from fivefold.committee import Committee
+from fivefold.contract.artifacts import ModelDir, find_models, locate, locate_all
+from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import ENSEMBLE, EXPORT, RAW_WEIGHTS, WEIGHTS
-from fivefold.errors import DataError, SettingsError
-from fivefold.inference.ensemble import check_members
+from fivefold.errors import SettingsError
+from fivefold.inference.ensemble import find_ensemble
 from fivefold.members import load_member
 from fivefold.recipe import Settings
 
@@ -25,49 +24,29 @@ def main(job: Job, settings: Settings) -> Outcome:
     options = settings.export
     name, write = choose(exporting.FORMATS, "format", options.format)
     path = job.output() / (options.file or name)
-    models = chosen(find_models(job.channel("model"), job.scratch), settings.fold)
-    weights, temperature = blend_of(job, models)
+    models = find_models(job.channel("model"), job.scratch)
+    models = models if settings.fold is None else [model_of_fold(models, settings.fold)]
+    if job.optional_channel("ensemble") is None:
+        ensemble = find_ensemble(models, locate_all(job.channel("model"), job.scratch, ENSEMBLE))
+    else:
+        ensemble = find_ensemble(models, [locate(job, "ensemble", ENSEMBLE)], required=True)
 
     explicit = settings.predict.model_dump(exclude_unset=True)
     file = {"best": WEIGHTS, "raw": RAW_WEIGHTS}[options.weights]
-    members = [load_member(model, explicit, file) for model in models]
-    ensemble = exporting.Ensemble(members, weights, temperature)
+    committee = Committee(ensemble, [load_member(model, explicit, file) for model in ensemble.models])
     path.unlink(missing_ok=True)
     with atomic(path) as temporary:
-        write(temporary, ensemble)
+        write(temporary, committee)
     log.info("%s: %s, %.1f MB", path, ", ".join(model.name for model in models), path.stat().st_size / 1e6)
-    facts = {"file": path.name, "format": options.format, **exporting.describe(ensemble)}
+    facts = {"file": path.name, "format": options.format, **exporting.describe(committee)}
     write_json(job.output() / EXPORT, facts)
     return Outcome([path, job.output() / EXPORT], {"models": len(models), "bytes": path.stat().st_size})
 
 
-def chosen(models: list[ModelDir], fold: int | None) -> list[ModelDir]:
-    """All models, which must be one student or belong together; or the one of `fold`."""
-    if fold is not None:
-        models = [model for model in models if model.info["fold"] == fold]
-        if len(models) != 1:
-            raise SettingsError(
-                f"FOLD={fold}: {in_words(models)} below the channel 'model'; give the model dir of one fold"
-            )
-    elif len(models) > 1 and models[0].info["role"] == "student":
-        raise DataError(f"{in_words(models)} below the channel 'model'; give the model dir of one student")
-    elif len(models) > 1:
-        check_members([(model.name, model.info) for model in models])
-    return models
-
-
-def blend_of(job: Job, models: Sequence[ModelDir]) -> tuple[list[float], float]:
-    """The weight of each model and the temperature: of the ensemble channel or beside the models, else equal systems at 1."""
-    if job.optional_channel("ensemble") is None:
-        path = find_description(job.channel("model"), job.scratch, models)
-    else:
-        path = locate(job, "ensemble", ENSEMBLE)
-    if path is None:
-        return exporting.equal_systems([model.system for model in models]), 1.0
-    weights, temperature = exporting.read_blend(read_json(path), [model.name for model in models], str(path))
-    log.info("%d models with the weights and the temperature %.4g of %s", len(models), temperature, path)
-    return weights, temperature
-
-
-def in_words(models: Sequence[ModelDir]) -> str:
-    return f"{len(models)} models ({', '.join(model.name for model in models)})" if models else "no model"
+def model_of_fold(models: list[ModelDir], fold: int) -> ModelDir:
+    """The one model of a fold; a SettingsError where there is none, or several."""
+    models = [model for model in models if model.info["fold"] == fold]
+    if len(models) != 1:
+        words = f"{len(models)} models ({', '.join(model.name for model in models)})" if models else "no model"
+        raise SettingsError(f"FOLD={fold}: {words} below the channel 'model'; give the model dir of one fold")
+    return models[0]

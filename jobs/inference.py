@@ -2,6 +2,7 @@
 
 import logging
 
+from fivefold import predictions
 from fivefold.contract.artifacts import find_models
 from fivefold.contract.job import Job
 from fivefold.contract.stages import OUTPUT, PREDICTIONS
@@ -9,12 +10,11 @@ from fivefold.data.evals import read_eval
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.store import open_store
 from fivefold.inference.blends import mean
-from fivefold.inference.ensemble import check_same
+from fivefold.inference.ensemble import by_system, check_same
 from fivefold.inference.product import needs_product, product_of
-from fivefold.inference.tables import save_predictions
 from fivefold.recipe import Settings
 
-from .ensemble import by_system, check_submission, described, predict_each, submit, table_of
+from .ensemble import check_submission, predict_each, submit, table_of
 from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
@@ -24,9 +24,9 @@ def main(job: Job, settings: Settings) -> Outcome:
     """Predicts the eval channel: by one model, by the mean of several, or by the product of those of different factors."""
     models = find_models(job.channel("model"), job.scratch)
     groups, infos = by_system(models), [model.info for model in models]
-    product = product_of(described(groups)) if needs_product(infos) else None
+    product = product_of(groups) if needs_product(infos) else None
     if product is None:
-        check_same([(model.name, model.info) for model in models], "classes", "know different classes")
+        check_same(models, "classes", "know different classes")
         if infos[0].get("knows"):
             log.warning(
                 "inference: the models know %s alone; the answers speak of no more", ", ".join(infos[0]["knows"])
@@ -42,6 +42,6 @@ def main(job: Job, settings: Settings) -> Outcome:
     log_probs = product.join(each) if product else mean(list(each.values()))
     table = table_of(images, product.name if product else " + ".join(each), classes, log_probs)
     output = job.output()
-    written = [save_predictions(output / PREDICTIONS, table), submit(output / OUTPUT, table, images, same)]
+    written = [predictions.write(output / PREDICTIONS, table), submit(output / OUTPUT, table, images, same)]
     log.info("inference: %d images by %d models of %s: %s", len(images), len(models), table.system, output / OUTPUT)
     return Outcome(written, {"models": len(models), "images": len(images)})

@@ -8,10 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """The files that must be whole for the stage to count as done, its figures, and the SHA-256 of those
-    files whose digest was taken while they were written.
-    """
+    """The files that must be whole for the stage to count as done, and its figures."""
 
     outputs: Sequence[Path]
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    digests: Mapping[Path, str] = field(default_factory=dict)

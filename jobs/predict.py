@@ -1,6 +1,5 @@
 """Classes of images that somebody has: one, a folder, or a table of them; and the mistakes where the truth is known."""
 
-import csv
 import json
 import logging
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fivefold.api import answers, tell
 from fivefold.committee import Verdict, load_committee, seen_as
@@ -21,7 +21,7 @@ from fivefold.data.folds import read_folds
 from fivefold.data.given import Given, check_truth, read_given, with_folders_as_truth
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import summary
-from fivefold.evaluation.tables import Scored, write_mistakes
+from fivefold.evaluation.tables import Scored, write_csv
 from fivefold.launchers.plan import new_run_name
 from fivefold.members import ImageFiles
 from fivefold.predictions import Predictions
@@ -32,7 +32,6 @@ from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
-HEADER = ("image_path", "predicted_class", "confidence", "true_class")
 WRONG = {"train": "wrong_train.csv", "valid": "wrong_valid.csv", "test": "wrong_test.csv"}
 """Mistakes on rows that the models trained on, on rows that chose their best epoch, and on rows that they never saw."""
 
@@ -125,12 +124,9 @@ def rounded(rows: Scored) -> dict[str, float]:
 
 def write_results(path: Path, results: Sequence[Mapping[str, Any]], truth: Sequence[str]) -> Path:
     """Writes a line an image, in the order in which they were given; the path."""
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        for result, true_class in zip(results, truth, strict=True):
-            name, found, confidence = result.values()
-            writer.writerow([name, found, f"{confidence:.6f}", true_class])
+    frame = pd.DataFrame(results).assign(true_class=list(truth))
+    with atomic(path) as temporary:
+        frame.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\n")
     return path
 
 
@@ -138,9 +134,4 @@ def write_wrong(folder: Path, scored: Mapping[str, Scored]) -> list[Path]:
     """Writes the mistakes of each part, the most confident first; the files."""
     for file in WRONG.values():
         (folder / file).unlink(missing_ok=True)
-    written = []
-    for part, rows in scored.items():
-        written.append(folder / WRONG[part])
-        with atomic(written[-1]) as temporary:
-            write_mistakes(temporary, rows.mistakes())
-    return written
+    return [write_csv(folder / WRONG[part], rows.mistakes()) for part, rows in scored.items()]

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from fivefold import predictions
 from fivefold.contract.artifacts import ModelDir, find_models, find_predictions, locate, locate_all
 from fivefold.contract.files import read_json
@@ -22,7 +24,8 @@ from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import DataError
 from fivefold.evaluation import truth
 from fivefold.evaluation.report import thumbnail
-from fivefold.evaluation.tables import Mistake, Scored, stacked
+from fivefold.evaluation.tables import Scored, stacked
+from fivefold.inference.ensemble import by_system
 from fivefold.inference.product import factors_of, needs_product, product_of
 from fivefold.inference.submitted import names_classes_alone, read_submitted
 from fivefold.predictions import Predictions, mean_by_id
@@ -130,11 +133,11 @@ class Evidence:
         short = one_seed and one_system and len(logs) > 1
         return {f"fold {m.info['fold']}" if short else m.name: path for m, path in logs}
 
-    def thumbnails(self, name: str, mistakes: Sequence[Mistake]) -> dict[tuple[str, str], bytes]:
+    def thumbnails(self, name: str, mistakes: pd.DataFrame) -> dict[tuple[str, str], bytes]:
         """Small images of `mistakes` among the rows `name`, by (name, id); those that cannot be read are left out."""
         store = self._store("eval" if name == "test" else "train")
         found = {}
-        for mistake in mistakes if store else ():
+        for mistake in mistakes.itertuples() if store else ():
             path = mistake.path or mistake.id
             try:
                 found[name, mistake.id] = thumbnail(decode(store.read(path), path))
@@ -214,11 +217,9 @@ class Evidence:
 
 def _product(found: Sequence[tuple[ModelDir, Predictions]]) -> Predictions:
     """The tables of models that know different factors as one: the mean of each system's, multiplied."""
-    groups: dict[str, list[tuple[ModelDir, Predictions]]] = {}
-    for model, table in found:
-        groups.setdefault(model.info["system"], []).append((model, table))
-    product = product_of({name: [(model.name, model.info) for model, _ in group] for name, group in groups.items()})
-    return product.table({name: mean_by_id([table for _, table in group]) for name, group in groups.items()})
+    groups = by_system([model for model, _ in found])
+    tables = {name: [table for model, table in found if model.system == name] for name in groups}
+    return product_of(groups).table({name: mean_by_id(group) for name, group in tables.items()})
 
 
 def _models_in_words(models: Sequence[ModelDir], prefix: str = "") -> str:

@@ -3,20 +3,19 @@
 import logging
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from fivefold.arrow import pa
 from fivefold.contract.files import write_json, write_text
 from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, FOLDS, SPLIT_SUMMARY
 from fivefold.data.adapters import Rows, read_rows
 from fivefold.data.folds import FoldTable, write_folds
 from fivefold.data.opening import keep_readable, open_images
-from fivefold.data.parts import remove_parts, write_parts
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.splitting import Duplicates, divide, divide_products, find_duplicates, group_codes, rank_labels
 from fivefold.data.store import ImageStore, open_store
-from fivefold.data.summary import as_text, class_file, log_summary, summarise
+from fivefold.data.summary import as_text, class_file, log_summary, remove_parts, summarise, write_parts
 from fivefold.recipe import Settings, Split
 from fivefold.settings import key_settings
 

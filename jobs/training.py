@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fivefold import assemble
+from fivefold import assemble, predictions
 from fivefold.contract.artifacts import locate
 from fivefold.contract.files import MIB, atomic, check_space, sha256
 from fivefold.contract.job import Job
@@ -18,24 +18,20 @@ from fivefold.contract.stages import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, 
 from fivefold.data.folds import FoldTable, read_folds
 from fivefold.data.images import decode
 from fivefold.data.store import ImageStore
-from fivefold.evaluation.examples import image_grid, spread_out
+from fivefold.distributed.replicas import Replicas
 from fivefold.evaluation.metrics import predicted, summary
-from fivefold.evaluation.plots import training_curves
+from fivefold.evaluation.plots import image_grid, spread_out, training_curves
 from fivefold.inference.predictor import Runtime
-from fivefold.inference.tables import save_predictions
 from fivefold.members import evaluation_images, predict_images, save_member
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
-from fivefold.replicas import Replicas
 from fivefold.settings import flatten
-from fivefold.training.best import Best
-from fivefold.training.loop import TrainRows, ValidRows
+from fivefold.training.loop import Best, TrainRows, ValidRows
 from fivefold.training.loop import fit as fit_loop
-from fivefold.training.observers import csv_log, metric_line
 from fivefold.training.optim import OPTIMIZER_STATES
 from fivefold.training.resume import Checkpoints
-from fivefold.training.trackers import Run, Tracker, close_trackers, open_trackers
+from fivefold.training.trackers import Run, Tracker, close_trackers, csv_log, metric_line, open_trackers
 
 from .outcome import Outcome
 
@@ -67,13 +63,12 @@ def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
 
 
 def settled(job: Job, settings: Settings, network: nn.Module, replicas: Replicas) -> tuple[Settings, Runtime]:
-    """The settings with the precision and memory format of this run, and their Runtime.
+    """The settings with the precision of this run, and their Runtime.
 
-    A run that goes on keeps those of its checkpoint. The stages of a run that share its folder share one decision.
+    A run that goes on keeps that of its checkpoint. The stages of a run that share its folder share one decision.
     """
-    asked = "auto" in (settings.train.precision, settings.train.channels_last)
     before, shared = None, None
-    if asked and job.place.leads:
+    if settings.train.precision == "auto" and job.place.leads:
         before = (Checkpoints(job.checkpoints()).load() or {}).get(assemble.RUNTIME)
         shared = decisions_of(job)
     found = assemble.settled(settings, network, replicas, before, shared)
@@ -189,7 +184,7 @@ class TrainingRun:
         for name, prefix, table in ((OOF, "oof", oof), (HOLDOUT, "holdout", holdout)):
             if table is None:
                 continue
-            files.append(save_predictions(folder / name, table))
+            files.append(predictions.write(folder / name, table))
             scores = {
                 f"{prefix}_{metric}": round(value, 6)
                 for metric, value in summary(table.log_probs, table.codes()).items()

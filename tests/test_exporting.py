@@ -15,17 +15,19 @@ from PIL import Image
 from torch import nn
 
 from fivefold.assemble import build_classifier, runtime_of, seed_everything
+from fivefold.committee import Committee
 from fivefold.contract.artifacts import model_at
 from fivefold.contract.files import atomic, write_json
 from fivefold.data.meta import measure
 from fivefold.data.store import open_store
 from fivefold.errors import FivefoldError
 from fivefold.evaluation.calibration import apply_temperature
-from fivefold.exporting import Ensemble, write_onnx
+from fivefold.exporting import write_onnx
 from fivefold.inference.blends import arithmetic
+from fivefold.inference.ensemble import Ensemble
 from fivefold.members import load_member, save_member
 from fivefold.recipe import Augment, Model, Predict, Settings, Train
-from fivefold.training.best import Best
+from fivefold.training.loop import Best
 from jobs.__main__ import run
 
 CLASSES = ["fold", "id", "빨강 차"]
@@ -187,8 +189,8 @@ def spoilt(world: Path, folder: Path, what: str) -> dict[str, str]:
     """The channels of a case that cannot be exported."""
     models, blend = folder / "models", folder / "blend"
     shutil.copytree(world / "folds", models, ignore=lambda _, names: [name for name in names if name.startswith("b")])
-    members = [{"model": f"fold {fold} of a, seed 1", "weight": 1 / 2} for fold in range(2)]
-    content = {"members": members, "temperature": 1.0}
+    members = [{"system": "a", "model": f"fold {fold} of a, seed 1", "weight": 1 / 2} for fold in range(2)]
+    content = {"members": members, "weights": {"a": 1.0}, "temperature": 1.0}
     if what == "size":
         for fold in range(2):
             save(models / f"b{fold}", fold, seed=2, system="b", model={"image_size": 16})
@@ -230,11 +232,11 @@ def spoilt(world: Path, folder: Path, what: str) -> dict[str, str]:
         ("eval", [], 64, "different augment.eval"),
         ("meta", [], 64, "takes other meta features"),
         ("incomplete", [], 65, "system 'b' with seed 2 lacks fold 1 of 2"),
-        ("students", [], 65, "give the model dir of one student"),
+        ("students", [], 65, "give the model dir of one"),
         ("no raw weights", ["export.weights=raw"], 66, "model_raw.safetensors"),
-        ("strangers", [], 65, "blends file other.csv, fold 1 of a"),
+        ("strangers", [], 65, "blends other models than these: fold 0 of a"),
         ("rank", [], 64, "blend=rank is no mean of probabilities"),
-        ("no members", [], 65, "does not say which models are blended"),
+        ("no members", [], 65, "does not describe an ensemble"),
         ("", ["predict.views=flop"], 64, "did you mean 'flip'"),
     ],
 )
@@ -266,10 +268,10 @@ class Drifting(nn.Module):
 
 def test_a_graph_that_disagrees_with_the_networks_is_not_kept(world, tmp_path):
     member = load_member(model_at(world / "student"), {"views": ["plain"]})
-    ensemble = Ensemble([replace(member, network=Drifting())], [1.0])
+    committee = Committee(Ensemble({"a": [member.source]}, (1.0,)), [replace(member, network=Drifting())])
     with pytest.raises(FivefoldError, match=r"from the networks' \(at most 0.0001 is allowed\)") as caught:
         with atomic(tmp_path / "model.onnx") as temporary:
-            write_onnx(temporary, ensemble)
+            write_onnx(temporary, committee)
     assert caught.value.exit_code == 1
     assert not list(tmp_path.iterdir())
 

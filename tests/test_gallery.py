@@ -20,12 +20,11 @@ from fivefold.data.store import FolderStore
 from fivefold.data.transforms import build_transforms
 from fivefold.distillation import Pupils, teach, teach_unseen
 from fivefold.inference.predictor import predict_all
-from fivefold.inference.tables import save_predictions
 from fivefold.members import Gallery, ImageFiles, load_member, save_member
 from fivefold.models.classifier import Classifier
-from fivefold.predictions import Predictions
+from fivefold.predictions import Predictions, write
 from fivefold.recipe import Augment, Model, Predict, Settings, Train
-from fivefold.training.best import Best
+from fivefold.training.loop import Best
 
 CLASSES = ["a", "b", "c"]
 COUNT, FOLDS, BATCH = 12, 3, 4
@@ -61,7 +60,7 @@ def saved(folder: Path, fold: int, transform: str = "resize") -> ModelDir:
     rows = np.arange(fold, COUNT, FOLDS)
     log_probs = np.log(np.random.default_rng(fold).dirichlet(np.ones(3), len(rows))).astype(np.float32)
     ids = np.array([f"{row:02d}.png" for row in rows], object)
-    save_predictions(folder / "oof.parquet", Predictions(ids, np.full(len(rows), fold), "s", tuple(CLASSES), log_probs))
+    write(folder / "oof.parquet", Predictions(ids, np.full(len(rows), fold), "s", tuple(CLASSES), log_probs))
     return ModelDir(folder, read_json(folder / "model.json"))
 
 

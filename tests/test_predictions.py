@@ -58,20 +58,11 @@ def test_the_same_table_gives_the_same_bytes(tmp_path: Path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_probabilities_that_saturate_keep_their_precision(tmp_path: Path):
-    small = Predictions(
-        np.array(["x"], object), np.array([0]), "s", ("a", "b"), np.array([[-1e-20, -46.05]], np.float32)
-    )
-    write(tmp_path / "t", small)
-    np.testing.assert_array_equal(read(tmp_path / "t").log_probs, small.log_probs)
-
-
-def test_a_class_may_have_probability_zero(tmp_path: Path):
-    certain = Predictions(
-        np.array(["x"], object), np.array([0]), "s", ("a", "b"), np.array([[0.0, -np.inf]], np.float32)
-    )
-    write(tmp_path / "t", certain)
-    assert read(tmp_path / "t").log_probs[0, 1] == -np.inf
+@pytest.mark.parametrize("row", [[-1e-20, -46.05], [0.0, -np.inf]])
+def test_probabilities_that_saturate_keep_their_precision(row: list[float], tmp_path: Path):
+    sure = Predictions(np.array(["x"], object), np.array([0]), "s", ("a", "b"), np.array([row], np.float32))
+    write(tmp_path / "t", sure)
+    np.testing.assert_array_equal(read(tmp_path / "t").log_probs, sure.log_probs)
 
 
 def test_unknown_labels_are_empty(tmp_path: Path):
@@ -181,16 +172,15 @@ def test_columns_are_matched_by_name_never_by_position():
 
 
 def test_the_mean_of_tables_by_hand():
-    def one(ids: str, probs: list[list[float]], fold: int, classes: tuple[str, ...]) -> Predictions:
-        log_probs = np.log(np.array(probs, np.float32))
-        return Predictions(np.array(list(ids), object), np.full(len(ids), fold), "s", classes, log_probs)
+    def one(ids: str, labels: str, probs: list[list[float]], fold: int, classes: tuple[str, ...]) -> Predictions:
+        log_probs, folds = np.log(np.array(probs, np.float32)), np.full(len(ids), fold)
+        return Predictions(np.array(list(ids), object), folds, "s", classes, log_probs, np.array(list(labels), object))
 
-    found = mean_by_id(
-        [one("ab", [[0.2, 0.8], [0.5, 0.5]], 0, ("x", "y")), one("bc", [[0.9, 0.1], [0.6, 0.4]], 1, ("y", "x"))]
-    )
-    assert list(found.ids) == ["a", "b", "c"]
-    assert list(found.fold) == [0, -1, 1]
+    first = one("ba", "xy", [[0.2, 0.8], [0.5, 0.5]], 0, ("x", "y"))
+    found = mean_by_id([first, one("ac", "yx", [[0.9, 0.1], [0.6, 0.4]], 1, ("y", "x"))])
+    assert (list(found.ids), list(found.fold), list(found.labels)) == (list("bac"), [0, -1, 1], list("xyx"))
     np.testing.assert_allclose(np.exp(found.log_probs), [[0.2, 0.8], [0.3, 0.7], [0.4, 0.6]], rtol=1e-6)
+    assert found.fold.dtype == np.int16
 
 
 def test_long_lists_of_names_are_shortened():

@@ -20,13 +20,12 @@ from fivefold.data.meta import count_numbers
 from fivefold.data.sampling import SAMPLERS
 from fivefold.data.transforms import build_transforms
 from fivefold.inference.tta import build_views
-from fivefold.models.backbones import build_backbone, count_features
-from fivefold.models.heads import build_head
-from fivefold.models.small import SMALL
+from fivefold.models.backbones import SMALL, build_backbone, count_features
+from fivefold.models.classifier import build_head
 from fivefold.recipe import Settings
 from fivefold.recipes import SMOKE, shipped_recipes
 from fivefold.settings import flatten, read_recipe
-from fivefold.training.best import MONITORS
+from fivefold.training.loop import MONITORS
 from fivefold.training.losses import build_loss
 from fivefold.training.mixing import MIXINGS
 from fivefold.training.optim import SCHEDULES

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from fivefold.choose import choose
 from fivefold.data.dataset import ImageSet, count_batches
@@ -20,14 +18,13 @@ from fivefold.data.meta import count_numbers
 from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
-from fivefold.errors import MissingInputError, SettingsError
+from fivefold.distributed.replicas import with_norms_of_all
+from fivefold.errors import MissingInputError
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
 from fivefold.machine import count_cores
 from fivefold.models.backbones import build_backbone, count_features
-from fivefold.models.classifier import Classifier, Standardised
-from fivefold.models.heads import build_head
-from fivefold.models.norms import with_norms_of_all
+from fivefold.models.classifier import Classifier, Standardised, build_head
 from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
 from fivefold.runtimes import RUNTIME, Manner, in_words, quickened
@@ -36,19 +33,15 @@ from fivefold.runtimes import runtime_for_prediction as runtime_for_prediction
 from fivefold.runtimes import runtime_of as runtime_of
 from fivefold.runtimes import settled as settled
 from fivefold.training import memory
-from fivefold.training.best import MONITORS
-from fivefold.training.ema import Ema
-from fivefold.training.freezing import Freezing
-from fivefold.training.groups import learning_rates
-from fivefold.training.loop import Duration, Loop, TrainRows, ValidRows
+from fivefold.training.loop import MONITORS, Duration, Loop, TrainRows, ValidRows
 from fivefold.training.losses import Loss, balanced_weights, build_loss
 from fivefold.training.mixing import MIXINGS, Mixing
-from fivefold.training.objectives import Objective, by_labels, by_teacher, once, rdrop
-from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer, check_warmup
-from fivefold.training.randomness import draws
+from fivefold.training.objectives import Objective, by_labels, by_teacher, draws, once, rdrop
+from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer, check_warmup, learning_rates
+from fivefold.training.phases import Ema, Freezing
 from fivefold.training.resume import Stateful
 from fivefold.training.teaching import Annealing, Cooling, lesson_plan
-from fivefold.training.updates import UPDATES, InTurns, Update, build_scaler
+from fivefold.training.updates import UPDATES, build_scaler
 
 log = logging.getLogger("fivefold")
 
@@ -116,22 +109,21 @@ def build_loop(
     loss = _loss(settings, train)
     if network.meta is not None:
         network.meta.fit(torch.from_numpy(train.images.measure()))
-    model = _prepared(network, runtime)
+    model = _prepared(network, runtime, chosen.cpu_convs)
     shares = learning_rates(network.backbone, chosen.backbone_lr, chosen.layer_decay)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
     steps = -(-count_batches(len(train.images), chosen.batch_size) // chosen.accumulate)
-    if chosen.schedule == "plateau" and not (select and valid):
-        raise SettingsError("train.schedule=plateau needs validation scores to watch, and this run selects by none")
     schedule = Schedule(
         chosen.schedule, optimizer, steps * chosen.epochs, steps, chosen.warmup_epochs, chosen.step_epochs, chosen.gamma
     )
     raw = {"raw": model} if ema is None or chosen.keep_raw else {}
     scaler = build_scaler(runtime)
-    update = _update(settings, model, _objective(settings, loss, train), optimizer, runtime, scaler)
+    update = choose(UPDATES, "update", chosen.update)(
+        model, _objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
+    )
     after_step = [*([ema] if ema else []), schedule, *_phases(settings, network, train, steps)]
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scaler": scaler, RUNTIME: Manner(runtime)}
-    parts |= {"turns": update} if isinstance(update, InTurns) else {}
     if chosen.compile:
         network.backbone.compile()  # in place, so names stay; after the average was copied, which is not trained
     sampler = choose(SAMPLERS, "sampler", chosen.sampler)
@@ -237,30 +229,6 @@ def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
     return rdrop(criterion, alpha) if alpha else once(criterion)
 
 
-def _update(
-    settings: Settings,
-    model: nn.Module,
-    objective: Objective,
-    optimizer: Optimizer,
-    runtime: Runtime,
-    scaler: GradScaler,
-) -> Update:
-    chosen = settings.train
-
-    def made(name: str) -> Update:
-        return choose(UPDATES, "update", name)(
-            model, objective, optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
-        )
-
-    if chosen.sam_every == 1:
-        return made(chosen.update)
-    if chosen.update != "sam":
-        raise SettingsError(
-            f"train.sam_every={chosen.sam_every} is of train.update=sam, and this is {chosen.update}: leave it at 1"
-        )
-    return InTurns(made("sam"), made("plain"), chosen.sam_every)
-
-
 def _phases(
     settings: Settings, network: Classifier, train: TrainRows, steps: int
 ) -> list[Freezing | Cooling | Annealing]:
@@ -275,7 +243,7 @@ def _codes(targets: Tensor) -> np.ndarray:
     return torch.where(targets.sum(dim=1) > 0, targets.argmax(dim=1), -1).cpu().numpy()
 
 
-def _prepared(network: nn.Module, runtime: Runtime) -> nn.Module:
+def _prepared(network: nn.Module, runtime: Runtime, cpu_convs: bool) -> nn.Module:
     """The network as it trains on this machine; BatchNorm for several processes."""
     network = network if runtime.replicas.alone else with_norms_of_all(network, runtime.device)
-    return runtime.place(quickened(network, runtime))
+    return runtime.place(quickened(network, runtime, cpu_convs))

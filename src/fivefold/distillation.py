@@ -18,6 +18,7 @@ from fivefold.contract.artifacts import ModelDir, model_at
 from fivefold.contract.stages import OOF
 from fivefold.data.folds import FoldTable
 from fivefold.data.store import ImageStore, JoinedStore
+from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.inference.blends import mean
 from fivefold.inference.predictor import Runtime
@@ -25,7 +26,6 @@ from fivefold.inference.tta import build_views, distinct
 from fivefold.members import Gallery, ImageFiles, load_member
 from fivefold.predictions import Predictions, in_class_order, sample
 from fivefold.recipe import Settings, Spec
-from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.training.loop import TrainRows
 from fivefold.training.teaching import Teacher
 

@@ -7,8 +7,7 @@ onnxruntime gives the same probabilities as the networks do.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fivefold.committee import Committee
+from fivefold.contract.stages import ENSEMBLE
 from fivefold.data.meta import count_numbers
-from fivefold.errors import DataError, FivefoldError, SettingsError
+from fivefold.errors import FivefoldError, SettingsError
 from fivefold.extras import need
 from fivefold.inference.tta import View, build_views
 from fivefold.members import Member
@@ -30,45 +31,38 @@ TOLERANCE = 1e-4
 CHECKED_IMAGES = 5
 
 
-@dataclass(frozen=True)
-class Ensemble:
-    """Members with a convex weight each, and the temperature of their mean; a single model is an ensemble of one."""
+def size_of(committee: Committee) -> tuple[int, ...]:
+    """The height and width of the images that an exported file takes."""
+    return committee.members[0].settings.model.size
 
-    members: Sequence[Member]
-    weights: Sequence[float]
-    temperature: float = 1.0
 
-    @property
-    def classes(self) -> list[str]:
-        return list(self.members[0].source.info["classes"])
+def meta_of(committee: Committee) -> list[str]:
+    """The meta features that an exported file takes beside images."""
+    return next((m.settings.model.meta for m in committee.members if m.settings.model.meta), [])
 
-    @property
-    def size(self) -> tuple[int, ...]:
-        """(height, width) of the images that it takes."""
-        return self.members[0].settings.model.size
 
-    @property
-    def meta(self) -> list[str]:
-        """The meta features that it takes beside images."""
-        return next((m.settings.model.meta for m in self.members if m.settings.model.meta), [])
-
-    def check(self) -> None:
-        """Raises a SettingsError unless one graph can be made of it: one size, one way to get there, the same numbers."""
-        for other in self.members[1:]:
-            first = self.members[0]
-            for what, a, b in (
-                ("sizes", first.settings.model.size, other.settings.model.size),
-                ("augment.eval", first.settings.augment.eval, other.settings.augment.eval),
-            ):
-                if a != b:
-                    raise SettingsError(
-                        f"{first.source.name} and {other.source.name} take images of different {what} ({a}, {b}), "
-                        "and an exported file takes one: export each system by itself"
-                    )
-            if other.settings.model.meta not in ([], self.meta):
+def check_graph(committee: Committee) -> None:
+    """Raises a SettingsError unless one graph can hold it: a mean, of one size, one transform and the same meta features."""
+    for key, blend in (("blend", committee.ensemble.between), ("within", committee.ensemble.within)):
+        if blend not in MEANS:
+            raise SettingsError(
+                f"{ENSEMBLE}: {key}={blend} is no mean of probabilities, and a graph holds nothing else"
+            )
+    first = committee.members[0]
+    for other in committee.members[1:]:
+        for what, a, b in (
+            ("sizes", first.settings.model.size, other.settings.model.size),
+            ("augment.eval", first.settings.augment.eval, other.settings.augment.eval),
+        ):
+            if a != b:
                 raise SettingsError(
-                    f"{other.source.name} takes other meta features than {first.source.name}: export each by itself"
+                    f"{first.source.name} and {other.source.name} take images of different {what} ({a}, {b}), "
+                    "and an exported file takes one: export each system by itself"
                 )
+        if other.settings.model.meta not in ([], meta_of(committee)):
+            raise SettingsError(
+                f"{other.source.name} takes other meta features than {first.source.name}: export each by itself"
+            )
 
 
 class Seen(nn.Module):
@@ -97,11 +91,11 @@ class Blended(nn.Module):
 
     weights: Tensor
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, committee: Committee) -> None:
         super().__init__()
-        self.members = nn.ModuleList(Seen(member) for member in ensemble.members)
-        self.register_buffer("weights", torch.tensor(list(ensemble.weights), dtype=torch.float32))
-        self.temperature = ensemble.temperature
+        self.members = nn.ModuleList(Seen(member) for member in committee.members)
+        self.register_buffer("weights", torch.tensor(committee.ensemble.model_weights, dtype=torch.float32))
+        self.temperature = committee.ensemble.temperature
 
     def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
         each = torch.stack([member(images, meta) for member in self.members], dim=-1)
@@ -119,46 +113,46 @@ def for_tracing(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def describe(ensemble: Ensemble) -> dict[str, Any]:
+def describe(committee: Committee) -> dict[str, Any]:
     """What a user of the file must know: classes in their order, the image's size and making, views, members."""
-    first = ensemble.members[0].settings
+    first, (height, width) = committee.members[0].settings, size_of(committee)
     return {
-        "classes": ensemble.classes,
-        "height": ensemble.size[0],
-        "width": ensemble.size[1],
-        "meta": ensemble.meta,
+        "classes": list(committee.classes),
+        "height": height,
+        "width": width,
+        "meta": meta_of(committee),
         "transform": first.augment.eval,
         "mean": first.model.mean,
         "std": first.model.std,
         "views": first.predict.views,
-        "temperature": ensemble.temperature,
+        "temperature": committee.ensemble.temperature,
         "members": [
-            {"name": member.source.name, "weight": float(weight)}
-            for member, weight in zip(ensemble.members, ensemble.weights, strict=True)
+            {"name": member.source.name, "weight": weight}
+            for member, weight in zip(committee.members, committee.ensemble.model_weights, strict=True)
         ],
     }
 
 
-def write_onnx(path: Path, ensemble: Ensemble) -> None:
+def write_onnx(path: Path, committee: Committee) -> None:
     """Writes one graph: `images` float [N, 3, H, W] in 0..255, RGB (and `meta` float [N, M]) to `probabilities` [N, C].
 
     N is free. The metadata hold `describe`, each value as JSON. Raises a FivefoldError when
     onnxruntime disagrees with the networks, a SettingsError for what ONNX cannot hold.
     """
     need(["onnx", "onnxscript", "onnxruntime"], "export", "export.format=onnx")
-    ensemble.check()
-    blended = Blended(ensemble).eval()
+    check_graph(committee)
+    blended = Blended(committee).eval()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in blended.state_dict().values())
     if weights > MOST_BYTES:
         raise SettingsError(
-            f"the {len(ensemble.members)} networks hold {weights / 1e9:.1f} GB, and an ONNX file at most "
+            f"the {len(committee.members)} networks hold {weights / 1e9:.1f} GB, and an ONNX file at most "
             f"{MOST_BYTES / 1e9:.0f} GB: export one fold (FOLD=0), or a student"
         )
-    program = _traced(blended, _inputs(ensemble, 2))
-    for key, value in describe(ensemble).items():
+    program = _traced(blended, _inputs(committee, 2))
+    for key, value in describe(committee).items():
         program.model.metadata_props[key] = json.dumps(value, ensure_ascii=False)
     program.save(path, external_data=False)
-    difference = _largest_difference(path, blended, _inputs(ensemble, CHECKED_IMAGES))
+    difference = _largest_difference(path, blended, _inputs(committee, CHECKED_IMAGES))
     if not difference <= TOLERANCE:
         raise FivefoldError(
             f"onnxruntime gives probabilities that are {difference:.2g} from the networks' (at most {TOLERANCE:g} is "
@@ -167,23 +161,23 @@ def write_onnx(path: Path, ensemble: Ensemble) -> None:
     log.info("onnxruntime agrees on %d random images: at most %.1e apart", CHECKED_IMAGES, difference)
 
 
-def write_pth(path: Path, ensemble: Ensemble) -> None:
+def write_pth(path: Path, committee: Committee) -> None:
     """Writes the state dict of one network, which `torch.load(…, weights_only=True)` reads without any code."""
-    if len(ensemble.members) > 1:
+    if len(committee.members) > 1:
         raise SettingsError(
-            f"format=pth holds one network, and there are {len(ensemble.members)}: give the model dir of one, or FOLD=0"
+            f"format=pth holds one network, and there are {len(committee.members)}: give the model dir of one, or FOLD=0"
         )
-    state = {name: tensor.contiguous().cpu() for name, tensor in ensemble.members[0].network.state_dict().items()}
+    state = {name: tensor.contiguous().cpu() for name, tensor in committee.members[0].network.state_dict().items()}
     with open(path, "wb") as file:  # by its handle: a path's name would go into the file
         torch.save(state, file)
 
 
-def _inputs(ensemble: Ensemble, images: int) -> tuple[Tensor, ...]:
+def _inputs(committee: Committee, images: int) -> tuple[Tensor, ...]:
     """Random images and numbers, the same each time."""
     random = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (images, 3, *ensemble.size), generator=random).float()
-    numbers = torch.rand(images, count_numbers(ensemble.meta), generator=random)
-    return (pixels, numbers) if ensemble.meta else (pixels,)
+    pixels = torch.randint(0, 256, (images, 3, *size_of(committee)), generator=random).float()
+    numbers = torch.rand(images, count_numbers(meta_of(committee)), generator=random)
+    return (pixels, numbers) if meta_of(committee) else (pixels,)
 
 
 def _traced(blended: Blended, inputs: tuple[Tensor, ...]) -> torch.onnx.ONNXProgram:
@@ -227,35 +221,10 @@ def _largest_difference(path: Path, blended: Blended, inputs: tuple[Tensor, ...]
     return float(np.abs(found - expected).max())
 
 
-def equal_systems(systems: Sequence[str]) -> list[float]:
-    """A weight for each model, whose systems are `systems` [members]: systems count the same, and models within one."""
-    return [1 / len(set(systems)) / list(systems).count(system) for system in systems]
-
-
-def read_blend(content: Any, names: Sequence[str], where: str) -> tuple[list[float], float]:
-    """The weight of each model of `names` [members], and the temperature, as an `ensemble.json` has them.
-
-    Raises DataError when it speaks of other models, SettingsError when its blend is no mean of
-    probabilities.
-    """
-    try:
-        weights = {str(member["model"]): float(member["weight"]) for member in content["members"]}
-        blends = {key: str(content.get(key, "mean")) for key in ("blend", "within")}
-        temperature = float(content["temperature"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where} does not say which models are blended, with which weights: {error!r}") from error
-    for key, blend in blends.items():
-        if blend not in MEANS:
-            raise SettingsError(f"{where}: {key}={blend} is no mean of probabilities, and a graph holds nothing else")
-    if set(weights) != set(names):
-        raise DataError(f"{where} blends {', '.join(sorted(weights))}; the models are {', '.join(sorted(names))}")
-    return [weights[name] for name in names], temperature
-
-
 MEANS = ("mean", "weighted", "fitted", "greedy", "greedy_accuracy")
 """Blends that are convex sums of probabilities."""
 
-FORMATS: dict[str, tuple[str, Callable[[Path, Ensemble], None]]] = {
+FORMATS: dict[str, tuple[str, Callable[[Path, Committee], None]]] = {
     "onnx": ("model.onnx", write_onnx),
     "pth": ("model.pth", write_pth),
 }

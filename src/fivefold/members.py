@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from fivefold.assemble import (
@@ -24,16 +25,17 @@ from fivefold.contract.stages import MODEL, RAW_WEIGHTS, WEIGHTS
 from fivefold.data.dataset import Batch, ImageSet, joined
 from fivefold.data.folds import FoldTable
 from fivefold.data.images import Pixels, pixels_of
+from fivefold.data.meta import measure
 from fivefold.data.prepared import Prepared, memory_limit
-from fivefold.data.store import FolderStore, ImageStore
+from fivefold.data.store import ImageStore
 from fivefold.data.transforms import Transform, build_transforms
+from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, predict, predict_all
 from fivefold.models.weights import load_exactly, save_weights
 from fivefold.recipe import OF_PLATFORMS, Settings, Spec
-from fivefold.replicas import BY_ITSELF, Replicas
 from fivefold.settings import key_settings
-from fivefold.training.best import Best
+from fivefold.training.loop import Best
 
 FORMAT = 1
 OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {"data": {"cache", "cache_gib"}}
@@ -77,13 +79,16 @@ class Member:
 
     def prepare(self, pixels: np.ndarray) -> Batch:
         """A decoded image uint8 [H, W, 3] as the network takes it, a batch of one; for several threads at once."""
-        image = ImageSet(FolderStore(Path()), [""], self._transform, meta=self.settings.model.meta)
-        image.kept = [self.pixels.shrink(pixels)]
-        return image.seen(0)
+        pixels, features = self.pixels.shrink(pixels), self.settings.model.meta
+        meta = torch.from_numpy(measure(pixels, features)[None]) if features else None
+        image = self._transform(torch.from_numpy(pixels).permute(2, 0, 1))
+        return Batch(image[None], torch.zeros(1, dtype=torch.int64), meta)
 
     def predict_prepared(self, images: Sequence[Batch]) -> np.ndarray:
-        """Log-probabilities float32 [N, C] of N prepared images, in one step, by the recipe's views."""
-        return predict(self.network, [joined(images)], self.runtime, self.settings.predict.views)
+        """Log-probabilities float32 [N, C] of N prepared images, by the recipe's views and in batches of its size."""
+        size = predict_batch_size(self.settings)
+        batches = [joined(images[start : start + size]) for start in range(0, len(images), size)]
+        return predict(self.network, batches, self.runtime, self.settings.predict.views)
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,6 @@ class ImageFiles:
     store: ImageStore
     paths: Sequence[str]
     sha256: Sequence[str | None] | None = None
-    pixels: Sequence[np.ndarray] | None = None
-    """The decoded images, where they are in memory already."""
 
 
 @dataclass
@@ -129,8 +132,6 @@ def evaluated(settings: Settings, files: ImageFiles, scratch: Path | None = None
     transform = build_transforms(settings.augment.eval, settings.model.size, evaluation=True)
     pixels = pixels_of(settings.data)
     images = ImageSet(files.store, files.paths, transform, 0, files.sha256, settings.model.meta, pixels)
-    if files.pixels is not None:
-        images.kept = [pixels.shrink(image) for image in files.pixels]
     return Prepared(images, scratch, limit)
 
 

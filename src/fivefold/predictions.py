@@ -6,17 +6,16 @@ a probability saturates. Columns are matched by class name, never by position.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
-import pyarrow.compute as pc
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fivefold.arrow import pa
+from fivefold.contract.files import atomic
 from fivefold.errors import DataError, MissingInputError
 
 PREFIX = "p/"
@@ -73,98 +72,22 @@ class Predictions:
         return np.array([index[label] for label in self.labels], dtype=np.int64)
 
 
-def write(path: Path, table: Predictions) -> None:
-    """Writes the table as Parquet to `path` (give a temporary name; see `contract.files.atomic`)."""
-    with TableWriter(path, table.system, table.classes, table.labels is not None) as writer:
-        for start in range(0, max(len(table), 1), ROWS_A_GROUP):
-            rows = slice(start, start + ROWS_A_GROUP)
-            labels = None if table.labels is None else table.labels[rows]
-            writer.write(table.ids[rows], table.fold[rows], table.log_probs[rows].T, labels)
-
-
-class TableWriter:
-    """A table of predictions that is written a block of rows at a time; each block is a row group of the file."""
-
-    def __init__(self, path: Path | IO[bytes], system: str, classes: Sequence[str], labelled: bool) -> None:
-        codes = pa.dictionary(pa.int32(), pa.string())
-        fields = [("id", pa.string()), ("fold", pa.int16()), ("system", codes), *([("label", codes)] * labelled)]
-        self.schema = pa.schema(fields + [(PREFIX + name, pa.float32()) for name in classes])
-        self.system = system
-        # Dictionaries of numbers that are hardly ever the same take ten times as long, and half as much room again.
-        self.writer = pq.ParquetWriter(path, self.schema, compression="lz4", use_dictionary=["system", "label"])
-
-    def write(
-        self, ids: Any, fold: np.ndarray, log_probs: Sequence[np.ndarray], labels: np.ndarray | None = None
-    ) -> None:
-        """A block of n rows; `log_probs` [C][n], class by class. `ids` are texts or an Arrow array of them."""
-        columns: list[pa.Array] = [
-            ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string()),
-            pa.array(fold, pa.int16()),
-            pa.DictionaryArray.from_arrays(np.zeros(len(ids), np.int32), [self.system]),
-        ]
-        if labels is not None:
-            columns.append(pa.array(labels, pa.string()).dictionary_encode())
-        columns += [pa.array(np.ascontiguousarray(column, np.float32)) for column in log_probs]
-        self.writer.write_table(pa.table(columns, schema=self.schema), row_group_size=ROWS_A_GROUP)
-
-    def __enter__(self) -> "TableWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.writer.close()
-
-
-@dataclass(frozen=True)
-class TableFile:
-    """A table in a file, of which a block of rows is in memory at a time: `rows` [N] of a `system`, by `classes` [C]."""
-
-    path: Path
-    system: str
-    classes: tuple[str, ...]
-    rows: int
-    labelled: bool
-
-    def ids(self, checked: bool = True) -> pa.Array:
-        """The ids [N], texts; a DataError where one is absent or, if that is to be `checked`, stands twice."""
-        blocks = [_texts(block, "id", self.path) for block in self.blocks(["id"])]
-        ids = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
-        if checked and len(pc.unique(ids)) < len(ids):
-            raise DataError(f"{self.path}: ids stand twice: {sample(_twice(ids.to_pylist()))}")
-        return ids
-
-    def blocks(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The rows in order with all columns or some, at most twice ROWS_A_GROUP at a time."""
-        with _refused(self.path), pq.ParquetFile(self.path, pre_buffer=False) as file:
-            for group in range(file.num_row_groups):
-                if file.metadata.row_group(group).num_rows <= 2 * ROWS_A_GROUP:
-                    yield file.read_row_group(group, columns)
-                else:  # of others' files, which may be one group
-                    for batch in file.iter_batches(ROWS_A_GROUP, [group], columns):
-                        yield pa.Table.from_batches([batch])
-
-
-def open_table(path: Path) -> TableFile:
-    """A table that is to be read, its columns and its system checked, not yet its rows.
-
-    Raises MissingInputError, or a DataError that names the column.
-    """
-    if not path.is_file():
-        raise MissingInputError(f"no predictions at {path}")
-    with _refused(path), pq.ParquetFile(path, pre_buffer=False) as file:
-        schema, rows = file.schema_arrow, file.metadata.num_rows
-    names = schema.names
-    classes = tuple(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
-    absent = [name for name in ("id", "fold", "system") if name not in names]
-    if absent or not classes:
-        raise DataError(f"{path} is not a predictions table: no column {', '.join(absent) or PREFIX + '<class>'}")
-    if len(set(names)) < len(names):
-        raise DataError(f"{path}: columns of the same name: {sample(_twice(names))}")
-    for name in classes:
-        kind = schema.field(PREFIX + name).type
-        if not pa.types.is_floating(kind):
-            raise DataError(f"{path}: column {PREFIX + name} holds {kind}, not log-probabilities")
-    found = TableFile(path, "", classes, rows, "label" in names)
-    return replace(found, system=_system(found))
+def write(path: Path, table: Predictions) -> Path:
+    """Writes the table as Parquet, whole or not at all; returns its path."""
+    columns: dict[str, pa.Array] = {
+        "id": pa.array(table.ids, pa.string()),
+        "fold": pa.array(table.fold, pa.int16()),
+        "system": pa.DictionaryArray.from_arrays(np.zeros(len(table), np.int32), [table.system]),
+    }
+    if table.labels is not None:
+        columns["label"] = pa.array(table.labels, pa.string()).dictionary_encode()
+    for name, column in zip(table.classes, table.log_probs.T, strict=True):
+        columns[PREFIX + name] = pa.array(np.ascontiguousarray(column, np.float32))
+    with atomic(path) as temporary:
+        # Dictionaries of log-probabilities would take ten times as long and half as much room again.
+        options = {"compression": "lz4", "use_dictionary": ["system", "label"]}
+        pq.write_table(pa.table(columns), temporary, row_group_size=ROWS_A_GROUP, **options)
+    return path
 
 
 def read(path: Path) -> Predictions:
@@ -172,54 +95,51 @@ def read(path: Path) -> Predictions:
 
     Raises MissingInputError, or a DataError that names the column or the row.
     """
-    file = open_table(path)
-    log_probs = np.empty((file.rows, len(file.classes)), np.float32)
-    ids, fold, labels = (np.empty(file.rows, kind) for kind in (object, np.int16, object))
-    start = 0
-    for block in file.blocks():
-        rows = slice(start, start := start + block.num_rows)
-        for code, name in enumerate(file.classes):
-            log_probs[rows, code] = block.column(PREFIX + name).to_numpy()
-        ids[rows], fold[rows] = _texts(block, "id", path).to_pylist(), _folds(block, path)
-        if file.labelled:
-            labels[rows] = ["" if text is None else text for text in _texts(block, "label", path).to_pylist()]
-    found = Predictions(ids, fold, file.system, file.classes, log_probs, labels if file.labelled else None)
-    check(found, str(path))
-    return found
+    table = _read_columns(path)
+    names = table.column_names
+    classes = tuple(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
+    absent = [name for name in ("id", "fold", "system") if name not in names]
+    if absent or not classes:
+        raise DataError(f"{path} is not a predictions table: no column {', '.join(absent) or PREFIX + '<class>'}")
+    if twice := _repeated(names):
+        raise DataError(f"{path}: columns of the same name: {sample(twice)}")
+    for name in classes:
+        kind = table.schema.field(PREFIX + name).type
+        if not pa.types.is_floating(kind):
+            raise DataError(f"{path}: column {PREFIX + name} holds {kind}, not log-probabilities")
+    predictions = Predictions(
+        ids=_texts(table, "id", path),
+        fold=_folds(table, path),
+        system=_system(table, path),
+        classes=classes,
+        log_probs=np.stack([table[PREFIX + name].to_numpy() for name in classes], axis=1).astype(
+            np.float32, copy=False
+        ),
+        labels=_texts(table, "label", path) if "label" in names else None,
+    )
+    check(predictions, str(path))
+    return predictions
 
 
-@contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    """What Arrow says of a broken file as a DataError; what the system says, as of a full disk, as it is."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise
-        raise DataError(f"{path} is not a Parquet table: {error}") from error
+def read_system(path: Path) -> str:
+    """Reads the name of the system that a table is of, and nothing else of it; raises as `read`."""
+    return _system(_read_columns(path, ["system"]), path)
 
 
 def check(table: Predictions, where: str) -> None:
-    """Raises a DataError, naming `where` and the row, unless the table holds probabilities of unique ids."""
-    if len(set(table.ids)) < len(table):
-        raise DataError(f"{where}: ids stand twice: {sample(_twice(table.ids))}")
-    for start in range(0, len(table), ROWS_A_GROUP):
-        rows = slice(start, start + ROWS_A_GROUP)
-        check_block(table.log_probs[rows], table.ids[rows], where)
-
-
-def check_block(log_probs: np.ndarray, ids: Sequence[str], where: str) -> None:
-    """Raises a DataError, naming `where` and the id, for the first row of log_probs [n, C] that is no probabilities."""
+    """Raises a DataError, naming `where` and the first row, unless the table holds probabilities of unique ids."""
+    if twice := _repeated(table.ids):
+        raise DataError(f"{where}: ids stand twice: {sample(twice)}")
     with np.errstate(over="ignore"):
-        sums = np.exp(log_probs.astype(np.float64)).sum(axis=1)
+        sums = np.exp(table.log_probs).sum(axis=1, dtype=np.float64)
     bad = np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))  # so that NaN counts as bad
     if not len(bad):
         return
-    found, row = log_probs[bad[0]], f"{where}: the row of id {ids[bad[0]]!r}"
-    if np.isnan(found).any():
+    values, row = table.log_probs[bad[0]], f"{where}: the row of id {table.ids[bad[0]]!r}"
+    if np.isnan(values).any():
         raise DataError(f"{row} holds NaN")
-    if (found > TOLERANCE).any():
-        raise DataError(f"{row} holds {found.max():.4g}, above 0: natural logarithms of probabilities are needed")
+    if (values > TOLERANCE).any():
+        raise DataError(f"{row} holds {values.max():.4g}, above 0: natural logarithms of probabilities are needed")
     raise DataError(f"{row}: its probabilities sum to {sums[bad[0]]:.4f}, not 1")
 
 
@@ -240,25 +160,22 @@ def mean_by_id(tables: Sequence[Predictions]) -> Predictions:
     ensemble's. Columns are matched by name; the fold stays where all rows of an id agree on it.
     """
     first = tables[0]
-    aligned = [table.with_classes(first.classes) for table in tables]
-    position: dict[str, int] = {}
-    own = [np.array([position.setdefault(name, len(position)) for name in table.ids], np.int64) for table in tables]
-    rows, total = np.concatenate(own), np.zeros((len(position), len(first.classes)))
-    for at, table in zip(own, aligned, strict=True):
-        for start in range(0, len(at), ROWS_A_GROUP):
-            here = at[start : start + ROWS_A_GROUP]
-            np.add.at(total, here, np.exp(table.log_probs[start : start + ROWS_A_GROUP].astype(np.float64)))
-    count = np.bincount(rows, minlength=len(position))
-    fold = np.empty(len(position), np.int16)
-    folds = np.concatenate([table.fold for table in tables])
-    fold[rows[::-1]] = folds[::-1]
-    fold[rows[fold[rows] != folds]] = -1
+    rows, ids = pd.factorize(np.concatenate([table.ids for table in tables]))
+    log_probs = np.concatenate([table.with_classes(first.classes).log_probs for table in tables])
+    mean = pd.DataFrame(np.exp(log_probs, dtype=np.float64)).groupby(rows).mean().to_numpy()
+    folds = pd.Series(np.concatenate([table.fold for table in tables])).groupby(rows).agg(["min", "max"])
     labels = None
     if all(table.labels is not None for table in tables):
-        labels = np.empty(len(position), dtype=object)
-        labels[rows[::-1]] = np.concatenate([table.labels for table in tables])[::-1]
-    log_probs = np.log(np.maximum(total / count[:, None], np.finfo(np.float64).tiny)).astype(np.float32)
-    return Predictions(np.array(list(position), dtype=object), fold, first.system, first.classes, log_probs, labels)
+        _, first_rows = np.unique(rows, return_index=True)
+        labels = np.concatenate([table.labels for table in tables])[first_rows]
+    return Predictions(
+        ids=np.array(ids, dtype=object),
+        fold=folds["min"].where(folds["min"] == folds["max"], -1).to_numpy(np.int16),
+        system=first.system,
+        classes=first.classes,
+        log_probs=np.log(np.maximum(mean, np.finfo(np.float64).tiny)).astype(np.float32),
+        labels=labels,
+    )
 
 
 def sample(names: Sequence[object], most: int = 5) -> str:
@@ -267,32 +184,46 @@ def sample(names: Sequence[object], most: int = 5) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _texts(table: pa.Table, name: str, path: Path) -> pa.Array:
-    """A column as texts; a label that is null is an unknown one, an id must not be."""
+def _read_columns(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads all columns, or some, of a Parquet file; those that the file lacks are left out."""
+    if not path.is_file():
+        raise MissingInputError(f"no predictions at {path}")
     try:
-        found = table.column(name).cast(pa.string()).combine_chunks()
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            return file.read(columns)
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the system, as a full disk
+            raise
+        raise DataError(f"{path} is not a Parquet table: {error}") from error
+
+
+def _texts(table: pa.Table, name: str, path: Path) -> np.ndarray:
+    """A column as texts [N]; a label that is null is an unknown one, an id must not be."""
+    try:
+        texts = table[name].cast(pa.string())
     except pa.ArrowException as error:
-        raise DataError(f"{path}: column {name} holds {table.column(name).type}, not text") from error
-    if found.null_count and name == "id":
-        raise DataError(f"{path}: {found.null_count} rows have no id")
-    return found
+        raise DataError(f"{path}: column {name} holds {table[name].type}, not text") from error
+    if texts.null_count and name == "id":
+        raise DataError(f"{path}: {texts.null_count} rows have no id")
+    return texts.fill_null("").to_numpy()
 
 
 def _folds(table: pa.Table, path: Path) -> np.ndarray:
-    column = table.column("fold")
+    column = table["fold"]
     if not pa.types.is_integer(column.type) or column.null_count:
         raise DataError(f"{path}: column fold holds {column.type}, {column.null_count} of them null, not fold numbers")
     return column.to_numpy().astype(np.int16)
 
 
-def _system(file: TableFile) -> str:
+def _system(table: pa.Table, path: Path) -> str:
     """The one system of all rows; several in a table would be averaged as if they were one."""
-    blocks = file.blocks(["system"])
-    names = sorted({str(n) for block in blocks for n in block.column("system").unique().to_pylist()})
+    if "system" not in table.column_names:
+        raise DataError(f"{path} is not a predictions table: no column system")
+    names = sorted(str(name) for name in table["system"].unique().to_pylist())
     if len(names) > 1:
-        raise DataError(f"{file.path}: rows of several systems: {sample(names)}; give one table for each")
+        raise DataError(f"{path}: rows of several systems: {sample(names)}; give one table for each")
     return names[0] if names else ""
 
 
-def _twice(names: Sequence[str]) -> list[str]:
+def _repeated(names: Sequence[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]

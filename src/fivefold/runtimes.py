@@ -1,7 +1,11 @@
 """On what a network runs, and how: device, precision and memory format from settings, this machine, and a short probe."""
 
+import copy
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +13,23 @@ import torch
 from torch import nn
 
 from fivefold.choose import choose
-from fivefold.errors import SettingsError
+from fivefold.contract.files import one_at_a_time, read_json, write_json
+from fivefold.distributed.replicas import BY_ITSELF, Replicas
+from fivefold.errors import DataError, SettingsError
 from fivefold.inference.predictor import Runtime, make_runtime
-from fivefold.models.convolution import quicken
-from fivefold.models.depthwise import quicken_depthwise
-from fivefold.models.grouped import has_slow_groups
+from fivefold.machine import cpu_name
+from fivefold.models.cpu_convs import has_slow_groups, quicken
 from fivefold.recipe import Settings
-from fivefold.replicas import BY_ITSELF, Replicas
-from fivefold.training.probing import Probe, decided_once, probe_images
 
 log = logging.getLogger("fivefold")
 RUNTIME = "runtime"
 """What a checkpoint calls the Manner of its run."""
-FORMATS = {"NHWC": True, "NCHW": False}
-"""Memory formats by whether they are channels-last, the usual one first."""
+PROBED_PIXELS = 4 * 224 * 224
+"""Of all images of a step that is timed, if they are not fewer than two."""
+SECONDS, ROUNDS = 2.0, 7
+"""A further round of steps begins before so many seconds are over, and never after so many rounds."""
+MARGIN = 0.03
+"""What is less simple must be faster by this share."""
 
 
 class Manner:
@@ -87,26 +94,26 @@ def runtime_for_prediction(
 def settled(
     settings: Settings, network: nn.Module, replicas: Replicas, before: Mapping[str, Any] | None, folder: Path | None
 ) -> Settings:
-    """The settings with precision and memory format of this run, where they leave them to the machine.
+    """The settings with the precision of this run, where they leave it to the machine.
 
-    They are those of `before`, a run that goes on; else those that another stage of this run found for the same
-    network and left in `folder`; else the fastest by a short probe on a CPU, and the usual ones elsewhere. Of
-    several processes the first decides.
+    It is that of `before`, a run that goes on; else the one that another stage of this run found for the same network
+    and left in `folder`; else the fastest by a short probe on a CPU, and the usual one elsewhere. Of several processes
+    the first decides.
     """
-    chosen = settings.train
-    if chosen.precision != "auto" and chosen.channels_last != "auto":
+    if settings.train.precision != "auto":
         return settings
-    found = dict(before or _found(settings, network, folder)) if replicas.place.leads else None
-    found = replicas.shared(found)
-    return settings.model_copy(update={"train": chosen.model_copy(update=found)})
+    precision = None
+    if replicas.place.leads:
+        precision = before["precision"] if before else _fastest_precision(settings, network, folder)
+    train = settings.train.model_copy(update={"precision": replicas.shared(precision)})
+    return settings.model_copy(update={"train": train})
 
 
-def quickened(network: nn.Module, runtime: Runtime) -> nn.Module:
-    """Convolutions made faster to train on CPUs: depthwise ones, and small ones where units for bf16 products make it pay."""
-    if runtime.device.type != "cpu":
+def quickened(network: nn.Module, runtime: Runtime, wanted: bool) -> nn.Module:
+    """The network with convolutions that train faster on CPUs, where it runs on one and they are `wanted`."""
+    if runtime.device.type != "cpu" or not wanted:
         return network
-    network = quicken_depthwise(network)
-    return quicken(network) if runtime.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else network
+    return quicken(network, runtime.dtype == torch.bfloat16 and _has("amx_tile"))
 
 
 def in_words(runtime: Runtime) -> str:
@@ -125,59 +132,127 @@ def _runtime(settings: Settings, device: torch.device, precision: str, replicas:
         torch.backends.cudnn.benchmark = not same_bits  # kernels chosen by trial: perhaps others each time
         torch.use_deterministic_algorithms(same_bits, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
-    model, channels_last = settings.model, settings.train.channels_last is not False
     dtype, grouped_fp32 = PRECISIONS[precision]
-    return make_runtime(device, dtype, channels_last, model.mean, model.std, replicas, grouped_fp32)
+    mean, std = settings.model.mean, settings.model.std
+    return make_runtime(device, dtype, settings.train.channels_last, mean, std, replicas, grouped_fp32)
 
 
-def _found(settings: Settings, network: nn.Module, folder: Path | None) -> Mapping[str, Any]:
-    """`precision` and `channels_last` of this run, from its folder or by a probe that is left there."""
-    device = choose_device(settings.train.device)
-    candidates = _candidates(settings, network, device)
+def _fastest_precision(settings: Settings, network: nn.Module, folder: Path | None) -> str:
+    """The precision that another stage of this run has left in `folder`, or the fastest by a probe."""
+    candidates = _candidates(settings, network)
     if len(candidates) == 1:
-        return next(iter(candidates.values()))
-    images = probe_images(settings.train.batch_size, settings.model.size)
-    asked = _asked(settings, images)
-    found = decided_once(asked, list(candidates), folder, lambda: _probe(settings, network, candidates, images))
-    log.info("%s", found.in_words())
-    return candidates[found.choice]
-
-
-def _candidates(settings: Settings, network: nn.Module, device: torch.device) -> dict[str, dict[str, Any]]:
-    """What may be fastest, the simplest first: a name, and `precision` and `channels_last` of it."""
-    chosen = settings.train
-    precisions = [choose_precision(chosen.precision, device)]
-    if chosen.precision == "auto" and device.type == "cpu" and precisions == ["bf16"]:
-        precisions = ["fp32", "bf16", *(["bf16_grouped_fp32"] if has_slow_groups(network) else [])]
-    formats = dict(FORMATS) if chosen.channels_last == "auto" else {"": chosen.channels_last}
-    formats = {"": True} if chosen.channels_last == "auto" and device.type != "cpu" else formats
-    return {
-        f"{precision} {format_}".rstrip(): {"precision": precision, "channels_last": channels_last}
-        for precision in precisions
-        for format_, channels_last in formats.items()
-    }
-
-
-def _probe(settings: Settings, network: nn.Module, candidates: Mapping[str, Mapping[str, Any]], images: int) -> Probe:
-    probe = Probe(settings.model.size, images, network)
-    for name, chosen in candidates.items():
-        runtime = runtime_of(settings.model_copy(update={"train": settings.train.model_copy(update=chosen)}))
-        probe.add(name, runtime, lambda copied, runtime=runtime: runtime.place(quickened(copied, runtime)))
-    return probe.run()
-
-
-def _asked(settings: Settings, images: int) -> dict[str, Any]:
-    """What is asked of a run once. The machine is not in it: folds that differed in precision could not be blended."""
+        return candidates[0]
+    images = max(2, min(settings.train.batch_size, PROBED_PIXELS // (settings.model.size[0] * settings.model.size[1])))
     model = settings.model.model_dump(exclude={"pretrained", "weights", "mean", "std"})
-    wanted = {"precision": settings.train.precision, "channels_last": settings.train.channels_last}
-    return {"model": model, "wanted": wanted, "images": images}
+    asked = {"model": model, "channels_last": settings.train.channels_last, "images": images}
+    return decided_once(asked, candidates, folder, lambda: _probe(settings, network, candidates, images))
+
+
+def decided_once(
+    asked: Mapping[str, Any], candidates: Sequence[str], folder: Path | None, probe: Callable[[], Mapping[str, Any]]
+) -> str:
+    """The choice that lies in `folder` under the digest of what is `asked`; else that of `probe`, which is left there.
+
+    Who asks at the same time waits, so all get one answer, and no probe runs beside another. One that cannot be read, or
+    names no candidate, is made anew. The machine is not asked for: folds that differed in precision could not be blended.
+    """
+    if folder is None:
+        return probe()["choice"]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    path = folder / f"{digest[:16]}.json"
+    with one_at_a_time(folder):
+        choice = _choice_at(path, candidates)
+        if choice is None:
+            decision = probe()
+            machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+            write_json(path, {**decision, "asked": dict(asked), "by": machine})
+            choice = decision["choice"]
+    return choice
+
+
+def _choice_at(path: Path, candidates: Sequence[str]) -> str | None:
+    """The candidate that the file at `path` names; None where it names none or cannot be read."""
+    try:
+        choice = read_json(path)["choice"]
+    except (OSError, DataError, KeyError, TypeError, ValueError):
+        return None
+    return choice if choice in candidates else None
+
+
+def _candidates(settings: Settings, network: nn.Module) -> list[str]:
+    """The precisions that may be fastest for `auto`, the simplest first."""
+    device = choose_device(settings.train.device)
+    usual = choose_precision("auto", device)
+    if device.type != "cpu" or usual != "bf16":
+        return [usual]
+    return ["fp32", "bf16", *(["bf16_grouped_fp32"] if has_slow_groups(network) else [])]
+
+
+def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], images: int) -> dict[str, Any]:
+    """The `choice` of the candidates, the `milliseconds` of each one's quickest step, and the `images` of a step.
+
+    The network and the random state stay as they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        milliseconds = timed({name: _step(settings, network, name, images) for name in candidates})
+    choice = fastest(milliseconds)
+    figures = ", ".join(f"{name} {value:.4g} ms" for name, value in milliseconds.items())
+    log.info("precision %s by a probe: a step of %d images takes %s", choice, images, figures)
+    return {"choice": choice, "milliseconds": milliseconds, "images": images}
+
+
+def _step(settings: Settings, network: nn.Module, precision: str, images: int) -> Callable[[], None]:
+    """A training step (forward and backward) of a copy of the network in the given precision."""
+    runtime = _runtime(settings, torch.device("cpu"), precision, BY_ITSELF)
+    model = runtime.place(quickened(copy.deepcopy(network).train(), runtime, settings.train.cpu_convs))
+    pixels = torch.zeros(images, 3, *settings.model.size, dtype=torch.uint8)
+    meta = getattr(network, "meta", None)
+    numbers = () if meta is None else (meta.mean.new_zeros(images, len(meta.mean)),)
+
+    def step() -> None:
+        with runtime.autocast():
+            logits = model(runtime.images(pixels), *numbers)
+        logits.float().logsumexp(dim=1).mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def timed(steps: Mapping[str, Callable[[], None]], seconds: float = SECONDS) -> dict[str, float]:
+    """Milliseconds of the quickest run of each step, in rounds in which each has its turn; the first round warms up.
+
+    The quickest counts: what else the machine does makes steps longer, never shorter.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    start = time.perf_counter()
+    for done in range(1 + ROUNDS):
+        if done > 1 and time.perf_counter() - start > seconds:
+            break
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            times[name] += [1000 * (time.perf_counter() - begun)] if done else []
+    return {name: min(runs) for name, runs in times.items()}
+
+
+def fastest(times: Mapping[str, float]) -> str:
+    """The first of `times`, or a later one that is faster by MARGIN than what would be chosen without it."""
+    chosen = next(iter(times))
+    for name, value in times.items():
+        if value < (1 - MARGIN) * times[chosen]:
+            chosen = name
+    return chosen
 
 
 def _fast_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if device.type == "cpu" and fast else "fp32"
+    return "bf16" if device.type == "cpu" and (_has("amx_tile") or _has("avx512_bf16")) else "fp32"
+
+
+def _has(feature: str) -> bool:
+    """Whether the CPU has a feature by torch's name for it."""
+    return bool(torch.cpu.get_capabilities().get(feature))
 
 
 PRECISIONS: dict[str, tuple[torch.dtype | None, bool]] = {

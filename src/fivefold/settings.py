@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fivefold.choose import did_you_mean
-from fivefold.contract.hosts import index_is_of_hosts
 from fivefold.contract.job import hyperparameters
+from fivefold.distributed.place import index_is_of_hosts
 from fivefold.errors import SettingsError
 from fivefold.recipe import EXECUTION_KEYS, OF_A_STAGE, SECTIONS, STAGES_OF_A_RUN, Settings
 from fivefold.recipes import read, system_of

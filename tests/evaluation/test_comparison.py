@@ -1,20 +1,12 @@
-"""Likeness of experiments by hand and under renaming; pictures for the names and numbers that occur."""
-
-from io import BytesIO
+"""Likeness of experiments by hand and under renaming, and the page that shows it."""
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from fivefold.errors import DataError
-from fivefold.evaluation import comparison, comparison_plots
+from fivefold.evaluation import comparison
 from fivefold.evaluation.comparison import Experiment, agreement, correlation, pairs
 from fivefold.predictions import Predictions
-
-LONG = (
-    "효율적인_컨브넥스트_베이스_384_라벨스무딩_오리지널_모델",
-    "caformer_b36.sail_in22k_ft_in1k_384 · 5 folds · 3 views",
-)
 
 
 def table(probs: np.ndarray, classes: tuple[str, ...] = ("a", "b", "c"), start: int = 0) -> Predictions:
@@ -74,33 +66,16 @@ def test_out_of_fold_rows_are_compared_where_both_have_them():
         pairs([given[0], Experiment("y", "y", table=table(SECOND, ("a", "b", "d")))])
 
 
-def picture(draw, *arguments) -> Image.Image:
-    target = BytesIO()
-    draw(*arguments, target)
-    return Image.open(target, formats=["PNG"])
-
-
-@pytest.mark.parametrize("count", [2, 6, 60])
-def test_pictures_have_a_size_that_can_be_read(count):
-    names = [f"{LONG[n % 2]} {n}" for n in range(count)]
-    figures = [
-        {"accuracy": 0.9 - n / 100, "accuracy_low": 0.8, "accuracy_high": 0.95, "logloss": None if n % 2 else 0.3}
-        for n in range(count)
+def test_figures_are_numbers_and_empty_where_unknown(tmp_path):
+    known = dict(zip(comparison.FIGURES, (4, 0.5, 0.1, 0.9, None, 0.4), strict=True))
+    given = [Experiment("=x", "x.csv"), Experiment("y", "y.csv")]
+    comparison.write_figures(tmp_path / "c.csv", given, {"test": [known, None]})
+    rows = (tmp_path / "c.csv").read_text().splitlines()
+    assert rows == [
+        "number,experiment," + ",".join(f"test_{name}" for name in comparison.FIGURES),
+        "1,'=x,4,0.500000,0.100000,0.900000,,0.400000",
+        "2,y,,,,,,",
     ]
-    drawn = picture(comparison_plots.scores, names, [{}, *figures[1:]])
-    assert drawn.width > 1000
-    matrix = np.clip(np.eye(count) + 0.8, 0, 1)
-    matrix[0, 1] = matrix[1, 0] = np.nan
-    drawn = picture(comparison_plots.likeness, dict(enumerate(names, start=1)), matrix, matrix)
-    assert 500 < drawn.height < 3000
-
-
-def test_long_names_stand_in_lines_and_keep_all_their_letters():
-    names = comparison_plots.numbered({3: "convnext_tiny_mixup_rdrop_sam_ema_200_epochs", 7: "x" * 100})
-    assert names[0].startswith("3  convnext")
-    assert names[0].replace("\n", "") == "3  convnext_tiny_mixup_rdrop_sam_ema_200_epochs"
-    for name in names:
-        assert max(map(len, name.split("\n"))) <= comparison_plots.LINE
 
 
 def test_the_page_escapes_names_of_strangers():

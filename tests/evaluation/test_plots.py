@@ -9,6 +9,7 @@ from PIL import Image
 
 from fivefold.errors import DataError, SettingsError
 from fivefold.evaluation import calibration, metrics, plots
+from fivefold.evaluation.plots import CAPTION, COLUMNS, GAP, SIDE, THEMES, image_grid, spread_out
 
 LOG = "epoch,train_loss,train_acc,val_loss,val_acc,val_logloss,val_f1_macro,lr\n"
 
@@ -87,3 +88,87 @@ def test_themes_differ_and_the_same_picture_has_the_same_bytes():
     assert drawn("light") == drawn("light") != drawn("dark")
     with pytest.raises(SettingsError, match="dark, light"):
         drawn("darc")
+
+
+LONG = (
+    "효율적인_컨브넥스트_베이스_384_라벨스무딩_오리지널_모델",
+    "caformer_b36.sail_in22k_ft_in1k_384 · 5 folds · 3 views",
+)
+
+
+@pytest.mark.parametrize("count", [2, 6, 60])
+def test_pictures_have_a_size_that_can_be_read(count):
+    names = [f"{LONG[n % 2]} {n}" for n in range(count)]
+    figures = [
+        {"accuracy": 0.9 - n / 100, "accuracy_low": 0.8, "accuracy_high": 0.95, "logloss": None if n % 2 else 0.3}
+        for n in range(count)
+    ]
+    drawn = picture(plots.scores, names, [{}, *figures[1:]])
+    assert drawn.width > 1000
+    matrix = np.clip(np.eye(count) + 0.8, 0, 1)
+    matrix[0, 1] = matrix[1, 0] = np.nan
+    drawn = picture(plots.likeness, dict(enumerate(names, start=1)), matrix, matrix)
+    assert 500 < drawn.height < 3000
+
+
+def test_long_names_stand_in_lines_and_keep_all_their_letters():
+    names = plots.numbered({3: "convnext_tiny_mixup_rdrop_sam_ema_200_epochs", 7: "x" * 100})
+    assert names[0].startswith("3  convnext")
+    assert names[0].replace("\n", "") == "3  convnext_tiny_mixup_rdrop_sam_ema_200_epochs"
+    for name in names:
+        assert max(map(len, name.split("\n"))) <= plots.LINE
+
+
+RED, GREEN, BLUE = (230, 20, 20), (20, 230, 20), (20, 20, 230)
+
+
+def grid(images: list[np.ndarray], truth: list[str], guesses: list[str], theme: str = "light") -> np.ndarray:
+    return np.asarray(picture(lambda target: image_grid(images, truth, guesses, target, theme)))
+
+
+def plain(colour: tuple[int, int, int], height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), colour, np.uint8)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_every_image_stands_whole_in_its_place(theme: str):
+    colours = [RED, GREEN, BLUE, RED, GREEN]
+    images = [
+        plain(c, *size) for c, size in zip(colours, [(40, 20), (500, 1000), (1, 1), (320, 320), (7, 900)], strict=True)
+    ]
+    sizes = [(320, 160), (160, 320), (320, 320), (320, 320), (2, 320)]
+    shown = grid(images, ["a"] * 5, ["a"] * 4 + ["b"], theme)
+    assert shown.shape == (3 * GAP + 2 * CAPTION + 320 + 2, COLUMNS * (SIDE + GAP) + GAP, 3)
+    for number, (colour, (height, width)) in enumerate(zip(colours, sizes, strict=True)):
+        left = GAP + number % COLUMNS * (SIDE + GAP)
+        top = GAP + CAPTION + number // COLUMNS * (CAPTION + SIDE + GAP)
+        assert (shown[top : top + height, left : left + width] == colour).all()
+        around = shown[top : top + SIDE, left + width : left + SIDE + GAP]
+        assert not (around == colour).all(axis=2).any()
+
+
+def test_captions_are_in_the_colour_of_what_they_say():
+    images = [plain((128, 128, 128), 10, 10)] * 2
+    shown = grid(images, ["cat", "cat"], ["cat", "dog"]).astype(int)
+    right, wrong = (
+        tuple(int(value[at : at + 2], 16) for at in (1, 3, 5))
+        for value in (THEMES["light"].text, THEMES["light"].wrong)
+    )
+    for number, (own, other) in enumerate(((right, wrong), (wrong, right))):
+        left = GAP + number * (SIDE + GAP)
+        caption = shown[GAP : GAP + CAPTION, left : left + SIDE]
+        assert (np.abs(caption - own).sum(axis=2) < 30).sum() > 20
+        assert not (np.abs(caption - other).sum(axis=2) < 30).any()
+
+
+def test_small_images_keep_their_pixels():
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    shown = grid([image], ["a"], ["a"])
+    shown = shown[GAP + CAPTION : GAP + CAPTION + SIDE, GAP : GAP + SIDE]
+    assert np.array_equal(shown, image.repeat(SIDE // 8, 0).repeat(SIDE // 8, 1))
+
+
+def test_shown_rows_are_spread_over_all():
+    assert spread_out(3).tolist() == [0, 1, 2]
+    found = spread_out(1000)
+    assert (len(found), found[0], found[-1]) == (16, 0, 999)

@@ -3,11 +3,12 @@
 import csv
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fivefold.errors import DataError
 from fivefold.evaluation import tables
-from fivefold.evaluation.tables import Mistake, Scored
+from fivefold.evaluation.tables import Scored
 from fivefold.predictions import Predictions
 
 
@@ -34,10 +35,9 @@ ROWS = {
 
 def test_mistakes_come_the_most_confident_first_and_equal_ones_by_id():
     scored = Scored("test", "", "", predicted(ROWS), {"r3": "x/3.png"})
-    found = scored.mistakes()
-    assert [mistake.id for mistake in found] == ["r3", "r2", "r4"]
-    assert found[0] == Mistake("r3", "x/3.png", "b", "c", pytest.approx(0.9))
-    assert scored.mistakes(1) == found[:1]
+    first, *others = scored.mistakes().itertuples(index=False)
+    assert [mistake.id for mistake in others] == ["r2", "r4"]
+    assert tuple(first) == ("r3", "x/3.png", "b", "c", pytest.approx(0.9))
 
 
 def test_confused_pairs_are_counted_and_shared_by_the_true_class():
@@ -62,10 +62,25 @@ def test_stacked_refuses_other_classes_and_missing_labels():
         tables.stacked([silent])
 
 
-def test_no_cell_is_a_formula_and_every_other_stays_as_it_is(tmp_path):
+def test_no_cell_is_a_formula_and_numbers_have_six_digits(tmp_path):
     cells = ["=1+1", "+1", "-1", "@x", "\tx", "plain", "a=b", 'quote " and , comma', "가방"]
-    tables.write_csv(tmp_path / "t.csv", cells, [cells, [1, -2.5, *cells[2:]]])
+    frame = pd.DataFrame({"text": cells, "=whole": range(9), "share": -np.arange(9) / 3})
+    tables.write_csv(tmp_path / "t.csv", frame)
     with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
-        header, first, second = csv.reader(file)
-    assert header == first == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", *cells[5:]]
-    assert second[:2] == ["1", "-2.5"]
+        header, *rows = csv.reader(file)
+    assert header == ["text", "'=whole", "share"]
+    assert [row[0] for row in rows] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", *cells[5:]]
+    assert rows[1][1:] == ["1", "-0.333333"]
+    assert b"\r" not in (tmp_path / "t.csv").read_bytes()
+
+
+def test_a_class_may_be_called_as_a_column_is(tmp_path):
+    classes = ("class", "true_class", "=x")
+    table = predicted({"r": ("class", [0.1, 0.8, 0.1]), "s": ("=x", [0.1, 0.1, 0.8])}, classes)
+    tables.write_confusion(tmp_path / "c.csv", Scored("test", "", "", table, {}))
+    expected = "true_class,class,true_class,'=x\nclass,0,1,0\ntrue_class,0,0,0\n'=x,0,0,1\n"
+    assert (tmp_path / "c.csv").read_text() == expected
+    tables.write_per_class(tmp_path / "p.csv", Scored("test", "", "", table, {}))
+    lines = (tmp_path / "p.csv").read_text().splitlines()
+    assert lines[0] == "class,precision,recall,f1,support,predicted"
+    assert lines[3] == "'=x,1.000000,1.000000,1.000000,1,1"

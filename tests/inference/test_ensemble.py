@@ -1,17 +1,22 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
+from fivefold.contract.artifacts import ModelDir
+from fivefold.contract.files import write_json
 from fivefold.data.evals import Submission
 from fivefold.errors import DataError
+from fivefold.evaluation.calibration import apply_temperature
 from fivefold.evaluation.metrics import logloss
-from fivefold.inference.blends import arithmetic, cross_fitted, fit_weights, mean
-from fivefold.inference.ensemble import check_members
+from fivefold.inference.blends import arithmetic, combined, fit_weights, mean
+from fivefold.inference.ensemble import Ensemble, by_system, check_together, read_ensemble
 from fivefold.inference.submission import write_submission
 from fivefold.inference.submitted import read_submitted
 from fivefold.inference.systems import Rule, System, judge_holdout, weigh
-from fivefold.predictions import Predictions, mean_by_id
+from fivefold.predictions import Predictions
 
 RANDOM = np.random.default_rng(0)
 CODES = RANDOM.integers(0, 4, 600)
@@ -59,22 +64,12 @@ def test_a_system_of_noise_gets_no_weight():
     assert weights[0] > 0.9
 
 
-def test_cross_fitting_never_uses_a_folds_own_labels():
-    members = [model(1.0, 1), model(1.2, 2)]
-    found = cross_fitted(members, CODES, FOLD)
-    changed = CODES.copy()
-    changed[FOLD == 2] = (changed[FOLD == 2] + 1) % 4
-    again = cross_fitted(members, changed, FOLD)
-    np.testing.assert_array_equal(found[FOLD == 2], again[FOLD == 2])
-    assert (found[FOLD != 2] != again[FOLD != 2]).any()
-
-
-def info(fold: int, **changes) -> tuple[str, dict]:
+def info(fold: int | None, **changes) -> ModelDir:
     facts = {
-        "system": "s", "seed": 1, "fold": fold, "folds": 3, "split": "x", "classes": ["a", "b"],
-        "training": {"train.lr": 0.1}, **changes,
+        "role": "fold", "system": "s", "seed": 1, "fold": fold, "folds": 3, "split": "x", "classes": ["a", "b"],
+        "training": {"train.lr": 0.1}, "best": {"epoch": 1}, **changes,
     }  # fmt: skip
-    return f"fold {fold} of {facts['system']}, seed {facts['seed']}", facts
+    return ModelDir(Path(), facts)
 
 
 @pytest.mark.parametrize(
@@ -89,33 +84,30 @@ def info(fold: int, **changes) -> tuple[str, dict]:
         ([info(0), info(1), info(2, training={"train.lr": 0.2})], r"differ in train\.lr"),
         ([info(0), info(1), info(2), info(0, seed=2)], "seed 2 lacks fold 1, fold 2"),
         ([info(0), info(1), info(2), info(2)], "4 models for 3 folds"),
+        ([info(None, role="student"), info(None, role="student", seed=2)], "several students"),
     ],
 )
 def test_what_may_not_stand_together_is_refused_by_name(members, message):
     with pytest.raises(DataError, match=message):
-        check_members(members)
+        check_together(members)
 
 
 def test_whole_systems_and_seeds_may_stand_together():
-    check_members([info(fold, seed=seed, system=s) for fold in range(3) for seed in (1, 2) for s in "st"])
+    check_together([info(fold, seed=seed, system=s) for fold in range(3) for seed in (1, 2) for s in "st"])
+    check_together([info(None, role="student")])
 
 
-def test_folds_of_a_system_become_one_table():
-    whole = table(model(1.0, 1), "s")
-    parts = [whole.take(fold == FOLD) for fold in range(5)]
-    joined = mean_by_id(parts).in_order(list(whole.ids))
-    np.testing.assert_allclose(joined.log_probs, whole.log_probs, atol=1e-6)
-    np.testing.assert_array_equal(joined.fold, whole.fold)
-    np.testing.assert_array_equal(joined.labels, whole.labels)
-
-
-def test_holdout_rows_of_members_are_averaged_by_id_and_class_name():
-    first, second = table(model(1.0, 1), "s"), table(model(2.0, 2), "s", fold=np.full(600, 3))
-    turned = second.with_classes(("d", "c", "b", "a")).take(np.arange(600)[::-1])
-    joined = mean_by_id([first, turned])
-    np.testing.assert_allclose(joined.log_probs, mean([first.log_probs, second.log_probs]), atol=1e-6)
-    assert joined.classes == CLASSES
-    assert (joined.fold[FOLD != 3] == -1).all()
+def test_what_ensemble_json_says_is_read_again(tmp_path):
+    models = [info(fold, system=s) for s in "st" for fold in range(3)]
+    ensemble = Ensemble(by_system(models), (0.75, 0.25), 1.5, "geometric", "weighted")
+    assert ensemble.model_weights == [0.25] * 3 + [0.25 / 3] * 3
+    write_json(tmp_path / "ensemble.json", ensemble.describe([]))
+    assert read_ensemble(tmp_path / "ensemble.json", models) == ensemble
+    assert read_ensemble(tmp_path / "ensemble.json", models[:3]) is None
+    each = [model(1.0, seed) for seed in range(6)]
+    systems = [combined("geometric", each[:3], np.full(3, 1 / 3)), combined("geometric", each[3:], np.full(3, 1 / 3))]
+    expected = apply_temperature(arithmetic(systems, np.array([0.75, 0.25])), 1.5)
+    np.testing.assert_array_equal(ensemble.blend(each), expected)
 
 
 def test_scores_say_what_they_speak_of_and_a_single_system_is_not_weighted():

@@ -1,10 +1,12 @@
 """Systems of different factors as one: the code of every joined row by hand, and what cannot be joined."""
 
 from itertools import product as every
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fivefold.contract.artifacts import ModelDir
 from fivefold.data.profiles import label_of, profile_factors
 from fivefold.errors import DataError
 from fivefold.factors import Factors
@@ -33,8 +35,12 @@ def info(*knows: str, factors: Factors | None = FACTORS) -> dict[str, object]:
     return {"knows": list(knows), "factors": None if factors is None else factors.as_json()}
 
 
-def groups(**knows: tuple[str, ...]) -> dict[str, list[tuple[str, dict[str, object]]]]:
-    return {name: [(f"fold {fold} of {name}", info(*factors)) for fold in range(2)] for name, factors in knows.items()}
+def model(system: str, fold: int, facts: dict[str, object]) -> ModelDir:
+    return ModelDir(Path(), {"role": "fold", "system": system, "seed": 1, "fold": fold, **facts})
+
+
+def groups(**knows: tuple[str, ...]) -> dict[str, list[ModelDir]]:
+    return {name: [model(name, fold, info(*factors)) for fold in range(2)] for name, factors in knows.items()}
 
 
 def two() -> Product:
@@ -133,7 +139,7 @@ def test_systems_become_one_whose_tables_are_there_where_all_have_theirs() -> No
             r"gender is known by m \(mask, gender\) and by a \(gender, age\)",
         ),
         ({"m": ("mask",), "a": ("mask", "gender", "age")}, "mask is known by m"),
-        ({"whole": ()}, "fold 0 of whole knows its classes as they are"),
+        ({"whole": ()}, "fold 0 of whole, seed 1 knows its classes as they are"),
     ],
 )
 def test_what_is_no_product_is_refused_by_name(knows: dict[str, tuple[str, ...]], message: str) -> None:
@@ -143,12 +149,14 @@ def test_what_is_no_product_is_refused_by_name(knows: dict[str, tuple[str, ...]]
 
 def test_models_of_other_classes_or_mixed_systems_are_refused() -> None:
     other = info("age", factors=profile_factors([30, 58]))
-    with pytest.raises(DataError, match="fold 0 of m and b know factors of different classes"):
-        product_of({"m": [("fold 0 of m", info("mask", "gender"))], "a": [("b", other)]})
-    with pytest.raises(DataError, match=r"a and b are of one system but know different factors \(mask; age\)"):
-        product_of({"m": [("a", info("mask")), ("b", info("age"))]})
-    with pytest.raises(DataError, match="b knows its classes as they are"):
-        product_of({"m": [("a", info("mask"))], "x": [("b", {})]})
+    with pytest.raises(
+        DataError, match="fold 0 of m, seed 1 and fold 0 of a, seed 1 know factors of different classes"
+    ):
+        product_of({"m": [model("m", 0, info("mask", "gender"))], "a": [model("a", 0, other)]})
+    with pytest.raises(DataError, match=r"fold 1 of m, seed 1 are of one system but know different .* \(mask; age\)"):
+        product_of({"m": [model("m", 0, info("mask")), model("m", 1, info("age"))]})
+    with pytest.raises(DataError, match="fold 1 of x, seed 1 knows its classes as they are"):
+        product_of({"m": [model("m", 0, info("mask"))], "x": [model("x", 1, {})]})
 
 
 def test_a_product_is_needed_where_models_know_different_factors() -> None:

@@ -1,7 +1,9 @@
-"""Systems and submission files blended by the ensemble's entrypoint; names that mean the same car from split to score."""
+"""Systems, submission files and tables blended by the ensemble's entrypoint; names that mean the same car from split to score."""
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from fivefold import predictions
 from fivefold.data.folds import read_folds
+from fivefold.predictions import Predictions
 from jobs.__main__ import run
 
 CARS = ("718_박스터", "718_스파이더", "K5")
@@ -153,6 +156,102 @@ def test_bad_input_gets_one_clear_error_and_leaves_nothing(world, monkeypatch, a
 def test_without_models_and_files_the_model_channel_is_asked_for(world):
     assert stage(world, "ensemble", "bad") == 66
     assert "needs the channel 'model'" in (world / "bad" / "failure").read_text()
+
+
+def save_table(path: Path, system: str, seed: int, rows: int = len(IDS), classes: tuple[str, ...] = CARS) -> np.ndarray:
+    """Writes a table of predictions; its probabilities."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logits = np.random.default_rng(seed).standard_normal((rows, len(classes)), np.float32)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    ids = np.array([f"TEST_{number}" for number in range(rows)], object)
+    predictions.write(path, Predictions(ids, np.full(rows, -1, np.int16), system, classes, log_probs))
+    return np.exp(log_probs)
+
+
+@pytest.fixture
+def tables(world: Path) -> list[np.ndarray]:
+    """The probabilities of the tables of two runs, as they lie in their folders."""
+    names = ("eva", "nfnet")
+    return [save_table(world / "runs" / n / "predictions.parquet", n, seed) for seed, n in enumerate(names)]
+
+
+def blend_tables(root: Path, folder: str, *arguments: str, **channels: str) -> int:
+    """Runs the ensemble on the tables of runs, without an eval channel unless it is given."""
+    output = {"SM_OUTPUT_DATA_DIR": str(root / folder / "output"), "SM_OUTPUT_DIR": str(root / folder)}
+    return run("ensemble", arguments, {"SM_CHANNEL_SUBMISSIONS": str(root / "runs"), **output, **channels})
+
+
+@pytest.mark.parametrize(
+    ("blend", "combine"),
+    [("mean", lambda a, b: (a + b) / 2), ("geometric", lambda a, b: np.sqrt(a * b) / np.sqrt(a * b).sum(1)[:, None])],
+)
+def test_tables_become_one_without_an_image(world, tables, blend, combine):
+    assert blend_tables(world, "out", f"ensemble.blend={blend}") == 0
+    expected, output = combine(*tables), world / "out" / "output"
+    found = predictions.read(output / "predictions.parquet")
+    assert (found.system, found.classes, found.labels) == ("eva + nfnet", CARS, None)
+    np.testing.assert_allclose(np.exp(found.log_probs), expected, rtol=1e-5)
+    assert [row[0] for row in cells(output / "submission.csv")] == ["ID", *IDS]
+    np.testing.assert_allclose(values(output / "submission.csv"), expected, rtol=1e-5)
+    members = json.loads((output / "ensemble.json").read_text())["members"]
+    assert [member["model"] for member in members] == ["file predictions.parquet"] * 2
+
+
+def test_tables_have_weights_and_answers_and_a_test_table_orders_their_rows(world, tables):
+    extra = save_table(world / "output_extra.parquet", "x", 9)
+    weights = 'ensemble.weights={"eva": 3, "nfnet": 0, "extra": 1}'
+    arguments = ("ensemble.blend=weighted", weights, f"ensemble.submissions={world / 'output_extra.parquet'}")
+    answers = ("ensemble.answer_column=target", "ensemble.number_column=no")
+    assert blend_tables(world, "out", *arguments, *answers) == 0
+    best = [CARS[code] for code in (0.75 * tables[0] + 0.25 * extra).argmax(axis=1)]
+    expected = [["no", "ID", "target"], *([str(n), *row] for n, row in enumerate(zip(IDS, best, strict=True)))]
+    assert cells(world / "out" / "output" / "submission.csv") == expected
+    write(world / "eval" / "sample_submission.csv", [["key", *CARS[::-1]], *([name, 0, 0, 0] for name in IDS[::-1])])
+    assert blend_tables(world, "sampled", SM_CHANNEL_EVAL=str(world / "eval")) == 0
+    rows = cells(world / "sampled" / "output" / "submission.csv")
+    assert (rows[0], [row[0] for row in rows[1:]]) == (["key", *CARS[::-1]], IDS[::-1])
+    found = values(world / "sampled" / "output" / "submission.csv")
+    np.testing.assert_allclose(found, np.mean(tables, axis=0)[::-1, ::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda runs: save_table(runs / "x" / "predictions.parquet", "eva", 5), "are both called 'eva'"),
+        (lambda runs: (runs / "eva" / "predictions.parquet").write_bytes(b"PAR1"), "is not a Parquet table"),
+        (lambda runs: save_table(runs / "nfnet" / "predictions.parquet", "nfnet", 0, 5), "('TEST_5')"),
+        (lambda runs: save_table(runs / "nfnet" / "predictions.parquet", "nfnet", 0, 6, CARS[:2]), "classes differ: 'K5'"),
+    ],
+)  # fmt: skip
+def test_tables_that_cannot_be_blended_are_named_and_leave_nothing(world, tables, damage, message):
+    damage(world / "runs")
+    assert blend_tables(world, "out") == 65
+    assert message in (world / "out" / "failure").read_text()
+    assert not list((world / "out" / "output").rglob("*.*"))
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written(world, tiny_disk):
+    for seed, system in enumerate(("eva", "nfnet")):
+        save_table(world / "runs" / system / "predictions.parquet", system, seed, 4000)
+    assert blend_tables(world, "out", SM_OUTPUT_DATA_DIR=str(tiny_disk / "output")) == 75
+    assert "no space left to write" in (world / "out" / "failure").read_text()
+    assert not [path for path in (tiny_disk / "output").iterdir() if path.name != "predictions.parquet"]
+
+
+@pytest.mark.slow
+def test_five_tables_of_100_000_rows_and_100_classes_take_less_than_a_minute_and_2_gb(tmp_path):
+    for seed in range(5):
+        classes = tuple(f"class {number:03d}" for number in range(100))
+        save_table(tmp_path / "runs" / f"output_{seed}.parquet", "s", seed, 100_000, classes)
+    code = "import sys; from jobs.__main__ import main; code = main(['ensemble']); print('torch' in sys.modules); sys.exit(code)"
+    root = Path(__file__).parents[2]
+    environ = {"SM_CHANNEL_SUBMISSIONS": str(tmp_path / "runs"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
+    environ |= {"PYTHONPATH": f"{root / 'src'}:{root}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+    record = json.loads((tmp_path / "output" / "stage.json").read_text())
+    assert record["peak_memory_mib"] < 2000
+    assert record["cpu_seconds"] < 60
 
 
 def test_merged_cars_are_one_class_from_the_split_on(world):

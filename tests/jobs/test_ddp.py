@@ -13,7 +13,7 @@ import pytest
 
 from drawing import tinted_in
 from fivefold import predictions
-from fivefold.launchers.replicas import free_port
+from fivefold.distributed.launch import free_port
 from jobs.__main__ import run
 from s3_server import Bucket, Proxy
 

@@ -340,12 +340,6 @@ def test_a_tracker_is_told_how_the_run_ended(world, lr, code, ended, monkeypatch
     shutil.rmtree(world / "tracked")
 
 
-def test_a_student_without_validation_cannot_watch_a_plateau(world):
-    given = {"SM_CHANNEL_MODEL": str(world)}
-    assert stage(world, "distill", "bad", *SETTINGS, "train.schedule=plateau", **given) == 64
-    shutil.rmtree(world / "bad")
-
-
 def test_defect_car_b5_a_student_is_not_selected_on_images_that_its_teachers_trained_on(world):
     assert stage(world, "split", "no-holdout", "split.folds=3") == 0
     folds = world / "no-holdout" / "output"

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pytest
 from PIL import Image
 from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
-from fivefold.arrow import pa
 from fivefold.contract.artifacts import channel_digest
 from fivefold.data.folds import FoldTable, read_folds
 

@@ -1,9 +1,84 @@
+"""Heads against their layers as torch and torchvision write them, and meta features beside a backbone's."""
+
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from fivefold.models.classifier import Classifier, Standardised
-from fivefold.training.ema import Ema
+from fivefold.errors import SettingsError
+from fivefold.models.backbones import build_backbone
+from fivefold.models.classifier import Classifier, Standardised, build_head
+from fivefold.training.phases import Ema
+
+
+def test_the_linear_head_is_torchs_own_layers_with_the_same_start():
+    torch.manual_seed(0)
+    head = build_head("linear", 5, 3, 0.25)
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Dropout(0.25), nn.Linear(5, 3))
+    assert [type(layer) for layer in head] == [type(layer) for layer in reference]
+    assert head[0].p == 0.25
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(head.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("options", "norm"),
+    [
+        ({"hidden": 512, "norm": "batch", "dropout": 0.3}, nn.BatchNorm1d),
+        ({"hidden": 640, "norm": "layer", "before": 0.4, "dropout": 0.2}, nn.LayerNorm),
+    ],
+)
+def test_the_heads_of_the_cars_and_of_the_product_images(options, norm):
+    head = build_head({"name": "mlp", **options}, 2051, 396, 0.0)
+    assert [type(layer) for layer in head] == [nn.Dropout, nn.Linear, norm, nn.ReLU, nn.Dropout, nn.Linear]
+    assert (head[0].p, head[4].p) == (options.get("before", 0.0), options["dropout"])
+    assert [head[n].weight.shape for n in (1, 2, 5)] == [
+        (options["hidden"], 2051), (options["hidden"],), (396, options["hidden"])
+    ]  # fmt: skip
+
+
+def test_the_convnext_head_on_the_bare_backbone_is_torchvisions_network():
+    from torchvision import models
+
+    torch.manual_seed(0)
+    whole = models.convnext_tiny(num_classes=7).eval()
+    nn.init.normal_(whole.classifier[0].weight)
+    own = Classifier(
+        build_backbone("torchvision/convnext_tiny", False, {"bare": True}), build_head("convnext", 768, 7, 0.3)
+    )
+    own.backbone.load_state_dict(whole.state_dict(), strict=False)
+    own.head.load_state_dict(
+        {f"{n and 2}.{name}": whole.classifier[n].state_dict()[name] for n in (0, 2) for name in ("weight", "bias")}
+    )
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(own.eval()(images), whole(images))
+
+
+def test_the_settings_dropout_is_for_a_head_that_gives_none():
+    assert build_head("mlp", 4, 2, 0.5)[4].p == 0.5
+    assert build_head({"name": "mlp", "dropout": 0.1}, 4, 2, 0.5)[4].p == 0.1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("liner", "unknown head 'liner'; did you mean 'linear'"),
+        ({"hidden": 3}, "unknown head ''"),
+        ({"name": "linear", "hidden": 3}, "head 'linear' has no parameter 'hidden'; it takes dropout"),
+        ({"name": "mlp", "hiden": 3}, "no parameter 'hiden'; did you mean 'hidden'"),
+        ({"name": "mlp", "hidden": 0}, "hidden=0 is not a whole number from 1"),
+        ({"name": "mlp", "hidden": "many"}, "hidden='many'"),
+        ({"name": "mlp", "norm": "bach"}, "unknown norm 'bach'; did you mean 'batch'"),
+        ({"name": "mlp", "norm": 3}, "unknown norm"),
+        ({"name": "mlp", "before": 1.0}, "before=1.0 is not a number from 0 to below 1"),
+        ({"name": "convnext", "dropout": -0.1}, "dropout=-0.1"),
+    ],
+)
+def test_a_head_that_cannot_be_is_explained(spec, message):
+    with pytest.raises(SettingsError, match=message):
+        build_head(spec, 8, 3, 0.0)
 
 
 def test_numbers_are_standardised_as_numpy_does_and_constant_ones_only_centred():

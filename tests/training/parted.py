@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from fivefold.assemble import build_classifier, build_loop, one_hot, seed_everything
-from fivefold.contract.place import place_of
 from fivefold.data.dataset import ImageSet
 from fivefold.data.store import FolderStore
 from fivefold.data.transforms import build_transforms
+from fivefold.distributed.place import place_of
+from fivefold.distributed.replicas import BY_ITSELF, Replicas, joined
 from fivefold.errors import StoppedError
 from fivefold.inference.predictor import make_runtime, predict_all
 from fivefold.recipe import Augment, Distill, Model, Settings, Train
-from fivefold.replicas import BY_ITSELF, Replicas, joined
 from fivefold.stopping import noted
 from fivefold.training.loop import TrainRows, ValidRows, fit
 from fivefold.training.resume import Checkpoints

@@ -10,7 +10,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from fivefold.errors import SettingsError
 from fivefold.training.losses import LOSSES, balanced_weights, bce, binary_focal, build_loss, cross_entropy, f1, focal
-from fivefold.training.objectives import Rows, by_teacher, distill, supervised
+from fivefold.training.objectives import Rows, by_labels, by_teacher, once
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, 0.3], [-3.0, 4.0, 1.0], [0.0, 0.0, 0.0]])
 CODES = torch.tensor([0, 2, 1, 1])
@@ -44,21 +44,23 @@ def test_distillation_by_hand():
     kl = 0.75 * torch.log(0.75 / student[0, 0]) + 0.25 * torch.log(0.25 / student[0, 1])
     hard = -torch.log(torch.softmax(logits, dim=1)[0, 0])
     rows = Rows(logits, torch.tensor([[1.0, 0.0]]), teacher)
-    result = distill(cross_entropy(0.0), alpha, temperature)(torch.nn.Identity(), rows)
+    result = once(by_teacher(cross_entropy(0.0), lambda: alpha, lambda: temperature))(torch.nn.Identity(), rows)
     torch.testing.assert_close(result.loss, alpha * temperature**2 * kl + (1 - alpha) * hard)
 
 
 def test_distillation_without_its_teachers_term_is_supervised():
     rows = Rows(LOGITS, ONE_HOT, torch.full((4, 3), 1 / 3))
-    without = distill(cross_entropy(0.1), alpha=0.0, temperature=3.0)(torch.nn.Identity(), rows)
-    plain = supervised(cross_entropy(0.1))(torch.nn.Identity(), rows)
+    without = once(by_teacher(cross_entropy(0.1), lambda: 0.0, lambda: 3.0))(torch.nn.Identity(), rows)
+    plain = once(by_labels(cross_entropy(0.1)))(torch.nn.Identity(), rows)
     torch.testing.assert_close(without.loss, plain.loss)
 
 
 def test_a_student_that_equals_its_teacher_has_no_loss_left():
     temperature = 1.7
     teacher = torch.softmax(LOGITS / temperature, dim=1)
-    result = distill(cross_entropy(0.0), 1.0, temperature)(torch.nn.Identity(), Rows(LOGITS, ONE_HOT, teacher))
+    result = once(by_teacher(cross_entropy(0.0), lambda: 1.0, lambda: temperature))(
+        torch.nn.Identity(), Rows(LOGITS, ONE_HOT, teacher)
+    )
     assert abs(float(result.loss)) < 1e-6
 
 
@@ -185,6 +187,6 @@ def test_at_great_heat_distillation_matches_logits():
     student, teacher = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     heat = 1e4
     rows = Rows(student, torch.zeros(5, 7), torch.softmax(teacher / heat, dim=1))
-    taught, _ = by_teacher(cross_entropy(0.0), lambda: 1.0, lambda: heat)(student, rows)
+    taught = by_teacher(cross_entropy(0.0), lambda: 1.0, lambda: heat)(student, rows)
     apart = (teacher - teacher.mean(dim=1, keepdim=True)) - (student - student.mean(dim=1, keepdim=True))
     torch.testing.assert_close(taught, (apart**2).mean(dim=1).mean() / 2, rtol=1e-3, atol=0)

@@ -1,52 +1,35 @@
 """What changes from epoch to epoch: a frozen backbone, learning rates by layer, a cooling teacher."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from fivefold.assemble import build_classifier, build_loop, one_hot, seed_everything
+from fivefold.assemble import build_classifier
 from fivefold.data.dataset import ImageSet
-from fivefold.data.store import open_store
-from fivefold.data.transforms import build_transforms
-from fivefold.inference.predictor import make_runtime
+from fivefold.errors import SettingsError
 from fivefold.models.backbones import build_backbone
-from fivefold.recipe import Augment, Distill, Model, Settings, Train
-from fivefold.training.groups import layers_of, learning_rates
-from fivefold.training.loop import Loop, TrainRows, ValidRows, fit
-from fivefold.training.optim import build_optimizer
+from fivefold.recipe import Model
+from fivefold.training.loop import Loop, fit
+from fivefold.training.optim import build_optimizer, learning_rates
 from fivefold.training.teaching import Cooling, Teacher, soften
+from training_runs import CPU, SMALL, images_in, run_of, stand_still
 
-CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
-SMALL = Model(backbone="fivefold/small_net", options={"widths": [8, 16], "stem": 4}, image_size=12, dropout=0.2)
 LOG_PROBS = np.log(np.random.default_rng(0).dirichlet(np.ones(3), 18)).astype(np.float32)
 
 
 @pytest.fixture
-def images(tmp_path) -> ImageSet:
-    random = np.random.default_rng(0)
-    for number in range(18):
-        pixels = random.integers(0, 100, (12, 12, 3))
-        pixels[..., number % 3] += 120
-        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{number:02d}.png")
-    names = [f"{number:02d}.png" for number in range(18)]
-    return ImageSet(open_store(tmp_path), names, build_transforms([], (12, 12)), seed=1)
+def images(tmp_path: Path) -> ImageSet:
+    return images_in(tmp_path / "images", 18, noise=100, tint=120)
 
 
-def loop(images: ImageSet, distill: Distill | None = None, **train) -> Loop:
-    chosen = Train(epochs=4, batch_size=6, lr=0.02, precision="fp32", workers=0).model_copy(update=train)
-    settings = Settings(model=SMALL, augment=Augment(mix="none"), train=chosen, distill=distill or Distill())
-    seed_everything(0)
-    codes = np.arange(18) % 3
-    teacher = Teacher(LOG_PROBS, settings.distill.alpha, settings.distill.temperature, CPU.device) if distill else None
-    rows = TrainRows(images, one_hot(codes, 3, CPU.device), teacher)
-    network = build_classifier(settings.model, 3)
-    return build_loop("test", network, rows, ValidRows(images, codes), settings, CPU, select=True, patience=0)
+def loop(images: ImageSet, distill: dict | None = None, **train) -> Loop:
+    return run_of(images, {"lr": 0.02} | train, SMALL, distill=distill)[0]
 
 
 def states(made: Loop) -> list[dict[str, torch.Tensor]]:
@@ -118,7 +101,7 @@ def test_the_backbone_learns_at_its_share_of_the_rate(images):
 
 
 def test_at_their_defaults_the_groups_are_those_of_weight_decay_alone():
-    network = build_classifier(SMALL, 3)
+    network = build_classifier(Model(**SMALL), 3)
     shares = learning_rates(network.backbone, 1.0, 1.0)
     groups = build_optimizer("adamw", network, 0.01, 0.1, 0.9, shares).param_groups
     assert [[group["lr"], group["weight_decay"]] for group in groups] == [[0.01, 0.1], [0.01, 0.0]]
@@ -129,31 +112,15 @@ def test_layer_decay_is_timms_one_layer_below_the_head(name):
     """timm counts from the network's last group, which here has the head above it."""
     network = timm.create_model(name, num_classes=0)
     found = learning_rates(network, factor=0.5, decay=0.75)
-    reference = {
-        id(parameter): group["lr_scale"]
-        for group in param_groups_layer_decay(network, layer_decay=0.75)
-        for parameter in group["params"]
-    }
-    assert set(found) == set(reference)
-    for key, scale in reference.items():
-        assert found[key] == pytest.approx(0.5 * 0.75 * scale)
+    groups = param_groups_layer_decay(network, layer_decay=0.75)
+    assert found == {id(p): pytest.approx(0.5 * 0.75 * group["lr_scale"]) for group in groups for p in group["params"]}
+    assert max(found.values()) == 0.5 * 0.75
+    assert set(found) == {id(parameter) for parameter in network.parameters()}
 
 
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [
-        ("torchvision/resnet18", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]),
-        ("torchvision/convnext_tiny", [*(f"features.{n}" for n in range(8)), "classifier.0"]),
-        ("efficientnet_pytorch/efficientnet-b0", ["_conv_stem", "_bn0", *(f"_blocks.{n}" for n in range(16)), "_conv_head", "_bn1"]),
-        ("fivefold/small_net", ["stem.0", "stem.1", "blocks.0", "blocks.1", "blocks.2"]),
-    ],
-)  # fmt: skip
-def test_other_families_layers_stand_in_the_networks_order(name, layers):
-    found = layers_of(build_backbone(name, False, {}))
-    assert [next(key for key, layer in found.items() if layer == number) for number in range(len(layers))] == [
-        next(key for key in found if key.startswith(f"{layer}.")) for layer in layers
-    ]
-    assert max(found.values()) == len(layers) - 1
+def test_layer_decay_of_a_network_that_names_no_layers_is_refused():
+    with pytest.raises(SettingsError, match=r"train\.layer_decay=1"):
+        learning_rates(build_backbone("torchvision/resnet18", False, {}), 1.0, 0.75)
 
 
 def test_a_teacher_cools_by_epochs_down_to_its_end():
@@ -168,7 +135,7 @@ def test_a_teacher_cools_by_epochs_down_to_its_end():
 
 
 def test_the_student_is_taught_at_the_temperature_of_its_epoch(images):
-    made = loop(images, Distill(temperature=2.0, temperature_decay=0.5, temperature_end=0.8, alpha=1.0), epochs=3)
+    made = loop(images, {"temperature": 2.0, "temperature_decay": 0.5, "temperature_end": 0.8, "alpha": 1.0}, epochs=3)
     teacher, heats = made.train.teacher, []
 
     def watch(rows):
@@ -182,32 +149,31 @@ def test_the_student_is_taught_at_the_temperature_of_its_epoch(images):
 
 def test_the_teachers_weight_falls_to_nothing_over_its_share_of_the_steps(images):
     """Clark et al. 2019, section 3.2: linear from the teacher to the labels; a step's value is the mixture of that step."""
-    made = loop(images, Distill(alpha=0.8, temperature=1.0, annealing=0.5), epochs=4)
+    made = loop(images, {"alpha": 0.8, "temperature": 1.0, "annealing": 0.5}, epochs=4)
     teacher, weights = made.train.teacher, []
 
     def watch(rows):
         weights.append(teacher.alpha)
-        results = made.update(rows)
-        for result in results:
-            taught, labelled = result.parts["teacher"], result.parts["labels"]
-            torch.testing.assert_close(result.loss.detach(), weights[-1] * taught + (1 - weights[-1]) * labelled)
-        return results
+        (result,) = made.update(rows)
+        taught = nn.functional.kl_div(result.logits.log_softmax(dim=1), rows[0].teacher, reduction="batchmean")
+        labelled = nn.functional.cross_entropy(result.logits, rows[0].targets)
+        torch.testing.assert_close(result.loss, weights[-1] * taught + (1 - weights[-1]) * labelled)
+        return [result]
 
     fit(replace(made, update=watch))
     assert weights == pytest.approx([0.8 * (1 - step / 6) for step in range(6)] + [0.0] * 6)
 
 
 def test_without_annealing_the_teachers_weight_stays(images):
-    made = loop(images, Distill(alpha=0.8, temperature=1.0), epochs=2)
+    made = loop(images, {"alpha": 0.8, "temperature": 1.0}, epochs=2)
     fit(made)
     assert made.train.teacher.alpha == 0.8
 
 
 def test_defect_car_b5_validation_losses_compare_while_the_temperature_moves(images):
     """The original validated at the T of the epoch: its losses fell with T, and so chose the wrong epoch."""
-    made = loop(images, Distill(temperature=4.0, temperature_decay=0.5, alpha=1.0), epochs=3)
-    made.schedule.base = [0.0] * len(made.schedule.base)
-    made.schedule._set()
+    made = loop(images, {"temperature": 4.0, "temperature_decay": 0.5, "alpha": 1.0}, epochs=3)
+    stand_still(made)
     for module in made.model.modules():  # nothing learns, not even a running mean
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 sys.path.append(str(Path(__file__).parent))
 
 from parted import CASES, COUNTS, OTHERS, ROWS, SIZE, predicted, trained
 
-from fivefold.contract.hosts import Hosts
-from fivefold.contract.place import Place
-from fivefold.launchers.replicas import free_port
-from fivefold.replicas import Replicas
+from fivefold.distributed.launch import free_port
+from fivefold.distributed.place import Hosts, Place
+from fivefold.distributed.replicas import Replicas, with_norms_of_all
+from fivefold.models.backbones import build_backbone
 
 PROGRAM = Path(__file__).with_name("parted.py")
 WORLD = 2
@@ -133,3 +134,23 @@ def test_shares_are_disjoint_and_whole(world: int, count: int) -> None:
     assert [row for part in taken for row in part] == rows
     assert max(map(len, taken)) - min(map(len, taken)) <= 1
     assert max(map(len, taken)) == Replicas(Place(0, world)).largest_share(count)
+
+
+NETWORKS = {
+    "torch's": lambda: build_backbone("fivefold/small_net", False, {"widths": [8, 16]}),
+    "timm's, with activations inside": lambda: build_backbone("timm/efficientnet_b0", False, {}),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_norms_on_gpus_are_synchronised_and_give_what_they_gave(name: str) -> None:
+    torch.manual_seed(0)
+    network, images = NETWORKS[name](), torch.rand(2, 3, 32, 32)
+    names, expected = list(network.state_dict()), network.eval()(images)
+    assert with_norms_of_all(network, torch.device("cpu")) is network
+    synchronised = with_norms_of_all(network, torch.device("cuda"))
+    norms = [module for module in synchronised.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert list(synchronised.state_dict()) == names
+    torch.testing.assert_close(synchronised(images), expected, rtol=0.0, atol=0.0)

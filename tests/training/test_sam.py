@@ -9,12 +9,12 @@ from torch import nn
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
 from fivefold.training.losses import cross_entropy
-from fivefold.training.objectives import Rows, supervised
+from fivefold.training.objectives import Rows, by_labels, once
 from fivefold.training.optim import build_optimizer
-from fivefold.training.updates import UPDATES, InTurns, plain, sam
+from fivefold.training.updates import UPDATES, plain, sam
 
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
-LOSS = cross_entropy(0.1)
+OBJECTIVE = once(by_labels(cross_entropy(0.1)))
 
 
 def network(*more: nn.Module) -> nn.Module:
@@ -47,7 +47,7 @@ def test_sam_at_rho_zero_is_the_plain_step_bit_for_bit(name):
     for update in ("plain", "sam"):
         model = network(nn.BatchNorm1d(8), nn.Dropout(0.5))
         torch.manual_seed(3)
-        step = UPDATES[update](model, supervised(LOSS), optimizer_of(model, name), CPU, 0.05, 0.0)
+        step = UPDATES[update](model, OBJECTIVE, optimizer_of(model, name), CPU, 0.05, 0.0)
         losses = [result.loss.item() for n in range(4) for result in step(batches(n, 6, 6, 3))]
         found[update] = (state(model), losses, torch.rand(1))
     assert found["plain"][1:] == found["sam"][1:]
@@ -73,7 +73,9 @@ def test_sam_by_hand_on_a_quadratic():
         return (curvature * logits**2).sum(dim=1).mean() / 2
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sam(model, supervised(half_square), optimizer, CPU, clip=0.0, rho=0.5)([Rows(torch.zeros(2, 1), torch.zeros(2, 2))])
+    sam(model, once(by_labels(half_square)), optimizer, CPU, clip=0.0, rho=0.5)(
+        [Rows(torch.zeros(2, 1), torch.zeros(2, 2))]
+    )
     gradient = torch.tensor([3.0, 4.0])  # ‖g‖ = 5, so the climb is (.3, .4)
     expected = torch.tensor([3.0, 1.0]) - 0.1 * curvature * (torch.tensor([3.0, 1.0]) + 0.5 * gradient / 5)
     torch.testing.assert_close(model.w.detach(), expected)
@@ -81,12 +83,12 @@ def test_sam_by_hand_on_a_quadratic():
 
 def test_accumulated_batches_are_one_large_batch():
     """Accumulate, perturb once, accumulate again: not a perturbation a micro-batch."""
-    once, parts = network(), network()
+    whole, parts = network(), network()
     (large,) = batches(1, 9)
     pieces = [Rows(large.images[a:b], large.targets[a:b]) for a, b in ((0, 4), (4, 8), (8, 9))]
-    for model, given in ((once, [large]), (parts, pieces)):
-        sam(model, supervised(LOSS), optimizer_of(model), CPU, clip=0.0, rho=0.2)(given)
-    for key, tensor in once.state_dict().items():
+    for model, given in ((whole, [large]), (parts, pieces)):
+        sam(model, OBJECTIVE, optimizer_of(model), CPU, clip=0.0, rho=0.2)(given)
+    for key, tensor in whole.state_dict().items():
         torch.testing.assert_close(tensor, parts.state_dict()[key])
 
 
@@ -101,7 +103,7 @@ def test_both_passes_see_the_same_dropout_masks():
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), Tell(), nn.Linear(12, 3)).train()
-    sam(model, supervised(LOSS), optimizer_of(model), CPU, clip=0.0, rho=0.2)(batches(0, 6, 6))
+    sam(model, OBJECTIVE, optimizer_of(model), CPU, clip=0.0, rho=0.2)(batches(0, 6, 6))
     assert len(seen) == 4
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[1], seen[3])
@@ -113,7 +115,7 @@ def test_running_statistics_are_counted_once_and_at_the_weights_themselves(momen
     found = []
     for update in (plain, sam):
         model = network(nn.BatchNorm1d(8, momentum=momentum))
-        update(model, supervised(LOSS), optimizer_of(model), CPU, 0.0, 0.5)(batches(2, 8, 8))
+        update(model, OBJECTIVE, optimizer_of(model), CPU, 0.0, 0.5)(batches(2, 8, 8))
         found.append({name: buffer.clone() for name, buffer in model.named_buffers()})
     assert int(found[1]["2.num_batches_tracked"]) == 2
     for name, buffer in found[0].items():
@@ -124,7 +126,7 @@ def test_the_second_gradient_is_the_one_that_is_clipped():
     model = network()
     before = copy.deepcopy(model)
     optimizer = build_optimizer("sgd", model, lr=1.0, weight_decay=0.0, momentum=0.0)
-    sam(model, supervised(LOSS), optimizer, CPU, clip=1e-3, rho=0.5)(batches(3, 8))
+    sam(model, OBJECTIVE, optimizer, CPU, clip=1e-3, rho=0.5)(batches(3, 8))
     pairs = zip(model.parameters(), before.parameters(), strict=True)
     moved = torch.cat([(after - old).detach().flatten() for after, old in pairs])
     assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-3)
@@ -135,7 +137,7 @@ def test_parameters_that_do_not_learn_stay_where_they_are():
     model[1].requires_grad_(False)
     optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
     before = state(model)
-    sam(model, supervised(LOSS), optimizer, CPU, clip=1.0, rho=0.5)(batches(4, 8))
+    sam(model, OBJECTIVE, optimizer, CPU, clip=1.0, rho=0.5)(batches(4, 8))
     assert torch.equal(model[1].weight, before["1.weight"])
     assert not torch.equal(model[3].weight, before["3.weight"])
 
@@ -144,39 +146,7 @@ def test_fp16_is_refused_and_bf16_named():
     fp16 = make_runtime(torch.device("cpu"), torch.float16, False, [0.5] * 3, [0.5] * 3)
     model = network()
     with pytest.raises(SettingsError, match=r"train\.update=sam .* fp16.*train\.precision=bf16"):
-        sam(model, supervised(LOSS), optimizer_of(model), fp16, clip=0.0, rho=0.05)
+        sam(model, OBJECTIVE, optimizer_of(model), fp16, clip=0.0, rho=0.05)
     bf16 = make_runtime(torch.device("cpu"), torch.bfloat16, False, [0.5] * 3, [0.5] * 3)
-    results = sam(model, supervised(LOSS), optimizer_of(model), bf16, clip=0.0, rho=0.05)(batches(5, 8))
+    results = sam(model, OBJECTIVE, optimizer_of(model), bf16, clip=0.0, rho=0.05)(batches(5, 8))
     assert bool(torch.isfinite(results[0].loss))
-
-
-def in_turns(model: nn.Module, every: int) -> InTurns:
-    parts = (model, supervised(LOSS), optimizer_of(model), CPU, 0.0)
-    return InTurns(sam(*parts, rho=0.5), plain(*parts), every)
-
-
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_sam_at_every_kth_step_is_sam_there_and_plain_between(every):
-    ours, theirs = network(), network()
-    step, parts = in_turns(ours, every), (theirs, supervised(LOSS), optimizer_of(theirs), CPU, 0.0)
-    steps = [sam(*parts, rho=0.5), plain(*parts)]
-    for number in range(5):
-        step(batches(number, 8))
-        steps[number % every > 0](batches(number, 8))
-        for name, tensor in ours.state_dict().items():
-            assert torch.equal(tensor, theirs.state_dict()[name]), (number, name)
-
-
-def test_a_run_that_goes_on_knows_whose_turn_it_is():
-    whole, gone_on = network(), network()
-    first, second = in_turns(whole, 3), in_turns(gone_on, 3)
-    for number in range(4):
-        first(batches(number, 8))
-        second(batches(number, 8))
-    resumed = in_turns(gone_on, 3)
-    resumed.load_state_dict(second.state_dict())
-    for number in range(4, 8):
-        first(batches(number, 8))
-        resumed(batches(number, 8))
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, gone_on.state_dict()[name]), name

@@ -1,19 +1,23 @@
 """Updates, averaging, optimisers and schedules against torch's own and by reduction."""
 
 import copy
+import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
-from fivefold.training.ema import Ema
+from fivefold.models.classifier import Classifier
 from fivefold.training.losses import cross_entropy
-from fivefold.training.objectives import Rows, supervised
+from fivefold.training.objectives import Rows, by_labels, once
 from fivefold.training.optim import Schedule, build_optimizer
+from fivefold.training.phases import Ema
 from fivefold.training.updates import plain, sam
 
+OBJECTIVE = once(by_labels(cross_entropy(0.1)))
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
 
 
@@ -47,7 +51,7 @@ def test_a_plain_step_is_torchs_own(name, reference):
     others = [p for p in theirs.parameters() if p.ndim < 2]
     optimizer = reference([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
     own = build_optimizer(name, ours, lr=0.01, weight_decay=0.1, momentum=0.9)
-    update = plain(ours, supervised(cross_entropy(0.1)), own, CPU, clip=0.5)
+    update = plain(ours, OBJECTIVE, own, CPU, clip=0.5)
     for step in range(5):
         batch = rows(6, step)
         update([batch])
@@ -67,7 +71,7 @@ def test_the_fused_step_has_the_loss_curve_of_one_tensor_after_the_other(name):
         assert all(group["fused"] for group in optimizer.param_groups)
         for group in optimizer.param_groups:
             group |= {"fused": fused, "foreach": False}
-        update = plain(model, supervised(cross_entropy(0.1)), optimizer, CPU, clip=0.5)
+        update = plain(model, OBJECTIVE, optimizer, CPU, clip=0.5)
         curves.append([update([rows(6, step % 3)])[0].loss.item() for step in range(30)])
     assert curves[0][-1] < 0.8 * curves[0][0], "it learns"
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
@@ -79,7 +83,7 @@ def test_accumulated_batches_are_one_large_batch():
     pieces = [Rows(large.images[a:b], large.targets[a:b]) for a, b in ((0, 4), (4, 8), (8, 9))]
     for model, batches in ((once, [large]), (parts, pieces)):
         optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
-        plain(model, supervised(cross_entropy(0.0)), optimizer, CPU, clip=0.0)(batches)
+        plain(model, OBJECTIVE, optimizer, CPU, clip=0.0)(batches)
     torch.testing.assert_close(weights(once), weights(parts))
 
 
@@ -87,7 +91,7 @@ def test_accumulated_batches_are_one_large_batch():
 def test_who_keeps_the_results_of_a_step_keeps_no_graph(update):
     model = network()
     optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
-    results = update(model, supervised(cross_entropy(0.0)), optimizer, CPU, clip=0.0, rho=0.1)([rows(4, 1), rows(4, 2)])
+    results = update(model, OBJECTIVE, optimizer, CPU, clip=0.0, rho=0.1)([rows(4, 1), rows(4, 2)])
     assert [result.loss.grad_fn for result in results] == [None, None]
     assert [result.logits.grad_fn for result in results] == [None, None]
 
@@ -96,7 +100,7 @@ def test_clipping_bounds_the_gradient():
     model = network()
     before = weights(model).clone()
     optimizer = build_optimizer("sgd", model, lr=1.0, weight_decay=0.0, momentum=0.0)
-    plain(model, supervised(cross_entropy(0.0)), optimizer, CPU, clip=1e-3)([rows(8, 2)])
+    plain(model, OBJECTIVE, optimizer, CPU, clip=1e-3)([rows(8, 2)])
     assert float((weights(model) - before).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -123,54 +127,64 @@ def test_the_average_follows_its_formula_and_counts_batches():
     assert not ema.model.training
 
 
-def schedule(name: str, **options) -> tuple[list[float], Schedule]:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    found = Schedule(name, optimizer, total=40, steps_per_epoch=4, **options)
-    rates = []
-    for _ in range(40):
-        rates.append(found.lr)
-        found()
-    return rates, found
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("constant", {}, [1.0] * 40),
+        ("cosine", {}, [0.5 * (1 + math.cos(math.pi * n / 40)) for n in range(40)]),
+        ("cosine", {"warmup_epochs": 2}, [(n + 1) / 8 for n in range(8)] + [0.5 * (1 + math.cos(math.pi * n / 32)) for n in range(32)]),
+        ("step", {"step_epochs": 5, "gamma": 0.5}, [1.0] * 20 + [0.5] * 20),
+    ],
+)  # fmt: skip
+def test_a_schedule_sets_the_rate_of_every_step_and_goes_on_from_its_state(name, options, expected):
+    def fresh() -> Schedule:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        return Schedule(name, optimizer, total=40, steps_per_epoch=4, **options)
 
-
-def test_cosine_is_torchs():
-    rates, _ = schedule("cosine")
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
-    for rate in rates:
-        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
-        optimizer.step()
-        reference.step()
-
-
-def test_warm_up_rises_in_a_line_then_the_cosine_starts_at_its_top():
-    rates, _ = schedule("cosine", warmup_epochs=2)
-    assert rates[:8] == pytest.approx([(n + 1) / 8 for n in range(8)])
-    assert rates[8] == 1.0
-    assert rates[9] < 1.0
-
-
-def test_step_halves_every_ten_steps_and_plateau_waits_for_bad_epochs():
-    rates, _ = schedule("step", step_epochs=5, gamma=0.5)
-    assert rates == [1.0] * 20 + [0.5] * 20
-    _, plateau = schedule("plateau", step_epochs=2, gamma=0.1)
-    for improved in (True, False, True, False, False):
-        plateau.after_epoch(improved)
-    plateau()
-    assert plateau.lr == pytest.approx(0.1)
-
-
-def test_plateau_decides_only_where_it_was_looked():
-    _, plateau = schedule("plateau", step_epochs=2, gamma=0.1)
-    for improved in (True, None, None, None):
-        plateau.after_epoch(improved)
-    plateau()
-    assert plateau.lr == 1.0
-    plateau.after_epoch(False)
-    plateau()
-    assert plateau.lr == pytest.approx(0.1)
+    schedule, rates = fresh(), []
+    for number in range(40):
+        if number == 17:
+            resumed = fresh()
+            resumed.optimizer.load_state_dict(schedule.optimizer.state_dict())
+            resumed.load_state_dict(schedule.state_dict())
+            schedule = resumed
+        rates.append(schedule.lr)
+        schedule.optimizer.step()
+        schedule()
+    assert rates == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(SettingsError, match="warmup_epochs"):
-        schedule("cosine", warmup_epochs=10)
+        Schedule("cosine", torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 40, 4, warmup_epochs=10)
+
+
+def test_muon_is_timms_for_the_backbones_layers_after_the_first_and_adamw_for_all_else():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 6, 3)]
+    ours = Classifier(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(6, 3))
+    theirs = copy.deepcopy(ours)
+    optimizer = build_optimizer("muon", ours, 0.02, 0.1, 0.95)
+    assert type(optimizer) is timm.optim.Muon
+    matrices = [theirs.backbone[2].weight, theirs.backbone[3].weight]
+    others = [p for p in theirs.parameters() if all(p is not each for each in matrices)]
+    adamw = torch.optim.AdamW(
+        [{"params": [p for p in others if (p.ndim >= 2) is decays], "weight_decay": 0.1 * decays} for decays in (True, False)],
+        lr=0.02, betas=(0.9, 0.95),
+    )  # fmt: skip
+    flat = [nn.Parameter(p.detach().flatten(1)) for p in matrices]
+    muon = torch.optim.Muon(flat, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for one, other in zip(flat, matrices, strict=True):
+            one.grad = other.grad.flatten(1)
+        for each in (optimizer, adamw, muon):
+            each.step()
+    for one, other in zip(flat, matrices, strict=True):
+        other.data = one.data.view_as(other)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        is_matrix = any(other is each for each in matrices)
+        torch.testing.assert_close(one, other, rtol=0, atol=4 * 0.02 * 0.02 if is_matrix else 1e-6)

@@ -12,12 +12,10 @@ from fivefold.assemble import build_loop, one_hot, seed_everything
 from fivefold.data.dataset import Batch
 from fivefold.inference.predictor import Runtime, make_runtime
 from fivefold.models.backbones import build_backbone
-from fivefold.models.classifier import Classifier
-from fivefold.models.heads import build_head
+from fivefold.models.classifier import Classifier, build_head
 from fivefold.recipe import Augment, Distill, Model, Settings, Train
-from fivefold.training.loop import Loop, TrainRows, _totals
+from fivefold.training.loop import Loop, TrainRows, _totals, rows_of
 from fivefold.training.losses import LOSSES
-from fivefold.training.portions import rows_of
 from fivefold.training.teaching import Teacher
 
 CPU = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.5] * 3)
@@ -32,7 +30,7 @@ INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 CASES = {
     **{f"loss {name}": {"loss": name} for name in LOSSES},
     "everything": {"update": "sam", "rdrop_alpha": 0.5, "ema_decay": 0.9, "clip": 1.0, "accumulate": 2, "freeze_epochs": 1},
-    "sam every second": {"update": "sam", "sam_every": 2, "optimizer": "sgd"},
+    "sgd": {"optimizer": "sgd"},
     "muon": {"optimizer": "muon", "warmup_epochs": 1.0, "class_weights": "balanced"},
     "adam": {"optimizer": "adam", "schedule": "constant", "label_smoothing": 0.1},
 }  # fmt: skip
@@ -96,7 +94,7 @@ def step(loop: Loop, number: int) -> None:
 
 
 @pytest.mark.parametrize(("mix", "taught"), [("mixup", False), ("cutmix", True)])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "muon"])  # timm's counts its steps on the CPU
 def test_no_step_from_the_second_on_reads_a_value(case, mix, taught):
     made = loop_of(CASES[case], mix, taught, CPU)
     made.model.train()

@@ -19,7 +19,6 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import fivefold
@@ -148,15 +147,11 @@ def write_record(
     outputs: Sequence[Path],
     metrics: Mapping[str, Any],
     clock: Stopwatch,
-    known: Mapping[Path, str] = MappingProxyType({}),
 ) -> None:
-    """Writes `stage.json` into `folder`; `outputs` are the files that must be whole for it to count.
-
-    `known` are digests of those that had theirs taken while they were written, which need not be read for it.
-    """
+    """Writes `stage.json` into `folder`; `outputs` are the files that must be whole for it to count."""
     roots = output_roots(job)
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda path: known.get(path) or sha256(path), outputs))
+        digests = list(pool.map(sha256, outputs))
     write_json(
         record_path(folder, key.stage),
         {

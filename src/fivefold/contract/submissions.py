@@ -20,18 +20,10 @@ def find_submissions(job: Job, tables: bool = False) -> list[Path]:
     """
     if job.optional_channel("submissions") is None:
         return []
-    files = [
-        path
-        for root in roots(job.channel("submissions"), job.scratch)
-        for path in tree_files(root)
-        if not _says_nothing(path.name)
-    ]
+    files = [path for root in roots(job.channel("submissions"), job.scratch) for path in tree_files(root)]
+    files = [p for p in files if not (p.name in OTHERS or is_sample(p.name) or is_truth(p.name))]
     for suffix in (".csv", ".parquet")[: 1 + tables]:
         if found := [path for path in files if path.suffix.lower() == suffix]:
             return found
     what = "CSV or table of predictions" if tables else "CSV"
     raise MissingInputError(f"no {what} below the channel 'submissions' ({job.channel('submissions')})")
-
-
-def _says_nothing(name: str) -> bool:
-    return name in OTHERS or is_sample(name) or is_truth(name)

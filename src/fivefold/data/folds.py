@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fivefold.arrow import pa
 from fivefold.contract.files import atomic, read_json
 from fivefold.contract.stages import FOLDS
 from fivefold.errors import DataError, MissingInputError, SettingsError

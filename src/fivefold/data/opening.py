@@ -4,8 +4,8 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from fivefold.arrow import pa
 from fivefold.data.adapters import Rows
 from fivefold.data.images import decode, in_threads, pixel_digest
 from fivefold.data.store import ImageStore

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from fivefold.arrow import pa
 from fivefold.errors import SettingsError
 from fivefold.recipe import Split
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fivefold.csv_tables import check_same_ids
 from fivefold.errors import DataError
-from fivefold.evaluation import comparison_plots, metrics
+from fivefold.evaluation import metrics, plots
 from fivefold.evaluation.metrics import competition_logloss
 from fivefold.evaluation.report import Picture, drawn, filled
 from fivefold.evaluation.tables import write_csv
@@ -17,7 +17,7 @@ from fivefold.evaluation.truth import with_truth
 from fivefold.predictions import Predictions, sample
 
 TEMPLATE = Path(__file__).with_name("comparison.html.j2")
-FIGURES = ("n", "accuracy", "accuracy_low", "accuracy_high", "logloss", "f1_macro")
+FIGURES = ["n", "accuracy", "accuracy_low", "accuracy_high", "logloss", "f1_macro"]
 
 
 TITLES = {"test": "Test", "oof": "Out-of-fold"}
@@ -127,18 +127,14 @@ def same_tables(tables: Sequence[Predictions], names: Sequence[str], strict: boo
     return [table.with_classes(first.classes).in_order(ids) for table in tables]
 
 
-def write_stacked(path: Path, experiments: Sequence[Experiment], id_column: str) -> None:
-    """The submissions under one another: `experiment`, the ids, and a column of probabilities a class."""
-    there = [each for each in experiments if each.table is not None]
-    tables = same_tables([each.table for each in there], [each.name for each in there], strict=True)
-
-    def rows() -> Any:
-        for each, table in zip(there, tables, strict=True):
-            probabilities = np.exp(table.log_probs.astype(np.float64))
-            for name, values in zip(table.ids, probabilities, strict=True):
-                yield (each.name, name, *(f"{value:.9g}" for value in values))
-
-    write_csv(path, ("experiment", id_column, *tables[0].classes), rows())
+def write_stacked(path: Path, experiments: Sequence[Experiment], id_column: str) -> Path:
+    """Writes the submissions under one another: `experiment`, the ids, and a column of probabilities a class."""
+    submitted = [each for each in experiments if each.table is not None]
+    tables = same_tables([each.table for each in submitted], [each.name for each in submitted], strict=True)
+    frame = pd.DataFrame(np.exp(np.concatenate([table.log_probs for table in tables]), dtype=np.float64))
+    frame.insert(0, "id", np.concatenate([table.ids for table in tables]))
+    frame.insert(0, "experiment", np.repeat([each.name for each in submitted], len(tables[0])))
+    return write_csv(path, frame, ["experiment", id_column, *tables[0].classes], digits="%.9g")
 
 
 def draw(
@@ -148,23 +144,23 @@ def draw(
     found = {}
     if any(figures):
         names, known = [each.name for each in experiments], [each or {} for each in figures]
-        found["model_acc"] = drawn(lambda to, theme: comparison_plots.scores(names, known, to, theme))
+        found["model_acc"] = drawn(lambda to, theme: plots.scores(names, known, to, theme))
     if alike is not None:
         heat = (alike.names, alike.agreement, alike.correlation)
-        found["correlation"] = drawn(lambda to, theme: comparison_plots.likeness(*heat, to, theme))
+        found["correlation"] = drawn(lambda to, theme: plots.likeness(*heat, to, theme))
     return found
 
 
 def write_figures(
     path: Path, experiments: Sequence[Experiment], tables: Mapping[str, Sequence[Figures | None]]
-) -> None:
-    """A row an experiment: its number and name, and FIGURES of each of `tables`, empty where unknown."""
-    header = ["number", "experiment", *(f"{name}_{key}" for name in tables for key in FIGURES)]
-    rows = [
-        [at + 1, each.name, *(_cell((figures[at] or {}).get(key)) for figures in tables.values() for key in FIGURES)]
-        for at, each in enumerate(experiments)
-    ]
-    write_csv(path, header, rows)
+) -> Path:
+    """Writes a row an experiment: its number and name, and FIGURES of each of `tables`, empty where unknown."""
+    numbers = range(1, len(experiments) + 1)
+    frame = pd.DataFrame({"number": numbers, "experiment": [each.name for each in experiments]})
+    for name, figures in tables.items():
+        known = pd.DataFrame([each or {} for each in figures], columns=FIGURES)
+        frame = frame.join(known.astype(dict.fromkeys(FIGURES, float) | {"n": "Int64"}).add_prefix(f"{name}_"))
+    return write_csv(path, frame)
 
 
 def page(
@@ -191,10 +187,6 @@ def page(
         pictures=pictures,
         notes=notes,
     )
-
-
-def _cell(value: float | int | None) -> str | int:
-    return "" if value is None else f"{value:.6f}" if isinstance(value, float) else value
 
 
 def _figures(table: Predictions, logloss: float | None) -> Figures:

@@ -1,28 +1,61 @@
-"""Pictures of scores, drawn by matplotlib (imported late, without a display), light or dark.
+"""Pictures of scores, of a comparison and of images, drawn by matplotlib (imported late, without a display), light or dark.
 
 Every function draws to `target`, a path or a binary file, as PNG.
 """
 
-import csv
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+import pandas as pd
+from PIL import Image
 
 from fivefold.choose import choose
 from fivefold.errors import DataError
-from fivefold.evaluation import drawing
-from fivefold.evaluation.drawing import THEMES, Target, Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-NAMED_CLASSES = 40
-WRITTEN_COUNTS = 16
+Target = Path | BinaryIO
+DPI = 160
+COMPRESSION = 3
+"""zlib's level: half the time of 6, its default, for a few percent more bytes."""
+FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic", "Noto Sans CJK JP", "WenQuanYi Zen Hei")
+"""Fonts with Hangul and Han; without any of them such classes are shown by their number."""
+NAMED_MOST = 40
+"""Up to so many classes or experiments have their names beside a matrix."""
+WRITTEN_MOST = 16
+"""Up to so many have their figures written into its cells."""
 BARS = 40
+LONGEST_NAME = 60
+LINE = 28
+"""Cells of a line of a name: Hangul and Han take two."""
+COLUMNS = 4
+SHOWN = 16
+SIDE, GAP, CAPTION = 320, 24, 48
+"""Pixels of a shown image's longer side, around it, and of the two lines above it."""
+LARGE_PIXELS = 3
+"""An image that is enlarged so many times or more keeps its pixels as squares."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture: surface, text, quiet text, grid, and those of the data."""
+
+    surface: str
+    text: str
+    quiet: str
+    grid: str
+    accent: str
+    second: str
+    wrong: str
+    series: tuple[str, ...]
 
 
 def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light") -> None:
@@ -40,13 +73,13 @@ def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light
         ("Learning rate", (("lr", ""),)),
     ]
     for axis, (title, series) in zip(axes, pairs, strict=True):
-        drawing.style(axis, colours, title, "epoch")
-        for (column, label), colour in zip(series, _training_colours(colours, len(series)), strict=True):
+        style(axis, colours, title, "epoch")
+        for (column, label), colour in zip(series, (colours.quiet, colours.accent)[-len(series) :], strict=True):
             _line(axis, log, column, colour, label)
         if len(series) > 1:
-            drawing.legend(axis, colours)
+            legend(axis, colours)
     _mark_best(axes[2], log, colours)
-    drawing.save(figure, target_png, colours)
+    save(figure, target_png, colours)
 
 
 def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") -> None:
@@ -58,7 +91,7 @@ def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") 
     tables = {name: read_train_log(path) for name, path in logs.items()}
     few = len(tables) <= len(colours.series)
     for axis, (title, column) in zip(axes, panels, strict=True):
-        drawing.style(axis, colours, title, "epoch")
+        style(axis, colours, title, "epoch")
         for place, (name, log) in enumerate(tables.items()):
             _line(axis, log, column, colours.series[place] if few else colours.accent, name, 1.0 if few else 0.4)
     if few and len(tables) > 1:
@@ -66,17 +99,16 @@ def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") 
         figure.legend(
             handles, labels, loc="outside lower center", ncols=6, frameon=False, labelcolor=colours.text, fontsize=9
         )
-    drawing.save(figure, target, colours)
+    save(figure, target, colours)
 
 
 def read_train_log(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a `train_log.csv`, epoch by epoch, NaN where a cell is empty."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    """Reads the columns of a `train_log.csv`, epoch by epoch, NaN where a cell is empty."""
     try:
-        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else {})}
-    except (TypeError, ValueError) as error:
+        log = pd.read_csv(path, dtype=np.float64, index_col=False)
+    except ValueError as error:
         raise DataError(f"{path} is not a training log: {error}") from error
+    return {name: log[name].to_numpy() for name in log}
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme: str = "light") -> None:
@@ -85,8 +117,8 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme:
     Counts are written into up to 16 classes, names beside up to 40; beyond, classes go by number.
     """
     colours = choose(THEMES, "theme", theme)
-    side = 4.0 + min(len(classes), NAMED_CLASSES) * 0.15
-    figure = drawing.blank(colours, (side + 1.0, side))
+    side = 4.0 + min(len(classes), NAMED_MOST) * 0.15
+    figure = blank(colours, (side + 1.0, side))
     axis = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     hits = np.eye(len(classes), dtype=bool)
@@ -94,22 +126,22 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme:
     shown = np.sqrt(np.where(hits, shares, shares / _most(shares, hits)))
     _shade(axis, np.ma.masked_where(~hits, shown), (colours.surface, colours.accent))
     picture = _shade(axis, np.ma.masked_where(hits, shown), (colours.surface, colours.wrong))
-    drawing.style(axis, colours, "", "predicted", "true")
+    style(axis, colours, "", "predicted", "true")
     axis.grid(False)
     _class_ticks(axis, classes, colours)
-    if len(classes) <= WRITTEN_COUNTS:
+    if len(classes) <= WRITTEN_MOST:
         _write_counts(axis, matrix, shown, colours)
     _confusion_scale(figure, axis, picture, _most(shares, hits), colours)
-    drawing.save(figure, target, colours)
+    save(figure, target, colours)
 
 
 def reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, theme: str = "light") -> None:
     """The reliability diagram of `calibration.reliability_table`, above the number of rows of each bin."""
     colours = choose(THEMES, "theme", theme)
-    figure = drawing.blank(colours, (5.2, 5.4))
+    figure = blank(colours, (5.2, 5.4))
     top, bottom = figure.subplots(2, 1, height_ratios=[3.2, 1], sharex=True)
-    drawing.style(top, colours, f"ECE {ece:.4f}", "", "accuracy")
-    drawing.style(bottom, colours, "", "confidence", "rows")
+    style(top, colours, f"ECE {ece:.4f}", "", "accuracy")
+    style(bottom, colours, "", "confidence", "rows")
     middle, width = (table["low"] + table["high"]) / 2, 1 / len(table["low"])
     full = table["rows"] > 0
     top.plot([0, 1], [0, 1], color=colours.quiet, linewidth=1, linestyle=(0, (4, 3)))
@@ -125,9 +157,9 @@ def reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, the
         label="mean confidence",
     )
     top.set(xlim=(0, 1), ylim=(0, 1.02))
-    drawing.legend(top, colours)
+    legend(top, colours)
     bottom.bar(middle, table["rows"], width * 0.86, color=colours.quiet)
-    drawing.save(figure, target, colours)
+    save(figure, target, colours)
 
 
 def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Target, theme: str = "light") -> None:
@@ -135,11 +167,11 @@ def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Ta
     colours = choose(THEMES, "theme", theme)
     seen = np.flatnonzero((table["support"] + table["predicted"]) > 0)
     order = seen[np.argsort(table["f1"][seen], kind="stable")][:BARS]
-    names = drawing.drawable([classes[place] for place in order], [int(place) for place in order])
-    figure = drawing.blank(colours, (5.2, 0.9 + 0.26 * len(order)))
+    names = drawable([classes[place] for place in order], [int(place) for place in order])
+    figure = blank(colours, (5.2, 0.9 + 0.26 * len(order)))
     axis = figure.subplots()
     title = f"the weakest {BARS} of {len(classes)} classes" if len(seen) > BARS else ""
-    drawing.style(axis, colours, title, "F1")
+    style(axis, colours, title, "F1")
     axis.grid(False, axis="y")
     rows = np.arange(len(order))
     axis.barh(rows, table["f1"][order], 0.72, color=colours.accent)
@@ -157,7 +189,7 @@ def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Ta
             fontsize=7.5,
             color=colours.surface if inside else colours.text,
         )
-    drawing.save(figure, target, colours)
+    save(figure, target, colours)
 
 
 def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Target, theme: str = "light") -> None:
@@ -165,9 +197,9 @@ def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Targe
     colours = choose(THEMES, "theme", theme)
     confidence = np.exp(log_probs.max(axis=1).astype(np.float64)).clip(0, 1)
     right = log_probs.argmax(axis=1) == codes
-    figure = drawing.blank(colours, (5.2, 5.4))
+    figure = blank(colours, (5.2, 5.4))
     axis = figure.subplots()
-    drawing.style(axis, colours, "", "confidence", "share")
+    style(axis, colours, "", "confidence", "share")
     edges = np.linspace(0, 1, 26)
     for part, colour, label in ((right, colours.accent, "right"), (~right, colours.wrong, "wrong")):
         if part.any():
@@ -176,12 +208,101 @@ def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Targe
             axis.stairs(counts, edges, color=colour, linewidth=1.6, label=f"{label} ({part.sum():,})")
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
-    drawing.legend(axis, colours)
-    drawing.save(figure, target, colours)
+    legend(axis, colours)
+    save(figure, target, colours)
+
+
+def scores(
+    names: Sequence[str], figures: Sequence[Mapping[str, float | None]], target: Target, theme: str = "light"
+) -> None:
+    """Accuracy with its 95 % interval, and log loss, of each experiment: bars from 0, figures beside them.
+
+    `figures`: of each of `names`, `accuracy`, `accuracy_low`, `accuracy_high` and `logloss`, or None for unknown.
+    """
+    colours = choose(THEMES, "theme", theme)
+    labels = numbered(dict(enumerate(names, start=1)))
+    height = sum(0.24 + 0.16 * label.count("\n") + 0.12 for label in labels)
+    figure = blank(colours, (9.6, 1.15 + height))
+    left, right = figure.subplots(1, 2, sharey=True)
+    accuracy, logloss = _column(figures, "accuracy"), _column(figures, "logloss")
+    spread = np.abs(np.stack([_column(figures, "accuracy_low"), _column(figures, "accuracy_high")]) - accuracy)
+    _bars(left, colours, "Accuracy", "share of rows, higher is better", accuracy, colours.accent)
+    left.errorbar(
+        accuracy, np.arange(len(names)), xerr=spread, fmt="none", ecolor=colours.text, elinewidth=1.1, capsize=2.5
+    )
+    left.set_xlim(0, 1)
+    _bars(right, colours, "Log loss", "nats a row, lower is better", logloss, colours.second)
+    right.set_xlim(0, 1.05 * np.nanmax(logloss, initial=0.01))
+    left.set_yticks(np.arange(len(names)), labels)
+    left.set_ylim(len(names) - 0.4, -0.6)
+    save(figure, target, colours)
+
+
+def likeness(
+    names: Mapping[int, str], agreement: np.ndarray, correlation: np.ndarray, target: Target, theme: str = "light"
+) -> None:
+    """Two heat maps [M, M] side by side: shares of rows with the same predicted class, correlations of probabilities.
+
+    `names` of the M experiments by their numbers.
+    """
+    colours = choose(THEMES, "theme", theme)
+    side = 1.6 + 0.5 * min(len(names), WRITTEN_MOST) + 0.06 * min(max(len(names) - WRITTEN_MOST, 0), NAMED_MOST)
+    figure = blank(colours, (2 * side + 2.6, side + 0.8))
+    left, right = figure.subplots(1, 2)
+    _heat(left, colours, "Agreement of predicted classes", agreement)
+    _heat(right, colours, "Correlation of probabilities", correlation)
+    places = np.arange(len(names))
+    if len(names) <= NAMED_MOST:
+        numbers = [str(number) for number in names]
+        left.set_yticks(places, numbered(names))
+        right.set_yticks(places, numbers)
+        for axis in (left, right):
+            axis.set_xticks(places, numbers)
+    save(figure, target, colours)
+
+
+def numbered(names: Mapping[int, str]) -> list[str]:
+    """`1  name`, in lines of some 28 cells; the number alone for a name that no font can draw."""
+    drawn = drawable(list(names.values()), list(names), LONGEST_NAME)
+    return [
+        str(number) if name == f"#{number}" else "\n".join(_lines(f"{number}  {name}"))
+        for number, name in zip(names, drawn, strict=True)
+    ]
+
+
+def spread_out(rows: int, most: int = SHOWN) -> np.ndarray:
+    """At most `most` of `rows` rows, evenly spread over them, ascending."""
+    return np.unique(np.linspace(0, rows - 1, min(rows, most)).round().astype(np.int64))
+
+
+def image_grid(
+    images: Sequence[np.ndarray], truth: Sequence[str], guesses: Sequence[str], target: Target, theme: str = "light"
+) -> None:
+    """The images (uint8 [H, W, 3], of any sizes), each under its true and its predicted class; mistakes in another colour.
+
+    They are pasted into one canvas, which takes half the time of as many axes.
+    """
+    colours = choose(THEMES, "theme", theme)
+    numbers = range(len(images))
+    names = zip(drawable(truth, numbers), drawable(guesses, numbers), strict=True)
+    shown = [_fitted(image) for image in images]
+    lines = [shown[start : start + COLUMNS] for start in range(0, len(shown), COLUMNS)]
+    tops = np.cumsum([GAP, *(CAPTION + max(image.height for image in line) + GAP for line in lines)])
+    size = (COLUMNS * (SIDE + GAP) + GAP, int(tops[-1]))
+    pasted = Image.new("RGB", size, colours.surface)
+    figure = canvas(colours, (size[0] / DPI, size[1] / DPI))
+    for number, (image, (true, guess)) in enumerate(zip(shown, names, strict=True)):
+        left, top = GAP + number % COLUMNS * (SIDE + GAP), int(tops[number // COLUMNS])
+        pasted.paste(image, (left, top + CAPTION))
+        colour = colours.text if true == guess else colours.wrong
+        caption, at = f"truth {true}\npredicted {guess}", (left / size[0], 1 - (top + CAPTION - 8) / size[1])
+        figure.text(*at, caption, color=colour, fontsize=8, va="bottom")
+    figure.figimage(np.asarray(pasted))
+    save(figure, target, colours)
 
 
 def _grid(colours: Theme) -> tuple["Figure", list["Axes"]]:
-    figure = drawing.blank(colours, (9.6, 6.0))
+    figure = blank(colours, (9.6, 6.0))
     return figure, list(figure.subplots(2, 2).flat)
 
 
@@ -227,10 +348,6 @@ def _mark_best(axis: "Axes", log: Mapping[str, np.ndarray], colours: Theme) -> N
     )
 
 
-def _training_colours(colours: Theme, lines: int) -> tuple[str, ...]:
-    return (colours.quiet, colours.accent) if lines == 2 else (colours.accent,)
-
-
 def _shade(axis: "Axes", values: np.ndarray, ends: tuple[str, str]) -> "AxesImage":
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -252,9 +369,9 @@ def _confusion_scale(figure: "Figure", axis: "Axes", picture: "AxesImage", most:
 
 
 def _class_ticks(axis: "Axes", classes: Sequence[str], colours: Theme) -> None:
-    if len(classes) > NAMED_CLASSES:
+    if len(classes) > NAMED_MOST:
         return
-    places, names = np.arange(len(classes)), drawing.drawable(classes, range(len(classes)))
+    places, names = np.arange(len(classes)), drawable(classes, range(len(classes)))
     axis.set_yticks(places, names)
     level = len(classes) <= 12 and max(len(name) for name in names) <= 3
     axis.set_xticks(places, names, rotation=0 if level else 90)
@@ -270,3 +387,156 @@ def _write_counts(axis: "Axes", matrix: np.ndarray, shown: np.ndarray, colours: 
     for row, column in np.argwhere(matrix > 0):
         colour = colours.surface if shown[row, column] > 0.6 else colours.text
         axis.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", fontsize=size, color=colour)
+
+
+def _lines(text: str) -> list[str]:
+    """`text` in lines of at most LINE cells, broken behind blanks, `_`, `-` and `.` where it can be."""
+    lines, line = [], ""
+    for piece in re.findall(r"[^ _.-]*[ _.-]*", text):
+        while _cells(piece) > LINE:
+            piece, cut = piece[LINE // 2 :], piece[: LINE // 2]
+            lines += [line, cut] if line else [cut]
+            line = ""
+        if line and _cells(line + piece) > LINE:
+            lines, line = [*lines, line], ""
+        line += piece
+    return [each.rstrip() for each in [*lines, line] if each.strip()]
+
+
+def _cells(text: str) -> int:
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def _column(figures: Sequence[Mapping[str, float | None]], name: str) -> np.ndarray:
+    return np.array([np.nan if row.get(name) is None else row[name] for row in figures], dtype=np.float64)
+
+
+def _bars(axis: "Axes", colours: Theme, title: str, across: str, values: np.ndarray, colour: str) -> None:
+    """Bars from 0, with each figure at the panel's right edge, where nothing hides it."""
+    style(axis, colours, title, across)
+    axis.grid(False, axis="y")
+    axis.barh(np.arange(len(values)), np.nan_to_num(values), 0.6, color=colour)
+    for row, value in enumerate(values):
+        text = "–" if np.isnan(value) else f"{value:.4f}"
+        axis.text(1.02, row, text, color=colours.text, fontsize=9.5, va="center", transform=axis.get_yaxis_transform())
+
+
+def _heat(axis: "Axes", colours: Theme, title: str, values: np.ndarray) -> None:
+    """A square of shades: white for the least likeness of two, or a little below, full colour for 1."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    others = values[~np.eye(len(values), dtype=bool)]
+    low = min(float(np.nanmin(others, initial=1.0)), 0.98)
+    low -= 0.15 * (1 - low)
+    shades = LinearSegmentedColormap.from_list("", (colours.surface, colours.accent))
+    axis.imshow(np.ma.masked_invalid(values), shades, vmin=low, vmax=1, interpolation="nearest")
+    style(axis, colours, title, "")
+    axis.grid(False)
+    for row, column in np.ndindex(*values.shape) if len(values) <= WRITTEN_MOST else ():
+        value = values[row, column]
+        ink = colours.surface if (value - low) / (1 - low) > 0.7 else colours.text
+        text = "–" if np.isnan(value) else f"{value:.3f}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=8.5, color=ink)
+
+
+def _fitted(image: np.ndarray) -> Image.Image:
+    """The image with its longer side at SIDE pixels."""
+    scale = SIDE / max(image.shape[:2])
+    height, width = (max(1, round(scale * side)) for side in image.shape[:2])
+    how = Image.Resampling.NEAREST if scale >= LARGE_PIXELS else Image.Resampling.LANCZOS
+    return Image.fromarray(image).resize((width, height), how)
+
+
+def blank(colours: Theme, inches: tuple[float, float]) -> "Figure":
+    """An empty figure that lays its parts out by itself."""
+    figure = canvas(colours, inches)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+    return figure
+
+
+def canvas(colours: Theme, inches: tuple[float, float]) -> "Figure":
+    """An empty figure whose parts stay where they are put."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=inches, dpi=DPI, facecolor=colours.surface)
+
+
+def style(axis: "Axes", colours: Theme, title: str, across: str, up: str = "") -> None:
+    """Gives `axis` its colours, a title at the left, and the labels of what goes across and up."""
+    axis.set_facecolor(colours.surface)
+    axis.set_title(title, color=colours.text, fontsize=11, fontweight="bold", loc="left")
+    axis.set_xlabel(across, color=colours.quiet, fontsize=9)
+    axis.set_ylabel(up, color=colours.quiet, fontsize=9)
+    axis.tick_params(colors=colours.quiet, labelsize=8.5, length=0)
+    axis.grid(color=colours.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    for name, spine in axis.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(colours.quiet)
+
+
+def legend(axis: "Axes", colours: Theme) -> None:
+    """A legend in one row above the axes, at the right, where it hides no data."""
+    if axis.get_legend_handles_labels()[0]:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "columnspacing": 1.2}
+        axis.legend(frameon=False, labelcolor=colours.text, fontsize=9, ncols=3, handlelength=1.4, **place)
+
+
+def drawable(names: Sequence[str], numbers: Sequence[int], most: int = 24) -> list[str]:
+    """`names`, cut to `most` characters and with `$` kept literal; the number of one that no font can draw."""
+    covered = _covered_characters()
+    return [
+        (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
+        if all(ord(character) in covered for character in name)
+        else f"#{number}"
+        for name, number in zip(names, numbers, strict=True)
+    ]
+
+
+def _covered_characters() -> set[int]:
+    """The code points that one of the fonts of a picture can draw."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return {point for name in _families() for point in get_font(findfont(FontProperties(name))).get_charmap()}
+
+
+def _families() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    known = set(fontManager.get_font_names())
+    return ["DejaVu Sans", *[name for name in FONTS if name in known][:1]]
+
+
+def save(figure: "Figure", target: Target, colours: Theme) -> None:
+    """Writes `figure` as PNG, always with the same bytes; a font with Hangul for text that needs one."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and not artist.get_text().isascii()):
+        text.set_fontfamily(_families())
+    # The extension of a temporary file says nothing, and no metadata keeps the bytes the same.
+    written = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": COMPRESSION}}
+    figure.savefig(target, format="png", dpi=DPI, facecolor=colours.surface, **written)
+
+
+THEMES = {
+    "light": Theme(
+        surface="#ffffff",
+        text="#1c2430",
+        quiet="#6b7686",
+        grid="#e8ebf0",
+        accent="#2f6fde",
+        second="#e08a1e",
+        wrong="#d6455d",
+        series=("#2f6fde", "#e08a1e", "#1c9b78", "#d6455d", "#8a5bd6", "#5f6b7a", "#b8860b", "#2aa5c7"),
+    ),
+    "dark": Theme(
+        surface="#171c25",
+        text="#e8ecf2",
+        quiet="#93a0b2",
+        grid="#2a3240",
+        accent="#6ba1ff",
+        second="#f2ae55",
+        wrong="#f27a8c",
+        series=("#6ba1ff", "#f2ae55", "#45c9a2", "#f27a8c", "#b592f5", "#9aa7b8", "#d9bd4a", "#57cbe8"),
+    ),
+}

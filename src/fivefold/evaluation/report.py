@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fivefold.evaluation import calibration, metrics, plots
-from fivefold.evaluation.drawing import THEMES
-from fivefold.evaluation.tables import Mistake, Scored, confused_pairs
+from fivefold.evaluation.tables import Scored, confused_pairs
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 LOOK = Path(__file__).with_name("look.css")
@@ -53,7 +53,7 @@ class Content:
     figures: Mapping[str, Mapping[str, Any]]
     folds: Sequence[tuple[str, Mapping[str, Any]]]
     pictures: Mapping[str, Picture]
-    mistakes: Mapping[str, Sequence[Mistake]]
+    mistakes: Mapping[str, pd.DataFrame]
     thumbnails: Mapping[tuple[str, str], bytes]
     records: Sequence[Mapping[str, Any]]
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -82,6 +82,9 @@ def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Pic
 def render(content: Content) -> str:
     """The page, complete."""
     first = content.scored[0]
+    per_class = pd.DataFrame(
+        {"class": first.table.classes, **metrics.per_class_table(first.table.log_probs, first.codes)}
+    )
     return filled(
         TEMPLATE,
         content=content,
@@ -91,7 +94,7 @@ def render(content: Content) -> str:
         titles=TITLES,
         compared=COMPARED,
         spread=_spread([figures for _, figures in content.folds]),
-        per_class=_per_class_rows(first),
+        per_class=per_class.to_dict("records"),
         pairs=confused_pairs(first),
         galleries=[(scored, _tiles(content, scored.name)) for scored in content.scored],
     )
@@ -116,7 +119,7 @@ def filled(template: Path, **values: Any) -> str:
 
 def drawn(paint: Any) -> Picture:
     """What `paint(target, theme)` draws, as PNG bytes by theme."""
-    return {theme: _png(paint, theme) for theme in THEMES}
+    return {theme: _png(paint, theme) for theme in plots.THEMES}
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
@@ -182,18 +185,9 @@ def _spread(folds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]
     return {name: (float(np.mean(column)), float(np.std(column, ddof=1))) for name, column in values.items()}
 
 
-def _per_class_rows(scored: Scored) -> list[dict[str, Any]]:
-    table = metrics.per_class_table(scored.table.log_probs, scored.codes)
-    columns = {name: column.tolist() for name, column in table.items()}
-    return [
-        {"class": name, **{key: column[place] for key, column in columns.items()}}
-        for place, name in enumerate(scored.table.classes)
-    ]
-
-
 def _tiles(content: Content, name: str) -> list[dict[str, Any]]:
     tiles = []
-    for mistake in content.mistakes.get(name, ()):
+    for mistake in content.mistakes[name].itertuples():
         image = content.thumbnails.get((name, mistake.id))
         small = image is not None and image.startswith(b"\x89PNG")
         tiles.append({"mistake": mistake, "image": image, "small": small})

@@ -1,30 +1,19 @@
 """The scored rows of an evaluation, and the tables that people open: per class, confusions, mistakes."""
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
+from fivefold.contract.files import atomic
 from fivefold.errors import DataError
 from fivefold.evaluation import metrics
 from fivefold.predictions import Predictions, sample
 
-WRONG_COLUMNS = ("id", "path", "true_class", "predicted_class", "confidence")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A row whose predicted class is not the true one, and the probability of that prediction."""
-
-    id: str
-    path: str
-    true_class: str
-    predicted_class: str
-    confidence: float
 
 
 @dataclass(frozen=True)
@@ -59,18 +48,24 @@ class Scored:
             **metrics.full_report(self.table.log_probs, self.codes, top_k, bins),
         }
 
-    def mistakes(self, most: int | None = None) -> list[Mistake]:
-        """The mistakes, the most confident first, at most `most`; equal ones by id."""
+    def mistakes(self) -> pd.DataFrame:
+        """The rows whose predicted class is not the true one, the most confident first; equal ones by id.
+
+        Columns: `id`, `path` ("" if unknown), `true_class`, `predicted_class`, `confidence` of that in [0, 1].
+        """
         guesses = metrics.predicted(self.table.log_probs)
         wrong = np.flatnonzero(guesses != self.codes)
-        sure = self.table.log_probs[wrong, guesses[wrong]].astype(np.float64)
-        order = wrong[np.lexsort((self.table.ids[wrong].astype(str), -sure))][:most]
-        return [self._mistake(int(row), int(guesses[row])) for row in order]
-
-    def _mistake(self, row: int, guess: int) -> Mistake:
-        name, classes = str(self.table.ids[row]), self.table.classes
-        sure = min(float(np.exp(self.table.log_probs[row, guess])), 1.0)
-        return Mistake(name, self.paths.get(name, ""), classes[self.codes[row]], classes[guess], sure)
+        log_probs = self.table.log_probs[wrong, guesses[wrong]].astype(np.float64)
+        order = np.lexsort((self.table.ids[wrong].astype(str), -log_probs))
+        rows, classes = wrong[order], np.array(self.table.classes, dtype=object)
+        columns = {
+            "id": self.table.ids[rows],
+            "path": [self.paths.get(name, "") for name in self.table.ids[rows]],
+            "true_class": classes[self.codes[rows]],
+            "predicted_class": classes[guesses[rows]],
+            "confidence": np.minimum(np.exp(log_probs[order]), 1.0),
+        }
+        return pd.DataFrame(columns)
 
 
 def stacked(tables: Sequence[Predictions]) -> Predictions:
@@ -102,34 +97,33 @@ def confused_pairs(scored: Scored, most: int = 12) -> list[tuple[str, str, int, 
     return [(classes[t], classes[p], int(off[t, p]), float(off[t, p] / support[t])) for t, p in cells]
 
 
-def write_per_class(path: Path, scored: Scored) -> None:
-    table = metrics.per_class_table(scored.table.log_probs, scored.codes)
-    header = ("class", "precision", "recall", "f1", "support", "predicted")
-    columns = [[f"{value:.6f}" for value in table[name]] for name in header[1:4]]
-    columns += [table[name].tolist() for name in header[4:]]
-    write_csv(path, header, zip(scored.table.classes, *columns, strict=True))
+def write_per_class(path: Path, scored: Scored) -> Path:
+    frame = pd.DataFrame(metrics.per_class_table(scored.table.log_probs, scored.codes))
+    frame.insert(0, "class", scored.table.classes)
+    return write_csv(path, frame)
 
 
-def write_confusion(path: Path, scored: Scored) -> None:
-    """True classes by row, predicted ones by column, counts."""
-    names = scored.table.classes
-    rows = ((name, *counts) for name, counts in zip(names, scored.confusion.tolist(), strict=True))
-    write_csv(path, ("true_class", *names), rows)
+def write_confusion(path: Path, scored: Scored) -> Path:
+    """Writes true classes by row, predicted ones by column, counts; returns the path."""
+    frame = pd.DataFrame(scored.confusion)
+    frame.insert(0, "true_class", scored.table.classes)
+    return write_csv(path, frame, ["true_class", *scored.table.classes])
 
 
-def write_mistakes(path: Path, mistakes: Iterable[Mistake]) -> None:
-    rows = ((m.id, m.path, m.true_class, m.predicted_class, f"{m.confidence:.6f}") for m in mistakes)
-    write_csv(path, WRONG_COLUMNS, rows)
+def write_csv(path: Path, frame: pd.DataFrame, header: Sequence[str] = (), digits: str = "%.6f") -> Path:
+    """Writes a CSV in UTF-8, whole or not at all, in which no cell is a formula to a spreadsheet; returns its path.
+
+    `header`: the names of the columns, if not those of the frame. `digits`: how its floats are written.
+    """
+    frame = frame.copy(deep=False)
+    for name in frame.select_dtypes(exclude="number"):
+        frame[name] = frame[name].map(harmless)
+    header = [harmless(name) for name in header or frame.columns]
+    with atomic(path) as temporary:
+        frame.to_csv(temporary, header=header, index=False, float_format=digits, lineterminator="\n")
+    return path
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A CSV in UTF-8, in which no cell is a formula to a spreadsheet."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([harmless(cell) for cell in header])
-        writer.writerows([harmless(cell) for cell in row] for row in rows)
-
-
-def harmless(cell: object) -> object:
-    """`cell`, with a quote before text that a spreadsheet would run as a formula."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
+def harmless(text: str) -> str:
+    """The text, with a quote before one that a spreadsheet would run as a formula."""
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text

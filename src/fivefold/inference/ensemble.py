@@ -1,60 +1,177 @@
-"""What may be blended with what: models of one split and the same classes, whole systems. No torch."""
+"""An ensemble: which models may stand together, how they are blended, and `ensemble.json`, which says it. No torch."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fivefold.contract.artifacts import ModelDir
+from fivefold.contract.files import read_json
+from fivefold.contract.stages import ENSEMBLE
 from fivefold.errors import DataError
+from fivefold.evaluation.calibration import apply_temperature
+from fivefold.inference.blends import combined, equal
 from fivefold.inference.product import needs_product
 
+log = logging.getLogger("fivefold")
 
-def check_members(members: Sequence[tuple[str, Mapping[str, Any]]], product: bool = False) -> None:
-    """Raises a DataError, with the names, unless all members may stand in one ensemble.
 
-    `members`: a name and the `model.json` of each. All must share one split and the same classes (of a
-    `product` those that systems of different factors make together); within a system all folds must be there, for every seed, trained with the same settings.
+@dataclass(frozen=True)
+class Ensemble:
+    """Trained models, and submission files, that predict as one.
+
+    `systems`: the models of each system by its name; they have an equal say in it. `files`: submission files, each a
+    system by its name, which follow those. `weights` [systems + files]. `within` and `between`: the names of the
+    blends inside a system and of the systems.
     """
-    check_same(members, "split", "come from different splits (folds.parquet)")
+
+    systems: Mapping[str, Sequence[ModelDir]]
+    weights: tuple[float, ...]
+    temperature: float = 1.0
+    within: str = "mean"
+    between: str = "mean"
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def models(self) -> list[ModelDir]:
+        return [model for group in self.systems.values() for model in group]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.models[0].info["classes"])
+
+    @property
+    def model_weights(self) -> list[float]:
+        """The weight of each of `models`: its part of its system's."""
+        groups = zip(self.systems.values(), self.weights, strict=False)
+        return [weight / len(group) for group, weight in groups for _ in group]
+
+    def blend(self, log_probs: Sequence[np.ndarray]) -> np.ndarray:
+        """Blends the log-probabilities [N, C] of each of `models` into float32 [N, C]."""
+        rest = iter(log_probs)
+        groups = [[next(rest) for _ in group] for group in self.systems.values()]
+        systems = [combined(self.within, group, equal(len(group))) for group in groups]
+        return apply_temperature(combined(self.between, systems, np.array(self.weights)), self.temperature)
+
+    def describe(self, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What `ensemble.json` holds of it, and the `scores`."""
+        weights = {n: round(w, 9) for n, w in zip([*self.systems, *self.files], self.weights, strict=True)}
+        members = [
+            {"system": model.system, "model": model.name, "weight": round(weight, 9), "best": model.info["best"]}
+            for model, weight in zip(self.models, self.model_weights, strict=True)
+        ]
+        members += [{"system": n, "model": f"file {path.name}", "weight": weights[n]} for n, path in self.files.items()]
+        facts = {"within": self.within, "blend": self.between, "members": members, "weights": weights}
+        return facts | {"temperature": self.temperature, "scores": list(scores)}
+
+
+def by_system(models: Sequence[ModelDir]) -> dict[str, list[ModelDir]]:
+    """Groups the models by their system's name; a student is a system of its own."""
+    groups: dict[str, list[ModelDir]] = {}
+    for model in models:
+        groups.setdefault(model.system, []).append(model)
+    return groups
+
+
+def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: bool = False) -> Ensemble:
+    """Finds how the models are blended by one of the `ensemble.json` at `paths`; where none does, systems are equal.
+
+    Raises DataError unless the models are one, or whole systems of one split; for several files that blend these
+    otherwise; and for files that blend other models alone, where one is `required`.
+    """
+    if len(models) > 1:
+        check_together(models)
+    read = {path: read_ensemble(path, models) for path in paths}
+    ensembles = {path: ensemble for path, ensemble in read.items() if ensemble is not None}
+    if required and not ensembles:
+        names = ", ".join(model.name for model in models)
+        raise DataError(f"{', '.join(map(str, paths))} blends other models than these: {names}")
+    if not ensembles:
+        systems = by_system(models)
+        return Ensemble(systems, tuple(equal(len(systems)).tolist()))
+    path, ensemble = next(iter(ensembles.items()))
+    if any(other != ensemble for other in ensembles.values()):
+        raise DataError(
+            f"several {ENSEMBLE} of these models ({', '.join(map(str, ensembles))}), with other weights or temperatures; "
+            "give the folder of one run"
+        )
+    log.info("%d models with the weights and the temperature %.4g of %s", len(models), ensemble.temperature, path)
+    return ensemble
+
+
+def read_ensemble(path: Path, models: Sequence[ModelDir]) -> Ensemble | None:
+    """Reads how an `ensemble.json` blends exactly these models; None for one of others, a DataError for a broken one."""
+    facts, systems = read_json(path), by_system(models)
+    try:
+        members = sorted((member["system"], member["model"]) for member in facts["members"])
+        if members != sorted((model.system, model.name) for model in models):
+            return None
+        weights = tuple(float(facts["weights"][name]) for name in systems)
+        blends = [str(facts.get(key, "mean")) for key in ("within", "blend")]
+        return Ensemble(systems, weights, float(facts["temperature"]), *blends)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} does not describe an ensemble: {error!r}; write it again, or leave it out") from error
+
+
+def check_together(models: Sequence[ModelDir], product: bool = False) -> None:
+    """Raises a DataError, with the names, unless the models are one student, or fold models as `check_members` has them."""
+    if models[0].info["role"] == "fold":
+        check_members(models, product)
+    elif len(models) > 1 and not product:
+        names = ", ".join(model.name for model in models)
+        raise DataError(f"several students ({names}); give the model dir of one")
+
+
+def check_members(models: Sequence[ModelDir], product: bool = False) -> None:
+    """Raises a DataError, with the names, unless all fold models may stand in one ensemble.
+
+    All must share one split and the same classes (of a `product` those that systems of different factors make
+    together); within a system all folds must be there, for every seed, trained with the same settings.
+    """
+    check_same(models, "split", "come from different splits (folds.parquet)")
     if not product:
-        factored = needs_product([info for _, info in members])
+        factored = needs_product([model.info for model in models])
         hint = "know different factors of their classes (ensemble.blend=product joins such systems)"
-        check_same(members, "classes", hint if factored else "know different classes")
-    systems: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    for name, info in members:
-        systems.setdefault(info["system"], []).append((name, info))
-    for system, models in systems.items():
-        _check_settings(system, models)
-        _check_folds(system, models)
+        check_same(models, "classes", hint if factored else "know different classes")
+    for system, group in by_system(models).items():
+        _check_settings(system, group)
+        _check_folds(system, group)
 
 
-def check_same(members: Sequence[tuple[str, Mapping[str, Any]]], field: str, problem: str) -> None:
-    """Raises a DataError that names the first two members whose `field` differs, and the `problem`."""
-    first, expected = members[0][0], members[0][1][field]
-    for name, info in members[1:]:
-        if info[field] != expected:
-            raise DataError(f"{first} and {name} {problem}; an ensemble needs models of one split and the same classes")
-
-
-def _check_settings(system: str, models: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    first, expected = models[0][0], models[0][1]["training"]
-    for name, info in models[1:]:
-        other = info["training"]
-        differing = sorted(key for key in {*expected, *other} if expected.get(key) != other.get(key))
-        if differing:
+def check_same(models: Sequence[ModelDir], field: str, problem: str) -> None:
+    """Raises a DataError that names the first two models whose `field` differs, and the `problem`."""
+    first = models[0]
+    for model in models[1:]:
+        if model.info[field] != first.info[field]:
             raise DataError(
-                f"{first} and {name} carry the system's name {system!r} but differ in {', '.join(differing[:5])}; "
-                "train them again, or give one of them another name by system="
+                f"{first.name} and {model.name} {problem}; an ensemble needs models of one split and the same classes"
             )
 
 
-def _check_folds(system: str, models: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    folds = models[0][1]["folds"]
-    for seed in sorted({info["seed"] for _, info in models}):
-        there = [info["fold"] for _, info in models if info["seed"] == seed]
-        missing = sorted(set(range(folds)) - set(there))
+def _check_settings(system: str, models: Sequence[ModelDir]) -> None:
+    first, expected = models[0].name, models[0].info["training"]
+    for model in models[1:]:
+        other = model.info["training"]
+        differing = sorted(key for key in {*expected, *other} if expected.get(key) != other.get(key))
+        if differing:
+            raise DataError(
+                f"{first} and {model.name} carry the system's name {system!r} but differ in "
+                f"{', '.join(differing[:5])}; train them again, or give one of them another name by system="
+            )
+
+
+def _check_folds(system: str, models: Sequence[ModelDir]) -> None:
+    folds = models[0].info["folds"]
+    for seed in sorted({model.info["seed"] for model in models}):
+        trained = [model.info["fold"] for model in models if model.info["seed"] == seed]
+        missing = sorted(set(range(folds)) - set(trained))
         if missing:
             raise DataError(
                 f"system {system!r} with seed {seed} lacks {', '.join(f'fold {fold}' for fold in missing)} of {folds}: "
                 "train them first"
             )
-        if len(there) > folds:
-            raise DataError(f"system {system!r} with seed {seed} has {len(there)} models for {folds} folds")
+        if len(trained) > folds:
+            raise DataError(f"system {system!r} with seed {seed} has {len(trained)} models for {folds} folds")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from fivefold.data.ahead import ahead
 from fivefold.data.dataset import Batch, ImageSet, Sample, in_order, load
 from fivefold.data.prepared import Prepared
+from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import DataError
 from fivefold.inference.tta import View, build_views
-from fivefold.models.grouped import groups_in_float32
+from fivefold.models.cpu_convs import groups_in_float32
 from fivefold.progress import track
 from fivefold.recipe import Spec
-from fivefold.replicas import BY_ITSELF, Replicas
 
 
 @dataclass(frozen=True)

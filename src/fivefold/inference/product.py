@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from fivefold.contract.artifacts import ModelDir
 from fivefold.errors import DataError
 from fivefold.factors import Factors, factors_from
 from fivefold.inference.blends import mean
 from fivefold.inference.systems import System, same_rows
 from fivefold.predictions import Predictions
-
-Groups = Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]
-"""Of each system its models: a name and the `model.json` of each."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +83,20 @@ class Product:
         return np.array([made[row] for row in rows], dtype=object)
 
 
-def product_of(groups: Groups) -> Product:
-    """How the systems are joined; a DataError, with the names, unless they know all factors, and each factor but once."""
-    first, info = next(iter(groups.values()))[0]
-    for name, other in (model for models in groups.values() for model in models):
-        if not other.get("knows") or not other.get("factors"):
+def product_of(groups: Mapping[str, Sequence[ModelDir]]) -> Product:
+    """How systems of models are joined; a DataError, with the names, unless they know all factors, and each but once."""
+    first = next(iter(groups.values()))[0]
+    for model in (model for models in groups.values() for model in models):
+        if not model.info.get("knows") or not model.info.get("factors"):
             raise DataError(
-                f"{name} knows its classes as they are, not some factors of them, so a product cannot join it; "
+                f"{model.name} knows its classes as they are, not some factors of them, so a product cannot join it; "
                 "leave it out, or choose another ensemble.blend"
             )
-        if other["factors"] != info["factors"]:
+        if model.info["factors"] != first.info["factors"]:
             raise DataError(
-                f"{first} and {name} know factors of different classes; a product needs models of one split"
+                f"{first.name} and {model.name} know factors of different classes; a product needs models of one split"
             )
-    factors = factors_of(info)
+    factors = factors_of(first.info)
     knows = {system: _one_set(models) for system, models in groups.items()}
     _check_cover(factors, knows)
     return Product(factors, knows)
@@ -115,15 +113,15 @@ def needs_product(infos: Sequence[Mapping[str, Any]]) -> bool:
     return len({tuple(info.get("knows", ())) for info in infos}) > 1
 
 
-def _one_set(models: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, ...]:
-    first, info = models[0]
-    for name, other in models[1:]:
-        if other["knows"] != info["knows"]:
+def _one_set(models: Sequence[ModelDir]) -> tuple[str, ...]:
+    first, knows = models[0].name, models[0].info["knows"]
+    for model in models[1:]:
+        if model.info["knows"] != knows:
             raise DataError(
-                f"{first} and {name} are of one system but know different factors ({', '.join(info['knows'])}; "
-                f"{', '.join(other['knows'])}); give one of them another name by system="
+                f"{first} and {model.name} are of one system but know different factors ({', '.join(knows)}; "
+                f"{', '.join(model.info['knows'])}); give one of them another name by system="
             )
-    return tuple(info["knows"])
+    return tuple(knows)
 
 
 def _check_cover(factors: Factors, knows: Mapping[str, tuple[str, ...]]) -> None:

@@ -23,7 +23,7 @@ from fivefold.csv_tables import (
 from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import FLOOR
-from fivefold.predictions import Predictions, open_table, read, sample
+from fivefold.predictions import Predictions, read, read_system, sample
 
 log = logging.getLogger("fivefold")
 
@@ -36,7 +36,7 @@ PREFIX = "output_"
 def system_name(path: Path) -> str:
     """What an ensemble calls the system that a file speaks for: `eva` for output_eva.csv; a table under its usual name says it."""
     if path.name == PREDICTIONS:
-        return open_table(path).system or path.parent.name
+        return read_system(path) or path.parent.name
     return path.stem.removeprefix(PREFIX) or path.stem
 
 

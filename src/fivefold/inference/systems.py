@@ -79,13 +79,15 @@ def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score
     tables = same_rows(tables)
     log_probs, first = [table.log_probs for table in tables], tables[0]
     codes = first.codes()
-    scores.append(_score_of("mean", "out-of-fold", first, combined("mean", log_probs, equal(len(systems)))))
+    mixed = replace(first, log_probs=combined("mean", log_probs, equal(len(systems))))
+    scores.append(score(BLENDS["mean"].words, "out-of-fold", mixed))
     if blend.fit and len(np.unique(first.fold)) > 1:  # a single fold leaves no rows to fit on
-        mixed = cross_fitted(log_probs, codes, first.fold, blend.fit)
-        scores.append(_score_of(rule.between, "out-of-fold, cross-fitted by fold", first, mixed))
+        mixed = replace(first, log_probs=cross_fitted(log_probs, codes, first.fold, blend.fit))
+        scores.append(score(blend.words, "out-of-fold, cross-fitted by fold", mixed))
         return blend.fit(log_probs, codes), scores
     if not blend.fit and rule.between != "mean":
-        scores.append(_score_of(rule.between, "out-of-fold", first, combined(rule.between, log_probs, weights)))
+        mixed = replace(first, log_probs=combined(rule.between, log_probs, weights))
+        scores.append(score(blend.words, "out-of-fold", mixed))
     return weights, scores
 
 
@@ -138,10 +140,6 @@ def same_rows(tables: Sequence[Predictions]) -> list[Predictions]:
     for table in tables[1:]:
         check_same_ids(first.ids, f"system {first.system!r}", table.ids, f"system {table.system!r}")
     return [table.with_classes(first.classes).in_order(first.ids) for table in tables]
-
-
-def _score_of(blend: str, rows: str, like: Predictions, log_probs: np.ndarray) -> Score:
-    return score(BLENDS[blend].words, rows, replace(like, log_probs=log_probs))
 
 
 def score(what: str, rows: str, table: Predictions) -> Score:

@@ -1,7 +1,20 @@
-"""A classifier: a backbone, and a head on its features, which meta features may join."""
+"""A classifier: a backbone, and a head on its features, which meta features may join.
+
+Heads by name: features [B, F] to logits [B, C]. All take `dropout`, before their last layer.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fivefold.choose import choose, did_you_mean
+from fivefold.errors import SettingsError
+
+CONSTANT = 1e-6
+"""A standard deviation below this is rounding."""
 
 
 class Classifier(nn.Module):
@@ -49,5 +62,77 @@ class Standardised(nn.Module):
         self.std.copy_(std.where(std > CONSTANT, torch.ones_like(std)))
 
 
-CONSTANT = 1e-6
-"""A standard deviation below this is rounding."""
+def build_head(spec: str | dict[str, Any], features: int, classes: int, dropout: float) -> nn.Module:
+    """The head `spec` for `features` inputs and `classes` outputs.
+
+    A spec is a name, or a table with `name` and that head's parameters; `dropout` is for a spec
+    that gives none. Raises SettingsError for an unknown name or parameter, or an impossible value.
+    """
+    parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = str(parameters.pop("name", ""))
+    make = choose(HEADS, "head", name)
+    known = list(inspect.signature(make).parameters)[2:]
+    for key in parameters:
+        if key not in known:
+            raise SettingsError(
+                f"head {name!r} has no parameter {key!r}{did_you_mean(key, known)}; it takes {', '.join(known)}"
+            )
+    try:
+        return make(features, classes, **{"dropout": dropout, **parameters})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingsError(f"head {name!r} with {parameters}: {error}") from error
+
+
+def linear(features: int, classes: int, *, dropout: float) -> nn.Module:
+    """Dropout, then one linear layer."""
+    return nn.Sequential(nn.Dropout(_share("dropout", dropout)), nn.Linear(features, classes))
+
+
+def mlp(
+    features: int,
+    classes: int,
+    *,
+    dropout: float,
+    hidden: int = 512,
+    norm: str = "batch",
+    before: float = 0.0,
+) -> nn.Module:
+    """Dropout `before`, then linear to `hidden`, `norm` (batch, layer or none), ReLU, dropout and linear."""
+    return nn.Sequential(
+        nn.Dropout(_share("before", before)),
+        nn.Linear(features, _positive("hidden", hidden)),
+        choose(NORMS, "norm", str(norm))(hidden),
+        nn.ReLU(),
+        nn.Dropout(_share("dropout", dropout)),
+        nn.Linear(hidden, classes),
+    )
+
+
+def convnext(features: int, classes: int, *, dropout: float) -> nn.Module:
+    """LayerNorm, dropout and one linear layer (Liu et al. 2022, arXiv 2201.03545; ε = 1e-6 as in its code)."""
+    return nn.Sequential(nn.LayerNorm(features, eps=1e-6), *linear(features, classes, dropout=dropout))
+
+
+def _share(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r} is not a number from 0 to below 1")
+    return float(value)
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} is not a whole number from 1")
+    return value
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm1d,
+    "layer": nn.LayerNorm,
+    "none": nn.Identity,
+}
+
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "linear": linear,
+    "mlp": mlp,
+    "convnext": convnext,
+}

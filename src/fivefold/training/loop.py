@@ -5,8 +5,10 @@ follows a step (averaging, the schedule) stands in `after_step`.
 """
 
 import logging
+import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -15,25 +17,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fivefold.data.dataset import ImageSet, Sample
+from fivefold.choose import choose
+from fivefold.data.ahead import ahead
+from fivefold.data.dataset import Batch, ImageSet, Sample, derive_seed, load
 from fivefold.data.prepared import Prepared
 from fivefold.errors import DataError, SettingsError, StoppedError
 from fivefold.evaluation.metrics import summary
 from fivefold.inference.predictor import Runtime, only_logits, predict_all
 from fivefold.progress import duration, track
-from fivefold.training.best import Best
 from fivefold.training.losses import Loss
 from fivefold.training.mixing import Mixing
 from fivefold.training.objectives import Result, Rows
 from fivefold.training.optim import Schedule
-from fivefold.training.portions import TrainRows, own_part, rows_of, seed_step
 from fivefold.training.resume import Checkpoints, Stateful, captured, restore
-from fivefold.training.throughput import Throughput
+from fivefold.training.teaching import Teacher
 from fivefold.training.updates import Update
 
 log = logging.getLogger("fivefold")
 STEPS_BETWEEN_CHECKS = 50
+MONITORS = {"loss": 1, "logloss": 1, "acc": -1, "f1_macro": -1}
+"""Figures of the validation that may choose the best epoch: 1 where less is better, -1 where more is."""
 Observer = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainRows:
+    """`images` of N rows; `targets` [N, C] on the device; the `teacher` of the rows, or None."""
+
+    images: ImageSet
+    targets: Tensor
+    teacher: Teacher | None = None
+
+    def batches(self, batches: list[list[Sample]], workers: int, device: torch.device) -> Iterator[Batch]:
+        """The given batches; on CUDA they are there before the step that has them."""
+        return ahead(load(self.images, batches, workers, pin=device.type == "cuda"), device)
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,49 @@ class Duration:
     validate_every: int
     seed: int
     workers: int
+
+
+@dataclass
+class Best:
+    """The best epoch so far by one figure, and the weights of it."""
+
+    monitor: str
+    epoch: int = 0
+    scores: Mapping[str, float] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def offer(self, epoch: int, scores: Mapping[str, float], model: nn.Module) -> None:
+        """Keeps this epoch's weights if its score is better than all before."""
+        sign = choose(MONITORS, "monitor", self.monitor)
+        if not self.epoch or sign * scores[self.monitor] < sign * self.scores[self.monitor]:
+            self.keep(epoch, scores, model)
+
+    def keep(self, epoch: int, scores: Mapping[str, float], model: nn.Module) -> None:
+        self.epoch, self.scores = epoch, dict(scores)
+        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@dataclass
+class Throughput:
+    """Images a second of each training pass that ran in this process: the loader included, the validation not.
+
+    A pass that goes on from a checkpoint counts what it does itself.
+    """
+
+    passes: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def of(self, images: int) -> Iterator[None]:
+        """Times a pass over so many images; one that does not come to its end counts for nothing."""
+        start = time.perf_counter()
+        yield
+        if images:
+            self.passes.append(images / max(time.perf_counter() - start, 1e-9))
+
+    def figures(self) -> dict[str, float]:
+        """`images_per_second` for a stage's record: the median of the passes from the second on, since the first one warms up."""
+        counted = self.passes[1:] or self.passes
+        return {"images_per_second": round(statistics.median(counted), 2)} if counted else {}
 
 
 @dataclass
@@ -167,14 +227,13 @@ def _epochs(loop: Loop, progress: Progress) -> dict[str, Best]:
         if not progress.step:
             progress.lr = loop.schedule.lr
         row = {"epoch": epoch, **train_epoch(loop, progress), "lr": progress.lr}
-        improved, scores = _score(loop, epoch, progress.best) if _is_scored(loop, epoch) else (None, {})
+        scores = _score(loop, epoch, progress.best) if _is_scored(loop, epoch) else {}
         row |= {f"val_{name}": value for name, value in scores.items()}
         for observe in (*loop.observers, *loop.announcers):
             observe(row)
         left = duration((time.monotonic() - start) / (epoch - before) * (epochs - epoch))
         speed = f"{loop.throughput.passes[-1]:.4g} images/s, " if loop.throughput.passes else ""
         log.info("%s epoch %d/%d %s, %s%s left", loop.label, epoch, epochs, _figures(row), speed, left)
-        loop.schedule.after_epoch(improved)
         progress.rows.append(row)
         progress.epoch, progress.step, progress.totals = epoch + 1, 0, []
         _keep(loop, progress)
@@ -245,18 +304,61 @@ def validate(model: nn.Module, rows: ValidRows, loop: Loop) -> dict[str, float]:
     return loop.runtime.replicas.shared(found)  # one machine's rounding decides for all
 
 
-def _score(loop: Loop, epoch: int, best: Mapping[str, Best]) -> tuple[bool, dict[str, float]]:
-    """Whether the deciding contender improved, and its scores (none without validation rows)."""
-    deciding, valid, improved = next(iter(loop.contenders)), loop.valid, True
+def own_part(batches: Sequence[list[Sample]], runtime: Runtime) -> list[list[Sample]]:
+    """Of each batch the samples that this process reads."""
+    return [list(runtime.replicas.share(len(batch)).take(batch)) for batch in batches]
+
+
+def rows_of(
+    batch: Batch,
+    samples: Sequence[Sample],
+    train: TrainRows,
+    mixing: Mixing,
+    runtime: Runtime,
+    epoch: int,
+    seed: tuple[int, ...],
+) -> Rows:
+    """The rows on the device; `batch` is this process's part of the `samples`.
+
+    What is mixed with what is decided for the whole batch, so the images of a partner that another
+    process has read come from there.
+    """
+    share, device = runtime.replicas.share(len(samples)), runtime.device
+    numbers = torch.tensor([row for _, row in samples]) if share.parted else batch.rows
+    at = numbers.to(device, non_blocking=True)
+    teacher = None if train.teacher is None else train.teacher[at]
+    images, meta = runtime.images(batch.images), runtime.meta(batch.meta)
+    rows = Rows(images, train.targets[at], teacher, meta, share.logits)
+    if not share.parted:
+        return mixing(rows, epoch, seed)
+
+    def partners(order: Tensor) -> tuple[Tensor, Tensor | None]:
+        chosen = share.take(order)
+        others = share.whole(batch.images.to(device, non_blocking=True))[chosen]
+        return runtime.images(others), None if meta is None else share.whole(meta)[chosen]
+
+    return mixing(rows, epoch, seed, partners)
+
+
+def seed_step(runtime: Runtime, *parts: int) -> None:
+    """Has dropout and its like draw by (seed, epoch, step, rank) where several processes train together.
+
+    So they draw differently, and a run that goes on draws what it would have drawn.
+    """
+    if not runtime.replicas.alone:
+        torch.manual_seed(derive_seed(*parts, runtime.replicas.place.rank))
+
+
+def _score(loop: Loop, epoch: int, best: Mapping[str, Best]) -> dict[str, float]:
+    """The deciding contender's scores (none without validation rows); all contenders' epochs are kept as they deserve."""
     # all are scored before one is kept: stopped in between, the epoch is scored again as if it had not been
-    found = {name: validate(model, valid, loop) if valid else {} for name, model in loop.contenders.items()}
+    scores = {name: validate(model, loop.valid, loop) if loop.valid else {} for name, model in loop.contenders.items()}
     for name, model in loop.contenders.items():
-        if loop.select and found[name]:
-            better = best[name].offer(epoch, found[name], model)
-            improved = better if name == deciding else improved
+        if loop.select and scores[name]:
+            best[name].offer(epoch, scores[name], model)
         elif epoch == loop.duration.epochs:
-            best[name].keep(epoch, found[name], model)
-    return improved, found[deciding]
+            best[name].keep(epoch, scores[name], model)
+    return scores[next(iter(loop.contenders))]
 
 
 def _totals(result: Result, rows: Rows) -> Tensor:

@@ -55,7 +55,7 @@ def cross_entropy(label_smoothing: float) -> Loss:
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         smooth, mass = _smooth(targets, label_smoothing)
-        return -(smooth * logits.log_softmax(dim=1)).sum() / mass.sum().clamp(min=LEAST_MASS)
+        return F.cross_entropy(logits, smooth, reduction="sum") / mass.sum().clamp(min=LEAST_MASS)
 
     return loss
 
@@ -87,21 +87,29 @@ def focal(label_smoothing: float, *, gamma: float = 2.0, alpha: float = 1.0) -> 
 
 
 def binary_focal(label_smoothing: float, *, gamma: float = 2.0, alpha: float = 1.0) -> Loss:
-    """Focal loss of each class against the rest, p by the sigmoid of its logit, mean over the classes."""
+    """torchvision's focal loss of each class against the rest, p by the sigmoid of its logit, mean over the classes; α is a scalar."""
+    from torchvision.ops import sigmoid_focal_loss
+
     _check_focal(gamma, alpha)
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         smooth, mass = _smooth(targets, label_smoothing)
-        yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
-        terms = smooth * _unsure(yes, gamma) * yes + (mass - smooth) * _unsure(no, gamma) * no
-        return -alpha * terms.mean(dim=1).sum() / mass.sum().clamp(min=LEAST_MASS)
+        terms = sigmoid_focal_loss(logits, smooth / mass.clamp(min=LEAST_MASS), alpha=-1, gamma=gamma)
+        return alpha * (mass * terms).mean(dim=1).sum() / mass.sum().clamp(min=LEAST_MASS)
 
     return loss
 
 
 def bce(label_smoothing: float) -> Loss:
     """Binary cross-entropy of each class against the rest, mean over the classes (Wightman et al. 2021, arXiv 2110.00476)."""
-    return binary_focal(label_smoothing, gamma=0.0)
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        smooth, mass = _smooth(targets, label_smoothing)
+        shares = smooth / mass.clamp(min=LEAST_MASS)
+        terms = F.binary_cross_entropy_with_logits(logits, shares, weight=mass, reduction="sum")
+        return terms / logits.shape[1] / mass.sum().clamp(min=LEAST_MASS)
+
+    return loss
 
 
 def f1(label_smoothing: float) -> Loss:

@@ -37,9 +37,8 @@ def estimate(model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: 
     average). The model and the random state stay as they are.
     """
     probe = copy.deepcopy(model).train()
-    state = torch.get_rng_state()
-    few, many = (_saved(probe, size, runtime, images, meta) for images in PROBED_IMAGES)
-    torch.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        few, many = (_saved(probe, size, runtime, images, meta) for images in PROBED_IMAGES)
     image = (many - few) // (PROBED_IMAGES[1] - PROBED_IMAGES[0])
     weights = sum(parameter.nbytes for parameter in model.parameters())
     # What does not grow with the batch: the weights as autocast made them.
@@ -81,11 +80,7 @@ def check_fits(found: Estimate, batch_size: int, free: int) -> str:
     if needed <= free:
         return figures
     fits = found.largest_batch(free)
-    advice = (
-        f"train.batch_size={fits} would fit"
-        if fits
-        else "not even one image fits: a smaller model or image_size is needed"
-    )
+    advice = "not even one image fits: a smaller model or image_size is needed"
     if fits:
-        advice += f"; train.accumulate={-(-batch_size // fits)} keeps the step's size"
+        advice = f"train.batch_size={fits} would fit; train.accumulate={-(-batch_size // fits)} keeps the step's size"
     raise SettingsError(f"training needs {figures}; {advice}")

@@ -1,4 +1,4 @@
-"""Objectives: what is the loss of a batch? Each gives the loss, its named parts and the logits.
+"""Objectives: what is the loss of a batch? Each gives the loss and the logits.
 
 An objective is a criterion (what is said of logits) and a way to run the network: once, or twice
 for R-Drop. So R-Drop joins labels and a teacher alike.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fivefold.models.classifier import Classifier
 from fivefold.training.losses import Loss
-from fivefold.training.randomness import draws
+from fivefold.training.resume import random_state, set_random_state
 
 log = logging.getLogger("fivefold")
 
@@ -43,25 +43,20 @@ class Rows:
 
 @dataclass(frozen=True)
 class Result:
-    """`loss` scalar, which an update gives detached; its `parts` and `logits` [B, C], detached."""
+    """`loss` scalar, which an update gives detached; `logits` [B, C], detached."""
 
     loss: Tensor
-    parts: dict[str, Tensor]
     logits: Tensor
 
 
 Objective = Callable[[nn.Module, Rows], Result]
-Criterion = Callable[[Tensor, Rows], tuple[Tensor, dict[str, Tensor]]]
-"""Logits [B, C] and their rows to a scalar and its named parts."""
+Criterion = Callable[[Tensor, Rows], Tensor]
+"""Logits [B, C] and their rows to a scalar."""
 
 
 def by_labels(loss: Loss) -> Criterion:
     """The loss of the logits against the targets."""
-
-    def criterion(logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        return loss(logits, rows.targets), {}
-
-    return criterion
+    return lambda logits, rows: loss(logits, rows.targets)
 
 
 def by_teacher(loss: Loss, alpha: Callable[[], float], temperature: Callable[[], float]) -> Criterion:
@@ -70,15 +65,13 @@ def by_teacher(loss: Loss, alpha: Callable[[], float], temperature: Callable[[],
     `alpha` gives the weight of that moment, `temperature` the T that the rows' teacher is softened by then.
     """
 
-    def criterion(logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def criterion(logits: Tensor, rows: Rows) -> Tensor:
         if rows.teacher is None:
             raise ValueError("distillation needs the teacher's probabilities")
         heat = temperature()
         softened = (logits / heat).log_softmax(dim=1)
         taught = F.kl_div(softened, rows.teacher, reduction="batchmean") * heat**2
-        labelled = loss(logits, rows.targets)
-        parts = {"teacher": taught.detach(), "labels": labelled.detach()}
-        return alpha() * taught + (1 - alpha()) * labelled, parts
+        return alpha() * taught + (1 - alpha()) * loss(logits, rows.targets)
 
     return criterion
 
@@ -88,8 +81,7 @@ def once(criterion: Criterion) -> Objective:
 
     def objective(model: nn.Module, rows: Rows) -> Result:
         logits = rows.whole(model(*rows.inputs).float())
-        value, parts = criterion(logits, rows)
-        return Result(value, parts, logits.detach())
+        return Result(criterion(logits, rows), logits.detach())
 
     return objective
 
@@ -108,10 +100,8 @@ def rdrop(criterion: Criterion, weight: float) -> Objective:
         if not twice:
             twice.append(_cheapest_form(model, rows))
         first, second = (rows.whole(half) for half in twice[0](model, rows).float().chunk(2))
-        (one, parts), (two, _) = criterion(first, rows), criterion(second, rows)
-        apart = divergence(first, second)
-        value = (one + two) / 2 + weight * apart
-        return Result(value, {**parts, "rdrop": apart.detach()}, first.detach())
+        mean = (criterion(first, rows) + criterion(second, rows)) / 2
+        return Result(mean + weight * divergence(first, second), first.detach())
 
     return objective
 
@@ -133,14 +123,22 @@ def divergence(first: Tensor, second: Tensor) -> Tensor:
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean() / 2
 
 
-def supervised(loss: Loss) -> Objective:
-    """The loss of one pass against the targets."""
-    return once(by_labels(loss))
+@torch.no_grad()
+def draws(module: nn.Module, *inputs: Tensor) -> bool:
+    """Whether the module draws from the generators when it runs in training, by running it.
 
-
-def distill(loss: Loss, alpha: float, temperature: float) -> Objective:
-    """One pass against teacher and targets, at a fixed weight and temperature."""
-    return once(by_teacher(loss, lambda: alpha, lambda: temperature))
+    Its buffers, its mode and the random state are as before. Waits for the device.
+    """
+    device, training = inputs[0].device, [(part, part.training) for part in module.modules()]
+    before, buffers = random_state(device), [buffer.clone() for buffer in module.buffers()]
+    module.train()(*inputs)
+    drew = not all(torch.equal(one, other) for one, other in zip(before, random_state(device), strict=True))
+    set_random_state(device, before)
+    for buffer, kept in zip(module.buffers(), buffers, strict=True):
+        buffer.copy_(kept)
+    for part, was in training:
+        part.training = was
+    return drew
 
 
 def _cheapest_form(model: nn.Module, rows: Rows) -> Callable[[nn.Module, Rows], Tensor]:

@@ -1,17 +1,17 @@
-"""Optimisers and learning-rate schedules by name."""
+"""Optimisers and learning-rate schedules by name, and the share of the learning rate of each parameter."""
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
-from types import MethodType
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from fivefold.choose import choose
 from fivefold.errors import SettingsError
-from fivefold.training.muon import Muon, hidden_weights
+
+ADAM_EPS = 1e-8
 
 
 def build_optimizer(
@@ -33,32 +33,38 @@ def build_optimizer(
         if parameter.requires_grad:
             key = (shares or {}).get(id(parameter), 1.0), parameter.ndim >= 2, id(parameter) in hidden
             group = {"params": [], "lr": lr * key[0], "weight_decay": weight_decay if key[1] else 0.0}
-            groups.setdefault(key, group | ({"orthogonal": True} if key[2] else {}))["params"].append(parameter)
-    _leave_the_compiler_out()
+            groups.setdefault(key, group | ({"use_muon": True} if key[2] else {}))["params"].append(parameter)
     ordered = [groups[key] for key in sorted(groups, reverse=True)]
-    optimizer = choose(OPTIMIZERS, "optimizer", name)(ordered, lr, momentum)
-    # The bare step: torch's wrapper around it imports the compiler, to break graphs that nobody compiles here.
-    optimizer.step = MethodType(torch.no_grad()(inspect.unwrap(type(optimizer).step)), optimizer)
-    return optimizer
+    return choose(OPTIMIZERS, "optimizer", name)(ordered, lr, momentum)
 
 
-def _leave_the_compiler_out() -> None:
-    """Lets an optimiser be made without importing torch's compiler, which takes as long as torch itself.
+def learning_rates(backbone: nn.Module, factor: float, decay: float) -> dict[int, float]:
+    """The share of the learning rate of each of the backbone's parameters, by `id`: factor · decay^(L - l) in layer l of 0..L-1.
 
-    `torch._compile._disable_dynamo` wraps these methods, and imports the compiler when one is first
-    called, unless the function already carries what it would run.
+    So the last layer has factor · decay, and the head 1 (Bao et al. 2022, arXiv 2106.08254, section 3.2). The layers are
+    timm's; raises SettingsError where the backbone names none and `decay` is not 1.
     """
-    for method in (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict):
-        function = inspect.unwrap(method)
-        function.__dict__.setdefault("__dynamo_disable", function)
+    if decay == 1.0:
+        return {id(parameter): factor for parameter in backbone.parameters()}
+    from timm.optim import param_groups_layer_decay
+
+    try:
+        backbone.group_matcher(coarse=False)
+        groups = param_groups_layer_decay(backbone, layer_decay=decay)
+    except (AttributeError, AssertionError, KeyError, NotImplementedError) as error:
+        raise SettingsError(
+            f"this backbone does not say what its layers are ({error}), as those of timm/… do; train.layer_decay=1"
+        ) from error
+    return {id(parameter): factor * decay * group["lr_scale"] for group in groups for parameter in group["params"]}
 
 
-def _adamw(groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    return torch.optim.AdamW(groups, lr=lr, fused=_fusable(groups))
+def hidden_weights(model: nn.Module) -> set[int]:
+    """The `id`s of the weights that Muon is for: of the backbone's layers but its first, none of the head's.
 
-
-def _adam(groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    return torch.optim.Adam(groups, lr=lr, fused=_fusable(groups))
+    Depthwise convolutions and embeddings of positions are no matrices between features either.
+    """
+    layers = [m.weight for m in getattr(model, "backbone", model).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return {id(weight) for weight in layers[1:] if weight.flatten(1).shape[1] > 1 and weight.shape[1] > 1}
 
 
 def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
@@ -70,7 +76,15 @@ def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
 
 
 def _muon(groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    return Muon(groups, lr, momentum)
+    """timm's Muon with Nesterov momentum, and the size of AdamW's steps (Liu et al. 2025, arXiv 2502.16982, equation 4)."""
+    from timm.optim import Muon
+
+    # with `nesterov` in their group as well, all other parameters would step by NAdamW
+    kinds = [
+        {"nesterov": True} if group.get("use_muon") else {"use_fallback": True, "eps": ADAM_EPS} for group in groups
+    ]
+    chosen = [group | kind for group, kind in zip(groups, kinds, strict=True)]
+    return Muon(chosen, lr, momentum=momentum, ns_coefficients="original")
 
 
 def _fusable(groups: list[dict]) -> bool:
@@ -78,8 +92,8 @@ def _fusable(groups: list[dict]) -> bool:
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict], float, float], Optimizer]] = {
-    "adamw": _adamw,
-    "adam": _adam,
+    "adamw": lambda groups, lr, momentum: torch.optim.AdamW(groups, lr=lr, fused=_fusable(groups)),
+    "adam": lambda groups, lr, momentum: torch.optim.Adam(groups, lr=lr, fused=_fusable(groups)),
     "sgd": _sgd,
     "muon": _muon,
 }
@@ -96,8 +110,8 @@ def check_warmup(warmup_epochs: float, epochs: float) -> None:
         )
 
 
-class Schedule:
-    """Sets the learning rate of each step: a linear warm-up, then a factor by name."""
+class Schedule(LambdaLR):
+    """Sets the learning rate of each of `total` steps: a linear warm-up, then a factor by name. To be called after each step."""
 
     def __init__(
         self,
@@ -109,73 +123,37 @@ class Schedule:
         step_epochs: int = 10,
         gamma: float = 0.5,
     ) -> None:
-        self.factor = choose(SCHEDULES, "schedule", name)
-        self.optimizer = optimizer
-        self.base = [group["lr"] for group in optimizer.param_groups]
-        self.total = total
-        self.warmup = round(warmup_epochs * steps_per_epoch)
-        check_warmup(self.warmup / steps_per_epoch, total / steps_per_epoch)
-        self.drop_steps = step_epochs * steps_per_epoch
-        self.patience = step_epochs
-        self.gamma = gamma
-        self.step = 0
-        self.drops = 0
-        self.bad_epochs = 0
-        self._set()
+        make = choose(SCHEDULES, "schedule", name)
+        warmup = round(warmup_epochs * steps_per_epoch)
+        check_warmup(warmup / steps_per_epoch, total / steps_per_epoch)
+        factor = make(total - warmup, warmup, step_epochs * steps_per_epoch, gamma)
+        super().__init__(optimizer, lambda step: (step + 1) / warmup if step < warmup else factor(step))
 
     def __call__(self) -> None:
-        """To be called after each step."""
-        self.step += 1
-        self._set()
-
-    def after_epoch(self, improved: bool | None) -> None:
-        """Counts epochs without improvement, for `plateau`; None: it was not looked at, and decides nothing."""
-        self.bad_epochs = 0 if improved else self.bad_epochs + 1
-        if improved is not None and self.bad_epochs >= self.patience:
-            self.drops, self.bad_epochs = self.drops + 1, 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step, "drops": self.drops, "bad_epochs": self.bad_epochs}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step, self.drops, self.bad_epochs = state["step"], state["drops"], state["bad_epochs"]
-        self._set()
+        self.step()
 
     @property
     def lr(self) -> float:
+        """The rate of the first group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _set(self) -> None:
-        if self.step < self.warmup:
-            factor = (self.step + 1) / self.warmup
-        else:
-            factor = self.factor(self, (self.step - self.warmup) / (self.total - self.warmup))
-        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
-            group["lr"] = base * factor
+
+def constant(steps: int, warmup: int, drop_steps: int, gamma: float) -> Callable[[int], float]:
+    return lambda step: 1.0
 
 
-def constant(schedule: Schedule, progress: float) -> float:
-    return 1.0
-
-
-def cosine(schedule: Schedule, progress: float) -> float:
+def cosine(steps: int, warmup: int, drop_steps: int, gamma: float) -> Callable[[int], float]:
     """½(1 + cos πt), t from 0 to 1 (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5)."""
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return lambda step: 0.5 * (1 + math.cos(math.pi * min((step - warmup) / steps, 1.0)))
 
 
-def step(schedule: Schedule, progress: float) -> float:
-    """γ^⌊epochs / step_epochs⌋."""
-    return schedule.gamma ** (schedule.step // schedule.drop_steps)
+def step(steps: int, warmup: int, drop_steps: int, gamma: float) -> Callable[[int], float]:
+    """γ^⌊step / drop_steps⌋, the warm-up counted."""
+    return lambda step: gamma ** (step // drop_steps)
 
 
-def plateau(schedule: Schedule, progress: float) -> float:
-    """γ once for every `step_epochs` epochs in a row without improvement."""
-    return schedule.gamma**schedule.drops
-
-
-SCHEDULES: dict[str, Callable[[Schedule, float], float]] = {
+SCHEDULES: dict[str, Callable[[int, int, int, float], Callable[[int], float]]] = {
     "constant": constant,
     "cosine": cosine,
     "step": step,
-    "plateau": plateau,
 }

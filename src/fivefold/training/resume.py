@@ -9,16 +9,16 @@ and its like draw from which count.
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fivefold.contract.files import atomic
 from fivefold.errors import DataError
-from fivefold.training.randomness import random_state, set_random_state
 
 log = logging.getLogger("fivefold")
 KEPT = 2
@@ -122,3 +122,16 @@ def _random(device: torch.device) -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [str(name), numbers.tolist(), *rest],
     }
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The states of the CPU's default generator, and of the device's where it has its own."""
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *own]
+
+
+def set_random_state(device: torch.device, state: Sequence[Tensor]) -> None:
+    """Sets what `random_state` gave: the same draws follow again."""
+    torch.default_generator.set_state(state[0])
+    for own in state[1:]:
+        torch.get_device_module(device).set_rng_state(own)

@@ -95,7 +95,4 @@ def lesson_plan(teacher: Teacher, chosen: Distill, steps: int, epochs: int) -> l
 
 def soften(log_probs: np.ndarray, temperature: float) -> np.ndarray:
     """softmax(log p / T) float32 [N, C] (Hinton et al. 2015, arXiv 1503.02531, equation 1)."""
-    scaled = log_probs.astype(np.float64) / temperature
-    scaled -= scaled.max(axis=1, keepdims=True)
-    powers = np.exp(scaled)
-    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+    return torch.from_numpy(log_probs).double().div(temperature).softmax(dim=1).float().numpy()

@@ -1,12 +1,14 @@
-"""Who keeps a training run to compare it with others: TensorBoard, Weights & Biases, MLflow, by name.
+"""Who watches a training run: its log, and trackers by name, which keep it to compare it with others.
 
 A tracker is opened before the first epoch with what the run is, observes its epochs, and is closed
 with the final scores, or as failed. Its package is imported when a recipe names it. Where W&B and
 MLflow send to is theirs to know (WANDB_MODE, WANDB_API_KEY, MLFLOW_TRACKING_URI).
 """
 
+import csv
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +17,12 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from fivefold import logline
 from fivefold.choose import choose
 from fivefold.errors import SettingsError
 from fivefold.extras import need
+from fivefold.logline import LOG_COLUMNS
+from fivefold.training.loop import Observer
 
 log = logging.getLogger("fivefold")
 TAGS = {
@@ -75,6 +80,30 @@ def close_trackers(trackers: Sequence[Tracker], scores: Mapping[str, float] | No
 def figures(row: Mapping[str, Any]) -> dict[str, float]:
     """The figures of an epoch's row by their tags, those that it has."""
     return {tag: row[name] for name, tag in TAGS.items() if row.get(name) is not None}
+
+
+def csv_log(path: Path) -> Observer:
+    """Appends each epoch to a CSV, so that a killed run keeps what it did; it holds no times, so equal runs give equal bytes."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerow(LOG_COLUMNS)
+
+    def observe(row: Mapping[str, Any]) -> None:
+        cells = [row["epoch"], *("" if row.get(name) is None else f"{row[name]:.6g}" for name in LOG_COLUMNS[1:])]
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerow(cells)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return observe
+
+
+def metric_line(fold: int | None) -> Observer:
+    """Prints one stable line an epoch, from which platforms read the metrics."""
+
+    def observe(row: Mapping[str, Any]) -> None:
+        print(logline.metric_line(fold, row), flush=True)
+
+    return observe
 
 
 class TensorBoard:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import Runtime
 from fivefold.training.objectives import Objective, Result, Rows
-from fivefold.training.randomness import random_state, set_random_state
+from fivefold.training.resume import random_state, set_random_state
 
 Update = Callable[[Sequence[Rows]], list[Result]]
 
@@ -92,29 +92,6 @@ def sam(
         return results
 
     return update
-
-
-class InTurns:
-    """The update `first` at every `every`-th step, the first one among them, and `other` at those between.
-
-    With sam and plain this is the SAM-k of Liu et al. 2022 (arXiv 2203.02714, section 3): SAM's
-    second gradient is paid at every k-th step alone. Its count goes into checkpoints.
-    """
-
-    def __init__(self, first: Update, other: Update, every: int) -> None:
-        self.first, self.other, self.every = first, other, every
-        self.step = 0
-
-    def __call__(self, micro_batches: Sequence[Rows]) -> list[Result]:
-        update = self.other if self.step % self.every else self.first
-        self.step += 1
-        return update(micro_batches)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
 
 
 def _accumulate(

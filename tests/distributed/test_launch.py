@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from fivefold.contract.hosts import Hosts
+from fivefold.distributed.launch import as_one, free_port, shared_variables, start
+from fivefold.distributed.place import Hosts
 from fivefold.errors import FivefoldError, RetryableError
-from fivefold.launchers.replicas import as_one, free_port, shared_variables, start
 from fivefold.machine import count_cores
 
 TERM, KILL, SEGV = -signal.SIGTERM, -signal.SIGKILL, -signal.SIGSEGV

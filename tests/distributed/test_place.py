@@ -5,10 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.contract.hosts import Hosts, hosts_of, index_is_of_hosts, processes_of
 from fivefold.contract.job import job_from
-from fivefold.contract.place import ALONE, Place, check_batch, is_member, place_of
 from fivefold.contract.stages import STAGES
+from fivefold.distributed.place import (
+    ALONE,
+    Hosts,
+    Place,
+    check_batch,
+    hosts_of,
+    index_is_of_hosts,
+    is_member,
+    place_of,
+    processes_of,
+)
 from fivefold.errors import SettingsError
 
 MET = {"MASTER_ADDR": "host-0", "MASTER_PORT": "29400"}

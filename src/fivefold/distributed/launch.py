@@ -11,9 +11,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-from fivefold.contract.hosts import Hosts
-from fivefold.contract.place import PARENT, SHARED_SCRATCH
 from fivefold.contract.storage import SCRATCH
+from fivefold.distributed.place import PARENT, SHARED_SCRATCH, Hosts
 from fivefold.errors import FivefoldError, RetryableError
 from fivefold.launchers.scheduler import SECONDS_BETWEEN_SIGNALS, Signals
 from fivefold.machine import GLIBC_TUNABLES, count_cores

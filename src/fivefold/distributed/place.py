@@ -1,23 +1,97 @@
-"""The hosts that train one model together, and how many processes each has.
+"""The processes that train one model together: which hosts there are, and where a process stands among them.
 
-They are named by NNODES, NODE_RANK and MASTER_ADDR (or PET_…, as Kubeflow's Trainer writes them) or by SageMaker's
-SM_HOSTS; NPROC or SM_NUM_GPUS say how many processes.
+Hosts are named by NNODES, NODE_RANK and MASTER_ADDR (or PET_…, as Kubeflow's Trainer writes them) or by SageMaker's
+SM_HOSTS; NPROC or SM_NUM_GPUS say how many processes each has. RANK and its like, which torchrun, Kubeflow's Trainer
+and our own launcher set, name the process.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fivefold.contract.files import read_json
-from fivefold.contract.job import base_dir
-from fivefold.contract.place import below, whole
-from fivefold.errors import SettingsError
+from fivefold.errors import DataError, SettingsError
 
 PORT = 29500
 """Where hosts meet if nobody says it; torchrun's own."""
 COUNTED = ("", "auto", "gpu")
 """What stands for as many processes as there are GPUs."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Process `rank` of `world`; the `local_rank`th of `local_world` on its host."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that writes."""
+        return self.rank == 0
+
+
+ALONE = Place()
+PARENT = "FIVEFOLD_PARENT"
+"""The number of the process that a process is not to outlive."""
+SHARED_SCRATCH = "FIVEFOLD_SCRATCH"
+"""A folder for what the processes of one host fetch, each for all; their starter removes it."""
+FEWEST_ROWS = 2
+"""Of a batch that a process takes a part of; BatchNorm needs two."""
+
+
+def is_member(environ: Mapping[str, str]) -> bool:
+    """Whether somebody has started this process as one of several, or as the only one of them."""
+    given = bool(environ.get("RANK") and environ.get("WORLD_SIZE"))
+    return given and bool(environ.get("LOCAL_RANK") or not environ.get("PET_NNODES"))
+
+
+def place_of(environ: Mapping[str, str]) -> Place:
+    """The place that RANK, WORLD_SIZE and LOCAL_RANK give; alone where they are not set. SettingsError if they cannot be."""
+    if not is_member(environ):
+        return ALONE
+    world = whole(environ, "WORLD_SIZE", 1, 1)
+    local_world = whole(environ, "LOCAL_WORLD_SIZE", 1, 1)
+    place = Place(
+        below(environ, "RANK", "WORLD_SIZE", world),
+        world,
+        below(environ, "LOCAL_RANK", "LOCAL_WORLD_SIZE", local_world),
+        local_world,
+    )
+    if world > 1 and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
+        raise SettingsError(f"WORLD_SIZE={world} processes meet at MASTER_ADDR and MASTER_PORT: set both")
+    return place
+
+
+def check_batch(size: int, world: int) -> None:
+    """A SettingsError for batches that have not so many rows for each of `world` processes."""
+    fewest = FEWEST_ROWS * world
+    if world > 1 and size < fewest:
+        raise SettingsError(
+            f"train.batch_size={size} is the batch of all {world} processes together, and each needs {FEWEST_ROWS} "
+            f"rows of it: train.batch_size={fewest} or more, or fewer processes (NPROC, NNODES)"
+        )
+
+
+def whole(environ: Mapping[str, str], name: str, least: int, otherwise: int) -> int:
+    """The number in a variable, `otherwise` where it is not set; a SettingsError for anything else."""
+    text = environ.get(name, "").strip()
+    if not text:
+        return otherwise
+    if not text.isdigit() or int(text) < least:
+        raise SettingsError(f"{name}={text} is not a whole number from {least}")
+    return int(text)
+
+
+def below(environ: Mapping[str, str], name: str, of: str, count: int) -> int:
+    """The number in a variable that counts up to below `count`, which the variable `of` gives; 0 where it is not set."""
+    found = whole(environ, name, 0, 0)
+    if found >= count:
+        raise SettingsError(f"{name}={found} is out of range: {of}={count} counts from 0 to {count - 1}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -106,6 +180,10 @@ def _index_of_host(environ: Mapping[str, str], named: list[str]) -> int:
 
 
 def _resources(environ: Mapping[str, str]) -> dict[str, Any]:
-    path = base_dir(environ) / "input" / "config" / "resourceconfig.json"
-    found = read_json(path) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    """What SageMaker's `resourceconfig.json` says; empty where there is none, a DataError where it is not JSON."""
+    path = Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml") / "input" / "config" / "resourceconfig.json"
+    try:
+        config = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    return config if isinstance(config, dict) else {}

@@ -1,9 +1,8 @@
 """The processes that train one model together, as torch.distributed joins them: who has which rows, and what they tell each other.
 
 Each holds the whole network. A batch's rows are parted among them; the loss is taken of the logits of all rows in every
-process, so it is that of one process whatever the loss, and the gradients of all are summed. The sum is our own and not
-DistributedDataParallel's, whose buckets change after the first step (so a run that goes on may add in another order),
-and which knows neither parameters that freeze and thaw nor two gradients a step.
+process, so it is that of one process whatever the loss and however unequal the parts, and the gradients of all are summed
+when the backward pass is over.
 """
 
 import io
@@ -18,17 +17,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from fivefold.contract.place import ALONE, FEWEST_ROWS, Place
+from fivefold.distributed.place import ALONE, FEWEST_ROWS, Place
 from fivefold.errors import LostError, SettingsError, StoppedError
 from fivefold.stopping import poll
 
 T = TypeVar("T")
 log = logging.getLogger("fivefold")
 
-BUCKET = 1 << 23
-"""Numbers that are summed at once: 32 MiB of float32."""
 PATIENCE = timedelta(minutes=30)
 """A process that others wait for longer is lost. The first one saves and sends results while they do."""
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -180,14 +177,14 @@ class Replicas:
             torch._foreach_div_(statistics, self.place.world)
 
     def _sum(self, tensors: Sequence[Tensor]) -> None:
-        """In buckets of always the same tensors, so that sums of more than two have the same bits each time."""
+        """As one tensor, always of the same ones, so that sums of more than two have the same bits each time."""
+        if not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with _reaching():
-            buckets = [(bucket, torch.cat([each.reshape(-1) for each in bucket])) for bucket in _buckets(tensors)]
-            waiting = [dist.all_reduce(flat, async_op=True) for _, flat in buckets]
-            for (bucket, flat), work in zip(buckets, waiting, strict=True):
-                work.wait()
-                parts = flat.split([each.numel() for each in bucket])
-                torch._foreach_copy_(bucket, [part.view(each.shape) for each, part in zip(bucket, parts, strict=True)])
+            dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)])
 
 
 BY_ITSELF = Replicas()
@@ -249,19 +246,6 @@ def _bounds(count: int, rank: int, world: int) -> tuple[int, int]:
     return count * rank // world, count * (rank + 1) // world
 
 
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensors in their order, in lists of about BUCKET numbers."""
-    buckets: list[list[Tensor]] = []
-    room = 0
-    for tensor in tensors:
-        if room < tensor.numel() or not buckets:
-            buckets.append([])
-            room = BUCKET
-        buckets[-1].append(tensor)
-        room -= tensor.numel()
-    return buckets
-
-
 def _own_statistics(model: nn.Module) -> list[Tensor]:
     """Mean and variance of each norm that learns them from this process's rows alone; SyncBatchNorm's are everybody's."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and not isinstance(m, nn.SyncBatchNorm)]
@@ -271,3 +255,21 @@ def _own_statistics(model: nn.Module) -> list[Tensor]:
         if norm.training and norm.running_mean is not None
         for each in (norm.running_mean, norm.running_var)
     ]
+
+
+def with_norms_of_all(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with BatchNorm over the rows of all processes on GPUs; on CPUs, where torch has no such norm, as it is.
+
+    Parameters, buffers and their names stay. The log says which it is, if the network has BatchNorm at all.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        return network
+    if device.type != "cuda":
+        log.info(
+            "BatchNorm normalises by each process's own rows; its running statistics are averaged over the processes"
+        )
+        return network
+    from timm.layers import convert_sync_batchnorm  # torch's own would drop the activations in timm's norms
+
+    log.info("BatchNorm normalises by the rows of all processes (SyncBatchNorm)")
+    return convert_sync_batchnorm(network)

@@ -1,0 +1,240 @@
+"""Quick convolutions: torch's own outputs, its gradients for every geometry and type, and the curve of a training as it was."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from efficientnet_pytorch.utils import Conv2dStaticSamePadding
+from timm.layers import Conv2dSame
+from torch import nn
+
+from fivefold.models.backbones import build_backbone
+from fivefold.models.cpu_convs import (
+    IMAGES_AT_ONCE,
+    DepthwiseConv2d,
+    InFloat32,
+    MatmulGradConv2d,
+    groups_in_float32,
+    has_slow_groups,
+    is_depthwise,
+    quicken,
+)
+
+WIDE = [  # kernel, padding, size, stride, dilation
+    ((3, 3), (1, 1), (7, 7), (1, 1), (1, 1)),
+    ((3, 3), (1, 1), (8, 8), (2, 2), (1, 1)),
+    ((3, 3), (0, 0), (5, 9), (1, 1), (1, 1)),
+    ((1, 3), (0, 1), (6, 6), (1, 2), (1, 1)),
+    ((5, 5), (2, 2), (4, 3), (1, 1), (1, 1)),
+]
+DEPTHWISE = [
+    ((3, 3), (1, 1), (9, 9), (1, 1), (1, 1)),
+    ((5, 5), (2, 2), (7, 7), (1, 1), (1, 1)),
+    ((7, 7), (3, 3), (14, 5), (1, 1), (1, 1)),
+    ((7, 7), (3, 3), (20, 20), (1, 1), (1, 1)),
+    ((5, 7), (0, 3), (6, 4), (1, 1), (1, 1)),
+    ((5, 5), (4, 1), (5, 16), (1, 1), (1, 1)),
+    ((7, 5), (6, 4), (1, 1), (1, 1), (1, 1)),
+    ((5, 5), (5, 2), (6, 6), (1, 1), (1, 1)),
+    ((1, 11), (0, 5), (9, 12), (1, 1), (1, 1)),
+    ((11, 1), (5, 0), (9, 12), (1, 1), (1, 1)),
+    ((4, 4), (1, 2), (9, 8), (1, 1), (1, 1)),
+    ((5, 3), (2, 1), (9, 8), (2, 2), (1, 1)),
+    ((7, 7), (3, 3), (15, 15), (4, 4), (1, 1)),
+    ((5, 5), (4, 4), (9, 9), (1, 1), (2, 2)),
+    ((3, 5), (0, 4), (11, 8), (2, 1), (1, 2)),
+]
+
+
+def gradients(convolution: nn.Module, images: torch.Tensor, bf16: bool = False) -> list[torch.Tensor]:
+    """Those of images, weight and bias under a fixed gradient of the output, which bf16 can hold."""
+    convolution, images = copy.deepcopy(convolution), images.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = convolution(images)
+    slope = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).sin().reshape(output.shape).bfloat16()
+    output.backward(slope.to(output.dtype))
+    return [images.grad, *(parameter.grad for parameter in convolution.parameters())]
+
+
+def errors(convolution: nn.Conv2d, images: torch.Tensor, bf16: bool) -> list[tuple[float, float]]:
+    """Of each gradient the relative error of ours and of torch's own, against float64 of the same numbers."""
+    (quick,) = quicken(nn.Sequential(copy.deepcopy(convolution)), amx=True)
+    assert type(quick) is (DepthwiseConv2d if convolution.groups > 1 else MatmulGradConv2d)
+    exact = gradients(copy.deepcopy(convolution).double(), images.double())
+    ours, theirs = (gradients(each, images, bf16) for each in (quick, convolution))
+    return [
+        tuple(float((one.double() - truth).norm() / truth.norm()) for one in pair)
+        for *pair, truth in zip(ours, theirs, exact, strict=True)
+    ]
+
+
+def convolution_of(geometry: tuple, channels: int, groups: int, bias: bool) -> tuple[nn.Conv2d, torch.Tensor]:
+    kernel, padding, size, stride, dilation = geometry
+    torch.manual_seed(0)
+    made = nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups, bias)
+    for parameter in made.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # what both types can hold
+    images = torch.randn(3, channels, *size).bfloat16().float()
+    return made.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("geometry", "channels", "groups"),
+    [*((each, 128, 1) for each in WIDE), *((each, 16, 16) for each in DEPTHWISE)],
+    ids=str,
+)
+def test_gradients_are_torchs_own_within_the_precision(geometry, channels, groups, bias):
+    convolution, images = convolution_of(geometry, channels, groups, bias)
+    for ours, theirs in errors(convolution, images, bf16=True):
+        assert ours < 5e-3, "of the order of one rounding to 8 bits"
+        assert ours < 1.5 * theirs + 1e-3
+    assert all(ours < 2e-6 for ours, _ in errors(convolution, images, bf16=False))
+
+
+@pytest.mark.parametrize("count", [1, IMAGES_AT_ONCE, 2 * IMAGES_AT_ONCE + 3])
+@pytest.mark.parametrize("channels", [2, 17, 32])
+def test_any_number_of_images_and_channels(count, channels):
+    convolution, _ = convolution_of(((7, 7), (3, 3), (10, 10), (1, 1), (1, 1)), channels, channels, True)
+    images = torch.randn(count, channels, 10, 10)
+    assert all(ours < 2e-6 for ours, _ in errors(convolution, images, bf16=False))
+    assert all(ours < 5e-3 for ours, _ in errors(convolution, images, bf16=True))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(128, 1), (8, 8)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_frozen_weights_get_no_gradient_nor_do_images_that_need_none(stride, channels, groups):
+    (quick,) = quicken(nn.Sequential(nn.Conv2d(channels, channels, 5, stride, 2, groups=groups)), amx=True)
+    for learns in (True, False):
+        images = torch.randn(2, channels, 6, 6, requires_grad=not learns)
+        quick.zero_grad()
+        quick.requires_grad_(learns)
+        with torch.autocast("cpu", torch.bfloat16):
+            quick(images).sum().backward()
+        assert ((images.grad is None), (quick.weight.grad is None)) == (learns, not learns)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "depthwise"),
+    [
+        ({"groups": 8}, True),
+        ({"groups": 8, "padding": 5, "stride": 2, "dilation": 2}, True),
+        ({"groups": 8, "padding": "same"}, False),
+        ({"groups": 8, "padding": 2, "padding_mode": "reflect"}, False),
+        ({"groups": 8, "out_channels": 16}, False),
+        ({"groups": 4}, False),
+        ({"in_channels": 128, "out_channels": 128, "dilation": 2}, False),
+        ({"in_channels": 128, "out_channels": 128, "kernel_size": 1}, False),
+        ({"in_channels": 64, "out_channels": 256}, False),
+        ({"in_channels": 128, "out_channels": 128, "padding": "same"}, False),
+    ],
+)
+def test_what_cannot_gain_is_left_to_torch(arguments, depthwise):
+    convolution = nn.Conv2d(**{"in_channels": 8, "out_channels": 8, "kernel_size": 5} | arguments)
+    assert is_depthwise(convolution) is depthwise
+    assert type(quicken(nn.Sequential(convolution), amx=True)[0]) is (DepthwiseConv2d if depthwise else nn.Conv2d)
+
+
+def test_without_autocast_and_on_large_maps_a_wide_one_is_the_plain_convolution():
+    plain = nn.Conv2d(128, 128, 3, padding=1)
+    (quick,) = quicken(nn.Sequential(copy.deepcopy(plain)), amx=True)
+    for size, bf16 in ((4, False), (9, True)):
+        images = torch.randn(2, 128, size, size)
+        for ours, theirs in zip(gradients(quick, images, bf16), gradients(plain, images, bf16), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kind", "count"),
+    [("timm/convnext_atto", 64, DepthwiseConv2d, 12), ("fivefold/small_net", 32, MatmulGradConv2d, 3)],
+)
+def test_a_network_keeps_names_parameters_outputs_and_predictions(name, size, kind, count):
+    torch.manual_seed(0)
+    network = build_backbone(name, False, {})
+    before = list(network.parameters())
+    changed = quicken(quicken(copy.deepcopy(network), amx=True), amx=True)
+    assert sum(type(module) is kind for module in changed.modules()) == count
+    assert list(changed.state_dict()) == list(network.state_dict())
+    assert [type(module) for module in copy.deepcopy(changed).modules()] == [type(each) for each in changed.modules()]
+    assert all(one is other for one, other in zip(quicken(network, amx=False).parameters(), before, strict=True))
+    images = torch.randn(2, 3, size, size)
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert torch.equal(changed.train()(images), network.train()(images)), "the forward pass is torch's"
+            with torch.inference_mode():
+                assert torch.equal(changed.eval()(images), network.eval()(images))
+
+
+CONVOLUTIONS = {
+    "torch's": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4),
+    "two groups": lambda: nn.Conv2d(8, 16, 3, stride=2, groups=2),
+    "timm's same": lambda: Conv2dSame(8, 8, 3, stride=2, groups=8),
+    "efficientnet_pytorch's same": lambda: Conv2dStaticSamePadding(8, 8, 5, image_size=9, stride=2, groups=8),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_grouped_ones_in_float32_have_its_output_and_its_gradients_within_its_rounding(kind):
+    torch.manual_seed(0)
+    plain = CONVOLUTIONS[kind]()
+    images = torch.randn(4, 8, 9, 9).bfloat16().float().contiguous(memory_format=torch.channels_last)
+    own = groups_in_float32(nn.Sequential(copy.deepcopy(plain)))[0]
+    assert isinstance(own, InFloat32)
+    assert torch.equal(own.eval()(images), plain(images)), "without autocast"
+    with torch.autocast("cpu", torch.bfloat16):
+        output = own(images)
+    assert torch.equal(output, plain(images).bfloat16())
+    for ours, theirs in zip(gradients(own, images, True), gradients(plain, images), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+
+
+def test_grouped_ones_keep_names_and_parameters_and_those_that_are_quick_in_bf16_stay():
+    quick = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 5, 2, groups=8))
+    assert not has_slow_groups(quick)
+    assert not has_slow_groups(quicken(quick, amx=False))
+    assert not any(isinstance(module, InFloat32) for module in groups_in_float32(quick))
+    network = build_backbone("timm/tf_mobilenetv3_small_075", False, {})
+    before, classes = dict(network.named_parameters()), [type(module) for module in network.modules()]
+    assert has_slow_groups(network)
+    changed = groups_in_float32(groups_in_float32(network))
+    assert {name: id(each) for name, each in changed.named_parameters()} == {n: id(each) for n, each in before.items()}
+    kinds = [type(module) for module in changed.modules()]
+    differing = [(new, old) for new, old in zip(kinds, classes, strict=True) if new is not old]
+    assert len(differing) == 4
+    assert all(new.__mro__[1:3] == (InFloat32, old) for new, old in differing)
+    assert [type(module) for module in copy.deepcopy(changed).modules()] == kinds
+
+
+def curve(network: nn.Module, bf16: bool, steps: int = 15) -> torch.Tensor:
+    """The losses of a short training by SGD on the same drawn batches."""
+    model = copy.deepcopy(network)
+    optimizer, drawn, losses = torch.optim.SGD(model.parameters(), 0.05, 0.9), torch.Generator().manual_seed(1), []
+    for _ in range(steps):
+        codes = torch.randint(0, 3, (20,), generator=drawn)
+        images = torch.randn(20, 3, 24, 24, generator=drawn) + codes[:, None, None, None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(model(images).float(), codes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def test_the_loss_curve_is_torchs():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 48, 1), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 48, 7, 1, 3, groups=48), nn.BatchNorm2d(48), nn.ReLU(),
+        nn.Conv2d(48, 48, 5, 2, 2, groups=16), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 48, 3, 1, 1, groups=48),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 3),
+    )  # fmt: skip
+    exact, half = (curve(network, bf16) for bf16 in (False, True))
+    quick = quicken(copy.deepcopy(network), amx=True)
+    grouped = curve(groups_in_float32(copy.deepcopy(network)), bf16=True)
+    ours, ours_half = (curve(quick, bf16) for bf16 in (False, True))
+    assert exact[-1] < exact[0] / 2, "it learns"
+    assert float((ours - exact).abs().max()) < 1e-4
+    for curve_of_ours in (ours_half, grouped):
+        assert not torch.equal(curve_of_ours, half), "the gradients come of other kernels"
+        assert float((curve_of_ours - exact).abs().max()) <= max(2 * float((half - exact).abs().max()), 0.01)

@@ -1,0 +1,79 @@
+"""Small images in three colours and training runs on them, for the tests of training."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from fivefold.assemble import build_classifier, build_loop, one_hot, seed_everything
+from fivefold.data.dataset import ImageSet
+from fivefold.data.store import open_store
+from fivefold.data.transforms import build_transforms
+from fivefold.inference.predictor import Runtime, make_runtime
+from fivefold.models.classifier import Classifier
+from fivefold.recipe import Augment, Distill, Model, Settings, Train
+from fivefold.training.loop import Loop, TrainRows, ValidRows
+from fivefold.training.teaching import Teacher
+
+CPU = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.5] * 3)
+SMALL = {"backbone": "fivefold/small_net", "options": {"widths": [8, 16], "stem": 8}, "image_size": 12, "dropout": 0.3}
+
+
+def images_in(
+    folder: Path, count: int, size: int = 12, noise: int = 150, tint: int = 100, transforms: tuple[str, ...] = ()
+) -> ImageSet:
+    """`count` images of random pixels below `noise`, drawn in `folder`, the colour number % 3 of each brighter by `tint`."""
+    drawing = np.random.default_rng(0)
+    names = [f"{number:02d}.png" for number in range(count)]
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate(names):
+        pixels = drawing.integers(0, noise, (size, size, 3))
+        pixels[..., number % 3] += tint
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+    return ImageSet(open_store(folder), names, build_transforms(list(transforms), (size, size)), seed=1)
+
+
+def run_of(
+    images: ImageSet,
+    train: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    mix: str = "none",
+    distill: dict[str, Any] | None = None,
+    valid_codes: np.ndarray | None = None,
+    patience: int = 0,
+    select: bool = True,
+    runtime: Runtime = CPU,
+) -> tuple[Loop, list[dict[str, Any]]]:
+    """A fresh loop over images of three classes, as a new process makes it, and the rows of epochs that it will tell.
+
+    `model`: the keys of [model], None for one linear layer; `distill`: those of [distill], None without a teacher.
+    """
+    codes = np.arange(len(images)) % 3
+    settings = Settings(
+        model=Model(**(model or {"image_size": images.seen(0).images.shape[-1]})),
+        augment=Augment(mix=mix, mix_alpha=0.4),
+        train=Train(**{"epochs": 4, "batch_size": 6, "lr": 0.05, "precision": "fp32", "workers": 0} | train),
+        distill=Distill(**(distill or {})),
+    )
+    seed_everything(0)
+    flat = 3 * settings.model.size[0] * settings.model.size[1]
+    network = build_classifier(settings.model, 3) if model else Classifier(nn.Flatten(), nn.Linear(flat, 3))
+    log_probs = np.log(np.full((len(codes), 3), 0.1, np.float32) + 0.7 * np.eye(3, dtype=np.float32)[codes])
+    taught = settings.distill
+    teacher = None if distill is None else Teacher(log_probs, taught.alpha, taught.temperature, runtime.device)
+    valid = ValidRows(images, codes if valid_codes is None else valid_codes)
+    rows = TrainRows(images, one_hot(codes, 3, runtime.device), teacher)
+    loop = build_loop("test", network, rows, valid, settings, runtime, select=select, patience=patience)
+    told: list[dict[str, Any]] = []
+    return replace(loop, observers=[told.append]), told
+
+
+def stand_still(loop: Loop) -> None:
+    """Sets all learning rates to nothing, so that no epoch improves on another."""
+    loop.schedule.base_lrs = [0.0] * len(loop.schedule.base_lrs)
+    for group in loop.schedule.optimizer.param_groups:
+        group["lr"] = 0.0
