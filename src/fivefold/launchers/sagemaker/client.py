@@ -1,4 +1,4 @@
-"""SageMaker through boto3: jobs and their status, logs, outputs in S3, Pipelines; each error of boto3 as one of ours."""
+"""SageMaker through boto3: jobs and their status, logs, outputs, Pipelines; each error of boto3 as one of ours."""
 
 import logging
 import os
@@ -49,9 +49,11 @@ def translated_errors() -> Iterator[None]:
     """Raises an error of ours for whatever boto3 raises in the block, or in the function that this decorates."""
     from botocore import exceptions
 
+    from fivefold.contract.s3.client import NO_CREDENTIALS
+
     try:
         yield
-    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as error:
+    except NO_CREDENTIALS as error:
         raise SettingsError(f"no credentials ({error}); set AWS_PROFILE, or log in with aws sso login") from error
     except exceptions.ClientError as error:
         code, status = error.response["Error"].get("Code", ""), error.response["ResponseMetadata"]["HTTPStatusCode"]
@@ -64,12 +66,26 @@ def translated_errors() -> Iterator[None]:
         raise RetryableError(f"SageMaker is not reached, the same command may succeed later: {error}") from error
 
 
+def delete_outputs(output: str, job: str) -> None:
+    """Deletes what `job` (empty: none) left below the URL `output`; raises a SettingsError where other objects lie."""
+    from fivefold.contract.s3.client import Store
+
+    store, url = Store(), parse(output, "sagemaker.output")
+    urls = [entry.url for entry in store.below(url)]
+    foreign = [place for place in urls if not job or not place.below(url).startswith(f"{job}/")]
+    if foreign:
+        raise SettingsError(
+            f"{foreign[0]} is there already, of a job that this folder of runs does not know: choose another run=, or "
+            f"remove {output}"
+        )
+    store.delete(urls)
+
+
 @dataclass
 class Client:
     """The service in one region. boto3 itself asks again where the service is away for a moment, or throttles."""
 
     sagemaker: Any
-    s3: Any
     logs: Any
     log_tokens: dict[str, str] = field(default_factory=dict)
     """How far each stream of logs was read."""
@@ -89,7 +105,7 @@ class Client:
             )
         logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found credentials
         config = Config(retries={"mode": "adaptive", "total_max_attempts": 5})
-        return cls(*(boto3.client(name, region_name=region, config=config) for name in ("sagemaker", "s3", "logs")))
+        return cls(*(boto3.client(name, region_name=region, config=config) for name in ("sagemaker", "logs")))
 
     @translated_errors()
     def start(self, request: Request) -> None:
@@ -111,21 +127,6 @@ class Client:
             return str(self.sagemaker.update_pipeline(**request)["PipelineArn"])
         token = f"{name}-{'0' * 32}"[:128]  # always the same: of two calls that create it at once one does
         return str(self.sagemaker.create_pipeline(**request, ClientRequestToken=token)["PipelineArn"])
-
-    @translated_errors()
-    def delete_outputs(self, output: str, job: str) -> None:
-        """Deletes what `job` (empty: none) left below the URL `output`; raises a SettingsError where other objects lie."""
-        url = parse(output, "sagemaker.output")
-        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=url.bucket, Prefix=f"{url.key}/")
-        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        foreign = [key for key in keys if not job or not key.startswith(f"{url.key}/{job}/")]
-        if foreign:
-            raise SettingsError(
-                f"s3://{url.bucket}/{foreign[0]} is there already, of a job that this folder of runs does not know: choose "
-                f"another run=, or remove {output}"
-            )
-        for key in keys:
-            self.s3.delete_object(Bucket=url.bucket, Key=key)
 
     def new_lines(self, job: str) -> list[str]:
         """Returns what a job has logged since the last call; nothing where its log may not be read, which is told once."""

@@ -16,7 +16,7 @@ from fivefold.contract.files import read_json, write_json
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
-from fivefold.launchers.sagemaker.client import Client, JobStatus
+from fivefold.launchers.sagemaker.client import Client, JobStatus, delete_outputs
 from fivefold.launchers.sagemaker.requests import Request, plain, root_of
 from fivefold.launchers.sagemaker.validation import check_cost, check_request, validated_requests
 from fivefold.launchers.scheduler import Scheduler
@@ -141,7 +141,7 @@ class TrainingJobs:
                     f"differ): choose another run=, or remove {output} and {path}"
                 )
         if status is None or status.exit_code:
-            self.client.delete_outputs(output, job)
+            delete_outputs(output, job)
             self.client.start(request)
             job = request["TrainingJobName"]
             write_json(path, {"job": job, "asked": identity})
