@@ -6,10 +6,6 @@ from fivefold.errors import SettingsError
 TABLE = {"cosine": 1, "step": 2, "plateau": 3}
 
 
-def test_a_known_name_gives_its_entry():
-    assert choose(TABLE, "schedule", "step") == 2
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [

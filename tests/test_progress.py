@@ -12,12 +12,9 @@ from fivefold.progress import duration, track
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0.0 s"),
         (4.24, "4.2 s"),
         (10, "10 s"),
-        (59.4, "59 s"),
         (59.6, "1 min 0 s"),
-        (200, "3 min 20 s"),
         (3599.9, "1 h 0 min"),
         (7500, "2 h 5 min"),
     ],

@@ -47,11 +47,6 @@ def test_what_cannot_work_is_refused(section: type, values: dict[str, Any], mess
         section.model_validate(values)
 
 
-def test_an_image_size_is_one_number_or_two():
-    assert Model(image_size=64).size == (64, 64)
-    assert Model(image_size=[224, 192]).size == (224, 192)
-
-
 def test_the_student_differs_only_where_it_says_so():
     settings = Settings.model_validate(
         {"train": {"lr": 0.01}, "distill": {"train": {"epochs": 3}, "model": {"dropout": 0.5}}}

@@ -183,10 +183,7 @@ class Predict(Section):
     file: str = Field("predictions.csv", description="predict: file name of the table of images and their classes")
     folder: str = Field("", description="predict: folder below the output in which each run makes a run_…; empty: none")
     rows: list[str] = Field(["train", "valid", "test"], description="predict, with SM_CHANNEL_FOLDS: rows to predict")
-    views: list[Spec] = Field(
-        ["plain"],
-        description="views to average: plain, flip, rotate (degrees), shift (x, y), scale (factor), five_crops (share)",
-    )
+    views: list[Spec] = Field(["plain"], description="views to average: plain, flip, rotate, shift, scale, five_crops")
 
     @model_validator(mode="after")
     def _check(self) -> "Predict":
@@ -200,9 +197,7 @@ class Predict(Section):
 
 
 class Ensemble(Section):
-    blend: Blend = Field(
-        "fitted", description="between systems; fitted: weights by out-of-fold logloss; greedy: selection"
-    )
+    blend: Blend = Field("fitted", description="between systems; fitted: weights by out-of-fold logloss")
     weights: dict[str, Any] = Field({}, description="of blend weighted: a number for each system, by its name")
     within: Literal["mean", "geometric", "rank", "vote"] = Field("mean", description="between the models of one system")
     submissions: list[str] = Field([], description="submission files that are systems too, as SM_CHANNEL_SUBMISSIONS")
@@ -241,9 +236,7 @@ class Distill(Section):
     @model_validator(mode="after")
     def _cools(self) -> "Distill":
         if self.temperature_decay < 1 and self.temperature_end >= self.temperature:
-            raise ValueError(
-                f"temperature={self.temperature} cannot fall to temperature_end={self.temperature_end}: the end is lower"
-            )
+            raise ValueError(f"temperature={self.temperature} cannot fall to temperature_end={self.temperature_end}")
         return self
 
 

@@ -111,7 +111,6 @@ def test_a_channel_that_is_gone_is_named(world, capsys):
     ("arguments", "code", "message"),
     [
         ([], 64, "trace takes one path"),
-        (["a", "b"], 64, "trace takes one path"),
         (["--chek"], 64, "trace takes one path"),
         (["{}/nowhere"], 66, "does not exist"),
         (["{}/data/train/a/1.png"], 66, "no stage left a record"),

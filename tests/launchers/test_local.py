@@ -20,6 +20,7 @@ from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import STATE, running_pid, status_of
+from fivefold.machine import GLIBC_TUNABLES
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -73,7 +74,7 @@ def test_a_step_sees_the_users_environment_less_what_the_contract_gives_a_meanin
     others = ["SM_CHANNEL_TRAIN", "SM_HPS", "SM_HP_LR", "FOLD", "fold", "STAGE", "RECIPE", "RUN", "SEED"]
     others += ["TRAIN__EPOCHS", "split__folds", "JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"]
     environ = users | dict.fromkeys(others, "1")
-    added = {"PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "20000", "SM_MODEL_DIR": "m"}
+    added = {"PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "20000", "GLIBC_TUNABLES": GLIBC_TUNABLES, "SM_MODEL_DIR": "m"}
     assert local.step_environment(step, environ) == users | added
     assert local.settings_variables(environ) == sorted(n for n in others if not n.startswith("SM_"))
 

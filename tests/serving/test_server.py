@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
+import torch  # noqa: F401  (the service imports it, which may take longer than a test waits)
 from PIL import Image
 
 from fivefold.data.images import decode

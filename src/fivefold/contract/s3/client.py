@@ -46,7 +46,7 @@ MAX_ATTEMPTS = 7
 MAX_WAIT = 12.0
 """Seconds between two tries, at most."""
 CONCURRENCY = 16
-READ_TIMEOUT = 20
+READ_TIMEOUT = 15
 """A call that hears nothing for so many seconds has failed."""
 PARTS = TransferConfig(
     multipart_threshold=8 << 20, multipart_chunksize=8 << 20, max_concurrency=CONCURRENCY, num_download_attempts=1
