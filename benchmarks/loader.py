@@ -70,7 +70,7 @@ def cached_images(request: dict[str, Any]) -> Any:
     from fivefold.assemble import image_set
     from fivefold.contract.stages import CLASSES, FOLDS
     from fivefold.data.folds import read_folds
-    from fivefold.data.image_cache import Source, cached_once
+    from fivefold.data.image_cache import cached_once, files_of
     from fivefold.data.images import pixels_of
     from fivefold.data.store import open_store
     from fivefold.settings import arguments_layer, load
@@ -81,10 +81,10 @@ def cached_images(request: dict[str, Any]) -> Any:
     split, store = Path(request["split"]), open_store(Path(request["photos"]))
     table = read_folds(split / FOLDS, split / CLASSES)
     rows = np.arange(len(table))
-    source = Source(store, table.paths_of(rows), table.sha256_of(rows))
-    cache = cached_once(Path(request["caches"]), source, pixels_of(settings.data), settings.data.cache_gib)
+    files = files_of(store, table.paths_of(rows), table.sha256_of(rows))
+    cache = cached_once(Path(request["caches"]), files, pixels_of(settings.data), settings.data.cache_gib)
     assert cache is not None, f"no room for the image cache in {request['caches']}"
-    return image_set(replace(store, caches=(cache,)), table, rows, settings, training=True)
+    return image_set(replace(store, caches=[cache]), table, rows, settings, training=True)
 
 
 if __name__ == "__main__":
