@@ -224,7 +224,7 @@ def spoilt(world: Path, folder: Path, what: str) -> dict[str, str]:
     ("what", "arguments", "code", "message"),
     [
         ("", ["export.format=onyx"], 64, "unknown format 'onyx'; did you mean 'onnx'?"),
-        ("", ["export.file=../model.onnx"], 64, "not the name of a file"),
+        ("", ["export.file=../model.onnx"], 64, "'../model.onnx'"),
         ("", ["export.format=pth"], 64, "format=pth holds one network, and there are 2"),
         ("", ["FOLD=2"], 64, "FOLD=2: no model below the channel 'model'"),
         ("size", [], 64, "take images of different sizes ((10, 12), (16, 16))"),
