@@ -91,7 +91,7 @@ def test_defect_product_every_key_is_read_by_some_code():
 
 @pytest.mark.parametrize(
     ("source", "key"),
-    [("assemble.py", "train.clip"), ("split.py", "split.stratify"), ("ensemble.py", "ensemble.submissions")],
+    [("assemble.py", "train.clip"), ("splitting.py", "split.stratify"), ("ensemble.py", "ensemble.submissions")],
 )
 def test_a_key_whose_reader_is_gone_is_missed(source: str, key: str):
     assert key in all_read()
