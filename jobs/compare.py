@@ -20,6 +20,7 @@ from fivefold.evaluation.comparison import Experiment
 from fivefold.inference.submitted import has_ids, names_classes_alone, read_submitted, system_name
 from fivefold.predictions import mean_by_id
 from fivefold.recipe import Settings
+
 from .outcome import Outcome
 
 log = logging.getLogger("fivefold")

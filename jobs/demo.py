@@ -15,6 +15,7 @@ import numpy as np
 from fivefold.contract.files import atomic, read_json, write_json
 from fivefold.progress import track
 from fivefold.settings import normal_key
+
 from . import submit
 
 log = logging.getLogger("fivefold")

@@ -36,6 +36,7 @@ from fivefold.inference.systems import Rule, Score, System, join, judge_holdout,
 from fivefold.inference.tables import save_predictions
 from fivefold.predictions import Predictions, in_class_order
 from fivefold.recipe import Ensemble, Settings, Spec
+
 from .description import description
 from .images import open_images
 from .outcome import Outcome

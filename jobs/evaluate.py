@@ -14,6 +14,7 @@ from fivefold.errors import MissingInputError
 from fivefold.evaluation import report, tables
 from fivefold.evaluation.metrics import full_report
 from fivefold.recipe import Settings
+
 from .outcome import Outcome
 from .scoring import Evidence
 

@@ -7,6 +7,7 @@ from fivefold.contract.job import Job
 from fivefold.contract.stages import OUTPUT
 from fivefold.evaluation.truth import read_answers, read_cells, read_truth, score_answers, truth_file
 from fivefold.recipe import Settings
+
 from .outcome import Outcome
 
 log = logging.getLogger("fivefold")

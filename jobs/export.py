@@ -14,6 +14,7 @@ from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
 from fivefold.members import load_member
 from fivefold.recipe import Settings
+
 from .outcome import Outcome
 
 log = logging.getLogger("fivefold")

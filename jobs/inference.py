@@ -13,6 +13,7 @@ from fivefold.inference.ensemble import check_same
 from fivefold.inference.product import needs_product, product_of
 from fivefold.inference.tables import save_predictions
 from fivefold.recipe import Settings
+
 from .ensemble import by_system, check_submission, described, predict_each, submit, table_of
 from .outcome import Outcome
 

@@ -23,6 +23,7 @@ from fivefold.machine import keep_freed_memory
 from fivefold.predictions import ROWS_A_GROUP, TableFile, TableWriter, open_table, sample
 from fivefold.progress import track
 from fivefold.recipe import Settings
+
 from .description import description
 from .outcome import Outcome
 

@@ -26,6 +26,7 @@ from fivefold.launchers.plan import new_run_name
 from fivefold.members import ImageFiles
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
+
 from .images import open_images
 from .outcome import Outcome
 

@@ -14,6 +14,7 @@ from fivefold.data.folds import read_folds
 from fivefold.data.images import is_image, pixels_of
 from fivefold.data.store import open_store
 from fivefold.recipe import Settings
+
 from .outcome import Outcome
 
 log = logging.getLogger("fivefold")

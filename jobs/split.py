@@ -22,6 +22,7 @@ from fivefold.data.store import ImageStore, open_store
 from fivefold.data.summary import as_text, class_file, log_summary, summarise
 from fivefold.recipe import Data, Settings, Split
 from fivefold.settings import key_settings
+
 from .outcome import Outcome
 
 log = logging.getLogger("fivefold")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from fivefold.contract.job import Job
 from fivefold.contract.stages import STAGES
 from fivefold.recipe import Settings
+
 from . import split, train_fold
 from .outcome import Outcome
 
