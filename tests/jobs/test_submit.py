@@ -84,7 +84,7 @@ def test_a_dry_run_runs_nothing_and_its_commands_can_be_pasted(data: Path, capsy
     printed = capsys.readouterr().out
     assert not runs.exists()
     assert f"SM_CHANNEL_GROUND_TRUTH={data / 'test' / 'gt.csv'}" in printed
-    assert printed.count(" -m jobs train-fold ") == 3
+    assert printed.count(" -m fivefold.jobs train-fold ") == 3
 
     block = printed.split("\n\n")[1]
     assert block.startswith("# split\n")

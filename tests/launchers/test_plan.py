@@ -153,5 +153,5 @@ def test_names() -> None:
 def test_the_description_quotes_for_a_shell() -> None:
     text = describe(plan_of(inputs=Inputs(train="my images")), "python")
     assert "SM_CHANNEL_TRAIN='my images' \\\n" in text
-    assert "python -m jobs train-fold recipe=demo FOLD=2" in text
+    assert "python -m fivefold.jobs train-fold recipe=demo FOLD=2" in text
     assert "# no eval=" in text
