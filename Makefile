@@ -19,7 +19,7 @@ FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
 FOR_ALL := $(VENV)/.set-up-all-$(call content,requirements.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo systems bench test test-slow test-docker image manifests check lock clean
+.PHONY: help demo systems bench test test-slow test-docker test-lowest image manifests check lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ test-slow: $(FOR_ALL) ## the tests that take minutes
 
 test-docker: $(FOR_ALL) ## the image on a Docker engine; after `make image`
 	@FIVEFOLD_IMAGE=$(IMAGE) BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest -m docker
+
+test-lowest: $(FOR_RUNS) ## the demo with the lowest versions that pyproject.toml allows, in build/lowest
+	@$(BIN)/python -m pip install --disable-pip-version-check -q uv
+	@$(BIN)/uv venv --quiet --clear --python $(PYTHON) build/lowest
+	@$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct .
+	@cd build/lowest && bin/fivefold demo train.epochs=1
 
 image: ## the one image of all stages; IMAGE=fivefold:latest BASE_IMAGE=python:3.11-slim
 	docker build -f docker/Dockerfile -t $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \

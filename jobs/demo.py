@@ -29,8 +29,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{__doc__.strip()}\n\n{submit.usage()}")
         return 0
     write_digits(DATA)
+    defaults = ["recipe=demo", "run=demo", f"train={DATA / 'train'}", f"eval={DATA / 'test'}"]
+    if any(argument.startswith("train.epochs=") for argument in arguments):
+        defaults.append("train.warmup_epochs=0")  # the recipe's warm-up is longer than a short trial
     # of a key given twice submit takes the last one: the user's
-    return submit.main(["recipe=demo", "run=demo", f"train={DATA / 'train'}", f"eval={DATA / 'test'}", *arguments])
+    return submit.main([*defaults, *arguments])
 
 
 def write_digits(folder: Path) -> None:

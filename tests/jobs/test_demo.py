@@ -62,3 +62,11 @@ def test_files_are_written_once_and_again_where_they_were_half_written(folder: P
     (tmp_path / "test" / "gt.csv").unlink()
     demo.write_digits(tmp_path)
     assert tree_sha256(tmp_path) == tree_sha256(folder)
+
+
+def test_demo_of_one_epoch_has_no_warm_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(["train.epochs=1", "--dry-run"]) == 0
+    assert "train.warmup_epochs=0 train.epochs=1" in capsys.readouterr().out
