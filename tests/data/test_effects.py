@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.data.effects import (
-    brightness,
-    centre_crop_pixels,
     coarse_dropout,
     grid_distortion,
     linear_colour_jitter,
@@ -65,19 +63,6 @@ def test_sharpening_leaves_flat_images_alone_and_widens_an_edge():
     row = unsharp_mask(edge, 7, 1.5, 1.5, 0)[0, 0].int()
     assert row[99] < 128 < 160 < row[100]
     assert (row[50], row[150]) == (128, 160)
-
-
-def test_brightness_moves_every_value_and_stops_at_the_ends():
-    image = torch.tensor([0, 50, 51, 200, 255], dtype=torch.uint8).expand(3, 1, 5)
-    assert brightness(image, -0.2)[0, 0].tolist() == [0, 0, 0, 149, 204]
-    assert brightness(image, 0.2)[0, 0].tolist() == [51, 101, 102, 251, 255]
-
-
-def test_a_crop_of_fixed_pixels_is_the_middle_with_black_borders_where_the_image_is_smaller():
-    assert torch.equal(centre_crop_pixels(IMAGE, 20, 10), IMAGE[:, 10:30, 10:20])
-    padded = centre_crop_pixels(IMAGE, 50, 34)
-    assert torch.equal(padded[:, 5:45, 2:32], IMAGE)
-    assert (padded.shape, padded.sum()) == ((3, 50, 34), IMAGE.sum())
 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 33), (1, 1)])
