@@ -43,11 +43,7 @@ def test_a_table_that_never_changes_has_no_correlation():
 def test_rows_and_classes_are_matched_by_name_and_whoever_has_none_is_named():
     turned = table(FIRST[::-1][:, [2, 0, 1]], ("c", "a", "b"))
     turned = Predictions(turned.ids[::-1], turned.fold, "s", turned.classes, turned.log_probs)
-    given = [
-        Experiment("x", "x.csv", table=table(FIRST)),
-        Experiment("none", "z"),
-        Experiment("y", "y.csv", table=turned),
-    ]
+    given = [Experiment("x", "x", table=table(FIRST)), Experiment("none", "z"), Experiment("y", "y", table=turned)]
     found, notes = pairs(given)
     assert found.names == {1: "x", 3: "y"}
     np.testing.assert_allclose(found.agreement, 1)
