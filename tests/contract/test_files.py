@@ -32,15 +32,12 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_file_comes_with_its_folders_and_a_block_that_fails_leaves_what_was_there(tmp_path: Path):
-    write_text(tmp_path / "a" / "b" / "t.txt", "größe")
-    with (
-        pytest.raises(TypeError),
-        atomic(tmp_path / "a" / "b" / "t.txt") as temporary,
-        open(temporary, "w") as file,
-    ):
+    path = tmp_path / "a" / "b" / "t.txt"
+    write_text(path, "größe")
+    with pytest.raises(TypeError), atomic(path) as temporary, open(temporary, "w") as file:
         file.writelines(["half", None])
-    assert (tmp_path / "a" / "b" / "t.txt").read_bytes() == "größe".encode()
-    assert names(tmp_path / "a" / "b") == ["t.txt"]
+    assert path.read_bytes() == "größe".encode()
+    assert names(path.parent) == ["t.txt"]
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b'"\xff"'])
@@ -171,14 +168,9 @@ def test_a_digest_takes_names_that_are_no_unicode_and_many_files(tmp_path: Path)
     assert tree_sha256(folder) != before
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "..", "a/b/../../../root2/x"])
-def test_a_path_that_leads_out_is_refused(name: str, tmp_path: Path):
-    with pytest.raises(DataError, match="leads out of"):
-        below(tmp_path / "root", name)
-
-
-@pytest.mark.parametrize(
-    ("name", "path"), [("a/b", "a/b"), ("a/../b", "b"), ("./a", "a"), ("..a/b..", "..a/b.."), ("", ".")]
-)
-def test_a_path_inside_is_given(name: str, path: str, tmp_path: Path):
-    assert below(tmp_path, name) == tmp_path / path
+def test_a_path_inside_is_given_and_one_that_leads_out_refused(tmp_path: Path):
+    for name, path in {"a/b": "a/b", "a/../b": "b", "./a": "a", "..a/b..": "..a/b..", "": "."}.items():
+        assert below(tmp_path, name) == tmp_path / path
+    for name in ("../x", "a/../../x", "/etc/passwd", "..", "a/b/../../../root2/x"):
+        with pytest.raises(DataError, match="leads out of"):
+            below(tmp_path / "root", name)

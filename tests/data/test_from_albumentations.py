@@ -17,7 +17,6 @@ from albumentations.augmentations.pixel import functional as pixel
 from fivefold.data.effects import (
     brightness,
     centre_crop_pixels,
-    coarse_dropout,
     stretched,
     unsharp_mask,
 )
@@ -85,18 +84,3 @@ def test_noise_has_the_same_moments():
     other = theirs(transform, grey)
     assert (float(ours.mean()), other.mean()) == (pytest.approx(128, abs=0.6), pytest.approx(128, abs=0.6))
     assert (float(ours.std()), other.std()) == (pytest.approx(25.5, rel=0.03), pytest.approx(25.5, rel=0.03))
-
-
-def test_holes_cover_the_same_share():
-    white = torch.full((3, 96, 72), 255, dtype=torch.uint8)
-    transform = A.Compose([A.CoarseDropout((8, 8), (16, 16), (16, 16), fill=0, p=1)], seed=0)
-    torch.manual_seed(0)
-    ours = np.mean([(coarse_dropout(white, (8, 8), (16, 16), (16, 16), 0) == 0).float().mean() for _ in range(300)])
-    other = np.mean([(theirs(transform, white) == 0).mean() for _ in range(300)])
-    assert ours == pytest.approx(other, abs=0.01)
-
-
-def test_a_smaller_image_is_close_where_it_is_smooth():
-    """Ours averages over the pixels that it leaves out (antialiasing), theirs does not."""
-    away = distance(build_transforms(["resize"], (48, 36))(SMOOTH), theirs(A.Resize(48, 36), SMOOTH))
-    assert away.mean() < 3

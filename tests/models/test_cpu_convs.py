@@ -1,10 +1,9 @@
-"""Quick convolutions: torch's own outputs, its gradients for every geometry and type, and the curve of a training as it was."""
+"""Quick convolutions: torch's own outputs, and its gradients for every geometry and type."""
 
 import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 from timm.layers import Conv2dSame
 from torch import nn
@@ -202,37 +201,3 @@ def test_grouped_ones_keep_names_and_parameters_and_those_that_are_quick_in_bf16
     assert len(differing) == 4
     assert all(new.__mro__[1:3] == (InFloat32, old) for new, old in differing)
     assert [type(module) for module in copy.deepcopy(changed).modules()] == kinds
-
-
-def curve(network: nn.Module, bf16: bool, steps: int = 15) -> torch.Tensor:
-    """The losses of a short training by SGD on the same drawn batches."""
-    model = copy.deepcopy(network)
-    optimizer, drawn, losses = torch.optim.SGD(model.parameters(), 0.05, 0.9), torch.Generator().manual_seed(1), []
-    for _ in range(steps):
-        codes = torch.randint(0, 3, (20,), generator=drawn)
-        images = torch.randn(20, 3, 24, 24, generator=drawn) + codes[:, None, None, None]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = F.cross_entropy(model(images).float(), codes)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-def test_the_loss_curve_is_torchs():
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 48, 1), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 48, 7, 1, 3, groups=48), nn.BatchNorm2d(48), nn.ReLU(),
-        nn.Conv2d(48, 48, 5, 2, 2, groups=16), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 48, 3, 1, 1, groups=48),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 3),
-    )  # fmt: skip
-    exact, half = (curve(network, bf16) for bf16 in (False, True))
-    quick = quicken(copy.deepcopy(network), amx=True)
-    grouped = curve(groups_in_float32(copy.deepcopy(network)), bf16=True)
-    ours, ours_half = (curve(quick, bf16) for bf16 in (False, True))
-    assert exact[-1] < exact[0] / 2, "it learns"
-    assert float((ours - exact).abs().max()) < 1e-4
-    for curve_of_ours in (ours_half, grouped):
-        assert not torch.equal(curve_of_ours, half), "the gradients come of other kernels"
-        assert float((curve_of_ours - exact).abs().max()) <= max(2 * float((half - exact).abs().max()), 0.01)

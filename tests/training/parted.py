@@ -73,9 +73,7 @@ def images_in(
 
 
 def settings_of(case: dict[str, Any]) -> Settings:
-    chosen = {
-        key: value for key, value in case.items() if key not in ("mix", "meta", "network", "unlabelled", "taught")
-    }
+    chosen = {key: case[key] for key in case.keys() - {"mix", "meta", "network", "unlabelled", "taught"}}
     return Settings(
         model=Model(**(case.get("network", PLAIN) | {"image_size": SIZE, "meta": case.get("meta", [])})),
         augment=Augment(mix=case.get("mix", "none"), mix_alpha=0.7),
@@ -131,17 +129,11 @@ def predicted(folder: Path, count: int, replicas: Replicas = BY_ITSELF) -> dict[
 
 def stopped_and_gone_on(folder: Path, kept: Path, replicas: Replicas) -> dict[str, Any]:
     """A run of which the last process alone is told to stop in a step, and goes on from the first one's checkpoint."""
-    case = OTHERS["norms"]
+    case, is_last = OTHERS["norms"], replicas.place.rank == replicas.place.world - 1
     told = 0
     with noted():
         try:
-            trained(
-                folder,
-                case,
-                replicas,
-                Checkpoints(kept),
-                stop=6 if replicas.place.rank == replicas.place.world - 1 else 0,
-            )
+            trained(folder, case, replicas, Checkpoints(kept), stop=6 if is_last else 0)
         except StoppedError as error:
             told = error.number
     torch.manual_seed(99)  # whatever a new process has
