@@ -50,21 +50,6 @@ def seen(bucket: Bucket, url: Url) -> dict[str, bytes]:
     return {each.name: bucket.read(each.object.url.key) for each in attempts.visible(store, url, store.below(url))}
 
 
-def test_large_files_move_in_parts_and_arrive_whole(bucket, url, tmp_path, monkeypatch):
-    path = tmp_path / "weights"
-    path.write_bytes(os.urandom(20 * MIB + 1))
-    proxy = Proxy(bucket.endpoint)
-    with proxy.listening() as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        store = Store()
-        store.upload([(path, url / "weights")], "up")
-        (found,) = store.below(url)
-        store.download([Download(found, tmp_path / "back")], "down")
-    assert (tmp_path / "back").read_bytes() == path.read_bytes()
-    assert sum("partNumber=" in request.path for request in proxy.requests) == 3
-    assert found.etag.endswith('-3"'), "no digest of the file"
-
-
 def test_an_object_that_changes_while_it_is_read_is_not_taken_for_whole(bucket, url, tmp_path, monkeypatch):
     bucket.write((url / "x").key, b"a" * 20 * MIB)
     store = Store()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedGroupKFold
 
@@ -168,23 +170,14 @@ def test_products_are_divided_like_rows() -> None:
     assert set(fold[products == count - 1]) == {fold[0]}
 
 
-def connected(groups: np.ndarray, pictures: np.ndarray) -> np.ndarray:
-    """Connected components of rows, by spreading the smallest row number until nothing changes."""
-    found, before = np.arange(len(groups)), None
-    while before is None or (found != before).any():
-        before = found.copy()
-        for keys in (groups, pictures):
-            for key in np.unique(keys):
-                found[keys == key] = found[keys == key].min()
-    return found
-
-
 @pytest.mark.parametrize("rows", [20, 60, 200])
 def test_groups_that_share_a_picture_stay_together(rows: int) -> None:
     generator = np.random.default_rng(rows)
     groups, pictures = generator.integers(0, rows // 2, rows), generator.integers(0, rows * 2, rows)
     fold, _ = divide(generator.integers(0, 3, rows), groups, pictures, Split(folds=3))
-    assert are_whole(connected(groups, pictures), fold)
+    shape = (rows * 3, rows * 3)
+    links = coo_matrix((np.ones(rows), (groups, rows + pictures)), shape)
+    assert are_whole(connected_components(links, directed=False)[1][groups], fold)
 
 
 def test_duplicates_are_found_in_digests_and_in_strings() -> None:

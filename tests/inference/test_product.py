@@ -115,16 +115,11 @@ def test_tables_are_joined_by_id_and_name_with_the_label_that_their_parts_make()
     assert (found.classes, found.system) == (FACTORS.classes, "masks × ages")
     expected = masks.log_probs[0, masks.classes.index("normal+female")] + ages.log_probs[0, ages.classes.index("<60")]
     assert found.log_probs[0, FACTORS.classes.index("16")] == pytest.approx(expected, abs=1e-5)
+    joined = two().joined([System("masks", 5, 1, masks, masks), System("ages", 5, 1, ages, None)])
+    assert (joined.name, joined.models, joined.holdout) == ("masks × ages", 10, None), "no holdout where one has none"
+    assert list(joined.oof.labels) == classes
     with pytest.raises(DataError, match=r"name other rows: .*'d'"):
         two().table({"masks": masks, "ages": ages.take(np.arange(3))})
-
-
-def test_systems_become_one_whose_tables_are_there_where_all_have_theirs() -> None:
-    masks = table("masks", list("ab"), ("mask", "gender"), ["0", "1"])
-    ages = table("ages", list("ab"), ("age",), ["0", "1"])
-    found = two().joined([System("masks", 5, 1, masks, masks), System("ages", 5, 1, ages, None)])
-    assert (found.name, found.models, found.holdout) == ("masks × ages", 10, None)
-    assert list(found.oof.labels) == ["0", "1"]
 
 
 @pytest.mark.parametrize(
