@@ -36,33 +36,17 @@ def test_without_any_variable_the_folders_of_sagemaker_are_used(base: Path, tmp_
     assert (found.output_data_dir, found.checkpoint_dir) == (base / "output/data", base / "checkpoints")
 
 
-def test_a_variable_that_is_set_is_never_overwritten(base: Path, tmp_path: Path):
-    own = {
-        name: str(tmp_path / name)
-        for name in ("SM_MODEL_DIR", "SM_OUTPUT_DIR", "SM_OUTPUT_DATA_DIR", "SM_CHECKPOINT_DIR")
-    }
-    own["SM_CHANNEL_TRAIN"] = str(tmp_path)
-    found = job("train-fold", own | {"SAGEMAKER_BASE_DIR": str(base)}, tmp_path)
-    assert found.channels == {"train": tmp_path, "folds": base / "input/data/folds"}
-    assert found.model_dir == tmp_path / "SM_MODEL_DIR"
-    assert found.output_dir == tmp_path / "SM_OUTPUT_DIR"
-    assert found.output_data_dir == tmp_path / "SM_OUTPUT_DATA_DIR"
-    assert found.checkpoint_dir == tmp_path / "SM_CHECKPOINT_DIR"
-
-
-def test_an_empty_variable_is_one_that_is_not_set(base: Path, tmp_path: Path):
-    empty = {"SM_MODEL_DIR": "", "SM_CHANNEL_TRAIN": "", "SM_GROUND_TRUTH_DIR": "", "SM_CHANNEL_FOLDS": ""}
+def test_a_variable_that_is_set_is_never_overwritten_and_an_empty_one_is_not_set(base: Path, tmp_path: Path):
+    names = ("SM_MODEL_DIR", "SM_OUTPUT_DIR", "SM_OUTPUT_DATA_DIR", "SM_CHECKPOINT_DIR", "SM_CHANNEL_TRAIN")
+    environ = {"SAGEMAKER_BASE_DIR": str(base), **{name: str(tmp_path / name) for name in names}}
+    found = job("train-fold", environ, tmp_path)
+    folders = [found.model_dir, found.output_dir, found.output_data_dir, found.checkpoint_dir, found.channels["train"]]
+    assert folders == [tmp_path / name for name in names]
+    empty = dict.fromkeys([*names, "SM_GROUND_TRUTH_DIR", "SM_CHANNEL_FOLDS"], "")
     found = job("train-fold", empty | {"SAGEMAKER_BASE_DIR": str(base)}, tmp_path)
-    assert found.model_dir == base / "model"
-    assert set(found.channels) == {"train", "folds"}
+    assert (found.model_dir, set(found.channels)) == (base / "model", {"train", "folds"})
     found = job("train-fold", empty | {"SAGEMAKER_BASE_DIR": ""}, tmp_path)
     assert (found.model_dir, found.channels) == (None, {})
-
-
-def test_without_folders_checkpoints_lie_beside_the_model(tmp_path: Path):
-    found = job("train-fold", {"SM_MODEL_DIR": str(tmp_path / "fold-0" / "model")}, tmp_path)
-    assert found.checkpoint_dir == tmp_path / "fold-0" / "checkpoints"
-    assert job("split", {}, tmp_path).checkpoint_dir is None
 
 
 def test_channels_are_known_by_plain_names(base: Path, tmp_path: Path):
@@ -89,22 +73,27 @@ def test_a_missing_channel_is_told_with_its_variable(tmp_path: Path):
     with pytest.raises(MissingInputError, match=r"channel 'folds': .*/no does not exist; check SM_CHANNEL_FOLDS"):
         found.optional_channel("folds")
     assert found.optional_channel("weights") is None
-
-
-def test_an_optional_channel_that_is_given_must_exist_before_any_work(tmp_path: Path):
     environ = {"SM_CHANNEL_EVAL": str(tmp_path / "no"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}
     with pytest.raises(MissingInputError, match="channel 'eval'"):
-        job("evaluate", environ, tmp_path).probe()
+        job("evaluate", environ, tmp_path).probe()  # an optional one that is given must exist before any work
 
 
 def test_outputs_that_are_not_given_are_settings_errors(tmp_path: Path):
-    channels = {"SM_CHANNEL_TRAIN": str(tmp_path), "SM_CHANNEL_FOLDS": str(tmp_path)}
-    with pytest.raises(SettingsError, match="writes its model to SM_MODEL_DIR, which is not set"):
-        job("train-fold", channels, tmp_path).probe()
-    with pytest.raises(SettingsError, match="writes to SM_OUTPUT_DATA_DIR, which is not set"):
-        job("train-fold", channels | {"SM_MODEL_DIR": str(tmp_path / "m")}, tmp_path).probe()
-    with pytest.raises(SettingsError, match="split writes to SM_OUTPUT_DATA_DIR"):
-        job("split", channels, tmp_path).probe()
+    environ = {"SM_CHANNEL_TRAIN": str(tmp_path), "SM_CHANNEL_FOLDS": str(tmp_path)}
+    with_model = environ | {"SM_MODEL_DIR": str(tmp_path / "fold-0" / "model")}
+    for stage, given, name in (
+        ("train-fold", environ, "SM_MODEL_DIR"),
+        ("train-fold", with_model, "SM_OUTPUT_DATA_DIR"),
+        ("split", environ, "SM_OUTPUT_DATA_DIR"),
+    ):
+        with pytest.raises(SettingsError, match=f"{name}, which is not set"):
+            job(stage, given, tmp_path).probe()
+    with pytest.raises(SettingsError, match="SM_OUTPUT_DATA_DIR, which is not set"):
+        job("train-fold", with_model, tmp_path).output()
+    assert job("train", with_model, tmp_path).output() == tmp_path / "fold-0/model/output"
+    assert job("train", with_model | {"SM_OUTPUT_DATA_DIR": "/o"}, tmp_path).output() == Path("/o")
+    assert job("train-fold", with_model, tmp_path).checkpoint_dir == tmp_path / "fold-0" / "checkpoints"
+    assert job("split", {}, tmp_path).checkpoint_dir is None
 
 
 def test_the_record_stands_with_the_model_or_else_with_the_data(tmp_path: Path):
@@ -114,24 +103,13 @@ def test_the_record_stands_with_the_model_or_else_with_the_data(tmp_path: Path):
     assert folders == {name: Path("/m" if name in with_model else "/o") for name in STAGES}
 
 
-def test_a_stage_may_keep_its_output_in_the_model_when_no_other_place_is_given(tmp_path: Path):
-    assert job("train", {"SM_MODEL_DIR": "/m"}, tmp_path).output() == Path("/m/output")
-    assert job("train", {"SM_MODEL_DIR": "/m", "SM_OUTPUT_DATA_DIR": "/o"}, tmp_path).output() == Path("/o")
-    with pytest.raises(SettingsError, match="SM_OUTPUT_DATA_DIR, which is not set"):
-        job("train-fold", {"SM_MODEL_DIR": "/m"}, tmp_path).output()
-
-
 @pytest.mark.parametrize("name", ["SM_CHANNEL_TRAIN", "SM_OUTPUT_DATA_DIR"])
 @pytest.mark.parametrize("url", ["gs://bucket/x", "https://bucket/x", "s3://", "s3:///x", "s3://a/../b"])
 def test_a_url_never_becomes_a_folder_of_that_name(name: str, url: str, tmp_path: Path):
     with pytest.raises(SettingsError, match=name):
         job("split", {name: url}, tmp_path)
-
-
-def test_urls_of_what_a_stage_does_not_read_or_write_are_never_asked_for(tmp_path: Path):
-    found = job("split", {"SM_CHANNEL_MODEL": "s3://bucket/x", "SM_MODEL_DIR": "s3://bucket/y"}, tmp_path)
-    assert "model" not in found.channels
-    assert found.model_dir is None
+    found = job("split", {"SM_CHANNEL_MODEL": url, "SM_MODEL_DIR": url}, tmp_path)  # which it does not ask for
+    assert ("model" in found.channels, found.model_dir) == (False, None)
 
 
 def test_pipe_mode_is_refused(base: Path, tmp_path: Path):
@@ -159,18 +137,14 @@ def test_hyperparameters_of_all_three_kinds(base: Path):
     assert hyperparameters(environ) == {"train.epochs": "1", "train.lr": 2, "train.clip": "3", "run": "a"}
 
 
-def test_hyphens_of_hyperparameters_are_underscores_and_empty_ones_are_not_set(base: Path):
-    environ = configured(base, "hyperparameters", {"train__batch-size": "8"})
+def test_hyphens_of_hyperparameters_are_underscores_and_empty_ones_and_the_services_are_not_set(base: Path):
+    service = {"sagemaker_program": '"x"', "SAGEMAKER_REGION": "x", "_tuning_objective_metric": "y"}
+    environ = configured(base, "hyperparameters", {"train__batch-size": "8", **service})
+    environ["SM_HP_SAGEMAKER_JOB_NAME"] = "z"
     assert hyperparameters(environ) == {"train__batch_size": "8"}
     assert hyperparameters(environ | {"SM_HP_TRAIN__BATCH-SIZE": "16"}) == {"train__batch_size": "16"}
     assert hyperparameters(environ | {"SM_HP_TRAIN__BATCH_SIZE": ""}) == {"train__batch_size": "8"}
     assert hyperparameters({"SM_HP_RUN": "", "SM_HPS": ""}) == {}
-
-
-def test_hyperparameters_of_the_service_are_not_ours(base: Path):
-    names = {"sagemaker_program": '"x"', "SAGEMAKER_REGION": "x", "_tuning_objective_metric": "y", "fold": "2"}
-    environ = configured(base, "hyperparameters", names) | {"SM_HP_SAGEMAKER_JOB_NAME": "z"}
-    assert hyperparameters(environ) == {"fold": "2"}
 
 
 def test_the_failure_file_has_its_folder_only_where_a_platform_names_one(base: Path):

@@ -19,9 +19,8 @@ def test_a_stage_that_is_told_its_run_has_the_variables_that_a_plan_gives_it(tmp
     data.mkdir()
     (data / "test.csv").write_text("ID,img_path\n")
     (data / "gt.csv").write_text("ID,label\n")
-    plan = make_plan(
-        Inputs(train="/data", eval=str(data), ground_truth=str(data / "gt.csv")), (), "first", str(run.parent), "demo"
-    )
+    inputs = Inputs(train="/data", eval=str(data), ground_truth=str(data / "gt.csv"))
+    plan = make_plan(inputs, (), "first", str(run.parent), "demo")
     for name in ("split", "ensemble"):
         (run / name / "output").mkdir(parents=True)
     given = {"SM_CHANNEL_TRAIN": "/data", "SM_CHANNEL_EVAL": str(data)}
@@ -40,11 +39,10 @@ def test_what_is_said_is_left_as_it_is(tmp_path: Path):
     found = filled("train-fold", tmp_path / "first", 2, **own)
     assert (found["SM_MODEL_DIR"], found["SM_CHANNEL_FOLDS"]) == ("/m", "/f")
     assert found["SM_OUTPUT_DATA_DIR"] == str(tmp_path / "first" / "fold-2" / "output"), "an empty one is not set"
-
-
-def test_folders_of_the_platform_are_not_covered_by_the_run(tmp_path: Path):
     own = {"SAGEMAKER_BASE_DIR": str(tmp_path / "ml")}
-    assert filled("train-fold", tmp_path / "first", 0, **own) == own
+    assert filled("train-fold", tmp_path / "first", 0, **own) == own, "nor are the platform's folders covered"
+    with pytest.raises(SettingsError, match="which fold"):
+        filled("train-fold", tmp_path)
 
 
 def test_what_a_stage_can_do_without_is_taken_where_it_is(tmp_path: Path):
@@ -53,9 +51,7 @@ def test_what_a_stage_can_do_without_is_taken_where_it_is(tmp_path: Path):
     (run / "split" / "output").mkdir(parents=True)
     assert set(filled("evaluate", run)) >= {"SM_CHANNEL_FOLDS", "SM_CHANNEL_MODEL"}
     assert "SM_CHANNEL_PREDICTIONS" not in filled("evaluate", run)
-    assert filled("train-fold", tmp_path / "no", 0)["SM_CHANNEL_FOLDS"] == f"{tmp_path}/no/split/output", (
-        "it needs that"
-    )
+    assert filled("train-fold", tmp_path / "no", 0)["SM_CHANNEL_FOLDS"] == f"{tmp_path}/no/split/output"
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../other", "/tmp/x"])
@@ -63,11 +59,6 @@ def test_a_run_whose_name_leads_elsewhere_is_refused(name: str):
     with pytest.raises(SettingsError, match="a name alone, without '/'"):
         run_at("runs", name)
     assert run_at("s3://bucket/runs/", "first") == "s3://bucket/runs/first"
-
-
-def test_a_fold_that_is_not_named_has_no_folder(tmp_path: Path):
-    with pytest.raises(SettingsError, match="which fold"):
-        filled("train-fold", tmp_path)
 
 
 def test_runs_may_be_in_a_bucket(bucket):

@@ -45,15 +45,14 @@ def test_what_is_written_comes_back(table: FoldTable, tmp_path: Path) -> None:
     stored = pq.read_table(tmp_path / "folds.parquet")
     assert stored.schema.equals(pa.schema(COLUMNS))
     assert stored.column("label").to_pylist()[:4] == list(CLASSES)
+    write_folds(tmp_path / "again", read_folds(tmp_path / "folds.parquet"))
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "folds.parquet").read_bytes()
+    write_json(tmp_path / "classes.json", {"classes": [*CLASSES[:1], "extra", *CLASSES[1:]]})
+    found = read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
+    assert (found.labels() == table.labels()).all(), "a class without rows stays a class"
 
 
-def test_the_same_table_is_the_same_bytes(table: FoldTable, tmp_path: Path) -> None:
-    write_folds(tmp_path / "1", table)
-    write_folds(tmp_path / "2", read_folds(tmp_path / "1"))
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-
-
-def test_rows_of_folds(table: FoldTable) -> None:
+def test_rows_of_folds_and_of_parts(table: FoldTable) -> None:
     assert table.num_folds == 3
     assert table.aside_rows().tolist() == [20, 21, 22, 23]
     assert sorted(np.concatenate([table.valid_rows(fold) for fold in range(3)]).tolist()) == list(range(20))
@@ -63,29 +62,16 @@ def test_rows_of_folds(table: FoldTable) -> None:
     for fold in (-1, 3):
         with pytest.raises(SettingsError, match="folds 0 to 2"):
             table.train_rows(fold)
-
-
-def test_rows_of_parts(table: FoldTable) -> None:
+    rows = np.array([23, 1])
+    assert table.ids_of(rows).tolist() == ["023", "001"]
+    assert table.paths_of(rows).tolist() == ["train/23.png", "train/1.png"]
+    assert table.labels()[rows].tolist() == ["고양이", "fold"]
     part = np.where(np.arange(ROWS) < 12, "train", np.where(np.arange(ROWS) < 18, "valid", "test"))
     parts = replace(table, part=part, fold=np.where(part == "valid", 0, -1).astype(np.int16))
     assert parts.num_folds == 1
     assert parts.train_rows(0).tolist() == list(range(12))
     assert parts.valid_rows(0).tolist() == list(range(12, 18))
     assert parts.aside_rows().tolist() == list(range(18, 24))
-
-
-def test_names_of_rows(table: FoldTable) -> None:
-    rows = np.array([23, 1])
-    assert table.ids_of(rows).tolist() == ["023", "001"]
-    assert table.paths_of(rows).tolist() == ["train/23.png", "train/1.png"]
-    assert table.labels()[rows].tolist() == ["고양이", "fold"]
-
-
-def test_a_class_without_rows_stays_a_class(table: FoldTable, tmp_path: Path) -> None:
-    write_folds(tmp_path / "folds.parquet", table)
-    write_json(tmp_path / "classes.json", {"classes": [*CLASSES[:1], "extra", *CLASSES[1:]]})
-    found = read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
-    assert (found.labels() == table.labels()).all()
 
 
 @pytest.mark.parametrize(

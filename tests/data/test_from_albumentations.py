@@ -17,12 +17,10 @@ from albumentations.augmentations.pixel import functional as pixel
 from fivefold.data.effects import (
     brightness,
     centre_crop_pixels,
-    coarse_dropout,
     stretched,
     unsharp_mask,
 )
-from fivefold.data.transforms import build_transforms, horizontal_flip
-from fivefold.inference.predictor import make_runtime
+from fivefold.data.transforms import horizontal_flip
 
 COARSE = torch.rand(1, 3, 12, 9, generator=torch.Generator().manual_seed(0))
 SMOOTH = torch.nn.functional.interpolate(COARSE, (96, 72), mode="bicubic")[0].mul(255).clamp(0, 255).to(torch.uint8)
@@ -40,23 +38,19 @@ def distance(ours: torch.Tensor, other: np.ndarray) -> np.ndarray:
     return np.abs(ours.numpy().astype(float) - other)
 
 
-@IMAGES
-def test_flip_is_equal(image):
-    assert distance(horizontal_flip(image, 1.0), theirs(A.HorizontalFlip(p=1), image)).max() == 0
+EXACT = [
+    (lambda image: horizontal_flip(image, 1.0), A.HorizontalFlip(p=1), 0),
+    (lambda image: brightness(image, -0.2), A.RandomBrightnessContrast((-0.2, -0.2), (0, 0), p=1), 1),
+    (lambda image: brightness(image, 0.2), A.RandomBrightnessContrast((0.2, 0.2), (0, 0), p=1), 1),
+    (lambda image: centre_crop_pixels(image, 96, 20), A.CenterCrop(96, 20, pad_if_needed=True), 0),
+    (lambda image: centre_crop_pixels(image, 120, 90), A.CenterCrop(120, 90, pad_if_needed=True), 0),
+]
 
 
 @IMAGES
-@pytest.mark.parametrize("amount", [-0.2, 0.2])
-def test_fixed_brightness_is_equal(image, amount):
-    transform = A.RandomBrightnessContrast((amount, amount), (0, 0), p=1)
-    assert distance(brightness(image, amount), theirs(transform, image)).max() <= 1
-
-
-@IMAGES
-@pytest.mark.parametrize(("height", "width"), [(40, 32), (96, 20), (120, 90)])
-def test_centre_crop_is_equal(image, height, width):
-    transform = A.CenterCrop(height, width, pad_if_needed=True)
-    assert distance(centre_crop_pixels(image, height, width), theirs(transform, image)).max() == 0
+@pytest.mark.parametrize(("ours", "other", "levels"), EXACT)
+def test_flip_fixed_brightness_and_centre_crop_are_equal(image, ours, other, levels):
+    assert distance(ours(image), theirs(other, image)).max() <= levels
 
 
 @IMAGES
@@ -80,34 +74,3 @@ def test_grid_distortion_reads_a_given_grid_within_two_pixels(factors):
     assert inside.sum() > 50
     assert np.abs(ours - from_x[48])[inside].max() < 2
     assert np.abs(np.arange(72) - from_x[48])[inside].max() > 4
-
-
-def test_noise_has_the_same_moments():
-    grey = torch.full((3, 96, 72), 128, dtype=torch.uint8)
-    transform = A.Compose([A.GaussNoise((0.1, 0.1), p=1)], seed=0)
-    torch.manual_seed(0)
-    ours = build_transforms([{"name": "gaussian_noise", "sigma": 0.1}], (96, 72))(grey).float()
-    other = theirs(transform, grey)
-    assert (float(ours.mean()), other.mean()) == (pytest.approx(128, abs=0.6), pytest.approx(128, abs=0.6))
-    assert (float(ours.std()), other.std()) == (pytest.approx(25.5, rel=0.03), pytest.approx(25.5, rel=0.03))
-
-
-def test_holes_cover_the_same_share():
-    white = torch.full((3, 96, 72), 255, dtype=torch.uint8)
-    transform = A.Compose([A.CoarseDropout((8, 8), (16, 16), (16, 16), fill=0, p=1)], seed=0)
-    torch.manual_seed(0)
-    ours = np.mean([(coarse_dropout(white, (8, 8), (16, 16), (16, 16), 0) == 0).float().mean() for _ in range(300)])
-    other = np.mean([(theirs(transform, white) == 0).mean() for _ in range(300)])
-    assert ours == pytest.approx(other, abs=0.01)
-
-
-def test_normalisation_is_the_same():
-    mean, std = [0.548, 0.504, 0.479], [0.237, 0.247, 0.246]
-    runtime = make_runtime(torch.device("cpu"), None, False, mean, std)
-    np.testing.assert_allclose(runtime.images(NOISE[None])[0], theirs(A.Normalize(mean, std), NOISE), atol=1e-5)
-
-
-def test_a_smaller_image_is_close_where_it_is_smooth():
-    """Ours averages over the pixels that it leaves out (antialiasing), theirs does not."""
-    away = distance(build_transforms(["resize"], (48, 36))(SMOOTH), theirs(A.Resize(48, 36), SMOOTH))
-    assert away.mean() < 3

@@ -4,20 +4,19 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+from drawing import write_data
 from fivefold.data.given import check_truth, read_given, with_folders_as_truth
 from fivefold.errors import DataError
 
 CLASSES = ("dog", unicodedata.normalize("NFC", "été"))
 
 
-def decomposed(name: str) -> str:
-    return unicodedata.normalize("NFD", name)
+DECOMPOSED = unicodedata.normalize("NFD", "été")
 
 
 def test_true_classes_of_a_table_are_plain(tmp_path: Path):
-    text = f"image_path,true_class\na.png,{decomposed('été')}\nb.png, dog \nc.png,\n"
+    text = f"image_path,true_class\na.png,{DECOMPOSED}\nb.png, dog \nc.png,\n"
     (tmp_path / "list.csv").write_text(text, encoding="utf-8")
     given = read_given(tmp_path / "list.csv")
     assert tuple(given.truth) == (CLASSES[1], "dog", "")
@@ -25,9 +24,7 @@ def test_true_classes_of_a_table_are_plain(tmp_path: Path):
 
 
 def test_folders_in_decomposed_letters_are_the_truth(tmp_path: Path):
-    for name in ("dog", decomposed("été")):
-        (tmp_path / name).mkdir()
-        Image.new("L", (2, 2)).save(tmp_path / name / "1.png")
+    write_data(tmp_path, "dog/1.png", f"{DECOMPOSED}/1.png")
     assert sorted(with_folders_as_truth(read_given(tmp_path), CLASSES).truth) == sorted(CLASSES)
 
 

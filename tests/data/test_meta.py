@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fivefold.data.meta import aspect, color_mean, count_numbers, measure
+from fivefold.data.meta import color_mean, count_numbers, measure
 from fivefold.errors import SettingsError
 
 
@@ -16,10 +16,8 @@ def test_features_stand_one_after_the_other(names, count):
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, [number for name in names for number in numbers[name]], atol=1e-6)
     assert count_numbers(names) == len(found) == count
-
-
-def test_aspect_is_width_over_height():
-    assert aspect(np.zeros((30, 20, 3), np.uint8)) == pytest.approx(2 / 3)
+    with pytest.raises(SettingsError, match="did you mean 'color_mean'"):
+        count_numbers([*names, "color"])
 
 
 def test_the_colour_is_the_mean_of_the_image_at_sixteen_pixels():
@@ -28,8 +26,3 @@ def test_the_colour_is_the_mean_of_the_image_at_sixteen_pixels():
     large = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(large).resize((16, 16))).reshape(-1, 3).mean(axis=0) / 255
     np.testing.assert_allclose(color_mean(large), expected)
-
-
-def test_an_unknown_feature_is_explained():
-    with pytest.raises(SettingsError, match="unknown meta feature 'color'; did you mean 'color_mean'"):
-        count_numbers(["color"])

@@ -4,14 +4,13 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from io import BytesIO
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from drawing import PICTURE, write_data
 from fivefold.data.adapters import Rows, read_rows
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import FoldTable, read_folds, write_folds
@@ -32,18 +31,12 @@ PEOPLE = {
 AGES = {"000001": 0, "000002": 1, "000003": 1, "000004": 2, "000_5": 1}
 
 
-def picture(shade: int = 0) -> bytes:
-    file = BytesIO()
-    Image.new("RGB", (2, 2), (shade % 256, shade // 256, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
 def drawn(root: Path, folders: Sequence[str] = tuple(PEOPLE), prefix: str = "train/images/") -> Path:
     """Seven photographs for each folder, no two alike."""
     for number, (folder, stem) in enumerate(product(folders, STEMS)):
         path = root / f"{prefix}{folder}" / f"{stem}{['.jpg', '.jpeg', '.png'][number % 3]}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number))
+        path.write_bytes(PICTURE[:-2] + number.to_bytes(2))
     return root
 
 
@@ -68,23 +61,19 @@ def test_labels_are_mask_times_6_plus_gender_times_3_plus_age(tmp_path: Path, pr
 def test_defect_mask_every_combination_is_a_class_of_its_own_within_0_to_17() -> None:
     factors = profile_factors([30, 60])
     assert sorted(map(int, factors.values)) == list(range(18))
-    assert len(set(factors.values.values())) == 18
+    assert len(set(factors.values.values())) == 18, "the original's codes reached 32"
     assert factors.values["0"] == ("mask", "male", "<30")
     assert factors.values["10"] == ("incorrect", "female", "<60")
     assert factors.values["17"] == ("normal", "female", ">=60")
-    # The original added the age to six times a code that held mask and gender already.
-    assert max(6 * mask_and_gender + age for mask_and_gender, age in product(range(6), range(3))) == 32
-    assert max(label_of(m, g, a) for m, g, a in product(range(3), range(2), range(3))) == 17
+    assert [label_of(*parts) for parts in product(range(3), range(2), range(3))] == list(range(18))
 
 
 def test_the_cuts_of_age_are_a_setting(tmp_path: Path) -> None:
     root = drawn(tmp_path, ["1_male_Asian_57", "2_male_Asian_58", "3_male_Asian_59", "4_male_Asian_60"])
-    for cuts, wanted in {(30, 60): {"1", "2"}, (30, 58): {"1", "2"}}.items():
-        rows = rows_of(root, age_cuts=list(cuts))
-        masked = [code for path, code in zip(rows.paths.to_pylist(), rows.codes, strict=True) if "/mask1" in path]
-        names = [rows.classes[code] for code in masked]
-        assert set(names) == wanted
-        assert names.count("2") == sum(age >= cuts[1] for age in (57, 58, 59, 60))
+    for cut, expected in ((60, ["1", "1", "1", "2"]), (58, ["1", "2", "2", "2"])):
+        rows = rows_of(root, age_cuts=[30, cut])
+        paths = zip(rows.paths.to_pylist(), rows.codes, strict=True)
+        assert [rows.classes[code] for path, code in paths if "/mask1" in path] == expected
     assert rows_of(root, age_cuts=[58]).factors.names == ("mask", "gender", "age")
     assert set(rows_of(root, age_cuts=[58]).classes) == {str((m * 2 + 0) * 2 + a) for m in range(3) for a in range(2)}
 
@@ -92,12 +81,7 @@ def test_the_cuts_of_age_are_a_setting(tmp_path: Path) -> None:
 def test_hidden_files_are_skipped_and_unknown_ones_reported(tmp_path: Path, caplog) -> None:
     root = drawn(tmp_path)
     folder = root / "train" / "images" / "000001_female_Asian_29"
-    for name in ("._mask1.jpg", ".hidden.png"):
-        (folder / name).write_bytes(picture())
-    (folder.parent / "._000001_female_Asian_29").write_bytes(b"")
-    (folder / "mask6.jpg").write_bytes(picture())
-    (folder / "copy").mkdir()
-    (folder / "copy" / "mask1.jpg").write_bytes(picture())
+    write_data(folder, "._mask1.jpg", ".hidden.png", "../._000001_female_Asian_29", "mask6.jpg", "copy/mask1.jpg")
     with caplog.at_level(logging.WARNING, "fivefold"):
         rows = rows_of(root)
     assert len(rows) == 7 * len(PEOPLE)
@@ -134,10 +118,7 @@ def test_folders_of_classes_are_not_taken_for_profiles(tmp_path: Path) -> None:
     root = drawn(tmp_path, ["cat_male_tabby_3", "dog", "bird"])
     assert set(rows_of(root).classes) == {"cat_male_tabby_3", "dog", "bird"}
     assert rows_of(root).factors is None
-    other = tmp_path / "other"
-    for folder in PEOPLE:  # named like profiles, but what lies in them is not
-        (other / folder).mkdir(parents=True)
-        (other / folder / "1.png").write_bytes(picture())
+    other = write_data(tmp_path / "other", *(f"{folder}/1.png" for folder in PEOPLE))  # people's names, other files
     assert set(rows_of(other).classes) == set(PEOPLE)
     assert set(rows_of(drawn(tmp_path / "third"), layout="folders").classes) == set(PEOPLE)
 
@@ -155,23 +136,27 @@ def split_by_person(people: int, folds: int, seed: int, parts: tuple[float, ...]
 
 @pytest.mark.parametrize("seed", range(5))
 def test_defect_mask_no_person_stands_in_two_folds_nor_twice_in_one(seed: int) -> None:
+    """The original drew its people with replacement (`random.choices`): some came twice and others never."""
     person, fold, _ = split_by_person(60, 5, seed)
     assert all(len(set(fold[person == one])) == 1 for one in range(60))
     assert np.bincount(fold).sum() == 420
     person, fold, part = split_by_person(60, 5, seed, (0.8, 0.2, 0.0))
     assert all(len(set(part[person == one])) == 1 for one in range(60))
     assert len(part) == 420
-    # The original drew its people with replacement (`random.choices`), so that some came twice and others never.
-    drawn_people = np.random.default_rng(seed).choice(60, 48)
-    assert len(set(drawn_people)) < 48
+
+
+def written(folder: Path, rows: Rows) -> FoldTable:
+    """The table of a split in two folds, written with its classes."""
+    fold, part = divide(rows.codes, group_codes(rows.groups), np.arange(len(rows)), Split(folds=2))
+    table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, rows.paths, rows.factors)
+    write_folds(folder / "folds.parquet", table)
+    (folder / "classes.json").write_text(json.dumps(class_file(table)))
+    return table
 
 
 def test_the_split_knows_what_its_classes_are_made_of(tmp_path: Path) -> None:
     rows = rows_of(drawn(tmp_path))
-    fold, part = divide(rows.codes, group_codes(rows.groups), np.arange(len(rows)), Split(folds=2))
-    table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, rows.paths, rows.factors)
-    write_folds(tmp_path / "folds.parquet", table)
-    (tmp_path / "classes.json").write_text(json.dumps(class_file(table)))
+    written(tmp_path, rows)
     found = read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
     assert found.factors == rows.factors
 
@@ -192,37 +177,21 @@ def test_the_split_knows_what_its_classes_are_made_of(tmp_path: Path) -> None:
 
 
 def test_factors_of_classes_without_any_are_refused(tmp_path: Path) -> None:
-    table = read_folds_of_two_classes(tmp_path)
-    with pytest.raises(
-        SettingsError, match=r"model.factors=age, but the classes of this split are not made of factors"
-    ):
+    table = written(
+        tmp_path, rows_of(write_data(tmp_path / "two", *(f"{name}/{n}.png" for name in "ab" for n in "123")))
+    )
+    with pytest.raises(SettingsError, match=r"model\.factors=age"):
         table.of_factors(["age"])
-    (tmp_path / "classes.json").write_text('{"classes": ["a", "b"], "factors": {"mask": {"a": "x", "b": "x"}}}')
-    with pytest.raises(DataError, match="two classes have the same factors"):
-        read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
-    (tmp_path / "classes.json").write_text('{"classes": ["a", "b"], "factors": {"mask": {"a": "x"}}}')
-    with pytest.raises(DataError, match="factors must give each class its value"):
-        read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
-
-
-def read_folds_of_two_classes(folder: Path) -> FoldTable:
-    names = [f"{name}/{n}.png" for name in "ab" for n in range(4)]
-    for name in names:
-        (folder / "two" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "two" / name).write_bytes(picture())
-    rows = rows_of(folder / "two")
-    fold, part = divide(rows.codes, None, np.arange(len(rows)), Split(folds=2))
-    table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, rows.paths)
-    write_folds(folder / "folds.parquet", table)
-    return table
+    for values, message in (({"a": "x", "b": "x"}, "the same factors"), ({"a": "x"}, "give each class its value")):
+        (tmp_path / "classes.json").write_text(json.dumps({"classes": ["a", "b"], "factors": {"mask": values}}))
+        with pytest.raises(DataError, match=message):
+            read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
 
 
 def test_the_list_of_test_images_asks_for_its_own_columns(tmp_path: Path) -> None:
-    (tmp_path / "eval" / "images").mkdir(parents=True)
     names = [f"{n:040x}.jpg" for n in (7, 3, 5)]
-    for name in names:
-        (tmp_path / "eval" / "images" / name).write_bytes(picture())
-    (tmp_path / "eval" / "info.csv").write_text("\n".join(["ImageID,ans", *(f"{name},0" for name in names)]))
+    info = "\n".join(["ImageID,ans", *(f"{name},0" for name in names)])
+    write_data(tmp_path / "eval", *(f"images/{name}" for name in names), info=info)
     for root in (tmp_path / "eval", tmp_path):
         found = read_eval(root)
         assert list(found.ids) == names

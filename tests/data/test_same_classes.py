@@ -66,9 +66,7 @@ def test_merging_turns_rows_and_tables_to_the_first_name():
 
 def test_names_that_do_not_fit_are_refused_by_name():
     rows = Rows(pa.array(["a"]), pa.array(["a"]), np.zeros(1, np.int32), ALL, pa.nulls(1, pa.string()), "test")
-    with pytest.raises(
-        DataError, match=r"names '더_누_K5', which is no class of the training rows; did you mean '더_뉴_K5'"
-    ):
+    with pytest.raises(DataError, match=r"'더_누_K5'.* did you mean '더_뉴_K5'"):
         SameClasses((("K5_3세대", "더_누_K5"),), "merge").merge_rows(rows)
     with pytest.raises(DataError, match="single class"):
         SameClasses((ALL,), "merge").merge_rows(rows)

@@ -12,19 +12,15 @@ PARAMETERS = {"perspective": {"p": 1.0}, "affine": {"degrees": 10, "translate": 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
 def test_every_transform_gives_an_image_of_the_size_and_repeats_by_seed(name):
-    transform = build_transforms([{"name": name, **PARAMETERS.get(name, {})}], (24, 32))
-    torch.manual_seed(3)
-    first = transform(IMAGE)
-    torch.manual_seed(3)
-    again = transform(IMAGE)
-    assert first.shape == (3, 24, 32)
-    assert first.dtype == torch.uint8
-    assert torch.equal(first, again)
-
-
-def test_resize_and_a_certain_flip_are_torchvisions():
-    assert torch.equal(resize(IMAGE, (17, 23)), v2.resize(IMAGE, [17, 23], antialias=True))
-    assert torch.equal(horizontal_flip(IMAGE, 1.0), v2.horizontal_flip(IMAGE))
+    transform, image = build_transforms([{"name": name, **PARAMETERS.get(name, {})}], (24, 32)), IMAGE.clone()
+    for seed in range(5):
+        found = []
+        for _ in range(2):
+            torch.manual_seed(seed)
+            found.append(transform(image))
+        assert (found[0].shape, found[0].dtype) == ((3, 24, 32), torch.uint8)
+        assert torch.equal(*found)
+    assert torch.equal(image, IMAGE), "no transform writes to the image that it is given"
 
 
 def test_a_crop_of_everything_is_a_resize():
@@ -49,6 +45,7 @@ def test_a_random_crop_moves_the_image_by_at_most_its_padding():
         ({"name": "random_crop", "pad": 4}, "did you mean 'padding'"),
         ({"name": "rotation", "angle": 4}, "rotation"),
         ({}, "unknown transform ''"),
+        ({"name": "random_erasing", "inplace": True}, "inplace=true would change the image"),
     ],
 )
 def test_what_does_not_exist_is_explained(spec, message):
@@ -76,10 +73,8 @@ def test_a_random_resized_crop_is_uniform_in_area_log_uniform_in_aspect_and_lies
     found = boxes(1200, scale=(0.1, 0.28), ratio=(0.5, 2.0))  # all of which fit
     assert np.abs(found - found.round()).max() < 0.45, "boxes of whole pixels, but for the weights' own rounding"
     top, left, height, width = found.round().T
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (top + height <= 120).all()
-    assert (left + width <= 200).all()
+    assert min(top.min(), left.min()) >= 0
+    assert ((top + height).max() <= 120, (left + width).max() <= 200) == (True, True)
     area, aspect = height * width / (120 * 200), np.log(width / height)
     for values, low, high in ((area, 0.1, 0.28), (aspect, np.log(0.5), np.log(2))):
         shares, _ = np.histogram(values, bins=4, range=(low, high))
@@ -114,18 +109,3 @@ def test_a_resize_gives_the_same_pixels_however_they_lie_in_memory():
         found = resize(rows[crop], size)
         assert torch.equal(found, expected)
         assert found.permute(1, 2, 0).is_contiguous(), "rows of colours stay so: that is what is fast"
-
-
-def test_a_transform_that_would_write_to_the_image_that_it_is_given_is_refused():
-    with pytest.raises(SettingsError, match="inplace=true would change the image"):
-        build_transforms([{"name": "random_erasing", "inplace": True}], (8, 8))
-
-
-@pytest.mark.parametrize("name", sorted(TRANSFORMS))
-def test_no_transform_writes_to_the_image_that_it_is_given(name):
-    image = IMAGE.clone()
-    transform = build_transforms([{"name": name, **PARAMETERS.get(name, {})}], (24, 32))
-    for seed in range(5):
-        torch.manual_seed(seed)
-        transform(image)
-    assert torch.equal(image, IMAGE)

@@ -51,10 +51,8 @@ def system(name: str, log_probs: np.ndarray, holdout: bool = False) -> System:
 
 
 def test_the_recipe_names_every_blend():
-    assert set(get_args(Ensemble.model_fields["blend"].annotation)) == {
-        *BLENDS,
-        "product",
-    }  # which joins classes, not members
+    # A product joins classes, not members.
+    assert set(get_args(Ensemble.model_fields["blend"].annotation)) == {*BLENDS, "product"}
     assert set(get_args(Ensemble.model_fields["within"].annotation)) <= set(BLENDS)
 
 
@@ -96,12 +94,6 @@ def test_defect_sketch_tied_votes_go_to_the_highest_mean_probability_and_not_to_
     np.testing.assert_allclose(np.exp(vote(tied, equal(2)))[0], [1.25005 / 3, 0.09995 / 3, 1.65 / 3], rtol=1e-5)
 
 
-def test_a_majority_wins_whatever_the_mean_probability_says():
-    members = [logs([0.51, 0.49]), logs([0.51, 0.49]), logs([0.0001, 0.9999])]
-    assert arithmetic(members, equal(3)).argmax() == 1
-    assert vote(members, equal(3)).argmax() == 0
-
-
 def test_votes_count_as_a_counter_counts_them():
     members = [model(0.3, seed) for seed in range(7)]
     found = vote(members, equal(7)).argmax(axis=1)
@@ -124,25 +116,15 @@ def test_greedy_selection_is_better_than_its_best_member_and_takes_members_again
 
 def test_greedy_selection_by_hand():
     # Alone .4428, .5394 and 1.0397: the first is picked first. The best mixture of the first two is found again by grid.
-    sure, other, bad = (
-        logs([0.75, 0.25], [0.45, 0.55]),
-        logs([0.4, 0.6], [0.15, 0.85]),
-        logs([0.5, 0.5], [0.75, 0.25]),
-    )
-    codes = np.array([0, 1])
-    assert -np.log([0.75, 0.55]).mean() == pytest.approx(0.4428, abs=1e-4)
-    weights = greedy([sure, other, bad], codes)
-    best = min(
-        (-np.log([0.75 * w + 0.4 * (1 - w), 0.55 * w + 0.85 * (1 - w)]).mean(), w) for w in np.linspace(0, 1, 1001)
-    )
+    pairs = ([0.75, 0.25], [0.45, 0.55]), ([0.4, 0.6], [0.15, 0.85]), ([0.5, 0.5], [0.75, 0.25])
+    members, codes = [logs(*rows) for rows in pairs], np.array([0, 1])
+    weights = greedy(members, codes)
+    grid = np.linspace(0, 1, 1001)
+    losses = -np.log([0.75 * grid + 0.4 * (1 - grid), 0.55 * grid + 0.85 * (1 - grid)]).mean(axis=0)
     assert weights[2] == 0
-    assert logloss(arithmetic([sure, other, bad], weights), codes) == pytest.approx(best[0], abs=1e-5)
-    assert weights[0] == pytest.approx(best[1], abs=0.02)
-
-
-def test_equal_members_are_picked_in_their_order():
-    twin = model(1.0, 1)
-    assert greedy([twin, twin], CODES).tolist() == [1.0, 0.0]
+    assert logloss(arithmetic(members, weights), codes) == pytest.approx(losses.min(), abs=1e-5)
+    assert weights[0] == pytest.approx(grid[losses.argmin()], abs=0.02)
+    assert greedy([members[0]] * 2, codes).tolist() == [1.0, 0.0], "equal members are picked in their order"
 
 
 @pytest.mark.parametrize("name", ["fitted", "greedy", "greedy_accuracy"])
@@ -179,24 +161,12 @@ def test_given_weights_go_by_name():
     weights, scores = weigh(systems, Rule("weighted", {"y": 3, "x": 1}))
     assert weights.tolist() == [0.25, 0.75]
     assert scores[-1]["what"] == "given weights between the systems"
+    for given, message in (({"x": 1, "z": 1}, "names 'z'"), ({"x": 1}, "lacks y"), ({"x": 0, "y": 0}, "all 0")):
+        with pytest.raises(SettingsError, match=message):
+            given_weights(["x", "y"], given)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"x": 1, "z_system": 1}, "names 'z_system'"),
-        ({"x": 1}, "lacks y"),
-        ({"x": 0, "y": 0}, "all 0"),
-    ],
-)
-def test_weights_of_other_systems_are_refused_by_name(given, message):
-    with pytest.raises(SettingsError, match=message):
-        given_weights(["x", "y"], given)
-
-
-def test_a_system_without_out_of_fold_rows_leaves_weights_equal_and_says_so(caplog):
-    file = System("eva", 1, 1, None, None)
-    weights, scores = weigh([system("x", model(1.0, 1)), file], Rule("greedy"))
-    assert weights.tolist() == [0.5, 0.5]
-    assert [score["what"] for score in scores] == ["single models of x"]
+def test_a_system_without_out_of_fold_rows_leaves_weights_equal(caplog):
+    weights, scores = weigh([system("x", model(1.0, 1)), System("eva", 1, 1, None, None)], Rule("greedy"))
+    assert (weights.tolist(), [score["what"] for score in scores]) == ([0.5, 0.5], ["single models of x"])
     assert "no out-of-fold rows of eva" in caplog.text

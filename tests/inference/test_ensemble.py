@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,23 +46,12 @@ def test_the_mean_is_that_of_probabilities():
 def test_fitted_weights_are_the_optimum_that_scipy_finds():
     members = [model(1.0, 1), model(2.0, 2), model(1.5, 3)]
     weights = fit_weights(members, CODES)
-    start = np.full(3, 1 / 3)
-    constraint = {"type": "eq", "fun": lambda w: w.sum() - 1}
-    reference = minimize(
-        lambda w: logloss(arithmetic(members, w), CODES),
-        start,
-        bounds=[(0, 1)] * 3,
-        constraints=[constraint],
-        tol=1e-10,
-    )
+    sum_is_1 = {"type": "eq", "fun": lambda w: w.sum() - 1}
+    loss = lambda w: logloss(arithmetic(members, w), CODES)  # noqa: E731
+    reference = minimize(loss, np.full(3, 1 / 3), bounds=[(0, 1)] * 3, constraints=[sum_is_1], tol=1e-10)
     assert weights.sum() == pytest.approx(1)
     np.testing.assert_allclose(weights, reference.x, atol=5e-3)
     assert logloss(arithmetic(members, weights), CODES) <= reference.fun + 1e-6
-
-
-def test_a_system_of_noise_gets_no_weight():
-    weights = fit_weights([model(3.0, 1), np.full((600, 4), np.log(0.25), np.float32) + 0 * model(0.0, 2)], CODES)
-    assert weights[0] > 0.9
 
 
 def info(fold: int | None, **changes) -> ModelDir:
@@ -76,10 +66,7 @@ def info(fold: int | None, **changes) -> ModelDir:
     ("members", "message"),
     [
         ([info(0), info(1)], "lacks fold 2 of 3"),
-        (
-            [info(0), info(1), info(2, split="y")],
-            "fold 0 of s, seed 1 and fold 2 of s, seed 1 come from different splits",
-        ),
+        ([info(0), info(1), info(2, split="y")], "fold 0 of s, seed 1 and fold 2 of s, seed 1 .* different splits"),
         ([info(0), info(1), info(2, classes=["a", "c"])], "know different classes"),
         ([info(0), info(1), info(2, training={"train.lr": 0.2})], r"differ in train\.lr"),
         ([info(0), info(1), info(2), info(0, seed=2)], "seed 2 lacks fold 1, fold 2"),
@@ -124,29 +111,17 @@ def test_scores_say_what_they_speak_of_and_a_single_system_is_not_weighted():
     assert judge_holdout([System("s", 5, 1, system.oof, None)], weights, Rule(), "holdout") == (None, 1.0, [])
 
 
-def test_two_systems_of_a_split_without_folds_get_equal_weights():
-    one_fold = np.zeros(600)
-    systems = [System(n, 1, 1, table(model(s, k), n, one_fold), None) for n, s, k in (("x", 3.0, 1), ("y", 0.5, 2))]
-    weights, scores = weigh(systems, Rule())
-    assert weights.tolist() == [0.5, 0.5]
-    assert all(np.isfinite(score["logloss"]) for score in scores)
-
-
-def test_several_seeds_are_not_called_single_models():
-    system = System("s", 10, 2, table(model(1.0, 1), "s"), None)
-    assert weigh([system], Rule())[1][0]["what"] == "means of 2 seeds of s"
-
-
 def test_between_systems_weights_are_fitted_and_scored_cross_fitted():
-    strong, weak = (
-        System("x", 5, 1, table(model(3.0, 1), "x"), None),
-        System("y", 5, 1, table(model(0.5, 2), "y"), None),
-    )
+    strong = System("x", 5, 1, table(model(3.0, 1), "x"), None)
+    weak = System("y", 10, 2, table(model(0.5, 2), "y"), None)
     weights, scores = weigh([strong, weak], Rule())
     assert weights[0] > 0.9
+    assert [score["what"] for score in scores[:2]] == ["single models of x", "means of 2 seeds of y"]
     assert scores[-1]["rows"] == "out-of-fold, cross-fitted by fold"
     assert scores[-1]["logloss"] < scores[-2]["logloss"]
     assert weigh([strong, weak], Rule("mean"))[0].tolist() == [0.5, 0.5]
+    without_folds = [replace(each, oof=replace(each.oof, fold=np.zeros_like(each.oof.fold))) for each in (strong, weak)]
+    assert weigh(without_folds, Rule())[0].tolist() == [0.5, 0.5]
 
 
 def test_a_submission_has_the_samples_columns_and_order(tmp_path):
@@ -158,9 +133,8 @@ def test_a_submission_has_the_samples_columns_and_order(tmp_path):
     values = np.array([line.split(",")[1:] for line in lines[1:]], dtype=float)
     np.testing.assert_allclose(values, np.exp(predicted.log_probs)[[2, 0, 1]][:, [2, 0, 3, 1]], rtol=1e-4)
     np.testing.assert_allclose(values.sum(axis=1), 1, atol=1e-7)
-    write_submission(
-        tmp_path / "l.csv", predicted, Submission("ImageID", ("ans",), list(predicted.ids), marked=True, end="\r\n")
-    )
+    marked = Submission("ImageID", ("ans",), list(predicted.ids), marked=True, end="\r\n")
+    write_submission(tmp_path / "l.csv", predicted, marked)
     assert (tmp_path / "l.csv").read_bytes().startswith(b"\xef\xbb\xbfImageID,ans\r\n")
     assert (tmp_path / "s.csv").read_bytes().startswith(b"ID,c,a,d,b\nrow 2,")
     assert (tmp_path / "l.csv").read_text(encoding="utf-8-sig").splitlines()[1].split(",")[1] in CLASSES
@@ -179,13 +153,10 @@ def test_a_submission_of_answers_may_number_its_rows(tmp_path):
 
 def test_a_submission_that_does_not_fit_is_refused_by_name(tmp_path):
     predicted = table(model(1.0, 1), "s").take(np.arange(3))
-    with pytest.raises(
-        DataError, match="'e' unknown to the models, 'd' without a column; behind its first column, of the ids"
+    for classes, ids, message in (
+        (("a", "b", "c", "e"), list(predicted.ids), "'e' unknown to the models, 'd' without a column"),
+        (CLASSES, ["row 0", "row 9"], r"1 of the \d+ ids of the sample submission .*'row 9'"),
+        (CLASSES, ["row 0"], "2 of the 3 ids of the predictions"),
     ):
-        write_submission(tmp_path / "s.csv", predicted, Submission("ID", ("a", "b", "c", "e"), list(predicted.ids)))
-    with pytest.raises(
-        DataError, match=r"1 of the \d+ ids of the sample submission are not in the predictions \('row 9'\)"
-    ):
-        write_submission(tmp_path / "s.csv", predicted, Submission("ID", CLASSES, ["row 0", "row 9"]))
-    with pytest.raises(DataError, match="2 of the 3 ids of the predictions"):
-        write_submission(tmp_path / "s.csv", predicted, Submission("ID", CLASSES, ["row 0"]))
+        with pytest.raises(DataError, match=message):
+            write_submission(tmp_path / "s.csv", predicted, Submission("ID", classes, ids))

@@ -115,29 +115,18 @@ def test_tables_are_joined_by_id_and_name_with_the_label_that_their_parts_make()
     assert (found.classes, found.system) == (FACTORS.classes, "masks × ages")
     expected = masks.log_probs[0, masks.classes.index("normal+female")] + ages.log_probs[0, ages.classes.index("<60")]
     assert found.log_probs[0, FACTORS.classes.index("16")] == pytest.approx(expected, abs=1e-5)
+    joined = two().joined([System("masks", 5, 1, masks, masks), System("ages", 5, 1, ages, None)])
+    assert (joined.name, joined.models, joined.holdout) == ("masks × ages", 10, None), "no holdout where one has none"
+    assert list(joined.oof.labels) == classes
     with pytest.raises(DataError, match=r"name other rows: .*'d'"):
         two().table({"masks": masks, "ages": ages.take(np.arange(3))})
-
-
-def test_systems_become_one_whose_tables_are_there_where_all_have_theirs() -> None:
-    masks = table("masks", list("ab"), ("mask", "gender"), ["0", "1"])
-    ages = table("ages", list("ab"), ("age",), ["0", "1"])
-    found = two().joined([System("masks", 5, 1, masks, masks), System("ages", 5, 1, ages, None)])
-    assert (found.name, found.models, found.holdout) == ("masks × ages", 10, None)
-    assert list(found.oof.labels) == ["0", "1"]
 
 
 @pytest.mark.parametrize(
     ("knows", "message"),
     [
-        (
-            {"masks": ("mask", "gender")},
-            "no model knows the factor age, only mask, gender; train one with model.factors=age",
-        ),
-        (
-            {"m": ("mask", "gender"), "a": ("gender", "age")},
-            r"gender is known by m \(mask, gender\) and by a \(gender, age\)",
-        ),
+        ({"masks": ("mask", "gender")}, r"no model knows the factor age.*model\.factors=age"),
+        ({"m": ("mask", "gender"), "a": ("gender", "age")}, r"gender is known by m \(mask, gender\) and by a"),
         ({"m": ("mask",), "a": ("mask", "gender", "age")}, "mask is known by m"),
         ({"whole": ()}, "fold 0 of whole, seed 1 knows its classes as they are"),
     ],
@@ -149,9 +138,7 @@ def test_what_is_no_product_is_refused_by_name(knows: dict[str, tuple[str, ...]]
 
 def test_models_of_other_classes_or_mixed_systems_are_refused() -> None:
     other = info("age", factors=profile_factors([30, 58]))
-    with pytest.raises(
-        DataError, match="fold 0 of m, seed 1 and fold 0 of a, seed 1 know factors of different classes"
-    ):
+    with pytest.raises(DataError, match="fold 0 of m, seed 1 and fold 0 of a, seed 1 know factors"):
         product_of({"m": [model("m", 0, info("mask", "gender"))], "a": [model("a", 0, other)]})
     with pytest.raises(DataError, match=r"fold 1 of m, seed 1 are of one system but know different .* \(mask; age\)"):
         product_of({"m": [model("m", 0, info("mask")), model("m", 1, info("age"))]})

@@ -1,10 +1,9 @@
-"""Quick convolutions: torch's own outputs, its gradients for every geometry and type, and the curve of a training as it was."""
+"""Quick convolutions: torch's own outputs, and its gradients for every geometry and type."""
 
 import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 from timm.layers import Conv2dSame
 from torch import nn
@@ -34,10 +33,8 @@ DEPTHWISE = [
     ((7, 7), (3, 3), (14, 5), (1, 1), (1, 1)),
     ((7, 7), (3, 3), (20, 20), (1, 1), (1, 1)),
     ((5, 7), (0, 3), (6, 4), (1, 1), (1, 1)),
-    ((5, 5), (4, 1), (5, 16), (1, 1), (1, 1)),
     ((7, 5), (6, 4), (1, 1), (1, 1), (1, 1)),
     ((5, 5), (5, 2), (6, 6), (1, 1), (1, 1)),
-    ((1, 11), (0, 5), (9, 12), (1, 1), (1, 1)),
     ((11, 1), (5, 0), (9, 12), (1, 1), (1, 1)),
     ((4, 4), (1, 2), (9, 8), (1, 1), (1, 1)),
     ((5, 3), (2, 1), (9, 8), (2, 2), (1, 1)),
@@ -69,37 +66,37 @@ def errors(convolution: nn.Conv2d, images: torch.Tensor, bf16: bool) -> list[tup
     ]
 
 
-def convolution_of(geometry: tuple, channels: int, groups: int, bias: bool) -> tuple[nn.Conv2d, torch.Tensor]:
+def convolution_of(
+    geometry: tuple, channels: int, groups: int, bias: bool, count: int
+) -> tuple[nn.Conv2d, torch.Tensor]:
     kernel, padding, size, stride, dilation = geometry
     torch.manual_seed(0)
     made = nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups, bias)
     for parameter in made.parameters():
         parameter.data = parameter.data.bfloat16().float()  # what both types can hold
-    images = torch.randn(3, channels, *size).bfloat16().float()
+    images = torch.randn(count, channels, *size).bfloat16().float()
     return made.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("geometry", "channels", "groups"),
-    [*((each, 128, 1) for each in WIDE), *((each, 16, 16) for each in DEPTHWISE)],
+    ("geometry", "channels", "groups", "count"),
+    [
+        *((each, 128, 1, 3) for each in WIDE),
+        *((each, 16, 16, 3) for each in DEPTHWISE),
+        *(
+            (DEPTHWISE[2], *numbers)
+            for numbers in ((2, 2, 1), (17, 17, IMAGES_AT_ONCE), (32, 32, 2 * IMAGES_AT_ONCE + 3))
+        ),
+    ],
     ids=str,
 )
-def test_gradients_are_torchs_own_within_the_precision(geometry, channels, groups, bias):
-    convolution, images = convolution_of(geometry, channels, groups, bias)
+def test_gradients_are_torchs_own_within_the_precision(geometry, channels, groups, count, bias):
+    convolution, images = convolution_of(geometry, channels, groups, bias, count)
     for ours, theirs in errors(convolution, images, bf16=True):
         assert ours < 5e-3, "of the order of one rounding to 8 bits"
         assert ours < 1.5 * theirs + 1e-3
     assert all(ours < 2e-6 for ours, _ in errors(convolution, images, bf16=False))
-
-
-@pytest.mark.parametrize("count", [1, IMAGES_AT_ONCE, 2 * IMAGES_AT_ONCE + 3])
-@pytest.mark.parametrize("channels", [2, 17, 32])
-def test_any_number_of_images_and_channels(count, channels):
-    convolution, _ = convolution_of(((7, 7), (3, 3), (10, 10), (1, 1), (1, 1)), channels, channels, True)
-    images = torch.randn(count, channels, 10, 10)
-    assert all(ours < 2e-6 for ours, _ in errors(convolution, images, bf16=False))
-    assert all(ours < 5e-3 for ours, _ in errors(convolution, images, bf16=True))
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(128, 1), (8, 8)])
@@ -204,37 +201,3 @@ def test_grouped_ones_keep_names_and_parameters_and_those_that_are_quick_in_bf16
     assert len(differing) == 4
     assert all(new.__mro__[1:3] == (InFloat32, old) for new, old in differing)
     assert [type(module) for module in copy.deepcopy(changed).modules()] == kinds
-
-
-def curve(network: nn.Module, bf16: bool, steps: int = 15) -> torch.Tensor:
-    """The losses of a short training by SGD on the same drawn batches."""
-    model = copy.deepcopy(network)
-    optimizer, drawn, losses = torch.optim.SGD(model.parameters(), 0.05, 0.9), torch.Generator().manual_seed(1), []
-    for _ in range(steps):
-        codes = torch.randint(0, 3, (20,), generator=drawn)
-        images = torch.randn(20, 3, 24, 24, generator=drawn) + codes[:, None, None, None]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = F.cross_entropy(model(images).float(), codes)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-def test_the_loss_curve_is_torchs():
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 48, 1), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 48, 7, 1, 3, groups=48), nn.BatchNorm2d(48), nn.ReLU(),
-        nn.Conv2d(48, 48, 5, 2, 2, groups=16), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 48, 3, 1, 1, groups=48),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 3),
-    )  # fmt: skip
-    exact, half = (curve(network, bf16) for bf16 in (False, True))
-    quick = quicken(copy.deepcopy(network), amx=True)
-    grouped = curve(groups_in_float32(copy.deepcopy(network)), bf16=True)
-    ours, ours_half = (curve(quick, bf16) for bf16 in (False, True))
-    assert exact[-1] < exact[0] / 2, "it learns"
-    assert float((ours - exact).abs().max()) < 1e-4
-    for curve_of_ours in (ours_half, grouped):
-        assert not torch.equal(curve_of_ours, half), "the gradients come of other kernels"
-        assert float((curve_of_ours - exact).abs().max()) <= max(2 * float((half - exact).abs().max()), 0.01)

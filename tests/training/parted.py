@@ -2,16 +2,16 @@
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from counting import CountingStore
 from fivefold.assemble import build_classifier, build_loop, one_hot, seed_everything
 from fivefold.data.dataset import ImageSet
-from fivefold.data.store import FolderStore
 from fivefold.data.transforms import build_transforms
 from fivefold.distributed.place import place_of
 from fivefold.distributed.replicas import BY_ITSELF, Replicas, joined
@@ -53,29 +53,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 COUNTS = (1, 2, 3, 4, 5, ROWS)
 
 
-@dataclass(frozen=True)
-class Counted(FolderStore):
-    """A folder that notes what is read in it."""
-
-    read_names: list[str]
-
-    def read(self, name: str) -> bytes:
-        self.read_names.append(name)
-        return super().read(name)
-
-
 def images_in(
     folder: Path, transform: list[str], names: list[str] | None = None, meta: tuple[str, ...] = ()
 ) -> ImageSet:
-    store = Counted(folder, [])
     found = sorted(path.name for path in folder.iterdir()) if names is None else names
-    return ImageSet(store, found, build_transforms(transform, (SIZE, SIZE)), seed=1, meta=meta)
+    return ImageSet(CountingStore(folder), found, build_transforms(transform, (SIZE, SIZE)), seed=1, meta=meta)
 
 
 def settings_of(case: dict[str, Any]) -> Settings:
-    chosen = {
-        key: value for key, value in case.items() if key not in ("mix", "meta", "network", "unlabelled", "taught")
-    }
+    chosen = {key: case[key] for key in case.keys() - {"mix", "meta", "network", "unlabelled", "taught"}}
     return Settings(
         model=Model(**(case.get("network", PLAIN) | {"image_size": SIZE, "meta": case.get("meta", [])})),
         augment=Augment(mix=case.get("mix", "none"), mix_alpha=0.7),
@@ -126,22 +112,16 @@ def predicted(folder: Path, count: int, replicas: Replicas = BY_ITSELF) -> dict[
     images = images_in(folder, [], sorted(path.name for path in folder.iterdir())[:count])
     runtime = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.25] * 3, replicas)
     found = predict_all(network, images, 4, 0, runtime, ["plain", "flip"])
-    return {"found": torch.from_numpy(found), "read": list(images.store.read_names)}
+    return {"found": torch.from_numpy(found), "read": list(images.store.reads.elements())}
 
 
 def stopped_and_gone_on(folder: Path, kept: Path, replicas: Replicas) -> dict[str, Any]:
     """A run of which the last process alone is told to stop in a step, and goes on from the first one's checkpoint."""
-    case = OTHERS["norms"]
+    case, is_last = OTHERS["norms"], replicas.place.rank == replicas.place.world - 1
     told = 0
     with noted():
         try:
-            trained(
-                folder,
-                case,
-                replicas,
-                Checkpoints(kept),
-                stop=6 if replicas.place.rank == replicas.place.world - 1 else 0,
-            )
+            trained(folder, case, replicas, Checkpoints(kept), stop=6 if is_last else 0)
         except StoppedError as error:
             told = error.number
     torch.manual_seed(99)  # whatever a new process has

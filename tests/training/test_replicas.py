@@ -96,6 +96,9 @@ def test_frozen_norms_stay_as_they_are(found: list[dict]) -> None:
 
 def test_one_told_to_stop_is_all_told_to_stop_and_they_go_on_to_the_same_bits(found: list[dict]) -> None:
     assert [each["stopped"]["told"] for each in found] == [15, 15]
+    for each in found:
+        assert each["shared"]["word"] == "of 0", "what the first says is known to all"
+        assert torch.equal(each["shared"]["numbers"], torch.arange(3.0))
     whole, gone_on = found[0]["norms"], found[0]["stopped"]
     assert gone_on["rows"] == whole["rows"]
     for which, state in whole["states"].items():
@@ -114,12 +117,6 @@ def test_every_row_is_predicted_once_and_all_processes_know_it(count: int, found
     if count >= 2 * WORLD:
         assert not read[0] & read[1]
         assert sorted(parts[0]["read"] + parts[1]["read"]) == sorted(alone["read"])
-
-
-def test_what_the_first_says_is_known_to_all(found: list[dict]) -> None:
-    for each in found:
-        assert each["shared"]["word"] == "of 0"
-        assert torch.equal(each["shared"]["numbers"], torch.arange(3.0))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

@@ -102,31 +102,27 @@ def test_stopped_within_any_step_it_goes_on_to_the_same_bits(case, step, images,
 
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_again_and_again_also_while_it_scores(case, images, tmp_path):
-    stops = [
-        partial(stopped_while_scoring, call=1),
-        partial(stopped_after, step=2),
-        partial(stopped_while_scoring, call=1),
-    ]
+    scoring = partial(stopped_while_scoring, call=1)
+    stops = [scoring, partial(stopped_after, step=2), scoring]
     over = case == "patience"  # the second epoch is its last: nothing is left to be stopped after its scores
     through(case, images, tmp_path / "kept", stops[:2] if over else stops)
 
 
-def test_defect_product_a_checkpoint_follows_every_epoch_and_not_only_better_ones(images, tmp_path):
+def test_defect_product_a_checkpoint_follows_every_epoch_and_a_run_that_is_over_is_not_run_again(images, tmp_path):
+    """The original wrote one after better epochs alone."""
     loop, rows = made("patience", images, Checkpoints(tmp_path / "kept"))
-    fit(loop)
+    best = fit(loop)
     assert [path.stem for path in sorted((tmp_path / "kept").iterdir())] == ["00000001", "00000002"]
     assert len(rows) == 2
     assert rows[1]["val_logloss"] >= rows[0]["val_logloss"], "the second epoch was no better"
-
-
-def test_a_run_that_is_over_is_not_run_again(images, tmp_path):
-    loop, rows = made("patience", images, Checkpoints(tmp_path / "kept"))
-    best = fit(loop)
     again, told = made("patience", images, Checkpoints(tmp_path / "kept"))
-    again = replace(again, update=None)  # a step would fail
-    assert same(fit(again)["raw"].state, best["raw"].state)
+    assert same(fit(replace(again, update=None))["raw"].state, best["raw"].state), "a step would fail"
     assert told == rows
-    assert len(rows) < EPOCHS
+    assert Checkpoints(tmp_path / "kept").load()[RUNTIME] == {"precision": "fp32", "channels_last": True}
+    other = Manner(replace(CPU, dtype=torch.bfloat16, grouped_fp32=True))
+    again, _ = made("patience", images, Checkpoints(tmp_path / "kept"))
+    with pytest.raises(DataError, match=r"trained with .*fp32.* and this is .*bf16_grouped_fp32"):
+        fit(replace(again, parts={**again.parts, RUNTIME: other}))
 
 
 def test_what_it_has_summed_up_lies_on_the_device_again(images, tmp_path):
@@ -136,17 +132,6 @@ def test_what_it_has_summed_up_lies_on_the_device_again(images, tmp_path):
     again, _ = made("cooling", images, Checkpoints(tmp_path / "kept"))
     elsewhere = replace(again, runtime=replace(CPU, device=torch.device("meta")))
     assert [each.device.type for each in _begun(elsewhere).totals] == ["meta"] * 2
-
-
-def test_it_keeps_the_precision_and_does_not_go_on_in_another(images, tmp_path):
-    loop, _ = made("patience", images, Checkpoints(tmp_path / "kept"))
-    fit(loop)
-    kept = Checkpoints(tmp_path / "kept").load()[RUNTIME]
-    assert kept == {"precision": "fp32", "channels_last": True}
-    again, _ = made("patience", images, Checkpoints(tmp_path / "kept"))
-    other = Manner(replace(CPU, dtype=torch.bfloat16, grouped_fp32=True))
-    with pytest.raises(DataError, match=r"does not fit .* trained with .*fp32.* and this is .*bf16_grouped_fp32"):
-        fit(replace(again, parts={**again.parts, RUNTIME: other}))
 
 
 def test_one_that_cannot_be_read_gives_way_to_the_one_before(images, tmp_path, caplog):
@@ -199,16 +184,11 @@ def test_two_are_kept_and_a_full_disk_leaves_them_be(tiny_disk):
 
 
 def test_it_is_time_after_so_many_minutes_or_steps(tmp_path):
-    now = [0.0]
-    by_time, by_steps = (
-        Checkpoints(tmp_path, 2, 0, clock=lambda: now[0]),
-        Checkpoints(tmp_path, 0, 3, clock=lambda: now[0]),
-    )
-    never = Checkpoints(tmp_path, 0, 0, clock=lambda: now[0])
-    found = []
+    now, found = [0.0], []
+    kinds = [Checkpoints(tmp_path, *every, clock=lambda: now[0]) for every in ((2, 0), (0, 3), (0, 0))]
     for now[0] in (60.0, 119.0, 120.0, 130.0):
-        found.append([each.due() for each in (by_time, by_steps, never)])
-        for each, due in zip((by_time, by_steps, never), found[-1], strict=True):
+        found.append([each.due() for each in kinds])
+        for each, due in zip(kinds, found[-1], strict=True):
             if due:
                 each.save({})
     assert found == [[False, False, False], [False, False, False], [True, True, False], [False, False, False]]

@@ -83,31 +83,24 @@ def test_who_keeps_the_results_of_a_step_keeps_no_graph(update):
     assert [result.logits.grad_fn for result in results] == [None, None]
 
 
-def test_clipping_bounds_the_gradient():
+@pytest.mark.parametrize("update", [plain, sam])
+def test_clipping_bounds_the_gradient_and_of_sam_the_second(update):
     model = network()
     before = weights(model).clone()
     optimizer = build_optimizer("sgd", model, lr=1.0, weight_decay=0.0, momentum=0.0)
-    plain(model, OBJECTIVE, optimizer, CPU, clip=1e-3)([rows(8, 2)])
+    update(model, OBJECTIVE, optimizer, CPU, clip=1e-3, rho=0.5)([rows(8, 2)])
     assert float((weights(model) - before).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_an_average_with_decay_zero_is_the_weights():
-    model = network()
-    ema = Ema(model, decay=0.0)
-    with torch.no_grad():
-        model[1].weight.add_(1.0)
-    ema()
-    torch.testing.assert_close(weights(ema.model), weights(model), rtol=0, atol=0)
-
-
-def test_the_average_follows_its_formula_and_counts_batches():
+@pytest.mark.parametrize("most", [0.9, 0.0])
+def test_the_average_follows_its_formula_and_counts_batches(most):
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).train()
-    ema = Ema(model, decay=0.9)
+    ema = Ema(model, decay=most)
     expected = model[1].running_mean.clone()
     for step in range(1, 4):
         model(torch.randn(4, 3, 2, 2) + 5)
         ema()
-        decay = min(0.9, (1 + step) / (10 + step))
+        decay = min(most, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model[1].running_mean
     torch.testing.assert_close(ema.model[1].running_mean, expected)
     assert int(ema.model[1].num_batches_tracked) == 3
@@ -128,6 +121,8 @@ def test_a_schedule_sets_the_rate_of_every_step_and_goes_on_from_its_state(name,
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         return Schedule(name, optimizer, total=40, steps_per_epoch=4, **options)
 
+    with pytest.raises(SettingsError, match="warmup_epochs"):
+        Schedule(name, fresh().optimizer, total=40, steps_per_epoch=4, warmup_epochs=10)
     schedule, rates = fresh(), []
     for number in range(40):
         if number == 17:
@@ -139,11 +134,6 @@ def test_a_schedule_sets_the_rate_of_every_step_and_goes_on_from_its_state(name,
         schedule.optimizer.step()
         schedule()
     assert rates == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(SettingsError, match="warmup_epochs"):
-        Schedule("cosine", torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 40, 4, warmup_epochs=10)
 
 
 def test_muon_is_timms_for_the_backbones_layers_after_the_first_and_adamw_for_all_else():

@@ -17,8 +17,8 @@ from fivefold.recipe import Augment, Distill, Model, Settings, Train
 from fivefold.training.loop import Loop, TrainRows, _totals, rows_of
 from fivefold.training.losses import LOSSES
 from fivefold.training.teaching import Teacher
+from training_runs import CPU
 
-CPU = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.5] * 3)
 READS = (
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,
@@ -127,9 +127,8 @@ def test_a_step_that_reads_a_value_is_seen(read, name):
 @pytest.mark.parametrize(("mix", "taught"), [("mixup", False), ("cutmix", True)])
 @pytest.mark.parametrize("case", CASES)
 def test_on_a_gpu_no_step_waits(case, mix, taught):
-    made = loop_of(
-        CASES[case], mix, taught, make_runtime(torch.device("cuda"), torch.bfloat16, True, [0.5] * 3, [0.5] * 3)
-    )
+    runtime = make_runtime(torch.device("cuda"), torch.bfloat16, True, [0.5] * 3, [0.5] * 3)
+    made = loop_of(CASES[case], mix, taught, runtime)
     made.model.train()
     step(made, 0)
     step(made, 1)
@@ -154,9 +153,7 @@ def test_a_compiled_step_is_the_steps_own_within_rounding_and_keeps_all_names():
             each.model.train()
             torch.manual_seed(number)
             step(each, number)
-    for (name, ours), theirs in zip(
-        made[True].model.state_dict().items(), made[False].model.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+    compiled, plain = (dict(made[kind].model.state_dict()) for kind in (True, False))
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
     assert list(copy.deepcopy(made[True].contenders["ema"]).state_dict()) == list(made[True].model.state_dict())
     assert isinstance(made[True].model.backbone, nn.Module)

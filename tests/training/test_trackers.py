@@ -19,13 +19,9 @@ ROWS = [
 ]
 SCORES = {"oof_accuracy": 0.875, "oof_logloss": 0.5}
 SETTINGS = {"train.epochs": 2, "train.lr": 0.1, "model.options": {"widths": [8, 16]}, "fold": None, "system": "빨강"}
-NOISE = [
-    "ignore::DeprecationWarning",
-    "ignore::sqlalchemy.exc.SADeprecationWarning",
-    "ignore::ResourceWarning",
-]
+NOISE = ("DeprecationWarning", "sqlalchemy.exc.SADeprecationWarning", "ResourceWarning")
 """What MLflow and W&B themselves do that Python or SQLAlchemy would have otherwise."""
-quiet = pytest.mark.filterwarnings(*NOISE)
+quiet = pytest.mark.filterwarnings(*(f"ignore::{name}" for name in NOISE))
 
 
 def run(folder: Path) -> Run:
@@ -141,12 +137,8 @@ def test_wandb_without_a_key_says_what_to_set(tmp_path: Path):
         "try:\n    open_trackers(['wandb'], Run('a', 'b', 'c', {}, Path('out')))\n"
         "except SettingsError as error:\n    print('refused:', error)\n"
     )
-    nowhere = {
-        "HOME": str(tmp_path),
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "PATH": "",
-        "PYTHONPATH": ":".join(sys.path),
-    }
+    nowhere = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "PATH": ""}
+    nowhere["PYTHONPATH"] = ":".join(sys.path)
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=nowhere, capture_output=True, text=True)
     assert "refused: train.trackers=wandb: " in ended.stdout, ended.stderr
     assert "WANDB_MODE=offline" in ended.stdout
