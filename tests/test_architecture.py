@@ -12,8 +12,6 @@ import pytest
 
 import fivefold
 from fivefold.contract.stages import STAGES, Stage
-from fivefold.recipes import shipped_recipes
-from fivefold.settings import Layer, load
 from jobs.__main__ import COMMANDS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -125,15 +123,6 @@ def test_a_stage_starts_without_what_only_some_recipes_or_its_end_need(stage: St
     assert json.loads(python(code)) == []
 
 
-def test_help_comes_at_once() -> None:
-    code = (
-        "import resource, subprocess, sys\n"
-        "subprocess.run([sys.executable, '-m', 'jobs', '--help'], check=True, stdout=subprocess.DEVNULL)\n"
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\nprint(used.ru_utime + used.ru_stime)"
-    )
-    assert float(python(code)) < 1.0
-
-
 def test_nothing_below_the_contract_reads_the_environment() -> None:
     found = []
     for path in REPOSITORY.glob("src/fivefold/**/*.py"):
@@ -146,10 +135,3 @@ def test_nothing_below_the_contract_reads_the_environment() -> None:
             if name in ("environ", "environb", "getenv", "putenv"):
                 found.append(f"{path.name}:{node.lineno}")
     assert found == []
-
-
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_loads(name: str) -> None:
-    settings = load([Layer("argument", {"recipe": name})])
-    assert settings.system == name
-    assert settings.student().train.epochs >= 1

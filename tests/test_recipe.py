@@ -19,15 +19,9 @@ def test_every_key_says_what_it_is():
             assert sub.description, f"{name}.{key} has no description"
 
 
-def test_settings_are_frozen():
-    with pytest.raises(ValidationError):
-        Settings().train.epochs = 3
-
-
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        (Split, {"parts": [0.8, 0.2]}, "three shares"),
         (Split, {"parts": [0.8, 0.1, 0.2]}, "sum to 1"),
         (Split, {"parts": [1.2, -0.1, -0.1]}, "three shares"),
         (Split, {"parts": [0.9, 0.0, 0.1]}, "valid share above 0"),
@@ -36,7 +30,6 @@ def test_settings_are_frozen():
         (Model, {"image_size": [224]}, "one positive number"),
         (Model, {"mean": [0.5]}, "three numbers"),
         (Model, {"std": [0.2, 0.0, 0.2]}, "std is positive"),
-        (Model, {"pretrained": 1}, "boolean"),
         (Model, {"meta": ["aspect", "aspect"]}, "names a feature twice"),
         (Ensemble, {"number_column": "ID"}, "needs answer_column"),
         (Ensemble, {"number_column": "ID", "answer_column": "ID"}, "name two columns"),
