@@ -125,26 +125,24 @@ def test_only_what_is_asked_for(stages: list[str], folds: list[int], left: list[
     ("make", "says"),
     [
         (lambda: plan_of("train.epohcs=3"), r"train\.epochs"),
-        (lambda: plan_of("train.epochs=many"), r"train\.epochs.*many"),
         (lambda: plan_of("fold=1"), "folds="),
         (lambda: plan_of("stage=split"), "stages="),
         (lambda: plan_of("seed=1", seeds=[2]), "give one of them"),
         (lambda: plan_of(seeds=[2, 2]), "twice"),
         (lambda: make_plan(ALL, run="../r"), "names a folder"),
         (lambda: make_plan(ALL, run="r", recipe="dmeo"), "demo"),
+        (lambda: make_plan(ALL, run="r", recipe="nowhere.toml"), "nowhere"),
         (lambda: select(plan_of(), ["trian-fold"]), "train-fold"),
         (lambda: select(plan_of(), [], [3]), "folds 0 to 2"),
         (lambda: select(plan_of(inputs=Inputs(train="t")), ["ensemble"]), "no eval="),
     ],
 )
 def test_a_bad_request_fails_in_the_plan(make: object, says: str) -> None:
-    with pytest.raises(SettingsError, match=says):
+    with pytest.raises((SettingsError, MissingInputError), match=says):
         make()
 
 
 def test_names() -> None:
-    with pytest.raises(MissingInputError, match="nowhere"):
-        make_plan(ALL, run="r", recipe="nowhere.toml")
     first, second = new_run_name(), new_run_name()
     assert first != second
     assert re.fullmatch(r"run_\d{8}_\d{6}_[0-9a-f]{8}", first)
