@@ -123,6 +123,15 @@ def test_a_stage_starts_without_what_only_some_recipes_or_its_end_need(stage: St
     assert json.loads(python(code)) == []
 
 
+def test_help_comes_at_once() -> None:
+    code = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'jobs', '--help'], check=True, stdout=subprocess.DEVNULL)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\nprint(used.ru_utime + used.ru_stime)"
+    )
+    assert float(python(code)) < 1.0
+
+
 def test_nothing_below_the_contract_reads_the_environment() -> None:
     found = []
     for path in REPOSITORY.glob("src/fivefold/**/*.py"):

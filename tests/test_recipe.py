@@ -8,8 +8,7 @@ from pydantic import ValidationError
 
 from fivefold.contract.stages import STAGES
 from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Ensemble, Model, Settings, Split
-from fivefold.recipes import shipped_recipes
-from fivefold.settings import flatten, key_settings, read_recipe
+from fivefold.settings import flatten, key_settings
 
 
 def test_every_key_says_what_it_is():
@@ -48,11 +47,6 @@ def test_the_student_differs_only_where_it_says_so():
     before, after = flatten(settings), flatten(student)
     assert {key for key in before if before[key] != after[key]} == {"train.epochs", "model.dropout"}
     assert (student.train.epochs, student.train.lr, student.model.dropout) == (3, 0.01, 0.5)
-
-
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_a_shipped_recipe_is_whole(name: str):
-    assert Settings.model_validate(read_recipe(name)).student()
 
 
 def test_stages_name_sections_and_keys_that_exist():

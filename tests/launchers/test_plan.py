@@ -7,7 +7,7 @@ import pytest
 
 from fivefold.contract.stages import STAGES
 from fivefold.errors import MissingInputError, SettingsError
-from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, select
+from fivefold.launchers.plan import Inputs, Plan, make_plan, new_run_name, select
 
 ALL = Inputs(train="in/train", eval="in/test", ground_truth="in/test/gt.csv")
 FOLD_NAMES = ["fold-0", "fold-1", "fold-2"]
@@ -146,10 +146,3 @@ def test_names() -> None:
     first, second = new_run_name(), new_run_name()
     assert first != second
     assert re.fullmatch(r"run_\d{8}_\d{6}_[0-9a-f]{8}", first)
-
-
-def test_the_description_quotes_for_a_shell() -> None:
-    text = describe(plan_of(inputs=Inputs(train="my images")), "python")
-    assert "SM_CHANNEL_TRAIN='my images' \\\n" in text
-    assert "python -m fivefold.jobs train-fold recipe=demo FOLD=2" in text
-    assert "# no eval=" in text

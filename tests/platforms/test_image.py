@@ -1,7 +1,6 @@
-"""The image under `docker run`: signals, any user, a read-only root, SageMaker's folders alone; how quick it is."""
+"""The image under `docker run`: signals, any user, a read-only root, SageMaker's folders alone."""
 
 import json
-import os
 import re
 import shutil
 import time
@@ -9,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from containers import IMAGE, ROOT, SETTINGS, as_arguments, called, differing, docker
+from containers import SETTINGS, as_arguments, differing, docker
 from platform_runs import wait_until
 
 pytestmark = pytest.mark.docker
-QUICKLY = {"rebuild": 15.0, "first step": 12.0, "help": 1.0}
-"""Seconds."""
 
 
 @pytest.fixture
@@ -118,48 +115,6 @@ def test_what_is_inside_and_what_is_not(image):
     assert docker("run", "--rm", "--entrypoint=python", image, "-c", script).stdout.strip() == "True"
 
 
-def test_how_quick_it_is(image, runs: Path, digits: Path, tmp_path: Path):
-    """Best of three for what takes a second, since other processes run beside."""
-    figures = {"help": min(seconds("run", "--rm", image, "--help") for _ in range(3))}
-    figures["first step"] = seconds_to_first_step(image, runs, digits)
-    figures["rebuild"] = seconds_to_rebuild(tmp_path)
-    assert {name: taken for name, taken in figures.items() if taken > QUICKLY[name]} == {}
-
-
 def said_by(container: str) -> str:
     logs = docker("logs", container)
     return logs.stdout + logs.stderr
-
-
-def seconds(*arguments: str) -> float:
-    begun = time.monotonic()
-    docker(*arguments)
-    return time.monotonic() - begun
-
-
-def seconds_to_first_step(image: str, runs: Path, digits: Path) -> float:
-    """From `docker run` to the end of an epoch of one step."""
-    arguments = ["train-fold", "FOLD=0", *as_arguments({**SETTINGS, "train.epochs": 1, "train.batch_size": 1150})]
-    begun = time.monotonic()
-    name = docker("run", "--detach", *run_options(runs, digits), image, *arguments).stdout.strip()
-    try:
-        wait_until(lambda: "epoch=1" in said_by(name))
-        return time.monotonic() - begun
-    finally:
-        docker("rm", "--force", name)
-
-
-def seconds_to_rebuild(tmp_path: Path) -> float:
-    """`docker build` after a change of one source file, in a copy of what the image is made of."""
-    for name in ("src", "jobs", "docker", "pyproject.toml", "README.md", "LICENSE", ".dockerignore"):
-        path = ROOT / name
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / name)
-    with open(tmp_path / "src" / "fivefold" / "choose.py", "a") as file:
-        file.write(f"# {time.time()}\n")
-    base = os.environ.get("BASE_IMAGE", "fivefold-base")
-    command = f"docker build -f docker/Dockerfile --build-arg BASE_IMAGE={base} -t {IMAGE}-rebuilt ."
-    begun = time.monotonic()
-    called(command.split(), where=tmp_path)
-    taken = time.monotonic() - begun
-    docker("image", "rm", f"{IMAGE}-rebuilt")
-    return taken
