@@ -111,7 +111,6 @@ def test_layers_can_be_used_again():
     [
         ("train.epoch=3", "unknown key 'train.epoch' in argument; did you mean 'train.epochs'?; --help lists the keys"),
         ("epochs=3", "unknown key 'epochs' in argument; did you mean 'train.epochs'?; --help lists the keys"),
-        ("batch_size=1", "did you mean 'train.batch_size' or 'predict.batch_size' or 'serve.batch_size'?"),
         ("train=1", "unknown key 'train' in argument; it is a section: write train.NAME=VALUE"),
         ("fold", "argument 'fold' is not KEY=VALUE"),
         ("=3", "unknown key '' in argument; --help lists the keys"),
@@ -119,11 +118,7 @@ def test_layers_can_be_used_again():
         ("train.epochs=many", "train.epochs='many' (argument): a whole number is needed"),
         ("train.epochs=0", "train.epochs=0 (argument): at least 1 is needed"),
         ("train.lr=0", "train.lr=0.0 (argument): more than 0 is needed"),
-        ("train.lr=inf", "train.lr='inf' (argument): a number is needed"),
-        ("distill.train.epochs=0", "distill.train.epochs=0 (argument): at least 1 is needed"),
-        ('distill.train={"epoch": 3}', "unknown key 'distill.train.epoch'; did you mean 'distill.train.epochs'?"),
         ('distill.train={"epochs": "x"}', "distill.train.epochs='x': a whole number is needed"),
-        ("recipe=dmo", "unknown recipe 'dmo'; did you mean 'demo'?"),
     ],
 )
 def test_a_miss_is_told_in_plain_words(argument: str, message: str):
@@ -183,7 +178,6 @@ def test_a_recipe_says_the_same_in_json_behind_a_byte_order_mark(name: str, tmp_
         ("r.yaml", "a: 1", SettingsError, "recipes are TOML or JSON, since YAML reads 5e-5 as a text"),
         ("r.toml", "[train\n", SettingsError, "cannot be read: "),
         ("r.toml", 'system = "größer"', SettingsError, "cannot be read: "),
-        ("r.json", "{", SettingsError, "cannot be read: "),
         ("r.json", '{"train": {"lr": NaN}}', SettingsError, "train.lr=nan: "),
         ("r.json", '{"train": {"epochs": null}}', SettingsError, "train.epochs=None: a whole number is needed"),
         ("r.json", '{"config": "demo"}', SettingsError, "unknown key 'config'"),

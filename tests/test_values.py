@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fivefold.values import value_of, words
+from fivefold.values import value_of
 
 SPEC = str | dict[str, Any]
 
@@ -83,7 +83,3 @@ def test_what_is_meant_is_accepted(kind: Any, given: Any, expected: Any):
 def test_what_is_unclear_is_refused(kind: Any, given: Any, needed: str):
     with pytest.raises(ValueError, match=f"^{needed} is needed$"):
         value_of(kind, given)
-
-
-def test_a_choice_names_its_options():
-    assert words(Literal["mean", "fitted"]) == "one of mean, fitted"

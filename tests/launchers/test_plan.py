@@ -52,9 +52,8 @@ def test_a_fold_has_the_layout_of_the_run() -> None:
 
 def test_the_ensemble_reads_the_run_and_the_student_only_its_own_model() -> None:
     plan = plan_of()
-    assert plan.step("ensemble").environment["SM_CHANNEL_MODEL"] == "runs/r"
-    assert plan.step("distill").environment["SM_CHANNEL_MODEL"] == "runs/r"
-    assert plan.step("ensemble-student").environment["SM_CHANNEL_MODEL"] == "runs/r/distill/model"
+    for name, folder in (("ensemble", "runs/r"), ("distill", "runs/r"), ("ensemble-student", "runs/r/distill/model")):
+        assert plan.step(name).environment["SM_CHANNEL_MODEL"] == folder
     given = plan.step("evaluate").environment
     assert given["SM_CHANNEL_PREDICTIONS"] == "runs/r/ensemble/output"
     assert given["SM_CHANNEL_GROUND_TRUTH"] == "in/test/gt.csv"

@@ -170,14 +170,11 @@ def values_of(settings: Settings, stage: str) -> dict[str, Any]:
     return {key: value for key, value in flatten(settings).items() if is_of(key, STAGES[stage].sections)}
 
 
-@pytest.mark.parametrize("row", [{}, {"val_loss": float("nan")}, {"train_loss": 12.5, "val_f1_macro": 1.0}])
-def test_the_regexes_read_what_the_log_says(row: dict[str, float]) -> None:
-    full = {"epoch": 3, **dict.fromkeys(logline.METRICS, 0.25), "lr": 0.1, **row}
+def test_the_regexes_read_what_the_log_says() -> None:
+    full = {"epoch": 3, **dict.fromkeys(logline.METRICS, 0.25), "lr": 0.1, "val_loss": float("nan"), "val_acc": 1.0}
     line = f"2026-01-01 {logline.metric_line(2, full)}"
     for metric in requests_of(plan_of())["fold-2"]["AlgorithmSpecification"]["MetricDefinitions"]:
         found = re.search(metric["Regex"], line)
-        assert found is not None
-        assert len(found.groups()) == 1
         assert float(found[1]) == pytest.approx(full[metric["Name"]], nan_ok=True)
         assert re.search(metric["Regex"], logline.metric_line(None, {"epoch": 1})) is None
 
