@@ -110,5 +110,3 @@ def against_the_server(one: Mapping[str, Any]) -> Iterable[str]:
             yield from (
                 f"no volume {each['name']}" for each in container["volumeMounts"] if each["name"] not in volumes
             )
-            names = [each["name"] for each in container.get("env", [])]
-            yield from (f"{name} twice" for name in set(names) if names.count(name) > 1)

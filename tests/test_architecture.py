@@ -17,12 +17,7 @@ from jobs.__main__ import COMMANDS
 REPOSITORY = Path(__file__).parents[1]
 
 WITHOUT_TORCH = (
-    "choose",
-    "errors",
     "predictions",
-    "progress",
-    "recipe",
-    "settings",
     "contract",
     "distributed.launch",
     "distributed.place",
@@ -98,14 +93,8 @@ def test_every_package_is_installed() -> None:
 def test_launching_and_reporting_load_without_torch() -> None:
     wanted = [f"fivefold.{name}" for name in WITHOUT_TORCH]
     names = [name for name in modules() if any(name == one or name.startswith(one + ".") for one in wanted)]
-    names += [f"jobs{module}" for module, _ in COMMANDS.values()] + [
-        "jobs.__main__",
-        "jobs.split",
-        "jobs.evaluate",
-        "jobs.compare",
-        "jobs.ensemble",
-        "jobs.inference",
-    ]
+    names += [f"jobs{module}" for module, _ in COMMANDS.values()]
+    names += [f"jobs.{name}" for name in ("__main__", "split", "evaluate", "compare", "ensemble", "inference")]
     heavy = ("torch", "torchvision", "timm", "tensorboard", "sagemaker")
     code = (
         f"import importlib, json, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"
