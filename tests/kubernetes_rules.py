@@ -2,16 +2,13 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hera.workflows.models import Workflow
-from jsonschema import Draft202012Validator
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime, TrainerV1alpha1TrainJob
-from kubernetes_validate.utils import all_versions, schema_contents
-from referencing import Registry, Resource
+from kubernetes_validate.utils import all_versions, validate
 
 OLDEST = "1.33.0"
 """The first version that has all of an Indexed Job as these use it."""
@@ -36,18 +33,7 @@ def check(one: Mapping[str, Any], version: str) -> None:
 
 def of_kubernetes(one: Mapping[str, Any], version: str) -> None:
     """Raises a ValidationError for a field that the schema of this kind does not have, or of another type."""
-    group, _, number = one["apiVersion"].rpartition("/")
-    api = f"{group.split('.')[0]}-{number}" if group else number
-    schema(version, f"{one['kind'].lower()}-{api}").validate(one)
-
-
-@lru_cache
-def schema(version: str, name: str) -> Draft202012Validator:
-    """The strict schema of a kind. (The package reads all definitions again for each object.)"""
-    folder = f"kubernetes-json-schema/v{version}-local-strict"
-    found, definitions = (schema_contents(f"{folder}/{file}.json", version) for file in (name, "_definitions"))
-    registry = Resource.from_contents(definitions) @ Registry()
-    return Draft202012Validator(found, registry=Resource.from_contents(found) @ registry)
+    validate(one, version, strict=True)
 
 
 def of_argo(one: Mapping[str, Any], _: str) -> None:
@@ -124,5 +110,3 @@ def against_the_server(one: Mapping[str, Any]) -> Iterable[str]:
             yield from (
                 f"no volume {each['name']}" for each in container["volumeMounts"] if each["name"] not in volumes
             )
-            names = [each["name"] for each in container.get("env", [])]
-            yield from (f"{name} twice" for name in set(names) if names.count(name) > 1)

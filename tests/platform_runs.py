@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -16,3 +18,11 @@ def submit(given: list[str], variables: dict[str, str]) -> subprocess.CompletedP
     command = [sys.executable, "-m", "jobs", "submit", *SETTINGS, *given]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.run(command, cwd=REPOSITORY, env={**own, **variables}, check=False, timeout=1200, **pipes)
+
+
+def wait_until(is_so: Callable[[], object], seconds: float = 60) -> None:
+    """Waits for what another process or thread brings about; an AssertionError if it does not come."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import boto3
 
@@ -67,9 +68,10 @@ class Bucket:
         found.client.create_bucket(Bucket=found.name, CreateBucketConfiguration={"LocationConstraint": REGION})
         return found
 
-    @property
+    @cached_property
     def client(self):
-        return boto3.client(
+        """Of a session of its own, since boto3's default one is not for several threads."""
+        return boto3.Session().client(
             "s3",
             endpoint_url=self.endpoint,
             aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],

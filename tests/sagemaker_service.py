@@ -27,9 +27,9 @@ import requests
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
+from platform_runs import REPOSITORY
 from s3_server import CREDENTIALS, Bucket
 
-REPOSITORY = Path(__file__).parents[1]
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/fivefold:1"
 ROLE = "arn:aws:iam::123456789012:role/fivefold"
@@ -73,8 +73,6 @@ class Service:
     refused: int = 0
     down: int = 0
     """How many of the next calls are answered 503."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """boto3's default session, by which a Bucket is reached, is not for several threads."""
 
     def client(self, name: str) -> Any:
         """A client of moto's server; one session each, since they are not for several threads."""
@@ -196,21 +194,19 @@ class Service:
     def _fetch(self, url: str, folder: Path) -> int:
         """Fetches all objects whose keys begin so, named by what follows the last slash of the prefix; their number."""
         bucket, prefix = Bucket(self.moto, urlsplit(url).netloc), urlsplit(url).path.lstrip("/")
-        with self.lock:
-            keys = bucket.listed(prefix)
-            for key in keys:
-                path = folder / key[prefix.rfind("/") + 1 :]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(bucket.read(key))
+        keys = bucket.listed(prefix)
+        for key in keys:
+            path = folder / key[prefix.rfind("/") + 1 :]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bucket.read(key))
         return len(keys)
 
     def _mirror(self, folder: Path, url: str) -> None:
         bucket, prefix = Bucket(self.moto, urlsplit(url).netloc), urlsplit(url).path.strip("/")
-        with self.lock:
-            for key in bucket.listed(f"{prefix}/"):
-                bucket.delete(key)
-            for path in (path for path in folder.rglob("*") if path.is_file()):
-                bucket.write(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        for key in bucket.listed(f"{prefix}/"):
+            bucket.delete(key)
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            bucket.write(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def _upload(self, job: Job) -> None:
         config = job.request["OutputDataConfig"]

@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
+from platform_runs import REPOSITORY, wait_until
+
 SECONDS = 60.0
 """So long the process has to start, to answer or to end."""
 
@@ -42,12 +43,8 @@ class ServerProcess:
         self.log = log
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "SAGEMAKER_"))}
         plain |= {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}", "OMP_NUM_THREADS": "1", **environ}
-        command = [sys.executable, "-W", "error", "-m", "jobs", "serve", *arguments]
-        if (
-            not any(argument.startswith("serve.port=") for argument in arguments)
-            and "SAGEMAKER_BIND_TO_PORT" not in plain
-        ):
-            command.append("serve.port=0")
+        port = [] if "SAGEMAKER_BIND_TO_PORT" in plain else ["serve.port=0"]
+        command = [sys.executable, "-W", "error", "-m", "jobs", "serve", *port, *arguments]
         with open(log, "wb") as file:
             self.process = subprocess.Popen([*command, "serve.host=127.0.0.1"], env=plain, cwd=REPOSITORY, stderr=file)
 
@@ -63,11 +60,9 @@ class ServerProcess:
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """The match of a pattern in the log, as soon as it is there."""
-        until = time.monotonic() + SECONDS
-        while (found := re.search(pattern, self.told())) is None:
-            assert self.process.poll() is None, self.told()
-            assert time.monotonic() < until, self.told()
-            time.sleep(0.02)
+        wait_until(lambda: re.search(pattern, self.told()) or self.process.poll() is not None, SECONDS)
+        found = re.search(pattern, self.told())
+        assert found, self.told()
         return found
 
     @property
@@ -87,11 +82,8 @@ class ServerProcess:
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         """One request on a connection of its own; `content_type="image/png"` is a header."""
-        connection = self.connection()
-        try:
+        with closing(self.connection()) as connection:
             return sent(connection, method, path, body, **headers)
-        finally:
-            connection.close()
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """The exit code after this signal."""

@@ -12,19 +12,12 @@ import pytest
 
 import fivefold
 from fivefold.contract.stages import STAGES, Stage
-from fivefold.recipes import shipped_recipes
-from fivefold.settings import Layer, load
 from jobs.__main__ import COMMANDS
 
 REPOSITORY = Path(__file__).parents[1]
 
 WITHOUT_TORCH = (
-    "choose",
-    "errors",
     "predictions",
-    "progress",
-    "recipe",
-    "settings",
     "contract",
     "distributed.launch",
     "distributed.place",
@@ -100,14 +93,8 @@ def test_every_package_is_installed() -> None:
 def test_launching_and_reporting_load_without_torch() -> None:
     wanted = [f"fivefold.{name}" for name in WITHOUT_TORCH]
     names = [name for name in modules() if any(name == one or name.startswith(one + ".") for one in wanted)]
-    names += [f"jobs{module}" for module, _ in COMMANDS.values()] + [
-        "jobs.__main__",
-        "jobs.split",
-        "jobs.evaluate",
-        "jobs.compare",
-        "jobs.ensemble",
-        "jobs.inference",
-    ]
+    names += [f"jobs{module}" for module, _ in COMMANDS.values()]
+    names += [f"jobs.{name}" for name in ("__main__", "split", "evaluate", "compare", "ensemble", "inference")]
     heavy = ("torch", "torchvision", "timm", "tensorboard", "sagemaker")
     code = (
         f"import importlib, json, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"
@@ -146,10 +133,3 @@ def test_nothing_below_the_contract_reads_the_environment() -> None:
             if name in ("environ", "environb", "getenv", "putenv"):
                 found.append(f"{path.name}:{node.lineno}")
     assert found == []
-
-
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_loads(name: str) -> None:
-    settings = load([Layer("argument", {"recipe": name})])
-    assert settings.system == name
-    assert settings.student().train.epochs >= 1

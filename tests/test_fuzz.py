@@ -65,18 +65,12 @@ def survives(read: Callable[[Path], object], content: bytes, name: str) -> None:
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        error = raised(lambda: read(path))
-    assert error is None or isinstance(error, FivefoldError), f"{type(error).__name__}: {error}"
-    assert error is None or str(error).strip()
-
-
-def raised(call: Callable[[], object]) -> BaseException | None:
-    """What a call raised, as the entrypoint understands it."""
-    try:
-        call()
-    except Exception as error:
-        return explained(error)
-    return None
+        try:
+            read(path)
+        except Exception as raised:
+            error = explained(raised)
+            assert isinstance(error, FivefoldError), f"{type(error).__name__}: {error}"
+            assert str(error).strip()
 
 
 def image(form: str, mode: str = "RGB") -> bytes:
@@ -112,62 +106,33 @@ def read_archive(path: Path) -> None:
         store.read(name)
 
 
-@pytest.mark.parametrize(("form", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("GIF", "P"), ("WEBP", "RGB"), ("BMP", "RGB"), ("TIFF", "RGB")])  # fmt: skip
-def test_images(form, mode):
-    @EXAMPLES
-    @given(changed(image(form, mode)))
-    def check(content: bytes) -> None:
-        try:
-            found = decode(content, "x")
-        except FivefoldError:
-            return
-        assert (found.dtype, found.ndim, found.shape[2]) == (np.uint8, 3, 3)
-
-    check()
+def read_image(path: Path) -> None:
+    found = decode(path.read_bytes(), "x")
+    assert (found.dtype, found.ndim, found.shape[2]) == (np.uint8, 3, 3)
 
 
-@pytest.mark.parametrize("name", ["demo", "car_efficientnet_b5"])
-def test_recipes(name):
-    @EXAMPLES
-    @given(changed(shipped_recipes()[name].read_bytes()))
-    def check(content: bytes) -> None:
-        survives(lambda path: read_recipe(str(path)), content, "mine.toml")
-
-    check()
+def read_hyperparameters(path: Path) -> dict[str, object]:
+    return hyperparameters({"SAGEMAKER_BASE_DIR": str(path.parents[2])})
 
 
-@EXAMPLES
-@given(
-    changed(
-        json.dumps({"train": {"epochs": 3, "lr": 0.1}, "augment": {"train": ["resize", {"name": "rotation"}]}}).encode()
-    )
-)
-def test_recipes_in_json(content):
-    survives(lambda path: read_recipe(str(path)), content, "mine.json")
-
-
-@EXAMPLES
-@given(st.dictionaries(st.sampled_from([*KEYS, "lr", "sagemaker_x", "TRAIN__EPOCHS"]), CELLS, max_size=4))
-def test_hyperparameters_and_arguments(found):
-    def read(path: Path) -> None:
-        given = hyperparameters({"SAGEMAKER_BASE_DIR": str(path.parents[2])})
-        load([Layer("hyperparameters", {normal_key(name): value for name, value in given.items()})])
-
-    survives(read, json.dumps(found).encode(), "input/config/hyperparameters.json")
-    survives(lambda _: load([arguments_layer([f"{name}={value}" for name, value in found.items()])]), b"", "x")
-
-
-@EXAMPLES
-@given(changed(b'{"train.epochs": "3", "FOLD": "1"}'))
-def test_hyperparameters_as_bytes(content):
-    survives(
-        lambda path: hyperparameters({"SAGEMAKER_BASE_DIR": str(path.parents[2])}),
-        content,
-        "input/config/hyperparameters.json",
-    )
-
-
+HYPERPARAMETERS = "input/config/hyperparameters.json"
+RECIPE = b'{"train": {"epochs": 3, "lr": 0.1}, "augment": {"train": ["resize", {"name": "rotation"}]}}'
+MODEL = b'{"format": 1, "role": "fold", "system": "s", "seed": 1, "fold": 0, "folds": 2, "classes": ["a", "b"]}'
+EARLIER = b'{"stage": "split", "inputs": {"train": "x"}, "settings": {}, "outputs": {"output/a": "1"}, "packages": {}}'
 READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
+    **{
+        f"{form} {mode}": (read_image, image(form, mode), "x")
+        for form, mode in (
+            *(("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P")),
+            *(("GIF", "P"), ("WEBP", "RGB"), ("BMP", "RGB"), ("TIFF", "RGB")),
+        )
+    },
+    **{
+        f"recipe {name}": (lambda path: read_recipe(str(path)), shipped_recipes()[name].read_bytes(), "mine.toml")
+        for name in ("demo", "car_efficientnet_b5")
+    },
+    "recipe in JSON": (lambda path: read_recipe(str(path)), RECIPE, "mine.json"),
+    "hyperparameters": (read_hyperparameters, b'{"train.epochs": "3", "FOLD": "1"}', HYPERPARAMETERS),
     "predictions": (predictions.read, parquet(), "predictions.parquet"),
     "folds": (read_folds, parquet(), "folds.parquet"),
     "submitted": (read_submitted, table(["ID", "a", "b"], [[n, 0.5, 0.5] for n in range(4)]), "s.csv"),
@@ -175,12 +140,14 @@ READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     "truth": (read_truth, table(["ID", "label"], [[n, "ab"[n % 2]] for n in range(4)]), "gt.csv"),
     "batch": (read_given, table(["image_path", "true_class"], [[f"{n}.png", "a"] for n in range(4)]), "batch.csv"),
     "archive": (read_archive, archive(), "images.zip"),
-    "record": (read_record, json.dumps({"stage": "split", "sources": {}, "roots": {}}).encode(), "stage.json"),
+    "record": (read_record, b'{"stage": "split", "sources": {}, "roots": {}}', "stage.json"),
+    "earlier record": (lambda path: why_run(path.parent, Key("split", {}, {}), {"output": path.parent}), EARLIER, "stage.json"),
+    "model": (lambda path: find_models(path.parent, path.parent), MODEL, "model.json"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_files_that_stages_read(name):
+def test_files_that_are_read(name):
     read, whole, file = READERS[name]
 
     @EXAMPLES
@@ -192,36 +159,23 @@ def test_files_that_stages_read(name):
 
 
 @EXAMPLES
-@given(st.lists(st.lists(CELLS, min_size=1, max_size=5), max_size=5))
-def test_tables_of_odd_cells(rows):
+@given(st.dictionaries(st.sampled_from([*KEYS, "lr", "sagemaker_x", "TRAIN__EPOCHS"]), CELLS, max_size=4))
+def test_hyperparameters_and_arguments(found):
+    def read(path: Path) -> None:
+        values = {normal_key(name): value for name, value in read_hyperparameters(path).items()}
+        load([Layer("hyperparameters", values)])
+
+    survives(read, json.dumps(found).encode(), HYPERPARAMETERS)
+    survives(lambda _: load([arguments_layer([f"{name}={value}" for name, value in found.items()])]), b"", "x")
+
+
+@EXAMPLES
+@given(
+    st.sampled_from([[], ["image_path", "target"], ["ID", "img_path", "label"]]),
+    st.lists(st.lists(CELLS, min_size=1, max_size=5), max_size=5),
+)
+def test_tables_of_odd_cells(header, rows):
+    rows = [header, *(row[: len(header)] for row in rows)] if header else rows
     content = "\n".join(",".join(row) for row in rows).encode()
-    for read in (read_truth, read_submitted, read_given):
-        survives(read, content, "table.csv")
-
-
-@EXAMPLES
-@given(
-    st.lists(st.tuples(CELLS, CELLS, CELLS), max_size=5),
-    st.sampled_from([("image_path", "target"), ("ID", "img_path", "label")]),
-)
-def test_training_tables_of_odd_cells(rows, header):
-    lines = [",".join(header), *(",".join(row[: len(header)]) for row in rows)]
-    survives(lambda path: read_rows(open_store(path.parent), Data()), "\n".join(lines).encode(), "train.csv")
-
-
-@EXAMPLES
-@given(
-    changed(b'{"format": 1, "role": "fold", "system": "s", "seed": 1, "fold": 0, "folds": 2, "classes": ["a", "b"]}')
-)
-def test_descriptions_of_models(content):
-    survives(lambda path: find_models(path.parent, path.parent), content, "model.json")
-
-
-@EXAMPLES
-@given(
-    changed(
-        b'{"stage": "split", "inputs": {"train": "x"}, "settings": {}, "outputs": {"output/a": "1"}, "packages": {}}'
-    )
-)
-def test_records_of_earlier_runs(content):
-    survives(lambda path: why_run(path.parent, Key("split", {}, {}), {"output": path.parent}), content, "stage.json")
+    for read in (read_truth, read_submitted, read_given, lambda path: read_rows(open_store(path.parent), Data())):
+        survives(read, content, "train.csv")

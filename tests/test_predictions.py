@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fivefold.errors import DataError, MissingInputError
-from fivefold.predictions import ROWS_A_GROUP, Predictions, check, in_class_order, mean_by_id, read, sample, write
+from fivefold.predictions import ROWS_A_GROUP, Predictions, check, in_class_order, mean_by_id, read, write
 
 CLASSES = ("cat", "fold", "id", "label", "")
 
@@ -39,55 +39,52 @@ def assert_same(found: Predictions, expected: Predictions) -> None:
         np.testing.assert_array_equal(found.labels, expected.labels)
 
 
-@pytest.mark.parametrize("labels", [True, False])
-@pytest.mark.parametrize("rows", [0, 1, 7])
-def test_what_is_written_is_read(rows: int, labels: bool, tmp_path: Path):
-    expected = table(rows, labels=labels)
-    write(tmp_path / "t.parquet", expected)
-    found = read(tmp_path / "t.parquet")
-    if rows:
-        assert_same(found, expected)
-    else:
-        assert len(found) == 0
-        assert found.classes == CLASSES
-
-
-def test_the_same_table_gives_the_same_bytes(tmp_path: Path):
+@pytest.mark.parametrize(
+    "expected",
+    [
+        table(1),
+        table(7, labels=False),
+        *(
+            Predictions(np.array(["x"], object), np.array([0], np.int16), "s", ("a", "b"), np.array([row], np.float32))
+            for row in ([-1e-20, -46.05], [0.0, -np.inf])
+        ),
+    ],
+    ids=["labelled", "unlabelled", "nearly sure", "sure"],
+)
+def test_what_is_written_is_read_and_the_same_table_gives_the_same_bytes(expected: Predictions, tmp_path: Path):
     for name in ("a", "b"):
-        write(tmp_path / name, table(9))
+        write(tmp_path / name, expected)
+    assert_same(read(tmp_path / "a"), expected)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize("row", [[-1e-20, -46.05], [0.0, -np.inf]])
-def test_probabilities_that_saturate_keep_their_precision(row: list[float], tmp_path: Path):
-    sure = Predictions(np.array(["x"], object), np.array([0]), "s", ("a", "b"), np.array([row], np.float32))
-    write(tmp_path / "t", sure)
-    np.testing.assert_array_equal(read(tmp_path / "t").log_probs, sure.log_probs)
+def test_a_table_without_rows_keeps_its_classes(tmp_path: Path):
+    write(tmp_path / "t", table(0))
+    assert (len(read(tmp_path / "t")), read(tmp_path / "t").classes) == (0, CLASSES)
 
 
-def test_unknown_labels_are_empty(tmp_path: Path):
+def test_unknown_labels_are_empty_and_whole_number_ids_texts(tmp_path: Path):
     write(tmp_path / "t", table(2))
-    broken = pq.read_table(tmp_path / "t")
-    column = broken.column_names.index("label")
-    pq.write_table(broken.set_column(column, "label", pa.array(["cat", None])), tmp_path / "t")
-    assert list(read(tmp_path / "t").labels) == ["cat", ""]
-
-
-def test_whole_number_ids_become_texts(tmp_path: Path):
-    write(tmp_path / "t", table(3))
-    broken = pq.read_table(tmp_path / "t")
-    pq.write_table(broken.set_column(0, "id", pa.array([7, 8, 9])), tmp_path / "t")
-    assert list(read(tmp_path / "t").ids) == ["7", "8", "9"]
+    changed = replaced("label", pa.array(["cat", None]))(
+        replaced("id", pa.array([7, 8]))(pq.read_table(tmp_path / "t"))
+    )
+    pq.write_table(changed, tmp_path / "t")
+    assert (list(read(tmp_path / "t").labels), list(read(tmp_path / "t").ids)) == (["cat", ""], ["7", "8"])
 
 
 def replaced(name: str, column: Any) -> Callable[[pa.Table], pa.Table]:
     return lambda found: found.set_column(found.column_names.index(name), name, column)
 
 
-def with_value(found: pa.Table, row: int, value: float | None) -> pa.Array:
-    """The column of cats, with another value in one row."""
-    values = found.column("p/cat").to_pylist()
-    return pa.array([*values[:row], value, *values[row + 1 :]], pa.float32())
+def with_value(row: int, value: float | None) -> Callable[[pa.Table], pa.Table]:
+    """Has another value in one row of the column of cats."""
+
+    def change(found: pa.Table) -> pa.Table:
+        values = found.column("p/cat").to_pylist()
+        values[row] = value
+        return replaced("p/cat", pa.array(values, pa.float32()))(found)
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -96,15 +93,13 @@ def with_value(found: pa.Table, row: int, value: float | None) -> pa.Array:
         (lambda t: t.drop_columns(["system"]), "no column system"),
         (lambda t: t.select(["id", "fold", "system"]), "no column p/<class>"),
         (replaced("p/cat", pa.array([1, 2, 3, 4])), "column p/cat holds int64, not log-probabilities"),
-        (replaced("p/cat", pa.array(["a", "b", "c", "d"])), "column p/cat holds string"),
-        (lambda t: replaced("p/cat", with_value(t, 1, None))(t), "the row of id 'row-1' holds NaN"),
-        (lambda t: replaced("p/cat", with_value(t, 2, float("nan")))(t), "the row of id 'row-2' holds NaN"),
-        (lambda t: replaced("p/cat", with_value(t, 3, 3.5))(t), r"the row of id 'row-3' holds 3\.5, above 0"),
+        (with_value(1, None), "the row of id 'row-1' holds NaN"),
+        (with_value(2, float("nan")), "the row of id 'row-2' holds NaN"),
+        (with_value(3, 3.5), r"the row of id 'row-3' holds 3\.5, above 0"),
         (replaced("id", pa.array(["a", "b", "a", "c"])), "ids stand twice: 'a'"),
         (replaced("id", pa.array(["a", None, "b", "c"])), "1 rows have no id"),
         (replaced("id", pa.array([["a"], ["b"], ["c"], ["d"]])), "column id holds list"),
         (replaced("fold", pa.array([0, None, 1, 2])), "column fold holds int64, 1 of them null"),
-        (replaced("fold", pa.array(["0", "1", "2", "3"])), "column fold holds string"),
         (replaced("system", pa.array(["a", "a", "b", "a"])), "rows of several systems: 'a', 'b'"),
         (lambda t: t.append_column("p/cat", t.column("p/cat")), "columns of the same name: 'p/cat'"),
     ],
@@ -116,12 +111,6 @@ def test_a_broken_table_is_named(damage: Callable[[pa.Table], pa.Table], message
     with pytest.raises(DataError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value)
-
-
-def test_probabilities_instead_of_their_logarithms_are_named():
-    probs = Predictions(np.array(["x"], object), np.array([0]), "s", ("a", "b"), np.array([[0.9, 0.1]], np.float32))
-    with pytest.raises(DataError, match=r"here: the row of id 'x' holds 0\.9, above 0: natural logarithms"):
-        check(probs, "here")
 
 
 def test_a_row_that_does_not_sum_to_one_is_named_in_a_later_block_too():
@@ -138,11 +127,6 @@ def test_no_file_and_no_table(tmp_path: Path):
     (tmp_path / "text.parquet").write_text("id,fold\n")
     with pytest.raises(DataError, match="is not a Parquet table"):
         read(tmp_path / "text.parquet")
-    write(tmp_path / "whole.parquet", table(100))
-    whole = (tmp_path / "whole.parquet").read_bytes()
-    (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="is not a Parquet table"):
-        read(tmp_path / "half.parquet")
 
 
 def test_rows_are_taken_and_ordered_by_id():
@@ -181,8 +165,3 @@ def test_the_mean_of_tables_by_hand():
     assert (list(found.ids), list(found.fold), list(found.labels)) == (list("bac"), [0, -1, 1], list("xyx"))
     np.testing.assert_allclose(np.exp(found.log_probs), [[0.2, 0.8], [0.3, 0.7], [0.4, 0.6]], rtol=1e-6)
     assert found.fold.dtype == np.int16
-
-
-def test_long_lists_of_names_are_shortened():
-    assert sample(["a", "b"]) == "'a', 'b'"
-    assert sample(list("abcdefgh")) == "'a', 'b', 'c', 'd', 'e' and 3 more"

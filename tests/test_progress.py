@@ -6,21 +6,7 @@ import termios
 
 import pytest
 
-from fivefold.progress import duration, track
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (4.24, "4.2 s"),
-        (10, "10 s"),
-        (59.6, "1 min 0 s"),
-        (3599.9, "1 h 0 min"),
-        (7500, "2 h 5 min"),
-    ],
-)
-def test_durations_as_people_say_them(seconds: float, text: str):
-    assert duration(seconds) == text
+from fivefold.progress import track
 
 
 def test_a_log_gets_a_line_now_and_then(caplog: pytest.LogCaptureFixture):

@@ -8,8 +8,7 @@ from pydantic import ValidationError
 
 from fivefold.contract.stages import STAGES
 from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Ensemble, Model, Settings, Split
-from fivefold.recipes import shipped_recipes
-from fivefold.settings import flatten, key_settings, read_recipe
+from fivefold.settings import flatten, key_settings
 
 
 def test_every_key_says_what_it_is():
@@ -19,15 +18,9 @@ def test_every_key_says_what_it_is():
             assert sub.description, f"{name}.{key} has no description"
 
 
-def test_settings_are_frozen():
-    with pytest.raises(ValidationError):
-        Settings().train.epochs = 3
-
-
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        (Split, {"parts": [0.8, 0.2]}, "three shares"),
         (Split, {"parts": [0.8, 0.1, 0.2]}, "sum to 1"),
         (Split, {"parts": [1.2, -0.1, -0.1]}, "three shares"),
         (Split, {"parts": [0.9, 0.0, 0.1]}, "valid share above 0"),
@@ -36,7 +29,6 @@ def test_settings_are_frozen():
         (Model, {"image_size": [224]}, "one positive number"),
         (Model, {"mean": [0.5]}, "three numbers"),
         (Model, {"std": [0.2, 0.0, 0.2]}, "std is positive"),
-        (Model, {"pretrained": 1}, "boolean"),
         (Model, {"meta": ["aspect", "aspect"]}, "names a feature twice"),
         (Ensemble, {"number_column": "ID"}, "needs answer_column"),
         (Ensemble, {"number_column": "ID", "answer_column": "ID"}, "name two columns"),
@@ -55,11 +47,6 @@ def test_the_student_differs_only_where_it_says_so():
     before, after = flatten(settings), flatten(student)
     assert {key for key in before if before[key] != after[key]} == {"train.epochs", "model.dropout"}
     assert (student.train.epochs, student.train.lr, student.model.dropout) == (3, 0.01, 0.5)
-
-
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_a_shipped_recipe_is_whole(name: str):
-    assert Settings.model_validate(read_recipe(name)).student()
 
 
 def test_stages_name_sections_and_keys_that_exist():

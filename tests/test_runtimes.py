@@ -100,6 +100,7 @@ def test_where_only_one_precision_can_be_fastest_nothing_is_probed(tmp_path):
 @pytest.mark.parametrize("name", ALL)
 def test_on_a_cpu_depthwise_convolutions_of_torchs_own_class_train_quickly_in_each_precision(name):
     runtime = runtime_of(settings(precision=name))
+    assert precision_name(runtime) == precision_name(runtime_for_prediction(settings(), name, "cpu")) == name
     made = runtime.place(quickened(network(settings()), runtime, wanted=True))
     grouped = [type(each) for each in made.modules() if isinstance(each, nn.Conv2d) and each.groups > 1]
     assert (len(grouped), grouped.count(DepthwiseConv2d)) == (11, 7), "four of stride 2 pad to the same size"
@@ -141,12 +142,6 @@ def test_what_the_settings_say_or_a_checkpoint_knows_is_not_probed(tmp_path):
     found = settled(settings(), network(settings()), BY_ITSELF, before, tmp_path)
     assert found.train.precision == "bf16_grouped_fp32"
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_each_precision_has_its_name_wherever_it_runs(name):
-    assert precision_name(runtime_of(settings(precision=name))) == name
-    assert precision_name(runtime_for_prediction(settings(), name, "cpu")) == name
 
 
 def test_names_that_do_not_work_here_are_refused():

@@ -144,24 +144,6 @@ def family(backbone: str) -> str:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_recipe_opens_with_what_it_reproduces(name: str) -> None:
-    text = shipped_recipes()[name].read_text("utf-8")
-    head = text[: text.index("\n\n")]
-    assert all(line.startswith("#") for line in head.splitlines())
-    assert re.search(rf"(recipe|RECIPE)={name}\b", head)
-    for word in (
-        "python -m jobs ",
-        "\n# Data: ",
-        "\n# Published: ",
-        "To be met: ",
-        "\n# Otherwise than the original: ",
-    ):
-        assert word in head, word
-    for named in re.findall(rf"(?:recipe|RECIPE)={name}:([\w,]+)", head):
-        assert settings_of(f"{name}:{named}")
-
-
-@pytest.mark.parametrize("name", SYSTEMS)
 def test_a_recipe_states_what_its_system_is(name: str) -> None:
     tree = read_recipe(name)
     assert {"data", "split", "model", "augment", "train", "predict", "ensemble", "distill"} <= set(tree)

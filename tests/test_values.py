@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fivefold.values import value_of, words
+from fivefold.values import value_of
 
 SPEC = str | dict[str, Any]
 
@@ -27,15 +27,10 @@ SPEC = str | dict[str, Any]
         (str, "5", "5"),
         (str, "", ""),
         (str, '"demo"', "demo"),
-        (str, '"', '"'),
         (str, '"a" and "b"', '"a" and "b"'),
         (str, 5, "5"),
-        (int, '"3"', 3),
-        (list[str], '"plain"', ["plain"]),
         (Any, '"3"', "3"),
-        (int | None, "2", 2),
         (int | None, "none", None),
-        (int | None, None, None),
         (Literal["mean", "fitted"], "mean", "mean"),
         (list[str], "plain", ["plain"]),
         (list[str], "plain, flip", ["plain", "flip"]),
@@ -44,19 +39,15 @@ SPEC = str | dict[str, Any]
         (list[str], "[plain,flip]", ["plain", "flip"]),
         (list[str], '"plain","flip"', ["plain", "flip"]),
         (list[str], "", []),
-        (list[str], "[]", []),
         (list[float], "[.8,.1,.1]", [0.8, 0.1, 0.1]),
-        (list[float], "1", [1.0]),
         (int | list[int], "224", 224),
         (int | list[int], "224,192", [224, 192]),
-        (list[SPEC], "resize,flip", ["resize", "flip"]),
         (list[SPEC], '["flip", {"name": "rotation", "degrees": 15}]', ["flip", {"name": "rotation", "degrees": 15}]),
         (list[SPEC], '["flip", { name = "rotation", degrees = 15 }]', ["flip", {"name": "rotation", "degrees": 15}]),
         (list[SPEC], '{ name = "rotation", degrees = 15 }', [{"name": "rotation", "degrees": 15}]),
         (dict[str, Any], '{"depth": 3}', {"depth": 3}),
         (dict[str, Any], "{ depth = 3 }", {"depth": 3}),
         (Any, "3", 3),
-        (Any, "True", True),
         (Any, "None", None),
         (Any, "gelu", "gelu"),
     ],
@@ -73,16 +64,12 @@ def test_what_is_meant_is_accepted(kind: Any, given: Any, expected: Any):
         (int, "3.5", "a whole number"),
         (int, "0x10", "a whole number"),
         (int, "", "a whole number"),
-        (int, "3,5", "a whole number"),
-        (int, "true", "a whole number"),
         (int, True, "a whole number"),
         (float, "0,001", "a number"),
         (float, "nan", "a number"),
         (float, "1e999", "a number"),
         (float, float("nan"), "a number"),
-        (float, True, "a number"),
         (bool, "2", "true or false"),
-        (bool, "", "true or false"),
         (str, ["a"], "text"),
         (list[str], "plain,,flip", "a list of texts"),
         (list[str], "plain,", "a list of texts"),
@@ -96,7 +83,3 @@ def test_what_is_meant_is_accepted(kind: Any, given: Any, expected: Any):
 def test_what_is_unclear_is_refused(kind: Any, given: Any, needed: str):
     with pytest.raises(ValueError, match=f"^{needed} is needed$"):
         value_of(kind, given)
-
-
-def test_a_choice_names_its_options():
-    assert words(Literal["mean", "fitted"]) == "one of mean, fitted"

@@ -4,9 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import STATE, running_pid, status_of
 from fivefold.machine import GLIBC_TUNABLES
-
-REPOSITORY = Path(__file__).parents[2]
+from platform_runs import REPOSITORY, wait_until
 
 
 @pytest.fixture
@@ -41,13 +39,6 @@ def plan_of(images: Path, *stages: str) -> Plan:
     return select(plan, stages)
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.05)
-
-
 def submit(images: Path, **more: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "jobs", "submit", f"train={images}", f"runs={images.parent / 'runs'}"]
     command += ["run=r", "stages=split", "split.folds=3"]
@@ -55,16 +46,19 @@ def submit(images: Path, **more: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=REPOSITORY, **{**pipes, **more})
 
 
+ASLEEP = """
+import os, signal, time
+if "SM_OUTPUT_DIR" in os.environ:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("asleep", flush=True)
+    time.sleep(60)
+"""
+
+
 def endless_steps(folder: Path) -> dict[str, str]:
     """An environment in which a step's process starts, lets SIGINT pass, and does no more until it is stopped."""
-    lines = ["import os, signal, time", "if 'SM_OUTPUT_DIR' in os.environ:"]
-    lines += [
-        "    signal.signal(signal.SIGINT, signal.SIG_IGN)",
-        "    print('asleep', flush=True)",
-        "    time.sleep(60)",
-    ]
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    (folder / "sitecustomize.py").write_text(ASLEEP)
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
@@ -78,16 +72,8 @@ def test_a_step_sees_the_users_environment_less_what_the_contract_gives_a_meanin
     assert local.step_environment(step, environ) == users | added
     assert local.settings_variables(environ) == sorted(n for n in others if not n.startswith("SM_"))
 
-
-def test_a_step_gets_its_share_of_the_machine() -> None:
-    step = Step("fold-0", "train-fold", (), {}, Path("f"), ())
     given = local.step_environment(step, {"GOMP_SPINCOUNT": "7"}, gpu="3", threads=2)
-    assert given == {
-        "CUDA_VISIBLE_DEVICES": "3",
-        "OMP_NUM_THREADS": "2",
-        "GOMP_SPINCOUNT": "7",
-        "PYTHONUNBUFFERED": "1",
-    }
+    assert (given["CUDA_VISIBLE_DEVICES"], given["OMP_NUM_THREADS"], given["GOMP_SPINCOUNT"]) == ("3", "2", "7")
     assert local.step_environment(step, {"OMP_NUM_THREADS": "7"}, threads=2)["OMP_NUM_THREADS"] == "7"
 
 
@@ -192,16 +178,17 @@ def test_a_signal_is_passed_on_and_waited_for_and_a_second_one_kills(
     images: Path, tmp_path: Path, number: int, codes: tuple[int, int]
 ) -> None:
     step = plan_of(images, "split").step("split")
+    log = step.folder / "log.txt"
     process = submit(images, env=endless_steps(tmp_path / "hook"))
     try:
-        wait_until(lambda: "asleep" in log_of(step))
+        wait_until(lambda: log.is_file() and "asleep" in log.read_text())
         assert status_of(step).word == "running"
         with pytest.raises(RetryableError, match="wait for it"):
             local.launch(plan_of(images, "split"))
         process.send_signal(number)
         if number == signal.SIGINT:  # which the step lets pass
-            time.sleep(0.3)
-            assert process.poll() is None
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.3)
             process.send_signal(number)
         said, _ = process.communicate(timeout=20)
     finally:
@@ -212,32 +199,20 @@ def test_a_signal_is_passed_on_and_waited_for_and_a_second_one_kills(
     assert running_pid(step) is None
 
 
-def log_of(step: Step) -> str:
-    path = step.folder / "log.txt"
-    return path.read_text() if path.is_file() else ""
-
-
 def test_alone_on_a_terminal_a_step_has_a_terminal(images: Path) -> None:
     ours, theirs = os.openpty()
     process = submit(images, stderr=theirs, stdout=subprocess.DEVNULL)
     os.close(theirs)
     said = b""
-    with os.fdopen(ours, "rb", buffering=0) as terminal:
-        while True:
-            try:
-                portion = terminal.read(65536)
-            except OSError:
-                break
-            if not portion:
-                break
+    with os.fdopen(ours, "rb", buffering=0) as terminal, suppress(OSError):
+        while portion := terminal.read(65536):
             said += portion
     assert process.wait(20) == 0
     assert b"split runs: no record" in said
     assert b"[split]" not in said
     log = (images.parent / "runs" / "r" / "split" / "log.txt").read_bytes()
     assert b"split runs: no record" in log
-    assert b"\r" not in log
-    assert b"\x1b" not in log
+    assert not {0x0D, 0x1B} & {*log}
 
 
 def test_models_of_another_plan_in_the_run_are_refused_by_name(tmp_path: Path) -> None:

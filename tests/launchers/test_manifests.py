@@ -26,7 +26,6 @@ from fivefold.launchers.manifests import (
     files,
     job,
     job_name,
-    literal,
     tasks_of,
 )
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
@@ -95,25 +94,18 @@ def test_the_claim_stands_in_a_file_of_its_own() -> None:
     """What deletes the objects of another file, or of a kustomization, must not delete the data."""
     kinds = {name: {one["kind"] for one in rules.read(K8S / name)} for name in OBJECTS}
     assert [name for name in kinds if "PersistentVolumeClaim" in kinds[name]] == ["pvc.yaml"]
-    assert kinds["pvc.yaml"] == {"PersistentVolumeClaim"}
     assert "pvc.yaml" not in yaml.safe_load((K8S / "kustomization.yaml").read_text())["resources"]
 
 
 FOLDS, WORKFLOW, TRAINER = "train-folds-job.yaml", "contrib/workflow.yaml", "contrib/trainjob.yaml"
 SPOILT = [
     (FOLDS, lambda one: pod_of(one).update(tollerations=[])),
-    (TRAINER, lambda one: container_of(one).update(terminationGracePeriodSeconds=3)),
-    (FOLDS, lambda one: container_of(one)["env"][-1].update(value=3)),
     (WORKFLOW, lambda one: one["spec"]["templates"][1]["retryStrategy"].update(limmit=1)),
     (TRAINER, lambda one: one["spec"].update(limmit=1)),
     (FOLDS, lambda one: pod_of(one)["securityContext"].pop("runAsNonRoot")),
-    (TRAINER, lambda one: container_of(one).pop("securityContext")),
-    (FOLDS, lambda one: pod_of(one)["volumes"].append({"name": "x", "hostPath": {"path": "/"}})),
     (FOLDS, lambda one: one["spec"].pop("backoffLimitPerIndex")),
-    (FOLDS, lambda one: pod_of(one).update(restartPolicy="OnFailure")),
     (FOLDS, lambda one: container_of(one).update(name="other")),
     (FOLDS, lambda one: pod_of(one)["volumes"].pop()),
-    (FOLDS, lambda one: one["spec"].update(completions=10**40)),
 ]
 
 
@@ -160,10 +152,7 @@ def test_every_pod_sees_what_its_step_sees(runs: Path) -> None:
             fold = index if task.indexed else None
             assert as_seen(step, variables, fold) == step.environment, step.name
             container = one["spec"]["template"]["spec"]["containers"][0]
-            fold_told = [f"FOLD={index}"] if task.indexed else []
-            assert [*container["args"], *fold_told] == list(step.command)
-            assert container["args"][0] == step.stage
-            assert variables.get("FOLD", str(index)) == str(index)
+            assert [*container["args"], *([f"FOLD={index}"] if task.indexed else [])] == list(step.command)
     assert [task.name for task in tasks_of(plan)][1:3] == ["train-folds", "train-folds-seed-43"]
 
 
@@ -175,10 +164,6 @@ def test_runs_at_a_store_are_urls_and_no_folder(runs: Path) -> None:
         assert "SM_OUTPUT_DIR" not in found
         own = {value for name, value in found.items() if name.startswith("SM_") and not value.startswith("/data")}
         assert all(value.startswith("s3://cars/runs/first/") for value in own)
-    assert (
-        expanded(job(plan_of(seeds=[42, 43]), tasks_of(plan)[2]), 1)["SM_MODEL_DIR"]
-        == "/runs/first/fold-1-seed-43/model"
-    )
 
 
 def test_folds_are_tried_again_alone_unless_their_exit_code_comes_again() -> None:
@@ -216,35 +201,29 @@ def test_only_training_and_prediction_ask_for_a_gpu() -> None:
         assert ("tolerations" in spec) == (wanted is not None)
 
 
-def test_text_of_the_user_is_no_variable_of_kubernetes() -> None:
-    plan = plan_of(inputs=Inputs("/data/$(HOME)/a$$b"))
-    one = job(plan, tasks_of(plan)[0])
-    assert expanded(one, HOME="x")["SM_CHANNEL_TRAIN"] == "/data/$(HOME)/a$$b"
-    assert literal("$(A)") == "$$(A)"
-
-
-@pytest.mark.parametrize("text", ["y", "No", "null", "1e3", "0x1f", "12", "~", "", "a: b", "a #b", "{a}", "*x", "2026-01-01", "ö", "a\tb"])  # fmt: skip
+@pytest.mark.parametrize("text", ["y", "No", "null", "1e3", "12", "", "a: b", "{a}", "2026-01-01", "ö"])
 def test_text_stays_text(text: str) -> None:
     written = as_yaml([{"value": text}])
     assert yaml.safe_load(written) == {"value": text}
     assert written != f"value: {text}\n"
 
 
+def test_text_of_the_user_is_no_variable_of_kubernetes() -> None:
+    plan = plan_of(inputs=Inputs("/data/$(HOME)/a$$b"))
+    assert expanded(job(plan, tasks_of(plan)[0]), HOME="x")["SM_CHANNEL_TRAIN"] == "/data/$(HOME)/a$$b"
+
+
 # what is refused
 
 
-@pytest.mark.parametrize("path", ["photos", "/photos", "/data/../etc", "/database", "gs://bucket/x"])
-def test_data_that_no_pod_would_see(path: str) -> None:
+@pytest.mark.parametrize("path", ["photos", "/data/../etc", "/database", "gs://bucket/x"])
+def test_data_that_no_pod_would_see_and_runs_that_none_could_write(path: str) -> None:
+    with pytest.raises(SettingsError, match="runs"):
+        check_runs(path)
     with pytest.raises(SettingsError, match="train"):
         check_inputs(Inputs(path), Path("runs/first"))
     inputs = Inputs("/data/train", "s3://cars/eval", unlabeled="/data")
     assert check_inputs(inputs, Path("runs/first")) == inputs
-
-
-@pytest.mark.parametrize("runs", ["runs", "/data/runs", "http://x/y"])
-def test_runs_that_no_pod_could_write(runs: str) -> None:
-    with pytest.raises(SettingsError, match="runs"):
-        check_runs(runs)
 
 
 def test_names_of_runs_become_names_of_jobs() -> None:
@@ -258,11 +237,11 @@ def test_names_of_runs_become_names_of_jobs() -> None:
 # kustomizations, by the tool itself
 
 
-def kustomized(folder: Path, *changes: tuple[str, str]) -> list[dict[str, Any]]:
-    """What a copy of `k8s/` in `folder` renders, in whose kustomization.yaml these texts stand for others."""
+def kustomized(folder: Path, component: str, *changes: tuple[str, str]) -> list[dict[str, Any]]:
+    """What a copy of `k8s/` in `folder` renders with a component, if any, and with texts in place of others."""
     shutil.copytree(K8S, folder / "k8s")
     file = folder / "k8s" / "kustomization.yaml"
-    for old, new in changes:
+    for old, new in (("components: []", f"components: [{component and f'components/{component}'}]"), *changes):
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
     ended = subprocess.run(["kubectl", "kustomize", file.parent], capture_output=True, text=True, check=False)
@@ -271,10 +250,6 @@ def kustomized(folder: Path, *changes: tuple[str, str]) -> list[dict[str, Any]]:
     for one in objects:
         accept(one)
     return objects
-
-
-def with_component(name: str) -> tuple[str, str]:
-    return ("components: []", f"components: [components/{name}]")
 
 
 def by_name(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -286,35 +261,26 @@ def by_name(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def rendered(*overrides: str, inputs: Inputs | None = None) -> dict[str, dict[str, Any]]:
-    return by_name(kubernetes.objects(plan_of(*overrides, inputs=inputs)))
-
-
 @needs_kubectl
 @pytest.mark.parametrize(
-    ("component", "overrides"), [("", []), ("cpu", ["kubernetes.gpus=0"]), ("kueue", ["kubernetes.queue=fivefold"])]
+    ("component", "override", "at"),
+    [
+        ("", "kubernetes.gpus=1", "/data"),
+        ("cpu", "kubernetes.gpus=0", "/data"),
+        ("kueue", "kubernetes.queue=fivefold", "/data"),
+        ("s3", "kubernetes.runs=s3://cars/all/runs", "s3://cars/all/data"),
+    ],
 )
-def test_a_component_is_what_submit_renders_so(tmp_path: Path, component: str, overrides: list[str]) -> None:
-    changes = [with_component(component)] if component else []
-    assert by_name(kustomized(tmp_path, *changes)) == rendered(*overrides)
-
-
-@needs_kubectl
-def test_the_component_s3_is_what_submit_renders_for_a_bucket(tmp_path: Path) -> None:
-    found = kustomized(tmp_path, with_component("s3"))
-    assert [one["data"]["STORE"] for one in found if one["kind"] == "ConfigMap"] == ["s3://my-bucket/fivefold"]
-    at = "s3://cars/all/data"
-    wanted = rendered("kubernetes.runs=s3://cars/all/runs", inputs=Inputs(f"{at}/train", f"{at}/eval"))
-    for one in wanted.values():
-        container_of(one)["env"]["STORE"] = "s3://cars/all"
-    assert by_name(found) == wanted
+def test_a_component_is_what_submit_renders_so(tmp_path: Path, component: str, override: str, at: str) -> None:
+    plan = plan_of(override, inputs=Inputs(f"{at}/train", f"{at}/eval"))
+    assert by_name(kustomized(tmp_path, component)) == by_name(kubernetes.objects(plan))
 
 
 @needs_kubectl
 @pytest.mark.parametrize("component", ["cpu", "s3"])
 def test_one_line_names_another_run_and_another_image(tmp_path: Path, component: str) -> None:
     changes = [("run=first", "run=second-try"), ("newTag: latest", "newTag: v2\n    newName: here/it")]
-    found = by_name(kustomized(tmp_path, with_component(component), *changes))
+    found = by_name(kustomized(tmp_path, component, *changes))
     assert set(found) == {job_name("second-try", task.name) for task in tasks_of(plan_of())}
     for one in found.values():
         assert container_of(one)["image"] == "here/it:v2"

@@ -7,7 +7,7 @@ import pytest
 
 from fivefold.contract.stages import STAGES
 from fivefold.errors import MissingInputError, SettingsError
-from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, select
+from fivefold.launchers.plan import Inputs, Plan, make_plan, new_run_name, select
 
 ALL = Inputs(train="in/train", eval="in/test", ground_truth="in/test/gt.csv")
 FOLD_NAMES = ["fold-0", "fold-1", "fold-2"]
@@ -52,9 +52,8 @@ def test_a_fold_has_the_layout_of_the_run() -> None:
 
 def test_the_ensemble_reads_the_run_and_the_student_only_its_own_model() -> None:
     plan = plan_of()
-    assert plan.step("ensemble").environment["SM_CHANNEL_MODEL"] == "runs/r"
-    assert plan.step("distill").environment["SM_CHANNEL_MODEL"] == "runs/r"
-    assert plan.step("ensemble-student").environment["SM_CHANNEL_MODEL"] == "runs/r/distill/model"
+    for name, folder in (("ensemble", "runs/r"), ("distill", "runs/r"), ("ensemble-student", "runs/r/distill/model")):
+        assert plan.step(name).environment["SM_CHANNEL_MODEL"] == folder
     given = plan.step("evaluate").environment
     assert given["SM_CHANNEL_PREDICTIONS"] == "runs/r/ensemble/output"
     assert given["SM_CHANNEL_GROUND_TRUTH"] == "in/test/gt.csv"
@@ -125,33 +124,24 @@ def test_only_what_is_asked_for(stages: list[str], folds: list[int], left: list[
     ("make", "says"),
     [
         (lambda: plan_of("train.epohcs=3"), r"train\.epochs"),
-        (lambda: plan_of("train.epochs=many"), r"train\.epochs.*many"),
         (lambda: plan_of("fold=1"), "folds="),
         (lambda: plan_of("stage=split"), "stages="),
         (lambda: plan_of("seed=1", seeds=[2]), "give one of them"),
         (lambda: plan_of(seeds=[2, 2]), "twice"),
         (lambda: make_plan(ALL, run="../r"), "names a folder"),
         (lambda: make_plan(ALL, run="r", recipe="dmeo"), "demo"),
+        (lambda: make_plan(ALL, run="r", recipe="nowhere.toml"), "nowhere"),
         (lambda: select(plan_of(), ["trian-fold"]), "train-fold"),
         (lambda: select(plan_of(), [], [3]), "folds 0 to 2"),
         (lambda: select(plan_of(inputs=Inputs(train="t")), ["ensemble"]), "no eval="),
     ],
 )
 def test_a_bad_request_fails_in_the_plan(make: object, says: str) -> None:
-    with pytest.raises(SettingsError, match=says):
+    with pytest.raises((SettingsError, MissingInputError), match=says):
         make()
 
 
 def test_names() -> None:
-    with pytest.raises(MissingInputError, match="nowhere"):
-        make_plan(ALL, run="r", recipe="nowhere.toml")
     first, second = new_run_name(), new_run_name()
     assert first != second
     assert re.fullmatch(r"run_\d{8}_\d{6}_[0-9a-f]{8}", first)
-
-
-def test_the_description_quotes_for_a_shell() -> None:
-    text = describe(plan_of(inputs=Inputs(train="my images")), "python")
-    assert "SM_CHANNEL_TRAIN='my images' \\\n" in text
-    assert "python -m fivefold.jobs train-fold recipe=demo FOLD=2" in text
-    assert "# no eval=" in text

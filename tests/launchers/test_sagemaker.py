@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from PIL import Image
 
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.sagemaker.client import JobStatus, translated_errors
+from platform_runs import REPOSITORY, wait_until
 from s3_server import Bucket
 from sagemaker_service import Service, arguments, serving
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -112,13 +110,6 @@ def test_a_signal_leaves_the_job_which_is_found_again(service: Service, bucket: 
     assert len(service.jobs) == 1
 
 
-def wait_until(is_so: object, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_a_failure_has_its_reason_and_its_exit_code(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     bucket.write("train/a/0.png", b"no image")
@@ -179,25 +170,20 @@ def test_a_pipeline_is_created_then_updated(service: Service, bucket: Bucket, tm
     assert code == 0, said
     stored = client.describe_pipeline(PipelineName="fivefold-r")
     assert '"train__epochs": "5"' in stored["PipelineDefinition"]
-    calls = [
-        f"SageMaker.{action}Pipeline{s}" for action, s in (("List", "s"), ("Create", ""), ("List", "s"), ("Update", ""))
-    ]
-    assert service.calls == calls
+    actions = ("ListPipelines", "CreatePipeline", "ListPipelines", "UpdatePipeline")
+    assert service.calls == [f"SageMaker.{action}" for action in actions]
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("status", "detail", "reason", "code"),
     [
-        ("InProgress", "Training", "", None),
         ("Stopping", "Stopping", "", None),
         ("Completed", "Completed", "", 0),
         ("Failed", "Failed", "AlgorithmError: no folds.parquet, exit code: 66", MissingInputError.exit_code),
         ("Failed", "Failed", "AlgorithmError: exit code: 137", 1),
-        ("Failed", "Failed", "CapacityError: unable to provision", 1),
         ("Stopped", "Stopped", "", 143),
         ("Stopped", "MaxRuntimeExceeded", "", RetryableError.exit_code),
-        ("Stopped", "MaxWaitTimeExceeded", "", RetryableError.exit_code),
     ],
 )
 def test_how_a_job_ended_is_an_exit_code(status: str, detail: str, reason: str, code: int | None) -> None:
@@ -209,10 +195,8 @@ def test_how_a_job_ended_is_an_exit_code(status: str, detail: str, reason: str, 
     [
         ("AccessDeniedException", 400, SettingsError),
         ("ThrottlingException", 400, RetryableError),
-        ("ResourceLimitExceeded", 400, RetryableError),
         ("Unknown", 503, RetryableError),
         ("ResourceNotFoundException", 400, MissingInputError),
-        ("ValidationException", 400, SettingsError),
     ],
 )
 def test_an_error_of_the_service_is_one_of_ours(code: str, status: int, expected: type[FivefoldError]) -> None:

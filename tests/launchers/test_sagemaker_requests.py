@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from fivefold.launchers.plan import Inputs, Plan, make_plan
 from fivefold.launchers.sagemaker import launch
 from fivefold.launchers.sagemaker.requests import requests_of
 from fivefold.launchers.sagemaker.validation import check_cost, check_request, max_costs, validated_requests
-from fivefold.recipe import OF_A_STAGE, STAGES_OF_A_RUN, SageMaker, Settings
+from fivefold.recipe import STAGES_OF_A_RUN, SageMaker, Settings
 from fivefold.settings import arguments_layer, flatten, is_of, load, read_recipe
 from jobs import submit
+from platform_runs import REPOSITORY
 from sagemaker_service import IMAGE, ROLE
 
-REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "sagemaker.md").read_text(encoding="utf-8")
 GIVEN = (
     f"sagemaker.image={IMAGE}",
@@ -126,7 +127,6 @@ def test_each_stage_has_its_own_instance_price_and_limits() -> None:
     assert requests["split"]["Tags"] == [{"Key": "phase", "Value": "data"}]
     assert "Tags" not in requests["fold-0"]
     assert {step.stage.replace("-", "_") for step in plan.steps} == set(STAGES_OF_A_RUN)
-    assert set(SageMaker.model_fields) > OF_A_STAGE
 
 
 MINE = """
@@ -170,14 +170,11 @@ def values_of(settings: Settings, stage: str) -> dict[str, Any]:
     return {key: value for key, value in flatten(settings).items() if is_of(key, STAGES[stage].sections)}
 
 
-@pytest.mark.parametrize("row", [{}, {"val_loss": float("nan")}, {"train_loss": 12.5, "val_f1_macro": 1.0}])
-def test_the_regexes_read_what_the_log_says(row: dict[str, float]) -> None:
-    full = {"epoch": 3, **dict.fromkeys(logline.METRICS, 0.25), "lr": 0.1, **row}
+def test_the_regexes_read_what_the_log_says() -> None:
+    full = {"epoch": 3, **dict.fromkeys(logline.METRICS, 0.25), "lr": 0.1, "val_loss": float("nan"), "val_acc": 1.0}
     line = f"2026-01-01 {logline.metric_line(2, full)}"
     for metric in requests_of(plan_of())["fold-2"]["AlgorithmSpecification"]["MetricDefinitions"]:
         found = re.search(metric["Regex"], line)
-        assert found is not None
-        assert len(found.groups()) == 1
         assert float(found[1]) == pytest.approx(full[metric["Name"]], nan_ok=True)
         assert re.search(metric["Regex"], logline.metric_line(None, {"epoch": 1})) is None
 
@@ -190,57 +187,35 @@ def test_names_of_jobs_are_short_enough_and_told_apart(run: str) -> None:
     assert max(map(len, names)) <= 63
 
 
-def many(number: int) -> dict[str, str]:
-    return {f"k{n}": "1" for n in range(number)}
-
-
 @pytest.mark.parametrize(
     ("path", "value", "names"),
     [
-        ("RoleArn", "arn:aws:iam::123456789012:user/me", "role/NAME"),
         ("RoleArn", "fivefold-sagemaker-role", "role/NAME"),
         ("RoleArn", None, "role/NAME"),
-        ("HyperParameters", many(101), "101 entries"),
+        ("HyperParameters", dict.fromkeys(map(str, range(101)), "1"), "101 entries"),
         ("HyperParameters.x", "y" * 2501, "2501 characters"),
         ("HyperParameters.x", 3, "Invalid type"),
         ("TrainingJobName", "j" * 64, "shorter run="),
-        ("TrainingJobName", "a.b", "shorter run="),
         ("InputDataConfig", [prefix(f"c{n}", "s3://b/c/") for n in range(21)], "21 entries"),
         ("InputDataConfig", [prefix("my data", "s3://b/c/")], "'my data'"),
-        ("Environment", many(101), "101 entries"),
-        ("Environment.X", "y" * 513, "513 characters"),
-        (
-            "AlgorithmSpecification.MetricDefinitions",
-            [{"Name": f"m{n}", "Regex": "x"} for n in range(41)],
-            "41 entries",
-        ),
-        ("AlgorithmSpecification.MetricDefinitions", [{"Name": "m", "Regex": "x" * 501}], "501 characters"),
         ("ResourceConfig.InstanceType", "ml.g5.xlrage", "'ml.g5.xlarge'"),
-        ("ResourceConfig.InstanceType", "g5.xlarge", "as ml.g5.xlarge"),
         ("ResourceConfig.KeepAlivePeriodInSeconds", 21601, "21600"),
         ("OutputDataConfig.S3OutputPath", "gs://b/x", "'gs://b/x'"),
-        ("OutputDataConfig.CompressionType", "ZIP", "'ZIP'"),
         ("StopingCondition", {}, "StopingCondition"),
-        ("Tags", [{"Key": key, "Value": ""} for key in many(51)], "51 entries"),
         ("Tags", [{"Key": "k", "Value": "a[b"}], "'a[b'"),
-        ("VpcConfig", {"SecurityGroupIds": ["sg-1"] * 6, "Subnets": ["s-1"]}, "6 entries"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_a_request_that_the_service_would_refuse(path: str, value: Any, names: str) -> None:
     request = validated_requests(plan_of("sagemaker.tags={'größe'='3 m'}"))["fold-2"]
     *parents, last = path.split(".")
-    part = request
-    for parent in parents:
-        part = part[parent]
+    part = reduce(dict.__getitem__, parents, request)
     part[last] = value
     if value is None:
         del part[last]
     with pytest.raises(SettingsError) as error:
         check_request("fold-2", request)
-    assert "CreateTrainingJob of fold-2" in str(error.value)
-    assert last in str(error.value)
-    assert names in str(error.value)
+    assert all(text in str(error.value) for text in ("CreateTrainingJob of fold-2", last, names))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +226,6 @@ def test_a_request_that_the_service_would_refuse(path: str, value: Any, names: s
         ("instance_type=", "InstanceType"),
         ("output=", "sagemaker.output"),
         ("output=bucket/runs", "bucket/runs"),
-        ("output=gs://bucket/runs", "only s3://"),
         ("stages.split.instance_count=2", "sagemaker.instance_count=2"),
         ("input_mode=FastFile", "gt.csv"),
         ("environment={STAGE='split'}", "STAGE"),
@@ -259,20 +233,12 @@ def test_a_request_that_the_service_would_refuse(path: str, value: Any, names: s
         ("max_cost=10", "price of split"),
         ("max_cost=10 price=1", r"up to 264\.00, above sagemaker.max_cost=10"),
         ("spot=true keep_alive_minutes=5", "spot and keep_alive_minutes"),
-        ("stages.distill.keep_alive_minutes=5 spot=yes", "stages.distill: spot and keep_alive"),
         ("max_wait_hours=5", "max_wait_hours=5"),
         ("spot=true max_wait_hours=5", "max_hours=24"),
         ("subnets=subnet-1", "security_groups"),
-        ("keep_alive_minutes=400", "at most 360"),
-        ("instnce_type=x", "'sagemaker.instance_type'"),
         ("stages.ensemble.instnce_type=x", "'sagemaker.stages.ensemble.instance_type'"),
-        ("stages.ensmble.spot=true", "'sagemaker.stages.ensemble.spot'"),
-        ("stages.ensemble.max_hours=soon", "stages.ensemble.max_hours='soon'"),
         ("stages.ensemble.max_cost=3", "unknown key"),
         ("stages={ensemble={output='s3://b'}}", "stages.ensemble.output"),
-        ("stages={ensemble={max_hours=-1}}", "stages.ensemble.max_hours"),
-        ("stages={nothing={}}", "split, train_fold"),
-        ("tags={a=true}", "tags.a=True"),
     ],
 )
 def test_settings_that_cannot_run_are_refused_before_anything_is_written(
@@ -312,7 +278,6 @@ def test_cost_is_price_times_longest_runtime_of_every_job() -> None:
     assert (costs["split"], costs["fold-1"], costs["evaluate"]) == (2 * 3, 2 * 2 * 3.5, 0.5)
     assert sum(costs.values()) == pytest.approx(6 + 3 * 14 + 6 + 0.5 + 6 + 6 + 0.5)
     assert "67.00" in check_cost(plan)
-    assert "8 of 8" in check_cost(plan_of("split.folds=2"))
 
 
 def test_a_pipeline_is_the_same_requests_in_the_same_order() -> None:

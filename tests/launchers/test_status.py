@@ -29,6 +29,7 @@ from fivefold.launchers.status import (
 RECORD = {"stage": "split", "wall_seconds": 12.3, "finished": "2026-01-02T03:04:05Z", "metrics": {}}
 TEST = {"n": 360, "accuracy": 0.99, "logloss": 0.03}
 HOLDOUT = {"n": 50, "accuracy": 0.5, "logloss": 1.5}
+LEAKY = {"holdout_accuracy": 1.0, "holdout_logloss": 0.0}
 OOF = {"n": 1437, "accuracy": 0.97, "logloss": 0.09}
 
 
@@ -37,13 +38,6 @@ def plan(tmp_path: Path) -> Plan:
     plan = make_plan(Inputs("t", "e"), ["split.folds=2", "train.epochs=4"], run="r", runs=str(tmp_path))
     write_plan(plan)
     return plan
-
-
-def gone() -> int:
-    """The number of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_a_plan_is_read_as_it_was_written_where_it_is_now(plan: Plan) -> None:
@@ -69,11 +63,8 @@ def test_waiting_running_done(plan: Plan) -> None:
     assert status_of(step).word == "done"
     assert status_of(step).detail.startswith("12 s, finished 2026-01-0")
     assert running_pid(step) is None
-
-
-def test_a_stage_that_was_run_by_hand_is_done(plan: Plan) -> None:
     write_json(plan.step("fold-0").folder / "model" / "stage.json", {**RECORD, "stage": "train-fold"})
-    assert status_of(plan.step("fold-0")).word == "done"
+    assert status_of(plan.step("fold-0")).word == "done", "it was run by hand"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +86,9 @@ def test_a_failure_says_its_first_line_or_the_last_of_the_log(plan: Plan, files:
 
 def test_a_process_that_is_gone_or_another_is_stopped(plan: Plan) -> None:
     step = plan.step("split")
-    write_started(step, gone())
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    write_started(step, gone.pid)
     assert status_of(step).word == "stopped"
     assert running_pid(step) is None
     write_started(step, os.getpid())
@@ -137,31 +130,26 @@ def finish(plan: Plan, name: str, metrics: dict[str, Any] | None = None) -> None
         write_json(folder / "metrics.json", metrics)
 
 
-def test_a_fold_speaks_of_its_out_of_fold_rows(plan: Plan) -> None:
-    finish(plan, "fold-0", {"oof_accuracy": 0.9, "oof_logloss": 0.3, "holdout_accuracy": 1.0, "holdout_logloss": 0.0})
-    assert str(figures_of(plan, plan.step("fold-0"))) == "accuracy 0.9000, logloss 0.3000 (out-of-fold)"
-    assert figures_of(plan, plan.step("fold-1")) is None
-
-
-def test_the_ensemble_speaks_of_test_rows_before_holdout_and_never_of_out_of_fold_rows(plan: Plan) -> None:
-    finish(plan, "ensemble", {"models": 2})
-    for scored, rows in [
-        ({"test": TEST, "holdout": HOLDOUT, "oof": OOF}, "test, 360"),
-        ({"holdout": HOLDOUT}, "holdout, 50"),
-    ]:
-        finish(plan, "evaluate", scored)
-        assert figures_of(plan, plan.step("ensemble")).rows == rows
-    finish(plan, "evaluate", {"oof": OOF})
-    assert figures_of(plan, plan.step("ensemble")) is None
-    assert figures_of(plan, plan.step("evaluate")).rows == "out-of-fold, 1437"
-
-
-def test_the_student_is_scored_by_its_own_evaluation(plan: Plan) -> None:
-    finish(plan, "evaluate", {"test": TEST})
-    finish(plan, "distill", {"holdout_accuracy": 0.8, "holdout_logloss": 0.7})
-    assert figures_of(plan, plan.step("distill")).rows == "holdout"
-    finish(plan, "evaluate-student", {"test": {**TEST, "accuracy": 0.985}})
-    assert figures_of(plan, plan.step("distill")).accuracy == 0.985
+@pytest.mark.parametrize(
+    ("finished", "step", "accuracy", "rows"),
+    [
+        ({"fold-0": {"oof_accuracy": 0.9, "oof_logloss": 0.3, **LEAKY}}, "fold-0", 0.9, "out-of-fold"),
+        ({"fold-0": {}}, "fold-1", None, None),
+        ({"ensemble": {}, "evaluate": {"test": TEST, "holdout": HOLDOUT, "oof": OOF}}, "ensemble", 0.99, "test, 360"),
+        ({"ensemble": {}, "evaluate": {"holdout": HOLDOUT}}, "ensemble", 0.5, "holdout, 50"),
+        ({"ensemble": {}, "evaluate": {"oof": OOF}}, "ensemble", None, None),
+        ({"evaluate": {"oof": OOF}}, "evaluate", 0.97, "out-of-fold, 1437"),
+        ({"evaluate": {"test": TEST}, "distill": LEAKY}, "distill", 1.0, "holdout"),
+        ({"distill": LEAKY, "evaluate-student": {"test": TEST}}, "distill", 0.99, "test, 360"),
+    ],
+)
+def test_a_step_speaks_of_test_rows_before_holdout_and_an_ensemble_never_of_out_of_fold_rows(
+    plan: Plan, finished: dict[str, Any], step: str, accuracy: float | None, rows: str | None
+) -> None:
+    for name, metrics in finished.items():
+        finish(plan, name, metrics)
+    found = figures_of(plan, plan.step(step))
+    assert (found and found.accuracy, found and found.rows) == (accuracy, rows)
 
 
 def test_the_table_has_a_line_for_each_model_that_is_there(plan: Plan) -> None:

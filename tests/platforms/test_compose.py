@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -17,9 +16,10 @@ import yaml
 from containers import IMAGE, ONE_THREAD, ROOT, SETTINGS, called, differing, docker
 from fivefold.contract.layout import CHANNELS
 from fivefold.settings import arguments_layer, load
+from platform_runs import wait_until
 
 NEW, OLD = ["docker", "compose"], ["docker-compose"]
-CLEAR = "down", "--remove-orphans", "--timeout", "0"
+PROFILES = "--profile", "pipeline", "--profile", "stage"
 
 
 class Project:
@@ -43,12 +43,7 @@ class Project:
         (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in own.items()))
 
     def container(self, service: str) -> str:
-        return self(
-            NEW, "--profile", "pipeline", "--profile", "stage", "ps", "--all", "--quiet", service
-        ).stdout.strip()
-
-    def wait(self, service: str) -> None:
-        docker("wait", self.container(service))
+        return self(NEW, *PROFILES, "ps", "--all", "--quiet", service).stdout.strip()
 
     def times(self, service: str) -> tuple[str, str]:
         """When a service's container was started, and when it ended: in UTC, so that they sort as texts."""
@@ -63,7 +58,7 @@ class Project:
 def project(tmp_path: Path, digits: Path):
     found = Project(tmp_path / "checkout", digits)
     yield found
-    found(NEW, "--profile", "pipeline", "--profile", "stage", *CLEAR)
+    found(NEW, *PROFILES, "down", "--remove-orphans", "--timeout", "0")
 
 
 @pytest.mark.docker
@@ -87,11 +82,8 @@ def test_each_stage_is_a_service_and_what_follows_its_name_are_its_arguments(ima
 def test_the_pipeline_runs_in_order_with_folds_side_by_side(image, project: Project, here: Path):
     project(NEW, "--profile", "pipeline", "up")
     assert differing(project.runs / "first", here) == []
-    times = {
-        step: project.times(f"pipeline-{step}")
-        for step in ("split", "fold-0", "fold-4", "ensemble", "evaluate-student")
-    }
-    (_, split), (began, fold), (last, _), (ensemble, _), (student, _) = times.values()
+    steps = ("split", "fold-0", "fold-4", "ensemble", "evaluate-student")
+    (_, split), (began, fold), (last, _), (ensemble, _), (student, _) = (project.times(f"pipeline-{n}") for n in steps)
     assert split <= began
     assert last < fold, "folds run side by side"
     assert fold <= ensemble <= student
@@ -104,20 +96,15 @@ def test_the_student_answers_and_drains_when_it_is_stopped(image, project: Proje
         file.write("PORT=0\n")
     project(NEW, "up", "--detach", "serve")
     address = "http://" + project(NEW, "port", "serve", "8080").stdout.strip()
-    for _ in range(300):
-        if answered(f"{address}/ping") == 200:
-            break
-        time.sleep(0.1)
-    request = Request(
-        f"{address}/invocations", (digits / "test" / "TEST_00000.png").read_bytes(), {"Content-Type": "image/png"}
-    )
+    wait_until(lambda: answered(f"{address}/ping") == 200)
+    picture = (digits / "test" / "TEST_00000.png").read_bytes()
+    request = Request(f"{address}/invocations", picture, {"Content-Type": "image/png"})
     with urlopen(request, timeout=30) as answer:
         found = json.load(answer)
     with open(here / "ensemble-student" / "output" / "submission.csv", encoding="utf-8-sig") as file:
         row = next(csv.DictReader(file))
-    assert found["probabilities"] == pytest.approx(
-        {name: float(row[name]) for name in found["probabilities"]}, abs=1e-5
-    )
+    expected = {name: float(row[name]) for name in found["probabilities"]}
+    assert found["probabilities"] == pytest.approx(expected, abs=1e-5)
     project(NEW, "stop", "serve")
     assert json.loads(docker("inspect", project.container("serve")).stdout)[0]["State"]["ExitCode"] == 143
 
@@ -143,7 +130,7 @@ def test_a_fold_that_fails_stops_what_needs_it(image, project: Project, tool):
     text = project(tool, "--profile", "pipeline", "logs").stdout
     assert done.returncode
     assert re.search(r"FOLD=4 is out of range: the split has the folds 0 to 2", text), text
-    project.wait("pipeline-fold-2")
+    docker("wait", project.container("pipeline-fold-2"))
     assert (project.runs / "first" / "fold-2" / "model" / "stage.json").is_file(), "the others go on"
     assert not (project.runs / "first" / "ensemble").exists()
     assert "which fold" not in text

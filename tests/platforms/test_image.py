@@ -1,7 +1,6 @@
-"""The image under `docker run`: signals, any user, a read-only root, SageMaker's folders alone; how big and how quick it is."""
+"""The image under `docker run`: signals, any user, a read-only root, what is inside."""
 
 import json
-import os
 import re
 import shutil
 import time
@@ -9,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from containers import IMAGE, ROOT, SETTINGS, as_arguments, called, differing, docker
+from containers import SETTINGS, as_arguments, differing, docker
+from platform_runs import wait_until
 
 pytestmark = pytest.mark.docker
-QUICKLY = {"rebuild": 15.0, "first step": 12.0, "help": 1.0}
-"""Seconds."""
 
 
 @pytest.fixture
@@ -32,14 +30,8 @@ def run_options(runs: Path, digits: Path) -> list[str]:
 
 def test_any_user_on_a_root_that_is_read_only(image, runs: Path, digits: Path, here: Path):
     (runs / "first").chmod(0o777)
-    restrictions = [
-        "--user=54321:54321",
-        "--read-only",
-        "--tmpfs=/tmp",
-        "--cap-drop=ALL",
-        "--security-opt=no-new-privileges",
-    ]
-    options = [*run_options(runs, digits), *restrictions, "--network=none"]
+    restrictions = "--user=54321:54321 --read-only --tmpfs=/tmp --cap-drop=ALL --security-opt=no-new-privileges"
+    options = [*run_options(runs, digits), *restrictions.split(), "--network=none"]
     docker("run", "--rm", *options, image, "train-fold", "FOLD=2", *as_arguments(SETTINGS))
     assert differing(runs / "first", here, ["fold-2"]) == []
     assert (runs / "first" / "fold-2" / "model" / "model.safetensors").stat().st_uid == 54321
@@ -65,7 +57,7 @@ def test_stopped_it_exits_143_after_a_checkpoint_and_goes_on_to_the_same_bytes(
     given = [*run_options(runs, digits), "--cpus=0.5", image, "train-fold", "FOLD=1", *as_arguments(SETTINGS)]
     name = docker("run", "--detach", *given).stdout.strip()
     try:
-        wait_for(name, "fold 1 epoch 1/2")
+        wait_until(lambda: "fold 1 epoch 1/2" in said_by(name))
         begun = time.monotonic()
         docker("stop", "--time=30", name)
         assert time.monotonic() - begun < 15
@@ -77,26 +69,6 @@ def test_stopped_it_exits_143_after_a_checkpoint_and_goes_on_to_the_same_bytes(
     done = docker("run", "--rm", *given)
     assert "goes on after step" in done.stderr
     assert differing(runs / "first", here, ["fold-1"]) == []
-
-
-def test_train_reads_sagemakers_folders_and_nothing_else(image, tmp_path: Path, digits: Path, here: Path):
-    base = tmp_path / "ml"
-    for folder in ("input/config", "input/data", "model", "output/data", "checkpoints"):
-        (base / folder).mkdir(parents=True)
-    settings = {name: json.dumps(value) for name, value in {**SETTINGS, "stage": "train-fold", "fold": 3}.items()}
-    files = {
-        "hyperparameters": {**settings, "stage": "train-fold", "recipe": "demo"},
-        "inputdataconfig": {name: {"TrainingInputMode": "File"} for name in ("train", "folds")},
-        "resourceconfig": {"current_host": "algo-1", "hosts": ["algo-1"], "network_interface_name": "eth0"},
-    }
-    for name, content in files.items():
-        (base / "input" / "config" / f"{name}.json").write_text(json.dumps(content))
-    shutil.copytree(digits / "train", base / "input" / "data" / "train")
-    shutil.copytree(here / "split" / "output", base / "input" / "data" / "folds")
-    docker("run", "--rm", f"--volume={base}:/opt/ml", "--env=OMP_NUM_THREADS=1", image, "train")
-    written = tmp_path / "run" / "fold-3"
-    shutil.copytree(base / "model", written / "model")
-    assert differing(tmp_path / "run", here, ["fold-3"]) == []
 
 
 def test_a_failure_is_told_where_the_platform_looks(image, runs: Path, digits: Path):
@@ -123,73 +95,6 @@ def test_what_is_inside_and_what_is_not(image):
     assert docker("run", "--rm", "--entrypoint=python", image, "-c", script).stdout.strip() == "True"
 
 
-def test_how_big_it_is_and_how_quick(image, runs: Path, digits: Path, tmp_path: Path):
-    """Best of three for what takes a second, since other processes run beside."""
-    figures = {"help": min(seconds("run", "--rm", image, "--help") for _ in range(3))}
-    figures["first step"] = seconds_to_first_step(image, runs, digits)
-    figures["rebuild"] = seconds_to_rebuild(tmp_path)
-    layers = docker("history", "--format={{.Size}} {{.CreatedBy}}", "--no-trunc", image).stdout.splitlines()
-    largest = sorted(layers, key=in_bytes, reverse=True)[:3]
-    size = json.loads(docker("image", "inspect", image).stdout)[0]["Size"]
-    print(f"\n{size / 1e9:.2f} GB;", "; ".join(f"{name} {taken:.2f} s" for name, taken in figures.items()))
-    print("\n".join(layer[:110] for layer in largest))
-    assert {name: taken for name, taken in figures.items() if taken > QUICKLY[name]} == {}
-
-
-def wait_for(name: str, text: str) -> None:
-    """Waits until a container has said `text`."""
-    for _ in range(600):
-        done = docker("logs", name)
-        if text in done.stdout + done.stderr:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{text!r} was not said in a minute:\n{done.stdout}{done.stderr}")
-
-
-def seconds(*arguments: str) -> float:
-    begun = time.monotonic()
-    docker(*arguments)
-    return time.monotonic() - begun
-
-
-def seconds_to_first_step(image: str, runs: Path, digits: Path) -> float:
-    """From `docker run` to the end of an epoch of one step."""
-    arguments = ["train-fold", "FOLD=0", *as_arguments({**SETTINGS, "train.epochs": 1, "train.batch_size": 1150})]
-    begun = time.monotonic()
-    name = docker("run", "--detach", *run_options(runs, digits), image, *arguments).stdout.strip()
-    try:
-        wait_for(name, "epoch=1")
-        return time.monotonic() - begun
-    finally:
-        docker("rm", "--force", name)
-
-
-def seconds_to_rebuild(tmp_path: Path) -> float:
-    """`docker build` after a change of one source file, in a copy of what the image is made of."""
-    for name in ("src", "jobs", "docker", "pyproject.toml", "README.md", "LICENSE", ".dockerignore"):
-        path = ROOT / name
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / name)
-    with open(tmp_path / "src" / "fivefold" / "choose.py", "a") as file:
-        file.write(f"# {time.time()}\n")
-    base = os.environ.get("BASE_IMAGE", "fivefold-base")
-    command = [
-        "docker",
-        "build",
-        "-f",
-        "docker/Dockerfile",
-        "--build-arg",
-        f"BASE_IMAGE={base}",
-        "-t",
-        f"{IMAGE}-rebuilt",
-        ".",
-    ]
-    begun = time.monotonic()
-    called(command, where=tmp_path)
-    taken = time.monotonic() - begun
-    docker("image", "rm", f"{IMAGE}-rebuilt")
-    return taken
-
-
-def in_bytes(layer: str) -> float:
-    number, unit = re.match(r"([\d.]+)(\w+)", layer).groups()
-    return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+def said_by(container: str) -> str:
+    logs = docker("logs", container)
+    return logs.stdout + logs.stderr

@@ -72,12 +72,6 @@ def test_the_run_in_pods_is_the_local_run(ran: dict[str, list[Ended]], claim: Pa
     assert {each.words for ended in ran.values() for each in ended} == {""}
 
 
-def test_what_is_done_is_not_done_again(ran: dict[str, list[Ended]], node: Node) -> None:
-    again = node.run(shipped("train-folds"), index=3)
-    assert again.code == 0
-    assert "nothing to do" in again.log
-
-
 def test_an_error_that_comes_again_ends_the_index_and_leaves_its_words(node: Node) -> None:
     job = shipped("train-folds", "train.epochs=many")
     ended = node.run(job, index=0)

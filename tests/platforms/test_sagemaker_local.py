@@ -4,14 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from containers import IMAGE, ONE_THREAD, differing, docker
 from fivefold.errors import DataError
-from platform_runs import REPOSITORY, SETTINGS, submit
+from platform_runs import REPOSITORY, SETTINGS, submit, wait_until
 
 pytestmark = pytest.mark.docker
 NOWHERE = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
@@ -61,22 +60,11 @@ def test_an_image_that_is_not_there_is_told(digits: Path, tmp_path: Path) -> Non
 def test_a_signal_stops_the_container_and_leaves_none(digits: Path, small_run: Path, tmp_path: Path) -> None:
     shutil.copytree(small_run / "split", tmp_path / "r" / "split")
     shutil.copytree(small_run / "split" / "output", tmp_path / "r" / "sagemaker" / "split" / "output")
-    command = [
-        sys.executable,
-        "-m",
-        "jobs",
-        "submit",
-        *SETTINGS,
-        *asked(digits, tmp_path, "stages=train-fold", "folds=1"),
-    ]
+    command = [sys.executable, "-m", "jobs", "submit", *SETTINGS, *asked(digits, tmp_path, "stages=train-fold")]
     said = tmp_path / "said.txt"
     with open(said, "w") as file:
-        process = subprocess.Popen([*command, "train.epochs=5000"], cwd=REPOSITORY, stdout=file, stderr=file)
-    until = time.monotonic() + 120
-    while "metric fold=1 epoch=2" not in said.read_text():
-        assert process.poll() is None, said.read_text()
-        assert time.monotonic() < until, said.read_text()
-        time.sleep(0.2)
+        process = subprocess.Popen([*command, "folds=1", "train.epochs=5000"], cwd=REPOSITORY, stdout=file, stderr=file)
+    wait_until(lambda: process.poll() is not None or "metric fold=1 epoch=2" in said.read_text(), 120)
     process.terminate()
     assert process.wait(timeout=120) == 143, said.read_text()
     assert "(exit code 143)" in said.read_text()

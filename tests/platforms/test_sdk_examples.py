@@ -113,38 +113,43 @@ def of_ensemble(code: str, changes: dict[str, str]) -> str:
     return re.sub(r"hyperparameters=\{.*?\}", 'hyperparameters={"recipe": "demo"}', code)
 
 
-def test_the_launch_of_version_3(digits: Path, small_run: Path, tmp_path: Path) -> None:
+VERSIONS = {
+    "import ModelTrainer": (
+        "compressed_artifacts/",
+        {
+            'channel_name="train", data_source="photos"': 'channel_name="eval", data_source="test"',
+            'channel_name="folds", data_source="split"': 'channel_name="model", data_source="models"',
+            'Path("sdk/fold-2")': 'Path("sdk/ensemble")',
+        },
+    ),
+    "import Estimator": (
+        "",
+        {
+            '"train": "file://photos"': '"eval": "file://test"',
+            '"folds": "file://split"': '"model": "file://models"',
+            "file://sdk/fold-2": "file://sdk/ensemble",
+        },
+    ),
+}
+"""By what an example imports: where its outputs lie below their folder, and what makes an ensemble of its fold."""
+
+
+@pytest.mark.parametrize("imported", VERSIONS)
+def test_the_launch(
+    imported: str, digits: Path, small_run: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    is_v2 = "Estimator" in imported
+    python = request.getfixturevalue("python_of_v2") if is_v2 else sys.executable
+    variables = {"AWS_DEFAULT_REGION": "eu-central-1"} if is_v2 else {}
+    place, changes = VERSIONS[imported]
     folder = data_folder(tmp_path, digits, small_run)
-    fold = of_fold(example("import ModelTrainer"))
-    run(sys.executable, fold, folder)
-    packed = folder / "sdk/fold-2/compressed_artifacts/model.tar.gz"
+    fold = of_fold(example(imported))
+    run(python, fold, folder, **variables)
+    packed = folder / f"sdk/fold-2/{place}model.tar.gz"
     assert_same_fold(unpacked(packed, tmp_path / "model"), small_run)
 
     (folder / "models" / "fold-1").mkdir()
     packed.rename(folder / "models" / "fold-1" / "model.tar.gz")
-    changes = {
-        'channel_name="train", data_source="photos"': 'channel_name="eval", data_source="test"',
-        'channel_name="folds", data_source="split"': 'channel_name="model", data_source="models"',
-        'Path("sdk/fold-2")': 'Path("sdk/ensemble")',
-    }
-    run(sys.executable, of_ensemble(fold, changes), folder)
-    packed = folder / "sdk/ensemble/compressed_artifacts/output.tar.gz"
+    run(python, of_ensemble(fold, changes), folder, **variables)
+    packed = folder / f"sdk/ensemble/{place}output.tar.gz"
     assert_same_ensemble(unpacked(packed, tmp_path / "output"), small_run)
-
-
-def test_the_launch_of_version_2(digits: Path, small_run: Path, tmp_path: Path, python_of_v2: Path) -> None:
-    folder = data_folder(tmp_path, digits, small_run)
-    fold = of_fold(example("import Estimator"))
-    run(python_of_v2, fold, folder, AWS_DEFAULT_REGION="eu-central-1")
-    packed = folder / "sdk/fold-2/model.tar.gz"
-    assert_same_fold(unpacked(packed, tmp_path / "model"), small_run)
-
-    (folder / "models" / "fold-1").mkdir()
-    packed.rename(folder / "models" / "fold-1" / "model.tar.gz")
-    changes = {
-        '"train": "file://photos"': '"eval": "file://test"',
-        '"folds": "file://split"': '"model": "file://models"',
-        "file://sdk/fold-2": "file://sdk/ensemble",
-    }
-    run(python_of_v2, of_ensemble(fold, changes), folder, AWS_DEFAULT_REGION="eu-central-1")
-    assert_same_ensemble(unpacked(folder / "sdk/ensemble/output.tar.gz", tmp_path / "output"), small_run)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fivefold.serving.batching import SICK_AFTER, Batcher
+from fivefold.serving.batching import Batcher
 
 T = TypeVar("T")
 LONG = 5.0
@@ -101,35 +101,7 @@ def test_what_comes_while_the_model_works_is_the_next_batch() -> None:
     assert with_batcher(work, wait=0)[1].batches == [[0], [1, 2, 3]]
 
 
-def test_one_that_is_given_up_is_not_computed() -> None:
-    async def work(batcher: Batcher, network: Network) -> list[Any]:
-        network.gate.clear()
-        first = batcher.ask(0)
-        await asyncio.sleep(0.1)
-        given_up, kept = batcher.ask(1), batcher.ask(2)
-        given_up.cancel()
-        network.gate.set()
-        await first
-        return (await kept).tolist()
-
-    found, network = with_batcher(work, wait=0)
-    assert found == [2, 4]
-    assert network.batches == [[0], [2]]
-
-
 def test_one_that_fails_fails_alone() -> None:
     found, _ = with_batcher(lambda batcher, _: answers(batcher, [1, -1, 3, 4]))
     assert [found[at] for at in (0, 2, 3)] == [[1, 2], [3, 6], [4, 8]]
     assert isinstance(found[1], ValueError)
-
-
-def test_a_model_that_fails_again_and_again_is_sick_until_it_works() -> None:
-    async def work(batcher: Batcher, network: Network) -> list[bool]:
-        states = []
-        for number in [1, *[-1] * SICK_AFTER, 1]:
-            await answers(batcher, [number])
-            states.append(batcher.healthy)
-        return states
-
-    found, _ = with_batcher(work, under_way=1)
-    assert found == [*[True] * SICK_AFTER, False, True]

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from fivefold.recipe import Serve
 from fivefold.serving.batching import SICK_AFTER
 from fivefold.serving.server import address, listen, running
 from fivefold.serving.service import Service
+from platform_runs import wait_until
 from server_process import Answer, sent
 
 SECONDS = 20.0
@@ -63,18 +64,12 @@ class Served:
 
     def ask(self, *grey: int) -> Answer:
         """The answer to an image of one grey, on a connection of its own."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        try:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
             return sent(connection, "POST", "/invocations", picture(*grey), content_type="image/png")
-        finally:
-            connection.close()
 
     def ping(self) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        try:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
             return sent(connection, "GET", "/ping")
-        finally:
-            connection.close()
 
     def raw(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
@@ -108,19 +103,11 @@ def served(drain: float = SECONDS, **limits: float) -> Iterator[Served]:
             server.result(SECONDS)
 
 
-def until(condition, what: str) -> None:
-    """Waits for something that another thread brings about."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.005)
-
-
 def test_a_full_queue_is_told_to_come_later_and_all_others_are_answered() -> None:
     with served(queue=3) as server, ThreadPoolExecutor(3) as pool:
         server.model.gate.clear()
         waiting = [pool.submit(server.ask, grey) for grey in (1, 2, 3)]
-        until(lambda: server.service.images == 3, "three requests under way")
+        wait_until(lambda: server.service.images == 3)
         late = server.ask(4)
         server.model.gate.set()
         assert [each.result().status for each in waiting] == [200] * 3
@@ -134,12 +121,12 @@ def test_a_client_that_hangs_up_is_not_computed_and_its_place_is_free() -> None:
     with served() as server, ThreadPoolExecutor(1) as pool:
         server.model.gate.clear()
         first = pool.submit(server.ask, 1)
-        until(lambda: server.model.asked == [1], "the first at the model")
+        wait_until(lambda: server.model.asked == [1])
         with server.raw() as connection:
             connection.sendall(HEAD % len(picture(2)) + picture(2))
-            until(lambda: server.service.images == 2, "the second under way")
+            wait_until(lambda: server.service.images == 2)
             time.sleep(0.1)  # it is decoded and waits for the model
-        until(lambda: server.service.images == 1, "the second given up")
+        wait_until(lambda: server.service.images == 1)
         server.model.gate.set()
         assert first.result().status == 200
         assert server.ask(3).status == 200
@@ -178,33 +165,24 @@ def test_an_error_of_the_model_is_500_and_said_by_ping_when_it_stays() -> None:
     assert [answer.status for answer in recovered] == [200, 200]
 
 
-def test_what_is_under_way_is_answered_after_the_end_and_ping_says_it_ends() -> None:
-    with ThreadPoolExecutor(2) as pool, ExitStack() as stack:
-        with served() as server:
-            idle = stack.enter_context(server.raw())
-            server.model.gate.clear()
-            waiting = pool.submit(server.ask, 1)
-            until(lambda: server.model.asked == [1], "the request at the model")
-            threading.Timer(0.6, server.model.gate.set).start()
-        answer = waiting.result()
-        assert idle.recv(10) == b""
-    assert (answer.status, answer.headers["connection"]) == (200, "close")
-    with pytest.raises(ConnectionRefusedError):
-        server.ask(1)
-
-
-def test_the_end_waits_no_longer_than_it_may() -> None:
-    begun = time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
-        with served(drain=0.5) as server:
-            server.model.gate.clear()
-            waiting = pool.submit(server.ask, 1)
-            until(lambda: server.model.asked == [1], "the request at the model")
-            threading.Timer(1.2, server.model.gate.set).start()
-        assert (waiting.result().status, waiting.result().json["error"]) == (503, "the server ends: try another")
-    assert time.monotonic() - begun < SECONDS / 2
-
-
 def test_an_address_of_ipv6() -> None:
     with listen("::1", 0) as listener:
         assert address(listener).startswith("http://[::1]:")
+
+
+@pytest.mark.parametrize(("drain", "opens", "status"), [(SECONDS, 0.6, 200), (0.5, 1.2, 503)])
+def test_what_is_under_way_at_the_end_is_answered_within_its_time(drain: float, opens: float, status: int) -> None:
+    begun = time.monotonic()
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        with served(drain) as server:
+            idle = stack.enter_context(server.raw())
+            server.model.gate.clear()
+            waiting = pool.submit(server.ask, 1)
+            wait_until(lambda: server.model.asked == [1])
+            threading.Timer(opens, server.model.gate.set).start()
+        answer = waiting.result()
+        assert idle.recv(10) == b""
+    assert (answer.status, answer.headers["connection"]) == (status, "close")
+    with pytest.raises(ConnectionRefusedError):
+        server.ask(1)
+    assert time.monotonic() - begun < SECONDS / 2

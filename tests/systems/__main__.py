@@ -4,7 +4,6 @@ Every step is a process of its own, as users start it. Prints a table, and fails
 """
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,11 +24,10 @@ LINES_OF_A_FAILURE = 25
 
 @dataclass
 class Result:
-    """How a system went: its processes, seconds on the clock and of the processors, and what is wrong."""
+    """How a system went: its processes, seconds on the clock, and what is wrong."""
 
     steps: int = 0
     seconds: float = 0.0
-    busy: float = 0.0
     scores: str = ""
     wrong: list[str] = field(default_factory=list)
 
@@ -53,7 +51,7 @@ def main(names: Sequence[str]) -> int:
 
 def run(system: System, root: Path) -> Result:
     """Draws the data, runs the commands until one fails, and looks at what lies there."""
-    result, start, busy = Result(), time.monotonic(), processor_seconds()
+    result, start = Result(), time.monotonic()
     root.mkdir(parents=True)
     system.draw(root)
     for command in system.commands(root):
@@ -64,7 +62,7 @@ def run(system: System, root: Path) -> Result:
         result.wrong = problems(root, system.files)
         result.scores = "" if result.wrong else system.scores(root)
     result.steps = len(list(root.rglob("stage.json")))
-    result.seconds, result.busy = time.monotonic() - start, processor_seconds() - busy
+    result.seconds = time.monotonic() - start
     return result
 
 
@@ -84,18 +82,12 @@ def failure(command: Command, root: Path) -> str:
     return "\n    ".join([f"{' '.join(command.arguments)}: exit {ended.returncode}", *lines[-LINES_OF_A_FAILURE:]])
 
 
-def processor_seconds() -> float:
-    """Of all processes that this one has waited for, and theirs."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def as_table(results: dict[str, Result]) -> str:
-    rows = [("system", "stages", "seconds", "CPU s", "files", "scores")]
+    rows = [("system", "stages", "seconds", "files", "scores")]
     for name, found in results.items():
         files = f"{len(SYSTEMS[name].files)} as wanted" if not found.wrong else f"{len(found.wrong)} problems"
-        rows.append((name, str(found.steps), f"{found.seconds:.0f}", f"{found.busy:.0f}", files, found.scores))
-    return in_columns(rows, numbers=(1, 2, 3))
+        rows.append((name, str(found.steps), f"{found.seconds:.0f}", files, found.scores))
+    return in_columns(rows, numbers=(1, 2))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ REST = "…"
 class Expected:
     """A file, by a path that may hold `*` and then stands for one file; of a table its columns and number of rows.
 
-    Tables are .csv and .parquet, and .json: a list of objects with these keys, or one object. `least`: so
-    many bytes at least.
+    Tables are .csv and .parquet, and .out, whose last line is a list of objects with these keys, or one object.
+    `least`: so many bytes at least.
     """
 
     path: str
@@ -67,19 +67,11 @@ def _parquet(path: Path) -> tuple[list[str], int]:
     return read.column_names, read.num_rows
 
 
-def _json(path: Path) -> tuple[list[str], int]:
-    return _objects(path.read_text(encoding="utf-8"))
-
-
 def _printed(path: Path) -> tuple[list[str], int]:
-    return _objects(path.read_text(encoding="utf-8").strip().splitlines()[-1])
-
-
-def _objects(text: str) -> tuple[list[str], int]:
-    content: Any = json.loads(text)
+    content: Any = json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1])
     rows = content if isinstance(content, list) else [content]
     return list(rows[0]), len(rows)
 
 
-READERS = {".csv": _csv, ".parquet": _parquet, ".json": _json, ".out": _printed}
+READERS = {".csv": _csv, ".parquet": _parquet, ".out": _printed}
 """By suffix: a file's columns and number of rows. `.out` is what a command printed, whose last line is JSON."""

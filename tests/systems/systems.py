@@ -96,6 +96,21 @@ def ensemble(folder: str, submission: str, columns: tuple[str, ...], images: int
     ]
 
 
+def folds(run: str, epochs: int, rows: int) -> list[Expected]:
+    """What the training of two folds leaves."""
+    return [each for fold in (0, 1) for each in trained(f"{run}/fold-{fold}", epochs, rows)]
+
+
+def scored_run(run: str, submission: str, columns: tuple[str, ...]) -> list[Expected]:
+    """What a run of two folds on 32 images leaves, whose ensemble predicts 8."""
+    return [
+        *split(run, 32),
+        *folds(run, 2, 16),
+        *ensemble(f"{run}/ensemble/output", submission, columns, 8),
+        *report(f"{run}/evaluate/output", 4),
+    ]
+
+
 def figures(path: Path, rows: str, *names: str) -> str:
     """`accuracy 0.9` and the like of a metrics.json's `rows`, in words."""
     found = json.loads(path.read_text("utf-8"))[rows]
@@ -108,6 +123,7 @@ def printed(path: Path) -> str:
     return ", ".join(f"{name} {found[name]:.3f}" for name in SCORES[:2])
 
 
+SUBMISSION = "submission_fold5_ensemble_{}.csv"
 STUDENT = "Student_stage2_fold1_best.pth"
 CAR_COLUMNS = ("ID", *sorted(drawn.CARS))
 
@@ -126,18 +142,12 @@ B5 = System(
     draw=drawn.draw_cars,
     commands=b5_commands,
     files=(
-        *split("runs/C", 32),
-        *(each for fold in (0, 1) for each in trained(f"runs/C/fold-{fold}", 2, 16)),
+        *scored_run("runs/C", SUBMISSION.format("C"), CAR_COLUMNS),
         *trained("runs/C/distill", 3),
-        *report("runs/C/evaluate/output", 4),
         *report("runs/C/evaluate-student/output", 4)[:2],
-        *(
-            each
-            for name in "ABCD"
-            for each in ensemble(
-                f"runs/{name}/ensemble/output", f"submission_fold5_ensemble_{name}.csv", CAR_COLUMNS, 8
-            )
-        ),
+        *ensemble("runs/A/ensemble/output", SUBMISSION.format("A"), CAR_COLUMNS, 8),
+        *ensemble("runs/B/ensemble/output", SUBMISSION.format("B"), CAR_COLUMNS, 8),
+        *ensemble("runs/D/ensemble/output", SUBMISSION.format("D"), CAR_COLUMNS, 8),
         Expected("runs/C/ensemble/output/csv/output_car_efficientnet_b5.csv", CAR_COLUMNS, 8),
         Expected(f"student/{STUDENT}", least=10_000),
         Expected("compare/all_experiments_submission_compare.csv", ("experiment", *CAR_COLUMNS), 4 * 8),
@@ -161,13 +171,10 @@ CONVNEXT = System(
     draw=drawn.draw_cars,
     commands=convnext_commands,
     files=(
-        *split("runs/convnext", 32),
-        *(each for fold in (0, 1) for each in trained(f"runs/convnext/fold-{fold}", 2, 16)),
+        *scored_run("runs/convnext", "convnexttiny_ema_submission.csv", CAR_COLUMNS),
         *(Expected(f"runs/convnext/fold-{fold}/model/model_raw.safetensors", least=10_000) for fold in (0, 1)),
         Expected("best/best_model_ema.pth", least=10_000),
         Expected("raw/best_model.pth", least=10_000),
-        *ensemble("runs/convnext/ensemble/output", "convnexttiny_ema_submission.csv", CAR_COLUMNS, 8),
-        *report("runs/convnext/evaluate/output", 4),
     ),
     scores=lambda root: figures(root / "runs/convnext/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
 )
@@ -188,18 +195,11 @@ SKETCH = System(
     draw=drawn.draw_sketches,
     commands=sketch_commands,
     files=(
-        *split("runs/caformer", 32),
-        *(
-            each
-            for run in ("caformer", "resnet101")
-            for fold in (0, 1)
-            for each in trained(f"runs/{run}/fold-{fold}", 2, 16)
-        ),
-        *ensemble("runs/caformer/ensemble/output", "output.csv", ANSWERS, 8),
+        *scored_run("runs/caformer", "output.csv", ANSWERS),
+        *folds("runs/resnet101", 2, 16),
         *ensemble("blend", "output.csv", ANSWERS, 8),
         Expected("blend/csv/output_sketch_caformer.csv", ("image_path", "0", "1", "2", "3"), 8),
         Expected("blend/csv/output_sketch_caformer_resnet101.csv", ("image_path", "0", "1", "2", "3"), 8),
-        *report("runs/caformer/evaluate/output", 4),
         Expected("compare/model_acc.png", least=2_000),
         Expected("compare/correlation.png", least=2_000),
         Expected("compare/comparison.csv", rows=2),
@@ -270,7 +270,8 @@ MASK = System(
         *(Expected(f"model/{name}/output/tensorboard/events.*") for name in ("exp", "exp2")),
         *(Expected(f"model/{name}/output/validation_examples.png", least=2_000) for name in ("exp", "exp2")),
         Expected("model/exp/output/split/folds.parquet", (*FOLDS_TABLE, REST), 84),
-        *(each for run in ("exp", "exp2") for fold in (0, 1) for each in trained(f"runs/{run}/fold-{fold}", 2, 42)),
+        *folds("runs/exp", 2, 42),
+        *folds("runs/exp2", 2, 42),
         Expected("output/output.csv", ("ImageID", "ans"), 18),
         *ensemble("product", "output.csv", ("ImageID", "ans"), 18),
         Expected("inference.out", SCORES, 1),
