@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drawing import tinted_in
 from fivefold import predictions
 from fivefold.distributed.launch import free_port
 from jobs.__main__ import run
 from s3_server import Bucket, Proxy
+from toy import tinted_in
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = (

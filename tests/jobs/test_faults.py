@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from drawing import tinted_in
 from jobs.__main__ import run
+from toy import tinted_in
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from drawing import noise_in, write_test_table
 from jobs.__main__ import run
+from toy import noise_in, write_test_table
 
 pytestmark = pytest.mark.slow
 SETTINGS = [

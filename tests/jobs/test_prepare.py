@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drawing import write_test_table
 from fivefold.contract.layout import in_run
 from fivefold.contract.stages import STAGES
 from fivefold.data.image_cache import HEAD, INDEX, PIXELS, Cache
@@ -26,6 +25,7 @@ from fivefold.recipe import Data, Settings
 from jobs.__main__ import run
 from jobs.images import cache_folder
 from s3_server import Bucket
+from toy import write_test_table
 
 SETTINGS = [
     "model.backbone=fivefold/small_net", 'model.options={"widths": [4], "stem": 4}', "model.image_size=8", "train.epochs=2",

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from drawing import noise_in
 from jobs.__main__ import run
 from s3_server import Bucket, Proxy, Request
+from toy import noise_in
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from drawing import noise_in, write_test_table
 from fivefold.contract.stages import METRICS, OOF, RECORD
 from jobs.__main__ import main, run
+from toy import noise_in, write_test_table
 
 SETTINGS = [
     "split.folds=2", "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 8], "stem": 8}', "model.image_size=12",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from drawing import noise_in, write_test_table
 from jobs.__main__ import main, run
+from toy import noise_in, write_test_table
 
 SETTINGS = [
     "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 8], "stem": 8}', "model.image_size=12", "train.epochs=1",
