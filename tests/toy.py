@@ -34,9 +34,13 @@ RESUMES = [
 
 
 def draw(
-    path: Path, random: np.random.Generator, channel: int | None = None, by: int = 100, size: tuple[int, int] = (12, 12)
+    path: Path,
+    random: np.random.Generator,
+    channel: int | slice | None = None,
+    by: int = 100,
+    size: tuple[int, int] = (12, 12),
 ) -> None:
-    """Writes an image of random pixels, of which one channel is brighter."""
+    """Writes an image of random pixels, of which one channel (or a slice of them) is brighter."""
     pixels = random.integers(0, 120, (*size, 3))
     if channel is not None:
         pixels[..., channel] += by

@@ -23,6 +23,7 @@ from PIL import Image
 
 from fivefold import ImageClassificationAPI
 from server_process import SECONDS, Answer, ServerProcess, sent
+from toy import copy_run, run_stage
 
 CLOSE = 1e-5
 """How far an image's probability may be off in other company, by float32's rounding."""
@@ -30,6 +31,14 @@ PNG = "image/png"
 LIST = "application/json"
 Pictures = Mapping[str, tuple[bytes, str, float]]
 """Image files by name, each with the class and the confidence that the API gives it."""
+
+
+@pytest.fixture(scope="module")
+def trained(product_run, tmp_path_factory) -> Path:
+    """The product run with an ensemble of no temperature, which leaves confidences apart."""
+    root = copy_run(product_run, tmp_path_factory.mktemp("served") / "run", "ensemble")
+    assert run_stage(root, "ensemble", "ensemble", "ensemble.temperature=none", MODEL=root) == 0
+    return root
 
 
 def known(model: Path, images: Path) -> Pictures:
@@ -45,20 +54,20 @@ def known(model: Path, images: Path) -> Pictures:
 
 
 @pytest.fixture(scope="module")
-def pictures(product_run, products) -> Pictures:
-    return known(product_run, products.root)
+def pictures(trained, products) -> Pictures:
+    return known(trained, products.root)
 
 
 @pytest.fixture(scope="module")
-def student(product_run, products) -> Pictures:
-    return known(product_run / "distill", products.root)
+def student(trained, products) -> Pictures:
+    return known(trained / "distill", products.root)
 
 
 @pytest.fixture(scope="module")
-def server(product_run, tmp_path_factory) -> Iterator[ServerProcess]:
+def server(trained, tmp_path_factory) -> Iterator[ServerProcess]:
     """The ensemble, served; `early` is what it answered while it was loading."""
     limits = ["serve.max_body_mb=0.5", "serve.max_megapixels=4", "serve.queue=400", "serve.batch_size=16"]
-    with ServerProcess(tmp_path_factory.mktemp("served") / "log", f"model={product_run}", *limits) as found:
+    with ServerProcess(tmp_path_factory.mktemp("served") / "log", f"model={trained}", *limits) as found:
         found.early = [found.ask("GET", "/ping"), found.ask("POST", "/invocations", b"x", content_type=PNG)]
         yield found.ready()
 
@@ -297,9 +306,9 @@ def hammered(server: ServerProcess, file: bytes, stop: threading.Event) -> Count
     return found
 
 
-def test_sigterm_under_load_answers_every_request_that_was_accepted(product_run, student, tmp_path) -> None:
+def test_sigterm_under_load_answers_every_request_that_was_accepted(trained, student, tmp_path) -> None:
     expected = next(iter(student.values()))
-    with ServerProcess(tmp_path / "log", f"model={product_run / 'distill'}") as server:
+    with ServerProcess(tmp_path / "log", f"model={trained / 'distill'}") as server:
         server.ready()
         stop = threading.Event()
         with (
@@ -320,17 +329,17 @@ def test_sigterm_under_load_answers_every_request_that_was_accepted(product_run,
     assert f"answered {found['200'] + len(late)} requests" in server.told()
 
 
-def test_a_server_that_cannot_start_says_why(product_run, tmp_path) -> None:
+def test_a_server_that_cannot_start_says_why(trained, tmp_path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert refused(tmp_path, f"model={product_run}", f"serve.port={port}") == (
+        assert refused(tmp_path, f"model={trained}", f"serve.port={port}") == (
             64, f"serve.host=127.0.0.1 serve.port={port}: cannot listen there: Address already in use; "
             "give another serve.port, or port 0 for a free one"
         )  # fmt: skip
     assert refused(tmp_path, f"model={tmp_path / 'absent'}")[0] == 66
     assert refused(tmp_path, "model=", SAGEMAKER_BASE_DIR=str(tmp_path))[0] == 66
     assert refused(tmp_path, "serve.prot=1") == (64, "unknown key 'serve.prot' in argument; did you mean 'serve.port'?; --help lists the keys")  # fmt: skip
-    code, message = refused(tmp_path, f"model={product_run}", SAGEMAKER_BIND_TO_PORT="80800")
+    code, message = refused(tmp_path, f"model={trained}", SAGEMAKER_BIND_TO_PORT="80800")
     assert (code, message) == (64, "serve.port=80800 (SAGEMAKER_BIND_TO_PORT): at most 65535 is needed")
 
 
@@ -342,10 +351,10 @@ def refused(folder: Path, *arguments: str, **environ: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_as_sagemaker_hosts_it(product_run, products, tmp_path) -> None:
-    pictures = known(product_run / "fold-1", products.root)
+def test_as_sagemaker_hosts_it(trained, products, tmp_path) -> None:
+    pictures = known(trained / "fold-1", products.root)
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
-        archive.add(product_run / "fold-1/model", ".")
+        archive.add(trained / "fold-1/model", ".")
     (tmp_path / "opt/model").mkdir(parents=True)
     shutil.unpack_archive(tmp_path / "model.tar.gz", tmp_path / "opt/model")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -360,9 +369,9 @@ def test_as_sagemaker_hosts_it(product_run, products, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_tarball_and_a_bucket_are_models_too(product_run, student, bucket, tmp_path) -> None:
-    shutil.make_archive(str(tmp_path / "packed/model"), "gztar", product_run / "distill/model")
-    for path in (product_run / "distill/model").iterdir():
+def test_a_tarball_and_a_bucket_are_models_too(trained, student, bucket, tmp_path) -> None:
+    shutil.make_archive(str(tmp_path / "packed/model"), "gztar", trained / "distill/model")
+    for path in (trained / "distill/model").iterdir():
         bucket.write(f"student/{path.name}", path.read_bytes())
     for model in (str(tmp_path / "packed"), f"s3://{bucket.name}/student"):
         with ServerProcess(tmp_path / "log", f"model={model}", **bucket.environ()) as server:
@@ -372,27 +381,27 @@ def test_a_tarball_and_a_bucket_are_models_too(product_run, student, bucket, tmp
 
 
 @pytest.mark.slow
-def test_a_run_means_its_student(product_run, student, tmp_path) -> None:
-    with ServerProcess(tmp_path / "log", f"run={product_run.name}", RUNS=str(product_run.parent)) as server:
+def test_a_run_means_its_student(trained, student, tmp_path) -> None:
+    with ServerProcess(tmp_path / "log", f"run={trained.name}", RUNS=str(trained.parent)) as server:
         found, _ = asked_all_at_once(server.ready(), student, clients=2, rounds=3)
     assert found == {"right": 6}
 
 
 @pytest.mark.slow
-def test_a_signal_while_it_loads_ends_it(product_run, tmp_path) -> None:
-    with ServerProcess(tmp_path / "log", f"model={product_run}") as server:
+def test_a_signal_while_it_loads_ends_it(trained, tmp_path) -> None:
+    with ServerProcess(tmp_path / "log", f"model={trained}") as server:
         assert server.port
         assert server.end() == 143
         assert "ready: " not in server.told()
 
 
 @pytest.mark.slow
-def test_what_is_no_model_is_told_as_any_stage_tells_it(product_run, tmp_path) -> None:
+def test_what_is_no_model_is_told_as_any_stage_tells_it(trained, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     code, message = refused(tmp_path, f"model={tmp_path / 'empty'}")
     assert (code, message.startswith("no model below")) == (66, True)
-    shutil.copytree(product_run / "distill/model", tmp_path / "half")
+    shutil.copytree(trained / "distill/model", tmp_path / "half")
     (tmp_path / "half/stage.json").unlink()
     code, message = refused(tmp_path, f"model={tmp_path / 'half'}")
     assert (code, "its training did not finish or it was copied in part" in message) == (65, True)
-    assert refused(tmp_path, f"model={product_run}", "predict.device=gpu")[0] == 64
+    assert refused(tmp_path, f"model={trained}", "predict.device=gpu")[0] == 64

@@ -1,37 +1,23 @@
 """`python -m jobs submit` as people call it: what it refuses, what it prints, what it runs."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from fivefold.contract.files import read_json
 from fivefold.errors import MissingInputError, SettingsError
 from jobs import submit
-
-REPOSITORY = Path(__file__).parents[2]
+from toy import REPOSITORY, call_jobs, noise_in, write_csv
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder with `train/a`, `train/b` and a test table with its truth."""
-    for number in range(12):
-        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4), number * 20).save(path)
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "test.csv").write_text("ID,img_path\n1,1.png\n")
-    (tmp_path / "test" / "gt.csv").write_text("ID,label\n1,a\n")
+    noise_in(tmp_path / "train", ("a", "b"), 6)
+    write_csv(tmp_path / "test" / "test.csv", [["ID", "img_path"], [1, "1.png"]])
+    write_csv(tmp_path / "test" / "gt.csv", [["ID", "label"], [1, "a"]])
     return tmp_path
-
-
-def jobs(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs", *arguments]
-    environ = {**os.environ, **variables}
-    return subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(
@@ -95,16 +81,16 @@ def test_a_dry_run_runs_nothing_and_its_commands_can_be_pasted(data: Path, capsy
 
 def test_the_command_from_end_to_end(data: Path) -> None:
     given = ["submit", f"train={data / 'train'}", f"runs={data / 'runs'}", "run=r", "split.folds=3"]
-    first = jobs(*given, "stages=split", FOLD="1", TRAIN__EPOCHS="many")
+    first = call_jobs(*given, "stages=split", FOLD="1", TRAIN__EPOCHS="many")
     assert first.returncode == 0, first.stderr
     assert "do not see the variables FOLD, TRAIN__EPOCHS" in first.stderr
     assert "no model is trained yet" in first.stdout
 
-    second = jobs(*given, "stages=evaluate")  # of models that nobody has trained
+    second = call_jobs(*given, "stages=evaluate")  # of models that nobody has trained
     assert second.returncode == 66
     assert "evaluate failed (exit code 66)" in second.stderr
 
-    status = jobs("status", f"runs={data / 'runs'}")
+    status = call_jobs("status", f"runs={data / 'runs'}")
     lines = {line.split()[0]: line for line in status.stdout.splitlines() if line}
     assert status.returncode == 0
     assert "done" in lines["split"]
@@ -112,7 +98,7 @@ def test_the_command_from_end_to_end(data: Path) -> None:
     assert "waiting" in lines["fold-2"]
     assert [step["name"] for step in read_json(data / "runs" / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
 
-    typo = jobs("submit", f"train={data / 'train'}", "train.epohcs=3")
+    typo = call_jobs("submit", f"train={data / 'train'}", "train.epohcs=3")
     assert typo.returncode == SettingsError.exit_code
     assert "Traceback" not in typo.stderr
     assert "did you mean 'train.epochs'" in typo.stderr
