@@ -174,9 +174,6 @@ def test_what_is_missing_is_66(toy_run, tmp_path):
     ("change", "words"),
     [
         (lambda rows: [[f"OTHER_{name}", label] for name, label in rows], ["18 of the 18 ids", "'OTHER_T00'", "'T00'"]),
-        (lambda rows: rows[:12], ["6 of the 18 ids", "'T20'"]),
-        (lambda rows: [*rows, ["T30", "id"], ["T31", "id"]], ["2 of the 20 ids", "'T30', 'T31'"]),
-        (lambda rows: [*rows, ["T07", "id"], ["T07", "id"]], ["ids stand twice", "'T07'"]),
         (lambda rows: [*rows[:-1], ["T25", "ten"]], ["'ten'", "does not know"]),
     ],
 )
@@ -199,11 +196,3 @@ def test_broken_predictions_are_65(toy_run, tmp_path, fault, word):
     message = refuse(toy_run, tmp_path / "out", 65, PREDICTIONS=tmp_path)
     assert word in message
     assert str(tmp_path / "predictions.parquet") in message
-
-
-@pytest.mark.parametrize("cell", ["nan", "high"])
-def test_a_submission_without_probabilities_is_65(toy_run, tmp_path, cell):
-    rows = read_cells(toy_run / "ensemble" / "output" / "submission.csv")
-    rows[8][3] = cell
-    path = write_csv(tmp_path / "submission.csv", rows)
-    assert "row 8 below the header" in refuse(toy_run, tmp_path / "out", 65, PREDICTIONS=path)

@@ -16,7 +16,7 @@ from fivefold.data.meta import measure
 from fivefold.data.store import open_store
 from fivefold.members import load_member
 from toy import SETTINGS as TINY
-from toy import failure, run_stage
+from toy import run_stage
 
 SETTINGS = [
     *TINY, 'model.options={"widths": [4], "stem": 4}', "model.image_size=8", 'model.head={"name": "mlp", "hidden": 8, "dropout": 0.1}',
@@ -105,18 +105,3 @@ def test_an_ensemble_and_a_student_with_other_features_use_them_too(world):
     assert run_stage(world, "ensemble", "student", MODEL=world / "distill" / "model") == 0
     found = predictions.read(world / "student" / "output" / "predictions.parquet")
     assert (found.log_probs.argmax(axis=1) == truth).all()
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("model.meta=colour_mean", "unknown meta feature 'colour_mean'; did you mean 'color_mean'?"),
-        ("model.meta=aspect,aspect", "meta names a feature twice"),
-        ('model.head={"name": "mlp", "norms": "batch"}', "no parameter 'norms'; did you mean 'norm'?"),
-        ("model.drop_path=0.1", "for drop_path 'fivefold'"),
-        ("model.drop_path=1", "less than 1 is needed"),
-    ],
-)
-def test_what_cannot_be_is_one_clear_error(world, tmp_path, argument, message):
-    assert run_stage(world, "train-fold", tmp_path, "FOLD=0", *SETTINGS, argument) == 64
-    assert message in failure(tmp_path)

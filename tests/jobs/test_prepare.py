@@ -219,30 +219,6 @@ def test_a_students_unlabelled_images_come_from_the_cache_too(world, plain, prep
     assert weights[0] == weights[1]
 
 
-def flip_a_bit(folder: Path) -> None:
-    content = bytearray((folder / PIXELS).read_bytes())
-    content[100] ^= 255
-    (folder / PIXELS).write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "code", "message"),
-    [
-        (lambda folder: (folder / PIXELS).write_bytes(b"x"), 65, "it is cut off, or of another cache"),
-        (lambda folder: (folder / HEAD).write_text("garbage"), 65, "is not JSON"),
-        (lambda folder: (folder / INDEX).write_bytes(b"x"), 65, "is not the index"),
-        (flip_a_bit, 65, "is damaged: its bytes do not match the digest"),
-        (lambda folder: shutil.rmtree(folder), 66, "no cache.json below the channel 'cache'"),
-    ],
-)
-def test_a_channel_that_holds_no_whole_cache_is_one_clear_error(world, prepared, tmp_path, spoil, code, message):
-    shutil.copytree(prepared, tmp_path / "cache")
-    spoil(next((tmp_path / "cache").glob(f"*/{HEAD}")).parent)
-    assert stage(world, "train-fold", "bad", "FOLD=0", *SETTINGS, CACHE=tmp_path / "cache") == code
-    assert message in failure(world / "bad")
-    assert not (world / "bad" / "model" / "stage.json").exists()
-
-
 def test_a_cache_of_other_pixels_is_one_clear_error(world, prepared):
     arguments = ["FOLD=0", *SETTINGS, "data.store_size=12"]
     assert stage(world, "train-fold", "bad", *arguments, CACHE=prepared) == 64
@@ -259,14 +235,6 @@ def test_a_cache_that_is_too_large_is_an_error_of_prepare_and_a_line_of_train_fo
     found = train(world, "large-fold", "data.cache_gib=1e-6", f"data.cache={world / 'none'}")
     assert "images are read from their files" in capsys.readouterr().err
     assert same(found, plain)
-
-
-def test_a_broken_image_is_named_and_leaves_nothing(world, tmp_path):
-    shutil.copytree(world / "train", tmp_path / "train")
-    (tmp_path / "train" / "a" / "3.png").write_bytes(b"no image")
-    assert stage(world, "prepare", "broken", TRAIN=tmp_path / "train") == 65
-    assert "a/3.png is not the file that the split saw" in failure(world / "broken")
-    assert not list((world / "broken" / "output").glob("[!.]*"))
 
 
 @pytest.mark.slow
