@@ -131,11 +131,6 @@ def test_bad_input_gets_one_clear_error_and_leaves_nothing(world, monkeypatch, a
     assert not list((world / "bad" / "output").rglob("*.*"))
 
 
-def test_without_models_and_files_the_model_channel_is_asked_for(world):
-    assert stage(world, "ensemble", "bad") == 66
-    assert "needs the channel 'model'" in failure(world / "bad")
-
-
 def save_table(path: Path, system: str, seed: int, rows: int = len(IDS), classes: tuple[str, ...] = CARS) -> np.ndarray:
     """Writes a table of predictions; its probabilities."""
     path.parent.mkdir(parents=True, exist_ok=True)

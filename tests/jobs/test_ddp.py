@@ -15,7 +15,7 @@ from fivefold import predictions
 from fivefold.distributed.launch import free_port
 from jobs.__main__ import run
 from s3_server import Proxy
-from toy import REPOSITORY, RESUMES, environment, run_stage, tinted_in, variables
+from toy import REPOSITORY, RESUMES, environment, failure, run_stage, tinted_in, variables
 
 SHARED = (
     "FOLD=0", "train.epochs=3", "train.batch_size=8", "train.precision=fp32", 'augment.train=["random_crop", "horizontal_flip"]',
@@ -86,7 +86,7 @@ def wait_for_epoch(process: subprocess.Popen[str], epoch: int) -> None:
 
 def table(folder: Path) -> list[list[float]]:
     lines = (folder / "model" / "train_log.csv").read_text().splitlines()[1:]
-    return [[float(cell) for cell in line.split(",")] for line in lines]
+    return [[float(cell) for cell in line.split(",") if cell] for line in lines]
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
@@ -135,39 +135,31 @@ def test_what_is_done_is_skipped_by_all(world, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["the starter", "everybody"])
-def test_told_to_stop_all_end_with_143_and_go_on_to_the_same_bytes(told, world, whole, tmp_path):
+@pytest.mark.parametrize("struck", ["the starter", "everybody", 0, 1])
+def test_stopped_or_with_one_killed_all_end_and_the_same_command_goes_on(struck, world, whole, tmp_path):
     """Docker and Kubernetes tell a container's first process, systemd and a batch system all of them."""
-    process = begin(("train-fold", *SMALL), given(world, tmp_path / "stopped", NPROC="2"))
-    wait_for_epoch(process, 5)
-    for pid in [process.pid, *(children(process) if told == "everybody" else [])]:
-        os.kill(pid, signal.SIGTERM)
-    said = process.communicate(timeout=SECONDS_TO_END)[1]
-    assert process.returncode == 143, said
-    assert said.count("stopped by SIGTERM: the same command goes on from here") == 2
-    assert not (tmp_path / "stopped" / "failure").exists()
-    assert not (tmp_path / "stopped" / "model" / "stage.json").exists()
-    code, said = fold(world, tmp_path / "stopped", NPROC="2")
-    assert code == 0, said
-    assert "fold 0 goes on after step" in said
-    same_files(whole, tmp_path / "stopped")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("struck", [0, 1])
-def test_when_one_is_killed_the_others_end_and_the_same_command_goes_on(struck, world, whole, tmp_path):
-    process = begin(("train-fold", *SMALL), given(world, tmp_path / "killed", NPROC="2"))
+    process = begin(("train-fold", *SMALL), given(world, tmp_path, NPROC="2"))
     wait_for_epoch(process, 5)
     pids = children(process)
-    os.kill(pids[struck], signal.SIGKILL)
+    if struck in (0, 1):
+        os.kill(pids[struck], signal.SIGKILL)
+    else:
+        for pid in [process.pid, *(pids if struck == "everybody" else [])]:
+            os.kill(pid, signal.SIGTERM)
     said = process.communicate(timeout=SECONDS_TO_END)[1]
-    assert process.returncode == 75, said
-    assert f"process {struck} of 2 was killed by SIGKILL" in said
-    assert (tmp_path / "killed" / "failure").read_text().startswith(f"process {struck} of 2 was killed by SIGKILL")
+    if struck in (0, 1):
+        assert process.returncode == 75, said
+        assert failure(tmp_path).startswith(f"process {struck} of 2 was killed by SIGKILL")
+    else:
+        assert process.returncode == 143, said
+        assert said.count("stopped by SIGTERM: the same command goes on from here") == 2
+        assert not (tmp_path / "failure").exists()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    code, said = fold(world, tmp_path / "killed", NPROC="2")
+    assert not (tmp_path / "model" / "stage.json").exists()
+    code, said = fold(world, tmp_path, NPROC="2")
     assert code == 0, said
-    same_files(whole, tmp_path / "killed")
+    assert "fold 0 goes on after step" in said
+    same_files(whole, tmp_path)
 
 
 @pytest.mark.slow
@@ -230,7 +222,7 @@ def test_a_signal_to_one_host_stops_both_and_a_lost_one_is_75(world, tmp_path):
     started[1].kill()
     said = [process.communicate(timeout=SECONDS_TO_END)[1] for process in started]
     assert started[0].returncode == 75, said
-    assert "a process that trains with this one is gone" in (tmp_path / "host-0" / "failure").read_text()
+    assert "a process that trains with this one is gone" in failure(tmp_path / "host-0")
 
 
 @pytest.mark.slow
@@ -261,7 +253,7 @@ def test_hosts_that_are_given_different_things_are_told(own, message, world, tmp
     started = hosts(world, tmp_path, {}, own, arguments)
     said = [process.communicate(timeout=SECONDS_TO_END)[1] for process in started]
     assert [process.returncode for process in started] == [75, 64], said
-    assert message in (tmp_path / "host-1" / "failure").read_text()
+    assert message in failure(tmp_path / "host-1")
 
 
 @pytest.mark.slow
@@ -284,13 +276,9 @@ def test_a_student_and_a_model_without_a_split_are_trained_by_two_as_well(world,
         environ["SM_MODEL_DIR"] = str(tmp_path.parent / f"student-{tmp_path.name}-{name}" / "model")
         process = begin(("distill", *WITHOUT_NORMS[1:], *more), environ)
         ends_well(process)
-    logs = [
-        (tmp_path.parent / f"student-{tmp_path.name}-{name}" / "model" / "train_log.csv").read_text().splitlines()[1:]
-        for name in ("one", "two")
-    ]
+    logs = [table(tmp_path.parent / f"student-{tmp_path.name}-{name}") for name in ("one", "two")]
     for one, two in zip(*logs, strict=True):
-        figures = [[float(cell) for cell in line.split(",") if cell] for line in (one, two)]
-        assert figures[1] == pytest.approx(figures[0], rel=1e-3, abs=1e-4)
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
     environ = given(world, tmp_path / "train", NPROC="2")
     del environ["SM_CHANNEL_FOLDS"]
     process = begin(("train", *WITHOUT_NORMS), environ)
@@ -331,7 +319,7 @@ def test_from_a_bucket_two_processes_fetch_every_file_once_and_send_the_same_res
 def test_numbers_that_cannot_be_are_64(more, message, world, tmp_path, caplog):
     arguments = [each for each in SMALL if not each.startswith(("train.batch_size", "train.lr"))]
     assert run("train-fold", arguments, given(world, tmp_path, **more)) == 64
-    assert (tmp_path / "failure").read_text().startswith(message)
+    assert failure(tmp_path).startswith(message)
     assert not (tmp_path / "model").exists()
 
 

@@ -286,17 +286,3 @@ def test_half_a_system_is_scored_by_the_factors_it_knows(world, halves, tmp_path
     given = {**models, "SM_CHANNEL_PREDICTIONS": tmp_path / "ages" / "output", "SM_GROUND_TRUTH_DIR": world / "truth"}
     stage(world, "evaluate", tmp_path / "report", **given)
     assert json.loads((tmp_path / "report" / "output" / "metrics.json").read_text())["test"]["accuracy"] > 0.8
-
-
-@pytest.mark.parametrize(
-    ("folders", "arguments", "message"),
-    [
-        (["masks-0", "masks-1", "ages-0", "ages-1"], [], "know different factors of their classes"),
-        (["masks-0", "masks-1"], ["ensemble.blend=product"], "no model knows the factor age"),
-        (["masks-0", "masks-1", "ages-0"], ["ensemble.blend=product"], "system 'ages' with seed 42 lacks fold 1"),
-    ],
-)
-def test_what_the_ensemble_cannot_join_is_named(world, halves, tmp_path, folders, arguments, message):
-    models = linked(halves, tmp_path / "models", *folders)
-    assert message in stage(world, "ensemble", tmp_path, *arguments, code=65, MODEL=models)
-    assert not list((tmp_path / "output").glob("*.parquet"))

@@ -80,15 +80,6 @@ def test_mean_and_std_are_those_of_the_folds_training_rows_alone(world):
     assert not np.allclose(weights["meta.mean"].numpy(), every, atol=1e-6)
 
 
-def test_the_same_seed_gives_the_same_bytes_whether_images_are_kept_or_read_again(world):
-    first = train(world, "both", 0)
-    arguments = ["FOLD=0", *SETTINGS, "model.meta=color_mean,aspect", "system=both"]
-    more = ["train.keep_in_memory=false", "train.workers=1"]
-    assert run_stage(world, "train-fold", "again", *arguments, *more) == 0
-    for name in ("model.safetensors", "oof.parquet", "holdout.parquet", "train_log.csv"):
-        assert (first / name).read_bytes() == (world / "again" / "model" / name).read_bytes(), name
-
-
 def test_an_ensemble_and_a_student_with_other_features_use_them_too(world):
     for fold in range(2):
         train(world, "both", fold)

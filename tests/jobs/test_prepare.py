@@ -228,15 +228,6 @@ def test_a_cache_of_other_pixels_is_one_clear_error(world, prepared):
     assert stage(world, "prepare", "bad", "data.scaled_decoding=true") == 64, "it needs a size"
 
 
-def test_a_cache_that_is_too_large_is_an_error_of_prepare_and_a_line_of_train_fold(world, plain, capsys):
-    assert stage(world, "prepare", "large", "data.cache_gib=1e-6") == 64
-    assert "data.cache_gib=1e-06 are allowed: raise that key, or data.store_size" in failure(world / "large")
-    assert not list((world / "large" / "output").glob("[!.]*"))
-    found = train(world, "large-fold", "data.cache_gib=1e-6", f"data.cache={world / 'none'}")
-    assert "images are read from their files" in capsys.readouterr().err
-    assert same(found, plain)
-
-
 @pytest.mark.slow
 def test_prepare_takes_a_split_that_opened_no_image_and_train_fold_goes_without(world, plain, capsys):
     assert stage(world, "split", "trusting", "split.folds=2", "split.holdout=0.1", "split.open_images=false") == 0

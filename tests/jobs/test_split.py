@@ -1,7 +1,5 @@
 """The split stage as its container runs it: one process, SM_* variables, exit codes."""
 
-import zipfile
-from collections import Counter
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -105,28 +103,6 @@ def bmp_of(content: bytes) -> bytes:
     file = BytesIO()
     Image.open(BytesIO(content)).save(file, "BMP")
     return file.getvalue()
-
-
-def test_a_zip_gives_the_same_folds_as_its_folder(tmp_path):
-    folder = write(tmp_path / "data", class_folders("a", "b", "c"))
-    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
-        for path in sorted(folder.rglob("*.png")):
-            archive.write(path, path.relative_to(folder))
-    for channel in (folder, tmp_path / "data.zip"):
-        assert split(channel, tmp_path / f"out-{channel.name}") == 0
-    outputs = [(tmp_path / f"out-{name}" / "folds.parquet").read_bytes() for name in ("data", "data.zip")]
-    assert outputs[0] == outputs[1]
-
-
-def test_groups_and_parts_of_a_csv(tmp_path):
-    pictures = {f"{number}.png": picture() for number in range(60)}
-    lines = [f"{number}.png,{'ab'[number % 2]},p{number // 3}" for number in range(60)]
-    channel = write(tmp_path / "data", {**pictures, "train.csv": "\n".join(["path,label,who", *lines]).encode()})
-    assert split(channel, tmp_path / "out", "data.group_column=who", "split.parts=[0.6,0.2,0.2]") == 0
-    table = table_of(tmp_path / "out")
-    assert [len(table.train_rows(0)), len(table.valid_rows(0)), len(table.aside_rows())] == [36, 12, 12]
-    parts = list(zip(table.groups.to_pylist(), table.part.tolist(), strict=True))
-    assert len(set(parts)) == 20
 
 
 def test_unreadable_images_stop_the_stage_or_are_left_out(tmp_path, capsys):
@@ -300,18 +276,6 @@ def test_products_are_parted_whole_and_evenly_by_category(products, tmp_path):
     assert sum(summary["parts"]["valid"]["image_types"].values()) == len(parts["valid"])
     recorded = read_json(tmp_path / "out" / "stage.json")["outputs"]
     assert {"output/data_split_summary.json", *(f"output/{name}" for name in files.values())} <= set(recorded)
-
-
-def test_the_seed_moves_products_and_folds_keep_them_whole(products, tmp_path):
-    settings = ("data.layout=products", "split.folds=4", "split.holdout=0.1")
-    for seed in (1, 2):
-        assert split(products.root, tmp_path / f"out{seed}", *settings, f"split.seed={seed}") == 0
-    table = table_of(tmp_path / "out1")
-    whole = set(zip(table.groups.to_pylist(), table.fold.tolist(), table.part.tolist(), strict=True))
-    assert len(whole) == 40
-    assert sorted(Counter(fold for _, fold, _ in whole).items()) == [(-1, 4), (0, 9), (1, 9), (2, 9), (3, 9)]
-    assert (tmp_path / "out1" / "folds.parquet").read_bytes() != (tmp_path / "out2" / "folds.parquet").read_bytes()
-    assert not (tmp_path / "out1" / "validation_data.csv").exists()
 
 
 def test_other_layouts_get_the_tables_when_asked_and_lose_them_when_not(tmp_path):

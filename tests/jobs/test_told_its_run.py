@@ -46,17 +46,3 @@ def test_stages_by_hand_are_a_run_that_submit_finds_done(data: Path, capfd):
     said = capfd.readouterr()
     assert " runs: split" not in said.out + said.err
     assert (said.out + said.err).count("nothing to do") == 6
-
-
-def test_which_fold_is_asked_for_by_name(data: Path, capfd):
-    assert run("train-fold", SETTINGS, {"SM_CHANNEL_TRAIN": "train", "RUN": "first"}) == 64
-    assert "which fold" in capfd.readouterr().err
-    assert not (data / "runs").exists()
-
-
-def test_a_stage_whose_run_has_no_split_says_where_it_looked(data: Path, capfd):
-    assert (
-        run("train-fold", [*SETTINGS, "FOLD=0"], {"SM_CHANNEL_TRAIN": "train", "RUN": "first", "RUNS": "elsewhere"})
-        == 66
-    )
-    assert "elsewhere/first/split/output does not exist" in capfd.readouterr().err
