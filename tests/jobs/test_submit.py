@@ -7,7 +7,9 @@ import pytest
 
 from fivefold.contract.files import read_json
 from fivefold.errors import MissingInputError, SettingsError
-from jobs import submit
+from fivefold.launchers.plan import Inputs, make_plan
+from fivefold.launchers.status import write_plan
+from jobs import status, submit
 from toy import REPOSITORY, call_jobs, noise_in, write_csv
 
 
@@ -90,9 +92,9 @@ def test_the_command_from_end_to_end(data: Path) -> None:
     assert second.returncode == 66
     assert "evaluate failed (exit code 66)" in second.stderr
 
-    status = call_jobs("status", f"runs={data / 'runs'}")
-    lines = {line.split()[0]: line for line in status.stdout.splitlines() if line}
-    assert status.returncode == 0
+    told = call_jobs("status", f"runs={data / 'runs'}")
+    lines = {line.split()[0]: line for line in told.stdout.splitlines() if line}
+    assert told.returncode == 0
     assert "done" in lines["split"]
     assert "failed (66)" in lines["evaluate"]
     assert "waiting" in lines["fold-2"]
@@ -119,3 +121,18 @@ def test_runs_of_one_name_count_up(data: Path, capsys: pytest.CaptureFixture[str
         (runs / expected).mkdir(parents=True)
     assert submit.main([*arguments, "--dry-run"]) == 0  # without it a run of the same name goes on
     assert "# run exp in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["run=digit"], MissingInputError, "did you mean 'digits'"),
+        (["runs=nowhere"], MissingInputError, "no run below"),
+        (["rum=digits"], SettingsError, "did you mean 'run'"),
+    ],
+)
+def test_a_status_that_cannot_be_told_says_why(tmp_path, monkeypatch, arguments, error, message):
+    monkeypatch.chdir(tmp_path)
+    write_plan(make_plan(Inputs(train="t", eval="e"), ["split.folds=2"], run="digits", runs="runs"))
+    with pytest.raises(error, match=message):
+        status.main(arguments)
