@@ -85,7 +85,7 @@ def write_data(root: Path, *names: str, **tables: str) -> Path:
 def write_csv(path: Path, rows: Iterable[Iterable[object]], encoding: str = "utf-8-sig") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding=encoding, newline="") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows(rows)
     return path
 
 
