@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from s3_server import Bucket, served
+from toy import draw_toy_images, make_product_run, make_toy_run
 
 
 @contextmanager
@@ -92,3 +93,15 @@ def draw_products(root: Path, count: int = 40, size: int = 16) -> DrawnProducts:
 def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
     """Forty drawn products in the layout `products`; read only."""
     return draw_products(tmp_path_factory.mktemp("products"))
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the toy images with all its steps, read only: a test that changes it takes `copy_run`."""
+    return make_toy_run(draw_toy_images(tmp_path_factory.mktemp("toy")))
+
+
+@pytest.fixture(scope="session")
+def product_run(products: DrawnProducts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the drawn products, read only."""
+    return make_product_run(products.root, tmp_path_factory.mktemp("product-run"))

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 
 from counting import CountingStore
 from fivefold.assemble import build_classifier, runtime_of, seed_everything
@@ -25,6 +24,7 @@ from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions, write
 from fivefold.recipe import Augment, Model, Predict, Settings, Train
 from fivefold.training.loop import Best
+from toy import draw
 
 CLASSES = ["a", "b", "c"]
 COUNT, FOLDS, BATCH = 12, 3, 4
@@ -34,11 +34,8 @@ VIEWS = ["flip", {"name": "rotate", "degrees": 20}]
 @pytest.fixture
 def store(tmp_path: Path) -> CountingStore:
     random = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for number in range(COUNT):
-        Image.fromarray(random.integers(0, 256, (14, 16, 3), dtype=np.uint8)).save(
-            tmp_path / f"images/{number:02d}.png"
-        )
+    for name in names():
+        draw(tmp_path / "images" / name, random, size=(14, 16))
     return CountingStore(tmp_path / "images")
 
 

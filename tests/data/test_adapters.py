@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from drawing import PICTURE, write_data
 from fivefold.data.adapters import Rows, read_rows
 from fivefold.data.store import open_store
 from fivefold.errors import DataError, FivefoldError, MissingInputError
 from fivefold.recipe import Data
+from toy import PICTURE, write_data
 
 
 def rows_of(root: Path, check_files: bool = True, **options: object) -> Rows:

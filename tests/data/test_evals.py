@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from drawing import write_data
 from fivefold.data.evals import check_rows, read_eval
 from fivefold.data.store import open_store
 from fivefold.errors import DataError
+from toy import write_data
 
 TEST = "ID,img_path\n00,0.png\n01,1.png\n"
 

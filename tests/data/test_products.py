@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from drawing import write_data
 from fivefold.data.adapters import Rows, read_rows
 from fivefold.data.store import open_store
 from fivefold.errors import DataError, FivefoldError, SettingsError
 from fivefold.recipe import Data
+from toy import write_data
 
 HEADER = "id,category_name,main_image,back_image,text_tag_image,neck_tag_image,other"
 TYPES = Data().image_types

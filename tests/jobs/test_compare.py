@@ -1,6 +1,5 @@
 """The compare stage over runs and submission files, by its entrypoint."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from fivefold import predictions
 from fivefold.contract.files import write_json
 from fivefold.predictions import Predictions
 from jobs.__main__ import run
+from toy import failure, read_rows, write_csv
 
 CLASSES = ("K5", "모닝", "레이")
 IDS = [f"TEST_{n}" for n in range(40)]
@@ -25,15 +25,8 @@ def guesses(seed: int, skill: float) -> np.ndarray:
     return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
 
 
-def write(path: Path, header: list[str], rows: list[list[object]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8-sig", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
-
-
 def submission(path: Path, probs: np.ndarray) -> Path:
-    return write(path, ["ID", *CLASSES], [[name, *row] for name, row in zip(IDS, probs.tolist(), strict=True)])
+    return write_csv(path, [["ID", *CLASSES], *([name, *row] for name, row in zip(IDS, probs.tolist(), strict=True))])
 
 
 def make_run(folder: Path, seed: int, skill: float) -> Path:
@@ -61,8 +54,8 @@ def world(tmp_path: Path) -> Path:
     make_run(tmp_path / "B", 2, 1.0)
     submission(tmp_path / "csv" / "output_eva.csv", guesses(3, 2.0))
     labels = [[name, CLASSES[code]] for name, code in zip(IDS, CODES, strict=True)]
-    write(tmp_path / "csv" / "output_표.csv", ["ID", "target"], labels)
-    write(tmp_path / "gt.csv", ["ID", "label"], labels[::-1])
+    write_csv(tmp_path / "csv" / "output_표.csv", [["ID", "target"], *labels])
+    write_csv(tmp_path / "gt.csv", [["ID", "label"], *labels[::-1]])
     return tmp_path
 
 
@@ -71,16 +64,11 @@ def compare(root: Path, *arguments: str, **channels: str) -> int:
     return run("compare", arguments, environment | {f"SM_CHANNEL_{name}": path for name, path in channels.items()})
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_runs_and_files_side_by_side(world, capsys):
     runs = f"compare.runs={world / 'A'},{world / 'B'}"
     assert compare(world, runs, SUBMISSIONS=str(world / "csv"), GROUND_TRUTH=str(world / "gt.csv")) == 0
     out = world / "out"
-    found = rows(out / "comparison.csv")
+    found = read_rows(out / "comparison.csv")
     assert [row["experiment"] for row in found] == ["A", "B", "eva", "표"]
     for row, probs in zip(found, (guesses(1, 3.0), guesses(2, 1.0), guesses(3, 2.0)), strict=False):
         assert float(row["test_accuracy"]) == pytest.approx(accuracy_score(CODES, probs.argmax(axis=1)))
@@ -89,7 +77,7 @@ def test_runs_and_files_side_by_side(world, capsys):
     assert (found[3]["test_accuracy"], found[3]["test_logloss"]) == ("1.000000", "")
     assert float(found[0]["oof_logloss"]) == pytest.approx(log_loss(CODES, guesses(10, 3.0)), abs=1e-5)
     assert found[2]["oof_n"] == ""
-    stacked = rows(out / "all_experiments_submission_compare.csv")
+    stacked = read_rows(out / "all_experiments_submission_compare.csv")
     assert list(stacked[0]) == ["experiment", "ID", *sorted(CLASSES)]
     assert [row["experiment"] for row in stacked[::40]] == ["A", "B", "eva", "표"]
     assert float(stacked[45]["모닝"]) == pytest.approx(guesses(2, 1.0)[5, 1], abs=1e-6)
@@ -112,14 +100,15 @@ def test_a_run_whose_submission_lost_the_probabilities_is_scored_by_its_predicti
     for name, seed, skill in (("A", 1, 3.0), ("B", 2, 1.0)):
         folder, probs = world / name / "ensemble" / "output", guesses(seed, skill)
         answers = [[n, path, CLASSES[code]] for n, (path, code) in enumerate(zip(paths, probs.argmax(1), strict=True))]
-        write(folder / "mine.csv", ["ID", "image_path", "target"], answers)
+        write_csv(folder / "mine.csv", [["ID", "image_path", "target"], *answers])
         ids, unknown = np.array(paths, object), np.full(40, -1, np.int16)
         predictions.write(
             folder / "predictions.parquet", Predictions(ids, unknown, "", CLASSES, np.log(probs).astype(np.float32))
         )
     labels = [[path, CLASSES[code]] for path, code in zip(paths, CODES, strict=True)]
-    write(world / "gt.csv", ["image_path", "label"], labels[::-1])
-    other = write(world / "other.csv", ["ID", "image_path", "target"], [[n, *row] for n, row in enumerate(labels)])
+    write_csv(world / "gt.csv", [["image_path", "label"], *labels[::-1]])
+    numbered = [[n, *row] for n, row in enumerate(labels)]
+    other = write_csv(world / "other.csv", [["ID", "image_path", "target"], *numbered])
     runs = f"compare.runs={world / 'A'},{world / 'B'}"
     assert compare(world, runs, f"compare.files={other}", GROUND_TRUTH=str(world)) == 0
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
@@ -175,8 +164,8 @@ def test_files_alone_without_truth_are_compared_by_likeness_and_a_changed_file_i
     ],
 )
 def test_bad_input_gets_one_clear_error_and_leaves_nothing(world, arguments, code, message):
-    write(world / "odd.csv", ["ID", "K5", "K9", "레이", "모닝"], [[name, 1, 0, 0, 0] for name in IDS])
-    write(world / "short.csv", ["ID", *CLASSES], [[name, 0.5, 0.5, 0] for name in IDS[:9]])
+    write_csv(world / "odd.csv", [["ID", "K5", "K9", "레이", "모닝"], *([name, 1, 0, 0, 0] for name in IDS)])
+    write_csv(world / "short.csv", [["ID", *CLASSES], *([name, 0.5, 0.5, 0] for name in IDS[:9])])
     assert compare(world, *(text.format(root=world) for text in arguments)) == code
-    assert message.format(root=world) in (world / "failed" / "failure").read_text()
+    assert message.format(root=world) in failure(world / "failed")
     assert not list((world / "out").rglob("*.*"))

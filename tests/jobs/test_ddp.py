@@ -11,29 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drawing import tinted_in
 from fivefold import predictions
 from fivefold.distributed.launch import free_port
 from jobs.__main__ import run
-from s3_server import Bucket, Proxy
+from s3_server import Proxy
+from toy import REPOSITORY, RESUMES, environment, failure, run_stage, tinted_in, variables
 
-REPOSITORY = Path(__file__).parents[2]
 SHARED = (
-    "train.epochs=3",
-    "train.batch_size=8",
-    "train.precision=fp32",
-    'augment.train=["random_crop", "horizontal_flip"]',
-)
+    "FOLD=0", "train.epochs=3", "train.batch_size=8", "train.precision=fp32", 'augment.train=["random_crop", "horizontal_flip"]',
+)  # fmt: skip
 WITHOUT_NORMS = (
-    "FOLD=0", *SHARED, "model.backbone=timm/vit_tiny_patch16_224", "model.image_size=12", "model.dropout=0",
+    *SHARED, "model.backbone=timm/vit_tiny_patch16_224", "model.image_size=12", "model.dropout=0",
     'model.options={"img_size": 12, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}',
     "train.optimizer=sgd", "train.lr=0.05", "train.ema_decay=0.9", "augment.mix=cutmix", "predict.views=plain,flip",
 )  # fmt: skip
-SMALL = (
-    "FOLD=0", *SHARED, "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=12",
-    "model.dropout=0.3", "train.lr=0.02", "train.ema_decay=0.9", "train.keep_raw=true", "augment.mix=mixup",
-    "train.epochs=25", "train.checkpoint_steps=2",
-)  # fmt: skip
+SMALL = (*RESUMES, *SHARED, "train.keep_raw=true", "augment.mix=mixup", "train.epochs=25")
 BYTES = ("model.safetensors", "model_raw.safetensors", "oof.parquet", "holdout.parquet", "train_log.csv", "model.json")
 SECONDS_TO_END = 45
 
@@ -44,8 +36,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
     tinted_in(root / "train", ["a", "b"], 53, by=60)
     for name, seed in (("split", 1), ("other", 2)):
-        channels = {"SM_CHANNEL_TRAIN": str(root / "train"), "SM_OUTPUT_DATA_DIR": str(root / name)}
-        assert run("split", ["split.folds=2", "split.holdout=0.1", f"split.seed={seed}"], channels) == 0
+        arguments = ("split.folds=2", "split.holdout=0.1", f"split.seed={seed}")
+        assert run_stage(root, "split", name, *arguments, SM_OUTPUT_DATA_DIR=root / name) == 0
     return root
 
 
@@ -59,18 +51,9 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def variables(world: Path, folder: Path, **more: str) -> dict[str, str]:
-    return {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": os.pathsep.join((str(REPOSITORY / "src"), str(REPOSITORY))),
-        "OMP_NUM_THREADS": "1",
-        "SM_CHANNEL_TRAIN": str(world / "train"),
-        "SM_CHANNEL_FOLDS": str(world / "split"),
-        "SM_MODEL_DIR": str(folder / "model"),
-        "SM_OUTPUT_DATA_DIR": str(folder / "output"),
-        "SM_OUTPUT_DIR": str(folder),
-        **more,
-    }
+def given(world: Path, folder: Path, **more: object) -> dict[str, str]:
+    own = variables(world, folder, EVAL=None, FOLDS=world / "split")
+    return environment(**{**own, "OMP_NUM_THREADS": 1, **more})
 
 
 def begin(arguments: tuple[str, ...], environ: dict[str, str], *program: str) -> subprocess.Popen[str]:
@@ -80,9 +63,15 @@ def begin(arguments: tuple[str, ...], environ: dict[str, str], *program: str) ->
     )
 
 
+def ends_well(process: subprocess.Popen[str]) -> str:
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, said
+    return said
+
+
 def fold(world: Path, folder: Path, arguments: tuple[str, ...] = SMALL, **more: str) -> tuple[int, str]:
     """Runs train-fold to its end."""
-    process = begin(("train-fold", *arguments), variables(world, folder, **more))
+    process = begin(("train-fold", *arguments), given(world, folder, **more))
     said = process.communicate(timeout=240)[1]
     return process.returncode, said
 
@@ -97,7 +86,7 @@ def wait_for_epoch(process: subprocess.Popen[str], epoch: int) -> None:
 
 def table(folder: Path) -> list[list[float]]:
     lines = (folder / "model" / "train_log.csv").read_text().splitlines()[1:]
-    return [[float(cell) for cell in line.split(",")] for line in lines]
+    return [[float(cell) for cell in line.split(",") if cell] for line in lines]
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
@@ -118,8 +107,8 @@ def same_files(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_predict_every_row_once(world: Path, tmp_path: Path) -> None:
-    assert run("train-fold", list(WITHOUT_NORMS), variables(world, tmp_path / "one")) == 0
+def test_two_processes_train_as_one_and_predict_every_row_once(world, tmp_path):
+    assert run("train-fold", list(WITHOUT_NORMS), given(world, tmp_path / "one")) == 0
     code, said = fold(world, tmp_path / "two", WITHOUT_NORMS, NPROC="2")
     assert code == 0, said
     assert "train-fold: 2 processes" in said
@@ -138,7 +127,7 @@ def test_two_processes_train_as_one_and_predict_every_row_once(world: Path, tmp_
 
 
 @pytest.mark.slow
-def test_what_is_done_is_skipped_by_all(world: Path, whole: Path) -> None:
+def test_what_is_done_is_skipped_by_all(world, whole):
     code, said = fold(world, whole, NPROC="2")
     assert (code, said.count("train-fold: nothing to do")) == (0, 1), said
     code, said = fold(world, whole)
@@ -146,48 +135,36 @@ def test_what_is_done_is_skipped_by_all(world: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["the starter", "everybody"])
-def test_told_to_stop_all_end_with_143_and_go_on_to_the_same_bytes(
-    told: str, world: Path, whole: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("struck", ["the starter", "everybody", 0, 1])
+def test_stopped_or_with_one_killed_all_end_and_the_same_command_goes_on(struck, world, whole, tmp_path):
     """Docker and Kubernetes tell a container's first process, systemd and a batch system all of them."""
-    process = begin(("train-fold", *SMALL), variables(world, tmp_path / "stopped", NPROC="2"))
-    wait_for_epoch(process, 5)
-    for pid in [process.pid, *(children(process) if told == "everybody" else [])]:
-        os.kill(pid, signal.SIGTERM)
-    said = process.communicate(timeout=SECONDS_TO_END)[1]
-    assert process.returncode == 143, said
-    assert said.count("stopped by SIGTERM: the same command goes on from here") == 2
-    assert not (tmp_path / "stopped" / "failure").exists()
-    assert not (tmp_path / "stopped" / "model" / "stage.json").exists()
-    code, said = fold(world, tmp_path / "stopped", NPROC="2")
-    assert code == 0, said
-    assert "fold 0 goes on after step" in said
-    same_files(whole, tmp_path / "stopped")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("struck", [0, 1])
-def test_when_one_is_killed_the_others_end_and_the_same_command_goes_on(
-    struck: int, world: Path, whole: Path, tmp_path: Path
-) -> None:
-    process = begin(("train-fold", *SMALL), variables(world, tmp_path / "killed", NPROC="2"))
+    process = begin(("train-fold", *SMALL), given(world, tmp_path, NPROC="2"))
     wait_for_epoch(process, 5)
     pids = children(process)
-    os.kill(pids[struck], signal.SIGKILL)
+    if struck in (0, 1):
+        os.kill(pids[struck], signal.SIGKILL)
+    else:
+        for pid in [process.pid, *(pids if struck == "everybody" else [])]:
+            os.kill(pid, signal.SIGTERM)
     said = process.communicate(timeout=SECONDS_TO_END)[1]
-    assert process.returncode == 75, said
-    assert f"process {struck} of 2 was killed by SIGKILL" in said
-    assert (tmp_path / "killed" / "failure").read_text().startswith(f"process {struck} of 2 was killed by SIGKILL")
+    if struck in (0, 1):
+        assert process.returncode == 75, said
+        assert failure(tmp_path).startswith(f"process {struck} of 2 was killed by SIGKILL")
+    else:
+        assert process.returncode == 143, said
+        assert said.count("stopped by SIGTERM: the same command goes on from here") == 2
+        assert not (tmp_path / "failure").exists()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    code, said = fold(world, tmp_path / "killed", NPROC="2")
+    assert not (tmp_path / "model" / "stage.json").exists()
+    code, said = fold(world, tmp_path, NPROC="2")
     assert code == 0, said
-    same_files(whole, tmp_path / "killed")
+    assert "fold 0 goes on after step" in said
+    same_files(whole, tmp_path)
 
 
 @pytest.mark.slow
-def test_when_the_starter_is_killed_no_process_trains_on(world: Path, tmp_path: Path) -> None:
-    process = begin(("train-fold", *SMALL), variables(world, tmp_path, NPROC="2"))
+def test_when_the_starter_is_killed_no_process_trains_on(world, tmp_path):
+    process = begin(("train-fold", *SMALL), given(world, tmp_path, NPROC="2"))
     wait_for_epoch(process, 3)
     pids = children(process)
     process.kill()
@@ -215,16 +192,14 @@ def hosts(
     return [
         begin(
             ("train-fold", *arguments),
-            {**variables(world, folder / f"host-{rank}"), **met, "NODE_RANK": str(rank), **own},
+            {**given(world, folder / f"host-{rank}"), **met, "NODE_RANK": str(rank), **own},
         )
         for rank, own in enumerate((first, second))
     ]
 
 
 @pytest.mark.slow
-def test_two_hosts_train_as_two_processes_of_one_and_the_first_alone_has_results(
-    world: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_two_hosts_train_as_two_processes_of_one_and_the_first_alone_has_results(world, whole, tmp_path):
     """In pods of an Indexed Job, whose index is then the host's and not the fold's."""
     started = hosts(world, tmp_path, {"JOB_COMPLETION_INDEX": "0"}, {"JOB_COMPLETION_INDEX": "1"})
     said = [process.communicate(timeout=240)[1] for process in started]
@@ -235,7 +210,7 @@ def test_two_hosts_train_as_two_processes_of_one_and_the_first_alone_has_results
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_host_stops_both_and_a_lost_one_is_75(world: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_host_stops_both_and_a_lost_one_is_75(world, tmp_path):
     started = hosts(world, tmp_path, {}, {})
     wait_for_epoch(started[0], 3)
     started[1].send_signal(signal.SIGTERM)
@@ -247,14 +222,14 @@ def test_a_signal_to_one_host_stops_both_and_a_lost_one_is_75(world: Path, tmp_p
     started[1].kill()
     said = [process.communicate(timeout=SECONDS_TO_END)[1] for process in started]
     assert started[0].returncode == 75, said
-    assert "a process that trains with this one is gone" in (tmp_path / "host-0" / "failure").read_text()
+    assert "a process that trains with this one is gone" in failure(tmp_path / "host-0")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_host_that_waits_for_another_can_be_stopped(rank: str, world: Path, tmp_path: Path) -> None:
+def test_a_host_that_waits_for_another_can_be_stopped(rank, world, tmp_path):
     met = {"NNODES": "2", "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NPROC": "1"}
-    process = begin(("train-fold", *SMALL), variables(world, tmp_path, **met))
+    process = begin(("train-fold", *SMALL), given(world, tmp_path, **met))
     assert process.stderr is not None
     assert f"on each of 2 hosts, of which this is number {rank}" in process.stderr.readline()
     time.sleep(6)  # until torch is there, and it waits
@@ -271,72 +246,56 @@ def test_a_host_that_waits_for_another_can_be_stopped(rank: str, world: Path, tm
         ({"TRAIN__LR": "0.9"}, "its settings are others than the first one's"),
     ],
 )
-def test_hosts_that_are_given_different_things_are_told(
-    own: dict[str, str], message: str, world: Path, tmp_path: Path
-) -> None:
+def test_hosts_that_are_given_different_things_are_told(own, message, world, tmp_path):
     if "SM_CHANNEL_FOLDS" in own:
         own = {"SM_CHANNEL_FOLDS": str(world / "other")}
     arguments = tuple(each for each in SMALL if not each.startswith("train.lr="))
     started = hosts(world, tmp_path, {}, own, arguments)
     said = [process.communicate(timeout=SECONDS_TO_END)[1] for process in started]
     assert [process.returncode for process in started] == [75, 64], said
-    assert message in (tmp_path / "host-1" / "failure").read_text()
+    assert message in failure(tmp_path / "host-1")
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_processes_as_well(world: Path, whole: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_the_processes_as_well(world, whole, tmp_path):
     program = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "jobs")
-    process = begin(("train-fold", *SMALL), variables(world, tmp_path / "run"), *program)
-    said = process.communicate(timeout=240)[1]
-    assert process.returncode == 0, said
+    process = begin(("train-fold", *SMALL), given(world, tmp_path / "run"), *program)
+    ends_well(process)
     same_files(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_a_student_and_a_model_without_a_split_are_trained_by_two_as_well(world: Path, tmp_path: Path) -> None:
+def test_a_student_and_a_model_without_a_split_are_trained_by_two_as_well(world, tmp_path):
     for number in range(2):
         arguments = ("train-fold", *WITHOUT_NORMS[1:], f"FOLD={number}")
-        process = begin(arguments, variables(world, tmp_path / f"fold-{number}", NPROC="2"))
-        assert (process.communicate(timeout=240)[1], process.returncode)[1] == 0
+        process = begin(arguments, given(world, tmp_path / f"fold-{number}", NPROC="2"))
+        ends_well(process)
     more = ("distill.views=flip", "distill.teacher=oof")
     for name, count in (("one", "1"), ("two", "2")):
-        environ = variables(world, tmp_path / name, NPROC=count, SM_CHANNEL_MODEL=str(tmp_path))
+        environ = given(world, tmp_path / name, NPROC=count, SM_CHANNEL_MODEL=str(tmp_path))
         environ["SM_MODEL_DIR"] = str(tmp_path.parent / f"student-{tmp_path.name}-{name}" / "model")
         process = begin(("distill", *WITHOUT_NORMS[1:], *more), environ)
-        said = process.communicate(timeout=240)[1]
-        assert process.returncode == 0, said
-    logs = [
-        (tmp_path.parent / f"student-{tmp_path.name}-{name}" / "model" / "train_log.csv").read_text().splitlines()[1:]
-        for name in ("one", "two")
-    ]
+        ends_well(process)
+    logs = [table(tmp_path.parent / f"student-{tmp_path.name}-{name}") for name in ("one", "two")]
     for one, two in zip(*logs, strict=True):
-        figures = [[float(cell) for cell in line.split(",") if cell] for line in (one, two)]
-        assert figures[1] == pytest.approx(figures[0], rel=1e-3, abs=1e-4)
-    environ = variables(world, tmp_path / "train", NPROC="2")
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+    environ = given(world, tmp_path / "train", NPROC="2")
     del environ["SM_CHANNEL_FOLDS"]
     process = begin(("train", *WITHOUT_NORMS), environ)
-    said = process.communicate(timeout=240)[1]
-    assert process.returncode == 0, said
+    ends_well(process)
     assert (tmp_path / "train" / "output" / "split" / "folds.parquet").is_file()
 
 
 @pytest.mark.slow
-def test_from_a_bucket_two_processes_fetch_every_file_once_and_send_the_same_results(
-    bucket: Bucket, world: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_from_a_bucket_two_processes_fetch_every_file_once_and_send_the_same_results(bucket, world, whole, tmp_path):
     for folder in ("train", "split"):
         for path in (world / folder).rglob("*"):
             if path.is_file():
                 bucket.write(path.relative_to(world).as_posix(), path.read_bytes())
     proxy = Proxy(bucket.endpoint)
     with proxy.listening() as endpoint:
-        at = {
-            "SM_CHANNEL_TRAIN": "train",
-            "SM_CHANNEL_FOLDS": "split",
-            "SM_MODEL_DIR": "model",
-            "SM_OUTPUT_DATA_DIR": "output",
-        }
-        urls = {name: f"s3://{bucket.name}/{key}" for name, key in at.items()}
+        at = {"CHANNEL_TRAIN": "train", "CHANNEL_FOLDS": "split", "MODEL_DIR": "model", "OUTPUT_DATA_DIR": "output"}
+        urls = {f"SM_{name}": f"s3://{bucket.name}/{key}" for name, key in at.items()}
         code, said = fold(world, tmp_path, NPROC="2", **urls, **bucket.environ(endpoint))
     assert code == 0, said
     read = [request.path.partition("?")[0] for request in proxy.requests if request.method == "GET"]
@@ -357,22 +316,20 @@ def test_from_a_bucket_two_processes_fetch_every_file_once_and_send_the_same_res
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2 is out of range"),
     ],
 )
-def test_numbers_that_cannot_be_are_64(
-    more: dict[str, str], message: str, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_numbers_that_cannot_be_are_64(more, message, world, tmp_path, caplog):
     arguments = [each for each in SMALL if not each.startswith(("train.batch_size", "train.lr"))]
-    assert run("train-fold", arguments, variables(world, tmp_path, **more)) == 64
-    assert (tmp_path / "failure").read_text().startswith(message)
+    assert run("train-fold", arguments, given(world, tmp_path, **more)) == 64
+    assert failure(tmp_path).startswith(message)
     assert not (tmp_path / "model").exists()
 
 
-def test_other_stages_run_on_the_first_host_alone(world: Path, tmp_path: Path) -> None:
+def test_other_stages_run_on_the_first_host_alone(world, tmp_path):
     met = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
-    assert run("split", [], variables(world, tmp_path / "second", **met)) == 0
+    assert run("split", [], given(world, tmp_path / "second", **met)) == 0
     assert not (tmp_path / "second").exists()
-    assert run("split", [], variables(world, tmp_path / "first", **{**met, "NODE_RANK": "0"})) == 0
+    assert run("split", [], given(world, tmp_path / "first", **{**met, "NODE_RANK": "0"})) == 0
     assert (tmp_path / "first" / "output" / "folds.parquet").is_file()
     under = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    environ = variables(world, tmp_path / "third", MASTER_ADDR="127.0.0.1", MASTER_PORT="1", **under)
+    environ = given(world, tmp_path / "third", MASTER_ADDR="127.0.0.1", MASTER_PORT="1", **under)
     assert run("split", [], environ) == 0
     assert not (tmp_path / "third").exists()

@@ -1,7 +1,6 @@
 """Every shipped recipe, made small, is trained by two processes on images drawn in its layout."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,9 @@ import pytest
 
 from fivefold import predictions
 from fivefold.recipes import shipped_recipes
+from toy import REPOSITORY, environment
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "tests" / "systems"))
 
 import drawn  # noqa: E402
@@ -44,9 +43,8 @@ def test_every_shipped_recipe_is_here() -> None:
 
 def stage(root: Path, name: str, *arguments: str, **variables: str) -> str:
     """Runs a stage in `root`, by two processes if it trains; what it said."""
-    environ = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "NPROC": "2", **variables}
-    environ["PYTHONPATH"] = os.pathsep.join((str(REPOSITORY / "src"), str(REPOSITORY)))
     command = [sys.executable, "-W", "error::UserWarning:fivefold", "-m", "jobs", name, *arguments]
+    environ = environment(OMP_NUM_THREADS=1, NPROC=2, **variables)
     ended = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stderr
     return ended.stderr

@@ -1,6 +1,5 @@
 """The demo's images: all of scikit-learn's digits, as they are, always with the same bytes."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from sklearn.datasets import load_digits
 
 from fivefold.contract.files import tree_sha256
 from jobs import demo
+from toy import read_cells
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows(path: Path) -> list[list[str]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return list(csv.reader(file))
-
-
 def test_every_digit_is_there_once_with_its_class(folder: Path) -> None:
     digits = load_digits()
-    truth = dict(rows(folder / "test" / "gt.csv")[1:])
+    truth = dict(read_cells(folder / "test" / "gt.csv")[1:])
     found = {path: path.parent.name for path in (folder / "train").glob("*/*.png")}
     assert len(found) == 1437
     found |= {path: truth[path.stem] for path in (folder / "test").glob("*.png")}
@@ -38,14 +33,14 @@ def test_every_digit_is_there_once_with_its_class(folder: Path) -> None:
 
 
 def test_every_class_gives_a_fifth_to_the_test(folder: Path) -> None:
-    labels = [label for _, label in rows(folder / "test" / "gt.csv")[1:]]
+    labels = [label for _, label in read_cells(folder / "test" / "gt.csv")[1:]]
     for digit in "0123456789":
         trained = len(list((folder / "train" / digit).glob("*.png")))
         assert labels.count(digit) / (trained + labels.count(digit)) == pytest.approx(0.2, abs=0.005)
 
 
 def test_tables_are_a_competitions(folder: Path) -> None:
-    table, sample = rows(folder / "test" / "test.csv"), rows(folder / "test" / "sample_submission.csv")
+    table, sample = read_cells(folder / "test" / "test.csv"), read_cells(folder / "test" / "sample_submission.csv")
     assert table[0] == ["ID", "img_path"]
     assert sample[0] == ["ID", *"0123456789"]
     assert [row[0] for row in table] == [row[0] for row in sample]

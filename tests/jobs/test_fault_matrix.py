@@ -10,14 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from jobs.__main__ import run
+from toy import SETTINGS, noise_in, variables, write_csv
 
-SETTINGS = [
-    "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 8], "stem": 8}', "model.image_size=12", "train.epochs=1",
-    "train.batch_size=8", "train.precision=fp32", "train.trackers=[]",
-]  # fmt: skip
 STAGES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "split": ("split", ["split.folds=2"], ("TRAIN",)),
     "split of a table": ("split", ["split.folds=2", "data.table=train.csv"], ("TRAIN",)),
@@ -126,71 +123,53 @@ OTHERWISE: dict[tuple[str, str, str], tuple[int, str]] = {
 
 def draw(root: Path, classes: tuple[str, str], seed: int) -> None:
     """Images to train on, to test on and to predict, with their tables; seeded, so that two runs differ."""
-    random = np.random.default_rng(seed)
-    for folder in (*(f"train/{name}" for name in classes), "eval/images", "images"):
-        (root / folder).mkdir(parents=True)
-        for number in range(8):
-            pixels = random.integers(0, 255, (12, 12, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / folder / f"{number}.png")
-    rows = "".join(f"{name}/{n}.png,{name}\n" for name in classes for n in range(8))
-    (root / "train" / "train.csv").write_text(f"image_path,target\n{rows}")
-    ids = [f"{seed}{n}" for n in range(8)]
-    (root / "eval" / "test.csv").write_text(
-        "ID,img_path\n" + "".join(f"{i},images/{n}.png\n" for n, i in enumerate(ids))
-    )
-    header = f"ID,{','.join(classes)}\n"
-    (root / "eval" / "sample_submission.csv").write_text(header + "".join(f"{i},0,0\n" for i in ids))
-    for name, text in (
-        ("submissions/output_other.csv", header + "".join(f"{i},0.4,0.6\n" for i in ids)),
-        ("submissions/output_third.csv", header + "".join(f"{i},0.3,0.7\n" for i in ids)),
-        ("ground_truth/gt.csv", "ID,label\n" + "".join(f"{i},{classes[n % 2]}\n" for n, i in enumerate(ids))),
-        ("images/batch.csv", "image_path,true_class\n" + "".join(f"{n}.png,{classes[n % 2]}\n" for n in range(8))),
-    ):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_text(text)
+    noise_in(root, (*(f"train/{name}" for name in classes), "eval/images", "images"), 8, seed)
+    ids, answers = [f"{seed}{n}" for n in range(8)], [classes[n % 2] for n in range(8)]
+    rows = {
+        "train/train.csv": [
+            ["image_path", "target"],
+            *([f"{name}/{n}.png", name] for name in classes for n in range(8)),
+        ],
+        "eval/test.csv": [["ID", "img_path"], *([i, f"images/{n}.png"] for n, i in enumerate(ids))],
+        "eval/sample_submission.csv": [["ID", *classes], *([i, 0, 0] for i in ids)],
+        "submissions/output_other.csv": [["ID", *classes], *([i, 0.4, 0.6] for i in ids)],
+        "submissions/output_third.csv": [["ID", *classes], *([i, 0.3, 0.7] for i in ids)],
+        "ground_truth/gt.csv": [["ID", "label"], *zip(ids, answers, strict=True)],
+        "images/batch.csv": [["image_path", "true_class"], *([f"{n}.png", name] for n, name in enumerate(answers))],
+    }
+    for name, table in rows.items():
+        write_csv(root / name, table, "utf-8")
 
 
 def make(root: Path, classes: tuple[str, str], seed: int) -> Path:
     """A whole run's files, each channel in a folder of its own."""
     draw(root, classes, seed)
     assert call(root, "split", root / "folds") == 0
-    assert run("prepare", [], variables(root, root / "cache", ("TRAIN", "FOLDS"))) == 0
+    assert run("prepare", [], given(root, root / "cache", ("TRAIN", "FOLDS"))) == 0
     next((root / "cache").glob("*/cache.json")).parent.rename(
         root / "cache" / "images"
     )  # its own name is of what it holds
     for fold in range(2):
-        assert (
-            run(
-                "train-fold",
-                [f"FOLD={fold}", *SETTINGS],
-                variables(root, root / "model" / f"fold-{fold}", ("TRAIN", "FOLDS")),
-            )
-            == 0
-        )
+        folder = root / "model" / f"fold-{fold}"
+        assert run("train-fold", [f"FOLD={fold}", *SETTINGS], given(root, folder, ("TRAIN", "FOLDS"))) == 0
+    assert run("ensemble", [], given(root, root / "predictions", ("EVAL", "MODEL", "FOLDS"))) == 0
+    state = load_file(root / "model" / "fold-0" / "model.safetensors")
+    start = {name.removeprefix("backbone."): each for name, each in state.items() if name.startswith("backbone.")}
     (root / "weights").mkdir()
-    assert run("ensemble", [], variables(root, root / "predictions", ("EVAL", "MODEL", "FOLDS"))) == 0
-    backbone_of(root / "model" / "fold-0" / "model.safetensors", root / "weights" / "start.safetensors")
+    save_file(start, root / "weights" / "start.safetensors")
     return root
 
 
-def backbone_of(model: Path, path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(model)
-    save_file(
-        {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}, path
-    )
-
-
-def variables(root: Path, folder: Path, channels: tuple[str, ...]) -> dict[str, str]:
-    given = {f"SM_CHANNEL_{name}": str(root / name.lower()) for name in channels}
-    return given | {"SM_MODEL_DIR": str(folder), "SM_OUTPUT_DATA_DIR": str(folder), "SM_OUTPUT_DIR": str(folder.parent / "failed"),
-                    "SM_CHECKPOINT_DIR": str(folder.parent / "checkpoints")}  # fmt: skip
+def given(root: Path, folder: Path, channels: tuple[str, ...]) -> dict[str, str]:
+    """The variables of a stage that is given these channels alone and writes all to one folder."""
+    places = {name: root / name.lower() if name in channels else None for name in ("TRAIN", "EVAL", "FOLDS", *channels)}
+    own = {"SM_OUTPUT_DIR": folder.parent / "failed", "SM_CHECKPOINT_DIR": folder.parent / "checkpoints"}
+    return variables(root, folder, **places, **own, SM_MODEL_DIR=folder, SM_OUTPUT_DATA_DIR=folder)
 
 
 def call(root: Path, case: str, folder: Path) -> int:
     stage, arguments, channels = STAGES[case]
-    return run(stage, arguments, variables(root, folder, channels))
+    return run(stage, arguments, given(root, folder, channels))
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +180,7 @@ def whole(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> Path:
     """A run of other images, with other ids, and with one class that is called otherwise."""
-    root = make(tmp_path_factory.mktemp("other"), ("a", "c"), 2)
-    return root
+    return make(tmp_path_factory.mktemp("other"), ("a", "c"), 2)
 
 
 CELLS = [(case, name, fault) for case, names in INPUTS.items() for name in names for fault in FAULTS]

@@ -10,18 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from drawing import tinted_in
-from jobs.__main__ import run
+from toy import RESUMES, environment, run_stage, tinted_in, variables
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).parents[2]
 STRUCK = Path(__file__).parents[1] / "struck.py"
 EPOCHS, STEPS_OF_AN_EPOCH, INTERVAL = 4, 6, 2
 SETTINGS = [
-    "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=12", "model.dropout=0.3",
-    f"train.epochs={EPOCHS}", "train.batch_size=8", "train.lr=0.02", "train.ema_decay=0.9", "train.keep_raw=true", "train.precision=fp32",
-    "train.warmup_epochs=1", 'augment.train=["random_crop", "horizontal_flip"]', "augment.mix=cutmix", "predict.views=plain,flip",
-    f"train.checkpoint_steps={INTERVAL}",
+    *RESUMES[1:], f"train.epochs={EPOCHS}", f"train.checkpoint_steps={INTERVAL}", "train.keep_raw=true", "train.warmup_epochs=1",
+    'augment.train=["random_crop", "horizontal_flip"]', "predict.views=plain,flip",
 ]  # fmt: skip
 STAGES = {"train-fold": ["FOLD=0", *SETTINGS], "distill": SETTINGS}
 BYTES = {
@@ -52,43 +48,22 @@ def world(tmp_path_factory) -> Path:
     """Drawn images in two classes, their split, teachers, and what the stages make of them when nothing happens."""
     root = tmp_path_factory.mktemp("world")
     tinted_in(root / "train", ["a", "b"], 53, by=100)
-    split = {"SM_CHANNEL_TRAIN": str(root / "train"), "SM_OUTPUT_DATA_DIR": str(root / "split")}
-    assert run("split", ["split.folds=2", "split.holdout=0.1"], split) == 0
+    assert run_stage(root, "split", "split", "split.folds=2", "split.holdout=0.1") == 0
     for fold in range(2):
-        assert run("train-fold", [f"FOLD={fold}", *SETTINGS], variables(root, root / "models" / f"fold-{fold}")) == 0
+        assert run_stage(root, "train-fold", f"models/fold-{fold}", f"FOLD={fold}", *SETTINGS) == 0
     for stage in STAGES:
         assert struck(root, root / "whole" / stage, stage).returncode == 0
     return root
 
 
-def variables(root: Path, folder: Path) -> dict[str, str]:
-    return {
-        "SM_CHANNEL_TRAIN": str(root / "train"),
-        "SM_CHANNEL_FOLDS": str(root / "split"),
-        "SM_CHANNEL_MODEL": str(root / "models"),
-        "SM_MODEL_DIR": str(folder / "model"),
-        "SM_OUTPUT_DATA_DIR": str(folder / "output"),
-        "SM_OUTPUT_DIR": str(folder),
-    }
-
-
 def begin(
-    root: Path,
-    folder: Path,
-    stage: str,
-    number: str = "SIGKILL",
-    point: str = "never",
-    call: int = 1,
-    delay: float = 0.0,
-    more: tuple[str, ...] = (),
+    root: Path, folder: Path, stage: str, number="SIGKILL", point="never", call=1, delay=0.0, more: tuple[str, ...] = ()
 ):
     folder.mkdir(parents=True, exist_ok=True)
     strike = [number, point, str(call), str(delay), str(folder / "steps")]
     command = [sys.executable, str(STRUCK), *strike, stage, *STAGES[stage], *more]
-    environ = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        command, env={**environ, **variables(root, folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    environ = environment(**variables(root, folder, MODEL=root / "models"), OMP_NUM_THREADS=1)
+    return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def struck(root: Path, folder: Path, stage: str, *strike: str | float) -> subprocess.CompletedProcess[str]:
@@ -184,7 +159,7 @@ def test_checkpoints_of_other_settings_are_left_alone_and_named(world, tmp_path)
     assert struck(world, tmp_path, "train-fold", "SIGKILL", "step", 9).returncode == -signal.SIGKILL
     (other,) = (tmp_path / "checkpoints").iterdir()
     kept = {path.name: path.read_bytes() for path in other.iterdir()}
-    code = run("train-fold", ["FOLD=0", *SETTINGS, "train.lr=0.01"], variables(world, tmp_path))
+    code = run_stage(world, "train-fold", tmp_path, "FOLD=0", *SETTINGS, "train.lr=0.01")
     assert code == 0
     assert {path.name: path.read_bytes() for path in other.iterdir()} == kept
     assert struck(world, tmp_path, "train-fold").returncode == 0

@@ -4,83 +4,44 @@ from pathlib import Path
 
 import pytest
 
-from drawing import noise_in, write_test_table
-from jobs.__main__ import run
+from toy import LEARNS, failure, run_stage
 
 pytestmark = pytest.mark.slow
-SETTINGS = [
-    "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 8], "stem": 8}', "model.image_size=12", "train.epochs=2",
-    "train.batch_size=8", "train.precision=fp32",
-]  # fmt: skip
 STAGES = {
-    "split": ["split.folds=2", "split.seed=1"],
-    "prepare": [],
-    "train-fold": ["FOLD=0", *SETTINGS],
-    "ensemble": [],
-    "evaluate": [],
-    "distill": SETTINGS,
-    "predict": ["predict.file=answers.csv"],
-    "export": ["export.format=pth", "FOLD=0"],
+    "split": (["split.folds=3", "split.holdout=0.1"], "folds.parquet"),
+    "prepare": ([], "*/pixels.u8"),
+    "train-fold": (["FOLD=0", *LEARNS], "model.safetensors"),
+    "ensemble": ([], "predictions.parquet"),
+    "evaluate": ([], "metrics.json"),
+    "distill": (LEARNS, "model.safetensors"),
+    "predict": (["predict.file=answers.csv"], "answers.csv"),
+    "export": (["export.format=pth", "FOLD=0"], "model.pth"),
 }
-WHOLE = {
-    "split": "folds.parquet", "prepare": "*/pixels.u8", "train-fold": "model.safetensors", "ensemble": "predictions.parquet", "evaluate": "metrics.json",
-    "distill": "model.safetensors", "predict": "answers.csv", "export": "model.pth",
-}  # fmt: skip
+"""Of each stage its arguments, and a file that it writes."""
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """Images, their split, two folds and what each stage makes of them where there is room."""
-    root = tmp_path_factory.mktemp("world")
-    noise_in(root, ("train/a", "train/b", "eval/images"), 40)
-    write_test_table(root / "eval", 40)
-    assert stage(root, root / "split", "split") == 0
-    for fold in range(2):
-        folder = root / "models" / f"fold-{fold}"
-        assert run("train-fold", [f"FOLD={fold}", *SETTINGS], variables(root, folder)) == 0
-    for name in ("ensemble", *(name for name in STAGES if name not in ("split", "ensemble"))):
-        assert stage(root, root / name, name) == 0
-    return root
+def stage(root: Path, name: str, folder: Path) -> int:
+    """Runs a stage over the toy run with one folder for all that it writes, but for the failure file."""
+    channels = {
+        "MODEL": root, "PREDICTIONS": root / "ensemble" / "output", "IMAGES": root / "eval" / "test",
+        "SM_MODEL_DIR": folder, "SM_OUTPUT_DATA_DIR": folder, "SM_OUTPUT_DIR": folder.parent.parent / "failed",
+    }  # fmt: skip
+    if name in ("split", "predict"):
+        channels["FOLDS"] = None
+    return run_stage(root, name, folder, *STAGES[name][0], **channels)
 
 
-def variables(root: Path, folder: Path) -> dict[str, str]:
-    return {
-        "SM_CHANNEL_TRAIN": str(root / "train"),
-        "SM_CHANNEL_EVAL": str(root / "eval"),
-        "SM_CHANNEL_IMAGES": str(root / "eval" / "images"),
-        "SM_CHANNEL_MODEL": str(root / "models"),
-        "SM_CHANNEL_FOLDS": str(root / "split"),
-        "SM_CHANNEL_PREDICTIONS": str(root / "ensemble"),
-        "SM_MODEL_DIR": str(folder),
-        "SM_OUTPUT_DATA_DIR": str(folder),
-        "SM_CHECKPOINT_DIR": str(folder.parent / "checkpoints"),
-        "SM_OUTPUT_DIR": str(folder.parent.parent / "failed"),
-    }
-
-
-def stage(root: Path, folder: Path, name: str) -> int:
-    given = variables(root, folder)
-    for absent in {"split": ("FOLDS",), "predict": ("FOLDS",)}.get(name, ()):
-        given.pop(f"SM_CHANNEL_{absent}")
-    return run(name, STAGES[name], given)
-
-
-def fill(disk: Path, left: int) -> None:
-    """Takes all but `left` KiB."""
-    with open(disk / "filler", "wb") as file:
-        file.write(bytes((8 * 1024 - left) * 1024))
-
-
-@pytest.mark.parametrize("left", [0, 4])
 @pytest.mark.parametrize("name", STAGES)
-def test_a_full_disk_is_75_and_nothing_is_half_written(name, left, world, small_disk, tmp_path):
-    fill(small_disk, left)
-    folder = small_disk / "out"
-    assert stage(world, folder, name) == 75
-    assert "free some, then run the same command again" in (tmp_path / "failed" / "failure").read_text()
-    assert not (folder / "stage.json").exists()
-    assert not list(small_disk.rglob(".*.tmp")), "temporary files"
-    (small_disk / "filler").unlink()
-    assert stage(world, folder, name) == 0
-    made, expected = (next(root.glob(WHOLE[name])) for root in (folder, world / name))
+def test_a_full_disk_is_75_and_nothing_is_half_written(name, toy_run, small_disk, tmp_path):
+    folder, elsewhere = small_disk / "out", tmp_path / "elsewhere" / "out"
+    assert stage(toy_run, name, elsewhere) == 0
+    for left in (0, 4):
+        (small_disk / "filler").write_bytes(bytes((8 * 1024 - left) * 1024))
+        assert stage(toy_run, name, folder) == 75
+        assert "free some, then run the same command again" in failure(tmp_path / "failed")
+        assert not (folder / "stage.json").exists()
+        assert not list(small_disk.rglob(".*.tmp")), "temporary files"
+        (small_disk / "filler").unlink()
+    assert stage(toy_run, name, folder) == 0
+    made, expected = (next(root.glob(STAGES[name][1])) for root in (folder, elsewhere))
     assert made.read_bytes() == expected.read_bytes()

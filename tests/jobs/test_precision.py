@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fivefold import predictions
 from fivefold.assemble import RUNTIME, build_classifier
@@ -22,12 +21,13 @@ from fivefold.recipe import Model, Settings, Train
 from fivefold.runtimes import choose_precision
 from fivefold.training.resume import Checkpoints
 from jobs import training
-from jobs.__main__ import run
+from toy import SETTINGS as TINY
+from toy import run_stage, tinted_in, variables
 
 GROUPED = "timm/tf_mobilenetv3_small_075"
 SETTINGS = [
-    "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=32", "model.mean=.5,.5,.5", "model.std=.25,.25,.25",
-    "train.epochs=1", "train.batch_size=8", "train.trackers=[]", "augment.train=horizontal_flip",
+    *TINY, "model.image_size=32", "model.mean=.5,.5,.5", "model.std=.25,.25,.25", "train.precision=auto",
+    "augment.train=horizontal_flip",
 ]  # fmt: skip
 
 
@@ -35,24 +35,9 @@ SETTINGS = [
 def world(tmp_path_factory) -> Path:
     """A run's folder with drawn images and their split in two folds."""
     root = tmp_path_factory.mktemp("run")
-    random = np.random.default_rng(0)
-    for number in range(24):
-        pixels = random.integers(0, 140, (32, 32, 3))
-        pixels[..., number % 2] += 110
-        path = root / "images" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(path)
-    assert run("split", ["split.folds=2"], variables(root, "split")) == 0
+    tinted_in(root / "train", "ab", 12, by=110)
+    assert run_stage(root, "split", "split", "split.folds=2") == 0
     return root
-
-
-def variables(root: Path, step: str) -> dict[str, str]:
-    return {
-        "SM_CHANNEL_TRAIN": str(root / "images"),
-        "SM_CHANNEL_FOLDS": str(root / "split" / "output"),
-        "SM_MODEL_DIR": str(root / step / "model"),
-        "SM_OUTPUT_DATA_DIR": str(root / step / "output"),
-    }
 
 
 def model_json(root: Path, step: str) -> dict:
@@ -63,16 +48,16 @@ def model_json(root: Path, step: str) -> dict:
     choose_precision("auto", torch.device("cpu")) != "bf16", reason="one precision alone may be fastest here"
 )
 def test_all_folds_of_a_run_have_the_precision_that_one_of_them_found(world):
-    assert run("train-fold", ["FOLD=0", *SETTINGS], variables(world, "fold-0")) == 0
+    assert run_stage(world, "train-fold", "fold-0", "FOLD=0", *SETTINGS) == 0
     (kept,) = (world / training.DECISIONS).glob("*.json")
     found, info = json.loads(kept.read_text()), model_json(world, "fold-0")
     assert found["choice"] == info["precision"] == info["training"]["train.precision"]
     for fold, choice in (
         (0, "fp32"),
         (1, "bf16"),
-    ):  # whatever it would have found by itself, it takes what stands there
+    ):  # it takes what stands there, whatever it would have found by itself
         kept.write_text(json.dumps(found | {"choice": choice}))
-        assert run("train-fold", [f"FOLD={fold}", *SETTINGS], variables(world, f"fold-{choice}")) == 0
+        assert run_stage(world, "train-fold", f"fold-{choice}", f"FOLD={fold}", *SETTINGS) == 0
         assert model_json(world, f"fold-{choice}")["precision"] == choice
 
 
@@ -88,14 +73,14 @@ def test_a_run_whose_folder_is_not_to_be_written_decides_by_itself(world, tmp_pa
 
 def test_a_model_predicts_later_the_bits_that_it_predicted_in_its_training(world):
     arguments = [*SETTINGS, f"model.backbone={GROUPED}", "model.options={}", "train.precision=bf16_grouped_fp32"]
-    assert run("train-fold", ["FOLD=0", *arguments], variables(world, "g")) == 0
+    assert run_stage(world, "train-fold", "g", "FOLD=0", *arguments) == 0
     member = load_member(model_at(world / "g" / "model"), {})
     assert (member.source.info["precision"], member.runtime.grouped_fp32) == ("bf16_grouped_fp32", True)
     oof = predictions.read(world / "g" / "model" / "oof.parquet")
     table = read_folds(world / "split" / "output" / "folds.parquet", world / "split" / "output" / "classes.json")
     rows = table.valid_rows(0)
     assert list(table.ids_of(rows)) == list(oof.ids)
-    found = member.predict(open_store(world / "images"), table.paths_of(rows), "")
+    found = member.predict(open_store(world / "train"), table.paths_of(rows), "")
     assert np.array_equal(found, oof.log_probs)
 
 

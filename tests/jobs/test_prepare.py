@@ -1,7 +1,6 @@
 """`prepare`, its cache as a channel, and the cache that the first process makes: the same bytes as without any."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drawing import write_test_table
 from fivefold.contract.layout import in_run
 from fivefold.contract.stages import STAGES
 from fivefold.data.image_cache import HEAD, INDEX, PIXELS, Cache
@@ -25,12 +23,13 @@ from fivefold.predictions import read
 from fivefold.recipe import Data, Settings
 from jobs.__main__ import run
 from jobs.images import cache_folder
-from s3_server import Bucket
+from toy import REPOSITORY, draw, environment, failure, read_rows, run_stage, variables, write_test_table
+from toy import SETTINGS as TINY
 
 SETTINGS = [
-    "model.backbone=fivefold/small_net", 'model.options={"widths": [4], "stem": 4}', "model.image_size=8", "train.epochs=2",
-    "train.batch_size=8", "train.precision=fp32", "train.trackers=[]", "model.meta=aspect,color_mean",
+    *TINY, 'model.options={"widths": [4], "stem": 4}', "model.image_size=8", "train.epochs=2", "model.meta=aspect,color_mean",
 ]  # fmt: skip
+SIZED = ["data.store_size=10", "data.scaled_decoding=true"]
 SAME = ("model.safetensors", "oof.parquet", "holdout.parquet", "train_log.csv", "model.json")
 OFF, PLAIN = "data.cache=off", "train.keep_in_memory=false"
 
@@ -53,16 +52,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def stage(root: Path, name: str, folder: str, *arguments: str, **channels: Path) -> int:
-    given = {f"SM_CHANNEL_{name.upper()}": str(path) for name, path in channels.items()}
-    variables = {
-        "SM_CHANNEL_TRAIN": str(root / "train"),
-        "SM_CHANNEL_FOLDS": str(root / "split" / "output"),
-        "SM_MODEL_DIR": str(root / folder / "model"),
-        "SM_OUTPUT_DATA_DIR": str(root / folder / "output"),
-        "SM_OUTPUT_DIR": str(root / folder),
-    }
-    return run(name, arguments, {name: value for name, value in {**variables, **given}.items() if value != "."})
+def stage(root: Path, name: str, step: str, *arguments: str, **channels: Path | None) -> int:
+    return run_stage(root, name, step, *arguments, **{"EVAL": None, **channels})
 
 
 def train(root: Path, folder: str, *arguments: str, **channels: Path) -> Path:
@@ -79,12 +70,8 @@ def plain(world: Path) -> Path:
 @pytest.fixture(scope="module")
 def prepared(world: Path) -> Path:
     """The output of `prepare`, with the images to test on."""
-    assert stage(world, "prepare", "prepared", eval=world / "eval") == 0
+    assert stage(world, "prepare", "prepared", EVAL=world / "eval") == 0
     return world / "prepared" / "output"
-
-
-def failure(root: Path, folder: str) -> str:
-    return (root / folder / "failure").read_text()
 
 
 def same(one: Path, other: Path) -> bool:
@@ -94,9 +81,7 @@ def same(one: Path, other: Path) -> bool:
     return True
 
 
-def test_prepare_writes_one_cache_of_all_images_and_has_nothing_to_do_the_second_time(
-    world: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prepare_writes_one_cache_of_all_images_and_has_nothing_to_do_the_second_time(world, prepared, capsys):
     (folder,) = (path.parent for path in prepared.glob(f"*/{HEAD}"))
     cache = Cache(folder)
     cache.verify()
@@ -106,15 +91,13 @@ def test_prepare_writes_one_cache_of_all_images_and_has_nothing_to_do_the_second
     assert set(record["outputs"]) == {f"output/{folder.name}/{name}" for name in (PIXELS, INDEX, HEAD)}
     assert record["metrics"] == {"images": 48, "bytes": cache.bytes}
     capsys.readouterr()
-    assert stage(world, "prepare", "prepared", "data.cache_gib=1", eval=world / "eval") == 0
+    assert stage(world, "prepare", "prepared", "data.cache_gib=1", EVAL=world / "eval") == 0
     assert "nothing to do" in capsys.readouterr().err
 
 
-def test_the_same_bytes_kept_in_memory_from_the_channel_and_made_on_first_use(
-    world: Path, plain: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_bytes_kept_in_memory_from_the_channel_and_made_on_first_use(world, plain, prepared, capsys):
     assert same(train(world, "kept", OFF), plain)
-    assert same(train(world, "channel", OFF, PLAIN, cache=prepared), plain)
+    assert same(train(world, "channel", OFF, PLAIN, CACHE=prepared), plain)
     assert re.search(r"image cache: .* \(48 images, at their own size, 0.1 MiB\)", capsys.readouterr().err)
     assert same(train(world, "first", f"data.cache={world / 'caches'}", "train.workers=1"), plain)
     assert len(list((world / "caches").glob(f"*/{HEAD}"))) == 1
@@ -124,30 +107,25 @@ def test_the_same_bytes_kept_in_memory_from_the_channel_and_made_on_first_use(
     assert "are decoded once" not in capsys.readouterr().err
 
 
-def test_rows_that_a_cache_lacks_are_read_from_their_files(
-    world: Path, plain: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_a_cache_lacks_are_read_from_their_files(world, plain, capsys):
     folds = world / "few" / "split"
     (world / "few" / "train").mkdir(parents=True)
     shutil.copytree(world / "train" / "a", world / "few" / "train" / "a")
     for name in ("0.jpg", "1.jpg", "2.jpg"):
         (world / "few" / "train" / "b").mkdir(exist_ok=True)
         shutil.copy(world / "train" / "b" / name, world / "few" / "train" / "b")
-    few = {"train": world / "few" / "train"}
+    few = {"TRAIN": world / "few" / "train"}
     assert stage(world, "split", "few/split", "split.folds=2", **few) == 0
-    assert stage(world, "prepare", "few/prepared", **few, folds=folds / "output") == 0
-    found = train(world, "few/fold", OFF, cache=world / "few" / "prepared" / "output")
+    assert stage(world, "prepare", "few/prepared", **few, FOLDS=folds / "output") == 0
+    found = train(world, "few/fold", OFF, CACHE=world / "few" / "prepared" / "output")
     assert "13 of 32 are not there and read from their files" in capsys.readouterr().err
     assert same(found, plain)
 
 
-def test_store_size_gives_other_weights_and_they_are_the_same_with_and_without_a_cache(
-    world: Path, plain: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sized = ["data.store_size=10", "data.scaled_decoding=true"]
-    small = train(world, "small", *sized, OFF, PLAIN)
+def test_store_size_gives_other_weights_and_they_are_the_same_with_and_without_a_cache(world, plain, capsys):
+    small = train(world, "small", *SIZED, OFF, PLAIN)
     assert (small / "model.safetensors").read_bytes() != (plain / "model.safetensors").read_bytes()
-    assert same(train(world, "small-first", *sized, f"data.cache={world / 'caches'}"), small)
+    assert same(train(world, "small-first", *SIZED, f"data.cache={world / 'caches'}"), small)
     facts = json.loads((small / "model.json").read_text())
     assert (facts["settings"]["data"]["store_size"], facts["training"]["data.store_size"]) == (10, 10)
     record = json.loads((small / "stage.json").read_text())
@@ -156,41 +134,34 @@ def test_store_size_gives_other_weights_and_they_are_the_same_with_and_without_a
 
 
 @pytest.mark.slow
-def test_what_predicts_takes_the_pixels_that_the_model_was_trained_on(world: Path, prepared: Path) -> None:
+def test_what_predicts_takes_the_pixels_that_the_model_was_trained_on(world, prepared):
     """`predict` (which decodes for a committee), the fold itself and the ensemble see the same pixels, cached or not."""
-    sized = ["data.store_size=10", "data.scaled_decoding=true"]
-    models = [train(world, f"both/fold-{fold}", *sized, OFF, f"FOLD={fold}") for fold in range(2)]
-    (world / "answers").mkdir(exist_ok=True)
+    models = [train(world, f"both/fold-{fold}", *SIZED, OFF, f"FOLD={fold}") for fold in range(2)]
     arguments = ["predict.rows=valid"]
-    assert stage(world, "predict", "answers", *arguments, images=world / "train", model=models[0]) == 0
-    lines = (world / "answers" / "output" / "predictions.csv").read_text().splitlines()[1:]
-    confidence = {line.split(",")[0]: float(line.split(",")[2]) for line in lines}
+    assert stage(world, "predict", "answers", *arguments, IMAGES=world / "train", MODEL=models[0]) == 0
+    rows = read_rows(world / "answers" / "output" / "predictions.csv")
+    confidence = {row["image_path"]: float(row["confidence"]) for row in rows}
     table = read(models[0] / "oof.parquet")
     expected = {name: float(np.exp(row.max())) for name, row in zip(table.ids, table.log_probs, strict=True)}
     assert {name: confidence[name] for name in expected} == pytest.approx(expected, abs=1e-5)
-    assert stage(world, "prepare", "prepared-small", *sized, eval=world / "eval") == 0
-    folders = {"without": {}, "with": {"cache": world / "prepared-small" / "output"}, "other": {"cache": prepared}}
+    assert stage(world, "prepare", "prepared-small", *SIZED, EVAL=world / "eval") == 0
+    folders = {"without": {}, "with": {"CACHE": world / "prepared-small" / "output"}, "other": {"CACHE": prepared}}
     for name, cache in folders.items():
-        assert stage(world, "ensemble", f"ensemble-{name}", model=world / "both", eval=world / "eval", **cache) == 0
+        assert stage(world, "ensemble", f"ensemble-{name}", MODEL=world / "both", EVAL=world / "eval", **cache) == 0
     tables = [(world / f"ensemble-{name}" / "output" / "predictions.parquet").read_bytes() for name in folders]
     assert len(set(tables)) == 1
 
 
 @pytest.mark.slow
-def test_told_to_stop_it_is_143_with_nothing_left_and_the_same_command_makes_the_cache(tmp_path: Path) -> None:
+def test_told_to_stop_it_is_143_with_nothing_left_and_the_same_command_makes_the_cache(tmp_path):
     random = np.random.default_rng(0)
     for number in range(80):
-        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(path, compress_level=1)
+        draw(tmp_path / "train" / "ab"[number % 2] / f"{number}.png", random, size=(400, 400))
     assert stage(tmp_path, "split", "split", "split.folds=2") == 0
     output = tmp_path / "prepared"
-    variables = {"TRAIN": tmp_path / "train", "FOLDS": tmp_path / "split" / "output"}
-    environ = {f"SM_CHANNEL_{name}": str(path) for name, path in variables.items()} | {
-        "SM_OUTPUT_DATA_DIR": str(output)
-    }
+    environ = environment(**variables(tmp_path, "prepared", EVAL=None, SM_OUTPUT_DATA_DIR=output))
     command = [sys.executable, "-m", "jobs", "prepare"]
-    process = subprocess.Popen(command, env=os.environ | environ, cwd=Path(__file__).parents[2])
+    process = subprocess.Popen(command, env=environ, cwd=REPOSITORY)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size > 10**6 for path in output.glob(".*.tmp/pixels.u8")):
         assert time.monotonic() < deadline
@@ -199,14 +170,12 @@ def test_told_to_stop_it_is_143_with_nothing_left_and_the_same_command_makes_the
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     assert not [path for path in output.iterdir() if not path.name.endswith(".lock")]
-    assert subprocess.run(command, env=os.environ | environ, cwd=Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run(command, env=environ, cwd=REPOSITORY).returncode == 0
     Cache(next(output.glob(f"*/{HEAD}")).parent).verify()
 
 
 @pytest.mark.slow
-def test_a_cache_in_a_bucket_is_a_channel_and_a_run_there_finds_it(
-    world: Path, plain: Path, bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cache_in_a_bucket_is_a_channel_and_a_run_there_finds_it(world, plain, bucket, tmp_path, capsys):
     for path in (world / "split" / "output").iterdir():
         bucket.write(f"runs/first/split/output/{path.name}", path.read_bytes())
     told = {"RUN": "first", "RUNS": f"s3://{bucket.name}/runs", "SM_CHANNEL_TRAIN": str(world / "train")}
@@ -220,12 +189,12 @@ def test_a_cache_in_a_bucket_is_a_channel_and_a_run_there_finds_it(
 
 
 @pytest.mark.slow
-def test_models_to_which_other_pixels_count_predict_together(world: Path) -> None:
+def test_models_to_which_other_pixels_count_predict_together(world):
     """A committee, which decodes for all its members, against the ensemble, in which each member reads for itself."""
     for name, *more in (("sized", "data.store_size=10", "data.scaled_decoding=true"), ("whole",)):
         for fold in range(2):
             train(world, f"mixed/{name}-{fold}", f"system={name}", *more, OFF, f"FOLD={fold}")
-    channels = {"model": world / "mixed", "eval": world / "eval"}
+    channels = {"MODEL": world / "mixed", "EVAL": world / "eval"}
     assert (
         stage(world, "ensemble", "mixed-ensemble", "ensemble.blend=mean", "ensemble.temperature=none", **channels) == 0
     )
@@ -233,94 +202,45 @@ def test_models_to_which_other_pixels_count_predict_together(world: Path) -> Non
     expected = {
         f"images/{name}.png": float(np.exp(row.max())) for name, row in zip(table.ids, table.log_probs, strict=True)
     }
-    assert stage(world, "predict", "mixed-predict", images=world / "eval", model=world / "mixed", folds=Path()) == 0
-    lines = (world / "mixed-predict" / "output" / "predictions.csv").read_text().splitlines()[1:]
-    found = {line.split(",")[0]: float(line.split(",")[2]) for line in lines}
+    assert stage(world, "predict", "mixed-predict", IMAGES=world / "eval", MODEL=world / "mixed", FOLDS=None) == 0
+    rows = read_rows(world / "mixed-predict" / "output" / "predictions.csv")
+    found = {row["image_path"]: float(row["confidence"]) for row in rows}
     assert found == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.slow
-def test_a_students_unlabelled_images_come_from_the_cache_too(world: Path, plain: Path, prepared: Path) -> None:
+def test_a_students_unlabelled_images_come_from_the_cache_too(world, plain, prepared):
     train(world, "teachers/fold-0", OFF)
     train(world, "teachers/fold-1", OFF, "FOLD=1")
-    channels = {"model": world / "teachers", "unlabeled": world / "eval"}
-    for name, more in {"student": {}, "student-cached": {"cache": prepared}}.items():
+    channels = {"MODEL": world / "teachers", "UNLABELED": world / "eval"}
+    for name, more in {"student": {}, "student-cached": {"CACHE": prepared}}.items():
         assert stage(world, "distill", name, *SETTINGS, OFF, **channels, **more) == 0
     weights = [(world / name / "model" / "model.safetensors").read_bytes() for name in ("student", "student-cached")]
     assert weights[0] == weights[1]
 
 
-def flip_a_bit(folder: Path) -> None:
-    content = bytearray((folder / PIXELS).read_bytes())
-    content[100] ^= 255
-    (folder / PIXELS).write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "code", "message"),
-    [
-        (lambda folder: (folder / PIXELS).write_bytes(b"x"), 65, "it is cut off, or of another cache"),
-        (lambda folder: (folder / HEAD).write_text("garbage"), 65, "is not JSON"),
-        (lambda folder: (folder / INDEX).write_bytes(b"x"), 65, "is not the index"),
-        (flip_a_bit, 65, "is damaged: its bytes do not match the digest"),
-        (lambda folder: shutil.rmtree(folder), 66, "no cache.json below the channel 'cache'"),
-    ],
-)
-def test_a_channel_that_holds_no_whole_cache_is_one_clear_error(
-    world: Path, prepared: Path, tmp_path: Path, spoil: object, code: int, message: str
-) -> None:
-    shutil.copytree(prepared, tmp_path / "cache")
-    spoil(next((tmp_path / "cache").glob(f"*/{HEAD}")).parent)
-    assert stage(world, "train-fold", "bad", "FOLD=0", *SETTINGS, cache=tmp_path / "cache") == code
-    assert message in failure(world, "bad")
-    assert not (world / "bad" / "model" / "stage.json").exists()
-
-
-def test_a_cache_of_other_pixels_is_one_clear_error(world: Path, prepared: Path) -> None:
+def test_a_cache_of_other_pixels_is_one_clear_error(world, prepared):
     arguments = ["FOLD=0", *SETTINGS, "data.store_size=12"]
-    assert stage(world, "train-fold", "bad", *arguments, cache=prepared) == 64
-    message = failure(world, "bad")
+    assert stage(world, "train-fold", "bad", *arguments, CACHE=prepared) == 64
+    message = failure(world / "bad")
     assert "holds images at their own size, and these settings take them shrunk to 12 pixels" in message
     assert "run prepare with the same data.store_size" in message
     assert stage(world, "prepare", "bad", "data.scaled_decoding=true") == 64, "it needs a size"
 
 
-def test_a_cache_that_is_too_large_is_an_error_of_prepare_and_a_line_of_train_fold(
-    world: Path, plain: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert stage(world, "prepare", "large", "data.cache_gib=1e-6") == 64
-    assert "data.cache_gib=1e-06 are allowed: raise that key, or data.store_size" in failure(world, "large")
-    assert not list((world / "large" / "output").glob("[!.]*"))
-    found = train(world, "large-fold", "data.cache_gib=1e-6", f"data.cache={world / 'none'}")
-    assert "images are read from their files" in capsys.readouterr().err
-    assert same(found, plain)
-
-
-def test_a_broken_image_is_named_and_leaves_nothing(world: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "train", tmp_path / "train")
-    (tmp_path / "train" / "a" / "3.png").write_bytes(b"no image")
-    assert stage(world, "prepare", "broken", train=tmp_path / "train") == 65
-    assert "a/3.png is not the file that the split saw" in failure(world, "broken")
-    assert not list((world / "broken" / "output").glob("[!.]*"))
-
-
 @pytest.mark.slow
-def test_prepare_takes_a_split_that_opened_no_image_and_train_fold_goes_without(
-    world: Path, plain: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prepare_takes_a_split_that_opened_no_image_and_train_fold_goes_without(world, plain, capsys):
     assert stage(world, "split", "trusting", "split.folds=2", "split.holdout=0.1", "split.open_images=false") == 0
     folds = world / "trusting" / "output"
-    assert stage(world, "prepare", "trusting/prepared", folds=folds) == 0
-    cached = train(world, "trusting/cached", OFF, folds=folds, cache=world / "trusting" / "prepared" / "output")
-    plain = train(world, "trusting/plain", OFF, PLAIN, folds=folds)
+    assert stage(world, "prepare", "trusting/prepared", FOLDS=folds) == 0
+    cached = train(world, "trusting/cached", OFF, FOLDS=folds, CACHE=world / "trusting" / "prepared" / "output")
+    plain = train(world, "trusting/plain", OFF, PLAIN, FOLDS=folds)
     assert same(cached, plain)
-    train(world, "trusting/first", f"data.cache={world / 'untouched'}", folds=folds)
+    train(world, "trusting/first", f"data.cache={world / 'untouched'}", FOLDS=folds)
     assert not (world / "untouched").exists()
 
 
-def test_in_a_run_the_cache_lies_beside_the_runs_and_elsewhere_there_is_none(
-    world: Path, plain: Path, tmp_path: Path
-) -> None:
+def test_in_a_run_the_cache_lies_beside_the_runs_and_elsewhere_there_is_none(world, plain, tmp_path):
     def folder(**data: object) -> Path | None:
         return cache_folder(Settings(run="first", runs=str(tmp_path / "r"), data=Data(**data)))
 
@@ -336,7 +256,7 @@ def test_in_a_run_the_cache_lies_beside_the_runs_and_elsewhere_there_is_none(
     assert len(list((world / "runs" / ".cache").glob(f"*/{HEAD}"))) == 1
 
 
-def test_the_steps_of_a_local_run_share_one_cache_unless_the_settings_say_where(tmp_path: Path) -> None:
+def test_the_steps_of_a_local_run_share_one_cache_unless_the_settings_say_where(tmp_path):
     def shared(*overrides: str) -> dict[str, str]:
         return shared_cache(make_plan(Inputs(train="/data"), overrides, "first", str(tmp_path), "demo"))
 
@@ -344,7 +264,7 @@ def test_the_steps_of_a_local_run_share_one_cache_unless_the_settings_say_where(
     assert shared("data.cache=off") == shared("data.cache=/x") == {}
 
 
-def test_a_stage_that_is_told_its_run_finds_what_prepare_made_there(tmp_path: Path) -> None:
+def test_a_stage_that_is_told_its_run_finds_what_prepare_made_there(tmp_path):
     place = tmp_path / "first" / "prepare" / "output"
     place.mkdir(parents=True)
     assert "SM_CHANNEL_CACHE" not in in_run(STAGES["train-fold"], {}, str(tmp_path / "first"), 0), "it is not finished"

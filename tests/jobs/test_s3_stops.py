@@ -1,6 +1,5 @@
 """Stages on `s3://` that are killed, stopped, or find a damaged checkpoint: each is a process, and nothing stays on its disk."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,19 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from drawing import noise_in
-from jobs.__main__ import run
 from s3_server import Bucket, Proxy, Request
+from toy import REPOSITORY, RESUMES, environment, noise_in, run_stage, variables
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).parents[2]
 STRUCK = Path(__file__).parents[1] / "struck.py"
-INTERVAL = 2
-SETTINGS = [
-    "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=12", "model.dropout=0.3",
-    "train.epochs=4", "train.batch_size=8", "train.lr=0.02", "train.ema_decay=0.9", "train.precision=fp32", "augment.mix=cutmix",
-    f"train.checkpoint_steps={INTERVAL}", "train.trackers=[]",
-]  # fmt: skip
+SETTINGS = [*RESUMES, "train.trackers=[]"]
 BYTES = ("model.safetensors", "oof.parquet", "train_log.csv", "model.json")
 SECONDS_TO_STOP = 30
 
@@ -31,13 +23,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, their split, and a fold to which nothing happened, all in folders."""
     root = tmp_path_factory.mktemp("whole")
     noise_in(root / "train", "ab", 48)
-    split = {"SM_CHANNEL_TRAIN": str(root / "train"), "SM_OUTPUT_DATA_DIR": str(root / "split")}
-    assert run("split", ["split.folds=2"], split) == 0
-    there = {"SM_CHANNEL_TRAIN": str(root / "train"), "SM_CHANNEL_FOLDS": str(root / "split")}
-    there |= {"SM_MODEL_DIR": str(root / "model"), "SM_OUTPUT_DATA_DIR": str(root / "output")}
-    process = begin(root, there)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
+    assert run_stage(root, "split", "split", "split.folds=2", SM_OUTPUT_DATA_DIR=root / "split") == 0
+    there = {"FOLDS": root / "split", "SM_MODEL_DIR": root / "model", "SM_OUTPUT_DATA_DIR": root / "output"}
+    ends_well(root, variables(root, "fold", EVAL=None, SM_OUTPUT_DIR=None, **there))
     return root
 
 
@@ -62,11 +50,19 @@ def urls(bucket: Bucket, endpoint: str = "") -> dict[str, str]:
 
 def begin(folder: Path, environ: dict[str, str], number: str = "SIGKILL", point: str = "never", call: int = 1):
     strike = [number, point, str(call), "0", str(folder / "steps")]
-    command = [sys.executable, str(STRUCK), *strike, "train-fold", "FOLD=0", *SETTINGS]
-    own = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(folder)}
+    command = [sys.executable, str(STRUCK), *strike, "train-fold", *SETTINGS]
+    environ = environment(OMP_NUM_THREADS=1, TMPDIR=folder, **environ)
     return subprocess.Popen(
-        command, env=own | environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+        command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
     )
+
+
+def ends_well(folder: Path, environ: dict[str, str]) -> str:
+    """Runs the stage to its end; what it said."""
+    process = begin(folder, environ)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    return said
 
 
 def steps(folder: Path) -> int:
@@ -93,9 +89,7 @@ def test_on_another_machine_it_goes_on_to_the_same_bytes(number, point, call, fi
     assert process.returncode == {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143}[number], said
     assert not [key for key in filled.listed("fold") if key.endswith("stage.json")], "nothing looks finished"
     assert filled.listed("fold/checkpoints")
-    process = begin(second, urls(filled))
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
+    said = ends_well(second, urls(filled))
     assert "goes on after step" in said
     check_whole(filled, whole)
     if number == "SIGTERM":
@@ -107,9 +101,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(filled, whole, tmp_path
     process.communicate(timeout=120)
     newest = filled.listed("fold/checkpoints")[-1]
     filled.write(newest, filled.read(newest)[::-1])
-    process = begin(tmp_path, urls(filled))
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
+    said = ends_well(tmp_path, urls(filled))
     assert f"the checkpoint s3://{filled.name}/{newest} is damaged: the one before it is taken" in said
     check_whole(filled, whole)
 
@@ -137,7 +129,5 @@ def test_told_to_stop_amid_a_transfer_it_stops_in_time(method, filled, whole, tm
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 143, said
     assert time.monotonic() - told < SECONDS_TO_STOP
-    process = begin(tmp_path, urls(filled))
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
+    said = ends_well(tmp_path, urls(filled))
     check_whole(filled, whole)

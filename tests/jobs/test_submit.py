@@ -1,37 +1,25 @@
 """`python -m jobs submit` as people call it: what it refuses, what it prints, what it runs."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from fivefold.contract.files import read_json
 from fivefold.errors import MissingInputError, SettingsError
-from jobs import submit
-
-REPOSITORY = Path(__file__).parents[2]
+from fivefold.launchers.plan import Inputs, make_plan
+from fivefold.launchers.status import write_plan
+from jobs import status, submit
+from toy import REPOSITORY, call_jobs, noise_in, write_csv
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder with `train/a`, `train/b` and a test table with its truth."""
-    for number in range(12):
-        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4), number * 20).save(path)
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "test.csv").write_text("ID,img_path\n1,1.png\n")
-    (tmp_path / "test" / "gt.csv").write_text("ID,label\n1,a\n")
+    noise_in(tmp_path / "train", ("a", "b"), 6)
+    write_csv(tmp_path / "test" / "test.csv", [["ID", "img_path"], [1, "1.png"]])
+    write_csv(tmp_path / "test" / "gt.csv", [["ID", "label"], [1, "a"]])
     return tmp_path
-
-
-def jobs(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs", *arguments]
-    environ = {**os.environ, **variables}
-    return subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(
@@ -95,24 +83,24 @@ def test_a_dry_run_runs_nothing_and_its_commands_can_be_pasted(data: Path, capsy
 
 def test_the_command_from_end_to_end(data: Path) -> None:
     given = ["submit", f"train={data / 'train'}", f"runs={data / 'runs'}", "run=r", "split.folds=3"]
-    first = jobs(*given, "stages=split", FOLD="1", TRAIN__EPOCHS="many")
+    first = call_jobs(*given, "stages=split", FOLD="1", TRAIN__EPOCHS="many")
     assert first.returncode == 0, first.stderr
     assert "do not see the variables FOLD, TRAIN__EPOCHS" in first.stderr
     assert "no model is trained yet" in first.stdout
 
-    second = jobs(*given, "stages=evaluate")  # of models that nobody has trained
+    second = call_jobs(*given, "stages=evaluate")  # of models that nobody has trained
     assert second.returncode == 66
     assert "evaluate failed (exit code 66)" in second.stderr
 
-    status = jobs("status", f"runs={data / 'runs'}")
-    lines = {line.split()[0]: line for line in status.stdout.splitlines() if line}
-    assert status.returncode == 0
+    told = call_jobs("status", f"runs={data / 'runs'}")
+    lines = {line.split()[0]: line for line in told.stdout.splitlines() if line}
+    assert told.returncode == 0
     assert "done" in lines["split"]
     assert "failed (66)" in lines["evaluate"]
     assert "waiting" in lines["fold-2"]
     assert [step["name"] for step in read_json(data / "runs" / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
 
-    typo = jobs("submit", f"train={data / 'train'}", "train.epohcs=3")
+    typo = call_jobs("submit", f"train={data / 'train'}", "train.epohcs=3")
     assert typo.returncode == SettingsError.exit_code
     assert "Traceback" not in typo.stderr
     assert "did you mean 'train.epochs'" in typo.stderr
@@ -133,3 +121,18 @@ def test_runs_of_one_name_count_up(data: Path, capsys: pytest.CaptureFixture[str
         (runs / expected).mkdir(parents=True)
     assert submit.main([*arguments, "--dry-run"]) == 0  # without it a run of the same name goes on
     assert "# run exp in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["run=digit"], MissingInputError, "did you mean 'digits'"),
+        (["runs=nowhere"], MissingInputError, "no run below"),
+        (["rum=digits"], SettingsError, "did you mean 'run'"),
+    ],
+)
+def test_a_status_that_cannot_be_told_says_why(tmp_path, monkeypatch, arguments, error, message):
+    monkeypatch.chdir(tmp_path)
+    write_plan(make_plan(Inputs(train="t", eval="e"), ["split.folds=2"], run="digits", runs="runs"))
+    with pytest.raises(error, match=message):
+        status.main(arguments)

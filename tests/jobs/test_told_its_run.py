@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from drawing import noise_in, write_test_table
 from fivefold.contract.stages import METRICS, OOF, RECORD
 from jobs.__main__ import main, run
+from toy import SETTINGS as TINY
+from toy import noise_in, write_test_table
 
-SETTINGS = [
-    "split.folds=2", "model.backbone=fivefold/small_net", 'model.options={"widths": [8, 8], "stem": 8}', "model.image_size=12",
-    "train.epochs=1", "train.batch_size=8", "train.precision=fp32", "train.trackers=[]",
-]  # fmt: skip
+SETTINGS = ["split.folds=2", *TINY]
 
 
 @pytest.fixture
@@ -19,8 +17,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Twelve images of two classes, and six to predict with their truth; runs lie beside them."""
     noise_in(tmp_path / "train", ["a", "b"], 6)
     noise_in(tmp_path / "eval", ["images"], 6, seed=1)
-    write_test_table(tmp_path / "eval", 6)
-    (tmp_path / "eval" / "gt.csv").write_text("ID,label\n" + "".join(f"{n},{'ab'[n % 2]}\n" for n in range(6)))
+    write_test_table(tmp_path / "eval", 6, truth=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -49,17 +46,3 @@ def test_stages_by_hand_are_a_run_that_submit_finds_done(data: Path, capfd):
     said = capfd.readouterr()
     assert " runs: split" not in said.out + said.err
     assert (said.out + said.err).count("nothing to do") == 6
-
-
-def test_which_fold_is_asked_for_by_name(data: Path, capfd):
-    assert run("train-fold", SETTINGS, {"SM_CHANNEL_TRAIN": "train", "RUN": "first"}) == 64
-    assert "which fold" in capfd.readouterr().err
-    assert not (data / "runs").exists()
-
-
-def test_a_stage_whose_run_has_no_split_says_where_it_looked(data: Path, capfd):
-    assert (
-        run("train-fold", [*SETTINGS, "FOLD=0"], {"SM_CHANNEL_TRAIN": "train", "RUN": "first", "RUNS": "elsewhere"})
-        == 66
-    )
-    assert "elsewhere/first/split/output does not exist" in capfd.readouterr().err

@@ -1,0 +1,188 @@
+"""A toy world for tests of stages: tiny networks, drawn images, small tables, and stages run over the folder of a run."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jobs.__main__ import run
+
+REPOSITORY = Path(__file__).parents[1]
+PICTURE = b"P6 2 2 255 " + bytes(12)
+"""An image of 2 x 2 pixels (PPM), which Pillow knows whatever its name."""
+CLASSES = ("fold", "id", "<b>빨강 차")
+"""Names of the toy run's classes, which a careless table or page would trip over."""
+MODEL = ["model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=12"]
+SETTINGS = [*MODEL, "train.epochs=1", "train.batch_size=8", "train.precision=fp32", "train.trackers=[]"]
+"""A network that trains for a moment."""
+LEARNS = [
+    *MODEL, "train.epochs=3", "train.batch_size=16", "train.lr=0.02", "train.ema_decay=0.9", "train.precision=fp32",
+    'augment.train=["random_crop", "horizontal_flip"]', "augment.mix=cutmix", "predict.views=plain,flip",
+]  # fmt: skip
+"""A network that learns the toy images."""
+RESUMES = [
+    "FOLD=0", *MODEL, "model.dropout=0.3", "train.epochs=4", "train.batch_size=8", "train.lr=0.02", "train.ema_decay=0.9",
+    "train.precision=fp32", "train.checkpoint_steps=2", "augment.mix=cutmix",
+]  # fmt: skip
+"""A fold that is long enough to be stopped in."""
+
+
+def draw(
+    path: Path,
+    random: np.random.Generator,
+    channel: int | slice | None = None,
+    by: int = 100,
+    size: tuple[int, int] = (12, 12),
+) -> None:
+    """Writes an image of random pixels, of which one channel (or a slice of them) is brighter."""
+    pixels = random.integers(0, 120, (*size, 3))
+    if channel is not None:
+        pixels[..., channel] += by
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def noise_in(folder: Path, names: Sequence[str], count: int, seed: int = 0) -> None:
+    """Writes `count` images of random pixels to each of the folders below `folder`: 0.png, 1.png, …"""
+    random = np.random.default_rng(seed)
+    for name in names:
+        for number in range(count):
+            draw(folder / name / f"{number}.png", random)
+
+
+def tinted_in(folder: Path, names: Sequence[str], count: int, by: int) -> None:
+    """Writes `count` images to each of at most three folders, which have a brighter channel of their own."""
+    random = np.random.default_rng(0)
+    for channel, name in enumerate(names):
+        for number in range(count):
+            draw(folder / name / f"{number}.png", random, channel, by)
+
+
+def write_test_table(folder: Path, count: int, truth: bool = False) -> None:
+    """Writes a `test.csv` of the images 0.png, 1.png, … in `images`, and a `gt.csv` of the classes a and b by turns."""
+    write_csv(folder / "test.csv", [["ID", "img_path"], *([n, f"images/{n}.png"] for n in range(count))])
+    if truth:
+        write_csv(folder / "gt.csv", [["ID", "label"], *([n, "ab"[n % 2]] for n in range(count))])
+
+
+def write_data(root: Path, *names: str, **tables: str) -> Path:
+    """A folder with the same tiny picture at each name, and `train="..."` as train.csv."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(PICTURE)
+    for name, text in tables.items():
+        (root / f"{name}.csv").write_text(text, encoding="utf-8", newline="")
+    return root
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]], encoding: str = "utf-8-sig") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding=encoding, newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    return path
+
+
+def read_cells(path: Path) -> list[list[str]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.reader(file))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table that has no byte order mark."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def variables(root: Path, step: str | Path, **channels: object) -> dict[str, str]:
+    """The contract's variables of a step of the run in `root`; `step` may be a folder elsewhere.
+
+    A channel replaces the run's own, `None` takes it away, and a name with SM_ stands as it is.
+    """
+    places = {
+        "TRAIN": root / "train", "EVAL": root / "eval", "FOLDS": root / "split" / "output",
+        "SM_MODEL_DIR": root / step / "model", "SM_OUTPUT_DATA_DIR": root / step / "output", "SM_OUTPUT_DIR": root / step,
+    }  # fmt: skip
+    return {
+        name if name.startswith("SM_") else f"SM_CHANNEL_{name}": str(place)
+        for name, place in {**places, **channels}.items()
+        if place is not None
+    }
+
+
+def run_stage(root: Path, name: str, step: str | Path, *arguments: str, **channels: object) -> int:
+    """Runs a stage in this process, as its container would over the run in `root`; returns the exit code."""
+    return run(name, arguments, variables(root, step, **channels))
+
+
+def failure(folder: Path) -> str:
+    """What a container's platform shows of a failed stage."""
+    return (folder / "failure").read_text(encoding="utf-8")[:1024]
+
+
+def environment(**more: object) -> dict[str, str]:
+    """The variables of a process that knows of this one only where to find programs."""
+    kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
+    return {**kept, "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}", **{key: str(v) for key, v in more.items()}}
+
+
+def call_jobs(*arguments: object, folder: Path = REPOSITORY, **more: object) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m jobs …` as a process of these variables alone; a warning is an error."""
+    command = [sys.executable, "-W", "error", "-m", "jobs", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def copy_run(root: Path, folder: Path, *left_out: str) -> Path:
+    """A copy of a run's folder that a test may change."""
+    return Path(shutil.copytree(root, folder, ignore=shutil.ignore_patterns(*left_out), symlinks=True))
+
+
+def draw_toy_images(root: Path) -> Path:
+    """Draws images of three classes and a test set; of each class one in ten looks like the next class."""
+    random = np.random.default_rng(0)
+    for code, name in enumerate(CLASSES):
+        for number in range(30):
+            draw(root / "train" / name / f"{number}.png", random, (code + (number % 10 == 9)) % 3)
+        for number in range(6):
+            draw(root / "eval" / "test" / f"T{code}{number}.png", random, (code + (number == 5)) % 3)
+    names = sorted(path.stem for path in (root / "eval" / "test").iterdir())
+    write_csv(root / "eval" / "test.csv", [["ID", "img_path"], *([name, f"test/{name}.png"] for name in names)])
+    write_csv(root / "gt.csv", [["ID", "label"], *([name, CLASSES[int(name[1])]] for name in names)])
+    sample = [["ID", *reversed(CLASSES)], *([name, 0, 0, 0] for name in reversed(names))]
+    write_csv(root / "eval" / "sample_submission.csv", sample)
+    return root
+
+
+def make_toy_run(root: Path) -> Path:
+    """Makes a split, three folds, their ensemble, a student and its ensemble of the toy images in `root`."""
+    assert run_stage(root, "split", "split", "split.folds=3", "split.holdout=0.1") == 0
+    for fold in range(3):
+        assert run_stage(root, "train-fold", f"fold-{fold}", f"FOLD={fold}", *LEARNS) == 0
+    assert run_stage(root, "ensemble", "ensemble", MODEL=root) == 0
+    assert run_stage(root, "distill", "distill", *LEARNS, MODEL=root) == 0
+    assert run_stage(root, "ensemble", "ensemble-student", MODEL=root / "distill" / "model") == 0
+    return root
+
+
+def make_product_run(products: Path, root: Path) -> Path:
+    """Makes a split of products, two folds, their ensemble's answers to all images, and a student."""
+    settings = [
+        *LEARNS, "model.image_size=16", "train.epochs=4", "train.ema_decay=0", "augment.train=horizontal_flip", "augment.mix=none",
+        "train.device=cpu",
+    ]  # fmt: skip
+    (root / "train").symlink_to(products)
+    (root / "eval").symlink_to(products / "사진")
+    assert run_stage(root, "split", "split", "data.layout=products", "split.folds=2", "split.holdout=0.5") == 0
+    for fold in range(2):
+        assert run_stage(root, "train-fold", f"fold-{fold}", f"FOLD={fold}", *settings) == 0
+    assert run_stage(root, "ensemble", "ensemble", MODEL=root) == 0
+    assert run_stage(root, "distill", "distill", *settings, MODEL=root) == 0
+    return root
