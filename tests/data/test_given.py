@@ -4,8 +4,8 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-
 from drawing import write_data
+
 from fivefold.data.given import check_truth, read_given, with_folders_as_truth
 from fivefold.errors import DataError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from drawing import PICTURE, write_data
+
 from fivefold.data.adapters import Rows, read_rows
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import FoldTable, read_folds, write_folds
