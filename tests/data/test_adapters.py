@@ -56,17 +56,13 @@ def test_folders_called_as_parts_of_a_split_are_no_classes(tmp_path: Path, below
     assert rows.paths.to_pylist() == [str(Path(below, name)) for name in ("a/1.png", "b/1.png")]
 
 
-@pytest.mark.parametrize(
-    "classes",
-    [
-        ("bus", "test tube", "train station"),
-        ("bus", "fold", "id", "p,q r", "train", "사과"),
-        ("invalid", "valid"),
-        ("contest", "strain"),
-    ],
-)
-def test_classes_called_almost_as_parts_stay_classes(tmp_path: Path, classes: tuple[str, ...]) -> None:
-    assert rows_of(write_data(tmp_path / "data", *(f"{name}/1.png" for name in classes))).classes == classes
+ALMOST = ["bus", "test tube", "train station"], ["bus", "fold", "id", "p,q r", "train", "사과"], ["invalid", "valid"]
+
+
+@pytest.mark.parametrize("classes", ALMOST)
+def test_classes_called_almost_as_parts_stay_classes(tmp_path: Path, classes: list[str]) -> None:
+    rows = rows_of(write_data(tmp_path / "data", *(f"{name}/1.png" for name in classes)))
+    assert list(rows.classes) == classes
 
 
 @pytest.mark.parametrize(
@@ -109,11 +105,7 @@ CSV = "image_path,target\na/1.png,cat\nb/2.png,dog\n"
         (["train/a/1.PNG", "train/b/2.PNG", "test/3.jpg"], CSV.replace(".png", "").replace("image_path", "image_id")),
         (["a/1.png", "b/2.png"], CSV.replace("a/", " a/").replace("2.png", "2.png\t ")),
     ],
-    ids=[
-        "plain", "below train", "dots and backslashes", "ids and a mark", "with class names", "quotes and blanks",
-        "below train_images", "below images", "no suffix", "no suffix, below train", "blanks around paths",
-    ],
-)  # fmt: skip
+)
 def test_a_csv_s_columns_and_paths_are_found(tmp_path: Path, names: list[str], table: str) -> None:
     rows = rows_of(write_data(tmp_path / "data", *names, train=table))
     assert list(labelled(rows).values()) == ["cat", "dog"]
@@ -189,9 +181,8 @@ def test_a_table_called_train_is_never_passed_over(tmp_path: Path, header: str, 
 
 def test_a_table_in_the_other_writing_of_accents_finds_its_files(tmp_path: Path) -> None:
     composed, apart = "caf\u00e9/\uac00.png", "cafe\u0301/\u1100\u1161.png"
-    for number, (disk, written) in enumerate(
-        [(composed, apart), (apart, composed), ("caf\u00e9/\u1100\u1161.png", apart)]
-    ):
+    pairs = [(composed, apart), (apart, composed), ("caf\u00e9/\u1100\u1161.png", apart)]
+    for number, (disk, written) in enumerate(pairs):
         root = write_data(tmp_path / str(number), disk, "b.png", train=f"path,label\n{written},a\nb.png,b\n")
         store = open_store(root)
         assert [store.read(path) for path in read_rows(store, Data()).paths.to_pylist()] == [PICTURE, PICTURE]

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from counting import CountingStore
+from drawing import noise
 from fivefold.data.dataset import ImageSet, epoch_batches, load
 from fivefold.data.image_cache import (
     ENTRY,
@@ -231,11 +232,9 @@ def test_one_that_is_too_large_is_an_error_that_says_what_helps(odd: Source, tmp
 
 
 def test_of_many_images_a_few_say_that_they_are_far_too_many(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    random = np.random.default_rng(0)
-    names = [f"{number}.bmp" for number in range(1100)]
+    random, names = np.random.default_rng(0), [f"{number}.bmp" for number in range(1100)]
     for name in names:
-        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
+        noise(tmp_path / "images" / name, random, 8)
     source = Source(open_store(tmp_path / "images"), names, [digest_of(tmp_path / "images" / name) for name in names])
     size = bytes_of(survey(source.files, Pixels()))
     assert size == 1100 * 192
@@ -360,10 +359,9 @@ def test_who_comes_second_says_that_it_waits_and_takes_what_the_first_made(
 @pytest.mark.slow
 def test_a_build_that_is_killed_leaves_nothing_that_looks_finished_and_the_next_clears_it(tmp_path: Path) -> None:
     images, caches = tmp_path / "images", tmp_path / "caches"
-    images.mkdir()
     random = np.random.default_rng(0)
     for number in range(60):
-        Image.fromarray(random.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(images / f"{number}.png")
+        noise(images / f"{number}.png", random, 400)
     command = command_of(images, caches, [digest_of(images / name) for name in open_store(images).names()])
     process = subprocess.Popen(command)
     deadline = time.monotonic() + 60

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from drawing import noise
 from fivefold.data.dataset import ImageSet, derive_seed, epoch_batches, in_order, load
 from fivefold.data.meta import measure
 from fivefold.data.store import open_store
@@ -26,7 +27,7 @@ def images(tmp_path) -> ImageSet:
     random = np.random.default_rng(0)
     names = [f"{number}.png" for number in range(11)]
     for name in names:
-        Image.fromarray(random.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / name)
+        noise(tmp_path / name, random, 20)
     digests = [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names]
     transform = build_transforms(["random_resized_crop", "horizontal_flip"], (8, 8))
     return ImageSet(open_store(tmp_path), names, transform, seed=5, sha256=digests)

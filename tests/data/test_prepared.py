@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from counting import CountingStore
+from drawing import noise
 from fivefold.data.dataset import Batch, ImageSet, in_order, load
 from fivefold.data.prepared import Prepared
 from fivefold.data.transforms import build_transforms
@@ -21,12 +22,10 @@ BATCHES = in_order(COUNT, 4)
 @pytest.fixture
 def images(tmp_path: Path) -> ImageSet:
     random = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
     store = CountingStore(tmp_path / "images")
     names = [f"{number}.png" for number in range(COUNT)]
     for number, name in enumerate(names):
-        pixels = random.integers(0, 256, (20 + number, 25, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(store.root / name)
+        noise(store.root / name, random, 20 + number)
     digests = [hashlib.sha256((store.root / name).read_bytes()).hexdigest() for name in names]
     transform = build_transforms(["resize"], (8, 12), evaluation=True)
     return ImageSet(store, names, transform, sha256=digests, meta=["color_mean", "aspect"])

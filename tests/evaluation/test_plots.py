@@ -40,9 +40,12 @@ def test_any_name_of_a_class_can_be_drawn(copies):
     assert min(picture(plots.confusion, matrix, names).size) > 400
 
 
-def test_400_classes_make_a_picture_of_bounded_size():
+def test_400_classes_and_certain_rows_make_pictures_of_bounded_size():
     drawn = picture(plots.confusion, np.eye(400, dtype=int), [str(code) for code in range(400)])
     assert max(drawn.size) < 2500
+    log_probs, codes = np.log(np.array([[1.0, 1e-30]] * 4)), np.zeros(4, int)  # all right and all certain
+    assert min(picture(plots.reliability, calibration.reliability_table(log_probs, codes), 0.0).size) > 400
+    assert min(picture(plots.confidence_histogram, log_probs, codes).size) > 400
     table = metrics.per_class_table(np.log(np.eye(400) + 1e-9), np.arange(400))
     assert picture(plots.class_f1, table, [str(code) for code in range(400)]).height < 3000
 
@@ -59,13 +62,6 @@ def test_a_log_that_is_none_is_refused(tmp_path):
     (tmp_path / "log.csv").write_text(LOG + "1,high,0.5,,,,,0.1\n")
     with pytest.raises(DataError, match=r"log\.csv is not a training log"):
         plots.training_curves(tmp_path / "log.csv", BytesIO())
-
-
-def test_calibration_of_rows_that_are_all_right_and_all_certain():
-    log_probs, codes = np.log(np.array([[1.0, 1e-30]] * 4)), np.zeros(4, int)
-    table = calibration.reliability_table(log_probs, codes)
-    assert min(picture(plots.reliability, table, 0.0).size) > 400
-    assert min(picture(plots.confidence_histogram, log_probs, codes).size) > 400
 
 
 def test_themes_differ_and_the_same_picture_has_the_same_bytes():

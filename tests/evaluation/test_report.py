@@ -14,11 +14,8 @@ from fivefold.evaluation import report
 )
 def test_figures_as_people_read_them(value, shown):
     assert report.figure(value) == shown
-
-
-@pytest.mark.parametrize(("share", "shown"), [(0, "0.0"), (0.1234, "12.3"), (0.99999, "99.9"), (1, "100")])
-def test_less_than_all_is_never_100_percent(share, shown):
-    assert report.percent(share) == f"{shown}\N{NO-BREAK SPACE}%"
+    shares = {0: "0.0", 0.1234: "12.3", 0.99999: "99.9", 1: "100"}  # less than all is never 100 percent
+    assert [report.percent(share) for share in shares] == [f"{text}\N{NO-BREAK SPACE}%" for text in shares.values()]
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,6 @@ def test_the_seed_decides_and_nothing_else():
     torch.testing.assert_close(first.images, again.images)
     kinds = {bool((mixing(Rows(IMAGES, TARGETS), 1, (0, step)).targets != TARGETS).any()) for step in range(30)}
     assert kinds == {True, False}
-
-
-def test_an_unknown_name_is_explained():
     with pytest.raises(SettingsError, match="did you mean 'cutmix'"):
         Mixing("cutmx", 1.0, 1.0)(Rows(IMAGES, TARGETS), 1, (0,))
 

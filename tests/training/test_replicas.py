@@ -5,10 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 sys.path.append(str(Path(__file__).parent))
@@ -19,6 +17,7 @@ from fivefold.distributed.launch import free_port
 from fivefold.distributed.place import Hosts, Place
 from fivefold.distributed.replicas import Replicas, with_norms_of_all
 from fivefold.models.backbones import build_backbone
+from training_runs import images_in
 
 PROGRAM = Path(__file__).with_name("parted.py")
 WORLD = 2
@@ -28,11 +27,7 @@ WORLD = 2
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn images in three colours, one after the other."""
     made = tmp_path_factory.mktemp("images")
-    drawing = np.random.default_rng(0)
-    for number in range(ROWS):
-        pixels = drawing.integers(0, 150, (SIZE, SIZE, 3))
-        pixels[..., number % 3] += 100
-        Image.fromarray(pixels.astype(np.uint8)).save(made / f"{number:02d}.png")
+    images_in(made, ROWS, SIZE)
     return made
 
 
