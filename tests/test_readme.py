@@ -20,6 +20,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 def test_every_stage_and_recipe_has_its_row():
     for name in [*STAGES, *shipped_recipes()]:
         assert f"\n| `{name}` |" in README, name
+    assert all(recipe(name) for name in re.findall(r"recipe=(\w+)", README))
 
 
 @pytest.mark.parametrize("line", sorted(set(re.findall(r"python (?:-m jobs|jobs/).*", README))))
@@ -34,11 +35,6 @@ def test_every_command_names_a_stage_and_known_keys(line):
     for key, _ in re.findall(r"([A-Za-z_.]+)=(\S+)", rest[0]):
         key = normal_key(key)
         assert key in Keys.model_fields or key in paths or key == "fold" or key.split(".")[0] in SECTIONS, key
-
-
-def test_recipes_that_the_papers_name_are_shipped():
-    for name in re.findall(r"recipe=(\w+)", README):
-        assert recipe(name)
 
 
 def test_nothing_is_left_to_fill_in_and_linked_files_exist():

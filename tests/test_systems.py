@@ -1,7 +1,6 @@
 """What `make systems` stands on: its data are the same each time, and what is missing is told."""
 
 import hashlib
-import subprocess
 import sys
 from pathlib import Path
 
@@ -42,8 +41,3 @@ def test_files_are_looked_at(tmp_path: Path) -> None:
         (Expected("a.csv", least=1000), "16 bytes, at least 1000 are wanted"),
     ):
         assert problems(tmp_path, [expected]) == ([f"{expected.path}: {wrong}"] if wrong else [])
-
-
-def test_an_unknown_system_is_told() -> None:
-    ended = subprocess.run([sys.executable, SYSTEMS, "car"], capture_output=True, text=True, check=False)
-    assert (ended.returncode, "unknown system 'car'; known: car_efficientnet_b5" in ended.stdout) == (64, True)
