@@ -50,6 +50,19 @@ def seen(bucket: Bucket, url: Url) -> dict[str, bytes]:
     return {each.name: bucket.read(each.object.url.key) for each in attempts.visible(store, url, store.below(url))}
 
 
+def test_large_file_moves_in_parts_and_arrives_whole(bucket, url, tmp_path, monkeypatch):
+    (tmp_path / "weights").write_bytes(os.urandom(20 * MIB + 1))
+    proxy = Proxy(bucket.endpoint)
+    with proxy.listening() as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        store = Store()
+        store.upload([(tmp_path / "weights", url / "weights")], "up")
+        (uploaded,) = store.below(url)
+        store.download([Download(uploaded, tmp_path / "back")], "down")
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "weights").read_bytes()
+    assert sum("partNumber=" in request.path for request in proxy.requests) == 3
+
+
 def test_an_object_that_changes_while_it_is_read_is_not_taken_for_whole(bucket, url, tmp_path, monkeypatch):
     bucket.write((url / "x").key, b"a" * 20 * MIB)
     store = Store()
