@@ -60,7 +60,7 @@ def begin(folder: Path, environ: dict[str, str], number: str = "SIGKILL", point:
 def ends_well(folder: Path, environ: dict[str, str]) -> str:
     """Runs the stage to its end; what it said."""
     process = begin(folder, environ)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=240)[1]
     assert process.returncode == 0, said
     return said
 
