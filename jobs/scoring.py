@@ -32,7 +32,7 @@ from fivefold.predictions import Predictions, mean_by_id
 from fivefold.recipe import Data
 
 log = logging.getLogger("fivefold")
-RECORDED = {"stage", "key", "settings", "inputs", "packages", "fivefold", "wall_seconds", "finished"}
+RECORDED = {"stage", "key", "settings", "inputs", "packages", "code", "wall_seconds", "finished"}
 
 
 @dataclass(frozen=True)

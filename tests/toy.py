@@ -48,6 +48,12 @@ def draw(
     Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
+def noise(path: Path, random: np.random.Generator, size: int = 12) -> None:
+    """Write an image of random pixels; no two are equal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(random.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(path)
+
+
 def noise_in(folder: Path, names: Sequence[str], count: int, seed: int = 0) -> None:
     """Writes `count` images of random pixels to each of the folders below `folder`: 0.png, 1.png, …"""
     random = np.random.default_rng(seed)

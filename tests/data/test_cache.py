@@ -19,7 +19,6 @@ import pytest
 from PIL import Image
 
 from counting import CountingStore
-from drawing import noise
 from fivefold.data.dataset import ImageSet, epoch_batches, load
 from fivefold.data.image_cache import (
     ENTRY,
@@ -44,6 +43,7 @@ from fivefold.data.store import FolderStore, open_store
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
 from rights import let_others_in
+from toy import noise
 
 GIB = 2**30
 KINDS = [Pixels(), Pixels(24), Pixels(24, scaled=True)]

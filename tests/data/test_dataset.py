@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from drawing import noise
 from fivefold.data.dataset import ImageSet, derive_seed, epoch_batches, in_order, load
 from fivefold.data.meta import measure
 from fivefold.data.store import open_store
@@ -20,6 +19,7 @@ from fivefold.errors import DataError, StoppedError
 from fivefold.settings import arguments_layer
 from fivefold.settings import load as load_settings
 from fivefold.stopping import noted
+from toy import noise
 
 
 @pytest.fixture

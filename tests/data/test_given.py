@@ -4,10 +4,10 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from drawing import write_data
 
 from fivefold.data.given import check_truth, read_given, with_folders_as_truth
 from fivefold.errors import DataError
+from toy import write_data
 
 CLASSES = ("dog", unicodedata.normalize("NFC", "été"))
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from counting import CountingStore
-from drawing import noise
 from fivefold.data.dataset import Batch, ImageSet, in_order, load
 from fivefold.data.prepared import Prepared
 from fivefold.data.transforms import build_transforms
 from fivefold.errors import DataError
+from toy import noise
 
 COUNT = 11
 BATCHES = in_order(COUNT, 4)

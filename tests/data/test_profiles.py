@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawing import PICTURE, write_data
 
 from fivefold.data.adapters import Rows, read_rows
 from fivefold.data.evals import read_eval
@@ -20,6 +19,7 @@ from fivefold.data.store import open_store
 from fivefold.data.summary import class_file
 from fivefold.errors import DataError, SettingsError
 from fivefold.recipe import Data, Split
+from toy import PICTURE, write_data
 
 PEOPLE = {
     "000001_female_Asian_29": "000001",

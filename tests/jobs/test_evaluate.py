@@ -91,7 +91,6 @@ def test_the_report_is_one_file_with_its_images_and_no_class_is_markup(toy_run, 
     assert page.count('<img class="small"') == sum(min(2, count) for count in mistakes)
 
 
-@pytest.mark.xfail(strict=True, reason="jobs/scoring.py asks records for `fivefold`, which they call `code`")
 def test_the_report_names_the_records_of_what_made_its_inputs(toy_run, whole):
     page = (whole[0] / "report.html").read_text(encoding="utf-8")
     keys = [read_json(toy_run / f"fold-{fold}" / "model" / "stage.json")["key"] for fold in range(3)]
