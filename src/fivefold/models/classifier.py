@@ -4,6 +4,7 @@ Heads by name: features [B, F] to logits [B, C]. All take `dropout`, before thei
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -70,6 +71,9 @@ def build_head(spec: str | dict[str, Any], features: int, classes: int, dropout:
     parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(parameters.pop("name", ""))
     make = choose(HEADS, "head", name)
+    known = {each.name: each for each in signature(make).parameters.values() if each.kind is each.KEYWORD_ONLY}
+    for parameter in parameters:
+        choose(known, f"parameter of the head {name!r}", parameter)
     try:
         return make(features, classes, **{"dropout": dropout, **parameters})
     except (TypeError, ValueError, RuntimeError) as error:
