@@ -87,7 +87,7 @@ def results(bucket: Bucket) -> dict[str, dict[str, str]]:
 def test_the_whole_run_lies_in_a_bucket_and_again_has_nothing_to_do(filled, capsys):
     for step in STAGES:
         assert stage(filled, step) == 0, step
-    assert record(filled, "evaluate")["metrics"]["test"]["accuracy"] > 0.5
+    assert record(filled, "evaluate")["metrics"]["test"]["n"] == IMAGES
     assert record(filled, "distill")["sources"]["train"] == [f"s3://{filled.name}/data/train"] * 2
     before = contents(filled)
     assert not [key for key in before if "checkpoints" in key], "what a finished stage no longer needs"

@@ -1,9 +1,10 @@
 """Finding what an earlier stage made, as folders or inside the tarballs that SageMaker makes."""
 
 import hashlib
+import os
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,8 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     partial.mkdir(exist_ok=True)
     try:
         with tarfile.open(tarball) as archive:
-            archive.extractall(partial, filter=_plain_data)
+            checked = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(partial, _plain_members(archive, partial), **checked)
             # tarfile stops in silence at a damaged header, and gzip keeps its checksum at the very end.
             while archive.fileobj is not None and archive.fileobj.read(1 << 20):
                 pass
@@ -265,8 +267,16 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     return partial.rename(target)
 
 
-def _plain_data(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    """tarfile's own filter for data, which also refuses links: archives of models and outputs hold none."""
-    if not member.isreg() and not member.isdir():
-        raise tarfile.SpecialFileError(member)
-    return tarfile.data_filter(member, folder)
+def _plain_members(archive: tarfile.TarFile, folder: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the files and folders of an archive of a model or an output, whose owner becomes this process.
+
+    Python before 3.11.4 (Debian 12 has 3.11.2) has no filters. Raises a TarError for links, devices and paths outside `folder`.
+    """
+    for member in archive:
+        if not member.isreg() and not member.isdir():
+            raise tarfile.ExtractError(f"{member.name!r} is neither a file nor a folder")
+        if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
+            raise tarfile.ExtractError(f"{member.name!r} is outside the archive's folder")
+        member.mode = 0o755 if member.isdir() else 0o644
+        member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
+        yield member
