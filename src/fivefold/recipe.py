@@ -255,6 +255,7 @@ class Evaluate(Section):
     bins: int = Field(15, ge=1, description="bins of the calibration error")
     top_k: int = Field(5, ge=1, description="k of the top-k accuracy")
     gallery: int = Field(48, ge=0, description="most confident mistakes that the report shows as images")
+    allow_empty: bool = Field(False, description="end without an error where no row has a ground truth")
 
 
 class Serve(Section):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fivefold.errors import RetryableError, SettingsError
-from fivefold.launchers import kubernetes
+from fivefold.launchers import kubernetes, manifests
 from fivefold.launchers.plan import Inputs, Plan, make_plan, select
 from jobs import submit as jobs_submit
 from platform_runs import REPOSITORY, wait_until
@@ -90,8 +90,8 @@ def test_the_whole_graph_in_order(cluster: Cluster, capsys: pytest.CaptureFixtur
     assert ends.index("distill") < ends.index("ensemble-student") < ends.index("evaluate-student")
     printed = list(yaml.safe_load_all(kubernetes.describe(plan)))
     claim = json.loads((cluster.folder / "persistentvolumeclaim-fivefold.json").read_text())
-    assert claim["spec"] == printed[0]["spec"]
-    assert {one["metadata"]["name"]: one["spec"] for one in printed[1:]} == {
+    assert claim["spec"] == manifests.claim(plan.settings.kubernetes)["spec"]
+    assert {one["metadata"]["name"]: one["spec"] for one in printed} == {
         one["metadata"]["name"]: one["spec"] for one in cluster.jobs().values()
     }
     assert "[fold-1] epoch 1 of 3\n[fold-1] epoch 2 of 3\n" in said

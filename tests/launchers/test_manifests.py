@@ -2,8 +2,10 @@
 
 import copy
 import os
+import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ needs_kubectl = pytest.mark.skipif(
 
 
 def plan_of(*overrides: str, inputs: Inputs | None = None, run: str = "first", **more: Any) -> Plan:
-    inputs = inputs or Inputs("/data/train", "/data/eval")
+    inputs = inputs or Inputs("/data/train", "/data/eval", truth_unknown=True)
     return make_plan(inputs, overrides, run=run, recipe="small_images", **more)
 
 
@@ -60,8 +62,8 @@ def expanded(one: dict[str, Any], index: int | None = None, **given: str) -> dic
 
 def test_rendered_files_are_up_to_date_and_those_that_submit_renders() -> None:
     assert {name: (K8S / name).read_text("utf-8") for name in files()} == files(), "make manifests writes them anew"
-    names = ["pvc.yaml", *(f"{task.name}-job.yaml" for task in tasks_of(plan_of()))]
-    assert set(names) == set(files())
+    names = [f"{task.name}-job.yaml" for task in tasks_of(plan_of())]
+    assert {*names, "pvc.yaml"} == set(files())
     shipped = [one for name in names for one in rules.read(K8S / name)]
     assert list(yaml.safe_load_all(kubernetes.describe(plan_of()))) == shipped
 
@@ -95,6 +97,36 @@ def test_the_claim_stands_in_a_file_of_its_own() -> None:
     kinds = {name: {one["kind"] for one in rules.read(K8S / name)} for name in OBJECTS}
     assert [name for name in kinds if "PersistentVolumeClaim" in kinds[name]] == ["pvc.yaml"]
     assert "pvc.yaml" not in yaml.safe_load((K8S / "kustomization.yaml").read_text())["resources"]
+    assert {one["kind"] for one in yaml.safe_load_all(kubernetes.describe(plan_of()))} == {"Job"}, "of --dry-run"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "code"),
+    [("SuccessCriteriaMet Complete", 0), ("FailureTarget Failed", 1), ("Suspended SuccessCriteriaMet Complete", 0)],
+)
+def test_loops_in_the_docs_end_with_the_job(tmp_path: Path, conditions: str, code: int) -> None:
+    """`kubectl wait --for=condition=complete` would wait its whole time for a Job that failed."""
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f"""#!/bin/sh
+echo "$@" >> {tmp_path}/calls
+case "$1 $(wc -l < {tmp_path}/calls)" in
+    "get 2") echo FailureTarget SuccessCriteriaMet Suspended ;; # pods still run
+    get*) echo {conditions} ;;
+esac
+""")
+    kubectl.chmod(0o755)
+    text = (K8S.parent / "docs/kubernetes.md").read_text("utf-8")
+    (loop,) = re.findall(r"(?ms)^for stage in .*?^done$", text)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = loop.replace("sleep 10", "sleep 0").replace("break", "exit 1")
+    assert subprocess.run(["sh", "-c", script], env=environ, timeout=60).returncode == code
+    stages = [call.split("-")[1] for call in (tmp_path / "calls").read_text().splitlines() if call.startswith("apply")]
+    assert len(stages) == (1 if code else 5)
+
+
+def test_no_shipped_text_waits_for_one_end_of_a_job() -> None:
+    texts = [*K8S.rglob("*.yaml"), K8S.parent / "README.md", *(K8S.parent / "docs").glob("*.md")]
+    assert [path.name for path in texts if "--for=condition=complete" in path.read_text("utf-8")] == []
 
 
 FOLDS, WORKFLOW, TRAINER = "train-folds-job.yaml", "contrib/workflow.yaml", "contrib/trainjob.yaml"
@@ -223,7 +255,9 @@ def test_data_that_no_pod_would_see_and_runs_that_none_could_write(path: str) ->
     with pytest.raises(SettingsError, match="train"):
         check_inputs(Inputs(path), Path("runs/first"))
     inputs = Inputs("/data/train", "s3://cars/eval", unlabeled="/data")
-    assert check_inputs(inputs, Path("runs/first")) == inputs
+    assert check_inputs(inputs, Path("runs/first")) == replace(inputs, truth_unknown=True)
+    known = replace(inputs, ground_truth="s3://cars/gt.csv")
+    assert check_inputs(known, Path("runs/first")) == known
 
 
 def test_names_of_runs_become_names_of_jobs() -> None:

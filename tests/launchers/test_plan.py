@@ -86,6 +86,25 @@ def test_without_test_images_nothing_predicts_them_and_a_holdout_scores_the_stud
     assert held_out.environment["SM_CHANNEL_MODEL"] == "runs/r/distill/model"
 
 
+@pytest.mark.parametrize(
+    ("inputs", "overrides", "student"),
+    [
+        (Inputs(train="t", eval="e"), [], ["ensemble-student"]),
+        (Inputs(train="t", eval="e"), ["split.holdout=.1"], ["ensemble-student", "evaluate-student"]),
+        (Inputs(train="t", eval="e", ground_truth="g"), [], ["ensemble-student", "evaluate-student"]),
+        (Inputs(train="t", eval="e", truth_unknown=True), [], ["ensemble-student", "evaluate-student"]),
+    ],
+)
+def test_a_student_is_evaluated_where_a_row_may_have_a_truth(
+    inputs: Inputs, overrides: list[str], student: list[str]
+) -> None:
+    plan = plan_of(*overrides, inputs=inputs)
+    assert names(plan) == ["split", *FOLD_NAMES, "ensemble", "evaluate", "distill", *student]
+    assert any("evaluate-student is left out" in note for note in plan.notes) == ("evaluate-student" not in student)
+    empty = [step.name for step in plan.steps if "evaluate.allow_empty=true" in step.arguments]
+    assert empty == (["evaluate-student"] if inputs.truth_unknown else [])
+
+
 def test_parts_by_share_are_one_fold_without_teachers_unless_another_is_named() -> None:
     plan = plan_of("split.parts=[.8,.1,.1]")
     assert names(plan) == ["split", "fold-0", "ensemble", "evaluate"]

@@ -53,14 +53,16 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
-    """The plan as what is applied: the claim, if pods need it, and the Jobs in order."""
+    """The Jobs in order, as they are applied. The claim is only named, so that who deletes these objects keeps the data."""
     check(plan)
-    return as_yaml(objects(plan, parallel)).rstrip("\n")
+    jobs = objects(plan, parallel)
+    name = plan.settings.kubernetes.claim
+    head = f"# The claim {name} must exist: k8s/pvc.yaml makes fivefold.\n" if any(map(has_claim, jobs)) else ""
+    return head + as_yaml(jobs).rstrip("\n")
 
 
 def objects(plan: Plan, parallel: int = 0) -> list[Object]:
-    jobs = [job(plan, task, parallel) for task in tasks_of(plan)]
-    return [*([claim(plan.settings.kubernetes)] if any(has_claim(one) for one in jobs) else []), *jobs]
+    return [job(plan, task, parallel) for task in tasks_of(plan)]
 
 
 def has_claim(one: Mapping[str, Any]) -> bool:

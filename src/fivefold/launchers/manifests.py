@@ -7,7 +7,7 @@ Objects are plain dicts. Run as a program it writes the Jobs of `k8s/`: `make ma
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -88,7 +88,10 @@ def check_names(plan: Plan) -> None:
 
 
 def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
-    """The inputs as they are; a SettingsError for a path that no pod would see: it lies in /data of the claim, or at s3://."""
+    """The inputs; whether a ground truth stands beside eval's test.csv, only pods see.
+
+    Raises SettingsError for a path that no pod would see: it must be in /data of the claim, or at s3://.
+    """
     for name, path in vars(inputs).items():
         if path and is_url(path):
             parse(path, name)
@@ -97,7 +100,7 @@ def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
                 f"{name}={path}: pods see {DATA} of the claim, and s3://; copy it to the claim as docs/kubernetes.md "
                 f"shows, and give {name}={DATA}/…"
             )
-    return inputs
+    return replace(inputs, truth_unknown=bool(inputs.eval and not inputs.ground_truth))
 
 
 def check_runs(runs: str) -> None:
@@ -280,13 +283,22 @@ _Dumper.add_implicit_resolver("float", re.compile(r"([yYnN]|[-+.0-9][-+.0-9a-fA-
 
 def files() -> dict[str, str]:
     """The text of each rendered file by its path in `k8s/`: the Jobs of the run `first` of the recipe `small_images`."""
-    plan = make_plan(Inputs(f"{DATA}/train", f"{DATA}/eval"), run="first", runs=RUNS, recipe="small_images")
-    objects = {f"{task.name}-job.yaml": job(plan, task) for task in tasks_of(plan)}
-    objects["pvc.yaml"] = claim(plan.settings.kubernetes)
-    return {name: HEAD.format(COMMENTS[name], name) + as_yaml([one]) for name, one in objects.items()}
+    inputs = Inputs(f"{DATA}/train", f"{DATA}/eval", truth_unknown=True)
+    plan = make_plan(inputs, run="first", runs=RUNS, recipe="small_images")
+    found = {"pvc.yaml": HEAD.format(CLAIM_COMMENT, "pvc.yaml") + as_yaml([claim(plan.settings.kubernetes)])}
+    for task in tasks_of(plan):
+        name = f"{task.name}-job.yaml"
+        found[name] = HEAD.format(f"{COMMENTS[name]} The claim of pvc.yaml must exist.", name) + as_yaml(
+            [job(plan, task)]
+        )
+    return found
 
 
 HEAD = "# {}\n#\n#     kubectl apply -f k8s/{}\n#\n# Rendered from the plan by `make manifests`.\n"
+CLAIM_COMMENT = (
+    "The claim of the data and the runs. Apply it once; whoever deletes it deletes them (docs/kubernetes.md says how to\n"
+    "# keep them). Folds on several machines need ReadWriteMany."
+)
 COMMENTS = {
     "split-job.yaml": "Images in /data/train to folds, in /runs/first/split.",
     "train-folds-job.yaml": "Every fold in a pod of its own, side by side: FOLD is the pod's index. After split.",
@@ -295,9 +307,8 @@ COMMENTS = {
     "distill-job.yaml": "The fold models teach one student. After train-folds.",
     "ensemble-student-job.yaml": "The student predicts /data/eval. After distill.",
     "evaluate-student-job.yaml": "The student's scores. After ensemble-student.",
-    "pvc.yaml": "The claim of the data and the runs, applied once. Folds on several machines need ReadWriteMany.",
 }
-"""What stands at the head of each file."""
+"""What stands at the head of each Job's file."""
 
 
 if __name__ == "__main__":

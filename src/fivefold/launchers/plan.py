@@ -30,13 +30,17 @@ SAID_OTHERWISE = {"stage": "stages=", "fold": "folds="}
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is given: paths as the user wrote them, None where not given."""
+    """What a run is given: paths as the user wrote them, None where not given.
+
+    `truth_unknown`: a ground truth may stand beside eval's test.csv, in a place that only the stages see.
+    """
 
     train: str
     eval: str | None = None
     ground_truth: str | None = None
     unlabeled: str | None = None
     weights: str | None = None
+    truth_unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class _Builder:
         self._add_scores("ensemble", "evaluate", str(self.folder), teachers)
         if not inputs.eval:
             self.notes.append("no eval=: no ensemble of test images; evaluate reports on out-of-fold and holdout rows")
-        elif not inputs.ground_truth:
+        elif not inputs.ground_truth and not inputs.truth_unknown:
             self.notes.append("no ground truth for eval: evaluate reports on out-of-fold and holdout rows")
         if split.parts and self.settings.distill.teacher == "oof":  # no row is out-of-fold, so none has a teacher
             self.notes.append(
@@ -184,23 +188,26 @@ class _Builder:
             return
         images = {"train": inputs.train, "unlabeled": inputs.unlabeled, "weights": inputs.weights}
         self._add("distill", "distill", images, teachers, self.settings.student().train.epochs, seed=seeds[0])
-        if inputs.eval or split.holdout > 0 or (split.parts and split.parts[2]):
-            model = str(self.folder / "distill" / "model")
-            self._add_scores("ensemble-student", "evaluate-student", model, ("distill",))
-        else:
-            self.notes.append(
-                "no eval= and no holdout: nothing to score the student on, so evaluate-student is left out"
-            )
+        self._add_scores("ensemble-student", "evaluate-student", str(self.folder / "distill" / "model"), ("distill",))
 
     def _add_scores(self, ensemble: str, evaluate: str, model: str, needs: tuple[str, ...]) -> None:
-        """Adds the prediction of the eval images by the models below `model`, where there is an eval; its evaluation."""
-        given = {"train": self.inputs.train, "model": model, "predictions": None}
-        if self.inputs.eval:
-            self._add(ensemble, "ensemble", {"model": model, "eval": self.inputs.eval}, needs)
-            given |= {"predictions": str(self.folder / ensemble / "output"), "eval": self.inputs.eval}
-            given |= {"ground_truth": self.inputs.ground_truth}
+        """Adds the prediction of the eval images by the models below `model`, where there is an eval; its evaluation.
+
+        A student has no out-of-fold rows: without ground truth and holdout it cannot be evaluated.
+        """
+        inputs, split = self.inputs, self.settings.split
+        given = {"train": inputs.train, "model": model, "predictions": None}
+        if inputs.eval:
+            self._add(ensemble, "ensemble", {"model": model, "eval": inputs.eval}, needs)
+            given |= {"predictions": str(self.folder / ensemble / "output"), "eval": inputs.eval}
+            given |= {"ground_truth": inputs.ground_truth}
             needs = (ensemble,)
-        self._add(evaluate, "evaluate", given, needs)
+        truth = inputs.eval and (inputs.ground_truth or inputs.truth_unknown)
+        if evaluate == "evaluate" or truth or split.holdout > 0 or (split.parts and split.parts[2]):
+            self._add(evaluate, "evaluate", given, needs)
+        else:
+            lacks = "no ground truth for eval" if inputs.eval else "no eval="
+            self.notes.append(f"{lacks} and no holdout: nothing to score the student on, so {evaluate} is left out")
 
     def _add(
         self,
@@ -220,7 +227,8 @@ class _Builder:
         recipe = (f"recipe={self.recipe}",) if self.recipe else ()
         own = tuple(text for text in self.overrides if is_of(_key(text), (*STAGES[stage].sections, "reuse")))
         seeded = (f"seed={seed}",) if self.seeds and seed is not None else ()
-        arguments = (*recipe, *own, *seeded)
+        empty = ("evaluate.allow_empty=true",) if name == "evaluate-student" and self.inputs.truth_unknown else ()
+        arguments = (*recipe, *empty, *own, *seeded)
         self.steps.append(Step(name, stage, arguments, environment, folder, needs, epochs, fold, seed))
 
 
