@@ -80,3 +80,11 @@ def test_exactly_the_stages_that_a_change_concerns_run_again(
     assert set(found) == expected, found
     assert reason in [f"{step}: {why}"[: len(reason)] for step, why in found.items()] or not reason
     assert reasons(root, *arguments) == {}, "then all is done again"
+
+
+def test_a_run_without_a_truth_evaluates_what_has_one_and_ends_with_0(finished, tmp_path):
+    root = copy_run(finished, tmp_path / "run")
+    (root / "eval" / "gt.csv").unlink()
+    shutil.rmtree(root / "runs" / "r" / "evaluate-student")
+    assert set(reasons(root)) == {"evaluate"}
+    assert not (root / "runs" / "r" / "evaluate-student").exists()
