@@ -306,7 +306,7 @@ def by_name(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     ],
 )
 def test_a_component_is_what_submit_renders_so(tmp_path: Path, component: str, override: str, at: str) -> None:
-    plan = plan_of(override, inputs=Inputs(f"{at}/train", f"{at}/eval"))
+    plan = plan_of(override, inputs=Inputs(f"{at}/train", f"{at}/eval", truth_unknown=True))
     assert by_name(kustomized(tmp_path, component)) == by_name(kubernetes.objects(plan))
 
 
