@@ -165,8 +165,7 @@ def test_what_is_missing_is_66(toy_run, tmp_path):
     nothing = dict.fromkeys(("MODEL", "PREDICTIONS", "GROUND_TRUTH", "FOLDS", "EVAL", "TRAIN"))
     assert "SM_CHANNEL_GROUND_TRUTH" in refuse(toy_run, tmp_path / "a", 66, **nothing)
     assert "predictions" in refuse(toy_run, tmp_path / "b", 66, **{**nothing, "GROUND_TRUTH": toy_run / "gt.csv"})
-    predicted = {**nothing, "PREDICTIONS": toy_run / "ensemble" / "output"}
-    assert run_stage(toy_run, "evaluate", tmp_path / "d", "evaluate.allow_empty=true", **predicted) == 0
+    assert run_stage(toy_run, "evaluate", tmp_path / "d", "evaluate.allow_empty=true", **nothing) == 0
     assert read_json(tmp_path / "d" / "output" / "metrics.json") == {}
     (tmp_path / "truth").mkdir()
     assert "gt.csv" in refuse(toy_run, tmp_path / "c", 66, GROUND_TRUTH=tmp_path / "truth")
