@@ -260,7 +260,6 @@ NO_PODS = [
 @pytest.mark.parametrize(
     ("job", "room", "words"),
     [
-        ("split", 0, NO_PODS[0]),
         ("split", 0, NO_PODS[1]),
         ("train_folds", 2, NO_PODS[2]),
         ("train_folds", 0, NO_PODS[3]),
