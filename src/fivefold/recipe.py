@@ -5,6 +5,7 @@ command line, the environment and hyperparameters over it. Settings stop at `ass
 it functions take plain arguments.
 """
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -342,6 +343,10 @@ OF_A_STAGE = frozenset(SageMaker.model_fields) - {"output", "region", "max_cost"
 """The keys of `[sagemaker]` that a stage may have otherwise."""
 
 
+QUANTITY = r"^\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?$"
+"""An amount as Kubernetes writes it, of CPUs, memory or disk."""
+
+
 class Kubernetes(Section):
     image: str = Field("fivefold:latest", min_length=1, description="the image of every pod")
     namespace: str = Field("", description="empty: that of kubectl's context")
@@ -350,10 +355,18 @@ class Kubernetes(Section):
     runs: str = Field("/runs", description="where runs lie: /runs of the claim, or s3://bucket/prefix")
     gpus: int = Field(1, ge=0, description="GPUs of a pod that trains or predicts; 0: none")
     cpus: int = Field(2, ge=1, description="CPUs that a pod asks for; without a GPU also the threads of its process")
-    memory: str = Field("4Gi", pattern=r"\d+(\.\d+)?([kMGTPE]|[KMGTPE]i)?", description="memory that a pod asks for")
+    memory: str = Field("4Gi", pattern=QUANTITY, description="memory that a pod asks for, and may have at most")
+    limits: dict[str, Any] = Field({}, description='most that a pod may have, beside GPUs: cpu = 4, memory = "8Gi"')
     service_account: str = Field("", description="the pods' service account, for a role that may use s3://")
     queue: str = Field("", description="the LocalQueue of Kueue that Jobs wait in")
     poll_seconds: float = Field(5.0, ge=0.05, description="seconds between two looks at the Jobs")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Kubernetes":
+        for name, value in self.limits.items():
+            if not re.fullmatch(QUANTITY, str(value)):
+                raise ValueError(f"limits.{name}={value!r} is no quantity, as 4, 500m or 8Gi")
+        return self
 
 
 OF_PLATFORMS = ("sagemaker", "kubernetes")

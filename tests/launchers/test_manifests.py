@@ -158,6 +158,47 @@ def test_an_object_that_a_cluster_would_refuse_is_found(name: str, spoil: Any) -
         accept(one)
 
 
+def test_every_container_has_a_limit_of_memory_and_the_service_one_of_cpus() -> None:
+    for name in OBJECTS:
+        for one in rules.read(K8S / name):
+            for spec in rules.pod_specs(one) if one["kind"] != "TrainingRuntime" else []:  # the TrainJob has them
+                assert spec["containers"][0]["resources"]["limits"]["memory"], name
+    *_, train_job = rules.read(K8S / TRAINER)
+    assert train_job["spec"]["trainer"]["resourcesPerNode"]["limits"]["memory"]
+    service = next(one for one in rules.read(K8S / "serve-deployment.yaml") if one["kind"] == "Deployment")
+    assert container_of(service)["resources"]["limits"]["cpu"]
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a selector takes an object with these labels."""
+    asked = {"Exists": lambda key, _: key in labels, "DoesNotExist": lambda key, _: key not in labels}
+    asked["NotIn"] = lambda key, values: labels.get(key) not in values
+    expressions = selector.get("matchExpressions", [])
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        asked[each["operator"]](each["key"], each.get("values")) for each in expressions
+    )
+
+
+def test_policies_take_the_pods_that_they_are_of() -> None:
+    jobs, serve = (one["spec"] for one in rules.read(K8S / "network-policy.yaml"))
+    service, deployment, budget = rules.read(K8S / "serve-deployment.yaml")
+    for task in tasks_of(plan_of()):
+        labels = job(plan_of(), task)["spec"]["template"]["metadata"]["labels"]
+        assert (selects(jobs["podSelector"], labels), selects(serve["podSelector"], labels)) == (True, False)
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert (selects(jobs["podSelector"], labels), selects(serve["podSelector"], labels)) == (False, True)
+    assert serve["ingress"][0]["ports"][0]["port"] == service["spec"]["ports"][0]["targetPort"]
+    assert "ingress" not in jobs
+    assert selects(budget["spec"]["selector"], labels)
+    (loader,) = rules.read(K8S / "loader-pod.yaml")
+    *_, workflow = rules.read(K8S / WORKFLOW)
+    of_argo = {
+        **workflow["spec"]["templates"][1]["metadata"]["labels"],
+        "workflows.argoproj.io/workflow": "fivefold-first",
+    }
+    assert not any(selects(jobs["podSelector"], labels) for labels in (loader["metadata"]["labels"], of_argo))
+
+
 # what a Job does is what the plan says
 
 
@@ -207,7 +248,7 @@ def test_folds_are_tried_again_alone_unless_their_exit_code_comes_again() -> Non
     assert "maxFailedIndexes" not in spec
     drained, permanent = spec["podFailurePolicy"]["rules"]
     assert (drained["action"], permanent["action"]) == ("Ignore", "FailIndex")
-    assert permanent["onExitCodes"]["values"] == PERMANENT == [64, 65, 66]
+    assert permanent["onExitCodes"]["values"] == PERMANENT == [64, 65, 66, 137]
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == 120
 
 
@@ -228,9 +269,24 @@ def test_only_training_and_prediction_ask_for_a_gpu() -> None:
     plan = plan_of("kubernetes.gpus=2")
     for task in tasks_of(plan):
         spec = job(plan, task)["spec"]["template"]["spec"]
-        wanted = {"nvidia.com/gpu": "2"} if task.stage not in ("split", "evaluate") else None
-        assert spec["containers"][0]["resources"].get("limits") == wanted
-        assert ("tolerations" in spec) == (wanted is not None)
+        wanted = {"nvidia.com/gpu": "2"} if task.stage not in ("split", "evaluate") else {}
+        assert spec["containers"][0]["resources"]["limits"] == {"memory": "4Gi", **wanted}
+        assert ("tolerations" in spec) == bool(wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        ("kubernetes.memory=6Gi", {"memory": "6Gi"}),
+        ('kubernetes.limits={"memory": "8Gi", "cpu": 3.5}', {"memory": "8Gi", "cpu": "3.5"}),
+        ('kubernetes.limits={"ephemeral-storage": "20Gi"}', {"memory": "4Gi", "ephemeral-storage": "20Gi"}),
+    ],
+)
+def test_limits_of_a_pod(given: str, limits: dict[str, str]) -> None:
+    for one in kubernetes.objects(plan_of(given)):
+        accept(one)
+        found = container_of(one)["resources"]["limits"]
+        assert {name: value for name, value in found.items() if name != "nvidia.com/gpu"} == limits
 
 
 @pytest.mark.parametrize("text", ["y", "No", "null", "1e3", "12", "", "a: b", "{a}", "2026-01-01", "ö"])
@@ -312,12 +368,13 @@ def test_a_component_is_what_submit_renders_so(tmp_path: Path, component: str, o
 
 @needs_kubectl
 @pytest.mark.parametrize("component", ["cpu", "s3"])
-def test_one_line_names_another_run_and_another_image(tmp_path: Path, component: str) -> None:
+def test_one_line_names_another_run_image_and_recipe(tmp_path: Path, component: str) -> None:
     changes = [("run=first", "run=second-try"), ("newTag: latest", "newTag: v2\n    newName: here/it")]
-    found = by_name(kustomized(tmp_path, component, *changes))
+    found = by_name(kustomized(tmp_path, component, *changes, ("recipe=small_images", "recipe=plain:smoke")))
     assert set(found) == {job_name("second-try", task.name) for task in tasks_of(plan_of())}
     for one in found.values():
         assert container_of(one)["image"] == "here/it:v2"
+        assert container_of(one)["args"][1] == "recipe=plain:smoke"
         assert container_of(one)["env"]["RUN"] == "second-try"
         assert "/first" not in str(container_of(one)["env"])
         assert one["metadata"]["labels"] == one["spec"]["template"]["metadata"]["labels"]
@@ -353,8 +410,11 @@ def test_the_workflow_is_the_plan(runs: Path) -> None:
             seen = as_seen(step, variables, step.fold)
             surplus = {f"SM_CHANNEL_{channel}" for channel in ("TRAIN", "EVAL")} - set(step.environment)
             assert {key: value for key, value in seen.items() if key not in surplus} == step.environment, step.name
-            assert [*container["command"], *container["args"]] == ["python", "-m", "jobs", step.stage, *step.arguments]
-            wanted = container_of(job(plan, task))["resources"].get("limits", {"nvidia.com/gpu": "0"})
+            given_by_variable = ["evaluate.allow_empty=true"] if variables["EVALUATE__ALLOW_EMPTY"] == "true" else []
+            called = [*container["command"], *container["args"], *given_by_variable]
+            assert called == ["python", "-m", "jobs", step.stage, *step.arguments]
+            wanted = {"nvidia.com/gpu": "0", **container_of(job(plan, task))["resources"]["limits"]}
+            assert container["resources"]["limits"] == {"memory": wanted.pop("memory")}
             assert patch["containers"] == [{"name": "main", "resources": {"limits": wanted}}]
     assert given["workflow.parameters.folds"] == str(len(tasks["train-folds"].steps))
     assert nodes["train-folds"]["withSequence"] == {"count": "{{workflow.parameters.folds}}"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.launchers.screen import Screen, copy_output
+from fivefold.launchers.screen import Screen, copy_output, lines_of
 
 
 class Terminal(io.StringIO):
@@ -36,6 +36,26 @@ def copied(printed: bytes, folder: Path, name: str) -> tuple[str, list[str]]:
 def test_a_log_has_whole_lines_and_of_a_bar_the_last_state(tmp_path: Path, printed: bytes, lines: list[str]) -> None:
     assert copied(printed, tmp_path, "a") == ("".join(f"[a] {line}\n" for line in lines), lines)
     assert copied(printed, tmp_path / "alone", "") == (printed.decode("utf-8", "replace"), lines)
+
+
+@pytest.mark.parametrize(
+    ("again", "lines"),
+    [
+        ("a\na\nb\nc\n", ["a", "a", "b", "c"]),
+        ("a\n", ["a", "a", "b"]),
+        ("b\nc\n", ["a", "a", "b", "b", "c"]),  # its begin is gone: nothing new may be passed over
+        ("", ["a", "a", "b"]),
+    ],
+)
+def test_lines_that_are_in_the_log_are_written_no_second_time(tmp_path: Path, again: str, lines: list[str]) -> None:
+    log = tmp_path / "log.txt"
+    for title, printed in (("pod x", "a\na\nb\n"), ("pod y", "a\n"), ("pod x", again)):
+        output = io.TextIOWrapper(io.BytesIO(printed.encode()), "utf-8", "replace", newline="")
+        copy_output(output, log, title, Screen(io.StringIO()), "n", lines_of(log, title))
+    assert lines_of(log, "pod x") == lines
+    assert lines_of(log, "pod y") == ["a"]
+    assert lines_of(log) == (lines if len(lines) > 3 else ["a"]), "of the one that printed last"
+    assert lines_of(tmp_path / "no.txt") == []
 
 
 def test_the_status_line_stays_below_other_lines_and_on_terminals_alone() -> None:

@@ -35,7 +35,9 @@ OOF = {"n": 1437, "accuracy": 0.97, "logloss": 0.09}
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    plan = make_plan(Inputs("t", "e"), ["split.folds=2", "train.epochs=4"], run="r", runs=str(tmp_path))
+    plan = make_plan(
+        Inputs("t", "e", truth_unknown=True), ["split.folds=2", "train.epochs=4"], run="r", runs=str(tmp_path)
+    )
     write_plan(plan)
     return plan
 

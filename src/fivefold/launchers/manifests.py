@@ -32,8 +32,9 @@ UID = 10001
 READ_ONLY = {DATA: {"readOnly": True}}
 GPU = "nvidia.com/gpu"
 ON_GPU = ("train-fold", "distill", "ensemble")
-PERMANENT = sorted({SettingsError.exit_code, DataError.exit_code, MissingInputError.exit_code})
-"""Exit codes that come again with the same command."""
+KILLED = 137
+PERMANENT = sorted({SettingsError.exit_code, DataError.exit_code, MissingInputError.exit_code, KILLED})
+"""Exit codes that come again with the same command; 137: killed, as at a limit of memory."""
 RETRIES = 2
 SECONDS_OF_GRACE = 120
 SECONDS_KEPT = 7 * 24 * 3600
@@ -174,6 +175,7 @@ def pod(task: Task, pods: Kubernetes) -> Object:
     command = (step.stage, *step.arguments) if task.indexed else step.command
     env = environment(task, pods)
     from_store = [{kind: {"name": STORE, "optional": True}} for kind in ("configMapRef", "secretRef")]
+    limits = {name: str(value) for name, value in pods.limits.items()}
     at_store = any(is_url(entry.get("value", "")) for entry in env)
     from_claim = [path for path in (DATA, RUNS) if any(entry.get("value", "").startswith(path) for entry in env)]
     return {
@@ -202,7 +204,7 @@ def pod(task: Task, pods: Kubernetes) -> Object:
                 **({"envFrom": from_store} if at_store else {}),
                 "resources": {
                     "requests": {"cpu": str(pods.cpus), "memory": pods.memory},
-                    **({"limits": {GPU: str(pods.gpus)}} if on_gpu else {}),
+                    "limits": {"memory": pods.memory, **limits, **({GPU: str(pods.gpus)} if on_gpu else {})},
                 },
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
