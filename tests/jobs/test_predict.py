@@ -169,10 +169,13 @@ def test_a_folder_and_a_zip_of_it_give_the_same(shop, products, tmp_path):
 
 
 def test_a_name_that_is_a_formula_is_none_in_the_table(tmp_path):
-    results = [{"image_path": "=HYPERLINK(1).png", "predicted": "a", "confidence": 0.5}, {"image_path": "-5"}]
+    results = [
+        {"image_path": "=HYPERLINK(1).png", "predicted": "a", "confidence": 0.5},
+        {"image_path": "-5", "predicted": "b", "confidence": 1},
+    ]
     rows = read_rows(write_results(tmp_path / "p.csv", results, ["", ""]))
     assert [row["image_path"] for row in rows] == ["'=HYPERLINK(1).png", "-5"]
-    assert [row["confidence"] for row in rows] == ["0.500000", ""]
+    assert [row["confidence"] for row in rows] == ["0.500000", "1.000000"]
 
 
 def test_folders_called_like_classes_are_the_truth(shop, tmp_path):
