@@ -9,6 +9,7 @@ python -m jobs train                                without STAGE: train-fold, o
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -81,7 +82,7 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
         start_no_more_threads(os.environ)
         parent = environ.get(PARENT, "")
         end_with(parent)
-        with noted(at_once=not parent), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+        with noted(at_once=not parent, watched=True), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
             settings = settings_once()
             if settings.run:
                 environ = in_run(stage, environ, run_at(settings.runs, settings.run), settings.fold)
@@ -188,6 +189,8 @@ def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[st
 
 def fail(error: BaseException, environ: Mapping[str, str]) -> int:
     """Says what went wrong, on stderr and in the failure file; the exit code of the error."""
+    if isinstance(error, BrokenPipeError):
+        sys.stdout.flush()  # raises another where it is our own reader that is gone
     error = explained(error)
     if isinstance(error, StoppedError):  # no failure: it goes on
         log.warning("%s", error)
@@ -255,8 +258,14 @@ def stage_help(stage: Stage) -> str:
 
 
 def command_line() -> None:
-    """The console command `fivefold`."""
-    sys.exit(main(sys.argv[1:]))
+    """The console command `fivefold`; where nobody reads its output any more (`| head`), it ends as SIGPIPE would have it."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
 
 
 if __name__ == "__main__":

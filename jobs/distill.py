@@ -13,7 +13,7 @@ from fivefold.data.images import is_image
 from fivefold.distributed.replicas import Replicas
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
-from fivefold.recipe import Settings
+from fivefold.recipe import Data, Settings
 
 from . import images
 from .outcome import Outcome
@@ -40,7 +40,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     log.info("student: %d rows, taught by %s", len(rows), lesson.teacher)
 
     run = start_run(job, student, split, table, store, "student")
-    unseen = unlabelled(job, models, pupils)
+    unseen = unlabelled(job, models, pupils, settings.data)
     train = distillation.taught(pupils, lesson, unseen, run.settings, run.runtime)
     run.fit(train, aside, patience, select=patience > 0, fold=None)
     facts = {
@@ -77,12 +77,12 @@ def allowed_patience(patience: int, holdout_rows: int) -> int:
     return patience
 
 
-def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils) -> distillation.Unseen | None:
+def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils, data: Data) -> distillation.Unseen | None:
     """The images of the unlabelled channel with the ensemble's word on each; None without that channel."""
     channel = job.optional_channel("unlabeled")
     if channel is None:
         return None
-    store = images.open_images(job, "unlabeled")
+    store = images.open_images(job, "unlabeled", data)
     paths = [name for name in store.names() if is_image(name)]
     if not paths:
         raise DataError(f"no images below the channel 'unlabeled' ({channel})")

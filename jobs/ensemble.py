@@ -100,7 +100,7 @@ def asked_rows(job: Job, settings: Settings, files: Sequence[Path]) -> tuple[Ima
         ids = predictions.read(files[0]).ids
         store, images = None, EvalTable(ID_COLUMN, ids, ids, None)
     else:
-        store = open_images(job, "eval")
+        store = open_images(job, "eval", settings.data)
         images = read_eval(store, settings.data.id_column, settings.data.path_column)
     return store, images.answered_in(options.answer_column, options.number_column)
 

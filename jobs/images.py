@@ -15,14 +15,14 @@ from fivefold.data.image_cache import DECODER, HEAD, Cache, cached_once, files_o
 from fivefold.data.images import Pixels, pixels_of
 from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import MissingInputError, SettingsError
-from fivefold.recipe import Settings
+from fivefold.recipe import Data, Settings
 
 log = logging.getLogger("fivefold")
 
 
-def open_images(job: Job, channel: str) -> ImageStore:
+def open_images(job: Job, channel: str, data: Data) -> ImageStore:
     """The store of a channel, with what the caches of the cache channel hold of it."""
-    return replace(open_store(job.channel(channel)), caches=channel_caches(job))
+    return replace(open_store(job.channel(channel), data.max_unpacked_gib), caches=channel_caches(job))
 
 
 def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore:
@@ -30,7 +30,7 @@ def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore:
 
     That is the cache channel's, or else the one below `data.cache`, which the first process that asks makes.
     """
-    store, pixels = open_store(job.channel("train")), pixels_of(settings.data)
+    store, pixels = open_store(job.channel("train"), settings.data.max_unpacked_gib), pixels_of(settings.data)
     rows = np.arange(len(table))
     digests = table.sha256_of(rows)
     known = [file for file in files_of(store, table.paths_of(rows), digests) if file.sha256]

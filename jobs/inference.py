@@ -33,7 +33,7 @@ def main(job: Job, settings: Settings) -> Outcome:
             )
     classes = product.factors.classes if product else tuple(infos[0]["classes"])
     same = SameClasses(settings.data.same_classes, settings.data.same_class)
-    store = open_store(job.channel("eval"))
+    store = open_store(job.channel("eval"), settings.data.max_unpacked_gib)
     images = read_eval(store, settings.data.id_column, settings.data.path_column)
     check_submission(images, classes, same)
 

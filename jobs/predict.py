@@ -14,7 +14,6 @@ import pandas as pd
 from fivefold.api import answers, tell
 from fivefold.committee import Verdict, load_committee, seen_as
 from fivefold.contract.artifacts import ModelDir, check_split, locate
-from fivefold.contract.files import atomic
 from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, FOLDS
 from fivefold.data.folds import read_folds
@@ -78,7 +77,9 @@ def what_is_asked(job: Job, settings: Settings, models: Sequence[ModelDir], clas
     """The images of the channel; with a split, its rows among them, each with its class and its part."""
     data = settings.data
     if job.optional_channel("folds") is None:
-        given = read_given(job.channel("images"), data.base_path, data.path_column, data.label_column)
+        given = read_given(
+            job.channel("images"), data.base_path, data.path_column, data.label_column, data.max_unpacked_gib
+        )
         given = with_folders_as_truth(given, classes)
         check_truth(given, classes)
         return Asked(given, np.full(len(given), "test"))
@@ -91,7 +92,7 @@ def what_is_asked(job: Job, settings: Settings, models: Sequence[ModelDir], clas
     if not len(rows):
         raise DataError(f"{path} has no rows that are {' or '.join(settings.predict.rows)} to these models")
     paths = table.paths_of(rows).tolist()
-    given = Given(open_images(job, "images"), paths, paths, table.labels()[rows].tolist())
+    given = Given(open_images(job, "images", data), paths, paths, table.labels()[rows].tolist())
     check_truth(given, classes)
     return Asked(given, part[rows], table.sha256_of(rows))
 
@@ -124,10 +125,7 @@ def rounded(rows: Scored) -> dict[str, float]:
 
 def write_results(path: Path, results: Sequence[Mapping[str, Any]], truth: Sequence[str]) -> Path:
     """Writes a line an image, in the order in which they were given; the path."""
-    frame = pd.DataFrame(results).assign(true_class=list(truth))
-    with atomic(path) as temporary:
-        frame.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\n")
-    return path
+    return write_csv(path, pd.DataFrame(results).assign(true_class=list(truth)))
 
 
 def write_wrong(folder: Path, scored: Mapping[str, Scored]) -> list[Path]:

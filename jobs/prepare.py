@@ -33,12 +33,12 @@ def main(job: Job, settings: Settings) -> Outcome:
 def image_files(job: Job, settings: Settings) -> list[ImageFile]:
     """The images of the split, of the eval channel and of the unlabelled one, as far as they are given."""
     table = read_folds(locate(job, "folds", FOLDS), locate(job, "folds", CLASSES))
-    rows = np.arange(len(table))
-    files = files_of(open_store(job.channel("train")), table.paths_of(rows), table.sha256_of(rows))
+    rows, most = np.arange(len(table)), settings.data.max_unpacked_gib
+    files = files_of(open_store(job.channel("train"), most), table.paths_of(rows), table.sha256_of(rows))
     if job.optional_channel("eval") is not None:
-        store = open_store(job.channel("eval"))
+        store = open_store(job.channel("eval"), most)
         files += files_of(store, read_eval(store, settings.data.id_column, settings.data.path_column).paths)
     if job.optional_channel("unlabeled") is not None:
-        store = open_store(job.channel("unlabeled"))
+        store = open_store(job.channel("unlabeled"), most)
         files += files_of(store, [name for name in store.names() if is_image(name)])
     return files

@@ -11,6 +11,7 @@ from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, FOLDS, SPLIT_SUMMARY
 from fivefold.data.adapters import Rows, read_rows
 from fivefold.data.folds import FoldTable, write_folds
+from fivefold.data.images import pixels_of
 from fivefold.data.opening import keep_readable, open_images
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.splitting import Duplicates, divide, divide_products, find_duplicates, group_codes, rank_labels
@@ -27,13 +28,15 @@ log = logging.getLogger("fivefold")
 def main(job: Job, settings: Settings) -> Outcome:
     """Splits the channel's rows; the folds, the classes and the figures."""
     split = settings.split
-    store = open_store(job.channel("train"), split.max_unpacked_gib)
+    store = open_store(job.channel("train"), settings.data.max_unpacked_gib)
     rows = labelled_rows(store, settings)
     log.info("split: %d rows of %d classes in %s", len(rows), len(rows.classes), rows.layout)
 
     hashes, skipped, pictures, known = pa.nulls(len(rows), pa.string()), [], rows.paths, rows.classes
     if split.open_images:
-        rows, opened, skipped = keep_readable(rows, open_images(store, rows.paths), split.skip_unreadable)
+        rows, opened, skipped = keep_readable(
+            rows, open_images(store, rows.paths, pixels_of(settings.data)), split.skip_unreadable
+        )
         hashes, pictures = opened.sha256, opened.pixels
     duplicates = find_duplicates(pictures)
     fold, part = divide_rows(rows, duplicates, split)

@@ -16,7 +16,7 @@ from fivefold.contract.files import MIB, atomic, check_space, sha256
 from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, OOF, TRAIN_LOG
 from fivefold.data.folds import FoldTable, read_folds
-from fivefold.data.images import decode
+from fivefold.data.images import decode, pixels_of
 from fivefold.data.store import ImageStore
 from fivefold.distributed.replicas import Replicas
 from fivefold.evaluation.metrics import predicted, summary
@@ -206,7 +206,8 @@ class TrainingRun:
         paths = self.table.paths_of(self.valid_rows[shown])
         guesses = [table.classes[code] for code in predicted(table.log_probs[shown])]
         with atomic(self.job.output() / EXAMPLES) as temporary:
-            images = [decode(self.store.read(path), path) for path in paths]
+            most = pixels_of(self.settings.data).max_pixels
+            images = [decode(self.store.read(path), path, most) for path in paths]
             image_grid(images, list(table.labels[shown]), guesses, temporary)
         for tracker in self.trackers:
             tracker.picture("Val/examples", self.job.output() / EXAMPLES, self.deciding.epoch)

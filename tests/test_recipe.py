@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from fivefold.contract.stages import STAGES
-from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Ensemble, Model, Settings, Split
+from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Data, Ensemble, Model, Settings, Split
 from fivefold.settings import flatten, key_settings
 
 
@@ -25,7 +25,7 @@ def test_every_key_says_what_it_is():
         (Split, {"parts": [1.2, -0.1, -0.1]}, "three shares"),
         (Split, {"parts": [0.9, 0.0, 0.1]}, "valid share above 0"),
         (Split, {"parts": [0.8, 0.1, 0.1], "holdout": 0.1}, "exclude each other"),
-        (Split, {"max_unpacked_gib": math.inf}, "finite"),
+        (Data, {"max_unpacked_gib": math.inf}, "finite"),
         (Model, {"image_size": [224]}, "one positive number"),
         (Model, {"mean": [0.5]}, "three numbers"),
         (Model, {"std": [0.2, 0.0, 0.2]}, "std is positive"),
@@ -63,4 +63,8 @@ def test_keys_that_cannot_change_a_result_stay_out_of_a_stages_key():
     assert not EXECUTION_KEYS & set(keys)
     assert {"fold", "seed", "train.epochs", "model.backbone"} <= set(keys)
     assert not [key for key in keys if key.startswith(("split.", "distill."))]
-    assert {key for key in keys if key.startswith("data.")} == {"data.store_size", "data.scaled_decoding"}
+    assert {key for key in keys if key.startswith("data.")} == {
+        "data.store_size",
+        "data.scaled_decoding",
+        "data.max_megapixels",
+    }

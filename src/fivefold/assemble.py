@@ -19,7 +19,7 @@ from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.distributed.replicas import with_norms_of_all
-from fivefold.errors import MissingInputError
+from fivefold.errors import MissingInputError, SettingsError
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
 from fivefold.machine import count_cores
@@ -204,6 +204,25 @@ def check_training(settings: Settings) -> None:
     choose(MIXINGS, "mixing", settings.augment.mix)
     build_views(settings.predict.views)
     check_warmup(settings.train.warmup_epochs, settings.train.epochs)
+    if settings.train.batch_size == 1:
+        _check_one_image(settings)
+
+
+def _check_one_image(settings: Settings) -> None:
+    """A SettingsError where a BatchNorm of the network has one number a channel, whose spread it cannot take."""
+    model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
+    network = build_classifier(model, 2).train()
+    company = (torch.zeros(1, count_numbers(model.meta)),) if model.meta else ()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, 3, *model.size), *company)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise SettingsError(
+            "train.batch_size=1: this network has a BatchNorm, which takes mean and spread of the numbers of a batch, and "
+            "one image gives it a single one; train.batch_size=2 or more, or a head without (linear) and larger images"
+        ) from None
 
 
 def _loss(settings: Settings, train: TrainRows) -> Loss:

@@ -52,6 +52,8 @@ class Data(Section):
     scaled_decoding: bool = Field(False, description="decode JPEGs at 1/2, 1/4 or 1/8, not below store_size: faster")
     cache: str = Field("auto", description="folder of decoded images for all stages; auto: .cache beside the runs; off")
     cache_gib: float = Field(64.0, gt=0, description="largest size of an image cache; one that is larger is not made")
+    max_unpacked_gib: float = Field(200.0, gt=0, description="largest size a .zip may unpack to")
+    max_megapixels: float = Field(100.0, gt=0, description="largest image, in millions of pixels")
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
@@ -79,7 +81,6 @@ class Split(Section):
     open_images: bool = Field(True, description="open all once to find broken and equal ones; false: a CSV is trusted")
     csv: bool = Field(False, description="also write train, validation and test as CSVs; products: always")
     skip_unreadable: bool = Field(False, description="leave unreadable images out, instead of stopping")
-    max_unpacked_gib: float = Field(200.0, gt=0, description="largest size a .zip may unpack to")
 
     @model_validator(mode="after")
     def _parts_sum_to_one(self) -> "Split":
@@ -378,7 +379,7 @@ class Settings(Section):
 
     recipe: str = Field("", description="a shipped recipe's name, or the path of a .toml or .json file")
     system: str = Field("", description="name of the models made of this recipe; empty: the recipe's name")
-    seed: int = Field(42, ge=0, description="of weights, order and augmentation")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="of weights, order and augmentation")
     fold: int | None = Field(None, ge=0, description="the fold to train (or to export); FOLD or JOB_COMPLETION_INDEX")
     stage: str = Field("", description="the stage, where no argument names it")
     run: str = Field("", description="the run's name, the title of its report; a stage reads and writes in its folder")
@@ -407,7 +408,7 @@ class Settings(Section):
 
 
 SECTIONS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)}
-EXECUTION_KEYS = {"stage", "run", "runs", "reuse", "data.cache", "data.cache_gib"} | {
+EXECUTION_KEYS = {"stage", "run", "runs", "reuse", "data.cache", "data.cache_gib", "data.max_unpacked_gib"} | {
     f"train.{name}"
     for name in ("checkpoint_minutes", "checkpoint_steps", "keep_in_memory", "project", "trackers", "workers")
 }

@@ -224,10 +224,10 @@ def _needed(problem: Mapping[str, Any], key: str) -> str:
 
 
 PLAIN = {
-    "greater_than_equal": "at least {ge:g} is needed",
-    "greater_than": "more than {gt:g} is needed",
-    "less_than_equal": "at most {le:g} is needed",
-    "less_than": "less than {lt:g} is needed",
+    "greater_than_equal": "at least {ge:.10g} is needed",
+    "greater_than": "more than {gt:.10g} is needed",
+    "less_than_equal": "at most {le:.10g} is needed",
+    "less_than": "less than {lt:.10g} is needed",
     "literal_error": "{expected} is needed",
     "finite_number": "a finite number is needed",
 }

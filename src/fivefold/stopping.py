@@ -1,5 +1,6 @@
 """Being told to stop: SIGTERM and SIGINT are noted, and long work asks between two of its items."""
 
+import _thread
 import os
 import signal
 import threading
@@ -11,6 +12,9 @@ from fivefold.errors import StoppedError
 
 NOTED = (signal.SIGTERM, signal.SIGINT)
 _received: list[int] = []
+_heard = threading.Event()
+SECONDS_UNTIL_HUNG = 60.0
+"""From the signal to the next question, before the process is taken for one that hangs."""
 
 
 def poll() -> None:
@@ -19,12 +23,16 @@ def poll() -> None:
     In another thread than the main one nothing: who waits for that thread decides.
     """
     if _received and threading.current_thread() is threading.main_thread():
+        _heard.set()
         raise StoppedError(_received[0])
 
 
 @contextmanager
-def noted(at_once: bool = True) -> Iterator[None]:
+def noted(at_once: bool = True, watched: bool = False) -> Iterator[None]:
     """Notes SIGTERM and SIGINT while the block runs, for `poll`; a second one ends the process `at_once`.
+
+    A `watched` process that does not ask within a minute ends too, with what it has kept: it waits for what never comes,
+    as for workers that are gone.
 
     Not where its starter does that, and hands on what it is sent itself: who signals all of them then signals twice.
 
@@ -45,9 +53,12 @@ def noted(at_once: bool = True) -> Iterator[None]:
             os._exit(128 + number)
         elif not _received:
             _received.append(number)
+            if watched:
+                _thread.start_new_thread(_end_if_hung, (number,))  # takes no lock that this thread may hold just now
             # no logging: the signal may have come in the middle of a line of it
             os.write(2, f"{signal.Signals(number).name}: stops as soon as all is kept (again: at once)\n".encode())
 
+    _heard.clear()
     before = {number: signal.getsignal(number) for number in NOTED}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
@@ -57,4 +68,12 @@ def noted(at_once: bool = True) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _heard.set()  # nobody waits any more
         _received.clear()
+
+
+def _end_if_hung(number: int) -> None:
+    """Ends this process as the signal would, unless it asks in time whether to stop."""
+    if not _heard.wait(SECONDS_UNTIL_HUNG):
+        os.write(2, b"no step since: ends with the last checkpoint; the same command goes on from there\n")
+        os._exit(128 + number)

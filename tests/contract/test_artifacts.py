@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,25 @@ def test_an_archive_that_would_write_elsewhere_is_refused(
     assert not list(tmp_path.rglob("escaped"))
 
 
+def test_an_archive_that_would_fill_the_disk_is_refused_before_it_does(tmp_path: Path):
+    models = tmp_path / "models"
+    models.mkdir()
+    with open(tmp_path / "holes", "wb") as file:
+        file.truncate(2**26)
+    for form in ("gnu", "posix"):
+        command = ["tar", f"--format={form}", "-cSzf", models / "model.tar.gz", "-C", tmp_path, "holes"]
+        subprocess.run(command, check=True)
+        with pytest.raises(DataError, match=r"model\.tar\.gz cannot be unpacked: .*holes"):
+            found(tmp_path)
+    with tarfile.open(models / "model.tar.gz", "w:gz") as archive:
+        info = tarfile.TarInfo("weights")
+        info.size = 2**50
+        archive.addfile(info)
+    with pytest.raises(DataError, match=r"model\.tar\.gz cannot be unpacked: its files take more than"):
+        found(tmp_path)
+    assert sum(path.stat().st_size for path in scratch(tmp_path).rglob("*") if path.is_file()) == 0
+
+
 def flip(packed: bytes) -> bytes:
     middle = len(packed) // 2
     return packed[:middle] + bytes(255 - byte for byte in packed[middle : middle + 64]) + packed[middle + 64 :]
@@ -264,12 +284,14 @@ def test_a_models_digest_sees_nothing_else_not_even_its_place(tmp_path: Path):
     assert digest_of(tmp_path) == before
 
 
-def test_a_full_scratch_is_worth_retrying_not_bad_data(tiny_disk: Path, tmp_path: Path):
+def test_a_full_scratch_is_worth_retrying_unless_it_is_too_small_for_ever(tiny_disk: Path, tmp_path: Path):
     from fivefold.contract.failure import explained
 
     folder = model_dir(tmp_path / "made")
-    (folder / "weights").write_bytes(bytes(200_000))
-    tarball(folder, tmp_path / "models/model.tar.gz")
-    with pytest.raises(OSError, match="No space left") as caught:
-        find_models(tmp_path / "models", tiny_disk)
-    assert isinstance(explained(caught.value), RetryableError)
+    for size, filler, expected in ((200_000, 0, DataError), (40_000, 40_000, RetryableError)):
+        (folder / "weights").write_bytes(bytes(size))
+        (tiny_disk / "filler").write_bytes(bytes(filler))
+        tarball(folder, tmp_path / "models/model.tar.gz")
+        with pytest.raises(expected) as caught:
+            find_models(tmp_path / "models", tiny_disk)
+        assert type(explained(caught.value)) is expected

@@ -1,9 +1,12 @@
 """Files are whole or not there, digests see what matters, and folders that cannot be written say so."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,11 @@ from fivefold.contract.files import (
     SECONDS_UNTIL_ABANDONED,
     atomic,
     below,
+    lock,
     probe_writable,
     read_json,
     remove_abandoned,
+    reserve,
     tree_files,
     tree_sha256,
     write_text,
@@ -111,6 +116,40 @@ def test_a_disk_without_room_or_that_is_read_only_fails_the_probe(tiny_disk: Pat
     subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
     with pytest.raises(SettingsError, match="Read-only file system; mount it writable"):
         probe_writable(tiny_disk)
+
+
+def refuse(number: int) -> Callable[..., None]:
+    def call(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL])
+def test_a_file_system_need_not_know_how_to_sync_lock_or_reserve(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for module, name in ((os, "fsync"), (os, "posix_fallocate"), (fcntl, "flock")):
+        monkeypatch.setattr(module, name, refuse(number), raising=False)
+    write_text(tmp_path / "t", "text")
+    with open(tmp_path / "room", "wb") as file:
+        reserve(file.fileno(), 3000)
+        lock(file.fileno())
+    assert ((tmp_path / "t").read_text(), (tmp_path / "room").stat().st_size) == ("text", 3000)
+    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(tmp_path / "t", "other")
+    assert (tmp_path / "t").read_text() == "text"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.ENOTSUP])
+def test_a_folder_whose_files_cannot_be_renamed_fails_the_probe(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "replace", refuse(number))
+    with pytest.raises(SettingsError, match="cannot write to"):
+        probe_writable(tmp_path)
+    assert names(tmp_path) == []
 
 
 def test_a_file_where_a_folder_is_needed_is_refused(tmp_path: Path):

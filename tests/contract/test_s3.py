@@ -101,6 +101,19 @@ def test_of_each_stage_the_newest_whole_attempt_shows_and_nothing_of_any_other(b
     assert not [name for name in above if "attempt-" in name]
 
 
+def test_a_file_that_somebody_put_beside_an_attempt_is_not_taken_for_the_stages(bucket, url, caplog):
+    put(bucket, url, "train-fold", 1, {"model.json": b"m"})
+    for name in ("holdout.parquet", "model.json", "stage.json", "notes.txt", "sub/holdout.parquet"):
+        bucket.write(f"{url.key}/{name}", b"other")
+    bucket.write(f"{url.parent.key}/holdout.parquet", b"of no attempt")
+    with caplog.at_level("WARNING"):
+        found = seen(bucket, url)
+    del found["stage.json"]
+    assert found == {"model.json": b"m", "notes.txt": b"other", "sub/holdout.parquet": b"other"}
+    assert "holdout.parquet, model.json, stage.json" in caplog.text
+    assert seen(bucket, url.parent)["holdout.parquet"] == b"of no attempt"
+
+
 @pytest.mark.parametrize(
     ("marker", "error", "message"),
     [

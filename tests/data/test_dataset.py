@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fivefold.data import dataset
 from fivefold.data.dataset import ImageSet, derive_seed, epoch_batches, in_order, load
 from fivefold.data.meta import measure
 from fivefold.data.store import open_store
@@ -50,6 +51,15 @@ def test_the_same_bytes_with_any_number_of_workers_and_from_memory(images):
         assert torch.equal(rows, order)
     assert images.keep_in_memory()
     assert torch.equal(epoch(images, 1, workers=0)[0], plain)
+
+
+def test_images_that_do_not_fit_are_not_decoded_to_find_out(images, monkeypatch):
+    monkeypatch.setattr(dataset, "MEMORY_LIMIT", 11 * 20 * 20 * 3)
+    assert images.keep_in_memory()
+    images.kept = None
+    monkeypatch.setattr(dataset, "MEMORY_LIMIT", 11 * 20 * 20 * 3 - 1)
+    monkeypatch.setattr(ImageSet, "image", lambda *_: pytest.fail("decoded"))
+    assert not images.keep_in_memory()
 
 
 def test_each_epoch_has_all_rows_in_another_order_with_other_augmentation(images):

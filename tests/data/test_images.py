@@ -1,6 +1,7 @@
 """Decoding against Pillow's own conversions, and files that are no images."""
 
 import struct
+import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,40 @@ def huge_png(side: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def noted(kind: bytes, text: bytes, last: bool) -> bytes:
+    """A PNG of the pixels RGB that lies on its side, with a chunk `kind` of `text` before or after its pixels."""
+    head = {b"zTXt": b"note\0\0", b"iCCP": b"note\0\0", b"iTXt": b"note\0\1\0\0\0", b"tEXt": b"note\0"}[kind]
+    body = kind + head + (text if kind == b"tEXt" else zlib.compress(text))
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.fromarray(RGB), exif=exif)
+    at = len(content) - 12 if last else content.index(b"IDAT") - 4
+    return content[:at] + chunk + content[at:]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt", b"tEXt"])
+def test_long_texts_and_profiles_of_a_png_cost_neither_its_pixels_nor_memory(kind: bytes, last: bool) -> None:
+    for size in (100, 2**26):
+        content = noted(kind, bytes(size), last)
+        tracemalloc.start()
+        assert decoded_size(content, "x") == (30, 20)
+        assert (decode(content, "x") == np.rot90(RGB, -1)).all()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 * 2**20 + 2 * len(content)
+
+
+def test_an_image_has_no_more_pixels_than_are_allowed() -> None:
+    content = encoded(Image.fromarray(RGB))
+    for read in (Pixels(max_pixels=599).decode, Pixels(max_pixels=599).size_of, decode, decoded_size):
+        with pytest.raises(DataError, match=r"more than the .* million allowed"):
+            read(content if "Pixels" in read.__qualname__ else huge_png(11_000), "x")
+    assert Pixels(max_pixels=600).decode(content, "x").shape == RGB.shape
+    assert Pixels(max_pixels=600) == Pixels(), "a cache made under another bound holds the same pixels"
 
 
 JPEG = encoded(Image.fromarray(RGB.repeat(10, 0).repeat(10, 1)), "JPEG")

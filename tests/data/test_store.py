@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fivefold.contract.files import MOST_OF_A_FILE, MOST_OF_A_TABLE
+from fivefold.data.given import AnywhereStore
 from fivefold.data.store import FolderStore, ImageStore, ZipStore, open_store
 from fivefold.errors import DataError, MissingInputError
 
@@ -143,8 +145,31 @@ def test_a_zip_that_expands_past_the_limit_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.jpg", bytes(4 * 2**20))
     assert open_store(tmp_path / "bomb.zip").names() == ["bomb.jpg"]
-    with pytest.raises(DataError, match=r"4,194,304 bytes.*split\.max_unpacked_gib=0\.001"):
+    with pytest.raises(DataError, match=r"4,194,304 bytes.*data\.max_unpacked_gib=0\.001"):
         open_store(tmp_path / "bomb.zip", max_unpacked_gib=0.001)
+
+
+def test_a_file_larger_than_memory_may_hold_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.jpg", bytes(2**20))
+    packed, size = (tmp_path / "bomb.zip").read_bytes(), struct.pack("<I", 2**20)
+    (tmp_path / "bomb.zip").write_bytes(packed.replace(size, struct.pack("<I", MOST_OF_A_FILE + 1)))
+    (tmp_path / "files").mkdir()
+    for name, most in (("bomb.jpg", MOST_OF_A_FILE), ("bomb.CSV", MOST_OF_A_TABLE)):
+        with open(tmp_path / "files" / name, "wb") as file:
+            file.truncate(most + 1)
+    for path, name in (("bomb.zip", "bomb.jpg"), ("files", "bomb.jpg"), ("files", "bomb.CSV")):
+        with pytest.raises(DataError, match=r"bomb\.(jpg|CSV) has [0-9,]+ bytes, and at most"):
+            open_store(tmp_path / path).read(name)
+
+
+def test_a_device_or_a_pipe_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for read in (open_store(tmp_path).read, AnywhereStore(tmp_path).read):
+        for name in ("zero.jpg", "pipe.jpg"):
+            with pytest.raises(DataError, match="is a device or a pipe"):
+                read(name)
 
 
 def test_a_read_yields_no_more_than_the_zip_declares(tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ def test_what_the_trainer_says_of_a_pod_is_of_hosts_until_its_processes_are_star
     [
         ({}, Hosts()),
         ({"NNODES": "1"}, Hosts()),
+        ({"NNODES": "1", "MASTER_PORT": "29400"}, Hosts(port=29400)),
+        # of a Service called master, in every pod of its namespace
+        ({"MASTER_PORT": "tcp://10.96.0.12:7077", "MASTER_SERVICE_HOST": "10.96.0.12"}, Hosts()),
+        ({"PET_MASTER_PORT": "tcp://10.96.0.12:7077"}, Hosts()),
         ({"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "a"}, Hosts(3, 2, "a", 29500)),
         ({"NNODES": "3", "NODE_RANK": "0", **MET}, Hosts(3, 0, "host-0", 29400)),
         (SAGEMAKER, Hosts(2, 1, "algo-1", 29500, "eth0")),

@@ -33,6 +33,13 @@ ROWS = {
 }
 
 
+def test_formulas_are_harmless_and_numbers_stay_as_they_are():
+    for formula in ("=1+1", "+cmd", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "-5e"):
+        assert tables.harmless(formula) == f"'{formula}"
+    for text in ("-5", "+49", "-0.25", "a=b", "5", ""):
+        assert tables.harmless(text) == text
+
+
 def test_mistakes_come_the_most_confident_first_and_equal_ones_by_id():
     scored = Scored("test", "", "", predicted(ROWS), {"r3": "x/3.png"})
     assert tables.confused_pairs(scored) == [("b", "c", 2, 1.0), ("a", "b", 1, 0.5)]
@@ -65,7 +72,7 @@ def test_no_cell_is_a_formula_and_numbers_have_six_digits(tmp_path):
     with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["text", "'=whole", "share"]
-    assert [row[0] for row in rows] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", *cells[5:]]
+    assert [row[0] for row in rows] == ["'=1+1", "+1", "-1", "'@x", "'\tx", *cells[5:]]
     assert rows[1][1:] == ["1", "-0.333333"]
     assert b"\r" not in (tmp_path / "t.csv").read_bytes()
 

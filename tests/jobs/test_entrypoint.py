@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from fivefold.assemble import check_training
 from fivefold.contract.files import read_json
 from fivefold.contract.stages import STAGES
+from fivefold.errors import SettingsError
+from fivefold.settings import arguments_layer, load
 from jobs.__main__ import main, run, stage_name
 from rights import let_others_in
 from toy import REPOSITORY, call_jobs, environment, failure, noise_in
@@ -114,11 +117,35 @@ def test_a_mistake_is_told_on_stderr_and_in_the_failure_file(images, tmp_path):
         ("split", [], {"SM_CHANNEL_TRAIN": "gs://a/b"}, 64, "SM_CHANNEL_TRAIN is a URL of the kind gs://"),
         ("train-fold", [], {"FOLD": "2", "JOB_COMPLETION_INDEX": "3"}, 64, "FOLD=2 and JOB_COMPLETION_INDEX=3 differ"),
         ("train-fold", [], {"FOLD": "-1"}, 64, "fold=-1 (environment): at least 0 is needed"),
+        ("split", [], {"SEED": "-1"}, 64, "seed=-1 (environment): at least 0 is needed"),
+        ("split", [], {"MASTER_PORT": "tcp://10.96.0.12:7077"}, 66, "split needs the channel 'train'"),
     ],
 )
 def test_every_mistake_has_its_exit_code_and_its_words(stage, arguments, environ, code, message, tmp_path):
     assert run(stage, arguments, {"SM_OUTPUT_DIR": str(tmp_path), **environ}) == code
     assert message in failure(tmp_path)
+
+
+def test_one_image_a_step_is_refused_where_a_batchnorm_needs_two():
+    def checked(*arguments: str) -> None:
+        check_training(load([arguments_layer(["train.batch_size=1", *arguments])]))
+
+    for arguments in (["model.head=mlp"], ["model.image_size=32"], ["model.meta=aspect", "model.head=mlp"]):
+        with pytest.raises(SettingsError, match=r"train\.batch_size=1: .*BatchNorm"):
+            checked(*arguments)
+    checked("model.image_size=64")
+    checked("model.backbone=timm/vit_tiny_patch16_224", "model.options.depth=1")
+
+
+def test_a_reader_that_leaves_early_is_no_failure():
+    for arguments in (["--help"], ["split", "--help"]):
+        command = [sys.executable, "-m", "jobs", *arguments]
+        with subprocess.Popen(
+            command, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            process.stdout.close()
+            errors = process.stderr.read()
+        assert (process.returncode, errors) == (141, b"")
 
 
 def test_the_record_is_removed_first_and_written_last(images, tmp_path, capfd):

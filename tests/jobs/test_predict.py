@@ -20,6 +20,7 @@ from fivefold.contract.files import read_json, write_json
 from fivefold.data.folds import FoldTable, read_folds
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from jobs.__main__ import run
+from jobs.predict import write_results
 from toy import LEARNS, REPOSITORY, call_jobs, copy_run, failure, read_rows, run_stage
 
 TRAINING = [*LEARNS, "model.image_size=16", "augment.mix=none", "augment.train=horizontal_flip", "train.device=cpu"]
@@ -165,6 +166,16 @@ def test_a_folder_and_a_zip_of_it_give_the_same(shop, products, tmp_path):
     rows = [predict_files(shop, images, tmp_path / f"out-{images.stem}") for images in places]
     assert rows[0] == rows[1]
     assert len(rows[0]) == len(paths)
+
+
+def test_a_name_that_is_a_formula_is_none_in_the_table(tmp_path):
+    results = [
+        {"image_path": "=HYPERLINK(1).png", "predicted": "a", "confidence": 0.5},
+        {"image_path": "-5", "predicted": "b", "confidence": 1},
+    ]
+    rows = read_rows(write_results(tmp_path / "p.csv", results, ["", ""]))
+    assert [row["image_path"] for row in rows] == ["'=HYPERLINK(1).png", "-5"]
+    assert [row["confidence"] for row in rows] == ["0.500000", "1.000000"]
 
 
 def test_folders_called_like_classes_are_the_truth(shop, tmp_path):

@@ -1,4 +1,6 @@
 import copy
+import errno
+import os
 
 import pytest
 import torch
@@ -187,3 +189,15 @@ def test_efficientnet_pytorch_pads_inside_its_convolutions_and_gives_the_same(si
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_written_where_the_file_system_knows_no_modes(tmp_path, monkeypatch):
+    for number in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+
+        def refuse(*_: object, number: int = number, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "chmod", refuse)
+            save_weights(tmp_path / "w.safetensors", nn.Linear(3, 3).state_dict())
+        assert set(read_weights(tmp_path / "w.safetensors")) == {"weight", "bias"}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fivefold.contract.files import read_json, sha256, sha256_once, tree_files, tree_sha256
+from fivefold.contract.files import (
+    MOST_OF_AN_ARCHIVE,
+    check_space,
+    read_json,
+    sha256,
+    sha256_once,
+    tree_files,
+    tree_sha256,
+)
 from fivefold.contract.job import Job
 from fivefold.contract.spelling import TRUTHS, is_sample
 from fivefold.contract.stages import (
@@ -270,11 +279,18 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
 def _plain_members(archive: tarfile.TarFile, folder: Path) -> Iterator[tarfile.TarInfo]:
     """Yield the files and folders of an archive of a model or an output, whose owner becomes this process.
 
-    Python before 3.11.4 (Debian 12 has 3.11.2) has no filters. Raises a TarError for links, devices and paths outside `folder`.
+    Python before 3.11.4 (Debian 12 has 3.11.2) has no filters. Raises a TarError for links, devices, files with holes, paths
+    outside `folder`, and more bytes than the disk could ever take; a RetryableError where it has no room for them now.
     """
+    most, size = min(MOST_OF_AN_ARCHIVE, shutil.disk_usage(folder).total), 0
     for member in archive:
-        if not member.isreg() and not member.isdir():
-            raise tarfile.ExtractError(f"{member.name!r} is neither a file nor a folder")
+        # of one with holes a few bytes stand for any size
+        if member.issparse() or not (member.isreg() or member.isdir()):
+            raise tarfile.ExtractError(f"{member.name!r} is neither a plain file nor a folder")
+        size += member.size
+        if size > most:
+            raise tarfile.ExtractError(f"its files take more than {most:,} bytes, which are allowed and fit {folder}")
+        check_space(folder, member.size)
         if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
             raise tarfile.ExtractError(f"{member.name!r} is outside the archive's folder")
         member.mode = 0o755 if member.isdir() else 0o644

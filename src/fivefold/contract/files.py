@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,12 @@ log = logging.getLogger("fivefold")
 SECONDS_UNTIL_ABANDONED = 900.0
 SECONDS_BETWEEN_LOOKS = 0.1
 FILES_AT_ONCE = 4096
+MOST_OF_A_FILE = 512 * MIB
+MOST_OF_A_TABLE = 4096 * MIB
+MOST_OF_AN_ARCHIVE = 200 * 1024 * MIB
+"""Bytes of one file or table that are read into memory, and that all files of an archive have together."""
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+"""What a file system answers that lacks a call."""
 
 
 @contextmanager
@@ -40,11 +47,20 @@ def atomic(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+                sync(file.fileno())
             os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def sync(file: int) -> None:
+    """Has an open file on the disk itself, where its file system can say so."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 @contextmanager
@@ -94,6 +110,22 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file; an OSError where it cannot be read, a DataError for a device, a pipe, or one that is too large."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise DataError(f"{path} is a device or a pipe, no file")
+    check_size(path, status.st_size)
+    return path.read_bytes()
+
+
+def check_size(name: str | Path, size: int) -> None:
+    """Raises a DataError for a file that takes more memory than is given to one: a table, or anything else."""
+    most = MOST_OF_A_TABLE if str(name).lower().endswith(".csv") else MOST_OF_A_FILE
+    if size > most:
+        raise DataError(f"{name} has {size:,} bytes, and at most {most:,} are read of such a file; make it smaller")
 
 
 def sha256(path: Path) -> str:
@@ -155,19 +187,24 @@ def tree_sha256(root: Path, without: tuple[str, ...] = (), only: tuple[str, ...]
 def reserve(descriptor: int, size: int) -> None:
     """Takes `size` bytes of the disk for an open file, now: one that fills up under a memory map kills the process."""
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-        return
-    for start in range(0, size, MIB):  # macOS
+        try:
+            return os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+    for start in range(0, size, MIB):  # macOS, and file systems without it
         os.pwrite(descriptor, bytes(min(MIB, size - start)), start)
 
 
 def probe_writable(folder: Path, other: str = "give another folder") -> None:
     """Makes `folder` and a file in it; a SettingsError names the path, the user, the mend and what `other` way there is."""
     probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
+    renamed = probe.with_suffix(".renamed.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A full disk still takes an empty file.
+        # A full disk still takes an empty file, and some mounts of buckets rename none.
         probe.write_bytes(b"probe")
+        os.replace(probe, renamed)
     except (FileExistsError, NotADirectoryError) as error:
         raise SettingsError(
             f"cannot write to {folder.absolute()}: a file stands where a folder is needed; give another"
@@ -180,8 +217,9 @@ def probe_writable(folder: Path, other: str = "give another folder") -> None:
             f"mount it writable for that user, or {other}"
         ) from error
     finally:
-        with suppress(OSError):
-            probe.unlink()
+        for path in (probe, renamed):
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
@@ -202,6 +240,10 @@ def lock(file: int, waiting: str = "") -> None:
             if waiting:
                 log.info("%s", waiting)
             waiting = ""
+        except OSError as error:
+            if error.errno in UNSUPPORTED:  # a file system without locks; two that write there do so under other names
+                return None
+            raise
         poll()
         time.sleep(SECONDS_BETWEEN_LOOKS)
 

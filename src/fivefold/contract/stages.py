@@ -58,7 +58,10 @@ class Stage:
         return f".{self.name.replace('-', '_')}"
 
 
-_IMAGES = ("data.store_size", "data.scaled_decoding", "data.cache", "data.cache_gib")
+_IMAGES = tuple(
+    f"data.{name}"
+    for name in ("store_size", "scaled_decoding", "cache", "cache_gib", "max_unpacked_gib", "max_megapixels")
+)
 _TRAINING = (*_IMAGES, "model", "augment", "train", "predict")
 
 STAGES = {

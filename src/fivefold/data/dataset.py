@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import struct
 import warnings
@@ -27,7 +28,7 @@ log = logging.getLogger("fivefold")
 MEMORY_LIMIT = 1 << 30
 """Bytes of decoded images that are kept at most."""
 SAMPLE = 256
-"""Images by which is told whether all of them are too large."""
+"""Images by whose heads is told whether all of them are too large."""
 Sample = tuple[int, int]
 """(epoch, row)."""
 
@@ -103,18 +104,28 @@ class ImageSet(Dataset):
         """
         if self.count_cached() == len(self):
             return True
+        sample = np.linspace(0, len(self) - 1, min(SAMPLE, len(self)), dtype=int)
+        with closing(in_threads(self._stored_bytes, sample.tolist())) as sizes:
+            expected = sum(stoppable(sizes)) / max(1, len(sample)) * len(self)
         kept: list[np.ndarray] = []
         size = 0
         with closing(in_threads(self.image, range(len(self)))) as decoded:
-            for image in stoppable(decoded):
+            for image in stoppable(decoded if expected <= MEMORY_LIMIT else ()):
                 kept.append(image)
                 size += image.nbytes
-                expected = size / SAMPLE * len(self) if len(kept) == SAMPLE else size
-                if expected > MEMORY_LIMIT:
-                    log.info("%d images are too many to keep decoded; they are read at each epoch", len(self))
-                    return False
+                if size > MEMORY_LIMIT:
+                    break
+        if max(expected, size) > MEMORY_LIMIT:
+            log.info("%d images are too many to keep decoded; they are read at each epoch", len(self))
+            return False
         self.kept = kept
         return True
+
+    def _stored_bytes(self, row: int) -> int:
+        """Bytes of the stored pixels of a row, of its file's head."""
+        digest = None if self.sha256 is None else self.sha256[row]
+        content, _ = read_unchanged(self.store, self.paths[row], digest)
+        return 3 * math.prod(self.pixels.size_of(content, self.paths[row]))
 
     def measure(self) -> np.ndarray:
         """The meta features float32 [N, M] of all rows, measured once and kept."""

@@ -11,11 +11,12 @@ from typing import Any
 
 from PIL import Image
 
+from fivefold.contract.files import MOST_OF_AN_ARCHIVE, read_file
 from fivefold.contract.spelling import is_sample, plain_name
 from fivefold.csv_tables import PATH_NAMES, TRUE_CLASS_NAMES, CsvFile, plain_names
 from fivefold.data.images import is_image
 from fivefold.data.layouts import TRIED_PATHS, csvs, open_table
-from fivefold.data.store import FolderStore, ImageStore, ZipStore, open_store
+from fivefold.data.store import GIB, FolderStore, ImageStore, ZipStore, open_store
 from fivefold.errors import DataError, MissingInputError
 from fivefold.predictions import sample
 
@@ -34,9 +35,9 @@ class AnywhereStore:
         return (self.root / name).is_file()
 
     def read(self, name: str | os.PathLike[str]) -> bytes:
-        """The bytes of one file; a DataError for what is none."""
+        """The bytes of one file; a DataError for what is none, or too large."""
         try:
-            return (self.root / name).read_bytes()
+            return read_file(self.root / name)
         except (OSError, ValueError, TypeError) as error:  # a null character in it, or bytes for a path
             raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -72,7 +73,13 @@ class Given:
         return len(self.paths)
 
 
-def read_given(path: Path, base_path: str = "", path_column: str = "", label_column: str = "") -> Given:
+def read_given(
+    path: Path,
+    base_path: str = "",
+    path_column: str = "",
+    label_column: str = "",
+    max_unpacked_gib: float = MOST_OF_AN_ARCHIVE / GIB,
+) -> Given:
     """The images at `path`: one image, a table of paths, or a folder or .zip of either.
 
     A table's paths count from `base_path`, else from its own folder or the working directory,
@@ -84,7 +91,7 @@ def read_given(path: Path, base_path: str = "", path_column: str = "", label_col
         return _table(store, open_table(store, path.name), base_path, path_column, label_column)
     if path.is_file() and path.suffix.lower() != ".zip":
         return Given(AnywhereStore(), [str(path)], [str(path)], [""])
-    store = open_store(path)
+    store = open_store(path, max_unpacked_gib)
     names = [name for name in csvs(store, "") if name.lower() != SUBMISSION and not is_sample(name)]
     usable = [table for table in (open_table(store, name) for name in names) if table.column(path_column, PATH_NAMES)]
     if len(usable) > 1:

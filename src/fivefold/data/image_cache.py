@@ -30,8 +30,8 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fivefold.contract.files import full_disk_told, lock, read_json, sha256, write_json
-from fivefold.data.images import Pixels, decoded_size, in_threads
+from fivefold.contract.files import full_disk_told, lock, read_json, sha256, sync, write_json
+from fivefold.data.images import Pixels, in_threads
 from fivefold.data.store import GIB, ImageStore, read_unchanged
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
 from fivefold.progress import MIB, track
@@ -175,7 +175,7 @@ class ImageFile:
     def survey(self, pixels: Pixels) -> "ImageFile":
         """The same with its digest and size, of the file's bytes and head: nothing is decoded."""
         content, digest = read_unchanged(self.store, self.path, self.sha256)
-        return replace(self, sha256=digest, size=pixels.size(*decoded_size(content, self.path)))
+        return replace(self, sha256=digest, size=pixels.size_of(content, self.path))
 
     def decode(self, pixels: Pixels) -> np.ndarray:
         return pixels.decode(read_unchanged(self.store, self.path, self.sha256)[0], self.path)
@@ -317,7 +317,7 @@ def _write(folder: Path, images: Sequence[ImageFile], pixels: Pixels) -> None:
                 digest.update(part)
             offset += _padded(image.nbytes)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     np.save(folder / INDEX, index)
     _sync(folder / INDEX)
     head = Head(
@@ -341,6 +341,6 @@ def _padded(size: int) -> int:
 def _sync(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)
+        sync(file)
     finally:
         os.close(file)

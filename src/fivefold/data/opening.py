@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from fivefold.data.adapters import Rows
-from fivefold.data.images import decode, in_threads, pixel_digest
+from fivefold.data.images import Pixels, decode, in_threads, pixel_digest
 from fivefold.data.store import ImageStore
 from fivefold.errors import DataError
 from fivefold.progress import track
@@ -39,12 +39,12 @@ class Opened:
         return Opened(self.sha256.filter(pa.array(kept)), self.pixels[kept], {})
 
 
-def open_images(store: ImageStore, paths: pa.Array) -> Opened:
-    """Reads and decodes every image of `paths` in threads, with a progress bar."""
+def open_images(store: ImageStore, paths: pa.Array, kind: Pixels = Pixels()) -> Opened:  # noqa: B008
+    """Reads and decodes every image of `paths` at its own size in threads, with a progress bar; `kind` says how large one may be."""
     pixels = np.zeros(len(paths), f"V{DIGEST_BYTES}")
     hashes: list[str | None] = []
     unreadable: dict[int, str] = {}
-    opened = in_threads(lambda path: _open(store, path), paths.to_pylist())
+    opened = in_threads(lambda path: _open(store, path, kind.max_pixels), paths.to_pylist())
     for row, (file_hash, digest, reason) in enumerate(track(opened, len(paths), "opening images")):
         hashes.append(file_hash)
         pixels[row] = digest
@@ -53,11 +53,11 @@ def open_images(store: ImageStore, paths: pa.Array) -> Opened:
     return Opened(pa.array(hashes, pa.string()), pixels, unreadable)
 
 
-def _open(store: ImageStore, path: str) -> tuple[str | None, bytes, str]:
+def _open(store: ImageStore, path: str, most: float) -> tuple[str | None, bytes, str]:
     """(SHA-256 of the bytes, digest of the pixels, ""), or (None, zeros, why not)."""
     try:
         content = store.read(path)
-        return hashlib.sha256(content).hexdigest(), pixel_digest(decode(content, path)), ""
+        return hashlib.sha256(content).hexdigest(), pixel_digest(decode(content, path, most)), ""
     except DataError as error:
         return None, bytes(DIGEST_BYTES), str(error)
 

@@ -5,7 +5,6 @@ forked or spawned loader workers. `caches` are the image caches (`image_cache.Ca
 """
 
 import hashlib
-import math
 import os
 import posixpath
 import stat
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fivefold.contract.files import below, tree_names
+from fivefold.contract.files import MOST_OF_AN_ARCHIVE, below, check_size, read_file, tree_names
 from fivefold.errors import DataError, MissingInputError
 
 GIB = 2**30
@@ -49,9 +48,9 @@ class FolderStore:
         return _spelled(self.root, name).is_file()
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file; a DataError for a path that leads out of the root or to no file."""
+        """The bytes of one file; a DataError for a path that leads out of the root, to no file, or to one that is too large."""
         try:
-            return _spelled(self.root, name).read_bytes()
+            return read_file(_spelled(self.root, name))
         except OSError as error:
             raise DataError(f"{name} in {self.root} cannot be read: {error.strerror}") from error
 
@@ -90,10 +89,11 @@ class ZipStore:
         return _inside(name, self.root) in self.entries
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file, never more than the zip declares; a DataError when they are not whole."""
+        """The bytes of one file, never more than the zip declares; a DataError when they are not whole, or too many."""
         entry = self.entries.get(_inside(name, self.root))
         if entry is None:
             raise DataError(f"{name} in {self.root} cannot be read: no such file")
+        check_size(f"{self.root}: {name}", entry.file_size)
         # Neither an open ZipFile, whose place in the file forked workers would share, nor its list read anew each time.
         with open(self.root, "rb") as file:
             file.seek(entry.header_offset)
@@ -136,7 +136,7 @@ def read_unchanged(store: ImageStore, name: str, digest: str | None) -> tuple[by
     return content, own
 
 
-def open_store(path: Path, max_unpacked_gib: float = math.inf) -> ImageStore:
+def open_store(path: Path, max_unpacked_gib: float = MOST_OF_AN_ARCHIVE / GIB) -> ImageStore:
     """The store of a folder, of a .zip, or of a folder that holds nothing but one .zip (and CSVs).
 
     Raises MissingInputError where nothing is, and DataError for a zip that is broken, that names
@@ -163,7 +163,7 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
     if size > max_unpacked_gib * GIB:
         raise DataError(
             f"{path} ({path.stat().st_size:,} bytes) would unpack to {size:,} bytes ({size / GIB:.2f} GiB), more than "
-            f"split.max_unpacked_gib={max_unpacked_gib:g} allows; raise that key if the zip is what you expect"
+            f"data.max_unpacked_gib={max_unpacked_gib:g} allows; raise that key if the zip is what you expect"
         )
     entries = {}
     for info in infos:

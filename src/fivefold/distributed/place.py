@@ -127,9 +127,11 @@ def hosts_of(environ: Mapping[str, str]) -> Hosts:
     count = whole(environ, _either(environ, "NNODES"), 1, max(1, len(named)))
     if named and count not in (1, len(named)):
         raise SettingsError(f"NNODES={count}, but SM_HOSTS names {len(named)}: {', '.join(named)}; leave NNODES out")
-    port = whole(environ, _either(environ, "MASTER_PORT"), 1, PORT if count > 1 else 0)
+    meeting = _either(environ, "MASTER_PORT")
     if count == 1:
-        return Hosts(port=port)
+        # Kubernetes sets MASTER_PORT=tcp://… in every pod where a Service is called master.
+        return Hosts(port=0 if "://" in environ.get(meeting, "") else whole(environ, meeting, 1, 0))
+    port = whole(environ, meeting, 1, PORT)
     interface = environ.get("SM_NETWORK_INTERFACE_NAME") or str(_resources(environ).get("network_interface_name", ""))
     if len(named) == count:
         return Hosts(count, _index_of_host(environ, named), named[0], port, interface)

@@ -1,5 +1,6 @@
 """The scored rows of an evaluation, and the tables that people open: per class, confusions, mistakes."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from fivefold.evaluation import metrics
 from fivefold.predictions import Predictions, sample
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -125,5 +127,5 @@ def write_csv(path: Path, frame: pd.DataFrame, header: Sequence[str] = (), digit
 
 
 def harmless(text: str) -> str:
-    """The text, with a quote before one that a spreadsheet would run as a formula."""
-    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+    """The text, with a quote before one that a spreadsheet would run as a formula; a number such as -5 stays as it is."""
+    return f"'{text}" if text.startswith(FORMULA_STARTS) and not NUMBER.fullmatch(text) else text

@@ -24,6 +24,7 @@ from fivefold.contract.files import probe_writable, write_text
 from fivefold.contract.layout import CACHES, GROUND_TRUTH, truth_beside_table, truth_of
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stages import FAILURE
+from fivefold.data.store import open_store
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.scheduler import Scheduler
@@ -240,8 +241,9 @@ def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
     """Copies the ground truth out of an eval that is a .zip into the run's folder, where `check_inputs` wants it."""
     if inputs.ground_truth == str(run_folder / GROUND_TRUTH) and inputs.eval and zipfile.is_zipfile(inputs.eval):
         with zipfile.ZipFile(inputs.eval) as archive:
-            if name := truth_beside_table(archive.namelist()):
-                write_text(Path(inputs.ground_truth), archive.read(name).decode("utf-8-sig"))
+            name = truth_beside_table(archive.namelist())
+        if name:
+            write_text(Path(inputs.ground_truth), open_store(Path(inputs.eval)).read(name).decode("utf-8-sig"))
 
 
 def _has_meaning(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Weights on disk: safetensors, written atomically by the caller; a .pth is read without code."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,13 +17,14 @@ LEAST_SHARE = 0.5
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """Writes a state dict as safetensors, bytes that depend on its values alone; who may read it says the umask."""
+    """Writes a state dict as safetensors, bytes that depend on its values alone; who may read it says the umask, where the file system knows that."""
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in sorted(state.items())}, path)
-    path.chmod(mode)  # safetensors leaves the file to its owner alone
+    with suppress(OSError):  # some network file systems know no modes
+        path.chmod(mode)  # safetensors leaves the file to its owner alone
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

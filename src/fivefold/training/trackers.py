@@ -8,7 +8,6 @@ MLflow send to is theirs to know (WANDB_MODE, WANDB_API_KEY, MLFLOW_TRACKING_URI
 import csv
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from PIL import Image
 
 from fivefold import logline
 from fivefold.choose import choose
+from fivefold.contract.files import sync
 from fivefold.errors import SettingsError
 from fivefold.extras import need
 from fivefold.logline import LOG_COLUMNS
@@ -92,7 +92,7 @@ def csv_log(path: Path) -> Observer:
         with open(path, "a", encoding="utf-8", newline="") as file:
             csv.writer(file).writerow(cells)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
 
     return observe
 

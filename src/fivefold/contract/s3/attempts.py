@@ -8,6 +8,7 @@ file has the path that it had where the stage wrote it.
 """
 
 import json
+import logging
 import re
 import secrets
 import time
@@ -19,14 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 from fivefold.contract.files import below
 from fivefold.contract.s3.urls import Url
-from fivefold.contract.stages import RECORD
+from fivefold.contract.stages import CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS
 from fivefold.errors import DataError, RetryableError
 
 if TYPE_CHECKING:
     from fivefold.contract.s3.client import Object, Store
 
+log = logging.getLogger("fivefold")
+
 FILES = "files.json"
 MARKERS = (RECORD, FILES)
+OF_STAGES = {CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS}
+"""Files that a later stage would take for a stage's own."""
 START = "attempt-"
 NAME = re.compile(START + r"([a-z]+(?:-[a-z]+)*)-\d{8}T\d{6}-[0-9a-f]{8}")
 
@@ -84,12 +89,16 @@ def sorted_out(url: Url, objects: Iterable["Object"]) -> tuple[dict[str, "Object
 
 
 def visible(store: "Store", url: Url, objects: Iterable["Object"]) -> list[Stored]:
-    """The files that a reader of `url` sees, sorted by name.
+    """The files that a reader of `url` sees, sorted by name; of the files that stages read none that was put beside a whole attempt.
 
     Raises DataError for names that no file can have, RetryableError where an attempt is being replaced just now.
     """
     plain, attempts = sorted_out(url, objects)
     seen = {name: Stored(name, found) for name, found in plain.items()}
+    owned = {each.url.parent for each in attempts if each.marker}
+    if left := sorted(name for name in seen if (url / name).parent in owned and (url / name).name in OF_STAGES):
+        log.warning("%s: not of the finished stage there, and left out: %s", url, ", ".join(left))
+    seen = {name: stored for name, stored in seen.items() if name not in left}
     whole = sorted((each for each in attempts if each.marker), key=lambda each: each.url.parent)
     for folder, group in groupby(whole, key=lambda each: each.url.parent):
         inside = folder.below(url)

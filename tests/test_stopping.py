@@ -1,0 +1,41 @@
+"""A process that is told to stop ends: by itself when it asks, by the watch when it hangs."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+PROCESS = """
+import sys, threading, time
+from fivefold import stopping
+from fivefold.errors import StoppedError
+
+stopping.SECONDS_UNTIL_HUNG = 0.5
+try:
+    with stopping.noted(watched=True):
+        print("ready", flush=True)
+        if sys.argv[1] == "hangs":
+            threading.Event().wait(60)
+        while True:
+            time.sleep(0.05)
+            stopping.poll()
+except StoppedError as stopped:
+    time.sleep(1)  # what it keeps takes longer than it has to ask
+    print("kept", flush=True)
+    sys.exit(stopped.exit_code)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("does", "printed"), [("hangs", ""), ("asks", "kept\n")])
+def test_a_process_that_hangs_ends_too_and_one_that_keeps_its_work_has_the_time(
+    does: str, printed: str, number: int, code: int
+) -> None:
+    command = [sys.executable, "-c", f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n{PROCESS}", does]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        rest, errors = process.communicate(timeout=30)
+    assert (process.returncode, rest) == (code, printed), errors
