@@ -13,7 +13,7 @@ from PIL import Image
 
 from fivefold.contract.spelling import is_sample, plain_name
 from fivefold.csv_tables import PATH_NAMES, TRUE_CLASS_NAMES, CsvFile, plain_names
-from fivefold.data.images import is_image
+from fivefold.data.inventory import take_stock, tell_left_out
 from fivefold.data.layouts import TRIED_PATHS, csvs, open_table
 from fivefold.data.store import FolderStore, ImageStore, ZipStore, open_store
 from fivefold.errors import DataError, MissingInputError
@@ -91,7 +91,9 @@ def read_given(path: Path, base_path: str = "", path_column: str = "", label_col
         raise DataError(f"several tables in {path}: {sample([t.name for t in usable])}; name one of them as the images")
     if usable:
         return _table(store, usable[0], base_path, path_column, label_column)
-    names = [name for name in store.names() if is_image(name)]
+    stock = take_stock(store)
+    names = stock.asked
+    tell_left_out(stock.counts(), path)
     if not names:
         raise DataError(f"no images below {path}, nor a CSV with their paths")
     return Given(store, names, names, [""] * len(names))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from io import BytesIO
 from itertools import islice
 from typing import TypeVar
@@ -24,15 +25,23 @@ from fivefold.recipe import Data
 T, R = TypeVar("T"), TypeVar("R")
 
 # fmt: off
-IMAGE_SUFFIXES = frozenset([
+IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".mpo", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif",
     ".ppm", ".pgm", ".pbm",
-])
+}
 # fmt: on
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
+FORMATS = ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM"]
 """What may be decoded: Pillow's other plugins run programs (EPS) or are not photographs."""
+PLUGINS = {"pillow_heif.HeifImagePlugin": ("HEIF", ".heic", ".heif", ".hif"), "pillow_jxl": ("JXL", ".jxl")}
+"""Modules that teach Pillow a format: its name, and its suffixes."""
 ORIENTATION = 0x0112
 _PILLOW = re.compile(r"PIL\.")
+
+for _module, (_format, *_suffixes) in PLUGINS.items():
+    with suppress(ImportError):
+        import_module(_module)
+        FORMATS.append(_format)
+        IMAGE_SUFFIXES.update(_suffixes)
 
 
 def is_image(name: str) -> bool:
