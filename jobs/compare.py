@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fivefold import predictions
-from fivefold.contract.files import atomic, read_json, tree_files, write_json, write_text
+from fivefold.contract.files import atomic, is_shown, read_json, tree_files, write_json, write_text
 from fivefold.contract.job import Job
 from fivefold.contract.stages import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
 from fivefold.contract.submissions import find_submissions
@@ -64,7 +64,7 @@ def main(job: Job, settings: Settings) -> Outcome:
 def found_experiments(job: Job, runs: Sequence[str], files: Sequence[str]) -> list[Experiment]:
     """The runs of the channel and of the settings, then the files of both; names are theirs, each once."""
     channel = job.optional_channel("runs")
-    folders = [path for path in sorted(channel.iterdir()) if path.is_dir()] if channel else []
+    folders = [path for path in sorted(channel.iterdir()) if path.is_dir() and is_shown(path.name)] if channel else []
     found = [of_run(path) for path in [*folders, *map(Path, runs)]]
     found += [of_file(path) for path in [*find_submissions(job), *map(Path, files)]]
     counts = Counter(each.name for each in found)

@@ -9,7 +9,7 @@ from fivefold import assemble, distillation
 from fivefold.contract.artifacts import ModelDir, check_split, find_models
 from fivefold.contract.job import Job
 from fivefold.data.folds import FoldTable
-from fivefold.data.images import is_image
+from fivefold.data.inventory import take_stock, tell_left_out
 from fivefold.distributed.replicas import Replicas
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
@@ -83,7 +83,9 @@ def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils, da
     if channel is None:
         return None
     store = images.open_images(job, "unlabeled", data)
-    paths = [name for name in store.names() if is_image(name)]
+    stock = take_stock(store)
+    tell_left_out(stock.counts(), channel)
+    paths = stock.images
     if not paths:
         raise DataError(f"no images below the channel 'unlabeled' ({channel})")
     paths = distillation.unseen_paths(store, paths, pupils.folds)

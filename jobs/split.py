@@ -17,6 +17,7 @@ from fivefold.data.same_classes import SameClasses
 from fivefold.data.splitting import Duplicates, divide, divide_products, find_duplicates, group_codes, rank_labels
 from fivefold.data.store import ImageStore, open_store
 from fivefold.data.summary import as_text, class_file, log_summary, remove_parts, summarise, write_parts
+from fivefold.errors import DataError
 from fivefold.recipe import Settings, Split
 from fivefold.settings import key_settings
 
@@ -42,8 +43,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     fold, part = divide_rows(rows, duplicates, split)
 
     table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, hashes, rows.factors)
-    lost = sorted(set(known) - set(rows.classes))
-    summary = summarise(table, rows.layout, duplicates, skipped, lost, key_settings(settings, job.stage.sections))
+    lost = sorted({*rows.lost, *known} - set(rows.classes))
+    summary = summarise(table, rows, duplicates, skipped, lost, key_settings(settings, job.stage.sections))
     folder = job.output()
     remove_parts(folder)
     outputs = [folder / FOLDS, folder / CLASSES, folder / SPLIT_SUMMARY]
@@ -60,6 +61,11 @@ def labelled_rows(store: ImageStore, settings: Settings) -> Rows:
     """The rows that the settings describe; files are looked for only where unreadable ones stop the stage."""
     check_files = settings.split.open_images and not settings.split.skip_unreadable
     rows = read_rows(store, settings.data, check_files)
+    if rows.lost and not settings.split.skip_unreadable:
+        raise DataError(
+            f"{store.root}: no image can be read in {', '.join(rows.lost.values())}; convert or remove what is there, or go "
+            "on without these classes by split.skip_unreadable=true"
+        )
     return SameClasses(settings.data.same_classes, settings.data.same_class).merge_rows(rows)
 
 

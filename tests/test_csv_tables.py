@@ -22,12 +22,23 @@ def write(folder: Path, text: str | bytes) -> Path:
         "\ufeffid,text\r\n007,NA\r\n1e3,\r\n",
         "id,text\r007,NA\r1e3,",
         "id;text\n007;NA\n1e3;\n",
+        "sep=;\r\nid;text\r\n007;NA\r\n1e3;\r\n",
         '"id"\t"text"\n007\tNA\n"1e3"\t""\n',
         "\n \r\nid,text\n\n007,NA\n  \n1e3,\n\n",
         ",id,text\n0,007,NA\n1,1e3,\n",
         "Unnamed: 0,id,text\n0,007,NA\n1,1e3,\n",
     ],
-    ids=["plain", "Excel", "old Mac", "semicolons", "tabs and quotes", "blank lines", "index", "index read again"],
+    ids=[
+        "plain",
+        "Excel",
+        "old Mac",
+        "semicolons",
+        "Excel semicolons",
+        "tabs and quotes",
+        "blank lines",
+        "index",
+        "index read again",
+    ],
 )
 def test_every_way_to_save_a_table_is_read_as_the_same_text(tmp_path, text):
     table = open_csv(write(tmp_path, text))
@@ -35,6 +46,25 @@ def test_every_way_to_save_a_table_is_read_as_the_same_text(tmp_path, text):
     assert table.read().to_dict("list") == {"id": ["007", "1e3"], "text": ["NA", ""]}
     assert table.read(["text", "id", "text"]).columns.tolist() == ["text", "id"]
     assert (table.has_mark, table.line_end) == (text[0] == "\ufeff", "\r\n" if "text\r\n" in text else "\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["id;a, b;c\n1;0,5;0,5\n", "id;a, b;c\n", 'id;"a, b";c\n1;0,5;0,5\n2;0,25;0,75\n', "id\ta, b\tc\n1\t.5\t.5\n"],
+)
+def test_a_name_with_a_comma_parts_no_header_of_other_delimiters(tmp_path, text):
+    table = open_csv(write(tmp_path, text))
+    assert table.columns == ("id", "a, b", "c")
+
+
+def test_a_large_table_with_line_breaks_in_cells_is_read_as_a_small_one(tmp_path):
+    lines = [f'{n},"a ""note""\nof\n\nlines {n}",x' for n in range(60_000)]
+    table = open_csv(write(tmp_path, "\n".join(["id,note,label", *lines])))
+    assert len(table.text) > 1_500_000
+    assert table.read(["id", "label"]).to_dict("list") == {
+        "id": [str(n) for n in range(60_000)],
+        "label": ["x"] * 60_000,
+    }
 
 
 def test_cells_may_hold_the_delimiter_quotes_and_line_breaks(tmp_path):
@@ -77,7 +107,7 @@ def test_what_is_no_table_is_refused_with_the_place(tmp_path, text, message):
 
 
 def test_numbers_may_have_decimal_commas_and_others_are_named(tmp_path):
-    for text in ("a,b\n.5,1e-3\n 2 ,nan\n", "a;b\n0,5;1e-3\n2;nan\n"):
+    for text in ("a,b\n.5,1e-3\n 2 ,nan\n", 'a,b\n"0,5","1e-3"\n2,nan\n', "a;b\n0,5;1e-3\n2;nan\n"):
         table = open_csv(write(tmp_path, text))
         np.testing.assert_array_equal(table.numbers(table.read()), [[0.5, 1e-3], [2, np.nan]])
     table = open_csv(write(tmp_path, "a,b\n1,2\n3,x\n"))

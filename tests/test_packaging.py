@@ -95,7 +95,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("lock", "extras"),
-    [(IMAGE, ()), (USERS, ("launch",)), (DEVELOPERS, ("launch", "export", "test", "trackers"))],
+    [(IMAGE, ()), (USERS, ("launch",)), (DEVELOPERS, ("launch", "export", "heif", "test", "trackers"))],
     ids=["image", "users", "developers"],
 )
 def test_lock_pins_every_dependency_within_its_range(lock: Path, extras: tuple[str, ...]) -> None:

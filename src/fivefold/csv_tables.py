@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -117,12 +118,11 @@ class CsvFile:
         return frame[places].set_axis(names, axis=1)
 
     def numbers(self, cells: pd.DataFrame) -> np.ndarray:
-        """The cells as float64 [N, C]; where commas part no cells, they may be decimal commas.
+        """The cells as float64 [N, C]; a comma in a cell is a decimal comma.
 
         A DataError names the row and the column of the first cell that is no number.
         """
-        if self.delimiter != ",":
-            cells = cells.apply(lambda column: column.str.replace(",", ".", regex=False))
+        cells = cells.apply(lambda column: column.str.replace(",", ".", regex=False))
         try:
             return cells.to_numpy(object).astype(np.float64)
         except ValueError as error:
@@ -152,15 +152,16 @@ def open_csv(path: Path) -> CsvFile:
 
 
 def parse_csv(content: bytes, where: str, name: str) -> CsvFile:
-    """The CSV of these bytes, parted by the first of DELIMITERS that splits its header; blank lines are none of it."""
+    """The CSV of these bytes, parted by what of DELIMITERS splits header and first row alike, into most cells; blank lines are none of it."""
     try:
-        text = content.decode("utf-8-sig")
+        text = re.sub('^"?sep=."?\r?\n', "", content.decode("utf-8-sig"))  # a line that Excel writes and hides
         heads = {delimiter: _head(text, delimiter) for delimiter in DELIMITERS}
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text: {error}; save it as UTF-8") from error
     except csv.Error as error:
         raise DataError(f"{where} cannot be read: {error}; a quote may be missing") from error
-    delimiter = next((one for one in DELIMITERS if len(heads[one][0]) > 1), DELIMITERS[0])
+    # A name with a comma in it parts a header of semicolons too, but not into as many cells as the row below has.
+    delimiter = max(DELIMITERS, key=lambda one: (1 < len(heads[one][0]) == len(heads[one][1]), len(heads[one][0])))
     head = heads[delimiter]
     if not head[0]:
         raise DataError(f"{where} is empty")

@@ -173,7 +173,7 @@ def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path, caplog: pytest.
 )
 def test_a_table_called_train_is_never_passed_over(tmp_path: Path, header: str, keys: str) -> None:
     root = write_data(tmp_path / "data", *CATS_AND_DOGS)
-    (root / "Train.csv").write_text(f"{header}\ncat/1.png,x\n")
+    (root / "Train.csv").write_text(f"{header}\nphoto 1,x\n")
     with pytest.raises(DataError, match=rf"Train\.csv in .* has no column .*set {keys}, or data\.layout=folders"):
         rows_of(root)
     assert labelled(rows_of(root, layout="folders")) == CATS_AND_DOGS
@@ -246,3 +246,115 @@ def test_rows_that_are_left_lose_the_classes_that_are_not(tmp_path: Path) -> Non
     assert kept.classes == ("a", "c")
     with pytest.raises(DataError, match="only 1 class"):
         rows.take(rows.codes == 1)
+
+
+def flat(root: Path, *folders: str, suffix: str = ".jpg", count: int = 12) -> list[str]:
+    """Images 000.jpg, 001.jpg, …, dealt out to `folders` in turn; their names."""
+    names = [f"{folders[n % len(folders)]}/{n:03d}{suffix}" for n in range(count)]
+    write_data(root, *names)
+    return names
+
+
+def stems(header: str, count: int = 12, suffix: str = "") -> str:
+    return f"{header}\n" + "".join(f"{n:03d}{suffix},{'ab'[n % 2]}\n" for n in range(count))
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["HAM_images_part_1", "HAM_images_part_2"],
+        ["images_001/images", "images_002/images", "images_012/images"],
+        ["img"], ["photos"], ["jpg"], ["pictures"], ["a/b/c"],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("check_files", [True, False])
+def test_ids_are_found_in_whatever_folders_the_images_lie(tmp_path: Path, folders: list[str], check_files: bool):
+    names = flat(tmp_path / "data", *folders)
+    for written in ("", ".jpg", ".JPG"):
+        root = write_data(tmp_path / "data", train=stems("image_id,label", suffix=written))
+        assert rows_of(root, check_files).paths.to_pylist() == names
+
+
+def test_a_path_in_another_case_or_one_of_several_suffixes_is_found(tmp_path: Path) -> None:
+    table = "path,label\nimg/a.jpg,x\nIMG/b.png,y\nc,x\nd,y\n"
+    root = write_data(tmp_path / "data", "img/a.JPG", "img/b.png", "img/c.jpeg", "img/sub/d.png", train=table)
+    assert rows_of(root).paths.to_pylist() == ["img/a.JPG", "img/b.png", "img/c.jpeg", "img/sub/d.png"]
+
+
+def test_an_image_is_found_for_one_row_alone_and_not_among_the_test_images(tmp_path: Path) -> None:
+    root = write_data(tmp_path / "data", "x/a.jpg", "x/b.jpg", "test/c.jpg", "test_images/d.jpg")
+    for absent in ("A.jpg", "c", "d.jpg"):
+        write_data(root, train=f"path,label\nx/a.jpg,1\nx/b.jpg,2\n{absent},1\n")
+        with pytest.raises(DataError, match=rf"1 of 3 files that do not exist: '{absent}'.* x \(2\).*data\.base_path"):
+            rows_of(root)
+
+
+def test_a_name_of_several_images_is_an_error_that_says_where_they_lie(tmp_path: Path) -> None:
+    root = write_data(tmp_path / "data", "p/1.jpg", "q/1.jpg", "q/2.jpg", train="image_id,label\n1,a\n2,b\n")
+    for check_files in (True, False):
+        with pytest.raises(DataError, match=r"'1'.*'p/1\.jpg', 'q/1\.jpg'.*data\.base_path"):
+            rows_of(root, check_files)
+
+
+@pytest.mark.parametrize("header", ["id,label", "id,breed", "foto,label", "name,breed"])
+@pytest.mark.parametrize("folders", [["train"], ["images"], ["train/images"], ["photos_1", "photos_2"]])
+@pytest.mark.parametrize("name", ["train", "labels"])
+def test_the_column_that_names_the_images_is_the_path(
+    tmp_path: Path, header: str, folders: list[str], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = flat(tmp_path / "data", *folders)
+    write_data(tmp_path / "data", "test/900.jpg", "test/901.jpg", **{name: stems(header)})
+    if (name, len(folders)) == ("labels", 2):
+        pytest.skip("two folders of images and a stray table: the folders are the classes, and the table is warned of")
+    with caplog.at_level(logging.INFO):
+        rows = rows_of(tmp_path / "data")
+    assert (rows.paths.to_pylist(), rows.classes) == (names, ("a", "b"))
+    assert f"the paths are the column {header.split(',')[0]!r}" in caplog.text
+    assert ("only other column, 'breed'" in caplog.text) == header.endswith("breed")
+
+
+def test_no_column_is_guessed_where_two_could_be_or_settings_name_another(tmp_path: Path) -> None:
+    names = flat(tmp_path / "data", "train", suffix=".png")
+    lines = [f"{n:03d},{(n + 1) % 12:03d},{'ab'[n % 2]}" for n in range(12)]
+    root = write_data(tmp_path / "data", train="\n".join(["one,two,label", *lines]))
+    with pytest.raises(DataError, match=r"set data\.path_column"):
+        rows_of(root)
+    assert rows_of(root, path_column="one").paths.to_pylist() == names
+    write_data(root, train="\n".join(["id,two,label", *lines]))
+    assert rows_of(root).paths.to_pylist() == names
+    with pytest.raises(DataError, match=r"no column 'three'"):
+        rows_of(root, path_column="three")
+
+
+SPELT = ["caf\u00e9", "cafe\u0301", " caf\u00e9 ", "caf\u00e9\u200b", "\ufeffcaf\u00e9", "ca\u00adf\u00e9"]
+
+
+def test_labels_that_differ_in_blanks_form_or_invisible_characters_are_one_class_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"{n}.png" for n in range(len(SPELT) + 1)]
+    lines = [f"{name},{label}" for name, label in zip(names, [*SPELT, "dog"], strict=True)]
+    root = write_data(tmp_path / "data", *names, train="\n".join(["path,label", *lines]))
+    with caplog.at_level(logging.INFO):
+        rows = rows_of(root)
+    assert (rows.classes, rows.codes.tolist()) == (("caf\u00e9", "dog"), [0] * len(SPELT) + [1])
+    assert r"caf\xe9\u200b" in caplog.text
+    folders = write_data(tmp_path / "folders", *(f"{label}/1.png" for label in [*SPELT, "dog"]))
+    assert rows_of(folders).classes == rows.classes
+
+
+@pytest.mark.parametrize(("one", "other"), [("a b", "a\u00a0b"), ("ab", "a\u200cb"), ("a b", "a  b")])
+def test_classes_that_look_the_same_are_an_error_that_shows_their_characters(
+    tmp_path: Path, one: str, other: str
+) -> None:
+    root = write_data(tmp_path / "data", "1.png", "2.png", train=f"path,label\n1.png,{one}\n2.png,{other}\n")
+    with pytest.raises(DataError) as caught:
+        rows_of(root)
+    assert ascii(other) in str(caught.value)
+    assert ascii(one) in str(caught.value)
+
+
+def test_a_label_of_invisible_characters_alone_is_empty(tmp_path: Path) -> None:
+    root = write_data(tmp_path / "data", "1.png", "2.png", train="path,label\n1.png,a\n2.png,\u200b\n")
+    with pytest.raises(DataError, match="empty label, the first in row 2"):
+        rows_of(root)

@@ -100,7 +100,7 @@ def test_a_folder_of_images_without_a_table(tmp_path: Path) -> None:
         (["1.png"], "ID,img_path\na,1.png\nb,2.png\n", r"1 of 2 files .*'2\.png'"),
         (["1.png"], "ID,img_path\na,../1.png\n", "lead out"),
         (["1.png"], "ID,img_path\na,1.png\na,1.png\n", "several rows"),
-        (["1.png"], "ID,name\na,1.png\n", "no column image_path, img_path, path or the like; it has ID, name"),
+        (["1.png"], "ID,name\na,b.png\n", "no column image_path, img_path, path or the like; it has ID, name"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused(tmp_path: Path, names: list[str], table: str | None, message: str) -> None:
@@ -115,3 +115,19 @@ def test_test_tables_may_have_the_training_tables_columns_or_their_own(tmp_path:
         (tmp_path / "test.csv").write_text(f"{header}\na.png,{second}\n")
         table = read_eval(tmp_path, id_column="nummer", path_column="foto")
         assert (table.ids.tolist(), table.paths.tolist()) == (ids, ["a.png"])
+
+
+def test_the_column_that_names_the_images_is_the_path_and_it_is_no_training_image(tmp_path: Path) -> None:
+    root = write_data(tmp_path, "x/1.jpg", "y/2.jpg", "train/3.jpg", test="ID,size\n2,7\n1,8\n")
+    table = read_eval(root)
+    assert (table.ids.tolist(), table.paths.tolist()) == (["2", "1"], ["y/2.jpg", "x/1.jpg"])
+    with pytest.raises(DataError, match="no column"):
+        read_eval(write_data(root, test="ID,size\n3,7\n"))
+
+
+@pytest.mark.parametrize(("delimiter", "value", "decimal"), [(";", "0,5", ","), (";", "0.5", "."), ("\t", "0", ".")])
+def test_a_sample_s_delimiter_and_decimal_commas_are_kept(tmp_path, delimiter, value, decimal):
+    lines = [["ID", "cat", "dog"], ["00", value, value], ["01", value, value]]
+    text = "".join(delimiter.join(line) + "\n" for line in lines)
+    wanted = read_eval(made(tmp_path, test=TEST.replace(",", ";"), sample_submission=text)).sample
+    assert (wanted.delimiter, wanted.decimal, wanted.classes) == (delimiter, decimal, ("cat", "dog"))

@@ -26,6 +26,8 @@ from fivefold.predictions import Predictions
         ("id,fold,class_name\n0,1,dog\n", {"0": "dog"}),
         ("id,category,label\n0,animal,dog\n", {"0": "dog"}),
         ("photo,breed\n0,dog\n", {"0": "dog"}),
+        ("\ufeffID;label\r\n007;cat, wild\r\n", {"007": "cat, wild"}),
+        ("sep=;\nid;label\n1;do\u200bg\n", {"1": "dog"}),
     ],
 )
 def test_truth_is_read_as_text_whatever_its_columns_are_called(tmp_path, text, expected):

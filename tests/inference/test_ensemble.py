@@ -140,6 +140,18 @@ def test_a_submission_has_the_samples_columns_and_order(tmp_path):
     assert (tmp_path / "l.csv").read_text(encoding="utf-8-sig").splitlines()[1].split(",")[1] in CLASSES
 
 
+@pytest.mark.parametrize(("delimiter", "decimal"), [(";", ","), (";", "."), ("\t", ".")])
+def test_a_submission_is_parted_as_its_sample_and_read_again(tmp_path, delimiter, decimal):
+    predicted = table(model(1.0, 1), "s").take(np.arange(3))
+    wanted = Submission("ID", ("c", "a", "d", "b"), list(predicted.ids), delimiter=delimiter, decimal=decimal)
+    path = write_submission(tmp_path / "s.csv", predicted, wanted)
+    header, first, *_ = path.read_text().splitlines()
+    assert header.split(delimiter) == ["ID", "c", "a", "d", "b"]
+    assert first.split(delimiter)[1].replace("0" + decimal, "").isdigit()
+    found = read_submitted(path, list(predicted.ids), CLASSES)
+    np.testing.assert_allclose(found.log_probs, predicted.log_probs, atol=1e-5)
+
+
 def test_a_submission_of_answers_may_number_its_rows(tmp_path):
     predicted = table(model(1.0, 1), "s").take(np.arange(3))
     answers = [CLASSES[code] for code in predicted.log_probs.argmax(axis=1)]

@@ -157,6 +157,21 @@ def test_unreadable_images_are_rows_with_error_and_the_stage_goes_on(shop, produ
     assert [row["predicted_class"] for row in predict_files(shop, tmp_path / "bad", tmp_path / "none")] == ["ERROR"]
 
 
+def test_images_of_formats_that_nothing_reads_are_rows_with_error_and_others_are_read_by_what_they_are(
+    shop, products, tmp_path
+):
+    folder = tmp_path / "images"
+    (folder / "@eaDir").mkdir(parents=True)
+    for name in ("a.png", "b", "@eaDir/a.png"):
+        shutil.copy(products.root / IMAGE, folder / name)
+    for name in ("c.dng", "d.HEIC", "notes.txt"):
+        (folder / name).write_bytes(b"nothing")
+    found = predict_files(shop, folder, tmp_path / "out")
+    right = ["full_shot", "full_shot", "ERROR", "ERROR"]
+    assert [row["image_path"] for row in found] == ["a.png", "b", "c.dng", "d.HEIC"]
+    assert [row["predicted_class"] for row in found] == right
+
+
 def test_a_folder_and_a_zip_of_it_give_the_same(shop, products, tmp_path):
     paths = sorted((products.root / "사진").rglob("*.png"))
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:

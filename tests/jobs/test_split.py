@@ -285,3 +285,24 @@ def test_other_layouts_get_the_tables_when_asked_and_lose_them_when_not(tmp_path
     assert "categories" not in read_json(output / "data_split_summary.json")["total"]
     assert split(channel, output) == 0
     assert not list(output.glob("*_data.csv"))
+
+
+def test_files_that_are_no_images_are_counted_and_a_class_without_images_stops_the_stage(tmp_path, capsys):
+    others = dict.fromkeys(["a/x.dng", "a/y.DNG", "a/@eaDir/0.png", "@eaDir/1.png", "a/z", "cover.png", ".git/1"], b"")
+    channel = write(tmp_path / "data", {**class_folders("a", "b"), **others})
+    (channel / "empty").mkdir()
+    assert split(channel, tmp_path / "out") == 0
+    summary = read_json(tmp_path / "out" / "split_summary.json")
+    counts = {".dng": 2, "hidden": 1, "in system folders": 2, "without suffix": 1, "in no class folder": 1}
+    assert (summary["left_out"], summary["rows"], summary["lost_classes"]) == (counts, 20, [])
+    told = capsys.readouterr().err.splitlines()
+    assert len([line for line in told if "WARNING" in line and "2 .dng" in line]) == 1
+    assert len([line for line in told if "WARNING" in line and "'empty'" in line]) == 1
+
+    write(channel, {"c/1.dng": b"", "c/2.dng": b""})
+    for opened in ("true", "false"):
+        assert split(channel, tmp_path / "lost", f"split.open_images={opened}") == 65
+        assert "'c' (2 .dng)" in (tmp_path / "failure").read_text().splitlines()[0]
+    assert split(channel, tmp_path / "out", "split.skip_unreadable=true") == 0
+    summary = read_json(tmp_path / "out" / "split_summary.json")
+    assert (summary["lost_classes"], summary["left_out"][".dng"], summary["classes"]) == (["c"], 4, 2)

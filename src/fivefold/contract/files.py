@@ -10,6 +10,7 @@ import secrets
 import shutil
 import stat
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -32,6 +33,15 @@ MOST_OF_AN_ARCHIVE = 200 * 1024 * MIB
 """Bytes of one file or table that are read into memory, and that all files of an archive have together."""
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 """What a file system answers that lacks a call."""
+# fmt: off
+SYSTEM_FOLDERS = {
+    "@eadir", "@recently-snapshot", "@recycle", "@sharesnap", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "__macosx",
+    "lost+found", "network trash folder", "system volume information", "temporary items",
+}
+# fmt: on
+"""What storage servers and operating systems keep beside people's files, in lower case."""
+HIDDEN, SYSTEM, DANGLING, EMPTY = "hidden", "in system folders", "links that lead nowhere", "empty folders"
+"""Why `tree_names` passes over a file or a folder."""
 
 
 @contextmanager
@@ -149,21 +159,41 @@ def tree_files(root: Path) -> list[Path]:
     return [root] if root.is_file() else [root / name for name in tree_names(root)]
 
 
-def tree_names(root: Path) -> list[str]:
-    """Relative POSIX names of all files below `root`, sorted; hidden ones left out, links followed."""
+def is_shown(name: str) -> bool:
+    """Whether a file or folder of this name is people's own: neither hidden nor a system's."""
+    return not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
+
+
+def tree_names(root: Path, passed: dict[str, list[str]] | None = None) -> list[str]:
+    """Relative POSIX names of all files below `root`, sorted; hidden ones and those of systems left out, links followed.
+
+    `passed` gets what is left out by the reason: names, those of hidden and systems' folders once for each file in them;
+    those of empty folders end in a slash.
+    """
     found: list[str] = []
+    reasons: dict[str, list[str]] = defaultdict(list)
     waiting = [("", (os.path.realpath(root),))]
     while waiting:
         prefix, ancestors = waiting.pop()
-        with os.scandir(root / prefix) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_file():
-                    found.append(prefix + entry.name)
-                # A link to a folder that we are in would be walked for ever.
-                elif entry.is_dir() and (real := os.path.realpath(entry.path)) not in ancestors:
-                    waiting.append((f"{prefix}{entry.name}/", (*ancestors, real)))
+        with os.scandir(root / prefix) as scanned:
+            entries = list(scanned)
+        if prefix and not entries:
+            reasons[EMPTY].append(prefix)
+        for entry in entries:
+            name = prefix + entry.name
+            if not is_shown(entry.name):
+                if passed is not None:
+                    files = sum(len(files) for *_, files in os.walk(entry.path))  # as far as this user may look
+                    reasons[HIDDEN if entry.name.startswith(".") else SYSTEM] += [name] * max(files, 1)
+            elif entry.is_symlink() and not Path(entry.path).exists():
+                reasons[DANGLING].append(name)
+            elif entry.is_file():
+                found.append(name)
+            # A link to a folder that we are in would be walked for ever.
+            elif entry.is_dir() and (real := os.path.realpath(entry.path)) not in ancestors:
+                waiting.append((f"{name}/", (*ancestors, real)))
+    if passed is not None:
+        passed.update(reasons)
     return sorted(found)
 
 

@@ -6,11 +6,18 @@ from collections.abc import Iterable
 
 TRUTHS = ("gt.csv", "ground_truth.csv")
 SAMPLE = "sample_submission.csv"
+INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u180e\u200b\u200e\u200f\u2060\ufeff"))
+"""Characters that take no room and say nothing; the joiners of Persian, of India's scripts and of emoji are none."""
 
 
 def plain_name(name: str) -> str:
-    """The name of a class or group as the split stage has it: NFC, without the blanks around it."""
-    return unicodedata.normalize("NFC", name.strip())
+    """The name of a class or group as the split stage has it: NFC, without the blanks around it and without INVISIBLE ones."""
+    return unicodedata.normalize("NFC", name.translate(INVISIBLE).strip())
+
+
+def look(name: str) -> str:
+    """What is the same for names that look the same: no character without a width, and one blank for any."""
+    return " ".join("".join(letter for letter in name if unicodedata.category(letter) != "Cf").split())
 
 
 def is_sample(name: str) -> bool:

@@ -1,8 +1,9 @@
 """How training data lies on disk, made rows: class folders, profiles of people, a CSV, or a CSV of products."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,8 @@ import pandas as pd
 import pyarrow as pa
 
 from fivefold.choose import choose
-from fivefold.contract.spelling import is_sample, is_truth, plain_name
+from fivefold.contract.files import DANGLING, EMPTY, is_shown
+from fivefold.contract.spelling import is_sample, is_truth, look, plain_name
 from fivefold.csv_tables import (
     CATEGORY_NAMES,
     ID_NAMES,
@@ -21,14 +23,17 @@ from fivefold.csv_tables import (
     check_unique,
     plain_names,
 )
-from fivefold.data.images import is_image
+from fivefold.data.inventory import UNUSED, Inventory, in_words, may_be_images, take_stock
 from fivefold.data.layouts import (
+    HELD_OUT,
     IMAGE_FOLDERS,
     TRAIN_FOLDERS,
     bases,
     class_images,
     class_level,
     csvs,
+    guess_paths,
+    held_out,
     image_paths,
     levels,
     open_table,
@@ -58,6 +63,8 @@ class Rows:
     `factors`: what the classes are made of, None where they are single things.
     `strata` [N] strings, where a split spreads its groups by something else than the classes; every
     row then has a group, and the rows of a group one stratum.
+    `left_out`: how many files of the store are in no row, by the reason. `lost`: folders that would be classes, had they
+    an image that can be read, and what they hold.
     """
 
     ids: pa.Array
@@ -67,6 +74,8 @@ class Rows:
     groups: pa.Array
     layout: str
     factors: Factors | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[str, str] = field(default_factory=dict)
     strata: pa.Array | None = None
 
     def __len__(self) -> int:
@@ -95,29 +104,37 @@ def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Rows:
     is logged.
     """
     read_folders = choose(LAYOUTS, "data.layout", data.layout)
+    stock = take_stock(store)
     if data.layout == "products":
-        return _product_rows(store, data, check_files)
-    if data.table or data.layout in ("auto", "csv"):
-        return _table_or_folders(store, data, check_files)
-    return read_folders(store, *_images(store), data)
+        rows = _product_rows(store, data, check_files)
+    elif data.table or data.layout in ("auto", "csv"):
+        rows = _table_or_folders(store, stock, data, check_files)
+    else:
+        rows = read_folders(store, stock, _level(store, stock), data)
+    unused = UNUSED[rows.layout.startswith(("class folders", "mask profiles"))]
+    return replace(rows, left_out=stock.counts(rows.paths.to_pylist(), unused))
 
 
-def _table_or_folders(store: ImageStore, data: Data, check_files: bool) -> Rows:
+def _table_or_folders(store: ImageStore, stock: Inventory, data: Data, check_files: bool) -> Rows:
     tables = _find_tables(store, data.table, "train", partial(_is_usable, data=data))
     if not tables and data.layout == "csv":
         raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
     if tables and (data.table or data.layout == "csv" or _is_usable(tables[0], data)):
         log.info("data: rows of %s", tables[0])
         _pass_over(tables[1:])
-        return _table_rows(store, tables[0], data, check_files)
+        return _table_rows(store, tables[0], _must_be_usable(store, tables[0], data), data, check_files)
     try:
-        rows = _any_folders(store, *_images(store), data)
+        rows = _any_folders(store, stock, _level(store, stock), data)
     except DataError:
+        known = [(table, found) for table in tables if all(found := _columns(store, table, data))]
+        if len(known) == 1:
+            return _table_rows(store, *known[0], data, check_files)
         if tables:
-            _must_be_usable(tables[0], data)
+            _must_be_usable(store, tables[0], data)
         raise
     if tables and stem(tables[0].name) == "train" and rows.factors is None:
-        _must_be_usable(tables[0], data, ", or data.layout=folders where the folders are the classes")
+        columns = _must_be_usable(store, tables[0], data, ", or data.layout=folders where the folders are the classes")
+        return _table_rows(store, tables[0], columns, data, check_files)
     _pass_over(tables)
     log.info("data: no table of labels, so the classes are the %s", rows.layout)
     return rows
@@ -157,16 +174,34 @@ def _is_usable(table: CsvFile, data: Data) -> bool:
     return bool(table.column(data.path_column, PATH_NAMES) and table.column(data.label_column, LABEL_NAMES))
 
 
-def _must_be_usable(table: CsvFile, data: Data, otherwise: str = "") -> tuple[str, str]:
+def _columns(store: ImageStore, table: CsvFile, data: Data) -> tuple[str | None, str | None]:
+    """The columns of paths and labels, None where there is none: by their names, else by what they hold.
+
+    The paths are the column that names images of the store, and the labels the only other one; such a guess is logged.
+    """
+    path, label = table.column(data.path_column, PATH_NAMES), table.column(data.label_column, LABEL_NAMES)
+    guessed = path is None and not data.path_column
+    if guessed:
+        path = guess_paths(table, store, HELD_OUT, label or "")
+    rest = [name for name in table.columns if name != path]
+    alone = path and label is None and not data.label_column and len(rest) == 1
+    if alone and (guessed or guess_paths(table, store, HELD_OUT, rest[0])):
+        label = rest[0]
+        log.warning("data: %s: the labels are its only other column, %r", table, label)
+    return path, label
+
+
+def _must_be_usable(store: ImageStore, table: CsvFile, data: Data, otherwise: str = "") -> tuple[str, str]:
     """The columns of paths and labels; the DataError for a miss names all that is to be set, and what to do `otherwise`."""
-    path, label = (data.path_column, PATH_NAMES), (data.label_column, LABEL_NAMES)
-    keys = {"data.path_column": table.column(*path), "data.label_column": table.column(*label)}
+    path, label = _columns(store, table, data)
+    keys = {"data.path_column": path, "data.label_column": label}
     absent = " and ".join(key for key, column in keys.items() if column is None) + otherwise
-    return table.must_have(*path, absent), table.must_have(*label, absent)
+    path = path or table.must_have(data.path_column, PATH_NAMES, absent)
+    return path, label or table.must_have(data.label_column, LABEL_NAMES, absent)
 
 
-def _table_rows(store: ImageStore, table: CsvFile, data: Data, check_files: bool) -> Rows:
-    path, label = _must_be_usable(table, data)
+def _table_rows(store: ImageStore, table: CsvFile, columns: tuple[str, str], data: Data, check_files: bool) -> Rows:
+    path, label = columns
     group = table.must_have(data.group_column, (), "data.group_column") if data.group_column else None
     if data.id_column:
         table.must_have(data.id_column, (), "data.id_column")
@@ -175,8 +210,9 @@ def _table_rows(store: ImageStore, table: CsvFile, data: Data, check_files: bool
         raise DataError(f"{table}: one column cannot be path, label and group at once")
     frame = table.read([row_id, path, label, *([group] if group else [])])
     check_unique(frame[row_id], table)
-    check_filled(frame[label], "label", table)
     labels = plain_names(frame[label])
+    check_filled(labels, "label", table)
+    _say_changed(frame[label].unique(), table)
     torn = np.flatnonzero(labels.str.contains(r"[\r\n]"))
     if len(torn):
         raise DataError(
@@ -184,7 +220,7 @@ def _table_rows(store: ImageStore, table: CsvFile, data: Data, check_files: bool
             "a quote may be missing there"
         )
     where = bases(store, table.name, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), data.base_path)
-    paths = image_paths(frame[path], table, store, where, check_files)
+    paths = image_paths(frame[path], table, store, where, check_files, None if data.base_path else HELD_OUT)
     groups = plain_names(frame[group]).replace("", None) if group else None
     return make_rows(paths, labels, str(table), f"the CSV {table.name}", ids=frame[row_id], groups=groups)
 
@@ -218,48 +254,79 @@ def make_rows(
     return Rows(codes=codes.astype(np.int32), classes=tuple(classes), layout=layout, factors=factors, **arrow)
 
 
+def _say_changed(names: Iterable[str], where: object) -> None:
+    """Logs the names that `plain_name` changes."""
+    changed = sorted({name for name in names if plain_name(name) != name})
+    if changed:
+        shown = ", ".join(map(ascii, changed[:5]))
+        log.info("data: %s: %d names lose blanks or invisible characters: %s", where, len(changed), shown)
+
+
 def _check_classes(classes: Sequence[str], where: str) -> None:
     if len(classes) < 2:
         raise DataError(f"{where}: only {len(classes)} class ({sample(classes)}); at least two are needed")
+    looks = Counter(map(look, classes))
+    alike = [ascii(name) for name in classes if looks[look(name)] > 1]
+    if alike:
+        raise DataError(f"{where}: classes look the same and are not: {', '.join(alike[:4])}; write them in one way")
 
 
-def _images(store: ImageStore) -> tuple[list[str], str]:
-    """The names of all images of a store, and the level whose folders mean something."""
-    names = [name for name in store.names() if is_image(name)]
-    if not names:
+def _level(store: ImageStore, stock: Inventory) -> str:
+    """The level whose folders mean something."""
+    if not stock.images:
         packed = [name for name in store.names() if name.lower().endswith(ARCHIVES)]
         how = f"unpack {sample(packed)}, or give one .zip itself" if packed else "put a folder of images a class there"
-        raise DataError(f"{store.root} holds no images (nor a usable CSV); {how}")
-    return names, class_level(names)
+        raise DataError(
+            f"{store.root} holds no images nor a usable CSV, but {in_words(stock.counts()) or 'nothing'}; {how}"
+        )
+    return class_level([name for name in stock.asked if "." in name])
 
 
-def _any_folders(store: ImageStore, names: Sequence[str], level: str, data: Data) -> Rows:
+def _any_folders(store: ImageStore, stock: Inventory, level: str, data: Data) -> Rows:
     """Of profiles where the folders are clearly such; else of classes."""
-    read = _profiles if are_profiles(names, level) else _class_folders
-    return read(store, names, level, data)
+    read = _profiles if are_profiles(stock.images, level) else _class_folders
+    return read(store, stock, level, data)
 
 
-def _profiles(store: ImageStore, names: Sequence[str], level: str, data: Data) -> Rows:
+def _profiles(store: ImageStore, stock: Inventory, level: str, data: Data) -> Rows:
     where = f"{store.root}/{level}".rstrip("/")
-    photos = read_profiles(names, level, data.age_cuts, where)
+    photos = read_profiles(stock.images, level, data.age_cuts, where)
     layout, factors = f"mask profiles below {level or '.'}", profile_factors(data.age_cuts)
     return make_rows(photos["name"], photos["label"], where, layout, groups=photos["person"], factors=factors)
 
 
-def _class_folders(store: ImageStore, names: Sequence[str], level: str, _: Data) -> Rows:
-    inside = [name for name in names if name.startswith(level) and "/" in name[len(level) :]]
-    loose = sum(name.startswith(level) for name in names) - len(inside)
+def _class_folders(store: ImageStore, stock: Inventory, level: str, _: Data) -> Rows:
+    inside = [name for name in stock.images if name.startswith(level) and "/" in name[len(level) :]]
+    loose = sum(name.startswith(level) for name in stock.images) - len(inside)
     if loose:
         log.warning("data: %d images lie in no class folder of %s and are left out", loose, level or store.root)
     where = f"{store.root}/{level}".rstrip("/")
+    lost = _folders_without_images(stock, level, where)
     inside = class_images(inside, level, where)
     if not inside:
         raise DataError(f"{where} holds no class folders ({loose} images lie in none), and there is no CSV of labels")
     folders = [name[len(level) :].partition("/")[0] for name in inside]
+    _say_changed(set(folders), where)
     labels = [plain_name(folder) or folder for folder in folders]
-    rows = make_rows(inside, labels, where, f"class folders below {level or '.'}")
+    named = f"{where} without {', '.join(lost.values())}" if lost else where
+    rows = make_rows(inside, labels, named, f"class folders below {level or '.'}")
     warn_of_deeper(inside, level, where)
-    return rows
+    return replace(rows, lost=lost)
+
+
+def _folders_without_images(stock: Inventory, level: str, where: str) -> dict[str, str]:
+    """The folders that would be classes, had they an image that can be read, and what they hold; all without images are logged."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for reason, names in stock.left_out.items():
+        for folder, slash, _ in (name[len(level) :].partition("/") for name in names if name.startswith(level)):
+            if slash or (reason == DANGLING and "." not in folder):
+                found[folder][reason] += reason != EMPTY
+    used = {name[len(level) :].partition("/")[0] for name in stock.images if name.startswith(level)}
+    without = filter(is_shown, sorted(found.keys() - used - set(held_out(found))))
+    words = {name: f"{name!r} ({in_words(found[name]) or 'empty'})" for name in without}
+    if words:
+        log.warning("data: folders of %s without an image are no classes: %s", where, ", ".join(words.values()))
+    return {name: said for name, said in words.items() if may_be_images(found[name])}
 
 
 def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
@@ -280,7 +347,7 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
     if not len(images):
         raise DataError(f"{table} names no image in the columns {', '.join(data.image_types)}")
     where = bases(store, table.name, TRAIN_FOLDERS, data.base_path)
-    images["path"] = image_paths(images["path"], table, store, where, check_files)
+    images["path"] = image_paths(images["path"], table, store, where, check_files, None if data.base_path else HELD_OUT)
     for what, column in (("products", "product"), ("image types", "label")):
         torn = images[images.groupby("path")[column].transform("nunique") > 1]
         if len(torn):

@@ -10,8 +10,8 @@ import numpy as np
 
 from fivefold.contract.spelling import is_sample, is_truth, plain_name
 from fivefold.csv_tables import ANSWER_NAMES, ID_NAMES, PATH_NAMES, CsvFile, check_same_ids, check_unique
-from fivefold.data.images import is_image
-from fivefold.data.layouts import EVAL_FOLDERS, IMAGE_FOLDERS, bases, csvs, image_paths, levels, open_table, stem
+from fivefold.data import layouts
+from fivefold.data.inventory import take_stock, tell_left_out
 from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import DataError
 from fivefold.predictions import sample
@@ -36,6 +36,9 @@ class Submission:
     """The classes as the file writes them, with blanks or decomposed letters; empty: as in `classes`."""
     end: str = "\n"
     """The end of a line."""
+    delimiter: str = ","
+    decimal: str = "."
+    """What parts cells, and a number from its fraction."""
 
     @property
     def header(self) -> list[str]:
@@ -70,11 +73,11 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
     are file names; paths, or either without the suffix, where the sample submission has them so. Files must exist.
     """
     store = open_store(source) if isinstance(source, Path) else source
-    tables = [name for level in levels(store, EVAL_FOLDERS) for name in csvs(store, level)]
-    wanted = next((_sample(open_table(store, name)) for name in tables if is_sample(name)), None)
-    given = [name for name in tables if not (stem(name) in NOT_EVAL or is_sample(name) or is_truth(name))]
-    named = [name for name in given if stem(name) == "test"]
-    readable = [open_table(store, name) for name in named[:1] or given]
+    tables = [name for level in layouts.levels(store, layouts.EVAL_FOLDERS) for name in layouts.csvs(store, level)]
+    wanted = next((_sample(layouts.open_table(store, name)) for name in tables if is_sample(name)), None)
+    given = [name for name in tables if not (layouts.stem(name) in NOT_EVAL or is_sample(name) or is_truth(name))]
+    named = [name for name in given if layouts.stem(name) == "test"]
+    readable = [layouts.open_table(store, name) for name in named[:1] or given]
     usable = [found for found in readable if _if_there(found, path_column, PATH_NAMES)] or readable[: len(named)]
     if len(usable) > 1:
         raise DataError(
@@ -92,9 +95,11 @@ def check_rows(images: EvalTable) -> None:
 def _sample(table: CsvFile) -> Submission:
     """A table as a sample submission: its first column are the ids, and it is written as its file is."""
     id_column, *written = table.columns
-    ids = table.read([id_column])[id_column]
+    ids, values = (table.read([name])[name] for name in (id_column, table.columns[-1]))
     check_unique(ids, table)
     classes, spelling = tuple(map(plain_name, written)), {"marked": table.has_mark, "end": table.line_end}
+    commas = table.delimiter != "," and values.str.fullmatch(r"\d*,\d+").any()
+    spelling |= {"delimiter": table.delimiter, "decimal": "," if commas else "."}
     return Submission(id_column, classes, ids.to_numpy(object), written=tuple(written), **spelling)
 
 
@@ -106,21 +111,24 @@ def _if_there(table: CsvFile, given: str, known: Sequence[str]) -> str | None:
 def _eval_table(
     store: ImageStore, table: CsvFile, id_column: str, path_column: str, wanted: Submission | None
 ) -> EvalTable:
-    path = _if_there(table, path_column, PATH_NAMES) or table.must_have("", PATH_NAMES, "data.path_column")
+    path = _if_there(table, path_column, PATH_NAMES) or layouts.guess_paths(table, store, layouts.TRAIN_FOLDERS)
+    path = path or table.must_have("", PATH_NAMES, "data.path_column")
     row_id = _if_there(table, id_column, ID_NAMES) or path
     frame = table.read([row_id, path])
     check_unique(frame[row_id], table)
-    where = bases(store, table.name, (*EVAL_FOLDERS, *IMAGE_FOLDERS))
-    paths = image_paths(frame[path], table, store, where, check_files=True)
+    where = layouts.bases(store, table.name, (*layouts.EVAL_FOLDERS, *layouts.IMAGE_FOLDERS))
+    paths = layouts.image_paths(frame[path], table, store, where, True, layouts.TRAIN_FOLDERS)
     if wanted is None and table.columns == (row_id, table.column("", ANSWER_NAMES)) and row_id == path:
         wanted = _sample(table)  # the table has nothing but images and a column for the answer
     return EvalTable(row_id, frame[row_id].to_numpy(object), paths.to_numpy(object), wanted)
 
 
 def _eval_folder(store: ImageStore, wanted: Submission | None) -> EvalTable:
-    *_, level = levels(store, EVAL_FOLDERS)
+    *_, level = layouts.levels(store, layouts.EVAL_FOLDERS)
     level += "/" if level else ""
-    paths = [name for name in store.names() if is_image(name) and name.startswith(level)]
+    stock = take_stock(store)
+    tell_left_out(stock.counts(), store.root)
+    paths = [name for name in stock.images if name.startswith(level)]
     if not paths:
         raise DataError(f"{store.root} holds no test.csv and no images to predict")
     names = [path[len(level) :] for path in paths]

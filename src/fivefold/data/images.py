@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from io import BytesIO
 from itertools import islice
 from typing import TypeVar
@@ -25,13 +26,15 @@ from fivefold.recipe import Data
 T, R = TypeVar("T"), TypeVar("R")
 
 # fmt: off
-IMAGE_SUFFIXES = frozenset([
+IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".mpo", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif",
     ".ppm", ".pgm", ".pbm",
-])
+}
 # fmt: on
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
+FORMATS = ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM"]
 """What may be decoded: Pillow's other plugins run programs (EPS) or are not photographs."""
+PLUGINS = {"pillow_heif.HeifImagePlugin": ("HEIF", ".heic", ".heif", ".hif"), "pillow_jxl": ("JXL", ".jxl")}
+"""Modules that teach Pillow a format: its name, and its suffixes."""
 ORIENTATION = 0x0112
 MILLION = 1e6
 MOST_PIXELS = Data().max_megapixels * MILLION
@@ -41,6 +44,12 @@ NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
 LONG = 1 << 20
 """Bytes of such a chunk, unpacked, for which Pillow refuses the file."""
 _PILLOW = re.compile(r"PIL\.")
+
+for _module, (_format, *_suffixes) in PLUGINS.items():
+    with suppress(ImportError):
+        import_module(_module)
+        FORMATS.append(_format)
+        IMAGE_SUFFIXES.update(_suffixes)
 
 
 def is_image(name: str) -> bool:

@@ -3,14 +3,16 @@
 import logging
 import posixpath
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from fivefold.csv_tables import CsvFile, parse_csv
+from fivefold.contract.spelling import plain_name
+from fivefold.csv_tables import ID_NAMES, CsvFile, parse_csv
 from fivefold.data.images import is_image
 from fivefold.data.store import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
@@ -94,15 +96,16 @@ def class_level(names: Sequence[str]) -> str:
             return level
 
 
+def held_out(folders: Collection[str]) -> list[str]:
+    """The folders that are no classes but parts of a split, as a test/ beside classes."""
+    lower = {folder.lower() for folder in folders}  # "valid" beside "invalid" is a class
+    parts = parts_of(sorted(folders)).items()
+    return [folder for folder, (word, whole) in parts if word in HELD_OUT and not whole and f"in{word}" not in lower]
+
+
 def class_images(inside: Sequence[str], level: str, where: str) -> list[str]:
     """The images in folders that are classes, and not a test/ beside them; warns of these."""
-    folders = dict.fromkeys(name[len(level) :].partition("/")[0] for name in inside)
-    lower = {folder.lower() for folder in folders}  # "valid" beside "invalid" is a class
-    parts = [
-        folder
-        for folder, (word, whole) in parts_of(folders).items()
-        if word in HELD_OUT and not whole and f"in{word}" not in lower
-    ]
+    parts = held_out({name[len(level) :].partition("/")[0] for name in inside})
     if parts:
         log.warning(
             "data: left out of %s, as parts of a split by their names: %s; rename what is a class", where, sample(parts)
@@ -168,33 +171,98 @@ def open_table(store: ImageStore, name: str) -> CsvFile:
 
 
 def image_paths(
-    written: pd.Series, table: CsvFile, store: ImageStore, bases: Sequence[str], check_files: bool
+    written: pd.Series,
+    table: CsvFile,
+    store: ImageStore,
+    bases: Sequence[str],
+    check_files: bool,
+    others: Collection[str] | None,
 ) -> pd.Series:
     """The paths `written` in a table, relative to the store's root, without the blanks around them.
 
     They count from the first of `bases` below which most of the first paths exist; names without a suffix get
-    that of the images there. The index says the rows, from 0 on. Raises a DataError for paths that lead out of
-    the root, and with `check_files` for missing files.
+    that of the images there. Those that are not there are looked for by name in every folder but those of the other
+    parts of a split, whose words are `others`, unless that is None. The index says the rows, from 0 on. Raises a DataError for paths that
+    lead out of the root, for names of several images, and with `check_files` for missing files.
     """
     paths = written.str.replace("\\", "/", regex=False).str.strip()
     for root in _spellings(store.root):
         paths = paths.str.removeprefix(root)
     paths = paths.str.replace(r"^(?:\./)+", "", regex=True)
     base, suffix = _where_most_are(paths[:TRIED_PATHS].tolist(), store, bases)
-    paths = paths + suffix
-    normal = f"{base}/" + paths if base else paths.copy()
-    odd = paths.str.contains(ODD_PATH)
-    normal[odd] = [_inside(base, path) for path in paths[odd]]
-    outside = paths[normal == ""]
+    whole = paths + suffix
+    normal = f"{base}/" + whole if base else whole.copy()
+    odd = whole.str.contains(ODD_PATH)
+    normal[odd] = [_inside(base, path) for path in whole[odd]]
+    outside = whole[normal == ""]
     if len(outside):
         raise DataError(
             f"{table}: paths that are empty or lead out of {store.root}: {sample(outside)}; "
             f"the first in row {outside.index[0] + 1} below the header"
         )
-    missing = [path for path in normal.tolist() if not store.exists(path)] if check_files else []
-    if missing:
-        raise DataError(f"{table} names {len(missing)} of {len(normal)} files that do not exist: {sample(missing)}")
+    names = store.names()
+    if not check_files and (others is None or not any(map(is_image, names))):
+        return normal
+    there = set(names)
+    absent = np.array([path not in there and not store.exists(path) for path in normal.tolist()], bool)
+    if not absent.any():
+        return normal
+    meant = {} if others is None else match_names(paths[absent], names, others)
+    taken = Counter([*(found[0] for found in meant.values() if found), *normal[~absent]])
+    only = {path: found[0] for path, found in meant.items() if len(found) == 1 == taken[found[0]]}
+    if only:
+        where = sample(sorted({posixpath.dirname(path) for path in only.values()}))
+        log.info("data: %s: %d images are found by their names, in %s", table, len(only), where)
+        normal[absent] = [only.get(path, name) for path, name in zip(paths[absent], normal[absent], strict=True)]
+    doubt = [f"{path!r} may mean {sample(found)}" for path, found in meant.items() if len(found) > 1]
+    missing = normal[absent & ~paths.isin(list(only))].tolist()
+    if missing and (check_files or doubt):
+        folders = Counter(posixpath.dirname(name) or "." for name in names if is_image(name)).most_common(5)
+        why = "; ".join(doubt[:3]) or f"images lie in {', '.join(f'{name} ({n:,})' for name, n in folders)}"
+        raise DataError(
+            f"{table} names {len(missing)} of {len(normal)} files that do not exist: {sample(missing)}; {why}; "
+            "set data.path_column or data.base_path"
+        )
     return normal
+
+
+def match_names(paths: Iterable[str], names: Iterable[str], others: Collection[str]) -> dict[str, list[str]]:
+    """For each path the images whose name ends like it, in any case, with or without their suffix.
+
+    Those in folders that are called as the words `others`, of the other parts of a split, are none.
+    """
+    by_name: dict[str, list[str]] = defaultdict(list)
+    images = list(filter(is_image, names))
+    parts = {folder: parts_of(folder.split("/")).values() for folder in set(map(posixpath.dirname, images))}
+    for name in images:
+        folder, file = posixpath.split(name)
+        if not any(part.word in others for part in parts[folder]):
+            for key in (file, posixpath.splitext(file)[0]):
+                by_name[key.lower()].append(name)
+    ends = {path: f"/{path.lower()}" for path in paths}
+    return {
+        path: [
+            name
+            for name in by_name.get(posixpath.basename(end), [])
+            if end in (f"/{name.lower()}"[-len(end) :], posixpath.splitext(f"/{name.lower()}")[0][-len(end) :])
+        ]
+        for path, end in ends.items()
+    }
+
+
+def guess_paths(table: CsvFile, store: ImageStore, others: Collection[str], without: str = "") -> str | None:
+    """The one column, but for `without`, whose first values are all different and names of images there; it is logged."""
+    try:
+        frame = table.read([name for name in table.columns if name != without])[:TRIED_PATHS].map(str.strip)
+    except DataError:  # it has no rows, say: who reads it tells
+        return None
+    meant = match_names(frame.to_numpy().ravel(), store.names(), others)
+    good = [name for name in frame if frame[name].is_unique and all(len(meant[cell]) == 1 for cell in frame[name])]
+    good = [name for name in good if plain_name(name).lower() in ID_NAMES] or good
+    if len(good) == 1:
+        log.info("data: %s: the paths are the column %r, which names the images that lie there", table, good[0])
+        return good[0]
+    return None
 
 
 def _where_most_are(paths: Sequence[str], store: ImageStore, bases: Sequence[str]) -> tuple[str, str]:

@@ -12,12 +12,24 @@ import struct
 import unicodedata
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fivefold.contract.files import MOST_OF_AN_ARCHIVE, below, check_size, read_file, tree_names
+from fivefold.contract.files import (
+    EMPTY,
+    HIDDEN,
+    MOST_OF_AN_ARCHIVE,
+    SYSTEM,
+    below,
+    check_size,
+    is_shown,
+    read_file,
+    tree_names,
+)
 from fivefold.errors import DataError, MissingInputError
 
 GIB = 2**30
@@ -34,14 +46,17 @@ class FolderStore:
     root: Path
     caches: Sequence[Any] = ()
 
-    def names(self) -> list[str]:
-        """Relative POSIX names of all files, sorted; hidden ones and `__MACOSX` left out."""
-        return [name for name in tree_names(self.root) if "__MACOSX" not in name]
+    def names(self, passed: dict[str, list[str]] | None = None) -> list[str]:
+        """Relative POSIX names of all files, sorted; what is left out is added to `passed`, as by `tree_names`."""
+        return tree_names(self.root, passed)
 
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
         """Names of the folders and of the files directly in `folder` ("" is the root), sorted."""
         with os.scandir(below(self.root, folder)) as entries:
-            is_folder = {entry.name: entry.is_dir() for entry in entries if _is_shown(entry.name)}
+            # A link that leads in a circle is no folder; asked itself, it raises.
+            is_folder = {
+                e.name: (Path(e).is_dir() if e.is_symlink() else e.is_dir()) for e in entries if is_shown(e.name)
+            }
         return _two_lists(is_folder)
 
     def exists(self, name: str) -> bool:
@@ -73,10 +88,13 @@ class ZipStore:
 
     root: Path
     entries: Mapping[str, zipfile.ZipInfo] = field(repr=False)
+    passed: Mapping[str, list[str]] = field(repr=False, default_factory=dict)
     caches: Sequence[Any] = ()
 
-    def names(self) -> list[str]:
-        """Relative POSIX names of all files, sorted; hidden ones and `__MACOSX` left out."""
+    def names(self, passed: dict[str, list[str]] | None = None) -> list[str]:
+        """Relative POSIX names of all files, sorted; what is left out is added to `passed`, as by `tree_names`."""
+        if passed is not None:
+            passed.update(self.passed)
         return sorted(self.entries)
 
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
@@ -146,7 +164,7 @@ def open_store(path: Path, max_unpacked_gib: float = MOST_OF_AN_ARCHIVE / GIB) -
         return _open_zip(path, max_unpacked_gib)
     if not path.is_dir():
         raise MissingInputError(f"{path} does not exist; give a folder of images or a .zip")
-    rest = [entry for entry in path.iterdir() if _is_shown(entry.name) and entry.suffix.lower() != ".csv"]
+    rest = [entry for entry in path.iterdir() if is_shown(entry.name) and entry.suffix.lower() != ".csv"]
     if len(rest) == 1 and rest[0].suffix.lower() == ".zip" and rest[0].is_file():
         return _open_zip(rest[0], max_unpacked_gib)
     return FolderStore(path)
@@ -156,21 +174,24 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
     with open(path, "rb") as file:  # outside the try: a file that may not be read is no broken zip
         try:
             with zipfile.ZipFile(file) as archive:
-                infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
+                every = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise DataError(_no_zip(path, error)) from error
+    infos = [info for info in every if not info.filename.endswith(("/", "\\"))]
     size = sum(info.file_size for info in infos)
     if size > max_unpacked_gib * GIB:
         raise DataError(
             f"{path} ({path.stat().st_size:,} bytes) would unpack to {size:,} bytes ({size / GIB:.2f} GiB), more than "
             f"data.max_unpacked_gib={max_unpacked_gib:g} allows; raise that key if the zip is what you expect"
         )
-    entries = {}
+    entries: dict[str, zipfile.ZipInfo] = {}
+    passed: dict[str, list[str]] = defaultdict(list)
     for info in infos:
         name = _inside(_decoded_name(info), path)
         if stat.S_ISLNK(info.external_attr >> 16):
             raise DataError(f"{path}: entry {info.filename!r} is a symbolic link; pack the file itself")
-        if not all(_is_shown(part) for part in name.split("/")):
+        if odd := [part for part in name.split("/") if not is_shown(part)]:
+            passed[HIDDEN if odd[0].startswith(".") else SYSTEM].append(name)
             continue
         if name in entries:
             raise DataError(
@@ -178,7 +199,10 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
             )
         _check_entry(info, path)
         entries[name] = info
-    return ZipStore(path, entries)
+    filled = {posixpath.dirname(name) for name in chain(entries, *passed.values())}
+    filled = {f"{parent}/" for name in filled for parent in (name, *PurePosixPath(name).parents)}
+    passed[EMPTY] = sorted({_decoded_name(info) for info in every if info.is_dir()} - filled)
+    return ZipStore(path, entries, dict(passed))
 
 
 def _no_zip(path: Path, error: Exception) -> str:
@@ -214,10 +238,6 @@ def _decoded_name(info: zipfile.ZipInfo) -> str:
 
 def _two_lists(is_folder: Mapping[str, bool]) -> tuple[list[str], list[str]]:
     return tuple(sorted(name for name in is_folder if is_folder[name] is wanted) for wanted in (True, False))
-
-
-def _is_shown(part: str) -> bool:
-    return not part.startswith(".") and part != "__MACOSX"
 
 
 def _inside(name: str, root: Path) -> str:

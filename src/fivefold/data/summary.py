@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fivefold.contract.files import atomic, write_json
+from fivefold.data.adapters import Rows
 from fivefold.data.folds import FoldTable
+from fivefold.data.inventory import tell_left_out
 from fivefold.data.splitting import Duplicates
 from fivefold.predictions import sample
 
@@ -32,13 +34,13 @@ HEADER = ["product_id", "image_path", "image_type"]
 
 def summarise(
     table: FoldTable,
-    source: str,
+    rows: Rows,
     duplicates: Duplicates,
     skipped: Sequence[Mapping[str, str]],
     lost: Sequence[str],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The figures of a split; `skipped` are paths and reasons of rows that are not in the table, `lost` classes of these alone."""
+    """The figures of a split of `rows`; `skipped` are paths and reasons of those that are not in the table, `lost` classes of these alone."""
     bins, per_class = class_counts(table)
     conflicting = duplicates.conflicting(table.codes)
     per_fold = per_class[:, : table.num_folds]
@@ -49,7 +51,7 @@ def summarise(
     return {
         "rows": len(table),
         "classes": len(table.classes),
-        "source": source,
+        "source": rows.layout,
         "rows_per_bin": dict(zip(bins, per_class.sum(axis=0).tolist(), strict=True)),
         "fewer_rows_than_folds": {table.classes[code]: int(per_class[code].sum()) for code in small},
         "not_trained_on": {
@@ -67,6 +69,7 @@ def summarise(
             "labels": [_labelled(table, rows) for rows in conflicting[:LISTED_SETS]],
         },
         "skipped": list(skipped),
+        "left_out": dict(rows.left_out),
         "lost_classes": list(lost),
         "settings": dict(settings),
         "bins": bins,
@@ -96,6 +99,7 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     """The figures that matter, and a warning for each thing that somebody should look at."""
     rows = ", ".join(f"{name} {count:,}" for name, count in summary["rows_per_bin"].items())
     log.info("split: %s rows of %d classes: %s", f"{summary['rows']:,}", summary["classes"], rows)
+    tell_left_out(summary["left_out"], "the split")
     for key, words in WARNINGS.items():
         if summary[key]:
             log.warning("split: %d %s", len(summary[key]), words)

@@ -19,7 +19,7 @@ DIGITS = "%.9g"
 
 
 def write_submission(path: Path, table: Predictions, wanted: Submission, same: SameClasses = AS_NAMED) -> Path:
-    """Writes the rows and columns that are `wanted`, in that order, as its header and its ends of lines are.
+    """Writes the rows and columns that are `wanted`, in that order, as its header, its delimiter and its ends of lines are.
 
     Columns that are the classes get probabilities, classes that mean the `same` by their policy; a single column
     that is no class gets the predicted class. The file is whole or not there; returns its path. Raises a DataError
@@ -41,6 +41,8 @@ def write_submission(path: Path, table: Predictions, wanted: Submission, same: S
             temporary,
             header=wanted.header,
             index=False,
+            sep=wanted.delimiter,
+            decimal=wanted.decimal,
             float_format=DIGITS,
             lineterminator=wanted.end,
             encoding=encoding,
