@@ -173,7 +173,7 @@ def check_memory(network: Classifier, settings: Settings, runtime: Runtime) -> N
     found = replace(found, image=-(-passes * found.image // place.world))  # of a batch each process holds its part
     log.info(in_words(runtime))
     free = memory.available(runtime.device, place.local_world)
-    log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, free))
+    log.info("memory: %s", memory.check_fits(found, chosen.batch_size, free, chosen.accumulate))
 
 
 def _backbone_draws(network: Classifier, settings: Settings, runtime: Runtime) -> bool:
@@ -224,7 +224,7 @@ def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
         criterion = by_labels(loss)
     else:
         criterion = by_teacher(loss, lambda: teacher.alpha, lambda: teacher.temperature)
-    return rdrop(criterion, alpha) if alpha else once(criterion)
+    return rdrop(criterion, alpha, loss.link) if alpha else once(criterion)
 
 
 def _phases(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> list[Freezing | Lessons]:
