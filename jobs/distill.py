@@ -86,7 +86,7 @@ def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils) ->
     paths = [name for name in store.names() if is_image(name)]
     if not paths:
         raise DataError(f"no images below the channel 'unlabeled' ({channel})")
-    paths = distillation.unseen_paths(store, paths, pupils.folds)
+    paths = distillation.unseen_paths(store, paths, pupils)
     if not paths:
         return None
     log.info("student: %d unlabelled images, taught by the whole ensemble", len(paths))
