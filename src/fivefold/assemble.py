@@ -19,7 +19,7 @@ from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.distributed.replicas import with_norms_of_all
-from fivefold.errors import MissingInputError
+from fivefold.errors import MissingInputError, SettingsError
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
 from fivefold.machine import count_cores
@@ -111,7 +111,7 @@ def build_loop(
     shares = learning_rates(network.backbone, chosen.backbone_lr, chosen.layer_decay)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
-    steps = -(-count_batches(len(train.images), chosen.batch_size) // chosen.accumulate)
+    steps = -(-count_batches(len(train.images), chosen.batch_size, chosen.drop_last) // chosen.accumulate)
     schedule = Schedule(
         chosen.schedule, optimizer, steps * chosen.epochs, steps, chosen.warmup_epochs, chosen.step_epochs, chosen.gamma
     )
@@ -132,7 +132,7 @@ def build_loop(
         train=train,
         valid=valid,
         duration=_duration(settings, patience, runtime),
-        batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed),
+        batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed, drop_last=chosen.drop_last),
         mixing=_mixing(settings),
         update=update,
         after_step=after_step,
@@ -204,6 +204,11 @@ def check_training(settings: Settings) -> None:
     choose(MIXINGS, "mixing", settings.augment.mix)
     build_views(settings.predict.views)
     check_warmup(settings.train.warmup_epochs, settings.train.epochs)
+    if settings.train.class_weights == "balanced" and settings.train.sampler == "balanced":
+        raise SettingsError(
+            "train.class_weights=balanced and train.sampler=balanced each make the classes count alike, and together rare "
+            "ones count too much: take one of them"
+        )
 
 
 def _loss(settings: Settings, train: TrainRows) -> Loss:

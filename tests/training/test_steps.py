@@ -182,3 +182,22 @@ def test_muon_is_timms_for_the_backbones_layers_after_the_first_and_adamw_for_al
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         is_matrix = any(other is each for each in matrices)
         torch.testing.assert_close(one, other, rtol=0, atol=4 * 0.02 * 0.02 if is_matrix else 1e-6)
+
+
+def test_tokens_positions_and_scales_do_not_decay():
+    """What timm's networks exempt, and vectors that a network keeps as [1, 1, D] or [C, 1, 1]."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.scale = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.zeros(8, 1, 1))
+            self.layer = nn.Conv2d(8, 8, 1)
+
+    for backbone in (timm.create_model("test_vit", num_classes=0), Scaled()):
+        model = Classifier(backbone, nn.Linear(8, 3))
+        optimizer = build_optimizer("adamw", model, 0.1, 0.5, 0.9)
+        decay = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+        found = {name: decay[id(parameter)] for name, parameter in backbone.named_parameters()}
+        assert not [name for name in found if found[name] and name.endswith(("token", "pos_embed", "scale", "bias"))]
+        assert {name for name in found if found[name]} >= {name for name in found if name.endswith("proj.weight")}
+        assert set(found.values()) == {0.0, 0.5}
