@@ -49,7 +49,8 @@ def main(job: Job, settings: Settings) -> Outcome:
         "selected_on": "holdout" if patience else None,
         "unlabeled": len(unseen.paths) if unseen else 0,
     }
-    return run.finish("student", facts, {"leak_free": lesson.leak_free, "rows": len(train.images)})
+    told = {key: facts[key] for key in ("leak_free", "selected_on") if facts[key] is not None}
+    return run.finish("student", facts, told | {"rows": len(train.images)})
 
 
 def check_factors(models: list[ModelDir], table: FoldTable) -> None:
