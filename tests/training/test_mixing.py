@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from fivefold.data.dataset import epoch_batches
 from fivefold.errors import SettingsError
 from fivefold.training.mixing import Mixing, cutmix, mixup
 from fivefold.training.objectives import Rows
@@ -56,14 +55,3 @@ def test_the_seed_decides_and_nothing_else():
 def test_after_its_last_epoch_nothing_is_mixed(name, last, mixed):
     mixing, rows = Mixing(name, alpha=1.0, p=1.0, last=last), Rows(IMAGES, TARGETS)
     assert [epoch for epoch in (1, 3, 4, 9) if mixing(rows, epoch, (0, epoch)) is not rows] == mixed
-
-
-def test_what_is_mixed_is_not_drawn_as_the_rows_are_shuffled(monkeypatch):
-    """(seed, epoch) orders an epoch's rows; numpy reads (seed, epoch, 0, 0), of its first step, as the same."""
-    assert np.random.default_rng((5, 2)).random() == np.random.default_rng((5, 2, 0, 0)).random()
-    seeds, drawn = [], np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or drawn(seed))
-    Mixing("mixup", 1.0, 1.0)(Rows(IMAGES, TARGETS), 1, (5, 2, 0, 0))
-    epoch_batches(4, 2, 5, 2)
-    one, other = (drawn(seed).random() for seed in seeds)
-    assert one != other

@@ -15,8 +15,6 @@ from fivefold.training.objectives import Rows
 
 Mix = Callable[[Tensor, float, Tensor, np.random.Generator], tuple[Tensor, float]]
 """Images, λ, the images that each is mixed with (a copy, to write to), a generator; the mixed images, and λ as it came out."""
-STREAM = 1
-"""Ends a seed: numpy fills seeds up with zeros, so (seed, epoch), which shuffles the rows, would be (seed, epoch, 0, 0)."""
 Partners = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """The order of a batch's rows to the images and meta features that this process's own ones are mixed with."""
 
@@ -36,7 +34,7 @@ class Mixing:
         `partners` where the rows' images are a part of the batch: what is mixed is decided for the batch.
         """
         mix = choose(MIXINGS, "mixing", self.name)
-        random = np.random.default_rng((*seed, STREAM))
+        random = np.random.default_rng(seed)
         if mix is None or (self.last is not None and epoch > self.last) or random.random() >= self.p:
             return rows
         lam = float(random.beta(self.alpha, self.alpha))
