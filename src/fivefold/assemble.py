@@ -19,7 +19,7 @@ from fivefold.data.sampling import SAMPLERS
 from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.distributed.replicas import with_norms_of_all
-from fivefold.errors import MissingInputError, SettingsError
+from fivefold.errors import MissingInputError
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
 from fivefold.machine import count_cores
@@ -204,14 +204,14 @@ def check_training(settings: Settings) -> None:
     choose(MIXINGS, "mixing", settings.augment.mix)
     build_views(settings.predict.views)
     check_warmup(settings.train.warmup_epochs, settings.train.epochs)
-    if settings.train.class_weights == "balanced" and settings.train.sampler == "balanced":
-        raise SettingsError(
-            "train.class_weights=balanced and train.sampler=balanced each make the classes count alike, and together rare "
-            "ones count too much: take one of them"
-        )
 
 
 def _loss(settings: Settings, train: TrainRows) -> Loss:
+    if settings.train.class_weights == settings.train.sampler == "balanced":
+        log.warning(
+            "train.class_weights=balanced and train.sampler=balanced each make the classes count alike, and together rare "
+            "ones count too much: take one of them"
+        )
     weights = balanced_weights(train.targets) if settings.train.class_weights == "balanced" else None
     return build_loss(settings.train.loss, settings.train.label_smoothing, weights)
 
