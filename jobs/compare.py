@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fivefold import predictions
 from fivefold.contract.files import atomic, is_shown, read_json, tree_files, write_json, write_text
@@ -19,6 +20,7 @@ from fivefold.csv_tables import open_csv
 from fivefold.errors import DataError, MissingInputError
 from fivefold.evaluation import comparison, truth
 from fivefold.evaluation.comparison import Experiment
+from fivefold.evaluation.tables import write_csv
 from fivefold.inference.submitted import names_classes_alone, read_submitted, system_name
 from fivefold.predictions import mean_by_id
 from fivefold.recipe import Settings
@@ -27,6 +29,8 @@ from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 STACKED = "all_experiments_submission_compare.csv"
+PAIRED = "paired.csv"
+NUMBERS = ("logloss", "logloss_low", "logloss_high")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
@@ -39,15 +43,21 @@ def main(job: Job, settings: Settings) -> Outcome:
     shown = "test" if any(tables["test"]) else "oof"
     if not any(tables[shown]):
         notes.append("nothing is scored: there is neither a ground truth nor out-of-fold rows")
+    known = {e.name: e.oof for e in experiments if e.oof} if file is None else {}
+    known |= {e.name: truth.with_truth(e.table, dict(labels), file) for e in experiments if file and e.table}
+    differences = comparison.paired(known, {e.name for e in experiments if e.labels_only})
     pictures = comparison.draw(experiments, tables[shown], alike)
     page = comparison.page(
-        settings.run or f"{len(experiments)} experiments", experiments, tables, alike, pictures, notes
+        settings.run or f"{len(experiments)} experiments", experiments, tables, alike, pictures, notes, differences
     )
     for note in notes:
         log.info("%s", note)
 
     folder = job.output()
-    written = write_tables(folder, experiments, tables, alike, notes)
+    written = write_tables(folder, experiments, tables, as_json(experiments, tables, alike, notes, differences))
+    (folder / PAIRED).unlink(missing_ok=True)
+    if differences:
+        written.append(write_csv(folder / PAIRED, pd.DataFrame(differences).astype(dict.fromkeys(NUMBERS, float))))
     for name in ("model_acc", "correlation"):
         (folder / f"{name}.png").unlink(missing_ok=True)
     for name, picture in pictures.items():
@@ -142,12 +152,11 @@ def write_tables(
     folder: Path,
     experiments: Sequence[Experiment],
     tables: Mapping[str, Sequence[comparison.Figures | None]],
-    alike: comparison.Pairs | None,
-    notes: Sequence[str],
+    facts: Mapping[str, Any],
 ) -> list[Path]:
     """The figures as CSV and JSON, and all submissions under one another, where there are any; the files written."""
     written = [comparison.write_figures(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
-    write_json(written[1], as_json(experiments, tables, alike, notes))
+    write_json(written[1], facts)
     (folder / STACKED).unlink(missing_ok=True)
     submitted = next((each.file for each in experiments if each.file is not None), None)
     if submitted is not None:
@@ -161,8 +170,9 @@ def as_json(
     tables: Mapping[str, Sequence[comparison.Figures | None]],
     alike: comparison.Pairs | None,
     notes: Sequence[str],
+    differences: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """All figures, and the matrices of likeness, null where a number of theirs is undefined."""
+    """All figures, the differences of pairs, and the matrices of likeness, null where a number of theirs is undefined."""
     every = [
         {"experiment": each.name, "source": each.source, "oof_rows_of": each.oof_words}
         | {name: figures[at] for name, figures in tables.items()}
@@ -173,4 +183,4 @@ def as_json(
         likeness = {"names": list(alike.names.values()), "rows": alike.rows}
         for name, matrix in (("agreement", alike.agreement), ("correlation", alike.correlation)):
             likeness[name] = [[None if np.isnan(cell) else round(float(cell), 6) for cell in row] for row in matrix]
-    return {"experiments": every, "likeness": likeness, "notes": list(notes)}
+    return {"experiments": every, "paired": list(differences), "likeness": likeness, "notes": list(notes)}

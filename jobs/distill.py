@@ -49,7 +49,8 @@ def main(job: Job, settings: Settings) -> Outcome:
         "selected_on": "holdout" if patience else None,
         "unlabeled": len(unseen.paths) if unseen else 0,
     }
-    return run.finish("student", facts, {"leak_free": lesson.leak_free, "rows": len(train.images)})
+    told = {key: facts[key] for key in ("leak_free", "selected_on") if facts[key] is not None}
+    return run.finish("student", facts, told | {"rows": len(train.images)})
 
 
 def check_factors(models: list[ModelDir], table: FoldTable) -> None:
@@ -88,7 +89,7 @@ def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils, da
     paths = stock.images
     if not paths:
         raise DataError(f"no images below the channel 'unlabeled' ({channel})")
-    paths = distillation.unseen_paths(store, paths, pupils.folds)
+    paths = distillation.unseen_paths(store, paths, pupils)
     if not paths:
         return None
     log.info("student: %d unlabelled images, taught by the whole ensemble", len(paths))

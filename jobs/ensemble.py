@@ -203,7 +203,9 @@ def system_of(name: str, group: list[ModelDir], views: list[Spec] | None, within
     if not own:
         log.info("%s predicts with other views than it was trained to: its holdout scores are left out", name)
     seeds = len({model.info["seed"] for model in group})
-    return System(name, len(group), seeds, joined(group, OOF), joined(group, HOLDOUT, within) if own else None)
+    holdout = joined(group, HOLDOUT, within) if own else None
+    selected = any(model.info.get("selected_on") == "holdout" for model in group)
+    return System(name, len(group), seeds, joined(group, OOF), holdout, selected)
 
 
 def joined(group: list[ModelDir], file: str, within: str = "mean") -> Predictions | None:

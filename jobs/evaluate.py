@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .scoring import Evidence
 
 log = logging.getLogger("fivefold")
 
-WRONG = {"wrong_valid.csv": ("oof",), "wrong_test.csv": ("test", "holdout")}
+WRONG = ("wrong_valid.csv", "wrong_test.csv")
 """Mistakes on rows that a model was selected on, and on rows that no model saw. Rows that a model trained on
 are predicted by `predict` alone, which has their wrong_train.csv."""
 HEADLINE = ("rows", "n", "accuracy", "logloss", "f1_macro", "ece")
@@ -44,6 +44,8 @@ def main(job: Job, settings: Settings) -> Outcome:
         write_json(folder / METRICS, {})
         return Outcome([folder / METRICS])
     figures = {rows.name: rows.figures(options.top_k, options.bins) for rows in scored}
+    if evidence.selected and "holdout" in figures:
+        figures["holdout"]["selected_on"] = "holdout"
     folds = [
         (model, full_report(table.log_probs, table.codes(), options.top_k, options.bins))
         for model, table in evidence.folds()
@@ -66,7 +68,8 @@ def main(job: Job, settings: Settings) -> Outcome:
         )
     )
 
-    written = [folder / METRICS, *write_tables(folder, scored[0], mistakes)]
+    selecting = {"oof", "holdout"} if evidence.selected else {"oof"}
+    written = [folder / METRICS, *write_tables(folder, scored[0], mistakes, selecting)]
     per_fold = [{key: model.info[key] for key in ("system", "seed", "fold")} | scores for model, scores in folds]
     write_json(folder / METRICS, finite(figures | ({"oof": figures["oof"] | {"folds": per_fold}} if folds else {})))
     for name, picture in pictures.items():
@@ -80,13 +83,15 @@ def main(job: Job, settings: Settings) -> Outcome:
     return Outcome([*written, folder / REPORT], headline)
 
 
-def write_tables(folder: Path, first: tables.Scored, mistakes: Mapping[str, pd.DataFrame]) -> list[Path]:
-    """Per class and confusion of the rows that open the report, and the mistakes of all; the files written."""
+def write_tables(
+    folder: Path, first: tables.Scored, mistakes: Mapping[str, pd.DataFrame], selecting: Set[str]
+) -> list[Path]:
+    """Per class and confusion of the rows that open the report, and the mistakes of all, apart for rows of names in `selecting`."""
     written = [tables.write_per_class(folder / "per_class.csv", first)]
     written.append(tables.write_confusion(folder / "confusion_matrix.csv", first))
-    for file, names in WRONG.items():
+    for file, selected in zip(WRONG, (True, False), strict=True):
         (folder / file).unlink(missing_ok=True)
-        if frames := [mistakes[name] for name in names if name in mistakes]:
+        if frames := [rows for name, rows in mistakes.items() if (name in selecting) is selected]:
             ranked = pd.concat(frames).sort_values("confidence", ascending=False, kind="stable")
             written.append(tables.write_csv(folder / file, ranked))
     return written

@@ -65,6 +65,17 @@ class Evidence:
         """What `ensemble.json` says, empty without one."""
         return read_json(self.predicted[ENSEMBLE]) if ENSEMBLE in self.predicted else {}
 
+    @property
+    def selected(self) -> bool:
+        """Whether the holdout chose the epoch of a model that is scored."""
+        infos = [*self.ensemble.get("members", []), *(model.info for model in self.models)]
+        return any(info.get("selected_on") == "holdout" for info in infos)
+
+    @property
+    def tempered(self) -> bool:
+        """Whether the holdout's predictions are an ensemble's at temperatures that were fitted."""
+        return HOLDOUT in self.predicted and self.ensemble.get("temperature") not in (None, 1)
+
     @cached_property
     def split(self) -> Path | None:
         """The split: of its own channel, or found beside the models."""
@@ -101,25 +112,36 @@ class Evidence:
             what = _models_in_words(self.models, "equal mean of ")
         else:
             return None
-        return self._of_split("holdout", what, [table], "rows that the split set aside")
+        which = "rows that the split set aside"
+        if self.selected:
+            which += ", by which the student's epoch was chosen"
+        elif self.tempered:
+            which += ", each at a temperature that the others fitted"
+        return self._of_split("holdout", what, [table], which)
 
     def out_of_fold(self) -> Scored | None:
-        """All out-of-fold rows of all models under one another; None without any."""
+        """Each out-of-fold row once: where several models (of seeds, systems) predicted it, by their mean. None without any."""
         found = self.folds()
         if not found:
             return None
         if needs_product([model.info for model, _ in found]):
             tables, what = [_product(found)], _models_in_words(self.models, "product of ")
         else:
-            tables, what = [table for _, table in found], f"{_models_in_words(self.models)}, each alone"
+            tables, words = [table for _, table in found], "each alone"
+            if sum(map(len, tables)) > len({name for table in tables for name in table.ids}):
+                tables, words = [mean_by_id(tables)], "their mean where several predict a row"
+            what = f"{_models_in_words(self.models)}, {words}"
         return self._of_split("oof", what, tables, "out-of-fold rows of the split")
 
     def _of_split(self, name: str, what: str, tables: Sequence[Predictions], which: str) -> Scored:
         """The rows of the `tables`, with the paths that the split has of them."""
         table = stacked(tables)
         split = read_folds(self.split) if self.split else None
-        paths = dict(zip(split.ids.to_pylist(), split.paths.to_pylist(), strict=True)) if split else {}
-        return Scored(name, what, f"the {len(table):,} {which}", table, paths)
+        ids = split.ids.to_pylist() if split else []
+        paths = dict(zip(ids, split.paths.to_pylist(), strict=True)) if split else {}
+        grouped = split is not None and split.groups.null_count < len(split)
+        groups = dict(zip(ids, split.groups.to_pylist(), strict=True)) if grouped else {}
+        return Scored(name, what, f"the {len(table):,} {which}", table, paths, groups)
 
     def folds(self) -> list[tuple[ModelDir, Predictions]]:
         """Each model that has out-of-fold rows, with them."""
@@ -147,12 +169,11 @@ class Evidence:
 
     def notes(self) -> dict[str, str]:
         """What must be known beside the scores of the ensemble."""
-        if any(model.info.get("selected_on") == "holdout" for model in self.models):
+        if self.selected:
             return {"holdout": "The student's epoch was chosen by these very rows, so the figures flatter it."}
-        temperature = self.ensemble.get("temperature", 1)
-        if HOLDOUT not in self.predicted or temperature in (None, 1):
-            return {}
-        return {"holdout": f"The ensemble's temperature, {temperature:.4g}, was fitted on these very rows."}
+        own = self.ensemble.get("temperature")
+        said = f" The ensemble's own temperature, {own:.4g}, was fitted on all of them." if self.tempered else ""
+        return {"holdout": f"None chose its epoch by them.{said}"}
 
     def records(self) -> list[dict[str, Any]]:
         """The records of the stages that made what is evaluated, in the order of the pipeline."""

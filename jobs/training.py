@@ -162,7 +162,7 @@ class TrainingRun:
             fold=self.table.fold[rows],
             system=self.settings.system,
             classes=self.table.classes,
-            log_probs=predict_images(self.model, self.settings, self.runtime, images, label),
+            log_probs=predict_images(self.model, self.settings, self.runtime, images, label, link=self.loop.loss.link),
             labels=self.table.labels()[rows],
         )
 

@@ -1,15 +1,22 @@
 """What a teacher may say: leak-freedom, row by row."""
 
+from dataclasses import replace
+from hashlib import sha256
+
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
+from fivefold.committee import seen_as
 from fivefold.contract.artifacts import ModelDir
 from fivefold.data.folds import FoldTable
-from fivefold.distillation import best_model, out_of_fold_targets
+from fivefold.data.store import open_store
+from fivefold.distillation import Pupils, best_model, out_of_fold_targets, unseen_paths
 from fivefold.errors import DataError, SettingsError
 from fivefold.predictions import Predictions
 from fivefold.training.teaching import soften
+from toy import draw
 
 CLASSES = ("a", "b", "c")
 FOLD = np.array([0, 1, 2, 0, 1, 2, -1], np.int16)
@@ -69,3 +76,30 @@ def test_softening_at_one_is_the_identity_and_heat_flattens():
 def test_defect_car_b5_the_best_fold_is_that_of_the_least_logloss_and_not_the_first(tmp_path):
     models = [ModelDir(tmp_path / str(n), {"best": {"logloss": loss}}) for n, loss in enumerate((0.5, 0.3, 0.4))]
     assert best_model(models).path.name == "1"
+
+
+@pytest.mark.parametrize("digests", [False, True])
+def test_unlabelled_images_that_are_the_splits_are_found_by_their_pixels(folds, tmp_path, digests, caplog):
+    """Whether the split opened its images or not; the holdout's own too, saved anew or under another name."""
+    for number in range(9):
+        draw(tmp_path / f"r{number}.png", np.random.default_rng(number))
+    folds = replace(folds, paths=pa.array([f"{name}.png" for name in folds.ids.to_pylist()]))
+    (tmp_path / "given").mkdir()
+    for name, row in {"fold.png": 2, "holdout.png": 6, "new.png": 7, "other.png": 8}.items():
+        with Image.open(tmp_path / f"r{row}.png") as image:
+            image.save(tmp_path / "given" / name, compress_level=1)
+    if digests:
+        taken = [sha256((tmp_path / name).read_bytes()).hexdigest() for name in folds.paths.to_pylist()]
+        folds = replace(folds, sha256=pa.array(taken))
+    pupils = Pupils(folds, np.arange(6), open_store(tmp_path))
+    given = ["fold.png", "holdout.png", "new.png", "other.png"]
+    assert unseen_paths(open_store(tmp_path / "given"), given, pupils) == ["new.png", "other.png"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_rows_that_chose_a_students_epoch_are_not_called_unseen(folds, tmp_path):
+    student = ModelDir(tmp_path, {"fold": None, "selected_on": None})
+    assert seen_as([student], folds).tolist() == ["train"] * 6 + ["test"]
+    selected = ModelDir(tmp_path, {"fold": None, "selected_on": "holdout"})
+    assert seen_as([selected], folds).tolist() == ["train"] * 6 + ["valid"]
+    assert seen_as([student, selected], folds)[-1] == "valid"

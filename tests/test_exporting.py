@@ -17,15 +17,15 @@ from torch import nn
 from fivefold.assemble import build_classifier, runtime_of, seed_everything
 from fivefold.committee import Committee
 from fivefold.contract.artifacts import model_at
-from fivefold.contract.files import atomic, write_json
+from fivefold.contract.files import atomic, read_json, write_json
 from fivefold.data.meta import measure
 from fivefold.data.store import open_store
-from fivefold.errors import FivefoldError
+from fivefold.errors import DataError, FivefoldError
 from fivefold.evaluation.calibration import apply_temperature
 from fivefold.exporting import write_onnx
 from fivefold.inference.blends import arithmetic
 from fivefold.inference.ensemble import Ensemble
-from fivefold.members import load_member, save_member
+from fivefold.members import ImageFiles, load_member, save_member
 from fivefold.recipe import Augment, Model, Predict, Settings, Train
 from fivefold.training.loop import Best
 from toy import draw, failure, run_stage
@@ -42,7 +42,14 @@ def save(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **cha
         seed=seed,
         model=NET.model_copy(update=changes.get("model", {})),
         augment=Augment(train=[], eval=changes.get("eval", ["resize"])),
-        train=Train(precision="fp32", channels_last=True, ema_decay=0.9, keep_raw=True, workers=0),
+        train=Train(
+            precision="fp32",
+            channels_last=True,
+            ema_decay=0.9,
+            keep_raw=True,
+            workers=0,
+            loss=changes.get("loss", "cross_entropy"),
+        ),
         predict=Predict(batch_size=4, views=changes.get("views", ["plain"])),
     )
     best = {}
@@ -281,3 +288,26 @@ FAMILIES = ("timm/resnet18", "timm/caformer_s18", "timm/efficientnet_b0", "torch
 def test_the_families_can_be_exported(backbone, tmp_path):
     model = {"backbone": backbone, "options": {}, "image_size": 64, "pretrained": False}
     assert export(save(tmp_path / "model", None, model=model, views=["plain", "flip"]), tmp_path / "out") == 0
+
+
+def test_a_model_that_was_trained_by_sigmoids_predicts_and_is_exported_by_them(images, tmp_path):
+    folder = save(tmp_path / "model", None, loss="bce")
+    member, names = load_member(model_at(folder), {}), sorted(path.name for path in images.iterdir())
+    assert read_json(folder / "model.json")["link"] == "sigmoid"
+    with torch.inference_mode():
+        odds = member.network(member.runtime.images(torch.from_numpy(pixels(images)).permute(0, 3, 1, 2))).sigmoid()
+    expected = (odds / odds.sum(dim=1, keepdim=True)).numpy()
+    found = np.exp(by_pipeline([folder], images, [1.0]))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    verdict = Committee(Ensemble({"a": [member.source]}, (1.0,)), [member]).predict(
+        ImageFiles(open_store(images), names)
+    )
+    np.testing.assert_allclose(np.exp(verdict.log_probs), expected, atol=1e-5)
+    assert export(folder, tmp_path / "out") == 0
+    np.testing.assert_allclose(by_onnx(tmp_path / "out" / "model.onnx", images), expected, atol=1e-5)
+    softmax = np.exp(by_pipeline([save(tmp_path / "other", None)], images, [1.0]))
+    assert np.abs(found - softmax).max() > 0.01, "it is another prediction of the same weights"
+    for link in ("probit", None):
+        write_json(folder / "model.json", read_json(folder / "model.json") | {"link": link})
+        with pytest.raises(DataError, match="does not rebuild a model"):
+            load_member(model_at(folder), {})

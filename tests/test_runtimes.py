@@ -149,3 +149,9 @@ def test_names_that_do_not_work_here_are_refused():
         with pytest.raises(SettingsError):
             runtime_of(settings(**train))
     assert precision_name(runtime_for_prediction(settings(), "fp16", "cpu")) == "fp32"
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("bf16", True)])
+def test_float32_is_not_rounded_to_tf32(precision, allowed):
+    runtime_for_prediction(settings(), precision, "cpu")
+    assert torch.backends.cudnn.allow_tf32 is allowed

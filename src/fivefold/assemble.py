@@ -111,7 +111,7 @@ def build_loop(
     shares = learning_rates(network.backbone, chosen.backbone_lr, chosen.layer_decay)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
-    steps = -(-count_batches(len(train.images), chosen.batch_size) // chosen.accumulate)
+    steps = -(-count_batches(len(train.images), chosen.batch_size, chosen.drop_last) // chosen.accumulate)
     schedule = Schedule(
         chosen.schedule, optimizer, steps * chosen.epochs, steps, chosen.warmup_epochs, chosen.step_epochs, chosen.gamma
     )
@@ -132,7 +132,7 @@ def build_loop(
         train=train,
         valid=valid,
         duration=_duration(settings, patience, runtime),
-        batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed),
+        batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed, drop_last=chosen.drop_last),
         mixing=_mixing(settings),
         update=update,
         after_step=after_step,
@@ -173,7 +173,7 @@ def check_memory(network: Classifier, settings: Settings, runtime: Runtime) -> N
     found = replace(found, image=-(-passes * found.image // place.world))  # of a batch each process holds its part
     log.info(in_words(runtime))
     free = memory.available(runtime.device, place.local_world)
-    log.info("memory: %s", memory.check_fits(found, settings.train.batch_size, free))
+    log.info("memory: %s", memory.check_fits(found, chosen.batch_size, free, chosen.accumulate))
 
 
 def _backbone_draws(network: Classifier, settings: Settings, runtime: Runtime) -> bool:
@@ -226,6 +226,11 @@ def _check_one_image(settings: Settings) -> None:
 
 
 def _loss(settings: Settings, train: TrainRows) -> Loss:
+    if settings.train.class_weights == settings.train.sampler == "balanced":
+        log.warning(
+            "train.class_weights=balanced and train.sampler=balanced each make the classes count alike, and together rare "
+            "ones count too much: take one of them"
+        )
     weights = balanced_weights(train.targets) if settings.train.class_weights == "balanced" else None
     return build_loss(settings.train.loss, settings.train.label_smoothing, weights)
 
@@ -243,7 +248,7 @@ def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
         criterion = by_labels(loss)
     else:
         criterion = by_teacher(loss, lambda: teacher.alpha, lambda: teacher.temperature)
-    return rdrop(criterion, alpha) if alpha else once(criterion)
+    return rdrop(criterion, alpha, loss.link) if alpha else once(criterion)
 
 
 def _phases(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> list[Freezing | Lessons]:

@@ -131,13 +131,15 @@ def seen_as(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
     """What each row of the split was to these models together: `train`, `valid` or `test`, str [N].
 
     A row that one of them trained on is `train` to all; `valid` are those that only chose a best
-    epoch, and `test` those that none of them saw.
+    epoch, as the holdout did of a student with patience, and `test` those that none of them saw.
     """
     part = np.full(len(table), "test", dtype="U5")
     trained = np.zeros(len(table), bool)
     for model in models:
         fold = model.info["fold"]
         part[table.valid_rows(fold) if fold is not None else table.part == "valid"] = "valid"
+        if model.info.get("selected_on") == "holdout":
+            part[table.aside_rows()] = "valid"
         trained[table.train_rows(fold) if fold is not None else table.part == "train"] = True
     part[trained] = "train"
     return part

@@ -4,19 +4,20 @@ Leak-free means: the target of a row comes from a model that never saw that row.
 tables hold just that. Images without labels were seen by no fold, so all folds may teach them.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from fivefold import predictions
 from fivefold.assemble import images_at, one_hot
 from fivefold.contract.artifacts import ModelDir, model_at
 from fivefold.contract.stages import OOF
 from fivefold.data.folds import FoldTable
+from fivefold.data.opening import open_images
 from fivefold.data.store import ImageStore, JoinedStore
 from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import DataError, MissingInputError, SettingsError
@@ -87,16 +88,19 @@ def teach(teacher: str, models: Sequence[ModelDir], pupils: Pupils, views: Seque
     return Lesson(mean(log_probs), leak_free=False, teacher=names)
 
 
-def unseen_paths(store: ImageStore, paths: Sequence[str], folds: FoldTable) -> list[str]:
-    """The paths whose files are not among the split's; the others are left out, with a warning.
+def unseen_paths(store: ImageStore, paths: Sequence[str], pupils: Pupils) -> list[str]:
+    """The paths whose pictures are none of the split's, by their pixels; the others are left out, with a warning.
 
     A fold's own image would be taught by models that trained on it, a holdout's would be trained on.
     """
-    known = set(folds.sha256.to_pylist())
-    fresh = [path for path in paths if hashlib.sha256(store.read(path)).hexdigest() not in known]
+    split, given = open_images(pupils.store, pupils.folds.paths), open_images(store, pa.array(paths))
+    known = set(split.pixels[split.readable].tolist())
+    fresh = [path for path, pixels in zip(paths, given.pixels.tolist(), strict=True) if pixels not in known]
     if len(fresh) < len(paths):
         log.warning(
-            "%d of %d unlabelled images are files of the split; they are left out", len(paths) - len(fresh), len(paths)
+            "%d of %d unlabelled images are pictures of the split; they are left out",
+            len(paths) - len(fresh),
+            len(paths),
         )
     return fresh
 

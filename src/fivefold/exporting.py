@@ -22,6 +22,7 @@ from fivefold.errors import FivefoldError, SettingsError
 from fivefold.extras import need
 from fivefold.inference.tta import View, build_views
 from fivefold.members import Member
+from fivefold.models.classifier import LINKS
 
 log = logging.getLogger("fivefold")
 MOST_BYTES = 2_000_000_000
@@ -73,6 +74,7 @@ class Seen(nn.Module):
 
     def __init__(self, member: Member) -> None:
         super().__init__()
+        self.scores = LINKS[member.link]
         self.network = for_tracing(member.network.float().cpu().to(memory_format=torch.contiguous_format))
         self.register_buffer("mean", member.runtime.mean.cpu())
         self.register_buffer("std", member.runtime.std.cpu())
@@ -82,7 +84,7 @@ class Seen(nn.Module):
     def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
         normalised = (images - self.mean) / self.std
         company = (meta,) if self.takes_meta else ()
-        probabilities = [self.network(view(normalised), *company).softmax(dim=1) for view in self.views]
+        probabilities = [self.scores(self.network(view(normalised), *company)).softmax(dim=1) for view in self.views]
         return torch.stack(probabilities).mean(dim=0)
 
 
@@ -127,7 +129,7 @@ def describe(committee: Committee) -> dict[str, Any]:
         "views": first.predict.views,
         "temperature": committee.ensemble.temperature,
         "members": [
-            {"name": member.source.name, "weight": weight}
+            {"name": member.source.name, "weight": weight, "link": member.link}
             for member, weight in zip(committee.members, committee.ensemble.model_weights, strict=True)
         ],
     }

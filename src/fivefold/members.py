@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ from fivefold.data.store import ImageStore
 from fivefold.data.transforms import Transform, build_transforms
 from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import DataError
-from fivefold.inference.predictor import Runtime, predict, predict_all
+from fivefold.inference.predictor import Runtime, log_mean, predict, predict_all
+from fivefold.models.classifier import LINKS
 from fivefold.models.weights import load_exactly, save_weights
 from fivefold.recipe import OF_PLATFORMS, Settings, Spec
 from fivefold.settings import key_settings
 from fivefold.training.loop import Best
+from fivefold.training.losses import build_loss
 
 FORMAT = 1
 OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {"data": {"cache", "cache_gib"}}
@@ -45,12 +47,13 @@ TRAINING_SECTIONS = ("data.store_size", "data.scaled_decoding", "model", "augmen
 
 @dataclass(frozen=True)
 class Member:
-    """A trained model, ready to predict: where it lies, its settings, its network, its runtime."""
+    """A trained model, ready to predict: where it lies, its settings, its network, its runtime, the link of its loss."""
 
     source: ModelDir
     settings: Settings
     network: nn.Module
     runtime: Runtime
+    link: str = "softmax"
 
     def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[Spec] = ()) -> np.ndarray:
         """Log-probabilities float32 [N, C] of the images at `paths`, by the recipe's views unless others are given."""
@@ -60,7 +63,8 @@ class Member:
         self, gallery: "Gallery", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
     ) -> np.ndarray:
         """As `predict`, of the images of a gallery (or of some `rows` of it), which makes them once for all members."""
-        return predict_images(self.network, self.settings, self.runtime, gallery.seen_by(self), label, views, rows)
+        images = gallery.seen_by(self)
+        return predict_images(self.network, self.settings, self.runtime, images, label, views, rows, self.link)
 
     @property
     def sight(self) -> str:
@@ -88,7 +92,9 @@ class Member:
         """Log-probabilities float32 [N, C] of N prepared images, by the recipe's views and in batches of its size."""
         size = predict_batch_size(self.settings)
         batches = [joined(images[start : start + size]) for start in range(0, len(images), size)]
-        return predict(self.network, batches, self.runtime, self.settings.predict.views)
+        return predict(
+            self.network, batches, self.runtime, self.settings.predict.views, partial(log_mean, link=self.link)
+        )
 
 
 @dataclass(frozen=True)
@@ -143,13 +149,15 @@ def predict_images(
     label: str,
     views: Sequence[Spec] = (),
     rows: Sequence[int] | None = None,
+    link: str = "softmax",
 ) -> np.ndarray:
     """Log-probabilities float32 [N, C] of all images, or of some `rows`, by the recipe's views unless others are given.
 
-    With a progress bar, if there is a `label`.
+    With a progress bar, if there is a `label`. `link`: of the loss that trained the network.
     """
     size, workers = predict_batch_size(settings), choose_workers(settings.train.workers, runtime)
-    return predict_all(network, images, size, workers, runtime, views or settings.predict.views, label, rows)
+    views, of_views = views or settings.predict.views, partial(log_mean, link=link)
+    return predict_all(network, images, size, workers, runtime, views, label, rows, of_views)
 
 
 def load_member(
@@ -160,7 +168,8 @@ def load_member(
     `weights` is the file of the folder that holds them; `replicas` part the rows that it predicts. Raises DataError when the folder does not rebuild a model.
     """
     try:
-        settings = Settings.model_validate(source.info["settings"])
+        settings, link = Settings.model_validate(source.info["settings"]), source.info["link"]
+        LINKS[link]
     except (ValueError, KeyError) as error:
         raise DataError(f"{source.path}: {MODEL} does not rebuild a model: {error}") from error
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update=dict(explicit))})
@@ -168,7 +177,7 @@ def load_member(
     network = build_classifier(model, len(source.info["classes"]))
     load_exactly(network, source.path / weights)
     runtime = runtime_for_prediction(settings, source.info["precision"], explicit.get("device", "auto"), replicas)
-    return Member(source, settings, runtime.place(network).eval(), runtime)
+    return Member(source, settings, runtime.place(network).eval(), runtime, link)
 
 
 def save_member(
@@ -197,6 +206,7 @@ def save_member(
             "best": {"epoch": deciding.epoch, **deciding.scores},
             "precision": precision_name(runtime),
             "device": runtime.device.type,
+            "link": build_loss(settings.train.loss).link,
             "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime)},
             "settings": json.loads(settings.model_dump_json(exclude=OF_PLACE)),
         },

@@ -138,7 +138,8 @@ class Augment(Section):
 class Train(Section):
     epochs: int = Field(30, ge=1, description="passes over the training rows")
     batch_size: int = Field(32, ge=1, description="images a step")
-    accumulate: int = Field(1, ge=1, description="batches whose gradients are summed before a step")
+    accumulate: int = Field(1, ge=1, description="batches that are one step together")
+    drop_last: bool = Field(False, description="leave out a last batch that is not full (else if under 1/8, or 1 row)")
     loss: Spec = Field("cross_entropy", description="cross_entropy, label_smoothing, focal, binary_focal, bce or f1")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes count more")
     sampler: str = Field("shuffle", description="shuffle: every row once an epoch; balanced: classes in equal parts")
@@ -153,7 +154,7 @@ class Train(Section):
         1.0, gt=0, le=1, description="factor of the learning rate from a layer to that before (timm/… alone)"
     )
     freeze_epochs: int = Field(0, ge=0, description="first epochs in which the backbone stays as it is, BatchNorm too")
-    weight_decay: float = Field(1e-4, ge=0, description="not applied to norms and biases")
+    weight_decay: float = Field(1e-4, ge=0, description="not applied to norms, biases, scales and what timm exempts")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and muon")
     schedule: str = Field("cosine", description="constant, cosine or step")
     warmup_epochs: float = Field(0.0, ge=0, description="linear rise of the learning rate at the start")

@@ -133,6 +133,7 @@ def _runtime(settings: Settings, device: torch.device, precision: str, replicas:
         torch.use_deterministic_algorithms(same_bits, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
     dtype, grouped_fp32 = PRECISIONS[precision]
+    torch.backends.cudnn.allow_tf32 = dtype is not None  # else convolutions of float32 would have 10 bits on new GPUs
     mean, std = settings.model.mean, settings.model.std
     return make_runtime(device, dtype, settings.train.channels_last, mean, std, replicas, grouped_fp32)
 

@@ -157,7 +157,15 @@ def test_a_file_that_changed_since_the_split_is_named(images, tmp_path):
         list(load(images, in_order(len(images), 4), 0))
 
 
-def test_a_last_batch_of_one_is_left_out_of_training_alone():
+def test_a_last_batch_of_few_rows_is_left_out_of_training_alone():
+    assert [len(batch) for batch in epoch_batches(130, 64, 0, 0)] == [64, 64]
+    assert [len(batch) for batch in epoch_batches(136, 64, 0, 0)] == [64, 64, 8]
+    assert [len(batch) for batch in epoch_batches(3, 64, 0, 0)] == [3]
+    assert [len(batch) for batch in epoch_batches(10, 4, 0, 0, drop_last=True)] == [4, 4]
+    assert [len(batch) for batch in epoch_batches(3, 4, 0, 0, drop_last=True)] == [3]
+    assert [len(batch) for batch in epoch_batches(3, 1, 0, 0)] == [1, 1, 1]
+    left_out = [set(range(130)) - {row for batch in epoch_batches(130, 64, 0, n) for _, row in batch} for n in (1, 2)]
+    assert left_out[0] != left_out[1]
     assert [len(batch) for batch in epoch_batches(9, 4, 0, 0)] == [4, 4]
     assert [len(batch) for batch in epoch_batches(10, 4, 0, 0)] == [4, 4, 2]
     assert [len(batch) for batch in epoch_batches(1, 4, 0, 0)] == [1]

@@ -53,4 +53,5 @@ def test_rows_without_a_label_come_once_each():
 @pytest.mark.parametrize("codes", [np.zeros(9, int), np.arange(9) % 4, np.full(9, -1)])
 def test_every_sampler_gives_as_many_batches_as_the_schedule_counts(name, codes):
     for size in (1, 2, 4, 20):
-        assert len(SAMPLERS[name](codes, size, 0, 1)) == count_batches(len(codes), size)
+        for drop_last in (False, True):
+            assert len(SAMPLERS[name](codes, size, 0, 1, drop_last)) == count_batches(len(codes), size, drop_last)

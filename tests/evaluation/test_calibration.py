@@ -76,3 +76,14 @@ def test_reliability_table_counts_every_row_once_and_agrees_with_a_loop():
         if rows:
             error += rows / 2_000 * abs(right[inside].mean() - confidence[inside].mean())
     assert calibration.expected_calibration_error(log_probs, codes, 12) == pytest.approx(error)
+
+
+def test_each_part_is_tempered_by_the_others_alone():
+    log_probs, codes = calibrated(60, 4, seed=4)
+    found = calibration.cross_tempered(log_probs, codes, parts=3)
+    for part in range(3):
+        others = np.arange(60) % 3 != part
+        temperature = calibration.fit_temperature(log_probs[others], codes[others])
+        np.testing.assert_allclose(found[~others], calibration.apply_temperature(log_probs[~others], temperature))
+    own = calibration.apply_temperature(log_probs, calibration.fit_temperature(log_probs, codes))
+    assert metrics.logloss(own, codes) < metrics.logloss(found, codes), "what fits itself flatters itself"

@@ -1,5 +1,8 @@
 """Likeness of experiments by hand and under renaming, and the page that shows it."""
 
+from dataclasses import replace
+from math import comb
+
 import numpy as np
 import pytest
 
@@ -80,3 +83,37 @@ def test_the_page_escapes_names_of_strangers():
     assert "&lt;b&gt;x" in text
     assert text.count("data:image/png") == 4
     assert "Out-of-fold</h2>" not in text
+
+
+def labelled(right: np.ndarray, start: int = 0, sure: float = 0.8) -> Predictions:
+    """Rows of class "a" that are predicted with probability `sure`, as that class where `right` [N]."""
+    probs = np.where(right[:, None], [sure, 0.9 - sure, 0.1], [0.9 - sure, sure, 0.1])
+    found = table(probs, start=start)
+    return replace(found, labels=np.full(len(right), "a", object))
+
+
+def test_pairs_are_tested_on_the_rows_that_both_predict():
+    """30 rows that the first alone has right against 10 of the second, of 400: McNemar's exact test by its binomial."""
+    first, second = np.ones(400, bool), np.ones(400, bool)
+    first[:10], second[10:40] = False, False
+    given = {
+        "x": labelled(first),
+        "y": labelled(second, sure=0.7),
+        "z": labelled(second[:40], 390),
+        "w": labelled(second, 900),
+    }
+    found = {(row["first"], row["second"]): row for row in comparison.paired(given, ["z"])}
+    assert found.keys() == {("x", "y"), ("x", "z"), ("y", "z")}, "w has no row in common with them"
+    row = found["x", "y"]
+    assert (row["n"], row["accuracy"]) == (400, pytest.approx(0.05))
+    assert row["p"] == pytest.approx(2 * sum(comb(40, k) for k in range(11)) / 2**40)
+    error = np.sqrt(40 / 400 - 0.05**2) / 20
+    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(
+        (0.05 - 1.96 * error, 0.05 + 1.96 * error), abs=0.006
+    )
+    losses = [-np.log(np.where(right, sure, 0.9 - sure)) for right, sure in ((first, 0.8), (second, 0.7))]
+    assert row["logloss"] == pytest.approx((losses[0] - losses[1]).mean(), abs=1e-6)
+    assert row["logloss_low"] < row["logloss"] < row["logloss_high"]
+    assert (found["x", "z"]["n"], found["x", "z"]["logloss"]) == (10, None)
+    alike = comparison.paired({"x": given["x"], "again": given["x"]})[0]
+    assert (alike["p"], alike["accuracy_low"], alike["accuracy_high"]) == (1.0, 0.0, 0.0)

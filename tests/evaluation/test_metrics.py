@@ -91,3 +91,27 @@ def test_interval_of_a_share():
     # Newcombe 1998, table I: 81 of 263, and 0 of 20
     assert metrics.wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert metrics.wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+def test_rows_that_are_alike_count_as_one_and_others_as_themselves():
+    draw = np.random.default_rng(1)
+    right = draw.random(300) < 0.8
+    assert metrics.independent_rows(right, np.arange(300)) == pytest.approx(300)
+    threefold = metrics.independent_rows(np.repeat(right, 3), np.repeat(np.arange(300), 3))
+    assert threefold == pytest.approx(300, rel=0.01)
+    assert 240 < metrics.independent_rows(right, np.arange(300) // 2) <= 300
+    assert metrics.independent_rows(np.ones(9, bool), np.repeat(np.arange(3), 3)) == 3
+    assert metrics.independent_rows(right, np.zeros(300, int)) == 1
+
+
+def test_the_interval_of_groups_covers_what_it_says():
+    """Shares of 60 groups of 10 rows that are nearly alike, drawn 300 times: the truth, 0.7, is in 95 of 100 intervals."""
+    draw, inside, naive = np.random.default_rng(2), 0, 0
+    groups = np.repeat(np.arange(60), 10)
+    for _ in range(300):
+        right = draw.random(600) < draw.beta(1.4, 0.6, 60)[groups]
+        for rows in (metrics.independent_rows(right, groups), 600):
+            low, high = metrics.wilson_interval(float(right.mean()), rows)
+            inside, naive = inside + (low < 0.7 < high) * (rows != 600), naive + (low < 0.7 < high) * (rows == 600)
+    assert 0.91 < inside / 300 < 0.98
+    assert naive / 300 < 0.8

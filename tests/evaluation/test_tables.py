@@ -1,6 +1,7 @@
 """Scored rows and the tables that are made of them, by hand."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 
 from fivefold.errors import DataError
 from fivefold.evaluation import tables
+from fivefold.evaluation.metrics import wilson_interval
 from fivefold.evaluation.tables import Scored
 from fivefold.predictions import Predictions
 
@@ -87,3 +89,13 @@ def test_a_class_may_be_called_as_a_column_is(tmp_path):
     lines = (tmp_path / "p.csv").read_text().splitlines()
     assert lines[0] == "class,precision,recall,f1,support,predicted"
     assert lines[3] == "'=x,1.000000,1.000000,1.000000,1,1"
+
+
+def test_the_interval_is_of_as_many_rows_as_groups_are_worth():
+    rows = {f"{group} {n}": ("a", [0.9, 0.1] if group % 3 else [0.1, 0.9]) for group in range(60) for n in range(4)}
+    scored = Scored("oof", "", "", predicted(rows, ("a", "b")), {})
+    assert scored.interval() == pytest.approx(wilson_interval(2 / 3, 240))
+    grouped = replace(scored, groups={name: name.split()[0] for name in rows})
+    assert grouped.interval() == pytest.approx(wilson_interval(2 / 3, 60), abs=0.005)
+    some = replace(scored, groups=dict.fromkeys(rows, None) | {"0 0": "x", "0 1": "x"})
+    assert some.interval() == pytest.approx(scored.interval(), abs=0.005)

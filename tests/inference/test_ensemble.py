@@ -104,14 +104,28 @@ def test_scores_say_what_they_speak_of_and_a_single_system_is_not_weighted():
     assert [score["rows"] for score in scores] == ["out-of-fold"]
     held, temperature, scores = judge_holdout([system], weights, Rule(), "holdout")
     assert temperature != 1.0
-    assert [score["rows"] for score in scores] == ["holdout", "holdout, which fitted the temperature"]
+    assert [score["rows"] for score in scores] == ["holdout", "holdout, temperature cross-fitted"]
     assert scores[1]["logloss"] <= scores[0]["logloss"]
+    tempered = apply_temperature(system.holdout.log_probs, temperature)
+    assert scores[1]["logloss"] > round(logloss(tempered, CODES), 6), "no row is scored at a temperature that it fitted"
+    assert round(logloss(held.log_probs, CODES), 6) == scores[1]["logloss"]
     assert len(held) == 600
     assert judge_holdout([system], weights, Rule(), "none")[1] == 1.0
     assert judge_holdout([System("s", 5, 1, system.oof, None)], weights, Rule(), "holdout") == (None, 1.0, [])
 
 
-def test_between_systems_weights_are_fitted_and_scored_cross_fitted():
+def test_rows_that_chose_an_epoch_are_scored_as_such_and_fit_no_temperature():
+    held = table(model(2.0, 2), "s")
+    student = System("s", 1, 1, None, held, selected=True)
+    for systems in ([student], [System("t", 5, 1, None, held), student]):
+        found, temperature, (score,) = judge_holdout(
+            systems, np.full(len(systems), 1 / len(systems)), Rule(), "holdout"
+        )
+        assert (temperature, score["rows"]) == (1.0, "holdout, which chose the epoch")
+        np.testing.assert_allclose(found.log_probs, held.log_probs, atol=1e-5)
+
+
+def test_between_systems_weights_are_fitted_and_scored_cross_fitted(caplog):
     strong = System("x", 5, 1, table(model(3.0, 1), "x"), None)
     weak = System("y", 10, 2, table(model(0.5, 2), "y"), None)
     weights, scores = weigh([strong, weak], Rule())
@@ -121,7 +135,9 @@ def test_between_systems_weights_are_fitted_and_scored_cross_fitted():
     assert scores[-1]["logloss"] < scores[-2]["logloss"]
     assert weigh([strong, weak], Rule("mean"))[0].tolist() == [0.5, 0.5]
     without_folds = [replace(each, oof=replace(each.oof, fold=np.zeros_like(each.oof.fold))) for each in (strong, weak)]
+    assert not caplog.records
     assert weigh(without_folds, Rule())[0].tolist() == [0.5, 0.5]
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "weights that are not fitted are told"
 
 
 def test_a_submission_has_the_samples_columns_and_order(tmp_path):

@@ -90,8 +90,15 @@ def test_runs_and_files_side_by_side(world, capsys):
     page = (out / "compare.html").read_text(encoding="utf-8")
     assert "2 fold models of s" in page
     assert set(json.loads(capsys.readouterr().out)) == {"A", "B", "eva", "표"}
+    paired = read_rows(out / "paired.csv")
+    assert [(row["first"], row["second"]) for row in paired[:2]] == [("A", "B"), ("A", "eva")]
+    assert len(paired) == len(facts["paired"]) == 6
+    difference = accuracy_score(CODES, guesses(1, 3.0).argmax(1)) - accuracy_score(CODES, guesses(2, 1.0).argmax(1))
+    assert float(paired[0]["accuracy"]) == pytest.approx(difference)
+    assert (paired[2]["second"], paired[2]["logloss"]) == ("표", "")
+    assert "McNemar" in page
     record = json.loads((out / "stage.json").read_text())
-    assert len(record["outputs"]) == 6
+    assert len(record["outputs"]) == 7
 
 
 def test_a_run_whose_submission_lost_the_probabilities_is_scored_by_its_predictions(world, capsys):
@@ -119,6 +126,15 @@ def test_a_run_whose_submission_lost_the_probabilities_is_scored_by_its_predicti
     assert (figures["other"]["accuracy"], figures["other"]["logloss"]) == (1, None)
 
 
+def test_files_of_classes_alone_are_tested_by_their_accuracy(world):
+    wrong = [[name, CLASSES[(code + (n < 8)) % 3]] for n, (name, code) in enumerate(zip(IDS, CODES, strict=True))]
+    write_csv(world / "wrong.csv", [["ID", "target"], *wrong])
+    files = f"compare.files={world / 'csv' / 'output_표.csv'},{world / 'wrong.csv'}"
+    assert compare(world, files, GROUND_TRUTH=str(world / "gt.csv")) == 0
+    (row,) = read_rows(world / "out" / "paired.csv")
+    assert (float(row["accuracy"]), row["logloss"], float(row["p"])) == (0.2, "", pytest.approx(2 / 2**8, abs=1e-6))
+
+
 def test_without_ground_truth_out_of_fold_rows_are_shown(world, capsys):
     for name in "AB":
         (world / name / "ensemble" / "output" / "ensemble.json").unlink()
@@ -132,6 +148,7 @@ def test_without_ground_truth_out_of_fold_rows_are_shown(world, capsys):
     assert not (world / "out" / "all_experiments_submission_compare.csv").exists()
     facts = json.loads((world / "out" / "comparison.json").read_text(encoding="utf-8"))
     assert facts["likeness"]["rows"] == "40 out-of-fold rows"
+    assert [(row["first"], row["second"], row["n"]) for row in facts["paired"]] == [("A", "B", 40)]
 
 
 def test_files_alone_without_truth_are_compared_by_likeness_and_a_changed_file_is_seen(world, caplog):
@@ -141,6 +158,8 @@ def test_files_alone_without_truth_are_compared_by_likeness_and_a_changed_file_i
     first = json.loads((world / "out" / "comparison.json").read_text())
     assert first["likeness"]["names"] == ["x/submission", "y/submission"]
     assert "nothing is scored" in first["notes"][0]
+    assert first["paired"] == []
+    assert not (world / "out" / "paired.csv").exists()
     assert not (world / "out" / "model_acc.png").exists()
     submission(files[0], guesses(1, 1.0))
     assert compare(world, given) == 0

@@ -16,7 +16,7 @@ from fivefold import predictions
 from fivefold.contract.files import read_json, write_json
 from fivefold.predictions import Predictions
 from jobs.__main__ import run
-from toy import CLASSES, call_jobs, failure, read_cells, read_rows, run_stage, variables, write_csv
+from toy import CLASSES, LEARNS, call_jobs, copy_run, failure, read_cells, read_rows, run_stage, variables, write_csv
 
 
 def channels(toy_run: Path) -> dict[str, Path]:
@@ -197,3 +197,47 @@ def test_broken_predictions_are_65(toy_run, tmp_path, fault, word):
     message = refuse(toy_run, tmp_path / "out", 65, PREDICTIONS=tmp_path)
     assert word in message
     assert str(tmp_path / "predictions.parquet") in message
+
+
+def test_a_row_counts_once_however_many_models_predicted_it(toy_run, tmp_path):
+    """A second seed, whose models say the same."""
+    for fold in range(3):
+        for seed in (42, 43):
+            folder = copy_run(toy_run / f"fold-{fold}" / "model", tmp_path / f"{fold}-{seed}")
+            write_json(folder / "model.json", read_json(folder / "model.json") | {"seed": seed})
+            write_json(folder / "stage.json", {})
+    given = {"SM_CHANNEL_MODEL": str(tmp_path), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
+    assert run("evaluate", [], given) == 0
+    single = {"SM_CHANNEL_MODEL": str(toy_run), "SM_OUTPUT_DATA_DIR": str(tmp_path / "single")}
+    assert run("evaluate", [], single) == 0
+    found, one = (read_json(tmp_path / name / "metrics.json")["oof"] for name in ("output", "single"))
+    assert (found["n"], one["n"], len(found["folds"])) == (81, 81, 6)
+    assert found["logloss"] == pytest.approx(one["logloss"], rel=1e-5)
+    assert found["rows"] == one["rows"]
+    mistakes = [read_rows(tmp_path / name / "wrong_valid.csv") for name in ("output", "single")]
+    assert len(mistakes[0]) == len(mistakes[1]) == round(81 * (1 - one["accuracy"]))
+
+
+def test_rows_that_chose_a_students_epoch_are_never_called_unseen(toy_run, tmp_path):
+    arguments = [*LEARNS, "train.epochs=2", "distill.patience=1"]
+    assert run_stage(toy_run, "distill", tmp_path / "distill", *arguments, MODEL=toy_run) == 0
+    model = tmp_path / "distill" / "model"
+    assert read_json(model / "stage.json")["metrics"]["selected_on"] == "holdout"
+    assert run_stage(toy_run, "ensemble", tmp_path / "ensemble", MODEL=model) == 0
+    ensemble = tmp_path / "ensemble" / "output"
+    assert [score["rows"] for score in read_json(ensemble / "ensemble.json")["scores"]] == [
+        "holdout, which chose the epoch"
+    ]
+    for given in ({"MODEL": model, "PREDICTIONS": ensemble}, {"MODEL": None, "PREDICTIONS": ensemble}, {"MODEL": model, "PREDICTIONS": None, "GROUND_TRUTH": None}):  # fmt: skip
+        output = tmp_path / f"evaluate-{len(list(tmp_path.iterdir()))}"
+        assert (
+            run_stage(toy_run, "evaluate", output, **{**channels(toy_run), **given, "SM_OUTPUT_DATA_DIR": output}) == 0
+        )
+        found = read_json(output / "metrics.json")
+        assert found["holdout"]["rows"].endswith("by which the student's epoch was chosen")
+        assert found["holdout"]["selected_on"] == "holdout"
+        assert len(read_rows(output / "wrong_valid.csv")) == round(9 * (1 - found["holdout"]["accuracy"]))
+        assert (output / "wrong_test.csv").exists() == ("test" in found)
+    asked = {"IMAGES": toy_run / "train", "MODEL": model, "SM_OUTPUT_DATA_DIR": tmp_path / "predicted"}
+    assert run_stage(toy_run, "predict", tmp_path / "predicted", **asked) == 0
+    assert {name.name for name in (tmp_path / "predicted").glob("wrong_*")} == {"wrong_train.csv", "wrong_valid.csv"}

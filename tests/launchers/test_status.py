@@ -30,6 +30,7 @@ RECORD = {"stage": "split", "wall_seconds": 12.3, "finished": "2026-01-02T03:04:
 TEST = {"n": 360, "accuracy": 0.99, "logloss": 0.03}
 HOLDOUT = {"n": 50, "accuracy": 0.5, "logloss": 1.5}
 LEAKY = {"holdout_accuracy": 1.0, "holdout_logloss": 0.0}
+CHOSE = {"selected_on": "holdout"}
 OOF = {"n": 1437, "accuracy": 0.97, "logloss": 0.09}
 
 
@@ -139,6 +140,13 @@ def finish(plan: Plan, name: str, metrics: dict[str, Any] | None = None) -> None
         ({"fold-0": {}}, "fold-1", None, None),
         ({"ensemble": {}, "evaluate": {"test": TEST, "holdout": HOLDOUT, "oof": OOF}}, "ensemble", 0.99, "test, 360"),
         ({"ensemble": {}, "evaluate": {"holdout": HOLDOUT}}, "ensemble", 0.5, "holdout, 50"),
+        (
+            {"evaluate-student": {"holdout": HOLDOUT | CHOSE}, "distill": LEAKY},
+            "distill",
+            0.5,
+            "holdout, 50, which chose the epoch",
+        ),
+        ({"distill": LEAKY | CHOSE}, "distill", 1.0, "holdout, which chose the epoch"),
         ({"ensemble": {}, "evaluate": {"oof": OOF}}, "ensemble", None, None),
         ({"evaluate": {"oof": OOF}}, "evaluate", 0.97, "out-of-fold, 1437"),
         ({"evaluate": {"test": TEST}, "distill": LEAKY}, "distill", 1.0, "holdout"),

@@ -64,7 +64,9 @@ def test_the_loss_of_a_validation_is_that_of_training(images, name):
     expected = build_loss(name)(logits, one_hot(np.arange(12) % 3, 3, CPU.device))
     found = validate(loop.model, loop.valid, loop)
     assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
-    assert found["logloss"] == pytest.approx(float(F.cross_entropy(logits, torch.arange(12) % 3)), rel=1e-5)
+    odds = logits.double().sigmoid() if name in ("bce", "binary_focal") else logits.double().softmax(dim=1)
+    probs = odds / odds.sum(dim=1, keepdim=True)
+    assert found["logloss"] == pytest.approx(float(F.nll_loss(probs.log(), torch.arange(12) % 3)), rel=1e-5)
 
 
 @pytest.mark.parametrize(("patience", "every", "epochs"), [(2, 1, 3), (1, 3, 6)])
@@ -248,3 +250,20 @@ def test_all_together_give_the_same_bytes_twice_and_each_part_leaves_its_mark(ma
         {"backbone_lr": 0.5}, {"freeze_epochs": 1},
     ):  # fmt: skip
         assert not torch.equal(whole["head.1.weight"], weights(**without)["head.1.weight"]), without
+
+
+@pytest.mark.parametrize("more", [{}, {"class_weights": "balanced"}, {"rdrop_alpha": 0.5}])
+def test_the_log_of_accumulated_batches_is_that_of_large_ones(images, more):
+    """Twelve rows of a step of eight and one of four, by weights that do not move."""
+    told = []
+    for chosen in ({"batch_size": 8}, {"batch_size": 4, "accumulate": 2}):
+        loop, rows = run_of(images, {"epochs": 1} | chosen | more)
+        stand_still(loop)
+        fit(loop)
+        told.append([rows[0]["train_loss"], rows[0]["train_acc"]])
+    assert told[1] == pytest.approx(told[0], rel=1e-5)
+
+
+def test_classes_that_are_balanced_twice_are_warned_of(images, caplog):
+    run_of(images, {"class_weights": "balanced", "sampler": "balanced"})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -132,3 +132,26 @@ def test_balanced_weights_are_scikit_learns():
 def test_a_loss_that_cannot_be_built_says_why(spec, smoothing, message):
     with pytest.raises(SettingsError, match=message):
         build_loss(spec, smoothing)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "bce"])
+def test_where_a_loss_is_least_its_link_gives_the_true_probabilities(name):
+    """Of a class of .9 and nine of .0111: softmax of what binary cross-entropy trains would say .989."""
+    truth = torch.tensor([[0.9] + [0.1 / 9] * 9], dtype=torch.float64)
+    logits = (truth.logit() if name == "bce" else truth.log()).requires_grad_()
+    loss = build_loss(name)
+    loss(logits, truth).backward()
+    assert float(logits.grad.abs().max()) < 1e-12, "it is the least"
+    torch.testing.assert_close(loss.scores(logits.detach()).softmax(dim=1), truth)
+
+
+def test_losses_of_each_class_against_the_rest_alone_are_read_by_sigmoids():
+    assert {name for name in LOSSES if build_loss(name).link == "sigmoid"} == {"bce", "binary_focal"}
+
+
+def test_a_student_by_sigmoids_is_taught_its_own_probabilities():
+    """Its logits say what the teacher says, so the teacher's term has nothing to teach."""
+    teacher = torch.tensor([[0.7, 0.2, 0.1]])
+    rows = Rows(teacher.logit(), torch.zeros(1, 3), teacher)
+    result = once(by_teacher(bce(0.0), lambda: 1.0, lambda: 1.0))(torch.nn.Identity(), rows)
+    assert float(result.loss) == pytest.approx(0.0, abs=1e-6)

@@ -52,6 +52,8 @@ def test_a_batch_that_does_not_fit_says_which_would():
     assert "420 MiB at batch size 32" in check_fits(found, 32, 1 << 30)
     with pytest.raises(SettingsError, match=r"train\.batch_size=15 would fit; train\.accumulate=3 keeps"):
         check_fits(found, 32, 250 << 20)
+    with pytest.raises(SettingsError, match=r"train\.batch_size=15 would fit; train\.accumulate=12 keeps"):
+        check_fits(found, 32, 250 << 20, accumulate=4)
     with pytest.raises(SettingsError, match="not even one image fits"):
         check_fits(found, 32, 105 << 20)
 

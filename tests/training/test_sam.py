@@ -6,7 +6,7 @@ from torch import nn
 
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
-from fivefold.training.losses import cross_entropy
+from fivefold.training.losses import Loss, cross_entropy
 from fivefold.training.objectives import Rows, by_labels, once
 from fivefold.training.optim import build_optimizer
 from fivefold.training.updates import UPDATES, plain, sam
@@ -71,7 +71,7 @@ def test_sam_by_hand_on_a_quadratic():
         return (curvature * logits**2).sum(dim=1).mean() / 2
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sam(model, once(by_labels(half_square)), optimizer, CPU, clip=0.0, rho=0.5)(
+    sam(model, once(by_labels(Loss(half_square))), optimizer, CPU, clip=0.0, rho=0.5)(
         [Rows(torch.zeros(2, 1), torch.zeros(2, 2))]
     )
     gradient = torch.tensor([3.0, 4.0])  # ‖g‖ = 5, so the climb is (.3, .4)

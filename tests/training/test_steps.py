@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -11,8 +12,8 @@ from torch import nn
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
 from fivefold.models.classifier import Classifier
-from fivefold.training.losses import cross_entropy
-from fivefold.training.objectives import Rows, by_labels, once
+from fivefold.training.losses import build_loss, cross_entropy
+from fivefold.training.objectives import Rows, by_labels, by_teacher, once, rdrop
 from fivefold.training.optim import Schedule, build_optimizer
 from fivefold.training.phases import Ema
 from fivefold.training.updates import plain, sam
@@ -62,16 +63,32 @@ def test_a_plain_step_is_torchs_own(name, reference):
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=0)
 
 
+RARE = torch.tensor([0.4, 1.0, 9.0])
+ACCUMULATED = {
+    "labels": OBJECTIVE,
+    "class weights": once(by_labels(build_loss("cross_entropy", 0.1, RARE))),
+    "class weights, focal": once(by_labels(build_loss("focal", 0.0, RARE))),
+    "a teacher": once(by_teacher(build_loss("bce", 0.0, RARE), lambda: 0.6, lambda: 2.0)),
+    "two passes": rdrop(by_labels(build_loss("cross_entropy", 0.0, RARE)), 0.5),
+}
+
+
 @pytest.mark.parametrize("update", [plain, sam])
-def test_accumulated_batches_are_one_large_batch(update):
-    """SAM accumulates, climbs once and accumulates again: not a climb a micro-batch."""
-    once, parts = network(), network()
+@pytest.mark.parametrize("objective", ACCUMULATED.values(), ids=ACCUMULATED)
+def test_accumulated_batches_are_one_large_batch_whatever_their_rows_count(update, objective):
+    """Some rows have no label. SAM accumulates, climbs once and accumulates again: not a climb a micro-batch."""
+    whole, parts = network(), network()
     large = rows(9, 1)
-    pieces = [Rows(large.images[a:b], large.targets[a:b]) for a, b in ((0, 4), (4, 8), (8, 9))]
-    for model, batches in ((once, [large]), (parts, pieces)):
+    large.targets[2:5] = 0
+    teacher = torch.rand(9, 3, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    large, found = replace(large, teacher=teacher), []
+    pieces = [Rows(large.images[a:b], large.targets[a:b], teacher[a:b]) for a, b in ((0, 4), (4, 5), (5, 9))]
+    for model, batches in ((whole, [large]), (parts, pieces)):
         optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
-        update(model, OBJECTIVE, optimizer, CPU, clip=0.0, rho=0.2)(batches)
-    torch.testing.assert_close(weights(once), weights(parts))
+        results = update(model, objective, optimizer, CPU, clip=0.0, rho=0.2)(batches)
+        found.append(sum(float(result.loss) for result in results))
+    torch.testing.assert_close(weights(whole), weights(parts))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("update", [plain, sam])
@@ -165,3 +182,22 @@ def test_muon_is_timms_for_the_backbones_layers_after_the_first_and_adamw_for_al
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         is_matrix = any(other is each for each in matrices)
         torch.testing.assert_close(one, other, rtol=0, atol=4 * 0.02 * 0.02 if is_matrix else 1e-6)
+
+
+def test_tokens_positions_and_scales_do_not_decay():
+    """What timm's networks exempt, and vectors that a network keeps as [1, 1, D] or [C, 1, 1]."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.scale = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.zeros(8, 1, 1))
+            self.layer = nn.Conv2d(8, 8, 1)
+
+    for backbone in (timm.create_model("test_vit", num_classes=0), Scaled()):
+        model = Classifier(backbone, nn.Linear(8, 3))
+        optimizer = build_optimizer("adamw", model, 0.1, 0.5, 0.9)
+        decay = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+        found = {name: decay[id(parameter)] for name, parameter in backbone.named_parameters()}
+        assert not [name for name in found if found[name] and name.endswith(("token", "pos_embed", "scale", "bias"))]
+        assert {name for name in found if found[name]} >= {name for name in found if name.endswith("proj.weight")}
+        assert set(found.values()) == {0.0, 0.5}

@@ -205,17 +205,24 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def epoch_batches(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[tuple[int, int]]]:
-    """A shuffled epoch of (epoch, row) pairs in batches; a last batch of one row is left out (BatchNorm needs two)."""
+def epoch_batches(
+    rows: int, batch_size: int, seed: int, epoch: int, drop_last: bool = False
+) -> list[list[tuple[int, int]]]:
+    """A shuffled epoch of (epoch, row) pairs in batches, as many as `count_batches` says."""
     order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
     batches = [[(epoch, row) for row in order[i : i + batch_size]] for i in range(0, rows, batch_size)]
-    return batches[: count_batches(rows, batch_size)]
+    return batches[: count_batches(rows, batch_size, drop_last)]
 
 
-def count_batches(rows: int, batch_size: int) -> int:
-    """The batches of a training epoch."""
-    batches = -(-rows // batch_size)
-    return batches - 1 if batches > 1 and batch_size > 1 and rows % batch_size == 1 else batches
+def count_batches(rows: int, batch_size: int, drop_last: bool = False) -> int:
+    """The batches of a training epoch: a last one that is not full is left out with `drop_last`.
+
+    Else one of a single row, which BatchNorm cannot take, or of less than an eighth of a batch, whose step would be as
+    long as a full one's. Each epoch leaves out other rows.
+    """
+    whole, rest = divmod(rows, batch_size)
+    least = batch_size if drop_last else max(2, batch_size / 8)
+    return whole + (rest > 0 and (rest >= least or whole == 0))
 
 
 def in_order(rows: int, batch_size: int, start: int = 0) -> list[list[tuple[int, int]]]:

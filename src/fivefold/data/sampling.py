@@ -6,17 +6,17 @@ import numpy as np
 
 from fivefold.data.dataset import Sample, count_batches, epoch_batches
 
-Sampler = Callable[[np.ndarray, int, int, int], list[list[Sample]]]
+Sampler = Callable[..., list[list[Sample]]]
 REPEAT = 1 << 32
 """Epochs lie below it, so a repeated row has a number, and with it an augmentation, of its own."""
 
 
-def shuffle(codes: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[Sample]]:
+def shuffle(codes: np.ndarray, batch_size: int, seed: int, epoch: int, drop_last: bool = False) -> list[list[Sample]]:
     """Every row once."""
-    return epoch_batches(len(codes), batch_size, seed, epoch)
+    return epoch_batches(len(codes), batch_size, seed, epoch, drop_last)
 
 
-def balanced(codes: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[Sample]]:
+def balanced(codes: np.ndarray, batch_size: int, seed: int, epoch: int, drop_last: bool = False) -> list[list[Sample]]:
     """As many rows as there are, the classes of `codes` [N] in equal parts (they differ by one at most).
 
     A class goes through its rows in a new order again and again, so none is taken twice before all
@@ -31,7 +31,7 @@ def balanced(codes: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[
         samples += _rounds(np.flatnonzero(codes == code), quota + (place < more), epoch, random)
     shuffled = [samples[place] for place in random.permutation(len(samples))]
     batches = [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
-    return batches[: count_batches(len(shuffled), batch_size)]
+    return batches[: count_batches(len(shuffled), batch_size, drop_last)]
 
 
 def _rounds(rows: np.ndarray, count: int, epoch: int, random: np.random.Generator) -> list[Sample]:

@@ -57,3 +57,12 @@ def fit_temperature(log_probs: np.ndarray, codes: np.ndarray) -> float:
         options={"xatol": 1e-9},
     )
     return float(np.exp(fitted.x))
+
+
+def cross_tempered(log_probs: np.ndarray, codes: np.ndarray, parts: int = 5) -> np.ndarray:
+    """`apply_temperature` [N, C] of each of `parts` of the rows, at the temperature that fits all others."""
+    found, part = np.empty_like(log_probs), np.arange(len(codes)) % parts
+    for held_out in range(parts):
+        own = part == held_out
+        found[own] = apply_temperature(log_probs[own], fit_temperature(log_probs[~own], codes[~own]))
+    return found

@@ -86,12 +86,34 @@ def full_report(log_probs: np.ndarray, codes: np.ndarray, top_k: int = 5, bins: 
     }
 
 
-def wilson_interval(share: float, rows: int) -> tuple[float, float]:
+def wilson_interval(share: float, rows: float) -> tuple[float, float]:
     """The 95 % interval of a share of `rows` independent rows (Wilson 1927, score interval)."""
-    from scipy.stats import binomtest
+    z = 1.959963984540054
+    middle, half = share + z**2 / (2 * rows), z * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
+    low, high = ((middle + sign * half) / (1 + z**2 / rows) for sign in (-1, 1))
+    return max(0.0, float(low)), min(1.0, float(high))
 
-    low, high = binomtest(round(share * rows), rows).proportion_ci(method="wilson")
+
+def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+    """The 95 % interval of the mean of `values` [N] by the percentiles of means of N rows that are drawn again."""
+    random, count = np.random.default_rng(0), len(values)
+    means = [values[random.integers(0, count, count)].mean() for _ in range(draws)]
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def independent_rows(right: np.ndarray, clusters: np.ndarray) -> float:
+    """How many independent rows say as much of a share as `right` [N] does, whose `clusters` [N] (from 0) may be alike.
+
+    N over the design effect: the variance of the share between whole clusters against that of N rows by themselves
+    (Kish 1965, section 5.4). At most N; as many as clusters where no variance is seen.
+    """
+    rows, hits, share = np.bincount(clusters), np.bincount(clusters, right), right.mean()
+    groups, count, spread = len(rows), len(right), ((hits - share * rows) ** 2).sum()
+    if groups < 2 or spread == 0:
+        return float(groups)
+    effect = spread * groups / (groups - 1) / (share * (1 - share) * count**2 / (count - 1))
+    return float(count / max(effect, 1.0))
 
 
 METRICS: dict[str, Metric] = {

@@ -31,9 +31,9 @@ Picture = Mapping[str, bytes]
 COMPARED = ("accuracy", "logloss", "f1_macro", "ece")
 ABOUT = {
     "test": "Scored against the ground truth that was handed in; no earlier stage reads it.",
-    "holdout": "Rows set aside by the split: no model trained on them or chose its epoch by them.",
+    "holdout": "Rows set aside by the split: no model trained on them.",
     "oof": "Each row is predicted by the fold model that did not train on it. That model did choose its best epoch on "
-    "these rows, and the figures speak of single models, not of their ensemble.",
+    "these rows, and the figures speak of single models (where several predict a row of their mean), not of the ensemble.",
 }
 TITLES = {"test": "Test", "holdout": "Holdout", "oof": "Out-of-fold"}
 
@@ -166,9 +166,10 @@ def _png(paint: Any, theme: str) -> bytes:
 def _headline(scored: Scored, figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
     """Label, figure and remark of each headline figure; the accuracy first."""
     among = f"true class among the first {top_k}" if len(scored.table.classes) > top_k else "there are no more classes"
-    low, high = metrics.wilson_interval(figures["accuracy"], figures["n"])
+    low, high = scored.interval()
+    told = f"95 % interval {low:.4f} to {high:.4f}" + (", rows of a group being alike" if scored.groups else "")
     return [
-        ("Accuracy", figure(figures["accuracy"]), f"95 % interval {low:.4f} to {high:.4f}"),
+        ("Accuracy", figure(figures["accuracy"]), told),
         ("Log loss", figure(figures["logloss"]), "nats a row, lower is better"),
         ("Macro F1", figure(figures["f1_macro"]), "every class counts the same"),
         (f"Top-{top_k} accuracy", figure(figures[f"top{top_k}_accuracy"]), among),

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class Scored:
     """Predictions with their truth, and which models and rows they speak of.
 
     `name` is "test", "holdout" or "oof"; `what` says the models and `rows` the rows in words;
-    `paths` gives the image of a row id, where it is known.
+    `paths` gives the image of a row id, `groups` what it belongs to (a person, a product), where they are known.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Scored:
     rows: str
     table: Predictions
     paths: Mapping[str, str]
+    groups: Mapping[str, str | None] = field(default_factory=dict)
 
     @cached_property
     def codes(self) -> np.ndarray:
@@ -49,6 +50,13 @@ class Scored:
             "rows": self.rows,
             **metrics.full_report(self.table.log_probs, self.codes, top_k, bins),
         }
+
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the accuracy: Wilson's, for as many rows as those of `groups` are worth."""
+        right = metrics.predicted(self.table.log_probs) == self.codes
+        clusters = [self.groups.get(name) or f"\0{name}" for name in self.table.ids]
+        rows = metrics.independent_rows(right, np.unique(clusters, return_inverse=True)[1])
+        return metrics.wilson_interval(float(right.mean()), rows)
 
     def mistakes(self) -> pd.DataFrame:
         """The rows whose predicted class is not the true one, the most confident first; equal ones by id.

@@ -61,6 +61,7 @@ class Ensemble:
         weights = {n: round(w, 9) for n, w in zip([*self.systems, *self.files], self.weights, strict=True)}
         members = [
             {"system": model.system, "model": model.name, "weight": round(weight, 9), "best": model.info["best"]}
+            | ({"selected_on": model.info["selected_on"]} if model.info.get("selected_on") else {})
             for model, weight in zip(self.models, self.model_weights, strict=True)
         ]
         members += [{"system": n, "model": f"file {path.name}", "weight": weights[n]} for n, path in self.files.items()]

@@ -14,6 +14,7 @@ from fivefold.data.prepared import Prepared
 from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import DataError
 from fivefold.inference.tta import View, build_views
+from fivefold.models.classifier import LINKS
 from fivefold.models.cpu_convs import groups_in_float32
 from fivefold.progress import track
 from fivefold.recipe import Spec
@@ -102,9 +103,9 @@ OfViews = Callable[[Sequence[Tensor]], Tensor]
 """What is made of the logits [B, C] of each view: [B, C]."""
 
 
-def log_mean(logits: Sequence[Tensor]) -> Tensor:
-    """Log of the mean probability over the views."""
-    log_probs = torch.stack([each.log_softmax(dim=1) for each in logits])
+def log_mean(logits: Sequence[Tensor], link: str = "softmax") -> Tensor:
+    """Log of the mean probability over the views; `link` of LINKS."""
+    log_probs = torch.stack([LINKS[link](each).log_softmax(dim=1) for each in logits])
     return log_probs.logsumexp(dim=0) - float(np.log(len(logits)))
 
 

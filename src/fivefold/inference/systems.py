@@ -14,7 +14,7 @@ import numpy as np
 
 from fivefold.choose import choose
 from fivefold.csv_tables import check_same_ids
-from fivefold.evaluation.calibration import apply_temperature, fit_temperature
+from fivefold.evaluation.calibration import cross_tempered, fit_temperature
 from fivefold.evaluation.metrics import summary
 from fivefold.inference.blends import BLENDS, combined, cross_fitted, equal, given_weights
 from fivefold.predictions import Predictions, mean_by_id
@@ -23,6 +23,8 @@ log = logging.getLogger("fivefold")
 
 LEAST_HOLDOUT_ROWS = 50
 """Fewer rows say too little about a temperature."""
+SELECTING = "holdout, which chose the epoch"
+TEMPERED = "holdout, temperature cross-fitted"
 Score = dict[str, Any]
 
 
@@ -39,6 +41,8 @@ class System:
     seeds: int
     oof: Predictions | None
     holdout: Predictions | None
+    selected: bool = False
+    """Whether the holdout chose the epoch of one of its models."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score
         mixed = replace(first, log_probs=cross_fitted(log_probs, codes, first.fold, blend.fit))
         scores.append(score(blend.words, "out-of-fold, cross-fitted by fold", mixed))
         return blend.fit(log_probs, codes), scores
-    if not blend.fit and rule.between != "mean":
+    if blend.fit:
+        log.warning("equal weights between the systems: out-of-fold rows of one fold alone leave none to score them on")
+    elif rule.between != "mean":
         mixed = replace(first, log_probs=combined(rule.between, log_probs, weights))
         scores.append(score(blend.words, "out-of-fold", mixed))
     return weights, scores
@@ -94,10 +100,11 @@ def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score
 def judge_holdout(
     systems: Sequence[System], weights: np.ndarray, rule: Rule, temperature: str
 ) -> tuple[Predictions | None, float, list[Score]]:
-    """The ensemble's table of the rows that no model trained or selected on, its temperature, and its scores.
+    """The ensemble's table of the rows that no model trained on, its temperature, and its scores.
 
     The temperature is 1 unless `holdout` rows fit it: out-of-fold rows speak of single models, and
-    averaging lowers confidence.
+    averaging lowers confidence. The table of a tempered ensemble is cross-fitted: each row at the temperature of
+    others. Rows that chose a model's epoch fit none.
     """
     tables = [system.holdout for system in systems if system.holdout is not None]
     if len(tables) < len(systems):
@@ -105,12 +112,15 @@ def judge_holdout(
     tables = same_rows(tables)
     table = replace(tables[0], fold=np.full(len(tables[0]), -1, np.int16))
     table = replace(table, log_probs=combined(rule.between, [each.log_probs for each in tables], weights))
-    scores = [score(rule.in_words(sum(s.models for s in systems), len(systems)), "holdout", table)]
-    if temperature == "none" or len(table) < LEAST_HOLDOUT_ROWS:
+    selected = any(system.selected for system in systems)
+    rows = SELECTING if selected else "holdout"
+    scores = [score(rule.in_words(sum(s.models for s in systems), len(systems)), rows, table)]
+    if temperature == "none" or selected or len(table) < LEAST_HOLDOUT_ROWS:
         return table, 1.0, scores
-    fitted = fit_temperature(table.log_probs, table.codes())
-    table = replace(table, log_probs=apply_temperature(table.log_probs, fitted))
-    scores.append(score(f"the same at temperature {fitted:.3f}", "holdout, which fitted the temperature", table))
+    codes = table.codes()
+    fitted, mixed = fit_temperature(table.log_probs, codes), cross_tempered(table.log_probs, codes)
+    table = replace(table, log_probs=mixed)
+    scores.append(score(f"the same at temperature {fitted:.3f}", TEMPERED, table))
     return table, fitted, scores
 
 

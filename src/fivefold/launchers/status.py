@@ -211,4 +211,5 @@ def _figures(metrics: Mapping[str, Any] | None, rows: str, prefix: str = "") -> 
     if not metrics or accuracy is None or logloss is None:
         return None
     count = f", {metrics['n']}" if "n" in metrics else ""
-    return Figures(accuracy, logloss, ROWS[rows] + count)
+    chose = ", which chose the epoch" if metrics.get("selected_on") == rows else ""
+    return Figures(accuracy, logloss, ROWS[rows] + count + chose)

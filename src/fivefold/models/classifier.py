@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivefold.choose import choose
@@ -15,6 +16,12 @@ from fivefold.errors import SettingsError
 
 CONSTANT = 1e-6
 """A standard deviation below this is rounding."""
+
+LINKS: dict[str, Callable[[Tensor], Tensor]] = {"softmax": lambda logits: logits, "sigmoid": F.logsigmoid}
+"""What softmax makes probabilities of, from logits [B, C], by the link of the loss that trained them.
+
+A loss of each class against the rest trains sigmoids: they are brought to sum 1.
+"""
 
 
 class Classifier(nn.Module):

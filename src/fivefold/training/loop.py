@@ -279,7 +279,8 @@ def _steps(loop: Loop, progress: Progress, batches: list[list[Sample]]) -> None:
         results = loop.update(rows)
         for call in loop.after_step:
             call()
-        progress.totals += [_totals(result, part) for result, part in zip(results, rows, strict=True)]
+        count = sum(len(part.targets) for part in rows)
+        progress.totals += [_totals(result, part, count) for result, part in zip(results, rows, strict=True)]
         progress.step += 1
         if progress.step % STEPS_BETWEEN_CHECKS == 0:
             _check_finite(progress.totals, epoch)
@@ -294,11 +295,9 @@ def validate(model: nn.Module, rows: ValidRows, loop: Loop) -> dict[str, float]:
         model, rows.images, plan.predict_batch_size, plan.workers, loop.runtime, ["plain"], label, of_views=only_logits
     )
     logits = torch.from_numpy(found)
-    figures = summary(logits.log_softmax(dim=1).numpy(), rows.codes)
+    figures = summary(loop.loss.scores(logits).log_softmax(dim=1).numpy(), rows.codes)
     targets = nn.functional.one_hot(torch.from_numpy(rows.codes).long(), logits.shape[1]).float()
-    loss = float(
-        loop.loss(logits, targets)
-    )  # of logits as in training: a loss by sigmoids is another of log-probabilities
+    loss = float(loop.loss(logits, targets))
     names = {"acc": "accuracy", "logloss": "logloss", "f1_macro": "f1_macro"}
     found = {"loss": loss, **{name: float(figures[figure]) for name, figure in names.items()}}
     return loop.runtime.replicas.shared(found)  # one machine's rounding decides for all
@@ -361,11 +360,11 @@ def _score(loop: Loop, epoch: int, best: Mapping[str, Best]) -> dict[str, float]
     return scores[next(iter(loop.contenders))]
 
 
-def _totals(result: Result, rows: Rows) -> Tensor:
-    """[loss · rows, mass of the targets that the prediction hits, rows, mass], on the device, without waiting for it."""
+def _totals(result: Result, rows: Rows, of_step: int) -> Tensor:
+    """[part of the loss · rows `of_step`, mass of the targets that are hit, rows, mass], on the device, without waiting for it."""
     hit = rows.targets.gather(1, result.logits.argmax(dim=1, keepdim=True)).sum()
     count = torch.full_like(hit, len(rows.targets))
-    return torch.stack([result.loss.detach() * count, hit, count, rows.targets.sum()])
+    return torch.stack([result.loss.detach() * of_step, hit, count, rows.targets.sum()])
 
 
 def _check_finite(totals: Sequence[Tensor], epoch: int) -> None:

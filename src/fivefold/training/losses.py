@@ -3,10 +3,12 @@
 Targets are probabilities, so that mixed images need nothing special. A row of zeros has no label
 and counts for nothing: the mean is over the mass of the targets. That makes class weights a factor
 of the targets, whatever the loss. Each builder takes the share of a target that is spread over all
-classes, and parameters of its own.
+classes, and parameters of its own. The focal losses have their least value at other probabilities than the
+true ones (they are not proper), so what they train needs a temperature where probabilities count.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,9 +16,35 @@ from torch import Tensor
 
 from fivefold.choose import choose
 from fivefold.errors import SettingsError
+from fivefold.models.classifier import LINKS
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 LEAST_MASS = 1e-12
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`mean` of logits and targets over the mass of the targets; `link` says which probabilities it trains the logits to.
+
+    `weights` [C]: how much a row of each class counts; None: all alike.
+    """
+
+    mean: Callable[[Tensor, Tensor], Tensor]
+    link: str = "softmax"
+    weights: Tensor | None = None
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.mean(logits, self._counted(targets))
+
+    def mass(self, targets: Tensor) -> Tensor:
+        """What the mean is over, above 0."""
+        return self._counted(targets).sum().clamp(min=LEAST_MASS)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """What softmax makes the probabilities of [B, C]."""
+        return LINKS[self.link](logits)
+
+    def _counted(self, targets: Tensor) -> Tensor:
+        return targets if self.weights is None else targets * self.weights.to(targets.device)
 
 
 def build_loss(spec: str | dict[str, Any], smoothing: float = 0.0, weights: Tensor | None = None) -> Loss:
@@ -32,16 +60,7 @@ def build_loss(spec: str | dict[str, Any], smoothing: float = 0.0, weights: Tens
         loss = make(smoothing, **parameters)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"loss {name!r} with {parameters}: {error}") from error
-    return loss if weights is None else weighted(loss, weights)
-
-
-def weighted(loss: Loss, weights: Tensor) -> Loss:
-    """The loss with a row of class c counted `weights[c]` times; weights [C] float."""
-
-    def counted(logits: Tensor, targets: Tensor) -> Tensor:
-        return loss(logits, targets * weights.to(targets.device))
-
-    return counted
+    return replace(loss, weights=weights)
 
 
 def balanced_weights(targets: Tensor) -> Tensor:
@@ -57,7 +76,7 @@ def cross_entropy(label_smoothing: float) -> Loss:
         smooth, mass = _smooth(targets, label_smoothing)
         return F.cross_entropy(logits, smooth, reduction="sum") / mass.sum().clamp(min=LEAST_MASS)
 
-    return loss
+    return Loss(loss)
 
 
 def smoothed_cross_entropy(label_smoothing: float, *, smoothing: float = 0.1) -> Loss:
@@ -71,7 +90,7 @@ def smoothed_cross_entropy(label_smoothing: float, *, smoothing: float = 0.1) ->
         classes = targets.shape[1]
         return cross_entropy(min(smoothing * classes / max(classes - 1, 1), 1.0))(logits, targets)
 
-    return loss
+    return Loss(loss)
 
 
 def focal(label_smoothing: float, *, gamma: float = 2.0, alpha: float = 1.0) -> Loss:
@@ -83,7 +102,7 @@ def focal(label_smoothing: float, *, gamma: float = 2.0, alpha: float = 1.0) -> 
         log_p = logits.log_softmax(dim=1)
         return -alpha * (smooth * _unsure(log_p, gamma) * log_p).sum() / mass.sum().clamp(min=LEAST_MASS)
 
-    return loss
+    return Loss(loss)
 
 
 def binary_focal(label_smoothing: float, *, gamma: float = 2.0, alpha: float = 1.0) -> Loss:
@@ -97,7 +116,7 @@ def binary_focal(label_smoothing: float, *, gamma: float = 2.0, alpha: float = 1
         terms = sigmoid_focal_loss(logits, smooth / mass.clamp(min=LEAST_MASS), alpha=-1, gamma=gamma)
         return alpha * (mass * terms).mean(dim=1).sum() / mass.sum().clamp(min=LEAST_MASS)
 
-    return loss
+    return Loss(loss, "sigmoid")
 
 
 def bce(label_smoothing: float) -> Loss:
@@ -109,11 +128,11 @@ def bce(label_smoothing: float) -> Loss:
         terms = F.binary_cross_entropy_with_logits(logits, shares, weight=mass, reduction="sum")
         return terms / logits.shape[1] / mass.sum().clamp(min=LEAST_MASS)
 
-    return loss
+    return Loss(loss, "sigmoid")
 
 
 def f1(label_smoothing: float) -> Loss:
-    """1 - mean over the batch's classes of 2·Σ t p / (Σ t + Σ p): the macro F1 of probabilities, 0..1."""
+    """1 - mean over the batch's classes of 2·Σ t p / (Σ t + Σ p): the macro F1 of probabilities, 0..1; accumulated ones are averaged."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         smooth, mass = _smooth(targets, label_smoothing)
@@ -123,7 +142,7 @@ def f1(label_smoothing: float) -> Loss:
         there = (targets.sum(dim=0) > 0).to(score.dtype)
         return (there * (1 - score)).sum() / there.sum().clamp(min=1)
 
-    return loss
+    return Loss(loss)
 
 
 def _smooth(targets: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ def available(device: torch.device, sharers: int = 1) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // sharers
 
 
-def check_fits(found: Estimate, batch_size: int, free: int) -> str:
+def check_fits(found: Estimate, batch_size: int, free: int, accumulate: int = 1) -> str:
     """A sentence on the memory that a run takes; a SettingsError says which batch size would fit."""
     needed = found.total(batch_size)
     figures = f"about {needed / MEBIBYTE:,.0f} MiB at batch size {batch_size}, {free / MEBIBYTE:,.0f} MiB are free"
@@ -82,5 +82,5 @@ def check_fits(found: Estimate, batch_size: int, free: int) -> str:
     fits = found.largest_batch(free)
     advice = "not even one image fits: a smaller model or image_size is needed"
     if fits:
-        advice = f"train.batch_size={fits} would fit; train.accumulate={-(-batch_size // fits)} keeps the step's size"
+        advice = f"train.batch_size={fits} would fit; train.accumulate={accumulate * -(-batch_size // fits)} keeps the step's size"
     raise SettingsError(f"training needs {figures}; {advice}")

@@ -5,14 +5,15 @@ for R-Drop. So R-Drop joins labels and a teacher alike.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fivefold.models.classifier import Classifier
+from fivefold.models.classifier import LINKS, Classifier
 from fivefold.training.losses import Loss
 from fivefold.training.resume import random_state, set_random_state
 
@@ -25,8 +26,9 @@ class Rows:
 
     `images` float [B, 3, H, W]; `targets` [B, C] probabilities, a row of zeros where there is no
     label; `teacher` [B, C] probabilities softened by the temperature, or None; `meta` [B, M] meta
-    features, or None. Where several processes part the batch, `images` and `meta` are this one's
-    rows, all else is the batch's, and `whole` makes its logits those of the batch.
+    features, or None; `step` the targets of all micro-batches of its step, which are one batch to the loss. Where several
+    processes part the batch, `images` and `meta` are this one's rows, all else is the batch's, and `whole` makes its
+    logits those of the batch.
     """
 
     images: Tensor
@@ -34,16 +36,21 @@ class Rows:
     teacher: Tensor | None = None
     meta: Tensor | None = None
     whole: Callable[[Tensor], Tensor] = lambda logits: logits
+    step: Sequence[Tensor] = ()
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What the network is called with."""
         return (self.images,) if self.meta is None else (self.images, self.meta)
 
+    def part(self, measure: Callable[[Tensor], Any]) -> Any:
+        """This micro-batch's part of its step: of what `measure` says of the targets of all."""
+        return measure(self.targets) / sum(map(measure, self.step)) if len(self.step) > 1 else 1.0
+
 
 @dataclass(frozen=True)
 class Result:
-    """`loss` scalar, which an update gives detached; `logits` [B, C], detached."""
+    """`loss` scalar, its part of the step's, which an update gives detached; `logits` [B, C], detached."""
 
     loss: Tensor
     logits: Tensor
@@ -51,12 +58,12 @@ class Result:
 
 Objective = Callable[[nn.Module, Rows], Result]
 Criterion = Callable[[Tensor, Rows], Tensor]
-"""Logits [B, C] and their rows to a scalar."""
+"""Logits [B, C] and their rows to a scalar: their part of the mean over the step."""
 
 
 def by_labels(loss: Loss) -> Criterion:
     """The loss of the logits against the targets."""
-    return lambda logits, rows: loss(logits, rows.targets)
+    return lambda logits, rows: loss(logits, rows.targets) * rows.part(loss.mass)
 
 
 def by_teacher(loss: Loss, alpha: Callable[[], float], temperature: Callable[[], float]) -> Criterion:
@@ -69,9 +76,9 @@ def by_teacher(loss: Loss, alpha: Callable[[], float], temperature: Callable[[],
         if rows.teacher is None:
             raise ValueError("distillation needs the teacher's probabilities")
         heat = temperature()
-        softened = (logits / heat).log_softmax(dim=1)
-        taught = F.kl_div(softened, rows.teacher, reduction="batchmean") * heat**2
-        return alpha() * taught + (1 - alpha()) * loss(logits, rows.targets)
+        softened = (loss.scores(logits) / heat).log_softmax(dim=1)
+        taught = F.kl_div(softened, rows.teacher, reduction="batchmean") * heat**2 * rows.part(len)
+        return alpha() * taught + (1 - alpha()) * loss(logits, rows.targets) * rows.part(loss.mass)
 
     return criterion
 
@@ -86,13 +93,13 @@ def once(criterion: Criterion) -> Objective:
     return objective
 
 
-def rdrop(criterion: Criterion, weight: float) -> Objective:
+def rdrop(criterion: Criterion, weight: float, link: str = "softmax") -> Objective:
     """The mean criterion of two passes + weight · ½(KL(p‖q) + KL(q‖p)) (Liang et al. 2021, arXiv 2106.14448, section 2.1).
 
     Both passes are one batch of twice the rows. Where nothing in the backbone draws, it would give both the same
     features: it runs once, and they are doubled for the head, which is the same loss with the same gradients.
     BatchNorm counts a batch once either way, its variance in a backbone that runs once over B rows, not 2B.
-    The first batch tells what draws.
+    The first batch tells what draws. The paper adds to the sum of both losses, so its α is twice this weight.
     """
     twice: list[Callable[[nn.Module, Rows], Tensor]] = []
 
@@ -101,7 +108,8 @@ def rdrop(criterion: Criterion, weight: float) -> Objective:
             twice.append(_cheapest_form(model, rows))
         first, second = (rows.whole(half) for half in twice[0](model, rows).float().chunk(2))
         mean = (criterion(first, rows) + criterion(second, rows)) / 2
-        return Result(mean + weight * divergence(first, second), first.detach())
+        apart = divergence(LINKS[link](first), LINKS[link](second)) * rows.part(len)
+        return Result(mean + weight * apart, first.detach())
 
     return objective
 
@@ -118,7 +126,7 @@ def head_twice(model: Classifier, rows: Rows) -> Tensor:
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:
-    """½(KL(p‖q) + KL(q‖p)) of two predictions' logits [B, C], mean over the rows."""
+    """½(KL(p‖q) + KL(q‖p)) of what softmax makes two predictions of, [B, C], mean over the rows."""
     log_p, log_q = first.log_softmax(dim=1), second.log_softmax(dim=1)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean() / 2
 

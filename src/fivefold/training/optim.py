@@ -22,16 +22,22 @@ def build_optimizer(
     momentum: float,
     shares: Mapping[int, float] | None = None,
 ) -> Optimizer:
-    """The optimiser `name` over the model's parameters; norms and biases (fewer than two dimensions) do not decay.
+    """The optimiser `name` over the model's parameters; norms, biases, scales and tokens do not decay.
+
+    Those are parameters that are long in fewer than two dimensions, and those that a timm backbone exempts.
 
     `shares`: the share of `lr` of a parameter, by its `id`; 1 where it names none. The groups stand
     in falling order of their rates.
     """
     groups: dict[tuple[float, bool, bool], dict] = {}
     hidden = hidden_weights(model) if name == "muon" else set()
+    backbone = getattr(model, "backbone", model)
+    names = getattr(backbone, "no_weight_decay", tuple)()
+    exempt = {id(parameter) for name, parameter in backbone.named_parameters() if name in names}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            key = (shares or {}).get(id(parameter), 1.0), parameter.ndim >= 2, id(parameter) in hidden
+            decays = sum(size > 1 for size in parameter.shape) >= 2 and id(parameter) not in exempt
+            key = (shares or {}).get(id(parameter), 1.0), decays, id(parameter) in hidden
             group = {"params": [], "lr": lr * key[0], "weight_decay": weight_decay if key[1] else 0.0}
             groups.setdefault(key, group | ({"use_muon": True} if key[2] else {}))["params"].append(parameter)
     ordered = [groups[key] for key in sorted(groups, reverse=True)]

@@ -30,7 +30,7 @@ def plain(
     rho: float = 0.0,
     scaler: GradScaler | None = None,
 ) -> Update:
-    """One gradient of the mean loss over the micro-batches, one optimiser step.
+    """One gradient of the micro-batches as one batch, one optimiser step.
 
     fp16 is scaled (by `scaler`, or one of its own), and unscaled before the gradient's norm is cut to
     `clip` (0: not cut). `rho` is sam's.
@@ -101,16 +101,15 @@ def _accumulate(
     runtime: Runtime,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> list[Result]:
-    """Adds the gradient of the mean loss over the micro-batches' rows, those of all processes, to the parameters'.
+    """Adds the gradient of the loss of all micro-batches as one, with the rows of all processes, to the parameters'.
 
     Losses are detached: who keeps the results until the next step would keep this one's graph with them.
     """
-    rows = sum(len(batch.targets) for batch in micro_batches)
-    results = []
+    step, results = [batch.targets for batch in micro_batches], []
     for batch in micro_batches:
         with runtime.autocast():
-            result = objective(model, batch)
-        scale(result.loss * (len(batch.targets) / rows)).backward()
+            result = objective(model, replace(batch, step=step))
+        scale(result.loss).backward()
         results.append(replace(result, loss=result.loss.detach()))
     runtime.replicas.sum_gradients(model)
     return results
