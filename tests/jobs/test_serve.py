@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -443,7 +443,7 @@ def test_hostile_clients_take_neither_the_answers_of_an_honest_one_nor_the_memor
         "scans": scans[:7_900_000],
     }
     head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nx"
-    unread = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 20_000
+    unread = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 3000
     room = f"serve.megapixels_at_once={POD / 4 / PIXEL_BYTES / 1e6:.0f}"
     pod = {"OMP_NUM_THREADS": "2", "GLIBC_TUNABLES": GLIBC_TUNABLES}
     with ServerProcess(tmp_path / "log", f"model={trained / 'distill'}", room, **pod) as server, ExitStack() as stack:
@@ -456,21 +456,17 @@ def test_hostile_clients_take_neither_the_answers_of_an_honest_one_nor_the_memor
             except ConnectionError:
                 return f"{name} dropped"
 
-        def read_nothing() -> str:
-            with server.raw() as connection:
-                connection.setblocking(False)
-                with suppress(BlockingIOError):
-                    connection.send(unread)
-                time.sleep(1)
-            return "unread"
-
         for _ in range(256):
             stack.enter_context(server.raw()).sendall(head)
+        for _ in range(4):
+            connection = stack.enter_context(server.raw())
+            connection.setblocking(False)
+            connection.send(unread)
         bombs = ["bomb", "larger bomb", "bomb of many colours", "halved"] * 2
-        works = [partial(post, name) for name in [*bombs, "scans"]] + [read_nothing] * 20
+        works = [partial(post, name) for name in [*bombs, "scans"]]
         waits = []
         with again_and_again(works) as told:
-            for expected in list(student.values())[:60] * 3:
+            for expected in list(student.values())[:60]:
                 begun = time.monotonic()
                 answer = server.ask("POST", "/invocations", expected[0], content_type=PNG)
                 waits.append(time.monotonic() - begun)
@@ -487,7 +483,7 @@ def test_hostile_clients_take_neither_the_answers_of_an_honest_one_nor_the_memor
     assert told["scans 422"] > 0
     assert told["larger bomb 422"] > 0
     assert told["bomb 200"] > 0
-    assert set(told) <= {"unread", "scans 422", "larger bomb 422"} | {
+    assert set(told) <= {"scans 422", "larger bomb 422"} | {
         f"{name} {status}" for name in bombs for status in (200, 503)
     }
 
