@@ -1,6 +1,5 @@
 """Trained models that predict together, in memory: a fold's, a student, or an ensemble with its weights."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,9 +70,9 @@ class Committee:
         """What pixels of a file count to the members: nearly always the same to all of them."""
         return list(dict.fromkeys(member.pixels for member in self.members))
 
-    def decode(self, content: bytes, name: str, max_pixels: float = math.inf) -> dict[Pixels, np.ndarray]:
-        """An image file as the pixels uint8 [H, W, 3] that count to each member; for several threads. DataError as `images.decode`."""
-        return {pixels: pixels.decode(content, name, max_pixels) for pixels in self.kinds}
+    def decode(self, content: bytes, name: str, **bounds: Any) -> dict[Pixels, np.ndarray]:
+        """An image file as the pixels uint8 [H, W, 3] that count to each member; for several threads. Bounds and DataError as `images.decode`."""
+        return {pixels: pixels.decode(content, name, **bounds) for pixels in self.kinds}
 
     def prepare(self, decoded: Mapping[Pixels, np.ndarray]) -> Prepared:
         """What `decode` gave as the networks take it, once for members that see alike; for several threads."""

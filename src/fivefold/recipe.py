@@ -24,6 +24,7 @@ IMAGE_TYPES = {
 
 
 Blend = Literal["mean", "weighted", "fitted", "geometric", "rank", "vote", "product", "greedy", "greedy_accuracy"]
+ImageFormat = Literal["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM"]
 
 
 class Section(BaseModel):
@@ -267,8 +268,14 @@ class Serve(Section):
     batch_size: int = Field(32, ge=1, description="images of all requests that the model takes in one step at most")
     max_wait_ms: float = Field(5.0, ge=0, description="how long the first image of a batch waits for others")
     queue: int = Field(256, ge=1, description="images of all requests under way at most; the rest get 503")
+    connections: int = Field(
+        900, ge=2, description="most open connections; of more the one that sends longest is closed"
+    )
     max_body_mb: float = Field(8.0, gt=0, description="largest body of a request, in millions of bytes")
-    max_megapixels: float = Field(50.0, gt=0, description="largest image, in millions of pixels")
+    bodies_mb: float = Field(256.0, gt=0, description="bodies of all requests in memory, in millions of bytes at most")
+    max_megapixels: float = Field(16.0, gt=0, description="largest image, in millions of pixels; JPEG: 4 times, halved")
+    megapixels_at_once: float = Field(0.0, ge=0, description="of all images being decoded; 0: a quarter of free memory")
+    formats: list[ImageFormat] = Field(["JPEG", "PNG", "WEBP"], min_length=1, description="image files that are taken")
     timeout_s: float = Field(60.0, gt=0, description="seconds for a request to be received and answered")
     drain_s: float = Field(25.0, ge=0, description="seconds that requests under way have to be answered after SIGTERM")
 

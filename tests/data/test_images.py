@@ -1,6 +1,9 @@
 """Decoding against Pillow's own conversions, and files that are no images."""
 
 import struct
+import subprocess
+import sys
+import time
 import tracemalloc
 import warnings
 import zlib
@@ -13,8 +16,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as v2
 
-from fivefold.data.images import Pixels, decode, decoded_size, is_image, pixel_digest
+from fivefold.data import images
+from fivefold.data.images import MOST_SCANS, Pixels, decode, decoded_size, is_image, pixel_digest
 from fivefold.errors import DataError
+from fivefold.serving.workers import PIXEL_BYTES
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -203,3 +208,97 @@ def test_equal_pictures_have_equal_digests_whatever_their_files() -> None:
     assert pixel_digest(png) != pixel_digest(bmp)
     names = ["a.jpg", "b/C.JPEG", "x.y.png", "가.webp", "a.csv", "jpg", "a.jpg.txt", "Thumbs.db"]
     assert [is_image(name) for name in names] == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "P and alpha", "PA", "RGB", "RGBA", "I;16", "CMYK"])
+def test_converting_by_bands_gives_the_pixels_of_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, options = Image.fromarray(np.dstack([RGB, RGB[..., :1]]), "RGBA"), {}
+    if mode == "I;16":
+        image = Image.fromarray(RGB[..., 0].astype(np.uint16) * 251)
+    elif mode == "P and alpha":
+        image, options = image.convert("RGB").quantize(7), {"transparency": bytes([0, 30, 60, 90, 255])}
+    elif mode != "RGBA":
+        image = image.convert("RGB").convert(mode) if mode in ("1", "P", "CMYK") else image.convert(mode)
+    content = encoded(image, {"CMYK": "JPEG", "PA": "TIFF"}.get(mode, "PNG"), **options)
+    whole = decode(content, "x")
+    for band in (1, 31, 95):
+        monkeypatch.setattr(images, "BAND", band)
+        assert (decode(content, "x") == whole).all()
+    with Image.open(BytesIO(content)) as opened:
+        rgba = opened.convert("RGBA")
+    expected = np.array(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+    assert mode == "I;16" or (whole == expected).all()
+
+
+def scanned(scans: int, width: int = 64, height: int = 48) -> bytes:
+    """A progressive JPEG with so many scans beside its own that say nothing."""
+    own = encoded(Image.new("RGB", (width, height), "grey"), "JPEG", progressive=True)
+    return own[:-2] + own[own.rindex(b"\xff\xc4") : -2] * scans + own[-2:]
+
+
+def test_a_jpeg_of_a_great_many_scans_is_refused_by_its_head() -> None:
+    assert (decode(scanned(MOST_SCANS // 2), "x") == decode(scanned(0), "x")).all()
+    for scans in (MOST_SCANS, 100_000):
+        begun = time.monotonic()
+        for read in (decode, decoded_size):
+            with pytest.raises(DataError, match="more than 100 scans"):
+                read(scanned(scans), "x")
+        assert time.monotonic() - begun < 1
+
+
+def test_what_only_looks_like_scans_is_not_counted() -> None:
+    marks = b"\xff\xda" * 2 * MOST_SCANS
+    for content in (JPEG + marks, JPEG[:2] + b"\xff\xe5" + struct.pack(">H", len(marks) + 2) + marks + JPEG[2:]):
+        assert (decode(content, "x") == decode(JPEG, "x")).all()
+    # fill bytes before a marker, and one without a length, hide no scan
+    hidden = scanned(0)[:-2] + (b"\xff\xff\xff\xd0" + scanned(0)[scanned(0).rindex(b"\xff\xc4") : -2]) * 2 * MOST_SCANS
+    with pytest.raises(DataError, match="more than 100 scans"):
+        decode(hidden + b"\xff\xd9", "x")
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}, {"quality": 10}])
+def test_the_size_of_a_webp_is_checked_before_there_is_room_for_it(options: dict[str, object]) -> None:
+    content = encoded(Image.fromarray(RGB), "WEBP", **options)
+    assert decode(content, "x", max_pixels=600).shape == (20, 30, 3)
+    with pytest.raises(DataError, match="30 × 20 pixels"):
+        decode(content, "x", max_pixels=599)
+    huge = b"VP8X" + struct.pack("<I", 10) + bytes(4) + 2 * b"\xfe\x3f\0"
+    with pytest.raises(DataError, match="16383 × 16383 pixels, more than the 1 million"):
+        decode(b"RIFF" + struct.pack("<I", 4 + len(huge)) + b"WEBP" + huge, "x", max_pixels=1e6)
+
+
+def test_other_formats_than_those_allowed_are_refused() -> None:
+    content = encoded(Image.fromarray(RGB), "GIF")
+    assert decode(content, "x").shape == (20, 30, 3)
+    assert decode(PNG, "x", formats=["JPEG", "PNG"]).shape == (20, 30, 3)
+    with pytest.raises(DataError, match="no image of a known format, JPEG, PNG"):
+        decode(content, "x", formats=["JPEG", "PNG"])
+
+
+HEAVY = {
+    "a palette with alpha": ("P", "PNG", {"transparency": b"\0\x80"}),
+    "alpha": ("RGBA", "PNG", {}),
+    "16 bits": ("I;16", "PNG", {}),
+    "turned": ("RGB", "JPEG", {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"}),
+    "progressive": ("RGB", "JPEG", {"progressive": True, "subsampling": 0}),
+    "progressive CMYK": ("CMYK", "JPEG", {"progressive": True, "subsampling": 0}),
+    "lossy": ("RGBA", "WEBP", {}),
+    "lossless": ("RGBA", "WEBP", {"lossless": True}),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "kind", "options"), HEAVY.values(), ids=HEAVY)
+def test_decoding_takes_no_more_memory_than_a_server_counts(mode: str, kind: str, options: dict, tmp_path) -> None:
+    side = 4000
+    (tmp_path / "image").write_bytes(encoded(Image.new(mode, (side, side)), kind, **options))
+    code = (
+        "import sys; from pathlib import Path; from fivefold.data.images import decode\n"
+        "content, own = Path(sys.argv[1]).read_bytes(), Path('/proc/self/status')\n"
+        "peak = lambda: int(own.read_text().split('VmHWM:')[1].split()[0])\n"
+        "before = peak(); decode(content, 'x'); print(1024 * (peak() - before))"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "image"]
+    taken = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / side**2
+    print(f"{taken:.1f} bytes a pixel")
+    assert 4 < taken <= PIXEL_BYTES

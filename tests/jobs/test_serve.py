@@ -4,6 +4,7 @@ import base64
 import http.client
 import io
 import json
+import re
 import shutil
 import signal
 import socket
@@ -13,7 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ import pytest
 from PIL import Image
 
 from fivefold import ImageClassificationAPI
+from fivefold.machine import GLIBC_TUNABLES
+from fivefold.serving.workers import PIXEL_BYTES
 from server_process import SECONDS, Answer, ServerProcess, sent
 from toy import copy_run, run_stage
 
@@ -402,3 +406,89 @@ def test_what_is_no_model_is_told_as_any_stage_tells_it(trained, tmp_path) -> No
     code, message = refused(tmp_path, f"model={tmp_path / 'half'}")
     assert (code, "its training did not finish or it was copied in part" in message) == (65, True)
     assert refused(tmp_path, f"model={trained}", "predict.device=gpu")[0] == 64
+
+
+POD = 4 * 1024**3
+"""Bytes of memory that the shipped pod may take."""
+
+
+@contextmanager
+def again_and_again(works: Sequence[Callable[[], str]]) -> Iterator[Counter[str]]:
+    """What many clients are told that each do the same until the block ends, beside it."""
+    stop, found = threading.Event(), Counter()
+
+    def client(work: Callable[[], str]) -> None:
+        while not stop.is_set():
+            found[work()] += 1
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        clients = [pool.submit(client, work) for work in works]
+        try:
+            yield found
+        finally:
+            stop.set()
+            for each in clients:
+                each.result(SECONDS)
+
+
+@pytest.mark.slow
+def test_hostile_clients_take_neither_the_answers_of_an_honest_one_nor_the_memory(trained, student, tmp_path) -> None:
+    flat = a_picture(7000, 7000, "RGB", "JPEG", progressive=True)
+    scans = flat[:-2] + flat[flat.rindex(b"\xff\xc4") : -2] * 200_000
+    hostile = {
+        "bomb": a_picture(4000, 4000, "P", transparency=b"\x80"),
+        "larger bomb": a_picture(7000, 7000, "1"),
+        "bomb of many colours": a_picture(4000, 4000, "RGBA", "WEBP", lossless=True),
+        "halved": flat,
+        "scans": scans[:7_900_000],
+    }
+    head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nx"
+    unread = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 3000
+    room = f"serve.megapixels_at_once={POD / 4 / PIXEL_BYTES / 1e6:.0f}"
+    pod = {"OMP_NUM_THREADS": "2", "GLIBC_TUNABLES": GLIBC_TUNABLES}
+    with ServerProcess(tmp_path / "log", f"model={trained / 'distill'}", room, **pod) as server, ExitStack() as stack:
+        server.ready()
+        quiet = peak_memory(server)
+
+        def post(name: str) -> str:
+            try:
+                return f"{name} {server.ask('POST', '/invocations', hostile[name], content_type=PNG).status}"
+            except ConnectionError:
+                return f"{name} dropped"
+
+        for _ in range(256):
+            stack.enter_context(server.raw()).sendall(head)
+        for _ in range(4):
+            connection = stack.enter_context(server.raw())
+            connection.setblocking(False)
+            connection.send(unread)
+        bombs = ["bomb", "larger bomb", "bomb of many colours", "halved"] * 2
+        works = [partial(post, name) for name in [*bombs, "scans"]]
+        waits = []
+        with again_and_again(works) as told:
+            for expected in list(student.values())[:60]:
+                begun = time.monotonic()
+                answer = server.ask("POST", "/invocations", expected[0], content_type=PNG)
+                waits.append(time.monotonic() - begun)
+                assert agrees(answer.json, expected), answer
+                assert server.ask("GET", "/ping").status == 200
+                time.sleep(0.05)
+        taken = peak_memory(server)
+        print(
+            f"{len(waits)} requests, mean {np.mean(waits):.3f} s, longest {max(waits):.3f} s; {quiet / 1e6:.0f} -> {taken / 1e6:.0f} MB; {dict(told)}"
+        )
+        assert server.end() == 143
+    assert max(waits) < 1
+    assert taken < POD
+    assert told["scans 422"] > 0
+    assert told["larger bomb 422"] > 0
+    assert told["bomb 200"] > 0
+    assert set(told) <= {"scans 422", "larger bomb 422"} | {
+        f"{name} {status}" for name in bombs for status in (200, 503)
+    }
+
+
+def peak_memory(server: ServerProcess) -> int:
+    """The most bytes that the server has held so far."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])

@@ -94,11 +94,38 @@ def test_any_json_and_any_bytes_are_a_list_of_files_or_refused(value, content) -
     text = json.dumps(value).encode()
     refusal = refused(lambda: read_list(text))
     if refusal is None:
-        assert [base64.b64encode(file).decode() for file in read_list(text).files] == value
+        files = [base64.b64encode(file).decode() for file in read_list(text).files]
+        assert files == ["".join(each.split()) for each in value]
         return
     assert refusal.status == 400
     assert refusal.as_json()["error"]
     assert not isinstance(value, list) or value[refusal.image] != "eA=="
+
+
+WRAPPED = base64.encodebytes(bytes(range(256))).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        WRAPPED,
+        WRAPPED.replace("\n", "\r\n"),
+        f"data:image/png;base64,{WRAPPED}",
+        f"DATA:image/png;name=a.png;BASE64, {WRAPPED}",
+    ],
+)
+def test_base64_may_have_line_breaks_and_be_a_data_url(text: str) -> None:
+    assert read_list(json.dumps([text, text]).encode()).files == [bytes(range(256))] * 2
+    assert read_list(f'["{text}"]'.encode()).files == [bytes(range(256))], "with the line breaks as they are"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["data:image/png,eA==", "eA==,eA==", "image/png;base64,eA==", "data:;base64,", "eA==\n=", "data:;base64,###"],
+)
+def test_what_only_looks_like_base64_is_refused(text: str) -> None:
+    refusal = refused(lambda: read_list(json.dumps(["eA==", text]).encode()))
+    assert (refusal.status, refusal.image) == (400, 1)
 
 
 @EXAMPLES

@@ -1,14 +1,17 @@
 """The server around a model that can be held, slowed and broken at will: real connections to a real server in a thread."""
 
 import asyncio
+import base64
 import http.client
 import io
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ from PIL import Image
 
 from fivefold.data.images import decode
 from fivefold.recipe import Serve
+from fivefold.serving import server as server_module
+from fivefold.serving import service as service_module
 from fivefold.serving.batching import SICK_AFTER
 from fivefold.serving.server import address, listen, running
 from fivefold.serving.service import Service
@@ -30,17 +35,23 @@ HEAD = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nCon
 
 
 class Brightness:
-    """A model of how bright an image is, which stops at `gate`, fails on POISON, and keeps what it was asked."""
+    """A model of how bright an image is, which stops at `door` and at `gate`, fails on POISON, and keeps what it was asked."""
 
     classes = ("dark", "bright")
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.door = threading.Event()
+        self.door.set()
+        self.shapes: list[tuple[int, ...]] = []
         self.asked: list[int] = []
 
-    def decode(self, content: bytes, name: str, max_pixels: float) -> np.ndarray:
-        return decode(content, name, max_pixels)
+    def decode(self, content: bytes, name: str, **bounds: Any) -> np.ndarray:
+        self.door.wait(SECONDS)
+        pixels = decode(content, name, **bounds)
+        self.shapes.append(pixels.shape[:2])
+        return pixels
 
     def prepare(self, pixels: np.ndarray) -> int:
         return int(pixels.max())
@@ -57,7 +68,7 @@ class Brightness:
 class Served:
     """A service with its model, and the port of its server."""
 
-    def __init__(self, limits: Mapping[str, float]) -> None:
+    def __init__(self, limits: Mapping[str, Any]) -> None:
         self.service, self.model = Service(Serve(**LIMITS | limits)), Brightness()
         self.listener = listen("127.0.0.1", 0)
         self.port = int(address(self.listener).rpartition(":")[2])
@@ -67,6 +78,10 @@ class Served:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
             return sent(connection, "POST", "/invocations", picture(*grey), content_type="image/png")
 
+    def post(self, body: bytes, kind: str = "application/octet-stream") -> Answer:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
+            return sent(connection, "POST", "/invocations", body, content_type=kind)
+
     def ping(self) -> Answer:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
             return sent(connection, "GET", "/ping")
@@ -75,14 +90,14 @@ class Served:
         return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
 
 
-def picture(grey: int) -> bytes:
+def picture(grey: int, side: int = 4, form: str = "PNG") -> bytes:
     content = io.BytesIO()
-    Image.new("L", (4, 4), grey).save(content, "PNG")
+    Image.new("L", (side, side), grey).save(content, form)
     return content.getvalue()
 
 
 @contextmanager
-def served(drain: float = SECONDS, **limits: float) -> Iterator[Served]:
+def served(drain: float = SECONDS, **limits: Any) -> Iterator[Served]:
     """A running server, which is told to stop after the block and has ended when the context is left."""
     found, ready, stop = Served(limits), threading.Event(), threading.Event()
 
@@ -150,8 +165,118 @@ def test_a_body_that_does_not_come_is_408() -> None:
         with http.client.HTTPResponse(connection) as response:
             response.begin()
             assert response.status == 408
-            assert b"the body was not sent within 0.3 s (serve.timeout_s)" in response.read()
-        assert server.service.images == 0
+            assert (
+                b"the body came too slowly, 4 bytes of it; it must come within 0.3 s (serve.timeout_s)"
+                in response.read()
+            )
+        assert (server.service.images, server.service.bodies) == (0, 0)
+
+
+def test_a_body_below_the_least_rate_is_408_and_a_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "GRACE", 0.4)
+    monkeypatch.setattr(service_module, "LEAST_RATE", 100.0)
+    body = picture(7)
+    with served() as server:
+        for pause, status in ((0.2, 408), (0.005, 200)):
+            with server.raw() as connection, http.client.HTTPResponse(connection) as response:
+                connection.sendall(HEAD % len(body))
+                for byte in body[: 9 if status == 408 else None]:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(pause)
+                response.begin()
+                assert response.status == status
+
+
+def test_bodies_that_do_not_come_hold_no_places() -> None:
+    with served(queue=2) as server, ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(server.raw()).sendall(HEAD % 100 + b"h")
+        wait_until(lambda: server.service.bodies == 50)
+        assert [server.ask(grey).status for grey in (1, 2, 3)] == [200] * 3
+    assert server.service.bodies == 0
+
+
+def test_bodies_have_a_bound_together_and_a_request_too_many_comes_later() -> None:
+    with served(bodies_mb=0.1) as server:
+        with server.raw() as connection:
+            connection.sendall(HEAD % 100_000 + bytes(99_990))
+            wait_until(lambda: server.service.bodies == 99_990)
+            late = server.ask(1)
+        assert (late.status, late.headers["retry-after"]) == (503, "1")
+        wait_until(lambda: server.service.bodies == 0)
+        assert server.ask(2).status == 200
+
+
+def test_idle_connections_make_way_for_those_that_ask() -> None:
+    with served(connections=8) as server, ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        server.model.gate.clear()
+        waiting = pool.submit(server.ask, 1)
+        wait_until(lambda: server.model.asked == [1])
+        idle = [stack.enter_context(server.raw()) for _ in range(40)]
+        for connection in idle[-4:]:
+            connection.sendall(HEAD % 100 + b"half")
+        server.model.gate.set()
+        assert waiting.result().status == 200
+        assert [server.ask(grey).status for grey in (2, 3)] == [200, 200]
+        assert idle[0].recv(10) == b""
+
+
+@pytest.mark.parametrize("then", ["close", "keep-alive"])
+@pytest.mark.parametrize(("pause", "whole"), [(0.0, True), (2.0, False)])
+def test_who_does_not_read_its_answer_is_dropped(monkeypatch, then: str, pause: float, whole: bool) -> None:
+    monkeypatch.setattr(server_module, "UNREAD", 0.5)
+    body = json.dumps([base64.b64encode(picture(grey)).decode() for grey in range(20, 120)]).encode()
+    head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: %s\r\nContent-Length: %d\r\n\r\n"
+    with served() as server, socket.socket() as connection:
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.settimeout(SECONDS)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(head % (then.encode(), len(body)) + body)
+        time.sleep(pause)
+        with http.client.HTTPResponse(connection) as response:
+            response.begin()
+            if whole:
+                assert len(json.loads(response.read())) == 100
+            else:
+                with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+                    response.read()
+        assert server.ask(1).status == 200
+
+
+def test_a_decoder_that_hangs_is_said_by_ping_and_the_server_ends() -> None:
+    with served(drain=0.2, timeout_s=0.3) as server:
+        server.model.door.clear()
+        late = server.ask(1)
+        wait_until(lambda: server.ping().status == 503)
+        sick = server.ping()
+        begun = time.monotonic()
+    assert time.monotonic() - begun < SECONDS / 2
+    server.model.door.set()
+    assert (late.status, sick.json) == (503, {"status": "failing"})
+
+
+def test_only_the_formats_that_are_allowed_are_decoded() -> None:
+    with served() as server:
+        assert [server.post(picture(1, form=form)).status for form in ("JPEG", "PNG", "WEBP", "GIF", "TIFF")] == [
+            200,
+            200,
+            200,
+            422,
+            422,
+        ]
+    with served(formats=["GIF"]) as server:
+        assert [server.post(picture(1, form=form)).status for form in ("PNG", "GIF")] == [422, 200]
+
+
+def test_a_jpeg_of_up_to_four_times_the_pixels_is_halved_and_no_other_image() -> None:
+    with served(max_megapixels=0.01) as server:
+        found = [
+            server.post(picture(9, side, form)).status
+            for side, form in ((100, "PNG"), (101, "PNG"), (101, "JPEG"), (200, "JPEG"), (201, "JPEG"))
+        ]
+        assert server.model.shapes == [(100, 100), (51, 51), (100, 100)]
+    assert found == [200, 422, 200, 200, 422]
 
 
 def test_an_error_of_the_model_is_500_and_said_by_ping_when_it_stays() -> None:

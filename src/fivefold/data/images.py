@@ -7,21 +7,21 @@ import re
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from io import BytesIO
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from fivefold.errors import DataError
 from fivefold.machine import count_cores
-from fivefold.recipe import Data
+from fivefold.recipe import Data, ImageFormat
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = {
     ".ppm", ".pgm", ".pbm",
 }
 # fmt: on
-FORMATS = ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM"]
+FORMATS = [*get_args(ImageFormat)]
 """What may be decoded: Pillow's other plugins run programs (EPS) or are not photographs."""
 PLUGINS = {"pillow_heif.HeifImagePlugin": ("HEIF", ".heic", ".heif", ".hif"), "pillow_jxl": ("JXL", ".jxl")}
 """Modules that teach Pillow a format: its name, and its suffixes."""
@@ -43,6 +43,12 @@ NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
 """Chunks of a PNG that say nothing of its pixels as they are used here."""
 LONG = 1 << 20
 """Bytes of such a chunk, unpacked, for which Pillow refuses the file."""
+BAND = 1 << 20
+"""Pixels that are converted at a time, so that no copies of a whole image are made."""
+MOST_SCANS = 100
+"""Scans of a JPEG; a progressive photograph has 5 to 14. Each costs a walk over all blocks, though 75 bytes may be all of it."""
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+"""A marker of a JPEG that ends it or is followed by a length."""
 _PILLOW = re.compile(r"PIL\.")
 
 for _module, (_format, *_suffixes) in PLUGINS.items():
@@ -70,10 +76,14 @@ class Pixels:
     scaled: bool = False
     max_pixels: float = field(default=MOST_PIXELS, compare=False)
 
-    def decode(self, content: bytes, name: str, max_pixels: float = math.inf) -> np.ndarray:
-        """The pixels uint8 [H, W, 3] of an image file, as `decode` gives them, at their stored size; a lower `max_pixels` counts."""
-        most = min(max_pixels, self.max_pixels)
-        return self.shrink(decode(content, name, most, self.store_size if self.scaled else 0))
+    def decode(self, content: bytes, name: str, least: int = 0, **bounds: Any) -> np.ndarray:
+        """The pixels uint8 [H, W, 3] of an image file at their stored size; `least` and `bounds` as `decode` has them.
+
+        The lower of `max_pixels` and the bound of these pixels counts.
+        """
+        sides = [side for side in (self.store_size * self.scaled, least) if side]
+        bounds["max_pixels"] = min(bounds.get("max_pixels", math.inf), self.max_pixels)
+        return self.shrink(decode(content, name, least=min(sides, default=0), **bounds))
 
     def size_of(self, content: bytes, name: str) -> tuple[int, int]:
         """(height, width) at which an image file is stored, of its head; errors as for `decode`."""
@@ -109,41 +119,50 @@ def pixels_of(data: Data) -> Pixels:
     return Pixels(data.store_size, data.scaled_decoding, data.max_megapixels * MILLION)
 
 
-def decode(content: bytes, name: str, max_pixels: float = MOST_PIXELS, least: int = 0) -> np.ndarray:
+def decode(
+    content: bytes, name: str, max_pixels: float = MOST_PIXELS, least: int = 0, formats: Sequence[str] = FORMATS
+) -> np.ndarray:
     """The pixels of an image file: uint8 [H, W, 3] RGB, contiguous and writable, EXIF orientation applied.
 
     Grey, CMYK, palette and 16-bit images are converted (16 bits scaled to 8), transparency is laid
     over white, and of an animation it is the first frame. A JPEG is scaled down as it is decoded, as far as its shorter
     side keeps `least` pixels (0: not at all). Raises a DataError with `name` and the reason for what is no image,
-    is cut off, or would unpack to more than `max_pixels`.
+    is cut off or none of `formats`, has more than MOST_SCANS scans, or would unpack to more than `max_pixels`.
     """
-    _silence_pillow(max_pixels)
-    try:
-        with Image.open(BytesIO(_without_long_notes(content)), formats=FORMATS) as image:
-            _check_size(image, max_pixels)
-            if least:
-                image.draft(None, (least, least))
-            image.load()
-            with suppress(Exception):  # broken metadata says nothing against the pixels
-                ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image)
-    except Exception as error:  # decoders raise whatever foreign bytes lead them to
-        raise DataError(f"{name} cannot be decoded: {_reason(error, content)}") from error
+    with _opened(content, name, max_pixels, formats) as image:
+        if least:
+            image.draft(None, (least, least))
+        image.load()
+        with suppress(Exception):  # broken metadata says nothing against the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image)
 
 
-def decoded_size(content: bytes, name: str, max_pixels: float = MOST_PIXELS) -> tuple[int, int]:
-    """(height, width) that `decode` would give, of the file's head alone; a DataError for what is no image, or too large."""
+def decoded_size(
+    content: bytes, name: str, max_pixels: float = MOST_PIXELS, formats: Sequence[str] = FORMATS
+) -> tuple[int, int]:
+    """(height, width) that `decode` would give, of the file's head alone; a DataError for what it refuses by the head."""
+    with _opened(content, name, max_pixels, formats) as image:
+        orientation = 1
+        with suppress(Exception):  # broken metadata says nothing against the pixels
+            orientation = image.getexif().get(ORIENTATION, 1)
+        turned = orientation in TURNED and image.format != "TIFF"  # Pillow turns TIFFs itself
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextmanager
+def _opened(content: bytes, name: str, max_pixels: float, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """The image of a file whose head is read and within the bounds; a DataError for any other, and for what the block raises."""
     _silence_pillow(max_pixels)
     try:
-        with Image.open(BytesIO(_without_long_notes(content)), formats=FORMATS) as image:
-            _check_size(image, max_pixels)
-            orientation = 1
-            with suppress(Exception):  # broken metadata says nothing against the pixels
-                orientation = image.getexif().get(ORIENTATION, 1)
-            turned = orientation in TURNED and image.format != "TIFF"  # Pillow turns TIFFs itself
-            return (image.width, image.height) if turned else (image.height, image.width)
+        _check_size(*_webp_size(content), max_pixels)  # Pillow makes room for a WebP when it is opened
+        with Image.open(BytesIO(_without_long_notes(content)), formats=formats) as image:
+            _check_size(*image.size, max_pixels)
+            if image.format in ("JPEG", "MPO") and _has_many_scans(content):
+                raise ValueError(f"it has more than {MOST_SCANS} scans")
+            yield image
     except Exception as error:  # decoders raise whatever foreign bytes lead them to
-        raise DataError(f"{name} cannot be decoded: {_reason(error, content)}") from error
+        raise DataError(f"{name} cannot be decoded: {_reason(error, content, formats)}") from error
 
 
 def pixel_digest(pixels: np.ndarray) -> bytes:
@@ -170,11 +189,11 @@ def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         pool.shutdown(cancel_futures=True)
 
 
-def _check_size(image: Image.Image, most: float) -> None:
+def _check_size(width: int, height: int, most: float) -> None:
     """A ValueError for an image of more pixels than `most`, by its head alone: nothing of it is unpacked yet."""
-    if image.width * image.height > most:
+    if width * height > most:
         raise ValueError(
-            f"it has {image.width} × {image.height} pixels, more than the {most / MILLION:g} million allowed (max_megapixels)"
+            f"it has {width} × {height} pixels, more than the {most / MILLION:g} million allowed (max_megapixels)"
         )
 
 
@@ -208,26 +227,54 @@ def _is_long(note: bytes) -> bool:
     return bool(unpacking.unconsumed_tail)
 
 
+def _webp_size(content: bytes) -> tuple[int, int]:
+    """(width, height) that the head of a WebP says; (0, 0) for any other file."""
+    if content[:4] + content[8:12] != b"RIFFWEBP":
+        return 0, 0
+    at, bits, more = {b"VP8X": (24, 24, 1), b"VP8L": (21, 14, 1)}.get(content[12:16], (26, 16, 0))
+    both, mask = int.from_bytes(content[at : at + 6], "little"), 0xFFFFFF if bits == 24 else 0x3FFF
+    return (both & mask) + more, (both >> bits & mask) + more
+
+
+def _has_many_scans(jpeg: bytes) -> bool:
+    """Whether a JPEG has more than MOST_SCANS scans, as its decoder would find them; not counting what follows its end."""
+    if jpeg.count(b"\xff\xda") <= MOST_SCANS:
+        return False
+    scans, found = 0, _MARKER.search(jpeg)
+    while found and found[1] != b"\xd9" and scans <= MOST_SCANS:
+        scans += found[1] == b"\xda"
+        found = _MARKER.search(jpeg, found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big"))
+    return scans > MOST_SCANS
+
+
 def _rgb(image: Image.Image) -> np.ndarray:
     """The pixels as they are stored, as uint8 [H, W, 3]."""
+    pixels, rows = np.empty((image.height, image.width, 3), np.uint8), max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        pixels[top : top + rows] = _rgb_band(image if rows >= image.height else image.crop(box))
+    return pixels
+
+
+def _rgb_band(image: Image.Image) -> np.ndarray:
+    """As `_rgb`, uint8 [H, W, 3], or [H, W, 1] for a grey one."""
     if image.mode.startswith("I"):
         wide = np.clip(np.array(image), 0, 65535).astype(np.uint32)
-        grey = ((wide * 255 + 32767) // 65535).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        return ((wide * 255 + 32767) // 65535).astype(np.uint8)[..., None]
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         white = Image.new("RGBA", layers.size, "white")
-        return np.array(Image.alpha_composite(white, layers).convert("RGB"))
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.asarray(Image.alpha_composite(white, layers).convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _reason(error: Exception, content: bytes) -> str:
+def _reason(error: Exception, content: bytes, formats: Sequence[str]) -> str:
     if not content:
         return "the file is empty"
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"it is no image of a known format (it starts with {content[:4]!r})"
+        return f"it is no image of a known format, {', '.join(formats)} (it starts with {content[:4]!r})"
     return str(error) or type(error).__name__
 
 

@@ -26,7 +26,7 @@ from fivefold.serving.protocol import (
     negotiate_type,
     too_large,
 )
-from fivefold.serving.service import Service
+from fivefold.serving.service import LATER, Service
 
 log = logging.getLogger("fivefold")
 
@@ -90,18 +90,21 @@ async def answered(service: Service, request: Request) -> Response:
         form = negotiate_type(request.headers.get("accept", ""))
         if declared_length(request.headers) > service.max_body:
             raise too_large(service.max_body)
-        with service.admitted() as take:
-            top = count_wanted(request.query_params, len(service.model.classes))
-            body = await service.receive(request.stream())
+        service.check_room()
+        top = count_wanted(request.query_params, len(service.model.classes))
+        async with service.received(request.stream()) as body, asyncio.timeout(service.limits.timeout_s):
             read = True
             asked = await service.read(body, many)
-            take(len(asked.files))
-            rows = await unless_gone(request, service.predict(asked))
-            prediction = Prediction(service.model.classes, rows, top, asked.many)
-            return Response(await service.render(RENDERERS[form], prediction), media_type=form)
+            with service.admitted(len(asked.files)):
+                rows = await unless_gone(request, service.predict(asked))
+                prediction = Prediction(service.model.classes, rows, top, asked.many)
+                return Response(await service.render(RENDERERS[form], prediction), media_type=form)
     except RefusedError as refused:
         headers = {} if refused.later is None else {"Retry-After": str(refused.later)}
         return (JSONResponse if read else TurnedAway)(refused.as_json(), refused.status, headers)
+    except TimeoutError:
+        message = f"no answer within {service.limits.timeout_s:g} s (serve.timeout_s): try again later"
+        return JSONResponse({"error": message}, 503, {"Retry-After": str(LATER)})
     except ClientDisconnect:
         return Response(status_code=GONE)
     except asyncio.CancelledError:

@@ -99,7 +99,8 @@ class Batcher:
     def _run(self, batch: Sequence[Waiting]) -> None:
         """Has the batch judged; one that fails is judged again image by image, so that one spoils no other."""
         try:
-            found = list(zip(batch, self._judge([each.image for each in batch]), strict=True))
+            rows = self._judge([each.image for each in batch])
+            found = list(zip([each.answer for each in batch], rows, strict=True))
         except Exception as error:
             if len(batch) > 1:
                 log.warning("a batch of %d images failed (%s); each is tried alone", len(batch), error)
@@ -108,18 +109,19 @@ class Batcher:
                 return
             self._failures += 1
             log.exception("the model failed on an image")
-            self._loop.call_soon_threadsafe(_deliver, [(each, error) for each in batch])
+            self._loop.call_soon_threadsafe(deliver, [(each.answer, error) for each in batch])
             return
         self._failures = 0
         self._seen(len(batch))
-        self._loop.call_soon_threadsafe(_deliver, found)
+        self._loop.call_soon_threadsafe(deliver, found)
 
 
-def _deliver(found: Sequence[tuple[Waiting, np.ndarray | Exception]]) -> None:
-    for each, what in found:
-        if each.answer.done():
+def deliver(found: Sequence[tuple[asyncio.Future, Any]]) -> None:
+    """Gives each answer what was found, an Exception to be raised; one that was given up is left."""
+    for answer, what in found:
+        if answer.done():
             continue
         if isinstance(what, Exception):
-            each.answer.set_exception(what)
+            answer.set_exception(what)
         else:
-            each.answer.set_result(what)
+            answer.set_result(what)

@@ -76,7 +76,7 @@ def read_image(body: bytes) -> ImageRequest:
 def read_list(body: bytes) -> ImageRequest:
     """The images of a JSON list of texts, each an image file in base64; RefusedError (400) for anything else."""
     try:
-        found = json.loads(body)
+        found = json.loads(body, strict=False)  # line breaks in texts, as `base64` makes them
     except RecursionError:
         raise RefusedError(400, "the body is not JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -161,11 +161,14 @@ def negotiate_type(accept: str) -> str:
 
 
 def _decode_base64(text: object, at: int) -> bytes:
-    """The image file of one text; RefusedError (400) names its index `at`."""
+    """The image file of one text, which may have line breaks or be a `data:` URL; RefusedError (400) names its index `at`."""
     if not isinstance(text, str):
         raise RefusedError(400, f"image {at} of the list is {type(text).__name__}, not a base64 text", image=at)
+    head, comma, rest = text.partition(",")
+    if comma and head.lower().startswith("data:") and head.lower().endswith(";base64"):
+        text = rest
     try:
-        content = binascii.a2b_base64(text, strict_mode=True)
+        content = binascii.a2b_base64("".join(text.split()), strict_mode=True)
     except ValueError as error:
         raise RefusedError(400, f"image {at} of the list is not base64: {error}", image=at) from None
     if not content:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fivefold.errors import SettingsError
 from fivefold.serving.app import build_app
@@ -21,8 +22,43 @@ KEEP_ALIVE = 65
 BACKLOG = 2048
 LAP = 0.25
 """Seconds between the end of accepting and the closing of idle connections: what is on its way then is still taken in."""
+UNREAD = 30.0
+"""Seconds that a client has to read an answer, of which the kernel holds some megabytes for it."""
 WATCH = 0.05
 """Seconds between two looks for a signal."""
+
+
+class Connection(H11Protocol):
+    """A connection that a client cannot keep for nothing, which uvicorn lets it.
+
+    It is aborted when its client has not read an answer within UNREAD, and where there are too many and no other one has
+    been sending its request for longer.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(0)
+        self.since = self.loop.time()
+        if len(self.connections) >= self.limit_concurrency:
+            min((each for each in self.connections if each.sending), key=lambda each: each.since).transport.abort()
+
+    @property
+    def sending(self) -> bool:
+        """Whether its client is the one to go on."""
+        cycle = self.cycle
+        return not self.transport.is_closing() and (cycle is None or cycle.response_complete or cycle.more_body)
+
+    def on_response_complete(self) -> None:
+        self.since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unread.cancel()
 
 
 class Server(uvicorn.Server):
@@ -82,8 +118,9 @@ async def running(listener: socket.socket, service: Service, drain: float) -> As
     These have `drain` seconds after the block.
     """
     config = uvicorn.Config(
-        build_app(service), http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning", access_log=False,
+        build_app(service), http=Connection, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning", access_log=False,
         server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=drain,
+        limit_concurrency=service.limits.connections,
     )  # fmt: skip
     server = Server(config)
     task = asyncio.ensure_future(server.serve([listener]))

@@ -2,22 +2,26 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
+from fivefold.data.images import decoded_size
 from fivefold.errors import DataError
 from fivefold.machine import count_cores
 from fivefold.recipe import Serve
 from fivefold.serving.batching import Batcher
 from fivefold.serving.protocol import MILLION, ImageRequest, Prediction, RefusedError, read_image, read_list, too_large
+from fivefold.serving.workers import Workers
 
 LATER = 1
 """Seconds after which a request that finds the queue full may come again."""
-
+GRACE = 10.0
+"""Seconds after which a body must have come at LEAST_RATE, on the whole."""
+LEAST_RATE = 10_000.0
+"""Bytes a second at which a client must send, and read."""
 
 if TYPE_CHECKING:
     from fivefold.committee import Committee
@@ -65,7 +69,8 @@ class Service:
         self.draining = False
         self.requests = 0
         self.images = 0
-        self._pool: ThreadPoolExecutor | None = None
+        self.bodies = 0
+        self._workers: Workers | None = None
         self._batcher: Batcher | None = None
 
     def open(self, model: "Committee") -> None:
@@ -81,14 +86,13 @@ class Service:
             seen=self.metrics.batches.observe,
             begin=lambda: torch.set_num_threads(threads),
         )
-        # Each thread that works with torch would have as many of its own: on two cores images took half as long again.
-        self._pool = ThreadPoolExecutor(count_cores(), "images", torch.set_num_threads, (1,))
+        self._workers = Workers(min(count_cores(), threads) + 1, limits.megapixels_at_once * MILLION)
         self.model = model
 
     def close(self) -> None:
         """Ends the threads; nothing may be asked any more."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._workers is not None:
+            self._workers.close()
         if self._batcher is not None:
             self._batcher.close()
 
@@ -96,92 +100,89 @@ class Service:
         """`ready`, or why it is not."""
         if self.draining:
             return "draining"
-        if self.model is None or self._batcher is None:
+        if self.model is None or self._batcher is None or self._workers is None:
             return "loading"
-        return "ready" if self._batcher.healthy else "failing"
+        well = self._batcher.healthy and not self._workers.stalled(self.limits.timeout_s)
+        return "ready" if well else "failing"
 
-    @contextmanager
-    def admitted(self) -> Iterator[Callable[[int], None]]:
-        """A place for a request of one image; to be called with the number of its images when that is known.
-
-        RefusedError (503) while there is no model and where the queue is full; (413) for more images than it could ever hold.
-        """
+    def check_room(self, images: int = 1) -> None:
+        """RefusedError (503) while there is no model and where so many more images do not fit, (413) where they never could."""
         if self.model is None:
             raise RefusedError(503, "the model is still being loaded: try again later", later=LATER)
-        taken = 0
-
-        def take(images: int) -> None:
-            nonlocal taken
-            if images > self.limits.queue:
-                raise RefusedError(
-                    413, f"{images} images in one request, at most {self.limits.queue} (serve.queue): send fewer"
-                )
-            if self.images - taken + images > self.limits.queue:
-                raise RefusedError(503, f"{self.images} images are under way already: try again later", later=LATER)
-            self.images += images - taken
-            taken = images
-
-        take(1)
-        self.requests += 1
-        try:
-            yield take
-        finally:
-            self.requests -= 1
-            self.images -= taken
-
-    async def receive(self, chunks: AsyncIterator[bytes]) -> bytes:
-        """The body of a request; RefusedError (413) as soon as it is larger than the limit, (408) when it takes too long."""
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self.limits.timeout_s):
-                async for chunk in chunks:
-                    body += chunk
-                    if len(body) > self.max_body:
-                        raise too_large(self.max_body)
-        except TimeoutError:
+        if images > self.limits.queue:
             raise RefusedError(
-                408, f"the body was not sent within {self.limits.timeout_s:g} s (serve.timeout_s)"
-            ) from None
-        return bytes(body)
+                413, f"{images} images in one request, at most {self.limits.queue} (serve.queue): send fewer"
+            )
+        if self.images + images > self.limits.queue:
+            raise RefusedError(503, f"{self.images} images are under way already: try again later", later=LATER)
+
+    @contextmanager
+    def admitted(self, images: int) -> Iterator[None]:
+        """Places for the images of a request; RefusedError as `check_room`."""
+        self.check_room(images)
+        self.requests, self.images = self.requests + 1, self.images + images
+        try:
+            yield
+        finally:
+            self.requests, self.images = self.requests - 1, self.images - images
+
+    @asynccontextmanager
+    async def received(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The body of a request, which counts as long as the block runs.
+
+        RefusedError (413) as soon as it is too large, (408) when it takes too long, (503) where other bodies take all the room.
+        """
+        body, taken, limit = bytearray(), 0, self.limits.timeout_s
+        begun = asyncio.get_running_loop().time()
+        try:
+            try:
+                async with asyncio.timeout(min(GRACE, limit)) as clock:
+                    async for chunk in chunks:
+                        body += chunk
+                        taken, self.bodies = len(body), self.bodies + len(chunk)
+                        if taken > self.max_body:
+                            raise too_large(self.max_body)
+                        if self.bodies > self.limits.bodies_mb * MILLION:
+                            raise RefusedError(503, "other bodies take all the room: try again later", later=LATER)
+                        clock.reschedule(begun + min(GRACE + taken / LEAST_RATE, limit))
+            except TimeoutError:
+                told = f"within {limit:g} s (serve.timeout_s), and at {LEAST_RATE / 1000:g} kB/s after {GRACE:g} s"
+                raise RefusedError(408, f"the body came too slowly, {taken} bytes of it; it must come {told}") from None
+            body = bytes(body)
+            yield body
+        finally:
+            self.bodies -= taken
 
     async def read(self, body: bytes, many: bool) -> ImageRequest:
-        """The image files of a body; a large list is read in another thread, so that others need not wait for it."""
-        return await self._in_thread(read_list, body) if many else read_image(body)
+        """The image files of a body; a list is read in another thread, so that others need not wait for it."""
+        return await self._workers.start(len(body), read_list, body) if many else read_image(body)
 
     async def predict(self, asked: ImageRequest) -> np.ndarray:
-        """log p float32 [N, C] of the images in their order.
-
-        RefusedError (422) for the first that cannot be decoded or has too many pixels, (503) when it takes too long.
-        """
-        try:
-            async with asyncio.timeout(self.limits.timeout_s):
-                prepared = await self._prepared(asked)
-                rows = await asyncio.gather(*(self._batcher.ask(image) for image in prepared))
-        except TimeoutError:
-            raise RefusedError(
-                503, f"no answer within {self.limits.timeout_s:g} s (serve.timeout_s): try again later", later=LATER
-            ) from None
+        """log p float32 [N, C] of the images in their order; RefusedError (422) for the first that cannot be decoded or is too large."""
+        work = [self._prepared(file, at if asked.many else None) for at, file in enumerate(asked.files)]
+        prepared = await asyncio.gather(*work, return_exceptions=True)
+        for each in prepared:
+            if isinstance(each, BaseException):
+                raise each
+        rows = await asyncio.gather(*(self._batcher.ask(image) for image in prepared))
         return np.stack(rows) if rows else np.empty((0, len(self.model.classes)), np.float32)
 
     async def render(self, form: Callable[[Prediction], bytes], prediction: Prediction) -> bytes:
         """The body of an answer; that of a list, which may have many classes, is written in another thread."""
-        return await self._in_thread(form, prediction) if prediction.many else form(prediction)
+        return await self._workers.start(0, form, prediction) if prediction.many else form(prediction)
 
-    async def _prepared(self, asked: ImageRequest) -> list[Any]:
-        work = [self._in_thread(self._prepare, file, at if asked.many else None) for at, file in enumerate(asked.files)]
-        found = await asyncio.gather(*work, return_exceptions=True)
-        for each in found:
-            if isinstance(each, BaseException):
-                raise each
-        return found
+    async def _prepared(self, file: bytes, at: int | None) -> Any:
+        name, most = "the image" if at is None else f"image {at} of the list", self.limits.max_megapixels * MILLION
+        bounds = {"max_pixels": 4 * most if file[:3] == b"\xff\xd8\xff" else most, "formats": self.limits.formats}
+        height, width = await self._workers.start(len(file), _tried, at, lambda: decoded_size(file, name, **bounds))
+        bounds["least"] = min(height, width) // 2 if height * width > most else 0  # a JPEG alone
+        decode, prepare = self.model.decode, self.model.prepare
+        return await self._workers.start(height * width, _tried, at, lambda: prepare(decode(file, name, **bounds)))
 
-    def _prepare(self, file: bytes, at: int | None) -> Any:
-        name = "the image" if at is None else f"image {at} of the list"
-        try:
-            decoded = self.model.decode(file, name, self.limits.max_megapixels * MILLION)
-        except DataError as error:
-            raise RefusedError(422, str(error), image=at) from None
-        return self.model.prepare(decoded)
 
-    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-        return asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+def _tried(at: int | None, work: Callable[[], Any]) -> Any:
+    """What `work` gives, or why the image cannot be decoded; that is not raised, since it would keep the pixels of all frames."""
+    try:
+        return work()
+    except DataError as error:
+        return RefusedError(422, str(error), image=at)
