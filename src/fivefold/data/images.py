@@ -32,7 +32,7 @@ IMAGE_SUFFIXES = frozenset([
 FORMATS = get_args(ImageFormat)
 """What may be decoded: Pillow's other plugins run programs (EPS) or are not photographs."""
 ORIENTATION = 0x0112
-BAND = 1 << 20
+BAND = 1 << 18
 """Pixels that are converted at a time, so that no copies of a whole image are made."""
 MOST_SCANS = 100
 """Scans of a JPEG; a progressive photograph has 5 to 14. Each costs a walk over all blocks, though 75 bytes may be all of it."""
