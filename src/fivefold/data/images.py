@@ -43,7 +43,7 @@ NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
 """Chunks of a PNG that say nothing of its pixels as they are used here."""
 LONG = 1 << 20
 """Bytes of such a chunk, unpacked, for which Pillow refuses the file."""
-BAND = 1 << 20
+BAND = 1 << 18
 """Pixels that are converted at a time, so that no copies of a whole image are made."""
 MOST_SCANS = 100
 """Scans of a JPEG; a progressive photograph has 5 to 14. Each costs a walk over all blocks, though 75 bytes may be all of it."""
