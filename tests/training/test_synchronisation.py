@@ -89,8 +89,9 @@ def step(loop: Loop, number: int) -> None:
     results = loop.update(rows)
     for call in loop.after_step:
         call()
-    for result, each in zip(results, rows, strict=True):
-        _totals(result, each)
+    count = sum(len(part.targets) for part in rows)
+    for result, part in zip(results, rows, strict=True):
+        _totals(result, part, count)
 
 
 @pytest.mark.parametrize(("mix", "taught"), [("mixup", False), ("cutmix", True)])
