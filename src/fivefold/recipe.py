@@ -364,7 +364,7 @@ class Kubernetes(Section):
     runs: str = Field("/runs", description="where runs lie: /runs of the claim, or s3://bucket/prefix")
     gpus: int = Field(1, ge=0, description="GPUs of a pod that trains or predicts; 0: none")
     cpus: int = Field(2, ge=1, description="CPUs that a pod asks for; without a GPU also the threads of its process")
-    memory: str = Field("4Gi", pattern=QUANTITY, description="memory that a pod asks for, and may have at most")
+    memory: str = Field("4Gi", pattern=QUANTITY, description="memory that a pod asks for; twice as much is its limit")
     limits: dict[str, Any] = Field({}, description='most that a pod may have, beside GPUs: cpu = 4, memory = "8Gi"')
     service_account: str = Field("", description="the pods' service account, for a role that may use s3://")
     queue: str = Field("", description="the LocalQueue of Kueue that Jobs wait in")

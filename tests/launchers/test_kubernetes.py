@@ -167,7 +167,7 @@ def test_a_drained_pod_has_not_failed(cluster: Cluster, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("own", "more", "at"), [({}, [], "4Gi"), ({"limit_range": "2Gi"}, [], "2Gi (a LimitRange"), ({}, ["8Gi"], "8Gi")]
+    ("own", "more", "at"), [({}, [], "8Gi"), ({"limit_range": "2Gi"}, [], "2Gi (a LimitRange"), ({}, ["9Gi"], "9Gi")]
 )
 def test_a_pod_without_memory_names_its_limit_and_is_not_tried_again(
     cluster: Cluster, capsys: pytest.CaptureFixture[str], own: dict[str, str], more: list[str], at: str

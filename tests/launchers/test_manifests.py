@@ -270,16 +270,16 @@ def test_only_training_and_prediction_ask_for_a_gpu() -> None:
     for task in tasks_of(plan):
         spec = job(plan, task)["spec"]["template"]["spec"]
         wanted = {"nvidia.com/gpu": "2"} if task.stage not in ("split", "evaluate") else {}
-        assert spec["containers"][0]["resources"]["limits"] == {"memory": "4Gi", **wanted}
+        assert spec["containers"][0]["resources"]["limits"] == {"memory": "8Gi", **wanted}
         assert ("tolerations" in spec) == bool(wanted)
 
 
 @pytest.mark.parametrize(
     ("given", "limits"),
     [
-        ("kubernetes.memory=6Gi", {"memory": "6Gi"}),
-        ('kubernetes.limits={"memory": "8Gi", "cpu": 3.5}', {"memory": "8Gi", "cpu": "3.5"}),
-        ('kubernetes.limits={"ephemeral-storage": "20Gi"}', {"memory": "4Gi", "ephemeral-storage": "20Gi"}),
+        ("kubernetes.memory=1.5Gi", {"memory": "3Gi"}),
+        ('kubernetes.limits={"memory": "9Gi", "cpu": 3.5}', {"memory": "9Gi", "cpu": "3.5"}),
+        ('kubernetes.limits={"ephemeral-storage": "20Gi"}', {"memory": "8Gi", "ephemeral-storage": "20Gi"}),
     ],
 )
 def test_limits_of_a_pod(given: str, limits: dict[str, str]) -> None:

@@ -168,6 +168,12 @@ def job(plan: Plan, task: Task, parallel: int = 0) -> Object:
     }
 
 
+def twice(quantity: str) -> str:
+    """Two times an amount as Kubernetes writes it: 8Gi for 4Gi."""
+    number = re.match(r"[\d.]+", quantity)[0]
+    return f"{2 * float(number):g}{quantity[len(number) :]}"
+
+
 def pod(task: Task, pods: Kubernetes) -> Object:
     """The pod of a task, within the restricted pod security standard."""
     on_gpu = pods.gpus > 0 and task.stage in ON_GPU
@@ -204,7 +210,7 @@ def pod(task: Task, pods: Kubernetes) -> Object:
                 **({"envFrom": from_store} if at_store else {}),
                 "resources": {
                     "requests": {"cpu": str(pods.cpus), "memory": pods.memory},
-                    "limits": {"memory": pods.memory, **limits, **({GPU: str(pods.gpus)} if on_gpu else {})},
+                    "limits": {"memory": twice(pods.memory), **limits, **({GPU: str(pods.gpus)} if on_gpu else {})},
                 },
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
