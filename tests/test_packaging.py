@@ -23,7 +23,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 
 def other_pythons() -> list[str]:
-    """An interpreter for each later Python that is on this machine; pyenv's are used wherever they lie."""
+    """The newest later Python that is on this machine, or with FIVEFOLD_PYTHONS=all each; pyenv's wherever they lie."""
     found = []
     for version in ("3.12", "3.13", "3.14"):
         installed = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*/bin/python")
@@ -32,7 +32,7 @@ def other_pythons() -> list[str]:
             if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
                 found.append(path)
                 break
-    return found
+    return found if os.environ.get("FIVEFOLD_PYTHONS") == "all" else found[-1:]
 
 
 def pins(path: Path) -> dict[str, str]:

@@ -61,12 +61,15 @@ def fetched(bucket: Bucket, service: Service, folder: Path) -> Path:
 def test_the_whole_run_is_the_same_bytes(
     compress: str, service: Service, bucket: Bucket, small_run: Path, tmp_path: Path
 ) -> None:
-    ended = submit(asked(bucket, tmp_path, f"sagemaker.compress={compress}"), service.environ())
+    # without compression only the files' form differs, and the stages that read and write each form tell that
+    steps = STEPS if compress == "true" else STEPS[:4]
+    some = [] if compress == "true" else ["stages=split,train-fold,ensemble"]
+    ended = submit(asked(bucket, tmp_path, f"sagemaker.compress={compress}", *some), service.environ())
     assert ended.returncode == 0, ended.stdout
-    assert len(service.jobs) == len(STEPS)
+    assert len(service.jobs) == len(steps)
     there = fetched(bucket, service, tmp_path / "there")
-    assert list(there.rglob("*.tar.gz")) == [] if compress == "false" else len(list(there.rglob("*.tar.gz"))) == 16
-    assert differing(there, small_run) == []
+    assert len(list(there.rglob("*.tar.gz"))) == (2 * len(steps) if compress == "true" else 0)
+    assert differing(there, small_run, steps) == []
     assert f"results: s3://{bucket.name}/runs/r/" in ended.stdout
     # the caller's policy allows what it called, and nothing that it did not
     allowed = {action for each in json.loads(POLICY.read_text())["Statement"] for action in each["Action"]}
