@@ -9,7 +9,8 @@ from fivefold import assemble, distillation
 from fivefold.contract.artifacts import ModelDir, check_split, find_models
 from fivefold.contract.job import Job
 from fivefold.data.folds import FoldTable
-from fivefold.data.inventory import take_stock, tell_left_out
+from fivefold.data.images import pixels_of
+from fivefold.data.inventory import log_left_out, take_inventory
 from fivefold.distributed.replicas import Replicas
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble import check_members
@@ -84,12 +85,12 @@ def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils, da
     if channel is None:
         return None
     store = images.open_images(job, "unlabeled", data)
-    stock = take_stock(store)
-    tell_left_out(stock.counts(), channel)
+    stock = take_inventory(store)
+    log_left_out(stock.counts(), channel)
     paths = stock.images
     if not paths:
         raise DataError(f"no images below the channel 'unlabeled' ({channel})")
-    paths = distillation.unseen_paths(store, paths, pupils)
+    paths = distillation.unseen_paths(store, paths, pupils, pixels_of(data))
     if not paths:
         return None
     log.info("student: %d unlabelled images, taught by the whole ensemble", len(paths))

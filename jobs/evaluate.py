@@ -32,12 +32,12 @@ def main(job: Job, settings: Settings) -> Outcome:
     """Scores test, holdout and out-of-fold rows, whichever there are; the files written and the figures."""
     options, evidence, folder = settings.evaluate, Evidence(job, settings.data), job.output()
     scored = [rows for rows in (evidence.test(), evidence.holdout(), evidence.out_of_fold()) if rows is not None]
-    if not scored and not options.allow_empty:
-        raise MissingInputError(
-            "nothing to report on: give SM_CHANNEL_GROUND_TRUTH (or SM_GROUND_TRUTH_DIR) with SM_CHANNEL_PREDICTIONS, "
-            "or SM_CHANNEL_MODEL with models that have out-of-fold or holdout predictions"
-        )
     if not scored:
+        if not options.allow_empty:
+            raise MissingInputError(
+                "nothing to report on: give SM_CHANNEL_GROUND_TRUTH (or SM_GROUND_TRUTH_DIR) with SM_CHANNEL_PREDICTIONS, "
+                "or SM_CHANNEL_MODEL with models that have out-of-fold or holdout predictions"
+            )
         log.warning(
             "no row has a ground truth, so there are no scores and no report; a gt.csv beside test.csv gives them"
         )

@@ -17,6 +17,7 @@ from fivefold.assemble import images_at, one_hot
 from fivefold.contract.artifacts import ModelDir, model_at
 from fivefold.contract.stages import OOF
 from fivefold.data.folds import FoldTable
+from fivefold.data.images import Pixels
 from fivefold.data.opening import open_images
 from fivefold.data.store import ImageStore, JoinedStore
 from fivefold.distributed.replicas import BY_ITSELF, Replicas
@@ -88,12 +89,13 @@ def teach(teacher: str, models: Sequence[ModelDir], pupils: Pupils, views: Seque
     return Lesson(mean(log_probs), leak_free=False, teacher=names)
 
 
-def unseen_paths(store: ImageStore, paths: Sequence[str], pupils: Pupils) -> list[str]:
+def unseen_paths(store: ImageStore, paths: Sequence[str], pupils: Pupils, kind: Pixels = Pixels()) -> list[str]:  # noqa: B008
     """The paths whose pictures are none of the split's, by their pixels; the others are left out, with a warning.
 
-    A fold's own image would be taught by models that trained on it, a holdout's would be trained on.
+    A fold's own image would be taught by models that trained on it, a holdout's would be trained on. `kind` says how large
+    an image may be: one that the split could open must be opened here too.
     """
-    split, given = open_images(pupils.store, pupils.folds.paths), open_images(store, pa.array(paths))
+    split, given = open_images(pupils.store, pupils.folds.paths, kind), open_images(store, pa.array(paths), kind)
     known = set(split.pixels[split.readable].tolist())
     fresh = [path for path, pixels in zip(paths, given.pixels.tolist(), strict=True) if pixels not in known]
     if len(fresh) < len(paths):

@@ -23,7 +23,7 @@ from fivefold.csv_tables import (
     check_unique,
     plain_names,
 )
-from fivefold.data.inventory import UNUSED, Inventory, in_words, may_be_images, take_stock
+from fivefold.data.inventory import UNUSED, Inventory, in_words, may_be_images, take_inventory
 from fivefold.data.layouts import (
     HELD_OUT,
     IMAGE_FOLDERS,
@@ -104,7 +104,7 @@ def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Rows:
     is logged.
     """
     read_folders = choose(LAYOUTS, "data.layout", data.layout)
-    stock = take_stock(store)
+    stock = take_inventory(store)
     if data.layout == "products":
         rows = _product_rows(store, data, check_files)
     elif data.table or data.layout in ("auto", "csv"):

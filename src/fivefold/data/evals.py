@@ -11,7 +11,7 @@ import numpy as np
 from fivefold.contract.spelling import is_sample, is_truth, plain_name
 from fivefold.csv_tables import ANSWER_NAMES, ID_NAMES, PATH_NAMES, CsvFile, check_same_ids, check_unique
 from fivefold.data import layouts
-from fivefold.data.inventory import take_stock, tell_left_out
+from fivefold.data.inventory import log_left_out, take_inventory
 from fivefold.data.store import ImageStore, open_store
 from fivefold.errors import DataError
 from fivefold.predictions import sample
@@ -126,8 +126,8 @@ def _eval_table(
 def _eval_folder(store: ImageStore, wanted: Submission | None) -> EvalTable:
     *_, level = layouts.levels(store, layouts.EVAL_FOLDERS)
     level += "/" if level else ""
-    stock = take_stock(store)
-    tell_left_out(stock.counts(), store.root)
+    stock = take_inventory(store)
+    log_left_out(stock.counts(), store.root)
     paths = [name for name in stock.images if name.startswith(level)]
     if not paths:
         raise DataError(f"{store.root} holds no test.csv and no images to predict")

@@ -14,7 +14,7 @@ from PIL import Image
 from fivefold.contract.files import MOST_OF_AN_ARCHIVE, read_file
 from fivefold.contract.spelling import is_sample, plain_name
 from fivefold.csv_tables import PATH_NAMES, TRUE_CLASS_NAMES, CsvFile, plain_names
-from fivefold.data.inventory import take_stock, tell_left_out
+from fivefold.data.inventory import log_left_out, take_inventory
 from fivefold.data.layouts import TRIED_PATHS, csvs, open_table
 from fivefold.data.store import GIB, FolderStore, ImageStore, ZipStore, open_store
 from fivefold.errors import DataError, MissingInputError
@@ -98,9 +98,9 @@ def read_given(
         raise DataError(f"several tables in {path}: {sample([t.name for t in usable])}; name one of them as the images")
     if usable:
         return _table(store, usable[0], base_path, path_column, label_column)
-    stock = take_stock(store)
+    stock = take_inventory(store)
     names = stock.asked
-    tell_left_out(stock.counts(), path)
+    log_left_out(stock.counts(), path)
     if not names:
         raise DataError(f"no images below {path}, nor a CSV with their paths")
     return Given(store, names, names, [""] * len(names))

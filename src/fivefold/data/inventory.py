@@ -42,7 +42,7 @@ class Inventory:
         return {reason: count for reason, count in (counts | {unused: rest}).items() if count}
 
 
-def take_stock(store: ImageStore) -> Inventory:
+def take_inventory(store: ImageStore) -> Inventory:
     """Every file of a store. Tables (.csv) are left to those who read them."""
     left_out: dict[str, list[str]] = {}
     names = store.names(left_out)
@@ -62,7 +62,7 @@ def in_words(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count) + hint
 
 
-def tell_left_out(counts: Mapping[str, int], where: object) -> None:
+def log_left_out(counts: Mapping[str, int], where: object) -> None:
     """Logs what is left out in one line: a warning where there may be images in it."""
     if counts:
         level = logging.WARNING if may_be_images(counts) else logging.INFO

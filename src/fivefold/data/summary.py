@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from fivefold.contract.files import atomic, write_json
 from fivefold.data.adapters import Rows
 from fivefold.data.folds import FoldTable
-from fivefold.data.inventory import tell_left_out
+from fivefold.data.inventory import log_left_out
 from fivefold.data.splitting import Duplicates
 from fivefold.predictions import sample
 
@@ -99,7 +99,7 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     """The figures that matter, and a warning for each thing that somebody should look at."""
     rows = ", ".join(f"{name} {count:,}" for name, count in summary["rows_per_bin"].items())
     log.info("split: %s rows of %d classes: %s", f"{summary['rows']:,}", summary["classes"], rows)
-    tell_left_out(summary["left_out"], "the split")
+    log_left_out(summary["left_out"], "the split")
     for key, words in WARNINGS.items():
         if summary[key]:
             log.warning("split: %d %s", len(summary[key]), words)
