@@ -3,13 +3,13 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from forked import Forked
+from platform_runs import wait_until
 from toy import RESUMES, environment, run_stage, tinted_in, variables
 
 pytestmark = pytest.mark.slow
@@ -52,25 +52,24 @@ def world(tmp_path_factory) -> Path:
     for fold in range(2):
         assert run_stage(root, "train-fold", f"models/fold-{fold}", f"FOLD={fold}", *SETTINGS) == 0
     for stage in STAGES:
-        assert struck(root, root / "whole" / stage, stage).returncode == 0
+        assert struck(root, root / "whole" / stage, stage)[0] == 0
     return root
 
 
 def begin(
     root: Path, folder: Path, stage: str, number="SIGKILL", point="never", call=1, delay=0.0, more: tuple[str, ...] = ()
-):
+) -> Forked:
     folder.mkdir(parents=True, exist_ok=True)
     strike = [number, point, str(call), str(delay), str(folder / "steps")]
-    command = [sys.executable, str(STRUCK), *strike, stage, *STAGES[stage], *more]
     environ = environment(**variables(root, folder, MODEL=root / "models"), OMP_NUM_THREADS=1)
-    return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return Forked([str(STRUCK), *strike, stage, *STAGES[stage], *more], environ)
 
 
-def struck(root: Path, folder: Path, stage: str, *strike: str | float) -> subprocess.CompletedProcess[str]:
-    """Runs the stage to its end, or to the strike (a signal, a point, the how-manieth time there)."""
+def struck(root: Path, folder: Path, stage: str, *strike: str | float) -> tuple[int | None, str]:
+    """Runs the stage to its end, or to the strike (a signal, a point, the how-manieth time there): exit code, output."""
     process = begin(root, folder, stage, *strike)
-    said = process.communicate(timeout=240)[1].decode()
-    return subprocess.CompletedProcess(process.args, process.returncode, stderr=said)
+    said = process.wait()
+    return process.returncode, said
 
 
 def check_whole(root: Path, folder: Path, stage: str, kills: int) -> None:
@@ -100,11 +99,11 @@ def seconds_since_strike(folder: Path) -> float:
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_a_random_instant_of_any_phase_it_goes_on_to_the_same_bytes(stage, phase, seed, world, tmp_path):
-    killed = struck(world, tmp_path, stage, "SIGKILL", *instant(stage, phase, seed))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, said = struck(world, tmp_path, stage, "SIGKILL", *instant(stage, phase, seed))
+    assert code == -signal.SIGKILL, said
     assert not (tmp_path / "model" / "stage.json").exists(), "nothing looks finished"
-    again = struck(world, tmp_path, stage)
-    assert again.returncode == 0, again.stderr
+    code, said = struck(world, tmp_path, stage)
+    assert code == 0, said
     check_whole(world, tmp_path, stage, kills=1)
 
 
@@ -112,14 +111,14 @@ def test_killed_at_a_random_instant_of_any_phase_it_goes_on_to_the_same_bytes(st
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_told_to_stop_at_a_random_instant_it_is_143_and_goes_on_to_the_same_bytes(stage, phase, seed, world, tmp_path):
-    stopped = struck(world, tmp_path, stage, "SIGTERM", *instant(stage, phase, seed))
+    code, said = struck(world, tmp_path, stage, "SIGTERM", *instant(stage, phase, seed))
     slowest[f"{stage} {phase} {seed}"] = seconds_since_strike(tmp_path)
-    assert stopped.returncode == 143, stopped.stderr
+    assert code == 143, said
     assert slowest[f"{stage} {phase} {seed}"] < SECONDS_TO_STOP
-    assert stopped.stderr.rstrip().endswith("stopped by SIGTERM: the same command goes on from here")
+    assert said.rstrip().endswith("stopped by SIGTERM: the same command goes on from here")
     assert not (tmp_path / "failure").exists()
-    again = struck(world, tmp_path, stage)
-    assert again.returncode == 0, again.stderr
+    code, said = struck(world, tmp_path, stage)
+    assert code == 0, said
     check_whole(world, tmp_path, stage, kills=0)
     where = max(slowest, key=lambda name: slowest[name])
     print(f"slowest of {len(slowest)} exits: {slowest[where]:.2f} s ({where})")
@@ -132,35 +131,31 @@ def test_killed_three_times_at_random_instants(stage, seed, world, tmp_path):
     kills = 0
     for _ in range(3):
         process = begin(world, tmp_path, stage)
-        try:
-            process.wait(timeout=instants.uniform(2.0, 7.0))
-        except subprocess.TimeoutExpired:
+        if not process.ended(within=instants.uniform(0.5, 3.0)):
             kills += 1
-        process.kill()
-        process.communicate()
-    again = struck(world, tmp_path, stage)
-    assert again.returncode == 0, again.stderr
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+    code, said = struck(world, tmp_path, stage)
+    assert code == 0, said
     check_whole(world, tmp_path, stage, kills)
 
 
 def test_a_second_signal_ends_it_at_once(world, tmp_path):
     """SIGTERM, since a shell that starts something in the background has it ignore SIGINT."""
     process = begin(world, tmp_path, "train-fold", more=("train.epochs=4000",))
-    assert process.stderr is not None
-    while b"trains on" not in process.stderr.readline():
-        pass
+    wait_until(lambda: "trains on" in process.said())
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=SECONDS_TO_STOP)
+    process.wait(SECONDS_TO_STOP)
     assert process.returncode == 143
 
 
 def test_checkpoints_of_other_settings_are_left_alone_and_named(world, tmp_path):
-    assert struck(world, tmp_path, "train-fold", "SIGKILL", "step", 9).returncode == -signal.SIGKILL
+    assert struck(world, tmp_path, "train-fold", "SIGKILL", "step", 9)[0] == -signal.SIGKILL
     (other,) = (tmp_path / "checkpoints").iterdir()
     kept = {path.name: path.read_bytes() for path in other.iterdir()}
     code = run_stage(world, "train-fold", tmp_path, "FOLD=0", *SETTINGS, "train.lr=0.01")
     assert code == 0
     assert {path.name: path.read_bytes() for path in other.iterdir()} == kept
-    assert struck(world, tmp_path, "train-fold").returncode == 0
+    assert struck(world, tmp_path, "train-fold")[0] == 0
     check_whole(world, tmp_path, "train-fold", kills=1 + EPOCHS * STEPS_OF_AN_EPOCH)

@@ -1,15 +1,14 @@
 """Stages on `s3://` that are killed, stopped, or find a damaged checkpoint: each is a process, and nothing stays on its disk."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from forked import Forked
 from s3_server import Bucket, Proxy, Request
-from toy import REPOSITORY, RESUMES, environment, noise_in, run_stage, variables
+from toy import RESUMES, environment, noise_in, run_stage, variables
 
 pytestmark = pytest.mark.slow
 STRUCK = Path(__file__).parents[1] / "struck.py"
@@ -48,19 +47,18 @@ def urls(bucket: Bucket, endpoint: str = "") -> dict[str, str]:
     return bucket.environ(endpoint) | {f"SM_{name}": f"s3://{bucket.name}/{key}" for name, key in places.items()}
 
 
-def begin(folder: Path, environ: dict[str, str], number: str = "SIGKILL", point: str = "never", call: int = 1):
+def begin(
+    folder: Path, environ: dict[str, str], number: str = "SIGKILL", point: str = "never", call: int = 1
+) -> Forked:
     strike = [number, point, str(call), "0", str(folder / "steps")]
-    command = [sys.executable, str(STRUCK), *strike, "train-fold", *SETTINGS]
     environ = environment(OMP_NUM_THREADS=1, TMPDIR=folder, **environ)
-    return subprocess.Popen(
-        command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
-    )
+    return Forked([str(STRUCK), *strike, "train-fold", *SETTINGS], environ)
 
 
 def ends_well(folder: Path, environ: dict[str, str]) -> str:
     """Runs the stage to its end; what it said."""
     process = begin(folder, environ)
-    said = process.communicate(timeout=240)[1]
+    said = process.wait()
     assert process.returncode == 0, said
     return said
 
@@ -85,7 +83,7 @@ def test_on_another_machine_it_goes_on_to_the_same_bytes(number, point, call, fi
     first.mkdir()
     second.mkdir()
     process = begin(first, urls(filled), number, point, call)
-    said = process.communicate(timeout=120)[1]
+    said = process.wait(120)
     assert process.returncode == {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143}[number], said
     assert not [key for key in filled.listed("fold") if key.endswith("stage.json")], "nothing looks finished"
     assert filled.listed("fold/checkpoints")
@@ -98,7 +96,7 @@ def test_on_another_machine_it_goes_on_to_the_same_bytes(number, point, call, fi
 
 def test_of_a_damaged_checkpoint_the_one_before_is_taken(filled, whole, tmp_path):
     process = begin(tmp_path, urls(filled), "SIGTERM", "step", 20)
-    process.communicate(timeout=120)
+    process.wait(120)
     newest = filled.listed("fold/checkpoints")[-1]
     filled.write(newest, filled.read(newest)[::-1])
     said = ends_well(tmp_path, urls(filled))
@@ -122,11 +120,11 @@ def test_told_to_stop_amid_a_transfer_it_stops_in_time(method, filled, whole, tm
     with proxy.listening() as endpoint:
         process = begin(tmp_path, urls(filled, endpoint))
         while len(started) < 3:
-            assert process.poll() is None
+            assert process.returncode is None
             time.sleep(0.05)
         told = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=120)[1]
+        said = process.wait(120)
     assert process.returncode == 143, said
     assert time.monotonic() - told < SECONDS_TO_STOP
     said = ends_well(tmp_path, urls(filled))
