@@ -40,15 +40,28 @@ class ImageClassificationAPI:
     weights and its temperature count. The models stay in memory. Nothing is written to disk.
     """
 
-    def __init__(self, model_path: str | os.PathLike[str], *, device: str = "auto", batch_size: int = 0) -> None:
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        batch_size: int = 0,
+        images_folder: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Loads the models. `device`: auto (CUDA, else MPS, else CPU), cuda, mps or cpu; `batch_size` 0: the recipe's.
 
-        Raises MissingInputError where no model is, DataError for one that is broken or not finished,
-        SettingsError for a device that this machine has not.
+        `images_folder`: paths of images count from there, and one that leads out of it, also by a link, is `ERROR`.
+        Set it where others than you name the paths; without it any file of this machine can be named.
+
+        Raises MissingInputError where no model or no such folder is, DataError for a model that is broken or
+        not finished, SettingsError for a device that this machine has not.
         """
         path = Path(model_path)
         if not path.exists():
             raise MissingInputError(f"{path} does not exist; give the folder of a trained model, or of an ensemble")
+        self._folder = None if images_folder is None else Path(images_folder)
+        if self._folder and not self._folder.is_dir():
+            raise MissingInputError(f"images_folder={self._folder}: there is no such folder")
         explicit = {"device": device, **({"batch_size": batch_size} if batch_size else {})}
         packed = any(file.name in TARBALLS for file in tree_files(path))
         with tempfile.TemporaryDirectory(prefix="fivefold-") if packed else nullcontext("") as scratch:
@@ -69,7 +82,8 @@ class ImageClassificationAPI:
         things = [images] if isinstance(images, PICTURES) else list(images)
         start = time.perf_counter()
         keys = [thing if isinstance(thing, str) else f"<image {at}>" for at, thing in enumerate(things)]
-        verdict = self._committee.predict(ImageFiles(HandedStore(dict(zip(keys, things, strict=True))), keys))
+        store = HandedStore(dict(zip(keys, things, strict=True)), self._folder)
+        verdict = self._committee.predict(ImageFiles(store, keys))
         names = [_name(thing, at) for at, thing in enumerate(things)]
         results = answers(verdict, names, self.classes)
         tell(verdict, names, results, time.perf_counter() - start)

@@ -275,6 +275,20 @@ def test_the_api_takes_paths_bytes_and_pillows_images_alike(api, products):
     assert alone == found[1] | {"confidence": pytest.approx(found[1]["confidence"], abs=1e-5)}
 
 
+def test_paths_of_others_stay_in_the_folder_that_they_are_given(shop, products, tmp_path):
+    folder = tmp_path / "uploads"
+    shutil.copytree(products.root / "사진/P004", folder / "P004")
+    (tmp_path / "secret.png").write_bytes((folder / "P004/main_0.png").read_bytes())
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    good = ["P004/main_0.png", str(folder / "P004/main_0.png"), "P004/../P004/main_0.png"]
+    bad = ["../secret.png", str(tmp_path / "secret.png"), "link.png", "/dev/zero", "~/secret.png", "a\0b", "P004"]
+    api = ImageClassificationAPI(shop / "fold-0" / "model", images_folder=folder)
+    read = [row["predicted_class"] != "ERROR" for row in api.predict([*good, *bad, Path("../secret.png")])]
+    assert read == [True] * len(good) + [False] * (len(bad) + 1)
+    with pytest.raises(MissingInputError):
+        ImageClassificationAPI(shop / "fold-0" / "model", images_folder=tmp_path / "absent")
+
+
 def sure(rows: list[dict]) -> np.ndarray:
     return np.array([row["confidence"] for row in rows])
 

@@ -144,6 +144,19 @@ def test_an_attempt_without_its_record_counts_for_nothing(filled, capsys):
     assert f"s3://{filled.name}/run/split/output: nothing is there, and no finished stage" in capsys.readouterr().err
 
 
+def test_system_folders_of_a_bucket_are_left_out_and_counted(filled, images, capsys):
+    content = (images / "train/a/0.png").read_bytes()
+    for key in ("a/@eaDir/0.png/SYNOPHOTO_THUMB_XL.jpg", "#recycle/a/1.png", "__MACOSX/a/._0.png", "lost+found/2.png"):
+        filled.write(f"data/train/{key}", content)
+    filled.write("data/train/a/raw.dng", content)
+    assert stage(filled, "split") == 0
+    (key,) = [key for key in filled.listed("run/split") if key.endswith("split_summary.json")]
+    summary = json.loads(filled.read(key))
+    assert summary["rows"] == 2 * IMAGES
+    assert summary["left_out"] == {"in system folders": 3, ".dng": 1}
+    assert "/data/train: 1 hidden" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_writers_do_not_mix(filled, monkeypatch):
     """A pod's dying twin leaves its files and its record after ours; who reads takes the one or the other."""

@@ -44,20 +44,34 @@ class AnywhereStore:
 
 @dataclass(frozen=True, eq=False)
 class HandedStore:
-    """Things handed over in memory, by a name each: paths, bytes of image files, or Pillow's images."""
+    """Things handed over in memory, by a name each: paths, bytes of image files, or Pillow's images.
+
+    With a `folder`, paths count from there, and those that lead out of it are refused.
+    """
 
     things: Mapping[str, Any]
+    folder: Path | None = None
 
     def read(self, name: str) -> bytes:
-        """The bytes of one thing as an image file; a DataError for what is no image."""
+        """The bytes of one thing as an image file; a DataError for what is no image, or lies outside the folder."""
         thing = self.things[name]
         if isinstance(thing, str | os.PathLike):
-            return AnywhereStore().read(thing)
+            return AnywhereStore().read(thing) if self.folder is None else self._read_below(self.folder, thing)
         if isinstance(thing, bytes | bytearray | memoryview):
             return bytes(thing)
         if isinstance(thing, Image.Image):
             return _encoded(thing)
         raise DataError(f"{type(thing).__name__} is neither a path, nor bytes, nor an image of Pillow's")
+
+    @staticmethod
+    def _read_below(folder: Path, name: str | os.PathLike[str]) -> bytes:
+        try:
+            path = (folder / name).resolve()
+        except (OSError, ValueError, TypeError) as error:  # a null character in it, or bytes for a path
+            raise DataError(f"{name} cannot be read: {error}") from error
+        if not path.is_relative_to(folder.resolve()):
+            raise DataError(f"{name} lies outside {folder}")
+        return AnywhereStore().read(path)
 
 
 @dataclass(frozen=True)

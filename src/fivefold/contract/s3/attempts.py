@@ -77,7 +77,7 @@ def sorted_out(url: Url, objects: Iterable["Object"]) -> tuple[dict[str, "Object
     for found in objects:
         name = found.url.below(url)
         parts = name.split("/")
-        if not parts[-1] or any(part.startswith(".") and part not in (".", "..") for part in parts):
+        if not parts[-1] or is_hidden(name):
             continue  # the marks that consoles leave for folders, and hidden files, which no stage reads
         at = next((at for at, part in enumerate(parts[:-1]) if NAME.fullmatch(part)), None)
         if at is None:
@@ -88,11 +88,19 @@ def sorted_out(url: Url, objects: Iterable["Object"]) -> tuple[dict[str, "Object
     return plain, [Attempt(folder, held) for folder, held in attempts.items()]
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file below a URL, or a folder that it lies in, has a name that starts with a dot."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
 def visible(store: "Store", url: Url, objects: Iterable["Object"]) -> list[Stored]:
     """The files that a reader of `url` sees, sorted by name; of the files that stages read none that was put beside a whole attempt.
 
     Raises DataError for names that no file can have, RetryableError where an attempt is being replaced just now.
     """
+    objects = list(objects)
+    if hidden := sum(is_hidden(each.url.below(url)) for each in objects):
+        log.info("left out of %s: %d hidden", url, hidden)
     plain, attempts = sorted_out(url, objects)
     seen = {name: Stored(name, found) for name, found in plain.items()}
     owned = {each.url.parent for each in attempts if each.marker}
