@@ -303,7 +303,7 @@ class SageMaker(Section):
     kms_key: str = Field("", description="KMS key that encrypts outputs in S3")
     volume_kms_key: str = Field("", description="KMS key that encrypts disks; not for instances with NVMe disks")
     tags: dict[str, Any] = Field({}, description="of each job: texts by name")
-    environment: dict[str, Any] = Field({}, description="further variables of each container: texts by name")
+    environment: dict[str, Any] = Field({}, description="further variables of each container, shown as ***")
     input_mode: Literal["File", "FastFile"] = Field("File", description="channels are copied first, or read when used")
     compress: bool = Field(True, description="outputs as model.tar.gz and output.tar.gz; false: as plain files")
     price: float = Field(0.0, ge=0, description="of an instance for an hour, as you pay it; 0: not given")
@@ -324,7 +324,7 @@ class SageMaker(Section):
         for key, table in (("tags", self.tags), ("environment", self.environment)):
             for name, value in table.items():
                 if isinstance(value, bool) or not isinstance(value, str | int | float):
-                    raise ValueError(f"{key}.{name}={value!r} is no text")
+                    raise ValueError(f"{key}.{name} is no text but a {type(value).__name__}")
         for name, table in self.stages.items():
             if name not in STAGES_OF_A_RUN or not isinstance(table, dict):
                 raise ValueError(f"stages.{name} is no table of a stage; the stages are {', '.join(STAGES_OF_A_RUN)}")

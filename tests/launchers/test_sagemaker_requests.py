@@ -295,6 +295,58 @@ def test_a_pipeline_is_the_same_requests_in_the_same_order() -> None:
         check_request(step.name, defined["Arguments"] | name)
 
 
+def test_what_is_shown_of_a_plan_has_the_names_of_variables_and_no_values(capsys: pytest.CaptureFixture[str]) -> None:
+    own = "sagemaker.environment={API_TOKEN='canary', TOKENS='canaries'}"
+    split = "sagemaker.stages.split.environment={OTHER='canary-of-split'}"
+    for platform, flags in (("sagemaker", []), ("sagemaker", ["--pipeline"]), ("sagemaker-local", [])):
+        inputs = ["train=s3://bucket/train"] if platform == "sagemaker" else [f"train={REPOSITORY / 'docs'}"]
+        given = [f"platform={platform}", "recipe=demo", "run=r", *GIVEN, *inputs, own, split, "--dry-run", *flags]
+        assert submit.main(given) == 0
+        said = "".join(capsys.readouterr())
+        assert "API_TOKEN" in said
+        assert "OTHER" in said
+        assert "STAGE" in said
+        assert "canar" not in said
+
+
+def test_a_pipeline_takes_values_of_variables_as_parameters() -> None:
+    definition = json.loads(launch.describe_pipeline(plan_of("sagemaker.environment={API_TOKEN='canary', N=4}")))
+    assert definition["Parameters"] == [{"Name": "API_TOKEN", "Type": "String"}, {"Name": "N", "Type": "String"}]
+    for step in definition["Steps"]:
+        variables = step["Arguments"]["Environment"]
+        assert (variables["API_TOKEN"], variables["N"]) == ({"Get": "Parameters.API_TOKEN"}, {"Get": "Parameters.N"})
+        assert variables["STAGE"] in STAGES
+    differing = plan_of("sagemaker.environment={N=4}", "sagemaker.stages.split.environment={N=55555}")
+    with pytest.raises(SettingsError, match="sets N to other values") as caught:
+        launch.describe_pipeline(differing)
+    assert "55555" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "sagemaker.environment={API_TOKEN='canary'",
+        "sagemaker.environment={API_TOKEN=['canary']}",
+        "sagemaker.environment={API_TOKEN={a='canary'}}",
+        "sagemaker.environment.API_TOKEN=canary",
+        "sagemaker.environment=API_TOKEN:canary",
+        "sagemaker.stages.split.environment=canary",
+        "sagemaker.stages.split=canary",
+        "sagemaker.stages={split={environment='canary'}}",
+        "sagemaker.stages={split={environment={A=['canary']}}}",
+        "sagemaker.stages=canary",
+        f"sagemaker.environment={{API_TOKEN='canary{'y' * 600}'}}",
+        "sagemaker.environment={'API TOKEN'='canary'}",
+        "sagemaker.environment={STAGE='canary'}",
+    ],
+)
+def test_an_error_about_a_variable_does_not_repeat_its_value(setting: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        validated_requests(plan_of(setting))
+    assert "canary" not in str(caught.value)
+    assert "sagemaker" in str(caught.value).lower()
+
+
 EXECUTION = "ab12cd34"
 
 

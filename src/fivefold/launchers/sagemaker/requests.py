@@ -34,6 +34,9 @@ MOST_CHARACTERS = 63
 TIME_FORMAT = "%Y%m%d%H%M%S"
 """The end of a job's name, which tells one job of a step from the next."""
 FILES = (".zip", ".csv", ".parquet")
+OF_A_STEP = ("STAGE", "FOLD", IMAGE_VARIABLE)
+"""The variables of a container that are ours. All others are the user's, and may hold secrets."""
+HIDDEN = "***"
 
 
 def requests_of(plan: Plan) -> dict[str, Request]:
@@ -178,6 +181,16 @@ def environment(step: Step, options: SageMaker) -> dict[str, str]:
     image = {IMAGE_VARIABLE: options.image} if options.image else {}
     own = {name: str(value) for name, value in options.environment.items()}
     return {"STAGE": step.stage, **fold, **image, **own}
+
+
+def secrets_of(request: Request) -> dict[str, str]:
+    """Returns the variables of a request (or of a job of local mode) whose values may be secret, by name."""
+    return {name: value for name, value in request.get("Environment", {}).items() if name not in OF_A_STEP}
+
+
+def without_secrets(request: Request) -> Request:
+    """Returns the request as it may be shown: with `***` for the values of the user's own variables."""
+    return {**request, "Environment": {**request["Environment"], **dict.fromkeys(secrets_of(request), HIDDEN)}}
 
 
 def seconds(hours: float) -> int:
