@@ -263,7 +263,7 @@ class Evaluate(Section):
 
 
 class Serve(Section):
-    host: str = Field("0.0.0.0", min_length=1, description="address to listen at; :: for IPv6 too")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen at; 0.0.0.0 (IPv6 too: ::) for others")
     port: int = Field(8080, ge=0, le=65535, description="port to listen at (or SAGEMAKER_BIND_TO_PORT); 0: a free one")
     batch_size: int = Field(32, ge=1, description="images of all requests that the model takes in one step at most")
     max_wait_ms: float = Field(5.0, ge=0, description="how long the first image of a batch waits for others")
