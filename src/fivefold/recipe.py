@@ -299,7 +299,7 @@ class SageMaker(Section):
     keep_alive_minutes: int = Field(0, ge=0, le=360, description="warm pool: wait for the next job; not with spot")
     subnets: list[str] = Field([], description="of the VPC that jobs run in; with security_groups")
     security_groups: list[str] = Field([], description="of the VPC that jobs run in; with subnets")
-    isolate: bool = Field(False, description="no network in the container; nothing can be fetched, as pretrained")
+    isolate: bool | None = Field(None, description="no network in the container; empty: where nothing is fetched")
     kms_key: str = Field("", description="KMS key that encrypts outputs in S3")
     volume_kms_key: str = Field("", description="KMS key that encrypts disks; not for instances with NVMe disks")
     tags: dict[str, Any] = Field({}, description="of each job: texts by name")

@@ -70,7 +70,7 @@ def _request_of(plan: Plan, step: Step, time_stamp: str) -> Request:
         "CheckpointConfig": checkpoints if trains else None,
         "EnableManagedSpotTraining": options.spot,
         "VpcConfig": vpc if options.subnets else None,
-        "EnableNetworkIsolation": options.isolate,
+        "EnableNetworkIsolation": fetches_nothing(plan, step) if options.isolate is None else options.isolate,
         "Tags": [{"Key": key, "Value": str(value)} for key, value in options.tags.items()],
     }
     return {
@@ -95,6 +95,14 @@ def _present(parts: Request) -> Request:
 def options_of(settings: Settings, step: Step) -> SageMaker:
     """The `[sagemaker]` of a step's stage."""
     return settings.sagemaker.of_stage(step.stage)
+
+
+def fetches_nothing(plan: Plan, step: Step) -> bool:
+    """Whether a step's container needs no network: it trains nothing, or with no weights of a hub and no tracker's service."""
+    if not STAGES[step.stage].writes_model:
+        return True
+    settings = plan.settings.student() if step.stage == "distill" else plan.settings
+    return not settings.model.pretrained and set(settings.train.trackers) <= {"tensorboard"}
 
 
 def base_name(run: str, step: Step) -> str:
