@@ -4,6 +4,8 @@
 PYTHON ?= python3.11
 IMAGE ?= fivefold:latest
 BASE_IMAGE ?= python:3.11-slim
+UV := uv==0.13.9
+AUDITOR := pip-audit==2.10.1
 BENCH ?= loader pairs=3 results=build/benchmarks/results
 PYTEST_ARGS ?= -m "not slow and not docker and not gpu"
 
@@ -19,7 +21,7 @@ FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
 FOR_ALL := $(VENV)/.set-up-all-$(call content,requirements.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo systems bench test test-slow test-docker test-lowest image manifests check lock clean
+.PHONY: help demo systems bench test test-slow test-docker test-lowest image manifests check lock audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,12 +45,12 @@ test-docker: $(FOR_ALL) ## the image on a Docker engine; after `make image`
 	@FIVEFOLD_IMAGE=$(IMAGE) BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest -m docker
 
 test-lowest: $(FOR_RUNS) ## the demo with the lowest versions that pyproject.toml allows, in build/lowest
-	@$(BIN)/python -m pip install --disable-pip-version-check -q uv
+	@$(BIN)/python -m pip install --disable-pip-version-check -q $(UV)
 	@$(BIN)/uv venv --quiet --clear --python $(PYTHON) build/lowest
 	@$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct .
 	@cd build/lowest && bin/fivefold demo train.epochs=1
 
-image: ## the one image of all stages; IMAGE=fivefold:latest BASE_IMAGE=python:3.11-slim
+image: ## the one image of all stages; IMAGE=fivefold:latest BASE_IMAGE=python:3.11-slim@sha256:…
 	docker build -f docker/Dockerfile -t $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
 
@@ -60,14 +62,21 @@ check: $(FOR_ALL) ## ruff and the import rules alone
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
 
-lock: ## compile pyproject.toml into requirements.txt, docker/requirements.txt and requirements-dev.txt
+lock: ## compile pyproject.toml into the three requirements files, each pin as it is where it may be; UPGRADE=1: the newest
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check -q uv
-	@$(call compile,requirements-dev.txt,--all-extras --upgrade)
-	@$(call compile,requirements.txt,--extra launch --constraint requirements-dev.txt)
-	@$(call compile,docker/requirements.txt,--constraint requirements-dev.txt)
-	@{ echo "-r requirements.txt"; grep -vxFf requirements.txt requirements-dev.txt; } >requirements-dev.new
-	@mv requirements-dev.new requirements-dev.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check -q $(UV)
+	@mkdir -p build/lock && cat requirements.txt requirements-dev.txt | grep -v '^-r' >build/lock/all.txt
+	@$(call compile,build/lock/all.txt,--all-extras $(if $(UPGRADE),--upgrade))
+	@$(call compile,requirements.txt,--extra launch --constraint build/lock/all.txt)
+	@$(call compile,docker/requirements.txt,--constraint build/lock/all.txt)
+	@$(call compile,requirements-dev.txt,--all-extras --constraint build/lock/all.txt \
+		$$(sed -n 's/==.*//p' requirements.txt | sed 's/^/--no-emit-package /'))
+	@{ echo "-r requirements.txt"; cat requirements-dev.txt; } >build/lock/dev.txt && mv build/lock/dev.txt requirements-dev.txt
+
+audit: ## whether a pinned version has a known vulnerability; asks PyPI, which is on the network
+	@test -x build/audit/bin/pip || $(PYTHON) -m venv build/audit
+	@build/audit/bin/python -m pip install --disable-pip-version-check -q $(AUDITOR)
+	@build/audit/bin/pip-audit --require-hashes --disable-pip -r requirements.txt
 
 clean: ## remove .venv, the demo's images and run, and caches; other runs stay
 	rm -rf $(VENV) data/demo runs/demo .hypothesis .pytest_cache .ruff_cache .import_linter_cache build dist src/*.egg-info
@@ -87,14 +96,16 @@ $(FOR_ALL): $(FOR_RUNS)
 define install
 { command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): install Python 3.11, or make PYTHON=/path/to/python3.11"; exit 66; }; } && \
 { test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV); } && \
-$(BIN)/python -m pip install --disable-pip-version-check -r $(1) && \
+$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r $(1) && \
 $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 endef
 
-# A lock for every platform; lines that only speak of later Pythons are dropped.
+# A lock for every platform, with the digests of the files on PyPI; packages for later Pythons alone are dropped.
 define compile
-$(BIN)/uv pip compile pyproject.toml $(2) --universal --python-version 3.11 --quiet \
-	--no-annotate --custom-compile-command "make lock" --output-file $(1).new && \
-sed -e "/; python_full_version >= '3.12'/d" -e "s/ ; python_full_version < '3.12'$$//" \
-	-e "s/python_full_version < '3.1[0-9]' and //" $(1).new > $(1) && rm $(1).new
+{ test ! -e $(1) || grep -v '^-r' $(1) >build/lock/new.txt; } && \
+$(BIN)/uv pip compile pyproject.toml $(2) --universal --python-version 3.11 --generate-hashes --quiet \
+	--no-annotate --custom-compile-command "make lock" --output-file build/lock/new.txt && \
+awk '/^[^ ]/ { later = /; python_full_version >= \0473\.12\047/ } !later' build/lock/new.txt | \
+sed -e "s/ ; python_full_version < '3.1[0-9]'\( \\\\\)*$$/\1/" -e "s/python_full_version < '3.1[0-9]' and //" >$(1) && \
+rm build/lock/new.txt
 endef

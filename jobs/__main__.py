@@ -225,8 +225,10 @@ def start_log(environ: Mapping[str, str]) -> None:
 
 
 def with_urls(line: logging.LogRecord) -> bool:
-    """Has a line of the log speak of URLs, not of the folders that stand for them."""
+    """Has a line of the log speak of URLs, not of the folders that stand for them, and of no passwords in URLs."""
     line.msg, line.args = shown(line.getMessage()), None
+    if line.exc_info:
+        line.exc_text = shown(logging.Formatter().formatException(line.exc_info))
     return True
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fivefold")
 
-PORT = "SAGEMAKER_BIND_TO_PORT"
+PORT, HOST = "SAGEMAKER_BIND_TO_PORT", "FIVEFOLD_HOST"
 KEYS = ("recipe", "predict.device", "predict.views", "serve")
 """What is used here; otherwise each model predicts as its own recipe says."""
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
         print(f"{__doc__.strip()}\n\nkeys, as arguments or environment (SERVE__PORT=8081):\n{describe(KEYS)}")
         return 0
     path, rest = taken_apart(arguments)
-    layers = [*layers_of(rest, environ), port_layer(environ)]
+    layers = [*layers_of(rest, environ), *place_layers(environ)]
     settings = load(layers)
     if unused := unused_keys(layers[0], ("predict", "serve")):
         log.info("serve does not use: %s", ", ".join(unused))
@@ -64,9 +64,10 @@ def taken_apart(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return (given[-1].partition("=")[2] if given else ""), rest
 
 
-def port_layer(environ: Mapping[str, str]) -> Layer:
-    """The port that SageMaker wants a container of several to listen at."""
-    return Layer(PORT, {"serve.port": environ[PORT]} if environ.get(PORT) else {})
+def place_layers(environ: Mapping[str, str]) -> list[Layer]:
+    """The port that SageMaker wants a container of several to listen at; the address that the image sets."""
+    named = ((PORT, "serve.port"), (HOST, "serve.host"))
+    return [Layer(name, {key: environ[name]} if environ.get(name) else {}) for name, key in named]
 
 
 def model_path(environ: Mapping[str, str], settings: Settings) -> str:

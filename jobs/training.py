@@ -26,7 +26,7 @@ from fivefold.members import evaluation_images, predict_images, save_member
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions
 from fivefold.recipe import Settings
-from fivefold.settings import flatten
+from fivefold.settings import key_settings
 from fivefold.training.loop import Best, TrainRows, ValidRows
 from fivefold.training.loop import fit as fit_loop
 from fivefold.training.optim import OPTIMIZER_STATES
@@ -139,7 +139,8 @@ class TrainingRun:
         """The best epochs of the loop; the trackers that watch it stay open for the final scores."""
         job, chosen = self.job, self.settings.train
         name = f"{self.settings.system} {self.label}"
-        run = Run(name, self.settings.system, chosen.project, flatten(self.settings), job.output())
+        shown = key_settings(self.settings, job.stage.sections)  # others say where things run, and may hold secrets
+        run = Run(name, self.settings.system, chosen.project, shown, job.output())
         self.trackers = open_trackers(chosen.trackers, run)
         checkpoints = Checkpoints(
             job.checkpoints(), chosen.checkpoint_minutes, chosen.checkpoint_steps, job.remote.keep

@@ -71,6 +71,8 @@ class Service:
     quota: int = 0
     """How many jobs the account may run at once, 0: any number; `refused` counts those that were too many."""
     refused: int = 0
+    refuses: str = ""
+    """A part of values of variables that it refuses, and repeats in its answer, as the service does."""
     down: int = 0
     """How many of the next calls are answered 503."""
 
@@ -104,6 +106,10 @@ class Service:
             if self.quota and sum(job.status == "InProgress" for job in self.jobs.values()) >= self.quota:
                 self.refused += 1
                 return 400, {"__type": "ResourceLimitExceeded", "message": "the account-level limit is 1 Instances"}
+            for variable, value in asked["Environment"].items():
+                if self.refuses and self.refuses in value:
+                    words = f"Value '{value}' at 'environment.{variable}.member' failed to satisfy constraint"
+                    return 400, {"__type": "ValidationException", "message": words}
             assert name not in self.jobs, f"two jobs are called {name}"
             job = self.jobs[name] = Job(asked, self.folder / name)
             job.thread = threading.Thread(target=self._run, args=(job,), daemon=True)

@@ -46,7 +46,7 @@ class ServerProcess:
         port = [] if "SAGEMAKER_BIND_TO_PORT" in plain else ["serve.port=0"]
         command = [sys.executable, "-W", "error", "-m", "jobs", "serve", *port, *arguments]
         with open(log, "wb") as file:
-            self.process = subprocess.Popen([*command, "serve.host=127.0.0.1"], env=plain, cwd=REPOSITORY, stderr=file)
+            self.process = subprocess.Popen(command, env=plain, cwd=REPOSITORY, stderr=file)
 
     def __enter__(self) -> "ServerProcess":
         return self

@@ -12,6 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).parents[1]
@@ -36,12 +37,12 @@ def other_pythons() -> list[str]:
 
 
 def pins(path: Path) -> dict[str, str]:
-    """The version of each package of a lock; each line is one pin, or names another lock."""
+    """The version of each package of a lock; each entry is one pin with its hashes, or names another lock."""
     versions: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith(("#", "-r ")):
-            match = re.fullmatch(r"([a-z0-9-]+)==([^ ;]+)( ; .+)?", line)
-            assert match, f"{path.name}: {line!r} is not a pin"
+    for entry in path.read_text(encoding="utf-8").replace(" \\\n", "").splitlines():
+        if not entry.startswith(("#", "-r ")):
+            match = re.fullmatch(r"([a-z0-9-]+)==([^ ;]+)( ; .+?)?(    --hash=sha256:[0-9a-f]{64})+", entry)
+            assert match, f"{path.name}: {entry[:200]!r} is not a pin with hashes"
             assert match[1] not in versions, f"{path.name}: duplicate {match[1]}"
             versions[match[1]] = match[2]
     return versions
@@ -121,7 +122,59 @@ def test_build_tool_is_pinned_within_its_range() -> None:
 def test_lock_names_no_index(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "://" not in text
-    assert not re.search(r"^\s*--", text, re.MULTILINE)
+    assert not re.search(r"^\s*--(?!hash=)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [USERS, IMAGE, DEVELOPERS], ids=lambda path: path.name)
+def test_pip_takes_no_file_but_those_of_the_lock(path: Path, tmp_path: Path) -> None:
+    """The first package of a lock, offered by an index of this machine as a file of the same name and version."""
+    entry = re.search(r"(?m)^([a-z0-9-]+)==(\S+) \\\n(    --hash.*\n)+", path.read_text(encoding="utf-8"))
+    assert entry
+    name = f"{entry[1].replace('-', '_')}-{entry[2]}"
+    with zipfile.ZipFile(tmp_path / f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {entry[1]}\nVersion: {entry[2]}\n")
+        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}.dist-info/RECORD", "")
+    (tmp_path / "one.txt").write_text(entry[0].rstrip(" \\\n") + "\n", encoding="utf-8")
+    options = ["--isolated", "--no-index", "--no-deps", "--find-links", tmp_path, "--target", tmp_path / "site"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--require-hashes", "-r", tmp_path / "one.txt"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode, "a file that is another was installed"
+    assert "DO NOT MATCH" in ended.stderr
+
+
+def test_every_install_asks_for_the_hashes() -> None:
+    for name in ("Makefile", "docker/Dockerfile"):
+        lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines()
+        installs = [line for line in lines if re.search(r"pip install .*-r ", line)]
+        assert installs, name
+        assert all("--require-hashes" in line for line in installs), name
+
+
+def test_the_image_parts_the_lock_without_losing_a_line(tmp_path: Path) -> None:
+    (command,) = re.findall(
+        r"RUN (awk (?:.|\n)*?requirements\.txt)\n", (REPOSITORY / "docker" / "Dockerfile").read_text()
+    )
+    shutil.copy(IMAGE, tmp_path)
+    subprocess.run(command.replace("/pins", str(tmp_path)), shell=True, check=True)
+    torch, others = pins(tmp_path / "torch.txt"), pins(tmp_path / "others.txt")
+    assert {"torch", "torchvision", "triton", "nvidia-nccl-cu13"} <= torch.keys()
+    assert "numpy" in others
+    assert {**torch, **others} == pins(IMAGE)
+    assert not torch.keys() & others.keys()
+
+
+def test_the_public_ci_runs_the_tests_and_the_audit_with_rights_to_read_alone() -> None:
+    workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    started = workflow[True]  # YAML 1.1 reads `on` as true
+    assert {"push", "pull_request", "schedule"} == started.keys()
+    steps = {name: job["steps"] for name, job in workflow["jobs"].items()}
+    assert [step["run"] for step in steps["run"] if "run" in step][-1] == ".ci/run"
+    assert [step["run"] for step in steps["audit"] if "run" in step] == ["make audit"]
+    used = [step["uses"] for each in steps.values() for step in each if "uses" in step]
+    assert used
+    assert all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", name) for name in used)
 
 
 def test_wheel_has_one_top_level_package_and_all_files(wheel: Path) -> None:

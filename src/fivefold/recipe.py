@@ -263,7 +263,7 @@ class Evaluate(Section):
 
 
 class Serve(Section):
-    host: str = Field("0.0.0.0", min_length=1, description="address to listen at; :: for IPv6 too")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen at; 0.0.0.0 (IPv6 too: ::) for others")
     port: int = Field(8080, ge=0, le=65535, description="port to listen at (or SAGEMAKER_BIND_TO_PORT); 0: a free one")
     batch_size: int = Field(32, ge=1, description="images of all requests that the model takes in one step at most")
     max_wait_ms: float = Field(5.0, ge=0, description="how long the first image of a batch waits for others")
@@ -299,11 +299,11 @@ class SageMaker(Section):
     keep_alive_minutes: int = Field(0, ge=0, le=360, description="warm pool: wait for the next job; not with spot")
     subnets: list[str] = Field([], description="of the VPC that jobs run in; with security_groups")
     security_groups: list[str] = Field([], description="of the VPC that jobs run in; with subnets")
-    isolate: bool = Field(False, description="no network in the container; nothing can be fetched, as pretrained")
+    isolate: bool | None = Field(None, description="no network in the container; empty: where nothing is fetched")
     kms_key: str = Field("", description="KMS key that encrypts outputs in S3")
     volume_kms_key: str = Field("", description="KMS key that encrypts disks; not for instances with NVMe disks")
     tags: dict[str, Any] = Field({}, description="of each job: texts by name")
-    environment: dict[str, Any] = Field({}, description="further variables of each container: texts by name")
+    environment: dict[str, Any] = Field({}, description="further variables of each container, shown as ***")
     input_mode: Literal["File", "FastFile"] = Field("File", description="channels are copied first, or read when used")
     compress: bool = Field(True, description="outputs as model.tar.gz and output.tar.gz; false: as plain files")
     price: float = Field(0.0, ge=0, description="of an instance for an hour, as you pay it; 0: not given")
@@ -324,7 +324,7 @@ class SageMaker(Section):
         for key, table in (("tags", self.tags), ("environment", self.environment)):
             for name, value in table.items():
                 if isinstance(value, bool) or not isinstance(value, str | int | float):
-                    raise ValueError(f"{key}.{name}={value!r} is no text")
+                    raise ValueError(f"{key}.{name} is no text but a {type(value).__name__}")
         for name, table in self.stages.items():
             if name not in STAGES_OF_A_RUN or not isinstance(table, dict):
                 raise ValueError(f"stages.{name} is no table of a stage; the stages are {', '.join(STAGES_OF_A_RUN)}")

@@ -5,7 +5,8 @@ case-insensitive, and sections join with a dot or with `__`. `values.py` reads t
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from fivefold.values import value_of, words
 ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "runs", "seed"}
 INDEX = "JOB_COMPLETION_INDEX"
 ALIASES = {"config": "recipe"}
+SECRET = re.compile(r"sagemaker\.(stages(\.[^.]+)?|(stages\.[^.]+\.)?environment(\..*)?)")
+"""Keys with tables of variables, whose values nothing repeats."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
         other = names.setdefault(normal_key(name), name)
         if environ[other] != value:
             raise SettingsError(
-                f"{other}={environ[other]} and {name}={value} in the environment differ; set one of them"
+                f"{other}={_told(normal_key(name), environ[other])} and {name}={_told(normal_key(name), value)} in the "
+                "environment differ; set one of them"
             )
     return Layer("environment", {key: environ[name] for key, name in names.items()})
 
@@ -163,7 +167,12 @@ def _value(key: str, given: Any, source: str) -> Any:
     try:
         return value_of(kind, given)
     except ValueError as error:
-        raise SettingsError(f"{key}={given!r} ({source}): {error}") from None
+        raise SettingsError(f"{key}={_told(key, given, repr)} ({source}): {error}") from None
+
+
+def _told(key: str, value: Any, spelled: Callable[[Any], str] = str) -> str:
+    """The value of a setting in an error; `***` where it may be secret."""
+    return "***" if SECRET.fullmatch(key) else spelled(value)
 
 
 def _nearest(key: str) -> str:
@@ -213,7 +222,7 @@ def _problem(problem: Mapping[str, Any], prefix: str, sources: Mapping[str, str]
         return f"{path}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     given = problem["input"]
     source = f" ({sources[key]})" if key in sources else ""
-    return f"{key or path}={given!r}{source}: {_needed(problem, key)}"
+    return f"{key or path}={_told(key or path, given, repr)}{source}: {_needed(problem, key)}"
 
 
 def _needed(problem: Mapping[str, Any], key: str) -> str:

@@ -42,6 +42,26 @@ def raised(inner: BaseException, outer: BaseException | None = None) -> BaseExce
         return error
 
 
+def test_passwords_in_urls_are_neither_logged_nor_kept(tmp_path: Path) -> None:
+    inner = RuntimeError("no answer of https://user:can%40ary@tracker.example:5000/api")
+    error = raised(inner, SettingsError("http://canary@host/x and 's3://bucket/a@b' and mail@example.com"))
+    report_failure(tmp_path, error)
+    kept = (tmp_path / "failure").read_text()
+    assert kept.startswith("http://***@host/x and 's3://bucket/a@b' and mail@example.com\n")
+    assert "https://***@tracker.example:5000/api" in kept
+    assert "ary@" not in kept
+
+    code = (
+        "import logging, os\nfrom jobs.__main__ import start_log\nstart_log({})\n"
+        "try:\n    raise RuntimeError('at http://u:canary@host')\n"
+        "except RuntimeError as error:\n    logging.getLogger('x').error('see %s', 'http://u:canary@host', exc_info=error)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stderr.count("http://***@host") == 2
+    # the line of source that a traceback shows is the program's own
+    assert ended.stderr.count("canary") == 0
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -1,13 +1,17 @@
 """Processes that train together: what they are given, and what their ends amount to."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from fivefold.distributed.launch import as_one, free_port, shared_variables, start
-from fivefold.distributed.place import Hosts
+from fivefold.distributed.place import SHARED_SCRATCH, Hosts, place_of
 from fivefold.errors import FivefoldError, RetryableError
 from fivefold.machine import count_cores
 
@@ -53,6 +57,42 @@ def test_cores_go_round_and_what_the_user_says_stays() -> None:
 def test_a_free_port_can_be_listened_at() -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", free_port()))
+
+
+JOINED = """
+import json, os, psutil
+from fivefold.distributed.place import place_of
+from fivefold.distributed.replicas import joined
+with joined(place_of(os.environ)) as replicas:
+    sockets = psutil.Process().net_connections(kind="inet")
+    word = replicas.shared(f"of {replicas.place.rank}")
+    replicas.shared(None)
+print(json.dumps([word, [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]]))
+"""
+
+
+def test_processes_of_one_host_listen_to_this_host_alone(tmp_path: Path) -> None:
+    environ = shared_variables(Hosts(), 2, {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)})
+    environ |= {SHARED_SCRATCH: str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command, port = [sys.executable, "-W", "error", "-c", JOINED], free_port()
+    processes = [
+        subprocess.Popen(command, env={**environ, **Hosts().variables(2, rank, port)}, stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    said = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
+    assert [word for word, _ in said] == ["of 0", "of 0"]
+    listening = [address for _, addresses in said for address in addresses]
+    assert set(listening) <= {"127.0.0.1"}, "and a port that is not there is none to find"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("hosts", [Hosts(), Hosts(2, 1, "host-0", 29500, "eth0")])
+def test_processes_meet_in_a_file_where_all_are_on_one_host(hosts: Hosts, tmp_path: Path) -> None:
+    place = place_of({SHARED_SCRATCH: str(tmp_path), **hosts.variables(2, 1, 29500)})
+    assert place.meeting == (str(tmp_path / "meeting") if hosts.count == 1 else "")
+    shared = shared_variables(hosts, 2, {})
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        assert {**shared, **hosts.variables(2, 1, 29500)}[name] == ("lo" if hosts.count == 1 else "eth0")
 
 
 def test_what_all_say_is_the_code(capfd: pytest.CaptureFixture[str]) -> None:

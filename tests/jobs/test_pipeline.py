@@ -200,6 +200,27 @@ def test_a_tracker_is_told_how_the_run_ended(toy_run, lr, code, ended, tmp_path,
     assert not (tmp_path / "output" / "tensorboard").exists()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of the trackers' own
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+def test_no_file_and_no_word_of_a_stage_holds_a_platforms_variables(toy_run, tmp_path, monkeypatch, caplog, capfd):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    recipe, secrets = tmp_path / "mine.toml", ("canary-of-all", "canary-of-folds")
+    recipe.write_text(
+        "[sagemaker]\nenvironment = { API_TOKEN = 'canary-of-all' }\n"
+        "[sagemaker.stages.train_fold]\nenvironment = { API_TOKEN = 'canary-of-folds' }\n"
+    )
+    arguments = [f"recipe={recipe}", *LEARNS, "train.epochs=1", "train.trackers=tensorboard,wandb,mlflow"]
+    assert run_stage(toy_run, "train-fold", tmp_path / "fold", "FOLD=0", *arguments) == 0
+    assert run_stage(toy_run, "train-fold", tmp_path / "failed", "FOLD=9", *arguments) == 64
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path != recipe]
+    said = [caplog.text, *capfd.readouterr(), *(path.read_bytes().decode("latin-1") for path in files)]
+    assert not [text[:200] for text in said if any(secret in text for secret in secrets)]
+    names = {path.name for path in files}
+    assert {"stage.json", "model.json", "failure", "mlflow.db"} <= names
+    events = next(path for path in files if path.name.startswith("events."))
+    assert b"train.epochs" in events.read_bytes(), "the stage's own settings are there"
+
+
 def test_defect_car_b5_a_student_is_not_selected_on_images_that_its_teachers_trained_on(toy_run, tmp_path):
     assert run_stage(toy_run, "split", tmp_path / "split", "split.folds=3") == 0
     channels, short = {"FOLDS": tmp_path / "split" / "output"}, [*LEARNS, "train.epochs=1"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from iam import Policy
 from jobs.__main__ import main, run
 from s3_server import CREDENTIALS, Bucket, Proxy, Request, now_and_then
 from toy import SETTINGS as TINY
@@ -81,6 +82,25 @@ def contents(bucket: Bucket) -> dict[str, bytes]:
 def results(bucket: Bucket) -> dict[str, dict[str, str]]:
     """The digests of what each step made, but for what holds a time or a place."""
     return {step: {n: d for n, d in record(bucket, step)["files"].items() if n.endswith(SAME)} for step in STAGES}
+
+
+def test_the_smallest_policy_is_enough_and_no_more_than_the_data_and_the_runs(filled):
+    policy = Policy("s3-policy.json", BUCKET=filled.name, PREFIX="run")
+    proxy = Proxy(
+        filled.endpoint, lambda request: None if policy.allows_request(request.method, request.path) else "403"
+    )
+    with proxy.listening() as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        assert [stage(filled, step) for step in ("split", "fold-0", "split")] == [0, 0, 0]
+        assert proxy.faults == []
+        assert {request.method for request in proxy.requests} == {"GET", "PUT", "DELETE"}
+        outside = f"s3://{filled.name}/elsewhere/output"
+        assert stage(filled, "split", SM_OUTPUT_DATA_DIR=outside) == 64
+        assert stage(filled, "split", SM_CHANNEL_TRAIN=f"s3://{filled.name}/database") == 64
+        assert proxy.faults
+    for key in ("data/x", "run2/x", "runs", "x"):
+        assert not policy.of_objects(filled.name, key) - ({"Get"} if key == "data/x" else set()), key
+        assert not policy.lists(filled.name, "" if key == "x" else key.replace("data/x", "data2"))
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 
 
 def test_policies_take_the_pods_that_they_are_of() -> None:
-    jobs, serve = (one["spec"] for one in rules.read(K8S / "network-policy.yaml"))
+    jobs, serve, hosts = (one["spec"] for one in rules.read(K8S / "network-policy.yaml"))
     service, deployment, budget = rules.read(K8S / "serve-deployment.yaml")
     for task in tasks_of(plan_of()):
         labels = job(plan_of(), task)["spec"]["template"]["metadata"]["labels"]
@@ -197,6 +197,13 @@ def test_policies_take_the_pods_that_they_are_of() -> None:
         "workflows.argoproj.io/workflow": "fivefold-first",
     }
     assert not any(selects(jobs["podSelector"], labels) for labels in (loader["metadata"]["labels"], of_argo))
+    # JobSet, which a TrainJob becomes, says in a label of each pod which one it is of
+    runtime, _ = rules.read(K8S / TRAINER)
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    of_trainer = {**node["template"]["spec"]["template"]["metadata"]["labels"], "jobset.sigs.k8s.io/jobset-name": "x"}
+    assert [selects(each["podSelector"], of_trainer) for each in (jobs, serve, hosts)] == [False, False, True]
+    assert [each["from"] for each in hosts["ingress"]] == [[{"podSelector": hosts["podSelector"]}]]
+    assert not any(selects(hosts["podSelector"], each) for each in (labels, loader["metadata"]["labels"], of_argo))
 
 
 # what a Job does is what the plan says

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.sagemaker.client import JobStatus, translated_errors
+from fivefold.launchers.sagemaker.launch import digest_of, read_job
 from platform_runs import REPOSITORY, wait_until
 from s3_server import Bucket
 from sagemaker_service import Service, arguments, serving
@@ -52,14 +53,17 @@ def submit(service: Service, *given: str, **variables: str) -> tuple[int, str]:
 @pytest.mark.slow
 def test_a_job_is_sent_as_it_was_printed_run_and_found_again(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     given = asked(bucket, tmp_path, "stages=split", "sagemaker.tags={team='vision'}", "sagemaker.spot=true")
+    given.append("sagemaker.environment={API_TOKEN='canary'}")
     code, printed = submit(service, *given, "--dry-run")
     assert code == 0
     assert service.calls == []
     printed_request = json.loads(printed[printed.index("{") :])["split"]
+    assert printed_request["Environment"].pop("API_TOKEN") == "***"
 
     code, said = submit(service, *given)
     assert code == 0, said
     (job,) = service.jobs.values()
+    assert job.request["Environment"].pop("API_TOKEN") == "canary"
     assert job.request | {"TrainingJobName": ""} == printed_request | {"TrainingJobName": ""}
     assert re.fullmatch(r"fivefold-r-split-\d{14}", job.name)
     assert job.details == ["Starting", "Downloading", "Training", "Uploading", "Completed"]
@@ -68,6 +72,20 @@ def test_a_job_is_sent_as_it_was_printed_run_and_found_again(service: Service, b
     assert [line for line in said.splitlines() if line.startswith("[split]")] == [f"[split] {line}" for line in log]
     place = f"runs/r/split/{job.name}/output"
     assert bucket.listed("runs/") == [f"{place}/model.tar.gz", f"{place}/output.tar.gz"]
+
+    # the value is in the request alone: in no file, object or word
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    found = [path.read_bytes() for path in kept] + [bucket.read(key) for key in bucket.listed("")]
+    assert not [text for text in (*found, said.encode(), printed.encode()) if b"canary" in text]
+    record = tmp_path / "runs" / "r" / "split" / "sagemaker.json"
+    assert record.stat().st_mode & 0o777 == 0o600
+    assert "API_TOKEN" in record.read_text()
+
+    # another value, or none, is another request
+    code, said = submit(service, *given, "sagemaker.environment={API_TOKEN='another'}")
+    assert code == SettingsError.exit_code
+    assert "Environment" in said
+    assert "another" not in said.replace("another run=", "")
 
     # another instance makes the same result, another seed does not
     code, said = submit(service, *given, "sagemaker.stages.split.instance_type=ml.c5.xlarge")
@@ -143,6 +161,26 @@ def test_what_another_job_left_is_not_mixed_in(service: Service, bucket: Bucket,
     assert code == SettingsError.exit_code
     assert place in said
     assert not service.jobs
+
+
+def test_a_value_that_the_service_refuses_is_not_repeated(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+    service.refuses = "canary"
+    given = asked(bucket, tmp_path, "stages=split", "sagemaker.environment={API_TOKEN='canary-1234'}")
+    code, said = submit(service, *given)
+    assert code == SettingsError.exit_code
+    assert "API_TOKEN" in said
+    assert "***" in said
+    assert "canary" not in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+
+
+def test_a_record_of_an_earlier_version_loses_its_values(tmp_path: Path) -> None:
+    path, variables = tmp_path / "sagemaker.json", {"STAGE": "split", "API_TOKEN": "canary"}
+    path.write_text(json.dumps({"job": "j", "asked": {"image": "i", "Environment": variables}}))
+    assert read_job(path) == ("j", {"image": "i", "Environment": digest_of(variables)})
+    assert "canary" not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert digest_of(variables) != digest_of({**variables, "API_TOKEN": "other"})
 
 
 def test_without_credentials_it_says_so_before_anything_starts(

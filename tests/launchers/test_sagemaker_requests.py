@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fivefold import logline
+from fivefold.contract.s3.urls import parse
 from fivefold.contract.stages import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, make_plan
@@ -21,6 +22,7 @@ from fivefold.launchers.sagemaker.requests import requests_of
 from fivefold.launchers.sagemaker.validation import check_cost, check_request, max_costs, validated_requests
 from fivefold.recipe import STAGES_OF_A_RUN, SageMaker, Settings
 from fivefold.settings import arguments_layer, flatten, is_of, load, read_recipe
+from iam import Policy
 from jobs import submit
 from platform_runs import REPOSITORY
 from sagemaker_service import IMAGE, ROLE
@@ -60,13 +62,14 @@ def test_a_fold_is_asked_for_in_full() -> None:
         "InputDataConfig": [prefix("folds", "s3://bucket/runs/first/split/"), prefix("train", "s3://bucket/train/")],
         "OutputDataConfig": {"S3OutputPath": "s3://bucket/runs/first/folds/fold-2", "CompressionType": "GZIP"},
         "ResourceConfig": {"InstanceType": "ml.g5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 50},
+        "EnableNetworkIsolation": True,
         "StoppingCondition": {"MaxRuntimeInSeconds": 5400},
         "CheckpointConfig": {
             "S3Uri": "s3://bucket/runs/first/checkpoints/fold-2",
             "LocalPath": "/opt/ml/checkpoints",
         },
     }
-    settings = """subnets=subnet-1,subnet-2 security_groups=sg-1 kms_key=alias/out volume_kms_key=1234 isolate=true
+    settings = """subnets=subnet-1,subnet-2 security_groups=sg-1 kms_key=alias/out volume_kms_key=1234
         keep_alive_minutes=10 input_mode=FastFile compress=false environment={OMP_NUM_THREADS=4} tags={team='vision'}"""
     given = [f"sagemaker.{text}" for text in settings.split()]
     full = validated_requests(plan_of("train.epochs=3", *given, inputs=Inputs("s3://bucket/train")))["fold-2"]
@@ -78,9 +81,26 @@ def test_a_fold_is_asked_for_in_full() -> None:
         "OutputDataConfig": {**request["OutputDataConfig"], "CompressionType": "NONE", "KmsKeyId": "alias/out"},
         "ResourceConfig": {**request["ResourceConfig"], "VolumeKmsKeyId": "1234", "KeepAlivePeriodInSeconds": 600},
         "VpcConfig": {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]},
-        "EnableNetworkIsolation": True,
         "Tags": [{"Key": "team", "Value": "vision"}],
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "connected"),
+    [
+        ([], set()),
+        (["train.trackers="], set()),
+        (["model.pretrained=true"], {"train-fold", "distill"}),
+        (["distill.model.pretrained=true"], {"distill"}),
+        (["train.trackers=tensorboard,mlflow"], {"train-fold", "distill"}),
+        (["model.pretrained=true", "sagemaker.isolate=true"], set()),
+        (["sagemaker.isolate=false", "sagemaker.stages.split.isolate=true"], {*STAGES} - {"split"}),
+    ],
+)
+def test_a_container_has_no_network_where_nothing_is_fetched(given: list[str], connected: set[str]) -> None:
+    plan = plan_of("distill.model={backbone='fivefold/small_net'}", *given)
+    for name, request in validated_requests(plan).items():
+        assert request.get("EnableNetworkIsolation", False) is (plan.step(name).stage not in connected), name
 
 
 def test_stages_are_chained_by_prefixes() -> None:
@@ -295,6 +315,58 @@ def test_a_pipeline_is_the_same_requests_in_the_same_order() -> None:
         check_request(step.name, defined["Arguments"] | name)
 
 
+def test_what_is_shown_of_a_plan_has_the_names_of_variables_and_no_values(capsys: pytest.CaptureFixture[str]) -> None:
+    own = "sagemaker.environment={API_TOKEN='canary', TOKENS='canaries'}"
+    split = "sagemaker.stages.split.environment={OTHER='canary-of-split'}"
+    for platform, flags in (("sagemaker", []), ("sagemaker", ["--pipeline"]), ("sagemaker-local", [])):
+        inputs = ["train=s3://bucket/train"] if platform == "sagemaker" else [f"train={REPOSITORY / 'docs'}"]
+        given = [f"platform={platform}", "recipe=demo", "run=r", *GIVEN, *inputs, own, split, "--dry-run", *flags]
+        assert submit.main(given) == 0
+        said = "".join(capsys.readouterr())
+        assert "API_TOKEN" in said
+        assert "OTHER" in said
+        assert "STAGE" in said
+        assert "canar" not in said
+
+
+def test_a_pipeline_takes_values_of_variables_as_parameters() -> None:
+    definition = json.loads(launch.describe_pipeline(plan_of("sagemaker.environment={API_TOKEN='canary', N=4}")))
+    assert definition["Parameters"] == [{"Name": "API_TOKEN", "Type": "String"}, {"Name": "N", "Type": "String"}]
+    for step in definition["Steps"]:
+        variables = step["Arguments"]["Environment"]
+        assert (variables["API_TOKEN"], variables["N"]) == ({"Get": "Parameters.API_TOKEN"}, {"Get": "Parameters.N"})
+        assert variables["STAGE"] in STAGES
+    differing = plan_of("sagemaker.environment={N=4}", "sagemaker.stages.split.environment={N=55555}")
+    with pytest.raises(SettingsError, match="sets N to other values") as caught:
+        launch.describe_pipeline(differing)
+    assert "55555" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "sagemaker.environment={API_TOKEN='canary'",
+        "sagemaker.environment={API_TOKEN=['canary']}",
+        "sagemaker.environment={API_TOKEN={a='canary'}}",
+        "sagemaker.environment.API_TOKEN=canary",
+        "sagemaker.environment=API_TOKEN:canary",
+        "sagemaker.stages.split.environment=canary",
+        "sagemaker.stages.split=canary",
+        "sagemaker.stages={split={environment='canary'}}",
+        "sagemaker.stages={split={environment={A=['canary']}}}",
+        "sagemaker.stages=canary",
+        f"sagemaker.environment={{API_TOKEN='canary{'y' * 600}'}}",
+        "sagemaker.environment={'API TOKEN'='canary'}",
+        "sagemaker.environment={STAGE='canary'}",
+    ],
+)
+def test_an_error_about_a_variable_does_not_repeat_its_value(setting: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        validated_requests(plan_of(setting))
+    assert "canary" not in str(caught.value)
+    assert "sagemaker" in str(caught.value).lower()
+
+
 EXECUTION = "ab12cd34"
 
 
@@ -319,6 +391,65 @@ def test_policies_name_each_action_and_each_resource(path: Path) -> None:
         without_resource = {"ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "sagemaker:ListPipelines"}
         assert not everything or {*statement["Action"]} <= without_resource
         assert re.search("ACCOUNT|BUCKET", json.dumps(statement)) or everything
+
+
+def test_the_role_reads_the_data_and_writes_below_the_prefix_alone() -> None:
+    role = Policy("sagemaker-role-policy.json")
+    inputs = Inputs(
+        "s3://bucket/data/train", "s3://bucket/data/eval", "s3://bucket/data/gt.csv", "s3://bucket/data/more/"
+    )
+    for request in validated_requests(plan_of(inputs=inputs)).values():
+        for each in request["InputDataConfig"]:
+            url = parse(each["DataSource"]["S3DataSource"]["S3Uri"], "channel")
+            assert role.lists(url.bucket, url.key), url
+            assert "Get" in role.of_objects(url.bucket, f"{url.key}/x"), url
+        checkpoints = request.get("CheckpointConfig", {}).get("S3Uri")
+        for place in (request["OutputDataConfig"]["S3OutputPath"], *filter(None, [checkpoints])):
+            url = parse(place, "output")
+            assert role.of_objects(url.bucket, f"{url.key}/job/output/model.tar.gz") == {"Get", "Put", "Delete"}
+            assert role.allows("s3:AbortMultipartUpload", f"arn:aws:s3:::{url.bucket}/{url.key}/x")
+    check_nothing_else(role)
+    assert role.of_objects("bucket", "data/train/a.png") == {"Get"}
+    assert not role.allows("ecr:BatchGetImage", "arn:aws:ecr:eu-central-1:123456789012:repository/other")
+
+
+def test_the_caller_lists_and_deletes_below_the_prefix_alone() -> None:
+    caller = Policy("sagemaker-caller-policy.json")
+    for request in validated_requests(plan_of()).values():
+        url = parse(request["OutputDataConfig"]["S3OutputPath"], "output")
+        assert caller.lists(url.bucket, f"{url.key}/"), "as Store.below asks"
+        assert caller.of_objects(url.bucket, f"{url.key}/job/x") == {"Delete"}
+        job = f"arn:aws:sagemaker:eu-central-1:123456789012:training-job/{request['TrainingJobName']}"
+        for action in ("CreateTrainingJob", "DescribeTrainingJob", "StopTrainingJob", "AddTags"):
+            assert caller.allows(f"sagemaker:{action}", job)
+        assert caller.allows("iam:PassRole", request["RoleArn"], PassedToService="sagemaker.amazonaws.com")
+        assert not caller.allows("iam:PassRole", request["RoleArn"], PassedToService="ec2.amazonaws.com")
+        assert not caller.allows(
+            "iam:PassRole", f"{request['RoleArn']}-admin", PassedToService="sagemaker.amazonaws.com"
+        )
+    assert not caller.allows("sagemaker:StopTrainingJob", job.replace("/fivefold-", "/other-"))
+    check_nothing_else(caller)
+    assert caller.of_objects("bucket", "data/train/a.png") == set()
+
+
+def check_nothing_else(policy: Policy) -> None:
+    for key in ("secret", "other/x", "runs", "runs2/x", "database/x", "x/runs/y"):
+        assert policy.of_objects("bucket", key) == set(), key
+    assert policy.of_objects("bucket2", "runs/x") == set()
+    for prefix in ("", "r", "run", "runs2/", "other/", "dat", "data2/"):
+        assert not policy.lists("bucket", prefix), prefix
+    assert not policy.allows("s3:ListBucket", "arn:aws:s3:::bucket"), "without a prefix it is the whole bucket"
+
+
+def test_the_role_trusts_sagemaker_for_this_account_alone() -> None:
+    trust = Policy("sagemaker-trust-policy.json")
+    own, job = "123456789012", "arn:aws:sagemaker:eu-central-1:{}:training-job/x"
+    assert trust.allows("sts:AssumeRole", SourceAccount=own)
+    assert trust.allows("sts:AssumeRole", SourceAccount=own, SourceArn=job.format(own))
+    assert not trust.allows("sts:AssumeRole")
+    assert not trust.allows("sts:AssumeRole", SourceAccount="999999999999")
+    assert not trust.allows("sts:AssumeRole", SourceAccount=own, SourceArn=job.format("999999999999"))
+    assert trust.statements[0]["Principal"] == {"Service": "sagemaker.amazonaws.com"}
 
 
 def test_the_recipe_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

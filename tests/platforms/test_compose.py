@@ -15,7 +15,8 @@ import yaml
 
 from containers import IMAGE, ONE_THREAD, ROOT, SETTINGS, called, differing, docker
 from fivefold.contract.layout import CHANNELS
-from fivefold.settings import arguments_layer, load
+from fivefold.settings import arguments_layer, layers_of, load
+from jobs.serve import place_layers
 from platform_runs import wait_until
 
 NEW, OLD = ["docker", "compose"], ["docker-compose"]
@@ -106,7 +107,10 @@ def test_the_student_answers_and_drains_when_it_is_stopped(image, project: Proje
     expected = {name: float(row[name]) for name in found["probabilities"]}
     assert found["probabilities"] == pytest.approx(expected, abs=1e-5)
     project(NEW, "stop", "serve")
-    assert json.loads(docker("inspect", project.container("serve")).stdout)[0]["State"]["ExitCode"] == 143
+    state = json.loads(docker("inspect", project.container("serve")).stdout)[0]
+    assert state["State"]["ExitCode"] == 143
+    assert address.startswith("http://127.0.0.1:")
+    assert state["HostConfig"]["ReadonlyRootfs"]
 
 
 def answered(url: str) -> int:
@@ -171,6 +175,35 @@ def test_every_service_has_its_grace_and_the_folds_are_the_recipes():
     assert {name: services[name]["command"] for name in services if name.startswith("pipeline-fold-")} == folds
     for step in ("pipeline-ensemble", "pipeline-distill"):
         assert set(services[step]["depends_on"]) == set(folds)
+
+
+def test_ports_are_open_to_this_machine_alone_and_servers_only_read_the_runs():
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    published = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert set(published) == {"serve", "tensorboard"}
+    for name, ports in published.items():
+        assert all(re.fullmatch(r"\$\{ADDRESS:-127\.0\.0\.1\}:\$\{\w+:-\d+\}:\d+", port) for port in ports), name
+        (runs,) = services[name]["volumes"]
+        assert (runs["target"], runs["read_only"]) == ("/runs", True), name
+
+
+def test_no_service_is_root_or_may_become_it_or_write_to_its_root():
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        assert service["user"] == "${USER_ID:-1000:1000}", name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["read_only"] is True, name
+        assert [each.partition(":")[0] for each in service["tmpfs"]] == ["/tmp"], name
+        assert not {"privileged", "cap_add"} & set(service), name
+
+
+def test_the_image_says_that_its_server_listens_to_others():
+    (given,) = re.findall(r"FIVEFOLD_HOST=(\S+)", (ROOT / "docker" / "Dockerfile").read_text().partition("ENV HOME")[2])
+    hosts = [load([*layers_of(rest, environ), *place_layers(environ)]).serve.host for rest, environ in (
+        ([], {}), ([], {"FIVEFOLD_HOST": given}), (["serve.host=::1"], {"FIVEFOLD_HOST": given}),
+    )]  # fmt: skip
+    assert hosts == ["127.0.0.1", "0.0.0.0", "::1"]
 
 
 def test_what_can_be_set_is_in_the_example():

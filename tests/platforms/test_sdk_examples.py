@@ -34,7 +34,7 @@ def python_of_v2() -> Path:
     if not stamp.is_file():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         quiet = ["--quiet", "--disable-pip-version-check"]
-        subprocess.run([python, "-m", "pip", "install", *quiet, "-r", PINS], check=True)
+        subprocess.run([python, "-m", "pip", "install", *quiet, "--require-hashes", "-r", PINS], check=True)
         stamp.touch()
     return python
 

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent))
 from parted import CASES, COUNTS, OTHERS, ROWS, SIZE, predicted, trained
 
 from fivefold.distributed.launch import free_port
-from fivefold.distributed.place import Hosts, Place
+from fivefold.distributed.place import SHARED_SCRATCH, Hosts, Place
 from fivefold.distributed.replicas import Replicas, with_norms_of_all
 from fivefold.models.backbones import build_backbone
 from training_runs import images_in
@@ -39,7 +39,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "error", PROGRAM, folder, results],
-            env={**shared, **Hosts().variables(WORLD, rank, port)},
+            env={**shared, SHARED_SCRATCH: str(results), **Hosts().variables(WORLD, rank, port)},
             stderr=subprocess.PIPE,
         )
         for rank in range(WORLD)

@@ -92,4 +92,4 @@ def report_termination(environ: Mapping[str, str], error: BaseException) -> None
 def _report(error: BaseException, characters: int | None = None) -> str:
     """At most so many `characters` of the message, then the traceback."""
     message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}".rstrip(": ")
-    return f"{shown(message)[:characters]}\n\n{''.join(traceback.format_exception(error))}"
+    return f"{shown(message)[:characters]}\n\n{shown(''.join(traceback.format_exception(error)))}"

@@ -38,9 +38,13 @@ SCRATCH = "fivefold-"
 PLACE = re.compile(rf"[^\s'\"(]*/{SCRATCH}\w+/(?:{'|'.join(KINDS)})/")
 
 
+PASSWORD = re.compile(r"(?<=://)[^\s/'\"]+@")
+"""What stands before the host in a URL: a user, a password, a key."""
+
+
 def shown(text: str) -> str:
-    """A message with the URLs that paths in it stand for."""
-    return PLACE.sub("s3://", text)
+    """A message with the URLs that paths in it stand for, and without the passwords of URLs."""
+    return PASSWORD.sub("***@", PLACE.sub("s3://", text))
 
 
 @dataclass

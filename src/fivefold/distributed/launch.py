@@ -51,7 +51,8 @@ def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mappi
 def shared_variables(hosts: Hosts, processes: int, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of all processes of this host; what the user has set stays."""
     # where all are on one host nothing that they tell each other need leave it
-    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if hosts.count == 1 and sys.platform.startswith("linux") else {}
+    stays = hosts.count == 1 and sys.platform.startswith("linux")
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if stays else {}
     # as many threads as go round: another number would give other bits
     threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // processes)), "GOMP_SPINCOUNT": "20000"}
     return {**loopback, **threads, "GLIBC_TUNABLES": GLIBC_TUNABLES, **environ, PARENT: str(os.getpid())}

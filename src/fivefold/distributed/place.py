@@ -21,12 +21,16 @@ COUNTED = ("", "auto", "gpu")
 
 @dataclass(frozen=True)
 class Place:
-    """Process `rank` of `world`; the `local_rank`th of `local_world` on its host."""
+    """Process `rank` of `world`; the `local_rank`th of `local_world` on its host.
+
+    All meet in the file `meeting`, or where it is empty at MASTER_ADDR and MASTER_PORT.
+    """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+    meeting: str = ""
 
     @property
     def leads(self) -> bool:
@@ -39,6 +43,8 @@ PARENT = "FIVEFOLD_PARENT"
 """The number of the process that a process is not to outlive."""
 SHARED_SCRATCH = "FIVEFOLD_SCRATCH"
 """A folder for what the processes of one host fetch, each for all; their starter removes it."""
+MEETING = "meeting"
+"""The file in that folder where processes of one host find each other."""
 FEWEST_ROWS = 2
 """Of a batch that a process takes a part of; BatchNorm needs two."""
 
@@ -55,11 +61,13 @@ def place_of(environ: Mapping[str, str]) -> Place:
         return ALONE
     world = whole(environ, "WORLD_SIZE", 1, 1)
     local_world = whole(environ, "LOCAL_WORLD_SIZE", 1, 1)
+    shared = environ.get(SHARED_SCRATCH) if local_world == world else ""  # no port is opened where a file will do
     place = Place(
         below(environ, "RANK", "WORLD_SIZE", world),
         world,
         below(environ, "LOCAL_RANK", "LOCAL_WORLD_SIZE", local_world),
         local_world,
+        str(Path(shared) / MEETING) if shared else "",
     )
     if world > 1 and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
         raise SettingsError(f"WORLD_SIZE={world} processes meet at MASTER_ADDR and MASTER_PORT: set both")

@@ -192,7 +192,7 @@ BY_ITSELF = Replicas()
 
 @contextmanager
 def joined(place: Place) -> Iterator[Replicas]:
-    """The processes of MASTER_ADDR and MASTER_PORT, once all are there; at the end each waits for the first to be done."""
+    """The processes that meet at `place`, once all are there; at the end each waits for the first to be done."""
     if place.world == 1:
         yield BY_ITSELF
         return
@@ -210,7 +210,9 @@ def _meet(place: Place) -> None:
 
     def meet() -> None:
         try:
-            dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=PATIENCE)
+            # torch's own store listens to every network, and asks nobody who they are
+            store = dist.FileStore(place.meeting, place.world) if place.meeting else None
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=PATIENCE)
         except Exception as error:
             failed.append(error)
 
@@ -221,8 +223,8 @@ def _meet(place: Place) -> None:
         thread.join(SECONDS_BETWEEN_LOOKS)
     if failed:
         raise LostError(
-            f"process {place.rank} of {place.world} could not meet the others at MASTER_ADDR and MASTER_PORT "
-            f"({failed[0]}): see that all were started and can reach that host"
+            f"process {place.rank} of {place.world} could not meet the others at "
+            f"{place.meeting or 'MASTER_ADDR and MASTER_PORT'} ({failed[0]}): see that all were started and can reach it"
         ) from failed[0]
     log.info("%d processes train together", place.world)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fivefold.contract.s3.urls import parse
 from fivefold.errors import FivefoldError, MissingInputError, RetryableError, SettingsError
-from fivefold.launchers.sagemaker.requests import Request
+from fivefold.launchers.sagemaker.requests import HIDDEN, Request, secrets_of
 
 log = logging.getLogger("fivefold")
 
@@ -107,9 +107,16 @@ class Client:
         config = Config(retries={"mode": "adaptive", "total_max_attempts": 5})
         return cls(*(boto3.client(name, region_name=region, config=config) for name in ("sagemaker", "logs")))
 
-    @translated_errors()
     def start(self, request: Request) -> None:
-        self.sagemaker.create_training_job(**request)
+        """Starts the job of `request`. The service repeats a value that it refuses, so errors hide what may be secret."""
+        try:
+            with translated_errors():
+                self.sagemaker.create_training_job(**request)
+        except FivefoldError as error:
+            text = str(error)
+            for value in sorted(filter(None, secrets_of(request).values()), key=len, reverse=True):
+                text = text.replace(value, HIDDEN)
+            raise (error if text == str(error) else type(error)(text)) from None
 
     @translated_errors()
     def describe(self, job: str) -> JobStatus:

@@ -5,6 +5,7 @@ run's folder names its job, so the same command waits for jobs that still run, t
 those that failed, which go on from their checkpoints.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from fivefold.contract.s3.urls import is_url, parse
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.sagemaker.client import Client, JobStatus, delete_outputs
-from fivefold.launchers.sagemaker.requests import Request, plain, root_of
+from fivefold.launchers.sagemaker.requests import Request, plain, root_of, secrets_of, without_secrets
 from fivefold.launchers.sagemaker.validation import check_cost, check_request, validated_requests
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.screen import Screen
@@ -26,6 +27,7 @@ from fivefold.launchers.status import LOG
 log = logging.getLogger("fivefold")
 
 JOB = "sagemaker.json"
+PRIVATE = 0o600
 RESULT_PARTS = ("HyperParameters", "Environment", "InputDataConfig", "OutputDataConfig")
 """The parts of a request that make the result; price, instances and limits may change and a result stays."""
 PIPELINE_VERSION = "2020-12-01"
@@ -62,8 +64,8 @@ def check_inputs(inputs: Inputs, _: Path) -> Inputs:
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
-    """Returns the requests of all steps as JSON, checked as they are before they are sent."""
-    requests = validated_requests(plan)
+    """Returns the requests of all steps as JSON, checked as they are before they are sent, without secrets."""
+    requests = {name: without_secrets(request) for name, request in validated_requests(plan).items()}
     log.info("%s", check_cost(plan))
     return json.dumps(requests, indent=2, ensure_ascii=False)
 
@@ -77,16 +79,37 @@ def results(plan: Plan) -> str:
 
 
 def describe_pipeline(plan: Plan) -> str:
-    """Returns the requests as the JSON of a Pipeline: each a step of type Training, without the job's name."""
-    steps = []
-    for name, request in validated_requests(plan).items():
+    """Returns the requests as the JSON of a Pipeline: each a step of type Training, without the job's name.
+
+    Whoever may describe a Pipeline reads its definition, so the values of the user's own variables are parameters
+    without a default, which who starts an execution gives.
+    """
+    steps, requests = [], validated_requests(plan)
+    parameters = parameters_of(requests)
+    for name, request in requests.items():
         arguments = {key: value for key, value in request.items() if key != "TrainingJobName"}
+        own = {variable: {"Get": f"Parameters.{variable}"} for variable in secrets_of(request)}
+        arguments["Environment"] = {**request["Environment"], **own}
         step = {"Name": name, "Type": "Training", "Arguments": with_execution_id(arguments, root_of(plan))}
         needs = plan.step(name).needs
         steps.append({**step, "DependsOn": list(needs)} if needs else step)
     log.info("%s", check_cost(plan))
-    definition = {"Version": PIPELINE_VERSION, "Metadata": {}, "Parameters": [], "Steps": steps}
+    declared = [{"Name": name, "Type": "String"} for name in parameters]
+    definition = {"Version": PIPELINE_VERSION, "Metadata": {}, "Parameters": declared, "Steps": steps}
     return json.dumps(definition, indent=2, ensure_ascii=False)
+
+
+def parameters_of(requests: Mapping[str, Request]) -> list[str]:
+    """Returns the names of the user's own variables; a SettingsError where one has other values in other steps."""
+    values: dict[str, str] = {}
+    for request in requests.values():
+        for name, value in secrets_of(request).items():
+            if values.setdefault(name, value) != value:
+                raise SettingsError(
+                    f"sagemaker.environment sets {name} to other values in other stages, and in a Pipeline it is one "
+                    "parameter: give the variables other names"
+                )
+    return list(values)
 
 
 def upsert_pipeline(plan: Plan, parallel: int = 0) -> int:
@@ -97,7 +120,9 @@ def upsert_pipeline(plan: Plan, parallel: int = 0) -> int:
         request["ParallelismConfiguration"] = {"MaxParallelExecutionSteps": parallel}
     check_request(name, request, "UpdatePipeline")
     print(Client.of_region(options.region).upsert_pipeline(request))
-    log.info("to run it: aws sagemaker start-pipeline-execution --pipeline-name %s", name)
+    given = "".join(f" Name={each},Value=…" for each in parameters_of(validated_requests(plan)))
+    words = f" --pipeline-parameters{given}" if given else ""
+    log.info("to run it: aws sagemaker start-pipeline-execution --pipeline-name %s%s", name, words)
     return 0
 
 
@@ -110,6 +135,21 @@ def with_execution_id(value: Any, root: str) -> Any:
     if isinstance(value, str) and value.startswith(f"{root}/"):
         return {"Std:Join": {"On": "/", "Values": [root, EXECUTION_ID, value.removeprefix(f"{root}/")]}}
     return value
+
+
+def digest_of(variables: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what is kept of the variables of a job: their names, and a digest of them with their values."""
+    text = json.dumps(dict(variables), sort_keys=True)
+    return {"names": sorted(variables), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_job(path: Path) -> tuple[str, dict[str, Any]]:
+    """Returns the job that a `sagemaker.json` names, and what it was asked for; one that holds values loses them."""
+    kept = read_json(path)
+    if "STAGE" in kept["asked"]["Environment"]:  # of an earlier version
+        kept["asked"]["Environment"] = digest_of(kept["asked"]["Environment"])
+        write_json(path, kept, PRIVATE)
+    return kept["job"], kept["asked"]
 
 
 @dataclass
@@ -132,10 +172,10 @@ class TrainingJobs:
         request, path, job, status = self.requests[step.name], step.folder / JOB, "", None
         identity, output = self._identity(request), request["OutputDataConfig"]["S3OutputPath"]
         if path.is_file():
-            earlier = read_json(path)
-            job, status = earlier["job"], self.client.describe(earlier["job"])
-            if earlier["asked"] != identity and not status.exit_code:
-                parts = sorted(part for part in identity if identity[part] != earlier["asked"].get(part))
+            job, asked = read_job(path)
+            status = self.client.describe(job)
+            if asked != identity and not status.exit_code:
+                parts = sorted(part for part in identity if identity[part] != asked.get(part))
                 raise SettingsError(
                     f"{step.name} of this run was asked for otherwise (job {job}, {status.status}; {', '.join(parts)} "
                     f"differ): choose another run=, or remove {output} and {path}"
@@ -144,7 +184,7 @@ class TrainingJobs:
             delete_outputs(output, job)
             self.client.start(request)
             job = request["TrainingJobName"]
-            write_json(path, {"job": job, "asked": identity})
+            write_json(path, {"job": job, "asked": identity}, PRIVATE)
             self.screen.line(f"{step.name}: job {job}")
         elif status.exit_code == 0:
             self.screen.line(f"{step.name}: nothing to do, job {job} is completed")
@@ -155,15 +195,19 @@ class TrainingJobs:
         return None
 
     def _identity(self, request: Request) -> dict[str, Any]:
-        """Returns what makes a step's result: parts of its request, and the jobs of this run whose outputs it reads."""
+        """Returns what makes a step's result: parts of its request, and the jobs of this run whose outputs it reads.
+
+        Of the variables it has a digest, since their values may be secret.
+        """
         urls = tuple(channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in request["InputDataConfig"])
         sources = {}
         for path in sorted(self.plan.folder.glob(f"*/{JOB}")):  # of earlier commands too
-            earlier = read_json(path)
-            if f"{earlier['asked']['OutputDataConfig']['S3OutputPath']}/".startswith(urls):
-                sources[path.parent.name] = earlier["job"]
+            job, asked = read_job(path)
+            if f"{asked['OutputDataConfig']['S3OutputPath']}/".startswith(urls):
+                sources[path.parent.name] = job
         image = request["AlgorithmSpecification"]["TrainingImage"]
-        return {"image": image, "after": sources, **{part: request[part] for part in RESULT_PARTS}}
+        parts = {part: request[part] for part in RESULT_PARTS}
+        return {"image": image, "after": sources, **parts, "Environment": digest_of(request["Environment"])}
 
     def poll(self, running: Sequence[Step]) -> dict[str, int]:
         """Prints what the jobs have logged, and where their status has changed; returns the codes of those that ended."""

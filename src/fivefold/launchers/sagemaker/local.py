@@ -29,6 +29,7 @@ from fivefold.launchers.sagemaker.requests import (
     hyperparameters,
     options_of,
     place_of,
+    without_secrets,
 )
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.screen import Screen
@@ -60,8 +61,9 @@ def check(plan: Plan, environ: Mapping[str, str] = os.environ) -> None:
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
-    """Returns the jobs of all steps as JSON: image, channels, hyperparameters and variables."""
-    return json.dumps(jobs_of(plan), indent=2, ensure_ascii=False)
+    """Returns the jobs of all steps as JSON: image, channels, hyperparameters and variables, without secrets."""
+    jobs = {name: without_secrets(job) for name, job in jobs_of(plan).items()}
+    return json.dumps(jobs, indent=2, ensure_ascii=False)
 
 
 def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
@@ -126,7 +128,8 @@ class Containers:
         """Runs one job, from its channels to its results; returns the exit code of its container, 1 without one."""
         job, root = self.jobs[step.name], self._root(step)
         shutil.rmtree(root.parent, ignore_errors=True)
-        root.mkdir(parents=True)
+        root.parent.mkdir(mode=0o700, parents=True)  # the SDK's compose file holds the variables
+        root.mkdir()
         write_started(step, os.getpid())
         problem = ""
         try:

@@ -34,6 +34,9 @@ MOST_CHARACTERS = 63
 TIME_FORMAT = "%Y%m%d%H%M%S"
 """The end of a job's name, which tells one job of a step from the next."""
 FILES = (".zip", ".csv", ".parquet")
+OF_A_STEP = ("STAGE", "FOLD", IMAGE_VARIABLE)
+"""The variables of a container that are ours. All others are the user's, and may hold secrets."""
+HIDDEN = "***"
 
 
 def requests_of(plan: Plan) -> dict[str, Request]:
@@ -67,7 +70,7 @@ def _request_of(plan: Plan, step: Step, time_stamp: str) -> Request:
         "CheckpointConfig": checkpoints if trains else None,
         "EnableManagedSpotTraining": options.spot,
         "VpcConfig": vpc if options.subnets else None,
-        "EnableNetworkIsolation": options.isolate,
+        "EnableNetworkIsolation": fetches_nothing(plan, step) if options.isolate is None else options.isolate,
         "Tags": [{"Key": key, "Value": str(value)} for key, value in options.tags.items()],
     }
     return {
@@ -92,6 +95,14 @@ def _present(parts: Request) -> Request:
 def options_of(settings: Settings, step: Step) -> SageMaker:
     """The `[sagemaker]` of a step's stage."""
     return settings.sagemaker.of_stage(step.stage)
+
+
+def fetches_nothing(plan: Plan, step: Step) -> bool:
+    """Whether a step's container needs no network: it trains nothing, or with no weights of a hub and no tracker's service."""
+    if not STAGES[step.stage].writes_model:
+        return True
+    settings = plan.settings.student() if step.stage == "distill" else plan.settings
+    return not settings.model.pretrained and set(settings.train.trackers) <= {"tensorboard"}
 
 
 def base_name(run: str, step: Step) -> str:
@@ -178,6 +189,16 @@ def environment(step: Step, options: SageMaker) -> dict[str, str]:
     image = {IMAGE_VARIABLE: options.image} if options.image else {}
     own = {name: str(value) for name, value in options.environment.items()}
     return {"STAGE": step.stage, **fold, **image, **own}
+
+
+def secrets_of(request: Request) -> dict[str, str]:
+    """Returns the variables of a request (or of a job of local mode) whose values may be secret, by name."""
+    return {name: value for name, value in request.get("Environment", {}).items() if name not in OF_A_STEP}
+
+
+def without_secrets(request: Request) -> Request:
+    """Returns the request as it may be shown: with `***` for the values of the user's own variables."""
+    return {**request, "Environment": {**request["Environment"], **dict.fromkeys(secrets_of(request), HIDDEN)}}
 
 
 def seconds(hours: float) -> int:
