@@ -246,6 +246,15 @@ def cut_off_stream(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def compressed(path):
+    torch.save(WEIGHTS, path)
+    with zipfile.ZipFile(path) as file:
+        content = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in content.items():
+            file.writestr(name, bytes(len(data)) if "/data/" in name else data)
+
+
 def other_zip(path):
     np.savez(path.with_suffix(".npz"), a=np.ones(3))
     path.with_suffix(".npz").rename(path)
@@ -260,6 +269,7 @@ NO_WEIGHTS = {
     "cut off": cut_off,
     "cut off, of an old torch": cut_off_stream,
     "another zip": other_zip,
+    "compressed": compressed,
     "a whole network": lambda path: torch.save(nn.Linear(3, 3), path),
     "a whole network in a checkpoint": lambda path: torch.save({"model": nn.Linear(3, 3), "ema": None}, path),
     "a program": lambda path: torch.jit.save(torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3)), path),
@@ -452,6 +462,12 @@ def test_what_stays_random_is_a_warning_with_names_and_shapes(tmp_path, caplog):
         assert torch.equal(
             tensor, before[name] if name in ("layer1.0.conv1.weight", "layer2.0.conv1.weight") else WEIGHTS[name]
         )
+
+
+def test_weights_of_a_larger_network_are_warned_of(tmp_path, caplog):
+    content = dict(WEIGHTS) | {f"layer1.{n}.{name}": t for n in range(1, 5) for name, t in WEIGHTS.items()}
+    logged, _ = started(build_backbone("timm/test_resnet", False, {}), content, tmp_path, caplog)
+    assert [level for level, _ in logged] == ["INFO", "WARNING"]
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,8 @@ def _of_zip(path: Path) -> dict[str, Tensor]:
             raise DataError(
                 f"{path} is a TorchScript program, not weights; save the state_dict() of the network instead"
             )
+        if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
+            raise DataError(f"{path} has compressed entries, which torch.save does not write; save it again")
         if f"{root}byteorder" in names and file.read(f"{root}byteorder").decode() != sys.byteorder:
             raise DataError(f"{path} was written on a machine of another byte order; save it again on one like this")
         with file.open(f"{root}data.pkl") as pickled:

@@ -24,6 +24,8 @@ AVERAGED = {"ema", "swa", "teacher", "averaged"}
 """Words in names of weights that are an average over the training."""
 LEAST_SHARE = 0.5
 """A file that fits fewer of the backbone's tensors than this is another network's."""
+MOST_UNUSED = 0.25
+"""A place of a file of which more is left over may be of a larger network; a head is less."""
 SHOWN = 20
 """Tensors that a message names."""
 
@@ -119,6 +121,10 @@ def start_from(backbone: nn.Module, path: Path) -> None:
     )
     if taken.resampled:
         log.info("weights from %s: resampled to the backbone's shapes: %s", path, _some(taken.resampled))
+    if taken.unused > MOST_UNUSED * (taken.unused + len(taken.found)):
+        log.warning(
+            "weights from %s: %d tensors have no place in the backbone: a larger network's?", path, taken.unused
+        )
     left = [_left(name, tensor, taken) for name, tensor in wanted.items() if name not in taken.found]
     if left:
         log.warning("weights from %s: %d of the backbone's tensors stay random: %s", path, len(left), _some(left))
