@@ -18,7 +18,7 @@ from fivefold.recipe import Data, Settings
 
 from . import images
 from .outcome import Outcome
-from .training import read_split, start_run
+from .training import read_split, start_network, start_run
 
 log = logging.getLogger("fivefold")
 
@@ -33,14 +33,15 @@ def main(job: Job, settings: Settings) -> Outcome:
     check_split(models, split)
     check_factors(models, table)
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()
-    store = images.open_split(job, table, student)
     patience = allowed_patience(settings.distill.patience, len(aside))
+    network = start_network(job, student, len(table.classes))
+    store = images.open_split(job, table, student)
 
     pupils = distillation.Pupils(table, rows, store, Replicas(job.place), job.scratch)
     lesson = distillation.teach(settings.distill.teacher, models, pupils, settings.distill.views)
     log.info("student: %d rows, taught by %s", len(rows), lesson.teacher)
 
-    run = start_run(job, student, split, table, store, "student")
+    run = start_run(job, student, split, table, store, "student", network)
     unseen = unlabelled(job, models, pupils, settings.data)
     train = distillation.taught(pupils, lesson, unseen, run.settings, run.runtime)
     run.fit(train, aside, patience, select=patience > 0, fold=None)

@@ -9,6 +9,7 @@ from fivefold.recipe import Settings
 
 from . import split, train_fold
 from .outcome import Outcome
+from .training import start_network
 
 log = logging.getLogger("fivefold")
 
@@ -20,6 +21,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     """
     fold = settings.fold or 0
     log.info("train: no folds channel, so the recipe splits, and fold %d is trained", fold)
+    if settings.model.weights:
+        start_network(job, settings, 2)  # to no end but its errors: the split reads all images
     parting = replace(
         job, stage=STAGES["split"], output_data_dir=(job.output() if job.place.leads else job.scratch) / "split"
     )

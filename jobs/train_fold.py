@@ -10,7 +10,7 @@ from fivefold.training.loop import TrainRows
 
 from . import images
 from .outcome import Outcome
-from .training import read_split, start_run
+from .training import read_split, start_network, start_run
 
 log = logging.getLogger("fivefold")
 
@@ -21,12 +21,13 @@ def main(job: Job, settings: Settings) -> Outcome:
     split, table = read_split(job, settings.model.factors)
     fold = chosen_fold(settings.fold, table.num_folds)
     rows, own_rows = table.train_rows(fold), table.valid_rows(fold)
+    network = start_network(job, settings, len(table.classes))
     store = images.open_split(job, table, settings)
     log.info(
         "fold %d: trains on %d rows of %d classes, validates on %d", fold, len(rows), len(table.classes), len(own_rows)
     )
 
-    run = start_run(job, settings, split, table, store, f"fold {fold}")
+    run = start_run(job, settings, split, table, store, f"fold {fold}", network)
     targets = assemble.one_hot(table.codes[rows], len(table.classes), run.runtime.device)
     train = TrainRows(assemble.image_set(store, table, rows, run.settings, training=True), targets)
     run.fit(train, own_rows, settings.train.patience, select=True, fold=fold)

@@ -103,7 +103,7 @@ def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:
 
 @dataclass
 class TrainingRun:
-    """A network that a stage trains on rows of a split: `start_run`, then `fit`, `predict` and `finish`.
+    """A network that a stage trains on rows of a split: `start_network`, `start_run`, then `fit`, `predict` and `finish`.
 
     `split` is the path of the `folds.parquet` of `table`, `store` holds its images, `label` is what logs call the run.
     """
@@ -214,16 +214,21 @@ class TrainingRun:
             tracker.picture("Val/examples", self.job.output() / EXAMPLES, self.deciding.epoch)
 
 
+def start_network(job: Job, settings: Settings, classes: int) -> Classifier:
+    """The network with its first weights; called before images are read, for they may be missing or another network's."""
+    assemble.seed_everything(settings.seed)
+    network = assemble.build_classifier(settings.model, classes)
+    assemble.start_weights(network, settings.model, job.optional_channel("weights"))
+    return network
+
+
 def start_run(
-    job: Job, settings: Settings, split: Path, table: FoldTable, store: ImageStore, label: str
+    job: Job, settings: Settings, split: Path, table: FoldTable, store: ImageStore, label: str, network: Classifier
 ) -> TrainingRun:
-    """A run whose network has its first weights, whose precision is settled, and which fits memory and disk.
+    """A run of a network with its first weights, whose precision is settled, and which fits memory and disk.
 
     Raises a SettingsError or RetryableError if it does not fit.
     """
-    assemble.seed_everything(settings.seed)
-    network = assemble.build_classifier(settings.model, len(table.classes))
-    assemble.start_weights(network, settings.model, job.optional_channel("weights"))
     settings, runtime = settled(job, settings, network, Replicas(job.place))
     assemble.check_memory(network, settings, runtime)
     check_disk(job, network, settings)

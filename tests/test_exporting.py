@@ -311,3 +311,13 @@ def test_a_model_that_was_trained_by_sigmoids_predicts_and_is_exported_by_them(i
         write_json(folder / "model.json", read_json(folder / "model.json") | {"link": link})
         with pytest.raises(DataError, match="does not rebuild a model"):
             load_member(model_at(folder), {})
+
+
+@pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg_overlay", "cache_dir", "weights"])
+def test_a_model_json_names_no_other_weights(option, tmp_path):
+    folder = save(tmp_path / "model", None)
+    info = read_json(folder / "model.json")
+    info["settings"]["model"]["options"][option] = str(tmp_path / "w.pth")
+    write_json(folder / "model.json", info)
+    with pytest.raises(DataError, match=option):
+        load_member(model_at(folder), {})

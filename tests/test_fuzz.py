@@ -3,6 +3,7 @@
 Files that are whole are changed in a few places (which gets deeper than bytes at random), by hypothesis.
 """
 
+import argparse
 import io
 import json
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -31,6 +34,7 @@ from fivefold.data.store import open_store
 from fivefold.errors import FivefoldError
 from fivefold.evaluation.truth import read_truth
 from fivefold.inference.submitted import read_submitted
+from fivefold.models.weights import read_weights
 from fivefold.predictions import Predictions
 from fivefold.recipe import Data, Settings
 from fivefold.recipes import shipped_recipes
@@ -117,6 +121,18 @@ def read_hyperparameters(path: Path) -> dict[str, object]:
 
 HYPERPARAMETERS = "input/config/hyperparameters.json"
 RECIPE = b'{"train": {"epochs": 3, "lr": 0.1}, "augment": {"train": ["resize", {"name": "rotation"}]}}'
+
+
+def checkpoint(zipped: bool) -> bytes:
+    saved = io.BytesIO()
+    content = {
+        "model": {"a.weight": torch.ones(3, 2), "a.bias": torch.ones(2)},
+        "args": argparse.Namespace(lr=np.float64(0.1)),
+    }
+    torch.save(content, saved, _use_new_zipfile_serialization=zipped)
+    return saved.getvalue()
+
+
 MODEL = b'{"format": 1, "role": "fold", "system": "s", "seed": 1, "fold": 0, "folds": 2, "classes": ["a", "b"]}'
 EARLIER = b'{"stage": "split", "inputs": {"train": "x"}, "settings": {}, "outputs": {"output/a": "1"}, "packages": {}}'
 READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
@@ -142,6 +158,9 @@ READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     "archive": (read_archive, archive(), "images.zip"),
     "record": (read_record, b'{"stage": "split", "sources": {}, "roots": {}}', "stage.json"),
     "earlier record": (lambda path: why_run(path.parent, Key("split", {}, {}), {"output": path.parent}), EARLIER, "stage.json"),
+    "weights": (read_weights, safetensors.torch.save({"a.weight": torch.ones(3, 2)}), "w.safetensors"),
+    "checkpoint": (read_weights, checkpoint(zipped=True), "w.pth"),
+    "checkpoint of an old torch": (read_weights, checkpoint(zipped=False), "w.pth"),
     "model": (lambda path: find_models(path.parent, path.parent), MODEL, "model.json"),
 }  # fmt: skip
 

@@ -99,6 +99,26 @@ def test_a_table_and_a_key_of_it_meet_in_the_order_of_their_strength():
     assert load([Layer("a", strong), both]).distill.train == {"epochs": 5}
 
 
+@pytest.mark.parametrize("section", ["model", "distill.model"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "checkpoint_path",
+        "cache_dir",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "weights",
+        "weights_path",
+    ],
+)
+def test_no_option_of_a_backbone_names_weights(section: str, option: str):
+    with pytest.raises(SettingsError, match=option) as caught:
+        given(f"{section}.options.{option}=/tmp/w.pth").student()
+    assert caught.value.exit_code == 64
+    assert given(f"{section}.options.weight_init=jax").student().model.options == {"weight_init": "jax"}
+
+
 def test_layers_can_be_used_again():
     layer = Layer("hyperparameters", {"model.options": {"depth": 3}})
     load([arguments_layer(["model.options.width=2"]), layer])

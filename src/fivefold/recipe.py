@@ -98,7 +98,7 @@ class Model(Section):
     backbone: str = Field("timm/resnet18", description="timm/, torchvision/, efficientnet_pytorch/ or fivefold/NAME")
     options: dict[str, Any] = Field({}, description="arguments of the backbone; torchvision's bare=true: pooling alone")
     pretrained: bool = Field(False, description="start from the weights of the backbone's own hub")
-    weights: str = Field("", description="start from this .safetensors or .pth: a path, or in SM_CHANNEL_WEIGHTS")
+    weights: str = Field("", description="start from this file, also a checkpoint: a path, or in SM_CHANNEL_WEIGHTS")
     factors: list[str] = Field([], description="factors of the classes to know, e.g. mask,gender; empty: the classes")
     drop_path: float | None = Field(None, ge=0, lt=1, description="stochastic depth; none: the backbone's own")
     head: Spec = Field("linear", description="linear, mlp or convnext, or a table with parameters")
@@ -116,6 +116,14 @@ class Model(Section):
             raise ValueError("mean and std are three numbers each, and std is positive")
         if len(set(self.meta)) < len(self.meta):
             raise ValueError("meta names a feature twice")
+        return self
+
+    @model_validator(mode="after")
+    def _options_load_nothing(self) -> "Model":
+        """Weights come from `pretrained` and `weights` alone: an option may name a file or an address that nobody checks."""
+        for option in self.options:
+            if option.startswith(("pretrained", "weights", "checkpoint", "cache_dir")):
+                raise ValueError(f"options.{option}: no option loads weights; set pretrained=true, or weights=PATH")
         return self
 
     @property

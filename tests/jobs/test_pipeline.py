@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fivefold import predictions
 from fivefold.contract.files import read_json, sha256
@@ -185,6 +186,28 @@ def test_weights_that_settings_name_are_part_of_the_key(toy_run, tmp_path):
         assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == 0
         made.append((tmp_path / "model" / "model.safetensors").read_bytes())
     assert made[0] != made[1]
+
+
+@pytest.mark.parametrize(("content", "code"), [(None, 66), (b"text", 65), ({"fc.weight": torch.ones(3)}, 64)])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train-fold", ["FOLD=0", "data.cache={tmp}/cache", "model.weights={tmp}/w.pth"]),
+        ("distill", ["distill.teacher=ensemble", "distill.model.weights={tmp}/w.pth"]),
+        ("train", ["model.weights={tmp}/w.pth"]),
+    ],
+)
+def test_weights_that_cannot_be_started_from_are_told_before_images_are_read(
+    toy_run, tmp_path, name, arguments, content, code
+):
+    if isinstance(content, bytes):
+        (tmp_path / "w.pth").write_bytes(content)
+    elif content:
+        torch.save(content, tmp_path / "w.pth")
+    (tmp_path / "none").mkdir()  # the train channel: whoever asks it for an image fails otherwise
+    given = [text.format(tmp=tmp_path) for text in arguments]
+    assert run_stage(toy_run, name, tmp_path / "out", *LEARNS, *given, MODEL=toy_run, TRAIN=tmp_path / "none") == code
+    assert "w.pth" in failure(tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of W&B's own

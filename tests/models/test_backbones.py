@@ -8,7 +8,7 @@ from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 from torch import nn
 
-from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
+from fivefold.errors import DataError, RetryableError, SettingsError
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, build_head
 from fivefold.models.cpu_convs import DepthwiseConv2d, quicken
@@ -138,29 +138,10 @@ def test_weights_come_back_as_they_were_saved(tmp_path):
     start = build_backbone("timm/resnet10t", False, {})
     start_from(start, tmp_path / "model.safetensors")
     assert torch.equal(start.state_dict()["conv1.0.weight"], network.backbone.state_dict()["conv1.0.weight"])
-    wrapped = {"state_dict": {f"module.{name}": tensor for name, tensor in start.state_dict().items()}}
-    torch.save(wrapped, tmp_path / "w.pth")
-    assert set(read_weights(tmp_path / "w.pth")) == set(start.state_dict())
 
 
-class Malicious:
-    def __reduce__(self):
-        return print, ("code ran",)
-
-
-def test_weights_that_are_none_are_refused(tmp_path, capsys):
-    torch.save({"weight": Malicious()}, tmp_path / "evil.pth")
-    (tmp_path / "text.safetensors").write_text("hello")
-    (tmp_path / "text.pth").write_text("hello")
-    for name in ("evil.pth", "text.safetensors", "text.pth"):
-        with pytest.raises(DataError, match="cannot be read as weights"):
-            read_weights(tmp_path / name)
-    assert "code ran" not in capsys.readouterr().out
-    with pytest.raises(MissingInputError):
-        read_weights(tmp_path / "absent.pth")
+def test_weights_of_another_network_are_not_ours(tmp_path):
     save_weights(tmp_path / "other.safetensors", nn.Linear(3, 3).state_dict())
-    with pytest.raises(SettingsError, match="another network"):
-        start_from(build_backbone("torchvision/resnet18", False, {}), tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="does not hold the weights"):
         load_exactly(nn.Linear(4, 3), tmp_path / "other.safetensors")
 
