@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
@@ -197,6 +198,22 @@ def _take_read_only() -> None:
     """
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     torch.from_numpy(np.frombuffer(b"0", np.uint8))
+
+
+class Stream(IntEnum):
+    """What NumPy draws in training beside the order of `epoch_batches`, whose key is (seed, epoch) alone."""
+
+    BALANCE = 1
+    MIX = 2
+
+
+def generator(stream: Stream, *parts: int) -> np.random.Generator:
+    """The generator of a stream at integers below 2³² such as (seed, epoch), epochs from 1.
+
+    NumPy fills up short keys with zeros. With the stream in front, and the epoch in the third place, where the key of
+    `epoch_batches` has such a zero, no two keys of a run are the same.
+    """
+    return np.random.default_rng([stream, *parts])
 
 
 def derive_seed(*parts: int) -> int:
