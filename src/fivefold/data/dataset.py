@@ -105,9 +105,7 @@ class ImageSet(Dataset):
         """
         if self.count_cached() == len(self):
             return True
-        sample = np.linspace(0, len(self) - 1, min(SAMPLE, len(self)), dtype=int)
-        with closing(in_threads(self._stored_bytes, sample.tolist())) as sizes:
-            expected = sum(stoppable(sizes)) / max(1, len(sample)) * len(self)
+        expected = self.expected_bytes()
         kept: list[np.ndarray] = []
         size = 0
         with closing(in_threads(self.image, range(len(self)))) as decoded:
@@ -121,6 +119,14 @@ class ImageSet(Dataset):
             return False
         self.kept = kept
         return True
+
+    def expected_bytes(self, most: int = SAMPLE) -> float:
+        """About the bytes of all decoded images, by the heads of `most` of their files; 0 where a cache has all."""
+        if self.count_cached() == len(self):
+            return 0.0
+        sample = np.linspace(0, len(self) - 1, min(most, len(self)), dtype=int)
+        with closing(in_threads(self._stored_bytes, sample.tolist())) as sizes:
+            return sum(stoppable(sizes)) / max(1, len(sample)) * len(self)
 
     def _stored_bytes(self, row: int) -> int:
         """Bytes of the stored pixels of a row, of its file's head."""
