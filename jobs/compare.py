@@ -21,7 +21,7 @@ from fivefold.errors import DataError, MissingInputError
 from fivefold.evaluation import comparison, truth
 from fivefold.evaluation.comparison import Experiment
 from fivefold.evaluation.tables import write_csv
-from fivefold.inference.submitted import names_classes_alone, read_submitted, system_name
+from fivefold.inference.submitted import has_one_column, names_classes_alone, read_submitted, system_name
 from fivefold.predictions import mean_by_id
 from fivefold.recipe import Settings
 
@@ -36,7 +36,8 @@ NUMBERS = ("logloss", "logloss_low", "logloss_high")
 def main(job: Job, settings: Settings) -> Outcome:
     """Compares all that it is given; the tables, pictures and page, and the figures."""
     file, labels = ground_truth(job)
-    experiments = with_tables(found_experiments(job, settings.compare.runs, settings.compare.files), labels)
+    found = found_experiments(job, settings.compare.runs, settings.compare.files)
+    experiments = with_tables(found, labels, settings.ensemble.answer, settings.ensemble.positive_class)
     tables = {"test": [each.test_figures(labels, file) if file else None for each in experiments]}
     tables["oof"] = [each.oof_figures() for each in experiments]
     alike, notes = comparison.pairs(experiments)
@@ -118,27 +119,34 @@ def of_run(folder: Path) -> Experiment:
         raise MissingInputError(f"the run {folder} holds neither {ENSEMBLE} nor fold models with {OOF}")
     oof = mean_by_id([predictions.read(path / OOF) for path in folds]) if folds else None
     file = next(iter(submissions), None)
-    # a submission of classes alone has lost the probabilities, which stand beside it
-    kept = file is not None and names_classes_alone(file) and (file.parent / PREDICTIONS).is_file()
+    # a submission of one column has lost probabilities, or does not say whose they are; they stand beside it
+    kept = file is not None and has_one_column(file) and (file.parent / PREDICTIONS).is_file()
     table = predictions.read(file.parent / PREDICTIONS) if kept else None
     systems = ", ".join(sorted({str(info["system"]) for info in folds.values()}))
     words = f"{len(folds)} fold models of {systems}" if folds else ""
     return Experiment(folder.resolve().name, str(folder), file, table, oof=oof, oof_words=words)
 
 
-def with_tables(experiments: Sequence[Experiment], labels: Mapping[str, str]) -> list[Experiment]:
-    """The experiments with their submissions read; those of classes alone know the classes of the others.
+def with_tables(
+    experiments: Sequence[Experiment], labels: Mapping[str, str], answer: str = "auto", positive: str = ""
+) -> list[Experiment]:
+    """The experiments with their submissions read; those of one column know the classes of the others, or of `labels`.
 
     A file's rows go by the ids that the tables of runs have, or those of `labels`, where one of its columns does.
+    `answer` and `positive`: see `read_submitted`.
     """
     read = {each.name: each.table for each in experiments if each.table is not None}
     ids = next((table.ids.tolist() for table in read.values()), list(labels))
     files = {each.name: each.file for each in experiments if each.file is not None and each.name not in read}
-    read |= {name: read_submitted(file, ids, all_ids=False) for name, file in files.items()}
-    certain = {name for name, file in files.items() if names_classes_alone(file)}
-    known = sorted({name for key, table in read.items() if key not in certain for name in table.classes})
-    known = known or sorted({name for table in read.values() for name in table.classes})
-    read |= {name: read_submitted(files[name], ids, known, all_ids=False) for name in certain}
+    single = {name for name, file in files.items() if has_one_column(file)}
+    certain = {name for name in single if names_classes_alone(files[name])}
+    read |= {name: read_submitted(files[name], ids, all_ids=False) for name in files.keys() - single}
+    known = sorted({name for table in read.values() for name in table.classes})
+    options = {"all_ids": False, "likely": known or sorted({*labels.values()}), "answer": answer, "positive": positive}
+    if not known:
+        alone = [read_submitted(files[name], ids, **options) for name in single]
+        known = sorted({name for table in alone for name in table.classes})
+    read |= {name: read_submitted(files[name], ids, known, **options) for name in single}
     return [replace(each, table=read.get(each.name), labels_only=each.name in certain) for each in experiments]
 
 

@@ -20,15 +20,16 @@ from fivefold.data.same_classes import SameClasses
 from fivefold.data.store import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.calibration import apply_temperature
+from fivefold.inference.answers import form_of
 from fivefold.inference.blends import combined, equal
 from fivefold.inference.ensemble import Ensemble, by_system, check_together
-from fivefold.inference.product import Product, product_of
-from fivefold.inference.submission import check_columns, write_submission
+from fivefold.inference.product import Product, factors_of, product_of
+from fivefold.inference.submission import write_submission
 from fivefold.inference.submitted import (
     PREFIX,
+    has_one_column,
     holds_labels,
     is_table,
-    names_classes_alone,
     read_submitted,
     system_name,
 )
@@ -59,8 +60,9 @@ def main(job: Job, settings: Settings) -> Outcome:
     product = product_for(options.blend, groups, files)
     store, images = asked_rows(job, settings, [] if models else list(files.values()))
     classes = product.factors.classes if product else known_classes(models, images, files)
+    images = in_factors(images, models, classes)
     check_submission(images, classes, same)
-    submitted = read_files(files, groups, images, classes, same)
+    submitted = read_files(files, groups, images, classes, same, options)
     check_blends(options, submitted)
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
@@ -102,7 +104,9 @@ def asked_rows(job: Job, settings: Settings, files: Sequence[Path]) -> tuple[Ima
     else:
         store = open_images(job, "eval", settings.data)
         images = read_eval(store, settings.data.id_column, settings.data.path_column)
-    return store, images.answered_in(options.answer_column, options.number_column)
+    return store, images.answered_in(
+        options.answer_column, options.number_column, options.answer, options.positive_class
+    )
 
 
 def submission_files(job: Job, named: Sequence[str]) -> dict[str, Path]:
@@ -127,20 +131,27 @@ def known_classes(models: list[ModelDir], images: EvalTable, files: Mapping[str,
     columns = images.sample.classes if images.sample else ()
     if len(columns) > 1:
         return tuple(columns)
-    whole = [path for path in files.values() if is_table(path) or not names_classes_alone(path)]
+    whole = [path for path in files.values() if is_table(path) or not has_one_column(path)]
     found = [read_submitted(path, images.ids).classes for path in whole[:1] or files.values()]
     return tuple(sorted({name for classes in found for name in classes}))
 
 
 def read_files(
-    files: Mapping[str, Path], groups: Mapping[str, Any], images: EvalTable, classes: tuple[str, ...], same: SameClasses
+    files: Mapping[str, Path],
+    groups: Mapping[str, Any],
+    images: EvalTable,
+    classes: tuple[str, ...],
+    same: SameClasses,
+    options: recipe.Ensemble,
 ) -> dict[str, Predictions]:
     """Each file's predictions of the test images, in their order, by the name of its system."""
     twice = sorted(files.keys() & groups.keys())
     if twice:
         raise DataError(f"{files[twice[0]]} is called {twice[0]!r} like a system of the models; rename one of them")
     wanted = [str(name) for name in images.ids]
-    return {name: read_submitted(path, wanted, classes, same).in_order(wanted) for name, path in files.items()}
+    asked = {"answer": options.answer, "positive": options.positive_class}
+    read = {name: read_submitted(path, wanted, classes, same, **asked) for name, path in files.items()}
+    return {name: table.in_order(wanted) for name, table in read.items()}
 
 
 def check_blends(options: recipe.Ensemble, submitted: Mapping[str, Predictions]) -> None:
@@ -218,11 +229,23 @@ def table_of(images: EvalTable, system: str, classes: tuple[str, ...], log_probs
     return Predictions(images.ids, np.full(len(images), -1, np.int16), system, classes, log_probs)
 
 
+def in_factors(images: EvalTable, models: Sequence[ModelDir], classes: Sequence[str]) -> EvalTable:
+    """`images`, answered by class names where the models know some factors alone: a sample's values speak of whole classes."""
+    info = models[0].info if models else {}
+    part = info.get("knows") and set(classes) != set(factors_of(info).classes)
+    if not (part and images.sample and images.sample.answer == "auto" and not images.sample.positive):
+        return images
+    return images.answered_in("", answer="class")
+
+
 def check_submission(images: EvalTable, classes: tuple[str, ...], same: SameClasses) -> None:
     """Raises a DataError unless the sample's rows and columns can be filled, before anything is predicted."""
     same.check_model(classes)
     if images.sample:
-        check_columns(images.sample.classes, classes, same)
+        form = form_of(images.sample, classes, same)
+        log.info("the submission has %s", form.words)
+        if form.doubt:
+            log.warning("%s", form.doubt)
     check_rows(images)
 
 

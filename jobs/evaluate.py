@@ -30,7 +30,8 @@ HEADLINE = ("rows", "n", "accuracy", "logloss", "f1_macro", "ece")
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Scores test, holdout and out-of-fold rows, whichever there are; the files written and the figures."""
-    options, evidence, folder = settings.evaluate, Evidence(job, settings.data), job.output()
+    options, folder = settings.evaluate, job.output()
+    evidence = Evidence(job, settings.data, settings.ensemble.answer, settings.ensemble.positive_class)
     scored = [rows for rows in (evidence.test(), evidence.holdout(), evidence.out_of_fold()) if rows is not None]
     if not scored:
         if not options.allow_empty:

@@ -23,9 +23,13 @@ def main(job: Job, settings: Settings) -> Outcome:
     log.info("evaluation: %s against %s", file, truth)
     if not file.is_file():
         raise MissingInputError(f"no answers at {file}; run inference first, with the same output folder")
-    table = read_submitted(file)
+    ids, options = open_csv(file).columns[0], settings.ensemble
+    labels = read_truth(truth, ids, open_csv(file).read([ids])[ids])
+    table = read_submitted(
+        file, likely=sorted({*labels.values()}), answer=options.answer, positive=options.positive_class
+    )
     guesses = table.log_probs.argmax(axis=1)
     answers = {name: table.classes[code] for name, code in zip(table.ids, guesses, strict=True)}
-    scores = score_answers(answers, read_truth(truth, open_csv(file).columns[0], answers), truth)
+    scores = score_answers(answers, labels, truth)
     print(json.dumps(scores), flush=True)
     return Outcome([], scores)

@@ -14,7 +14,7 @@ from fivefold.inference.ensemble import by_system, check_same
 from fivefold.inference.product import needs_product, product_of
 from fivefold.recipe import Settings
 
-from .ensemble import check_submission, predict_each, submit, table_of
+from .ensemble import check_submission, in_factors, predict_each, submit, table_of
 from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
@@ -35,6 +35,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     same = SameClasses(settings.data.same_classes, settings.data.same_class)
     store = open_store(job.channel("eval"), settings.data.max_unpacked_gib)
     images = read_eval(store, settings.data.id_column, settings.data.path_column)
+    images = images.answered_in("", answer=settings.ensemble.answer, positive=settings.ensemble.positive_class)
+    images = in_factors(images, models, classes)
     check_submission(images, classes, same)
 
     explicit = settings.predict.model_dump(exclude_unset=True)

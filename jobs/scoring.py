@@ -27,7 +27,7 @@ from fivefold.evaluation.report import thumbnail
 from fivefold.evaluation.tables import Scored, stacked
 from fivefold.inference.ensemble import by_system
 from fivefold.inference.product import factors_of, needs_product, product_of
-from fivefold.inference.submitted import names_classes_alone, read_submitted
+from fivefold.inference.submitted import has_one_column, names_classes_alone, read_submitted
 from fivefold.predictions import Predictions, mean_by_id
 from fivefold.recipe import Data
 
@@ -41,6 +41,9 @@ class Evidence:
 
     job: Job
     data: Data
+    answer: str = "auto"
+    positive: str = ""
+    """What a submission of one column holds, and the class that a probability is of, by the settings."""
 
     @cached_property
     def models(self) -> list[ModelDir]:
@@ -212,7 +215,17 @@ class Evidence:
             return predictions.read(path)
         if names_classes_alone(path):
             raise DataError(f"{path} holds no probabilities, of which evaluate speaks; score classes by `evaluation`")
-        return read_submitted(path)
+        return read_submitted(path, likely=self._true_classes(path), answer=self.answer, positive=self.positive)
+
+    def _true_classes(self, path: Path) -> list[str]:
+        """The classes that the truth of a submission of one column names; none for another submission."""
+        if not has_one_column(path):
+            return []
+        name = self._id_column()
+        labels = truth.read_truth(
+            truth.truth_file(self.job.channel("ground_truth")), name, open_csv(path).read([name])[name]
+        )
+        return sorted({*labels.values()})
 
     def _id_column(self) -> str:
         """What a submission of the predictions calls their ids; "" where nothing says it."""

@@ -15,7 +15,8 @@ from fivefold.contract.artifacts import locate
 from fivefold.contract.files import MIB, atomic, check_space, sha256
 from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, OOF, TRAIN_LOG
-from fivefold.data.folds import FoldTable, read_folds
+from fivefold.data.dataset import MEMORY_LIMIT, ImageSet
+from fivefold.data.folds import ASIDE, FoldTable, read_folds
 from fivefold.data.images import decode, pixels_of
 from fivefold.data.store import ImageStore
 from fivefold.distributed.replicas import Replicas
@@ -38,6 +39,8 @@ from .outcome import Outcome
 log = logging.getLogger("fivefold")
 DECISIONS = ".decisions"
 """Hidden, so that it is in no digest of the run."""
+HEADS = 64
+"""Images by whose heads the memory of all is estimated."""
 BESIDE_WEIGHTS = 4 * MIB
 """Bytes for logs, curves, events and small tables of predictions."""
 
@@ -222,6 +225,18 @@ def start_network(job: Job, settings: Settings, classes: int) -> Classifier:
     return network
 
 
+def kept_images(settings: Settings, table: FoldTable, store: ImageStore) -> int:
+    """About the bytes of images that a run keeps decoded: those it trains on, and a fold's as they are validated."""
+    rows = np.flatnonzero(~np.isin(table.part, ASIDE))
+    expected = 0
+    if settings.train.keep_in_memory:
+        pixels, digests = pixels_of(settings.data), table.sha256_of(rows)
+        images = ImageSet(store, table.paths_of(rows), lambda image: image, sha256=digests, pixels=pixels)
+        expected = round(images.expected_bytes(HEADS))
+    validated = len(rows) // max(1, table.num_folds) * 3 * settings.model.size[0] * settings.model.size[1]
+    return sum(size for size in (expected, validated) if size <= MEMORY_LIMIT)
+
+
 def start_run(
     job: Job, settings: Settings, split: Path, table: FoldTable, store: ImageStore, label: str, network: Classifier
 ) -> TrainingRun:
@@ -230,6 +245,7 @@ def start_run(
     Raises a SettingsError or RetryableError if it does not fit.
     """
     settings, runtime = settled(job, settings, network, Replicas(job.place))
-    assemble.check_memory(network, settings, runtime)
+    images = kept_images(settings, table, store) if runtime.device.type == "cpu" else 0
+    assemble.check_memory(network, settings, runtime, images)
     check_disk(job, network, settings)
     return TrainingRun(job, settings, split, table, store, label, network, runtime)

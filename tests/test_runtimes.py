@@ -1,6 +1,8 @@
 """The runtime of a network: what the probe chooses, that it leaves all as it was, and that all stages of a run get one answer."""
 
 import json
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,13 +14,16 @@ from torch import nn
 from fivefold.assemble import build_classifier, settled
 from fivefold.distributed.replicas import BY_ITSELF
 from fivefold.errors import SettingsError
+from fivefold.machine import count_cpus, seconds_of_others
 from fivefold.models.cpu_convs import DepthwiseConv2d
 from fivefold.recipe import Model, Settings, Train
 from fivefold.runtimes import (
+    PROBES,
     ROUNDS,
     _candidates,
     _probe,
     choose_precision,
+    decide,
     decided_once,
     fastest,
     precision_name,
@@ -26,6 +31,7 @@ from fivefold.runtimes import (
     runtime_for_prediction,
     runtime_of,
     timed,
+    timed_in_quiet,
 )
 
 CPU = torch.device("cpu")
@@ -62,6 +68,51 @@ def test_steps_are_timed_in_turns_without_the_first_round_and_within_the_time():
     assert order == ["one", "other"] * 2
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "quiet", "disturbed"),
+    [
+        ((100.0, 110.0, 120.0), "fp32", "bf16"),
+        ((100.0, 160.0, 155.0), "fp32", "fp32"),
+        ((100.0, 80.0, 70.0), ALL[2], "bf16"),
+        ((100.0, 80.0, 50.0), ALL[2], ALL[2]),
+    ],
+)
+def test_a_disturbed_probe_leaves_the_usual_precision_for_what_is_clearly_faster_alone(milliseconds, quiet, disturbed):
+    times = dict(zip(ALL, milliseconds, strict=True))
+    assert (decide(times, "bf16", False), decide(times, "bf16", True)) == (quiet, disturbed)
+
+
+def test_a_probe_beside_busy_processes_is_repeated_and_known_as_disturbed():
+    rounds: list[int] = []
+    loops = [
+        subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+        for _ in range(2 * count_cpus())
+    ]
+    try:
+        for loop in loops:
+            loop.stdout.readline()  # it runs
+        steps = {"one": lambda: (rounds.append(1), sum(range(1_000_000)))}
+        times, disturbed = timed_in_quiet(steps, pause=0.0, seconds=1.0)
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.communicate()
+    assert disturbed
+    assert times["one"] > 0
+    assert len(rounds) >= 2 * PROBES
+
+
+def test_the_time_of_others_is_not_this_process_s():
+    before = seconds_of_others()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    assert seconds_of_others() - before > 0.4
+    before = seconds_of_others()
+    start = time.process_time()
+    while time.process_time() < start + 0.5:
+        pass
+    assert seconds_of_others() >= before - 0.05 * count_cpus()
+
+
 def test_a_probe_leaves_network_and_random_state_as_they_were():
     of = settings()
     probed = network(of)
@@ -69,7 +120,7 @@ def test_a_probe_leaves_network_and_random_state_as_they_were():
     kinds, state = [type(module) for module in probed.modules()], torch.get_rng_state()
     found = _probe(of, probed, ALL, 2)
     assert list(found["milliseconds"]) == ALL
-    assert found["choice"] == fastest(found["milliseconds"])
+    assert found["choice"] == decide(found["milliseconds"], "bf16", found["disturbed"])
     assert torch.equal(torch.get_rng_state(), state)
     assert [type(module) for module in probed.modules()] == kinds
     assert all(parameter.grad is None for parameter in probed.parameters())

@@ -159,8 +159,11 @@ def _duration(settings: Settings, patience: int, runtime: Runtime) -> Duration:
     )
 
 
-def check_memory(network: Classifier, settings: Settings, runtime: Runtime) -> None:
-    """Logs the device's memory that a step takes; a SettingsError names a batch size that fits, when this one does not."""
+def check_memory(network: Classifier, settings: Settings, runtime: Runtime, images: int = 0) -> None:
+    """Logs the device's memory that a step takes; a SettingsError names a batch size that fits, when this one does not.
+
+    On a CPU also that of the whole process, which keeps `images` bytes of decoded images.
+    """
     chosen = settings.train
     copies = 1 + choose(OPTIMIZER_STATES, "optimizer", chosen.optimizer)
     copies += (chosen.ema_decay > 0) + (chosen.update == "sam")
@@ -173,7 +176,15 @@ def check_memory(network: Classifier, settings: Settings, runtime: Runtime) -> N
     found = replace(found, image=-(-passes * found.image // place.world))  # of a batch each process holds its part
     log.info(in_words(runtime))
     free = memory.available(runtime.device, place.local_world)
-    log.info("memory: %s", memory.check_fits(found, chosen.batch_size, free, chosen.accumulate))
+    log.info("memory: a step takes %s", memory.check_fits(found, chosen.batch_size, free, chosen.accumulate))
+    if runtime.device.type == "cpu":
+        whole = memory.of_process(found, chosen.batch_size, images) / memory.MEBIBYTE
+        kept = images / memory.MEBIBYTE
+        log.info(
+            "memory: the process takes about %s MiB, libraries and %s MiB of decoded images among them",
+            f"{whole:,.0f}",
+            f"{kept:,.0f}",
+        )
 
 
 def _backbone_draws(network: Classifier, settings: Settings, runtime: Runtime) -> bool:

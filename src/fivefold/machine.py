@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -17,15 +18,21 @@ GLIBC_TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627
 A training step on a CPU frees and allocates the same tensors again and again. By default glibc
 maps each large one afresh, and the kernel zeroes every page of it: a quarter of a small network's step.
 """
+TICK = 0.01
+"""Seconds in which Linux counts the time of a CPU."""
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_LIMITS = (CGROUPS / "memory.max", CGROUPS / "memory/memory.limit_in_bytes")
 
 
 def count_cores() -> int:
     """The cores that this process may use, with a container's limit on CPU time observed."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = cpu_limit()
+    there, limit = count_cpus(), cpu_limit()
     return there if limit is None else min(there, max(1, math.ceil(limit)))
+
+
+def count_cpus() -> int:
+    """The CPUs that this process may run on, whatever share of their time it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_limit(cgroups: Path = CGROUPS) -> float | None:
@@ -44,6 +51,17 @@ def start_no_more_threads(environ: MutableMapping[str, str]) -> None:
     """
     if cpu_limit() is not None:
         environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
+
+
+def seconds_of_others() -> float:
+    """CPU seconds that all but this process have taken so far on the CPUs that it may use, in steps of TICK for each of them."""
+    import psutil
+
+    each = psutil.cpu_times(percpu=True)
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(each))
+    idle = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in the user's too
+    busy = sum(sum(each[cpu]) - sum(getattr(each[cpu], name, 0.0) for name in idle) for cpu in own if cpu < len(each))
+    return busy - time.process_time()
 
 
 def cpu_name() -> str:

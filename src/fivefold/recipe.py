@@ -215,6 +215,10 @@ class Ensemble(Section):
     submissions: list[str] = Field([], description="submission files that are systems too, as SM_CHANNEL_SUBMISSIONS")
     temperature: Literal["none", "holdout"] = Field("holdout", description="fitted on the holdout if there is one")
     submission: str = Field("submission.csv", description="file name of the submission")
+    answer: Literal["auto", "class", "number", "probability"] = Field(
+        "auto", description="what a sample's single column holds; auto: what its values look like"
+    )
+    positive_class: str = Field("", description="the class whose probability a sample's single column holds")
     answer_column: str = Field("", description="column of predicted classes if no sample names one; empty: one a class")
     number_column: str = Field("", description="with answer_column: first column, of the rows' numbers; empty: none")
 
@@ -230,6 +234,10 @@ class Ensemble(Section):
             raise ValueError(f"number_column and answer_column are both {self.number_column!r}; name two columns")
         if self.number_column and not self.answer_column:
             raise ValueError(f"number_column={self.number_column!r} needs answer_column, the column of the classes")
+        if self.positive_class and self.answer in ("class", "number"):
+            raise ValueError(
+                f"answer={self.answer} has no positive_class={self.positive_class!r}; leave one of them out"
+            )
         return self
 
 

@@ -17,7 +17,7 @@ from fivefold.contract.files import one_at_a_time, read_json, write_json
 from fivefold.distributed.replicas import BY_ITSELF, Replicas
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.predictor import Runtime, make_runtime
-from fivefold.machine import cpu_name
+from fivefold.machine import TICK, count_cores, count_cpus, cpu_name, seconds_of_others
 from fivefold.models.cpu_convs import has_slow_groups, quicken
 from fivefold.recipe import Settings
 
@@ -30,6 +30,12 @@ SECONDS, ROUNDS = 2.0, 7
 """A further round of steps begins before so many seconds are over, and never after so many rounds."""
 MARGIN = 0.03
 """What is less simple must be faster by this share."""
+QUIET = 0.1
+"""The share of its threads' time that others may take from a probe."""
+PROBES, PAUSE = 3, 2.0
+"""A probe that others disturb is repeated so often in all, after so many seconds."""
+CLEAR = 1.5
+"""What a disturbed probe prefers to the usual precision must be so many times as fast."""
 
 
 class Manner:
@@ -190,16 +196,54 @@ def _candidates(settings: Settings, network: nn.Module) -> list[str]:
 
 
 def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], images: int) -> dict[str, Any]:
-    """The `choice` of the candidates, the `milliseconds` of each one's quickest step, and the `images` of a step.
+    """The `choice` of the candidates, the `milliseconds` of each one's quickest step, the `images` of a step, and whether
+    others `disturbed` it to the end.
 
     The network and the random state stay as they are.
     """
     with torch.random.fork_rng(devices=[]):
-        milliseconds = timed({name: _step(settings, network, name, images) for name in candidates})
-    choice = fastest(milliseconds)
+        steps = {name: _step(settings, network, name, images) for name in candidates}
+        milliseconds, disturbed = timed_in_quiet(steps)
+    choice = decide(milliseconds, "bf16" if "bf16" in candidates else candidates[0], disturbed)
     figures = ", ".join(f"{name} {value:.4g} ms" for name, value in milliseconds.items())
     log.info("precision %s by a probe: a step of %d images takes %s", choice, images, figures)
-    return {"choice": choice, "milliseconds": milliseconds, "images": images}
+    if disturbed:
+        log.warning(
+            "other processes used the cores during %d probes of the precision, so it is the usual one of this CPU unless "
+            "another is ×%g as fast; train.precision sets it",
+            PROBES,
+            CLEAR,
+        )
+    return {"choice": choice, "milliseconds": milliseconds, "images": images, "disturbed": disturbed}
+
+
+def timed_in_quiet(
+    steps: Mapping[str, Callable[[], None]], pause: float = PAUSE, seconds: float = SECONDS
+) -> tuple[dict[str, float], bool]:
+    """The times of the steps, measured again while others use the cores, and whether they did so every time.
+
+    They disturb where what they leave of the CPUs is less than this process's threads.
+    """
+    times: dict[str, float] = {}
+    threads = min(torch.get_num_threads(), count_cores())
+    for number in range(PROBES):
+        time.sleep(pause if number else 0)
+        before, start = seconds_of_others(), time.perf_counter()
+        found = timed(steps, seconds)
+        taken, wall = seconds_of_others() - before, time.perf_counter() - start
+        times = {name: min(value, times.get(name, value)) for name, value in found.items()}
+        cores = count_cpus()
+        # counted in ticks, which a short probe cannot see below
+        if cores - (taken - 2 * TICK * cores) / wall >= (1 - QUIET) * threads:
+            return times, False
+        log.info("others took %.1f of %d CPUs during the probe of the precision", taken / wall, cores)
+    return times, True
+
+
+def decide(milliseconds: Mapping[str, float], usual: str, disturbed: bool) -> str:
+    """The fastest precision; of a `disturbed` probe the usual one, unless the fastest is CLEAR times as fast."""
+    chosen = fastest(milliseconds)
+    return usual if disturbed and milliseconds[chosen] * CLEAR > milliseconds[usual] else chosen
 
 
 def _step(settings: Settings, network: nn.Module, precision: str, images: int) -> Callable[[], None]:

@@ -259,3 +259,42 @@ def test_the_sum_reaches_the_submission_and_not_the_table_of_predictions(world):
     np.testing.assert_allclose(values(world / "sum" / "output" / "submission.csv"), expected, atol=1e-6)
     kept = predictions.read(world / "sum" / "output" / "predictions.parquet").with_classes(CARS)
     np.testing.assert_allclose(np.exp(kept.log_probs), eva, atol=1e-6)
+
+
+def two_classes(root: Path, column: str, value: object) -> np.ndarray:
+    """Files of two classes in `root`/pets, a sample of one column, and a truth; the mean probability of dog."""
+    dog = np.array([0.9, 0.2, 0.7, 0.4, 0.1, 0.6])
+    for name, shift in (("a", 0.05), ("b", -0.05)):
+        probs = np.stack([1 - dog - shift, dog + shift], axis=1)
+        submission(root / "pets" / f"output_{name}.csv", probs, ("cat", "dog"))
+    write_csv(root / "eval" / "sample_submission.csv", [["ID", column], *([name, value] for name in IDS)])
+    write_csv(root / "gt.csv", [["ID", "label"], *([name, ["cat", "dog"][n % 2]] for n, name in enumerate(IDS))])
+    return dog
+
+
+@pytest.mark.parametrize(("column", "setting"), [("dog", ()), ("label", ("ensemble.positive_class=dog",))])
+def test_a_sample_of_one_probability_gets_it_and_it_is_scored_and_compared_again(world, capsys, column, setting):
+    dog = two_classes(world, column, 0.5)
+    assert stage(world, "ensemble", "mean", *setting, SUBMISSIONS=world / "pets") == 0
+    assert f"column {column!r}: the probability of 'dog'" in capsys.readouterr().err
+    path = world / "mean" / "output" / "submission.csv"
+    assert read_cells(path)[0] == ["ID", column]
+    np.testing.assert_allclose(values(path)[:, 0], dog, atol=1e-6)
+    truth = np.arange(6) % 2
+    given = {"PREDICTIONS": path, "GROUND_TRUTH": world / "gt.csv", "EVAL": None, "SUBMISSIONS": None}
+    assert stage(world, "evaluate", "scored", *setting, **given) == 0
+    found = json.loads((world / "scored" / "output" / "metrics.json").read_text())["test"]
+    assert found["accuracy"] == pytest.approx(np.mean((dog > 0.5) == truth))
+    assert found["logloss"] == pytest.approx(-np.log(np.where(truth, dog, 1 - dog)).mean(), abs=1e-6)
+    files = f"compare.files={path},{world / 'pets' / 'output_a.csv'}"
+    assert stage(world, "compare", "compared", files, *setting, **given | {"PREDICTIONS": None}) == 0
+    facts = json.loads((world / "compared" / "output" / "comparison.json").read_text())["experiments"]
+    assert facts[0]["test"]["logloss"] == pytest.approx(found["logloss"], abs=1e-5)
+
+
+def test_a_column_whose_class_is_not_known_is_asked_for_before_anything_is_predicted(world):
+    two_classes(world, "label", 0.5)
+    assert stage(world, "ensemble", "asked", SUBMISSIONS=world / "pets") == 65
+    assert "ensemble.positive_class" in failure(world / "asked")
+    assert stage(world, "ensemble", "wrong", "ensemble.positive_class=bird", SUBMISSIONS=world / "pets") == 64
+    assert not (world / "asked" / "output" / "submission.csv").exists()

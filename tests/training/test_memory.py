@@ -1,8 +1,13 @@
 import copy
+import os
 import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from fivefold.assemble import build_classifier, check_memory
@@ -67,7 +72,7 @@ def told(caplog, model: dict | None = None, **train) -> float:
     caplog.clear()
     with caplog.at_level("INFO"):
         check_memory(build_classifier(chosen.model, 3), chosen, CPU)
-    found = re.search(r"memory: about ([\d,]+) MiB", caplog.text)
+    found = re.search(r"memory: a step takes about ([\d,]+) MiB", caplog.text)
     return float(found[1].replace(",", ""))
 
 
@@ -75,3 +80,30 @@ def test_rdrop_takes_the_memory_of_two_passes_only_where_the_backbone_runs_twice
     alone = told(caplog, model={"dropout": 0.2})
     assert told(caplog, rdrop_alpha=0.5, model={"dropout": 0.2}) == alone
     assert told(caplog, rdrop_alpha=0.5, model={"drop_path": 0.1}) > 1.5 * alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "size", "batch"), [("timm/resnet10t", 96, 32), ("fivefold/small_net", 48, 96)])
+def test_the_estimate_of_a_training_is_near_its_peak(tmp_path, backbone, size, batch):
+    """The peak of a real process that splits and trains, its images among it."""
+    random = np.random.default_rng(0)
+    for number in range(240):
+        path = tmp_path / "images" / f"class {number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(256, size=(256, 256, 3), dtype=np.uint8)).save(path)
+    environ = {"SM_CHANNEL_TRAIN": tmp_path / "images", "SM_MODEL_DIR": tmp_path / "model", "OMP_NUM_THREADS": 1}
+    options = f"model.backbone={backbone} model.image_size={size} model.pretrained=false train.precision=fp32"
+    options += f" train.batch_size={batch} train.epochs=1 train.trackers=[] split.folds=3 predict.batch_size={batch}"
+    code = "import resource, sys; from jobs.__main__ import main; code = main(sys.argv[1:]); "
+    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "train", *options.split()],
+        env=os.environ | {name: str(value) for name, value in environ.items()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    told = float(re.search(r"the process takes about ([\d,]+) MiB", ended.stderr)[1].replace(",", ""))
+    peak = int(re.search(r"peak (\d+)", ended.stdout)[1]) / 1024
+    assert 0.7 < told / peak < 1.5, (told, peak)

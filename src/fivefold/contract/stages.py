@@ -62,6 +62,7 @@ _IMAGES = tuple(
     f"data.{name}"
     for name in ("store_size", "scaled_decoding", "cache", "cache_gib", "max_unpacked_gib", "max_megapixels")
 )
+_ANSWER = ("ensemble.answer", "ensemble.positive_class")
 _TRAINING = (*_IMAGES, "model", "augment", "train", "predict")
 
 STAGES = {
@@ -103,7 +104,7 @@ STAGES = {
             summary="predictions and truth -> metrics.json, plots, report.html",
             optional=("predictions", "ground_truth", "eval", "train", "model", "folds"),
             hashed=("predictions", "ground_truth", "model", "folds"),
-            sections=("data", "evaluate"),
+            sections=("data", "evaluate", *_ANSWER),
             noted=("eval", "train"),
             from_output="predictions",
         ),
@@ -112,7 +113,7 @@ STAGES = {
             summary="runs and submission files side by side -> tables, pictures, compare.html",
             optional=("runs", "submissions", "ground_truth"),
             hashed=("runs", "submissions", "ground_truth"),
-            sections=("compare",),
+            sections=("compare", *_ANSWER),
         ),
         Stage(
             name="predict",
@@ -156,7 +157,7 @@ STAGES = {
             summary="whatever models lie there -> output.csv in the columns that are asked for",
             channels=("model", "eval"),
             hashed=("model", "eval"),
-            sections=("data", "predict"),
+            sections=("data", "predict", *_ANSWER),
         ),
         Stage(
             name="evaluation",
@@ -164,6 +165,7 @@ STAGES = {
             channels=("ground_truth",),
             optional=("predictions",),
             hashed=("ground_truth",),
+            sections=_ANSWER,
             always=True,
         ),
     )

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
@@ -104,9 +105,7 @@ class ImageSet(Dataset):
         """
         if self.count_cached() == len(self):
             return True
-        sample = np.linspace(0, len(self) - 1, min(SAMPLE, len(self)), dtype=int)
-        with closing(in_threads(self._stored_bytes, sample.tolist())) as sizes:
-            expected = sum(stoppable(sizes)) / max(1, len(sample)) * len(self)
+        expected = self.expected_bytes()
         kept: list[np.ndarray] = []
         size = 0
         with closing(in_threads(self.image, range(len(self)))) as decoded:
@@ -120,6 +119,14 @@ class ImageSet(Dataset):
             return False
         self.kept = kept
         return True
+
+    def expected_bytes(self, most: int = SAMPLE) -> float:
+        """About the bytes of all decoded images, by the heads of `most` of their files; 0 where a cache has all."""
+        if self.count_cached() == len(self):
+            return 0.0
+        sample = np.linspace(0, len(self) - 1, min(most, len(self)), dtype=int)
+        with closing(in_threads(self._stored_bytes, sample.tolist())) as sizes:
+            return sum(stoppable(sizes)) / max(1, len(sample)) * len(self)
 
     def _stored_bytes(self, row: int) -> int:
         """Bytes of the stored pixels of a row, of its file's head."""
@@ -197,6 +204,22 @@ def _take_read_only() -> None:
     """
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     torch.from_numpy(np.frombuffer(b"0", np.uint8))
+
+
+class Stream(IntEnum):
+    """What NumPy draws in training beside the order of `epoch_batches`, whose key is (seed, epoch) alone."""
+
+    BALANCE = 1
+    MIX = 2
+
+
+def generator(stream: Stream, *parts: int) -> np.random.Generator:
+    """The generator of a stream at integers below 2³² such as (seed, epoch), epochs from 1.
+
+    NumPy fills up short keys with zeros. With the stream in front, and the epoch in the third place, where the key of
+    `epoch_batches` has such a zero, no two keys of a run are the same.
+    """
+    return np.random.default_rng([stream, *parts])
 
 
 def derive_seed(*parts: int) -> int:

@@ -39,6 +39,11 @@ class Submission:
     delimiter: str = ","
     decimal: str = "."
     """What parts cells, and a number from its fraction."""
+    values: tuple[str, ...] = ()
+    """The different cells of a single column of answers; empty: no file says what they look like."""
+    answer: str = "auto"
+    positive: str = ""
+    """What such a column holds (class, number, probability) and the class that a probability is of, by the settings."""
 
     @property
     def header(self) -> list[str]:
@@ -58,11 +63,15 @@ class EvalTable:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def answered_in(self, column: str, numbered: str) -> "EvalTable":
-        """The same images, whose submission has predicted classes in `column`; what a sample asks for goes first."""
-        if self.sample or not column:
-            return self
-        return replace(self, sample=Submission(self.id_column, (column,), self.ids, numbered=numbered))
+    def answered_in(self, column: str, numbered: str = "", answer: str = "auto", positive: str = "") -> "EvalTable":
+        """The same images, whose submission has predicted classes in `column`; what a sample asks for goes first.
+
+        `answer` and `positive` say what a single column holds, where its values do not.
+        """
+        found = self.sample
+        if found is None and column:
+            found = Submission(self.id_column, (column,), self.ids, numbered=numbered)
+        return replace(self, sample=found and replace(found, answer=answer, positive=positive))
 
 
 def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str = "") -> EvalTable:
@@ -99,7 +108,8 @@ def _sample(table: CsvFile) -> Submission:
     check_unique(ids, table)
     classes, spelling = tuple(map(plain_name, written)), {"marked": table.has_mark, "end": table.line_end}
     commas = table.delimiter != "," and values.str.fullmatch(r"\d*,\d+").any()
-    spelling |= {"delimiter": table.delimiter, "decimal": "," if commas else "."}
+    answers = tuple(values.unique()) if len(written) == 1 else ()
+    spelling |= {"delimiter": table.delimiter, "decimal": "," if commas else ".", "values": answers}
     return Submission(id_column, classes, ids.to_numpy(object), written=tuple(written), **spelling)
 
 

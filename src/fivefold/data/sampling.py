@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fivefold.data.dataset import Sample, count_batches, epoch_batches
+from fivefold.data.dataset import Sample, Stream, count_batches, epoch_batches, generator
 
 Sampler = Callable[..., list[list[Sample]]]
 REPEAT = 1 << 32
@@ -22,7 +22,7 @@ def balanced(codes: np.ndarray, batch_size: int, seed: int, epoch: int, drop_las
     A class goes through its rows in a new order again and again, so none is taken twice before all
     were taken once. Rows without a label (-1) are taken once each.
     """
-    random = np.random.default_rng([seed, epoch])
+    random = generator(Stream.BALANCE, seed, epoch)
     unlabelled = [(epoch, int(row)) for row in np.flatnonzero(codes < 0)]
     classes = random.permutation(np.unique(codes[codes >= 0]))
     quota, more = divmod(len(codes) - len(unlabelled), max(len(classes), 1))

@@ -10,10 +10,9 @@ from fivefold.contract.files import atomic
 from fivefold.csv_tables import check_same_ids
 from fivefold.data.evals import Submission
 from fivefold.data.same_classes import SameClasses
-from fivefold.errors import DataError
-from fivefold.predictions import Predictions, sample
+from fivefold.inference.answers import AS_NAMED, form_of
+from fivefold.predictions import Predictions
 
-AS_NAMED = SameClasses()
 DIGITS = "%.9g"
 """How a submission writes a probability: to nine digits."""
 
@@ -22,16 +21,19 @@ def write_submission(path: Path, table: Predictions, wanted: Submission, same: S
     """Writes the rows and columns that are `wanted`, in that order, as its header, its delimiter and its ends of lines are.
 
     Columns that are the classes get probabilities, classes that mean the `same` by their policy; a single column
-    that is no class gets the predicted class. The file is whole or not there; returns its path. Raises a DataError
+    gets what `form_of` says. The file is whole or not there; returns its path. Raises a DataError
     that names ids or classes which do not fit.
     """
     check_same_ids(wanted.ids, "the sample submission", table.ids, "the predictions")
     rows = table.in_order(wanted.ids)
-    check_columns(wanted.classes, table.classes, same)
-    if wants_labels(wanted.classes, same.names(table.classes)):
-        frame = pd.DataFrame(_labels(rows, same), dtype=object)
+    form = form_of(wanted, table.classes, same)
+    if form.cells:
+        frame = pd.DataFrame([form.cells[name] for name in _labels(rows, same)], dtype=object)
+    elif form.kind == "probability":
+        names = same.names(table.classes)
+        frame = pd.DataFrame(_probabilities(rows, names, same)[:, [names.index(form.names[0])]])
     else:
-        frame = pd.DataFrame(_probabilities(rows, wanted.classes, same))
+        frame = pd.DataFrame(_probabilities(rows, form.names, same))
     frame.insert(0, "id", pd.Series(rows.ids, dtype=object))
     if wanted.numbered:
         frame.insert(0, "number", np.arange(len(rows)))
@@ -48,28 +50,6 @@ def write_submission(path: Path, table: Predictions, wanted: Submission, same: S
             encoding=encoding,
         )
     return path
-
-
-def check_columns(columns: Sequence[str], classes: Sequence[str], same: SameClasses = AS_NAMED) -> None:
-    """Raises a DataError, with the names, for columns that are no class of the models, and for classes without a column."""
-    if wants_labels(columns, same.names(classes)):
-        return
-    matrix = same.columns(classes, columns)
-    unknown = [name for name, used in zip(columns, matrix.any(axis=0), strict=True) if not used]
-    without = [name for name, used in zip(classes, matrix.any(axis=1), strict=True) if not used]
-    without += sorted(set(same.names(classes)) - {*classes, *columns})
-    if unknown or without:
-        parts = [f"{sample(sorted(unknown))} unknown to the models"] if unknown else []
-        parts += [f"{sample(sorted(without))} without a column"] if without else []
-        raise DataError(
-            f"the sample submission's columns are not the models' classes: {', '.join(parts)}; behind its first column, "
-            "of the ids, a sample has one column a class, or a single one for the predicted class"
-        )
-
-
-def wants_labels(columns: Sequence[str], classes: Sequence[str]) -> bool:
-    """Whether `columns` are those of a submission of labels: one, which is no class."""
-    return len(columns) == 1 and columns[0] not in classes
 
 
 def _labels(table: Predictions, same: SameClasses) -> list[str]:

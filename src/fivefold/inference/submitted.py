@@ -1,7 +1,7 @@
 """Submission files of any origin as predictions, matched by id and by class name, never by position. No torch."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +20,11 @@ from fivefold.csv_tables import (
     open_csv,
     plain_names,
 )
+from fivefold.data.evals import Submission
 from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import FLOOR
+from fivefold.inference.answers import Form, form_of, match
 from fivefold.predictions import Predictions, read, read_system, sample
 
 log = logging.getLogger("fivefold")
@@ -40,9 +42,16 @@ def system_name(path: Path) -> str:
     return path.stem.removeprefix(PREFIX) or path.stem
 
 
+def has_one_column(path: Path) -> bool:
+    """Whether a file has one column of answers, rather than one of probabilities a class."""
+    return len(_answer_columns(open_csv(path))) < 2
+
+
 def names_classes_alone(path: Path) -> bool:
-    """Whether a file has one column of predicted classes, rather than one of probabilities a class."""
-    return len([name for name in open_csv(path).plain_columns[1:] if name not in PATH_NAMES]) < 2
+    """Whether a file has one column of predicted classes, by name or number, and no probability."""
+    table = open_csv(path)
+    columns = _answer_columns(table)
+    return len(columns) < 2 and not (columns and _are_shares(table.read(columns)[columns[0]]))
 
 
 def read_submitted(
@@ -51,8 +60,15 @@ def read_submitted(
     classes: Sequence[str] = (),
     same: SameClasses | None = None,
     all_ids: bool = True,
+    *,
+    likely: Sequence[str] = (),
+    answer: str = "auto",
+    positive: str = "",
 ) -> Predictions:
-    """A file of ids and a column of probabilities a class, or of ids and predicted classes, as predictions.
+    """A file of ids and a column of probabilities a class, or of ids and one column of answers, as predictions.
+
+    Answers are predicted classes, by name or number, or probabilities of one class, as `form_of` says of the values, the
+    classes (without any the `likely` ones, where they are numbers), and the settings `answer` and `positive`.
 
     The ids are the first column, or that of image paths where it has the `ids`; unless `all_ids` is false,
     one of them must have these and no others. Probabilities are brought
@@ -73,8 +89,10 @@ def read_submitted(
     cells = frame.drop(columns={frame.columns[0], row_id, *paths}).rename(columns=plain_name)
     if cells.columns.empty or cells.columns.has_duplicates:
         raise DataError(f"{path} has no columns of classes, each once, but {', '.join(table.columns)}")
-    by_label = len(cells.columns) == 1 and cells.columns[0] not in wanted
-    columns, shares = (_of_labels if by_label else _of_probabilities)(table, cells, wanted)
+    if len(cells.columns) == 1 and (len(wanted) < 3 or not match(cells.columns[0], sorted(wanted))):
+        columns, shares = _of_answers(table, cells.iloc[:, 0], sorted(wanted), likely, answer, positive)
+    else:
+        columns, shares = _of_probabilities(table, cells, wanted)
     found = Predictions(
         ids=frame[row_id].to_numpy(object),
         fold=np.full(len(frame), -1, np.int16),
@@ -126,7 +144,8 @@ def _id_column(
 
 def _of_probabilities(table: CsvFile, cells: pd.DataFrame, wanted: Collection[str]) -> tuple[list[str], np.ndarray]:
     """The classes and their probabilities [N, C], each row brought to sum 1 and clipped to [FLOOR, 1]."""
-    columns = cells.columns.tolist()
+    columns = [match(name, sorted(wanted)) or name for name in cells.columns]
+    columns = columns if len(set(columns)) == len(columns) else cells.columns.tolist()
     if wanted and set(columns) != set(wanted):
         missing, other = sorted(set(wanted) - set(columns)), sorted(set(columns) - set(wanted))
         parts = [f"no column of {sample(missing)}"] if missing else []
@@ -153,15 +172,79 @@ def _of_probabilities(table: CsvFile, cells: pd.DataFrame, wanted: Collection[st
     return columns, _shares(probs)
 
 
-def _of_labels(table: CsvFile, cells: pd.DataFrame, wanted: Collection[str]) -> tuple[list[str], np.ndarray]:
-    """The classes, and 1 for the one that each row names and FLOOR for the others [N, C]."""
-    check_filled(cells.iloc[:, 0], "class", table)
-    labels = plain_names(cells.iloc[:, 0])
-    columns = sorted(wanted or labels.unique())
-    unknown = sorted(set(labels) - set(columns))
+def _of_answers(
+    table: CsvFile, cells: pd.Series, wanted: Sequence[str], likely: Sequence[str], answer: str, positive: str
+) -> tuple[list[str], np.ndarray]:
+    """The classes and their probabilities [N, C] by one column: 1 for the class that a row names, or that of one class."""
+    check_filled(cells, "class", table)
+    labels = plain_names(cells)
+    if not wanted and (_are_shares(cells) or (_are_numbers(cells) and not all(map(is_number, likely)))):
+        wanted = sorted(likely)
+    if not wanted and _are_shares(cells):
+        raise DataError(
+            f"{table}: column {cells.name!r} holds probabilities of one class, and nothing here names the two classes; "
+            "give a column of probabilities a class"
+        )
+    known = wanted or sorted(labels.unique())
+    form = _form(table, cells, known, answer, positive) if wanted else None
+    if form and form.kind == "probability":
+        shares = _numbers(cells)
+        bad = np.flatnonzero(~((shares >= 0) & (shares <= 1)))
+        if len(bad) or len(known) != 2:
+            where = (
+                f"{cells.iat[bad[0]]!r} in row {bad[0] + 1} below the header" if len(bad) else f"{len(known)} classes"
+            )
+            raise DataError(f"{table}: a column of the probability of {form.names[0]!r}, but {where}")
+        return list(known), _shares(np.where(np.array(known) == form.names[0], shares[:, None], 1 - shares[:, None]))
+    if form:
+        written = {cell: name for name, cell in form.cells.items()}
+        labels = labels.map(lambda cell: written.get(cell) or _same_number(cell, written) or match(cell, known) or cell)
+    unknown = sorted(set(labels) - set(known))
     if unknown:
         raise DataError(f"{table}: predicted classes that the models do not know: {sample(unknown)}")
-    return columns, _shares(np.eye(len(columns))[pd.Index(columns).get_indexer(labels)])
+    return list(known), _shares(np.eye(len(known))[pd.Index(known).get_indexer(labels)])
+
+
+def _form(table: CsvFile, cells: pd.Series, classes: Sequence[str], answer: str, positive: str) -> Form:
+    """What the cells of a file say; whole numbers of two classes are either class, so nothing is asked for these."""
+    column = plain_name(str(cells.name))
+    form = Submission(table.columns[0], (column,), cells.to_numpy(object), values=tuple(cells.unique()))
+    whole = _are_numbers(cells) and not _are_shares(cells) and len(classes) == 2 and all(map(is_number, classes))
+    try:
+        return form_of(
+            replace(form, answer="class" if whole and answer == "auto" else answer, positive=positive), classes
+        )
+    except DataError as error:
+        raise DataError(f"{table}: {error}") from error
+
+
+def _answer_columns(table: CsvFile) -> list[str]:
+    return [
+        name for name, plain in zip(table.columns[1:], table.plain_columns[1:], strict=True) if plain not in PATH_NAMES
+    ]
+
+
+def _numbers(cells: pd.Series) -> np.ndarray:
+    """The cells as float64 [N], NaN for what is no number; a comma is a decimal comma."""
+    return pd.to_numeric(cells.str.replace(",", ".", regex=False), errors="coerce").to_numpy(np.float64)
+
+
+def _are_numbers(cells: pd.Series) -> bool:
+    return bool(np.isfinite(_numbers(cells)).all())
+
+
+def _are_shares(cells: pd.Series) -> bool:
+    """Whether all cells are numbers from 0 to 1, and some are neither."""
+    numbers = _numbers(cells)
+    return bool(((numbers >= 0) & (numbers <= 1)).all() and (numbers % 1 != 0).any())
+
+
+def _same_number(cell: str, written: Mapping[str, str]) -> str:
+    """The class of the one cell among `written` that is the same number, as 0 is 0.0; "" for none."""
+    found = [
+        name for each, name in written.items() if is_number(each) and is_number(cell) and float(each) == float(cell)
+    ]
+    return found[0] if len(found) == 1 else ""
 
 
 def _shares(probs: np.ndarray) -> np.ndarray:

@@ -14,6 +14,9 @@ MEBIBYTE = 1 << 20
 PROBED_IMAGES = (2, 4)
 """BatchNorm needs two; the difference is what two more images take."""
 
+WORKSPACE = 1.3
+"""What a step takes on a CPU, to what autograd saves of it: kernels have room of their own, and freed memory stays in pieces."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -71,6 +74,13 @@ def available(device: torch.device, sharers: int = 1) -> int:
     `sharers`: the processes of this host that train together; each has a GPU of its own, and a part of the other memory.
     """
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // sharers
+
+
+def of_process(found: Estimate, batch_size: int, images: int) -> int:
+    """Bytes that this process will have taken on a CPU: what it holds now, a step, and the decoded `images`."""
+    import psutil
+
+    return psutil.Process().memory_info().rss + round(WORKSPACE * found.total(batch_size)) + images
 
 
 def check_fits(found: Estimate, batch_size: int, free: int, accumulate: int = 1) -> str:

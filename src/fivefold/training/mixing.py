@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fivefold.choose import choose
+from fivefold.data.dataset import Stream, generator
 from fivefold.training.objectives import Rows
 
 Mix = Callable[[Tensor, float, Tensor, np.random.Generator], tuple[Tensor, float]]
@@ -34,7 +35,7 @@ class Mixing:
         `partners` where the rows' images are a part of the batch: what is mixed is decided for the batch.
         """
         mix = choose(MIXINGS, "mixing", self.name)
-        random = np.random.default_rng(seed)
+        random = generator(Stream.MIX, *seed)
         if mix is None or (self.last is not None and epoch > self.last) or random.random() >= self.p:
             return rows
         lam = float(random.beta(self.alpha, self.alpha))
