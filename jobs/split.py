@@ -1,6 +1,7 @@
 """Images to folds: opens every image once, and writes which row belongs to which fold."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,14 +11,16 @@ from fivefold.contract.files import write_json, write_text
 from fivefold.contract.job import Job
 from fivefold.contract.stages import CLASSES, FOLDS, SPLIT_SUMMARY
 from fivefold.data.adapters import Rows, read_rows
+from fivefold.data.evals import check_rows, read_eval
 from fivefold.data.folds import FoldTable, write_folds
 from fivefold.data.images import pixels_of
-from fivefold.data.opening import keep_readable, open_images
+from fivefold.data.opening import keep_readable, open_images, reasons_in_words
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.splitting import Duplicates, divide, divide_products, find_duplicates, group_codes, rank_labels
 from fivefold.data.store import ImageStore, open_store
 from fivefold.data.summary import as_text, class_file, log_summary, remove_parts, summarise, write_parts
 from fivefold.errors import DataError
+from fivefold.inference.submission import check_submission
 from fivefold.recipe import Settings, Split
 from fivefold.settings import key_settings
 
@@ -39,12 +42,14 @@ def main(job: Job, settings: Settings) -> Outcome:
             rows, open_images(store, rows.paths, pixels_of(settings.data)), split.skip_unreadable
         )
         hashes, pictures = opened.sha256, opened.pixels
+    tested = check_eval(job, settings, rows)
     duplicates = find_duplicates(pictures)
     fold, part = divide_rows(rows, duplicates, split)
 
     table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, hashes, rows.factors)
     lost = sorted({*rows.lost, *known} - set(rows.classes))
     summary = summarise(table, rows, duplicates, skipped, lost, key_settings(settings, job.stage.sections))
+    summary |= {} if tested is None else {"eval": tested}
     folder = job.output()
     remove_parts(folder)
     outputs = [folder / FOLDS, folder / CLASSES, folder / SPLIT_SUMMARY]
@@ -67,6 +72,36 @@ def labelled_rows(store: ImageStore, settings: Settings) -> Rows:
             "on without these classes by split.skip_unreadable=true"
         )
     return SameClasses(settings.data.same_classes, settings.data.same_class).merge_rows(rows)
+
+
+def check_eval(job: Job, settings: Settings, rows: Rows) -> dict[str, Any] | None:
+    """The figures of the eval channel, None where it is not given; what could not be predicted is found before a model trains.
+
+    Raises a DataError for test images that cannot be read, all at once, unless they may be predicted by the classes'
+    shares, and for a sample submission of other rows or classes.
+    """
+    if job.optional_channel("eval") is None:
+        return None
+    data = settings.data
+    store = open_store(job.channel("eval"), data.max_unpacked_gib)
+    images = read_eval(store, data.id_column, data.path_column)
+    check_rows(images)
+    if rows.factors is None:  # models may know some factors alone
+        check_submission(images, rows.classes, SameClasses(data.same_classes, data.same_class))
+    unreadable = {}
+    if settings.split.open_images:
+        unreadable = open_images(store, pa.array(images.paths, pa.string()), pixels_of(data)).unreadable
+    paths = images.paths[list(unreadable)].tolist()
+    if unreadable:
+        what = f"{len(paths)} of {len(images)} test images cannot be read"
+        if settings.ensemble.unreadable == "error" or len(paths) == len(images):
+            raise DataError(
+                f"{what}: {reasons_in_words(list(unreadable.values()), paths)}; mend them, or have them predicted by the "
+                "classes' shares in training: ensemble.unreadable=prior"
+            )
+        log.warning("%s, and will be predicted by the classes' shares in training: %s", what, ", ".join(paths))
+    reasons = [{"path": path, "reason": why} for path, why in zip(paths, unreadable.values(), strict=True)]
+    return {"images": len(images), "unreadable": reasons}
 
 
 def divide_rows(rows: Rows, duplicates: Duplicates, split: Split) -> tuple[np.ndarray, np.ndarray]:

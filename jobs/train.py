@@ -21,7 +21,10 @@ def main(job: Job, settings: Settings) -> Outcome:
     fold = settings.fold or 0
     log.info("train: no folds channel, so the recipe splits, and fold %d is trained", fold)
     parting = replace(
-        job, stage=STAGES["split"], output_data_dir=(job.output() if job.place.leads else job.scratch) / "split"
+        job,
+        stage=STAGES["split"],
+        channels={"train": job.channel("train")},
+        output_data_dir=(job.output() if job.place.leads else job.scratch) / "split",
     )
     folds = split.main(parting, settings)
     training = replace(job, stage=STAGES["train-fold"], channels={**job.channels, "folds": parting.output()})

@@ -206,6 +206,9 @@ class Ensemble(Section):
     within: Literal["mean", "geometric", "rank", "vote"] = Field("mean", description="between the models of one system")
     submissions: list[str] = Field([], description="submission files that are systems too, as SM_CHANNEL_SUBMISSIONS")
     temperature: Literal["none", "holdout"] = Field("holdout", description="fitted on the holdout if there is one")
+    unreadable: Literal["error", "prior"] = Field(
+        "error", description="test images that cannot be read: an error, or the classes' shares in training"
+    )
     submission: str = Field("submission.csv", description="file name of the submission")
     answer_column: str = Field("", description="column of predicted classes if no sample names one; empty: one a class")
     number_column: str = Field("", description="with answer_column: first column, of the rows' numbers; empty: none")

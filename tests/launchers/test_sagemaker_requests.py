@@ -90,7 +90,7 @@ def test_stages_are_chained_by_prefixes() -> None:
         for name, request in validated_requests(plan).items()
     }
     run = "s3://bucket/runs/first"
-    assert places["split"] == {"train": "s3://bucket/train/"}
+    assert places["split"] == {"train": "s3://bucket/train/", "eval": "s3://bucket/eval/"}
     assert places["ensemble"] == {"model": f"{run}/folds/", "eval": "s3://bucket/eval/", "folds": f"{run}/split/"}
     assert places["evaluate"]["predictions"] == f"{run}/ensemble/"
     assert places["evaluate"]["ground_truth"] == "s3://bucket/eval/gt.csv"

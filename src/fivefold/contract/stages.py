@@ -69,10 +69,11 @@ STAGES = {
     for stage in (
         Stage(
             name="split",
-            summary="images -> folds.parquet: folds, groups, holdout, digests",
+            summary="images -> folds.parquet: folds, groups, holdout, digests; test images are checked",
             channels=("train",),
-            hashed=("train",),
-            sections=("data", "split"),
+            optional=("eval",),
+            hashed=("train", "eval"),
+            sections=("data", "split", "ensemble.unreadable"),
         ),
         Stage(
             name="prepare",
@@ -156,7 +157,7 @@ STAGES = {
             summary="whatever models lie there -> output.csv in the columns that are asked for",
             channels=("model", "eval"),
             hashed=("model", "eval"),
-            sections=("data", "predict"),
+            sections=("data", "predict", "ensemble.unreadable"),
         ),
         Stage(
             name="evaluation",

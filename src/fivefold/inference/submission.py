@@ -8,7 +8,7 @@ import pandas as pd
 
 from fivefold.contract.files import atomic
 from fivefold.csv_tables import check_same_ids
-from fivefold.data.evals import Submission
+from fivefold.data.evals import EvalTable, Submission, check_rows
 from fivefold.data.same_classes import SameClasses
 from fivefold.errors import DataError
 from fivefold.predictions import Predictions, sample
@@ -48,6 +48,14 @@ def write_submission(path: Path, table: Predictions, wanted: Submission, same: S
             encoding=encoding,
         )
     return path
+
+
+def check_submission(images: EvalTable, classes: Sequence[str], same: SameClasses) -> None:
+    """Raises a DataError unless the sample's rows and columns can be filled, before anything is trained or predicted."""
+    same.check_model(classes)
+    if images.sample:
+        check_columns(images.sample.classes, classes, same)
+    check_rows(images)
 
 
 def check_columns(columns: Sequence[str], classes: Sequence[str], same: SameClasses = AS_NAMED) -> None:
