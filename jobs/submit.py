@@ -22,6 +22,8 @@ from fivefold.launchers.status import results_of, write_plan
 from fivefold.recipe import SECTIONS, Settings
 from fivefold.settings import arguments_layer, flatten
 
+from .check import check_plan
+
 log = logging.getLogger("fivefold")
 
 split_at_commas = BeforeValidator(lambda text: [part.strip() for part in text.split(",") if part.strip()])
@@ -56,6 +58,9 @@ class Keys(BaseModel):
     )
     seeds: Numbers = Field(
         [], description="train every fold with each of these, e.g. 42,43; the first one teaches the student"
+    )
+    check: bool = Field(
+        True, description="try the settings that every fold would meet before anything runs; false: start at once"
     )
     parallel: PositiveInt | None = Field(
         None, description="folds side by side; empty: one a GPU, or one a CPU core as far as memory goes round"
@@ -97,6 +102,8 @@ def main(arguments: Sequence[str]) -> int:
     parallel = keys.parallel or 0
     for note in plan.notes:
         log.info("%s", note)
+    if keys.check:
+        check_plan(plan, inputs, here=keys.platform == "local")
     if "--pipeline" in arguments:
         if keys.platform != "sagemaker":
             raise SettingsError(f"--pipeline is of platform=sagemaker, and platform={keys.platform} has none")

@@ -5,7 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from fivefold import predictions
+from fivefold.contract import lineage
 from fivefold.contract.files import read_json
 from fivefold.contract.stages import STAGES
 from fivefold.data.folds import read_folds
@@ -84,7 +87,11 @@ def test_a_sample_that_no_submission_could_fill_is_found_by_the_split(data, tabl
 def test_the_folds_do_not_hang_on_the_test_images_and_new_ones_are_looked_at(data, capsys):
     assert split(data) == 0
     first = (data / "split" / "output" / "folds.parquet").read_bytes()
-    assert read_json(data / "split" / "output" / "split_summary.json")["eval"] == {"images": 5, "unreadable": []}
+    assert read_json(data / "split" / "output" / "split_summary.json")["eval"] == {
+        "images": 5,
+        "unreadable": [],
+        "in_split": 0,
+    }
     write_csv(data / "eval" / "gt.csv", [["ID", "label"], *([n, "a"] for n in range(5))])
     capsys.readouterr()
     assert split(data) == 0
@@ -171,3 +178,69 @@ def test_models_name_all_unreadable_images_or_give_each_the_classes_shares(spoil
             assert row == expected
     if stage == "ensemble":
         assert read_json(spoilt / stage / "output" / "ensemble.json")["unreadable"] == ["1", "3"]
+
+
+COPIED = {"images/1.png": "a/3.png", "images/4.png": "b/0.png"}
+
+
+def copied_as_bmp(root: Path) -> None:
+    """Makes two test images pictures of the training images, in other files: equal by their pixels alone."""
+    for name, source in COPIED.items():
+        with Image.open(root / "train" / source) as image:
+            image.save(root / "eval" / name, "BMP")
+
+
+def test_test_images_equal_by_pixels_to_images_of_the_split_are_told_and_listed(data, capsys):
+    copied_as_bmp(data)
+    assert split(data, "split.holdout=0.2") == 0
+    (warned,) = [line for line in capsys.readouterr().err.splitlines() if " WARNING " in line and "test images" in line]
+    assert "2 of 5 test images" in warned
+    assert all(name in warned for name in COPIED)
+    output = data / "split" / "output"
+    rows = read_rows(output / "test_overlap.csv")
+    assert {row["path"]: row["split_path"] for row in rows} == COPIED
+    assert {row["id"]: row["label"] for row in rows} == {"1": "a", "4": "b"}
+    assert read_json(output / "split_summary.json")["eval"]["in_split"] == 2
+    assert "output/test_overlap.csv" in read_json(output / "stage.json")["outputs"]
+    noise_in(data / "eval", ("images",), 5, seed=3)
+    assert split(data, "split.holdout=0.2") == 0
+    assert not (output / "test_overlap.csv").exists()
+
+
+def test_evaluate_scores_the_test_images_without_those_of_the_split_too(trained, tmp_path, capsys):
+    root = Path(shutil.copytree(trained, tmp_path / "run"))
+    truth = write_csv(root / "gt.csv", [["ID", "label"], *zip(range(5), "abbab", strict=True)])
+    given = {"MODEL": root, "PREDICTIONS": root / "ensemble" / "output", "GROUND_TRUTH": truth}
+    assert run_stage(root, "ensemble", "ensemble", MODEL=root) == 0
+    assert run_stage(root, "evaluate", "evaluate", **given) == 0
+    before = read_json(root / "evaluate" / "output" / "metrics.json")["test"]
+    assert "not_in_split" not in before
+
+    copied_as_bmp(root)
+    assert split(root, "split.holdout=0.2") == 0
+    assert run_stage(root, "train-fold", "fold-0", "FOLD=0", *SETTINGS) == 0
+    assert "nothing to do" in capsys.readouterr().err.splitlines()[-1], "no fold trains again for other test images"
+    assert run_stage(root, "evaluate", "evaluate", **given) == 0, (
+        "of the same predictions: what is known of them is new"
+    )
+    found = read_json(root / "evaluate" / "output" / "metrics.json")["test"]
+    table = predictions.read(root / "ensemble" / "output" / "predictions.parquet")
+    hits = [table.classes[code] == label for code, label in zip(table.log_probs.argmax(axis=1), "abbab", strict=True)]
+    assert (found["n"], found["in_split"], found["not_in_split"]["n"]) == (5, 2, 3)
+    assert found["accuracy"] == before["accuracy"] == pytest.approx(sum(hits) / 5)
+    assert found["not_in_split"]["accuracy"] == pytest.approx((hits[0] + hits[2] + hits[3]) / 3)
+    assert "images not in the split" in (root / "evaluate" / "output" / "report.html").read_text()
+    assert lineage.verify(lineage.trace(root / "evaluate" / "output" / "stage.json"), tmp_path) == []
+
+
+def test_where_every_test_image_is_the_splits_there_is_no_other_score(trained, tmp_path):
+    root = Path(shutil.copytree(trained, tmp_path / "run"))
+    for number in range(5):
+        shutil.copy(root / "train" / "a" / f"{number}.png", root / "eval" / "images")
+    truth = write_csv(root / "gt.csv", [["ID", "label"], *((n, "a") for n in range(5))])
+    assert split(root, "split.holdout=0.2") == 0
+    assert run_stage(root, "ensemble", "ensemble", MODEL=root) == 0
+    given = {"MODEL": root, "PREDICTIONS": root / "ensemble" / "output", "GROUND_TRUTH": truth}
+    assert run_stage(root, "evaluate", "evaluate", **given) == 0
+    found = read_json(root / "evaluate" / "output" / "metrics.json")["test"]
+    assert (found["in_split"], "not_in_split" in found) == (5, False)

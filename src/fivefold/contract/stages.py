@@ -5,6 +5,7 @@ from dataclasses import dataclass
 FOLDS = "folds.parquet"
 CLASSES = "classes.json"
 SPLIT_SUMMARY = "split_summary.json"
+OVERLAP = "test_overlap.csv"
 WEIGHTS = "model.safetensors"
 RAW_WEIGHTS = "model_raw.safetensors"
 MODEL = "model.json"
