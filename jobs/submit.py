@@ -102,17 +102,19 @@ def main(arguments: Sequence[str]) -> int:
     parallel = keys.parallel or 0
     for note in plan.notes:
         log.info("%s", note)
-    if keys.check:
-        check_plan(plan, inputs, here=keys.platform == "local")
     if "--pipeline" in arguments:
         if keys.platform != "sagemaker":
             raise SettingsError(f"--pipeline is of platform=sagemaker, and platform={keys.platform} has none")
         if not dry_run:
+            try_settings(keys, plan, inputs)
             return sagemaker.upsert_pipeline(plan, parallel)
     if dry_run:
-        print(sagemaker.describe_pipeline(plan) if "--pipeline" in arguments else platform.describe(plan, parallel))
+        text = sagemaker.describe_pipeline(plan) if "--pipeline" in arguments else platform.describe(plan, parallel)
+        try_settings(keys, plan, inputs)
+        print(text)
         return 0
     platform.check(plan)
+    try_settings(keys, plan, inputs)
     if ignored := local.settings_variables(os.environ):
         log.warning("submit takes settings as arguments; its steps do not see the variables %s", ", ".join(ignored))
     probe_writable(plan.folder)
@@ -122,6 +124,12 @@ def main(arguments: Sequence[str]) -> int:
     code = platform.launch(plan, parallel)
     print(platform.results(everything))
     return code
+
+
+def try_settings(keys: Keys, plan: Plan, inputs: Inputs) -> None:
+    """Raises what every fold would meet, unless the user wants to start at once."""
+    if keys.check:
+        check_plan(plan, inputs, here=keys.platform == "local")
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:
