@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,15 @@ from fivefold.contract.files import write_json
 from fivefold.contract.job import Job
 from fivefold.contract.stages import EACH, ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
 from fivefold.contract.submissions import find_submissions
-from fivefold.data.evals import EvalTable, Submission, check_rows, read_eval
+from fivefold.data.evals import EvalTable, Submission, read_eval
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.store import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.calibration import apply_temperature
-from fivefold.inference.answers import form_of
 from fivefold.inference.blends import combined, equal
 from fivefold.inference.ensemble import Ensemble, by_system, check_together
 from fivefold.inference.product import Product, factors_of, product_of
-from fivefold.inference.submission import write_submission
+from fivefold.inference.submission import check_submission, write_submission
 from fivefold.inference.submitted import (
     PREFIX,
     has_one_column,
@@ -44,6 +43,8 @@ log = logging.getLogger("fivefold")
 
 ID_COLUMN = "ID"
 """What the submission calls its ids where no test table does."""
+LEAST_SHARE = 1e-6
+"""Of a class in a prediction by shares: one without a row has some probability too."""
 
 
 def main(job: Job, settings: Settings) -> Outcome:
@@ -67,7 +68,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
     explicit = settings.predict.model_dump(exclude_unset=True)
-    each = predict_each(groups, store, images, explicit, options.within, job.scratch) if groups else {}
+    asked = Asked(store, images, options.unreadable == "prior", job.scratch)
+    each, unreadable = predict_each(groups, asked, explicit, options.within) if groups else ({}, [])
     each |= {name: table.log_probs for name, table in submitted.items()}
     systems = [system_of(name, group, explicit.get("views"), options.within) for name, group in groups.items()]
     systems += [System(name, 1, 1, None, None) for name in submitted]
@@ -80,7 +82,9 @@ def main(job: Job, settings: Settings) -> Outcome:
     scores = alone + scores + holdout_scores
     tell(scores)
 
-    log_probs = apply_temperature(combined(rule.between, list(each.values()), weights), temperature)
+    blended = combined(rule.between, list(each.values()), weights)
+    log_probs = apply_temperature(blended, temperature)
+    log_probs[unreadable] = blended[unreadable]
     table = table_of(images, " + ".join(each), classes, log_probs)
     output = job.output()
     written = [predictions.write(output / PREDICTIONS, table), submit(output / options.submission, table, images, same)]
@@ -89,6 +93,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     shares = tuple((product.weights if product else weights).tolist())
     ensemble = Ensemble(groups, shares, temperature, options.within, options.blend, files)
     facts = {"submission": options.submission, "id_column": images.id_column}
+    facts |= {"unreadable": images.ids[unreadable].tolist()} if unreadable else {}
     write_json(output / ENSEMBLE, facts | ensemble.describe(scores))
     return Outcome(
         [*written, output / ENSEMBLE], {"models": len(models), "images": len(images), "temperature": temperature}
@@ -176,19 +181,40 @@ def product_for(blend: str, groups: Mapping[str, list[ModelDir]], files: Mapping
     return product_of(groups)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The images that are to be predicted, and whether those that cannot be read get the classes' shares in training."""
+
+    store: ImageStore | None
+    images: EvalTable
+    prior: bool
+    scratch: Path
+
+
 def predict_each(
-    groups: Mapping[str, list[ModelDir]],
-    store: ImageStore,
-    images: EvalTable,
-    explicit: Mapping[str, Any],
-    within: str,
-    scratch: Path,
-) -> dict[str, np.ndarray]:
-    """Each system's [N, C]; an image is decoded and transformed once for all models that see alike, and for all views."""
+    groups: Mapping[str, list[ModelDir]], asked: Asked, explicit: Mapping[str, Any], within: str
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Each system's [N, C], and the rows that cannot be read, which have the classes' shares in training there.
+
+    An image is decoded and transformed once for all models that see alike, and for all views.
+    """
     from fivefold.members import Gallery, ImageFiles
 
-    gallery = Gallery(ImageFiles(store, images.paths), scratch)
-    return {name: predict(group, gallery, explicit, within) for name, group in groups.items()}
+    gallery = Gallery(ImageFiles(asked.store, asked.images.paths), asked.scratch, asked.prior)
+    each = {name: predict(group, gallery, explicit, within) for name, group in groups.items()}
+    if rows := gallery.unreadable:
+        names = ", ".join(map(str, asked.images.paths[rows]))
+        log.warning(
+            "%d test images cannot be read, and are predicted by the classes' shares in training: %s", len(rows), names
+        )
+    return each, rows
+
+
+def prior_of(model: ModelDir) -> np.ndarray:
+    """log of the classes' shares [C] among the rows of its split; equal ones where an older model does not say them."""
+    classes = len(model.info["classes"])
+    shares = np.array(model.info.get("shares", [1 / classes] * classes), np.float64)
+    return np.log(np.maximum(shares, LEAST_SHARE) / np.maximum(shares, LEAST_SHARE).sum()).astype(np.float32)
 
 
 def predict(group: list[ModelDir], gallery: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
@@ -201,6 +227,7 @@ def predict(group: list[ModelDir], gallery: Any, explicit: Mapping[str, Any], wi
         member = load_member(model, explicit)
         log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), in_words(member.runtime))
         log_probs = member.predict_seen(gallery, model.name)
+        log_probs[gallery.unreadable] = prior_of(model)
         del member
         found.append(in_class_order(log_probs, model.info["classes"], classes))
     return combined(within, found, equal(len(found)))
@@ -236,17 +263,6 @@ def in_factors(images: EvalTable, models: Sequence[ModelDir], classes: Sequence[
     if not (part and images.sample and images.sample.answer == "auto" and not images.sample.positive):
         return images
     return images.answered_in("", answer="class")
-
-
-def check_submission(images: EvalTable, classes: tuple[str, ...], same: SameClasses) -> None:
-    """Raises a DataError unless the sample's rows and columns can be filled, before anything is predicted."""
-    same.check_model(classes)
-    if images.sample:
-        form = form_of(images.sample, classes, same)
-        log.info("the submission has %s", form.words)
-        if form.doubt:
-            log.warning("%s", form.doubt)
-    check_rows(images)
 
 
 def submit(path: Path, table: Predictions, images: EvalTable, same: SameClasses) -> Path:

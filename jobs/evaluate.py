@@ -7,6 +7,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fivefold.contract.files import atomic, write_json, write_text
@@ -45,6 +46,8 @@ def main(job: Job, settings: Settings) -> Outcome:
         write_json(folder / METRICS, {})
         return Outcome([folder / METRICS])
     figures = {rows.name: rows.figures(options.top_k, options.bins) for rows in scored}
+    if "test" in figures:
+        figures["test"] |= in_and_out(scored[0], evidence.overlap, options.top_k, options.bins)
     if evidence.selected and "holdout" in figures:
         figures["holdout"]["selected_on"] = "holdout"
     folds = [
@@ -64,7 +67,7 @@ def main(job: Job, settings: Settings) -> Outcome:
             mistakes=shown,
             thumbnails={key: image for name in shown for key, image in evidence.thumbnails(name, shown[name]).items()},
             records=evidence.records(),
-            notes=evidence.notes(),
+            notes=evidence.notes() | notes_on_overlap(figures),
             top_k=options.top_k,
         )
     )
@@ -82,6 +85,29 @@ def main(job: Job, settings: Settings) -> Outcome:
     print(json.dumps(headline, ensure_ascii=False), flush=True)
     log.info("report: %s", folder / REPORT)
     return Outcome([*written, folder / REPORT], headline)
+
+
+def in_and_out(rows: tables.Scored, known: Set[str], top_k: int, bins: int) -> dict[str, Any]:
+    """How many of the rows are images of the split, and the scores of the others, if there are any; nothing for none."""
+    other = np.array([str(name) not in known for name in rows.table.ids], bool)
+    if other.all():
+        return {}
+    found: dict[str, Any] = {"in_split": int((~other).sum())}
+    if not other.any():
+        log.warning("all %d test images are images of the split: none of these scores is of unseen images", len(other))
+        return found
+    rest = rows.table.take(other)
+    found["not_in_split"] = full_report(rest.log_probs, rest.codes(), top_k, bins)
+    told = found["in_split"], len(other), found["not_in_split"]["accuracy"], found["not_in_split"]["logloss"]
+    log.warning("%d of %d test images are images of the split; of the others: accuracy %.4f, logloss %.4f", *told)
+    return found
+
+
+def notes_on_overlap(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What the report says of test images that are images of the split."""
+    count = figures.get("test", {}).get("in_split", 0)
+    words = f"{count} of these images {'is an image' if count == 1 else 'are images'} of the split by the pixels."
+    return {"test": words} if count else {}
 
 
 def write_tables(

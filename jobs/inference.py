@@ -12,9 +12,10 @@ from fivefold.data.store import open_store
 from fivefold.inference.blends import mean
 from fivefold.inference.ensemble import by_system, check_same
 from fivefold.inference.product import needs_product, product_of
+from fivefold.inference.submission import check_submission
 from fivefold.recipe import Settings
 
-from .ensemble import check_submission, in_factors, predict_each, submit, table_of
+from .ensemble import Asked, in_factors, predict_each, submit, table_of
 from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
@@ -40,7 +41,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     check_submission(images, classes, same)
 
     explicit = settings.predict.model_dump(exclude_unset=True)
-    each = predict_each(groups, store, images, explicit, "mean", job.scratch)
+    asked = Asked(store, images, settings.ensemble.unreadable == "prior", job.scratch)
+    each, _ = predict_each(groups, asked, explicit, "mean")
     log_probs = product.join(each) if product else mean(list(each.values()))
     table = table_of(images, product.name if product else " + ".join(each), classes, log_probs)
     output = job.output()

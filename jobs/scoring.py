@@ -14,7 +14,7 @@ from fivefold.contract.artifacts import ModelDir, find_models, find_predictions,
 from fivefold.contract.files import read_json
 from fivefold.contract.job import Job
 from fivefold.contract.record import record_path
-from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS, RECORD, TRAIN_LOG
+from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, OVERLAP, PREDICTIONS, RECORD, TRAIN_LOG
 from fivefold.csv_tables import open_csv
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import read_folds
@@ -86,6 +86,13 @@ class Evidence:
             return locate(self.job, "folds", FOLDS)
         folder = self.job.optional_channel("model")
         return next(iter(locate_all(folder, self.job.scratch, FOLDS)), None) if folder else None
+
+    @cached_property
+    def overlap(self) -> frozenset[str]:
+        """The ids of the test images that are images of the split, as far as the split was given them."""
+        folder = self.job.optional_channel("folds")
+        found = locate_all(folder, self.job.scratch, OVERLAP) if folder else []
+        return frozenset(open_csv(found[0]).read(["id"])["id"]) if found else frozenset()
 
     def test(self) -> Scored | None:
         """The predicted test rows with their ground truth; None where no ground truth is given."""

@@ -1,23 +1,31 @@
 """Images to folds: opens every image once, and writes which row belongs to which fold."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fivefold.contract.files import write_json, write_text
+from fivefold.contract.files import atomic, write_json, write_text
 from fivefold.contract.job import Job
-from fivefold.contract.stages import CLASSES, FOLDS, SPLIT_SUMMARY
+from fivefold.contract.stages import CLASSES, FOLDS, OVERLAP, SPLIT_SUMMARY
 from fivefold.data.adapters import Rows, read_rows
+from fivefold.data.evals import EvalTable, check_rows, read_eval
 from fivefold.data.folds import FoldTable, write_folds
 from fivefold.data.images import pixels_of
-from fivefold.data.opening import keep_readable, open_images
+from fivefold.data.opening import Opened, equal_pictures, keep_readable, open_images, reasons_in_words
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.splitting import Duplicates, divide, divide_products, find_duplicates, group_codes, rank_labels
 from fivefold.data.store import ImageStore, open_store
 from fivefold.data.summary import as_text, class_file, log_summary, remove_parts, summarise, write_parts
 from fivefold.errors import DataError
+from fivefold.inference.submission import check_submission
+from fivefold.predictions import sample
 from fivefold.recipe import Settings, Split
 from fivefold.settings import key_settings
 
@@ -39,6 +47,7 @@ def main(job: Job, settings: Settings) -> Outcome:
             rows, open_images(store, rows.paths, pixels_of(settings.data)), split.skip_unreadable
         )
         hashes, pictures = opened.sha256, opened.pixels
+    tested = opened_eval(job, settings, rows)
     duplicates = find_duplicates(pictures)
     fold, part = divide_rows(rows, duplicates, split)
 
@@ -48,6 +57,11 @@ def main(job: Job, settings: Settings) -> Outcome:
     folder = job.output()
     remove_parts(folder)
     outputs = [folder / FOLDS, folder / CLASSES, folder / SPLIT_SUMMARY]
+    (folder / OVERLAP).unlink(missing_ok=True)
+    if tested is not None:
+        shared = equal_pictures(tested.opened, pictures) if split.open_images else {}
+        summary |= {"eval": tested.figures() | ({"in_split": len(shared)} if split.open_images else {})}
+        outputs += [write_overlap(folder / OVERLAP, tested.images, table, shared)] if shared else []
     write_folds(outputs[0], table)
     write_json(outputs[1], class_file(table))
     write_text(outputs[2], as_text(summary))
@@ -67,6 +81,69 @@ def labelled_rows(store: ImageStore, settings: Settings) -> Rows:
             "on without these classes by split.skip_unreadable=true"
         )
     return SameClasses(settings.data.same_classes, settings.data.same_class).merge_rows(rows)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The images to predict, and what they hold (nothing where the split opens no image)."""
+
+    images: EvalTable
+    opened: Opened
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Paths."""
+        return self.images.paths[list(self.opened.unreadable)].tolist()
+
+    def figures(self) -> dict[str, Any]:
+        reasons = zip(self.unreadable, self.opened.unreadable.values(), strict=True)
+        return {"images": len(self.images), "unreadable": [{"path": path, "reason": why} for path, why in reasons]}
+
+
+def opened_eval(job: Job, settings: Settings, rows: Rows) -> Tested | None:
+    """The images of the eval channel, None where it is not given; what could not be predicted is found before a model trains.
+
+    Raises a DataError for test images that cannot be read, all at once, unless they may be predicted by the classes'
+    shares, and for a sample submission of other rows or classes.
+    """
+    if job.optional_channel("eval") is None:
+        return None
+    data = settings.data
+    store = open_store(job.channel("eval"), data.max_unpacked_gib)
+    images = read_eval(store, data.id_column, data.path_column)
+    images = images.answered_in("", answer=settings.ensemble.answer, positive=settings.ensemble.positive_class)
+    check_rows(images)
+    if rows.factors is None:  # models may know some factors alone
+        check_submission(images, rows.classes, SameClasses(data.same_classes, data.same_class))
+    shown = images.paths if settings.split.open_images else images.paths[:0]
+    tested = Tested(images, open_images(store, pa.array(shown, pa.string()), pixels_of(data)))
+    if paths := tested.unreadable:
+        what = f"{len(paths)} of {len(images)} test images cannot be read"
+        if settings.ensemble.unreadable == "error" or len(paths) == len(images):
+            raise DataError(
+                f"{what}: {reasons_in_words(list(tested.opened.unreadable.values()), paths)}; mend them, or have them predicted by the "
+                "classes' shares in training: ensemble.unreadable=prior"
+            )
+        log.warning("%s, and will be predicted by the classes' shares in training: %s", what, ", ".join(paths))
+    return tested
+
+
+def write_overlap(path: Path, images: EvalTable, table: FoldTable, shared: Mapping[int, int]) -> Path:
+    """Writes which test images are images of the split by their pixels, which is told; `shared`: its row by that of the test image."""
+    mine, rows = list(shared), np.array(list(shared.values()), np.int64)
+    log.warning(
+        "split: %d of %d test images are images of the split by their pixels, such as %s: a score of them is no score of "
+        "unseen images; %s lists them, and evaluate scores the others apart",
+        len(shared),
+        len(images),
+        sample(images.paths[mine]),
+        path.name,
+    )
+    columns = {"id": images.ids[mine], "path": images.paths[mine], "split_path": table.paths_of(rows)}
+    frame = pd.DataFrame(columns | {"label": table.labels()[rows], "part": table.part[rows]}, dtype=object)
+    with atomic(path) as temporary:
+        frame.to_csv(temporary, index=False, lineterminator="\n")
+    return path
 
 
 def divide_rows(rows: Rows, duplicates: Duplicates, split: Split) -> tuple[np.ndarray, np.ndarray]:

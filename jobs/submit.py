@@ -22,6 +22,8 @@ from fivefold.launchers.status import results_of, write_plan
 from fivefold.recipe import SECTIONS, Settings
 from fivefold.settings import arguments_layer, flatten
 
+from .check import check_plan
+
 log = logging.getLogger("fivefold")
 
 split_at_commas = BeforeValidator(lambda text: [part.strip() for part in text.split(",") if part.strip()])
@@ -56,6 +58,9 @@ class Keys(BaseModel):
     )
     seeds: Numbers = Field(
         [], description="train every fold with each of these, e.g. 42,43; the first one teaches the student"
+    )
+    check: bool = Field(
+        True, description="try the settings that every fold would meet before anything runs; false: start at once"
     )
     parallel: PositiveInt | None = Field(
         None, description="folds side by side; empty: one a GPU, or one a CPU core as far as memory goes round"
@@ -101,11 +106,15 @@ def main(arguments: Sequence[str]) -> int:
         if keys.platform != "sagemaker":
             raise SettingsError(f"--pipeline is of platform=sagemaker, and platform={keys.platform} has none")
         if not dry_run:
+            try_settings(keys, plan, inputs)
             return sagemaker.upsert_pipeline(plan, parallel)
     if dry_run:
-        print(sagemaker.describe_pipeline(plan) if "--pipeline" in arguments else platform.describe(plan, parallel))
+        text = sagemaker.describe_pipeline(plan) if "--pipeline" in arguments else platform.describe(plan, parallel)
+        try_settings(keys, plan, inputs)
+        print(text)
         return 0
     platform.check(plan)
+    try_settings(keys, plan, inputs)
     if ignored := local.settings_variables(os.environ):
         log.warning("submit takes settings as arguments; its steps do not see the variables %s", ", ".join(ignored))
     probe_writable(plan.folder)
@@ -115,6 +124,12 @@ def main(arguments: Sequence[str]) -> int:
     code = platform.launch(plan, parallel)
     print(platform.results(everything))
     return code
+
+
+def try_settings(keys: Keys, plan: Plan, inputs: Inputs) -> None:
+    """Raises what every fold would meet, unless the user wants to start at once."""
+    if keys.check:
+        check_plan(plan, inputs, here=keys.platform == "local")
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:

@@ -24,7 +24,10 @@ def main(job: Job, settings: Settings) -> Outcome:
     if settings.model.weights:
         start_network(job, settings, 2)  # to no end but its errors: the split reads all images
     parting = replace(
-        job, stage=STAGES["split"], output_data_dir=(job.output() if job.place.leads else job.scratch) / "split"
+        job,
+        stage=STAGES["split"],
+        channels={"train": job.channel("train")},
+        output_data_dir=(job.output() if job.place.leads else job.scratch) / "split",
     )
     folds = split.main(parting, settings)
     training = replace(job, stage=STAGES["train-fold"], channels={**job.channels, "folds": parting.output()})

@@ -60,9 +60,10 @@ def processes(job: Job) -> dict[str, int]:
 
 
 def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
-    """What `model.json` says of the split: its folds and digest, the model's classes, and what classes are made of."""
+    """What `model.json` says of the split: its folds and digest, the model's classes, their shares, and what they are made of."""
     factored = {} if table.factors is None else {"knows": table.knows, "factors": table.factors.as_json()}
-    return {"folds": table.num_folds, "classes": table.classes, "split": sha256(path), **factored}
+    facts = {"folds": table.num_folds, "classes": table.classes, "split": sha256(path)}
+    return {**facts, "shares": [round(share, 6) for share in table.shares().tolist()], **factored}
 
 
 def settled(job: Job, settings: Settings, network: nn.Module, replicas: Replicas) -> tuple[Settings, Runtime]:

@@ -112,7 +112,7 @@ def variables(root: Path, step: str | Path, **channels: object) -> dict[str, str
     A channel replaces the run's own, `None` takes it away, and a name with SM_ stands as it is.
     """
     places = {
-        "TRAIN": root / "train", "EVAL": root / "eval", "FOLDS": root / "split" / "output",
+        "TRAIN": root / "train", "EVAL": root / "eval" if (root / "eval").exists() else None, "FOLDS": root / "split" / "output",
         "SM_MODEL_DIR": root / step / "model", "SM_OUTPUT_DATA_DIR": root / step / "output", "SM_OUTPUT_DIR": root / step,
     }  # fmt: skip
     return {

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from fivefold.data.store import ImageStore
 from fivefold.data.transforms import build_transforms
 from fivefold.distributed.replicas import with_norms_of_all
 from fivefold.errors import MissingInputError, SettingsError
+from fivefold.extras import need
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
 from fivefold.machine import count_cores
@@ -27,7 +29,7 @@ from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, Standardised, build_head
 from fivefold.models.weights import start_from
 from fivefold.recipe import Model, Settings
-from fivefold.runtimes import RUNTIME, Manner, in_words, quickened
+from fivefold.runtimes import PRECISIONS, RUNTIME, Manner, choose_device, in_words, quickened
 from fivefold.runtimes import precision_name as precision_name
 from fivefold.runtimes import runtime_for_prediction as runtime_for_prediction
 from fivefold.runtimes import runtime_of as runtime_of
@@ -37,10 +39,19 @@ from fivefold.training.loop import MONITORS, Duration, Loop, TrainRows, ValidRow
 from fivefold.training.losses import Loss, balanced_weights, build_loss
 from fivefold.training.mixing import MIXINGS, Mixing
 from fivefold.training.objectives import Objective, by_labels, by_teacher, draws, once, rdrop
-from fivefold.training.optim import OPTIMIZER_STATES, Schedule, build_optimizer, check_warmup, learning_rates
+from fivefold.training.optim import (
+    OPTIMIZER_STATES,
+    OPTIMIZERS,
+    SCHEDULES,
+    Schedule,
+    build_optimizer,
+    check_warmup,
+    learning_rates,
+)
 from fivefold.training.phases import Ema, Freezing
 from fivefold.training.resume import Stateful
 from fivefold.training.teaching import Lessons
+from fivefold.training.trackers import TRACKERS
 from fivefold.training.updates import UPDATES, build_scaler
 
 log = logging.getLogger("fivefold")
@@ -211,12 +222,52 @@ def choose_workers(wanted: int, runtime: Runtime) -> int:
 
 def check_training(settings: Settings) -> None:
     """Raises a SettingsError for what would be found out only after images are read, an epoch, or the last one."""
-    choose(MONITORS, "monitor", settings.train.monitor)
-    choose(MIXINGS, "mixing", settings.augment.mix)
+    chosen, augment = settings.train, settings.augment
+    for table, kind, name in (
+        (MONITORS, "monitor", chosen.monitor),
+        (MIXINGS, "mixing", augment.mix),
+        (SAMPLERS, "sampler", chosen.sampler),
+        (UPDATES, "update", chosen.update),
+        (OPTIMIZERS, "optimizer", chosen.optimizer),
+        (SCHEDULES, "schedule", chosen.schedule),
+        *((TRACKERS, "tracker", tracker) for tracker in chosen.trackers),
+        *([] if chosen.precision == "auto" else [(PRECISIONS, "precision", chosen.precision)]),
+    ):
+        choose(table, kind, name)
+    build_loss(chosen.loss, chosen.label_smoothing)
     build_views(settings.predict.views)
-    check_warmup(settings.train.warmup_epochs, settings.train.epochs)
-    if settings.train.batch_size == 1:
+    build_transforms(augment.train, settings.model.size)
+    build_transforms(augment.eval, settings.model.size, evaluation=True)
+    check_warmup(chosen.warmup_epochs, chosen.epochs)
+    if chosen.batch_size == 1:
         _check_one_image(settings)
+
+
+def tried_network(settings: Settings, shapes_alone: bool) -> Classifier:
+    """The network for two classes; a SettingsError where it cannot be built, or cannot take images of its size.
+
+    `shapes_alone`: it has no numbers, and nothing is computed, where that can be told without.
+    """
+    model = settings.model
+    # a small network of our own has no hub, which is told before one is asked
+    hub = model.pretrained and model.backbone.startswith("fivefold/")
+    model = model.model_copy(update={"pretrained": hub, "weights": ""})
+    network = None
+    if shapes_alone and not model.backbone.startswith("fivefold/"):  # those are quicker with numbers
+        with suppress(Exception), torch.device("meta"):  # a wrong setting, or code that asks for numbers: told below
+            network = build_classifier(model, 2)
+    network = network or build_classifier(model, 2)
+    learning_rates(network.backbone, settings.train.backbone_lr, settings.train.layer_decay)
+    return network
+
+
+def check_machine(network: Classifier, settings: Settings) -> None:
+    """Raises a SettingsError for what this machine lacks to train: the device, memory for a step, the trackers' packages."""
+    runtime = runtime_of(settings)
+    choose_device(settings.predict.device, "predict.device")
+    for name in settings.train.trackers:
+        need([name], "trackers", f"train.trackers={name}")
+    check_memory(network, settings, runtime)
 
 
 def _check_one_image(settings: Settings) -> None:

@@ -111,20 +111,27 @@ class Gallery:
     """Images as members see them: decoded and transformed once for all members of the same sight, and for all views.
 
     They stay in memory up to a limit that all sights share, then in files of the folder `scratch`.
+    `stand_in`: whether an image that cannot be read is no error (`Prepared`).
     """
 
     files: ImageFiles
     scratch: Path | None = None
+    stand_in: bool = False
     seen: dict[str, Prepared] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.files.paths)
 
+    @property
+    def unreadable(self) -> list[int]:
+        """The rows that could not be read so far, ascending; others stood in their place."""
+        return sorted({row for images in self.seen.values() for row in images.unreadable})
+
     def seen_by(self, member: Member) -> Prepared:
         """The images as the member's network takes them; made when it predicts."""
         if member.sight not in self.seen:
             left = memory_limit() - sum(other.in_memory for other in self.seen.values())
-            self.seen[member.sight] = evaluated(member.settings, self.files, self.scratch, left)
+            self.seen[member.sight] = evaluated(member.settings, self.files, self.scratch, left, self.stand_in)
         return self.seen[member.sight]
 
 
@@ -133,12 +140,18 @@ def evaluation_images(store: ImageStore, table: FoldTable, rows: np.ndarray, set
     return Prepared(image_set(store, table, rows, settings, training=False))
 
 
-def evaluated(settings: Settings, files: ImageFiles, scratch: Path | None = None, limit: int | None = None) -> Prepared:
+def evaluated(
+    settings: Settings,
+    files: ImageFiles,
+    scratch: Path | None = None,
+    limit: int | None = None,
+    stand_in: bool = False,
+) -> Prepared:
     """Images under the evaluation transform of a recipe, to be made once; `limit` bytes in memory, more in `scratch`."""
     transform = build_transforms(settings.augment.eval, settings.model.size, evaluation=True)
     pixels = pixels_of(settings.data)
     images = ImageSet(files.store, files.paths, transform, 0, files.sha256, settings.model.meta, pixels)
-    return Prepared(images, scratch, limit)
+    return Prepared(images, scratch, limit, stand_in)
 
 
 def predict_images(

@@ -214,6 +214,9 @@ class Ensemble(Section):
     within: Literal["mean", "geometric", "rank", "vote"] = Field("mean", description="between the models of one system")
     submissions: list[str] = Field([], description="submission files that are systems too, as SM_CHANNEL_SUBMISSIONS")
     temperature: Literal["none", "holdout"] = Field("holdout", description="fitted on the holdout if there is one")
+    unreadable: Literal["error", "prior"] = Field(
+        "error", description="test images that cannot be read: an error, or the classes' shares in training"
+    )
     submission: str = Field("submission.csv", description="file name of the submission")
     answer: Literal["auto", "class", "number", "probability"] = Field(
         "auto", description="what a sample's single column holds; auto: what its values look like"

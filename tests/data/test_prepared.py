@@ -76,3 +76,35 @@ def test_rows_are_made_when_they_are_asked_for_and_not_again(images):
     Image.new("RGB", (20, 20)).save(images.store.root / "3.png")
     with pytest.raises(DataError, match=r"3\.png is not the file that the split saw"):
         list(Prepared(images).batches(BATCHES, 0))
+
+
+@pytest.mark.parametrize(("limit", "in_file"), [(1 << 20, True), (0, True), (0, False)], ids=["memory", "file", "none"])
+def test_one_error_names_every_image_that_cannot_be_read_or_others_stand_in_for_all(images, tmp_path, limit, in_file):
+    whole = list(load(images, BATCHES, 0))
+    bad = [0, 5]
+    for row in bad:
+        (images.store.root / images.paths[row]).write_bytes(b"no image")
+    images.sha256 = None
+    scratch = tmp_path if in_file else None
+    with pytest.raises(DataError) as error:
+        list(Prepared(images, scratch, limit).batches(BATCHES, 0))
+    if limit or in_file:
+        assert all(images.paths[row] in str(error.value) for row in bad)
+    prepared = Prepared(images, scratch, limit, stand_in=True)
+    for _ in range(2):
+        found = list(prepared.batches(BATCHES, 0))
+        assert sorted(prepared.unreadable) == bad
+        for batch, expected in zip(found, whole, strict=True):
+            kept = ~torch.isin(expected.rows, torch.tensor(bad))
+            assert torch.equal(batch.images[kept], expected.images[kept])
+            assert torch.equal(batch.meta[kept], expected.meta[kept])
+
+
+def test_where_no_image_can_be_read_nothing_stands_in(images):
+    for path in images.paths:
+        (images.store.root / path).write_bytes(b"no image")
+    images.sha256 = None
+    prepared = Prepared(images, limit=1 << 20, stand_in=True)
+    for _ in range(2):
+        with pytest.raises(DataError, match="11 of 11 images"):
+            list(prepared.batches(BATCHES, 0))

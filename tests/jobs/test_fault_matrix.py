@@ -18,6 +18,7 @@ from toy import SETTINGS, noise_in, variables, write_csv
 STAGES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "split": ("split", ["split.folds=2"], ("TRAIN",)),
     "split of a table": ("split", ["split.folds=2", "data.table=train.csv"], ("TRAIN",)),
+    "split beside test images": ("split", ["split.folds=2"], ("TRAIN", "EVAL")),
     "prepare": ("prepare", [], ("TRAIN", "FOLDS", "EVAL")),
     "train-fold": ("train-fold", ["FOLD=0", *SETTINGS], ("TRAIN", "FOLDS")),
     "train-fold from a cache": ("train-fold", ["FOLD=0", *SETTINGS], ("TRAIN", "FOLDS", "CACHE")),
@@ -32,6 +33,7 @@ STAGES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
 INPUTS: dict[str, tuple[str, ...]] = {
     "split": ("train/a/0.png",),
     "split of a table": ("train/train.csv", "train/a/0.png"),
+    "split beside test images": ("eval/test.csv", "eval/images/0.png", "eval/sample_submission.csv"),
     "prepare": ("train/a/0.png", "eval/images/0.png", "eval/test.csv", "folds/folds.parquet", "folds/classes.json"),
     "train-fold": ("train/a/0.png", "folds/folds.parquet", "folds/classes.json"),
     "train-fold from a cache": ("cache/images/cache.json", "cache/images/index.npy", "cache/images/pixels.u8"),
@@ -104,13 +106,14 @@ OTHERWISE: dict[tuple[str, str, str], tuple[int, str]] = {
     # the fold that was asked for is a setting
     **{("export", MODEL, fault): (64, "FOLD=0: no model below") for fault in ABSENT},
     # what may be left out: a sample, one of several submissions or models, scores of rows that nobody asked for
+    **{("split beside test images", "eval/sample_submission.csv", fault): (0, "") for fault in ABSENT},
     **{("ensemble", name, fault): (0, "")
        for name in ("eval/sample_submission.csv", "submissions/output_other.csv", OOF) for fault in ABSENT},
     **{("evaluate", name, fault): (0, "") for name in (OOF, MODEL) for fault in ABSENT},
     **{("predict", name, fault): (0, "") for name in (MODEL, "images/batch.csv") for fault in ABSENT},
     # another image is an image; other weights of the same shapes are weights to start from
     **{(case, "train/a/0.png", "of another run"): (0, "") for case in ("split", "split of a table")},
-    **{(case, "eval/images/0.png", "of another run"): (0, "") for case in ("prepare", "ensemble")},
+    **{(case, "eval/images/0.png", "of another run"): (0, "") for case in ("split beside test images", "prepare", "ensemble")},
     ("train-fold from weights", "weights/start.safetensors", "of another run"): (0, ""),
     # without its table the images are all that lie there, and ids are nothing to a cache
     **{("prepare", "eval/test.csv", fault): (0, "") for fault in (*ABSENT, "of another run")},

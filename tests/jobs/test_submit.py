@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fivefold.contract.files import read_json
@@ -10,13 +11,14 @@ from fivefold.errors import MissingInputError, SettingsError
 from fivefold.launchers.plan import Inputs, make_plan
 from fivefold.launchers.status import write_plan
 from jobs import status, submit
-from toy import REPOSITORY, call_jobs, noise_in, write_csv
+from toy import REPOSITORY, call_jobs, noise, noise_in, write_csv
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder with `train/a`, `train/b` and a test table with its truth."""
     noise_in(tmp_path / "train", ("a", "b"), 6)
+    noise(tmp_path / "test" / "1.png", np.random.default_rng(1))
     write_csv(tmp_path / "test" / "test.csv", [["ID", "img_path"], [1, "1.png"]])
     write_csv(tmp_path / "test" / "gt.csv", [["ID", "label"], [1, "a"]])
     return tmp_path
@@ -54,12 +56,14 @@ def test_a_file_where_the_run_needs_a_folder_is_a_setting_that_cannot_work(data:
     (data / file).parent.mkdir(parents=True, exist_ok=True)
     (data / file).touch()
     with pytest.raises(SettingsError, match=f"cannot write to {data}/runs/r.*: a file stands where a folder is needed"):
-        submit.main([f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={data / 'runs'}", "run=r"])
+        submit.main(
+            [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={data / 'runs'}", "run=r", "check=false"]
+        )
     assert not (data / "runs" / "r" / "split" / "log.txt").exists(), "nothing was started"
 
 
 def test_a_truth_without_test_images_is_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert submit.main([f"train={data / 'train'}", f"ground_truth={data / 'test'}", "--dry-run"]) == 0
+    assert submit.main([f"train={data / 'train'}", f"ground_truth={data / 'test'}", "check=false", "--dry-run"]) == 0
     assert any("is not used: without eval=" in r.message and r.levelname == "WARNING" for r in caplog.records)
     with pytest.raises(MissingInputError, match="eval="):
         submit.main([f"train={data}", f"eval={data / 'no'}"])
@@ -68,7 +72,7 @@ def test_a_truth_without_test_images_is_told(data: Path, caplog: pytest.LogCaptu
 def test_a_dry_run_runs_nothing_and_its_commands_can_be_pasted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = data / "my runs"
     given = [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}", "run=r", "split.folds=3", "--dry-run"]
-    assert submit.main(given) == 0
+    assert submit.main([*given, "check=false"]) == 0
     printed = capsys.readouterr().out
     assert not runs.exists()
     assert f"SM_CHANNEL_GROUND_TRUTH={data / 'test' / 'gt.csv'}" in printed
@@ -114,7 +118,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_runs_of_one_name_count_up(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = data / "runs"
-    arguments = [f"train={data / 'train'}", f"runs={runs}", "run=exp"]
+    arguments = [f"train={data / 'train'}", f"runs={runs}", "run=exp", "check=false"]
     for expected in ("exp", "exp2", "exp3"):
         assert submit.main([*arguments, "increment=true", "--dry-run"]) == 0
         assert f"# run {expected} in {runs / expected}" in capsys.readouterr().out

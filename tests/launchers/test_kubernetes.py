@@ -104,7 +104,17 @@ def launch(cluster: Cluster, plan: Plan | None = None) -> int:
 
 def submit(cluster: Cluster, *arguments: str) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-m", "jobs", "submit", f"runs={cluster.runs}", *REQUEST, *QUICK, *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs",
+        "submit",
+        f"runs={cluster.runs}",
+        *REQUEST,
+        *QUICK,
+        "check=false",
+        *arguments,
+    ]
     return subprocess.Popen(command, cwd=REPOSITORY, env=cluster.environ, **pipes)
 
 

@@ -28,6 +28,7 @@ from fivefold.contract.stages import (
     HOLDOUT,
     MODEL,
     OOF,
+    OVERLAP,
     PREDICTIONS,
     RECORD,
     TRAIN_LOG,
@@ -43,6 +44,8 @@ KEYED_FILES = {
 }
 """Of these channels only these files make a key: the folder around them may hold more."""
 
+KEYED_FOR = {("evaluate", "folds"): (OVERLAP,)}
+"""Files that make the key of one stage too: the split writes them for it alone, and they change no other result."""
 COMPARED = (".csv", ".parquet", ENSEMBLE, MODEL)
 """Of a run only these files are compared."""
 TRUTH = tuple(f"/{name}" for name in TRUTHS)
@@ -174,8 +177,8 @@ def find_predictions(folder: Path, scratch: Path) -> dict[str, Path]:
     return {PREDICTIONS: _submission(folder, scratch)}
 
 
-def channel_digest(channel: str, folder: Path, scratch: Path, settings: Mapping[str, Any]) -> str:
-    """The digest of what a stage with these (flat) settings reads of a channel: of certain files, or of the whole folder.
+def channel_digest(channel: str, folder: Path, scratch: Path, settings: Mapping[str, Any], stage: str = "") -> str:
+    """The digest of what a `stage` with these (flat) settings reads of a channel: of certain files, or of the whole folder.
 
     A split that opens no image reads tables (a .zip counts as one) and, of all other files, only their names.
     """
@@ -184,7 +187,8 @@ def channel_digest(channel: str, folder: Path, scratch: Path, settings: Mapping[
     if channel == "predictions":
         return _digest(list(find_predictions(folder, scratch).values()))
     if channel in KEYED_FILES:
-        return _digest([path for name in KEYED_FILES[channel] for path in _named(folder, scratch, name)])
+        names = (*KEYED_FILES[channel], *KEYED_FOR.get((stage, channel), ()))
+        return _digest([path for name in names for path in _named(folder, scratch, name)])
     if channel == "runs":
         return tree_sha256(folder, without=(RECORD,), only=COMPARED)
     without = (RECORD, *TRUTH) if channel == "eval" else (RECORD,)

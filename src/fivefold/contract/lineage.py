@@ -129,7 +129,7 @@ def verify(node: Node, scratch: Path) -> list[str]:
         if channel not in places or digest == "given":
             continue
         try:
-            if channel_digest(channel, places[channel], scratch, node.facts["settings"]) != digest:
+            if channel_digest(channel, places[channel], scratch, node.facts["settings"], node.name) != digest:
                 problems.append(f"{node.path}: its channel {channel!r} ({places[channel]}) holds something else now")
         except FivefoldError as error:
             problems.append(f"{node.path}: its channel {channel!r} cannot be read any more: {error}")

@@ -76,7 +76,7 @@ class Stopwatch:
 def key_of(job: Job, settings: Mapping[str, Any]) -> Key:
     """The key of this job: digests of its hashed channels, and the settings that can change its result."""
     given = [name for name in job.stage.hashed if job.optional_channel(name) is not None]
-    digests = {name: channel_digest(name, job.channel(name), job.scratch, settings) for name in given}
+    digests = {name: channel_digest(name, job.channel(name), job.scratch, settings, job.stage.name) for name in given}
     digests |= {
         key: tree_sha256(path, without=(RECORD,), only=COMPARED if key.startswith("compare.") else ("",))
         for key, path in _named_files(settings)

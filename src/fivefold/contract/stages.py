@@ -5,6 +5,7 @@ from dataclasses import dataclass
 FOLDS = "folds.parquet"
 CLASSES = "classes.json"
 SPLIT_SUMMARY = "split_summary.json"
+OVERLAP = "test_overlap.csv"
 WEIGHTS = "model.safetensors"
 RAW_WEIGHTS = "model_raw.safetensors"
 MODEL = "model.json"
@@ -70,10 +71,11 @@ STAGES = {
     for stage in (
         Stage(
             name="split",
-            summary="images -> folds.parquet: folds, groups, holdout, digests",
+            summary="images -> folds.parquet: folds, groups, holdout, digests; test images are checked",
             channels=("train",),
-            hashed=("train",),
-            sections=("data", "split"),
+            optional=("eval",),
+            hashed=("train", "eval"),
+            sections=("data", "split", "ensemble.unreadable", *_ANSWER),
         ),
         Stage(
             name="prepare",
@@ -157,7 +159,7 @@ STAGES = {
             summary="whatever models lie there -> output.csv in the columns that are asked for",
             channels=("model", "eval"),
             hashed=("model", "eval"),
-            sections=("data", "predict", *_ANSWER),
+            sections=("data", "predict", "ensemble.unreadable", *_ANSWER),
         ),
         Stage(
             name="evaluation",

@@ -75,6 +75,11 @@ class FoldTable:
         """Indices of the rows that no model trains or selects on, ascending."""
         return np.flatnonzero(np.isin(self.part, ASIDE))
 
+    def shares(self) -> np.ndarray:
+        """The share of each class [C] among the rows that are not set aside."""
+        counts = np.bincount(self.codes[~np.isin(self.part, ASIDE)], minlength=len(self.classes))
+        return counts / max(1, counts.sum())
+
     def ids_of(self, rows: np.ndarray) -> np.ndarray:
         """Ids of the given rows (indices) as Python strings in an object array."""
         return self.ids.take(pa.array(rows)).to_numpy(zero_copy_only=False)

@@ -1,6 +1,7 @@
 """Every image opened once: digests of its bytes and of its pixels, and why it cannot be read if so."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,19 @@ def _open(store: ImageStore, path: str, most: float) -> tuple[str | None, bytes,
         return hashlib.sha256(content).hexdigest(), pixel_digest(decode(content, path, most)), ""
     except DataError as error:
         return None, bytes(DIGEST_BYTES), str(error)
+
+
+def equal_pictures(given: Opened, known: np.ndarray) -> dict[int, int]:
+    """The readable rows of `given` whose picture is among those `known` by their pixels [N]: of each the first row there."""
+    first = dict(zip(reversed(known.tolist()), reversed(range(len(known))), strict=True))
+    found = ((row, first.get(pixels)) for row, pixels in enumerate(given.pixels.tolist()))
+    return {row: other for row, other in found if other is not None and row not in given.unreadable}
+
+
+def reasons_in_words(reasons: Sequence[str], paths: Sequence[str]) -> str:
+    """The first few of the reasons why the images at `paths` cannot be read, each of which names its image; then the other paths."""
+    rest = f"; and {', '.join(paths[LISTED:])}" if len(paths) > LISTED else ""
+    return "; ".join(reasons[:LISTED]) + rest
 
 
 def keep_readable(rows: Rows, opened: Opened, skip: bool) -> tuple[Rows, Opened, list[dict[str, str]]]:

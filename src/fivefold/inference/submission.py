@@ -1,5 +1,6 @@
 """Submission files: the columns of the sample, to the letter and in its order. No torch."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pandas as pd
 
 from fivefold.contract.files import atomic
 from fivefold.csv_tables import check_same_ids
-from fivefold.data.evals import Submission
+from fivefold.data.evals import EvalTable, Submission, check_rows
 from fivefold.data.same_classes import SameClasses
 from fivefold.inference.answers import AS_NAMED, form_of
 from fivefold.predictions import Predictions
+
+log = logging.getLogger("fivefold")
 
 DIGITS = "%.9g"
 """How a submission writes a probability: to nine digits."""
@@ -50,6 +53,17 @@ def write_submission(path: Path, table: Predictions, wanted: Submission, same: S
             encoding=encoding,
         )
     return path
+
+
+def check_submission(images: EvalTable, classes: Sequence[str], same: SameClasses) -> None:
+    """Raises a DataError unless the sample's rows and columns can be filled, before anything is trained or predicted."""
+    same.check_model(classes)
+    if images.sample:
+        form = form_of(images.sample, classes, same)
+        log.info("the submission has %s", form.words)
+        if form.doubt:
+            log.warning("%s", form.doubt)
+    check_rows(images)
 
 
 def _labels(table: Predictions, same: SameClasses) -> list[str]:

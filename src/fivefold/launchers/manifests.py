@@ -308,7 +308,7 @@ CLAIM_COMMENT = (
     "# keep them). Folds on several machines need ReadWriteMany."
 )
 COMMENTS = {
-    "split-job.yaml": "Images in /data/train to folds, in /runs/first/split.",
+    "split-job.yaml": "Images in /data/train to folds, in /runs/first/split; those in /data/eval are checked.",
     "train-folds-job.yaml": "Every fold in a pod of its own, side by side: FOLD is the pod's index. After split.",
     "ensemble-job.yaml": "The fold models predict /data/eval; the submission is in /runs/first/ensemble/output.",
     "evaluate-job.yaml": "Scores and the report: of test rows, if there is a gt.csv beside the test.csv. After ensemble.",

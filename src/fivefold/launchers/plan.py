@@ -167,7 +167,7 @@ class _Builder:
 
     def build(self) -> None:
         inputs, split = self.inputs, self.settings.split
-        self._add("split", "split", {"train": inputs.train})
+        self._add("split", "split", {"train": inputs.train, "eval": inputs.eval})
         images = {"train": inputs.train, "weights": inputs.weights}
         seeds = self.seeds or (self.settings.seed,)
         for seed in seeds:

@@ -130,8 +130,8 @@ class Schedule(LambdaLR):
         gamma: float = 0.5,
     ) -> None:
         make = choose(SCHEDULES, "schedule", name)
-        warmup = round(warmup_epochs * steps_per_epoch)
-        check_warmup(warmup / steps_per_epoch, total / steps_per_epoch)
+        check_warmup(warmup_epochs, total / steps_per_epoch)
+        warmup = min(round(warmup_epochs * steps_per_epoch), total - 1)
         factor = make(total - warmup, warmup, step_epochs * steps_per_epoch, gamma)
         super().__init__(optimizer, lambda step: (step + 1) / warmup if step < warmup else factor(step))
 
