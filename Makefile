@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -m "not slow and not docker and not gpu"
 VENV := .venv
 BIN := $(VENV)/bin
 # A file of tests a core: most wait for processes, and networks this small do not keep two threads busy.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --durations=20 --durations-min=5
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)$(shell git diff --quiet HEAD 2>/dev/null || echo -dirty)
 content = $(shell cat pyproject.toml $(1) | cksum | cut -d' ' -f1)
@@ -45,7 +45,6 @@ test-docker: $(FOR_ALL) ## the image on a Docker engine; after `make image`
 	@FIVEFOLD_IMAGE=$(IMAGE) BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest -m docker
 
 test-lowest: $(FOR_RUNS) ## the demo with the lowest versions that pyproject.toml allows, in build/lowest
-	@$(BIN)/python -m pip install --disable-pip-version-check -q $(UV)
 	@$(BIN)/uv venv --quiet --clear --python $(PYTHON) build/lowest
 	@$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct .
 	@cd build/lowest && bin/fivefold demo train.epochs=1
@@ -83,20 +82,22 @@ clean: ## remove .venv, the demo's images and run, and caches; other runs stay
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(FOR_RUNS):
-	@echo "setting up $(VENV) for runs: PyTorch and what it needs, about 5 minutes on a fast line"
+	@echo "setting up $(VENV) for runs: PyTorch and what it needs, about 3 minutes on a fast line"
 	@$(call install,docker/requirements.txt)
 	@rm -f $(VENV)/.set-up-runs-* && touch $@
 
 $(FOR_ALL): $(FOR_RUNS)
-	@echo "setting up $(VENV) for tests: the test tools and the SageMaker SDK, about 2 minutes more"
+	@echo "setting up $(VENV) for tests: the test tools and the SageMaker SDK, about a minute more"
 	@$(call install,requirements-dev.txt)
 	@rm -f $(VENV)/.set-up-all-* && touch $@
 
-# A half-made .venv is completed; the package goes in with the pinned setuptools, so that nothing unpinned is fetched.
+# A half-made .venv is completed. uv takes a third of pip's time. The package goes in with the pinned setuptools, so that
+# nothing unpinned is fetched.
 define install
 { command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): install Python 3.11, or make PYTHON=/path/to/python3.11"; exit 66; }; } && \
 { test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV); } && \
-$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r $(1) && \
+$(BIN)/python -m pip install --disable-pip-version-check -q $(UV) && \
+$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r $(1) && \
 $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 endef
 

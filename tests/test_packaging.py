@@ -223,9 +223,11 @@ def test_console_command_is_the_door_of_the_repository(wheel: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("other", other_pythons())
 def test_demo_runs_from_the_wheel_under_another_python(wheel: Path, tmp_path: Path, other: str) -> None:
-    subprocess.run([other, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run([other, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    pip(python, "install", "-q", wheel)
+    # by uv, which `make` puts beside this Python: it has most of the packages in its cache
+    install = [Path(sys.executable).with_name("uv"), "pip", "install", "--compile-bytecode", "--python", python]
+    subprocess.run([*install, "--constraint", REPOSITORY / "requirements.txt", wheel], check=True)
     command = [python.with_name("fivefold"), "demo", "train.epochs=1"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
