@@ -7,7 +7,7 @@ import sys
 import pytest
 
 PROCESS = """
-import sys, threading, time
+import ctypes, sys, threading, time
 from fivefold import stopping
 from fivefold.errors import StoppedError
 
@@ -17,6 +17,9 @@ try:
         print("ready", flush=True)
         if sys.argv[1] == "hangs":
             threading.Event().wait(60)
+        if sys.argv[1] == "hangs in a library":
+            mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+            library.pthread_mutex_lock(mutex), library.pthread_mutex_lock(mutex)  # the second one waits for ever
         while True:
             time.sleep(0.05)
             stopping.poll()
@@ -28,7 +31,7 @@ except StoppedError as stopped:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize(("does", "printed"), [("hangs", ""), ("asks", "kept\n")])
+@pytest.mark.parametrize(("does", "printed"), [("hangs", ""), ("hangs in a library", ""), ("asks", "kept\n")])
 def test_a_process_that_hangs_ends_too_and_one_that_keeps_its_work_has_the_time(
     does: str, printed: str, number: int, code: int
 ) -> None:
@@ -39,3 +42,24 @@ def test_a_process_that_hangs_ends_too_and_one_that_keeps_its_work_has_the_time(
         process.send_signal(number)
         rest, errors = process.communicate(timeout=30)
     assert (process.returncode, rest) == (code, printed), errors
+
+
+def test_what_a_forked_worker_is_sent_does_not_end_its_parent() -> None:
+    code = """
+import os, signal, sys, time
+from fivefold import stopping
+
+stopping.SECONDS_UNTIL_HUNG = 0.2
+with stopping.noted(watched=True):
+    worker = os.fork()
+    if not worker:
+        time.sleep(60)
+    time.sleep(0.3)
+    os.kill(worker, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
+    time.sleep(1)
+    stopping.poll()
+print("goes on")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
+    assert (ended.returncode, ended.stdout) == (0, "goes on\n"), ended.stderr

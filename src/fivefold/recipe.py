@@ -153,7 +153,9 @@ class Train(Section):
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes count more")
     sampler: str = Field("shuffle", description="shuffle: every row once an epoch; balanced: classes in equal parts")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a target spread over all classes")
-    rdrop_alpha: float = Field(0.0, ge=0, description="weight of R-Drop's divergence of two passes; 0: no R-Drop")
+    rdrop_alpha: float = Field(
+        0.0, ge=0, description="weight of R-Drop (half the α of the paper, which adds two losses); 0: none"
+    )
     update: str = Field("plain", description="a step: plain, or sam (two gradients)")
     sam_rho: float = Field(0.05, ge=0, description="sam: how far up the gradient the second one is taken")
     optimizer: str = Field("adamw", description="adamw, adam, sgd (Nesterov) or muon (AdamW where it does not apply)")

@@ -1,11 +1,10 @@
 """Being told to stop: SIGTERM and SIGINT are noted, and long work asks between two of its items."""
 
-import _thread
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 from fivefold.errors import StoppedError
@@ -32,7 +31,7 @@ def noted(at_once: bool = True, watched: bool = False) -> Iterator[None]:
     """Notes SIGTERM and SIGINT while the block runs, for `poll`; a second one ends the process `at_once`.
 
     A `watched` process that does not ask within a minute ends too, with what it has kept: it waits for what never comes,
-    as for workers that are gone.
+    as for workers that are gone, or in a library for another process of its training.
 
     Not where its starter does that, and hands on what it is sent itself: who signals all of them then signals twice.
 
@@ -53,8 +52,6 @@ def noted(at_once: bool = True, watched: bool = False) -> Iterator[None]:
             os._exit(128 + number)
         elif not _received:
             _received.append(number)
-            if watched:
-                _thread.start_new_thread(_end_if_hung, (number,))  # takes no lock that this thread may hold just now
             # no logging: the signal may have come in the middle of a line of it
             os.write(2, f"{signal.Signals(number).name}: stops as soon as all is kept (again: at once)\n".encode())
 
@@ -64,7 +61,8 @@ def noted(at_once: bool = True, watched: bool = False) -> Iterator[None]:
         if handler != signal.SIG_IGN:
             signal.signal(number, note)
     try:
-        yield
+        with _watch() if watched else nullcontext():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -72,8 +70,32 @@ def noted(at_once: bool = True, watched: bool = False) -> Iterator[None]:
         _received.clear()
 
 
-def _end_if_hung(number: int) -> None:
-    """Ends this process as the signal would, unless it asks in time whether to stop."""
-    if not _heard.wait(SECONDS_UNTIL_HUNG):
-        os.write(2, b"no step since: ends with the last checkpoint; the same command goes on from there\n")
-        os._exit(128 + number)
+@contextmanager
+def _watch() -> Iterator[None]:
+    """Has a thread know of each signal at once, also while this thread is in a library and runs no handler of Python's."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watch = threading.Thread(target=_end_when_hung, args=(reader,), daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        _heard.set()  # nobody waits any more
+        os.close(writer)
+        watch.join()
+        os.close(reader)
+
+
+def _end_when_hung(reader: int) -> None:
+    """Ends this process a minute after a signal as that would, unless it asks in time whether to stop."""
+    while told := os.read(reader, 1):
+        number = told[0]
+        if number in NOTED and not _heard.wait(SECONDS_UNTIL_HUNG):
+            os.write(2, b"no step since: ends with the last checkpoint; the same command goes on from there\n")
+            os._exit(128 + number)
+
+
+# what a forked worker is sent is not for its parent
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))

@@ -163,6 +163,19 @@ def test_stopped_or_with_one_killed_all_end_and_the_same_command_goes_on(struck,
 
 
 @pytest.mark.slow
+def test_told_to_stop_while_one_stands_still_and_the_other_waits_for_it_both_end(world, tmp_path):
+    process = begin(("train-fold", *SMALL), given(world, tmp_path, NPROC="2"))
+    wait_for_epoch(process, 5)
+    pids = children(process)
+    os.kill(pids[1], signal.SIGSTOP)
+    time.sleep(2)  # the other one comes to where both add up their gradients
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=SECONDS_TO_END)[1]
+    assert process.returncode == 143, said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.slow
 def test_when_the_starter_is_killed_no_process_trains_on(world, tmp_path):
     process = begin(("train-fold", *SMALL), given(world, tmp_path, NPROC="2"))
     wait_for_epoch(process, 3)

@@ -94,6 +94,7 @@ def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
+            child.send_signal(signal.SIGCONT)  # one that stands still hears nothing
 
 
 def as_one(codes: Mapping[int, int], world: int, received: Sequence[int] = ()) -> int:
