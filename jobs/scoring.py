@@ -199,7 +199,7 @@ class Evidence:
 
     def _store(self, channel: str) -> ImageStore | None:
         path = self.job.optional_channel(channel)
-        return open_store(path) if path else None
+        return open_store(path, self.data.max_unpacked_gib) if path else None
 
     def _tables(self, file: str) -> list[tuple[ModelDir, Predictions]]:
         """Each model that has the table `file`, with it."""

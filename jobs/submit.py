@@ -29,6 +29,7 @@ log = logging.getLogger("fivefold")
 split_at_commas = BeforeValidator(lambda text: [part.strip() for part in text.split(",") if part.strip()])
 Names = Annotated[list[str], split_at_commas]
 Numbers = Annotated[list[NonNegativeInt], split_at_commas]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, le=2**32 - 1)]], split_at_commas]
 
 
 class Keys(BaseModel):
@@ -56,7 +57,7 @@ class Keys(BaseModel):
     folds: Numbers = Field(
         [], description="only these, e.g. 2,4; empty: all. Alone it means their training, and no later stage"
     )
-    seeds: Numbers = Field(
+    seeds: Seeds = Field(
         [], description="train every fold with each of these, e.g. 42,43; the first one teaches the student"
     )
     check: bool = Field(

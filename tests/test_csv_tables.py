@@ -67,6 +67,12 @@ def test_a_large_table_with_line_breaks_in_cells_is_read_as_a_small_one(tmp_path
     }
 
 
+def test_a_cell_may_be_longer_than_python_s_csv_module_takes(tmp_path):
+    mask = "1 2 " * 50_000
+    table = open_csv(write(tmp_path, f"id,mask,label\n1,{mask},x\n"))
+    assert table.read(["id", "label"]).values.tolist() == [["1", "x"]]
+
+
 def test_cells_may_hold_the_delimiter_quotes_and_line_breaks(tmp_path):
     frame = open_csv(write(tmp_path, 'a,b\n"1,5","say ""no"""\n x ,"two\nlines"\n')).read()
     assert frame.values.tolist() == [["1,5", 'say "no"'], [" x ", "two\nlines"]]

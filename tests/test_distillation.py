@@ -92,9 +92,12 @@ def test_unlabelled_images_that_are_the_splits_are_found_by_their_pixels(folds, 
         taken = [sha256((tmp_path / name).read_bytes()).hexdigest() for name in folds.paths.to_pylist()]
         folds = replace(folds, sha256=pa.array(taken))
     pupils = Pupils(folds, np.arange(6), open_store(tmp_path))
-    given = ["fold.png", "holdout.png", "new.png", "other.png"]
+    (tmp_path / "given" / "broken.png").write_bytes((tmp_path / "given" / "new.png").read_bytes()[:60])
+    given = ["broken.png", "fold.png", "holdout.png", "new.png", "other.png"]
     assert unseen_paths(open_store(tmp_path / "given"), given, pupils) == ["new.png", "other.png"]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    unreadable, same = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "broken.png" in unreadable
+    assert "2 of 5" in same
 
 
 def test_rows_that_chose_a_students_epoch_are_not_called_unseen(folds, tmp_path):

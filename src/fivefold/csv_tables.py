@@ -42,6 +42,7 @@ CLASS_NAMES = (*LABEL_NAMES, *ANSWER_NAMES)
 TRUE_CLASS_NAMES = ("true_class", "image_type", *LABEL_NAMES)
 CATEGORY_NAMES = ("category_name", "category")
 DELIMITERS = (",", ";", "\t")
+csv.field_size_limit(2**31 - 1)  # masks and images stand in cells too; the size of a table has its own bound
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,11 @@ class CsvFile:
         if not len(frame):
             raise DataError(f"{self} holds no rows, only the header {', '.join(self.columns)}")
         return frame[places].set_axis(names, axis=1)
+
+    def first_rows(self, count: int) -> list[list[str]]:
+        """The cells of at most so many rows below the header, as far as they can be read."""
+        reader = csv.reader(io.StringIO(self.text, newline=""), delimiter=self.delimiter)
+        return [*islice((cells for cells in reader if not _is_blank(cells)), 1, 1 + count)]
 
     def numbers(self, cells: pd.DataFrame) -> np.ndarray:
         """The cells as float64 [N, C]; a comma in a cell is a decimal comma.

@@ -90,20 +90,25 @@ def teach(teacher: str, models: Sequence[ModelDir], pupils: Pupils, views: Seque
 
 
 def unseen_paths(store: ImageStore, paths: Sequence[str], pupils: Pupils, kind: Pixels = Pixels()) -> list[str]:  # noqa: B008
-    """The paths whose pictures are none of the split's, by their pixels; the others are left out, with a warning.
+    """The paths whose pictures are none of the split's, by their pixels; the others, and what cannot be read, are left out, with warnings.
 
     A fold's own image would be taught by models that trained on it, a holdout's would be trained on. `kind` says how large
     an image may be: one that the split could open must be opened here too.
     """
     split, given = open_images(pupils.store, pupils.folds.paths, kind), open_images(store, pa.array(paths), kind)
     known = set(split.pixels[split.readable].tolist())
-    fresh = [path for path, pixels in zip(paths, given.pixels.tolist(), strict=True) if pixels not in known]
-    if len(fresh) < len(paths):
+    if given.unreadable:
+        reasons = sample(list(given.unreadable.values()))
         log.warning(
-            "%d of %d unlabelled images are pictures of the split; they are left out",
-            len(paths) - len(fresh),
+            "%d of %d unlabelled images cannot be read; they are left out: %s",
+            len(given.unreadable),
             len(paths),
+            reasons,
         )
+    whole = zip(paths, given.pixels.tolist(), given.readable.tolist(), strict=True)
+    fresh = [path for path, pixels, readable in whole if readable and pixels not in known]
+    if same := len(paths) - len(given.unreadable) - len(fresh):
+        log.warning("%d of %d unlabelled images are pictures of the split; they are left out", same, len(paths))
     return fresh
 
 

@@ -321,6 +321,7 @@ class SageMaker(Section):
     subnets: list[str] = Field([], description="of the VPC that jobs run in; with security_groups")
     security_groups: list[str] = Field([], description="of the VPC that jobs run in; with subnets")
     isolate: bool | None = Field(None, description="no network in the container; empty: where nothing is fetched")
+    encrypt_traffic: bool = Field(False, description="what the hosts of a fold send one another; slower")
     kms_key: str = Field("", description="KMS key that encrypts outputs in S3")
     volume_kms_key: str = Field("", description="KMS key that encrypts disks; not for instances with NVMe disks")
     tags: dict[str, Any] = Field({}, description="of each job: texts by name")

@@ -313,6 +313,14 @@ def test_the_column_that_names_the_images_is_the_path(
     assert ("only other column, 'breed'" in caplog.text) == header.endswith("breed")
 
 
+def test_one_image_that_is_not_there_hides_no_column(tmp_path: Path) -> None:
+    names = flat(tmp_path / "data", "train")
+    (tmp_path / "data" / names[3]).unlink()
+    root = write_data(tmp_path / "data", train=stems("id,label"))
+    with pytest.raises(DataError, match="003"):
+        rows_of(root)
+
+
 def test_no_column_is_guessed_where_two_could_be_or_settings_name_another(tmp_path: Path) -> None:
     names = flat(tmp_path / "data", "train", suffix=".png")
     lines = [f"{n:03d},{(n + 1) % 12:03d},{'ab'[n % 2]}" for n in range(12)]
@@ -343,7 +351,16 @@ def test_labels_that_differ_in_blanks_form_or_invisible_characters_are_one_class
     assert rows_of(folders).classes == rows.classes
 
 
-@pytest.mark.parametrize(("one", "other"), [("a b", "a\u00a0b"), ("ab", "a\u200cb"), ("a b", "a  b")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a b", "a\u00a0b"),
+        ("ab", "a\u200cb"),
+        ("a b", "a  b"),
+        ("a\u2600", "a\u2600\ufe0f"),
+        ("cat", "\uff43\uff41\uff54"),
+    ],
+)
 def test_classes_that_look_the_same_are_an_error_that_shows_their_characters(
     tmp_path: Path, one: str, other: str
 ) -> None:
@@ -352,6 +369,13 @@ def test_classes_that_look_the_same_are_an_error_that_shows_their_characters(
         rows_of(root)
     assert ascii(other) in str(caught.value)
     assert ascii(one) in str(caught.value)
+
+
+def test_classes_that_differ_in_case_alone_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_data(tmp_path / "data", *(f"{name}/1.png" for name in ("Cat", "cat", "dog")))
+    assert rows_of(root).classes == ("Cat", "cat", "dog")
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "Cat" in warning.getMessage()
 
 
 def test_a_label_of_invisible_characters_alone_is_empty(tmp_path: Path) -> None:

@@ -131,3 +131,9 @@ def test_a_sample_s_delimiter_and_decimal_commas_are_kept(tmp_path, delimiter, v
     text = "".join(delimiter.join(line) + "\n" for line in lines)
     wanted = read_eval(made(tmp_path, test=TEST.replace(",", ";"), sample_submission=text)).sample
     assert (wanted.delimiter, wanted.decimal, wanted.classes) == (delimiter, decimal, ("cat", "dog"))
+
+
+def test_a_sample_s_decimal_commas_are_seen_in_any_column(tmp_path):
+    for text in ("ID;cat;dog\n00;1;0\n01;0,5;0\n", 'ID,cat,dog\n00,"0,5","1"\n01,"0,5",0\n'):
+        wanted = read_eval(made(tmp_path, test=TEST, sample_submission=text)).sample
+        assert wanted.decimal == ","

@@ -34,6 +34,26 @@ def test_an_unknown_true_class_is_refused_with_the_way_out(tmp_path: Path):
         check_truth(read_given(tmp_path / "list.csv"), CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("header", "names"),
+    [("image_id", ["a", "b"]), ("image", ["images/A.PNG", "images/b.png"]), ("path", ["b.png", "a.png"])],
+)
+def test_images_of_a_table_are_found_by_their_names_in_the_folder(tmp_path: Path, header: str, names: list[str]):
+    root = write_data(tmp_path / "data", "images/a.png", "images/b.png")
+    (root / "test.csv").write_text("\n".join([header, *names]) + "\n")
+    given = read_given(root)
+    assert list(given.shown) == names
+    assert all(given.store.read(path) for path in given.paths)
+    assert [Path(path).stem for path in given.paths] == [Path(name).stem.lower() for name in names]
+
+
+def test_a_table_without_paths_may_name_the_images_beside_it(tmp_path: Path):
+    root = write_data(tmp_path / "data", *(f"images/{n}.png" for n in range(4)), test="id,label\n3,dog\n0,dog\n")
+    given = read_given(root / "test.csv")
+    assert [Path(path).name for path in given.paths] == ["3.png", "0.png"]
+    assert list(given.truth) == ["dog", "dog"]
+
+
 def test_a_sample_however_it_is_spelt_is_no_table_of_images(tmp_path: Path):
     (tmp_path / "list.csv").write_text("image_path\na.png\n")
     (tmp_path / "sampleSubmission.csv").write_text("image,label\na.png,x\n")

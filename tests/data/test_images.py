@@ -168,6 +168,14 @@ def test_long_texts_and_profiles_of_a_png_cost_neither_its_pixels_nor_memory(kin
         assert peak < 16 * 2**20 + 2 * len(content)
 
 
+def test_texts_that_are_short_alone_and_long_together_are_passed_over() -> None:
+    content = noted(b"zTXt", bytes(10), last=False)
+    at = content.index(b"zTXt") - 4
+    whole = noted(b"zTXt", bytes(2**20 - 100), last=False)
+    chunk = whole[at : at + 12 + int.from_bytes(whole[at : at + 4], "big")]
+    assert (decode(content[:at] + 70 * chunk + content[at:], "x") == np.rot90(RGB, -1)).all()
+
+
 def test_an_image_has_no_more_pixels_than_are_allowed() -> None:
     content = encoded(Image.fromarray(RGB))
     for read in (Pixels(max_pixels=599).decode, Pixels(max_pixels=599).size_of, decode, decoded_size):

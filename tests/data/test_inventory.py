@@ -26,6 +26,7 @@ OWN = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
 OF_SYSTEMS = (
     "cat/@eaDir/1.png/SYNOPHOTO_THUMB_XL.jpg", "@eaDir/2.png", "#recycle/cow/1.png", "$RECYCLE.BIN/S-1-5/1.png",
     "System Volume Information/1.png", "lost+found/1.png", "__MACOSX/cat/1.png", "dog/@Recycle/x/3.png",
+    "~snapshot/cat/1.png", "RECYCLER/1.png", "FOUND.000/1.png", "cat/@__thumb/1.png",
 )  # fmt: skip
 
 

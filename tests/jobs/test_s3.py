@@ -169,12 +169,15 @@ def test_system_folders_of_a_bucket_are_left_out_and_counted(filled, images, cap
     for key in ("a/@eaDir/0.png/SYNOPHOTO_THUMB_XL.jpg", "#recycle/a/1.png", "__MACOSX/a/._0.png", "lost+found/2.png"):
         filled.write(f"data/train/{key}", content)
     filled.write("data/train/a/raw.dng", content)
+    filled.write("data/train/cow/", b"")
     assert stage(filled, "split") == 0
     (key,) = [key for key in filled.listed("run/split") if key.endswith("split_summary.json")]
     summary = json.loads(filled.read(key))
     assert summary["rows"] == 2 * IMAGES
     assert summary["left_out"] == {"in system folders": 3, ".dng": 1}
-    assert "/data/train: 1 hidden" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "/data/train: 1 hidden" in said
+    assert "/data/train: folders without any object: cow/" in said
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def data(tmp_path: Path) -> Path:
         (["parallel=2,3"], "parallel="),
         (["folds=two"], "folds=two: .*integer"),
         (["seeds=-1"], "seeds=-1"),
+        (["seeds=1,4294967296"], "seeds="),
         (["stages=trian-fold"], "train-fold"),
         (["folds=7"], "0 to 4"),
         (["run=a/b"], "names a folder"),

@@ -133,7 +133,9 @@ def test_the_truth_is_taken_out_of_a_zip_only_when_the_run_starts_and_never_in_p
         assert run.exists() == (label != "a")
         for given in (inputs, replace(inputs, ground_truth=str(own))):
             local.unpack_ground_truth(given, run)
-        assert (run / "gt.csv").read_text(encoding="utf-8") == f"ID,label\n1,{label}\n", "a corrected one replaces it"
+        assert (run / "gt.csv").read_text(encoding="utf-8-sig") == f"ID,label\n1,{label}\n", (
+            "a corrected one replaces it"
+        )
     assert own.read_text() == "mine"
 
 

@@ -300,6 +300,13 @@ def test_cost_is_price_times_longest_runtime_of_every_job() -> None:
     assert "67.00" in check_cost(plan)
 
 
+def test_hosts_of_a_fold_encrypt_what_they_send_one_another() -> None:
+    given = ["sagemaker.encrypt_traffic=true", "sagemaker.stages.train_fold.instance_count=2"]
+    for name, request in requests_of(plan_of(*given)).items():
+        check_request(name, request)
+        assert request.get("EnableInterContainerTrafficEncryption", False) == name.startswith("fold-")
+
+
 def test_a_pipeline_is_the_same_requests_in_the_same_order() -> None:
     plan = plan_of(seeds=[1, 2])
     definition = json.loads(launch.describe_pipeline(plan), object_hook=executed)

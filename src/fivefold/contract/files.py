@@ -36,7 +36,8 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 # fmt: off
 SYSTEM_FOLDERS = {
     "@eadir", "@recently-snapshot", "@recycle", "@sharesnap", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "__macosx",
-    "lost+found", "network trash folder", "system volume information", "temporary items",
+    "lost+found", "network trash folder", "system volume information", "temporary items", "~snapshot", "recycler", "recycled",
+    "found.000", "found.001", "@__thumb", "@appstore", "@sharebin",
 }
 # fmt: on
 """What storage servers and operating systems keep beside people's files, in lower case."""

@@ -9,6 +9,11 @@ SAMPLE = "sample_submission.csv"
 INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u180e\u200b\u200e\u200f\u2060\ufeff"))
 """Characters that take no room and say nothing; the joiners of Persian, of India's scripts and of emoji are none."""
 
+SELECTORS = frozenset(map(chr, range(0xFE00, 0xFE10)))
+"""Choose how the character before them is drawn."""
+WIDE = frozenset(map(chr, range(0xFF01, 0xFF5F)))
+"""Latin letters, digits and signs as wide as those of Chinese."""
+
 
 def plain_name(name: str) -> str:
     """The name of a class or group as the split stage has it: NFC, without the blanks around it and without INVISIBLE ones."""
@@ -17,7 +22,8 @@ def plain_name(name: str) -> str:
 
 def look(name: str) -> str:
     """What is the same for names that look the same: no character without a width, and one blank for any."""
-    return " ".join("".join(letter for letter in name if unicodedata.category(letter) != "Cf").split())
+    shown = [letter for letter in name if unicodedata.category(letter) != "Cf" and letter not in SELECTORS]
+    return " ".join("".join(unicodedata.normalize("NFKC", c) if c in WIDE else c for c in shown).split())
 
 
 def is_sample(name: str) -> bool:

@@ -269,6 +269,9 @@ def _check_classes(classes: Sequence[str], where: str) -> None:
     alike = [ascii(name) for name in classes if looks[look(name)] > 1]
     if alike:
         raise DataError(f"{where}: classes look the same and are not: {', '.join(alike[:4])}; write them in one way")
+    folded = Counter(map(str.casefold, classes))
+    if cases := [name for name in classes if folded[name.casefold()] > 1]:
+        log.warning("data: %s: classes that differ by their case alone are apart: %s", where, sample(cases))
 
 
 def _level(store: ImageStore, stock: Inventory) -> str:

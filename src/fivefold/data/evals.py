@@ -2,6 +2,7 @@
 
 import logging
 import posixpath
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from fivefold.predictions import sample
 log = logging.getLogger("fivefold")
 
 NOT_EVAL = {"train", "submission"}
+TRIED_ROWS = 1000
+"""Of a sample, that say how it writes numbers."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def _sample(table: CsvFile) -> Submission:
     ids, values = (table.read([name])[name] for name in (id_column, table.columns[-1]))
     check_unique(ids, table)
     classes, spelling = tuple(map(plain_name, written)), {"marked": table.has_mark, "end": table.line_end}
-    commas = table.delimiter != "," and values.str.fullmatch(r"\d*,\d+").any()
+    commas = any(re.fullmatch(r"\d*,\d+", cell.strip()) for cells in table.first_rows(TRIED_ROWS) for cell in cells[1:])
     answers = tuple(values.unique()) if len(written) == 1 else ()
     spelling |= {"delimiter": table.delimiter, "decimal": "," if commas else ".", "values": answers}
     return Submission(id_column, classes, ids.to_numpy(object), written=tuple(written), **spelling)

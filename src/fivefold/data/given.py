@@ -15,7 +15,7 @@ from fivefold.contract.files import MOST_OF_AN_ARCHIVE, read_file
 from fivefold.contract.spelling import is_sample, plain_name
 from fivefold.csv_tables import PATH_NAMES, TRUE_CLASS_NAMES, CsvFile, plain_names
 from fivefold.data.inventory import log_left_out, take_inventory
-from fivefold.data.layouts import TRIED_PATHS, csvs, open_table
+from fivefold.data.layouts import TRIED_PATHS, csvs, guess_paths, match_names, open_table
 from fivefold.data.store import GIB, FolderStore, ImageStore, ZipStore, open_store
 from fivefold.errors import DataError, MissingInputError
 from fivefold.predictions import sample
@@ -97,12 +97,17 @@ def read_given(
     """The images at `path`: one image, a table of paths, or a folder or .zip of either.
 
     A table's paths count from `base_path`, else from its own folder or the working directory,
-    whichever has more of the first ones. That an image is there and whole is not looked at.
+    whichever has more of the first ones; where a folder or .zip is given, what is not there is looked for by its name
+    in all of it. A table without a column of paths may have one of names of images beside it. That an image is there
+    and whole is not looked at.
     Raises MissingInputError where nothing is, and DataError for a folder without images or a table without paths.
     """
     if path.is_file() and path.suffix.lower() == ".csv":
         store = FolderStore(path.parent)
-        return _table(store, open_table(store, path.name), base_path, path_column, label_column)
+        table = open_table(store, path.name)
+        named = path_column or table.column("", PATH_NAMES) or guess_paths(table, store, ()) or ""
+        search = not path_column and table.column("", PATH_NAMES) is None
+        return _table(store, table, base_path, named, label_column, search)
     if path.is_file() and path.suffix.lower() != ".zip":
         return Given(AnywhereStore(), [str(path)], [str(path)], [""])
     store = open_store(path, max_unpacked_gib)
@@ -111,7 +116,7 @@ def read_given(
     if len(usable) > 1:
         raise DataError(f"several tables in {path}: {sample([t.name for t in usable])}; name one of them as the images")
     if usable:
-        return _table(store, usable[0], base_path, path_column, label_column)
+        return _table(store, usable[0], base_path, path_column, label_column, search=not base_path)
     stock = take_inventory(store)
     names = stock.asked
     log_left_out(stock.counts(), path)
@@ -141,7 +146,7 @@ def check_truth(given: Given, classes: Sequence[str]) -> None:
 
 
 def _table(
-    images: FolderStore | ZipStore, table: CsvFile, base_path: str, path_column: str, label_column: str
+    images: FolderStore | ZipStore, table: CsvFile, base_path: str, path_column: str, label_column: str, search: bool
 ) -> Given:
     path = table.must_have(path_column, PATH_NAMES, "data.path_column")
     label = table.column(label_column, TRUE_CLASS_NAMES)
@@ -155,7 +160,13 @@ def _table(
             raise MissingInputError(f"data.base_path={base_path}: there is no such folder")
     paths = frame[path].str.strip().str.replace("\\", "/", regex=False).tolist()
     base = max(bases, key=lambda base: sum(_there(store, posixpath.join(base, name)) for name in paths[:TRIED_PATHS]))
-    return Given(store, [posixpath.join(base, name) for name in paths], frame[path].tolist(), truth)
+    places = [posixpath.join(base, name) for name in paths]
+    if absent := [row for row, name in enumerate(places) if search and not _there(store, name)]:
+        meant = match_names([paths[row] for row in absent], images.names(), ())
+        for row in (row for row in absent if len(meant[paths[row]]) == 1):
+            (name,) = meant[paths[row]]
+            places[row] = name if store is images else str(images.root / name)
+    return Given(store, places, frame[path].tolist(), truth)
 
 
 def _there(store: ImageStore | AnywhereStore, name: str) -> bool:

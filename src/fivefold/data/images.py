@@ -41,6 +41,8 @@ MOST_PIXELS = Data().max_megapixels * MILLION
 PNG = b"\x89PNG\r\n\x1a\n"
 NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
 """Chunks of a PNG that say nothing of its pixels as they are used here."""
+MOST_NOTES = 32
+"""Of such chunks are kept; Pillow refuses a file whose texts are too long together."""
 LONG = 1 << 20
 """Bytes of such a chunk, unpacked, for which Pillow refuses the file."""
 BAND = 1 << 18
@@ -198,12 +200,16 @@ def _check_size(width: int, height: int, most: float) -> None:
 
 
 def _without_long_notes(content: bytes) -> bytes:
-    """A PNG without its long texts and colour profiles, for which Pillow would refuse it; anything else as it is."""
+    """A PNG without its long texts and colour profiles, and of short ones without those after MOST_NOTES, for which Pillow would
+    refuse it; anything else as it is.
+    """
     kept, at = [], len(PNG) if content.startswith(PNG) else len(content)
-    last = 0
+    last = notes = 0
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        if content[at + 4 : at + 8] in NOTES and _is_long(content[at + 4 : end - 4]):
+        is_note = content[at + 4 : at + 8] in NOTES
+        notes += is_note
+        if is_note and (notes > MOST_NOTES or _is_long(content[at + 4 : end - 4])):
             kept.append(content[last:at])
             last = end
         at = end

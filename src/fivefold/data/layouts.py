@@ -251,13 +251,15 @@ def match_names(paths: Iterable[str], names: Iterable[str], others: Collection[s
 
 
 def guess_paths(table: CsvFile, store: ImageStore, others: Collection[str], without: str = "") -> str | None:
-    """The one column, but for `without`, whose first values are all different and names of images there; it is logged."""
+    """The one column, but for `without`, whose first values are all different and most of them names of images there; it is logged."""
     try:
         frame = table.read([name for name in table.columns if name != without])[:TRIED_PATHS].map(str.strip)
     except DataError:  # it has no rows, say: who reads it tells
         return None
     meant = match_names(frame.to_numpy().ravel(), store.names(), others)
-    good = [name for name in frame if frame[name].is_unique and all(len(meant[cell]) == 1 for cell in frame[name])]
+    named = {name: sum(len(meant[cell]) == 1 for cell in frame[name]) for name in frame if frame[name].is_unique}
+    most = max(named.values(), default=0)
+    good = [name for name, count in named.items() if count == most > len(frame) / 2]
     good = [name for name in good if plain_name(name).lower() in ID_NAMES] or good
     if len(good) == 1:
         log.info("data: %s: the paths are the column %r, which names the images that lie there", table, good[0])

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fivefold.contract.files import probe_writable, write_text
+from fivefold.contract.files import atomic, probe_writable
 from fivefold.contract.layout import CACHES, GROUND_TRUTH, truth_beside_table, truth_of
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stages import FAILURE
@@ -243,7 +243,9 @@ def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
         with zipfile.ZipFile(inputs.eval) as archive:
             name = truth_beside_table(archive.namelist())
         if name:
-            write_text(Path(inputs.ground_truth), open_store(Path(inputs.eval)).read(name).decode("utf-8-sig"))
+            content = open_store(Path(inputs.eval)).read(name)
+            with atomic(Path(inputs.ground_truth)) as temporary:
+                temporary.write_bytes(content)
 
 
 def _has_meaning(name: str) -> bool:

@@ -99,6 +99,11 @@ def visible(store: "Store", url: Url, objects: Iterable["Object"]) -> list[Store
     Raises DataError for names that no file can have, RetryableError where an attempt is being replaced just now.
     """
     objects = list(objects)
+    names = [each.url.below(url) for each in objects]
+    folders = {name.rpartition("/")[0] for name in names if not name.endswith("/")}
+    marked = [name for name in names if name.endswith("/") and not is_hidden(name)]
+    if empty := [name for name in marked if not any(f"{folder}/".startswith(name) for folder in folders)]:
+        log.warning("%s: folders without any object: %s", url, ", ".join(sorted(empty)[:5]))
     if hidden := sum(is_hidden(each.url.below(url)) for each in objects):
         log.info("left out of %s: %d hidden", url, hidden)
     plain, attempts = sorted_out(url, objects)

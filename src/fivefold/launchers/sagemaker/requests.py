@@ -70,6 +70,7 @@ def _request_of(plan: Plan, step: Step, time_stamp: str) -> Request:
         "CheckpointConfig": checkpoints if trains else None,
         "EnableManagedSpotTraining": options.spot,
         "VpcConfig": vpc if options.subnets else None,
+        "EnableInterContainerTrafficEncryption": options.encrypt_traffic and options.instance_count > 1,
         "EnableNetworkIsolation": fetches_nothing(plan, step) if options.isolate is None else options.isolate,
         "Tags": [{"Key": key, "Value": str(value)} for key, value in options.tags.items()],
     }
