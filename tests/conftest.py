@@ -1,5 +1,6 @@
 """What tests of several folders need."""
 
+import logging
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,13 @@ from PIL import Image
 
 from s3_server import Bucket, served
 from toy import draw_toy_images, make_product_run, make_toy_run
+
+
+@pytest.fixture(autouse=True)
+def loud_log() -> Iterator[None]:
+    """A stage that ran in the place of a further process leaves the log quiet; the next test has it as it was."""
+    yield
+    logging.getLogger("fivefold").setLevel(logging.NOTSET)
 
 
 @contextmanager

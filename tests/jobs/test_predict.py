@@ -221,7 +221,7 @@ def test_bad_input_gets_one_clear_error(shop, tmp_path, images, arguments, code,
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "strange.csv").write_text("image_path,true_class\na.png,shoe\n")
-    (tmp_path / "paths.csv").write_text("where\na.png\n")
+    (tmp_path / "paths.csv").write_text("where\nnowhere.png\n")
     given = [f"images={tmp_path / images}", f"model={shop}", f"output={tmp_path / 'out'}"]
     more = [argument.format(tmp_path) for argument in arguments]
     assert run("predict", [*given, *more], {"SM_OUTPUT_DIR": str(tmp_path / "failed")}) == code
