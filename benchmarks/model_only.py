@@ -14,14 +14,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.processes import Timer, wait_for_turn
 from fivefold import assemble
 from fivefold.contract.stages import CLASSES, FOLDS
-from fivefold.data.dataset import Batch, Sample, load
+from fivefold.data.dataset import Batch, Sample, Stream, generator, load
 from fivefold.data.folds import read_folds
 from fivefold.data.store import open_store
 from fivefold.distributed.replicas import BY_ITSELF
@@ -74,7 +73,7 @@ class ReferenceStep:
         return loss
 
     def mix(self, images: Tensor, targets: Tensor, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
-        random = np.random.default_rng(tuple(seed))
+        random = generator(Stream.MIX, *seed)
         random.random()  # the trainer first draws whether the batch is mixed
         lam = float(random.beta(self.mix_alpha, self.mix_alpha))
         order = torch.from_numpy(random.permutation(len(targets))).to(images.device)
