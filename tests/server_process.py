@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,14 @@ class ServerProcess:
         port = [] if "SAGEMAKER_BIND_TO_PORT" in plain else ["serve.port=0"]
         command = [sys.executable, "-W", "error", "-m", "jobs", "serve", *port, *arguments]
         with open(log, "wb") as file:
-            self.process = subprocess.Popen(command, env=plain, cwd=REPOSITORY, stderr=file)
+            # a shell has what it starts in the background ignore SIGINT, and a process that ignores it goes on to
+            self.process = subprocess.Popen(
+                command,
+                env=plain,
+                cwd=REPOSITORY,
+                stderr=file,
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            )
 
     def __enter__(self) -> "ServerProcess":
         return self

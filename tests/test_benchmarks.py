@@ -185,7 +185,7 @@ def test_sigterm_ends_the_measured_process(tmp_path):
 
 
 SMALL = ("pairs=1", "threads=1", "count=50", "size=32", "batch=8", "epochs=2")
-FIRST = {"train": "resnet18@64", "peer": "resnet18@64"}
+FIRST = {"train": "resnet18@64", "peer": "resnet18@64", "step": "curve"}
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ FIRST = {"train": "resnet18@64", "peer": "resnet18@64"}
 def test_each_benchmark_runs_to_its_end(name, tmp_path):
     arguments = [name, *SMALL, f"work={tmp_path / 'work'}", f"results={tmp_path / 'results'}"]
     arguments += [f"cases={FIRST[name]}"] if name in FIRST else []
-    arguments += ["search=fp32,NHWC,0"] if name == "folds" else []
+    arguments += ["search=fp32,NHWC,0"] if name in ("folds", "peer") else []
     command = [sys.executable, "-m", "benchmarks", *arguments]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
     assert ended.returncode == 0, ended.stderr
