@@ -9,6 +9,9 @@ AUDITOR := pip-audit==2.10.1
 BENCH ?= loader pairs=3 results=build/benchmarks/results
 PYTEST_ARGS ?= -m "not slow and not docker and not gpu"
 
+# Bytecode is kept, also where the environment says otherwise: most tests start processes, which would compile all anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 BIN := $(VENV)/bin
 # A file of tests a core: most wait for processes, and networks this small do not keep two threads busy.
