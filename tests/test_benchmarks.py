@@ -185,12 +185,16 @@ def test_sigterm_ends_the_measured_process(tmp_path):
 
 
 SMALL = ("pairs=1", "threads=1", "count=50", "size=32", "batch=8", "epochs=2")
+LONG = ("peer", "folds", "ensemble")
+"""Take minutes each however small they are: `FIVEFOLD_BENCHMARKS=all` runs them too."""
 FIRST = {"train": "resnet18@64", "peer": "resnet18@64", "step": "curve"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_each_benchmark_runs_to_its_end(name, tmp_path):
+    if name in LONG and os.environ.get("FIVEFOLD_BENCHMARKS") != "all":
+        pytest.skip("takes minutes: FIVEFOLD_BENCHMARKS=all")
     arguments = [name, *SMALL, f"work={tmp_path / 'work'}", f"results={tmp_path / 'results'}"]
     arguments += [f"cases={FIRST[name]}"] if name in FIRST else []
     arguments += ["search=fp32,NHWC,0"] if name in ("folds", "peer") else []
