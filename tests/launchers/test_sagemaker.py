@@ -15,7 +15,7 @@ from PIL import Image
 
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.sagemaker.client import JobStatus, translated_errors
-from fivefold.launchers.sagemaker.launch import digest_of, read_job
+from fivefold.launchers.sagemaker.launch import digest_of
 from platform_runs import REPOSITORY, wait_until
 from s3_server import Bucket
 from sagemaker_service import Service, arguments, serving
@@ -174,15 +174,6 @@ def test_a_value_that_the_service_refuses_is_not_repeated(service: Service, buck
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
 
 
-def test_a_record_of_an_earlier_version_loses_its_values(tmp_path: Path) -> None:
-    path, variables = tmp_path / "sagemaker.json", {"STAGE": "split", "API_TOKEN": "canary"}
-    path.write_text(json.dumps({"job": "j", "asked": {"image": "i", "Environment": variables}}))
-    assert read_job(path) == ("j", {"image": "i", "Environment": digest_of(variables)})
-    assert "canary" not in path.read_text()
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert digest_of(variables) != digest_of({**variables, "API_TOKEN": "other"})
-
-
 def test_without_credentials_it_says_so_before_anything_starts(
     service: Service, bucket: Bucket, tmp_path: Path
 ) -> None:
@@ -241,3 +232,11 @@ def test_an_error_of_the_service_is_one_of_ours(code: str, status: int, expected
     answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with pytest.raises(expected, match=f"{code}.*CreateTrainingJob"), translated_errors():
         raise ClientError(answer, "CreateTrainingJob")
+
+
+def test_what_is_kept_of_variables_tells_other_values_and_holds_none() -> None:
+    variables = {"STAGE": "split", "API_TOKEN": "canary"}
+    kept = digest_of(variables)
+    assert kept["names"] == sorted(variables)
+    assert "canary" not in json.dumps(kept)
+    assert kept != digest_of({**variables, "API_TOKEN": "other"})

@@ -144,11 +144,8 @@ def digest_of(variables: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_job(path: Path) -> tuple[str, dict[str, Any]]:
-    """Returns the job that a `sagemaker.json` names, and what it was asked for; one that holds values loses them."""
+    """Returns the job that a `sagemaker.json` names, and what it was asked for."""
     kept = read_json(path)
-    if "STAGE" in kept["asked"]["Environment"]:  # of an earlier version
-        kept["asked"]["Environment"] = digest_of(kept["asked"]["Environment"])
-        write_json(path, kept, PRIVATE)
     return kept["job"], kept["asked"]
 
 
