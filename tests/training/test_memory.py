@@ -94,8 +94,8 @@ def test_the_estimate_of_a_training_is_near_its_peak(tmp_path, backbone, size, b
     environ = {"SM_CHANNEL_TRAIN": tmp_path / "images", "SM_MODEL_DIR": tmp_path / "model", "OMP_NUM_THREADS": 1}
     options = f"model.backbone={backbone} model.image_size={size} model.pretrained=false train.precision=fp32"
     options += f" train.batch_size={batch} train.epochs=1 train.trackers=[] split.folds=3 predict.batch_size={batch}"
-    code = "import resource, sys; from jobs.__main__ import main; code = main(sys.argv[1:]); "
-    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    code = "import sys; from jobs.__main__ import main; from fivefold.contract.record import peak_memory_mib; "
+    code += "code = main(sys.argv[1:]); print('peak', peak_memory_mib()); sys.exit(code)"
     ended = subprocess.run(
         [sys.executable, "-c", code, "train", *options.split()],
         env=os.environ | {name: str(value) for name, value in environ.items()},
@@ -105,5 +105,5 @@ def test_the_estimate_of_a_training_is_near_its_peak(tmp_path, backbone, size, b
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     told = float(re.search(r"the process takes about ([\d,]+) MiB", ended.stderr)[1].replace(",", ""))
-    peak = int(re.search(r"peak (\d+)", ended.stdout)[1]) / 1024
+    peak = int(re.search(r"peak (\d+)", ended.stdout)[1])
     assert 0.7 < told / peak < 1.5, (told, peak)
