@@ -211,10 +211,9 @@ def predict_each(
 
 
 def prior_of(model: ModelDir) -> np.ndarray:
-    """log of the classes' shares [C] among the rows of its split; equal ones where an older model does not say them."""
-    classes = len(model.info["classes"])
-    shares = np.array(model.info.get("shares", [1 / classes] * classes), np.float64)
-    return np.log(np.maximum(shares, LEAST_SHARE) / np.maximum(shares, LEAST_SHARE).sum()).astype(np.float32)
+    """Return the log of the classes' shares [C] among the rows of its split, none below LEAST_SHARE."""
+    shares = np.maximum(np.array(model.info["shares"], np.float64), LEAST_SHARE)
+    return np.log(shares / shares.sum()).astype(np.float32)
 
 
 def predict(group: list[ModelDir], gallery: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
@@ -243,7 +242,8 @@ def system_of(name: str, group: list[ModelDir], views: list[Spec] | None, within
     seeds = len({model.info["seed"] for model in group})
     holdout = joined(group, HOLDOUT, within) if own else None
     selected = any(model.info.get("selected_on") == "holdout" for model in group)
-    return System(name, len(group), seeds, joined(group, OOF), holdout, selected)
+    folds_selected = any(m.info["role"] == "fold" and m.info["settings"]["train"]["epochs"] > 1 for m in group)
+    return System(name, len(group), seeds, joined(group, OOF), holdout, selected, folds_selected)
 
 
 def joined(group: list[ModelDir], file: str, within: str = "mean") -> Predictions | None:

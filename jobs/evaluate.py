@@ -68,6 +68,7 @@ def main(job: Job, settings: Settings) -> Outcome:
             thumbnails={key: image for name in shown for key, image in evidence.thumbnails(name, shown[name]).items()},
             records=evidence.records(),
             notes=evidence.notes() | notes_on_overlap(figures),
+            data=evidence.counts(),
             top_k=options.top_k,
         )
     )

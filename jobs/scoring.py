@@ -14,13 +14,24 @@ from fivefold.contract.artifacts import ModelDir, find_models, find_predictions,
 from fivefold.contract.files import read_json
 from fivefold.contract.job import Job
 from fivefold.contract.record import record_path
-from fivefold.contract.stages import ENSEMBLE, FOLDS, HOLDOUT, OOF, OVERLAP, PREDICTIONS, RECORD, TRAIN_LOG
+from fivefold.contract.stages import (
+    ENSEMBLE,
+    FOLDS,
+    HOLDOUT,
+    OOF,
+    OVERLAP,
+    PREDICTIONS,
+    RECORD,
+    SPLIT_SUMMARY,
+    TRAIN_LOG,
+)
 from fivefold.csv_tables import open_csv
 from fivefold.data.evals import read_eval
 from fivefold.data.folds import read_folds
 from fivefold.data.images import decode
 from fivefold.data.same_classes import SameClasses
 from fivefold.data.store import ImageStore, open_store
+from fivefold.data.summary import describe_data
 from fivefold.errors import DataError
 from fivefold.evaluation import truth
 from fivefold.evaluation.report import thumbnail
@@ -184,6 +195,18 @@ class Evidence:
         own = self.ensemble.get("temperature")
         said = f" The ensemble's own temperature, {own:.4g}, was fitted on all of them." if self.tempered else ""
         return {"holdout": f"None chose its epoch by them.{said}"}
+
+    def counts(self) -> list[tuple[str, str]]:
+        """Return name and value of what the split counted; empty without its summary."""
+        path = self.split.with_name(SPLIT_SUMMARY) if self.split else None
+        if path is None or not path.is_file():
+            return []
+        try:
+            return describe_data(read_json(path))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} is not the summary of a split ({error!r}); run split again or delete the file"
+            ) from None
 
     def records(self) -> list[dict[str, Any]]:
         """The records of the stages that made what is evaluated, in the order of the pipeline."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.choose import choose
-from fivefold.data.dataset import ImageSet, count_batches
+from fivefold.data.dataset import ImageSet, batches_in_shared_memory, count_batches
 from fivefold.data.folds import FoldTable
 from fivefold.data.images import pixels_of
 from fivefold.data.meta import count_numbers
@@ -24,10 +24,11 @@ from fivefold.errors import MissingInputError, SettingsError
 from fivefold.extras import need
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
-from fivefold.machine import count_cores
+from fivefold.machine import count_cores, free_shared_memory
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, Standardised, build_head
 from fivefold.models.weights import start_from
+from fivefold.progress import MIB
 from fivefold.recipe import Model, Settings
 from fivefold.runtimes import PRECISIONS, RUNTIME, Manner, choose_device, in_words, quickened
 from fivefold.runtimes import precision_name as precision_name
@@ -166,7 +167,7 @@ def _duration(settings: Settings, patience: int, runtime: Runtime) -> Duration:
         patience=patience,
         validate_every=chosen.validate_every,
         seed=settings.seed,
-        workers=choose_workers(chosen.workers, runtime),
+        workers=choose_workers(chosen.workers, runtime, largest_batch_bytes(settings)),
     )
 
 
@@ -213,11 +214,39 @@ def predict_batch_size(settings: Settings) -> int:
     return settings.predict.batch_size or 2 * settings.train.batch_size
 
 
-def choose_workers(wanted: int, runtime: Runtime) -> int:
-    """-1: none on a CPU, where they would take the cores from training; else up to eight, one a core of this process's part."""
+def choose_workers(wanted: int, runtime: Runtime, batch_bytes: int) -> int:
+    """Return the number of loader processes: `wanted`, or for -1 a number for this machine.
+
+    -1 means 0 on a CPU, where they would take cores from training, and up to 8 on a GPU, one per core of this process. Loader processes
+    pass batches of `batch_bytes` on in shared memory. If it is too small, -1 gives fewer, with a warning.
+
+    Raises:
+        SettingsError: The shared memory is too small for `wanted` processes.
+    """
+    place = runtime.replicas.place
+    automatic = 0 if runtime.device.type == "cpu" else min(8, max(1, count_cores() // place.local_world))
+    workers, free = wanted if wanted >= 0 else automatic, free_shared_memory()
+    fitting = workers
+    while free is not None and fitting and batches_in_shared_memory(fitting) * batch_bytes * place.local_world > free:
+        fitting -= 1
+    if fitting == workers:
+        return workers
+    needed = batches_in_shared_memory(workers) * batch_bytes * place.local_world / MIB
+    problem = f"{workers} loader processes need {needed:,.0f} MiB of shared memory, and /dev/shm has {free / MIB:,.0f} MiB free"
+    hint = "start the container with --shm-size=2g"
     if wanted >= 0:
-        return wanted
-    return 0 if runtime.device.type == "cpu" else min(8, max(1, count_cores() // runtime.replicas.place.local_world))
+        raise SettingsError(f"train.workers={wanted}: {problem}; {hint}, or set train.workers={fitting}")
+    log.warning("%s: %d are started; %s for more", problem, fitting, hint)
+    return fitting
+
+
+def largest_batch_bytes(settings: Settings, training: bool = True) -> int:
+    """Return the bytes of the largest batch uint8 [B, 3, H, W] that loader processes pass on: in training, or in prediction only."""
+    images = predict_batch_size(settings)
+    if training:
+        images = max(images, settings.train.batch_size // settings.train.accumulate)
+    height, width = settings.model.size
+    return images * 3 * height * width
 
 
 def check_training(settings: Settings) -> None:
@@ -268,6 +297,7 @@ def check_machine(network: Classifier, settings: Settings) -> None:
     for name in settings.train.trackers:
         need([name], "trackers", f"train.trackers={name}")
     check_memory(network, settings, runtime)
+    choose_workers(settings.train.workers, runtime, largest_batch_bytes(settings))
 
 
 def _check_one_image(settings: Settings) -> None:

@@ -21,6 +21,8 @@ maps each large one afresh, and the kernel zeroes every page of it: a quarter of
 TICK = 0.01
 """Seconds in which Linux counts the time of a CPU."""
 CGROUPS = Path("/sys/fs/cgroup")
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps shared memory. A container has 64 MB of it unless it is started with more."""
 CGROUP_LIMITS = (CGROUPS / "memory.max", CGROUPS / "memory/memory.limit_in_bytes")
 
 
@@ -91,6 +93,14 @@ def free_memory() -> int:
         if text.isdigit():
             free = min(free, int(text) - used)
     return max(free, 0)
+
+
+def free_shared_memory() -> int | None:
+    """Return the free bytes of shared memory, or None if this system has no limit on it."""
+    if not SHARED_MEMORY.is_dir():
+        return None
+    status = os.statvfs(SHARED_MEMORY)
+    return status.f_bavail * status.f_frsize
 
 
 def _words_of(path: Path) -> str:

@@ -15,6 +15,7 @@ from fivefold.assemble import (
     build_classifier,
     choose_workers,
     image_set,
+    largest_batch_bytes,
     precision_name,
     predict_batch_size,
     runtime_for_prediction,
@@ -168,7 +169,8 @@ def predict_images(
 
     With a progress bar, if there is a `label`. `link`: of the loss that trained the network.
     """
-    size, workers = predict_batch_size(settings), choose_workers(settings.train.workers, runtime)
+    size = predict_batch_size(settings)
+    workers = choose_workers(settings.train.workers, runtime, largest_batch_bytes(settings, training=False))
     views, of_views = views or settings.predict.views, partial(log_mean, link=link)
     return predict_all(network, images, size, workers, runtime, views, label, rows, of_views)
 

@@ -27,6 +27,10 @@ Blend = Literal["mean", "weighted", "fitted", "geometric", "rank", "vote", "prod
 ImageFormat = Literal["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM"]
 
 
+MAX_NAME_BYTES = 150
+"""Of the names of a system and of a run, which are parts of file names."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
@@ -429,6 +433,13 @@ class Settings(Section):
     serve: Serve = Serve()
     sagemaker: SageMaker = SageMaker()
     kubernetes: Kubernetes = Kubernetes()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Settings":
+        for key in ("system", "run"):
+            if len(getattr(self, key).encode()) > MAX_NAME_BYTES:
+                raise ValueError(f"{key} is longer than {MAX_NAME_BYTES} bytes, which file names have no room for")
+        return self
 
     def student(self) -> "Settings":
         """The same settings with `[distill.model]` and `[distill.train]` laid over `[model]` and `[train]`."""

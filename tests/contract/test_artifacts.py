@@ -26,7 +26,7 @@ from fivefold.errors import DataError, MissingInputError, RetryableError
 
 WHOLE = {
     "role": "fold", "system": "s", "seed": 42, "fold": 0, "classes": ["a", "b"],
-    "folds": 2, "split": "x", "best": {}, "training": {}, "settings": {}, "precision": "fp32",
+    "folds": 2, "split": "x", "shares": [0.5, 0.5], "best": {}, "training": {}, "settings": {}, "precision": "fp32",
 }  # fmt: skip
 """All that a model.json must say."""
 

@@ -180,6 +180,27 @@ def test_system_folders_of_a_bucket_are_left_out_and_counted(filled, images, cap
     assert "/data/train: folders without any object: cow/" in said
 
 
+def test_archived_objects_are_66_before_anything_is_fetched(filled, images, tmp_path, capsys):
+    content, key = (images / "train/a/0.png").read_bytes(), "data/train/a/0.png"
+    filled.client.put_object(Bucket=filled.name, Key=key, Body=content, StorageClass="GLACIER")
+    assert stage(filled, "split") == 66
+    assert f"s3://{filled.name}/{key}" in capsys.readouterr().err
+    assert not filled.listed("run/split")
+    filled.client.restore_object(Bucket=filled.name, Key=key, RestoreRequest={"Days": 1})
+    assert stage(filled, "split") == 0
+
+
+def test_names_that_no_file_system_or_store_has_room_for_end_at_once(filled, images, capsys):
+    content = (images / "train/a/0.png").read_bytes()
+    filled.write(f"data/train/a/{'n' * 300}.png", content)
+    assert stage(filled, "split") == 65
+    assert "nnn" in capsys.readouterr().err
+    filled.delete(f"data/train/a/{'n' * 300}.png")
+    long = "/".join(["p" * 100] * 8)
+    assert stage(filled, "split", SM_OUTPUT_DATA_DIR=f"s3://{filled.name}/{long}") == 64
+    assert not filled.listed("p")
+
+
 @pytest.mark.slow
 def test_two_writers_do_not_mix(filled, monkeypatch):
     """A pod's dying twin leaves its files and its record after ours; who reads takes the one or the other."""

@@ -31,6 +31,7 @@ from fivefold.contract.stages import (
     OVERLAP,
     PREDICTIONS,
     RECORD,
+    SPLIT_SUMMARY,
     TRAIN_LOG,
     WEIGHTS,
 )
@@ -44,7 +45,7 @@ KEYED_FILES = {
 }
 """Of these channels only these files make a key: the folder around them may hold more."""
 
-KEYED_FOR = {("evaluate", "folds"): (OVERLAP,)}
+KEYED_FOR = {("evaluate", "folds"): (OVERLAP, SPLIT_SUMMARY)}
 """Files that make the key of one stage too: the split writes them for it alone, and they change no other result."""
 COMPARED = (".csv", ".parquet", ENSEMBLE, MODEL)
 """Of a run only these files are compared."""
@@ -61,6 +62,7 @@ DESCRIBED = {
     "folds": int,
     "classes": list,
     "split": str,
+    "shares": list,
     "best": dict,
     "training": dict,
     "settings": dict,

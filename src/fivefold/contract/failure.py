@@ -45,6 +45,11 @@ def explained(error: BaseException) -> BaseException:
         if disk_is_full(cause):
             where = f" ({name})" if (name := getattr(cause, "filename", None)) else ""
             return RetryableError(f"no space left on the device{where}: free some, then run the same command again")
+        if "shared memory" in str(cause):  # torch's words, of a loader process that was killed by SIGBUS too
+            return SettingsError(
+                f"the shared memory (/dev/shm) is too small for the loader processes ({str(cause).splitlines()[0]}): start the "
+                "container with --shm-size=2g, or set fewer train.workers"
+            )
         if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):
             return RetryableError(
                 f"out of memory ({cause}): give the process more, or lower train.batch_size or workers"
@@ -57,6 +62,10 @@ def explained(error: BaseException) -> BaseException:
             )
         if isinstance(cause, OSError) and cause.errno in UNREACHABLE:
             return RetryableError(f"storage or network failed, the same command may succeed later: {cause}")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return SettingsError(
+            f"a name is too long for this file system: {str(error.filename)[:300]}…; give a shorter one"
+        )
     if isinstance(error, OSError) and error.errno in NOT_ALLOWED:
         return SettingsError(
             f"{error} as uid {os.getuid()}; let that user read and write there, or give another folder"

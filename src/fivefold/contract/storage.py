@@ -21,7 +21,7 @@ from fivefold.contract.s3 import attempts
 from fivefold.contract.s3.attempts import FILES, START, Attempt, Stored
 from fivefold.contract.s3.urls import Url
 from fivefold.contract.stages import RECORD
-from fivefold.errors import MissingInputError
+from fivefold.errors import DataError, MissingInputError, SettingsError
 
 if TYPE_CHECKING:
     from fivefold.contract.s3.checkpoints import CheckpointSync
@@ -31,6 +31,11 @@ log = logging.getLogger("fivefold")
 
 SECONDS_TO_ABANDON = 86_400.0
 """An attempt without a marker that nobody has written to for so long is removed."""
+
+MAX_KEY_BYTES, OUR_KEY_BYTES = 1024, 300
+"""Bytes of the longest key of S3, and how many of them the name of an attempt and of a file in it may take."""
+MAX_NAME_BYTES = 255
+"""Bytes of the longest file name of common file systems."""
 
 KINDS = ("in", "out", "checkpoints")
 SCRATCH = "fivefold-"
@@ -89,6 +94,7 @@ class Remote:
 
         Raises MissingInputError where nothing is there.
         """
+        _check_names(url, url.key)
         path = self._place("in", url)
         self.waiting[path] = self._found(url)
         self.channels[path] = url
@@ -118,6 +124,7 @@ class Remote:
 
         Raises SettingsError where nothing may be written there, or removed.
         """
+        _check_length(url)
         path = self._place("out", url)
         if any(output.url == url for output in self.outputs):
             return path
@@ -158,6 +165,7 @@ class Remote:
 
     def keep_checkpoints(self, url: Url) -> Path:
         """The folder that stands for a URL of checkpoints; errors as for `output`."""
+        _check_length(url)
         self._probe(url)
         path = self._place("checkpoints", url)
         path.mkdir(parents=True, exist_ok=True)
@@ -201,6 +209,13 @@ class Remote:
             return
         from fivefold.contract.s3.client import Download
 
+        if archived := self.store.find_archived(each.object for each in stored):
+            raise MissingInputError(
+                f"{archived.url} is archived (storage class {archived.storage_class}); restore it and the others below {label} "
+                "(aws s3api restore-object), then run the same command"
+            )
+        for each in stored:
+            _check_names(each.object.url, each.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         check_space(path.parent, sum(each.object.size for each in stored))
         files = [Download(each.object, path / each.name if each.name else path, each.digest) for each in stored]
@@ -229,6 +244,25 @@ class Remote:
             abandoned = each.stage == stage and each.marker is None and newest <= long_ago
             if each.url.name != own and (each.url in replaced or abandoned):
                 self.store.delete(held.url for held in each.objects.values())
+
+
+def _check_length(url: Url) -> None:
+    """Raise a SettingsError if the keys below `url` would be longer than S3 allows."""
+    if len(url.key.encode()) > MAX_KEY_BYTES - OUR_KEY_BYTES:
+        raise SettingsError(
+            f"{url}: this key has {len(url.key.encode())} bytes, and {MAX_KEY_BYTES - OUR_KEY_BYTES} are the most that leave room "
+            "for the files below it; give a shorter prefix"
+        )
+    _check_names(url, url.key)
+
+
+def _check_names(url: Url, key: str) -> None:
+    """Raise a DataError if a part of `key` is longer than a file name may be."""
+    for name in key.split("/"):
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise DataError(
+                f"{url}: {name[:40]!r}… is longer than {MAX_NAME_BYTES} bytes, which no file system stores; rename it"
+            )
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -30,6 +30,8 @@ MEMORY_LIMIT = 1 << 30
 """Bytes of decoded images that are kept at most."""
 SAMPLE = 256
 """Images by whose heads is told whether all of them are too large."""
+PREFETCHED = 4
+"""Batches that each loader process reads ahead."""
 Sample = tuple[int, int]
 """(epoch, row)."""
 
@@ -265,9 +267,14 @@ def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, p
             pin_memory=pin,
             # A generator of its own: the loader draws a base seed, which must not move the model's randomness.
             generator=torch.Generator().manual_seed(0),
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=PREFETCHED if workers else None,
         )
     )
+
+
+def batches_in_shared_memory(workers: int) -> int:
+    """Return how many batches the shared memory holds at most: those prefetched, one being read and one in use."""
+    return workers * PREFETCHED + 2 if workers else 0
 
 
 def _leave_the_group(worker: int) -> None:

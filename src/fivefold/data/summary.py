@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from fivefold.contract.files import atomic, write_json
 from fivefold.data.adapters import Rows
 from fivefold.data.folds import FoldTable
-from fivefold.data.inventory import log_left_out
+from fivefold.data.inventory import in_words, log_left_out
 from fivefold.data.splitting import Duplicates
 from fivefold.predictions import sample
 
@@ -93,6 +93,19 @@ def as_text(summary: Mapping[str, Any]) -> str:
     lines = [f"  {_json(key)}: {_json(value)}" for key, value in summary.items() if key != "rows_per_class"]
     per_class = [f"    {_json(name)}: {_json(counts)}" for name, counts in summary["rows_per_class"].items()]
     return "{\n" + ",\n".join([*lines, '  "rows_per_class": {\n' + ",\n".join(per_class) + "\n  }"]) + "\n}\n"
+
+
+def describe_data(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return name and value of each count in the summary that a reader of the scores should know."""
+    counts = [
+        ("Rows", f"{summary['rows']:,} of {summary['classes']} classes"),
+        ("Files left out", in_words(summary["left_out"])),
+        ("Unreadable images left out", f"{len(summary['skipped']):,}"),
+        ("Classes without a readable image", ", ".join(summary["lost_classes"])),
+        ("Duplicate images", f"{summary['duplicates']['sets']:,} sets, {summary['duplicates']['rows']:,} rows"),
+        ("Duplicates with different labels", f"{summary['conflicting_duplicates']['sets']:,} sets"),
+    ]
+    return [(name, value) for name, value in counts if value and not value.startswith("0")]
 
 
 def log_summary(summary: Mapping[str, Any]) -> None:

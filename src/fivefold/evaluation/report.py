@@ -45,7 +45,7 @@ class Content:
     `scored`: the first opens the report. `figures`: of each of `scored`, by its name. `folds`: name and
     figures of each fold's out-of-fold rows. `pictures`: of `draw`. `mistakes`: by name of `scored`.
     `thumbnails`: PNG or JPEG bytes by (name of `scored`, row id). `notes`: a further remark by name of
-    `scored`. `records`: the `stage.json` of what made all this.
+    `scored`. `records`: the `stage.json` of what made all this. `data`: name and value of what the split counted.
     """
 
     title: str
@@ -57,6 +57,7 @@ class Content:
     thumbnails: Mapping[tuple[str, str], bytes]
     records: Sequence[Mapping[str, Any]]
     notes: Mapping[str, str] = field(default_factory=dict)
+    data: Sequence[tuple[str, str]] = ()
     top_k: int = 5
 
 

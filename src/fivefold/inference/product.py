@@ -65,8 +65,8 @@ class Product:
         """The systems as one; its tables are there where all of them have theirs."""
         tables = [{s.name: getattr(s, kind) for s in systems} for kind in ("oof", "holdout")]
         oof, holdout = (None if None in found.values() else self.table(found) for found in tables)
-        selected = any(s.selected for s in systems)
-        return System(self.name, sum(s.models for s in systems), max(s.seeds for s in systems), oof, holdout, selected)
+        chosen = [any(getattr(s, name) for s in systems) for name in ("selected", "folds_selected")]
+        return System(self.name, sum(s.models for s in systems), max(s.seeds for s in systems), oof, holdout, *chosen)
 
     def _in_order(
         self, name: str, table: Predictions, ids: np.ndarray, tables: Mapping[str, Predictions]

@@ -43,6 +43,8 @@ class System:
     holdout: Predictions | None
     selected: bool = False
     """Whether the holdout chose the epoch of one of its models."""
+    folds_selected: bool = False
+    """Whether one of its folds chose its epoch by its out-of-fold rows."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,19 @@ def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score
         return weights, scores
     tables = same_rows(tables)
     log_probs, first = [table.log_probs for table in tables], tables[0]
+    selected = any(system.folds_selected for system in systems)
     codes = first.codes()
     mixed = replace(first, log_probs=combined("mean", log_probs, equal(len(systems))))
-    scores.append(score(BLENDS["mean"].words, "out-of-fold", mixed))
+    scores.append(score(BLENDS["mean"].words, "out-of-fold", mixed, selected))
     if blend.fit and len(np.unique(first.fold)) > 1:  # a single fold leaves no rows to fit on
         mixed = replace(first, log_probs=cross_fitted(log_probs, codes, first.fold, blend.fit))
-        scores.append(score(blend.words, "out-of-fold, cross-fitted by fold", mixed))
+        scores.append(score(blend.words, "out-of-fold, cross-fitted by fold", mixed, selected))
         return blend.fit(log_probs, codes), scores
     if blend.fit:
         log.warning("equal weights between the systems: out-of-fold rows of one fold alone leave none to score them on")
     elif rule.between != "mean":
         mixed = replace(first, log_probs=combined(rule.between, log_probs, weights))
-        scores.append(score(blend.words, "out-of-fold", mixed))
+        scores.append(score(blend.words, "out-of-fold", mixed, selected))
     return weights, scores
 
 
@@ -135,7 +138,11 @@ def join(tables: Sequence[Predictions], within: str) -> Predictions:
 
 def scores_alone(systems: Sequence[System]) -> list[Score]:
     """The out-of-fold scores of each system that has such rows."""
-    return [score(_one_of(system), "out-of-fold", system.oof) for system in systems if system.oof is not None]
+    return [
+        score(_one_of(system), "out-of-fold", system.oof, system.folds_selected)
+        for system in systems
+        if system.oof is not None
+    ]
 
 
 def _one_of(system: System) -> str:
@@ -152,7 +159,11 @@ def same_rows(tables: Sequence[Predictions]) -> list[Predictions]:
     return [table.with_classes(first.classes).in_order(first.ids) for table in tables]
 
 
-def score(what: str, rows: str, table: Predictions) -> Score:
-    """`what` was scored on which `rows`, how many, and its figures."""
+def score(what: str, rows: str, table: Predictions, folds_selected: bool = False) -> Score:
+    """Return what was scored, on which `rows`, how many they are, and the figures.
+
+    `selected_on` is `oof` where the folds chose their epochs by these rows, which makes the figures optimistic.
+    """
     figures = {name: round(value, 6) for name, value in summary(table.log_probs, table.codes()).items()}
-    return {"what": what, "rows": rows, "n": len(table), **figures}
+    selected_on = {"selected_on": "oof"} if folds_selected else {}
+    return {"what": what, "rows": rows, "n": len(table), **selected_on, **figures}

@@ -24,7 +24,7 @@ from fivefold.recipe import Settings
 from fivefold.settings import arguments_layer, is_of, load, normal_key
 
 PLAN = "plan.json"
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 SAID_OTHERWISE = {"stage": "stages=", "fold": "folds="}
 
 
@@ -96,7 +96,9 @@ def make_plan(
     """
     run = run or new_run_name()
     if not RUN_NAME.fullmatch(run):
-        raise SettingsError(f"run={run!r} names a folder: letters, digits, '.', '_' and '-', not starting with '.'")
+        raise SettingsError(
+            f"run={run[:200]!r} names a folder: at most 150 letters, digits, '.', '_' and '-', not starting with '.'"
+        )
     settings = _checked(overrides, recipe, seeds)
     builder = _Builder(Path(runs) / run, inputs, settings, tuple(overrides), recipe, tuple(seeds))
     builder.build()

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +65,8 @@ NO_CREDENTIALS = (
     CredentialRetrievalError, NoCredentialsError, PartialCredentialsError, ProfileNotFound, SSOError, TokenRetrievalError,
 )  # fmt: skip
 ABSENT = {"NoSuchBucket", "NoSuchKey", "NotFound", "404"}
+ARCHIVED = {"GLACIER", "DEEP_ARCHIVE"}
+"""Storage classes whose objects must be restored before anybody can read them."""
 TRANSIENT = {
     "BadDigest", "XAmzContentSHA256Mismatch", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException",
     "RequestTimeTooSkewed", "PreconditionFailed",
@@ -72,12 +75,13 @@ TRANSIENT = {
 
 @dataclass(frozen=True)
 class Object:
-    """What a listing says of an object: its bytes, its entity tag, and when it was put there (seconds since 1970)."""
+    """An object of a listing: its bytes, its entity tag, and when it was put there (seconds since 1970)."""
 
     url: Url
     size: int
     etag: str
     modified: float
+    storage_class: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,15 @@ class Store:
     def find(self, url: Url) -> Object | None:
         """The object of just this key."""
         return next((found for found in self._list(url, url.key, most=1) if found.url == url), None)
+
+    def find_archived(self, objects: Iterable[Object]) -> Object | None:
+        """Return the first object that is archived and not restored, or None."""
+        for each in objects:
+            if each.storage_class in ARCHIVED:
+                call = partial(self._client.head_object, Bucket=each.url.bucket, Key=each.url.key)
+                if 'ongoing-request="false"' not in self._retry(each.url, call).get("Restore", ""):
+                    return each
+        return None
 
     def read(self, url: Url) -> bytes:
         """All bytes of a small object."""
@@ -278,6 +291,8 @@ def _refusal(error: ClientError, url: Url) -> FivefoldError:
         )
     if code == "NoSuchBucket":
         return MissingInputError(f"{url}: there is no bucket {url.bucket!r}")
+    if code == "InvalidObjectState":
+        return MissingInputError(f"{url} is archived; restore it (aws s3api restore-object), then run the same command")
     if code in ABSENT:
         return RetryableError(f"{url} went away while it was read, as when its stage runs again: try once more")
     if code in TRANSIENT or status >= 500 or status == 429:
@@ -286,7 +301,8 @@ def _refusal(error: ClientError, url: Url) -> FivefoldError:
 
 
 def _object(bucket: str, entry: dict[str, Any]) -> Object:
-    return Object(Url(bucket, entry["Key"]), entry["Size"], entry["ETag"], entry["LastModified"].timestamp())
+    modified, storage_class = entry["LastModified"].timestamp(), entry.get("StorageClass", "")
+    return Object(Url(bucket, entry["Key"]), entry["Size"], entry["ETag"], modified, storage_class)
 
 
 def _wait(attempt: int) -> None:
