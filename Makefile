@@ -24,7 +24,7 @@ FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
 FOR_ALL := $(VENV)/.set-up-all-$(call content,requirements.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo systems bench test test-slow test-docker test-lowest image manifests check lock audit clean
+.PHONY: help demo systems bench test test-slow test-docker test-lowest image manifests docs check lock audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ image: ## the one image of all stages; IMAGE=fivefold:latest BASE_IMAGE=python:3
 
 manifests: $(FOR_RUNS) ## render k8s/ from the plan
 	@$(BIN)/python -m fivefold.launchers.manifests k8s
+
+docs: $(FOR_RUNS) ## write docs/settings.md from the settings
+	@$(BIN)/python -m fivefold.settings >build/settings.md && mv build/settings.md docs/settings.md
 
 check: $(FOR_ALL) ## ruff and the import rules alone
 	@$(BIN)/ruff check .

@@ -158,6 +158,26 @@ def describe(sections: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def reference() -> str:
+    """Return docs/settings.md: every key with type, default and meaning, a table per section."""
+    lines = [
+        "# Settings",
+        "",
+        "Every key with its type, default and meaning. `make docs` generates this page from `src/fivefold/recipe.py`. Keys are written as",
+        "`section.key` on the command line, as `SECTION__KEY` in the environment, and below `[section]` in a recipe: [docs/training.md](training.md).",
+    ]
+    section = None
+    for key, field in FIELDS.items():
+        name, dot, short = key.partition(".")
+        if name != section and (dot or section is None):
+            section = name if dot else ""
+            lines += ["", f"## [{section}]" if section else "## Top level", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        default = json.dumps(field.default, ensure_ascii=False)
+        cells = [f"`{short or name}`", words(field.annotation), f"`{default}`", field.description or ""]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _value(key: str, given: Any, source: str) -> Any:
     """`given` as the value that `key` wants; a SettingsError for a key that there is not, or another type."""
     parent, _, option = key.partition(".options.")
@@ -251,3 +271,7 @@ KINDS |= {f"distill.{key}": kind for key, kind in KINDS.items() if key.startswit
 KINDS |= {
     f"sagemaker.stages.{stage}.{key}": KINDS[f"sagemaker.{key}"] for stage in STAGES_OF_A_RUN for key in OF_A_STAGE
 }
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,4 +1,4 @@
-"""The launches of README as they stand there, by the real SDKs in local mode: version 3, and version 2 in a venv of its own.
+"""The launches of docs/sagemaker.md as they are printed there, by the real SDKs in local mode: version 3, and version 2 in a venv of its own.
 
 Only names of data, recipe and fold are changed. Each fold's `model.tar.gz` then feeds an ensemble, by the same SDK.
 """
@@ -19,7 +19,7 @@ from platform_runs import REPOSITORY
 
 pytestmark = pytest.mark.docker
 PINS = Path(__file__).parent / "sdk-v2.txt"
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "docs" / "sagemaker.md").read_text(encoding="utf-8")
 SETTINGS = '{"recipe": "demo", "split__folds": "2", "train__epochs": "1", "train__warmup_epochs": "0"}'
 FOLD = '{"STAGE": "train-fold", "FOLD": "2"}'
 ENSEMBLE = '{"STAGE": "ensemble", "OMP_NUM_THREADS": "1"}'
@@ -50,8 +50,8 @@ def containers_of_the_sdk() -> Iterator[None]:
 
 
 def example(of: str) -> str:
-    """The block of README that imports `of`."""
-    (block,) = [each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if of in each]
+    """Return the block of the page that imports `of`."""
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if of in each]
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     return block
 
