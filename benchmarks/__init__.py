@@ -1,1 +1,1 @@
-"""What the project claims of its speed, measured: `python -m benchmarks --help`."""
+"""Benchmarks of Fivefold's speed: `python -m benchmarks --help`."""

@@ -1,12 +1,12 @@
-"""`python -m benchmarks NAME… [KEY=VALUE…]`: measure what the project claims of its speed.
+"""`python -m benchmarks NAME… [KEY=VALUE…]`: measure the speed of Fivefold.
 
-python -m benchmarks loader pairs=3                         a short one, a few minutes: make bench
-python -m benchmarks all                                    every row of the table in docs/performance.md; hours
-python -m benchmarks train cases=resnet18@64 images=photos  one row, on your photographs
-python -m benchmarks.results                                that table, from benchmarks/results
+python -m benchmarks loader pairs=3                         a short benchmark, a few minutes (make bench)
+python -m benchmarks all                                    every row of the table in docs/performance.md; takes hours
+python -m benchmarks train cases=resnet18@64 images=photos  one row, on your own images
+python -m benchmarks.results                                prints that table from benchmarks/results
 
-Both sides of a comparison run in fresh processes in turns; the figure is the median of paired ratios. Stop other processes
-first. Figures go to stdout and to benchmarks/results/NAME.json.
+Both sides of a comparison run in fresh processes that alternate. The figure is the median of paired ratios. Stop other
+processes first. Figures go to stdout and to benchmarks/results/NAME.json.
 """
 
 import importlib
@@ -23,11 +23,11 @@ from fivefold.errors import FivefoldError, SettingsError
 
 log = logging.getLogger("fivefold")
 MODULES = {name: ("training", f"measure_{name}") for name in ("train", "peer")}
-"""Where a benchmark is, if not at `measure` of the module of its name."""
+"""Module and function of the benchmarks that are not `measure` of the module of their name."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what is named; return 0, or the exit code of the error that ended it."""
+    """Run the named benchmarks; return 0, or the exit code of the error that ended the run."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(overview())
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def plan(names: Sequence[str], arguments: Sequence[str]) -> list[tuple[str, Options]]:
-    """Return the benchmarks that `names` select, each with its options; all are checked before one runs."""
+    """Return the benchmarks that `names` select, each with its options. Check all of them before any runs."""
     if not names:
         raise SettingsError(f"no benchmark: give all, or some of {', '.join(TARGETS)}; see --help")
     for name in names:
@@ -55,7 +55,7 @@ def plan(names: Sequence[str], arguments: Sequence[str]) -> list[tuple[str, Opti
 
 
 def run_benchmark(name: str, options: Options) -> None:
-    """Measure, save each row as soon as it is there, print the table."""
+    """Measure, save each row as soon as it is measured, and print the table."""
     facts = describe_machine(options.cores, options.device)
     module, function = MODULES.get(name, (name, "measure"))
     for finding in getattr(importlib.import_module(f"benchmarks.{module}"), function)(options):
@@ -70,7 +70,7 @@ def overview() -> str:
 
 
 def _stop(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)  # as Ctrl-C, so that the measured process ends too
+    raise SystemExit(128 + number)  # unwinds like Ctrl-C, so that the measured process ends too
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""`ensemble` of 5 models × 3 views, images/s ÷ the same models alone on resident batches.
+"""`ensemble` of 5 models × 3 views: images/s ÷ those of the same models alone on resident batches.
 
-A is the whole stage as a process, from finding the models to the last file, without its imports. B runs the same five networks one
-after the other on a batch whose three views lie ready, as many images. The models are those of a short run, trained once.
+Side A is the whole stage as a process, from finding the models to the last file, without its imports. Side B runs the same five
+networks one after the other on one batch and its three views, which are ready in memory, for as many images. A short run trains the
+models once.
 """
 
 import json
@@ -41,18 +42,18 @@ def measure(options: Options) -> Iterator[Finding]:
 
 
 def train_models(work: Workload, options: Options) -> Path:
-    """Return the run with five models, each trained for one epoch on few images, once."""
+    """Return the folder of a run with five models. Train them once, each for one epoch on few images."""
     few = replace(work, images=min(IMAGES_TO_TRAIN, work.images), epochs=1)
     name = f"{work.name}-{work.size}-{work.batch}"
     arguments = ["-m", "jobs", "submit", "platform=local", f"train={photographs(options, few.images)}", f"run={name}"]
     arguments += [f"runs={options.folder('models')}", "stages=split,train-fold", f"split.folds={FOLD_COUNT}"]
     arguments += [f"predict.views={json.dumps(VIEWS)}", *few.settings()]
-    run(Call(arguments), 0)  # submit shares the cores among the folds itself
+    run(Call(arguments), 0)  # submit divides the cores among the folds itself
     return options.folder("models") / name
 
 
 def stage(photos: Path, models: Path, options: Options) -> Call:
-    """Return the call of `ensemble` with a clock around it."""
+    """Return the call that times the stage `ensemble`."""
     channels = {
         "SM_CHANNEL_MODEL": str(models),
         "SM_CHANNEL_EVAL": str(photos),
@@ -63,7 +64,7 @@ def stage(photos: Path, models: Path, options: Options) -> Call:
 
 
 def run_models(request: dict[str, Any]) -> list[dict[str, float]]:
-    """Run every model of the ensemble on all views of a resident batch, as often as the images need."""
+    """Run every model on all views of a resident batch until all images are done; return the passes."""
     import torch
 
     from fivefold.assemble import predict_batch_size
@@ -88,7 +89,7 @@ def run_models(request: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def run_views(member: Any, views: Sequence[Any], size: int, images: int) -> None:
-    """Run batches of all views through the network until `images` are done, and wait for the device."""
+    """Run batches of all views through the network until `images` are done. Wait for the device."""
     for start in range(0, images, size):
         logits = [member.network(view[: images - start]) for view in views]
     float(logits[-1].sum())

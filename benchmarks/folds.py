@@ -1,8 +1,8 @@
-"""All k folds, from files to blended predictions ÷ timm's loop k times and the mean of its models; wall seconds of everything.
+"""All k folds, from files to blended predictions, against k runs of timm's loop and the mean of its models; wall seconds of everything.
 
-Ours is `submit platform=local` of split, folds and ensemble with the platform's defaults. timm's is what a user of its
-script does: divide the images by scikit-learn, train fold after fold, predict with all models, decoding each image once.
-Both count from the start of the first process to the end of the last: decoding, imports, validation and checkpoints are in it.
+Fivefold runs `submit platform=local` of split, folds and ensemble, with the defaults of the platform. The other side does what a user
+of timm's script does: split the images with scikit-learn, train fold after fold, predict with all models, and decode each image once.
+Both times run from the start of the first process to the end of the last, with decoding, imports, validation and checkpoints.
 """
 
 from collections.abc import Iterator
@@ -36,15 +36,15 @@ def measure(options: Options) -> Iterator[Finding]:
 
 
 def run_ours(work: Workload, photos: Path, options: Options) -> float:
-    """Run split, folds and ensemble; every image is predicted by the ensemble."""
+    """Run split, folds and ensemble, which predicts every image; return the seconds."""
     arguments = ["-m", "jobs", "submit", "platform=local", f"train={photos}", f"eval={photos}", "run=first"]
     arguments += [f"runs={options.empty_folder('runs', 'folds')}", "stages=split,train-fold,ensemble"]
     arguments += [f"split.folds={FOLD_COUNT}", *work.settings()]
-    return run(Call(arguments), 0).seconds  # submit shares the cores among the folds itself
+    return run(Call(arguments), 0).seconds  # submit divides the cores among the folds itself
 
 
 def run_timm(work: Workload, photos: Path, best: Setting, options: Options) -> float:
-    """Divide the images, train each fold, predict every image by the mean of the models."""
+    """Split the images, train each fold, predict every image with the mean of the models; return the seconds."""
     folder = options.empty_folder("runs", "timm-folds")
     models = [str(folder / f"{fold}.pth") for fold in range(FOLD_COUNT)]
     calls = [Call(["-c", SPLIT, str(photos), str(folder), str(FOLD_COUNT)])]
@@ -69,4 +69,4 @@ for fold, parts in enumerate(splitter.split(paths, [path.parent.name for path in
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(paths[row])
 """
-"""What a user without a tool for folds writes: folders `fold-K/{train,validation}` of links."""
+"""The script of a user without a tool for folds. It writes folders `fold-K/{train,validation}` of links."""

@@ -1,7 +1,7 @@
-"""The loader alone on one core: from cached images to a batch of uint8 at 224 px, by crop, resize and flip.
+"""The loader alone on one core: from cached images to a uint8 batch at 224 px, with crop, resize and flip.
 
-JPEGs of 500 × 375 pixels are in an image cache at `data.store_size=256`, as 341 × 256. B is torchvision v2's RandomResizedCrop and
-RandomHorizontalFlip on the same pixels, stacked. Each process is bound to one core and has one thread.
+The image cache holds JPEGs of 500 × 375 pixels as 341 × 256 (`data.store_size=256`). Side B applies torchvision v2's RandomResizedCrop
+and RandomHorizontalFlip to the same pixels and stacks them. Each process is bound to one core and has one thread.
 """
 
 import json
@@ -64,7 +64,7 @@ def measure_here(request: dict[str, Any]) -> float:
 
 
 def cached_images(request: dict[str, Any]) -> Any:
-    """Return all images of the split as a training has them, from a cache that is made once."""
+    """Return all images of the split as a training reads them, from a cache that is built once."""
     import numpy as np
 
     from fivefold.assemble import image_set

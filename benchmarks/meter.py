@@ -1,6 +1,6 @@
-"""Run a command and write what it used as JSON to a file: `python -I -S benchmarks/meter.py FILE COMMAND…`.
+"""Run a command and write its time and peak memory to a file as JSON: `python -I -S benchmarks/meter.py FILE COMMAND…`.
 
-This process is small, because the kernel counts towards a new process's peak what its parent held when it started.
+This process is small on purpose: the kernel counts the memory of the parent at the start towards the peak of a new process.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""The model alone: steps on a batch that lies ready on the device, `python -m benchmarks.model_only JSON`.
+"""The model alone: steps on a batch that is already on the device, `python -m benchmarks.model_only JSON`.
 
-The trainer is the one that `train-fold FOLD=0` builds from the same settings, photographs and split. JSON has `train`, `split`,
-`probes`, `settings`, `step` (a name of STEPS), and the number of `passes` of `steps` each, timed after `warm_up` other steps. It
-prints the passes, and with `curve` the losses of all steps.
+The trainer is the one that `train-fold FOLD=0` builds from the same settings, photographs and split. JSON contains `train`, `split`,
+`probes`, `settings`, `step` (a name of STEPS), and the number of `passes` of `steps` each, timed after `warm_up` other steps. The
+process prints the passes, and with `curve` also the losses of all steps.
 """
 
 import copy
@@ -36,10 +36,10 @@ Step = Callable[[], torch.Tensor]
 
 
 class ReferenceStep:
-    """mixup, R-Drop, SAM and EMA in one step, written by hand: the reference for the trainer's composition of parts.
+    """mixup, R-Drop, SAM and EMA in one hand-written step: the reference for the trainer, which composes these parts.
 
-    It draws the same random numbers as the trainer, and is the cheapest exact form if the trunk is stochastic: R-Drop's two
-    passes as one batch of twice the rows, foreach kernels, fused AdamW. It does not support micro-batches, clipping, fp16,
+    It draws the same random numbers as the trainer. It is the cheapest exact implementation if the trunk is random: R-Drop's two
+    passes are one batch of twice the rows, with foreach kernels and fused AdamW. It does not support micro-batches, clipping, fp16,
     BatchNorm statistics or several processes.
     """
 
@@ -74,7 +74,7 @@ class ReferenceStep:
 
     def mix(self, images: Tensor, targets: Tensor, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
         random = generator(Stream.MIX, *seed)
-        random.random()  # the trainer first draws whether the batch is mixed
+        random.random()  # the trainer first draws whether it mixes the batch
         lam = float(random.beta(self.mix_alpha, self.mix_alpha))
         order = torch.from_numpy(random.permutation(len(targets))).to(images.device)
         return torch.lerp(images[order], images, lam), torch.lerp(targets[order], targets, lam)
@@ -99,7 +99,7 @@ class ReferenceStep:
         return origin
 
     def update_average(self) -> None:
-        """Update the average, whose decay warms up as the trainer's."""
+        """Update the average. Its decay warms up as in the trainer."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
@@ -107,7 +107,7 @@ class ReferenceStep:
 
 @dataclass(frozen=True)
 class Resident:
-    """A trainer and its first batch, uint8 as the loader gives it."""
+    """A trainer and its first batch, uint8 as it comes from the loader."""
 
     loop: Loop
     settings: Settings
@@ -115,7 +115,7 @@ class Resident:
     batch: Batch
 
     def rows(self, step: int = 0) -> Rows:
-        """Return the rows normalised, on the device, mixed as in this step."""
+        """Return the rows on the device, normalised, and mixed as in this step."""
         loop, seed = self.loop, (self.loop.duration.seed, 1, step, 0)
         return rows_of(self.batch, self.samples, loop.train, loop.mixing, loop.runtime, 1, seed)
 
@@ -139,7 +139,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_fold(request: dict[str, Any]) -> Resident:
-    """Build the trainer of fold 0 on one batch of its images; probes of precision are kept in the folder `probes`."""
+    """Build the trainer of fold 0 on one batch of its images. The folder `probes` keeps the results of precision probes."""
     settings = load_settings([arguments_layer(request["settings"])])
     table = read_folds(Path(request["split"]) / FOLDS, Path(request["split"]) / CLASSES)
     rows = table.train_rows(0)[: settings.train.batch_size]
@@ -156,13 +156,13 @@ def first_fold(request: dict[str, Any]) -> Resident:
 
 
 def update(resident: Resident) -> Step:
-    """Return the update alone: forward, backward, the optimiser's step."""
+    """Return the update alone: forward pass, backward pass, optimiser step."""
     rows = resident.rows()
     return lambda: resident.loop.update([rows])[0].loss.detach()
 
 
 def whole(resident: Resident) -> Step:
-    """Return a whole step without the loader: normalising, mixing, the update, what follows it."""
+    """Return a whole step without the loader: normalisation, mixing, the update and the calls after it."""
     numbers = count()
 
     def step() -> torch.Tensor:
@@ -175,7 +175,7 @@ def whole(resident: Resident) -> Step:
 
 
 def reference(resident: Resident) -> Step:
-    """Return the same step written by hand, on the same network and images."""
+    """Return the hand-written step on the same network and images."""
     loop, numbers = resident.loop, count()
     step = ReferenceStep(loop.model, loop.runtime, resident.settings)
     targets = loop.train.targets[resident.batch.rows.to(loop.runtime.device)]

@@ -16,22 +16,22 @@ ROOT = Path(__file__).parents[1]
 
 
 class Options(BaseModel):
-    """0 and "" mean the default of the benchmark. A benchmark ignores the options that it has no use for."""
+    """0 and "" mean the default of the benchmark. A benchmark ignores options that it does not use."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pairs: int = Field(7, ge=1, description="pairs of fresh processes, or runs where there is nothing to pair")
-    cases: str = Field("", description="only these rows, separated by commas; empty: all")
+    pairs: int = Field(7, ge=1, description="pairs of fresh processes, or runs if there is no second side")
+    cases: str = Field("", description="measure only these rows, separated by commas; empty: all")
     images: str = Field("", description="a folder of class folders of photographs; empty: crops of scikit-learn's two")
-    photo: str = Field("500x375", pattern=r"^\d+x\d+$", description="size of the crops, as 1600x1200")
-    count: int = Field(0, ge=0, description="number of images at most")
+    photo: str = Field("500x375", pattern=r"^\d+x\d+$", description="size of the crops, such as 1600x1200")
+    count: int = Field(0, ge=0, description="number of images at most; 0: the default")
     epochs: int = Field(0, ge=0, description="epochs of a training; the first is not counted")
     size: int = Field(0, ge=0, description="image size of the networks in pixels")
-    batch: int = Field(0, ge=0, description="images a step")
+    batch: int = Field(0, ge=0, description="images per step")
     threads: int = Field(0, ge=0, description="threads of each process; 0: the number of cores")
     device: Literal["cpu", "cuda"] = Field("cpu", description="device of the networks")
     search: str = Field("", description="timm's settings as bf16,NHWC,0; empty: search for the best ones")
-    work: str = Field("build/benchmarks", description="folder of images, splits and runs; it may be deleted")
+    work: str = Field("build/benchmarks", description="folder of images, splits and runs; you may delete it")
     results: str = Field("benchmarks/results", description="folder of the JSON files")
 
     @property
@@ -39,13 +39,13 @@ class Options(BaseModel):
         return self.threads or len(os.sched_getaffinity(0))
 
     def folder(self, *names: str) -> Path:
-        """Return a folder below `work`; make it if it does not exist."""
+        """Return a folder below `work`. Create it if it does not exist."""
         path = Path(self.work).resolve().joinpath(*names)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def empty_folder(self, *names: str) -> Path:
-        """Return the same folder, emptied."""
+        """Return a folder below `work`, emptied."""
         shutil.rmtree(Path(self.work).resolve().joinpath(*names), ignore_errors=True)
         return self.folder(*names)
 

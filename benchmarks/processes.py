@@ -1,8 +1,8 @@
-"""Fresh processes that take turns, and the spread of what they measure.
+"""Run fresh processes that alternate, and summarise what they measure.
 
-The speed of a machine drifts by more than the few percent in question, so two runs are never compared. A and B take
-turns, A B A B …, each in its own process with the same number of threads. Only the ratio of neighbours counts. Two
-processes can also live side by side: each calls `wait_for_turn` before a pass, and one waits while the other works.
+The speed of a machine drifts by more than the few percent to be measured, so two separate runs are never compared. A and B alternate
+(A B A B …), each in its own process with the same number of threads. Only the ratio of neighbours counts. Two processes can also
+run at the same time: each calls `wait_for_turn` before a pass, and one waits while the other works.
 """
 
 import json
@@ -31,11 +31,11 @@ T = TypeVar("T")
 METER = Path(__file__).with_name("meter.py")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 TURN_SOCKET = "BENCHMARK_TURN_SOCKET"
-"""File number of the socket by which a process gets its turns; unset: the process is measured alone."""
+"""Variable with the number of the socket that tells a process its turn. If it is not set, the process is measured alone."""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median of the values with quartiles, extremes and their number `n`."""
+    """Return the median, quartiles, extremes and number `n` of the values."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     numbers = {"median": median, "q1": q1, "q3": q3, "least": min(values), "most": max(values)}
     return {name: float(f"{value:.6g}") for name, value in numbers.items()} | {"n": len(values)}
@@ -43,14 +43,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Call:
-    """`python ARGUMENTS` with environment variables of its own."""
+    """`python ARGUMENTS` with additional environment variables."""
 
     arguments: Sequence[str]
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
 class Ended(NamedTuple):
-    """A process that succeeded: wall seconds, peak of memory, `time.monotonic()` at its start, JSON of its last line."""
+    """A process that succeeded: wall seconds, peak memory, `time.monotonic()` at the start, JSON of the last line of its output."""
 
     seconds: float
     peak_bytes: int
@@ -59,16 +59,16 @@ class Ended(NamedTuple):
 
 
 def run(call: Call, threads: int) -> Ended:
-    """Run a fresh process from the repository's root. Raises FivefoldError with its last lines if it fails.
+    """Run a fresh process from the root of the repository. Raises FivefoldError with its last lines if it fails.
 
-    `threads` 0: the process chooses.
+    With `threads` 0 the process chooses the number of threads.
     """
     with _started(call, threads) as wait:
         return wait()
 
 
 def run_side_by_side(first: Call, second: Call, threads: int) -> tuple[Ended, Ended]:
-    """Run both as fresh processes that take turns: one works while the other waits in `wait_for_turn`."""
+    """Run both as fresh processes that alternate: one works while the other waits in `wait_for_turn`."""
     with ExitStack() as stack:
         sockets, waits = [], []
         for call in (first, second):
@@ -87,7 +87,7 @@ def run_side_by_side(first: Call, second: Call, threads: int) -> tuple[Ended, En
 
 
 def wait_for_turn() -> None:
-    """Pass the turn on, and return when it comes back; at once if no other process is measured beside this one."""
+    """Let the other process work, and return when it is this one's turn. Without another process, return at once."""
     turn = _turn_socket()
     if turn is not None:
         turn.sendall(b".")
@@ -102,40 +102,40 @@ def _turn_socket() -> socket.socket | None:
 
 
 def repeat(measure: Callable[[], T], times: int, label: str) -> list[T]:
-    """Call `measure` so many times under a progress bar."""
+    """Call `measure` `times` times with a progress bar; return the results."""
     return [measure() for _ in track(range(times), times, label)]
 
 
 class Timer:
-    """Wall seconds since its creation."""
+    """A clock that starts when it is created."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
 
     def stop(self, images: int) -> dict[str, float]:
-        """Return the pass as JSON: its images and seconds."""
+        """Return a pass: its images and seconds."""
         return {"images": images, "seconds": time.perf_counter() - self.started}
 
 
 def timed_passes(output: Mapping[str, Any]) -> list[dict[str, float]]:
-    """Return the passes of a process without the first, which warms up; a single pass counts."""
+    """Return the passes of a process without the first, which is the warm-up. A single pass counts."""
     return output["passes"][1:] or output["passes"]
 
 
 def rate(passes: Sequence[Mapping[str, float]]) -> float:
-    """Return images per second of several passes together."""
+    """Return the images per second of several passes together."""
     return sum(each["images"] for each in passes) / sum(each["seconds"] for each in passes)
 
 
 def ratio_of_passes(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
-    """Return images/s of the first process ÷ those of the second: the median over neighbouring passes."""
+    """Return images/s of the first process ÷ images/s of the second: the median over neighbouring passes."""
     pairs = zip(timed_passes(first), timed_passes(second), strict=True)
     return statistics.median(rate([a]) / rate([b]) for a, b in pairs)
 
 
 @contextmanager
 def _started(call: Call, threads: int, *files: int) -> Iterator[Callable[[], Ended]]:
-    """Start the process with the open `files`; yield what waits for it. Leaving the context ends it and its children."""
+    """Start the process with the open `files`; yield a function that waits for it. Leaving the context kills it and its children."""
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr, used = (Path(folder) / name for name in ("stdout", "stderr", "used.json"))
         with open(stdout, "wb") as out, open(stderr, "wb") as log:
@@ -167,7 +167,7 @@ def _started(call: Call, threads: int, *files: int) -> Iterator[Callable[[], End
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Return the variables of this process without settings of stages and numbers of threads, with `threads` instead."""
+    """Return the variables of this process without settings of stages, and with `threads` as the number of threads."""
     dropped = {*settings_variables(os.environ), *THREADS}
     kept = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SM_")}
     paths = [str(ROOT / "src"), str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]

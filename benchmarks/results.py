@@ -1,4 +1,4 @@
-"""Rows of the table of speed, their targets, the machine, and JSON files: `python -m benchmarks.results [FOLDER]`."""
+"""The rows of the table, their targets, the machine and the JSON files: `python -m benchmarks.results [FOLDER]` prints the table."""
 
 import logging
 import math
@@ -23,11 +23,11 @@ log = logging.getLogger("fivefold")
 BF16_UNITS = ("amx_bf16", "avx512_bf16")
 """Processor flags of units that compute in bf16, the faster one first."""
 QUIET_LOAD = 0.25
-"""A quiet machine has less load than this per core."""
+"""The load per core below which a machine is quiet."""
 
 
 def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
-    """Return the facts that a figure depends on. Warns if other processes are running. SettingsError without the device."""
+    """Return the facts about the machine. Warns if other processes are running. Raises SettingsError if `device` is missing."""
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     if load > QUIET_LOAD * cores:
         log.warning("the machine is busy (load %.1f on %d cores); stop other processes first", load, cores)
@@ -47,7 +47,7 @@ def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
 
 
 def name_machine(facts: dict[str, Any]) -> str:
-    """Return processor (and GPU), number of cores and bf16 units in one phrase."""
+    """Return processor (and GPU), number of cores and bf16 units as one string."""
     gpu = f", {facts['gpu']}" if facts.get("gpu") else ""
     units = next((unit for unit in BF16_UNITS if unit in facts["flags"]), "no units for bf16")
     return f"{facts['processor']}{gpu}, {facts['cores']} cores ({units})"
@@ -62,7 +62,7 @@ def _gpu() -> str:
 
 
 class Target(NamedTuple):
-    """What a row measures, and its limit in `unit` ("" for a ratio): at least, or `at_most`; NaN: no target."""
+    """What a row measures, and its limit in `unit` ("" for a ratio): a minimum, or with `at_most` a maximum. NaN: no target."""
 
     text: str
     limit: float
@@ -94,12 +94,12 @@ TARGETS = {
 NOT_SAVED = ("cases", "images", "results", "work", "threads")
 """Options that name places or select rows."""
 SHOWN = ("photo", "count", "epochs", "size", "batch")
-"""Options that change what a figure means; the table names them where they are not the default."""
+"""Options that change the meaning of a figure. The table names them if they are not the default."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The figure of the row `key`, and details beside it: rates, CPU seconds, settings."""
+    """The figure of the row `key`, and details: rates, CPU seconds, settings."""
 
     key: str
     figure: Mapping[str, float]
@@ -107,12 +107,12 @@ class Finding:
 
 
 def ratio_finding(key: str, ratios: Sequence[float], **details: Any) -> Finding:
-    """Make a finding of paired ratios."""
+    """Return the finding of paired ratios."""
     return Finding(key, spread(ratios), {"ratios": [round(each, 4) for each in ratios], **details})
 
 
 def save(name: str, finding: Finding, options: Options, facts: Mapping[str, Any]) -> Path:
-    """Write the row into RESULTS/NAME.json atomically; the other rows stay. Return the path."""
+    """Write the row into RESULTS/NAME.json atomically and keep the other rows. Return the path."""
     path = Path(options.results) / f"{name}.json"
     rows = read_json(path)["rows"] if path.is_file() else {}
     target = TARGETS[name][finding.key]
@@ -130,7 +130,7 @@ def save(name: str, finding: Finding, options: Options, facts: Mapping[str, Any]
 
 
 def markdown_table(folder: Path, names: Sequence[str] = tuple(TARGETS)) -> str:
-    """Return the table: text, target, figure with quartiles, n, machine, command; then the machines."""
+    """Return the table (text, target, figure with quartiles, n, machine, command), followed by the machines."""
     machines: list[str] = []
     lines = ["| | target | figure | n | on | `python -m benchmarks` |", "|---|---|---|---|---|---|"]
     for name in names:
@@ -144,7 +144,7 @@ def markdown_table(folder: Path, names: Sequence[str] = tuple(TARGETS)) -> str:
 
 
 def _cells(row: dict[str, Any], target: Target, machines: list[str]) -> list[str]:
-    """Return figure, n and the letter of the machine, which joins `machines` if it is new."""
+    """Return figure, n and the letter of the machine. Add the machine to `machines` if it is new."""
     machine, figure = name_machine(row["machine"]), row["figure"]
     if machine not in machines:
         machines.append(machine)

@@ -1,9 +1,9 @@
-"""A step of mixup + R-Drop + SAM + EMA ÷ a plain step, and ÷ the cheapest exact form by hand; and its loss curve.
+"""A step of mixup + R-Drop + SAM + EMA ÷ a plain step, the same ÷ the cheapest exact implementation by hand, and the loss curve.
 
 ConvNeXt-Tiny at 224 px on resident images, as in the recipe `car_convnext_tiny`. At stochastic depth 0 only the head's dropout is
-random, so R-Drop's two passes can share the trunk: the whole step may cost 3 plain ones. At .1 the trunk is random too, and
-the trainer may take 5 % more than the cheapest exact form. The curve is the largest relative distance of a loss
-to that form, in fp32 with the same random numbers, at both depths.
+random, so R-Drop's two passes can share the trunk: the whole step may cost 3 plain steps. At depth .1 the trunk is random too, and
+the trainer may take 5 % more time than the cheapest exact implementation. The curve is the largest relative distance between the
+losses of the two, in fp32 with the same random numbers, at both depths.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ ALL_FOUR = (
 )
 DEPTHS = {"all_four": 0.0, "stochastic_depth": 0.1}
 PASSES = 4
-"""Passes of each side, of which the first warms up."""
+"""Passes of each side. The first is the warm-up."""
 CURVE_STEPS = 10
 CURVE_BATCH = 8
 WORKLOADS = {"convnext_tiny@224": Workload("convnext_tiny", 224, 16, 100, 2)}
-"""`epochs` are the steps of a pass of the four together; a pass of plain steps has three times as many."""
+"""`epochs` is the number of steps in a pass with all four parts. A pass of plain steps has three times as many."""
 
 
 def measure(options: Options) -> Iterator[Finding]:
@@ -47,7 +47,7 @@ def measure(options: Options) -> Iterator[Finding]:
             side, other = "plain", model_only(plain, "whole", (PASSES, 3 * work.epochs), *data)
         else:
             side, other = "by_hand", model_only([*plain, *ALL_FOUR], "reference", (PASSES, work.epochs), *data)
-        # precision is probed once by a process that is alone; those side by side read it
+        # a process that runs alone probes the precision once; the two processes that alternate read the result
         run(model_only(plain if name == "all_four" else [*plain, *ALL_FOUR], "update", (1, 1), *data), options.cores)
         pairs = repeat(
             lambda calls=(ours, other): tuple(each.output for each in run_side_by_side(*calls, options.cores)),
@@ -58,7 +58,7 @@ def measure(options: Options) -> Iterator[Finding]:
 
 
 def curve(work: Workload, *data: object) -> Finding:
-    """Measure the largest relative distance between the losses of both versions; the details have both curves."""
+    """Measure the largest relative distance between the losses of both implementations. The details have both curves."""
     small, distances, curves = replace(work, batch=min(CURVE_BATCH, work.batch)), [], {}
     options = data[2]
     for name, depth in DEPTHS.items():

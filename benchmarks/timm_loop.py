@@ -1,8 +1,9 @@
 """timm's training loop as a user runs it: `python -m benchmarks.timm_loop JSON`.
 
-timm's training script is not part of its package, so this loop is written from timm's public parts in the script's order.
-It leaves out what costs time and is not needed: the summary CSV, EMA, mixup, checkpoints within a run. Where the script has a
-choice, the faster one is taken: the loss is fetched once in LOG_INTERVAL steps. With `models` it averages trained models instead.
+timm's training script is not part of its package, so this loop calls timm's public parts in the order of the script.
+It omits parts that cost time and are not needed: the summary CSV, EMA, mixup, checkpoints within a run. If the script has a choice,
+this loop takes the faster one: it fetches the loss once in LOG_INTERVAL steps. With `models` it predicts with the mean of trained
+models instead.
 """
 
 import json
@@ -29,20 +30,20 @@ LOG_INTERVAL = 50
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     args = SimpleNamespace(**request)
-    if args.device == "cuda":  # the script's main
+    if args.device == "cuda":  # as in the script's main
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    torch.manual_seed(42)  # utils.random_seed
+    torch.manual_seed(42)  # as in utils.random_seed
     return predict(args) if hasattr(args, "models") else train(args)
 
 
 def train(args: SimpleNamespace) -> dict[str, Any]:
-    """Train; return the passes of all epochs. The last weights go to `save` if it is given."""
+    """Train; return the passes of all epochs. Write the last weights to `save` if it is set."""
     data = Path(args.data)
     model = build(args, len(list((data / "train").iterdir())))
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay)
     training, validation = loader(args, model, data, "train"), loader(args, model, data, "validation")
-    scheduler, _ = create_scheduler_v2(  # --sched cosine, stepped by updates
+    scheduler, _ = create_scheduler_v2(  # as --sched cosine, with one step per update
         optimizer, "cosine", num_epochs=args.epochs, step_on_epochs=False, updates_per_epoch=len(training)
     )
     passes = []
@@ -51,25 +52,25 @@ def train(args: SimpleNamespace) -> dict[str, Any]:
         timer = Timer()
         images = train_one_epoch(epoch, model, training, optimizer, scheduler, args)
         passes.append(timer.stop(images))
-        validate(model, validation, args)  # the script does so after each epoch
+        validate(model, validation, args)  # the script also validates after each epoch
     if hasattr(args, "save"):
-        torch.save(model.state_dict(), args.save)  # CheckpointSaver
+        torch.save(model.state_dict(), args.save)  # as CheckpointSaver does
     return {"passes": passes, "precision": args.precision}
 
 
 def build(args: SimpleNamespace, classes: int) -> nn.Module:
-    """create_model, on the device, in the memory format of --channels-last."""
+    """Return the model of create_model on the device, in the memory format of --channels-last if `channels_last` is set."""
     model = create_model(args.name, pretrained=False, num_classes=classes).to(args.device)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
 def autocast(args: SimpleNamespace) -> AbstractContextManager:
-    """--amp --amp-dtype bfloat16, which scales no loss; or nothing."""
+    """Return the context of --amp --amp-dtype bfloat16, which does not scale the loss, or a context without effect."""
     return torch.autocast(args.device, dtype=torch.bfloat16) if args.precision == "bf16" else nullcontext()
 
 
 def loader(args: SimpleNamespace, model: nn.Module, root: Path, split: str) -> Any:
-    """create_dataset and create_loader with the script's prefetcher: uint8 collation, normalised on the device."""
+    """Return the loader of create_dataset and create_loader with the script's prefetcher: uint8 batches, normalised on the device."""
     training = split == "train"
     config = resolve_data_config({"input_size": (3, args.size, args.size)}, model=model)
     return create_loader(
@@ -96,7 +97,7 @@ def loader(args: SimpleNamespace, model: nn.Module, root: Path, split: str) -> A
 def train_one_epoch(
     epoch: int, model: nn.Module, batches: Any, optimizer: Any, scheduler: Any, args: SimpleNamespace
 ) -> int:
-    """The script's function of this name; return the number of images."""
+    """Train one epoch, as the script's function of this name; return the number of images."""
     criterion, images = nn.CrossEntropyLoss(), 0
     model.train()
     optimizer.zero_grad()
@@ -117,7 +118,7 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def validate(model: nn.Module, batches: Any, args: SimpleNamespace) -> None:
-    """The script's function of this name."""
+    """Validate, as the script's function of this name."""
     model.eval()
     for images, target in batches:
         with autocast(args):
@@ -127,7 +128,7 @@ def validate(model: nn.Module, batches: Any, args: SimpleNamespace) -> None:
 
 @torch.inference_mode()
 def predict(args: SimpleNamespace) -> dict[str, Any]:
-    """Write the mean probabilities of `models` for the images of `data` to `save` as CSV."""
+    """Write the mean probabilities of `models` for the images of `data` to the CSV file `save`."""
     networks = [build(args, args.classes) for _ in args.models]
     for network, path in zip(networks, args.models, strict=True):
         network.load_state_dict(torch.load(path, weights_only=True, map_location=args.device))

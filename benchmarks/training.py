@@ -1,10 +1,10 @@
 """`train-fold` from JPEGs ÷ the model alone (`train`), and ÷ timm's training loop at its best settings (`peer`).
 
-`train-fold` runs as a process; its training passes from the second epoch on count, with loader, mixing and all that happens between
-two steps. The model alone is the update of a trainer with the same settings, again and again on one batch of floats, in the same
-precision and memory format. timm's loop has the same model, batch, files and augmentation; its best precision (fp32, or
-bf16 by autocast), memory format and number of workers are searched first, by fresh processes of two epochs of which the
-second counts. Both sides live side by side and take turns, a pass each.
+`train-fold` runs as a process. Its training passes count from the second epoch on, with loader, mixing and everything between two
+steps. The model alone is the update of a trainer with the same settings, repeated on one batch of floats, in the same precision and
+memory format. timm's loop has the same model, batch size, files and augmentation. Fresh processes of two epochs, of which the second
+counts, first search for its best precision (fp32, or bf16 by autocast), memory format and number of workers. The two sides run at
+the same time and alternate, one pass each.
 """
 
 import json
@@ -56,7 +56,7 @@ def describe_pairs(pairs: Sequence[Pair], other: str) -> dict[str, Any]:
 
 
 def train_fold(settings: Sequence[str], photos: Path, split: Path, options: Options) -> Call:
-    """Return the call of `train-fold FOLD=0` with a clock around its passes; folds of a run share an image cache."""
+    """Return the call that times the passes of `train-fold FOLD=0`. All calls share an image cache."""
     folder = options.empty_folder("runs", "train")
     channels = {
         "SM_CHANNEL_TRAIN": photos,
@@ -71,7 +71,7 @@ def train_fold(settings: Sequence[str], photos: Path, split: Path, options: Opti
 
 
 def resolve_precision(work: Workload, photos: Path, split: Path, options: Options) -> list[str]:
-    """Return the settings of precision and memory format that `train-fold` chooses; this also fills the cache."""
+    """Run `train-fold` once; return the precision and memory format that it chooses, as settings. This also builds the cache."""
     one_epoch = replace(work, epochs=1).settings()
     run(train_fold(one_epoch, photos, split, options), options.cores)
     model = read_json(options.folder("runs", "train") / "model" / MODEL)
@@ -80,7 +80,7 @@ def resolve_precision(work: Workload, photos: Path, split: Path, options: Option
 
 
 def outputs(ours: Call, other: Call, options: Options) -> Pair:
-    """Run both side by side; return what they printed, with the precision that model.json of ours names."""
+    """Run both at the same time; return their outputs, with the precision from model.json in the first."""
     pair = run_side_by_side(ours, other, options.cores)
     precision = read_json(options.folder("runs", "train") / "model" / MODEL)["precision"]
     return pair[0].output | {"precision": precision}, pair[1].output
@@ -89,7 +89,7 @@ def outputs(ours: Call, other: Call, options: Options) -> Pair:
 def model_only(
     settings: Sequence[str], step: str, size: tuple[int, int], photos: Path, split: Path, options: Options, **more: Any
 ) -> Call:
-    """Return the call of steps on a resident batch; `size`: passes, and steps of each."""
+    """Return the call of steps on a resident batch. `size`: the number of passes, and of steps in each."""
     request = {"train": str(photos), "split": str(split), "settings": list(settings), "step": step}
     request |= {"passes": size[0], "steps": size[1], "warm_up": WARM_UP_STEPS}
     request |= {"probes": str(options.folder("probes"))}
@@ -97,7 +97,7 @@ def model_only(
 
 
 Setting = tuple[str, str, int]
-"""Precision, memory format, loader workers of timm's loop."""
+"""Precision, memory format and number of loader workers of timm's loop."""
 WORKERS = {"cpu": (0, 1, 2), "cuda": (4, 8, 14)}
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
 FORMATS = ("NCHW", "NHWC")
@@ -121,7 +121,7 @@ def measure_peer(options: Options) -> Iterator[Finding]:
 
 
 def search(work: Workload, photos: Path, split: Path, options: Options) -> tuple[Setting, list[str]]:
-    """Return the fastest setting and the speed of each one tried; or the setting that `search` gives."""
+    """Return the fastest setting and the speed of each one tried. If the option `search` is set, return that setting."""
     if options.search:
         return parse_setting(options.search), []
     precisions, workers = PRECISIONS[options.device], WORKERS[options.device]
@@ -158,7 +158,7 @@ def timm_call(work: Workload, setting: Setting, **more: Any) -> Call:
 
 
 def fold_zero(photos: Path, split: Path, options: Options) -> Path:
-    """Return the rows of fold 0 as folders of links, made once: the files that `train-fold FOLD=0` reads."""
+    """Return the rows of fold 0 as folders of links to the files that `train-fold FOLD=0` reads. Create them once."""
     folder = options.folder("links") / photos.name
     if not folder.is_dir():
         table = read_folds(split / FOLDS, split / CLASSES)

@@ -1,6 +1,6 @@
-"""A stage with a clock around a part of it: `python -m benchmarks.watched WATCH STAGE KEY=VALUE…`.
+"""Run a stage and time a part of it: `python -m benchmarks.watched WATCH STAGE KEY=VALUE…`.
 
-The stage runs in this process as `python -m jobs STAGE …` would run it. The last line on stdout is what the clock read, as JSON.
+The stage runs in this process, as in `python -m jobs STAGE …`. The last line on stdout has the times as JSON.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from jobs.__main__ import main as jobs_main
 
 
 def watch_epochs(readings: dict[str, Any]) -> None:
-    """Read `passes`: the training pass of each epoch with its loader, without validation, each in its turn."""
+    """Add `passes` to `readings`: the training pass of each epoch, with its loader and without validation, each in its turn."""
     loop = importlib.import_module("fivefold.training.loop")
     train_epoch = loop.train_epoch
 
@@ -21,7 +21,7 @@ def watch_epochs(readings: dict[str, Any]) -> None:
         images = sum(map(len, trainer.batches(progress.epoch)))
         wait_for_turn()
         timer = Timer()
-        result = train_epoch(trainer, progress)  # it ends with numbers on the CPU, so the device is idle
+        result = train_epoch(trainer, progress)  # returns numbers on the CPU, so the device is idle
         readings.setdefault("passes", []).append(timer.stop(images))
         return result
 
@@ -29,7 +29,7 @@ def watch_epochs(readings: dict[str, Any]) -> None:
 
 
 def watch_stage(readings: dict[str, Any]) -> None:
-    """Read `passes`: one, the whole stage `ensemble`. Late imports are done before."""
+    """Add `passes` to `readings`: one pass, the whole stage `ensemble`. Late imports happen before."""
     importlib.import_module("timm")
     importlib.import_module("fivefold.committee")
     ensemble = importlib.import_module("jobs.ensemble")

@@ -1,8 +1,8 @@
-"""What is measured: networks with their sizes, their photographs and splits.
+"""The workloads: networks with their sizes, photographs and splits.
 
-The photographs are random 4:3 crops of scikit-learn's two (640 × 427 pixels), mirrored or not, brighter or darker.
-Noise like a sensor's (standard deviation 3 of 255) and JPEG qualities of 85 to 95 make the files as large as a
-camera's: about 60 KB at 500 × 375 pixels, 500 KB at 1600 × 1200. `images=` names a folder of the user instead.
+The photographs are random 4:3 crops of scikit-learn's two (640 × 427 pixels), mirrored at random, made brighter or darker.
+Noise like that of a sensor (standard deviation 3 of 255) and JPEG qualities of 85 to 95 make the files as large as those of
+a camera: about 60 KB at 500 × 375 pixels, 500 KB at 1600 × 1200. `images=` names a folder of the user instead.
 """
 
 import json
@@ -24,13 +24,13 @@ from fivefold.progress import track
 
 FOLD_COUNT = 5
 SCALE = (0.08, 1.0)
-"""Fractions of an image that random_resized_crop takes, the default of timm's script."""
+"""Shares of the image area that random_resized_crop takes: the default of timm's script."""
 LR = 1e-4
 WEIGHT_DECAY = 0.05
 CLASSES = 10
 NOISE = 3.0
 MARKER = "photos.json"
-"""Written last: a folder without it is made again."""
+"""The file that is written last. A folder without it is created again."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Workload:
     device: str = "cpu"
 
     def settings(self) -> list[str]:
-        """Return the settings of a stage: random_resized_crop and a flip, AdamW."""
+        """Return the settings of a stage, with random_resized_crop, a flip and AdamW."""
         crop = {"name": "random_resized_crop", "scale": list(SCALE)}
         return [
             f"model.backbone=timm/{self.name}",
@@ -66,19 +66,19 @@ class Workload:
 
 
 def names_for(options: Options) -> list[str]:
-    """Return the workloads of the device."""
+    """Return the names of the workloads for the device."""
     return [name for name in WORKLOADS if WORKLOADS[name].device == options.device]
 
 
 def workload(name: str, options: Options, table: Mapping[str, Workload] | None = None) -> Workload:
-    """Return the workload of that name, changed as the options say."""
+    """Return the workload `name` with the changes of the options."""
     default = replace((table or WORKLOADS)[name], device=options.device)
     changes = {"size": options.size, "batch": options.batch, "images": options.count, "epochs": options.epochs}
     return replace(default, **{key: value for key, value in changes.items() if value})
 
 
 def photographs(options: Options, count: int) -> Path:
-    """Return a folder of class folders: the user's, or one with `count` JPEGs, which is made once."""
+    """Return a folder of class folders: the user's, or one with `count` JPEGs, which is created once."""
     if options.images:
         return Path(options.images).resolve()
     folder = options.folder("photos") / f"{options.photo}-{count}"
@@ -116,7 +116,7 @@ def make_photograph(size: tuple[int, int], seed: int) -> bytes:
 
 
 def split_of(photos: Path, options: Options) -> Path:
-    """Return the folder of the split of these photographs; the stage itself makes it once."""
+    """Return the folder of the split of these photographs. The stage `split` creates it once."""
     folder = options.folder("splits", photos.name)
     if not (folder / FOLDS).is_file():
         channels = {"SM_CHANNEL_TRAIN": str(photos), "SM_OUTPUT_DATA_DIR": str(folder)}

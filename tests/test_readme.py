@@ -1,4 +1,4 @@
-"""What the papers say exists, does."""
+"""The README and the pages below docs/ agree with the code: stages, recipes, commands, keys, settings and links."""
 
 import re
 from pathlib import Path
@@ -7,23 +7,34 @@ import pytest
 
 from fivefold.contract.stages import STAGES
 from fivefold.recipes import shipped_recipes
-from fivefold.settings import SECTIONS, normal_key
+from fivefold.settings import SECTIONS, normal_key, reference
 from fivefold.settings import read_recipe as recipe
 from jobs.__main__ import COMMANDS
 from jobs.submit import Keys
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = {path: path.read_text(encoding="utf-8") for path in (README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))}
+COMMAND = re.compile(r"python (?:-m jobs|jobs/).*")
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) <= 7000
+    assert len(README.read_text(encoding="utf-8").split()) <= 1000
 
 
 def test_every_stage_and_recipe_has_its_row():
-    for name in [*STAGES, *shipped_recipes()]:
-        assert f"\n| `{name}` |" in README, name
-    assert all(recipe(name) for name in re.findall(r"recipe=(\w+)", README))
+    for page, names in (("stages.md", STAGES), ("recipes.md", shipped_recipes())):
+        for name in names:
+            assert f"\n| `{name}` |" in PAGES[ROOT / "docs" / page], name
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"python (?:-m jobs|jobs/).*", README))))
+def test_every_recipe_that_is_named_exists():
+    for text in PAGES.values():
+        assert all(recipe(name) for name in re.findall(r"recipe=(\w+)(?![\w./])", text))
+
+
+@pytest.mark.parametrize("line", sorted({line for text in PAGES.values() for line in COMMAND.findall(text)}))
 def test_every_command_names_a_stage_and_known_keys(line):
     command, *rest = re.findall(r"(?:-m jobs|jobs/)\s*([\w-]+)(.*)", line)[0]
     name = command.removesuffix(".py").replace("_", "-")
@@ -32,12 +43,21 @@ def test_every_command_names_a_stage_and_known_keys(line):
     assert name in {*STAGES, *COMMANDS, "train"} or line.startswith("python -m jobs --help")
     stage = STAGES.get(name)
     paths = {*stage.channels, *stage.optional, "output"} if stage and stage.by_argument else set()
-    for key, _ in re.findall(r"([A-Za-z_.]+)=(\S+)", rest[0]):
+    for key, _ in re.findall(r"(?<![\w\"{])([A-Za-z_.]+)=(\S+)", rest[0].partition(" #")[0]):
         key = normal_key(key)
-        assert key in Keys.model_fields or key in paths or key == "fold" or key.split(".")[0] in SECTIONS, key
+        assert key in Keys.model_fields or key in paths or key in ("fold", "model") or key.split(".")[0] in SECTIONS, key
 
 
-def test_nothing_is_left_to_fill_in_and_linked_files_exist():
-    assert "@@" not in README
-    for target in re.findall(r"\]\(([^)#:]+)\)", README + CONTRIBUTING):
-        assert (ROOT / target).is_file(), target
+def test_the_page_of_settings_is_generated_from_them():
+    assert PAGES[ROOT / "docs" / "settings.md"] == reference(), "make docs"
+
+
+def test_linked_files_exist():
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (path.parent / target).is_file(), f"{path.name}: {target}"
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    linked = {(README.parent / target).resolve() for target in re.findall(r"\]\(([^)#:]+)\)", PAGES[README])}
+    assert {path for path in PAGES if path != README} <= linked
