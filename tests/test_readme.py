@@ -14,7 +14,9 @@ from jobs.submit import Keys
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = {path: path.read_text(encoding="utf-8") for path in (README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))}
+PAGES = {
+    path: path.read_text(encoding="utf-8") for path in (README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+}
 COMMAND = re.compile(r"python (?:-m jobs |jobs/)[\w-].*")
 
 
@@ -45,7 +47,9 @@ def test_every_command_names_a_stage_and_known_keys(line):
     paths = {*stage.channels, *stage.optional, "output"} if stage and stage.by_argument else set()
     for key, _ in re.findall(r"(?<![\w\"{])([A-Za-z_.]+)=(\S+)", rest[0].partition(" #")[0]):
         key = normal_key(key)
-        assert key in Keys.model_fields or key in paths or key in ("fold", "model") or key.split(".")[0] in SECTIONS, key
+        assert key in Keys.model_fields or key in paths or key in ("fold", "model") or key.split(".")[0] in SECTIONS, (
+            key
+        )
 
 
 def test_the_page_of_settings_is_generated_from_them():

@@ -232,7 +232,7 @@ def choose_workers(wanted: int, runtime: Runtime, batch_bytes: int) -> int:
     if fitting == workers:
         return workers
     needed = batches_in_shared_memory(workers) * batch_bytes * place.local_world / MIB
-    problem = f"{workers} loader processes need {needed:,.0f} MiB of shared memory, and /dev/shm has {free / MIB:,.0f} MiB free"
+    problem = f"{workers} loader processes need {needed:,.1f} MiB of shared memory, and /dev/shm has {free / MIB:,.1f} MiB free"
     hint = "start the container with --shm-size=2g"
     if wanted >= 0:
         raise SettingsError(f"train.workers={wanted}: {problem}; {hint}, or set train.workers={fitting}")

@@ -171,7 +171,13 @@ def reference() -> str:
         name, dot, short = key.partition(".")
         if name != section and (dot or section is None):
             section = name if dot else ""
-            lines += ["", f"## [{section}]" if section else "## Top level", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+            lines += [
+                "",
+                f"## [{section}]" if section else "## Top level",
+                "",
+                "| key | type | default | meaning |",
+                "|---|---|---|---|",
+            ]
         default = json.dumps(field.default, ensure_ascii=False)
         cells = [f"`{short or name}`", words(field.annotation), f"`{default}`", field.description or ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -45,7 +45,14 @@ def explained(error: BaseException) -> BaseException:
         if disk_is_full(cause):
             where = f" ({name})" if (name := getattr(cause, "filename", None)) else ""
             return RetryableError(f"no space left on the device{where}: free some, then run the same command again")
-        if "shared memory" in str(cause):  # torch's words, of a loader process that was killed by SIGBUS too
+        if str(cause).startswith("DataLoader timed out"):
+            return RetryableError(
+                f"the loader processes gave no batch in time ({cause}): the storage hangs, or the shared memory (/dev/shm) is full; then "
+                "start the container with --shm-size=2g, or set fewer train.workers"
+            )
+        if "shared memory" in str(cause) and not isinstance(
+            error, FivefoldError
+        ):  # torch's words for a loader process that SIGBUS killed
             return SettingsError(
                 f"the shared memory (/dev/shm) is too small for the loader processes ({str(cause).splitlines()[0]}): start the "
                 "container with --shm-size=2g, or set fewer train.workers"

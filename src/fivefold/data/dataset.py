@@ -32,6 +32,8 @@ SAMPLE = 256
 """Images by whose heads is told whether all of them are too large."""
 PREFETCHED = 4
 """Batches that each loader process reads ahead."""
+LOADER_TIMEOUT_S = 600
+"""Seconds without a batch after which reading has failed: torch loses a batch for which the shared memory has no room."""
 Sample = tuple[int, int]
 """(epoch, row)."""
 
@@ -268,6 +270,7 @@ def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, p
             # A generator of its own: the loader draws a base seed, which must not move the model's randomness.
             generator=torch.Generator().manual_seed(0),
             prefetch_factor=PREFETCHED if workers else None,
+            timeout=LOADER_TIMEOUT_S if workers else 0,
         )
     )
 
