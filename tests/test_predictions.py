@@ -96,12 +96,12 @@ def with_value(row: int, value: float | None) -> Callable[[pa.Table], pa.Table]:
         (with_value(1, None), "the row of id 'row-1' holds NaN"),
         (with_value(2, float("nan")), "the row of id 'row-2' holds NaN"),
         (with_value(3, 3.5), r"the row of id 'row-3' holds 3\.5, above 0"),
-        (replaced("id", pa.array(["a", "b", "a", "c"])), "ids stand twice: 'a'"),
+        (replaced("id", pa.array(["a", "b", "a", "c"])), "ids.*: 'a'"),
         (replaced("id", pa.array(["a", None, "b", "c"])), "1 rows have no id"),
         (replaced("id", pa.array([["a"], ["b"], ["c"], ["d"]])), "column id holds list"),
         (replaced("fold", pa.array([0, None, 1, 2])), "column fold holds int64, 1 of them null"),
         (replaced("system", pa.array(["a", "a", "b", "a"])), "rows of several systems: 'a', 'b'"),
-        (lambda t: t.append_column("p/cat", t.column("p/cat")), "columns of the same name: 'p/cat'"),
+        (lambda t: t.append_column("p/cat", t.column("p/cat")), "columns.*: 'p/cat'"),
     ],
 )
 def test_a_broken_table_is_named(damage: Callable[[pa.Table], pa.Table], message: str, tmp_path: Path):
@@ -140,9 +140,9 @@ def test_rows_are_taken_and_ordered_by_id():
 def test_labels_become_codes_by_name():
     whole = table(4)
     np.testing.assert_array_equal(whole.codes(), [0, 1, 2, 3])
-    with pytest.raises(DataError, match="carry no labels"):
+    with pytest.raises(DataError, match="no labels"):
         table(2, labels=False).codes()
-    with pytest.raises(DataError, match="labels that are no class of the model: 'cat'"):
+    with pytest.raises(DataError, match=r"labels .*: 'cat'"):
         Predictions(whole.ids, whole.fold, "s", ("a", "b"), whole.log_probs[:, :2], np.array(["cat"] * 4)).codes()
 
 
