@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fivefold.errors import DataError, MissingInputError
-from fivefold.predictions import ROWS_A_GROUP, Predictions, check, in_class_order, mean_by_id, read, write
+from fivefold.predictions import ROW_GROUP_SIZE, Predictions, check, in_class_order, mean_by_id, read, write
 
 CLASSES = ("cat", "fold", "id", "label", "")
 
@@ -114,10 +114,10 @@ def test_a_broken_table_is_named(damage: Callable[[pa.Table], pa.Table], message
 
 
 def test_a_row_that_does_not_sum_to_one_is_named_in_a_later_block_too():
-    good = np.log(np.full((ROWS_A_GROUP + 3, 2), 0.5, np.float32))
-    good[ROWS_A_GROUP + 1] = np.log([0.5, 0.4])
+    good = np.log(np.full((ROW_GROUP_SIZE + 3, 2), 0.5, np.float32))
+    good[ROW_GROUP_SIZE + 1] = np.log([0.5, 0.4])
     ids = np.array([f"{n}" for n in range(len(good))], object)
-    with pytest.raises(DataError, match=rf"id '{ROWS_A_GROUP + 1}': its probabilities sum to 0\.9000, not 1"):
+    with pytest.raises(DataError, match=rf"id '{ROW_GROUP_SIZE + 1}': its probabilities sum to 0\.9000, not 1"):
         check(Predictions(ids, np.zeros(len(good)), "s", ("a", "b"), good), "here")
 
 
