@@ -164,26 +164,18 @@ def parse_csv(content: bytes, where: str, name: str) -> CsvFile:
     """
     try:
         text = re.sub('^"?sep=."?\r?\n', "", content.decode("utf-8-sig"))  # a line that Excel adds and hides
-        first_rows_by_delimiter = {delimiter: _first_two_rows(text, delimiter) for delimiter in DELIMITERS}
+        rows = {delimiter: _first_two_rows(text, delimiter) for delimiter in DELIMITERS}
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text: {error}; save it as UTF-8") from error
     except csv.Error as error:
         raise DataError(f"{where} cannot be read: {error}; a quote may be missing") from error
     # A comma in a name also splits a header of semicolons, but not into as many cells as the first row has.
-    delimiter = max(
-        DELIMITERS,
-        key=lambda candidate: (
-            1 < len(first_rows_by_delimiter[candidate][0]) == len(first_rows_by_delimiter[candidate][1]),
-            len(first_rows_by_delimiter[candidate][0]),
-        ),
-    )
-    first_rows = first_rows_by_delimiter[delimiter]
-    if not first_rows[0]:
+    delimiter = max(DELIMITERS, key=lambda d: (1 < len(rows[d][0]) == len(rows[d][1]), len(rows[d][0])))
+    top = rows[delimiter]
+    if not top[0]:
         raise DataError(f"{where} is empty")
-    index = _has_index(*first_rows)
-    return CsvFile(
-        where, name, text, tuple(first_rows[0][index:]), delimiter, index, content.startswith(codecs.BOM_UTF8)
-    )
+    index = _has_index(*top)
+    return CsvFile(where, name, text, tuple(top[0][index:]), delimiter, index, content.startswith(codecs.BOM_UTF8))
 
 
 def _first_two_rows(text: str, delimiter: str) -> list[list[str]]:

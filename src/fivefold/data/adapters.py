@@ -258,12 +258,7 @@ def _log_normalized(names: Iterable[str], where: object) -> None:
     changed = sorted({name for name in names if plain_name(name) != name})
     if changed:
         examples = ", ".join(map(ascii, changed[:5]))
-        log.info(
-            "data: %s: normalizing %d names (spaces, invisible characters, Unicode form): %s",
-            where,
-            len(changed),
-            examples,
-        )
+        log.info("data: %s: normalizing %d names (spaces, invisible characters): %s", where, len(changed), examples)
 
 
 def _check_classes(classes: Sequence[str], where: str) -> None:
@@ -368,10 +363,8 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
         if len(conflicting):
             path = conflicting["path"].iloc[0]
             owners = conflicting[column][conflicting["path"] == path].drop_duplicates()
-            owner_texts = [f"{name!r} (row {row + 1})" for row, name in owners.items()]
-            raise DataError(
-                f"{table}: {path!r} is an image of two {kind}, {' and '.join(owner_texts[:2])}; list it once"
-            )
+            lines = [f"{name!r} (row {row + 1})" for row, name in owners.items()]
+            raise DataError(f"{table}: {path!r} is an image of two {kind}, {' and '.join(lines[:2])}; list it once")
     unique = images.drop_duplicates("path")
     if len(unique) < len(images):
         log.warning(

@@ -98,7 +98,7 @@ class ImageSet(Dataset):
 
     def count_cached(self) -> int:
         """Return how many rows are known to be in a cache; rows without a digest are unknown until they are read."""
-        return int(np.any([at >= 0 for _, at in self.cached], axis=0).sum())
+        return int(np.any([indices >= 0 for _, indices in self.cached], axis=0).sum())
 
     def keep_in_memory(self) -> bool:
         """Decode all images once and keep them, if they fit; return whether they do. Forked workers share them.
@@ -150,32 +150,32 @@ class ImageSet(Dataset):
         """Return the stored pixels uint8 [H, W, 3] of a row, not to be modified; raise a DataError if it changed since the split."""
         if self.kept is not None:
             return self.kept[row]
-        for cache, at in self.cached:
-            if at[row] >= 0:
-                return _from_cache(cache, int(at[row]))
+        for cache, indices in self.cached:
+            if indices[row] >= 0:
+                return _from_cache(cache, int(indices[row]))
         digest = None if self.sha256 is None else self.sha256[row]
         if digest is None and not self.cached:
             return self.pixels.decode(self.store.read(self.paths[row]), self.paths[row])
         content, digest = read_unchanged(self.store, self.paths[row], digest)
         for cache, _ in self.cached:
-            (at,) = cache.find([digest])
-            if at >= 0:
-                return _from_cache(cache, int(at))
+            (index,) = cache.find([digest])
+            if index >= 0:
+                return _from_cache(cache, int(index))
         return self.pixels.decode(content, self.paths[row])
 
     def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
         """Return the batch of the given (epoch, row) pairs; keep torch's global random state."""
         state = torch.get_rng_state()
         images, meta = None, []
-        for at, (epoch, row) in enumerate(samples):
+        for index, (epoch, row) in enumerate(samples):
             pixels = self.image(row)
-            # default_generator, since torch.manual_seed would reseed CUDA's generators at every sample
+            # default_generator, because torch.manual_seed would also reseed CUDA's generators at every sample
             torch.default_generator.manual_seed(derive_seed(self.seed, epoch, row))
             image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1))
             if images is None:
                 # Channels last, so that each image is one contiguous copy; stacking takes 50 % longer.
                 images = torch.empty((len(samples), *image.shape[1:], 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-            images[at].copy_(image)
+            images[index].copy_(image)
             meta.append(self._meta(row, pixels))
         torch.set_rng_state(state)
         rows = torch.tensor([row for _, row in samples])
@@ -193,9 +193,9 @@ class ImageSet(Dataset):
         return measure(pixels, self.meta) if self.measured is None else self.measured[row]
 
 
-def _from_cache(cache: Cache, at: int) -> np.ndarray:
+def _from_cache(cache: Cache, index: int) -> np.ndarray:
     _ignore_read_only_warning()
-    return cache.image(at)
+    return cache.image(index)
 
 
 @lru_cache(maxsize=1)

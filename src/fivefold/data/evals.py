@@ -19,8 +19,8 @@ from fivefold.predictions import sample
 
 log = logging.getLogger("fivefold")
 
-NON_EVAL_TABLES = {"train", "submission"}
-INSPECTED_ROWS = 1000
+NON_EVAL = {"train", "submission"}
+PROBE_ROWS = 1000
 """Rows of a sample submission to inspect for its number format."""
 
 
@@ -87,11 +87,9 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
     store = open_store(source) if isinstance(source, Path) else source
     tables = [name for level in layouts.levels(store, layouts.EVAL_FOLDERS) for name in layouts.csvs(store, level)]
     submission = next((_read_sample(layouts.open_table(store, name)) for name in tables if is_sample(name)), None)
-    candidates = [
-        name for name in tables if not (layouts.stem(name) in NON_EVAL_TABLES or is_sample(name) or is_truth(name))
-    ]
-    named = [name for name in candidates if layouts.stem(name) == "test"]
-    readable = [layouts.open_table(store, name) for name in named[:1] or candidates]
+    others = [name for name in tables if not (layouts.stem(name) in NON_EVAL or is_sample(name) or is_truth(name))]
+    named = [name for name in others if layouts.stem(name) == "test"]
+    readable = [layouts.open_table(store, name) for name in named[:1] or others]
     usable = [table for table in readable if _find_column(table, path_column, PATH_NAMES)] or readable[: len(named)]
     if len(usable) > 1:
         raise DataError(
@@ -114,16 +112,14 @@ def _read_sample(table: CsvFile) -> Submission:
     ids, values = (table.read([name])[name] for name in (id_column, table.columns[-1]))
     check_unique(ids, table)
     classes, spelling = tuple(map(plain_name, written)), {"marked": table.has_mark, "end": table.line_end}
-    commas = any(
-        re.fullmatch(r"\d*,\d+", cell.strip()) for cells in table.first_rows(INSPECTED_ROWS) for cell in cells[1:]
-    )
+    commas = any(re.fullmatch(r"\d*,\d+", cell.strip()) for cells in table.first_rows(PROBE_ROWS) for cell in cells[1:])
     answers = tuple(values.unique()) if len(written) == 1 else ()
     spelling |= {"delimiter": table.delimiter, "decimal": "," if commas else ".", "values": answers}
     return Submission(id_column, classes, ids.to_numpy(object), written=tuple(written), **spelling)
 
 
 def _find_column(table: CsvFile, name: str, known: Sequence[str]) -> str | None:
-    """Return the column `given`, if the table has it (only the training table may), else the first of `known`."""
+    """Return the column `name`, if the table has it (only the training table may), else the first of `known`."""
     return (table.column(name, known) if name else None) or table.column("", known)
 
 
@@ -151,16 +147,9 @@ def _eval_folder(store: ImageStore, submission: Submission | None) -> EvalTable:
     if not paths:
         raise DataError(f"{store.root} holds no test.csv and no images to predict")
     names = [path[len(level) :] for path in paths]
-    sample_ids = set(submission.ids) if submission else set()
-    without_suffix = [[posixpath.splitext(name)[0] for name in id_list] for id_list in (names, paths)]
-    ids = next(
-        (
-            id_list
-            for id_list in (without_suffix[0], paths, without_suffix[1])
-            if len(sample_ids) == len(id_list) and set(id_list) == sample_ids
-        ),
-        names,
-    )
+    known = set(submission.ids) if submission else set()
+    stems = [[posixpath.splitext(name)[0] for name in form] for form in (names, paths)]
+    ids = next((form for form in (stems[0], paths, stems[1]) if len(known) == len(form) and set(form) == known), names)
     log.info("data: %d images of %s/%s, sorted by name", len(paths), store.root, level)
     return EvalTable(
         submission.id_column if submission else "ID", np.array(ids, object), np.array(paths, object), submission

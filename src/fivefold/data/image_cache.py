@@ -207,13 +207,13 @@ def in_words(size: float) -> str:
 def check_room(folder: Path, images: int, needed: float, most_gib: float) -> None:
     """Raise if the pixels of these images are too large: a SettingsError for `most_gib`, a RetryableError for the disk."""
     free = (1 - RESERVED_DISK_FRACTION) * shutil.disk_usage(folder).free
-    problem = f"{images} decoded images take {in_words(needed)}"
+    needs = f"{images} decoded images take {in_words(needed)}"
     hint = "set data.store_size, for example to 256 pixels"
     if needed > most_gib * GIB:
-        raise SettingsError(f"{problem}, but data.cache_gib={most_gib:g} allows less: raise it, or {hint}")
+        raise SettingsError(f"{needs}, but data.cache_gib={most_gib:g} allows less: raise it, or {hint}")
     if needed > free:
         raise RetryableError(
-            f"{problem}, but {folder} has {in_words(free)} free for them: "
+            f"{needs}, but {folder} has {in_words(free)} free for them: "
             f"free some, then run the same command again, or use another folder, or {hint}"
         )
 

@@ -13,24 +13,12 @@ from fivefold.data.store import ImageStore
 log = logging.getLogger("fivefold")
 
 UNUSED = ("not in the table", "in no class folder")
-UNREADABLE_SUFFIXES = {
-    ".heic",
-    ".heif",
-    ".hif",
-    ".jxl",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".psd",
-    ".tga",
-} - IMAGE_SUFFIXES
+UNREAD = {".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".tga"} - IMAGE_SUFFIXES
 """Suffixes of image formats that Fivefold cannot decode."""
-ANSWERED_REASONS = (*UNREADABLE_SUFFIXES, DANGLING, "without suffix")
+ANSWERED_REASONS = (*UNREAD, DANGLING, "without suffix")
 """Reasons for ignoring files that still get a row if every input needs a result (as in `predict`)."""
-_OTHER_SUFFIXES = ".db .docx .h5 .html .ini .ipynb .json .jsonl .log .mat .md .npy .npz .parquet .pdf .pkl .pth .py .tsv .txt .xml .yaml .yml"
-NON_IMAGE_REASONS = {HIDDEN, SYSTEM, EMPTY, *UNUSED, *_OTHER_SUFFIXES.split()}
+_OTHERS = ".db .docx .h5 .html .ini .ipynb .json .jsonl .log .mat .md .npy .npz .parquet .pdf .pkl .pth .py .tsv .txt .xml .yaml .yml"
+NON_IMAGE_REASONS = {HIDDEN, SYSTEM, EMPTY, *UNUSED, *_OTHERS.split()}
 """Reasons for ignoring files that are certainly not images to use: suffixes common beside images, and others."""
 
 

@@ -25,21 +25,7 @@ EVAL_FOLDERS = ("test", "testing", "eval", "evaluation")
 IMAGE_FOLDERS = ("images",)
 HELD_OUT = {*EVAL_FOLDERS, "valid", "val", "validation", "pred", "unlabeled", "unlabelled"}
 SPLIT_FOLDERS = {*TRAIN_FOLDERS, *HELD_OUT}
-GENERIC_WORDS = {
-    "",
-    "set",
-    "data",
-    "dataset",
-    "image",
-    "images",
-    "img",
-    "imgs",
-    "photo",
-    "photos",
-    "jpg",
-    "jpeg",
-    "png",
-}
+FILLERS = {"", "set", "data", "dataset", "image", "images", "img", "imgs", "photo", "photos", "jpg", "jpeg", "png"}
 """Words beside one of SPLIT_FOLDERS in a folder's name that do not name a data set of its own."""
 MAX_DEPTH = 8
 UNUSUAL_PATH = r"(?:^|/)\.{0,2}(?:/|$)|^[A-Za-z]:"
@@ -64,7 +50,7 @@ def parts_of(folders: Collection[str]) -> dict[str, Part]:
         words = re.split(r"[_\-\s]+", folder.lower())
         named_as = [word for word in words if word in SPLIT_FOLDERS]
         if len(named_as) == 1:
-            parts[folder] = Part(named_as[0], tuple(w for w in words if w not in SPLIT_FOLDERS | GENERIC_WORDS))
+            parts[folder] = Part(named_as[0], tuple(w for w in words if w not in SPLIT_FOLDERS | FILLERS))
     return parts
 
 
@@ -224,20 +210,14 @@ def image_paths(
     if not absent.any():
         return normal
     matches = {} if others is None else match_names(paths[absent], names, others)
-    uses = Counter([*(match_list[0] for match_list in matches.values() if match_list), *normal[~absent]])
-    unique_matches = {
-        path: match_list[0] for path, match_list in matches.items() if len(match_list) == 1 == uses[match_list[0]]
-    }
-    if unique_matches:
-        where = sample(sorted({posixpath.dirname(path) for path in unique_matches.values()}))
-        log.info("data: %s: matched %d images by file name, in %s", table, len(unique_matches), where)
-        normal[absent] = [
-            unique_matches.get(path, name) for path, name in zip(paths[absent], normal[absent], strict=True)
-        ]
-    ambiguous = [
-        f"{path!r} may mean {sample(match_list)}" for path, match_list in matches.items() if len(match_list) > 1
-    ]
-    missing = normal[absent & ~paths.isin(list(unique_matches))].tolist()
+    uses = Counter([*(hits[0] for hits in matches.values() if hits), *normal[~absent]])
+    unique = {path: hits[0] for path, hits in matches.items() if len(hits) == 1 == uses[hits[0]]}
+    if unique:
+        where = sample(sorted({posixpath.dirname(path) for path in unique.values()}))
+        log.info("data: %s: matched %d images by file name, in %s", table, len(unique), where)
+        normal[absent] = [unique.get(path, name) for path, name in zip(paths[absent], normal[absent], strict=True)]
+    ambiguous = [f"{path!r} may mean {sample(hits)}" for path, hits in matches.items() if len(hits) > 1]
+    missing = normal[absent & ~paths.isin(list(unique))].tolist()
     if missing and (check_files or ambiguous):
         folders = Counter(posixpath.dirname(name) or "." for name in names if is_image(name)).most_common(5)
         why = "; ".join(ambiguous[:3]) or f"images are in {', '.join(f'{name} ({n:,})' for name, n in folders)}"
