@@ -141,7 +141,7 @@ def _split_rows(codes: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray
 def _set_aside(rows: np.ndarray, codes: np.ndarray, share: float, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return the remaining rows and those set aside, both in scikit-learn's order.
 
-    A class of one row is never set aside. If either side has fewer rows than there are classes, draw without strata.
+    A stratified draw never sets aside a class of one row. If either side has fewer rows than there are classes, draw without strata.
     """
     if not share:
         return rows, rows[:0]

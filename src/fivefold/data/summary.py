@@ -102,8 +102,8 @@ def describe_data(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return name and value of each count in the summary that a reader of the scores needs."""
     counts = [
         ("Rows", f"{summary['rows']:,} of {summary['classes']} classes"),
-        ("Files left out", in_words(summary["left_out"])),
-        ("Unreadable images left out", f"{len(summary['skipped']):,}"),
+        ("Ignored files", in_words(summary["left_out"])),
+        ("Unreadable images", f"{len(summary['skipped']):,}"),
         ("Classes without a readable image", ", ".join(summary["lost_classes"])),
         ("Duplicate images", f"{summary['duplicates']['sets']:,} sets, {summary['duplicates']['rows']:,} rows"),
         ("Duplicates with different labels", f"{summary['conflicting_duplicates']['sets']:,} sets"),
