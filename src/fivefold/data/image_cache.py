@@ -208,7 +208,7 @@ def check_room(folder: Path, images: int, needed: float, most_gib: float) -> Non
     """Raise if the pixels of these images are too large: a SettingsError for `most_gib`, a RetryableError for the disk."""
     free = (1 - RESERVED_DISK_FRACTION) * shutil.disk_usage(folder).free
     needs = f"{images} decoded images take {in_words(needed)}"
-    hint = "set data.store_size, for example to 256 pixels"
+    hint = "set data.store_size=256, for example, to shrink each to 256 pixels"
     if needed > most_gib * GIB:
         raise SettingsError(f"{needs}, but data.cache_gib={most_gib:g} allows less: raise it, or {hint}")
     if needed > free:

@@ -192,7 +192,7 @@ def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def _check_size(width: int, height: int, max_pixels: float) -> None:
-    """Raise a ValueError if an image has more than `most` pixels, according to its header, before anything is unpacked."""
+    """Raise a ValueError if an image has more than `max_pixels`, according to its header, before anything is unpacked."""
     if width * height > max_pixels:
         raise ValueError(
             f"it has {width} × {height} pixels, more than the {max_pixels / MILLION:g} million allowed (max_megapixels)"
@@ -286,13 +286,12 @@ def _reason(error: Exception, content: bytes, formats: Sequence[str]) -> str:
 
 
 def _silence_pillow(max_pixels: float) -> None:
-    """Add a filter that drops Pillow's warnings, and let it open `most` pixels; this module raises the relevant errors itself.
+    """Add a filter that drops Pillow's warnings, and let it open `max_pixels`; this module raises the relevant errors itself.
 
     `warnings.catch_warnings` would do the same, but it is not thread-safe.
     """
-    if (
-        Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS
-    ):  # Pillow rejects more than twice its limit
+    # Pillow rejects more than twice its limit.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = math.ceil(max_pixels / 2)
     first = warnings.filters[0] if warnings.filters else None
     if first is None or first[:1] + first[3:4] != ("ignore", _PILLOW):
