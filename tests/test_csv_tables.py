@@ -101,7 +101,7 @@ def test_columns_are_found_by_their_names_in_any_case(tmp_path):
         ("a,b\n1,2,3\n", "line 2 has 3 cells"),
         ('a,b\n1,"2\n3,"4\n', "quote may be missing"),
         ('a,b\n1,"2\n', "quote may be missing"),
-        ("a,b,a\n1,2,3\n", "column 'a' twice"),
+        ("a,b,a\n1,2,3\n", "column.* 'a'"),
         ("a,b\n1,고양이\n".encode("cp949"), "UTF-8"),
     ],
 )
@@ -117,13 +117,13 @@ def test_numbers_may_have_decimal_commas_and_others_are_named(tmp_path):
         table = open_csv(write(tmp_path, text))
         np.testing.assert_array_equal(table.numbers(table.read()), [[0.5, 1e-3], [2, np.nan]])
     table = open_csv(write(tmp_path, "a,b\n1,2\n3,x\n"))
-    with pytest.raises(DataError, match="'x' in row 2 below the header, column 'b', is no number"):
+    with pytest.raises(DataError, match="'x' in row 2 below the header, column 'b'"):
         table.numbers(table.read())
 
 
 def test_names_are_plain_and_ids_unique_and_the_same():
     assert plain_names(pd.Series([" e\u0301", "\u00e9 "])).tolist() == ["\u00e9", "\u00e9"]
-    with pytest.raises(DataError, match=r"t: ids stand twice, .*'id': '7'"):
+    with pytest.raises(DataError, match=r"t: .*'id': '7'"):
         check_unique(pd.Series(["7", "8", "7"], name="id"), "t")
     check_same_ids(["7", "8"], "t", ["8", "7"], "u")
     message = r"1 of the 2 ids of t are not in u \('7'\); 2 of the 3 ids of u are not in t \('007', '9'\)"

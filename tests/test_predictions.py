@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fivefold.errors import DataError, MissingInputError
-from fivefold.predictions import ROWS_A_GROUP, Predictions, check, in_class_order, mean_by_id, read, write
+from fivefold.predictions import ROW_GROUP_SIZE, Predictions, check, in_class_order, mean_by_id, read, write
 
 CLASSES = ("cat", "fold", "id", "label", "")
 
@@ -96,12 +96,12 @@ def with_value(row: int, value: float | None) -> Callable[[pa.Table], pa.Table]:
         (with_value(1, None), "the row of id 'row-1' holds NaN"),
         (with_value(2, float("nan")), "the row of id 'row-2' holds NaN"),
         (with_value(3, 3.5), r"the row of id 'row-3' holds 3\.5, above 0"),
-        (replaced("id", pa.array(["a", "b", "a", "c"])), "ids stand twice: 'a'"),
+        (replaced("id", pa.array(["a", "b", "a", "c"])), "ids.*: 'a'"),
         (replaced("id", pa.array(["a", None, "b", "c"])), "1 rows have no id"),
         (replaced("id", pa.array([["a"], ["b"], ["c"], ["d"]])), "column id holds list"),
         (replaced("fold", pa.array([0, None, 1, 2])), "column fold holds int64, 1 of them null"),
         (replaced("system", pa.array(["a", "a", "b", "a"])), "rows of several systems: 'a', 'b'"),
-        (lambda t: t.append_column("p/cat", t.column("p/cat")), "columns of the same name: 'p/cat'"),
+        (lambda t: t.append_column("p/cat", t.column("p/cat")), "columns.*: 'p/cat'"),
     ],
 )
 def test_a_broken_table_is_named(damage: Callable[[pa.Table], pa.Table], message: str, tmp_path: Path):
@@ -114,10 +114,10 @@ def test_a_broken_table_is_named(damage: Callable[[pa.Table], pa.Table], message
 
 
 def test_a_row_that_does_not_sum_to_one_is_named_in_a_later_block_too():
-    good = np.log(np.full((ROWS_A_GROUP + 3, 2), 0.5, np.float32))
-    good[ROWS_A_GROUP + 1] = np.log([0.5, 0.4])
+    good = np.log(np.full((ROW_GROUP_SIZE + 3, 2), 0.5, np.float32))
+    good[ROW_GROUP_SIZE + 1] = np.log([0.5, 0.4])
     ids = np.array([f"{n}" for n in range(len(good))], object)
-    with pytest.raises(DataError, match=rf"id '{ROWS_A_GROUP + 1}': its probabilities sum to 0\.9000, not 1"):
+    with pytest.raises(DataError, match=rf"id '{ROW_GROUP_SIZE + 1}': its probabilities sum to 0\.9000, not 1"):
         check(Predictions(ids, np.zeros(len(good)), "s", ("a", "b"), good), "here")
 
 
@@ -140,9 +140,9 @@ def test_rows_are_taken_and_ordered_by_id():
 def test_labels_become_codes_by_name():
     whole = table(4)
     np.testing.assert_array_equal(whole.codes(), [0, 1, 2, 3])
-    with pytest.raises(DataError, match="carry no labels"):
+    with pytest.raises(DataError, match="no labels"):
         table(2, labels=False).codes()
-    with pytest.raises(DataError, match="labels that are no class of the model: 'cat'"):
+    with pytest.raises(DataError, match=r"labels .*: 'cat'"):
         Predictions(whole.ids, whole.fold, "s", ("a", "b"), whole.log_probs[:, :2], np.array(["cat"] * 4)).codes()
 
 

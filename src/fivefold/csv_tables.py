@@ -1,4 +1,4 @@
-"""CSV files as people write them, read by pandas as text: no id 007 becomes 7, no class "NA" becomes nothing."""
+"""Read CSV files as text with pandas, so that the id 007 does not become 7, nor the class "NA" a missing value."""
 
 import codecs
 import csv
@@ -38,19 +38,19 @@ PATH_NAMES = (
 LABEL_NAMES = ("target", "label", "class_name", "class", "category")
 ANSWER_NAMES = ("ans", "answer")
 CLASS_NAMES = (*LABEL_NAMES, *ANSWER_NAMES)
-"""Columns of classes in truths and submissions; the first one that is there goes."""
+"""Class columns in ground truths and submissions; the first one in the table is used."""
 TRUE_CLASS_NAMES = ("true_class", "image_type", *LABEL_NAMES)
 CATEGORY_NAMES = ("category_name", "category")
 DELIMITERS = (",", ";", "\t")
-csv.field_size_limit(2**31 - 1)  # masks and images stand in cells too; the size of a table has its own bound
+csv.field_size_limit(2**31 - 1)  # cells can hold masks and images; the size of a table is limited elsewhere
 
 
 @dataclass(frozen=True)
 class CsvFile:
-    """A CSV whose header is read: `where` it is, in words, its `name`, the names of its columns as they are written.
+    """A CSV after reading its header: `where` describes its place, `name` its file, and `columns` the column names as written.
 
-    `has_index`: pandas wrote a first column of row numbers, which is none of `columns`.
-    `has_mark`: the file starts with a byte-order mark, as Excel's do.
+    `has_index`: the file has a first column of row numbers, as written by pandas, which is not in `columns`.
+    `has_mark`: the file starts with a byte-order mark, as written by Excel.
     """
 
     where: str
@@ -70,44 +70,44 @@ class CsvFile:
 
     @property
     def plain_columns(self) -> list[str]:
-        """The names of the columns in lower case, without the blanks around them."""
+        """Return the column names in lower case, without surrounding spaces."""
         return [plain_name(name).lower() for name in self.columns]
 
     def column(self, name: str, known: Sequence[str] = ()) -> str | None:
-        """The column `name` as the header writes it, or without a name the first of `known`; None for a miss."""
-        for wanted in [name] if name else known:
-            if wanted in self.columns:
-                return wanted
-            if wanted.lower() in self.plain_columns:
-                return self.columns[self.plain_columns.index(wanted.lower())]
+        """Return the column `name` as spelled in the header, or without a name the first of `known`; None if missing."""
+        for candidate in [name] if name else known:
+            if candidate in self.columns:
+                return candidate
+            if candidate.lower() in self.plain_columns:
+                return self.columns[self.plain_columns.index(candidate.lower())]
         return None
 
     def must_have(self, name: str, known: Sequence[str], key: str) -> str:
-        """As `column`; a DataError names the setting `key` and the columns that there are."""
+        """Return `column`; raise a DataError with the setting `key` and the existing columns if it is missing."""
         column = self.column(name, known)
         if column is None:
-            wanted = repr(name) if name else f"{', '.join(known[:3])} or the like"
-            raise DataError(f"{self} has no column {wanted}; it has {', '.join(self.columns)}; set {key}")
+            expected = repr(name) if name else f"{', '.join(known[:3])} or the like"
+            raise DataError(f"{self} has no column {expected}; it has {', '.join(self.columns)}; set {key}")
         return column
 
     def read(self, columns: Sequence[str] = ()) -> pd.DataFrame:
-        """The rows, every cell a text, with the named columns or all.
+        """Return the rows with the named columns, or all, with every cell as text.
 
-        Raises a DataError for no rows, rows of another length than the header, broken quotes, and columns of one name.
+        Raise a DataError for no rows, rows of another length than the header, broken quotes, and duplicate columns.
         """
         names = list(dict.fromkeys(columns or self.columns))
-        twice = [name for name in names if self.columns.count(name) > 1]
-        if twice:
-            raise DataError(f"{self} has the column {twice[0]!r} twice; rename one of them")
+        duplicates = [name for name in names if self.columns.count(name) > 1]
+        if duplicates:
+            raise DataError(f"{self} has two columns {duplicates[0]!r}; rename one of them")
         self._check_lines()
-        places = [self.columns.index(name) + self.has_index for name in names]
+        positions = [self.columns.index(name) + self.has_index for name in names]
         try:
             frame = pd.read_csv(
                 io.StringIO(self.text),
                 sep=self.delimiter,
                 header=0,
                 names=list(range(len(self.columns) + self.has_index)),
-                usecols=places,
+                usecols=positions,
                 dtype=str,
                 keep_default_na=False,
                 na_filter=False,
@@ -116,17 +116,17 @@ class CsvFile:
             raise DataError(f"{self} cannot be read: {error}") from error
         if not len(frame):
             raise DataError(f"{self} holds no rows, only the header {', '.join(self.columns)}")
-        return frame[places].set_axis(names, axis=1)
+        return frame[positions].set_axis(names, axis=1)
 
     def first_rows(self, count: int) -> list[list[str]]:
-        """The cells of at most so many rows below the header, as far as they can be read."""
+        """Return the cells of at most `count` rows below the header, as far as they are readable."""
         reader = csv.reader(io.StringIO(self.text, newline=""), delimiter=self.delimiter)
         return [*islice((cells for cells in reader if not _is_blank(cells)), 1, 1 + count)]
 
     def numbers(self, cells: pd.DataFrame) -> np.ndarray:
-        """The cells as float64 [N, C]; a comma in a cell is a decimal comma.
+        """Return the cells as float64 [N, C]; a comma in a cell is a decimal comma.
 
-        A DataError names the row and the column of the first cell that is no number.
+        Raise a DataError with the row and the column of the first cell that is not a number.
         """
         cells = cells.apply(lambda column: column.str.replace(",", ".", regex=False))
         try:
@@ -135,11 +135,11 @@ class CsvFile:
             row, column = np.argwhere(~cells.map(is_number).to_numpy())[0]
             raise DataError(
                 f"{self}: {cells.iat[row, column]!r} in row {row + 1} below the header, "
-                f"column {cells.columns[column]!r}, is no number"
+                f"column {cells.columns[column]!r}, is not a number"
             ) from error
 
     def _check_lines(self) -> None:
-        """Raises a DataError for the first line that is broken or of another length; pandas would fill it up."""
+        """Raise a DataError for the first line that is broken or has another length, because pandas would fill it up."""
         width = len(self.columns) + self.has_index
         reader = csv.reader(io.StringIO(self.text, newline=""), delimiter=self.delimiter, strict=True)
         try:
@@ -151,32 +151,35 @@ class CsvFile:
 
 
 def open_csv(path: Path) -> CsvFile:
-    """The CSV at `path`; a DataError when it is empty or not UTF-8."""
+    """Open the CSV at `path`; raise a DataError if it is empty or not UTF-8."""
     if not path.is_file():
         raise MissingInputError(f"no table {path}")
     return parse_csv(path.read_bytes(), str(path), path.name)
 
 
 def parse_csv(content: bytes, where: str, name: str) -> CsvFile:
-    """The CSV of these bytes, parted by what of DELIMITERS splits header and first row alike, into most cells; blank lines are none of it."""
+    """Parse these bytes as a CSV, ignoring blank lines.
+
+    Use the delimiter that splits the header and the first row into the same number of cells, and into the most cells.
+    """
     try:
-        text = re.sub('^"?sep=."?\r?\n', "", content.decode("utf-8-sig"))  # a line that Excel writes and hides
-        heads = {delimiter: _head(text, delimiter) for delimiter in DELIMITERS}
+        text = re.sub('^"?sep=."?\r?\n', "", content.decode("utf-8-sig"))  # a line that Excel adds and hides
+        rows = {delimiter: _first_two_rows(text, delimiter) for delimiter in DELIMITERS}
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text: {error}; save it as UTF-8") from error
     except csv.Error as error:
         raise DataError(f"{where} cannot be read: {error}; a quote may be missing") from error
-    # A name with a comma in it parts a header of semicolons too, but not into as many cells as the row below has.
-    delimiter = max(DELIMITERS, key=lambda one: (1 < len(heads[one][0]) == len(heads[one][1]), len(heads[one][0])))
-    head = heads[delimiter]
-    if not head[0]:
+    # A comma in a name also splits a header of semicolons, but not into as many cells as the first row has.
+    delimiter = max(DELIMITERS, key=lambda d: (1 < len(rows[d][0]) == len(rows[d][1]), len(rows[d][0])))
+    top = rows[delimiter]
+    if not top[0]:
         raise DataError(f"{where} is empty")
-    index = _has_index(*head)
-    return CsvFile(where, name, text, tuple(head[0][index:]), delimiter, index, content.startswith(codecs.BOM_UTF8))
+    index = _has_index(*top)
+    return CsvFile(where, name, text, tuple(top[0][index:]), delimiter, index, content.startswith(codecs.BOM_UTF8))
 
 
-def _head(text: str, delimiter: str) -> list[list[str]]:
-    """The cells of the header and of the first row; empty lists where there is none."""
+def _first_two_rows(text: str, delimiter: str) -> list[list[str]]:
+    """Return the cells of the header and of the first row; empty lists for missing ones."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     return [*islice((cells for cells in reader if not _is_blank(cells)), 2), [], []][:2]
 
@@ -186,7 +189,7 @@ def _is_blank(cells: list[str]) -> bool:
 
 
 def _has_index(header: list[str], row: list[str]) -> bool:
-    """Whether a first column without a name stands before one that is called like ids, or that holds no numbers."""
+    """Return whether the first column has no name and the second is named as ids, or holds no numbers."""
     first, second = [plain_name(name).lower() for name in (*header[:2], "")][:2]
     if not is_index(first) or len(header) < 3 or second in CLASS_NAMES:
         return False
@@ -194,7 +197,7 @@ def _has_index(header: list[str], row: list[str]) -> bool:
 
 
 def is_index(name: str) -> bool:
-    """Whether pandas calls a column so that has no name; `name` is in lower case."""
+    """Return whether pandas gives this name (in lower case) to a column without a name."""
     return not name or name.startswith("unnamed:")
 
 
@@ -207,13 +210,13 @@ def is_number(cell: str) -> bool:
 
 
 def plain_names(cells: pd.Series) -> pd.Series:
-    """The cells as names of classes or groups: see `plain_name`."""
+    """Return the cells as normalized names of classes or groups: see `plain_name`."""
     codes, names = pd.factorize(cells)
     return pd.Series(pd.array([plain_name(name) for name in names], dtype="str").take(codes), cells.index)
 
 
 def check_filled(cells: pd.Series, what: str, where: object) -> None:
-    """Raises a DataError with the first row, from 1 on below the header, unless every cell holds more than blanks."""
+    """Raise a DataError with the first row (counted from 1 below the header) whose cell is empty or only spaces."""
     empty = np.flatnonzero(cells.str.strip() == "")
     if len(empty):
         raise DataError(
@@ -222,24 +225,24 @@ def check_filled(cells: pd.Series, what: str, where: object) -> None:
 
 
 def check_unique(ids: pd.Series, where: object) -> None:
-    """Raises a DataError that lists the ids that stand in several rows."""
+    """Raise a DataError that lists duplicate ids."""
     if not ids.is_unique:
-        twice = ids[ids.duplicated()].unique()
+        duplicates = ids[ids.duplicated()].unique()
         raise DataError(
-            f"{where}: ids stand twice, in several rows of the column {ids.name!r}: {sample(twice)}; name another as the id"
+            f"{where}: duplicate ids in the column {ids.name!r}: {sample(duplicates)}; use another id column"
         )
 
 
 def check_same_ids(ids: Collection[str], whose: str, others: Collection[str], of: str) -> None:
-    """Raises a DataError that counts and names the ids of one side alone; `whose` and `of` say what the sides are."""
+    """Raise a DataError that counts and lists the ids of one side only; `whose` and `of` describe the two sides."""
     left, right = set(ids), set(others)
-    parts = [
-        f"{len(alone)} of the {len(all_ids)} ids of {side} are not in {other} ({sample(sorted(alone))})"
-        for alone, all_ids, side, other in ((left - right, left, whose, of), (right - left, right, of, whose))
-        if alone
+    problems = [
+        f"{len(unmatched)} of the {len(all_ids)} ids of {side} are not in {other} ({sample(sorted(unmatched))})"
+        for unmatched, all_ids, side, other in ((left - right, left, whose, of), (right - left, right, of, whose))
+        if unmatched
     ]
-    if parts:
+    if problems:
         raise DataError(
-            f"{whose} and {of} name other rows: {'; '.join(parts)}; give those of the same rows, "
-            "ids letter for letter (7 is not 007)"
+            f"{whose} and {of} have different rows: {'; '.join(problems)}; both must have the same ids, "
+            "character by character (7 is not 007)"
         )

@@ -192,14 +192,14 @@ SPOILT = {
     "head garbage": (garbage(HEAD), "is not JSON"),
     "head a list": (lambda folder: (folder / HEAD).write_text("[1]"), "does not describe an image cache"),
     "head of another type": (edited(store_size="24"), "does not describe an image cache"),
-    "format": (edited(format=99), "is of format 99"),
-    "size": (edited(bytes=2**30), "it is cut off, or of another"),
-    "pixels cut off": (cut_off(PIXELS), "it is cut off, or of another"),
+    "format": (edited(format=99), "format 99"),
+    "size": (edited(bytes=2**30), "has [0-9,]+ bytes"),
+    "pixels cut off": (cut_off(PIXELS), "has [0-9,]+ bytes"),
     "pixels gone": (lambda folder: (folder / PIXELS).unlink(), "has 0 bytes"),
-    "index cut off": (cut_off(INDEX), "is not the index"),
-    "index garbage": (garbage(INDEX), "is not the index"),
-    "index gone": (lambda folder: (folder / INDEX).unlink(), "is not the index"),
-    "index out of the file": (point_out_of_the_file, "does not fit"),
+    "index cut off": (cut_off(INDEX), r"index\.npy .*cache\.json"),
+    "index garbage": (garbage(INDEX), r"index\.npy .*cache\.json"),
+    "index gone": (lambda folder: (folder / INDEX).unlink(), r"index\.npy .*cache\.json"),
+    "index out of the file": (point_out_of_the_file, r"index\.npy .*cache\.json"),
 }
 
 
@@ -216,7 +216,7 @@ def test_a_spoilt_cache_is_refused_and_on_first_use_made_anew(
     with pytest.raises(DataError, match=message):
         Cache(cache.folder)
     found = cached_once(tmp_path, odd.files, Pixels(), 1.0)
-    assert "made anew" in caplog.text
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
     assert found is not None
     assert (found.folder / PIXELS).read_bytes() == whole
 
@@ -240,7 +240,7 @@ def test_of_many_images_a_few_say_that_they_are_far_too_many(tmp_path: Path) -> 
     assert size == 1100 * 192
     for share in (2, 1.01, 0.99):
         check_sample(tmp_path, source.files, Pixels(), share * size / GIB)
-    with pytest.raises(SettingsError, match=r"1100 decoded images take 0\.2 MiB, and data.cache_gib="):
+    with pytest.raises(SettingsError, match=r"1100 decoded images take 0\.2 MiB, .*data\.cache_gib="):
         check_sample(tmp_path, source.files, Pixels(), 0.5 * size / GIB)
     counted = CountingStore(tmp_path / "images")
     assert cached_once(tmp_path / "caches", files_of(counted, names, source.sha256), Pixels(), 0.5 * size / GIB) is None
@@ -315,9 +315,7 @@ def test_a_finished_cache_is_used_where_nothing_can_be_written(odd: Source, tmp_
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize(
-    ("digest", "reason"), [("00" * 32, "is not the file that the split saw"), (None, "cannot be decoded")]
-)
+@pytest.mark.parametrize(("digest", "reason"), [("00" * 32, ".*split"), (None, "cannot be decoded")])
 def test_a_file_that_changed_or_breaks_off_is_named_and_nothing_is_left(
     tmp_path: Path, digest: str | None, reason: str
 ) -> None:

@@ -47,7 +47,7 @@ def test_ids_without_a_table_may_be_names_or_paths_with_a_suffix_or_none(tmp_pat
 @pytest.mark.parametrize("rows", ["0,x\n1,x\n", "00,x\n", "00,x\n01,x\n02,x\n"])
 def test_a_sample_of_other_rows_is_refused(tmp_path, rows):
     table = read_eval(made(tmp_path, test=TEST, sample_submission=f"ID,label\n{rows}"))
-    with pytest.raises(DataError, match=r"sample submission and the test images name other rows: .*ids"):
+    with pytest.raises(DataError, match=r"sample submission and the test images .*ids"):
         check_rows(table)
 
 
@@ -98,8 +98,8 @@ def test_a_folder_of_images_without_a_table(tmp_path: Path) -> None:
     [
         ([], None, "no test.csv and no images"),
         (["1.png"], "ID,img_path\na,1.png\nb,2.png\n", r"1 of 2 files .*'2\.png'"),
-        (["1.png"], "ID,img_path\na,../1.png\n", "lead out"),
-        (["1.png"], "ID,img_path\na,1.png\na,1.png\n", "several rows"),
+        (["1.png"], "ID,img_path\na,../1.png\n", r"'\.\./1\.png'"),
+        (["1.png"], "ID,img_path\na,1.png\na,1.png\n", "ids .*'ID': 'a'"),
         (["1.png"], "ID,name\na,b.png\n", "no column image_path, img_path, path or the like; it has ID, name"),
     ],
 )

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as v2
 
 from fivefold.data import images
-from fivefold.data.images import MOST_SCANS, Pixels, decode, decoded_size, is_image, pixel_digest
+from fivefold.data.images import MAX_SCANS, Pixels, decode, decoded_size, is_image, pixel_digest
 from fivefold.errors import DataError
 from fivefold.serving.workers import PIXEL_BYTES
 
@@ -230,7 +230,7 @@ def test_converting_by_bands_gives_the_pixels_of_the_whole(mode: str, monkeypatc
     content = encoded(image, {"CMYK": "JPEG", "PA": "TIFF"}.get(mode, "PNG"), **options)
     whole = decode(content, "x")
     for band in (1, 31, 95):
-        monkeypatch.setattr(images, "BAND", band)
+        monkeypatch.setattr(images, "CHUNK_PIXELS", band)
         assert (decode(content, "x") == whole).all()
     with Image.open(BytesIO(content)) as opened:
         rgba = opened.convert("RGBA")
@@ -245,8 +245,8 @@ def scanned(scans: int, width: int = 64, height: int = 48) -> bytes:
 
 
 def test_a_jpeg_of_a_great_many_scans_is_refused_by_its_head() -> None:
-    assert (decode(scanned(MOST_SCANS // 2), "x") == decode(scanned(0), "x")).all()
-    for scans in (MOST_SCANS, 100_000):
+    assert (decode(scanned(MAX_SCANS // 2), "x") == decode(scanned(0), "x")).all()
+    for scans in (MAX_SCANS, 100_000):
         begun = time.monotonic()
         for read in (decode, decoded_size):
             with pytest.raises(DataError, match="more than 100 scans"):
@@ -255,11 +255,11 @@ def test_a_jpeg_of_a_great_many_scans_is_refused_by_its_head() -> None:
 
 
 def test_what_only_looks_like_scans_is_not_counted() -> None:
-    marks = b"\xff\xda" * 2 * MOST_SCANS
+    marks = b"\xff\xda" * 2 * MAX_SCANS
     for content in (JPEG + marks, JPEG[:2] + b"\xff\xe5" + struct.pack(">H", len(marks) + 2) + marks + JPEG[2:]):
         assert (decode(content, "x") == decode(JPEG, "x")).all()
     # fill bytes before a marker, and one without a length, hide no scan
-    hidden = scanned(0)[:-2] + (b"\xff\xff\xff\xd0" + scanned(0)[scanned(0).rindex(b"\xff\xc4") : -2]) * 2 * MOST_SCANS
+    hidden = scanned(0)[:-2] + (b"\xff\xff\xff\xd0" + scanned(0)[scanned(0).rindex(b"\xff\xc4") : -2]) * 2 * MAX_SCANS
     with pytest.raises(DataError, match="more than 100 scans"):
         decode(hidden + b"\xff\xd9", "x")
 

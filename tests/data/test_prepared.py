@@ -62,7 +62,8 @@ def test_a_full_disk_is_told_and_they_are_read_anew(images, tiny_disk, caplog):
     images.transform = build_transforms(["resize"], (80, 80), evaluation=True)
     prepared = Prepared(images, tiny_disk, limit=0)
     assert same(list(prepared.batches(BATCHES, 0)), list(load(images, BATCHES, 0)))
-    assert "has no room (No space left on device); TMPDIR names another folder" in caplog.text
+    assert "(No space left on device)" in caplog.text
+    assert "TMPDIR" in caplog.text
 
 
 def test_rows_are_made_when_they_are_asked_for_and_not_again(images):
@@ -74,7 +75,7 @@ def test_rows_are_made_when_they_are_asked_for_and_not_again(images):
     assert prepared.done.all()
     assert list(prepared.batches([], 0)) == []
     Image.new("RGB", (20, 20)).save(images.store.root / "3.png")
-    with pytest.raises(DataError, match=r"3\.png is not the file that the split saw"):
+    with pytest.raises(DataError, match=r"3\.png .*split"):
         list(Prepared(images).batches(BATCHES, 0))
 
 

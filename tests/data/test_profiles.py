@@ -101,8 +101,8 @@ def test_the_table_of_people_beside_the_images_is_no_table_of_images(tmp_path: P
     ("folders", "message"),
     [
         (["6_child_Asian_10", "notaprofile"], r"2 of 7 folders are not named <id>_<gender>_<race>_<age>.*'6_child"),
-        (["6_male_Asian_old"], r"1 of 6 folders.*an age that is no number: '6_male_Asian_old'"),
-        (["6_male_Asian_-3"], r"no number: '6_male_Asian_-3'"),
+        (["6_male_Asian_old"], r"1 of 6 folders.*an age .*: '6_male_Asian_old'"),
+        (["6_male_Asian_-3"], r"an age .*: '6_male_Asian_-3'"),
         ([f"{n}_male_Asian_x{n}" for n in range(8)], r"8 of 13.*and 3 more"),
     ],
 )
@@ -181,7 +181,7 @@ def test_factors_of_classes_without_any_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(SettingsError, match=r"model\.factors=age"):
         table.of_factors(["age"])
-    for values, message in (({"a": "x", "b": "x"}, "the same factors"), ({"a": "x"}, "give each class its value")):
+    for values, message in (({"a": "x", "b": "x"}, "the same factors"), ({"a": "x"}, "factors must")):
         (tmp_path / "classes.json").write_text(json.dumps({"classes": ["a", "b"], "factors": {"mask": values}}))
         with pytest.raises(DataError, match=message):
             read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")

@@ -70,9 +70,9 @@ def test_names_that_do_not_fit_are_refused_by_name():
         SameClasses((("K5_3세대", "더_누_K5"),), "merge").merge_rows(rows)
     with pytest.raises(DataError, match="single class"):
         SameClasses((ALL,), "merge").merge_rows(rows)
-    with pytest.raises(DataError, match=r"models know '더_뉴_K5'.*split and train with merge"):
+    with pytest.raises(DataError, match=r"models .*'더_뉴_K5'.*split and train with merge"):
         SameClasses(PAIR, "merge").check_model(ALL)
-    with pytest.raises(DataError, match="no class of the models"):
+    with pytest.raises(DataError, match="class of the models"):
         SameClasses(PAIR, "sum").check_model(("718", "K5_3세대"))
 
 

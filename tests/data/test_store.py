@@ -111,7 +111,7 @@ def test_entries_that_become_one_file_are_refused(tmp_path: Path, other: str) ->
     with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
         archive.writestr("가/1.jpg", b"one")
         archive.writestr(other, b"two")
-    with pytest.raises(DataError, match=r"twice\.zip: the entry '가/1\.jpg' is there twice"):
+    with pytest.raises(DataError, match=r"twice\.zip: .*'가/1\.jpg'"):
         open_store(tmp_path / "twice.zip")
 
 
@@ -131,7 +131,7 @@ def test_links_in_zips_files_of_other_kinds_and_nothing_at_all_are_refused(tmp_p
         archive.writestr(link, "/etc/passwd")
     for name, message in (
         ("link.zip", r"link\.jpg.*symbolic link"),
-        ("Labels.csv", r"is a table, .*data\.table=Labels\.csv"),
+        ("Labels.csv", r"Labels\.csv .*data\.table=Labels\.csv"),
         ("photos.tar.gz", r"photos\.tar\.gz is neither a folder nor a \.zip"),
     ):
         (tmp_path / name).touch()
@@ -187,7 +187,7 @@ def test_broken_and_encrypted_zips_are_refused(folder: Path, tmp_path: Path) -> 
     path = zipped(folder, tmp_path / "files.zip")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="not a whole"):
+    with pytest.raises(DataError, match=r"not a .*\.zip"):
         open_store(path)
     path.write_bytes(whole.replace(FILES["a/3.bin"], FILES["a/3.bin"][::-1]))
     with pytest.raises(DataError, match=r"a/3\.bin.*damaged"):

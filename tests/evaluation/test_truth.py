@@ -50,7 +50,7 @@ def test_ids_are_the_column_that_is_called_so_or_that_has_the_predicted_ids(tmp_
     ("content", "words"),
     [
         (b"id\n1\n", "1 column"),
-        (b"id,label\n1,a\n1,a\n", "twice"),
+        (b"id,label\n1,a\n1,a\n", "'1'"),
         (b"id,label\n1,a\n2, \n", "empty class, the first in row 2"),
         (b"id,fold,breed\n1,0,cat\n", "which column is the class: 'fold', 'breed'.*target, label"),
     ],

@@ -118,7 +118,7 @@ def test_tables_are_joined_by_id_and_name_with_the_label_that_their_parts_make()
     joined = two().joined([System("masks", 5, 1, masks, masks), System("ages", 5, 1, ages, None)])
     assert (joined.name, joined.models, joined.holdout) == ("masks × ages", 10, None), "no holdout where one has none"
     assert list(joined.oof.labels) == classes
-    with pytest.raises(DataError, match=r"name other rows: .*'d'"):
+    with pytest.raises(DataError, match=r"rows: .*'d'"):
         two().table({"masks": masks, "ages": ages.take(np.arange(3))})
 
 

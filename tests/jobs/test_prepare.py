@@ -98,7 +98,7 @@ def test_prepare_writes_one_cache_of_all_images_and_has_nothing_to_do_the_second
 def test_the_same_bytes_kept_in_memory_from_the_channel_and_made_on_first_use(world, plain, prepared, capsys):
     assert same(train(world, "kept", OFF), plain)
     assert same(train(world, "channel", OFF, PLAIN, CACHE=prepared), plain)
-    assert re.search(r"image cache: .* \(48 images, at their own size, 0.1 MiB\)", capsys.readouterr().err)
+    assert re.search(r"image cache: .* \(48 images, .*, 0.1 MiB\)", capsys.readouterr().err)
     assert same(train(world, "first", f"data.cache={world / 'caches'}", "train.workers=1"), plain)
     assert len(list((world / "caches").glob(f"*/{HEAD}"))) == 1
     assert "32 images are decoded once" in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_a_cache_in_a_bucket_is_a_channel_and_a_run_there_finds_it(world, plain,
     capsys.readouterr()
     folders = {"SM_MODEL_DIR": str(tmp_path / "model"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
     assert run("train-fold", ["FOLD=0", *SETTINGS], told | folders) == 0
-    assert "(32 images, at their own size" in capsys.readouterr().err
+    assert "(32 images, " in capsys.readouterr().err
     assert same(tmp_path / "model", plain)
 
 
@@ -223,7 +223,7 @@ def test_a_cache_of_other_pixels_is_one_clear_error(world, prepared):
     arguments = ["FOLD=0", *SETTINGS, "data.store_size=12"]
     assert stage(world, "train-fold", "bad", *arguments, CACHE=prepared) == 64
     message = failure(world / "bad")
-    assert "holds images at their own size, and these settings take them shrunk to 12 pixels" in message
+    assert "12 pixels" in message
     assert "run prepare with the same data.store_size" in message
     assert stage(world, "prepare", "bad", "data.scaled_decoding=true") == 64, "it needs a size"
 

@@ -1,4 +1,4 @@
-"""How training data lies on disk, made rows: class folders, profiles of people, a CSV, or a CSV of products."""
+"""Read training data into labelled rows: class folders, profiles of people, a CSV of paths and labels, or a CSV of products."""
 
 import logging
 from collections import Counter, defaultdict
@@ -49,9 +49,9 @@ from fivefold.recipe import Data
 
 log = logging.getLogger("fivefold")
 
-NOT_TRAINING = {"test", "submission", "valid", "val"}
+NON_TRAINING_TABLES = {"test", "submission", "valid", "val"}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
-BETWEEN_PATHS = "[&,]"
+PATH_SEPARATORS = "[&,]"
 TEXT = pa.string()
 Column = pd.Series | Sequence[str]
 
@@ -60,11 +60,11 @@ Column = pd.Series | Sequence[str]
 class Rows:
     """N labelled images: `ids`, `paths` and `groups` (or nulls) [N] strings in Arrow, `codes` [N] int32 into `classes`.
 
-    `factors`: what the classes are made of, None where they are single things.
-    `strata` [N] strings, where a split spreads its groups by something else than the classes; every
-    row then has a group, and the rows of a group one stratum.
-    `left_out`: how many files of the store are in no row, by the reason. `lost`: folders that would be classes, had they
-    an image that can be read, and what they hold.
+    `factors`: the factors of the classes, or None if they have none.
+    `strata` [N] strings: what a split balances across groups instead of the classes, or None; with strata, every
+    row has a group, and all rows of a group have the same stratum.
+    `left_out`: number of files of the store that are in no row, by reason. `lost`: folders that would be classes if they
+    had a readable image, each with a description of its content.
     """
 
     ids: pa.Array
@@ -82,7 +82,7 @@ class Rows:
         return len(self.codes)
 
     def take(self, kept: np.ndarray) -> "Rows":
-        """The rows where `kept` [N] bool is true; classes that are left without any row are dropped."""
+        """Return the rows where `kept` [N] bool is true, without the classes that have no row left."""
         used = np.unique(self.codes[kept])
         classes = tuple(self.classes[code] for code in used)
         _check_classes(classes, "the rows that are left")
@@ -97,11 +97,10 @@ class Rows:
 
 
 def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Rows:
-    """The training rows of a store, as `data.layout` says: of a CSV, of products, of profiles, or of class folders.
+    """Read the training rows of a store as `data.layout` selects: from a CSV, products, profiles, or class folders.
 
-    The CSV is `data.table` or the one that is found. Raises a DataError for what cannot be trained on: no images,
-    one class, missing files or columns, paths that lead out, ids that stand twice, empty labels. A guessed layout
-    is logged.
+    The CSV is `data.table`, or else the detected one. Raise a DataError for data that cannot be trained on: no images,
+    a single class, missing files or columns, paths outside the store, duplicate ids, empty labels. Log a detected layout.
     """
     read_folders = choose(LAYOUTS, "data.layout", data.layout)
     stock = take_inventory(store)
@@ -110,7 +109,7 @@ def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Rows:
     elif data.table or data.layout in ("auto", "csv"):
         rows = _table_or_folders(store, stock, data, check_files)
     else:
-        rows = read_folders(store, stock, _level(store, stock), data)
+        rows = read_folders(store, stock, _class_level(store, stock), data)
     unused = UNUSED[rows.layout.startswith(("class folders", "mask profiles"))]
     return replace(rows, left_out=stock.counts(rows.paths.to_pylist(), unused))
 
@@ -120,28 +119,28 @@ def _table_or_folders(store: ImageStore, stock: Inventory, data: Data, check_fil
     if not tables and data.layout == "csv":
         raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
     if tables and (data.table or data.layout == "csv" or _is_usable(tables[0], data)):
-        log.info("data: rows of %s", tables[0])
-        _pass_over(tables[1:])
-        return _table_rows(store, tables[0], _must_be_usable(store, tables[0], data), data, check_files)
+        log.info("data: reading rows from %s", tables[0])
+        _warn_ignored(tables[1:])
+        return _table_rows(store, tables[0], _require_columns(store, tables[0], data), data, check_files)
     try:
-        rows = _any_folders(store, stock, _level(store, stock), data)
+        rows = _profiles_or_classes(store, stock, _class_level(store, stock), data)
     except DataError:
-        known = [(table, found) for table in tables if all(found := _columns(store, table, data))]
-        if len(known) == 1:
-            return _table_rows(store, *known[0], data, check_files)
+        usable = [(table, names) for table in tables if all(names := _columns(store, table, data))]
+        if len(usable) == 1:
+            return _table_rows(store, *usable[0], data, check_files)
         if tables:
-            _must_be_usable(store, tables[0], data)
+            _require_columns(store, tables[0], data)
         raise
     if tables and stem(tables[0].name) == "train" and rows.factors is None:
-        columns = _must_be_usable(store, tables[0], data, ", or data.layout=folders where the folders are the classes")
+        columns = _require_columns(store, tables[0], data, ", or data.layout=folders if the folders are the classes")
         return _table_rows(store, tables[0], columns, data, check_files)
-    _pass_over(tables)
-    log.info("data: no table of labels, so the classes are the %s", rows.layout)
+    _warn_ignored(tables)
+    log.info("data: no CSV of labels, so the classes are the %s", rows.layout)
     return rows
 
 
 def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[CsvFile], bool]) -> list[CsvFile]:
-    """The CSV `name`, or the one called as `usual`, or the only usable one; behind it those that are no such table."""
+    """Return the CSV `name`, or the one called `usual`, or the only usable one, followed by the CSVs that are not usable."""
     if name:
         return [open_table(store, name)]
     others: list[CsvFile] = []
@@ -151,7 +150,7 @@ def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[
         usable = named or [table for table in tables if is_usable(table)]
         if len(usable) > 1:
             raise DataError(
-                f"several tables in {store.root}: {sample([t.name for t in usable])}; set data.table to one"
+                f"several tables in {store.root}: {sample([t.name for t in usable])}; set data.table to one of them"
             )
         if named:
             return named
@@ -162,12 +161,12 @@ def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[
 
 
 def _may_be_training(name: str) -> bool:
-    return stem(name) not in NOT_TRAINING and not is_sample(name) and not is_truth(name)
+    return stem(name) not in NON_TRAINING_TABLES and not is_sample(name) and not is_truth(name)
 
 
-def _pass_over(tables: Sequence[CsvFile]) -> None:
+def _warn_ignored(tables: Sequence[CsvFile]) -> None:
     for table in tables:
-        log.warning("data: %s is passed over; its columns are %s", table, ", ".join(table.columns))
+        log.warning("data: %s is ignored; its columns are %s", table, ", ".join(table.columns))
 
 
 def _is_usable(table: CsvFile, data: Data) -> bool:
@@ -175,24 +174,24 @@ def _is_usable(table: CsvFile, data: Data) -> bool:
 
 
 def _columns(store: ImageStore, table: CsvFile, data: Data) -> tuple[str | None, str | None]:
-    """The columns of paths and labels, None where there is none: by their names, else by what they hold.
+    """Return the columns of paths and labels (None for a missing one), detected by name, else by content.
 
-    The paths are the column that names images of the store, and the labels the only other one; such a guess is logged.
+    The path column is the one that names images of the store, and the label column the only other one; log such a guess.
     """
     path, label = table.column(data.path_column, PATH_NAMES), table.column(data.label_column, LABEL_NAMES)
     guessed = path is None and not data.path_column
     if guessed:
         path = guess_paths(table, store, HELD_OUT, label or "")
-    rest = [name for name in table.columns if name != path]
-    alone = path and label is None and not data.label_column and len(rest) == 1
-    if alone and (guessed or guess_paths(table, store, HELD_OUT, rest[0])):
-        label = rest[0]
-        log.warning("data: %s: the labels are its only other column, %r", table, label)
+    other_columns = [name for name in table.columns if name != path]
+    label_is_only_other = path and label is None and not data.label_column and len(other_columns) == 1
+    if label_is_only_other and (guessed or guess_paths(table, store, HELD_OUT, other_columns[0])):
+        label = other_columns[0]
+        log.warning("data: %s: taking the labels from the only other column, %r", table, label)
     return path, label
 
 
-def _must_be_usable(store: ImageStore, table: CsvFile, data: Data, otherwise: str = "") -> tuple[str, str]:
-    """The columns of paths and labels; the DataError for a miss names all that is to be set, and what to do `otherwise`."""
+def _require_columns(store: ImageStore, table: CsvFile, data: Data, otherwise: str = "") -> tuple[str, str]:
+    """Return the columns of paths and labels; the DataError for a missing one lists all keys to set, and the alternative `otherwise`."""
     path, label = _columns(store, table, data)
     keys = {"data.path_column": path, "data.label_column": label}
     absent = " and ".join(key for key, column in keys.items() if column is None) + otherwise
@@ -212,12 +211,12 @@ def _table_rows(store: ImageStore, table: CsvFile, columns: tuple[str, str], dat
     check_unique(frame[row_id], table)
     labels = plain_names(frame[label])
     check_filled(labels, "label", table)
-    _say_changed(frame[label].unique(), table)
-    torn = np.flatnonzero(labels.str.contains(r"[\r\n]"))
-    if len(torn):
+    _log_normalized(frame[label].unique(), table)
+    broken = np.flatnonzero(labels.str.contains(r"[\r\n]"))
+    if len(broken):
         raise DataError(
-            f"{table}: the label in row {torn[0] + 1} below the header has a line break: {labels.iloc[torn[0]][:60]!r}; "
-            "a quote may be missing there"
+            f"{table}: the label in row {broken[0] + 1} below the header has a line break: {labels.iloc[broken[0]][:60]!r}; "
+            "a quote may be missing"
         )
     where = bases(store, table.name, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), data.base_path)
     paths = image_paths(frame[path], table, store, where, check_files, None if data.base_path else HELD_OUT)
@@ -235,9 +234,9 @@ def make_rows(
     strata: Column | None = None,
     factors: Factors | None = None,
 ) -> Rows:
-    """N rows of their columns, whose ids are their paths where there are none; `where` they are, for the DataErrors.
+    """Return N rows from their columns; without `ids`, the paths are the ids. DataErrors name `where`.
 
-    Refused are fewer than two classes, and names that are not UTF-8.
+    Raise a DataError for fewer than two classes, and for file names that are not UTF-8.
     """
     codes, classes = pd.factorize(np.asarray(labels, object), sort=True)
     _check_classes(classes, where)
@@ -248,18 +247,18 @@ def make_rows(
             for name, column in columns.items()
         }
     except UnicodeEncodeError as error:
-        raise DataError(f"{where} has file names that are not UTF-8, as {error.object!r}; rename them") from error
+        raise DataError(f"{where} has file names that are not UTF-8, such as {error.object!r}; rename them") from error
     arrow["groups"] = pa.nulls(len(codes), TEXT) if groups is None else arrow["groups"]
     factors = None if factors is None else factors.only(tuple(classes))
     return Rows(codes=codes.astype(np.int32), classes=tuple(classes), layout=layout, factors=factors, **arrow)
 
 
-def _say_changed(names: Iterable[str], where: object) -> None:
-    """Logs the names that `plain_name` changes."""
+def _log_normalized(names: Iterable[str], where: object) -> None:
+    """Log the names that `plain_name` changes."""
     changed = sorted({name for name in names if plain_name(name) != name})
     if changed:
-        shown = ", ".join(map(ascii, changed[:5]))
-        log.info("data: %s: %d names lose blanks or invisible characters: %s", where, len(changed), shown)
+        examples = ", ".join(map(ascii, changed[:5]))
+        log.info("data: %s: normalizing %d names (spaces, invisible characters): %s", where, len(changed), examples)
 
 
 def _check_classes(classes: Sequence[str], where: str) -> None:
@@ -268,76 +267,84 @@ def _check_classes(classes: Sequence[str], where: str) -> None:
     looks = Counter(map(look, classes))
     alike = [ascii(name) for name in classes if looks[look(name)] > 1]
     if alike:
-        raise DataError(f"{where}: classes look the same and are not: {', '.join(alike[:4])}; write them in one way")
+        raise DataError(
+            f"{where}: different class names look the same: {', '.join(alike[:4])}; spell each class in one way"
+        )
     folded = Counter(map(str.casefold, classes))
     if cases := [name for name in classes if folded[name.casefold()] > 1]:
-        log.warning("data: %s: classes that differ by their case alone are apart: %s", where, sample(cases))
+        log.warning(
+            "data: %s: class names that differ only in case count as different classes: %s", where, sample(cases)
+        )
 
 
-def _level(store: ImageStore, stock: Inventory) -> str:
-    """The level whose folders mean something."""
+def _class_level(store: ImageStore, stock: Inventory) -> str:
+    """Return the prefix below which folders are classes or profiles."""
     if not stock.images:
-        packed = [name for name in store.names() if name.lower().endswith(ARCHIVES)]
-        how = f"unpack {sample(packed)}, or give one .zip itself" if packed else "put a folder of images a class there"
+        archives = [name for name in store.names() if name.lower().endswith(ARCHIVES)]
+        hint = (
+            f"unpack {sample(archives)}, or pass one .zip itself" if archives else "add one folder of images per class"
+        )
         raise DataError(
-            f"{store.root} holds no images nor a usable CSV, but {in_words(stock.counts()) or 'nothing'}; {how}"
+            f"{store.root} holds no images and no usable CSV (content: {in_words(stock.counts()) or 'nothing'}); {hint}"
         )
     return class_level([name for name in stock.asked if "." in name])
 
 
-def _any_folders(store: ImageStore, stock: Inventory, level: str, data: Data) -> Rows:
-    """Of profiles where the folders are clearly such; else of classes."""
-    read = _profiles if are_profiles(stock.images, level) else _class_folders
+def _profiles_or_classes(store: ImageStore, stock: Inventory, level: str, data: Data) -> Rows:
+    """Read profiles if most folders are named as such, else class folders."""
+    read = _profile_rows if are_profiles(stock.images, level) else _class_rows
     return read(store, stock, level, data)
 
 
-def _profiles(store: ImageStore, stock: Inventory, level: str, data: Data) -> Rows:
+def _profile_rows(store: ImageStore, stock: Inventory, level: str, data: Data) -> Rows:
     where = f"{store.root}/{level}".rstrip("/")
     photos = read_profiles(stock.images, level, data.age_cuts, where)
     layout, factors = f"mask profiles below {level or '.'}", profile_factors(data.age_cuts)
     return make_rows(photos["name"], photos["label"], where, layout, groups=photos["person"], factors=factors)
 
 
-def _class_folders(store: ImageStore, stock: Inventory, level: str, _: Data) -> Rows:
+def _class_rows(store: ImageStore, stock: Inventory, level: str, _: Data) -> Rows:
     inside = [name for name in stock.images if name.startswith(level) and "/" in name[len(level) :]]
     loose = sum(name.startswith(level) for name in stock.images) - len(inside)
     if loose:
-        log.warning("data: %d images lie in no class folder of %s and are left out", loose, level or store.root)
+        log.warning("data: %d images are in no class folder of %s and are ignored", loose, level or store.root)
     where = f"{store.root}/{level}".rstrip("/")
     lost = _folders_without_images(stock, level, where)
     inside = class_images(inside, level, where)
     if not inside:
-        raise DataError(f"{where} holds no class folders ({loose} images lie in none), and there is no CSV of labels")
+        raise DataError(
+            f"{where} holds no class folders ({loose} images are in no folder), and there is no CSV of labels"
+        )
     folders = [name[len(level) :].partition("/")[0] for name in inside]
-    _say_changed(set(folders), where)
+    _log_normalized(set(folders), where)
     labels = [plain_name(folder) or folder for folder in folders]
-    named = f"{where} without {', '.join(lost.values())}" if lost else where
-    rows = make_rows(inside, labels, named, f"class folders below {level or '.'}")
+    description = f"{where} without {', '.join(lost.values())}" if lost else where
+    rows = make_rows(inside, labels, description, f"class folders below {level or '.'}")
     warn_of_deeper(inside, level, where)
     return replace(rows, lost=lost)
 
 
 def _folders_without_images(stock: Inventory, level: str, where: str) -> dict[str, str]:
-    """The folders that would be classes, had they an image that can be read, and what they hold; all without images are logged."""
-    found: dict[str, Counter[str]] = defaultdict(Counter)
+    """Return the folders that would be classes if they had a readable image, with their content; log all folders without images."""
+    contents: dict[str, Counter[str]] = defaultdict(Counter)
     for reason, names in stock.left_out.items():
         for folder, slash, _ in (name[len(level) :].partition("/") for name in names if name.startswith(level)):
             if slash or (reason == DANGLING and "." not in folder):
-                found[folder][reason] += reason != EMPTY
+                contents[folder][reason] += reason != EMPTY
     used = {name[len(level) :].partition("/")[0] for name in stock.images if name.startswith(level)}
-    without = filter(is_shown, sorted(found.keys() - used - set(held_out(found))))
-    words = {name: f"{name!r} ({in_words(found[name]) or 'empty'})" for name in without}
-    if words:
-        log.warning("data: folders of %s without an image are no classes: %s", where, ", ".join(words.values()))
-    return {name: said for name, said in words.items() if may_be_images(found[name])}
+    without = filter(is_shown, sorted(contents.keys() - used - set(held_out(contents))))
+    descriptions = {name: f"{name!r} ({in_words(contents[name]) or 'empty'})" for name in without}
+    if descriptions:
+        log.warning("data: folders of %s without images are not classes: %s", where, ", ".join(descriptions.values()))
+    return {name: text for name, text in descriptions.items() if may_be_images(contents[name])}
 
 
 def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
-    """The images of a product table: of image_data.csv, or the CSV `data.table`, or the only one with the columns.
+    """Read the images of a product table: image_data.csv, or the CSV `data.table`, or the only one with the columns.
 
-    A cell holds paths between `&` or `,`; an empty cell is none. The class of an image is that of its
-    column, its group the product, its stratum the product's category. Raises a DataError for a
-    product that stands twice, an empty id or category, and an image of two products or two classes.
+    A cell holds paths separated by `&` or `,`; an empty cell holds none. The class of an image is that of its
+    column, its group is the product, and its stratum the product's category. Raise a DataError for a
+    duplicate product, an empty id or category, and an image of two products or two classes.
     """
     if len(set(data.image_types.values())) < 2:
         raise SettingsError("data.image_types gives fewer than two classes; map image columns to at least two")
@@ -345,30 +352,32 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
     if not tables:
         raise DataError(f"no image_data.csv in {store.root}, nor another CSV; set data.table to its name")
     table = tables[0]
-    log.info("data: products of %s", table)
+    log.info("data: reading products from %s", table)
     images = _product_images(table, data)
     if not len(images):
-        raise DataError(f"{table} names no image in the columns {', '.join(data.image_types)}")
+        raise DataError(f"{table} lists no image in the columns {', '.join(data.image_types)}")
     where = bases(store, table.name, TRAIN_FOLDERS, data.base_path)
     images["path"] = image_paths(images["path"], table, store, where, check_files, None if data.base_path else HELD_OUT)
-    for what, column in (("products", "product"), ("image types", "label")):
-        torn = images[images.groupby("path")[column].transform("nunique") > 1]
-        if len(torn):
-            path = torn["path"].iloc[0]
-            owners = torn[column][torn["path"] == path].drop_duplicates()
-            shown = [f"{name!r} (row {row + 1})" for row, name in owners.items()]
-            raise DataError(f"{table}: {path!r} is an image of two {what}, {' and '.join(shown[:2])}; name it once")
-    once = images.drop_duplicates("path")
-    if len(once) < len(images):
-        log.warning("data: %d images stand twice in their product's row and are taken once", len(images) - len(once))
-    columns = {"groups": once["product"], "strata": once["category"]}
-    return make_rows(once["path"], once["label"], str(table), f"the products of {table.name}", **columns)
+    for kind, column in (("products", "product"), ("image types", "label")):
+        conflicting = images[images.groupby("path")[column].transform("nunique") > 1]
+        if len(conflicting):
+            path = conflicting["path"].iloc[0]
+            owners = conflicting[column][conflicting["path"] == path].drop_duplicates()
+            lines = [f"{name!r} (row {row + 1})" for row, name in owners.items()]
+            raise DataError(f"{table}: {path!r} is an image of two {kind}, {' and '.join(lines[:2])}; list it once")
+    unique = images.drop_duplicates("path")
+    if len(unique) < len(images):
+        log.warning(
+            "data: %d images are duplicates within a product's row and are used once", len(images) - len(unique)
+        )
+    columns = {"groups": unique["product"], "strata": unique["category"]}
+    return make_rows(unique["path"], unique["label"], str(table), f"the products of {table.name}", **columns)
 
 
 def _product_images(table: CsvFile, data: Data) -> pd.DataFrame:
-    """Every image that the table names, in its order: `path` as written, `product`, `category`, `label`; the index says its row.
+    """Return every image of the table in order: `path` as written, `product`, `category`, `label`; the index is the row.
 
-    Rows without any image are reported.
+    Log rows without images.
     """
     id_column = table.must_have(data.id_column, ID_NAMES, "data.id_column")
     category_column = table.must_have(data.category_column, CATEGORY_NAMES, "data.category_column")
@@ -378,21 +387,21 @@ def _product_images(table: CsvFile, data: Data) -> pd.DataFrame:
     check_filled(products["product"], "id", table)
     check_filled(products["category"], "category", table)
     check_unique(products["product"].rename(id_column), table)
-    paths = frame[list(label_of)].stack().str.split(BETWEEN_PATHS, regex=True).explode().str.strip()
+    paths = frame[list(label_of)].stack().str.split(PATH_SEPARATORS, regex=True).explode().str.strip()
     paths = paths[paths != ""]
     rows, image_columns = (paths.index.get_level_values(level) for level in (0, 1))
     images = products.loc[rows].assign(path=paths.to_numpy(), label=image_columns.map(label_of))
     without = products["product"].drop(rows.unique())
     if len(without):
-        log.warning("data: %d products of %s name no image and are left out: %s", len(without), table, sample(without))
+        log.warning("data: %d products of %s list no image and are ignored: %s", len(without), table, sample(without))
     return images
 
 
 LAYOUTS = {
-    "auto": _any_folders,
-    "csv": _any_folders,
-    "folders": _class_folders,
-    "mask_profiles": _profiles,
-    "products": _any_folders,
+    "auto": _profiles_or_classes,
+    "csv": _profiles_or_classes,
+    "folders": _class_rows,
+    "mask_profiles": _profile_rows,
+    "products": _profiles_or_classes,
 }
-"""What reads the folders of a store, by the name of its layout; the other layouts look for a CSV first."""
+"""Reader of the folders of a store for each layout. auto, csv and products read a CSV first or instead."""

@@ -1,4 +1,4 @@
-"""Batches on the device, one ahead of the step: on CUDA the next one goes there while a step runs."""
+"""Prefetch batches to the device: on CUDA, copy the next batch while the current step runs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -8,18 +8,18 @@ import torch
 
 from fivefold.data.dataset import Batch
 
-Sent = TypeVar("Sent")
+InFlight = TypeVar("Sent")
 
 
 def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches in the same order; on CUDA they lie on the device, and the next is on its way before one is given out.
+    """Return the same batches in the same order; on CUDA they are on the device, and the next copy starts before a batch is yielded.
 
-    It goes by a stream of its own, so that no step waits for a copy that could have been made during the one before.
-    Elsewhere nothing is read ahead: a thread that loads on a CPU takes from the step what it saves.
+    The copies use a separate CUDA stream, so a step does not wait for a copy that can run during the previous step.
+    On other devices nothing is prefetched: on a CPU, a loading thread takes as much time from the step as it saves.
     """
     if device.type != "cuda":
         return iter(batches)
-    stream = _copying_stream(device)
+    stream = _copy_stream(device)
 
     def send(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
         pinned = batch if batch.images.is_pinned() else batch.pin_memory()
@@ -27,7 +27,7 @@ def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
             return pinned.map(lambda tensor: tensor.to(device, non_blocking=True)), stream.record_event()
 
     def receive(sent: tuple[Batch, torch.cuda.Event]) -> Batch:
-        """The batch for the stream that computes, which waits for the copy; the memory is not used anew before it is done."""
+        """Return the batch to the compute stream, which waits for the copy; the copied memory is not reused before that."""
         batch, copied = sent
         computing = torch.cuda.current_stream(device)
         computing.wait_event(copied)
@@ -39,10 +39,10 @@ def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def one_ahead(
-    batches: Iterable[Batch], send: Callable[[Batch], Sent], receive: Callable[[Sent], Batch]
+    batches: Iterable[Batch], send: Callable[[Batch], InFlight], receive: Callable[[InFlight], Batch]
 ) -> Iterator[Batch]:
-    """What `receive` makes of each batch that was sent, when the next one is sent already."""
-    waiting: list[Sent] = []
+    """Yield `receive(sent)` for each batch, after the next batch was sent."""
+    waiting: list[InFlight] = []
     for batch in batches:
         waiting.append(send(batch))
         if len(waiting) > 1:
@@ -51,6 +51,6 @@ def one_ahead(
 
 
 @lru_cache(maxsize=16)
-def _copying_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all passes: a stream keeps the memory that it once had for itself."""
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream per device for all passes, because each stream keeps the memory it once allocated."""
     return torch.cuda.Stream(device)

@@ -1,6 +1,6 @@
-"""Augmentations that torchvision lacks: uint8 images [3, H, W] to uint8 images [3, h, w], drawn from torch's default generator.
+"""Augmentations missing from torchvision: uint8 images [3, H, W] to uint8 images [3, h, w], drawn from torch's default generator.
 
-The annotation of a parameter says what values a recipe may give it; a default is what it is otherwise.
+The annotation of a parameter gives the values that a recipe may set; the default applies otherwise.
 """
 
 import math
@@ -17,12 +17,12 @@ GREY = 127.5
 
 
 def number(kind: type, least: float, most: float) -> Any:
-    """The type of a parameter from `least` to `most`."""
+    """Return the type of a parameter from `least` to `most`."""
     return Annotated[kind, Field(ge=least, le=most)]
 
 
 def span(kind: type, least: float, most: float) -> Any:
-    """The type of a parameter of two ascending numbers from `least` to `most`."""
+    """Return the type of a parameter that is a pair of ascending numbers from `least` to `most`."""
     return Annotated[
         list[number(kind, least, most)], Field(min_length=2, max_length=2), AfterValidator(_check_ascending)
     ]
@@ -44,7 +44,7 @@ Share = number(float, 0, 1)
 Side, Sides = number(int, 1, 65535), span(int, 1, 65535)
 Level = number(float, 0, 255)
 Colour = Level | Annotated[list[Level], Field(min_length=3, max_length=3)]
-"""One number for all channels, or one for each."""
+"""One number for all channels, or one per channel."""
 
 
 def coarse_dropout(
@@ -54,10 +54,10 @@ def coarse_dropout(
     width: Sides = (1, 16),
     fill: Colour = 0,
 ) -> Tensor:
-    """Boxes of `fill` in the image (DeVries & Taylor 2017, arXiv 1708.04552).
+    """Fill random boxes of the image with `fill` (DeVries & Taylor 2017, arXiv 1708.04552).
 
-    Their number and sides in pixels are drawn from ranges, both ends included; a box always lies
-    within the image, and is no larger than it.
+    The number of boxes and their sides in pixels are drawn from ranges, both ends included; a box is always
+    inside the image, and never larger than it.
     """
     rows, columns = image.shape[-2:]
     image = image.clone()
@@ -72,16 +72,16 @@ def coarse_dropout(
 def grid_distortion(
     image: Tensor, steps: number(int, 1, 100) = 5, limit: span(float, -0.99, 10) = (-0.3, 0.3), fill: Colour = 255
 ) -> Tensor:
-    """The image stretched by 1 + d, with another d ~ U(limit) in each of `steps` columns and rows.
+    """Stretch the image by 1 + d, with a separate d ~ U(limit) for each of `steps` columns and rows.
 
-    The stretches add up from the top left corner; what would come from outside is `fill`.
+    The stretches accumulate from the top left corner; pixels from outside the image are `fill`.
     """
     stretches = [1 + torch.empty(steps).uniform_(*limit) for _ in range(2)]
     return stretched(image, *stretches, fill)
 
 
 def stretched(image: Tensor, rows: Tensor, columns: Tensor, fill: Colour) -> Tensor:
-    """The image read faster or slower: pixel x comes from the integral of its columns' factors from 0 to x."""
+    """Resample the image at varying speed: output pixel x comes from the integral of the column factors from 0 to x."""
     height, width = image.shape[-2:]
     y, x = _integral(rows, height), _integral(columns, width)
     grid = torch.stack(torch.meshgrid((2 * y + 1) / height - 1, (2 * x + 1) / width - 1, indexing="ij")[::-1], dim=-1)
@@ -97,9 +97,9 @@ def unsharp_mask(
     amount: number(float, -100, 100) = 1.5,
     threshold: Level = 0,
 ) -> Tensor:
-    """The image plus `amount` times what a Gaussian blur of `kernel` pixels takes from it.
+    """Add to the image `amount` times its difference from a Gaussian blur of `kernel` pixels.
 
-    With `threshold` (levels of 255) above 0 only where the difference is larger, softly bounded.
+    With `threshold` (0 to 255) above 0, sharpen only where the difference is larger, with soft borders.
     """
     from scipy.ndimage import gaussian_filter
 
@@ -114,12 +114,12 @@ def unsharp_mask(
 
 
 def brightness(image: Tensor, amount: number(float, -1, 1) = 0.0) -> Tensor:
-    """Every value moved by `amount` of 255, the same for each image."""
+    """Add `amount` × 255 to every value, the same for each image."""
     return (image.to(torch.int16) + round(amount * 255)).clamp_(0, 255).to(torch.uint8)
 
 
 def centre_crop_pixels(image: Tensor, height: Side = 224, width: Side = 224) -> Tensor:
-    """The middle `height` × `width` pixels; a smaller image gets black borders."""
+    """Return the middle `height` × `width` pixels; pad a smaller image with black."""
     from torchvision.transforms.v2.functional import center_crop
 
     return center_crop(image, [height, width])
@@ -132,10 +132,10 @@ def shift_scale_rotate(
     degrees: number(float, 0, 180) = 15.0,
     stretch: number(float, 1, 10) = 1.0,
 ) -> Tensor:
-    """A random similarity of the image, stretched: one bilinear sampling, mirrored beyond the edges.
+    """Apply a random similarity transform and stretch: one bilinear sampling, mirrored beyond the edges.
 
-    Moves by up to `shift` of each side, enlarges by a factor in `zoom`, turns by up to `degrees`,
-    and stretches the sides against each other by up to the factor `stretch` (1: not).
+    Shift by up to `shift` of each side, enlarge by a factor in `zoom`, rotate by up to `degrees`,
+    and stretch the sides relative to each other by up to the factor `stretch` (1: no stretch).
     """
     across, down, size, turn, form = torch.rand(5).tolist()
     step = 1 / (zoom[0] + size * (zoom[1] - zoom[0]))
@@ -147,13 +147,13 @@ def shift_scale_rotate(
     height, width = image.shape[-2:]
     x = (2 * np.arange(width, dtype=np.float32) + 1) / width - 1
     y = ((2 * np.arange(height, dtype=np.float32) + 1) / height - 1)[:, None]
-    ratio = height / width  # a turn keeps angles of pixels
+    ratio = height / width  # a rotation preserves angles in pixels
     grid = np.empty((1, height, width, 2), np.float32)
     grid[0, ..., 0] = x_of_x * x + x_of_y * ratio * y + moves[0]
     grid[0, ..., 1] = y_of_x / ratio * x + y_of_y * y + moves[1]
     planes = torch.empty(1, *image.shape).copy_(
         image
-    )  # colour by colour in memory, which is sampled in a third of the time
+    )  # channels first in memory, which makes sampling three times as fast
     moved = F.grid_sample(planes, torch.from_numpy(grid), padding_mode="reflection", align_corners=False)
     return moved[0].round_().to(torch.uint8)
 
@@ -161,28 +161,28 @@ def shift_scale_rotate(
 def linear_colour_jitter(
     image: Tensor, brightness: Share = 0.1, contrast: Share = 0.2, saturation: Share = 0.2, cast: Share = 0.0
 ) -> Tensor:
-    """A random linear map of the colours of all pixels of the image.
+    """Apply one random linear colour transform to all pixels of the image.
 
-    Contrast (about middle grey) and saturation (about a pixel's mean) get factors in 1 ± their
-    number; all channels together move by up to `brightness` of 255, and each by up to `cast`.
+    Contrast (about middle grey) and saturation (about a pixel's mean) are scaled by factors in 1 ± their parameter;
+    all channels together shift by up to `brightness` of 255, and each channel by up to `cast`.
     """
-    light, factor, colour, *casts = (2 * drawn - 1 for drawn in torch.rand(6).tolist())
+    light, factor, colour, *casts = (2 * value - 1 for value in torch.rand(6).tolist())
     factor, colour = 1 + factor * contrast, 1 + colour * saturation
     pixels = np.array(image.numpy(), np.float32, order="C")
     mean = (pixels[0] + pixels[1] + pixels[2]) * np.float32(factor * (1 - colour) / 3)
     pixels *= np.float32(factor * colour)
     pixels += mean
-    for plane, own in zip(pixels, casts, strict=True):
-        plane += np.float32(GREY * (1 - factor) + 255 * (light * brightness + own * cast))
+    for plane, channel_cast in zip(pixels, casts, strict=True):
+        plane += np.float32(GREY * (1 - factor) + 255 * (light * brightness + channel_cast * cast))
     return _as_image(pixels)
 
 
 def _integral(factors: Tensor, size: int) -> Tensor:
-    """For 0 to size - 1: the integral from 0 of factors that hold for equal parts of the size."""
-    at = torch.arange(size, dtype=torch.float32)
+    """Return for 0 to size - 1 the integral from 0 of factors that each apply to an equal part of the size."""
+    positions = torch.arange(size, dtype=torch.float32)
     part = size / len(factors)
     start = torch.arange(len(factors)) * part
-    return (factors * (at[:, None] - start).clamp(0, part)).sum(dim=1)
+    return (factors * (positions[:, None] - start).clamp(0, part)).sum(dim=1)
 
 
 def _draw(bounds: Sequence[int]) -> int:
@@ -190,10 +190,10 @@ def _draw(bounds: Sequence[int]) -> int:
 
 
 def _colour(value: float | Sequence[float]) -> Tensor:
-    """A colour as a float [3, 1, 1], or [1, 1, 1] for one number."""
+    """Return a colour as a float [3, 1, 1], or [1, 1, 1] for one number."""
     return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
 
 
 def _as_image(pixels: np.ndarray) -> Tensor:
-    """Float pixels [3, H, W] as an image."""
+    """Return float pixels [3, H, W] as a uint8 image."""
     return torch.from_numpy(np.rint(pixels).clip(0, 255).astype(np.uint8))

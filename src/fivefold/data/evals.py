@@ -1,4 +1,4 @@
-"""The images to predict: of a table or a folder, and the submission that a sample asks for."""
+"""Find the images to predict, in a CSV or a folder, and read the sample submission that defines the output format."""
 
 import logging
 import posixpath
@@ -19,38 +19,38 @@ from fivefold.predictions import sample
 
 log = logging.getLogger("fivefold")
 
-NOT_EVAL = {"train", "submission"}
-TRIED_ROWS = 1000
-"""Of a sample, that say how it writes numbers."""
+NON_EVAL = {"train", "submission"}
+PROBE_ROWS = 1000
+"""Rows of a sample submission to inspect for its number format."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A sample submission: the id column's name, the other columns' (a class each), the ids [N] in order."""
+    """A sample submission: the name of the id column, the other columns' names (one per class), and the ids [N] in order."""
 
     id_column: str
     classes: tuple[str, ...]
     ids: np.ndarray
     marked: bool = False
-    """Whether the file starts with a byte-order mark, as Excel's do."""
+    """Whether the file starts with a byte-order mark, as written by Excel."""
     numbered: str = ""
-    """The name of a first column, of the rows' numbers from 0; empty: there is none."""
+    """Name of a first column of row numbers from 0; empty: no such column."""
     written: tuple[str, ...] = ()
-    """The classes as the file writes them, with blanks or decomposed letters; empty: as in `classes`."""
+    """The classes as spelled in the file, with spaces or decomposed letters; empty: as in `classes`."""
     end: str = "\n"
-    """The end of a line."""
+    """The line ending."""
     delimiter: str = ","
     decimal: str = "."
-    """What parts cells, and a number from its fraction."""
+    """The cell separator and the decimal mark."""
     values: tuple[str, ...] = ()
-    """The different cells of a single column of answers; empty: no file says what they look like."""
+    """The distinct cells of a single answer column; empty: unknown, because no file shows them."""
     answer: str = "auto"
     positive: str = ""
-    """What such a column holds (class, number, probability) and the class that a probability is of, by the settings."""
+    """The configured content of such a column (class, number, probability), and the class of a probability."""
 
     @property
     def header(self) -> list[str]:
-        """The first line's cells."""
+        """Return the cells of the header line."""
         return [*([self.numbered] if self.numbered else []), self.id_column, *(self.written or self.classes)]
 
 
@@ -67,76 +67,78 @@ class EvalTable:
         return len(self.ids)
 
     def answered_in(self, column: str, numbered: str = "", answer: str = "auto", positive: str = "") -> "EvalTable":
-        """The same images, whose submission has predicted classes in `column`; what a sample asks for goes first.
+        """Return the same images with a submission that puts predicted classes in `column`; a sample submission takes precedence.
 
-        `answer` and `positive` say what a single column holds, where its values do not.
+        `answer` and `positive` state what a single answer column holds if its values do not show it.
         """
-        found = self.sample
-        if found is None and column:
-            found = Submission(self.id_column, (column,), self.ids, numbered=numbered)
-        return replace(self, sample=found and replace(found, answer=answer, positive=positive))
+        submission = self.sample
+        if submission is None and column:
+            submission = Submission(self.id_column, (column,), self.ids, numbered=numbered)
+        return replace(self, sample=submission and replace(submission, answer=answer, positive=positive))
 
 
 def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str = "") -> EvalTable:
-    """The images to predict: of test.csv (or the one CSV with paths), else of test/, else all that there are.
+    """Find the images to predict: those of test.csv (or the only CSV with paths), else of test/, else all images.
 
-    `id_column` and `path_column` are looked for first, and guessed where the table has no such column.
-    Ids are the id column's values, or the paths as written where there is none. Without a CSV they
-    are file names; paths, or either without the suffix, where the sample submission has them so. Files must exist.
+    Look for the columns `id_column` and `path_column` first, and guess them if the table lacks them.
+    Ids are the values of the id column, or without one the paths as written. Without a CSV, ids are file names, or
+    paths, or either without suffix, whichever matches the sample submission. Files must exist.
     """
     store = open_store(source) if isinstance(source, Path) else source
     tables = [name for level in layouts.levels(store, layouts.EVAL_FOLDERS) for name in layouts.csvs(store, level)]
-    wanted = next((_sample(layouts.open_table(store, name)) for name in tables if is_sample(name)), None)
-    given = [name for name in tables if not (layouts.stem(name) in NOT_EVAL or is_sample(name) or is_truth(name))]
-    named = [name for name in given if layouts.stem(name) == "test"]
-    readable = [layouts.open_table(store, name) for name in named[:1] or given]
-    usable = [found for found in readable if _if_there(found, path_column, PATH_NAMES)] or readable[: len(named)]
+    submission = next((_read_sample(layouts.open_table(store, name)) for name in tables if is_sample(name)), None)
+    others = [name for name in tables if not (layouts.stem(name) in NON_EVAL or is_sample(name) or is_truth(name))]
+    named = [name for name in others if layouts.stem(name) == "test"]
+    readable = [layouts.open_table(store, name) for name in named[:1] or others]
+    usable = [table for table in readable if _find_column(table, path_column, PATH_NAMES)] or readable[: len(named)]
     if len(usable) > 1:
         raise DataError(
-            f"several tables to predict in {store.root}: {sample([t.name for t in usable])}; name one test.csv"
+            f"several tables to predict in {store.root}: {sample([t.name for t in usable])}; rename one to test.csv"
         )
-    return _eval_table(store, usable[0], id_column, path_column, wanted) if usable else _eval_folder(store, wanted)
+    return (
+        _eval_table(store, usable[0], id_column, path_column, submission) if usable else _eval_folder(store, submission)
+    )
 
 
 def check_rows(images: EvalTable) -> None:
-    """Raises a DataError, with the ids, unless the sample submission has a row for each of the images and no other."""
+    """Raise a DataError with the ids unless the sample submission has exactly one row for each image."""
     if images.sample:
         check_same_ids(images.sample.ids, "the sample submission", images.ids, "the test images")
 
 
-def _sample(table: CsvFile) -> Submission:
-    """A table as a sample submission: its first column are the ids, and it is written as its file is."""
+def _read_sample(table: CsvFile) -> Submission:
+    """Read a table as a sample submission: its first column holds the ids, and the output will use the same format."""
     id_column, *written = table.columns
     ids, values = (table.read([name])[name] for name in (id_column, table.columns[-1]))
     check_unique(ids, table)
     classes, spelling = tuple(map(plain_name, written)), {"marked": table.has_mark, "end": table.line_end}
-    commas = any(re.fullmatch(r"\d*,\d+", cell.strip()) for cells in table.first_rows(TRIED_ROWS) for cell in cells[1:])
+    commas = any(re.fullmatch(r"\d*,\d+", cell.strip()) for cells in table.first_rows(PROBE_ROWS) for cell in cells[1:])
     answers = tuple(values.unique()) if len(written) == 1 else ()
     spelling |= {"delimiter": table.delimiter, "decimal": "," if commas else ".", "values": answers}
     return Submission(id_column, classes, ids.to_numpy(object), written=tuple(written), **spelling)
 
 
-def _if_there(table: CsvFile, given: str, known: Sequence[str]) -> str | None:
-    """The column `given`, which may be the training table's alone; otherwise the first of `known`."""
-    return (table.column(given, known) if given else None) or table.column("", known)
+def _find_column(table: CsvFile, name: str, known: Sequence[str]) -> str | None:
+    """Return the column `name`, if the table has it (only the training table may), else the first of `known`."""
+    return (table.column(name, known) if name else None) or table.column("", known)
 
 
 def _eval_table(
-    store: ImageStore, table: CsvFile, id_column: str, path_column: str, wanted: Submission | None
+    store: ImageStore, table: CsvFile, id_column: str, path_column: str, submission: Submission | None
 ) -> EvalTable:
-    path = _if_there(table, path_column, PATH_NAMES) or layouts.guess_paths(table, store, layouts.TRAIN_FOLDERS)
+    path = _find_column(table, path_column, PATH_NAMES) or layouts.guess_paths(table, store, layouts.TRAIN_FOLDERS)
     path = path or table.must_have("", PATH_NAMES, "data.path_column")
-    row_id = _if_there(table, id_column, ID_NAMES) or path
+    row_id = _find_column(table, id_column, ID_NAMES) or path
     frame = table.read([row_id, path])
     check_unique(frame[row_id], table)
     where = layouts.bases(store, table.name, (*layouts.EVAL_FOLDERS, *layouts.IMAGE_FOLDERS))
     paths = layouts.image_paths(frame[path], table, store, where, True, layouts.TRAIN_FOLDERS)
-    if wanted is None and table.columns == (row_id, table.column("", ANSWER_NAMES)) and row_id == path:
-        wanted = _sample(table)  # the table has nothing but images and a column for the answer
-    return EvalTable(row_id, frame[row_id].to_numpy(object), paths.to_numpy(object), wanted)
+    if submission is None and table.columns == (row_id, table.column("", ANSWER_NAMES)) and row_id == path:
+        submission = _read_sample(table)  # the table has only images and an answer column
+    return EvalTable(row_id, frame[row_id].to_numpy(object), paths.to_numpy(object), submission)
 
 
-def _eval_folder(store: ImageStore, wanted: Submission | None) -> EvalTable:
+def _eval_folder(store: ImageStore, submission: Submission | None) -> EvalTable:
     *_, level = layouts.levels(store, layouts.EVAL_FOLDERS)
     level += "/" if level else ""
     stock = take_inventory(store)
@@ -145,8 +147,10 @@ def _eval_folder(store: ImageStore, wanted: Submission | None) -> EvalTable:
     if not paths:
         raise DataError(f"{store.root} holds no test.csv and no images to predict")
     names = [path[len(level) :] for path in paths]
-    asked = set(wanted.ids) if wanted else set()
-    bare = [[posixpath.splitext(name)[0] for name in each] for each in (names, paths)]
-    ids = next((each for each in (bare[0], paths, bare[1]) if len(asked) == len(each) and set(each) == asked), names)
-    log.info("data: %d images of %s/%s, in the order of their names", len(paths), store.root, level)
-    return EvalTable(wanted.id_column if wanted else "ID", np.array(ids, object), np.array(paths, object), wanted)
+    known = set(submission.ids) if submission else set()
+    stems = [[posixpath.splitext(name)[0] for name in form] for form in (names, paths)]
+    ids = next((form for form in (stems[0], paths, stems[1]) if len(known) == len(form) and set(form) == known), names)
+    log.info("data: %d images of %s/%s, sorted by name", len(paths), store.root, level)
+    return EvalTable(
+        submission.id_column if submission else "ID", np.array(ids, object), np.array(paths, object), submission
+    )

@@ -1,8 +1,8 @@
-"""The table that `split` writes and every later stage reads: which row belongs to which fold.
+"""The fold table that `split` writes and every later stage reads: which row belongs to which fold.
 
-One rule for k folds and for parts by ratio: the valid rows of fold f have `fold == f`; its train
+One rule covers k folds and splits by ratio: the validation rows of fold f have `fold == f`; its training
 rows have part "train" and another fold; rows of part "holdout" or "test" are set aside, so no
-model trains or selects on them.
+model is trained or selected on them.
 """
 
 from collections.abc import Sequence
@@ -30,19 +30,18 @@ COLUMNS = {
     "part": pa.dictionary(pa.int32(), pa.string()),
     "sha256": pa.string(),
 }
-ROWS_A_GROUP = 262_144
+ROW_GROUP_SIZE = 262_144
 
 
 @dataclass(frozen=True, eq=False)
 class FoldTable:
     """N rows of C classes.
 
-    `ids` and `paths` [N] strings in Arrow (a million of them are no Python objects), paths relative
-    to the train channel; `codes` [N] int32, the index into `classes`, which are sorted by name;
-    `groups` [N] strings or nulls; `fold` [N] int16, -1 where no fold validates on the row; `part`
-    [N] one of PARTS; `sha256` [N] of the files' bytes, or nulls where no image was opened.
-    `factors`: what the split's classes are made of, if they are; `knows`: those that `classes` here
-    speak of, where they are some alone.
+    `ids` and `paths` [N] strings in Arrow (to avoid a Python object per row), paths relative to the train channel;
+    `codes` [N] int32, the index into `classes`, which are sorted by name; `groups` [N] strings or nulls; `fold` [N] int16,
+    -1 if no fold validates on the row; `part` [N] one of PARTS; `sha256` [N] of the files' bytes, or nulls if the split
+    did not open the images. `factors`: the factors of the split's classes, if they have any; `knows`: the factors that
+    `classes` cover, if these are only some of them.
     """
 
     ids: pa.Array
@@ -64,38 +63,38 @@ class FoldTable:
         return int(self.fold.max(initial=-1)) + 1
 
     def train_rows(self, fold: int) -> np.ndarray:
-        """Indices of the rows that fold `fold` trains on, ascending."""
-        return np.flatnonzero((self.part == "train") & (self.fold != self._known(fold)))
+        """Return the indices of the rows that fold `fold` trains on, ascending."""
+        return np.flatnonzero((self.part == "train") & (self.fold != self._check_fold(fold)))
 
     def valid_rows(self, fold: int) -> np.ndarray:
-        """Indices of the rows that fold `fold` validates on, ascending."""
-        return np.flatnonzero(self.fold == self._known(fold))
+        """Return the indices of the rows that fold `fold` validates on, ascending."""
+        return np.flatnonzero(self.fold == self._check_fold(fold))
 
     def aside_rows(self) -> np.ndarray:
-        """Indices of the rows that no model trains or selects on, ascending."""
+        """Return the indices of the rows that no model trains or selects on, ascending."""
         return np.flatnonzero(np.isin(self.part, ASIDE))
 
     def shares(self) -> np.ndarray:
-        """The share of each class [C] among the rows that are not set aside."""
+        """Return the fraction of each class [C] among the rows that are not set aside."""
         counts = np.bincount(self.codes[~np.isin(self.part, ASIDE)], minlength=len(self.classes))
         return counts / max(1, counts.sum())
 
     def ids_of(self, rows: np.ndarray) -> np.ndarray:
-        """Ids of the given rows (indices) as Python strings in an object array."""
+        """Return the ids of the rows with these indices as Python strings in an object array."""
         return self.ids.take(pa.array(rows)).to_numpy(zero_copy_only=False)
 
     def paths_of(self, rows: np.ndarray) -> np.ndarray:
-        """Paths of the given rows (indices) as Python strings in an object array."""
+        """Return the paths of the rows with these indices as Python strings in an object array."""
         return self.paths.take(pa.array(rows)).to_numpy(zero_copy_only=False)
 
     def sha256_of(self, rows: np.ndarray) -> np.ndarray:
-        """Digests of the given rows (indices) as Python strings, or None where no image was opened, in an object array."""
+        """Return the digests of the rows with these indices in an object array, as strings, or None if the image was not opened."""
         return self.sha256.take(pa.array(rows)).to_numpy(zero_copy_only=False)
 
     def of_factors(self, names: Sequence[str]) -> "FoldTable":
-        """The same rows, their classes made of the factors `names` alone; as it is for none or for all of them.
+        """Return the same rows with classes that combine only the factors `names`; return self for no or all factors.
 
-        Raises a SettingsError for factors that the split does not have.
+        Raise a SettingsError for factors that the split does not have.
         """
         if not names:
             return self
@@ -107,17 +106,17 @@ class FoldTable:
         return replace(self, codes=codes, classes=factors.parts(knows), knows=knows)
 
     def labels(self) -> np.ndarray:
-        """Class names of all rows [N] as Python strings in an object array."""
+        """Return the class names of all rows [N] as Python strings in an object array."""
         return np.array(self.classes, dtype=object)[self.codes]
 
-    def _known(self, fold: int) -> int:
+    def _check_fold(self, fold: int) -> int:
         if not 0 <= fold < self.num_folds:
             raise SettingsError(f"fold={fold} is out of range: {FOLDS} has the folds 0 to {self.num_folds - 1}")
         return fold
 
 
 def write_folds(path: Path, table: FoldTable) -> None:
-    """Writes the table to `path` as Parquet, whole or not at all."""
+    """Write the table to `path` as Parquet, atomically."""
     names = pa.array(table.classes, pa.string())
     columns = {
         "id": table.ids,
@@ -132,16 +131,16 @@ def write_folds(path: Path, table: FoldTable) -> None:
         pq.write_table(
             pa.table(columns, schema=pa.schema(COLUMNS)),
             temporary,
-            row_group_size=ROWS_A_GROUP,
+            row_group_size=ROW_GROUP_SIZE,
             compression="zstd",
             use_dictionary=["label", "group", "part"],
         )
 
 
 def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
-    """The table at `path`, checked; classes from `classes.json` where given, else the labels that occur.
+    """Read and check the table at `path`; classes come from `classes_path`, if set, else from the labels in the table.
 
-    Raises MissingInputError where there is no file, and a DataError that names the column at fault.
+    Raise MissingInputError if there is no file, and a DataError that names the invalid column.
     """
     if not path.is_file():
         raise MissingInputError(f"no {FOLDS} at {path}; run the split stage first")
@@ -149,14 +148,14 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
         table = pq.ParquetFile(path).read()
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a Parquet table: {error}") from error
-    table = _cast(table, path)
+    table = _check_columns(table, path)
     labels = table.column("label").chunk(0)
-    used = tuple(sorted(pc.unique(labels.dictionary).to_pylist()))
-    classes, factors = _classes(classes_path) if classes_path else (used, None)
-    found = FoldTable(
+    labels_in_table = tuple(sorted(pc.unique(labels.dictionary).to_pylist()))
+    classes, factors = _read_classes(classes_path) if classes_path else (labels_in_table, None)
+    folds = FoldTable(
         ids=table.column("id").chunk(0),
         paths=table.column("path").chunk(0),
-        codes=_codes(labels, classes, path),
+        codes=_class_codes(labels, classes, path),
         classes=classes,
         groups=table.column("group").chunk(0),
         fold=table.column("fold").to_numpy(),
@@ -164,11 +163,11 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
         sha256=table.column("sha256").chunk(0),
         factors=factors,
     )
-    _check(found, path)
-    return found
+    _check_values(folds, path)
+    return folds
 
 
-def _cast(table: pa.Table, path: Path) -> pa.Table:
+def _check_columns(table: pa.Table, path: Path) -> pa.Table:
     absent = [name for name in COLUMNS if name not in table.column_names]
     if absent:
         raise DataError(f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(table.column_names)}")
@@ -183,8 +182,8 @@ def _cast(table: pa.Table, path: Path) -> pa.Table:
         raise DataError(f"{path} has a column of the wrong type: {error}") from error
 
 
-def _classes(path: Path) -> tuple[tuple[str, ...], Factors | None]:
-    """The classes of `classes.json`, and what they are made of, if they are."""
+def _read_classes(path: Path) -> tuple[tuple[str, ...], Factors | None]:
+    """Return the classes of `classes.json`, and their factors, if they have any."""
     if not path.is_file():
         raise MissingInputError(f"no classes at {path}")
     content = read_json(path)
@@ -195,18 +194,18 @@ def _classes(path: Path) -> tuple[tuple[str, ...], Factors | None]:
     return tuple(names), None if factored is None else factors_from(factored, names, str(path))
 
 
-def _codes(labels: pa.DictionaryArray, classes: tuple[str, ...], path: Path) -> np.ndarray:
+def _class_codes(labels: pa.DictionaryArray, classes: tuple[str, ...], path: Path) -> np.ndarray:
     index = {name: code for code, name in enumerate(classes)}
-    used = labels.dictionary.to_pylist()
-    unknown = [name for name in used if name not in index]
+    names = labels.dictionary.to_pylist()
+    unknown = [name for name in names if name not in index]
     if unknown:
-        raise DataError(f"{path} has labels that are no class: {', '.join(map(repr, unknown[:5]))}")
-    return np.array([index[name] for name in used], np.int32)[labels.indices.to_numpy()]
+        raise DataError(f"{path} has labels that are not classes: {', '.join(map(repr, unknown[:5]))}")
+    return np.array([index[name] for name in names], np.int32)[labels.indices.to_numpy()]
 
 
-def _check(table: FoldTable, path: Path) -> None:
+def _check_values(table: FoldTable, path: Path) -> None:
     if len(pc.unique(table.ids)) != len(table):
-        raise DataError(f"{path}: ids stand twice ({len(table) - len(pc.unique(table.ids))} of {len(table)})")
+        raise DataError(f"{path}: duplicate ids ({len(table) - len(pc.unique(table.ids))} of {len(table)})")
     unknown = sorted(set(np.unique(table.part)) - set(PARTS))
     if unknown:
         raise DataError(f"{path}: column part has {', '.join(unknown)}; known: {', '.join(PARTS)}")

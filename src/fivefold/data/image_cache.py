@@ -1,15 +1,16 @@
-"""The image cache: images decoded once, one after the other in a file that is mapped into memory, for all who read them.
+"""The image cache: decoded images, one after the other in a file that all readers map into memory.
 
-A cache is a folder of three files: `pixels.u8` (each image uint8 [H, W, 3], on a multiple of 64 bytes), `index.npy`
-(the SHA-256 of each image's file, ascending, and where its pixels lie) and `cache.json`, its head, written last. Images
-are found by what their files hold, never by name or row, so one cache serves all folds, and equal files lie there once.
+A cache is a folder of three files: `pixels.u8` (each image uint8 [H, W, 3], aligned to 64 bytes), `index.npy`
+(the SHA-256 of each image's file, ascending, and the position of its pixels) and `cache.json`, the header, written
+last. The key of an image is the content of its file, not its name or row, so one cache serves all folds, and duplicate
+files are stored once.
 
-What is checked when: the head, the sizes of both files and the digest of the index whenever a cache is opened; the
-digest of the pixels by `verify`, which a stage calls on the caches of its channel, made elsewhere.
+Opening a cache checks the header, the sizes of both files and the digest of the index. `verify` checks the
+digest of the pixels; a stage calls it on the caches of its channel, which another job wrote.
 
-A cache lies in a folder of caches under its key, so that whoever needs the same images as the same pixels finds the same
-one. It is written under a temporary name while a lock is held. The lock goes with the process that holds it: what a
-killed one left is then removed by the next.
+The name of a cache folder is its key, so that all processes that need the same images with the same decoding options
+use the same cache. A process writes it under a temporary name while it holds a lock. The lock ends with the process;
+the next one removes the files that a killed process left.
 """
 
 import hashlib
@@ -40,15 +41,15 @@ log = logging.getLogger("fivefold")
 
 HEAD, INDEX, PIXELS = "cache.json", "index.npy", "pixels.u8"
 FORMAT = 1
-ALIGNED = 64
-PORTION = 1 << 22
+ALIGNMENT = 64
+CHUNK_BYTES = 1 << 22
 ENTRY = np.dtype([("sha256", "S32"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
 DECODER = f"Pillow {Image.__version__}"
-SAMPLE = 256
-SURE = 0.8
-"""Images that are looked at first, and the share of what they promise that must be too large to look no further."""
-RESERVE = 0.05
-"""Share of the free disk that a cache leaves free."""
+SURVEY_SAMPLE = 256
+SAMPLE_MARGIN = 0.8
+"""Images to survey first, and the fraction of the size estimated from them that must be too large to stop at once."""
+RESERVED_DISK_FRACTION = 0.05
+"""Fraction of the free disk space that a cache leaves free."""
 
 
 class Head(BaseModel):
@@ -67,10 +68,10 @@ class Head(BaseModel):
 
 
 class Cache:
-    """The images of a cache folder; read-only, for threads, and for forked and spawned processes."""
+    """The images of a cache folder: read-only, and usable from threads and from forked and spawned processes."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises MissingInputError where there is no cache, DataError for one that is damaged or no cache at all."""
+        """Open the cache; raise MissingInputError if there is none, and a DataError if it is damaged or not a cache."""
         self.folder = folder
         self.head = _read_head(folder)
         self.pixels = Pixels(self.head.store_size, self.head.scaled_decoding)
@@ -79,8 +80,8 @@ class Cache:
         size = (folder / PIXELS).stat().st_size if (folder / PIXELS).is_file() else 0
         if size != self.bytes:
             raise DataError(
-                f"{folder / PIXELS} has {size:,} bytes, and its {HEAD} says {self.bytes:,}: it is cut off, or of another "
-                "cache; copy the whole folder again, or run prepare again"
+                f"{folder / PIXELS} has {size:,} bytes, but its {HEAD} says {self.bytes:,}: it is truncated, or belongs to "
+                "another cache; copy the whole folder again, or run prepare again"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -90,24 +91,24 @@ class Cache:
         return len(self.index)
 
     def find(self, digests: Sequence[str | None]) -> np.ndarray:
-        """Where images with these SHA-256 of their files (hex) stand: int64 [N], -1 where one is not here."""
-        wanted = np.array([bytes.fromhex(digest) if digest else b"" for digest in digests], "S32")
-        at = np.searchsorted(self.index["sha256"], wanted)
-        known = self.index["sha256"][np.minimum(at, len(self) - 1)] == wanted
-        return np.where(known, at, -1).astype(np.int64)
+        """Return the indices of the images whose files have these SHA-256 (hex): int64 [N], -1 for images not in the cache."""
+        keys = np.array([bytes.fromhex(digest) if digest else b"" for digest in digests], "S32")
+        positions = np.searchsorted(self.index["sha256"], keys)
+        is_known = self.index["sha256"][np.minimum(positions, len(self) - 1)] == keys
+        return np.where(is_known, positions, -1).astype(np.int64)
 
     def image(self, at: int) -> np.ndarray:
-        """The pixels uint8 [H, W, 3] of the image that stands there: a view of the file, not to be written to."""
+        """Return the pixels uint8 [H, W, 3] of the image at this index: a view of the file, not to be modified."""
         _, offset, height, width = self.index[at].item()
         return self._mapped[offset : offset + height * width * 3].reshape(height, width, 3)
 
     def verify(self) -> None:
-        """Reads all pixels, with a progress bar; a DataError unless they are those that were written."""
+        """Read all pixels, with a progress bar; raise a DataError if their digest is not that of the header."""
         digest = hashlib.sha256()
         with open(self.folder / PIXELS, "rb") as file:
-            portions = iter(lambda: file.read(PORTION), b"")
-            for portion in track(portions, self.bytes, "checking the image cache", bytes_of=len):
-                digest.update(portion)
+            chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
+            for chunk in track(chunks, self.bytes, "checking the image cache", bytes_of=len):
+                digest.update(chunk)
         if digest.hexdigest() != self.head.pixels_sha256:
             raise DataError(
                 f"{self.folder / PIXELS} is damaged: its bytes do not match the digest in {HEAD}; copy the whole folder "
@@ -123,7 +124,7 @@ class Cache:
 def _read_head(folder: Path) -> Head:
     path = folder / HEAD
     if not path.is_file():
-        raise MissingInputError(f"no {HEAD} in {folder}: give the folder that prepare wrote")
+        raise MissingInputError(f"no {HEAD} in {folder}: pass the folder that prepare wrote")
     try:
         head = Head.model_validate(read_json(path))
     except ValidationError as error:
@@ -133,38 +134,38 @@ def _read_head(folder: Path) -> Head:
             f"{path} does not describe an image cache: {where}: {problem['msg']}; run prepare again"
         ) from None
     if head.format != FORMAT:
-        raise DataError(f"{path} is of format {head.format}, and this version reads {FORMAT}; run prepare again")
+        raise DataError(f"{path} has format {head.format}, but this version reads {FORMAT}; run prepare again")
     return head
 
 
 def _read_index(folder: Path, head: Head) -> np.ndarray:
-    """The index, all of whose images lie within the file of pixels."""
+    """Return the index, checked: all of its images are inside the file of pixels."""
     path = folder / INDEX
     if not path.is_file() or sha256(path) != head.index_sha256:
         raise DataError(
-            f"{path} is not the index that {HEAD} speaks of; copy the whole folder again, or run prepare again"
+            f"{path} does not match the digest in {HEAD}; copy the whole folder again, or run prepare again"
         )
     try:
         index = np.load(path, allow_pickle=False)
     except ValueError as error:
-        raise DataError(f"{path} is no index: {error}; run prepare again") from error
+        raise DataError(f"{path} is not an index: {error}; run prepare again") from error
     ends = index["offset"] + index["height"].astype(np.int64) * index["width"] * 3 if index.dtype == ENTRY else None
     if ends is None or len(index) != head.images or not len(index) or (ends > head.bytes).any():
-        raise DataError(f"{path} does not fit its {HEAD}; run prepare again")
+        raise DataError(f"{path} does not match its {HEAD}; run prepare again")
     return index
 
 
 def key_of(digests: Sequence[str], pixels: Pixels) -> str:
-    """The name of the cache that holds the images of exactly these files (SHA-256 in hex) as these pixels."""
-    known = [FORMAT, DECODER, pixels.store_size, pixels.scaled, sorted(set(digests))]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+    """Return the name of the cache of exactly these files (SHA-256 in hex) with these decoding options."""
+    identity = [FORMAT, DECODER, pixels.store_size, pixels.scaled, sorted(set(digests))]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image of a store, and the SHA-256 that its file must have (None: not known).
+    """An image of a store, and the SHA-256 that its file must have (None: unknown).
 
-    `size`: the (height, width) that it is stored at, about, once it was surveyed.
+    `size`: its approximate stored (height, width), after `survey`.
     """
 
     store: ImageStore
@@ -173,7 +174,7 @@ class ImageFile:
     size: tuple[int, int] = (0, 0)
 
     def survey(self, pixels: Pixels) -> "ImageFile":
-        """The same with its digest and size, of the file's bytes and head: nothing is decoded."""
+        """Return the image with its digest and size, from the file's bytes and header, without decoding."""
         content, digest = read_unchanged(self.store, self.path, self.sha256)
         return replace(self, sha256=digest, size=pixels.size_of(content, self.path))
 
@@ -187,49 +188,49 @@ def files_of(store: ImageStore, paths: Sequence[str], sha256: Sequence[str | Non
 
 
 def survey(files: Sequence[ImageFile], pixels: Pixels) -> list[ImageFile]:
-    """Of every content one file, surveyed, by ascending digest."""
+    """Survey the files and return one per distinct content, sorted by digest."""
     surveyed = in_threads(lambda file: file.survey(pixels), files)
-    images = {image.sha256: image for image in track(surveyed, len(files), "looking at images")}
+    images = {image.sha256: image for image in track(surveyed, len(files), "surveying images")}
     return [images[digest] for digest in sorted(images)]
 
 
 def bytes_of(images: Sequence[ImageFile]) -> int:
-    """The bytes of the pixels of these images, each padded to the next boundary."""
+    """Return the bytes of the pixels of these images, each padded to the alignment."""
     return sum(_padded(height * width * 3) for height, width in (image.size for image in images))
 
 
 def in_words(size: float) -> str:
-    """Bytes in MiB or GiB."""
+    """Format bytes in MiB or GiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
 def check_room(folder: Path, images: int, needed: float, most_gib: float) -> None:
-    """Raises where the pixels of so many images are too large: a SettingsError for `most_gib`, a RetryableError for the disk."""
-    free = (1 - RESERVE) * shutil.disk_usage(folder).free
-    what = f"{images} decoded images take {in_words(needed)}"
-    smaller = "data.store_size=256, say, shrinks each to 256 pixels"
+    """Raise if the pixels of these images are too large: a SettingsError for `most_gib`, a RetryableError for the disk."""
+    free = (1 - RESERVED_DISK_FRACTION) * shutil.disk_usage(folder).free
+    needs = f"{images} decoded images take {in_words(needed)}"
+    hint = "set data.store_size=256, for example, to shrink each to 256 pixels"
     if needed > most_gib * GIB:
-        raise SettingsError(f"{what}, and data.cache_gib={most_gib:g} are allowed: raise that key, or {smaller}")
+        raise SettingsError(f"{needs}, but data.cache_gib={most_gib:g} allows less: raise it, or {hint}")
     if needed > free:
         raise RetryableError(
-            f"{what}, and {folder} has {in_words(free)} free for them: "
-            f"free some, then run the same command again; another folder helps too, or {smaller}"
+            f"{needs}, but {folder} has {in_words(free)} free for them: "
+            f"free some, then run the same command again, or use another folder, or {hint}"
         )
 
 
 def check_sample(folder: Path, files: Sequence[ImageFile], pixels: Pixels, most_gib: float) -> None:
-    """As `check_room`, by a few of many images, so that not all are read for an answer that is plain from those."""
-    if len(files) > 4 * SAMPLE:
-        few = survey(files[:: -(-len(files) // SAMPLE)], pixels)
+    """Do `check_room` with a sample of many images, to avoid reading all if the sample already shows that they do not fit."""
+    if len(files) > 4 * SURVEY_SAMPLE:
+        surveyed = survey(files[:: -(-len(files) // SURVEY_SAMPLE)], pixels)
         count = len({file.sha256 for file in files})
-        check_room(folder, count, SURE * bytes_of(few) / len(few) * count, most_gib)
+        check_room(folder, count, SAMPLE_MARGIN * bytes_of(surveyed) / len(surveyed) * count, most_gib)
 
 
 def cached_once(folder: Path, files: Sequence[ImageFile], pixels: Pixels, most_gib: float) -> Cache | None:
-    """The cache of these images among those in `folder`, made by the first process that asks; the others wait for it.
+    """Return the cache of these images in `folder`; the first process that asks builds it, the others wait.
 
-    All digests must be known. None, with a line in the log, where it does not fit or `folder` cannot be written to: the
-    images are then to be read from their files. One that is damaged is made anew.
+    All digests must be known. Return None and log a warning if the cache does not fit or `folder` is not writable; the
+    images must then be read from their files. Rebuild a damaged cache.
     """
     path = folder / key_of([file.sha256 for file in files], pixels)
     try:
@@ -248,9 +249,9 @@ def cached_once(folder: Path, files: Sequence[ImageFile], pixels: Pixels, most_g
 def open_or_build(
     path: Path, survey_images: Callable[[], Sequence[ImageFile]], pixels: Pixels, most_gib: float
 ) -> Cache:
-    """The cache at `path`: the one that is there, or else a new one of these images, made by one process at a time.
+    """Return the cache at `path`: the existing one, or else a new one of these images, built by one process at a time.
 
-    One that is damaged is made anew. Raises as `check_room` and `build` do.
+    Rebuild a damaged cache. Raise as `check_room` and `build` do.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_builder(path):
@@ -259,7 +260,7 @@ def open_or_build(
         except MissingInputError:
             pass
         except DataError as error:
-            log.warning("%s; it is made anew", error)
+            log.warning("%s; rebuilding it", error)
         if path.exists():
             shutil.rmtree(path)
         images = survey_images()
@@ -271,8 +272,8 @@ def open_or_build(
 
 @contextmanager
 def one_builder(path: Path) -> Iterator[None]:
-    """Keeps others that would make the cache at `path` waiting; what a killed process left of it is removed."""
-    # One that another user made can be locked all the same.
+    """Hold the lock on the cache at `path` while others wait; remove the files that a killed process left."""
+    # A read-only lock file of another user can be locked too.
     name = path.with_name(f".{path.name}.lock")
     try:
         file = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -281,23 +282,23 @@ def one_builder(path: Path) -> Iterator[None]:
             raise
         file = os.open(name, os.O_RDONLY)
     try:
-        lock(file, f"another process decodes these images into {path}: waiting for it")
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+        lock(file, f"another process is building the image cache {path}: waiting for it")
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
         os.close(file)
 
 
 def build(folder: Path, images: Sequence[ImageFile], pixels: Pixels) -> Cache:
-    """The cache of these images at `folder`, which is not there yet; a RetryableError, and nothing left, on a full disk."""
+    """Build the cache of these images at `folder`, which must not exist; on a full disk, clean up and raise a RetryableError."""
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         with full_disk_told(folder):
             temporary.mkdir(parents=True)
             _write(temporary, images, pixels)
             temporary.rename(folder)
-            _sync(folder.parent)
+            _sync_path(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Cache(folder)
@@ -312,14 +313,14 @@ def _write(folder: Path, images: Sequence[ImageFile], pixels: Pixels) -> None:
         for row, image in enumerate(track(decoded, len(images), "decoding images")):
             height, width = image.shape[:2]
             index[row] = (bytes.fromhex(images[row].sha256), offset, height, width)
-            for part in (image.reshape(-1), bytes(_padded(image.nbytes) - image.nbytes)):
-                file.write(part)
-                digest.update(part)
+            for chunk in (image.reshape(-1), bytes(_padded(image.nbytes) - image.nbytes)):
+                file.write(chunk)
+                digest.update(chunk)
             offset += _padded(image.nbytes)
         file.flush()
         sync(file.fileno())
     np.save(folder / INDEX, index)
-    _sync(folder / INDEX)
+    _sync_path(folder / INDEX)
     head = Head(
         format=FORMAT,
         decoder=DECODER,
@@ -331,14 +332,14 @@ def _write(folder: Path, images: Sequence[ImageFile], pixels: Pixels) -> None:
         index_sha256=sha256(folder / INDEX),
     )
     write_json(folder / HEAD, head.model_dump())
-    _sync(folder)
+    _sync_path(folder)
 
 
 def _padded(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _sync(path: Path) -> None:
+def _sync_path(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     try:
         sync(file)

@@ -1,4 +1,4 @@
-"""What lies in a store: its images, and every other file under the reason why it is none."""
+"""Inventory of a store: its images, and all other files by the reason why Fivefold ignores them."""
 
 import logging
 import posixpath
@@ -14,36 +14,36 @@ log = logging.getLogger("fivefold")
 
 UNUSED = ("not in the table", "in no class folder")
 UNREAD = {".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".tga"} - IMAGE_SUFFIXES
-"""Suffixes of images that nothing here decodes."""
-ASKED = (*UNREAD, DANGLING, "without suffix")
-"""Reasons to leave out what gets an answer where each image is to have one."""
-_BESIDE = ".db .docx .h5 .html .ini .ipynb .json .jsonl .log .mat .md .npy .npz .parquet .pdf .pkl .pth .py .tsv .txt .xml .yaml .yml"
-NO_IMAGES = {HIDDEN, SYSTEM, EMPTY, *UNUSED, *_BESIDE.split()}
-"""Reasons to leave out what is no image that somebody wants to be used: suffixes of what lies beside images, and others."""
+"""Suffixes of image formats that Fivefold cannot decode."""
+ANSWERED_REASONS = (*UNREAD, DANGLING, "without suffix")
+"""Reasons for ignoring files that still get a row if every input needs a result (as in `predict`)."""
+_OTHERS = ".db .docx .h5 .html .ini .ipynb .json .jsonl .log .mat .md .npy .npz .parquet .pdf .pkl .pth .py .tsv .txt .xml .yaml .yml"
+NON_IMAGE_REASONS = {HIDDEN, SYSTEM, EMPTY, *UNUSED, *_OTHERS.split()}
+"""Reasons for ignoring files that are certainly not images to use: suffixes common beside images, and others."""
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """Names in a store: `images` by their suffix; those of all other files by the reason to leave them out."""
+    """Names of the files in a store: `images` by suffix, and `left_out` by the reason for ignoring them."""
 
     images: list[str]
     left_out: Mapping[str, list[str]]
 
     @property
     def asked(self) -> list[str]:
-        """The names, sorted, of the images and of what is called like one or without a suffix."""
-        return sorted(self.images + [name for reason in ASKED for name in self.left_out.get(reason, [])])
+        """Return the sorted names of the images, of undecodable or broken ones, and of files without a suffix."""
+        return sorted(self.images + [name for reason in ANSWERED_REASONS for name in self.left_out.get(reason, [])])
 
     def counts(self, used: Collection[str] = (), unused: str = "") -> dict[str, int]:
-        """How many files are left out, by reason; images that are not `used` under the reason `unused`, if that is given."""
+        """Count the ignored files by reason; images that are not in `used` count under the reason `unused`, if it is set."""
         counts = {reason: len(names) for reason, names in sorted(self.left_out.items()) if reason != EMPTY}
-        there = {normalize("NFC", name) for name in self.images if unused}
-        rest = len(there.difference(normalize("NFC", name) for name in used)) if there else 0
+        names = {normalize("NFC", name) for name in self.images if unused}
+        rest = len(names.difference(normalize("NFC", name) for name in used)) if names else 0
         return {reason: count for reason, count in (counts | {unused: rest}).items() if count}
 
 
 def take_inventory(store: ImageStore) -> Inventory:
-    """Every file of a store. Tables (.csv) are left to those who read them."""
+    """List every file of a store. CSV files are in neither group: their readers list them."""
     left_out: dict[str, list[str]] = {}
     names = store.names(left_out)
     for name in (name for name in names if not is_image(name) and not name.lower().endswith(".csv")):
@@ -52,18 +52,18 @@ def take_inventory(store: ImageStore) -> Inventory:
 
 
 def may_be_images(reasons: Collection[str]) -> bool:
-    """Whether there may be images among what is left out for these reasons."""
-    return not NO_IMAGES.issuperset(reasons)
+    """Return whether files ignored for these reasons may be images."""
+    return not NON_IMAGE_REASONS.issuperset(reasons)
 
 
 def in_words(counts: Mapping[str, int]) -> str:
-    """`4 .heic, 2 hidden`, with what would help."""
-    hint = " (pip install 'fivefold[heif]' reads HEIC)" if {".heic", ".heif"} & counts.keys() else ""
+    """Return `4 .heic, 2 hidden`, with a hint on what to install."""
+    hint = " (pip install 'fivefold[heif]' adds HEIC support)" if {".heic", ".heif"} & counts.keys() else ""
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count) + hint
 
 
 def log_left_out(counts: Mapping[str, int], where: object) -> None:
-    """Logs what is left out in one line: a warning where there may be images in it."""
+    """Log the ignored files in one line, as a warning if some may be images."""
     if counts:
         level = logging.WARNING if may_be_images(counts) else logging.INFO
-        log.log(level, "data: left out of %s: %s", where, in_words(counts))
+        log.log(level, "data: ignored files in %s: %s", where, in_words(counts))

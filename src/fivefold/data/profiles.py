@@ -1,7 +1,7 @@
 """Photographs of people: `<id>_<gender>_<race>_<age>/{mask1..mask5,incorrect_mask,normal}.<ext>`.
 
-A class is mask × gender × age as one number: `(mask · 2 + gender) · ages + age`, which is
-`mask · 6 + gender · 3 + age` for the usual three ages.
+A class combines mask, gender and age in one number: `(mask · 2 + gender) · ages + age`, which is
+`mask · 6 + gender · 3 + age` for the default three age groups.
 """
 
 import bisect
@@ -21,52 +21,54 @@ log = logging.getLogger("fivefold")
 MASKS = ("mask", "incorrect", "normal")
 GENDERS = ("male", "female")
 STEMS = {**{f"mask{number}": 0 for number in range(1, 6)}, "incorrect_mask": 1, "normal": 2}
-"""What a file is called, without its suffix -> its place in MASKS."""
-NAMED = "<id>_<gender>_<race>_<age>"
-PROFILE = rf"^(?P<person>.+)_(?P<gender>(?i:{'|'.join(GENDERS)}))_[^_]+_(?P<age>[^_]+)$"
+"""File name without suffix -> index into MASKS."""
+PROFILE_NAME = "<id>_<gender>_<race>_<age>"
+PROFILE_PATTERN = rf"^(?P<person>.+)_(?P<gender>(?i:{'|'.join(GENDERS)}))_[^_]+_(?P<age>[^_]+)$"
 
 
 def are_profiles(names: Sequence[str], level: str) -> bool:
-    """Whether most folders below `level` that hold images are named as profiles, and images in them as theirs."""
+    """Return whether most folders with images below `level` are named as profiles and contain images named as in profiles."""
     photos = _photos(names, level)
-    right = photos[photos["stem"].isin(STEMS) & photos["person"].notna()]
-    return 2 * right["folder"].nunique() > photos["folder"].nunique()
+    profile_photos = photos[photos["stem"].isin(STEMS) & photos["person"].notna()]
+    return 2 * profile_photos["folder"].nunique() > photos["folder"].nunique()
 
 
 def read_profiles(names: Sequence[str], level: str, age_cuts: Sequence[float], where: str) -> pd.DataFrame:
-    """The photographs among the image `names` below `level`: `name`, `person` and `label`, the name of the class.
+    """Return the photographs among the image `names` below `level`: `name`, `person` and `label`, the name of the class.
 
-    Those of other names are left out, with a warning.
+    Images with other names are ignored with a warning.
 
-    Raises a DataError that names folders which are no profiles, or whose age is no number.
+    Raise a DataError that lists folders whose name is not a profile, or whose age is not a number.
     """
     photos = _photos(names, level)
     folders = photos.drop_duplicates("folder").sort_values("folder")
-    _refuse(folders, folders["person"].isna(), f"are not named {NAMED} (gender male or female)", where)
+    _raise_if_any(folders, folders["person"].isna(), f"are not named {PROFILE_NAME} (gender male or female)", where)
     ageless = ~folders["age"].astype(object).str.fullmatch("[0-9]+").astype(bool)
-    _refuse(folders, ageless, f"named {NAMED}, have an age that is no number", where)
-    kept = photos[photos["stem"].isin(STEMS)]
-    odd = sorted(set(names) - set(kept["name"]))
-    if odd:
-        log.warning("data: %d images are none of %s and are left out: %s", len(odd), ", ".join(STEMS), sample(odd))
-    ages = kept["age"].map(lambda age: age_class(int(age), age_cuts))
-    genders = kept["gender"].str.lower().map(GENDERS.index)
-    numbers = label_of(kept["stem"].map(STEMS), genders, ages, len(age_cuts) + 1)
-    return kept.assign(label=numbers.astype(str))
+    _raise_if_any(folders, ageless, f"named {PROFILE_NAME}, have an age that is not a number", where)
+    known = photos[photos["stem"].isin(STEMS)]
+    ignored = sorted(set(names) - set(known["name"]))
+    if ignored:
+        log.warning(
+            "data: %d images are none of %s and are ignored: %s", len(ignored), ", ".join(STEMS), sample(ignored)
+        )
+    ages = known["age"].map(lambda age: age_class(int(age), age_cuts))
+    genders = known["gender"].str.lower().map(GENDERS.index)
+    numbers = label_of(known["stem"].map(STEMS), genders, ages, len(age_cuts) + 1)
+    return known.assign(label=numbers.astype(str))
 
 
 def label_of(mask: int, gender: int, age: int, ages: int = 3) -> int:
-    """The number of a class from the places of its factors, of which there are 3, 2 and `ages`."""
+    """Return the class number for the indices of its factors, which have 3, 2 and `ages` values."""
     return (mask * len(GENDERS) + gender) * ages + age
 
 
 def age_class(age: float, cuts: Sequence[float]) -> int:
-    """How many of the ascending `cuts` an age has reached: with 30 and 60, 29 is 0, 30 is 1, 60 is 2."""
+    """Return how many of the ascending `cuts` an age has reached: with 30 and 60, 29 is 0, 30 is 1, 60 is 2."""
     return bisect.bisect_right(cuts, age)
 
 
 def profile_factors(age_cuts: Sequence[float]) -> Factors:
-    """Mask, gender and age of every class, those that no photograph shows among them."""
+    """Return mask, gender and age of every class, including classes without photographs."""
     ages = [f"<{cut:g}" for cut in age_cuts] + [f">={age_cuts[-1]:g}"]
     combinations = product(enumerate(MASKS), enumerate(GENDERS), enumerate(ages))
     values = {
@@ -76,9 +78,9 @@ def profile_factors(age_cuts: Sequence[float]) -> Factors:
 
 
 def _photos(names: Sequence[str], level: str) -> pd.DataFrame:
-    """The images below a folder of `level`: `name`, `folder`, `stem` in there, and the folder's `person`, `gender`, `age`.
+    """Return the images in folders below `level`: `name`, `folder`, `stem`, and the folder's `person`, `gender`, `age`.
 
-    These are absent where the folder is named otherwise.
+    The last three are missing values if the folder is not named as a profile.
     """
     rows = []
     for name in names:
@@ -86,12 +88,12 @@ def _photos(names: Sequence[str], level: str) -> pd.DataFrame:
         if name.startswith(level) and slash:
             rows.append((name, folder, posixpath.splitext(rest)[0]))
     photos = pd.DataFrame(rows, columns=["name", "folder", "stem"], dtype=object)
-    return photos.join(photos["folder"].str.extract(PROFILE))
+    return photos.join(photos["folder"].str.extract(PROFILE_PATTERN))
 
 
-def _refuse(folders: pd.DataFrame, odd: pd.Series, what: str, where: str) -> None:
-    if odd.any():
+def _raise_if_any(folders: pd.DataFrame, invalid: pd.Series, problem: str, where: str) -> None:
+    if invalid.any():
         raise DataError(
-            f"{where}: {odd.sum()} of {len(folders)} folders {what}: {sample(folders['folder'][odd])}; "
-            "rename them or take them out"
+            f"{where}: {invalid.sum()} of {len(folders)} folders {problem}: {sample(folders['folder'][invalid])}; "
+            "rename or remove them"
         )

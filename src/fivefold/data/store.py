@@ -1,7 +1,7 @@
-"""Images where they lie: in a folder, or straight out of a zip that is never unpacked to disk.
+"""Image stores: a folder, or a zip that is read without unpacking it to disk.
 
-Stores have `root`, `names()`, `exists(name)` and `read(name)`, hold no open file, and may so be shared by threads and
-forked or spawned loader workers. `caches` are the image caches (`image_cache.Cache`) that hold some of the images decoded.
+A store has `root`, `names()`, `exists(name)` and `read(name)`. It holds no open file, so threads and forked or spawned
+loader workers can share it. `caches` are the image caches (`image_cache.Cache`) that hold some of its images decoded.
 """
 
 import hashlib
@@ -34,57 +34,57 @@ from fivefold.errors import DataError, MissingInputError
 
 GIB = 2**30
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Signature, then the lengths of name and extra field, of the 30 bytes before the data of a zip's entry."""
+"""The 30-byte local header of a zip entry: its signature, and the lengths of the name and of the extra field."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Packings of which no more is unpacked than the zip declares."""
+"""Compression methods for which `read` can stop at the size that the zip declares."""
 
 
 @dataclass(frozen=True)
 class FolderStore:
-    """The files below a folder."""
+    """The files in a folder and its subfolders."""
 
     root: Path
     caches: Sequence[Any] = ()
 
     def names(self, passed: dict[str, list[str]] | None = None) -> list[str]:
-        """Relative POSIX names of all files, sorted; what is left out is added to `passed`, as by `tree_names`."""
+        """Return relative POSIX names of all files, sorted; add the ignored files to `passed`, as `tree_names` does."""
         return tree_names(self.root, passed)
 
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
-        """Names of the folders and of the files directly in `folder` ("" is the root), sorted."""
+        """Return the sorted names of the folders and of the files directly in `folder` ("" is the root)."""
         with os.scandir(below(self.root, folder)) as entries:
-            # A link that leads in a circle is no folder; asked itself, it raises.
+            # A circular link is not a folder; `e.is_dir()` raises for it, `Path.is_dir` does not.
             is_folder = {
                 e.name: (Path(e).is_dir() if e.is_symlink() else e.is_dir()) for e in entries if is_shown(e.name)
             }
-        return _two_lists(is_folder)
+        return _folders_and_files(is_folder)
 
     def exists(self, name: str) -> bool:
-        return _spelled(self.root, name).is_file()
+        return _resolve_unicode(self.root, name).is_file()
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file; a DataError for a path that leads out of the root, to no file, or to one that is too large."""
+        """Return the bytes of one file; raise a DataError if the path leaves the root, is not a file, or the file is too large."""
         try:
-            return read_file(_spelled(self.root, name))
+            return read_file(_resolve_unicode(self.root, name))
         except OSError as error:
             raise DataError(f"{name} in {self.root} cannot be read: {error.strerror}") from error
 
 
-def _spelled(root: Path, name: str) -> Path:
-    """The path `name` inside `root`; where it is not there, with accents composed or apart, as they stand on the disk."""
+def _resolve_unicode(root: Path, name: str) -> Path:
+    """Return the path `name` inside `root`; if it does not exist, try each part as NFC and NFD, as it may be on disk."""
     path = below(root, name)
     if name.isascii() or path.exists():
         return path
-    found = root
+    resolved = root
     for part in path.relative_to(os.path.normpath(root)).parts:
-        forms = (found / unicodedata.normalize(form, part) for form in ("NFC", "NFD"))
-        found = next((form for form in forms if form.exists()), found / part)
-    return found
+        candidates = (resolved / unicodedata.normalize(form, part) for form in ("NFC", "NFD"))
+        resolved = next((candidate for candidate in candidates if candidate.exists()), resolved / part)
+    return resolved
 
 
 @dataclass(frozen=True, eq=False)
 class ZipStore:
-    """The files inside a zip, by their relative names (NFC, so that a Mac's Korean names are everybody's)."""
+    """The files inside a zip, by relative name in NFC (Macs write Korean names in NFD)."""
 
     root: Path
     entries: Mapping[str, zipfile.ZipInfo] = field(repr=False)
@@ -92,27 +92,27 @@ class ZipStore:
     caches: Sequence[Any] = ()
 
     def names(self, passed: dict[str, list[str]] | None = None) -> list[str]:
-        """Relative POSIX names of all files, sorted; what is left out is added to `passed`, as by `tree_names`."""
+        """Return relative POSIX names of all files, sorted; add the ignored files to `passed`, as `tree_names` does."""
         if passed is not None:
             passed.update(self.passed)
         return sorted(self.entries)
 
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
-        """Names of the folders and of the files directly in `folder` ("" is the root), sorted."""
+        """Return the sorted names of the folders and of the files directly in `folder` ("" is the root)."""
         prefix = f"{folder}/" if folder else ""
         inside = [name.removeprefix(prefix).partition("/") for name in self.entries if name.startswith(prefix)]
-        return _two_lists({name: bool(slash) for name, slash, _ in inside})
+        return _folders_and_files({name: bool(slash) for name, slash, _ in inside})
 
     def exists(self, name: str) -> bool:
         return _inside(name, self.root) in self.entries
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file, never more than the zip declares; a DataError when they are not whole, or too many."""
+        """Return the bytes of one file, never more than the zip declares; raise a DataError if its size or checksum is wrong."""
         entry = self.entries.get(_inside(name, self.root))
         if entry is None:
             raise DataError(f"{name} in {self.root} cannot be read: no such file")
         check_size(f"{self.root}: {name}", entry.file_size)
-        # Neither an open ZipFile, whose place in the file forked workers would share, nor its list read anew each time.
+        # No ZipFile is kept open (forked workers would share its file position) or reopened (it would reread the directory).
         with open(self.root, "rb") as file:
             file.seek(entry.header_offset)
             signature, *lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size).ljust(LOCAL_HEADER.size, b"\0"))
@@ -128,7 +128,7 @@ class ZipStore:
 
 @dataclass(frozen=True, eq=False)
 class JoinedStore:
-    """Several stores to read from: `name/rest` is `rest` in the store called `name`."""
+    """Several stores read as one: `name/rest` is the file `rest` of the store `name`."""
 
     stores: Mapping[str, FolderStore | ZipStore]
 
@@ -137,7 +137,7 @@ class JoinedStore:
         return [cache for store in self.stores.values() for cache in store.caches]
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file, as its store reads it."""
+        """Return the bytes of one file from its store."""
         store, _, rest = name.partition("/")
         return self.stores[store].read(rest)
 
@@ -146,24 +146,24 @@ ImageStore = FolderStore | ZipStore | JoinedStore
 
 
 def read_unchanged(store: ImageStore, name: str, digest: str | None) -> tuple[bytes, str]:
-    """The bytes of one file and their SHA-256; a DataError where that is not the `digest` that the split took, if it took one."""
+    """Return the bytes of one file and their SHA-256; raise a DataError if `digest`, from the split, is set and differs."""
     content = store.read(name)
-    own = hashlib.sha256(content).hexdigest()
-    if digest not in (None, own):
-        raise DataError(f"{name} is not the file that the split saw; run the split again")
-    return content, own
+    actual = hashlib.sha256(content).hexdigest()
+    if digest not in (None, actual):
+        raise DataError(f"{name} changed after the split; run the split again")
+    return content, actual
 
 
 def open_store(path: Path, max_unpacked_gib: float = MOST_OF_AN_ARCHIVE / GIB) -> ImageStore:
-    """The store of a folder, of a .zip, or of a folder that holds nothing but one .zip (and CSVs).
+    """Open a folder, a .zip, or a folder that holds only one .zip (and CSVs).
 
-    Raises MissingInputError where nothing is, and DataError for a zip that is broken, that names
-    paths outside itself or links, or that would unpack to more than `max_unpacked_gib` GiB.
+    Raise MissingInputError if the path does not exist, and a DataError for a zip that is broken, that has links or
+    paths outside itself, or that would unpack to more than `max_unpacked_gib` GiB.
     """
     if path.is_file():
         return _open_zip(path, max_unpacked_gib)
     if not path.is_dir():
-        raise MissingInputError(f"{path} does not exist; give a folder of images or a .zip")
+        raise MissingInputError(f"{path} does not exist; pass a folder of images or a .zip")
     rest = [entry for entry in path.iterdir() if is_shown(entry.name) and entry.suffix.lower() != ".csv"]
     if len(rest) == 1 and rest[0].suffix.lower() == ".zip" and rest[0].is_file():
         return _open_zip(rest[0], max_unpacked_gib)
@@ -171,18 +171,18 @@ def open_store(path: Path, max_unpacked_gib: float = MOST_OF_AN_ARCHIVE / GIB) -
 
 
 def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
-    with open(path, "rb") as file:  # outside the try: a file that may not be read is no broken zip
+    with open(path, "rb") as file:  # outside the try: a permission error does not mean a broken zip
         try:
             with zipfile.ZipFile(file) as archive:
-                every = archive.infolist()
+                all_infos = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-            raise DataError(_no_zip(path, error)) from error
-    infos = [info for info in every if not info.filename.endswith(("/", "\\"))]
+            raise DataError(_not_a_zip_message(path, error)) from error
+    infos = [info for info in all_infos if not info.filename.endswith(("/", "\\"))]
     size = sum(info.file_size for info in infos)
     if size > max_unpacked_gib * GIB:
         raise DataError(
             f"{path} ({path.stat().st_size:,} bytes) would unpack to {size:,} bytes ({size / GIB:.2f} GiB), more than "
-            f"data.max_unpacked_gib={max_unpacked_gib:g} allows; raise that key if the zip is what you expect"
+            f"data.max_unpacked_gib={max_unpacked_gib:g} allows; raise that key if you trust the zip"
         )
     entries: dict[str, zipfile.ZipInfo] = {}
     passed: dict[str, list[str]] = defaultdict(list)
@@ -190,42 +190,40 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
         name = _inside(_decoded_name(info), path)
         if stat.S_ISLNK(info.external_attr >> 16):
             raise DataError(f"{path}: entry {info.filename!r} is a symbolic link; pack the file itself")
-        if odd := [part for part in name.split("/") if not is_shown(part)]:
-            passed[HIDDEN if odd[0].startswith(".") else SYSTEM].append(name)
+        if ignored := [part for part in name.split("/") if not is_shown(part)]:
+            passed[HIDDEN if ignored[0].startswith(".") else SYSTEM].append(name)
             continue
         if name in entries:
-            raise DataError(
-                f"{path}: the entry {name!r} is there twice (however accents are written); pack it again with one"
-            )
+            raise DataError(f"{path}: duplicate entry {name!r} (after Unicode normalization); pack it again with one")
         _check_entry(info, path)
         entries[name] = info
-    filled = {posixpath.dirname(name) for name in chain(entries, *passed.values())}
-    filled = {f"{parent}/" for name in filled for parent in (name, *PurePosixPath(name).parents)}
-    passed[EMPTY] = sorted({_decoded_name(info) for info in every if info.is_dir()} - filled)
+    non_empty = {posixpath.dirname(name) for name in chain(entries, *passed.values())}
+    non_empty = {f"{parent}/" for name in non_empty for parent in (name, *PurePosixPath(name).parents)}
+    passed[EMPTY] = sorted({_decoded_name(info) for info in all_infos if info.is_dir()} - non_empty)
     return ZipStore(path, entries, dict(passed))
 
 
-def _no_zip(path: Path, error: Exception) -> str:
-    """What to say of a file that is no zip, by what it is called."""
+def _not_a_zip_message(path: Path, error: Exception) -> str:
+    """Return the error message for a file that is not a zip, depending on its suffix."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        return f"{path} is a table, and a folder or a .zip is needed: give its folder, and data.table={path.name}"
+        return f"{path} is a CSV, but a folder or a .zip is needed: pass its folder, and set data.table={path.name}"
     if suffix != ".zip":
-        return f"{path} is neither a folder nor a .zip; give a folder of images or a .zip"
-    return f"{path} is not a whole .zip: {error}; copy it again"
+        return f"{path} is neither a folder nor a .zip; pass a folder of images or a .zip"
+    return f"{path} is not a complete .zip: {error}; copy it again"
 
 
 def _check_entry(info: zipfile.ZipInfo, path: Path) -> None:
     if info.header_offset < 0:
-        raise DataError(f"{path} is not a whole .zip: entry {info.filename!r} lies before its start; copy it again")
+        raise DataError(f"{path} is not a complete .zip: entry {info.filename!r} has a negative offset; copy it again")
     if info.flag_bits & 0x1:
         raise DataError(f"{path}: entry {info.filename!r} is encrypted; pack it without a password")
     if info.compress_type not in METHODS:
-        raise DataError(f"{path}: entry {info.filename!r} is packed by method {info.compress_type}; use deflate")
+        raise DataError(f"{path}: entry {info.filename!r} uses compression method {info.compress_type}; use deflate")
 
 
 def _decoded_name(info: zipfile.ZipInfo) -> str:
-    """The entry's name; without the UTF-8 flag its bytes are UTF-8, else Korean Windows' cp949, else cp437."""
+    """Return the entry's name; without the UTF-8 flag, decode its bytes as UTF-8, else cp949 (Korean Windows), else cp437."""
     if info.flag_bits & 0x800:
         return info.filename
     for encoding in ("utf-8", "cp949"):
@@ -236,12 +234,12 @@ def _decoded_name(info: zipfile.ZipInfo) -> str:
     return info.filename
 
 
-def _two_lists(is_folder: Mapping[str, bool]) -> tuple[list[str], list[str]]:
-    return tuple(sorted(name for name in is_folder if is_folder[name] is wanted) for wanted in (True, False))
+def _folders_and_files(is_folder: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    return tuple(sorted(name for name in is_folder if is_folder[name] is folders) for folders in (True, False))
 
 
 def _inside(name: str, root: Path) -> str:
-    """The normal form of a name inside the zip `root`; a DataError when it would lead out of it."""
+    """Return the normalized form of a name inside the zip `root`; raise a DataError if it leaves the zip."""
     plain = unicodedata.normalize("NFC", name).replace("\\", "/")
     normal = posixpath.normpath(plain)
     if normal.startswith(("/", "../")) or normal in (".", "..") or normal[1:2] == ":":
