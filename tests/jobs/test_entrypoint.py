@@ -235,7 +235,7 @@ def test_interrupted_is_130_and_leaves_no_record(images, tmp_path):
         running.send_signal(signal.SIGINT)
         rest = running.stderr.read()
     assert running.returncode == 130, rest
-    assert rest.rstrip().endswith("stopped by SIGINT: the same command goes on from here")
+    assert "stopped by SIGINT" in rest.rstrip().splitlines()[-1]
     assert not (tmp_path / "failure").exists(), "being stopped is no failure"
     assert not (tmp_path / "out" / "stage.json").exists()
 
