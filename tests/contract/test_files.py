@@ -155,7 +155,7 @@ def test_a_folder_whose_files_cannot_be_renamed_fails_the_probe(
 def test_a_file_where_a_folder_is_needed_is_refused(tmp_path: Path):
     write_text(tmp_path / "f", "")
     for folder in (tmp_path / "f", tmp_path / "f" / "below"):
-        with pytest.raises(SettingsError, match="a file stands where a folder is needed"):
+        with pytest.raises(SettingsError, match=f"cannot write to {tmp_path}/f.*: a file "):
             probe_writable(folder)
 
 
@@ -211,5 +211,5 @@ def test_a_path_inside_is_given_and_one_that_leads_out_refused(tmp_path: Path):
     for name, path in {"a/b": "a/b", "a/../b": "b", "./a": "a", "..a/b..": "..a/b..", "": "."}.items():
         assert below(tmp_path, name) == tmp_path / path
     for name in ("../x", "a/../../x", "/etc/passwd", "..", "a/b/../../../root2/x"):
-        with pytest.raises(DataError, match="leads out of"):
+        with pytest.raises(DataError, match=f"path '{name}' .*root"):
             below(tmp_path / "root", name)

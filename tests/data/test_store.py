@@ -60,7 +60,7 @@ def test_a_folder_and_its_zip_hold_the_same_files(store: ImageStore) -> None:
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/passwd"])
 def test_no_name_leads_out_of_the_root(store: ImageStore, name: str) -> None:
-    with pytest.raises(DataError, match="leads out"):
+    with pytest.raises(DataError, match=f"path '{name}'"):
         store.read(name)
     with pytest.raises(DataError, match=r"a/9\.bin"):
         store.read("a/9.bin")
@@ -159,7 +159,7 @@ def test_a_file_larger_than_memory_may_hold_is_refused_before_it_is_read(tmp_pat
         with open(tmp_path / "files" / name, "wb") as file:
             file.truncate(most + 1)
     for path, name in (("bomb.zip", "bomb.jpg"), ("files", "bomb.jpg"), ("files", "bomb.CSV")):
-        with pytest.raises(DataError, match=r"bomb\.(jpg|CSV) has [0-9,]+ bytes, and at most"):
+        with pytest.raises(DataError, match=r"bomb\.(jpg|CSV) has [0-9,]+ bytes"):
             open_store(tmp_path / path).read(name)
 
 

@@ -103,7 +103,7 @@ LONG = "train.epochs=1000000"
     ("name", "arguments", "channels", "code", "message"),
     [
         ("train-fold", ["FOLD=3"], {}, 64, "FOLD=3 is out of range: the split has the folds 0 to 2"),
-        ("train-fold", [], {}, 64, "which fold?"),
+        ("train-fold", [], {}, 64, "give FOLD=0"),
         ("train-fold", ["FOLD=two"], {}, 64, "fold"),
         ("train-fold", ["FOLD=0", "train.precision=fp16"], {}, 64, "fp16 needs CUDA"),
         ("train-fold", ["FOLD=0", "train.device=cuda"], {}, 64, "no such device"),
