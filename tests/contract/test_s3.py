@@ -237,7 +237,8 @@ def test_a_checkpoint_that_does_not_go_up_costs_a_warning_and_no_training(bucket
         sync = CheckpointSync(Store(), Url(bucket.name, "c"), tmp_path)
         sync.send(folder / "00000001.pt")
         sync.close()
-    assert "a checkpoint could not be kept at s3://" in caplog.text
+    assert "a checkpoint could not be" in caplog.text
+    assert "s3://" in caplog.text
 
 
 def test_refused_requests_say_which_rights_are_needed(bucket, url, monkeypatch):
