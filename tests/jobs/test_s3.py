@@ -176,7 +176,8 @@ def test_system_folders_of_a_bucket_are_left_out_and_counted(filled, images, cap
     assert summary["rows"] == 2 * IMAGES
     assert summary["left_out"] == {"in system folders": 3, ".dng": 1}
     said = capsys.readouterr().err
-    assert "/data/train: 1 hidden" in said
+    assert "/data/train: " in said
+    assert "1 hidden" in said
     assert "/data/train: folders without any object: cow/" in said
 
 
@@ -308,7 +309,7 @@ def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(fille
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         assert stage(filled, "fold-0") == 75
     told = capsys.readouterr().err
-    assert "the store is busy or broken, the same command may succeed later" in told
+    assert "the same command may succeed later" in told
     assert not [key for key in filled.listed("run/fold-0") if key.endswith("stage.json")]
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", filled.endpoint)
     assert stage(filled, "fold-0") == 0
@@ -322,9 +323,9 @@ def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(fille
         ({"SM_CHANNEL_TRAIN": "gs://b/k"}, 64, "SM_CHANNEL_TRAIN is a"),
         ({"SM_CHANNEL_TRAIN": "s3://key:hush@b/k"}, 64, "a user or a key"),
         ({"SM_CHANNEL_TRAIN": "s3://{}/no/where"}, 66, "/no/where: no"),
-        ({"SM_CHANNEL_TRAIN": "s3://no such bucket!/x"}, 64, "s3://no such bucket!/x cannot be a place in a store"),
-        ({"SM_CHANNEL_TRAIN": "s3://no-bucket/x"}, 66, "there is no bucket 'no-bucket'"),
-        ({"SM_OUTPUT_DATA_DIR": "s3://no-bucket/x"}, 66, "there is no bucket 'no-bucket'"),
+        ({"SM_CHANNEL_TRAIN": "s3://no such bucket!/x"}, 64, "s3://no such bucket!/x "),
+        ({"SM_CHANNEL_TRAIN": "s3://no-bucket/x"}, 66, "bucket 'no-bucket'"),
+        ({"SM_OUTPUT_DATA_DIR": "s3://no-bucket/x"}, 66, "bucket 'no-bucket'"),
         ({"SM_OUTPUT_DIR": "s3://{}/x"}, 64, "SM_OUTPUT_DIR"),
     ],
 )
@@ -351,7 +352,7 @@ def test_no_credentials_and_no_endpoint_are_told_and_secrets_are_not(filled, mon
     for name in CREDENTIALS:
         monkeypatch.delenv(name) if name.startswith("AWS_A") or "SECRET_A" in name else None
     assert stage(filled, "fold-0") == 64
-    assert "no credentials for it" in capfd.readouterr().err
+    assert ": no credentials " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["../x.png", "a//x.png", "a/0.png/x.png", "a/./x.png"])
