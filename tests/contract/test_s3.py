@@ -69,7 +69,7 @@ def test_an_object_that_changes_while_it_is_read_is_not_taken_for_whole(bucket, 
     (found,) = store.below(url)
     bucket.write((url / "x").key, b"b" * 20 * MIB)
     monkeypatch.setattr("fivefold.contract.s3.client.MAX_WAIT", 0.01)
-    with pytest.raises(RetryableError, match="s3://.* changed"):
+    with pytest.raises(RetryableError, match=r"s3://.* changed"):
         store.download([Download(found, tmp_path / "x")], "down")
     assert not list(tmp_path.iterdir())
 
