@@ -342,7 +342,7 @@ def test_a_cluster_that_is_away_for_a_while_is_asked_again(
     cluster.be_away(first, first + 2)
     assert launch(cluster, select(plan_of(cluster), ["split"])) == 0
     said = capsys.readouterr().err
-    assert said.count("asking again") == said.count("fivefold-r-split: applied") == said.count("split: done") == 1
+    assert said.count(" again\n") == said.count("fivefold-r-split: applied") == said.count("split: done") == 1
 
 
 def test_a_cluster_that_stays_away_is_worth_another_try(
