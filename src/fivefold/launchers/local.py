@@ -1,7 +1,7 @@
-"""Runs a plan on this machine: each step a process of its own, several side by side.
+"""Run a plan on this machine: each step in a separate process, several in parallel.
 
-A step sees the user's environment, less everything that the contract gives a meaning to, plus its
-own SM_* variables. What it prints goes to `<step>/log.txt` and to the terminal.
+A step gets the user's environment without the variables of the container contract, plus its
+own SM_* variables. Its output goes to `<step>/log.txt` and to the terminal.
 """
 
 import contextlib
@@ -34,41 +34,41 @@ from fivefold.machine import GLIBC_TUNABLES, count_cores, free_memory
 from fivefold.recipe import SECTIONS
 from fivefold.settings import ENVIRONMENT_KEYS
 
-SECONDS_BETWEEN_POLLS = 0.03
-SECONDS_FOR_LAST_WORDS = 2.0
-NOT_PASSED_ON = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
-PASSED_ON = {"SM_LOG_LEVEL"}
+POLL_INTERVAL_S = 0.03
+LOG_DRAIN_TIMEOUT_S = 2.0
+DROPPED_VARIABLES = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
+KEPT_VARIABLES = {"SM_LOG_LEVEL"}
 MEMORY_OF_A_FOLD = 6 << 30
-"""Bytes that a fold on CPU cores is counted with, since its network is not known here; a rough guess, on the safe side."""
+"""Assumed memory in bytes of a fold on CPU cores: a conservative estimate, because the network is not known here."""
 
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
-    """Runs the plan's steps, at most `parallel` at a time (0: as `side_by_side` says); the exit code of the first that failed.
+    """Run the plan's steps, at most `parallel` at a time (0: `side_by_side` decides). Return the exit code of the first failed step.
 
-    130 or 143 after SIGINT or SIGTERM, which are passed on to the steps and waited for.
+    Return 130 or 143 after SIGINT or SIGTERM, which are forwarded to the steps; then wait for the steps.
     """
     for step in plan.steps:
         if (pid := running_pid(step)) is not None:
-            raise RetryableError(f"{step.folder} is being written by process {pid}: wait for it, or stop it")
+            raise RetryableError(f"{step.folder} is in use by process {pid}: wait for it, or stop it")
     for folder in (plan.folder, *(step.folder for step in plan.steps if step.folder.exists())):
         probe_writable(folder)
     devices = gpus(environ)
     parallel = parallel or side_by_side(plan, devices)
-    # the same share for every fold, however many run just then: another number of threads gives other bits
-    share = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
+    # the same number for every fold, however many run: another number of threads changes the last bits of results
+    fold_threads = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
 
     def environment(step: Step, gpu: str) -> dict[str, str]:
-        threads = share if step.stage == "train-fold" else 0
+        threads = fold_threads if step.stage == "train-fold" else 0
         return {**step_environment(step, environ, gpu, threads), **shared_cache(plan)}
 
     screen = Screen()
     backend = LocalBackend(screen, devices if parallel > 1 else [], environment)
-    return Scheduler(plan.steps, backend, screen, parallel, SECONDS_BETWEEN_POLLS).run()
+    return Scheduler(plan.steps, backend, screen, parallel, POLL_INTERVAL_S).run()
 
 
 @dataclass
 class Child:
-    """A step's running process, with the thread that reads what it prints."""
+    """A step's running process, with the thread that reads its output."""
 
     process: subprocess.Popen[bytes]
     reader: threading.Thread
@@ -77,17 +77,17 @@ class Child:
 
 
 class LocalBackend:
-    """Runs each step as a process of this machine; signals are passed on to all of them."""
+    """Run each step as a process of this machine, and forward signals to all of them."""
 
     def __init__(
         self, screen: Screen, devices: Sequence[str], environment: Callable[[Step, str], dict[str, str]]
     ) -> None:
-        """`environment(step, gpu)` are the variables of a step's process; `devices` are dealt out, one a process."""
+        """`environment(step, gpu)` returns the variables of a step's process. Each process gets one of `devices`."""
         self.screen, self.devices, self.environment = screen, devices, environment
         self.children: dict[str, Child] = {}
 
     def start(self, step: Step, alone: bool) -> None:
-        """Starts the step's process; on a pseudo-terminal, for its progress bars, where it runs alone."""
+        """Start the step's process; if it runs alone, on a pseudo-terminal, to show its progress bars."""
         probe_writable(step.folder)
         (step.folder / FAILURE).unlink(missing_ok=True)
         used = [child.gpu for child in self.children.values()]
@@ -104,8 +104,8 @@ class LocalBackend:
         )
         os.close(write_end)
         output = os.fdopen(read_end, encoding="utf-8", errors="replace", newline="")
-        told = (output, step.folder / LOG, " ".join(step.command), self.screen, "" if as_terminal else step.name)
-        reader = threading.Thread(target=copy_output, args=told, daemon=True)
+        arguments = (output, step.folder / LOG, " ".join(step.command), self.screen, "" if as_terminal else step.name)
+        reader = threading.Thread(target=copy_output, args=arguments, daemon=True)
         reader.start()
         try:
             write_started(step, process.pid)
@@ -120,7 +120,7 @@ class LocalBackend:
             child = self.children[step.name]
             if child.process.poll() is None:
                 continue
-            child.reader.join(SECONDS_FOR_LAST_WORDS)
+            child.reader.join(LOG_DRAIN_TIMEOUT_S)
             code = child.process.returncode
             codes[step.name] = 128 - code if code < 0 else code
             write_ended(step, codes[step.name])
@@ -128,13 +128,13 @@ class LocalBackend:
         return codes
 
     def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
-        """Passes a signal on to the processes; the second one kills them with all that they started."""
+        """Forward a signal to the processes. The second signal kills them and their child processes."""
         names = ", ".join(step.name for step in running)
         self.screen.line(
-            f"{signal.Signals(number).name}: {'killing' if again else 'waiting for'} {names} (again: kill)"
+            f"{signal.Signals(number).name}: {'killing' if again else 'waiting for'} {names} (send again to kill)"
         )
         for child in self.children.values():
-            # a process may have ended since it was polled
+            # a process may have ended since the last poll
             with contextlib.suppress(ProcessLookupError):
                 if again:
                     os.killpg(child.process.pid, signal.SIGKILL)
@@ -250,9 +250,9 @@ def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
 
 def _has_meaning(name: str) -> bool:
     section, joined, _ = name.lower().partition("__")
-    if name.lower() in ENVIRONMENT_KEYS or (joined and section in SECTIONS) or name in NOT_PASSED_ON:
+    if name.lower() in ENVIRONMENT_KEYS or (joined and section in SECTIONS) or name in DROPPED_VARIABLES:
         return True
-    return name.startswith("SM_") and name not in PASSED_ON
+    return name.startswith("SM_") and name not in KEPT_VARIABLES
 
 
 def refuse_strangers(plan: Plan) -> None:
