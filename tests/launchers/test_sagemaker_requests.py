@@ -344,7 +344,7 @@ def test_a_pipeline_takes_values_of_variables_as_parameters() -> None:
         assert (variables["API_TOKEN"], variables["N"]) == ({"Get": "Parameters.API_TOKEN"}, {"Get": "Parameters.N"})
         assert variables["STAGE"] in STAGES
     differing = plan_of("sagemaker.environment={N=4}", "sagemaker.stages.split.environment={N=55555}")
-    with pytest.raises(SettingsError, match="sets N to other values") as caught:
+    with pytest.raises(SettingsError, match="sets N to") as caught:
         launch.describe_pipeline(differing)
     assert "55555" not in str(caught.value)
 
