@@ -48,9 +48,9 @@ def track(
         now = time.monotonic()
         if done > 0 and now - last >= every:
             last = now
-            left = (now - start) / done * max(0, total - done)
+            seconds_left = (now - start) / done * max(0, total - done)
             amount = f"{done / MIB:.1f} of {total / MIB:.1f} MiB" if bytes_of else f"{done} of {total}"
-            log.info("%s: %s, %s left", label, amount, duration(left))
+            log.info("%s: %s, %s left", label, amount, duration(seconds_left))
         yield item
         done += bytes_of(item) if bytes_of else 1
 

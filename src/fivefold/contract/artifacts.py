@@ -106,18 +106,18 @@ def roots(folder: Path, scratch: Path) -> dict[Path, Path]:
 
 def locate(job: Job, channel: str, name: str) -> Path:
     """Return the only file `name` anywhere in `channel`. Raise a DataError if there are several with different bytes."""
-    found = _find_with_origin(job.channel(channel), job.scratch, name)
-    if not found:
+    paths = _find_with_origin(job.channel(channel), job.scratch, name)
+    if not paths:
         raise MissingInputError(f"no {name} below the channel {channel!r} ({job.channel(channel)})")
-    return _only(found, name, job.channel(channel))
+    return _only(paths, name, job.channel(channel))
 
 
-def _only(found: Mapping[Path, Path], name: str, folder: Path) -> Path:
-    """Return the first of `found`; raise a DataError unless all have the same bytes."""
-    if len({sha256(path) for path in found}) > 1:
-        listed = ", ".join(str(shown) for shown in list(found.values())[:4])
+def _only(paths: Mapping[Path, Path], name: str, folder: Path) -> Path:
+    """Return the first of `paths`; raise a DataError unless all have the same bytes."""
+    if len({sha256(path) for path in paths}) > 1:
+        listed = ", ".join(str(shown) for shown in list(paths.values())[:4])
         raise DataError(f"several different {name} below {folder}: {listed}; give the folder of one run")
-    return next(iter(found))
+    return next(iter(paths))
 
 
 def locate_all(folder: Path, scratch: Path, name: str) -> list[Path]:
@@ -175,8 +175,8 @@ def find_predictions(folder: Path, scratch: Path) -> dict[str, Path]:
     if folder.suffix in (".parquet", ".csv"):
         return {PREDICTIONS: folder}
     for name in (PREDICTIONS, HOLDOUT):
-        if found := _find_with_origin(folder, scratch, name):
-            parent = _only(found, name, folder).parent
+        if paths := _find_with_origin(folder, scratch, name):
+            parent = _only(paths, name, folder).parent
             candidates = {other: parent / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
             return {other: path for other, path in candidates.items() if path.is_file()}
     return {PREDICTIONS: _submission(folder, scratch)}

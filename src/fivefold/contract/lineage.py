@@ -51,7 +51,12 @@ class Node:
 
     def walk(self) -> list["Node"]:
         """Return this record and all records that it depends on, each once, dependencies first."""
-        nodes = {node.path: node for _, behind in self.read.values() for below in behind for node in below.walk()}
+        nodes = {
+            node.path: node
+            for _, dependencies in self.read.values()
+            for dependency in dependencies
+            for node in dependency.walk()
+        }
         return [*nodes.values(), self]
 
 
@@ -75,8 +80,8 @@ def trace(path: Path, resolve: Resolve = resolve_path, seen: tuple[Path, ...] = 
         stages = {record: stage for record in records if (stage := read_record(record)["stage"]) in producers}
         # ignore a student beside fold models
         chosen = [record for record, stage in stages.items() if stage != "distill"] or list(stages)
-        behind = tuple(trace(record, resolve, (*seen, path)) for record in chosen)
-        read[channel] = place and place.resolve(), behind
+        dependencies = tuple(trace(record, resolve, (*seen, path)) for record in chosen)
+        read[channel] = place and place.resolve(), dependencies
     return Node(path, facts, read)
 
 

@@ -184,8 +184,8 @@ def record_path(folder: Path, stage: str) -> Path:
 
     An existing `<stage>.stage.json` stays in use, even if the other record is absent while that stage runs.
     """
-    path, named = folder / RECORD, folder / f"{stage}.{RECORD}"
-    return named if named.is_file() or _stage_of(path) not in (None, stage) else path
+    path, own_record = folder / RECORD, folder / f"{stage}.{RECORD}"
+    return own_record if own_record.is_file() or _stage_of(path) not in (None, stage) else path
 
 
 def _stage_of(path: Path) -> str | None:

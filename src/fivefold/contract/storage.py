@@ -78,7 +78,9 @@ class Remote:
     def __enter__(self) -> "Remote":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self.checkpoints is not None:
             self.checkpoints.close()
 
@@ -102,7 +104,7 @@ class Remote:
 
     def names(self, url: Url) -> list[str]:
         """Return the names of the files below a URL; the empty name for a single object. Errors as for `channel`."""
-        return [each.name for each in self._list_visible(url)]
+        return [stored.name for stored in self._list_visible(url)]
 
     def fetch(self, path: Path, only: tuple[str, ...] = ("",)) -> None:
         """Download the files of a channel, except existing ones; `only` those whose names end in one of these.
@@ -111,8 +113,8 @@ class Remote:
         """
         if path in self.waiting:
             with one_at_a_time(self.scratch):
-                selected = [each for each in self.waiting.pop(path) if each.name.endswith(only)]
-                missing = [each for each in selected if not (path / each.name if each.name else path).exists()]
+                selected = [stored for stored in self.waiting.pop(path) if stored.name.endswith(only)]
+                missing = [stored for stored in selected if not (path / stored.name if stored.name else path).exists()]
                 self._download(missing, path, str(self.channels[path]))
 
     def source(self, path: Path) -> str | None:
@@ -132,7 +134,7 @@ class Remote:
         path.mkdir(parents=True, exist_ok=True)
         stored = attempts.visible(self.store, url, self.store.starting(url, START))
         self._download(stored, path, str(url))
-        self.outputs.append(Output(url, path, {path / each.name: _state(path / each.name) for each in stored}))
+        self.outputs.append(Output(url, path, {path / item.name: _state(path / item.name) for item in stored}))
         return path
 
     def begin(self, stage: str) -> None:
@@ -140,7 +142,7 @@ class Remote:
         for output in self.outputs:
             earlier = attempts.sorted_out(output.url, self.store.starting(output.url, START))[1]
             output.replaced = [attempt for attempt in earlier if attempt.stage == stage and attempt.marker]
-        markers = [each.marker.url for output in self.outputs for each in output.replaced if each.marker]
+        markers = [attempt.marker.url for output in self.outputs for attempt in output.replaced if attempt.marker]
         if markers:  # without URLs, do not import boto3
             self.store.delete(sorted(markers, key=lambda url: url.name != RECORD))
 
@@ -209,19 +211,19 @@ class Remote:
             return
         from fivefold.contract.s3.client import Download
 
-        if archived := self.store.find_archived(each.object for each in stored):
+        if archived := self.store.find_archived(item.object for item in stored):
             raise MissingInputError(
                 f"{archived.url} is archived (storage class {archived.storage_class}); restore it and the others below {label} "
                 "(aws s3api restore-object), then run the same command"
             )
-        for each in stored:
-            _check_names(each.object.url, each.name)
+        for item in stored:
+            _check_names(item.object.url, item.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_space(path.parent, sum(each.object.size for each in stored))
-        files = [Download(each.object, path / each.name if each.name else path, each.digest) for each in stored]
+        check_space(path.parent, sum(item.object.size for item in stored))
+        files = [Download(item.object, path / item.name if item.name else path, item.digest) for item in stored]
         self.store.download(files, f"from {label}")
 
-    def _written(self, output: Output, record: Path, made: Sequence[Path]) -> list[Path]:
+    def _written(self, output: Output, record: Path, recorded: Sequence[Path]) -> list[Path]:
         """Return the files in an output's folder that this stage wrote: new or changed files, and those that its record names."""
         inner = [
             other.path for other in self.outputs if other.path != output.path and other.path.is_relative_to(output.path)
@@ -231,19 +233,19 @@ class Remote:
             for path in tree_files(output.path)
             if path != record
             and not any(path.is_relative_to(other) for other in inner)
-            and (path in made or output.fetched.get(path) != _state(path))
+            and (path in recorded or output.fetched.get(path) != _state(path))
         ]
 
-    def _remove_old(self, output: Output, stage: str, own: str) -> None:
+    def _remove_old(self, output: Output, stage: str, current: str) -> None:
         """Delete the objects of replaced attempts, and of this stage's incomplete attempts that are older than a day."""
-        attempts_there = attempts.sorted_out(output.url, self.store.starting(output.url, START))[1]
-        replaced = {each.url for each in output.replaced}
+        existing = attempts.sorted_out(output.url, self.store.starting(output.url, START))[1]
+        replaced = {attempt.url for attempt in output.replaced}
         stale_before = time.time() - SECONDS_TO_ABANDON
-        for each in attempts_there:
-            newest = max(item.modified for item in each.objects.values())
-            abandoned = each.stage == stage and each.marker is None and newest <= stale_before
-            if each.url.name != own and (each.url in replaced or abandoned):
-                self.store.delete(item.url for item in each.objects.values())
+        for attempt in existing:
+            newest = max(item.modified for item in attempt.objects.values())
+            abandoned = attempt.stage == stage and attempt.marker is None and newest <= stale_before
+            if attempt.url.name != current and (attempt.url in replaced or abandoned):
+                self.store.delete(item.url for item in attempt.objects.values())
 
 
 def _check_length(url: Url) -> None:

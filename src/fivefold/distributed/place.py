@@ -114,8 +114,8 @@ class Hosts:
 
     def variables(self, processes: int, local_rank: int, port: int) -> dict[str, str]:
         """Return the variables of the process `local_rank` of this host's `processes`."""
-        named = {name: self.interface for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if self.interface}
-        return named | {
+        interfaces = {name: self.interface for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if self.interface}
+        return interfaces | {
             "RANK": str(self.index * processes + local_rank),
             "WORLD_SIZE": str(self.count * processes),
             "LOCAL_RANK": str(local_rank),

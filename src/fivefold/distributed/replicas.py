@@ -170,7 +170,7 @@ class Replicas:
         """Sum each gradient over the processes. Average running statistics that each process computed from its own rows."""
         if self.alone:
             return
-        self._sum([each.grad for each in model.parameters() if each.grad is not None])
+        self._sum([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         statistics = _local_batchnorm_statistics(model)
         self._sum(statistics)
         if statistics:
@@ -254,10 +254,10 @@ def _local_batchnorm_statistics(model: nn.Module) -> list[Tensor]:
     """Return mean and variance of each norm that computes them from this process's rows only, i.e. not of SyncBatchNorm."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and not isinstance(m, nn.SyncBatchNorm)]
     return [
-        each
+        tensor
         for norm in norms
         if norm.training and norm.running_mean is not None
-        for each in (norm.running_mean, norm.running_var)
+        for tensor in (norm.running_mean, norm.running_var)
     ]
 
 

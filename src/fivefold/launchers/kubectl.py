@@ -133,7 +133,7 @@ class Ending:
 def condition(one: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
     """Return the condition `kind` of an object if it is true, else None."""
     conditions = one.get("status", {}).get("conditions") or []
-    return next((each for each in conditions if each["type"] == kind and each["status"] == "True"), None)
+    return next((item for item in conditions if item["type"] == kind and item["status"] == "True"), None)
 
 
 def pods_of_job(pods: Iterable[Mapping[str, Any]], job: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -160,9 +160,9 @@ def is_over(pod: Mapping[str, Any]) -> bool:
 def lacks_pods(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> bool:
     """Return whether a Job that is not suspended has fewer live pods among its `pods` than it needs."""
     spec = job["spec"]
-    left = (spec.get("completions") or 1) - (job.get("status", {}).get("succeeded") or 0)
+    remaining = (spec.get("completions") or 1) - (job.get("status", {}).get("succeeded") or 0)
     live = sum(not is_over(pod) for pod in pods)
-    return not spec.get("suspend") and live < min(spec.get("parallelism") or 1, left)
+    return not spec.get("suspend") and live < min(spec.get("parallelism") or 1, remaining)
 
 
 def without_names(text: str) -> str:
@@ -178,11 +178,11 @@ def ending(pod: Mapping[str, Any]) -> Ending | None:
     terminated = _state(pod).get("terminated", {})
     drained = condition(pod, "DisruptionTarget")
     lost = status.get("message") or status.get("reason") or (drained or {}).get("message") or ""
-    words = last_words(terminated.get("message") or "") or lost.strip() or terminated.get("reason") or ""
+    message = last_words(terminated.get("message") or "") or lost.strip() or terminated.get("reason") or ""
     code = terminated.get("exitCode")
     if terminated.get("reason") == "OOMKilled":
-        code, words = KILLED, out_of_memory(pod)
-    return Ending(pod["metadata"]["name"], index_of(pod), code, words, drained is not None)
+        code, message = KILLED, out_of_memory(pod)
+    return Ending(pod["metadata"]["name"], index_of(pod), code, message, drained is not None)
 
 
 def last_words(message: str) -> str:
@@ -209,7 +209,7 @@ def waits_for(pod: Mapping[str, Any]) -> str:
     if pod.get("status", {}).get("phase") != "Pending":
         return ""
     conditions = pod["status"].get("conditions") or []
-    unplaced = [each for each in conditions if each["type"] == "PodScheduled" and each["status"] == "False"]
+    unplaced = [item for item in conditions if item["type"] == "PodScheduled" and item["status"] == "False"]
     reason = unplaced[0] if unplaced else _state(pod).get("waiting", {})
     if reason.get("reason") in ("ContainerCreating", "PodInitializing"):
         return ""
@@ -218,8 +218,8 @@ def waits_for(pod: Mapping[str, Any]) -> str:
 
 def last_endings(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> list[Ending]:
     """Return the last ending of each failed index of the Job, or of the Job's last pod."""
-    endings = [each for pod in pods if (each := ending(pod)) and not each.drained]
-    last = {each.index: each for each in endings}
+    endings = [last_ending for pod in pods if (last_ending := ending(pod)) and not last_ending.drained]
+    last = {last_ending.index: last_ending for last_ending in endings}
     # the status `1,3-5` means 1, 3, 4 and 5
     spans = [text.split("-") for text in (job["status"].get("failedIndexes") or "").split(",") if text]
     failed = [index for span in spans for index in range(int(span[0]), int(span[-1]) + 1)]
@@ -228,16 +228,16 @@ def last_endings(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> l
 
 def exit_code(endings: Sequence[Ending]) -> int:
     """Return a permanent exit code if a pod ended with one, 1 for an internal error, else 75 (retry)."""
-    codes = [each.code for each in endings]
+    codes = [item.code for item in endings]
     return next((code for code in codes if code in (*PERMANENT, INTERNAL_ERROR)), RetryableError.exit_code)
 
 
 def _state(pod: Mapping[str, Any]) -> Mapping[str, Any]:
     statuses = pod.get("status", {}).get("containerStatuses") or []
-    return next((each.get("state", {}) for each in statuses if each["name"] == CONTAINER), {})
+    return next((status.get("state", {}) for status in statuses if status["name"] == CONTAINER), {})
 
 
 def container_of(pod: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return Fivefold's container in a pod or a pod template."""
     containers = pod.get("spec", {}).get("containers", [])
-    return next((each for each in containers if each["name"] == CONTAINER), {})
+    return next((container for container in containers if container["name"] == CONTAINER), {})

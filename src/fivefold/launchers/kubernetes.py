@@ -128,8 +128,8 @@ class KubernetesBackend:
                     task, job(self.plan, task, self.parallel), self._initial.get(self._job_name(task))
                 )
         objects = self.kubectl.items("jobs,pods", self._selector)
-        jobs = {one["metadata"]["name"]: one for one in objects if one["kind"] == "Job"}
-        pods = [one for one in objects if one["kind"] == "Pod"]
+        jobs = {item["metadata"]["name"]: item for item in objects if item["kind"] == "Job"}
+        pods = [item for item in objects if item["kind"] == "Pod"]
         followed = [task for task in running if task.name in self._followed]
         codes = {task.name: self._poll_job(task, jobs.get(self._job_name(task)), pods) for task in followed}
         skipped = {task.name: 0 for task in running if task.name in self._skipped}
@@ -153,8 +153,8 @@ class KubernetesBackend:
     def _find_jobs(self) -> dict[str, Object]:
         """Return the run's existing Jobs before anything is applied. Raise a SettingsError if pods run with other settings."""
         objects = self.kubectl.items("jobs,pods", self._selector)
-        jobs = {one["metadata"]["name"]: one for one in objects if one["kind"] == "Job"}
-        pods = [one for one in objects if one["kind"] == "Pod"]
+        jobs = {item["metadata"]["name"]: item for item in objects if item["kind"] == "Job"}
+        pods = [item for item in objects if item["kind"] == "Pod"]
         for task in tasks_of(self.plan):
             name, manifest = self._job_name(task), job(self.plan, task, self.parallel)
             present = jobs.get(name)
@@ -195,13 +195,13 @@ class KubernetesBackend:
             self.kubectl.apply(claim(pods))
             self.screen.line(f"claim {pods.claim}: applied")
 
-    def _poll_job(self, task: Task, one: Object | None, pods: Sequence[Object]) -> int | None:
+    def _poll_job(self, task: Task, job: Object | None, pods: Sequence[Object]) -> int | None:
         """Print new events of a Job and of its pods. Return its exit code if it has ended, else None."""
         name = self._job_name(task)
-        if one is None:
+        if job is None:
             self._failures[task.name] = f"the Job {name} was deleted"
             return RetryableError.exit_code
-        own_pods = cluster.pods_of_job(pods, one)
+        own_pods = cluster.pods_of_job(pods, job)
         for pod in own_pods:
             step = task.steps[cluster.index_of(pod) or 0]
             self.logs.follow(pod, step)
@@ -209,16 +209,16 @@ class KubernetesBackend:
                 self._print_once(f"{step.name} waits: {reason}", reason)
             if ending := cluster.ending(pod):
                 self._print_once(f"{step.name}, pod {ending.pod}, {ending.verb}: {ending}", ending.pod)
-        failed = cluster.condition(one, "Failed")
-        if not _is_over(one):
-            if cluster.lacks_pods(one, own_pods) and (reason := self.kubectl.why_no_pod(one["metadata"]["uid"])):
+        failed = cluster.condition(job, "Failed")
+        if not _is_over(job):
+            if cluster.lacks_pods(job, own_pods) and (reason := self.kubectl.why_no_pod(job["metadata"]["uid"])):
                 self._print_once(f"{name} waits: {reason}", cluster.without_names(reason))
             return None
         self.logs.finish(own_pods)
         if failed is None:
-            self._print_once(f"{name}: done", one["metadata"]["uid"])
+            self._print_once(f"{name}: done", job["metadata"]["uid"])
             return 0
-        last = cluster.last_endings(one, own_pods)
+        last = cluster.last_endings(job, own_pods)
         reasons = [f"\n  {task.steps[ending.index or 0].name}: {ending}" for ending in last]
         self._failures[task.name] = f"the Job {name}, {failed.get('reason', 'unknown')}{''.join(reasons)}"
         return cluster.exit_code(last)
@@ -232,7 +232,7 @@ class KubernetesBackend:
 def work_of(one: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the work of a Job: its image, arguments, variables and number of folds."""
     container = cluster.container_of(one["spec"]["template"])
-    values = {each["name"]: each["value"] for each in container.get("env", []) if "value" in each}
+    values = {variable["name"]: variable["value"] for variable in container.get("env", []) if "value" in variable}
     return container.get("image"), container.get("args"), values, one["spec"].get("completions") or 1
 
 
@@ -245,8 +245,8 @@ def request_of(one: Mapping[str, Any]) -> tuple[Any, ...]:
     return *work_of(one), resources, template["spec"].get("serviceAccountName"), queue
 
 
-def _is_over(one: Mapping[str, Any]) -> bool:
-    return any(cluster.condition(one, kind) for kind in ("Complete", "Failed"))
+def _is_over(job: Mapping[str, Any]) -> bool:
+    return any(cluster.condition(job, kind) for kind in ("Complete", "Failed"))
 
 
 class Logs:

@@ -113,7 +113,7 @@ def new_run_name() -> str:
 def next_run_name(name: str, runs: Path) -> str:
     """Return the first of `name`, `name2`, `name3`, … that does not exist in `runs`."""
     names = itertools.chain([name], (f"{name}{number}" for number in itertools.count(2)))
-    return next(each for each in names if not (runs / each).exists())
+    return next(candidate for candidate in names if not (runs / candidate).exists())
 
 
 def select(plan: Plan, stages: Sequence[str] = (), folds: Sequence[int] = ()) -> Plan:

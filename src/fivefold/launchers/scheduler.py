@@ -126,8 +126,8 @@ class Scheduler(Generic[N]):
             self._poll()
             self._show_progress()
             until = time.monotonic() + self.seconds
-            while self.running and handled == len(received) and (left := until - time.monotonic()) > 0:
-                time.sleep(min(left, SECONDS_BETWEEN_SIGNALS))
+            while self.running and handled == len(received) and (remaining := until - time.monotonic()) > 0:
+                time.sleep(min(remaining, SECONDS_BETWEEN_SIGNALS))
 
     def _start_ready(self, received: Sequence[int]) -> None:
         """Start the ready steps in the order of the plan. After a signal, start none."""

@@ -98,26 +98,26 @@ def visible(store: "Store", url: Url, objects: Iterable["Object"]) -> list[Store
     Raise a DataError for names that no file can have, a RetryableError if another process is replacing an attempt.
     """
     objects = list(objects)
-    names = [each.url.below(url) for each in objects]
+    names = [item.url.below(url) for item in objects]
     folders = {name.rpartition("/")[0] for name in names if not name.endswith("/")}
     marked = [name for name in names if name.endswith("/") and not is_hidden(name)]
     if empty := [name for name in marked if not any(f"{folder}/".startswith(name) for folder in folders)]:
         log.warning("%s: folders without any object: %s", url, ", ".join(sorted(empty)[:5]))
-    if hidden := sum(is_hidden(each.url.below(url)) for each in objects):
+    if hidden := sum(is_hidden(item.url.below(url)) for item in objects):
         log.info("%s: ignored %d hidden files", url, hidden)
     plain, attempts = sorted_out(url, objects)
-    files = {name: Stored(name, found) for name, found in plain.items()}
-    finished = {each.url.parent for each in attempts if each.marker}
+    files = {name: Stored(name, object_) for name, object_ in plain.items()}
+    finished = {item.url.parent for item in attempts if item.marker}
     if ignored := sorted(
         name for name in files if (url / name).parent in finished and (url / name).name in STAGE_FILES
     ):
         log.warning("%s: ignored files that are not from the finished stage there: %s", url, ", ".join(ignored))
     files = {name: stored for name, stored in files.items() if name not in ignored}
-    complete = sorted((each for each in attempts if each.marker), key=lambda each: each.url.parent)
-    for folder, group in groupby(complete, key=lambda each: each.url.parent):
+    complete = sorted((item for item in attempts if item.marker), key=lambda item: item.url.parent)
+    for folder, group in groupby(complete, key=lambda item: item.url.parent):
         relative = folder.below(url)
         prefix = f"{relative}/" if folder != url else ""
-        newest = {each.stage: each for each in sorted(group, key=_time_order)}
+        newest = {item.stage: item for item in sorted(group, key=_time_order)}
         for index, attempt in enumerate(sorted(newest.values(), key=_time_order)):
             for stored in _files(store, attempt):
                 # as in a folder with several stages: the record of the first is stage.json

@@ -38,16 +38,16 @@ class CheckpointSync:
         """Download the newest checkpoints of a key to its folder `own`; warn about and skip damaged ones. Return all keys' names."""
         objects = self._store.below(self._url)
         prefix = self._url_of(own)
-        checkpoints = [each for each in objects if each.url.parent == prefix and CHECKPOINT.fullmatch(each.url.name)]
-        self._sent = [each.url for each in checkpoints]
-        for each in checkpoints[-MAX_CHECKPOINTS:]:
-            number, digest, _ = each.url.name.split(".")
+        checkpoints = [item for item in objects if item.url.parent == prefix and CHECKPOINT.fullmatch(item.url.name)]
+        self._sent = [item.url for item in checkpoints]
+        for item in checkpoints[-MAX_CHECKPOINTS:]:
+            number, digest, _ = item.url.name.split(".")
             path = own / f"{number}.pt"
-            self._store.download([Download(each, path)], f"checkpoint {each.url}")
+            self._store.download([Download(item, path)], f"checkpoint {item.url}")
             if sha256(path) != digest:
-                log.warning("the checkpoint %s is damaged: using the one before it", each.url)
+                log.warning("the checkpoint %s is damaged: using the one before it", item.url)
                 path.unlink()
-        return {each.url.below(self._url).split("/")[0] for each in objects}
+        return {item.url.below(self._url).split("/")[0] for item in objects}
 
     def send(self, path: Path) -> None:
         """Upload a checkpoint in the background. It replaces one that still waits for its upload."""

@@ -157,11 +157,11 @@ class Store:
 
     def find_archived(self, objects: Iterable[Object]) -> Object | None:
         """Return the first object that is archived and not restored, or None."""
-        for each in objects:
-            if each.storage_class in ARCHIVE_CLASSES:
-                call = partial(self._client.head_object, Bucket=each.url.bucket, Key=each.url.key)
-                if 'ongoing-request="false"' not in self._retry(each.url, call).get("Restore", ""):
-                    return each
+        for item in objects:
+            if item.storage_class in ARCHIVE_CLASSES:
+                call = partial(self._client.head_object, Bucket=item.url.bucket, Key=item.url.key)
+                if 'ongoing-request="false"' not in self._retry(item.url, call).get("Restore", ""):
+                    return item
         return None
 
     def read(self, url: Url) -> bytes:

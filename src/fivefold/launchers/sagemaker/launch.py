@@ -118,7 +118,7 @@ def upsert_pipeline(plan: Plan, parallel: int = 0) -> int:
         request["ParallelismConfiguration"] = {"MaxParallelExecutionSteps": parallel}
     check_request(name, request, "UpdatePipeline")
     print(Client.of_region(options.region).upsert_pipeline(request))
-    assignments = "".join(f" Name={each},Value=…" for each in parameters_of(validated_requests(plan)))
+    assignments = "".join(f" Name={variable},Value=…" for variable in parameters_of(validated_requests(plan)))
     option = f" --pipeline-parameters{assignments}" if assignments else ""
     log.info("to run it: aws sagemaker start-pipeline-execution --pipeline-name %s%s", name, option)
     return 0
@@ -167,10 +167,10 @@ class TrainingJobs:
         request, path, job, status = self.requests[step.name], step.folder / JOB, "", None
         identity, output = self._identity(request), request["OutputDataConfig"]["S3OutputPath"]
         if path.is_file():
-            job, asked = read_job(path)
+            job, recorded = read_job(path)
             status = self.client.describe(job)
-            if asked != identity and not status.exit_code:
-                parts = sorted(part for part in identity if identity[part] != asked.get(part))
+            if recorded != identity and not status.exit_code:
+                parts = sorted(part for part in identity if identity[part] != recorded.get(part))
                 raise SettingsError(
                     f"{step.name} of this run has a job with another request (job {job}, {status.status}; {', '.join(parts)} "
                     f"differ): use another run=, or remove {output} and {path}"
@@ -197,8 +197,8 @@ class TrainingJobs:
         urls = tuple(channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in request["InputDataConfig"])
         sources = {}
         for path in sorted(self.plan.folder.glob(f"*/{JOB}")):  # also of earlier commands
-            job, asked = read_job(path)
-            if f"{asked['OutputDataConfig']['S3OutputPath']}/".startswith(urls):
+            job, recorded = read_job(path)
+            if f"{recorded['OutputDataConfig']['S3OutputPath']}/".startswith(urls):
                 sources[path.parent.name] = job
         image = request["AlgorithmSpecification"]["TrainingImage"]
         parts = {part: request[part] for part in RESULT_PARTS}

@@ -106,8 +106,10 @@ def max_costs(plan: Plan) -> dict[str, float]:
     """Return the maximum cost of each step, 0 without a price. The idle time of a warm pool counts, a spot discount does not."""
     options = {step.name: options_of(plan.settings, step) for step in plan.steps}
     return {
-        name: one.price * one.instance_count * (one.max_hours + one.keep_alive_minutes / 60)
-        for name, one in options.items()
+        name: step_options.price
+        * step_options.instance_count
+        * (step_options.max_hours + step_options.keep_alive_minutes / 60)
+        for name, step_options in options.items()
     }
 
 
