@@ -12,7 +12,7 @@ from fivefold.errors import StoppedError
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received: list[int] = []
 _polled = threading.Event()
-SECONDS_UNTIL_HUNG = 60.0
+HANG_TIMEOUT_S = 60.0
 """If no `poll` follows a signal within this many seconds, the process counts as hung."""
 
 
@@ -95,7 +95,7 @@ def _end_when_hung(reader: int) -> None:
     """End this process with the signal's exit code, a minute after it, unless the main thread calls `poll` before."""
     while data := os.read(reader, 1):
         number = data[0]
-        if number in SIGNALS and not _polled.wait(SECONDS_UNTIL_HUNG):
+        if number in SIGNALS and not _polled.wait(HANG_TIMEOUT_S):
             os.write(2, b"no progress since the signal: exiting; the same command resumes from the last checkpoint\n")
             os._exit(128 + number)
 

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from fivefold.contract.files import (
-    FILES_AT_ONCE,
-    SECONDS_UNTIL_ABANDONED,
+    CHUNK_FILES,
+    STALE_AFTER_S,
     atomic,
     below,
     lock,
@@ -89,7 +89,7 @@ def test_what_a_killed_process_left_is_never_read_and_goes_in_time(tmp_path: Pat
     write_text(tmp_path / "model.json", "whole")
     remove_abandoned(tmp_path)
     assert leftover.exists(), "it is young: another process may still be writing it"
-    old = time.time() - SECONDS_UNTIL_ABANDONED - 1
+    old = time.time() - STALE_AFTER_S - 1
     os.utime(leftover, (old, old))
     remove_abandoned(tmp_path)
     assert names(tmp_path) == ["model.json"]
@@ -200,7 +200,7 @@ def test_a_trees_digest_sees_names_and_bytes_and_nothing_else(tmp_path: Path):
 def test_a_digest_takes_names_that_are_no_unicode_and_many_files(tmp_path: Path):
     folder = tmp_path / "many"
     folder.mkdir()
-    for number in range(FILES_AT_ONCE + 2):
+    for number in range(CHUNK_FILES + 2):
         (folder / f"{number:05}").touch()
     before = tree_sha256(folder)
     (folder / "04097").rename(folder / os.fsdecode(b"\xff"))

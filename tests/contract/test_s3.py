@@ -68,7 +68,7 @@ def test_an_object_that_changes_while_it_is_read_is_not_taken_for_whole(bucket, 
     store = Store()
     (found,) = store.below(url)
     bucket.write((url / "x").key, b"b" * 20 * MIB)
-    monkeypatch.setattr("fivefold.contract.s3.client.MAX_WAIT", 0.01)
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.01)
     with pytest.raises(RetryableError, match=r"s3://.* changed"):
         store.download([Download(found, tmp_path / "x")], "down")
     assert not list(tmp_path.iterdir())
@@ -149,7 +149,7 @@ def test_a_new_attempt_removes_the_one_it_replaces_and_those_left_half_done_long
     assert "00000001" not in left
     assert {"00000002", "00000003"} <= left, "somebody may be at work there"
     assert seen(bucket, url)["folds.parquet"] == b"new"
-    monkeypatch.setattr(storage, "SECONDS_TO_ABANDON", -60.0)
+    monkeypatch.setattr(storage, "STALE_AFTER_S", -60.0)
     written(b"newer")
     left = {name.split("/")[3][-8:] for name in bucket.listed()}
     assert "00000002" not in left
@@ -228,7 +228,7 @@ def test_a_store_that_is_slower_than_the_training_gets_the_newest_checkpoint_alo
 
 
 def test_a_checkpoint_that_does_not_go_up_costs_a_warning_and_no_training(bucket, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("fivefold.contract.s3.client.MAX_WAIT", 0.01)
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.01)
     folder = tmp_path / "0123"
     folder.mkdir()
     (folder / "00000001.pt").write_bytes(b"x")

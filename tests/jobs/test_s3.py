@@ -205,7 +205,7 @@ def test_names_that_no_file_system_or_store_has_room_for_end_at_once(filled, ima
 @pytest.mark.slow
 def test_two_writers_do_not_mix(filled, monkeypatch):
     """A pod's dying twin leaves its files and its record after ours; who reads takes the one or the other."""
-    monkeypatch.setattr("fivefold.contract.s3.client.MAX_WAIT", 0.1)
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
     assert stage(filled, "split") == 0
     mine = record(filled, "split")
     key = next(key for key in filled.listed("run/split") if key.endswith("stage.json"))
@@ -302,7 +302,7 @@ def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(fille
     """From the first file of the model on nothing goes up any more; the checkpoint is there, so no epoch is lost."""
     for step in ("split", "fold-1"):
         assert stage(filled, step) == 0
-    monkeypatch.setattr("fivefold.contract.s3.client.MAX_WAIT", 0.1)
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
     proxy = Proxy(filled.endpoint)
     proxy.fault = lambda request: "503" if "fold-0/output/attempt-" in request.path else None
     with proxy.listening() as endpoint:

@@ -349,7 +349,7 @@ def test_a_cluster_that_is_away_for_a_while_is_asked_again(
 def test_a_cluster_that_stays_away_is_worth_another_try(
     cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler, "POLLS_IN_VAIN", 3)
+    monkeypatch.setattr(scheduler, "MAX_FAILED_POLLS", 3)
     cluster.be_away(1, 999)
     with pytest.raises(RetryableError, match="did you specify the right host or port"):
         launch(cluster)

@@ -84,9 +84,9 @@ def test_folds_stand_side_by_side_one_a_gpu_or_one_a_core_while_memory_lasts(ima
         ([], 64, 1 << 40, 3),
         ([], 1, 1 << 40, 1),
         ([], 64, 1 << 30, 1),
-        ([], 64, int(2.5 * local.MEMORY_OF_A_FOLD), 2),
+        ([], 64, int(2.5 * local.FOLD_MEMORY_BYTES), 2),
         ([], 2, 1 << 40, 3),  # two, then one, would leave a core idle
-        ([], 2, int(2.5 * local.MEMORY_OF_A_FOLD), 2),
+        ([], 2, int(2.5 * local.FOLD_MEMORY_BYTES), 2),
     ):
         monkeypatch.setattr(local, "count_cores", lambda cores=cores: cores)
         monkeypatch.setattr(local, "free_memory", lambda memory=memory: memory)

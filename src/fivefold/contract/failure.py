@@ -12,10 +12,10 @@ from fivefold.contract.stages import FAILURE
 from fivefold.contract.storage import shown
 from fivefold.errors import FivefoldError, LostError, RetryableError, SettingsError, StoppedError
 
-FAILURE_CHARACTERS = 1024
+MAX_MESSAGE_CHARS = 1024
 """SageMaker shows only this much of the failure file, so the message comes first."""
 TERMINATION_VARIABLE, TERMINATION_LOG = "TERMINATION_LOG", "/dev/termination-log"
-TERMINATION_BYTES = 4096
+MAX_TERMINATION_BYTES = 4096
 """Kubernetes keeps only this much of a container's termination message."""
 UNREACHABLE_CODES = {
     errno.EIO,
@@ -77,7 +77,7 @@ def report_failure(output_dir: Path | None, error: BaseException) -> None:
         return
     # writing may fail for the same reason; the message is on stderr in any case
     with contextlib.suppress(OSError, FivefoldError):
-        write_text(output_dir / FAILURE, _report(error, FAILURE_CHARACTERS))
+        write_text(output_dir / FAILURE, _report(error, MAX_MESSAGE_CHARS))
 
 
 def report_termination(environ: Mapping[str, str], error: BaseException) -> None:
@@ -92,7 +92,7 @@ def report_termination(environ: Mapping[str, str], error: BaseException) -> None
     with contextlib.suppress(OSError):
         if path.is_file() and not (isinstance(error, LostError) and path.stat().st_size):
             # cut at a whole character
-            text = _report(error).encode("utf-8", "replace")[:TERMINATION_BYTES].decode("utf-8", "ignore")
+            text = _report(error).encode("utf-8", "replace")[:MAX_TERMINATION_BYTES].decode("utf-8", "ignore")
             path.write_bytes(text.encode())
 
 

@@ -24,11 +24,11 @@ from fivefold.stopping import poll
 
 log = logging.getLogger("fivefold")
 
-SECONDS_UNTIL_ABANDONED = 900.0
+STALE_AFTER_S = 900.0
 POLL_INTERVAL_S = 0.1
-FILES_AT_ONCE = 4096
-MOST_OF_A_FILE = 512 * MIB
-MOST_OF_A_TABLE = 4096 * MIB
+CHUNK_FILES = 4096
+MAX_FILE_BYTES = 512 * MIB
+MAX_TABLE_BYTES = 4096 * MIB
 MOST_OF_AN_ARCHIVE = 200 * 1024 * MIB
 """Limits in bytes: of a file and of a table that is read into memory, and of all files of an archive together."""
 UNSUPPORTED_CODES = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -103,7 +103,7 @@ def remove_abandoned(folder: Path) -> None:
     """Remove temporary files below `folder` that a killed process left and nobody has written to for 15 minutes."""
     for path in folder.rglob(".*.tmp"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
+            if time.time() - path.stat().st_mtime > STALE_AFTER_S:
                 path.unlink()
 
 
@@ -136,7 +136,7 @@ def read_file(path: Path) -> bytes:
 
 def check_size(name: str | Path, size: int) -> None:
     """Raise a DataError if a file is larger than the limit for tables (.csv) or for other files."""
-    limit = MOST_OF_A_TABLE if str(name).lower().endswith(".csv") else MOST_OF_A_FILE
+    limit = MAX_TABLE_BYTES if str(name).lower().endswith(".csv") else MAX_FILE_BYTES
     if size > limit:
         raise DataError(f"{name} has {size:,} bytes, and the limit for such a file is {limit:,}; make it smaller")
 
@@ -211,8 +211,8 @@ def tree_sha256(root: Path, without: tuple[str, ...] = (), only: tuple[str, ...]
     read = [name for name in names if name.lower().endswith(only)]
     digest = hashlib.sha256(os.fsencode("\0".join(names)))
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(read), FILES_AT_ONCE):
-            for content in pool.map(sha256, [folder / name for name in read[start : start + FILES_AT_ONCE]]):
+        for start in range(0, len(read), CHUNK_FILES):
+            for content in pool.map(sha256, [folder / name for name in read[start : start + CHUNK_FILES]]):
                 digest.update(content.encode())
     return digest.hexdigest()
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fivefold")
 
-SECONDS_TO_ABANDON = 86_400.0
+STALE_AFTER_S = 86_400.0
 """An attempt without a marker is removed if nobody has written to it for this many seconds."""
 
 MAX_KEY_BYTES, RESERVED_KEY_BYTES = 1024, 300
@@ -240,7 +240,7 @@ class Remote:
         """Delete the objects of replaced attempts, and of this stage's incomplete attempts that are older than a day."""
         existing = attempts.sorted_out(output.url, self.store.starting(output.url, START))[1]
         replaced = {attempt.url for attempt in output.replaced}
-        stale_before = time.time() - SECONDS_TO_ABANDON
+        stale_before = time.time() - STALE_AFTER_S
         for attempt in existing:
             newest = max(item.modified for item in attempt.objects.values())
             abandoned = attempt.stage == stage and attempt.marker is None and newest <= stale_before

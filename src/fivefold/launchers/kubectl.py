@@ -13,7 +13,7 @@ from fivefold.errors import RetryableError, SettingsError
 from fivefold.launchers.manifests import CONTAINER, KILLED, PERMANENT, Object
 
 KUBECTL_TIMEOUT_S = 120
-AWAY = re.compile(
+UNREACHABLE_PATTERN = re.compile(
     r"unable to connect|connection to the server .* was refused|connection (refused|reset|lost|force closed)"
     r"|closed network connection|time(d )?out|deadline exceeded|no route to host|network is unreachable|no such host"
     r"|name resolution|\beof\b|broken pipe|goaway|etcdserver|too ?many ?requests|unavailable|unable to handle"
@@ -21,7 +21,7 @@ AWAY = re.compile(
     re.IGNORECASE,
 )
 """Messages of kubectl if the cluster, not the request, is at fault: another attempt may succeed."""
-REFUSED = re.compile(
+REJECTED_PATTERN = re.compile(
     r"x509|denied the request|\((Forbidden|Invalid|NotFound|BadRequest)\)(?!.*exceeded quota)| is invalid:|localhost:8080",
     re.IGNORECASE,
 )
@@ -77,7 +77,7 @@ class Kubectl:
             return result.stdout
         lines = result.stderr.splitlines()
         message = " ".join(" ".join([line for line in lines if not LOG_LINE_PATTERN.match(line)] or lines).split())
-        if AWAY.search(message) and not REFUSED.search(message):
+        if UNREACHABLE_PATTERN.search(message) and not REJECTED_PATTERN.search(message):
             raise RetryableError(f"the cluster is unavailable, the same command may succeed later: {message}")
         raise SettingsError(f"kubectl {arguments[0]} was refused: {message or 'without a message'}")
 

@@ -38,7 +38,7 @@ POLL_INTERVAL_S = 0.03
 LOG_DRAIN_TIMEOUT_S = 2.0
 DROPPED_VARIABLES = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
 KEPT_VARIABLES = {"SM_LOG_LEVEL"}
-MEMORY_OF_A_FOLD = 6 << 30
+FOLD_MEMORY_BYTES = 6 << 30
 """Assumed memory in bytes of a fold on CPU cores: a conservative estimate, because the network is not known here."""
 
 
@@ -163,7 +163,7 @@ def shared_cache(plan: Plan) -> dict[str, str]:
 
 
 def side_by_side(plan: Plan, devices: Sequence[str]) -> int:
-    """Return the number of parallel folds: one per GPU; on CPU the fastest number, within the memory (MEMORY_OF_A_FOLD each).
+    """Return the number of parallel folds: one per GPU; on CPU the fastest number, within the memory (FOLD_MEMORY_BYTES each).
 
     The threads of one fold wait for one another at each layer. With a small network on two cores,
     two folds of one thread did 1.33 times the steps of one fold of two threads. Of five folds on two cores
@@ -172,7 +172,7 @@ def side_by_side(plan: Plan, devices: Sequence[str]) -> int:
     if devices:
         return len(devices)
     folds, cores = sum(step.stage == "train-fold" for step in plan.steps), count_cores()
-    limit = max(1, min(folds, free_memory() // MEMORY_OF_A_FOLD))
+    limit = max(1, min(folds, free_memory() // FOLD_MEMORY_BYTES))
 
     def duration(at_once: int) -> float:
         """Return how long all folds take, each on at most one core, in units of one fold's time."""

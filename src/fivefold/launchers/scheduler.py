@@ -14,7 +14,7 @@ from fivefold.errors import RetryableError
 from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import BY_SIGNAL
 
-POLLS_IN_VAIN = 20
+MAX_FAILED_POLLS = 20
 """The run fails after this many failed polls in a row."""
 SECONDS_BETWEEN_SIGNALS = 0.05
 STATUS_INTERVAL_S = 0.5
@@ -47,7 +47,7 @@ class Backend(Protocol[StepType]):
     def poll(self, running: Sequence[StepType]) -> Mapping[str, int]:
         """Return the exit codes, by name, of the `running` steps that have ended, including since a failed poll.
 
-        After a RetryableError the Scheduler polls again, up to POLLS_IN_VAIN times in a row.
+        After a RetryableError the Scheduler polls again, up to MAX_FAILED_POLLS times in a row.
         """
 
     def stop(self, running: Sequence[StepType], number: int, again: bool) -> bool:
@@ -160,7 +160,7 @@ class Scheduler(Generic[N]):
             self._failed_polls += 1
             if self._failed_polls == 1:
                 self.screen.line(f"{error}; trying again")
-            if self._failed_polls >= POLLS_IN_VAIN:
+            if self._failed_polls >= MAX_FAILED_POLLS:
                 raise
             return
         self._failed_polls = 0

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 MAX_ATTEMPTS = 7
 """Attempts per call. With the waits between them, a store may be unavailable for about half a minute."""
-MAX_WAIT = 12.0
+MAX_BACKOFF_S = 12.0
 """Maximum seconds between two attempts."""
 MAX_CONCURRENCY = 16
 READ_TIMEOUT_S = 15
@@ -312,7 +312,7 @@ def _object(bucket: str, entry: dict[str, Any]) -> Object:
 
 def _back_off(attempt: int) -> None:
     """Wait with exponential backoff and random jitter, so that many clients do not retry at the same time."""
-    until = time.monotonic() + min(MAX_WAIT, 2.0**attempt) * random.uniform(0.5, 1.0)
+    until = time.monotonic() + min(MAX_BACKOFF_S, 2.0**attempt) * random.uniform(0.5, 1.0)
     while time.monotonic() < until:
         poll()
         time.sleep(POLL_INTERVAL_S)
