@@ -146,7 +146,7 @@ def test_only_what_is_asked_for(stages: list[str], folds: list[int], left: list[
         (lambda: plan_of("fold=1"), "folds="),
         (lambda: plan_of("stage=split"), "stages="),
         (lambda: plan_of("seed=1", seeds=[2]), "give one of them"),
-        (lambda: plan_of(seeds=[2, 2]), "twice"),
+        (lambda: plan_of(seeds=[2, 2]), "seeds=2,2"),
         (lambda: make_plan(ALL, run="../r"), "run='../r'"),
         (lambda: make_plan(ALL, run="r", recipe="dmeo"), "demo"),
         (lambda: make_plan(ALL, run="r", recipe="nowhere.toml"), "nowhere"),
