@@ -199,7 +199,7 @@ def test_the_regexes_read_what_the_log_says() -> None:
         assert re.search(metric["Regex"], logline.metric_line(None, {"epoch": 1})) is None
 
 
-@pytest.mark.parametrize("run", ["first", "run_20261122_005101_0a1b2c3d", "a" * 200, "x.y_z", "9" * 30 + "-"])
+@pytest.mark.parametrize("run", ["first", "run_20261122_005101_0a1b2c3d", "a" * 149, "x.y_z", "9" * 30 + "-"])
 def test_names_of_jobs_are_short_enough_and_told_apart(run: str) -> None:
     plans = [plan_of(run=name, seeds=[42, 123456]) for name in (run, f"{run}0")]
     names = [request["TrainingJobName"] for plan in plans for request in validated_requests(plan).values()]
