@@ -11,7 +11,7 @@ import ctypes, sys, threading, time
 from fivefold import stopping
 from fivefold.errors import StoppedError
 
-stopping.SECONDS_UNTIL_HUNG = 0.5
+stopping.HANG_TIMEOUT_S = 0.5
 try:
     with stopping.noted(watched=True):
         print("ready", flush=True)
@@ -49,7 +49,7 @@ def test_what_a_forked_worker_is_sent_does_not_end_its_parent() -> None:
 import os, signal, sys, time
 from fivefold import stopping
 
-stopping.SECONDS_UNTIL_HUNG = 0.2
+stopping.HANG_TIMEOUT_S = 0.2
 with stopping.noted(watched=True):
     worker = os.fork()
     if not worker:

@@ -1,4 +1,4 @@
-"""The one look-up by name: names become things through a dict literal, and a miss is explained."""
+"""Look up a registry entry by name, and suggest the nearest name if there is none."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def choose(table: Mapping[str, T], kind: str, name: str) -> T:
-    """The entry of `table` called `name`; otherwise a SettingsError that lists what there is."""
+    """Return the entry of `table` called `name`; raise a SettingsError that lists the known names if there is none."""
     if name in table:
         return table[name]
     known = ", ".join(sorted(table))
@@ -18,7 +18,7 @@ def choose(table: Mapping[str, T], kind: str, name: str) -> T:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known name, or nothing when none is near."""
+    """Return `; did you mean 'x'?` for the nearest known name, or an empty text if none is near."""
     spelled = {other.lower(): other for other in known}
-    near = get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.6)
-    return f"; did you mean {spelled[near[0]]!r}?" if near else ""
+    matches = get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.6)
+    return f"; did you mean {spelled[matches[0]]!r}?" if matches else ""

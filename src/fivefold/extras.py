@@ -1,4 +1,4 @@
-"""Packages that only some runs need: asked for by name, and missed with a word on how to get them."""
+"""Check that optional packages are installed."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -7,10 +7,10 @@ from fivefold.errors import SettingsError
 
 
 def need(packages: Sequence[str], extra: str, wanted: str) -> None:
-    """Raises a SettingsError unless all `packages` can be imported; `wanted` is the setting that asked, `extra` has them."""
-    absent = [name for name in packages if find_spec(name) is None]
-    if absent:
+    """Raise a SettingsError unless all `packages` can be imported. The setting `wanted` needs them; the extra `extra` installs them."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
         raise SettingsError(
-            f"{wanted} needs {' and '.join(absent)}, which this environment lacks: pip install 'fivefold[{extra}]' "
+            f"{wanted} needs {' and '.join(missing)}, not installed here: pip install 'fivefold[{extra}]' "
             f"(from the repository: pip install '.[{extra}]')"
         )

@@ -1,4 +1,4 @@
-"""What the machine offers a process: its cores, its memory, and how both are used."""
+"""CPU cores, memory and process options of this machine."""
 
 import ctypes
 import math
@@ -13,13 +13,13 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 """An option of Linux's prctl(2)."""
 GLIBC_TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1"
-"""The variable of this name by which glibc keeps freed memory, and takes it in huge pages; the image sets it too.
+"""Value of the variable of this name: glibc keeps freed memory, and uses huge pages. The image sets it too.
 
 A training step on a CPU frees and allocates the same tensors again and again. By default glibc
-maps each large one afresh, and the kernel zeroes every page of it: a quarter of a small network's step.
+maps each large tensor again, and the kernel zeroes every page of it. This takes a quarter of a small network's step.
 """
 TICK = 0.01
-"""Seconds in which Linux counts the time of a CPU."""
+"""Resolution in seconds of Linux's CPU times."""
 CGROUPS = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux keeps shared memory. A container has 64 MB of it unless it is started with more."""
@@ -27,63 +27,66 @@ CGROUP_LIMITS = (CGROUPS / "memory.max", CGROUPS / "memory/memory.limit_in_bytes
 
 
 def count_cores() -> int:
-    """The cores that this process may use, with a container's limit on CPU time observed."""
-    there, limit = count_cpus(), cpu_limit()
-    return there if limit is None else min(there, max(1, math.ceil(limit)))
+    """Return the number of cores that this process may use, within a container's limit on CPU time."""
+    cpus, limit = count_cpus(), cpu_limit()
+    return cpus if limit is None else min(cpus, max(1, math.ceil(limit)))
 
 
 def count_cpus() -> int:
-    """The CPUs that this process may run on, whatever share of their time it has."""
+    """Return the number of CPUs that this process may run on, without regard to a limit on CPU time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_limit(cgroups: Path = CGROUPS) -> float | None:
-    """Seconds of CPU time a second that the container's cgroup (version 2 or 1) allows, None without a limit."""
-    own, *given = _words_of(cgroups / "cpu.max").split() or [
-        _words_of(cgroups / "cpu/cpu.cfs_quota_us"),
-        _words_of(cgroups / "cpu/cpu.cfs_period_us"),
+    """Return the CPU seconds per second that the container's cgroup (version 2 or 1) allows, or None without a limit."""
+    quota, *period = _read_text(cgroups / "cpu.max").split() or [
+        _read_text(cgroups / "cpu/cpu.cfs_quota_us"),
+        _read_text(cgroups / "cpu/cpu.cfs_period_us"),
     ]
-    return int(own) / int(given[0]) if own.isdigit() else None  # "max", "-1": no limit
+    return int(quota) / int(period[0]) if quota.isdigit() else None  # "max", "-1": no limit
 
 
 def start_no_more_threads(environ: MutableMapping[str, str]) -> None:
-    """Has libraries that load later start as many threads as a limit on CPU time lets run, where the user does not say it.
+    """Set OMP_NUM_THREADS to the cores that a limit on CPU time allows, unless the user has set it.
 
-    They count the machine's cores, and threads beyond the limit have all of them stand still for the rest of each period.
+    Libraries that load later count the machine's cores. If more threads run than the limit allows, the kernel halts all of them for the
+    rest of each period.
     """
     if cpu_limit() is not None:
         environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
 
 
 def seconds_of_others() -> float:
-    """CPU seconds that all but this process have taken so far on the CPUs that it may use, in steps of TICK for each of them."""
+    """Return the CPU seconds that other processes have used so far on this process's CPUs, in steps of TICK for each CPU."""
     import psutil
 
-    each = psutil.cpu_times(percpu=True)
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(each))
-    idle = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in the user's too
-    busy = sum(sum(each[cpu]) - sum(getattr(each[cpu], name, 0.0) for name in idle) for cpu in own if cpu < len(each))
+    times = psutil.cpu_times(percpu=True)
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))
+    idle = ("idle", "iowait", "guest", "guest_nice")  # user time already includes guest time
+    busy = sum(
+        sum(times[cpu]) - sum(getattr(times[cpu], name, 0.0) for name in idle) for cpu in cpus if cpu < len(times)
+    )
     return busy - time.process_time()
 
 
 def cpu_name() -> str:
-    """What the CPU calls itself, or its architecture where it does not."""
+    """Return the CPU's model name, or its architecture if the system has no model name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def end_with(parent: str) -> None:
-    """Has Linux kill this process when its parent, the process `parent` by number, is gone; "" for no such wish."""
+    """Ask Linux to kill this process when its parent, the process id `parent`, is gone. An empty text: do nothing."""
     if not parent or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it was gone before
+    if os.getppid() != int(parent):  # the parent ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take, with a container's limit observed."""
+    """Return the bytes that this process may still allocate, within a container's limit."""
     import psutil
 
     free = psutil.virtual_memory().available
@@ -103,5 +106,5 @@ def free_shared_memory() -> int | None:
     return status.f_bavail * status.f_frsize
 
 
-def _words_of(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_text().strip() if path.is_file() else ""

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of long loops: a bar on a terminal, a line at intervals in a log."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from fivefold.stopping import poll
 
 T = TypeVar("T")
 log = logging.getLogger("fivefold")
-SECONDS_BETWEEN_LINES = 15.0
+LOG_INTERVAL_S = 15.0
 MIB = 2**20
 
 
@@ -19,25 +19,25 @@ def track(
     items: Iterable[T],
     total: int,
     label: str,
-    every: float = SECONDS_BETWEEN_LINES,
+    every: float = LOG_INTERVAL_S,
     bytes_of: Callable[[T], int] | None = None,
 ) -> Iterator[T]:
-    """`items` one by one, while their progress shows under `label` with the time left; a place to be stopped at.
+    """Yield the `items` and show their progress under `label` with the time left. Raise StoppedError after a stop signal.
 
-    In a log that is a line `every` so many seconds. `total` counts the items, or with `bytes_of` the bytes that they
-    stand for. Raises StoppedError, before an item is taken, when the process was told to stop.
+    A log gets a line `every` so many seconds. `total` is the number of items, or with `bytes_of` the sum of their bytes.
+    StoppedError is raised before an item is taken.
     """
-    if log.level > logging.INFO:  # told to be quiet, as a process is whose neighbour shows the same progress
+    if log.level > logging.INFO:  # quiet, e.g. on ranks above 0: rank 0 shows the same progress
         yield from stoppable(items)
         return
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        # A terminal that a container makes up may say that it is 0 wide, and the bar would not show.
-        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-        look = {"dynamic_ncols": True} if known else {"ncols": 80}
-        look |= {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if bytes_of else {}
-        with tqdm(total=total, desc=label, leave=False, **look) as bar:
+        # A container's pseudo-terminal may report a width of 0, and tqdm would show no bar.
+        has_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        options = {"dynamic_ncols": True} if has_width else {"ncols": 80}
+        options |= {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if bytes_of else {}
+        with tqdm(total=total, desc=label, leave=False, **options) as bar:
             for item in stoppable(items):
                 yield item
                 bar.update(bytes_of(item) if bytes_of else 1)
@@ -48,15 +48,15 @@ def track(
         now = time.monotonic()
         if done > 0 and now - last >= every:
             last = now
-            left = (now - start) / done * max(0, total - done)
+            seconds_left = (now - start) / done * max(0, total - done)
             amount = f"{done / MIB:.1f} of {total / MIB:.1f} MiB" if bytes_of else f"{done} of {total}"
-            log.info("%s: %s, %s left", label, amount, duration(left))
+            log.info("%s: %s, %s left", label, amount, duration(seconds_left))
         yield item
         done += bytes_of(item) if bytes_of else 1
 
 
 def stoppable(items: Iterable[T]) -> Iterator[T]:
-    """`items` one by one; StoppedError, before one is taken, when the process was told to stop."""
+    """Yield the `items`. Raise StoppedError, before an item is taken, if the process received a stop signal."""
     poll()
     for item in items:
         yield item
@@ -64,7 +64,7 @@ def stoppable(items: Iterable[T]) -> Iterator[T]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: `4.2 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Format seconds: `4.2 s`, `3 min 20 s`, `2 h 5 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM and SIGINT are noted, and long work asks between two of its items."""
+"""Stop on SIGTERM and SIGINT: a handler records the signal, and long loops check for it between two items."""
 
 import os
 import signal
@@ -9,35 +9,35 @@ from types import FrameType
 
 from fivefold.errors import StoppedError
 
-NOTED = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received: list[int] = []
-_heard = threading.Event()
-SECONDS_UNTIL_HUNG = 60.0
-"""From the signal to the next question, before the process is taken for one that hangs."""
+_polled = threading.Event()
+HANG_TIMEOUT_S = 60.0
+"""If no `poll` follows a signal within this many seconds, the process counts as hung."""
 
 
 def poll() -> None:
-    """Raises StoppedError if this process was told to stop; to be called wherever work can be left.
+    """Raise StoppedError if this process has received a stop signal. Call it wherever work can be interrupted.
 
-    In another thread than the main one nothing: who waits for that thread decides.
+    Does nothing outside the main thread: the code that waits for that thread decides.
     """
     if _received and threading.current_thread() is threading.main_thread():
-        _heard.set()
+        _polled.set()
         raise StoppedError(_received[0])
 
 
 @contextmanager
 def noted(at_once: bool = True, watched: bool = False) -> Iterator[None]:
-    """Notes SIGTERM and SIGINT while the block runs, for `poll`; a second one ends the process `at_once`.
+    """Record SIGTERM and SIGINT for `poll` while the block runs. With `at_once` a second signal ends the process immediately.
 
-    A `watched` process that does not ask within a minute ends too, with what it has kept: it waits for what never comes,
-    as for workers that are gone, or in a library for another process of its training.
+    A `watched` process that does not call `poll` within a minute also ends; the same command resumes from its last checkpoint.
+    It may wait forever, e.g. for workers that are gone, or in a library for another process of its training.
 
-    Not where its starter does that, and hands on what it is sent itself: who signals all of them then signals twice.
+    Set `at_once=False` if the parent handles signals and forwards its own: a signal to all processes then arrives twice.
 
-    As process 1 of a container a process that handles no signals is sent none, and would be killed
-    in the end. A signal that the process was started to ignore stays ignored; in a thread other
-    than the main one nothing is noted, since Python handles signals there alone.
+    The kernel sends process 1 of a container no signal that it does not handle, so the container would be killed
+    after its grace period. A signal that the process was started to ignore stays ignored. Outside the main thread
+    nothing is recorded, because Python handles signals only in the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,57 +45,60 @@ def noted(at_once: bool = True, watched: bool = False) -> Iterator[None]:
     owner = os.getpid()
 
     def note(number: int, _: FrameType | None) -> None:
-        if os.getpid() != owner:  # a loader's worker, which inherits this by fork, ends as any process does
+        if os.getpid() != owner:  # a loader worker inherited this handler by fork: use the default action
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif _received and at_once:
             os._exit(128 + number)
         elif not _received:
             _received.append(number)
-            # no logging: the signal may have come in the middle of a line of it
-            os.write(2, f"{signal.Signals(number).name}: stops as soon as all is kept (again: at once)\n".encode())
+            # no logging here: the signal may have interrupted a call of it
+            os.write(
+                2,
+                f"{signal.Signals(number).name} received: saving, then exiting (send again to quit at once)\n".encode(),
+            )
 
-    _heard.clear()
-    before = {number: signal.getsignal(number) for number in NOTED}
-    for number, handler in before.items():
+    _polled.clear()
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in previous.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, note)
     try:
         with _watch() if watched else nullcontext():
             yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        _heard.set()  # nobody waits any more
+        _polled.set()  # end the watch thread's wait
         _received.clear()
 
 
 @contextmanager
 def _watch() -> Iterator[None]:
-    """Has a thread know of each signal at once, also while this thread is in a library and runs no handler of Python's."""
+    """Pass each signal to a watch thread at once, even while the main thread is in a library and runs no Python handler."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watch = threading.Thread(target=_end_when_hung, args=(reader,), daemon=True)
     watch.start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
-        _heard.set()  # nobody waits any more
+        signal.set_wakeup_fd(previous)
+        _polled.set()  # end the watch thread's wait
         os.close(writer)
         watch.join()
         os.close(reader)
 
 
 def _end_when_hung(reader: int) -> None:
-    """Ends this process a minute after a signal as that would, unless it asks in time whether to stop."""
-    while told := os.read(reader, 1):
-        number = told[0]
-        if number in NOTED and not _heard.wait(SECONDS_UNTIL_HUNG):
-            os.write(2, b"no step since: ends with the last checkpoint; the same command goes on from there\n")
+    """End this process with the signal's exit code, a minute after it, unless the main thread calls `poll` before."""
+    while data := os.read(reader, 1):
+        number = data[0]
+        if number in SIGNALS and not _polled.wait(HANG_TIMEOUT_S):
+            os.write(2, b"no progress since the signal: exiting; the same command resumes from the last checkpoint\n")
             os._exit(128 + number)
 
 
-# what a forked worker is sent is not for its parent
+# a forked worker must not write its signals to its parent's pipe
 os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))

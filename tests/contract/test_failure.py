@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fivefold.contract.failure import (
-    FAILURE_CHARACTERS,
-    TERMINATION_BYTES,
+    MAX_MESSAGE_CHARS,
+    MAX_TERMINATION_BYTES,
     explained,
     report_failure,
     report_termination,
@@ -151,15 +151,15 @@ def test_a_mere_consequence_gives_way_to_the_cause(report: Callable[[BaseExcepti
 def test_a_long_message_fills_what_is_shown_and_no_more(tmp_path: Path):
     report_failure(tmp_path, DataError("ö" * 5000))
     text = (tmp_path / "failure").read_text(encoding="utf-8")
-    assert text[: FAILURE_CHARACTERS + 2] == "ö" * FAILURE_CHARACTERS + "\n\n"
+    assert text[: MAX_MESSAGE_CHARS + 2] == "ö" * MAX_MESSAGE_CHARS + "\n\n"
 
 
 @pytest.mark.parametrize("before", ["", "a"])
 def test_a_termination_log_fits_and_no_character_is_halved(log: Path, before: str):
-    report_termination({"TERMINATION_LOG": str(log)}, DataError(before + "ö" * TERMINATION_BYTES))
+    report_termination({"TERMINATION_LOG": str(log)}, DataError(before + "ö" * MAX_TERMINATION_BYTES))
     written = log.read_bytes()
-    assert TERMINATION_BYTES - 1 <= len(written) <= TERMINATION_BYTES
-    assert written.decode() == before + "ö" * ((TERMINATION_BYTES - len(before)) // 2)
+    assert MAX_TERMINATION_BYTES - 1 <= len(written) <= MAX_TERMINATION_BYTES
+    assert written.decode() == before + "ö" * ((MAX_TERMINATION_BYTES - len(before)) // 2)
 
 
 def test_a_report_that_cannot_be_written_hides_nothing(tmp_path: Path):

@@ -68,7 +68,7 @@ def test_ground_truth_has_a_variable_of_its_own_between_channel_and_folder(base:
 
 def test_a_missing_channel_is_told_with_its_variable(tmp_path: Path):
     found = job("train-fold", {"SM_CHANNEL_TRIAN": str(tmp_path), "SM_CHANNEL_FOLDS": str(tmp_path / "no")}, tmp_path)
-    with pytest.raises(MissingInputError, match=r"'train': set SM_CHANNEL_TRAIN to its folder \(given: folds, trian\)"):
+    with pytest.raises(MissingInputError, match=r"'train': set SM_CHANNEL_TRAIN .*: folds, trian\)"):
         found.channel("train")
     with pytest.raises(MissingInputError, match=r"channel 'folds': .*/no does not exist; check SM_CHANNEL_FOLDS"):
         found.optional_channel("folds")
@@ -124,7 +124,7 @@ def test_configuration_that_is_no_map_is_named(text: str | bytes, base: Path, tm
         path = base / "input" / "config" / f"{name}.json"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         environ = {"SAGEMAKER_BASE_DIR": str(base)}
-        with pytest.raises(SettingsError, match=rf"{name}\.json (is not JSON|holds)"):
+        with pytest.raises(SettingsError, match=rf"{name}\.json (is not JSON|\w+ \w+, not a map)"):
             hyperparameters(environ) if name == "hyperparameters" else job("split", environ, tmp_path)
         path.unlink()
 

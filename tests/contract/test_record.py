@@ -88,11 +88,12 @@ def test_other_code_or_packages_are_told_refused_or_passed_over(field: str, spli
     write_text(path, json.dumps(record | {field: old}))
     key, roots = key_of(split, SETTINGS), output_roots(split)
     news = {"packages": f"torch 1.0 -> {package_versions()['torch']}", "code": f"code 0.1.0+0 -> {code_version()}"}
-    assert why_run(split.output(), key, roots, "strict") == f"made by other code or packages: {news[field]}"
+    assert (why_run(split.output(), key, roots, "strict") or "").endswith(f": {news[field]}")
     assert why_run(split.output(), key, roots, "force") is None
     assert not caplog.records
     assert why_run(split.output(), key, roots) is None
-    assert f"{path} was made by other code or packages ({news[field]})" in caplog.text
+    assert str(path) in caplog.text
+    assert f"({news[field]})" in caplog.text
 
 
 def test_the_record_says_what_was_done_with_what(split: Job):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.contract.files import MOST_OF_A_FILE, MOST_OF_A_TABLE
+from fivefold.contract.files import MAX_FILE_BYTES, MAX_TABLE_BYTES
 from fivefold.data.given import AnywhereStore
 from fivefold.data.store import FolderStore, ImageStore, ZipStore, open_store
 from fivefold.errors import DataError, MissingInputError
@@ -60,7 +60,7 @@ def test_a_folder_and_its_zip_hold_the_same_files(store: ImageStore) -> None:
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/passwd"])
 def test_no_name_leads_out_of_the_root(store: ImageStore, name: str) -> None:
-    with pytest.raises(DataError, match="leads out"):
+    with pytest.raises(DataError, match=f"path '{name}'"):
         store.read(name)
     with pytest.raises(DataError, match=r"a/9\.bin"):
         store.read("a/9.bin")
@@ -153,13 +153,13 @@ def test_a_file_larger_than_memory_may_hold_is_refused_before_it_is_read(tmp_pat
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.jpg", bytes(2**20))
     packed, size = (tmp_path / "bomb.zip").read_bytes(), struct.pack("<I", 2**20)
-    (tmp_path / "bomb.zip").write_bytes(packed.replace(size, struct.pack("<I", MOST_OF_A_FILE + 1)))
+    (tmp_path / "bomb.zip").write_bytes(packed.replace(size, struct.pack("<I", MAX_FILE_BYTES + 1)))
     (tmp_path / "files").mkdir()
-    for name, most in (("bomb.jpg", MOST_OF_A_FILE), ("bomb.CSV", MOST_OF_A_TABLE)):
+    for name, most in (("bomb.jpg", MAX_FILE_BYTES), ("bomb.CSV", MAX_TABLE_BYTES)):
         with open(tmp_path / "files" / name, "wb") as file:
             file.truncate(most + 1)
     for path, name in (("bomb.zip", "bomb.jpg"), ("files", "bomb.jpg"), ("files", "bomb.CSV")):
-        with pytest.raises(DataError, match=r"bomb\.(jpg|CSV) has [0-9,]+ bytes, and at most"):
+        with pytest.raises(DataError, match=r"bomb\.(jpg|CSV) has [0-9,]+ bytes"):
             open_store(tmp_path / path).read(name)
 
 

@@ -106,10 +106,10 @@ def test_hosts_that_cannot_be_are_told(environ: dict[str, str], message: str) ->
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"RANK": "4", "WORLD_SIZE": "4", **MET}, "RANK=4 is out of range: WORLD_SIZE=4 counts from 0 to 3"),
+        ({"RANK": "4", "WORLD_SIZE": "4", **MET}, "RANK=4 is out of range: .*WORLD_SIZE=4 .* 0 to 3"),
         ({"RANK": "0", "WORLD_SIZE": "x", **MET}, "WORLD_SIZE=x is not a whole number from 1"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **MET}, "LOCAL_RANK=1 is out of range: LOCAL_WORLD_SIZE=1"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "meet at MASTER_ADDR and MASTER_PORT: set both"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT: set both"),
     ],
 )  # fmt: skip
 def test_places_that_cannot_be_are_told(environ: dict[str, str], message: str) -> None:

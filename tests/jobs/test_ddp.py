@@ -152,7 +152,7 @@ def test_stopped_or_with_one_killed_all_end_and_the_same_command_goes_on(struck,
         assert failure(tmp_path).startswith(f"process {struck} of 2 was killed by SIGKILL")
     else:
         assert process.returncode == 143, said
-        assert said.count("stopped by SIGTERM: the same command goes on from here") == 2
+        assert said.count("stopped by SIGTERM") == 2
         assert not (tmp_path / "failure").exists()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not (tmp_path / "model" / "stage.json").exists()
@@ -235,7 +235,7 @@ def test_a_signal_to_one_host_stops_both_and_a_lost_one_is_75(world, tmp_path):
     started[1].kill()
     said = [process.communicate(timeout=SECONDS_TO_END)[1] for process in started]
     assert started[0].returncode == 75, said
-    assert "a process that trains with this one is gone" in failure(tmp_path / "host-0")
+    assert " is gone" in failure(tmp_path / "host-0")
 
 
 @pytest.mark.slow

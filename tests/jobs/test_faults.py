@@ -115,7 +115,7 @@ def test_told_to_stop_at_a_random_instant_it_is_143_and_goes_on_to_the_same_byte
     slowest[f"{stage} {phase} {seed}"] = seconds_since_strike(tmp_path)
     assert code == 143, said
     assert slowest[f"{stage} {phase} {seed}"] < SECONDS_TO_STOP
-    assert said.rstrip().endswith("stopped by SIGTERM: the same command goes on from here")
+    assert "stopped by SIGTERM" in said.rstrip().splitlines()[-1]
     assert not (tmp_path / "failure").exists()
     code, said = struck(world, tmp_path, stage)
     assert code == 0, said

@@ -371,5 +371,5 @@ def test_images_that_changed_since_the_split_are_no_truth(shop, products, tmp_pa
 def test_a_disk_too_small_for_the_model_is_told_before_training(shop, tiny_disk):
     assert run_stage(shop, "train-fold", tiny_disk, "FOLD=0", *TRAINING, "train.epochs=1000000") == 75
     message = failure(tiny_disk).split("\n")[0]
-    assert re.search(r"has 0\.\d MiB free, and what this stage writes takes about 4\.\d MiB: free some", message)
+    assert re.search(r"has 0\.\d MiB free, .* 4\.\d MiB: free some", message)
     assert not list((tiny_disk / "model").iterdir())

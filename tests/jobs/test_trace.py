@@ -64,11 +64,11 @@ def move_channel(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_weights, "fold-1/model/model.safetensors: changed since it was made"),
+        (change_weights, "fold-1/model/model.safetensors: changed since"),
         (change_image, "id/3.png is not the file that the split saw"),
         (lambda root: (root / "fold-0" / "model" / "oof.parquet").unlink(), "fold-0/model/oof.parquet: missing"),
         (change_test_table, "its channel 'eval'"),
-        (move_channel, "stage.json: its channel 'eval' is no longer there"),
+        (move_channel, "stage.json: its channel 'eval' is"),
     ],
 )
 def test_what_is_no_longer_as_it_was_is_named(change, message, world, capsys):
@@ -83,8 +83,8 @@ def test_what_is_no_longer_as_it_was_is_named(change, message, world, capsys):
         ([], 64, "trace takes one path"),
         (["--chek"], 64, "trace takes one path"),
         (["{}/nowhere"], 66, "does not exist"),
-        (["{}/train/id/1.png"], 66, "no stage left a record"),
-        (["{}"], 66, "no stage left a record"),
+        (["{}/train/id/1.png"], 66, "/train/id/1.png; give a stage's folder"),
+        (["{}"], 66, "(stage.json)"),
         (["{}/broken/stage.json"], 65, "is not JSON"),
         (["{}/old/stage.json"], 65, "cannot be traced, it has no key, sources, roots, inputs, outputs"),
         (["{}/odd/stage.json"], 65, "cannot be traced, it has no sources: run its stage again"),

@@ -172,7 +172,7 @@ def test_a_drained_pod_has_not_failed(cluster: Cluster, capsys: pytest.CaptureFi
     cluster.script(train_folds={"1": [drained] * 3 + [{"code": 0}]})
     assert launch(cluster) == 0
     said = capsys.readouterr().err
-    assert said.count("stopped, a new pod goes on: exit code 137: 16:20:16 INFO    fold 1: epoch 4\n") == 3
+    assert len(re.findall("stopped, a new pod .*: exit code 137: 16:20:16 INFO    fold 1: epoch 4\n", said)) == 3
     assert "failed" not in said
 
 
@@ -213,7 +213,8 @@ def test_a_signal_ends_the_following_and_not_the_jobs(cluster: Cluster) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130, said
-    assert f"no longer followed: {FOLDS} of r" in said
+    assert "no longer follow" in said
+    assert f"{FOLDS} of r" in said
     assert "kubectl delete jobs --selector app.kubernetes.io/instance=r" in said
     assert cluster.calls("delete") == []
 
@@ -229,8 +230,8 @@ def test_a_signal_ends_the_following_and_not_the_jobs(cluster: Cluster) -> None:
     (cluster.folder / "go").touch()
     printed, said = again.communicate(timeout=60)
     assert again.returncode == 0, said
-    assert "fivefold-r-split is there and done: skipped" in said
-    assert f"{FOLDS} is there and runs: it is followed" in said
+    assert re.search("fivefold-r-split .* done: skipped", said)
+    assert re.search(f"{FOLDS} .* runs: .*follow", said)
     assert "the run is in /runs/r of the claim fivefold" in printed
     assert "[fold-" not in said, "what is in the log already is said no second time"
     assert {name: cluster.log(name) for name in ("fold-0", "fold-1")} == {
@@ -342,23 +343,25 @@ def test_a_cluster_that_is_away_for_a_while_is_asked_again(
     cluster.be_away(first, first + 2)
     assert launch(cluster, select(plan_of(cluster), ["split"])) == 0
     said = capsys.readouterr().err
-    assert said.count("asking again") == said.count("fivefold-r-split: applied") == said.count("split: done") == 1
+    assert said.count(" again\n") == said.count("fivefold-r-split: applied") == said.count("split: done") == 1
 
 
 def test_a_cluster_that_stays_away_is_worth_another_try(
     cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler, "POLLS_IN_VAIN", 3)
+    monkeypatch.setattr(scheduler, "MAX_FAILED_POLLS", 3)
     cluster.be_away(1, 999)
     with pytest.raises(RetryableError, match="did you specify the right host or port"):
         launch(cluster)
     said = capsys.readouterr().err
-    assert "no longer followed" not in said, "nothing was applied"
+    assert "no longer follow" not in said, "nothing was applied"
     cluster.be_away(len(cluster.calls("get")) + 6, 999)
     with pytest.raises(RetryableError, match="did you specify the right host or port"):
         launch(cluster)
     assert set(cluster.jobs()) == {"split"}
-    assert "no longer followed: fivefold-r-split of r in the cluster" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no longer follow" in said
+    assert "fivefold-r-split of r in the cluster" in said
 
 
 def test_ctrl_c_is_heard_while_the_cluster_is_away(cluster: Cluster) -> None:

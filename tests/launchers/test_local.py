@@ -84,9 +84,9 @@ def test_folds_stand_side_by_side_one_a_gpu_or_one_a_core_while_memory_lasts(ima
         ([], 64, 1 << 40, 3),
         ([], 1, 1 << 40, 1),
         ([], 64, 1 << 30, 1),
-        ([], 64, int(2.5 * local.MEMORY_OF_A_FOLD), 2),
+        ([], 64, int(2.5 * local.FOLD_MEMORY_BYTES), 2),
         ([], 2, 1 << 40, 3),  # two, then one, would leave a core idle
-        ([], 2, int(2.5 * local.MEMORY_OF_A_FOLD), 2),
+        ([], 2, int(2.5 * local.FOLD_MEMORY_BYTES), 2),
     ):
         monkeypatch.setattr(local, "count_cores", lambda cores=cores: cores)
         monkeypatch.setattr(local, "free_memory", lambda memory=memory: memory)
@@ -222,5 +222,5 @@ def test_models_of_another_plan_in_the_run_are_refused_by_name(tmp_path: Path) -
     for name in ("fold-0", "fold-1-seed-43"):
         (tmp_path / "r" / name / "model").mkdir(parents=True)
         (tmp_path / "r" / name / "model" / "model.json").write_text("{}")
-    with pytest.raises(SettingsError, match=r"this plan does not have: fold-1-seed-43;"):
+    with pytest.raises(SettingsError, match=r": fold-1-seed-43;"):
         local.refuse_strangers(plan)

@@ -199,7 +199,7 @@ def test_the_regexes_read_what_the_log_says() -> None:
         assert re.search(metric["Regex"], logline.metric_line(None, {"epoch": 1})) is None
 
 
-@pytest.mark.parametrize("run", ["first", "run_20261122_005101_0a1b2c3d", "a" * 200, "x.y_z", "9" * 30 + "-"])
+@pytest.mark.parametrize("run", ["first", "run_20261122_005101_0a1b2c3d", "a" * 149, "x.y_z", "9" * 30 + "-"])
 def test_names_of_jobs_are_short_enough_and_told_apart(run: str) -> None:
     plans = [plan_of(run=name, seeds=[42, 123456]) for name in (run, f"{run}0")]
     names = [request["TrainingJobName"] for plan in plans for request in validated_requests(plan).values()]
@@ -250,7 +250,7 @@ def test_a_request_that_the_service_would_refuse(path: str, value: Any, names: s
         ("input_mode=FastFile", "gt.csv"),
         ("environment={STAGE='split'}", "STAGE"),
         ("stages.evaluate.instance_type=ml.g5.large", "CreateTrainingJob of evaluate.*'ml.g5.large'"),
-        ("max_cost=10", "price of split"),
+        ("max_cost=10", "max_cost=10 .*price.* of split"),
         ("max_cost=10 price=1", r"up to 264\.00, above sagemaker.max_cost=10"),
         ("spot=true keep_alive_minutes=5", "spot and keep_alive_minutes"),
         ("max_wait_hours=5", "max_wait_hours=5"),
@@ -344,7 +344,7 @@ def test_a_pipeline_takes_values_of_variables_as_parameters() -> None:
         assert (variables["API_TOKEN"], variables["N"]) == ({"Get": "Parameters.API_TOKEN"}, {"Get": "Parameters.N"})
         assert variables["STAGE"] in STAGES
     differing = plan_of("sagemaker.environment={N=4}", "sagemaker.stages.split.environment={N=55555}")
-    with pytest.raises(SettingsError, match="sets N to other values") as caught:
+    with pytest.raises(SettingsError, match="sets N to") as caught:
         launch.describe_pipeline(differing)
     assert "55555" not in str(caught.value)
 

@@ -137,7 +137,7 @@ def test_a_fold_that_fails_stops_what_needs_it(image, project: Project, tool):
     docker("wait", project.container("pipeline-fold-2"))
     assert (project.runs / "first" / "fold-2" / "model" / "stage.json").is_file(), "the others go on"
     assert not (project.runs / "first" / "ensemble").exists()
-    assert "which fold" not in text
+    assert "give FOLD=" not in text
 
 
 @pytest.mark.docker

@@ -1,4 +1,4 @@
-"""Finding what an earlier stage made, as folders or inside the tarballs that SageMaker makes."""
+"""Find the results of earlier stages in folders and in SageMaker's tarballs."""
 
 import hashlib
 import os
@@ -38,23 +38,23 @@ from fivefold.contract.stages import (
 from fivefold.errors import DataError, MissingInputError
 
 TARBALLS = ("model.tar.gz", "output.tar.gz")
-KEYED_FILES = {
+HASHED_FILES = {
     "folds": (FOLDS, CLASSES),
     "model": (WEIGHTS, MODEL, OOF, HOLDOUT, TRAIN_LOG),
     "ensemble": (ENSEMBLE,),
 }
-"""Of these channels only these files make a key: the folder around them may hold more."""
+"""The only files of these channels that enter a key. Other files in the folder do not count."""
 
-KEYED_FOR = {("evaluate", "folds"): (OVERLAP, SPLIT_SUMMARY)}
-"""Files that make the key of one stage too: the split writes them for it alone, and they change no other result."""
+EXTRA_HASHED_FILES = {("evaluate", "folds"): (OVERLAP, SPLIT_SUMMARY)}
+"""Additional files that enter the key of one stage. Only this stage reads them, so they change no other result."""
 COMPARED = (".csv", ".parquet", ENSEMBLE, MODEL)
-"""Of a run only these files are compared."""
-TRUTH = tuple(f"/{name}" for name in TRUTHS)
-"""Files that lie beside test images, and that no stage reads which predicts them."""
-CHECKED = (WEIGHTS, MODEL, OOF, HOLDOUT)
+"""The only files of a run that `compare` reads."""
+GROUND_TRUTH_ENDINGS = tuple(f"/{name}" for name in TRUTHS)
+"""Ground-truth files beside test images. Stages that predict these images do not read them."""
+VERIFIED_FILES = (WEIGHTS, MODEL, OOF, HOLDOUT)
 """Files of a model that later stages read."""
 
-DESCRIBED = {
+REQUIRED_KEYS = {
     "role": str,
     "system": str,
     "seed": int,
@@ -68,27 +68,27 @@ DESCRIBED = {
     "settings": dict,
     "precision": str,
 }
-"""What `model.json` says at least, and in which type."""
+"""The required keys of `model.json`, and their types."""
 
 
 @dataclass(frozen=True)
 class ModelDir:
-    """A trained model's folder, and what its `model.json` says of it."""
+    """A trained model's folder, and the contents of its `model.json`."""
 
     path: Path
     info: dict[str, Any]
     shown: Path | None = None
-    """What messages call it: its `model.json`, or the tarball that it comes from."""
+    """The path for messages: its `model.json`, or the tarball that contains it."""
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """(role, system, seed, fold): no two models of a channel share it."""
+        """Return (role, system, seed, fold), which is unique among the models of a channel."""
         fold = self.info["fold"]
         return self.info["role"], self.info["system"], self.info["seed"], -1 if fold is None else fold
 
     @property
     def system(self) -> str:
-        """The system that it belongs to in an ensemble; a student is one of its own."""
+        """Return the system that the model belongs to in an ensemble. A student is a separate system."""
         return f"{self.info['system']} (student)" if self.info["role"] == "student" else self.info["system"]
 
     @property
@@ -99,115 +99,118 @@ class ModelDir:
 
 
 def roots(folder: Path, scratch: Path) -> dict[Path, Path]:
-    """The folder, and one below `scratch` for each tarball in it; each with where it is from, to name in messages."""
+    """Return the folder, and a folder below `scratch` for each tarball in it. The values are their origins, for messages."""
     tarballs = [path for path in tree_files(folder) if path.name in TARBALLS]
-    return {folder: folder} | {_unpacked(path, scratch): path for path in tarballs}
+    return {folder: folder} | {_unpack(path, scratch): path for path in tarballs}
 
 
 def locate(job: Job, channel: str, name: str) -> Path:
-    """The one file `name` anywhere in `channel`; several with different bytes are an error."""
-    found = _named(job.channel(channel), job.scratch, name)
-    if not found:
+    """Return the only file `name` anywhere in `channel`. Raise a DataError if there are several with different bytes."""
+    paths = _find_with_origin(job.channel(channel), job.scratch, name)
+    if not paths:
         raise MissingInputError(f"no {name} below the channel {channel!r} ({job.channel(channel)})")
-    return _only(found, name, job.channel(channel))
+    return _only(paths, name, job.channel(channel))
 
 
-def _only(found: Mapping[Path, Path], name: str, folder: Path) -> Path:
-    """The first of files that must all have the same bytes."""
-    if len({sha256(path) for path in found}) > 1:
-        listed = ", ".join(str(shown) for shown in list(found.values())[:4])
+def _only(paths: Mapping[Path, Path], name: str, folder: Path) -> Path:
+    """Return the first of `paths`; raise a DataError unless all have the same bytes."""
+    if len({sha256(path) for path in paths}) > 1:
+        listed = ", ".join(str(shown) for shown in list(paths.values())[:4])
         raise DataError(f"several different {name} below {folder}: {listed}; give the folder of one run")
-    return next(iter(found))
+    return next(iter(paths))
 
 
 def locate_all(folder: Path, scratch: Path, name: str) -> list[Path]:
-    """Every file `name` below a folder, in the order of their paths."""
-    return list(_named(folder, scratch, name))
+    """Return all files `name` below a folder, sorted by path."""
+    return list(_find_with_origin(folder, scratch, name))
 
 
 def find_models(folder: Path, scratch: Path) -> list[ModelDir]:
-    """The fold models below a folder; or its students, when it holds nothing else. Tarballs are unpacked to `scratch`.
+    """Return the fold models below a folder, or the students if there are no fold models. Unpack tarballs to `scratch`.
 
-    Sorted by system, seed and fold; one that lies there twice (as a folder and in its tarball) is
-    one model. Raises MissingInputError when there is no model at all, DataError for one that is
-    not finished, and for two different models of the same fold.
+    Models are sorted by system, seed and fold. Identical copies (a folder and its tarball) count as
+    one model. Raise a MissingInputError if there is no model, a DataError if a model is
+    not finished or if two models of the same fold differ.
     """
-    every = [ModelDir(p.parent, _model_info(p, shown), shown) for p, shown in _named(folder, scratch, MODEL).items()]
-    folds = [model for model in every if model.info["role"] == "fold"]
-    found: dict[tuple[Any, ...], ModelDir] = {}
-    for model in folds or every:
+    models = [
+        ModelDir(p.parent, _model_info(p, shown), shown)
+        for p, shown in _find_with_origin(folder, scratch, MODEL).items()
+    ]
+    folds = [model for model in models if model.info["role"] == "fold"]
+    unique: dict[tuple[Any, ...], ModelDir] = {}
+    for model in folds or models:
         _check_finished(model)
-        other = found.setdefault(model.identity, model)
+        other = unique.setdefault(model.identity, model)
         if not _same_bytes(model, other):
-            raise DataError(f"{other.shown} and {model.shown} are both {model.name}, and differ; leave one of them out")
-    if not found:
+            raise DataError(f"{other.shown} and {model.shown} are both {model.name}, but differ; remove one of them")
+    if not unique:
         raise MissingInputError(f"no model below {folder}: looked for **/{MODEL} and **/model.tar.gz")
-    return sorted(found.values(), key=lambda model: model.identity)
+    return sorted(unique.values(), key=lambda model: model.identity)
 
 
 def model_at(folder: Path) -> ModelDir:
-    """The finished model in a folder that settings name; errors as for a channel's."""
+    """Return the finished model in a folder that settings name. Errors as in `find_models`."""
     path = folder / MODEL
     if not path.is_file():
-        raise MissingInputError(f"{folder} holds no {MODEL}: give the folder of a trained model")
+        raise MissingInputError(f"{folder} contains no {MODEL}: give the folder of a trained model")
     model = ModelDir(folder, _model_info(path, path), path)
     _check_finished(model)
     return model
 
 
 def check_split(models: Sequence[ModelDir], split: Path) -> None:
-    """Raises a DataError unless the models were trained on the split at this path."""
+    """Raise a DataError unless the models were trained on the split at this path."""
     digest = sha256(split)
     for model in models:
         if model.info["split"] != digest:
-            raise DataError(f"{model.name} was trained on another split than {split}")
+            raise DataError(f"{model.name} was trained on a different split than {split}")
 
 
 def find_predictions(folder: Path, scratch: Path) -> dict[str, Path]:
-    """The files of a predictions channel that go together, of predictions.parquet, holdout.parquet, ensemble.json.
+    """Return predictions.parquet, holdout.parquet and ensemble.json of one folder in a predictions channel, by name.
 
-    A lone submission CSV takes the place of predictions.parquet; `folder` may be such a file itself.
-    Raises MissingInputError when there is neither, DataError when there are several.
+    A single submission CSV replaces predictions.parquet; `folder` may itself be such a file.
+    Raise a MissingInputError if there is neither, a DataError if there are several.
     """
     if folder.suffix in (".parquet", ".csv"):
         return {PREDICTIONS: folder}
     for name in (PREDICTIONS, HOLDOUT):
-        if found := _named(folder, scratch, name):
-            parent = _only(found, name, folder).parent
-            beside = {other: parent / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
-            return {other: path for other, path in beside.items() if path.is_file()}
+        if paths := _find_with_origin(folder, scratch, name):
+            parent = _only(paths, name, folder).parent
+            candidates = {other: parent / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
+            return {other: path for other, path in candidates.items() if path.is_file()}
     return {PREDICTIONS: _submission(folder, scratch)}
 
 
 def channel_digest(channel: str, folder: Path, scratch: Path, settings: Mapping[str, Any], stage: str = "") -> str:
-    """The digest of what a `stage` with these (flat) settings reads of a channel: of certain files, or of the whole folder.
+    """Return the digest of the files that a `stage` with these (flat) settings reads from a channel.
 
-    A split that opens no image reads tables (a .zip counts as one) and, of all other files, only their names.
+    With split.open_images=false the split reads tables (a .zip counts as one), and only the names of other files.
     """
     if channel == "model":
-        return _digest([model.path / name for model in find_models(folder, scratch) for name in KEYED_FILES["model"]])
+        return _digest([model.path / name for model in find_models(folder, scratch) for name in HASHED_FILES["model"]])
     if channel == "predictions":
         return _digest(list(find_predictions(folder, scratch).values()))
-    if channel in KEYED_FILES:
-        names = (*KEYED_FILES[channel], *KEYED_FOR.get((stage, channel), ()))
-        return _digest([path for name in names for path in _named(folder, scratch, name)])
+    if channel in HASHED_FILES:
+        names = (*HASHED_FILES[channel], *EXTRA_HASHED_FILES.get((stage, channel), ()))
+        return _digest([path for name in names for path in _find_with_origin(folder, scratch, name)])
     if channel == "runs":
         return tree_sha256(folder, without=(RECORD,), only=COMPARED)
-    without = (RECORD, *TRUTH) if channel == "eval" else (RECORD,)
+    without = (RECORD, *GROUND_TRUTH_ENDINGS) if channel == "eval" else (RECORD,)
     tables = (".csv", ".zip", str(settings.get("data.table", "")).lower() or ".csv")
     return tree_sha256(folder, without=without, only=("",) if settings.get("split.open_images", True) else tables)
 
 
 def _submission(folder: Path, scratch: Path) -> Path:
-    """The only CSV of a predictions channel, sample submissions aside."""
+    """Return the only CSV of a predictions channel that is not a sample submission."""
     files = [path for root in roots(folder, scratch) for path in tree_files(root) if path.suffix.lower() == ".csv"]
-    found = [path for path in files if not is_sample(path.name)]
-    if not found:
+    submissions = [path for path in files if not is_sample(path.name)]
+    if not submissions:
         raise MissingInputError(f"no {PREDICTIONS}, {HOLDOUT} or submission CSV below {folder}")
-    if len(found) > 1:
-        listed = ", ".join(str(path) for path in found[:4])
-        raise DataError(f"several CSVs below {folder}: {listed}; give the submission itself")
-    return found[0]
+    if len(submissions) > 1:
+        listed = ", ".join(str(path) for path in submissions[:4])
+        raise DataError(f"several CSVs below {folder}: {listed}; give the path of the submission")
+    return submissions[0]
 
 
 def _digest(paths: Sequence[Path]) -> str:
@@ -218,8 +221,8 @@ def _digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _named(folder: Path, scratch: Path, name: str) -> dict[Path, Path]:
-    """Every file `name` below `folder`, each with what messages call it: itself, or the tarball that it comes from."""
+def _find_with_origin(folder: Path, scratch: Path, name: str) -> dict[Path, Path]:
+    """Return all files `name` below `folder`, each with its path for messages: its own, or that of its tarball."""
     return {
         path: path if origin == root else origin
         for root, origin in roots(folder, scratch).items()
@@ -229,29 +232,31 @@ def _named(folder: Path, scratch: Path, name: str) -> dict[Path, Path]:
 
 
 def _model_info(path: Path, shown: Path) -> dict[str, Any]:
-    """What `model.json` says; a DataError unless it describes a model."""
+    """Return the contents of `model.json`; raise a DataError unless it describes a model."""
     info = read_json(path)
-    if not isinstance(info, dict) or not all(n in info and isinstance(info[n], kind) for n, kind in DESCRIBED.items()):
-        raise DataError(f"{path} does not describe a model: {', '.join(DESCRIBED)} are needed")
+    if not isinstance(info, dict) or not all(
+        n in info and isinstance(info[n], kind) for n, kind in REQUIRED_KEYS.items()
+    ):
+        raise DataError(f"{path} does not describe a model: it needs {', '.join(REQUIRED_KEYS)}")
     if info["role"] not in ("fold", "student"):
-        raise DataError(f"{path}: role is {info['role']!r}, neither fold nor student")
+        raise DataError(f"{path}: role must be fold or student, not {info['role']!r}")
     return info
 
 
 def _check_finished(model: ModelDir) -> None:
     if not (model.path / RECORD).is_file():
         raise DataError(
-            f"{model.shown}: a model without {RECORD}, so its training did not finish or it was copied in part; "
-            "run it again, copy the whole folder, or leave it out"
+            f"{model.shown}: the model has no {RECORD}, so its training did not finish or the copy is incomplete; "
+            "run it again, copy the whole folder, or remove it"
         )
     record = read_json(model.path / RECORD)
     outputs = record.get("outputs") if isinstance(record, dict) else None
-    made = {name.partition("/")[2]: digest for name, digest in (outputs or {}).items()}
-    for name in CHECKED:
+    digests = {name.partition("/")[2]: digest for name, digest in (outputs or {}).items()}
+    for name in VERIFIED_FILES:
         path = model.path / name
-        if name in made and path.is_file() and sha256_once(path) != made[name]:
+        if name in digests and path.is_file() and sha256_once(path) != digests[name]:
             raise DataError(
-                f"{model.shown.parent / name} is not the file that its stage made (see {RECORD} beside it): copy the "
+                f"{model.shown.parent / name} differs from the file that its stage wrote (see {RECORD} beside it): copy the "
                 "whole folder again, or run the stage again"
             )
 
@@ -261,8 +266,8 @@ def _same_bytes(model: ModelDir, other: ModelDir) -> bool:
     return model is other or _digest(files[0]) == _digest(files[1])
 
 
-def _unpacked(tarball: Path, scratch: Path) -> Path:
-    """The folder that `tarball` was unpacked to, once a process; what would lie outside of it is refused."""
+def _unpack(tarball: Path, scratch: Path) -> Path:
+    """Unpack `tarball` once per process and return its folder. Raise a DataError if an entry is unsafe or damaged."""
     target = scratch / hashlib.sha256(str(tarball.resolve()).encode()).hexdigest()[:16]
     if target.is_dir():
         return target
@@ -271,8 +276,8 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     try:
         with tarfile.open(tarball) as archive:
             checked = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            archive.extractall(partial, _plain_members(archive, partial), **checked)
-            # tarfile stops in silence at a damaged header, and gzip keeps its checksum at the very end.
+            archive.extractall(partial, _safe_members(archive, partial), **checked)
+            # tarfile stops silently at a damaged header, and gzip stores its checksum at the end
             while archive.fileobj is not None and archive.fileobj.read(1 << 20):
                 pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
@@ -282,20 +287,22 @@ def _unpacked(tarball: Path, scratch: Path) -> Path:
     return partial.rename(target)
 
 
-def _plain_members(archive: tarfile.TarFile, folder: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the files and folders of an archive of a model or an output, whose owner becomes this process.
+def _safe_members(archive: tarfile.TarFile, folder: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the files and folders of an archive, and make this process their owner.
 
-    Python before 3.11.4 (Debian 12 has 3.11.2) has no filters. Raises a TarError for links, devices, files with holes, paths
-    outside `folder`, and more bytes than the disk could ever take; a RetryableError where it has no room for them now.
+    Python before 3.11.4 (Debian 12 has 3.11.2) has no extraction filters. Raise a TarError for links, devices, sparse files, paths
+    outside `folder`, and more bytes than the disk's size or the limit; a RetryableError if the disk has no space now.
     """
-    most, size = min(MOST_OF_AN_ARCHIVE, shutil.disk_usage(folder).total), 0
+    limit, size = min(MOST_OF_AN_ARCHIVE, shutil.disk_usage(folder).total), 0
     for member in archive:
-        # of one with holes a few bytes stand for any size
+        # a few bytes of a sparse file may represent any size
         if member.issparse() or not (member.isreg() or member.isdir()):
             raise tarfile.ExtractError(f"{member.name!r} is neither a plain file nor a folder")
         size += member.size
-        if size > most:
-            raise tarfile.ExtractError(f"its files take more than {most:,} bytes, which are allowed and fit {folder}")
+        if size > limit:
+            raise tarfile.ExtractError(
+                f"its files have more than {limit:,} bytes, the limit (or the size of the disk of {folder})"
+            )
         check_space(folder, member.size)
         if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
             raise tarfile.ExtractError(f"{member.name!r} is outside the archive's folder")

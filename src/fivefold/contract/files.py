@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and digests of them."""
+"""Atomic writes, JSON files, digests, directory listings, locks and disk space."""
 
 import errno
 import fcntl
@@ -24,15 +24,15 @@ from fivefold.stopping import poll
 
 log = logging.getLogger("fivefold")
 
-SECONDS_UNTIL_ABANDONED = 900.0
-SECONDS_BETWEEN_LOOKS = 0.1
-FILES_AT_ONCE = 4096
-MOST_OF_A_FILE = 512 * MIB
-MOST_OF_A_TABLE = 4096 * MIB
+STALE_AFTER_S = 900.0
+POLL_INTERVAL_S = 0.1
+CHUNK_FILES = 4096
+MAX_FILE_BYTES = 512 * MIB
+MAX_TABLE_BYTES = 4096 * MIB
 MOST_OF_AN_ARCHIVE = 200 * 1024 * MIB
-"""Bytes of one file or table that are read into memory, and that all files of an archive have together."""
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-"""What a file system answers that lacks a call."""
+"""Limits in bytes: of a file and of a table that is read into memory, and of all files of an archive together."""
+UNSUPPORTED_CODES = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+"""Error codes of a file system that does not support a call."""
 # fmt: off
 SYSTEM_FOLDERS = {
     "@eadir", "@recently-snapshot", "@recycle", "@sharesnap", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "__macosx",
@@ -40,18 +40,18 @@ SYSTEM_FOLDERS = {
     "found.000", "found.001", "@__thumb", "@appstore", "@sharebin",
 }
 # fmt: on
-"""What storage servers and operating systems keep beside people's files, in lower case."""
+"""Folders that storage servers and operating systems create, in lower case."""
 HIDDEN, SYSTEM, DANGLING, EMPTY = "hidden", "in system folders", "links that lead nowhere", "empty folders"
-"""Why `tree_names` passes over a file or a folder."""
+"""Reasons why `tree_names` ignores a file or a folder."""
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; renamed to `path` when the block ends well.
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds.
 
-    A full disk is a RetryableError; whatever stood at `path` before stays as it was.
+    If the block fails, an existing `path` stays unchanged. Raise a RetryableError if the disk is full.
     """
-    # Not the process id: every container's is 1, and several may share this folder.
+    # not the process id: it is 1 in every container, and several may share this folder
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with full_disk_told(path):
@@ -66,17 +66,17 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def sync(file: int) -> None:
-    """Has an open file on the disk itself, where its file system can say so."""
+    """Flush an open file to the disk, if its file system supports this."""
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in UNSUPPORTED_CODES:
             raise
 
 
 @contextmanager
 def full_disk_told(path: Path) -> Iterator[None]:
-    """Makes a full disk, while `path` is written, a RetryableError."""
+    """Raise a RetryableError if the disk is full while the block writes `path`."""
     try:
         yield
     except Exception as error:
@@ -88,27 +88,27 @@ def full_disk_told(path: Path) -> Iterator[None]:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error` and what it was raised from, or while handling."""
+    """Yield `error`, then its causes or contexts."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether `error` says so; libraries that are not Python's (safetensors, torch) say it in words only."""
+    """Return whether `error` means a full disk. Native libraries (safetensors, torch) give only a message, no error code."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Removes the temporary files that a killed process left below `folder` and nobody has written to of late."""
+    """Remove temporary files below `folder` that a killed process left and nobody has written to for 15 minutes."""
     for path in folder.rglob(".*.tmp"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
+            if time.time() - path.stat().st_mtime > STALE_AFTER_S:
                 path.unlink()
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:
-    """Writes a file whole, with the permissions `mode` less the umask."""
+    """Write a file atomically, with the permissions `mode` less the umask."""
     with atomic(path) as temporary:
         temporary.touch(mode)
         temporary.write_text(text, encoding="utf-8")
@@ -126,19 +126,19 @@ def read_json(path: Path) -> Any:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file; an OSError where it cannot be read, a DataError for a device, a pipe, or one that is too large."""
+    """Return the bytes of a file. Raise an OSError if it is unreadable, a DataError if it is a device, a pipe or too large."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise DataError(f"{path} is a device or a pipe, no file")
+        raise DataError(f"{path} is a device or a pipe, not a file")
     check_size(path, status.st_size)
     return path.read_bytes()
 
 
 def check_size(name: str | Path, size: int) -> None:
-    """Raises a DataError for a file that takes more memory than is given to one: a table, or anything else."""
-    most = MOST_OF_A_TABLE if str(name).lower().endswith(".csv") else MOST_OF_A_FILE
-    if size > most:
-        raise DataError(f"{name} has {size:,} bytes, and at most {most:,} are read of such a file; make it smaller")
+    """Raise a DataError if a file is larger than the limit for tables (.csv) or for other files."""
+    limit = MAX_TABLE_BYTES if str(name).lower().endswith(".csv") else MAX_FILE_BYTES
+    if size > limit:
+        raise DataError(f"{name} has {size:,} bytes, and the limit for such a file is {limit:,}; make it smaller")
 
 
 def sha256(path: Path) -> str:
@@ -147,7 +147,7 @@ def sha256(path: Path) -> str:
 
 
 def sha256_once(path: Path) -> str:
-    """The digest of a file that this process may ask for several times: taken again only when the file has changed."""
+    """Return the SHA-256 of a file, cached until its size, modification time or inode changes."""
     status = path.stat()
     return _sha256_of(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
@@ -158,22 +158,22 @@ def _sha256_of(path: Path, *_: int) -> str:
 
 
 def tree_files(root: Path) -> list[Path]:
-    """All files below `root` (or `root` itself, a file), sorted by name; hidden ones left out."""
+    """Return all files below `root` (or `root` itself if it is a file), sorted by name, without those that `tree_names` ignores."""
     return [root] if root.is_file() else [root / name for name in tree_names(root)]
 
 
 def is_shown(name: str) -> bool:
-    """Whether a file or folder of this name is people's own: neither hidden nor a system's."""
+    """Return whether the name of a file or folder is neither hidden nor in SYSTEM_FOLDERS."""
     return not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
 
 
 def tree_names(root: Path, passed: dict[str, list[str]] | None = None) -> list[str]:
-    """Relative POSIX names of all files below `root`, sorted; hidden ones and those of systems left out, links followed.
+    """Return the relative POSIX names of all files below `root`, sorted, without hidden and system files. Follow links.
 
-    `passed` gets what is left out by the reason: names, those of hidden and systems' folders once for each file in them;
-    those of empty folders end in a slash.
+    Add the ignored names to `passed`, by reason. A hidden or system folder appears once per file in it; the name of an
+    empty folder ends in a slash.
     """
-    found: list[str] = []
+    names: list[str] = []
     reasons: dict[str, list[str]] = defaultdict(list)
     waiting = [("", (os.path.realpath(root),))]
     while waiting:
@@ -186,24 +186,24 @@ def tree_names(root: Path, passed: dict[str, list[str]] | None = None) -> list[s
             name = prefix + entry.name
             if not is_shown(entry.name):
                 if passed is not None:
-                    files = sum(len(files) for *_, files in os.walk(entry.path))  # as far as this user may look
+                    files = sum(len(files) for *_, files in os.walk(entry.path))  # folders that this user may read
                     reasons[HIDDEN if entry.name.startswith(".") else SYSTEM] += [name] * max(files, 1)
             elif entry.is_symlink() and not Path(entry.path).exists():
                 reasons[DANGLING].append(name)
             elif entry.is_file():
-                found.append(name)
-            # A link to a folder that we are in would be walked for ever.
+                names.append(name)
+            # a link to an ancestor would recurse forever
             elif entry.is_dir() and (real := os.path.realpath(entry.path)) not in ancestors:
                 waiting.append((f"{name}/", (*ancestors, real)))
     if passed is not None:
         passed.update(reasons)
-    return sorted(found)
+    return sorted(names)
 
 
 def tree_sha256(root: Path, without: tuple[str, ...] = (), only: tuple[str, ...] = ("",)) -> str:
-    """One digest of the names and bytes of all files below `root`, but for those whose path ends in one of `without`.
+    """Return one SHA-256 over the names and bytes of all files below `root`, except paths that end in one of `without`.
 
-    Of files whose name does not end in one of `only` (in any case) it covers the name alone.
+    If a name does not end in one of `only` (in any case), the digest covers only that name.
     """
     folder = root.parent if root.is_file() else root
     names = [root.name] if root.is_file() else tree_names(root)
@@ -211,36 +211,36 @@ def tree_sha256(root: Path, without: tuple[str, ...] = (), only: tuple[str, ...]
     read = [name for name in names if name.lower().endswith(only)]
     digest = hashlib.sha256(os.fsencode("\0".join(names)))
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(read), FILES_AT_ONCE):
-            for content in pool.map(sha256, [folder / name for name in read[start : start + FILES_AT_ONCE]]):
+        for start in range(0, len(read), CHUNK_FILES):
+            for content in pool.map(sha256, [folder / name for name in read[start : start + CHUNK_FILES]]):
                 digest.update(content.encode())
     return digest.hexdigest()
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Takes `size` bytes of the disk for an open file, now: one that fills up under a memory map kills the process."""
+    """Allocate `size` bytes of disk for an open file now, because a disk that fills under a memory map kills the process."""
     if hasattr(os, "posix_fallocate"):
         try:
             return os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
+            if error.errno not in UNSUPPORTED_CODES:
                 raise
-    for start in range(0, size, MIB):  # macOS, and file systems without it
+    for start in range(0, size, MIB):  # macOS, and file systems without fallocate
         os.pwrite(descriptor, bytes(min(MIB, size - start)), start)
 
 
 def probe_writable(folder: Path, other: str = "give another folder") -> None:
-    """Makes `folder` and a file in it; a SettingsError names the path, the user, the mend and what `other` way there is."""
+    """Create `folder` and a file in it. If not possible, raise a SettingsError with path, user and remedies; `other` is one of them."""
     probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
     renamed = probe.with_suffix(".renamed.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A full disk still takes an empty file, and some mounts of buckets rename none.
+        # a full disk still accepts an empty file, and some bucket mounts cannot rename
         probe.write_bytes(b"probe")
         os.replace(probe, renamed)
     except (FileExistsError, NotADirectoryError) as error:
         raise SettingsError(
-            f"cannot write to {folder.absolute()}: a file stands where a folder is needed; give another"
+            f"cannot write to {folder.absolute()}: a file exists in place of this folder; give another folder"
         ) from error
     except OSError as error:
         if disk_is_full(error):
@@ -257,7 +257,7 @@ def probe_writable(folder: Path, other: str = "give another folder") -> None:
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keeps other processes that do this in the same folder waiting while the block runs."""
+    """Lock `folder` while the block runs, so that other processes that call this wait."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".turn", "ab") as file:
         lock(file.fileno())
@@ -265,7 +265,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def lock(file: int, waiting: str = "") -> None:
-    """Locks the open file once nobody else has it; who has to wait says `waiting` in the log, and can be stopped."""
+    """Lock the open file, after other processes release it. While it waits, log `waiting` once and stop on a signal."""
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -274,26 +274,26 @@ def lock(file: int, waiting: str = "") -> None:
                 log.info("%s", waiting)
             waiting = ""
         except OSError as error:
-            if error.errno in UNSUPPORTED:  # a file system without locks; two that write there do so under other names
+            if error.errno in UNSUPPORTED_CODES:  # no locks on this file system; concurrent writers use different names
                 return None
             raise
         poll()
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_INTERVAL_S)
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises a RetryableError, with both figures, where less than `needed` bytes are free for `folder`."""
+    """Raise a RetryableError, with both sizes, if less than `needed` bytes are free for `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RetryableError(
-            f"{folder} has {free / MIB:.1f} MiB free, and what this stage writes takes about {needed / MIB:.1f} MiB: "
+            f"{folder} has {free / MIB:.1f} MiB free, and this stage writes about {needed / MIB:.1f} MiB: "
             "free some, then run the same command again"
         )
 
 
 def below(root: Path, name: str) -> Path:
-    """The path `name` inside `root`; a DataError when it would lead out of it."""
+    """Return the path of `name` inside `root`. Raise a DataError if it would be outside."""
     path = Path(os.path.normpath(root / name))
     if not path.is_relative_to(os.path.normpath(root)):
-        raise DataError(f"path {name!r} leads out of {root}")
+        raise DataError(f"path {name!r} is outside {root}")
     return path

@@ -1,7 +1,7 @@
-"""The container contract: SM_* variables, or the folders below /opt/ml, as one frozen Job.
+"""The container contract: read SM_* variables, or the folders below /opt/ml, into one frozen Job.
 
-SageMaker sets no SM_* variable for an image of one's own, so what is missing is filled from
-`/opt/ml` (or SAGEMAKER_BASE_DIR), and what is set is never overwritten.
+SageMaker sets no SM_* variables for custom images. Unset variables are therefore filled from
+`/opt/ml` (or SAGEMAKER_BASE_DIR); set variables are never overwritten.
 """
 
 import json
@@ -23,7 +23,7 @@ DIRECTORIES = ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR", "SM_CHECKPOINT_DIR", "SM_GR
 
 @dataclass(frozen=True)
 class Job:
-    """What the platform hands to a stage: its folders of inputs and outputs."""
+    """The input and output folders of a stage on this platform."""
 
     stage: Stage
     channels: Mapping[str, Path]
@@ -33,24 +33,24 @@ class Job:
     checkpoint_dir: Path | None
     scratch: Path
     remote: Remote = field(default_factory=lambda: Remote(Path()))
-    """Which of these paths stand for URLs."""
+    """The URLs that some of these paths represent."""
     place: Place = ALONE
-    """Of several processes that train together the first alone has outputs and checkpoints."""
+    """The rank of this process. Only rank 0 has outputs and checkpoints."""
 
     def channel(self, name: str) -> Path:
-        """The folder (or file) of a channel that must be there."""
+        """Return the folder (or file) of a required channel; raise a MissingInputError if it is not set or missing."""
         path = self.optional_channel(name)
         if path is None:
-            given = ", ".join(sorted(self.channels)) or "none"
+            names = ", ".join(sorted(self.channels)) or "none"
             raise MissingInputError(
-                f"{self.stage.name} needs the channel {name!r}: set SM_CHANNEL_{name.upper()} to its folder (given: {given})"
+                f"{self.stage.name} needs the channel {name!r}: set SM_CHANNEL_{name.upper()} to its folder (set: {names})"
             )
         return path
 
     def optional_channel(self, name: str) -> Path | None:
-        """The folder of a channel, or None where it is not given; given but absent is an error.
+        """Return the folder of a channel, or None if it is not set. Raise a MissingInputError if it is set but missing.
 
-        One that lies at a URL is fetched when it is first asked for.
+        The first call fetches a channel at a URL.
         """
         path = self.channels.get(name)
         if path is not None:
@@ -60,32 +60,32 @@ class Job:
         return path
 
     def output(self) -> Path:
-        """The folder for data and for what people look at."""
-        return self._given(self.output_data_dir, "writes to SM_OUTPUT_DATA_DIR")
+        """Return the folder for data, plots and reports."""
+        return self._require(self.output_data_dir, "writes to SM_OUTPUT_DATA_DIR")
 
     def model(self) -> Path:
-        """The folder for a trained model and all that a later stage needs of it."""
-        return self._given(self.model_dir, "writes its model to SM_MODEL_DIR")
+        """Return the folder for a trained model and the files of it that later stages need."""
+        return self._require(self.model_dir, "writes its model to SM_MODEL_DIR")
 
     def checkpoints(self) -> Path:
-        """The folder for what a killed training goes on from."""
-        return self._given(self.checkpoint_dir, "keeps checkpoints in SM_CHECKPOINT_DIR, or beside SM_MODEL_DIR")
+        """Return the folder for the checkpoints that a killed training resumes from."""
+        return self._require(self.checkpoint_dir, "keeps checkpoints in SM_CHECKPOINT_DIR, or beside SM_MODEL_DIR")
 
-    def _given(self, folder: Path | None, use: str) -> Path:
+    def _require(self, folder: Path | None, use: str) -> Path:
         if folder is None:
-            raise SettingsError(f"{self.stage.name} {use}, which is not set; give it a folder")
+            raise SettingsError(f"{self.stage.name} {use}, which is not set; set it to a folder")
         return folder
 
     def of_key(self, digest: str) -> "Job":
-        """This job with a folder of checkpoints for what `digest` stands for: its settings, data and classes alone."""
+        """Return this job with the checkpoint folder of one digest (of settings, data and classes)."""
         return replace(self, checkpoint_dir=self.checkpoints() / digest[:16])
 
     def record_dir(self) -> Path:
-        """Where stage.json goes: the model's folder if the stage has one, else the output's."""
+        """Return the folder of stage.json: the model folder if the stage writes a model, else the output folder."""
         return self.model() if self.stage.writes_model else self.output()
 
     def probe(self) -> None:
-        """Checks that required channels exist and that outputs can be written, before any work."""
+        """Check that required channels exist and that outputs are writable, before any work."""
         for name in (*self.stage.channels, *self.stage.optional):
             if self.channels.get(name) not in self.remote.channels:
                 (self.channel if name in self.stage.channels else self.optional_channel)(name)
@@ -97,20 +97,20 @@ class Job:
             probe_writable(self.checkpoints(), "set SM_CHECKPOINT_DIR to another folder")
 
     def clean(self) -> None:
-        """Removes what a killed process may have left in the folders that this stage writes."""
+        """Remove temporary files of a killed process from the folders that this stage writes."""
         for folder in {self.record_dir(), self.output(), self.checkpoint_dir}:
             if folder is not None:
                 remove_abandoned(folder)
 
 
 def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
-    """The Job of `stage` in this environment: SM_* variables first, then `/opt/ml`.
+    """Return the Job of `stage` in this environment: SM_* variables first, then `/opt/ml`.
 
-    `scratch` is a folder of this process, for what it unpacks and fetches; the caller removes it.
+    `scratch` is a folder for files that this process unpacks and fetches; the caller removes it.
     """
     remote = Remote(Path(environ.get(SHARED_SCRATCH) or scratch))
     place = place_of(environ) if stage.writes_model else ALONE
-    environ = _localised(stage, environ, remote, place.leads)
+    environ = _resolve_urls(stage, environ, remote, place.leads)
     model_dir = _folder(environ, "SM_MODEL_DIR", "model")
     output_data_dir = output_data(environ)
     checkpoints = _folder(environ, "SM_CHECKPOINT_DIR", "checkpoints")
@@ -134,52 +134,54 @@ def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
     )
 
 
-def _localised(stage: Stage, environ: Mapping[str, str], remote: Remote, leads: bool) -> dict[str, str]:
-    """The environment with a path for each URL that the stage reads or, where this process `leads`, writes; of others none.
+def _resolve_urls(stage: Stage, environ: Mapping[str, str], remote: Remote, leads: bool) -> dict[str, str]:
+    """Return the environment with local paths for the URLs that the stage reads and, if this process `leads`, writes.
 
-    Where the model goes to a URL and nothing is said of checkpoints, those lie beside it, as they do in folders.
+    Other URLs become empty. If the model goes to a URL and no variable sets checkpoints, they go beside the model, as in folders.
     """
-    given = {name: value for name, value in environ.items() if is_url(value)}
-    if "SM_OUTPUT_DIR" in given:
-        raise SettingsError("SM_OUTPUT_DIR is where the platform looks for the failure file: give it a folder, no URL")
-    if stage.writes_model and "SM_MODEL_DIR" in given:
-        url = parse(given["SM_MODEL_DIR"], "SM_MODEL_DIR")
-        given.setdefault("SM_CHECKPOINT_DIR", str(url.parent / "checkpoints"))
+    urls = {name: value for name, value in environ.items() if is_url(value)}
+    if "SM_OUTPUT_DIR" in urls:
+        raise SettingsError(
+            "SM_OUTPUT_DIR: the platform reads the failure file there, so it must be a folder, not a URL"
+        )
+    if stage.writes_model and "SM_MODEL_DIR" in urls:
+        url = parse(urls["SM_MODEL_DIR"], "SM_MODEL_DIR")
+        urls.setdefault("SM_CHECKPOINT_DIR", str(url.parent / "checkpoints"))
     read = {f"SM_CHANNEL_{name.upper()}" for name in (*stage.channels, *stage.optional)}
     written = {"SM_OUTPUT_DATA_DIR", *(("SM_MODEL_DIR", "SM_CHECKPOINT_DIR") if stage.writes_model else ())}
-    found = dict(environ)
-    for name, value in given.items():
+    resolved = dict(environ)
+    for name, value in urls.items():
         variable = "SM_CHANNEL_GROUND_TRUTH" if name == "SM_GROUND_TRUTH_DIR" else name.upper().replace("-", "_")
         if variable in read:
-            found[name] = str(remote.channel(parse(value, name)))
+            resolved[name] = str(remote.channel(parse(value, name)))
         elif name == "SM_CHECKPOINT_DIR" and leads and name in written:
-            found[name] = str(remote.keep_checkpoints(parse(value, name)))
+            resolved[name] = str(remote.keep_checkpoints(parse(value, name)))
         elif name in written and leads:
-            found[name] = str(remote.output(parse(value, name)))
+            resolved[name] = str(remote.output(parse(value, name)))
         elif name in DIRECTORIES or name.startswith("SM_CHANNEL_"):
-            found[name] = ""
-    return found
+            resolved[name] = ""
+    return resolved
 
 
 def base_dir(environ: Mapping[str, str]) -> Path:
-    """The root of SageMaker's folders: `/opt/ml`, or SAGEMAKER_BASE_DIR."""
+    """Return the root of SageMaker's folders: `/opt/ml`, or SAGEMAKER_BASE_DIR."""
     return Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml")
 
 
 def has_base(environ: Mapping[str, str]) -> bool:
-    """Whether the platform has folders there: SAGEMAKER_BASE_DIR is set, or `/opt/ml/input` is."""
+    """Return whether the platform has SageMaker's folders: SAGEMAKER_BASE_DIR is set, or `/opt/ml/input` exists."""
     return bool(environ.get("SAGEMAKER_BASE_DIR")) or (base_dir(environ) / "input").is_dir()
 
 
 def output_dir(environ: Mapping[str, str]) -> Path | None:
-    """Where the failure file goes, or None where the platform names no such folder; a URL is none."""
+    """Return the folder of the failure file, or None if the platform has none. A URL counts as none."""
     return None if is_url(environ.get("SM_OUTPUT_DIR", "")) else _folder(environ, "SM_OUTPUT_DIR", "output")
 
 
 def hyperparameters(environ: Mapping[str, str]) -> dict[str, Any]:
-    """`hyperparameters.json`, overlaid by SM_HPS, overlaid by SM_HP_*, with lower-case names and no hyphens.
+    """Return `hyperparameters.json`, overlaid by SM_HPS, overlaid by SM_HP_*, with lower-case names and no hyphens.
 
-    An empty SM_HP_* variable counts as one that is not set. The service's own names are left out.
+    An empty SM_HP_* variable counts as not set. The service's own names are ignored.
     """
     path = base_dir(environ) / "input" / "config" / "hyperparameters.json"
     text = path.read_bytes() if path.is_file() else b"{}"
@@ -188,24 +190,24 @@ def hyperparameters(environ: Mapping[str, str]) -> dict[str, Any]:
         _json_map(environ.get("SM_HPS") or "{}", "SM_HPS"),
         {n[len("SM_HP_") :]: value for n, value in environ.items() if n.upper().startswith("SM_HP_") and value},
     )
-    found = {_plain(name): value for source in sources for name, value in source.items()}
-    return {name: value for name, value in found.items() if not name.startswith(("sagemaker_", "_tuning_"))}
+    merged = {_canonical_name(name): value for source in sources for name, value in source.items()}
+    return {name: value for name, value in merged.items() if not name.startswith(("sagemaker_", "_tuning_"))}
 
 
 def output_data(environ: Mapping[str, str]) -> Path | None:
-    """Where data and what people look at go, or None where nothing names a folder for it."""
+    """Return the folder for data, plots and reports, or None if no variable names one."""
     return _folder(environ, "SM_OUTPUT_DATA_DIR", "output/data")
 
 
 def _folder(environ: Mapping[str, str], variable: str, below_base: str) -> Path | None:
-    """The folder that `variable` names, or its place below the base where there is one."""
+    """Return the folder that `variable` names, or `below_base` in SageMaker's folders if they exist, or None."""
     if environ.get(variable):
         return Path(environ[variable])
     return base_dir(environ) / below_base if has_base(environ) else None
 
 
 def given_channels(environ: Mapping[str, str]) -> dict[str, Path]:
-    """Each channel by its name: SM_CHANNEL_*, SM_GROUND_TRUTH_DIR, then what lies in `input/data`."""
+    """Return the channels by name: SM_CHANNEL_* first, then SM_GROUND_TRUTH_DIR, then the folders in `input/data`."""
     base = base_dir(environ)
     config = base / "input" / "config" / "inputdataconfig.json"
     modes = _json_map(config.read_bytes(), str(config)) if config.is_file() else {}
@@ -213,17 +215,19 @@ def given_channels(environ: Mapping[str, str]) -> dict[str, Path]:
         if isinstance(entry, dict) and entry.get("TrainingInputMode") == "Pipe":
             raise SettingsError(f"channel {name!r} uses Pipe mode, which has no random access; use File or FastFile")
     data = base / "input" / "data"
-    found = {_plain(path.name): path for path in sorted(data.iterdir()) if path.is_dir()} if data.is_dir() else {}
+    channels = (
+        {_canonical_name(path.name): path for path in sorted(data.iterdir()) if path.is_dir()} if data.is_dir() else {}
+    )
     if environ.get("SM_GROUND_TRUTH_DIR"):
-        found["ground_truth"] = Path(environ["SM_GROUND_TRUTH_DIR"])
+        channels["ground_truth"] = Path(environ["SM_GROUND_TRUTH_DIR"])
     for name, value in environ.items():
         if name.startswith("SM_CHANNEL_") and value:
-            found[_plain(name.removeprefix("SM_CHANNEL_"))] = Path(value)
-    return found
+            channels[_canonical_name(name.removeprefix("SM_CHANNEL_"))] = Path(value)
+    return channels
 
 
-def _plain(name: str) -> str:
-    """A name as ours are: lower case, and `_` for the hyphens that one toolkit keeps and another replaces."""
+def _canonical_name(name: str) -> str:
+    """Return a name in lower case with `_` for hyphens, since some toolkits keep hyphens and others replace them."""
     return name.lower().replace("-", "_")
 
 
@@ -233,5 +237,5 @@ def _json_map(text: str | bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise SettingsError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise SettingsError(f"{where} holds {type(value).__name__}, not a map of names to values")
+        raise SettingsError(f"{where} contains {type(value).__name__}, not a map of names to values")
     return value

@@ -1,4 +1,4 @@
-"""Where an artifact came from: the record of the stage that made it, and those of all that the stage read."""
+"""Provenance of an artifact: the record of its stage, and recursively the records of that stage's inputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ PRODUCERS = {
     "ensemble": ("ensemble",),
     "runs": ("ensemble", "train-fold"),
 }
-"""The stages whose results a channel holds; what the other channels hold no stage has made."""
+"""The stages whose results a channel contains. Other channels contain no stage's result."""
 SIBLINGS = ("model", "output")
 Resolve = Callable[[Path, Sequence[str]], Path | None]
 
 
-class _Fields(BaseModel):
-    """What a record must hold to be traced."""
+class _RecordSchema(BaseModel):
+    """The fields that tracing needs in a record."""
 
     model_config = ConfigDict(strict=True)
     key: str
@@ -39,7 +39,7 @@ class _Fields(BaseModel):
 
 @dataclass(frozen=True)
 class Node:
-    """A stage's record at `path`, and by channel what it read: the place (None: gone) and the records of its producers."""
+    """A stage's record at `path`. `read` has each channel's location (None: missing) and the records of its producers."""
 
     path: Path
     facts: Mapping[str, Any]
@@ -50,18 +50,23 @@ class Node:
         return str(self.facts["stage"])
 
     def walk(self) -> list["Node"]:
-        """The record and all behind it, each once, the ones that were read first."""
-        nodes = {node.path: node for _, behind in self.read.values() for below in behind for node in below.walk()}
+        """Return this record and all records that it depends on, each once, dependencies first."""
+        nodes = {
+            node.path: node
+            for _, dependencies in self.read.values()
+            for dependency in dependencies
+            for node in dependency.walk()
+        }
         return [*nodes.values(), self]
 
 
 def resolve_path(folder: Path, places: Sequence[str]) -> Path | None:
-    """A channel's place: as seen from its record's folder, else the absolute one; None where neither is there."""
+    """Return a channel's location: relative to its record's folder, else absolute; None if neither exists."""
     return next((place for place in (folder / places[0], Path(places[1])) if place.exists()), None)
 
 
 def trace(path: Path, resolve: Resolve = resolve_path, seen: tuple[Path, ...] = ()) -> Node:
-    """The record at `path` with all behind it; `resolve` finds the place of a channel from what a record says of it."""
+    """Return the record at `path` with all records that it depends on. `resolve` maps a channel's recorded locations to a path."""
     path = path.resolve()
     facts = read_record(path)
     read: dict[str, tuple[Path | None, tuple[Node, ...]]] = {}
@@ -73,43 +78,43 @@ def trace(path: Path, resolve: Resolve = resolve_path, seen: tuple[Path, ...] = 
             if record.name.endswith(RECORD) and record not in (*seen, path)
         ]
         stages = {record: stage for record in records if (stage := read_record(record)["stage"]) in producers}
-        # a student that lies beside fold models is none of them
+        # ignore a student beside fold models
         chosen = [record for record, stage in stages.items() if stage != "distill"] or list(stages)
-        behind = tuple(trace(record, resolve, (*seen, path)) for record in chosen)
-        read[channel] = place and place.resolve(), behind
+        dependencies = tuple(trace(record, resolve, (*seen, path)) for record in chosen)
+        read[channel] = place and place.resolve(), dependencies
     return Node(path, facts, read)
 
 
 def find_record(path: Path) -> Path:
-    """The record of the stage that made `path`: a record, a stage's folder, its model or output, or a file in one of these.
+    """Return the record of the stage that wrote `path`: a record, a stage's folder, its model or output, or a file in one of these.
 
-    Raises MissingInputError where there is none, and DataError where there are several.
+    Raise a MissingInputError if there is none, a DataError if there are several.
     """
     if not path.exists():
-        raise MissingInputError(f"{path} does not exist; give a file or a folder that a stage has made")
+        raise MissingInputError(f"{path} does not exist; give a file or a folder that a stage wrote")
     if path.name.endswith(RECORD):
         return path
     if path.is_dir():
-        records = [record for folder in (path, *(path / name for name in SIBLINGS)) for record in _records_in(folder)]
+        records = [record for folder in (path, *(path / name for name in SIBLINGS)) for record in _find_records(folder)]
         if len(records) > 1:
             names = ", ".join(str(record) for record in records[:6])
-            raise DataError(f"several stages made what lies in {path}: give one of {names}")
+            raise DataError(f"{path} contains results of several stages: give one of {names}")
         if records:
             return records[0]
     for folder in path.resolve().parents:
-        for record in _records_in(folder):
+        for record in _find_records(folder):
             if _lists_output(record, path):
                 return record
-    raise MissingInputError(f"no stage left a record ({RECORD}) of {path}; give a stage's folder, model or output")
+    raise MissingInputError(f"no record ({RECORD}) of {path}; give a stage's folder, model or output")
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record at `path`; a DataError unless it is one, and says where all that it names lay."""
+    """Return the record at `path`; raise a DataError unless it is one and has the locations of its files."""
     facts = read_json(path)
     if not isinstance(facts, dict) or facts.get("stage") not in STAGES:
-        raise DataError(f"{path} is no record of a stage")
+        raise DataError(f"{path} is not a record of a stage")
     try:
-        _Fields.model_validate(facts)
+        _RecordSchema.model_validate(facts)
     except ValidationError as error:
         names = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors())
         raise DataError(f"{path} cannot be traced, it has no {', '.join(names)}: run its stage again") from None
@@ -117,31 +122,31 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def verify(node: Node, scratch: Path) -> list[str]:
-    """What is not as the record says: outputs that are missing or changed, channels that hold something else."""
+    """Return the deviations from a record: missing or changed outputs, missing channels or channels with other contents."""
     places = {name: place for name, (place, _) in node.read.items() if place is not None}
-    problems = [f"{node.path}: its channel {name!r} is no longer there" for name in node.read if name not in places]
+    problems = [f"{node.path}: its channel {name!r} is missing" for name in node.read if name not in places]
     for name, digest in node.facts["outputs"].items():
         root, _, inside = name.partition("/")
         file = node.path.parent / node.facts["roots"].get(root, root) / inside
         if not file.is_file() or sha256(file) != digest:
-            problems.append(f"{file}: {'changed since it was made' if file.is_file() else 'missing'}")
+            problems.append(f"{file}: {'changed since the stage wrote it' if file.is_file() else 'missing'}")
     for channel, digest in node.facts["inputs"].items():
         if channel not in places or digest == "given":
             continue
         try:
             if channel_digest(channel, places[channel], scratch, node.facts["settings"], node.name) != digest:
-                problems.append(f"{node.path}: its channel {channel!r} ({places[channel]}) holds something else now")
+                problems.append(f"{node.path}: the contents of its channel {channel!r} ({places[channel]}) changed")
         except FivefoldError as error:
-            problems.append(f"{node.path}: its channel {channel!r} cannot be read any more: {error}")
+            problems.append(f"{node.path}: its channel {channel!r} is no longer readable: {error}")
     return problems
 
 
-def _records_in(folder: Path) -> list[Path]:
+def _find_records(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{RECORD}")) if folder.is_dir() else []
 
 
 def _lists_output(record: Path, path: Path) -> bool:
-    """Whether the record names the file among its outputs; a folder stands for all that is in it."""
+    """Return whether the record lists the file among its outputs. A folder always counts as listed."""
     outputs = {name.partition("/")[2] for name in read_record(record)["outputs"]}
     inside = path.resolve().relative_to(record.parent.resolve()).as_posix()
     names = {inside, *(inside.partition("/")[2] for name in SIBLINGS if inside.startswith(f"{name}/"))}

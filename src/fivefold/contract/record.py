@@ -1,7 +1,7 @@
-"""`stage.json`: the success marker, the lineage and the cache key of a stage, written last.
+"""`stage.json`: success marker, provenance and cache key of a stage. The stage writes it last.
 
-A stage whose record matches its inputs, settings and outputs has nothing to do. One that must
-run removes the old record first, so that a killed stage never looks finished.
+If the record matches inputs, settings and outputs, the stage skips. A stage that runs removes
+the old record first, so that a killed stage never looks finished.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from fivefold.errors import DataError
 log = logging.getLogger("fivefold")
 
 IMAGE_VARIABLE = "FIVEFOLD_IMAGE"
-"""Names the digest of the container's image, where somebody sets it."""
+"""Variable with the digest of the container's image, if the user sets it."""
 PACKAGES = (
     "torch",
     "torchvision",
@@ -43,12 +43,12 @@ PACKAGES = (
     "scikit-learn",
     "safetensors",
 )
-NAMED_BY_PATH = ("model.weights", "distill.teacher", "ensemble.submissions", "compare.files", "compare.runs")
+PATH_SETTINGS = ("model.weights", "distill.teacher", "ensemble.submissions", "compare.files", "compare.runs")
 
 
 @dataclass(frozen=True)
 class Key:
-    """All that decides a stage's result: the digests of its inputs, and its settings."""
+    """The cache key of a stage: the digests of its inputs, and its settings."""
 
     stage: str
     inputs: Mapping[str, str]
@@ -61,7 +61,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """Wall and CPU seconds since it was made."""
+    """Measure wall and CPU seconds since its creation."""
 
     wall: float = field(default_factory=time.monotonic)
     cpu: float = field(default_factory=time.process_time)
@@ -74,29 +74,33 @@ class Stopwatch:
 
 
 def key_of(job: Job, settings: Mapping[str, Any]) -> Key:
-    """The key of this job: digests of its hashed channels, and the settings that can change its result."""
-    given = [name for name in job.stage.hashed if job.optional_channel(name) is not None]
-    digests = {name: channel_digest(name, job.channel(name), job.scratch, settings, job.stage.name) for name in given}
+    """Return the key of this job: digests of its hashed channels, and the settings that can change its result."""
+    channels = [name for name in job.stage.hashed if job.optional_channel(name) is not None]
+    digests = {
+        name: channel_digest(name, job.channel(name), job.scratch, settings, job.stage.name) for name in channels
+    }
     digests |= {
         key: tree_sha256(path, without=(RECORD,), only=COMPARED if key.startswith("compare.") else ("",))
-        for key, path in _named_files(settings)
+        for key, path in _path_settings(settings)
     }
     digests |= {name: "given" for name in job.stage.noted if job.optional_channel(name) is not None}
     return Key(stage=job.stage.name, inputs=digests, settings=dict(settings))
 
 
-def _named_files(settings: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    """What settings name by its path: weights to start from, a teacher's folder, each of several files."""
-    named = {key: settings.get(key) or "" for key in NAMED_BY_PATH}
-    paths = {key: Path(str(value)) for key, value in named.items() if not isinstance(value, list)}
-    paths |= {f"{key}.{at}": Path(p) for key, v in named.items() if isinstance(v, list) for at, p in enumerate(v)}
+def _path_settings(settings: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """Return the existing paths in settings, by key: initial weights, a teacher's folder, each entry of a list."""
+    values = {key: settings.get(key) or "" for key in PATH_SETTINGS}
+    paths = {key: Path(str(value)) for key, value in values.items() if not isinstance(value, list)}
+    paths |= {
+        f"{key}.{index}": Path(p) for key, v in values.items() if isinstance(v, list) for index, p in enumerate(v)
+    }
     return [(key, path) for key, path in paths.items() if path.name and path.exists()]
 
 
 def why_run(folder: Path, key: Key, roots: Mapping[str, Path], reuse: str = "warn") -> str | None:
-    """Why the stage must run, or None when the record in `folder` matches `key` and its outputs are whole.
+    """Return why the stage must run, or None if the record in `folder` matches `key` and its outputs are unchanged.
 
-    Other code or packages than the record's are told (`reuse` warn), a reason (strict), or neither (force).
+    If code or package versions changed, log a warning (`reuse` warn), return a reason (strict), or ignore it (force).
     """
     path = record_path(folder, key.stage)
     if not path.is_file():
@@ -108,28 +112,28 @@ def why_run(folder: Path, key: Key, roots: Mapping[str, Path], reuse: str = "war
     except (DataError, KeyError, TypeError, ValueError):
         return f"the record {path} cannot be read"
     if old.digest() != key.digest():
-        return _difference(old, key)
+        return _describe_difference(old, key)
     for name, digest in outputs.items():
         root, _, relative = name.partition("/")
         file = roots[root] / relative if root in roots else None
         if file is None or not file.is_file() or sha256(file) != digest:
             return f"output missing or changed: {name}"
-    others = changed_since(record) if reuse != "force" else ""
-    if others and reuse == "strict":
-        return f"made by other code or packages: {others}"
-    if others:
+    changes = changed_since(record) if reuse != "force" else ""
+    if changes and reuse == "strict":
+        return f"code or package versions changed: {changes}"
+    if changes:
         log.warning(
-            "%s was made by other code or packages (%s), and is taken all the same: reuse=strict makes it anew",
+            "reusing %s although code or package versions changed (%s); set reuse=strict to rerun the stage",
             path,
-            others,
+            changes,
         )
     return None
 
 
 def sources(job: Job, folder: Path) -> dict[str, list[str]]:
-    """Where each channel of the stage lay: as seen from the record's folder, which may move with them, and absolute.
+    """Return the location of each channel: relative to the record's folder, since both may move together, and absolute.
 
-    A URL is the same from everywhere.
+    Both are the URL for a channel at a URL.
     """
     here, places = folder.resolve(), {}
     for name in (*job.stage.channels, *job.stage.optional):
@@ -148,7 +152,7 @@ def write_record(
     metrics: Mapping[str, Any],
     clock: Stopwatch,
 ) -> None:
-    """Writes `stage.json` into `folder`; `outputs` are the files that must be whole for it to count."""
+    """Write `stage.json` into `folder`. `outputs` are the files that must stay unchanged for the record to count."""
     roots = output_roots(job)
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, outputs))
@@ -176,16 +180,16 @@ def write_record(
 
 
 def record_path(folder: Path, stage: str) -> Path:
-    """`stage.json`, or `<stage>.stage.json` where another stage's record stands in the same folder.
+    """Return the path of `stage.json`, or of `<stage>.stage.json` if the folder has another stage's `stage.json`.
 
-    A record that had to step aside stays there, even if the other's is gone while that stage runs.
+    An existing `<stage>.stage.json` stays in use, even if the other record is absent while that stage runs.
     """
-    path, aside = folder / RECORD, folder / f"{stage}.{RECORD}"
-    return aside if aside.is_file() or _stage_of(path) not in (None, stage) else path
+    path, own_record = folder / RECORD, folder / f"{stage}.{RECORD}"
+    return own_record if own_record.is_file() or _stage_of(path) not in (None, stage) else path
 
 
 def _stage_of(path: Path) -> str | None:
-    """The stage whose record stands at `path`; None where there is no record, or no readable one."""
+    """Return the stage of the record at `path`, or None if there is no readable record."""
     try:
         record = read_json(path)
     except (OSError, DataError):
@@ -195,10 +199,10 @@ def _stage_of(path: Path) -> str | None:
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """The version, and the first digits of the SHA-256 of all our Python files: `0.1.0+1f2e3d4c5b6a`."""
+    """Return the version, and the first 12 digits of the SHA-256 over all Python files of Fivefold: `0.1.0+1f2e3d4c5b6a`."""
     package, jobs = Path(fivefold.__file__).parent, find_spec("fivefold.jobs")
     files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
-    if jobs and jobs.origin:  # in a checkout it lies outside the package
+    if jobs and jobs.origin:  # in a checkout, jobs/ is outside the package
         files |= {f"jobs/{path.name}": path for path in Path(jobs.origin).parent.glob("*.py")}
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
@@ -207,18 +211,18 @@ def code_version() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that results may depend on; `absent` where one is not installed."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that results may depend on; `absent` if not installed."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            versions[name] = "absent"
+    return versions
 
 
 def changed_since(record: Mapping[str, Any]) -> str:
-    """Which code and packages are others than those of a record, in words: `torch 2.13.0 -> 2.14.1`; empty if none."""
+    """Describe the code and package versions that differ from a record's: `torch 2.13.0 -> 2.14.1`; empty if none."""
     now = {"code": code_version(), **package_versions()}
     packages = record.get("packages")
     then = {"code": record.get("code"), **(packages if isinstance(packages, Mapping) else {})}
@@ -228,13 +232,13 @@ def changed_since(record: Mapping[str, Any]) -> str:
 
 
 def output_roots(job: Job) -> dict[str, Path]:
-    """The folders that a record names its outputs by: `model/…` and `output/…`."""
+    """Return the root folders of the output names in a record: `model/…` and `output/…`."""
     roots = {"output": job.output_data_dir, "model": job.model_dir if job.stage.writes_model else None}
     return {name: path for name, path in roots.items() if path is not None}
 
 
 def peak_memory_mib() -> int:
-    """The most memory that this process has held; on Linux its own, since getrusage starts at its parent's."""
+    """Return the peak memory of this process in MiB. On Linux read VmHWM, because getrusage starts at the parent's peak."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     for line in lines:
@@ -248,18 +252,18 @@ def _name(path: Path, roots: Mapping[str, Path]) -> str:
     for root in sorted(roots, key=lambda root: -len(str(roots[root]))):
         if path.is_relative_to(roots[root]):
             return f"{root}/{path.relative_to(roots[root]).as_posix()}"
-    raise ValueError(f"{path} lies below none of {dict(roots)}")
+    raise ValueError(f"{path} is below none of {dict(roots)}")
 
 
-def _difference(old: Key, new: Key) -> str:
+def _describe_difference(old: Key, new: Key) -> str:
     inputs = sorted(n for n in {*old.inputs, *new.inputs} if old.inputs.get(n) != new.inputs.get(n))
     settings = sorted(n for n in {*old.settings, *new.settings} if old.settings.get(n) != new.settings.get(n))
     parts = [f"inputs differ: {', '.join(inputs)}"] if inputs else []
-    changes = [f"{n} {_shown(old.settings, n)} -> {_shown(new.settings, n)}" for n in settings]
+    changes = [f"{n} {_format_value(old.settings, n)} -> {_format_value(new.settings, n)}" for n in settings]
     parts += [f"settings differ: {', '.join(changes)}"] if settings else []
     return "; ".join(parts) or "another stage's record"
 
 
-def _shown(settings: Mapping[str, Any], name: str) -> str:
+def _format_value(settings: Mapping[str, Any], name: str) -> str:
     text = json.dumps(settings[name], ensure_ascii=False) if name in settings else "absent"
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,50 +1,52 @@
-"""Names as people spell them: of classes, and of the truth and the sample submission that lie beside images."""
+"""Normalize class names, and recognize the file names of ground truth and sample submissions."""
 
 import posixpath
 import unicodedata
 from collections.abc import Iterable
 
 TRUTHS = ("gt.csv", "ground_truth.csv")
-SAMPLE = "sample_submission.csv"
+SAMPLE_SUBMISSION = "sample_submission.csv"
 INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u180e\u200b\u200e\u200f\u2060\ufeff"))
-"""Characters that take no room and say nothing; the joiners of Persian, of India's scripts and of emoji are none."""
+"""Characters without a width or a meaning. The joiners of Persian, of India's scripts and of emoji are not among them."""
 
-SELECTORS = frozenset(map(chr, range(0xFE00, 0xFE10)))
-"""Choose how the character before them is drawn."""
-WIDE = frozenset(map(chr, range(0xFF01, 0xFF5F)))
-"""Latin letters, digits and signs as wide as those of Chinese."""
+VARIATION_SELECTORS = frozenset(map(chr, range(0xFE00, 0xFE10)))
+"""They select the glyph of the character before them."""
+FULLWIDTH = frozenset(map(chr, range(0xFF01, 0xFF5F)))
+"""Latin letters, digits and punctuation in the width of Chinese characters."""
 
 
 def plain_name(name: str) -> str:
-    """The name of a class or group as the split stage has it: NFC, without the blanks around it and without INVISIBLE ones."""
+    """Return the name of a class or group as the split stage writes it: NFC, stripped, without INVISIBLE characters."""
     return unicodedata.normalize("NFC", name.translate(INVISIBLE).strip())
 
 
 def look(name: str) -> str:
-    """What is the same for names that look the same: no character without a width, and one blank for any."""
-    shown = [letter for letter in name if unicodedata.category(letter) != "Cf" and letter not in SELECTORS]
-    return " ".join("".join(unicodedata.normalize("NFKC", c) if c in WIDE else c for c in shown).split())
+    """Return a text that is equal for names that look equal: no zero-width characters, one space for any whitespace."""
+    visible = [letter for letter in name if unicodedata.category(letter) != "Cf" and letter not in VARIATION_SELECTORS]
+    return " ".join("".join(unicodedata.normalize("NFKC", c) if c in FULLWIDTH else c for c in visible).split())
 
 
 def is_sample(name: str) -> bool:
-    """Whether a file is a sample submission: sample_submission.csv, sampleSubmission.csv and the like, in any folder."""
-    return _spelt(name) == _spelt(SAMPLE)
+    """Return whether a file is a sample submission by its name: sample_submission.csv, sampleSubmission.csv etc., in any folder."""
+    return _canonical(name) == _canonical(SAMPLE_SUBMISSION)
 
 
 def is_truth(name: str) -> bool:
-    """Whether a file is called as a ground truth is: gt.csv, ground_truth.csv, GT.csv and the like, in any folder."""
-    return _spelt(name) in map(_spelt, TRUTHS)
+    """Return whether a file is a ground truth by its name: gt.csv, ground_truth.csv, GT.csv etc., in any folder."""
+    return _canonical(name) in map(_canonical, TRUTHS)
 
 
 def truth_among(names: Iterable[str]) -> str | None:
-    """Of the names of files the ground truth, gt.csv before ground_truth.csv, and as these are spelt before others."""
-    spelt = [_spelt(truth) for truth in TRUTHS]
-    found = [
-        (spelt.index(_spelt(name)), posixpath.basename(name) not in TRUTHS, name) for name in names if is_truth(name)
+    """Return the ground truth among file names: gt.csv before ground_truth.csv, exact spellings before others; None without one."""
+    order = [_canonical(truth) for truth in TRUTHS]
+    matches = [
+        (order.index(_canonical(name)), posixpath.basename(name) not in TRUTHS, name)
+        for name in names
+        if is_truth(name)
     ]
-    return min(found, default=(0, False, None))[-1]
+    return min(matches, default=(0, False, None))[-1]
 
 
-def _spelt(name: str) -> str:
-    """`samplesubmission.csv` for `a/Sample-Submission.csv`."""
+def _canonical(name: str) -> str:
+    """Return `samplesubmission.csv` for `a/Sample-Submission.csv`."""
     return posixpath.basename(name).lower().translate(str.maketrans("", "", "_- "))

@@ -1,4 +1,4 @@
-"""The stages: which channels each reads, which files it writes, which settings it uses."""
+"""The stages: the channels that each stage reads, the files that it writes and the settings that it uses."""
 
 from dataclasses import dataclass
 
@@ -28,15 +28,16 @@ FAILURE = "failure"
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the pipeline, as its container sees it.
+    """One stage of the pipeline, as its container runs it.
 
-    `channels` must be there, `optional` may be. `hashed` are those whose bytes make the stage's
-    key; the images of a split are not among them, since `folds.parquet` holds their digests. Of the
-    `noted` ones only whether they are given: they lend pictures, and change no figure.
-    `from_output` is read from the output's data folder where its channel is not given. With
-    `output_in_model` that folder is `output/` in the model's where it is not given either.
-    Of `sections` one may be a single key of a section. A `cache` channel can change nothing, and is in no key.
-    `always`: what it prints is its result, so it is never skipped.
+    - `channels` are required, `optional` channels are not.
+    - `hashed`: the channels whose bytes enter the stage's key. The images of a split are not hashed, because
+      `folds.parquet` holds their digests. No key includes a `cache` channel, because it cannot change a result.
+    - `noted`: the key records only whether these channels are set. They supply images for plots, and change no metric.
+    - `from_output`: the channel that is read from the output data folder if it is not set.
+    - `output_in_model`: the output data folder is `output/` in the model folder if it is not set.
+    - `sections`: sections of the settings, or single keys of a section.
+    - `always`: the stage never skips, because its result is what it prints.
     """
 
     name: str
@@ -51,11 +52,11 @@ class Stage:
     output_in_model: bool = False
     always: bool = False
     by_argument: bool = False
-    """Whether its channels may also be arguments, as in `images=photo.jpg`: for stages that people run by hand."""
+    """Whether channels may also be arguments, as in `images=photo.jpg`: for stages that people run by hand."""
 
     @property
     def module(self) -> str:
-        """The module of jobs/ that runs it, relative to that package."""
+        """Return the module of jobs/ that runs the stage, relative to that package."""
         return f".{self.name.replace('-', '_')}"
 
 
@@ -71,7 +72,7 @@ STAGES = {
     for stage in (
         Stage(
             name="split",
-            summary="images -> folds.parquet: folds, groups, holdout, digests; test images are checked",
+            summary="images -> folds.parquet: folds, groups, holdout, digests; checks test images",
             channels=("train",),
             optional=("eval",),
             hashed=("train", "eval"),
@@ -79,7 +80,7 @@ STAGES = {
         ),
         Stage(
             name="prepare",
-            summary="images -> an image cache: every image decoded once, for all stages",
+            summary="images -> image cache: decode every image once for all stages",
             channels=("train", "folds"),
             optional=("eval", "unlabeled"),
             hashed=("folds", "eval", "unlabeled"),
@@ -87,7 +88,7 @@ STAGES = {
         ),
         Stage(
             name="train-fold",
-            summary="one fold's model, with its out-of-fold predictions",
+            summary="train one fold's model and predict its out-of-fold rows",
             channels=("train", "folds"),
             optional=("weights", "cache"),
             hashed=("folds", "weights"),
@@ -103,7 +104,7 @@ STAGES = {
         ),
         Stage(
             name="evaluate",
-            summary="predictions and truth -> metrics.json, plots, report.html",
+            summary="predictions and ground truth -> metrics.json, plots, report.html",
             optional=("predictions", "ground_truth", "eval", "train", "model", "folds"),
             hashed=("predictions", "ground_truth", "model", "folds"),
             sections=("data", "evaluate", *_ANSWER),
@@ -112,14 +113,14 @@ STAGES = {
         ),
         Stage(
             name="compare",
-            summary="runs and submission files side by side -> tables, pictures, compare.html",
+            summary="compare runs and submission files -> tables, plots, compare.html",
             optional=("runs", "submissions", "ground_truth"),
             hashed=("runs", "submissions", "ground_truth"),
             sections=("compare", *_ANSWER),
         ),
         Stage(
             name="predict",
-            summary="one image, a folder or a table of them -> predictions.csv: classes and confidences",
+            summary="one image, a folder or a table of images -> predictions.csv: classes and confidences",
             channels=("images", "model"),
             optional=("folds", "cache"),
             hashed=("images", "model", "folds"),
@@ -129,7 +130,7 @@ STAGES = {
         ),
         Stage(
             name="export",
-            summary="a student, a fold or an ensemble as one ONNX or .pth file",
+            summary="a student, a fold model or an ensemble -> one ONNX or .pth file",
             channels=("model",),
             optional=("ensemble",),
             hashed=("model", "ensemble"),
@@ -137,7 +138,7 @@ STAGES = {
         ),
         Stage(
             name="distill",
-            summary="the fold models teach one student",
+            summary="distill the fold models into one student",
             channels=("train", "folds", "model"),
             optional=("unlabeled", "weights", "cache"),
             hashed=("folds", "model", "unlabeled", "weights"),
@@ -146,7 +147,7 @@ STAGES = {
         ),
         Stage(
             name="train",
-            summary="split and one fold in one: a model where no folds channel is given",
+            summary="split and train one fold in one stage, without a folds channel",
             channels=("train",),
             optional=("weights", "cache"),
             hashed=("train", "weights"),
@@ -156,7 +157,7 @@ STAGES = {
         ),
         Stage(
             name="inference",
-            summary="whatever models lie there -> output.csv in the columns that are asked for",
+            summary="the models of a channel -> output.csv with the requested columns",
             channels=("model", "eval"),
             hashed=("model", "eval"),
             sections=("data", "predict", "ensemble.unreadable", *_ANSWER),

@@ -1,4 +1,4 @@
-"""One stage as several processes of this host that train together: started, told of signals, and their ends as one exit code."""
+"""Run one stage as several processes of this host, forward signals to them and merge their exit codes."""
 
 import contextlib
 import os
@@ -17,17 +17,17 @@ from fivefold.errors import FivefoldError, RetryableError
 from fivefold.launchers.scheduler import SECONDS_BETWEEN_SIGNALS, Signals
 from fivefold.machine import GLIBC_TUNABLES, count_cores
 
-SECONDS_FOR_THE_REST = 30.0
-"""Where one failed, the others find out at the next thing that they tell it, and have so long to end."""
+KILL_AFTER_S = 30.0
+"""After one process failed, the others have this many seconds to notice at their next communication, and to end."""
 PORTS = range(20_000, 29_000)
-OF_ITS_OWN = (64, 65, 66, 1)
-"""Exit codes that say what went wrong; 75 may only mean that another process is gone."""
+ROOT_CAUSE_CODES = (64, 65, 66, 1)
+"""Exit codes of the process that caused the failure. 75 may only mean that another process is gone."""
 
 
 def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mapping[str, str]) -> int:
-    """Runs `python -m fivefold.jobs` with `arguments` as so many processes; the exit code of the one that says what happened.
+    """Run `python -m fivefold.jobs` with `arguments` in `processes` processes; return the exit code of the one that caused a failure.
 
-    130 or 143 after SIGINT or SIGTERM, which are passed on; a second one kills. Errors as for `as_one`.
+    Return 130 or 143 after SIGINT or SIGTERM, which are forwarded; a second signal kills. Errors as for `as_one`.
     """
     command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "fivefold.jobs", *arguments]
     port, shared = hosts.port or free_port(), shared_variables(hosts, processes, environ)
@@ -35,9 +35,9 @@ def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mappi
         children: list[subprocess.Popen[bytes]] = []
         try:
             for local_rank in range(processes):
-                own = {**shared, SHARED_SCRATCH: scratch, **hosts.variables(processes, local_rank, port)}
-                # a session of its own: what Ctrl-C sends to the terminal's processes comes once, from here
-                children.append(subprocess.Popen(command, env=own, start_new_session=True))
+                variables = {**shared, SHARED_SCRATCH: scratch, **hosts.variables(processes, local_rank, port)}
+                # a new session: Ctrl-C reaches the child once, from this process, not also from the terminal
+                children.append(subprocess.Popen(command, env=variables, start_new_session=True))
             killed = _wait(children, signals)
         except BaseException:
             for child in children:
@@ -49,39 +49,39 @@ def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mappi
 
 
 def shared_variables(hosts: Hosts, processes: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of all processes of this host; what the user has set stays."""
-    # where all are on one host nothing that they tell each other need leave it
-    stays = hosts.count == 1 and sys.platform.startswith("linux")
-    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if stays else {}
-    # as many threads as go round: another number would give other bits
+    """Return the environment of all processes of this host. Variables that the user has set stay."""
+    # on one host use the loopback interface only
+    is_local = hosts.count == 1 and sys.platform.startswith("linux")
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if is_local else {}
+    # the same number of threads for every process: another number would change the last bits of results
     threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // processes)), "GOMP_SPINCOUNT": "20000"}
     return {**loopback, **threads, "GLIBC_TUNABLES": GLIBC_TUNABLES, **environ, PARENT: str(os.getpid())}
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens at, below those that outgoing connections take by themselves."""
+    """Return a free port of this host, below the range of ephemeral ports."""
     while True:
         port = PORTS.start + secrets.randbelow(len(PORTS))
-        with socket.socket() as found, contextlib.suppress(OSError):
-            found.bind(("", port))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
             return port
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]], signals: Signals) -> list[subprocess.Popen[bytes]]:
-    """Waits for all to end, and passes signals on; those that had to be killed since they did not end by themselves."""
-    passed_on, told, since = 0, 0, None
+    """Wait for all to end, and forward signals. Return the processes that were killed because they did not end."""
+    handled, forwarded, failed_at = 0, 0, None
     while running := [child for child in children if child.poll() is None]:
-        while passed_on < len(signals.received):
-            told = signals.received[passed_on]
-            _send(running, told if passed_on == 0 else signal.SIGKILL)
-            passed_on += 1
+        while handled < len(signals.received):
+            forwarded = signals.received[handled]
+            _send(running, forwarded if handled == 0 else signal.SIGKILL)
+            handled += 1
         failed = [child.returncode for child in children if child.returncode]
-        if failed and since is None:
-            since = time.monotonic()
-            if not told and (stopped := _signal_of(failed[0])) in (signal.SIGTERM, signal.SIGINT):
-                told = stopped
-                _send(running, told)
-        if since is not None and not told and time.monotonic() - since > SECONDS_FOR_THE_REST:
+        if failed and failed_at is None:
+            failed_at = time.monotonic()
+            if not forwarded and (stopped := _signal_of(failed[0])) in (signal.SIGTERM, signal.SIGINT):
+                forwarded = stopped
+                _send(running, forwarded)
+        if failed_at is not None and not forwarded and time.monotonic() - failed_at > KILL_AFTER_S:
             _send(running, signal.SIGKILL)
             for child in running:
                 child.wait()
@@ -94,14 +94,14 @@ def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
-            child.send_signal(signal.SIGCONT)  # one that stands still hears nothing
+            child.send_signal(signal.SIGCONT)  # a stopped process does not handle signals
 
 
 def as_one(codes: Mapping[int, int], world: int, received: Sequence[int] = ()) -> int:
-    """The exit code that those of all ranks amount to, negative ones being signals, after the signals `received`.
+    """Merge the exit codes of all ranks (negative: signals) to one, after the signals `received`.
 
-    What says what went wrong goes before 75, which others end with that miss a process. Raises RetryableError for one
-    that was killed, FivefoldError for one that crashed.
+    Codes that name a cause precede 75, the code of ranks that lost another one. Raise a RetryableError if a process
+    was killed, a FivefoldError if one crashed.
     """
     failed = {rank: code for rank, code in codes.items() if code}
     if not failed:
@@ -109,23 +109,23 @@ def as_one(codes: Mapping[int, int], world: int, received: Sequence[int] = ()) -
     if received:
         return 128 + received[0]
     for code in failed.values():
-        if code in OF_ITS_OWN:
+        if code in ROOT_CAUSE_CODES:
             return code
     for rank, code in failed.items():
         if code == -signal.SIGKILL:
             raise RetryableError(
-                f"process {rank} of {world} was killed by SIGKILL, as is done where memory runs out: the same command goes on "
-                "from the last checkpoint; a smaller train.batch_size or fewer processes (NPROC) take less"
+                f"process {rank} of {world} was killed by SIGKILL, as happens if memory runs out: the same command resumes "
+                "from the last checkpoint; a smaller train.batch_size or fewer processes (NPROC) need less memory"
             )
         if _signal_of(code) in (signal.SIGTERM, signal.SIGINT):
             return 128 + _signal_of(code)
         if code < 0:
             raise FivefoldError(
-                f"process {rank} of {world} crashed ({signal.Signals(-code).name}); its last lines are above"
+                f"process {rank} of {world} crashed ({signal.Signals(-code).name}); see its last lines above"
             )
     return next(iter(failed.values()))
 
 
 def _signal_of(code: int) -> int:
-    """The signal that an exit code speaks of; 0 for none."""
+    """Return the signal of an exit code, or 0 if there is none."""
     return -code if code < 0 else max(0, code - 128)

@@ -1,8 +1,8 @@
-"""The processes that train one model together, as torch.distributed joins them: who has which rows, and what they tell each other.
+"""Data-parallel training with torch.distributed: shards of a batch, and the collectives between processes.
 
-Each holds the whole network. A batch's rows are parted among them; the loss is taken of the logits of all rows in every
-process, so it is that of one process whatever the loss and however unequal the parts, and the gradients of all are summed
-when the backward pass is over.
+Each process has the whole network and a shard of the rows of each batch. Every process computes the loss from the logits of
+all rows. The loss therefore equals that of a single process, for any loss function and for unequal shards. After the backward
+pass the gradients of all processes are summed.
 """
 
 import io
@@ -26,14 +26,14 @@ from fivefold.stopping import poll
 T = TypeVar("T")
 log = logging.getLogger("fivefold")
 
-PATIENCE = timedelta(minutes=30)
-"""A process that others wait for longer is lost. The first one saves and sends results while they do."""
-SECONDS_BETWEEN_LOOKS = 0.1
+RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
+"""A process that does not respond for longer counts as lost. The others wait while rank 0 saves and uploads results."""
+POLL_INTERVAL_S = 0.1
 
 
 @dataclass(frozen=True)
 class Share:
-    """The rows `start` to `stop` of a batch of `count`; of one too small to be parted every process has all."""
+    """The rows `start` to `stop` of a batch of `count` rows. If a batch is too small to divide, every process has all rows."""
 
     start: int
     stop: int
@@ -45,28 +45,28 @@ class Share:
         return self.stop - self.start < self.count
 
     def take(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of a batch's items."""
+        """Return this process's part of a batch's items."""
         return items[self.start : self.stop] if self.parted else items
 
     def whole(self, own: Tensor) -> Tensor:
-        """The rows [count, …] of all processes, from the `own` ones of each, in order."""
+        """Return the rows [count, …] of all processes in order; `own` are the rows of this process."""
         if not self.parted:
             return own
-        sizes = [_bounds(self.count, rank, self.place.world) for rank in range(self.place.world)]
-        most = max(stop - start for start, stop in sizes)
-        padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])]) if len(own) < most else own
-        found = [torch.empty_like(padded, memory_format=torch.contiguous_format) for _ in sizes]
-        with _reaching():
-            dist.all_gather(found, padded.contiguous())
-        return torch.cat([rows[: stop - start] for rows, (start, stop) in zip(found, sizes, strict=True)])
+        bounds = [_bounds(self.count, rank, self.place.world) for rank in range(self.place.world)]
+        largest = max(stop - start for start, stop in bounds)
+        padded = torch.cat([own, own.new_zeros(largest - len(own), *own.shape[1:])]) if len(own) < largest else own
+        gathered = [torch.empty_like(padded, memory_format=torch.contiguous_format) for _ in bounds]
+        with _translate_errors():
+            dist.all_gather(gathered, padded.contiguous())
+        return torch.cat([rows[: stop - start] for rows, (start, stop) in zip(gathered, bounds, strict=True)])
 
     def logits(self, own: Tensor) -> Tensor:
-        """As `whole`; the gradient of a loss of all rows, summed over the processes, is that of one process."""
-        return own if self.place.world == 1 else _Whole.apply(own, self)
+        """Like `whole`, with gradients: the gradient of a loss over all rows, summed over the processes, equals that of one process."""
+        return own if self.place.world == 1 else _AllGatherLogits.apply(own, self)
 
 
-class _Whole(torch.autograd.Function):
-    """Every process takes the same loss of all rows, so its own rows' gradient is all that it has to add."""
+class _AllGatherLogits(torch.autograd.Function):
+    """Gather rows; in the backward pass keep only the gradient of this process's rows, since every process has the same loss."""
 
     @staticmethod
     def forward(ctx, own, share):
@@ -81,7 +81,7 @@ class _Whole(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Replicas:
-    """The processes that train together, seen from the one at `place`; alone, every method has nothing to do."""
+    """The process group, from the view of the rank `place`. With one process, all methods do nothing."""
 
     place: Place = ALONE
 
@@ -90,59 +90,59 @@ class Replicas:
         return self.place.world == 1
 
     def share(self, count: int) -> Share:
-        """This process's share of a batch of `count` rows."""
+        """Return this process's share of a batch of `count` rows."""
         if self.alone or count < FEWEST_ROWS * self.place.world:
             return Share(0, count, count, self.place)
         return Share(*_bounds(count, self.place.rank, self.place.world), count, self.place)
 
     def largest_share(self, count: int) -> int:
-        """The most rows of a batch of `count` that a process has."""
+        """Return the maximum number of rows per process for a batch of `count` rows."""
         return -(-count // self.place.world)
 
     def own_device(self, device: torch.device) -> torch.device:
-        """Of a host's GPUs the one of this process, which becomes the current one; a SettingsError where there are too few."""
+        """Return this process's GPU of the host and make it the current device. Raise a SettingsError if there are too few GPUs."""
         if device.type != "cuda":
             return device
         if self.place.local_world == 1:
             if device.index is not None:
-                torch.cuda.set_device(device)  # a stream or random state is the current GPU's where no other is named
+                torch.cuda.set_device(device)  # streams and random state default to the current GPU
             return device
-        there = torch.cuda.device_count()
-        if device.index is not None or self.place.local_world > there:
+        gpus = torch.cuda.device_count()
+        if device.index is not None or self.place.local_world > gpus:
             raise SettingsError(
-                f"{self.place.local_world} processes on this host need a GPU each, but train.device={device} of {there} "
-                f"GPUs is what they have: train.device=auto and NPROC={there} or less"
+                f"{self.place.local_world} processes on this host need one GPU each, but train.device={device} and the host has "
+                f"{gpus} GPUs: set train.device=auto and NPROC={gpus} or less"
             )
         torch.cuda.set_device(self.place.local_rank)
         return torch.device("cuda", self.place.local_rank)
 
     def together(self, call: Callable[[], T]) -> T:
-        """What `call` gives. Where a process is told to stop within it, StoppedError in all, once each is through."""
+        """Return what `call` returns. If a stop signal interrupts it in one process, raise StoppedError in all after each has finished."""
         if self.alone:
             return call()
-        found, told = None, 0
+        result, received = None, 0
         try:
-            found = call()
+            result = call()
         except StoppedError as error:
-            told = error.number
-        number = torch.tensor(told)
-        with _reaching():
+            received = error.number
+        number = torch.tensor(received)
+        with _translate_errors():
             dist.all_reduce(number, dist.ReduceOp.MAX)
         if number:
             raise StoppedError(int(number))
-        return found
+        return result
 
     def shared(self, value: Any) -> Any:
-        """The first process's value, in all of them: tensors, numbers, texts, and lists and dicts of them."""
+        """Return rank 0's value in all processes: tensors, numbers, texts, and lists and dicts of them."""
         if self.alone:
             return value
-        kept = io.BytesIO()
+        buffer = io.BytesIO()
         if self.place.leads:
-            torch.save(value, kept)
-        size = torch.tensor(kept.tell())
-        with _reaching():
+            torch.save(value, buffer)
+        size = torch.tensor(buffer.tell())
+        with _translate_errors():
             dist.broadcast(size, 0)
-            data = torch.frombuffer(kept.getbuffer(), dtype=torch.uint8) if self.place.leads else None
+            data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8) if self.place.leads else None
             data = torch.empty(int(size), dtype=torch.uint8) if data is None else data
             dist.broadcast(data, 0)
         if self.place.leads:
@@ -150,38 +150,38 @@ class Replicas:
         return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
 
     def check_same(self, value: Any, complaint: str) -> None:
-        """A SettingsError, which says `complaint`, where this process has another value than the first."""
+        """Raise a SettingsError with the text `complaint` if this process's value differs from rank 0's."""
         if self.shared(value) != value:
             raise SettingsError(f"process {self.place.rank} of {self.place.world}: {complaint}")
 
     @torch.no_grad()
     def start_alike(self, model: nn.Module) -> None:
-        """Gives the model the first process's weights and buffers."""
+        """Copy rank 0's weights and buffers into the model."""
         if self.alone:
             return
-        with _reaching():
+        with _translate_errors():
             for tensor in model.state_dict().values():
-                whole = tensor.contiguous()
-                dist.broadcast(whole, 0)
-                tensor.copy_(whole)
+                contiguous = tensor.contiguous()
+                dist.broadcast(contiguous, 0)
+                tensor.copy_(contiguous)
 
     @torch.no_grad()
     def sum_gradients(self, model: nn.Module) -> None:
-        """Sums each gradient over the processes; running statistics of a process's own rows become their mean."""
+        """Sum each gradient over the processes. Average running statistics that each process computed from its own rows."""
         if self.alone:
             return
-        self._sum([each.grad for each in model.parameters() if each.grad is not None])
-        statistics = _own_statistics(model)
+        self._sum([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        statistics = _local_batchnorm_statistics(model)
         self._sum(statistics)
         if statistics:
             torch._foreach_div_(statistics, self.place.world)
 
     def _sum(self, tensors: Sequence[Tensor]) -> None:
-        """As one tensor, always of the same ones, so that sums of more than two have the same bits each time."""
+        """Sum the tensors in one flat tensor in a fixed order, so that sums over more than two processes are bitwise reproducible."""
         if not tensors:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with _reaching():
+        with _translate_errors():
             dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [part.view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)])
@@ -192,27 +192,29 @@ BY_ITSELF = Replicas()
 
 @contextmanager
 def joined(place: Place) -> Iterator[Replicas]:
-    """The processes that meet at `place`, once all are there; at the end each waits for the first to be done."""
+    """Join the process group of `place` and yield it. At the end, all processes wait for rank 0."""
     if place.world == 1:
         yield BY_ITSELF
         return
-    _meet(place)
-    found = Replicas(place)
-    yield found
-    found.shared(None)
+    _rendezvous(place)
+    replicas = Replicas(place)
+    yield replicas
+    replicas.shared(None)
     dist.destroy_process_group()
 
 
-def _meet(place: Place) -> None:
-    """Waits for all to be there, in a thread, so that a process that waits for others can be stopped."""
+def _rendezvous(place: Place) -> None:
+    """Wait for all processes, in a thread, so that a signal can stop a waiting process."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     failed: list[Exception] = []
 
     def meet() -> None:
         try:
-            # torch's own store listens to every network, and asks nobody who they are
+            # torch's TCP store listens on all networks without authentication; prefer the file
             store = dist.FileStore(place.meeting, place.world) if place.meeting else None
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=PATIENCE)
+            dist.init_process_group(
+                backend, store=store, rank=place.rank, world_size=place.world, timeout=RENDEZVOUS_TIMEOUT
+            )
         except Exception as error:
             failed.append(error)
 
@@ -220,18 +222,18 @@ def _meet(place: Place) -> None:
     thread.start()
     while thread.is_alive():
         poll()
-        thread.join(SECONDS_BETWEEN_LOOKS)
+        thread.join(POLL_INTERVAL_S)
     if failed:
         raise LostError(
-            f"process {place.rank} of {place.world} could not meet the others at "
-            f"{place.meeting or 'MASTER_ADDR and MASTER_PORT'} ({failed[0]}): see that all were started and can reach it"
+            f"process {place.rank} of {place.world} could not join the others at "
+            f"{place.meeting or 'MASTER_ADDR and MASTER_PORT'} ({failed[0]}): check that all are running and can reach it"
         ) from failed[0]
     log.info("%d processes train together", place.world)
 
 
 @contextmanager
-def _reaching() -> Iterator[None]:
-    """Has a LostError say that another process is gone, or StoppedError where this one was told to stop."""
+def _translate_errors() -> Iterator[None]:
+    """Translate a failed collective to a LostError, or to a StoppedError if this process received a stop signal."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -239,7 +241,7 @@ def _reaching() -> Iterator[None]:
     except RuntimeError as error:
         poll()
         raise LostError(
-            "a process that trains with this one is gone, and its own log says why: the same command goes on from the "
+            "another process of this training is gone; see its log for the reason. The same command resumes from the "
             "last checkpoint"
         ) from error
 
@@ -248,21 +250,21 @@ def _bounds(count: int, rank: int, world: int) -> tuple[int, int]:
     return count * rank // world, count * (rank + 1) // world
 
 
-def _own_statistics(model: nn.Module) -> list[Tensor]:
-    """Mean and variance of each norm that learns them from this process's rows alone; SyncBatchNorm's are everybody's."""
+def _local_batchnorm_statistics(model: nn.Module) -> list[Tensor]:
+    """Return mean and variance of each norm that computes them from this process's rows only, i.e. not of SyncBatchNorm."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and not isinstance(m, nn.SyncBatchNorm)]
     return [
-        each
+        tensor
         for norm in norms
         if norm.training and norm.running_mean is not None
-        for each in (norm.running_mean, norm.running_var)
+        for tensor in (norm.running_mean, norm.running_var)
     ]
 
 
 def with_norms_of_all(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network with BatchNorm over the rows of all processes on GPUs; on CPUs, where torch has no such norm, as it is.
+    """Return the network with BatchNorm over the rows of all processes on GPUs. On CPUs, where torch has no such norm, return it unchanged.
 
-    Parameters, buffers and their names stay. The log says which it is, if the network has BatchNorm at all.
+    Parameters, buffers and their names stay. If the network has BatchNorm, log which one it uses.
     """
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         return network

@@ -1,7 +1,7 @@
-"""Runs a plan on this machine: each step a process of its own, several side by side.
+"""Run a plan on this machine: each step in a separate process, several in parallel.
 
-A step sees the user's environment, less everything that the contract gives a meaning to, plus its
-own SM_* variables. What it prints goes to `<step>/log.txt` and to the terminal.
+A step gets the user's environment without the variables of the container contract, plus its
+own SM_* variables. Its output goes to `<step>/log.txt` and to the terminal.
 """
 
 import contextlib
@@ -34,41 +34,41 @@ from fivefold.machine import GLIBC_TUNABLES, count_cores, free_memory
 from fivefold.recipe import SECTIONS
 from fivefold.settings import ENVIRONMENT_KEYS
 
-SECONDS_BETWEEN_POLLS = 0.03
-SECONDS_FOR_LAST_WORDS = 2.0
-NOT_PASSED_ON = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
-PASSED_ON = {"SM_LOG_LEVEL"}
-MEMORY_OF_A_FOLD = 6 << 30
-"""Bytes that a fold on CPU cores is counted with, since its network is not known here; a rough guess, on the safe side."""
+POLL_INTERVAL_S = 0.03
+LOG_DRAIN_TIMEOUT_S = 2.0
+DROPPED_VARIABLES = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
+KEPT_VARIABLES = {"SM_LOG_LEVEL"}
+FOLD_MEMORY_BYTES = 6 << 30
+"""Assumed memory in bytes of a fold on CPU cores: a conservative estimate, because the network is not known here."""
 
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
-    """Runs the plan's steps, at most `parallel` at a time (0: as `side_by_side` says); the exit code of the first that failed.
+    """Run the plan's steps, at most `parallel` at a time (0: `side_by_side` decides). Return the exit code of the first failed step.
 
-    130 or 143 after SIGINT or SIGTERM, which are passed on to the steps and waited for.
+    Return 130 or 143 after SIGINT or SIGTERM, which are forwarded to the steps; then wait for the steps.
     """
     for step in plan.steps:
         if (pid := running_pid(step)) is not None:
-            raise RetryableError(f"{step.folder} is being written by process {pid}: wait for it, or stop it")
+            raise RetryableError(f"{step.folder} is in use by process {pid}: wait for it, or stop it")
     for folder in (plan.folder, *(step.folder for step in plan.steps if step.folder.exists())):
         probe_writable(folder)
     devices = gpus(environ)
     parallel = parallel or side_by_side(plan, devices)
-    # the same share for every fold, however many run just then: another number of threads gives other bits
-    share = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
+    # the same number for every fold, however many run: another number of threads changes the last bits of results
+    fold_threads = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
 
     def environment(step: Step, gpu: str) -> dict[str, str]:
-        threads = share if step.stage == "train-fold" else 0
+        threads = fold_threads if step.stage == "train-fold" else 0
         return {**step_environment(step, environ, gpu, threads), **shared_cache(plan)}
 
     screen = Screen()
     backend = LocalBackend(screen, devices if parallel > 1 else [], environment)
-    return Scheduler(plan.steps, backend, screen, parallel, SECONDS_BETWEEN_POLLS).run()
+    return Scheduler(plan.steps, backend, screen, parallel, POLL_INTERVAL_S).run()
 
 
 @dataclass
 class Child:
-    """A step's running process, with the thread that reads what it prints."""
+    """A step's running process, with the thread that reads its output."""
 
     process: subprocess.Popen[bytes]
     reader: threading.Thread
@@ -77,17 +77,17 @@ class Child:
 
 
 class LocalBackend:
-    """Runs each step as a process of this machine; signals are passed on to all of them."""
+    """Run each step as a process of this machine, and forward signals to all of them."""
 
     def __init__(
         self, screen: Screen, devices: Sequence[str], environment: Callable[[Step, str], dict[str, str]]
     ) -> None:
-        """`environment(step, gpu)` are the variables of a step's process; `devices` are dealt out, one a process."""
+        """`environment(step, gpu)` returns the variables of a step's process. Each process gets one of `devices`."""
         self.screen, self.devices, self.environment = screen, devices, environment
         self.children: dict[str, Child] = {}
 
     def start(self, step: Step, alone: bool) -> None:
-        """Starts the step's process; on a pseudo-terminal, for its progress bars, where it runs alone."""
+        """Start the step's process; if it runs alone, on a pseudo-terminal, to show its progress bars."""
         probe_writable(step.folder)
         (step.folder / FAILURE).unlink(missing_ok=True)
         used = [child.gpu for child in self.children.values()]
@@ -104,8 +104,8 @@ class LocalBackend:
         )
         os.close(write_end)
         output = os.fdopen(read_end, encoding="utf-8", errors="replace", newline="")
-        told = (output, step.folder / LOG, " ".join(step.command), self.screen, "" if as_terminal else step.name)
-        reader = threading.Thread(target=copy_output, args=told, daemon=True)
+        arguments = (output, step.folder / LOG, " ".join(step.command), self.screen, "" if as_terminal else step.name)
+        reader = threading.Thread(target=copy_output, args=arguments, daemon=True)
         reader.start()
         try:
             write_started(step, process.pid)
@@ -120,7 +120,7 @@ class LocalBackend:
             child = self.children[step.name]
             if child.process.poll() is None:
                 continue
-            child.reader.join(SECONDS_FOR_LAST_WORDS)
+            child.reader.join(LOG_DRAIN_TIMEOUT_S)
             code = child.process.returncode
             codes[step.name] = 128 - code if code < 0 else code
             write_ended(step, codes[step.name])
@@ -128,13 +128,13 @@ class LocalBackend:
         return codes
 
     def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
-        """Passes a signal on to the processes; the second one kills them with all that they started."""
+        """Forward a signal to the processes. The second signal kills them and their child processes."""
         names = ", ".join(step.name for step in running)
         self.screen.line(
-            f"{signal.Signals(number).name}: {'killing' if again else 'waiting for'} {names} (again: kill)"
+            f"{signal.Signals(number).name}: {'killing' if again else 'waiting for'} {names} (send again to kill)"
         )
         for child in self.children.values():
-            # a process may have ended since it was polled
+            # a process may have ended since the last poll
             with contextlib.suppress(ProcessLookupError):
                 if again:
                     os.killpg(child.process.pid, signal.SIGKILL)
@@ -150,7 +150,7 @@ class LocalBackend:
 
 
 def _terminal() -> tuple[int, int]:
-    """The two ends of a pseudo-terminal of the size of this process's own."""
+    """Return the two ends of a pseudo-terminal with the size of this process's terminal."""
     read_end, write_end = pty.openpty()
     size = fcntl.ioctl(sys.stderr.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
     fcntl.ioctl(write_end, termios.TIOCSWINSZ, size)
@@ -158,54 +158,54 @@ def _terminal() -> tuple[int, int]:
 
 
 def shared_cache(plan: Plan) -> dict[str, str]:
-    """The variable by which the steps share the image cache beside the runs, where the settings leave it open."""
+    """Return the variable with the shared image cache beside the runs, if data.cache=auto."""
     return {"DATA__CACHE": str(plan.folder.parent / CACHES)} if plan.settings.data.cache == "auto" else {}
 
 
 def side_by_side(plan: Plan, devices: Sequence[str]) -> int:
-    """A fold a GPU; without one as many as have the cores busy to the end, as far as MEMORY_OF_A_FOLD goes round.
+    """Return the number of parallel folds: one per GPU; on CPU the fastest number, within the memory (FOLD_MEMORY_BYTES each).
 
-    Threads of one fold wait for one another at each of its layers: of a small network on two cores,
-    two folds of one thread did 1.33 times the steps of one fold of two. Of five folds on two cores
-    three run at first, then two, since of two, two and one the last would leave a core idle.
+    The threads of one fold wait for one another at each layer. With a small network on two cores,
+    two folds of one thread did 1.33 times the steps of one fold of two threads. Of five folds on two cores
+    three run first, then two, because with two, two and one the last fold would leave a core idle.
     """
     if devices:
         return len(devices)
     folds, cores = sum(step.stage == "train-fold" for step in plan.steps), count_cores()
-    most = max(1, min(folds, free_memory() // MEMORY_OF_A_FOLD))
+    limit = max(1, min(folds, free_memory() // FOLD_MEMORY_BYTES))
 
     def duration(at_once: int) -> float:
-        """How long all folds take, each on no more than a core; in units of one fold's time."""
+        """Return how long all folds take, each on at most one core, in units of one fold's time."""
         full, rest = divmod(folds, at_once)
         return full * max(1.0, at_once / cores) + (max(1.0, rest / cores) if rest else 0.0)
 
-    return min(range(min(cores, most), most + 1), key=duration)
+    return min(range(min(cores, limit), limit + 1), key=duration)
 
 
 def step_environment(step: Step, environ: Mapping[str, str], gpu: str = "", threads: int = 0) -> dict[str, str]:
-    """`environ` without what the contract gives a meaning to, with the step's variables.
+    """Return `environ` without the variables of the contract, and with the step's variables.
 
-    `gpu` is the one that it may see ("": all), `threads` the share of the cores that it may use
-    (0: all) where the user has not said it.
+    `gpu` is the only visible GPU ("": all), `threads` the number of threads
+    (0: all cores), unless the user has set these.
     """
-    own = {name: value for name, value in environ.items() if not _has_meaning(name)}
-    own |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-    own = {"OMP_NUM_THREADS": str(threads), **own} if threads else own
-    # Threads that spin for long while they wait take the cores from those they wait for: beside another process a
-    # small network took 10 s an epoch instead of 1.3 s. Sleeping at once (PASSIVE) cost 30 % on an idle machine;
+    variables = {name: value for name, value in environ.items() if not _is_contract_variable(name)}
+    variables |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+    variables = {"OMP_NUM_THREADS": str(threads), **variables} if threads else variables
+    # Waiting threads that spin for long block the cores for the threads they wait for: beside another process a
+    # small network took 10 s per epoch instead of 1.3 s. Sleeping at once (PASSIVE) cost 30 % on an idle machine;
     # a short spin cost nothing there.
-    own.setdefault("GOMP_SPINCOUNT", "20000")
-    own.setdefault("GLIBC_TUNABLES", GLIBC_TUNABLES)
-    return {**own, "PYTHONUNBUFFERED": "1", **step.environment}
+    variables.setdefault("GOMP_SPINCOUNT", "20000")
+    variables.setdefault("GLIBC_TUNABLES", GLIBC_TUNABLES)
+    return {**variables, "PYTHONUNBUFFERED": "1", **step.environment}
 
 
 def settings_variables(environ: Mapping[str, str]) -> list[str]:
-    """The variables that a stage would read as settings; a run's steps do not see them."""
-    return sorted(name for name in environ if _has_meaning(name) and not name.startswith("SM_"))
+    """Return the variables that a stage would read as settings. The steps of a run do not get them."""
+    return sorted(name for name in environ if _is_contract_variable(name) and not name.startswith("SM_"))
 
 
 def gpus(environ: Mapping[str, str]) -> list[str]:
-    """The GPUs that CUDA_VISIBLE_DEVICES or nvidia-smi name, found without loading torch."""
+    """Return the GPUs from CUDA_VISIBLE_DEVICES or nvidia-smi, without importing torch."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
@@ -217,28 +217,28 @@ def gpus(environ: Mapping[str, str]) -> list[str]:
 
 
 def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
-    """The inputs, all of them there, with the ground truth that stands beside eval's test.csv if none is given.
+    """Check that the inputs exist, and return them; if no ground truth is set, add the one beside eval's test.csv.
 
-    Where eval is a .zip, that is a file in `run_folder`; `unpack_ground_truth` makes it. Any may be at s3://, where
-    a .zip is not looked into.
-    Raises MissingInputError.
+    If eval is a .zip, the ground truth is a file in `run_folder`, which `unpack_ground_truth` writes. Inputs may be at
+    s3://; a .zip there is not opened.
+    Raise a MissingInputError if an input does not exist.
     """
     for name, path in vars(inputs).items():
         if path and is_url(path):
             parse(path, name)
         elif path and not Path(path).exists():
-            raise MissingInputError(f"{name}={path}: there is no such folder or file")
+            raise MissingInputError(f"{name}={path}: this folder or file does not exist")
     if inputs.ground_truth or not inputs.eval:
         return inputs
     if not is_url(inputs.eval) and zipfile.is_zipfile(inputs.eval):
         with zipfile.ZipFile(inputs.eval) as archive:
-            inside = truth_beside_table(archive.namelist())
-        return replace(inputs, ground_truth=str(run_folder / GROUND_TRUTH) if inside else None)
+            name_in_archive = truth_beside_table(archive.namelist())
+        return replace(inputs, ground_truth=str(run_folder / GROUND_TRUTH) if name_in_archive else None)
     return replace(inputs, ground_truth=truth_of(inputs.eval))
 
 
 def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
-    """Copies the ground truth out of an eval that is a .zip into the run's folder, where `check_inputs` wants it."""
+    """Copy the ground truth from an eval that is a .zip to the path that `check_inputs` returned."""
     if inputs.ground_truth == str(run_folder / GROUND_TRUTH) and inputs.eval and zipfile.is_zipfile(inputs.eval):
         with zipfile.ZipFile(inputs.eval) as archive:
             name = truth_beside_table(archive.namelist())
@@ -248,23 +248,23 @@ def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
                 temporary.write_bytes(content)
 
 
-def _has_meaning(name: str) -> bool:
+def _is_contract_variable(name: str) -> bool:
     section, joined, _ = name.lower().partition("__")
-    if name.lower() in ENVIRONMENT_KEYS or (joined and section in SECTIONS) or name in NOT_PASSED_ON:
+    if name.lower() in ENVIRONMENT_KEYS or (joined and section in SECTIONS) or name in DROPPED_VARIABLES:
         return True
-    return name.startswith("SM_") and name not in PASSED_ON
+    return name.startswith("SM_") and name not in KEPT_VARIABLES
 
 
 def refuse_strangers(plan: Plan) -> None:
-    """Raises a SettingsError for models of folds that lie in the run's folder but are not of this plan.
+    """Raise a SettingsError if the run's folder contains fold models that are not part of this plan.
 
-    The ensemble takes every fold model below the run, so one of another seed or split would join it.
+    The ensemble uses every fold model below the run, so models of another seed or split would enter it.
     """
     known = {step.name for step in plan.steps}
-    found = sorted(path.parent.parent.name for path in plan.folder.glob("fold-*/model/model.json"))
-    strangers = [name for name in found if name not in known]
-    if strangers:
+    models = sorted(path.parent.parent.name for path in plan.folder.glob("fold-*/model/model.json"))
+    unknown = [name for name in models if name not in known]
+    if unknown:
         raise SettingsError(
-            f"{plan.folder} holds models that this plan does not have: {', '.join(strangers)}; "
-            "remove them, give the same seeds= and split.folds, or choose another run="
+            f"{plan.folder} contains models that are not in this plan: {', '.join(unknown)}; "
+            "remove them, use the same seeds= and split.folds, or use another run="
         )

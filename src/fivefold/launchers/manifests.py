@@ -1,7 +1,7 @@
-"""A plan as Kubernetes objects: one Job a step, one Indexed Job for the folds of a seed, and the claim that they share.
+"""Render a plan as Kubernetes objects: one Job per step, one Indexed Job for the folds of a seed, and the shared claim.
 
-Paths are the same in every pod: data in `/data`, runs in `/runs`, two folders of one claim, or either at s3://.
-Objects are plain dicts. Run as a program it writes the Jobs of `k8s/`: `make manifests`.
+Paths are the same in every pod: data in `/data` and runs in `/runs`, two folders of one claim, or either at s3://.
+Objects are plain dicts. As a program, this module writes the Jobs of `k8s/`: `make manifests`.
 """
 
 import re
@@ -23,21 +23,21 @@ from fivefold.recipe import Kubernetes
 Object = dict[str, Any]
 
 DATA, RUNS = "/data", "/runs"
-"""Where every pod sees the data and the runs, two folders of one claim."""
-MOST_CHARACTERS = 63
+"""The paths of the data and of the runs in every pod: two folders of one claim."""
+MAX_NAME_LENGTH = 63
 CONTAINER = "fivefold"
 STORE = "fivefold-s3"
-"""The ConfigMap and the Secret that a pod takes variables from where anything lies at s3://; both may be absent."""
+"""The ConfigMap and the Secret with variables for pods that use s3://. Both may be absent."""
 UID = 10001
 READ_ONLY = {DATA: {"readOnly": True}}
 GPU = "nvidia.com/gpu"
 ON_GPU = ("train-fold", "distill", "ensemble")
 KILLED = 137
 PERMANENT = sorted({SettingsError.exit_code, DataError.exit_code, MissingInputError.exit_code, KILLED})
-"""Exit codes that come again with the same command; 137: killed, as at a limit of memory."""
-RETRIES = 2
-SECONDS_OF_GRACE = 120
-SECONDS_KEPT = 7 * 24 * 3600
+"""Exit codes that a retry would repeat. 137: killed, e.g. at the memory limit."""
+MAX_RETRIES = 2
+GRACE_PERIOD_S = 120
+TTL_S = 7 * 24 * 3600
 QUEUE = "kueue.x-k8s.io/queue-name"
 NAME, RUN, TASK = (f"app.kubernetes.io/{key}" for key in ("name", "instance", "component"))
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -46,7 +46,7 @@ CACHES = {"HOME": "/tmp", "TORCH_HOME": "/tmp/torch", "HF_HOME": "/tmp/huggingfa
 
 @dataclass(frozen=True)
 class Task:
-    """What one Job does: a step, or the folds of one seed, 0 to the last, as an Indexed Job; after the tasks it needs."""
+    """The work of one Job: a step, or the folds of one seed from 0 on as an Indexed Job. It runs after the tasks it needs."""
 
     name: str
     steps: tuple[Step, ...]
@@ -59,7 +59,7 @@ class Task:
 
 
 def tasks_of(plan: Plan) -> list[Task]:
-    """The plan's Jobs in order. Folds that do not start at 0, or leave one out, are a Job each."""
+    """Return the plan's Jobs in order. Folds that do not start at 0 or are not consecutive get one Job each."""
     names = {step.name: _task_name(plan, step) for step in plan.steps}
     tasks = []
     for name in dict.fromkeys(names.values()):
@@ -70,50 +70,50 @@ def tasks_of(plan: Plan) -> list[Task]:
 
 
 def job_name(run: str, task: str) -> str:
-    """The name of a task's Job. In names of a cluster only small letters, digits and hyphens stand."""
+    """Return the name of a task's Job. Kubernetes allows only lower-case letters, digits and hyphens."""
     return re.sub(r"[._]", "-", f"fivefold-{run}-{task}").lower()
 
 
 def check_names(plan: Plan) -> None:
-    """Raises a SettingsError where the run's name cannot be a part of the names of its pods."""
+    """Raise a SettingsError if the run's name cannot be part of the names of its pods."""
     names = [(job_name(plan.run, task.name), task) for task in tasks_of(plan)]
     longest = max((f"{name}-{len(task.steps) - 1}" if task.indexed else name for name, task in names), key=len)
     if not plan.run[-1].isalnum():
-        raise SettingsError(f"run={plan.run!r}: on Kubernetes a name ends in a letter or a digit")
-    if len(longest) > MOST_CHARACTERS:
-        most = len(plan.run) - len(longest) + MOST_CHARACTERS
+        raise SettingsError(f"run={plan.run!r}: on Kubernetes a name must end in a letter or a digit")
+    if len(longest) > MAX_NAME_LENGTH:
+        available = len(plan.run) - len(longest) + MAX_NAME_LENGTH
         raise SettingsError(
-            f"run={plan.run!r} is too long for Kubernetes: {longest} has {len(longest)} of {MOST_CHARACTERS} characters; "
-            f"{most} are left for the run"
+            f"run={plan.run!r} is too long for Kubernetes: {longest} has {len(longest)} of {MAX_NAME_LENGTH} characters; "
+            f"the run's name may have {available}"
         )
 
 
 def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
-    """The inputs; whether a ground truth stands beside eval's test.csv, only pods see.
+    """Return the inputs. Only pods can find out whether a ground truth exists beside eval's test.csv.
 
-    Raises SettingsError for a path that no pod would see: it must be in /data of the claim, or at s3://.
+    Raise a SettingsError if pods cannot read a path: it must be in /data of the claim, or at s3://.
     """
     for name, path in vars(inputs).items():
         if path and is_url(path):
             parse(path, name)
         elif path and (not PurePosixPath(path).is_relative_to(DATA) or ".." in PurePosixPath(path).parts):
             raise SettingsError(
-                f"{name}={path}: pods see {DATA} of the claim, and s3://; copy it to the claim as docs/kubernetes.md "
-                f"shows, and give {name}={DATA}/…"
+                f"{name}={path}: pods can read {DATA} of the claim, and s3://; copy it to the claim as docs/kubernetes.md "
+                f"shows, and set {name}={DATA}/…"
             )
     return replace(inputs, truth_unknown=bool(inputs.eval and not inputs.ground_truth))
 
 
 def check_runs(runs: str) -> None:
-    """Raises a SettingsError for a place of runs that no pod could write to."""
+    """Raise a SettingsError if pods cannot write to the location of runs."""
     if is_url(runs):
         parse(runs, "kubernetes.runs")
     elif runs != RUNS:
-        raise SettingsError(f"kubernetes.runs={runs}: runs lie in {RUNS} of the claim, or at s3://bucket/prefix")
+        raise SettingsError(f"kubernetes.runs={runs}: runs must be in {RUNS} of the claim, or at s3://bucket/prefix")
 
 
 def _task_name(plan: Plan, step: Step) -> str:
-    """A step's own name, or of folds that are 0, 1, 2 and so on for their seed, `train-folds` or `train-folds-seed-43`."""
+    """Return the step's name; for consecutive folds of a seed from 0 on `train-folds` or `train-folds-seed-43`."""
     if step.fold is None:
         return step.name
     folds = [other.fold for other in plan.steps if other.fold is not None and other.seed == step.seed]
@@ -121,12 +121,12 @@ def _task_name(plan: Plan, step: Step) -> str:
 
 
 def name_with(step: Step, text: str) -> str:
-    """The name of a step that trains a fold, with `text` for its `fold-2`, and the seed behind it as it is."""
+    """Return the name of a step that trains a fold, with `text` in place of `fold-2`; a seed suffix stays."""
     return step.name.replace(f"fold-{step.fold}", text, 1)
 
 
 def claim(pods: Kubernetes) -> Object:
-    """The claim that data and runs share. Folds on several machines need ReadWriteMany."""
+    """Return the claim for data and runs. Folds on several machines need ReadWriteMany."""
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -136,9 +136,9 @@ def claim(pods: Kubernetes) -> Object:
 
 
 def job(plan: Plan, task: Task, parallel: int = 0) -> Object:
-    """The Job of a task, at most `parallel` folds at once (0: all).
+    """Return the Job of a task, with at most `parallel` folds at the same time (0: all).
 
-    Exit codes that come again end it (or its index) at once; a drained machine costs no try.
+    Permanent exit codes end the Job (or its index) at once. A drained node does not count as a retry.
     """
     pods = plan.settings.kubernetes
     labels = {NAME: "fivefold", RUN: plan.run, TASK: task.name}
@@ -151,7 +151,7 @@ def job(plan: Plan, task: Task, parallel: int = 0) -> Object:
         "metadata": {"name": job_name(plan.run, task.name), "labels": {**labels, **queue}},
         "spec": {
             **({"suspend": True} if pods.queue else {}),
-            **({**indexed, "backoffLimitPerIndex": RETRIES} if task.indexed else {"backoffLimit": RETRIES}),
+            **({**indexed, "backoffLimitPerIndex": MAX_RETRIES} if task.indexed else {"backoffLimit": MAX_RETRIES}),
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {
                 "rules": [
@@ -162,20 +162,20 @@ def job(plan: Plan, task: Task, parallel: int = 0) -> Object:
                     },
                 ]
             },
-            "ttlSecondsAfterFinished": SECONDS_KEPT,
+            "ttlSecondsAfterFinished": TTL_S,
             "template": {"metadata": {"labels": labels}, "spec": pod(task, pods)},
         },
     }
 
 
 def twice(quantity: str) -> str:
-    """Two times an amount as Kubernetes writes it: 8Gi for 4Gi."""
+    """Return twice a Kubernetes quantity: 8Gi for 4Gi."""
     number = re.match(r"[\d.]+", quantity)[0]
     return f"{2 * float(number):g}{quantity[len(number) :]}"
 
 
 def pod(task: Task, pods: Kubernetes) -> Object:
-    """The pod of a task, within the restricted pod security standard."""
+    """Return the pod of a task. It complies with the restricted pod security standard."""
     on_gpu = pods.gpus > 0 and task.stage in ON_GPU
     step = task.steps[0]
     command = (step.stage, *step.arguments) if task.indexed else step.command
@@ -185,7 +185,7 @@ def pod(task: Task, pods: Kubernetes) -> Object:
     at_store = any(is_url(entry.get("value", "")) for entry in env)
     from_claim = [path for path in (DATA, RUNS) if any(entry.get("value", "").startswith(path) for entry in env)]
     return {
-        # a user that is not root, who owns the claim's files as a group; nothing of the cluster's own inside
+        # a non-root user, with group access to the claim's files; no service account token, no service variables
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {
@@ -197,7 +197,7 @@ def pod(task: Task, pods: Kubernetes) -> Object:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": SECONDS_OF_GRACE,
+        "terminationGracePeriodSeconds": GRACE_PERIOD_S,
         **({"serviceAccountName": pods.service_account} if pods.service_account else {}),
         **({"tolerations": [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}]} if on_gpu else {}),
         "containers": [
@@ -237,20 +237,20 @@ def pod(task: Task, pods: Kubernetes) -> Object:
 
 
 def environment(task: Task, pods: Kubernetes) -> list[Object]:
-    """The container's variables: the run, and what a stage that knows its run does not find there by itself."""
-    own = {name: _placed(value, task) for name, value in _not_found(task).items()}
-    if is_url(pods.runs):  # where a platform looks for a failure file is no URL; pods have the termination log besides
-        own.pop("SM_OUTPUT_DIR", None)
+    """Return the container's variables: RUNS and RUN, and the variables that a stage cannot derive from these."""
+    variables = {name: _map_path(value, task) for name, value in _unusual_variables(task).items()}
+    if is_url(pods.runs):  # SM_OUTPUT_DIR must not be a URL; pods also have the termination log
+        variables.pop("SM_OUTPUT_DIR", None)
     threads = {"OMP_NUM_THREADS": str(pods.cpus), "GOMP_SPINCOUNT": "20000"}
     on_cores = threads if task.stage in ON_GPU and not pods.gpus else {}
     index = {"name": "FOLD", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
-    fold = [index] if any("$(FOLD)" in value for value in own.values()) else []
-    named = {"RUNS": pods.runs.rstrip("/"), "RUN": task.steps[0].folder.parent.name, **own, **CACHES, **on_cores}
-    return fold + [{"name": name, "value": value} for name, value in named.items()]
+    fold = [index] if any("$(FOLD)" in value for value in variables.values()) else []
+    values = {"RUNS": pods.runs.rstrip("/"), "RUN": task.steps[0].folder.parent.name, **variables, **CACHES, **on_cores}
+    return fold + [{"name": name, "value": value} for name, value in values.items()]
 
 
-def _not_found(task: Task) -> dict[str, str]:
-    """The step's variables, but for those that are where the layout of runs has them."""
+def _unusual_variables(task: Task) -> dict[str, str]:
+    """Return the step's variables that differ from the default layout of runs."""
     step = task.steps[0]
     run, usual = str(step.folder.parent), task.stage if step.fold is None else f"fold-{step.fold}"
     known = {f"SM_CHANNEL_{name.upper()}": path for name, path in channels_of(task.stage, run).items()}
@@ -259,12 +259,12 @@ def _not_found(task: Task) -> dict[str, str]:
 
 
 def literal(text: str) -> str:
-    """Text in which Kubernetes puts no variable in place of $(NAME)."""
+    """Escape text so that Kubernetes does not substitute $(NAME)."""
     return text.replace("$", "$$")
 
 
-def _placed(value: str, task: Task) -> str:
-    """A path or URL as the pod sees it: in the run's folder, wherever runs are; there in that of the pod's fold."""
+def _map_path(value: str, task: Task) -> str:
+    """Return a path or URL for the pod: relative to $(RUNS)/$(RUN) if it is in the run's folder, with the pod's fold."""
     step = task.steps[0]
     if not PurePosixPath(value).is_relative_to(step.folder.parent):
         return literal(value)
@@ -275,12 +275,12 @@ def _placed(value: str, task: Task) -> str:
 
 
 def as_yaml(objects: Sequence[Object]) -> str:
-    """The objects as one YAML file."""
+    """Return the objects as one YAML file."""
     return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Nothing is an alias, and in quotes stands also what other readers than PyYAML take for a number or a bool."""
+    """Write no aliases, and quote texts that YAML readers other than PyYAML take for a number or a bool."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -290,33 +290,33 @@ _Dumper.add_implicit_resolver("float", re.compile(r"([yYnN]|[-+.0-9][-+.0-9a-fA-
 
 
 def files() -> dict[str, str]:
-    """The text of each rendered file by its path in `k8s/`: the Jobs of the run `first` of the recipe `small_images`."""
+    """Return the text of each rendered file by its path in `k8s/`: the Jobs of the run `first` with the recipe `small_images`."""
     inputs = Inputs(f"{DATA}/train", f"{DATA}/eval", truth_unknown=True)
     plan = make_plan(inputs, run="first", runs=RUNS, recipe="small_images")
-    found = {"pvc.yaml": HEAD.format(CLAIM_COMMENT, "pvc.yaml") + as_yaml([claim(plan.settings.kubernetes)])}
+    texts = {"pvc.yaml": HEADER.format(CLAIM_COMMENT, "pvc.yaml") + as_yaml([claim(plan.settings.kubernetes)])}
     for task in tasks_of(plan):
         name = f"{task.name}-job.yaml"
-        found[name] = HEAD.format(f"{COMMENTS[name]} The claim of pvc.yaml must exist.", name) + as_yaml(
+        texts[name] = HEADER.format(f"{COMMENTS[name]} The claim of pvc.yaml must exist.", name) + as_yaml(
             [job(plan, task)]
         )
-    return found
+    return texts
 
 
-HEAD = "# {}\n#\n#     kubectl apply -f k8s/{}\n#\n# Rendered from the plan by `make manifests`.\n"
+HEADER = "# {}\n#\n#     kubectl apply -f k8s/{}\n#\n# Rendered from the plan by `make manifests`.\n"
 CLAIM_COMMENT = (
-    "The claim of the data and the runs. Apply it once; whoever deletes it deletes them (docs/kubernetes.md says how to\n"
-    "# keep them). Folds on several machines need ReadWriteMany."
+    "The claim for the data and the runs. Apply it once. Deleting it deletes the data and the runs (docs/kubernetes.md\n"
+    "# describes how to keep them). Folds on several machines need ReadWriteMany."
 )
 COMMENTS = {
-    "split-job.yaml": "Images in /data/train to folds, in /runs/first/split; those in /data/eval are checked.",
-    "train-folds-job.yaml": "Every fold in a pod of its own, side by side: FOLD is the pod's index. After split.",
+    "split-job.yaml": "Split the images in /data/train into folds, in /runs/first/split; check those in /data/eval.",
+    "train-folds-job.yaml": "Train every fold in its own pod, in parallel: FOLD is the pod's index. After split.",
     "ensemble-job.yaml": "The fold models predict /data/eval; the submission is in /runs/first/ensemble/output.",
-    "evaluate-job.yaml": "Scores and the report: of test rows, if there is a gt.csv beside the test.csv. After ensemble.",
-    "distill-job.yaml": "The fold models teach one student. After train-folds.",
+    "evaluate-job.yaml": "Scores and the report; of test rows too if a gt.csv exists beside the test.csv. After ensemble.",
+    "distill-job.yaml": "Distill the fold models into one student. After train-folds.",
     "ensemble-student-job.yaml": "The student predicts /data/eval. After distill.",
     "evaluate-student-job.yaml": "The student's scores. After ensemble-student.",
 }
-"""What stands at the head of each Job's file."""
+"""The header comment of each Job's file."""
 
 
 if __name__ == "__main__":

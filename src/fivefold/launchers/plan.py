@@ -1,9 +1,9 @@
-"""The plan of a run: its steps in order, each a stage with arguments and SM_* variables.
+"""The plan of a run: its steps in order. A step is a stage with arguments and SM_* variables.
 
     split ─► fold-0 … fold-K ─► ensemble ─► evaluate
                      └────────► distill ─► ensemble-student ─► evaluate-student
 
-A step's files lie in `<runs>/<run>/<step>/{model,output,checkpoints}`. A plan is data: platforms
+A step's files are in `<runs>/<run>/<step>/{model,output,checkpoints}`. A plan is data: platforms
 run it, `--dry-run` prints it, and `status` reads it.
 """
 
@@ -25,14 +25,14 @@ from fivefold.settings import arguments_layer, is_of, load, normal_key
 
 PLAN = "plan.json"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
-SAID_OTHERWISE = {"stage": "stages=", "fold": "folds="}
+REPLACED_BY = {"stage": "stages=", "fold": "folds="}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is given: paths as the user wrote them, None where not given.
+    """The inputs of a run: paths as the user wrote them, None if not set.
 
-    `truth_unknown`: a ground truth may stand beside eval's test.csv, in a place that only the stages see.
+    `truth_unknown`: a ground truth may exist beside eval's test.csv, in a folder that only the stages can read.
     """
 
     train: str
@@ -47,8 +47,8 @@ class Inputs:
 class Step:
     """One process: `python -m fivefold.jobs <command>` with `environment`, after the steps it needs.
 
-    `epochs` is how many a training step takes at most, 0 for other steps. `fold` is set where a step trains a fold,
-    `seed` where it trains a model.
+    `epochs` is the maximum number of epochs of a training step, 0 for other steps. `fold` is set if the step trains a
+    fold, `seed` if it trains a model.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Step:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The stage and all its arguments, with the fold."""
+        """Return the stage and all its arguments, with the fold."""
         fold = () if self.fold is None else (f"FOLD={self.fold}",)
         return (self.stage, *self.arguments, *fold)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's steps in an order that respects their needs, notes on what was left out, and the settings it was made of."""
+    """A run's steps in the order of their dependencies, notes on omitted steps, and the settings of the run."""
 
     run: str
     folder: Path
@@ -90,37 +90,37 @@ def make_plan(
     recipe: str = "",
     seeds: Sequence[int] = (),
 ) -> Plan:
-    """The plan of all stages for `recipe`, with `overrides` (KEY=VALUE) passed to the stages that use them.
+    """Return the plan of all stages for `recipe`, with `overrides` (KEY=VALUE) for the stages that use them.
 
-    Raises SettingsError for a bad name, key or value before anything runs.
+    Raise a SettingsError for an invalid name, key or value before anything runs.
     """
     run = run or new_run_name()
     if not RUN_NAME.fullmatch(run):
         raise SettingsError(
-            f"run={run[:200]!r} names a folder: at most 150 letters, digits, '.', '_' and '-', not starting with '.'"
+            f"run={run[:200]!r} must be a folder name: at most 150 letters, digits, '.', '_' and '-', not starting with '.'"
         )
-    settings = _checked(overrides, recipe, seeds)
+    settings = _load_settings(overrides, recipe, seeds)
     builder = _Builder(Path(runs) / run, inputs, settings, tuple(overrides), recipe, tuple(seeds))
     builder.build()
     return Plan(run, builder.folder, tuple(builder.steps), tuple(builder.notes), settings)
 
 
 def new_run_name() -> str:
-    """`run_YYYYMMDD_HHMMSS_<id8>`, of this second's local time."""
+    """Return `run_YYYYMMDD_HHMMSS_<id8>` for the current local time."""
     return f"run_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:8]}"
 
 
 def next_run_name(name: str, runs: Path) -> str:
-    """`name`, or the first of `name2`, `name3`, … that stands not yet in `runs`."""
+    """Return the first of `name`, `name2`, `name3`, … that does not exist in `runs`."""
     names = itertools.chain([name], (f"{name}{number}" for number in itertools.count(2)))
-    return next(each for each in names if not (runs / each).exists())
+    return next(candidate for candidate in names if not (runs / candidate).exists())
 
 
 def select(plan: Plan, stages: Sequence[str] = (), folds: Sequence[int] = ()) -> Plan:
-    """The plan with only the steps that `stages` (stages' or steps' names) and `folds` ask for.
+    """Return the plan with only the steps that `stages` (names of stages or steps) and `folds` select.
 
-    The student's ensemble and evaluation come with `distill`, or by their own names. `folds` alone
-    means these folds' training, and no stage that would want all of them.
+    `distill`, or their own names, select the student's ensemble and evaluation. `folds` alone
+    selects split and the training of these folds, and no stage that needs all folds.
     """
     for name in stages:
         choose(dict.fromkeys([*STAGES, *(step.name for step in plan.steps)]), "stage", name)
@@ -129,21 +129,21 @@ def select(plan: Plan, stages: Sequence[str] = (), folds: Sequence[int] = ()) ->
         raise SettingsError(f"folds={','.join(absent)}: the run has the folds {present[0]} to {present[-1]}")
     stages = stages or (("split", "train-fold") if folds else ())
 
-    def is_wanted(step: Step) -> bool:
+    def is_selected(step: Step) -> bool:
         if folds and step.fold is not None and step.fold not in folds:
             return False
         by_stage = step.stage in stages and (not step.name.endswith("-student") or "distill" in stages)
         return not stages or step.name in stages or by_stage
 
-    kept = {step.name: step for step in plan.steps if is_wanted(step)}
-    if not kept:
-        raise SettingsError(f"no step of this run is left by stages={','.join(stages)}; {', '.join(plan.notes)}")
-    steps = (replace(step, needs=tuple(name for name in step.needs if name in kept)) for step in kept.values())
+    selected = {step.name: step for step in plan.steps if is_selected(step)}
+    if not selected:
+        raise SettingsError(f"stages={','.join(stages)} selects no step of this run; {', '.join(plan.notes)}")
+    steps = (replace(step, needs=tuple(name for name in step.needs if name in selected)) for step in selected.values())
     return replace(plan, steps=tuple(steps))
 
 
 def describe(plan: Plan, python: str = "python") -> str:
-    """The plan as text that a shell would take: comments, and each step's command with its variables."""
+    """Return the plan as shell commands: comments, and each step's command with its variables."""
     blocks = [f"# run {plan.run} in {plan.folder}"]
     blocks += [f"# {note}" for note in plan.notes]
     for step in plan.steps:
@@ -156,7 +156,7 @@ def describe(plan: Plan, python: str = "python") -> str:
 
 @dataclass
 class _Builder:
-    """The steps of one run, added in order, and notes on what is left out."""
+    """Build the steps of one run in order, and notes on omitted steps."""
 
     folder: Path
     inputs: Inputs
@@ -179,13 +179,13 @@ class _Builder:
         teachers = tuple(step.name for step in self.steps[1:])
         self._add_scores("ensemble", "evaluate", str(self.folder), teachers)
         if not inputs.eval:
-            self.notes.append("no eval=: no ensemble of test images; evaluate reports on out-of-fold and holdout rows")
+            self.notes.append("no eval=: no test images to predict; evaluate reports on out-of-fold and holdout rows")
         elif not inputs.ground_truth and not inputs.truth_unknown:
             self.notes.append("no ground truth for eval: evaluate reports on out-of-fold and holdout rows")
         if split.parts and self.settings.distill.teacher == "oof":  # no row is out-of-fold, so none has a teacher
             self.notes.append(
-                "split.parts leaves training rows without out-of-fold teachers, so distill is left out; "
-                "distill.teacher=best_fold takes it in"
+                "with split.parts training rows have no out-of-fold teacher, so the plan omits distill; "
+                "distill.teacher=best_fold includes it"
             )
             return
         images = {"train": inputs.train, "unlabeled": inputs.unlabeled, "weights": inputs.weights}
@@ -193,23 +193,25 @@ class _Builder:
         self._add_scores("ensemble-student", "evaluate-student", str(self.folder / "distill" / "model"), ("distill",))
 
     def _add_scores(self, ensemble: str, evaluate: str, model: str, needs: tuple[str, ...]) -> None:
-        """Adds the prediction of the eval images by the models below `model`, where there is an eval; its evaluation.
+        """Add the step that predicts the eval images with the models below `model`, if there is an eval, and its evaluation.
 
-        A student has no out-of-fold rows: without ground truth and holdout it cannot be evaluated.
+        A student has no out-of-fold rows, so it cannot be evaluated without ground truth and holdout.
         """
         inputs, split = self.inputs, self.settings.split
-        given = {"train": inputs.train, "model": model, "predictions": None}
+        channels = {"train": inputs.train, "model": model, "predictions": None}
         if inputs.eval:
             self._add(ensemble, "ensemble", {"model": model, "eval": inputs.eval}, needs)
-            given |= {"predictions": str(self.folder / ensemble / "output"), "eval": inputs.eval}
-            given |= {"ground_truth": inputs.ground_truth}
+            channels |= {"predictions": str(self.folder / ensemble / "output"), "eval": inputs.eval}
+            channels |= {"ground_truth": inputs.ground_truth}
             needs = (ensemble,)
         truth = inputs.eval and (inputs.ground_truth or inputs.truth_unknown)
         if evaluate == "evaluate" or truth or split.holdout > 0 or (split.parts and split.parts[2]):
-            self._add(evaluate, "evaluate", given, needs)
+            self._add(evaluate, "evaluate", channels, needs)
         else:
-            lacks = "no ground truth for eval" if inputs.eval else "no eval="
-            self.notes.append(f"{lacks} and no holdout: nothing to score the student on, so {evaluate} is left out")
+            missing = "no ground truth for eval" if inputs.eval else "no eval="
+            self.notes.append(
+                f"{missing} and no holdout: no rows to score the student on, so the plan omits {evaluate}"
+            )
 
     def _add(
         self,
@@ -221,30 +223,30 @@ class _Builder:
         fold: int | None = None,
         seed: int | None = None,
     ) -> None:
-        """Adds a step; `channels` beside those that its stage reads of the run, or instead of them."""
+        """Add a step. `channels` extend or replace the channels that its stage reads from the run."""
         folder = self.folder / name
         paths = {**channels_of(stage, str(self.folder)), **channels}
         environment = {f"SM_CHANNEL_{channel.upper()}": path for channel, path in paths.items() if path}
         environment |= outputs_of(stage, str(folder))
         recipe = (f"recipe={self.recipe}",) if self.recipe else ()
-        own = tuple(text for text in self.overrides if is_of(_key(text), (*STAGES[stage].sections, "reuse")))
+        overrides = tuple(text for text in self.overrides if is_of(_key(text), (*STAGES[stage].sections, "reuse")))
         seeded = (f"seed={seed}",) if self.seeds and seed is not None else ()
         empty = ("evaluate.allow_empty=true",) if name == "evaluate-student" and self.inputs.truth_unknown else ()
-        arguments = (*recipe, *empty, *own, *seeded)
+        arguments = (*recipe, *empty, *overrides, *seeded)
         self.steps.append(Step(name, stage, arguments, environment, folder, needs, epochs, fold, seed))
 
 
-def _checked(overrides: Sequence[str], recipe: str, seeds: Sequence[int]) -> Settings:
-    """The settings that the arguments give, so that a typo fails before the first step."""
+def _load_settings(overrides: Sequence[str], recipe: str, seeds: Sequence[int]) -> Settings:
+    """Load the settings from the arguments, so that a typo fails before the first step."""
     for text in overrides:
-        if _section(text) in SAID_OTHERWISE:
-            raise SettingsError(f"{text}: a run takes {SAID_OTHERWISE[_section(text)]}")
+        if _section(text) in REPLACED_BY:
+            raise SettingsError(f"{text}: for a run use {REPLACED_BY[_section(text)]}")
     if seeds and any(_section(text) == "seed" for text in overrides):
-        raise SettingsError("seed= and seeds= are both given; give one of them")
+        raise SettingsError("seed= and seeds= are both set; give one of them")
     if len(set(seeds)) < len(seeds):
-        raise SettingsError(f"seeds={','.join(map(str, seeds))}: a seed stands there twice")
-    chosen = [f"recipe={recipe}"] if recipe else []
-    return load([arguments_layer([*overrides, *chosen])])
+        raise SettingsError(f"seeds={','.join(map(str, seeds))}: duplicate seed")
+    recipe_argument = [f"recipe={recipe}"] if recipe else []
+    return load([arguments_layer([*overrides, *recipe_argument])])
 
 
 def _section(override: str) -> str:

@@ -1,7 +1,7 @@
-"""Runs steps in the order of their needs: which wait, which run, which ended how, and what a signal does.
+"""Run steps in the order of their dependencies.
 
-Where steps run is the matter of a `Backend`; the order, the limit of steps side by side, failed polls, signals and the
-exit code are the Scheduler's.
+A `Backend` runs the steps. The Scheduler handles the order, the limit of parallel steps, failed polls, signals and the
+exit code.
 """
 
 import signal
@@ -14,14 +14,14 @@ from fivefold.errors import RetryableError
 from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import BY_SIGNAL
 
-POLLS_IN_VAIN = 20
-"""How many polls in a row may fail before the platform is given up."""
+MAX_FAILED_POLLS = 20
+"""The run fails after this many failed polls in a row."""
 SECONDS_BETWEEN_SIGNALS = 0.05
-SECONDS_BETWEEN_FEET = 0.5
+STATUS_INTERVAL_S = 0.5
 
 
 class Node(Protocol):
-    """What a Scheduler runs: a Step, or the Job of several; it starts when all that it needs have ended well."""
+    """A unit of work: a Step, or the Job of several steps. It starts after all that it needs have succeeded."""
 
     @property
     def name(self) -> str: ...
@@ -31,51 +31,51 @@ class Node(Protocol):
 
 
 N = TypeVar("N", bound=Node)
-Own = TypeVar("Own", bound=Node, contravariant=True)
+StepType = TypeVar("Own", bound=Node, contravariant=True)
 
 
-class Backend(Protocol[Own]):
-    """Where steps run. It shows what they print on the Scheduler's screen and in their logs by itself."""
+class Backend(Protocol[StepType]):
+    """A platform that runs steps. It also shows their output on the screen and writes it to their logs."""
 
-    def start(self, step: Own, alone: bool) -> int | None:
-        """Starts a step, or takes up one that runs already: None. An exit code where nothing is left to do.
+    def start(self, step: StepType, alone: bool) -> int | None:
+        """Start a step, or attach to a running one, and return None. Return an exit code if there is nothing to do.
 
-        `alone`: no other step runs until this one has ended. Called again, later, after a RetryableError (a quota,
-        say), which ends the run only if nothing else runs.
+        `alone`: no other step runs until this one has ended. The Scheduler calls this again after a RetryableError (e.g.
+        a quota); the error ends the run only if no other step runs.
         """
 
-    def poll(self, running: Sequence[Own]) -> Mapping[str, int]:
-        """The exit codes, by name, of those of `running` that have ended; also where an earlier poll has failed.
+    def poll(self, running: Sequence[StepType]) -> Mapping[str, int]:
+        """Return the exit codes, by name, of the `running` steps that have ended, including since a failed poll.
 
-        A RetryableError has it called again, POLLS_IN_VAIN times.
+        After a RetryableError the Scheduler polls again, up to MAX_FAILED_POLLS times in a row.
         """
 
-    def stop(self, running: Sequence[Own], number: int, again: bool) -> bool:
-        """Acts on a signal, or on an error that ends the run (as SIGTERM); `again` where one came before.
+    def stop(self, running: Sequence[StepType], number: int, again: bool) -> bool:
+        """Handle a signal, or an error that ends the run (as SIGTERM). `again`: it is not the first signal.
 
-        True: the steps were told to end, and are waited for. False: they go on without this process, and the backend has
-        printed how they are followed again, and stopped.
+        Return True if the steps were asked to end; the Scheduler then waits for them. Return False if they continue without
+        this process; the backend has then printed the commands that follow and stop them.
         """
 
-    def describe(self, step: Own) -> str:
-        """How far a running step is, in a few words; why a step failed, and where to read more."""
+    def describe(self, step: StepType) -> str:
+        """Return the progress of a running step in a few words, or the reason why a step failed and the path of its log."""
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM while the block runs, instead of dying of them."""
+    """Record SIGINT and SIGTERM while the block runs, instead of exiting."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
 
     def __enter__(self) -> "Signals":
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {n: signal.signal(n, self._record) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: object) -> None:
+    def _record(self, number: int, _frame: object) -> None:
         self.received.append(number)
 
 
@@ -85,7 +85,7 @@ class Scheduler(Generic[N]):
     def __init__(
         self, steps: Sequence[N], backend: Backend[N], screen: Screen, parallel: int = 0, seconds: float = 1.0
     ) -> None:
-        """At most `parallel` steps run side by side (0: all that can), polled every so many seconds."""
+        """Run at most `parallel` steps at the same time (0: no limit), and poll them every `seconds`."""
         self.backend, self.screen, self.parallel, self.seconds = backend, screen, parallel, seconds
         self.steps = {step.name: step for step in steps}
         self.running: dict[str, N] = {}
@@ -94,11 +94,11 @@ class Scheduler(Generic[N]):
         self._sorter = TopologicalSorter({step.name: step.needs for step in steps})
         self._sorter.prepare()
         self._postponed: dict[str, str] = {}
-        self._polls_in_vain = 0
-        self._last_foot = 0.0
+        self._failed_polls = 0
+        self._last_status = 0.0
 
     def run(self) -> int:
-        """Runs all that can run; 0, the exit code of the first step that failed, or 128 + the first signal."""
+        """Run the steps. Return 0, the exit code of the first failed step, or 128 + the first signal."""
         with Signals() as signals:
             try:
                 self._run(signals.received)
@@ -107,30 +107,30 @@ class Scheduler(Generic[N]):
                 raise
             finally:
                 self.screen.foot("")
-        self._print_what_was_not_started()
+        self._print_skipped()
         if signals.received:
             return 128 + signals.received[0]
         return next((code for code in self.ended.values() if code), 0)
 
     def _run(self, received: Sequence[int]) -> None:
-        passed_on = 0
+        handled = 0
         while True:
             self._start_ready(received)
             if not self.running:
                 return
-            if passed_on < len(received):
-                steps, number = list(self.running.values()), received[passed_on]
-                if not self.backend.stop(steps, number, again=passed_on > 0):
+            if handled < len(received):
+                steps, number = list(self.running.values()), received[handled]
+                if not self.backend.stop(steps, number, again=handled > 0):
                     return
-                passed_on += 1
+                handled += 1
             self._poll()
             self._show_progress()
             until = time.monotonic() + self.seconds
-            while self.running and passed_on == len(received) and (left := until - time.monotonic()) > 0:
-                time.sleep(min(left, SECONDS_BETWEEN_SIGNALS))
+            while self.running and handled == len(received) and (remaining := until - time.monotonic()) > 0:
+                time.sleep(min(remaining, SECONDS_BETWEEN_SIGNALS))
 
     def _start_ready(self, received: Sequence[int]) -> None:
-        """Starts what can start, in the order of the plan; nothing more after a signal."""
+        """Start the ready steps in the order of the plan. After a signal, start none."""
         order = list(self.steps)
         while not received and (not self.parallel or len(self.running) < self.parallel):
             self._ready = sorted([*self._ready, *self._sorter.get_ready()], key=order.index)
@@ -157,13 +157,13 @@ class Scheduler(Generic[N]):
         try:
             codes = self.backend.poll(list(self.running.values()))
         except RetryableError as error:
-            self._polls_in_vain += 1
-            if self._polls_in_vain == 1:
-                self.screen.line(f"{error}; asking again")
-            if self._polls_in_vain >= POLLS_IN_VAIN:
+            self._failed_polls += 1
+            if self._failed_polls == 1:
+                self.screen.line(f"{error}; trying again")
+            if self._failed_polls >= MAX_FAILED_POLLS:
                 raise
             return
-        self._polls_in_vain = 0
+        self._failed_polls = 0
         for name, code in codes.items():
             self._end(self.running.pop(name), code)
 
@@ -176,17 +176,17 @@ class Scheduler(Generic[N]):
         self.screen.line(f"{step.name} {verb} (exit code {code}): {self.backend.describe(step)}")
 
     def _show_progress(self) -> None:
-        """Keeps the terminal's status line; a step that runs alone shows its own progress."""
+        """Update the terminal's status line. A step that runs alone shows its own progress."""
         if len(self.running) < 2:
             self.screen.foot("")
-        elif self.screen.terminal and time.monotonic() - self._last_foot > SECONDS_BETWEEN_FEET:
-            self._last_foot = time.monotonic()
+        elif self.screen.terminal and time.monotonic() - self._last_status > STATUS_INTERVAL_S:
+            self._last_status = time.monotonic()
             parts = [f"{name} {self.backend.describe(step)}".rstrip() for name, step in self.running.items()]
             self.screen.foot(" | ".join([f"{len(self.ended)} of {len(self.steps)} steps done", *parts]))
 
-    def _print_what_was_not_started(self) -> None:
+    def _print_skipped(self) -> None:
         for step in self.steps.values():
             missing = [name for name in step.needs if self.ended.get(name) != 0]
             if step.name not in self.ended and step.name not in self.running:
-                reason = f"it needs {', '.join(missing)}" if missing else "a signal came before"
+                reason = f"it needs {', '.join(missing)}" if missing else "a signal arrived before"
                 self.screen.line(f"{step.name} was not started: {reason}")

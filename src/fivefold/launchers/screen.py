@@ -1,4 +1,4 @@
-"""What several processes print, shown on one terminal and kept in one log each."""
+"""Show the output of several processes on one terminal, and write one log per process."""
 
 import contextlib
 import re
@@ -16,9 +16,9 @@ TITLE = re.compile(r"^--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)\n", re.MULTILINE)
 
 
 class Screen:
-    """A terminal (or a log) that lines from several threads share, with a status line at its foot.
+    """A terminal (or a log) that several threads share, with a status line at its bottom.
 
-    The status line stands on terminals only.
+    Only terminals have the status line.
     """
 
     def __init__(self, stream: IO[str] | None = None) -> None:
@@ -31,13 +31,13 @@ class Screen:
         self._write(f"{text}\n")
 
     def raw(self, text: str) -> None:
-        """Text as it comes, with its own line ends and control characters."""
+        """Write text unchanged, with its own line endings and control characters."""
         with self._lock:
             self.stream.write(text)
             self.stream.flush()
 
     def foot(self, text: str) -> None:
-        """Puts `text` on the status line; empty text removes it."""
+        """Set the status line to `text`; an empty text removes it."""
         if self.terminal:
             self._write("", text[: shutil.get_terminal_size().columns - 1])
 
@@ -52,35 +52,35 @@ class Screen:
 def copy_output(
     output: IO[str], log: Path, title: str, screen: Screen, name: str = "", known: Sequence[str] = ()
 ) -> None:
-    """Appends what a process prints to its log, below a line with the time and `title`, and shows it, until it ends.
+    """Append a process's output to its log, below a line with the time and `title`, and show it, until the process ends.
 
-    On the screen lines stand behind the `name` of their step; without one text is shown as it comes, bars too, of which
-    the log keeps the last state. `output` is opened with newline="". Its first lines are passed over as far as they are
-    the `known` ones.
+    On the screen each line follows the `name` of its step. Without a name the output is shown unchanged, with progress
+    bars; the log gets a bar's last state. `output` must be opened with newline="". The first lines are skipped as long as
+    they equal the `known` lines.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    head, passed_over = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n", deque(known)
+    header, skipped = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n", deque(known)
     # a pseudo-terminal ends with EIO on Linux, not with an empty read
     with output, open(log, "a", encoding="utf-8") as file, contextlib.suppress(OSError):
         for text in output:
             if not name:
                 screen.raw(text)
             line = ESCAPE.sub("", text).rstrip()
-            # a bar goes back to the start of its line by a carriage return, to be drawn again or wiped
+            # a progress bar ends with a carriage return, to overwrite its line
             if text.endswith("\n") or (line and not text.endswith("\r")):
-                if passed_over and passed_over.popleft() == line:
+                if skipped and skipped.popleft() == line:
                     continue
-                passed_over.clear()
-                file.write(f"{head}{line}\n")
-                head = ""
+                skipped.clear()
+                file.write(f"{header}{line}\n")
+                header = ""
                 file.flush()
                 if name:
                     screen.line(f"[{name}] {line}")
 
 
 def lines_of(log: Path, title: str = "") -> list[str]:
-    """The lines that `copy_output` has written to a log below this title; without one, below the title that came last."""
+    """Return the lines that `copy_output` wrote to a log below `title`, or below the last title if it is empty."""
     parts = TITLE.split(log.read_text("utf-8") if log.is_file() else "")[1:]
-    asked_for = title or (parts[-2] if parts else "")
+    wanted_title = title or (parts[-2] if parts else "")
     pairs = zip(parts[::2], parts[1::2], strict=True)
-    return [line for own, text in pairs if own == asked_for for line in text.split("\n")[:-1]]
+    return [line for heading, text in pairs if heading == wanted_title for line in text.split("\n")[:-1]]

@@ -1,7 +1,7 @@
-"""What of a run is done, running, failed, stopped or waiting, and its figures, read from the files that it leaves.
+"""Status and scores of a run's steps, from the files of the run.
 
-A step's folder holds `state.json` (process, start, end, exit code: written by the launcher),
-`stage.json` (written last by the stage itself), `failure` and `log.txt`; that of an evaluation `metrics.json`.
+A step's folder contains `state.json` (process, start, end, exit code; the launcher writes it),
+`stage.json` (the stage writes it last), `failure` and `log.txt`; an evaluation's folder also `metrics.json`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ from fivefold.launchers.plan import PLAN, Plan, Step
 
 STATE = "state.json"
 LOG = "log.txt"
-BY_SIGNAL = {130: "SIGINT", 137: "SIGKILL, as the system does where memory runs out", 143: "SIGTERM"}
-SECONDS_OF_DOUBT = 5.0
-"""A process older than its step by less than this is the step's: clocks are read a moment apart."""
+BY_SIGNAL = {130: "SIGINT", 137: "SIGKILL, as the system sends if memory runs out", 143: "SIGTERM"}
+CLOCK_SLACK_S = 5.0
+"""A process may be older than the start of its step by this much, because the two times are read one after another."""
 EVALUATION = {"ensemble": "evaluate", "distill": "evaluate-student", "ensemble-student": "evaluate-student"}
-"""The step whose metrics.json scores what a step made."""
+"""The step whose metrics.json has the scores of a step's models."""
 ROWS = {"oof": "out-of-fold", "test": "test", "holdout": "holdout"}
 
 
 @dataclass(frozen=True)
 class Status:
-    """`word` is done, running, failed, stopped or waiting; `detail` says more in a line."""
+    """The status of a step: `word` is done, running, failed, stopped or waiting; `detail` is one line."""
 
     word: str
     detail: str = ""
@@ -40,10 +40,10 @@ def write_plan(plan: Plan) -> None:
 
 
 def read_plan(folder: Path) -> Plan:
-    """The plan of the run in `folder`, wherever the run was started from."""
+    """Return the plan of the run in `folder`, also if the folder was moved."""
     path = folder / PLAN
     if not path.is_file():
-        raise MissingInputError(f"{folder} holds no run: {path} is not there")
+        raise MissingInputError(f"{folder} contains no run: {path} does not exist")
     tree = read_json(path)
     try:
         for step in tree["steps"]:
@@ -54,7 +54,7 @@ def read_plan(folder: Path) -> Plan:
 
 
 def newest_run(runs: Path) -> Path:
-    """The folder below `runs` whose plan was written last."""
+    """Return the folder below `runs` with the newest plan."""
     plans = sorted(runs.glob(f"*/{PLAN}"), key=lambda path: path.stat().st_mtime)
     if not plans:
         raise MissingInputError(f"no run below {runs}; start one with python -m jobs submit, or give runs=FOLDER")
@@ -71,31 +71,31 @@ def write_ended(step: Step, exit_code: int) -> None:
 
 
 def status_of(step: Step) -> Status:
-    """Where a step stands; a process that died without a word is `stopped`."""
+    """Return the status of a step. It is `stopped` if its process ended without an exit code."""
     state = _state(step)
     record = record_of(step)
     if state is not None and state["ended"] is None:
-        if _alive(state):
-            done = epochs_done(step, datetime.fromisoformat(state["started"]).timestamp() - SECONDS_OF_DOUBT)
+        if _is_alive(state):
+            done = epochs_done(step, datetime.fromisoformat(state["started"]).timestamp() - CLOCK_SLACK_S)
             return Status("running", f"epoch {done} of {step.epochs}" if step.epochs and done else last_line(step))
         if record is None:
-            return Status("stopped", f"process {state['pid']} is gone without an exit code")
+            return Status("stopped", f"process {state['pid']} ended without an exit code")
     if state is not None and state["exit_code"]:
         word = "stopped" if state["exit_code"] in BY_SIGNAL else "failed"
         return Status(word, failure_of(step), state["exit_code"])
     if record is not None:
-        return Status("done", f"{record['wall_seconds']:.0f} s, finished {_local(record['finished'])}")
+        return Status("done", f"{record['wall_seconds']:.0f} s, finished {_local_time(record['finished'])}")
     return Status("waiting")
 
 
 def record_of(step: Step) -> dict[str, Any] | None:
-    """The step's `stage.json`, or None where it has not ended well."""
+    """Return the step's `stage.json`, or None if the step has not succeeded."""
     path = step.folder / ("model" if STAGES[step.stage].writes_model else "output") / RECORD
     return read_json(path) if path.is_file() else None
 
 
 def failure_of(step: Step) -> str:
-    """The first line of the failure file, else the log's last line."""
+    """Return the first line of the failure file, or the last line of the log."""
     path = step.folder / FAILURE
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
@@ -110,7 +110,7 @@ def last_line(step: Step) -> str:
 
 
 def epochs_done(step: Step, since: float = 0.0) -> int:
-    """How many epochs the step's training log holds, 0 if it was last written before `since` (seconds)."""
+    """Return the number of epochs in the step's training log, 0 if it is older than `since` (seconds since 1970)."""
     path = step.folder / "model" / TRAIN_LOG
     if not path.is_file() or path.stat().st_mtime < since:
         return 0
@@ -118,9 +118,9 @@ def epochs_done(step: Step, since: float = 0.0) -> int:
 
 
 def running_pid(step: Step) -> int | None:
-    """The process that runs this step now, None if there is none."""
+    """Return the id of the process that runs this step, or None."""
     state = _state(step)
-    return state["pid"] if state is not None and state["ended"] is None and _alive(state) else None
+    return state["pid"] if state is not None and state["ended"] is None and _is_alive(state) else None
 
 
 def _state(step: Step) -> dict[str, Any] | None:
@@ -128,14 +128,14 @@ def _state(step: Step) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def _alive(state: Mapping[str, Any]) -> bool:
-    """Whether the process lives, and is no later one that was given the same number."""
+def _is_alive(state: Mapping[str, Any]) -> bool:
+    """Return whether the process runs, and is not a later process with the same id."""
     import psutil
 
     started = datetime.fromisoformat(state["started"]).timestamp()
     try:
         process = psutil.Process(state["pid"])
-        return process.create_time() <= started + SECONDS_OF_DOUBT and process.status() != psutil.STATUS_ZOMBIE
+        return process.create_time() <= started + CLOCK_SLACK_S and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
@@ -144,13 +144,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _local(finished: str) -> str:
+def _local_time(finished: str) -> str:
     return datetime.fromisoformat(finished).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Accuracy in 0..1 and logloss in nats, of `rows`."""
+    """Accuracy in 0..1 and logloss in nats on `rows`."""
 
     accuracy: float
     logloss: float
@@ -161,52 +161,54 @@ class Figures:
 
 
 def figures_of(plan: Plan, step: Step) -> Figures | None:
-    """What is known of the models that a step made or scored; None where nothing is."""
+    """Return the scores of the models that a step trained or evaluated, or None if there are none."""
     record = record_of(step)
     if record is None:
         return None
     if step.stage == "train-fold":
-        return _figures(record["metrics"], "oof", "oof_")
+        return _scores_in(record["metrics"], "oof", "oof_")
     if step.stage == "split":
         return None
     evaluation = plan.folder / EVALUATION.get(step.name, step.name) / "output"
     done = (evaluation / RECORD).is_file() and (evaluation / METRICS).is_file()
     scored = read_json(evaluation / METRICS) if done else {}
-    test = _figures(scored.get("test"), "test") or _figures(scored.get("holdout"), "holdout")
+    test = _scores_in(scored.get("test"), "test") or _scores_in(scored.get("holdout"), "holdout")
     if test is not None or step.stage == "ensemble":
         return test
-    return _figures(record["metrics"], "holdout", "holdout_") or _figures(scored.get("oof"), "oof")
+    return _scores_in(record["metrics"], "holdout", "holdout_") or _scores_in(scored.get("oof"), "oof")
 
 
 def results_table(plan: Plan) -> str:
-    """Every fold, the ensemble and the student: accuracy, logloss, the rows they speak of, seconds."""
+    """Return a table of every fold, the ensemble and the student: accuracy, logloss, the scored rows, seconds."""
     table = [("", "accuracy", "logloss", "rows", "seconds")]
     for step in plan.steps:
         name = {"distill": "student", "ensemble": "ensemble"}.get(step.name, step.name)
         record = record_of(step)
         if record is None or not (step.stage == "train-fold" or step.name in ("ensemble", "distill")):
             continue
-        found = figures_of(plan, step)
-        scores = (f"{found.accuracy:.4f}", f"{found.logloss:.4f}", found.rows) if found else ("-", "-", "not scored")
-        table.append((name, *scores, f"{record['wall_seconds']:.1f}"))
+        figures = figures_of(plan, step)
+        cells = (
+            (f"{figures.accuracy:.4f}", f"{figures.logloss:.4f}", figures.rows) if figures else ("-", "-", "not scored")
+        )
+        table.append((name, *cells, f"{record['wall_seconds']:.1f}"))
     return in_columns(table, numbers=(1, 2, 4)) if len(table) > 1 else "no model is trained yet"
 
 
 def results_of(plan: Plan) -> str:
-    """The table of the run, and where the report of its folds and ensemble lies."""
+    """Return the table of the run, and the path of the report on its folds and ensemble."""
     report = plan.folder / "evaluate" / "output" / REPORT
     return results_table(plan) + (f"\n\nreport: {report}" if report.is_file() else "")
 
 
 def in_columns(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Rows as lines with aligned columns; those in `numbers` to the right."""
+    """Return rows as lines with aligned columns; align the columns in `numbers` to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    formats = [f"{'>' if at in numbers else '<'}{width}" for at, width in enumerate(widths)]
+    formats = [f"{'>' if index in numbers else '<'}{width}" for index, width in enumerate(widths)]
     return "\n".join("  ".join(map(format, row, formats)).rstrip() for row in rows)
 
 
-def _figures(metrics: Mapping[str, Any] | None, rows: str, prefix: str = "") -> Figures | None:
-    """The figures among `metrics`, whose names begin with `prefix`; None where they are not there."""
+def _scores_in(metrics: Mapping[str, Any] | None, rows: str, prefix: str = "") -> Figures | None:
+    """Return the scores in `metrics`, whose names start with `prefix`, or None if they are missing."""
     accuracy, logloss = ((metrics or {}).get(f"{prefix}{name}") for name in ("accuracy", "logloss"))
     if not metrics or accuracy is None or logloss is None:
         return None

@@ -1,10 +1,9 @@
-"""How outputs lie in a store: a stage writes over nothing, and what it left half-done counts for nothing.
+"""Layout of outputs in a store: a stage overwrites no object, and incomplete uploads do not count.
 
-Its files go up below `attempt-<stage>-<time>-<id>/` of the output's URL, and a marker last: its record, `stage.json`, or
-`files.json` where the record has its place in another folder. The marker names the files with their digests. Whoever
-reads takes, of each stage, the newest attempt that has a marker, and just its files; so a killed writer is never taken
-for a whole one, and two (a retried pod beside its dying twin) never mix. Seen from a reader attempts do not show: a
-file has the path that it had where the stage wrote it.
+A stage uploads its files below `attempt-<stage>-<time>-<id>/` of the output's URL, and a marker last: its record, `stage.json`,
+or `files.json` if the record belongs to another folder. The marker lists the files with their digests. For each stage a reader
+uses the newest attempt with a marker, and only its files. So the upload of a killed writer never counts as complete, and two
+writers (a retried pod and the dying one) never mix. Attempts are invisible to readers: a file has the path that the stage gave it.
 """
 
 import json
@@ -30,35 +29,35 @@ log = logging.getLogger("fivefold")
 
 FILES = "files.json"
 MARKERS = (RECORD, FILES)
-OF_STAGES = {CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS}
-"""Files that a later stage would take for a stage's own."""
+STAGE_FILES = {CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS}
+"""Names of files that later stages read."""
 START = "attempt-"
 NAME = re.compile(START + r"([a-z]+(?:-[a-z]+)*)-\d{8}T\d{6}-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """The objects that one run of a stage put below a URL, by their names there."""
+    """The objects that one run of a stage uploaded below a URL, by their relative names."""
 
     url: Url
     objects: Mapping[str, "Object"]
 
     @property
     def stage(self) -> str:
-        """The stage's name, from the attempt's own."""
-        found = NAME.fullmatch(self.url.name)
-        assert found, self.url
-        return found.group(1)
+        """Return the stage, which is a part of the attempt's name."""
+        match = NAME.fullmatch(self.url.name)
+        assert match, self.url
+        return match.group(1)
 
     @property
     def marker(self) -> "Object | None":
-        """The object that says that the attempt is whole."""
+        """Return the marker object, which exists if the attempt is complete, or None."""
         return next((self.objects[name] for name in MARKERS if name in self.objects), None)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A file as a reader sees it: its name below the URL that is read, its object, and its SHA-256 where that is known."""
+    """A file for readers: its name below the URL, its object, and its SHA-256 if known."""
 
     name: str
     object: "Object"
@@ -66,100 +65,102 @@ class Stored:
 
 
 def new_name(stage: str) -> str:
-    """A name that no other attempt has."""
+    """Return a unique name for an attempt."""
     return f"{START}{stage}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
 def sorted_out(url: Url, objects: Iterable["Object"]) -> tuple[dict[str, "Object"], list[Attempt]]:
-    """The objects below a URL by their names: those of no attempt, and the attempts, whole or not. Hidden ones are left out."""
+    """Divide the objects below a URL into those outside attempts, by name, and the attempts, complete or not. Ignore hidden ones."""
     plain: dict[str, Object] = {}
     attempts: dict[Url, dict[str, Object]] = {}
-    for found in objects:
-        name = found.url.below(url)
+    for item in objects:
+        name = item.url.below(url)
         parts = name.split("/")
         if not parts[-1] or is_hidden(name):
-            continue  # the marks that consoles leave for folders, and hidden files, which no stage reads
-        at = next((at for at, part in enumerate(parts[:-1]) if NAME.fullmatch(part)), None)
-        if at is None:
-            plain[name] = found
+            continue  # placeholder objects that consoles create for folders, and hidden files
+        index = next((index for index, part in enumerate(parts[:-1]) if NAME.fullmatch(part)), None)
+        if index is None:
+            plain[name] = item
         else:
-            folder = url / "/".join(parts[: at + 1])
-            attempts.setdefault(folder, {})["/".join(parts[at + 1 :])] = found
-    return plain, [Attempt(folder, held) for folder, held in attempts.items()]
+            folder = url / "/".join(parts[: index + 1])
+            attempts.setdefault(folder, {})["/".join(parts[index + 1 :])] = item
+    return plain, [Attempt(folder, contents) for folder, contents in attempts.items()]
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file below a URL, or a folder that it lies in, has a name that starts with a dot."""
+    """Return whether a part of a file's relative path starts with a dot."""
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def visible(store: "Store", url: Url, objects: Iterable["Object"]) -> list[Stored]:
-    """The files that a reader of `url` sees, sorted by name; of the files that stages read none that was put beside a whole attempt.
+    """Return the files that a reader of `url` may use, sorted by name, without stage files that are beside a complete attempt.
 
-    Raises DataError for names that no file can have, RetryableError where an attempt is being replaced just now.
+    Raise a DataError for names that no file can have, a RetryableError if another process is replacing an attempt.
     """
     objects = list(objects)
-    names = [each.url.below(url) for each in objects]
+    names = [item.url.below(url) for item in objects]
     folders = {name.rpartition("/")[0] for name in names if not name.endswith("/")}
     marked = [name for name in names if name.endswith("/") and not is_hidden(name)]
     if empty := [name for name in marked if not any(f"{folder}/".startswith(name) for folder in folders)]:
         log.warning("%s: folders without any object: %s", url, ", ".join(sorted(empty)[:5]))
-    if hidden := sum(is_hidden(each.url.below(url)) for each in objects):
-        log.info("left out of %s: %d hidden", url, hidden)
+    if hidden := sum(is_hidden(item.url.below(url)) for item in objects):
+        log.info("%s: ignored %d hidden files", url, hidden)
     plain, attempts = sorted_out(url, objects)
-    seen = {name: Stored(name, found) for name, found in plain.items()}
-    owned = {each.url.parent for each in attempts if each.marker}
-    if left := sorted(name for name in seen if (url / name).parent in owned and (url / name).name in OF_STAGES):
-        log.warning("%s: not of the finished stage there, and left out: %s", url, ", ".join(left))
-    seen = {name: stored for name, stored in seen.items() if name not in left}
-    whole = sorted((each for each in attempts if each.marker), key=lambda each: each.url.parent)
-    for folder, group in groupby(whole, key=lambda each: each.url.parent):
-        inside = folder.below(url)
-        prefix = f"{inside}/" if folder != url else ""
-        newest = {each.stage: each for each in sorted(group, key=_moment)}
-        for at, attempt in enumerate(sorted(newest.values(), key=_moment)):
+    files = {name: Stored(name, object_) for name, object_ in plain.items()}
+    finished = {item.url.parent for item in attempts if item.marker}
+    if ignored := sorted(
+        name for name in files if (url / name).parent in finished and (url / name).name in STAGE_FILES
+    ):
+        log.warning("%s: ignored files that are not from the finished stage there: %s", url, ", ".join(ignored))
+    files = {name: stored for name, stored in files.items() if name not in ignored}
+    complete = sorted((item for item in attempts if item.marker), key=lambda item: item.url.parent)
+    for folder, group in groupby(complete, key=lambda item: item.url.parent):
+        relative = folder.below(url)
+        prefix = f"{relative}/" if folder != url else ""
+        newest = {item.stage: item for item in sorted(group, key=_time_order)}
+        for index, attempt in enumerate(sorted(newest.values(), key=_time_order)):
             for stored in _files(store, attempt):
-                # as where several stages write to one folder: the first's record is stage.json
-                name = f"{attempt.stage}.{RECORD}" if stored.name == RECORD and at else stored.name
-                seen[prefix + name] = Stored(prefix + name, stored.object, stored.digest)
-    _check_names(seen, url)
-    return [seen[name] for name in sorted(seen)]
+                # as in a folder with several stages: the record of the first is stage.json
+                name = f"{attempt.stage}.{RECORD}" if stored.name == RECORD and index else stored.name
+                files[prefix + name] = Stored(prefix + name, stored.object, stored.digest)
+    _check_names(files, url)
+    return [files[name] for name in sorted(files)]
 
 
 def marker(record: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
-    """A marker's bytes: the record, with the SHA-256 of each file of the attempt."""
+    """Return a marker's bytes: the record, and the SHA-256 of each file of the attempt."""
     return (json.dumps({**record, "files": dict(files)}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _moment(attempt: Attempt) -> tuple[float, Url]:
+def _time_order(attempt: Attempt) -> tuple[float, Url]:
     assert attempt.marker
     return attempt.marker.modified, attempt.url
 
 
 def _files(store: "Store", attempt: Attempt) -> list[Stored]:
-    """The files of a whole attempt, the record too, as its marker tells them."""
-    found = attempt.marker
-    assert found
+    """Return the files that the marker of a complete attempt lists, and the record."""
+    marker_object = attempt.marker
+    assert marker_object
     try:
-        files = dict(json.loads(store.read(found.url))["files"])
+        files = dict(json.loads(store.read(marker_object.url))["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{found.url} is no marker of a finished stage: run it again, or remove {attempt.url}"
+            f"{marker_object.url} is not the marker of a finished stage: run the stage again, or remove {attempt.url}"
         ) from error
-    if absent := sorted(set(files) - set(attempt.objects)):
+    if missing := sorted(set(files) - set(attempt.objects)):
         raise RetryableError(
-            f"{attempt.url} has no {absent[0]}, which {found.url.name} names: its stage is running again, or somebody "
-            "removed it; try again later, or run the stage again"
+            f"{attempt.url} has no {missing[0]}, which {marker_object.url.name} lists: its stage is running again, or someone "
+            "removed the file; try again later, or run the stage again"
         )
-    every = [Stored(name, attempt.objects[name], str(digest)) for name, digest in files.items()]
-    return [*every, Stored(RECORD, found)] if found.url.name == RECORD else every
+    listed = [Stored(name, attempt.objects[name], str(digest)) for name, digest in files.items()]
+    return [*listed, Stored(RECORD, marker_object)] if marker_object.url.name == RECORD else listed
 
 
-def _check_names(seen: Mapping[str, Stored], url: Url) -> None:
-    folders = {name[:at] for name in seen for at, letter in enumerate(name) if letter == "/"}
-    for name in seen:
+def _check_names(files: Mapping[str, Stored], url: Url) -> None:
+    folders = {name[:index] for name in files for index, letter in enumerate(name) if letter == "/"}
+    for name in files:
         below(Path("/folder"), name)
         if {"", "."} & set(name.split("/")) or "\0" in name or name in folders:
             raise DataError(
-                f"{url / name} cannot be a file's name: it is empty in part, or the name of a folder too; rename it"
+                f"{url / name} cannot be a file name: a part of it is empty, or it is also the name of a folder; rename it"
             )

@@ -1,4 +1,4 @@
-"""Checkpoints in a store: sent while the training goes on, and brought back at its start."""
+"""Upload checkpoints to a store during training, and download them at its start."""
 
 import logging
 import os
@@ -15,16 +15,16 @@ from fivefold.errors import FivefoldError
 
 log = logging.getLogger("fivefold")
 
-CHECKPOINTS_KEPT = 2
+MAX_CHECKPOINTS = 2
 CHECKPOINT = re.compile(r"\d+\.[0-9a-f]{64}\.pt")
-SECONDS_FOR_LAST_CHECKPOINT = 25.0
-"""A stopped process waits so long for its last checkpoint to go up; the one before is there."""
+LAST_UPLOAD_TIMEOUT_S = 25.0
+"""A stopped process waits this long for the upload of its last checkpoint. The store has the one before."""
 
 
 class CheckpointSync:
-    """Checkpoints of a URL: `<digest of the key>/<number>.<SHA-256>.pt`, sent by a thread while the training goes on.
+    """Checkpoints below a URL: `<digest of the key>/<number>.<SHA-256>.pt`. A thread uploads them during training.
 
-    Each is an object of its own, so it is whole or not there, and its name tells its digest.
+    Each checkpoint is one object, so it is complete or absent. Its name contains its SHA-256.
     """
 
     def __init__(self, store: Store, url: Url, folder: Path) -> None:
@@ -35,66 +35,68 @@ class CheckpointSync:
         self._thread: threading.Thread | None = None
 
     def restore(self, own: Path) -> set[str]:
-        """Brings the newest of a key, `own` being their folder here; damaged ones are told and left. All keys' names."""
-        every = self._store.below(self._url)
-        here = self._at(own)
-        found = [each for each in every if each.url.parent == here and CHECKPOINT.fullmatch(each.url.name)]
-        self._sent = [each.url for each in found]
-        for each in found[-CHECKPOINTS_KEPT:]:
-            number, digest, _ = each.url.name.split(".")
+        """Download the newest checkpoints of a key to its folder `own`; warn about and skip damaged ones. Return all keys' names."""
+        objects = self._store.below(self._url)
+        prefix = self._url_of(own)
+        checkpoints = [item for item in objects if item.url.parent == prefix and CHECKPOINT.fullmatch(item.url.name)]
+        self._sent = [item.url for item in checkpoints]
+        for item in checkpoints[-MAX_CHECKPOINTS:]:
+            number, digest, _ = item.url.name.split(".")
             path = own / f"{number}.pt"
-            self._store.download([Download(each, path)], f"checkpoint {each.url}")
+            self._store.download([Download(item, path)], f"checkpoint {item.url}")
             if sha256(path) != digest:
-                log.warning("the checkpoint %s is damaged: the one before it is taken", each.url)
+                log.warning("the checkpoint %s is damaged: using the one before it", item.url)
                 path.unlink()
-        return {each.url.below(self._url).split("/")[0] for each in every}
+        return {item.url.below(self._url).split("/")[0] for item in objects}
 
     def send(self, path: Path) -> None:
-        """Has a checkpoint sent, in the background; one that still waits to be is left out for it."""
+        """Upload a checkpoint in the background. It replaces one that still waits for its upload."""
         copy = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:  # the training removes its own when two newer ones are there
+        try:  # the training removes the original after two newer checkpoints
             os.link(path, copy)
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             shutil.copyfile(path, copy)
         with self._lock:
-            replaced, self._waiting = self._waiting, (copy, self._at(path.parent))
+            replaced, self._waiting = self._waiting, (copy, self._url_of(path.parent))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+                self._thread = threading.Thread(target=self._upload_waiting, name="checkpoints", daemon=True)
                 self._thread.start()
         if replaced is not None:
             replaced[0].unlink(missing_ok=True)
 
     def forget(self, own: Path) -> None:
-        """Removes a key's checkpoints, once its stage is done."""
+        """Delete a key's checkpoints after its stage is done."""
         self.close()
-        self._store.delete([found.url for found in self._store.below(self._at(own))])
+        self._store.delete([checkpoint.url for checkpoint in self._store.below(self._url_of(own))])
 
     def close(self) -> None:
-        """Waits for what is being sent, for a while."""
+        """Wait for the running upload, at most LAST_UPLOAD_TIMEOUT_S seconds."""
         thread = self._thread
         if thread is not None:
-            thread.join(SECONDS_FOR_LAST_CHECKPOINT)
+            thread.join(LAST_UPLOAD_TIMEOUT_S)
             if thread.is_alive():
-                log.warning("the last checkpoint is not at %s yet: the next run goes on from the one before", self._url)
+                log.warning(
+                    "the last checkpoint is not uploaded to %s: the next run resumes from the one before", self._url
+                )
 
-    def _at(self, folder: Path) -> Url:
+    def _url_of(self, folder: Path) -> Url:
         return self._url / folder.relative_to(self._folder).as_posix()
 
-    def _work(self) -> None:
-        """Sends what waits, until nothing does."""
-        while (waiting := self._take()) is not None:
+    def _upload_waiting(self) -> None:
+        """Upload waiting checkpoints until there are none."""
+        while (waiting := self._pop_waiting()) is not None:
             copy, folder = waiting
             try:
                 url = folder / f"{copy.name.split('.')[1]}.{sha256(copy)}.pt"
                 self._store.write_file(copy, url)
                 self._sent.append(url)
-                self._store.delete(self._sent[:-CHECKPOINTS_KEPT])
-                del self._sent[:-CHECKPOINTS_KEPT]
+                self._store.delete(self._sent[:-MAX_CHECKPOINTS])
+                del self._sent[:-MAX_CHECKPOINTS]
             except (FivefoldError, OSError) as error:
-                log.warning("a checkpoint could not be kept at %s, the next one is tried again: %s", folder, error)
+                log.warning("a checkpoint could not be uploaded to %s: %s; the next one will be tried", folder, error)
             copy.unlink(missing_ok=True)
 
-    def _take(self) -> tuple[Path, Url] | None:
+    def _pop_waiting(self) -> tuple[Path, Url] | None:
         with self._lock:
             waiting, self._waiting = self._waiting, None
             if waiting is None:

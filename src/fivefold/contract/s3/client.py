@@ -1,7 +1,7 @@
-"""Objects of S3, or of a store that speaks its protocol: listed, moved in parallel and in parts, and checked when moved.
+"""Client of S3 and of stores with S3's protocol: list, transfer in parallel and in parts, and verify objects.
 
-Credentials, region and endpoint come by boto3's own chain (`AWS_ENDPOINT_URL_S3` names another store); none is logged.
-The service checks the SHA-256 of what it is sent. What is read is checked by boto3, and by the digest of a marker.
+Credentials, region and endpoint come from boto3's chain (`AWS_ENDPOINT_URL_S3` names another store), and are never logged.
+The service checks the SHA-256 of uploads. boto3, and the digests in a marker, verify downloads.
 """
 
 import logging
@@ -43,31 +43,31 @@ log = logging.getLogger("fivefold")
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 7
-"""How often a call is tried; with the waits between, a store may be away for about half a minute."""
-MAX_WAIT = 12.0
-"""Seconds between two tries, at most."""
-CONCURRENCY = 16
-READ_TIMEOUT = 15
-"""A call that hears nothing for so many seconds has failed."""
-PARTS = TransferConfig(
-    multipart_threshold=8 << 20, multipart_chunksize=8 << 20, max_concurrency=CONCURRENCY, num_download_attempts=1
+"""Attempts per call. With the waits between them, a store may be unavailable for about half a minute."""
+MAX_BACKOFF_S = 12.0
+"""Maximum seconds between two attempts."""
+MAX_CONCURRENCY = 16
+READ_TIMEOUT_S = 15
+"""A call fails if no data arrive for this many seconds."""
+TRANSFER_CONFIG = TransferConfig(
+    multipart_threshold=8 << 20, multipart_chunksize=8 << 20, max_concurrency=MAX_CONCURRENCY, num_download_attempts=1
 )
-"""From 8 MiB on files move in parts of that size."""
-SECONDS_BETWEEN_LOOKS = 0.05
+"""Files of 8 MiB or more are transferred in parts of 8 MiB."""
+POLL_INTERVAL_S = 0.05
 CHECKSUM = {"ChecksumAlgorithm": "SHA256"}
-QUIET = ("boto3", "botocore", "s3transfer", "urllib3")
-"""Loggers that would write down signed requests at the level of debugging."""
-REFUSED = {
+QUIET_LOGGERS = ("boto3", "botocore", "s3transfer", "urllib3")
+"""Loggers that would log signed requests at level DEBUG."""
+ACCESS_CODES = {
     "AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch",
     "AccountProblem", "Forbidden", "403",
 }  # fmt: skip
 NO_CREDENTIALS = (
     CredentialRetrievalError, NoCredentialsError, PartialCredentialsError, ProfileNotFound, SSOError, TokenRetrievalError,
 )  # fmt: skip
-ABSENT = {"NoSuchBucket", "NoSuchKey", "NotFound", "404"}
-ARCHIVED = {"GLACIER", "DEEP_ARCHIVE"}
+NOT_FOUND_CODES = {"NoSuchBucket", "NoSuchKey", "NotFound", "404"}
+ARCHIVE_CLASSES = {"GLACIER", "DEEP_ARCHIVE"}
 """Storage classes whose objects must be restored before anybody can read them."""
-TRANSIENT = {
+RETRYABLE_CODES = {
     "BadDigest", "XAmzContentSHA256Mismatch", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException",
     "RequestTimeTooSkewed", "PreconditionFailed",
 }  # fmt: skip
@@ -75,7 +75,7 @@ TRANSIENT = {
 
 @dataclass(frozen=True)
 class Object:
-    """An object of a listing: its bytes, its entity tag, and when it was put there (seconds since 1970)."""
+    """An object of a listing: its size in bytes, its entity tag, and its modification time (seconds since 1970)."""
 
     url: Url
     size: int
@@ -86,7 +86,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Download:
-    """An object to a file; `digest`: its SHA-256, where somebody knows it."""
+    """Download an object to a file. `digest` is its SHA-256, if known."""
 
     source: Object
     path: Path
@@ -102,19 +102,21 @@ class Download:
 
     def start(self, manager: TransferManager) -> TransferFuture:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        return manager.download(self.url.bucket, self.url.key, str(self.path), subscribers=[_Listed(self.source)])
+        return manager.download(
+            self.url.bucket, self.url.key, str(self.path), subscribers=[_ProvideMetadata(self.source)]
+        )
 
     def check(self) -> None:
-        """Removes a file that is not the object, with a RetryableError."""
+        """Remove the file and raise a RetryableError if it differs from the object."""
         size = self.path.stat().st_size
         if size != self.size or (self.digest is not None and sha256(self.path) != self.digest):
             self.path.unlink()
-            raise RetryableError(f"{self.url} arrived damaged: {size} of {self.size} bytes, or another SHA-256")
+            raise RetryableError(f"{self.url} arrived damaged: {size} of {self.size} bytes, or a different SHA-256")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file to an object."""
+    """Upload a file to an object."""
 
     path: Path
     url: Url
@@ -127,76 +129,79 @@ class Upload:
         return manager.upload(str(self.path), self.url.bucket, self.url.key, extra_args=CHECKSUM)
 
     def check(self) -> None:
-        """The service has checked the bytes."""
+        """Do nothing: the service has verified the bytes."""
 
 
 class Store:
-    """What the stages do with objects. All errors are of ours, and name the URL."""
+    """The operations on objects that stages need. All errors are FivefoldErrors with the URL."""
 
     def __init__(self) -> None:
-        for name in QUIET:
+        for name in QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         self._client = _connect()
 
     def below(self, url: Url) -> list[Object]:
-        """The objects below a URL, sorted by key.
+        """Return the objects below a URL, sorted by key.
 
-        Raises MissingInputError where there is no such bucket.
+        Raise a MissingInputError if the bucket does not exist.
         """
         return self._list(url, f"{url.key}/" if url.key else "")
 
     def starting(self, url: Url, start: str) -> list[Object]:
-        """The objects below a URL whose names there start so."""
+        """Return the objects below a URL whose relative names start with `start`."""
         return self._list(url, (url / start).key)
 
     def find(self, url: Url) -> Object | None:
-        """The object of just this key."""
-        return next((found for found in self._list(url, url.key, most=1) if found.url == url), None)
+        """Return the object with exactly this key, or None."""
+        return next((item for item in self._list(url, url.key, limit=1) if item.url == url), None)
 
     def find_archived(self, objects: Iterable[Object]) -> Object | None:
         """Return the first object that is archived and not restored, or None."""
-        for each in objects:
-            if each.storage_class in ARCHIVED:
-                call = partial(self._client.head_object, Bucket=each.url.bucket, Key=each.url.key)
-                if 'ongoing-request="false"' not in self._retry(each.url, call).get("Restore", ""):
-                    return each
+        for item in objects:
+            if item.storage_class in ARCHIVE_CLASSES:
+                call = partial(self._client.head_object, Bucket=item.url.bucket, Key=item.url.key)
+                if 'ongoing-request="false"' not in self._retry(item.url, call).get("Restore", ""):
+                    return item
         return None
 
     def read(self, url: Url) -> bytes:
-        """All bytes of a small object."""
+        """Return all bytes of a small object."""
         return self._retry(url, lambda: self._client.get_object(Bucket=url.bucket, Key=url.key)["Body"].read())
 
     def write(self, url: Url, content: bytes) -> None:
-        """A small object in one request, so it is whole or not there."""
+        """Write a small object in one request, so that it is complete or absent."""
         self._retry(url, lambda: self._client.put_object(Bucket=url.bucket, Key=url.key, Body=content, **CHECKSUM))
 
     def delete(self, urls: Iterable[Url]) -> None:
-        """Removes objects, one by one, as not every store can remove several; those that are not there any more are fine."""
+        """Delete objects one by one, because not every store can delete several at once. Ignore missing ones."""
         for url in urls:
             self._retry(url, lambda url=url: self._client.delete_object(Bucket=url.bucket, Key=url.key))
 
     def download(self, downloads: Sequence[Download], label: str) -> None:
-        """Fetches objects to files; each is whole or not there."""
+        """Download objects to files. Each file is complete or absent."""
         self._transfer(downloads, label)
 
     def upload(self, files: Sequence[tuple[Path, Url]], label: str) -> dict[Url, str]:
-        """Writes files to objects; the SHA-256 of each."""
+        """Upload files to objects, and return the SHA-256 of each."""
         digests = {url: sha256(path) for path, url in files}
         self._transfer([Upload(path, url) for path, url in files], label)
         return digests
 
     def write_file(self, path: Path, url: Url) -> None:
-        """A file to an object, its parts side by side, without progress."""
+        """Upload a file to an object, with its parts in parallel and without progress."""
         self._retry(
-            url, lambda: self._client.upload_file(str(path), url.bucket, url.key, ExtraArgs=CHECKSUM, Config=PARTS)
+            url,
+            lambda: self._client.upload_file(
+                str(path), url.bucket, url.key, ExtraArgs=CHECKSUM, Config=TRANSFER_CONFIG
+            ),
         )
 
-    def _list(self, url: Url, start: str, most: int = 0) -> list[Object]:
+    def _list(self, url: Url, start: str, limit: int = 0) -> list[Object]:
         def pages() -> list[Object]:
             paginator = self._client.get_paginator("list_objects_v2")
-            limit = {"PaginationConfig": {"MaxItems": most}} if most else {}
+            config = {"PaginationConfig": {"MaxItems": limit}} if limit else {}
             objects = []
-            for page in paginator.paginate(Bucket=url.bucket, Prefix=start, **limit):
+            for page in paginator.paginate(Bucket=url.bucket, Prefix=start, **config):
                 poll()
                 objects += [_object(url.bucket, entry) for entry in page.get("Contents", [])]
             return objects
@@ -204,45 +209,45 @@ class Store:
         return self._retry(url, pages)
 
     def _retry(self, url: Url, call: Callable[[], T]) -> T:
-        """What `call` returns, tried again after a RetryableError; between two tries the process can be stopped."""
+        """Return what `call` returns; retry after a RetryableError. A signal stops the process between two attempts."""
         for attempt in range(MAX_ATTEMPTS):
             poll()
             try:
                 return call()
             except Exception as error:
-                ours = as_ours(error, url)
-                if not isinstance(ours, RetryableError) or attempt + 1 == MAX_ATTEMPTS:
-                    raise ours from (None if ours is error else error)
-                log.log(logging.WARNING if ours is error else logging.DEBUG, "%s; tried again", ours)
-            _wait(attempt)
+                known = as_ours(error, url)
+                if not isinstance(known, RetryableError) or attempt + 1 == MAX_ATTEMPTS:
+                    raise known from (None if known is error else error)
+                log.log(logging.WARNING if known is error else logging.DEBUG, "%s; trying again", known)
+            _back_off(attempt)
         raise AssertionError("a last attempt returns or raises")
 
     def _transfer(self, transfers: Sequence[Download | Upload], label: str) -> None:
-        """Moves all, several at a time; after a failure those that are left are tried again."""
-        left = list(reversed(transfers))
+        """Transfer all in parallel; after a failure retry the remaining ones."""
+        remaining = list(reversed(transfers))
 
         def move() -> None:
-            # Leaving the manager by an error cancels what has not begun.
-            with TransferManager(self._client, PARTS) as manager:
-                futures = {transfer: transfer.start(manager) for transfer in reversed(left)}
+            # if an error leaves the manager, it cancels transfers that have not started
+            with TransferManager(self._client, TRANSFER_CONFIG) as manager:
+                futures = {transfer: transfer.start(manager) for transfer in reversed(remaining)}
                 total = sum(transfer.size for transfer in futures)
                 for transfer in track(list(futures), total, label, bytes_of=lambda transfer: transfer.size):
                     while not futures[transfer].done():
                         poll()
-                        time.sleep(SECONDS_BETWEEN_LOOKS)
+                        time.sleep(POLL_INTERVAL_S)
                     try:
                         futures[transfer].result()
                     except Exception as error:
                         raise as_ours(error, transfer.url) from error
                     transfer.check()
-                    left.pop()
+                    remaining.pop()
 
         if transfers:
             self._retry(transfers[0].url, move)
 
 
-class _Listed(BaseSubscriber):
-    """Gives a download what the listing knows, so that no request asks for it, and another object in its place is refused."""
+class _ProvideMetadata(BaseSubscriber):
+    """Pass size and entity tag of the listing to a download: this saves a request, and a replaced object fails."""
 
     def __init__(self, source: Object) -> None:
         self._source = source
@@ -253,51 +258,51 @@ class _Listed(BaseSubscriber):
 
 
 def as_ours(error: Exception, url: Url) -> FivefoldError:
-    """The error of ours that a failed call for `url` amounts to."""
+    """Return the FivefoldError for a failed call for `url`."""
     if isinstance(error, FivefoldError):
         return error
     if disk_is_full(error):
         return RetryableError(f"no space left for {url}: free some, then run the same command again")
     if isinstance(error, ParamValidationError):
-        return SettingsError(f"{url} cannot be a place in a store: {' '.join(str(error).split())}")
+        return SettingsError(f"{url} is not a valid URL of a store: {' '.join(str(error).split())}")
     if isinstance(error, NO_CREDENTIALS):
         return SettingsError(
-            f"{url}: no credentials for it ({error}); set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "or give this machine or pod a role"
+            f"{url}: no credentials ({error}); set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "or assign a role to this machine or pod"
         )
     if isinstance(error, ClientError):
-        return _refusal(error, url)
+        return _error_of_response(error, url)
     if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, ClientError):
-        return _refusal(error.__context__, url)
+        return _error_of_response(error.__context__, url)
     if isinstance(error, S3DownloadFailedError):
-        return RetryableError(f"{url} changed while it was read, the same command may succeed later")
+        return RetryableError(f"{url} changed during the download, the same command may succeed later")
     if isinstance(error, BotoCoreError | RetriesExceededError | S3UploadFailedError | OSError):
         return RetryableError(
-            f"{url}: the store cannot be reached or broke off, the same command may succeed later: {error}"
+            f"{url}: the store is unreachable or closed the connection, the same command may succeed later: {error}"
         )
-    if isinstance(error, ValueError):  # an endpoint that is no URL
+    if isinstance(error, ValueError):  # the endpoint is not a URL
         return SettingsError(f"{url}: {error}; check AWS_ENDPOINT_URL_S3")
     return FivefoldError(f"{url}: unexpected {type(error).__name__}: {error}")
 
 
-def _refusal(error: ClientError, url: Url) -> FivefoldError:
+def _error_of_response(error: ClientError, url: Url) -> FivefoldError:
     details = error.response.get("Error", {})
     code, status = str(details.get("Code", "")), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    words = f"{code} {details.get('Message', '')}".strip()
-    if code in REFUSED or status == 403:
+    message = f"{code} {details.get('Message', '')}".strip()
+    if code in ACCESS_CODES or status == 403:
         return SettingsError(
-            f"{url}: access refused ({words}); the credentials in use need s3:ListBucket, s3:GetObject, s3:PutObject, "
+            f"{url}: access refused ({message}); the credentials in use need s3:ListBucket, s3:GetObject, s3:PutObject, "
             "s3:DeleteObject and s3:AbortMultipartUpload there"
         )
     if code == "NoSuchBucket":
-        return MissingInputError(f"{url}: there is no bucket {url.bucket!r}")
+        return MissingInputError(f"{url}: the bucket {url.bucket!r} does not exist")
     if code == "InvalidObjectState":
         return MissingInputError(f"{url} is archived; restore it (aws s3api restore-object), then run the same command")
-    if code in ABSENT:
-        return RetryableError(f"{url} went away while it was read, as when its stage runs again: try once more")
-    if code in TRANSIENT or status >= 500 or status == 429:
-        return RetryableError(f"{url}: the store is busy or broken, the same command may succeed later: {words}")
-    return SettingsError(f"{url}: the store refuses it: {words}")
+    if code in NOT_FOUND_CODES:
+        return RetryableError(f"{url} was deleted during the download, e.g. because its stage runs again: try again")
+    if code in RETRYABLE_CODES or status >= 500 or status == 429:
+        return RetryableError(f"{url}: the store is busy or failed, the same command may succeed later: {message}")
+    return SettingsError(f"{url}: the store rejects the request: {message}")
 
 
 def _object(bucket: str, entry: dict[str, Any]) -> Object:
@@ -305,31 +310,31 @@ def _object(bucket: str, entry: dict[str, Any]) -> Object:
     return Object(Url(bucket, entry["Key"]), entry["Size"], entry["ETag"], modified, storage_class)
 
 
-def _wait(attempt: int) -> None:
-    """Backs off, longer each time, by a random part of it so that many clients do not come back together."""
-    until = time.monotonic() + min(MAX_WAIT, 2.0**attempt) * random.uniform(0.5, 1.0)
+def _back_off(attempt: int) -> None:
+    """Wait with exponential backoff and random jitter, so that many clients do not retry at the same time."""
+    until = time.monotonic() + min(MAX_BACKOFF_S, 2.0**attempt) * random.uniform(0.5, 1.0)
     while time.monotonic() < until:
         poll()
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_INTERVAL_S)
 
 
 def _connect() -> Any:
     try:
         session = boto3.session.Session()
-        # Tries are ours: boto3's own spend a quota of 35 within seconds, and a signal would wait for all of them.
+        # `_retry` retries: boto3 would use up its quota of 35 retries within seconds, and delay signals until then
         config = Config(
             retries={"mode": "standard", "total_max_attempts": 1},
             connect_timeout=5,
-            read_timeout=READ_TIMEOUT,
-            max_pool_connections=2 * CONCURRENCY,
+            read_timeout=READ_TIMEOUT_S,
+            max_pool_connections=2 * MAX_CONCURRENCY,
             user_agent_extra="fivefold",
         )
         client = session.client("s3", config=config)
         if "amazonaws" not in client.meta.endpoint_url:
-            # other stores seldom have a host name for each bucket
+            # other stores rarely have a host name per bucket
             client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
     except (BotoCoreError, ValueError) as error:
         raise SettingsError(
-            f"no client for s3:// ({error}); check AWS_PROFILE, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL_S3"
+            f"cannot create a client for s3:// ({error}); check AWS_PROFILE, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL_S3"
         ) from error
     return client

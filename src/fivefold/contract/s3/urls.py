@@ -1,4 +1,4 @@
-"""`s3://bucket/key`: where an object, or all below a prefix, lies."""
+"""`s3://bucket/key`: the URL of an object or of a prefix."""
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -11,7 +11,7 @@ SCHEME = "s3"
 
 @dataclass(frozen=True, order=True)
 class Url:
-    """A bucket and a key in it, which starts and ends with no slash."""
+    """A bucket and a key in it, without slashes at its start and end."""
 
     bucket: str
     key: str
@@ -28,11 +28,11 @@ class Url:
 
     @property
     def parent(self) -> "Url":
-        """The URL above; of a whole bucket itself."""
+        """Return the parent URL; for a bucket the bucket itself."""
         return Url(self.bucket, self.key.rpartition("/")[0])
 
     def below(self, other: "Url") -> str:
-        """The rest of the key below `other`."""
+        """Return the key relative to `other`."""
         return self.key.removeprefix(f"{other.key}/" if other.key else "")
 
 
@@ -41,16 +41,16 @@ def is_url(text: str) -> bool:
 
 
 def parse(text: str, where: str) -> Url:
-    """The URL that `text` is; a SettingsError that names `where` it was given otherwise."""
+    """Parse a URL; raise a SettingsError that names the variable `where` if it is invalid."""
     parts = urlsplit(text)
     if parts.scheme.lower() != SCHEME:
         raise SettingsError(
-            f"{where} is a URL of the kind {parts.scheme}://, and only {SCHEME}://bucket/prefix is read and written; "
-            "for another store that speaks S3's protocol, name it by AWS_ENDPOINT_URL_S3"
+            f"{where} is a {parts.scheme}:// URL, and only {SCHEME}://bucket/prefix is supported; "
+            "for another store with S3's protocol set AWS_ENDPOINT_URL_S3"
         )
-    if "@" in parts.netloc:  # not shown: what stands before it may be a key
-        raise SettingsError(f"{where} holds a user or a key; credentials come from the environment or a role alone")
+    if "@" in parts.netloc:  # do not print the text: the part before @ may be a key
+        raise SettingsError(f"{where} contains a user or a key; credentials must come from the environment or a role")
     names = [name for name in text.partition("://")[2].split("/") if name]
     if not parts.netloc or not names or {".", ".."} & set(names):
-        raise SettingsError(f"{where}={text} names no place: it must be {SCHEME}://bucket/prefix")
+        raise SettingsError(f"{where}={text} is incomplete: it must be {SCHEME}://bucket/prefix")
     return Url(names[0], "/".join(names[1:]))

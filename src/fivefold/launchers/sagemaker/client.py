@@ -1,4 +1,4 @@
-"""SageMaker through boto3: jobs and their status, logs, outputs, Pipelines; each error of boto3 as one of ours."""
+"""Client of SageMaker through boto3: jobs and their status, logs, outputs, Pipelines. boto3's errors become FivefoldErrors."""
 
 import logging
 import os
@@ -16,10 +16,10 @@ log = logging.getLogger("fivefold")
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 EXIT_CODE = re.compile(r"exit code:? (1|64|65|66|75|130|143)\b", re.IGNORECASE)
-"""A code of ours in the failure reason of a job."""
+"""An exit code of Fivefold in the failure reason of a job."""
 OUT_OF_TIME = ("MaxRuntimeExceeded", "MaxWaitTimeExceeded", "Interrupted")
 THROTTLED = re.compile("Throttling|ResourceLimitExceeded|CapacityError|InternalFailure|ServiceUnavailable")
-REFUSED = re.compile("AccessDenied|UnrecognizedClient|InvalidClientTokenId|ExpiredToken")
+ACCESS_CODES = re.compile("AccessDenied|UnrecognizedClient|InvalidClientTokenId|ExpiredToken")
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class JobStatus:
 
     @property
     def exit_code(self) -> int | None:
-        """None while the job runs; the container's code where the failure names one of ours; 75 after a time limit."""
+        """Return None while the job runs, an exit code of Fivefold in the failure reason, 75 after a time limit, 143 if stopped."""
         if self.status not in ("Completed", "Failed", "Stopped"):
             return None
         if self.status == "Completed":
             return 0
-        if named := EXIT_CODE.search(self.reason):
-            return int(named[1])
+        if match := EXIT_CODE.search(self.reason):
+            return int(match[1])
         if self.status == "Stopped":
             return RetryableError.exit_code if self.detail in OUT_OF_TIME else 143
         return 1
@@ -46,7 +46,7 @@ class JobStatus:
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Raises an error of ours for whatever boto3 raises in the block, or in the function that this decorates."""
+    """Translate boto3's exceptions in the block, or in the decorated function, to FivefoldErrors."""
     from botocore import exceptions
 
     from fivefold.contract.s3.client import NO_CREDENTIALS
@@ -57,17 +57,17 @@ def translated_errors() -> Iterator[None]:
         raise SettingsError(f"no credentials ({error}); set AWS_PROFILE, or log in with aws sso login") from error
     except exceptions.ClientError as error:
         code, status = error.response["Error"].get("Code", ""), error.response["ResponseMetadata"]["HTTPStatusCode"]
-        if REFUSED.match(code) or status == 403:
-            raise SettingsError(f"{error}; docs/sagemaker.md has the policy that is needed") from error
+        if ACCESS_CODES.match(code) or status == 403:
+            raise SettingsError(f"{error}; docs/sagemaker.md has the required policy") from error
         if THROTTLED.match(code) or status >= 500 or status == 429:
-            raise RetryableError(f"busy, or a limit of the account: {error}") from error
+            raise RetryableError(f"SageMaker is busy, or the account is at a limit: {error}") from error
         raise (MissingInputError if code.startswith("ResourceNotFound") else SettingsError)(str(error)) from error
     except exceptions.BotoCoreError as error:
-        raise RetryableError(f"SageMaker is not reached, the same command may succeed later: {error}") from error
+        raise RetryableError(f"SageMaker is unreachable, the same command may succeed later: {error}") from error
 
 
 def delete_outputs(output: str, job: str) -> None:
-    """Deletes what `job` (empty: none) left below the URL `output`; raises a SettingsError where other objects lie."""
+    """Delete the objects of `job` (empty: none) below the URL `output`. Raise a SettingsError if there are other objects."""
     from fivefold.contract.s3.client import Store
 
     store, url = Store(), parse(output, "sagemaker.output")
@@ -75,7 +75,7 @@ def delete_outputs(output: str, job: str) -> None:
     foreign = [place for place in urls if not job or not place.below(url).startswith(f"{job}/")]
     if foreign:
         raise SettingsError(
-            f"{foreign[0]} is there already, of a job that this folder of runs does not know: choose another run=, or "
+            f"{foreign[0]} exists already, from a job that is not in this folder of runs: use another run=, or "
             f"remove {output}"
         )
     store.delete(urls)
@@ -83,32 +83,30 @@ def delete_outputs(output: str, job: str) -> None:
 
 @dataclass
 class Client:
-    """The service in one region. boto3 itself asks again where the service is away for a moment, or throttles."""
+    """The service in one region. boto3 itself retries if the service is unavailable or throttles."""
 
     sagemaker: Any
     logs: Any
     log_tokens: dict[str, str] = field(default_factory=dict)
-    """How far each stream of logs was read."""
+    """The position in each log stream."""
     reads_logs: bool = True
 
     @classmethod
     @translated_errors()
     def of_region(cls, region: str) -> "Client":
-        """Returns the client of `region`, empty: the user's own; raises a SettingsError where none is named."""
+        """Return the client of `region` (empty: the user's default). Raise a SettingsError if there is no region."""
         import boto3
         from botocore.config import Config
 
         region = region or os.environ.get("AWS_REGION") or boto3.session.Session().region_name or ""
         if not re.fullmatch(r"[a-z]{2,3}(-[a-z]+)+-\d", region):
-            raise SettingsError(
-                f"{region!r} is no region for SageMaker: give sagemaker.region=eu-central-1, or set AWS_DEFAULT_REGION"
-            )
-        logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found credentials
+            raise SettingsError(f"{region!r} is not a region: set sagemaker.region=eu-central-1, or AWS_DEFAULT_REGION")
+        logging.getLogger("botocore").setLevel(logging.WARNING)  # at INFO it logs the source of credentials
         config = Config(retries={"mode": "adaptive", "total_max_attempts": 5})
         return cls(*(boto3.client(name, region_name=region, config=config) for name in ("sagemaker", "logs")))
 
     def start(self, request: Request) -> None:
-        """Starts the job of `request`. The service repeats a value that it refuses, so errors hide what may be secret."""
+        """Start the job of `request`. The service's errors repeat rejected values, so hide values that may be secret."""
         try:
             with translated_errors():
                 self.sagemaker.create_training_job(**request)
@@ -127,30 +125,30 @@ class Client:
 
     @translated_errors()
     def upsert_pipeline(self, request: Request) -> str:
-        """Creates the pipeline of `request`, or updates the one of its name; returns its ARN."""
+        """Create the pipeline of `request`, or update the existing one of its name. Return its ARN."""
         name = request["PipelineName"]
         pipelines = self.sagemaker.list_pipelines(PipelineNamePrefix=name, MaxResults=100)["PipelineSummaries"]
         if name in [pipeline["PipelineName"] for pipeline in pipelines]:
             return str(self.sagemaker.update_pipeline(**request)["PipelineArn"])
-        token = f"{name}-{'0' * 32}"[:128]  # always the same: of two calls that create it at once one does
+        token = f"{name}-{'0' * 32}"[:128]  # constant, so that of two concurrent calls only one creates the pipeline
         return str(self.sagemaker.create_pipeline(**request, ClientRequestToken=token)["PipelineArn"])
 
     def new_lines(self, job: str) -> list[str]:
-        """Returns what a job has logged since the last call; nothing where its log may not be read, which is told once."""
+        """Return the lines that a job has logged since the last call. If reading is not allowed, warn once and return none."""
         lines: list[str] = []
         try:
             if self.reads_logs:
                 self._read_logs(job, lines)
         except SettingsError as error:
-            log.warning("logs are not followed: %s", error)
+            log.warning("cannot follow logs: %s", error)
             self.reads_logs = False
         except FivefoldError as error:
-            log.debug("%s", error)  # no log yet, or the network is away: the next call may tell more
+            log.debug("%s", error)  # no log yet, or no network: the next call may succeed
         return lines
 
     @translated_errors()
     def _read_logs(self, job: str, lines: list[str]) -> None:
-        """Appends the new lines of a job's streams to `lines`; a stream ends where the token stays the same."""
+        """Append the new lines of a job's streams to `lines`. A stream has no more lines if the token stays the same."""
         streams = self.logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")["logStreams"]
         for name in sorted(stream["logStreamName"] for stream in streams):
             token = ""

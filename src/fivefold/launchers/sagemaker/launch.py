@@ -1,8 +1,8 @@
-"""The platform `sagemaker`: a plan's steps as training jobs, or as a Pipeline of them, chained by their places in S3.
+"""The platform `sagemaker`: run a plan's steps as training jobs, or as a Pipeline, chained by their outputs in S3.
 
-All is checked before anything starts, offline: the requests, and what they may cost. Each step's `sagemaker.json` in the
-run's folder names its job, so the same command waits for jobs that still run, takes those that are done, and starts anew
-those that failed, which go on from their checkpoints.
+The requests and their maximum cost are checked offline before anything starts. Each step's `sagemaker.json` in the
+run's folder names its job. So the same command waits for running jobs, skips completed jobs, and restarts failed
+jobs, which resume from their checkpoints.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ from fivefold.launchers.status import LOG
 log = logging.getLogger("fivefold")
 
 JOB = "sagemaker.json"
-PRIVATE = 0o600
+PRIVATE_MODE = 0o600
 RESULT_PARTS = ("HyperParameters", "Environment", "InputDataConfig", "OutputDataConfig")
-"""The parts of a request that make the result; price, instances and limits may change and a result stays."""
+"""The parts of a request that determine the result. Price, instances and limits do not change a result."""
 PIPELINE_VERSION = "2020-12-01"
 EXECUTION_ID = {"Get": "Execution.PipelineExecutionId"}
 
 
 def launch(plan: Plan, parallel: int = 0) -> int:
-    """Runs the plan's steps as training jobs, folds side by side, at most `parallel` at a time (0: all).
+    """Run the plan's steps as training jobs, folds in parallel, at most `parallel` at a time (0: all).
 
-    Returns the exit code of the first that failed; 130 or 143 after SIGINT or SIGTERM, which leave the jobs as they are.
+    Return the exit code of the first failed job, or 130 or 143 after SIGINT or SIGTERM; the jobs then continue.
     """
     options, screen = plan.settings.sagemaker, Screen()
     jobs = TrainingJobs(plan, validated_requests(plan), Client.of_region(options.region), screen)
@@ -45,18 +45,18 @@ def launch(plan: Plan, parallel: int = 0) -> int:
 
 
 def check(plan: Plan) -> None:
-    """Raises a SettingsError for a plan that cannot run, or may cost too much; nothing is asked of the service."""
+    """Raise a SettingsError if the plan cannot run or may cost too much. Make no request to the service."""
     describe(plan)
     Client.of_region(plan.settings.sagemaker.region)
 
 
 def check_inputs(inputs: Inputs, _: Path) -> Inputs:
-    """Returns the inputs, all of them in S3; nothing is looked up there, so ground truth counts only where it is given."""
+    """Return the inputs, which must be in S3. S3 is not searched, so ground truth counts only if it is set."""
     for name, path in vars(inputs).items():
         if path and not is_url(path):
             raise SettingsError(
-                f"{name}={path} is of this machine, and a job reads S3: aws s3 sync {path} s3://BUCKET/{name}, then give "
-                f"{name}=s3://BUCKET/{name} (or take platform=sagemaker-local)"
+                f"{name}={path} is on this machine, and jobs read S3: aws s3 sync {path} s3://BUCKET/{name}, then set "
+                f"{name}=s3://BUCKET/{name} (or use platform=sagemaker-local)"
             )
         if path:
             parse(path, name)
@@ -64,32 +64,30 @@ def check_inputs(inputs: Inputs, _: Path) -> Inputs:
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
-    """Returns the requests of all steps as JSON, checked as they are before they are sent, without secrets."""
+    """Return the requests of all steps as JSON, validated as before a start, without secrets."""
     requests = {name: without_secrets(request) for name, request in validated_requests(plan).items()}
     log.info("%s", check_cost(plan))
     return json.dumps(requests, indent=2, ensure_ascii=False)
 
 
 def results(plan: Plan) -> str:
-    """Returns where what the jobs made lies, and how it comes here."""
+    """Return the location of the results, and the command that copies them."""
     root = root_of(plan)
-    return (
-        f"results: {root}/\nto have them here: aws s3 cp --recursive {root}/ {plan.folder}/ --exclude 'checkpoints/*'"
-    )
+    return f"results: {root}/\nto copy them: aws s3 cp --recursive {root}/ {plan.folder}/ --exclude 'checkpoints/*'"
 
 
 def describe_pipeline(plan: Plan) -> str:
-    """Returns the requests as the JSON of a Pipeline: each a step of type Training, without the job's name.
+    """Return the requests as the JSON of a Pipeline. Each is a step of type Training, without the job's name.
 
-    Whoever may describe a Pipeline reads its definition, so the values of the user's own variables are parameters
-    without a default, which who starts an execution gives.
+    Everyone who may describe a Pipeline can read its definition. So the values of the user's own variables are parameters
+    without a default; the start of an execution sets them.
     """
     steps, requests = [], validated_requests(plan)
     parameters = parameters_of(requests)
     for name, request in requests.items():
         arguments = {key: value for key, value in request.items() if key != "TrainingJobName"}
-        own = {variable: {"Get": f"Parameters.{variable}"} for variable in secrets_of(request)}
-        arguments["Environment"] = {**request["Environment"], **own}
+        parameter_references = {variable: {"Get": f"Parameters.{variable}"} for variable in secrets_of(request)}
+        arguments["Environment"] = {**request["Environment"], **parameter_references}
         step = {"Name": name, "Type": "Training", "Arguments": with_execution_id(arguments, root_of(plan))}
         needs = plan.step(name).needs
         steps.append({**step, "DependsOn": list(needs)} if needs else step)
@@ -100,34 +98,34 @@ def describe_pipeline(plan: Plan) -> str:
 
 
 def parameters_of(requests: Mapping[str, Request]) -> list[str]:
-    """Returns the names of the user's own variables; a SettingsError where one has other values in other steps."""
+    """Return the names of the user's own variables. Raise a SettingsError if a variable differs between steps."""
     values: dict[str, str] = {}
     for request in requests.values():
         for name, value in secrets_of(request).items():
             if values.setdefault(name, value) != value:
                 raise SettingsError(
-                    f"sagemaker.environment sets {name} to other values in other stages, and in a Pipeline it is one "
-                    "parameter: give the variables other names"
+                    f"sagemaker.environment sets {name} to different values in different stages, but in a Pipeline it is one "
+                    "parameter: use different names"
                 )
     return list(values)
 
 
 def upsert_pipeline(plan: Plan, parallel: int = 0) -> int:
-    """Creates the plan's Pipeline, or updates it, and prints its ARN; no execution is started."""
+    """Create or update the plan's Pipeline, and print its ARN. Start no execution."""
     name, options = f"fivefold-{plain(plan.run)}", plan.settings.sagemaker
     request = {"PipelineName": name, "PipelineDefinition": describe_pipeline(plan), "RoleArn": options.role}
     if parallel:
         request["ParallelismConfiguration"] = {"MaxParallelExecutionSteps": parallel}
     check_request(name, request, "UpdatePipeline")
     print(Client.of_region(options.region).upsert_pipeline(request))
-    given = "".join(f" Name={each},Value=…" for each in parameters_of(validated_requests(plan)))
-    words = f" --pipeline-parameters{given}" if given else ""
-    log.info("to run it: aws sagemaker start-pipeline-execution --pipeline-name %s%s", name, words)
+    assignments = "".join(f" Name={variable},Value=…" for variable in parameters_of(validated_requests(plan)))
+    option = f" --pipeline-parameters{assignments}" if assignments else ""
+    log.info("to run it: aws sagemaker start-pipeline-execution --pipeline-name %s%s", name, option)
     return 0
 
 
 def with_execution_id(value: Any, root: str) -> Any:
-    """Returns `value` with the execution's id after `root` in each URL, so no execution reads what another left."""
+    """Return `value` with the execution's id after `root` in each URL, so that no execution reads another one's outputs."""
     if isinstance(value, dict):
         return {key: with_execution_id(part, root) for key, part in value.items()}
     if isinstance(value, list):
@@ -138,76 +136,76 @@ def with_execution_id(value: Any, root: str) -> Any:
 
 
 def digest_of(variables: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what is kept of the variables of a job: their names, and a digest of them with their values."""
+    """Return the recorded form of a job's variables: their names, and a digest of names and values."""
     text = json.dumps(dict(variables), sort_keys=True)
     return {"names": sorted(variables), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_job(path: Path) -> tuple[str, dict[str, Any]]:
-    """Returns the job that a `sagemaker.json` names, and what it was asked for."""
-    kept = read_json(path)
-    return kept["job"], kept["asked"]
+    """Return the job that a `sagemaker.json` names, and the recorded parts of its request."""
+    record = read_json(path)
+    return record["job"], record["asked"]
 
 
 @dataclass
 class TrainingJobs:
-    """Training jobs as the backend of a Scheduler; they go on without this process."""
+    """Training jobs as the backend of a Scheduler. They continue without this process."""
 
     plan: Plan
     requests: Mapping[str, Request]
     client: Client
     screen: Screen
     jobs: dict[str, str] = field(default_factory=dict)
-    """The job of each step that was started or found."""
+    """The job of each started or existing step."""
     statuses: dict[str, JobStatus] = field(default_factory=dict)
 
     def start(self, step: Step, alone: bool) -> int | None:
-        """Starts a step's job, or finds that of an earlier command: 0 where it is completed, None where it runs.
+        """Start a step's job, or use that of an earlier command. Return 0 if it is completed, None if it runs.
 
-        Raises a SettingsError where an earlier job that is completed, or runs, was asked for something else.
+        Raise a SettingsError if an earlier job, running or completed, had a different request.
         """
         request, path, job, status = self.requests[step.name], step.folder / JOB, "", None
         identity, output = self._identity(request), request["OutputDataConfig"]["S3OutputPath"]
         if path.is_file():
-            job, asked = read_job(path)
+            job, recorded = read_job(path)
             status = self.client.describe(job)
-            if asked != identity and not status.exit_code:
-                parts = sorted(part for part in identity if identity[part] != asked.get(part))
+            if recorded != identity and not status.exit_code:
+                parts = sorted(part for part in identity if identity[part] != recorded.get(part))
                 raise SettingsError(
-                    f"{step.name} of this run was asked for otherwise (job {job}, {status.status}; {', '.join(parts)} "
-                    f"differ): choose another run=, or remove {output} and {path}"
+                    f"{step.name} of this run has a job with another request (job {job}, {status.status}; {', '.join(parts)} "
+                    f"differ): use another run=, or remove {output} and {path}"
                 )
         if status is None or status.exit_code:
             delete_outputs(output, job)
             self.client.start(request)
             job = request["TrainingJobName"]
-            write_json(path, {"job": job, "asked": identity}, PRIVATE)
+            write_json(path, {"job": job, "asked": identity}, PRIVATE_MODE)
             self.screen.line(f"{step.name}: job {job}")
         elif status.exit_code == 0:
             self.screen.line(f"{step.name}: nothing to do, job {job} is completed")
             return 0
         else:
-            self.screen.line(f"{step.name}: waits for job {job}, which runs already")
+            self.screen.line(f"{step.name}: waiting for job {job}, which is already running")
         self.jobs[step.name] = job
         return None
 
     def _identity(self, request: Request) -> dict[str, Any]:
-        """Returns what makes a step's result: parts of its request, and the jobs of this run whose outputs it reads.
+        """Return what determines a step's result: parts of its request, and the jobs of this run whose outputs it reads.
 
-        Of the variables it has a digest, since their values may be secret.
+        Variables enter as a digest, since their values may be secret.
         """
         urls = tuple(channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in request["InputDataConfig"])
         sources = {}
-        for path in sorted(self.plan.folder.glob(f"*/{JOB}")):  # of earlier commands too
-            job, asked = read_job(path)
-            if f"{asked['OutputDataConfig']['S3OutputPath']}/".startswith(urls):
+        for path in sorted(self.plan.folder.glob(f"*/{JOB}")):  # also of earlier commands
+            job, recorded = read_job(path)
+            if f"{recorded['OutputDataConfig']['S3OutputPath']}/".startswith(urls):
                 sources[path.parent.name] = job
         image = request["AlgorithmSpecification"]["TrainingImage"]
         parts = {part: request[part] for part in RESULT_PARTS}
         return {"image": image, "after": sources, **parts, "Environment": digest_of(request["Environment"])}
 
     def poll(self, running: Sequence[Step]) -> dict[str, int]:
-        """Prints what the jobs have logged, and where their status has changed; returns the codes of those that ended."""
+        """Print new log lines and changes of status. Return the exit codes of the jobs that ended."""
         codes = {}
         for step in running:
             status = self.client.describe(self.jobs[step.name])
@@ -225,13 +223,13 @@ class TrainingJobs:
         return codes
 
     def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
-        """Leaves the jobs as they are, and prints how they are waited for again, and stopped."""
+        """Leave the jobs running, and print the commands that wait for them and stop them."""
         if running:
             stops = [
                 f"  aws sagemaker stop-training-job --training-job-name {self.jobs[step.name]}" for step in running
             ]
-            words = "jobs go on at SageMaker; the same command waits for them again. To stop them:"
-            self.screen.line("\n".join([f"{len(running)} {words}", *stops]))
+            message = "jobs continue at SageMaker; the same command waits for them again. To stop them:"
+            self.screen.line("\n".join([f"{len(running)} {message}", *stops]))
         return False
 
     def describe(self, step: Step) -> str:

@@ -1,8 +1,8 @@
-"""The platform `sagemaker-local`: the same jobs on the local Docker engine, through the SDK's local mode.
+"""The platform `sagemaker-local`: run the same jobs on the local Docker engine, through the SDK's local mode.
 
-No region, no credentials, no bucket: what S3 would hold lies in `<run>/sagemaker/`, `model.tar.gz` and `output.tar.gz`
-of each step (or plain folders, with `sagemaker.compress=false`), and is what the next step reads. Beside it each step's
-`model/` and `output/` are as on any platform, so `status`, the table and the report are, too.
+It needs no region, no credentials and no bucket. `<run>/sagemaker/` replaces S3: it has `model.tar.gz` and `output.tar.gz`
+of each step (plain folders with `sagemaker.compress=false`), which the next step reads. Each step also has
+`model/` and `output/` as on any platform, so `status`, the table and the report work the same.
 """
 
 import json
@@ -35,25 +35,25 @@ from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import LOG, failure_of, record_of, write_ended, write_started
 
-IMAGE = "fivefold:latest"
-PLACE = "sagemaker"
-WORK = "work"
-SECONDS_BETWEEN_POLLS = 0.2
+DEFAULT_IMAGE = "fivefold:latest"
+S3_FOLDER = "sagemaker"
+WORK_FOLDER = "work"
+POLL_INTERVAL_S = 0.2
 
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
-    """Runs the plan's steps in containers, `parallel` at a time (0: one); returns the code of the first that failed.
+    """Run the plan's steps in containers, `parallel` at a time (0: one). Return the exit code of the first failed step.
 
-    A step that is done already runs again: its container starts empty.
+    Completed steps run again, because their containers start empty.
     """
     parallel, screen = max(1, parallel), Screen()
     with ThreadPoolExecutor(parallel) as pool:
         containers = Containers(plan, jobs_of(plan), bool(local.gpus(environ)), screen, pool)
-        return Scheduler(plan.steps, containers, screen, parallel, SECONDS_BETWEEN_POLLS).run()
+        return Scheduler(plan.steps, containers, screen, parallel, POLL_INTERVAL_S).run()
 
 
 def check(plan: Plan, environ: Mapping[str, str] = os.environ) -> None:
-    """Raises a SettingsError where the SDK or the Docker engine is missing."""
+    """Raise a SettingsError if the SDK or the Docker engine is missing."""
     need(("sagemaker",), "launch", "platform=sagemaker-local")
     if shutil.which("docker", path=environ.get("PATH")) is None:
         raise SettingsError("platform=sagemaker-local needs docker, which is not in PATH: install a Docker engine")
@@ -61,26 +61,26 @@ def check(plan: Plan, environ: Mapping[str, str] = os.environ) -> None:
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
-    """Returns the jobs of all steps as JSON: image, channels, hyperparameters and variables, without secrets."""
+    """Return the jobs of all steps as JSON: image, channels, hyperparameters and variables, without secrets."""
     jobs = {name: without_secrets(job) for name, job in jobs_of(plan).items()}
     return json.dumps(jobs, indent=2, ensure_ascii=False)
 
 
 def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
-    """Returns the inputs, all of them of this machine: local mode would need credentials for others."""
+    """Return the inputs, which must be on this machine, because local mode has no credentials for S3."""
     for name, path in vars(inputs).items():
         if path and is_url(path):
-            raise SettingsError(f"{name}={path}: platform=sagemaker-local takes folders and files of this machine")
+            raise SettingsError(f"{name}={path}: platform=sagemaker-local reads only folders and files of this machine")
     return local.check_inputs(inputs, run_folder)
 
 
 def jobs_of(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Returns the job of each step by the step's name; its channels are folders (or files) of this machine."""
+    """Return the job of each step by the step's name. Channels are folders or files of this machine."""
     jobs = {}
     for step in plan.steps:
         options = options_of(plan.settings, step)
-        options = options.model_copy(update={"image": options.image or IMAGE})
-        paths = channels(plan, step, str(plan.folder / PLACE))
+        options = options.model_copy(update={"image": options.image or DEFAULT_IMAGE})
+        paths = channels(plan, step, str(plan.folder / S3_FOLDER))
         jobs[step.name] = {
             "Image": options.image,
             "InputDataConfig": {name: str(Path(path).resolve()) for name, path in paths.items()},
@@ -92,7 +92,7 @@ def jobs_of(plan: Plan) -> dict[str, dict[str, Any]]:
 
 @dataclass
 class Containers:
-    """Containers of the SDK's local mode as the backend of a Scheduler; each is waited for by a thread of `pool`."""
+    """Containers of the SDK's local mode as the backend of a Scheduler. A thread of `pool` waits for each."""
 
     plan: Plan
     jobs: Mapping[str, Mapping[str, Any]]
@@ -108,9 +108,9 @@ class Containers:
         return {step.name: future.result() for step in running if (future := self.futures[step.name]).done()}
 
     def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
-        """Sends SIGTERM to the containers, which keep what they have; the second time SIGKILL."""
+        """Send SIGTERM to the containers, which then save their state; the second time SIGKILL."""
         self.screen.line(
-            f"{signal.Signals(number).name}: {'killing' if again else 'stopping'} containers (again: kill)"
+            f"{signal.Signals(number).name}: {'killing' if again else 'stopping'} containers (send again to kill)"
         )
         for step in running:
             for container in containers_of(self._root(step)):
@@ -121,14 +121,14 @@ class Containers:
         return f"{failure_of(step)}\n  log: {step.folder / LOG}" if self.futures[step.name].done() else ""
 
     def _root(self, step: Step) -> Path:
-        """The folder of a job's container; the SDK's compose project has its name, so no two may share it."""
-        return (step.folder / WORK / base_name(self.plan.run, step).lower()).resolve()
+        """Return the folder of a job's container. Its name must be unique, because the SDK's compose project has the same name."""
+        return (step.folder / WORK_FOLDER / base_name(self.plan.run, step).lower()).resolve()
 
     def _run(self, step: Step) -> int:
-        """Runs one job, from its channels to its results; returns the exit code of its container, 1 without one."""
+        """Run one job and collect its results. Return the exit code of its container, 1 without a container."""
         job, root = self.jobs[step.name], self._root(step)
         shutil.rmtree(root.parent, ignore_errors=True)
-        root.parent.mkdir(mode=0o700, parents=True)  # the SDK's compose file holds the variables
+        root.parent.mkdir(mode=0o700, parents=True)  # the SDK's compose file contains the variables
         root.mkdir()
         write_started(step, os.getpid())
         problem = ""
@@ -138,23 +138,23 @@ class Containers:
             problem = str(error)
         code = collect_container(root, step.folder / LOG)
         collect_outputs(
-            step, root, self.plan.folder / PLACE / place_of(step), options_of(self.plan.settings, step).compress
+            step, root, self.plan.folder / S3_FOLDER / place_of(step), options_of(self.plan.settings, step).compress
         )
         shutil.rmtree(root.parent, ignore_errors=True)
         if code is None:
-            (step.folder / FAILURE).write_text(f"the engine started no container: {problem}")
+            (step.folder / FAILURE).write_text(f"Docker started no container: {problem}")
         code = 1 if code is None or (code == 0 and record_of(step) is None) else code
         write_ended(step, code)
         return code
 
 
 def run_container(job: Mapping[str, Any], root: Path, gpu: bool) -> None:
-    """Runs a job on the local Docker engine, with no region and no credentials, and waits for it.
+    """Run a job on the local Docker engine, without region and credentials, and wait for it.
 
-    `root` is a folder of its own, which gets `artifacts/` and `compressed_artifacts/`. Raises RuntimeError where the
+    `root` is an empty folder, which gets `artifacts/` and `compressed_artifacts/`. Raise a RuntimeError if the
     container failed.
     """
-    # Loaded here alone: the SDK takes seconds, and many machines lack it.
+    # import late: the SDK takes seconds to load, and many machines do not have it
     from sagemaker.core.training.configs import Compute, InputData
     from sagemaker.train import ModelTrainer
     from sagemaker.train.model_trainer import Mode
@@ -176,11 +176,11 @@ def run_container(job: Mapping[str, Any], root: Path, gpu: bool) -> None:
 
 
 def as_folder(path: Path, folder: Path) -> Path:
-    """`path`, or where it is a file a folder that holds it alone: a channel is a folder."""
+    """Return `path`, or `folder` with only this file if it is a file, because a channel must be a folder."""
     if path.is_dir():
         return path
     if not path.is_file():
-        raise MissingInputError(f"{path} is not there: run the step that makes it, too")
+        raise MissingInputError(f"{path} does not exist: run the step that writes it, too")
     folder.mkdir(parents=True)
     try:
         os.link(path, folder / path.name)
@@ -190,7 +190,7 @@ def as_folder(path: Path, folder: Path) -> Path:
 
 
 def collect_outputs(step: Step, root: Path, place: Path, compress: bool) -> None:
-    """Moves what a container left to the step's folder, and to `place`, where the next step reads it."""
+    """Move a container's outputs to the step's folder, and to `place`, which the next step reads."""
     outputs = {"model": root / "artifacts/model", "output": root / "artifacts/output/data"}
     for name, path in {**outputs, FAILURE: root / "artifacts/output" / FAILURE}.items():
         shutil.rmtree(step.folder / name, ignore_errors=True)
@@ -207,7 +207,7 @@ def collect_outputs(step: Step, root: Path, place: Path, compress: bool) -> None
 
 
 def collect_container(root: Path, log_file: Path) -> int | None:
-    """Removes a job's container, whose words go to `log_file`; returns its exit code, None where there is none."""
+    """Append the log of a job's container to `log_file`, remove the container, and return its exit code, or None without one."""
     code = None
     for container in containers_of(root):
         code = int(docker("inspect", "--format", "{{.State.ExitCode}}", container).stdout or 1)

@@ -1,10 +1,10 @@
-"""A plan as requests to SageMaker: of each step the CreateTrainingJob that does it, a plain dict as it goes over the wire.
+"""Convert a plan to requests to SageMaker: one CreateTrainingJob per step, as a plain dict.
 
-What a run makes lies below `<output>/<run>/`:
+The outputs of a run are below `<output>/<run>/`:
 
     split/<job>/output/…    folds/fold-2/<job>/output/…    ensemble/<job>/output/…    checkpoints/fold-2/…
 
-so the folder of a step is the channel of the next one, and `folds/` that of the ensemble and of the student.
+The folder of a step is the channel of the next step; `folds/` is the channel of the ensemble and of the student.
 """
 
 import hashlib
@@ -26,21 +26,21 @@ from fivefold.settings import is_of, normal_key
 
 Request = dict[str, Any]
 
-FOLDS_TOGETHER = "folds"
+FOLDS_PREFIX = "folds"
 CHECKPOINTS = "checkpoints"
 CHECKPOINTS_IN_CONTAINER = "/opt/ml/checkpoints"
-CHANNEL = "SM_CHANNEL_"
-MOST_CHARACTERS = 63
+CHANNEL_PREFIX = "SM_CHANNEL_"
+MAX_NAME_LENGTH = 63
 TIME_FORMAT = "%Y%m%d%H%M%S"
-"""The end of a job's name, which tells one job of a step from the next."""
-FILES = (".zip", ".csv", ".parquet")
-OF_A_STEP = ("STAGE", "FOLD", IMAGE_VARIABLE)
-"""The variables of a container that are ours. All others are the user's, and may hold secrets."""
+"""The time at the end of a job's name, which distinguishes the jobs of a step."""
+FILE_SUFFIXES = (".zip", ".csv", ".parquet")
+STEP_VARIABLES = ("STAGE", "FOLD", IMAGE_VARIABLE)
+"""The variables that Fivefold sets. All others are the user's, and may contain secrets."""
 HIDDEN = "***"
 
 
 def requests_of(plan: Plan) -> dict[str, Request]:
-    """Returns the CreateTrainingJob of each step by the step's name, unchecked; the jobs' names end with the time."""
+    """Return the CreateTrainingJob of each step by the step's name, not validated. The jobs' names end with the time."""
     time_stamp = time.strftime(TIME_FORMAT)
     return {step.name: _request_of(plan, step, time_stamp) for step in plan.steps}
 
@@ -89,17 +89,17 @@ def _request_of(plan: Plan, step: Step, time_stamp: str) -> Request:
 
 
 def _present(parts: Request) -> Request:
-    """Returns the parts that are set: not empty, 0 or False."""
+    """Return the parts that are set, i.e. not empty, 0 or False."""
     return {name: part for name, part in parts.items() if part}
 
 
 def options_of(settings: Settings, step: Step) -> SageMaker:
-    """The `[sagemaker]` of a step's stage."""
+    """Return the `[sagemaker]` settings of a step's stage."""
     return settings.sagemaker.of_stage(step.stage)
 
 
 def fetches_nothing(plan: Plan, step: Step) -> bool:
-    """Whether a step's container needs no network: it trains nothing, or with no weights of a hub and no tracker's service."""
+    """Return whether a step's container needs no network: it does not train, or trains without pretrained weights and online trackers."""
     if not STAGES[step.stage].writes_model:
         return True
     settings = plan.settings.student() if step.stage == "distill" else plan.settings
@@ -107,9 +107,9 @@ def fetches_nothing(plan: Plan, step: Step) -> bool:
 
 
 def base_name(run: str, step: Step) -> str:
-    """Returns `fivefold-<run>-<step>`, short enough for a time after it; a long run is cut, with a digest at its end."""
+    """Return `fivefold-<run>-<step>`, short enough for an appended time. Cut a long run name and append a digest."""
     tail = f"-{plain(step.name)}"
-    room = MOST_CHARACTERS - len(f"fivefold-{tail}-{time.strftime(TIME_FORMAT)}")
+    room = MAX_NAME_LENGTH - len(f"fivefold-{tail}-{time.strftime(TIME_FORMAT)}")
     name = plain(run)
     if len(name) > room:
         digest = hashlib.sha256(run.encode()).hexdigest()[:6]
@@ -118,46 +118,46 @@ def base_name(run: str, step: Step) -> str:
 
 
 def plain(text: str) -> str:
-    """Letters, digits and single hyphens, as names of jobs are."""
+    """Return the text with only letters, digits and single hyphens, as names of jobs require."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
 def root_of(plan: Plan) -> str:
-    """The URL below which the run lies."""
+    """Return the URL of the run."""
     return f"{plan.settings.sagemaker.output.rstrip('/')}/{plan.run}"
 
 
 def place_of(step: Step) -> str:
-    """Where below the run the outputs of a step's jobs lie."""
-    return f"{FOLDS_TOGETHER}/{step.name}" if step.stage == "train-fold" else step.name
+    """Return the path of a step's outputs below the run's URL."""
+    return f"{FOLDS_PREFIX}/{step.name}" if step.stage == "train-fold" else step.name
 
 
 def channels(plan: Plan, step: Step, root: str) -> dict[str, str]:
-    """Where each channel of a step lies: an input as the user wrote it, what a step of this run makes below `root`."""
-    given = {name: path for name, path in step.environment.items() if name.startswith(CHANNEL)}
-    return {name.removeprefix(CHANNEL).lower(): _source(plan, path, root) for name, path in given.items()}
+    """Return the location of each channel of a step: an input as the user wrote it, an output of this run below `root`."""
+    variables = {name: path for name, path in step.environment.items() if name.startswith(CHANNEL_PREFIX)}
+    return {name.removeprefix(CHANNEL_PREFIX).lower(): _source(plan, path, root) for name, path in variables.items()}
 
 
 def _source(plan: Plan, path: str, root: str) -> str:
     if is_url(path) or not Path(path).is_relative_to(plan.folder):
         return path
-    inside = Path(path).relative_to(plan.folder).parts  # nothing, `<step>/output`, `<step>/model`, or a file
-    if not inside:
-        return f"{root}/{FOLDS_TOGETHER}/"
-    return f"{root}/{inside[0]}/" if len(inside) > 1 else path
+    parts = Path(path).relative_to(plan.folder).parts  # empty, `<step>/output`, `<step>/model`, or a file
+    if not parts:
+        return f"{root}/{FOLDS_PREFIX}/"
+    return f"{root}/{parts[0]}/" if len(parts) > 1 else path
 
 
 def channel(name: str, url: str) -> Request:
-    """A channel of SageMaker's; a URL is a prefix of keys there, so that of a folder ends with a slash."""
-    url = url if url.endswith("/") or url.lower().endswith(FILES) else f"{url}/"
+    """Return a channel of a request. SageMaker takes URLs as key prefixes, so a folder's URL must end with a slash."""
+    url = url if url.endswith("/") or url.lower().endswith(FILE_SUFFIXES) else f"{url}/"
     source = {"S3DataType": "S3Prefix", "S3Uri": url, "S3DataDistributionType": "FullyReplicated"}
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
 
 
 def hyperparameters(plan: Plan, step: Step) -> dict[str, str]:
-    """Returns the settings of a step, all texts; a recipe that the image does not hold is written out, key by key.
+    """Return the settings of a step as texts. Replace a recipe that the image does not contain by its keys.
 
-    Names have `__` for a dot, since SageMaker keeps [a-z0-9_] alone.
+    Names have `__` for a dot, because SageMaker allows only [a-z0-9_].
     """
     pairs = (text.split("=", 1) for text in step.arguments)
     values = {normal_key(name): value for name, value in pairs}
@@ -168,7 +168,7 @@ def hyperparameters(plan: Plan, step: Step) -> dict[str, str]:
 
 
 def set_values(settings: Settings, sections: tuple[str, ...]) -> dict[str, str]:
-    """Returns what was set of `sections`, by `section.key`, as JSON texts."""
+    """Return the set keys of `sections`, by `section.key`, as JSON texts."""
     leaves = {}
     for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
         leaves |= {f"{name}.{key}": leaf for key, leaf in value.items()} if name in SECTIONS else {name: value}
@@ -180,28 +180,26 @@ def set_values(settings: Settings, sections: tuple[str, ...]) -> dict[str, str]:
 
 
 def environment(step: Step, options: SageMaker) -> dict[str, str]:
-    """Returns the variables of a step's container: stage, fold, the image for the record, and the user's own."""
+    """Return the variables of a step's container: stage, fold, the image for the record, and the user's variables."""
     reserved = sorted({"STAGE", "FOLD"} & {name.upper() for name in options.environment})
     if reserved:
-        raise SettingsError(
-            f"sagemaker.environment sets {reserved[0]}, which each step of a run sets itself; leave it out"
-        )
+        raise SettingsError(f"sagemaker.environment sets {reserved[0]}, which Fivefold sets for each step; remove it")
     fold = {} if step.fold is None else {"FOLD": str(step.fold)}
     image = {IMAGE_VARIABLE: options.image} if options.image else {}
-    own = {name: str(value) for name, value in options.environment.items()}
-    return {"STAGE": step.stage, **fold, **image, **own}
+    user_variables = {name: str(value) for name, value in options.environment.items()}
+    return {"STAGE": step.stage, **fold, **image, **user_variables}
 
 
 def secrets_of(request: Request) -> dict[str, str]:
-    """Returns the variables of a request (or of a job of local mode) whose values may be secret, by name."""
-    return {name: value for name, value in request.get("Environment", {}).items() if name not in OF_A_STEP}
+    """Return the variables of a request (or of a job of local mode) whose values may be secret, by name."""
+    return {name: value for name, value in request.get("Environment", {}).items() if name not in STEP_VARIABLES}
 
 
 def without_secrets(request: Request) -> Request:
-    """Returns the request as it may be shown: with `***` for the values of the user's own variables."""
+    """Return the request for printing, with `***` for the values of the user's variables."""
     return {**request, "Environment": {**request["Environment"], **dict.fromkeys(secrets_of(request), HIDDEN)}}
 
 
 def seconds(hours: float) -> int:
-    """Whole seconds, at least one."""
+    """Return whole seconds, at least 1."""
     return max(1, round(3600 * hours))
