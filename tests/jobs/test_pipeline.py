@@ -121,7 +121,7 @@ LONG = "train.epochs=1000000"
         ("train-fold", ["FOLD=0", "train.update=samm", LONG], {}, 64, "did you mean 'sam'"),
         ("train-fold", ["FOLD=0", "train.sampler=balance", LONG], {}, 64, "did you mean 'balanced'"),
         ("train-fold", ["FOLD=0", "train.freeze_epochs=-1", LONG], {}, 64, "at least 0"),
-        ("distill", ["distill.temperature_decay=0.9", "distill.temperature=1", LONG], {}, 64, "cannot fall to"),
+        ("distill", ["distill.temperature_decay=0.9", "distill.temperature=1", LONG], {}, 64, "temperature_end=1.0"),
         ("distill", ["distill.teacher=nobody"], {}, 66, "nobody"),
         ("distill", ["distill.views=flip,flop", LONG], {}, 64, "did you mean 'flip'"),
         ("ensemble", ["ensemble.submission=../out.csv"], {}, 64, "'../out.csv'"),
