@@ -110,7 +110,7 @@ LONG = "train.epochs=1000000"
         ("train-fold", ["FOLD=0", "train.device=cpu:3"], {}, 64, "train.device=cpu:3, but this machine has cpu:0"),
         ("train-fold", ["FOLD=0", "train.device=cpu:first"], {}, 64, "train.device=cpu:first, but this machine has"),
         # No image of the split is there: it is told before any is read.
-        ("train-fold", ["FOLD=0", "train.warmup_epochs=3"], {"TRAIN": "eval"}, 64, "leaves nothing of train.epochs=3"),
+        ("train-fold", ["FOLD=0", "train.warmup_epochs=3"], {"TRAIN": "eval"}, 64, "train.epochs=3"),
         ("train-fold", ["FOLD=0", "predict.views=plain,flop", LONG], {}, 64, "did you mean 'flip'"),
         ("train-fold", ["FOLD=0", "train.monitor=auc", LONG], {}, 64, "unknown monitor 'auc'"),
         ("train-fold", ["FOLD=0", "train.trackers=wanda", LONG], {}, 64, "did you mean 'wandb'"),
