@@ -296,7 +296,7 @@ def test_a_student_may_be_its_teachers_twin_another_network_or_a_students_studen
 @pytest.mark.parametrize(
     ("name", "change", "code", "message"),
     [
-        ("model.safetensors", lambda old: old[: len(old) // 2], 65, "does not hold the weights"),
+        ("model.safetensors", lambda old: old[: len(old) // 2], 65, "model.json"),
         ("model.safetensors", lambda old: old[:-1] + b"x", 65, "is not the file that its stage made"),
         ("model.json", lambda old: old.replace("빨강 차".encode(), b"red car"), 65, "knows other classes"),
     ],
