@@ -121,7 +121,7 @@ def test_defect_product_a_checkpoint_follows_every_epoch_and_a_run_that_is_over_
     assert Checkpoints(tmp_path / "kept").load()[RUNTIME] == {"precision": "fp32", "channels_last": True}
     other = Manner(replace(CPU, dtype=torch.bfloat16, grouped_fp32=True))
     again, _ = made("patience", images, Checkpoints(tmp_path / "kept"))
-    with pytest.raises(DataError, match=r"trained with .*fp32.* and this is .*bf16_grouped_fp32"):
+    with pytest.raises(DataError, match=r"trained with .*fp32.*bf16_grouped_fp32"):
         fit(replace(again, parts={**again.parts, RUNTIME: other}))
 
 
