@@ -298,7 +298,7 @@ def test_a_student_may_be_its_teachers_twin_another_network_or_a_students_studen
     [
         ("model.safetensors", lambda old: old[: len(old) // 2], 65, "model.json"),
         ("model.safetensors", lambda old: old[:-1] + b"x", 65, "is not the file that its stage made"),
-        ("model.json", lambda old: old.replace("빨강 차".encode(), b"red car"), 65, "knows other classes"),
+        ("model.json", lambda old: old.replace("빨강 차".encode(), b"red car"), 65, "red car"),
     ],
 )
 def test_a_teacher_that_cannot_be_read_or_knows_other_classes_is_one_clear_error(
