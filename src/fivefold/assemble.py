@@ -114,7 +114,7 @@ def build_loop(
     check_training(settings)
     seed_everything(settings.seed)
     chosen = settings.train
-    loss = _loss(settings, train)
+    loss = _build_loss(settings, train)
     if network.meta is not None:
         network.meta.fit(torch.from_numpy(train.images.measure()))
     model = _prepare_model(network, runtime, chosen.cpu_convs)
@@ -128,7 +128,7 @@ def build_loop(
     raw = {"raw": model} if ema is None or chosen.keep_raw else {}
     scaler = build_scaler(runtime)
     update = choose(UPDATES, "update", chosen.update)(
-        model, _objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
+        model, _build_objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
     )
     after_step = [*([ema] if ema else []), schedule, *_callbacks(settings, network, train, steps)]
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scaler": scaler, RUNTIME: Manner(runtime)}
@@ -141,9 +141,11 @@ def build_loop(
         contenders=({"ema": ema.model} if ema else {}) | raw,
         train=train,
         valid=valid,
-        duration=_duration(settings, patience, runtime),
-        batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed, drop_last=chosen.drop_last),
-        mixing=_mixing(settings),
+        duration=_build_duration(settings, patience, runtime),
+        batches=partial(
+            sampler, _class_codes(train.targets), chosen.batch_size, settings.seed, drop_last=chosen.drop_last
+        ),
+        mixing=_build_mixing(settings),
         update=update,
         after_step=after_step,
         schedule=schedule,
@@ -155,7 +157,7 @@ def build_loop(
     )
 
 
-def _duration(settings: Settings, patience: int, runtime: Runtime) -> Duration:
+def _build_duration(settings: Settings, patience: int, runtime: Runtime) -> Duration:
     chosen = settings.train
     return Duration(
         epochs=chosen.epochs,
@@ -317,7 +319,7 @@ def _check_one_image(settings: Settings) -> None:
         ) from None
 
 
-def _loss(settings: Settings, train: TrainRows) -> Loss:
+def _build_loss(settings: Settings, train: TrainRows) -> Loss:
     if settings.train.class_weights == settings.train.sampler == "balanced":
         log.warning(
             "train.class_weights=balanced and train.sampler=balanced each balance the classes, and together they give rare "
@@ -327,14 +329,14 @@ def _loss(settings: Settings, train: TrainRows) -> Loss:
     return build_loss(settings.train.loss, settings.train.label_smoothing, weights)
 
 
-def _mixing(settings: Settings) -> Mixing:
+def _build_mixing(settings: Settings) -> Mixing:
     chosen, epochs = settings.augment, settings.train.epochs
     if choose(MIXINGS, "mixing", chosen.mix) and chosen.mix_off_epochs >= epochs:
         log.warning("augment.mix_off_epochs=%d of %d epochs disables mixing", chosen.mix_off_epochs, epochs)
     return Mixing(chosen.mix, chosen.mix_alpha, chosen.mix_p, epochs - chosen.mix_off_epochs)
 
 
-def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
+def _build_objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
     teacher, alpha = train.teacher, settings.train.rdrop_alpha
     if teacher is None:
         criterion = by_labels(loss)
@@ -353,7 +355,7 @@ def _callbacks(settings: Settings, network: Classifier, train: TrainRows, steps:
     return callbacks
 
 
-def _codes(targets: Tensor) -> np.ndarray:
+def _class_codes(targets: Tensor) -> np.ndarray:
     """Return the class of each row of targets [N, C], or -1 if it has no label."""
     return torch.where(targets.sum(dim=1) > 0, targets.argmax(dim=1), -1).cpu().numpy()
 

@@ -92,7 +92,7 @@ class Committee:
 
     def _prepare_chunks(self, files: ImageFiles) -> Iterator[dict[int, Prepared | str]]:
         """Yield chunks of rows, each preprocessed or with the reason why it cannot be read; prepare a chunk ahead."""
-        sets = [ImageSet(files.store, files.paths, _no_transform, 0, files.sha256, (), kind) for kind in self.kinds]
+        sets = [ImageSet(files.store, files.paths, _identity, 0, files.sha256, (), kind) for kind in self.kinds]
 
         def prepare(row: int) -> Prepared | str:
             try:
@@ -144,5 +144,5 @@ def seen_as(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
     return part
 
 
-def _no_transform(image: Any) -> Any:
+def _identity(image: Any) -> Any:
     return image

@@ -45,7 +45,7 @@ def meta_of(committee: Committee) -> list[str]:
 def check_graph(committee: Committee) -> None:
     """Raise a SettingsError unless one graph can contain the models: a mean, one size, one transform, the same meta features."""
     for key, blend in (("blend", committee.ensemble.between), ("within", committee.ensemble.within)):
-        if blend not in MEANS:
+        if blend not in EXPORTABLE_BLENDS:
             raise SettingsError(
                 f"{ENSEMBLE}: {key}={blend} is not a mean of probabilities, and an exported graph can contain only that"
             )
@@ -150,11 +150,11 @@ def write_onnx(path: Path, committee: Committee) -> None:
             f"the {len(committee.members)} networks have {weights / 1e9:.1f} GB of weights, but an ONNX file can have at "
             f"most {MAX_BYTES / 1e9:.0f} GB: export one fold (FOLD=0), or a student"
         )
-    program = _trace(blended, _inputs(committee, 2))
+    program = _trace(blended, _random_inputs(committee, 2))
     for key, value in describe(committee).items():
         program.model.metadata_props[key] = json.dumps(value, ensure_ascii=False)
     program.save(path, external_data=False)
-    difference = _largest_difference(path, blended, _inputs(committee, CHECKED_IMAGES))
+    difference = _largest_difference(path, blended, _random_inputs(committee, CHECKED_IMAGES))
     if not difference <= TOLERANCE:
         raise FivefoldError(
             f"the probabilities of onnxruntime differ by {difference:.2g} from the networks' (at most {TOLERANCE:g} is "
@@ -174,7 +174,7 @@ def write_pth(path: Path, committee: Committee) -> None:
         torch.save(state, file)
 
 
-def _inputs(committee: Committee, images: int) -> tuple[Tensor, ...]:
+def _random_inputs(committee: Committee, images: int) -> tuple[Tensor, ...]:
     """Return random images and meta features, the same on every call."""
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, *size_of(committee)), generator=random).float()
@@ -223,7 +223,7 @@ def _largest_difference(path: Path, blended: Blended, inputs: tuple[Tensor, ...]
     return float(np.abs(actual - expected).max())
 
 
-MEANS = ("mean", "weighted", "fitted", "greedy", "greedy_accuracy")
+EXPORTABLE_BLENDS = ("mean", "weighted", "fitted", "greedy", "greedy_accuracy")
 """Blends that are convex sums of probabilities."""
 
 FORMATS: dict[str, tuple[str, Callable[[Path, Committee], None]]] = {

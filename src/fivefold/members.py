@@ -41,7 +41,9 @@ from fivefold.training.loop import Best
 from fivefold.training.losses import build_loss
 
 FORMAT = 1
-OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {"data": {"cache", "cache_gib"}}
+MACHINE_SETTINGS = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {
+    "data": {"cache", "cache_gib"}
+}
 """Settings of the place of a run, which `model.json` does not contain: a model does not depend on where it was trained."""
 TRAINING_SECTIONS = ("data.store_size", "data.scaled_decoding", "model", "augment", "train")
 
@@ -131,8 +133,8 @@ class Gallery:
     def seen_by(self, member: Member) -> Prepared:
         """Return the images preprocessed for `member`; preprocessing runs during prediction."""
         if member.sight not in self.seen:
-            left = memory_limit() - sum(other.in_memory for other in self.seen.values())
-            self.seen[member.sight] = evaluated(member.settings, self.files, self.scratch, left, self.stand_in)
+            remaining = memory_limit() - sum(other.in_memory for other in self.seen.values())
+            self.seen[member.sight] = evaluated(member.settings, self.files, self.scratch, remaining, self.stand_in)
         return self.seen[member.sight]
 
 
@@ -224,7 +226,7 @@ def save_member(
             "device": runtime.device.type,
             "link": build_loss(settings.train.loss).link,
             "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime)},
-            "settings": json.loads(settings.model_dump_json(exclude=OF_PLACE)),
+            "settings": json.loads(settings.model_dump_json(exclude=MACHINE_SETTINGS)),
         },
     )
     return [*written, folder / MODEL]

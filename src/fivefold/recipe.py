@@ -89,7 +89,7 @@ class Split(Section):
     skip_unreadable: bool = Field(False, description="leave out unreadable images instead of stopping")
 
     @model_validator(mode="after")
-    def _parts_sum_to_one(self) -> "Split":
+    def _check_parts(self) -> "Split":
         if self.parts and (len(self.parts) != 3 or min(self.parts) < 0 or abs(sum(self.parts) - 1) > 1e-6):
             raise ValueError("parts must be three fractions (train, valid, test) that sum to 1")
         if self.parts and self.parts[1] == 0:
@@ -114,7 +114,7 @@ class Model(Section):
     std: list[float] = Field([0.229, 0.224, 0.225], description="standard deviation per channel, for images in 0..1")
 
     @model_validator(mode="after")
-    def _shapes(self) -> "Model":
+    def _check_shapes(self) -> "Model":
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError("image_size must be one positive number, or [height, width]")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -124,7 +124,7 @@ class Model(Section):
         return self
 
     @model_validator(mode="after")
-    def _options_load_nothing(self) -> "Model":
+    def _check_options(self) -> "Model":
         """Reject options that load weights: Fivefold checks the files of `weights` and `pretrained` only."""
         for option in self.options:
             if option.startswith(("pretrained", "weights", "checkpoint", "cache_dir")):
@@ -267,7 +267,7 @@ class Distill(Section):
     train: dict[str, Any] = Field({}, description="overrides of [train] for the student")
 
     @model_validator(mode="after")
-    def _cools(self) -> "Distill":
+    def _check_temperature(self) -> "Distill":
         if self.temperature_decay < 1 and self.temperature_end >= self.temperature:
             raise ValueError(f"temperature={self.temperature} must be above temperature_end={self.temperature_end}")
         return self
@@ -279,7 +279,7 @@ class Export(Section):
     weights: Literal["best", "raw"] = Field("best", description="best: weights that predict (EMA); raw: not averaged")
 
     @model_validator(mode="after")
-    def _a_name_alone(self) -> "Export":
+    def _check_file(self) -> "Export":
         _check_name("file", self.file)
         return self
 

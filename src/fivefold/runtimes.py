@@ -24,7 +24,7 @@ from fivefold.recipe import Settings
 log = logging.getLogger("fivefold")
 RUNTIME = "runtime"
 """The key of a run's precision and memory format (`Manner`) in a checkpoint."""
-PROBED_PIXELS = 4 * 224 * 224
+MAX_PROBE_PIXELS = 4 * 224 * 224
 """Maximum pixels of the images of a timed step, which has at least two images."""
 PROBE_S, MAX_ROUNDS = 2.0, 7
 """Seconds after which no further round of steps starts, and the maximum number of rounds after the warm-up."""
@@ -69,7 +69,7 @@ def choose_device(name: str, key: str = "train.device") -> torch.device:
 def choose_precision(name: str, device: torch.device) -> str:
     """Return the precision `name`; `auto` without a probe is bf16 if the device is fast in it, else fp16 on CUDA, else fp32."""
     if name == "auto":
-        return _fast_precision(device)
+        return _default_precision(device)
     dtype, _ = choose(PRECISIONS, "precision", name)
     if dtype == torch.float16 and device.type != "cuda":
         raise SettingsError(f"train.precision=fp16 needs CUDA, but the device is {device.type}; set bf16 or fp32")
@@ -81,7 +81,9 @@ def runtime_of(settings: Settings, replicas: Replicas = BY_ITSELF) -> Runtime:
     device = replicas.own_device(choose_device(settings.train.device))
     if settings.train.compile and device.type != "cuda":
         raise SettingsError(f"train.compile=true needs CUDA, but the device is {device.type}; set it to false")
-    return _runtime(settings, device, replicas.shared(choose_precision(settings.train.precision, device)), replicas)
+    return _make_runtime(
+        settings, device, replicas.shared(choose_precision(settings.train.precision, device)), replicas
+    )
 
 
 def runtime_for_prediction(
@@ -94,7 +96,7 @@ def runtime_for_prediction(
     chosen = replicas.own_device(choose_device(device, "predict.device"))
     dtype, _ = choose(PRECISIONS, "precision", precision)
     supported = chosen.type == "cuda" or dtype != torch.float16
-    return _runtime(settings, chosen, precision if supported else "fp32", replicas)
+    return _make_runtime(settings, chosen, precision if supported else "fp32", replicas)
 
 
 def settled(
@@ -119,7 +121,7 @@ def quickened(network: nn.Module, runtime: Runtime, wanted: bool) -> nn.Module:
     """Give the network convolutions that train faster on CPUs, if it runs on one and they are `wanted`; return it."""
     if runtime.device.type != "cpu" or not wanted:
         return network
-    return quicken(network, runtime.dtype == torch.bfloat16 and _has("amx_tile"))
+    return quicken(network, runtime.dtype == torch.bfloat16 and _cpu_has("amx_tile"))
 
 
 def in_words(runtime: Runtime) -> str:
@@ -132,7 +134,7 @@ def precision_name(runtime: Runtime) -> str:
     return next(name for name, value in PRECISIONS.items() if value == (runtime.dtype, runtime.grouped_fp32))
 
 
-def _runtime(settings: Settings, device: torch.device, precision: str, replicas: Replicas) -> Runtime:
+def _make_runtime(settings: Settings, device: torch.device, precision: str, replicas: Replicas) -> Runtime:
     if device.type == "cuda":
         same_bits = settings.train.deterministic
         torch.backends.cudnn.benchmark = not same_bits  # choosing kernels by timing can differ between runs
@@ -149,7 +151,9 @@ def _fastest_precision(settings: Settings, network: nn.Module, folder: Path | No
     candidates = _candidates(settings, network)
     if len(candidates) == 1:
         return candidates[0]
-    images = max(2, min(settings.train.batch_size, PROBED_PIXELS // (settings.model.size[0] * settings.model.size[1])))
+    images = max(
+        2, min(settings.train.batch_size, MAX_PROBE_PIXELS // (settings.model.size[0] * settings.model.size[1]))
+    )
     model = settings.model.model_dump(exclude={"pretrained", "weights", "mean", "std"})
     asked = {"model": model, "channels_last": settings.train.channels_last, "images": images}
     return decided_once(asked, candidates, folder, lambda: _probe(settings, network, candidates, images))
@@ -169,7 +173,7 @@ def decided_once(
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     path = folder / f"{digest[:16]}.json"
     with one_at_a_time(folder):
-        choice = _choice_at(path, candidates)
+        choice = _read_choice(path, candidates)
         if choice is None:
             decision = probe()
             machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -178,7 +182,7 @@ def decided_once(
     return choice
 
 
-def _choice_at(path: Path, candidates: Sequence[str]) -> str | None:
+def _read_choice(path: Path, candidates: Sequence[str]) -> str | None:
     """Return the candidate in the file at `path`, or None if it names no candidate or cannot be read."""
     try:
         choice = read_json(path)["choice"]
@@ -202,7 +206,7 @@ def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], im
     `disturbed`: other processes used the cores in every probe. The network and the random state do not change.
     """
     with torch.random.fork_rng(devices=[]):
-        steps = {name: _step(settings, network, name, images) for name in candidates}
+        steps = {name: _training_step(settings, network, name, images) for name in candidates}
         milliseconds, disturbed = timed_in_quiet(steps)
     choice = decide(milliseconds, "bf16" if "bf16" in candidates else candidates[0], disturbed)
     figures = ", ".join(f"{name} {value:.4g} ms" for name, value in milliseconds.items())
@@ -246,9 +250,9 @@ def decide(milliseconds: Mapping[str, float], usual: str, disturbed: bool) -> st
     return usual if disturbed and milliseconds[chosen] * CLEAR_FACTOR > milliseconds[usual] else chosen
 
 
-def _step(settings: Settings, network: nn.Module, precision: str, images: int) -> Callable[[], None]:
+def _training_step(settings: Settings, network: nn.Module, precision: str, images: int) -> Callable[[], None]:
     """Return a training step (forward and backward) of a copy of the network in the given precision."""
-    runtime = _runtime(settings, torch.device("cpu"), precision, BY_ITSELF)
+    runtime = _make_runtime(settings, torch.device("cpu"), precision, BY_ITSELF)
     model = runtime.place(quickened(copy.deepcopy(network).train(), runtime, settings.train.cpu_convs))
     pixels = torch.zeros(images, 3, *settings.model.size, dtype=torch.uint8)
     meta = getattr(network, "meta", None)
@@ -289,13 +293,13 @@ def fastest(times: Mapping[str, float]) -> str:
     return chosen
 
 
-def _fast_precision(device: torch.device) -> str:
+def _default_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and (_has("amx_tile") or _has("avx512_bf16")) else "fp32"
+    return "bf16" if device.type == "cpu" and (_cpu_has("amx_tile") or _cpu_has("avx512_bf16")) else "fp32"
 
 
-def _has(feature: str) -> bool:
+def _cpu_has(feature: str) -> bool:
     """Return whether the CPU has a feature, by torch's name of it."""
     return bool(torch.cpu.get_capabilities().get(feature))
 

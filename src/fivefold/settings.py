@@ -22,7 +22,7 @@ from fivefold.recipes import read, system_of
 from fivefold.values import value_of, words
 
 ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "runs", "seed"}
-INDEX = "JOB_COMPLETION_INDEX"
+INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 ALIASES = {"config": "recipe"}
 SECRET = re.compile(r"sagemaker\.(stages(\.[^.]+)?|(stages\.[^.]+\.)?environment(\..*)?)")
 """Keys with environment variables; messages and logs never contain their values."""
@@ -57,7 +57,7 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
         other = names.setdefault(normal_key(name), name)
         if environ[other] != value:
             raise SettingsError(
-                f"{other}={_shown(normal_key(name), environ[other])} and {name}={_shown(normal_key(name), value)} in the "
+                f"{other}={_redact(normal_key(name), environ[other])} and {name}={_redact(normal_key(name), value)} in the "
                 "environment differ; set one of them"
             )
     return Layer("environment", {key: environ[name] for key, name in names.items()})
@@ -65,8 +65,8 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
 
 def index_layer(environ: Mapping[str, str]) -> Layer:
     """Return the layer of JOB_COMPLETION_INDEX of a Kubernetes Indexed Job: the fold, if no other layer sets it."""
-    index = environ.get(INDEX)
-    return Layer(INDEX, {"fold": index} if index else {})
+    index = environ.get(INDEX_VARIABLE)
+    return Layer(INDEX_VARIABLE, {"fold": index} if index else {})
 
 
 def layers_of(arguments: Sequence[str], environ: Mapping[str, str]) -> list[Layer]:
@@ -96,10 +96,10 @@ def load(layers: Sequence[Layer]) -> Settings:
     _check_index(layers, values.get("fold"))
     tree = read_recipe(values["recipe"]) if values.get("recipe") else {}
     for key, value in values.items():
-        _put(tree, key, value)
+        _set_key(tree, key, value)
     if not tree.get("system"):
         tree["system"] = system_of(tree.get("recipe") or "default")
-    return _validated(tree, sources)
+    return _validate(tree, sources)
 
 
 def normal_key(name: str) -> str:
@@ -123,7 +123,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """Return the tree of a shipped recipe or a recipe file, with its variants: `name:a,b`; see `recipes.read`."""
     tree: dict[str, Any] = {}
     for where, tree in read(name):
-        _validated(tree, {}, where)
+        _validate(tree, {}, where)
     return tree
 
 
@@ -163,19 +163,19 @@ def _convert(key: str, value: Any, source: str) -> Any:
     parent, _, option = key.partition(".options.")
     kind = Any if option and f"{parent}.options" in KINDS else KINDS.get(key)
     if kind is None:
-        raise SettingsError(f"unknown key {key!r} in {source}{_nearest(key)}; --help lists the keys")
+        raise SettingsError(f"unknown key {key!r} in {source}{_hint(key)}; --help lists the keys")
     try:
         return value_of(kind, value)
     except ValueError as error:
-        raise SettingsError(f"{key}={_shown(key, value, repr)} ({source}): {error}") from None
+        raise SettingsError(f"{key}={_redact(key, value, repr)} ({source}): {error}") from None
 
 
-def _shown(key: str, value: Any, to_text: Callable[[Any], str] = str) -> str:
+def _redact(key: str, value: Any, to_text: Callable[[Any], str] = str) -> str:
     """Return the text of a setting's value for a message, or `***` if the value may be secret."""
     return "***" if SECRET.fullmatch(key) else to_text(value)
 
 
-def _nearest(key: str) -> str:
+def _hint(key: str) -> str:
     """Return a hint for an unknown `key`: the same name in a section, or the key with the nearest spelling."""
     if key in SECTIONS:
         return f"; it is a section: write {key}.NAME=VALUE or {key}__NAME=VALUE"
@@ -184,12 +184,12 @@ def _nearest(key: str) -> str:
 
 
 def _check_index(layers: Sequence[Layer], fold: int | None) -> None:
-    index = next((layer.values["fold"] for layer in layers if layer.source == INDEX and layer.values), None)
+    index = next((layer.values["fold"] for layer in layers if layer.source == INDEX_VARIABLE and layer.values), None)
     if index is not None and fold != value_of(int, index):
-        raise SettingsError(f"FOLD={fold} and {INDEX}={index} differ; set only one of them")
+        raise SettingsError(f"FOLD={fold} and {INDEX_VARIABLE}={index} differ; set only one of them")
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
         # Copy the table: it may belong to a layer that is used again.
@@ -199,7 +199,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _validated(tree: Mapping[str, Any], sources: Mapping[str, str], where: str = "") -> Settings:
+def _validate(tree: Mapping[str, Any], sources: Mapping[str, str], where: str = "") -> Settings:
     try:
         settings = Settings.model_validate(tree)
         settings.student()
@@ -207,25 +207,25 @@ def _validated(tree: Mapping[str, Any], sources: Mapping[str, str], where: str =
     except ValidationError as error:
         # The student's sections are validated as separate models; their keys are in [distill].
         prefix = "" if error.title == "Settings" else f"distill.{error.title.lower()}."
-        problems = {_problem(problem, prefix, sources): None for problem in error.errors()}
+        problems = {_describe_error(problem, prefix, sources): None for problem in error.errors()}
         raise SettingsError(where + "; ".join(problems)) from None
 
 
-def _problem(problem: Mapping[str, Any], prefix: str, sources: Mapping[str, str]) -> str:
+def _describe_error(problem: Mapping[str, Any], prefix: str, sources: Mapping[str, str]) -> str:
     """Return a pydantic error in plain words: `train.epochs=0 (argument): at least 1 is needed`."""
     parts = [*prefix.split(".")[:-1], *problem["loc"]]
     path = ".".join(str(part) for part in parts)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_nearest(path)}"
+        return f"unknown key {path!r}{_hint(path)}"
     key = next((".".join(map(str, parts[:n])) for n in (3, 2, 1) if ".".join(map(str, parts[:n])) in KINDS), "")
     if problem["type"] == "value_error":
         return f"{path}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     value = problem["input"]
     source = f" ({sources[key]})" if key in sources else ""
-    return f"{key or path}={_shown(key or path, value, repr)}{source}: {_needed(problem, key)}"
+    return f"{key or path}={_redact(key or path, value, repr)}{source}: {_requirement(problem, key)}"
 
 
-def _needed(problem: Mapping[str, Any], key: str) -> str:
+def _requirement(problem: Mapping[str, Any], key: str) -> str:
     bound = BOUND_MESSAGES.get(problem["type"])
     if bound is not None:
         return bound.format(**problem.get("ctx", {}))

@@ -198,7 +198,7 @@ def _match(
             if fitting.shape == tensor.shape:
                 found[name] = fitting
                 if named[name].shape != tensor.shape:
-                    resampled.append(f"{name!r} from {_shape(named[name])} to {_shape(tensor)}")
+                    resampled.append(f"{name!r} from {_format_shape(named[name])} to {_format_shape(tensor)}")
                 break
     learned = len(found.keys() & expected.keys())
     return Source(place, named, found, resampled, learned, max(0, len(by_name) - len(found)))
@@ -238,20 +238,20 @@ def _resample(name: str, tensor: Tensor, expected: Tensor) -> Tensor:
 
 
 def _describe_missing(name: str, tensor: Tensor, best: Source) -> str:
-    file_shape = f", in the file {_shape(best.named[name])}" if name in best.named else ""
-    return f"{name!r} ({_shape(tensor)}{file_shape})"
+    file_shape = f", in the file {_format_shape(best.named[name])}" if name in best.named else ""
+    return f"{name!r} ({_format_shape(tensor)}{file_shape})"
 
 
 def _compare(tensors: Mapping[str, Tensor], best: Source, expected: Mapping[str, Tensor]) -> str:
     """Compare a tensor of the file and of the backbone in words: one with another shape, or else the first of each."""
     key = next((name for name in expected if name in best.named and name not in best.found), None)
     if key is not None:
-        return f"{key!r} is {_shape(best.named[key])} in the file and {_shape(expected[key])} in the backbone"
+        return f"{key!r} is {_format_shape(best.named[key])} in the file and {_format_shape(expected[key])} in the backbone"
     file_key, key = next(iter(tensors)), next(iter(expected))
-    return f"the file has {file_key!r} ({_shape(tensors[file_key])}), the backbone {key!r} ({_shape(expected[key])})"
+    return f"the file has {file_key!r} ({_format_shape(tensors[file_key])}), the backbone {key!r} ({_format_shape(expected[key])})"
 
 
-def _shape(tensor: Tensor) -> str:
+def _format_shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a number"
 
 

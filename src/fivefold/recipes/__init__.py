@@ -27,9 +27,9 @@ def read(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Yield the same tree again after each variant is applied, with a prefix for error messages that names recipe and variant.
     """
-    file, variants = _parts(name)
+    file, variants = _split_name(name)
     path = _recipe_path(file)
-    tree = _tree(path)
+    tree = _load_tree(path)
     variant_tables = tree.pop("variants", {})
     if not isinstance(variant_tables, dict) or not all(
         isinstance(variant, dict) for variant in variant_tables.values()
@@ -37,17 +37,17 @@ def read(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise SettingsError(f"recipe {path}: variants must be tables of sections, such as [variants.small.train]")
     yield f"recipe {path}: ", tree
     for variant in variants:
-        _lay_over(tree, choose(variant_tables, f"variant of {path.stem}", variant))
+        _apply_variant(tree, choose(variant_tables, f"variant of {path.stem}", variant))
         yield f"recipe {path}, variant {variant}: ", tree
 
 
 def system_of(recipe: str) -> str:
     """Return the default system name: the recipe's name and its variants, without `smoke`, which changes only sizes."""
-    file, variants = _parts(recipe)
+    file, variants = _split_name(recipe)
     return "_".join([Path(file).stem, *(variant for variant in variants if variant != SMOKE)])
 
 
-def _parts(name: str) -> tuple[str, list[str]]:
+def _split_name(name: str) -> tuple[str, list[str]]:
     """Return the recipe's name or path, and the names of the variants after the last colon."""
     file, colon, variants = name.rpartition(":")
     if not colon or Path(name).is_file():
@@ -68,7 +68,7 @@ def _recipe_path(name: str) -> Path:
     return path
 
 
-def _tree(path: Path) -> dict[str, Any]:
+def _load_tree(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         tree = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
@@ -83,11 +83,11 @@ def _tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _lay_over(tree: dict[str, Any], variant: Mapping[str, Any]) -> None:
+def _apply_variant(tree: dict[str, Any], variant: Mapping[str, Any]) -> None:
     """Apply the variant's values to the tree: keys of its sections, and of [distill.model] and [distill.train]."""
     for name, value in variant.items():
         section = tree.get(name)
         if isinstance(value, dict) and isinstance(section, dict) and name in SECTIONS:
-            _lay_over(section, value)
+            _apply_variant(section, value)
         else:
             tree[name] = value

@@ -11,10 +11,10 @@ from fivefold.inference.predictor import Runtime
 from fivefold.machine import free_memory
 
 MEBIBYTE = 1 << 20
-PROBED_IMAGES = (2, 4)
+PROBE_BATCH_SIZES = (2, 4)
 """BatchNorm needs two images; the difference is the memory of two more images."""
 
-WORKSPACE = 1.3
+WORKSPACE_FACTOR = 1.3
 """Memory of a CPU step divided by the tensors that autograd saves: kernels need workspace, and freed memory fragments."""
 
 
@@ -41,11 +41,11 @@ def estimate(model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: 
     """
     probe = copy.deepcopy(model).train()
     with torch.random.fork_rng(devices=[]):
-        few, many = (_saved_bytes(probe, size, runtime, images, meta) for images in PROBED_IMAGES)
-    image = (many - few) // (PROBED_IMAGES[1] - PROBED_IMAGES[0])
+        few, many = (_saved_bytes(probe, size, runtime, images, meta) for images in PROBE_BATCH_SIZES)
+    image = (many - few) // (PROBE_BATCH_SIZES[1] - PROBE_BATCH_SIZES[0])
     weights = sum(parameter.nbytes for parameter in model.parameters())
     # The part that does not grow with the batch: the weights cast by autocast.
-    constant = max(0, few - image * PROBED_IMAGES[0])
+    constant = max(0, few - image * PROBE_BATCH_SIZES[0])
     return Estimate(fixed=weights * (1 + copies) + constant, image=image)
 
 
@@ -80,7 +80,7 @@ def of_process(found: Estimate, batch_size: int, images: int) -> int:
     """Return the bytes that this CPU process will use: its memory now, a step, and `images` bytes of decoded images."""
     import psutil
 
-    return psutil.Process().memory_info().rss + round(WORKSPACE * found.total(batch_size)) + images
+    return psutil.Process().memory_info().rss + round(WORKSPACE_FACTOR * found.total(batch_size)) + images
 
 
 def check_fits(found: Estimate, batch_size: int, free: int, accumulate: int = 1) -> str:

@@ -74,7 +74,7 @@ def hidden_weights(model: nn.Module) -> set[int]:
 
 
 def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_fusable(groups))
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_supports_fused(groups))
     # The fused step needs the momentum of parameters that are unfrozen later: start all momenta at 0.
     for parameter in (parameter for group in groups if momentum for parameter in group["params"]):
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -93,13 +93,13 @@ def _muon(groups: list[dict], lr: float, momentum: float) -> Optimizer:
     return Muon(chosen, lr, momentum=momentum, ns_coefficients="original")
 
 
-def _fusable(groups: list[dict]) -> bool:
+def _supports_fused(groups: list[dict]) -> bool:
     return groups[0]["params"][0].device.type in ("cpu", "cuda")
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict], float, float], Optimizer]] = {
-    "adamw": lambda groups, lr, momentum: torch.optim.AdamW(groups, lr=lr, fused=_fusable(groups)),
-    "adam": lambda groups, lr, momentum: torch.optim.Adam(groups, lr=lr, fused=_fusable(groups)),
+    "adamw": lambda groups, lr, momentum: torch.optim.AdamW(groups, lr=lr, fused=_supports_fused(groups)),
+    "adam": lambda groups, lr, momentum: torch.optim.Adam(groups, lr=lr, fused=_supports_fused(groups)),
     "sgd": _sgd,
     "muon": _muon,
 }

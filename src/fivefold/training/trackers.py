@@ -188,7 +188,7 @@ class Mlflow:
         folder, local = run.folder.absolute(), not mlflow.is_tracking_uri_set()
         try:
             self.client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}" if local else None)
-            experiment = self._experiment(run.project, (folder / "mlartifacts").as_uri() if local else None)
+            experiment = self._experiment_id(run.project, (folder / "mlartifacts").as_uri() if local else None)
             created = self.client.create_run(experiment, run_name=run.name, tags={"group": run.group})
             self.id = created.info.run_id
             settings = [Param(key, json.dumps(value, ensure_ascii=False)) for key, value in run.settings.items()]
@@ -197,12 +197,12 @@ class Mlflow:
         except MlflowException as error:
             raise SettingsError(f"train.trackers=mlflow: {error}; check MLFLOW_TRACKING_URI") from error
 
-    def _experiment(self, name: str, artifacts: str | None) -> str:
+    def _experiment_id(self, name: str, artifacts: str | None) -> str:
         """Return the id of the experiment `name`, created if it is missing; its images go to `artifacts` (None: the server's place)."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return self.client.create_experiment(name, artifacts)
+            return self.client.create_experiment_id(name, artifacts)
         except MlflowException:  # another fold may have created it
             experiment = self.client.get_experiment_by_name(name)
             if experiment is None:

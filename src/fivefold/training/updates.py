@@ -84,8 +84,8 @@ def sam(
         set_random_state(runtime.device, state)
         optimizer.zero_grad(set_to_none=True)
         _accumulate(model, objective, micro_batches, runtime)
-        _copy(counters, counted)
-        _copy(moved, origin)
+        _copy_tensors(counters, counted)
+        _copy_tensors(moved, origin)
         if clip:
             nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
@@ -129,7 +129,7 @@ def _climb(parameters: Sequence[Tensor], rho: float) -> tuple[list[Tensor], list
 
 
 @torch.no_grad()
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def _copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
 
