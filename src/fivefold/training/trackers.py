@@ -202,7 +202,7 @@ class Mlflow:
         from mlflow.exceptions import MlflowException
 
         try:
-            return self.client.create_experiment_id(name, artifacts)
+            return self.client.create_experiment(name, artifacts)
         except MlflowException:  # another fold may have created it
             experiment = self.client.get_experiment_by_name(name)
             if experiment is None:
