@@ -84,10 +84,7 @@ def convolution_of(
     [
         *((each, 128, 1, 3) for each in WIDE),
         *((each, 16, 16, 3) for each in DEPTHWISE),
-        *(
-            (DEPTHWISE[2], *numbers)
-            for numbers in ((2, 2, 1), (17, 17, CHUNK_IMAGES), (32, 32, 2 * CHUNK_IMAGES + 3))
-        ),
+        *((DEPTHWISE[2], *numbers) for numbers in ((2, 2, 1), (17, 17, CHUNK_IMAGES), (32, 32, 2 * CHUNK_IMAGES + 3))),
     ],
     ids=str,
 )
