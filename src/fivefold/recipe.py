@@ -152,7 +152,7 @@ class Augment(Section):
 class Train(Section):
     epochs: int = Field(30, ge=1, description="passes over the training rows")
     batch_size: int = Field(32, ge=1, description="images per batch")
-    accumulate: int = Field(1, ge=1, description="batches per optimizer step (gradient accumulation)")
+    accumulate: int = Field(1, ge=1, description="batches per optimiser step (gradient accumulation)")
     drop_last: bool = Field(False, description="drop a partial last batch; false: only below 1/8, or with 1 row")
     loss: Spec = Field("cross_entropy", description="cross_entropy, label_smoothing, focal, binary_focal, bce or f1")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: weight by inverse frequency")
@@ -161,7 +161,7 @@ class Train(Section):
     rdrop_alpha: float = Field(
         0.0, ge=0, description="R-Drop weight: half the paper's α, which adds two losses; 0: off"
     )
-    update: str = Field("plain", description="optimizer step: plain, or sam (sharpness-aware, two gradients)")
+    update: str = Field("plain", description="optimiser step: plain, or sam (sharpness-aware, two gradients)")
     sam_rho: float = Field(0.05, ge=0, description="sam: neighbourhood radius ρ")
     optimizer: str = Field("adamw", description="adamw, adam, sgd (Nesterov), or muon (AdamW where it does not apply)")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
@@ -225,7 +225,7 @@ class Ensemble(Section):
     temperature: Literal["none", "holdout"] = Field("holdout", description="holdout: fit on the holdout, if any")
     unreadable: Literal["error", "prior"] = Field(
         "error",
-        description="test images that cannot be read: error, or predict the class frequencies of the training rows",
+        description="test images that cannot be read: error, or prior (class frequencies of the training rows)",
     )
     submission: str = Field("submission.csv", description="file name of the submission")
     answer: Literal["auto", "class", "number", "probability"] = Field(

@@ -1,6 +1,6 @@
 """The training loop: train each epoch, validate, and keep the weights of the best epoch.
 
-The loop does not depend on training options: the objective computes the loss, the update makes the optimizer step, and
+The loop does not depend on training options: the objective computes the loss, the update makes the optimiser step, and
 `after_step` lists the callbacks that follow a step (weight averaging, the schedule).
 """
 

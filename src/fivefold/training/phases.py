@@ -1,4 +1,4 @@
-"""Callbacks after each optimizer step: the moving average of the weights, and unfreezing."""
+"""Callbacks after each optimiser step: the moving average of the weights, and unfreezing."""
 
 import copy
 from typing import Any

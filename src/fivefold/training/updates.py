@@ -1,4 +1,4 @@
-"""Updates by name: one optimizer step, with backward pass, accumulation, unscaling and clipping."""
+"""Updates by name: one optimiser step, with backward pass, accumulation, unscaling and clipping."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
