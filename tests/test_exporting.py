@@ -61,7 +61,7 @@ def save(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **cha
             for parameter in network.head.parameters():
                 parameter.mul_(20)  # probabilities that are not all alike
         best[name] = Best("logloss", 1, {"logloss": 1.0}, network.state_dict())
-    facts = {"fold": fold, "folds": 2, "classes": CLASSES, "split": "x"}
+    facts = {"fold": fold, "folds": 2, "classes": CLASSES, "split": "x", "shares": [1 / len(CLASSES)] * len(CLASSES)}
     save_member(folder, "student" if fold is None else "fold", best, settings, runtime_of(settings), facts)
     write_json(folder / "stage.json", {})
     return folder
