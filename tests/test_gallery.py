@@ -51,7 +51,13 @@ def saved(folder: Path, fold: int, transform: str = "resize") -> ModelDir:
     seed_everything(fold)
     network = build_classifier(settings.model, len(CLASSES))
     network.train()(torch.randn(16, 3, 10, 12))
-    facts = {"fold": fold, "folds": FOLDS, "classes": CLASSES, "split": "x"}
+    facts = {
+        "fold": fold,
+        "folds": FOLDS,
+        "classes": CLASSES,
+        "split": "x",
+        "shares": [1 / len(CLASSES)] * len(CLASSES),
+    }
     best = {"raw": Best("logloss", 1, {"logloss": 1.0}, network.state_dict())}
     save_member(folder, "fold", best, settings, runtime_of(settings), facts)
     rows = np.arange(fold, COUNT, FOLDS)

@@ -22,8 +22,8 @@ def test_every_key_says_what_it_is():
     ("section", "values", "message"),
     [
         (Split, {"parts": [0.8, 0.1, 0.2]}, "sum to 1"),
-        (Split, {"parts": [1.2, -0.1, -0.1]}, "three shares"),
-        (Split, {"parts": [0.9, 0.0, 0.1]}, "valid share above 0"),
+        (Split, {"parts": [1.2, -0.1, -0.1]}, "three"),
+        (Split, {"parts": [0.9, 0.0, 0.1]}, "valid .* above 0"),
         (Split, {"parts": [0.8, 0.1, 0.1], "holdout": 0.1}, "exclude each other"),
         (Data, {"max_unpacked_gib": math.inf}, "finite"),
         (Model, {"image_size": [224]}, "one positive number"),

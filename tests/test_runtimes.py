@@ -18,8 +18,8 @@ from fivefold.machine import count_cpus, seconds_of_others
 from fivefold.models.cpu_convs import DepthwiseConv2d
 from fivefold.recipe import Model, Settings, Train
 from fivefold.runtimes import (
-    PROBES,
-    ROUNDS,
+    MAX_PROBES,
+    MAX_ROUNDS,
     _candidates,
     _probe,
     choose_precision,
@@ -61,7 +61,7 @@ def test_steps_are_timed_in_turns_without_the_first_round_and_within_the_time():
     order: list[str] = []
     steps = {name: lambda name=name: (order.append(name), time.sleep(0.01)) for name in ("one", "other")}
     times = timed(steps, seconds=60)
-    assert order == ["one", "other"] * (1 + ROUNDS)
+    assert order == ["one", "other"] * (1 + MAX_ROUNDS)
     assert all(each >= 10 for each in times.values())
     order.clear()
     timed(steps, seconds=0.0)
@@ -99,7 +99,7 @@ def test_a_probe_beside_busy_processes_is_repeated_and_known_as_disturbed():
             loop.communicate()
     assert disturbed
     assert times["one"] > 0
-    assert len(rounds) >= 2 * PROBES
+    assert len(rounds) >= 2 * MAX_PROBES
 
 
 def test_the_time_of_others_is_not_this_process_s():

@@ -8,7 +8,7 @@ __all__ = ["ImageClassificationAPI", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the API, and torch with it, when it is first asked for: jobs that need neither start at once."""
+    """Import the API, and torch with it, on first access, so that jobs that need neither start fast."""
     if name == "ImageClassificationAPI":
         return import_module("fivefold.api").ImageClassificationAPI
     raise AttributeError(f"module 'fivefold' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Recipe to objects: the only place where settings and the parts meet."""
+"""Build objects from settings: network, datasets, training loop. Lower layers do not read settings."""
 
 import logging
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ log = logging.getLogger("fivefold")
 
 
 def build_classifier(model: Model, classes: int) -> Classifier:
-    """The network of `[model]` with random weights, or those of its hub."""
+    """Build the network of `[model]` with random weights, or with the weights of its hub."""
     meta = count_numbers(model.meta)
     backbone = build_backbone(model.backbone, model.pretrained, model.options, model.drop_path)
     head = build_head(model.head, count_features(backbone, model.size) + meta, classes, model.dropout)
@@ -67,27 +67,25 @@ def build_classifier(model: Model, classes: int) -> Classifier:
 
 
 def start_weights(network: Classifier, model: Model, channel: Path | None) -> None:
-    """Loads `model.weights` into the backbone: a path, or a name in the weights channel."""
+    """Load `model.weights`, a path or a name in the weights channel, into the backbone."""
     if not model.weights:
         return
     candidates = [Path(model.weights), *([channel / model.weights] if channel else [])]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise MissingInputError(
-            f"model.weights={model.weights}: no such file, nor one of that name in SM_CHANNEL_WEIGHTS"
-        )
-    start_from(network.backbone, found)
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise MissingInputError(f"model.weights={model.weights}: no such file, here or in SM_CHANNEL_WEIGHTS")
+    start_from(network.backbone, path)
 
 
 def image_set(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings, training: bool) -> ImageSet:
-    """The images of the given rows of the split, with the transforms of training or of evaluation."""
+    """Return the images of some rows of the split, with the transforms of training or of evaluation."""
     return images_at(store, table.paths_of(rows), table.sha256_of(rows), settings, training)
 
 
 def images_at(
     store: ImageStore, paths: Sequence[str], sha256: Sequence[str | None], settings: Settings, training: bool
 ) -> ImageSet:
-    """The images at `paths`, checked against their digests; those to train on are kept in memory if they fit and the settings want it."""
+    """Return the images at `paths`, verified by their digests; `train.keep_in_memory` keeps training images that fit."""
     specs = settings.augment.train if training else settings.augment.eval
     transform = build_transforms(specs, settings.model.size, evaluation=not training)
     images = ImageSet(store, paths, transform, settings.seed, sha256, settings.model.meta, pixels_of(settings.data))
@@ -97,7 +95,7 @@ def images_at(
 
 
 def one_hot(codes: np.ndarray, classes: int, device: torch.device) -> Tensor:
-    """Targets float [N, C]; a code of -1 gives a row of zeros: no label."""
+    """Return targets float [N, C]; a code of -1 (no label) gives a row of zeros."""
     shifted = torch.from_numpy(codes.astype(np.int64)) + 1
     return nn.functional.one_hot(shifted, classes + 1)[:, 1:].float().to(device)
 
@@ -112,14 +110,14 @@ def build_loop(
     select: bool,
     patience: int,
 ) -> Loop:
-    """All parts of a training run; a teacher's probabilities in `train` make it a distillation."""
+    """Build all components of a training run; if `train` has a teacher, it is a distillation."""
     check_training(settings)
     seed_everything(settings.seed)
     chosen = settings.train
-    loss = _loss(settings, train)
+    loss = _build_loss(settings, train)
     if network.meta is not None:
         network.meta.fit(torch.from_numpy(train.images.measure()))
-    model = _prepared(network, runtime, chosen.cpu_convs)
+    model = _prepare_model(network, runtime, chosen.cpu_convs)
     shares = learning_rates(network.backbone, chosen.backbone_lr, chosen.layer_decay)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
@@ -130,12 +128,12 @@ def build_loop(
     raw = {"raw": model} if ema is None or chosen.keep_raw else {}
     scaler = build_scaler(runtime)
     update = choose(UPDATES, "update", chosen.update)(
-        model, _objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
+        model, _build_objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
     )
-    after_step = [*([ema] if ema else []), schedule, *_phases(settings, network, train, steps)]
+    after_step = [*([ema] if ema else []), schedule, *_callbacks(settings, network, train, steps)]
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scaler": scaler, RUNTIME: Manner(runtime)}
     if chosen.compile:
-        network.backbone.compile()  # in place, so names stay; after the average was copied, which is not trained
+        network.backbone.compile()  # in place, to keep names; after the EMA copy, which is not trained
     sampler = choose(SAMPLERS, "sampler", chosen.sampler)
     return Loop(
         label=label,
@@ -143,9 +141,11 @@ def build_loop(
         contenders=({"ema": ema.model} if ema else {}) | raw,
         train=train,
         valid=valid,
-        duration=_duration(settings, patience, runtime),
-        batches=partial(sampler, _codes(train.targets), chosen.batch_size, settings.seed, drop_last=chosen.drop_last),
-        mixing=_mixing(settings),
+        duration=_build_duration(settings, patience, runtime),
+        batches=partial(
+            sampler, _class_codes(train.targets), chosen.batch_size, settings.seed, drop_last=chosen.drop_last
+        ),
+        mixing=_build_mixing(settings),
         update=update,
         after_step=after_step,
         schedule=schedule,
@@ -157,7 +157,7 @@ def build_loop(
     )
 
 
-def _duration(settings: Settings, patience: int, runtime: Runtime) -> Duration:
+def _build_duration(settings: Settings, patience: int, runtime: Runtime) -> Duration:
     chosen = settings.train
     return Duration(
         epochs=chosen.epochs,
@@ -172,41 +172,43 @@ def _duration(settings: Settings, patience: int, runtime: Runtime) -> Duration:
 
 
 def check_memory(network: Classifier, settings: Settings, runtime: Runtime, images: int = 0) -> None:
-    """Logs the device's memory that a step takes; a SettingsError names a batch size that fits, when this one does not.
+    """Log the device memory that a step needs. Raise a SettingsError with a batch size that fits if this one does not.
 
-    On a CPU also that of the whole process, which keeps `images` bytes of decoded images.
+    On a CPU, also log the memory of the whole process, which keeps `images` bytes of decoded images.
     """
     chosen = settings.train
     copies = 1 + choose(OPTIMIZER_STATES, "optimizer", chosen.optimizer)
     copies += (chosen.ema_decay > 0) + (chosen.update == "sam")
     meta = count_numbers(settings.model.meta)
-    found = memory.estimate(runtime.place(network), settings.model.size, runtime, copies, meta)
+    estimate = memory.estimate(runtime.place(network), settings.model.size, runtime, copies, meta)
     place = runtime.replicas.place
     passes = (
-        2 if chosen.rdrop_alpha and _backbone_draws(network, settings, runtime) else 1
+        2 if chosen.rdrop_alpha and _backbone_is_stochastic(network, settings, runtime) else 1
     )  # one batch of twice the rows
-    found = replace(found, image=-(-passes * found.image // place.world))  # of a batch each process holds its part
+    estimate = replace(
+        estimate, image=-(-passes * estimate.image // place.world)
+    )  # each rank holds a part of the batch
     log.info(in_words(runtime))
     free = memory.available(runtime.device, place.local_world)
-    log.info("memory: a step takes %s", memory.check_fits(found, chosen.batch_size, free, chosen.accumulate))
+    log.info("memory: a step takes %s", memory.check_fits(estimate, chosen.batch_size, free, chosen.accumulate))
     if runtime.device.type == "cpu":
-        whole = memory.of_process(found, chosen.batch_size, images) / memory.MEBIBYTE
-        kept = images / memory.MEBIBYTE
+        process_mib = memory.of_process(estimate, chosen.batch_size, images) / memory.MEBIBYTE
+        images_mib = images / memory.MEBIBYTE
         log.info(
-            "memory: the process takes about %s MiB, libraries and %s MiB of decoded images among them",
-            f"{whole:,.0f}",
-            f"{kept:,.0f}",
+            "memory: the process takes about %s MiB, including libraries and %s MiB of decoded images",
+            f"{process_mib:,.0f}",
+            f"{images_mib:,.0f}",
         )
 
 
-def _backbone_draws(network: Classifier, settings: Settings, runtime: Runtime) -> bool:
+def _backbone_is_stochastic(network: Classifier, settings: Settings, runtime: Runtime) -> bool:
     images = torch.zeros(2, 3, *settings.model.size, device=runtime.device)
     with runtime.autocast():
         return draws(network.backbone, images.to(memory_format=runtime.memory_format))
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds what draws the weights, dropout and stochastic depth; samples have seeds of their own."""
+    """Seed initial weights, dropout and stochastic depth; samples have their own seeds."""
     torch.manual_seed(seed)
 
 
@@ -217,8 +219,8 @@ def predict_batch_size(settings: Settings) -> int:
 def choose_workers(wanted: int, runtime: Runtime, batch_bytes: int) -> int:
     """Return the number of loader processes: `wanted`, or for -1 a number for this machine.
 
-    -1 means 0 on a CPU, where they would take cores from training, and up to 8 on a GPU, one per core of this process. Loader processes
-    pass batches of `batch_bytes` on in shared memory. If it is too small, -1 gives fewer, with a warning.
+    -1 means 0 on a CPU, where they would take cores from training, and up to 8 on a GPU, one per core of this process.
+    Loader processes pass on batches of `batch_bytes` in shared memory. If it is too small, -1 gives fewer, with a warning.
 
     Raises:
         SettingsError: The shared memory is too small for `wanted` processes.
@@ -236,7 +238,7 @@ def choose_workers(wanted: int, runtime: Runtime, batch_bytes: int) -> int:
     hint = "start the container with --shm-size=2g"
     if wanted >= 0:
         raise SettingsError(f"train.workers={wanted}: {problem}; {hint}, or set train.workers={fitting}")
-    log.warning("%s: %d are started; %s for more", problem, fitting, hint)
+    log.warning("%s: starting %d; %s to start more", problem, fitting, hint)
     return fitting
 
 
@@ -250,7 +252,7 @@ def largest_batch_bytes(settings: Settings, training: bool = True) -> int:
 
 
 def check_training(settings: Settings) -> None:
-    """Raises a SettingsError for what would be found out only after images are read, an epoch, or the last one."""
+    """Raise a SettingsError for settings that would otherwise fail after reading images, or after epochs of training."""
     chosen, augment = settings.train, settings.augment
     for table, kind, name in (
         (MONITORS, "monitor", chosen.monitor),
@@ -273,17 +275,17 @@ def check_training(settings: Settings) -> None:
 
 
 def tried_network(settings: Settings, shapes_alone: bool) -> Classifier:
-    """The network for two classes; a SettingsError where it cannot be built, or cannot take images of its size.
+    """Build the network for two classes. Raise a SettingsError if that fails, or if it cannot take images of its size.
 
-    `shapes_alone`: it has no numbers, and nothing is computed, where that can be told without.
+    `shapes_alone`: build it without values, on the meta device, if possible.
     """
     model = settings.model
-    # a small network of our own has no hub, which is told before one is asked
+    # Keep `pretrained` for our own small networks: they have no hub, and the error needs no download.
     hub = model.pretrained and model.backbone.startswith("fivefold/")
     model = model.model_copy(update={"pretrained": hub, "weights": ""})
     network = None
-    if shapes_alone and not model.backbone.startswith("fivefold/"):  # those are quicker with numbers
-        with suppress(Exception), torch.device("meta"):  # a wrong setting, or code that asks for numbers: told below
+    if shapes_alone and not model.backbone.startswith("fivefold/"):  # our small networks are faster with values
+        with suppress(Exception), torch.device("meta"):  # built again below, which raises the error of a wrong setting
             network = build_classifier(model, 2)
     network = network or build_classifier(model, 2)
     learning_rates(network.backbone, settings.train.backbone_lr, settings.train.layer_decay)
@@ -291,7 +293,7 @@ def tried_network(settings: Settings, shapes_alone: bool) -> Classifier:
 
 
 def check_machine(network: Classifier, settings: Settings) -> None:
-    """Raises a SettingsError for what this machine lacks to train: the device, memory for a step, the trackers' packages."""
+    """Raise a SettingsError if this machine cannot train: no such device, too little memory, missing tracker packages."""
     runtime = runtime_of(settings)
     choose_device(settings.predict.device, "predict.device")
     for name in settings.train.trackers:
@@ -301,40 +303,40 @@ def check_machine(network: Classifier, settings: Settings) -> None:
 
 
 def _check_one_image(settings: Settings) -> None:
-    """A SettingsError where a BatchNorm of the network has one number a channel, whose spread it cannot take."""
+    """Raise a SettingsError if a BatchNorm of the network gets only one value per channel from one image."""
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, 2).train()
-    company = (torch.zeros(1, count_numbers(model.meta)),) if model.meta else ()
+    meta_args = (torch.zeros(1, count_numbers(model.meta)),) if model.meta else ()
     try:
         with torch.no_grad():
-            network(torch.zeros(1, 3, *model.size), *company)
+            network(torch.zeros(1, 3, *model.size), *meta_args)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise SettingsError(
-            "train.batch_size=1: this network has a BatchNorm, which takes mean and spread of the numbers of a batch, and "
-            "one image gives it a single one; train.batch_size=2 or more, or a head without (linear) and larger images"
+            "train.batch_size=1: this network has a BatchNorm that gets only one value per channel from one image, too few "
+            "for a variance; set train.batch_size=2 or more, or a head without BatchNorm (linear) and larger images"
         ) from None
 
 
-def _loss(settings: Settings, train: TrainRows) -> Loss:
+def _build_loss(settings: Settings, train: TrainRows) -> Loss:
     if settings.train.class_weights == settings.train.sampler == "balanced":
         log.warning(
-            "train.class_weights=balanced and train.sampler=balanced each make the classes count alike, and together rare "
-            "ones count too much: take one of them"
+            "train.class_weights=balanced and train.sampler=balanced each balance the classes, and together they give rare "
+            "classes too much weight: set only one of them"
         )
     weights = balanced_weights(train.targets) if settings.train.class_weights == "balanced" else None
     return build_loss(settings.train.loss, settings.train.label_smoothing, weights)
 
 
-def _mixing(settings: Settings) -> Mixing:
+def _build_mixing(settings: Settings) -> Mixing:
     chosen, epochs = settings.augment, settings.train.epochs
     if choose(MIXINGS, "mixing", chosen.mix) and chosen.mix_off_epochs >= epochs:
-        log.warning("augment.mix_off_epochs=%d of %d epochs: no image is mixed", chosen.mix_off_epochs, epochs)
+        log.warning("augment.mix_off_epochs=%d of %d epochs disables mixing", chosen.mix_off_epochs, epochs)
     return Mixing(chosen.mix, chosen.mix_alpha, chosen.mix_p, epochs - chosen.mix_off_epochs)
 
 
-def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
+def _build_objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
     teacher, alpha = train.teacher, settings.train.rdrop_alpha
     if teacher is None:
         criterion = by_labels(loss)
@@ -343,22 +345,22 @@ def _objective(settings: Settings, loss: Loss, train: TrainRows) -> Objective:
     return rdrop(criterion, alpha, loss.link) if alpha else once(criterion)
 
 
-def _phases(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> list[Freezing | Lessons]:
-    """What changes with the steps besides the learning rate; `steps` of an epoch."""
-    epochs, first, taught = settings.train.epochs, settings.train.freeze_epochs, settings.distill
-    phases: list[Freezing | Lessons] = [Freezing(network.backbone, first * steps)] if first else []
+def _callbacks(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> list[Freezing | Lessons]:
+    """Return the callbacks after a step besides EMA and schedule; `steps`: steps per epoch."""
+    epochs, first, distill = settings.train.epochs, settings.train.freeze_epochs, settings.distill
+    callbacks: list[Freezing | Lessons] = [Freezing(network.backbone, first * steps)] if first else []
     if train.teacher is not None:
-        falling = round(taught.annealing * epochs * steps)
-        phases.append(Lessons(train.teacher, steps, taught.temperature_decay, taught.temperature_end, falling))
-    return phases
+        falling = round(distill.annealing * epochs * steps)
+        callbacks.append(Lessons(train.teacher, steps, distill.temperature_decay, distill.temperature_end, falling))
+    return callbacks
 
 
-def _codes(targets: Tensor) -> np.ndarray:
-    """The class of each row of targets [N, C], -1 where it has none."""
+def _class_codes(targets: Tensor) -> np.ndarray:
+    """Return the class of each row of targets [N, C], or -1 if it has no label."""
     return torch.where(targets.sum(dim=1) > 0, targets.argmax(dim=1), -1).cpu().numpy()
 
 
-def _prepared(network: nn.Module, runtime: Runtime, cpu_convs: bool) -> nn.Module:
-    """The network as it trains on this machine; BatchNorm for several processes."""
+def _prepare_model(network: nn.Module, runtime: Runtime, cpu_convs: bool) -> nn.Module:
+    """Prepare the network for training on this machine: device, fast convolutions, BatchNorm over all ranks."""
     network = network if runtime.replicas.alone else with_norms_of_all(network, runtime.device)
     return runtime.place(quickened(network, runtime, cpu_convs))

@@ -1,4 +1,4 @@
-"""Trained models that predict together, in memory: a fold's, a student, or an ensemble with its weights."""
+"""Predict with loaded models in memory: a fold model, a student, or an ensemble with its weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +21,16 @@ from fivefold.predictions import in_class_order
 from fivefold.progress import track
 
 Prepared = dict[str, Batch]
-"""An image as the networks take it, by the `sight` of the members."""
-IMAGES_AT_ONCE = 32
-"""So many prepared images are in memory at most, and as many that are prepared meanwhile."""
+"""A preprocessed image, by the preprocessing key (`sight`) of the models."""
+CHUNK_IMAGES = 32
+"""Images per chunk: one chunk is predicted while the next is prepared."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was said of N images: `rows` [R] those that could be read, ascending, `log_probs` float32 [R, C] of them.
+    """Predictions of N images: `rows` [R] of readable images, ascending, and their `log_probs` float32 [R, C].
 
-    `unreadable`: why not, by row, for the others.
+    `unreadable`: the reason by row, for the images that cannot be read.
     """
 
     rows: np.ndarray
@@ -40,7 +40,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Committee:
-    """An ensemble whose models are loaded: its `members`, in the order of its models."""
+    """An ensemble with loaded models: `members`, in the order of its models."""
 
     ensemble: Ensemble
     members: Sequence[Member]
@@ -50,16 +50,16 @@ class Committee:
         return self.ensemble.classes
 
     def predict(self, files: ImageFiles, label: str = "") -> Verdict:
-        """Every member's word on each image that can be read, blended; a progress bar where there is a `label`.
+        """Return the blended predictions of all readable images; show a progress bar if `label` is not empty.
 
-        An image is decoded once for all members to which the same pixels count, and transformed once for
-        those that see alike. None of this raises for a single bad image.
+        Models with the same decoding options share decoded images, and models with the same preprocessing share
+        transformed images. An image that cannot be read does not raise.
         """
-        portions, total = self._prepared(files), -(-len(files.paths) // IMAGES_AT_ONCE)
+        chunks, total = self._prepare_chunks(files), -(-len(files.paths) // CHUNK_IMAGES)
         rows, log_probs, unreadable = [], [np.empty((0, len(self.classes)), np.float32)], {}
-        for portion in track(portions, total, label) if label else portions:
-            unreadable |= {row: image for row, image in portion.items() if isinstance(image, str)}
-            images = {row: image for row, image in portion.items() if not isinstance(image, str)}
+        for chunk in track(chunks, total, label) if label else chunks:
+            unreadable |= {row: image for row, image in chunk.items() if isinstance(image, str)}
+            images = {row: image for row, image in chunk.items() if not isinstance(image, str)}
             rows += images
             if images:
                 log_probs.append(self.judge(list(images.values())))
@@ -67,32 +67,32 @@ class Committee:
 
     @property
     def kinds(self) -> list[Pixels]:
-        """What pixels of a file count to the members: nearly always the same to all of them."""
+        """The different decoding options of the models; usually one."""
         return list(dict.fromkeys(member.pixels for member in self.members))
 
     def decode(self, content: bytes, name: str, **bounds: Any) -> dict[Pixels, np.ndarray]:
-        """An image file as the pixels uint8 [H, W, 3] that count to each member; for several threads. Bounds and DataError as `images.decode`."""
+        """Decode an image file to uint8 [H, W, 3] for each of `kinds`; thread-safe. `bounds` and DataError as in `images.decode`."""
         return {pixels: pixels.decode(content, name, **bounds) for pixels in self.kinds}
 
     def prepare(self, decoded: Mapping[Pixels, np.ndarray]) -> Prepared:
-        """What `decode` gave as the networks take it, once for members that see alike; for several threads."""
-        seeing = {member.sight: member for member in self.members}
-        return {sight: member.prepare(decoded[member.pixels]) for sight, member in seeing.items()}
+        """Preprocess the result of `decode` once per preprocessing key; thread-safe."""
+        by_key = {member.sight: member for member in self.members}
+        return {sight: member.prepare(decoded[member.pixels]) for sight, member in by_key.items()}
 
     def judge(self, images: Sequence[Prepared]) -> np.ndarray:
-        """log p float32 [N, C] of N prepared images.
+        """Return log p float32 [N, C] of N prepared images.
 
-        The company of an image changes its row by no more than the rounding of the networks' precision.
+        The other images of the batch change a row only by the rounding of the networks' precision.
         """
         log_probs = []
         for member in self.members:
-            own = member.predict_prepared([image[member.sight] for image in images])
-            log_probs.append(in_class_order(own, member.source.info["classes"], self.classes))
+            predicted = member.predict_prepared([image[member.sight] for image in images])
+            log_probs.append(in_class_order(predicted, member.source.info["classes"], self.classes))
         return self.ensemble.blend(log_probs)
 
-    def _prepared(self, files: ImageFiles) -> Iterator[dict[int, Prepared | str]]:
-        """Each row as the networks take it, or why it cannot be read; a portion is prepared while one is in use."""
-        sets = [ImageSet(files.store, files.paths, _no_transform, 0, files.sha256, (), kind) for kind in self.kinds]
+    def _prepare_chunks(self, files: ImageFiles) -> Iterator[dict[int, Prepared | str]]:
+        """Yield chunks of rows, each preprocessed or with the reason why it cannot be read; prepare a chunk ahead."""
+        sets = [ImageSet(files.store, files.paths, _identity, 0, files.sha256, (), kind) for kind in self.kinds]
 
         def prepare(row: int) -> Prepared | str:
             try:
@@ -100,37 +100,37 @@ class Committee:
             except DataError as error:
                 return str(error)
 
-        starts = range(0, len(files.paths), IMAGES_AT_ONCE)
+        starts = range(0, len(files.paths), CHUNK_IMAGES)
         with ThreadPoolExecutor(count_cores()) as pool:
-            waiting = None
+            pending = None
             for start in starts:
-                rows = range(start, min(start + IMAGES_AT_ONCE, len(files.paths)))
-                ready, waiting = waiting, (rows, pool.map(prepare, rows))
+                rows = range(start, min(start + CHUNK_IMAGES, len(files.paths)))
+                ready, pending = pending, (rows, pool.map(prepare, rows))
                 if ready:
                     yield dict(zip(*ready, strict=True))
-            if waiting:
-                yield dict(zip(*waiting, strict=True))
+            if pending:
+                yield dict(zip(*pending, strict=True))
 
 
 def load_committee(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> Committee:
-    """The models below a folder (tarballs are unpacked to `scratch`), with the weights and temperature of their `ensemble.json` if it is there.
+    """Load the models below a folder (tarballs are unpacked to `scratch`), with weights and temperature of an `ensemble.json` if it exists.
 
-    `explicit`: keys of `[predict]` that override the models' own. One fold's model may stand alone;
-    several must be whole systems of one split.
+    `explicit`: keys of `[predict]` that override the models' settings. A single fold model is allowed; several models
+    must be complete systems of one split.
     """
     ensemble = find_ensemble(find_models(folder, scratch), locate_all(folder, scratch, ENSEMBLE))
     if "rank" in (ensemble.within, ensemble.between):
         raise DataError(
-            f"{ENSEMBLE} blends by rank, which says nothing of an image alone; blend otherwise, or take a fold"
+            f"{ENSEMBLE} blends by rank, which is not defined for a single image; use another blend, or the model of one fold"
         )
     return Committee(ensemble, [load_member(model, explicit) for model in ensemble.models])
 
 
 def seen_as(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
-    """What each row of the split was to these models together: `train`, `valid` or `test`, str [N].
+    """Return the role of each row of the split for these models together: `train`, `valid` or `test`, str [N].
 
-    A row that one of them trained on is `train` to all; `valid` are those that only chose a best
-    epoch, as the holdout did of a student with patience, and `test` those that none of them saw.
+    `train`: at least one model trained on the row. `valid`: the row only selected a best epoch, like the holdout of a
+    student with patience. `test`: no model used the row.
     """
     part = np.full(len(table), "test", dtype="U5")
     trained = np.zeros(len(table), bool)
@@ -144,5 +144,5 @@ def seen_as(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
     return part
 
 
-def _no_transform(image: Any) -> Any:
+def _identity(image: Any) -> Any:
     return image

@@ -1,7 +1,7 @@
-"""What a teacher says of the rows that its student trains on.
+"""Compute the teacher's targets for the training rows of a student.
 
-Leak-free means: the target of a row comes from a model that never saw that row. The out-of-fold
-tables hold just that. Images without labels were seen by no fold, so all folds may teach them.
+Leak-free means that the target of a row comes from a model that was not trained on that row, as in the out-of-fold
+tables. No fold was trained on unlabelled images, so all folds can predict their targets.
 """
 
 import logging
@@ -37,7 +37,7 @@ TEACHERS = ("oof", "best_fold", "ensemble")
 
 @dataclass(frozen=True)
 class Lesson:
-    """The teacher's log-probabilities [N, C] of N rows, and whether no teacher had seen its rows."""
+    """The teacher's log-probabilities [N, C] of N rows; `leak_free` if no teacher was trained on the rows it predicts."""
 
     log_probs: np.ndarray
     leak_free: bool
@@ -46,7 +46,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Pupils:
-    """The rows of a split that are to be taught, where their images lie, and who parts them in predicting."""
+    """The student's rows of a split, the store of their images, and the ranks that share their prediction."""
 
     folds: FoldTable
     rows: np.ndarray
@@ -55,13 +55,13 @@ class Pupils:
     scratch: Path | None = None
 
     def gallery(self) -> Gallery:
-        """The images of the rows, to be made once for all teachers and views."""
+        """Return the images of the rows, which are preprocessed once for all teachers and views."""
         return Gallery(ImageFiles(self.store, list(self.folds.paths_of(self.rows))), self.scratch)
 
 
 @dataclass(frozen=True)
 class Unseen:
-    """Images without labels at `paths` of a store, and the ensemble's log-probabilities [N, C] of them."""
+    """Unlabelled images at `paths` of a store, and their log-probabilities [N, C] by the ensemble."""
 
     store: ImageStore
     paths: Sequence[str]
@@ -69,57 +69,57 @@ class Unseen:
 
 
 def teach(teacher: str, models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
-    """The lesson of `teacher`: oof, best_fold, ensemble, or the path of a model dir.
+    """Return the targets of `teacher`: oof, best_fold, ensemble, or the path of a model folder.
 
-    Raises SettingsError for a view that does not exist, before anything is predicted.
+    Raise a SettingsError for an unknown view, before any prediction.
     """
     build_views(views)
     if teacher == "oof":
-        return _teach_out_of_fold(models, pupils, views)
+        return _out_of_fold_lesson(models, pupils, views)
     if teacher == "best_fold":
         models = [best_model(models)]
     elif teacher != "ensemble":
-        models = [_model_of_path(teacher, models[0].info["split"])]
+        models = [_load_teacher(teacher, models[0].info["split"])]
     names = ", ".join(model.name for model in models)
-    log.warning("the teacher (%s) saw rows that it teaches: this distillation is not leak-free", names)
+    log.warning("the teacher (%s) was trained on rows that it predicts: this distillation is not leak-free", names)
     gallery, log_probs = pupils.gallery(), []
     for model in models:
-        own = model.info["settings"].get("predict", {}).get("views", ["plain"])
-        log_probs += _predict(model, pupils, gallery, [distinct([*own, *views])])
+        recipe_views = model.info["settings"].get("predict", {}).get("views", ["plain"])
+        log_probs += _predict(model, pupils, gallery, [distinct([*recipe_views, *views])])
     return Lesson(mean(log_probs), leak_free=False, teacher=names)
 
 
 def unseen_paths(store: ImageStore, paths: Sequence[str], pupils: Pupils, kind: Pixels = Pixels()) -> list[str]:  # noqa: B008
-    """The paths whose pictures are none of the split's, by their pixels; the others, and what cannot be read, are left out, with warnings.
+    """Return the paths of readable images that are not in the split, by their pixels; ignore the others, with warnings.
 
-    A fold's own image would be taught by models that trained on it, a holdout's would be trained on. `kind` says how large
-    an image may be: one that the split could open must be opened here too.
+    Otherwise models would predict targets of images that they were trained on, and the student would train on the
+    holdout. `kind` limits the image size: it must accept every image that the split accepts.
     """
-    split, given = open_images(pupils.store, pupils.folds.paths, kind), open_images(store, pa.array(paths), kind)
+    split, unlabelled = open_images(pupils.store, pupils.folds.paths, kind), open_images(store, pa.array(paths), kind)
     known = set(split.pixels[split.readable].tolist())
-    if given.unreadable:
-        reasons = sample(list(given.unreadable.values()))
+    if unlabelled.unreadable:
+        reasons = sample(list(unlabelled.unreadable.values()))
         log.warning(
-            "%d of %d unlabelled images cannot be read; they are left out: %s",
-            len(given.unreadable),
+            "%d of %d unlabelled images cannot be read and are ignored: %s",
+            len(unlabelled.unreadable),
             len(paths),
             reasons,
         )
-    whole = zip(paths, given.pixels.tolist(), given.readable.tolist(), strict=True)
-    fresh = [path for path, pixels, readable in whole if readable and pixels not in known]
-    if same := len(paths) - len(given.unreadable) - len(fresh):
-        log.warning("%d of %d unlabelled images are pictures of the split; they are left out", same, len(paths))
+    images = zip(paths, unlabelled.pixels.tolist(), unlabelled.readable.tolist(), strict=True)
+    fresh = [path for path, pixels, readable in images if readable and pixels not in known]
+    if same := len(paths) - len(unlabelled.unreadable) - len(fresh):
+        log.warning("%d of %d unlabelled images are duplicates of images of the split; ignored", same, len(paths))
     return fresh
 
 
 def teach_unseen(models: Sequence[ModelDir], store: ImageStore, paths: Sequence[str], pupils: Pupils) -> np.ndarray:
-    """The whole ensemble's log-probabilities [N, C] of images that no fold saw."""
+    """Return the ensemble's log-probabilities [N, C] of unlabelled images, which no fold was trained on."""
     gallery = Gallery(ImageFiles(store, paths), pupils.scratch)
     return mean([_predict(model, pupils, gallery, [()])[0] for model in models])
 
 
 def taught(pupils: Pupils, lesson: Lesson, unseen: Unseen | None, settings: Settings, runtime: Runtime) -> TrainRows:
-    """The student's rows: images, labels (none where unlabelled), and their teacher."""
+    """Return the student's training rows: images, labels (none for unlabelled images), and teacher."""
     folds, rows, store = pupils.folds, pupils.rows, pupils.store
     paths, digests = [*folds.paths_of(rows)], [*folds.sha256_of(rows)]
     codes, log_probs = folds.codes[rows], lesson.log_probs
@@ -135,24 +135,23 @@ def taught(pupils: Pupils, lesson: Lesson, unseen: Unseen | None, settings: Sett
 
 
 def out_of_fold_targets(tables: Sequence[Predictions], folds: FoldTable, rows: np.ndarray) -> np.ndarray:
-    """The out-of-fold log-probabilities float32 [N, C] of `rows`; several for a row (seeds) are averaged.
+    """Return the out-of-fold log-probabilities float32 [N, C] of `rows`; average several of a row (seeds).
 
-    Raises DataError when a row's prediction comes from another fold than its own, SettingsError
-    when a row has none.
+    Raise a DataError if a prediction comes from another fold than the row's, and a SettingsError if a row has none.
     """
-    position = {name: at for at, name in enumerate(folds.ids_of(rows))}
+    position = {name: index for index, name in enumerate(folds.ids_of(rows))}
     total, count = np.zeros((len(rows), len(folds.classes))), np.zeros(len(rows), dtype=np.int64)
     for table in tables:
-        at = np.array([position.get(name, -1) for name in table.ids], dtype=np.int64)
-        table, at = table.take(at >= 0), at[at >= 0]
-        wrong = table.fold != folds.fold[rows[at]]
+        index = np.array([position.get(name, -1) for name in table.ids], dtype=np.int64)
+        table, index = table.take(index >= 0), index[index >= 0]
+        wrong = table.fold != folds.fold[rows[index]]
         if wrong.any():
             raise DataError(
                 f"{int(wrong.sum())} out-of-fold predictions come from another fold than the split's, such as id "
                 f"{table.ids[wrong][0]!r}: the models belong to another folds.parquet"
             )
-        total[at] += np.exp(table.with_classes(folds.classes).log_probs.astype(np.float64))
-        count[at] += 1
+        total[index] += np.exp(table.with_classes(folds.classes).log_probs.astype(np.float64))
+        count[index] += 1
     if (count == 0).any():
         raise SettingsError(
             f"{int((count == 0).sum())} of {len(rows)} training rows have no out-of-fold prediction: train every fold "
@@ -162,45 +161,45 @@ def out_of_fold_targets(tables: Sequence[Predictions], folds: FoldTable, rows: n
 
 
 def best_model(models: Sequence[ModelDir]) -> ModelDir:
-    """The fold model with the least validation logloss."""
+    """Return the fold model with the lowest validation logloss."""
     return min(models, key=lambda model: model.info["best"]["logloss"])
 
 
-def _teach_out_of_fold(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
-    """Each row by the models of its own fold: what they predicted after their training, and each of `views`."""
+def _out_of_fold_lesson(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
+    """Average, for each row, the stored out-of-fold predictions of its fold's models and their predictions of each of `views`."""
     folds, rows, gallery = pupils.folds, pupils.rows, pupils.gallery()
     tables = [[predictions.read(model.path / OOF) for model in models], *([] for _ in views)]
     ids, fold = folds.ids_of(rows), folds.fold[rows]
     for model in models if views else ():
-        own = np.flatnonzero(fold == model.info["fold"])
+        held_out = np.flatnonzero(fold == model.info["fold"])
         for table, log_probs in zip(
-            tables[1:], _predict(model, pupils, gallery, [(view,) for view in views], own), strict=True
+            tables[1:], _predict(model, pupils, gallery, [(view,) for view in views], held_out), strict=True
         ):
-            table.append(Predictions(ids[own], fold[own], model.system, folds.classes, log_probs))
-    lessons = [out_of_fold_targets(table, folds, rows) for table in tables]
-    return Lesson(mean(lessons), leak_free=True, teacher=f"out-of-fold predictions of {len(models)} models")
+            table.append(Predictions(ids[held_out], fold[held_out], model.system, folds.classes, log_probs))
+    targets = [out_of_fold_targets(table, folds, rows) for table in tables]
+    return Lesson(mean(targets), leak_free=True, teacher=f"out-of-fold predictions of {len(models)} models")
 
 
-def _model_of_path(path: str, split: str) -> ModelDir:
-    """The model in a folder that `distill.teacher` names; a warning if it is of another split than the digest `split`."""
+def _load_teacher(path: str, split: str) -> ModelDir:
+    """Return the model at the path in `distill.teacher`; warn if its split differs from the digest `split`."""
     if not Path(path).is_dir():
-        raise MissingInputError(f"distill.teacher={path} is neither {', '.join(TEACHERS)} nor the folder of a model")
+        raise MissingInputError(f"distill.teacher={path} is neither one of {', '.join(TEACHERS)} nor a model folder")
     model = model_at(Path(path))
     if model.info["split"] != split:
-        log.warning("%s comes from another split: it may have seen this split's holdout too", model.name)
+        log.warning("%s comes from another split: it may have been trained on this split's holdout", model.name)
     return model
 
 
 def _predict(
     model: ModelDir, pupils: Pupils, gallery: Gallery, lists: Sequence[Sequence[Spec]], rows: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """A model's log-probabilities [N, C] of a gallery, or of some `rows` of it: the mean of each list of views, its own where empty."""
+    """Return a model's log-probabilities [N, C] of a gallery or of some `rows`, one per list of views; empty: the recipe's views."""
     classes = pupils.folds.classes
     differing = sorted(set(model.info["classes"]) ^ set(classes))
     if differing:
         raise DataError(
-            f"the teacher {model.shown} knows other classes than the split that its student learns: {sample(differing)} "
-            "on one side alone; give a teacher of the same classes"
+            f"the teacher {model.shown} and the student's split have different classes: {sample(differing)} are in only one "
+            "of them; use a teacher with the same classes"
         )
     member = load_member(model, {}, replicas=pupils.replicas)
     predicted = [member.predict_seen(gallery, f"teacher {model.name}", views, rows) for views in lists]

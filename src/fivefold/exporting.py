@@ -1,8 +1,8 @@
-"""Trained models as one file that other programs read: ONNX, or a plain PyTorch state dict.
+"""Export trained models as one file for other programs: ONNX, or a plain PyTorch state dict.
 
-The ONNX graph is the whole prediction but for reading and resizing an image: it normalises, sees
-each view, averages views and members, and applies the temperature. It is not written unless
-onnxruntime gives the same probabilities as the networks do.
+The ONNX graph contains the whole prediction after reading and resizing an image: it normalises, computes each view,
+averages views and models, and applies the temperature. The file is kept only if onnxruntime gives the same probabilities
+as the networks.
 """
 
 import json
@@ -25,29 +25,29 @@ from fivefold.members import Member
 from fivefold.models.classifier import LINKS
 
 log = logging.getLogger("fivefold")
-MOST_BYTES = 2_000_000_000
-"""A file of protobuf, which ONNX is, holds no more than 2 GiB."""
+MAX_BYTES = 2_000_000_000
+"""ONNX files are protobuf, which has a limit of 2 GiB."""
 TOLERANCE = 1e-4
-"""How far a probability of onnxruntime may be from the networks'."""
+"""Maximum difference between a probability of onnxruntime and of the networks."""
 CHECKED_IMAGES = 5
 
 
 def size_of(committee: Committee) -> tuple[int, ...]:
-    """The height and width of the images that an exported file takes."""
+    """Return height and width of the input images of an exported file."""
     return committee.members[0].settings.model.size
 
 
 def meta_of(committee: Committee) -> list[str]:
-    """The meta features that an exported file takes beside images."""
+    """Return the meta features that an exported file takes in addition to images."""
     return next((m.settings.model.meta for m in committee.members if m.settings.model.meta), [])
 
 
 def check_graph(committee: Committee) -> None:
-    """Raises a SettingsError unless one graph can hold it: a mean, of one size, one transform and the same meta features."""
+    """Raise a SettingsError unless one graph can contain the models: a mean, one size, one transform, the same meta features."""
     for key, blend in (("blend", committee.ensemble.between), ("within", committee.ensemble.within)):
-        if blend not in MEANS:
+        if blend not in EXPORTABLE_BLENDS:
             raise SettingsError(
-                f"{ENSEMBLE}: {key}={blend} is no mean of probabilities, and a graph holds nothing else"
+                f"{ENSEMBLE}: {key}={blend} is not a mean of probabilities, and an exported graph can contain only that"
             )
     first = committee.members[0]
     for other in committee.members[1:]:
@@ -57,17 +57,17 @@ def check_graph(committee: Committee) -> None:
         ):
             if a != b:
                 raise SettingsError(
-                    f"{first.source.name} and {other.source.name} take images of different {what} ({a}, {b}), "
-                    "and an exported file takes one: export each system by itself"
+                    f"{first.source.name} and {other.source.name} have different {what} ({a}, {b}), "
+                    "but an exported file has one: export each system separately"
                 )
         if other.settings.model.meta not in ([], meta_of(committee)):
             raise SettingsError(
-                f"{other.source.name} takes other meta features than {first.source.name}: export each by itself"
+                f"{other.source.name} takes other meta features than {first.source.name}: export each separately"
             )
 
 
 class Seen(nn.Module):
-    """Images [B, 3, H, W] in 0..255 to one member's mean probability over its views [B, C]."""
+    """Images [B, 3, H, W] in 0..255 to one model's mean probabilities over its views [B, C]."""
 
     mean: Tensor
     std: Tensor
@@ -83,13 +83,13 @@ class Seen(nn.Module):
 
     def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
         normalised = (images - self.mean) / self.std
-        company = (meta,) if self.takes_meta else ()
-        probabilities = [self.scores(self.network(view(normalised), *company)).softmax(dim=1) for view in self.views]
+        meta_args = (meta,) if self.takes_meta else ()
+        probabilities = [self.scores(self.network(view(normalised), *meta_args)).softmax(dim=1) for view in self.views]
         return torch.stack(probabilities).mean(dim=0)
 
 
 class Blended(nn.Module):
-    """Images float [B, 3, H, W] in 0..255, and meta features [B, M] where members take them, to probabilities [B, C]."""
+    """Images float [B, 3, H, W] in 0..255, and meta features [B, M] if models take them, to probabilities [B, C]."""
 
     weights: Tensor
 
@@ -100,15 +100,15 @@ class Blended(nn.Module):
         self.temperature = committee.ensemble.temperature
 
     def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
-        each = torch.stack([member(images, meta) for member in self.members], dim=-1)
-        mean = (each * self.weights).sum(dim=-1)
+        probabilities = torch.stack([member(images, meta) for member in self.members], dim=-1)
+        mean = (probabilities * self.weights).sum(dim=-1)
         if self.temperature == 1:
             return mean
         return (mean.clamp_min(torch.finfo(mean.dtype).tiny).log() / self.temperature).softmax(dim=1)
 
 
 def for_tracing(network: nn.Module) -> nn.Module:
-    """The network with activations that a graph can hold: efficientnet_pytorch's Swish is an autograd function else."""
+    """Return the network in eval mode, with traceable activations: efficientnet_pytorch's Swish is an autograd function."""
     for module in network.modules():
         if hasattr(module, "set_swish"):
             module.set_swish(memory_efficient=False)
@@ -116,7 +116,7 @@ def for_tracing(network: nn.Module) -> nn.Module:
 
 
 def describe(committee: Committee) -> dict[str, Any]:
-    """What a user of the file must know: classes in their order, the image's size and making, views, members."""
+    """Return the metadata that a user of the file needs: ordered classes, image size, preprocessing, views, models."""
     first, (height, width) = committee.members[0].settings, size_of(committee)
     return {
         "classes": list(committee.classes),
@@ -136,57 +136,57 @@ def describe(committee: Committee) -> dict[str, Any]:
 
 
 def write_onnx(path: Path, committee: Committee) -> None:
-    """Writes one graph: `images` float [N, 3, H, W] in 0..255, RGB (and `meta` float [N, M]) to `probabilities` [N, C].
+    """Write one graph: `images` float [N, 3, H, W] in 0..255, RGB (and `meta` float [N, M]) to `probabilities` [N, C].
 
-    N is free. The metadata hold `describe`, each value as JSON. Raises a FivefoldError when
-    onnxruntime disagrees with the networks, a SettingsError for what ONNX cannot hold.
+    N is dynamic. The metadata contain `describe`, each value as JSON. Raise a FivefoldError if onnxruntime disagrees with
+    the networks, and a SettingsError if ONNX cannot represent them.
     """
     need(["onnx", "onnxscript", "onnxruntime"], "export", "export.format=onnx")
     check_graph(committee)
     blended = Blended(committee).eval()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in blended.state_dict().values())
-    if weights > MOST_BYTES:
+    if weights > MAX_BYTES:
         raise SettingsError(
-            f"the {len(committee.members)} networks hold {weights / 1e9:.1f} GB, and an ONNX file at most "
-            f"{MOST_BYTES / 1e9:.0f} GB: export one fold (FOLD=0), or a student"
+            f"the {len(committee.members)} networks have {weights / 1e9:.1f} GB of weights, but an ONNX file can have at "
+            f"most {MAX_BYTES / 1e9:.0f} GB: export one fold (FOLD=0), or a student"
         )
-    program = _traced(blended, _inputs(committee, 2))
+    program = _trace(blended, _random_inputs(committee, 2))
     for key, value in describe(committee).items():
         program.model.metadata_props[key] = json.dumps(value, ensure_ascii=False)
     program.save(path, external_data=False)
-    difference = _largest_difference(path, blended, _inputs(committee, CHECKED_IMAGES))
+    difference = _largest_difference(path, blended, _random_inputs(committee, CHECKED_IMAGES))
     if not difference <= TOLERANCE:
         raise FivefoldError(
-            f"onnxruntime gives probabilities that are {difference:.2g} from the networks' (at most {TOLERANCE:g} is "
-            "allowed), so the ONNX file was not kept; format=pth holds the same weights without a graph"
+            f"the probabilities of onnxruntime differ by {difference:.2g} from the networks' (at most {TOLERANCE:g} is "
+            "allowed), so the ONNX file was not saved; export.format=pth exports the same weights without a graph"
         )
-    log.info("onnxruntime agrees on %d random images: at most %.1e apart", CHECKED_IMAGES, difference)
+    log.info("onnxruntime agrees on %d random images: the largest difference is %.1e", CHECKED_IMAGES, difference)
 
 
 def write_pth(path: Path, committee: Committee) -> None:
-    """Writes the state dict of one network, which `torch.load(…, weights_only=True)` reads without any code."""
+    """Write the state dict of one network, which `torch.load(…, weights_only=True)` reads without running code."""
     if len(committee.members) > 1:
         raise SettingsError(
-            f"format=pth holds one network, and there are {len(committee.members)}: give the model dir of one, or FOLD=0"
+            f"format=pth exports one network, but there are {len(committee.members)}: set one model folder, or FOLD=0"
         )
     state = {name: tensor.contiguous().cpu() for name, tensor in committee.members[0].network.state_dict().items()}
-    with open(path, "wb") as file:  # by its handle: a path's name would go into the file
+    with open(path, "wb") as file:  # as a handle, because torch.save would write a path's name into the file
         torch.save(state, file)
 
 
-def _inputs(committee: Committee, images: int) -> tuple[Tensor, ...]:
-    """Random images and numbers, the same each time."""
+def _random_inputs(committee: Committee, images: int) -> tuple[Tensor, ...]:
+    """Return random images and meta features, the same on every call."""
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, *size_of(committee)), generator=random).float()
     numbers = torch.rand(images, count_numbers(meta_of(committee)), generator=random)
     return (pixels, numbers) if meta_of(committee) else (pixels,)
 
 
-def _traced(blended: Blended, inputs: tuple[Tensor, ...]) -> torch.onnx.ONNXProgram:
-    """The graph of `blended` with a free number of images, without the places in code that each node came from."""
+def _trace(blended: Blended, inputs: tuple[Tensor, ...]) -> torch.onnx.ONNXProgram:
+    """Trace `blended` to a graph with a dynamic number of images, without the source locations of its nodes."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    # Named once: the second input has as many rows, which the tracing finds out by itself.
+    # Name the dimension once: tracing infers that the second input has as many rows.
     counts = {"images": {0: torch.export.Dim("N")}, "meta": {0: torch.export.Dim.AUTO}}
     names = ["images", "meta"][: len(inputs)]
     try:
@@ -202,32 +202,32 @@ def _traced(blended: Blended, inputs: tuple[Tensor, ...]) -> torch.onnx.ONNXProg
         )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()
-        raise SettingsError(f"this network cannot be written as ONNX ({reason[0]}); format=pth can") from error
+        raise SettingsError(f"this network cannot be exported as ONNX ({reason[0]}); set export.format=pth") from error
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)
     return program
 
 
 def _largest_difference(path: Path, blended: Blended, inputs: tuple[Tensor, ...]) -> float:
-    """Between the file's probabilities by onnxruntime and the networks' own; NaN where either is not finite."""
+    """Return the largest difference between the probabilities of onnxruntime and of the networks; NaN if any is not finite."""
     import onnxruntime
 
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        names = [given.name for given in session.get_inputs()]
-        (found,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
-    except Exception as error:  # onnxruntime's own have no class in common
-        raise FivefoldError(f"onnxruntime does not run the ONNX file, so it was not kept: {error}") from error
+        names = [node.name for node in session.get_inputs()]
+        (actual,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
+    except Exception as error:  # onnxruntime's errors share no base class
+        raise FivefoldError(f"onnxruntime cannot run the ONNX file, so it was deleted: {error}") from error
     with torch.inference_mode():
         expected = blended(*inputs).numpy()
-    return float(np.abs(found - expected).max())
+    return float(np.abs(actual - expected).max())
 
 
-MEANS = ("mean", "weighted", "fitted", "greedy", "greedy_accuracy")
+EXPORTABLE_BLENDS = ("mean", "weighted", "fitted", "greedy", "greedy_accuracy")
 """Blends that are convex sums of probabilities."""
 
 FORMATS: dict[str, tuple[str, Callable[[Path, Committee], None]]] = {
     "onnx": ("model.onnx", write_onnx),
     "pth": ("model.pth", write_pth),
 }
-"""Each format with the name that its file has by default."""
+"""The default file name and the writer of each format."""

@@ -1,4 +1,4 @@
-"""Trained models as they lie in a model dir: saved, found again, and ready to predict."""
+"""Save, load and run a trained model (a model folder)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -41,14 +41,16 @@ from fivefold.training.loop import Best
 from fivefold.training.losses import build_loss
 
 FORMAT = 1
-OF_PLACE = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {"data": {"cache", "cache_gib"}}
-"""Settings that say where something runs and lies; a model is the same wherever it was made."""
+MACHINE_SETTINGS = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {
+    "data": {"cache", "cache_gib"}
+}
+"""Settings of the place of a run, which `model.json` does not contain: a model does not depend on where it was trained."""
 TRAINING_SECTIONS = ("data.store_size", "data.scaled_decoding", "model", "augment", "train")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A trained model, ready to predict: where it lies, its settings, its network, its runtime, the link of its loss."""
+    """A loaded model, ready to predict: model folder, settings, network, runtime, and the link of its loss."""
 
     source: ModelDir
     settings: Settings
@@ -57,25 +59,25 @@ class Member:
     link: str = "softmax"
 
     def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[Spec] = ()) -> np.ndarray:
-        """Log-probabilities float32 [N, C] of the images at `paths`, by the recipe's views unless others are given."""
+        """Return log-probabilities float32 [N, C] of the images at `paths`, with `views` or else the recipe's views."""
         return self.predict_seen(Gallery(ImageFiles(store, paths)), label, views)
 
     def predict_seen(
         self, gallery: "Gallery", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
     ) -> np.ndarray:
-        """As `predict`, of the images of a gallery (or of some `rows` of it), which makes them once for all members."""
+        """Like `predict`, for the images of a gallery (or some `rows` of it), which prepares them once for all models."""
         images = gallery.seen_by(self)
         return predict_images(self.network, self.settings, self.runtime, images, label, views, rows, self.link)
 
     @property
     def sight(self) -> str:
-        """What it does to a decoded image before its network sees it; members of equal sight see the same."""
+        """Preprocessing key: models with equal keys can share preprocessed images."""
         model = self.settings.model
         return repr((self.pixels, self.settings.augment.eval, model.size, model.meta))
 
     @property
     def pixels(self) -> Pixels:
-        """What pixels of an image file count to it."""
+        """The decoding options of the model."""
         return pixels_of(self.settings.data)
 
     @cached_property
@@ -83,14 +85,14 @@ class Member:
         return build_transforms(self.settings.augment.eval, self.settings.model.size, evaluation=True)
 
     def prepare(self, pixels: np.ndarray) -> Batch:
-        """A decoded image uint8 [H, W, 3] as the network takes it, a batch of one; for several threads at once."""
+        """Preprocess a decoded image uint8 [H, W, 3] to a batch of one; thread-safe."""
         pixels, features = self.pixels.shrink(pixels), self.settings.model.meta
         meta = torch.from_numpy(measure(pixels, features)[None]) if features else None
         image = self._transform(torch.from_numpy(pixels).permute(2, 0, 1))
         return Batch(image[None], torch.zeros(1, dtype=torch.int64), meta)
 
     def predict_prepared(self, images: Sequence[Batch]) -> np.ndarray:
-        """Log-probabilities float32 [N, C] of N prepared images, by the recipe's views and in batches of its size."""
+        """Return log-probabilities float32 [N, C] of N prepared images, with the recipe's views and batch size."""
         size = predict_batch_size(self.settings)
         batches = [joined(images[start : start + size]) for start in range(0, len(images), size)]
         return predict(
@@ -100,7 +102,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Where images lie, and their digests if they are to be checked."""
+    """Images: their store and paths, and their digests if they must be verified."""
 
     store: ImageStore
     paths: Sequence[str]
@@ -109,10 +111,10 @@ class ImageFiles:
 
 @dataclass
 class Gallery:
-    """Images as members see them: decoded and transformed once for all members of the same sight, and for all views.
+    """Evaluation images, decoded and transformed once for all models with the same preprocessing key, and for all views.
 
-    They stay in memory up to a limit that all sights share, then in files of the folder `scratch`.
-    `stand_in`: whether an image that cannot be read is no error (`Prepared`).
+    They stay in memory up to a limit that all keys share, then in files of the folder `scratch`. `stand_in`: use
+    placeholders for images that cannot be read, instead of raising (`Prepared`).
     """
 
     files: ImageFiles
@@ -125,19 +127,19 @@ class Gallery:
 
     @property
     def unreadable(self) -> list[int]:
-        """The rows that could not be read so far, ascending; others stood in their place."""
+        """Return the rows that could not be read so far, ascending; they have placeholders."""
         return sorted({row for images in self.seen.values() for row in images.unreadable})
 
     def seen_by(self, member: Member) -> Prepared:
-        """The images as the member's network takes them; made when it predicts."""
+        """Return the images preprocessed for `member`; preprocessing runs during prediction."""
         if member.sight not in self.seen:
-            left = memory_limit() - sum(other.in_memory for other in self.seen.values())
-            self.seen[member.sight] = evaluated(member.settings, self.files, self.scratch, left, self.stand_in)
+            remaining = memory_limit() - sum(other.in_memory for other in self.seen.values())
+            self.seen[member.sight] = evaluated(member.settings, self.files, self.scratch, remaining, self.stand_in)
         return self.seen[member.sight]
 
 
 def evaluation_images(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings) -> Prepared:
-    """The images of rows of the split as every validation and every view sees them, made once if memory holds them."""
+    """Return rows of the split as evaluation images, preprocessed once for all validations and views if they fit in memory."""
     return Prepared(image_set(store, table, rows, settings, training=False))
 
 
@@ -148,7 +150,7 @@ def evaluated(
     limit: int | None = None,
     stand_in: bool = False,
 ) -> Prepared:
-    """Images under the evaluation transform of a recipe, to be made once; `limit` bytes in memory, more in `scratch`."""
+    """Return images with a recipe's evaluation transform, preprocessed once: `limit` bytes in memory, the rest in `scratch`."""
     transform = build_transforms(settings.augment.eval, settings.model.size, evaluation=True)
     pixels = pixels_of(settings.data)
     images = ImageSet(files.store, files.paths, transform, 0, files.sha256, settings.model.meta, pixels)
@@ -165,9 +167,9 @@ def predict_images(
     rows: Sequence[int] | None = None,
     link: str = "softmax",
 ) -> np.ndarray:
-    """Log-probabilities float32 [N, C] of all images, or of some `rows`, by the recipe's views unless others are given.
+    """Return log-probabilities float32 [N, C] of all images or of some `rows`, with `views` or else the recipe's views.
 
-    With a progress bar, if there is a `label`. `link`: of the loss that trained the network.
+    Show a progress bar if `label` is not empty. `link`: that of the training loss.
     """
     size = predict_batch_size(settings)
     workers = choose_workers(settings.train.workers, runtime, largest_batch_bytes(settings, training=False))
@@ -178,15 +180,16 @@ def predict_images(
 def load_member(
     source: ModelDir, explicit: Mapping[str, Any], weights: str = WEIGHTS, replicas: Replicas = BY_ITSELF
 ) -> Member:
-    """The model of a folder as its `model.json` describes it; `explicit` keys of `[predict]` override its recipe's.
+    """Load the model of a folder as its `model.json` describes it; `explicit` keys of `[predict]` override its recipe's.
 
-    `weights` is the file of the folder that holds them; `replicas` part the rows that it predicts. Raises DataError when the folder does not rebuild a model.
+    `weights`: file name of the weights in the folder. `replicas`: the ranks that share the rows of a prediction. Raise a
+    DataError if the folder does not contain a valid model.
     """
     try:
         settings, link = Settings.model_validate(source.info["settings"]), source.info["link"]
         LINKS[link]
     except (ValueError, KeyError) as error:
-        raise DataError(f"{source.path}: {MODEL} does not rebuild a model: {error}") from error
+        raise DataError(f"{source.path}: {MODEL} does not describe a valid model: {error}") from error
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update=dict(explicit))})
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, len(source.info["classes"]))
@@ -198,10 +201,10 @@ def load_member(
 def save_member(
     folder: Path, role: str, best: Mapping[str, Best], settings: Settings, runtime: Runtime, facts: Mapping[str, Any]
 ) -> list[Path]:
-    """Writes the weights that predict, the others beside them, and `model.json`; the files written.
+    """Write the weights that predict, the raw weights if there are any, and `model.json`; return the written files.
 
-    `best`: the kept epoch of each contender, the deciding one first. `facts`: what the stage knows
-    of it, such as classes, fold, folds and the digest of the split.
+    `best`: the kept epoch of each contender, the first of which predicts. `facts`: further entries of `model.json`, such
+    as classes, fold, folds and the digest of the split.
     """
     written = []
     (folder / RAW_WEIGHTS).unlink(missing_ok=True)
@@ -223,7 +226,7 @@ def save_member(
             "device": runtime.device.type,
             "link": build_loss(settings.train.loss).link,
             "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime)},
-            "settings": json.loads(settings.model_dump_json(exclude=OF_PLACE)),
+            "settings": json.loads(settings.model_dump_json(exclude=MACHINE_SETTINGS)),
         },
     )
     return [*written, folder / MODEL]

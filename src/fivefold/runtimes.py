@@ -1,4 +1,4 @@
-"""On what a network runs, and how: device, precision and memory format from settings, this machine, and a short probe."""
+"""Choose device, precision and memory format from settings, this machine, and a short probe."""
 
 import copy
 import hashlib
@@ -23,23 +23,23 @@ from fivefold.recipe import Settings
 
 log = logging.getLogger("fivefold")
 RUNTIME = "runtime"
-"""What a checkpoint calls the Manner of its run."""
-PROBED_PIXELS = 4 * 224 * 224
-"""Of all images of a step that is timed, if they are not fewer than two."""
-SECONDS, ROUNDS = 2.0, 7
-"""A further round of steps begins before so many seconds are over, and never after so many rounds."""
-MARGIN = 0.03
-"""What is less simple must be faster by this share."""
-QUIET = 0.1
-"""The share of its threads' time that others may take from a probe."""
-PROBES, PAUSE = 3, 2.0
-"""A probe that others disturb is repeated so often in all, after so many seconds."""
-CLEAR = 1.5
-"""What a disturbed probe prefers to the usual precision must be so many times as fast."""
+"""The key of a run's precision and memory format (`Manner`) in a checkpoint."""
+MAX_PROBE_PIXELS = 4 * 224 * 224
+"""Maximum pixels of the images of a timed step, which has at least two images."""
+PROBE_S, MAX_ROUNDS = 2.0, 7
+"""Seconds after which no further round of steps starts, and the maximum number of rounds after the warm-up."""
+MIN_GAIN = 0.03
+"""A less simple precision must be faster by this fraction."""
+MAX_DISTURBANCE = 0.1
+"""Fraction of the threads' CPU time that other processes may take during a probe."""
+MAX_PROBES, PROBE_PAUSE_S = 3, 2.0
+"""Maximum number of probes while other processes disturb them, and the seconds between two probes."""
+CLEAR_FACTOR = 1.5
+"""In a disturbed probe, a precision must be this many times as fast as the usual one to be chosen."""
 
 
 class Manner:
-    """How a run trains, for its checkpoints: one that goes on keeps precision and memory format."""
+    """Precision and memory format of a run, for its checkpoints: a resumed run must use the same."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.found = {"precision": precision_name(runtime), "channels_last": runtime.channels_last}
@@ -49,62 +49,64 @@ class Manner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state != self.found:
-            raise ValueError(f"it was trained with {state}, and this is {self.found}")
+            raise ValueError(f"it was trained with {state}, and this run uses {self.found}")
 
 
 def choose_device(name: str, key: str = "train.device") -> torch.device:
-    """`auto`: CUDA, else MPS, else the CPU; a device that is not there is a SettingsError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Return the device; `auto` is CUDA, else MPS, else the CPU. Raise a SettingsError if the device does not exist."""
+    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, has in there.items() if has)
+        name = next(device for device, exists in devices.items() if exists)
     kind, _, number = name.partition(":")
-    if not choose(there, "device", kind):
-        raise SettingsError(f"{key}={name}, but this machine has no such device; {key}=auto finds one")
+    if not choose(devices, "device", kind):
+        raise SettingsError(f"{key}={name}, but this machine has no such device; set {key}=auto")
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if number and not (number.isdecimal() and int(number) < count):
-        raise SettingsError(f"{key}={name}, but this machine has {kind}:0 to {kind}:{count - 1}; {key}=auto finds one")
+        raise SettingsError(f"{key}={name}, but this machine has {kind}:0 to {kind}:{count - 1}; set {key}=auto")
     return torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The precision `name` where the device has it. `auto`, unprobed: bf16 where the machine is fast in it, else fp16 on CUDA, else fp32."""
+    """Return the precision `name`; `auto` without a probe is bf16 if the device is fast in it, else fp16 on CUDA, else fp32."""
     if name == "auto":
-        return _fast_precision(device)
+        return _default_precision(device)
     dtype, _ = choose(PRECISIONS, "precision", name)
     if dtype == torch.float16 and device.type != "cuda":
-        raise SettingsError(f"train.precision=fp16 needs CUDA, and this runs on {device.type}; bf16 or fp32 will do")
+        raise SettingsError(f"train.precision=fp16 needs CUDA, but the device is {device.type}; set bf16 or fp32")
     return name
 
 
 def runtime_of(settings: Settings, replicas: Replicas = BY_ITSELF) -> Runtime:
-    """The Runtime that the settings ask for on this machine, for training, alone or with others."""
+    """Return the Runtime of the settings for training on this machine, with one or several ranks."""
     device = replicas.own_device(choose_device(settings.train.device))
     if settings.train.compile and device.type != "cuda":
-        raise SettingsError(f"train.compile=true needs CUDA, and this runs on {device.type}; leave it at false")
-    return _runtime(settings, device, replicas.shared(choose_precision(settings.train.precision, device)), replicas)
+        raise SettingsError(f"train.compile=true needs CUDA, but the device is {device.type}; set it to false")
+    return _make_runtime(
+        settings, device, replicas.shared(choose_precision(settings.train.precision, device)), replicas
+    )
 
 
 def runtime_for_prediction(
     settings: Settings, precision: str, device: str = "auto", replicas: Replicas = BY_ITSELF
 ) -> Runtime:
-    """The Runtime of a trained model wherever it predicts: this machine's device, and the `precision` it was trained in.
+    """Return the Runtime for prediction: this machine's device, and the `precision` that the model was trained in.
 
-    fp16 where there is no CUDA becomes float32.
+    fp16 becomes float32 if the device is not CUDA.
     """
     chosen = replicas.own_device(choose_device(device, "predict.device"))
     dtype, _ = choose(PRECISIONS, "precision", precision)
-    there = chosen.type == "cuda" or dtype != torch.float16
-    return _runtime(settings, chosen, precision if there else "fp32", replicas)
+    supported = chosen.type == "cuda" or dtype != torch.float16
+    return _make_runtime(settings, chosen, precision if supported else "fp32", replicas)
 
 
 def settled(
     settings: Settings, network: nn.Module, replicas: Replicas, before: Mapping[str, Any] | None, folder: Path | None
 ) -> Settings:
-    """The settings with the precision of this run, where they leave it to the machine.
+    """Replace `train.precision=auto` in the settings by the precision of this run.
 
-    It is that of `before`, a run that goes on; else the one that another stage of this run found for the same network
-    and left in `folder`; else the fastest by a short probe on a CPU, and the usual one elsewhere. Of several processes
-    the first decides.
+    It is that of `before`, the state of a resumed run; else the one that another stage of this run chose for the same
+    network and stored in `folder`; else the fastest by a short probe on a CPU, and the usual one on other devices. The
+    first rank decides for all.
     """
     if settings.train.precision != "auto":
         return settings
@@ -116,40 +118,42 @@ def settled(
 
 
 def quickened(network: nn.Module, runtime: Runtime, wanted: bool) -> nn.Module:
-    """The network with convolutions that train faster on CPUs, where it runs on one and they are `wanted`."""
+    """Give the network convolutions that train faster on CPUs, if it runs on one and they are `wanted`; return it."""
     if runtime.device.type != "cpu" or not wanted:
         return network
-    return quicken(network, runtime.dtype == torch.bfloat16 and _has("amx_tile"))
+    return quicken(network, runtime.dtype == torch.bfloat16 and _cpu_has("amx_tile"))
 
 
 def in_words(runtime: Runtime) -> str:
-    """Device, precision and threads of a runtime, for the log."""
+    """Return device, precision and threads of a runtime as text for the log."""
     return f"device {runtime.device}, precision {precision_name(runtime)}, {torch.get_num_threads()} threads"
 
 
 def precision_name(runtime: Runtime) -> str:
-    """What `train.precision` and `model.json` call it."""
+    """Return the name of the runtime's precision in `train.precision` and `model.json`."""
     return next(name for name, value in PRECISIONS.items() if value == (runtime.dtype, runtime.grouped_fp32))
 
 
-def _runtime(settings: Settings, device: torch.device, precision: str, replicas: Replicas) -> Runtime:
+def _make_runtime(settings: Settings, device: torch.device, precision: str, replicas: Replicas) -> Runtime:
     if device.type == "cuda":
         same_bits = settings.train.deterministic
-        torch.backends.cudnn.benchmark = not same_bits  # kernels chosen by trial: perhaps others each time
+        torch.backends.cudnn.benchmark = not same_bits  # choosing kernels by timing can differ between runs
         torch.use_deterministic_algorithms(same_bits, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
     dtype, grouped_fp32 = PRECISIONS[precision]
-    torch.backends.cudnn.allow_tf32 = dtype is not None  # else convolutions of float32 would have 10 bits on new GPUs
+    torch.backends.cudnn.allow_tf32 = dtype is not None  # TF32 would reduce float32 convolutions to 10 bits
     mean, std = settings.model.mean, settings.model.std
     return make_runtime(device, dtype, settings.train.channels_last, mean, std, replicas, grouped_fp32)
 
 
 def _fastest_precision(settings: Settings, network: nn.Module, folder: Path | None) -> str:
-    """The precision that another stage of this run has left in `folder`, or the fastest by a probe."""
+    """Return the precision that another stage of this run stored in `folder`, or the fastest by a probe."""
     candidates = _candidates(settings, network)
     if len(candidates) == 1:
         return candidates[0]
-    images = max(2, min(settings.train.batch_size, PROBED_PIXELS // (settings.model.size[0] * settings.model.size[1])))
+    images = max(
+        2, min(settings.train.batch_size, MAX_PROBE_PIXELS // (settings.model.size[0] * settings.model.size[1]))
+    )
     model = settings.model.model_dump(exclude={"pretrained", "weights", "mean", "std"})
     asked = {"model": model, "channels_last": settings.train.channels_last, "images": images}
     return decided_once(asked, candidates, folder, lambda: _probe(settings, network, candidates, images))
@@ -158,17 +162,18 @@ def _fastest_precision(settings: Settings, network: nn.Module, folder: Path | No
 def decided_once(
     asked: Mapping[str, Any], candidates: Sequence[str], folder: Path | None, probe: Callable[[], Mapping[str, Any]]
 ) -> str:
-    """The choice that lies in `folder` under the digest of what is `asked`; else that of `probe`, which is left there.
+    """Return the choice stored in `folder` under the digest of `asked`; else run `probe` and store its choice.
 
-    Who asks at the same time waits, so all get one answer, and no probe runs beside another. One that cannot be read, or
-    names no candidate, is made anew. The machine is not asked for: folds that differed in precision could not be blended.
+    Concurrent callers wait, so all get the same choice and no two probes run at the same time. A stored choice that cannot
+    be read or is not a candidate is replaced. The digest does not include the machine, because folds of different
+    precisions cannot be blended.
     """
     if folder is None:
         return probe()["choice"]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     path = folder / f"{digest[:16]}.json"
     with one_at_a_time(folder):
-        choice = _choice_at(path, candidates)
+        choice = _read_choice(path, candidates)
         if choice is None:
             decision = probe()
             machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -177,8 +182,8 @@ def decided_once(
     return choice
 
 
-def _choice_at(path: Path, candidates: Sequence[str]) -> str | None:
-    """The candidate that the file at `path` names; None where it names none or cannot be read."""
+def _read_choice(path: Path, candidates: Sequence[str]) -> str | None:
+    """Return the candidate in the file at `path`, or None if it names no candidate or cannot be read."""
     try:
         choice = read_json(path)["choice"]
     except (OSError, DataError, KeyError, TypeError, ValueError):
@@ -187,7 +192,7 @@ def _choice_at(path: Path, candidates: Sequence[str]) -> str | None:
 
 
 def _candidates(settings: Settings, network: nn.Module) -> list[str]:
-    """The precisions that may be fastest for `auto`, the simplest first."""
+    """Return the precisions to compare for `auto`, the simplest first."""
     device = choose_device(settings.train.device)
     usual = choose_precision("auto", device)
     if device.type != "cpu" or usual != "bf16":
@@ -196,59 +201,58 @@ def _candidates(settings: Settings, network: nn.Module) -> list[str]:
 
 
 def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], images: int) -> dict[str, Any]:
-    """The `choice` of the candidates, the `milliseconds` of each one's quickest step, the `images` of a step, and whether
-    others `disturbed` it to the end.
+    """Return the `choice`, the `milliseconds` of each candidate's fastest step, the `images` per step, and `disturbed`.
 
-    The network and the random state stay as they are.
+    `disturbed`: other processes used the cores in every probe. The network and the random state do not change.
     """
     with torch.random.fork_rng(devices=[]):
-        steps = {name: _step(settings, network, name, images) for name in candidates}
+        steps = {name: _training_step(settings, network, name, images) for name in candidates}
         milliseconds, disturbed = timed_in_quiet(steps)
     choice = decide(milliseconds, "bf16" if "bf16" in candidates else candidates[0], disturbed)
     figures = ", ".join(f"{name} {value:.4g} ms" for name, value in milliseconds.items())
     log.info("precision %s by a probe: a step of %d images takes %s", choice, images, figures)
     if disturbed:
         log.warning(
-            "other processes used the cores during %d probes of the precision, so it is the usual one of this CPU unless "
-            "another is ×%g as fast; train.precision sets it",
-            PROBES,
-            CLEAR,
+            "other processes used the cores during all %d precision probes, so Fivefold takes the usual precision of this "
+            "CPU unless another is ×%g as fast; set train.precision to choose it yourself",
+            MAX_PROBES,
+            CLEAR_FACTOR,
         )
     return {"choice": choice, "milliseconds": milliseconds, "images": images, "disturbed": disturbed}
 
 
 def timed_in_quiet(
-    steps: Mapping[str, Callable[[], None]], pause: float = PAUSE, seconds: float = SECONDS
+    steps: Mapping[str, Callable[[], None]], pause: float = PROBE_PAUSE_S, seconds: float = PROBE_S
 ) -> tuple[dict[str, float], bool]:
-    """The times of the steps, measured again while others use the cores, and whether they did so every time.
+    """Return the times of the steps, and whether other processes disturbed every probe; repeat a disturbed probe.
 
-    They disturb where what they leave of the CPUs is less than this process's threads.
+    A probe is disturbed if other processes leave fewer CPUs than this process has threads.
     """
     times: dict[str, float] = {}
     threads = min(torch.get_num_threads(), count_cores())
-    for number in range(PROBES):
+    for number in range(MAX_PROBES):
         time.sleep(pause if number else 0)
         before, start = seconds_of_others(), time.perf_counter()
-        found = timed(steps, seconds)
+        latest = timed(steps, seconds)
         taken, wall = seconds_of_others() - before, time.perf_counter() - start
-        times = {name: min(value, times.get(name, value)) for name, value in found.items()}
+        times = {name: min(value, times.get(name, value)) for name, value in latest.items()}
         cores = count_cpus()
-        # counted in ticks, which a short probe cannot see below
-        if cores - (taken - 2 * TICK * cores) / wall >= (1 - QUIET) * threads:
+        # CPU times have the resolution of a tick, which matters in a short probe.
+        if cores - (taken - 2 * TICK * cores) / wall >= (1 - MAX_DISTURBANCE) * threads:
             return times, False
-        log.info("others took %.1f of %d CPUs during the probe of the precision", taken / wall, cores)
+        log.info("other processes took %.1f of %d CPUs during the precision probe", taken / wall, cores)
     return times, True
 
 
 def decide(milliseconds: Mapping[str, float], usual: str, disturbed: bool) -> str:
-    """The fastest precision; of a `disturbed` probe the usual one, unless the fastest is CLEAR times as fast."""
+    """Return the fastest precision; if `disturbed`, the usual one unless the fastest is CLEAR_FACTOR times as fast."""
     chosen = fastest(milliseconds)
-    return usual if disturbed and milliseconds[chosen] * CLEAR > milliseconds[usual] else chosen
+    return usual if disturbed and milliseconds[chosen] * CLEAR_FACTOR > milliseconds[usual] else chosen
 
 
-def _step(settings: Settings, network: nn.Module, precision: str, images: int) -> Callable[[], None]:
-    """A training step (forward and backward) of a copy of the network in the given precision."""
-    runtime = _runtime(settings, torch.device("cpu"), precision, BY_ITSELF)
+def _training_step(settings: Settings, network: nn.Module, precision: str, images: int) -> Callable[[], None]:
+    """Return a training step (forward and backward) of a copy of the network in the given precision."""
+    runtime = _make_runtime(settings, torch.device("cpu"), precision, BY_ITSELF)
     model = runtime.place(quickened(copy.deepcopy(network).train(), runtime, settings.train.cpu_convs))
     pixels = torch.zeros(images, 3, *settings.model.size, dtype=torch.uint8)
     meta = getattr(network, "meta", None)
@@ -263,14 +267,14 @@ def _step(settings: Settings, network: nn.Module, precision: str, images: int) -
     return step
 
 
-def timed(steps: Mapping[str, Callable[[], None]], seconds: float = SECONDS) -> dict[str, float]:
-    """Milliseconds of the quickest run of each step, in rounds in which each has its turn; the first round warms up.
+def timed(steps: Mapping[str, Callable[[], None]], seconds: float = PROBE_S) -> dict[str, float]:
+    """Return the milliseconds of the fastest run of each step, in interleaved rounds; the first round is a warm-up.
 
-    The quickest counts: what else the machine does makes steps longer, never shorter.
+    The fastest run counts, because other load makes steps slower, never faster.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
-    for done in range(1 + ROUNDS):
+    for done in range(1 + MAX_ROUNDS):
         if done > 1 and time.perf_counter() - start > seconds:
             break
         for name, step in steps.items():
@@ -281,22 +285,22 @@ def timed(steps: Mapping[str, Callable[[], None]], seconds: float = SECONDS) -> 
 
 
 def fastest(times: Mapping[str, float]) -> str:
-    """The first of `times`, or a later one that is faster by MARGIN than what would be chosen without it."""
+    """Return the first of `times`, or a later one that is faster by MIN_GAIN than the choice among those before it."""
     chosen = next(iter(times))
     for name, value in times.items():
-        if value < (1 - MARGIN) * times[chosen]:
+        if value < (1 - MIN_GAIN) * times[chosen]:
             chosen = name
     return chosen
 
 
-def _fast_precision(device: torch.device) -> str:
+def _default_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and (_has("amx_tile") or _has("avx512_bf16")) else "fp32"
+    return "bf16" if device.type == "cpu" and (_cpu_has("amx_tile") or _cpu_has("avx512_bf16")) else "fp32"
 
 
-def _has(feature: str) -> bool:
-    """Whether the CPU has a feature by torch's name for it."""
+def _cpu_has(feature: str) -> bool:
+    """Return whether the CPU has a feature, by torch's name of it."""
     return bool(torch.cpu.get_capabilities().get(feature))
 
 
@@ -306,4 +310,4 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, bool]] = {
     "bf16_grouped_fp32": (torch.bfloat16, True),
     "fp16": (torch.float16, False),
 }
-"""Each precision's autocast type (None: float32), and whether grouped convolutions that bf16 slows stay in float32."""
+"""Autocast type of each precision (None: float32), and whether grouped convolutions that are slow in bf16 stay in float32."""

@@ -1,7 +1,7 @@
-"""Where settings come from: layers of keys and values over a recipe, and kind errors for a miss.
+"""Load settings from a recipe and layers over it, and explain unknown keys and invalid values.
 
-Strongest first: KEY=VALUE arguments, environment, hyperparameters, recipe, default. Keys are
-case-insensitive, and sections join with a dot or with `__`. `values.py` reads the text.
+Precedence, highest first: KEY=VALUE arguments, environment, hyperparameters, recipe, default. Keys are
+case-insensitive; a dot or `__` separates section and key. `values.py` parses the text of values.
 """
 
 import json
@@ -22,22 +22,22 @@ from fivefold.recipes import read, system_of
 from fivefold.values import value_of, words
 
 ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "runs", "seed"}
-INDEX = "JOB_COMPLETION_INDEX"
+INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 ALIASES = {"config": "recipe"}
 SECRET = re.compile(r"sagemaker\.(stages(\.[^.]+)?|(stages\.[^.]+\.)?environment(\..*)?)")
-"""Keys with tables of variables, whose values nothing repeats."""
+"""Keys with environment variables; messages and logs never contain their values."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of settings: where it is, and its keys (in their normal form) with their values."""
+    """One source of settings: its name for messages, and its values by normal key."""
 
     source: str
     values: Mapping[str, Any]
 
 
 def arguments_layer(arguments: Sequence[str]) -> Layer:
-    """The layer of `KEY=VALUE` arguments, of a key given twice the last; anything else is an error."""
+    """Return the layer of `KEY=VALUE` arguments; the last value of a key counts. Raise a SettingsError for anything else."""
     values = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -48,7 +48,7 @@ def arguments_layer(arguments: Sequence[str]) -> Layer:
 
 
 def environment_layer(environ: Mapping[str, str]) -> Layer:
-    """FOLD, STAGE, RECIPE, RUN, RUNS, SEED and SECTION__KEY; an empty variable counts as one that is not set."""
+    """Return the layer of FOLD, STAGE, RECIPE, RUN, RUNS, SEED and SECTION__KEY; an empty variable counts as not set."""
     names: dict[str, str] = {}
     for name, value in environ.items():
         section, _, key = name.lower().partition("__")
@@ -57,20 +57,20 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
         other = names.setdefault(normal_key(name), name)
         if environ[other] != value:
             raise SettingsError(
-                f"{other}={_told(normal_key(name), environ[other])} and {name}={_told(normal_key(name), value)} in the "
+                f"{other}={_redact(normal_key(name), environ[other])} and {name}={_redact(normal_key(name), value)} in the "
                 "environment differ; set one of them"
             )
     return Layer("environment", {key: environ[name] for key, name in names.items()})
 
 
 def index_layer(environ: Mapping[str, str]) -> Layer:
-    """JOB_COMPLETION_INDEX of a Kubernetes Indexed Job, which stands in for FOLD where nothing else gives it."""
-    index = environ.get(INDEX)
-    return Layer(INDEX, {"fold": index} if index else {})
+    """Return the layer of JOB_COMPLETION_INDEX of a Kubernetes Indexed Job: the fold, if no other layer sets it."""
+    index = environ.get(INDEX_VARIABLE)
+    return Layer(INDEX_VARIABLE, {"fold": index} if index else {})
 
 
 def layers_of(arguments: Sequence[str], environ: Mapping[str, str]) -> list[Layer]:
-    """Where a process gets settings from, strongest first; the recipe and the defaults come after them."""
+    """Return the layers of this process, highest precedence first; the recipe and the defaults come after them."""
     return [
         arguments_layer(arguments),
         environment_layer(environ),
@@ -80,55 +80,55 @@ def layers_of(arguments: Sequence[str], environ: Mapping[str, str]) -> list[Laye
 
 
 def load(layers: Sequence[Layer]) -> Settings:
-    """The settings that `layers` (strongest first) and the recipe that they name give.
+    """Return the settings of `layers` (highest precedence first) over the recipe that they name.
 
-    Raises SettingsError for an unknown key (with the nearest known one), a wrong type or an
-    impossible value, naming the source.
+    Raise a SettingsError that names the source for an unknown key (with the nearest known one), a wrong type or an
+    invalid value.
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for layer in reversed(layers):
         for key, value in layer.values.items():
-            # A stronger value goes last, so that a table does not undo a key below it that is stronger still.
+            # Values of higher precedence go last, so that a table does not overwrite such a key inside it.
             values.pop(key, None)
-            values[key] = _value(key, value, layer.source)
+            values[key] = _convert(key, value, layer.source)
             sources[key] = layer.source
     _check_index(layers, values.get("fold"))
     tree = read_recipe(values["recipe"]) if values.get("recipe") else {}
     for key, value in values.items():
-        _put(tree, key, value)
+        _set_key(tree, key, value)
     if not tree.get("system"):
         tree["system"] = system_of(tree.get("recipe") or "default")
-    return _validated(tree, sources)
+    return _validate(tree, sources)
 
 
 def normal_key(name: str) -> str:
-    """`TRAIN__EPOCHS`, `--train.epochs` or `Train.epochs` as `train.epochs`; hyphens become underscores, `config` `recipe`."""
+    """Return `train.epochs` for `TRAIN__EPOCHS`, `--train.epochs` or `Train.epochs`; `-` becomes `_`, `config` `recipe`."""
     key = name.strip().lower().lstrip("-").replace("-", "_").replace("__", ".")
     return ALIASES.get(key, key)
 
 
 def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
-    """The keys of `layer` that a stage with these `sections` does not read."""
+    """Return the keys of `layer` that a stage with these `sections` does not read."""
     read = ("recipe", "run", "runs", "stage", "reuse", *sections)
     return [key for key in layer.values if not is_of(key, read)]
 
 
 def is_of(key: str, sections: Sequence[str]) -> bool:
-    """Whether a key is of these sections, of which one may be a single key: `data.store_size`."""
+    """Return whether `key` is in `sections`, an item of which can be a single key such as `data.store_size`."""
     return key in sections or key.split(".")[0] in sections
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The tree of a shipped recipe, or of a file at a path, with its variants: `name:a,b`; see `recipes.read`."""
+    """Return the tree of a shipped recipe or a recipe file, with its variants: `name:a,b`; see `recipes.read`."""
     tree: dict[str, Any] = {}
     for where, tree in read(name):
-        _validated(tree, {}, where)
+        _validate(tree, {}, where)
     return tree
 
 
 def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """`{"train.epochs": 3, …}` of all settings."""
+    """Return all settings as a flat dict: `{"train.epochs": 3, …}`."""
     flat: dict[str, Any] = {}
     for name, value in settings:
         if isinstance(value, BaseModel):
@@ -139,9 +139,9 @@ def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 
 def key_settings(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
-    """The settings of `sections` that can change a result, flat: what a stage's key is made of.
+    """Return the settings of `sections` that can change a result, flat. A stage's key is a digest of them.
 
-    Of `[predict]` only what was given counts: where it says nothing, each model predicts as its own recipe says.
+    Of `[predict]` only keys that were set count: for the others, each model uses the values of its own recipe.
     """
     fields = type(settings.predict).model_fields.keys()
     left_out = EXECUTION_KEYS | {f"predict.{name}" for name in fields - settings.predict.model_fields_set}
@@ -149,7 +149,7 @@ def key_settings(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
 
 
 def describe(sections: Sequence[str]) -> str:
-    """Every key of `sections` with type, default and meaning, a line each, for `--help`."""
+    """Return the `--help` text: one line per key of `sections`, with type, description and default."""
     lines = [
         f"  {key:24} {words(field.annotation):26} {field.description} (default: {json.dumps(field.default, ensure_ascii=False)})"
         for key, field in FIELDS.items()
@@ -184,25 +184,25 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _value(key: str, given: Any, source: str) -> Any:
-    """`given` as the value that `key` wants; a SettingsError for a key that there is not, or another type."""
+def _convert(key: str, value: Any, source: str) -> Any:
+    """Convert `value` to the type of `key`. Raise a SettingsError for an unknown key or a wrong type."""
     parent, _, option = key.partition(".options.")
     kind = Any if option and f"{parent}.options" in KINDS else KINDS.get(key)
     if kind is None:
-        raise SettingsError(f"unknown key {key!r} in {source}{_nearest(key)}; --help lists the keys")
+        raise SettingsError(f"unknown key {key!r} in {source}{_hint(key)}; --help lists the keys")
     try:
-        return value_of(kind, given)
+        return value_of(kind, value)
     except ValueError as error:
-        raise SettingsError(f"{key}={_told(key, given, repr)} ({source}): {error}") from None
+        raise SettingsError(f"{key}={_redact(key, value, repr)} ({source}): {error}") from None
 
 
-def _told(key: str, value: Any, spelled: Callable[[Any], str] = str) -> str:
-    """The value of a setting in an error; `***` where it may be secret."""
-    return "***" if SECRET.fullmatch(key) else spelled(value)
+def _redact(key: str, value: Any, to_text: Callable[[Any], str] = str) -> str:
+    """Return the text of a setting's value for a message, or `***` if the value may be secret."""
+    return "***" if SECRET.fullmatch(key) else to_text(value)
 
 
-def _nearest(key: str) -> str:
-    """What to write instead of `key`: a key of that name in a section, or one that is spelled alike."""
+def _hint(key: str) -> str:
+    """Return a hint for an unknown `key`: the same name in a section, or the key with the nearest spelling."""
     if key in SECTIONS:
         return f"; it is a section: write {key}.NAME=VALUE or {key}__NAME=VALUE"
     same = [known for known in KINDS if known.endswith(f".{key}") and known.count(".") == 1]
@@ -210,55 +210,55 @@ def _nearest(key: str) -> str:
 
 
 def _check_index(layers: Sequence[Layer], fold: int | None) -> None:
-    index = next((layer.values["fold"] for layer in layers if layer.source == INDEX and layer.values), None)
+    index = next((layer.values["fold"] for layer in layers if layer.source == INDEX_VARIABLE and layer.values), None)
     if index is not None and fold != value_of(int, index):
-        raise SettingsError(f"FOLD={fold} and {INDEX}={index} differ; set only one of them")
+        raise SettingsError(f"FOLD={fold} and {INDEX_VARIABLE}={index} differ; set only one of them")
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        # A copy, since the table may belong to a layer that is used again.
-        below = tree.get(section)
-        tree[section] = dict(below) if isinstance(below, dict) else {}
+        # Copy the table: it may belong to a layer that is used again.
+        table = tree.get(section)
+        tree[section] = dict(table) if isinstance(table, dict) else {}
         tree = tree[section]
     tree[last] = value
 
 
-def _validated(tree: Mapping[str, Any], sources: Mapping[str, str], where: str = "") -> Settings:
+def _validate(tree: Mapping[str, Any], sources: Mapping[str, str], where: str = "") -> Settings:
     try:
         settings = Settings.model_validate(tree)
         settings.student()
         return settings
     except ValidationError as error:
-        # The student's sections are models of their own: their keys stand below [distill].
+        # The student's sections are validated as separate models; their keys are in [distill].
         prefix = "" if error.title == "Settings" else f"distill.{error.title.lower()}."
-        problems = {_problem(problem, prefix, sources): None for problem in error.errors()}
+        problems = {_describe_error(problem, prefix, sources): None for problem in error.errors()}
         raise SettingsError(where + "; ".join(problems)) from None
 
 
-def _problem(problem: Mapping[str, Any], prefix: str, sources: Mapping[str, str]) -> str:
-    """One complaint of pydantic's in plain words: `train.epochs=0 (argument): at least 1 is needed`."""
+def _describe_error(problem: Mapping[str, Any], prefix: str, sources: Mapping[str, str]) -> str:
+    """Return a pydantic error in plain words: `train.epochs=0 (argument): at least 1 is needed`."""
     parts = [*prefix.split(".")[:-1], *problem["loc"]]
     path = ".".join(str(part) for part in parts)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_nearest(path)}"
+        return f"unknown key {path!r}{_hint(path)}"
     key = next((".".join(map(str, parts[:n])) for n in (3, 2, 1) if ".".join(map(str, parts[:n])) in KINDS), "")
     if problem["type"] == "value_error":
         return f"{path}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-    given = problem["input"]
+    value = problem["input"]
     source = f" ({sources[key]})" if key in sources else ""
-    return f"{key or path}={_told(key or path, given, repr)}{source}: {_needed(problem, key)}"
+    return f"{key or path}={_redact(key or path, value, repr)}{source}: {_requirement(problem, key)}"
 
 
-def _needed(problem: Mapping[str, Any], key: str) -> str:
-    bound = PLAIN.get(problem["type"])
+def _requirement(problem: Mapping[str, Any], key: str) -> str:
+    bound = BOUND_MESSAGES.get(problem["type"])
     if bound is not None:
         return bound.format(**problem.get("ctx", {}))
     return f"{words(KINDS[key]) if key else 'a table of keys'} is needed"
 
 
-PLAIN = {
+BOUND_MESSAGES = {
     "greater_than_equal": "at least {ge:.10g} is needed",
     "greater_than": "more than {gt:.10g} is needed",
     "less_than_equal": "at most {le:.10g} is needed",
@@ -267,12 +267,12 @@ PLAIN = {
     "finite_number": "a finite number is needed",
 }
 FIELDS: dict[str, FieldInfo] = {}
-"""`{"train.epochs": …}`: every key, in the order of the schema."""
+"""The field of every key (`train.epochs`), in the order of the schema."""
 for _name, _field in Settings.model_fields.items():
     _fields = type(_field.default).model_fields if _name in SECTIONS else {}
     FIELDS |= {f"{_name}.{key}": field for key, field in _fields.items()} or {_name: _field}
 KINDS = {key: field.annotation for key, field in FIELDS.items()}
-"""The type of every key, also of the student's and of those that a stage has otherwise."""
+"""The type of every key, including the student's overrides and the overrides per stage."""
 KINDS |= {f"distill.{key}": kind for key, kind in KINDS.items() if key.startswith(("model.", "train."))}
 KINDS |= {
     f"sagemaker.stages.{stage}.{key}": KINDS[f"sagemaker.{key}"] for stage in STAGES_OF_A_RUN for key in OF_A_STAGE

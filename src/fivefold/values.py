@@ -1,7 +1,7 @@
-"""Text as the value that a key wants: `3` as a number, `no` as false, `plain,flip` as a list.
+"""Parse text as the type of a setting: `3` as a number, `no` as false, `plain,flip` as a list.
 
-Arguments, environment variables and hyperparameters are text, or JSON that a platform made of
-text; recipes are typed already. What a user can only mean one way is accepted, the rest refused.
+Arguments, environment variables and hyperparameters are text, or JSON that a platform made of text; recipes are
+typed already. Unambiguous text is accepted; anything else is an error.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-NOTHINGS = ("", "none", "null")
-PYTHON = {"True": True, "False": False, "None": None}
-WORDS: dict[Any, tuple[str, str]] = {
+NONE_TEXTS = ("", "none", "null")
+PYTHON_CONSTANTS = {"True": True, "False": False, "None": None}
+TYPE_NAMES: dict[Any, tuple[str, str]] = {
     str: ("text", "texts"),
     bool: ("true or false", "truths"),
     int: ("a whole number", "whole numbers"),
@@ -27,9 +27,9 @@ WORDS: dict[Any, tuple[str, str]] = {
 
 
 def value_of(kind: Any, given: Any) -> Any:
-    """`given` as a value of the type `kind`; a ValueError says in plain words what is needed."""
+    """Return `given` as a value of the type `kind`. Raise a ValueError that names the needed type."""
     if kind is Any:  # a parameter of a backbone
-        return _parse(given, otherwise=given) if isinstance(given, str) else given
+        return _parse(given, default=given) if isinstance(given, str) else given
     for reading in _readings(given):
         with suppress(ValidationError):
             return _adapter(kind).validate_python(reading)
@@ -37,26 +37,26 @@ def value_of(kind: Any, given: Any) -> Any:
 
 
 def words(kind: Any, many: bool = False) -> str:
-    """The type `kind` in plain words: `a whole number`, `a list of numbers`."""
+    """Return a description of the type `kind`: `a whole number`, `a list of numbers`."""
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    named = [_words(member, many) for member in sorted(members, key=lambda member: member is str)]
+    named = [_describe_member(member, many) for member in sorted(members, key=lambda member: member is str)]
     return " or ".join(name for name in named if name)
 
 
-def _readings(given: Any) -> Iterator[Any]:
-    """What `given` may mean, the likeliest first: a list or a table, nothing, text, a number, values between commas."""
-    text = json.dumps(given) if isinstance(given, bool | int | float) else given
+def _readings(value: Any) -> Iterator[Any]:
+    """Yield the possible readings of `value`, likeliest first: list or table, None, text, number, values between commas."""
+    text = json.dumps(value) if isinstance(value, bool | int | float) else value
     if not isinstance(text, str):
-        yield given
+        yield value
         return
     parsed = _parse(text)
     if isinstance(parsed, str) and text.startswith('"'):
-        # Some launchers encode every hyperparameter as JSON, texts too.
+        # Some launchers encode every hyperparameter as JSON, including text.
         text = parsed
     if isinstance(parsed, list | dict):
         yield parsed
         yield [parsed]
-    if text.strip().lower() in NOTHINGS:
+    if text.strip().lower() in NONE_TEXTS:
         yield None
     yield text
     yield text.strip()
@@ -68,13 +68,13 @@ def _readings(given: Any) -> Iterator[Any]:
         yield [_parse(piece, piece) if piece.startswith('"') else piece for piece in pieces]
 
 
-def _parse(text: str, otherwise: Any = None) -> Any:
-    """`text` as JSON, as the right-hand side of a TOML line, or as a constant of Python's."""
+def _parse(text: str, default: Any = None) -> Any:
+    """Parse `text` as JSON, as the right-hand side of a TOML line, or as a Python constant; else return `default`."""
     with suppress(ValueError, RecursionError):
         return json.loads(text)
     with suppress(ValueError, RecursionError):
         return tomllib.loads(f"value = {text}")["value"]
-    return PYTHON.get(text.strip(), otherwise)
+    return PYTHON_CONSTANTS.get(text.strip(), default)
 
 
 @lru_cache(maxsize=256)
@@ -82,7 +82,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True))
 
 
-def _words(kind: Any, many: bool) -> str:
+def _describe_member(kind: Any, many: bool) -> str:
     if kind is NoneType:
         return ""
     origin = get_origin(kind) or kind
@@ -90,4 +90,4 @@ def _words(kind: Any, many: bool) -> str:
         return "one of " + ", ".join(get_args(kind))
     if origin is list:
         return ("lists" if many else "a list") + f" of {words(get_args(kind)[0], many=True)}"
-    return WORDS[origin][many]
+    return TYPE_NAMES[origin][many]

@@ -115,7 +115,7 @@ def test_a_changed_file_is_another_key(world, caplog):
     [
         (["ensemble.submissions=absent.csv"], 66, "no file absent.csv"),
         (["ensemble.blend=geometric", "ensemble.submissions=labels.csv"], 64, "labels holds predicted classes alone"),
-        (["ensemble.blend=weighted"], 64, "blend weighted has weights"),
+        (["ensemble.blend=weighted"], 64, "weights={}"),
         (["ensemble.submissions=other/output_eva.csv"], 65, "are both called 'eva'"),
         (["ensemble.submissions=gt.csv", PAIR, "data.same_class=sum", "ensemble.blend=rank"], 64, "gt holds predicted"),
         (['data.same_classes=[["K5", "K6"]]', "data.same_class=sum"], 65, "'K6', which "),

@@ -10,7 +10,7 @@ from torch import nn
 
 from fivefold.models.backbones import build_backbone
 from fivefold.models.cpu_convs import (
-    IMAGES_AT_ONCE,
+    CHUNK_IMAGES,
     DepthwiseConv2d,
     InFloat32,
     MatmulGradConv2d,
@@ -84,10 +84,7 @@ def convolution_of(
     [
         *((each, 128, 1, 3) for each in WIDE),
         *((each, 16, 16, 3) for each in DEPTHWISE),
-        *(
-            (DEPTHWISE[2], *numbers)
-            for numbers in ((2, 2, 1), (17, 17, IMAGES_AT_ONCE), (32, 32, 2 * IMAGES_AT_ONCE + 3))
-        ),
+        *((DEPTHWISE[2], *numbers) for numbers in ((2, 2, 1), (17, 17, CHUNK_IMAGES), (32, 32, 2 * CHUNK_IMAGES + 3))),
     ],
     ids=str,
 )

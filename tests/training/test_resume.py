@@ -15,7 +15,7 @@ from fivefold.data.dataset import ImageSet
 from fivefold.errors import DataError, RetryableError, StoppedError
 from fivefold.runtimes import RUNTIME, Manner
 from fivefold.stopping import noted
-from fivefold.training.loop import Loop, _begun, fit
+from fivefold.training.loop import Loop, _start_or_resume, fit
 from fivefold.training.resume import Checkpoints
 from training_runs import CPU, SMALL, images_in, run_of
 
@@ -121,7 +121,7 @@ def test_defect_product_a_checkpoint_follows_every_epoch_and_a_run_that_is_over_
     assert Checkpoints(tmp_path / "kept").load()[RUNTIME] == {"precision": "fp32", "channels_last": True}
     other = Manner(replace(CPU, dtype=torch.bfloat16, grouped_fp32=True))
     again, _ = made("patience", images, Checkpoints(tmp_path / "kept"))
-    with pytest.raises(DataError, match=r"trained with .*fp32.* and this is .*bf16_grouped_fp32"):
+    with pytest.raises(DataError, match=r"trained with .*fp32.*bf16_grouped_fp32"):
         fit(replace(again, parts={**again.parts, RUNTIME: other}))
 
 
@@ -131,7 +131,7 @@ def test_what_it_has_summed_up_lies_on_the_device_again(images, tmp_path):
         fit(stopped_after(loop, 2))
     again, _ = made("cooling", images, Checkpoints(tmp_path / "kept"))
     elsewhere = replace(again, runtime=replace(CPU, device=torch.device("meta")))
-    assert [each.device.type for each in _begun(elsewhere).totals] == ["meta"] * 2
+    assert [each.device.type for each in _start_or_resume(elsewhere).totals] == ["meta"] * 2
 
 
 def test_one_that_cannot_be_read_gives_way_to_the_one_before(images, tmp_path, caplog):

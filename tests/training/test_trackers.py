@@ -108,8 +108,7 @@ def test_mlflow_keeps_runs_in_a_local_store_and_a_training_goes_on_without_it(tm
     client.delete_run(tracker.tracker.id)  # MLflow takes no figures of a deleted run
     tracker(ROWS[1])
     tracker.close(SCORES)
-    assert [text for text in caplog.messages if text.startswith("Mlflow fails") and "goes on without it" in text]
-    assert len([text for text in caplog.messages if "goes on without it" in text]) == 1
+    assert len([text for text in caplog.messages if text.startswith("Mlflow fails")]) == 1
 
 
 @pytest.mark.parametrize("name", TRACKERS)

@@ -1,7 +1,7 @@
 """Backbones by `family/name`: images [B, 3, H, W] to pooled features [B, num_features].
 
-Families: `timm/…` and `torchvision/…` (their classifiers), `efficientnet_pytorch/…`,
-`fivefold/…` (small networks of our own). `pretrained` asks the family's own hub for weights.
+Families: `timm/…` and `torchvision/…` (their classifiers), `efficientnet_pytorch/…`, `fivefold/…` (our own small
+networks). `pretrained` downloads weights from the family's hub.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +19,15 @@ from fivefold.errors import RetryableError, SettingsError
 def build_backbone(
     name: str, pretrained: bool, options: Mapping[str, Any], drop_path: float | None = None
 ) -> nn.Module:
-    """The backbone `family/name` without its classifier; random weights come from torch's global generator.
+    """Return the backbone `family/name` without its classifier; random weights come from torch's global generator.
 
-    `drop_path`: the share of stochastic depth (Huang et al. 2016, arXiv 1603.09382), under
-    whatever name the family has for it; None leaves it at the network's own. Raises SettingsError
-    for an unknown family, name or option, RetryableError when the hub cannot be reached.
+    `drop_path`: stochastic depth rate (Huang et al. 2016, arXiv 1603.09382), passed by the family's name for it; None
+    keeps the network's default. Raise a SettingsError for an unknown family, name or option, and a RetryableError if the
+    hub cannot be reached.
     """
     family, _, rest = name.partition("/")
     if not rest:
-        raise SettingsError(
-            f"backbone {name!r} names no family; write one of {', '.join(f'{f}/NAME' for f in FAMILIES)}"
-        )
+        raise SettingsError(f"backbone {name!r} names no family; use one of {', '.join(f'{f}/NAME' for f in FAMILIES)}")
     build = choose(FAMILIES, "family of backbones", family)
     options = dict(options)
     if drop_path is not None:
@@ -42,7 +40,7 @@ def build_backbone(
 
 @torch.no_grad()
 def count_features(backbone: nn.Module, size: tuple[int, ...]) -> int:
-    """The number of features of an image of `size`, by running one; it also proves that the size works."""
+    """Run the backbone on one image of `size` and return its number of features; this also checks the size."""
     was_training = backbone.training
     try:
         features = backbone.eval()(torch.zeros(1, 3, *size))
@@ -51,7 +49,7 @@ def count_features(backbone: nn.Module, size: tuple[int, ...]) -> int:
     finally:
         backbone.train(was_training)
     if features.ndim != 2:
-        raise SettingsError(f"the backbone gives features of shape {tuple(features.shape)}, not [B, F]")
+        raise SettingsError(f"the backbone returns features of shape {tuple(features.shape)}, not [B, F]")
     return int(features.shape[1])
 
 
@@ -63,11 +61,13 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except (OSError, RuntimeError) as error:
-        raise _no_weights(f"timm/{name}", error) if pretrained else SettingsError(f"timm/{name}: {error}") from error
+        raise (
+            _download_error(f"timm/{name}", error) if pretrained else SettingsError(f"timm/{name}: {error}")
+        ) from error
 
 
 def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """Without the last linear layer; with the option `bare` without all that stands between pooling and it."""
+    """Return the network without its last linear layer; with the option `bare`, without anything after the pooling."""
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -77,18 +77,18 @@ def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mod
     try:
         model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
     except OSError as error:
-        raise _no_weights(f"torchvision/{name}", error) from error
+        raise _download_error(f"torchvision/{name}", error) from error
     known = {*signature(type(model)).parameters, *signature(models.get_model_builder(name)).parameters}
     unknown = sorted(options.keys() - known)
     if unknown:
-        raise TypeError(f"it takes no option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+        raise TypeError(f"unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear or getattr(model, "aux_logits", False):
         raise SettingsError(
-            f"torchvision/{name} has {'a second head' if linear else 'no linear layer'} to take off; use timm/{name}"
+            f"torchvision/{name} has {'a second head' if linear else 'no linear layer'} to remove; use timm/{name}"
         )
     if bare and not isinstance(getattr(model, "classifier", None), nn.Sequential):
-        raise SettingsError(f"torchvision/{name} has nothing before its last layer that bare=true could leave out")
+        raise SettingsError(f"torchvision/{name} has nothing before its last layer that bare=true could remove")
     if bare:
         model.classifier = nn.Flatten()
     else:
@@ -105,15 +105,15 @@ def _efficientnet_pytorch(name: str, pretrained: bool, options: dict[str, Any]) 
     try:
         model = make(name, **options)
     except OSError as error:
-        raise _no_weights(f"efficientnet_pytorch/{name}", error) from error
+        raise _download_error(f"efficientnet_pytorch/{name}", error) from error
     model._fc = nn.Identity()
-    return _padding_inside(model)
+    return _use_builtin_padding(model)
 
 
-def _padding_inside(model: nn.Module) -> nn.Module:
-    """The network with each convolution that writes a padded copy of its images, alike on both sides, made one that pads itself.
+def _use_builtin_padding(model: nn.Module) -> nn.Module:
+    """Replace convolutions that copy their images to pad them equally on both sides by nn.Conv2d, which pads by itself.
 
-    Nearly all are of stride 1. They become torch's own class, with the same output and names.
+    Nearly all of them have stride 1. Outputs and parameter names stay the same.
     """
     from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 
@@ -122,21 +122,21 @@ def _padding_inside(model: nn.Module) -> nn.Module:
             left, right, top, bottom = getattr(module.static_padding, "padding", (0, 0, 0, 0))
             if left == right and top == bottom:
                 del module.static_padding
-                module.padding, module.stride = (top, left), tuple(module.stride)  # its class makes lists of some
+                module.padding, module.stride = (top, left), tuple(module.stride)  # some strides are lists
                 module.__class__ = nn.Conv2d
     return model
 
 
 def _fivefold(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     if pretrained:
-        raise SettingsError(f"fivefold/{name} has no hub weights; set model.pretrained=false or give model.weights")
+        raise SettingsError(f"fivefold/{name} has no hub weights; set model.pretrained=false, or set model.weights")
     return choose(SMALL, "fivefold backbone", name)(**options)
 
 
-def _no_weights(name: str, error: Exception) -> RetryableError:
+def _download_error(name: str, error: Exception) -> RetryableError:
     return RetryableError(
-        f"the pretrained weights of {name} cannot be downloaded ({type(error).__name__}); without internet "
-        "give a file: model.pretrained=false model.weights=PATH, or its name in SM_CHANNEL_WEIGHTS"
+        f"the pretrained weights of {name} cannot be downloaded ({type(error).__name__}); without internet access "
+        "set a file: model.pretrained=false model.weights=PATH, or its name in SM_CHANNEL_WEIGHTS"
     )
 
 
@@ -147,41 +147,40 @@ class SmallNet(nn.Module):
     """Images [B, 3, H, W] to features [B, num_features]: a 2x2 stem, then blocks that halve the image.
 
     Each block is a 3x3 convolution, a 2x2 max-pool, BatchNorm and an activation, then a second 3x3
-    convolution, BatchNorm and activation (`gelu`, or `relu`, which is faster). `widths` gives a block each,
-    so an image of 2^n pixels takes at most n - 1 of them. Dense convolutions alone, since grouped ones are slow in
-    bf16 on CPUs. After the design of Jordan 2024, "94% on CIFAR-10 in 3.29 seconds" (arXiv
-    2404.00498), whose Dirac initialisation (section 3.3) it shares: a convolution starts by
-    passing its input on.
+    convolution, BatchNorm and activation (`gelu`, or `relu`, which is faster). Each item of `widths` is a block,
+    so an image of 2^n pixels allows at most n - 1 blocks. All convolutions are dense, because grouped ones are slow in
+    bf16 on CPUs. The design follows Jordan 2024, "94% on CIFAR-10 in 3.29 seconds" (arXiv 2404.00498), including the
+    Dirac initialisation (section 3.3): a convolution initially passes its input through.
     """
 
     def __init__(self, widths: Sequence[int] = (64, 256, 256), stem: int = 32, activation: str = "gelu") -> None:
         super().__init__()
-        bend = choose(ACTIVATIONS, "activation", activation)
-        self.stem = nn.Sequential(nn.Conv2d(3, stem, 2, bias=False), nn.BatchNorm2d(stem), bend())
+        activation_class = choose(ACTIVATIONS, "activation", activation)
+        self.stem = nn.Sequential(nn.Conv2d(3, stem, 2, bias=False), nn.BatchNorm2d(stem), activation_class())
         channels = [stem, *widths]
-        self.blocks = nn.Sequential(*(_block(a, b, bend) for a, b in pairwise(channels)))
+        self.blocks = nn.Sequential(*(_block(a, b, activation_class) for a, b in pairwise(channels)))
         self.num_features = channels[-1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features [B, num_features]: the largest value of each channel over the image."""
+        """Return features [B, num_features]: the maximum of each channel over the image."""
         return self.blocks(self.stem(images)).amax(dim=(2, 3))
 
 
 def _block(inputs: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
     return nn.Sequential(
-        _passing_on(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)),
+        _init_identity(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)),
         nn.MaxPool2d(2),
         nn.BatchNorm2d(outputs),
         activation(),
-        _passing_on(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)),
+        _init_identity(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)),
         nn.BatchNorm2d(outputs),
         activation(),
     )
 
 
 @torch.no_grad()
-def _passing_on(convolution: nn.Conv2d) -> nn.Conv2d:
-    """Starts the first `in_channels` filters as the identity; the others keep their random start."""
+def _init_identity(convolution: nn.Conv2d) -> nn.Conv2d:
+    """Initialise the first `in_channels` filters as the identity; the others keep their random initialisation."""
     nn.init.dirac_(convolution.weight[: convolution.in_channels])
     return convolution
 
@@ -189,8 +188,8 @@ def _passing_on(convolution: nn.Conv2d) -> nn.Conv2d:
 def base_model(dropout: float = 0.25) -> nn.Module:
     """Images [B, 3, H, W] to features [B, 128]: a 7x7 and two 3x3 convolutions, then the mean over the image.
 
-    The second and third are followed by a 2x2 max-pool and dropout. It is the smallest network of
-    the mask system, against which its others are measured.
+    A 2x2 max-pool and dropout follow the second and the third. It is the smallest network and the baseline of the recipe
+    `mask_profile`.
     """
     return nn.Sequential(
         *(nn.Conv2d(3, 32, 7), nn.ReLU()),
@@ -204,7 +203,7 @@ SMALL: dict[str, Callable[..., nn.Module]] = {
     "small_net": SmallNet,
     "base_model": base_model,
 }
-"""Small networks of our own, such as for images of 8 to 96 pixels, which ImageNet's networks shrink away."""
+"""Our own small networks, for example for images of 8 to 96 pixels, which ImageNet networks downsample too much."""
 
 FAMILIES: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
     "timm": _timm,
@@ -218,4 +217,4 @@ DROP_PATHS = {
     "torchvision": "stochastic_depth_prob",
     "efficientnet_pytorch": "drop_connect_rate",
 }
-"""What each family calls the share of stochastic depth."""
+"""The option of each family for the stochastic depth rate."""

@@ -1,6 +1,6 @@
-"""A classifier: a backbone, and a head on its features, which meta features may join.
+"""A classifier: a backbone and a head on its features, optionally with meta features.
 
-Heads by name: features [B, F] to logits [B, C]. All take `dropout`, before their last layer.
+Heads by name map features [B, F] to logits [B, C]. Every head has `dropout` before its last layer.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from fivefold.choose import choose
 from fivefold.errors import SettingsError
 
-CONSTANT = 1e-6
-"""A standard deviation below this is rounding."""
+MIN_STD = 1e-6
+"""A standard deviation below this is a rounding error."""
 
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {"softmax": lambda logits: logits, "sigmoid": F.logsigmoid}
-"""What softmax makes probabilities of, from logits [B, C], by the link of the loss that trained them.
+"""Functions from logits [B, C] to values whose softmax gives the probabilities, by the link of the training loss.
 
-A loss of each class against the rest trains sigmoids: they are brought to sum 1.
+A loss of each class against the rest trains sigmoids, which this normalises to sum 1.
 """
 
 
 class Classifier(nn.Module):
     """Images float [B, 3, H, W], normalised, to logits [B, C].
 
-    With `meta` it takes meta features [B, M] too: standardised, they stand behind the backbone's.
-    Both halves may be called by themselves: `head(features(…))` is the whole.
+    With `meta` it also takes meta features [B, M], which are standardised and appended to the backbone's features.
+    `head(features(…))` equals the whole forward pass.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, meta: "Standardised | None" = None) -> None:
@@ -41,13 +41,13 @@ class Classifier(nn.Module):
         return self.head(self.features(images, meta))
 
     def features(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
-        """All that the head sees [B, F]."""
+        """Return the inputs of the head [B, F]."""
         features = self.backbone(images)
         return features if self.meta is None else torch.cat([features, self.meta(meta)], dim=1)
 
 
 class Standardised(nn.Module):
-    """(x - mean) / std of each of M numbers; mean and std are saved with the weights, and no gradient moves them."""
+    """(x - mean) / std of each of M features; mean and std are buffers, saved with the weights and not trained."""
 
     mean: Tensor
     std: Tensor
@@ -62,23 +62,23 @@ class Standardised(nn.Module):
 
     @torch.no_grad()
     def fit(self, rows: Tensor) -> None:
-        """Takes mean and std of the training rows [N, M]; a number that is the same in all of them is only centred."""
+        """Set mean and std from the training rows [N, M]; a constant feature is centred and not scaled."""
         rows = rows.double().cpu()
         std = rows.std(dim=0, correction=0)
         self.mean.copy_(rows.mean(dim=0))
-        self.std.copy_(std.where(std > CONSTANT, torch.ones_like(std)))
+        self.std.copy_(std.where(std > MIN_STD, torch.ones_like(std)))
 
 
 def build_head(spec: str | dict[str, Any], features: int, classes: int, dropout: float) -> nn.Module:
-    """The head `spec` for `features` inputs and `classes` outputs.
+    """Return the head `spec` for `features` inputs and `classes` outputs.
 
-    A spec is a name, or a table with `name` and that head's parameters; `dropout` is for a spec
-    that gives none. Raises SettingsError for an unknown name or parameter, or an impossible value.
+    A spec is a name, or a table with `name` and the head's parameters; `dropout` is the default for a spec without it.
+    Raise a SettingsError for an unknown name or parameter, or an invalid value.
     """
     parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(parameters.pop("name", ""))
     make = choose(HEADS, "head", name)
-    known = {each.name: each for each in signature(make).parameters.values() if each.kind is each.KEYWORD_ONLY}
+    known = {item.name: item for item in signature(make).parameters.values() if item.kind is item.KEYWORD_ONLY}
     for parameter in parameters:
         choose(known, f"parameter of the head {name!r}", parameter)
     try:
@@ -89,7 +89,7 @@ def build_head(spec: str | dict[str, Any], features: int, classes: int, dropout:
 
 def linear(features: int, classes: int, *, dropout: float) -> nn.Module:
     """Dropout, then one linear layer."""
-    return nn.Sequential(nn.Dropout(_share("dropout", dropout)), nn.Linear(features, classes))
+    return nn.Sequential(nn.Dropout(_check_rate("dropout", dropout)), nn.Linear(features, classes))
 
 
 def mlp(
@@ -103,11 +103,11 @@ def mlp(
 ) -> nn.Module:
     """Dropout `before`, then linear to `hidden`, `norm` (batch, layer or none), ReLU, dropout and linear."""
     return nn.Sequential(
-        nn.Dropout(_share("before", before)),
-        nn.Linear(features, _positive("hidden", hidden)),
+        nn.Dropout(_check_rate("before", before)),
+        nn.Linear(features, _check_positive("hidden", hidden)),
         choose(NORMS, "norm", str(norm))(hidden),
         nn.ReLU(),
-        nn.Dropout(_share("dropout", dropout)),
+        nn.Dropout(_check_rate("dropout", dropout)),
         nn.Linear(hidden, classes),
     )
 
@@ -117,13 +117,13 @@ def convnext(features: int, classes: int, *, dropout: float) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(features, eps=1e-6), *linear(features, classes, dropout=dropout))
 
 
-def _share(name: str, value: float) -> float:
+def _check_rate(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"{name}={value!r} is not a number from 0 to below 1")
     return float(value)
 
 
-def _positive(name: str, value: int) -> int:
+def _check_positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r} is not a whole number from 1")
     return value

@@ -1,7 +1,8 @@
-"""Tensors of a file that `torch.save` wrote, read without running anything that it names.
+"""Read the tensors of a `torch.save` file without running any code that it names.
 
-A pickle names classes and functions, and calls them. Here each name stands for a class of ours that does nothing, so that a
-checkpoint's settings, of whatever class, are passed over. Tensors are first records of where their numbers lie.
+Unpickling normally calls the classes and functions that a pickle names. Here every name maps to a class of ours that does
+nothing, so objects of any class, such as a checkpoint's settings, are ignored. Tensors are first read as descriptions of
+where their data are in the file.
 """
 
 import pickle
@@ -18,19 +19,19 @@ from torch import Tensor
 from fivefold.errors import DataError
 
 MAGIC = 0x1950A86A20F9469CFC6C
-"""What files of torch before 1.6 start with, as a pickled number."""
+"""The pickled number at the start of files of torch before 1.6."""
 DTYPES = {
     **{"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16},
     **{"BFloat16Storage": torch.bfloat16, "BoolStorage": torch.bool, "UntypedStorage": torch.uint8},
     **{"ByteStorage": torch.uint8, "CharStorage": torch.int8, "ShortStorage": torch.int16},
     **{"IntStorage": torch.int32, "LongStorage": torch.int64},
 }
-DEPTH = 10
-"""Maps inside maps are followed so far."""
+MAX_DEPTH = 10
+"""Maximum depth of nested dicts and lists that are searched for tensors."""
 
 
 class Storage(NamedTuple):
-    """Numbers of one kind in the file: `numel` of them under `key`."""
+    """A storage of the file: `numel` numbers of type `dtype` under `key`."""
 
     dtype: torch.dtype
     key: str
@@ -38,7 +39,7 @@ class Storage(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor as the file describes it, its numbers not yet read."""
+    """A tensor as the file describes it, before its numbers are read."""
 
     storage: Storage
     offset: int
@@ -49,11 +50,11 @@ class Stored(NamedTuple):
         if not self.storage.numel:
             return torch.empty(self.size, dtype=self.storage.dtype)
         flat = torch.frombuffer(numbers(self.storage), dtype=self.storage.dtype)
-        return flat.as_strided(self.size, self.stride, self.offset)  # refuses what lies outside
+        return flat.as_strided(self.size, self.stride, self.offset)  # raises if outside of the storage
 
 
 class Inert(dict[Any, Any]):
-    """Stands for an object of any class: it keeps the items of a map and passes over all else that its pickle gives it."""
+    """Placeholder for an object of any class: it keeps dict items and ignores everything else in its pickle."""
 
     kind: ClassVar[str] = ""
 
@@ -64,10 +65,10 @@ class Inert(dict[Any, Any]):
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
-        """Sets nothing."""
+        """Ignore the state."""
 
     def append(self, item: Any) -> None:
-        """Keeps nothing."""
+        """Ignore the item."""
 
     extend = append
     __hash__ = object.__hash__  # type: ignore[assignment]
@@ -75,14 +76,14 @@ class Inert(dict[Any, Any]):
 
 
 class Ordered(Inert):
-    """Stands for an OrderedDict, which old pickles make of pairs."""
+    """Placeholder for OrderedDict, which old pickles build from pairs."""
 
     def __init__(self, pairs: Any = ()) -> None:
         dict.__init__(self, pairs)
 
 
 class OfStorage(Inert):
-    """Stands for the function that makes a tensor of a storage."""
+    """Placeholder for the function that builds a tensor from a storage."""
 
     def __new__(cls, storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Any:
         if len(more) > 2 and isinstance(more[2], torch.dtype) and isinstance(storage, Storage):
@@ -96,14 +97,14 @@ class OfStorage(Inert):
 
 
 class OfTensor(Inert):
-    """Stands for the functions that make a parameter of a tensor, or bring one to its device."""
+    """Placeholder for the functions that make a tensor a parameter, or move it to its device."""
 
     def __new__(cls, tensor: Any = None, *_: Any) -> Any:
         return tensor
 
 
 class OfType(Inert):
-    """Stands for the function that makes a tensor of a subclass: the tensor alone is kept."""
+    """Placeholder for the function that builds a tensor of a subclass: keep the plain tensor."""
 
     def __new__(cls, function: Any, _type: Any, arguments: Any, *_: Any) -> Any:
         known = function in (OfStorage, OfTensor) and isinstance(arguments, tuple)
@@ -111,23 +112,23 @@ class OfType(Inert):
 
 
 class Reader(pickle.Unpickler):
-    """An unpickler that imports nothing: what it can call are the classes above."""
+    """An unpickler that imports nothing: it can only call the classes above."""
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="latin1")  # Python 2 wrote bytes where names are
+        super().__init__(file, encoding="latin1")  # Python 2 wrote names as bytes
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "torch":
-            found = vars(torch).get(name) if module == "torch" else None
-            if isinstance(found, torch.dtype):
-                return found
+            dtype = vars(torch).get(name) if module == "torch" else None
+            if isinstance(dtype, torch.dtype):
+                return dtype
             if name in DTYPES:
                 return DTYPES[name]
         return MAKERS.get((module, name)) or type("Inert", (Inert,), {"kind": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
-        """A storage of the file: `("storage", kind, key, device, numel)`, and in old files a view, None almost always."""
+        """Return the storage of `("storage", kind, key, device, numel)`; old files add a view, which is nearly always None."""
         match pid:
             case ("storage" | b"storage", torch.dtype() as dtype, str() as key, _, int() as numel, *view):
                 if numel >= 0 and not any(view):
@@ -145,37 +146,39 @@ MAKERS: dict[tuple[str, str], type[Inert]] = {
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """All tensors of the file but the optimiser's, on the CPU, by the names on the way to them: `state_dict.conv1.weight`.
+    """Return all tensors of the file except the optimiser's, on the CPU, by their path in it: `state_dict.conv1.weight`.
 
-    Raises DataError for a file of another kind, one that is damaged, and one that holds no named tensors.
+    Raise a DataError if the file has another format, is damaged, or has no named tensors.
     """
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
         file.seek(0)
         try:
-            return _of_zip(path) if zipped else _of_stream(path, file)
+            return _read_zip(path) if zipped else _read_stream(path, file)
         except DataError:
             raise
-        except Exception as error:  # of a file that is none, an unpickler raises whatever it stumbles over
-            raise DataError(f"{path} is damaged, or no file of torch.save ({type(error).__name__})") from error
+        except Exception as error:  # the unpickler can raise any error if the file has another format
+            raise DataError(f"{path} is damaged, or not a torch.save file ({type(error).__name__})") from error
 
 
-def _of_zip(path: Path) -> dict[str, Tensor]:
+def _read_zip(path: Path) -> dict[str, Tensor]:
     with ZipFile(path) as file:
         names = file.namelist()
         root = next((name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl")), None)
         if root is None:
             raise DataError(
-                f"{path} is a zip, and none that torch.save wrote; give its .pth or .safetensors file itself"
+                f"{path} is a zip that torch.save did not write; set the path of the .pth or .safetensors file inside it"
             )
         if f"{root}constants.pkl" in names:
             raise DataError(
                 f"{path} is a TorchScript program, not weights; save the state_dict() of the network instead"
             )
         if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
-            raise DataError(f"{path} has compressed entries, which torch.save does not write; save it again")
+            raise DataError(
+                f"{path} has compressed entries, which torch.save never writes; save it again with torch.save"
+            )
         if f"{root}byteorder" in names and file.read(f"{root}byteorder").decode() != sys.byteorder:
-            raise DataError(f"{path} was written on a machine of another byte order; save it again on one like this")
+            raise DataError(f"{path} has another byte order than this machine; save it again on a machine like this")
         with file.open(f"{root}data.pkl") as pickled:
             tree = Reader(pickled).load()  # type: ignore[arg-type]
         read: dict[str, bytearray] = {}
@@ -185,11 +188,11 @@ def _of_zip(path: Path) -> dict[str, Tensor]:
                 read[storage.key] = bytearray(file.read(f"{root}data/{storage.key}"))
             return read[storage.key]
 
-        return _named(path, tree, numbers)
+        return _named_tensors(path, tree, numbers)
 
 
-def _of_stream(path: Path, file: BinaryIO) -> dict[str, Tensor]:
-    """A file of torch before 1.6: five pickles, the fourth with the objects, then each storage's count and numbers."""
+def _read_stream(path: Path, file: BinaryIO) -> dict[str, Tensor]:
+    """Read a file of torch before 1.6: five pickles, the fourth with the objects, then each storage's count and numbers."""
     if Reader(file).load() != MAGIC:
         raise DataError(f"{path} is a pickle that torch.save did not write; save a state_dict() with torch.save")
     for _ in range(2):  # the protocol, and sizes of C's types
@@ -210,31 +213,31 @@ def _of_stream(path: Path, file: BinaryIO) -> dict[str, Tensor]:
             read[storage.key] = bytearray(file.read(size))
         return read[storage.key]
 
-    return _named(path, tree, numbers)
+    return _named_tensors(path, tree, numbers)
 
 
-def _named(path: Path, tree: Any, numbers: Callable[[Storage], bytearray]) -> dict[str, Tensor]:
+def _named_tensors(path: Path, tree: Any, numbers: Callable[[Storage], bytearray]) -> dict[str, Tensor]:
     tensors = {name: stored.read(numbers) for name, stored in _walk(tree, (), set())}
     if tensors:
         return tensors
     values = tree.values() if isinstance(tree, dict) else ()
     kinds = [value.kind for value in (tree, *values) if isinstance(value, Inert) and value.kind]
-    whole = (
-        f"; it holds objects such as {kinds[0]!r}, whose code is not run: save the state_dict() of the network"
+    hint = (
+        f"; it contains objects such as {kinds[0]!r}, whose code is never run: save the state_dict() of the network"
         if kinds
         else ""
     )
-    raise DataError(f"{path} holds no state dict, a map of names to tensors{whole}")
+    raise DataError(f"{path} contains no state dict (names mapped to tensors){hint}")
 
 
-def _walk(tree: Any, way: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, Stored]]:
-    """The tensors below `tree` with their names; keys that are no texts are an optimiser's, and each map is met once."""
+def _walk(tree: Any, names: tuple[str, ...], visited: set[int]) -> Iterator[tuple[str, Stored]]:
+    """Yield the tensors in `tree` with their names. Skip keys that are not text, which are an optimiser's, and visited dicts."""
     if isinstance(tree, Stored):
-        if way:
-            yield ".".join(way), tree
-    elif isinstance(tree, dict | list | tuple) and len(way) < DEPTH and id(tree) not in seen:
-        seen.add(id(tree))
+        if names:
+            yield ".".join(names), tree
+    elif isinstance(tree, dict | list | tuple) and len(names) < MAX_DEPTH and id(tree) not in visited:
+        visited.add(id(tree))
         items = tree.items() if isinstance(tree, dict) else ((str(n), value) for n, value in enumerate(tree))
         for key, value in items:
             if isinstance(key, str) and not key.startswith("optim"):
-                yield from _walk(value, (*way, key), seen)
+                yield from _walk(value, (*names, key), visited)

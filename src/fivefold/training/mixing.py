@@ -1,6 +1,6 @@
-"""Mixing within a batch, by name: images, targets and whatever else has a row an image.
+"""Mixing within a batch, by name: images, targets, teacher and meta features.
 
-One λ and one permutation a batch, drawn from a generator of the step's own.
+One λ and one permutation per batch, drawn from a generator seeded by the step.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from fivefold.data.dataset import Stream, generator
 from fivefold.training.objectives import Rows
 
 Mix = Callable[[Tensor, float, Tensor, np.random.Generator], tuple[Tensor, float]]
-"""Images, λ, the images that each is mixed with (a copy, to write to), a generator; the mixed images, and λ as it came out."""
+"""Maps images, λ, the partner of each image (a writable copy) and a generator to the mixed images and the actual λ."""
 Partners = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""The order of a batch's rows to the images and meta features that this process's own ones are mixed with."""
+"""Maps a permutation of the batch's rows to the partners' images and meta features for this rank's rows."""
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """What is mixed: λ ~ Beta(alpha, alpha), with probability `p` a batch, up to epoch `last` (from 1; None: in all)."""
+    """Mixing by `name` with λ ~ Beta(alpha, alpha), in a batch with probability `p`, up to epoch `last` (from 1; None: all)."""
 
     name: str
     alpha: float
@@ -30,9 +30,9 @@ class Mixing:
     last: int | None = None
 
     def __call__(self, rows: Rows, epoch: int, seed: tuple[int, ...], partners: Partners | None = None) -> Rows:
-        """The rows with images mixed, and all that goes with them in the same shares.
+        """Return the rows with mixed images, and with targets, teacher and meta features mixed in the same ratio.
 
-        `partners` where the rows' images are a part of the batch: what is mixed is decided for the batch.
+        `partners`: set if several ranks share the batch; the permutation is drawn for the whole batch.
         """
         mix = choose(MIXINGS, "mixing", self.name)
         random = generator(Stream.MIX, *seed)
@@ -40,14 +40,14 @@ class Mixing:
             return rows
         lam = float(random.beta(self.alpha, self.alpha))
         order = torch.from_numpy(random.permutation(len(rows.targets))).to(rows.images.device, non_blocking=True)
-        others, others_meta = partners(order) if partners else (rows.images[order], _at(rows.meta, order))
+        others, others_meta = partners(order) if partners else (rows.images[order], _reordered(rows.meta, order))
         images, lam = mix(rows.images, lam, others, random)
 
-        def blend(given: Tensor | None, other: Tensor | None) -> Tensor | None:
-            return None if given is None or other is None else torch.lerp(other, given, lam)
+        def blend(values: Tensor | None, other: Tensor | None) -> Tensor | None:
+            return None if values is None or other is None else torch.lerp(other, values, lam)
 
         targets = torch.lerp(rows.targets[order], rows.targets, lam)
-        teacher = blend(rows.teacher, _at(rows.teacher, order))
+        teacher = blend(rows.teacher, _reordered(rows.teacher, order))
         return replace(rows, images=images, targets=targets, teacher=teacher, meta=blend(rows.meta, others_meta))
 
 
@@ -57,7 +57,7 @@ def mixup(images: Tensor, lam: float, others: Tensor, random: np.random.Generato
 
 
 def cutmix(images: Tensor, lam: float, others: Tensor, random: np.random.Generator) -> tuple[Tensor, float]:
-    """A box of 1 - λ of the area from the other image; λ becomes the share that is left (Yun et al. 2019, arXiv 1905.04899)."""
+    """Paste a box of area fraction 1 - λ of the other image; return the actual λ (Yun et al. 2019, arXiv 1905.04899)."""
     height, width = images.shape[-2:]
     side = np.sqrt(1 - lam)
     y, x = int(random.integers(height)), int(random.integers(width))
@@ -69,8 +69,8 @@ def cutmix(images: Tensor, lam: float, others: Tensor, random: np.random.Generat
     return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def _at(given: Tensor | None, order: Tensor) -> Tensor | None:
-    return None if given is None else given[order]
+def _reordered(values: Tensor | None, order: Tensor) -> Tensor | None:
+    return None if values is None else values[order]
 
 
 MIXINGS: dict[str, Mix | None] = {

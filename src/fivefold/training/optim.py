@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by name, and the share of the learning rate of each parameter."""
+"""Optimisers and learning-rate schedules by name, and the learning-rate factor of each parameter."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,12 +22,12 @@ def build_optimizer(
     momentum: float,
     shares: Mapping[int, float] | None = None,
 ) -> Optimizer:
-    """The optimiser `name` over the model's parameters; norms, biases, scales and tokens do not decay.
+    """Return the optimiser `name` over the model's parameters; norms, biases, scales and tokens have no weight decay.
 
-    Those are parameters that are long in fewer than two dimensions, and those that a timm backbone exempts.
+    Those are the parameters with fewer than two dimensions of size above 1, and those that a timm backbone exempts.
 
-    `shares`: the share of `lr` of a parameter, by its `id`; 1 where it names none. The groups stand
-    in falling order of their rates.
+    `shares`: factor of `lr` per parameter, by its `id`; 1 if it is missing. Groups are in descending order of their
+    learning rates.
     """
     groups: dict[tuple[float, bool, bool], dict] = {}
     hidden = hidden_weights(model) if name == "muon" else set()
@@ -45,10 +45,10 @@ def build_optimizer(
 
 
 def learning_rates(backbone: nn.Module, factor: float, decay: float) -> dict[int, float]:
-    """The share of the learning rate of each of the backbone's parameters, by `id`: factor · decay^(L - l) in layer l of 0..L-1.
+    """Return the learning-rate factor of each backbone parameter, by `id`: factor · decay^(L - l) in layer l of 0..L-1.
 
-    So the last layer has factor · decay, and the head 1 (Bao et al. 2022, arXiv 2106.08254, section 3.2). The layers are
-    timm's; raises SettingsError where the backbone names none and `decay` is not 1.
+    So the last layer has factor · decay, and the head 1 (Bao et al. 2022, arXiv 2106.08254, section 3.2). timm defines
+    the layers. Raise a SettingsError if the backbone does not define layers and `decay` is not 1.
     """
     if decay == 1.0:
         return {id(parameter): factor for parameter in backbone.parameters()}
@@ -59,33 +59,33 @@ def learning_rates(backbone: nn.Module, factor: float, decay: float) -> dict[int
         groups = param_groups_layer_decay(backbone, layer_decay=decay)
     except (AttributeError, AssertionError, KeyError, NotImplementedError) as error:
         raise SettingsError(
-            f"this backbone does not say what its layers are ({error}), as those of timm/… do; train.layer_decay=1"
+            f"this backbone does not define its layers ({error}); use a timm/… backbone, or set train.layer_decay=1"
         ) from error
     return {id(parameter): factor * decay * group["lr_scale"] for group in groups for parameter in group["params"]}
 
 
 def hidden_weights(model: nn.Module) -> set[int]:
-    """The `id`s of the weights that Muon is for: of the backbone's layers but its first, none of the head's.
+    """Return the `id`s of the weights that Muon optimises: those of the backbone's layers after the first, without the head.
 
-    Depthwise convolutions and embeddings of positions are no matrices between features either.
+    Depthwise convolutions and position embeddings are excluded, because they are not matrices between features.
     """
     layers = [m.weight for m in getattr(model, "backbone", model).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     return {id(weight) for weight in layers[1:] if weight.flatten(1).shape[1] > 1 and weight.shape[1] > 1}
 
 
 def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_fusable(groups))
-    # The fused step knows no parameters that join later, as frozen ones do: all start with the momentum 0.
-    for parameter in (each for group in groups if momentum for each in group["params"]):
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_supports_fused(groups))
+    # The fused step needs the momentum of parameters that are unfrozen later: start all momenta at 0.
+    for parameter in (parameter for group in groups if momentum for parameter in group["params"]):
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def _muon(groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    """timm's Muon with Nesterov momentum, and the size of AdamW's steps (Liu et al. 2025, arXiv 2502.16982, equation 4)."""
+    """Return timm's Muon with Nesterov momentum and the step size of AdamW (Liu et al. 2025, arXiv 2502.16982, equation 4)."""
     from timm.optim import Muon
 
-    # with `nesterov` in their group as well, all other parameters would step by NAdamW
+    # Set `nesterov` for Muon's groups only: in the other groups it would select NAdamW.
     kinds = [
         {"nesterov": True} if group.get("use_muon") else {"use_fallback": True, "eps": ADAM_EPS} for group in groups
     ]
@@ -93,31 +93,31 @@ def _muon(groups: list[dict], lr: float, momentum: float) -> Optimizer:
     return Muon(chosen, lr, momentum=momentum, ns_coefficients="original")
 
 
-def _fusable(groups: list[dict]) -> bool:
+def _supports_fused(groups: list[dict]) -> bool:
     return groups[0]["params"][0].device.type in ("cpu", "cuda")
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict], float, float], Optimizer]] = {
-    "adamw": lambda groups, lr, momentum: torch.optim.AdamW(groups, lr=lr, fused=_fusable(groups)),
-    "adam": lambda groups, lr, momentum: torch.optim.Adam(groups, lr=lr, fused=_fusable(groups)),
+    "adamw": lambda groups, lr, momentum: torch.optim.AdamW(groups, lr=lr, fused=_supports_fused(groups)),
+    "adam": lambda groups, lr, momentum: torch.optim.Adam(groups, lr=lr, fused=_supports_fused(groups)),
     "sgd": _sgd,
     "muon": _muon,
 }
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1}
-"""Tensors the size of the weights that an optimiser keeps."""
+"""Number of state tensors of the weights' size per optimiser."""
 
 
 def check_warmup(warmup_epochs: float, epochs: float) -> None:
-    """Raises a SettingsError for a warm-up that leaves no step of the training."""
+    """Raise a SettingsError if the warm-up takes all epochs."""
     if warmup_epochs >= epochs:
         raise SettingsError(
-            f"train.warmup_epochs={warmup_epochs:g} leaves nothing of train.epochs={epochs:g}: "
-            "give more epochs, or a shorter warm-up (0: none)"
+            f"train.warmup_epochs={warmup_epochs:g} must be less than train.epochs={epochs:g}: "
+            "set more epochs, or a shorter warm-up (0: none)"
         )
 
 
 class Schedule(LambdaLR):
-    """Sets the learning rate of each of `total` steps: a linear warm-up, then a factor by name. To be called after each step."""
+    """Learning rate of each of `total` steps: a linear warm-up, then a schedule by name. Call it after each step."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Schedule(LambdaLR):
 
     @property
     def lr(self) -> float:
-        """The rate of the first group."""
+        """Return the learning rate of the first group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
 
@@ -154,7 +154,7 @@ def cosine(steps: int, warmup: int, drop_steps: int, gamma: float) -> Callable[[
 
 
 def step(steps: int, warmup: int, drop_steps: int, gamma: float) -> Callable[[int], float]:
-    """γ^⌊step / drop_steps⌋, the warm-up counted."""
+    """γ^⌊step / drop_steps⌋; `step` includes the warm-up."""
     return lambda step: gamma ** (step // drop_steps)
 
 

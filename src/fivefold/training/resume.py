@@ -1,9 +1,8 @@
-"""Checkpoints: all that decides the further bytes of a training run, so that a killed one goes on as if it had not been.
+"""Checkpoints: the complete state of a training run, so that a resumed run gives the same bytes as an uninterrupted one.
 
-What has a state has `state_dict` and `load_state_dict`: network, average, optimiser, schedule,
-scaler, phases, and how far the loop is. A sample's augmentation and a batch's mixing come from
-(seed, epoch, row) and (seed, epoch, step), so of the random generators it is torch's that count,
-from which dropout and its like draw.
+Each component with a state has `state_dict` and `load_state_dict`: network, average, optimiser, schedule, scaler,
+callbacks, and the loop's progress. Augmentation is seeded by (seed, epoch, row) and mixing by (seed, epoch, step), so the
+only random generators to save are torch's, which dropout and similar layers use.
 """
 
 import logging
@@ -19,24 +18,25 @@ from fivefold.contract.files import atomic
 from fivefold.errors import DataError
 
 log = logging.getLogger("fivefold")
-KEPT = 2
-"""The newest, and the one before it for the case that the newest cannot be read."""
+MAX_CHECKPOINTS = 2
+"""Checkpoints to keep: the newest, and the one before it in case the newest cannot be read."""
 
 
 class Stateful(Protocol):
-    """What a checkpoint keeps."""
+    """A component whose state a checkpoint contains."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, texts, and lists and dicts of them."""
+        """Return the state: tensors, numbers, texts, and lists and dicts of them."""
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Takes over what `state_dict` gave."""
+        """Restore a state that `state_dict` returned."""
 
 
 class Checkpoints:
-    """The newest checkpoints of one run in a folder of its own, numbered; each is whole or not there.
+    """The newest checkpoints of one run, numbered, in its own folder; files are written atomically.
 
-    `minutes` and `steps`: how much of an epoch may be lost at most, 0: a whole one. `saved` is told each new file.
+    `minutes` and `steps`: maximum work within an epoch between two checkpoints; 0: a whole epoch. `saved` is called with
+    the path of each new file.
     """
 
     def __init__(
@@ -51,35 +51,35 @@ class Checkpoints:
         self._last, self._steps_since = clock(), 0
 
     def due(self) -> bool:
-        """Whether it is time for one within an epoch; to be asked once after each step."""
+        """Return whether a checkpoint within the epoch is due. Call it once after each step."""
         self._steps_since += 1
         late = self.minutes > 0 and self._clock() - self._last >= 60 * self.minutes
         return late or (self.steps > 0 and self._steps_since >= self.steps)
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Writes the next one, then removes all but the newest two.
+        """Write the next checkpoint, then remove all but the newest two.
 
-        A full disk is a RetryableError, and leaves the earlier ones as they were.
+        Raise a RetryableError if the disk is full; the earlier checkpoints remain.
         """
-        found = self._newest_first()
-        number = int(found[0].stem) + 1 if found else 1
+        earlier = self._newest_first()
+        number = int(earlier[0].stem) + 1 if earlier else 1
         path = self.folder / f"{number:08d}.pt"
         with atomic(path) as temporary, open(temporary, "wb") as file:
             torch.save(dict(state), file)
         if self.saved is not None:
             self.saved(path)
-        for path in found[KEPT - 1 :]:
+        for path in earlier[MAX_CHECKPOINTS - 1 :]:
             path.unlink(missing_ok=True)
         self._last, self._steps_since = self._clock(), 0
 
     def load(self) -> dict[str, Any] | None:
-        """The newest that can be read, on the CPU; None where there is none. Nothing but tensors and plain values is read."""
+        """Return the newest readable checkpoint on the CPU, or None. Load only tensors and plain values."""
         for path in self._newest_first():
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # zipfile's, torch's and the unpickler's have no class in common
+            except Exception as error:  # errors of zipfile, torch and pickle share no base class
                 reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-                log.warning("the checkpoint %s cannot be read (%s): the one before it is taken", path, reason)
+                log.warning("the checkpoint %s cannot be read (%s); trying the one before it", path, reason)
         return None
 
     def _newest_first(self) -> list[Path]:
@@ -87,35 +87,35 @@ class Checkpoints:
 
 
 def captured(parts: Mapping[str, Stateful], device: torch.device) -> dict[str, Any]:
-    """The states of all parts and of torch's random generators."""
+    """Return the states of all parts and of torch's random generators."""
     return {"random": random_state(device), **{name: part.state_dict() for name, part in parts.items()}}
 
 
 def restore(parts: Mapping[str, Stateful], device: torch.device, state: Mapping[str, Any]) -> None:
-    """Gives each part its state, and torch's random generators theirs.
+    """Restore the state of each part and of torch's random generators.
 
-    Raises a DataError where they do not fit, as those of another version of the code may not.
+    Raise a DataError if they do not fit, which can happen with a checkpoint of another version of the code.
     """
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        kept = state["random"]
+        generators = state["random"]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
-            f"the checkpoint does not fit this training ({type(error).__name__}: {error}), as one of another version "
-            "of the code may not: remove the checkpoints to start over, or go on with that version"
+            f"the checkpoint does not fit this training ({type(error).__name__}: {error}); it may come from another "
+            "version of the code: remove the checkpoints to start over, or resume with that version"
         ) from error
-    set_random_state(device, kept)
+    set_random_state(device, generators)
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """The states of the CPU's default generator, and of the device's where it has its own."""
-    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
-    return [torch.get_rng_state(), *own]
+    """Return the states of the CPU's default generator and, for other devices, of the device's generator."""
+    device_states = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *device_states]
 
 
 def set_random_state(device: torch.device, state: Sequence[Tensor]) -> None:
-    """Sets what `random_state` gave: the same draws follow again."""
+    """Restore the states that `random_state` returned, so that the same random numbers follow."""
     torch.default_generator.set_state(state[0])
-    for own in state[1:]:
-        torch.get_device_module(device).set_rng_state(own)
+    for device_state in state[1:]:
+        torch.get_device_module(device).set_rng_state(device_state)

@@ -1,4 +1,4 @@
-"""What a teacher says of the training rows: softened by a temperature that may cool, with a weight that may fall."""
+"""The teacher's softened probabilities of the training rows, and the schedules of their temperature and weight."""
 
 import numpy as np
 import torch
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class Teacher:
-    """The teacher's log-probabilities [N, C] of N rows; `teacher[rows]` are its softened probabilities [B, C].
+    """The teacher's log-probabilities [N, C] of N rows; `teacher[rows]` returns softened probabilities [B, C].
 
-    `temperature` is T of the epoch that runs, `alpha` the weight of the teacher's term at the step that runs.
+    `temperature`: T of the current epoch. `alpha`: weight of the distillation loss at the current step.
     """
 
     def __init__(self, log_probs: np.ndarray, alpha: float, temperature: float, device: torch.device) -> None:
@@ -18,7 +18,7 @@ class Teacher:
         self.set_temperature(temperature)
 
     def set_temperature(self, temperature: float) -> None:
-        """Softens all rows anew."""
+        """Set the temperature and soften all rows with it."""
         self.temperature = temperature
         self._probs = torch.from_numpy(soften(self.log_probs, temperature)).to(self.device)
 
@@ -27,11 +27,11 @@ class Teacher:
 
 
 class Lessons:
-    """What changes of a teacher with the steps; to be called after each.
+    """Schedule of a teacher's temperature and alpha. Call it after each step.
 
-    Of epoch e = 0, 1, … T = max(end, start · decay^e); validation scores labels at T = 1, so its epochs compare. alpha falls to
-    0 in equal parts over the first `falling` steps, if there are any: soft targets first, labels at last (Clark et al. 2019,
-    "BAM! Born-again multi-task networks", arXiv 1907.04829, section 3.2, whose λ is 1 - alpha).
+    In epoch e = 0, 1, … T = max(end, start · decay^e). Validation uses the labels at T = 1, so its epochs are comparable.
+    alpha falls linearly to 0 over the first `falling` steps (0: constant): soft targets first, labels at the end (Clark et
+    al. 2019, "BAM! Born-again multi-task networks", arXiv 1907.04829, section 3.2, whose λ is 1 - alpha).
     """
 
     def __init__(self, teacher: Teacher, steps_per_epoch: int, decay: float, end: float, falling: int = 0) -> None:
@@ -55,5 +55,5 @@ class Lessons:
 
 
 def soften(log_probs: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(log p / T) float32 [N, C] (Hinton et al. 2015, arXiv 1503.02531, equation 1)."""
+    """Return softmax(log p / T), float32 [N, C] (Hinton et al. 2015, arXiv 1503.02531, equation 1)."""
     return torch.from_numpy(log_probs).double().div(temperature).softmax(dim=1).float().numpy()

@@ -1,8 +1,8 @@
-"""Who watches a training run: its log, and trackers by name, which keep it to compare it with others.
+"""Observers of a training run: the CSV log, the metric line, and experiment trackers by name.
 
-A tracker is opened before the first epoch with what the run is, observes its epochs, and is closed
-with the final scores, or as failed. Its package is imported when a recipe names it. Where W&B and
-MLflow send to is theirs to know (WANDB_MODE, WANDB_API_KEY, MLFLOW_TRACKING_URI).
+A tracker is opened with a description of the run before the first epoch, observes its epochs, and is closed with the
+final scores, or as failed. Its package is imported only if a recipe names it. W&B and MLflow read their destination from
+WANDB_MODE, WANDB_API_KEY and MLFLOW_TRACKING_URI.
 """
 
 import csv
@@ -34,14 +34,14 @@ TAGS = {
     "val_logloss": "Val/logloss",
     "val_f1_macro": "Val/f1_macro",
 }
-"""What the figures of an epoch's row are called in every tracker."""
-MOST_AT_ONCE = 100
-"""MLflow takes no more parameters in one call."""
+"""Tags of the metrics of an epoch's row, the same in every tracker."""
+MAX_MLFLOW_PARAMS = 100
+"""MLflow's limit of parameters per call."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a tracker is told of a run: its `name`, the `group` and `project` it belongs to, flat settings, a folder."""
+    """Description of a run for trackers: `name`, `group`, `project`, flat settings, and a folder for files."""
 
     name: str
     group: str
@@ -54,17 +54,17 @@ class Tracker(Protocol):
     """An observer of epochs that is closed at the end."""
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Takes the row of an epoch."""
+        """Log the row of an epoch."""
 
     def picture(self, tag: str, path: Path, epoch: int) -> None:
-        """Keeps the picture file at `path`, drawn after `epoch`."""
+        """Log the image file at `path`, which shows the state after `epoch`."""
 
     def close(self, scores: Mapping[str, float] | None) -> None:
-        """Ends the run with its final scores; None: it failed."""
+        """End the run with its final scores, or as failed if they are None."""
 
 
 def open_trackers(names: Sequence[str], run: Run) -> list[Tracker]:
-    """The trackers `names`, opened; a SettingsError for an unknown one, or an absent package, before any is opened."""
+    """Open the trackers `names`. Raise a SettingsError for an unknown name or a missing package before opening any."""
     chosen = [choose(TRACKERS, "tracker", name) for name in dict.fromkeys(names)]
     for name in names:
         need([name], "trackers", f"train.trackers={name}")
@@ -72,18 +72,18 @@ def open_trackers(names: Sequence[str], run: Run) -> list[Tracker]:
 
 
 def close_trackers(trackers: Sequence[Tracker], scores: Mapping[str, float] | None) -> None:
-    """Ends each tracker's run with the final scores; None: it failed."""
+    """End each tracker's run with the final scores, or as failed if they are None."""
     for tracker in trackers:
         tracker.close(scores)
 
 
 def figures(row: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of an epoch's row by their tags, those that it has."""
+    """Return the metrics that an epoch's row contains, by tag."""
     return {tag: row[name] for name, tag in TAGS.items() if row.get(name) is not None}
 
 
 def csv_log(path: Path) -> Observer:
-    """Appends each epoch to a CSV, so that a killed run keeps what it did; it holds no times, so equal runs give equal bytes."""
+    """Append each epoch to a CSV, so that a killed run keeps its rows. The CSV has no times, so equal runs give equal bytes."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerow(LOG_COLUMNS)
 
@@ -98,7 +98,7 @@ def csv_log(path: Path) -> Observer:
 
 
 def metric_line(fold: int | None) -> Observer:
-    """Prints one stable line an epoch, from which platforms read the metrics."""
+    """Print one line per epoch in a stable format, from which platforms parse the metrics."""
 
     def observe(row: Mapping[str, Any]) -> None:
         print(logline.metric_line(fold, row), flush=True)
@@ -107,14 +107,14 @@ def metric_line(fold: int | None) -> Observer:
 
 
 class TensorBoard:
-    """Events in the folder's `tensorboard/`: the settings as a text, the figures of epochs, `Final/…` at the end."""
+    """TensorBoard events in the folder's `tensorboard/`: the settings as text, metrics per epoch, `Final/…` at the end."""
 
     def __init__(self, run: Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run.folder / "tensorboard"
         for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()  # a run that starts over must not be drawn over its predecessor
+            old.unlink()  # else TensorBoard would overlay a restarted run and its predecessor
         self.writer, self.epoch = SummaryWriter(str(folder)), 0
         lines = [f"| {key} | `{json.dumps(value, ensure_ascii=False)}` |" for key, value in run.settings.items()]
         self.writer.add_text("settings", "\n".join(["| key | value |", "|---|---|", *lines]))
@@ -128,11 +128,11 @@ class TensorBoard:
     def picture(self, tag: str, path: Path, epoch: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        # the file as it is: `add_image` would decode it and write it again
+        # Write the file's bytes: `add_image` would decode and encode the image again.
         with Image.open(path) as image:
             size = {"height": image.height, "width": image.width, "colorspace": len(image.getbands())}
-        kept = Summary.Image(**size, encoded_image_string=path.read_bytes())
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=kept)]), epoch)
+        encoded = Summary.Image(**size, encoded_image_string=path.read_bytes())
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=encoded)]), epoch)
 
     def close(self, scores: Mapping[str, float] | None) -> None:
         for name, value in (scores or {}).items():
@@ -141,7 +141,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases; offline (WANDB_MODE=offline) its files lie in the folder's `wandb/`, for `wandb sync`."""
+    """A Weights & Biases run; with WANDB_MODE=offline it writes files for `wandb sync` to the folder's `wandb/`."""
 
     def __init__(self, run: Run) -> None:
         import wandb
@@ -159,7 +159,7 @@ class Wandb:
             )
         except wandb.Error as error:
             raise SettingsError(
-                f"train.trackers=wandb: {error}; set WANDB_API_KEY, or WANDB_MODE=offline to send it later"
+                f"train.trackers=wandb: {error}; set WANDB_API_KEY, or WANDB_MODE=offline to upload later"
             ) from error
 
     def __call__(self, row: Mapping[str, Any]) -> None:
@@ -168,7 +168,7 @@ class Wandb:
     def picture(self, tag: str, path: Path, epoch: int) -> None:
         from wandb import Image
 
-        # W&B takes no step that lies behind: the picture stands at the last one, and says its epoch.
+        # W&B rejects earlier steps: log the image at the current step, with its epoch in the caption.
         self.run.log({tag: Image(str(path), caption=f"epoch {epoch}")})
 
     def close(self, scores: Mapping[str, float] | None) -> None:
@@ -177,7 +177,7 @@ class Wandb:
 
 
 class Mlflow:
-    """A run of MLflow, at MLFLOW_TRACKING_URI or else in the folder's `mlflow.db`, a SQLite file that `mlflow ui` reads."""
+    """An MLflow run, at MLFLOW_TRACKING_URI or else in the folder's `mlflow.db`, a SQLite file that `mlflow ui` reads."""
 
     def __init__(self, run: Run) -> None:
         import mlflow
@@ -185,29 +185,29 @@ class Mlflow:
         from mlflow.exceptions import MlflowException
 
         run.folder.mkdir(parents=True, exist_ok=True)
-        folder, own = run.folder.absolute(), not mlflow.is_tracking_uri_set()
+        folder, local = run.folder.absolute(), not mlflow.is_tracking_uri_set()
         try:
-            self.client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}" if own else None)
-            experiment = self._experiment(run.project, (folder / "mlartifacts").as_uri() if own else None)
-            opened = self.client.create_run(experiment, run_name=run.name, tags={"group": run.group})
-            self.id = opened.info.run_id
+            self.client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}" if local else None)
+            experiment = self._experiment_id(run.project, (folder / "mlartifacts").as_uri() if local else None)
+            created = self.client.create_run(experiment, run_name=run.name, tags={"group": run.group})
+            self.id = created.info.run_id
             settings = [Param(key, json.dumps(value, ensure_ascii=False)) for key, value in run.settings.items()]
-            for start in range(0, len(settings), MOST_AT_ONCE):
-                self.client.log_batch(self.id, params=settings[start : start + MOST_AT_ONCE])
+            for start in range(0, len(settings), MAX_MLFLOW_PARAMS):
+                self.client.log_batch(self.id, params=settings[start : start + MAX_MLFLOW_PARAMS])
         except MlflowException as error:
             raise SettingsError(f"train.trackers=mlflow: {error}; check MLFLOW_TRACKING_URI") from error
 
-    def _experiment(self, name: str, artifacts: str | None) -> str:
-        """The id of the experiment `name`, whose pictures lie at `artifacts` or where the server wants them; folds that start side by side may all want to make it."""
+    def _experiment_id(self, name: str, artifacts: str | None) -> str:
+        """Return the id of the experiment `name`, created if it is missing; its images go to `artifacts` (None: the server's place)."""
         from mlflow.exceptions import MlflowException
 
         try:
             return self.client.create_experiment(name, artifacts)
-        except MlflowException:
-            found = self.client.get_experiment_by_name(name)
-            if found is None:
+        except MlflowException:  # another fold may have created it
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-            return found.experiment_id
+            return experiment.experiment_id
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         self._log(figures(row), row["epoch"])
@@ -228,7 +228,7 @@ class Mlflow:
 
 @dataclass
 class Outlived:
-    """A tracker whose service may go away: the training goes on without it, and says so once."""
+    """A tracker whose service may fail: the training then continues without it, with one warning."""
 
     tracker: Tracker
     there: bool = True
@@ -250,7 +250,7 @@ class Outlived:
         except Exception as error:
             self.there = False
             name = type(self.tracker).__name__
-            log.warning("%s fails (%s: %s): the training goes on without it", name, type(error).__name__, error)
+            log.warning("%s fails (%s: %s): the training continues without it", name, type(error).__name__, error)
 
 
 TRACKERS: dict[str, Callable[[Run], Tracker]] = {
@@ -258,4 +258,4 @@ TRACKERS: dict[str, Callable[[Run], Tracker]] = {
     "wandb": lambda run: Outlived(Wandb(run)),
     "mlflow": lambda run: Outlived(Mlflow(run)),
 }
-"""Trackers by the name of the package that each needs."""
+"""Trackers by the name of the package that they need."""

@@ -1,4 +1,4 @@
-"""Updates by name: what is a step? Each owns backward, unscaling, clipping and accumulation."""
+"""Updates by name: one optimiser step, with backward pass, accumulation, unscaling and clipping."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ Update = Callable[[Sequence[Rows]], list[Result]]
 
 
 def build_scaler(runtime: Runtime) -> GradScaler:
-    """What scales the loss of fp16; with another precision it leaves it as it is."""
+    """Return the loss scaler of fp16; with any other precision it does nothing."""
     return GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
 
 
@@ -30,10 +30,10 @@ def plain(
     rho: float = 0.0,
     scaler: GradScaler | None = None,
 ) -> Update:
-    """One gradient of the micro-batches as one batch, one optimiser step.
+    """Return an update with one gradient, of the micro-batches as one batch, and one optimiser step.
 
-    fp16 is scaled (by `scaler`, or one of its own), and unscaled before the gradient's norm is cut to
-    `clip` (0: not cut). `rho` is sam's.
+    fp16 losses are scaled (by `scaler`, or a new one); gradients are unscaled before their norm is clipped to `clip`
+    (0: no clipping). `rho` is for `sam` only.
     """
     scaler = scaler or build_scaler(runtime)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -60,17 +60,17 @@ def sam(
     rho: float,
     scaler: GradScaler | None = None,
 ) -> Update:
-    """A step by the gradient at w + ρ·g/‖g‖, g the gradient at w (Foret et al. 2021, arXiv 2010.01412, equations 2 and 3).
+    """Return an update by the gradient at w + ρ·g/‖g‖, g the gradient at w (Foret et al. 2021, arXiv 2010.01412, equations 2 and 3).
 
-    Both gradients are those of the same micro-batches from the same random state. The second one
-    is clipped; what the network counts while it runs (BatchNorm's statistics) is the first pass's,
-    and so are the results. Where several processes part a batch, g is the gradient of the whole
-    batch in each of them, so they climb to the same point. Raises SettingsError for fp16, whose scaling has no word on two gradients.
+    Both gradients use the same micro-batches and the same random state. The second one is clipped. The results and
+    BatchNorm's running statistics are those of the first pass. If several ranks share a batch, g is the gradient of the
+    whole batch on each of them, so they climb to the same point. Raise a SettingsError for fp16: its loss scaling does
+    not support two gradients per step.
     """
     if runtime.dtype == torch.float16:
         raise SettingsError(
-            "train.update=sam takes two gradients a step, which fp16's loss scaling cannot follow: "
-            "train.precision=bf16 (or fp32) can"
+            "train.update=sam needs two gradients per step, which fp16's loss scaling does not support: "
+            "set train.precision=bf16 (or fp32)"
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -84,8 +84,8 @@ def sam(
         set_random_state(runtime.device, state)
         optimizer.zero_grad(set_to_none=True)
         _accumulate(model, objective, micro_batches, runtime)
-        _copy(counters, counted)
-        _copy(moved, origin)
+        _copy_tensors(counters, counted)
+        _copy_tensors(moved, origin)
         if clip:
             nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
@@ -101,9 +101,9 @@ def _accumulate(
     runtime: Runtime,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> list[Result]:
-    """Adds the gradient of the loss of all micro-batches as one, with the rows of all processes, to the parameters'.
+    """Accumulate the gradient of all micro-batches as one batch, over the rows of all ranks.
 
-    Losses are detached: who keeps the results until the next step would keep this one's graph with them.
+    Losses are detached, so that results kept until the next step do not keep this step's graph.
     """
     step, results = [batch.targets for batch in micro_batches], []
     for batch in micro_batches:
@@ -117,7 +117,7 @@ def _accumulate(
 
 @torch.no_grad()
 def _climb(parameters: Sequence[Tensor], rho: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Moves the parameters ρ along their gradient, which it uses up; those that moved, and where they were."""
+    """Move the parameters by ρ along their gradient, which it overwrites; return the moved ones and their old values."""
     moved = [parameter for parameter in parameters if parameter.grad is not None]
     origin = [parameter.clone() for parameter in moved]
     if moved:
@@ -129,7 +129,7 @@ def _climb(parameters: Sequence[Tensor], rho: float) -> tuple[list[Tensor], list
 
 
 @torch.no_grad()
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def _copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
 
