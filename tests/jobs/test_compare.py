@@ -177,7 +177,7 @@ def test_files_alone_without_truth_are_compared_by_likeness_and_a_changed_file_i
         (["compare.runs={root}/A,{root}/csv"], 66, "holds neither ensemble.json nor fold models"),
         (["compare.runs={root}/A,{root}/A"], 65, "two experiments are called"),
         (["compare.runs={root}/A,{root}"], 65, "several ensembles in the run"),
-        (["compare.files={root}/csv/output_eva.csv,{root}/odd.csv"], 65, "know different classes: 'K9'"),
+        (["compare.files={root}/csv/output_eva.csv,{root}/odd.csv"], 65, "different classes: 'K9'"),
         (["compare.files={root}/csv/output_eva.csv,{root}/short.csv"], 65, "name other rows: 31 of the 40 ids"),
         (["compare.run={root}/A"], 64, "did you mean 'compare.runs'"),
     ],
