@@ -47,7 +47,8 @@ def test_rows_and_classes_are_matched_by_name_and_whoever_has_none_is_named():
     assert found.names == {1: "x", 3: "y"}
     np.testing.assert_allclose(found.agreement, 1)
     np.testing.assert_allclose(found.correlation, 1, atol=1e-6)
-    assert len(notes) == 1 and notes[0].startswith("none has no test predictions")
+    assert len(notes) == 1
+    assert notes[0].startswith("none has no test predictions")
 
 
 def test_out_of_fold_rows_are_compared_where_both_have_them():

@@ -39,7 +39,8 @@ def test_ids_are_the_column_that_is_called_so_or_that_has_the_predicted_ids(tmp_
     caplog.set_level("INFO")
     (tmp_path / "gt.csv").write_text("number,ImageID,label,class\n0,1,dog,pet\n1,0,cat,pet\n", encoding="utf-8")
     assert truth.read_truth(tmp_path / "gt.csv", "imageid") == {"1": "dog", "0": "cat"}
-    assert "'ImageID'" in caplog.messages[-1] and caplog.messages[-1].endswith("'label' (not 'class')")
+    assert "'ImageID'" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith("'label' (not 'class')")
     assert truth.read_truth(tmp_path / "gt.csv") == {"0": "dog", "1": "cat"}
     (tmp_path / "gt.csv").write_text("ID,image_path,target\n0,b.png,dog\n1,a.png,cat\n", encoding="utf-8")
     assert truth.read_truth(tmp_path / "gt.csv", ids=["a.png", "b.png"]) == {"b.png": "dog", "a.png": "cat"}

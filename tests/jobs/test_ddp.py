@@ -245,7 +245,8 @@ def test_a_host_that_waits_for_another_can_be_stopped(rank, world, tmp_path):
     process = begin(("train-fold", *SMALL), given(world, tmp_path, **met))
     assert process.stderr is not None
     line = process.stderr.readline()
-    assert "on each of 2 hosts" in line and line.rstrip().endswith(rank)
+    assert "on each of 2 hosts" in line
+    assert line.rstrip().endswith(rank)
     time.sleep(6)  # until torch is there, and it waits
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=SECONDS_TO_END)[1]

@@ -74,7 +74,8 @@ def test_as_sagemaker_calls_it_with_no_variable_but_its_folders(images, tmp_path
     # SDK v3's local mode passes no argument at all; STAGE then comes from the job's environment.
     again = call_jobs(**environ, STAGE="split")
     assert again.returncode == 0
-    assert "split: nothing to do" in again.stderr and f" match {data / 'stage.json'}" in again.stderr
+    assert "split: nothing to do" in again.stderr
+    assert f" match {data / 'stage.json'}" in again.stderr
 
 
 def test_sources_of_settings_have_their_ranks(images, tmp_path):

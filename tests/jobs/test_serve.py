@@ -338,7 +338,8 @@ def test_a_server_that_cannot_start_says_why(trained, tmp_path) -> None:
         port = taken.getsockname()[1]
         code, message = refused(tmp_path, f"model={trained}", f"serve.port={port}")
         assert code == 64
-        assert f"serve.host=127.0.0.1 serve.port={port}: " in message and "Address already in use" in message
+        assert f"serve.host=127.0.0.1 serve.port={port}: " in message
+        assert "Address already in use" in message
     assert refused(tmp_path, f"model={tmp_path / 'absent'}")[0] == 66
     assert refused(tmp_path, "model=", SAGEMAKER_BASE_DIR=str(tmp_path))[0] == 66
     assert refused(tmp_path, "serve.prot=1") == (64, "unknown key 'serve.prot' in argument; did you mean 'serve.port'?; --help lists the keys")  # fmt: skip

@@ -167,7 +167,8 @@ def test_a_body_that_does_not_come_is_408() -> None:
             response.begin()
             assert response.status == 408
             error = response.read()
-            assert b"4 bytes" in error and b"within 0.3 s (serve.timeout_s)" in error
+            assert b"4 bytes" in error
+            assert b"within 0.3 s (serve.timeout_s)" in error
         assert (server.service.images, server.service.bodies) == (0, 0)
 
 
