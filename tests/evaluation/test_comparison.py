@@ -58,7 +58,7 @@ def test_out_of_fold_rows_are_compared_where_both_have_them():
     given = [Experiment("x", "x", table=table(FIRST)), Experiment("y", "y", table=table(SECOND, start=2))]
     with pytest.raises(DataError, match=r"x and y name other rows: .*'T0', 'T1'.*'T4', 'T5'"):
         pairs(given)
-    with pytest.raises(DataError, match="x and y .*: 'c', 'd'"):
+    with pytest.raises(DataError, match=r"x and y .*: 'c', 'd'"):
         pairs([given[0], Experiment("y", "y", table=table(SECOND, ("a", "b", "d")))])
 
 

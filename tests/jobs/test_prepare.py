@@ -118,7 +118,7 @@ def test_rows_that_a_cache_lacks_are_read_from_their_files(world, plain, capsys)
     assert stage(world, "split", "few/split", "split.folds=2", **few) == 0
     assert stage(world, "prepare", "few/prepared", **few, FOLDS=folds / "output") == 0
     found = train(world, "few/fold", OFF, CACHE=world / "few" / "prepared" / "output")
-    assert "13 of 32 are not there and read from their files" in capsys.readouterr().err
+    assert re.search("13 of 32 .* from their files", capsys.readouterr().err)
     assert same(found, plain)
 
 
@@ -223,7 +223,7 @@ def test_a_cache_of_other_pixels_is_one_clear_error(world, prepared):
     arguments = ["FOLD=0", *SETTINGS, "data.store_size=12"]
     assert stage(world, "train-fold", "bad", *arguments, CACHE=prepared) == 64
     message = failure(world / "bad")
-    assert "holds images at their own size, and these settings take them shrunk to 12 pixels" in message
+    assert re.search("images at their own size, .* shrunk to 12 pixels", message)
     assert "run prepare with the same data.store_size" in message
     assert stage(world, "prepare", "bad", "data.scaled_decoding=true") == 64, "it needs a size"
 
