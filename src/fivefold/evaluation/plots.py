@@ -295,8 +295,8 @@ def image_grid(
         left, top = GAP + number % COLUMNS * (SIDE + GAP), int(tops[number // COLUMNS])
         pasted.paste(image, (left, top + CAPTION))
         colour = colours.text if true == guess else colours.wrong
-        caption, at = f"truth {true}\npredicted {guess}", (left / size[0], 1 - (top + CAPTION - 8) / size[1])
-        figure.text(*at, caption, color=colour, fontsize=8, va="bottom")
+        caption, position = f"truth {true}\npredicted {guess}", (left / size[0], 1 - (top + CAPTION - 8) / size[1])
+        figure.text(*position, caption, color=colour, fontsize=8, va="bottom")
     figure.figimage(np.asarray(pasted))
     save(figure, target, colours)
 

@@ -91,32 +91,32 @@ def distinct(specs: Sequence[Spec]) -> list[Spec]:
 
 
 def plain() -> list[View]:
-    """The unchanged images."""
+    """Return the view of the unchanged images."""
     return [View()]
 
 
 def flip() -> list[View]:
-    """Mirrored left-right."""
+    """Mirror left-right."""
     return [View(moved=_mirror)]
 
 
 def rotate(degrees: float, black: Tensor | float) -> list[View]:
-    """Rotated by `degrees` counter-clockwise about the centre, bilinear; the corners are black."""
+    """Rotate by `degrees` counter-clockwise about the centre, bilinear; the corners are black."""
     return [View(resampled=partial(_rotate, degrees=degrees, black=black))]
 
 
 def shift(x: int, y: int) -> list[View]:
-    """Moved by `x` pixels to the right and `y` down; the uncovered border is mirrored at the edge."""
+    """Shift by `x` pixels to the right and `y` down; the uncovered border is mirrored at the edge."""
     return [View(moved=partial(_move, x=x, y=y))]
 
 
 def scale(factor: float) -> list[View]:
-    """Scaled by `factor` about the centre; below 1 the smaller image is mirrored at its edges."""
+    """Scale by `factor` about the centre; below 1 the smaller image is mirrored at its edges."""
     return [View(resampled=partial(_zoom, factor=factor))]
 
 
 def five_crops(share: float) -> list[View]:
-    """Five views: the corners and the centre, each `share` of both sides, resized to the full size."""
+    """Return five views: the corners and the centre, each `share` of both sides, resized to the full size."""
     offsets = ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))
     return [View(resampled=partial(_crop, share=share, top=top, left=left)) for top, left in offsets]
 
