@@ -55,7 +55,7 @@ class Keys(BaseModel):
     runs: str = Field("runs", description="folder of all runs")
     stages: Names = Field([], description="run only these stages, e.g. split,train-fold; empty: all")
     folds: Numbers = Field(
-        [], description="run only these folds, e.g. 2,4; empty: all. Without stages= only their training runs"
+        [], description="run only these folds, e.g. 2,4; empty: all. Without stages= no stage after training runs"
     )
     seeds: Seeds = Field(
         [],
