@@ -1,4 +1,4 @@
-"""`python -m jobs STAGE KEY=VALUE...`: the image's entrypoint, and the one door to every stage.
+"""`python -m jobs STAGE KEY=VALUE...`: runs a stage or a command; the entrypoint of the image.
 
 python -m jobs train-fold FOLD=2 recipe=demo
 python -m jobs submit platform=local recipe=demo train=DATA eval=TEST run=first
@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -38,18 +38,20 @@ from . import company
 log = logging.getLogger("fivefold")
 
 RESULTS = "test_result"
-"""Where the results of a stage lie that is run by hand and told no place."""
+"""The folder for the results of a stage that is run by hand without an output."""
+REFERENCE_STAGES = ("train", "inference", "evaluation")
+"""Stages that exist for the command lines of the reference systems."""
 COMMANDS = {
     "submit": (".submit", "run a recipe's stages in order on a platform"),
-    "status": (".status", "what of a run is done, running, failed"),
-    "trace": (".trace", "where an artifact came from, back to the images; --check takes every digest again"),
-    "serve": (".serve", "answer with a trained model over HTTP, as SageMaker's hosting asks for it"),
-    "demo": (".demo", "the whole pipeline on scikit-learn's scanned digits"),
+    "status": (".status", "show the state of each step of a run"),
+    "trace": (".trace", "show the origin of an artifact, back to the images; --check recomputes every digest"),
+    "serve": (".serve", "serve a trained model over HTTP, compatible with SageMaker's hosting"),
+    "demo": (".demo", "run the whole pipeline on scikit-learn's scanned digits"),
 }
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the stage or command that `arguments` name; the exit code."""
+    """Run the stage or command that `arguments` name; return the exit code."""
     start_log(os.environ)
     if arguments and arguments[0] in ("-h", "--help", "help"):
         print(overview())
@@ -64,10 +66,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
-    """Runs one stage as its container would; the exit code, with the failure file written if it is not 0."""
+    """Run one stage as its container would; return the exit code. If it is not 0, the failure file is written."""
     stage = STAGES[name]
     start_log(environ)
-    # What cuBLAS asks for to give the same bits each time; it is read when CUDA starts.
+    # cuBLAS needs this for reproducible bits; it is read when CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if {"-h", "--help"} & set(arguments):
         print(stage_help(stage))
@@ -98,15 +100,15 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
 def paths_given(
     stage: Stage, arguments: Sequence[str], environ: Mapping[str, str]
 ) -> tuple[list[str], Mapping[str, str]]:
-    """Arguments without `CHANNEL=PATH` and `output=PATH`, and the environment with the variables that these stand for.
+    """Move `CHANNEL=PATH` and `output=PATH` from the arguments to the environment variables that they stand for.
 
-    Where nothing names an output it is `test_result/run_YYYYMMDD_HHMMSS_<id8>`.
+    Without an output it is `test_result/run_YYYYMMDD_HHMMSS_<id8>`.
     """
     variables = {name: f"SM_CHANNEL_{name.upper()}" for name in (*stage.channels, *stage.optional)}
     variables["output"] = "SM_OUTPUT_DATA_DIR"
-    given = {variables[name]: path for name, _, path in (a.partition("=") for a in arguments) if name in variables}
+    paths = {variables[name]: path for name, _, path in (a.partition("=") for a in arguments) if name in variables}
     rest = [argument for argument in arguments if argument.partition("=")[0] not in variables]
-    environ = {**environ, **given}
+    environ = {**environ, **paths}
     if output_data(environ) is None:
         from fivefold.launchers.plan import new_run_name
 
@@ -115,17 +117,21 @@ def paths_given(
 
 
 def run_stage(job: Job, settings: Settings) -> None:
-    """Skips the stage if its record matches; else runs it, and writes the record last."""
+    """Skip the stage if its record matches; otherwise run it, and write the record last."""
     clock = Stopwatch()
     job.probe()
     folder = job.record_dir()
     key = key_of(job, settings_.key_settings(settings, job.stage.sections))
-    reason = "it prints its result" if job.stage.always else why_run(folder, key, output_roots(job), settings.reuse)
+    reason = (
+        "always run, since it prints its result"
+        if job.stage.always
+        else why_run(folder, key, output_roots(job), settings.reuse)
+    )
     if job.output_dir is not None:
         (job.output_dir / FAILURE).unlink(missing_ok=True)
     if not company.decided(job, settings, reason is not None):
         log.info(
-            "%s: nothing to do, inputs, settings and outputs match %s", job.stage.name, record_path(folder, key.stage)
+            "%s: nothing to do: inputs, settings and outputs match %s", job.stage.name, record_path(folder, key.stage)
         )
         return
     log.info("%s runs: %s", job.stage.name, reason)
@@ -145,18 +151,18 @@ def run_stage(job: Job, settings: Settings) -> None:
 
 
 def with_own_checkpoints(job: Job, key: Key) -> Job:
-    """The job with the folder of this key's checkpoints; others' are left alone, and named."""
-    own = job.of_key(key.digest())
+    """Return the job with the checkpoint folder of this key; log the checkpoints of other keys, which stay untouched."""
+    keyed = job.of_key(key.digest())
     others = {path.name for path in job.checkpoints().iterdir() if path.is_dir()}
-    own.checkpoints().mkdir(exist_ok=True)
-    others |= job.remote.restore(own.checkpoints())
-    if others := sorted(others - {own.checkpoints().name}):
-        log.info("checkpoints of other settings, data or classes are left alone: %s", ", ".join(others))
-    return own
+    keyed.checkpoints().mkdir(exist_ok=True)
+    others |= job.remote.restore(keyed.checkpoints())
+    if others := sorted(others - {keyed.checkpoints().name}):
+        log.info("keeping checkpoints of other settings, data or classes: %s", ", ".join(others))
+    return keyed
 
 
 def settings_of(stage: Stage, arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """The settings of this process: arguments over environment over hyperparameters over the recipe."""
+    """Load the settings of this process: arguments override environment, hyperparameters and the recipe, in this order."""
     layers = settings_.layers_of(arguments, environ)
     settings = settings_.load(layers)
     if unused := settings_.unused_keys(layers[0], stage.sections):
@@ -165,34 +171,34 @@ def settings_of(stage: Stage, arguments: Sequence[str], environ: Mapping[str, st
 
 
 def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The stage or command to run and its arguments; `train` and no name at all stand for STAGE.
+    """Return the stage or command to run and its arguments. For `train`, or without a name, STAGE decides.
 
-    `train` without STAGE is train-fold where a folds channel is given, and otherwise the stage of its own name.
+    `train` without STAGE is train-fold if there is a folds channel, otherwise the stage `train`.
     """
     first = arguments[0] if arguments and "=" not in arguments[0] and not arguments[0].startswith("-") else None
     rest = list(arguments[1:] if first else arguments)
     name = first
     if first in (None, "train"):
         layers = settings_.layers_of([argument for argument in rest if "=" in argument], environ)
-        given = next((layer.values["stage"] for layer in layers if layer.values.get("stage")), None)
+        chosen = next((layer.values["stage"] for layer in layers if layer.values.get("stage")), None)
         name = (
-            value_of(str, given)
-            if given
+            value_of(str, chosen)
+            if chosen
             else first and ("train-fold" if "folds" in given_channels(environ) else "train")
         )
     if not name:
-        raise SettingsError(f"no stage: give one of {', '.join(STAGES)}, or set STAGE; see --help")
+        raise SettingsError(f"no stage: name one of {', '.join(STAGES)}, or set STAGE; see --help")
     name = name.strip().lower().replace("_", "-")
     choose({**STAGES, **COMMANDS}, "stage", name)
     return name, rest
 
 
 def fail(error: BaseException, environ: Mapping[str, str]) -> int:
-    """Says what went wrong, on stderr and in the failure file; the exit code of the error."""
+    """Report an error on stderr and in the failure file; return its exit code."""
     if isinstance(error, BrokenPipeError):
-        sys.stdout.flush()  # raises another where it is our own reader that is gone
+        sys.stdout.flush()  # raises again if the reader of our own output has gone
     error = explained(error)
-    if isinstance(error, StoppedError):  # no failure: it goes on
+    if isinstance(error, StoppedError):  # not a failure: the next run resumes
         log.warning("%s", error)
         return error.exit_code
     report_failure(output_dir(environ), error)
@@ -203,13 +209,13 @@ def fail(error: BaseException, environ: Mapping[str, str]) -> int:
     if isinstance(error, KeyboardInterrupt):
         log.error("interrupted")
         return 130
-    log.error("unexpected %s", type(error).__name__, exc_info=error)
+    log.error("internal error (please report): %s", type(error).__name__, exc_info=error)
     return 1
 
 
 def start_log(environ: Mapping[str, str]) -> None:
     level, rank = environ.get("SM_LOG_LEVEL", "20"), environ.get("RANK", "0")
-    follows = rank != "0"  # the first of several processes that train together speaks for all
+    follows = rank != "0"  # in a process group only rank 0 logs below WARNING
     logging.getLogger("fivefold").setLevel(logging.WARNING if follows else logging.NOTSET)
     logging.basicConfig(
         level=int(level) if level.isdigit() else logging.INFO,
@@ -225,7 +231,7 @@ def start_log(environ: Mapping[str, str]) -> None:
 
 
 def with_urls(line: logging.LogRecord) -> bool:
-    """Has a line of the log speak of URLs, not of the folders that stand for them, and of no passwords in URLs."""
+    """Replace local folders of URLs in a log line by the URLs, and remove passwords from URLs."""
     line.msg, line.args = shown(line.getMessage()), None
     if line.exc_info:
         line.exc_text = shown(logging.Formatter().formatException(line.exc_info))
@@ -233,13 +239,17 @@ def with_urls(line: logging.LogRecord) -> bool:
 
 
 def overview() -> str:
-    stages = "\n".join(f"  {stage.name:12} {stage.summary}" for stage in STAGES.values())
+    def summaries(names: Iterable[str]) -> str:
+        return "\n".join(f"  {name:12} {STAGES[name].summary}" for name in names)
+
+    stages = summaries(name for name in STAGES if name not in REFERENCE_STAGES)
     commands = "\n".join(f"  {name:12} {summary}" for name, (_, summary) in COMMANDS.items())
     recipes = ", ".join(shipped_recipes())
-    every = settings_.describe(list(Settings.model_fields))
+    keys = settings_.describe(list(Settings.model_fields))
     return (
-        f"{__doc__.strip()}\n\nstages:\n{stages}\n\ncommands:\n{commands}\n\nshipped recipes: {recipes}\n\n"
-        f"python -m jobs STAGE --help shows a stage's channels and keys. All keys:\n{every}"
+        f"{__doc__.strip()}\n\nStages:\n{stages}\n\nCommands:\n{commands}\n\n"
+        f"Commands of the reference systems:\n{summaries(REFERENCE_STAGES)}\n\nShipped recipes: {recipes}\n\n"
+        f"`python -m jobs STAGE --help` shows the channels and keys of a stage. All keys:\n{keys}"
     )
 
 
@@ -251,21 +261,22 @@ def stage_help(stage: Stage) -> str:
     paths = " ".join(f"{name}=PATH" for name in (*stage.channels, *stage.optional))
     return (
         f"python -m jobs {stage.name} KEY=VALUE...\n\n{stage.summary}\n\n"
-        f"channels:  {variables(stage.channels)}\noptional:  {variables(stage.optional)}\n"
-        + (f"as arguments too: {paths} output=PATH\n" if stage.by_argument else "")
-        + f"writes to: {'SM_MODEL_DIR, SM_OUTPUT_DATA_DIR' if stage.writes_model else 'SM_OUTPUT_DATA_DIR'}\n"
-        + "each a folder, or s3://bucket/prefix (AWS_ENDPOINT_URL_S3 names another store)\n\n"
-        + f"keys, as arguments, environment (SECTION__KEY), hyperparameters or in a recipe:\n{settings_.describe(keys)}"
+        f"Required channels: {variables(stage.channels)}\nOptional channels: {variables(stage.optional)}\n"
+        + (f"Also as arguments: {paths} output=PATH\n" if stage.by_argument else "")
+        + f"Output:            {'SM_MODEL_DIR, SM_OUTPUT_DATA_DIR' if stage.writes_model else 'SM_OUTPUT_DATA_DIR'}\n"
+        + "Each is a folder or s3://bucket/prefix (AWS_ENDPOINT_URL_S3 selects another store).\n\n"
+        + "Keys, as arguments, environment variables (SECTION__KEY), hyperparameters or in a recipe:\n"
+        + settings_.describe(keys)
     )
 
 
 def command_line() -> None:
-    """The console command `fivefold`; where nobody reads its output any more (`| head`), it ends as SIGPIPE would have it."""
+    """Run the console command `fivefold`; if its reader has gone (`| head`), end with the exit code of SIGPIPE."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's flush at exit
         code = 128 + signal.SIGPIPE
     sys.exit(code)
 

@@ -1,7 +1,7 @@
-"""What every fold of a run would meet, found before the first one trains: settings that cannot work, and what this machine lacks.
+"""Checks before a run starts: settings that would fail in every fold, and requirements that this machine does not meet.
 
-Most of it needs torch, which `submit` does not load: it would hold it for as long as the run takes. So a process of its
-own looks, and tells what it found.
+Most checks need torch. `submit` must not load torch, because it would hold that memory for the whole run. So the
+checks run in a subprocess, which reports the error.
 """
 
 import json
@@ -25,7 +25,7 @@ ERRORS = {error.exit_code: error for error in (SettingsError, DataError, Missing
 
 
 def check_plan(plan: Plan, inputs: Inputs, here: bool) -> None:
-    """Raises what a step of the plan would end with, as far as settings tell; `here`: it runs on this machine, with its files."""
+    """Raise the error that a step of the plan would raise for its settings; `here`: the plan runs on this machine."""
     settings, stages = plan.settings, {step.stage for step in plan.steps}
     if any(step.name == "ensemble" for step in plan.steps):
         check_blend(settings, here)
@@ -42,44 +42,42 @@ def trained_by(settings: Settings, stage: str) -> Settings:
 
 
 def check_weights(recipes: Sequence[Settings], channel: str | None) -> None:
-    """Raises a MissingInputError for weights to start from that are neither at their path nor in the channel."""
+    """Raise a MissingInputError for pretrained weights that are neither at their path nor in the channel."""
     for name in dict.fromkeys(recipe.model.weights for recipe in recipes if recipe.model.weights):
         if not any(path.is_file() for path in (Path(name), *([Path(channel) / name] if channel else []))):
-            raise MissingInputError(
-                f"model.weights={name}: no such file, nor one of that name in weights={channel or ''}"
-            )
+            raise MissingInputError(f"model.weights={name}: no such file, also not in weights={channel or ''}")
 
 
 def check_blend(settings: Settings, here: bool) -> None:
-    """Raises a SettingsError for weights of other systems than the run has, a MissingInputError for submission files that are not there."""
+    """Raise a SettingsError for weights of unknown systems, a MissingInputError for missing submission files."""
     from fivefold.inference.submitted import system_name
 
     options = settings.ensemble
     files = [Path(name) for name in options.submissions]
-    if absent := [path for path in files if here and not path.is_file()]:
-        raise MissingInputError(f"ensemble.submissions: no file {absent[0]}")
+    if missing := [path for path in files if here and not path.is_file()]:
+        raise MissingInputError(f"ensemble.submissions: no file {missing[0]}")
     if options.blend == "weighted" and not any(map(is_url, options.submissions)):
         given_weights([settings.system, *map(system_name, files)], options.weights)
 
 
 def check_apart(settings: Settings, trained: Sequence[str], here: bool) -> None:
-    """`check_training` in a process of its own, whose error is raised here; one that is killed tells nothing.
+    """Run `check_training` in a subprocess and raise its error; log a warning if the subprocess crashes.
 
-    A process that has loaded torch already checks by itself.
+    If this process has already loaded torch, it runs the check itself.
     """
     if "torch" in sys.modules:
         return check_training(settings, trained, here)
-    given = json.dumps([settings.model_dump(mode="json"), list(trained), here])
-    ended = subprocess.run([sys.executable, "-m", MODULE], input=given, capture_output=True, text=True, check=False)
+    request = json.dumps([settings.model_dump(mode="json"), list(trained), here])
+    ended = subprocess.run([sys.executable, "-m", MODULE], input=request, capture_output=True, text=True, check=False)
     if ended.returncode in ERRORS:
         raise ERRORS[ended.returncode](ended.stdout.strip())
     if ended.returncode:
-        last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        log.warning("the settings could not be tried before the run (exit code %d: %s)", ended.returncode, last)
+        last = (ended.stderr.strip().splitlines() or ["no output"])[-1]
+        log.warning("could not check the settings before the run (exit code %d: %s)", ended.returncode, last)
 
 
 def check_training(settings: Settings, trained: Sequence[str], here: bool) -> None:
-    """Raises what these stages would end with before their first step, of settings alone, or `here` of this machine too."""
+    """Raise the error that these stages would raise before their first step: for the settings, and `here` for this machine."""
     from fivefold import assemble
     from fivefold.distillation import TEACHERS
     from fivefold.inference.tta import build_views
@@ -90,7 +88,7 @@ def check_training(settings: Settings, trained: Sequence[str], here: bool) -> No
     cache_folder(settings)
     recipes = [trained_by(settings, stage) for stage in trained]
     for number, recipe in enumerate(recipes):
-        if recipe in recipes[:number]:  # the student's may be the folds' own
+        if recipe in recipes[:number]:  # the student may have the folds' settings
             continue
         assemble.check_training(recipe)
         network = assemble.tried_network(recipe, shapes_alone=not here)
@@ -102,11 +100,11 @@ def check_training(settings: Settings, trained: Sequence[str], here: bool) -> No
         allowed_patience(options.patience, int(aside > 0))
         build_views(options.views)
         if here and options.teacher not in TEACHERS and not Path(options.teacher).is_dir():
-            raise MissingInputError(f"distill.teacher={options.teacher} is neither {', '.join(TEACHERS)} nor a folder")
+            raise MissingInputError(f"distill.teacher={options.teacher} is not {' or '.join(TEACHERS)}, nor a folder")
 
 
 def main() -> int:
-    """Checks what stands on stdin; the exit code of the error, whose words go to stdout."""
+    """Check the request on stdin; print an error to stdout and return its exit code."""
     tree, trained, here = json.load(sys.stdin)
     try:
         check_training(Settings.model_validate(tree), trained, here)

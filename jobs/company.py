@@ -1,4 +1,4 @@
-"""A stage that several processes run: who starts them, what the first decides for all, and what the others do."""
+"""Multi-process stages: start the ranks, broadcast rank 0's decisions, and run the other ranks."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger("fivefold")
 def run_by_others(
     stage: Stage, arguments: Sequence[str], environ: Mapping[str, str], settings: Callable[[], Settings]
 ) -> int | None:
-    """The exit code of a stage that processes of its own, or another host, run; None where this process is to run it."""
+    """Run a stage in subprocesses, or skip it if another host runs it; return the exit code. None: this process must run it."""
     if is_member(environ):
         first, several = place_of(environ).leads, place_of(environ).world > 1
     else:
@@ -29,21 +29,21 @@ def run_by_others(
         first, several = hosts.index == 0, hosts.count > 1
     if not stage.writes_model:
         if several:
-            log.info("%s runs in one process of the first host%s", stage.name, "" if first else ": nothing to do here")
+            log.info("%s runs in one process on the first host%s", stage.name, "" if first else ": nothing to do here")
         return None if first else 0
     if is_member(environ):
         return None
-    processes = _processes(stage, environ, settings)
+    processes = _count_processes(stage, environ, settings)
     if hosts.count * processes == 1:
         return None
-    check_batch(_trained(stage, settings()).train.batch_size, hosts.count * processes)
-    where = f" on each of {hosts.count} hosts, of which this is number {hosts.index}" if hosts.count > 1 else ""
+    check_batch(_trained_settings(stage, settings()).train.batch_size, hosts.count * processes)
+    where = f" on each of {hosts.count} hosts; this is host {hosts.index}" if hosts.count > 1 else ""
     log.info("%s: %d process%s%s", stage.name, processes, "es" if processes > 1 else "", where)
     return launch.start([stage.name, *arguments], hosts, processes, environ)
 
 
 def joined(job: Job) -> AbstractContextManager[Any]:
-    """The processes that train together, once all are there; alone, nothing is waited for, and torch not loaded."""
+    """Return the process group as a context, after all ranks have joined; for a single process do not load torch."""
     if job.place.world == 1:
         return nullcontext()
     from fivefold.distributed.replicas import joined
@@ -52,37 +52,37 @@ def joined(job: Job) -> AbstractContextManager[Any]:
 
 
 def decided(job: Job, settings: Settings, run: bool) -> bool:
-    """Whether the stage is to run, as the first process decides for all of one group of settings."""
+    """Return rank 0's decision whether the stage runs, on all ranks; check that all ranks have the same settings."""
     if job.place.world == 1:
         return run
-    check_batch(_trained(job.stage, settings).train.batch_size, job.place.world)
+    check_batch(_trained_settings(job.stage, settings).train.batch_size, job.place.world)
     from fivefold.distributed.replicas import Replicas
 
-    company = Replicas(job.place)
-    told = json.dumps(key_settings(settings, job.stage.sections), sort_keys=True)
-    company.check_same(
-        told, "its settings are others than the first one's; give all hosts the same arguments and variables"
+    replicas = Replicas(job.place)
+    serialised = json.dumps(key_settings(settings, job.stage.sections), sort_keys=True)
+    replicas.check_same(
+        serialised, "its settings differ from those of rank 0; give all hosts the same arguments and variables"
     )
-    return company.shared(run)
+    return replicas.shared(run)
 
 
 def follow(job: Job, settings: Settings) -> None:
-    """What a process does that is not the first: it trains with it, and leaves all files to it."""
+    """Run the stage on a rank other than 0: train, but write no files."""
     job.probe()
     if decided(job, settings, False):
         import_module(job.stage.module, __package__).main(job, settings)
 
 
-def _processes(stage: Stage, environ: Mapping[str, str], settings: Callable[[], Settings]) -> int:
-    """The processes of this host: as many as NPROC says, else one a GPU where the settings leave the device open."""
-    named = processes_of(environ)
-    if named == 1 or (named and environ.get("NPROC")):
-        return named
-    named = len(gpus(environ)) if named is None else named
-    if named <= 1:
+def _count_processes(stage: Stage, environ: Mapping[str, str], settings: Callable[[], Settings]) -> int:
+    """Return the number of processes on this host: NPROC, else one per GPU if the settings do not fix another device."""
+    count = processes_of(environ)
+    if count == 1 or (count and environ.get("NPROC")):
+        return count
+    count = len(gpus(environ)) if count is None else count
+    if count <= 1:
         return 1
-    return named if _trained(stage, settings()).train.device in ("auto", "cuda") else 1
+    return count if _trained_settings(stage, settings()).train.device in ("auto", "cuda") else 1
 
 
-def _trained(stage: Stage, settings: Settings) -> Settings:
+def _trained_settings(stage: Stage, settings: Settings) -> Settings:
     return settings.student() if stage.name == "distill" else settings

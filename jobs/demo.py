@@ -1,7 +1,7 @@
-"""`python -m jobs demo [KEY=VALUE...]`: the whole pipeline on the 1,797 scanned digits of scikit-learn.
+"""`python -m jobs demo [KEY=VALUE...]`: run the whole pipeline on the 1,797 scanned digits of scikit-learn.
 
-The digits are written as 8×8 PNG files below data/demo, once; then `submit` runs the recipe `demo`
-on them as the run `demo`. Further KEY=VALUE are submit's: settings, parallel=, runs=, --dry-run.
+The first call writes the digits as 8×8 PNG files to data/demo. Then `submit` runs the recipe `demo`
+on them as the run `demo`. Further KEY=VALUE are arguments of submit: settings, parallel=, runs=, --dry-run.
 """
 
 import logging
@@ -20,11 +20,11 @@ log = logging.getLogger("fivefold")
 DATA = Path("data/demo")
 MARKER = "written.json"
 FORMAT = 1
-"""Raised when the files change, so that older ones are written anew."""
+"""Increase it when the files change, so that older files are rewritten."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Writes the digits where they are not there yet, and submits the run; submit's exit code."""
+    """Write the digits if they are missing, and submit the run; return submit's exit code."""
     if {"-h", "--help"} & set(arguments):
         print(f"{__doc__.strip()}\n\n{submit.usage()}")
         return 0
@@ -32,12 +32,12 @@ def main(arguments: Sequence[str]) -> int:
     defaults = ["recipe=demo", "run=demo", f"train={DATA / 'train'}", f"eval={DATA / 'test'}"]
     if any(argument.startswith("train.epochs=") for argument in arguments):
         defaults.append("train.warmup_epochs=0")  # the recipe's warm-up is longer than a short trial
-    # of a key given twice submit takes the last one: the user's
+    # If a key is set twice, submit uses the last value: the user's.
     return submit.main([*defaults, *arguments])
 
 
 def write_digits(folder: Path) -> None:
-    """Writes train/<digit>/NNNN.png (80 %) and test/ with test.csv, sample_submission.csv and gt.csv (20 %)."""
+    """Write train/<digit>/NNNN.png (80 %) and test/ with test.csv, sample_submission.csv and gt.csv (20 %)."""
     if (folder / MARKER).is_file() and read_json(folder / MARKER) == {"format": FORMAT}:
         return
     from PIL import Image
@@ -58,7 +58,7 @@ def write_digits(folder: Path) -> None:
 
 
 def write_tables(folder: Path, labels: Sequence[str]) -> None:
-    """The tables of a competition's download: what to predict, in which columns, and the truth."""
+    """Write the tables of a competition's download: the test rows, the sample submission and the ground truth."""
     import pandas as pd
 
     ids = [f"TEST_{number:05d}" for number in range(len(labels))]

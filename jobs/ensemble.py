@@ -1,4 +1,4 @@
-"""The ensemble: every fold model predicts the test images, and the blend of all systems is the prediction."""
+"""The ensemble stage: every fold model predicts the test images, and the systems are blended."""
 
 import logging
 import re
@@ -42,17 +42,17 @@ from .outcome import Outcome
 log = logging.getLogger("fivefold")
 
 ID_COLUMN = "ID"
-"""What the submission calls its ids where no test table does."""
-LEAST_SHARE = 1e-6
-"""Of a class in a prediction by shares: one without a row has some probability too."""
+"""The id column of the submission if there is no test table."""
+MIN_SHARE = 1e-6
+"""Minimum share of a class in the prediction of an unreadable image; a class without rows gets it too."""
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Predicts the eval channel with all members; the table, the submission, and what they are made of."""
+    """Predict the eval channel with all members; return the table, the submission and the description of the ensemble."""
     options, same = settings.ensemble, SameClasses(settings.data.same_classes, settings.data.same_class)
     files = submission_files(job, options.submissions)
-    without = files and job.optional_channel("model") is None
-    models = [] if without else find_models(job.channel("model"), job.scratch)
+    files_only = files and job.optional_channel("model") is None
+    models = [] if files_only else find_models(job.channel("model"), job.scratch)
     if models:
         check_together(models, options.blend == "product")
         if job.optional_channel("folds") is not None:
@@ -68,27 +68,29 @@ def main(job: Job, settings: Settings) -> Outcome:
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
     explicit = settings.predict.model_dump(exclude_unset=True)
-    asked = Asked(store, images, options.unreadable == "prior", job.scratch)
-    each, unreadable = predict_each(groups, asked, explicit, options.within) if groups else ({}, [])
-    each |= {name: table.log_probs for name, table in submitted.items()}
+    request = Asked(store, images, options.unreadable == "prior", job.scratch)
+    system_probs, unreadable = predict_each(groups, request, explicit, options.within) if groups else ({}, [])
+    system_probs |= {name: table.log_probs for name, table in submitted.items()}
     systems = [system_of(name, group, explicit.get("views"), options.within) for name, group in groups.items()]
     systems += [System(name, 1, 1, None, None) for name in submitted]
     rule, alone = Rule(options.blend, options.weights, options.within), []
     if product:
         rule, alone = Rule("mean", within=options.within, product=product.name), scores_alone(systems)
-        each, systems = {product.name: product.join(each)}, [product.joined(systems)]
+        system_probs, systems = {product.name: product.join(system_probs)}, [product.joined(systems)]
     weights, scores = weigh(systems, rule)
     holdout, temperature, holdout_scores = judge_holdout(systems, weights, rule, options.temperature)
     scores = alone + scores + holdout_scores
     tell(scores)
 
-    blended = combined(rule.between, list(each.values()), weights)
+    blended = combined(rule.between, list(system_probs.values()), weights)
     log_probs = apply_temperature(blended, temperature)
     log_probs[unreadable] = blended[unreadable]
-    table = table_of(images, " + ".join(each), classes, log_probs)
+    table = table_of(images, " + ".join(system_probs), classes, log_probs)
     output = job.output()
     written = [predictions.write(output / PREDICTIONS, table), submit(output / options.submission, table, images, same)]
-    written += submit_each(output / EACH, {name: each[name] for name in groups if name in each}, images, classes, same)
+    written += submit_each(
+        output / EACH, {name: system_probs[name] for name in groups if name in system_probs}, images, classes, same
+    )
     written += keep_holdout(output / HOLDOUT, holdout)
     shares = tuple((product.weights if product else weights).tolist())
     ensemble = Ensemble(groups, shares, temperature, options.within, options.blend, files)
@@ -101,7 +103,7 @@ def main(job: Job, settings: Settings) -> Outcome:
 
 
 def asked_rows(job: Job, settings: Settings, files: Sequence[Path]) -> tuple[ImageStore | None, EvalTable]:
-    """The store and the rows of the eval channel; without that channel, the rows of the first of `files`, all tables."""
+    """Return the store and the rows of the eval channel; without it, if all `files` are tables, the rows of the first one."""
     options = settings.ensemble
     if files and all(map(is_table, files)) and job.optional_channel("eval") is None:
         ids = predictions.read(files[0]).ids
@@ -115,21 +117,21 @@ def asked_rows(job: Job, settings: Settings, files: Sequence[Path]) -> tuple[Ima
 
 
 def submission_files(job: Job, named: Sequence[str]) -> dict[str, Path]:
-    """The submission files of the channel and of the settings, by the name of their system."""
-    found: dict[str, Path] = {}
+    """Return the submission files of the channel and of the settings by system name."""
+    files: dict[str, Path] = {}
     for path in [*find_submissions(job, tables=True), *(Path(name) for name in named)]:
         if not path.is_file():
             raise MissingInputError(f"ensemble.submissions: no file {path}")
-        other = found.setdefault(system_name(path), path)
+        other = files.setdefault(system_name(path), path)
         if other != path:
             raise DataError(f"{other} and {path} are both called {system_name(path)!r}; rename one of them")
-    return found
+    return files
 
 
 def known_classes(models: list[ModelDir], images: EvalTable, files: Mapping[str, Path]) -> tuple[str, ...]:
-    """The classes of the models; without any those of the sample submission, else of the first file of probabilities.
+    """Return the models' classes; without models the classes of the sample submission, else of the first file of probabilities.
 
-    Files of predicted classes alone know together those that any of them names.
+    If all files have predicted classes only, return all classes that occur in them.
     """
     if models:
         return tuple(models[0].info["classes"])
@@ -137,8 +139,8 @@ def known_classes(models: list[ModelDir], images: EvalTable, files: Mapping[str,
     if len(columns) > 1:
         return tuple(columns)
     whole = [path for path in files.values() if is_table(path) or not has_one_column(path)]
-    found = [read_submitted(path, images.ids).classes for path in whole[:1] or files.values()]
-    return tuple(sorted({name for classes in found for name in classes}))
+    of_files = [read_submitted(path, images.ids).classes for path in whole[:1] or files.values()]
+    return tuple(sorted({name for classes in of_files for name in classes}))
 
 
 def read_files(
@@ -149,41 +151,42 @@ def read_files(
     same: SameClasses,
     options: recipe.Ensemble,
 ) -> dict[str, Predictions]:
-    """Each file's predictions of the test images, in their order, by the name of its system."""
-    twice = sorted(files.keys() & groups.keys())
-    if twice:
-        raise DataError(f"{files[twice[0]]} is called {twice[0]!r} like a system of the models; rename one of them")
-    wanted = [str(name) for name in images.ids]
-    asked = {"answer": options.answer, "positive": options.positive_class}
-    read = {name: read_submitted(path, wanted, classes, same, **asked) for name, path in files.items()}
-    return {name: table.in_order(wanted) for name, table in read.items()}
+    """Read each file's predictions of the test images, in their order, by system name."""
+    duplicates = sorted(files.keys() & groups.keys())
+    if duplicates:
+        name = duplicates[0]
+        raise DataError(f"{files[name]} and a system of the models are both called {name!r}; rename one of them")
+    ids = [str(name) for name in images.ids]
+    answer = {"answer": options.answer, "positive": options.positive_class}
+    tables = {name: read_submitted(path, ids, classes, same, **answer) for name, path in files.items()}
+    return {name: table.in_order(ids) for name, table in tables.items()}
 
 
 def check_blends(options: recipe.Ensemble, submitted: Mapping[str, Predictions]) -> None:
-    """Raises a SettingsError for a file of classes alone in a blend that would make it a veto, or rank nothing."""
+    """Raise a SettingsError for a file of predicted classes in a blend where it would be a veto or could not be ranked."""
     certain = [name for name, table in submitted.items() if holds_labels(table)]
     if certain and options.blend in ("geometric", "rank"):
         raise SettingsError(
-            f"ensemble.blend={options.blend} needs probabilities, and {certain[0]} holds predicted classes alone; "
-            "take vote, mean or weighted"
+            f"ensemble.blend={options.blend} needs probabilities, but {certain[0]} has only predicted classes; "
+            "use vote, mean or weighted"
         )
 
 
 def product_for(blend: str, groups: Mapping[str, list[ModelDir]], files: Mapping[str, Path]) -> Product | None:
-    """How blend `product` joins the systems, None for another blend; errors for what it cannot join."""
+    """Return the product of the systems for the blend `product`, None for another blend; raise an error if it is impossible."""
     if blend != "product":
         return None
     if files:
         raise SettingsError(
-            f"ensemble.blend=product joins models of different factors, and {next(iter(files))} is a submission file; "
-            "blend it with the product's own submission by another blend"
+            f"ensemble.blend=product combines models of different factors, but {next(iter(files))} is a submission file; "
+            "blend it with the product's submission in a second run with another blend"
         )
     return product_of(groups)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The images that are to be predicted, and whether those that cannot be read get the classes' shares in training."""
+    """The images to predict; `prior`: unreadable images get the class shares of the training data."""
 
     store: ImageStore | None
     images: EvalTable
@@ -194,60 +197,60 @@ class Asked:
 def predict_each(
     groups: Mapping[str, list[ModelDir]], asked: Asked, explicit: Mapping[str, Any], within: str
 ) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Each system's [N, C], and the rows that cannot be read, which have the classes' shares in training there.
+    """Return each system's [N, C], and the unreadable rows, which get the class shares of the training data.
 
-    An image is decoded and transformed once for all models that see alike, and for all views.
+    An image is decoded and transformed once for all models with the same preprocessing, and for all views.
     """
     from fivefold.members import Gallery, ImageFiles
 
-    gallery = Gallery(ImageFiles(asked.store, asked.images.paths), asked.scratch, asked.prior)
-    each = {name: predict(group, gallery, explicit, within) for name, group in groups.items()}
-    if rows := gallery.unreadable:
+    images = Gallery(ImageFiles(asked.store, asked.images.paths), asked.scratch, asked.prior)
+    log_probs = {name: predict(group, images, explicit, within) for name, group in groups.items()}
+    if rows := images.unreadable:
         names = ", ".join(map(str, asked.images.paths[rows]))
         log.warning(
-            "%d test images cannot be read, and are predicted by the classes' shares in training: %s", len(rows), names
+            "%d test images cannot be read; they get the class shares of the training data: %s", len(rows), names
         )
-    return each, rows
+    return log_probs, rows
 
 
 def prior_of(model: ModelDir) -> np.ndarray:
-    """Return the log of the classes' shares [C] among the rows of its split, none below LEAST_SHARE."""
-    shares = np.maximum(np.array(model.info["shares"], np.float64), LEAST_SHARE)
+    """Return the log of the class shares [C] in the model's split, none below MIN_SHARE."""
+    shares = np.maximum(np.array(model.info["shares"], np.float64), MIN_SHARE)
     return np.log(shares / shares.sum()).astype(np.float32)
 
 
 def predict(group: list[ModelDir], gallery: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
-    """A system's models as one [N, C], each with an equal say; one network at a time is in memory."""
+    """Predict with a system's models and combine them into one [N, C] with equal weights; load one network at a time."""
     from fivefold.assemble import in_words
     from fivefold.members import load_member
 
-    found, classes = [], group[0].info["classes"]
+    predicted, classes = [], group[0].info["classes"]
     for number, model in enumerate(group, start=1):
         member = load_member(model, explicit)
         log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), in_words(member.runtime))
         log_probs = member.predict_seen(gallery, model.name)
         log_probs[gallery.unreadable] = prior_of(model)
         del member
-        found.append(in_class_order(log_probs, model.info["classes"], classes))
-    return combined(within, found, equal(len(found)))
+        predicted.append(in_class_order(log_probs, model.info["classes"], classes))
+    return combined(within, predicted, equal(len(predicted)))
 
 
 def system_of(name: str, group: list[ModelDir], views: list[Spec] | None, within: str) -> System:
-    """The tables of a system; those of the holdout count only when they were made with the views that predict now."""
+    """Return a system with its tables; the holdout tables count only if they were predicted with the current views."""
     from fivefold.inference.tta import same_views
 
-    own = views is None or all(same_views(views, model.info["settings"]["predict"]["views"]) for model in group)
-    if not own:
-        log.info("%s predicts with other views than it was trained to: its holdout scores are left out", name)
+    unchanged = views is None or all(same_views(views, model.info["settings"]["predict"]["views"]) for model in group)
+    if not unchanged:
+        log.info("%s predicts with other views than its recipe: skipping its holdout scores", name)
     seeds = len({model.info["seed"] for model in group})
-    holdout = joined(group, HOLDOUT, within) if own else None
+    holdout = joined(group, HOLDOUT, within) if unchanged else None
     selected = any(model.info.get("selected_on") == "holdout" for model in group)
     folds_selected = any(m.info["role"] == "fold" and m.info["settings"]["train"]["epochs"] > 1 for m in group)
     return System(name, len(group), seeds, joined(group, OOF), holdout, selected, folds_selected)
 
 
 def joined(group: list[ModelDir], file: str, within: str = "mean") -> Predictions | None:
-    """The models' tables `file` as one; None unless all of them have it."""
+    """Combine the models' tables `file` into one; None unless all of them have it."""
     paths = [model.path / file for model in group]
     return join([predictions.read(path) for path in paths], within) if all(p.is_file() for p in paths) else None
 
@@ -257,7 +260,7 @@ def table_of(images: EvalTable, system: str, classes: tuple[str, ...], log_probs
 
 
 def in_factors(images: EvalTable, models: Sequence[ModelDir], classes: Sequence[str]) -> EvalTable:
-    """`images`, answered by class names where the models know some factors alone: a sample's values speak of whole classes."""
+    """Return `images` with class names as answers if the models predict only some factors: a sample has whole classes."""
     info = models[0].info if models else {}
     part = info.get("knows") and set(classes) != set(factors_of(info).classes)
     if not (part and images.sample and images.sample.answer == "auto" and not images.sample.positive):
@@ -266,7 +269,7 @@ def in_factors(images: EvalTable, models: Sequence[ModelDir], classes: Sequence[
 
 
 def submit(path: Path, table: Predictions, images: EvalTable, same: SameClasses) -> Path:
-    """Writes the submission in the sample's columns, or in the classes' where there is no sample."""
+    """Write the submission with the sample's columns, or one column per class if there is no sample."""
     sample = images.sample or Submission(images.id_column, same.names(table.classes), images.ids)
     return write_submission(path, table, sample, same)
 
@@ -274,9 +277,9 @@ def submit(path: Path, table: Predictions, images: EvalTable, same: SameClasses)
 def submit_each(
     folder: Path, each: Mapping[str, np.ndarray], images: EvalTable, classes: tuple[str, ...], same: SameClasses
 ) -> list[Path]:
-    """Writes output_<system>.csv for every system: its probabilities of all classes, to be blended elsewhere.
+    """Write output_<system>.csv for every system: its probabilities of all classes, for blending elsewhere.
 
-    Classes that mean the same keep their own probabilities there, but for merged ones, which have parts.
+    Classes with the same meaning keep their own probabilities, except merged classes.
     """
     if folder.is_dir():
         for old in folder.glob(f"{PREFIX}*.csv"):
@@ -284,11 +287,11 @@ def submit_each(
     plain = replace(same, policy="merge" if same.merged else "none")
     names = {system: re.sub(r"[^\w.()+-]+", "_", system) for system in each}
     if len(set(names.values())) < len(names):
-        raise DataError(f"systems whose names make the same name of a file: {', '.join(names)}; rename one by system=")
+        raise DataError(f"several systems map to one file name: {', '.join(names)}; rename one with system=")
     columns = images.sample.classes if images.sample and len(images.sample.classes) > 1 else same.names(classes)
-    every = Submission(images.id_column, tuple(columns), images.ids)
-    tables = {folder / f"{PREFIX}{names[n]}.csv": table_of(images, n, classes, found) for n, found in each.items()}
-    return [write_submission(path, table, every, plain) for path, table in tables.items()]
+    layout = Submission(images.id_column, tuple(columns), images.ids)
+    tables = {folder / f"{PREFIX}{names[n]}.csv": table_of(images, n, classes, probs) for n, probs in each.items()}
+    return [write_submission(path, table, layout, plain) for path, table in tables.items()]
 
 
 def keep_holdout(path: Path, table: Predictions | None) -> list[Path]:

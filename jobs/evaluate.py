@@ -1,4 +1,4 @@
-"""Scores of what is known the truth of: figures, tables, pictures, and one report that opens anywhere."""
+"""The evaluate stage: score predictions with known truth; write figures, tables, plots and a self-contained report."""
 
 import json
 import logging
@@ -24,24 +24,24 @@ from .scoring import Evidence
 log = logging.getLogger("fivefold")
 
 WRONG = ("wrong_valid.csv", "wrong_test.csv")
-"""Mistakes on rows that a model was selected on, and on rows that no model saw. Rows that a model trained on
-are predicted by `predict` alone, which has their wrong_train.csv."""
+"""Mistakes on rows that selected a model, and on rows that no model used. Only `predict` predicts training rows;
+it writes their wrong_train.csv."""
 HEADLINE = ("rows", "n", "accuracy", "logloss", "f1_macro", "ece")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Scores test, holdout and out-of-fold rows, whichever there are; the files written and the figures."""
+    """Score test, holdout and out-of-fold rows, as far as they exist; return the written files and the figures."""
     options, folder = settings.evaluate, job.output()
     evidence = Evidence(job, settings.data, settings.ensemble.answer, settings.ensemble.positive_class)
     scored = [rows for rows in (evidence.test(), evidence.holdout(), evidence.out_of_fold()) if rows is not None]
     if not scored:
         if not options.allow_empty:
             raise MissingInputError(
-                "nothing to report on: give SM_CHANNEL_GROUND_TRUTH (or SM_GROUND_TRUTH_DIR) with SM_CHANNEL_PREDICTIONS, "
+                "nothing to evaluate: set SM_CHANNEL_GROUND_TRUTH (or SM_GROUND_TRUTH_DIR) with SM_CHANNEL_PREDICTIONS, "
                 "or SM_CHANNEL_MODEL with models that have out-of-fold or holdout predictions"
             )
         log.warning(
-            "no row has a ground truth, so there are no scores and no report; a gt.csv beside test.csv gives them"
+            "no row has a ground truth, so there are no scores and no report; put a gt.csv beside test.csv to get them"
         )
         write_json(folder / METRICS, {})
         return Outcome([folder / METRICS])
@@ -89,32 +89,32 @@ def main(job: Job, settings: Settings) -> Outcome:
 
 
 def in_and_out(rows: tables.Scored, known: Set[str], top_k: int, bins: int) -> dict[str, Any]:
-    """How many of the rows are images of the split, and the scores of the others, if there are any; nothing for none."""
-    other = np.array([str(name) not in known for name in rows.table.ids], bool)
-    if other.all():
+    """Return the number of rows that are images of the split and the scores of the other rows; empty without overlap."""
+    new = np.array([str(name) not in known for name in rows.table.ids], bool)
+    if new.all():
         return {}
-    found: dict[str, Any] = {"in_split": int((~other).sum())}
-    if not other.any():
-        log.warning("all %d test images are images of the split: none of these scores is of unseen images", len(other))
-        return found
-    rest = rows.table.take(other)
-    found["not_in_split"] = full_report(rest.log_probs, rest.codes(), top_k, bins)
-    told = found["in_split"], len(other), found["not_in_split"]["accuracy"], found["not_in_split"]["logloss"]
-    log.warning("%d of %d test images are images of the split; of the others: accuracy %.4f, logloss %.4f", *told)
-    return found
+    overlap: dict[str, Any] = {"in_split": int((~new).sum())}
+    if not new.any():
+        log.warning("all %d test images are images of the split: no score covers new images", len(new))
+        return overlap
+    rest = rows.table.take(new)
+    overlap["not_in_split"] = full_report(rest.log_probs, rest.codes(), top_k, bins)
+    values = overlap["in_split"], len(new), overlap["not_in_split"]["accuracy"], overlap["not_in_split"]["logloss"]
+    log.warning("%d of %d test images are images of the split; of the others: accuracy %.4f, logloss %.4f", *values)
+    return overlap
 
 
 def notes_on_overlap(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What the report says of test images that are images of the split."""
+    """Return the report's note on test images that are images of the split."""
     count = figures.get("test", {}).get("in_split", 0)
-    words = f"{count} of these images {'is an image' if count == 1 else 'are images'} of the split by the pixels."
+    words = f"{count} of these images {'has' if count == 1 else 'have'} the same pixels as an image of the split."
     return {"test": words} if count else {}
 
 
 def write_tables(
     folder: Path, first: tables.Scored, mistakes: Mapping[str, pd.DataFrame], selecting: Set[str]
 ) -> list[Path]:
-    """Per class and confusion of the rows that open the report, and the mistakes of all, apart for rows of names in `selecting`."""
+    """Write the per-class table and confusion matrix of the `first` rows, and all mistakes; those in `selecting` go to their own file."""
     written = [tables.write_per_class(folder / "per_class.csv", first)]
     written.append(tables.write_confusion(folder / "confusion_matrix.csv", first))
     for file, selected in zip(WRONG, (True, False), strict=True):
@@ -126,9 +126,9 @@ def write_tables(
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for each infinite or undefined number, which JSON does not know."""
+    """Replace infinite and undefined numbers in `value` by None, because JSON has no such numbers."""
     if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [finite(each) for each in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

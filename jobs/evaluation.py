@@ -1,4 +1,4 @@
-"""Accuracy and macro F1 of the answers in output.csv against gt.csv, as one line of JSON."""
+"""The evaluation stage (reference systems): accuracy and macro F1 of output.csv against gt.csv, as one line of JSON."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger("fivefold")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Scores the output folder's answers (or the predictions channel's) and prints the figures."""
+    """Score the answers in the output folder (or in the predictions channel) and print the figures."""
     file = (job.optional_channel("predictions") or job.output()) / OUTPUT
     truth = truth_file(job.channel("ground_truth"))
     log.info("evaluation: %s against %s", file, truth)

@@ -1,4 +1,4 @@
-"""A trained model as one file that other programs read: a student, a fold, or a whole ensemble."""
+"""The export stage: write a student, a fold model or a whole ensemble as one file for other programs."""
 
 import logging
 
@@ -20,7 +20,7 @@ log = logging.getLogger("fivefold")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Writes the file, and `export.json` beside it, which says what it takes and what it gives."""
+    """Write the file, and `export.json` beside it, which describes its inputs and outputs."""
     options = settings.export
     name, write = choose(exporting.FORMATS, "format", options.format)
     path = job.output() / (options.file or name)
@@ -44,9 +44,11 @@ def main(job: Job, settings: Settings) -> Outcome:
 
 
 def model_of_fold(models: list[ModelDir], fold: int) -> ModelDir:
-    """The one model of a fold; a SettingsError where there is none, or several."""
+    """Return the only model of a fold; raise a SettingsError if there is none or several."""
     models = [model for model in models if model.info["fold"] == fold]
     if len(models) != 1:
         words = f"{len(models)} models ({', '.join(model.name for model in models)})" if models else "no model"
-        raise SettingsError(f"FOLD={fold}: {words} below the channel 'model'; give the model dir of one fold")
+        raise SettingsError(
+            f"FOLD={fold}: {words} below the channel 'model'; set it to the model directory of one fold"
+        )
     return models[0]

@@ -1,4 +1,4 @@
-"""Where a stage's images are read from: the files of a channel, and what a cache holds of them decoded."""
+"""The image sources of a stage: the files of a channel, and the image caches."""
 
 import logging
 from dataclasses import replace
@@ -21,14 +21,14 @@ log = logging.getLogger("fivefold")
 
 
 def open_images(job: Job, channel: str, data: Data) -> ImageStore:
-    """The store of a channel, with what the caches of the cache channel hold of it."""
+    """Open the store of a channel with the caches of the cache channel."""
     return replace(open_store(job.channel(channel), data.max_unpacked_gib), caches=channel_caches(job))
 
 
 def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore:
-    """The store of the train channel, with what a cache holds of the rows of the split.
+    """Open the store of the train channel with an image cache of the split's rows.
 
-    That is the cache channel's, or else the one below `data.cache`, which the first process that asks makes.
+    The cache is that of the cache channel, else the one below `data.cache`, which the first process builds.
     """
     store, pixels = open_store(job.channel("train"), settings.data.max_unpacked_gib), pixels_of(settings.data)
     rows = np.arange(len(table))
@@ -39,8 +39,8 @@ def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore:
     if not caches and folder is not None and known:
         cache = cached_once(folder, known, pixels, settings.data.cache_gib)
         caches = [] if cache is None else [cache]
-    lacking = np.all([cache.find(digests) < 0 for cache in caches], axis=0).sum() if caches else 0
-    rest = f"; {lacking} of {len(digests)} are not there and read from their files" if lacking else ""
+    missing = np.all([cache.find(digests) < 0 for cache in caches], axis=0).sum() if caches else 0
+    rest = f"; {missing} of {len(digests)} images are not in it and are decoded from their files" if missing else ""
     for cache in caches:
         size = f"{len(cache)} images, {cache.pixels.in_words}, {in_words(cache.bytes)}"
         log.info("image cache: %s (%s)%s", cache.folder, size, rest)
@@ -48,41 +48,42 @@ def open_split(job: Job, table: FoldTable, settings: Settings) -> ImageStore:
 
 
 def channel_caches(job: Job, pixels: Pixels | None = None) -> list[Cache]:
-    """The caches below the cache channel, all their bytes checked (on each host once); those that hold images as `pixels`, if given.
+    """Open the caches below the cache channel and verify all their bytes (once per host); `pixels` selects matching caches.
 
-    Raises MissingInputError for a channel without any, DataError for one that is damaged, SettingsError where none
-    holds images as these pixels.
+    Raise a MissingInputError for a channel without caches, a DataError for a damaged cache, and a SettingsError if no
+    cache matches `pixels`.
     """
     folder = job.optional_channel("cache")
     if folder is None:
         return []
-    found = [Cache(path.parent) for path in locate_all(folder, job.scratch, HEAD)]
-    if not found:
-        raise MissingInputError(f"no {HEAD} below the channel 'cache' ({folder}): give the output of prepare")
-    for cache in found:
+    caches = [Cache(path.parent) for path in locate_all(folder, job.scratch, HEAD)]
+    if not caches:
+        raise MissingInputError(f"no {HEAD} below the channel 'cache' ({folder}): set it to the output of prepare")
+    for cache in caches:
         if job.place.local_rank == 0:
             cache.verify()
-        by = cache.head.decoder
-        if by != DECODER:
-            log.warning("%s was decoded by %s, not by this %s: pixels may differ", cache.folder, by, DECODER)
-    fitting = [cache for cache in found if pixels in (None, cache.pixels)]
-    if not fitting:
+        decoder = cache.head.decoder
+        if decoder != DECODER:
+            log.warning("%s was decoded by %s, not by %s: pixels may differ", cache.folder, decoder, DECODER)
+    matching = [cache for cache in caches if pixels in (None, cache.pixels)]
+    if not matching:
         raise SettingsError(
-            f"the cache in {found[0].folder} holds images {found[0].pixels.in_words}, and these settings take them "
-            f"{pixels.in_words}: run prepare with the same data.store_size and data.scaled_decoding, or leave it out"
+            f"image cache {caches[0].folder} was built with images {caches[0].pixels.in_words}, but the settings need "
+            f"images {pixels.in_words}: rerun prepare with the same data.store_size and data.scaled_decoding, "
+            "or drop the cache channel"
         )
-    return fitting
+    return matching
 
 
 def cache_folder(settings: Settings) -> Path | None:
-    """Where caches are made on first use: `data.cache`; `auto` is beside the runs in a run of this machine, else nowhere."""
+    """Return the folder for caches built on first use: `data.cache`; `auto`: beside the runs for a local run, else None."""
     chosen = settings.data.cache
     if chosen == "auto":
-        # Where the platform has folders of its own, a run is a title, and no such folder is there.
-        told = settings.run and not is_url(settings.runs) and Path(settings.runs).is_dir()
-        return Path(settings.runs) / CACHES if told else None
+        # On a platform with its own folders `run` is only a title, and there is no folder of runs.
+        local = settings.run and not is_url(settings.runs) and Path(settings.runs).is_dir()
+        return Path(settings.runs) / CACHES if local else None
     if is_url(chosen):
         raise SettingsError(
-            f"data.cache={chosen} is a folder of this machine, no URL; prepare makes a cache that is kept at one"
+            f"data.cache={chosen} must be a local folder, not a URL; prepare builds a cache that can be stored at a URL"
         )
     return None if chosen in ("", "off") else Path(chosen)

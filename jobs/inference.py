@@ -1,4 +1,4 @@
-"""The answers of whatever models lie there: output.csv in the columns that are asked for."""
+"""The inference stage (reference systems): predict with all models of the channel, and write output.csv as the sample requires."""
 
 import logging
 
@@ -22,15 +22,16 @@ log = logging.getLogger("fivefold")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Predicts the eval channel: by one model, by the mean of several, or by the product of those of different factors."""
+    """Predict the eval channel with one model, the mean of several, or the product of models of different factors."""
     models = find_models(job.channel("model"), job.scratch)
     groups, infos = by_system(models), [model.info for model in models]
     product = product_of(groups) if needs_product(infos) else None
     if product is None:
-        check_same(models, "classes", "know different classes")
+        check_same(models, "classes", "predict different classes")
         if infos[0].get("knows"):
             log.warning(
-                "inference: the models know %s alone; the answers speak of no more", ", ".join(infos[0]["knows"])
+                "inference: the models predict only %s; the answers cover no other factors",
+                ", ".join(infos[0]["knows"]),
             )
     classes = product.factors.classes if product else tuple(infos[0]["classes"])
     same = SameClasses(settings.data.same_classes, settings.data.same_class)
@@ -41,10 +42,10 @@ def main(job: Job, settings: Settings) -> Outcome:
     check_submission(images, classes, same)
 
     explicit = settings.predict.model_dump(exclude_unset=True)
-    asked = Asked(store, images, settings.ensemble.unreadable == "prior", job.scratch)
-    each, _ = predict_each(groups, asked, explicit, "mean")
-    log_probs = product.join(each) if product else mean(list(each.values()))
-    table = table_of(images, product.name if product else " + ".join(each), classes, log_probs)
+    request = Asked(store, images, settings.ensemble.unreadable == "prior", job.scratch)
+    system_probs, _ = predict_each(groups, request, explicit, "mean")
+    log_probs = product.join(system_probs) if product else mean(list(system_probs.values()))
+    table = table_of(images, product.name if product else " + ".join(system_probs), classes, log_probs)
     output = job.output()
     written = [predictions.write(output / PREDICTIONS, table), submit(output / OUTPUT, table, images, same)]
     log.info("inference: %d images by %d models of %s: %s", len(images), len(models), table.system, output / OUTPUT)

@@ -1,4 +1,4 @@
-"""Classes of images that somebody has: one, a folder, or a table of them; and the mistakes where the truth is known."""
+"""The predict stage: classes of one image, a folder or a table of images; and the mistakes if the truth is known."""
 
 import json
 import logging
@@ -31,13 +31,13 @@ from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 
-WRONG = {"train": "wrong_train.csv", "valid": "wrong_valid.csv", "test": "wrong_test.csv"}
-"""Mistakes on rows that the models trained on, on rows that chose their best epoch, and on rows that they never saw."""
+MISTAKE_FILES = {"train": "wrong_train.csv", "valid": "wrong_valid.csv", "test": "wrong_test.csv"}
+"""Mistakes on rows that the models trained on, on rows that selected their best epoch, and on new rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """N images to predict, and what each was to the models: `part` [N], a key of WRONG."""
+    """N images to predict, and the role of each in training: `part` [N], a key of MISTAKE_FILES."""
 
     given: Given
     part: np.ndarray
@@ -45,26 +45,26 @@ class Asked:
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Predicts the images; the table of them, the mistakes of each part, and how long an image took."""
+    """Predict the images; return the table of predictions, the mistakes of each part, and the time per image."""
     explicit = settings.predict.model_dump(exclude_unset=True)
-    committee = load_committee(job.channel("model"), job.scratch, explicit)
-    asked = what_is_asked(job, settings, [member.source for member in committee.members], committee.classes)
-    given = asked.given
-    log.info("%d models predict %d images", len(committee.members), len(given))
+    ensemble = load_committee(job.channel("model"), job.scratch, explicit)
+    request = what_is_asked(job, settings, [member.source for member in ensemble.members], ensemble.classes)
+    images = request.given
+    log.info("%d models predict %d images", len(ensemble.members), len(images))
 
     start = time.perf_counter()
-    verdict = committee.predict(ImageFiles(given.store, given.paths, asked.sha256), "predict")
+    prediction = ensemble.predict(ImageFiles(images.store, images.paths, request.sha256), "predict")
     seconds = time.perf_counter() - start
-    results = answers(verdict, given.shown, committee.classes)
-    tell(verdict, given.shown, results, seconds)
+    results = answers(prediction, images.shown, ensemble.classes)
+    tell(prediction, images.shown, results, seconds)
 
     folder = results_folder(job, settings)
-    scored = scored_parts(asked, verdict, committee.classes)
-    files = [write_results(folder / settings.predict.file, results, given.truth), *write_wrong(folder, scored)]
+    scored = scored_parts(request, prediction, ensemble.classes)
+    files = [write_results(folder / settings.predict.file, results, images.truth), *write_wrong(folder, scored)]
     figures = {
-        "images": len(given),
-        "errors": len(verdict.unreadable),
-        "ms_per_image": round(1000 * seconds / len(given), 3),
+        "images": len(images),
+        "errors": len(prediction.unreadable),
+        "ms_per_image": round(1000 * seconds / len(images), 3),
         **{part: {"n": len(rows.table), **rounded(rows)} for part, rows in scored.items()},
     }
     shown = results[0] if len(results) == 1 else figures
@@ -74,15 +74,15 @@ def main(job: Job, settings: Settings) -> Outcome:
 
 
 def what_is_asked(job: Job, settings: Settings, models: Sequence[ModelDir], classes: tuple[str, ...]) -> Asked:
-    """The images of the channel; with a split, its rows among them, each with its class and its part."""
+    """Return the images of the channel; with a split, return the split's rows with their classes and parts."""
     data = settings.data
     if job.optional_channel("folds") is None:
-        given = read_given(
+        images = read_given(
             job.channel("images"), data.base_path, data.path_column, data.label_column, data.max_unpacked_gib
         )
-        given = with_folders_as_truth(given, classes)
-        check_truth(given, classes)
-        return Asked(given, np.full(len(given), "test"))
+        images = with_folders_as_truth(images, classes)
+        check_truth(images, classes)
+        return Asked(images, np.full(len(images), "test"))
     path = locate(job, "folds", FOLDS)
     check_split(models, path)
     factors = models[0].info["settings"]["model"].get("factors", [])
@@ -90,33 +90,33 @@ def what_is_asked(job: Job, settings: Settings, models: Sequence[ModelDir], clas
     part = seen_as(models, table)
     rows = np.flatnonzero(np.isin(part, settings.predict.rows))
     if not len(rows):
-        raise DataError(f"{path} has no rows that are {' or '.join(settings.predict.rows)} to these models")
+        raise DataError(f"{path} has no {' or '.join(settings.predict.rows)} rows of these models")
     paths = table.paths_of(rows).tolist()
-    given = Given(open_images(job, "images", data), paths, paths, table.labels()[rows].tolist())
-    check_truth(given, classes)
-    return Asked(given, part[rows], table.sha256_of(rows))
+    images = Given(open_images(job, "images", data), paths, paths, table.labels()[rows].tolist())
+    check_truth(images, classes)
+    return Asked(images, part[rows], table.sha256_of(rows))
 
 
 def results_folder(job: Job, settings: Settings) -> Path:
-    """The output, or in it `<predict.folder>/<run>`."""
+    """Return the output folder, or `<predict.folder>/<run>` in it."""
     if not settings.predict.folder:
         return job.output()
     return job.output() / settings.predict.folder / (settings.run or new_run_name())
 
 
 def scored_parts(asked: Asked, verdict: Verdict, classes: tuple[str, ...]) -> dict[str, Scored]:
-    """The readable rows whose truth is known, by their part."""
-    found = {}
+    """Return the readable rows with a known class, by part."""
+    scored = {}
     truth = np.array(asked.given.truth, object)
     names = np.array(asked.given.shown, object)
-    for part in WRONG:
-        there = (asked.part[verdict.rows] == part) & (truth[verdict.rows] != "")
-        rows = verdict.rows[there]
+    for part in MISTAKE_FILES:
+        selected = (asked.part[verdict.rows] == part) & (truth[verdict.rows] != "")
+        rows = verdict.rows[selected]
         if len(rows):
             unknown = np.full(len(rows), -1, np.int16)
-            table = Predictions(names[rows], unknown, "", classes, verdict.log_probs[there], truth[rows])
-            found[part] = Scored(part, "", "", table, dict(zip(names[rows], names[rows], strict=True)))
-    return found
+            table = Predictions(names[rows], unknown, "", classes, verdict.log_probs[selected], truth[rows])
+            scored[part] = Scored(part, "", "", table, dict(zip(names[rows], names[rows], strict=True)))
+    return scored
 
 
 def rounded(rows: Scored) -> dict[str, float]:
@@ -124,12 +124,12 @@ def rounded(rows: Scored) -> dict[str, float]:
 
 
 def write_results(path: Path, results: Sequence[Mapping[str, Any]], truth: Sequence[str]) -> Path:
-    """Writes a line an image, in the order in which they were given; the path."""
+    """Write one row per image, in input order; return the path."""
     return write_csv(path, pd.DataFrame(results).assign(true_class=list(truth)))
 
 
 def write_wrong(folder: Path, scored: Mapping[str, Scored]) -> list[Path]:
-    """Writes the mistakes of each part, the most confident first; the files."""
-    for file in WRONG.values():
+    """Write the mistakes of each part, the most confident first; return the files."""
+    for file in MISTAKE_FILES.values():
         (folder / file).unlink(missing_ok=True)
-    return [write_csv(folder / WRONG[part], rows.mistakes()) for part, rows in scored.items()]
+    return [write_csv(folder / MISTAKE_FILES[part], rows.mistakes()) for part, rows in scored.items()]

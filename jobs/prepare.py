@@ -1,4 +1,4 @@
-"""The image cache: every image of the split, and of the images to predict, decoded once for all later stages."""
+"""The prepare stage: build the image cache, with every image of the split and of the test images decoded once."""
 
 import logging
 
@@ -20,7 +20,7 @@ log = logging.getLogger("fivefold")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Decodes the images of all channels that are given into a folder of the output, which is named by what it holds."""
+    """Decode the images of all channels into a subfolder of the output, named after a digest of its contents."""
     pixels = pixels_of(settings.data)
     images = survey(image_files(job, settings), pixels)
     folder = job.output() / key_of([image.sha256 for image in images], pixels)
@@ -31,14 +31,14 @@ def main(job: Job, settings: Settings) -> Outcome:
 
 
 def image_files(job: Job, settings: Settings) -> list[ImageFile]:
-    """The images of the split, of the eval channel and of the unlabelled one, as far as they are given."""
+    """Return the images of the split, and of the eval and unlabelled channels if there are any."""
     table = read_folds(locate(job, "folds", FOLDS), locate(job, "folds", CLASSES))
-    rows, most = np.arange(len(table)), settings.data.max_unpacked_gib
-    files = files_of(open_store(job.channel("train"), most), table.paths_of(rows), table.sha256_of(rows))
+    rows, limit = np.arange(len(table)), settings.data.max_unpacked_gib
+    files = files_of(open_store(job.channel("train"), limit), table.paths_of(rows), table.sha256_of(rows))
     if job.optional_channel("eval") is not None:
-        store = open_store(job.channel("eval"), most)
+        store = open_store(job.channel("eval"), limit)
         files += files_of(store, read_eval(store, settings.data.id_column, settings.data.path_column).paths)
     if job.optional_channel("unlabeled") is not None:
-        store = open_store(job.channel("unlabeled"), most)
+        store = open_store(job.channel("unlabeled"), limit)
         files += files_of(store, [name for name in store.names() if is_image(name)])
     return files

@@ -1,4 +1,4 @@
-"""What the evaluate stage finds in its channels: rows to score, in words whose they are, and their images."""
+"""The inputs of the evaluate stage: the rows to score from its channels, their descriptions and their images."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -48,13 +48,13 @@ RECORDED = {"stage", "key", "settings", "inputs", "packages", "code", "wall_seco
 
 @dataclass(frozen=True)
 class Evidence:
-    """The channels of one evaluation, read as they are needed."""
+    """The channels of one evaluation, read lazily."""
 
     job: Job
     data: Data
     answer: str = "auto"
     positive: str = ""
-    """What a submission of one column holds, and the class that a probability is of, by the settings."""
+    """The settings for a submission of one column: what it holds, and the class of its probabilities."""
 
     @cached_property
     def models(self) -> list[ModelDir]:
@@ -64,35 +64,35 @@ class Evidence:
     @cached_property
     def predicted(self) -> dict[str, Path]:
         folder = self.job.optional_channel("predictions")
-        found = find_predictions(folder, self.job.scratch) if folder else {}
-        if ENSEMBLE in found and not record_path(found[ENSEMBLE].parent, "ensemble").is_file():
+        files = find_predictions(folder, self.job.scratch) if folder else {}
+        if ENSEMBLE in files and not record_path(files[ENSEMBLE].parent, "ensemble").is_file():
             log.warning(
-                "%s has no record (%s) of the ensemble stage, which failed or is still running, or was copied in part: "
-                "what is scored may be older than its models; run ensemble again",
-                found[ENSEMBLE].parent,
+                "%s has no record (%s) of the ensemble stage: it failed, is still running or was copied in part. "
+                "The predictions may be older than the models; rerun ensemble",
+                files[ENSEMBLE].parent,
                 RECORD,
             )
-        return found
+        return files
 
     @cached_property
     def ensemble(self) -> dict[str, Any]:
-        """What `ensemble.json` says, empty without one."""
+        """The content of `ensemble.json`, empty without one."""
         return read_json(self.predicted[ENSEMBLE]) if ENSEMBLE in self.predicted else {}
 
     @property
     def selected(self) -> bool:
-        """Whether the holdout chose the epoch of a model that is scored."""
+        """Whether the epoch of a scored model was selected on the holdout."""
         infos = [*self.ensemble.get("members", []), *(model.info for model in self.models)]
         return any(info.get("selected_on") == "holdout" for info in infos)
 
     @property
     def tempered(self) -> bool:
-        """Whether the holdout's predictions are an ensemble's at temperatures that were fitted."""
+        """Whether the holdout's predictions come from an ensemble with fitted temperatures."""
         return HOLDOUT in self.predicted and self.ensemble.get("temperature") not in (None, 1)
 
     @cached_property
     def split(self) -> Path | None:
-        """The split: of its own channel, or found beside the models."""
+        """The split from the folds channel, else from below the model channel."""
         if self.job.optional_channel("folds"):
             return locate(self.job, "folds", FOLDS)
         folder = self.job.optional_channel("model")
@@ -100,62 +100,62 @@ class Evidence:
 
     @cached_property
     def overlap(self) -> frozenset[str]:
-        """The ids of the test images that are images of the split, as far as the split was given them."""
+        """The ids of the test images that are also images of the split, if the split stage had the test images."""
         folder = self.job.optional_channel("folds")
-        found = locate_all(folder, self.job.scratch, OVERLAP) if folder else []
-        return frozenset(open_csv(found[0]).read(["id"])["id"]) if found else frozenset()
+        paths = locate_all(folder, self.job.scratch, OVERLAP) if folder else []
+        return frozenset(open_csv(paths[0]).read(["id"])["id"]) if paths else frozenset()
 
     def test(self) -> Scored | None:
-        """The predicted test rows with their ground truth; None where no ground truth is given."""
-        given = self.job.optional_channel("ground_truth")
-        if given is None:
+        """Return the predicted test rows with their ground truth; None without a ground truth."""
+        channel = self.job.optional_channel("ground_truth")
+        if channel is None:
             return None
         self.job.channel("predictions")
-        file = truth.truth_file(given)
+        file = truth.truth_file(channel)
         same = SameClasses(self.data.same_classes, self.data.same_class)
-        found = same.merge_table(self._predictions())
-        read = truth.read_truth(file, self._id_column(), found.ids)
+        predicted = same.merge_table(self._predictions())
+        read = truth.read_truth(file, self._id_column(), predicted.ids)
         labels = {name: same.merged.get(label, label) for name, label in read.items()}
-        table = stacked([truth.with_truth(found, self._in_factors(labels, found.classes), file)])
+        table = stacked([truth.with_truth(predicted, self._as_factors(labels, predicted.classes), file)])
         return Scored(
-            "test", self._ensemble_in_words(), f"the {len(table):,} rows of {file.name}", table, self._eval_paths()
+            "test", self._describe_ensemble(), f"the {len(table):,} rows of {file.name}", table, self._eval_paths()
         )
 
     def holdout(self) -> Scored | None:
-        """The rows set aside by the split: the ensemble's predictions, or else the mean of the models'."""
-        found = [] if HOLDOUT in self.predicted else self._tables(HOLDOUT)
+        """Return the holdout rows of the split: the ensemble's predictions, else the mean of the models'."""
+        tables = [] if HOLDOUT in self.predicted else self._tables(HOLDOUT)
         if HOLDOUT in self.predicted:
-            table, what = predictions.read(self.predicted[HOLDOUT]), self._ensemble_in_words()
-        elif needs_product([model.info for model, _ in found]):
-            table, what = _product(found), _models_in_words(self.models, "product of ")
-        elif found:
-            table = mean_by_id([table for _, table in found])
-            what = _models_in_words(self.models, "equal mean of ")
+            table, what = predictions.read(self.predicted[HOLDOUT]), self._describe_ensemble()
+        elif needs_product([model.info for model, _ in tables]):
+            table, what = _product(tables), _describe_models(self.models, "product of ")
+        elif tables:
+            table = mean_by_id([table for _, table in tables])
+            what = _describe_models(self.models, "equal mean of ")
         else:
             return None
         which = "rows that the split set aside"
         if self.selected:
-            which += ", by which the student's epoch was chosen"
+            which += ", on which the student's epoch was selected"
         elif self.tempered:
-            which += ", each at a temperature that the others fitted"
-        return self._of_split("holdout", what, [table], which)
+            which += ", each at a temperature fitted on the other rows"
+        return self._from_split("holdout", what, [table], which)
 
     def out_of_fold(self) -> Scored | None:
-        """Each out-of-fold row once: where several models (of seeds, systems) predicted it, by their mean. None without any."""
-        found = self.folds()
-        if not found:
+        """Return each out-of-fold row once; if several models (seeds, systems) predicted it, their mean. None without any."""
+        folds = self.folds()
+        if not folds:
             return None
-        if needs_product([model.info for model, _ in found]):
-            tables, what = [_product(found)], _models_in_words(self.models, "product of ")
+        if needs_product([model.info for model, _ in folds]):
+            tables, what = [_product(folds)], _describe_models(self.models, "product of ")
         else:
-            tables, words = [table for _, table in found], "each alone"
+            tables, words = [table for _, table in folds], "one model per row"
             if sum(map(len, tables)) > len({name for table in tables for name in table.ids}):
-                tables, words = [mean_by_id(tables)], "their mean where several predict a row"
-            what = f"{_models_in_words(self.models)}, {words}"
-        return self._of_split("oof", what, tables, "out-of-fold rows of the split")
+                tables, words = [mean_by_id(tables)], "mean if several predict a row"
+            what = f"{_describe_models(self.models)}, {words}"
+        return self._from_split("oof", what, tables, "out-of-fold rows of the split")
 
-    def _of_split(self, name: str, what: str, tables: Sequence[Predictions], which: str) -> Scored:
-        """The rows of the `tables`, with the paths that the split has of them."""
+    def _from_split(self, name: str, what: str, tables: Sequence[Predictions], which: str) -> Scored:
+        """Return the rows of the `tables`, with paths and groups from the split."""
         table = stacked(tables)
         split = read_folds(self.split) if self.split else None
         ids = split.ids.to_pylist() if split else []
@@ -165,11 +165,11 @@ class Evidence:
         return Scored(name, what, f"the {len(table):,} {which}", table, paths, groups)
 
     def folds(self) -> list[tuple[ModelDir, Predictions]]:
-        """Each model that has out-of-fold rows, with them."""
+        """Return each model that has out-of-fold rows, with its table."""
         return self._tables(OOF)
 
     def curves(self) -> dict[str, Path]:
-        """The training log of each model, by its name."""
+        """Return the training log of each model by name."""
         one_seed = len({model.info["seed"] for model in self.models}) == 1
         one_system = len({model.info["system"] for model in self.models}) == 1
         logs = [(model, model.path / TRAIN_LOG) for model in self.models if (model.path / TRAIN_LOG).is_file()]
@@ -177,27 +177,27 @@ class Evidence:
         return {f"fold {m.info['fold']}" if short else m.name: path for m, path in logs}
 
     def thumbnails(self, name: str, mistakes: pd.DataFrame) -> dict[tuple[str, str], bytes]:
-        """Small images of `mistakes` among the rows `name`, by (name, id); those that cannot be read are left out."""
+        """Return thumbnails of the `mistakes` of the rows `name`, by (name, id); unreadable images are skipped."""
         store = self._store("eval" if name == "test" else "train")
-        found = {}
+        images = {}
         for mistake in mistakes.itertuples() if store else ():
             path = mistake.path or mistake.id
             try:
-                found[name, mistake.id] = thumbnail(decode(store.read(path), path))
+                images[name, mistake.id] = thumbnail(decode(store.read(path), path))
             except DataError as error:
-                log.warning("no picture of %s: %s", mistake.id, error)
-        return found
+                log.warning("no thumbnail of %s: %s", mistake.id, error)
+        return images
 
     def notes(self) -> dict[str, str]:
-        """What must be known beside the scores of the ensemble."""
+        """Return the notes on the holdout's scores for the report."""
         if self.selected:
-            return {"holdout": "The student's epoch was chosen by these very rows, so the figures flatter it."}
-        own = self.ensemble.get("temperature")
-        said = f" The ensemble's own temperature, {own:.4g}, was fitted on all of them." if self.tempered else ""
-        return {"holdout": f"None chose its epoch by them.{said}"}
+            return {"holdout": "The student's epoch was selected on these rows, so the figures are optimistic."}
+        fitted = self.ensemble.get("temperature")
+        note = f" The ensemble's temperature, {fitted:.4g}, was fitted on all of these rows." if self.tempered else ""
+        return {"holdout": f"No model selected its epoch on these rows.{note}"}
 
     def counts(self) -> list[tuple[str, str]]:
-        """Return name and value of what the split counted; empty without its summary."""
+        """Return names and values of the split's counts; empty without its summary."""
         path = self.split.with_name(SPLIT_SUMMARY) if self.split else None
         if path is None or not path.is_file():
             return []
@@ -205,16 +205,16 @@ class Evidence:
             return describe_data(read_json(path))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path} is not the summary of a split ({error!r}); run split again or delete the file"
+                f"{path} is not the summary of a split ({error!r}); rerun split or delete the file"
             ) from None
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of the stages that made what is evaluated, in the order of the pipeline."""
+        """Return the records of the previous stages, in pipeline order."""
         folders = [self.split.parent] if self.split else []
         folders += [model.path for model in self.models]
         folders += [path.parent for path in list(self.predicted.values())[:1]]
-        found = [read_json(folder / RECORD) for folder in folders if (folder / RECORD).is_file()]
-        return [record for record in found if isinstance(record, dict) and record.keys() >= RECORDED]
+        records = [read_json(folder / RECORD) for folder in folders if (folder / RECORD).is_file()]
+        return [record for record in records if isinstance(record, dict) and record.keys() >= RECORDED]
 
     def title(self) -> str:
         systems = sorted({model.info["system"] for model in self.models})
@@ -225,11 +225,11 @@ class Evidence:
         return open_store(path, self.data.max_unpacked_gib) if path else None
 
     def _tables(self, file: str) -> list[tuple[ModelDir, Predictions]]:
-        """Each model that has the table `file`, with it."""
+        """Return each model that has the table `file`, with the table."""
         return [(model, predictions.read(model.path / file)) for model in self.models if (model.path / file).is_file()]
 
-    def _in_factors(self, labels: Mapping[str, str], classes: Sequence[str]) -> dict[str, str]:
-        """The truth in the words of models that know some factors alone, where it is these that predicted."""
+    def _as_factors(self, labels: Mapping[str, str], classes: Sequence[str]) -> dict[str, str]:
+        """Convert true classes to the classes of models that predict only some factors, if these models made the predictions."""
         info = self.models[0].info if self.models else {}
         if not info.get("knows") or set(classes) != set(info["classes"]):
             return dict(labels)
@@ -244,11 +244,11 @@ class Evidence:
         if path.suffix != ".csv":
             return predictions.read(path)
         if names_classes_alone(path):
-            raise DataError(f"{path} holds no probabilities, of which evaluate speaks; score classes by `evaluation`")
+            raise DataError(f"{path} has no probabilities, but evaluate needs them; use `evaluation` to score classes")
         return read_submitted(path, likely=self._true_classes(path), answer=self.answer, positive=self.positive)
 
     def _true_classes(self, path: Path) -> list[str]:
-        """The classes that the truth of a submission of one column names; none for another submission."""
+        """Return the true classes for a submission of one column; none for other submissions."""
         if not has_one_column(path):
             return []
         name = self._id_column()
@@ -258,11 +258,11 @@ class Evidence:
         return sorted({*labels.values()})
 
     def _id_column(self) -> str:
-        """What a submission of the predictions calls their ids; "" where nothing says it."""
+        """Return the name of the id column in a submission of the predictions; "" if unknown."""
         path = self._predictions_file()
         return open_csv(path).columns[0] if path.suffix == ".csv" else self.ensemble.get("id_column", "")
 
-    def _ensemble_in_words(self) -> str:
+    def _describe_ensemble(self) -> str:
         members = self.ensemble.get("members", [])
         if len(members) == 1:
             return str(members[0]["model"])
@@ -279,14 +279,14 @@ class Evidence:
         return dict(zip(table.ids, table.paths, strict=True))
 
 
-def _product(found: Sequence[tuple[ModelDir, Predictions]]) -> Predictions:
-    """The tables of models that know different factors as one: the mean of each system's, multiplied."""
-    groups = by_system([model for model, _ in found])
-    tables = {name: [table for model, table in found if model.system == name] for name in groups}
+def _product(tables_of_models: Sequence[tuple[ModelDir, Predictions]]) -> Predictions:
+    """Combine the tables of models that predict different factors: the product of each system's mean."""
+    groups = by_system([model for model, _ in tables_of_models])
+    tables = {name: [table for model, table in tables_of_models if model.system == name] for name in groups}
     return product_of(groups).table({name: mean_by_id(group) for name, group in tables.items()})
 
 
-def _models_in_words(models: Sequence[ModelDir], prefix: str = "") -> str:
+def _describe_models(models: Sequence[ModelDir], prefix: str = "") -> str:
     systems = ", ".join(sorted({model.info["system"] for model in models}))
     if len(models) == 1:
         return models[0].name

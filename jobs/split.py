@@ -1,4 +1,4 @@
-"""Images to folds: opens every image once, and writes which row belongs to which fold."""
+"""The split stage: open every image once, and assign the rows to folds."""
 
 import logging
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ log = logging.getLogger("fivefold")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Splits the channel's rows; the folds, the classes and the figures."""
+    """Split the channel's rows; return the folds, the classes and the figures."""
     split = settings.split
     store = open_store(job.channel("train"), settings.data.max_unpacked_gib)
     rows = labelled_rows(store, settings)
@@ -72,27 +72,27 @@ def main(job: Job, settings: Settings) -> Outcome:
 
 
 def labelled_rows(store: ImageStore, settings: Settings) -> Rows:
-    """The rows that the settings describe; files are looked for only where unreadable ones stop the stage."""
+    """Read the rows that the settings describe; check that files exist only if an unreadable file stops the stage."""
     check_files = settings.split.open_images and not settings.split.skip_unreadable
     rows = read_rows(store, settings.data, check_files)
     if rows.lost and not settings.split.skip_unreadable:
         raise DataError(
-            f"{store.root}: no image can be read in {', '.join(rows.lost.values())}; convert or remove what is there, or go "
-            "on without these classes by split.skip_unreadable=true"
+            f"{store.root}: no image can be read in {', '.join(rows.lost.values())}; convert or remove the files, or set "
+            "split.skip_unreadable=true to split without these classes"
         )
     return SameClasses(settings.data.same_classes, settings.data.same_class).merge_rows(rows)
 
 
 @dataclass(frozen=True)
 class Tested:
-    """The images to predict, and what they hold (nothing where the split opens no image)."""
+    """The test images, and the results of opening them (empty if the split opens no image)."""
 
     images: EvalTable
     opened: Opened
 
     @property
     def unreadable(self) -> list[str]:
-        """Paths."""
+        """The paths of unreadable images."""
         return self.images.paths[list(self.opened.unreadable)].tolist()
 
     def figures(self) -> dict[str, Any]:
@@ -101,10 +101,10 @@ class Tested:
 
 
 def opened_eval(job: Job, settings: Settings, rows: Rows) -> Tested | None:
-    """The images of the eval channel, None where it is not given; what could not be predicted is found before a model trains.
+    """Open the images of the eval channel, None without it, to find errors before a model trains.
 
-    Raises a DataError for test images that cannot be read, all at once, unless they may be predicted by the classes'
-    shares, and for a sample submission of other rows or classes.
+    Raise a DataError with all unreadable test images, unless they may get the class shares of the training data, and
+    for a sample submission of other rows or classes.
     """
     if job.optional_channel("eval") is None:
         return None
@@ -113,33 +113,33 @@ def opened_eval(job: Job, settings: Settings, rows: Rows) -> Tested | None:
     images = read_eval(store, data.id_column, data.path_column)
     images = images.answered_in("", answer=settings.ensemble.answer, positive=settings.ensemble.positive_class)
     check_rows(images)
-    if rows.factors is None:  # models may know some factors alone
+    if rows.factors is None:  # otherwise models may predict only some factors
         check_submission(images, rows.classes, SameClasses(data.same_classes, data.same_class))
     shown = images.paths if settings.split.open_images else images.paths[:0]
     tested = Tested(images, open_images(store, pa.array(shown, pa.string()), pixels_of(data)))
     if paths := tested.unreadable:
-        what = f"{len(paths)} of {len(images)} test images cannot be read"
+        problem = f"{len(paths)} of {len(images)} test images cannot be read"
         if settings.ensemble.unreadable == "error" or len(paths) == len(images):
             raise DataError(
-                f"{what}: {reasons_in_words(list(tested.opened.unreadable.values()), paths)}; mend them, or have them predicted by the "
-                "classes' shares in training: ensemble.unreadable=prior"
+                f"{problem}: {reasons_in_words(list(tested.opened.unreadable.values()), paths)}; repair them, or set "
+                "ensemble.unreadable=prior to predict them by the class shares of the training data"
             )
-        log.warning("%s, and will be predicted by the classes' shares in training: %s", what, ", ".join(paths))
+        log.warning("%s; they will get the class shares of the training data: %s", problem, ", ".join(paths))
     return tested
 
 
 def write_overlap(path: Path, images: EvalTable, table: FoldTable, shared: Mapping[int, int]) -> Path:
-    """Writes which test images are images of the split by their pixels, which is told; `shared`: its row by that of the test image."""
-    mine, rows = list(shared), np.array(list(shared.values()), np.int64)
+    """Write and log the test images with the same pixels as an image of the split; `shared` maps test rows to split rows."""
+    test_rows, rows = list(shared), np.array(list(shared.values()), np.int64)
     log.warning(
-        "split: %d of %d test images are images of the split by their pixels, such as %s: a score of them is no score of "
-        "unseen images; %s lists them, and evaluate scores the others apart",
+        "split: %d of %d test images have the same pixels as images of the split, e.g. %s: their score says nothing about "
+        "new images; %s lists them, and evaluate also scores the other images separately",
         len(shared),
         len(images),
-        sample(images.paths[mine]),
+        sample(images.paths[test_rows]),
         path.name,
     )
-    columns = {"id": images.ids[mine], "path": images.paths[mine], "split_path": table.paths_of(rows)}
+    columns = {"id": images.ids[test_rows], "path": images.paths[test_rows], "split_path": table.paths_of(rows)}
     frame = pd.DataFrame(columns | {"label": table.labels()[rows], "part": table.part[rows]}, dtype=object)
     with atomic(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
@@ -147,7 +147,7 @@ def write_overlap(path: Path, images: EvalTable, table: FoldTable, shared: Mappi
 
 
 def divide_rows(rows: Rows, duplicates: Duplicates, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """(fold, part) of each row: of rows by their classes, or of whole products by their strata if there are any."""
+    """Return (fold, part) of each row: rows are divided by class, or whole products by stratum if there are strata."""
     if rows.strata is None:
         labels = rank_labels(rows.classes)[rows.codes]
         return divide(labels, group_codes(rows.groups), duplicates.codes, split)

@@ -1,4 +1,4 @@
-"""`python -m jobs status [run=NAME] [runs=runs]`: what of a run is done, running, failed, stopped or waiting."""
+"""`python -m jobs status [run=NAME] [runs=runs]`: show which steps of a run are done, running, failed, stopped or waiting."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ from fivefold.launchers.plan import Plan
 from fivefold.launchers.status import figures_of, in_columns, newest_run, read_plan, status_of
 from fivefold.settings import arguments_layer, normal_key
 
-KEYS = {"run": "the run's name; by default the newest", "runs": "the folder of all runs; by default runs"}
+KEYS = {"run": "name of the run; default: the newest", "runs": "folder of all runs; default: runs"}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints a line for each step of the run; 0 also where steps failed."""
+    """Print one line per step of the run; return 0 even if steps failed."""
     if {"-h", "--help"} & set(arguments):
         print(f"{__doc__}\n\n" + "\n".join(f"  {key:6} {meaning}" for key, meaning in KEYS.items()))
         return 0
@@ -23,17 +23,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def folder_of(arguments: Sequence[str]) -> Path:
-    given = {normal_key(name): value for name, value in arguments_layer(arguments).values.items()}
-    for key in given:
+    values = {normal_key(name): value for name, value in arguments_layer(arguments).values.items()}
+    for key in values:
         if key not in KEYS:
             raise SettingsError(f"unknown key {key!r}{did_you_mean(key, KEYS)}; known: {', '.join(KEYS)}")
-    runs = Path(given.get("runs") or "runs")
-    if not given.get("run"):
+    runs = Path(values.get("runs") or "runs")
+    if not values.get("run"):
         return newest_run(runs)
-    folder = runs / given["run"]
+    folder = runs / values["run"]
     if not folder.is_dir():
-        there = sorted(path.name for path in runs.glob("*/")) if runs.is_dir() else []
-        raise MissingInputError(f"no run {given['run']!r} in {runs}{did_you_mean(given['run'], there)}")
+        names = sorted(path.name for path in runs.glob("*/")) if runs.is_dir() else []
+        raise MissingInputError(f"no run {values['run']!r} in {runs}{did_you_mean(values['run'], names)}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""`python -m jobs submit KEY=VALUE...`: a recipe's stages, in order, on a platform."""
+"""`python -m jobs submit KEY=VALUE...`: run a recipe's stages in order on a platform."""
 
 import logging
 import os
@@ -33,50 +33,51 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0, le=2**32 - 1)]], split_at_comm
 
 
 class Keys(BaseModel):
-    """The keys of submit's own; all else on its command line are settings."""
+    """The keys that submit itself uses; all other keys on its command line are settings."""
 
     platform: str = Field("local", description="where the stages run")
-    recipe: str = Field("", description="a shipped recipe's name, or the path of a .toml or .json file")
-    train: str = Field("", description="the training images: a folder or a .zip (needed)")
-    eval: str = Field("", description="the test images with test.csv and sample_submission.csv: a folder or a .zip")
+    recipe: str = Field("", description="name of a shipped recipe, or path of a .toml or .json file")
+    train: str = Field("", description="training images: a folder or a .zip (required)")
+    eval: str = Field("", description="test images with test.csv and sample_submission.csv: a folder or a .zip")
     ground_truth: str = Field(
         "",
-        description="the classes of eval's images; empty: gt.csv or ground_truth.csv beside eval's test.csv",
+        description="true classes of the test images; empty: gt.csv or ground_truth.csv beside eval's test.csv",
     )
-    unlabeled: str = Field("", description="images without classes, which the ensemble teaches to the student")
-    weights: str = Field("", description="a folder of pretrained weights that model.weights names")
+    unlabeled: str = Field("", description="unlabelled images for distillation; the ensemble is their teacher")
+    weights: str = Field("", description="folder of pretrained weights for model.weights")
     run: str = Field(
         "",
-        description="the run's name; empty: run_YYYYMMDD_HHMMSS_<id8>. The same name goes on where it stopped",
+        description="name of the run; empty: run_YYYYMMDD_HHMMSS_<id8>. An existing name resumes that run",
     )
     increment: bool = Field(
-        False, description="a new run each time: NAME of run=NAME, then NAME2, NAME3, … where that one is there"
+        False, description="start a new run each time: NAME from run=NAME, or the next free NAME2, NAME3, …"
     )
-    runs: str = Field("runs", description="the folder of all runs")
-    stages: Names = Field([], description="only these, e.g. split,train-fold; empty: all")
+    runs: str = Field("runs", description="folder of all runs")
+    stages: Names = Field([], description="run only these stages, e.g. split,train-fold; empty: all")
     folds: Numbers = Field(
-        [], description="only these, e.g. 2,4; empty: all. Alone it means their training, and no later stage"
+        [], description="run only these folds, e.g. 2,4; empty: all. Without stages= no stage after training runs"
     )
     seeds: Seeds = Field(
-        [], description="train every fold with each of these, e.g. 42,43; the first one teaches the student"
+        [],
+        description="train every fold with each of these seeds, e.g. 42,43; the first seed's models are the teachers",
     )
     check: bool = Field(
-        True, description="try the settings that every fold would meet before anything runs; false: start at once"
+        True, description="check the settings of all folds before anything runs; false: start without the check"
     )
     parallel: PositiveInt | None = Field(
-        None, description="folds side by side; empty: one a GPU, or one a CPU core as far as memory goes round"
+        None, description="folds in parallel; empty: one per GPU, or on CPU one per core as far as memory allows"
     )
 
 
 FLAGS = {
     "--dry-run": "print the plan, as commands, requests or manifests; run nothing",
-    "--pipeline": "sagemaker: create or update a Pipeline of the plan, instead of running it",
+    "--pipeline": "sagemaker: create or update a Pipeline for the plan instead of running it",
 }
 
 
 @dataclass(frozen=True)
 class Platform:
-    """Where a plan can run: what runs it, the plan in the platform's own words, its inputs checked, what came of it.
+    """A platform: functions that run a plan, describe it in the platform's format, check its inputs and return its results.
 
     `check` raises an error for a plan that the platform cannot run, before anything is written.
     """
@@ -89,7 +90,7 @@ class Platform:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Plans the run, checks it, and hands it to its platform; the exit code of the first step that failed."""
+    """Plan the run, check it, and run it on its platform; return the exit code of the first failed step."""
     if {"-h", "--help"} & set(arguments):
         print(usage())
         return 0
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         log.info("%s", note)
     if "--pipeline" in arguments:
         if keys.platform != "sagemaker":
-            raise SettingsError(f"--pipeline is of platform=sagemaker, and platform={keys.platform} has none")
+            raise SettingsError(f"--pipeline needs platform=sagemaker, but platform={keys.platform} is set")
         if not dry_run:
             try_settings(keys, plan, inputs)
             return sagemaker.upsert_pipeline(plan, parallel)
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str]) -> int:
     platform.check(plan)
     try_settings(keys, plan, inputs)
     if ignored := local.settings_variables(os.environ):
-        log.warning("submit takes settings as arguments; its steps do not see the variables %s", ", ".join(ignored))
+        log.warning("submit takes settings only as arguments; ignored variables: %s", ", ".join(ignored))
     probe_writable(plan.folder)
     local.unpack_ground_truth(inputs, plan.folder)
     local.refuse_strangers(everything)
@@ -128,28 +129,28 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def try_settings(keys: Keys, plan: Plan, inputs: Inputs) -> None:
-    """Raises what every fold would meet, unless the user wants to start at once."""
+    """Raise the error that every fold would raise, unless the user turns the check off."""
     if keys.check:
         check_plan(plan, inputs, here=keys.platform == "local")
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:
-    """The arguments, parted into submit's own keys and settings; a SettingsError for what is neither."""
-    own: dict[str, Any] = {}
+    """Split the arguments into submit's keys and settings; raise a SettingsError for an unknown key."""
+    values: dict[str, Any] = {}
     overrides = []
     for key, value in arguments_layer(arguments).values.items():
         if key in Keys.model_fields:
-            own |= {key: value} if value else {}
+            values |= {key: value} if value else {}
         elif "." not in key and (key not in Settings.model_fields or key in SECTIONS):
             known = [*Keys.model_fields, *flatten(Settings())]
             raise SettingsError(f"unknown key {key!r}{did_you_mean(key, known)}; submit --help lists the keys")
         else:
             overrides.append(f"{key}={value}")
     try:
-        return Keys.model_validate(own), overrides
+        return Keys.model_validate(values), overrides
     except ValidationError as error:
         key = error.errors()[0]["loc"][0]
-        raise SettingsError(f"{key}={own[key]}: {error.errors()[0]['msg']}; submit --help lists the keys") from error
+        raise SettingsError(f"{key}={values[key]}: {error.errors()[0]['msg']}; submit --help lists the keys") from error
 
 
 def inputs_of(keys: Keys) -> Inputs:
@@ -157,17 +158,17 @@ def inputs_of(keys: Keys) -> Inputs:
         raise SettingsError("submit needs train=PATH: a folder or a .zip of images")
     if keys.ground_truth and not keys.eval:
         log.warning(
-            "ground_truth=%s is not used: without eval= no test images are predicted; give eval= too",
+            "ignored: ground_truth=%s, because without eval= there are no test images; set eval= too",
             keys.ground_truth,
         )
-    others = ("eval", "ground_truth", "unlabeled", "weights")
-    return Inputs(keys.train, **{name: getattr(keys, name) or None for name in others})
+    optional = ("eval", "ground_truth", "unlabeled", "weights")
+    return Inputs(keys.train, **{name: getattr(keys, name) or None for name in optional})
 
 
 def run_name(keys: Keys) -> str:
-    """The run that is asked for, its next number with increment=true, or a name of this second."""
+    """Return the name from run=, with increment=true its next free number, or a name with the current time."""
     if keys.increment and not keys.run:
-        raise SettingsError("increment=true needs run=NAME, as in run=exp, for exp, exp2, exp3 and so on")
+        raise SettingsError("increment=true needs run=NAME, e.g. run=exp for exp, exp2, exp3 and so on")
     return next_run_name(keys.run, Path(keys.runs)) if keys.increment else keys.run or new_run_name()
 
 
@@ -177,7 +178,7 @@ def usage() -> str:
     flags = "\n".join(f"  {flag:20} {meaning}" for flag, meaning in FLAGS.items())
     return (
         f"{__doc__}\n\n{keys}\n{flags}\n\n"
-        f"platforms: {', '.join(PLATFORMS)}\n\nAny setting (python -m jobs --help lists them) goes on to the stages "
+        f"Platforms: {', '.join(PLATFORMS)}\n\nAny setting (see python -m jobs --help) is passed to the stages "
         "that use it, e.g. train.epochs=3 split.folds=4."
     )
 

@@ -1,7 +1,7 @@
-"""`python -m jobs trace PATH [--check]`: where an artifact came from, back to the images.
+"""`python -m jobs trace PATH [--check]`: show the origin of an artifact, back to the images.
 
-PATH is a file that a stage wrote, its folder, or its stage.json, here or at s3://. With --check every
-digest on the way is taken again: outputs, what each stage read, and the images behind the split.
+PATH is a file that a stage wrote, its folder, or its stage.json, local or at s3://. --check recomputes every
+digest: of the outputs, of each stage's inputs, and of the images of the split.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from fivefold.stopping import noted
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the tree of records; with --check 0 if all is as it was, else a DataError that names what is not."""
+    """Print the tree of records; with --check raise a DataError with all changes, or return 0 if there are none."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     paths = [argument for argument in arguments if argument != "--check"]
     if len(paths) != 1 or paths[0].startswith("-"):
-        raise SettingsError("trace takes one path, as in: python -m jobs trace runs/first/ensemble/output --check")
+        raise SettingsError("trace takes one path, e.g. python -m jobs trace runs/first/ensemble/output --check")
     with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         resolver = Resolver(Path(scratch), everything="--check" in arguments)
         node = lineage.trace(lineage.find_record(resolver.path(paths[0])), resolver)
@@ -40,44 +40,44 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class Resolver:
-    """Finds the places that records name, at s3:// too, of which it fetches the records alone or everything."""
+    """Resolve the paths and s3:// URLs in records; from s3:// fetch only the records, or everything."""
 
     def __init__(self, scratch: Path, everything: bool) -> None:
         self._remote, self._everything = Remote(scratch), everything
         self._known: dict[str, Path | None] = {}
 
     def __call__(self, folder: Path, places: Sequence[str]) -> Path | None:
-        """The place of a channel whose record lies in `folder`; None where it is gone."""
+        """Return the path of a channel from the record in `folder`; None if it no longer exists."""
         if not is_url(places[1]):
             return lineage.resolve_path(folder, places)
         if places[1] not in self._known:
             try:
-                self._known[places[1]] = self._fetched(parse(places[1], "a record"))
+                self._known[places[1]] = self._fetch(parse(places[1], "a record"))
             except MissingInputError:
                 self._known[places[1]] = None
         return self._known[places[1]]
 
-    def path(self, given: str) -> Path:
-        """What the user names: a path, or a URL of a folder or of a file that a stage wrote."""
-        if not is_url(given):
-            return Path(given)
-        url = parse(given, "trace")
+    def path(self, text: str) -> Path:
+        """Resolve the user's argument: a path, or a URL of a folder or of a file that a stage wrote."""
+        if not is_url(text):
+            return Path(text)
+        url = parse(text, "trace")
         try:
-            return self._fetched(url)
+            return self._fetch(url)
         except MissingInputError:
-            return self._fetched(url.parent, url.name) / url.name
+            return self._fetch(url.parent, url.name) / url.name
 
-    def _fetched(self, url: Url, *files: str) -> Path:
+    def _fetch(self, url: Url, *files: str) -> Path:
         path = self._remote.channel(url)
         self._remote.fetch(path, only=("",) if self._everything else (RECORD, *files))
         return path
 
 
 def tree(node: Node, described: set[Path], label: str = "", indent: str = "") -> Iterator[str]:
-    """The lines of a record, then those of all that it read, indented below it; each record is described once."""
-    again = node.path in described
-    yield f"{indent}{label}{node.name}: {shown(node.path.parent)}{' (above)' if again else ''}"
-    if again:
+    """Yield the lines of a record, then indented those of all its inputs; each record is described once."""
+    repeated = node.path in described
+    yield f"{indent}{label}{node.name}: {shown(node.path.parent)}{' (above)' if repeated else ''}"
+    if repeated:
         return
     described.add(node.path)
     indent += "   "
@@ -86,17 +86,17 @@ def tree(node: Node, described: set[Path], label: str = "", indent: str = "") ->
         for step in behind:
             yield from tree(step, described, f"{channel} <- ", indent)
         if not behind:
-            yield f"{indent}{channel}: {shown(place) if place else 'no longer there'}"
+            yield f"{indent}{channel}: {shown(place) if place else 'missing'}"
 
 
 def shown(path: Path) -> str:
-    """A path as seen from here where it lies below."""
+    """Return a path relative to the current folder if it lies below, else the absolute path."""
     path, here = path.resolve(), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def describe(node: Node) -> list[str]:
-    """When a record was made, with what, and how good it was."""
+    """Return lines with a record's time, key, versions and figures."""
     facts, packages = node.facts, node.facts.get("packages", {})
     metrics = [f"{name} {value:g}" for name, value in facts["metrics"].items() if isinstance(value, int | float)]
     code = f"code {facts.get('code', 'unknown')}, torch {packages.get('torch', 'unknown')}"
@@ -105,7 +105,7 @@ def describe(node: Node) -> list[str]:
 
 
 def check(node: Node, scratch: Path) -> None:
-    """Takes every digest again; a DataError with all that differs."""
+    """Recompute every digest; raise a DataError with all differences."""
     steps = node.walk()
     problems: list[str] = []
     for number, step in enumerate(track(steps, len(steps), "records")):
@@ -115,23 +115,23 @@ def check(node: Node, scratch: Path) -> None:
         problems += changed_images(step) if step.name == "split" else []
     if problems:
         raise DataError(f"{len(problems)} differences: {'; '.join(problems[:10])}")
-    print(f"all as it was: {len(steps)} records, their outputs and inputs")
+    print(f"unchanged: {len(steps)} records with their outputs and inputs")
 
 
 def changed_images(split: Node) -> list[str]:
-    """The images that are no longer those that the split saw; none where the records themselves tell what is gone."""
+    """Return the images that changed since the split; empty if the train channel or the split's outputs are missing."""
     place, folder = split.read["train"][0], split.path.parent / split.facts["roots"]["output"]
     if place is None or not (folder / FOLDS).is_file():
         return []
     table = read_folds(folder / FOLDS, folder / CLASSES)
-    store = open_store(place, math.inf)  # the split accepted the size of the zip, by a limit that no record holds
+    store = open_store(place, math.inf)  # the split accepted the zip's size; records do not contain the limit
     problems = []
     for path, digest in track(
         zip(table.paths.to_pylist(), table.sha256.to_pylist(), strict=True), len(table), "images"
     ):
-        try:  # where the split opened no image there is no digest
+        try:  # without a digest the split did not open the image
             if digest is not None and hashlib.sha256(store.read(path)).hexdigest() != digest:
-                problems.append(f"{path} is not the file that the split saw")
+                problems.append(f"{path} changed since the split")
         except FivefoldError as error:
             problems.append(str(error))
     return problems

@@ -1,4 +1,4 @@
-"""A training run that needs no split: it makes one by the recipe, and trains one fold of it."""
+"""The train stage (reference systems): split by the recipe, and train one fold."""
 
 import logging
 from dataclasses import replace
@@ -15,21 +15,21 @@ log = logging.getLogger("fivefold")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Splits the channel's rows into the output's `split/`, and trains fold 0 unless the settings name another.
+    """Split the channel's rows into the output's `split/`, and train fold 0 or the fold in the settings.
 
-    Of several processes that train together each splits, to the same folds, the first alone where they stay.
+    In a process group every rank makes the same split; only rank 0 keeps it.
     """
     fold = settings.fold or 0
-    log.info("train: no folds channel, so the recipe splits, and fold %d is trained", fold)
+    log.info("train: no folds channel; splitting by the recipe and training fold %d", fold)
     if settings.model.weights:
-        start_network(job, settings, 2)  # to no end but its errors: the split reads all images
-    parting = replace(
+        start_network(job, settings, 2)  # only to raise its errors before the split reads all images
+    splitting = replace(
         job,
         stage=STAGES["split"],
         channels={"train": job.channel("train")},
         output_data_dir=(job.output() if job.place.leads else job.scratch) / "split",
     )
-    folds = split.main(parting, settings)
-    training = replace(job, stage=STAGES["train-fold"], channels={**job.channels, "folds": parting.output()})
+    folds = split.main(splitting, settings)
+    training = replace(job, stage=STAGES["train-fold"], channels={**job.channels, "folds": splitting.output()})
     model = train_fold.main(training, settings.model_copy(update={"fold": fold}))
     return Outcome([*folds.outputs, *model.outputs], {**folds.metrics, **model.metrics})

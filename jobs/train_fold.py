@@ -1,4 +1,4 @@
-"""One fold: trains on the other folds' rows, predicts its own rows out-of-fold."""
+"""The train-fold stage: train on the other folds' rows, and predict the fold's rows out-of-fold."""
 
 import logging
 
@@ -16,29 +16,33 @@ log = logging.getLogger("fivefold")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
-    """Trains the fold that the settings name; its model dir, and its out-of-fold figures."""
+    """Train the fold that the settings name; return its model directory and its out-of-fold figures."""
     assemble.check_training(settings)
     split, table = read_split(job, settings.model.factors)
     fold = chosen_fold(settings.fold, table.num_folds)
-    rows, own_rows = table.train_rows(fold), table.valid_rows(fold)
+    rows, valid_rows = table.train_rows(fold), table.valid_rows(fold)
     network = start_network(job, settings, len(table.classes))
     store = images.open_split(job, table, settings)
     log.info(
-        "fold %d: trains on %d rows of %d classes, validates on %d", fold, len(rows), len(table.classes), len(own_rows)
+        "fold %d: trains on %d rows of %d classes, validates on %d",
+        fold,
+        len(rows),
+        len(table.classes),
+        len(valid_rows),
     )
 
     run = start_run(job, settings, split, table, store, f"fold {fold}", network)
     targets = assemble.one_hot(table.codes[rows], len(table.classes), run.runtime.device)
     train = TrainRows(assemble.image_set(store, table, rows, run.settings, training=True), targets)
-    run.fit(train, own_rows, settings.train.patience, select=True, fold=fold)
-    oof = run.predict(own_rows, f"{run.label} out-of-fold")
+    run.fit(train, valid_rows, settings.train.patience, select=True, fold=fold)
+    oof = run.predict(valid_rows, f"{run.label} out-of-fold")
     return run.finish("fold", {"fold": fold}, {"best_epoch": run.deciding.epoch}, oof)
 
 
 def chosen_fold(fold: int | None, folds: int) -> int:
-    """The fold to train; a SettingsError when none is named or the split has no such fold."""
+    """Return the fold to train; raise a SettingsError if it is not set or the split has no such fold."""
     if fold is None:
-        raise SettingsError(f"which fold? give FOLD=0 to FOLD={folds - 1} (an argument, or the environment)")
+        raise SettingsError(f"no fold is set: set FOLD=0 to FOLD={folds - 1} (as argument or environment variable)")
     if fold >= folds:
         raise SettingsError(f"FOLD={fold} is out of range: the split has the folds 0 to {folds - 1}")
     return fold

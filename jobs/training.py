@@ -1,4 +1,4 @@
-"""A training run of `train-fold` or `distill`: from a network with its first weights to a model dir."""
+"""A training run of `train-fold` or `distill`: from a network with initial weights to a model directory."""
 
 import logging
 import os
@@ -38,51 +38,51 @@ from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 DECISIONS = ".decisions"
-"""Hidden, so that it is in no digest of the run."""
-HEADS = 64
-"""Images by whose heads the memory of all is estimated."""
-BESIDE_WEIGHTS = 4 * MIB
-"""Bytes for logs, curves, events and small tables of predictions."""
+"""A hidden name, so that no digest of the run includes it."""
+SAMPLED_HEADERS = 64
+"""Number of image headers that are read to estimate the memory of all images."""
+EXTRA_BYTES = 4 * MIB
+"""Disk space for logs, curves, events and small tables of predictions."""
 
 
 def read_split(job: Job, factors: Sequence[str] = ()) -> tuple[Path, FoldTable]:
-    """The path of `folds.parquet` in the folds channel, and its table; of some factors of its classes, if any are given."""
+    """Return the path of `folds.parquet` in the folds channel, and its table, reduced to `factors` if there are any."""
     path = locate(job, "folds", FOLDS)
     Replicas(job.place).check_same(
-        sha256(path), f"its {FOLDS} is another than the first one's; give all hosts the same split"
+        sha256(path), f"its {FOLDS} differs from that of rank 0; give all hosts the same split"
     )
     return path, read_folds(path, locate(job, "folds", CLASSES)).of_factors(factors)
 
 
 def processes(job: Job) -> dict[str, int]:
-    """What `model.json` says of the processes that trained together, if they were several: their number changes bits."""
+    """Return the world size for `model.json` if it is above 1: it changes the bits of the result."""
     return {} if job.place.world == 1 else {"processes": job.place.world}
 
 
 def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
-    """What `model.json` says of the split: its folds and digest, the model's classes, their shares, and what they are made of."""
+    """Return the split's entries of `model.json`: folds, digest, the model's classes, their shares and factors."""
     factored = {} if table.factors is None else {"knows": table.knows, "factors": table.factors.as_json()}
     facts = {"folds": table.num_folds, "classes": table.classes, "split": sha256(path)}
     return {**facts, "shares": [round(share, 6) for share in table.shares().tolist()], **factored}
 
 
 def settled(job: Job, settings: Settings, network: nn.Module, replicas: Replicas) -> tuple[Settings, Runtime]:
-    """The settings with the precision of this run, and their Runtime.
+    """Return the settings with the resolved precision, and their Runtime.
 
-    A run that goes on keeps that of its checkpoint. The stages of a run that share its folder share one decision.
+    A resumed run keeps the precision of its checkpoint. The stages of a run that share its folder share one decision.
     """
-    before, shared = None, None
+    earlier, shared = None, None
     if settings.train.precision == "auto" and job.place.leads:
-        before = (Checkpoints(job.checkpoints()).load() or {}).get(assemble.RUNTIME)
+        earlier = (Checkpoints(job.checkpoints()).load() or {}).get(assemble.RUNTIME)
         shared = decisions_of(job)
-    found = assemble.settled(settings, network, replicas, before, shared)
-    return found, assemble.runtime_of(found, replicas)
+    resolved = assemble.settled(settings, network, replicas, earlier, shared)
+    return resolved, assemble.runtime_of(resolved, replicas)
 
 
 def decisions_of(job: Job) -> Path | None:
-    """The folder for what the stages of a run decide once: beside the step, where the split that it reads lies there too.
+    """Return the folder for decisions that a run's stages share: beside the step, if the step's split lies there too.
 
-    None where it does not, or where this user may not write there.
+    None if the split lies elsewhere, or if this user cannot write to the folder.
     """
     run, split = job.model().absolute().parent.parent, job.channels["folds"].absolute()
     together = split in (run / "split", run / "split" / "output")
@@ -90,26 +90,26 @@ def decisions_of(job: Job) -> Path | None:
 
 
 def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:
-    """Raises a RetryableError before the first epoch where the weights that this stage keeps will not fit the disk.
+    """Raise a RetryableError before the first epoch if the weights of this stage do not fit the disk.
 
-    They are the kept ones, the unaveraged ones beside them if they are wanted, and a temporary file of one.
+    These are the saved weights, the raw weights if they are saved too, and one temporary file.
     """
     if not job.place.leads:
         return
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
     copies = 2 + (settings.train.keep_raw and settings.train.ema_decay > 0)
-    check_space(job.model(), copies * weights + BESIDE_WEIGHTS)
-    # a checkpoint: weights, what the optimiser keeps of them, their average, the best ones; two, and a temporary file
+    check_space(job.model(), copies * weights + EXTRA_BYTES)
+    # A checkpoint has weights, optimiser states, the EMA and the best weights. There are two, and a temporary file.
     states = OPTIMIZER_STATES.get(settings.train.optimizer, 2)
-    kept = copies + states + (settings.train.ema_decay > 0)
-    check_space(job.checkpoints(), 3 * kept * weights)
+    tensors = copies + states + (settings.train.ema_decay > 0)
+    check_space(job.checkpoints(), 3 * tensors * weights)
 
 
 @dataclass
 class TrainingRun:
-    """A network that a stage trains on rows of a split: `start_network`, `start_run`, then `fit`, `predict` and `finish`.
+    """A network in training on rows of a split: call `start_network`, `start_run`, then `fit`, `predict` and `finish`.
 
-    `split` is the path of the `folds.parquet` of `table`, `store` holds its images, `label` is what logs call the run.
+    `split` is the path of the `folds.parquet` of `table`, `store` has its images, `label` is the name of the run in logs.
     """
 
     job: Job
@@ -123,10 +123,10 @@ class TrainingRun:
     trackers: list[Tracker] = field(default_factory=list)
 
     def fit(self, train: TrainRows, valid_rows: np.ndarray, patience: int, select: bool, fold: int | None) -> None:
-        """Trains on `train`, validates on rows of the split (or on none), and keeps the best epoch if `select`.
+        """Train on `train`, validate on rows of the split (or none), and keep the best epoch if `select`.
 
-        It goes on from the newest checkpoint of these settings, data and classes. Of several processes that train
-        together the first alone is watched, and keeps checkpoints.
+        Resume from the newest checkpoint of these settings, data and classes. In a process group only rank 0 has
+        trackers and writes checkpoints.
         """
         self.valid_rows = valid_rows
         self.valid_images = evaluation_images(self.store, self.table, valid_rows, self.settings)
@@ -134,16 +134,18 @@ class TrainingRun:
         self.loop = assemble.build_loop(
             self.label, self.network, train, valid, self.settings, self.runtime, select, patience
         )
-        self.best = self._fit_watched(fold) if self.job.place.leads else fit_loop(self.loop)
+        self.best = self._fit_tracked(fold) if self.job.place.leads else fit_loop(self.loop)
         name, self.deciding = next(iter(self.best.items()))
         self.model = self.loop.contenders[name]
         self.model.load_state_dict(self.deciding.state)
 
-    def _fit_watched(self, fold: int | None) -> dict[str, Best]:
-        """The best epochs of the loop; the trackers that watch it stay open for the final scores."""
+    def _fit_tracked(self, fold: int | None) -> dict[str, Best]:
+        """Run the loop with trackers and checkpoints; return its best epochs. The trackers stay open for the final scores."""
         job, chosen = self.job, self.settings.train
         name = f"{self.settings.system} {self.label}"
-        shown = key_settings(self.settings, job.stage.sections)  # others say where things run, and may hold secrets
+        shown = key_settings(
+            self.settings, job.stage.sections
+        )  # other settings are of the platform, and may hold secrets
         run = Run(name, self.settings.system, chosen.project, shown, job.output())
         self.trackers = open_trackers(chosen.trackers, run)
         checkpoints = Checkpoints(
@@ -159,7 +161,7 @@ class TrainingRun:
             raise
 
     def predict(self, rows: np.ndarray, label: str) -> Predictions:
-        """The model's predictions of rows of the split, with their labels, by the recipe's views."""
+        """Predict rows of the split with the recipe's views; return the predictions with labels."""
         validated = np.array_equal(rows, self.valid_rows)
         images = self.valid_images if validated else evaluation_images(self.store, self.table, rows, self.settings)
         return Predictions(
@@ -174,10 +176,10 @@ class TrainingRun:
     def finish(
         self, role: str, facts: Mapping[str, Any], metrics: Mapping[str, Any], oof: Predictions | None = None
     ) -> Outcome:
-        """Predicts the rows that are set aside, if any, and writes the model dir and the pictures.
+        """Predict the holdout rows, if any, and write the model directory and the plots.
 
-        `facts`: what `model.json` says beside the split, `metrics`: figures beside the scores. Of several processes
-        the first alone writes.
+        `facts`: the entries of `model.json` besides the split. `metrics`: figures besides the scores. In a process
+        group only rank 0 writes.
         """
         aside = self.table.aside_rows()
         holdout = self.predict(aside, "holdout") if len(aside) else None
@@ -195,7 +197,7 @@ class TrainingRun:
                 for metric, value in summary(table.log_probs, table.codes()).items()
             }
             words = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
-            log.info("%s, %d rows that it did not train on: %s", self.label, len(table), words)
+            log.info("%s, %d rows not trained on: %s", self.label, len(table), words)
             figures |= scores
         facts = {"fold": None, **split_facts(self.split, self.table), **processes(self.job), **facts}
         files += save_member(folder, role, self.best, self.settings, self.runtime, facts)
@@ -206,20 +208,20 @@ class TrainingRun:
         return Outcome(files, {**metrics, **figures, **self.loop.throughput.figures()})
 
     def _draw_examples(self, table: Predictions) -> None:
-        """Some validation rows with truth and prediction of the kept epoch: a picture, which the trackers keep too."""
+        """Plot some validation rows with truth and prediction of the kept epoch; send the plot to the trackers too."""
         shown = spread_out(len(self.valid_rows))
         paths = self.table.paths_of(self.valid_rows[shown])
         guesses = [table.classes[code] for code in predicted(table.log_probs[shown])]
         with atomic(self.job.output() / EXAMPLES) as temporary:
-            most = pixels_of(self.settings.data).max_pixels
-            images = [decode(self.store.read(path), path, most) for path in paths]
+            limit = pixels_of(self.settings.data).max_pixels
+            images = [decode(self.store.read(path), path, limit) for path in paths]
             image_grid(images, list(table.labels[shown]), guesses, temporary)
         for tracker in self.trackers:
             tracker.picture("Val/examples", self.job.output() / EXAMPLES, self.deciding.epoch)
 
 
 def start_network(job: Job, settings: Settings, classes: int) -> Classifier:
-    """The network with its first weights; called before images are read, for they may be missing or another network's."""
+    """Build the network with its initial weights, before images are read, since the weights may be missing or not match."""
     assemble.seed_everything(settings.seed)
     network = assemble.build_classifier(settings.model, classes)
     assemble.start_weights(network, settings.model, job.optional_channel("weights"))
@@ -227,13 +229,13 @@ def start_network(job: Job, settings: Settings, classes: int) -> Classifier:
 
 
 def kept_images(settings: Settings, table: FoldTable, store: ImageStore) -> int:
-    """About the bytes of images that a run keeps decoded: those it trains on, and a fold's as they are validated."""
+    """Estimate the bytes of decoded images that a run keeps: its training images, and the validation images of a fold."""
     rows = np.flatnonzero(~np.isin(table.part, ASIDE))
     expected = 0
     if settings.train.keep_in_memory:
         pixels, digests = pixels_of(settings.data), table.sha256_of(rows)
         images = ImageSet(store, table.paths_of(rows), lambda image: image, sha256=digests, pixels=pixels)
-        expected = round(images.expected_bytes(HEADS))
+        expected = round(images.expected_bytes(SAMPLED_HEADERS))
     validated = len(rows) // max(1, table.num_folds) * 3 * settings.model.size[0] * settings.model.size[1]
     return sum(size for size in (expected, validated) if size <= MEMORY_LIMIT)
 
@@ -241,9 +243,9 @@ def kept_images(settings: Settings, table: FoldTable, store: ImageStore) -> int:
 def start_run(
     job: Job, settings: Settings, split: Path, table: FoldTable, store: ImageStore, label: str, network: Classifier
 ) -> TrainingRun:
-    """A run of a network with its first weights, whose precision is settled, and which fits memory and disk.
+    """Return the training run of a network with initial weights, with resolved precision.
 
-    Raises a SettingsError or RetryableError if it does not fit.
+    Raise a SettingsError or RetryableError if the run does not fit memory and disk.
     """
     settings, runtime = settled(job, settings, network, Replicas(job.place))
     images = kept_images(settings, table, store) if runtime.device.type == "cpu" else 0

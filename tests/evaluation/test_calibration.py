@@ -38,11 +38,13 @@ def test_no_other_temperature_has_a_smaller_logloss():
 def test_a_temperature_stays_in_its_bounds_where_the_loss_falls_for_ever():
     log_probs = np.log([[0.6, 0.4], [0.3, 0.7]])
     coldest = calibration.fit_temperature(log_probs, np.array([0, 1]))
-    assert calibration.COLDEST <= coldest < 0.02, "the loss is 0 to the last bit below 0.02"
-    assert calibration.fit_temperature(log_probs, np.array([1, 0])) == pytest.approx(calibration.HOTTEST, rel=1e-3)
+    assert calibration.MIN_TEMPERATURE <= coldest < 0.02, "the loss is 0 to the last bit below 0.02"
+    assert calibration.fit_temperature(log_probs, np.array([1, 0])) == pytest.approx(
+        calibration.MAX_TEMPERATURE, rel=1e-3
+    )
     impossible = np.array([[0.0, -np.inf], [0.0, -np.inf], [-np.inf, 0.0], [np.log(0.5)] * 2])
     found = calibration.fit_temperature(impossible, np.array([0, 0, 0, 1]))
-    assert calibration.COLDEST <= found <= calibration.HOTTEST * (1 + 1e-9)
+    assert calibration.MIN_TEMPERATURE <= found <= calibration.MAX_TEMPERATURE * (1 + 1e-9)
 
 
 def test_temperature_1_changes_nothing_and_none_changes_the_order():

@@ -47,7 +47,8 @@ def test_rows_and_classes_are_matched_by_name_and_whoever_has_none_is_named():
     assert found.names == {1: "x", 3: "y"}
     np.testing.assert_allclose(found.agreement, 1)
     np.testing.assert_allclose(found.correlation, 1, atol=1e-6)
-    assert notes == ["none has no test predictions: no likeness"]
+    assert len(notes) == 1
+    assert notes[0].startswith("none has no test predictions")
 
 
 def test_out_of_fold_rows_are_compared_where_both_have_them():
@@ -57,7 +58,7 @@ def test_out_of_fold_rows_are_compared_where_both_have_them():
     given = [Experiment("x", "x", table=table(FIRST)), Experiment("y", "y", table=table(SECOND, start=2))]
     with pytest.raises(DataError, match=r"x and y .*'T0', 'T1'.*'T4', 'T5'"):
         pairs(given)
-    with pytest.raises(DataError, match="x and y know different classes: 'c', 'd'"):
+    with pytest.raises(DataError, match=r"x and y .*: 'c', 'd'"):
         pairs([given[0], Experiment("y", "y", table=table(SECOND, ("a", "b", "d")))])
 
 

@@ -98,7 +98,7 @@ def test_long_names_stand_in_lines_and_keep_all_their_letters():
     assert names[0].startswith("3  convnext")
     assert names[0].replace("\n", "") == "3  convnext_tiny_mixup_rdrop_sam_ema_200_epochs"
     for name in names:
-        assert max(map(len, name.split("\n"))) <= plots.LINE
+        assert max(map(len, name.split("\n"))) <= plots.MAX_LINE_CELLS
 
 
 RED, GREEN, BLUE = (230, 20, 20), (20, 230, 20), (20, 20, 230)

@@ -39,7 +39,8 @@ def test_ids_are_the_column_that_is_called_so_or_that_has_the_predicted_ids(tmp_
     caplog.set_level("INFO")
     (tmp_path / "gt.csv").write_text("number,ImageID,label,class\n0,1,dog,pet\n1,0,cat,pet\n", encoding="utf-8")
     assert truth.read_truth(tmp_path / "gt.csv", "imageid") == {"1": "dog", "0": "cat"}
-    assert caplog.messages[-1].endswith("ids are its column 'ImageID', classes 'label' (not 'class')")
+    assert "'ImageID'" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith("'label' (not 'class')")
     assert truth.read_truth(tmp_path / "gt.csv") == {"0": "dog", "1": "cat"}
     (tmp_path / "gt.csv").write_text("ID,image_path,target\n0,b.png,dog\n1,a.png,cat\n", encoding="utf-8")
     assert truth.read_truth(tmp_path / "gt.csv", ids=["a.png", "b.png"]) == {"b.png": "dog", "a.png": "cat"}
@@ -52,7 +53,7 @@ def test_ids_are_the_column_that_is_called_so_or_that_has_the_predicted_ids(tmp_
         (b"id\n1\n", "1 column"),
         (b"id,label\n1,a\n1,a\n", "'1'"),
         (b"id,label\n1,a\n2, \n", "empty class, the first in row 2"),
-        (b"id,fold,breed\n1,0,cat\n", "which column is the class: 'fold', 'breed'.*target, label"),
+        (b"id,fold,breed\n1,0,cat\n", "which column is the class: 'fold', 'breed'.*target"),
     ],
 )
 def test_what_is_no_truth_is_refused(tmp_path, content, words):
@@ -84,6 +85,6 @@ def test_answers_are_scored_by_scikit_learn_and_only_of_the_same_ids(tmp_path):
 def test_predictions_get_their_truth_by_id(tmp_path):
     table = Predictions(np.array(["1", "2"], object), np.full(2, -1), "s", ("a", "b"), np.log(np.full((2, 2), 0.5)))
     assert truth.with_truth(table, {"2": "a", "1": "b"}, tmp_path).labels.tolist() == ["b", "a"]
-    for labels, message in (({"1": "a"}, "1 of the 2 ids"), ({"1": "a", "2": "c"}, "does not know: 'c'")):
+    for labels, message in (({"1": "a"}, "1 of the 2 ids"), ({"1": "a", "2": "c"}, ": .*'c'")):
         with pytest.raises(DataError, match=message):
             truth.with_truth(table, labels, tmp_path)

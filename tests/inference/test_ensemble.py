@@ -67,7 +67,7 @@ def info(fold: int | None, **changes) -> ModelDir:
     [
         ([info(0), info(1)], "lacks fold 2 of 3"),
         ([info(0), info(1), info(2, split="y")], "fold 0 of s, seed 1 and fold 2 of s, seed 1 .* different splits"),
-        ([info(0), info(1), info(2, classes=["a", "c"])], "know different classes"),
+        ([info(0), info(1), info(2, classes=["a", "c"])], "different classes"),
         ([info(0), info(1), info(2, training={"train.lr": 0.2})], r"differ in train\.lr"),
         ([info(0), info(1), info(2), info(0, seed=2)], "seed 2 lacks fold 1, fold 2"),
         ([info(0), info(1), info(2), info(2)], "4 models for 3 folds"),

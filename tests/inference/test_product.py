@@ -125,10 +125,10 @@ def test_tables_are_joined_by_id_and_name_with_the_label_that_their_parts_make()
 @pytest.mark.parametrize(
     ("knows", "message"),
     [
-        ({"masks": ("mask", "gender")}, r"no model knows the factor age.*model\.factors=age"),
-        ({"m": ("mask", "gender"), "a": ("gender", "age")}, r"gender is known by m \(mask, gender\) and by a"),
-        ({"m": ("mask",), "a": ("mask", "gender", "age")}, "mask is known by m"),
-        ({"whole": ()}, "fold 0 of whole, seed 1 knows its classes as they are"),
+        ({"masks": ("mask", "gender")}, r"factor age.*model\.factors=age"),
+        ({"m": ("mask", "gender"), "a": ("gender", "age")}, r"m \(mask, gender\).* a \(gender, age\).*gender"),
+        ({"m": ("mask",), "a": ("mask", "gender", "age")}, r"m \(mask\).* a \(.*mask"),
+        ({"whole": ()}, "fold 0 of whole, seed 1"),
     ],
 )
 def test_what_is_no_product_is_refused_by_name(knows: dict[str, tuple[str, ...]], message: str) -> None:
@@ -138,11 +138,11 @@ def test_what_is_no_product_is_refused_by_name(knows: dict[str, tuple[str, ...]]
 
 def test_models_of_other_classes_or_mixed_systems_are_refused() -> None:
     other = info("age", factors=profile_factors([30, 58]))
-    with pytest.raises(DataError, match="fold 0 of m, seed 1 and fold 0 of a, seed 1 know factors"):
+    with pytest.raises(DataError, match="fold 0 of m, seed 1 and fold 0 of a, seed 1"):
         product_of({"m": [model("m", 0, info("mask", "gender"))], "a": [model("a", 0, other)]})
-    with pytest.raises(DataError, match=r"fold 1 of m, seed 1 are of one system but know different .* \(mask; age\)"):
+    with pytest.raises(DataError, match=r"fold 1 of m, seed 1 .* \(mask; age\)"):
         product_of({"m": [model("m", 0, info("mask")), model("m", 1, info("age"))]})
-    with pytest.raises(DataError, match="fold 1 of x, seed 1 knows its classes as they are"):
+    with pytest.raises(DataError, match="fold 1 of x, seed 1"):
         product_of({"m": [model("m", 0, info("mask"))], "x": [model("x", 1, {})]})
 
 

@@ -244,7 +244,9 @@ def test_a_host_that_waits_for_another_can_be_stopped(rank, world, tmp_path):
     met = {"NNODES": "2", "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NPROC": "1"}
     process = begin(("train-fold", *SMALL), given(world, tmp_path, **met))
     assert process.stderr is not None
-    assert f"on each of 2 hosts, of which this is number {rank}" in process.stderr.readline()
+    line = process.stderr.readline()
+    assert "on each of 2 hosts" in line
+    assert line.rstrip().endswith(rank)
     time.sleep(6)  # until torch is there, and it waits
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=SECONDS_TO_END)[1]
@@ -255,8 +257,8 @@ def test_a_host_that_waits_for_another_can_be_stopped(rank, world, tmp_path):
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"SM_CHANNEL_FOLDS": "other"}, "its folds.parquet is another than the first one's"),
-        ({"TRAIN__LR": "0.9"}, "its settings are others than the first one's"),
+        ({"SM_CHANNEL_FOLDS": "other"}, "its folds.parquet "),
+        ({"TRAIN__LR": "0.9"}, "its settings "),
     ],
 )
 def test_hosts_that_are_given_different_things_are_told(own, message, world, tmp_path):

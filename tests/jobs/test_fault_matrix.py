@@ -101,7 +101,7 @@ OTHERWISE: dict[tuple[str, str, str], tuple[int, str]] = {
     **{("train-fold from weights", "weights/start.safetensors", fault): (66, "no such file") for fault in ABSENT},
     **{(case, WEIGHTS, fault): (66, "no weights at") for case in ("ensemble", "predict", "export") for fault in ABSENT},
     **{("distill", OOF, fault): (66, "no predictions at") for fault in ABSENT},
-    **{(case, "ground_truth/gt.csv", fault): (66, "name the truth gt.csv") for case in ("evaluate", "compare") for fault in ABSENT},
+    **{(case, "ground_truth/gt.csv", fault): (66, "gt.csv") for case in ("evaluate", "compare") for fault in ABSENT},
     **{("compare", "submissions/output_other.csv", fault): (66, "too few to compare") for fault in ABSENT},
     # the fold that was asked for is a setting
     **{("export", MODEL, fault): (64, "FOLD=0: no model below") for fault in ABSENT},

@@ -1,6 +1,7 @@
 """People with and without masks: models of some factors, their product, and the three commands with their variables alone."""
 
 import json
+import re
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
@@ -195,9 +196,9 @@ def test_a_model_of_some_factors_has_classes_of_its_own(halves):
 def test_a_student_knows_the_factors_of_its_teachers(world, halves, tmp_path):
     given = {"MODEL": linked(halves, tmp_path / "models", "masks-0", "masks-1")}
     told = stage(world, "distill", tmp_path / "bad", *TINY, *YEARS, code=64, **given)
-    assert "fold 0 of masks, seed 42 knows the factors mask, gender, and its student is to know the factors age" in told
+    assert re.search("fold 0 of masks, seed 42 .*mask, gender, .*age", told)
     told = stage(world, "distill", tmp_path / "bad", *TINY, code=64, **given)
-    assert "its student is to know the classes as they are" in told
+    assert re.search("fold 0 of masks, seed 42 .*mask, gender, .*classes", told)
     stage(world, "distill", tmp_path / "student", *TINY, *MASKS, "train.epochs=1", **given)
     info = json.loads((tmp_path / "student" / "model" / "model.json").read_text())
     assert (info["role"], info["knows"], len(info["classes"])) == ("student", ["mask", "gender"], 6)

@@ -103,7 +103,7 @@ LONG = "train.epochs=1000000"
     ("name", "arguments", "channels", "code", "message"),
     [
         ("train-fold", ["FOLD=3"], {}, 64, "FOLD=3 is out of range: the split has the folds 0 to 2"),
-        ("train-fold", [], {}, 64, "give FOLD=0"),
+        ("train-fold", [], {}, 64, "FOLD=0"),
         ("train-fold", ["FOLD=two"], {}, 64, "fold"),
         ("train-fold", ["FOLD=0", "train.precision=fp16"], {}, 64, "fp16 needs CUDA"),
         ("train-fold", ["FOLD=0", "train.device=cuda"], {}, 64, "no such device"),
@@ -176,7 +176,7 @@ def test_a_vote_of_the_folds_and_each_systems_own_file_blended_again(toy_run, tm
     np.testing.assert_allclose(values(both), values(before), atol=1e-6)
     twice = f"ensemble.submissions={mean}"
     assert run_stage(toy_run, "ensemble", tmp_path / "twice", twice, MODEL=toy_run) == 65
-    assert "like a system of the models" in failure(tmp_path / "twice")
+    assert "a system of the models" in failure(tmp_path / "twice")
 
 
 def test_weights_that_settings_name_are_part_of_the_key(toy_run, tmp_path):

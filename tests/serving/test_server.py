@@ -22,7 +22,7 @@ from fivefold.data.images import decode
 from fivefold.recipe import Serve
 from fivefold.serving import server as server_module
 from fivefold.serving import service as service_module
-from fivefold.serving.batching import SICK_AFTER
+from fivefold.serving.batching import MAX_FAILURES
 from fivefold.serving.server import address, listen, running
 from fivefold.serving.service import Service
 from platform_runs import wait_until
@@ -128,7 +128,8 @@ def test_a_full_queue_is_told_to_come_later_and_all_others_are_answered() -> Non
         assert [each.result().status for each in waiting] == [200] * 3
         assert server.ask(5).status == 200
     assert (late.status, late.headers["retry-after"]) == (503, "1")
-    assert late.json == {"error": "3 images are under way already: try again later"}
+    assert list(late.json) == ["error"]
+    assert late.json["error"].startswith("3 images are ")
     assert 4 not in server.model.asked
 
 
@@ -156,7 +157,7 @@ def test_a_model_that_takes_too_long_is_503_and_one_that_comes_back_answers() ->
         server.model.gate.set()
         assert server.ask(2).json["confidence"] > 0.9
     assert late.status == 503
-    assert late.json["error"] == "no answer within 0.3 s (serve.timeout_s): try again later"
+    assert "within 0.3 s (serve.timeout_s)" in late.json["error"]
 
 
 def test_a_body_that_does_not_come_is_408() -> None:
@@ -165,16 +166,15 @@ def test_a_body_that_does_not_come_is_408() -> None:
         with http.client.HTTPResponse(connection) as response:
             response.begin()
             assert response.status == 408
-            assert (
-                b"the body came too slowly, 4 bytes of it; it must come within 0.3 s (serve.timeout_s)"
-                in response.read()
-            )
+            error = response.read()
+            assert b"4 bytes" in error
+            assert b"within 0.3 s (serve.timeout_s)" in error
         assert (server.service.images, server.service.bodies) == (0, 0)
 
 
 def test_a_body_below_the_least_rate_is_408_and_a_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "GRACE", 0.4)
-    monkeypatch.setattr(service_module, "LEAST_RATE", 100.0)
+    monkeypatch.setattr(service_module, "GRACE_PERIOD_S", 0.4)
+    monkeypatch.setattr(service_module, "MIN_BYTES_PER_S", 100.0)
     body = picture(7)
     with served() as server:
         for pause, status in ((0.2, 408), (0.005, 200)):
@@ -224,7 +224,7 @@ def test_idle_connections_make_way_for_those_that_ask() -> None:
 @pytest.mark.parametrize("then", ["close", "keep-alive"])
 @pytest.mark.parametrize(("pause", "whole"), [(0.0, True), (2.0, False)])
 def test_who_does_not_read_its_answer_is_dropped(monkeypatch, then: str, pause: float, whole: bool) -> None:
-    monkeypatch.setattr(server_module, "UNREAD", 0.5)
+    monkeypatch.setattr(server_module, "READ_TIMEOUT_S", 0.5)
     body = json.dumps([base64.b64encode(picture(grey)).decode() for grey in range(20, 120)]).encode()
     head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: %s\r\nContent-Length: %d\r\n\r\n"
     with served() as server, socket.socket() as connection:
@@ -281,11 +281,12 @@ def test_a_jpeg_of_up_to_four_times_the_pixels_is_halved_and_no_other_image() ->
 
 def test_an_error_of_the_model_is_500_and_said_by_ping_when_it_stays() -> None:
     with served() as server:
-        answers = [server.ask(POISON) for _ in range(SICK_AFTER)]
+        answers = [server.ask(POISON) for _ in range(MAX_FAILURES)]
         sick = server.ping()
         recovered = server.ask(1), server.ping()
-    assert [answer.status for answer in answers] == [500] * SICK_AFTER
-    assert answers[0].json == {"error": "an unexpected error of the server: RuntimeError"}
+    assert [answer.status for answer in answers] == [500] * MAX_FAILURES
+    assert list(answers[0].json) == ["error"]
+    assert answers[0].json["error"].endswith(": RuntimeError")
     assert (sick.status, sick.json) == (503, {"status": "failing"})
     assert [answer.status for answer in recovered] == [200, 200]
 

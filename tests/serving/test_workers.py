@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch  # noqa: F401  (a worker imports it, which may take longer than a test waits)
 
-from fivefold.serving.workers import SMALL, Workers
+from fivefold.serving.workers import SMALL_PIXELS, Workers
 
 LONG = 10.0
 
@@ -69,16 +69,16 @@ def test_no_more_pixels_are_decoded_at_once_than_there_is_room_for(pixels: int, 
 
 def test_the_smallest_goes_first_and_has_a_thread_that_no_large_one_takes() -> None:
     async def work(workers: Workers, pieces: Work) -> None:
-        large = [workers.start(SMALL + 1, pieces, name) for name in ("large", "larger", "largest")]
+        large = [workers.start(SMALL_PIXELS + 1, pieces, name) for name in ("large", "larger", "largest")]
         await until(lambda: len(pieces.begun) == 2)
         await asyncio.sleep(0.05)
-        small = workers.start(SMALL, pieces, "small")
+        small = workers.start(SMALL_PIXELS, pieces, "small")
         await until(lambda: len(pieces.begun) == 3)
         later = [workers.start(size, pieces, str(size)) for size in (3, 2, 1)]
         pieces.gate.set()
         await asyncio.gather(*large, small, *later)
 
-    _, pieces = with_workers(work, 3, 100 * SMALL)
+    _, pieces = with_workers(work, 3, 100 * SMALL_PIXELS)
     assert (pieces.begun[:3], pieces.begun[-1]) == (["large", "larger", "small"], "largest")
     assert pieces.most == 3
 

@@ -1,4 +1,4 @@
-"""Scores of log-probabilities against the truth: scikit-learn's metrics by name, and log losses.
+"""Metrics of log-probabilities against the true classes: scikit-learn's metrics by name, and log losses.
 
 Throughout, `log_probs` is [N, C] natural logarithms and `codes` [N] the true class indices, N >= 1.
 """
@@ -16,12 +16,12 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
 def predicted(log_probs: np.ndarray) -> np.ndarray:
-    """The most probable class of each row [N] int64; of equal ones the first."""
+    """Return the most probable class of each row [N] int64; the first one in a tie."""
     return log_probs.argmax(axis=1)
 
 
 def of_classes(name: str, **options: object) -> Metric:
-    """The score `sklearn.metrics.<name>` of the most probable classes; `options` are its further arguments."""
+    """Return the metric `sklearn.metrics.<name>` of the most probable classes; `options` are its other arguments."""
 
     def metric(log_probs: np.ndarray, codes: np.ndarray) -> float:
         from sklearn import metrics
@@ -32,9 +32,9 @@ def of_classes(name: str, **options: object) -> Metric:
 
 
 def top_k_accuracy(log_probs: np.ndarray, codes: np.ndarray, k: int = 5) -> float:
-    """Share of rows whose true class is among the k most probable ones; 1 where k >= C.
+    """Return the share of rows with the true class among the k most probable ones; 1 if k >= C.
 
-    Of equal probabilities the earlier class counts as the more probable, as in `predicted` (scikit-learn takes the
+    Of equal probabilities the earlier class ranks higher, as in `predicted` (scikit-learn takes the
     later one), so that k = 1 is the accuracy.
     """
     ranked = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]
@@ -42,25 +42,25 @@ def top_k_accuracy(log_probs: np.ndarray, codes: np.ndarray, k: int = 5) -> floa
 
 
 def logloss(log_probs: np.ndarray, codes: np.ndarray) -> float:
-    """Mean negative log-probability of the true class, in nats; infinite where one is impossible."""
+    """Return the mean negative log-probability of the true class, in nats; infinite if a true class has probability 0."""
     return float(-log_probs[np.arange(len(codes)), codes].astype(np.float64).mean())
 
 
 def competition_logloss(probs: np.ndarray, codes: np.ndarray) -> float:
-    """The log loss that competitions score: of probabilities, each row brought to sum 1, then clipped."""
+    """Return the log loss by competition rules: probabilities are normalised to sum 1 per row, then clipped."""
     shares = probs[np.arange(len(codes)), codes] / probs.sum(axis=1, dtype=np.float64)
     return float(-np.log(np.clip(shares, FLOOR, 1 - FLOOR)).mean())
 
 
 def confusion_matrix(log_probs: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Counts [C, C] int64: true class by row, predicted class by column."""
+    """Return counts [C, C] int64: true class by row, predicted class by column."""
     from sklearn.metrics import confusion_matrix
 
     return confusion_matrix(codes, predicted(log_probs), labels=range(log_probs.shape[1]))
 
 
 def per_class_table(log_probs: np.ndarray, codes: np.ndarray) -> dict[str, np.ndarray]:
-    """Per class [C]: `precision`, `recall`, `f1` in [0, 1] (0 where undefined), `support`, `predicted` counts."""
+    """Return per class [C]: `precision`, `recall`, `f1` in [0, 1] (0 if undefined), `support`, `predicted` counts."""
     from sklearn.metrics import precision_recall_fscore_support
 
     guesses, labels = predicted(log_probs), range(log_probs.shape[1])
@@ -70,12 +70,12 @@ def per_class_table(log_probs: np.ndarray, codes: np.ndarray) -> dict[str, np.nd
 
 
 def summary(log_probs: np.ndarray, codes: np.ndarray, names: Iterable[str] = EPOCH) -> dict[str, float]:
-    """The metrics `names`, by default the figures of one epoch."""
+    """Return the metrics `names`, by default those of an epoch."""
     return {name: choose(METRICS, "metric", name)(log_probs, codes) for name in names}
 
 
 def full_report(log_probs: np.ndarray, codes: np.ndarray, top_k: int = 5, bins: int = 15) -> dict[str, float | int]:
-    """All figures: those of METRICS, `top<k>_accuracy` and `ece`, and `n`, the number of rows."""
+    """Return all figures: METRICS, `top<k>_accuracy`, `ece`, and `n`, the number of rows."""
     from fivefold.evaluation.calibration import expected_calibration_error
 
     return {
@@ -87,7 +87,7 @@ def full_report(log_probs: np.ndarray, codes: np.ndarray, top_k: int = 5, bins: 
 
 
 def wilson_interval(share: float, rows: float) -> tuple[float, float]:
-    """The 95 % interval of a share of `rows` independent rows (Wilson 1927, score interval)."""
+    """Return the 95 % interval of a share of `rows` independent rows (Wilson 1927, score interval)."""
     z = 1.959963984540054
     middle, half = share + z**2 / (2 * rows), z * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
     low, high = ((middle + sign * half) / (1 + z**2 / rows) for sign in (-1, 1))
@@ -95,7 +95,7 @@ def wilson_interval(share: float, rows: float) -> tuple[float, float]:
 
 
 def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    """The 95 % interval of the mean of `values` [N] by the percentiles of means of N rows that are drawn again."""
+    """Return the 95 % bootstrap interval of the mean of `values` [N]: percentiles of means of N rows drawn with replacement."""
     random, count = np.random.default_rng(0), len(values)
     means = [values[random.integers(0, count, count)].mean() for _ in range(draws)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -103,10 +103,10 @@ def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, fl
 
 
 def independent_rows(right: np.ndarray, clusters: np.ndarray) -> float:
-    """How many independent rows say as much of a share as `right` [N] does, whose `clusters` [N] (from 0) may be alike.
+    """Return the effective number of independent rows of `right` [N], given the clusters of correlated rows `clusters` [N].
 
-    N over the design effect: the variance of the share between whole clusters against that of N rows by themselves
-    (Kish 1965, section 5.4). At most N; as many as clusters where no variance is seen.
+    It is N over the design effect: the variance of the share between clusters over the variance of N independent rows
+    (Kish 1965, section 5.4). It is at most N, and the number of clusters if there is no variance. Clusters count from 0.
     """
     rows, hits, share = np.bincount(clusters), np.bincount(clusters, right), right.mean()
     groups, count, spread = len(rows), len(right), ((hits - share * rows) ** 2).sum()
@@ -127,4 +127,4 @@ METRICS: dict[str, Metric] = {
     "recall_macro": of_classes("recall_score", average="macro", zero_division=0),
     "recall_weighted": of_classes("recall_score", average="weighted", zero_division=0),
 }
-"""Every score of a report, macro ones over the classes that occur as truth or as prediction. To add one: its line here."""
+"""All metrics of a report; macro metrics cover the classes that occur as truth or as prediction. To add one, add a line."""

@@ -1,6 +1,6 @@
-"""Pictures of scores, of a comparison and of images, drawn by matplotlib (imported late, without a display), light or dark.
+"""Plots of scores, comparisons and images by matplotlib (imported lazily, without a display), with a light or dark theme.
 
-Every function draws to `target`, a path or a binary file, as PNG.
+Every plot function writes a PNG to `target`, a path or a binary file.
 """
 
 import re
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
 Target = Path | BinaryIO
 DPI = 160
 COMPRESSION = 3
-"""zlib's level: half the time of 6, its default, for a few percent more bytes."""
+"""zlib level: takes half the time of the default 6, for a few percent more bytes."""
 FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic", "Noto Sans CJK JP", "WenQuanYi Zen Hei")
-"""Fonts with Hangul and Han; without any of them such classes are shown by their number."""
-NAMED_MOST = 40
-"""Up to so many classes or experiments have their names beside a matrix."""
-WRITTEN_MOST = 16
-"""Up to so many have their figures written into its cells."""
-BARS = 40
-LONGEST_NAME = 60
-LINE = 28
-"""Cells of a line of a name: Hangul and Han take two."""
+"""Fonts with Hangul and Han; if none is installed, such classes are shown by their number."""
+MAX_NAMED = 40
+"""Maximum number of classes or experiments for names beside a matrix."""
+MAX_WRITTEN = 16
+"""Maximum number of classes or experiments for figures in a matrix's cells."""
+MAX_BARS = 40
+MAX_NAME_LENGTH = 60
+MAX_LINE_CELLS = 28
+"""Maximum width of a line of a name in cells: a Hangul or Han character takes two."""
 COLUMNS = 4
-SHOWN = 16
+MAX_IMAGES = 16
 SIDE, GAP, CAPTION = 320, 24, 48
-"""Pixels of a shown image's longer side, around it, and of the two lines above it."""
-LARGE_PIXELS = 3
-"""An image that is enlarged so many times or more keeps its pixels as squares."""
+"""Pixels: longer side of an image, gap between images, height of the two-line caption."""
+MIN_SQUARE_SCALE = 3
+"""An image that is enlarged at least this many times keeps its pixels as squares."""
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a picture: surface, text, quiet text, grid, and those of the data."""
+    """Colours of a plot: surface, text, quiet text, grid, and the data."""
 
     surface: str
     text: str
@@ -59,13 +59,13 @@ class Theme:
 
 
 def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light") -> None:
-    """Loss, accuracy, log loss and learning rate by epoch of one `train_log.csv`.
+    """Plot loss, accuracy, log loss and learning rate by epoch from one `train_log.csv`.
 
-    Columns that are absent or empty (no validation rows) are left out.
+    Missing or empty columns (no validation rows) are skipped.
     """
     log = read_train_log(train_log_csv)
     colours = choose(THEMES, "theme", theme)
-    figure, axes = _grid(colours)
+    figure, axes = _make_panels(colours)
     pairs = [
         ("Loss", (("train_loss", "training"), ("val_loss", "validation"))),
         ("Accuracy", (("train_acc", "training"), ("val_acc", "validation"))),
@@ -75,7 +75,7 @@ def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light
     for axis, (title, series) in zip(axes, pairs, strict=True):
         style(axis, colours, title, "epoch")
         for (column, label), colour in zip(series, (colours.quiet, colours.accent)[-len(series) :], strict=True):
-            _line(axis, log, column, colour, label)
+            _plot_line(axis, log, column, colour, label)
         if len(series) > 1:
             legend(axis, colours)
     _mark_best(axes[2], log, colours)
@@ -83,17 +83,17 @@ def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light
 
 
 def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") -> None:
-    """The validation curves of several models over one another, each under its name."""
+    """Plot the validation curves of several models in the same panels, with their names."""
     colours = choose(THEMES, "theme", theme)
-    figure, axes = _grid(colours)
+    figure, axes = _make_panels(colours)
     panels = (("Training loss", "train_loss"), ("Validation loss", "val_loss"))
     panels += (("Validation accuracy", "val_acc"), ("Validation log loss", "val_logloss"))
     tables = {name: read_train_log(path) for name, path in logs.items()}
     few = len(tables) <= len(colours.series)
     for axis, (title, column) in zip(axes, panels, strict=True):
         style(axis, colours, title, "epoch")
-        for place, (name, log) in enumerate(tables.items()):
-            _line(axis, log, column, colours.series[place] if few else colours.accent, name, 1.0 if few else 0.4)
+        for index, (name, log) in enumerate(tables.items()):
+            _plot_line(axis, log, column, colours.series[index] if few else colours.accent, name, 1.0 if few else 0.4)
     if few and len(tables) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(
@@ -103,7 +103,7 @@ def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") 
 
 
 def read_train_log(path: Path) -> dict[str, np.ndarray]:
-    """Reads the columns of a `train_log.csv`, epoch by epoch, NaN where a cell is empty."""
+    """Read the columns of a `train_log.csv`, one value per epoch; an empty cell is NaN."""
     try:
         log = pd.read_csv(path, dtype=np.float64, index_col=False)
     except ValueError as error:
@@ -112,31 +112,31 @@ def read_train_log(path: Path) -> dict[str, np.ndarray]:
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme: str = "light") -> None:
-    """The confusion matrix [C, C]: hits in one colour, confusions in another, as shares of the true class.
+    """Plot the confusion matrix [C, C]: hits in one colour, confusions in another, as shares of the true class.
 
-    Counts are written into up to 16 classes, names beside up to 40; beyond, classes go by number.
+    Up to 16 classes have counts in the cells, up to 40 have names at the axes; more classes have numbers.
     """
     colours = choose(THEMES, "theme", theme)
-    side = 4.0 + min(len(classes), NAMED_MOST) * 0.15
+    side = 4.0 + min(len(classes), MAX_NAMED) * 0.15
     figure = blank(colours, (side + 1.0, side))
     axis = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     hits = np.eye(len(classes), dtype=bool)
-    # Rare confusions among many classes are single pixels: the square root keeps them visible.
-    shown = np.sqrt(np.where(hits, shares, shares / _most(shares, hits)))
-    _shade(axis, np.ma.masked_where(~hits, shown), (colours.surface, colours.accent))
-    picture = _shade(axis, np.ma.masked_where(hits, shown), (colours.surface, colours.wrong))
+    # With many classes a rare confusion is a single pixel: the square root keeps it visible.
+    shown = np.sqrt(np.where(hits, shares, shares / _full_scale(shares, hits)))
+    _draw_shades(axis, np.ma.masked_where(~hits, shown), (colours.surface, colours.accent))
+    picture = _draw_shades(axis, np.ma.masked_where(hits, shown), (colours.surface, colours.wrong))
     style(axis, colours, "", "predicted", "true")
     axis.grid(False)
-    _class_ticks(axis, classes, colours)
-    if len(classes) <= WRITTEN_MOST:
+    _set_class_ticks(axis, classes, colours)
+    if len(classes) <= MAX_WRITTEN:
         _write_counts(axis, matrix, shown, colours)
-    _confusion_scale(figure, axis, picture, _most(shares, hits), colours)
+    _draw_colour_bar(figure, axis, picture, _full_scale(shares, hits), colours)
     save(figure, target, colours)
 
 
 def reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, theme: str = "light") -> None:
-    """The reliability diagram of `calibration.reliability_table`, above the number of rows of each bin."""
+    """Plot the reliability diagram of `calibration.reliability_table`, and below it the number of rows per bin."""
     colours = choose(THEMES, "theme", theme)
     figure = blank(colours, (5.2, 5.4))
     top, bottom = figure.subplots(2, 1, height_ratios=[3.2, 1], sharex=True)
@@ -163,25 +163,25 @@ def reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, the
 
 
 def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Target, theme: str = "light") -> None:
-    """F1 of each class, the weakest first; of many classes the weakest 40."""
+    """Plot the F1 of each class, the lowest first; of many classes the lowest 40."""
     colours = choose(THEMES, "theme", theme)
-    seen = np.flatnonzero((table["support"] + table["predicted"]) > 0)
-    order = seen[np.argsort(table["f1"][seen], kind="stable")][:BARS]
-    names = drawable([classes[place] for place in order], [int(place) for place in order])
+    present = np.flatnonzero((table["support"] + table["predicted"]) > 0)
+    order = present[np.argsort(table["f1"][present], kind="stable")][:MAX_BARS]
+    names = drawable([classes[code] for code in order], [int(code) for code in order])
     figure = blank(colours, (5.2, 0.9 + 0.26 * len(order)))
     axis = figure.subplots()
-    title = f"the weakest {BARS} of {len(classes)} classes" if len(seen) > BARS else ""
+    title = f"the lowest {MAX_BARS} of {len(classes)} classes" if len(present) > MAX_BARS else ""
     style(axis, colours, title, "F1")
     axis.grid(False, axis="y")
     rows = np.arange(len(order))
     axis.barh(rows, table["f1"][order], 0.72, color=colours.accent)
     axis.set_yticks(rows, names)
     axis.set(xlim=(0, 1), ylim=(len(order) - 0.4, -0.6))
-    for row, place in enumerate(order):
-        inside = table["f1"][place] > 0.12
+    for row, code in enumerate(order):
+        inside = table["f1"][code] > 0.12
         axis.annotate(
-            f"{table['f1'][place]:.3f}",
-            (table["f1"][place], row),
+            f"{table['f1'][code]:.3f}",
+            (table["f1"][code], row),
             xytext=(-4 if inside else 4, 0),
             textcoords="offset points",
             ha="right" if inside else "left",
@@ -193,7 +193,7 @@ def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Ta
 
 
 def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Target, theme: str = "light") -> None:
-    """How confident the right and the wrong predictions are: shares of each, by confidence."""
+    """Plot histograms of the confidence of correct and of wrong predictions, each as shares."""
     colours = choose(THEMES, "theme", theme)
     confidence = np.exp(log_probs.max(axis=1).astype(np.float64)).clip(0, 1)
     right = log_probs.argmax(axis=1) == codes
@@ -201,7 +201,7 @@ def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Targe
     axis = figure.subplots()
     style(axis, colours, "", "confidence", "share")
     edges = np.linspace(0, 1, 26)
-    for part, colour, label in ((right, colours.accent, "right"), (~right, colours.wrong, "wrong")):
+    for part, colour, label in ((right, colours.accent, "correct"), (~right, colours.wrong, "wrong")):
         if part.any():
             counts = np.histogram(confidence[part], edges)[0] / part.sum()
             axis.stairs(counts, edges, fill=True, color=colour, alpha=0.35)
@@ -215,9 +215,9 @@ def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Targe
 def scores(
     names: Sequence[str], figures: Sequence[Mapping[str, float | None]], target: Target, theme: str = "light"
 ) -> None:
-    """Accuracy with its 95 % interval, and log loss, of each experiment: bars from 0, figures beside them.
+    """Plot each experiment's accuracy with its 95 % interval, and its log loss: bars from 0 with figures beside them.
 
-    `figures`: of each of `names`, `accuracy`, `accuracy_low`, `accuracy_high` and `logloss`, or None for unknown.
+    `figures`: `accuracy`, `accuracy_low`, `accuracy_high` and `logloss` of each of `names`; None if unknown.
     """
     colours = choose(THEMES, "theme", theme)
     labels = numbered(dict(enumerate(names, start=1)))
@@ -226,12 +226,12 @@ def scores(
     left, right = figure.subplots(1, 2, sharey=True)
     accuracy, logloss = _column(figures, "accuracy"), _column(figures, "logloss")
     spread = np.abs(np.stack([_column(figures, "accuracy_low"), _column(figures, "accuracy_high")]) - accuracy)
-    _bars(left, colours, "Accuracy", "share of rows, higher is better", accuracy, colours.accent)
+    _draw_bars(left, colours, "Accuracy", "share of rows, higher is better", accuracy, colours.accent)
     left.errorbar(
         accuracy, np.arange(len(names)), xerr=spread, fmt="none", ecolor=colours.text, elinewidth=1.1, capsize=2.5
     )
     left.set_xlim(0, 1)
-    _bars(right, colours, "Log loss", "nats a row, lower is better", logloss, colours.second)
+    _draw_bars(right, colours, "Log loss", "nats per row, lower is better", logloss, colours.second)
     right.set_xlim(0, 1.05 * np.nanmax(logloss, initial=0.01))
     left.set_yticks(np.arange(len(names)), labels)
     left.set_ylim(len(names) - 0.4, -0.6)
@@ -241,51 +241,51 @@ def scores(
 def likeness(
     names: Mapping[int, str], agreement: np.ndarray, correlation: np.ndarray, target: Target, theme: str = "light"
 ) -> None:
-    """Two heat maps [M, M] side by side: shares of rows with the same predicted class, correlations of probabilities.
+    """Plot two heat maps [M, M] side by side: shares of rows with the same predicted class, correlations of probabilities.
 
-    `names` of the M experiments by their numbers.
+    `names`: the M experiments by number.
     """
     colours = choose(THEMES, "theme", theme)
-    side = 1.6 + 0.5 * min(len(names), WRITTEN_MOST) + 0.06 * min(max(len(names) - WRITTEN_MOST, 0), NAMED_MOST)
+    side = 1.6 + 0.5 * min(len(names), MAX_WRITTEN) + 0.06 * min(max(len(names) - MAX_WRITTEN, 0), MAX_NAMED)
     figure = blank(colours, (2 * side + 2.6, side + 0.8))
     left, right = figure.subplots(1, 2)
-    _heat(left, colours, "Agreement of predicted classes", agreement)
-    _heat(right, colours, "Correlation of probabilities", correlation)
-    places = np.arange(len(names))
-    if len(names) <= NAMED_MOST:
+    _draw_heat_map(left, colours, "Agreement of predicted classes", agreement)
+    _draw_heat_map(right, colours, "Correlation of probabilities", correlation)
+    ticks = np.arange(len(names))
+    if len(names) <= MAX_NAMED:
         numbers = [str(number) for number in names]
-        left.set_yticks(places, numbered(names))
-        right.set_yticks(places, numbers)
+        left.set_yticks(ticks, numbered(names))
+        right.set_yticks(ticks, numbers)
         for axis in (left, right):
-            axis.set_xticks(places, numbers)
+            axis.set_xticks(ticks, numbers)
     save(figure, target, colours)
 
 
 def numbered(names: Mapping[int, str]) -> list[str]:
-    """`1  name`, in lines of some 28 cells; the number alone for a name that no font can draw."""
-    drawn = drawable(list(names.values()), list(names), LONGEST_NAME)
+    """Return labels `1  name`, wrapped at 28 cells; only the number if no font can draw the name."""
+    drawn = drawable(list(names.values()), list(names), MAX_NAME_LENGTH)
     return [
-        str(number) if name == f"#{number}" else "\n".join(_lines(f"{number}  {name}"))
+        str(number) if name == f"#{number}" else "\n".join(_wrap(f"{number}  {name}"))
         for number, name in zip(names, drawn, strict=True)
     ]
 
 
-def spread_out(rows: int, most: int = SHOWN) -> np.ndarray:
-    """At most `most` of `rows` rows, evenly spread over them, ascending."""
+def spread_out(rows: int, most: int = MAX_IMAGES) -> np.ndarray:
+    """Return at most `most` indices of `rows` rows, evenly spaced, ascending."""
     return np.unique(np.linspace(0, rows - 1, min(rows, most)).round().astype(np.int64))
 
 
 def image_grid(
     images: Sequence[np.ndarray], truth: Sequence[str], guesses: Sequence[str], target: Target, theme: str = "light"
 ) -> None:
-    """The images (uint8 [H, W, 3], of any sizes), each under its true and its predicted class; mistakes in another colour.
+    """Plot images (uint8 [H, W, 3], of any size), each below its true and its predicted class; mistakes in another colour.
 
-    They are pasted into one canvas, which takes half the time of as many axes.
+    The images are pasted into one canvas, which takes half the time of one axis per image.
     """
     colours = choose(THEMES, "theme", theme)
     numbers = range(len(images))
     names = zip(drawable(truth, numbers), drawable(guesses, numbers), strict=True)
-    shown = [_fitted(image) for image in images]
+    shown = [_fit(image) for image in images]
     lines = [shown[start : start + COLUMNS] for start in range(0, len(shown), COLUMNS)]
     tops = np.cumsum([GAP, *(CAPTION + max(image.height for image in line) + GAP for line in lines)])
     size = (COLUMNS * (SIDE + GAP) + GAP, int(tops[-1]))
@@ -295,18 +295,18 @@ def image_grid(
         left, top = GAP + number % COLUMNS * (SIDE + GAP), int(tops[number // COLUMNS])
         pasted.paste(image, (left, top + CAPTION))
         colour = colours.text if true == guess else colours.wrong
-        caption, at = f"truth {true}\npredicted {guess}", (left / size[0], 1 - (top + CAPTION - 8) / size[1])
-        figure.text(*at, caption, color=colour, fontsize=8, va="bottom")
+        caption, position = f"truth {true}\npredicted {guess}", (left / size[0], 1 - (top + CAPTION - 8) / size[1])
+        figure.text(*position, caption, color=colour, fontsize=8, va="bottom")
     figure.figimage(np.asarray(pasted))
     save(figure, target, colours)
 
 
-def _grid(colours: Theme) -> tuple["Figure", list["Axes"]]:
+def _make_panels(colours: Theme) -> tuple["Figure", list["Axes"]]:
     figure = blank(colours, (9.6, 6.0))
     return figure, list(figure.subplots(2, 2).flat)
 
 
-def _line(
+def _plot_line(
     axis: "Axes", log: Mapping[str, np.ndarray], column: str, colour: str, label: str, alpha: float = 1.0
 ) -> None:
     from matplotlib.ticker import MaxNLocator
@@ -348,34 +348,34 @@ def _mark_best(axis: "Axes", log: Mapping[str, np.ndarray], colours: Theme) -> N
     )
 
 
-def _shade(axis: "Axes", values: np.ndarray, ends: tuple[str, str]) -> "AxesImage":
+def _draw_shades(axis: "Axes", values: np.ndarray, ends: tuple[str, str]) -> "AxesImage":
     from matplotlib.colors import LinearSegmentedColormap
 
     return axis.imshow(values, LinearSegmentedColormap.from_list("", ends), vmin=0, vmax=1, interpolation="nearest")
 
 
-def _most(shares: np.ndarray, hits: np.ndarray) -> float:
-    """The confusion that gets the full colour: the largest one, but a tenth at least, so that few errors stay pale."""
+def _full_scale(shares: np.ndarray, hits: np.ndarray) -> float:
+    """Return the share that gets the full colour: the largest confusion, but at least a tenth, so that few errors stay pale."""
     return max(float(shares[~hits].max(initial=0)), 0.1)
 
 
-def _confusion_scale(figure: "Figure", axis: "Axes", picture: "AxesImage", most: float, colours: Theme) -> None:
+def _draw_colour_bar(figure: "Figure", axis: "Axes", picture: "AxesImage", full: float, colours: Theme) -> None:
     steps = np.array([0, 0.1, 0.25, 0.5, 1])
     bar = figure.colorbar(picture, ax=axis, shrink=0.6, aspect=28, pad=0.02, ticks=np.sqrt(steps))
-    bar.ax.set_yticklabels([f"{100 * most * step:.3g} %" for step in steps], color=colours.quiet, fontsize=8)
+    bar.ax.set_yticklabels([f"{100 * full * step:.3g} %" for step in steps], color=colours.quiet, fontsize=8)
     bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
-    bar.set_label("confused, share of the true class", color=colours.quiet, fontsize=9)
+    bar.set_label("confusions, share of the true class", color=colours.quiet, fontsize=9)
 
 
-def _class_ticks(axis: "Axes", classes: Sequence[str], colours: Theme) -> None:
-    if len(classes) > NAMED_MOST:
+def _set_class_ticks(axis: "Axes", classes: Sequence[str], colours: Theme) -> None:
+    if len(classes) > MAX_NAMED:
         return
-    places, names = np.arange(len(classes)), drawable(classes, range(len(classes)))
-    axis.set_yticks(places, names)
+    ticks, names = np.arange(len(classes)), drawable(classes, range(len(classes)))
+    axis.set_yticks(ticks, names)
     level = len(classes) <= 12 and max(len(name) for name in names) <= 3
-    axis.set_xticks(places, names, rotation=0 if level else 90)
-    between = places[1:] - 0.5
+    axis.set_xticks(ticks, names, rotation=0 if level else 90)
+    between = ticks[1:] - 0.5
     axis.set_xticks(between, minor=True)
     axis.set_yticks(between, minor=True)
     axis.grid(which="minor", color=colours.grid, linewidth=0.8)
@@ -389,21 +389,21 @@ def _write_counts(axis: "Axes", matrix: np.ndarray, shown: np.ndarray, colours: 
         axis.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", fontsize=size, color=colour)
 
 
-def _lines(text: str) -> list[str]:
-    """`text` in lines of at most LINE cells, broken behind blanks, `_`, `-` and `.` where it can be."""
+def _wrap(text: str) -> list[str]:
+    """Wrap `text` into lines of at most MAX_LINE_CELLS cells, if possible after a blank, `_`, `-` or `.`."""
     lines, line = [], ""
     for piece in re.findall(r"[^ _.-]*[ _.-]*", text):
-        while _cells(piece) > LINE:
-            piece, cut = piece[LINE // 2 :], piece[: LINE // 2]
+        while _width(piece) > MAX_LINE_CELLS:
+            piece, cut = piece[MAX_LINE_CELLS // 2 :], piece[: MAX_LINE_CELLS // 2]
             lines += [line, cut] if line else [cut]
             line = ""
-        if line and _cells(line + piece) > LINE:
+        if line and _width(line + piece) > MAX_LINE_CELLS:
             lines, line = [*lines, line], ""
         line += piece
-    return [each.rstrip() for each in [*lines, line] if each.strip()]
+    return [wrapped.rstrip() for wrapped in [*lines, line] if wrapped.strip()]
 
 
-def _cells(text: str) -> int:
+def _width(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
@@ -411,8 +411,8 @@ def _column(figures: Sequence[Mapping[str, float | None]], name: str) -> np.ndar
     return np.array([np.nan if row.get(name) is None else row[name] for row in figures], dtype=np.float64)
 
 
-def _bars(axis: "Axes", colours: Theme, title: str, across: str, values: np.ndarray, colour: str) -> None:
-    """Bars from 0, with each figure at the panel's right edge, where nothing hides it."""
+def _draw_bars(axis: "Axes", colours: Theme, title: str, across: str, values: np.ndarray, colour: str) -> None:
+    """Draw bars from 0, with each figure at the panel's right edge, where nothing covers it."""
     style(axis, colours, title, across)
     axis.grid(False, axis="y")
     axis.barh(np.arange(len(values)), np.nan_to_num(values), 0.6, color=colour)
@@ -421,8 +421,8 @@ def _bars(axis: "Axes", colours: Theme, title: str, across: str, values: np.ndar
         axis.text(1.02, row, text, color=colours.text, fontsize=9.5, va="center", transform=axis.get_yaxis_transform())
 
 
-def _heat(axis: "Axes", colours: Theme, title: str, values: np.ndarray) -> None:
-    """A square of shades: white for the least likeness of two, or a little below, full colour for 1."""
+def _draw_heat_map(axis: "Axes", colours: Theme, title: str, values: np.ndarray) -> None:
+    """Draw a heat map: almost the background colour for the lowest value of a pair, full colour for 1."""
     from matplotlib.colors import LinearSegmentedColormap
 
     others = values[~np.eye(len(values), dtype=bool)]
@@ -432,37 +432,37 @@ def _heat(axis: "Axes", colours: Theme, title: str, values: np.ndarray) -> None:
     axis.imshow(np.ma.masked_invalid(values), shades, vmin=low, vmax=1, interpolation="nearest")
     style(axis, colours, title, "")
     axis.grid(False)
-    for row, column in np.ndindex(*values.shape) if len(values) <= WRITTEN_MOST else ():
+    for row, column in np.ndindex(*values.shape) if len(values) <= MAX_WRITTEN else ():
         value = values[row, column]
         ink = colours.surface if (value - low) / (1 - low) > 0.7 else colours.text
         text = "–" if np.isnan(value) else f"{value:.3f}"
         axis.text(column, row, text, ha="center", va="center", fontsize=8.5, color=ink)
 
 
-def _fitted(image: np.ndarray) -> Image.Image:
-    """The image with its longer side at SIDE pixels."""
+def _fit(image: np.ndarray) -> Image.Image:
+    """Resize the image to a longer side of SIDE pixels."""
     scale = SIDE / max(image.shape[:2])
     height, width = (max(1, round(scale * side)) for side in image.shape[:2])
-    how = Image.Resampling.NEAREST if scale >= LARGE_PIXELS else Image.Resampling.LANCZOS
-    return Image.fromarray(image).resize((width, height), how)
+    filter_ = Image.Resampling.NEAREST if scale >= MIN_SQUARE_SCALE else Image.Resampling.LANCZOS
+    return Image.fromarray(image).resize((width, height), filter_)
 
 
 def blank(colours: Theme, inches: tuple[float, float]) -> "Figure":
-    """An empty figure that lays its parts out by itself."""
+    """Create an empty figure with automatic layout."""
     figure = canvas(colours, inches)
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
     return figure
 
 
 def canvas(colours: Theme, inches: tuple[float, float]) -> "Figure":
-    """An empty figure whose parts stay where they are put."""
+    """Create an empty figure with fixed positions."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=inches, dpi=DPI, facecolor=colours.surface)
 
 
 def style(axis: "Axes", colours: Theme, title: str, across: str, up: str = "") -> None:
-    """Gives `axis` its colours, a title at the left, and the labels of what goes across and up."""
+    """Set the colours of `axis`, a title at the left, and the labels of the x axis (`across`) and the y axis (`up`)."""
     axis.set_facecolor(colours.surface)
     axis.set_title(title, color=colours.text, fontsize=11, fontweight="bold", loc="left")
     axis.set_xlabel(across, color=colours.quiet, fontsize=9)
@@ -476,14 +476,14 @@ def style(axis: "Axes", colours: Theme, title: str, across: str, up: str = "") -
 
 
 def legend(axis: "Axes", colours: Theme) -> None:
-    """A legend in one row above the axes, at the right, where it hides no data."""
+    """Draw the legend in one row above the axes, at the right, where it covers no data."""
     if axis.get_legend_handles_labels()[0]:
-        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "columnspacing": 1.2}
-        axis.legend(frameon=False, labelcolor=colours.text, fontsize=9, ncols=3, handlelength=1.4, **place)
+        position = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "columnspacing": 1.2}
+        axis.legend(frameon=False, labelcolor=colours.text, fontsize=9, ncols=3, handlelength=1.4, **position)
 
 
 def drawable(names: Sequence[str], numbers: Sequence[int], most: int = 24) -> list[str]:
-    """`names`, cut to `most` characters and with `$` kept literal; the number of one that no font can draw."""
+    """Return `names` cut to `most` characters, with `$` escaped; `#number` for a name that no font can draw."""
     covered = _covered_characters()
     return [
         (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
@@ -494,13 +494,13 @@ def drawable(names: Sequence[str], numbers: Sequence[int], most: int = 24) -> li
 
 
 def _covered_characters() -> set[int]:
-    """The code points that one of the fonts of a picture can draw."""
+    """Return the code points that the fonts of a plot can draw."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return {point for name in _families() for point in get_font(findfont(FontProperties(name))).get_charmap()}
+    return {point for name in _font_families() for point in get_font(findfont(FontProperties(name))).get_charmap()}
 
 
-def _families() -> list[str]:
+def _font_families() -> list[str]:
     from matplotlib.font_manager import fontManager
 
     known = set(fontManager.get_font_names())
@@ -508,14 +508,14 @@ def _families() -> list[str]:
 
 
 def save(figure: "Figure", target: Target, colours: Theme) -> None:
-    """Writes `figure` as PNG, always with the same bytes; a font with Hangul for text that needs one."""
+    """Write `figure` as a PNG with reproducible bytes; text that is not ASCII gets a font with Hangul."""
     from matplotlib.text import Text
 
     for text in figure.findobj(lambda artist: isinstance(artist, Text) and not artist.get_text().isascii()):
-        text.set_fontfamily(_families())
-    # The extension of a temporary file says nothing, and no metadata keeps the bytes the same.
-    written = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": COMPRESSION}}
-    figure.savefig(target, format="png", dpi=DPI, facecolor=colours.surface, **written)
+        text.set_fontfamily(_font_families())
+    # The format is explicit because a temporary file has no extension; without metadata the bytes are reproducible.
+    options = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": COMPRESSION}}
+    figure.savefig(target, format="png", dpi=DPI, facecolor=colours.surface, **options)
 
 
 THEMES = {

@@ -1,6 +1,6 @@
-"""One self-contained HTML page of an evaluation: figures, pictures, tables and mistakes, no network.
+"""The report of an evaluation: one self-contained HTML page with figures, plots, tables and mistakes.
 
-Names of classes and files come from strangers, so the template escapes all of them (autoescape).
+Names of classes and files are untrusted, so the template escapes all of them (autoescape).
 """
 
 import base64
@@ -20,32 +20,32 @@ from fivefold.evaluation.tables import Scored, confused_pairs
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 LOOK = Path(__file__).with_name("look.css")
-"""What pages look like, this one and that of a comparison."""
+"""The stylesheet of the report and of the comparison page."""
 THUMBNAIL = 160
 PIXELATED = 64
-"""Images up to this side are shown with their pixels as squares, larger ones smoothed."""
+"""Images up to this side length are shown with square pixels; larger ones are smoothed."""
 
 Picture = Mapping[str, bytes]
 """PNG bytes by theme: `light` and `dark`."""
 
 COMPARED = ("accuracy", "logloss", "f1_macro", "ece")
 ABOUT = {
-    "test": "Scored against the ground truth that was handed in; no earlier stage reads it.",
-    "holdout": "Rows set aside by the split: no model trained on them.",
-    "oof": "Each row is predicted by the fold model that did not train on it. That model did choose its best epoch on "
-    "these rows, and the figures speak of single models (where several predict a row of their mean), not of the ensemble.",
+    "test": "Scored against the supplied ground truth; no earlier stage reads it.",
+    "holdout": "Rows that the split set aside: no model trained on them.",
+    "oof": "Each row is predicted by the fold model that did not train on it. That model selected its best epoch on "
+    "these rows. The figures cover single models (or their mean if several predict a row), not the ensemble.",
 }
 TITLES = {"test": "Test", "holdout": "Holdout", "oof": "Out-of-fold"}
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a report says.
+    """The content of a report.
 
-    `scored`: the first opens the report. `figures`: of each of `scored`, by its name. `folds`: name and
-    figures of each fold's out-of-fold rows. `pictures`: of `draw`. `mistakes`: by name of `scored`.
-    `thumbnails`: PNG or JPEG bytes by (name of `scored`, row id). `notes`: a further remark by name of
-    `scored`. `records`: the `stage.json` of what made all this. `data`: name and value of what the split counted.
+    `scored`: the scored rows; the report opens with the first. `figures`: by name of `scored`. `folds`: name and
+    figures of each fold's out-of-fold rows. `pictures`: from `draw`. `mistakes`: by name of `scored`.
+    `thumbnails`: PNG or JPEG bytes by (name of `scored`, row id). `notes`: a remark by name of `scored`.
+    `records`: the `stage.json` of the stages before. `data`: names and values of the split's counts.
     """
 
     title: str
@@ -62,7 +62,7 @@ class Content:
 
 
 def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Picture]:
-    """The pictures of a report, by file name without suffix; `curves` are training logs by model name."""
+    """Return the plots of a report by file name without suffix; `curves` are training logs by model name."""
     log_probs, codes, classes = scored.table.log_probs, scored.codes, scored.table.classes
     calibrated = calibration.reliability_table(log_probs, codes, bins)
     error = calibration.expected_calibration_error(log_probs, codes, bins)
@@ -81,7 +81,7 @@ def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Pic
 
 
 def render(content: Content) -> str:
-    """The page, complete."""
+    """Render the complete HTML page."""
     first = content.scored[0]
     per_class = pd.DataFrame(
         {"class": first.table.classes, **metrics.per_class_table(first.table.log_probs, first.codes)}
@@ -102,7 +102,7 @@ def render(content: Content) -> str:
 
 
 def filled(template: Path, **values: Any) -> str:
-    """The page of a template in the common look, every value escaped."""
+    """Render a template with the common stylesheet; every value is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -119,12 +119,12 @@ def filled(template: Path, **values: Any) -> str:
 
 
 def drawn(paint: Any) -> Picture:
-    """What `paint(target, theme)` draws, as PNG bytes by theme."""
+    """Return the output of `paint(target, theme)` as PNG bytes by theme."""
     return {theme: _png(paint, theme) for theme in plots.THEMES}
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
-    """An image uint8 [H, W, 3] as at most 160 px: JPEG, or PNG where it is small and JPEG would smear it."""
+    """Encode an image uint8 [H, W, 3] at up to 160 px: as JPEG, or as PNG if it is so small that JPEG would blur it."""
     from PIL import Image
 
     image = Image.fromarray(pixels)
@@ -138,13 +138,13 @@ def thumbnail(pixels: np.ndarray) -> bytes:
 
 
 def data_uri(image: bytes) -> str:
-    """PNG or JPEG bytes as a `data:` URI."""
+    """Return PNG or JPEG bytes as a `data:` URI."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def figure(value: float | int | None) -> str:
-    """A figure as people read it: counts with commas, scores with four digits, a dash for none."""
+    """Format a figure: counts with commas, scores with four digits, a dash for none."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, int):
@@ -153,7 +153,7 @@ def figure(value: float | int | None) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as a percentage; never 100 % for less than all."""
+    """Format a share as a percentage; a share below 1 is never 100 %."""
     rounded = "100" if value == 1 else f"{min(100 * value, 99.9):.1f}"
     return f"{rounded}\N{NO-BREAK SPACE}%"
 
@@ -165,14 +165,14 @@ def _png(paint: Any, theme: str) -> bytes:
 
 
 def _headline(scored: Scored, figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
-    """Label, figure and remark of each headline figure; the accuracy first."""
-    among = f"true class among the first {top_k}" if len(scored.table.classes) > top_k else "there are no more classes"
+    """Return label, figure and remark of each headline figure, accuracy first."""
+    among = f"true class in the top {top_k}" if len(scored.table.classes) > top_k else f"at most {top_k} classes"
     low, high = scored.interval()
-    told = f"95 % interval {low:.4f} to {high:.4f}" + (", rows of a group being alike" if scored.groups else "")
+    interval = f"95 % interval {low:.4f} to {high:.4f}" + (", adjusted for groups of rows" if scored.groups else "")
     return [
-        ("Accuracy", figure(figures["accuracy"]), told),
-        ("Log loss", figure(figures["logloss"]), "nats a row, lower is better"),
-        ("Macro F1", figure(figures["f1_macro"]), "every class counts the same"),
+        ("Accuracy", figure(figures["accuracy"]), interval),
+        ("Log loss", figure(figures["logloss"]), "nats per row, lower is better"),
+        ("Macro F1", figure(figures["f1_macro"]), "all classes have equal weight"),
         (f"Top-{top_k} accuracy", figure(figures[f"top{top_k}_accuracy"]), among),
         ("Calibration error", figure(figures["ece"]), "confidence against accuracy"),
         ("Rows", figure(figures["n"]), TITLES[scored.name].lower()),
@@ -180,7 +180,7 @@ def _headline(scored: Scored, figures: Mapping[str, Any], top_k: int) -> list[tu
 
 
 def _spread(folds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation over folds of the compared figures; empty for fewer than two."""
+    """Return mean and standard deviation of the compared figures over folds; empty for fewer than two folds."""
     if len(folds) < 2:
         return {}
     values = {name: [fold[name] for fold in folds] for name in COMPARED}

@@ -1,4 +1,4 @@
-"""The scored rows of an evaluation, and the tables that people open: per class, confusions, mistakes."""
+"""The scored rows of an evaluation, and its CSV tables: per class, confusion matrix, mistakes."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 @dataclass(frozen=True)
 class Scored:
-    """Predictions with their truth, and which models and rows they speak of.
+    """Predictions with their true classes, and a description of the models and rows.
 
-    `name` is "test", "holdout" or "oof"; `what` says the models and `rows` the rows in words;
-    `paths` gives the image of a row id, `groups` what it belongs to (a person, a product), where they are known.
+    `name` is "test", "holdout" or "oof"; `what` describes the models and `rows` the rows.
+    `paths` maps a row id to its image, `groups` to its group (a person, a product), if known.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Scored:
         return metrics.confusion_matrix(self.table.log_probs, self.codes)
 
     def figures(self, top_k: int, bins: int) -> dict[str, float | int | str]:
-        """All scores, after `what` and `rows`."""
+        """Return `what` and `rows`, then all scores."""
         return {
             "what": self.what,
             "rows": self.rows,
@@ -52,16 +52,16 @@ class Scored:
         }
 
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the accuracy: Wilson's, for as many rows as those of `groups` are worth."""
+        """Return the 95 % Wilson interval of the accuracy for the effective number of rows, given the `groups`."""
         right = metrics.predicted(self.table.log_probs) == self.codes
         clusters = [self.groups.get(name) or f"\0{name}" for name in self.table.ids]
         rows = metrics.independent_rows(right, np.unique(clusters, return_inverse=True)[1])
         return metrics.wilson_interval(float(right.mean()), rows)
 
     def mistakes(self) -> pd.DataFrame:
-        """The rows whose predicted class is not the true one, the most confident first; equal ones by id.
+        """Return the rows with a wrong predicted class, the most confident first, ties by id.
 
-        Columns: `id`, `path` ("" if unknown), `true_class`, `predicted_class`, `confidence` of that in [0, 1].
+        Columns: `id`, `path` ("" if unknown), `true_class`, `predicted_class`, and its `confidence` in [0, 1].
         """
         guesses = metrics.predicted(self.table.log_probs)
         wrong = np.flatnonzero(guesses != self.codes)
@@ -79,14 +79,14 @@ class Scored:
 
 
 def stacked(tables: Sequence[Predictions]) -> Predictions:
-    """The rows of all tables under one another, classes sorted by name.
+    """Concatenate the rows of all tables, with classes sorted by name.
 
-    Raises a DataError when they know different classes or one has no labels.
+    Raise a DataError if their classes differ or one has no labels.
     """
     classes = tuple(sorted(tables[0].classes))
     unlabelled = [table.system for table in tables if table.labels is None]
     if unlabelled:
-        raise DataError(f"predictions of {sample(unlabelled)} carry no labels, so they cannot be scored")
+        raise DataError(f"predictions of {sample(unlabelled)} have no labels, so they cannot be scored")
     return Predictions(
         ids=np.concatenate([table.ids for table in tables]),
         fold=np.concatenate([table.fold for table in tables]),
@@ -98,7 +98,7 @@ def stacked(tables: Sequence[Predictions]) -> Predictions:
 
 
 def confused_pairs(scored: Scored, most: int = 12) -> list[tuple[str, str, int, float]]:
-    """The most frequent confusions: true class, predicted class, rows, share of the true class."""
+    """Return the most frequent confusions: true class, predicted class, rows, share of the true class."""
     off = scored.confusion.copy()
     np.fill_diagonal(off, 0)
     order = np.argsort(-off, axis=None, kind="stable")[:most]
@@ -114,16 +114,16 @@ def write_per_class(path: Path, scored: Scored) -> Path:
 
 
 def write_confusion(path: Path, scored: Scored) -> Path:
-    """Writes true classes by row, predicted ones by column, counts; returns the path."""
+    """Write counts with true classes by row and predicted classes by column; return the path."""
     frame = pd.DataFrame(scored.confusion)
     frame.insert(0, "true_class", scored.table.classes)
     return write_csv(path, frame, ["true_class", *scored.table.classes])
 
 
 def write_csv(path: Path, frame: pd.DataFrame, header: Sequence[str] = (), digits: str = "%.6f") -> Path:
-    """Writes a CSV in UTF-8, whole or not at all, in which no cell is a formula to a spreadsheet; returns its path.
+    """Write a UTF-8 CSV atomically, with cells escaped that a spreadsheet would run as a formula; return its path.
 
-    `header`: the names of the columns, if not those of the frame. `digits`: how its floats are written.
+    `header`: column names that replace the frame's. `digits`: the format of floats.
     """
     frame = frame.copy(deep=False)
     for name in frame.select_dtypes(exclude="number"):
@@ -135,5 +135,5 @@ def write_csv(path: Path, frame: pd.DataFrame, header: Sequence[str] = (), digit
 
 
 def harmless(text: str) -> str:
-    """The text, with a quote before one that a spreadsheet would run as a formula; a number such as -5 stays as it is."""
+    """Prefix a text that a spreadsheet would run as a formula with a quote; a number such as -5 stays unchanged."""
     return f"'{text}" if text.startswith(FORMULA_STARTS) and not NUMBER.fullmatch(text) else text

@@ -1,7 +1,7 @@
-"""Blends by name: how the log-probabilities of several members become one table. No torch.
+"""Blends by name: functions that combine the log-probabilities of several members into one table. No torch.
 
-Members are [N, C] each, of the same rows and classes in the same order; `weights` [members] are
-convex; `codes` [N] the true classes. A blend combines members, and may fit their weights.
+Each member is [N, C], with the same rows and classes in the same order. `weights` [members] are
+convex. `codes` [N] are the true classes. A blend combines members and may fit their weights.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,97 +12,98 @@ import numpy as np
 from fivefold.choose import choose, did_you_mean
 from fivefold.errors import SettingsError
 
-ROUNDS = 2000
+MAX_ITERATIONS = 2000
 TOLERANCE = 1e-7
-PICKS = 100
-"""Members that greedy selection picks at most, one after the other, each as often as it helps."""
+MAX_PICKS = 100
+"""Maximum number of picks of the greedy selection; it may pick a member several times."""
 TINY = float(np.finfo(np.float64).tiny)
 Members = Sequence[np.ndarray]
 
 
 def mean(log_probs: Members) -> np.ndarray:
-    """The log of the equal mean probability of members, each [N, C]."""
+    """Return the log of the members' mean probability with equal weights; each member is [N, C]."""
     return arithmetic(log_probs, equal(len(log_probs)))
 
 
 def arithmetic(log_probs: Members, weights: np.ndarray) -> np.ndarray:
-    """log Σ w p, float32 [N, C]."""
+    """Return log Σ w p, float32 [N, C]."""
     total = np.zeros(log_probs[0].shape)
-    for each, weight in zip(log_probs, weights, strict=True):
-        total += weight * np.exp(each.astype(np.float64))
+    for member, weight in zip(log_probs, weights, strict=True):
+        total += weight * np.exp(member.astype(np.float64))
     return np.log(np.maximum(total, TINY)).astype(np.float32)
 
 
 def geometric(log_probs: Members, weights: np.ndarray) -> np.ndarray:
-    """log of Π p^w, each row brought to sum 1 (Hinton 2002, product of experts): one doubtful member can veto a class."""
+    """Return log Π p^w, each row normalised to sum 1 (Hinton 2002, product of experts): one low probability can veto a class."""
     total = np.zeros(log_probs[0].shape)
-    for each, weight in zip(log_probs, weights, strict=True):
-        total += weight * np.maximum(each.astype(np.float64), np.log(TINY))
+    for member, weight in zip(log_probs, weights, strict=True):
+        total += weight * np.maximum(member.astype(np.float64), np.log(TINY))
     return (total - np.logaddexp.reduce(total, axis=1, keepdims=True)).astype(np.float32)
 
 
 def rank(log_probs: Members, weights: np.ndarray) -> np.ndarray:
-    """log of Σ w r, each row brought to sum 1, where r in (0, 1] is the rank of a row among all N in a member's class.
+    """Return log Σ w r, each row normalised to sum 1; r in (0, 1] is the rank of a row among all N in a member's class.
 
-    Equal values share their mean rank. Members of unlike confidence get the same say; the result
-    depends on which rows are ranked together, and is no calibrated probability.
+    Equal values share their mean rank. The members' confidence levels do not matter. The result
+    depends on which rows are ranked together, and is not a calibrated probability.
     """
     from scipy.stats import rankdata
 
     total = np.zeros(log_probs[0].shape)
-    for each, weight in zip(log_probs, weights, strict=True):
-        total += weight * rankdata(each, axis=0) / len(each)
+    for member, weight in zip(log_probs, weights, strict=True):
+        total += weight * rankdata(member, axis=0) / len(member)
     return np.log(total / total.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def vote(log_probs: Members, weights: np.ndarray) -> np.ndarray:
-    """log of the shares of votes, a member's vote going to its most probable class; of tied classes the one with the
-    highest mean probability wins, of still equal ones the first.
+    """Return the log of the shares of votes. A member votes for its most probable class. The highest mean probability
+    breaks ties; if that is equal too, the first class wins.
 
-    The mean probability counts as one further voter, who gives each class its part: so no class gets
-    0, ties are parted, and at equal weights no majority is overturned (a winner is ahead by a whole vote).
+    The mean probability counts as one further vote, split over the classes. So no class gets 0, ties are
+    broken, and at equal weights no majority is overturned (the winner leads by a whole vote).
     """
     votes, average = np.zeros(log_probs[0].shape), np.zeros(log_probs[0].shape)
     rows = np.arange(len(votes))
-    for each, weight in zip(log_probs, weights, strict=True):
-        votes[rows, each.argmax(axis=1)] += weight
-        average += weight * np.exp(each.astype(np.float64))
-    voter = weights[weights > 0].min()
-    return np.log(np.maximum((votes + voter * average) / (1 + voter), TINY)).astype(np.float32)
+    for member, weight in zip(log_probs, weights, strict=True):
+        votes[rows, member.argmax(axis=1)] += weight
+        average += weight * np.exp(member.astype(np.float64))
+    smallest = weights[weights > 0].min()
+    return np.log(np.maximum((votes + smallest * average) / (1 + smallest), TINY)).astype(np.float32)
 
 
 def equal(members: int) -> np.ndarray:
-    """Equal weights [members]."""
+    """Return equal weights [members]."""
     return np.full(members, 1 / members)
 
 
 def given_weights(names: Sequence[str], given: Mapping[str, float]) -> np.ndarray:
-    """The weights [members] given by name, brought to sum 1; a SettingsError unless each of `names` has one, and no other."""
+    """Return the weights [members] of `names`, normalised to sum 1; raise a SettingsError for a missing or unknown name."""
     unknown = [name for name in given if name not in names]
     if unknown:
         raise SettingsError(
-            f"ensemble.weights names {unknown[0]!r}{did_you_mean(unknown[0], names)}; there are {', '.join(names)}"
+            f"ensemble.weights has the unknown name {unknown[0]!r}{did_you_mean(unknown[0], names)}; "
+            f"the systems are {', '.join(names)}"
         )
     missing = [name for name in names if name not in given]
     if missing:
         raise SettingsError(
-            f"ensemble.weights lacks {', '.join(missing)}; give each system a number, 0 to leave it out"
+            f"ensemble.weights lacks {', '.join(missing)}; set a number for each system, 0 to exclude one"
         )
     weights = np.array([given[name] for name in names], dtype=np.float64)
     if weights.sum() <= 0:
-        raise SettingsError("ensemble.weights are all 0; give one of the systems more")
+        raise SettingsError("ensemble.weights are all 0; at least one weight must be above 0")
     return weights / weights.sum()
 
 
 def fit_weights(log_probs: Members, codes: np.ndarray) -> np.ndarray:
-    """The convex weights [members] with the least logloss of the blend on rows of class `codes` [N].
+    """Return the convex weights [members] that minimise the blend's log loss on rows of class `codes` [N].
 
-    The problem is convex in the weights and depends on the truth's probabilities alone; expectation
-    maximisation of mixture weights climbs to its optimum (Dempster, Laird & Rubin 1977, section 4.3).
+    The problem is convex in the weights and depends only on the true classes' probabilities. Expectation
+    maximisation of mixture weights reaches its optimum (Dempster, Laird & Rubin 1977, section 4.3).
     """
-    truth = _of_truth(log_probs, codes)
+    truth = _true_class_probs(log_probs, codes)
     weights = equal(len(log_probs))
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ITERATIONS):
         shares = weights[:, None] * truth
         new = (shares / shares.sum(axis=0)).mean(axis=1)
         moved, weights = np.abs(new - weights).max(), new
@@ -112,42 +113,42 @@ def fit_weights(log_probs: Members, codes: np.ndarray) -> np.ndarray:
 
 
 def greedy(log_probs: Members, codes: np.ndarray) -> np.ndarray:
-    """Weights [members] of a greedy selection by logloss, which asks for the truth's probabilities alone."""
-    columns = [row[:, None] for row in _of_truth(log_probs, codes)]
+    """Return weights [members] of a greedy selection by log loss, which needs only the true classes' probabilities."""
+    columns = [row[:, None] for row in _true_class_probs(log_probs, codes)]
     return _select(columns, lambda probs: (_logloss(probs, np.zeros_like(codes)),))
 
 
 def greedy_accuracy(log_probs: Members, codes: np.ndarray) -> np.ndarray:
-    """Weights [members] of a greedy selection by accuracy; of equally accurate picks by logloss."""
-    every = [np.exp(each.astype(np.float64)) for each in log_probs]
-    return _select(every, lambda probs: (float((probs.argmax(axis=1) != codes).mean()), _logloss(probs, codes)))
+    """Return weights [members] of a greedy selection by accuracy; log loss breaks ties."""
+    members = [np.exp(member.astype(np.float64)) for member in log_probs]
+    return _select(members, lambda probs: (float((probs.argmax(axis=1) != codes).mean()), _logloss(probs, codes)))
 
 
 def cross_fitted(log_probs: Members, codes: np.ndarray, fold: np.ndarray, fit: "Fit" = fit_weights) -> np.ndarray:
-    """The blend [N, C] of each fold's rows by weights that were fitted on the other folds' rows."""
+    """Return the blend [N, C] of each fold's rows with weights that are fitted on the other folds' rows."""
     result = np.empty(log_probs[0].shape, dtype=np.float32)
     for held_out in np.unique(fold):
-        there = fold == held_out
-        weights = fit([each[~there] for each in log_probs], codes[~there])
-        result[there] = arithmetic([each[there] for each in log_probs], weights)
+        in_fold = fold == held_out
+        weights = fit([member[~in_fold] for member in log_probs], codes[~in_fold])
+        result[in_fold] = arithmetic([member[in_fold] for member in log_probs], weights)
     return result
 
 
 def combined(name: str, log_probs: Members, weights: np.ndarray) -> np.ndarray:
-    """The members as one, [N, C], by the blend called `name`; a member that is alone stays as it is."""
+    """Combine the members into one [N, C] by the blend `name`; a single member stays unchanged."""
     combine = choose(BLENDS, "blend", name).combine
     return (combine if len(log_probs) > 1 else arithmetic)(log_probs, weights)
 
 
 def _select(probs: Members, loss: Callable[[np.ndarray], tuple[float, ...]]) -> np.ndarray:
-    """Weights [members] by forward selection with replacement (Caruana et al. 2004, section 2).
+    """Return weights [members] by forward selection with replacement (Caruana et al. 2004, section 2).
 
-    Each pick adds the member with which the mean of all picks has the least `loss`; the weights are the
-    shares of the picks up to the best step. Of equal members, and of equal steps, the first counts.
+    Each pick adds the member that minimises the `loss` of the mean of all picks. The weights are the
+    shares of the picks up to the best step. Of equal members, and of equal steps, the first wins.
     """
     counts, total, best = np.zeros(len(probs)), np.zeros(probs[0].shape), None
-    for picks in range(1, PICKS + 1):
-        losses = [loss((total + each) / picks) for each in probs]
+    for picks in range(1, MAX_PICKS + 1):
+        losses = [loss((total + member) / picks) for member in probs]
         chosen = losses.index(min(losses))
         counts[chosen] += 1
         total += probs[chosen]
@@ -156,10 +157,10 @@ def _select(probs: Members, loss: Callable[[np.ndarray], tuple[float, ...]]) -> 
     return weights
 
 
-def _of_truth(log_probs: Members, codes: np.ndarray) -> np.ndarray:
-    """Probabilities of the true classes [members, N], above 0."""
+def _true_class_probs(log_probs: Members, codes: np.ndarray) -> np.ndarray:
+    """Return the probabilities of the true classes [members, N], above 0."""
     rows = np.arange(len(codes))
-    return np.maximum(np.stack([np.exp(each[rows, codes].astype(np.float64)) for each in log_probs]), TINY)
+    return np.maximum(np.stack([np.exp(member[rows, codes].astype(np.float64)) for member in log_probs]), TINY)
 
 
 def _logloss(probs: np.ndarray, codes: np.ndarray) -> float:
@@ -171,7 +172,7 @@ Fit = Callable[[Members, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Blend:
-    """How members are combined; how their weights are fitted on out-of-fold rows, if they are; both in words."""
+    """A blend: its description, how it combines members, and how it fits their weights on out-of-fold rows, if it does."""
 
     words: str
     combine: Callable[[Members, np.ndarray], np.ndarray]
@@ -188,4 +189,4 @@ BLENDS = {
     "greedy": Blend("greedy selection of the systems by logloss", arithmetic, greedy),
     "greedy_accuracy": Blend("greedy selection of the systems by accuracy", arithmetic, greedy_accuracy),
 }
-"""To add one: its function above, its line here, its name at `ensemble.blend` in `sections.py`, its test."""
+"""To add a blend: add its function above, a line here, its name to `ensemble.blend` in `recipe.py`, and a test."""

@@ -1,4 +1,4 @@
-"""An ensemble: which models may stand together, how they are blended, and `ensemble.json`, which says it. No torch."""
+"""An ensemble: which models can be combined, how they are blended, and the content of `ensemble.json`. No torch."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ log = logging.getLogger("fivefold")
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Trained models, and submission files, that predict as one.
+    """Trained models and submission files that predict together.
 
-    `systems`: the models of each system by its name; they have an equal say in it. `files`: submission files, each a
-    system by its name, which follow those. `weights` [systems + files]. `within` and `between`: the names of the
-    blends inside a system and of the systems.
+    `systems`: the models of each system by its name, with equal weights inside a system. `files`: submission files by
+    name; each is a system and comes after `systems`. `weights` [systems + files]. `within` and `between`: the names of
+    the blends inside a system and between systems.
     """
 
     systems: Mapping[str, Sequence[ModelDir]]
@@ -45,19 +45,19 @@ class Ensemble:
 
     @property
     def model_weights(self) -> list[float]:
-        """The weight of each of `models`: its part of its system's."""
+        """The weight of each of `models`: an equal share of its system's weight."""
         groups = zip(self.systems.values(), self.weights, strict=False)
         return [weight / len(group) for group, weight in groups for _ in group]
 
     def blend(self, log_probs: Sequence[np.ndarray]) -> np.ndarray:
-        """Blends the log-probabilities [N, C] of each of `models` into float32 [N, C]."""
+        """Blend the log-probabilities [N, C] of each of `models` into float32 [N, C]."""
         rest = iter(log_probs)
         groups = [[next(rest) for _ in group] for group in self.systems.values()]
         systems = [combined(self.within, group, equal(len(group))) for group in groups]
         return apply_temperature(combined(self.between, systems, np.array(self.weights)), self.temperature)
 
     def describe(self, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What `ensemble.json` holds of it, and the `scores`."""
+        """Return the ensemble's content of `ensemble.json`, with the `scores`."""
         weights = {n: round(w, 9) for n, w in zip([*self.systems, *self.files], self.weights, strict=True)}
         members = [
             {"system": model.system, "model": model.name, "weight": round(weight, 9), "best": model.info["best"]}
@@ -70,7 +70,7 @@ class Ensemble:
 
 
 def by_system(models: Sequence[ModelDir]) -> dict[str, list[ModelDir]]:
-    """Groups the models by their system's name; a student is a system of its own."""
+    """Group the models by their system's name; a student is its own system."""
     groups: dict[str, list[ModelDir]] = {}
     for model in models:
         groups.setdefault(model.system, []).append(model)
@@ -78,10 +78,10 @@ def by_system(models: Sequence[ModelDir]) -> dict[str, list[ModelDir]]:
 
 
 def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: bool = False) -> Ensemble:
-    """Finds how the models are blended by one of the `ensemble.json` at `paths`; where none does, systems are equal.
+    """Return the models' ensemble from one of the `ensemble.json` at `paths`; without a match, weigh systems equally.
 
-    Raises DataError unless the models are one, or whole systems of one split; for several files that blend these
-    otherwise; and for files that blend other models alone, where one is `required`.
+    Raise a DataError unless there is one model or all models are complete systems of one split. Raise it too if several
+    files blend these models differently, or if a file is `required` and none blends these models.
     """
     if len(models) > 1:
         check_together(models)
@@ -89,22 +89,22 @@ def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: b
     ensembles = {path: ensemble for path, ensemble in read.items() if ensemble is not None}
     if required and not ensembles:
         names = ", ".join(model.name for model in models)
-        raise DataError(f"{', '.join(map(str, paths))} blends other models than these: {names}")
+        raise DataError(f"{', '.join(map(str, paths))} blends other models; the models here are {names}")
     if not ensembles:
         systems = by_system(models)
         return Ensemble(systems, tuple(equal(len(systems)).tolist()))
     path, ensemble = next(iter(ensembles.items()))
     if any(other != ensemble for other in ensembles.values()):
         raise DataError(
-            f"several {ENSEMBLE} of these models ({', '.join(map(str, ensembles))}), with other weights or temperatures; "
-            "give the folder of one run"
+            f"several {ENSEMBLE} for these models ({', '.join(map(str, ensembles))}) differ in weights or temperature; "
+            "pass the folder of a single run"
         )
     log.info("%d models with the weights and the temperature %.4g of %s", len(models), ensemble.temperature, path)
     return ensemble
 
 
 def read_ensemble(path: Path, models: Sequence[ModelDir]) -> Ensemble | None:
-    """Reads how an `ensemble.json` blends exactly these models; None for one of others, a DataError for a broken one."""
+    """Read the ensemble of exactly these models from an `ensemble.json`; None if it lists others, a DataError if invalid."""
     facts, systems = read_json(path), by_system(models)
     try:
         members = sorted((member["system"], member["model"]) for member in facts["members"])
@@ -114,41 +114,43 @@ def read_ensemble(path: Path, models: Sequence[ModelDir]) -> Ensemble | None:
         blends = [str(facts.get(key, "mean")) for key in ("within", "blend")]
         return Ensemble(systems, weights, float(facts["temperature"]), *blends)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} does not describe an ensemble: {error!r}; write it again, or leave it out") from error
+        raise DataError(
+            f"{path} does not describe an ensemble: {error!r}; rerun ensemble, or remove the file"
+        ) from error
 
 
 def check_together(models: Sequence[ModelDir], product: bool = False) -> None:
-    """Raises a DataError, with the names, unless the models are one student, or fold models as `check_members` has them."""
+    """Raise a DataError with the names unless the models are one student, or fold models that `check_members` accepts."""
     if models[0].info["role"] == "fold":
         check_members(models, product)
     elif len(models) > 1 and not product:
         names = ", ".join(model.name for model in models)
-        raise DataError(f"several students ({names}); give the model dir of one")
+        raise DataError(f"several students ({names}); pass the model directory of one")
 
 
 def check_members(models: Sequence[ModelDir], product: bool = False) -> None:
-    """Raises a DataError, with the names, unless all fold models may stand in one ensemble.
+    """Raise a DataError with the names unless all fold models can form one ensemble.
 
-    All must share one split and the same classes (of a `product` those that systems of different factors make
-    together); within a system all folds must be there, for every seed, trained with the same settings.
+    All must share one split and the same classes. In a `product`, systems may predict different factors of the classes.
+    Within a system every seed must have all folds, and all models must have the same settings.
     """
     check_same(models, "split", "come from different splits (folds.parquet)")
     if not product:
         factored = needs_product([model.info for model in models])
-        hint = "know different factors of their classes (ensemble.blend=product joins such systems)"
-        check_same(models, "classes", hint if factored else "know different classes")
+        hint = "predict different factors of their classes (ensemble.blend=product combines such systems)"
+        check_same(models, "classes", hint if factored else "predict different classes")
     for system, group in by_system(models).items():
         _check_settings(system, group)
         _check_folds(system, group)
 
 
 def check_same(models: Sequence[ModelDir], field: str, problem: str) -> None:
-    """Raises a DataError that names the first two models whose `field` differs, and the `problem`."""
+    """Raise a DataError with the first two models that differ in `field`, and the `problem`."""
     first = models[0]
     for model in models[1:]:
         if model.info[field] != first.info[field]:
             raise DataError(
-                f"{first.name} and {model.name} {problem}; an ensemble needs models of one split and the same classes"
+                f"{first.name} and {model.name} {problem}; the models of an ensemble must share one split and the same classes"
             )
 
 
@@ -159,8 +161,8 @@ def _check_settings(system: str, models: Sequence[ModelDir]) -> None:
         differing = sorted(key for key in {*expected, *other} if expected.get(key) != other.get(key))
         if differing:
             raise DataError(
-                f"{first} and {model.name} carry the system's name {system!r} but differ in "
-                f"{', '.join(differing[:5])}; train them again, or give one of them another name by system="
+                f"{first} and {model.name} both belong to system {system!r} but differ in "
+                f"{', '.join(differing[:5])}; retrain them, or rename one of the systems with system="
             )
 
 
@@ -172,7 +174,7 @@ def _check_folds(system: str, models: Sequence[ModelDir]) -> None:
         if missing:
             raise DataError(
                 f"system {system!r} with seed {seed} lacks {', '.join(f'fold {fold}' for fold in missing)} of {folds}: "
-                "train them first"
+                "train the missing folds first"
             )
         if len(trained) > folds:
             raise DataError(f"system {system!r} with seed {seed} has {len(trained)} models for {folds} folds")

@@ -1,4 +1,4 @@
-"""Log-probabilities of images by a trained classifier, averaged over views."""
+"""Prediction: log-probabilities of images from a trained classifier, averaged over views."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -25,8 +25,8 @@ class Runtime:
     """How a network runs on this machine: device, autocast precision, memory format, normalisation.
 
     `dtype` is the autocast type, None for plain float32. `mean` and `std` are float [1, 3, 1, 1]
-    on the device, for images in 0..255. `replicas` are the processes that part its rows.
-    `grouped_fp32`: grouped convolutions that bf16 slows stay in float32 under autocast.
+    on the device, for images in 0..255. `replicas` is the process group that shards the rows.
+    `grouped_fp32`: grouped convolutions that bf16 slows down stay in float32 under autocast.
     """
 
     device: torch.device
@@ -45,37 +45,37 @@ class Runtime:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, model: nn.Module) -> nn.Module:
-        """The model on this device in this memory format, its grouped convolutions as `grouped_fp32` wants them."""
+        """Move the model to the device in the memory format; keep grouped convolutions in float32 if `grouped_fp32`."""
         model = groups_in_float32(model) if self.grouped_fp32 else model
         return model.to(self.device, memory_format=self.memory_format)
 
     def images(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] as normalised floats on the device: (x - mean) / std, in a tensor of their own.
+        """Normalise uint8 images [B, 3, H, W] on the device: (x - mean) / std, in a new float tensor.
 
-        On a CPU mean and std stand beside each pixel, laid out as the images are: a number for each channel, broadcast
-        over the pixels, is much slower. The bits are the same.
+        On a CPU, mean and std are expanded to every pixel in the images' memory layout, because broadcasting one number
+        per channel is much slower. The bits are the same.
         """
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
         images = images.to(torch.float32)
         if self.device.type != "cpu":
             return images.sub_(self.mean).div_(self.std)
         mean, std = self._tiles(images.shape[-2:])
-        self._in_rows(images).sub_(mean).div_(std)
+        self._flatten(images).sub_(mean).div_(std)
         return images
 
-    def _in_rows(self, images: Tensor) -> Tensor:
-        """A view of them [B, H·W·3] in the order in which they lie in memory."""
+    def _flatten(self, images: Tensor) -> Tensor:
+        """Return the images as a view [B, H·W·3] in memory order."""
         return (images.permute(0, 2, 3, 1) if self.channels_last else images).reshape(len(images), -1)
 
     def _tiles(self, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Mean and std [1, H·W·3] of an image of `size` as it lies in memory; kept for the next batch."""
+        """Return mean and std [1, H·W·3] for an image of `size` in memory order; they are cached for the next batch."""
         if size not in self._tiled:
-            mean, std = (self._in_rows(each.expand(1, 3, *size)).contiguous() for each in (self.mean, self.std))
+            mean, std = (self._flatten(value.expand(1, 3, *size)).contiguous() for value in (self.mean, self.std))
             self._tiled[size] = mean, std
         return self._tiled[size]
 
     def meta(self, meta: Tensor | None) -> Tensor | None:
-        """Meta features [B, M] on the device, if there are any."""
+        """Move meta features [B, M] to the device, if there are any."""
         return None if meta is None else meta.to(self.device, non_blocking=True)
 
     def autocast(self) -> AbstractContextManager:
@@ -91,7 +91,7 @@ def make_runtime(
     replicas: Replicas = BY_ITSELF,
     grouped_fp32: bool = False,
 ) -> Runtime:
-    """A Runtime from mean and std of images in 0..1."""
+    """Build a Runtime from mean and std of images in 0..1."""
 
     def scaled(values: Sequence[float]) -> Tensor:
         return (torch.tensor(values, dtype=torch.float32) * 255).reshape(1, 3, 1, 1).to(device)
@@ -100,17 +100,17 @@ def make_runtime(
 
 
 OfViews = Callable[[Sequence[Tensor]], Tensor]
-"""What is made of the logits [B, C] of each view: [B, C]."""
+"""Combines the logits [B, C] of all views into [B, C]."""
 
 
 def log_mean(logits: Sequence[Tensor], link: str = "softmax") -> Tensor:
-    """Log of the mean probability over the views; `link` of LINKS."""
-    log_probs = torch.stack([LINKS[link](each).log_softmax(dim=1) for each in logits])
+    """Return the log of the mean probability over the views; `link` is a key of LINKS."""
+    log_probs = torch.stack([LINKS[link](view).log_softmax(dim=1) for view in logits])
     return log_probs.logsumexp(dim=0) - float(np.log(len(logits)))
 
 
 def only_logits(logits: Sequence[Tensor]) -> Tensor:
-    """The logits of a single view."""
+    """Return the logits of the only view."""
     (only,) = logits
     return only
 
@@ -126,24 +126,26 @@ def predict_all(
     rows: Sequence[int] | None = None,
     of_views: OfViews = log_mean,
 ) -> np.ndarray:
-    """`predict` of all rows in order, or of the given `rows` of the images, in batches of `batch_size`, under a progress bar if there is a `label`.
+    """Run `predict` on all images in order, or on their `rows`, in batches of `batch_size`; a `label` adds a progress bar.
 
-    `Prepared` images are made before the network runs, so that nothing takes the cores from it, and not again.
-    Where several processes train together each takes its part of the rows, none twice, and has the result of all.
+    `Prepared` images are prepared once, before the network runs, so that they take no cores from it.
+    In a process group each rank predicts its shard of the rows, without overlap, and all ranks get the full result.
     """
     replicas = runtime.replicas
     share = replicas.share(len(images) if rows is None else len(rows))
     batches = in_order(share.stop, replicas.largest_share(batch_size) if share.parted else batch_size, share.start)
     if rows is not None:
-        batches = [[(epoch, int(rows[at])) for epoch, at in batch] for batch in batches]
-    found = replicas.together(
-        lambda: predict(model, _loaded(images, batches, workers, label), runtime, views, of_views)
+        batches = [[(epoch, int(rows[index])) for epoch, index in batch] for batch in batches]
+    predicted = replicas.together(
+        lambda: predict(model, _load_batches(images, batches, workers, label), runtime, views, of_views)
     )
-    return share.whole(torch.from_numpy(found)).numpy() if share.parted else found
+    return share.whole(torch.from_numpy(predicted)).numpy() if share.parted else predicted
 
 
-def _loaded(images: ImageSet | Prepared, batches: list[list[Sample]], workers: int, label: str) -> Iterator[Batch]:
-    """The batches, under a progress bar if there is a label; images that are to be prepared are so by then."""
+def _load_batches(
+    images: ImageSet | Prepared, batches: list[list[Sample]], workers: int, label: str
+) -> Iterator[Batch]:
+    """Yield the batches, with a progress bar if there is a label; `Prepared` images are prepared first."""
     prepared = isinstance(images, Prepared)
     loaded = images.batches(batches, workers, label) if prepared else load(images, batches, workers)
     return track(loaded, len(batches), label) if label else loaded
@@ -153,34 +155,34 @@ def _loaded(images: ImageSet | Prepared, batches: list[list[Sample]], workers: i
 def predict(
     model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views: Sequence[Spec], of_views: OfViews = log_mean
 ) -> np.ndarray:
-    """What `of_views` makes of the views' logits (log of the mean probability), float32 [N, C], rows in the order of the batches.
+    """Return the views' logits combined by `of_views`, float32 [N, C] (by default log of the mean probability), in batch order.
 
-    Raises DataError when the network gives a value that is not finite.
+    Raise a DataError if the network returns a value that is not finite.
     """
     was_training = model.training
     model.eval()
     chosen = build_views(views, black=-runtime.mean / runtime.std)
-    found = [of_views(_batch(model, batch, runtime, chosen)) for batch in ahead(batches, runtime.device)]
+    outputs = [of_views(_view_logits(model, batch, runtime, chosen)) for batch in ahead(batches, runtime.device)]
     model.train(was_training)
-    table = torch.cat(found).cpu().numpy()
+    table = torch.cat(outputs).cpu().numpy()
     if not np.isfinite(table).all():
         raise DataError(
-            "the model gives probabilities that are not finite: its weights are broken, or the precision too low"
+            "the model returns probabilities that are not finite: its weights are damaged, or the precision is too low"
         )
     return table
 
 
-def _batch(model: nn.Module, batch: Batch, runtime: Runtime, views: Sequence[View]) -> list[Tensor]:
-    """Logits float32 [B, C] of each view."""
+def _view_logits(model: nn.Module, batch: Batch, runtime: Runtime, views: Sequence[View]) -> list[Tensor]:
+    """Return the logits float32 [B, C] of each view."""
     meta = runtime.meta(batch.meta)
-    company = () if meta is None else (meta,)
+    meta_inputs = () if meta is None else (meta,)
     with runtime.autocast():
-        logits = [model(images, *company) for images in _seen(batch.images, runtime, views)]
-    return [each.float() for each in logits]
+        logits = [model(images, *meta_inputs) for images in _apply_views(batch.images, runtime, views)]
+    return [view.float() for view in logits]
 
 
-def _seen(images: Tensor, runtime: Runtime, views: Sequence[View]) -> Iterator[Tensor]:
-    """Each view of uint8 images [B, 3, H, W], normalised on the device; those that move pixels alike together, normalised once."""
+def _apply_views(images: Tensor, runtime: Runtime, views: Sequence[View]) -> Iterator[Tensor]:
+    """Yield each view of uint8 images [B, 3, H, W], normalised on the device; views with the same move share one normalisation."""
     for moved in dict.fromkeys(view.moved for view in views):
         normalised = runtime.images(moved(images))
         yield from (view.resampled(normalised) for view in views if view.moved == moved)

@@ -1,7 +1,7 @@
-"""Systems that know different factors, joined into all classes: log-probabilities add. No torch.
+"""Products: combine systems that predict different factors of the classes by adding log-probabilities. No torch.
 
-With mask and gender known by one system and age by another, p(class) = p(mask, gender) · p(age), as if
-age were independent of the rest given the image. Systems that know the same factors are averaged first.
+If one system predicts mask and gender and another age, p(class) = p(mask, gender) · p(age). This assumes that age is
+independent of the rest given the image. Systems that predict the same factors are averaged first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,40 +20,40 @@ from fivefold.predictions import Predictions
 
 @dataclass(frozen=True)
 class Product:
-    """What the classes are made of, and which factors each system knows: all of them, each by one set of systems."""
+    """The factors of the classes and the factors that each system predicts; each factor belongs to one set of systems."""
 
     factors: Factors
     knows: Mapping[str, tuple[str, ...]]
 
     @property
     def name(self) -> str:
-        """The joined systems in words."""
+        """The names of the combined systems, for people."""
         return " × ".join(self.knows)
 
     @property
     def sets(self) -> dict[tuple[str, ...], list[str]]:
-        """The systems that know each set of factors."""
+        """The systems that predict each set of factors."""
         return {knows: [name for name in self.knows if self.knows[name] == knows] for knows in self.knows.values()}
 
     @property
     def weights(self) -> np.ndarray:
-        """What each system's log-probabilities count: 1, or its share among those that know the same factors."""
+        """The weight of each system's log-probabilities: 1, or an equal share among systems with the same factors."""
         return np.array([1 / len(self.sets[knows]) for knows in self.knows.values()])
 
     def join(self, each: Mapping[str, np.ndarray]) -> np.ndarray:
-        """log p float32 [N, classes] from each system's [N, parts], columns in the order of their sorted names.
+        """Return log p float32 [N, classes] from each system's [N, parts], with columns sorted by name.
 
-        Rows are brought to sum 1, which they do of themselves where every combination is a class.
+        Rows are normalised to sum 1. If every combination is a class, they already sum to 1.
         """
         classes = self.factors.classes
         total = 0.0
         for knows, names in self.sets.items():
-            found = mean([each[name] for name in names]).astype(np.float64)
-            total = total + found[:, self.factors.columns(knows, classes)]
+            parts = mean([each[name] for name in names]).astype(np.float64)
+            total = total + parts[:, self.factors.columns(knows, classes)]
         return (total - np.logaddexp.reduce(total, axis=1, keepdims=True)).astype(np.float32)
 
     def table(self, tables: Mapping[str, Predictions]) -> Predictions:
-        """The systems' tables of the same rows as one of all classes, with the label that the parts make."""
+        """Combine the systems' tables of the same rows into one of all classes, with labels made from the parts."""
         first = next(iter(tables.values()))
         ordered = {name: self._in_order(name, table, first.ids, tables) for name, table in tables.items()}
         log_probs = self.join({name: table.log_probs for name, table in ordered.items()})
@@ -62,9 +62,9 @@ class Product:
         )
 
     def joined(self, systems: Sequence[System]) -> System:
-        """The systems as one; its tables are there where all of them have theirs."""
+        """Combine the systems into one; it has a table if all of them have that table."""
         tables = [{s.name: getattr(s, kind) for s in systems} for kind in ("oof", "holdout")]
-        oof, holdout = (None if None in found.values() else self.table(found) for found in tables)
+        oof, holdout = (None if None in by_name.values() else self.table(by_name) for by_name in tables)
         chosen = [any(getattr(s, name) for s in systems) for name in ("selected", "folds_selected")]
         return System(self.name, sum(s.models for s in systems), max(s.seeds for s in systems), oof, holdout, *chosen)
 
@@ -72,55 +72,55 @@ class Product:
         self, name: str, table: Predictions, ids: np.ndarray, tables: Mapping[str, Predictions]
     ) -> Predictions:
         if set(ids) != set(table.ids):
-            same_rows([next(iter(tables.values())), table])  # says which ids
+            same_rows([next(iter(tables.values())), table])  # raises an error with the ids
         return table.with_classes(self.factors.parts(self.knows[name])).in_order(ids)
 
     def _labels(self, tables: Mapping[str, Predictions]) -> np.ndarray | None:
         if any(table.labels is None for table in tables.values()):
             return None
         names = [systems[0] for systems in self.sets.values()]
-        made = {tuple(self.factors.part(c, knows) for knows in self.sets): c for c in self.factors.classes}
+        class_of = {tuple(self.factors.part(c, knows) for knows in self.sets): c for c in self.factors.classes}
         rows = zip(*(tables[name].labels for name in names), strict=True)
-        return np.array([made[row] for row in rows], dtype=object)
+        return np.array([class_of[row] for row in rows], dtype=object)
 
 
 def product_of(groups: Mapping[str, Sequence[ModelDir]]) -> Product:
-    """How systems of models are joined; a DataError, with the names, unless they know all factors, and each but once."""
+    """Return the product of systems; raise a DataError with the names unless they cover all factors without overlap."""
     first = next(iter(groups.values()))[0]
     for model in (model for models in groups.values() for model in models):
         if not model.info.get("knows") or not model.info.get("factors"):
             raise DataError(
-                f"{model.name} knows its classes as they are, not some factors of them, so a product cannot join it; "
-                "leave it out, or choose another ensemble.blend"
+                f"{model.name} predicts whole classes, not factors, so it cannot be part of a product; "
+                "remove the model, or set another ensemble.blend"
             )
         if model.info["factors"] != first.info["factors"]:
             raise DataError(
-                f"{first.name} and {model.name} know factors of different classes; a product needs models of one split"
+                f"{first.name} and {model.name} predict factors of different classes; a product needs models of one split"
             )
     factors = factors_of(first.info)
-    knows = {system: _one_set(models) for system, models in groups.items()}
+    knows = {system: _common_factors(models) for system, models in groups.items()}
     _check_cover(factors, knows)
     return Product(factors, knows)
 
 
 def factors_of(info: Mapping[str, Any]) -> Factors:
-    """What a `model.json` says that the classes of its split are made of."""
+    """Read the factors of the split's classes from a `model.json`."""
     content = info["factors"]
     return factors_from(content, tuple(next(iter(content.values()))), "model.json")
 
 
 def needs_product(infos: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether models know different factors of their classes, so that nothing but a product joins them."""
+    """Return whether the models predict different factors, so that only a product can combine them."""
     return len({tuple(info.get("knows", ())) for info in infos}) > 1
 
 
-def _one_set(models: Sequence[ModelDir]) -> tuple[str, ...]:
+def _common_factors(models: Sequence[ModelDir]) -> tuple[str, ...]:
     first, knows = models[0].name, models[0].info["knows"]
     for model in models[1:]:
         if model.info["knows"] != knows:
             raise DataError(
-                f"{first} and {model.name} are of one system but know different factors ({', '.join(knows)}; "
-                f"{', '.join(model.info['knows'])}); give one of them another name by system="
+                f"{first} and {model.name} belong to one system but predict different factors ({', '.join(knows)}; "
+                f"{', '.join(model.info['knows'])}); rename one of the systems with system="
             )
     return tuple(knows)
 
@@ -132,12 +132,12 @@ def _check_cover(factors: Factors, knows: Mapping[str, tuple[str, ...]]) -> None
             other = owner.setdefault(factor, system)
             if knows[other] != names:
                 raise DataError(
-                    f"the factor {factor} is known by {other} ({', '.join(knows[other])}) and by {system} "
-                    f"({', '.join(names)}); systems of a product share all their factors, or none"
+                    f"{other} ({', '.join(knows[other])}) and {system} ({', '.join(names)}) both predict the factor "
+                    f"{factor}; systems of a product must share all their factors, or none"
                 )
     missing = [name for name in factors.names if name not in owner]
     if missing:
         raise DataError(
-            f"no model knows the factor {', '.join(missing)}, only {', '.join(owner)}; "
-            f"train one with model.factors={','.join(missing)}, or choose another ensemble.blend"
+            f"no model predicts the factor {', '.join(missing)}, only {', '.join(owner)}; "
+            f"train one with model.factors={','.join(missing)}, or set another ensemble.blend"
         )

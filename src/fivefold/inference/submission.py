@@ -1,4 +1,4 @@
-"""Submission files: the columns of the sample, to the letter and in its order. No torch."""
+"""Submission files: written with exactly the columns of the sample, in its order. No torch."""
 
 import logging
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from fivefold.predictions import Predictions
 log = logging.getLogger("fivefold")
 
 DIGITS = "%.9g"
-"""How a submission writes a probability: to nine digits."""
+"""The format of a probability in a submission: nine digits."""
 
 
 def write_submission(path: Path, table: Predictions, wanted: Submission, same: SameClasses = AS_NAMED) -> Path:
-    """Writes the rows and columns that are `wanted`, in that order, as its header, its delimiter and its ends of lines are.
+    """Write the rows and columns of the sample `wanted`, in its order, with its header, delimiter and line endings.
 
-    Columns that are the classes get probabilities, classes that mean the `same` by their policy; a single column
-    gets what `form_of` says. The file is whole or not there; returns its path. Raises a DataError
-    that names ids or classes which do not fit.
+    Class columns get probabilities; the policy of `same` applies to classes with the same meaning. A single column
+    gets the content that `form_of` chooses. The file is written atomically. Return its path. Raise a DataError
+    with the ids or classes that do not match.
     """
     check_same_ids(wanted.ids, "the sample submission", table.ids, "the predictions")
     rows = table.in_order(wanted.ids)
@@ -56,26 +56,26 @@ def write_submission(path: Path, table: Predictions, wanted: Submission, same: S
 
 
 def check_submission(images: EvalTable, classes: Sequence[str], same: SameClasses) -> None:
-    """Raises a DataError unless the sample's rows and columns can be filled, before anything is trained or predicted."""
+    """Raise a DataError, before any training or prediction, unless the sample's rows and columns can be filled."""
     same.check_model(classes)
     if images.sample:
         form = form_of(images.sample, classes, same)
-        log.info("the submission has %s", form.words)
+        log.info("submission: %s", form.words)
         if form.doubt:
             log.warning("%s", form.doubt)
     check_rows(images)
 
 
 def _labels(table: Predictions, same: SameClasses) -> list[str]:
-    """The predicted class of each row: of summed classes, by their sum, the most probable name."""
+    """Return the predicted class of each row; of classes that are summed, the most probable name of the best sum."""
     probabilities = _probabilities(table, table.classes, same) if same.policy == "sum" else np.exp(table.log_probs)
     best = probabilities.max(axis=1, keepdims=True)
-    # Names of one sum are tied: their own probabilities part them.
+    # Names with one sum are tied: their own probabilities break the tie.
     codes = np.where(probabilities >= best * (1 - 1e-12), table.log_probs, -np.inf).argmax(axis=1)
     return [table.classes[code] for code in codes]
 
 
 def _probabilities(table: Predictions, columns: Sequence[str], same: SameClasses) -> np.ndarray:
-    """Probabilities of the `columns` [N, W], each row brought to sum 1."""
+    """Return the probabilities of the `columns` [N, W], each row normalised to sum 1."""
     probabilities = np.exp(table.log_probs.astype(np.float64)) @ same.columns(table.classes, columns)
     return probabilities / probabilities.sum(axis=1, keepdims=True)

@@ -1,8 +1,8 @@
-"""Systems in an ensemble: their tables, the weights between them, and what each score speaks of. No torch.
+"""Systems in an ensemble: their tables, the weights between them, and their scores. No torch.
 
-The folds of one system have an equal say: each out-of-fold row has one fold's prediction, so nothing
-could fit weights between them. Between systems that share one split, convex weights are fitted on the
-out-of-fold rows, and scored by fitting them again without each fold.
+The folds of one system have equal weights: each out-of-fold row has only one fold's prediction, so no
+weights can be fitted between folds. Between systems that share one split, convex weights are fitted on
+the out-of-fold rows. Their score is cross-fitted: the weights are refitted without each fold.
 """
 
 import logging
@@ -21,8 +21,8 @@ from fivefold.predictions import Predictions, mean_by_id
 
 log = logging.getLogger("fivefold")
 
-LEAST_HOLDOUT_ROWS = 50
-"""Fewer rows say too little about a temperature."""
+MIN_HOLDOUT_ROWS = 50
+"""Fewer rows are too few to fit a temperature."""
 SELECTING = "holdout, which chose the epoch"
 TEMPERED = "holdout, temperature cross-fitted"
 Score = dict[str, Any]
@@ -30,10 +30,10 @@ Score = dict[str, Any]
 
 @dataclass(frozen=True)
 class System:
-    """The models of one recipe: their joined out-of-fold and holdout tables, where there are any.
+    """The models of one recipe: their combined out-of-fold and holdout tables, if there are any.
 
-    With several `seeds` an out-of-fold row is the mean of as many models. A submission file that stands
-    in the ensemble is a system of one model without tables.
+    With several `seeds` an out-of-fold row is the mean of one model per seed. A submission file in the
+    ensemble is a system of one model without tables.
     """
 
     name: str
@@ -42,23 +42,23 @@ class System:
     oof: Predictions | None
     holdout: Predictions | None
     selected: bool = False
-    """Whether the holdout chose the epoch of one of its models."""
+    """Whether the epoch of one of its models was selected on the holdout."""
     folds_selected: bool = False
-    """Whether one of its folds chose its epoch by its out-of-fold rows."""
+    """Whether the epoch of one of its folds was selected on the out-of-fold rows."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The blend between systems, by its name, with weights by system where it is given any; and that within a system."""
+    """The names of the blends between systems and within a system; `given`: user-defined weights by system, if any."""
 
     between: str = "fitted"
     given: Mapping[str, float] = field(default_factory=dict)
     within: str = "mean"
     product: str = ""
-    """The systems of a product, in words, where the one system is their product."""
+    """For a product: the names of its systems, for people."""
 
     def in_words(self, models: int, systems: int) -> str:
-        """What an ensemble of `models` in `systems` is, as its score says it."""
+        """Describe an ensemble of `models` in `systems` for its score."""
         if self.product:
             return f"product of {models} models, {self.product}"
         if self.within == "mean" and (systems == 1 or BLENDS[self.between].combine is BLENDS["mean"].combine):
@@ -67,10 +67,10 @@ class Rule:
 
 
 def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score]]:
-    """Convex weights [systems], and the out-of-fold scores that speak of them.
+    """Return convex weights [systems], and the out-of-fold scores of the systems and of their blend.
 
-    Weights are fitted where there are several systems, all with out-of-fold rows of two folds or more;
-    they are equal otherwise, unless they are given.
+    Weights are fitted if there are several systems and all have out-of-fold rows of two or more folds.
+    Otherwise they are equal, unless the user sets them.
     """
     scores = scores_alone(systems)
     blend, weights = choose(BLENDS, "blend", rule.between), equal(len(systems))
@@ -80,7 +80,7 @@ def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score
     if len(systems) == 1 or len(tables) < len(systems):
         if blend.fit and len(systems) > 1:
             unknown = ", ".join(system.name for system in systems if system.oof is None)
-            log.warning("equal weights between the systems: there are no out-of-fold rows of %s to fit on", unknown)
+            log.warning("equal weights between the systems: no out-of-fold rows of %s to fit weights on", unknown)
         return weights, scores
     tables = same_rows(tables)
     log_probs, first = [table.log_probs for table in tables], tables[0]
@@ -88,12 +88,14 @@ def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score
     codes = first.codes()
     mixed = replace(first, log_probs=combined("mean", log_probs, equal(len(systems))))
     scores.append(score(BLENDS["mean"].words, "out-of-fold", mixed, selected))
-    if blend.fit and len(np.unique(first.fold)) > 1:  # a single fold leaves no rows to fit on
+    if blend.fit and len(np.unique(first.fold)) > 1:  # with a single fold there are no other rows to fit on
         mixed = replace(first, log_probs=cross_fitted(log_probs, codes, first.fold, blend.fit))
         scores.append(score(blend.words, "out-of-fold, cross-fitted by fold", mixed, selected))
         return blend.fit(log_probs, codes), scores
     if blend.fit:
-        log.warning("equal weights between the systems: out-of-fold rows of one fold alone leave none to score them on")
+        log.warning(
+            "equal weights between the systems: the out-of-fold rows are of one fold, so no rows are left to score on"
+        )
     elif rule.between != "mean":
         mixed = replace(first, log_probs=combined(rule.between, log_probs, weights))
         scores.append(score(blend.words, "out-of-fold", mixed, selected))
@@ -103,22 +105,22 @@ def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score
 def judge_holdout(
     systems: Sequence[System], weights: np.ndarray, rule: Rule, temperature: str
 ) -> tuple[Predictions | None, float, list[Score]]:
-    """The ensemble's table of the rows that no model trained on, its temperature, and its scores.
+    """Return the ensemble's table of the holdout rows, its temperature, and its scores.
 
-    The temperature is 1 unless `holdout` rows fit it: out-of-fold rows speak of single models, and
-    averaging lowers confidence. The table of a tempered ensemble is cross-fitted: each row at the temperature of
-    others. Rows that chose a model's epoch fit none.
+    The temperature is 1 unless it is fitted on `holdout` rows. Out-of-fold rows cannot fit it: they have single models'
+    predictions, and averaging lowers confidence. With a fitted temperature the table is cross-fitted: each row gets the
+    temperature fitted on other rows. Rows that selected a model's epoch fit no temperature.
     """
     tables = [system.holdout for system in systems if system.holdout is not None]
     if len(tables) < len(systems):
         return None, 1.0, []
     tables = same_rows(tables)
     table = replace(tables[0], fold=np.full(len(tables[0]), -1, np.int16))
-    table = replace(table, log_probs=combined(rule.between, [each.log_probs for each in tables], weights))
+    table = replace(table, log_probs=combined(rule.between, [other.log_probs for other in tables], weights))
     selected = any(system.selected for system in systems)
     rows = SELECTING if selected else "holdout"
     scores = [score(rule.in_words(sum(s.models for s in systems), len(systems)), rows, table)]
-    if temperature == "none" or selected or len(table) < LEAST_HOLDOUT_ROWS:
+    if temperature == "none" or selected or len(table) < MIN_HOLDOUT_ROWS:
         return table, 1.0, scores
     codes = table.codes()
     fitted, mixed = fit_temperature(table.log_probs, codes), cross_tempered(table.log_probs, codes)
@@ -128,7 +130,7 @@ def judge_holdout(
 
 
 def join(tables: Sequence[Predictions], within: str) -> Predictions:
-    """The tables of a system's models on the same rows as one table, each model with an equal say."""
+    """Combine the tables of a system's models on the same rows into one, with equal weights."""
     if within == "mean":
         return mean_by_id(tables)
     aligned = same_rows(tables)
@@ -137,22 +139,22 @@ def join(tables: Sequence[Predictions], within: str) -> Predictions:
 
 
 def scores_alone(systems: Sequence[System]) -> list[Score]:
-    """The out-of-fold scores of each system that has such rows."""
+    """Return the out-of-fold score of each system that has such rows."""
     return [
-        score(_one_of(system), "out-of-fold", system.oof, system.folds_selected)
+        score(_describe_system(system), "out-of-fold", system.oof, system.folds_selected)
         for system in systems
         if system.oof is not None
     ]
 
 
-def _one_of(system: System) -> str:
+def _describe_system(system: System) -> str:
     if system.seeds == 1:
         return f"single models of {system.name}"
     return f"means of {system.seeds} seeds of {system.name}"
 
 
 def same_rows(tables: Sequence[Predictions]) -> list[Predictions]:
-    """All tables in the first one's order of rows and classes; a DataError names ids of one side alone."""
+    """Return all tables in the first one's order of rows and classes; raise a DataError with ids that only one side has."""
     first = tables[0]
     for table in tables[1:]:
         check_same_ids(first.ids, f"system {first.system!r}", table.ids, f"system {table.system!r}")
@@ -160,9 +162,9 @@ def same_rows(tables: Sequence[Predictions]) -> list[Predictions]:
 
 
 def score(what: str, rows: str, table: Predictions, folds_selected: bool = False) -> Score:
-    """Return what was scored, on which `rows`, how many they are, and the figures.
+    """Return the scored models `what`, the kind of `rows`, their number, and the figures.
 
-    `selected_on` is `oof` where the folds chose their epochs by these rows, which makes the figures optimistic.
+    `selected_on` is `oof` if the folds selected their epochs on these rows, which makes the figures optimistic.
     """
     figures = {name: round(value, 6) for name, value in summary(table.log_probs, table.codes()).items()}
     selected_on = {"selected_on": "oof"} if folds_selected else {}

@@ -26,22 +26,22 @@ from fivefold.serving.protocol import (
     negotiate_type,
     too_large,
 )
-from fivefold.serving.service import LATER, Service
+from fivefold.serving.service import RETRY_AFTER_S, Service
 
 log = logging.getLogger("fivefold")
 
 T = TypeVar("T")
-GONE = 499
-"""The status, in the counters alone, of a request whose client has hung up."""
-LINGER = 2.0
-"""Seconds for which a body that is refused is still taken in, so that the client comes to read why."""
+CLIENT_CLOSED = 499
+"""The status in the counters for a request whose client disconnected; it is never sent."""
+DRAIN_BODY_S = 2.0
+"""The server drains a rejected body for this long, so that the client reads the error."""
 
 
 class TurnedAway(JSONResponse):
-    """An answer to a request whose body was not read to its end.
+    """The response to a request whose body was not read to its end.
 
-    A connection that is closed on unread bytes is reset, and the client would lose the answer: it is
-    sent at once, then what still comes is dropped for a while, then the connection is closed.
+    Closing a connection with unread bytes resets it, and the client would lose the response. So the response
+    is sent at once, further bytes are discarded for a while, then the connection is closed.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,14 +49,14 @@ class TurnedAway(JSONResponse):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER):
+            async with asyncio.timeout(DRAIN_BODY_S):
                 while (await receive()).get("more_body", False):
                     pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def build_app(service: Service) -> Starlette:
-    """The application whose answers `service` gives."""
+    """Build the application; `service` answers its requests."""
 
     async def ping(_: Request) -> Response:
         state = service.state()
@@ -82,7 +82,7 @@ def build_app(service: Service) -> Starlette:
 
 
 async def answered(service: Service, request: Request) -> Response:
-    """The answer to one request, whatever it is."""
+    """Return the response to one request, including errors."""
     read = False
     try:
         check_plain(request.headers.get("content-encoding", ""))
@@ -103,21 +103,21 @@ async def answered(service: Service, request: Request) -> Response:
         headers = {} if refused.later is None else {"Retry-After": str(refused.later)}
         return (JSONResponse if read else TurnedAway)(refused.as_json(), refused.status, headers)
     except TimeoutError:
-        message = f"no answer within {service.limits.timeout_s:g} s (serve.timeout_s): try again later"
-        return JSONResponse({"error": message}, 503, {"Retry-After": str(LATER)})
+        message = f"no response within {service.limits.timeout_s:g} s (serve.timeout_s): try again later"
+        return JSONResponse({"error": message}, 503, {"Retry-After": str(RETRY_AFTER_S)})
     except ClientDisconnect:
-        return Response(status_code=GONE)
+        return Response(status_code=CLIENT_CLOSED)
     except asyncio.CancelledError:
         if not service.draining:
             raise
-        return JSONResponse({"error": "the server ends: try another"}, 503, {"Retry-After": "1"})
+        return JSONResponse({"error": "the server is stopping: try another one"}, 503, {"Retry-After": "1"})
     except Exception as error:
         log.exception("a request failed")
-        return JSONResponse({"error": f"an unexpected error of the server: {type(error).__name__}"}, 500)
+        return JSONResponse({"error": f"internal server error: {type(error).__name__}"}, 500)
 
 
 async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
-    """What the work gives; a ClientDisconnect, with the work given up, when the client hangs up before."""
+    """Return the result of the work; if the client disconnects first, cancel the work and raise a ClientDisconnect."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -130,7 +130,7 @@ async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
 
 
 async def explained(request: Request, error: HTTPException) -> Response:
-    """The answer to a request that no path or method is there for."""
-    there = "POST /invocations, GET /ping and GET /metrics"
-    message = f"{request.method} {request.url.path}: {error.detail}; there are {there}"
+    """Return the response to a request with an unknown path or method."""
+    endpoints = "POST /invocations, GET /ping and GET /metrics"
+    message = f"{request.method} {request.url.path}: {error.detail}; the endpoints are {endpoints}"
     return JSONResponse({"error": message}, error.status_code, error.headers)

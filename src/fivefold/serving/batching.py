@@ -1,4 +1,4 @@
-"""One thread that runs the model on what concurrent requests bring, gathered into batches."""
+"""Dynamic batching: one thread runs the model on batches of images from concurrent requests."""
 
 import asyncio
 import logging
@@ -13,13 +13,13 @@ import numpy as np
 
 log = logging.getLogger("fivefold")
 
-SICK_AFTER = 3
-"""So many batches that fail one after the other say that the model, not an image, is broken."""
+MAX_FAILURES = 3
+"""After this many consecutive failed batches the model counts as broken."""
 
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """An image on its way to the model: prepared, the future of its answer, and when it was ready."""
+    """A queued image: prepared, with the future of its result and its time of arrival."""
 
     image: Any
     answer: asyncio.Future[np.ndarray]
@@ -27,11 +27,11 @@ class Waiting:
 
 
 class Batcher:
-    """Runs `judge` (N prepared images -> rows [N, C]) in a thread of its own, on at most `size` images a time.
+    """Run `judge` (N prepared images -> rows [N, C]) in its own thread, on at most `size` images at a time.
 
-    The first image of a batch waits up to `max_wait` seconds for others, which a request that is alone does not:
-    `under_way` says how many requests there are, `seen` hears how many images a batch had, and the thread calls
-    `begin` first. Each row goes to the image that it was computed of.
+    The first image of a batch waits up to `max_wait` seconds for others. A single request does not wait:
+    `under_way` returns the number of requests in flight. `seen` gets the number of images of each batch. The thread
+    calls `begin` first. Each image gets its own row.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Batcher:
         self._queue: deque[Waiting] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._company = 0
+        self._last_requests = 0
         self._failures = 0
         self._thread = threading.Thread(target=self._work, name="model")
         self._thread.start()
 
     def ask(self, image: Any) -> asyncio.Future[np.ndarray]:
-        """The row [C] of an image, to be awaited; one whose future is cancelled before its turn is left out."""
+        """Queue an image and return the future of its row [C]; if the future is cancelled before its batch, it is skipped."""
         waiting = Waiting(image, self._loop.create_future())
         with self._changed:
             self._queue.append(waiting)
@@ -64,11 +64,11 @@ class Batcher:
 
     @property
     def healthy(self) -> bool:
-        """Whether the thread runs, and its last batches did not all fail."""
-        return self._thread.is_alive() and self._failures < SICK_AFTER
+        """Whether the thread runs and the last batches did not all fail."""
+        return self._thread.is_alive() and self._failures < MAX_FAILURES
 
     def close(self) -> None:
-        """Answers what waits, and ends the thread."""
+        """Process the queued images and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -77,51 +77,51 @@ class Batcher:
     def _work(self) -> None:
         self._begin()
         while (batch := self._next()) is not None:
-            waiting = [each for each in batch if not each.answer.cancelled()]
+            waiting = [entry for entry in batch if not entry.answer.cancelled()]
             if waiting:
                 self._run(waiting)
 
     def _next(self) -> list[Waiting] | None:
-        """The next batch, as soon as it is to go; None when there will be no other."""
+        """Return the next batch as soon as it is due; None after `close` if the queue is empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if not self._queue:
                 return None
             due = self._queue[0].since + self._max_wait
             self._changed.wait_for(self._complete, max(0.0, due - time.monotonic()))
-            self._company = self._under_way()
+            self._last_requests = self._under_way()
             return [self._queue.popleft() for _ in range(min(self._size, len(self._queue)))]
 
     def _complete(self) -> bool:
-        """Whether there is nothing to wait for: the batch is full, or its request is alone, as the one before was."""
-        return len(self._queue) >= self._size or self._closed or max(self._under_way(), self._company) <= 1
+        """Return whether the batch need not wait: it is full, or this and the previous batch had a single request."""
+        return len(self._queue) >= self._size or self._closed or max(self._under_way(), self._last_requests) <= 1
 
     def _run(self, batch: Sequence[Waiting]) -> None:
-        """Has the batch judged; one that fails is judged again image by image, so that one spoils no other."""
+        """Run the model on a batch; if it fails, retry image by image, so that a bad image does not fail the others."""
         try:
-            rows = self._judge([each.image for each in batch])
-            found = list(zip([each.answer for each in batch], rows, strict=True))
+            rows = self._judge([entry.image for entry in batch])
+            results = list(zip([entry.answer for entry in batch], rows, strict=True))
         except Exception as error:
             if len(batch) > 1:
-                log.warning("a batch of %d images failed (%s); each is tried alone", len(batch), error)
-                for each in batch:
-                    self._run([each])
+                log.warning("a batch of %d images failed (%s); retrying image by image", len(batch), error)
+                for entry in batch:
+                    self._run([entry])
                 return
             self._failures += 1
             log.exception("the model failed on an image")
-            self._loop.call_soon_threadsafe(deliver, [(each.answer, error) for each in batch])
+            self._loop.call_soon_threadsafe(deliver, [(entry.answer, error) for entry in batch])
             return
         self._failures = 0
         self._seen(len(batch))
-        self._loop.call_soon_threadsafe(deliver, found)
+        self._loop.call_soon_threadsafe(deliver, results)
 
 
 def deliver(found: Sequence[tuple[asyncio.Future, Any]]) -> None:
-    """Gives each answer what was found, an Exception to be raised; one that was given up is left."""
-    for answer, what in found:
-        if answer.done():
+    """Resolve each future of (future, result): raise an Exception, return other results; skip futures that are done."""
+    for future, result in found:
+        if future.done():
             continue
-        if isinstance(what, Exception):
-            answer.set_exception(what)
+        if isinstance(result, Exception):
+            future.set_exception(result)
         else:
-            answer.set_result(what)
+            future.set_result(result)

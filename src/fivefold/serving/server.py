@@ -1,4 +1,4 @@
-"""The server's process: it listens, loads the model, answers until it is told to stop, and then answers what is under way."""
+"""The server: listen, load the model, answer requests until a signal, then finish the requests in flight."""
 
 import asyncio
 import logging
@@ -17,22 +17,22 @@ from fivefold.stopping import poll
 
 log = logging.getLogger("fivefold")
 
-KEEP_ALIVE = 65
-"""Seconds that a connection may be idle: longer than the 60 after which proxies give theirs up."""
+KEEP_ALIVE_S = 65
+"""Maximum idle time of a connection: longer than the 60 s after which proxies close theirs."""
 BACKLOG = 2048
-LAP = 0.25
-"""Seconds between the end of accepting and the closing of idle connections: what is on its way then is still taken in."""
-UNREAD = 30.0
-"""Seconds that a client has to read an answer, of which the kernel holds some megabytes for it."""
-WATCH = 0.05
-"""Seconds between two looks for a signal."""
+CLOSE_DELAY_S = 0.25
+"""Delay between the last accept and closing idle connections, so that requests in transit still arrive."""
+READ_TIMEOUT_S = 30.0
+"""Time for a client to read a response; the kernel buffers some megabytes of it."""
+POLL_INTERVAL_S = 0.05
+"""Interval between two checks for a signal."""
 
 
 class Connection(H11Protocol):
-    """A connection that a client cannot keep for nothing, which uvicorn lets it.
+    """A connection that a client cannot hold open indefinitely, unlike uvicorn's.
 
-    It is aborted when its client has not read an answer within UNREAD, and where there are too many and no other one has
-    been sending its request for longer.
+    It is aborted if its client does not read a response within READ_TIMEOUT_S. If there are too many connections, the
+    one that has been sending its request for longest is aborted.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -40,11 +40,11 @@ class Connection(H11Protocol):
         transport.set_write_buffer_limits(0)
         self.since = self.loop.time()
         if len(self.connections) >= self.limit_concurrency:
-            min((each for each in self.connections if each.sending), key=lambda each: each.since).transport.abort()
+            min((other for other in self.connections if other.sending), key=lambda other: other.since).transport.abort()
 
     @property
     def sending(self) -> bool:
-        """Whether its client is the one to go on."""
+        """Whether the connection waits for its client to send."""
         cycle = self.cycle
         return not self.transport.is_closing() and (cycle is None or cycle.response_complete or cycle.more_body)
 
@@ -54,7 +54,7 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(UNREAD, self.transport.abort)
+        self._unread = self.loop.call_later(READ_TIMEOUT_S, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -62,42 +62,42 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, of which the process's own handlers have the signals."""
+    """uvicorn's server without signal handlers: the process handles the signals itself."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accepts no more, then lets every connection that was accepted send its request and have its answer."""
+        """Stop accepting; every accepted connection may still send its request and get its response."""
         for server in self.servers:
             server.close()
-        await asyncio.sleep(LAP)
+        await asyncio.sleep(CLOSE_DELAY_S)
         await super().shutdown(sockets)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The socket that the server listens at; a SettingsError where there can be none."""
+    """Open the socket that the server listens at; raise a SettingsError if that fails."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]
         raise SettingsError(
-            f"serve.host={host} serve.port={port}: cannot listen there: {reason}; give another serve.port, or port 0 for a free one"
+            f"serve.host={host} serve.port={port}: cannot listen there: {reason}; set another serve.port, or port 0 for a free one"
         ) from error
 
 
 def address(listener: socket.socket) -> str:
-    """`http://0.0.0.0:8080`."""
+    """Return the URL of the socket, e.g. `http://0.0.0.0:8080`."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve(listener: socket.socket, service: Service, load: Callable[[], Any], drain: float) -> None:
-    """Answers at `listener` by the model that `load` gives; ends by a StoppedError, or by what `load` raises.
+    """Serve the model that `load` returns at `listener`, until a signal raises StoppedError; raise the errors of `load`.
 
-    While it loads, and from the signal on, `/ping` is 503. Requests under way then have `drain` seconds.
+    `/ping` is 503 while the model loads and after the signal. Requests in flight then have `drain` seconds.
     """
     asyncio.run(_serve(listener, service, load, drain))
 
@@ -113,13 +113,13 @@ async def _serve(listener: socket.socket, service: Service, load: Callable[[], A
 
 @asynccontextmanager
 async def running(listener: socket.socket, service: Service, drain: float) -> AsyncIterator[asyncio.Future[None]]:
-    """Runs the server beside the block; after it no request is accepted, and those under way are answered.
+    """Run the server during the block; afterwards accept no more requests, and finish those in flight.
 
-    These have `drain` seconds after the block.
+    They have `drain` seconds after the block.
     """
     config = uvicorn.Config(
-        build_app(service), http=Connection, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning", access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=drain,
+        build_app(service), http=Connection, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning",
+        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=drain,
         limit_concurrency=service.limits.connections,
     )  # fmt: skip
     server = Server(config)
@@ -129,7 +129,7 @@ async def running(listener: socket.socket, service: Service, drain: float) -> As
     finally:
         service.draining, server.should_exit = True, True
         if service.model is not None:
-            log.info("stops: %d requests are under way", service.requests)
+            log.info("stopping: %d requests in flight", service.requests)
         try:
             await task
         finally:
@@ -142,7 +142,7 @@ async def running(listener: socket.socket, service: Service, drain: float) -> As
 
 
 async def told_to_stop(*unless: asyncio.Future) -> None:
-    """Waits for a signal, and then raises StoppedError; or returns when one of `unless` is done."""
+    """Wait for a signal and raise StoppedError, or return when one of `unless` is done."""
     while not any(future.done() for future in unless):
         poll()
-        await asyncio.sleep(WATCH)
+        await asyncio.sleep(POLL_INTERVAL_S)

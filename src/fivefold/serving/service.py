@@ -1,4 +1,4 @@
-"""A model that answers requests: it reads, decodes and prepares images, has them judged in batches, and counts."""
+"""The service: read, decode and prepare the images of requests, predict them in batches, and count metrics."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,37 +16,40 @@ from fivefold.serving.batching import Batcher
 from fivefold.serving.protocol import MILLION, ImageRequest, Prediction, RefusedError, read_image, read_list, too_large
 from fivefold.serving.workers import Workers
 
-LATER = 1
-"""Seconds after which a request that finds the queue full may come again."""
-GRACE = 10.0
-"""Seconds after which a body must have come at LEAST_RATE, on the whole."""
-LEAST_RATE = 10_000.0
-"""Bytes a second at which a client must send, and read."""
+RETRY_AFTER_S = 1
+"""The client may retry after this time if the queue is full."""
+GRACE_PERIOD_S = 10.0
+"""After this time a body must have arrived at MIN_BYTES_PER_S on average."""
+MIN_BYTES_PER_S = 10_000.0
+"""Minimum rate at which a client must send a body."""
 
 if TYPE_CHECKING:
     from fivefold.committee import Committee
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Upper bounds of the histograms' buckets."""
 disable_created_metrics()
 
 
 class Metrics:
-    """What Prometheus reads of a server; `images` gives the images of requests that are not yet answered."""
+    """The server's Prometheus metrics; `images` returns the number of images in flight."""
 
     def __init__(self, images: Callable[[], int]) -> None:
-        self.registry = own = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "fivefold_requests", "requests of /invocations by the status of their answer", ["status"], registry=own
+            "fivefold_requests", "requests to /invocations by response status", ["status"], registry=registry
         )
-        under_way = Gauge("fivefold_images_under_way", "images of requests that are not yet answered", registry=own)
-        under_way.set_function(images)
+        in_flight = Gauge("fivefold_images_under_way", "images of requests in flight", registry=registry)
+        in_flight.set_function(images)
         self._seconds = Histogram(
-            "fivefold_request_seconds", "seconds from a request's head to its answer", buckets=SECONDS, registry=own
+            "fivefold_request_seconds",
+            "seconds from a request's header to its response",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
         )
         self.batches = Histogram(
-            "fivefold_batch_images", "images in one step of the model", buckets=SIZES, registry=own
+            "fivefold_batch_images", "images per batch of the model", buckets=IMAGES_BUCKETS, registry=registry
         )
 
     def count_request(self, status: int, seconds: float) -> None:
@@ -54,12 +57,12 @@ class Metrics:
         self._seconds.observe(seconds)
 
     def read(self, sample: str, **labels: str) -> int:
-        """The value of a sample, as `fivefold_batch_images_sum`; 0 where there is none yet."""
+        """Return the value of a sample, e.g. `fivefold_batch_images_sum`; 0 if it has none yet."""
         return round(self.registry.get_sample_value(sample, labels) or 0)
 
 
 class Service:
-    """Answers requests by one model, as soon as it has one; its methods belong to one event loop."""
+    """Predict the images of requests with one model; all methods must run in one event loop."""
 
     def __init__(self, limits: Serve) -> None:
         self.limits = limits
@@ -74,7 +77,7 @@ class Service:
         self._batcher: Batcher | None = None
 
     def open(self, model: "Committee") -> None:
-        """Takes requests from now on: the model has a thread with all of torch's, images have threads with one each."""
+        """Start to accept requests. One thread runs the model with all torch threads; image threads use one torch thread each."""
         import torch
 
         threads, limits = torch.get_num_threads(), self.limits
@@ -90,35 +93,35 @@ class Service:
         self.model = model
 
     def close(self) -> None:
-        """Ends the threads; nothing may be asked any more."""
+        """End the threads; no method may be called afterwards."""
         if self._workers is not None:
             self._workers.close()
         if self._batcher is not None:
             self._batcher.close()
 
     def state(self) -> str:
-        """`ready`, or why it is not."""
+        """Return `ready`, or why the service is not ready."""
         if self.draining:
             return "draining"
         if self.model is None or self._batcher is None or self._workers is None:
             return "loading"
-        well = self._batcher.healthy and not self._workers.stalled(self.limits.timeout_s)
-        return "ready" if well else "failing"
+        healthy = self._batcher.healthy and not self._workers.stalled(self.limits.timeout_s)
+        return "ready" if healthy else "failing"
 
     def check_room(self, images: int = 1) -> None:
-        """RefusedError (503) while there is no model and where so many more images do not fit, (413) where they never could."""
+        """Raise a RefusedError: 503 without a model or if the queue is full, 413 if the images exceed the whole queue."""
         if self.model is None:
-            raise RefusedError(503, "the model is still being loaded: try again later", later=LATER)
+            raise RefusedError(503, "the model is still loading: try again later", later=RETRY_AFTER_S)
         if images > self.limits.queue:
             raise RefusedError(
-                413, f"{images} images in one request, at most {self.limits.queue} (serve.queue): send fewer"
+                413, f"{images} images in one request, but at most {self.limits.queue} (serve.queue): send fewer"
             )
         if self.images + images > self.limits.queue:
-            raise RefusedError(503, f"{self.images} images are under way already: try again later", later=LATER)
+            raise RefusedError(503, f"{self.images} images are already in flight: try again later", later=RETRY_AFTER_S)
 
     @contextmanager
     def admitted(self, images: int) -> Iterator[None]:
-        """Places for the images of a request; RefusedError as `check_room`."""
+        """Reserve room for the images of a request during the block; raise a RefusedError as `check_room` does."""
         self.check_room(images)
         self.requests, self.images = self.requests + 1, self.images + images
         try:
@@ -128,61 +131,70 @@ class Service:
 
     @asynccontextmanager
     async def received(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The body of a request, which counts as long as the block runs.
+        """Receive the body of a request; its bytes count against `serve.bodies_mb` during the block.
 
-        RefusedError (413) as soon as it is too large, (408) when it takes too long, (503) where other bodies take all the room.
+        Raise a RefusedError: 413 as soon as the body is too large, 408 if it is too slow, 503 if other bodies use all memory.
         """
         body, taken, limit = bytearray(), 0, self.limits.timeout_s
-        begun = asyncio.get_running_loop().time()
+        start = asyncio.get_running_loop().time()
         try:
             try:
-                async with asyncio.timeout(min(GRACE, limit)) as clock:
+                async with asyncio.timeout(min(GRACE_PERIOD_S, limit)) as clock:
                     async for chunk in chunks:
                         body += chunk
                         taken, self.bodies = len(body), self.bodies + len(chunk)
                         if taken > self.max_body:
                             raise too_large(self.max_body)
                         if self.bodies > self.limits.bodies_mb * MILLION:
-                            raise RefusedError(503, "other bodies take all the room: try again later", later=LATER)
-                        clock.reschedule(begun + min(GRACE + taken / LEAST_RATE, limit))
+                            raise RefusedError(
+                                503,
+                                "other bodies use all of serve.bodies_mb: try again later",
+                                later=RETRY_AFTER_S,
+                            )
+                        clock.reschedule(start + min(GRACE_PERIOD_S + taken / MIN_BYTES_PER_S, limit))
             except TimeoutError:
-                told = f"within {limit:g} s (serve.timeout_s), and at {LEAST_RATE / 1000:g} kB/s after {GRACE:g} s"
-                raise RefusedError(408, f"the body came too slowly, {taken} bytes of it; it must come {told}") from None
+                rate = f"{MIN_BYTES_PER_S / 1000:g} kB/s after {GRACE_PERIOD_S:g} s"
+                raise RefusedError(
+                    408,
+                    f"the body is too slow ({taken} bytes so far); it must arrive within {limit:g} s (serve.timeout_s) "
+                    f"and at {rate}",
+                ) from None
             body = bytes(body)
             yield body
         finally:
             self.bodies -= taken
 
     async def read(self, body: bytes, many: bool) -> ImageRequest:
-        """The image files of a body; a list is read in another thread, so that others need not wait for it."""
+        """Return the image files of a body; a list is parsed in another thread, so that other requests need not wait."""
         return await self._workers.start(len(body), read_list, body) if many else read_image(body)
 
     async def predict(self, asked: ImageRequest) -> np.ndarray:
-        """log p float32 [N, C] of the images in their order; RefusedError (422) for the first that cannot be decoded or is too large."""
-        work = [self._prepared(file, at if asked.many else None) for at, file in enumerate(asked.files)]
+        """Return log p float32 [N, C] of the images in order; raise a RefusedError (422) for the first invalid or too large one."""
+        work = [self._prepare(file, index if asked.many else None) for index, file in enumerate(asked.files)]
         prepared = await asyncio.gather(*work, return_exceptions=True)
-        for each in prepared:
-            if isinstance(each, BaseException):
-                raise each
+        for result in prepared:
+            if isinstance(result, BaseException):
+                raise result
         rows = await asyncio.gather(*(self._batcher.ask(image) for image in prepared))
         return np.stack(rows) if rows else np.empty((0, len(self.model.classes)), np.float32)
 
     async def render(self, form: Callable[[Prediction], bytes], prediction: Prediction) -> bytes:
-        """The body of an answer; that of a list, which may have many classes, is written in another thread."""
+        """Return the body of a response; a list, which may have many classes, is rendered in another thread."""
         return await self._workers.start(0, form, prediction) if prediction.many else form(prediction)
 
-    async def _prepared(self, file: bytes, at: int | None) -> Any:
-        name, most = "the image" if at is None else f"image {at} of the list", self.limits.max_megapixels * MILLION
-        bounds = {"max_pixels": 4 * most if file[:3] == b"\xff\xd8\xff" else most, "formats": self.limits.formats}
-        height, width = await self._workers.start(len(file), _tried, at, lambda: decoded_size(file, name, **bounds))
-        bounds["least"] = min(height, width) // 2 if height * width > most else 0  # a JPEG alone
+    async def _prepare(self, file: bytes, index: int | None) -> Any:
+        name = "the image" if index is None else f"image {index} of the list"
+        limit = self.limits.max_megapixels * MILLION
+        bounds = {"max_pixels": 4 * limit if file[:3] == b"\xff\xd8\xff" else limit, "formats": self.limits.formats}
+        height, width = await self._workers.start(len(file), _try, index, lambda: decoded_size(file, name, **bounds))
+        bounds["least"] = min(height, width) // 2 if height * width > limit else 0  # only for a JPEG
         decode, prepare = self.model.decode, self.model.prepare
-        return await self._workers.start(height * width, _tried, at, lambda: prepare(decode(file, name, **bounds)))
+        return await self._workers.start(height * width, _try, index, lambda: prepare(decode(file, name, **bounds)))
 
 
-def _tried(at: int | None, work: Callable[[], Any]) -> Any:
-    """What `work` gives, or why the image cannot be decoded; that is not raised, since it would keep the pixels of all frames."""
+def _try(index: int | None, work: Callable[[], Any]) -> Any:
+    """Return the result of `work`, or a RefusedError; raising it would keep the pixels of all stack frames alive."""
     try:
         return work()
     except DataError as error:
-        return RefusedError(422, str(error), image=at)
+        return RefusedError(422, str(error), image=index)

@@ -1,4 +1,4 @@
-"""Threads that decode images, with a bound on the memory that they take together."""
+"""Threads that decode images, with a limit on their total memory."""
 
 import asyncio
 import threading
@@ -13,58 +13,58 @@ from fivefold.machine import free_memory
 from fivefold.serving.batching import deliver
 
 PIXEL_BYTES = 20
-"""What a pixel takes at most while it is decoded."""
-SMALL = 1_000_000
-"""Pixels up to which an image may have the last idle thread."""
-PATIENCE = 1.0
-"""Seconds that the end waits for threads; one that is stuck in a decoder ends with the process."""
+"""Maximum memory per pixel during decoding."""
+SMALL_PIXELS = 1_000_000
+"""An image with at most this many pixels may use the last idle thread."""
+JOIN_TIMEOUT_S = 1.0
+"""`close` waits this long for the threads; one that is stuck in a decoder ends with the process."""
 
 
 class Workers:
-    """Threads for work on at most `pixels` at a time, the smallest first; 0: as many as a quarter of the free memory holds.
+    """Threads that work on at most `pixels` at a time, the smallest first; 0: as many as fit a quarter of the free memory.
 
-    A piece of work counts until its thread is done with it, also where nobody waits for it any more. One thread is
-    kept for small ones: many large images at once do not have a small one wait for them.
+    A task counts until its thread has finished it, even if its caller no longer waits. One thread is
+    reserved for small images, so that they do not wait for many large ones.
     """
 
     def __init__(self, threads: int, pixels: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._most = self._left = max(1, int(pixels or free_memory() / 4 / PIXEL_BYTES))
+        self._capacity = self._left = max(1, int(pixels or free_memory() / 4 / PIXEL_BYTES))
         self._waiting: list[tuple[int, int]] = []
-        self._pieces: dict[int, tuple[asyncio.Future[Any], Callable[[], Any]]] = {}
+        self._tasks: dict[int, tuple[asyncio.Future[Any], Callable[[], Any]]] = {}
         self._numbers = count()
         self._changed = threading.Condition()
-        self._idle, self._moved, self._closed = threads, time.monotonic(), False
+        self._idle, self._last_done, self._closed = threads, time.monotonic(), False
         self._threads = [threading.Thread(target=self._work, name="images", daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
     def start(self, pixels: int, work: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-        """What `work` gives, or an Exception that it gives raised; it is left out if this is cancelled before its turn."""
+        """Queue `work` and return the future of its result; an Exception that it returns is raised. Cancel the future to skip it."""
         answer, number = self._loop.create_future(), next(self._numbers)
-        self._pieces[number] = answer, partial(work, *arguments)
-        answer.add_done_callback(lambda _: self._pieces.pop(number, None))
+        self._tasks[number] = answer, partial(work, *arguments)
+        answer.add_done_callback(lambda _: self._tasks.pop(number, None))
         with self._changed:
-            heappush(self._waiting, (min(pixels, self._most), number))
+            heappush(self._waiting, (min(pixels, self._capacity), number))
             self._changed.notify()
         return answer
 
     def stalled(self, seconds: float) -> bool:
-        """Whether threads are at work and none was done in the last `seconds`."""
-        return self._idle < len(self._threads) and time.monotonic() - self._moved > seconds
+        """Return whether threads are busy and none has finished a task in the last `seconds`."""
+        return self._idle < len(self._threads) and time.monotonic() - self._last_done > seconds
 
     def close(self) -> None:
-        """Ends the threads; what waits is not begun."""
+        """End the threads without starting the queued tasks."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(PATIENCE / len(self._threads))
+            thread.join(JOIN_TIMEOUT_S / len(self._threads))
 
     def _work(self) -> None:
         import torch
 
-        # Each thread that works with torch would have as many of its own: on two cores images took half as long again.
+        # By default every thread would start its own torch threads, which took 1.5 times as long on two cores.
         torch.set_num_threads(1)
         while True:
             with self._changed:
@@ -72,23 +72,23 @@ class Workers:
                 if self._closed:
                     return
                 pixels, number = heappop(self._waiting)
-                answer, work = self._pieces.pop(number, (None, lambda: None))
+                answer, work = self._tasks.pop(number, (None, lambda: None))
                 if self._idle == len(self._threads):
-                    self._moved = time.monotonic()
+                    self._last_done = time.monotonic()
                 self._left, self._idle = self._left - pixels, self._idle - 1
             try:
-                found = work()
+                result = work()
             except Exception as error:
-                found = error
+                result = error
             with self._changed:
-                self._left, self._idle, self._moved = self._left + pixels, self._idle + 1, time.monotonic()
+                self._left, self._idle, self._last_done = self._left + pixels, self._idle + 1, time.monotonic()
                 self._changed.notify_all()
                 if answer and not self._closed:
-                    self._loop.call_soon_threadsafe(deliver, [(answer, found)])
-            answer = work = found = None  # what they hold is not to stay until the next piece comes
+                    self._loop.call_soon_threadsafe(deliver, [(answer, result)])
+            answer = work = result = None  # free their memory before the next task
 
     def _fits(self) -> bool:
-        """Whether the smallest piece that waits may begin."""
+        """Return whether the smallest queued task may start."""
         return bool(self._waiting) and self._waiting[0][0] <= (
-            min(self._left, SMALL) if self._idle == 1 else self._left
+            min(self._left, SMALL_PIXELS) if self._idle == 1 else self._left
         )
