@@ -246,7 +246,7 @@ def largest_batch_bytes(settings: Settings, training: bool = True) -> int:
     """Return the bytes of the largest batch uint8 [B, 3, H, W] that loader processes pass on: in training, or in prediction only."""
     images = predict_batch_size(settings)
     if training:
-        images = max(images, settings.train.batch_size // settings.train.accumulate)
+        images = max(images, settings.train.batch_size)
     height, width = settings.model.size
     return images * 3 * height * width
 
