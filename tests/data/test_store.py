@@ -60,7 +60,7 @@ def test_a_folder_and_its_zip_hold_the_same_files(store: ImageStore) -> None:
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/passwd"])
 def test_no_name_leads_out_of_the_root(store: ImageStore, name: str) -> None:
-    with pytest.raises(DataError, match=f"path '{name}'"):
+    with pytest.raises(DataError, match=f"'{name}'"):
         store.read(name)
     with pytest.raises(DataError, match=r"a/9\.bin"):
         store.read("a/9.bin")
