@@ -464,7 +464,8 @@ def test_the_recipe_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "mine.toml"
     path.write_text(block.replace("BUCKET/PREFIX", "bucket/prefix"))
     assert read_recipe(str(path))["sagemaker"]["stages"]["split"]["price"] == 0.23
-    keys = set(re.findall(r"sagemaker\.([a-z_]+)\b(?!/)", PAGE))
+    prose = re.sub(r"```python\n.*?```", "", PAGE, flags=re.DOTALL)
+    keys = set(re.findall(r"sagemaker\.([a-z_]+)\b(?!/)", prose))
     assert keys <= {*SageMaker.model_fields, "md", "json", "amazonaws"}
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"python -m jobs (submit .*recipe=mine.toml.*)", PAGE)
