@@ -121,7 +121,7 @@ esac
     script = loop.replace("sleep 10", "sleep 0").replace("break", "exit 1")
     assert subprocess.run(["sh", "-c", script], env=environ, timeout=60).returncode == code
     stages = [call.split("-")[1] for call in (tmp_path / "calls").read_text().splitlines() if call.startswith("apply")]
-    assert len(stages) == (1 if code else 5)
+    assert len(stages) == (1 if code else 7)
 
 
 def test_no_shipped_text_waits_for_one_end_of_a_job() -> None:
