@@ -63,7 +63,7 @@ def test_a_million_rows_in_groups_are_divided_in_seconds() -> None:
     codes, groups = generator.integers(0, 400, 1_000_000), generator.integers(0, 200_000, 1_000_000)
     start = time.process_time()
     fold, _ = divided(codes, groups)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 30
     assert are_whole(groups, fold)
     assert largest_deviation(codes, fold) < 0.0005
 

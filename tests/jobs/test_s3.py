@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fivefold.contract.s3.client import MAX_ATTEMPTS
 from iam import Policy
 from jobs.__main__ import main, run
 from s3_server import CREDENTIALS, Bucket, Proxy, Request, now_and_then
@@ -254,6 +255,23 @@ def test_faults_between_the_stages_and_the_store_change_nothing(filled, monkeypa
             assert stage(filled, step) == 0, step
     assert {*proxy.faults} == {*FAULTS}
     assert results(filled) == undisturbed
+
+
+def test_a_store_that_fails_again_and_again_is_not_given_up_while_objects_arrive(filled, monkeypatch):
+    """The first image fails not at all, the second once, and so on: more often than a store without progress is tried."""
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
+    left = {f"/{filled.name}/{key}": number for number, key in enumerate(filled.listed("data/train/"))}
+
+    def as_often(request: Request) -> str | None:
+        path = request.path.partition("?")[0]
+        left[path] = left.get(path, 0) - 1
+        return "503" if left[path] >= 0 else None
+
+    proxy = Proxy(filled.endpoint, as_often)
+    with proxy.listening() as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        assert stage(filled, "split") == 0
+    assert len(proxy.faults) > MAX_ATTEMPTS
 
 
 @pytest.mark.parametrize("fault", ["spoilt", "garbled"])

@@ -208,19 +208,25 @@ class Store:
 
         return self._retry(url, pages)
 
-    def _retry(self, url: Url, call: Callable[[], T]) -> T:
-        """Return what `call` returns; retry after a RetryableError. A signal stops the process between two attempts."""
-        for attempt in range(MAX_ATTEMPTS):
+    def _retry(self, url: Url, call: Callable[[], T], remaining: Sequence[object] = ()) -> T:
+        """Return what `call` returns; retry after a RetryableError. A signal stops the process between two attempts.
+
+        The attempts are counted anew after each one that made `remaining` shorter: only a store without progress is given up.
+        """
+        attempt, before = 0, len(remaining)
+        while True:
             poll()
             try:
                 return call()
             except Exception as error:
                 known = as_ours(error, url)
+                if len(remaining) < before:
+                    attempt, before = 0, len(remaining)
                 if not isinstance(known, RetryableError) or attempt + 1 == MAX_ATTEMPTS:
                     raise known from (None if known is error else error)
                 log.log(logging.WARNING if known is error else logging.DEBUG, "%s; trying again", known)
             _back_off(attempt)
-        raise AssertionError("a last attempt returns or raises")
+            attempt += 1
 
     def _transfer(self, transfers: Sequence[Download | Upload], label: str) -> None:
         """Transfer all in parallel; after a failure retry the remaining ones."""
@@ -243,7 +249,7 @@ class Store:
                     remaining.pop()
 
         if transfers:
-            self._retry(transfers[0].url, move)
+            self._retry(transfers[0].url, move, remaining)
 
 
 class _ProvideMetadata(BaseSubscriber):
