@@ -17,6 +17,7 @@ from fivefold.data.evals import read_eval
 from fivefold.data.given import read_given
 from fivefold.data.images import decode
 from fivefold.data.store import open_store
+from fivefold.data.summary import describe_data
 from fivefold.errors import DataError
 from fivefold.recipe import Data
 from rights import let_others_in
@@ -152,3 +153,11 @@ def test_photographs_of_telephones_are_read_where_a_decoder_is_installed(tmp_pat
     assert (rows.classes, len(rows), rows.left_out) == (("cat", "cow", "dog"), 6, {})
     pixels = decode((root / "cow" / "2.HEIC").read_bytes(), "2.HEIC")
     np.testing.assert_allclose(pixels.mean(axis=(0, 1)), [255, 0, 0], atol=4)
+
+
+def test_the_report_names_what_was_counted_and_classes_that_are_numbers():
+    summary = {"rows": 9, "classes": 2, "left_out": {".heic": 4}, "skipped": [], "lost_classes": ["0", "1"]}
+    summary |= {"duplicates": {"sets": 0, "rows": 0}, "conflicting_duplicates": {"sets": 0}}
+    described = dict(describe_data(summary))
+    assert described.keys() == {"Rows", "Ignored files", "Classes without a readable image"}
+    assert described["Classes without a readable image"] == "0, 1"

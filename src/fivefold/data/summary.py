@@ -100,15 +100,16 @@ def as_text(summary: Mapping[str, Any]) -> str:
 
 def describe_data(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return name and value of each count in the summary that a reader of the scores needs."""
+    duplicates, conflicting = summary["duplicates"], summary["conflicting_duplicates"]
     counts = [
-        ("Rows", f"{summary['rows']:,} of {summary['classes']} classes"),
-        ("Ignored files", in_words(summary["left_out"])),
-        ("Unreadable images", f"{len(summary['skipped']):,}"),
-        ("Classes without a readable image", ", ".join(summary["lost_classes"])),
-        ("Duplicate images", f"{summary['duplicates']['sets']:,} sets, {summary['duplicates']['rows']:,} rows"),
-        ("Duplicates with different labels", f"{summary['conflicting_duplicates']['sets']:,} sets"),
+        ("Rows", summary["rows"], f"{summary['rows']:,} of {summary['classes']} classes"),
+        ("Ignored files", summary["left_out"], in_words(summary["left_out"])),
+        ("Unreadable images", summary["skipped"], f"{len(summary['skipped']):,}"),
+        ("Classes without a readable image", summary["lost_classes"], ", ".join(summary["lost_classes"])),
+        ("Duplicate images", duplicates["sets"], f"{duplicates['sets']:,} sets, {duplicates['rows']:,} rows"),
+        ("Duplicates with different labels", conflicting["sets"], f"{conflicting['sets']:,} sets"),
     ]
-    return [(name, value) for name, value in counts if value and not value.startswith("0")]
+    return [(name, value) for name, is_shown, value in counts if is_shown]
 
 
 def log_summary(summary: Mapping[str, Any]) -> None:
