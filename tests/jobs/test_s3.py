@@ -3,12 +3,14 @@
 import hashlib
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from boto3.s3.transfer import TransferConfig
 
-from fivefold.contract.s3.client import MAX_ATTEMPTS
+from fivefold.contract.s3.client import MAX_ATTEMPTS, MAX_CONCURRENCY
 from iam import Policy
 from jobs.__main__ import main, run
 from s3_server import CREDENTIALS, Bucket, Proxy, Request, now_and_then
@@ -257,21 +259,46 @@ def test_faults_between_the_stages_and_the_store_change_nothing(filled, monkeypa
     assert results(filled) == undisturbed
 
 
-def test_a_store_that_fails_again_and_again_is_not_given_up_while_objects_arrive(filled, monkeypatch):
-    """The first image fails not at all, the second once, and so on: more often than a store without progress is tried."""
+def test_a_store_that_fails_again_and_again_is_not_given_up_while_objects_arrive(filled, monkeypatch, capsys):
+    """Each image fails five times: all together more often than a store without progress is tried."""
     monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
-    left = {f"/{filled.name}/{key}": number for number, key in enumerate(filled.listed("data/train/"))}
+    monkeypatch.setattr("fivefold.contract.s3.client.TRANSFER_CONFIG", TransferConfig(max_concurrency=2))
+    left = dict.fromkeys((f"/{filled.name}/{key}" for key in filled.listed("data/train/")), 5)
 
-    def as_often(request: Request) -> str | None:
+    def five_times(request: Request) -> str | None:
         path = request.path.partition("?")[0]
         left[path] = left.get(path, 0) - 1
         return "503" if left[path] >= 0 else None
 
-    proxy = Proxy(filled.endpoint, as_often)
+    proxy = Proxy(filled.endpoint, five_times)
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         assert stage(filled, "split") == 0
-    assert len(proxy.faults) > MAX_ATTEMPTS
+    assert capsys.readouterr().err.count("trying again") > MAX_ATTEMPTS
+
+
+def test_objects_that_arrived_are_not_fetched_again_after_a_failure(filled, monkeypatch):
+    """The first image of the listing fails once, when all others are on their way."""
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
+    first, *others = [f"/{filled.name}/{key}" for key in filled.listed("data/train/")]
+    requests: Counter[str] = Counter()
+
+    def fail_first(request: Request) -> str | None:
+        path = request.path.partition("?")[0]
+        requests[path] += request.method == "GET"
+        if path != first or requests[first] > 1:
+            return None
+        until = time.monotonic() + 30
+        while not all(requests[other] for other in others) and time.monotonic() < until:
+            time.sleep(0.01)
+        return "503"
+
+    proxy = Proxy(filled.endpoint, fail_first)
+    with proxy.listening() as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        assert stage(filled, "split") == 0
+    assert requests[first] == 2
+    assert sum(requests[other] for other in others) <= len(others) + MAX_CONCURRENCY
 
 
 @pytest.mark.parametrize("fault", ["spoilt", "garbled"])

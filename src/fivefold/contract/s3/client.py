@@ -7,7 +7,8 @@ The service checks the SHA-256 of uploads. boto3, and the digests in a marker, v
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -208,7 +209,7 @@ class Store:
 
         return self._retry(url, pages)
 
-    def _retry(self, url: Url, call: Callable[[], T], remaining: Sequence[object] = ()) -> T:
+    def _retry(self, url: Url, call: Callable[[], T], remaining: Sized = ()) -> T:
         """Return what `call` returns; retry after a RetryableError. A signal stops the process between two attempts.
 
         The attempts are counted anew after each one that made `remaining` shorter: only a store without progress is given up.
@@ -229,24 +230,33 @@ class Store:
             attempt += 1
 
     def _transfer(self, transfers: Sequence[Download | Upload], label: str) -> None:
-        """Transfer all in parallel; after a failure retry the remaining ones."""
-        remaining = list(reversed(transfers))
+        """Transfer all in parallel; after a failure retry those that have not arrived."""
+        remaining = dict.fromkeys(transfers)
 
         def move() -> None:
-            # if an error leaves the manager, it cancels transfers that have not started
-            with TransferManager(self._client, TRANSFER_CONFIG) as manager:
-                futures = {transfer: transfer.start(manager) for transfer in reversed(remaining)}
-                total = sum(transfer.size for transfer in futures)
-                for transfer in track(list(futures), total, label, bytes_of=lambda transfer: transfer.size):
-                    while not futures[transfer].done():
-                        poll()
-                        time.sleep(POLL_INTERVAL_S)
-                    try:
+            futures: dict[Download | Upload, TransferFuture] = {}
+            try:
+                # if an error leaves the manager, it cancels transfers that have not started
+                with TransferManager(self._client, TRANSFER_CONFIG) as manager:
+                    futures.update((transfer, transfer.start(manager)) for transfer in remaining)
+                    total = sum(transfer.size for transfer in futures)
+                    for transfer in track(list(futures), total, label, bytes_of=lambda transfer: transfer.size):
+                        while not futures[transfer].done():
+                            poll()
+                            time.sleep(POLL_INTERVAL_S)
+                        try:
+                            futures[transfer].result()
+                        except Exception as error:
+                            raise as_ours(error, transfer.url) from error
+                        transfer.check()
+                        del remaining[transfer]
+            except RetryableError:
+                for transfer in [*remaining]:
+                    with suppress(Exception):
                         futures[transfer].result()
-                    except Exception as error:
-                        raise as_ours(error, transfer.url) from error
-                    transfer.check()
-                    remaining.pop()
+                        transfer.check()
+                        del remaining[transfer]
+                raise
 
         if transfers:
             self._retry(transfers[0].url, move, remaining)
