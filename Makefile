@@ -57,10 +57,10 @@ image: ## build the image of all stages; IMAGE=fivefold:latest BASE_IMAGE=python
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
 
 manifests: $(FOR_RUNS) ## render the generated manifests of k8s/
-	@$(BIN)/python -m fivefold.launchers.manifests k8s
+	@$(BIN)/python -m fivefold.launchers.kubernetes.manifests k8s
 
 docs: $(FOR_RUNS) ## write docs/settings.md from the settings
-	@mkdir -p build && $(BIN)/python -m fivefold.settings >build/settings.md && mv build/settings.md docs/settings.md
+	@mkdir -p build && $(BIN)/python -m fivefold.config.loading >build/settings.md && mv build/settings.md docs/settings.md
 
 check: $(FOR_ALL) ## run ruff and the import rules only
 	@$(BIN)/ruff check .

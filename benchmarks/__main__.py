@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.options import Options, describe_keys, parse
 from benchmarks.results import TARGETS, describe_machine, markdown_table, save
-from fivefold.choose import choose
 from fivefold.errors import FivefoldError, SettingsError
+from fivefold.lookup import choose
 
 log = logging.getLogger("fivefold")
 MODULES = {name: ("training", f"measure_{name}") for name in ("train", "peer")}

@@ -67,12 +67,12 @@ def run_models(request: dict[str, Any]) -> list[dict[str, float]]:
     """Run every model on all views of a resident batch until all images are done; return the passes."""
     import torch
 
-    from fivefold.assemble import predict_batch_size
+    from fivefold.build import predict_batch_size
     from fivefold.contract.artifacts import ModelDir
     from fivefold.contract.files import read_json
-    from fivefold.contract.stages import MODEL
+    from fivefold.contract.stage_specs import MODEL
     from fivefold.inference.tta import build_views
-    from fivefold.members import load_member
+    from fivefold.trained_model import load_member
 
     passes, images = [], request["images"]
     for path in sorted(Path(request["models"]).glob("fold-*/model")):

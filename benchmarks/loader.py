@@ -67,13 +67,13 @@ def cached_images(request: dict[str, Any]) -> Any:
     """Return all images of the split as a training reads them, from a cache that is built once."""
     import numpy as np
 
-    from fivefold.assemble import image_set
-    from fivefold.contract.stages import CLASSES, FOLDS
-    from fivefold.data.folds import read_folds
-    from fivefold.data.image_cache import cached_once, files_of
-    from fivefold.data.images import pixels_of
-    from fivefold.data.store import open_store
-    from fivefold.settings import arguments_layer, load
+    from fivefold.build import image_set
+    from fivefold.config.loading import arguments_layer, load
+    from fivefold.contract.stage_specs import CLASSES, FOLDS
+    from fivefold.data.image_io import pixels_of
+    from fivefold.data.pipeline.image_cache import cached_once, files_of
+    from fivefold.data.readers.stores import open_store
+    from fivefold.data.split.fold_table import read_folds
 
     crop = json.dumps(["random_resized_crop", "horizontal_flip"])
     keys = [f"model.image_size={request['size']}", f"augment.train={crop}", f"data.store_size={STORED}"]

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.processes import Timer, wait_for_turn
-from fivefold import assemble
-from fivefold.contract.stages import CLASSES, FOLDS
-from fivefold.data.dataset import Batch, Sample, Stream, generator, load
-from fivefold.data.folds import read_folds
-from fivefold.data.store import open_store
-from fivefold.distributed.replicas import BY_ITSELF
-from fivefold.recipe import Settings
-from fivefold.settings import arguments_layer
-from fivefold.settings import load as load_settings
-from fivefold.training.loop import Loop, TrainRows, rows_of
+from fivefold import build
+from fivefold.config.loading import arguments_layer
+from fivefold.config.loading import load as load_settings
+from fivefold.config.schema import Settings
+from fivefold.contract.stage_specs import CLASSES, FOLDS
+from fivefold.data.pipeline.dataset import Batch, Sample, Stream, generator, load
+from fivefold.data.readers.stores import open_store
+from fivefold.data.split.fold_table import read_folds
+from fivefold.distributed.process_group import BY_ITSELF
+from fivefold.training.checkpoints import random_state, set_random_state
 from fivefold.training.objectives import Rows
-from fivefold.training.resume import random_state, set_random_state
+from fivefold.training.trainer import Loop, TrainRows, rows_of
 
 Step = Callable[[], torch.Tensor]
 """A step; it returns its loss on the device."""
@@ -135,7 +135,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         wait()
         passes.append(timer.stop(request["steps"] * len(resident.samples)))
     curve = {"losses": [float(loss) for loss in losses]} if request.get("curve") else {}
-    return {"passes": passes, "precision": assemble.precision_name(resident.loop.runtime), **curve}
+    return {"passes": passes, "precision": build.precision_name(resident.loop.runtime), **curve}
 
 
 def first_fold(request: dict[str, Any]) -> Resident:
@@ -143,14 +143,14 @@ def first_fold(request: dict[str, Any]) -> Resident:
     settings = load_settings([arguments_layer(request["settings"])])
     table = read_folds(Path(request["split"]) / FOLDS, Path(request["split"]) / CLASSES)
     rows = table.train_rows(0)[: settings.train.batch_size]
-    assemble.seed_everything(settings.seed)
-    network = assemble.build_classifier(settings.model, len(table.classes))
-    settings = assemble.settled(settings, network, BY_ITSELF, None, Path(request["probes"]))
-    runtime = assemble.runtime_of(settings)
-    targets = assemble.one_hot(table.codes[rows], len(table.classes), runtime.device)
-    images = assemble.image_set(open_store(Path(request["train"])), table, rows, settings, training=True)
+    build.seed_everything(settings.seed)
+    network = build.build_classifier(settings.model, len(table.classes))
+    settings = build.settled(settings, network, BY_ITSELF, None, Path(request["probes"]))
+    runtime = build.runtime_of(settings)
+    targets = build.one_hot(table.codes[rows], len(table.classes), runtime.device)
+    images = build.image_set(open_store(Path(request["train"])), table, rows, settings, training=True)
     data = TrainRows(images, targets)
-    loop = assemble.build_loop("resident", network, data, None, settings, runtime, select=False, patience=0)
+    loop = build.build_loop("resident", network, data, None, settings, runtime, select=False, patience=0)
     samples = loop.batches(1)[0]
     return Resident(loop, settings, samples, next(load(images, [samples], workers=0)))
 

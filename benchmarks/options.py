@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fivefold.choose import choose
 from fivefold.errors import SettingsError
+from fivefold.lookup import choose
 
 ROOT = Path(__file__).parents[1]
 """The repository."""

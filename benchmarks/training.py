@@ -20,8 +20,8 @@ from benchmarks.processes import Call, rate, ratio_of_passes, repeat, run, run_s
 from benchmarks.results import Finding, ratio_finding
 from benchmarks.workloads import LR, SCALE, WEIGHT_DECAY, Workload, names_for, photographs, split_of, workload
 from fivefold.contract.files import read_json
-from fivefold.contract.stages import CLASSES, FOLDS, MODEL
-from fivefold.data.folds import read_folds
+from fivefold.contract.stage_specs import CLASSES, FOLDS, MODEL
+from fivefold.data.split.fold_table import read_folds
 from fivefold.errors import SettingsError
 from fivefold.progress import track
 

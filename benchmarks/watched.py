@@ -14,7 +14,7 @@ from jobs.__main__ import main as jobs_main
 
 def watch_epochs(readings: dict[str, Any]) -> None:
     """Add `passes` to `readings`: the training pass of each epoch, with its loader and without validation, each in its turn."""
-    loop = importlib.import_module("fivefold.training.loop")
+    loop = importlib.import_module("fivefold.training.trainer")
     train_epoch = loop.train_epoch
 
     def timed(trainer: Any, progress: Any) -> Any:
@@ -31,7 +31,7 @@ def watch_epochs(readings: dict[str, Any]) -> None:
 def watch_stage(readings: dict[str, Any]) -> None:
     """Add `passes` to `readings`: one pass, the whole stage `ensemble`. Late imports happen before."""
     importlib.import_module("timm")
-    importlib.import_module("fivefold.committee")
+    importlib.import_module("fivefold.ensemble")
     ensemble = importlib.import_module("jobs.ensemble")
     main = ensemble.main
 

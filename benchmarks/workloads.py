@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from benchmarks.options import Options
 from benchmarks.processes import Call, run
 from fivefold.contract.files import write_json
-from fivefold.contract.stages import FOLDS
+from fivefold.contract.stage_specs import FOLDS
 from fivefold.progress import track
 
 FOLD_COUNT = 5

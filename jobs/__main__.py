@@ -17,23 +17,22 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from fivefold import settings as settings_
-from fivefold.choose import choose
+from fivefold.config import loading as settings_
+from fivefold.config.parsing import value_of
+from fivefold.config.recipes import shipped_recipes
+from fivefold.config.schema import Settings
 from fivefold.contract.failure import explained, report_failure, report_termination
 from fivefold.contract.job import Job, given_channels, job_from, output_data, output_dir
-from fivefold.contract.layout import in_run, run_at
 from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
-from fivefold.contract.stages import FAILURE, STAGES, Stage
-from fivefold.contract.storage import SCRATCH, shown
-from fivefold.distributed.place import PARENT
+from fivefold.contract.run_layout import in_run, run_at
+from fivefold.contract.s3.sync import SCRATCH, shown
+from fivefold.contract.stage_specs import FAILURE, STAGES, Stage
+from fivefold.distributed.ranks import PARENT
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
-from fivefold.machine import end_with, start_no_more_threads
-from fivefold.recipe import Settings
-from fivefold.recipes import shipped_recipes
-from fivefold.stopping import noted, poll
-from fivefold.values import value_of
-
-from . import company
+from fivefold.lookup import choose
+from fivefold.signals import noted, poll
+from fivefold.stages import ranks
+from fivefold.system import end_with, start_no_more_threads
 
 log = logging.getLogger("fivefold")
 
@@ -78,7 +77,7 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
         if stage.by_argument:
             arguments, environ = paths_given(stage, arguments, environ)
         settings_once = cache(lambda: settings_of(stage, arguments, environ))
-        code = company.run_by_others(stage, arguments, environ, settings_once)
+        code = ranks.run_by_others(stage, arguments, environ, settings_once)
         if code is not None:
             return code
         start_no_more_threads(os.environ)
@@ -89,8 +88,8 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
             if settings.run:
                 environ = in_run(stage, environ, run_at(settings.runs, settings.run), settings.fold)
             job = job_from(stage, environ, Path(scratch))
-            with company.joined(job), job.remote:
-                (run_stage if job.place.leads else company.follow)(job, settings)
+            with ranks.joined(job), job.remote:
+                (run_stage if job.place.leads else ranks.follow)(job, settings)
             poll()
         return 0
     except (KeyboardInterrupt, Exception) as error:
@@ -129,7 +128,7 @@ def run_stage(job: Job, settings: Settings) -> None:
     )
     if job.output_dir is not None:
         (job.output_dir / FAILURE).unlink(missing_ok=True)
-    if not company.decided(job, settings, reason is not None):
+    if not ranks.decided(job, settings, reason is not None):
         log.info(
             "%s: nothing to do: inputs, settings and outputs match %s", job.stage.name, record_path(folder, key.stage)
         )

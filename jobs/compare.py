@@ -12,20 +12,19 @@ import numpy as np
 import pandas as pd
 
 from fivefold import predictions
+from fivefold.config.schema import Settings
 from fivefold.contract.files import atomic, is_shown, read_json, tree_files, write_json, write_text
 from fivefold.contract.job import Job
-from fivefold.contract.stages import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
+from fivefold.contract.stage_specs import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
 from fivefold.contract.submissions import find_submissions
 from fivefold.csv_tables import open_csv
 from fivefold.errors import DataError, MissingInputError
-from fivefold.evaluation import comparison, truth
+from fivefold.evaluation import comparison, ground_truth
 from fivefold.evaluation.comparison import Experiment
-from fivefold.evaluation.tables import write_csv
-from fivefold.inference.submitted import has_one_column, names_classes_alone, read_submitted, system_name
+from fivefold.evaluation.scored_rows import write_csv
+from fivefold.inference.submission_reader import has_one_column, names_classes_alone, read_submitted, system_name
 from fivefold.predictions import mean_by_id
-from fivefold.recipe import Settings
-
-from .outcome import Outcome
+from fivefold.stages.result import Outcome
 
 log = logging.getLogger("fivefold")
 ALL_SUBMISSIONS = "all_experiments_submission_compare.csv"
@@ -35,7 +34,7 @@ LOGLOSS_COLUMNS = ("logloss", "logloss_low", "logloss_high")
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Compare all experiments; return the tables, plots and page, and the figures."""
-    file, labels = ground_truth(job)
+    file, labels = load_ground_truth(job)
     experiments = found_experiments(job, settings.compare.runs, settings.compare.files)
     experiments = with_tables(experiments, labels, settings.ensemble.answer, settings.ensemble.positive_class)
     tables = {"test": [experiment.test_figures(labels, file) if file else None for experiment in experiments]}
@@ -45,7 +44,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     if not any(tables[shown]):
         notes.append("no scores: there is neither a ground truth nor out-of-fold rows")
     known = {e.name: e.oof for e in experiments if e.oof} if file is None else {}
-    known |= {e.name: truth.with_truth(e.table, dict(labels), file) for e in experiments if file and e.table}
+    known |= {e.name: ground_truth.with_truth(e.table, dict(labels), file) for e in experiments if file and e.table}
     differences = comparison.paired(known, {e.name for e in experiments if e.labels_only})
     pictures = comparison.draw(experiments, tables[shown], alike)
     page = comparison.page(
@@ -161,10 +160,10 @@ def with_tables(
     ]
 
 
-def ground_truth(job: Job) -> tuple[Path | None, Mapping[str, str]]:
+def load_ground_truth(job: Job) -> tuple[Path | None, Mapping[str, str]]:
     channel = job.optional_channel("ground_truth")
-    file = truth.truth_file(channel) if channel else None
-    return file, truth.read_truth(file) if file else {}
+    file = ground_truth.truth_file(channel) if channel else None
+    return file, ground_truth.read_truth(file) if file else {}
 
 
 def write_tables(

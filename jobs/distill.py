@@ -5,20 +5,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fivefold import assemble, distillation
+from fivefold import build, distillation
+from fivefold.config.schema import Data, Settings
 from fivefold.contract.artifacts import ModelDir, check_split, find_models
 from fivefold.contract.job import Job
-from fivefold.data.folds import FoldTable
-from fivefold.data.images import pixels_of
-from fivefold.data.inventory import log_left_out, take_inventory
-from fivefold.distributed.replicas import Replicas
+from fivefold.data.image_io import pixels_of
+from fivefold.data.readers.inventory import log_left_out, take_inventory
+from fivefold.data.split.fold_table import FoldTable
+from fivefold.distributed.process_group import Replicas
 from fivefold.errors import DataError, SettingsError
-from fivefold.inference.ensemble import check_members
-from fivefold.recipe import Data, Settings
-
-from . import images
-from .outcome import Outcome
-from .training import read_split, start_network, start_run
+from fivefold.inference.ensemble_spec import check_members
+from fivefold.stages import image_source
+from fivefold.stages.result import Outcome
+from fivefold.stages.training_run import read_split, start_network, start_run
 
 log = logging.getLogger("fivefold")
 
@@ -26,16 +25,16 @@ log = logging.getLogger("fivefold")
 def main(job: Job, settings: Settings) -> Outcome:
     """Train the student; return its model directory (`role: student`), and its holdout figures if there is a holdout."""
     student = settings.student()
-    assemble.check_training(student)
+    build.check_training(student)
     split, table = read_split(job, student.model.factors)
     models = find_models(job.channel("model"), job.scratch)
     check_members(models)
     check_split(models, split)
     check_factors(models, table)
     rows, aside = np.flatnonzero(table.part == "train"), table.aside_rows()
-    patience = allowed_patience(settings.distill.patience, len(aside))
+    patience = distillation.allowed_patience(settings.distill.patience, len(aside))
     network = start_network(job, student, len(table.classes))
-    store = images.open_split(job, table, student)
+    store = image_source.open_split(job, table, student)
 
     train_rows = distillation.Pupils(table, rows, store, Replicas(job.place), job.scratch)
     targets = distillation.teach(settings.distill.teacher, models, train_rows, settings.distill.views)
@@ -70,22 +69,12 @@ def in_factors(names: Sequence[str]) -> str:
     return f"the factors {', '.join(names)}" if names else "whole classes"
 
 
-def allowed_patience(patience: int, holdout_rows: int) -> int:
-    """Return the patience; raise a SettingsError without a holdout, since the teachers trained on all other labels."""
-    if patience and not holdout_rows:
-        raise SettingsError(
-            f"distill.patience={patience} needs a holdout to validate on: the teachers trained on the labels of all folds; "
-            "split with split.holdout=0.1, or set distill.patience=0"
-        )
-    return patience
-
-
 def unlabelled(job: Job, models: list[ModelDir], pupils: distillation.Pupils, data: Data) -> distillation.Unseen | None:
     """Return the images of the unlabelled channel with the ensemble's predictions; None without that channel."""
     channel = job.optional_channel("unlabeled")
     if channel is None:
         return None
-    store = images.open_images(job, "unlabeled", data)
+    store = image_source.open_images(job, "unlabeled", data)
     inventory = take_inventory(store)
     log_left_out(inventory.counts(), channel)
     paths = inventory.images

@@ -9,22 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from fivefold import predictions, recipe
+from fivefold import predictions
+from fivefold.config import schema
+from fivefold.config.schema import Settings, Spec
 from fivefold.contract.artifacts import ModelDir, check_split, find_models, locate
 from fivefold.contract.files import write_json
 from fivefold.contract.job import Job
-from fivefold.contract.stages import EACH, ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
+from fivefold.contract.stage_specs import EACH, ENSEMBLE, FOLDS, HOLDOUT, OOF, PREDICTIONS
 from fivefold.contract.submissions import find_submissions
-from fivefold.data.evals import EvalTable, Submission, read_eval
-from fivefold.data.same_classes import SameClasses
-from fivefold.data.store import ImageStore
+from fivefold.data.class_aliases import SameClasses
+from fivefold.data.readers.eval_images import EvalTable, Submission, read_eval
+from fivefold.data.readers.stores import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.calibration import apply_temperature
-from fivefold.inference.blends import combined, equal
-from fivefold.inference.ensemble import Ensemble, by_system, check_together
-from fivefold.inference.product import Product, factors_of, product_of
+from fivefold.inference.blending import combined, equal
+from fivefold.inference.ensemble_spec import Ensemble, by_system, check_together
+from fivefold.inference.factor_product import Product, factors_of, product_of
 from fivefold.inference.submission import check_submission, write_submission
-from fivefold.inference.submitted import (
+from fivefold.inference.submission_reader import (
     PREFIX,
     has_one_column,
     holds_labels,
@@ -34,10 +36,8 @@ from fivefold.inference.submitted import (
 )
 from fivefold.inference.systems import Rule, Score, System, join, judge_holdout, scores_alone, weigh
 from fivefold.predictions import Predictions, in_class_order
-from fivefold.recipe import Settings, Spec
-
-from .images import open_images
-from .outcome import Outcome
+from fivefold.stages.image_source import open_images
+from fivefold.stages.result import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -149,7 +149,7 @@ def read_files(
     images: EvalTable,
     classes: tuple[str, ...],
     same: SameClasses,
-    options: recipe.Ensemble,
+    options: schema.Ensemble,
 ) -> dict[str, Predictions]:
     """Read each file's predictions of the test images, in their order, by system name."""
     duplicates = sorted(files.keys() & groups.keys())
@@ -162,7 +162,7 @@ def read_files(
     return {name: table.in_order(ids) for name, table in tables.items()}
 
 
-def check_blends(options: recipe.Ensemble, submitted: Mapping[str, Predictions]) -> None:
+def check_blends(options: schema.Ensemble, submitted: Mapping[str, Predictions]) -> None:
     """Raise a SettingsError for a file of predicted classes in a blend where it would be a veto or could not be ranked."""
     certain = [name for name, table in submitted.items() if holds_labels(table)]
     if certain and options.blend in ("geometric", "rank"):
@@ -201,7 +201,7 @@ def predict_each(
 
     An image is decoded and transformed once for all models with the same preprocessing, and for all views.
     """
-    from fivefold.members import Gallery, ImageFiles
+    from fivefold.trained_model import Gallery, ImageFiles
 
     images = Gallery(ImageFiles(asked.store, asked.images.paths), asked.scratch, asked.prior)
     log_probs = {name: predict(group, images, explicit, within) for name, group in groups.items()}
@@ -221,8 +221,8 @@ def prior_of(model: ModelDir) -> np.ndarray:
 
 def predict(group: list[ModelDir], gallery: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
     """Predict with a system's models and combine them into one [N, C] with equal weights; load one network at a time."""
-    from fivefold.assemble import in_words
-    from fivefold.members import load_member
+    from fivefold.build import in_words
+    from fivefold.trained_model import load_member
 
     predicted, classes = [], group[0].info["classes"]
     for number, model in enumerate(group, start=1):

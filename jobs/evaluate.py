@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fivefold.config.schema import Settings
 from fivefold.contract.files import atomic, write_json, write_text
 from fivefold.contract.job import Job
-from fivefold.contract.stages import METRICS, REPORT
+from fivefold.contract.stage_specs import METRICS, REPORT
 from fivefold.errors import MissingInputError
-from fivefold.evaluation import report, tables
+from fivefold.evaluation import report, scored_rows
 from fivefold.evaluation.metrics import full_report
-from fivefold.recipe import Settings
-
-from .outcome import Outcome
-from .scoring import Evidence
+from fivefold.stages.evaluation_inputs import Evidence
+from fivefold.stages.result import Outcome
 
 log = logging.getLogger("fivefold")
 
@@ -88,7 +87,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     return Outcome([*written, folder / REPORT], headline)
 
 
-def in_and_out(rows: tables.Scored, known: Set[str], top_k: int, bins: int) -> dict[str, Any]:
+def in_and_out(rows: scored_rows.Scored, known: Set[str], top_k: int, bins: int) -> dict[str, Any]:
     """Return the number of rows that are images of the split and the scores of the other rows; empty without overlap."""
     new = np.array([str(name) not in known for name in rows.table.ids], bool)
     if new.all():
@@ -112,16 +111,16 @@ def notes_on_overlap(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]
 
 
 def write_tables(
-    folder: Path, first: tables.Scored, mistakes: Mapping[str, pd.DataFrame], selecting: Set[str]
+    folder: Path, first: scored_rows.Scored, mistakes: Mapping[str, pd.DataFrame], selecting: Set[str]
 ) -> list[Path]:
     """Write the per-class table and confusion matrix of the `first` rows, and all mistakes; those in `selecting` go to their own file."""
-    written = [tables.write_per_class(folder / "per_class.csv", first)]
-    written.append(tables.write_confusion(folder / "confusion_matrix.csv", first))
+    written = [scored_rows.write_per_class(folder / "per_class.csv", first)]
+    written.append(scored_rows.write_confusion(folder / "confusion_matrix.csv", first))
     for file, selected in zip(WRONG, (True, False), strict=True):
         (folder / file).unlink(missing_ok=True)
         if frames := [rows for name, rows in mistakes.items() if (name in selecting) is selected]:
             ranked = pd.concat(frames).sort_values("confidence", ascending=False, kind="stable")
-            written.append(tables.write_csv(folder / file, ranked))
+            written.append(scored_rows.write_csv(folder / file, ranked))
     return written
 
 

@@ -3,15 +3,14 @@
 import json
 import logging
 
+from fivefold.config.schema import Settings
 from fivefold.contract.job import Job
-from fivefold.contract.stages import OUTPUT
+from fivefold.contract.stage_specs import OUTPUT
 from fivefold.csv_tables import open_csv
 from fivefold.errors import MissingInputError
-from fivefold.evaluation.truth import read_truth, score_answers, truth_file
-from fivefold.inference.submitted import read_submitted
-from fivefold.recipe import Settings
-
-from .outcome import Outcome
+from fivefold.evaluation.ground_truth import read_truth, score_answers, truth_file
+from fivefold.inference.submission_reader import read_submitted
+from fivefold.stages.result import Outcome
 
 log = logging.getLogger("fivefold")
 

@@ -2,19 +2,18 @@
 
 import logging
 
-from fivefold import exporting
-from fivefold.choose import choose
-from fivefold.committee import Committee
+from fivefold import export
+from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import ModelDir, find_models, locate, locate_all
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import Job
-from fivefold.contract.stages import ENSEMBLE, EXPORT, RAW_WEIGHTS, WEIGHTS
+from fivefold.contract.stage_specs import ENSEMBLE, EXPORT, RAW_WEIGHTS, WEIGHTS
+from fivefold.ensemble import Committee
 from fivefold.errors import SettingsError
-from fivefold.inference.ensemble import find_ensemble
-from fivefold.members import load_member
-from fivefold.recipe import Settings
-
-from .outcome import Outcome
+from fivefold.inference.ensemble_spec import find_ensemble
+from fivefold.lookup import choose
+from fivefold.stages.result import Outcome
+from fivefold.trained_model import load_member
 
 log = logging.getLogger("fivefold")
 
@@ -22,7 +21,7 @@ log = logging.getLogger("fivefold")
 def main(job: Job, settings: Settings) -> Outcome:
     """Write the file, and `export.json` beside it, which describes its inputs and outputs."""
     options = settings.export
-    name, write = choose(exporting.FORMATS, "format", options.format)
+    name, write = choose(export.FORMATS, "format", options.format)
     path = job.output() / (options.file or name)
     models = find_models(job.channel("model"), job.scratch)
     models = models if settings.fold is None else [model_of_fold(models, settings.fold)]
@@ -38,7 +37,7 @@ def main(job: Job, settings: Settings) -> Outcome:
     with atomic(path) as temporary:
         write(temporary, committee)
     log.info("%s: %s, %.1f MB", path, ", ".join(model.name for model in models), path.stat().st_size / 1e6)
-    facts = {"file": path.name, "format": options.format, **exporting.describe(committee)}
+    facts = {"file": path.name, "format": options.format, **export.describe(committee)}
     write_json(job.output() / EXPORT, facts)
     return Outcome([path, job.output() / EXPORT], {"models": len(models), "bytes": path.stat().st_size})
 

@@ -3,20 +3,20 @@
 import logging
 
 from fivefold import predictions
+from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import find_models
 from fivefold.contract.job import Job
-from fivefold.contract.stages import OUTPUT, PREDICTIONS
-from fivefold.data.evals import read_eval
-from fivefold.data.same_classes import SameClasses
-from fivefold.data.store import open_store
-from fivefold.inference.blends import mean
-from fivefold.inference.ensemble import by_system, check_same
-from fivefold.inference.product import needs_product, product_of
+from fivefold.contract.stage_specs import OUTPUT, PREDICTIONS
+from fivefold.data.class_aliases import SameClasses
+from fivefold.data.readers.eval_images import read_eval
+from fivefold.data.readers.stores import open_store
+from fivefold.inference.blending import mean
+from fivefold.inference.ensemble_spec import by_system, check_same
+from fivefold.inference.factor_product import needs_product, product_of
 from fivefold.inference.submission import check_submission
-from fivefold.recipe import Settings
+from fivefold.stages.result import Outcome
 
 from .ensemble import Asked, in_factors, predict_each, submit, table_of
-from .outcome import Outcome
 
 log = logging.getLogger("fivefold")
 

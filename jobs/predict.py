@@ -12,22 +12,21 @@ import numpy as np
 import pandas as pd
 
 from fivefold.api import answers, tell
-from fivefold.committee import Verdict, load_committee, seen_as
+from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import ModelDir, check_split, locate
 from fivefold.contract.job import Job
-from fivefold.contract.stages import CLASSES, FOLDS
-from fivefold.data.folds import read_folds
-from fivefold.data.given import Given, check_truth, read_given, with_folders_as_truth
+from fivefold.contract.stage_specs import CLASSES, FOLDS
+from fivefold.data.readers.user_images import Given, check_truth, read_given, with_folders_as_truth
+from fivefold.data.split.fold_table import read_folds
+from fivefold.ensemble import Verdict, load_committee, seen_as
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import summary
-from fivefold.evaluation.tables import Scored, write_csv
+from fivefold.evaluation.scored_rows import Scored, write_csv
 from fivefold.launchers.plan import new_run_name
-from fivefold.members import ImageFiles
 from fivefold.predictions import Predictions
-from fivefold.recipe import Settings
-
-from .images import open_images
-from .outcome import Outcome
+from fivefold.stages.image_source import open_images
+from fivefold.stages.result import Outcome
+from fivefold.trained_model import ImageFiles
 
 log = logging.getLogger("fivefold")
 

@@ -4,17 +4,26 @@ import logging
 
 import numpy as np
 
+from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import locate
 from fivefold.contract.job import Job
-from fivefold.contract.stages import CLASSES, FOLDS
-from fivefold.data.evals import read_eval
-from fivefold.data.folds import read_folds
-from fivefold.data.image_cache import HEAD, INDEX, PIXELS, ImageFile, files_of, in_words, key_of, open_or_build, survey
-from fivefold.data.images import is_image, pixels_of
-from fivefold.data.store import open_store
-from fivefold.recipe import Settings
-
-from .outcome import Outcome
+from fivefold.contract.stage_specs import CLASSES, FOLDS
+from fivefold.data.image_io import is_image, pixels_of
+from fivefold.data.pipeline.image_cache import (
+    HEAD,
+    INDEX,
+    PIXELS,
+    ImageFile,
+    files_of,
+    in_words,
+    key_of,
+    open_or_build,
+    survey,
+)
+from fivefold.data.readers.eval_images import read_eval
+from fivefold.data.readers.stores import open_store
+from fivefold.data.split.fold_table import read_folds
+from fivefold.stages.result import Outcome
 
 log = logging.getLogger("fivefold")
 

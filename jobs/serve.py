@@ -15,17 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fivefold.config.loading import Layer, describe, layers_of, load, normal_key, unused_keys
+from fivefold.config.schema import Settings
 from fivefold.contract.job import base_dir, job_from
-from fivefold.contract.layout import run_at
-from fivefold.contract.stages import STAGES
-from fivefold.contract.storage import SCRATCH
+from fivefold.contract.run_layout import run_at
+from fivefold.contract.s3.sync import SCRATCH
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import MissingInputError
-from fivefold.recipe import Settings
-from fivefold.settings import Layer, describe, layers_of, load, normal_key, unused_keys
-from fivefold.stopping import noted
+from fivefold.signals import noted
 
 if TYPE_CHECKING:
-    from fivefold.committee import Committee
+    from fivefold.ensemble import Committee
 
 log = logging.getLogger("fivefold")
 
@@ -87,7 +87,7 @@ def model_at(path: str, settings: Settings, scratch: Path) -> "Committee":
     folder = job_from(STAGES["predict"], {"SM_CHANNEL_MODEL": path}, scratch).channel("model")
     import numpy as np
 
-    from fivefold.committee import load_committee
+    from fivefold.ensemble import load_committee
 
     ensemble = load_committee(folder, scratch, settings.predict.model_dump(exclude_unset=True))
     grey = ensemble.prepare(dict.fromkeys(ensemble.kinds, np.full((64, 64, 3), 128, np.uint8)))

@@ -11,25 +11,24 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fivefold.config.loading import key_settings
+from fivefold.config.schema import Settings, Split
 from fivefold.contract.files import atomic, write_json, write_text
 from fivefold.contract.job import Job
-from fivefold.contract.stages import CLASSES, FOLDS, OVERLAP, SPLIT_SUMMARY
-from fivefold.data.adapters import Rows, read_rows
-from fivefold.data.evals import EvalTable, check_rows, read_eval
-from fivefold.data.folds import FoldTable, write_folds
-from fivefold.data.images import pixels_of
-from fivefold.data.opening import Opened, equal_pictures, keep_readable, open_images, reasons_in_words
-from fivefold.data.same_classes import SameClasses
-from fivefold.data.splitting import Duplicates, divide, divide_products, find_duplicates, group_codes, rank_labels
-from fivefold.data.store import ImageStore, open_store
-from fivefold.data.summary import as_text, class_file, log_summary, remove_parts, summarise, write_parts
+from fivefold.contract.stage_specs import CLASSES, FOLDS, OVERLAP, SPLIT_SUMMARY
+from fivefold.data.class_aliases import SameClasses
+from fivefold.data.image_io import pixels_of
+from fivefold.data.readers.eval_images import EvalTable, check_rows, read_eval
+from fivefold.data.readers.stores import ImageStore, open_store
+from fivefold.data.readers.training_rows import Rows, read_rows
+from fivefold.data.split.assign import Duplicates, divide, divide_products, find_duplicates, group_codes, rank_labels
+from fivefold.data.split.fold_table import FoldTable, write_folds
+from fivefold.data.split.report import as_text, class_file, log_summary, remove_parts, summarise, write_parts
+from fivefold.data.split.verify import Opened, equal_pictures, keep_readable, open_images, reasons_in_words
 from fivefold.errors import DataError
 from fivefold.inference.submission import check_submission
 from fivefold.predictions import sample
-from fivefold.recipe import Settings, Split
-from fivefold.settings import key_settings
-
-from .outcome import Outcome
+from fivefold.stages.result import Outcome
 
 log = logging.getLogger("fivefold")
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fivefold.choose import did_you_mean
+from fivefold.config.loading import arguments_layer, normal_key
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.launchers.plan import Plan
 from fivefold.launchers.status import figures_of, in_columns, newest_run, read_plan, status_of
-from fivefold.settings import arguments_layer, normal_key
+from fivefold.lookup import did_you_mean
 
 KEYS = {"run": "name of the run; default: the newest", "runs": "folder of all runs; default: runs"}
 

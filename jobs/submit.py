@@ -11,18 +11,19 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from fivefold.choose import choose, did_you_mean
+from fivefold.config.loading import arguments_layer, flatten
+from fivefold.config.schema import SECTIONS, Settings
 from fivefold.contract.files import probe_writable
 from fivefold.errors import SettingsError
-from fivefold.launchers import kubernetes, local, manifests
+from fivefold.launchers import local
+from fivefold.launchers.kubernetes import launch as kubernetes
+from fivefold.launchers.kubernetes import manifests
 from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
 from fivefold.launchers.sagemaker import launch as sagemaker
 from fivefold.launchers.sagemaker import local as sagemaker_local
 from fivefold.launchers.status import results_of, write_plan
-from fivefold.recipe import SECTIONS, Settings
-from fivefold.settings import arguments_layer, flatten
-
-from .check import check_plan
+from fivefold.lookup import choose, did_you_mean
+from fivefold.stages.preflight import check_plan
 
 log = logging.getLogger("fivefold")
 

@@ -10,16 +10,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fivefold.contract import lineage, storage
+from fivefold.contract import lineage
 from fivefold.contract.lineage import Node
+from fivefold.contract.s3 import sync
+from fivefold.contract.s3.sync import SCRATCH, Remote
 from fivefold.contract.s3.urls import Url, is_url, parse
-from fivefold.contract.stages import CLASSES, FOLDS, RECORD
-from fivefold.contract.storage import SCRATCH, Remote
-from fivefold.data.folds import read_folds
-from fivefold.data.store import open_store
+from fivefold.contract.stage_specs import CLASSES, FOLDS, RECORD
+from fivefold.data.readers.stores import open_store
+from fivefold.data.split.fold_table import read_folds
 from fivefold.errors import DataError, FivefoldError, MissingInputError, SettingsError
 from fivefold.progress import track
-from fivefold.stopping import noted
+from fivefold.signals import noted
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         resolver = Resolver(Path(scratch), everything="--check" in arguments)
         node = lineage.trace(lineage.find_record(resolver.path(paths[0])), resolver)
-        print(storage.shown("\n".join(tree(node, set()))))
+        print(sync.shown("\n".join(tree(node, set()))))
         if "--check" in arguments:
             check(node, Path(scratch))
     return 0

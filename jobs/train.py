@@ -3,13 +3,13 @@
 import logging
 from dataclasses import replace
 
+from fivefold.config.schema import Settings
 from fivefold.contract.job import Job
-from fivefold.contract.stages import STAGES
-from fivefold.recipe import Settings
+from fivefold.contract.stage_specs import STAGES
+from fivefold.stages.result import Outcome
+from fivefold.stages.training_run import start_network
 
 from . import split, train_fold
-from .outcome import Outcome
-from .training import start_network
 
 log = logging.getLogger("fivefold")
 

@@ -2,27 +2,26 @@
 
 import logging
 
-from fivefold import assemble
+from fivefold import build
+from fivefold.config.schema import Settings
 from fivefold.contract.job import Job
 from fivefold.errors import SettingsError
-from fivefold.recipe import Settings
-from fivefold.training.loop import TrainRows
-
-from . import images
-from .outcome import Outcome
-from .training import read_split, start_network, start_run
+from fivefold.stages import image_source
+from fivefold.stages.result import Outcome
+from fivefold.stages.training_run import read_split, start_network, start_run
+from fivefold.training.trainer import TrainRows
 
 log = logging.getLogger("fivefold")
 
 
 def main(job: Job, settings: Settings) -> Outcome:
     """Train the fold that the settings name; return its model directory and its out-of-fold figures."""
-    assemble.check_training(settings)
+    build.check_training(settings)
     split, table = read_split(job, settings.model.factors)
     fold = chosen_fold(settings.fold, table.num_folds)
     rows, valid_rows = table.train_rows(fold), table.valid_rows(fold)
     network = start_network(job, settings, len(table.classes))
-    store = images.open_split(job, table, settings)
+    store = image_source.open_split(job, table, settings)
     log.info(
         "fold %d: trains on %d rows of %d classes, validates on %d",
         fold,
@@ -32,8 +31,8 @@ def main(job: Job, settings: Settings) -> Outcome:
     )
 
     run = start_run(job, settings, split, table, store, f"fold {fold}", network)
-    targets = assemble.one_hot(table.codes[rows], len(table.classes), run.runtime.device)
-    train = TrainRows(assemble.image_set(store, table, rows, run.settings, training=True), targets)
+    targets = build.one_hot(table.codes[rows], len(table.classes), run.runtime.device)
+    train = TrainRows(build.image_set(store, table, rows, run.settings, training=True), targets)
     run.fit(train, valid_rows, settings.train.patience, select=True, fold=fold)
     oof = run.predict(valid_rows, f"{run.label} out-of-fold")
     return run.finish("fold", {"fold": fold}, {"best_epoch": run.deciding.epoch}, oof)

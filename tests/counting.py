@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from fivefold.data.store import FolderStore
+from fivefold.data.readers.stores import FolderStore
 
 
 class CountingStore(FolderStore):

@@ -16,7 +16,7 @@ from toy import REPOSITORY
 
 PRELOADED = (
     "torch", "timm", "torchvision.transforms.v2", "pandas", "pyarrow.parquet", "boto3", "scipy.special", "sklearn.metrics",
-    "fivefold.training.loop", "fivefold.models.classifier", "fivefold.data.dataset", "fivefold.inference.predictor",
+    "fivefold.training.trainer", "fivefold.models.classifier", "fivefold.data.pipeline.dataset", "fivefold.inference.predictor",
     "fivefold.contract.s3.client", "fivefold.distillation",
 )  # fmt: skip
 """What a stage imports; a name that cannot be imported here is left to the process."""

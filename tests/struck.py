@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from fivefold import members
-from fivefold.data.dataset import ImageSet
-from fivefold.data.prepared import Prepared
-from fivefold.training import loop, resume
+from fivefold import trained_model
+from fivefold.data.pipeline.dataset import ImageSet
+from fivefold.data.pipeline.eval_cache import Prepared
+from fivefold.stages import training_run
+from fivefold.training import checkpoints, trainer
 from fivefold.training.optim import Schedule
 from jobs import __main__ as door
-from jobs import training
 
 number, point, call, delay, steps, *arguments = sys.argv[1:]
 left = int(call)
@@ -84,10 +84,10 @@ POINTS: dict[str, Callable[[], None]] = {
     "caching": lambda: before(ImageSet, "keep_in_memory"),
     "preparing": lambda: before(Prepared, "_make"),
     "step": lambda: before(Schedule, "__call__"),
-    "validation": lambda: before(loop, "validate"),
-    "checkpoint": lambda: setattr(resume.torch, "save", half_written),
-    "views": lambda: before(training, "predict_images"),
-    "weights": lambda: before(members, "save_weights"),
+    "validation": lambda: before(trainer, "validate"),
+    "checkpoint": lambda: setattr(checkpoints.torch, "save", half_written),
+    "views": lambda: before(training_run, "predict_images"),
+    "weights": lambda: before(trained_model, "save_weights"),
     "record": lambda: before(door, "write_record"),
 }
 

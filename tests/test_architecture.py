@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fivefold
-from fivefold.contract.stages import STAGES, Stage
+from fivefold.contract.stage_specs import STAGES, Stage
 from jobs.__main__ import COMMANDS
 
 REPOSITORY = Path(__file__).parents[1]

@@ -1,7 +1,7 @@
 import pytest
 
-from fivefold.choose import choose
 from fivefold.errors import SettingsError
+from fivefold.lookup import choose
 
 TABLE = {"cosine": 1, "step": 2, "plateau": 3}
 

@@ -8,14 +8,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from fivefold.committee import seen_as
 from fivefold.contract.artifacts import ModelDir
-from fivefold.data.folds import FoldTable
-from fivefold.data.store import open_store
+from fivefold.data.readers.stores import open_store
+from fivefold.data.split.fold_table import FoldTable
 from fivefold.distillation import Pupils, best_model, out_of_fold_targets, unseen_paths
+from fivefold.ensemble import seen_as
 from fivefold.errors import DataError, SettingsError
 from fivefold.predictions import Predictions
-from fivefold.training.teaching import soften
+from fivefold.training.teacher import soften
 from toy import draw
 
 CLASSES = ("a", "b", "c")

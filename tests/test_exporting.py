@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fivefold.assemble import build_classifier, runtime_of, seed_everything
-from fivefold.committee import Committee
+from fivefold.build import build_classifier, runtime_of, seed_everything
+from fivefold.config.schema import Augment, Model, Predict, Settings, Train
 from fivefold.contract.artifacts import model_at
 from fivefold.contract.files import atomic, read_json, write_json
-from fivefold.data.meta import measure
-from fivefold.data.store import open_store
+from fivefold.data.pipeline.image_stats import measure
+from fivefold.data.readers.stores import open_store
+from fivefold.ensemble import Committee
 from fivefold.errors import DataError, FivefoldError
 from fivefold.evaluation.calibration import apply_temperature
-from fivefold.exporting import write_onnx
-from fivefold.inference.blends import arithmetic
-from fivefold.inference.ensemble import Ensemble
-from fivefold.members import ImageFiles, load_member, save_member
-from fivefold.recipe import Augment, Model, Predict, Settings, Train
-from fivefold.training.loop import Best
+from fivefold.export import write_onnx
+from fivefold.inference.blending import arithmetic
+from fivefold.inference.ensemble_spec import Ensemble
+from fivefold.trained_model import ImageFiles, load_member, save_member
+from fivefold.training.trainer import Best
 from toy import draw, failure, run_stage
 
 CLASSES = ["fold", "id", "빨강 차"]

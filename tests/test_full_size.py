@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fivefold.assemble import build_classifier, build_loop, images_at, one_hot, runtime_of, seed_everything
-from fivefold.data.store import open_store
-from fivefold.recipe import Settings
-from fivefold.settings import arguments_layer, load
-from fivefold.training.loop import TrainRows, fit
+from fivefold.build import build_classifier, build_loop, images_at, one_hot, runtime_of, seed_everything
+from fivefold.config.loading import arguments_layer, load
+from fivefold.config.schema import Settings
+from fivefold.data.readers.stores import open_store
+from fivefold.training.trainer import TrainRows, fit
 
 SYSTEMS = {
     "car_efficientnet_b5": 396,

@@ -21,24 +21,24 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fivefold import predictions
+from fivefold.config.loading import Layer, arguments_layer, flatten, load, normal_key, read_recipe
+from fivefold.config.recipes import shipped_recipes
+from fivefold.config.schema import Data, Settings
 from fivefold.contract.artifacts import find_models
 from fivefold.contract.failure import explained
 from fivefold.contract.job import hyperparameters
 from fivefold.contract.lineage import read_record
 from fivefold.contract.record import Key, why_run
-from fivefold.data.adapters import read_rows
-from fivefold.data.folds import read_folds
-from fivefold.data.given import read_given
-from fivefold.data.images import decode
-from fivefold.data.store import open_store
+from fivefold.data.image_io import decode
+from fivefold.data.readers.stores import open_store
+from fivefold.data.readers.training_rows import read_rows
+from fivefold.data.readers.user_images import read_given
+from fivefold.data.split.fold_table import read_folds
 from fivefold.errors import FivefoldError
-from fivefold.evaluation.truth import read_truth
-from fivefold.inference.submitted import read_submitted
+from fivefold.evaluation.ground_truth import read_truth
+from fivefold.inference.submission_reader import read_submitted
 from fivefold.models.weights import read_weights
 from fivefold.predictions import Predictions
-from fivefold.recipe import Data, Settings
-from fivefold.recipes import shipped_recipes
-from fivefold.settings import Layer, arguments_layer, flatten, load, normal_key, read_recipe
 
 MOST = int(os.environ.get("FIVEFOLD_EXAMPLES", "60"))
 """Of each test; more of them find more."""

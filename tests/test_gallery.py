@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from counting import CountingStore
-from fivefold.assemble import build_classifier, runtime_of, seed_everything
+from fivefold.build import build_classifier, runtime_of, seed_everything
+from fivefold.config.schema import Augment, Model, Predict, Settings, Train
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import read_json
-from fivefold.data.dataset import ImageSet
-from fivefold.data.folds import FoldTable
-from fivefold.data.store import FolderStore
-from fivefold.data.transforms import build_transforms
+from fivefold.data.pipeline.dataset import ImageSet
+from fivefold.data.readers.stores import FolderStore
+from fivefold.data.split.fold_table import FoldTable
+from fivefold.data.transforms.registry import build_transforms
 from fivefold.distillation import Pupils, teach, teach_unseen
 from fivefold.inference.predictor import predict_all
-from fivefold.members import Gallery, ImageFiles, load_member, save_member
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions, write
-from fivefold.recipe import Augment, Model, Predict, Settings, Train
-from fivefold.training.loop import Best
+from fivefold.trained_model import Gallery, ImageFiles, load_member, save_member
+from fivefold.training.trainer import Best
 from toy import draw
 
 CLASSES = ["a", "b", "c"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.machine import GLIBC_TUNABLES, cpu_limit
+from fivefold.system import GLIBC_TUNABLES, cpu_limit
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.contract.stages import STAGES
-from fivefold.recipes import shipped_recipes
-from fivefold.settings import SECTIONS, normal_key, reference
-from fivefold.settings import read_recipe as recipe
+from fivefold.config.loading import SECTIONS, normal_key, reference
+from fivefold.config.loading import read_recipe as recipe
+from fivefold.config.recipes import shipped_recipes
+from fivefold.contract.stage_specs import STAGES
 from jobs.__main__ import COMMANDS
 from jobs.submit import Keys
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fivefold.contract.stages import STAGES
-from fivefold.recipe import EXECUTION_KEYS, SECTIONS, Data, Ensemble, Model, Settings, Split
-from fivefold.settings import flatten, key_settings
+from fivefold.config.loading import flatten, key_settings
+from fivefold.config.schema import EXECUTION_KEYS, SECTIONS, Data, Ensemble, Model, Settings, Split
+from fivefold.contract.stage_specs import STAGES
 
 
 def test_every_key_says_what_it_is():

@@ -11,13 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from fivefold.assemble import build_classifier, settled
-from fivefold.distributed.replicas import BY_ITSELF
+from fivefold.build import build_classifier, settled
+from fivefold.config.schema import Model, Settings, Train
+from fivefold.distributed.process_group import BY_ITSELF
 from fivefold.errors import SettingsError
-from fivefold.machine import count_cpus, seconds_of_others
-from fivefold.models.cpu_convs import DepthwiseConv2d
-from fivefold.recipe import Model, Settings, Train
-from fivefold.runtimes import (
+from fivefold.execution import (
     MAX_PROBES,
     MAX_ROUNDS,
     _candidates,
@@ -33,6 +31,8 @@ from fivefold.runtimes import (
     timed,
     timed_in_quiet,
 )
+from fivefold.models.cpu_convs import DepthwiseConv2d
+from fivefold.system import count_cpus, seconds_of_others
 
 CPU = torch.device("cpu")
 FAST = choose_precision("auto", CPU) == "bf16"

@@ -7,10 +7,7 @@ from typing import Any
 
 import pytest
 
-from fivefold.errors import FivefoldError, MissingInputError, SettingsError
-from fivefold.recipe import Settings
-from fivefold.recipes import shipped_recipes
-from fivefold.settings import (
+from fivefold.config.loading import (
     Layer,
     arguments_layer,
     describe,
@@ -23,6 +20,9 @@ from fivefold.settings import (
     read_recipe,
     unused_keys,
 )
+from fivefold.config.recipes import shipped_recipes
+from fivefold.config.schema import Settings
+from fivefold.errors import FivefoldError, MissingInputError, SettingsError
 
 
 def given(*arguments: str) -> Settings:

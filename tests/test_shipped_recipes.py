@@ -14,22 +14,22 @@ from efficientnet_pytorch import VALID_MODELS
 from efficientnet_pytorch.utils import url_map
 from torchvision import models as torchvision
 
-from fivefold.assemble import OPTIMIZER_STATES
-from fivefold.choose import choose
-from fivefold.data.meta import count_numbers
-from fivefold.data.sampling import SAMPLERS
-from fivefold.data.transforms import build_transforms
+from fivefold.build import OPTIMIZER_STATES
+from fivefold.config.loading import flatten, read_recipe
+from fivefold.config.recipes import SMOKE, shipped_recipes
+from fivefold.config.schema import Settings
+from fivefold.data.pipeline.image_stats import count_numbers
+from fivefold.data.pipeline.sampling import SAMPLERS
+from fivefold.data.transforms.registry import build_transforms
 from fivefold.inference.tta import build_views
+from fivefold.lookup import choose
 from fivefold.models.backbones import SMALL, build_backbone, count_features
 from fivefold.models.classifier import build_head
-from fivefold.recipe import Settings
-from fivefold.recipes import SMOKE, shipped_recipes
-from fivefold.settings import flatten, read_recipe
-from fivefold.training.loop import MONITORS
 from fivefold.training.losses import build_loss
 from fivefold.training.mixing import MIXINGS
 from fivefold.training.optim import SCHEDULES
-from fivefold.training.updates import UPDATES
+from fivefold.training.steps import UPDATES
+from fivefold.training.trainer import MONITORS
 
 SYSTEMS = ("car_efficientnet_b5", "car_convnext_tiny", "sketch_caformer", "product_image_type", "mask_profile")
 SIZES = {

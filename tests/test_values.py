@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fivefold.values import value_of
+from fivefold.config.parsing import value_of
 
 SPEC = str | dict[str, Any]
 

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fivefold.assemble import build_classifier, build_loop, one_hot, seed_everything
-from fivefold.data.dataset import ImageSet
-from fivefold.data.store import open_store
-from fivefold.data.transforms import build_transforms
+from fivefold.build import build_classifier, build_loop, one_hot, seed_everything
+from fivefold.config.schema import Augment, Distill, Model, Settings, Train
+from fivefold.data.pipeline.dataset import ImageSet
+from fivefold.data.readers.stores import open_store
+from fivefold.data.transforms.registry import build_transforms
 from fivefold.inference.predictor import Runtime, make_runtime
 from fivefold.models.classifier import Classifier
-from fivefold.recipe import Augment, Distill, Model, Settings, Train
-from fivefold.training.loop import Loop, TrainRows, ValidRows
-from fivefold.training.teaching import Teacher
+from fivefold.training.teacher import Teacher
+from fivefold.training.trainer import Loop, TrainRows, ValidRows
 
 CPU = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.5] * 3)
 SMALL = {"backbone": "fivefold/small_net", "options": {"widths": [8, 16], "stem": 8}, "image_size": 12, "dropout": 0.3}

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fivefold.committee import Committee, Verdict, load_committee
 from fivefold.contract.artifacts import TARBALLS
 from fivefold.contract.files import tree_files
-from fivefold.data.given import HandedStore
+from fivefold.data.readers.user_images import HandedStore
+from fivefold.ensemble import Committee, Verdict, load_committee
 from fivefold.errors import MissingInputError
-from fivefold.members import ImageFiles
 from fivefold.predictions import sample
+from fivefold.trained_model import ImageFiles
 
 log = logging.getLogger("fivefold")
 

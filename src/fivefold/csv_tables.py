@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fivefold.contract.spelling import plain_name
+from fivefold.contract.filenames import plain_name
 from fivefold.errors import DataError, MissingInputError
 from fivefold.predictions import sample
 

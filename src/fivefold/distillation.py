@@ -13,26 +13,36 @@ import numpy as np
 import pyarrow as pa
 
 from fivefold import predictions
-from fivefold.assemble import images_at, one_hot
+from fivefold.build import images_at, one_hot
+from fivefold.config.schema import Settings, Spec
 from fivefold.contract.artifacts import ModelDir, model_at
-from fivefold.contract.stages import OOF
-from fivefold.data.folds import FoldTable
-from fivefold.data.images import Pixels
-from fivefold.data.opening import open_images
-from fivefold.data.store import ImageStore, JoinedStore
-from fivefold.distributed.replicas import BY_ITSELF, Replicas
+from fivefold.contract.stage_specs import OOF
+from fivefold.data.image_io import Pixels
+from fivefold.data.readers.stores import ImageStore, JoinedStore
+from fivefold.data.split.fold_table import FoldTable
+from fivefold.data.split.verify import open_images
+from fivefold.distributed.process_group import BY_ITSELF, Replicas
 from fivefold.errors import DataError, MissingInputError, SettingsError
-from fivefold.inference.blends import mean
+from fivefold.inference.blending import mean
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views, distinct
-from fivefold.members import Gallery, ImageFiles, load_member
 from fivefold.predictions import Predictions, in_class_order, sample
-from fivefold.recipe import Settings, Spec
-from fivefold.training.loop import TrainRows
-from fivefold.training.teaching import Teacher
+from fivefold.trained_model import Gallery, ImageFiles, load_member
+from fivefold.training.teacher import Teacher
+from fivefold.training.trainer import TrainRows
 
 log = logging.getLogger("fivefold")
 TEACHERS = ("oof", "best_fold", "ensemble")
+
+
+def allowed_patience(patience: int, holdout_rows: int) -> int:
+    """Return the patience; raise a SettingsError without a holdout, since the teachers trained on all other labels."""
+    if patience and not holdout_rows:
+        raise SettingsError(
+            f"distill.patience={patience} needs a holdout to validate on: the teachers trained on the labels of all folds; "
+            "split with split.holdout=0.1, or set distill.patience=0"
+        )
+    return patience
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from fivefold.stopping import poll
+from fivefold.signals import poll
 
 T = TypeVar("T")
 log = logging.getLogger("fivefold")

@@ -21,7 +21,7 @@ from fivefold.contract.artifacts import (
 )
 from fivefold.contract.files import write_text
 from fivefold.contract.job import Job, job_from
-from fivefold.contract.stages import STAGES
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import DataError, MissingInputError, RetryableError
 
 WHOLE = {

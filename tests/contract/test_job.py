@@ -7,7 +7,7 @@ import pytest
 
 from fivefold.contract.files import write_text
 from fivefold.contract.job import Job, hyperparameters, job_from, output_dir
-from fivefold.contract.stages import STAGES
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import MissingInputError, SettingsError
 
 

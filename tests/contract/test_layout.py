@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.contract.layout import CHANNELS, in_run, run_at, truth_beside_table, truth_of
-from fivefold.contract.stages import STAGES
+from fivefold.contract.run_layout import CHANNELS, in_run, run_at, truth_beside_table, truth_of
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, make_plan
 

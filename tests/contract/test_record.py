@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from fivefold.config.loading import key_settings
+from fivefold.config.schema import Settings
 from fivefold.contract.files import sha256, write_text
 from fivefold.contract.job import Job, job_from
 from fivefold.contract.record import (
@@ -21,9 +23,7 @@ from fivefold.contract.record import (
     why_run,
     write_record,
 )
-from fivefold.contract.stages import STAGES
-from fivefold.recipe import Settings
-from fivefold.settings import key_settings
+from fivefold.contract.stage_specs import STAGES
 
 SETTINGS = {"split.folds": 5, "split.open_images": True, "data.table": ""}
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.contract import storage
-from fivefold.contract.s3 import attempts
+from fivefold.contract.s3 import commit, sync
 from fivefold.contract.s3.checkpoints import CheckpointSync
 from fivefold.contract.s3.client import Download, Store
+from fivefold.contract.s3.sync import Remote, shown
 from fivefold.contract.s3.urls import Url, parse
-from fivefold.contract.storage import Remote, shown
 from fivefold.errors import DataError, RetryableError, SettingsError
 from s3_server import Bucket, Proxy, Request
 
@@ -41,13 +40,13 @@ def put(
         bucket.write(f"{folder}/{name}", content)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     if marker:
-        bucket.write(f"{folder}/{marker}", attempts.marker({"stage": stage}, digests))
+        bucket.write(f"{folder}/{marker}", commit.marker({"stage": stage}, digests))
     return folder
 
 
 def seen(bucket: Bucket, url: Url) -> dict[str, bytes]:
     store = Store()
-    return {each.name: bucket.read(each.object.url.key) for each in attempts.visible(store, url, store.below(url))}
+    return {each.name: bucket.read(each.object.url.key) for each in commit.visible(store, url, store.below(url))}
 
 
 def test_large_file_moves_in_parts_and_arrives_whole(bucket, url, tmp_path, monkeypatch):
@@ -149,7 +148,7 @@ def test_a_new_attempt_removes_the_one_it_replaces_and_those_left_half_done_long
     assert "00000001" not in left
     assert {"00000002", "00000003"} <= left, "somebody may be at work there"
     assert seen(bucket, url)["folds.parquet"] == b"new"
-    monkeypatch.setattr(storage, "STALE_AFTER_S", -60.0)
+    monkeypatch.setattr(sync, "STALE_AFTER_S", -60.0)
     written(b"newer")
     left = {name.split("/")[3][-8:] for name in bucket.listed()}
     assert "00000002" not in left

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.data.adapters import Rows, read_rows
-from fivefold.data.store import open_store
+from fivefold.config.schema import Data
+from fivefold.data.readers.stores import open_store
+from fivefold.data.readers.training_rows import Rows, read_rows
 from fivefold.errors import DataError, FivefoldError, MissingInputError
-from fivefold.recipe import Data
 from toy import PICTURE, write_data
 
 

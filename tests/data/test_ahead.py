@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fivefold.data.ahead import ahead, one_ahead
-from fivefold.data.dataset import Batch
+from fivefold.data.pipeline.dataset import Batch
+from fivefold.data.pipeline.prefetch import ahead, one_ahead
 from fivefold.errors import DataError
 
 

@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 
 from counting import CountingStore
-from fivefold.data.dataset import ImageSet, epoch_batches, load
-from fivefold.data.image_cache import (
+from fivefold.data.image_io import Pixels, decode
+from fivefold.data.pipeline.dataset import ImageSet, epoch_batches, load
+from fivefold.data.pipeline.image_cache import (
     ENTRY,
     HEAD,
     INDEX,
@@ -38,9 +39,8 @@ from fivefold.data.image_cache import (
     open_or_build,
     survey,
 )
-from fivefold.data.images import Pixels, decode
-from fivefold.data.store import FolderStore, open_store
-from fivefold.data.transforms import build_transforms
+from fivefold.data.readers.stores import FolderStore, open_store
+from fivefold.data.transforms.registry import build_transforms
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
 from rights import let_others_in
 from toy import noise

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fivefold.data import dataset
-from fivefold.data.dataset import ImageSet, derive_seed, epoch_batches, in_order, load
-from fivefold.data.meta import measure
-from fivefold.data.store import open_store
-from fivefold.data.transforms import build_transforms
+from fivefold.config.loading import arguments_layer
+from fivefold.config.loading import load as load_settings
+from fivefold.data.pipeline import dataset
+from fivefold.data.pipeline.dataset import ImageSet, derive_seed, epoch_batches, in_order, load
+from fivefold.data.pipeline.image_stats import measure
+from fivefold.data.readers.stores import open_store
+from fivefold.data.transforms.registry import build_transforms
 from fivefold.errors import DataError, StoppedError
-from fivefold.settings import arguments_layer
-from fivefold.settings import load as load_settings
-from fivefold.stopping import noted
+from fivefold.signals import noted
 from toy import noise
 
 

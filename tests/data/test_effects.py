@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fivefold.data.effects import (
+from fivefold.data.transforms.functional import (
     coarse_dropout,
     grid_distortion,
     linear_colour_jitter,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.data.evals import check_rows, read_eval
-from fivefold.data.store import open_store
+from fivefold.data.readers.eval_images import check_rows, read_eval
+from fivefold.data.readers.stores import open_store
 from fivefold.errors import DataError
 from toy import write_data
 

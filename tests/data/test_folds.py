@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fivefold.contract.files import write_json
-from fivefold.data.folds import COLUMNS, FoldTable, read_folds, write_folds
+from fivefold.data.split.fold_table import COLUMNS, FoldTable, read_folds, write_folds
 from fivefold.errors import DataError, MissingInputError, SettingsError
 
 CLASSES = ("a, b", "fold", "id", "고양이")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.data.given import check_truth, read_given, with_folders_as_truth
+from fivefold.data.readers.user_images import check_truth, read_given, with_folders_as_truth
 from fivefold.errors import DataError
 from toy import write_data
 

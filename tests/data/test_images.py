@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as v2
 
-from fivefold.data import images
-from fivefold.data.images import MAX_SCANS, Pixels, decode, decoded_size, is_image, pixel_digest
+from fivefold.data import image_io
+from fivefold.data.image_io import MAX_SCANS, Pixels, decode, decoded_size, is_image, pixel_digest
 from fivefold.errors import DataError
 from fivefold.serving.workers import PIXEL_BYTES
 
@@ -230,7 +230,7 @@ def test_converting_by_bands_gives_the_pixels_of_the_whole(mode: str, monkeypatc
     content = encoded(image, {"CMYK": "JPEG", "PA": "TIFF"}.get(mode, "PNG"), **options)
     whole = decode(content, "x")
     for band in (1, 31, 95):
-        monkeypatch.setattr(images, "CHUNK_PIXELS", band)
+        monkeypatch.setattr(image_io, "CHUNK_PIXELS", band)
         assert (decode(content, "x") == whole).all()
     with Image.open(BytesIO(content)) as opened:
         rgba = opened.convert("RGBA")
@@ -301,7 +301,7 @@ def test_decoding_takes_no_more_memory_than_a_server_counts(mode: str, kind: str
     side = 4000
     (tmp_path / "image").write_bytes(encoded(Image.new(mode, (side, side)), kind, **options))
     code = (
-        "import sys; from pathlib import Path; from fivefold.data.images import decode\n"
+        "import sys; from pathlib import Path; from fivefold.data.image_io import decode\n"
         "content, own = Path(sys.argv[1]).read_bytes(), Path('/proc/self/status')\n"
         "peak = lambda: int(own.read_text().split('VmHWM:')[1].split()[0])\n"
         "before = peak(); decode(content, 'x'); print(1024 * (peak() - before))"

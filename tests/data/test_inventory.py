@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fivefold.config.schema import Data
 from fivefold.contract.files import tree_files, tree_sha256
-from fivefold.data.adapters import Rows, read_rows
-from fivefold.data.evals import read_eval
-from fivefold.data.given import read_given
-from fivefold.data.images import decode
-from fivefold.data.store import open_store
-from fivefold.data.summary import describe_data
+from fivefold.data.image_io import decode
+from fivefold.data.readers.eval_images import read_eval
+from fivefold.data.readers.stores import open_store
+from fivefold.data.readers.training_rows import Rows, read_rows
+from fivefold.data.readers.user_images import read_given
+from fivefold.data.split.report import describe_data
 from fivefold.errors import DataError
-from fivefold.recipe import Data
 from rights import let_others_in
 from toy import write_data
 

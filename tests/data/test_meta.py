@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fivefold.data.meta import color_mean, count_numbers, measure
+from fivefold.data.pipeline.image_stats import color_mean, count_numbers, measure
 from fivefold.errors import SettingsError
 
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from counting import CountingStore
-from fivefold.data.dataset import Batch, ImageSet, in_order, load
-from fivefold.data.prepared import Prepared
-from fivefold.data.transforms import build_transforms
+from fivefold.data.pipeline.dataset import Batch, ImageSet, in_order, load
+from fivefold.data.pipeline.eval_cache import Prepared
+from fivefold.data.transforms.registry import build_transforms
 from fivefold.errors import DataError
 from toy import noise
 

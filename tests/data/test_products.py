@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.data.adapters import Rows, read_rows
-from fivefold.data.store import open_store
+from fivefold.config.schema import Data
+from fivefold.data.readers.stores import open_store
+from fivefold.data.readers.training_rows import Rows, read_rows
 from fivefold.errors import DataError, FivefoldError, SettingsError
-from fivefold.recipe import Data
 from toy import write_data
 
 HEADER = "id,category_name,main_image,back_image,text_tag_image,neck_tag_image,other"

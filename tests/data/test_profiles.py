@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fivefold.data.adapters import Rows, read_rows
-from fivefold.data.evals import read_eval
-from fivefold.data.folds import FoldTable, read_folds, write_folds
-from fivefold.data.profiles import STEMS, label_of, profile_factors
-from fivefold.data.splitting import divide, group_codes
-from fivefold.data.store import open_store
-from fivefold.data.summary import class_file
+from fivefold.config.schema import Data, Split
+from fivefold.data.readers.eval_images import read_eval
+from fivefold.data.readers.profiles import STEMS, label_of, profile_factors
+from fivefold.data.readers.stores import open_store
+from fivefold.data.readers.training_rows import Rows, read_rows
+from fivefold.data.split.assign import divide, group_codes
+from fivefold.data.split.fold_table import FoldTable, read_folds, write_folds
+from fivefold.data.split.report import class_file
 from fivefold.errors import DataError, SettingsError
-from fivefold.recipe import Data, Split
 from toy import PICTURE, write_data
 
 PEOPLE = {

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fivefold.data.adapters import Rows
-from fivefold.data.evals import Submission
-from fivefold.data.same_classes import SameClasses
+from fivefold.data.class_aliases import SameClasses
+from fivefold.data.readers.eval_images import Submission
+from fivefold.data.readers.training_rows import Rows
 from fivefold.errors import DataError
 from fivefold.inference.submission import write_submission
 from fivefold.predictions import Predictions

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fivefold.data.dataset import Stream, count_batches, epoch_batches, generator
-from fivefold.data.sampling import REPEAT, SAMPLERS, balanced, shuffle
+from fivefold.data.pipeline.dataset import Stream, count_batches, epoch_batches, generator
+from fivefold.data.pipeline.sampling import REPEAT, SAMPLERS, balanced, shuffle
 from fivefold.training.mixing import Mixing
 from fivefold.training.objectives import Rows
 

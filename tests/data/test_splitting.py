@@ -11,9 +11,9 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedGroupKFold
 
-from fivefold.data.splitting import divide, divide_products, find_duplicates, group_codes, rank_labels
+from fivefold.config.schema import Split
+from fivefold.data.split.assign import divide, divide_products, find_duplicates, group_codes, rank_labels
 from fivefold.errors import SettingsError
-from fivefold.recipe import Split
 
 
 def divided(codes: Sequence[int], groups: np.ndarray | None = None, **options: object) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fivefold.contract.files import MAX_FILE_BYTES, MAX_TABLE_BYTES
-from fivefold.data.given import AnywhereStore
-from fivefold.data.store import FolderStore, ImageStore, ZipStore, open_store
+from fivefold.data.readers.stores import FolderStore, ImageStore, ZipStore, open_store
+from fivefold.data.readers.user_images import AnywhereStore
 from fivefold.errors import DataError, MissingInputError
 
 FILES = {f"{kind}/{n}.bin": os.urandom(50 + 400 * n) for kind in ("a", "나비", "c d") for n in range(4)} | {

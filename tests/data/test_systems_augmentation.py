@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fivefold.data.dataset import derive_seed
-from fivefold.data.transforms import SETS, build_transforms
+from fivefold.config.loading import arguments_layer, load
+from fivefold.data.pipeline.dataset import derive_seed
+from fivefold.data.transforms.registry import SETS, build_transforms
 from fivefold.errors import SettingsError
-from fivefold.settings import arguments_layer, load
 
 RECIPES = ["car_efficientnet_b5", "car_convnext_tiny", "sketch_caformer", "product_image_type"]
 SYSTEMS = {

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as v2
 
-from fivefold.data.transforms import TRANSFORMS, build_transforms, horizontal_flip, random_resized_crop, resize
+from fivefold.data.transforms.registry import TRANSFORMS, build_transforms, horizontal_flip, random_resized_crop, resize
 from fivefold.errors import SettingsError
 
 IMAGE = torch.randint(0, 256, (3, 40, 30), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.distributed.launch import as_one, free_port, shared_variables, start
-from fivefold.distributed.place import SHARED_SCRATCH, Hosts, place_of
+from fivefold.distributed.rank_launcher import as_one, free_port, shared_variables, start
+from fivefold.distributed.ranks import SHARED_SCRATCH, Hosts, place_of
 from fivefold.errors import FivefoldError, RetryableError
-from fivefold.machine import count_cores
+from fivefold.system import count_cores
 
 TERM, KILL, SEGV = -signal.SIGTERM, -signal.SIGKILL, -signal.SIGSEGV
 

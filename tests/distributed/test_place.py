@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fivefold.contract.job import job_from
-from fivefold.contract.stages import STAGES
-from fivefold.distributed.place import (
+from fivefold.contract.stage_specs import STAGES
+from fivefold.distributed.ranks import (
     ALONE,
     Hosts,
     Place,

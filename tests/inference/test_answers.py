@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fivefold.data.evals import Submission, read_eval
+from fivefold.data.readers.eval_images import Submission, read_eval
 from fivefold.errors import DataError, SettingsError
-from fivefold.inference.answers import form_of, positive_of
+from fivefold.inference.answer_format import form_of, positive_of
 from fivefold.inference.submission import write_submission
-from fivefold.inference.submitted import has_one_column, names_classes_alone, read_submitted
+from fivefold.inference.submission_reader import has_one_column, names_classes_alone, read_submitted
 from fivefold.predictions import Predictions
 from toy import read_cells, write_data
 

@@ -7,9 +7,10 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import gmean
 
+from fivefold.config.schema import Ensemble
 from fivefold.errors import SettingsError
 from fivefold.evaluation.metrics import METRICS, logloss
-from fivefold.inference.blends import (
+from fivefold.inference.blending import (
     BLENDS,
     arithmetic,
     combined,
@@ -24,7 +25,6 @@ from fivefold.inference.blends import (
 )
 from fivefold.inference.systems import Rule, System, judge_holdout, weigh
 from fivefold.predictions import Predictions
-from fivefold.recipe import Ensemble
 
 RANDOM = np.random.default_rng(1)
 ROWS = 400

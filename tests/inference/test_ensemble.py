@@ -8,14 +8,14 @@ from scipy.special import log_softmax
 
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import write_json
-from fivefold.data.evals import Submission
+from fivefold.data.readers.eval_images import Submission
 from fivefold.errors import DataError
 from fivefold.evaluation.calibration import apply_temperature
 from fivefold.evaluation.metrics import logloss
-from fivefold.inference.blends import arithmetic, combined, fit_weights, mean
-from fivefold.inference.ensemble import Ensemble, by_system, check_together, read_ensemble
+from fivefold.inference.blending import arithmetic, combined, fit_weights, mean
+from fivefold.inference.ensemble_spec import Ensemble, by_system, check_together, read_ensemble
 from fivefold.inference.submission import write_submission
-from fivefold.inference.submitted import read_submitted
+from fivefold.inference.submission_reader import read_submitted
 from fivefold.inference.systems import Rule, System, judge_holdout, weigh
 from fivefold.predictions import Predictions
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from fivefold.contract.artifacts import ModelDir
-from fivefold.data.profiles import label_of, profile_factors
+from fivefold.data.readers.profiles import label_of, profile_factors
 from fivefold.errors import DataError
-from fivefold.factors import Factors
-from fivefold.inference.product import Product, needs_product, product_of
+from fivefold.inference.factor_product import Product, needs_product, product_of
 from fivefold.inference.systems import System
+from fivefold.label_factors import Factors
 from fivefold.predictions import Predictions
 
 FACTORS = profile_factors([30, 60])

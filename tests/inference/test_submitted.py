@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fivefold.data.same_classes import SameClasses
+from fivefold.data.class_aliases import SameClasses
 from fivefold.errors import DataError
-from fivefold.inference.submitted import holds_labels, names_classes_alone, read_submitted, system_name
+from fivefold.inference.submission_reader import holds_labels, names_classes_alone, read_submitted, system_name
 
 IDS, CLASSES = ("1", "2"), ("a", "b", "ㄷ")
 

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from fivefold.data.dataset import Batch
+from fivefold.data.pipeline.dataset import Batch
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime, predict
 from fivefold.inference.tta import VIEWS, build_views, distinct, same_views

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fivefold import predictions
-from fivefold.data.folds import read_folds
+from fivefold.data.split.fold_table import read_folds
 from fivefold.predictions import Predictions
 from toy import environment, failure, noise_in, read_cells, run_stage, write_csv, write_data
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from fivefold.config.loading import arguments_layer, load
+from fivefold.config.schema import Settings
 from fivefold.errors import FivefoldError, SettingsError
 from fivefold.launchers.plan import Inputs, make_plan, select
-from fivefold.recipe import Settings
-from fivefold.settings import arguments_layer, load
-from jobs import check, submit
+from fivefold.stages import preflight
+from jobs import submit
 from toy import MODEL, call_jobs, noise_in
 
 GIVEN = ("train.precision=fp32", "train.trackers=[]", "train.device=cpu")
@@ -22,7 +23,7 @@ def settings(*arguments: str) -> Settings:
 def code_of(*arguments: str, here: bool = False) -> int:
     """The exit code of the check of these settings."""
     try:
-        check.check_training(settings(*arguments), ["train-fold", "distill"], here)
+        preflight.check_training(settings(*arguments), ["train-fold", "distill"], here)
     except FivefoldError as error:
         return error.exit_code
     return 0
@@ -99,7 +100,7 @@ def test_files_and_weights_that_a_run_names_are_looked_for():
     def ends(*arguments: str, here: bool = True, stages: tuple[str, ...] = ("ensemble",)) -> int:
         plan = select(make_plan(Inputs(train="t", eval="e"), [*MODEL, *arguments], run="r", recipe="demo"), stages)
         try:
-            check.check_plan(plan, Inputs(train="t", eval="e"), here)
+            preflight.check_plan(plan, Inputs(train="t", eval="e"), here)
         except FivefoldError as error:
             return error.exit_code
         return 0
@@ -116,7 +117,7 @@ def test_files_and_weights_that_a_run_names_are_looked_for():
 
 def test_weights_may_lie_in_the_channel_of_the_run(tmp_path):
     (tmp_path / "start.safetensors").touch()
-    check.check_weights([settings("model.weights=start.safetensors")], str(tmp_path))
+    preflight.check_weights([settings("model.weights=start.safetensors")], str(tmp_path))
 
 
 def test_submit_ends_with_the_code_before_anything_is_written(tmp_path: Path):
@@ -135,7 +136,7 @@ def test_submit_ends_with_the_code_before_anything_is_written(tmp_path: Path):
 def test_settings_that_cannot_be_tried_stop_no_run(tmp_path: Path, monkeypatch, capsys):
     noise_in(tmp_path / "train", ("a", "b"), 4)
     given = [f"train={tmp_path / 'train'}", f"runs={tmp_path / 'runs'}", "run=r", *MODEL, "--dry-run"]
-    monkeypatch.setattr(check, "MODULE", "fivefold.nowhere")
+    monkeypatch.setattr(preflight, "MODULE", "fivefold.nowhere")
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert submit.main(given) == 0
     assert "train-fold" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fivefold import predictions
-from fivefold.distributed.launch import free_port
+from fivefold.distributed.rank_launcher import free_port
 from jobs.__main__ import run
 from s3_server import Proxy
 from toy import REPOSITORY, RESUMES, environment, failure, run_stage, tinted_in, variables

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fivefold import predictions
-from fivefold.recipes import shipped_recipes
+from fivefold.config.recipes import shipped_recipes
 from toy import REPOSITORY, environment
 
 pytestmark = pytest.mark.slow

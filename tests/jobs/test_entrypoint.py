@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from fivefold.assemble import check_training
+from fivefold.build import check_training
+from fivefold.config.loading import arguments_layer, load
 from fivefold.contract.files import read_json
-from fivefold.contract.stages import STAGES
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
-from fivefold.settings import arguments_layer, load
 from jobs.__main__ import main, run, stage_name
 from rights import let_others_in
 from toy import REPOSITORY, call_jobs, environment, failure, noise_in

@@ -10,8 +10,8 @@ from PIL import Image
 from fivefold import predictions
 from fivefold.contract import lineage
 from fivefold.contract.files import read_json
-from fivefold.contract.stages import STAGES
-from fivefold.data.folds import read_folds
+from fivefold.contract.stage_specs import STAGES
+from fivefold.data.split.fold_table import read_folds
 from fivefold.launchers.plan import Inputs, make_plan
 from jobs import submit
 from toy import SETTINGS, failure, noise_in, read_rows, run_stage, write_csv, write_test_table

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fivefold import predictions
 from fivefold.contract.files import sha256
-from fivefold.data.folds import read_folds
-from fivefold.data.profiles import STEMS, age_class, label_of
+from fivefold.data.readers.profiles import STEMS, age_class, label_of
+from fivefold.data.split.fold_table import read_folds
 from jobs.__main__ import run
 from toy import LEARNS, call_jobs, failure, read_cells, run_stage, write_csv
 

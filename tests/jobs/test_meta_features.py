@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from fivefold import predictions
 from fivefold.contract.artifacts import model_at
-from fivefold.data.folds import read_folds
-from fivefold.data.images import decode
-from fivefold.data.meta import measure
-from fivefold.data.store import open_store
-from fivefold.members import load_member
+from fivefold.data.image_io import decode
+from fivefold.data.pipeline.image_stats import measure
+from fivefold.data.readers.stores import open_store
+from fivefold.data.split.fold_table import read_folds
+from fivefold.trained_model import load_member
 from toy import SETTINGS as TINY
 from toy import run_stage
 

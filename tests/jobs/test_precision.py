@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from fivefold import predictions
-from fivefold.assemble import RUNTIME, build_classifier
+from fivefold.build import RUNTIME, build_classifier
+from fivefold.config.schema import Model, Settings, Train
 from fivefold.contract.artifacts import model_at
 from fivefold.contract.job import job_from
-from fivefold.contract.stages import STAGES
-from fivefold.data.folds import read_folds
-from fivefold.data.store import open_store
-from fivefold.distributed.replicas import BY_ITSELF
-from fivefold.members import load_member
-from fivefold.recipe import Model, Settings, Train
-from fivefold.runtimes import choose_precision
-from fivefold.training.resume import Checkpoints
-from jobs import training
+from fivefold.contract.stage_specs import STAGES
+from fivefold.data.readers.stores import open_store
+from fivefold.data.split.fold_table import read_folds
+from fivefold.distributed.process_group import BY_ITSELF
+from fivefold.execution import choose_precision
+from fivefold.stages import training_run
+from fivefold.trained_model import load_member
+from fivefold.training.checkpoints import Checkpoints
 from toy import SETTINGS as TINY
 from toy import run_stage, tinted_in, variables
 
@@ -49,7 +49,7 @@ def model_json(root: Path, step: str) -> dict:
 )
 def test_all_folds_of_a_run_have_the_precision_that_one_of_them_found(world):
     assert run_stage(world, "train-fold", "fold-0", "FOLD=0", *SETTINGS) == 0
-    (kept,) = (world / training.DECISIONS).glob("*.json")
+    (kept,) = (world / training_run.DECISIONS).glob("*.json")
     found, info = json.loads(kept.read_text()), model_json(world, "fold-0")
     assert found["choice"] == info["precision"] == info["training"]["train.precision"]
     for fold, choice in (
@@ -63,11 +63,11 @@ def test_all_folds_of_a_run_have_the_precision_that_one_of_them_found(world):
 
 def test_a_run_whose_folder_is_not_to_be_written_decides_by_itself(world, tmp_path):
     job = job_from(STAGES["train-fold"], variables(world, "fold-9"), tmp_path)
-    assert training.decisions_of(job) == world / training.DECISIONS
+    assert training_run.decisions_of(job) == world / training_run.DECISIONS
     if os.getuid() == 0:
         pytest.skip("root may write anywhere")
     world.chmod(0o500)
-    assert training.decisions_of(job) is None
+    assert training_run.decisions_of(job) is None
     world.chmod(0o700)
 
 
@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_keeps_the_precision_of_its_checkpoint(world, tmp_pat
     job.checkpoints().mkdir(parents=True)
     Checkpoints(job.checkpoints()).save(state)
     of = Settings(model=Model(backbone=GROUPED, image_size=32), train=Train())
-    settings, runtime = training.settled(job, of, build_classifier(of.model, 2), BY_ITSELF)
+    settings, runtime = training_run.settled(job, of, build_classifier(of.model, 2), BY_ITSELF)
     assert settings.train.precision == "bf16_grouped_fp32"
     assert (runtime.dtype, runtime.grouped_fp32) == (torch.bfloat16, True)
 
@@ -108,5 +108,5 @@ def test_a_run_that_goes_on_keeps_the_precision_of_its_checkpoint(world, tmp_pat
 def test_decisions_are_shared_where_split_and_step_lie_in_one_folder(folds, model, shared, tmp_path):
     (tmp_path / model).mkdir(parents=True)
     environ = {"SM_CHANNEL_FOLDS": str(tmp_path / folds), "SM_MODEL_DIR": str(tmp_path / model)}
-    found = training.decisions_of(job_from(STAGES["train-fold"], environ, tmp_path))
-    assert found == (shared and tmp_path / shared / training.DECISIONS)
+    found = training_run.decisions_of(job_from(STAGES["train-fold"], environ, tmp_path))
+    assert found == (shared and tmp_path / shared / training_run.DECISIONS)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fivefold import ImageClassificationAPI, predictions
 from fivefold.contract.files import read_json, write_json
-from fivefold.data.folds import FoldTable, read_folds
+from fivefold.data.split.fold_table import FoldTable, read_folds
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from jobs.__main__ import run
 from jobs.predict import write_results

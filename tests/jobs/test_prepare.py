@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fivefold.contract.layout import in_run
-from fivefold.contract.stages import STAGES
-from fivefold.data.image_cache import HEAD, INDEX, PIXELS, Cache
-from fivefold.data.images import Pixels
+from fivefold.config.schema import Data, Settings
+from fivefold.contract.run_layout import in_run
+from fivefold.contract.stage_specs import STAGES
+from fivefold.data.image_io import Pixels
+from fivefold.data.pipeline.image_cache import HEAD, INDEX, PIXELS, Cache
 from fivefold.launchers.local import shared_cache
 from fivefold.launchers.plan import Inputs, make_plan
 from fivefold.predictions import read
-from fivefold.recipe import Data, Settings
+from fivefold.stages.image_source import cache_folder
 from jobs.__main__ import run
-from jobs.images import cache_folder
 from toy import REPOSITORY, draw, environment, failure, read_rows, run_stage, variables, write_test_table
 from toy import SETTINGS as TINY
 

@@ -24,8 +24,8 @@ import pytest
 from PIL import Image
 
 from fivefold import ImageClassificationAPI
-from fivefold.machine import GLIBC_TUNABLES
 from fivefold.serving.workers import PIXEL_BYTES
+from fivefold.system import GLIBC_TUNABLES
 from server_process import SECONDS, Answer, ServerProcess, sent
 from toy import copy_run, run_stage
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fivefold import assemble, machine
-from fivefold.distributed.place import Place
+from fivefold import build, system
+from fivefold.distributed.ranks import Place
 from toy import LEARNS, environment, failure, run_stage
 
 BATCH = 32 * 3 * 12 * 12
@@ -18,13 +18,13 @@ BATCH = 32 * 3 * 12 * 12
 @pytest.fixture
 def shared_memory(small_disk: Path, monkeypatch) -> Path:
     """A small file system in the place of /dev/shm."""
-    monkeypatch.setattr(machine, "SHARED_MEMORY", small_disk)
+    monkeypatch.setattr(system, "SHARED_MEMORY", small_disk)
     return small_disk
 
 
 def leave(folder: Path, free: int) -> None:
     """Fill the file system until about this many bytes are free."""
-    (folder / "filler").write_bytes(bytes(machine.free_shared_memory() - free))
+    (folder / "filler").write_bytes(bytes(system.free_shared_memory() - free))
 
 
 def test_a_stage_ends_with_64_at_once_and_names_the_option_and_the_number_that_fits(toy_run, shared_memory, tmp_path):
@@ -37,11 +37,11 @@ def test_a_stage_ends_with_64_at_once_and_names_the_option_and_the_number_that_f
 
 def test_without_a_number_fewer_processes_are_started_with_a_warning(shared_memory, monkeypatch, caplog):
     runtime = type("Gpu", (), {"device": torch.device("cuda"), "replicas": type("One", (), {"place": Place()})})
-    monkeypatch.setattr(assemble, "count_cores", lambda: 4)
-    assert assemble.choose_workers(-1, runtime, BATCH) == 4
+    monkeypatch.setattr(build, "count_cores", lambda: 4)
+    assert build.choose_workers(-1, runtime, BATCH) == 4
     leave(shared_memory, 11 * BATCH)
     assert not caplog.records
-    assert assemble.choose_workers(-1, runtime, BATCH) == 2
+    assert build.choose_workers(-1, runtime, BATCH) == 2
     assert "--shm-size" in caplog.text
 
 

@@ -15,7 +15,7 @@ from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
 from fivefold.contract.artifacts import channel_digest
 from fivefold.contract.files import read_json
-from fivefold.data.folds import FoldTable, read_folds
+from fivefold.data.split.fold_table import FoldTable, read_folds
 from jobs.__main__ import run
 from toy import call_jobs, read_rows
 

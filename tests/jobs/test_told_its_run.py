@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.contract.stages import METRICS, OOF, RECORD
+from fivefold.contract.stage_specs import METRICS, OOF, RECORD
 from jobs.__main__ import main, run
 from toy import SETTINGS as TINY
 from toy import noise_in, write_test_table

@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from fivefold.errors import RetryableError, SettingsError
-from fivefold.launchers import kubernetes, manifests, scheduler
-from fivefold.launchers.kubectl import Kubectl
+from fivefold.launchers import scheduler
+from fivefold.launchers.kubernetes import launch as kubernetes
+from fivefold.launchers.kubernetes import manifests
+from fivefold.launchers.kubernetes.cluster import Kubectl
 from fivefold.launchers.plan import Inputs, Plan, make_plan, select
 from jobs import submit as jobs_submit
 from platform_runs import REPOSITORY, wait_until

@@ -17,9 +17,9 @@ from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers import local
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import STATE, running_pid, status_of
-from fivefold.machine import GLIBC_TUNABLES
+from fivefold.launchers.terminal import Screen
+from fivefold.system import GLIBC_TUNABLES
 from platform_runs import REPOSITORY, wait_until
 
 

@@ -14,11 +14,11 @@ import yaml
 from jsonschema import ValidationError
 
 import kubernetes_rules as rules
-from fivefold.contract.layout import in_run
-from fivefold.contract.stages import STAGES
+from fivefold.contract.run_layout import in_run
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
-from fivefold.launchers import kubernetes
-from fivefold.launchers.manifests import (
+from fivefold.launchers.kubernetes import launch as kubernetes
+from fivefold.launchers.kubernetes.manifests import (
     INDEX,
     PERMANENT,
     as_yaml,

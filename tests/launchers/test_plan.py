@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.contract.stages import STAGES
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, make_plan, new_run_name, select
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from fivefold import logline
+from fivefold.config.loading import arguments_layer, flatten, is_of, load, read_recipe
+from fivefold.config.schema import STAGES_OF_A_RUN, SageMaker, Settings
+from fivefold.contract import metric_log
 from fivefold.contract.s3.urls import parse
-from fivefold.contract.stages import STAGES
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, make_plan
 from fivefold.launchers.sagemaker import launch
 from fivefold.launchers.sagemaker.requests import requests_of
 from fivefold.launchers.sagemaker.validation import check_cost, check_request, max_costs, validated_requests
-from fivefold.recipe import STAGES_OF_A_RUN, SageMaker, Settings
-from fivefold.settings import arguments_layer, flatten, is_of, load, read_recipe
 from iam import Policy
 from jobs import submit
 from platform_runs import REPOSITORY
@@ -52,7 +52,7 @@ def test_a_fold_is_asked_for_in_full() -> None:
     assert json.loads(json.dumps(request)) == request
     assert re.fullmatch(r"fivefold-first-fold-2-\d{14}", request.pop("TrainingJobName"))
     metrics = request["AlgorithmSpecification"].pop("MetricDefinitions")
-    assert [metric["Name"] for metric in metrics] == list(logline.METRICS)
+    assert [metric["Name"] for metric in metrics] == list(metric_log.METRICS)
     request["InputDataConfig"].sort(key=lambda channel: channel["ChannelName"])
     assert request == {
         "RoleArn": ROLE,
@@ -191,12 +191,12 @@ def values_of(settings: Settings, stage: str) -> dict[str, Any]:
 
 
 def test_the_regexes_read_what_the_log_says() -> None:
-    full = {"epoch": 3, **dict.fromkeys(logline.METRICS, 0.25), "lr": 0.1, "val_loss": float("nan"), "val_acc": 1.0}
-    line = f"2026-01-01 {logline.metric_line(2, full)}"
+    full = {"epoch": 3, **dict.fromkeys(metric_log.METRICS, 0.25), "lr": 0.1, "val_loss": float("nan"), "val_acc": 1.0}
+    line = f"2026-01-01 {metric_log.metric_line(2, full)}"
     for metric in requests_of(plan_of())["fold-2"]["AlgorithmSpecification"]["MetricDefinitions"]:
         found = re.search(metric["Regex"], line)
         assert float(found[1]) == pytest.approx(full[metric["Name"]], nan_ok=True)
-        assert re.search(metric["Regex"], logline.metric_line(None, {"epoch": 1})) is None
+        assert re.search(metric["Regex"], metric_log.metric_line(None, {"epoch": 1})) is None
 
 
 @pytest.mark.parametrize("run", ["first", "run_20261122_005101_0a1b2c3d", "a" * 149, "x.y_z", "9" * 30 + "-"])

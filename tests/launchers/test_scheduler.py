@@ -11,7 +11,7 @@ import pytest
 
 from fivefold.errors import RetryableError
 from fivefold.launchers.scheduler import MAX_FAILED_POLLS, Scheduler
-from fivefold.launchers.screen import Screen
+from fivefold.launchers.terminal import Screen
 
 
 @dataclass(frozen=True)

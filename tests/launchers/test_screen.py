@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.launchers.screen import Screen, copy_output, lines_of
+from fivefold.launchers.terminal import Screen, copy_output, lines_of
 
 
 class Terminal(io.StringIO):

@@ -8,7 +8,7 @@ from torch import nn
 from fivefold.errors import SettingsError
 from fivefold.models.backbones import build_backbone
 from fivefold.models.classifier import Classifier, Standardised, build_head
-from fivefold.training.phases import Ema
+from fivefold.training.callbacks import Ema
 
 
 def test_the_linear_head_is_torchs_own_layers_with_the_same_start():

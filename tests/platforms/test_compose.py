@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from containers import IMAGE, ONE_THREAD, ROOT, SETTINGS, called, differing, docker
-from fivefold.contract.layout import CHANNELS
-from fivefold.settings import arguments_layer, layers_of, load
+from fivefold.config.loading import arguments_layer, layers_of, load
+from fivefold.contract.run_layout import CHANNELS
 from jobs.serve import place_layers
 from platform_runs import wait_until
 

@@ -38,7 +38,7 @@ def test_any_user_on_a_root_that_is_read_only(image, runs: Path, digits: Path, h
 
 
 def test_a_limit_on_cpu_time_is_known_inside(image):
-    code = "from fivefold.machine import cpu_limit; print(cpu_limit())"
+    code = "from fivefold.system import cpu_limit; print(cpu_limit())"
     for given, limit in ((["--cpus=1.5"], "1.5"), ([], "None")):
         assert docker("run", "--rm", *given, "--entrypoint=python", image, "-c", code).stdout.strip() == limit
 

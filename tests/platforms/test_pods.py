@@ -10,7 +10,7 @@ import pytest
 
 from containers import ONE_THREAD, ROOT, SETTINGS, as_arguments, differing
 from fivefold.contract.files import read_json
-from fivefold.launchers import kubernetes
+from fivefold.launchers.kubernetes import launch as kubernetes
 from fivefold.launchers.plan import Inputs, make_plan
 from kubernetes_rules import read
 from platforms.pods import Ended, Node

@@ -6,9 +6,9 @@ from pathlib import Path
 import boto3
 import pytest
 
-from fivefold.recipe import Settings
+from fivefold.config.loading import environment_layer
+from fivefold.config.schema import Settings
 from fivefold.serving.protocol import RENDERERS
-from fivefold.settings import environment_layer
 
 DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 

@@ -18,8 +18,8 @@ import pytest
 import torch  # noqa: F401  (the service imports it, which may take longer than a test waits)
 from PIL import Image
 
-from fivefold.data.images import decode
-from fivefold.recipe import Serve
+from fivefold.config.schema import Serve
+from fivefold.data.image_io import decode
 from fivefold.serving import server as server_module
 from fivefold.serving import service as service_module
 from fivefold.serving.batching import MAX_FAILURES

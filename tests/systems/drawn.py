@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fivefold.data.profiles import GENDERS, STEMS, age_class, label_of
+from fivefold.data.readers.profiles import GENDERS, STEMS, age_class, label_of
 
 COLOURS = ((210, 60, 60), (60, 190, 80), (70, 90, 220), (220, 200, 60))
 CARS = ("1시리즈_F20_2013_2015", "디_올뉴니로_2022_2025", "아반떼_N_2022_2023", "K5_3세대_하이브리드_2020_2022")

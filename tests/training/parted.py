@@ -10,18 +10,18 @@ import numpy as np
 import torch
 
 from counting import CountingStore
-from fivefold.assemble import build_classifier, build_loop, one_hot, seed_everything
-from fivefold.data.dataset import ImageSet
-from fivefold.data.transforms import build_transforms
-from fivefold.distributed.place import place_of
-from fivefold.distributed.replicas import BY_ITSELF, Replicas, joined
+from fivefold.build import build_classifier, build_loop, one_hot, seed_everything
+from fivefold.config.schema import Augment, Distill, Model, Settings, Train
+from fivefold.data.pipeline.dataset import ImageSet
+from fivefold.data.transforms.registry import build_transforms
+from fivefold.distributed.process_group import BY_ITSELF, Replicas, joined
+from fivefold.distributed.ranks import place_of
 from fivefold.errors import StoppedError
 from fivefold.inference.predictor import make_runtime, predict_all
-from fivefold.recipe import Augment, Distill, Model, Settings, Train
-from fivefold.stopping import noted
-from fivefold.training.loop import TrainRows, ValidRows, fit
-from fivefold.training.resume import Checkpoints
-from fivefold.training.teaching import Teacher
+from fivefold.signals import noted
+from fivefold.training.checkpoints import Checkpoints
+from fivefold.training.teacher import Teacher
+from fivefold.training.trainer import TrainRows, ValidRows, fit
 
 ROWS, EPOCHS = 26, 3
 CODES = np.arange(ROWS) % 3

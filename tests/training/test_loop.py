@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fivefold.assemble import one_hot
-from fivefold.data.dataset import ImageSet
+from fivefold.build import one_hot
+from fivefold.data.pipeline.dataset import ImageSet
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.predictor import make_runtime
-from fivefold.training.loop import Loop, Throughput, fit, validate
+from fivefold.training.loggers import csv_log
 from fivefold.training.losses import LOSSES, build_loss, cross_entropy
 from fivefold.training.objectives import Rows, by_labels, once
-from fivefold.training.trackers import csv_log
-from fivefold.training.updates import plain
+from fivefold.training.steps import plain
+from fivefold.training.trainer import Loop, Throughput, fit, validate
 from training_runs import CPU, SMALL, images_in, run_of, stand_still
 
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fivefold.assemble import build_classifier, check_memory
+from fivefold.build import build_classifier, check_memory
+from fivefold.config.schema import Model, Settings, Train
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
 from fivefold.models.classifier import Classifier, Standardised
-from fivefold.recipe import Model, Settings, Train
 from fivefold.training.memory import Estimate, check_fits, estimate
 
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)

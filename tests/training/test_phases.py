@@ -10,14 +10,14 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from fivefold.assemble import build_classifier
-from fivefold.data.dataset import ImageSet
+from fivefold.build import build_classifier
+from fivefold.config.schema import Model
+from fivefold.data.pipeline.dataset import ImageSet
 from fivefold.errors import SettingsError
 from fivefold.models.backbones import build_backbone
-from fivefold.recipe import Model
-from fivefold.training.loop import Loop, fit
 from fivefold.training.optim import build_optimizer, learning_rates
-from fivefold.training.teaching import Lessons, Teacher, soften
+from fivefold.training.teacher import Lessons, Teacher, soften
+from fivefold.training.trainer import Loop, fit
 from training_runs import CPU, SMALL, images_in, run_of, stand_still
 
 LOG_PROBS = np.log(np.random.default_rng(0).dirichlet(np.ones(3), 18)).astype(np.float32)

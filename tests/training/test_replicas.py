@@ -13,9 +13,9 @@ sys.path.append(str(Path(__file__).parent))
 
 from parted import CASES, COUNTS, OTHERS, ROWS, SIZE, predicted, trained
 
-from fivefold.distributed.launch import free_port
-from fivefold.distributed.place import SHARED_SCRATCH, Hosts, Place
-from fivefold.distributed.replicas import Replicas, with_norms_of_all
+from fivefold.distributed.process_group import Replicas, with_norms_of_all
+from fivefold.distributed.rank_launcher import free_port
+from fivefold.distributed.ranks import SHARED_SCRATCH, Hosts, Place
 from fivefold.models.backbones import build_backbone
 from training_runs import images_in
 

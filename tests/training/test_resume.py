@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fivefold.data.dataset import ImageSet
+from fivefold.data.pipeline.dataset import ImageSet
 from fivefold.errors import DataError, RetryableError, StoppedError
-from fivefold.runtimes import RUNTIME, Manner
-from fivefold.stopping import noted
-from fivefold.training.loop import Loop, _start_or_resume, fit
-from fivefold.training.resume import Checkpoints
+from fivefold.execution import RUNTIME, Manner
+from fivefold.signals import noted
+from fivefold.training.checkpoints import Checkpoints
+from fivefold.training.trainer import Loop, _start_or_resume, fit
 from training_runs import CPU, SMALL, images_in, run_of
 
 EPOCHS, STEPS = 4, 3

@@ -9,7 +9,7 @@ from fivefold.inference.predictor import make_runtime
 from fivefold.training.losses import Loss, cross_entropy
 from fivefold.training.objectives import Rows, by_labels, once
 from fivefold.training.optim import build_optimizer
-from fivefold.training.updates import UPDATES, plain, sam
+from fivefold.training.steps import UPDATES, plain, sam
 
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
 OBJECTIVE = once(by_labels(cross_entropy(0.1)))

@@ -12,11 +12,11 @@ from torch import nn
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
 from fivefold.models.classifier import Classifier
+from fivefold.training.callbacks import Ema
 from fivefold.training.losses import build_loss, cross_entropy
 from fivefold.training.objectives import Rows, by_labels, by_teacher, once, rdrop
 from fivefold.training.optim import Schedule, build_optimizer
-from fivefold.training.phases import Ema
-from fivefold.training.updates import plain, sam
+from fivefold.training.steps import plain, sam
 
 OBJECTIVE = once(by_labels(cross_entropy(0.1)))
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)

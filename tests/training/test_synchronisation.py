@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fivefold.assemble import build_loop, one_hot, seed_everything
-from fivefold.data.dataset import Batch
+from fivefold.build import build_loop, one_hot, seed_everything
+from fivefold.config.schema import Augment, Distill, Model, Settings, Train
+from fivefold.data.pipeline.dataset import Batch
 from fivefold.inference.predictor import Runtime, make_runtime
 from fivefold.models.backbones import build_backbone
 from fivefold.models.classifier import Classifier, build_head
-from fivefold.recipe import Augment, Distill, Model, Settings, Train
-from fivefold.training.loop import Loop, TrainRows, _totals, rows_of
 from fivefold.training.losses import LOSSES
-from fivefold.training.teaching import Teacher
+from fivefold.training.teacher import Teacher
+from fivefold.training.trainer import Loop, TrainRows, _totals, rows_of
 from training_runs import CPU
 
 READS = (

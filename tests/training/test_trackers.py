@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fivefold.errors import SettingsError
-from fivefold.training.trackers import TRACKERS, Run, close_trackers, open_trackers
+from fivefold.training.loggers import TRACKERS, Run, close_trackers, open_trackers
 from reading import wandb_records
 
 ROWS = [
@@ -128,7 +128,7 @@ def test_an_absent_package_is_refused_only_where_it_is_asked_for(
 def test_wandb_without_a_key_says_what_to_set(tmp_path: Path):
     code = (
         "from pathlib import Path\nfrom fivefold.errors import SettingsError\n"
-        "from fivefold.training.trackers import Run, open_trackers\n"
+        "from fivefold.training.loggers import Run, open_trackers\n"
         "try:\n    open_trackers(['wandb'], Run('a', 'b', 'c', {}, Path('out')))\n"
         "except SettingsError as error:\n    print('refused:', error)\n"
     )

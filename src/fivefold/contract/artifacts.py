@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fivefold.contract.filenames import TRUTHS, is_sample
 from fivefold.contract.files import (
     MOST_OF_AN_ARCHIVE,
     check_space,
@@ -20,8 +21,7 @@ from fivefold.contract.files import (
     tree_sha256,
 )
 from fivefold.contract.job import Job
-from fivefold.contract.spelling import TRUTHS, is_sample
-from fivefold.contract.stages import (
+from fivefold.contract.stage_specs import (
     CLASSES,
     ENSEMBLE,
     FOLDS,

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fivefold.contract.files import causes, disk_is_full, write_text
-from fivefold.contract.stages import FAILURE
-from fivefold.contract.storage import shown
+from fivefold.contract.s3.sync import shown
+from fivefold.contract.stage_specs import FAILURE
 from fivefold.errors import FivefoldError, LostError, RetryableError, SettingsError, StoppedError
 
 MAX_MESSAGE_CHARS = 1024

@@ -20,7 +20,7 @@ from typing import Any
 
 from fivefold.errors import DataError, RetryableError, SettingsError
 from fivefold.progress import MIB
-from fivefold.stopping import poll
+from fivefold.signals import poll
 
 log = logging.getLogger("fivefold")
 

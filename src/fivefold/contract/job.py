@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.contract.files import probe_writable, remove_abandoned
+from fivefold.contract.s3.sync import Remote
 from fivefold.contract.s3.urls import is_url, parse
-from fivefold.contract.stages import HOLDOUT, PREDICTIONS, Stage
-from fivefold.contract.storage import Remote
-from fivefold.distributed.place import ALONE, SHARED_SCRATCH, Place, place_of
+from fivefold.contract.stage_specs import HOLDOUT, PREDICTIONS, Stage
+from fivefold.distributed.ranks import ALONE, SHARED_SCRATCH, Place, place_of
 from fivefold.errors import MissingInputError, SettingsError
 
 PREDICTED = (PREDICTIONS, HOLDOUT)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fivefold.contract.artifacts import channel_digest
 from fivefold.contract.files import read_json, sha256, tree_files
-from fivefold.contract.stages import RECORD, STAGES
+from fivefold.contract.stage_specs import RECORD, STAGES
 from fivefold.errors import DataError, FivefoldError, MissingInputError
 
 PRODUCERS = {

@@ -25,7 +25,7 @@ import fivefold
 from fivefold.contract.artifacts import COMPARED, channel_digest
 from fivefold.contract.files import read_json, sha256, tree_sha256, write_json
 from fivefold.contract.job import Job
-from fivefold.contract.stages import RECORD
+from fivefold.contract.stage_specs import RECORD
 from fivefold.errors import DataError
 
 log = logging.getLogger("fivefold")

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from fivefold.contract.artifacts import roots
+from fivefold.contract.filenames import is_sample, is_truth
 from fivefold.contract.files import tree_files
 from fivefold.contract.job import Job
-from fivefold.contract.spelling import is_sample, is_truth
-from fivefold.contract.stages import FOLDS, HOLDOUT, OOF
+from fivefold.contract.stage_specs import FOLDS, HOLDOUT, OOF
 from fivefold.errors import MissingInputError
 
 NOT_SUBMISSIONS = ("train.csv", "test.csv", FOLDS, OOF, HOLDOUT)

@@ -12,10 +12,10 @@ import pandas as pd
 from fivefold.csv_tables import check_same_ids
 from fivefold.errors import DataError
 from fivefold.evaluation import metrics, plots
+from fivefold.evaluation.ground_truth import with_truth
 from fivefold.evaluation.metrics import competition_logloss
 from fivefold.evaluation.report import Picture, drawn, filled
-from fivefold.evaluation.tables import write_csv
-from fivefold.evaluation.truth import with_truth
+from fivefold.evaluation.scored_rows import write_csv
 from fivefold.predictions import Predictions, sample
 
 TEMPLATE = Path(__file__).with_name("comparison.html.j2")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from fivefold.choose import choose
+from fivefold.lookup import choose
 
 EPOCH = ("accuracy", "logloss", "f1_macro")
 FLOOR = 1e-15

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from fivefold.choose import choose
 from fivefold.errors import DataError
+from fivefold.lookup import choose
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

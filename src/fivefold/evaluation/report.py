@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from fivefold.evaluation import calibration, metrics, plots
-from fivefold.evaluation.tables import Scored, confused_pairs
+from fivefold.evaluation.scored_rows import Scored, confused_pairs
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 LOOK = Path(__file__).with_name("look.css")

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fivefold.data.ahead import ahead
-from fivefold.data.dataset import Batch, ImageSet, Sample, in_order, load
-from fivefold.data.prepared import Prepared
-from fivefold.distributed.replicas import BY_ITSELF, Replicas
+from fivefold.config.schema import Spec
+from fivefold.data.pipeline.dataset import Batch, ImageSet, Sample, in_order, load
+from fivefold.data.pipeline.eval_cache import Prepared
+from fivefold.data.pipeline.prefetch import ahead
+from fivefold.distributed.process_group import BY_ITSELF, Replicas
 from fivefold.errors import DataError
 from fivefold.inference.tta import View, build_views
 from fivefold.models.classifier import LINKS
 from fivefold.models.cpu_convs import groups_in_float32
 from fivefold.progress import track
-from fivefold.recipe import Spec
 
 
 @dataclass(frozen=True)

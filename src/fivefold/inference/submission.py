@@ -9,9 +9,9 @@ import pandas as pd
 
 from fivefold.contract.files import atomic
 from fivefold.csv_tables import check_same_ids
-from fivefold.data.evals import EvalTable, Submission, check_rows
-from fivefold.data.same_classes import SameClasses
-from fivefold.inference.answers import AS_NAMED, form_of
+from fivefold.data.class_aliases import SameClasses
+from fivefold.data.readers.eval_images import EvalTable, Submission, check_rows
+from fivefold.inference.answer_format import AS_NAMED, form_of
 from fivefold.predictions import Predictions
 
 log = logging.getLogger("fivefold")

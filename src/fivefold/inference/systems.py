@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from fivefold.choose import choose
 from fivefold.csv_tables import check_same_ids
 from fivefold.evaluation.calibration import cross_tempered, fit_temperature
 from fivefold.evaluation.metrics import summary
-from fivefold.inference.blends import BLENDS, combined, cross_fitted, equal, given_weights
+from fivefold.inference.blending import BLENDS, combined, cross_fitted, equal, given_weights
+from fivefold.lookup import choose
 from fivefold.predictions import Predictions, mean_by_id
 
 log = logging.getLogger("fivefold")

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fivefold.choose import choose
+from fivefold.config.schema import Spec
 from fivefold.errors import SettingsError
-from fivefold.recipe import Spec
+from fivefold.lookup import choose
 
 Change = Callable[[Tensor], Tensor]
 

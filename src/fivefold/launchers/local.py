@@ -20,19 +20,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from fivefold.config.loading import ENVIRONMENT_KEYS
+from fivefold.config.schema import SECTIONS
 from fivefold.contract.files import atomic, probe_writable
-from fivefold.contract.layout import CACHES, GROUND_TRUTH, truth_beside_table, truth_of
+from fivefold.contract.run_layout import CACHES, GROUND_TRUTH, truth_beside_table, truth_of
 from fivefold.contract.s3.urls import is_url, parse
-from fivefold.contract.stages import FAILURE
-from fivefold.data.store import open_store
+from fivefold.contract.stage_specs import FAILURE
+from fivefold.data.readers.stores import open_store
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.screen import Screen, copy_output
 from fivefold.launchers.status import LOG, epochs_done, failure_of, running_pid, write_ended, write_started
-from fivefold.machine import GLIBC_TUNABLES, count_cores, free_memory
-from fivefold.recipe import SECTIONS
-from fivefold.settings import ENVIRONMENT_KEYS
+from fivefold.launchers.terminal import Screen, copy_output
+from fivefold.system import GLIBC_TUNABLES, count_cores, free_memory
 
 POLL_INTERVAL_S = 0.03
 LOG_DRAIN_TIMEOUT_S = 2.0

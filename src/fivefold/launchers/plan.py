@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fivefold.choose import choose
-from fivefold.contract.layout import channels_of, outputs_of
-from fivefold.contract.stages import STAGES
+from fivefold.config.loading import arguments_layer, is_of, load, normal_key
+from fivefold.config.schema import Settings
+from fivefold.contract.run_layout import channels_of, outputs_of
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
-from fivefold.recipe import Settings
-from fivefold.settings import arguments_layer, is_of, load, normal_key
+from fivefold.lookup import choose
 
 PLAN = "plan.json"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")

@@ -11,8 +11,8 @@ from graphlib import TopologicalSorter
 from typing import Generic, Protocol, TypeVar
 
 from fivefold.errors import RetryableError
-from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import BY_SIGNAL
+from fivefold.launchers.terminal import Screen
 
 MAX_FAILED_POLLS = 20
 """The run fails after this many failed polls in a row."""

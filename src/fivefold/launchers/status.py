@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.contract.files import read_json, write_json
-from fivefold.contract.stages import FAILURE, METRICS, RECORD, REPORT, STAGES, TRAIN_LOG
+from fivefold.contract.stage_specs import FAILURE, METRICS, RECORD, REPORT, STAGES, TRAIN_LOG
 from fivefold.errors import DataError, MissingInputError
 from fivefold.launchers.plan import PLAN, Plan, Step
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivefold.choose import choose, did_you_mean
 from fivefold.errors import RetryableError, SettingsError
+from fivefold.lookup import choose, did_you_mean
 
 
 def build_backbone(

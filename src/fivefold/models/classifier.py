@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fivefold.choose import choose
 from fivefold.errors import SettingsError
+from fivefold.lookup import choose
 
 MIN_STD = 1e-6
 """A standard deviation below this is a rounding error."""

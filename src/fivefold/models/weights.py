@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fivefold.errors import DataError, MissingInputError, SettingsError
-from fivefold.models.pickles import read_pickled
+from fivefold.models.safe_pickle import read_pickled
 
 log = logging.getLogger("fivefold")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fivefold.errors import SettingsError
 from fivefold.serving.app import build_app
 from fivefold.serving.service import Service
-from fivefold.stopping import poll
+from fivefold.signals import poll
 
 log = logging.getLogger("fivefold")
 

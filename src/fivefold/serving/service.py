@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
-from fivefold.data.images import decoded_size
+from fivefold.config.schema import Serve
+from fivefold.data.image_io import decoded_size
 from fivefold.errors import DataError
-from fivefold.machine import count_cores
-from fivefold.recipe import Serve
 from fivefold.serving.batching import Batcher
 from fivefold.serving.protocol import MILLION, ImageRequest, Prediction, RefusedError, read_image, read_list, too_large
 from fivefold.serving.workers import Workers
+from fivefold.system import count_cores
 
 RETRY_AFTER_S = 1
 """The client may retry after this time if the queue is full."""
@@ -24,7 +24,7 @@ MIN_BYTES_PER_S = 10_000.0
 """Minimum rate at which a client must send a body."""
 
 if TYPE_CHECKING:
-    from fivefold.committee import Committee
+    from fivefold.ensemble import Committee
 
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

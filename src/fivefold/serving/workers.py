@@ -9,8 +9,8 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Any
 
-from fivefold.machine import free_memory
 from fivefold.serving.batching import deliver
+from fivefold.system import free_memory
 
 PIXEL_BYTES = 20
 """Maximum memory per pixel during decoding."""

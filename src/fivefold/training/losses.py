@@ -14,8 +14,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fivefold.choose import choose
 from fivefold.errors import SettingsError
+from fivefold.lookup import choose
 from fivefold.models.classifier import LINKS
 
 MIN_MASS = 1e-12

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import Runtime
-from fivefold.machine import free_memory
+from fivefold.system import free_memory
 
 MEBIBYTE = 1 << 20
 PROBE_BATCH_SIZES = (2, 4)

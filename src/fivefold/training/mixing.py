@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fivefold.choose import choose
-from fivefold.data.dataset import Stream, generator
+from fivefold.data.pipeline.dataset import Stream, generator
+from fivefold.lookup import choose
 from fivefold.training.objectives import Rows
 
 Mix = Callable[[Tensor, float, Tensor, np.random.Generator], tuple[Tensor, float]]

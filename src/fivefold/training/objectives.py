@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivefold.models.classifier import LINKS, Classifier
+from fivefold.training.checkpoints import random_state, set_random_state
 from fivefold.training.losses import Loss
-from fivefold.training.resume import random_state, set_random_state
 
 log = logging.getLogger("fivefold")
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fivefold.choose import choose
 from fivefold.errors import SettingsError
+from fivefold.lookup import choose
 
 ADAM_EPS = 1e-8
 

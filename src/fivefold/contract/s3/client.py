@@ -38,7 +38,7 @@ from fivefold.contract.files import disk_is_full, sha256
 from fivefold.contract.s3.urls import Url
 from fivefold.errors import FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.progress import track
-from fivefold.stopping import poll
+from fivefold.signals import poll
 
 log = logging.getLogger("fivefold")
 T = TypeVar("T")

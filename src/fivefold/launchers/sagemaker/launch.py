@@ -21,8 +21,8 @@ from fivefold.launchers.sagemaker.client import Client, JobStatus, delete_output
 from fivefold.launchers.sagemaker.requests import Request, plain, root_of, secrets_of, without_secrets
 from fivefold.launchers.sagemaker.validation import check_cost, check_request, validated_requests
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import LOG
+from fivefold.launchers.terminal import Screen
 
 log = logging.getLogger("fivefold")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.contract.s3.urls import is_url
-from fivefold.contract.stages import FAILURE, STAGES
+from fivefold.contract.stage_specs import FAILURE, STAGES
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.extras import need
 from fivefold.launchers import local
@@ -32,8 +32,8 @@ from fivefold.launchers.sagemaker.requests import (
     without_secrets,
 )
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.screen import Screen
 from fivefold.launchers.status import LOG, failure_of, record_of, write_ended, write_started
+from fivefold.launchers.terminal import Screen
 
 DEFAULT_IMAGE = "fivefold:latest"
 S3_FOLDER = "sagemaker"

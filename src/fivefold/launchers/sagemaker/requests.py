@@ -14,15 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fivefold.config.loading import is_of, normal_key
+from fivefold.config.recipes import shipped_recipes
+from fivefold.config.schema import SECTIONS, SageMaker, Settings
+from fivefold.contract.metric_log import metric_patterns
 from fivefold.contract.record import IMAGE_VARIABLE
 from fivefold.contract.s3.urls import is_url
-from fivefold.contract.stages import STAGES
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Plan, Step
-from fivefold.logline import metric_patterns
-from fivefold.recipe import SECTIONS, SageMaker, Settings
-from fivefold.recipes import shipped_recipes
-from fivefold.settings import is_of, normal_key
 
 Request = dict[str, Any]
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from fivefold.choose import did_you_mean
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Plan
 from fivefold.launchers.sagemaker.requests import FILE_SUFFIXES, Request, channels, options_of, requests_of, root_of
+from fivefold.lookup import did_you_mean
 
 HINTS = {
     "RoleArn": "sagemaker.role must be arn:aws:iam::ACCOUNT:role/NAME",

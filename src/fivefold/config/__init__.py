@@ -1,0 +1,1 @@
+"""Settings: their schema, where their values come from, and the shipped recipes."""

@@ -1,0 +1,283 @@
+"""Load settings from a recipe and layers over it, and explain unknown keys and invalid values.
+
+Precedence, highest first: KEY=VALUE arguments, environment, hyperparameters, recipe, default. Keys are
+case-insensitive; a dot or `__` separates section and key. `values.py` parses the text of values.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from fivefold.config.parsing import value_of, words
+from fivefold.config.recipes import read, system_of
+from fivefold.config.schema import EXECUTION_KEYS, OF_A_STAGE, SECTIONS, STAGES_OF_A_RUN, Settings
+from fivefold.contract.job import hyperparameters
+from fivefold.distributed.ranks import index_is_of_hosts
+from fivefold.errors import SettingsError
+from fivefold.lookup import did_you_mean
+
+ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "runs", "seed"}
+INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+ALIASES = {"config": "recipe"}
+SECRET = re.compile(r"sagemaker\.(stages(\.[^.]+)?|(stages\.[^.]+\.)?environment(\..*)?)")
+"""Keys with environment variables; messages and logs never contain their values."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of settings: its name for messages, and its values by normal key."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+def arguments_layer(arguments: Sequence[str]) -> Layer:
+    """Return the layer of `KEY=VALUE` arguments; the last value of a key counts. Raise a SettingsError for anything else."""
+    values = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals:
+            raise SettingsError(f"argument {argument!r} is not KEY=VALUE; see --help for the keys")
+        values[normal_key(name)] = value
+    return Layer("argument", values)
+
+
+def environment_layer(environ: Mapping[str, str]) -> Layer:
+    """Return the layer of FOLD, STAGE, RECIPE, RUN, RUNS, SEED and SECTION__KEY; an empty variable counts as not set."""
+    names: dict[str, str] = {}
+    for name, value in environ.items():
+        section, _, key = name.lower().partition("__")
+        if not value or not ((key and section in SECTIONS) or name.lower() in ENVIRONMENT_KEYS):
+            continue
+        other = names.setdefault(normal_key(name), name)
+        if environ[other] != value:
+            raise SettingsError(
+                f"{other}={_redact(normal_key(name), environ[other])} and {name}={_redact(normal_key(name), value)} in the "
+                "environment differ; set one of them"
+            )
+    return Layer("environment", {key: environ[name] for key, name in names.items()})
+
+
+def index_layer(environ: Mapping[str, str]) -> Layer:
+    """Return the layer of JOB_COMPLETION_INDEX of a Kubernetes Indexed Job: the fold, if no other layer sets it."""
+    index = environ.get(INDEX_VARIABLE)
+    return Layer(INDEX_VARIABLE, {"fold": index} if index else {})
+
+
+def layers_of(arguments: Sequence[str], environ: Mapping[str, str]) -> list[Layer]:
+    """Return the layers of this process, highest precedence first; the recipe and the defaults come after them."""
+    return [
+        arguments_layer(arguments),
+        environment_layer(environ),
+        Layer("hyperparameters", {normal_key(name): value for name, value in hyperparameters(environ).items()}),
+        index_layer({} if index_is_of_hosts(environ) else environ),
+    ]
+
+
+def load(layers: Sequence[Layer]) -> Settings:
+    """Return the settings of `layers` (highest precedence first) over the recipe that they name.
+
+    Raise a SettingsError that names the source for an unknown key (with the nearest known one), a wrong type or an
+    invalid value.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for layer in reversed(layers):
+        for key, value in layer.values.items():
+            # Values of higher precedence go last, so that a table does not overwrite such a key inside it.
+            values.pop(key, None)
+            values[key] = _convert(key, value, layer.source)
+            sources[key] = layer.source
+    _check_index(layers, values.get("fold"))
+    tree = read_recipe(values["recipe"]) if values.get("recipe") else {}
+    for key, value in values.items():
+        _set_key(tree, key, value)
+    if not tree.get("system"):
+        tree["system"] = system_of(tree.get("recipe") or "default")
+    return _validate(tree, sources)
+
+
+def normal_key(name: str) -> str:
+    """Return `train.epochs` for `TRAIN__EPOCHS`, `--train.epochs` or `Train.epochs`; `-` becomes `_`, `config` `recipe`."""
+    key = name.strip().lower().lstrip("-").replace("-", "_").replace("__", ".")
+    return ALIASES.get(key, key)
+
+
+def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
+    """Return the keys of `layer` that a stage with these `sections` does not read."""
+    read = ("recipe", "run", "runs", "stage", "reuse", *sections)
+    return [key for key in layer.values if not is_of(key, read)]
+
+
+def is_of(key: str, sections: Sequence[str]) -> bool:
+    """Return whether `key` is in `sections`, an item of which can be a single key such as `data.store_size`."""
+    return key in sections or key.split(".")[0] in sections
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return the tree of a shipped recipe or a recipe file, with its variants: `name:a,b`; see `recipes.read`."""
+    tree: dict[str, Any] = {}
+    for where, tree in read(name):
+        _validate(tree, {}, where)
+    return tree
+
+
+def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Return all settings as a flat dict: `{"train.epochs": 3, …}`."""
+    flat: dict[str, Any] = {}
+    for name, value in settings:
+        if isinstance(value, BaseModel):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def key_settings(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of `sections` that can change a result, flat. A stage's key is a digest of them.
+
+    Of `[predict]` only keys that were set count: for the others, each model uses the values of its own recipe.
+    """
+    fields = type(settings.predict).model_fields.keys()
+    left_out = EXECUTION_KEYS | {f"predict.{name}" for name in fields - settings.predict.model_fields_set}
+    return {key: value for key, value in flatten(settings).items() if is_of(key, sections) and key not in left_out}
+
+
+def describe(sections: Sequence[str]) -> str:
+    """Return the `--help` text: one line per key of `sections`, with type, description and default."""
+    lines = [
+        f"  {key:24} {words(field.annotation):26} {field.description} (default: {json.dumps(field.default, ensure_ascii=False)})"
+        for key, field in FIELDS.items()
+        if is_of(key, sections)
+    ]
+    return "\n".join(lines)
+
+
+def reference() -> str:
+    """Return docs/settings.md: every key with type, default and meaning, a table per section."""
+    lines = [
+        "# Settings",
+        "",
+        "Every key with its type, default and meaning. `make docs` generates this page from `src/fivefold/config/schema.py`. Keys are written as",
+        "`section.key` on the command line, as `SECTION__KEY` in the environment, and below `[section]` in a recipe: [docs/training.md](training.md).",
+    ]
+    section = None
+    for key, field in FIELDS.items():
+        name, dot, short = key.partition(".")
+        if name != section and (dot or section is None):
+            section = name if dot else ""
+            lines += [
+                "",
+                f"## [{section}]" if section else "## Top level",
+                "",
+                "| key | type | default | meaning |",
+                "|---|---|---|---|",
+            ]
+        default = json.dumps(field.default, ensure_ascii=False)
+        cells = [f"`{short or name}`", words(field.annotation), f"`{default}`", field.description or ""]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _convert(key: str, value: Any, source: str) -> Any:
+    """Convert `value` to the type of `key`. Raise a SettingsError for an unknown key or a wrong type."""
+    parent, _, option = key.partition(".options.")
+    kind = Any if option and f"{parent}.options" in KINDS else KINDS.get(key)
+    if kind is None:
+        raise SettingsError(f"unknown key {key!r} in {source}{_hint(key)}; --help lists the keys")
+    try:
+        return value_of(kind, value)
+    except ValueError as error:
+        raise SettingsError(f"{key}={_redact(key, value, repr)} ({source}): {error}") from None
+
+
+def _redact(key: str, value: Any, to_text: Callable[[Any], str] = str) -> str:
+    """Return the text of a setting's value for a message, or `***` if the value may be secret."""
+    return "***" if SECRET.fullmatch(key) else to_text(value)
+
+
+def _hint(key: str) -> str:
+    """Return a hint for an unknown `key`: the same name in a section, or the key with the nearest spelling."""
+    if key in SECTIONS:
+        return f"; it is a section: write {key}.NAME=VALUE or {key}__NAME=VALUE"
+    same = [known for known in KINDS if known.endswith(f".{key}") and known.count(".") == 1]
+    return f"; did you mean {' or '.join(map(repr, same))}?" if same else did_you_mean(key, [*KINDS, *SECTIONS])
+
+
+def _check_index(layers: Sequence[Layer], fold: int | None) -> None:
+    index = next((layer.values["fold"] for layer in layers if layer.source == INDEX_VARIABLE and layer.values), None)
+    if index is not None and fold != value_of(int, index):
+        raise SettingsError(f"FOLD={fold} and {INDEX_VARIABLE}={index} differ; set only one of them")
+
+
+def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        # Copy the table: it may belong to a layer that is used again.
+        table = tree.get(section)
+        tree[section] = dict(table) if isinstance(table, dict) else {}
+        tree = tree[section]
+    tree[last] = value
+
+
+def _validate(tree: Mapping[str, Any], sources: Mapping[str, str], where: str = "") -> Settings:
+    try:
+        settings = Settings.model_validate(tree)
+        settings.student()
+        return settings
+    except ValidationError as error:
+        # The student's sections are validated as separate models; their keys are in [distill].
+        prefix = "" if error.title == "Settings" else f"distill.{error.title.lower()}."
+        problems = {_describe_error(problem, prefix, sources): None for problem in error.errors()}
+        raise SettingsError(where + "; ".join(problems)) from None
+
+
+def _describe_error(problem: Mapping[str, Any], prefix: str, sources: Mapping[str, str]) -> str:
+    """Return a pydantic error in plain words: `train.epochs=0 (argument): at least 1 is needed`."""
+    parts = [*prefix.split(".")[:-1], *problem["loc"]]
+    path = ".".join(str(part) for part in parts)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {path!r}{_hint(path)}"
+    key = next((".".join(map(str, parts[:n])) for n in (3, 2, 1) if ".".join(map(str, parts[:n])) in KINDS), "")
+    if problem["type"] == "value_error":
+        return f"{path}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    value = problem["input"]
+    source = f" ({sources[key]})" if key in sources else ""
+    return f"{key or path}={_redact(key or path, value, repr)}{source}: {_requirement(problem, key)}"
+
+
+def _requirement(problem: Mapping[str, Any], key: str) -> str:
+    bound = BOUND_MESSAGES.get(problem["type"])
+    if bound is not None:
+        return bound.format(**problem.get("ctx", {}))
+    return f"{words(KINDS[key]) if key else 'a table of keys'} is needed"
+
+
+BOUND_MESSAGES = {
+    "greater_than_equal": "at least {ge:.10g} is needed",
+    "greater_than": "more than {gt:.10g} is needed",
+    "less_than_equal": "at most {le:.10g} is needed",
+    "less_than": "less than {lt:.10g} is needed",
+    "literal_error": "{expected} is needed",
+    "finite_number": "a finite number is needed",
+}
+FIELDS: dict[str, FieldInfo] = {}
+"""The field of every key (`train.epochs`), in the order of the schema."""
+for _name, _field in Settings.model_fields.items():
+    _fields = type(_field.default).model_fields if _name in SECTIONS else {}
+    FIELDS |= {f"{_name}.{key}": field for key, field in _fields.items()} or {_name: _field}
+KINDS = {key: field.annotation for key, field in FIELDS.items()}
+"""The type of every key, including the student's overrides and the overrides per stage."""
+KINDS |= {f"distill.{key}": kind for key, kind in KINDS.items() if key.startswith(("model.", "train."))}
+KINDS |= {
+    f"sagemaker.stages.{stage}.{key}": KINDS[f"sagemaker.{key}"] for stage in STAGES_OF_A_RUN for key in OF_A_STAGE
+}
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

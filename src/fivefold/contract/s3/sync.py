@@ -1,0 +1,273 @@
+"""Sync channels, outputs and checkpoints at `s3://bucket/prefix` with local folders.
+
+A channel is downloaded on first use. The files that earlier stages left at an output are downloaded at the start, so
+that an up-to-date stage finds its record. Written files are uploaded when the stage ends (`attempts` describes their
+layout). Checkpoints are uploaded during training, and downloaded at its start.
+"""
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from fivefold.contract.files import check_space, one_at_a_time, read_json, tree_files
+from fivefold.contract.s3 import commit
+from fivefold.contract.s3.commit import FILES, START, Attempt, Stored
+from fivefold.contract.s3.urls import Url
+from fivefold.contract.stage_specs import RECORD
+from fivefold.errors import DataError, MissingInputError, SettingsError
+
+if TYPE_CHECKING:
+    from fivefold.contract.s3.checkpoints import CheckpointSync
+    from fivefold.contract.s3.client import Store
+
+log = logging.getLogger("fivefold")
+
+STALE_AFTER_S = 86_400.0
+"""An attempt without a marker is removed if nobody has written to it for this many seconds."""
+
+MAX_KEY_BYTES, RESERVED_KEY_BYTES = 1024, 300
+"""Bytes of the longest key of S3, and the bytes that are reserved for the names of an attempt and of a file in it."""
+MAX_NAME_BYTES = 255
+"""Bytes of the longest file name of common file systems."""
+
+FOLDER_KINDS = ("in", "out", "checkpoints")
+SCRATCH = "fivefold-"
+"""Prefix of the names of temporary folders."""
+LOCAL_FOLDER_PATTERN = re.compile(rf"[^\s'\"(]*/{SCRATCH}\w+/(?:{'|'.join(FOLDER_KINDS)})/")
+
+
+URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/'\"]+@")
+"""The part before the host in a URL: a user, a password or a key."""
+
+
+def shown(text: str) -> str:
+    """Return a message with URLs in place of the local paths that represent them, and without credentials in URLs."""
+    return URL_CREDENTIALS.sub("***@", LOCAL_FOLDER_PATTERN.sub("s3://", text))
+
+
+@dataclass
+class Output:
+    """An output's URL, its local folder, and the state of the files that were downloaded at the start."""
+
+    url: Url
+    path: Path
+    fetched: Mapping[Path, tuple[int, int]]
+    replaced: list[Attempt] = field(default_factory=list)
+
+
+@dataclass
+class Remote:
+    """The URLs of one job, and their local folders below `scratch`. Without URLs all methods do nothing.
+
+    Use it as a context manager: the exit uploads the last checkpoint.
+    """
+
+    scratch: Path
+    channels: dict[Path, Url] = field(default_factory=dict)
+    waiting: dict[Path, list[Stored]] = field(default_factory=dict)
+    outputs: list[Output] = field(default_factory=list)
+    checkpoints: "CheckpointSync | None" = None
+
+    def __enter__(self) -> "Remote":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+
+    @cached_property
+    def store(self) -> "Store":
+        """Return the client. boto3 is imported only if there is a URL."""
+        from fivefold.contract.s3.client import Store
+
+        return Store()
+
+    def channel(self, url: Url) -> Path:
+        """Return the path that the object or the prefix has after `fetch`.
+
+        Raise a MissingInputError if there is no object.
+        """
+        _check_names(url, url.key)
+        path = self._local_folder("in", url)
+        self.waiting[path] = self._list_visible(url)
+        self.channels[path] = url
+        return path
+
+    def names(self, url: Url) -> list[str]:
+        """Return the names of the files below a URL; the empty name for a single object. Errors as for `channel`."""
+        return [stored.name for stored in self._list_visible(url)]
+
+    def fetch(self, path: Path, only: tuple[str, ...] = ("",)) -> None:
+        """Download the files of a channel, except existing ones; `only` those whose names end in one of these.
+
+        Processes that share `scratch` download one after another, and skip files that another one has downloaded.
+        """
+        if path in self.waiting:
+            with one_at_a_time(self.scratch):
+                selected = [stored for stored in self.waiting.pop(path) if stored.name.endswith(only)]
+                missing = [stored for stored in selected if not (path / stored.name if stored.name else path).exists()]
+                self._download(missing, path, str(self.channels[path]))
+
+    def source(self, path: Path) -> str | None:
+        """Return the URL that a channel's path represents, or None for a path of this machine."""
+        return str(self.channels[path]) if path in self.channels else None
+
+    def output(self, url: Url) -> Path:
+        """Return the local folder of an output's URL, with the files that finished stages left there.
+
+        Raise a SettingsError if writing or deleting there is not allowed.
+        """
+        _check_length(url)
+        path = self._local_folder("out", url)
+        if any(output.url == url for output in self.outputs):
+            return path
+        self._check_writable(url)
+        path.mkdir(parents=True, exist_ok=True)
+        stored = commit.visible(self.store, url, self.store.starting(url, START))
+        self._download(stored, path, str(url))
+        self.outputs.append(Output(url, path, {path / item.name: _state(path / item.name) for item in stored}))
+        return path
+
+    def begin(self, stage: str) -> None:
+        """Delete the markers of this stage's earlier attempts, records first, so that they no longer count."""
+        for output in self.outputs:
+            earlier = commit.sorted_out(output.url, self.store.starting(output.url, START))[1]
+            output.replaced = [attempt for attempt in earlier if attempt.stage == stage and attempt.marker]
+        markers = [attempt.marker.url for output in self.outputs for attempt in output.replaced if attempt.marker]
+        if markers:  # without URLs, do not import boto3
+            self.store.delete(sorted(markers, key=lambda url: url.name != RECORD))
+
+    def publish(self, stage: str, record: Path, made: Sequence[Path]) -> None:
+        """Upload the files that the stage wrote, its record last; then delete the attempts that this one replaces.
+
+        `made` are the files that the record names.
+        """
+        facts = read_json(record)
+        name = commit.new_name(stage)
+        # the folder of the record comes last
+        for output in sorted(self.outputs, key=lambda output: output.path == record.parent):
+            files = self._written(output, record, made)
+            urls = {output.url / name / path.relative_to(output.path).as_posix(): path for path in files}
+            digests = self.store.upload([(path, url) for url, path in urls.items()], f"to {output.url}")
+            relative_digests = {url.below(output.url / name): digest for url, digest in digests.items()}
+            marker = RECORD if output.path == record.parent else FILES
+            self.store.write(output.url / name / marker, commit.marker(facts, relative_digests))
+            log.info("%s: %d files at %s", stage, len(files), output.url / name)
+        for output in self.outputs:
+            self._remove_old(output, stage, name)
+
+    def keep_checkpoints(self, url: Url) -> Path:
+        """Return the local folder of a URL of checkpoints. Errors as for `output`."""
+        _check_length(url)
+        self._check_writable(url)
+        path = self._local_folder("checkpoints", url)
+        path.mkdir(parents=True, exist_ok=True)
+        from fivefold.contract.s3.checkpoints import CheckpointSync
+
+        self.checkpoints = CheckpointSync(self.store, url, path)
+        return path
+
+    def keep(self, path: Path) -> None:
+        """Upload a new checkpoint in the background."""
+        if self.checkpoints is not None:
+            self.checkpoints.send(path)
+
+    def restore(self, own: Path) -> set[str]:
+        """Download the newest checkpoints of a key into its folder `own`. Return the names of all keys with checkpoints."""
+        return set() if self.checkpoints is None else self.checkpoints.restore(own)
+
+    def forget(self, own: Path) -> None:
+        """Delete a key's checkpoints after its stage is done."""
+        if self.checkpoints is not None:
+            self.checkpoints.forget(own)
+
+    def _check_writable(self, url: Url) -> None:
+        probe = url / f".probe.{secrets.token_hex(4)}"
+        self.store.write(probe, b"probe")
+        self.store.delete([probe])
+
+    def _list_visible(self, url: Url) -> list[Stored]:
+        if url.key and (object := self.store.find(url)):
+            return [Stored("", object)]
+        files = commit.visible(self.store, url, self.store.below(url))
+        if not files:
+            raise MissingInputError(f"{url}: no object exists there, and no finished stage has written there")
+        return files
+
+    def _local_folder(self, kind: str, url: Url) -> Path:
+        return self.scratch / kind / url.bucket / url.key
+
+    def _download(self, stored: Sequence[Stored], path: Path, label: str) -> None:
+        if not stored:
+            return
+        from fivefold.contract.s3.client import Download
+
+        if archived := self.store.find_archived(item.object for item in stored):
+            raise MissingInputError(
+                f"{archived.url} is archived (storage class {archived.storage_class}); restore it and the others below {label} "
+                "(aws s3api restore-object), then run the same command"
+            )
+        for item in stored:
+            _check_names(item.object.url, item.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_space(path.parent, sum(item.object.size for item in stored))
+        files = [Download(item.object, path / item.name if item.name else path, item.digest) for item in stored]
+        self.store.download(files, f"from {label}")
+
+    def _written(self, output: Output, record: Path, recorded: Sequence[Path]) -> list[Path]:
+        """Return the files in an output's folder that this stage wrote: new or changed files, and those that its record names."""
+        inner = [
+            other.path for other in self.outputs if other.path != output.path and other.path.is_relative_to(output.path)
+        ]
+        return [
+            path
+            for path in tree_files(output.path)
+            if path != record
+            and not any(path.is_relative_to(other) for other in inner)
+            and (path in recorded or output.fetched.get(path) != _state(path))
+        ]
+
+    def _remove_old(self, output: Output, stage: str, current: str) -> None:
+        """Delete the objects of replaced attempts, and of this stage's incomplete attempts that are older than a day."""
+        existing = commit.sorted_out(output.url, self.store.starting(output.url, START))[1]
+        replaced = {attempt.url for attempt in output.replaced}
+        stale_before = time.time() - STALE_AFTER_S
+        for attempt in existing:
+            newest = max(item.modified for item in attempt.objects.values())
+            abandoned = attempt.stage == stage and attempt.marker is None and newest <= stale_before
+            if attempt.url.name != current and (attempt.url in replaced or abandoned):
+                self.store.delete(item.url for item in attempt.objects.values())
+
+
+def _check_length(url: Url) -> None:
+    """Raise a SettingsError if the keys below `url` would be longer than S3 allows."""
+    if len(url.key.encode()) > MAX_KEY_BYTES - RESERVED_KEY_BYTES:
+        raise SettingsError(
+            f"{url}: this key has {len(url.key.encode())} bytes, and the limit is {MAX_KEY_BYTES - RESERVED_KEY_BYTES}, to leave room "
+            "for the names of files below it; use a shorter prefix"
+        )
+    _check_names(url, url.key)
+
+
+def _check_names(url: Url, key: str) -> None:
+    """Raise a DataError if a part of `key` is longer than a file name may be."""
+    for name in key.split("/"):
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise DataError(
+                f"{url}: {name[:40]!r}… is longer than {MAX_NAME_BYTES} bytes, the limit of file systems; rename it"
+            )
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Return modification time and inode of a file, to detect later writes."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_ino

@@ -1,0 +1,1 @@
+"""Images as batches: datasets, prefetching, and caches of decoded images."""

@@ -1,0 +1,288 @@
+"""Batches of images: read, decode, verify and transform; the bytes do not depend on the number of workers."""
+
+import hashlib
+import logging
+import math
+import os
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_convert
+
+from fivefold.data.image_io import Pixels, in_threads
+from fivefold.data.pipeline.image_cache import Cache
+from fivefold.data.pipeline.image_stats import count_numbers, measure
+from fivefold.data.readers.stores import ImageStore, read_unchanged
+from fivefold.data.transforms.registry import Transform
+from fivefold.progress import stoppable, track
+
+log = logging.getLogger("fivefold")
+
+MEMORY_LIMIT = 1 << 30
+"""Maximum bytes of decoded images to keep in memory."""
+HEADER_SAMPLE = 256
+"""Images whose headers are read to estimate the size of all images."""
+PREFETCH_FACTOR = 4
+"""Batches that each loader worker prefetches."""
+LOADER_TIMEOUT_S = 600
+"""Seconds without a batch after which reading has failed: torch loses a batch if the shared memory has no room for it."""
+Sample = tuple[int, int]
+"""(epoch, row)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` uint8 [B, 3, H, W], channels last in memory; `rows` int64 [B], the indices in the dataset; `meta` float [B, M] or None."""
+
+    images: Tensor
+    rows: Tensor
+    meta: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.images, self.rows, *([] if self.meta is None else [self.meta])]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return a batch with `change` applied to each tensor."""
+        return Batch(*map(change, self.tensors))
+
+    def pin_memory(self) -> "Batch":
+        """Pin the tensors; the loader calls this method of custom batch classes for its option `pin_memory`."""
+        return self.map(Tensor.pin_memory)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Concatenate batches in order."""
+    return Batch(*map(torch.cat, zip(*(batch.tensors for batch in batches), strict=True)))
+
+
+class ImageSet(Dataset):
+    """The images of N rows of a store, each requested by (epoch, row).
+
+    `sha256`: the digests that the split recorded, checked at every read; None if it recorded none.
+    `pixels`: the decoding options. Images that a cache of the store holds with the same options are read from it.
+    `meta`: names of the meta features of each image, measured before the transform.
+    The random numbers of a sample depend only on (seed, epoch, row), not on the worker or the order.
+    """
+
+    def __init__(
+        self,
+        store: ImageStore,
+        paths: Sequence[str],
+        transform: Transform,
+        seed: int = 0,
+        sha256: Sequence[str | None] | None = None,
+        meta: Sequence[str] = (),
+        pixels: Pixels = Pixels(),  # noqa: B008
+    ) -> None:
+        self.store = store
+        self.paths = paths
+        self.transform = transform
+        self.seed = seed
+        self.sha256 = sha256
+        self.meta = tuple(meta)
+        self.pixels = pixels
+        digests = [None] * len(paths) if sha256 is None else sha256
+        self.cached = [(cache, cache.find(digests)) for cache in getattr(store, "caches", ()) if cache.pixels == pixels]
+        self.kept: list[np.ndarray] | None = None
+        self.measured: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def count_cached(self) -> int:
+        """Return how many rows are known to be in a cache; rows without a digest are unknown until they are read."""
+        return int(np.any([indices >= 0 for _, indices in self.cached], axis=0).sum())
+
+    def keep_in_memory(self) -> bool:
+        """Decode all images once and keep them, if they fit; return whether they do. Forked workers share them.
+
+        Images in a cache need not be kept.
+        """
+        if self.count_cached() == len(self):
+            return True
+        expected = self.expected_bytes()
+        images: list[np.ndarray] = []
+        size = 0
+        with closing(in_threads(self.image, range(len(self)))) as decoded:
+            for image in stoppable(decoded if expected <= MEMORY_LIMIT else ()):
+                images.append(image)
+                size += image.nbytes
+                if size > MEMORY_LIMIT:
+                    break
+        if max(expected, size) > MEMORY_LIMIT:
+            log.info("%d decoded images do not fit in memory; they are read in each epoch", len(self))
+            return False
+        self.kept = images
+        return True
+
+    def expected_bytes(self, most: int = HEADER_SAMPLE) -> float:
+        """Estimate the bytes of all decoded images from the headers of `most` files; 0 if all images are in a cache."""
+        if self.count_cached() == len(self):
+            return 0.0
+        sample = np.linspace(0, len(self) - 1, min(most, len(self)), dtype=int)
+        with closing(in_threads(self._stored_bytes, sample.tolist())) as sizes:
+            return sum(stoppable(sizes)) / max(1, len(sample)) * len(self)
+
+    def _stored_bytes(self, row: int) -> int:
+        """Return the bytes of the stored pixels of a row, from its file's header."""
+        digest = None if self.sha256 is None else self.sha256[row]
+        content, _ = read_unchanged(self.store, self.paths[row], digest)
+        return 3 * math.prod(self.pixels.size_of(content, self.paths[row]))
+
+    def measure(self) -> np.ndarray:
+        """Return the meta features float32 [N, M] of all rows, measured once and then cached."""
+        if self.measured is None:
+            features = np.empty((len(self), count_numbers(self.meta)), np.float32)
+            with closing(in_threads(lambda row: measure(self.image(row), self.meta), range(len(self)))) as rows:
+                for row, numbers in enumerate(track(rows, len(self), "meta features")):
+                    features[row] = numbers
+            self.measured = features
+        return self.measured
+
+    def image(self, row: int) -> np.ndarray:
+        """Return the stored pixels uint8 [H, W, 3] of a row, not to be modified; raise a DataError if it changed since the split."""
+        if self.kept is not None:
+            return self.kept[row]
+        for cache, indices in self.cached:
+            if indices[row] >= 0:
+                return _from_cache(cache, int(indices[row]))
+        digest = None if self.sha256 is None else self.sha256[row]
+        if digest is None and not self.cached:
+            return self.pixels.decode(self.store.read(self.paths[row]), self.paths[row])
+        content, digest = read_unchanged(self.store, self.paths[row], digest)
+        for cache, _ in self.cached:
+            (index,) = cache.find([digest])
+            if index >= 0:
+                return _from_cache(cache, int(index))
+        return self.pixels.decode(content, self.paths[row])
+
+    def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
+        """Return the batch of the given (epoch, row) pairs; keep torch's global random state."""
+        state = torch.get_rng_state()
+        images, meta = None, []
+        for index, (epoch, row) in enumerate(samples):
+            pixels = self.image(row)
+            # default_generator, because torch.manual_seed would also reseed CUDA's generators at every sample
+            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, row))
+            image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1))
+            if images is None:
+                # Channels last, so that each image is one contiguous copy; stacking takes 50 % longer.
+                images = torch.empty((len(samples), *image.shape[1:], 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+            images[index].copy_(image)
+            meta.append(self._meta(row, pixels))
+        torch.set_rng_state(state)
+        rows = torch.tensor([row for _, row in samples])
+        return Batch(images, rows, torch.from_numpy(np.stack(meta)) if self.meta else None)
+
+    def seen(self, row: int) -> Batch:
+        """Return the evaluation input of a row as a batch of one; thread-safe, because nothing is random."""
+        pixels = self.image(row)
+        meta = torch.from_numpy(self._meta(row, pixels)[None]) if self.meta else None
+        return Batch(self.transform(torch.from_numpy(pixels).permute(2, 0, 1))[None], torch.tensor([row]), meta)
+
+    def _meta(self, row: int, pixels: np.ndarray) -> np.ndarray | None:
+        if not self.meta:
+            return None
+        return measure(pixels, self.meta) if self.measured is None else self.measured[row]
+
+
+def _from_cache(cache: Cache, index: int) -> np.ndarray:
+    _ignore_read_only_warning()
+    return cache.image(index)
+
+
+@lru_cache(maxsize=1)
+def _ignore_read_only_warning() -> None:
+    """Hide torch's warning about read-only arrays, which it prints once per process; the images of a cache are such arrays.
+
+    No transform modifies its input image.
+    """
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    torch.from_numpy(np.frombuffer(b"0", np.uint8))
+
+
+class Stream(IntEnum):
+    """NumPy random streams of training, except the order of `epoch_batches`, whose key is only (seed, epoch)."""
+
+    BALANCE = 1
+    MIX = 2
+
+
+def generator(stream: Stream, *parts: int) -> np.random.Generator:
+    """Return the generator of a stream for integers below 2³² such as (seed, epoch), with epochs from 1.
+
+    NumPy pads short keys with zeros. No two keys of a run are equal, because the stream comes first and the epoch third,
+    where the key of `epoch_batches` has a zero.
+    """
+    return np.random.default_rng([stream, *parts])
+
+
+def derive_seed(*parts: int) -> int:
+    """Return a 63-bit seed derived from integers such as (seed, epoch, row)."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def epoch_batches(
+    rows: int, batch_size: int, seed: int, epoch: int, drop_last: bool = False
+) -> list[list[tuple[int, int]]]:
+    """Return a shuffled epoch of (epoch, row) pairs in batches, as many as `count_batches` returns."""
+    order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+    batches = [[(epoch, row) for row in order[i : i + batch_size]] for i in range(0, rows, batch_size)]
+    return batches[: count_batches(rows, batch_size, drop_last)]
+
+
+def count_batches(rows: int, batch_size: int, drop_last: bool = False) -> int:
+    """Return the number of batches of a training epoch; with `drop_last`, without a last batch that is not full.
+
+    Otherwise drop a last batch of one row, which BatchNorm cannot handle, or of less than an eighth of a batch, whose step
+    would be as long as that of a full batch. Each epoch drops different rows.
+    """
+    full, remainder = divmod(rows, batch_size)
+    minimum = batch_size if drop_last else max(2, batch_size / 8)
+    return full + (remainder > 0 and (remainder >= minimum or full == 0))
+
+
+def in_order(rows: int, batch_size: int, start: int = 0) -> list[list[tuple[int, int]]]:
+    """Return the rows from `start` to `rows` - 1 in order, in batches, with epoch 0."""
+    return [[(0, row) for row in range(i, min(i + batch_size, rows))] for i in range(start, rows, batch_size)]
+
+
+def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, pin: bool = False) -> Iterator[Batch]:
+    """Load the given batches with `workers` processes (0: in this process)."""
+    return iter(
+        DataLoader(
+            images,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=default_convert,
+            worker_init_fn=_start_process_group,
+            pin_memory=pin,
+            # A separate generator: the loader draws a base seed, which must not change the model's random state.
+            generator=torch.Generator().manual_seed(0),
+            prefetch_factor=PREFETCH_FACTOR if workers else None,
+            timeout=LOADER_TIMEOUT_S if workers else 0,
+        )
+    )
+
+
+def batches_in_shared_memory(workers: int) -> int:
+    """Return the maximum number of batches in shared memory: those prefetched, one being read and one in use."""
+    return workers * PREFETCH_FACTOR + 2 if workers else 0
+
+
+def _start_process_group(worker: int) -> None:
+    """Move a worker to its own process group, so that signals to the group (^C, `timeout`) reach only the training process.
+
+    If they killed the worker, torch would report a lost worker and end the training before a checkpoint is saved.
+    """
+    os.setpgid(0, 0)

@@ -1,0 +1,179 @@
+"""Cache of transformed evaluation images, shared by all models, views and epochs that use them.
+
+Decoding, meta features and the evaluation transform are deterministic, so their results are kept:
+in memory up to a limit, and beyond it in one file of a scratch folder.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fivefold.contract.files import reserve
+from fivefold.data.image_io import in_threads
+from fivefold.data.pipeline.dataset import MEMORY_LIMIT, Batch, ImageSet, Sample, load
+from fivefold.data.split.verify import reasons_in_words
+from fivefold.errors import DataError
+from fivefold.progress import track
+from fivefold.system import free_memory
+
+log = logging.getLogger("fivefold")
+
+FREE_MEMORY_DIVISOR = 4
+"""The cached images take at most 1/4 of the free memory."""
+
+
+class Prepared:
+    """Evaluation inputs of the N images of a set, by row, computed when a row is first requested.
+
+    `pixels`: uint8 [N, H, W, 3], returned in batches as [B, 3, H, W]. Batches are identical, byte for byte, to those of
+    `load` on the set itself. If the images fit neither in `limit` bytes of memory nor in a file in `scratch` (None: no
+    file), they are read again each time, as in `load`.
+
+    With `stand_in`, an unreadable image is not an error: another image takes its place, and `unreadable` maps its row to
+    the reason.
+    """
+
+    def __init__(
+        self, images: ImageSet, scratch: Path | None = None, limit: int | None = None, stand_in: bool = False
+    ) -> None:
+        self.images = images
+        self.scratch = scratch
+        self.limit = limit
+        self.stand_in = stand_in
+        self.unreadable: dict[int, str] = {}
+        self.pixels: np.ndarray | None = None
+        self.meta: np.ndarray | None = None
+        self.done = np.zeros(len(images), bool)
+        self.fits = True
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def in_memory(self) -> int:
+        """Return the bytes of memory that the cache takes, or will take when it is full."""
+        return 0 if self.pixels is None or isinstance(self.pixels, np.memmap) else self.pixels.nbytes
+
+    def batches(self, batches: list[list[Sample]], workers: int, label: str = "") -> Iterator[Batch]:
+        """Return the given batches of (epoch, row) in order, after computing all missing rows in threads.
+
+        Show a progress bar if `label` is set. Raise one DataError for all unreadable images.
+        """
+        rows = np.array([row for batch in batches for _, row in batch], np.int64)
+        if len(rows) and not self._make(rows, label):
+            return load(self.images, self._with_substitutes(batches, rows) if self.stand_in else batches, workers)
+        return map(self._batch, batches)
+
+    def _with_substitutes(self, batches: list[list[Sample]], rows: np.ndarray) -> list[list[Sample]]:
+        """Return the batches with unreadable rows replaced by a readable one, after trying all rows once."""
+        with closing(in_threads(self._try_row, rows[~self.done[rows]].tolist())) as tried:
+            for row, _, reason in tried:
+                self._mark_done(row, reason)
+        self._check(rows)
+        substitute = next(row for row in rows.tolist() if row not in self.unreadable)
+        return [[(epoch, substitute if row in self.unreadable else row) for epoch, row in batch] for batch in batches]
+
+    def _try_row(self, row: int) -> tuple[int, Batch | None, str]:
+        """Return the row, its evaluation batch, and the reason if it is unreadable (then the batch is None)."""
+        try:
+            return row, self.images.seen(row), ""
+        except DataError as error:
+            return row, None, str(error)
+
+    def _mark_done(self, row: int, reason: str) -> None:
+        self.done[row] = True
+        if reason:
+            self.unreadable[row] = reason
+
+    def _check(self, rows: np.ndarray) -> None:
+        """Raise a DataError for unreadable images in `rows`; with `stand_in`, only if all of them are unreadable."""
+        bad = {row: self.unreadable[row] for row in rows.tolist() if row in self.unreadable}
+        if not bad or (self.stand_in and len(bad) < len(set(rows.tolist()))):
+            return
+        reasons = reasons_in_words(list(bad.values()), [self.images.paths[row] for row in bad])
+        raise DataError(reasons if len(bad) == 1 else f"{len(bad)} of {len(rows)} images cannot be used: {reasons}")
+
+    def _batch(self, samples: list[Sample]) -> Batch:
+        rows = np.array([row for _, row in samples], np.int64)
+        start = int(rows[0])
+        is_contiguous = np.array_equal(rows, np.arange(start, start + len(rows)))
+        selection = slice(start, start + len(rows)) if is_contiguous else rows
+        meta = None if self.meta is None else torch.from_numpy(self.meta[selection].copy())
+        images = torch.from_numpy(self.pixels[selection]).permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(rows), meta)
+
+    def _make(self, rows: np.ndarray, label: str) -> bool:
+        """Compute the missing ones of `rows`; return whether there is room for them."""
+        missing = rows[~self.done[rows]]
+        if not self.fits:
+            return False
+        if not len(missing):
+            self._check(rows)
+            return True
+        if self.pixels is None:
+            self.fits = self._allocate(missing)
+        if not self.fits:
+            return False
+        with closing(in_threads(self._store, missing.tolist())) as results:
+            for row, reason in track(results, len(missing), f"{label}: images") if label else results:
+                self._mark_done(row, reason)
+        self._check(rows)
+        return True
+
+    def _store(self, row: int) -> tuple[int, str]:
+        _, batch, reason = self._try_row(row)
+        self.pixels[row] = 0 if batch is None else batch.images[0].permute(1, 2, 0).numpy()
+        if self.meta is not None:
+            self.meta[row] = 0 if batch is None else batch.meta[0].numpy()
+        return row, reason
+
+    def _allocate(self, rows: np.ndarray) -> bool:
+        """Allocate room for all images, each as large as the first readable one of `rows`; return whether there is any."""
+        for row in rows.tolist():
+            _, first, reason = self._try_row(row)
+            if first is not None:
+                break
+            self.unreadable[row] = reason
+        else:
+            self._check(rows)
+        _, depth, height, width = first.images.shape
+        shape = (len(self), height, width, depth)
+        if np.prod(shape) <= (memory_limit() if self.limit is None else self.limit):
+            self.pixels = np.empty(shape, np.uint8)  # pages that are never written take no memory
+        elif self.scratch is not None:
+            self.pixels = _temporary_array(shape, self.scratch)
+        if self.pixels is None:
+            return False
+        self.meta = None if first.meta is None else np.empty((len(self), first.meta.shape[1]), np.float32)
+        return True
+
+
+def memory_limit() -> int:
+    """Return the bytes that cached images may take on this machine now."""
+    return min(MEMORY_LIMIT, free_memory() // FREE_MEMORY_DIVISOR)
+
+
+def _temporary_array(shape: tuple[int, ...], folder: Path) -> np.ndarray | None:
+    """Return an array in a temporary file of `folder`, deleted when released; log a warning and return None if the disk is full."""
+    size = int(np.prod(shape))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            reserve(file.fileno(), size)
+        except OSError as error:
+            with suppress(OSError):
+                file.truncate(0)
+            log.warning(
+                "each model reads %d images again: their pixels take %.1f GiB, and %s has not enough space (%s); "
+                "set TMPDIR to another folder",
+                shape[0],
+                size / 2**30,
+                folder,
+                error.strerror,
+            )
+            return None
+        return np.memmap(file, np.uint8, "r+", shape=shape)

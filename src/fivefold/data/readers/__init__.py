@@ -1,0 +1,1 @@
+"""Files that users bring: folders, zips and tables, read as rows. No torch."""

@@ -1,0 +1,407 @@
+"""Read training data into labelled rows: class folders, profiles of people, a CSV of paths and labels, or a CSV of products."""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from fivefold.config.schema import Data
+from fivefold.contract.filenames import is_sample, is_truth, look, plain_name
+from fivefold.contract.files import DANGLING, EMPTY, is_shown
+from fivefold.csv_tables import (
+    CATEGORY_NAMES,
+    ID_NAMES,
+    LABEL_NAMES,
+    PATH_NAMES,
+    CsvFile,
+    check_filled,
+    check_unique,
+    plain_names,
+)
+from fivefold.data.readers.inventory import UNUSED, Inventory, in_words, may_be_images, take_inventory
+from fivefold.data.readers.layout_detection import (
+    HELD_OUT,
+    IMAGE_FOLDERS,
+    TRAIN_FOLDERS,
+    bases,
+    class_images,
+    class_level,
+    csvs,
+    guess_paths,
+    held_out,
+    image_paths,
+    levels,
+    open_table,
+    stem,
+    warn_of_deeper,
+)
+from fivefold.data.readers.profiles import are_profiles, profile_factors, read_profiles
+from fivefold.data.readers.stores import ImageStore
+from fivefold.errors import DataError, SettingsError
+from fivefold.label_factors import Factors
+from fivefold.lookup import choose
+from fivefold.predictions import sample
+
+log = logging.getLogger("fivefold")
+
+NON_TRAINING_TABLES = {"test", "submission", "valid", "val"}
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+PATH_SEPARATORS = "[&,]"
+TEXT = pa.string()
+Column = pd.Series | Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """N labelled images: `ids`, `paths` and `groups` (or nulls) [N] strings in Arrow, `codes` [N] int32 into `classes`.
+
+    `factors`: the factors of the classes, or None if they have none.
+    `strata` [N] strings: what a split balances across groups instead of the classes, or None; with strata, every
+    row has a group, and all rows of a group have the same stratum.
+    `left_out`: number of files of the store that are in no row, by reason. `lost`: folders that would be classes if they
+    had a readable image, each with a description of its content.
+    """
+
+    ids: pa.Array
+    paths: pa.Array
+    codes: np.ndarray
+    classes: tuple[str, ...]
+    groups: pa.Array
+    layout: str
+    factors: Factors | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[str, str] = field(default_factory=dict)
+    strata: pa.Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(self, kept: np.ndarray) -> "Rows":
+        """Return the rows where `kept` [N] bool is true, without the classes that have no row left."""
+        used = np.unique(self.codes[kept])
+        classes = tuple(self.classes[code] for code in used)
+        _check_classes(classes, "the rows that are left")
+        arrow = {name: getattr(self, name) for name in ("ids", "paths", "groups", "strata")}
+        return replace(
+            self,
+            codes=np.searchsorted(used, self.codes[kept]).astype(np.int32),
+            classes=classes,
+            factors=None if self.factors is None else self.factors.only(classes),
+            **{name: None if column is None else column.filter(pa.array(kept)) for name, column in arrow.items()},
+        )
+
+
+def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Rows:
+    """Read the training rows of a store as `data.layout` selects: from a CSV, products, profiles, or class folders.
+
+    The CSV is `data.table`, or else the detected one. Raise a DataError for data that cannot be trained on: no images,
+    a single class, missing files or columns, paths outside the store, duplicate ids, empty labels. Log a detected layout.
+    """
+    read_folders = choose(LAYOUTS, "data.layout", data.layout)
+    stock = take_inventory(store)
+    if data.layout == "products":
+        rows = _product_rows(store, data, check_files)
+    elif data.table or data.layout in ("auto", "csv"):
+        rows = _table_or_folders(store, stock, data, check_files)
+    else:
+        rows = read_folders(store, stock, _class_level(store, stock), data)
+    unused = UNUSED[rows.layout.startswith(("class folders", "mask profiles"))]
+    return replace(rows, left_out=stock.counts(rows.paths.to_pylist(), unused))
+
+
+def _table_or_folders(store: ImageStore, stock: Inventory, data: Data, check_files: bool) -> Rows:
+    tables = _find_tables(store, data.table, "train", partial(_is_usable, data=data))
+    if not tables and data.layout == "csv":
+        raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
+    if tables and (data.table or data.layout == "csv" or _is_usable(tables[0], data)):
+        log.info("data: reading rows from %s", tables[0])
+        _warn_ignored(tables[1:])
+        return _table_rows(store, tables[0], _require_columns(store, tables[0], data), data, check_files)
+    try:
+        rows = _profiles_or_classes(store, stock, _class_level(store, stock), data)
+    except DataError:
+        usable = [(table, names) for table in tables if all(names := _columns(store, table, data))]
+        if len(usable) == 1:
+            return _table_rows(store, *usable[0], data, check_files)
+        if tables:
+            _require_columns(store, tables[0], data)
+        raise
+    if tables and stem(tables[0].name) == "train" and rows.factors is None:
+        columns = _require_columns(store, tables[0], data, ", or data.layout=folders if the folders are the classes")
+        return _table_rows(store, tables[0], columns, data, check_files)
+    _warn_ignored(tables)
+    log.info("data: no CSV of labels, so the classes are the %s", rows.layout)
+    return rows
+
+
+def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[CsvFile], bool]) -> list[CsvFile]:
+    """Return the CSV `name`, or the one called `usual`, or the only usable one, followed by the CSVs that are not usable."""
+    if name:
+        return [open_table(store, name)]
+    others: list[CsvFile] = []
+    for level in levels(store, TRAIN_FOLDERS):
+        tables = [open_table(store, name) for name in csvs(store, level) if _may_be_training(name)]
+        named = [table for table in tables if stem(table.name) == usual]
+        usable = named or [table for table in tables if is_usable(table)]
+        if len(usable) > 1:
+            raise DataError(
+                f"several tables in {store.root}: {sample([t.name for t in usable])}; set data.table to one of them"
+            )
+        if named:
+            return named
+        others += [table for table in tables if table not in usable]
+        if usable:
+            return usable + others
+    return others
+
+
+def _may_be_training(name: str) -> bool:
+    return stem(name) not in NON_TRAINING_TABLES and not is_sample(name) and not is_truth(name)
+
+
+def _warn_ignored(tables: Sequence[CsvFile]) -> None:
+    for table in tables:
+        log.warning("data: %s is ignored; its columns are %s", table, ", ".join(table.columns))
+
+
+def _is_usable(table: CsvFile, data: Data) -> bool:
+    return bool(table.column(data.path_column, PATH_NAMES) and table.column(data.label_column, LABEL_NAMES))
+
+
+def _columns(store: ImageStore, table: CsvFile, data: Data) -> tuple[str | None, str | None]:
+    """Return the columns of paths and labels (None for a missing one), detected by name, else by content.
+
+    The path column is the one that names images of the store, and the label column the only other one; log such a guess.
+    """
+    path, label = table.column(data.path_column, PATH_NAMES), table.column(data.label_column, LABEL_NAMES)
+    guessed = path is None and not data.path_column
+    if guessed:
+        path = guess_paths(table, store, HELD_OUT, label or "")
+    other_columns = [name for name in table.columns if name != path]
+    label_is_only_other = path and label is None and not data.label_column and len(other_columns) == 1
+    if label_is_only_other and (guessed or guess_paths(table, store, HELD_OUT, other_columns[0])):
+        label = other_columns[0]
+        log.warning("data: %s: taking the labels from the only other column, %r", table, label)
+    return path, label
+
+
+def _require_columns(store: ImageStore, table: CsvFile, data: Data, otherwise: str = "") -> tuple[str, str]:
+    """Return the columns of paths and labels; the DataError for a missing one lists all keys to set, and the alternative `otherwise`."""
+    path, label = _columns(store, table, data)
+    keys = {"data.path_column": path, "data.label_column": label}
+    absent = " and ".join(key for key, column in keys.items() if column is None) + otherwise
+    path = path or table.must_have(data.path_column, PATH_NAMES, absent)
+    return path, label or table.must_have(data.label_column, LABEL_NAMES, absent)
+
+
+def _table_rows(store: ImageStore, table: CsvFile, columns: tuple[str, str], data: Data, check_files: bool) -> Rows:
+    path, label = columns
+    group = table.must_have(data.group_column, (), "data.group_column") if data.group_column else None
+    if data.id_column:
+        table.must_have(data.id_column, (), "data.id_column")
+    row_id = table.column(data.id_column, ID_NAMES) or path
+    if len({path, label, group} - {None}) < 2 + bool(group):
+        raise DataError(f"{table}: one column cannot be path, label and group at once")
+    frame = table.read([row_id, path, label, *([group] if group else [])])
+    check_unique(frame[row_id], table)
+    labels = plain_names(frame[label])
+    check_filled(labels, "label", table)
+    _log_normalized(frame[label].unique(), table)
+    broken = np.flatnonzero(labels.str.contains(r"[\r\n]"))
+    if len(broken):
+        raise DataError(
+            f"{table}: the label in row {broken[0] + 1} below the header has a line break: {labels.iloc[broken[0]][:60]!r}; "
+            "a quote may be missing"
+        )
+    where = bases(store, table.name, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), data.base_path)
+    paths = image_paths(frame[path], table, store, where, check_files, None if data.base_path else HELD_OUT)
+    groups = plain_names(frame[group]).replace("", None) if group else None
+    return make_rows(paths, labels, str(table), f"the CSV {table.name}", ids=frame[row_id], groups=groups)
+
+
+def make_rows(
+    paths: Column,
+    labels: Column,
+    where: str,
+    layout: str,
+    ids: Column | None = None,
+    groups: Column | None = None,
+    strata: Column | None = None,
+    factors: Factors | None = None,
+) -> Rows:
+    """Return N rows from their columns; without `ids`, the paths are the ids. DataErrors name `where`.
+
+    Raise a DataError for fewer than two classes, and for file names that are not UTF-8.
+    """
+    codes, classes = pd.factorize(np.asarray(labels, object), sort=True)
+    _check_classes(classes, where)
+    columns = {"paths": paths, "ids": paths if ids is None else ids, "groups": groups, "strata": strata}
+    try:
+        arrow = {
+            name: None if column is None else pa.array(np.asarray(column, object), TEXT, from_pandas=True)
+            for name, column in columns.items()
+        }
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} has file names that are not UTF-8, such as {error.object!r}; rename them") from error
+    arrow["groups"] = pa.nulls(len(codes), TEXT) if groups is None else arrow["groups"]
+    factors = None if factors is None else factors.only(tuple(classes))
+    return Rows(codes=codes.astype(np.int32), classes=tuple(classes), layout=layout, factors=factors, **arrow)
+
+
+def _log_normalized(names: Iterable[str], where: object) -> None:
+    """Log the names that `plain_name` changes."""
+    changed = sorted({name for name in names if plain_name(name) != name})
+    if changed:
+        examples = ", ".join(map(ascii, changed[:5]))
+        log.info("data: %s: normalizing %d names (spaces, invisible characters): %s", where, len(changed), examples)
+
+
+def _check_classes(classes: Sequence[str], where: str) -> None:
+    if len(classes) < 2:
+        raise DataError(f"{where}: only {len(classes)} class ({sample(classes)}); at least two are needed")
+    looks = Counter(map(look, classes))
+    alike = [ascii(name) for name in classes if looks[look(name)] > 1]
+    if alike:
+        raise DataError(
+            f"{where}: different class names look the same: {', '.join(alike[:4])}; spell each class in one way"
+        )
+    folded = Counter(map(str.casefold, classes))
+    if cases := [name for name in classes if folded[name.casefold()] > 1]:
+        log.warning(
+            "data: %s: class names that differ only in case count as different classes: %s", where, sample(cases)
+        )
+
+
+def _class_level(store: ImageStore, stock: Inventory) -> str:
+    """Return the prefix below which folders are classes or profiles."""
+    if not stock.images:
+        archives = [name for name in store.names() if name.lower().endswith(ARCHIVES)]
+        hint = (
+            f"unpack {sample(archives)}, or pass one .zip itself" if archives else "add one folder of images per class"
+        )
+        raise DataError(
+            f"{store.root} holds no images and no usable CSV (content: {in_words(stock.counts()) or 'nothing'}); {hint}"
+        )
+    return class_level([name for name in stock.asked if "." in name])
+
+
+def _profiles_or_classes(store: ImageStore, stock: Inventory, level: str, data: Data) -> Rows:
+    """Read profiles if most folders are named as such, else class folders."""
+    read = _profile_rows if are_profiles(stock.images, level) else _class_rows
+    return read(store, stock, level, data)
+
+
+def _profile_rows(store: ImageStore, stock: Inventory, level: str, data: Data) -> Rows:
+    where = f"{store.root}/{level}".rstrip("/")
+    photos = read_profiles(stock.images, level, data.age_cuts, where)
+    layout, factors = f"mask profiles below {level or '.'}", profile_factors(data.age_cuts)
+    return make_rows(photos["name"], photos["label"], where, layout, groups=photos["person"], factors=factors)
+
+
+def _class_rows(store: ImageStore, stock: Inventory, level: str, _: Data) -> Rows:
+    inside = [name for name in stock.images if name.startswith(level) and "/" in name[len(level) :]]
+    loose = sum(name.startswith(level) for name in stock.images) - len(inside)
+    if loose:
+        log.warning("data: %d images are in no class folder of %s and are ignored", loose, level or store.root)
+    where = f"{store.root}/{level}".rstrip("/")
+    lost = _folders_without_images(stock, level, where)
+    inside = class_images(inside, level, where)
+    if not inside:
+        raise DataError(
+            f"{where} holds no class folders ({loose} images are in no folder), and there is no CSV of labels"
+        )
+    folders = [name[len(level) :].partition("/")[0] for name in inside]
+    _log_normalized(set(folders), where)
+    labels = [plain_name(folder) or folder for folder in folders]
+    description = f"{where} without {', '.join(lost.values())}" if lost else where
+    rows = make_rows(inside, labels, description, f"class folders below {level or '.'}")
+    warn_of_deeper(inside, level, where)
+    return replace(rows, lost=lost)
+
+
+def _folders_without_images(stock: Inventory, level: str, where: str) -> dict[str, str]:
+    """Return the folders that would be classes if they had a readable image, with their content; log all folders without images."""
+    contents: dict[str, Counter[str]] = defaultdict(Counter)
+    for reason, names in stock.left_out.items():
+        for folder, slash, _ in (name[len(level) :].partition("/") for name in names if name.startswith(level)):
+            if slash or (reason == DANGLING and "." not in folder):
+                contents[folder][reason] += reason != EMPTY
+    used = {name[len(level) :].partition("/")[0] for name in stock.images if name.startswith(level)}
+    without = filter(is_shown, sorted(contents.keys() - used - set(held_out(contents))))
+    descriptions = {name: f"{name!r} ({in_words(contents[name]) or 'empty'})" for name in without}
+    if descriptions:
+        log.warning("data: folders of %s without images are not classes: %s", where, ", ".join(descriptions.values()))
+    return {name: text for name, text in descriptions.items() if may_be_images(contents[name])}
+
+
+def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
+    """Read the images of a product table: image_data.csv, or the CSV `data.table`, or the only one with the columns.
+
+    A cell holds paths separated by `&` or `,`; an empty cell holds none. The class of an image is that of its
+    column, its group is the product, and its stratum the product's category. Raise a DataError for a
+    duplicate product, an empty id or category, and an image of two products or two classes.
+    """
+    if len(set(data.image_types.values())) < 2:
+        raise SettingsError("data.image_types gives fewer than two classes; map image columns to at least two")
+    tables = _find_tables(store, data.table, "image_data", lambda table: all(map(table.column, data.image_types)))
+    if not tables:
+        raise DataError(f"no image_data.csv in {store.root}, nor another CSV; set data.table to its name")
+    table = tables[0]
+    log.info("data: reading products from %s", table)
+    images = _product_images(table, data)
+    if not len(images):
+        raise DataError(f"{table} lists no image in the columns {', '.join(data.image_types)}")
+    where = bases(store, table.name, TRAIN_FOLDERS, data.base_path)
+    images["path"] = image_paths(images["path"], table, store, where, check_files, None if data.base_path else HELD_OUT)
+    for kind, column in (("products", "product"), ("image types", "label")):
+        conflicting = images[images.groupby("path")[column].transform("nunique") > 1]
+        if len(conflicting):
+            path = conflicting["path"].iloc[0]
+            owners = conflicting[column][conflicting["path"] == path].drop_duplicates()
+            lines = [f"{name!r} (row {row + 1})" for row, name in owners.items()]
+            raise DataError(f"{table}: {path!r} is an image of two {kind}, {' and '.join(lines[:2])}; list it once")
+    unique = images.drop_duplicates("path")
+    if len(unique) < len(images):
+        log.warning(
+            "data: %d images are duplicates within a product's row and are used once", len(images) - len(unique)
+        )
+    columns = {"groups": unique["product"], "strata": unique["category"]}
+    return make_rows(unique["path"], unique["label"], str(table), f"the products of {table.name}", **columns)
+
+
+def _product_images(table: CsvFile, data: Data) -> pd.DataFrame:
+    """Return every image of the table in order: `path` as written, `product`, `category`, `label`; the index is the row.
+
+    Log rows without images.
+    """
+    id_column = table.must_have(data.id_column, ID_NAMES, "data.id_column")
+    category_column = table.must_have(data.category_column, CATEGORY_NAMES, "data.category_column")
+    label_of = {table.must_have(name, (), "data.image_types"): label for name, label in data.image_types.items()}
+    frame = table.read([id_column, category_column, *label_of])
+    products = pd.DataFrame({"product": frame[id_column].str.strip(), "category": plain_names(frame[category_column])})
+    check_filled(products["product"], "id", table)
+    check_filled(products["category"], "category", table)
+    check_unique(products["product"].rename(id_column), table)
+    paths = frame[list(label_of)].stack().str.split(PATH_SEPARATORS, regex=True).explode().str.strip()
+    paths = paths[paths != ""]
+    rows, image_columns = (paths.index.get_level_values(level) for level in (0, 1))
+    images = products.loc[rows].assign(path=paths.to_numpy(), label=image_columns.map(label_of))
+    without = products["product"].drop(rows.unique())
+    if len(without):
+        log.warning("data: %d products of %s list no image and are ignored: %s", len(without), table, sample(without))
+    return images
+
+
+LAYOUTS = {
+    "auto": _profiles_or_classes,
+    "csv": _profiles_or_classes,
+    "folders": _class_rows,
+    "mask_profiles": _profile_rows,
+    "products": _profiles_or_classes,
+}
+"""Reader of the folders of a store for each layout. auto, csv and products read a CSV first or instead."""

@@ -1,0 +1,186 @@
+"""Open the images that a user passes for prediction: an image, a folder, a zip, a CSV of paths, or images in memory."""
+
+import logging
+import os
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fivefold.contract.filenames import is_sample, plain_name
+from fivefold.contract.files import MOST_OF_AN_ARCHIVE, read_file
+from fivefold.csv_tables import PATH_NAMES, TRUE_CLASS_NAMES, CsvFile, plain_names
+from fivefold.data.readers.inventory import log_left_out, take_inventory
+from fivefold.data.readers.layout_detection import TRIED_PATHS, csvs, guess_paths, match_names, open_table
+from fivefold.data.readers.stores import GIB, FolderStore, ImageStore, ZipStore, open_store
+from fivefold.errors import DataError, MissingInputError
+from fivefold.predictions import sample
+
+log = logging.getLogger("fivefold")
+
+SUBMISSION = "submission.csv"
+
+
+@dataclass(frozen=True)
+class AnywhereStore:
+    """Files anywhere on this machine, by the paths that the user wrote."""
+
+    root: Path = Path()
+
+    def exists(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def read(self, name: str | os.PathLike[str]) -> bytes:
+        """Return the bytes of one file; raise a DataError if it is not a file or too large."""
+        try:
+            return read_file(self.root / name)
+        except (OSError, ValueError, TypeError) as error:  # for a null character in the path, or a path of bytes
+            raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class HandedStore:
+    """Items passed in memory, each with a name: paths, bytes of image files, or Pillow images.
+
+    With a `folder`, paths are relative to it, and paths outside it are rejected.
+    """
+
+    things: Mapping[str, Any]
+    folder: Path | None = None
+
+    def read(self, name: str) -> bytes:
+        """Return one item as the bytes of an image file; raise a DataError if it is not an image, or outside the folder."""
+        thing = self.things[name]
+        if isinstance(thing, str | os.PathLike):
+            return AnywhereStore().read(thing) if self.folder is None else self._read_below(self.folder, thing)
+        if isinstance(thing, bytes | bytearray | memoryview):
+            return bytes(thing)
+        if isinstance(thing, Image.Image):
+            return _encode(thing)
+        raise DataError(f"{type(thing).__name__} is neither a path, nor bytes, nor a Pillow image")
+
+    @staticmethod
+    def _read_below(folder: Path, name: str | os.PathLike[str]) -> bytes:
+        try:
+            path = (folder / name).resolve()
+        except (OSError, ValueError, TypeError) as error:  # for a null character in the path, or a path of bytes
+            raise DataError(f"{name} cannot be read: {error}") from error
+        if not path.is_relative_to(folder.resolve()):
+            raise DataError(f"{name} is outside {folder}")
+        return AnywhereStore().read(path)
+
+
+@dataclass(frozen=True)
+class Given:
+    """N images: their store, their paths in it, their names as the user wrote them, and their true classes, "" if unknown."""
+
+    store: ImageStore | AnywhereStore | HandedStore
+    paths: Sequence[str]
+    shown: Sequence[str]
+    truth: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def read_given(
+    path: Path,
+    base_path: str = "",
+    path_column: str = "",
+    label_column: str = "",
+    max_unpacked_gib: float = MOST_OF_AN_ARCHIVE / GIB,
+) -> Given:
+    """Open the images at `path`: one image, a CSV of paths, or a folder or .zip of either.
+
+    Paths in a CSV are relative to `base_path`, else to its own folder or the working directory, whichever contains more
+    of the first ones; in a folder or .zip, missing files are searched by name everywhere. A CSV passed as a file may lack
+    a known path column if one column has the names of images beside it. The images themselves are not checked here.
+    Raise MissingInputError if nothing exists at `path`, and DataError for a folder without images or a CSV without paths.
+    """
+    if path.is_file() and path.suffix.lower() == ".csv":
+        store = FolderStore(path.parent)
+        table = open_table(store, path.name)
+        named = path_column or table.column("", PATH_NAMES) or guess_paths(table, store, ()) or ""
+        search = not path_column and table.column("", PATH_NAMES) is None
+        return _read_table(store, table, base_path, named, label_column, search)
+    if path.is_file() and path.suffix.lower() != ".zip":
+        return Given(AnywhereStore(), [str(path)], [str(path)], [""])
+    store = open_store(path, max_unpacked_gib)
+    names = [name for name in csvs(store, "") if name.lower() != SUBMISSION and not is_sample(name)]
+    usable = [table for table in (open_table(store, name) for name in names) if table.column(path_column, PATH_NAMES)]
+    if len(usable) > 1:
+        raise DataError(f"several tables in {path}: {sample([t.name for t in usable])}; pass one of them instead")
+    if usable:
+        return _read_table(store, usable[0], base_path, path_column, label_column, search=not base_path)
+    stock = take_inventory(store)
+    names = stock.asked
+    log_left_out(stock.counts(), path)
+    if not names:
+        raise DataError(f"no images below {path}, nor a CSV with their paths")
+    return Given(store, names, names, [""] * len(names))
+
+
+def with_folders_as_truth(given: Given, classes: Sequence[str]) -> Given:
+    """Return `given` with each image's folder as its true class, if there are no true classes and all folders are class names."""
+    folders = [plain_name(posixpath.basename(posixpath.dirname(path))) for path in given.paths]
+    if any(given.truth) or not set(folders) <= set(classes):
+        return given
+    log.info("every image is in a folder named as a class; using the folder names as true classes")
+    return Given(given.store, given.paths, given.shown, folders)
+
+
+def check_truth(given: Given, classes: Sequence[str]) -> None:
+    """Raise a DataError for true classes that the model does not have."""
+    known = {"", *classes}
+    unknown = [name for name in given.truth if name not in known]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(given)} rows have true classes that the model does not have: {sample(sorted(set(unknown)))}; "
+            f"its classes are {sample(list(classes))}; leave such cells empty to predict these rows without scoring them"
+        )
+
+
+def _read_table(
+    images: FolderStore | ZipStore, table: CsvFile, base_path: str, path_column: str, label_column: str, search: bool
+) -> Given:
+    path = table.must_have(path_column, PATH_NAMES, "data.path_column")
+    label = table.column(label_column, TRUE_CLASS_NAMES)
+    frame = table.read([name for name in (path, label) if name])
+    truth = plain_names(frame[label]).tolist() if label else [""] * len(frame)
+    if isinstance(images, ZipStore):
+        store, bases = images, [base_path or posixpath.dirname(table.name)]
+    else:
+        store, bases = AnywhereStore(), [base_path] if base_path else [str(images.root), ""]
+        if base_path and not Path(base_path).is_dir():
+            raise MissingInputError(f"data.base_path={base_path}: no such folder")
+    paths = frame[path].str.strip().str.replace("\\", "/", regex=False).tolist()
+    base = max(bases, key=lambda base: sum(_exists(store, posixpath.join(base, name)) for name in paths[:TRIED_PATHS]))
+    resolved = [posixpath.join(base, name) for name in paths]
+    if missing := [row for row, name in enumerate(resolved) if search and not _exists(store, name)]:
+        matches = match_names([paths[row] for row in missing], images.names(), ())
+        for row in (row for row in missing if len(matches[paths[row]]) == 1):
+            (name,) = matches[paths[row]]
+            resolved[row] = name if store is images else str(images.root / name)
+    return Given(store, resolved, frame[path].tolist(), truth)
+
+
+def _exists(store: ImageStore | AnywhereStore, name: str) -> bool:
+    try:
+        return store.exists(name)
+    except (DataError, ValueError):
+        return False
+
+
+def _encode(image: Image.Image) -> bytes:
+    """Return a Pillow image as a lossless image file with its orientation."""
+    content = BytesIO()
+    try:
+        converted = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")
+        converted.save(content, "PNG", exif=image.getexif().tobytes())
+    except Exception as error:  # Pillow decodes lazily, so a broken file fails only here
+        raise DataError(f"the image cannot be decoded: {error}") from error
+    return content.getvalue()

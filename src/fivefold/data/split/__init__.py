@@ -1,0 +1,1 @@
+"""Rows divided into folds, and the table of them."""

@@ -1,0 +1,236 @@
+"""Assign rows to folds and parts.
+
+scikit-learn splits ungrouped rows, so that folds equal those of a notebook with the same seed, row by row.
+With `table` the rows in order, without duplicate images, and `label` as pandas reads it:
+
+    StratifiedKFold(split.folds, shuffle=True, random_state=split.seed).split(table, table.label)
+
+A holdout is set aside first, and the folds are made of `train` as returned, in shuffled order:
+
+    train, holdout = train_test_split(table, test_size=split.holdout, stratify=table.label, random_state=split.seed)
+
+Parts are set aside in the same way: `test` of all rows, then `valid` with test_size = valid / (train + valid).
+With split.stratify=false: KFold, and train_test_split without `stratify`. Duplicate images follow the first of their rows.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fivefold.config.schema import Split
+from fivefold.errors import SettingsError
+
+log = logging.getLogger("fivefold")
+PART_NAMES = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Duplicates:
+    """Duplicates among N rows: `codes` [N] are equal for equal images; `sets` has the rows of each image that occurs more than once."""
+
+    codes: np.ndarray
+    sets: list[np.ndarray]
+
+    def conflicting(self, labels: np.ndarray) -> list[np.ndarray]:
+        """Return the sets whose rows have different `labels` [N]."""
+        return [rows for rows in self.sets if len(np.unique(labels[rows])) > 1]
+
+
+def find_duplicates(keys: np.ndarray | pa.Array) -> Duplicates:
+    """Return the rows with equal keys (digests [N] as fixed bytes, or strings [N] in Arrow)."""
+    if isinstance(keys, np.ndarray):
+        codes = np.unique(keys, return_inverse=True)[1].astype(np.int32)
+    else:
+        codes = pc.dictionary_encode(keys).indices.to_numpy()
+    repeated = np.flatnonzero(np.bincount(codes)[codes] > 1) if len(codes) else codes
+    repeated = repeated[np.argsort(codes[repeated], kind="stable")]
+    borders = np.flatnonzero(np.diff(codes[repeated])) + 1
+    return Duplicates(codes, np.split(repeated, borders) if len(repeated) else [])
+
+
+def group_codes(groups: pa.Array) -> np.ndarray | None:
+    """Return groups [N] as integers from 0 in order of occurrence, with a separate group for each null; None if no rows share a group."""
+    encoded = pc.dictionary_encode(groups)
+    codes = encoded.indices.fill_null(-1).to_numpy().copy()
+    ungrouped = codes < 0
+    if len(encoded.dictionary) + ungrouped.sum() == len(codes):
+        return None
+    codes[ungrouped] = len(encoded.dictionary) + np.arange(ungrouped.sum())
+    return codes
+
+
+def rank_labels(classes: Sequence[str]) -> np.ndarray:
+    """Return the rank of each class [C] as pandas sorts the label column: by value if all are numbers, else by name."""
+    try:
+        return np.argsort(np.argsort(np.array(classes, float), kind="stable"))
+    except ValueError:
+        return np.argsort(np.argsort(np.array(classes, object)))
+
+
+def divide(
+    codes: np.ndarray, groups: np.ndarray | None, pictures: np.ndarray, split: Split
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (fold, part) of each row by the rule of `folds.py`: int16 [N] (-1 if no fold validates on the row) and str [N].
+
+    `codes` [N] are classes in pandas' order, `groups` [N] integers of rows to keep together, or None; rows of equal
+    `pictures` [N] stay together too. Raise a SettingsError if a fold or part would get no row.
+    """
+    if groups is not None:
+        return _split_groups(codes, _merge_groups(groups, pictures), split)
+    first = _first_rows(pictures)
+    unique_rows = np.flatnonzero(first == np.arange(len(first)))
+    fold, part = np.empty(len(first), np.int16), np.empty(len(first), "U7")
+    fold[unique_rows], part[unique_rows] = _split_rows(codes[unique_rows], split)
+    return fold[first], part[first]
+
+
+def divide_products(
+    strata: np.ndarray, products: np.ndarray, pictures: np.ndarray, split: Split
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split products like rows: ratios of 0.8, 0.1, 0.1 are fractions of the products; return as `divide` does.
+
+    `products` [N] integers from 0 in order of occurrence; `strata` [N] codes, equal within a product, replace the
+    classes. A product that shares an image with an earlier one goes where that one goes.
+    """
+    first = np.unique(products, return_index=True)[1]
+    fold, part = divide(strata[first], None, _merge_groups(products, pictures)[first], split)
+    return fold[products], part[products]
+
+
+def _first_rows(codes: np.ndarray) -> np.ndarray:
+    """Return for each row the first row with the same code: [N]."""
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _merge_groups(groups: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """Return groups [N] with groups that share an image merged: the connected components of the rows."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    # Groups and images are the nodes of a graph; each row is an edge between its group and its image.
+    ends = groups, pictures.astype(np.int64) + groups.max() + 1
+    nodes = int(ends[1].max()) + 1
+    edges = coo_array((np.ones(len(groups), bool), ends), shape=(nodes, nodes))
+    return connected_components(edges, directed=False)[1][groups]
+
+
+def _split_rows(codes: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return (fold, part) of ungrouped rows."""
+    fold, part = np.full(len(codes), -1, np.int16), np.full(len(codes), "train", "U7")
+    rows = np.arange(len(codes))
+    if split.parts:
+        train, valid, test = split.parts
+        rows, aside = _set_aside(rows, codes, test, split)
+        part[aside] = "test"
+        _, valid_rows = _set_aside(rows, codes, valid / (train + valid), split)
+        part[valid_rows], fold[valid_rows] = "valid", 0
+        return fold, part
+    rows, aside = _set_aside(rows, codes, split.holdout, split)
+    part[aside] = "holdout"
+    fold[rows] = _assign_folds(codes[rows], split)
+    return fold, part
+
+
+def _set_aside(rows: np.ndarray, codes: np.ndarray, share: float, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return the remaining rows and those set aside, both in scikit-learn's order.
+
+    A stratified draw never sets aside a class of one row. If either side has fewer rows than there are classes, draw without strata.
+    """
+    if not share:
+        return rows, rows[:0]
+    size = math.ceil(share * len(rows))
+    if size >= len(rows):
+        raise SettingsError(f"a share of {share:g} of {len(rows)} rows leaves none to train on; set a smaller share")
+    from sklearn.model_selection import train_test_split
+
+    labels = codes[rows]
+    counts = np.bincount(labels)
+    single = counts[labels] == 1
+    if split.stratify and min(size, len(rows) - single.sum() - size) >= (counts > 1).sum():
+        repeated = ~single
+        remaining, aside = train_test_split(
+            rows[repeated], test_size=size, stratify=labels[repeated], random_state=split.seed
+        )
+        return np.concatenate([rows[single], remaining]), aside
+    if split.stratify:
+        log.warning(
+            "split: %d of %d rows are set aside without stratification: too few rows for all classes", size, len(rows)
+        )
+    remaining, aside = train_test_split(rows, test_size=size, random_state=split.seed)
+    return remaining, aside
+
+
+def _assign_folds(codes: np.ndarray, split: Split) -> np.ndarray:
+    """Return a fold for each row: int16 [N]. Classes with fewer rows than folds are in some folds only."""
+    if split.folds > len(codes):
+        raise SettingsError(
+            f"split.folds={split.folds}, but there are only {len(codes)} rows of different images; use fewer folds"
+        )
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    fold = np.empty(len(codes), np.int16)
+    if split.stratify and np.bincount(codes).max() < split.folds:
+        # StratifiedKFold rejects this case: assign the rows, class by class, to the folds in turn.
+        shuffled = np.random.default_rng(split.seed).permutation(len(codes))
+        fold[np.lexsort((shuffled, codes))] = np.arange(len(codes)) % split.folds
+        return fold
+    splitter = (StratifiedKFold if split.stratify else KFold)(split.folds, shuffle=True, random_state=split.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # `log_summary` reports them
+        for number, (_, valid) in enumerate(splitter.split(codes, codes)):
+            fold[valid] = number
+    return fold
+
+
+def _split_groups(codes: np.ndarray, groups: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return (fold, part) of rows, keeping groups together."""
+    codes = codes if split.stratify else np.zeros_like(codes)
+    if split.parts:
+        part = _assign_bins(codes, groups, split.parts, split.seed)
+        return np.where(part == 1, 0, -1).astype(np.int16), np.array(PART_NAMES)[part]
+    aside = np.zeros(len(codes), bool)
+    if split.holdout:
+        aside = _assign_bins(codes, groups, (1 - split.holdout, split.holdout), split.seed) == 1
+    fold = np.full(len(codes), -1, np.int16)
+    fold[~aside] = _assign_bins(codes[~aside], groups[~aside], [1 / split.folds] * split.folds, split.seed)
+    return fold, np.where(aside, "holdout", "train")
+
+
+def _assign_bins(codes: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """Return a bin for each row, int16 [N], so that every class has about its `shares` [F] in the bins; keep groups together.
+
+    Greedy, like StratifiedGroupKFold: start with the groups that weigh most in their classes, and put each into the bin
+    where the sum over classes of (fraction of the class in the bin)² / (share of the bin) grows least; all rows count as
+    one more class. Only the classes of a group are updated, so a million rows take seconds, and bins can have any shares.
+    """
+    from scipy.sparse import coo_array
+
+    groups = np.unique(groups, return_inverse=True)[1]
+    bins = np.flatnonzero(shares)
+    sizes = np.append(np.bincount(codes), len(codes))
+    classes = np.concatenate([codes, np.full(len(codes), len(sizes) - 1)])
+    weights = coo_array((1 / sizes[classes], (np.tile(groups, 2), classes))).tocsr()
+    generator = np.random.default_rng(seed)
+    order = np.lexsort((generator.permutation(weights.shape[0]), -weights.power(2).sum(axis=1)))
+    bin_of_group = np.empty(weights.shape[0], np.int16)
+    shares = np.array(shares)[bins]
+    filled = np.zeros((len(sizes), len(bins)))
+    for group in order.tolist():
+        cells = slice(weights.indptr[group], weights.indptr[group + 1])
+        group_classes, weight = weights.indices[cells], weights.data[cells]
+        best = (weight @ filled[group_classes] + weight @ weight / (2 * shares)).argmin()
+        bin_of_group[group] = bins[best]
+        filled[group_classes, best] += weight / shares[best]
+    if len(empty := np.setdiff1d(bins, bin_of_group)):
+        raise SettingsError(
+            f"{len(bin_of_group)} groups (of {len(codes)} rows) leave {len(empty)} of {len(bins)} folds or parts empty; "
+            "use fewer folds, or a larger share"
+        )
+    return bin_of_group[groups]

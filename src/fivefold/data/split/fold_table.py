@@ -1,0 +1,217 @@
+"""The fold table that `split` writes and every later stage reads: which row belongs to which fold.
+
+One rule covers k folds and splits by ratio: the validation rows of fold f have `fold == f`; its training
+rows have part "train" and another fold; rows of part "holdout" or "test" are set aside, so no
+model is trained or selected on them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fivefold.contract.files import atomic, read_json
+from fivefold.contract.stage_specs import FOLDS
+from fivefold.errors import DataError, MissingInputError, SettingsError
+from fivefold.label_factors import Factors, factors_from, must_be_factored
+
+PARTS = ("train", "valid", "test", "holdout")
+ASIDE = ("test", "holdout")
+COLUMNS = {
+    "id": pa.string(),
+    "path": pa.string(),
+    "label": pa.dictionary(pa.int32(), pa.string()),
+    "group": pa.string(),
+    "fold": pa.int16(),
+    "part": pa.dictionary(pa.int32(), pa.string()),
+    "sha256": pa.string(),
+}
+ROW_GROUP_SIZE = 262_144
+
+
+@dataclass(frozen=True, eq=False)
+class FoldTable:
+    """N rows of C classes.
+
+    `ids` and `paths` [N] strings in Arrow (to avoid a Python object per row), paths relative to the train channel;
+    `codes` [N] int32, the index into `classes`, which are sorted by name; `groups` [N] strings or nulls; `fold` [N] int16,
+    -1 if no fold validates on the row; `part` [N] one of PARTS; `sha256` [N] of the files' bytes, or nulls if the split
+    did not open the images. `factors`: the factors of the split's classes, if they have any; `knows`: the factors that
+    `classes` cover, if these are only some of them.
+    """
+
+    ids: pa.Array
+    paths: pa.Array
+    codes: np.ndarray
+    classes: tuple[str, ...]
+    groups: pa.Array
+    fold: np.ndarray
+    part: np.ndarray
+    sha256: pa.Array
+    factors: Factors | None = None
+    knows: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def num_folds(self) -> int:
+        return int(self.fold.max(initial=-1)) + 1
+
+    def train_rows(self, fold: int) -> np.ndarray:
+        """Return the indices of the rows that fold `fold` trains on, ascending."""
+        return np.flatnonzero((self.part == "train") & (self.fold != self._check_fold(fold)))
+
+    def valid_rows(self, fold: int) -> np.ndarray:
+        """Return the indices of the rows that fold `fold` validates on, ascending."""
+        return np.flatnonzero(self.fold == self._check_fold(fold))
+
+    def aside_rows(self) -> np.ndarray:
+        """Return the indices of the rows that no model trains or selects on, ascending."""
+        return np.flatnonzero(np.isin(self.part, ASIDE))
+
+    def shares(self) -> np.ndarray:
+        """Return the fraction of each class [C] among the rows that are not set aside."""
+        counts = np.bincount(self.codes[~np.isin(self.part, ASIDE)], minlength=len(self.classes))
+        return counts / max(1, counts.sum())
+
+    def ids_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the ids of the rows with these indices as Python strings in an object array."""
+        return self.ids.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+
+    def paths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the paths of the rows with these indices as Python strings in an object array."""
+        return self.paths.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+
+    def sha256_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the digests of the rows with these indices in an object array, as strings, or None if the image was not opened."""
+        return self.sha256.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+
+    def of_factors(self, names: Sequence[str]) -> "FoldTable":
+        """Return the same rows with classes that combine only the factors `names`; return self for no or all factors.
+
+        Raise a SettingsError for factors that the split does not have.
+        """
+        if not names:
+            return self
+        factors = must_be_factored(self.factors, names)
+        knows = factors.chosen(names)
+        if knows == factors.names:
+            return self
+        codes = factors.columns(knows, self.classes)[self.codes].astype(np.int32)
+        return replace(self, codes=codes, classes=factors.parts(knows), knows=knows)
+
+    def labels(self) -> np.ndarray:
+        """Return the class names of all rows [N] as Python strings in an object array."""
+        return np.array(self.classes, dtype=object)[self.codes]
+
+    def _check_fold(self, fold: int) -> int:
+        if not 0 <= fold < self.num_folds:
+            raise SettingsError(f"fold={fold} is out of range: {FOLDS} has the folds 0 to {self.num_folds - 1}")
+        return fold
+
+
+def write_folds(path: Path, table: FoldTable) -> None:
+    """Write the table to `path` as Parquet, atomically."""
+    names = pa.array(table.classes, pa.string())
+    columns = {
+        "id": table.ids,
+        "path": table.paths,
+        "label": pa.DictionaryArray.from_arrays(pa.array(table.codes, pa.int32()), names),
+        "group": table.groups,
+        "fold": pa.array(table.fold, pa.int16()),
+        "part": pa.array(table.part, pa.string()).dictionary_encode(),
+        "sha256": table.sha256,
+    }
+    with atomic(path) as temporary:
+        pq.write_table(
+            pa.table(columns, schema=pa.schema(COLUMNS)),
+            temporary,
+            row_group_size=ROW_GROUP_SIZE,
+            compression="zstd",
+            use_dictionary=["label", "group", "part"],
+        )
+
+
+def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
+    """Read and check the table at `path`; classes come from `classes_path`, if set, else from the labels in the table.
+
+    Raise MissingInputError if there is no file, and a DataError that names the invalid column.
+    """
+    if not path.is_file():
+        raise MissingInputError(f"no {FOLDS} at {path}; run the split stage first")
+    try:
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a Parquet table: {error}") from error
+    table = _check_columns(table, path)
+    labels = table.column("label").chunk(0)
+    labels_in_table = tuple(sorted(pc.unique(labels.dictionary).to_pylist()))
+    classes, factors = _read_classes(classes_path) if classes_path else (labels_in_table, None)
+    folds = FoldTable(
+        ids=table.column("id").chunk(0),
+        paths=table.column("path").chunk(0),
+        codes=_class_codes(labels, classes, path),
+        classes=classes,
+        groups=table.column("group").chunk(0),
+        fold=table.column("fold").to_numpy(),
+        part=table.column("part").cast(pa.string()).to_numpy().astype("U7"),
+        sha256=table.column("sha256").chunk(0),
+        factors=factors,
+    )
+    _check_values(folds, path)
+    return folds
+
+
+def _check_columns(table: pa.Table, path: Path) -> pa.Table:
+    absent = [name for name in COLUMNS if name not in table.column_names]
+    if absent:
+        raise DataError(f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(table.column_names)}")
+    if not table.num_rows:
+        raise DataError(f"{path} holds no rows")
+    for name in ("id", "path", "label", "fold", "part"):
+        if table.column(name).null_count:
+            raise DataError(f"{path}: column {name} has {table.column(name).null_count} empty values")
+    try:
+        return table.select(list(COLUMNS)).cast(pa.schema(COLUMNS)).unify_dictionaries().combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{path} has a column of the wrong type: {error}") from error
+
+
+def _read_classes(path: Path) -> tuple[tuple[str, ...], Factors | None]:
+    """Return the classes of `classes.json`, and their factors, if they have any."""
+    if not path.is_file():
+        raise MissingInputError(f"no classes at {path}")
+    content = read_json(path)
+    names = content.get("classes") if isinstance(content, dict) else None
+    if not isinstance(names, list) or names != sorted({str(name) for name in names}):
+        raise DataError(f"{path} does not hold classes: a sorted list of unique names is needed")
+    factored = content.get("factors")
+    return tuple(names), None if factored is None else factors_from(factored, names, str(path))
+
+
+def _class_codes(labels: pa.DictionaryArray, classes: tuple[str, ...], path: Path) -> np.ndarray:
+    index = {name: code for code, name in enumerate(classes)}
+    names = labels.dictionary.to_pylist()
+    unknown = [name for name in names if name not in index]
+    if unknown:
+        raise DataError(f"{path} has labels that are not classes: {', '.join(map(repr, unknown[:5]))}")
+    return np.array([index[name] for name in names], np.int32)[labels.indices.to_numpy()]
+
+
+def _check_values(table: FoldTable, path: Path) -> None:
+    if len(pc.unique(table.ids)) != len(table):
+        raise DataError(f"{path}: duplicate ids ({len(table) - len(pc.unique(table.ids))} of {len(table)})")
+    unknown = sorted(set(np.unique(table.part)) - set(PARTS))
+    if unknown:
+        raise DataError(f"{path}: column part has {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    if not set(np.unique(table.fold)) - {-1} or table.fold.min() < -1:
+        raise DataError(f"{path}: column fold has no fold to validate on")
+    if set(range(table.num_folds)) - set(np.unique(table.fold)):
+        raise DataError(f"{path}: folds are missing between 0 and {table.num_folds - 1}")
+    if (table.fold[np.isin(table.part, ASIDE)] != -1).any():
+        raise DataError(f"{path}: rows that are set aside (part {' or '.join(ASIDE)}) must have fold -1")

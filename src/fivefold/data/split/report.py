@@ -1,0 +1,199 @@
+"""Summary of a split: counts for `split_summary.json` and the log, and a CSV for each part."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fivefold.contract.files import atomic, write_json
+from fivefold.data.readers.inventory import in_words, log_left_out
+from fivefold.data.readers.training_rows import Rows
+from fivefold.data.split.assign import Duplicates
+from fivefold.data.split.fold_table import FoldTable
+from fivefold.predictions import sample
+
+log = logging.getLogger("fivefold")
+MAX_LISTED_SETS = 1000
+"""Maximum number of duplicate sets that the summary lists; it always counts all of them."""
+SUMMARY = "data_split_summary.json"
+FILES = {
+    "train": "train_data.csv",
+    "valid": "validation_data.csv",
+    "test": "test_data.csv",
+    "holdout": "test_data.csv",
+}
+"""The CSV of each part. With k folds, train_data.csv has the rows of all folds, and there is no validation CSV."""
+HEADER = ["product_id", "image_path", "image_type"]
+
+
+def summarise(
+    table: FoldTable,
+    rows: Rows,
+    duplicates: Duplicates,
+    skipped: Sequence[Mapping[str, str]],
+    lost: Sequence[str],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the counts of a split of `rows`.
+
+    `skipped`: paths and reasons of unreadable images, which are not in the table; `lost`: classes that had no other images.
+    """
+    bins, per_class = class_counts(table)
+    conflicting = duplicates.conflicting(table.codes)
+    per_fold = per_class[:, : table.num_folds]
+    trained = np.bincount(table.codes[table.part == "train"], minlength=len(table.classes))
+    # With k folds, the validation rows of a fold are also of part train, but the fold does not train on them.
+    trained_per_fold = trained[:, None] - (per_fold if (table.fold[table.part == "train"] >= 0).any() else 0)
+    small = np.flatnonzero(np.bincount(table.codes, minlength=len(table.classes)) < table.num_folds)
+    return {
+        "rows": len(table),
+        "classes": len(table.classes),
+        "source": rows.layout,
+        "rows_per_bin": dict(zip(bins, per_class.sum(axis=0).tolist(), strict=True)),
+        "fewer_rows_than_folds": {table.classes[code]: int(per_class[code].sum()) for code in small},
+        "not_trained_on": {
+            f"fold {fold}": [table.classes[code] for code in np.flatnonzero(trained_per_fold[:, fold] == 0)]
+            for fold in range(table.num_folds)
+            if (trained_per_fold[:, fold] == 0).any()
+        },
+        "duplicates": {
+            "sets": len(duplicates.sets),
+            "rows": int(sum(map(len, duplicates.sets))),
+            "paths": [table.paths_of(rows).tolist() for rows in duplicates.sets[:MAX_LISTED_SETS]],
+        },
+        "conflicting_duplicates": {
+            "sets": len(conflicting),
+            "labels": [_labels_by_path(table, rows) for rows in conflicting[:MAX_LISTED_SETS]],
+        },
+        "skipped": list(skipped),
+        "left_out": dict(rows.left_out),
+        "lost_classes": list(lost),
+        "settings": dict(settings),
+        "bins": bins,
+        "rows_per_class": {name: per_class[code].tolist() for code, name in enumerate(table.classes)},
+    }
+
+
+def class_counts(table: FoldTable) -> tuple[list[str], np.ndarray]:
+    """Return the names of the bins (each fold, then each part without a fold), and the rows per class and bin: [C, bins]."""
+    parts = sorted(set(np.unique(table.part[table.fold < 0]).tolist()))
+    bins = table.fold.astype(np.int64)
+    for position, part in enumerate(parts):
+        bins[(table.fold < 0) & (table.part == part)] = table.num_folds + position
+    names = [f"fold {fold}" for fold in range(table.num_folds)] + parts
+    cells = np.bincount(table.codes * len(names) + bins, minlength=len(table.classes) * len(names))
+    return names, cells.reshape(len(table.classes), len(names))
+
+
+def as_text(summary: Mapping[str, Any]) -> str:
+    """Return the summary as JSON with one line per key and per class."""
+    lines = [f"  {_json(key)}: {_json(value)}" for key, value in summary.items() if key != "rows_per_class"]
+    per_class = [f"    {_json(name)}: {_json(counts)}" for name, counts in summary["rows_per_class"].items()]
+    return "{\n" + ",\n".join([*lines, '  "rows_per_class": {\n' + ",\n".join(per_class) + "\n  }"]) + "\n}\n"
+
+
+def describe_data(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return name and value of each count in the summary that a reader of the scores needs."""
+    duplicates, conflicting = summary["duplicates"], summary["conflicting_duplicates"]
+    counts = [
+        ("Rows", summary["rows"], f"{summary['rows']:,} of {summary['classes']} classes"),
+        ("Ignored files", summary["left_out"], in_words(summary["left_out"])),
+        ("Unreadable images", summary["skipped"], f"{len(summary['skipped']):,}"),
+        ("Classes without a readable image", summary["lost_classes"], ", ".join(summary["lost_classes"])),
+        ("Duplicate images", duplicates["sets"], f"{duplicates['sets']:,} sets, {duplicates['rows']:,} rows"),
+        ("Duplicates with different labels", conflicting["sets"], f"{conflicting['sets']:,} sets"),
+    ]
+    return [(name, value) for name, is_shown, value in counts if is_shown]
+
+
+def log_summary(summary: Mapping[str, Any]) -> None:
+    """Log the main counts, and a warning for each problem in the data."""
+    rows = ", ".join(f"{name} {count:,}" for name, count in summary["rows_per_bin"].items())
+    log.info("split: %s rows of %d classes: %s", f"{summary['rows']:,}", summary["classes"], rows)
+    log_left_out(summary["left_out"], "the split")
+    for key, text in WARNINGS.items():
+        if summary[key]:
+            log.warning("split: %d %s", len(summary[key]), text)
+    if summary["lost_classes"]:
+        log.warning("split: classes without a readable image are dropped: %s", sample(summary["lost_classes"]))
+    if summary["duplicates"]["sets"]:
+        counts = summary["duplicates"]["sets"], summary["duplicates"]["rows"]
+        log.warning(
+            "split: %d images occur more than once (%d rows); duplicates stay on the same side of every fold", *counts
+        )
+    if summary["conflicting_duplicates"]["sets"]:
+        log.warning("split: %d sets of duplicates have different labels", summary["conflicting_duplicates"]["sets"])
+
+
+def class_file(table: FoldTable) -> dict[str, Any]:
+    """Return the content of `classes.json`."""
+    counts = np.bincount(table.codes, minlength=len(table.classes)).tolist()
+    content = {"classes": list(table.classes), "counts": dict(zip(table.classes, counts, strict=True))}
+    return content if table.factors is None else content | {"factors": table.factors.as_json()}
+
+
+def write_parts(
+    folder: Path, table: FoldTable, strata: pa.Array | None, seed: int, shares: Sequence[float]
+) -> list[Path]:
+    """Write a CSV of each part that has rows, and the summary; return the paths of the files.
+
+    `strata` [N] categories; `seed` and `shares` are those of the split, for the summary. Paths are relative
+    to the train channel. A row without a group counts as a separate product.
+    """
+    columns = (pc.coalesce(table.groups, table.ids), table.paths, table.labels())
+    frame = pd.DataFrame({name: np.asarray(column) for name, column in zip(HEADER, columns, strict=True)})
+    frame["category"] = None if strata is None else np.asarray(strata)
+    counts, written = {}, []
+    for part in [name for name in FILES if (table.part == name).any()]:
+        rows = frame[table.part == part]
+        written.append(folder / FILES[part])
+        with atomic(written[-1]) as temporary:
+            rows.to_csv(temporary, columns=HEADER, index=False, lineterminator="\n")
+        counts[part] = _count(rows)
+    summary = {
+        "seed": seed,
+        "shares": dict(zip(("train", "valid", "test"), shares, strict=False)),
+        "total": _count(frame),
+        "parts": counts,
+    }
+    write_json(folder / SUMMARY, summary)
+    return [*written, folder / SUMMARY]
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the CSVs of an earlier split, which may have had other parts."""
+    for name in {*FILES.values(), SUMMARY}:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _labels_by_path(table: FoldTable, rows: np.ndarray) -> dict[str, str]:
+    labels = [table.classes[code] for code in table.codes[rows]]
+    return dict(zip(table.paths.take(pa.array(rows)).to_pylist(), labels, strict=True))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _count(rows: pd.DataFrame) -> dict[str, Any]:
+    """Return the number of products and images of `rows`, images per type, and products per category if they have one."""
+    counts = {
+        "products": rows["product_id"].nunique(),
+        "images": len(rows),
+        "image_types": rows["image_type"].value_counts().sort_index().to_dict(),
+    }
+    categories = rows.drop_duplicates("product_id", keep="last")["category"].value_counts().sort_index().to_dict()
+    return counts | ({"categories": categories} if categories else {})
+
+
+WARNINGS = {
+    "fewer_rows_than_folds": "classes have fewer rows than folds; some folds validate without them",
+    "not_trained_on": "folds have a class that they do not train on, because all its rows are in other parts",
+    "skipped": "images cannot be read and are ignored",
+}

@@ -1,0 +1,95 @@
+"""Verify a data set: open every image once, hash its bytes and pixels, and record why it cannot be read."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from fivefold.data.image_io import Pixels, decode, in_threads, pixel_digest
+from fivefold.data.readers.stores import ImageStore
+from fivefold.data.readers.training_rows import Rows
+from fivefold.errors import DataError
+from fivefold.progress import track
+
+DIGEST_BYTES = 16
+MAX_LISTED = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """Result of opening N images: `sha256` [N] hex strings of the bytes, `pixels` [N] 16 bytes (`pixel_digest`).
+
+    `unreadable` maps the row of an unreadable image to the reason; its digest of pixels is zeros and its SHA-256 null.
+    """
+
+    sha256: pa.Array
+    pixels: np.ndarray
+    unreadable: dict[int, str]
+
+    @property
+    def readable(self) -> np.ndarray:
+        """Return [N] bool: whether each image could be read."""
+        readable = np.ones(len(self.pixels), bool)
+        readable[list(self.unreadable)] = False
+        return readable
+
+    def take(self, kept: np.ndarray) -> "Opened":
+        """Return the rows where `kept` [N] bool is true, all of which must be readable."""
+        return Opened(self.sha256.filter(pa.array(kept)), self.pixels[kept], {})
+
+
+def open_images(store: ImageStore, paths: pa.Array, kind: Pixels = Pixels()) -> Opened:  # noqa: B008
+    """Read and decode every image of `paths` at full size in threads, with a progress bar; `kind.max_pixels` bounds their size."""
+    pixels = np.zeros(len(paths), f"V{DIGEST_BYTES}")
+    hashes: list[str | None] = []
+    unreadable: dict[int, str] = {}
+    opened = in_threads(lambda path: _open(store, path, kind.max_pixels), paths.to_pylist())
+    for row, (file_hash, digest, reason) in enumerate(track(opened, len(paths), "opening images")):
+        hashes.append(file_hash)
+        pixels[row] = digest
+        if reason:
+            unreadable[row] = reason
+    return Opened(pa.array(hashes, pa.string()), pixels, unreadable)
+
+
+def _open(store: ImageStore, path: str, max_pixels: float) -> tuple[str | None, bytes, str]:
+    """Return (SHA-256 of the bytes, digest of the pixels, ""), or (None, zeros, the reason for the failure)."""
+    try:
+        content = store.read(path)
+        return hashlib.sha256(content).hexdigest(), pixel_digest(decode(content, path, max_pixels)), ""
+    except DataError as error:
+        return None, bytes(DIGEST_BYTES), str(error)
+
+
+def equal_pictures(given: Opened, known: np.ndarray) -> dict[int, int]:
+    """Map each readable row of `given` whose image is among `known` (digests of pixels [N]) to the first such row of `known`."""
+    first = dict(zip(reversed(known.tolist()), reversed(range(len(known))), strict=True))
+    pairs = ((row, first.get(pixels)) for row, pixels in enumerate(given.pixels.tolist()))
+    return {row: other for row, other in pairs if other is not None and row not in given.unreadable}
+
+
+def reasons_in_words(reasons: Sequence[str], paths: Sequence[str]) -> str:
+    """Return the first few reasons why the images at `paths` cannot be read, then the other paths; a reason names its image."""
+    rest = f"; and {', '.join(paths[MAX_LISTED:])}" if len(paths) > MAX_LISTED else ""
+    return "; ".join(reasons[:MAX_LISTED]) + rest
+
+
+def keep_readable(rows: Rows, opened: Opened, skip: bool) -> tuple[Rows, Opened, list[dict[str, str]]]:
+    """Return the rows with a readable image, and the path and reason of the others.
+
+    Without `skip`, raise a DataError that lists the first few unreadable images.
+    """
+    if not opened.unreadable:
+        return rows, opened, []
+    paths = rows.paths.take(pa.array(list(opened.unreadable))).to_pylist()
+    if not skip:
+        reasons = list(opened.unreadable.values())[:MAX_LISTED]
+        rest = f"; and {len(paths) - MAX_LISTED} more" if len(paths) > MAX_LISTED else ""
+        raise DataError(
+            f"{len(paths)} of {len(rows)} images cannot be read: {'; '.join(reasons)}{rest}; "
+            "repair or remove them, or set split.skip_unreadable=true to ignore them"
+        )
+    skipped = [{"path": path, "reason": reason} for path, reason in zip(paths, opened.unreadable.values(), strict=True)]
+    return rows.take(opened.readable), opened.take(opened.readable), skipped

@@ -1,0 +1,148 @@
+"""Predict with loaded models in memory: a fold model, a student, or an ensemble with its weights."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fivefold.contract.artifacts import ModelDir, find_models, locate_all
+from fivefold.contract.stage_specs import ENSEMBLE
+from fivefold.data.image_io import Pixels
+from fivefold.data.pipeline.dataset import Batch, ImageSet
+from fivefold.data.split.fold_table import FoldTable
+from fivefold.errors import DataError
+from fivefold.inference.ensemble_spec import Ensemble, find_ensemble
+from fivefold.predictions import in_class_order
+from fivefold.progress import track
+from fivefold.system import count_cores
+from fivefold.trained_model import ImageFiles, Member, load_member
+
+Prepared = dict[str, Batch]
+"""A preprocessed image, by the preprocessing key (`sight`) of the models."""
+CHUNK_IMAGES = 32
+"""Images per chunk: one chunk is predicted while the next is prepared."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Predictions of N images: `rows` [R] of readable images, ascending, and their `log_probs` float32 [R, C].
+
+    `unreadable`: the reason by row, for the images that cannot be read.
+    """
+
+    rows: np.ndarray
+    log_probs: np.ndarray
+    unreadable: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Committee:
+    """An ensemble with loaded models: `members`, in the order of its models."""
+
+    ensemble: Ensemble
+    members: Sequence[Member]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.ensemble.classes
+
+    def predict(self, files: ImageFiles, label: str = "") -> Verdict:
+        """Return the blended predictions of all readable images; show a progress bar if `label` is not empty.
+
+        Models with the same decoding options share decoded images, and models with the same preprocessing share
+        transformed images. An image that cannot be read does not raise.
+        """
+        chunks, total = self._prepare_chunks(files), -(-len(files.paths) // CHUNK_IMAGES)
+        rows, log_probs, unreadable = [], [np.empty((0, len(self.classes)), np.float32)], {}
+        for chunk in track(chunks, total, label) if label else chunks:
+            unreadable |= {row: image for row, image in chunk.items() if isinstance(image, str)}
+            images = {row: image for row, image in chunk.items() if not isinstance(image, str)}
+            rows += images
+            if images:
+                log_probs.append(self.judge(list(images.values())))
+        return Verdict(np.array(rows, np.int64), np.concatenate(log_probs), unreadable)
+
+    @property
+    def kinds(self) -> list[Pixels]:
+        """The different decoding options of the models; usually one."""
+        return list(dict.fromkeys(member.pixels for member in self.members))
+
+    def decode(self, content: bytes, name: str, **bounds: Any) -> dict[Pixels, np.ndarray]:
+        """Decode an image file to uint8 [H, W, 3] for each of `kinds`; thread-safe. `bounds` and DataError as in `images.decode`."""
+        return {pixels: pixels.decode(content, name, **bounds) for pixels in self.kinds}
+
+    def prepare(self, decoded: Mapping[Pixels, np.ndarray]) -> Prepared:
+        """Preprocess the result of `decode` once per preprocessing key; thread-safe."""
+        by_key = {member.sight: member for member in self.members}
+        return {sight: member.prepare(decoded[member.pixels]) for sight, member in by_key.items()}
+
+    def judge(self, images: Sequence[Prepared]) -> np.ndarray:
+        """Return log p float32 [N, C] of N prepared images.
+
+        The other images of the batch change a row only by the rounding of the networks' precision.
+        """
+        log_probs = []
+        for member in self.members:
+            predicted = member.predict_prepared([image[member.sight] for image in images])
+            log_probs.append(in_class_order(predicted, member.source.info["classes"], self.classes))
+        return self.ensemble.blend(log_probs)
+
+    def _prepare_chunks(self, files: ImageFiles) -> Iterator[dict[int, Prepared | str]]:
+        """Yield chunks of rows, each preprocessed or with the reason why it cannot be read; prepare a chunk ahead."""
+        sets = [ImageSet(files.store, files.paths, _identity, 0, files.sha256, (), kind) for kind in self.kinds]
+
+        def prepare(row: int) -> Prepared | str:
+            try:
+                return self.prepare({images.pixels: images.image(row) for images in sets})
+            except DataError as error:
+                return str(error)
+
+        starts = range(0, len(files.paths), CHUNK_IMAGES)
+        with ThreadPoolExecutor(count_cores()) as pool:
+            pending = None
+            for start in starts:
+                rows = range(start, min(start + CHUNK_IMAGES, len(files.paths)))
+                ready, pending = pending, (rows, pool.map(prepare, rows))
+                if ready:
+                    yield dict(zip(*ready, strict=True))
+            if pending:
+                yield dict(zip(*pending, strict=True))
+
+
+def load_committee(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> Committee:
+    """Load the models below a folder (tarballs are unpacked to `scratch`), with weights and temperature of an `ensemble.json` if it exists.
+
+    `explicit`: keys of `[predict]` that override the models' settings. A single fold model is allowed; several models
+    must be complete systems of one split.
+    """
+    ensemble = find_ensemble(find_models(folder, scratch), locate_all(folder, scratch, ENSEMBLE))
+    if "rank" in (ensemble.within, ensemble.between):
+        raise DataError(
+            f"{ENSEMBLE} blends by rank, which is not defined for a single image; use another blend, or the model of one fold"
+        )
+    return Committee(ensemble, [load_member(model, explicit) for model in ensemble.models])
+
+
+def seen_as(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
+    """Return the role of each row of the split for these models together: `train`, `valid` or `test`, str [N].
+
+    `train`: at least one model trained on the row. `valid`: the row only selected a best epoch, like the holdout of a
+    student with patience. `test`: no model used the row.
+    """
+    part = np.full(len(table), "test", dtype="U5")
+    trained = np.zeros(len(table), bool)
+    for model in models:
+        fold = model.info["fold"]
+        part[table.valid_rows(fold) if fold is not None else table.part == "valid"] = "valid"
+        if model.info.get("selected_on") == "holdout":
+            part[table.aside_rows()] = "valid"
+        trained[table.train_rows(fold) if fold is not None else table.part == "train"] = True
+    part[trained] = "train"
+    return part
+
+
+def _identity(image: Any) -> Any:
+    return image

@@ -1,0 +1,313 @@
+"""Choose device, precision and memory format from settings, this machine, and a short probe."""
+
+import copy
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fivefold.config.schema import Settings
+from fivefold.contract.files import one_at_a_time, read_json, write_json
+from fivefold.distributed.process_group import BY_ITSELF, Replicas
+from fivefold.errors import DataError, SettingsError
+from fivefold.inference.predictor import Runtime, make_runtime
+from fivefold.lookup import choose
+from fivefold.models.cpu_convs import has_slow_groups, quicken
+from fivefold.system import TICK, count_cores, count_cpus, cpu_name, seconds_of_others
+
+log = logging.getLogger("fivefold")
+RUNTIME = "runtime"
+"""The key of a run's precision and memory format (`Manner`) in a checkpoint."""
+MAX_PROBE_PIXELS = 4 * 224 * 224
+"""Maximum pixels of the images of a timed step, which has at least two images."""
+PROBE_S, MAX_ROUNDS = 2.0, 7
+"""Seconds after which no further round of steps starts, and the maximum number of rounds after the warm-up."""
+MIN_GAIN = 0.03
+"""A less simple precision must be faster by this fraction."""
+MAX_DISTURBANCE = 0.1
+"""Fraction of the threads' CPU time that other processes may take during a probe."""
+MAX_PROBES, PROBE_PAUSE_S = 3, 2.0
+"""Maximum number of probes while other processes disturb them, and the seconds between two probes."""
+CLEAR_FACTOR = 1.5
+"""In a disturbed probe, a precision must be this many times as fast as the usual one to be chosen."""
+
+
+class Manner:
+    """Precision and memory format of a run, for its checkpoints: a resumed run must use the same."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.found = {"precision": precision_name(runtime), "channels_last": runtime.channels_last}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state != self.found:
+            raise ValueError(f"it was trained with {state}, and this run uses {self.found}")
+
+
+def choose_device(name: str, key: str = "train.device") -> torch.device:
+    """Return the device; `auto` is CUDA, else MPS, else the CPU. Raise a SettingsError if the device does not exist."""
+    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, exists in devices.items() if exists)
+    kind, _, number = name.partition(":")
+    if not choose(devices, "device", kind):
+        raise SettingsError(f"{key}={name}, but this machine has no such device; set {key}=auto")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if number and not (number.isdecimal() and int(number) < count):
+        raise SettingsError(f"{key}={name}, but this machine has {kind}:0 to {kind}:{count - 1}; set {key}=auto")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return the precision `name`; `auto` without a probe is bf16 if the device is fast in it, else fp16 on CUDA, else fp32."""
+    if name == "auto":
+        return _default_precision(device)
+    dtype, _ = choose(PRECISIONS, "precision", name)
+    if dtype == torch.float16 and device.type != "cuda":
+        raise SettingsError(f"train.precision=fp16 needs CUDA, but the device is {device.type}; set bf16 or fp32")
+    return name
+
+
+def runtime_of(settings: Settings, replicas: Replicas = BY_ITSELF) -> Runtime:
+    """Return the Runtime of the settings for training on this machine, with one or several ranks."""
+    device = replicas.own_device(choose_device(settings.train.device))
+    if settings.train.compile and device.type != "cuda":
+        raise SettingsError(f"train.compile=true needs CUDA, but the device is {device.type}; set it to false")
+    return _make_runtime(
+        settings, device, replicas.shared(choose_precision(settings.train.precision, device)), replicas
+    )
+
+
+def runtime_for_prediction(
+    settings: Settings, precision: str, device: str = "auto", replicas: Replicas = BY_ITSELF
+) -> Runtime:
+    """Return the Runtime for prediction: this machine's device, and the `precision` that the model was trained in.
+
+    fp16 becomes float32 if the device is not CUDA.
+    """
+    chosen = replicas.own_device(choose_device(device, "predict.device"))
+    dtype, _ = choose(PRECISIONS, "precision", precision)
+    supported = chosen.type == "cuda" or dtype != torch.float16
+    return _make_runtime(settings, chosen, precision if supported else "fp32", replicas)
+
+
+def settled(
+    settings: Settings, network: nn.Module, replicas: Replicas, before: Mapping[str, Any] | None, folder: Path | None
+) -> Settings:
+    """Replace `train.precision=auto` in the settings by the precision of this run.
+
+    It is that of `before`, the state of a resumed run; else the one that another stage of this run chose for the same
+    network and stored in `folder`; else the fastest by a short probe on a CPU, and the usual one on other devices. The
+    first rank decides for all.
+    """
+    if settings.train.precision != "auto":
+        return settings
+    precision = None
+    if replicas.place.leads:
+        precision = before["precision"] if before else _fastest_precision(settings, network, folder)
+    train = settings.train.model_copy(update={"precision": replicas.shared(precision)})
+    return settings.model_copy(update={"train": train})
+
+
+def quickened(network: nn.Module, runtime: Runtime, wanted: bool) -> nn.Module:
+    """Give the network convolutions that train faster on CPUs, if it runs on one and they are `wanted`; return it."""
+    if runtime.device.type != "cpu" or not wanted:
+        return network
+    return quicken(network, runtime.dtype == torch.bfloat16 and _cpu_has("amx_tile"))
+
+
+def in_words(runtime: Runtime) -> str:
+    """Return device, precision and threads of a runtime as text for the log."""
+    return f"device {runtime.device}, precision {precision_name(runtime)}, {torch.get_num_threads()} threads"
+
+
+def precision_name(runtime: Runtime) -> str:
+    """Return the name of the runtime's precision in `train.precision` and `model.json`."""
+    return next(name for name, value in PRECISIONS.items() if value == (runtime.dtype, runtime.grouped_fp32))
+
+
+def _make_runtime(settings: Settings, device: torch.device, precision: str, replicas: Replicas) -> Runtime:
+    if device.type == "cuda":
+        same_bits = settings.train.deterministic
+        torch.backends.cudnn.benchmark = not same_bits  # choosing kernels by timing can differ between runs
+        torch.use_deterministic_algorithms(same_bits, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
+    dtype, grouped_fp32 = PRECISIONS[precision]
+    torch.backends.cudnn.allow_tf32 = dtype is not None  # TF32 would reduce float32 convolutions to 10 bits
+    mean, std = settings.model.mean, settings.model.std
+    return make_runtime(device, dtype, settings.train.channels_last, mean, std, replicas, grouped_fp32)
+
+
+def _fastest_precision(settings: Settings, network: nn.Module, folder: Path | None) -> str:
+    """Return the precision that another stage of this run stored in `folder`, or the fastest by a probe."""
+    candidates = _candidates(settings, network)
+    if len(candidates) == 1:
+        return candidates[0]
+    images = max(
+        2, min(settings.train.batch_size, MAX_PROBE_PIXELS // (settings.model.size[0] * settings.model.size[1]))
+    )
+    model = settings.model.model_dump(exclude={"pretrained", "weights", "mean", "std"})
+    asked = {"model": model, "channels_last": settings.train.channels_last, "images": images}
+    return decided_once(asked, candidates, folder, lambda: _probe(settings, network, candidates, images))
+
+
+def decided_once(
+    asked: Mapping[str, Any], candidates: Sequence[str], folder: Path | None, probe: Callable[[], Mapping[str, Any]]
+) -> str:
+    """Return the choice stored in `folder` under the digest of `asked`; else run `probe` and store its choice.
+
+    Concurrent callers wait, so all get the same choice and no two probes run at the same time. A stored choice that cannot
+    be read or is not a candidate is replaced. The digest does not include the machine, because folds of different
+    precisions cannot be blended.
+    """
+    if folder is None:
+        return probe()["choice"]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    path = folder / f"{digest[:16]}.json"
+    with one_at_a_time(folder):
+        choice = _read_choice(path, candidates)
+        if choice is None:
+            decision = probe()
+            machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+            write_json(path, {**decision, "asked": dict(asked), "by": machine})
+            choice = decision["choice"]
+    return choice
+
+
+def _read_choice(path: Path, candidates: Sequence[str]) -> str | None:
+    """Return the candidate in the file at `path`, or None if it names no candidate or cannot be read."""
+    try:
+        choice = read_json(path)["choice"]
+    except (OSError, DataError, KeyError, TypeError, ValueError):
+        return None
+    return choice if choice in candidates else None
+
+
+def _candidates(settings: Settings, network: nn.Module) -> list[str]:
+    """Return the precisions to compare for `auto`, the simplest first."""
+    device = choose_device(settings.train.device)
+    usual = choose_precision("auto", device)
+    if device.type != "cpu" or usual != "bf16":
+        return [usual]
+    return ["fp32", "bf16", *(["bf16_grouped_fp32"] if has_slow_groups(network) else [])]
+
+
+def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], images: int) -> dict[str, Any]:
+    """Return the `choice`, the `milliseconds` of each candidate's fastest step, the `images` per step, and `disturbed`.
+
+    `disturbed`: other processes used the cores in every probe. The network and the random state do not change.
+    """
+    with torch.random.fork_rng(devices=[]):
+        steps = {name: _training_step(settings, network, name, images) for name in candidates}
+        milliseconds, disturbed = timed_in_quiet(steps)
+    choice = decide(milliseconds, "bf16" if "bf16" in candidates else candidates[0], disturbed)
+    figures = ", ".join(f"{name} {value:.4g} ms" for name, value in milliseconds.items())
+    log.info("precision %s by a probe: a step of %d images takes %s", choice, images, figures)
+    if disturbed:
+        log.warning(
+            "other processes used the cores during all %d precision probes, so Fivefold takes the usual precision of this "
+            "CPU unless another is ×%g as fast; set train.precision to choose it yourself",
+            MAX_PROBES,
+            CLEAR_FACTOR,
+        )
+    return {"choice": choice, "milliseconds": milliseconds, "images": images, "disturbed": disturbed}
+
+
+def timed_in_quiet(
+    steps: Mapping[str, Callable[[], None]], pause: float = PROBE_PAUSE_S, seconds: float = PROBE_S
+) -> tuple[dict[str, float], bool]:
+    """Return the times of the steps, and whether other processes disturbed every probe; repeat a disturbed probe.
+
+    A probe is disturbed if other processes leave fewer CPUs than this process has threads.
+    """
+    times: dict[str, float] = {}
+    threads = min(torch.get_num_threads(), count_cores())
+    for number in range(MAX_PROBES):
+        time.sleep(pause if number else 0)
+        before, start = seconds_of_others(), time.perf_counter()
+        latest = timed(steps, seconds)
+        taken, wall = seconds_of_others() - before, time.perf_counter() - start
+        times = {name: min(value, times.get(name, value)) for name, value in latest.items()}
+        cores = count_cpus()
+        # CPU times have the resolution of a tick, which matters in a short probe.
+        if cores - (taken - 2 * TICK * cores) / wall >= (1 - MAX_DISTURBANCE) * threads:
+            return times, False
+        log.info("other processes took %.1f of %d CPUs during the precision probe", taken / wall, cores)
+    return times, True
+
+
+def decide(milliseconds: Mapping[str, float], usual: str, disturbed: bool) -> str:
+    """Return the fastest precision; if `disturbed`, the usual one unless the fastest is CLEAR_FACTOR times as fast."""
+    chosen = fastest(milliseconds)
+    return usual if disturbed and milliseconds[chosen] * CLEAR_FACTOR > milliseconds[usual] else chosen
+
+
+def _training_step(settings: Settings, network: nn.Module, precision: str, images: int) -> Callable[[], None]:
+    """Return a training step (forward and backward) of a copy of the network in the given precision."""
+    runtime = _make_runtime(settings, torch.device("cpu"), precision, BY_ITSELF)
+    model = runtime.place(quickened(copy.deepcopy(network).train(), runtime, settings.train.cpu_convs))
+    pixels = torch.zeros(images, 3, *settings.model.size, dtype=torch.uint8)
+    meta = getattr(network, "meta", None)
+    numbers = () if meta is None else (meta.mean.new_zeros(images, len(meta.mean)),)
+
+    def step() -> None:
+        with runtime.autocast():
+            logits = model(runtime.images(pixels), *numbers)
+        logits.float().logsumexp(dim=1).mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def timed(steps: Mapping[str, Callable[[], None]], seconds: float = PROBE_S) -> dict[str, float]:
+    """Return the milliseconds of the fastest run of each step, in interleaved rounds; the first round is a warm-up.
+
+    The fastest run counts, because other load makes steps slower, never faster.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    start = time.perf_counter()
+    for done in range(1 + MAX_ROUNDS):
+        if done > 1 and time.perf_counter() - start > seconds:
+            break
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            times[name] += [1000 * (time.perf_counter() - begun)] if done else []
+    return {name: min(runs) for name, runs in times.items()}
+
+
+def fastest(times: Mapping[str, float]) -> str:
+    """Return the first of `times`, or a later one that is faster by MIN_GAIN than the choice among those before it."""
+    chosen = next(iter(times))
+    for name, value in times.items():
+        if value < (1 - MIN_GAIN) * times[chosen]:
+            chosen = name
+    return chosen
+
+
+def _default_precision(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and (_cpu_has("amx_tile") or _cpu_has("avx512_bf16")) else "fp32"
+
+
+def _cpu_has(feature: str) -> bool:
+    """Return whether the CPU has a feature, by torch's name of it."""
+    return bool(torch.cpu.get_capabilities().get(feature))
+
+
+PRECISIONS: dict[str, tuple[torch.dtype | None, bool]] = {
+    "fp32": (None, False),
+    "bf16": (torch.bfloat16, False),
+    "bf16_grouped_fp32": (torch.bfloat16, True),
+    "fp16": (torch.float16, False),
+}
+"""Autocast type of each precision (None: float32), and whether grouped convolutions that are slow in bf16 stay in float32."""

@@ -1,0 +1,233 @@
+"""Export trained models as one file for other programs: ONNX, or a plain PyTorch state dict.
+
+The ONNX graph contains the whole prediction after reading and resizing an image: it normalises, computes each view,
+averages views and models, and applies the temperature. The file is kept only if onnxruntime gives the same probabilities
+as the networks.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fivefold.contract.stage_specs import ENSEMBLE
+from fivefold.data.pipeline.image_stats import count_numbers
+from fivefold.ensemble import Committee
+from fivefold.errors import FivefoldError, SettingsError
+from fivefold.extras import need
+from fivefold.inference.tta import View, build_views
+from fivefold.models.classifier import LINKS
+from fivefold.trained_model import Member
+
+log = logging.getLogger("fivefold")
+MAX_BYTES = 2_000_000_000
+"""ONNX files are protobuf, which has a limit of 2 GiB."""
+TOLERANCE = 1e-4
+"""Maximum difference between a probability of onnxruntime and of the networks."""
+CHECKED_IMAGES = 5
+
+
+def size_of(committee: Committee) -> tuple[int, ...]:
+    """Return height and width of the input images of an exported file."""
+    return committee.members[0].settings.model.size
+
+
+def meta_of(committee: Committee) -> list[str]:
+    """Return the meta features that an exported file takes in addition to images."""
+    return next((m.settings.model.meta for m in committee.members if m.settings.model.meta), [])
+
+
+def check_graph(committee: Committee) -> None:
+    """Raise a SettingsError unless one graph can contain the models: a mean, one size, one transform, the same meta features."""
+    for key, blend in (("blend", committee.ensemble.between), ("within", committee.ensemble.within)):
+        if blend not in EXPORTABLE_BLENDS:
+            raise SettingsError(
+                f"{ENSEMBLE}: {key}={blend} is not a mean of probabilities, and an exported graph can contain only that"
+            )
+    first = committee.members[0]
+    for other in committee.members[1:]:
+        for what, a, b in (
+            ("sizes", first.settings.model.size, other.settings.model.size),
+            ("augment.eval", first.settings.augment.eval, other.settings.augment.eval),
+        ):
+            if a != b:
+                raise SettingsError(
+                    f"{first.source.name} and {other.source.name} have different {what} ({a}, {b}), "
+                    "but an exported file has one: export each system separately"
+                )
+        if other.settings.model.meta not in ([], meta_of(committee)):
+            raise SettingsError(
+                f"{other.source.name} takes other meta features than {first.source.name}: export each separately"
+            )
+
+
+class Seen(nn.Module):
+    """Images [B, 3, H, W] in 0..255 to one model's mean probabilities over its views [B, C]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, member: Member) -> None:
+        super().__init__()
+        self.scores = LINKS[member.link]
+        self.network = for_tracing(member.network.float().cpu().to(memory_format=torch.contiguous_format))
+        self.register_buffer("mean", member.runtime.mean.cpu())
+        self.register_buffer("std", member.runtime.std.cpu())
+        self.views: list[View] = build_views(member.settings.predict.views, black=-self.mean / self.std)
+        self.takes_meta = bool(member.settings.model.meta)
+
+    def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
+        normalised = (images - self.mean) / self.std
+        meta_args = (meta,) if self.takes_meta else ()
+        probabilities = [self.scores(self.network(view(normalised), *meta_args)).softmax(dim=1) for view in self.views]
+        return torch.stack(probabilities).mean(dim=0)
+
+
+class Blended(nn.Module):
+    """Images float [B, 3, H, W] in 0..255, and meta features [B, M] if models take them, to probabilities [B, C]."""
+
+    weights: Tensor
+
+    def __init__(self, committee: Committee) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(Seen(member) for member in committee.members)
+        self.register_buffer("weights", torch.tensor(committee.ensemble.model_weights, dtype=torch.float32))
+        self.temperature = committee.ensemble.temperature
+
+    def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
+        probabilities = torch.stack([member(images, meta) for member in self.members], dim=-1)
+        mean = (probabilities * self.weights).sum(dim=-1)
+        if self.temperature == 1:
+            return mean
+        return (mean.clamp_min(torch.finfo(mean.dtype).tiny).log() / self.temperature).softmax(dim=1)
+
+
+def for_tracing(network: nn.Module) -> nn.Module:
+    """Return the network in eval mode, with traceable activations: efficientnet_pytorch's Swish is an autograd function."""
+    for module in network.modules():
+        if hasattr(module, "set_swish"):
+            module.set_swish(memory_efficient=False)
+    return network.eval()
+
+
+def describe(committee: Committee) -> dict[str, Any]:
+    """Return the metadata that a user of the file needs: ordered classes, image size, preprocessing, views, models."""
+    first, (height, width) = committee.members[0].settings, size_of(committee)
+    return {
+        "classes": list(committee.classes),
+        "height": height,
+        "width": width,
+        "meta": meta_of(committee),
+        "transform": first.augment.eval,
+        "mean": first.model.mean,
+        "std": first.model.std,
+        "views": first.predict.views,
+        "temperature": committee.ensemble.temperature,
+        "members": [
+            {"name": member.source.name, "weight": weight, "link": member.link}
+            for member, weight in zip(committee.members, committee.ensemble.model_weights, strict=True)
+        ],
+    }
+
+
+def write_onnx(path: Path, committee: Committee) -> None:
+    """Write one graph: `images` float [N, 3, H, W] in 0..255, RGB (and `meta` float [N, M]) to `probabilities` [N, C].
+
+    N is dynamic. The metadata contain `describe`, each value as JSON. Raise a FivefoldError if onnxruntime disagrees with
+    the networks, and a SettingsError if ONNX cannot represent them.
+    """
+    need(["onnx", "onnxscript", "onnxruntime"], "export", "export.format=onnx")
+    check_graph(committee)
+    blended = Blended(committee).eval()
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in blended.state_dict().values())
+    if weights > MAX_BYTES:
+        raise SettingsError(
+            f"the {len(committee.members)} networks have {weights / 1e9:.1f} GB of weights, but an ONNX file can have at "
+            f"most {MAX_BYTES / 1e9:.0f} GB: export one fold (FOLD=0), or a student"
+        )
+    program = _trace(blended, _random_inputs(committee, 2))
+    for key, value in describe(committee).items():
+        program.model.metadata_props[key] = json.dumps(value, ensure_ascii=False)
+    program.save(path, external_data=False)
+    difference = _largest_difference(path, blended, _random_inputs(committee, CHECKED_IMAGES))
+    if not difference <= TOLERANCE:
+        raise FivefoldError(
+            f"the probabilities of onnxruntime differ by {difference:.2g} from the networks' (at most {TOLERANCE:g} is "
+            "allowed), so the ONNX file was not saved; export.format=pth exports the same weights without a graph"
+        )
+    log.info("onnxruntime agrees on %d random images: the largest difference is %.1e", CHECKED_IMAGES, difference)
+
+
+def write_pth(path: Path, committee: Committee) -> None:
+    """Write the state dict of one network, which `torch.load(…, weights_only=True)` reads without running code."""
+    if len(committee.members) > 1:
+        raise SettingsError(
+            f"format=pth exports one network, but there are {len(committee.members)}: set one model folder, or FOLD=0"
+        )
+    state = {name: tensor.contiguous().cpu() for name, tensor in committee.members[0].network.state_dict().items()}
+    with open(path, "wb") as file:  # as a handle, because torch.save would write a path's name into the file
+        torch.save(state, file)
+
+
+def _random_inputs(committee: Committee, images: int) -> tuple[Tensor, ...]:
+    """Return random images and meta features, the same on every call."""
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, 3, *size_of(committee)), generator=random).float()
+    numbers = torch.rand(images, count_numbers(meta_of(committee)), generator=random)
+    return (pixels, numbers) if meta_of(committee) else (pixels,)
+
+
+def _trace(blended: Blended, inputs: tuple[Tensor, ...]) -> torch.onnx.ONNXProgram:
+    """Trace `blended` to a graph with a dynamic number of images, without the source locations of its nodes."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    # Name the dimension once: tracing infers that the second input has as many rows.
+    counts = {"images": {0: torch.export.Dim("N")}, "meta": {0: torch.export.Dim.AUTO}}
+    names = ["images", "meta"][: len(inputs)]
+    try:
+        program = torch.onnx.export(
+            blended,
+            inputs,
+            input_names=names,
+            output_names=["probabilities"],
+            dynamic_shapes={name: counts[name] for name in names},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise SettingsError(f"this network cannot be exported as ONNX ({reason[0]}); set export.format=pth") from error
+    assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)
+    return program
+
+
+def _largest_difference(path: Path, blended: Blended, inputs: tuple[Tensor, ...]) -> float:
+    """Return the largest difference between the probabilities of onnxruntime and of the networks; NaN if any is not finite."""
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [node.name for node in session.get_inputs()]
+        (actual,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
+    except Exception as error:  # onnxruntime's errors share no base class
+        raise FivefoldError(f"onnxruntime cannot run the ONNX file, so it was deleted: {error}") from error
+    with torch.inference_mode():
+        expected = blended(*inputs).numpy()
+    return float(np.abs(actual - expected).max())
+
+
+EXPORTABLE_BLENDS = ("mean", "weighted", "fitted", "greedy", "greedy_accuracy")
+"""Blends that are convex sums of probabilities."""
+
+FORMATS: dict[str, tuple[str, Callable[[Path, Committee], None]]] = {
+    "onnx": ("model.onnx", write_onnx),
+    "pth": ("model.pth", write_pth),
+}
+"""The default file name and the writer of each format."""

@@ -1,0 +1,1 @@
+"""Runs on Kubernetes: manifests, the cluster, and following the Jobs."""

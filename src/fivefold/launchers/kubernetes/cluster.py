@@ -1,0 +1,243 @@
+"""Run the user's kubectl, and read the state of Jobs and pods: phases, exit codes, last log lines."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fivefold.errors import RetryableError, SettingsError
+from fivefold.launchers.kubernetes.manifests import CONTAINER, KILLED, PERMANENT, Object
+
+KUBECTL_TIMEOUT_S = 120
+UNREACHABLE_PATTERN = re.compile(
+    r"unable to connect|connection to the server .* was refused|connection (refused|reset|lost|force closed)"
+    r"|closed network connection|time(d )?out|deadline exceeded|no route to host|network is unreachable|no such host"
+    r"|name resolution|\beof\b|broken pipe|goaway|etcdserver|too ?many ?requests|unavailable|unable to handle"
+    r"|internal[ _]?error|object (is being deleted|has been modified)|exceeded quota",
+    re.IGNORECASE,
+)
+"""Messages of kubectl if the cluster, not the request, is at fault: another attempt may succeed."""
+REJECTED_PATTERN = re.compile(
+    r"x509|denied the request|\((Forbidden|Invalid|NotFound|BadRequest)\)(?!.*exceeded quota)| is invalid:|localhost:8080",
+    re.IGNORECASE,
+)
+"""Messages of kubectl about an invalid request; these take precedence. localhost:8080 is its default without a configured cluster."""
+LOG_LINE_PATTERN = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d")
+"""Start of the lines in kubectl's own log. They repeat the message of the last line at greater length."""
+AS_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+"""The annotation with the object as it was applied, in JSON."""
+LIMITS_SET = "kubernetes.io/limit-ranger"
+"""The annotation of a pod that lists the limits that a LimitRange has set."""
+INDEX_OF_POD = "batch.kubernetes.io/job-completion-index"
+OWNER = "batch.kubernetes.io/controller-uid"
+INTERNAL_ERROR = 1
+"""The exit code of an internal error, which another attempt would repeat."""
+
+
+def where(namespace: str, context: str) -> list[str]:
+    """Return the options of kubectl for a namespace and a context. Empty names use kubectl's configuration."""
+    return [*(["--context", context] if context else []), *(["--namespace", namespace] if namespace else [])]
+
+
+class Kubectl:
+    """kubectl from PATH, for one namespace of one cluster. Raise a SettingsError if it is not installed."""
+
+    def __init__(self, namespace: str = "", context: str = "", environ: Mapping[str, str] = os.environ) -> None:
+        program = shutil.which("kubectl", path=environ.get("PATH"))
+        if program is None:
+            raise SettingsError(
+                "platform=kubernetes needs kubectl, which is not in PATH: install it, or apply the output of --dry-run"
+            )
+        self.where = where(namespace, context)
+        self._program = program
+
+    def command(self, *arguments: str) -> list[str]:
+        return [self._program, *self.where, *arguments]
+
+    def ask(self, *arguments: str, stdin: str = "") -> str:
+        """Return the output of kubectl. Raise a RetryableError if the cluster is unavailable, a SettingsError if it rejects the request."""
+        try:
+            # a new session: Ctrl-C in the terminal must not interrupt a request
+            result = subprocess.run(
+                self.command(*arguments),
+                input=stdin,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=KUBECTL_TIMEOUT_S,
+                start_new_session=True,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RetryableError(f"kubectl {arguments[0]} did not respond within {KUBECTL_TIMEOUT_S} s") from error
+        if not result.returncode:
+            return result.stdout
+        lines = result.stderr.splitlines()
+        message = " ".join(" ".join([line for line in lines if not LOG_LINE_PATTERN.match(line)] or lines).split())
+        if UNREACHABLE_PATTERN.search(message) and not REJECTED_PATTERN.search(message):
+            raise RetryableError(f"the cluster is unavailable, the same command may succeed later: {message}")
+        raise SettingsError(f"kubectl {arguments[0]} was refused: {message or 'without a message'}")
+
+    def items(self, kinds: str, selector: str) -> list[Object]:
+        """Return the objects of these kinds (`jobs,pods`) with these labels."""
+        return json.loads(self.ask("get", kinds, "--selector", selector, "--output", "json"))["items"]
+
+    def has(self, kind: str, name: str) -> bool:
+        return bool(self.ask("get", kind, name, "--ignore-not-found", "--output", "name").strip())
+
+    def why_no_pod(self, uid: str) -> str:
+        """Return why the Job with this uid could not create a pod, from its last event; an empty text without an event."""
+        of_job = f"involvedObject.uid={uid},reason=FailedCreate"
+        try:
+            events = json.loads(self.ask("get", "events", "--field-selector", of_job, "--output", "json"))["items"]
+        except SettingsError as error:
+            return f"it has no pod yet, for an unknown reason: {error}"
+        last = max(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "", default={})
+        return ": ".join(text for text in (last.get("reason"), last.get("message")) if text)
+
+    def apply(self, one: Mapping[str, Any]) -> None:
+        self.ask("apply", "--filename", "-", stdin=json.dumps(one))
+
+    def replace(self, one: Mapping[str, Any]) -> None:
+        """Delete the object of this name, which is immutable, and create it again as `apply` does."""
+        self.ask("replace", "--force", "--save-config", "--filename", "-", stdin=json.dumps(one))
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one pod failed: its exit code (None if its container never ended), and its last message.
+
+    `drained`: the cluster evicted the pod, and creates a new one that does not count as a retry.
+    """
+
+    pod: str
+    index: int | None
+    code: int | None
+    words: str
+    drained: bool = False
+
+    def __str__(self) -> str:
+        how = "lost" if self.code is None else f"exit code {self.code}"
+        return f"{how}: {self.words}" if self.words else how
+
+    @property
+    def verb(self) -> str:
+        if self.drained:
+            return "stopped, a new pod continues"
+        return "stopped" if self.code in (130, 143) else "failed"
+
+
+def condition(one: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
+    """Return the condition `kind` of an object if it is true, else None."""
+    conditions = one.get("status", {}).get("conditions") or []
+    return next((item for item in conditions if item["type"] == kind and item["status"] == "True"), None)
+
+
+def pods_of_job(pods: Iterable[Mapping[str, Any]], job: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the pods of this Job, oldest first, without those of an earlier Job of the same name."""
+    own_pods = [pod for pod in pods if pod["metadata"].get("labels", {}).get(OWNER) == job["metadata"]["uid"]]
+    return sorted(own_pods, key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
+
+
+def index_of(pod: Mapping[str, Any]) -> int | None:
+    """Return a pod's index in an Indexed Job, or None in other Jobs."""
+    index = pod["metadata"].get("annotations", {}).get(INDEX_OF_POD)
+    return None if index is None else int(index)
+
+
+def has_started(pod: Mapping[str, Any]) -> bool:
+    """Return whether the container runs or has run, i.e. whether there is a log."""
+    return not {"running", "terminated"}.isdisjoint(_state(pod))
+
+
+def is_over(pod: Mapping[str, Any]) -> bool:
+    return pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+
+
+def lacks_pods(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether a Job that is not suspended has fewer live pods among its `pods` than it needs."""
+    spec = job["spec"]
+    remaining = (spec.get("completions") or 1) - (job.get("status", {}).get("succeeded") or 0)
+    live = sum(not is_over(pod) for pod in pods)
+    return not spec.get("suspend") and live < min(spec.get("parallelism") or 1, remaining)
+
+
+def without_names(text: str) -> str:
+    """Return an event's text without its variable parts: names in quotes, and numbers."""
+    return re.sub(r'"[^"]*"|\d\w*', "", text)
+
+
+def ending(pod: Mapping[str, Any]) -> Ending | None:
+    """Return how a pod failed, or None if it runs or succeeded."""
+    status = pod.get("status", {})
+    if status.get("phase") != "Failed":
+        return None
+    terminated = _state(pod).get("terminated", {})
+    drained = condition(pod, "DisruptionTarget")
+    lost = status.get("message") or status.get("reason") or (drained or {}).get("message") or ""
+    message = last_words(terminated.get("message") or "") or lost.strip() or terminated.get("reason") or ""
+    code = terminated.get("exitCode")
+    if terminated.get("reason") == "OOMKilled":
+        code, message = KILLED, out_of_memory(pod)
+    return Ending(pod["metadata"]["name"], index_of(pod), code, message, drained is not None)
+
+
+def last_words(message: str) -> str:
+    """Return the most informative line: the first line of a stage's message before a traceback, else the last line of a log.
+
+    The end of a log may start in the middle of a line.
+    """
+    first, _, rest = message.strip().partition("\n\n")
+    lines = first.splitlines() if rest.startswith("Traceback") else message.strip().splitlines()[::-1]
+    return lines[0].strip() if lines else ""
+
+
+def out_of_memory(pod: Mapping[str, Any]) -> str:
+    """Return a message on a container that was killed at its memory limit: who set the limit, and the remedy."""
+    limit = container_of(pod).get("resources", {}).get("limits", {}).get("memory")
+    place = f" at its limit of {limit}" if limit else ""
+    if limit and "memory limit" in pod["metadata"].get("annotations", {}).get(LIMITS_SET, ""):
+        place += " (a LimitRange of the namespace sets it by default: kubectl describe limitrange)"
+    return f"out of memory{place}: raise kubernetes.memory or kubernetes.limits, or lower train.batch_size or train.workers"
+
+
+def waits_for(pod: Mapping[str, Any]) -> str:
+    """Return the cluster's reason why a pod does not start; an empty text if it has started or there is no reason."""
+    if pod.get("status", {}).get("phase") != "Pending":
+        return ""
+    conditions = pod["status"].get("conditions") or []
+    unplaced = [item for item in conditions if item["type"] == "PodScheduled" and item["status"] == "False"]
+    reason = unplaced[0] if unplaced else _state(pod).get("waiting", {})
+    if reason.get("reason") in ("ContainerCreating", "PodInitializing"):
+        return ""
+    return ": ".join(text for text in (reason.get("reason"), reason.get("message")) if text)
+
+
+def last_endings(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> list[Ending]:
+    """Return the last ending of each failed index of the Job, or of the Job's last pod."""
+    endings = [last_ending for pod in pods if (last_ending := ending(pod)) and not last_ending.drained]
+    last = {last_ending.index: last_ending for last_ending in endings}
+    # the status `1,3-5` means 1, 3, 4 and 5
+    spans = [text.split("-") for text in (job["status"].get("failedIndexes") or "").split(",") if text]
+    failed = [index for span in spans for index in range(int(span[0]), int(span[-1]) + 1)]
+    return [last[index] for index in failed if index in last] if failed else list(last.values())[-1:]
+
+
+def exit_code(endings: Sequence[Ending]) -> int:
+    """Return a permanent exit code if a pod ended with one, 1 for an internal error, else 75 (retry)."""
+    codes = [item.code for item in endings]
+    return next((code for code in codes if code in (*PERMANENT, INTERNAL_ERROR)), RetryableError.exit_code)
+
+
+def _state(pod: Mapping[str, Any]) -> Mapping[str, Any]:
+    statuses = pod.get("status", {}).get("containerStatuses") or []
+    return next((status.get("state", {}) for status in statuses if status["name"] == CONTAINER), {})
+
+
+def container_of(pod: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return Fivefold's container in a pod or a pod template."""
+    containers = pod.get("spec", {}).get("containers", [])
+    return next((container for container in containers if container["name"] == CONTAINER), {})

@@ -1,0 +1,289 @@
+"""Run a plan on Kubernetes with the user's kubectl: apply a step's Job when the Jobs that it needs are done.
+
+The Jobs stay in the cluster when this process ends. The same command finds them and continues.
+"""
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fivefold.errors import RetryableError, SettingsError
+from fivefold.launchers.kubernetes import cluster
+from fivefold.launchers.kubernetes.cluster import AS_APPLIED, Kubectl, where
+from fivefold.launchers.kubernetes.manifests import (
+    CONTAINER,
+    DATA,
+    QUEUE,
+    RUN,
+    RUNS,
+    Object,
+    Task,
+    as_yaml,
+    check_names,
+    check_runs,
+    claim,
+    job,
+    job_name,
+    tasks_of,
+)
+from fivefold.launchers.plan import Plan, Step
+from fivefold.launchers.scheduler import Scheduler
+from fivefold.launchers.status import LOG, ROWS, in_columns
+from fivefold.launchers.terminal import Screen, copy_output, lines_of
+
+LOG_DRAIN_TIMEOUT_S = 20.0
+
+
+def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
+    """Run the plan's Jobs in the cluster. Return 0, or the exit code of the first failed Job: its pod's, or 75.
+
+    Return 130 or 143 after SIGINT or SIGTERM: the Jobs continue, and this process no longer follows them.
+    """
+    check(plan)
+    section, screen = plan.settings.kubernetes, Screen()
+    backend = KubernetesBackend(plan, parallel, Kubectl(section.namespace, section.context, environ), screen)
+    try:
+        return Scheduler(tasks_of(plan), backend, screen, seconds=section.poll_seconds).run()
+    finally:
+        backend.logs.stop()
+
+
+def describe(plan: Plan, parallel: int = 0) -> str:
+    """Return the Jobs in order, as they are applied. The claim is not included, so that deleting these objects keeps the data."""
+    check(plan)
+    jobs = objects(plan, parallel)
+    name = plan.settings.kubernetes.claim
+    header = f"# The claim {name} must exist: k8s/pvc.yaml creates fivefold.\n" if any(map(has_claim, jobs)) else ""
+    return header + as_yaml(jobs).rstrip("\n")
+
+
+def objects(plan: Plan, parallel: int = 0) -> list[Object]:
+    return [job(plan, task, parallel) for task in tasks_of(plan)]
+
+
+def has_claim(one: Mapping[str, Any]) -> bool:
+    return any("persistentVolumeClaim" in volume for volume in one["spec"]["template"]["spec"]["volumes"])
+
+
+def check(plan: Plan) -> None:
+    """Raise a SettingsError for a plan that no cluster can run, before anything is written."""
+    check_names(plan)
+    check_runs(plan.settings.kubernetes.runs)
+
+
+def results(plan: Plan) -> str:
+    """Return the scores of the run, the location of its files, and the command that copies them."""
+    section, scores = plan.settings.kubernetes, scores_of(plan)
+    place = f"the run is at {section.runs.rstrip('/')}/{plan.run}"
+    if section.runs == RUNS:
+        copy = ["kubectl", *where(section.namespace, section.context), "cp", f"fivefold-loader:{RUNS}/{plan.run}"]
+        place = (
+            f"the run is in {RUNS}/{plan.run} of the claim {section.claim}; to copy it, start the pod of k8s/loader-pod.yaml and run:\n"
+            f"{shlex.join([*copy, str(plan.folder)])}    (the pod has {DATA} and {RUNS})"
+        )
+    return f"{scores}\n\n{place}" if scores else place
+
+
+def scores_of(plan: Plan) -> str:
+    """Return the scores that the pods of `evaluate` printed, as a table, or an empty text if another process followed their logs."""
+    table = [("", "accuracy", "logloss", "rows")]
+    for step in [step for step in plan.steps if step.stage == "evaluate"]:
+        printed = [line for line in lines_of(step.folder / LOG) if line.startswith('{"')]
+        for rows, scores in json.loads(printed[-1]).items() if printed else ():
+            models = {"oof": "folds"}.get(rows, "ensemble") if step.name == "evaluate" else "student"
+            cells = ["-" if scores[key] is None else f"{scores[key]:.4f}" for key in ("accuracy", "logloss")]
+            table.append((models, *cells, f"{ROWS[rows]}, {scores['n']}"))
+    return in_columns(table, numbers=(1, 2)) if len(table) > 1 else ""
+
+
+class KubernetesBackend:
+    """Run each Task as a Job of the cluster. Jobs continue without this process, and a later process finds them."""
+
+    def __init__(self, plan: Plan, parallel: int, kubectl: Kubectl, screen: Screen) -> None:
+        self.plan, self.parallel, self.kubectl, self.screen = plan, parallel, kubectl, screen
+        self.logs = Logs(kubectl, screen)
+        self._selector = f"{RUN}={plan.run}"
+        self._command_prefix = shlex.join(["kubectl", *kubectl.where])
+        self._initial: dict[str, Object] | None = None
+        self._followed: set[str] = set()
+        self._skipped: set[str] = set()
+        self._printed: set[str] = set()
+        self._failures: dict[str, str] = {}
+
+    def start(self, task: Task, alone: bool) -> None:
+        """Do nothing: `poll` applies the Job, because the Scheduler retries `poll` if the cluster is unavailable."""
+
+    def poll(self, running: Sequence[Task]) -> dict[str, int]:
+        if self._initial is None:
+            self._initial = self._find_jobs()
+        for task in running:
+            if task.name not in self._followed | self._skipped:
+                self._apply_or_follow(
+                    task, job(self.plan, task, self.parallel), self._initial.get(self._job_name(task))
+                )
+        objects = self.kubectl.items("jobs,pods", self._selector)
+        jobs = {item["metadata"]["name"]: item for item in objects if item["kind"] == "Job"}
+        pods = [item for item in objects if item["kind"] == "Pod"]
+        followed = [task for task in running if task.name in self._followed]
+        codes = {task.name: self._poll_job(task, jobs.get(self._job_name(task)), pods) for task in followed}
+        skipped = {task.name: 0 for task in running if task.name in self._skipped}
+        return skipped | {name: code for name, code in codes.items() if code is not None}
+
+    def stop(self, running: Sequence[Task], number: int, again: bool) -> bool:
+        """Leave the Jobs in the cluster, and print how to follow and how to delete them."""
+        if names := ", ".join(self._job_name(task) for task in running if task.name in self._followed):
+            self.screen.line(
+                f"no longer following {names} of {self.plan.run} in the cluster\n"
+                f"  the same command follows them again; to delete them: {self._command_prefix} delete jobs --selector {self._selector}"
+            )
+        return False
+
+    def describe(self, task: Task) -> str:
+        return self._failures.get(task.name, "")
+
+    def _job_name(self, task: Task) -> str:
+        return job_name(self.plan.run, task.name)
+
+    def _find_jobs(self) -> dict[str, Object]:
+        """Return the run's existing Jobs before anything is applied. Raise a SettingsError if pods run with other settings."""
+        objects = self.kubectl.items("jobs,pods", self._selector)
+        jobs = {item["metadata"]["name"]: item for item in objects if item["kind"] == "Job"}
+        pods = [item for item in objects if item["kind"] == "Pod"]
+        for task in tasks_of(self.plan):
+            name, manifest = self._job_name(task), job(self.plan, task, self.parallel)
+            present = jobs.get(name)
+            if present is None or _is_over(present) or request_of(present) == request_of(manifest):
+                continue
+            if any(map(cluster.has_started, cluster.pods_of_job(pods, present))):
+                raise SettingsError(
+                    f"the Job {name} runs with other settings or resources: wait for it, use another run=, or "
+                    f"{self._command_prefix} delete job {name}"
+                )
+        return jobs
+
+    def _apply_or_follow(self, task: Task, manifest: Object, present: Object | None) -> None:
+        """Apply a Job, or handle the existing one: skip it if done, follow it if it runs, else replace it."""
+        name = self._job_name(task)
+        done = present is not None and cluster.condition(present, "Complete")
+        if present is None:
+            self._apply_claim(manifest)
+            self.kubectl.apply(manifest)
+            self.screen.line(f"{name}: applied")
+        elif not _is_over(present) and request_of(present) == request_of(manifest):
+            self.screen.line(f"{name} exists and runs: following it")
+        elif done and work_of(present) == work_of(manifest) and self._skipped.issuperset(task.needs):
+            self.screen.line(
+                f"{name} exists and is done: skipped; {self._command_prefix} delete job {name} lets it run again"
+            )
+            self._skipped.add(task.name)
+            return
+        else:
+            self.kubectl.replace(manifest)
+            failed = "had failed" if cluster.condition(present, "Failed") else "had not started and had other settings"
+            self.screen.line(f"{name} {'was done with other settings or inputs' if done else failed}: replaced")
+        self._followed.add(task.name)
+
+    def _apply_claim(self, manifest: Mapping[str, Any]) -> None:
+        pods = self.plan.settings.kubernetes
+        if has_claim(manifest) and not self.kubectl.has("persistentvolumeclaim", pods.claim):
+            self.kubectl.apply(claim(pods))
+            self.screen.line(f"claim {pods.claim}: applied")
+
+    def _poll_job(self, task: Task, job: Object | None, pods: Sequence[Object]) -> int | None:
+        """Print new events of a Job and of its pods. Return its exit code if it has ended, else None."""
+        name = self._job_name(task)
+        if job is None:
+            self._failures[task.name] = f"the Job {name} was deleted"
+            return RetryableError.exit_code
+        own_pods = cluster.pods_of_job(pods, job)
+        for pod in own_pods:
+            step = task.steps[cluster.index_of(pod) or 0]
+            self.logs.follow(pod, step)
+            if reason := cluster.waits_for(pod):
+                self._print_once(f"{step.name} waits: {reason}", reason)
+            if ending := cluster.ending(pod):
+                self._print_once(f"{step.name}, pod {ending.pod}, {ending.verb}: {ending}", ending.pod)
+        failed = cluster.condition(job, "Failed")
+        if not _is_over(job):
+            if cluster.lacks_pods(job, own_pods) and (reason := self.kubectl.why_no_pod(job["metadata"]["uid"])):
+                self._print_once(f"{name} waits: {reason}", cluster.without_names(reason))
+            return None
+        self.logs.finish(own_pods)
+        if failed is None:
+            self._print_once(f"{name}: done", job["metadata"]["uid"])
+            return 0
+        last = cluster.last_endings(job, own_pods)
+        reasons = [f"\n  {task.steps[ending.index or 0].name}: {ending}" for ending in last]
+        self._failures[task.name] = f"the Job {name}, {failed.get('reason', 'unknown')}{''.join(reasons)}"
+        return cluster.exit_code(last)
+
+    def _print_once(self, text: str, key: str) -> None:
+        if key not in self._printed:
+            self._printed.add(key)
+            self.screen.line(text)
+
+
+def work_of(one: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the work of a Job: its image, arguments, variables and number of folds."""
+    container = cluster.container_of(one["spec"]["template"])
+    values = {variable["name"]: variable["value"] for variable in container.get("env", []) if "value" in variable}
+    return container.get("image"), container.get("args"), values, one["spec"].get("completions") or 1
+
+
+def request_of(one: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the work of a Job, and its resources, service account and queue as they were applied."""
+    text = one["metadata"].get("annotations", {}).get(AS_APPLIED)
+    applied = json.loads(text) if text else one  # the cluster's own has 1Gi for 1024Mi
+    template, queue = applied["spec"]["template"], applied["metadata"].get("labels", {}).get(QUEUE)
+    resources = cluster.container_of(template).get("resources")
+    return *work_of(one), resources, template["spec"].get("serviceAccountName"), queue
+
+
+def _is_over(job: Mapping[str, Any]) -> bool:
+    return any(cluster.condition(job, kind) for kind in ("Complete", "Failed"))
+
+
+class Logs:
+    """Follow the logs of pods. Each pod has a process of kubectl and a thread that reads its output."""
+
+    def __init__(self, kubectl: Kubectl, screen: Screen) -> None:
+        self.kubectl, self.screen = kubectl, screen
+        self._streams: dict[str, tuple[subprocess.Popen[bytes], threading.Thread]] = {}
+
+    def follow(self, pod: Mapping[str, Any], step: Step) -> None:
+        """Follow a pod that has started, also after its stream broke. Skip lines that are already in the log."""
+        name, log = pod["metadata"]["name"], step.folder / LOG
+        earlier = self._streams.get(name)
+        is_read = earlier and (earlier[0].poll() is None or (cluster.is_over(pod) and not earlier[0].returncode))
+        if is_read or not cluster.has_started(pod):
+            return
+        if earlier:
+            earlier[1].join()
+        command = self.kubectl.command("logs", "--follow", name, "--container", CONTAINER)
+        quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, **quiet)
+        output = io.TextIOWrapper(process.stdout, "utf-8", "replace", newline="")
+        title = f"pod {name}"
+        arguments = (output, log, title, self.screen, step.name, lines_of(log, title))
+        self._streams[name] = process, threading.Thread(target=copy_output, args=arguments, daemon=True)
+        self._streams[name][1].start()
+
+    def finish(self, pods: Sequence[Mapping[str, Any]]) -> None:
+        """Wait for the last log lines of pods that have ended."""
+        deadline = time.monotonic() + LOG_DRAIN_TIMEOUT_S
+        for pod in pods:
+            if stream := self._streams.get(pod["metadata"]["name"]):
+                stream[1].join(max(0.0, deadline - time.monotonic()))
+
+    def stop(self) -> None:
+        """End all processes that follow logs."""
+        for process, reader in self._streams.values():
+            process.terminate()
+            reader.join(LOG_DRAIN_TIMEOUT_S)
+            process.wait()

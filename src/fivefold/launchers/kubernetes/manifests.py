@@ -1,0 +1,324 @@
+"""Render a plan as Kubernetes objects: one Job per step, one Indexed Job for the folds of a seed, and the shared claim.
+
+Paths are the same in every pod: data in `/data` and runs in `/runs`, two folders of one claim, or either at s3://.
+Objects are plain dicts. As a program, this module writes the Jobs of `k8s/`: `make manifests`.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from fivefold.config.schema import Kubernetes
+from fivefold.contract.files import write_text
+from fivefold.contract.run_layout import channels_of, outputs_of
+from fivefold.contract.s3.urls import is_url, parse
+from fivefold.errors import DataError, MissingInputError, SettingsError
+from fivefold.launchers.plan import Inputs, Plan, Step, make_plan
+
+Object = dict[str, Any]
+
+DATA, RUNS = "/data", "/runs"
+"""The paths of the data and of the runs in every pod: two folders of one claim."""
+MAX_NAME_LENGTH = 63
+CONTAINER = "fivefold"
+STORE = "fivefold-s3"
+"""The ConfigMap and the Secret with variables for pods that use s3://. Both may be absent."""
+UID = 10001
+READ_ONLY = {DATA: {"readOnly": True}}
+GPU = "nvidia.com/gpu"
+ON_GPU = ("train-fold", "distill", "ensemble")
+KILLED = 137
+PERMANENT = sorted({SettingsError.exit_code, DataError.exit_code, MissingInputError.exit_code, KILLED})
+"""Exit codes that a retry would repeat. 137: killed, e.g. at the memory limit."""
+MAX_RETRIES = 2
+GRACE_PERIOD_S = 120
+TTL_S = 7 * 24 * 3600
+QUEUE = "kueue.x-k8s.io/queue-name"
+NAME, RUN, TASK = (f"app.kubernetes.io/{key}" for key in ("name", "instance", "component"))
+INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+CACHES = {"HOME": "/tmp", "TORCH_HOME": "/tmp/torch", "HF_HOME": "/tmp/huggingface", "MPLCONFIGDIR": "/tmp/matplotlib"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work of one Job: a step, or the folds of one seed from 0 on as an Indexed Job. It runs after the tasks it needs."""
+
+    name: str
+    steps: tuple[Step, ...]
+    needs: tuple[str, ...]
+    indexed: bool = False
+
+    @property
+    def stage(self) -> str:
+        return self.steps[0].stage
+
+
+def tasks_of(plan: Plan) -> list[Task]:
+    """Return the plan's Jobs in order. Folds that do not start at 0 or are not consecutive get one Job each."""
+    names = {step.name: _task_name(plan, step) for step in plan.steps}
+    tasks = []
+    for name in dict.fromkeys(names.values()):
+        steps = tuple(step for step in plan.steps if names[step.name] == name)
+        needs = dict.fromkeys(names[need] for step in steps for need in step.needs)
+        tasks.append(Task(name, steps, tuple(needs), indexed=name != steps[0].name))
+    return tasks
+
+
+def job_name(run: str, task: str) -> str:
+    """Return the name of a task's Job. Kubernetes allows only lower-case letters, digits and hyphens."""
+    return re.sub(r"[._]", "-", f"fivefold-{run}-{task}").lower()
+
+
+def check_names(plan: Plan) -> None:
+    """Raise a SettingsError if the run's name cannot be part of the names of its pods."""
+    names = [(job_name(plan.run, task.name), task) for task in tasks_of(plan)]
+    longest = max((f"{name}-{len(task.steps) - 1}" if task.indexed else name for name, task in names), key=len)
+    if not plan.run[-1].isalnum():
+        raise SettingsError(f"run={plan.run!r}: on Kubernetes a name must end in a letter or a digit")
+    if len(longest) > MAX_NAME_LENGTH:
+        available = len(plan.run) - len(longest) + MAX_NAME_LENGTH
+        raise SettingsError(
+            f"run={plan.run!r} is too long for Kubernetes: {longest} has {len(longest)} of {MAX_NAME_LENGTH} characters; "
+            f"the run's name may have {available}"
+        )
+
+
+def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
+    """Return the inputs. Only pods can find out whether a ground truth exists beside eval's test.csv.
+
+    Raise a SettingsError if pods cannot read a path: it must be in /data of the claim, or at s3://.
+    """
+    for name, path in vars(inputs).items():
+        if path and is_url(path):
+            parse(path, name)
+        elif path and (not PurePosixPath(path).is_relative_to(DATA) or ".." in PurePosixPath(path).parts):
+            raise SettingsError(
+                f"{name}={path}: pods can read {DATA} of the claim, and s3://; copy it to the claim as docs/kubernetes.md "
+                f"shows, and set {name}={DATA}/…"
+            )
+    return replace(inputs, truth_unknown=bool(inputs.eval and not inputs.ground_truth))
+
+
+def check_runs(runs: str) -> None:
+    """Raise a SettingsError if pods cannot write to the location of runs."""
+    if is_url(runs):
+        parse(runs, "kubernetes.runs")
+    elif runs != RUNS:
+        raise SettingsError(f"kubernetes.runs={runs}: runs must be in {RUNS} of the claim, or at s3://bucket/prefix")
+
+
+def _task_name(plan: Plan, step: Step) -> str:
+    """Return the step's name; for consecutive folds of a seed from 0 on `train-folds` or `train-folds-seed-43`."""
+    if step.fold is None:
+        return step.name
+    folds = [other.fold for other in plan.steps if other.fold is not None and other.seed == step.seed]
+    return name_with(step, "train-folds") if folds == list(range(len(folds))) else step.name
+
+
+def name_with(step: Step, text: str) -> str:
+    """Return the name of a step that trains a fold, with `text` in place of `fold-2`; a seed suffix stays."""
+    return step.name.replace(f"fold-{step.fold}", text, 1)
+
+
+def claim(pods: Kubernetes) -> Object:
+    """Return the claim for data and runs. Folds on several machines need ReadWriteMany."""
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": pods.claim, "labels": {NAME: "fivefold"}},
+        "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "50Gi"}}},
+    }
+
+
+def job(plan: Plan, task: Task, parallel: int = 0) -> Object:
+    """Return the Job of a task, with at most `parallel` folds at the same time (0: all).
+
+    Permanent exit codes end the Job (or its index) at once. A drained node does not count as a retry.
+    """
+    pods = plan.settings.kubernetes
+    labels = {NAME: "fivefold", RUN: plan.run, TASK: task.name}
+    queue = {QUEUE: pods.queue} if pods.queue else {}
+    count = len(task.steps)
+    indexed = {"completionMode": "Indexed", "completions": count, "parallelism": min(parallel, count) or count}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": job_name(plan.run, task.name), "labels": {**labels, **queue}},
+        "spec": {
+            **({"suspend": True} if pods.queue else {}),
+            **({**indexed, "backoffLimitPerIndex": MAX_RETRIES} if task.indexed else {"backoffLimit": MAX_RETRIES}),
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {
+                "rules": [
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                    {
+                        "action": "FailIndex" if task.indexed else "FailJob",
+                        "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": PERMANENT},
+                    },
+                ]
+            },
+            "ttlSecondsAfterFinished": TTL_S,
+            "template": {"metadata": {"labels": labels}, "spec": pod(task, pods)},
+        },
+    }
+
+
+def twice(quantity: str) -> str:
+    """Return twice a Kubernetes quantity: 8Gi for 4Gi."""
+    number = re.match(r"[\d.]+", quantity)[0]
+    return f"{2 * float(number):g}{quantity[len(number) :]}"
+
+
+def pod(task: Task, pods: Kubernetes) -> Object:
+    """Return the pod of a task. It complies with the restricted pod security standard."""
+    on_gpu = pods.gpus > 0 and task.stage in ON_GPU
+    step = task.steps[0]
+    command = (step.stage, *step.arguments) if task.indexed else step.command
+    env = environment(task, pods)
+    from_store = [{kind: {"name": STORE, "optional": True}} for kind in ("configMapRef", "secretRef")]
+    limits = {name: str(value) for name, value in pods.limits.items()}
+    at_store = any(is_url(entry.get("value", "")) for entry in env)
+    from_claim = [path for path in (DATA, RUNS) if any(entry.get("value", "").startswith(path) for entry in env)]
+    return {
+        # a non-root user, with group access to the claim's files; no service account token, no service variables
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": UID,
+            "runAsGroup": UID,
+            "fsGroup": UID,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_PERIOD_S,
+        **({"serviceAccountName": pods.service_account} if pods.service_account else {}),
+        **({"tolerations": [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}]} if on_gpu else {}),
+        "containers": [
+            {
+                "name": CONTAINER,
+                "image": pods.image,
+                "imagePullPolicy": "IfNotPresent",
+                "args": [literal(text) for text in command],
+                "env": env,
+                **({"envFrom": from_store} if at_store else {}),
+                "resources": {
+                    "requests": {"cpu": str(pods.cpus), "memory": pods.memory},
+                    "limits": {"memory": twice(pods.memory), **limits, **({GPU: str(pods.gpus)} if on_gpu else {})},
+                },
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "capabilities": {"drop": ["ALL"]},
+                    "readOnlyRootFilesystem": True,
+                },
+                "terminationMessagePolicy": "FallbackToLogsOnError",
+                "volumeMounts": [
+                    *(
+                        {"name": "storage", "mountPath": path, "subPath": path.strip("/"), **READ_ONLY.get(path, {})}
+                        for path in from_claim
+                    ),
+                    {"name": "tmp", "mountPath": "/tmp"},
+                    {"name": "shm", "mountPath": "/dev/shm"},
+                ],
+            }
+        ],
+        "volumes": [
+            *([{"name": "storage", "persistentVolumeClaim": {"claimName": pods.claim}}] if from_claim else []),
+            {"name": "tmp", "emptyDir": {}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
+        ],
+    }
+
+
+def environment(task: Task, pods: Kubernetes) -> list[Object]:
+    """Return the container's variables: RUNS and RUN, and the variables that a stage cannot derive from these."""
+    variables = {name: _map_path(value, task) for name, value in _unusual_variables(task).items()}
+    if is_url(pods.runs):  # SM_OUTPUT_DIR must not be a URL; pods also have the termination log
+        variables.pop("SM_OUTPUT_DIR", None)
+    threads = {"OMP_NUM_THREADS": str(pods.cpus), "GOMP_SPINCOUNT": "20000"}
+    on_cores = threads if task.stage in ON_GPU and not pods.gpus else {}
+    index = {"name": "FOLD", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
+    fold = [index] if any("$(FOLD)" in value for value in variables.values()) else []
+    values = {"RUNS": pods.runs.rstrip("/"), "RUN": task.steps[0].folder.parent.name, **variables, **CACHES, **on_cores}
+    return fold + [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _unusual_variables(task: Task) -> dict[str, str]:
+    """Return the step's variables that differ from the default layout of runs."""
+    step = task.steps[0]
+    run, usual = str(step.folder.parent), task.stage if step.fold is None else f"fold-{step.fold}"
+    known = {f"SM_CHANNEL_{name.upper()}": path for name, path in channels_of(task.stage, run).items()}
+    known |= outputs_of(task.stage, f"{run}/{usual}")
+    return {name: value for name, value in step.environment.items() if known.get(name) != value}
+
+
+def literal(text: str) -> str:
+    """Escape text so that Kubernetes does not substitute $(NAME)."""
+    return text.replace("$", "$$")
+
+
+def _map_path(value: str, task: Task) -> str:
+    """Return a path or URL for the pod: relative to $(RUNS)/$(RUN) if it is in the run's folder, with the pod's fold."""
+    step = task.steps[0]
+    if not PurePosixPath(value).is_relative_to(step.folder.parent):
+        return literal(value)
+    parts = PurePosixPath(value).relative_to(step.folder.parent).parts
+    if task.indexed and parts[:1] == (step.name,):
+        parts = (name_with(step, "fold-$(FOLD)"), *parts[1:])
+    return "/".join(["$(RUNS)", "$(RUN)", *parts])
+
+
+def as_yaml(objects: Sequence[Object]) -> str:
+    """Return the objects as one YAML file."""
+    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Write no aliases, and quote texts that YAML readers other than PyYAML take for a number or a bool."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("float", re.compile(r"([yYnN]|[-+.0-9][-+.0-9a-fA-FxXoO_]*)$"), list("yYnN-+.0123456789"))
+
+
+def files() -> dict[str, str]:
+    """Return the text of each rendered file by its path in `k8s/`: the Jobs of the run `first` with the recipe `small_images`."""
+    inputs = Inputs(f"{DATA}/train", f"{DATA}/eval", truth_unknown=True)
+    plan = make_plan(inputs, run="first", runs=RUNS, recipe="small_images")
+    texts = {"pvc.yaml": HEADER.format(CLAIM_COMMENT, "pvc.yaml") + as_yaml([claim(plan.settings.kubernetes)])}
+    for task in tasks_of(plan):
+        name = f"{task.name}-job.yaml"
+        texts[name] = HEADER.format(f"{COMMENTS[name]} The claim of pvc.yaml must exist.", name) + as_yaml(
+            [job(plan, task)]
+        )
+    return texts
+
+
+HEADER = "# {}\n#\n#     kubectl apply -f k8s/{}\n#\n# Rendered from the plan by `make manifests`.\n"
+CLAIM_COMMENT = (
+    "The claim for the data and the runs. Apply it once. Deleting it deletes the data and the runs (docs/kubernetes.md\n"
+    "# describes how to keep them). Folds on several machines need ReadWriteMany."
+)
+COMMENTS = {
+    "split-job.yaml": "Split the images in /data/train into folds, in /runs/first/split; check those in /data/eval.",
+    "train-folds-job.yaml": "Train every fold in its own pod, in parallel: FOLD is the pod's index. After split.",
+    "ensemble-job.yaml": "The fold models predict /data/eval; the submission is in /runs/first/ensemble/output.",
+    "evaluate-job.yaml": "Scores and the report; of test rows too if a gt.csv exists beside the test.csv. After ensemble.",
+    "distill-job.yaml": "Distill the fold models into one student. After train-folds.",
+    "ensemble-student-job.yaml": "The student predicts /data/eval. After distill.",
+    "evaluate-student-job.yaml": "The student's scores. After ensemble-student.",
+}
+"""The header comment of each Job's file."""
+
+
+if __name__ == "__main__":
+    for path, text in files().items():
+        write_text(Path(sys.argv[1]) / path, text)

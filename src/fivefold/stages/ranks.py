@@ -1,0 +1,88 @@
+"""Multi-process stages: start the ranks, broadcast rank 0's decisions, and run the other ranks."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+from fivefold.config.loading import key_settings
+from fivefold.config.schema import Settings
+from fivefold.contract.job import Job
+from fivefold.contract.stage_specs import Stage
+from fivefold.distributed import rank_launcher
+from fivefold.distributed.ranks import check_batch, hosts_of, is_member, place_of, processes_of
+from fivefold.launchers.local import gpus
+
+log = logging.getLogger("fivefold")
+
+
+def run_by_others(
+    stage: Stage, arguments: Sequence[str], environ: Mapping[str, str], settings: Callable[[], Settings]
+) -> int | None:
+    """Run a stage in subprocesses, or skip it if another host runs it; return the exit code. None: this process must run it."""
+    if is_member(environ):
+        first, several = place_of(environ).leads, place_of(environ).world > 1
+    else:
+        hosts = hosts_of(environ)
+        first, several = hosts.index == 0, hosts.count > 1
+    if not stage.writes_model:
+        if several:
+            log.info("%s runs in one process on the first host%s", stage.name, "" if first else ": nothing to do here")
+        return None if first else 0
+    if is_member(environ):
+        return None
+    processes = _count_processes(stage, environ, settings)
+    if hosts.count * processes == 1:
+        return None
+    check_batch(_trained_settings(stage, settings()).train.batch_size, hosts.count * processes)
+    where = f" on each of {hosts.count} hosts; this is host {hosts.index}" if hosts.count > 1 else ""
+    log.info("%s: %d process%s%s", stage.name, processes, "es" if processes > 1 else "", where)
+    return rank_launcher.start([stage.name, *arguments], hosts, processes, environ)
+
+
+def joined(job: Job) -> AbstractContextManager[Any]:
+    """Return the process group as a context, after all ranks have joined; for a single process do not load torch."""
+    if job.place.world == 1:
+        return nullcontext()
+    from fivefold.distributed.process_group import joined
+
+    return joined(job.place)
+
+
+def decided(job: Job, settings: Settings, run: bool) -> bool:
+    """Return rank 0's decision whether the stage runs, on all ranks; check that all ranks have the same settings."""
+    if job.place.world == 1:
+        return run
+    check_batch(_trained_settings(job.stage, settings).train.batch_size, job.place.world)
+    from fivefold.distributed.process_group import Replicas
+
+    replicas = Replicas(job.place)
+    serialised = json.dumps(key_settings(settings, job.stage.sections), sort_keys=True)
+    replicas.check_same(
+        serialised, "its settings differ from those of rank 0; give all hosts the same arguments and variables"
+    )
+    return replicas.shared(run)
+
+
+def follow(job: Job, settings: Settings) -> None:
+    """Run the stage on a rank other than 0: train, but write no files."""
+    job.probe()
+    if decided(job, settings, False):
+        import_module(job.stage.module, __package__).main(job, settings)
+
+
+def _count_processes(stage: Stage, environ: Mapping[str, str], settings: Callable[[], Settings]) -> int:
+    """Return the number of processes on this host: NPROC, else one per GPU if the settings do not fix another device."""
+    count = processes_of(environ)
+    if count == 1 or (count and environ.get("NPROC")):
+        return count
+    count = len(gpus(environ)) if count is None else count
+    if count <= 1:
+        return 1
+    return count if _trained_settings(stage, settings()).train.device in ("auto", "cuda") else 1
+
+
+def _trained_settings(stage: Stage, settings: Settings) -> Settings:
+    return settings.student() if stage.name == "distill" else settings

@@ -1,0 +1,253 @@
+"""A training run of `train-fold` or `distill`: from a network with initial weights to a model directory."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fivefold import build, predictions
+from fivefold.config.loading import key_settings
+from fivefold.config.schema import Settings
+from fivefold.contract.artifacts import locate
+from fivefold.contract.files import MIB, atomic, check_space, sha256
+from fivefold.contract.job import Job
+from fivefold.contract.stage_specs import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, OOF, TRAIN_LOG
+from fivefold.data.image_io import decode, pixels_of
+from fivefold.data.pipeline.dataset import MEMORY_LIMIT, ImageSet
+from fivefold.data.readers.stores import ImageStore
+from fivefold.data.split.fold_table import ASIDE, FoldTable, read_folds
+from fivefold.distributed.process_group import Replicas
+from fivefold.evaluation.metrics import predicted, summary
+from fivefold.evaluation.plots import image_grid, spread_out, training_curves
+from fivefold.inference.predictor import Runtime
+from fivefold.models.classifier import Classifier
+from fivefold.predictions import Predictions
+from fivefold.stages.result import Outcome
+from fivefold.trained_model import evaluation_images, predict_images, save_member
+from fivefold.training.checkpoints import Checkpoints
+from fivefold.training.loggers import Run, Tracker, close_trackers, csv_log, metric_line, open_trackers
+from fivefold.training.optim import OPTIMIZER_STATES
+from fivefold.training.trainer import Best, TrainRows, ValidRows
+from fivefold.training.trainer import fit as fit_loop
+
+log = logging.getLogger("fivefold")
+DECISIONS = ".decisions"
+"""A hidden name, so that no digest of the run includes it."""
+SAMPLED_HEADERS = 64
+"""Number of image headers that are read to estimate the memory of all images."""
+EXTRA_BYTES = 4 * MIB
+"""Disk space for logs, curves, events and small tables of predictions."""
+
+
+def read_split(job: Job, factors: Sequence[str] = ()) -> tuple[Path, FoldTable]:
+    """Return the path of `folds.parquet` in the folds channel, and its table, reduced to `factors` if there are any."""
+    path = locate(job, "folds", FOLDS)
+    Replicas(job.place).check_same(
+        sha256(path), f"its {FOLDS} differs from that of rank 0; give all hosts the same split"
+    )
+    return path, read_folds(path, locate(job, "folds", CLASSES)).of_factors(factors)
+
+
+def processes(job: Job) -> dict[str, int]:
+    """Return the world size for `model.json` if it is above 1: it changes the bits of the result."""
+    return {} if job.place.world == 1 else {"processes": job.place.world}
+
+
+def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
+    """Return the split's entries of `model.json`: folds, digest, the model's classes, their shares and factors."""
+    factored = {} if table.factors is None else {"knows": table.knows, "factors": table.factors.as_json()}
+    facts = {"folds": table.num_folds, "classes": table.classes, "split": sha256(path)}
+    return {**facts, "shares": [round(share, 6) for share in table.shares().tolist()], **factored}
+
+
+def settled(job: Job, settings: Settings, network: nn.Module, replicas: Replicas) -> tuple[Settings, Runtime]:
+    """Return the settings with the resolved precision, and their Runtime.
+
+    A resumed run keeps the precision of its checkpoint. The stages of a run that share its folder share one decision.
+    """
+    earlier, shared = None, None
+    if settings.train.precision == "auto" and job.place.leads:
+        earlier = (Checkpoints(job.checkpoints()).load() or {}).get(build.RUNTIME)
+        shared = decisions_of(job)
+    resolved = build.settled(settings, network, replicas, earlier, shared)
+    return resolved, build.runtime_of(resolved, replicas)
+
+
+def decisions_of(job: Job) -> Path | None:
+    """Return the folder for decisions that a run's stages share: beside the step, if the step's split lies there too.
+
+    None if the split lies elsewhere, or if this user cannot write to the folder.
+    """
+    run, split = job.model().absolute().parent.parent, job.channels["folds"].absolute()
+    together = split in (run / "split", run / "split" / "output")
+    return run / DECISIONS if together and os.access(run, os.W_OK) else None
+
+
+def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:
+    """Raise a RetryableError before the first epoch if the weights of this stage do not fit the disk.
+
+    These are the saved weights, the raw weights if they are saved too, and one temporary file.
+    """
+    if not job.place.leads:
+        return
+    weights = sum(tensor.nbytes for tensor in network.state_dict().values())
+    copies = 2 + (settings.train.keep_raw and settings.train.ema_decay > 0)
+    check_space(job.model(), copies * weights + EXTRA_BYTES)
+    # A checkpoint has weights, optimiser states, the EMA and the best weights. There are two, and a temporary file.
+    states = OPTIMIZER_STATES.get(settings.train.optimizer, 2)
+    tensors = copies + states + (settings.train.ema_decay > 0)
+    check_space(job.checkpoints(), 3 * tensors * weights)
+
+
+@dataclass
+class TrainingRun:
+    """A network in training on rows of a split: call `start_network`, `start_run`, then `fit`, `predict` and `finish`.
+
+    `split` is the path of the `folds.parquet` of `table`, `store` has its images, `label` is the name of the run in logs.
+    """
+
+    job: Job
+    settings: Settings
+    split: Path
+    table: FoldTable
+    store: ImageStore
+    label: str
+    network: Classifier
+    runtime: Runtime
+    trackers: list[Tracker] = field(default_factory=list)
+
+    def fit(self, train: TrainRows, valid_rows: np.ndarray, patience: int, select: bool, fold: int | None) -> None:
+        """Train on `train`, validate on rows of the split (or none), and keep the best epoch if `select`.
+
+        Resume from the newest checkpoint of these settings, data and classes. In a process group only rank 0 has
+        trackers and writes checkpoints.
+        """
+        self.valid_rows = valid_rows
+        self.valid_images = evaluation_images(self.store, self.table, valid_rows, self.settings)
+        valid = ValidRows(self.valid_images, self.table.codes[valid_rows]) if len(valid_rows) else None
+        self.loop = build.build_loop(
+            self.label, self.network, train, valid, self.settings, self.runtime, select, patience
+        )
+        self.best = self._fit_tracked(fold) if self.job.place.leads else fit_loop(self.loop)
+        name, self.deciding = next(iter(self.best.items()))
+        self.model = self.loop.contenders[name]
+        self.model.load_state_dict(self.deciding.state)
+
+    def _fit_tracked(self, fold: int | None) -> dict[str, Best]:
+        """Run the loop with trackers and checkpoints; return its best epochs. The trackers stay open for the final scores."""
+        job, chosen = self.job, self.settings.train
+        name = f"{self.settings.system} {self.label}"
+        shown = key_settings(
+            self.settings, job.stage.sections
+        )  # other settings are of the platform, and may hold secrets
+        run = Run(name, self.settings.system, chosen.project, shown, job.output())
+        self.trackers = open_trackers(chosen.trackers, run)
+        checkpoints = Checkpoints(
+            job.checkpoints(), chosen.checkpoint_minutes, chosen.checkpoint_steps, job.remote.keep
+        )
+        observers = [csv_log(job.model() / TRAIN_LOG), *self.trackers]
+        try:
+            return fit_loop(
+                replace(self.loop, observers=observers, announcers=[metric_line(fold)], checkpoints=checkpoints)
+            )
+        except BaseException:
+            close_trackers(self.trackers, None)
+            raise
+
+    def predict(self, rows: np.ndarray, label: str) -> Predictions:
+        """Predict rows of the split with the recipe's views; return the predictions with labels."""
+        validated = np.array_equal(rows, self.valid_rows)
+        images = self.valid_images if validated else evaluation_images(self.store, self.table, rows, self.settings)
+        return Predictions(
+            ids=self.table.ids_of(rows),
+            fold=self.table.fold[rows],
+            system=self.settings.system,
+            classes=self.table.classes,
+            log_probs=predict_images(self.model, self.settings, self.runtime, images, label, link=self.loop.loss.link),
+            labels=self.table.labels()[rows],
+        )
+
+    def finish(
+        self, role: str, facts: Mapping[str, Any], metrics: Mapping[str, Any], oof: Predictions | None = None
+    ) -> Outcome:
+        """Predict the holdout rows, if any, and write the model directory and the plots.
+
+        `facts`: the entries of `model.json` besides the split. `metrics`: figures besides the scores. In a process
+        group only rank 0 writes.
+        """
+        aside = self.table.aside_rows()
+        holdout = self.predict(aside, "holdout") if len(aside) else None
+        if not self.job.place.leads:
+            return Outcome([])
+        folder = self.job.model()
+        (folder / HOLDOUT).unlink(missing_ok=True)
+        files, figures = [folder / TRAIN_LOG], {}
+        for name, prefix, table in ((OOF, "oof", oof), (HOLDOUT, "holdout", holdout)):
+            if table is None:
+                continue
+            files.append(predictions.write(folder / name, table))
+            scores = {
+                f"{prefix}_{metric}": round(value, 6)
+                for metric, value in summary(table.log_probs, table.codes()).items()
+            }
+            words = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
+            log.info("%s, %d rows not trained on: %s", self.label, len(table), words)
+            figures |= scores
+        facts = {"fold": None, **split_facts(self.split, self.table), **processes(self.job), **facts}
+        files += save_member(folder, role, self.best, self.settings, self.runtime, facts)
+        training_curves(folder / TRAIN_LOG, self.job.output() / CURVES)
+        if oof is not None:
+            self._draw_examples(oof)
+        close_trackers(self.trackers, figures)
+        return Outcome(files, {**metrics, **figures, **self.loop.throughput.figures()})
+
+    def _draw_examples(self, table: Predictions) -> None:
+        """Plot some validation rows with truth and prediction of the kept epoch; send the plot to the trackers too."""
+        shown = spread_out(len(self.valid_rows))
+        paths = self.table.paths_of(self.valid_rows[shown])
+        guesses = [table.classes[code] for code in predicted(table.log_probs[shown])]
+        with atomic(self.job.output() / EXAMPLES) as temporary:
+            limit = pixels_of(self.settings.data).max_pixels
+            images = [decode(self.store.read(path), path, limit) for path in paths]
+            image_grid(images, list(table.labels[shown]), guesses, temporary)
+        for tracker in self.trackers:
+            tracker.picture("Val/examples", self.job.output() / EXAMPLES, self.deciding.epoch)
+
+
+def start_network(job: Job, settings: Settings, classes: int) -> Classifier:
+    """Build the network with its initial weights, before images are read, since the weights may be missing or not match."""
+    build.seed_everything(settings.seed)
+    network = build.build_classifier(settings.model, classes)
+    build.start_weights(network, settings.model, job.optional_channel("weights"))
+    return network
+
+
+def kept_images(settings: Settings, table: FoldTable, store: ImageStore) -> int:
+    """Estimate the bytes of decoded images that a run keeps: its training images, and the validation images of a fold."""
+    rows = np.flatnonzero(~np.isin(table.part, ASIDE))
+    expected = 0
+    if settings.train.keep_in_memory:
+        pixels, digests = pixels_of(settings.data), table.sha256_of(rows)
+        images = ImageSet(store, table.paths_of(rows), lambda image: image, sha256=digests, pixels=pixels)
+        expected = round(images.expected_bytes(SAMPLED_HEADERS))
+    validated = len(rows) // max(1, table.num_folds) * 3 * settings.model.size[0] * settings.model.size[1]
+    return sum(size for size in (expected, validated) if size <= MEMORY_LIMIT)
+
+
+def start_run(
+    job: Job, settings: Settings, split: Path, table: FoldTable, store: ImageStore, label: str, network: Classifier
+) -> TrainingRun:
+    """Return the training run of a network with initial weights, with resolved precision.
+
+    Raise a SettingsError or RetryableError if the run does not fit memory and disk.
+    """
+    settings, runtime = settled(job, settings, network, Replicas(job.place))
+    images = kept_images(settings, table, store) if runtime.device.type == "cpu" else 0
+    build.check_memory(network, settings, runtime, images)
+    check_disk(job, network, settings)
+    return TrainingRun(job, settings, split, table, store, label, network, runtime)

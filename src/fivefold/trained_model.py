@@ -1,0 +1,232 @@
+"""Save, load and run a trained model (a model folder)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fivefold.build import (
+    build_classifier,
+    choose_workers,
+    image_set,
+    largest_batch_bytes,
+    precision_name,
+    predict_batch_size,
+    runtime_for_prediction,
+)
+from fivefold.config.loading import key_settings
+from fivefold.config.schema import OF_PLATFORMS, Settings, Spec
+from fivefold.contract.artifacts import ModelDir
+from fivefold.contract.files import atomic, write_json
+from fivefold.contract.stage_specs import MODEL, RAW_WEIGHTS, WEIGHTS
+from fivefold.data.image_io import Pixels, pixels_of
+from fivefold.data.pipeline.dataset import Batch, ImageSet, joined
+from fivefold.data.pipeline.eval_cache import Prepared, memory_limit
+from fivefold.data.pipeline.image_stats import measure
+from fivefold.data.readers.stores import ImageStore
+from fivefold.data.split.fold_table import FoldTable
+from fivefold.data.transforms.registry import Transform, build_transforms
+from fivefold.distributed.process_group import BY_ITSELF, Replicas
+from fivefold.errors import DataError
+from fivefold.inference.predictor import Runtime, log_mean, predict, predict_all
+from fivefold.models.classifier import LINKS
+from fivefold.models.weights import load_exactly, save_weights
+from fivefold.training.losses import build_loss
+from fivefold.training.trainer import Best
+
+FORMAT = 1
+MACHINE_SETTINGS = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {
+    "data": {"cache", "cache_gib"}
+}
+"""Settings of the place of a run, which `model.json` does not contain: a model does not depend on where it was trained."""
+TRAINING_SECTIONS = ("data.store_size", "data.scaled_decoding", "model", "augment", "train")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A loaded model, ready to predict: model folder, settings, network, runtime, and the link of its loss."""
+
+    source: ModelDir
+    settings: Settings
+    network: nn.Module
+    runtime: Runtime
+    link: str = "softmax"
+
+    def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[Spec] = ()) -> np.ndarray:
+        """Return log-probabilities float32 [N, C] of the images at `paths`, with `views` or else the recipe's views."""
+        return self.predict_seen(Gallery(ImageFiles(store, paths)), label, views)
+
+    def predict_seen(
+        self, gallery: "Gallery", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Like `predict`, for the images of a gallery (or some `rows` of it), which prepares them once for all models."""
+        images = gallery.seen_by(self)
+        return predict_images(self.network, self.settings, self.runtime, images, label, views, rows, self.link)
+
+    @property
+    def sight(self) -> str:
+        """Preprocessing key: models with equal keys can share preprocessed images."""
+        model = self.settings.model
+        return repr((self.pixels, self.settings.augment.eval, model.size, model.meta))
+
+    @property
+    def pixels(self) -> Pixels:
+        """The decoding options of the model."""
+        return pixels_of(self.settings.data)
+
+    @cached_property
+    def _transform(self) -> Transform:
+        return build_transforms(self.settings.augment.eval, self.settings.model.size, evaluation=True)
+
+    def prepare(self, pixels: np.ndarray) -> Batch:
+        """Preprocess a decoded image uint8 [H, W, 3] to a batch of one; thread-safe."""
+        pixels, features = self.pixels.shrink(pixels), self.settings.model.meta
+        meta = torch.from_numpy(measure(pixels, features)[None]) if features else None
+        image = self._transform(torch.from_numpy(pixels).permute(2, 0, 1))
+        return Batch(image[None], torch.zeros(1, dtype=torch.int64), meta)
+
+    def predict_prepared(self, images: Sequence[Batch]) -> np.ndarray:
+        """Return log-probabilities float32 [N, C] of N prepared images, with the recipe's views and batch size."""
+        size = predict_batch_size(self.settings)
+        batches = [joined(images[start : start + size]) for start in range(0, len(images), size)]
+        return predict(
+            self.network, batches, self.runtime, self.settings.predict.views, partial(log_mean, link=self.link)
+        )
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images: their store and paths, and their digests if they must be verified."""
+
+    store: ImageStore
+    paths: Sequence[str]
+    sha256: Sequence[str | None] | None = None
+
+
+@dataclass
+class Gallery:
+    """Evaluation images, decoded and transformed once for all models with the same preprocessing key, and for all views.
+
+    They stay in memory up to a limit that all keys share, then in files of the folder `scratch`. `stand_in`: use
+    placeholders for images that cannot be read, instead of raising (`Prepared`).
+    """
+
+    files: ImageFiles
+    scratch: Path | None = None
+    stand_in: bool = False
+    seen: dict[str, Prepared] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    @property
+    def unreadable(self) -> list[int]:
+        """Return the rows that could not be read so far, ascending; they have placeholders."""
+        return sorted({row for images in self.seen.values() for row in images.unreadable})
+
+    def seen_by(self, member: Member) -> Prepared:
+        """Return the images preprocessed for `member`; preprocessing runs during prediction."""
+        if member.sight not in self.seen:
+            remaining = memory_limit() - sum(other.in_memory for other in self.seen.values())
+            self.seen[member.sight] = evaluated(member.settings, self.files, self.scratch, remaining, self.stand_in)
+        return self.seen[member.sight]
+
+
+def evaluation_images(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings) -> Prepared:
+    """Return rows of the split as evaluation images, preprocessed once for all validations and views if they fit in memory."""
+    return Prepared(image_set(store, table, rows, settings, training=False))
+
+
+def evaluated(
+    settings: Settings,
+    files: ImageFiles,
+    scratch: Path | None = None,
+    limit: int | None = None,
+    stand_in: bool = False,
+) -> Prepared:
+    """Return images with a recipe's evaluation transform, preprocessed once: `limit` bytes in memory, the rest in `scratch`."""
+    transform = build_transforms(settings.augment.eval, settings.model.size, evaluation=True)
+    pixels = pixels_of(settings.data)
+    images = ImageSet(files.store, files.paths, transform, 0, files.sha256, settings.model.meta, pixels)
+    return Prepared(images, scratch, limit, stand_in)
+
+
+def predict_images(
+    network: nn.Module,
+    settings: Settings,
+    runtime: Runtime,
+    images: Prepared,
+    label: str,
+    views: Sequence[Spec] = (),
+    rows: Sequence[int] | None = None,
+    link: str = "softmax",
+) -> np.ndarray:
+    """Return log-probabilities float32 [N, C] of all images or of some `rows`, with `views` or else the recipe's views.
+
+    Show a progress bar if `label` is not empty. `link`: that of the training loss.
+    """
+    size = predict_batch_size(settings)
+    workers = choose_workers(settings.train.workers, runtime, largest_batch_bytes(settings, training=False))
+    views, of_views = views or settings.predict.views, partial(log_mean, link=link)
+    return predict_all(network, images, size, workers, runtime, views, label, rows, of_views)
+
+
+def load_member(
+    source: ModelDir, explicit: Mapping[str, Any], weights: str = WEIGHTS, replicas: Replicas = BY_ITSELF
+) -> Member:
+    """Load the model of a folder as its `model.json` describes it; `explicit` keys of `[predict]` override its recipe's.
+
+    `weights`: file name of the weights in the folder. `replicas`: the ranks that share the rows of a prediction. Raise a
+    DataError if the folder does not contain a valid model.
+    """
+    try:
+        settings, link = Settings.model_validate(source.info["settings"]), source.info["link"]
+        LINKS[link]
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{source.path}: {MODEL} does not describe a valid model: {error}") from error
+    settings = settings.model_copy(update={"predict": settings.predict.model_copy(update=dict(explicit))})
+    model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
+    network = build_classifier(model, len(source.info["classes"]))
+    load_exactly(network, source.path / weights)
+    runtime = runtime_for_prediction(settings, source.info["precision"], explicit.get("device", "auto"), replicas)
+    return Member(source, settings, runtime.place(network).eval(), runtime, link)
+
+
+def save_member(
+    folder: Path, role: str, best: Mapping[str, Best], settings: Settings, runtime: Runtime, facts: Mapping[str, Any]
+) -> list[Path]:
+    """Write the weights that predict, the raw weights if there are any, and `model.json`; return the written files.
+
+    `best`: the kept epoch of each contender, the first of which predicts. `facts`: further entries of `model.json`, such
+    as classes, fold, folds and the digest of the split.
+    """
+    written = []
+    (folder / RAW_WEIGHTS).unlink(missing_ok=True)
+    for name, contender in zip((WEIGHTS, RAW_WEIGHTS), best.values(), strict=False):
+        with atomic(folder / name) as temporary:
+            save_weights(temporary, contender.state)
+        written.append(folder / name)
+    deciding = next(iter(best.values()))
+    write_json(
+        folder / MODEL,
+        {
+            "format": FORMAT,
+            "role": role,
+            "system": settings.system,
+            "seed": settings.seed,
+            **facts,
+            "best": {"epoch": deciding.epoch, **deciding.scores},
+            "precision": precision_name(runtime),
+            "device": runtime.device.type,
+            "link": build_loss(settings.train.loss).link,
+            "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime)},
+            "settings": json.loads(settings.model_dump_json(exclude=MACHINE_SETTINGS)),
+        },
+    )
+    return [*written, folder / MODEL]

@@ -1,0 +1,261 @@
+"""Observers of a training run: the CSV log, the metric line, and experiment trackers by name.
+
+A tracker is opened with a description of the run before the first epoch, observes its epochs, and is closed with the
+final scores, or as failed. Its package is imported only if a recipe names it. W&B and MLflow read their destination from
+WANDB_MODE, WANDB_API_KEY and MLFLOW_TRACKING_URI.
+"""
+
+import csv
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from fivefold.contract import metric_log
+from fivefold.contract.files import sync
+from fivefold.contract.metric_log import LOG_COLUMNS
+from fivefold.errors import SettingsError
+from fivefold.extras import need
+from fivefold.lookup import choose
+from fivefold.training.trainer import Observer
+
+log = logging.getLogger("fivefold")
+TAGS = {
+    "train_loss": "Train/loss",
+    "train_acc": "Train/accuracy",
+    "lr": "Train/lr",
+    "val_loss": "Val/loss",
+    "val_acc": "Val/accuracy",
+    "val_logloss": "Val/logloss",
+    "val_f1_macro": "Val/f1_macro",
+}
+"""Tags of the metrics of an epoch's row, the same in every tracker."""
+MAX_MLFLOW_PARAMS = 100
+"""MLflow's limit of parameters per call."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Description of a run for trackers: `name`, `group`, `project`, flat settings, and a folder for files."""
+
+    name: str
+    group: str
+    project: str
+    settings: Mapping[str, Any]
+    folder: Path
+
+
+class Tracker(Protocol):
+    """An observer of epochs that is closed at the end."""
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        """Log the row of an epoch."""
+
+    def picture(self, tag: str, path: Path, epoch: int) -> None:
+        """Log the image file at `path`, which shows the state after `epoch`."""
+
+    def close(self, scores: Mapping[str, float] | None) -> None:
+        """End the run with its final scores, or as failed if they are None."""
+
+
+def open_trackers(names: Sequence[str], run: Run) -> list[Tracker]:
+    """Open the trackers `names`. Raise a SettingsError for an unknown name or a missing package before opening any."""
+    chosen = [choose(TRACKERS, "tracker", name) for name in dict.fromkeys(names)]
+    for name in names:
+        need([name], "trackers", f"train.trackers={name}")
+    return [make(run) for make in chosen]
+
+
+def close_trackers(trackers: Sequence[Tracker], scores: Mapping[str, float] | None) -> None:
+    """End each tracker's run with the final scores, or as failed if they are None."""
+    for tracker in trackers:
+        tracker.close(scores)
+
+
+def figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that an epoch's row contains, by tag."""
+    return {tag: row[name] for name, tag in TAGS.items() if row.get(name) is not None}
+
+
+def csv_log(path: Path) -> Observer:
+    """Append each epoch to a CSV, so that a killed run keeps its rows. The CSV has no times, so equal runs give equal bytes."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerow(LOG_COLUMNS)
+
+    def observe(row: Mapping[str, Any]) -> None:
+        cells = [row["epoch"], *("" if row.get(name) is None else f"{row[name]:.6g}" for name in LOG_COLUMNS[1:])]
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerow(cells)
+            file.flush()
+            sync(file.fileno())
+
+    return observe
+
+
+def metric_line(fold: int | None) -> Observer:
+    """Print one line per epoch in a stable format, from which platforms parse the metrics."""
+
+    def observe(row: Mapping[str, Any]) -> None:
+        print(metric_log.metric_line(fold, row), flush=True)
+
+    return observe
+
+
+class TensorBoard:
+    """TensorBoard events in the folder's `tensorboard/`: the settings as text, metrics per epoch, `Final/…` at the end."""
+
+    def __init__(self, run: Run) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run.folder / "tensorboard"
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()  # else TensorBoard would overlay a restarted run and its predecessor
+        self.writer, self.epoch = SummaryWriter(str(folder)), 0
+        lines = [f"| {key} | `{json.dumps(value, ensure_ascii=False)}` |" for key, value in run.settings.items()]
+        self.writer.add_text("settings", "\n".join(["| key | value |", "|---|---|", *lines]))
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        self.epoch = row["epoch"]
+        for tag, value in figures(row).items():
+            self.writer.add_scalar(tag, value, self.epoch)
+        self.writer.flush()
+
+    def picture(self, tag: str, path: Path, epoch: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # Write the file's bytes: `add_image` would decode and encode the image again.
+        with Image.open(path) as image:
+            size = {"height": image.height, "width": image.width, "colorspace": len(image.getbands())}
+        encoded = Summary.Image(**size, encoded_image_string=path.read_bytes())
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=encoded)]), epoch)
+
+    def close(self, scores: Mapping[str, float] | None) -> None:
+        for name, value in (scores or {}).items():
+            self.writer.add_scalar(f"Final/{name}", value, self.epoch)
+        self.writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run; with WANDB_MODE=offline it writes files for `wandb sync` to the folder's `wandb/`."""
+
+    def __init__(self, run: Run) -> None:
+        import wandb
+
+        run.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run = wandb.init(
+                project=run.project,
+                group=run.group,
+                name=run.name,
+                config=dict(run.settings),
+                dir=str(run.folder),
+                reinit="create_new",
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.Error as error:
+            raise SettingsError(
+                f"train.trackers=wandb: {error}; set WANDB_API_KEY, or WANDB_MODE=offline to upload later"
+            ) from error
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        self.run.log(figures(row), step=row["epoch"])
+
+    def picture(self, tag: str, path: Path, epoch: int) -> None:
+        from wandb import Image
+
+        # W&B rejects earlier steps: log the image at the current step, with its epoch in the caption.
+        self.run.log({tag: Image(str(path), caption=f"epoch {epoch}")})
+
+    def close(self, scores: Mapping[str, float] | None) -> None:
+        self.run.summary.update(scores or {})
+        self.run.finish(exit_code=1 if scores is None else 0)
+
+
+class Mlflow:
+    """An MLflow run, at MLFLOW_TRACKING_URI or else in the folder's `mlflow.db`, a SQLite file that `mlflow ui` reads."""
+
+    def __init__(self, run: Run) -> None:
+        import mlflow
+        from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
+
+        run.folder.mkdir(parents=True, exist_ok=True)
+        folder, local = run.folder.absolute(), not mlflow.is_tracking_uri_set()
+        try:
+            self.client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}" if local else None)
+            experiment = self._experiment_id(run.project, (folder / "mlartifacts").as_uri() if local else None)
+            created = self.client.create_run(experiment, run_name=run.name, tags={"group": run.group})
+            self.id = created.info.run_id
+            settings = [Param(key, json.dumps(value, ensure_ascii=False)) for key, value in run.settings.items()]
+            for start in range(0, len(settings), MAX_MLFLOW_PARAMS):
+                self.client.log_batch(self.id, params=settings[start : start + MAX_MLFLOW_PARAMS])
+        except MlflowException as error:
+            raise SettingsError(f"train.trackers=mlflow: {error}; check MLFLOW_TRACKING_URI") from error
+
+    def _experiment_id(self, name: str, artifacts: str | None) -> str:
+        """Return the id of the experiment `name`, created if it is missing; its images go to `artifacts` (None: the server's place)."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.create_experiment(name, artifacts)
+        except MlflowException:  # another fold may have created it
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+            return experiment.experiment_id
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        self._log(figures(row), row["epoch"])
+
+    def picture(self, tag: str, path: Path, epoch: int) -> None:
+        self.client.log_artifact(self.id, str(path), f"{tag}/epoch {epoch}")
+
+    def close(self, scores: Mapping[str, float] | None) -> None:
+        self._log({f"Final/{name}": value for name, value in (scores or {}).items()}, 0)
+        self.client.set_terminated(self.id, "FAILED" if scores is None else "FINISHED")
+
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+
+@dataclass
+class Outlived:
+    """A tracker whose service may fail: the training then continues without it, with one warning."""
+
+    tracker: Tracker
+    there: bool = True
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        self._try(lambda: self.tracker(row))
+
+    def picture(self, tag: str, path: Path, epoch: int) -> None:
+        self._try(lambda: self.tracker.picture(tag, path, epoch))
+
+    def close(self, scores: Mapping[str, float] | None) -> None:
+        self._try(lambda: self.tracker.close(scores))
+
+    def _try(self, call: Callable[[], None]) -> None:
+        if not self.there:
+            return
+        try:
+            call()
+        except Exception as error:
+            self.there = False
+            name = type(self.tracker).__name__
+            log.warning("%s fails (%s: %s): the training continues without it", name, type(error).__name__, error)
+
+
+TRACKERS: dict[str, Callable[[Run], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": lambda run: Outlived(Wandb(run)),
+    "mlflow": lambda run: Outlived(Mlflow(run)),
+}
+"""Trackers by the name of the package that they need."""
