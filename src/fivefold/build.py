@@ -130,7 +130,7 @@ def build_loop(
     update = choose(UPDATES, "update", chosen.update)(
         model, _build_objective(settings, loss, train), optimizer, runtime, chosen.clip, chosen.sam_rho, scaler
     )
-    after_step = [*([ema] if ema else []), schedule, *_callbacks(settings, network, train, steps)]
+    callbacks = {**({"ema": ema} if ema else {}), "schedule": schedule, **_callbacks(settings, network, train, steps)}
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scaler": scaler, RUNTIME: Manner(runtime)}
     if chosen.compile:
         network.backbone.compile()  # in place, to keep names; after the EMA copy, which is not trained
@@ -147,13 +147,13 @@ def build_loop(
         ),
         mixing=_build_mixing(settings),
         update=update,
-        after_step=after_step,
+        after_step=list(callbacks.values()),
         schedule=schedule,
         loss=loss,
         monitor=chosen.monitor,
         select=select,
         runtime=runtime,
-        parts=parts | {type(part).__name__: part for part in after_step},
+        parts=parts | callbacks,
     )
 
 
@@ -345,13 +345,17 @@ def _build_objective(settings: Settings, loss: Loss, train: TrainRows) -> Object
     return rdrop(criterion, alpha, loss.link) if alpha else once(criterion)
 
 
-def _callbacks(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> list[Freezing | Lessons]:
-    """Return the callbacks after a step besides EMA and schedule; `steps`: steps per epoch."""
+def _callbacks(settings: Settings, network: Classifier, train: TrainRows, steps: int) -> dict[str, Freezing | Lessons]:
+    """Return the callbacks after a step besides EMA and schedule, by their keys in a checkpoint; `steps`: per epoch."""
     epochs, first, distill = settings.train.epochs, settings.train.freeze_epochs, settings.distill
-    callbacks: list[Freezing | Lessons] = [Freezing(network.backbone, first * steps)] if first else []
+    callbacks: dict[str, Freezing | Lessons] = {}
+    if first:
+        callbacks["freezing"] = Freezing(network.backbone, first * steps)
     if train.teacher is not None:
         falling = round(distill.annealing * epochs * steps)
-        callbacks.append(Lessons(train.teacher, steps, distill.temperature_decay, distill.temperature_end, falling))
+        callbacks["teacher"] = Lessons(
+            train.teacher, steps, distill.temperature_decay, distill.temperature_end, falling
+        )
     return callbacks
 
 
