@@ -47,7 +47,7 @@ def train_models(work: Workload, options: Options) -> Path:
     name = f"{work.name}-{work.size}-{work.batch}"
     arguments = ["-m", "jobs", "submit", "platform=local", f"train={photographs(options, few.images)}", f"run={name}"]
     arguments += [f"runs={options.folder('models')}", "stages=split,train-fold", f"split.folds={FOLD_COUNT}"]
-    arguments += [f"predict.views={json.dumps(VIEWS)}", *few.settings()]
+    arguments += [f"predict.tta={json.dumps(VIEWS)}", *few.settings()]
     run(Call(arguments), 0)  # submit divides the cores among the folds itself
     return options.folder("models") / name
 
@@ -72,18 +72,18 @@ def run_models(request: dict[str, Any]) -> list[dict[str, float]]:
     from fivefold.contract.files import read_json
     from fivefold.contract.stage_specs import MODEL
     from fivefold.inference.tta import build_views
-    from fivefold.trained_model import load_member
+    from fivefold.trained_model import load_model
 
     passes, images = [], request["images"]
     for path in sorted(Path(request["models"]).glob("fold-*/model")):
-        member = load_member(ModelDir(path, read_json(path / MODEL)), {"device": request["device"]})
-        size = predict_batch_size(member.settings)
-        batch = torch.randint(0, 256, (size, 3, *member.settings.model.size), dtype=torch.uint8)
-        with torch.inference_mode(), member.runtime.autocast():
-            views = [view(member.runtime.images(batch)) for view in build_views(VIEWS)]
-            run_views(member, views, size, 2 * size)
+        model = load_model(ModelDir(path, read_json(path / MODEL)), {"device": request["device"]})
+        size = predict_batch_size(model.settings)
+        batch = torch.randint(0, 256, (size, 3, *model.settings.model.size), dtype=torch.uint8)
+        with torch.inference_mode(), model.runtime.autocast():
+            views = [view(model.runtime.images(batch)) for view in build_views(VIEWS)]
+            run_views(model, views, size, 2 * size)
             timer = Timer()
-            run_views(member, views, size, images)
+            run_views(model, views, size, images)
         passes.append(timer.stop(0))
     return [{**passes[0], "images": images}, *passes[1:]]
 

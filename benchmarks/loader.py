@@ -1,6 +1,6 @@
 """The loader alone on one core: from cached images to a uint8 batch at 224 px, with crop, resize and flip.
 
-The image cache holds JPEGs of 500 × 375 pixels as 341 × 256 (`data.store_size=256`). Side B applies torchvision v2's RandomResizedCrop
+The image cache holds JPEGs of 500 × 375 pixels as 341 × 256 (`data.resize_shorter_side=256`). Side B applies torchvision v2's RandomResizedCrop
 and RandomHorizontalFlip to the same pixels and stacks them. Each process is bound to one core and has one thread.
 """
 
@@ -67,24 +67,24 @@ def cached_images(request: dict[str, Any]) -> Any:
     """Return all images of the split as a training reads them, from a cache that is built once."""
     import numpy as np
 
-    from fivefold.build import image_set
+    from fivefold.build import split_dataset
     from fivefold.config.loading import arguments_layer, load
     from fivefold.contract.stage_specs import CLASSES, FOLDS
-    from fivefold.data.image_io import pixels_of
-    from fivefold.data.pipeline.image_cache import cached_once, files_of
+    from fivefold.data.image_io import decode_options
+    from fivefold.data.pipeline.image_cache import get_or_build, make_image_files
     from fivefold.data.readers.stores import open_store
     from fivefold.data.split.fold_table import read_folds
 
     crop = json.dumps(["random_resized_crop", "horizontal_flip"])
-    keys = [f"model.image_size={request['size']}", f"augment.train={crop}", f"data.store_size={STORED}"]
-    settings = load([arguments_layer([*keys, "train.device=cpu", "train.keep_in_memory=false"])])
+    keys = [f"model.image_size={request['size']}", f"augment.train={crop}", f"data.resize_shorter_side={STORED}"]
+    settings = load([arguments_layer([*keys, "train.device=cpu", "train.cache_in_memory=false"])])
     split, store = Path(request["split"]), open_store(Path(request["photos"]))
     table = read_folds(split / FOLDS, split / CLASSES)
     rows = np.arange(len(table))
-    files = files_of(store, table.paths_of(rows), table.sha256_of(rows))
-    cache = cached_once(Path(request["caches"]), files, pixels_of(settings.data), settings.data.cache_gib)
+    files = make_image_files(store, table.paths_of(rows), table.sha256_of(rows))
+    cache = get_or_build(Path(request["caches"]), files, decode_options(settings.data), settings.data.cache_gib)
     assert cache is not None, f"no room for the image cache in {request['caches']}"
-    return image_set(replace(store, caches=[cache]), table, rows, settings, training=True)
+    return split_dataset(replace(store, caches=[cache]), table, rows, settings, training=True)
 
 
 if __name__ == "__main__":

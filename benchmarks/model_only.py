@@ -23,13 +23,13 @@ from fivefold.config.loading import arguments_layer
 from fivefold.config.loading import load as load_settings
 from fivefold.config.schema import Settings
 from fivefold.contract.stage_specs import CLASSES, FOLDS
-from fivefold.data.pipeline.dataset import Batch, Sample, Stream, generator, load
+from fivefold.data.pipeline.dataset import Batch, Sample, Stream, load_batches, make_generator
 from fivefold.data.readers.stores import open_store
 from fivefold.data.split.fold_table import read_folds
-from fivefold.distributed.process_group import BY_ITSELF
+from fivefold.distributed.process_group import SINGLE_PROCESS
 from fivefold.training.checkpoints import random_state, set_random_state
-from fivefold.training.objectives import Rows
-from fivefold.training.trainer import Loop, TrainRows, rows_of
+from fivefold.training.objectives import MicroBatch
+from fivefold.training.trainer import TrainData, Trainer, to_micro_batch
 
 Step = Callable[[], torch.Tensor]
 """A step; it returns its loss on the device."""
@@ -73,7 +73,7 @@ class ReferenceStep:
         return loss
 
     def mix(self, images: Tensor, targets: Tensor, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
-        random = generator(Stream.MIX, *seed)
+        random = make_generator(Stream.MIX, *seed)
         random.random()  # the trainer first draws whether it mixes the batch
         lam = float(random.beta(self.mix_alpha, self.mix_alpha))
         order = torch.from_numpy(random.permutation(len(targets))).to(images.device)
@@ -109,15 +109,15 @@ class ReferenceStep:
 class Resident:
     """A trainer and its first batch, uint8 as it comes from the loader."""
 
-    loop: Loop
+    loop: Trainer
     settings: Settings
     samples: list[Sample]
     batch: Batch
 
-    def rows(self, step: int = 0) -> Rows:
+    def rows(self, step: int = 0) -> MicroBatch:
         """Return the rows on the device, normalised, and mixed as in this step."""
-        loop, seed = self.loop, (self.loop.duration.seed, 1, step, 0)
-        return rows_of(self.batch, self.samples, loop.train, loop.mixing, loop.runtime, 1, seed)
+        trainer, seed = self.loop, (self.loop.config.seed, 1, step, 0)
+        return to_micro_batch(self.batch, self.samples, trainer.train, trainer.mixing, trainer.runtime, 1, seed)
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -145,14 +145,14 @@ def first_fold(request: dict[str, Any]) -> Resident:
     rows = table.train_rows(0)[: settings.train.batch_size]
     build.seed_everything(settings.seed)
     network = build.build_classifier(settings.model, len(table.classes))
-    settings = build.settled(settings, network, BY_ITSELF, None, Path(request["probes"]))
-    runtime = build.runtime_of(settings)
+    settings = build.resolve_precision(settings, network, SINGLE_PROCESS, None, Path(request["probes"]))
+    runtime = build.make_training_runtime(settings)
     targets = build.one_hot(table.codes[rows], len(table.classes), runtime.device)
-    images = build.image_set(open_store(Path(request["train"])), table, rows, settings, training=True)
-    data = TrainRows(images, targets)
-    loop = build.build_loop("resident", network, data, None, settings, runtime, select=False, patience=0)
-    samples = loop.batches(1)[0]
-    return Resident(loop, settings, samples, next(load(images, [samples], workers=0)))
+    images = build.split_dataset(open_store(Path(request["train"])), table, rows, settings, training=True)
+    data = TrainData(images, targets)
+    trainer = build.build_trainer("resident", network, data, None, settings, runtime, select=False, patience=0)
+    samples = trainer.batches(1)[0]
+    return Resident(trainer, settings, samples, next(load_batches(images, [samples], workers=0)))
 
 
 def update(resident: Resident) -> Step:
@@ -176,10 +176,12 @@ def whole(resident: Resident) -> Step:
 
 def reference(resident: Resident) -> Step:
     """Return the hand-written step on the same network and images."""
-    loop, numbers = resident.loop, count()
-    step = ReferenceStep(loop.model, loop.runtime, resident.settings)
-    targets = loop.train.targets[resident.batch.rows.to(loop.runtime.device)]
-    return lambda: step(loop.runtime.images(resident.batch.images), targets, (loop.duration.seed, 1, next(numbers), 0))
+    trainer, numbers = resident.loop, count()
+    step = ReferenceStep(trainer.model, trainer.runtime, resident.settings)
+    targets = trainer.train.targets[resident.batch.rows.to(trainer.runtime.device)]
+    return lambda: step(
+        trainer.runtime.images(resident.batch.images), targets, (trainer.config.seed, 1, next(numbers), 0)
+    )
 
 
 STEPS: dict[str, Callable[[Resident], Step]] = {"update": update, "whole": whole, "reference": reference}

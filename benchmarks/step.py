@@ -16,10 +16,10 @@ from benchmarks.training import describe_pairs, model_only
 from benchmarks.workloads import Workload, photographs, split_of, workload
 
 ALL_FOUR = (
-    "augment.mix=mixup",
+    "augment.batch_mix=mixup",
     "augment.mix_alpha=0.4",
     "train.rdrop_alpha=1.0",
-    "train.update=sam",
+    "train.sam_rho=0.05",
     "train.ema_decay=0.99",
     "train.schedule=constant",
 )

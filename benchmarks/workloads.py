@@ -37,7 +37,7 @@ MARKER = "photos.json"
 class Workload:
     """A network of timm at `size` pixels; a fold trains on four fifths of `images`.
 
-    `stored`: the shorter side that the image cache keeps (`data.store_size`); 0: the whole image.
+    `stored`: the shorter side that the image cache keeps (`data.resize_shorter_side`); 0: the whole image.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Workload:
             f"model.backbone=timm/{self.name}",
             f"model.image_size={self.size}",
             f"augment.train={json.dumps([crop, 'horizontal_flip'])}",
-            f"data.store_size={self.stored}",
+            f"data.resize_shorter_side={self.stored}",
             f"train.batch_size={self.batch}",
             f"train.epochs={self.epochs}",
             "train.optimizer=adamw",

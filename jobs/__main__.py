@@ -18,21 +18,29 @@ from importlib import import_module
 from pathlib import Path
 
 from fivefold.config import loading as settings_
-from fivefold.config.parsing import value_of
+from fivefold.config.parsing import parse_value
 from fivefold.config.recipes import shipped_recipes
 from fivefold.config.schema import Settings
-from fivefold.contract.failure import explained, report_failure, report_termination
-from fivefold.contract.job import Job, given_channels, job_from, output_data, output_dir
-from fivefold.contract.record import Key, Stopwatch, key_of, output_roots, record_path, why_run, write_record
-from fivefold.contract.run_layout import in_run, run_at
-from fivefold.contract.s3.sync import SCRATCH, shown
+from fivefold.contract.failure import report_failure, report_termination, to_known_error
+from fivefold.contract.job import StageContext, channels_from_env, context_from_env, output_data, output_dir
+from fivefold.contract.record import (
+    CacheKey,
+    Stopwatch,
+    compute_key,
+    output_roots,
+    record_path,
+    rerun_reason,
+    write_record,
+)
+from fivefold.contract.run_layout import env_for_run, run_path
+from fivefold.contract.s3.sync import SCRATCH, with_urls
 from fivefold.contract.stage_specs import FAILURE, STAGES, Stage
 from fivefold.distributed.ranks import PARENT
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
 from fivefold.lookup import choose
-from fivefold.signals import noted, poll
+from fivefold.signals import defer_signals, raise_if_stopped
 from fivefold.stages import ranks
-from fivefold.system import end_with, start_no_more_threads
+from fivefold.system import die_with_parent, limit_threads
 
 log = logging.getLogger("fivefold")
 
@@ -74,29 +82,29 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
         print(stage_help(stage))
         return 0
     try:
-        if stage.by_argument:
-            arguments, environ = paths_given(stage, arguments, environ)
-        settings_once = cache(lambda: settings_of(stage, arguments, environ))
-        code = ranks.run_by_others(stage, arguments, environ, settings_once)
+        if stage.path_arguments:
+            arguments, environ = extract_paths(stage, arguments, environ)
+        settings_once = cache(lambda: load_settings(stage, arguments, environ))
+        code = ranks.launch_ranks(stage, arguments, environ, settings_once)
         if code is not None:
             return code
-        start_no_more_threads(os.environ)
+        limit_threads(os.environ)
         parent = environ.get(PARENT, "")
-        end_with(parent)
-        with noted(at_once=not parent, watched=True), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+        die_with_parent(parent)
+        with defer_signals(at_once=not parent, watched=True), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
             settings = settings_once()
             if settings.run:
-                environ = in_run(stage, environ, run_at(settings.runs, settings.run), settings.fold)
-            job = job_from(stage, environ, Path(scratch))
-            with ranks.joined(job), job.remote:
-                (run_stage if job.place.leads else ranks.follow)(job, settings)
-            poll()
+                environ = env_for_run(stage, environ, run_path(settings.runs, settings.run), settings.fold)
+            job = context_from_env(stage, environ, Path(scratch))
+            with ranks.process_group(job), job.remote:
+                (run_stage if job.rank.is_main else ranks.run_as_worker)(job, settings)
+            raise_if_stopped()
         return 0
     except (KeyboardInterrupt, Exception) as error:
         return fail(error, environ)
 
 
-def paths_given(
+def extract_paths(
     stage: Stage, arguments: Sequence[str], environ: Mapping[str, str]
 ) -> tuple[list[str], Mapping[str, str]]:
     """Move `CHANNEL=PATH` and `output=PATH` from the arguments to the environment variables that they stand for.
@@ -115,43 +123,43 @@ def paths_given(
     return rest, environ
 
 
-def run_stage(job: Job, settings: Settings) -> None:
+def run_stage(job: StageContext, settings: Settings) -> None:
     """Skip the stage if its record matches; otherwise run it, and write the record last."""
     clock = Stopwatch()
-    job.probe()
+    job.check_channels()
     folder = job.record_dir()
-    key = key_of(job, settings_.key_settings(settings, job.stage.sections))
+    key = compute_key(job, settings_.hashed_settings(settings, job.stage.sections))
     reason = (
         "always run, since it prints its result"
-        if job.stage.always
-        else why_run(folder, key, output_roots(job), settings.reuse)
+        if job.stage.never_skipped
+        else rerun_reason(folder, key, output_roots(job), settings.on_version_change)
     )
     if job.output_dir is not None:
         (job.output_dir / FAILURE).unlink(missing_ok=True)
-    if not ranks.decided(job, settings, reason is not None):
+    if not ranks.broadcast_decision(job, settings, reason is not None):
         log.info(
             "%s: nothing to do: inputs, settings and outputs match %s", job.stage.name, record_path(folder, key.stage)
         )
         return
     log.info("%s runs: %s", job.stage.name, reason)
     record_path(folder, key.stage).unlink(missing_ok=True)
-    job.remote.begin(key.stage)
-    job.clean()
+    job.remote.invalidate_previous(key.stage)
+    job.remove_stale_files()
     if job.stage.writes_model:
-        job = with_own_checkpoints(job, key)
-    poll()
+        job = with_checkpoint_folder(job, key)
+    raise_if_stopped()
     outcome = import_module(job.stage.module, __package__).main(job, settings)
-    poll()
+    raise_if_stopped()
     write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
     job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
     if job.stage.writes_model:
-        job.remote.forget(job.checkpoints())
+        job.remote.delete_checkpoints(job.checkpoints())
         shutil.rmtree(job.checkpoints(), ignore_errors=True)
 
 
-def with_own_checkpoints(job: Job, key: Key) -> Job:
+def with_checkpoint_folder(job: StageContext, key: CacheKey) -> StageContext:
     """Return the job with the checkpoint folder of this key; log the checkpoints of other keys, which stay untouched."""
-    keyed = job.of_key(key.digest())
+    keyed = job.with_checkpoint_key(key.digest())
     others = {path.name for path in job.checkpoints().iterdir() if path.is_dir()}
     keyed.checkpoints().mkdir(exist_ok=True)
     others |= job.remote.restore(keyed.checkpoints())
@@ -160,9 +168,9 @@ def with_own_checkpoints(job: Job, key: Key) -> Job:
     return keyed
 
 
-def settings_of(stage: Stage, arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def load_settings(stage: Stage, arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Load the settings of this process: arguments override environment, hyperparameters and the recipe, in this order."""
-    layers = settings_.layers_of(arguments, environ)
+    layers = settings_.collect_layers(arguments, environ)
     settings = settings_.load(layers)
     if unused := settings_.unused_keys(layers[0], stage.sections):
         log.info("%s does not use: %s", stage.name, ", ".join(unused))
@@ -178,12 +186,12 @@ def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[st
     rest = list(arguments[1:] if first else arguments)
     name = first
     if first in (None, "train"):
-        layers = settings_.layers_of([argument for argument in rest if "=" in argument], environ)
+        layers = settings_.collect_layers([argument for argument in rest if "=" in argument], environ)
         chosen = next((layer.values["stage"] for layer in layers if layer.values.get("stage")), None)
         name = (
-            value_of(str, chosen)
+            parse_value(str, chosen)
             if chosen
-            else first and ("train-fold" if "folds" in given_channels(environ) else "train")
+            else first and ("train-fold" if "folds" in channels_from_env(environ) else "train")
         )
     if not name:
         raise SettingsError(f"no stage: name one of {', '.join(STAGES)}, or set STAGE; see --help")
@@ -196,7 +204,7 @@ def fail(error: BaseException, environ: Mapping[str, str]) -> int:
     """Report an error on stderr and in the failure file; return its exit code."""
     if isinstance(error, BrokenPipeError):
         sys.stdout.flush()  # raises again if the reader of our own output has gone
-    error = explained(error)
+    error = to_known_error(error)
     if isinstance(error, StoppedError):  # not a failure: the next run resumes
         log.warning("%s", error)
         return error.exit_code
@@ -224,16 +232,16 @@ def start_log(environ: Mapping[str, str]) -> None:
         force=True,
     )
     for handler in logging.getLogger().handlers:
-        handler.addFilter(with_urls)
+        handler.addFilter(rewrite_log_line)
     for chatty in ("matplotlib", "PIL", "h5py", "fontTools", "onnx_ir", "onnxscript"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-def with_urls(line: logging.LogRecord) -> bool:
+def rewrite_log_line(line: logging.LogRecord) -> bool:
     """Replace local folders of URLs in a log line by the URLs, and remove passwords from URLs."""
-    line.msg, line.args = shown(line.getMessage()), None
+    line.msg, line.args = with_urls(line.getMessage()), None
     if line.exc_info:
-        line.exc_text = shown(logging.Formatter().formatException(line.exc_info))
+        line.exc_text = with_urls(logging.Formatter().formatException(line.exc_info))
     return True
 
 
@@ -261,7 +269,7 @@ def stage_help(stage: Stage) -> str:
     return (
         f"python -m jobs {stage.name} KEY=VALUE...\n\n{stage.summary}\n\n"
         f"Required channels: {variables(stage.channels)}\nOptional channels: {variables(stage.optional)}\n"
-        + (f"Also as arguments: {paths} output=PATH\n" if stage.by_argument else "")
+        + (f"Also as arguments: {paths} output=PATH\n" if stage.path_arguments else "")
         + f"Output:            {'SM_MODEL_DIR, SM_OUTPUT_DATA_DIR' if stage.writes_model else 'SM_OUTPUT_DATA_DIR'}\n"
         + "Each is a folder or s3://bucket/prefix (AWS_ENDPOINT_URL_S3 selects another store).\n\n"
         + "Keys, as arguments, environment variables (SECTION__KEY), hyperparameters or in a recipe:\n"

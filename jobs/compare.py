@@ -13,18 +13,17 @@ import pandas as pd
 
 from fivefold import predictions
 from fivefold.config.schema import Settings
-from fivefold.contract.files import atomic, is_shown, read_json, tree_files, write_json, write_text
-from fivefold.contract.job import Job
+from fivefold.contract.artifacts import find_submissions
+from fivefold.contract.files import atomic, is_visible, read_json, tree_files, write_json, write_text
+from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
-from fivefold.contract.submissions import find_submissions
 from fivefold.csv_tables import open_csv
 from fivefold.errors import DataError, MissingInputError
 from fivefold.evaluation import comparison, ground_truth
 from fivefold.evaluation.comparison import Experiment
 from fivefold.evaluation.scored_rows import write_csv
-from fivefold.inference.submission_reader import has_one_column, names_classes_alone, read_submitted, system_name
+from fivefold.inference.submission_reader import has_labels_only, has_one_column, read_submission, system_name
 from fivefold.predictions import mean_by_id
-from fivefold.stages.result import Outcome
 
 log = logging.getLogger("fivefold")
 ALL_SUBMISSIONS = "all_experiments_submission_compare.csv"
@@ -32,22 +31,22 @@ DIFFERENCES = "paired.csv"
 LOGLOSS_COLUMNS = ("logloss", "logloss_low", "logloss_high")
 
 
-def main(job: Job, settings: Settings) -> Outcome:
+def main(job: StageContext, settings: Settings) -> StageResult:
     """Compare all experiments; return the tables, plots and page, and the figures."""
     file, labels = load_ground_truth(job)
-    experiments = found_experiments(job, settings.compare.runs, settings.compare.files)
+    experiments = load_experiments(job, settings.compare.runs, settings.compare.submissions)
     experiments = with_tables(experiments, labels, settings.ensemble.answer, settings.ensemble.positive_class)
-    tables = {"test": [experiment.test_figures(labels, file) if file else None for experiment in experiments]}
-    tables["oof"] = [experiment.oof_figures() for experiment in experiments]
-    alike, notes = comparison.pairs(experiments)
+    tables = {"test": [experiment.test_scores(labels, file) if file else None for experiment in experiments]}
+    tables["oof"] = [experiment.oof_scores() for experiment in experiments]
+    alike, notes = comparison.pairwise_agreement(experiments)
     shown = "test" if any(tables["test"]) else "oof"
     if not any(tables[shown]):
         notes.append("no scores: there is neither a ground truth nor out-of-fold rows")
     known = {e.name: e.oof for e in experiments if e.oof} if file is None else {}
-    known |= {e.name: ground_truth.with_truth(e.table, dict(labels), file) for e in experiments if file and e.table}
-    differences = comparison.paired(known, {e.name for e in experiments if e.labels_only})
+    known |= {e.name: ground_truth.add_labels(e.table, dict(labels), file) for e in experiments if file and e.table}
+    differences = comparison.paired_differences(known, {e.name for e in experiments if e.labels_only})
     pictures = comparison.draw(experiments, tables[shown], alike)
-    page = comparison.page(
+    page = comparison.render_page(
         settings.run or f"{len(experiments)} experiments", experiments, tables, alike, pictures, notes, differences
     )
     for note in notes:
@@ -70,15 +69,15 @@ def main(job: Job, settings: Settings) -> Outcome:
     figures = {experiment.name: scores for experiment, scores in zip(experiments, tables[shown], strict=True) if scores}
     print(json.dumps(figures, ensure_ascii=False), flush=True)
     log.info("comparison: %s", folder / COMPARISON)
-    return Outcome([*written, folder / COMPARISON], figures)
+    return StageResult([*written, folder / COMPARISON], figures)
 
 
-def found_experiments(job: Job, runs: Sequence[str], files: Sequence[str]) -> list[Experiment]:
+def load_experiments(job: StageContext, runs: Sequence[str], files: Sequence[str]) -> list[Experiment]:
     """Return the runs of the channel and of the settings, then the files of both, with unique names."""
     channel = job.optional_channel("runs")
-    folders = [path for path in sorted(channel.iterdir()) if path.is_dir() and is_shown(path.name)] if channel else []
-    experiments = [of_run(path) for path in [*folders, *map(Path, runs)]]
-    experiments += [of_file(path) for path in [*find_submissions(job), *map(Path, files)]]
+    folders = [path for path in sorted(channel.iterdir()) if path.is_dir() and is_visible(path.name)] if channel else []
+    experiments = [load_run(path) for path in [*folders, *map(Path, runs)]]
+    experiments += [load_file(path) for path in [*find_submissions(job), *map(Path, files)]]
     counts = Counter(experiment.name for experiment in experiments)
     # Files of one name in several folders get their folder's name too.
     experiments = [
@@ -90,21 +89,21 @@ def found_experiments(job: Job, runs: Sequence[str], files: Sequence[str]) -> li
     if len(experiments) < 2:
         raise MissingInputError(
             f"{len(experiments)} experiments are too few to compare: set compare.runs=A,B (folders of runs), "
-            "compare.files=x.csv,y.csv, or the channels SM_CHANNEL_RUNS and SM_CHANNEL_SUBMISSIONS"
+            "compare.submissions=x.csv,y.csv, or the channels SM_CHANNEL_RUNS and SM_CHANNEL_SUBMISSIONS"
         )
     return experiments
 
 
-def of_file(path: Path) -> Experiment:
+def load_file(path: Path) -> Experiment:
     if not path.is_file():
         raise MissingInputError(f"no submission file {path}")
     return Experiment(name=system_name(path), source=str(path), file=path)
 
 
-def of_run(folder: Path) -> Experiment:
+def load_run(folder: Path) -> Experiment:
     """Read a run's ensemble and the out-of-fold rows of its fold models, if they exist."""
     if not folder.is_dir():
-        raise MissingInputError(f"no run {folder}: it must be a folder (use compare.files for files)")
+        raise MissingInputError(f"no run {folder}: it must be a folder (use compare.submissions for files)")
     files = tree_files(folder)
     usual = folder / "ensemble" / "output" / ENSEMBLE
     ensembles = [usual] if usual.is_file() else [path for path in files if path.name == ENSEMBLE]
@@ -127,7 +126,7 @@ def of_run(folder: Path) -> Experiment:
     table = predictions.read(file.parent / PREDICTIONS) if use_table else None
     systems = ", ".join(sorted({str(info["system"]) for info in folds.values()}))
     words = f"{len(folds)} fold models of {systems}" if folds else ""
-    return Experiment(folder.resolve().name, str(folder), file, table, oof=oof, oof_words=words)
+    return Experiment(folder.resolve().name, str(folder), file, table, oof=oof, oof_description=words)
 
 
 def with_tables(
@@ -136,7 +135,7 @@ def with_tables(
     """Return the experiments with their submissions; files of one column use the classes of the others, or of `labels`.
 
     If a column of a file has the ids of the runs' tables, or of `labels`, it is the file's id column.
-    `answer` and `positive`: see `read_submitted`.
+    `answer` and `positive`: see `read_submission`.
     """
     read = {experiment.name: experiment.table for experiment in experiments if experiment.table is not None}
     ids = next((table.ids.tolist() for table in read.values()), list(labels))
@@ -146,59 +145,59 @@ def with_tables(
         if experiment.file is not None and experiment.name not in read
     }
     single = {name for name, file in files.items() if has_one_column(file)}
-    certain = {name for name in single if names_classes_alone(files[name])}
-    read |= {name: read_submitted(files[name], ids, all_ids=False) for name in files.keys() - single}
+    certain = {name for name in single if has_labels_only(files[name])}
+    read |= {name: read_submission(files[name], ids, all_ids=False) for name in files.keys() - single}
     known = sorted({name for table in read.values() for name in table.classes})
     options = {"all_ids": False, "likely": known or sorted({*labels.values()}), "answer": answer, "positive": positive}
     if not known:
-        alone = [read_submitted(files[name], ids, **options) for name in single]
+        alone = [read_submission(files[name], ids, **options) for name in single]
         known = sorted({name for table in alone for name in table.classes})
-    read |= {name: read_submitted(files[name], ids, known, **options) for name in single}
+    read |= {name: read_submission(files[name], ids, known, **options) for name in single}
     return [
         replace(experiment, table=read.get(experiment.name), labels_only=experiment.name in certain)
         for experiment in experiments
     ]
 
 
-def load_ground_truth(job: Job) -> tuple[Path | None, Mapping[str, str]]:
+def load_ground_truth(job: StageContext) -> tuple[Path | None, Mapping[str, str]]:
     channel = job.optional_channel("ground_truth")
-    file = ground_truth.truth_file(channel) if channel else None
-    return file, ground_truth.read_truth(file) if file else {}
+    file = ground_truth.find_ground_truth_file(channel) if channel else None
+    return file, ground_truth.read_ground_truth(file) if file else {}
 
 
 def write_tables(
     folder: Path,
     experiments: Sequence[Experiment],
-    tables: Mapping[str, Sequence[comparison.Figures | None]],
+    tables: Mapping[str, Sequence[comparison.Scores | None]],
     facts: Mapping[str, Any],
 ) -> list[Path]:
     """Write the figures as CSV and JSON, and all submissions, if any, in one table; return the written files."""
-    written = [comparison.write_figures(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
+    written = [comparison.write_scores(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
     write_json(written[1], facts)
     (folder / ALL_SUBMISSIONS).unlink(missing_ok=True)
     submitted = next((experiment.file for experiment in experiments if experiment.file is not None), None)
     if submitted is not None:
         id_column = open_csv(submitted).columns[0]
-        written.append(comparison.write_stacked(folder / ALL_SUBMISSIONS, experiments, id_column))
+        written.append(comparison.write_all_submissions(folder / ALL_SUBMISSIONS, experiments, id_column))
     return written
 
 
 def as_json(
     experiments: Sequence[Experiment],
-    tables: Mapping[str, Sequence[comparison.Figures | None]],
-    alike: comparison.Pairs | None,
+    tables: Mapping[str, Sequence[comparison.Scores | None]],
+    pairs: comparison.PairwiseAgreement | None,
     notes: Sequence[str],
     differences: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return all figures, the pairwise differences and the agreement matrices; an undefined number is null."""
     rows = [
-        {"experiment": experiment.name, "source": experiment.source, "oof_rows_of": experiment.oof_words}
+        {"experiment": experiment.name, "source": experiment.source, "oof_rows_of": experiment.oof_description}
         | {name: figures[index] for name, figures in tables.items()}
         for index, experiment in enumerate(experiments)
     ]
     likeness = None
-    if alike is not None:
-        likeness = {"names": list(alike.names.values()), "rows": alike.rows}
-        for name, matrix in (("agreement", alike.agreement), ("correlation", alike.correlation)):
+    if pairs is not None:
+        likeness = {"names": list(pairs.names.values()), "rows": pairs.rows}
+        for name, matrix in (("agreement", pairs.agreement), ("correlation", pairs.correlation)):
             likeness[name] = [[None if np.isnan(cell) else round(float(cell), 6) for cell in row] for row in matrix]
     return {"experiments": rows, "paired": list(differences), "likeness": likeness, "notes": list(notes)}

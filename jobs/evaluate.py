@@ -12,27 +12,26 @@ import pandas as pd
 
 from fivefold.config.schema import Settings
 from fivefold.contract.files import atomic, write_json, write_text
-from fivefold.contract.job import Job
+from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import METRICS, REPORT
 from fivefold.errors import MissingInputError
 from fivefold.evaluation import report, scored_rows
 from fivefold.evaluation.metrics import full_report
-from fivefold.stages.evaluation_inputs import Evidence
-from fivefold.stages.result import Outcome
+from fivefold.stages.evaluation_inputs import EvaluationInputs
 
 log = logging.getLogger("fivefold")
 
-WRONG = ("wrong_valid.csv", "wrong_test.csv")
+WRONG_FILES = ("wrong_valid.csv", "wrong_test.csv")
 """Mistakes on rows that selected a model, and on rows that no model used. Only `predict` predicts training rows;
 it writes their wrong_train.csv."""
 HEADLINE = ("rows", "n", "accuracy", "logloss", "f1_macro", "ece")
 
 
-def main(job: Job, settings: Settings) -> Outcome:
+def main(job: StageContext, settings: Settings) -> StageResult:
     """Score test, holdout and out-of-fold rows, as far as they exist; return the written files and the figures."""
     options, folder = settings.evaluate, job.output()
-    evidence = Evidence(job, settings.data, settings.ensemble.answer, settings.ensemble.positive_class)
-    scored = [rows for rows in (evidence.test(), evidence.holdout(), evidence.out_of_fold()) if rows is not None]
+    inputs = EvaluationInputs(job, settings.data, settings.ensemble.answer, settings.ensemble.positive_class)
+    scored = [rows for rows in (inputs.test(), inputs.holdout(), inputs.out_of_fold()) if rows is not None]
     if not scored:
         if not options.allow_empty:
             raise MissingInputError(
@@ -43,36 +42,36 @@ def main(job: Job, settings: Settings) -> Outcome:
             "no row has a ground truth, so there are no scores and no report; put a gt.csv beside test.csv to get them"
         )
         write_json(folder / METRICS, {})
-        return Outcome([folder / METRICS])
+        return StageResult([folder / METRICS])
     figures = {rows.name: rows.figures(options.top_k, options.bins) for rows in scored}
     if "test" in figures:
-        figures["test"] |= in_and_out(scored[0], evidence.overlap, options.top_k, options.bins)
-    if evidence.selected and "holdout" in figures:
+        figures["test"] |= scores_outside_split(scored[0], inputs.overlap, options.top_k, options.bins)
+    if inputs.selected and "holdout" in figures:
         figures["holdout"]["selected_on"] = "holdout"
     folds = [
         (model, full_report(table.log_probs, table.codes(), options.top_k, options.bins))
-        for model, table in evidence.folds()
+        for model, table in inputs.folds()
     ]
     mistakes = {rows.name: rows.mistakes() for rows in scored}
-    shown = {name: rows[: options.gallery] for name, rows in mistakes.items()}
-    pictures = report.draw(scored[0], evidence.curves(), options.bins)
+    shown = {name: rows[: options.num_error_images] for name, rows in mistakes.items()}
+    pictures = report.draw(scored[0], inputs.curves(), options.bins)
     page = report.render(
-        report.Content(
-            title=settings.run or evidence.title(),
+        report.ReportData(
+            title=settings.run or inputs.title(),
             scored=scored,
             figures=figures,
             folds=[(model.name, scores) for model, scores in folds],
             pictures=pictures,
             mistakes=shown,
-            thumbnails={key: image for name in shown for key, image in evidence.thumbnails(name, shown[name]).items()},
-            records=evidence.records(),
-            notes=evidence.notes() | notes_on_overlap(figures),
-            data=evidence.counts(),
+            thumbnails={key: image for name in shown for key, image in inputs.thumbnails(name, shown[name]).items()},
+            records=inputs.records(),
+            notes=inputs.notes() | notes_on_overlap(figures),
+            data=inputs.counts(),
             top_k=options.top_k,
         )
     )
 
-    selecting = {"oof", "holdout"} if evidence.selected else {"oof"}
+    selecting = {"oof", "holdout"} if inputs.selected else {"oof"}
     written = [folder / METRICS, *write_tables(folder, scored[0], mistakes, selecting)]
     per_fold = [{key: model.info[key] for key in ("system", "seed", "fold")} | scores for model, scores in folds]
     write_json(folder / METRICS, finite(figures | ({"oof": figures["oof"] | {"folds": per_fold}} if folds else {})))
@@ -84,10 +83,10 @@ def main(job: Job, settings: Settings) -> Outcome:
     headline = finite({name: {key: scores[key] for key in HEADLINE} for name, scores in figures.items()})
     print(json.dumps(headline, ensure_ascii=False), flush=True)
     log.info("report: %s", folder / REPORT)
-    return Outcome([*written, folder / REPORT], headline)
+    return StageResult([*written, folder / REPORT], headline)
 
 
-def in_and_out(rows: scored_rows.Scored, known: Set[str], top_k: int, bins: int) -> dict[str, Any]:
+def scores_outside_split(rows: scored_rows.ScoredRows, known: Set[str], top_k: int, bins: int) -> dict[str, Any]:
     """Return the number of rows that are images of the split and the scores of the other rows; empty without overlap."""
     new = np.array([str(name) not in known for name in rows.table.ids], bool)
     if new.all():
@@ -111,12 +110,12 @@ def notes_on_overlap(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]
 
 
 def write_tables(
-    folder: Path, first: scored_rows.Scored, mistakes: Mapping[str, pd.DataFrame], selecting: Set[str]
+    folder: Path, first: scored_rows.ScoredRows, mistakes: Mapping[str, pd.DataFrame], selecting: Set[str]
 ) -> list[Path]:
     """Write the per-class table and confusion matrix of the `first` rows, and all mistakes; those in `selecting` go to their own file."""
     written = [scored_rows.write_per_class(folder / "per_class.csv", first)]
     written.append(scored_rows.write_confusion(folder / "confusion_matrix.csv", first))
-    for file, selected in zip(WRONG, (True, False), strict=True):
+    for file, selected in zip(WRONG_FILES, (True, False), strict=True):
         (folder / file).unlink(missing_ok=True)
         if frames := [rows for name, rows in mistakes.items() if (name in selecting) is selected]:
             ranked = pd.concat(frames).sort_values("confidence", ascending=False, kind="stable")

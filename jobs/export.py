@@ -4,21 +4,20 @@ import logging
 
 from fivefold import export
 from fivefold.config.schema import Settings
-from fivefold.contract.artifacts import ModelDir, find_models, locate, locate_all
+from fivefold.contract.artifacts import ModelDir, find_all, find_models, find_one
 from fivefold.contract.files import atomic, write_json
-from fivefold.contract.job import Job
+from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import ENSEMBLE, EXPORT, RAW_WEIGHTS, WEIGHTS
-from fivefold.ensemble import Committee
+from fivefold.ensemble import EnsemblePredictor
 from fivefold.errors import SettingsError
 from fivefold.inference.ensemble_spec import find_ensemble
 from fivefold.lookup import choose
-from fivefold.stages.result import Outcome
-from fivefold.trained_model import load_member
+from fivefold.trained_model import load_model
 
 log = logging.getLogger("fivefold")
 
 
-def main(job: Job, settings: Settings) -> Outcome:
+def main(job: StageContext, settings: Settings) -> StageResult:
     """Write the file, and `export.json` beside it, which describes its inputs and outputs."""
     options = settings.export
     name, write = choose(export.FORMATS, "format", options.format)
@@ -26,20 +25,20 @@ def main(job: Job, settings: Settings) -> Outcome:
     models = find_models(job.channel("model"), job.scratch)
     models = models if settings.fold is None else [model_of_fold(models, settings.fold)]
     if job.optional_channel("ensemble") is None:
-        ensemble = find_ensemble(models, locate_all(job.channel("model"), job.scratch, ENSEMBLE))
+        ensemble = find_ensemble(models, find_all(job.channel("model"), job.scratch, ENSEMBLE))
     else:
-        ensemble = find_ensemble(models, [locate(job, "ensemble", ENSEMBLE)], required=True)
+        ensemble = find_ensemble(models, [find_one(job, "ensemble", ENSEMBLE)], required=True)
 
     explicit = settings.predict.model_dump(exclude_unset=True)
     file = {"best": WEIGHTS, "raw": RAW_WEIGHTS}[options.weights]
-    committee = Committee(ensemble, [load_member(model, explicit, file) for model in ensemble.models])
+    predictor = EnsemblePredictor(ensemble, [load_model(model, explicit, file) for model in ensemble.models])
     path.unlink(missing_ok=True)
     with atomic(path) as temporary:
-        write(temporary, committee)
+        write(temporary, predictor)
     log.info("%s: %s, %.1f MB", path, ", ".join(model.name for model in models), path.stat().st_size / 1e6)
-    facts = {"file": path.name, "format": options.format, **export.describe(committee)}
+    facts = {"file": path.name, "format": options.format, **export.describe(predictor)}
     write_json(job.output() / EXPORT, facts)
-    return Outcome([path, job.output() / EXPORT], {"models": len(models), "bytes": path.stat().st_size})
+    return StageResult([path, job.output() / EXPORT], {"models": len(models), "bytes": path.stat().st_size})
 
 
 def model_of_fold(models: list[ModelDir], fold: int) -> ModelDir:

@@ -15,22 +15,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fivefold.config.loading import Layer, describe, layers_of, load, normal_key, unused_keys
+from fivefold.config.loading import Layer, collect_layers, describe, load, normalize_key, unused_keys
 from fivefold.config.schema import Settings
-from fivefold.contract.job import base_dir, job_from
-from fivefold.contract.run_layout import run_at
+from fivefold.contract.job import base_dir, context_from_env
+from fivefold.contract.run_layout import run_path
 from fivefold.contract.s3.sync import SCRATCH
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import MissingInputError
-from fivefold.signals import noted
+from fivefold.signals import defer_signals
 
 if TYPE_CHECKING:
-    from fivefold.ensemble import Committee
+    from fivefold.ensemble import EnsemblePredictor
 
 log = logging.getLogger("fivefold")
 
 PORT, HOST = "SAGEMAKER_BIND_TO_PORT", "FIVEFOLD_HOST"
-KEYS = ("recipe", "predict.device", "predict.views", "serve")
+KEYS = ("recipe", "predict.device", "predict.tta", "serve")
 """The settings that serve uses; otherwise each model predicts with its own recipe."""
 
 
@@ -39,8 +39,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     if {"-h", "--help"} & set(arguments):
         print(f"{__doc__.strip()}\n\nKeys, as arguments or environment variables (SERVE__PORT=8081):\n{describe(KEYS)}")
         return 0
-    path, rest = taken_apart(arguments)
-    layers = [*layers_of(rest, environ), *place_layers(environ)]
+    path, rest = split_arguments(arguments)
+    layers = [*collect_layers(rest, environ), *platform_layers(environ)]
     settings = load(layers)
     if unused := unused_keys(layers[0], ("predict", "serve")):
         log.info("serve does not use: %s", ", ".join(unused))
@@ -49,22 +49,22 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     from fivefold.serving.service import Service
 
     options = settings.serve
-    with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+    with defer_signals(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         with listen(options.host, options.port) as listener:
             log.info("listens at %s, loading %s", address(listener), path)
             service = Service(options)
-            serve(listener, service, lambda: model_at(path, settings, Path(scratch)), options.drain_s)
+            serve(listener, service, lambda: load_served_model(path, settings, Path(scratch)), options.drain_s)
     return 0
 
 
-def taken_apart(arguments: Sequence[str]) -> tuple[str, list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """Return the model path from the arguments, "" if none, and the other arguments."""
-    models = [argument for argument in arguments if normal_key(argument.partition("=")[0]) == "model"]
+    models = [argument for argument in arguments if normalize_key(argument.partition("=")[0]) == "model"]
     rest = [argument for argument in arguments if argument not in models]
     return (models[-1].partition("=")[2] if models else ""), rest
 
 
-def place_layers(environ: Mapping[str, str]) -> list[Layer]:
+def platform_layers(environ: Mapping[str, str]) -> list[Layer]:
     """Return layers for the port that SageMaker assigns in a multi-container endpoint, and for the address that the image sets."""
     variables = ((PORT, "serve.port"), (HOST, "serve.host"))
     return [Layer(name, {key: environ[name]} if environ.get(name) else {}) for name, key in variables]
@@ -73,7 +73,7 @@ def place_layers(environ: Mapping[str, str]) -> list[Layer]:
 def model_path(environ: Mapping[str, str], settings: Settings) -> str:
     """Return the platform's model path, else the student of the run; raise a MissingInputError for neither."""
     hosted = base_dir(environ) / "model"
-    student = f"{run_at(settings.runs, settings.run)}/distill" if settings.run else ""
+    student = f"{run_path(settings.runs, settings.run)}/distill" if settings.run else ""
     path = environ.get("SM_CHANNEL_MODEL") or environ.get("SM_MODEL_DIR") or student
     if not path and not hosted.is_dir():
         raise MissingInputError(
@@ -82,16 +82,16 @@ def model_path(environ: Mapping[str, str], settings: Settings) -> str:
     return path or str(hosted)
 
 
-def model_at(path: str, settings: Settings, scratch: Path) -> "Committee":
+def load_served_model(path: str, settings: Settings, scratch: Path) -> "EnsemblePredictor":
     """Load the models of a path or s3:// URL, and test them on a grey image."""
-    folder = job_from(STAGES["predict"], {"SM_CHANNEL_MODEL": path}, scratch).channel("model")
+    folder = context_from_env(STAGES["predict"], {"SM_CHANNEL_MODEL": path}, scratch).channel("model")
     import numpy as np
 
-    from fivefold.ensemble import load_committee
+    from fivefold.ensemble import load_ensemble
 
-    ensemble = load_committee(folder, scratch, settings.predict.model_dump(exclude_unset=True))
-    grey = ensemble.prepare(dict.fromkeys(ensemble.kinds, np.full((64, 64, 3), 128, np.uint8)))
+    ensemble = load_ensemble(folder, scratch, settings.predict.model_dump(exclude_unset=True))
+    grey = ensemble.prepare(dict.fromkeys(ensemble.decode_options, np.full((64, 64, 3), 128, np.uint8)))
     for size in (settings.serve.batch_size, 1):
-        ensemble.judge([grey] * size)
-    log.info("%d models of %s, %d classes", len(ensemble.members), path, len(ensemble.classes))
+        ensemble.predict_prepared([grey] * size)
+    log.info("%d models of %s, %d classes", len(ensemble.models), path, len(ensemble.classes))
     return ensemble

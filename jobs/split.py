@@ -11,29 +11,34 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fivefold.config.loading import key_settings
+from fivefold.config.loading import hashed_settings
 from fivefold.config.schema import Settings, Split
 from fivefold.contract.files import atomic, write_json, write_text
-from fivefold.contract.job import Job
+from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import CLASSES, FOLDS, OVERLAP, SPLIT_SUMMARY
-from fivefold.data.class_aliases import SameClasses
-from fivefold.data.image_io import pixels_of
-from fivefold.data.readers.eval_images import EvalTable, check_rows, read_eval
+from fivefold.data.class_aliases import ClassAliases
+from fivefold.data.image_io import decode_options
+from fivefold.data.readers.eval_images import EvalImages, check_rows, read_eval
 from fivefold.data.readers.stores import ImageStore, open_store
-from fivefold.data.readers.training_rows import Rows, read_rows
-from fivefold.data.split.assign import Duplicates, divide, divide_products, find_duplicates, group_codes, rank_labels
+from fivefold.data.readers.training_rows import LabelledImages, read_rows
+from fivefold.data.split.assign import Duplicates, find_duplicates, group_codes, rank_labels, split_products, split_rows
 from fivefold.data.split.fold_table import FoldTable, write_folds
-from fivefold.data.split.report import as_text, class_file, log_summary, remove_parts, summarise, write_parts
-from fivefold.data.split.verify import Opened, equal_pictures, keep_readable, open_images, reasons_in_words
+from fivefold.data.split.report import class_file_content, log_summary, remove_parts, summarise, to_json, write_parts
+from fivefold.data.split.verify import (
+    VerifiedImages,
+    describe_failures,
+    drop_unreadable,
+    match_duplicates,
+    verify_images,
+)
 from fivefold.errors import DataError
 from fivefold.inference.submission import check_submission
-from fivefold.predictions import sample
-from fivefold.stages.result import Outcome
+from fivefold.predictions import preview
 
 log = logging.getLogger("fivefold")
 
 
-def main(job: Job, settings: Settings) -> Outcome:
+def main(job: StageContext, settings: Settings) -> StageResult:
     """Split the channel's rows; return the folds, the classes and the figures."""
     split = settings.split
     store = open_store(job.channel("train"), settings.data.max_unpacked_gib)
@@ -41,53 +46,53 @@ def main(job: Job, settings: Settings) -> Outcome:
     log.info("split: %d rows of %d classes in %s", len(rows), len(rows.classes), rows.layout)
 
     hashes, skipped, pictures, known = pa.nulls(len(rows), pa.string()), [], rows.paths, rows.classes
-    if split.open_images:
-        rows, opened, skipped = keep_readable(
-            rows, open_images(store, rows.paths, pixels_of(settings.data)), split.skip_unreadable
+    if split.verify_images:
+        rows, opened, skipped = drop_unreadable(
+            rows, verify_images(store, rows.paths, decode_options(settings.data)), split.skip_unreadable
         )
         hashes, pictures = opened.sha256, opened.pixels
-    tested = opened_eval(job, settings, rows)
+    tested = verify_eval(job, settings, rows)
     duplicates = find_duplicates(pictures)
-    fold, part = divide_rows(rows, duplicates, split)
+    fold, part = assign_rows(rows, duplicates, split)
 
     table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, hashes, rows.factors)
     lost = sorted({*rows.lost, *known} - set(rows.classes))
-    summary = summarise(table, rows, duplicates, skipped, lost, key_settings(settings, job.stage.sections))
+    summary = summarise(table, rows, duplicates, skipped, lost, hashed_settings(settings, job.stage.sections))
     folder = job.output()
     remove_parts(folder)
     outputs = [folder / FOLDS, folder / CLASSES, folder / SPLIT_SUMMARY]
     (folder / OVERLAP).unlink(missing_ok=True)
     if tested is not None:
-        shared = equal_pictures(tested.opened, pictures) if split.open_images else {}
-        summary |= {"eval": tested.figures() | ({"in_split": len(shared)} if split.open_images else {})}
+        shared = match_duplicates(tested.opened, pictures) if split.verify_images else {}
+        summary |= {"eval": tested.figures() | ({"in_split": len(shared)} if split.verify_images else {})}
         outputs += [write_overlap(folder / OVERLAP, tested.images, table, shared)] if shared else []
     write_folds(outputs[0], table)
-    write_json(outputs[1], class_file(table))
-    write_text(outputs[2], as_text(summary))
-    if split.csv or rows.strata is not None:
-        outputs += write_parts(folder, table, rows.strata, split.seed, split.parts)
+    write_json(outputs[1], class_file_content(table))
+    write_text(outputs[2], to_json(summary))
+    if split.write_csv or rows.strata is not None:
+        outputs += write_parts(folder, table, rows.strata, split.seed, split.ratios)
     log_summary(summary)
-    return Outcome(outputs, {"rows": len(table), "classes": len(table.classes), "folds": table.num_folds})
+    return StageResult(outputs, {"rows": len(table), "classes": len(table.classes), "folds": table.num_folds})
 
 
-def labelled_rows(store: ImageStore, settings: Settings) -> Rows:
+def labelled_rows(store: ImageStore, settings: Settings) -> LabelledImages:
     """Read the rows that the settings describe; check that files exist only if an unreadable file stops the stage."""
-    check_files = settings.split.open_images and not settings.split.skip_unreadable
+    check_files = settings.split.verify_images and not settings.split.skip_unreadable
     rows = read_rows(store, settings.data, check_files)
     if rows.lost and not settings.split.skip_unreadable:
         raise DataError(
             f"{store.root}: no image can be read in {', '.join(rows.lost.values())}; convert or remove the files, or set "
             "split.skip_unreadable=true to split without these classes"
         )
-    return SameClasses(settings.data.same_classes, settings.data.same_class).merge_rows(rows)
+    return ClassAliases(settings.data.class_aliases, settings.data.alias_policy).merge_rows(rows)
 
 
 @dataclass(frozen=True)
-class Tested:
+class VerifiedEval:
     """The test images, and the results of opening them (empty if the split opens no image)."""
 
-    images: EvalTable
-    opened: Opened
+    images: EvalImages
+    opened: VerifiedImages
 
     @property
     def unreadable(self) -> list[str]:
@@ -99,7 +104,7 @@ class Tested:
         return {"images": len(self.images), "unreadable": [{"path": path, "reason": why} for path, why in reasons]}
 
 
-def opened_eval(job: Job, settings: Settings, rows: Rows) -> Tested | None:
+def verify_eval(job: StageContext, settings: Settings, rows: LabelledImages) -> VerifiedEval | None:
     """Open the images of the eval channel, None without it, to find errors before a model trains.
 
     Raise a DataError with all unreadable test images, unless they may get the class shares of the training data, and
@@ -110,24 +115,24 @@ def opened_eval(job: Job, settings: Settings, rows: Rows) -> Tested | None:
     data = settings.data
     store = open_store(job.channel("eval"), data.max_unpacked_gib)
     images = read_eval(store, data.id_column, data.path_column)
-    images = images.answered_in("", answer=settings.ensemble.answer, positive=settings.ensemble.positive_class)
+    images = images.with_label_column("", answer=settings.ensemble.answer, positive=settings.ensemble.positive_class)
     check_rows(images)
     if rows.factors is None:  # otherwise models may predict only some factors
-        check_submission(images, rows.classes, SameClasses(data.same_classes, data.same_class))
-    shown = images.paths if settings.split.open_images else images.paths[:0]
-    tested = Tested(images, open_images(store, pa.array(shown, pa.string()), pixels_of(data)))
+        check_submission(images, rows.classes, ClassAliases(data.class_aliases, data.alias_policy))
+    shown = images.paths if settings.split.verify_images else images.paths[:0]
+    tested = VerifiedEval(images, verify_images(store, pa.array(shown, pa.string()), decode_options(data)))
     if paths := tested.unreadable:
         problem = f"{len(paths)} of {len(images)} test images cannot be read"
         if settings.ensemble.unreadable == "error" or len(paths) == len(images):
             raise DataError(
-                f"{problem}: {reasons_in_words(list(tested.opened.unreadable.values()), paths)}; repair them, or set "
+                f"{problem}: {describe_failures(list(tested.opened.unreadable.values()), paths)}; repair them, or set "
                 "ensemble.unreadable=prior to predict them by the class shares of the training data"
             )
         log.warning("%s; they will get the class shares of the training data: %s", problem, ", ".join(paths))
     return tested
 
 
-def write_overlap(path: Path, images: EvalTable, table: FoldTable, shared: Mapping[int, int]) -> Path:
+def write_overlap(path: Path, images: EvalImages, table: FoldTable, shared: Mapping[int, int]) -> Path:
     """Write and log the test images with the same pixels as an image of the split; `shared` maps test rows to split rows."""
     test_rows, rows = list(shared), np.array(list(shared.values()), np.int64)
     log.warning(
@@ -135,7 +140,7 @@ def write_overlap(path: Path, images: EvalTable, table: FoldTable, shared: Mappi
         "new images; %s lists them, and evaluate also scores the other images separately",
         len(shared),
         len(images),
-        sample(images.paths[test_rows]),
+        preview(images.paths[test_rows]),
         path.name,
     )
     columns = {"id": images.ids[test_rows], "path": images.paths[test_rows], "split_path": table.paths_of(rows)}
@@ -145,11 +150,11 @@ def write_overlap(path: Path, images: EvalTable, table: FoldTable, shared: Mappi
     return path
 
 
-def divide_rows(rows: Rows, duplicates: Duplicates, split: Split) -> tuple[np.ndarray, np.ndarray]:
+def assign_rows(rows: LabelledImages, duplicates: Duplicates, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return (fold, part) of each row: rows are divided by class, or whole products by stratum if there are strata."""
     if rows.strata is None:
         labels = rank_labels(rows.classes)[rows.codes]
-        return divide(labels, group_codes(rows.groups), duplicates.codes, split)
+        return split_rows(labels, group_codes(rows.groups), duplicates.codes, split)
     strata = pc.dictionary_encode(rows.strata)
     ranks = rank_labels(strata.dictionary.to_pylist())[strata.indices.to_numpy()]
-    return divide_products(ranks, pc.dictionary_encode(rows.groups).indices.to_numpy(), duplicates.codes, split)
+    return split_products(ranks, pc.dictionary_encode(rows.groups).indices.to_numpy(), duplicates.codes, split)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fivefold.config.loading import arguments_layer, normal_key
+from fivefold.config.loading import arguments_layer, normalize_key
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.launchers.plan import Plan
-from fivefold.launchers.status import figures_of, in_columns, newest_run, read_plan, status_of
+from fivefold.launchers.status import format_table, newest_run, read_plan, read_scores, read_status
 from fivefold.lookup import did_you_mean
 
 KEYS = {"run": "name of the run; default: the newest", "runs": "folder of all runs; default: runs"}
@@ -17,13 +17,13 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(f"{__doc__}\n\n" + "\n".join(f"  {key:6} {meaning}" for key, meaning in KEYS.items()))
         return 0
-    plan = read_plan(folder_of(arguments))
+    plan = read_plan(run_folder(arguments))
     print(f"run {plan.run} in {plan.folder}\n\n{status_table(plan)}")
     return 0
 
 
-def folder_of(arguments: Sequence[str]) -> Path:
-    values = {normal_key(name): value for name, value in arguments_layer(arguments).values.items()}
+def run_folder(arguments: Sequence[str]) -> Path:
+    values = {normalize_key(name): value for name, value in arguments_layer(arguments).values.items()}
     for key in values:
         if key not in KEYS:
             raise SettingsError(f"unknown key {key!r}{did_you_mean(key, KEYS)}; known: {', '.join(KEYS)}")
@@ -40,9 +40,9 @@ def folder_of(arguments: Sequence[str]) -> Path:
 def status_table(plan: Plan) -> str:
     rows = [("step", "state", "figures", "")]
     for step in plan.steps:
-        status = status_of(step)
-        word = f"{status.word} ({status.exit_code})" if status.exit_code else status.word
-        figures = figures_of(plan, step) if status.word == "done" else None
-        undone = ", ".join(name for name in step.needs if status_of(plan.step(name)).word != "done")
+        status = read_status(step)
+        word = f"{status.state} ({status.exit_code})" if status.exit_code else status.state
+        figures = read_scores(plan, step) if status.state == "done" else None
+        undone = ", ".join(name for name in step.needs if read_status(plan.step(name)).state != "done")
         rows.append((step.name, word, str(figures or ""), status.detail or (f"for {undone}" if undone else "")))
-    return in_columns(rows)
+    return format_table(rows)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, Positive
 
 from fivefold.config.loading import arguments_layer, flatten
 from fivefold.config.schema import SECTIONS, Settings
-from fivefold.contract.files import probe_writable
+from fivefold.contract.files import check_writable
 from fivefold.errors import SettingsError
 from fivefold.launchers import local
 from fivefold.launchers.kubernetes import launch as kubernetes
@@ -21,7 +21,7 @@ from fivefold.launchers.kubernetes import manifests
 from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
 from fivefold.launchers.sagemaker import launch as sagemaker
 from fivefold.launchers.sagemaker import local as sagemaker_local
-from fivefold.launchers.status import results_of, write_plan
+from fivefold.launchers.status import read_results, write_plan
 from fivefold.lookup import choose, did_you_mean
 from fivefold.stages.preflight import check_plan
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     dry_run = "--dry-run" in arguments
     platform = choose(PLATFORMS, "platform", keys.platform)
     run = run_name(keys)
-    inputs = platform.check_inputs(inputs_of(keys), Path(keys.runs) / run)
+    inputs = platform.check_inputs(make_inputs(keys), Path(keys.runs) / run)
     everything = make_plan(inputs, overrides, run, keys.runs, keys.recipe, keys.seeds)
     plan = select(everything, keys.stages, keys.folds)
     parallel = keys.parallel or 0
@@ -120,9 +120,9 @@ def main(arguments: Sequence[str]) -> int:
     try_settings(keys, plan, inputs)
     if ignored := local.settings_variables(os.environ):
         log.warning("submit takes settings only as arguments; ignored variables: %s", ", ".join(ignored))
-    probe_writable(plan.folder)
+    check_writable(plan.folder)
     local.unpack_ground_truth(inputs, plan.folder)
-    local.refuse_strangers(everything)
+    local.check_no_foreign_models(everything)
     write_plan(everything)
     code = platform.launch(plan, parallel)
     print(platform.results(everything))
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str]) -> int:
 def try_settings(keys: Keys, plan: Plan, inputs: Inputs) -> None:
     """Raise the error that every fold would raise, unless the user turns the check off."""
     if keys.check:
-        check_plan(plan, inputs, here=keys.platform == "local")
+        check_plan(plan, inputs, local=keys.platform == "local")
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:
@@ -154,7 +154,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:
         raise SettingsError(f"{key}={values[key]}: {error.errors()[0]['msg']}; submit --help lists the keys") from error
 
 
-def inputs_of(keys: Keys) -> Inputs:
+def make_inputs(keys: Keys) -> Inputs:
     if not keys.train:
         raise SettingsError("submit needs train=PATH: a folder or a .zip of images")
     if keys.ground_truth and not keys.eval:
@@ -186,7 +186,7 @@ def usage() -> str:
 
 PLATFORMS = {
     "local": Platform(
-        local.launch, lambda plan, _: describe(plan, shlex.quote(sys.executable)), local.check_inputs, results_of
+        local.launch, lambda plan, _: describe(plan, shlex.quote(sys.executable)), local.check_inputs, read_results
     ),
     "sagemaker": Platform(
         sagemaker.launch, sagemaker.describe, sagemaker.check_inputs, sagemaker.results, sagemaker.check
@@ -195,7 +195,7 @@ PLATFORMS = {
         sagemaker_local.launch,
         sagemaker_local.describe,
         sagemaker_local.check_inputs,
-        results_of,
+        read_results,
         sagemaker_local.check,
     ),
     "kubernetes": Platform(

@@ -13,14 +13,14 @@ from pathlib import Path
 from fivefold.contract import lineage
 from fivefold.contract.lineage import Node
 from fivefold.contract.s3 import sync
-from fivefold.contract.s3.sync import SCRATCH, Remote
+from fivefold.contract.s3.sync import SCRATCH, S3Sync
 from fivefold.contract.s3.urls import Url, is_url, parse
 from fivefold.contract.stage_specs import CLASSES, FOLDS, RECORD
 from fivefold.data.readers.stores import open_store
 from fivefold.data.split.fold_table import read_folds
 from fivefold.errors import DataError, FivefoldError, MissingInputError, SettingsError
 from fivefold.progress import track
-from fivefold.signals import noted
+from fivefold.signals import defer_signals
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,10 +31,10 @@ def main(arguments: Sequence[str]) -> int:
     paths = [argument for argument in arguments if argument != "--check"]
     if len(paths) != 1 or paths[0].startswith("-"):
         raise SettingsError("trace takes one path, e.g. python -m jobs trace runs/first/ensemble/output --check")
-    with noted(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+    with defer_signals(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         resolver = Resolver(Path(scratch), everything="--check" in arguments)
         node = lineage.trace(lineage.find_record(resolver.path(paths[0])), resolver)
-        print(sync.shown("\n".join(tree(node, set()))))
+        print(sync.with_urls("\n".join(tree(node, set()))))
         if "--check" in arguments:
             check(node, Path(scratch))
     return 0
@@ -44,7 +44,7 @@ class Resolver:
     """Resolve the paths and s3:// URLs in records; from s3:// fetch only the records, or everything."""
 
     def __init__(self, scratch: Path, everything: bool) -> None:
-        self._remote, self._everything = Remote(scratch), everything
+        self._remote, self._everything = S3Sync(scratch), everything
         self._known: dict[str, Path | None] = {}
 
     def __call__(self, folder: Path, places: Sequence[str]) -> Path | None:
@@ -77,20 +77,20 @@ class Resolver:
 def tree(node: Node, described: set[Path], label: str = "", indent: str = "") -> Iterator[str]:
     """Yield the lines of a record, then indented those of all its inputs; each record is described once."""
     repeated = node.path in described
-    yield f"{indent}{label}{node.name}: {shown(node.path.parent)}{' (above)' if repeated else ''}"
+    yield f"{indent}{label}{node.name}: {display_path(node.path.parent)}{' (above)' if repeated else ''}"
     if repeated:
         return
     described.add(node.path)
     indent += "   "
     yield from (indent + line for line in describe(node))
-    for channel, (place, behind) in node.read.items():
+    for channel, (place, behind) in node.inputs.items():
         for step in behind:
             yield from tree(step, described, f"{channel} <- ", indent)
         if not behind:
-            yield f"{indent}{channel}: {shown(place) if place else 'missing'}"
+            yield f"{indent}{channel}: {display_path(place) if place else 'missing'}"
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """Return a path relative to the current folder if it lies below, else the absolute path."""
     path, here = path.resolve(), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
@@ -98,7 +98,7 @@ def shown(path: Path) -> str:
 
 def describe(node: Node) -> list[str]:
     """Return lines with a record's time, key, versions and figures."""
-    facts, packages = node.facts, node.facts.get("packages", {})
+    facts, packages = node.record, node.record.get("packages", {})
     metrics = [f"{name} {value:g}" for name, value in facts["metrics"].items() if isinstance(value, int | float)]
     code = f"code {facts.get('code', 'unknown')}, torch {packages.get('torch', 'unknown')}"
     first = f"{facts.get('finished', '')}, key {facts['key'][:12]}, {code}, {facts.get('wall_seconds', 0):.0f} s"
@@ -121,7 +121,7 @@ def check(node: Node, scratch: Path) -> None:
 
 def changed_images(split: Node) -> list[str]:
     """Return the images that changed since the split; empty if the train channel or the split's outputs are missing."""
-    place, folder = split.read["train"][0], split.path.parent / split.facts["roots"]["output"]
+    place, folder = split.inputs["train"][0], split.path.parent / split.record["roots"]["output"]
     if place is None or not (folder / FOLDS).is_file():
         return []
     table = read_folds(folder / FOLDS, folder / CLASSES)

@@ -4,9 +4,8 @@ import logging
 from dataclasses import replace
 
 from fivefold.config.schema import Settings
-from fivefold.contract.job import Job
+from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import STAGES
-from fivefold.stages.result import Outcome
 from fivefold.stages.training_run import start_network
 
 from . import split, train_fold
@@ -14,7 +13,7 @@ from . import split, train_fold
 log = logging.getLogger("fivefold")
 
 
-def main(job: Job, settings: Settings) -> Outcome:
+def main(job: StageContext, settings: Settings) -> StageResult:
     """Split the channel's rows into the output's `split/`, and train fold 0 or the fold in the settings.
 
     In a process group every rank makes the same split; only rank 0 keeps it.
@@ -27,9 +26,9 @@ def main(job: Job, settings: Settings) -> Outcome:
         job,
         stage=STAGES["split"],
         channels={"train": job.channel("train")},
-        output_data_dir=(job.output() if job.place.leads else job.scratch) / "split",
+        output_data_dir=(job.output() if job.rank.is_main else job.scratch) / "split",
     )
     folds = split.main(splitting, settings)
     training = replace(job, stage=STAGES["train-fold"], channels={**job.channels, "folds": splitting.output()})
     model = train_fold.main(training, settings.model_copy(update={"fold": fold}))
-    return Outcome([*folds.outputs, *model.outputs], {**folds.metrics, **model.metrics})
+    return StageResult([*folds.outputs, *model.outputs], {**folds.metrics, **model.metrics})

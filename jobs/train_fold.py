@@ -4,21 +4,20 @@ import logging
 
 from fivefold import build
 from fivefold.config.schema import Settings
-from fivefold.contract.job import Job
+from fivefold.contract.job import StageContext, StageResult
 from fivefold.errors import SettingsError
 from fivefold.stages import image_source
-from fivefold.stages.result import Outcome
 from fivefold.stages.training_run import read_split, start_network, start_run
-from fivefold.training.trainer import TrainRows
+from fivefold.training.trainer import TrainData
 
 log = logging.getLogger("fivefold")
 
 
-def main(job: Job, settings: Settings) -> Outcome:
+def main(job: StageContext, settings: Settings) -> StageResult:
     """Train the fold that the settings name; return its model directory and its out-of-fold figures."""
     build.check_training(settings)
-    split, table = read_split(job, settings.model.factors)
-    fold = chosen_fold(settings.fold, table.num_folds)
+    split, table = read_split(job, settings.model.label_factors)
+    fold = select_fold(settings.fold, table.num_folds)
     rows, valid_rows = table.train_rows(fold), table.valid_rows(fold)
     network = start_network(job, settings, len(table.classes))
     store = image_source.open_split(job, table, settings)
@@ -32,13 +31,13 @@ def main(job: Job, settings: Settings) -> Outcome:
 
     run = start_run(job, settings, split, table, store, f"fold {fold}", network)
     targets = build.one_hot(table.codes[rows], len(table.classes), run.runtime.device)
-    train = TrainRows(build.image_set(store, table, rows, run.settings, training=True), targets)
+    train = TrainData(build.split_dataset(store, table, rows, run.settings, training=True), targets)
     run.fit(train, valid_rows, settings.train.patience, select=True, fold=fold)
     oof = run.predict(valid_rows, f"{run.label} out-of-fold")
     return run.finish("fold", {"fold": fold}, {"best_epoch": run.deciding.epoch}, oof)
 
 
-def chosen_fold(fold: int | None, folds: int) -> int:
+def select_fold(fold: int | None, folds: int) -> int:
     """Return the fold to train; raise a SettingsError if it is not set or the split has no such fold."""
     if fold is None:
         raise SettingsError(f"no fold is set: set FOLD=0 to FOLD={folds - 1} (as argument or environment variable)")

@@ -10,7 +10,7 @@ from typing import Any
 
 IMAGE = os.environ.get("FIVEFOLD_IMAGE", "fivefold:latest")
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS: dict[str, Any] = {"train.epochs": 2, "train.warmup_epochs": 0, "train.trackers": []}
+SETTINGS: dict[str, Any] = {"train.epochs": 2, "train.warmup_epochs": 0, "train.loggers": []}
 """The demo, in seconds."""
 COMPARED = (
     "folds.parquet",

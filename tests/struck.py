@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from fivefold import trained_model
-from fivefold.data.pipeline.dataset import ImageSet
-from fivefold.data.pipeline.eval_cache import Prepared
+from fivefold.data.pipeline.dataset import ImageDataset
+from fivefold.data.pipeline.eval_cache import EvalImageCache
 from fivefold.stages import training_run
 from fivefold.training import checkpoints, trainer
 from fivefold.training.optim import Schedule
@@ -80,9 +80,9 @@ def count_steps(path: Path) -> None:
 
 POINTS: dict[str, Callable[[], None]] = {
     "never": lambda: None,
-    "start": lambda: before(door, "key_of"),
-    "caching": lambda: before(ImageSet, "keep_in_memory"),
-    "preparing": lambda: before(Prepared, "_make"),
+    "start": lambda: before(door, "compute_key"),
+    "caching": lambda: before(ImageDataset, "cache_in_memory"),
+    "preparing": lambda: before(EvalImageCache, "_make"),
     "step": lambda: before(Schedule, "__call__"),
     "validation": lambda: before(trainer, "validate"),
     "checkpoint": lambda: setattr(checkpoints.torch, "save", half_written),

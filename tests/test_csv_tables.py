@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fivefold.csv_tables import PATH_NAMES, check_same_ids, check_unique, open_csv, plain_names
+from fivefold.csv_tables import PATH_NAMES, check_same_ids, check_unique, normalize_names, open_csv
 from fivefold.errors import DataError, MissingInputError
 
 
@@ -45,7 +45,7 @@ def test_every_way_to_save_a_table_is_read_as_the_same_text(tmp_path, text):
     assert table.columns == ("id", "text")
     assert table.read().to_dict("list") == {"id": ["007", "1e3"], "text": ["NA", ""]}
     assert table.read(["text", "id", "text"]).columns.tolist() == ["text", "id"]
-    assert (table.has_mark, table.line_end) == (text[0] == "\ufeff", "\r\n" if "text\r\n" in text else "\n")
+    assert (table.has_bom, table.line_end) == (text[0] == "\ufeff", "\r\n" if "text\r\n" in text else "\n")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_columns_are_found_by_their_names_in_any_case(tmp_path):
     assert table.column("", PATH_NAMES) == " Img_Path "
     assert (table.column("id"), table.column("Image"), table.column("no")) == ("ID", "image", None)
     with pytest.raises(DataError, match=r"no column 'no'; it has ID, .*; set data\.key"):
-        table.must_have("no", (), "data.key")
+        table.require_column("no", (), "data.key")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_numbers_may_have_decimal_commas_and_others_are_named(tmp_path):
 
 
 def test_names_are_plain_and_ids_unique_and_the_same():
-    assert plain_names(pd.Series([" e\u0301", "\u00e9 "])).tolist() == ["\u00e9", "\u00e9"]
+    assert normalize_names(pd.Series([" e\u0301", "\u00e9 "])).tolist() == ["\u00e9", "\u00e9"]
     with pytest.raises(DataError, match=r"t: .*'id': '7'"):
         check_unique(pd.Series(["7", "8", "7"], name="id"), "t")
     check_same_ids(["7", "8"], "t", ["8", "7"], "u")

@@ -11,11 +11,11 @@ from PIL import Image
 from fivefold.contract.artifacts import ModelDir
 from fivefold.data.readers.stores import open_store
 from fivefold.data.split.fold_table import FoldTable
-from fivefold.distillation import Pupils, best_model, out_of_fold_targets, unseen_paths
-from fivefold.ensemble import seen_as
+from fivefold.distillation import DistillRows, best_model, exclude_split_images, out_of_fold_targets
+from fivefold.ensemble import row_roles
 from fivefold.errors import DataError, SettingsError
 from fivefold.predictions import Predictions
-from fivefold.training.teacher import soften
+from fivefold.training.objectives import soften
 from toy import draw
 
 CLASSES = ("a", "b", "c")
@@ -91,10 +91,10 @@ def test_unlabelled_images_that_are_the_splits_are_found_by_their_pixels(folds, 
     if digests:
         taken = [sha256((tmp_path / name).read_bytes()).hexdigest() for name in folds.paths.to_pylist()]
         folds = replace(folds, sha256=pa.array(taken))
-    pupils = Pupils(folds, np.arange(6), open_store(tmp_path))
+    pupils = DistillRows(folds, np.arange(6), open_store(tmp_path))
     (tmp_path / "given" / "broken.png").write_bytes((tmp_path / "given" / "new.png").read_bytes()[:60])
     given = ["broken.png", "fold.png", "holdout.png", "new.png", "other.png"]
-    assert unseen_paths(open_store(tmp_path / "given"), given, pupils) == ["new.png", "other.png"]
+    assert exclude_split_images(open_store(tmp_path / "given"), given, pupils) == ["new.png", "other.png"]
     unreadable, same = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "broken.png" in unreadable
     assert "2 of 5" in same
@@ -102,7 +102,7 @@ def test_unlabelled_images_that_are_the_splits_are_found_by_their_pixels(folds, 
 
 def test_rows_that_chose_a_students_epoch_are_not_called_unseen(folds, tmp_path):
     student = ModelDir(tmp_path, {"fold": None, "selected_on": None})
-    assert seen_as([student], folds).tolist() == ["train"] * 6 + ["test"]
+    assert row_roles([student], folds).tolist() == ["train"] * 6 + ["test"]
     selected = ModelDir(tmp_path, {"fold": None, "selected_on": "holdout"})
-    assert seen_as([selected], folds).tolist() == ["train"] * 6 + ["valid"]
-    assert seen_as([student, selected], folds)[-1] == "valid"
+    assert row_roles([selected], folds).tolist() == ["train"] * 6 + ["valid"]
+    assert row_roles([student, selected], folds)[-1] == "valid"

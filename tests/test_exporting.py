@@ -14,25 +14,25 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fivefold.build import build_classifier, runtime_of, seed_everything
+from fivefold.build import build_classifier, make_training_runtime, seed_everything
 from fivefold.config.schema import Augment, Model, Predict, Settings, Train
-from fivefold.contract.artifacts import model_at
+from fivefold.contract.artifacts import open_model_dir
 from fivefold.contract.files import atomic, read_json, write_json
-from fivefold.data.pipeline.image_stats import measure
+from fivefold.data.pipeline.dataset import image_stats
 from fivefold.data.readers.stores import open_store
-from fivefold.ensemble import Committee
+from fivefold.ensemble import EnsemblePredictor
 from fivefold.errors import DataError, FivefoldError
-from fivefold.evaluation.calibration import apply_temperature
+from fivefold.evaluation.metrics import apply_temperature
 from fivefold.export import write_onnx
 from fivefold.inference.blending import arithmetic
 from fivefold.inference.ensemble_spec import Ensemble
-from fivefold.trained_model import ImageFiles, load_member, save_member
-from fivefold.training.trainer import Best
+from fivefold.trained_model import ImageList, load_model, save_model
+from fivefold.training.trainer import BestCheckpoint
 from toy import draw, failure, run_stage
 
 CLASSES = ["fold", "id", "빨강 차"]
 SIZE = (10, 12)
-NET = Model(backbone="fivefold/small_net", options={"widths": [8, 16], "stem": 8}, image_size=list(SIZE), mean=[0.5, 0.4, 0.3])  # fmt: skip
+NET = Model(backbone="fivefold/small_net", backbone_kwargs={"widths": [8, 16], "stem": 8}, image_size=list(SIZE), mean=[0.5, 0.4, 0.3])  # fmt: skip
 
 
 def save(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **changes) -> Path:
@@ -46,23 +46,25 @@ def save(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **cha
             precision="fp32",
             channels_last=True,
             ema_decay=0.9,
-            keep_raw=True,
-            workers=0,
+            save_raw_weights=True,
+            num_workers=0,
             loss=changes.get("loss", "cross_entropy"),
         ),
-        predict=Predict(batch_size=4, views=changes.get("views", ["plain"])),
+        predict=Predict(batch_size=4, tta=changes.get("views", ["plain"])),
     )
     best = {}
     for name in ("ema", "raw"):
         seed_everything(100 * seed + 10 * (fold or 0) + (name == "raw"))
         network = build_classifier(settings.model, len(CLASSES))
-        network.train()(torch.randn(16, 3, *settings.model.size), *([torch.rand(16, 4)] if settings.model.meta else []))
+        network.train()(
+            torch.randn(16, 3, *settings.model.size), *([torch.rand(16, 4)] if settings.model.image_stats else [])
+        )
         with torch.no_grad():
             for parameter in network.head.parameters():
                 parameter.mul_(20)  # probabilities that are not all alike
-        best[name] = Best("logloss", 1, {"logloss": 1.0}, network.state_dict())
+        best[name] = BestCheckpoint("logloss", 1, {"logloss": 1.0}, network.state_dict())
     facts = {"fold": fold, "folds": 2, "classes": CLASSES, "split": "x", "shares": [1 / len(CLASSES)] * len(CLASSES)}
-    save_member(folder, "student" if fold is None else "fold", best, settings, runtime_of(settings), facts)
+    save_model(folder, "student" if fold is None else "fold", best, settings, make_training_runtime(settings), facts)
     write_json(folder / "stage.json", {})
     return folder
 
@@ -110,7 +112,7 @@ def by_onnx(path: Path, folder: Path, **more: np.ndarray) -> np.ndarray:
 def by_pipeline(models: list[Path], folder: Path, weights: list[float]) -> np.ndarray:
     """The blended log-probabilities [N, C], by the code of the ensemble stage."""
     names = sorted(path.name for path in folder.iterdir())
-    members = [load_member(model_at(path), {}) for path in models]
+    members = [load_model(open_model_dir(path), {}) for path in models]
     return arithmetic([member.predict(open_store(folder), names, "test") for member in members], np.array(weights))
 
 
@@ -150,17 +152,17 @@ def test_an_ensemble_is_one_graph_with_its_weights_views_and_temperature(world, 
 
 
 def test_without_its_record_all_systems_count_the_same(world, images, tmp_path):
-    assert export(world / "folds", tmp_path, "predict.views=plain") == 0
-    models = [load_member(model_at(path), {"views": ["plain"]}) for path in sorted((world / "folds").iterdir())]
+    assert export(world / "folds", tmp_path, "predict.tta=plain") == 0
+    models = [load_model(open_model_dir(path), {"tta": ["plain"]}) for path in sorted((world / "folds").iterdir())]
     names = sorted(path.name for path in images.iterdir())
     each = [np.exp(member.predict(open_store(images), names, "test")) for member in models]
     np.testing.assert_allclose(by_onnx(tmp_path / "model.onnx", images), np.mean(each, axis=0), atol=1e-5)
 
 
 def test_meta_features_are_a_second_input(images, tmp_path):
-    folder = save(tmp_path / "model", None, model={"meta": ["aspect", "color_mean"]})
+    folder = save(tmp_path / "model", None, model={"image_stats": ["aspect", "color_mean"]})
     assert export(folder, tmp_path / "out") == 0
-    meta = np.stack([measure(one, ["aspect", "color_mean"]) for one in pixels(images)])
+    meta = np.stack([image_stats(one, ["aspect", "color_mean"]) for one in pixels(images)])
     found = by_onnx(tmp_path / "out" / "model.onnx", images, meta=meta)
     np.testing.assert_allclose(found, np.exp(by_pipeline([folder], images, [1.0])), atol=1e-5)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["meta"] == ["aspect", "color_mean"]
@@ -172,11 +174,11 @@ def test_a_state_dict_is_plain_and_under_the_name_that_is_asked_for(world, image
         arguments = ["export.format=pth", f"export.file={name}", f"export.weights={weights}", "FOLD=1"]
         folder = world / "folds" / "a1"
         assert export(folder, tmp_path, *arguments) == 0
-        network = build_classifier(load_member(model_at(folder), {}).settings.model, len(CLASSES))
+        network = build_classifier(load_model(open_model_dir(folder), {}).settings.model, len(CLASSES))
         network.load_state_dict(torch.load(tmp_path / name, weights_only=True))
         inputs = torch.rand(2, 3, *SIZE)
         file = {"best": "model.safetensors", "raw": "model_raw.safetensors"}[weights]
-        expected = load_member(model_at(folder), {}, file).network
+        expected = load_model(open_model_dir(folder), {}, file).network
         torch.testing.assert_close(network.eval()(inputs), expected(inputs))
     assert (tmp_path / names["best"]).read_bytes() != (tmp_path / names["raw"]).read_bytes()
 
@@ -198,8 +200,8 @@ def spoilt(world: Path, folder: Path, what: str) -> dict[str, Path]:
         "size": {"b": {"model": {"image_size": 16}}},
         "eval": {"b": {"eval": ["centre_crop"]}},
         "meta": {
-            "b": {"model": {"meta": ["color_mean", "aspect"]}},
-            "c": {"model": {"meta": ["aspect", "color_mean"]}},
+            "b": {"model": {"image_stats": ["color_mean", "aspect"]}},
+            "c": {"model": {"image_stats": ["aspect", "color_mean"]}},
         },
     }
     for (system, changes), fold in product(others.get(what, {}).items(), range(2)):
@@ -240,7 +242,7 @@ def spoilt(world: Path, folder: Path, what: str) -> dict[str, Path]:
         ("strangers", [], 65, "fold 0 of a"),
         ("rank", [], 64, "blend=rank"),
         ("no members", [], 65, "does not describe an ensemble"),
-        ("", ["predict.views=flop"], 64, "did you mean 'flip'"),
+        ("", ["predict.tta=flop"], 64, "did you mean 'flip'"),
     ],
 )
 def test_what_cannot_be_exported_is_told_and_leaves_nothing(what, arguments, code, message, world, tmp_path):
@@ -270,8 +272,8 @@ class Drifting(nn.Module):
 
 
 def test_a_graph_that_disagrees_with_the_networks_is_not_kept(world, tmp_path):
-    member = load_member(model_at(world / "student"), {"views": ["plain"]})
-    committee = Committee(Ensemble({"a": [member.source]}, (1.0,)), [replace(member, network=Drifting())])
+    member = load_model(open_model_dir(world / "student"), {"tta": ["plain"]})
+    committee = EnsemblePredictor(Ensemble({"a": [member.source]}, (1.0,)), [replace(member, network=Drifting())])
     with pytest.raises(FivefoldError, match=r"from the networks' \(at most 0.0001 is allowed\)") as caught:
         with atomic(tmp_path / "model.onnx") as temporary:
             write_onnx(temporary, committee)
@@ -286,21 +288,21 @@ FAMILIES = ("timm/resnet18", "timm/caformer_s18", "timm/efficientnet_b0", "torch
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", FAMILIES)
 def test_the_families_can_be_exported(backbone, tmp_path):
-    model = {"backbone": backbone, "options": {}, "image_size": 64, "pretrained": False}
+    model = {"backbone": backbone, "backbone_kwargs": {}, "image_size": 64, "pretrained": False}
     assert export(save(tmp_path / "model", None, model=model, views=["plain", "flip"]), tmp_path / "out") == 0
 
 
 def test_a_model_that_was_trained_by_sigmoids_predicts_and_is_exported_by_them(images, tmp_path):
     folder = save(tmp_path / "model", None, loss="bce")
-    member, names = load_member(model_at(folder), {}), sorted(path.name for path in images.iterdir())
+    member, names = load_model(open_model_dir(folder), {}), sorted(path.name for path in images.iterdir())
     assert read_json(folder / "model.json")["link"] == "sigmoid"
     with torch.inference_mode():
         odds = member.network(member.runtime.images(torch.from_numpy(pixels(images)).permute(0, 3, 1, 2))).sigmoid()
     expected = (odds / odds.sum(dim=1, keepdim=True)).numpy()
     found = np.exp(by_pipeline([folder], images, [1.0]))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    verdict = Committee(Ensemble({"a": [member.source]}, (1.0,)), [member]).predict(
-        ImageFiles(open_store(images), names)
+    verdict = EnsemblePredictor(Ensemble({"a": [member.source]}, (1.0,)), [member]).predict(
+        ImageList(open_store(images), names)
     )
     np.testing.assert_allclose(np.exp(verdict.log_probs), expected, atol=1e-5)
     assert export(folder, tmp_path / "out") == 0
@@ -310,14 +312,14 @@ def test_a_model_that_was_trained_by_sigmoids_predicts_and_is_exported_by_them(i
     for link in ("probit", None):
         write_json(folder / "model.json", read_json(folder / "model.json") | {"link": link})
         with pytest.raises(DataError, match=r"model\.json"):
-            load_member(model_at(folder), {})
+            load_model(open_model_dir(folder), {})
 
 
 @pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg_overlay", "cache_dir", "weights"])
 def test_a_model_json_names_no_other_weights(option, tmp_path):
     folder = save(tmp_path / "model", None)
     info = read_json(folder / "model.json")
-    info["settings"]["model"]["options"][option] = str(tmp_path / "w.pth")
+    info["settings"]["model"]["backbone_kwargs"][option] = str(tmp_path / "w.pth")
     write_json(folder / "model.json", info)
     with pytest.raises(DataError, match=option):
-        load_member(model_at(folder), {})
+        load_model(open_model_dir(folder), {})

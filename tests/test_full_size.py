@@ -5,11 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
-from fivefold.build import build_classifier, build_loop, images_at, one_hot, runtime_of, seed_everything
+from fivefold.build import (
+    build_classifier,
+    build_trainer,
+    image_dataset,
+    make_training_runtime,
+    one_hot,
+    seed_everything,
+)
 from fivefold.config.loading import arguments_layer, load
 from fivefold.config.schema import Settings
 from fivefold.data.readers.stores import open_store
-from fivefold.training.trainer import TrainRows, fit
+from fivefold.training.trainer import TrainData, fit
 
 SYSTEMS = {
     "car_efficientnet_b5": 396,
@@ -26,7 +33,7 @@ SYSTEMS = {
 
 def full_recipe(name: str) -> Settings:
     """All that the recipe says but for the hub, and a single step: two images, one epoch, float32 or bf16 on this CPU."""
-    own = ["model.pretrained=false", "train.epochs=1", "train.batch_size=2", "train.device=cpu", "train.workers=0"]
+    own = ["model.pretrained=false", "train.epochs=1", "train.batch_size=2", "train.device=cpu", "train.num_workers=0"]
     return load([arguments_layer([f"recipe={name}", *own])])
 
 
@@ -40,10 +47,10 @@ def test_a_recipe_takes_a_training_step_at_its_full_size(name, tmp_path):
     seed_everything(settings.seed)
     network = build_classifier(settings.model, classes)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    runtime = runtime_of(settings)
-    images = images_at(open_store(tmp_path), ["0.png", "1.png"], [None, None], settings, training=True)
-    rows = TrainRows(images, one_hot(np.array([0, classes - 1]), classes, runtime.device))
-    loop = build_loop(name, network, rows, None, settings, runtime, select=False, patience=0)
+    runtime = make_training_runtime(settings)
+    images = image_dataset(open_store(tmp_path), ["0.png", "1.png"], [None, None], settings, training=True)
+    rows = TrainData(images, one_hot(np.array([0, classes - 1]), classes, runtime.device))
+    loop = build_trainer(name, network, rows, None, settings, runtime, select=False, patience=0)
     found = fit(loop)
     assert set(found) == ({"ema", "raw"} if settings.train.ema_decay else {"raw"})
     after = found["raw"].state

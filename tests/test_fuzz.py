@@ -21,22 +21,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fivefold import predictions
-from fivefold.config.loading import Layer, arguments_layer, flatten, load, normal_key, read_recipe
+from fivefold.config.loading import Layer, arguments_layer, flatten, load, normalize_key, read_recipe
 from fivefold.config.recipes import shipped_recipes
 from fivefold.config.schema import Data, Settings
 from fivefold.contract.artifacts import find_models
-from fivefold.contract.failure import explained
+from fivefold.contract.failure import to_known_error
 from fivefold.contract.job import hyperparameters
 from fivefold.contract.lineage import read_record
-from fivefold.contract.record import Key, why_run
+from fivefold.contract.record import CacheKey, rerun_reason
 from fivefold.data.image_io import decode
 from fivefold.data.readers.stores import open_store
 from fivefold.data.readers.training_rows import read_rows
-from fivefold.data.readers.user_images import read_given
+from fivefold.data.readers.user_images import read_user_images
 from fivefold.data.split.fold_table import read_folds
 from fivefold.errors import FivefoldError
-from fivefold.evaluation.ground_truth import read_truth
-from fivefold.inference.submission_reader import read_submitted
+from fivefold.evaluation.ground_truth import read_ground_truth
+from fivefold.inference.submission_reader import read_submission
 from fivefold.models.weights import read_weights
 from fivefold.predictions import Predictions
 
@@ -72,7 +72,7 @@ def survives(read: Callable[[Path], object], content: bytes, name: str) -> None:
         try:
             read(path)
         except Exception as raised:
-            error = explained(raised)
+            error = to_known_error(raised)
             assert isinstance(error, FivefoldError), f"{type(error).__name__}: {error}"
             assert str(error).strip()
 
@@ -151,13 +151,13 @@ READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     "hyperparameters": (read_hyperparameters, b'{"train.epochs": "3", "FOLD": "1"}', HYPERPARAMETERS),
     "predictions": (predictions.read, parquet(), "predictions.parquet"),
     "folds": (read_folds, parquet(), "folds.parquet"),
-    "submitted": (read_submitted, table(["ID", "a", "b"], [[n, 0.5, 0.5] for n in range(4)]), "s.csv"),
-    "answers": (read_submitted, table(["ID", "image_path", "target"], [[n, f"{n}.png", n % 2] for n in range(4)]), "s.csv"),
-    "truth": (read_truth, table(["ID", "label"], [[n, "ab"[n % 2]] for n in range(4)]), "gt.csv"),
-    "batch": (read_given, table(["image_path", "true_class"], [[f"{n}.png", "a"] for n in range(4)]), "batch.csv"),
+    "submitted": (read_submission, table(["ID", "a", "b"], [[n, 0.5, 0.5] for n in range(4)]), "s.csv"),
+    "answers": (read_submission, table(["ID", "image_path", "target"], [[n, f"{n}.png", n % 2] for n in range(4)]), "s.csv"),
+    "truth": (read_ground_truth, table(["ID", "label"], [[n, "ab"[n % 2]] for n in range(4)]), "gt.csv"),
+    "batch": (read_user_images, table(["image_path", "true_class"], [[f"{n}.png", "a"] for n in range(4)]), "batch.csv"),
     "archive": (read_archive, archive(), "images.zip"),
     "record": (read_record, b'{"stage": "split", "sources": {}, "roots": {}}', "stage.json"),
-    "earlier record": (lambda path: why_run(path.parent, Key("split", {}, {}), {"output": path.parent}), EARLIER, "stage.json"),
+    "earlier record": (lambda path: rerun_reason(path.parent, CacheKey("split", {}, {}), {"output": path.parent}), EARLIER, "stage.json"),
     "weights": (read_weights, safetensors.torch.save({"a.weight": torch.ones(3, 2)}), "w.safetensors"),
     "checkpoint": (read_weights, checkpoint(zipped=True), "w.pth"),
     "checkpoint of an old torch": (read_weights, checkpoint(zipped=False), "w.pth"),
@@ -181,7 +181,7 @@ def test_files_that_are_read(name):
 @given(st.dictionaries(st.sampled_from([*KEYS, "lr", "sagemaker_x", "TRAIN__EPOCHS"]), CELLS, max_size=4))
 def test_hyperparameters_and_arguments(found):
     def read(path: Path) -> None:
-        values = {normal_key(name): value for name, value in read_hyperparameters(path).items()}
+        values = {normalize_key(name): value for name, value in read_hyperparameters(path).items()}
         load([Layer("hyperparameters", values)])
 
     survives(read, json.dumps(found).encode(), HYPERPARAMETERS)
@@ -196,5 +196,10 @@ def test_hyperparameters_and_arguments(found):
 def test_tables_of_odd_cells(header, rows):
     rows = [header, *(row[: len(header)] for row in rows)] if header else rows
     content = "\n".join(",".join(row) for row in rows).encode()
-    for read in (read_truth, read_submitted, read_given, lambda path: read_rows(open_store(path.parent), Data())):
+    for read in (
+        read_ground_truth,
+        read_submission,
+        read_user_images,
+        lambda path: read_rows(open_store(path.parent), Data()),
+    ):
         survives(read, content, "train.csv")

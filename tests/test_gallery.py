@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from counting import CountingStore
-from fivefold.build import build_classifier, runtime_of, seed_everything
+from fivefold.build import build_classifier, make_training_runtime, seed_everything
 from fivefold.config.schema import Augment, Model, Predict, Settings, Train
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import read_json
-from fivefold.data.pipeline.dataset import ImageSet
+from fivefold.data.pipeline.dataset import ImageDataset
 from fivefold.data.readers.stores import FolderStore
 from fivefold.data.split.fold_table import FoldTable
 from fivefold.data.transforms.registry import build_transforms
-from fivefold.distillation import Pupils, teach, teach_unseen
+from fivefold.distillation import DistillRows, compute_soft_targets, ensemble_soft_targets
 from fivefold.inference.predictor import predict_all
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions, write
-from fivefold.trained_model import Gallery, ImageFiles, load_member, save_member
-from fivefold.training.trainer import Best
+from fivefold.trained_model import ImageList, SharedEvalImages, load_model, save_model
+from fivefold.training.trainer import BestCheckpoint
 from toy import draw
 
 CLASSES = ["a", "b", "c"]
@@ -43,10 +43,10 @@ def saved(folder: Path, fold: int, transform: str = "resize") -> ModelDir:
     """A fold's model with weights that were drawn, and its out-of-fold table."""
     settings = Settings(
         system="s",
-        model=Model(backbone="fivefold/small_net", options={"widths": [8], "stem": 8}, image_size=[10, 12]),
+        model=Model(backbone="fivefold/small_net", backbone_kwargs={"widths": [8], "stem": 8}, image_size=[10, 12]),
         augment=Augment(train=[], eval=[transform]),
-        train=Train(precision="fp32", workers=0),
-        predict=Predict(batch_size=BATCH, views=["plain"]),
+        train=Train(precision="fp32", num_workers=0),
+        predict=Predict(batch_size=BATCH, tta=["plain"]),
     )
     seed_everything(fold)
     network = build_classifier(settings.model, len(CLASSES))
@@ -58,8 +58,8 @@ def saved(folder: Path, fold: int, transform: str = "resize") -> ModelDir:
         "split": "x",
         "shares": [1 / len(CLASSES)] * len(CLASSES),
     }
-    best = {"raw": Best("logloss", 1, {"logloss": 1.0}, network.state_dict())}
-    save_member(folder, "fold", best, settings, runtime_of(settings), facts)
+    best = {"raw": BestCheckpoint("logloss", 1, {"logloss": 1.0}, network.state_dict())}
+    save_model(folder, "fold", best, settings, make_training_runtime(settings), facts)
     rows = np.arange(fold, COUNT, FOLDS)
     log_probs = np.log(np.random.default_rng(fold).dirichlet(np.ones(3), len(rows))).astype(np.float32)
     ids = np.array([f"{row:02d}.png" for row in rows], object)
@@ -77,11 +77,11 @@ def names() -> list[str]:
 
 
 @pytest.fixture
-def pupils(store: CountingStore) -> Pupils:
+def pupils(store: CountingStore) -> DistillRows:
     ids, nulls = pa.array(names()), pa.nulls(COUNT, pa.string())
     codes, fold = np.arange(COUNT, dtype=np.int32) % 3, (np.arange(COUNT) % FOLDS).astype(np.int16)
     part = np.full(COUNT, "train")
-    return Pupils(FoldTable(ids, ids, codes, tuple(CLASSES), nulls, fold, part, nulls), np.arange(COUNT), store)
+    return DistillRows(FoldTable(ids, ids, codes, tuple(CLASSES), nulls, fold, part, nulls), np.arange(COUNT), store)
 
 
 @pytest.fixture
@@ -102,15 +102,15 @@ def ran() -> Iterator[Counter]:
 
 def anew(model: ModelDir, store: FolderStore, paths: list[str], views: list) -> np.ndarray:
     """What a model says of images that are read for it alone, by the loader."""
-    member = load_member(model, {})
+    member = load_model(model, {})
     transform = build_transforms(member.settings.augment.eval, member.settings.model.size, evaluation=True)
-    return predict_all(member.network, ImageSet(store, paths, transform), BATCH, 0, member.runtime, views)
+    return predict_all(member.network, ImageDataset(store, paths, transform), BATCH, 0, member.runtime, views)
 
 
 def test_an_image_is_read_once_for_all_models_of_one_sight_and_all_views(models, store, tmp_path):
-    gallery = Gallery(ImageFiles(store, names()), tmp_path)
-    found = [load_member(model, {"views": ["plain", *VIEWS]}).predict_seen(gallery, "") for model in models]
-    assert len(gallery.seen) == 1
+    gallery = SharedEvalImages(ImageList(store, names()), tmp_path)
+    found = [load_model(model, {"tta": ["plain", *VIEWS]}).predict_cached(gallery, "") for model in models]
+    assert len(gallery.caches) == 1
     assert sum(store.reads.values()) == COUNT + 1  # the first one tells the size
     for model, log_probs in zip(models, found, strict=True):
         np.testing.assert_array_equal(log_probs, anew(model, store, names(), ["plain", *VIEWS]))
@@ -118,15 +118,15 @@ def test_an_image_is_read_once_for_all_models_of_one_sight_and_all_views(models,
 
 def test_models_that_see_otherwise_get_images_of_their_own(models, store, tmp_path):
     other = saved(tmp_path / "other", 0, "centre_crop")
-    gallery = Gallery(ImageFiles(store, names()), tmp_path)
-    found = [load_member(model, {}).predict_seen(gallery, "") for model in (models[0], other)]
-    assert len(gallery.seen) == 2
+    gallery = SharedEvalImages(ImageList(store, names()), tmp_path)
+    found = [load_model(model, {}).predict_cached(gallery, "") for model in (models[0], other)]
+    assert len(gallery.caches) == 2
     assert not np.array_equal(*found)
     np.testing.assert_array_equal(found[1], anew(other, store, names(), ["plain"]))
 
 
 def test_a_leak_free_teacher_runs_once_a_view_on_its_own_rows_alone(models, pupils, ran):
-    lesson = teach("oof", models, pupils, VIEWS)
+    lesson = compute_soft_targets("oof", models, pupils, VIEWS)
     assert sorted(ran.values()) == [len(VIEWS) * COUNT // FOLDS] * FOLDS
     assert sum(pupils.store.reads.values()) == COUNT + 1
     own = [np.arange(fold, COUNT, FOLDS) for fold in range(FOLDS)]
@@ -140,13 +140,13 @@ def test_a_leak_free_teacher_runs_once_a_view_on_its_own_rows_alone(models, pupi
 
 
 def test_the_plain_view_of_a_leak_free_teacher_is_in_its_table_already(models, pupils, ran):
-    teach("oof", models, pupils, [])
+    compute_soft_targets("oof", models, pupils, [])
     assert not ran
     assert not pupils.store.reads
 
 
 def test_an_ensemble_that_teaches_reads_once_and_runs_once_a_view(models, pupils, ran):
-    lesson = teach("ensemble", models, pupils, VIEWS)
+    lesson = compute_soft_targets("ensemble", models, pupils, VIEWS)
     assert sorted(ran.values()) == [(1 + len(VIEWS)) * COUNT] * len(models)
     assert sum(pupils.store.reads.values()) == COUNT + 1
     expected = np.mean([np.exp(anew(m, pupils.store, names(), ["plain", *VIEWS])) for m in models], axis=0)
@@ -154,7 +154,7 @@ def test_an_ensemble_that_teaches_reads_once_and_runs_once_a_view(models, pupils
 
 
 def test_images_that_no_fold_saw_are_read_once_for_the_whole_ensemble(models, pupils, ran):
-    found = teach_unseen(models, pupils.store, names()[:5], pupils)
+    found = ensemble_soft_targets(models, pupils.store, names()[:5], pupils)
     assert sorted(ran.values()) == [5] * len(models)
     assert sum(pupils.store.reads.values()) == 5 + 1
     expected = np.mean([np.exp(anew(m, pupils.store, names()[:5], ["plain"])) for m in models], axis=0)

@@ -44,7 +44,7 @@ def test_split_of_a_million_rows_takes_30_seconds_and_2_gb(tmp_path: Path) -> No
     (tmp_path / "data").mkdir()
     table.to_csv(tmp_path / "data" / "train.csv", index=False)
     paths = {"SM_CHANNEL_TRAIN": str(tmp_path / "data"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
-    seconds, megabytes = measure("split", "split.open_images=false", **paths)
+    seconds, megabytes = measure("split", "split.verify_images=false", **paths)
     assert seconds < 30
     assert megabytes < 2000
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fivefold.errors import DataError, MissingInputError
-from fivefold.predictions import ROW_GROUP_SIZE, Predictions, check, in_class_order, mean_by_id, read, write
+from fivefold.predictions import ROW_GROUP_SIZE, Predictions, check, mean_by_id, read, reorder_classes, write
 
 CLASSES = ("cat", "fold", "id", "label", "")
 
@@ -131,10 +131,10 @@ def test_no_file_and_no_table(tmp_path: Path):
 
 def test_rows_are_taken_and_ordered_by_id():
     whole = table(5)
-    ordered = whole.in_order(["row-3", "row-0"])
+    ordered = whole.reindex(["row-3", "row-0"])
     assert_same(ordered, whole.take(np.array([3, 0])))
     with pytest.raises(DataError, match="predictions of a system lack 2 ids: 'x', 'y'"):
-        whole.in_order(["row-1", "x", "y"])
+        whole.reindex(["row-1", "x", "y"])
 
 
 def test_labels_become_codes_by_name():
@@ -152,7 +152,7 @@ def test_columns_are_matched_by_name_never_by_position():
     np.testing.assert_array_equal(turned.log_probs, whole.log_probs[:, ::-1])
     assert_same(turned.with_classes(CLASSES), whole)
     with pytest.raises(DataError, match="classes differ: 'cat', 'dog'"):
-        in_class_order(whole.log_probs[:, :1], ["cat"], ["dog"])
+        reorder_classes(whole.log_probs[:, :1], ["cat"], ["dog"])
 
 
 def test_the_mean_of_tables_by_hand():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.config.loading import SECTIONS, normal_key, reference
+from fivefold.config.loading import SECTIONS, normalize_key, reference
 from fivefold.config.loading import read_recipe as recipe
 from fivefold.config.recipes import shipped_recipes
 from fivefold.contract.stage_specs import STAGES
@@ -44,9 +44,9 @@ def test_every_command_names_a_stage_and_known_keys(line):
         return
     assert name in {*STAGES, *COMMANDS, "train"} or line.startswith("python -m jobs --help")
     stage = STAGES.get(name)
-    paths = {*stage.channels, *stage.optional, "output"} if stage and stage.by_argument else set()
+    paths = {*stage.channels, *stage.optional, "output"} if stage and stage.path_arguments else set()
     for key, _ in re.findall(r"(?<![\w\"{])([A-Za-z_.]+)=(\S+)", rest[0].partition(" #")[0]):
-        key = normal_key(key)
+        key = normalize_key(key)
         assert key in Keys.model_fields or key in paths or key in ("fold", "model") or key.split(".")[0] in SECTIONS, (
             key
         )

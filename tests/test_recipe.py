@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fivefold.config.loading import flatten, key_settings
+from fivefold.config.loading import flatten, hashed_settings
 from fivefold.config.schema import EXECUTION_KEYS, SECTIONS, Data, Ensemble, Model, Settings, Split
 from fivefold.contract.stage_specs import STAGES
 
@@ -21,17 +21,17 @@ def test_every_key_says_what_it_is():
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        (Split, {"parts": [0.8, 0.1, 0.2]}, "sum to 1"),
-        (Split, {"parts": [1.2, -0.1, -0.1]}, "three"),
-        (Split, {"parts": [0.9, 0.0, 0.1]}, "valid .* above 0"),
-        (Split, {"parts": [0.8, 0.1, 0.1], "holdout": 0.1}, "exclude each other"),
+        (Split, {"ratios": [0.8, 0.1, 0.2]}, "sum to 1"),
+        (Split, {"ratios": [1.2, -0.1, -0.1]}, "three"),
+        (Split, {"ratios": [0.9, 0.0, 0.1]}, "valid .* above 0"),
+        (Split, {"ratios": [0.8, 0.1, 0.1], "holdout": 0.1}, "exclude each other"),
         (Data, {"max_unpacked_gib": math.inf}, "finite"),
         (Model, {"image_size": [224]}, "one positive number"),
         (Model, {"mean": [0.5]}, "three numbers"),
         (Model, {"std": [0.2, 0.0, 0.2]}, "std is positive"),
-        (Model, {"meta": ["aspect", "aspect"]}, "names a feature twice"),
-        (Ensemble, {"number_column": "ID"}, "needs answer_column"),
-        (Ensemble, {"number_column": "ID", "answer_column": "ID"}, "name two columns"),
+        (Model, {"image_stats": ["aspect", "aspect"]}, "names a feature twice"),
+        (Ensemble, {"row_number_column": "ID"}, "needs label_column"),
+        (Ensemble, {"row_number_column": "ID", "label_column": "ID"}, "name two columns"),
     ],
 )
 def test_what_cannot_work_is_refused(section: type, values: dict[str, Any], message: str):
@@ -59,12 +59,12 @@ def test_stages_name_sections_and_keys_that_exist():
 
 def test_keys_that_cannot_change_a_result_stay_out_of_a_stages_key():
     assert set(flatten(Settings())) >= EXECUTION_KEYS
-    keys = key_settings(Settings(), STAGES["train-fold"].sections)
+    keys = hashed_settings(Settings(), STAGES["train-fold"].sections)
     assert not EXECUTION_KEYS & set(keys)
     assert {"fold", "seed", "train.epochs", "model.backbone"} <= set(keys)
     assert not [key for key in keys if key.startswith(("split.", "distill."))]
     assert {key for key in keys if key.startswith("data.")} == {
-        "data.store_size",
-        "data.scaled_decoding",
+        "data.resize_shorter_side",
+        "data.jpeg_draft",
         "data.max_megapixels",
     }

@@ -13,10 +13,10 @@ from fivefold.config.loading import (
     describe,
     environment_layer,
     flatten,
-    index_layer,
-    key_settings,
+    hashed_settings,
+    job_index_layer,
     load,
-    normal_key,
+    normalize_key,
     read_recipe,
     unused_keys,
 )
@@ -39,9 +39,9 @@ def recipe(tmp_path: Path) -> Path:
 def test_the_strongest_source_wins(recipe: Path):
     arguments = arguments_layer([f"recipe={recipe}", "train.epochs=44"])
     environment = environment_layer({"TRAIN__EPOCHS": "33", "TRAIN__LR": "0.3"})
-    platform = Layer("hyperparameters", {"train.epochs": "22", "train.lr": "0.2", "train.clip": "0.2"})
+    platform = Layer("hyperparameters", {"train.epochs": "22", "train.lr": "0.2", "train.max_grad_norm": "0.2"})
     train = load([arguments, environment, platform]).train
-    assert (train.epochs, train.lr, train.clip, train.momentum) == (44, 0.3, 0.2, 0.9)
+    assert (train.epochs, train.lr, train.max_grad_norm, train.momentum) == (44, 0.3, 0.2, 0.9)
     assert load([arguments_layer([f"recipe={recipe}"]), platform]).train.epochs == 22
     assert given(f"recipe={recipe}").train.epochs == 11
     assert given().train.epochs == 30
@@ -57,7 +57,7 @@ def test_any_source_may_name_the_recipe_which_names_the_system(source: str, reci
 
 @pytest.mark.parametrize("name", ["train.epochs", "TRAIN__EPOCHS", " train.epochs ", "--train.epochs"])
 def test_keys_may_be_spelled_in_many_ways_and_the_last_counts(name: str):
-    assert normal_key(name) == "train.epochs"
+    assert normalize_key(name) == "train.epochs"
     assert given("Train.Epochs=1", f"{name}=3").train.epochs == 3
 
 
@@ -73,18 +73,18 @@ def test_config_is_another_name_of_recipe(argument: str, recipe: Path):
         ("run=5", "run", "5"),
         ("model.weights=a=b", "model.weights", "a=b"),
         ("data.table=", "data.table", ""),
-        ("predict.views=plain,flip", "predict.views", ["plain", "flip"]),
+        ("predict.tta=plain,flip", "predict.tta", ["plain", "flip"]),
         ("split.stratify=False", "split.stratify", False),
         ("fold=none", "fold", None),
         ("model.drop_path=.1", "model.drop_path", 0.1),
         ('model.head={ name = "mlp", dropout = 0.3 }', "model.head", {"name": "mlp", "dropout": 0.3}),
-        ("model.meta=color_mean,aspect", "model.meta", ["color_mean", "aspect"]),
-        ("model.options.depth=3", "model.options", {"depth": 3}),
-        ("model.options.act.name=gelu", "model.options", {"act": {"name": "gelu"}}),
-        ('model.options={"depth": 3}', "model.options", {"depth": 3}),
+        ("model.image_stats=color_mean,aspect", "model.image_stats", ["color_mean", "aspect"]),
+        ("model.backbone_kwargs.depth=3", "model.backbone_kwargs", {"depth": 3}),
+        ("model.backbone_kwargs.act.name=gelu", "model.backbone_kwargs", {"act": {"name": "gelu"}}),
+        ('model.backbone_kwargs={"depth": 3}', "model.backbone_kwargs", {"depth": 3}),
         ("distill.train.epochs=3", "distill.train", {"epochs": 3}),
         ("DISTILL__MODEL__BACKBONE=5", "distill.model", {"backbone": "5"}),
-        ("distill.model.options.depth=3", "distill.model", {"options": {"depth": 3}}),
+        ("distill.model.backbone_kwargs.depth=3", "distill.model", {"backbone_kwargs": {"depth": 3}}),
     ],
 )
 def test_text_is_read_by_what_the_key_wants(argument: str, key: str, value: Any):
@@ -116,14 +116,14 @@ def test_no_option_of_a_backbone_names_weights(section: str, option: str):
     with pytest.raises(SettingsError, match=option) as caught:
         given(f"{section}.options.{option}=/tmp/w.pth").student()
     assert caught.value.exit_code == 64
-    assert given(f"{section}.options.weight_init=jax").student().model.options == {"weight_init": "jax"}
+    assert given(f"{section}.options.weight_init=jax").student().model.backbone_kwargs == {"weight_init": "jax"}
 
 
 def test_layers_can_be_used_again():
-    layer = Layer("hyperparameters", {"model.options": {"depth": 3}})
-    load([arguments_layer(["model.options.width=2"]), layer])
-    assert layer.values == {"model.options": {"depth": 3}}
-    assert load([layer]).model.options == {"depth": 3}
+    layer = Layer("hyperparameters", {"model.backbone_kwargs": {"depth": 3}})
+    load([arguments_layer(["model.backbone_kwargs.width=2"]), layer])
+    assert layer.values == {"model.backbone_kwargs": {"depth": 3}}
+    assert load([layer]).model.backbone_kwargs == {"depth": 3}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_the_index_of_an_indexed_job_stands_in_for_the_fold(
     index: str, named: dict[str, str], argument: list[str], fold: int | None
 ):
     environ = {"JOB_COMPLETION_INDEX": index, **named}
-    assert load([arguments_layer(argument), environment_layer(environ), index_layer(environ)]).fold == fold
+    assert load([arguments_layer(argument), environment_layer(environ), job_index_layer(environ)]).fold == fold
 
 
 def test_keys_that_a_stage_does_not_read_are_found():
@@ -210,7 +210,7 @@ def test_a_recipe_says_the_same_in_json_behind_a_byte_order_mark(name: str, tmp_
         ("r.toml", "[train]\nepoch = 3", SettingsError, "unknown key 'train.epoch'; did you mean 'train.epochs'?"),
         ("r.toml", "[trian]\nepochs = 3", SettingsError, "unknown key 'trian'; did you mean 'train'?"),
         ("r.toml", '[train]\nepochs = "3"', SettingsError, "train.epochs='3': a whole number is needed"),
-        ("r.toml", "[split]\nparts = [1, 'x', 0]", SettingsError, "split.parts='x': a list of numbers is needed"),
+        ("r.toml", "[split]\nparts = [1, 'x', 0]", SettingsError, "split.ratios='x': a list of numbers is needed"),
         ("r.toml", "[augment]\ntrain = [3]", SettingsError, "augment.train=3: a list of tables or texts is needed"),
         ("r.toml", 'recipe = "demo"', SettingsError, "names another recipe"),
     ],
@@ -234,10 +234,10 @@ def test_help_names_every_key_with_type_default_and_meaning():
 
 
 def test_views_that_are_asked_for_are_not_those_that_a_model_chooses() -> None:
-    silent, asked = (load([Layer("argument", given)]) for given in ({}, {"predict.views": "plain"}))
+    silent, asked = (load([Layer("argument", given)]) for given in ({}, {"predict.tta": "plain"}))
     assert silent.predict == asked.predict
-    assert "predict.views" not in key_settings(silent, ("predict",))
-    assert key_settings(asked, ("predict",))["predict.views"] == ["plain"]
+    assert "predict.tta" not in hashed_settings(silent, ("predict",))
+    assert hashed_settings(asked, ("predict",))["predict.tta"] == ["plain"]
 
 
 @pytest.fixture
@@ -256,9 +256,9 @@ def varied(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("variants", "system", "epochs", "size", "options", "student"),
     [
-        ("", "varied", 30, 384, {"depth": 3}, {"epochs": 50, "clip": 5}),
-        (":smoke", "varied", 1, 32, {"width": 8}, {"epochs": 2, "clip": 5}),
-        (":plain,smoke", "varied_plain", 1, 32, {"width": 8}, {"epochs": 2, "clip": 5}),
+        ("", "varied", 30, 384, {"depth": 3}, {"epochs": 50, "max_grad_norm": 5}),
+        (":smoke", "varied", 1, 32, {"width": 8}, {"epochs": 2, "max_grad_norm": 5}),
+        (":plain,smoke", "varied_plain", 1, 32, {"width": 8}, {"epochs": 2, "max_grad_norm": 5}),
     ],
 )
 def test_variants_lay_their_keys_over_the_recipes_and_smoke_gives_no_name(
@@ -266,8 +266,12 @@ def test_variants_lay_their_keys_over_the_recipes_and_smoke_gives_no_name(
 ):
     settings = given(f"recipe={varied}{variants}", "train.lr=2")
     assert (settings.system, settings.train.epochs, settings.train.lr) == (system, epochs, 2)
-    assert (settings.model.image_size, settings.model.options, settings.distill.train) == (size, options, student)
-    assert settings.model.meta == ([] if "plain" in variants else ["color_mean"])
+    assert (settings.model.image_size, settings.model.backbone_kwargs, settings.distill.train) == (
+        size,
+        options,
+        student,
+    )
+    assert settings.model.image_stats == ([] if "plain" in variants else ["color_mean"])
 
 
 @pytest.mark.parametrize(

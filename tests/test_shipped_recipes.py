@@ -18,8 +18,8 @@ from fivefold.build import OPTIMIZER_STATES
 from fivefold.config.loading import flatten, read_recipe
 from fivefold.config.recipes import SMOKE, shipped_recipes
 from fivefold.config.schema import Settings
-from fivefold.data.pipeline.image_stats import count_numbers
-from fivefold.data.pipeline.sampling import SAMPLERS
+from fivefold.data.pipeline.dataset import count_stats
+from fivefold.data.pipeline.loader import SAMPLERS
 from fivefold.data.transforms.registry import build_transforms
 from fivefold.inference.tta import build_views
 from fivefold.lookup import choose
@@ -28,7 +28,6 @@ from fivefold.models.classifier import build_head
 from fivefold.training.losses import build_loss
 from fivefold.training.mixing import MIXINGS
 from fivefold.training.optim import SCHEDULES
-from fivefold.training.steps import UPDATES
 from fivefold.training.trainer import MONITORS
 
 SYSTEMS = ("car_efficientnet_b5", "car_convnext_tiny", "sketch_caformer", "product_image_type", "mask_profile")
@@ -73,15 +72,14 @@ SMOKES = [f"{name}:{SMOKE}" for name in SYSTEMS] + [
 def test_every_name_in_a_recipe_stands_for_something(name: str) -> None:
     settings = settings_of(name)
     for each in (settings, settings.student()):
-        build_head(each.model.head, 8 + count_numbers(each.model.meta), 7, each.model.dropout)
+        build_head(each.model.head, 8 + count_stats(each.model.image_stats), 7, each.model.dropout)
         choose(MONITORS, "monitor", each.train.monitor)
         choose(OPTIMIZER_STATES, "optimizer", each.train.optimizer)
         choose(SCHEDULES, "schedule", each.train.schedule)
-        choose(UPDATES, "update", each.train.update)
         choose(SAMPLERS, "sampler", each.train.sampler)
         build_loss(each.train.loss, each.train.label_smoothing, None)
-    choose(MIXINGS, "mixing", settings.augment.mix)
-    build_views(settings.predict.views)
+    choose(MIXINGS, "mixing", settings.augment.batch_mix)
+    build_views(settings.predict.tta)
     for specs, evaluation in ((settings.augment.train, False), (settings.augment.eval, True)):
         transform = build_transforms(specs, (40, 32), evaluation)
         image = torch.randint(0, 256, (3, 70, 60), dtype=torch.uint8)
@@ -116,7 +114,7 @@ def features(backbone: str, options: str, size: tuple[int, int]) -> int:
 @pytest.mark.parametrize("name", EVERY)
 def test_every_network_takes_images_of_its_recipes_size(name: str) -> None:
     model = settings_of(name).model
-    assert features(model.backbone, json.dumps(model.options), model.size) >= 64
+    assert features(model.backbone, json.dumps(model.backbone_kwargs), model.size) >= 64
 
 
 @pytest.mark.parametrize("name", SMOKES)
@@ -147,7 +145,7 @@ def family(backbone: str) -> str:
 def test_a_recipe_states_what_its_system_is(name: str) -> None:
     tree = read_recipe(name)
     assert {"data", "split", "model", "augment", "train", "predict", "ensemble", "distill"} <= set(tree)
-    assert {"seed", "parts" if "parts" in tree["split"] else "folds"} <= set(tree["split"])
+    assert {"seed", "ratios" if "ratios" in tree["split"] else "folds"} <= set(tree["split"])
     stated = {"epochs", "batch_size", "loss", "optimizer", "lr", "weight_decay", "schedule", "monitor", "precision"}
     assert stated <= set(tree["train"])
     assert {"backbone", "head", "image_size", "mean", "std", "pretrained"} <= set(tree["model"])

@@ -8,12 +8,12 @@ import pytest
 
 PROCESS = """
 import ctypes, sys, threading, time
-from fivefold import stopping
+from fivefold import signals
 from fivefold.errors import StoppedError
 
-stopping.HANG_TIMEOUT_S = 0.5
+signals.HANG_TIMEOUT_S = 0.5
 try:
-    with stopping.noted(watched=True):
+    with signals.defer_signals(watched=True):
         print("ready", flush=True)
         if sys.argv[1] == "hangs":
             threading.Event().wait(60)
@@ -22,7 +22,7 @@ try:
             library.pthread_mutex_lock(mutex), library.pthread_mutex_lock(mutex)  # the second one waits for ever
         while True:
             time.sleep(0.05)
-            stopping.poll()
+            signals.poll()
 except StoppedError as stopped:
     time.sleep(1)  # what it keeps takes longer than it has to ask
     print("kept", flush=True)
@@ -47,10 +47,10 @@ def test_a_process_that_hangs_ends_too_and_one_that_keeps_its_work_has_the_time(
 def test_what_a_forked_worker_is_sent_does_not_end_its_parent() -> None:
     code = """
 import os, signal, sys, time
-from fivefold import stopping
+from fivefold import signals
 
-stopping.HANG_TIMEOUT_S = 0.2
-with stopping.noted(watched=True):
+signals.HANG_TIMEOUT_S = 0.2
+with signals.defer_signals(watched=True):
     worker = os.fork()
     if not worker:
         time.sleep(60)
@@ -58,7 +58,7 @@ with stopping.noted(watched=True):
     os.kill(worker, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
     time.sleep(1)
-    stopping.poll()
+    signals.poll()
 print("goes on")
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fivefold.config.parsing import value_of
+from fivefold.config.parsing import parse_value
 
 SPEC = str | dict[str, Any]
 
@@ -51,7 +51,7 @@ SPEC = str | dict[str, Any]
     ],
 )
 def test_what_is_meant_is_accepted(kind: Any, given: Any, expected: Any):
-    found = value_of(kind, given)
+    found = parse_value(kind, given)
     assert found == expected
     assert type(found) is type(expected)
 
@@ -79,4 +79,4 @@ def test_what_is_meant_is_accepted(kind: Any, given: Any, expected: Any):
 )
 def test_what_is_unclear_is_refused(kind: Any, given: Any, needed: str):
     with pytest.raises(ValueError, match=f"^{needed} is needed$"):
-        value_of(kind, given)
+        parse_value(kind, given)

@@ -18,17 +18,21 @@ PICTURE = b"P6 2 2 255 " + bytes(12)
 """An image of 2 x 2 pixels (PPM), which Pillow knows whatever its name."""
 CLASSES = ("fold", "id", "<b>빨강 차")
 """Names of the toy run's classes, which a careless table or page would trip over."""
-MODEL = ["model.backbone=fivefold/small_net", 'model.options={"widths": [8, 16], "stem": 8}', "model.image_size=12"]
-SETTINGS = [*MODEL, "train.epochs=1", "train.batch_size=8", "train.precision=fp32", "train.trackers=[]"]
+MODEL = [
+    "model.backbone=fivefold/small_net",
+    'model.backbone_kwargs={"widths": [8, 16], "stem": 8}',
+    "model.image_size=12",
+]
+SETTINGS = [*MODEL, "train.epochs=1", "train.batch_size=8", "train.precision=fp32", "train.loggers=[]"]
 """A network that trains for a moment."""
 LEARNS = [
     *MODEL, "train.epochs=3", "train.batch_size=16", "train.lr=0.02", "train.ema_decay=0.9", "train.precision=fp32",
-    'augment.train=["random_crop", "horizontal_flip"]', "augment.mix=cutmix", "predict.views=plain,flip",
+    'augment.train=["random_crop", "horizontal_flip"]', "augment.batch_mix=cutmix", "predict.tta=plain,flip",
 ]  # fmt: skip
 """A network that learns the toy images."""
 RESUMES = [
     "FOLD=0", *MODEL, "model.dropout=0.3", "train.epochs=4", "train.batch_size=8", "train.lr=0.02", "train.ema_decay=0.9",
-    "train.precision=fp32", "train.checkpoint_steps=2", "augment.mix=cutmix",
+    "train.precision=fp32", "train.checkpoint_steps=2", "augment.batch_mix=cutmix",
 ]  # fmt: skip
 """A fold that is long enough to be stopped in."""
 
@@ -181,7 +185,7 @@ def make_toy_run(root: Path) -> Path:
 def make_product_run(products: Path, root: Path) -> Path:
     """Makes a split of products, two folds, their ensemble's answers to all images, and a student."""
     settings = [
-        *LEARNS, "model.image_size=16", "train.epochs=4", "train.ema_decay=0", "augment.train=horizontal_flip", "augment.mix=none",
+        *LEARNS, "model.image_size=16", "train.epochs=4", "train.ema_decay=0", "augment.train=horizontal_flip", "augment.batch_mix=none",
         "train.device=cpu",
     ]  # fmt: skip
     (root / "train").symlink_to(products)

@@ -9,23 +9,28 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fivefold.build import build_classifier, build_loop, one_hot, seed_everything
+from fivefold.build import build_classifier, build_trainer, one_hot, seed_everything
 from fivefold.config.schema import Augment, Distill, Model, Settings, Train
-from fivefold.data.pipeline.dataset import ImageSet
+from fivefold.data.pipeline.dataset import ImageDataset
 from fivefold.data.readers.stores import open_store
 from fivefold.data.transforms.registry import build_transforms
 from fivefold.inference.predictor import Runtime, make_runtime
 from fivefold.models.classifier import Classifier
-from fivefold.training.teacher import Teacher
-from fivefold.training.trainer import Loop, TrainRows, ValidRows
+from fivefold.training.objectives import Teacher
+from fivefold.training.trainer import TrainData, Trainer, ValidData
 
 CPU = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.5] * 3)
-SMALL = {"backbone": "fivefold/small_net", "options": {"widths": [8, 16], "stem": 8}, "image_size": 12, "dropout": 0.3}
+SMALL = {
+    "backbone": "fivefold/small_net",
+    "backbone_kwargs": {"widths": [8, 16], "stem": 8},
+    "image_size": 12,
+    "dropout": 0.3,
+}
 
 
 def images_in(
     folder: Path, count: int, size: int = 12, noise: int = 150, tint: int = 100, transforms: tuple[str, ...] = ()
-) -> ImageSet:
+) -> ImageDataset:
     """`count` images of random pixels below `noise`, drawn in `folder`, the colour number % 3 of each brighter by `tint`."""
     drawing = np.random.default_rng(0)
     names = [f"{number:02d}.png" for number in range(count)]
@@ -34,11 +39,11 @@ def images_in(
         pixels = drawing.integers(0, noise, (size, size, 3))
         pixels[..., number % 3] += tint
         Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
-    return ImageSet(open_store(folder), names, build_transforms(list(transforms), (size, size)), seed=1)
+    return ImageDataset(open_store(folder), names, build_transforms(list(transforms), (size, size)), seed=1)
 
 
 def run_of(
-    images: ImageSet,
+    images: ImageDataset,
     train: dict[str, Any],
     model: dict[str, Any] | None = None,
     mix: str = "none",
@@ -47,16 +52,16 @@ def run_of(
     patience: int = 0,
     select: bool = True,
     runtime: Runtime = CPU,
-) -> tuple[Loop, list[dict[str, Any]]]:
+) -> tuple[Trainer, list[dict[str, Any]]]:
     """A fresh loop over images of three classes, as a new process makes it, and the rows of epochs that it will tell.
 
     `model`: the keys of [model], None for one linear layer; `distill`: those of [distill], None without a teacher.
     """
     codes = np.arange(len(images)) % 3
     settings = Settings(
-        model=Model(**(model or {"image_size": images.seen(0).images.shape[-1]})),
-        augment=Augment(mix=mix, mix_alpha=0.4),
-        train=Train(**{"epochs": 4, "batch_size": 6, "lr": 0.05, "precision": "fp32", "workers": 0} | train),
+        model=Model(**(model or {"image_size": images.eval_batch(0).images.shape[-1]})),
+        augment=Augment(batch_mix=mix, mix_alpha=0.4),
+        train=Train(**{"epochs": 4, "batch_size": 6, "lr": 0.05, "precision": "fp32", "num_workers": 0} | train),
         distill=Distill(**(distill or {})),
     )
     seed_everything(0)
@@ -65,14 +70,14 @@ def run_of(
     log_probs = np.log(np.full((len(codes), 3), 0.1, np.float32) + 0.7 * np.eye(3, dtype=np.float32)[codes])
     taught = settings.distill
     teacher = None if distill is None else Teacher(log_probs, taught.alpha, taught.temperature, runtime.device)
-    valid = ValidRows(images, codes if valid_codes is None else valid_codes)
-    rows = TrainRows(images, one_hot(codes, 3, runtime.device), teacher)
-    loop = build_loop("test", network, rows, valid, settings, runtime, select=select, patience=patience)
+    valid = ValidData(images, codes if valid_codes is None else valid_codes)
+    rows = TrainData(images, one_hot(codes, 3, runtime.device), teacher)
+    loop = build_trainer("test", network, rows, valid, settings, runtime, select=select, patience=patience)
     told: list[dict[str, Any]] = []
     return replace(loop, observers=[told.append]), told
 
 
-def stand_still(loop: Loop) -> None:
+def stand_still(loop: Trainer) -> None:
     """Sets all learning rates to nothing, so that no epoch improves on another."""
     loop.schedule.base_lrs = [0.0] * len(loop.schedule.base_lrs)
     for group in loop.schedule.optimizer.param_groups:

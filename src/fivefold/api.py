@@ -15,11 +15,11 @@ from PIL import Image
 
 from fivefold.contract.artifacts import TARBALLS
 from fivefold.contract.files import tree_files
-from fivefold.data.readers.user_images import HandedStore
-from fivefold.ensemble import Committee, Verdict, load_committee
+from fivefold.data.readers.user_images import InMemoryStore
+from fivefold.ensemble import EnsemblePredictor, PredictionBatch, load_ensemble
 from fivefold.errors import MissingInputError
-from fivefold.predictions import sample
-from fivefold.trained_model import ImageFiles
+from fivefold.predictions import preview
+from fivefold.trained_model import ImageList
 
 log = logging.getLogger("fivefold")
 
@@ -29,8 +29,8 @@ ERROR = "ERROR"
 MAX_LISTED = 5
 """Maximum number of reasons in the warning about unreadable images; the others get one line each."""
 
-Picture = str | os.PathLike[str] | bytes | Image.Image
-PICTURES = (str, os.PathLike, bytes, Image.Image)
+ImageInput = str | os.PathLike[str] | bytes | Image.Image
+IMAGE_INPUT_TYPES = (str, os.PathLike, bytes, Image.Image)
 
 
 class ImageClassificationAPI:
@@ -65,52 +65,54 @@ class ImageClassificationAPI:
         explicit = {"device": device, **({"batch_size": batch_size} if batch_size else {})}
         packed = any(file.name in TARBALLS for file in tree_files(path))
         with tempfile.TemporaryDirectory(prefix="fivefold-") if packed else nullcontext("") as scratch:
-            self._committee: Committee = load_committee(path, Path(scratch), explicit)
-        log.info("%d models of %s, %d classes", len(self._committee.members), path, len(self.classes))
+            self._predictor: EnsemblePredictor = load_ensemble(path, Path(scratch), explicit)
+        log.info("%d models of %s, %d classes", len(self._predictor.models), path, len(self.classes))
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names that `predict` can return, besides ERROR."""
-        return self._committee.classes
+        return self._predictor.classes
 
-    def predict(self, images: Sequence[Picture] | Picture) -> list[dict[str, Any]]:
+    def predict(self, images: Sequence[ImageInput] | ImageInput) -> list[dict[str, Any]]:
         """Return `[{"image_path", "predicted_class", "confidence"}]`, one per image, in the order of `images`.
 
         An image is a path, the bytes of an image file, or a Pillow image. An image that cannot be read gives `ERROR`
         with confidence 0.0, and the reason is logged; it does not raise.
         """
-        pictures = [images] if isinstance(images, PICTURES) else list(images)
+        pictures = [images] if isinstance(images, IMAGE_INPUT_TYPES) else list(images)
         start = time.perf_counter()
         keys = [image if isinstance(image, str) else f"<image {number}>" for number, image in enumerate(pictures)]
-        store = HandedStore(dict(zip(keys, pictures, strict=True)), self._folder)
-        verdict = self._committee.predict(ImageFiles(store, keys))
+        store = InMemoryStore(dict(zip(keys, pictures, strict=True)), self._folder)
+        batch = self._predictor.predict(ImageList(store, keys))
         names = [_name(image, number) for number, image in enumerate(pictures)]
-        results = answers(verdict, names, self.classes)
-        tell(verdict, names, results, time.perf_counter() - start)
+        results = to_results(batch, names, self.classes)
+        log_summary(batch, names, results, time.perf_counter() - start)
         return results
 
 
-def answers(verdict: Verdict, names: Sequence[str], classes: Sequence[str]) -> list[dict[str, Any]]:
+def to_results(batch: PredictionBatch, names: Sequence[str], classes: Sequence[str]) -> list[dict[str, Any]]:
     """Return a result for each of `names`: class and confidence in 0..1, or ERROR."""
     results = [{"image_path": name, "predicted_class": ERROR, "confidence": 0.0} for name in names]
-    best = verdict.log_probs.argmax(axis=1)
-    top = np.minimum(np.exp(verdict.log_probs.max(axis=1, initial=-np.inf).astype(np.float64)), 1.0)
-    for row, code, confidence in zip(verdict.rows.tolist(), best.tolist(), top.tolist(), strict=True):
+    best = batch.log_probs.argmax(axis=1)
+    top = np.minimum(np.exp(batch.log_probs.max(axis=1, initial=-np.inf).astype(np.float64)), 1.0)
+    for row, code, confidence in zip(batch.rows.tolist(), best.tolist(), top.tolist(), strict=True):
         results[row] |= {"predicted_class": classes[code], "confidence": confidence}
     return results
 
 
-def tell(verdict: Verdict, names: Sequence[str], results: Sequence[dict[str, Any]], seconds: float) -> None:
+def log_summary(
+    batch: PredictionBatch, names: Sequence[str], results: Sequence[dict[str, Any]], seconds: float
+) -> None:
     """Log the time, the numbers of successes and failures, the reason of each failure, and the count of each class."""
-    read, failed = len(verdict.rows), len(verdict.unreadable)
+    read, failed = len(batch.rows), len(batch.unreadable)
     speed = f"{1000 * seconds / len(names):.1f} ms per image" if names else "no image"
     log.info("predicted %d images in %.2f s (%s): %d successes, %d failures", len(names), seconds, speed, read, failed)
     counts = Counter(result["predicted_class"] for result in results if result["predicted_class"] != ERROR)
     if counts:
         log.info("classes: %s", ", ".join(f"{name} {count}" for name, count in counts.most_common()))
     if failed:
-        reasons = list(verdict.unreadable.values())
-        log.warning("%d images cannot be read: %s", failed, sample(reasons, MAX_LISTED))
+        reasons = list(batch.unreadable.values())
+        log.warning("%d images cannot be read: %s", failed, preview(reasons, MAX_LISTED))
         for reason in reasons[MAX_LISTED:]:
             log.info("cannot be read: %s", reason)
 

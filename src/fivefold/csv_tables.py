@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fivefold.contract.filenames import plain_name
+from fivefold.contract.filenames import normalize_class_name
 from fivefold.errors import DataError, MissingInputError
-from fivefold.predictions import sample
+from fivefold.predictions import preview
 
 ID_NAMES = ("id",)
 PATH_NAMES = (
@@ -50,7 +50,7 @@ class CsvFile:
     """A CSV after reading its header: `where` describes its place, `name` its file, and `columns` the column names as written.
 
     `has_index`: the file has a first column of row numbers, as written by pandas, which is not in `columns`.
-    `has_mark`: the file starts with a byte-order mark, as written by Excel.
+    `has_bom`: the file starts with a byte-order mark, as written by Excel.
     """
 
     where: str
@@ -59,7 +59,7 @@ class CsvFile:
     columns: tuple[str, ...]
     delimiter: str
     has_index: bool
-    has_mark: bool
+    has_bom: bool
 
     def __str__(self) -> str:
         return self.where
@@ -69,20 +69,20 @@ class CsvFile:
         return "\r\n" if self.text.partition("\n")[0].endswith("\r") else "\n"
 
     @property
-    def plain_columns(self) -> list[str]:
+    def normalized_columns(self) -> list[str]:
         """Return the column names in lower case, without surrounding spaces."""
-        return [plain_name(name).lower() for name in self.columns]
+        return [normalize_class_name(name).lower() for name in self.columns]
 
     def column(self, name: str, known: Sequence[str] = ()) -> str | None:
         """Return the column `name` as spelled in the header, or without a name the first of `known`; None if missing."""
         for candidate in [name] if name else known:
             if candidate in self.columns:
                 return candidate
-            if candidate.lower() in self.plain_columns:
-                return self.columns[self.plain_columns.index(candidate.lower())]
+            if candidate.lower() in self.normalized_columns:
+                return self.columns[self.normalized_columns.index(candidate.lower())]
         return None
 
-    def must_have(self, name: str, known: Sequence[str], key: str) -> str:
+    def require_column(self, name: str, known: Sequence[str], key: str) -> str:
         """Return `column`; raise a DataError with the setting `key` and the existing columns if it is missing."""
         column = self.column(name, known)
         if column is None:
@@ -190,7 +190,7 @@ def _is_blank(cells: list[str]) -> bool:
 
 def _has_index(header: list[str], row: list[str]) -> bool:
     """Return whether the first column has no name and the second is named as ids, or holds no numbers."""
-    first, second = [plain_name(name).lower() for name in (*header[:2], "")][:2]
+    first, second = [normalize_class_name(name).lower() for name in (*header[:2], "")][:2]
     if not is_index(first) or len(header) < 3 or second in CLASS_NAMES:
         return False
     return second in (*ID_NAMES, *PATH_NAMES) or bool(row[1:] and row[1] and not is_number(row[1]))
@@ -209,18 +209,18 @@ def is_number(cell: str) -> bool:
     return True
 
 
-def plain_names(cells: pd.Series) -> pd.Series:
-    """Return the cells as normalized names of classes or groups: see `plain_name`."""
+def normalize_names(cells: pd.Series) -> pd.Series:
+    """Return the cells as normalized names of classes or groups: see `normalize_class_name`."""
     codes, names = pd.factorize(cells)
-    return pd.Series(pd.array([plain_name(name) for name in names], dtype="str").take(codes), cells.index)
+    return pd.Series(pd.array([normalize_class_name(name) for name in names], dtype="str").take(codes), cells.index)
 
 
-def check_filled(cells: pd.Series, what: str, where: object) -> None:
+def check_not_empty(cells: pd.Series, column: str, where: object) -> None:
     """Raise a DataError with the first row (counted from 1 below the header) whose cell is empty or only spaces."""
     empty = np.flatnonzero(cells.str.strip() == "")
     if len(empty):
         raise DataError(
-            f"{where} has {len(empty)} rows with an empty {what}, the first in row {empty[0] + 1} below the header"
+            f"{where} has {len(empty)} rows with an empty {column}, the first in row {empty[0] + 1} below the header"
         )
 
 
@@ -229,20 +229,23 @@ def check_unique(ids: pd.Series, where: object) -> None:
     if not ids.is_unique:
         duplicates = ids[ids.duplicated()].unique()
         raise DataError(
-            f"{where}: duplicate ids in the column {ids.name!r}: {sample(duplicates)}; use another id column"
+            f"{where}: duplicate ids in the column {ids.name!r}: {preview(duplicates)}; use another id column"
         )
 
 
-def check_same_ids(ids: Collection[str], whose: str, others: Collection[str], of: str) -> None:
-    """Raise a DataError that counts and lists the ids of one side only; `whose` and `of` describe the two sides."""
+def check_same_ids(ids: Collection[str], ids_label: str, others: Collection[str], others_label: str) -> None:
+    """Raise a DataError that counts and lists the ids of one side only; `ids_label` and `others_label` describe the two sides."""
     left, right = set(ids), set(others)
     problems = [
-        f"{len(unmatched)} of the {len(all_ids)} ids of {side} are not in {other} ({sample(sorted(unmatched))})"
-        for unmatched, all_ids, side, other in ((left - right, left, whose, of), (right - left, right, of, whose))
+        f"{len(unmatched)} of the {len(all_ids)} ids of {side} are not in {other} ({preview(sorted(unmatched))})"
+        for unmatched, all_ids, side, other in (
+            (left - right, left, ids_label, others_label),
+            (right - left, right, others_label, ids_label),
+        )
         if unmatched
     ]
     if problems:
         raise DataError(
-            f"{whose} and {of} have different rows: {'; '.join(problems)}; both must have the same ids, "
+            f"{ids_label} and {others_label} have different rows: {'; '.join(problems)}; both must have the same ids, "
             "character by character (7 is not 007)"
         )

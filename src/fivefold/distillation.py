@@ -13,29 +13,29 @@ import numpy as np
 import pyarrow as pa
 
 from fivefold import predictions
-from fivefold.build import images_at, one_hot
+from fivefold.build import image_dataset, one_hot
 from fivefold.config.schema import Settings, Spec
-from fivefold.contract.artifacts import ModelDir, model_at
+from fivefold.contract.artifacts import ModelDir, open_model_dir
 from fivefold.contract.stage_specs import OOF
-from fivefold.data.image_io import Pixels
-from fivefold.data.readers.stores import ImageStore, JoinedStore
+from fivefold.data.image_io import DecodeOptions
+from fivefold.data.readers.stores import ImageStore, MultiStore
 from fivefold.data.split.fold_table import FoldTable
-from fivefold.data.split.verify import open_images
-from fivefold.distributed.process_group import BY_ITSELF, Replicas
+from fivefold.data.split.verify import verify_images
+from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.inference.blending import mean
 from fivefold.inference.predictor import Runtime
-from fivefold.inference.tta import build_views, distinct
-from fivefold.predictions import Predictions, in_class_order, sample
-from fivefold.trained_model import Gallery, ImageFiles, load_member
-from fivefold.training.teacher import Teacher
-from fivefold.training.trainer import TrainRows
+from fivefold.inference.tta import build_views, deduplicate
+from fivefold.predictions import Predictions, preview, reorder_classes
+from fivefold.trained_model import ImageList, SharedEvalImages, load_model
+from fivefold.training.objectives import Teacher
+from fivefold.training.trainer import TrainData
 
 log = logging.getLogger("fivefold")
 TEACHERS = ("oof", "best_fold", "ensemble")
 
 
-def allowed_patience(patience: int, holdout_rows: int) -> int:
+def check_patience(patience: int, holdout_rows: int) -> int:
     """Return the patience; raise a SettingsError without a holdout, since the teachers trained on all other labels."""
     if patience and not holdout_rows:
         raise SettingsError(
@@ -46,7 +46,7 @@ def allowed_patience(patience: int, holdout_rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class SoftTargets:
     """The teacher's log-probabilities [N, C] of N rows; `leak_free` if no teacher was trained on the rows it predicts."""
 
     log_probs: np.ndarray
@@ -55,22 +55,22 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Pupils:
+class DistillRows:
     """The student's rows of a split, the store of their images, and the ranks that share their prediction."""
 
     folds: FoldTable
     rows: np.ndarray
     store: ImageStore
-    replicas: Replicas = BY_ITSELF
+    process_group: ProcessGroup = SINGLE_PROCESS
     scratch: Path | None = None
 
-    def gallery(self) -> Gallery:
+    def eval_images(self) -> SharedEvalImages:
         """Return the images of the rows, which are preprocessed once for all teachers and views."""
-        return Gallery(ImageFiles(self.store, list(self.folds.paths_of(self.rows))), self.scratch)
+        return SharedEvalImages(ImageList(self.store, list(self.folds.paths_of(self.rows))), self.scratch)
 
 
 @dataclass(frozen=True)
-class Unseen:
+class UnlabelledImages:
     """Unlabelled images at `paths` of a store, and their log-probabilities [N, C] by the ensemble."""
 
     store: ImageStore
@@ -78,37 +78,47 @@ class Unseen:
     log_probs: np.ndarray
 
 
-def teach(teacher: str, models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
+def compute_soft_targets(
+    teacher: str, models: Sequence[ModelDir], student_rows: DistillRows, views: Sequence[Spec]
+) -> SoftTargets:
     """Return the targets of `teacher`: oof, best_fold, ensemble, or the path of a model folder.
 
     Raise a SettingsError for an unknown view, before any prediction.
     """
     build_views(views)
     if teacher == "oof":
-        return _out_of_fold_lesson(models, pupils, views)
+        return _oof_soft_targets(models, student_rows, views)
     if teacher == "best_fold":
         models = [best_model(models)]
     elif teacher != "ensemble":
         models = [_load_teacher(teacher, models[0].info["split"])]
     names = ", ".join(model.name for model in models)
     log.warning("the teacher (%s) was trained on rows that it predicts: this distillation is not leak-free", names)
-    gallery, log_probs = pupils.gallery(), []
+    eval_images, log_probs = student_rows.eval_images(), []
     for model in models:
-        recipe_views = model.info["settings"].get("predict", {}).get("views", ["plain"])
-        log_probs += _predict(model, pupils, gallery, [distinct([*recipe_views, *views])])
-    return Lesson(mean(log_probs), leak_free=False, teacher=names)
+        recipe_views = model.info["settings"].get("predict", {}).get("tta", ["plain"])
+        log_probs += _predict(model, student_rows, eval_images, [deduplicate([*recipe_views, *views])])
+    return SoftTargets(mean(log_probs), leak_free=False, teacher=names)
 
 
-def unseen_paths(store: ImageStore, paths: Sequence[str], pupils: Pupils, kind: Pixels = Pixels()) -> list[str]:  # noqa: B008
+def exclude_split_images(
+    store: ImageStore,
+    paths: Sequence[str],
+    student_rows: DistillRows,
+    options: DecodeOptions = DecodeOptions(),  # noqa: B008
+) -> list[str]:
     """Return the paths of readable images that are not in the split, by their pixels; ignore the others, with warnings.
 
     Otherwise models would predict targets of images that they were trained on, and the student would train on the
-    holdout. `kind` limits the image size: it must accept every image that the split accepts.
+    holdout. `options` limits the image size: it must accept every image that the split accepts.
     """
-    split, unlabelled = open_images(pupils.store, pupils.folds.paths, kind), open_images(store, pa.array(paths), kind)
+    split, unlabelled = (
+        verify_images(student_rows.store, student_rows.folds.paths, options),
+        verify_images(store, pa.array(paths), options),
+    )
     known = set(split.pixels[split.readable].tolist())
     if unlabelled.unreadable:
-        reasons = sample(list(unlabelled.unreadable.values()))
+        reasons = preview(list(unlabelled.unreadable.values()))
         log.warning(
             "%d of %d unlabelled images cannot be read and are ignored: %s",
             len(unlabelled.unreadable),
@@ -122,26 +132,34 @@ def unseen_paths(store: ImageStore, paths: Sequence[str], pupils: Pupils, kind: 
     return fresh
 
 
-def teach_unseen(models: Sequence[ModelDir], store: ImageStore, paths: Sequence[str], pupils: Pupils) -> np.ndarray:
+def ensemble_soft_targets(
+    models: Sequence[ModelDir], store: ImageStore, paths: Sequence[str], student_rows: DistillRows
+) -> np.ndarray:
     """Return the ensemble's log-probabilities [N, C] of unlabelled images, which no fold was trained on."""
-    gallery = Gallery(ImageFiles(store, paths), pupils.scratch)
-    return mean([_predict(model, pupils, gallery, [()])[0] for model in models])
+    eval_images = SharedEvalImages(ImageList(store, paths), student_rows.scratch)
+    return mean([_predict(model, student_rows, eval_images, [()])[0] for model in models])
 
 
-def taught(pupils: Pupils, lesson: Lesson, unseen: Unseen | None, settings: Settings, runtime: Runtime) -> TrainRows:
+def build_train_data(
+    student_rows: DistillRows,
+    targets: SoftTargets,
+    unlabelled: UnlabelledImages | None,
+    settings: Settings,
+    runtime: Runtime,
+) -> TrainData:
     """Return the student's training rows: images, labels (none for unlabelled images), and teacher."""
-    folds, rows, store = pupils.folds, pupils.rows, pupils.store
+    folds, rows, store = student_rows.folds, student_rows.rows, student_rows.store
     paths, digests = [*folds.paths_of(rows)], [*folds.sha256_of(rows)]
-    codes, log_probs = folds.codes[rows], lesson.log_probs
-    if unseen is not None:
-        store = JoinedStore({"labelled": store, "unlabelled": unseen.store})
-        paths = [f"labelled/{path}" for path in paths] + [f"unlabelled/{path}" for path in unseen.paths]
-        digests += [None] * len(unseen.paths)
-        codes = np.concatenate([codes, np.full(len(unseen.paths), -1, codes.dtype)])
-        log_probs = np.concatenate([log_probs, unseen.log_probs])
-    images = images_at(store, paths, digests, settings, training=True)
+    codes, log_probs = folds.codes[rows], targets.log_probs
+    if unlabelled is not None:
+        store = MultiStore({"labelled": store, "unlabelled": unlabelled.store})
+        paths = [f"labelled/{path}" for path in paths] + [f"unlabelled/{path}" for path in unlabelled.paths]
+        digests += [None] * len(unlabelled.paths)
+        codes = np.concatenate([codes, np.full(len(unlabelled.paths), -1, codes.dtype)])
+        log_probs = np.concatenate([log_probs, unlabelled.log_probs])
+    images = image_dataset(store, paths, digests, settings, training=True)
     teacher = Teacher(log_probs, settings.distill.alpha, settings.distill.temperature, runtime.device)
-    return TrainRows(images, one_hot(codes, len(folds.classes), runtime.device), teacher)
+    return TrainData(images, one_hot(codes, len(folds.classes), runtime.device), teacher)
 
 
 def out_of_fold_targets(tables: Sequence[Predictions], folds: FoldTable, rows: np.ndarray) -> np.ndarray:
@@ -175,42 +193,46 @@ def best_model(models: Sequence[ModelDir]) -> ModelDir:
     return min(models, key=lambda model: model.info["best"]["logloss"])
 
 
-def _out_of_fold_lesson(models: Sequence[ModelDir], pupils: Pupils, views: Sequence[Spec]) -> Lesson:
+def _oof_soft_targets(models: Sequence[ModelDir], student_rows: DistillRows, views: Sequence[Spec]) -> SoftTargets:
     """Average, for each row, the stored out-of-fold predictions of its fold's models and their predictions of each of `views`."""
-    folds, rows, gallery = pupils.folds, pupils.rows, pupils.gallery()
+    folds, rows, eval_images = student_rows.folds, student_rows.rows, student_rows.eval_images()
     tables = [[predictions.read(model.path / OOF) for model in models], *([] for _ in views)]
     ids, fold = folds.ids_of(rows), folds.fold[rows]
     for model in models if views else ():
         held_out = np.flatnonzero(fold == model.info["fold"])
         for table, log_probs in zip(
-            tables[1:], _predict(model, pupils, gallery, [(view,) for view in views], held_out), strict=True
+            tables[1:], _predict(model, student_rows, eval_images, [(view,) for view in views], held_out), strict=True
         ):
             table.append(Predictions(ids[held_out], fold[held_out], model.system, folds.classes, log_probs))
     targets = [out_of_fold_targets(table, folds, rows) for table in tables]
-    return Lesson(mean(targets), leak_free=True, teacher=f"out-of-fold predictions of {len(models)} models")
+    return SoftTargets(mean(targets), leak_free=True, teacher=f"out-of-fold predictions of {len(models)} models")
 
 
 def _load_teacher(path: str, split: str) -> ModelDir:
     """Return the model at the path in `distill.teacher`; warn if its split differs from the digest `split`."""
     if not Path(path).is_dir():
         raise MissingInputError(f"distill.teacher={path} is neither one of {', '.join(TEACHERS)} nor a model folder")
-    model = model_at(Path(path))
+    model = open_model_dir(Path(path))
     if model.info["split"] != split:
         log.warning("%s comes from another split: it may have been trained on this split's holdout", model.name)
     return model
 
 
 def _predict(
-    model: ModelDir, pupils: Pupils, gallery: Gallery, lists: Sequence[Sequence[Spec]], rows: np.ndarray | None = None
+    model: ModelDir,
+    student_rows: DistillRows,
+    eval_images: SharedEvalImages,
+    lists: Sequence[Sequence[Spec]],
+    rows: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Return a model's log-probabilities [N, C] of a gallery or of some `rows`, one per list of views; empty: the recipe's views."""
-    classes = pupils.folds.classes
+    classes = student_rows.folds.classes
     differing = sorted(set(model.info["classes"]) ^ set(classes))
     if differing:
         raise DataError(
-            f"the teacher {model.shown} and the student's split have different classes: {sample(differing)} are in only one "
+            f"the teacher {model.display_path} and the student's split have different classes: {preview(differing)} are in only one "
             "of them; use a teacher with the same classes"
         )
-    member = load_member(model, {}, replicas=pupils.replicas)
-    predicted = [member.predict_seen(gallery, f"teacher {model.name}", views, rows) for views in lists]
-    return [in_class_order(log_probs, model.info["classes"], classes) for log_probs in predicted]
+    member = load_model(model, {}, process_group=student_rows.process_group)
+    predicted = [member.predict_cached(eval_images, f"teacher {model.name}", views, rows) for views in lists]
+    return [reorder_classes(log_probs, model.info["classes"], classes) for log_probs in predicted]

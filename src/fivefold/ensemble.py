@@ -8,26 +8,26 @@ from typing import Any
 
 import numpy as np
 
-from fivefold.contract.artifacts import ModelDir, find_models, locate_all
+from fivefold.contract.artifacts import ModelDir, find_all, find_models
 from fivefold.contract.stage_specs import ENSEMBLE
-from fivefold.data.image_io import Pixels
-from fivefold.data.pipeline.dataset import Batch, ImageSet
+from fivefold.data.image_io import DecodeOptions
+from fivefold.data.pipeline.dataset import Batch, ImageDataset
 from fivefold.data.split.fold_table import FoldTable
 from fivefold.errors import DataError
 from fivefold.inference.ensemble_spec import Ensemble, find_ensemble
-from fivefold.predictions import in_class_order
+from fivefold.predictions import reorder_classes
 from fivefold.progress import track
 from fivefold.system import count_cores
-from fivefold.trained_model import ImageFiles, Member, load_member
+from fivefold.trained_model import ImageList, TrainedModel, load_model
 
-Prepared = dict[str, Batch]
+PreparedImage = dict[str, Batch]
 """A preprocessed image, by the preprocessing key (`sight`) of the models."""
 CHUNK_IMAGES = 32
 """Images per chunk: one chunk is predicted while the next is prepared."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PredictionBatch:
     """Predictions of N images: `rows` [R] of readable images, ascending, and their `log_probs` float32 [R, C].
 
     `unreadable`: the reason by row, for the images that cannot be read.
@@ -39,17 +39,17 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Committee:
-    """An ensemble with loaded models: `members`, in the order of its models."""
+class EnsemblePredictor:
+    """An ensemble with loaded models: `models`, in the order of its models."""
 
     ensemble: Ensemble
-    members: Sequence[Member]
+    models: Sequence[TrainedModel]
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.ensemble.classes
 
-    def predict(self, files: ImageFiles, label: str = "") -> Verdict:
+    def predict(self, files: ImageList, label: str = "") -> PredictionBatch:
         """Return the blended predictions of all readable images; show a progress bar if `label` is not empty.
 
         Models with the same decoding options share decoded images, and models with the same preprocessing share
@@ -62,41 +62,44 @@ class Committee:
             images = {row: image for row, image in chunk.items() if not isinstance(image, str)}
             rows += images
             if images:
-                log_probs.append(self.judge(list(images.values())))
-        return Verdict(np.array(rows, np.int64), np.concatenate(log_probs), unreadable)
+                log_probs.append(self.predict_prepared(list(images.values())))
+        return PredictionBatch(np.array(rows, np.int64), np.concatenate(log_probs), unreadable)
 
     @property
-    def kinds(self) -> list[Pixels]:
+    def decode_options(self) -> list[DecodeOptions]:
         """The different decoding options of the models; usually one."""
-        return list(dict.fromkeys(member.pixels for member in self.members))
+        return list(dict.fromkeys(model.decode_options for model in self.models))
 
-    def decode(self, content: bytes, name: str, **bounds: Any) -> dict[Pixels, np.ndarray]:
-        """Decode an image file to uint8 [H, W, 3] for each of `kinds`; thread-safe. `bounds` and DataError as in `images.decode`."""
-        return {pixels: pixels.decode(content, name, **bounds) for pixels in self.kinds}
+    def decode(self, content: bytes, name: str, **bounds: Any) -> dict[DecodeOptions, np.ndarray]:
+        """Decode an image file to uint8 [H, W, 3] for each of `decode_options`; thread-safe. `bounds` and DataError as in `images.decode`."""
+        return {options: options.decode(content, name, **bounds) for options in self.decode_options}
 
-    def prepare(self, decoded: Mapping[Pixels, np.ndarray]) -> Prepared:
+    def prepare(self, decoded: Mapping[DecodeOptions, np.ndarray]) -> PreparedImage:
         """Preprocess the result of `decode` once per preprocessing key; thread-safe."""
-        by_key = {member.sight: member for member in self.members}
-        return {sight: member.prepare(decoded[member.pixels]) for sight, member in by_key.items()}
+        by_key = {model.preprocess_key: model for model in self.models}
+        return {sight: model.prepare(decoded[model.decode_options]) for sight, model in by_key.items()}
 
-    def judge(self, images: Sequence[Prepared]) -> np.ndarray:
+    def predict_prepared(self, images: Sequence[PreparedImage]) -> np.ndarray:
         """Return log p float32 [N, C] of N prepared images.
 
         The other images of the batch change a row only by the rounding of the networks' precision.
         """
         log_probs = []
-        for member in self.members:
-            predicted = member.predict_prepared([image[member.sight] for image in images])
-            log_probs.append(in_class_order(predicted, member.source.info["classes"], self.classes))
+        for model in self.models:
+            predicted = model.predict_prepared([image[model.preprocess_key] for image in images])
+            log_probs.append(reorder_classes(predicted, model.source.info["classes"], self.classes))
         return self.ensemble.blend(log_probs)
 
-    def _prepare_chunks(self, files: ImageFiles) -> Iterator[dict[int, Prepared | str]]:
+    def _prepare_chunks(self, files: ImageList) -> Iterator[dict[int, PreparedImage | str]]:
         """Yield chunks of rows, each preprocessed or with the reason why it cannot be read; prepare a chunk ahead."""
-        sets = [ImageSet(files.store, files.paths, _identity, 0, files.sha256, (), kind) for kind in self.kinds]
+        sets = [
+            ImageDataset(files.store, files.paths, _identity, 0, files.sha256, (), options)
+            for options in self.decode_options
+        ]
 
-        def prepare(row: int) -> Prepared | str:
+        def prepare(row: int) -> PreparedImage | str:
             try:
-                return self.prepare({images.pixels: images.image(row) for images in sets})
+                return self.prepare({images.decode_options: images.image(row) for images in sets})
             except DataError as error:
                 return str(error)
 
@@ -112,21 +115,21 @@ class Committee:
                 yield dict(zip(*pending, strict=True))
 
 
-def load_committee(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> Committee:
+def load_ensemble(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> EnsemblePredictor:
     """Load the models below a folder (tarballs are unpacked to `scratch`), with weights and temperature of an `ensemble.json` if it exists.
 
     `explicit`: keys of `[predict]` that override the models' settings. A single fold model is allowed; several models
     must be complete systems of one split.
     """
-    ensemble = find_ensemble(find_models(folder, scratch), locate_all(folder, scratch, ENSEMBLE))
+    ensemble = find_ensemble(find_models(folder, scratch), find_all(folder, scratch, ENSEMBLE))
     if "rank" in (ensemble.within, ensemble.between):
         raise DataError(
             f"{ENSEMBLE} blends by rank, which is not defined for a single image; use another blend, or the model of one fold"
         )
-    return Committee(ensemble, [load_member(model, explicit) for model in ensemble.models])
+    return EnsemblePredictor(ensemble, [load_model(model, explicit) for model in ensemble.models])
 
 
-def seen_as(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
+def row_roles(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
     """Return the role of each row of the split for these models together: `train`, `valid` or `test`, str [N].
 
     `train`: at least one model trained on the row. `valid`: the row only selected a best epoch, like the holdout of a
@@ -138,7 +141,7 @@ def seen_as(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
         fold = model.info["fold"]
         part[table.valid_rows(fold) if fold is not None else table.part == "valid"] = "valid"
         if model.info.get("selected_on") == "holdout":
-            part[table.aside_rows()] = "valid"
+            part[table.held_out_rows()] = "valid"
         trained[table.train_rows(fold) if fold is not None else table.part == "train"] = True
     part[trained] = "train"
     return part

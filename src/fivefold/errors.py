@@ -34,7 +34,7 @@ class RetryableError(FivefoldError):
     exit_code = 75
 
 
-class LostError(RetryableError):
+class PeerLostError(RetryableError):
     """Another process of the training is gone. Its own error, if it could report one, is the cause."""
 
 

@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from fivefold.config.schema import Settings
-from fivefold.contract.files import one_at_a_time, read_json, write_json
-from fivefold.distributed.process_group import BY_ITSELF, Replicas
+from fivefold.contract.files import folder_lock, read_json, write_json
+from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.predictor import Runtime, make_runtime
 from fivefold.lookup import choose
-from fivefold.models.cpu_convs import has_slow_groups, quicken
-from fivefold.system import TICK, count_cores, count_cpus, cpu_name, seconds_of_others
+from fivefold.models.cpu_convs import has_slow_grouped_convs, use_fast_convs
+from fivefold.system import TICK, count_cores, count_cpus, cpu_name, other_cpu_seconds
 
 log = logging.getLogger("fivefold")
 RUNTIME = "runtime"
-"""The key of a run's precision and memory format (`Manner`) in a checkpoint."""
+"""The key of a run's precision and memory format (`PrecisionState`) in a checkpoint."""
 MAX_PROBE_PIXELS = 4 * 224 * 224
 """Maximum pixels of the images of a timed step, which has at least two images."""
 PROBE_S, MAX_ROUNDS = 2.0, 7
@@ -38,18 +38,18 @@ CLEAR_FACTOR = 1.5
 """In a disturbed probe, a precision must be this many times as fast as the usual one to be chosen."""
 
 
-class Manner:
+class PrecisionState:
     """Precision and memory format of a run, for its checkpoints: a resumed run must use the same."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.found = {"precision": precision_name(runtime), "channels_last": runtime.channels_last}
+        self.state = {"precision": precision_name(runtime), "channels_last": runtime.channels_last}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.found
+        return self.state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state != self.found:
-            raise ValueError(f"it was trained with {state}, and this run uses {self.found}")
+        if state != self.state:
+            raise ValueError(f"it was trained with {state}, and this run uses {self.state}")
 
 
 def choose_device(name: str, key: str = "train.device") -> torch.device:
@@ -76,55 +76,59 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def runtime_of(settings: Settings, replicas: Replicas = BY_ITSELF) -> Runtime:
+def make_training_runtime(settings: Settings, process_group: ProcessGroup = SINGLE_PROCESS) -> Runtime:
     """Return the Runtime of the settings for training on this machine, with one or several ranks."""
-    device = replicas.own_device(choose_device(settings.train.device))
+    device = process_group.local_device(choose_device(settings.train.device))
     if settings.train.compile and device.type != "cuda":
         raise SettingsError(f"train.compile=true needs CUDA, but the device is {device.type}; set it to false")
     return _make_runtime(
-        settings, device, replicas.shared(choose_precision(settings.train.precision, device)), replicas
+        settings, device, process_group.broadcast(choose_precision(settings.train.precision, device)), process_group
     )
 
 
-def runtime_for_prediction(
-    settings: Settings, precision: str, device: str = "auto", replicas: Replicas = BY_ITSELF
+def make_prediction_runtime(
+    settings: Settings, precision: str, device: str = "auto", process_group: ProcessGroup = SINGLE_PROCESS
 ) -> Runtime:
     """Return the Runtime for prediction: this machine's device, and the `precision` that the model was trained in.
 
     fp16 becomes float32 if the device is not CUDA.
     """
-    chosen = replicas.own_device(choose_device(device, "predict.device"))
+    chosen = process_group.local_device(choose_device(device, "predict.device"))
     dtype, _ = choose(PRECISIONS, "precision", precision)
     supported = chosen.type == "cuda" or dtype != torch.float16
-    return _make_runtime(settings, chosen, precision if supported else "fp32", replicas)
+    return _make_runtime(settings, chosen, precision if supported else "fp32", process_group)
 
 
-def settled(
-    settings: Settings, network: nn.Module, replicas: Replicas, before: Mapping[str, Any] | None, folder: Path | None
+def resolve_precision(
+    settings: Settings,
+    network: nn.Module,
+    process_group: ProcessGroup,
+    resumed: Mapping[str, Any] | None,
+    folder: Path | None,
 ) -> Settings:
     """Replace `train.precision=auto` in the settings by the precision of this run.
 
-    It is that of `before`, the state of a resumed run; else the one that another stage of this run chose for the same
+    It is that of `resumed`, the state of a resumed run; else the one that another stage of this run chose for the same
     network and stored in `folder`; else the fastest by a short probe on a CPU, and the usual one on other devices. The
     first rank decides for all.
     """
     if settings.train.precision != "auto":
         return settings
     precision = None
-    if replicas.place.leads:
-        precision = before["precision"] if before else _fastest_precision(settings, network, folder)
-    train = settings.train.model_copy(update={"precision": replicas.shared(precision)})
+    if process_group.rank.is_main:
+        precision = resumed["precision"] if resumed else _fastest_precision(settings, network, folder)
+    train = settings.train.model_copy(update={"precision": process_group.broadcast(precision)})
     return settings.model_copy(update={"train": train})
 
 
-def quickened(network: nn.Module, runtime: Runtime, wanted: bool) -> nn.Module:
-    """Give the network convolutions that train faster on CPUs, if it runs on one and they are `wanted`; return it."""
-    if runtime.device.type != "cpu" or not wanted:
+def optimize_for_cpu(network: nn.Module, runtime: Runtime, enabled: bool) -> nn.Module:
+    """Give the network convolutions that train faster on CPUs, if it runs on one and they are `enabled`; return it."""
+    if runtime.device.type != "cpu" or not enabled:
         return network
-    return quicken(network, runtime.dtype == torch.bfloat16 and _cpu_has("amx_tile"))
+    return use_fast_convs(network, runtime.dtype == torch.bfloat16 and _cpu_has("amx_tile"))
 
 
-def in_words(runtime: Runtime) -> str:
+def describe(runtime: Runtime) -> str:
     """Return device, precision and threads of a runtime as text for the log."""
     return f"device {runtime.device}, precision {precision_name(runtime)}, {torch.get_num_threads()} threads"
 
@@ -134,7 +138,7 @@ def precision_name(runtime: Runtime) -> str:
     return next(name for name, value in PRECISIONS.items() if value == (runtime.dtype, runtime.grouped_fp32))
 
 
-def _make_runtime(settings: Settings, device: torch.device, precision: str, replicas: Replicas) -> Runtime:
+def _make_runtime(settings: Settings, device: torch.device, precision: str, process_group: ProcessGroup) -> Runtime:
     if device.type == "cuda":
         same_bits = settings.train.deterministic
         torch.backends.cudnn.benchmark = not same_bits  # choosing kernels by timing can differ between runs
@@ -143,7 +147,7 @@ def _make_runtime(settings: Settings, device: torch.device, precision: str, repl
     dtype, grouped_fp32 = PRECISIONS[precision]
     torch.backends.cudnn.allow_tf32 = dtype is not None  # TF32 would reduce float32 convolutions to 10 bits
     mean, std = settings.model.mean, settings.model.std
-    return make_runtime(device, dtype, settings.train.channels_last, mean, std, replicas, grouped_fp32)
+    return make_runtime(device, dtype, settings.train.channels_last, mean, std, process_group, grouped_fp32)
 
 
 def _fastest_precision(settings: Settings, network: nn.Module, folder: Path | None) -> str:
@@ -156,13 +160,13 @@ def _fastest_precision(settings: Settings, network: nn.Module, folder: Path | No
     )
     model = settings.model.model_dump(exclude={"pretrained", "weights", "mean", "std"})
     asked = {"model": model, "channels_last": settings.train.channels_last, "images": images}
-    return decided_once(asked, candidates, folder, lambda: _probe(settings, network, candidates, images))
+    return cached_probe(asked, candidates, folder, lambda: _probe(settings, network, candidates, images))
 
 
-def decided_once(
-    asked: Mapping[str, Any], candidates: Sequence[str], folder: Path | None, probe: Callable[[], Mapping[str, Any]]
+def cached_probe(
+    question: Mapping[str, Any], candidates: Sequence[str], folder: Path | None, probe: Callable[[], Mapping[str, Any]]
 ) -> str:
-    """Return the choice stored in `folder` under the digest of `asked`; else run `probe` and store its choice.
+    """Return the choice stored in `folder` under the digest of `question`; else run `probe` and store its choice.
 
     Concurrent callers wait, so all get the same choice and no two probes run at the same time. A stored choice that cannot
     be read or is not a candidate is replaced. The digest does not include the machine, because folds of different
@@ -170,14 +174,14 @@ def decided_once(
     """
     if folder is None:
         return probe()["choice"]
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
     path = folder / f"{digest[:16]}.json"
-    with one_at_a_time(folder):
+    with folder_lock(folder):
         choice = _read_choice(path, candidates)
         if choice is None:
             decision = probe()
             machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-            write_json(path, {**decision, "asked": dict(asked), "by": machine})
+            write_json(path, {**decision, "asked": dict(question), "by": machine})
             choice = decision["choice"]
     return choice
 
@@ -197,7 +201,7 @@ def _candidates(settings: Settings, network: nn.Module) -> list[str]:
     usual = choose_precision("auto", device)
     if device.type != "cpu" or usual != "bf16":
         return [usual]
-    return ["fp32", "bf16", *(["bf16_grouped_fp32"] if has_slow_groups(network) else [])]
+    return ["fp32", "bf16", *(["bf16_grouped_fp32"] if has_slow_grouped_convs(network) else [])]
 
 
 def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], images: int) -> dict[str, Any]:
@@ -207,8 +211,8 @@ def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], im
     """
     with torch.random.fork_rng(devices=[]):
         steps = {name: _training_step(settings, network, name, images) for name in candidates}
-        milliseconds, disturbed = timed_in_quiet(steps)
-    choice = decide(milliseconds, "bf16" if "bf16" in candidates else candidates[0], disturbed)
+        milliseconds, disturbed = time_undisturbed(steps)
+    choice = choose_fastest(milliseconds, "bf16" if "bf16" in candidates else candidates[0], disturbed)
     figures = ", ".join(f"{name} {value:.4g} ms" for name, value in milliseconds.items())
     log.info("precision %s by a probe: a step of %d images takes %s", choice, images, figures)
     if disturbed:
@@ -221,7 +225,7 @@ def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], im
     return {"choice": choice, "milliseconds": milliseconds, "images": images, "disturbed": disturbed}
 
 
-def timed_in_quiet(
+def time_undisturbed(
     steps: Mapping[str, Callable[[], None]], pause: float = PROBE_PAUSE_S, seconds: float = PROBE_S
 ) -> tuple[dict[str, float], bool]:
     """Return the times of the steps, and whether other processes disturbed every probe; repeat a disturbed probe.
@@ -232,9 +236,9 @@ def timed_in_quiet(
     threads = min(torch.get_num_threads(), count_cores())
     for number in range(MAX_PROBES):
         time.sleep(pause if number else 0)
-        before, start = seconds_of_others(), time.perf_counter()
-        latest = timed(steps, seconds)
-        taken, wall = seconds_of_others() - before, time.perf_counter() - start
+        before, start = other_cpu_seconds(), time.perf_counter()
+        latest = time_steps(steps, seconds)
+        taken, wall = other_cpu_seconds() - before, time.perf_counter() - start
         times = {name: min(value, times.get(name, value)) for name, value in latest.items()}
         cores = count_cpus()
         # CPU times have the resolution of a tick, which matters in a short probe.
@@ -244,7 +248,7 @@ def timed_in_quiet(
     return times, True
 
 
-def decide(milliseconds: Mapping[str, float], usual: str, disturbed: bool) -> str:
+def choose_fastest(milliseconds: Mapping[str, float], usual: str, disturbed: bool) -> str:
     """Return the fastest precision; if `disturbed`, the usual one unless the fastest is CLEAR_FACTOR times as fast."""
     chosen = fastest(milliseconds)
     return usual if disturbed and milliseconds[chosen] * CLEAR_FACTOR > milliseconds[usual] else chosen
@@ -252,8 +256,8 @@ def decide(milliseconds: Mapping[str, float], usual: str, disturbed: bool) -> st
 
 def _training_step(settings: Settings, network: nn.Module, precision: str, images: int) -> Callable[[], None]:
     """Return a training step (forward and backward) of a copy of the network in the given precision."""
-    runtime = _make_runtime(settings, torch.device("cpu"), precision, BY_ITSELF)
-    model = runtime.place(quickened(copy.deepcopy(network).train(), runtime, settings.train.cpu_convs))
+    runtime = _make_runtime(settings, torch.device("cpu"), precision, SINGLE_PROCESS)
+    model = runtime.to_device(optimize_for_cpu(copy.deepcopy(network).train(), runtime, settings.train.cpu_convs))
     pixels = torch.zeros(images, 3, *settings.model.size, dtype=torch.uint8)
     meta = getattr(network, "meta", None)
     numbers = () if meta is None else (meta.mean.new_zeros(images, len(meta.mean)),)
@@ -267,7 +271,7 @@ def _training_step(settings: Settings, network: nn.Module, precision: str, image
     return step
 
 
-def timed(steps: Mapping[str, Callable[[], None]], seconds: float = PROBE_S) -> dict[str, float]:
+def time_steps(steps: Mapping[str, Callable[[], None]], seconds: float = PROBE_S) -> dict[str, float]:
     """Return the milliseconds of the fastest run of each step, in interleaved rounds; the first round is a warm-up.
 
     The fastest run counts, because other load makes steps slower, never faster.

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.contract.stage_specs import ENSEMBLE
-from fivefold.data.pipeline.image_stats import count_numbers
-from fivefold.ensemble import Committee
+from fivefold.data.pipeline.dataset import count_stats
+from fivefold.ensemble import EnsemblePredictor
 from fivefold.errors import FivefoldError, SettingsError
-from fivefold.extras import need
 from fivefold.inference.tta import View, build_views
+from fivefold.lookup import require_packages
 from fivefold.models.classifier import LINKS
-from fivefold.trained_model import Member
+from fivefold.trained_model import TrainedModel
 
 log = logging.getLogger("fivefold")
 MAX_BYTES = 2_000_000_000
@@ -32,25 +32,25 @@ TOLERANCE = 1e-4
 CHECKED_IMAGES = 5
 
 
-def size_of(committee: Committee) -> tuple[int, ...]:
+def input_size(predictor: EnsemblePredictor) -> tuple[int, ...]:
     """Return height and width of the input images of an exported file."""
-    return committee.members[0].settings.model.size
+    return predictor.models[0].settings.model.size
 
 
-def meta_of(committee: Committee) -> list[str]:
+def input_stats(predictor: EnsemblePredictor) -> list[str]:
     """Return the meta features that an exported file takes in addition to images."""
-    return next((m.settings.model.meta for m in committee.members if m.settings.model.meta), [])
+    return next((m.settings.model.image_stats for m in predictor.models if m.settings.model.image_stats), [])
 
 
-def check_graph(committee: Committee) -> None:
+def check_graph(predictor: EnsemblePredictor) -> None:
     """Raise a SettingsError unless one graph can contain the models: a mean, one size, one transform, the same meta features."""
-    for key, blend in (("blend", committee.ensemble.between), ("within", committee.ensemble.within)):
+    for key, blend in (("blend", predictor.ensemble.between), ("within", predictor.ensemble.within)):
         if blend not in EXPORTABLE_BLENDS:
             raise SettingsError(
                 f"{ENSEMBLE}: {key}={blend} is not a mean of probabilities, and an exported graph can contain only that"
             )
-    first = committee.members[0]
-    for other in committee.members[1:]:
+    first = predictor.models[0]
+    for other in predictor.models[1:]:
         for what, a, b in (
             ("sizes", first.settings.model.size, other.settings.model.size),
             ("augment.eval", first.settings.augment.eval, other.settings.augment.eval),
@@ -60,26 +60,26 @@ def check_graph(committee: Committee) -> None:
                     f"{first.source.name} and {other.source.name} have different {what} ({a}, {b}), "
                     "but an exported file has one: export each system separately"
                 )
-        if other.settings.model.meta not in ([], meta_of(committee)):
+        if other.settings.model.image_stats not in ([], input_stats(predictor)):
             raise SettingsError(
                 f"{other.source.name} takes other meta features than {first.source.name}: export each separately"
             )
 
 
-class Seen(nn.Module):
+class PreprocessedModel(nn.Module):
     """Images [B, 3, H, W] in 0..255 to one model's mean probabilities over its views [B, C]."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, model: TrainedModel) -> None:
         super().__init__()
-        self.scores = LINKS[member.link]
-        self.network = for_tracing(member.network.float().cpu().to(memory_format=torch.contiguous_format))
-        self.register_buffer("mean", member.runtime.mean.cpu())
-        self.register_buffer("std", member.runtime.std.cpu())
-        self.views: list[View] = build_views(member.settings.predict.views, black=-self.mean / self.std)
-        self.takes_meta = bool(member.settings.model.meta)
+        self.scores = LINKS[model.link]
+        self.network = make_traceable(model.network.float().cpu().to(memory_format=torch.contiguous_format))
+        self.register_buffer("mean", model.runtime.mean.cpu())
+        self.register_buffer("std", model.runtime.std.cpu())
+        self.views: list[View] = build_views(model.settings.predict.tta, black=-self.mean / self.std)
+        self.takes_meta = bool(model.settings.model.image_stats)
 
     def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
         normalised = (images - self.mean) / self.std
@@ -88,16 +88,16 @@ class Seen(nn.Module):
         return torch.stack(probabilities).mean(dim=0)
 
 
-class Blended(nn.Module):
+class EnsembleModule(nn.Module):
     """Images float [B, 3, H, W] in 0..255, and meta features [B, M] if models take them, to probabilities [B, C]."""
 
     weights: Tensor
 
-    def __init__(self, committee: Committee) -> None:
+    def __init__(self, predictor: EnsemblePredictor) -> None:
         super().__init__()
-        self.members = nn.ModuleList(Seen(member) for member in committee.members)
-        self.register_buffer("weights", torch.tensor(committee.ensemble.model_weights, dtype=torch.float32))
-        self.temperature = committee.ensemble.temperature
+        self.members = nn.ModuleList(PreprocessedModel(model) for model in predictor.models)
+        self.register_buffer("weights", torch.tensor(predictor.ensemble.model_weights, dtype=torch.float32))
+        self.temperature = predictor.ensemble.temperature
 
     def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
         probabilities = torch.stack([member(images, meta) for member in self.members], dim=-1)
@@ -107,7 +107,7 @@ class Blended(nn.Module):
         return (mean.clamp_min(torch.finfo(mean.dtype).tiny).log() / self.temperature).softmax(dim=1)
 
 
-def for_tracing(network: nn.Module) -> nn.Module:
+def make_traceable(network: nn.Module) -> nn.Module:
     """Return the network in eval mode, with traceable activations: efficientnet_pytorch's Swish is an autograd function."""
     for module in network.modules():
         if hasattr(module, "set_swish"):
@@ -115,46 +115,46 @@ def for_tracing(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def describe(committee: Committee) -> dict[str, Any]:
+def describe(predictor: EnsemblePredictor) -> dict[str, Any]:
     """Return the metadata that a user of the file needs: ordered classes, image size, preprocessing, views, models."""
-    first, (height, width) = committee.members[0].settings, size_of(committee)
+    first, (height, width) = predictor.models[0].settings, input_size(predictor)
     return {
-        "classes": list(committee.classes),
+        "classes": list(predictor.classes),
         "height": height,
         "width": width,
-        "meta": meta_of(committee),
+        "meta": input_stats(predictor),
         "transform": first.augment.eval,
         "mean": first.model.mean,
         "std": first.model.std,
-        "views": first.predict.views,
-        "temperature": committee.ensemble.temperature,
+        "views": first.predict.tta,
+        "temperature": predictor.ensemble.temperature,
         "members": [
-            {"name": member.source.name, "weight": weight, "link": member.link}
-            for member, weight in zip(committee.members, committee.ensemble.model_weights, strict=True)
+            {"name": model.source.name, "weight": weight, "link": model.link}
+            for model, weight in zip(predictor.models, predictor.ensemble.model_weights, strict=True)
         ],
     }
 
 
-def write_onnx(path: Path, committee: Committee) -> None:
+def write_onnx(path: Path, predictor: EnsemblePredictor) -> None:
     """Write one graph: `images` float [N, 3, H, W] in 0..255, RGB (and `meta` float [N, M]) to `probabilities` [N, C].
 
     N is dynamic. The metadata contain `describe`, each value as JSON. Raise a FivefoldError if onnxruntime disagrees with
     the networks, and a SettingsError if ONNX cannot represent them.
     """
-    need(["onnx", "onnxscript", "onnxruntime"], "export", "export.format=onnx")
-    check_graph(committee)
-    blended = Blended(committee).eval()
+    require_packages(["onnx", "onnxscript", "onnxruntime"], "export", "export.format=onnx")
+    check_graph(predictor)
+    blended = EnsembleModule(predictor).eval()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in blended.state_dict().values())
     if weights > MAX_BYTES:
         raise SettingsError(
-            f"the {len(committee.members)} networks have {weights / 1e9:.1f} GB of weights, but an ONNX file can have at "
+            f"the {len(predictor.models)} networks have {weights / 1e9:.1f} GB of weights, but an ONNX file can have at "
             f"most {MAX_BYTES / 1e9:.0f} GB: export one fold (FOLD=0), or a student"
         )
-    program = _trace(blended, _random_inputs(committee, 2))
-    for key, value in describe(committee).items():
+    program = _trace(blended, _random_inputs(predictor, 2))
+    for key, value in describe(predictor).items():
         program.model.metadata_props[key] = json.dumps(value, ensure_ascii=False)
     program.save(path, external_data=False)
-    difference = _largest_difference(path, blended, _random_inputs(committee, CHECKED_IMAGES))
+    difference = _largest_difference(path, blended, _random_inputs(predictor, CHECKED_IMAGES))
     if not difference <= TOLERANCE:
         raise FivefoldError(
             f"the probabilities of onnxruntime differ by {difference:.2g} from the networks' (at most {TOLERANCE:g} is "
@@ -163,26 +163,26 @@ def write_onnx(path: Path, committee: Committee) -> None:
     log.info("onnxruntime agrees on %d random images: the largest difference is %.1e", CHECKED_IMAGES, difference)
 
 
-def write_pth(path: Path, committee: Committee) -> None:
+def write_pth(path: Path, predictor: EnsemblePredictor) -> None:
     """Write the state dict of one network, which `torch.load(…, weights_only=True)` reads without running code."""
-    if len(committee.members) > 1:
+    if len(predictor.models) > 1:
         raise SettingsError(
-            f"format=pth exports one network, but there are {len(committee.members)}: set one model folder, or FOLD=0"
+            f"format=pth exports one network, but there are {len(predictor.models)}: set one model folder, or FOLD=0"
         )
-    state = {name: tensor.contiguous().cpu() for name, tensor in committee.members[0].network.state_dict().items()}
+    state = {name: tensor.contiguous().cpu() for name, tensor in predictor.models[0].network.state_dict().items()}
     with open(path, "wb") as file:  # as a handle, because torch.save would write a path's name into the file
         torch.save(state, file)
 
 
-def _random_inputs(committee: Committee, images: int) -> tuple[Tensor, ...]:
+def _random_inputs(predictor: EnsemblePredictor, images: int) -> tuple[Tensor, ...]:
     """Return random images and meta features, the same on every call."""
     random = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (images, 3, *size_of(committee)), generator=random).float()
-    numbers = torch.rand(images, count_numbers(meta_of(committee)), generator=random)
-    return (pixels, numbers) if meta_of(committee) else (pixels,)
+    pixels = torch.randint(0, 256, (images, 3, *input_size(predictor)), generator=random).float()
+    numbers = torch.rand(images, count_stats(input_stats(predictor)), generator=random)
+    return (pixels, numbers) if input_stats(predictor) else (pixels,)
 
 
-def _trace(blended: Blended, inputs: tuple[Tensor, ...]) -> torch.onnx.ONNXProgram:
+def _trace(blended: EnsembleModule, inputs: tuple[Tensor, ...]) -> torch.onnx.ONNXProgram:
     """Trace `blended` to a graph with a dynamic number of images, without the source locations of its nodes."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -208,7 +208,7 @@ def _trace(blended: Blended, inputs: tuple[Tensor, ...]) -> torch.onnx.ONNXProgr
     return program
 
 
-def _largest_difference(path: Path, blended: Blended, inputs: tuple[Tensor, ...]) -> float:
+def _largest_difference(path: Path, blended: EnsembleModule, inputs: tuple[Tensor, ...]) -> float:
     """Return the largest difference between the probabilities of onnxruntime and of the networks; NaN if any is not finite."""
     import onnxruntime
 
@@ -226,7 +226,7 @@ def _largest_difference(path: Path, blended: Blended, inputs: tuple[Tensor, ...]
 EXPORTABLE_BLENDS = ("mean", "weighted", "fitted", "greedy", "greedy_accuracy")
 """Blends that are convex sums of probabilities."""
 
-FORMATS: dict[str, tuple[str, Callable[[Path, Committee], None]]] = {
+FORMATS: dict[str, tuple[str, Callable[[Path, EnsemblePredictor], None]]] = {
     "onnx": ("model.onnx", write_onnx),
     "pth": ("model.pth", write_pth),
 }

@@ -17,7 +17,7 @@ JOINT = "+"
 
 
 @dataclass(frozen=True)
-class Factors:
+class LabelFactors:
     """The `names` of the factors, and for each class its `values`, one per factor; no two classes have the same values."""
 
     names: tuple[str, ...]
@@ -28,52 +28,52 @@ class Factors:
         """Return all classes, sorted by name."""
         return tuple(sorted(self.values))
 
-    def chosen(self, names: Sequence[str]) -> tuple[str, ...]:
+    def select(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the factors called `names`, in the order of `self.names`; raise a SettingsError for an unknown one."""
         for name in names:
             choose({known: known for known in self.names}, "factor", name)
         return tuple(name for name in self.names if name in names)
 
-    def part(self, of_class: str, names: Sequence[str]) -> str:
+    def project(self, of_class: str, names: Sequence[str]) -> str:
         """Return the class of a model that predicts only the factors `names`: `mask+male` for class `0`."""
         values = self.values[of_class]
         return JOINT.join(values[self.names.index(name)] for name in names)
 
-    def parts(self, names: Sequence[str]) -> tuple[str, ...]:
+    def projected_classes(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return all classes of a model that predicts only the factors `names`, sorted by name."""
-        return tuple(sorted({self.part(of_class, names) for of_class in self.values}))
+        return tuple(sorted({self.project(of_class, names) for of_class in self.values}))
 
-    def columns(self, names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-        """Return the index of each of `classes` [C] among the `parts` of `names`: int64 [C]."""
-        position = {part: index for index, part in enumerate(self.parts(names))}
-        return np.array([position[self.part(of_class, names)] for of_class in classes], np.int64)
+    def column_index(self, names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+        """Return the index of each of `classes` [C] among the `projected_classes` of `names`: int64 [C]."""
+        position = {part: index for index, part in enumerate(self.projected_classes(names))}
+        return np.array([position[self.project(of_class, names)] for of_class in classes], np.int64)
 
-    def only(self, classes: Sequence[str]) -> "Factors":
+    def restrict(self, classes: Sequence[str]) -> "LabelFactors":
         """Return the factors of a subset of the classes."""
-        return Factors(self.names, {name: self.values[name] for name in classes})
+        return LabelFactors(self.names, {name: self.values[name] for name in classes})
 
-    def as_json(self) -> dict[str, dict[str, str]]:
+    def to_json(self) -> dict[str, dict[str, str]]:
         """Return for each factor the value of each class."""
         return {name: {c: self.values[c][index] for c in self.classes} for index, name in enumerate(self.names)}
 
 
-def factors_from(content: Any, classes: Sequence[str], where: str) -> Factors:
+def parse_factors(content: Any, classes: Sequence[str], where: str) -> LabelFactors:
     """Return the factors that `as_json` wrote; raise a DataError unless they distinguish all `classes`."""
     is_valid = isinstance(content, dict) and content and all(isinstance(values, dict) for values in content.values())
     if not is_valid or any(sorted(values) != sorted(classes) for values in content.values()):
         raise DataError(f"{where}: factors must list a value of each factor for each class; run the split again")
     names = tuple(content)
-    factors = Factors(names, {c: tuple(str(content[name][c]) for name in names) for c in classes})
+    factors = LabelFactors(names, {c: tuple(str(content[name][c]) for name in names) for c in classes})
     if len(set(factors.values.values())) < len(classes):
         raise DataError(f"{where}: two classes have the same factors; run the split again")
     return factors
 
 
-def must_be_factored(factors: Factors | None, names: Sequence[str]) -> Factors:
+def require_factors(factors: LabelFactors | None, names: Sequence[str]) -> LabelFactors:
     """Return the factors of a split; raise a SettingsError if a model selects factors but the split has none."""
     if factors is None:
         raise SettingsError(
-            f"model.factors={','.join(names)}, but the classes of this split have no factors; "
+            f"model.label_factors={','.join(names)}, but the classes of this split have no factors; "
             "leave it empty, or split with a layout that has factors (data.layout=mask_profiles)"
         )
     return factors

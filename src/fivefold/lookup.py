@@ -1,7 +1,8 @@
-"""Look up a registry entry by name, and suggest the nearest name if there is none."""
+"""Look up registry entries and optional packages by name; an unknown name gets the nearest one suggested."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import TypeVar
 
 from fivefold.errors import SettingsError
@@ -22,3 +23,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     spelled = {other.lower(): other for other in known}
     matches = get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.6)
     return f"; did you mean {spelled[matches[0]]!r}?" if matches else ""
+
+
+def require_packages(packages: Sequence[str], extra: str, setting: str) -> None:
+    """Raise a SettingsError unless all `packages` can be imported. The setting `setting` needs them; the extra `extra` installs them."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise SettingsError(
+            f"{setting} needs {' and '.join(missing)}, not installed here: pip install 'fivefold[{extra}]' "
+            f"(from the repository: pip install '.[{extra}]')"
+        )

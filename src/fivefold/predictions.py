@@ -47,19 +47,21 @@ class Predictions:
         labels = None if self.labels is None else self.labels[rows]
         return replace(self, ids=self.ids[rows], fold=self.fold[rows], log_probs=self.log_probs[rows], labels=labels)
 
-    def in_order(self, ids: Sequence[str]) -> "Predictions":
+    def reindex(self, ids: Sequence[str]) -> "Predictions":
         """Return the rows of `ids` in that order; raise a DataError that lists missing ids."""
         if len(ids) == len(self) and np.array_equal(self.ids, ids):
             return self
         position = {name: row for row, name in enumerate(self.ids)}
         missing = [name for name in ids if name not in position]
         if missing:
-            raise DataError(f"predictions of {self.system or 'this system'} lack {len(missing)} ids: {sample(missing)}")
+            raise DataError(
+                f"predictions of {self.system or 'this system'} lack {len(missing)} ids: {preview(missing)}"
+            )
         return self.take(np.array([position[name] for name in ids], dtype=np.int64))
 
     def with_classes(self, classes: Sequence[str]) -> "Predictions":
         """Return the same rows with columns in the order of `classes`, matched by name."""
-        return replace(self, classes=tuple(classes), log_probs=in_class_order(self.log_probs, self.classes, classes))
+        return replace(self, classes=tuple(classes), log_probs=reorder_classes(self.log_probs, self.classes, classes))
 
     def codes(self) -> np.ndarray:
         """Return the labels as class indices [N] int64; raise a DataError that lists labels that are not classes."""
@@ -68,7 +70,7 @@ class Predictions:
         index = {name: code for code, name in enumerate(self.classes)}
         unknown = sorted({str(label) for label in self.labels if label not in index})
         if unknown:
-            raise DataError(f"labels that are not classes of the model: {sample(unknown)}")
+            raise DataError(f"labels that are not classes of the model: {preview(unknown)}")
         return np.array([index[label] for label in self.labels], dtype=np.int64)
 
 
@@ -102,7 +104,7 @@ def read(path: Path) -> Predictions:
     if absent or not classes:
         raise DataError(f"{path} is not a predictions table: no column {', '.join(absent) or PREFIX + '<class>'}")
     if duplicates := _duplicates(names):
-        raise DataError(f"{path}: duplicate columns: {sample(duplicates)}")
+        raise DataError(f"{path}: duplicate columns: {preview(duplicates)}")
     for name in classes:
         kind = table.schema.field(PREFIX + name).type
         if not pa.types.is_floating(kind):
@@ -129,7 +131,7 @@ def read_system(path: Path) -> str:
 def check(table: Predictions, where: str) -> None:
     """Raise a DataError with `where` and the first invalid row unless the table holds probabilities of unique ids."""
     if duplicates := _duplicates(table.ids):
-        raise DataError(f"{where}: duplicate ids: {sample(duplicates)}")
+        raise DataError(f"{where}: duplicate ids: {preview(duplicates)}")
     with np.errstate(over="ignore"):
         sums = np.exp(table.log_probs).sum(axis=1, dtype=np.float64)
     bad = np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))  # written so that NaN counts as bad
@@ -143,14 +145,14 @@ def check(table: Predictions, where: str) -> None:
     raise DataError(f"{row}: its probabilities sum to {sums[bad[0]]:.4f}, not 1")
 
 
-def in_class_order(log_probs: np.ndarray, classes: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-    """Return the columns [N, C] of `classes` in the order of `wanted`; raise a DataError that lists classes of one side only."""
-    if tuple(classes) == tuple(wanted):
+def reorder_classes(log_probs: np.ndarray, classes: Sequence[str], target: Sequence[str]) -> np.ndarray:
+    """Return the columns [N, C] of `classes` in the order of `target`; raise a DataError that lists classes of one side only."""
+    if tuple(classes) == tuple(target):
         return log_probs
-    if set(classes) != set(wanted):
-        raise DataError(f"classes differ: {sample(sorted(set(classes) ^ set(wanted)))} on one side only")
+    if set(classes) != set(target):
+        raise DataError(f"classes differ: {preview(sorted(set(classes) ^ set(target)))} on one side only")
     position = {name: code for code, name in enumerate(classes)}
-    return log_probs[:, [position[name] for name in wanted]]
+    return log_probs[:, [position[name] for name in target]]
 
 
 def mean_by_id(tables: Sequence[Predictions]) -> Predictions:
@@ -178,10 +180,10 @@ def mean_by_id(tables: Sequence[Predictions]) -> Predictions:
     )
 
 
-def sample(names: Sequence[object], most: int = 5) -> str:
+def preview(names: Sequence[object], limit: int = 5) -> str:
     """Return the first few names, and how many more there are."""
-    shown = ", ".join(repr(str(name)) for name in list(names)[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = ", ".join(repr(str(name)) for name in list(names)[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _read_columns(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -221,7 +223,7 @@ def _system_name(table: pa.Table, path: Path) -> str:
         raise DataError(f"{path} is not a predictions table: no column system")
     names = sorted(str(name) for name in table["system"].unique().to_pylist())
     if len(names) > 1:
-        raise DataError(f"{path}: rows of several systems: {sample(names)}; pass one table per system")
+        raise DataError(f"{path}: rows of several systems: {preview(names)}; pass one table per system")
     return names[0] if names else ""
 
 

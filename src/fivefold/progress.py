@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from fivefold.signals import poll
+from fivefold.signals import raise_if_stopped
 
 T = TypeVar("T")
 log = logging.getLogger("fivefold")
@@ -28,7 +28,7 @@ def track(
     StoppedError is raised before an item is taken.
     """
     if log.level > logging.INFO:  # quiet, e.g. on ranks above 0: rank 0 shows the same progress
-        yield from stoppable(items)
+        yield from interruptible(items)
         return
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -38,32 +38,32 @@ def track(
         options = {"dynamic_ncols": True} if has_width else {"ncols": 80}
         options |= {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if bytes_of else {}
         with tqdm(total=total, desc=label, leave=False, **options) as bar:
-            for item in stoppable(items):
+            for item in interruptible(items):
                 yield item
                 bar.update(bytes_of(item) if bytes_of else 1)
         return
     start = last = time.monotonic()
     done = 0
-    for item in stoppable(items):
+    for item in interruptible(items):
         now = time.monotonic()
         if done > 0 and now - last >= every:
             last = now
             seconds_left = (now - start) / done * max(0, total - done)
             amount = f"{done / MIB:.1f} of {total / MIB:.1f} MiB" if bytes_of else f"{done} of {total}"
-            log.info("%s: %s, %s left", label, amount, duration(seconds_left))
+            log.info("%s: %s, %s left", label, amount, format_duration(seconds_left))
         yield item
         done += bytes_of(item) if bytes_of else 1
 
 
-def stoppable(items: Iterable[T]) -> Iterator[T]:
+def interruptible(items: Iterable[T]) -> Iterator[T]:
     """Yield the `items`. Raise StoppedError, before an item is taken, if the process received a stop signal."""
-    poll()
+    raise_if_stopped()
     for item in items:
         yield item
-        poll()
+        raise_if_stopped()
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format seconds: `4.2 s`, `3 min 20 s`, `2 h 5 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"

@@ -13,10 +13,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received: list[int] = []
 _polled = threading.Event()
 HANG_TIMEOUT_S = 60.0
-"""If no `poll` follows a signal within this many seconds, the process counts as hung."""
+"""If no `raise_if_stopped` follows a signal within this many seconds, the process counts as hung."""
 
 
-def poll() -> None:
+def raise_if_stopped() -> None:
     """Raise StoppedError if this process has received a stop signal. Call it wherever work can be interrupted.
 
     Does nothing outside the main thread: the code that waits for that thread decides.
@@ -27,10 +27,10 @@ def poll() -> None:
 
 
 @contextmanager
-def noted(at_once: bool = True, watched: bool = False) -> Iterator[None]:
-    """Record SIGTERM and SIGINT for `poll` while the block runs. With `at_once` a second signal ends the process immediately.
+def defer_signals(at_once: bool = True, watched: bool = False) -> Iterator[None]:
+    """Record SIGTERM and SIGINT for `raise_if_stopped` while the block runs. With `at_once` a second signal ends the process immediately.
 
-    A `watched` process that does not call `poll` within a minute also ends; the same command resumes from its last checkpoint.
+    A `watched` process that does not call `raise_if_stopped` within a minute also ends; the same command resumes from its last checkpoint.
     It may wait forever, e.g. for workers that are gone, or in a library for another process of its training.
 
     Set `at_once=False` if the parent handles signals and forwards its own: a signal to all processes then arrives twice.
@@ -92,7 +92,7 @@ def _watch() -> Iterator[None]:
 
 
 def _end_when_hung(reader: int) -> None:
-    """End this process with the signal's exit code, a minute after it, unless the main thread calls `poll` before."""
+    """End this process with the signal's exit code, a minute after it, unless the main thread calls `raise_if_stopped` before."""
     while data := os.read(reader, 1):
         number = data[0]
         if number in SIGNALS and not _polled.wait(HANG_TIMEOUT_S):

@@ -46,7 +46,7 @@ def cpu_limit(cgroups: Path = CGROUPS) -> float | None:
     return int(quota) / int(period[0]) if quota.isdigit() else None  # "max", "-1": no limit
 
 
-def start_no_more_threads(environ: MutableMapping[str, str]) -> None:
+def limit_threads(environ: MutableMapping[str, str]) -> None:
     """Set OMP_NUM_THREADS to the cores that a limit on CPU time allows, unless the user has set it.
 
     Libraries that load later count the machine's cores. If more threads run than the limit allows, the kernel halts all of them for the
@@ -56,7 +56,7 @@ def start_no_more_threads(environ: MutableMapping[str, str]) -> None:
         environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
 
 
-def seconds_of_others() -> float:
+def other_cpu_seconds() -> float:
     """Return the CPU seconds that other processes have used so far on this process's CPUs, in steps of TICK for each CPU."""
     import psutil
 
@@ -76,7 +76,7 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def end_with(parent: str) -> None:
+def die_with_parent(parent: str) -> None:
     """Ask Linux to kill this process when its parent, the process id `parent`, is gone. An empty text: do nothing."""
     if not parent or not sys.platform.startswith("linux"):
         return

@@ -14,42 +14,41 @@ from torch import nn
 from fivefold.build import (
     build_classifier,
     choose_workers,
-    image_set,
     largest_batch_bytes,
+    make_prediction_runtime,
     precision_name,
     predict_batch_size,
-    runtime_for_prediction,
+    split_dataset,
 )
-from fivefold.config.loading import key_settings
-from fivefold.config.schema import OF_PLATFORMS, Settings, Spec
+from fivefold.config.loading import hashed_settings
+from fivefold.config.schema import PLATFORM_SECTIONS, Settings, Spec
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.stage_specs import MODEL, RAW_WEIGHTS, WEIGHTS
-from fivefold.data.image_io import Pixels, pixels_of
-from fivefold.data.pipeline.dataset import Batch, ImageSet, joined
-from fivefold.data.pipeline.eval_cache import Prepared, memory_limit
-from fivefold.data.pipeline.image_stats import measure
+from fivefold.data.image_io import DecodeOptions, decode_options
+from fivefold.data.pipeline.dataset import Batch, ImageDataset, concat_batches, image_stats
+from fivefold.data.pipeline.eval_cache import EvalImageCache, memory_limit
 from fivefold.data.readers.stores import ImageStore
 from fivefold.data.split.fold_table import FoldTable
 from fivefold.data.transforms.registry import Transform, build_transforms
-from fivefold.distributed.process_group import BY_ITSELF, Replicas
+from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from fivefold.errors import DataError
 from fivefold.inference.predictor import Runtime, log_mean, predict, predict_all
 from fivefold.models.classifier import LINKS
-from fivefold.models.weights import load_exactly, save_weights
+from fivefold.models.weights import load_strict, save_weights
 from fivefold.training.losses import build_loss
-from fivefold.training.trainer import Best
+from fivefold.training.trainer import BestCheckpoint
 
 FORMAT = 1
-MACHINE_SETTINGS = dict.fromkeys(("run", "runs", "stage", "serve", *OF_PLATFORMS), True) | {
+MACHINE_SETTINGS = dict.fromkeys(("run", "runs", "stage", "serve", *PLATFORM_SECTIONS), True) | {
     "data": {"cache", "cache_gib"}
 }
 """Settings of the place of a run, which `model.json` does not contain: a model does not depend on where it was trained."""
-TRAINING_SECTIONS = ("data.store_size", "data.scaled_decoding", "model", "augment", "train")
+TRAINING_SECTIONS = ("data.resize_shorter_side", "data.jpeg_draft", "model", "augment", "train")
 
 
 @dataclass(frozen=True)
-class Member:
+class TrainedModel:
     """A loaded model, ready to predict: model folder, settings, network, runtime, and the link of its loss."""
 
     source: ModelDir
@@ -60,25 +59,25 @@ class Member:
 
     def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[Spec] = ()) -> np.ndarray:
         """Return log-probabilities float32 [N, C] of the images at `paths`, with `views` or else the recipe's views."""
-        return self.predict_seen(Gallery(ImageFiles(store, paths)), label, views)
+        return self.predict_cached(SharedEvalImages(ImageList(store, paths)), label, views)
 
-    def predict_seen(
-        self, gallery: "Gallery", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
+    def predict_cached(
+        self, shared: "SharedEvalImages", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
     ) -> np.ndarray:
         """Like `predict`, for the images of a gallery (or some `rows` of it), which prepares them once for all models."""
-        images = gallery.seen_by(self)
+        images = shared.for_model(self)
         return predict_images(self.network, self.settings, self.runtime, images, label, views, rows, self.link)
 
     @property
-    def sight(self) -> str:
+    def preprocess_key(self) -> str:
         """Preprocessing key: models with equal keys can share preprocessed images."""
         model = self.settings.model
-        return repr((self.pixels, self.settings.augment.eval, model.size, model.meta))
+        return repr((self.decode_options, self.settings.augment.eval, model.size, model.image_stats))
 
     @property
-    def pixels(self) -> Pixels:
+    def decode_options(self) -> DecodeOptions:
         """The decoding options of the model."""
-        return pixels_of(self.settings.data)
+        return decode_options(self.settings.data)
 
     @cached_property
     def _transform(self) -> Transform:
@@ -86,22 +85,22 @@ class Member:
 
     def prepare(self, pixels: np.ndarray) -> Batch:
         """Preprocess a decoded image uint8 [H, W, 3] to a batch of one; thread-safe."""
-        pixels, features = self.pixels.shrink(pixels), self.settings.model.meta
-        meta = torch.from_numpy(measure(pixels, features)[None]) if features else None
+        pixels, features = self.decode_options.resize(pixels), self.settings.model.image_stats
+        meta = torch.from_numpy(image_stats(pixels, features)[None]) if features else None
         image = self._transform(torch.from_numpy(pixels).permute(2, 0, 1))
         return Batch(image[None], torch.zeros(1, dtype=torch.int64), meta)
 
     def predict_prepared(self, images: Sequence[Batch]) -> np.ndarray:
         """Return log-probabilities float32 [N, C] of N prepared images, with the recipe's views and batch size."""
         size = predict_batch_size(self.settings)
-        batches = [joined(images[start : start + size]) for start in range(0, len(images), size)]
+        batches = [concat_batches(images[start : start + size]) for start in range(0, len(images), size)]
         return predict(
-            self.network, batches, self.runtime, self.settings.predict.views, partial(log_mean, link=self.link)
+            self.network, batches, self.runtime, self.settings.predict.tta, partial(log_mean, link=self.link)
         )
 
 
 @dataclass(frozen=True)
-class ImageFiles:
+class ImageList:
     """Images: their store and paths, and their digests if they must be verified."""
 
     store: ImageStore
@@ -110,17 +109,17 @@ class ImageFiles:
 
 
 @dataclass
-class Gallery:
+class SharedEvalImages:
     """Evaluation images, decoded and transformed once for all models with the same preprocessing key, and for all views.
 
-    They stay in memory up to a limit that all keys share, then in files of the folder `scratch`. `stand_in`: use
-    placeholders for images that cannot be read, instead of raising (`Prepared`).
+    They stay in memory up to a limit that all keys share, then in files of the folder `scratch`. `use_placeholders`: use
+    placeholders for images that cannot be read, instead of raising (`EvalImageCache`).
     """
 
-    files: ImageFiles
+    files: ImageList
     scratch: Path | None = None
-    stand_in: bool = False
-    seen: dict[str, Prepared] = field(default_factory=dict)
+    use_placeholders: bool = False
+    caches: dict[str, EvalImageCache] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.files.paths)
@@ -128,40 +127,42 @@ class Gallery:
     @property
     def unreadable(self) -> list[int]:
         """Return the rows that could not be read so far, ascending; they have placeholders."""
-        return sorted({row for images in self.seen.values() for row in images.unreadable})
+        return sorted({row for images in self.caches.values() for row in images.unreadable})
 
-    def seen_by(self, member: Member) -> Prepared:
-        """Return the images preprocessed for `member`; preprocessing runs during prediction."""
-        if member.sight not in self.seen:
-            remaining = memory_limit() - sum(other.in_memory for other in self.seen.values())
-            self.seen[member.sight] = evaluated(member.settings, self.files, self.scratch, remaining, self.stand_in)
-        return self.seen[member.sight]
+    def for_model(self, model: TrainedModel) -> EvalImageCache:
+        """Return the images preprocessed for `model`; preprocessing runs during prediction."""
+        if model.preprocess_key not in self.caches:
+            remaining = memory_limit() - sum(other.memory_bytes for other in self.caches.values())
+            self.caches[model.preprocess_key] = eval_cache(
+                model.settings, self.files, self.scratch, remaining, self.use_placeholders
+            )
+        return self.caches[model.preprocess_key]
 
 
-def evaluation_images(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings) -> Prepared:
+def evaluation_images(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings) -> EvalImageCache:
     """Return rows of the split as evaluation images, preprocessed once for all validations and views if they fit in memory."""
-    return Prepared(image_set(store, table, rows, settings, training=False))
+    return EvalImageCache(split_dataset(store, table, rows, settings, training=False))
 
 
-def evaluated(
+def eval_cache(
     settings: Settings,
-    files: ImageFiles,
+    files: ImageList,
     scratch: Path | None = None,
     limit: int | None = None,
-    stand_in: bool = False,
-) -> Prepared:
+    use_placeholders: bool = False,
+) -> EvalImageCache:
     """Return images with a recipe's evaluation transform, preprocessed once: `limit` bytes in memory, the rest in `scratch`."""
     transform = build_transforms(settings.augment.eval, settings.model.size, evaluation=True)
-    pixels = pixels_of(settings.data)
-    images = ImageSet(files.store, files.paths, transform, 0, files.sha256, settings.model.meta, pixels)
-    return Prepared(images, scratch, limit, stand_in)
+    options = decode_options(settings.data)
+    images = ImageDataset(files.store, files.paths, transform, 0, files.sha256, settings.model.image_stats, options)
+    return EvalImageCache(images, scratch, limit, use_placeholders)
 
 
 def predict_images(
     network: nn.Module,
     settings: Settings,
     runtime: Runtime,
-    images: Prepared,
+    images: EvalImageCache,
     label: str,
     views: Sequence[Spec] = (),
     rows: Sequence[int] | None = None,
@@ -172,17 +173,17 @@ def predict_images(
     Show a progress bar if `label` is not empty. `link`: that of the training loss.
     """
     size = predict_batch_size(settings)
-    workers = choose_workers(settings.train.workers, runtime, largest_batch_bytes(settings, training=False))
-    views, of_views = views or settings.predict.views, partial(log_mean, link=link)
+    workers = choose_workers(settings.train.num_workers, runtime, largest_batch_bytes(settings, training=False))
+    views, of_views = views or settings.predict.tta, partial(log_mean, link=link)
     return predict_all(network, images, size, workers, runtime, views, label, rows, of_views)
 
 
-def load_member(
-    source: ModelDir, explicit: Mapping[str, Any], weights: str = WEIGHTS, replicas: Replicas = BY_ITSELF
-) -> Member:
+def load_model(
+    source: ModelDir, explicit: Mapping[str, Any], weights: str = WEIGHTS, process_group: ProcessGroup = SINGLE_PROCESS
+) -> TrainedModel:
     """Load the model of a folder as its `model.json` describes it; `explicit` keys of `[predict]` override its recipe's.
 
-    `weights`: file name of the weights in the folder. `replicas`: the ranks that share the rows of a prediction. Raise a
+    `weights`: file name of the weights in the folder. `process_group`: the ranks that share the rows of a prediction. Raise a
     DataError if the folder does not contain a valid model.
     """
     try:
@@ -193,13 +194,18 @@ def load_member(
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update=dict(explicit))})
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, len(source.info["classes"]))
-    load_exactly(network, source.path / weights)
-    runtime = runtime_for_prediction(settings, source.info["precision"], explicit.get("device", "auto"), replicas)
-    return Member(source, settings, runtime.place(network).eval(), runtime, link)
+    load_strict(network, source.path / weights)
+    runtime = make_prediction_runtime(settings, source.info["precision"], explicit.get("device", "auto"), process_group)
+    return TrainedModel(source, settings, runtime.to_device(network).eval(), runtime, link)
 
 
-def save_member(
-    folder: Path, role: str, best: Mapping[str, Best], settings: Settings, runtime: Runtime, facts: Mapping[str, Any]
+def save_model(
+    folder: Path,
+    role: str,
+    best: Mapping[str, BestCheckpoint],
+    settings: Settings,
+    runtime: Runtime,
+    facts: Mapping[str, Any],
 ) -> list[Path]:
     """Write the weights that predict, the raw weights if there are any, and `model.json`; return the written files.
 
@@ -225,7 +231,7 @@ def save_member(
             "precision": precision_name(runtime),
             "device": runtime.device.type,
             "link": build_loss(settings.train.loss).link,
-            "training": key_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime)},
+            "training": hashed_settings(settings, TRAINING_SECTIONS) | {"train.precision": precision_name(runtime)},
             "settings": json.loads(settings.model_dump_json(exclude=MACHINE_SETTINGS)),
         },
     )

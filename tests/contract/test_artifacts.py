@@ -13,14 +13,14 @@ import pytest
 from fivefold.contract.artifacts import (
     ModelDir,
     channel_digest,
+    find_all,
     find_models,
+    find_one,
     find_predictions,
-    locate,
-    locate_all,
-    roots,
+    search_roots,
 )
 from fivefold.contract.files import write_text
-from fivefold.contract.job import Job, job_from
+from fivefold.contract.job import StageContext, context_from_env
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import DataError, MissingInputError, RetryableError
 
@@ -53,8 +53,10 @@ def scratch(tmp_path: Path) -> Path:
     return tmp_path / "scratch"
 
 
-def given(tmp_path: Path, stage: str, **channels: Path) -> Job:
-    return job_from(STAGES[stage], {f"SM_CHANNEL_{n.upper()}": str(p) for n, p in channels.items()}, scratch(tmp_path))
+def given(tmp_path: Path, stage: str, **channels: Path) -> StageContext:
+    return context_from_env(
+        STAGES[stage], {f"SM_CHANNEL_{n.upper()}": str(p) for n, p in channels.items()}, scratch(tmp_path)
+    )
 
 
 def found(tmp_path: Path) -> list[ModelDir]:
@@ -84,7 +86,7 @@ def test_a_tarball_for_each_fold_is_as_good_as_folders(tmp_path: Path):
     assert all((model.path / "model.safetensors").is_file() for model in found(tmp_path))
     assert digest_of(tmp_path, "models") == digest_of(tmp_path, "made")
     packed = tmp_path / "models/job-0/output/model.tar.gz"
-    assert [model.shown for model in find_models(packed, scratch(tmp_path))] == [packed]
+    assert [model.display_path for model in find_models(packed, scratch(tmp_path))] == [packed]
 
 
 def test_a_model_that_lies_there_twice_is_one(tmp_path: Path):
@@ -140,23 +142,23 @@ def test_what_is_no_model_is_named(info: str, message: str, tmp_path: Path):
 def test_one_file_is_located_wherever_it_is(tmp_path: Path):
     write_text(tmp_path / "run/split/output/folds.parquet", "x")
     job = given(tmp_path, "train-fold", folds=tmp_path / "run")
-    assert locate(job, "folds", "folds.parquet") == tmp_path / "run/split/output/folds.parquet"
+    assert find_one(job, "folds", "folds.parquet") == tmp_path / "run/split/output/folds.parquet"
     direct = given(tmp_path, "train-fold", folds=tmp_path / "run/split/output/folds.parquet")
-    assert locate(direct, "folds", "folds.parquet") == tmp_path / "run/split/output/folds.parquet"
+    assert find_one(direct, "folds", "folds.parquet") == tmp_path / "run/split/output/folds.parquet"
     with pytest.raises(MissingInputError, match=r"no classes\.json below the channel 'folds'"):
-        locate(job, "folds", "classes.json")
+        find_one(job, "folds", "classes.json")
 
 
 def test_copies_are_one_file_and_different_ones_an_error(tmp_path: Path):
     for name in ("a", "b"):
         write_text(tmp_path / f"run/{name}/folds.parquet", "same")
     job = given(tmp_path, "train-fold", folds=tmp_path / "run")
-    assert locate(job, "folds", "folds.parquet") == tmp_path / "run/a/folds.parquet"
-    assert len(locate_all(tmp_path / "run", scratch(tmp_path), "folds.parquet")) == 2
+    assert find_one(job, "folds", "folds.parquet") == tmp_path / "run/a/folds.parquet"
+    assert len(find_all(tmp_path / "run", scratch(tmp_path), "folds.parquet")) == 2
     write_text(tmp_path / "made/folds.parquet", "other")
     packed = tarball(tmp_path / "made", tmp_path / "run/c/output.tar.gz")
     with pytest.raises(DataError, match=r"several different folds\.parquet below .*/run") as caught:
-        locate(job, "folds", "folds.parquet")
+        find_one(job, "folds", "folds.parquet")
     assert str(packed) in str(caught.value)
 
 
@@ -238,8 +240,8 @@ def test_an_archive_of_nothing_holds_nothing(tmp_path: Path):
 def test_archives_are_unpacked_once_and_only_to_scratch(tmp_path: Path):
     tarball(model_dir(tmp_path / "made"), tmp_path / "models/model.tar.gz")
     where = tmp_path / "models", scratch(tmp_path)
-    before = {path: path.stat().st_ino for root in roots(*where) for path in root.iterdir()}
-    assert {path: path.stat().st_ino for root in roots(*where) for path in root.iterdir()} == before
+    before = {path: path.stat().st_ino for root in search_roots(*where) for path in root.iterdir()}
+    assert {path: path.stat().st_ino for root in search_roots(*where) for path in root.iterdir()} == before
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["model.tar.gz"]
 
 
@@ -285,7 +287,7 @@ def test_a_models_digest_sees_nothing_else_not_even_its_place(tmp_path: Path):
 
 
 def test_a_full_scratch_is_worth_retrying_unless_it_is_too_small_for_ever(tiny_disk: Path, tmp_path: Path):
-    from fivefold.contract.failure import explained
+    from fivefold.contract.failure import to_known_error
 
     folder = model_dir(tmp_path / "made")
     for size, filler, expected in ((200_000, 0, DataError), (40_000, 40_000, RetryableError)):
@@ -294,4 +296,4 @@ def test_a_full_scratch_is_worth_retrying_unless_it_is_too_small_for_ever(tiny_d
         tarball(folder, tmp_path / "models/model.tar.gz")
         with pytest.raises(expected) as caught:
             find_models(tmp_path / "models", tiny_disk)
-        assert type(explained(caught.value)) is expected
+        assert type(to_known_error(caught.value)) is expected

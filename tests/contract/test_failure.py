@@ -14,15 +14,15 @@ import torch
 from fivefold.contract.failure import (
     MAX_MESSAGE_CHARS,
     MAX_TERMINATION_BYTES,
-    explained,
     report_failure,
     report_termination,
+    to_known_error,
 )
 from fivefold.errors import (
     DataError,
     FivefoldError,
-    LostError,
     MissingInputError,
+    PeerLostError,
     RetryableError,
     SettingsError,
     StoppedError,
@@ -78,30 +78,30 @@ def test_passwords_in_urls_are_neither_logged_nor_kept(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_machine_lacks_is_worth_retrying(error: BaseException):
-    found = explained(error)
+    found = to_known_error(error)
     assert isinstance(found, RetryableError)
     assert found.exit_code == 75
     assert ("(/x/y)" in str(found)) == (getattr(error, "filename", None) == "/x/y"), "the place of a full disk"
     dealt_with = ValueError("x")
     dealt_with.__context__, dealt_with.__suppress_context__ = error, True
-    assert explained(dealt_with) is dealt_with
+    assert to_known_error(dealt_with) is dealt_with
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
 def test_a_file_that_this_user_may_not_touch_is_a_matter_of_settings(number: int):
-    found = explained(OSError(number, os.strerror(number), "/x/y"))
+    found = to_known_error(OSError(number, os.strerror(number), "/x/y"))
     assert isinstance(found, SettingsError)
     assert f"'/x/y' as uid {os.getuid()}" in str(found)
 
 
 def test_a_gpu_without_room_is_a_matter_of_settings_and_keeps_the_advice_that_was_given():
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
-    found = explained(full)
-    assert (found.exit_code, explained(torch.OutOfMemoryError()).exit_code) == (64, 64)
+    found = to_known_error(full)
+    assert (found.exit_code, to_known_error(torch.OutOfMemoryError()).exit_code) == (64, 64)
     for words in ("Tried to allocate 2.00 GiB", "predict.batch_size", "train.batch_size", "model.image_size"):
         assert words in str(found)
     advice = raised(full, SettingsError("a batch of 8 images does not fit"))
-    assert explained(advice) is advice
+    assert to_known_error(advice) is advice
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_gpu_without_room_is_a_matter_of_settings_and_keeps_the_advice_that_wa
     [ValueError("ours"), KeyboardInterrupt(), DataError("bad"), MissingInputError("no"), RetryableError("later")],
 )
 def test_other_errors_stay_what_they_are(error: BaseException):
-    assert explained(error) is error
+    assert to_known_error(error) is error
 
 
 @pytest.fixture
@@ -143,9 +143,9 @@ def test_the_message_comes_first_then_the_traceback(report: Callable[[BaseExcept
 
 
 def test_a_mere_consequence_gives_way_to_the_cause(report: Callable[[BaseException], str]):
-    assert report(LostError("the others are gone")).startswith("the others are gone")
+    assert report(PeerLostError("the others are gone")).startswith("the others are gone")
     report(DataError("row 3 is broken"))
-    assert report(LostError("the others are gone")).startswith("row 3 is broken")
+    assert report(PeerLostError("the others are gone")).startswith("row 3 is broken")
 
 
 def test_a_long_message_fills_what_is_shown_and_no_more(tmp_path: Path):

@@ -17,12 +17,12 @@ from fivefold.contract.files import (
     CHUNK_FILES,
     STALE_AFTER_S,
     atomic,
-    below,
+    check_writable,
+    join_below,
     lock,
-    probe_writable,
+    preallocate,
     read_json,
-    remove_abandoned,
-    reserve,
+    remove_stale_temp_files,
     tree_files,
     tree_sha256,
     write_text,
@@ -87,11 +87,11 @@ def test_what_a_killed_process_left_is_never_read_and_goes_in_time(tmp_path: Pat
     assert leftover.name.startswith(".model.json.")
     assert tree_files(tmp_path) == []
     write_text(tmp_path / "model.json", "whole")
-    remove_abandoned(tmp_path)
+    remove_stale_temp_files(tmp_path)
     assert leftover.exists(), "it is young: another process may still be writing it"
     old = time.time() - STALE_AFTER_S - 1
     os.utime(leftover, (old, old))
-    remove_abandoned(tmp_path)
+    remove_stale_temp_files(tmp_path)
     assert names(tmp_path) == ["model.json"]
 
 
@@ -111,11 +111,11 @@ def test_a_full_disk_is_worth_retrying_and_keeps_the_old_file(tiny_disk: Path):
 def test_a_disk_without_room_or_that_is_read_only_fails_the_probe(tiny_disk: Path):
     (tiny_disk / "filler").write_bytes(b"x" * 64 * 1024)
     with pytest.raises(RetryableError, match=r"no space left in .*/disk: free some"):
-        probe_writable(tiny_disk)
+        check_writable(tiny_disk)
     assert names(tiny_disk) == ["filler"]
     subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
     with pytest.raises(SettingsError, match="Read-only file system; mount it writable"):
-        probe_writable(tiny_disk)
+        check_writable(tiny_disk)
 
 
 def refuse(number: int) -> Callable[..., None]:
@@ -133,7 +133,7 @@ def test_a_file_system_need_not_know_how_to_sync_lock_or_reserve(
         monkeypatch.setattr(module, name, refuse(number), raising=False)
     write_text(tmp_path / "t", "text")
     with open(tmp_path / "room", "wb") as file:
-        reserve(file.fileno(), 3000)
+        preallocate(file.fileno(), 3000)
         lock(file.fileno())
     assert ((tmp_path / "t").read_text(), (tmp_path / "room").stat().st_size) == ("text", 3000)
     monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
@@ -148,7 +148,7 @@ def test_a_folder_whose_files_cannot_be_renamed_fails_the_probe(
 ):
     monkeypatch.setattr(os, "replace", refuse(number))
     with pytest.raises(SettingsError, match="cannot write to"):
-        probe_writable(tmp_path)
+        check_writable(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -156,7 +156,7 @@ def test_a_file_where_a_folder_is_needed_is_refused(tmp_path: Path):
     write_text(tmp_path / "f", "")
     for folder in (tmp_path / "f", tmp_path / "f" / "below"):
         with pytest.raises(SettingsError, match=f"cannot write to {tmp_path}/f.*: a file "):
-            probe_writable(folder)
+            check_writable(folder)
 
 
 def test_files_of_a_tree_are_sorted_and_hidden_ones_left_out(tmp_path: Path):
@@ -209,7 +209,7 @@ def test_a_digest_takes_names_that_are_no_unicode_and_many_files(tmp_path: Path)
 
 def test_a_path_inside_is_given_and_one_that_leads_out_refused(tmp_path: Path):
     for name, path in {"a/b": "a/b", "a/../b": "b", "./a": "a", "..a/b..": "..a/b..", "": "."}.items():
-        assert below(tmp_path, name) == tmp_path / path
+        assert join_below(tmp_path, name) == tmp_path / path
     for name in ("../x", "a/../../x", "/etc/passwd", "..", "a/b/../../../root2/x"):
         with pytest.raises(DataError, match=f"path '{name}' .*root"):
-            below(tmp_path / "root", name)
+            join_below(tmp_path / "root", name)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fivefold.contract.files import write_text
-from fivefold.contract.job import Job, hyperparameters, job_from, output_dir
+from fivefold.contract.job import StageContext, context_from_env, hyperparameters, output_dir
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import MissingInputError, SettingsError
 
@@ -20,8 +20,8 @@ def base(tmp_path: Path) -> Path:
     return root
 
 
-def job(stage: str, environ: dict[str, str], tmp_path: Path) -> Job:
-    return job_from(STAGES[stage], environ, tmp_path / "scratch")
+def job(stage: str, environ: dict[str, str], tmp_path: Path) -> StageContext:
+    return context_from_env(STAGES[stage], environ, tmp_path / "scratch")
 
 
 def configured(base: Path, name: str, value: object) -> dict[str, str]:
@@ -75,7 +75,7 @@ def test_a_missing_channel_is_told_with_its_variable(tmp_path: Path):
     assert found.optional_channel("weights") is None
     environ = {"SM_CHANNEL_EVAL": str(tmp_path / "no"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}
     with pytest.raises(MissingInputError, match="channel 'eval'"):
-        job("evaluate", environ, tmp_path).probe()  # an optional one that is given must exist before any work
+        job("evaluate", environ, tmp_path).check_channels()  # an optional one that is given must exist before any work
 
 
 def test_outputs_that_are_not_given_are_settings_errors(tmp_path: Path):
@@ -87,7 +87,7 @@ def test_outputs_that_are_not_given_are_settings_errors(tmp_path: Path):
         ("split", environ, "SM_OUTPUT_DATA_DIR"),
     ):
         with pytest.raises(SettingsError, match=f"{name}, which is not set"):
-            job(stage, given, tmp_path).probe()
+            job(stage, given, tmp_path).check_channels()
     with pytest.raises(SettingsError, match="SM_OUTPUT_DATA_DIR, which is not set"):
         job("train-fold", with_model, tmp_path).output()
     assert job("train", with_model, tmp_path).output() == tmp_path / "fold-0/model/output"
@@ -130,11 +130,13 @@ def test_configuration_that_is_no_map_is_named(text: str | bytes, base: Path, tm
 
 
 def test_hyperparameters_of_all_three_kinds(base: Path):
-    environ = configured(base, "hyperparameters", {"train.epochs": "1", "train.lr": "1", "train.clip": "1", "Run": "a"})
-    assert hyperparameters(environ) == {"train.epochs": "1", "train.lr": "1", "train.clip": "1", "run": "a"}
-    environ["SM_HPS"] = '{"train.lr": 2, "train.clip": 2}'
+    environ = configured(
+        base, "hyperparameters", {"train.epochs": "1", "train.lr": "1", "train.max_grad_norm": "1", "Run": "a"}
+    )
+    assert hyperparameters(environ) == {"train.epochs": "1", "train.lr": "1", "train.max_grad_norm": "1", "run": "a"}
+    environ["SM_HPS"] = '{"train.lr": 2, "train.max_grad_norm": 2}'
     environ["SM_HP_TRAIN.CLIP"] = "3"
-    assert hyperparameters(environ) == {"train.epochs": "1", "train.lr": 2, "train.clip": "3", "run": "a"}
+    assert hyperparameters(environ) == {"train.epochs": "1", "train.lr": 2, "train.max_grad_norm": "3", "run": "a"}
 
 
 def test_hyphens_of_hyperparameters_are_underscores_and_empty_ones_and_the_services_are_not_set(base: Path):

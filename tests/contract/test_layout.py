@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.contract.run_layout import CHANNELS, in_run, run_at, truth_beside_table, truth_of
+from fivefold.contract.run_layout import CHANNELS, env_for_run, find_ground_truth, pick_ground_truth, run_path
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, make_plan
 
 
 def filled(stage: str, run: Path, fold: int | None = None, **given: str) -> dict[str, str]:
-    return dict(in_run(STAGES[stage], given, str(run), fold))
+    return dict(env_for_run(STAGES[stage], given, str(run), fold))
 
 
 def test_a_stage_that_is_told_its_run_has_the_variables_that_a_plan_gives_it(tmp_path: Path):
@@ -57,17 +57,17 @@ def test_what_a_stage_can_do_without_is_taken_where_it_is(tmp_path: Path):
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../other", "/tmp/x"])
 def test_a_run_whose_name_leads_elsewhere_is_refused(name: str):
     with pytest.raises(SettingsError, match=f"run='{name}' .*RUNS="):
-        run_at("runs", name)
-    assert run_at("s3://bucket/runs/", "first") == "s3://bucket/runs/first"
+        run_path("runs", name)
+    assert run_path("s3://bucket/runs/", "first") == "s3://bucket/runs/first"
 
 
 def test_runs_may_be_in_a_bucket(bucket):
     bucket.write("runs/first/split/output/folds.parquet", b"x")
-    found = dict(in_run(STAGES["ensemble"], {}, f"s3://{bucket.name}/runs/first", None))
+    found = dict(env_for_run(STAGES["ensemble"], {}, f"s3://{bucket.name}/runs/first", None))
     assert found["SM_CHANNEL_FOLDS"] == f"s3://{bucket.name}/runs/first/split/output"
     assert found["SM_OUTPUT_DATA_DIR"] == f"s3://{bucket.name}/runs/first/ensemble/output"
     assert "SM_OUTPUT_DIR" not in found, "the failure file stays on the machine"
-    empty = dict(in_run(STAGES["evaluate"], {}, f"s3://{bucket.name}/runs/none", None))
+    empty = dict(env_for_run(STAGES["evaluate"], {}, f"s3://{bucket.name}/runs/none", None))
     assert not [name for name in empty if name.startswith("SM_CHANNEL_")]
 
 
@@ -75,7 +75,7 @@ def test_runs_may_be_in_a_bucket(bucket):
 def test_the_truth_is_found_however_it_is_spelt(tmp_path: Path, name: str):
     (tmp_path / "Test.csv").write_text("ID,img_path\n")
     (tmp_path / name).write_text("ID,label\n")
-    assert truth_of(str(tmp_path)) == str(tmp_path / name)
-    assert truth_beside_table([f"deep/er/{name}", f"set/{name}", "set/test.csv", "deep/er/test.csv"]) == f"set/{name}"
+    assert find_ground_truth(str(tmp_path)) == str(tmp_path / name)
+    assert pick_ground_truth([f"deep/er/{name}", f"set/{name}", "set/test.csv", "deep/er/test.csv"]) == f"set/{name}"
     (tmp_path / "gt.csv").write_text("ID,label\n")
-    assert truth_of(str(tmp_path)) == str(tmp_path / "gt.csv")
+    assert find_ground_truth(str(tmp_path)) == str(tmp_path / "gt.csv")

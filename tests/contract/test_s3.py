@@ -11,8 +11,8 @@ import pytest
 
 from fivefold.contract.s3 import commit, sync
 from fivefold.contract.s3.checkpoints import CheckpointSync
-from fivefold.contract.s3.client import Download, Store
-from fivefold.contract.s3.sync import Remote, shown
+from fivefold.contract.s3.client import Download, S3Client
+from fivefold.contract.s3.sync import S3Sync, with_urls
 from fivefold.contract.s3.urls import Url, parse
 from fivefold.errors import DataError, RetryableError, SettingsError
 from s3_server import Bucket, Proxy, Request
@@ -40,13 +40,15 @@ def put(
         bucket.write(f"{folder}/{name}", content)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     if marker:
-        bucket.write(f"{folder}/{marker}", commit.marker({"stage": stage}, digests))
+        bucket.write(f"{folder}/{marker}", commit.commit_record({"stage": stage}, digests))
     return folder
 
 
 def seen(bucket: Bucket, url: Url) -> dict[str, bytes]:
-    store = Store()
-    return {each.name: bucket.read(each.object.url.key) for each in commit.visible(store, url, store.below(url))}
+    store = S3Client()
+    return {
+        each.name: bucket.read(each.object.url.key) for each in commit.list_visible(store, url, store.list_objects(url))
+    }
 
 
 def test_large_file_moves_in_parts_and_arrives_whole(bucket, url, tmp_path, monkeypatch):
@@ -54,9 +56,9 @@ def test_large_file_moves_in_parts_and_arrives_whole(bucket, url, tmp_path, monk
     proxy = Proxy(bucket.endpoint)
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        store = Store()
+        store = S3Client()
         store.upload([(tmp_path / "weights", url / "weights")], "up")
-        (uploaded,) = store.below(url)
+        (uploaded,) = store.list_objects(url)
         store.download([Download(uploaded, tmp_path / "back")], "down")
     assert (tmp_path / "back").read_bytes() == (tmp_path / "weights").read_bytes()
     assert sum("partNumber=" in request.path for request in proxy.requests) == 3
@@ -64,8 +66,8 @@ def test_large_file_moves_in_parts_and_arrives_whole(bucket, url, tmp_path, monk
 
 def test_an_object_that_changes_while_it_is_read_is_not_taken_for_whole(bucket, url, tmp_path, monkeypatch):
     bucket.write((url / "x").key, b"a" * 20 * MIB)
-    store = Store()
-    (found,) = store.below(url)
+    store = S3Client()
+    (found,) = store.list_objects(url)
     bucket.write((url / "x").key, b"b" * 20 * MIB)
     monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.01)
     with pytest.raises(RetryableError, match=r"s3://.* changed"):
@@ -75,7 +77,7 @@ def test_an_object_that_changes_while_it_is_read_is_not_taken_for_whole(bucket, 
 
 def test_a_disk_that_would_fill_up_is_told_before_anything_is_fetched(bucket, tiny_disk):
     bucket.write("data/x", bytes(MIB))
-    remote = Remote(tiny_disk)
+    remote = S3Sync(tiny_disk)
     path = remote.channel(Url(bucket.name, "data"))
     with pytest.raises(RetryableError, match=r"1\.0 MiB: free some, then run the same command again"):
         remote.fetch(path)
@@ -136,9 +138,9 @@ def test_a_new_attempt_removes_the_one_it_replaces_and_those_left_half_done_long
     put(bucket, url, "ensemble", 3, {"p.csv": b"other"}, marker="")
 
     def written(content: bytes) -> None:
-        remote = Remote(tmp_path / content.decode())
+        remote = S3Sync(tmp_path / content.decode())
         folder = remote.output(url)
-        remote.begin("split")
+        remote.invalidate_previous("split")
         (folder / "folds.parquet").write_bytes(content)
         (folder / "stage.json").write_text('{"stage": "split"}')
         remote.publish("split", folder / "stage.json", [folder / "folds.parquet"])
@@ -159,10 +161,10 @@ def test_a_new_attempt_removes_the_one_it_replaces_and_those_left_half_done_long
 def test_only_what_the_stage_wrote_goes_up(bucket, url, tmp_path):
     """Two stages share a folder, of which the second sees the first one's files, and a folder lies in another."""
     put(bucket, url, "ensemble", 1, {"p.csv": b"1", "q.csv": b"2"})
-    remote = Remote(tmp_path)
+    remote = S3Sync(tmp_path)
     outer, inner = remote.output(url), remote.output(url / "inner")
     assert {path.name for path in outer.iterdir()} == {"p.csv", "q.csv", "stage.json", "inner"}
-    remote.begin("evaluate")
+    remote.invalidate_previous("evaluate")
     (outer / "q.csv").write_bytes(b"changed")
     (outer / "report.html").write_bytes(b"r")
     (inner / "plot.png").write_bytes(b"i")
@@ -178,24 +180,24 @@ def test_the_last_two_checkpoints_are_kept_and_come_back(bucket, tmp_path):
     url = Url(bucket.name, "checkpoints")
     here = tmp_path / "here" / "0123"
     here.mkdir(parents=True)
-    sync = CheckpointSync(Store(), url, here.parent)
+    sync = CheckpointSync(S3Client(), url, here.parent)
     assert sync.restore(here) == set()
     for number in range(5):
         path = here / f"{number:08d}.pt"
         path.write_bytes(os.urandom(100))
-        sync.send(path)
+        sync.upload_async(path)
         sync.close()
     assert [key.split("/")[-1].split(".")[0] for key in bucket.listed()] == ["00000003", "00000004"]
     assert not list(here.glob(".*")), "copies"
     there = tmp_path / "there" / "0123"
     there.mkdir(parents=True)
     bucket.write("checkpoints/4567/00000001." + "0" * 64 + ".pt", b"of another key")
-    other = CheckpointSync(Store(), url, there.parent)
+    other = CheckpointSync(S3Client(), url, there.parent)
     assert other.restore(there) == {"0123", "4567"}
     assert {path.name: path.read_bytes() for path in there.iterdir()} == {
         f"{number:08d}.pt": (here / f"{number:08d}.pt").read_bytes() for number in (3, 4)
     }
-    other.forget(there)
+    other.delete(there)
     assert [key.split("/")[1] for key in bucket.listed()] == ["4567"]
 
 
@@ -213,11 +215,11 @@ def test_a_store_that_is_slower_than_the_training_gets_the_newest_checkpoint_alo
     folder.mkdir()
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        sync = CheckpointSync(Store(), Url(bucket.name, "c"), tmp_path)
+        sync = CheckpointSync(S3Client(), Url(bucket.name, "c"), tmp_path)
         for number in range(5):
             path = folder / f"{number:08d}.pt"
             path.write_bytes(bytes([number]))
-            sync.send(path)
+            sync.upload_async(path)
             if number > 1:
                 (folder / f"{number - 2:08d}.pt").unlink()
             arrived.wait(30)
@@ -233,8 +235,8 @@ def test_a_checkpoint_that_does_not_go_up_costs_a_warning_and_no_training(bucket
     (folder / "00000001.pt").write_bytes(b"x")
     with Proxy(bucket.endpoint, lambda request: "503").listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        sync = CheckpointSync(Store(), Url(bucket.name, "c"), tmp_path)
-        sync.send(folder / "00000001.pt")
+        sync = CheckpointSync(S3Client(), Url(bucket.name, "c"), tmp_path)
+        sync.upload_async(folder / "00000001.pt")
         sync.close()
     assert "a checkpoint could not be" in caplog.text
     assert "s3://" in caplog.text
@@ -245,7 +247,7 @@ def test_refused_requests_say_which_rights_are_needed(bucket, url, monkeypatch):
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         with pytest.raises(SettingsError, match=f"{url}/.* access refused .* need s3:ListBucket, s3:GetObject"):
-            Remote(Path("/tmp")).output(url)
+            S3Sync(Path("/tmp")).output(url)
 
 
 @pytest.mark.parametrize(
@@ -262,4 +264,4 @@ def test_urls_have_one_form(text, key):
 
 def test_messages_speak_of_urls():
     told = "no oof.parquet below 'model' (/tmp/fivefold-ab_12x9q/in/bucket/run/fold-0), and /tmp/fivefold-ab_12x9q/x"
-    assert shown(told) == "no oof.parquet below 'model' (s3://bucket/run/fold-0), and /tmp/fivefold-ab_12x9q/x"
+    assert with_urls(told) == "no oof.parquet below 'model' (s3://bucket/run/fold-0), and /tmp/fivefold-ab_12x9q/x"

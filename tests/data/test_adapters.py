@@ -8,16 +8,16 @@ import pytest
 
 from fivefold.config.schema import Data
 from fivefold.data.readers.stores import open_store
-from fivefold.data.readers.training_rows import Rows, read_rows
+from fivefold.data.readers.training_rows import LabelledImages, read_rows
 from fivefold.errors import DataError, FivefoldError, MissingInputError
 from toy import PICTURE, write_data
 
 
-def rows_of(root: Path, check_files: bool = True, **options: object) -> Rows:
+def rows_of(root: Path, check_files: bool = True, **options: object) -> LabelledImages:
     return read_rows(open_store(root), Data(**options), check_files)
 
 
-def labelled(rows: Rows) -> dict[str, str]:
+def labelled(rows: LabelledImages) -> dict[str, str]:
     return dict(zip(rows.paths.to_pylist(), [rows.classes[code] for code in rows.codes], strict=True))
 
 
@@ -129,9 +129,9 @@ def test_absolute_paths_may_go_another_way_to_the_channel(tmp_path: Path, monkey
             write_data(root, train=f"path,label\n{spelled}/img/1.png,a\n{spelled}/img/2.png,b\n")
             assert list(labelled(rows_of(channel))) == ["img/1.png", "img/2.png"]
             write_data(root, train="path,label\n1.png,a\n2.png,b\n")
-            assert list(labelled(rows_of(channel, base_path=f"{spelled}/img"))) == ["img/1.png", "img/2.png"]
+            assert list(labelled(rows_of(channel, image_root=f"{spelled}/img"))) == ["img/1.png", "img/2.png"]
     write_data(root, train="path,label\nimg/1.png,a\nimg/2.png,b\n")
-    assert len(rows_of(Path("data"), base_path=str(root))) == 2
+    assert len(rows_of(Path("data"), image_root=str(root))) == 2
 
 
 def test_groups_are_those_of_labels_without_blanks_and_composed(tmp_path: Path) -> None:
@@ -285,14 +285,14 @@ def test_an_image_is_found_for_one_row_alone_and_not_among_the_test_images(tmp_p
     root = write_data(tmp_path / "data", "x/a.jpg", "x/b.jpg", "test/c.jpg", "test_images/d.jpg")
     for absent in ("A.jpg", "c", "d.jpg"):
         write_data(root, train=f"path,label\nx/a.jpg,1\nx/b.jpg,2\n{absent},1\n")
-        with pytest.raises(DataError, match=rf"1 of 3 files that do not exist: '{absent}'.* x \(2\).*data\.base_path"):
+        with pytest.raises(DataError, match=rf"1 of 3 files that do not exist: '{absent}'.* x \(2\).*data\.image_root"):
             rows_of(root)
 
 
 def test_a_name_of_several_images_is_an_error_that_says_where_they_lie(tmp_path: Path) -> None:
     root = write_data(tmp_path / "data", "p/1.jpg", "q/1.jpg", "q/2.jpg", train="image_id,label\n1,a\n2,b\n")
     for check_files in (True, False):
-        with pytest.raises(DataError, match=r"'1'.*'p/1\.jpg', 'q/1\.jpg'.*data\.base_path"):
+        with pytest.raises(DataError, match=r"'1'.*'p/1\.jpg', 'q/1\.jpg'.*data\.image_root"):
             rows_of(root, check_files)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fivefold.data.pipeline.dataset import Batch
-from fivefold.data.pipeline.prefetch import ahead, one_ahead
+from fivefold.data.pipeline.loader import prefetch_one, prefetch_to_device
 from fivefold.errors import DataError
 
 
@@ -23,7 +23,7 @@ def batches(count: int, read: list[int], meta: bool = False) -> Iterator[Batch]:
 def test_on_a_cpu_a_batch_is_read_when_it_is_asked_for_and_given_as_it_is():
     read: list[int] = []
     given = batches(3, read)
-    assert ahead(given, torch.device("cpu")) is given
+    assert prefetch_to_device(given, torch.device("cpu")) is given
     next(given)
     assert read == [0]
 
@@ -31,7 +31,7 @@ def test_on_a_cpu_a_batch_is_read_when_it_is_asked_for_and_given_as_it_is():
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_each_is_sent_before_the_one_before_it_is_given_out_and_none_twice_or_lost(count):
     events: list[str] = []
-    stepping = one_ahead(
+    stepping = prefetch_one(
         range(count),
         lambda number: events.append(f"send {number}") or number,
         lambda number: events.append(f"receive {number}") or number,
@@ -48,7 +48,7 @@ def test_what_cannot_be_read_is_said_by_the_step_before():
         yield from batches(2, [])
         raise DataError("2.png cannot be decoded")
 
-    stepping = one_ahead(broken(), lambda batch: batch, lambda batch: batch)
+    stepping = prefetch_one(broken(), lambda batch: batch, lambda batch: batch)
     next(stepping)
     with pytest.raises(DataError, match=r"2\.png"):
         next(stepping)
@@ -61,7 +61,7 @@ def test_on_a_gpu_the_batches_are_the_same_while_others_are_copied_and_memory_is
     cuda = torch.device("cuda")
     given = (batch.pin_memory() if pinned else batch for batch in batches(40, [], meta=True))
     kept = []
-    for batch in ahead(given, cuda):
+    for batch in prefetch_to_device(given, cuda):
         assert batch.images.is_cuda
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         torch.cuda._sleep(2_000_000)  # the step is still to begin when the next ones are copied
@@ -80,7 +80,7 @@ def test_on_a_gpu_no_batch_waits_for_the_device():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = list(ahead(given, torch.device("cuda")))
+        found = list(prefetch_to_device(given, torch.device("cuda")))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(found) == 6

@@ -19,25 +19,25 @@ import pytest
 from PIL import Image
 
 from counting import CountingStore
-from fivefold.data.image_io import Pixels, decode
-from fivefold.data.pipeline.dataset import ImageSet, epoch_batches, load
+from fivefold.data.image_io import DecodeOptions, decode
+from fivefold.data.pipeline.dataset import ImageDataset, load_batches, shuffled_batches
 from fivefold.data.pipeline.image_cache import (
-    ENTRY,
-    HEAD,
-    INDEX,
-    PIXELS,
+    HEADER_FILE,
+    INDEX_DTYPE,
+    INDEX_FILE,
+    PIXELS_FILE,
     Cache,
     ImageFile,
-    build,
-    bytes_of,
-    cached_once,
-    check_room,
+    build_cache,
+    build_lock,
+    cache_name,
+    check_cache_space,
     check_sample,
-    files_of,
-    key_of,
-    one_builder,
+    get_or_build,
+    make_image_files,
     open_or_build,
-    survey,
+    pixel_bytes,
+    plan_cache,
 )
 from fivefold.data.readers.stores import FolderStore, open_store
 from fivefold.data.transforms.registry import build_transforms
@@ -46,7 +46,7 @@ from rights import let_others_in
 from toy import noise
 
 GIB = 2**30
-KINDS = [Pixels(), Pixels(24), Pixels(24, scaled=True)]
+KINDS = [DecodeOptions(), DecodeOptions(24), DecodeOptions(24, scaled=True)]
 
 
 def digest_of(path: Path) -> str:
@@ -82,7 +82,7 @@ class Source:
 
     @property
     def files(self) -> list[ImageFile]:
-        return files_of(self.store, self.paths, self.sha256)
+        return make_image_files(self.store, self.paths, self.sha256)
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +94,16 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return Source(store, names, np.array([digest_of(folder / name) for name in names], object))
 
 
-def cache_of(source: Source, folder: Path, pixels: Pixels = KINDS[0]) -> Cache:
+def cache_of(source: Source, folder: Path, pixels: DecodeOptions = KINDS[0]) -> Cache:
     return open_or_build(
-        folder / key_of(list(source.sha256), pixels), lambda: survey(source.files, pixels), pixels, 1.0
+        folder / cache_name(list(source.sha256), pixels), lambda: plan_cache(source.files, pixels), pixels, 1.0
     )
 
 
-@pytest.mark.parametrize("pixels", KINDS, ids=lambda pixels: pixels.in_words)
-def test_every_kind_of_image_has_the_same_pixels_as_its_file(odd: Source, tmp_path: Path, pixels: Pixels) -> None:
+@pytest.mark.parametrize("pixels", KINDS, ids=lambda pixels: pixels.description)
+def test_every_kind_of_image_has_the_same_pixels_as_its_file(
+    odd: Source, tmp_path: Path, pixels: DecodeOptions
+) -> None:
     cache = cache_of(odd, tmp_path, pixels)
     cache.verify()
     assert len(cache) == len(odd.paths) - 1, "equal files lie there once"
@@ -110,36 +112,38 @@ def test_every_kind_of_image_has_the_same_pixels_as_its_file(odd: Source, tmp_pa
         assert np.array_equal(cache.image(at), expected), name
         assert cache.image(at).ctypes.data % 64 == 0
         assert not cache.image(at).flags.writeable
-    assert cache.bytes == (cache.folder / PIXELS).stat().st_size
-    assert pixels.scaled or cache.bytes == bytes_of(survey(odd.files, pixels)), "what is estimated is what is written"
+    assert cache.bytes == (cache.folder / PIXELS_FILE).stat().st_size
+    assert pixels.scaled or cache.bytes == pixel_bytes(plan_cache(odd.files, pixels)), (
+        "what is estimated is what is written"
+    )
     assert cache.find(["00" * 32, None, "ff" * 32]).tolist() == [-1, -1, -1]
     assert pickle.loads(pickle.dumps(cache)).image(3).tobytes() == cache.image(3).tobytes()
 
 
 def test_the_key_is_of_files_and_pixels_not_of_names_and_order(odd: Source) -> None:
     digests = list(odd.sha256)
-    assert key_of(digests, Pixels()) == key_of([*digests[::-1], digests[0]], Pixels())
-    others = [key_of(digests[1:], Pixels()), *(key_of(digests, pixels) for pixels in KINDS)]
+    assert cache_name(digests, DecodeOptions()) == cache_name([*digests[::-1], digests[0]], DecodeOptions())
+    others = [cache_name(digests[1:], DecodeOptions()), *(cache_name(digests, pixels) for pixels in KINDS)]
     assert len(set(others)) == 4
 
 
-def batches_of(images: ImageSet, workers: int = 0) -> bytes:
-    found = load(images, epoch_batches(len(images), 4, 5, 1), workers)
+def batches_of(images: ImageDataset, workers: int = 0) -> bytes:
+    found = load_batches(images, shuffled_batches(len(images), 4, 5, 1), workers)
     return b"".join(batch.images.contiguous().numpy().tobytes() + batch.rows.numpy().tobytes() for batch in found)
 
 
-@pytest.mark.parametrize("pixels", KINDS[:2], ids=lambda pixels: pixels.in_words)
+@pytest.mark.parametrize("pixels", KINDS[:2], ids=lambda pixels: pixels.description)
 def test_the_same_batches_from_files_memory_and_cache_with_any_number_of_workers(
-    odd: Source, tmp_path: Path, pixels: Pixels
+    odd: Source, tmp_path: Path, pixels: DecodeOptions
 ) -> None:
     transform = build_transforms(["random_resized_crop", "horizontal_flip"], (16, 16))
 
-    def images(store: object, digests: object = odd.sha256) -> ImageSet:
-        return ImageSet(store, odd.paths, transform, 5, digests, ["aspect", "color_mean"], pixels)
+    def images(store: object, digests: object = odd.sha256) -> ImageDataset:
+        return ImageDataset(store, odd.paths, transform, 5, digests, ["aspect", "color_mean"], pixels)
 
     plain, kept = images(odd.store), images(odd.store)
     held = replace(odd.store, caches=[cache_of(odd, tmp_path, pixels)])
-    assert kept.keep_in_memory()
+    assert kept.cache_in_memory()
     expected = batches_of(plain)
     assert batches_of(kept) == expected
     cached, undigested = images(held), images(held, None)
@@ -147,9 +151,9 @@ def test_the_same_batches_from_files_memory_and_cache_with_any_number_of_workers
     for found in (cached, undigested, pickle.loads(pickle.dumps(cached))):
         for workers in (0, 1, 2):
             assert batches_of(found, workers) == expected
-    assert cached.keep_in_memory()
+    assert cached.cache_in_memory()
     assert cached.kept is None, "what is mapped need not be kept"
-    assert cached.measure().tobytes() == plain.measure().tobytes()
+    assert cached.compute_image_stats().tobytes() == plain.compute_image_stats().tobytes()
 
 
 def test_a_cached_row_opens_no_file_and_others_are_read_from_theirs(odd: Source, tmp_path: Path) -> None:
@@ -158,26 +162,31 @@ def test_a_cached_row_opens_no_file_and_others_are_read_from_theirs(odd: Source,
     empty.mkdir()
     cache = cache_of(some, tmp_path / "caches")
     transform = build_transforms(["resize"], (8, 8))
-    images = ImageSet(replace(open_store(empty), caches=[cache]), odd.paths, transform, 0, odd.sha256)
+    images = ImageDataset(replace(open_store(empty), caches=[cache]), odd.paths, transform, 0, odd.sha256)
     assert images.count_cached() == 5
     assert images.image(4).shape[2] == 3
     with pytest.raises(DataError, match="cannot be read"):
         images.image(6)
-    whole = ImageSet(replace(odd.store, caches=[cache]), odd.paths, transform, 0, odd.sha256)
+    whole = ImageDataset(replace(odd.store, caches=[cache]), odd.paths, transform, 0, odd.sha256)
     assert np.array_equal(whole.image(6), decode(odd.store.read(odd.paths[6]), "6"))
-    assert ImageSet(whole.store, odd.paths, transform, 0, odd.sha256, pixels=Pixels(24)).count_cached() == 0
+    assert (
+        ImageDataset(whole.store, odd.paths, transform, 0, odd.sha256, decode_options=DecodeOptions(24)).count_cached()
+        == 0
+    )
 
 
 def edited(**values: object) -> Callable[[Path], object]:
-    return lambda folder: (folder / HEAD).write_text(json.dumps(json.loads((folder / HEAD).read_text()) | values))
+    return lambda folder: (folder / HEADER_FILE).write_text(
+        json.dumps(json.loads((folder / HEADER_FILE).read_text()) | values)
+    )
 
 
 def point_out_of_the_file(folder: Path) -> None:
-    index = np.load(folder / INDEX)
-    assert index.dtype == ENTRY
+    index = np.load(folder / INDEX_FILE)
+    assert index.dtype == INDEX_DTYPE
     index["offset"][-1] = 2**40
-    np.save(folder / INDEX, index)
-    edited(index_sha256=digest_of(folder / INDEX))(folder)
+    np.save(folder / INDEX_FILE, index)
+    edited(index_sha256=digest_of(folder / INDEX_FILE))(folder)
 
 
 def garbage(name: str) -> Callable[[Path], object]:
@@ -189,16 +198,16 @@ def cut_off(name: str) -> Callable[[Path], object]:
 
 
 SPOILT = {
-    "head garbage": (garbage(HEAD), "is not JSON"),
-    "head a list": (lambda folder: (folder / HEAD).write_text("[1]"), "does not describe an image cache"),
-    "head of another type": (edited(store_size="24"), "does not describe an image cache"),
+    "head garbage": (garbage(HEADER_FILE), "is not JSON"),
+    "head a list": (lambda folder: (folder / HEADER_FILE).write_text("[1]"), "does not describe an image cache"),
+    "head of another type": (edited(resize_shorter_side="24"), "does not describe an image cache"),
     "format": (edited(format=99), "format 99"),
     "size": (edited(bytes=2**30), "has [0-9,]+ bytes"),
-    "pixels cut off": (cut_off(PIXELS), "has [0-9,]+ bytes"),
-    "pixels gone": (lambda folder: (folder / PIXELS).unlink(), "has 0 bytes"),
-    "index cut off": (cut_off(INDEX), r"index\.npy .*cache\.json"),
-    "index garbage": (garbage(INDEX), r"index\.npy .*cache\.json"),
-    "index gone": (lambda folder: (folder / INDEX).unlink(), r"index\.npy .*cache\.json"),
+    "pixels cut off": (cut_off(PIXELS_FILE), "has [0-9,]+ bytes"),
+    "pixels gone": (lambda folder: (folder / PIXELS_FILE).unlink(), "has 0 bytes"),
+    "index cut off": (cut_off(INDEX_FILE), r"index\.npy .*cache\.json"),
+    "index garbage": (garbage(INDEX_FILE), r"index\.npy .*cache\.json"),
+    "index gone": (lambda folder: (folder / INDEX_FILE).unlink(), r"index\.npy .*cache\.json"),
     "index out of the file": (point_out_of_the_file, r"index\.npy .*cache\.json"),
 }
 
@@ -211,24 +220,26 @@ def test_a_spoilt_cache_is_refused_and_on_first_use_made_anew(
     with pytest.raises(MissingInputError):
         Cache(tmp_path)
     cache = cache_of(odd, tmp_path)
-    whole = (cache.folder / PIXELS).read_bytes()
+    whole = (cache.folder / PIXELS_FILE).read_bytes()
     spoil(cache.folder)
     with pytest.raises(DataError, match=message):
         Cache(cache.folder)
-    found = cached_once(tmp_path, odd.files, Pixels(), 1.0)
+    found = get_or_build(tmp_path, odd.files, DecodeOptions(), 1.0)
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
     assert found is not None
-    assert (found.folder / PIXELS).read_bytes() == whole
+    assert (found.folder / PIXELS_FILE).read_bytes() == whole
 
 
 def test_one_that_is_too_large_is_an_error_that_says_what_helps(odd: Source, tmp_path: Path) -> None:
-    images = survey(odd.files, Pixels())
-    with pytest.raises(SettingsError, match=r"16 decoded images take .*data\.store_size"):
-        check_room(tmp_path, len(images), bytes_of(images), 1e-5)
-    assert cached_once(tmp_path / "caches", odd.files, Pixels(), 1e-5) is None
+    images = plan_cache(odd.files, DecodeOptions())
+    with pytest.raises(SettingsError, match=r"16 decoded images take .*data\.resize_shorter_side"):
+        check_cache_space(tmp_path, len(images), pixel_bytes(images), 1e-5)
+    assert get_or_build(tmp_path / "caches", odd.files, DecodeOptions(), 1e-5) is None
     assert not list((tmp_path / "caches").glob("[!.]*"))
     (tmp_path / "file").write_text("")
-    assert cached_once(tmp_path / "file" / "caches", odd.files, Pixels(), 1.0) is None, "nothing can be written there"
+    assert get_or_build(tmp_path / "file" / "caches", odd.files, DecodeOptions(), 1.0) is None, (
+        "nothing can be written there"
+    )
 
 
 def test_of_many_images_a_few_say_that_they_are_far_too_many(tmp_path: Path) -> None:
@@ -236,24 +247,29 @@ def test_of_many_images_a_few_say_that_they_are_far_too_many(tmp_path: Path) -> 
     for name in names:
         noise(tmp_path / "images" / name, random, 8)
     source = Source(open_store(tmp_path / "images"), names, [digest_of(tmp_path / "images" / name) for name in names])
-    size = bytes_of(survey(source.files, Pixels()))
+    size = pixel_bytes(plan_cache(source.files, DecodeOptions()))
     assert size == 1100 * 192
     for share in (2, 1.01, 0.99):
-        check_sample(tmp_path, source.files, Pixels(), share * size / GIB)
+        check_sample(tmp_path, source.files, DecodeOptions(), share * size / GIB)
     with pytest.raises(SettingsError, match=r"1100 decoded images take 0\.2 MiB, .*data\.cache_gib="):
-        check_sample(tmp_path, source.files, Pixels(), 0.5 * size / GIB)
+        check_sample(tmp_path, source.files, DecodeOptions(), 0.5 * size / GIB)
     counted = CountingStore(tmp_path / "images")
-    assert cached_once(tmp_path / "caches", files_of(counted, names, source.sha256), Pixels(), 0.5 * size / GIB) is None
+    assert (
+        get_or_build(
+            tmp_path / "caches", make_image_files(counted, names, source.sha256), DecodeOptions(), 0.5 * size / GIB
+        )
+        is None
+    )
     assert counted.reads.total() < 300, "not all files were read"
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_decoded(
     odd: Source, tiny_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images = survey(odd.files, Pixels())
+    images = plan_cache(odd.files, DecodeOptions())
     with pytest.raises(RetryableError, match="MiB free for them: free some"):
-        open_or_build(tiny_disk / "key", lambda: images, Pixels(), 1.0)
-    assert cached_once(tiny_disk, odd.files, Pixels(), 1.0) is None
+        open_or_build(tiny_disk / "key", lambda: images, DecodeOptions(), 1.0)
+    assert get_or_build(tiny_disk, odd.files, DecodeOptions(), 1.0) is None
     assert "images are read from their files" in caplog.text
     assert not list(tiny_disk.glob("[!.]*"))
     assert not list(tiny_disk.glob(".*.tmp"))
@@ -261,21 +277,21 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_decoded(
 
 def test_a_disk_that_fills_while_images_are_written_is_75_and_nothing_is_left(odd: Source, tiny_disk: Path) -> None:
     with pytest.raises(RetryableError, match=r"no space left to write .*free some, then run the same command again"):
-        build(tiny_disk / "key", survey(odd.files, Pixels()), Pixels())
+        build_cache(tiny_disk / "key", plan_cache(odd.files, DecodeOptions()), DecodeOptions())
     assert not list(tiny_disk.iterdir())
 
 
 PROGRAM = """
 import hashlib, os, sys
 from pathlib import Path
-from fivefold.data.image_cache import cached_once, files_of
-from fivefold.data.images import Pixels
-from fivefold.data.store import open_store
+from fivefold.data.pipeline.image_cache import get_or_build, make_image_files
+from fivefold.data.image_io import DecodeOptions
+from fivefold.data.readers.stores import open_store
 images, caches, user, *digests = sys.argv[1:]
 if user != "0":
     os.setgroups([]); os.setgid(int(user)); os.setuid(int(user))
 store = open_store(Path(images))
-cache = cached_once(Path(caches), files_of(store, store.names()[:len(digests)], digests), Pixels(), 1.0)
+cache = get_or_build(Path(caches), make_image_files(store, store.names()[:len(digests)], digests), DecodeOptions(), 1.0)
 pixels = [] if cache is None else [cache.image(number).tobytes() for number in range(len(cache))]
 print(cache and cache.folder.stat().st_ino, hashlib.sha256(b"".join(pixels)).hexdigest())
 """
@@ -309,7 +325,7 @@ def test_another_user_may_read_a_cache_and_goes_without_where_it_could_not_make_
 def test_a_finished_cache_is_used_where_nothing_can_be_written(odd: Source, tmp_path: Path) -> None:
     cache = cache_of(odd, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    found = cached_once(tmp_path, odd.files, Pixels(), 1e-9)
+    found = get_or_build(tmp_path, odd.files, DecodeOptions(), 1e-9)
     assert found is not None
     assert found.folder == cache.folder
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -324,7 +340,9 @@ def test_a_file_that_changed_or_breaks_off_is_named_and_nothing_is_left(
     (images / "grey.jpg").write_bytes((images / "grey.jpg").read_bytes()[:-40])
     digests = [digest or digest_of(images / "grey.jpg"), digest_of(images / "cmyk.jpg")]
     with pytest.raises(DataError, match=rf"grey\.jpg {reason}"):
-        cached_once(caches, files_of(open_store(images), ["grey.jpg", "cmyk.jpg"], digests), Pixels(), 1.0)
+        get_or_build(
+            caches, make_image_files(open_store(images), ["grey.jpg", "cmyk.jpg"], digests), DecodeOptions(), 1.0
+        )
     assert [path.name for path in caches.iterdir() if not path.name.endswith(".lock")] == []
 
 
@@ -340,15 +358,15 @@ def test_who_comes_second_says_that_it_waits_and_takes_what_the_first_made(
     odd: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    path = tmp_path / key_of(list(odd.sha256), Pixels())
+    path = tmp_path / cache_name(list(odd.sha256), DecodeOptions())
     with ThreadPoolExecutor(1) as pool:
-        with one_builder(path):
-            second = pool.submit(cached_once, tmp_path, odd.files, Pixels(), 1.0)
+        with build_lock(path):
+            second = pool.submit(get_or_build, tmp_path, odd.files, DecodeOptions(), 1.0)
             deadline = time.monotonic() + 30
             while "waiting for it" not in caplog.text:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            first = build(path, survey(odd.files, Pixels()), Pixels())
+            first = build_cache(path, plan_cache(odd.files, DecodeOptions()), DecodeOptions())
             assert not second.done()
         assert second.result(30).folder == first.folder
     assert "decoded once" not in caplog.text, "the second made nothing"

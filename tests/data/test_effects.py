@@ -11,8 +11,8 @@ from fivefold.data.transforms.functional import (
     coarse_dropout,
     grid_distortion,
     linear_colour_jitter,
+    remap_axes,
     shift_scale_rotate,
-    stretched,
     unsharp_mask,
 )
 
@@ -38,17 +38,17 @@ def test_holes_are_as_many_and_as_large_as_was_asked_for():
 
 
 def test_a_grid_that_is_not_stretched_is_the_identity():
-    assert torch.equal(stretched(IMAGE, torch.ones(5), torch.ones(3), 255), IMAGE)
+    assert torch.equal(remap_axes(IMAGE, torch.ones(5), torch.ones(3), 255), IMAGE)
     assert torch.equal(grid_distortion(IMAGE, 4, [0.0, 0.0], 0), IMAGE)
 
 
 def test_steps_stretch_from_the_top_left_corner_and_leave_a_white_border():
     ramp = torch.arange(100, dtype=torch.uint8).expand(3, 100, 100).contiguous()
-    found = stretched(ramp, torch.ones(1), torch.tensor([1.05]), 255)
+    found = remap_axes(ramp, torch.ones(1), torch.tensor([1.05]), 255)
     np.testing.assert_allclose(found[0, 0, :95].float(), np.arange(95) * 1.05, atol=0.51)
     assert (found[:, :, 96:] == 255).all()
-    assert (stretched(ramp, torch.ones(1), torch.tensor([0.97]), 255) != 255).all()
-    found = stretched(ramp, torch.ones(1), torch.tensor([0.5, 1.5]), 255)[0, 0].float()
+    assert (remap_axes(ramp, torch.ones(1), torch.tensor([0.97]), 255) != 255).all()
+    found = remap_axes(ramp, torch.ones(1), torch.tensor([0.5, 1.5]), 255)[0, 0].float()
     assert (found[10], found[50], found[90]) == (5, 25, 85)
 
 

@@ -33,7 +33,7 @@ def test_classes_are_plain_and_the_header_and_the_ends_of_lines_stay_as_they_are
     table = read_eval(tmp_path)
     check_rows(table)  # the sample has the same rows in another order
     classes = ("dog", unicodedata.normalize("NFC", "é"))
-    assert (table.sample.classes, tuple(table.sample.header), table.sample.end) == (classes, header, end)
+    assert (table.sample.classes, tuple(table.sample.header), table.sample.line_ending) == (classes, header, end)
 
 
 @pytest.mark.parametrize("ids", [("0.png", "1.png"), ("0", "1"), ("test/0.png", "test/1.png"), ("test/0", "test/1")])
@@ -64,7 +64,7 @@ def test_a_test_table_with_ids_and_a_sample_submission(tmp_path: Path) -> None:
         assert table.paths.tolist() == ["test/T_2.png", "test/T_1.png"]
         assert (table.sample.id_column, table.sample.classes) == ("ID", ("cat", "dog"))
         assert table.sample.ids.tolist() == ["T_2", "T_1"]
-        assert table.answered_in("target", "ID").sample == table.sample  # what a sample asks for goes first
+        assert table.with_label_column("target", "ID").sample == table.sample  # what a sample asks for goes first
 
 
 def test_a_test_table_of_paths_below_test(tmp_path: Path) -> None:
@@ -75,10 +75,10 @@ def test_a_test_table_of_paths_below_test(tmp_path: Path) -> None:
     assert table.sample is None
     kaggle = write_data(tmp_path / "kaggle", "test_images/1.png", "train_images/1.png", test="image_id\n1.png\n")
     assert read_eval(kaggle).paths.tolist() == ["test_images/1.png"]
-    asked = table.answered_in("target", "ID").sample
-    assert (asked.numbered, asked.id_column, asked.classes) == ("ID", "image_path", ("target",))
+    asked = table.with_label_column("target", "ID").sample
+    assert (asked.row_number_column, asked.id_column, asked.classes) == ("ID", "image_path", ("target",))
     assert asked.ids.tolist() == ["1.png", "0.png"]
-    assert table.answered_in("", "").sample is None
+    assert table.with_label_column("", "").sample is None
 
 
 def test_a_folder_of_images_without_a_table(tmp_path: Path) -> None:

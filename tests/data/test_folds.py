@@ -54,7 +54,7 @@ def test_what_is_written_comes_back(table: FoldTable, tmp_path: Path) -> None:
 
 def test_rows_of_folds_and_of_parts(table: FoldTable) -> None:
     assert table.num_folds == 3
-    assert table.aside_rows().tolist() == [20, 21, 22, 23]
+    assert table.held_out_rows().tolist() == [20, 21, 22, 23]
     assert sorted(np.concatenate([table.valid_rows(fold) for fold in range(3)]).tolist()) == list(range(20))
     for fold in range(3):
         assert sorted([*table.train_rows(fold), *table.valid_rows(fold)]) == list(range(20))
@@ -71,7 +71,7 @@ def test_rows_of_folds_and_of_parts(table: FoldTable) -> None:
     assert parts.num_folds == 1
     assert parts.train_rows(0).tolist() == list(range(12))
     assert parts.valid_rows(0).tolist() == list(range(12, 18))
-    assert parts.aside_rows().tolist() == list(range(18, 24))
+    assert parts.held_out_rows().tolist() == list(range(18, 24))
 
 
 @pytest.mark.parametrize(

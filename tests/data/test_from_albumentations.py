@@ -14,7 +14,7 @@ import torch
 from albumentations.augmentations.geometric import functional as geometric
 from albumentations.augmentations.pixel import functional as pixel
 
-from fivefold.data.transforms.functional import brightness, centre_crop_pixels, stretched, unsharp_mask
+from fivefold.data.transforms.functional import brightness, centre_crop_pixels, remap_axes, unsharp_mask
 from fivefold.data.transforms.registry import horizontal_flip
 
 COARSE = torch.rand(1, 3, 12, 9, generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ def test_grid_distortion_reads_a_given_grid_within_two_pixels(factors):
     ramp = torch.arange(72, dtype=torch.uint8).expand(3, 96, 72).contiguous()
     ones = [1.0] * len(factors)
     from_x, _ = geometric.generate_grid((96, 72), [*factors, 1.0], [*ones, 1.0], len(factors))
-    ours = stretched(ramp, torch.tensor(ones), torch.tensor(factors), 255)[0, 48].numpy().astype(float)
+    ours = remap_axes(ramp, torch.tensor(ones), torch.tensor(factors), 255)[0, 48].numpy().astype(float)
     inside = from_x[48] < 70
     assert inside.sum() > 50
     assert np.abs(ours - from_x[48])[inside].max() < 2

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as v2
 
 from fivefold.data import image_io
-from fivefold.data.image_io import MAX_SCANS, Pixels, decode, decoded_size, is_image, pixel_digest
+from fivefold.data.image_io import MAX_SCANS, DecodeOptions, decode, decoded_size, is_image, pixel_digest
 from fivefold.errors import DataError
 from fivefold.serving.workers import PIXEL_BYTES
 
@@ -39,10 +39,10 @@ def test_pixels_are_as_pillow_reads_them(kind: str) -> None:
     assert (found.dtype, found.flags.writeable, found.flags.c_contiguous) == (np.uint8, True, True)
 
 
-@pytest.mark.parametrize("pixels", [Pixels(24), Pixels(24, scaled=True)])
+@pytest.mark.parametrize("pixels", [DecodeOptions(24), DecodeOptions(24, scaled=True)])
 @pytest.mark.parametrize("size", [(96, 60), (60, 96), (47, 200), (24, 25), (20, 300), (24, 24)])
 def test_an_image_is_stored_with_a_shorter_side_of_the_size_and_a_smaller_one_as_it_is(
-    pixels: Pixels, size: tuple[int, int]
+    pixels: DecodeOptions, size: tuple[int, int]
 ) -> None:
     width, height = size
     content = encoded(Image.fromarray(RGB).resize(size), "JPEG", quality=95)
@@ -55,14 +55,15 @@ def test_an_image_is_stored_with_a_shorter_side_of_the_size_and_a_smaller_one_as
         resized = v2.resize(torch.from_numpy(whole).permute(2, 0, 1), found.shape[:2], antialias=True)
         assert (found == resized.permute(1, 2, 0).numpy()).all()
         assert found.shape[:2] == pixels.size(height, width)
-    assert np.abs(found.astype(int) - pixels.shrink(whole)[: found.shape[0], : found.shape[1]]).mean() < 12
-    assert pixels.shrink(found) is found, "what is shrunk stays"
+    assert np.abs(found.astype(int) - pixels.resize(whole)[: found.shape[0], : found.shape[1]]).mean() < 12
+    assert pixels.resize(found) is found, "what is shrunk stays"
 
 
 def test_scaled_decoding_stops_above_the_size() -> None:
     content = encoded(Image.fromarray(RGB).resize((400, 300)), "JPEG")
     shorter = {
-        least: min(decode(content, "x", least=least).shape[:2]) for least in (0, 301, 300, 151, 150, 149, 75, 38, 37, 1)
+        least: min(decode(content, "x", min_size=least).shape[:2])
+        for least in (0, 301, 300, 151, 150, 149, 75, 38, 37, 1)
     }
     assert shorter == {0: 300, 301: 300, 300: 300, 151: 300, 150: 150, 149: 150, 75: 75, 38: 75, 37: 38, 1: 38}
 
@@ -178,11 +179,11 @@ def test_texts_that_are_short_alone_and_long_together_are_passed_over() -> None:
 
 def test_an_image_has_no_more_pixels_than_are_allowed() -> None:
     content = encoded(Image.fromarray(RGB))
-    for read in (Pixels(max_pixels=599).decode, Pixels(max_pixels=599).size_of, decode, decoded_size):
+    for read in (DecodeOptions(max_pixels=599).decode, DecodeOptions(max_pixels=599).stored_size, decode, decoded_size):
         with pytest.raises(DataError, match=r"more than the .* million allowed"):
             read(content if "Pixels" in read.__qualname__ else huge_png(11_000), "x")
-    assert Pixels(max_pixels=600).decode(content, "x").shape == RGB.shape
-    assert Pixels(max_pixels=600) == Pixels(), "a cache made under another bound holds the same pixels"
+    assert DecodeOptions(max_pixels=600).decode(content, "x").shape == RGB.shape
+    assert DecodeOptions(max_pixels=600) == DecodeOptions(), "a cache made under another bound holds the same pixels"
 
 
 JPEG = encoded(Image.fromarray(RGB.repeat(10, 0).repeat(10, 1)), "JPEG")

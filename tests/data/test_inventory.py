@@ -16,8 +16,8 @@ from fivefold.contract.files import tree_files, tree_sha256
 from fivefold.data.image_io import decode
 from fivefold.data.readers.eval_images import read_eval
 from fivefold.data.readers.stores import open_store
-from fivefold.data.readers.training_rows import Rows, read_rows
-from fivefold.data.readers.user_images import read_given
+from fivefold.data.readers.training_rows import LabelledImages, read_rows
+from fivefold.data.readers.user_images import read_user_images
 from fivefold.data.split.report import describe_data
 from fivefold.errors import DataError
 from rights import let_others_in
@@ -31,7 +31,7 @@ OF_SYSTEMS = (
 )  # fmt: skip
 
 
-def rows_of(root: Path, **options: object) -> Rows:
+def rows_of(root: Path, **options: object) -> LabelledImages:
     return read_rows(open_store(root), Data(**options))
 
 
@@ -63,9 +63,9 @@ def test_system_folders_hold_no_images_and_are_counted(tmp_path: Path, packed: C
     root = packed(write_data(tmp_path / "data", *OWN, *OF_SYSTEMS, ".Trash/1.png", "cat/._1.png"))
     rows = rows_of(root)
     assert rows.paths.to_pylist() == list(OWN)
-    assert rows.left_out == {"hidden": 2, "in system folders": len(OF_SYSTEMS)}
+    assert rows.ignored == {"hidden": 2, "in system folders": len(OF_SYSTEMS)}
     assert read_eval(open_store(root)).paths.tolist() == list(OWN)
-    assert list(read_given(root).paths) == list(OWN)
+    assert list(read_user_images(root).paths) == list(OWN)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root: takes another user's place")
@@ -74,7 +74,7 @@ def test_a_lost_and_found_of_root_is_passed_over_and_a_class_of_root_is_not(tmp_
     let_others_in(root, root / "cat", root / "dog")
     (root / "lost+found").mkdir(0o700)
     with nobody():
-        assert rows_of(root).left_out == {"in system folders": 1}
+        assert rows_of(root).ignored == {"in system folders": 1}
         assert read_eval(open_store(root)).paths.tolist() == list(OWN)
         assert len(tree_files(root)) == 4
         digest = tree_sha256(root)
@@ -91,8 +91,8 @@ def test_files_of_other_formats_are_counted_by_their_suffix(tmp_path: Path, pack
     rows = rows_of(root)
     assert rows.paths.to_pylist() == list(OWN)
     counts = {".dng": 2, ".md": 1, ".mp4": 1, ".txt": 1, "without suffix": 1, "in no class folder": 1}
-    assert rows.left_out == counts
-    given = list(read_given(root).paths)
+    assert rows.ignored == counts
+    given = list(read_user_images(root).paths)
     assert given == sorted([*OWN, "cat/3.dng", "cat/4.DNG", "dog/4", "cover.png"])
 
 
@@ -101,13 +101,13 @@ def test_a_link_that_leads_nowhere_or_in_a_circle_is_counted(tmp_path: Path) -> 
     (root / "cat" / "3.png").symlink_to(tmp_path / "nowhere.png")
     (root / "cat" / "4.png").symlink_to(root / "cat" / "4.png")
     rows = rows_of(root)
-    assert (len(rows), rows.left_out) == (4, {"links that lead nowhere": 2})
-    assert len(read_given(root)) == 6
+    assert (len(rows), rows.ignored) == (4, {"links that lead nowhere": 2})
+    assert len(read_user_images(root)) == 6
 
 
 def test_images_that_no_row_names_are_counted(tmp_path: Path) -> None:
     table = "path,label\ncat/1.png,a\ndog/1.png,b\n"
-    assert rows_of(write_data(tmp_path / "data", *OWN, train=table)).left_out == {"not in the table": 2}
+    assert rows_of(write_data(tmp_path / "data", *OWN, train=table)).ignored == {"not in the table": 2}
 
 
 @pytest.mark.parametrize("prefix", ["", "train/", "wrapper/"])
@@ -150,7 +150,7 @@ def test_photographs_of_telephones_are_read_where_a_decoder_is_installed(tmp_pat
     for name in ("1.heic", "2.HEIC"):
         Image.new("RGB", (16, 8), "red").save(root / "cow" / name, "HEIF")
     rows = rows_of(root)
-    assert (rows.classes, len(rows), rows.left_out) == (("cat", "cow", "dog"), 6, {})
+    assert (rows.classes, len(rows), rows.ignored) == (("cat", "cow", "dog"), 6, {})
     pixels = decode((root / "cow" / "2.HEIC").read_bytes(), "2.HEIC")
     np.testing.assert_allclose(pixels.mean(axis=(0, 1)), [255, 0, 0], atol=4)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fivefold.data.pipeline.image_stats import color_mean, count_numbers, measure
+from fivefold.data.pipeline.dataset import color_mean, count_stats, image_stats
 from fivefold.errors import SettingsError
 
 
@@ -12,12 +12,12 @@ from fivefold.errors import SettingsError
 def test_features_stand_one_after_the_other(names, count):
     pixels = np.full((10, 25, 3), (255, 51, 0), np.uint8)
     numbers = {"aspect": [2.5], "color_mean": [1.0, 0.2, 0.0]}
-    found = measure(pixels, names)
+    found = image_stats(pixels, names)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, [number for name in names for number in numbers[name]], atol=1e-6)
-    assert count_numbers(names) == len(found) == count
+    assert count_stats(names) == len(found) == count
     with pytest.raises(SettingsError, match="did you mean 'color_mean'"):
-        count_numbers([*names, "color"])
+        count_stats([*names, "color"])
 
 
 def test_the_colour_is_the_mean_of_the_image_at_sixteen_pixels():

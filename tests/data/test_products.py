@@ -8,7 +8,7 @@ import pytest
 
 from fivefold.config.schema import Data
 from fivefold.data.readers.stores import open_store
-from fivefold.data.readers.training_rows import Rows, read_rows
+from fivefold.data.readers.training_rows import LabelledImages, read_rows
 from fivefold.errors import DataError, FivefoldError, SettingsError
 from toy import write_data
 
@@ -16,13 +16,13 @@ HEADER = "id,category_name,main_image,back_image,text_tag_image,neck_tag_image,o
 TYPES = Data().image_types
 
 
-def table(root: Path, *lines: str, header: str = HEADER, images: str = "abcdefgh", **options: object) -> Rows:
+def table(root: Path, *lines: str, header: str = HEADER, images: str = "abcdefgh", **options: object) -> LabelledImages:
     """The rows of an image_data.csv with these lines, beside one-letter images."""
     text = "\n".join([f"\ufeff{header}", *lines])
     return read(write_data(root, *(f"{name}.png" for name in images), image_data=text), **options)
 
 
-def read(root: Path, check_files: bool = True, **options: object) -> Rows:
+def read(root: Path, check_files: bool = True, **options: object) -> LabelledImages:
     return read_rows(open_store(root), Data(layout="products", **options), check_files)
 
 
@@ -69,10 +69,10 @@ def test_a_product_without_images_and_an_image_that_stands_twice_in_one_row_are_
 def test_paths_count_from_the_base_path(tmp_path: Path) -> None:
     table(tmp_path, "1,x,a.png,,b.png,,")
     for base in ("deep/er", f"{tmp_path}/deep/er", "deep\\er/"):
-        rows = table(tmp_path, "1,x,a.png,,b.png,,", base_path=base, check_files=False)
+        rows = table(tmp_path, "1,x,a.png,,b.png,,", image_root=base, check_files=False)
         assert rows.paths.to_pylist() == ["deep/er/a.png", "deep/er/b.png"]
     with pytest.raises(DataError, match=r"2 of 2 files that do not exist: 'deep/er/a.png'"):
-        table(tmp_path, "1,x,a.png,,b.png,,", base_path="deep/er")
+        table(tmp_path, "1,x,a.png,,b.png,,", image_root="deep/er")
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import pytest
 
 from fivefold.config.schema import Data, Split
 from fivefold.data.readers.eval_images import read_eval
-from fivefold.data.readers.profiles import STEMS, label_of, profile_factors
+from fivefold.data.readers.profiles import STEMS, encode_label, profile_factors
 from fivefold.data.readers.stores import open_store
-from fivefold.data.readers.training_rows import Rows, read_rows
-from fivefold.data.split.assign import divide, group_codes
+from fivefold.data.readers.training_rows import LabelledImages, read_rows
+from fivefold.data.split.assign import group_codes, split_rows
 from fivefold.data.split.fold_table import FoldTable, read_folds, write_folds
-from fivefold.data.split.report import class_file
+from fivefold.data.split.report import class_file_content
 from fivefold.errors import DataError, SettingsError
 from toy import PICTURE, write_data
 
@@ -40,7 +40,7 @@ def drawn(root: Path, folders: Sequence[str] = tuple(PEOPLE), prefix: str = "tra
     return root
 
 
-def rows_of(root: Path, **options: object) -> Rows:
+def rows_of(root: Path, **options: object) -> LabelledImages:
     return read_rows(open_store(root), Data(**options))
 
 
@@ -65,17 +65,17 @@ def test_defect_mask_every_combination_is_a_class_of_its_own_within_0_to_17() ->
     assert factors.values["0"] == ("mask", "male", "<30")
     assert factors.values["10"] == ("incorrect", "female", "<60")
     assert factors.values["17"] == ("normal", "female", ">=60")
-    assert [label_of(*parts) for parts in product(range(3), range(2), range(3))] == list(range(18))
+    assert [encode_label(*parts) for parts in product(range(3), range(2), range(3))] == list(range(18))
 
 
 def test_the_cuts_of_age_are_a_setting(tmp_path: Path) -> None:
     root = drawn(tmp_path, ["1_male_Asian_57", "2_male_Asian_58", "3_male_Asian_59", "4_male_Asian_60"])
     for cut, expected in ((60, ["1", "1", "1", "2"]), (58, ["1", "2", "2", "2"])):
-        rows = rows_of(root, age_cuts=[30, cut])
+        rows = rows_of(root, age_bins=[30, cut])
         paths = zip(rows.paths.to_pylist(), rows.codes, strict=True)
         assert [rows.classes[code] for path, code in paths if "/mask1" in path] == expected
-    assert rows_of(root, age_cuts=[58]).factors.names == ("mask", "gender", "age")
-    assert set(rows_of(root, age_cuts=[58]).classes) == {str((m * 2 + 0) * 2 + a) for m in range(3) for a in range(2)}
+    assert rows_of(root, age_bins=[58]).factors.names == ("mask", "gender", "age")
+    assert set(rows_of(root, age_bins=[58]).classes) == {str((m * 2 + 0) * 2 + a) for m in range(3) for a in range(2)}
 
 
 def test_hidden_files_are_skipped_and_unknown_ones_reported(tmp_path: Path, caplog) -> None:
@@ -129,7 +129,7 @@ def split_by_person(people: int, folds: int, seed: int, parts: tuple[float, ...]
     person = np.repeat(np.arange(people), 7)
     mask = np.tile(np.array(list(STEMS.values())), people)
     codes = (mask * 2 + gender[person]) * 3 + age[person]
-    fold, part = divide(codes, person, np.arange(len(codes)), Split(folds=folds, parts=list(parts), seed=seed))
+    fold, part = split_rows(codes, person, np.arange(len(codes)), Split(folds=folds, ratios=list(parts), seed=seed))
     return person, fold, part
 
 
@@ -144,12 +144,12 @@ def test_defect_mask_no_person_stands_in_two_folds_nor_twice_in_one(seed: int) -
     assert len(part) == 420
 
 
-def written(folder: Path, rows: Rows) -> FoldTable:
+def written(folder: Path, rows: LabelledImages) -> FoldTable:
     """The table of a split in two folds, written with its classes."""
-    fold, part = divide(rows.codes, group_codes(rows.groups), np.arange(len(rows)), Split(folds=2))
+    fold, part = split_rows(rows.codes, group_codes(rows.groups), np.arange(len(rows)), Split(folds=2))
     table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, rows.paths, rows.factors)
     write_folds(folder / "folds.parquet", table)
-    (folder / "classes.json").write_text(json.dumps(class_file(table)))
+    (folder / "classes.json").write_text(json.dumps(class_file_content(table)))
     return table
 
 
@@ -159,20 +159,20 @@ def test_the_split_knows_what_its_classes_are_made_of(tmp_path: Path) -> None:
     found = read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
     assert found.factors == rows.factors
 
-    some = found.of_factors(["gender", "mask"])
-    assert some.knows == ("mask", "gender")
+    some = found.project_factors(["gender", "mask"])
+    assert some.known_factors == ("mask", "gender")
     assert some.classes == tuple(
         sorted(f"{m}+{g}" for m in ("mask", "incorrect", "normal") for g in ("male", "female"))
     )
-    ages = found.of_factors(["age"])
+    ages = found.project_factors(["age"])
     assert ages.classes == ("<30", "<60", ">=60")
     for path, both, age in zip(found.paths.to_pylist(), some.labels(), ages.labels(), strict=True):
         assert both.split("+")[1] == Path(path).parent.name.split("_")[-3]
         assert age == ("<30", "<60", ">=60")[AGES[PEOPLE[Path(path).parent.name]]]
-    assert found.of_factors([]) is found
-    assert found.of_factors(["age", "gender", "mask"]) is found
+    assert found.project_factors([]) is found
+    assert found.project_factors(["age", "gender", "mask"]) is found
     with pytest.raises(SettingsError, match="unknown factor 'ages'; did you mean 'age'"):
-        found.of_factors(["ages"])
+        found.project_factors(["ages"])
 
 
 def test_factors_of_classes_without_any_are_refused(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_factors_of_classes_without_any_are_refused(tmp_path: Path) -> None:
         tmp_path, rows_of(write_data(tmp_path / "two", *(f"{name}/{n}.png" for name in "ab" for n in "123")))
     )
     with pytest.raises(SettingsError, match=r"model\.factors=age"):
-        table.of_factors(["age"])
+        table.project_factors(["age"])
     for values, message in (({"a": "x", "b": "x"}, "the same factors"), ({"a": "x"}, "factors must")):
         (tmp_path / "classes.json").write_text(json.dumps({"classes": ["a", "b"], "factors": {"mask": values}}))
         with pytest.raises(DataError, match=message):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fivefold.data.pipeline.dataset import Stream, count_batches, epoch_batches, generator
-from fivefold.data.pipeline.sampling import REPEAT, SAMPLERS, balanced, shuffle
+from fivefold.data.pipeline.dataset import Stream, count_batches, make_generator, shuffled_batches
+from fivefold.data.pipeline.loader import REPEAT, SAMPLERS, balanced, shuffle
 from fivefold.training.mixing import Mixing
-from fivefold.training.objectives import Rows
+from fivefold.training.objectives import MicroBatch
 
 CODES = np.repeat([0, 1, 2], [60, 9, 3])
 
@@ -17,7 +17,7 @@ def rows_of(batches) -> np.ndarray:
 
 
 def test_shuffle_is_the_epoch_as_it_was():
-    assert shuffle(CODES, 8, seed=3, epoch=2) == epoch_batches(len(CODES), 8, 3, 2)
+    assert shuffle(CODES, 8, seed=3, epoch=2) == shuffled_batches(len(CODES), 8, 3, 2)
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 9])
@@ -62,13 +62,17 @@ def test_every_sampler_gives_as_many_batches_as_the_schedule_counts(name, codes)
 
 def test_what_is_drawn_at_random_has_streams_apart():
     """A key of NumPy's is filled up with zeros: (seed, epoch) alone would draw as (seed, epoch, step 0, part 0)."""
-    (batch,) = epoch_batches(40, 40, 7, 3)
+    (batch,) = shuffled_batches(40, 40, 7, 3)
     plain = [np.random.default_rng(key).permutation(40).tolist() for key in ([7, 3], (7, 3, 0, 0))]
     assert [row for _, row in batch] == plain[0] == plain[1]
-    streams = [generator(stream, 7, 3, *rest).permutation(40).tolist() for stream in Stream for rest in ((), (0, 0))]
+    streams = [
+        make_generator(stream, 7, 3, *rest).permutation(40).tolist() for stream in Stream for rest in ((), (0, 0))
+    ]
     assert len({tuple(order) for order in [plain[0], *streams]}) == 1 + 2 * len(Stream)
-    mixed = Mixing("mixup", 1.0, 1.0)(Rows(torch.zeros(40, 3, 2, 2), torch.arange(40.0)[:, None]), 3, (7, 3, 0, 0))
-    random = generator(Stream.MIX, 7, 3, 0, 0)
+    mixed = Mixing("mixup", 1.0, 1.0)(
+        MicroBatch(torch.zeros(40, 3, 2, 2), torch.arange(40.0)[:, None]), 3, (7, 3, 0, 0)
+    )
+    random = make_generator(Stream.MIX, 7, 3, 0, 0)
     random.random()
     lam, order = random.beta(1.0, 1.0), random.permutation(40)
     np.testing.assert_allclose(mixed.targets[:, 0], lam * np.arange(40) + (1 - lam) * order, rtol=1e-5)

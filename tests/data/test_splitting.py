@@ -12,13 +12,13 @@ from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedGroupKFold
 
 from fivefold.config.schema import Split
-from fivefold.data.split.assign import divide, divide_products, find_duplicates, group_codes, rank_labels
+from fivefold.data.split.assign import find_duplicates, group_codes, rank_labels, split_products, split_rows
 from fivefold.errors import SettingsError
 
 
 def divided(codes: Sequence[int], groups: np.ndarray | None = None, **options: object) -> tuple[np.ndarray, np.ndarray]:
     """(fold, part) of rows that show different pictures."""
-    return divide(np.asarray(codes), groups, np.arange(len(codes)), Split(**options))
+    return split_rows(np.asarray(codes), groups, np.arange(len(codes)), Split(**options))
 
 
 def random_codes(generator: np.random.Generator, rows: int, classes: int, least: int = 1) -> np.ndarray:
@@ -103,7 +103,7 @@ def test_no_fold_is_empty_when_there_are_groups_enough(case: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"holdout": 0.2}, {"parts": [0.6, 0.2, 0.2]}, {"stratify": False}, {"stratify": False, "folds": 7}]
+    "options", [{}, {"holdout": 0.2}, {"ratios": [0.6, 0.2, 0.2]}, {"stratify": False}, {"stratify": False, "folds": 7}]
 )
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_split_depends_on_its_seed_alone(options: dict, grouped: bool) -> None:
@@ -136,7 +136,7 @@ def test_a_class_of_one_row_is_trained_on(caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.parametrize("groups", [None, np.array([0, 0, 0, 1, 1, 2])])
-@pytest.mark.parametrize("options", [{"folds": 7}, {"holdout": 0.9}, {"parts": [0.01, 0.98, 0.01]}])
+@pytest.mark.parametrize("options", [{"folds": 7}, {"holdout": 0.9}, {"ratios": [0.01, 0.98, 0.01]}])
 def test_more_folds_or_parts_than_there_is_to_spread_are_refused(groups: np.ndarray | None, options: dict) -> None:
     with pytest.raises(SettingsError, match=r"\b[356] (rows|groups)"):
         divided([0, 1, 0, 1, 0, 1], groups, **options)
@@ -147,8 +147,8 @@ def test_rows_of_a_picture_follow_the_first_of_them() -> None:
     codes, pictures = random_codes(generator, 300, 4, 20), generator.integers(0, 250, 300)
     own = np.unique(pictures, return_index=True)[1]
     own.sort()
-    for options in ({}, {"holdout": 0.1}, {"parts": [0.8, 0.1, 0.1]}):
-        fold, part = divide(codes, None, pictures, Split(**options))
+    for options in ({}, {"holdout": 0.1}, {"ratios": [0.8, 0.1, 0.1]}):
+        fold, part = split_rows(codes, None, pictures, Split(**options))
         assert are_whole(pictures, fold)
         alone = divided(codes[own], **options)
         assert (fold[own] == alone[0]).all()
@@ -160,13 +160,13 @@ def test_products_are_divided_like_rows() -> None:
     products = np.unique(np.sort(generator.integers(0, 80, 400)), return_inverse=True)[1]
     count = products.max() + 1
     strata = generator.integers(0, 3, count)
-    fold, part = divide_products(strata[products], products, np.arange(400), Split(holdout=0.1))
+    fold, part = split_products(strata[products], products, np.arange(400), Split(holdout=0.1))
     alone = divided(strata, holdout=0.1)
     assert (fold == alone[0][products]).all()
     assert (part == alone[1][products]).all()
     pictures = np.arange(400)
     pictures[products == count - 1] = pictures[0]
-    fold, _ = divide_products(strata[products], products, pictures, Split())
+    fold, _ = split_products(strata[products], products, pictures, Split())
     assert set(fold[products == count - 1]) == {fold[0]}
 
 
@@ -174,7 +174,7 @@ def test_products_are_divided_like_rows() -> None:
 def test_groups_that_share_a_picture_stay_together(rows: int) -> None:
     generator = np.random.default_rng(rows)
     groups, pictures = generator.integers(0, rows // 2, rows), generator.integers(0, rows * 2, rows)
-    fold, _ = divide(generator.integers(0, 3, rows), groups, pictures, Split(folds=3))
+    fold, _ = split_rows(generator.integers(0, 3, rows), groups, pictures, Split(folds=3))
     shape = (rows * 3, rows * 3)
     links = coo_matrix((np.ones(rows), (groups, rows + pictures)), shape)
     assert are_whole(connected_components(links, directed=False)[1][groups], fold)
@@ -185,7 +185,7 @@ def test_duplicates_are_found_in_digests_and_in_strings() -> None:
     for keys in (digests, pa.array(["b", "a", "b", "c", "a", "b"])):
         found = find_duplicates(keys)
         assert sorted(rows.tolist() for rows in found.sets) == [[0, 2, 5], [1, 4]]
-        conflicts = found.conflicting(np.array([0, 1, 0, 2, 2, 0]))
+        conflicts = found.label_conflicts(np.array([0, 1, 0, 2, 2, 0]))
         assert [rows.tolist() for rows in conflicts] == [[1, 4]]
     assert find_duplicates(digests[[0, 1, 3]]).sets == []
 

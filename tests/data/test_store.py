@@ -13,7 +13,7 @@ import pytest
 
 from fivefold.contract.files import MAX_FILE_BYTES, MAX_TABLE_BYTES
 from fivefold.data.readers.stores import FolderStore, ImageStore, ZipStore, open_store
-from fivefold.data.readers.user_images import AnywhereStore
+from fivefold.data.readers.user_images import LocalPathStore
 from fivefold.errors import DataError, MissingInputError
 
 FILES = {f"{kind}/{n}.bin": os.urandom(50 + 400 * n) for kind in ("a", "나비", "c d") for n in range(4)} | {
@@ -54,8 +54,8 @@ def test_a_folder_and_its_zip_hold_the_same_files(store: ImageStore) -> None:
     assert contents(store) == FILES
     assert store.exists("a/0.bin")
     assert not store.exists("a/9.bin")
-    assert store.listing("") == (["a", "c d", "나비"], ["top.csv"])
-    assert store.listing("a") == ([], [f"{n}.bin" for n in range(4)])
+    assert store.list_folder("") == (["a", "c d", "나비"], ["top.csv"])
+    assert store.list_folder("a") == ([], [f"{n}.bin" for n in range(4)])
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/passwd"])
@@ -166,7 +166,7 @@ def test_a_file_larger_than_memory_may_hold_is_refused_before_it_is_read(tmp_pat
 def test_a_device_or_a_pipe_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "pipe.jpg")
-    for read in (open_store(tmp_path).read, AnywhereStore(tmp_path).read):
+    for read in (open_store(tmp_path).read, LocalPathStore(tmp_path).read):
         for name in ("zero.jpg", "pipe.jpg"):
             with pytest.raises(DataError, match="is a device or a pipe"):
                 read(name)

@@ -5,13 +5,13 @@ import torch
 
 from fivefold.config.loading import arguments_layer, load
 from fivefold.data.pipeline.dataset import derive_seed
-from fivefold.data.transforms.registry import SETS, build_transforms
+from fivefold.data.transforms.registry import PRESETS, build_transforms
 from fivefold.errors import SettingsError
 
 RECIPES = ["car_efficientnet_b5", "car_convnext_tiny", "sketch_caformer", "product_image_type"]
 SYSTEMS = {
     **{name: load([arguments_layer([f"recipe={name}"])]).augment.train for name in RECIPES},
-    **{f"mask_profile {name}": [name] for name in SETS},
+    **{f"mask_profile {name}": [name] for name in PRESETS},
     "automatic": ["rand_augment", "trivial_augment", {"name": "random_erasing", "p": 1.0}],
 }
 SHAPES = {"grey": (1, 60, 60), "tiny": (3, 5, 4), "large": (3, 450, 400), "wide": (3, 30, 200), "high": (3, 200, 30)}
@@ -41,7 +41,7 @@ def test_each_systems_list_repeats_by_seed_and_differs_by_seed(system, kind):
     assert torch.equal(original, before)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_set_at_evaluation_is_its_fixed_parts_alone(name):
     """The original ran its whole set over the validation images too: jitter, noise and flips moved every score."""
     transform = build_transforms([name], (48, 40), evaluation=True)

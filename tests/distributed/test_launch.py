@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.distributed.rank_launcher import as_one, free_port, shared_variables, start
-from fivefold.distributed.ranks import SHARED_SCRATCH, Hosts, place_of
+from fivefold.distributed.rank_launcher import free_port, merge_exit_codes, run_ranks, shared_variables
+from fivefold.distributed.ranks import SHARED_SCRATCH, HostGroup, rank_from_env
 from fivefold.errors import FivefoldError, RetryableError
 from fivefold.system import count_cores
 
@@ -35,23 +35,23 @@ TERM, KILL, SEGV = -signal.SIGTERM, -signal.SIGKILL, -signal.SIGSEGV
     ],
 )
 def test_who_says_what_happened_goes_before_who_misses_it(codes, received, expected: int) -> None:
-    assert as_one(dict(enumerate(codes)), len(codes), received) == expected
+    assert merge_exit_codes(dict(enumerate(codes)), len(codes), received) == expected
 
 
 def test_a_process_that_was_killed_is_worth_another_try_and_a_crash_is_ours() -> None:
     with pytest.raises(RetryableError, match=r"process 5 of 8 was killed by SIGKILL.*memory runs out"):
-        as_one({4: 75, 5: KILL}, 8)
+        merge_exit_codes({4: 75, 5: KILL}, 8)
     with pytest.raises(FivefoldError, match=r"process 1 of 2 crashed \(SIGSEGV\)") as caught:
-        as_one({0: 75, 1: SEGV}, 2)
+        merge_exit_codes({0: 75, 1: SEGV}, 2)
     assert caught.value.exit_code == 1
 
 
 def test_cores_go_round_and_what_the_user_says_stays() -> None:
-    shared = shared_variables(Hosts(), 2, {"PATH": "/bin"})
+    shared = shared_variables(HostGroup(), 2, {"PATH": "/bin"})
     assert shared["OMP_NUM_THREADS"] == str(max(1, count_cores() // 2))
     assert (shared["PATH"], shared["FIVEFOLD_PARENT"]) == ("/bin", str(os.getpid()))
-    assert shared_variables(Hosts(), 2, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
-    assert "GLOO_SOCKET_IFNAME" not in shared_variables(Hosts(2, 0, "a", 1), 2, {})
+    assert shared_variables(HostGroup(), 2, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+    assert "GLOO_SOCKET_IFNAME" not in shared_variables(HostGroup(2, 0, "a", 1), 2, {})
 
 
 def test_a_free_port_can_be_listened_at() -> None:
@@ -61,22 +61,22 @@ def test_a_free_port_can_be_listened_at() -> None:
 
 JOINED = """
 import json, os, psutil
-from fivefold.distributed.place import place_of
-from fivefold.distributed.replicas import joined
-with joined(place_of(os.environ)) as replicas:
+from fivefold.distributed.process_group import init_process_group
+from fivefold.distributed.ranks import rank_from_env
+with init_process_group(rank_from_env(os.environ)) as group:
     sockets = psutil.Process().net_connections(kind="inet")
-    word = replicas.shared(f"of {replicas.place.rank}")
-    replicas.shared(None)
+    word = group.broadcast(f"of {group.rank.index}")
+    group.broadcast(None)
 print(json.dumps([word, [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]]))
 """
 
 
 def test_processes_of_one_host_listen_to_this_host_alone(tmp_path: Path) -> None:
-    environ = shared_variables(Hosts(), 2, {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)})
+    environ = shared_variables(HostGroup(), 2, {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)})
     environ |= {SHARED_SCRATCH: str(tmp_path), "OMP_NUM_THREADS": "1"}
     command, port = [sys.executable, "-W", "error", "-c", JOINED], free_port()
     processes = [
-        subprocess.Popen(command, env={**environ, **Hosts().variables(2, rank, port)}, stdout=subprocess.PIPE)
+        subprocess.Popen(command, env={**environ, **HostGroup().variables(2, rank, port)}, stdout=subprocess.PIPE)
         for rank in range(2)
     ]
     said = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
@@ -86,10 +86,10 @@ def test_processes_of_one_host_listen_to_this_host_alone(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("hosts", [Hosts(), Hosts(2, 1, "host-0", 29500, "eth0")])
-def test_processes_meet_in_a_file_where_all_are_on_one_host(hosts: Hosts, tmp_path: Path) -> None:
-    place = place_of({SHARED_SCRATCH: str(tmp_path), **hosts.variables(2, 1, 29500)})
-    assert place.meeting == (str(tmp_path / "meeting") if hosts.count == 1 else "")
+@pytest.mark.parametrize("hosts", [HostGroup(), HostGroup(2, 1, "host-0", 29500, "eth0")])
+def test_processes_meet_in_a_file_where_all_are_on_one_host(hosts: HostGroup, tmp_path: Path) -> None:
+    place = rank_from_env({SHARED_SCRATCH: str(tmp_path), **hosts.variables(2, 1, 29500)})
+    assert place.rendezvous_file == (str(tmp_path / "meeting") if hosts.count == 1 else "")
     shared = shared_variables(hosts, 2, {})
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         assert {**shared, **hosts.variables(2, 1, 29500)}[name] == ("lo" if hosts.count == 1 else "eth0")
@@ -97,5 +97,5 @@ def test_processes_meet_in_a_file_where_all_are_on_one_host(hosts: Hosts, tmp_pa
 
 def test_what_all_say_is_the_code(capfd: pytest.CaptureFixture[str]) -> None:
     environ = {**os.environ, "NODE_RANK": "0"}
-    assert start(["no-such-stage"], Hosts(), 2, environ) == 64
+    assert run_ranks(["no-such-stage"], HostGroup(), 2, environ) == 64
     assert capfd.readouterr().err.count("no-such-stage") == 2

@@ -8,7 +8,7 @@ import pytest
 
 from fivefold.errors import DataError
 from fivefold.evaluation import comparison
-from fivefold.evaluation.comparison import Experiment, agreement, correlation, pairs
+from fivefold.evaluation.comparison import Experiment, agreement, correlation, pairwise_agreement
 from fivefold.predictions import Predictions
 
 
@@ -43,7 +43,7 @@ def test_rows_and_classes_are_matched_by_name_and_whoever_has_none_is_named():
     turned = table(FIRST[::-1][:, [2, 0, 1]], ("c", "a", "b"))
     turned = Predictions(turned.ids[::-1], turned.fold, "s", turned.classes, turned.log_probs)
     given = [Experiment("x", "x", table=table(FIRST)), Experiment("none", "z"), Experiment("y", "y", table=turned)]
-    found, notes = pairs(given)
+    found, notes = pairwise_agreement(given)
     assert found.names == {1: "x", 3: "y"}
     np.testing.assert_allclose(found.agreement, 1)
     np.testing.assert_allclose(found.correlation, 1, atol=1e-6)
@@ -53,22 +53,22 @@ def test_rows_and_classes_are_matched_by_name_and_whoever_has_none_is_named():
 
 def test_out_of_fold_rows_are_compared_where_both_have_them():
     given = [Experiment("x", "x", oof=table(FIRST)), Experiment("y", "y", oof=table(SECOND, start=2))]
-    found, _ = pairs(given)
+    found, _ = pairwise_agreement(given)
     assert found.rows == "2 out-of-fold rows"
     given = [Experiment("x", "x", table=table(FIRST)), Experiment("y", "y", table=table(SECOND, start=2))]
     with pytest.raises(DataError, match=r"x and y .*'T0', 'T1'.*'T4', 'T5'"):
-        pairs(given)
+        pairwise_agreement(given)
     with pytest.raises(DataError, match=r"x and y .*: 'c', 'd'"):
-        pairs([given[0], Experiment("y", "y", table=table(SECOND, ("a", "b", "d")))])
+        pairwise_agreement([given[0], Experiment("y", "y", table=table(SECOND, ("a", "b", "d")))])
 
 
 def test_figures_are_numbers_and_empty_where_unknown(tmp_path):
-    known = dict(zip(comparison.FIGURES, (4, 0.5, 0.1, 0.9, None, 0.4), strict=True))
+    known = dict(zip(comparison.SCORE_NAMES, (4, 0.5, 0.1, 0.9, None, 0.4), strict=True))
     given = [Experiment("=x", "x.csv"), Experiment("y", "y.csv")]
-    comparison.write_figures(tmp_path / "c.csv", given, {"test": [known, None]})
+    comparison.write_scores(tmp_path / "c.csv", given, {"test": [known, None]})
     rows = (tmp_path / "c.csv").read_text().splitlines()
     assert rows == [
-        "number,experiment," + ",".join(f"test_{name}" for name in comparison.FIGURES),
+        "number,experiment," + ",".join(f"test_{name}" for name in comparison.SCORE_NAMES),
         "1,'=x,4,0.500000,0.100000,0.900000,,0.400000",
         "2,y,,,,,,",
     ]
@@ -77,9 +77,9 @@ def test_figures_are_numbers_and_empty_where_unknown(tmp_path):
 def test_the_page_escapes_names_of_strangers():
     given = [Experiment("<b>x</b>", "x.csv", table=table(FIRST)), Experiment("y", "y.csv", table=table(SECOND))]
     figures = {"n": 4, "accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "logloss": None, "f1_macro": 0.4}
-    alike, notes = pairs(given)
+    alike, notes = pairwise_agreement(given)
     pictures = comparison.draw(given, [figures, None], alike)
-    text = comparison.page("two", given, {"test": [figures, None], "oof": [None, None]}, alike, pictures, notes)
+    text = comparison.render_page("two", given, {"test": [figures, None], "oof": [None, None]}, alike, pictures, notes)
     assert "<b>x</b>" not in text
     assert "&lt;b&gt;x" in text
     assert text.count("data:image/png") == 4
@@ -103,7 +103,7 @@ def test_pairs_are_tested_on_the_rows_that_both_predict():
         "z": labelled(second[:40], 390),
         "w": labelled(second, 900),
     }
-    found = {(row["first"], row["second"]): row for row in comparison.paired(given, ["z"])}
+    found = {(row["first"], row["second"]): row for row in comparison.paired_differences(given, ["z"])}
     assert found.keys() == {("x", "y"), ("x", "z"), ("y", "z")}, "w has no row in common with them"
     row = found["x", "y"]
     assert (row["n"], row["accuracy"]) == (400, pytest.approx(0.05))
@@ -116,5 +116,5 @@ def test_pairs_are_tested_on_the_rows_that_both_predict():
     assert row["logloss"] == pytest.approx((losses[0] - losses[1]).mean(), abs=1e-6)
     assert row["logloss_low"] < row["logloss"] < row["logloss_high"]
     assert (found["x", "z"]["n"], found["x", "z"]["logloss"]) == (10, None)
-    alike = comparison.paired({"x": given["x"], "again": given["x"]})[0]
+    alike = comparison.paired_differences({"x": given["x"], "again": given["x"]})[0]
     assert (alike["p"], alike["accuracy_low"], alike["accuracy_high"]) == (1.0, 0.0, 0.0)

@@ -38,9 +38,11 @@ def test_every_score_by_hand():
     }
     assert list(found) == list(expected)
     assert found == pytest.approx(expected, abs=1e-12)
-    assert metrics.summary(of_guesses(GUESSES, 4), CODES) == {name: found[name] for name in metrics.EPOCH}
+    assert metrics.compute_metrics(of_guesses(GUESSES, 4), CODES) == {
+        name: found[name] for name in metrics.EPOCH_METRICS
+    }
     with pytest.raises(SettingsError, match="f1_macro"):
-        metrics.summary(of_guesses(GUESSES, 4), CODES, ["f1_marco"])
+        metrics.compute_metrics(of_guesses(GUESSES, 4), CODES, ["f1_marco"])
 
 
 def test_tables_hold_every_class():
@@ -96,12 +98,12 @@ def test_interval_of_a_share():
 def test_rows_that_are_alike_count_as_one_and_others_as_themselves():
     draw = np.random.default_rng(1)
     right = draw.random(300) < 0.8
-    assert metrics.independent_rows(right, np.arange(300)) == pytest.approx(300)
-    threefold = metrics.independent_rows(np.repeat(right, 3), np.repeat(np.arange(300), 3))
+    assert metrics.effective_rows(right, np.arange(300)) == pytest.approx(300)
+    threefold = metrics.effective_rows(np.repeat(right, 3), np.repeat(np.arange(300), 3))
     assert threefold == pytest.approx(300, rel=0.01)
-    assert 240 < metrics.independent_rows(right, np.arange(300) // 2) <= 300
-    assert metrics.independent_rows(np.ones(9, bool), np.repeat(np.arange(3), 3)) == 3
-    assert metrics.independent_rows(right, np.zeros(300, int)) == 1
+    assert 240 < metrics.effective_rows(right, np.arange(300) // 2) <= 300
+    assert metrics.effective_rows(np.ones(9, bool), np.repeat(np.arange(3), 3)) == 3
+    assert metrics.effective_rows(right, np.zeros(300, int)) == 1
 
 
 def test_the_interval_of_groups_covers_what_it_says():
@@ -110,7 +112,7 @@ def test_the_interval_of_groups_covers_what_it_says():
     groups = np.repeat(np.arange(60), 10)
     for _ in range(300):
         right = draw.random(600) < draw.beta(1.4, 0.6, 60)[groups]
-        for rows in (metrics.independent_rows(right, groups), 600):
+        for rows in (metrics.effective_rows(right, groups), 600):
             low, high = metrics.wilson_interval(float(right.mean()), rows)
             inside, naive = inside + (low < 0.7 < high) * (rows != 600), naive + (low < 0.7 < high) * (rows == 600)
     assert 0.91 < inside / 300 < 0.98

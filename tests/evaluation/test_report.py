@@ -13,9 +13,11 @@ from fivefold.evaluation import report
     ("value", "shown"), [(1234567, "1,234,567"), (0.5, "0.5000"), (None, "–"), (float("nan"), "–"), (float("inf"), "∞")]
 )
 def test_figures_as_people_read_them(value, shown):
-    assert report.figure(value) == shown
+    assert report.format_number(value) == shown
     shares = {0: "0.0", 0.1234: "12.3", 0.99999: "99.9", 1: "100"}  # less than all is never 100 percent
-    assert [report.percent(share) for share in shares] == [f"{text}\N{NO-BREAK SPACE}%" for text in shares.values()]
+    assert [report.format_percent(share) for share in shares] == [
+        f"{text}\N{NO-BREAK SPACE}%" for text in shares.values()
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from fivefold.errors import DataError
 from fivefold.evaluation import scored_rows
 from fivefold.evaluation.metrics import wilson_interval
-from fivefold.evaluation.scored_rows import Scored
+from fivefold.evaluation.scored_rows import ScoredRows
 from fivefold.predictions import Predictions
 
 
@@ -37,13 +37,13 @@ ROWS = {
 
 def test_formulas_are_harmless_and_numbers_stay_as_they_are():
     for formula in ("=1+1", "+cmd", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "-5e"):
-        assert scored_rows.harmless(formula) == f"'{formula}"
+        assert scored_rows.escape_formula(formula) == f"'{formula}"
     for text in ("-5", "+49", "-0.25", "a=b", "5", ""):
-        assert scored_rows.harmless(text) == text
+        assert scored_rows.escape_formula(text) == text
 
 
 def test_mistakes_come_the_most_confident_first_and_equal_ones_by_id():
-    scored = Scored("test", "", "", predicted(ROWS), {"r3": "x/3.png"})
+    scored = ScoredRows("test", "", "", predicted(ROWS), {"r3": "x/3.png"})
     assert scored_rows.confused_pairs(scored) == [("b", "c", 2, 1.0), ("a", "b", 1, 0.5)]
     first, *others = scored.mistakes().itertuples(index=False)
     assert [mistake.id for mistake in others] == ["r2", "r4"]
@@ -52,7 +52,7 @@ def test_mistakes_come_the_most_confident_first_and_equal_ones_by_id():
 
 def test_stacked_matches_columns_by_name_and_sorts_them():
     other = predicted({"r6": ("c", [0.7, 0.2, 0.1])}, classes=("c", "a", "b"))
-    both = scored_rows.stacked([other, predicted(ROWS)])
+    both = scored_rows.concat_tables([other, predicted(ROWS)])
     assert both.classes == ("a", "b", "c")
     np.testing.assert_allclose(np.exp(both.log_probs[0]), [0.2, 0.1, 0.7], rtol=1e-6)
     assert list(both.ids) == ["r6", *ROWS]
@@ -60,11 +60,11 @@ def test_stacked_matches_columns_by_name_and_sorts_them():
 
 def test_stacked_refuses_other_classes_and_missing_labels():
     with pytest.raises(DataError, match="'d'"):
-        scored_rows.stacked([predicted(ROWS), predicted({"x": ("d", [0.1, 0.1, 0.8])}, classes=("a", "b", "d"))])
+        scored_rows.concat_tables([predicted(ROWS), predicted({"x": ("d", [0.1, 0.1, 0.8])}, classes=("a", "b", "d"))])
     silent = predicted(ROWS)
     silent = Predictions(silent.ids, silent.fold, "s", silent.classes, silent.log_probs)
     with pytest.raises(DataError, match="no labels"):
-        scored_rows.stacked([silent])
+        scored_rows.concat_tables([silent])
 
 
 def test_no_cell_is_a_formula_and_numbers_have_six_digits(tmp_path):
@@ -82,10 +82,10 @@ def test_no_cell_is_a_formula_and_numbers_have_six_digits(tmp_path):
 def test_a_class_may_be_called_as_a_column_is(tmp_path):
     classes = ("class", "true_class", "=x")
     table = predicted({"r": ("class", [0.1, 0.8, 0.1]), "s": ("=x", [0.1, 0.1, 0.8])}, classes)
-    scored_rows.write_confusion(tmp_path / "c.csv", Scored("test", "", "", table, {}))
+    scored_rows.write_confusion(tmp_path / "c.csv", ScoredRows("test", "", "", table, {}))
     expected = "true_class,class,true_class,'=x\nclass,0,1,0\ntrue_class,0,0,0\n'=x,0,0,1\n"
     assert (tmp_path / "c.csv").read_text() == expected
-    scored_rows.write_per_class(tmp_path / "p.csv", Scored("test", "", "", table, {}))
+    scored_rows.write_per_class(tmp_path / "p.csv", ScoredRows("test", "", "", table, {}))
     lines = (tmp_path / "p.csv").read_text().splitlines()
     assert lines[0] == "class,precision,recall,f1,support,predicted"
     assert lines[3] == "'=x,1.000000,1.000000,1.000000,1,1"
@@ -93,7 +93,7 @@ def test_a_class_may_be_called_as_a_column_is(tmp_path):
 
 def test_the_interval_is_of_as_many_rows_as_groups_are_worth():
     rows = {f"{group} {n}": ("a", [0.9, 0.1] if group % 3 else [0.1, 0.9]) for group in range(60) for n in range(4)}
-    scored = Scored("oof", "", "", predicted(rows, ("a", "b")), {})
+    scored = ScoredRows("oof", "", "", predicted(rows, ("a", "b")), {})
     assert scored.interval() == pytest.approx(wilson_interval(2 / 3, 240))
     grouped = replace(scored, groups={name: name.split()[0] for name in rows})
     assert grouped.interval() == pytest.approx(wilson_interval(2 / 3, 60), abs=0.005)

@@ -32,19 +32,22 @@ from fivefold.predictions import Predictions
 )
 def test_truth_is_read_as_text_whatever_its_columns_are_called(tmp_path, text, expected):
     (tmp_path / "gt.csv").write_text(text, encoding="utf-8")
-    assert ground_truth.read_truth(tmp_path / "gt.csv") == expected
+    assert ground_truth.read_ground_truth(tmp_path / "gt.csv") == expected
 
 
 def test_ids_are_the_column_that_is_called_so_or_that_has_the_predicted_ids(tmp_path, caplog):
     caplog.set_level("INFO")
     (tmp_path / "gt.csv").write_text("number,ImageID,label,class\n0,1,dog,pet\n1,0,cat,pet\n", encoding="utf-8")
-    assert ground_truth.read_truth(tmp_path / "gt.csv", "imageid") == {"1": "dog", "0": "cat"}
+    assert ground_truth.read_ground_truth(tmp_path / "gt.csv", "imageid") == {"1": "dog", "0": "cat"}
     assert "'ImageID'" in caplog.messages[-1]
     assert caplog.messages[-1].endswith("'label' (not 'class')")
-    assert ground_truth.read_truth(tmp_path / "gt.csv") == {"0": "dog", "1": "cat"}
+    assert ground_truth.read_ground_truth(tmp_path / "gt.csv") == {"0": "dog", "1": "cat"}
     (tmp_path / "gt.csv").write_text("ID,image_path,target\n0,b.png,dog\n1,a.png,cat\n", encoding="utf-8")
-    assert ground_truth.read_truth(tmp_path / "gt.csv", ids=["a.png", "b.png"]) == {"b.png": "dog", "a.png": "cat"}
-    assert ground_truth.read_truth(tmp_path / "gt.csv", ids=["x", "y"]) == {"0": "dog", "1": "cat"}
+    assert ground_truth.read_ground_truth(tmp_path / "gt.csv", ids=["a.png", "b.png"]) == {
+        "b.png": "dog",
+        "a.png": "cat",
+    }
+    assert ground_truth.read_ground_truth(tmp_path / "gt.csv", ids=["x", "y"]) == {"0": "dog", "1": "cat"}
 
 
 @pytest.mark.parametrize(
@@ -59,32 +62,32 @@ def test_ids_are_the_column_that_is_called_so_or_that_has_the_predicted_ids(tmp_
 def test_what_is_no_truth_is_refused(tmp_path, content, words):
     (tmp_path / "gt.csv").write_bytes(content)
     with pytest.raises(DataError, match=words):
-        ground_truth.read_truth(tmp_path / "gt.csv")
+        ground_truth.read_ground_truth(tmp_path / "gt.csv")
 
 
 def test_truth_is_found_by_name_or_because_it_is_alone(tmp_path):
     only = tmp_path / "labels.csv"
     only.touch()
-    assert ground_truth.truth_file(tmp_path) == ground_truth.truth_file(only) == only
+    assert ground_truth.find_ground_truth_file(tmp_path) == ground_truth.find_ground_truth_file(only) == only
     (tmp_path / "test.csv").touch()
     with pytest.raises(MissingInputError, match=r"labels\.csv, test\.csv"):
-        ground_truth.truth_file(tmp_path)
+        ground_truth.find_ground_truth_file(tmp_path)
     for name in ("Ground_Truth.CSV", "ground_truth.csv", "GT.csv", "gt.csv"):
         (tmp_path / name).touch()
-        assert ground_truth.truth_file(tmp_path) == tmp_path / name
+        assert ground_truth.find_ground_truth_file(tmp_path) == tmp_path / name
 
 
 def test_answers_are_scored_by_scikit_learn_and_only_of_the_same_ids(tmp_path):
     right = {"1": "a", "2": "b", "3": "b"}
-    scores = ground_truth.score_answers({"3": "b", "2": "c", "1": "a"}, right, tmp_path)
+    scores = ground_truth.score_labels({"3": "b", "2": "c", "1": "a"}, right, tmp_path)
     assert scores == pytest.approx({"accuracy": 2 / 3, "f1_macro": (1 + 2 / 3 + 0) / 3, "n": 3})
     with pytest.raises(DataError, match="1 of the 3 ids"):
-        ground_truth.score_answers({"1": "a", "2": "b"}, right, tmp_path)
+        ground_truth.score_labels({"1": "a", "2": "b"}, right, tmp_path)
 
 
 def test_predictions_get_their_truth_by_id(tmp_path):
     table = Predictions(np.array(["1", "2"], object), np.full(2, -1), "s", ("a", "b"), np.log(np.full((2, 2), 0.5)))
-    assert ground_truth.with_truth(table, {"2": "a", "1": "b"}, tmp_path).labels.tolist() == ["b", "a"]
+    assert ground_truth.add_labels(table, {"2": "a", "1": "b"}, tmp_path).labels.tolist() == ["b", "a"]
     for labels, message in (({"1": "a"}, "1 of the 2 ids"), ({"1": "a", "2": "c"}, ": .*'c'")):
         with pytest.raises(DataError, match=message):
-            ground_truth.with_truth(table, labels, tmp_path)
+            ground_truth.add_labels(table, labels, tmp_path)

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fivefold.data.class_aliases import SameClasses
+from fivefold.data.class_aliases import ClassAliases
 from fivefold.errors import DataError
-from fivefold.inference.submission_reader import holds_labels, names_classes_alone, read_submitted, system_name
+from fivefold.inference.submission_reader import contains_labels, has_labels_only, read_submission, system_name
 
 IDS, CLASSES = ("1", "2"), ("a", "b", "ㄷ")
 
@@ -19,39 +19,39 @@ def write(tmp_path: Path, text: str, name: str = "output_eva.csv") -> Path:
 
 def test_rows_and_columns_are_matched_by_name(tmp_path):
     path = write(tmp_path, "ID,ㄷ,a,b\n2,.1,.2,.7\n1,1,2,1\n")
-    found = read_submitted(path, IDS, CLASSES).in_order(IDS)
+    found = read_submission(path, IDS, CLASSES).reindex(IDS)
     np.testing.assert_allclose(np.exp(found.log_probs), [[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]], atol=1e-6)
     assert (found.system, found.classes) == ("eva", CLASSES)
-    assert not holds_labels(found)
-    assert read_submitted(path).classes == CLASSES
+    assert not contains_labels(found)
+    assert read_submission(path).classes == CLASSES
     assert [system_name(Path(name)) for name in ("output_eva.csv", "my.csv", "output_.csv")] == ["eva", "my", "output_"]
-    assert not names_classes_alone(path)
-    assert names_classes_alone(write(tmp_path, ",ID,target\n0,2,a\n1,1,b\n"))
+    assert not has_labels_only(path)
+    assert has_labels_only(write(tmp_path, ",ID,target\n0,2,a\n1,1,b\n"))
 
 
 def test_rows_that_are_no_shares_of_one_or_of_a_hundred_are_told(tmp_path, caplog):
-    read_submitted(write(tmp_path, "ID,b,a\n1,.25,.75\n2,10,90\n3,.9,.9\n4,3,1\n"))
+    read_submission(write(tmp_path, "ID,b,a\n1,.25,.75\n2,10,90\n3,.9,.9\n4,3,1\n"))
     (warned,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "2 rows sum neither to 1 nor to 100, the first in row 3 below the header (to 1.8)" in warned
 
 
 def test_predicted_classes_count_as_certain(tmp_path):
     path = write(tmp_path, "ID,image_path,target\n7,./test/2.JPEG,ㄷ\n8,./test/1.JPEG,a\n")
-    found = read_submitted(path, ("./test/1.JPEG", "./test/2.JPEG"), CLASSES)
+    found = read_submission(path, ("./test/1.JPEG", "./test/2.JPEG"), CLASSES)
     assert list(found.ids) == ["./test/2.JPEG", "./test/1.JPEG"]
     np.testing.assert_allclose(np.exp(found.log_probs), [[0, 0, 1], [1, 0, 0]], atol=1e-14)
     assert np.isfinite(found.log_probs).all()
-    assert holds_labels(found)
-    found = read_submitted(write(tmp_path, "ID,breed\n1,b\n2,a\n"))
+    assert contains_labels(found)
+    found = read_submission(write(tmp_path, "ID,breed\n1,b\n2,a\n"))
     assert (found.classes, found.log_probs.argmax(axis=1).tolist()) == (("a", "b"), [1, 0])
 
 
 def test_merged_names_are_added_up(tmp_path):
     path = write(tmp_path, "ID,a,b,ㄷ\n1,.5,.3,.2\n2,.1,.1,.8\n")
-    found = read_submitted(path, IDS, ("a", "b"), SameClasses((("b", "ㄷ"),), "merge"))
+    found = read_submission(path, IDS, ("a", "b"), ClassAliases((("b", "ㄷ"),), "merge"))
     np.testing.assert_allclose(np.exp(found.log_probs), [[0.5, 0.5], [0.1, 0.9]], atol=1e-6)
     labels = write(tmp_path, "ID,target\n1,ㄷ\n2,a\n")
-    found = read_submitted(labels, IDS, ("a", "b"), SameClasses((("b", "ㄷ"),), "merge"))
+    found = read_submission(labels, IDS, ("a", "b"), ClassAliases((("b", "ㄷ"),), "merge"))
     assert found.log_probs.argmax(axis=1).tolist() == [1, 0]
 
 
@@ -77,5 +77,5 @@ def test_merged_names_are_added_up(tmp_path):
 def test_what_does_not_fit_is_refused_by_name(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(DataError, match=message) as caught:
-        read_submitted(path, IDS, CLASSES)
+        read_submission(path, IDS, CLASSES)
     assert str(path) in str(caught.value)

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as v2
 from fivefold.data.pipeline.dataset import Batch
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime, predict
-from fivefold.inference.tta import VIEWS, build_views, distinct, same_views
+from fivefold.inference.tta import VIEWS, build_views, deduplicate, views_equal
 
 IMAGES = torch.randn(2, 3, 20, 14, generator=torch.Generator().manual_seed(0))
 BLACK = torch.tensor([-2.1, -2.0, -1.8]).reshape(1, 3, 1, 1)
@@ -59,7 +59,7 @@ def test_pixels_moved_before_they_are_normalised_are_those_moved_after(spec, giv
     runtime = make_runtime(torch.device("cpu"), None, given == torch.channels_last, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
     pixels = torch.randint(0, 256, (2, 3, 20, 14), dtype=torch.uint8).contiguous(memory_format=given)
     for view in build_views([spec], BLACK):
-        assert torch.equal(runtime.images(view.moved(pixels)), view.moved(runtime.images(pixels)))
+        assert torch.equal(runtime.images(view.rearrange(pixels)), view.rearrange(runtime.images(pixels)))
 
 
 @pytest.mark.parametrize("degrees", [15, -15, 30.5, 90])
@@ -128,10 +128,10 @@ def test_the_prediction_is_the_mean_probability_over_all_views():
 
 def test_specs_that_mean_the_same_are_the_same():
     long = [{"name": "flip"}, {"name": "rotate", "degrees": 15.0}, "plain"]
-    assert same_views(["plain", "flip", "rotate"], long)
-    assert not same_views(["plain", "rotate"], ["plain", {"name": "rotate", "degrees": -15}])
-    assert not same_views(["plain"], ["plain", "flip"])
-    assert distinct(["plain", "rotate", *long]) == ["plain", "rotate", {"name": "flip"}]
+    assert views_equal(["plain", "flip", "rotate"], long)
+    assert not views_equal(["plain", "rotate"], ["plain", {"name": "rotate", "degrees": -15}])
+    assert not views_equal(["plain"], ["plain", "flip"])
+    assert deduplicate(["plain", "rotate", *long]) == ["plain", "rotate", {"name": "flip"}]
 
 
 @pytest.mark.parametrize(

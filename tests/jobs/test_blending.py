@@ -15,7 +15,7 @@ from toy import environment, failure, noise_in, read_cells, run_stage, write_csv
 
 CARS = ("718_박스터", "718_스파이더", "K5")
 IDS = [f"TEST_{number}" for number in range(6)]
-PAIR = 'data.same_classes=[["718_박스터", "718_스파이더"]]'
+PAIR = 'data.class_aliases=[["718_박스터", "718_스파이더"]]'
 
 
 def submission(path: Path, probs: np.ndarray, columns: tuple[str, ...] = CARS) -> Path:
@@ -117,10 +117,10 @@ def test_a_changed_file_is_another_key(world, caplog):
         (["ensemble.blend=geometric", "ensemble.submissions=labels.csv"], 64, "labels "),
         (["ensemble.blend=weighted"], 64, "weights"),
         (["ensemble.submissions=other/output_eva.csv"], 65, "'eva'"),
-        (["ensemble.submissions=gt.csv", PAIR, "data.same_class=sum", "ensemble.blend=rank"], 64, "gt "),
-        (['data.same_classes=[["K5", "K6"]]', "data.same_class=sum"], 65, "'K6'"),
-        (["data.same_class=merge"], 64, "needs same_classes"),
-        (['data.same_classes=[["K5", "K5"]]'], 64, "'K5'"),
+        (["ensemble.submissions=gt.csv", PAIR, "data.alias_policy=sum", "ensemble.blend=rank"], 64, "gt "),
+        (['data.class_aliases=[["K5", "K6"]]', "data.alias_policy=sum"], 65, "'K6'"),
+        (["data.alias_policy=merge"], 64, "needs class_aliases"),
+        (['data.class_aliases=[["K5", "K5"]]'], 64, "'K5'"),
     ],
 )
 def test_bad_input_gets_one_clear_error_and_leaves_nothing(world, monkeypatch, arguments, code, message):
@@ -173,7 +173,7 @@ def test_tables_have_weights_and_answers_and_a_test_table_orders_their_rows(worl
     extra = save_table(world / "output_extra.parquet", "x", 9)
     weights = 'ensemble.weights={"eva": 3, "nfnet": 0, "extra": 1}'
     arguments = ("ensemble.blend=weighted", weights, f"ensemble.submissions={world / 'output_extra.parquet'}")
-    answers = ("ensemble.answer_column=target", "ensemble.number_column=no")
+    answers = ("ensemble.label_column=target", "ensemble.row_number_column=no")
     assert blend_tables(world, "out", *arguments, *answers) == 0
     best = [CARS[code] for code in (0.75 * tables[0] + 0.25 * extra).argmax(axis=1)]
     expected = [["no", "ID", "target"], *([str(n), *row] for n, row in enumerate(zip(IDS, best, strict=True)))]
@@ -228,7 +228,7 @@ def test_five_tables_of_100_000_rows_and_100_classes_take_less_than_a_minute_and
 
 def test_merged_cars_are_one_class_from_the_split_on(world):
     noise_in(world / "train", CARS, 2)
-    merge = (PAIR, "data.same_class=merge")
+    merge = (PAIR, "data.alias_policy=merge")
     assert stage(world, "split", "split", *merge, "split.folds=2", TRAIN=world / "train") == 0
     split = read_folds(world / "split" / "output" / "folds.parquet")
     assert split.classes == ("718_박스터", "K5")
@@ -244,7 +244,7 @@ def test_truth_under_either_name_is_a_hit_of_the_merged_class(world):
     both = submission(world / "both" / "s.csv", probs[:, [0, 0, 1]] * [0.5, 0.5, 1])
     for path in (table, both):
         given = {"PREDICTIONS": path, "GROUND_TRUTH": world / "gt.csv"}
-        assert stage(world, "evaluate", "score", PAIR, "data.same_class=merge", **given) == 0
+        assert stage(world, "evaluate", "score", PAIR, "data.alias_policy=merge", **given) == 0
         found = json.loads((world / "score" / "output" / "metrics.json").read_text())["test"]
         assert found["accuracy"] == 1.0
         assert found["logloss"] == pytest.approx(-np.log(0.9), abs=1e-5)
@@ -252,7 +252,7 @@ def test_truth_under_either_name_is_a_hit_of_the_merged_class(world):
 
 def test_the_sum_reaches_the_submission_and_not_the_table_of_predictions(world):
     given = {"SUBMISSIONS": str(world / "csv" / "output_eva.csv")}
-    assert stage(world, "ensemble", "sum", PAIR, "data.same_class=sum", **given) == 0
+    assert stage(world, "ensemble", "sum", PAIR, "data.alias_policy=sum", **given) == 0
     eva = values(world / "csv" / "output_eva.csv")
     both = eva[:, 0] + eva[:, 1]
     expected = np.stack([both, both, eva[:, 2]], axis=1) / (1 + both)[:, None]
@@ -286,7 +286,7 @@ def test_a_sample_of_one_probability_gets_it_and_it_is_scored_and_compared_again
     found = json.loads((world / "scored" / "output" / "metrics.json").read_text())["test"]
     assert found["accuracy"] == pytest.approx(np.mean((dog > 0.5) == truth))
     assert found["logloss"] == pytest.approx(-np.log(np.where(truth, dog, 1 - dog)).mean(), abs=1e-6)
-    files = f"compare.files={path},{world / 'pets' / 'output_a.csv'}"
+    files = f"compare.submissions={path},{world / 'pets' / 'output_a.csv'}"
     assert stage(world, "compare", "compared", files, *setting, **given | {"PREDICTIONS": None}) == 0
     facts = json.loads((world / "compared" / "output" / "comparison.json").read_text())["experiments"]
     assert facts[0]["test"]["logloss"] == pytest.approx(found["logloss"], abs=1e-5)

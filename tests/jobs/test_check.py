@@ -13,7 +13,7 @@ from fivefold.stages import preflight
 from jobs import submit
 from toy import MODEL, call_jobs, noise_in
 
-GIVEN = ("train.precision=fp32", "train.trackers=[]", "train.device=cpu")
+GIVEN = ("train.precision=fp32", "train.loggers=[]", "train.device=cpu")
 
 
 def settings(*arguments: str) -> Settings:
@@ -36,31 +36,30 @@ def code_of(*arguments: str, here: bool = False) -> int:
         ["train.monitor=auc"],
         ["train.optimizer=adamw2"],
         ["train.schedule=cosinus"],
-        ["train.update=sam2"],
         ["train.sampler=rare"],
         ["train.precision=fp8"],
-        ["train.trackers=wandbb"],
+        ["train.loggers=wandbb"],
         ["train.loss=hinge"],
         ["train.loss={name=focal, gama=2}"],
         ["train.layer_decay=0.7"],
-        ["augment.mix=mixupp"],
+        ["augment.batch_mix=mixupp"],
         ["augment.train=resizze"],
         ["augment.train=[{name=rotation, degree=10}]"],
         ["augment.eval=horizontal_flip"],
-        ["predict.views=flipp"],
+        ["predict.tta=flipp"],
         ["model.backbone=timm/resnet1888"],
         ["model.backbone=resnet18"],
-        ["model.backbone=timm/vit_tiny_patch16_224", "model.options={}", "model.image_size=100"],
+        ["model.backbone=timm/vit_tiny_patch16_224", "model.backbone_kwargs={}", "model.image_size=100"],
         ["model.image_size=1"],
-        ["model.options.width=3"],
+        ["model.backbone_kwargs.width=3"],
         ["model.pretrained=true"],
         ["model.head={name=mlp, hiden=3}"],
         ["model.head=mlp", "train.batch_size=1"],
-        ["model.meta=colour"],
+        ["model.image_stats=colour"],
         ["model.drop_path=0.1"],
         ["data.cache=s3://bucket/cache"],
         ["distill.patience=3"],
-        ["distill.views=flipp"],
+        ["distill.teacher_tta=flipp"],
         ["distill.train.monitor=auc"],
         ["distill.model.backbone=fivefold/big_net"],
         ["distill.train.epochs=2", "train.warmup_epochs=2"],
@@ -74,10 +73,13 @@ def test_a_setting_that_every_fold_or_the_student_would_refuse_is_64(arguments):
 def test_settings_that_work_are_let_through():
     assert code_of() == 0
     assert code_of("distill.patience=3", "split.holdout=0.2") == 0
-    assert code_of("distill.patience=3", "split.parts=[0.8,0.1,0.1]") == 0
+    assert code_of("distill.patience=3", "split.ratios=[0.8,0.1,0.1]") == 0
     assert (
         code_of(
-            "model.pretrained=true", "model.backbone=torchvision/resnet18", "model.options={}", "model.image_size=64"
+            "model.pretrained=true",
+            "model.backbone=torchvision/resnet18",
+            "model.backbone_kwargs={}",
+            "model.image_size=64",
         )
         == 0
     )

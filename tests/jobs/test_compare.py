@@ -117,7 +117,7 @@ def test_a_run_whose_submission_lost_the_probabilities_is_scored_by_its_predicti
     numbered = [[n, *row] for n, row in enumerate(labels)]
     other = write_csv(world / "other.csv", [["ID", "image_path", "target"], *numbered])
     runs = f"compare.runs={world / 'A'},{world / 'B'}"
-    assert compare(world, runs, f"compare.files={other}", GROUND_TRUTH=str(world)) == 0
+    assert compare(world, runs, f"compare.submissions={other}", GROUND_TRUTH=str(world)) == 0
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     for name, seed, skill in (("A", 1, 3.0), ("B", 2, 1.0)):
         probs = guesses(seed, skill)
@@ -129,7 +129,7 @@ def test_a_run_whose_submission_lost_the_probabilities_is_scored_by_its_predicti
 def test_files_of_classes_alone_are_tested_by_their_accuracy(world):
     wrong = [[name, CLASSES[(code + (n < 8)) % 3]] for n, (name, code) in enumerate(zip(IDS, CODES, strict=True))]
     write_csv(world / "wrong.csv", [["ID", "target"], *wrong])
-    files = f"compare.files={world / 'csv' / 'output_표.csv'},{world / 'wrong.csv'}"
+    files = f"compare.submissions={world / 'csv' / 'output_표.csv'},{world / 'wrong.csv'}"
     assert compare(world, files, GROUND_TRUTH=str(world / "gt.csv")) == 0
     (row,) = read_rows(world / "out" / "paired.csv")
     assert (float(row["accuracy"]), row["logloss"], float(row["p"])) == (0.2, "", pytest.approx(2 / 2**8, abs=1e-6))
@@ -153,7 +153,7 @@ def test_without_ground_truth_out_of_fold_rows_are_shown(world, capsys):
 
 def test_files_alone_without_truth_are_compared_by_likeness_and_a_changed_file_is_seen(world, caplog):
     files = [submission(world / name / "submission.csv", guesses(seed, 1.0)) for seed, name in enumerate("xy")]
-    given = f"compare.files={files[0]},{files[1]}"
+    given = f"compare.submissions={files[0]},{files[1]}"
     assert compare(world, given) == 0
     first = json.loads((world / "out" / "comparison.json").read_text())
     assert first["likeness"]["names"] == ["x/submission", "y/submission"]
@@ -173,12 +173,12 @@ def test_files_alone_without_truth_are_compared_by_likeness_and_a_changed_file_i
         ([], 66, "0 experiments are too few"),
         (["compare.runs={root}/A"], 66, "1 experiments are too few"),
         (["compare.runs={root}/A,{root}/absent"], 66, "no run {root}/absent"),
-        (["compare.files={root}/absent.csv"], 66, "no submission file {root}/absent.csv"),
+        (["compare.submissions={root}/absent.csv"], 66, "no submission file {root}/absent.csv"),
         (["compare.runs={root}/A,{root}/csv"], 66, "holds neither ensemble.json nor fold models"),
         (["compare.runs={root}/A,{root}/A"], 65, "two experiments are called"),
         (["compare.runs={root}/A,{root}"], 65, "several ensembles in the run"),
-        (["compare.files={root}/csv/output_eva.csv,{root}/odd.csv"], 65, "different classes: 'K9'"),
-        (["compare.files={root}/csv/output_eva.csv,{root}/short.csv"], 65, "31 of the 40 ids"),
+        (["compare.submissions={root}/csv/output_eva.csv,{root}/odd.csv"], 65, "different classes: 'K9'"),
+        (["compare.submissions={root}/csv/output_eva.csv,{root}/short.csv"], 65, "31 of the 40 ids"),
         (["compare.run={root}/A"], 64, "did you mean 'compare.runs'"),
     ],
 )

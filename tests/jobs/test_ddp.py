@@ -22,10 +22,10 @@ SHARED = (
 )  # fmt: skip
 WITHOUT_NORMS = (
     *SHARED, "model.backbone=timm/vit_tiny_patch16_224", "model.image_size=12", "model.dropout=0",
-    'model.options={"img_size": 12, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}',
-    "train.optimizer=sgd", "train.lr=0.05", "train.ema_decay=0.9", "augment.mix=cutmix", "predict.views=plain,flip",
+    'model.backbone_kwargs={"img_size": 12, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}',
+    "train.optimizer=sgd", "train.lr=0.05", "train.ema_decay=0.9", "augment.batch_mix=cutmix", "predict.tta=plain,flip",
 )  # fmt: skip
-SMALL = (*RESUMES, *SHARED, "train.keep_raw=true", "augment.mix=mixup", "train.epochs=25")
+SMALL = (*RESUMES, *SHARED, "train.save_raw_weights=true", "augment.batch_mix=mixup", "train.epochs=25")
 BYTES = ("model.safetensors", "model_raw.safetensors", "oof.parquet", "holdout.parquet", "train_log.csv", "model.json")
 SECONDS_TO_END = 45
 
@@ -285,7 +285,7 @@ def test_a_student_and_a_model_without_a_split_are_trained_by_two_as_well(world,
         arguments = ("train-fold", *WITHOUT_NORMS[1:], f"FOLD={number}")
         process = begin(arguments, given(world, tmp_path / f"fold-{number}", NPROC="2"))
         ends_well(process)
-    more = ("distill.views=flip", "distill.teacher=oof")
+    more = ("distill.teacher_tta=flip", "distill.teacher=oof")
     for name, count in (("one", "1"), ("two", "2")):
         environ = given(world, tmp_path / name, NPROC=count, SM_CHANNEL_MODEL=str(tmp_path))
         environ["SM_MODEL_DIR"] = str(tmp_path.parent / f"student-{tmp_path.name}-{name}" / "model")

@@ -32,7 +32,7 @@ DRAWN = {
 TWO = ("split.folds=2", "train.epochs=2", "train.warmup_epochs=1", "train.batch_size=8")
 MORE = {
     "demo": TWO,
-    "small_images": (*TWO, "augment.mix_off_epochs=1"),
+    "small_images": (*TWO, "augment.mixup_off_epochs=1"),
 }
 """What so few images ask for: sizes and counts of recipes without a smoke variant."""
 

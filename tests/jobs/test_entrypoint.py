@@ -93,8 +93,8 @@ def test_sources_of_settings_have_their_ranks(images, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "split does not use: train.epochs" in done.stderr
     settings = settings_of(tmp_path / "own")
-    found = {key: settings[f"split.{key}"] for key in ("folds", "seed", "holdout", "stratify", "open_images")}
-    assert found == {"folds": 4, "seed": 6, "holdout": 0.3, "stratify": False, "open_images": True}
+    found = {key: settings[f"split.{key}"] for key in ("folds", "seed", "holdout", "stratify", "verify_images")}
+    assert found == {"folds": 4, "seed": 6, "holdout": 0.3, "stratify": False, "verify_images": True}
 
 
 def test_a_mistake_is_told_on_stderr_and_in_the_failure_file(images, tmp_path):
@@ -131,11 +131,11 @@ def test_one_image_a_step_is_refused_where_a_batchnorm_needs_two():
     def checked(*arguments: str) -> None:
         check_training(load([arguments_layer(["train.batch_size=1", *arguments])]))
 
-    for arguments in (["model.head=mlp"], ["model.image_size=32"], ["model.meta=aspect", "model.head=mlp"]):
+    for arguments in (["model.head=mlp"], ["model.image_size=32"], ["model.image_stats=aspect", "model.head=mlp"]):
         with pytest.raises(SettingsError, match=r"train\.batch_size=1: .*BatchNorm"):
             checked(*arguments)
     checked("model.image_size=64")
-    checked("model.backbone=timm/vit_tiny_patch16_224", "model.options.depth=1")
+    checked("model.backbone=timm/vit_tiny_patch16_224", "model.backbone_kwargs.depth=1")
 
 
 def test_a_reader_that_leaves_early_is_no_failure():

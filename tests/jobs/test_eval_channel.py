@@ -61,7 +61,7 @@ def test_all_of_many_unreadable_test_images_are_named(data):
 
 def test_a_split_that_opens_no_image_opens_no_test_image(data):
     cut_off(data, *UNREADABLE)
-    assert split(data, "split.open_images=false") == 0
+    assert split(data, "split.verify_images=false") == 0
 
 
 def test_test_images_of_which_none_can_be_read_are_an_error_under_any_setting(data):

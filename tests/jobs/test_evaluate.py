@@ -27,7 +27,7 @@ def channels(toy_run: Path) -> dict[str, Path]:
 def whole(toy_run, tmp_path_factory) -> tuple[Path, dict]:
     """The output of a process with every channel, and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
-    done = call_jobs("evaluate", "evaluate.gallery=2", **variables(toy_run, folder, **channels(toy_run)))
+    done = call_jobs("evaluate", "evaluate.num_error_images=2", **variables(toy_run, folder, **channels(toy_run)))
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     return folder / "output", json.loads(line)
@@ -107,7 +107,7 @@ def test_pictures_are_png_the_record_names_every_file_and_again_there_is_nothing
     files = {path.name for path in output.iterdir()} - {"stage.json"}
     assert {name.removeprefix("output/") for name in read_json(output / "stage.json")["outputs"]} == files
     before = (output / "report.html").stat().st_mtime_ns
-    assert run_stage(toy_run, "evaluate", output.parent, "evaluate.gallery=2", **channels(toy_run)) == 0
+    assert run_stage(toy_run, "evaluate", output.parent, "evaluate.num_error_images=2", **channels(toy_run)) == 0
     assert "nothing to do" in capsys.readouterr().err
     assert (output / "report.html").stat().st_mtime_ns == before
 

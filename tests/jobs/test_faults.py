@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 STRUCK = Path(__file__).parents[1] / "struck.py"
 EPOCHS, STEPS_OF_AN_EPOCH, INTERVAL = 4, 6, 2
 SETTINGS = [
-    *RESUMES[1:], f"train.epochs={EPOCHS}", f"train.checkpoint_steps={INTERVAL}", "train.keep_raw=true", "train.warmup_epochs=1",
-    'augment.train=["random_crop", "horizontal_flip"]', "predict.views=plain,flip",
+    *RESUMES[1:], f"train.epochs={EPOCHS}", f"train.checkpoint_steps={INTERVAL}", "train.save_raw_weights=true", "train.warmup_epochs=1",
+    'augment.train=["random_crop", "horizontal_flip"]', "predict.tta=plain,flip",
 ]  # fmt: skip
 STAGES = {"train-fold": ["FOLD=0", *SETTINGS], "distill": SETTINGS}
 BYTES = {

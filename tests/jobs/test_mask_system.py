@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fivefold import predictions
 from fivefold.contract.files import sha256
-from fivefold.data.readers.profiles import STEMS, age_class, label_of
+from fivefold.data.readers.profiles import STEMS, age_class, encode_label
 from fivefold.data.split.fold_table import read_folds
 from jobs.__main__ import run
 from toy import LEARNS, call_jobs, failure, read_cells, run_stage, write_csv
@@ -25,12 +25,12 @@ TINY = [
     "train.epochs=6",
     "train.ema_decay=0",
     'augment.train=["resize"]',
-    "augment.mix=none",
-    "predict.views=plain",
+    "augment.batch_mix=none",
+    "predict.tta=plain",
     "split.folds=2",
 ]
-MASKS = ["system=masks", "model.factors=mask,gender"]
-YEARS = ["system=ages", "model.factors=age"]
+MASKS = ["system=masks", "model.label_factors=mask,gender"]
+YEARS = ["system=ages", "model.label_factors=age"]
 
 
 def draw(path: Path, mask: int, gender: int, age: int, random: np.random.Generator) -> int:
@@ -39,7 +39,7 @@ def draw(path: Path, mask: int, gender: int, age: int, random: np.random.Generat
     pixels = random.integers(0, 60, (12, 12, 3)) + np.array([90 * mask, 150 * gender, 90 * years])
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return label_of(mask, gender, years)
+    return encode_label(mask, gender, years)
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +188,8 @@ def test_a_model_of_some_factors_has_classes_of_its_own(halves):
         info = json.loads((halves / f"{name}-0" / "model" / "model.json").read_text())
         oof = predictions.read(halves / f"{name}-0" / "model" / "oof.parquet")
         assert (info["knows"], len(info["classes"])) == (knows, classes)
-        assert list(oof.classes) == info["classes"] == list(table.factors.parts(knows))
-        assert list(oof.labels) == [table.factors.part(labels[row], knows) for row in oof.ids]
+        assert list(oof.classes) == info["classes"] == list(table.factors.projected_classes(knows))
+        assert list(oof.labels) == [table.factors.project(labels[row], knows) for row in oof.ids]
         assert (oof.log_probs.argmax(axis=1) == oof.codes()).mean() > 0.8
 
 

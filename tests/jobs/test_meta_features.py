@@ -9,18 +9,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fivefold import predictions
-from fivefold.contract.artifacts import model_at
+from fivefold.contract.artifacts import open_model_dir
 from fivefold.data.image_io import decode
-from fivefold.data.pipeline.image_stats import measure
+from fivefold.data.pipeline.dataset import image_stats
 from fivefold.data.readers.stores import open_store
 from fivefold.data.split.fold_table import read_folds
-from fivefold.trained_model import load_member
+from fivefold.trained_model import load_model
 from toy import SETTINGS as TINY
 from toy import run_stage
 
 SETTINGS = [
-    *TINY, 'model.options={"widths": [4], "stem": 4}', "model.image_size=8", 'model.head={"name": "mlp", "hidden": 8, "dropout": 0.1}',
-    "train.epochs=6", "train.lr=0.05", "augment.train=[]", "augment.mix=mixup", "augment.mix_alpha=0.2",
+    *TINY, 'model.backbone_kwargs={"widths": [4], "stem": 4}', "model.image_size=8", 'model.head={"name": "mlp", "hidden": 8, "dropout": 0.1}',
+    "train.epochs=6", "train.lr=0.05", "augment.train=[]", "augment.batch_mix=mixup", "augment.mix_alpha=0.2",
 ]  # fmt: skip
 VARIANTS = {"none": "", "aspect": "aspect", "color": "color_mean", "both": "color_mean,aspect"}
 CLASSES = ("tall", "wide")
@@ -39,14 +39,14 @@ def world(tmp_path_factory) -> Path:
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", size, colour).save(folder / f"{name}{number}.png")
                 colour = (colour[0] + 40, *colour[1:])
-    assert run_stage(root, "split", "split", "split.folds=2", "split.holdout=0.1", "split.open_images=false") == 0
+    assert run_stage(root, "split", "split", "split.folds=2", "split.holdout=0.1", "split.verify_images=false") == 0
     return root
 
 
 def train(world: Path, variant: str, fold: int) -> Path:
     """The model dir of a trained fold; a second call finds its record and trains nothing."""
     folder = f"{variant}/fold-{fold}"
-    arguments = [f"FOLD={fold}", *SETTINGS, f"model.meta={VARIANTS[variant]}", f"system={variant}"]
+    arguments = [f"FOLD={fold}", *SETTINGS, f"model.image_stats={VARIANTS[variant]}", f"system={variant}"]
     assert run_stage(world, "train-fold", folder, *arguments) == 0
     return world / folder / "model"
 
@@ -55,7 +55,7 @@ def train(world: Path, variant: str, fold: int) -> Path:
 def test_defect_car_b5_each_variant_trains_and_is_rebuilt_to_the_same_predictions(world, variant):
     folder = train(world, variant, 0)
     saved = predictions.read(folder / "oof.parquet")
-    member = load_member(model_at(folder), {})
+    member = load_model(open_model_dir(folder), {})
     table = read_folds(world / "split" / "output" / "folds.parquet")
     found = member.predict(open_store(world / "train"), list(table.paths_of(table.valid_rows(0))), "again")
     assert np.array_equal(found, saved.log_probs)
@@ -69,7 +69,7 @@ def test_mean_and_std_are_those_of_the_folds_training_rows_alone(world):
 
     def numbers(rows: np.ndarray) -> np.ndarray:
         paths = [world / "train" / path for path in table.paths_of(rows)]
-        return np.stack([measure(decode(path.read_bytes(), path.name), ["color_mean", "aspect"]) for path in paths])
+        return np.stack([image_stats(decode(path.read_bytes(), path.name), ["color_mean", "aspect"]) for path in paths])
 
     own = numbers(table.train_rows(0)).astype(np.float64)
     std = own.std(axis=0)
@@ -88,7 +88,12 @@ def test_an_ensemble_and_a_student_with_other_features_use_them_too(world):
     found = predictions.read(world / "ensemble" / "output" / "predictions.parquet")
     truth = [CLASSES.index(Path(name).stem.rstrip("0123456789")) for name in found.ids]
     assert (found.log_probs.argmax(axis=1) == truth).all()
-    arguments = [*SETTINGS, "model.meta=color_mean", 'distill.model={"meta": ["aspect"]}', "distill.views=flip"]
+    arguments = [
+        *SETTINGS,
+        "model.image_stats=color_mean",
+        'distill.model={"meta": ["aspect"]}',
+        "distill.teacher_tta=flip",
+    ]
     unlabelled = {"MODEL": models, "UNLABELED": world / "eval"}
     assert run_stage(world, "distill", "distill", *arguments, **unlabelled) == 0
     weights = load_file(world / "distill" / "model" / "model.safetensors")

@@ -53,7 +53,7 @@ def test_the_ensemble_is_the_mean_of_its_members_in_the_samples_columns(toy_run)
     assert [row[0] for row in rows] == [row[0] for row in sample]
     held = predictions.read(output / "holdout.parquet")
     members = [predictions.read(toy_run / f"fold-{fold}" / "model" / "holdout.parquet") for fold in range(3)]
-    expected = np.mean([np.exp(member.in_order(held.ids).log_probs) for member in members], axis=0)
+    expected = np.mean([np.exp(member.reindex(held.ids).log_probs) for member in members], axis=0)
     np.testing.assert_allclose(np.exp(held.log_probs), expected, atol=1e-5)
 
 
@@ -66,20 +66,20 @@ def test_the_student_is_leak_free_and_is_predicted_by_the_same_stage(toy_run):
 
 
 def test_the_same_seed_gives_the_same_bytes_in_a_fresh_process_and_with_workers(toy_run, tmp_path):
-    again = call_jobs("train-fold", "FOLD=1", *LEARNS, "train.workers=1", **variables(toy_run, tmp_path))
+    again = call_jobs("train-fold", "FOLD=1", *LEARNS, "train.num_workers=1", **variables(toy_run, tmp_path))
     assert again.returncode == 0, again.stderr
     for name in ("model.safetensors", "oof.parquet", "holdout.parquet", "train_log.csv"):
         assert (tmp_path / "model" / name).read_bytes() == (toy_run / "fold-1" / "model" / name).read_bytes(), name
     infos = [read_json(folder / "model" / "model.json") for folder in (toy_run / "fold-1", tmp_path)]
     for info in infos:
-        info["settings"]["train"].pop("workers")
+        info["settings"]["train"].pop("num_workers")
     assert infos[0] == infos[1]
 
 
 @pytest.mark.parametrize("teacher", ["best_fold", "ensemble", "fold-2"])
 def test_other_teachers_are_recorded_as_not_leak_free(toy_run, tmp_path, teacher):
     named = toy_run / "fold-2" / "model" if teacher == "fold-2" else teacher
-    views = 'distill.views=[{"name": "scale", "factor": 1.2}]'
+    views = 'distill.teacher_tta=[{"name": "scale", "factor": 1.2}]'
     arguments = [*LEARNS, "train.epochs=1", f"distill.teacher={named}", views]
     assert run_stage(toy_run, "distill", tmp_path, *arguments, MODEL=toy_run) == 0
     info = read_json(tmp_path / "model" / "model.json")
@@ -90,7 +90,7 @@ def test_other_teachers_are_recorded_as_not_leak_free(toy_run, tmp_path, teacher
 @pytest.mark.parametrize(("folder", "count"), [("eval/test", 18), ("train", 0)])  # images of the split do not count
 def test_the_whole_ensemble_may_teach_images_that_no_fold_saw(toy_run, tmp_path, folder, count):
     channels = {"MODEL": toy_run, "UNLABELED": toy_run / folder}
-    arguments = [*LEARNS, "train.epochs=1", "distill.views=flip"]
+    arguments = [*LEARNS, "train.epochs=1", "distill.teacher_tta=flip"]
     assert run_stage(toy_run, "distill", tmp_path, *arguments, **channels) == 0
     info = read_json(tmp_path / "model" / "model.json")
     assert (info["unlabeled"], info["leak_free"]) == (count, True)
@@ -111,22 +111,22 @@ LONG = "train.epochs=1000000"
         ("train-fold", ["FOLD=0", "train.device=cpu:first"], {}, 64, "train.device=cpu:first, but this machine has"),
         # No image of the split is there: it is told before any is read.
         ("train-fold", ["FOLD=0", "train.warmup_epochs=3"], {"TRAIN": "eval"}, 64, "train.epochs=3"),
-        ("train-fold", ["FOLD=0", "predict.views=plain,flop", LONG], {}, 64, "did you mean 'flip'"),
+        ("train-fold", ["FOLD=0", "predict.tta=plain,flop", LONG], {}, 64, "did you mean 'flip'"),
         ("train-fold", ["FOLD=0", "train.monitor=auc", LONG], {}, 64, "unknown monitor 'auc'"),
-        ("train-fold", ["FOLD=0", "train.trackers=wanda", LONG], {}, 64, "did you mean 'wandb'"),
+        ("train-fold", ["FOLD=0", "train.loggers=wanda", LONG], {}, 64, "did you mean 'wandb'"),
         ("train-fold", ["FOLD=0", "train.batch_size=100000000"], {}, 64, "would fit"),
         ("train-fold", ["FOLD=0", "model.weights=absent.pth"], {}, 66, "absent.pth"),
         ("train-fold", ["FOLD=0", "train.lr=1e30", "train.epochs=2"], {}, 65, "not finite"),
         ("train-fold", ["FOLD=0", "train.loss=focall", LONG], {}, 64, "did you mean 'focal'"),
-        ("train-fold", ["FOLD=0", "train.update=samm", LONG], {}, 64, "did you mean 'sam'"),
+        ("train-fold", ["FOLD=0", "train.optimizer=adamww", LONG], {}, 64, "did you mean 'adamw'"),
         ("train-fold", ["FOLD=0", "train.sampler=balance", LONG], {}, 64, "did you mean 'balanced'"),
         ("train-fold", ["FOLD=0", "train.freeze_epochs=-1", LONG], {}, 64, "at least 0"),
-        ("distill", ["distill.temperature_decay=0.9", "distill.temperature=1", LONG], {}, 64, "temperature_end=1.0"),
+        ("distill", ["distill.temperature_decay=0.9", "distill.temperature=1", LONG], {}, 64, "min_temperature=1.0"),
         ("distill", ["distill.teacher=nobody"], {}, 66, "nobody"),
-        ("distill", ["distill.views=flip,flop", LONG], {}, 64, "did you mean 'flip'"),
+        ("distill", ["distill.teacher_tta=flip,flop", LONG], {}, 64, "did you mean 'flip'"),
         ("ensemble", ["ensemble.submission=../out.csv"], {}, 64, "'../out.csv'"),
-        ("ensemble", ["predict.views=plain,flop"], {}, 64, "did you mean 'flip'"),
-        ("ensemble", ["predict.views=[]"], {}, 64, "views is empty"),
+        ("ensemble", ["predict.tta=plain,flop"], {}, 64, "did you mean 'flip'"),
+        ("ensemble", ["predict.tta=[]"], {}, 64, "views is empty"),
         ("ensemble", [], {"MODEL": "eval"}, 66, "no model below"),
         ("ensemble", [], {"MODEL": "fold-1"}, 65, "lacks fold 0, fold 2 of 3"),
     ],
@@ -147,7 +147,7 @@ def test_only_a_holdout_that_was_predicted_by_the_same_views_scores_an_ensemble(
     }
     own, tables = predictions.read(toy_run / "ensemble" / "output" / "predictions.parquet"), {}
     for name, text in views.items():
-        assert run_stage(toy_run, "ensemble", tmp_path / name, f"predict.views={text}", MODEL=toy_run) == 0
+        assert run_stage(toy_run, "ensemble", tmp_path / name, f"predict.tta={text}", MODEL=toy_run) == 0
         tables[name] = predictions.read(tmp_path / name / "output" / "predictions.parquet").log_probs
         assert (tmp_path / name / "output" / "holdout.parquet").exists() == (name == "same")
         scores = read_json(tmp_path / name / "output" / "ensemble.json")["scores"]
@@ -157,13 +157,13 @@ def test_only_a_holdout_that_was_predicted_by_the_same_views_scores_an_ensemble(
 
 
 def test_a_vote_of_the_folds_and_each_systems_own_file_blended_again(toy_run, tmp_path):
-    assert run_stage(toy_run, "ensemble", tmp_path / "vote", "ensemble.within=vote", MODEL=toy_run) == 0
+    assert run_stage(toy_run, "ensemble", tmp_path / "vote", "ensemble.seed_blend=vote", MODEL=toy_run) == 0
     output = tmp_path / "vote" / "output"
     held = predictions.read(output / "holdout.parquet")
     scores = [score["what"] for score in read_json(output / "ensemble.json")["scores"] if score["rows"] == "holdout"]
     assert scores == ["3 models, vote within a system"]
     members = [predictions.read(toy_run / f"fold-{fold}" / "model" / "holdout.parquet") for fold in range(3)]
-    votes = sum(np.eye(3)[member.in_order(held.ids).log_probs.argmax(axis=1)] for member in members)
+    votes = sum(np.eye(3)[member.reindex(held.ids).log_probs.argmax(axis=1)] for member in members)
     won = votes[np.arange(len(held)), held.log_probs.argmax(axis=1)]
     assert (won == votes.max(axis=1)).all()
     # The mean of the folds goes on as a file, under the system's name, and blends with the folds' own system.
@@ -215,7 +215,7 @@ def test_weights_that_cannot_be_started_from_are_told_before_images_are_read(
 @pytest.mark.parametrize(("lr", "code", "ended"), [("0.02", 0, 0), ("1e30", 65, 1)])
 def test_a_tracker_is_told_how_the_run_ended(toy_run, lr, code, ended, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    arguments = ["FOLD=0", *LEARNS, "train.trackers=wandb", f"train.lr={lr}", "train.epochs=2"]
+    arguments = ["FOLD=0", *LEARNS, "train.loggers=wandb", f"train.lr={lr}", "train.epochs=2"]
     assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == code
     records = wandb_records(tmp_path / "output")
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [ended]
@@ -233,7 +233,7 @@ def test_no_file_and_no_word_of_a_stage_holds_a_platforms_variables(toy_run, tmp
         "[sagemaker]\nenvironment = { API_TOKEN = 'canary-of-all' }\n"
         "[sagemaker.stages.train_fold]\nenvironment = { API_TOKEN = 'canary-of-folds' }\n"
     )
-    arguments = [f"recipe={recipe}", *LEARNS, "train.epochs=1", "train.trackers=tensorboard,wandb,mlflow"]
+    arguments = [f"recipe={recipe}", *LEARNS, "train.epochs=1", "train.loggers=tensorboard,wandb,mlflow"]
     assert run_stage(toy_run, "train-fold", tmp_path / "fold", "FOLD=0", *arguments) == 0
     assert run_stage(toy_run, "train-fold", tmp_path / "failed", "FOLD=9", *arguments) == 64
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path != recipe]
@@ -262,7 +262,7 @@ def test_defect_car_b5_a_student_is_not_selected_on_images_that_its_teachers_tra
 def test_defect_car_convnext_validation_sees_no_training_augmentation_and_every_class(toy_run, tmp_path):
     """The original validated on randomly cropped and flipped images of a split that it did not stratify."""
     crops = 'augment.train=[{"name": "random_resized_crop", "scale": [0.08, 0.1]}]'
-    arguments = ["FOLD=0", *LEARNS, "train.epochs=2", "predict.views=plain", crops]
+    arguments = ["FOLD=0", *LEARNS, "train.epochs=2", "predict.tta=plain", crops]
     assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == 0
     oof = predictions.read(tmp_path / "model" / "oof.parquet")
     truth = oof.log_probs[np.arange(len(oof)), oof.codes()]
@@ -318,8 +318,8 @@ def test_a_teacher_that_cannot_be_read_or_knows_other_classes_is_one_clear_error
 def test_parts_of_training_run_by_their_settings_alone(toy_run, tmp_path, caplog):
     arguments = [
         "FOLD=0", *LEARNS, 'train.loss={name = "focal", alpha = 0.5, gamma = 2}', "train.class_weights=balanced",
-        "train.sampler=balanced", "train.rdrop_alpha=0.5", "train.update=sam", "train.freeze_epochs=1",
-        "train.backbone_lr=0.1", "train.accumulate=2", "train.clip=1", "model.dropout=0.3",
+        "train.sampler=balanced", "train.rdrop_alpha=0.5", "train.sam_rho=0.05", "train.freeze_epochs=1",
+        "train.backbone_lr_scale=0.1", "train.grad_accum_steps=2", "train.max_grad_norm=1", "model.dropout=0.3",
     ]  # fmt: skip
     assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == 0
     settings = read_json(tmp_path / "model" / "model.json")["settings"]["train"]

@@ -11,15 +11,15 @@ import torch
 from fivefold import predictions
 from fivefold.build import RUNTIME, build_classifier
 from fivefold.config.schema import Model, Settings, Train
-from fivefold.contract.artifacts import model_at
-from fivefold.contract.job import job_from
+from fivefold.contract.artifacts import open_model_dir
+from fivefold.contract.job import context_from_env
 from fivefold.contract.stage_specs import STAGES
 from fivefold.data.readers.stores import open_store
 from fivefold.data.split.fold_table import read_folds
-from fivefold.distributed.process_group import BY_ITSELF
+from fivefold.distributed.process_group import SINGLE_PROCESS
 from fivefold.execution import choose_precision
 from fivefold.stages import training_run
-from fivefold.trained_model import load_member
+from fivefold.trained_model import load_model
 from fivefold.training.checkpoints import Checkpoints
 from toy import SETTINGS as TINY
 from toy import run_stage, tinted_in, variables
@@ -49,7 +49,7 @@ def model_json(root: Path, step: str) -> dict:
 )
 def test_all_folds_of_a_run_have_the_precision_that_one_of_them_found(world):
     assert run_stage(world, "train-fold", "fold-0", "FOLD=0", *SETTINGS) == 0
-    (kept,) = (world / training_run.DECISIONS).glob("*.json")
+    (kept,) = (world / training_run.PROBE_CACHE_DIR).glob("*.json")
     found, info = json.loads(kept.read_text()), model_json(world, "fold-0")
     assert found["choice"] == info["precision"] == info["training"]["train.precision"]
     for fold, choice in (
@@ -62,19 +62,24 @@ def test_all_folds_of_a_run_have_the_precision_that_one_of_them_found(world):
 
 
 def test_a_run_whose_folder_is_not_to_be_written_decides_by_itself(world, tmp_path):
-    job = job_from(STAGES["train-fold"], variables(world, "fold-9"), tmp_path)
-    assert training_run.decisions_of(job) == world / training_run.DECISIONS
+    job = context_from_env(STAGES["train-fold"], variables(world, "fold-9"), tmp_path)
+    assert training_run.probe_cache_dir(job) == world / training_run.PROBE_CACHE_DIR
     if os.getuid() == 0:
         pytest.skip("root may write anywhere")
     world.chmod(0o500)
-    assert training_run.decisions_of(job) is None
+    assert training_run.probe_cache_dir(job) is None
     world.chmod(0o700)
 
 
 def test_a_model_predicts_later_the_bits_that_it_predicted_in_its_training(world):
-    arguments = [*SETTINGS, f"model.backbone={GROUPED}", "model.options={}", "train.precision=bf16_grouped_fp32"]
+    arguments = [
+        *SETTINGS,
+        f"model.backbone={GROUPED}",
+        "model.backbone_kwargs={}",
+        "train.precision=bf16_grouped_fp32",
+    ]
     assert run_stage(world, "train-fold", "g", "FOLD=0", *arguments) == 0
-    member = load_member(model_at(world / "g" / "model"), {})
+    member = load_model(open_model_dir(world / "g" / "model"), {})
     assert (member.source.info["precision"], member.runtime.grouped_fp32) == ("bf16_grouped_fp32", True)
     oof = predictions.read(world / "g" / "model" / "oof.parquet")
     table = read_folds(world / "split" / "output" / "folds.parquet", world / "split" / "output" / "classes.json")
@@ -85,12 +90,12 @@ def test_a_model_predicts_later_the_bits_that_it_predicted_in_its_training(world
 
 
 def test_a_run_that_goes_on_keeps_the_precision_of_its_checkpoint(world, tmp_path):
-    job = job_from(STAGES["train-fold"], variables(world, "resumed"), tmp_path)
+    job = context_from_env(STAGES["train-fold"], variables(world, "resumed"), tmp_path)
     state = {RUNTIME: {"precision": "bf16_grouped_fp32", "channels_last": True}}
     job.checkpoints().mkdir(parents=True)
     Checkpoints(job.checkpoints()).save(state)
     of = Settings(model=Model(backbone=GROUPED, image_size=32), train=Train())
-    settings, runtime = training_run.settled(job, of, build_classifier(of.model, 2), BY_ITSELF)
+    settings, runtime = training_run.resolve_runtime(job, of, build_classifier(of.model, 2), SINGLE_PROCESS)
     assert settings.train.precision == "bf16_grouped_fp32"
     assert (runtime.dtype, runtime.grouped_fp32) == (torch.bfloat16, True)
 
@@ -108,5 +113,5 @@ def test_a_run_that_goes_on_keeps_the_precision_of_its_checkpoint(world, tmp_pat
 def test_decisions_are_shared_where_split_and_step_lie_in_one_folder(folds, model, shared, tmp_path):
     (tmp_path / model).mkdir(parents=True)
     environ = {"SM_CHANNEL_FOLDS": str(tmp_path / folds), "SM_MODEL_DIR": str(tmp_path / model)}
-    found = training_run.decisions_of(job_from(STAGES["train-fold"], environ, tmp_path))
-    assert found == (shared and tmp_path / shared / training_run.DECISIONS)
+    found = training_run.probe_cache_dir(context_from_env(STAGES["train-fold"], environ, tmp_path))
+    assert found == (shared and tmp_path / shared / training_run.PROBE_CACHE_DIR)

@@ -23,7 +23,13 @@ from jobs.__main__ import run
 from jobs.predict import write_results
 from toy import LEARNS, REPOSITORY, call_jobs, copy_run, failure, read_rows, run_stage
 
-TRAINING = [*LEARNS, "model.image_size=16", "augment.mix=none", "augment.train=horizontal_flip", "train.device=cpu"]
+TRAINING = [
+    *LEARNS,
+    "model.image_size=16",
+    "augment.batch_mix=none",
+    "augment.train=horizontal_flip",
+    "train.device=cpu",
+]
 HEADER = ["image_path", "predicted_class", "confidence", "true_class"]
 IMAGE = "사진/P001/main_0.png"
 
@@ -33,7 +39,7 @@ def shop(products, tmp_path_factory) -> Path:
     """The product system's split by parts, and its one model."""
     root = tmp_path_factory.mktemp("shop")
     (root / "train").symlink_to(products.root)
-    parts = ("data.layout=products", "split.parts=0.6,0.2,0.2", "split.seed=2025")
+    parts = ("data.layout=products", "split.ratios=0.6,0.2,0.2", "split.seed=2025")
     assert run_stage(root, "split", "split", *parts) == 0
     assert run_stage(root, "train-fold", "fold-0", "FOLD=0", *TRAINING, "train.ema_decay=0", "train.epochs=4") == 0
     return root
@@ -105,7 +111,7 @@ def test_the_split_gives_the_mistakes_of_train_valid_and_test(shop, table, tmp_p
     sure = {row["image_path"]: float(row["confidence"]) for row in found}
     np.testing.assert_allclose([sure[name] for name in oof.ids], np.exp(oof.log_probs.max(axis=1)), atol=1e-5)
     predict(shop, tmp_path / "again")
-    predict(shop, tmp_path / "again", "predict.rows=test")
+    predict(shop, tmp_path / "again", "predict.subsets=test")
     assert len(read_rows(tmp_path / "again" / "predictions.csv")) == (table.part == "test").sum()
     assert [path.name for path in (tmp_path / "again").glob("wrong_*.csv")] == ["wrong_test.csv"]
 
@@ -120,7 +126,7 @@ def test_a_row_that_any_model_trained_on_is_no_validation_of_the_ensemble(produc
 
 def test_a_table_of_the_split_is_a_batch_with_its_truth(shop, products, tmp_path, capsys):
     batch = shop / "split" / "output" / "test_data.csv"
-    given = [f"images={batch}", f"model={shop}", f"output={tmp_path}", f"data.base_path={products.root}"]
+    given = [f"images={batch}", f"model={shop}", f"output={tmp_path}", f"data.image_root={products.root}"]
     for more in (["predict.batch_size=3"], []):  # never skipped: what it prints is its result
         assert run("predict", [*given, *more], {}) == 0
         assert capsys.readouterr().out
@@ -212,9 +218,9 @@ def test_folders_called_like_classes_are_the_truth(shop, tmp_path):
         ("paths.csv", [], 65, "has no column image_path, img_path, path or the like"),
         ("a.png", ["predict.device=cuda"], 64, "predict.device=cuda, but this machine has no such device"),
         ("a.png", ["predict.file=../x.csv"], 64, "file='../x.csv'"),
-        ("a.png", ["predict.rows=all"], 64, "rows=['all']"),
+        ("a.png", ["predict.subsets=all"], 64, "rows=['all']"),
         ("a.png", ["image=b.png"], 64, "unknown key 'image'"),
-        ("strange.csv", ["data.base_path=/nowhere"], 66, "data.base_path=/nowhere: "),
+        ("strange.csv", ["data.image_root=/nowhere"], 66, "data.image_root=/nowhere: "),
     ],
 )
 def test_bad_input_gets_one_clear_error(shop, tmp_path, images, arguments, code, message):
@@ -315,7 +321,7 @@ def test_the_api_agrees_with_the_ensemble_stage_and_takes_its_weights_and_temper
 @pytest.mark.parametrize("blend", ["geometric", "vote"])
 def test_the_api_blends_as_the_ensemble_did(product_run, tmp_path, blend):
     root = copy_run(product_run, tmp_path / "run", "ensemble")
-    assert run_stage(root, "ensemble", "e", f"ensemble.within={blend}", MODEL=product_run) == 0
+    assert run_stage(root, "ensemble", "e", f"ensemble.seed_blend={blend}", MODEL=product_run) == 0
     stored = predictions.read(root / "e" / "output" / "predictions.parquet")
     found = ImageClassificationAPI(root).predict([product_run / "eval" / name for name in stored.ids])
     np.testing.assert_allclose(sure(found), np.exp(stored.log_probs.max(axis=1)), atol=1e-4)

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from fivefold.config.schema import Data, Settings
-from fivefold.contract.run_layout import in_run
+from fivefold.contract.run_layout import env_for_run
 from fivefold.contract.stage_specs import STAGES
-from fivefold.data.image_io import Pixels
-from fivefold.data.pipeline.image_cache import HEAD, INDEX, PIXELS, Cache
+from fivefold.data.image_io import DecodeOptions
+from fivefold.data.pipeline.image_cache import HEADER_FILE, INDEX_FILE, PIXELS_FILE, Cache
 from fivefold.launchers.local import shared_cache
 from fivefold.launchers.plan import Inputs, make_plan
 from fivefold.predictions import read
@@ -27,11 +27,11 @@ from toy import REPOSITORY, draw, environment, failure, read_rows, run_stage, va
 from toy import SETTINGS as TINY
 
 SETTINGS = [
-    *TINY, 'model.options={"widths": [4], "stem": 4}', "model.image_size=8", "train.epochs=2", "model.meta=aspect,color_mean",
+    *TINY, 'model.backbone_kwargs={"widths": [4], "stem": 4}', "model.image_size=8", "train.epochs=2", "model.image_stats=aspect,color_mean",
 ]  # fmt: skip
-SIZED = ["data.store_size=10", "data.scaled_decoding=true"]
+SIZED = ["data.resize_shorter_side=10", "data.jpeg_draft=true"]
 SAME = ("model.safetensors", "oof.parquet", "holdout.parquet", "train_log.csv", "model.json")
-OFF, PLAIN = "data.cache=off", "train.keep_in_memory=false"
+OFF, PLAIN = "data.cache=off", "train.cache_in_memory=false"
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +82,13 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_prepare_writes_one_cache_of_all_images_and_has_nothing_to_do_the_second_time(world, prepared, capsys):
-    (folder,) = (path.parent for path in prepared.glob(f"*/{HEAD}"))
+    (folder,) = (path.parent for path in prepared.glob(f"*/{HEADER_FILE}"))
     cache = Cache(folder)
     cache.verify()
     assert len(cache) == 48
-    assert cache.pixels == Pixels()
+    assert cache.decode_options == DecodeOptions()
     record = json.loads((prepared / "stage.json").read_text())
-    assert set(record["outputs"]) == {f"output/{folder.name}/{name}" for name in (PIXELS, INDEX, HEAD)}
+    assert set(record["outputs"]) == {f"output/{folder.name}/{name}" for name in (PIXELS_FILE, INDEX_FILE, HEADER_FILE)}
     assert record["metrics"] == {"images": 48, "bytes": cache.bytes}
     capsys.readouterr()
     assert stage(world, "prepare", "prepared", "data.cache_gib=1", EVAL=world / "eval") == 0
@@ -99,8 +99,8 @@ def test_the_same_bytes_kept_in_memory_from_the_channel_and_made_on_first_use(wo
     assert same(train(world, "kept", OFF), plain)
     assert same(train(world, "channel", OFF, PLAIN, CACHE=prepared), plain)
     assert re.search(r"image cache: .* \(48 images, .*, 0.1 MiB\)", capsys.readouterr().err)
-    assert same(train(world, "first", f"data.cache={world / 'caches'}", "train.workers=1"), plain)
-    assert len(list((world / "caches").glob(f"*/{HEAD}"))) == 1
+    assert same(train(world, "first", f"data.cache={world / 'caches'}", "train.num_workers=1"), plain)
+    assert len(list((world / "caches").glob(f"*/{HEADER_FILE}"))) == 1
     assert "32 images are decoded once" in capsys.readouterr().err
     capsys.readouterr()
     assert same(train(world, "second", f"data.cache={world / 'caches'}"), plain)
@@ -127,9 +127,9 @@ def test_store_size_gives_other_weights_and_they_are_the_same_with_and_without_a
     assert (small / "model.safetensors").read_bytes() != (plain / "model.safetensors").read_bytes()
     assert same(train(world, "small-first", *SIZED, f"data.cache={world / 'caches'}"), small)
     facts = json.loads((small / "model.json").read_text())
-    assert (facts["settings"]["data"]["store_size"], facts["training"]["data.store_size"]) == (10, 10)
+    assert (facts["settings"]["data"]["resize_shorter_side"], facts["training"]["data.resize_shorter_side"]) == (10, 10)
     record = json.loads((small / "stage.json").read_text())
-    assert record["settings"]["data.store_size"] == 10
+    assert record["settings"]["data.resize_shorter_side"] == 10
     assert not {"data.cache", "data.cache_gib"} & record["settings"].keys()
 
 
@@ -137,7 +137,7 @@ def test_store_size_gives_other_weights_and_they_are_the_same_with_and_without_a
 def test_what_predicts_takes_the_pixels_that_the_model_was_trained_on(world, prepared):
     """`predict` (which decodes for a committee), the fold itself and the ensemble see the same pixels, cached or not."""
     models = [train(world, f"both/fold-{fold}", *SIZED, OFF, f"FOLD={fold}") for fold in range(2)]
-    arguments = ["predict.rows=valid"]
+    arguments = ["predict.subsets=valid"]
     assert stage(world, "predict", "answers", *arguments, IMAGES=world / "train", MODEL=models[0]) == 0
     rows = read_rows(world / "answers" / "output" / "predictions.csv")
     confidence = {row["image_path"]: float(row["confidence"]) for row in rows}
@@ -171,7 +171,7 @@ def test_told_to_stop_it_is_143_with_nothing_left_and_the_same_command_makes_the
     assert process.wait(60) == 143
     assert not [path for path in output.iterdir() if not path.name.endswith(".lock")]
     assert subprocess.run(command, env=environ, cwd=REPOSITORY).returncode == 0
-    Cache(next(output.glob(f"*/{HEAD}")).parent).verify()
+    Cache(next(output.glob(f"*/{HEADER_FILE}")).parent).verify()
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_a_cache_in_a_bucket_is_a_channel_and_a_run_there_finds_it(world, plain,
         bucket.write(f"runs/first/split/output/{path.name}", path.read_bytes())
     told = {"RUN": "first", "RUNS": f"s3://{bucket.name}/runs", "SM_CHANNEL_TRAIN": str(world / "train")}
     assert run("prepare", [], told) == 0
-    assert len([key for key in bucket.listed("runs/first/prepare/output/") if key.endswith(PIXELS)]) == 1
+    assert len([key for key in bucket.listed("runs/first/prepare/output/") if key.endswith(PIXELS_FILE)]) == 1
     capsys.readouterr()
     folders = {"SM_MODEL_DIR": str(tmp_path / "model"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
     assert run("train-fold", ["FOLD=0", *SETTINGS], told | folders) == 0
@@ -191,12 +191,12 @@ def test_a_cache_in_a_bucket_is_a_channel_and_a_run_there_finds_it(world, plain,
 @pytest.mark.slow
 def test_models_to_which_other_pixels_count_predict_together(world):
     """A committee, which decodes for all its members, against the ensemble, in which each member reads for itself."""
-    for name, *more in (("sized", "data.store_size=10", "data.scaled_decoding=true"), ("whole",)):
+    for name, *more in (("sized", "data.resize_shorter_side=10", "data.jpeg_draft=true"), ("whole",)):
         for fold in range(2):
             train(world, f"mixed/{name}-{fold}", f"system={name}", *more, OFF, f"FOLD={fold}")
     channels = {"MODEL": world / "mixed", "EVAL": world / "eval"}
     assert (
-        stage(world, "ensemble", "mixed-ensemble", "ensemble.blend=mean", "ensemble.temperature=none", **channels) == 0
+        stage(world, "ensemble", "mixed-ensemble", "ensemble.blend=mean", "ensemble.calibrate_on=none", **channels) == 0
     )
     table = read(world / "mixed-ensemble" / "output" / "predictions.parquet")
     expected = {
@@ -220,17 +220,17 @@ def test_a_students_unlabelled_images_come_from_the_cache_too(world, plain, prep
 
 
 def test_a_cache_of_other_pixels_is_one_clear_error(world, prepared):
-    arguments = ["FOLD=0", *SETTINGS, "data.store_size=12"]
+    arguments = ["FOLD=0", *SETTINGS, "data.resize_shorter_side=12"]
     assert stage(world, "train-fold", "bad", *arguments, CACHE=prepared) == 64
     message = failure(world / "bad")
     assert "12 pixels" in message
-    assert "run prepare with the same data.store_size" in message
-    assert stage(world, "prepare", "bad", "data.scaled_decoding=true") == 64, "it needs a size"
+    assert "run prepare with the same data.resize_shorter_side" in message
+    assert stage(world, "prepare", "bad", "data.jpeg_draft=true") == 64, "it needs a size"
 
 
 @pytest.mark.slow
 def test_prepare_takes_a_split_that_opened_no_image_and_train_fold_goes_without(world, plain, capsys):
-    assert stage(world, "split", "trusting", "split.folds=2", "split.holdout=0.1", "split.open_images=false") == 0
+    assert stage(world, "split", "trusting", "split.folds=2", "split.holdout=0.1", "split.verify_images=false") == 0
     folds = world / "trusting" / "output"
     assert stage(world, "prepare", "trusting/prepared", FOLDS=folds) == 0
     cached = train(world, "trusting/cached", OFF, FOLDS=folds, CACHE=world / "trusting" / "prepared" / "output")
@@ -253,7 +253,7 @@ def test_in_a_run_the_cache_lies_beside_the_runs_and_elsewhere_there_is_none(wor
     assert cache_folder(Settings(run="first", runs="s3://b/runs")) is None
     found = train(world, "told", "run=first", f"runs={world / 'runs'}")
     assert same(found, plain)
-    assert len(list((world / "runs" / ".cache").glob(f"*/{HEAD}"))) == 1
+    assert len(list((world / "runs" / ".cache").glob(f"*/{HEADER_FILE}"))) == 1
 
 
 def test_the_steps_of_a_local_run_share_one_cache_unless_the_settings_say_where(tmp_path):
@@ -267,11 +267,13 @@ def test_the_steps_of_a_local_run_share_one_cache_unless_the_settings_say_where(
 def test_a_stage_that_is_told_its_run_finds_what_prepare_made_there(tmp_path):
     place = tmp_path / "first" / "prepare" / "output"
     place.mkdir(parents=True)
-    assert "SM_CHANNEL_CACHE" not in in_run(STAGES["train-fold"], {}, str(tmp_path / "first"), 0), "it is not finished"
+    assert "SM_CHANNEL_CACHE" not in env_for_run(STAGES["train-fold"], {}, str(tmp_path / "first"), 0), (
+        "it is not finished"
+    )
     (place / "stage.json").write_text("{}")
     for name in ("train-fold", "ensemble", "distill"):
-        assert in_run(STAGES[name], {}, str(tmp_path / "first"), 0)["SM_CHANNEL_CACHE"] == str(place)
-    assert "SM_CHANNEL_CACHE" not in in_run(STAGES["evaluate"], {}, str(tmp_path / "first"), 0)
-    own = in_run(STAGES["prepare"], {}, str(tmp_path / "first"), None)
+        assert env_for_run(STAGES[name], {}, str(tmp_path / "first"), 0)["SM_CHANNEL_CACHE"] == str(place)
+    assert "SM_CHANNEL_CACHE" not in env_for_run(STAGES["evaluate"], {}, str(tmp_path / "first"), 0)
+    own = env_for_run(STAGES["prepare"], {}, str(tmp_path / "first"), None)
     assert own["SM_OUTPUT_DATA_DIR"] == str(place)
     assert own["SM_CHANNEL_FOLDS"] == f"{tmp_path}/first/split/output"

@@ -68,7 +68,7 @@ def nothing(root: Path) -> None:
         (nothing, ["evaluate.top_k=1"], ANSWERS, "evaluate: settings differ: evaluate.top_k 5 -> 1"),
         (nothing, ["ensemble.submission=mine.csv"], {"ensemble", "ensemble-student", *ANSWERS},
          'ensemble: settings differ: ensemble.submission "submission.csv" -> "mine.csv"'),
-        (nothing, ["train.workers=1", "train.checkpoint_minutes=1", "reuse=strict"], set(), ""),
+        (nothing, ["train.num_workers=1", "train.checkpoint_minutes=1", "on_version_change=rerun"], set(), ""),
     ],
 )  # fmt: skip
 def test_exactly_the_stages_that_a_change_concerns_run_again(

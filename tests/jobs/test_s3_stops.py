@@ -12,7 +12,7 @@ from toy import RESUMES, environment, noise_in, run_stage, variables
 
 pytestmark = pytest.mark.slow
 STRUCK = Path(__file__).parents[1] / "struck.py"
-SETTINGS = [*RESUMES, "train.trackers=[]"]
+SETTINGS = [*RESUMES, "train.loggers=[]"]
 BYTES = ("model.safetensors", "oof.parquet", "train_log.csv", "model.json")
 SECONDS_TO_STOP = 30
 

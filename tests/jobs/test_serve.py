@@ -41,7 +41,7 @@ Pictures = Mapping[str, tuple[bytes, str, float]]
 def trained(product_run, tmp_path_factory) -> Path:
     """The product run with an ensemble of no temperature, which leaves confidences apart."""
     root = copy_run(product_run, tmp_path_factory.mktemp("served") / "run", "ensemble")
-    assert run_stage(root, "ensemble", "ensemble", "ensemble.temperature=none", MODEL=root) == 0
+    assert run_stage(root, "ensemble", "ensemble", "ensemble.calibrate_on=none", MODEL=root) == 0
     return root
 
 
@@ -70,7 +70,7 @@ def student(trained, products) -> Pictures:
 @pytest.fixture(scope="module")
 def server(trained, tmp_path_factory) -> Iterator[ServerProcess]:
     """The ensemble, served; `early` is what it answered while it was loading."""
-    limits = ["serve.max_body_mb=0.5", "serve.max_megapixels=4", "serve.queue=400", "serve.batch_size=16"]
+    limits = ["serve.max_body_mb=0.5", "serve.max_megapixels=4", "serve.max_queue=400", "serve.batch_size=16"]
     with ServerProcess(tmp_path_factory.mktemp("served") / "log", f"model={trained}", *limits) as found:
         found.early = [found.ask("GET", "/ping"), found.ask("POST", "/invocations", b"x", content_type=PNG)]
         yield found.ready()
@@ -200,7 +200,7 @@ GARBAGE = {
     "an object": (LIST, b'{"instances": []}', 400, "the body is JSON of type dict: send a list"),
     "no base64": (LIST, b'["eA==", "###"]', 400, "image 1 of the list is not base64"),
     "one bad of three": (LIST, encoded([WHOLE, WHOLE, b"x"]), 422, "image 2 of the list cannot be decoded: it is no image"),
-    "too many": (LIST, encoded([b"x"] * 401), 413, "at most 400 (serve.queue)"),
+    "too many": (LIST, encoded([b"x"] * 401), 413, "at most 400 (serve.max_queue)"),
 }  # fmt: skip
 
 
@@ -444,7 +444,7 @@ def test_hostile_clients_take_neither_the_answers_of_an_honest_one_nor_the_memor
     }
     head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nx"
     unread = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 1500
-    room = f"serve.megapixels_at_once={POD / 4 / PIXEL_BYTES / 1e6:.0f}"
+    room = f"serve.max_total_megapixels={POD / 4 / PIXEL_BYTES / 1e6:.0f}"
     pod = {"OMP_NUM_THREADS": "2", "GLIBC_TUNABLES": GLIBC_TUNABLES}
     with (
         ServerProcess(tmp_path / "log", f"model={trained / 'distill'}", "serve.timeout_s=20", room, **pod) as server,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fivefold import build, system
-from fivefold.distributed.ranks import Place
+from fivefold.distributed.ranks import Rank
 from toy import LEARNS, environment, failure, run_stage
 
 BATCH = 32 * 3 * 12 * 12
@@ -29,14 +29,14 @@ def leave(folder: Path, free: int) -> None:
 
 def test_a_stage_ends_with_64_at_once_and_names_the_option_and_the_number_that_fits(toy_run, shared_memory, tmp_path):
     leave(shared_memory, 7 * BATCH)
-    assert run_stage(toy_run, "train-fold", tmp_path, "FOLD=0", *LEARNS, "train.workers=2") == 64
+    assert run_stage(toy_run, "train-fold", tmp_path, "FOLD=0", *LEARNS, "train.num_workers=2") == 64
     assert "--shm-size" in failure(tmp_path)
-    assert "train.workers=1" in failure(tmp_path)
-    assert run_stage(toy_run, "train-fold", tmp_path, "FOLD=0", *LEARNS, "train.workers=1") == 0
+    assert "train.num_workers=1" in failure(tmp_path)
+    assert run_stage(toy_run, "train-fold", tmp_path, "FOLD=0", *LEARNS, "train.num_workers=1") == 0
 
 
 def test_without_a_number_fewer_processes_are_started_with_a_warning(shared_memory, monkeypatch, caplog):
-    runtime = type("Gpu", (), {"device": torch.device("cuda"), "replicas": type("One", (), {"place": Place()})})
+    runtime = type("Gpu", (), {"device": torch.device("cuda"), "replicas": type("One", (), {"place": Rank()})})
     monkeypatch.setattr(build, "count_cores", lambda: 4)
     assert build.choose_workers(-1, runtime, BATCH) == 4
     leave(shared_memory, 11 * BATCH)
@@ -48,8 +48,8 @@ def test_without_a_number_fewer_processes_are_started_with_a_warning(shared_memo
 LOADED = """
 import torch
 from torch.utils.data import Dataset
-from fivefold.contract.failure import explained
-from fivefold.data import dataset
+from fivefold.contract.failure import to_known_error
+from fivefold.data.pipeline import dataset
 
 dataset.LOADER_TIMEOUT_S = 3
 
@@ -58,9 +58,9 @@ class Large(Dataset):
         return torch.zeros(4 << 20, dtype=torch.uint8)
 
 try:
-    list(dataset.load(Large(), [[(0, 0)]] * 8, workers=2))
+    list(dataset.load_batches(Large(), [[(0, 0)]] * 8, workers=2))
 except RuntimeError as error:
-    raise SystemExit(explained(error).exit_code)
+    raise SystemExit(to_known_error(error).exit_code)
 """
 
 

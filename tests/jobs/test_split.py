@@ -81,7 +81,7 @@ def test_folders_with_odd_images_and_odd_class_names(tmp_path, capsys):
     counts = {"fold": 23, "id": 26, "p": 20, "사과, 배": 20}
     assert read_json(output / "classes.json")["counts"] == counts
     assert table.num_folds == 5
-    assert 17 <= len(table.aside_rows()) <= 19
+    assert 17 <= len(table.held_out_rows()) <= 19
     assert np.ptp([len(table.valid_rows(fold)) for fold in range(5)]) <= 4
     assert all(len(value) == 64 for value in table.sha256.to_pylist())
 
@@ -151,7 +151,7 @@ def notebook_parts(table: pd.DataFrame) -> pd.DataFrame:
         (["split.folds=4"], lambda table: notebook_folds(table, StratifiedKFold(4, **NOTEBOOK))),
         (["split.stratify=false"], lambda table: notebook_folds(table, KFold(5, **NOTEBOOK))),
         (["split.holdout=0.15"], notebook_holdout),
-        (["split.parts=[0.8,0.1,0.1]"], notebook_parts),
+        (["split.ratios=[0.8,0.1,0.1]"], notebook_parts),
     ],
 )
 @pytest.mark.parametrize("numbers", [True, False])
@@ -163,7 +163,7 @@ def test_folds_are_those_of_a_notebook_row_by_row(tmp_path, arguments, notebook,
     (tmp_path / "data").mkdir()
     written.to_csv(tmp_path / "data" / "train.csv", index=False)
 
-    assert split(tmp_path / "data", tmp_path / "out", "split.open_images=false", "split.seed=7", *arguments) == 0
+    assert split(tmp_path / "data", tmp_path / "out", "split.verify_images=false", "split.seed=7", *arguments) == 0
     found = pd.read_parquet(tmp_path / "out" / "folds.parquet")
     table = pd.read_csv(tmp_path / "data" / "train.csv").assign(fold=-1, part="train")
     assert table.target.dtype == ("int64" if numbers else "str")
@@ -210,7 +210,7 @@ def test_without_opened_images_the_key_covers_tables_and_names(tmp_path):
     channel = write(tmp_path, {"train.csv": b"path,label\n", "a.png": b"1", "b.zip": b"2"})
 
     def digests() -> list[str]:
-        return [channel_digest("train", channel, tmp_path, {"split.open_images": opened}) for opened in (False, True)]
+        return [channel_digest("train", channel, tmp_path, {"split.verify_images": opened}) for opened in (False, True)]
 
     seen = [digests()]
     for name, content in [("a.png", b"3"), ("c.png", b""), ("train.csv", b"path,label\n1,2\n"), ("b.zip", b"4")]:
@@ -223,7 +223,7 @@ def test_without_opened_images_the_key_covers_tables_and_names(tmp_path):
 def measure(channel: Path, output: Path, *arguments: str) -> None:
     """Asserts the CPU seconds and the memory of the stage in a process: on an idle machine it takes no more wall seconds."""
     given = {"SM_OUTPUT_DATA_DIR": output, "SM_CHANNEL_TRAIN": channel}
-    assert call_jobs("split", "split.open_images=false", *arguments, **given).returncode == 0
+    assert call_jobs("split", "split.verify_images=false", *arguments, **given).returncode == 0
     record = read_json(output / "stage.json")
     assert record["cpu_seconds"] < 30
     assert record["peak_memory_mib"] < 2048
@@ -246,7 +246,7 @@ def test_a_million_rows_take_seconds(tmp_path):
     measure(tmp_path / "data", tmp_path / "grouped", "data.group_column=person")
 
 
-PRODUCTS = ("data.layout=products", "split.parts=[0.8,0.1,0.1]", "split.seed=2025")
+PRODUCTS = ("data.layout=products", "split.ratios=[0.8,0.1,0.1]", "split.seed=2025")
 
 
 def test_products_are_parted_whole_and_evenly_by_category(products, tmp_path):
@@ -281,7 +281,7 @@ def test_products_are_parted_whole_and_evenly_by_category(products, tmp_path):
 
 def test_other_layouts_get_the_tables_when_asked_and_lose_them_when_not(tmp_path):
     channel, output = write(tmp_path / "data", class_folders("a", "b")), tmp_path / "out"
-    assert split(channel, output, "split.csv=true", "split.parts=0.6,0.2,0.2") == 0
+    assert split(channel, output, "split.write_csv=true", "split.ratios=0.6,0.2,0.2") == 0
     assert len(read_rows(output / "train_data.csv")) == 12
     assert "categories" not in read_json(output / "data_split_summary.json")["total"]
     assert split(channel, output) == 0
@@ -302,7 +302,7 @@ def test_files_that_are_no_images_are_counted_and_a_class_without_images_stops_t
 
     write(channel, {"c/1.dng": b"", "c/2.dng": b""})
     for opened in ("true", "false"):
-        assert split(channel, tmp_path / "lost", f"split.open_images={opened}") == 65
+        assert split(channel, tmp_path / "lost", f"split.verify_images={opened}") == 65
         assert "'c' (2 .dng)" in (tmp_path / "failure").read_text().splitlines()[0]
     assert split(channel, tmp_path / "out", "split.skip_unreadable=true") == 0
     summary = read_json(tmp_path / "out" / "split_summary.json")

@@ -132,7 +132,7 @@ def test_the_whole_graph_in_order(cluster: Cluster, capsys: pytest.CaptureFixtur
     assert ends.index("distill") < ends.index("ensemble-student") < ends.index("evaluate-student")
     printed = list(yaml.safe_load_all(kubernetes.describe(plan)))
     claim = json.loads((cluster.folder / "persistentvolumeclaim-fivefold.json").read_text())
-    assert claim["spec"] == manifests.claim(plan.settings.kubernetes)["spec"]
+    assert claim["spec"] == manifests.claim_manifest(plan.settings.kubernetes)["spec"]
     assert {one["metadata"]["name"]: one["spec"] for one in printed} == {
         one["metadata"]["name"]: one["spec"] for one in cluster.jobs().values()
     }
@@ -472,7 +472,9 @@ def test_every_call_names_namespace_and_cluster_a_claim_stays_as_it_is_and_a_buc
     claim.unlink()
     (cluster.folder / "job-fivefold-r-split.json").unlink()
     assert (
-        launch(cluster, select(plan_of(cluster, "kubernetes.runs=s3://cars/r", train="s3://cars/train"), ["split"]))
+        launch(
+            cluster, select(plan_of(cluster, "kubernetes.runs_path=s3://cars/r", train="s3://cars/train"), ["split"])
+        )
         == 0
     )
     assert not claim.exists()
@@ -482,7 +484,7 @@ def test_every_call_names_namespace_and_cluster_a_claim_stays_as_it_is_and_a_buc
     ("arguments", "says"),
     [
         (["train=photos"], r"docs/kubernetes\.md"),
-        (["kubernetes.runs=here"], "kubernetes.runs=here"),
+        (["kubernetes.runs_path=here"], "kubernetes.runs_path=here"),
         (["kubernetes.memory=much"], "kubernetes.memory"),
         ([f"run={'a' * 60}"], "too long for Kubernetes"),
     ],

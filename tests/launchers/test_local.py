@@ -17,8 +17,8 @@ from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers import local
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.status import STATE, running_pid, status_of
-from fivefold.launchers.terminal import Screen
+from fivefold.launchers.status import STATE, read_status, running_pid
+from fivefold.launchers.terminal import SharedTerminal
 from fivefold.system import GLIBC_TUNABLES
 from platform_runs import REPOSITORY, wait_until
 
@@ -90,19 +90,19 @@ def test_folds_stand_side_by_side_one_a_gpu_or_one_a_core_while_memory_lasts(ima
     ):
         monkeypatch.setattr(local, "count_cores", lambda cores=cores: cores)
         monkeypatch.setattr(local, "free_memory", lambda memory=memory: memory)
-        assert local.side_by_side(plan, gpus) == expected
-    assert local.side_by_side(plan_of(images, "split"), []) == 1
+        assert local.default_parallelism(plan, gpus) == expected
+    assert local.default_parallelism(plan_of(images, "split"), []) == 1
 
 
 def test_gpus_are_counted_without_torch(tmp_path: Path) -> None:
     path = {"PATH": str(tmp_path)}
     for visible, expected in (("2,5", ["2", "5"]), ("", []), ("-1", [])):
-        assert local.gpus({"CUDA_VISIBLE_DEVICES": visible, **path}) == expected
-    assert local.gpus(path) == []
+        assert local.list_gpus({"CUDA_VISIBLE_DEVICES": visible, **path}) == expected
+    assert local.list_gpus(path) == []
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho '  MIG 1g'\necho 'GPU 1: A (UUID: y)'\n")
     program.chmod(0o755)
-    assert local.gpus(path) == ["0", "1"]
+    assert local.list_gpus(path) == ["0", "1"]
 
 
 def test_inputs_must_be_there_and_the_truth_is_found_beside_the_test_table(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_step_leaves_its_files_and_has_nothing_to_do_again(images: Path) -> No
     assert local.launch(plan) == 0
     step = plan.step("split")
     assert (step.folder / "output" / "folds.parquet").is_file()
-    assert status_of(step).word == "done"
+    assert read_status(step).state == "done"
     state = read_json(step.folder / STATE)
     assert state["exit_code"] == 0
     assert state["ended"] >= state["started"]
@@ -162,12 +162,12 @@ def test_siblings_of_a_failure_end_and_each_has_a_gpu(images: Path, capfd: pytes
         given.append(gpu)
         return local.step_environment(step, os.environ)
 
-    screen = Screen()
+    screen = SharedTerminal()
     backend = local.LocalBackend(screen, ["0", "1"], environment)
-    assert Scheduler(plan.steps, backend, screen, parallel=2, seconds=0.03).run() == 66
+    assert Scheduler(plan.steps, backend, screen, parallel=2, poll_interval=0.03).run() == 66
     said = capfd.readouterr().err
     for name in ("fold-0", "fold-1", "fold-2"):
-        assert status_of(plan.step(name)).word == "failed"
+        assert read_status(plan.step(name)).state == "failed"
         assert f"[{name}] " in said
         assert f"{name} failed (exit code 66): channel 'folds'" in said
         assert str(plan.step(name).folder / "log.txt") in said
@@ -184,7 +184,7 @@ def test_a_signal_is_passed_on_and_waited_for_and_a_second_one_kills(
     process = submit(images, env=endless_steps(tmp_path / "hook"))
     try:
         wait_until(lambda: log.is_file() and "asleep" in log.read_text())
-        assert status_of(step).word == "running"
+        assert read_status(step).state == "running"
         with pytest.raises(RetryableError, match="wait for it"):
             local.launch(plan_of(images, "split"))
         process.send_signal(number)
@@ -197,7 +197,7 @@ def test_a_signal_is_passed_on_and_waited_for_and_a_second_one_kills(
         process.kill()
     assert (process.returncode, read_json(step.folder / STATE)["exit_code"]) == codes
     assert f"{signal.Signals(number).name}: waiting for split" in said
-    assert status_of(step).word == "stopped"
+    assert read_status(step).state == "stopped"
     assert running_pid(step) is None
 
 
@@ -223,4 +223,4 @@ def test_models_of_another_plan_in_the_run_are_refused_by_name(tmp_path: Path) -
         (tmp_path / "r" / name / "model").mkdir(parents=True)
         (tmp_path / "r" / name / "model" / "model.json").write_text("{}")
     with pytest.raises(SettingsError, match=r": fold-1-seed-43;"):
-        local.refuse_strangers(plan)
+        local.check_no_foreign_models(plan)

@@ -14,21 +14,21 @@ import yaml
 from jsonschema import ValidationError
 
 import kubernetes_rules as rules
-from fivefold.contract.run_layout import in_run
+from fivefold.contract.run_layout import env_for_run
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.kubernetes import launch as kubernetes
 from fivefold.launchers.kubernetes.manifests import (
     INDEX,
-    PERMANENT,
-    as_yaml,
+    NON_RETRYABLE_CODES,
     check_inputs,
     check_names,
     check_runs,
-    files,
-    job,
+    job_manifest,
     job_name,
-    tasks_of,
+    plan_tasks,
+    render_files,
+    to_yaml,
 )
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
 
@@ -61,9 +61,11 @@ def expanded(one: dict[str, Any], index: int | None = None, **given: str) -> dic
 
 
 def test_rendered_files_are_up_to_date_and_those_that_submit_renders() -> None:
-    assert {name: (K8S / name).read_text("utf-8") for name in files()} == files(), "make manifests writes them anew"
-    names = [f"{task.name}-job.yaml" for task in tasks_of(plan_of())]
-    assert {*names, "pvc.yaml"} == set(files())
+    assert {name: (K8S / name).read_text("utf-8") for name in render_files()} == render_files(), (
+        "make manifests writes them anew"
+    )
+    names = [f"{task.name}-job.yaml" for task in plan_tasks(plan_of())]
+    assert {*names, "pvc.yaml"} == set(render_files())
     shipped = [one for name in names for one in rules.read(K8S / name)]
     assert list(yaml.safe_load_all(kubernetes.describe(plan_of()))) == shipped
 
@@ -83,7 +85,12 @@ def test_a_cluster_takes_every_object(name: str) -> None:
         accept(one)
 
 
-ELSEWHERE = ("kubernetes.runs=s3://a/b", "kubernetes.gpus=0", "kubernetes.queue=q", "kubernetes.service_account=me")
+ELSEWHERE = (
+    "kubernetes.runs_path=s3://a/b",
+    "kubernetes.gpus=0",
+    "kubernetes.queue=q",
+    "kubernetes.service_account=me",
+)
 
 
 def test_a_cluster_takes_all_that_submit_may_render() -> None:
@@ -182,8 +189,8 @@ def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 def test_policies_take_the_pods_that_they_are_of() -> None:
     jobs, serve, hosts = (one["spec"] for one in rules.read(K8S / "network-policy.yaml"))
     service, deployment, budget = rules.read(K8S / "serve-deployment.yaml")
-    for task in tasks_of(plan_of()):
-        labels = job(plan_of(), task)["spec"]["template"]["metadata"]["labels"]
+    for task in plan_tasks(plan_of()):
+        labels = job_manifest(plan_of(), task)["spec"]["template"]["metadata"]["labels"]
         assert (selects(jobs["podSelector"], labels), selects(serve["podSelector"], labels)) == (True, False)
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert (selects(jobs["podSelector"], labels), selects(serve["podSelector"], labels)) == (False, True)
@@ -219,27 +226,27 @@ def runs(tmp_path: Path) -> Path:
 
 def as_seen(step: Step, variables: dict[str, str], fold: int | None) -> dict[str, str]:
     """The SM_* variables that a stage has in the end, with those that it finds in its run by itself."""
-    found = in_run(STAGES[step.stage], variables, f"{variables['RUNS']}/{variables['RUN']}", fold)
+    found = env_for_run(STAGES[step.stage], variables, f"{variables['RUNS']}/{variables['RUN']}", fold)
     return {name: value for name, value in found.items() if name.startswith("SM_") and value}
 
 
 def test_every_pod_sees_what_its_step_sees(runs: Path) -> None:
-    plan = plan_of(f"kubernetes.runs={runs}", seeds=[42, 43], runs=str(runs))
-    for task in tasks_of(plan):
-        one = job(plan, task)
+    plan = plan_of(f"kubernetes.runs_path={runs}", seeds=[42, 43], runs=str(runs))
+    for task in plan_tasks(plan):
+        one = job_manifest(plan, task)
         for index, step in enumerate(task.steps):
             variables = {**expanded(one, index), "JOB_COMPLETION_INDEX": str(index)}
             fold = index if task.indexed else None
             assert as_seen(step, variables, fold) == step.environment, step.name
             container = one["spec"]["template"]["spec"]["containers"][0]
             assert [*container["args"], *([f"FOLD={index}"] if task.indexed else [])] == list(step.command)
-    assert [task.name for task in tasks_of(plan)][1:3] == ["train-folds", "train-folds-seed-43"]
+    assert [task.name for task in plan_tasks(plan)][1:3] == ["train-folds", "train-folds-seed-43"]
 
 
 def test_runs_at_a_store_are_urls_and_no_folder(runs: Path) -> None:
-    plan = plan_of("kubernetes.runs=s3://cars/runs/", seeds=[42, 43])
-    for task in tasks_of(plan):
-        found = expanded(job(plan, task), 1)
+    plan = plan_of("kubernetes.runs_path=s3://cars/runs/", seeds=[42, 43])
+    for task in plan_tasks(plan):
+        found = expanded(job_manifest(plan, task), 1)
         assert found["RUNS"] == "s3://cars/runs"
         assert "SM_OUTPUT_DIR" not in found
         own = {value for name, value in found.items() if name.startswith("SM_") and not value.startswith("/data")}
@@ -248,34 +255,34 @@ def test_runs_at_a_store_are_urls_and_no_folder(runs: Path) -> None:
 
 def test_folds_are_tried_again_alone_unless_their_exit_code_comes_again() -> None:
     plan = plan_of()
-    spec = job(plan, tasks_of(plan)[1])["spec"]
+    spec = job_manifest(plan, plan_tasks(plan)[1])["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 5, 5)
-    assert [job(plan, tasks_of(plan)[1], parallel)["spec"]["parallelism"] for parallel in (2, 9)] == [2, 5]
+    assert [job_manifest(plan, plan_tasks(plan)[1], parallel)["spec"]["parallelism"] for parallel in (2, 9)] == [2, 5]
     assert (spec["backoffLimitPerIndex"], spec["podReplacementPolicy"]) == (2, "Failed")
     assert "maxFailedIndexes" not in spec
     drained, permanent = spec["podFailurePolicy"]["rules"]
     assert (drained["action"], permanent["action"]) == ("Ignore", "FailIndex")
-    assert permanent["onExitCodes"]["values"] == PERMANENT == [64, 65, 66, 137]
+    assert permanent["onExitCodes"]["values"] == NON_RETRYABLE_CODES == [64, 65, 66, 137]
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == 120
 
 
 def test_some_folds_are_jobs_of_their_own_and_the_first_ones_are_one() -> None:
     plan = select(plan_of(), (), [1, 3])
-    named = {task.name: task for task in tasks_of(plan)}
+    named = {task.name: task for task in plan_tasks(plan)}
     assert list(named) == ["split", "fold-1", "fold-3"]
-    one = job(plan, named["fold-3"])
+    one = job_manifest(plan, named["fold-3"])
     assert "completionMode" not in one["spec"]
     assert one["spec"]["podFailurePolicy"]["rules"][1]["action"] == "FailJob"
     assert "FOLD=3" in container_of(one)["args"]
     assert "FOLD" not in expanded(one)
     first = select(plan_of(), (), [0, 1])
-    assert job(first, tasks_of(first)[1])["spec"]["completions"] == 2
+    assert job_manifest(first, plan_tasks(first)[1])["spec"]["completions"] == 2
 
 
 def test_only_training_and_prediction_ask_for_a_gpu() -> None:
     plan = plan_of("kubernetes.gpus=2")
-    for task in tasks_of(plan):
-        spec = job(plan, task)["spec"]["template"]["spec"]
+    for task in plan_tasks(plan):
+        spec = job_manifest(plan, task)["spec"]["template"]["spec"]
         wanted = {"nvidia.com/gpu": "2"} if task.stage not in ("split", "evaluate") else {}
         assert spec["containers"][0]["resources"]["limits"] == {"memory": "8Gi", **wanted}
         assert ("tolerations" in spec) == bool(wanted)
@@ -298,14 +305,14 @@ def test_limits_of_a_pod(given: str, limits: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("text", ["y", "No", "null", "1e3", "12", "", "a: b", "{a}", "2026-01-01", "ö"])
 def test_text_stays_text(text: str) -> None:
-    written = as_yaml([{"value": text}])
+    written = to_yaml([{"value": text}])
     assert yaml.safe_load(written) == {"value": text}
     assert written != f"value: {text}\n"
 
 
 def test_text_of_the_user_is_no_variable_of_kubernetes() -> None:
     plan = plan_of(inputs=Inputs("/data/$(HOME)/a$$b"))
-    assert expanded(job(plan, tasks_of(plan)[0]), HOME="x")["SM_CHANNEL_TRAIN"] == "/data/$(HOME)/a$$b"
+    assert expanded(job_manifest(plan, plan_tasks(plan)[0]), HOME="x")["SM_CHANNEL_TRAIN"] == "/data/$(HOME)/a$$b"
 
 
 # what is refused
@@ -365,7 +372,7 @@ def by_name(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         ("", "kubernetes.gpus=1", "/data"),
         ("cpu", "kubernetes.gpus=0", "/data"),
         ("kueue", "kubernetes.queue=fivefold", "/data"),
-        ("s3", "kubernetes.runs=s3://cars/all/runs", "s3://cars/all/data"),
+        ("s3", "kubernetes.runs_path=s3://cars/all/runs", "s3://cars/all/data"),
     ],
 )
 def test_a_component_is_what_submit_renders_so(tmp_path: Path, component: str, override: str, at: str) -> None:
@@ -378,7 +385,7 @@ def test_a_component_is_what_submit_renders_so(tmp_path: Path, component: str, o
 def test_one_line_names_another_run_image_and_recipe(tmp_path: Path, component: str) -> None:
     changes = [("run=first", "run=second-try"), ("newTag: latest", "newTag: v2\n    newName: here/it")]
     found = by_name(kustomized(tmp_path, component, *changes, ("recipe=small_images", "recipe=plain:smoke")))
-    assert set(found) == {job_name("second-try", task.name) for task in tasks_of(plan_of())}
+    assert set(found) == {job_name("second-try", task.name) for task in plan_tasks(plan_of())}
     for one in found.values():
         assert container_of(one)["image"] == "here/it:v2"
         assert container_of(one)["args"][1] == "recipe=plain:smoke"
@@ -399,7 +406,7 @@ def test_the_workflow_is_the_plan(runs: Path) -> None:
     }
     graph, stage = workflow["spec"]["templates"]
     nodes = {node["name"]: node for node in graph["dag"]["tasks"]}
-    tasks = {task.name: task for task in tasks_of(plan)}
+    tasks = {task.name: task for task in plan_tasks(plan)}
     assert {name: tuple(node.get("dependencies", ())) for name, node in nodes.items()} == {
         name: task.needs for name, task in tasks.items()
     }
@@ -420,7 +427,7 @@ def test_the_workflow_is_the_plan(runs: Path) -> None:
             given_by_variable = ["evaluate.allow_empty=true"] if variables["EVALUATE__ALLOW_EMPTY"] == "true" else []
             called = [*container["command"], *container["args"], *given_by_variable]
             assert called == ["python", "-m", "jobs", step.stage, *step.arguments]
-            wanted = {"nvidia.com/gpu": "0", **container_of(job(plan, task))["resources"]["limits"]}
+            wanted = {"nvidia.com/gpu": "0", **container_of(job_manifest(plan, task))["resources"]["limits"]}
             assert container["resources"]["limits"] == {"memory": wanted.pop("memory")}
             assert patch["containers"] == [{"name": "main", "resources": {"limits": wanted}}]
     assert given["workflow.parameters.folds"] == str(len(tasks["train-folds"].steps))

@@ -60,12 +60,12 @@ def test_the_ensemble_reads_the_run_and_the_student_only_its_own_model() -> None
 
 
 def test_overrides_reach_the_stages_that_use_them_and_no_others() -> None:
-    plan = plan_of("TRAIN__EPOCHS=3", "predict.views=[plain,flip]", "seed=7")
+    plan = plan_of("TRAIN__EPOCHS=3", "predict.tta=[plain,flip]", "seed=7")
     having = {text: [s.name for s in plan.steps if text in s.arguments] for text in ("TRAIN__EPOCHS=3", "seed=7")}
     assert having == {text: [*FOLD_NAMES, "distill"] for text in having}
     assert [s.name for s in plan.steps if "split.folds=3" in s.arguments] == ["split"]
-    assert "predict.views=[plain,flip]" in plan.step("ensemble-student").arguments
-    assert "predict.views=[plain,flip]" not in plan.step("evaluate").arguments
+    assert "predict.tta=[plain,flip]" in plan.step("ensemble-student").arguments
+    assert "predict.tta=[plain,flip]" not in plan.step("evaluate").arguments
     assert plan.step("fold-0").epochs == 3
 
 
@@ -106,10 +106,10 @@ def test_a_student_is_evaluated_where_a_row_may_have_a_truth(
 
 
 def test_parts_by_share_are_one_fold_without_teachers_unless_another_is_named() -> None:
-    plan = plan_of("split.parts=[.8,.1,.1]")
+    plan = plan_of("split.ratios=[.8,.1,.1]")
     assert names(plan) == ["split", "fold-0", "ensemble", "evaluate"]
     assert any("distill.teacher=best_fold" in note for note in plan.notes)
-    assert "distill" in names(plan_of("split.parts=[.8,.1,.1]", "distill.teacher=best_fold"))
+    assert "distill" in names(plan_of("split.ratios=[.8,.1,.1]", "distill.teacher=best_fold"))
 
 
 def test_the_first_seed_has_no_suffix_and_teaches() -> None:

@@ -14,8 +14,8 @@ from botocore.exceptions import ClientError
 from PIL import Image
 
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
-from fivefold.launchers.sagemaker.client import JobStatus, translated_errors
-from fivefold.launchers.sagemaker.launch import digest_of
+from fivefold.launchers.sagemaker.client import JobStatus, translate_errors
+from fivefold.launchers.sagemaker.launch import variables_digest
 from platform_runs import REPOSITORY, wait_until
 from s3_server import Bucket
 from sagemaker_service import Service, arguments, serving
@@ -230,13 +230,13 @@ def test_how_a_job_ended_is_an_exit_code(status: str, detail: str, reason: str, 
 )
 def test_an_error_of_the_service_is_one_of_ours(code: str, status: int, expected: type[FivefoldError]) -> None:
     answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    with pytest.raises(expected, match=f"{code}.*CreateTrainingJob"), translated_errors():
+    with pytest.raises(expected, match=f"{code}.*CreateTrainingJob"), translate_errors():
         raise ClientError(answer, "CreateTrainingJob")
 
 
 def test_what_is_kept_of_variables_tells_other_values_and_holds_none() -> None:
     variables = {"STAGE": "split", "API_TOKEN": "canary"}
-    kept = digest_of(variables)
+    kept = variables_digest(variables)
     assert kept["names"] == sorted(variables)
     assert "canary" not in json.dumps(kept)
-    assert kept != digest_of({**variables, "API_TOKEN": "other"})
+    assert kept != variables_digest({**variables, "API_TOKEN": "other"})

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from fivefold.config.loading import arguments_layer, flatten, is_of, load, read_recipe
-from fivefold.config.schema import STAGES_OF_A_RUN, SageMaker, Settings
+from fivefold.config.loading import arguments_layer, flatten, in_sections, load, read_recipe
+from fivefold.config.schema import RUN_STAGES, SageMaker, Settings
 from fivefold.contract import metric_log
 from fivefold.contract.s3.urls import parse
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, make_plan
 from fivefold.launchers.sagemaker import launch
-from fivefold.launchers.sagemaker.requests import requests_of
-from fivefold.launchers.sagemaker.validation import check_cost, check_request, max_costs, validated_requests
+from fivefold.launchers.sagemaker.requests import build_requests
+from fivefold.launchers.sagemaker.validation import check_cost, check_request, max_costs, validate_requests
 from iam import Policy
 from jobs import submit
 from platform_runs import REPOSITORY
@@ -48,7 +48,7 @@ def prefix(name: str, url: str) -> dict[str, Any]:
 
 def test_a_fold_is_asked_for_in_full() -> None:
     """The least, then everything that can be set."""
-    request = validated_requests(plan_of("train.epochs=3", "sagemaker.max_hours=1.5"))["fold-2"]
+    request = validate_requests(plan_of("train.epochs=3", "sagemaker.max_hours=1.5"))["fold-2"]
     assert json.loads(json.dumps(request)) == request
     assert re.fullmatch(r"fivefold-first-fold-2-\d{14}", request.pop("TrainingJobName"))
     metrics = request["AlgorithmSpecification"].pop("MetricDefinitions")
@@ -72,7 +72,7 @@ def test_a_fold_is_asked_for_in_full() -> None:
     settings = """subnets=subnet-1,subnet-2 security_groups=sg-1 kms_key=alias/out volume_kms_key=1234
         keep_alive_minutes=10 input_mode=FastFile compress=false environment={OMP_NUM_THREADS=4} tags={team='vision'}"""
     given = [f"sagemaker.{text}" for text in settings.split()]
-    full = validated_requests(plan_of("train.epochs=3", *given, inputs=Inputs("s3://bucket/train")))["fold-2"]
+    full = validate_requests(plan_of("train.epochs=3", *given, inputs=Inputs("s3://bucket/train")))["fold-2"]
     assert full["AlgorithmSpecification"]["TrainingInputMode"] == "FastFile"
     for name in ("TrainingJobName", "AlgorithmSpecification", "StoppingCondition"):
         del full[name]
@@ -89,17 +89,17 @@ def test_a_fold_is_asked_for_in_full() -> None:
     ("given", "connected"),
     [
         ([], set()),
-        (["train.trackers="], set()),
+        (["train.loggers="], set()),
         (["model.pretrained=true"], {"train-fold", "distill"}),
         (["distill.model.pretrained=true"], {"distill"}),
-        (["train.trackers=tensorboard,mlflow"], {"train-fold", "distill"}),
-        (["model.pretrained=true", "sagemaker.isolate=true"], set()),
-        (["sagemaker.isolate=false", "sagemaker.stages.split.isolate=true"], {*STAGES} - {"split"}),
+        (["train.loggers=tensorboard,mlflow"], {"train-fold", "distill"}),
+        (["model.pretrained=true", "sagemaker.network_isolation=true"], set()),
+        (["sagemaker.network_isolation=false", "sagemaker.stages.split.isolate=true"], {*STAGES} - {"split"}),
     ],
 )
 def test_a_container_has_no_network_where_nothing_is_fetched(given: list[str], connected: set[str]) -> None:
     plan = plan_of("distill.model={backbone='fivefold/small_net'}", *given)
-    for name, request in validated_requests(plan).items():
+    for name, request in validate_requests(plan).items():
         assert request.get("EnableNetworkIsolation", False) is (plan.step(name).stage not in connected), name
 
 
@@ -107,7 +107,7 @@ def test_stages_are_chained_by_prefixes() -> None:
     plan = plan_of()
     places = {
         name: {each["ChannelName"]: each["DataSource"]["S3DataSource"]["S3Uri"] for each in request["InputDataConfig"]}
-        for name, request in validated_requests(plan).items()
+        for name, request in validate_requests(plan).items()
     }
     run = "s3://bucket/runs/first"
     assert places["split"] == {"train": "s3://bucket/train/", "eval": "s3://bucket/eval/"}
@@ -119,7 +119,7 @@ def test_stages_are_chained_by_prefixes() -> None:
     assert places["ensemble-student"]["model"] == f"{run}/distill/"
     assert places["evaluate-student"]["predictions"] == f"{run}/ensemble-student/"
     # what a stage reads is what it knows, and no prefix takes in another step's outputs, or checkpoints
-    requests = validated_requests(plan_of(seeds=[1, 2]))
+    requests = validate_requests(plan_of(seeds=[1, 2]))
     outputs = {name: f"{request['OutputDataConfig']['S3OutputPath']}/" for name, request in requests.items()}
     assert len(set(outputs.values())) == len(requests)
     for step in plan.steps:
@@ -138,7 +138,7 @@ def test_each_stage_has_its_own_instance_price_and_limits() -> None:
         "sagemaker.stages.train-fold.max_wait_hours=30",
         "sagemaker.stages.split.tags={phase='data'}",
     )
-    requests = validated_requests(plan)
+    requests = validate_requests(plan)
     assert requests["ensemble"]["ResourceConfig"]["InstanceType"] == "ml.c6i.xlarge"
     assert "EnableManagedSpotTraining" not in requests["ensemble"]
     assert requests["fold-0"]["EnableManagedSpotTraining"] is True
@@ -146,20 +146,20 @@ def test_each_stage_has_its_own_instance_price_and_limits() -> None:
     assert requests["distill"]["StoppingCondition"]["MaxWaitTimeInSeconds"] == 48 * 3600
     assert requests["split"]["Tags"] == [{"Key": "phase", "Value": "data"}]
     assert "Tags" not in requests["fold-0"]
-    assert {step.stage.replace("-", "_") for step in plan.steps} == set(STAGES_OF_A_RUN)
+    assert {step.stage.replace("-", "_") for step in plan.steps} == set(RUN_STAGES)
 
 
 MINE = """
 [model]
 backbone = "fivefold/small_net"
-options = { widths = [8, 16], stem = 8 }
+backbone_kwargs = { widths = [8, 16], stem = 8 }
 [augment]
 train = [{ name = "random_crop", padding = 2 }, "horizontal_flip"]
 [train]
 lr = 5e-5
 monitor = "acc"
 [predict]
-views = ["plain", "flip"]
+tta = ["plain", "flip"]
 [distill]
 train = { lr = 0.01 }
 [sagemaker]
@@ -176,7 +176,7 @@ def test_a_container_reads_the_settings_that_the_request_was_made_of(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text(MINE)
     plan = plan_of("train.epochs=3", "distill.train.lr=0.01", "seed=7", recipe=recipe)
-    for name, request in validated_requests(plan).items():
+    for name, request in validate_requests(plan).items():
         values = request["HyperParameters"]
         assert all(re.fullmatch("[a-z0-9_]+", key) and "sagemaker" not in key for key in values)
         assert ("recipe" in values) == (recipe != "mine.toml")
@@ -187,22 +187,22 @@ def test_a_container_reads_the_settings_that_the_request_was_made_of(
 
 
 def values_of(settings: Settings, stage: str) -> dict[str, Any]:
-    return {key: value for key, value in flatten(settings).items() if is_of(key, STAGES[stage].sections)}
+    return {key: value for key, value in flatten(settings).items() if in_sections(key, STAGES[stage].sections)}
 
 
 def test_the_regexes_read_what_the_log_says() -> None:
     full = {"epoch": 3, **dict.fromkeys(metric_log.METRICS, 0.25), "lr": 0.1, "val_loss": float("nan"), "val_acc": 1.0}
-    line = f"2026-01-01 {metric_log.metric_line(2, full)}"
-    for metric in requests_of(plan_of())["fold-2"]["AlgorithmSpecification"]["MetricDefinitions"]:
+    line = f"2026-01-01 {metric_log.format_metric_line(2, full)}"
+    for metric in build_requests(plan_of())["fold-2"]["AlgorithmSpecification"]["MetricDefinitions"]:
         found = re.search(metric["Regex"], line)
         assert float(found[1]) == pytest.approx(full[metric["Name"]], nan_ok=True)
-        assert re.search(metric["Regex"], metric_log.metric_line(None, {"epoch": 1})) is None
+        assert re.search(metric["Regex"], metric_log.format_metric_line(None, {"epoch": 1})) is None
 
 
 @pytest.mark.parametrize("run", ["first", "run_20261122_005101_0a1b2c3d", "a" * 149, "x.y_z", "9" * 30 + "-"])
 def test_names_of_jobs_are_short_enough_and_told_apart(run: str) -> None:
     plans = [plan_of(run=name, seeds=[42, 123456]) for name in (run, f"{run}0")]
-    names = [request["TrainingJobName"] for plan in plans for request in validated_requests(plan).values()]
+    names = [request["TrainingJobName"] for plan in plans for request in validate_requests(plan).values()]
     assert len(set(names)) == len(names)
     assert max(map(len, names)) <= 63
 
@@ -227,7 +227,7 @@ def test_names_of_jobs_are_short_enough_and_told_apart(run: str) -> None:
     ids=lambda value: str(value)[:30],
 )
 def test_a_request_that_the_service_would_refuse(path: str, value: Any, names: str) -> None:
-    request = validated_requests(plan_of("sagemaker.tags={'größe'='3 m'}"))["fold-2"]
+    request = validate_requests(plan_of("sagemaker.tags={'größe'='3 m'}"))["fold-2"]
     *parents, last = path.split(".")
     part = reduce(dict.__getitem__, parents, request)
     part[last] = value
@@ -291,7 +291,7 @@ def test_a_region_is_needed_to_run_and_not_for_a_dry_run(tmp_path: Path) -> None
 
 
 def test_cost_is_price_times_longest_runtime_of_every_job() -> None:
-    given = ["split.folds=3", "sagemaker.price=2", "sagemaker.max_hours=3"]
+    given = ["split.folds=3", "sagemaker.hourly_price=2", "sagemaker.max_hours=3"]
     given += ["sagemaker.stages.train_fold.instance_count=2", "sagemaker.stages.train_fold.keep_alive_minutes=30"]
     plan = plan_of(*given, "sagemaker.stages.evaluate.price=0.5", "sagemaker.stages.evaluate.max_hours=1")
     costs = max_costs(plan)
@@ -302,7 +302,7 @@ def test_cost_is_price_times_longest_runtime_of_every_job() -> None:
 
 def test_hosts_of_a_fold_encrypt_what_they_send_one_another() -> None:
     given = ["sagemaker.encrypt_traffic=true", "sagemaker.stages.train_fold.instance_count=2"]
-    for name, request in requests_of(plan_of(*given)).items():
+    for name, request in build_requests(plan_of(*given)).items():
         check_request(name, request)
         assert request.get("EnableInterContainerTrafficEncryption", False) == name.startswith("fold-")
 
@@ -312,7 +312,7 @@ def test_a_pipeline_is_the_same_requests_in_the_same_order() -> None:
     definition = json.loads(launch.describe_pipeline(plan), object_hook=executed)
     assert definition["Version"] == "2020-12-01"
     assert [step["Name"] for step in definition["Steps"]] == [step.name for step in plan.steps]
-    requests = json.dumps(requests_of(plan)).replace("/runs/first/", f"/runs/first/{EXECUTION}/")
+    requests = json.dumps(build_requests(plan)).replace("/runs/first/", f"/runs/first/{EXECUTION}/")
     for step, defined in zip(plan.steps, definition["Steps"], strict=True):
         assert defined["Type"] == "Training"
         assert defined.get("DependsOn", []) == list(step.needs)
@@ -369,7 +369,7 @@ def test_a_pipeline_takes_values_of_variables_as_parameters() -> None:
 )
 def test_an_error_about_a_variable_does_not_repeat_its_value(setting: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        validated_requests(plan_of(setting))
+        validate_requests(plan_of(setting))
     assert "canary" not in str(caught.value)
     assert "sagemaker" in str(caught.value).lower()
 
@@ -405,7 +405,7 @@ def test_the_role_reads_the_data_and_writes_below_the_prefix_alone() -> None:
     inputs = Inputs(
         "s3://bucket/data/train", "s3://bucket/data/eval", "s3://bucket/data/gt.csv", "s3://bucket/data/more/"
     )
-    for request in validated_requests(plan_of(inputs=inputs)).values():
+    for request in validate_requests(plan_of(inputs=inputs)).values():
         for each in request["InputDataConfig"]:
             url = parse(each["DataSource"]["S3DataSource"]["S3Uri"], "channel")
             assert role.lists(url.bucket, url.key), url
@@ -422,7 +422,7 @@ def test_the_role_reads_the_data_and_writes_below_the_prefix_alone() -> None:
 
 def test_the_caller_lists_and_deletes_below_the_prefix_alone() -> None:
     caller = Policy("sagemaker-caller-policy.json")
-    for request in validated_requests(plan_of()).values():
+    for request in validate_requests(plan_of()).values():
         url = parse(request["OutputDataConfig"]["S3OutputPath"], "output")
         assert caller.lists(url.bucket, f"{url.key}/"), "as Store.below asks"
         assert caller.of_objects(url.bucket, f"{url.key}/job/x") == {"Delete"}
@@ -463,7 +463,7 @@ def test_the_recipe_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.Monke
     (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     path = tmp_path / "mine.toml"
     path.write_text(block.replace("BUCKET/PREFIX", "bucket/prefix"))
-    assert read_recipe(str(path))["sagemaker"]["stages"]["split"]["price"] == 0.23
+    assert read_recipe(str(path))["sagemaker"]["stages"]["split"]["hourly_price"] == 0.23
     prose = re.sub(r"```python\n.*?```", "", PAGE, flags=re.DOTALL)
     keys = set(re.findall(r"sagemaker\.([a-z_]+)\b(?!/)", prose))
     assert keys <= {*SageMaker.model_fields, "md", "json", "amazonaws"}

@@ -11,7 +11,7 @@ import pytest
 
 from fivefold.errors import RetryableError
 from fivefold.launchers.scheduler import MAX_FAILED_POLLS, Scheduler
-from fivefold.launchers.terminal import Screen
+from fivefold.launchers.terminal import SharedTerminal
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ GRAPH = [Node("a"), Node("b", ("a",)), Node("c", ("a",)), Node("d", ("b", "c")),
 
 def run(backend: Scripted, parallel: int = 0) -> tuple[int, str]:
     stream = io.StringIO()
-    code = Scheduler(GRAPH, backend, Screen(stream), parallel, seconds=0.001).run()
+    code = Scheduler(GRAPH, backend, SharedTerminal(stream), parallel, poll_interval=0.001).run()
     return code, stream.getvalue()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.launchers.terminal import Screen, copy_output, lines_of
+from fivefold.launchers.terminal import SharedTerminal, copy_output, read_lines
 
 
 class Terminal(io.StringIO):
@@ -17,7 +17,7 @@ def copied(printed: bytes, folder: Path, name: str) -> tuple[str, list[str]]:
     """What the screen and the log have of what a process printed."""
     stream = io.StringIO()
     output = io.TextIOWrapper(io.BytesIO(printed), "utf-8", "replace", newline="")
-    copy_output(output, folder / "log.txt", "split", Screen(stream), name)
+    copy_output(output, folder / "log.txt", "split", SharedTerminal(stream), name)
     title, *lines = (folder / "log.txt").read_text("utf-8").splitlines()
     assert title.endswith(" split")
     return stream.getvalue(), lines
@@ -51,11 +51,11 @@ def test_lines_that_are_in_the_log_are_written_no_second_time(tmp_path: Path, ag
     log = tmp_path / "log.txt"
     for title, printed in (("pod x", "a\na\nb\n"), ("pod y", "a\n"), ("pod x", again)):
         output = io.TextIOWrapper(io.BytesIO(printed.encode()), "utf-8", "replace", newline="")
-        copy_output(output, log, title, Screen(io.StringIO()), "n", lines_of(log, title))
-    assert lines_of(log, "pod x") == lines
-    assert lines_of(log, "pod y") == ["a"]
-    assert lines_of(log) == (lines if len(lines) > 3 else ["a"]), "of the one that printed last"
-    assert lines_of(tmp_path / "no.txt") == []
+        copy_output(output, log, title, SharedTerminal(io.StringIO()), "n", read_lines(log, title))
+    assert read_lines(log, "pod x") == lines
+    assert read_lines(log, "pod y") == ["a"]
+    assert read_lines(log) == (lines if len(lines) > 3 else ["a"]), "of the one that printed last"
+    assert read_lines(tmp_path / "no.txt") == []
 
 
 def test_the_status_line_stays_below_other_lines_and_on_terminals_alone() -> None:
@@ -63,8 +63,8 @@ def test_the_status_line_stays_below_other_lines_and_on_terminals_alone() -> Non
         (Terminal(), "1 of 3" + "\r\x1b[Khello\n1 of 3" + "\r\x1b[K"),
         (io.StringIO(), "hello\n"),
     ):
-        screen = Screen(stream)
-        screen.foot("1 of 3")
-        screen.line("hello")
-        screen.foot("")
+        screen = SharedTerminal(stream)
+        screen.set_status_line("1 of 3")
+        screen.write_line("hello")
+        screen.set_status_line("")
         assert stream.getvalue() == expected

@@ -15,15 +15,15 @@ from fivefold.launchers.plan import PLAN, Inputs, Plan, make_plan
 from fivefold.launchers.status import (
     STATE,
     epochs_done,
-    figures_of,
     newest_run,
     read_plan,
-    results_of,
+    read_results,
+    read_scores,
+    read_status,
+    record_end,
+    record_start,
     running_pid,
-    status_of,
-    write_ended,
     write_plan,
-    write_started,
 )
 
 RECORD = {"stage": "split", "wall_seconds": 12.3, "finished": "2026-01-02T03:04:05Z", "metrics": {}}
@@ -57,17 +57,17 @@ def test_a_plan_is_read_as_it_was_written_where_it_is_now(plan: Plan) -> None:
 
 def test_waiting_running_done(plan: Plan) -> None:
     step = plan.step("split")
-    assert status_of(step).word == "waiting"
-    write_started(step, os.getppid())  # a process older than its step
-    assert status_of(step).word == "running"
+    assert read_status(step).state == "waiting"
+    record_start(step, os.getppid())  # a process older than its step
+    assert read_status(step).state == "running"
     assert running_pid(step) == os.getppid()
     write_json(step.folder / "output" / "stage.json", RECORD)
-    write_ended(step, 0)
-    assert status_of(step).word == "done"
-    assert status_of(step).detail.startswith("12 s, finished 2026-01-0")
+    record_end(step, 0)
+    assert read_status(step).state == "done"
+    assert read_status(step).detail.startswith("12 s, finished 2026-01-0")
     assert running_pid(step) is None
     write_json(plan.step("fold-0").folder / "model" / "stage.json", {**RECORD, "stage": "train-fold"})
-    assert status_of(plan.step("fold-0")).word == "done", "it was run by hand"
+    assert read_status(plan.step("fold-0")).state == "done", "it was run by hand"
 
 
 @pytest.mark.parametrize(
@@ -79,33 +79,33 @@ def test_waiting_running_done(plan: Plan) -> None:
 )
 def test_a_failure_says_its_first_line_or_the_last_of_the_log(plan: Plan, files: Any, code: int, status: Any) -> None:
     step = plan.step("split")
-    write_started(step, os.getpid())
+    record_start(step, os.getpid())
     for name, text in files.items():
         write_text(step.folder / name, text)
-    write_ended(step, code)
-    found = status_of(step)
-    assert (found.word, found.detail, found.exit_code) == status
+    record_end(step, code)
+    found = read_status(step)
+    assert (found.state, found.detail, found.exit_code) == status
 
 
 def test_a_process_that_is_gone_or_another_is_stopped(plan: Plan) -> None:
     step = plan.step("split")
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
-    write_started(step, gone.pid)
-    assert status_of(step).word == "stopped"
+    record_start(step, gone.pid)
+    assert read_status(step).state == "stopped"
     assert running_pid(step) is None
-    write_started(step, os.getpid())
+    record_start(step, os.getpid())
     state = json.loads((step.folder / STATE).read_text())
     write_json(step.folder / STATE, {**state, "started": "2001-01-01T00:00:00+00:00"})
-    assert status_of(step).word == "stopped", "a later process has the same number"
+    assert read_status(step).state == "stopped", "a later process has the same number"
 
 
 def test_epochs_of_this_run_alone_are_counted(plan: Plan) -> None:
     step = plan.step("fold-0")
     log = step.folder / "model" / "train_log.csv"
     write_text(log, "epoch,train_loss\n1,.5\n2,.4\n")
-    write_started(step, os.getppid())
-    assert status_of(step).detail == "epoch 2 of 4"
+    record_start(step, os.getppid())
+    assert read_status(step).detail == "epoch 2 of 4"
     assert epochs_done(step) == 2
     os.utime(log, (1e9, 1e9))
     assert epochs_done(step, since=2e9) == 0
@@ -158,12 +158,12 @@ def test_a_step_speaks_of_test_rows_before_holdout_and_an_ensemble_never_of_out_
 ) -> None:
     for name, metrics in finished.items():
         finish(plan, name, metrics)
-    found = figures_of(plan, plan.step(step))
+    found = read_scores(plan, plan.step(step))
     assert (found and found.accuracy, found and found.rows) == (accuracy, rows)
 
 
 def test_the_table_has_a_line_for_each_model_that_is_there(plan: Plan) -> None:
-    assert results_of(plan) == "no model is trained yet"
+    assert read_results(plan) == "no model is trained yet"
     finish(plan, "split", {"rows": 9})
     finish(plan, "fold-1", {"oof_accuracy": 0.9, "oof_logloss": 0.3})
     finish(plan, "ensemble")
@@ -171,7 +171,7 @@ def test_the_table_has_a_line_for_each_model_that_is_there(plan: Plan) -> None:
     finish(plan, "distill")
     report = plan.folder / "evaluate" / "output" / "report.html"
     write_text(report, "<html></html>")
-    assert results_of(plan).splitlines() == [
+    assert read_results(plan).splitlines() == [
         "          accuracy  logloss  rows         seconds",
         "fold-1      0.9000   0.3000  out-of-fold     12.3",
         "ensemble    0.9900   0.0300  test, 360       12.3",

@@ -11,8 +11,8 @@ from torch import nn
 from fivefold.errors import DataError, RetryableError, SettingsError
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, build_head
-from fivefold.models.cpu_convs import DepthwiseConv2d, quicken
-from fivefold.models.weights import load_exactly, read_weights, save_weights, start_from
+from fivefold.models.cpu_convs import DepthwiseConv2d, use_fast_convs
+from fivefold.models.weights import load_matching, load_strict, read_weights, save_weights
 
 LARGE = [
     ("torchvision/resnext50_32x4d", 64, 2048),
@@ -132,18 +132,18 @@ def test_weights_come_back_as_they_were_saved(tmp_path):
     (tmp_path / "plain").touch()
     save_weights(tmp_path / "model.safetensors", network.state_dict())
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it"
-    load_exactly(other, tmp_path / "model.safetensors")
+    load_strict(other, tmp_path / "model.safetensors")
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
     start = build_backbone("timm/resnet10t", False, {})
-    start_from(start, tmp_path / "model.safetensors")
+    load_matching(start, tmp_path / "model.safetensors")
     assert torch.equal(start.state_dict()["conv1.0.weight"], network.backbone.state_dict()["conv1.0.weight"])
 
 
 def test_weights_of_another_network_are_not_ours(tmp_path):
     save_weights(tmp_path / "other.safetensors", nn.Linear(3, 3).state_dict())
     with pytest.raises(DataError, match=r"model\.json"):
-        load_exactly(nn.Linear(4, 3), tmp_path / "other.safetensors")
+        load_strict(nn.Linear(4, 3), tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("size", [64, 45])
@@ -158,7 +158,9 @@ def test_efficientnet_pytorch_pads_inside_its_convolutions_and_gives_the_same(si
     strided = [name for name, module in ours.named_modules() if getattr(module, "stride", None) in ((2, 2), [2, 2])]
     assert padded == strided
     assert len(padded) == 5
-    quick = [each for each in quicken(copy.deepcopy(ours), amx=False).modules() if isinstance(each, DepthwiseConv2d)]
+    quick = [
+        each for each in use_fast_convs(copy.deepcopy(ours), amx=False).modules() if isinstance(each, DepthwiseConv2d)
+    ]
     assert [each.stride for each in quick] == [(1, 1)] * 12
     images = torch.randn(4, 3, size, size)
     found = []

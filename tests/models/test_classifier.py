@@ -7,7 +7,7 @@ from torch import nn
 
 from fivefold.errors import SettingsError
 from fivefold.models.backbones import build_backbone
-from fivefold.models.classifier import Classifier, Standardised, build_head
+from fivefold.models.classifier import Classifier, Standardize, build_head
 from fivefold.training.callbacks import Ema
 
 
@@ -77,7 +77,7 @@ def test_a_head_that_cannot_be_is_explained(spec, message):
 def test_numbers_are_standardised_as_numpy_does_and_constant_ones_only_centred():
     rows = np.random.default_rng(0).normal(5, 3, (50, 3)).astype(np.float32)
     rows[:, 1] = 0.1
-    layer = Standardised(3)
+    layer = Standardize(3)
     layer.fit(torch.from_numpy(rows))
     found = layer(torch.from_numpy(rows)).numpy()
     expected = (rows - rows.mean(axis=0, dtype=np.float64)) / np.where([1, 0, 1], rows.std(axis=0), 1)
@@ -86,7 +86,7 @@ def test_numbers_are_standardised_as_numpy_does_and_constant_ones_only_centred()
 
 
 def test_meta_features_stand_behind_the_backbones():
-    layer = Standardised(1)
+    layer = Standardize(1)
     layer.fit(torch.tensor([[1.0], [3.0]]))
     network = Classifier(nn.Flatten(), nn.Identity(), layer)
     found = network(torch.zeros(2, 3, 2, 2), torch.tensor([[1.0], [4.0]]))
@@ -96,7 +96,7 @@ def test_meta_features_stand_behind_the_backbones():
 
 
 def test_the_average_of_the_weights_keeps_mean_and_std_to_the_bit():
-    network = Classifier(nn.Flatten(), nn.Linear(13, 3), Standardised(1))
+    network = Classifier(nn.Flatten(), nn.Linear(13, 3), Standardize(1))
     network.meta.fit(torch.tensor([[0.1], [0.7], [0.3]]))
     ema = Ema(network, 0.9)
     for _ in range(3):

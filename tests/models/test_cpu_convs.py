@@ -12,12 +12,12 @@ from fivefold.models.backbones import build_backbone
 from fivefold.models.cpu_convs import (
     CHUNK_IMAGES,
     DepthwiseConv2d,
-    InFloat32,
+    Float32Mixin,
     MatmulGradConv2d,
-    groups_in_float32,
-    has_slow_groups,
+    has_slow_grouped_convs,
     is_depthwise,
-    quicken,
+    run_grouped_convs_in_fp32,
+    use_fast_convs,
 )
 
 WIDE = [  # kernel, padding, size, stride, dilation
@@ -56,7 +56,7 @@ def gradients(convolution: nn.Module, images: torch.Tensor, bf16: bool = False) 
 
 def errors(convolution: nn.Conv2d, images: torch.Tensor, bf16: bool) -> list[tuple[float, float]]:
     """Of each gradient the relative error of ours and of torch's own, against float64 of the same numbers."""
-    (quick,) = quicken(nn.Sequential(copy.deepcopy(convolution)), amx=True)
+    (quick,) = use_fast_convs(nn.Sequential(copy.deepcopy(convolution)), amx=True)
     assert type(quick) is (DepthwiseConv2d if convolution.groups > 1 else MatmulGradConv2d)
     exact = gradients(copy.deepcopy(convolution).double(), images.double())
     ours, theirs = (gradients(each, images, bf16) for each in (quick, convolution))
@@ -99,7 +99,7 @@ def test_gradients_are_torchs_own_within_the_precision(geometry, channels, group
 @pytest.mark.parametrize(("channels", "groups"), [(128, 1), (8, 8)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_frozen_weights_get_no_gradient_nor_do_images_that_need_none(stride, channels, groups):
-    (quick,) = quicken(nn.Sequential(nn.Conv2d(channels, channels, 5, stride, 2, groups=groups)), amx=True)
+    (quick,) = use_fast_convs(nn.Sequential(nn.Conv2d(channels, channels, 5, stride, 2, groups=groups)), amx=True)
     for learns in (True, False):
         images = torch.randn(2, channels, 6, 6, requires_grad=not learns)
         quick.zero_grad()
@@ -127,12 +127,14 @@ def test_frozen_weights_get_no_gradient_nor_do_images_that_need_none(stride, cha
 def test_what_cannot_gain_is_left_to_torch(arguments, depthwise):
     convolution = nn.Conv2d(**{"in_channels": 8, "out_channels": 8, "kernel_size": 5} | arguments)
     assert is_depthwise(convolution) is depthwise
-    assert type(quicken(nn.Sequential(convolution), amx=True)[0]) is (DepthwiseConv2d if depthwise else nn.Conv2d)
+    assert type(use_fast_convs(nn.Sequential(convolution), amx=True)[0]) is (
+        DepthwiseConv2d if depthwise else nn.Conv2d
+    )
 
 
 def test_without_autocast_and_on_large_maps_a_wide_one_is_the_plain_convolution():
     plain = nn.Conv2d(128, 128, 3, padding=1)
-    (quick,) = quicken(nn.Sequential(copy.deepcopy(plain)), amx=True)
+    (quick,) = use_fast_convs(nn.Sequential(copy.deepcopy(plain)), amx=True)
     for size, bf16 in ((4, False), (9, True)):
         images = torch.randn(2, 128, size, size)
         for ours, theirs in zip(gradients(quick, images, bf16), gradients(plain, images, bf16), strict=True):
@@ -147,11 +149,11 @@ def test_a_network_keeps_names_parameters_outputs_and_predictions(name, size, ki
     torch.manual_seed(0)
     network = build_backbone(name, False, {})
     before = list(network.parameters())
-    changed = quicken(quicken(copy.deepcopy(network), amx=True), amx=True)
+    changed = use_fast_convs(use_fast_convs(copy.deepcopy(network), amx=True), amx=True)
     assert sum(type(module) is kind for module in changed.modules()) == count
     assert list(changed.state_dict()) == list(network.state_dict())
     assert [type(module) for module in copy.deepcopy(changed).modules()] == [type(each) for each in changed.modules()]
-    assert all(one is other for one, other in zip(quicken(network, amx=False).parameters(), before, strict=True))
+    assert all(one is other for one, other in zip(use_fast_convs(network, amx=False).parameters(), before, strict=True))
     images = torch.randn(2, 3, size, size)
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -173,8 +175,8 @@ def test_grouped_ones_in_float32_have_its_output_and_its_gradients_within_its_ro
     torch.manual_seed(0)
     plain = CONVOLUTIONS[kind]()
     images = torch.randn(4, 8, 9, 9).bfloat16().float().contiguous(memory_format=torch.channels_last)
-    own = groups_in_float32(nn.Sequential(copy.deepcopy(plain)))[0]
-    assert isinstance(own, InFloat32)
+    own = run_grouped_convs_in_fp32(nn.Sequential(copy.deepcopy(plain)))[0]
+    assert isinstance(own, Float32Mixin)
     assert torch.equal(own.eval()(images), plain(images)), "without autocast"
     with torch.autocast("cpu", torch.bfloat16):
         output = own(images)
@@ -185,16 +187,16 @@ def test_grouped_ones_in_float32_have_its_output_and_its_gradients_within_its_ro
 
 def test_grouped_ones_keep_names_and_parameters_and_those_that_are_quick_in_bf16_stay():
     quick = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 5, 2, groups=8))
-    assert not has_slow_groups(quick)
-    assert not has_slow_groups(quicken(quick, amx=False))
-    assert not any(isinstance(module, InFloat32) for module in groups_in_float32(quick))
+    assert not has_slow_grouped_convs(quick)
+    assert not has_slow_grouped_convs(use_fast_convs(quick, amx=False))
+    assert not any(isinstance(module, Float32Mixin) for module in run_grouped_convs_in_fp32(quick))
     network = build_backbone("timm/tf_mobilenetv3_small_075", False, {})
     before, classes = dict(network.named_parameters()), [type(module) for module in network.modules()]
-    assert has_slow_groups(network)
-    changed = groups_in_float32(groups_in_float32(network))
+    assert has_slow_grouped_convs(network)
+    changed = run_grouped_convs_in_fp32(run_grouped_convs_in_fp32(network))
     assert {name: id(each) for name, each in changed.named_parameters()} == {n: id(each) for n, each in before.items()}
     kinds = [type(module) for module in changed.modules()]
     differing = [(new, old) for new, old in zip(kinds, classes, strict=True) if new is not old]
     assert len(differing) == 4
-    assert all(new.__mro__[1:3] == (InFloat32, old) for new, old in differing)
+    assert all(new.__mro__[1:3] == (Float32Mixin, old) for new, old in differing)
     assert [type(module) for module in copy.deepcopy(changed).modules()] == kinds

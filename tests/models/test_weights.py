@@ -22,7 +22,7 @@ from torch import nn
 
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.models.backbones import build_backbone
-from fivefold.models.weights import read_weights, start_from
+from fivefold.models.weights import load_matching, read_weights
 
 SWIN = {"img_size": 32, "embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2)}
 
@@ -135,7 +135,7 @@ def test_checkpoints_of_others_are_read_whatever_else_they_hold(kind, write, tmp
     write(CHECKPOINTS[kind](), tmp_path / "c.pth")
     backbone = build_backbone("timm/test_resnet", False, {})
     with caplog.at_level(logging.INFO):
-        start_from(backbone, tmp_path / "c.pth")
+        load_matching(backbone, tmp_path / "c.pth")
     for name, tensor in backbone.state_dict().items():
         expected = WEIGHTS[name].bfloat16().to(tensor.dtype) if kind == "half precision" else WEIGHTS[name]
         assert torch.equal(tensor, expected), name
@@ -285,7 +285,7 @@ NO_WEIGHTS = {
 def test_files_that_are_no_weights_are_refused_in_words_of_our_own(kind, tmp_path):
     NO_WEIGHTS[kind](tmp_path / "c.pth")
     with pytest.raises(DataError) as error:
-        start_from(build_backbone("timm/test_resnet", False, {}), tmp_path / "c.pth")
+        load_matching(build_backbone("timm/test_resnet", False, {}), tmp_path / "c.pth")
     words = str(error.value)
     assert str(tmp_path / "c.pth") in words
     for foreign in ("\x1b", "weights_only", "\n"):
@@ -300,7 +300,7 @@ def test_a_suffix_says_nothing_of_the_form(suffix, tmp_path):
     torch.save(under("model.encoder."), tmp_path / f"t{suffix}")
     for name in ("s", "t"):
         backbone = build_backbone("timm/test_resnet", False, {})
-        start_from(backbone, tmp_path / f"{name}{suffix}")
+        load_matching(backbone, tmp_path / f"{name}{suffix}")
         assert all(torch.equal(tensor, WEIGHTS[key]) for key, tensor in backbone.state_dict().items())
 
 
@@ -309,7 +309,7 @@ def started(backbone, content, tmp_path, caplog):
     torch.save(content, tmp_path / "c.pth")
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        start_from(backbone, tmp_path / "c.pth")
+        load_matching(backbone, tmp_path / "c.pth")
     return [
         (record.levelname, record.getMessage()) for record in caplog.records if record.name == "fivefold"
     ], backbone.state_dict()

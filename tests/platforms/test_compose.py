@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from containers import IMAGE, ONE_THREAD, ROOT, SETTINGS, called, differing, docker
-from fivefold.config.loading import arguments_layer, layers_of, load
+from fivefold.config.loading import arguments_layer, collect_layers, load
 from fivefold.contract.run_layout import CHANNELS
-from jobs.serve import place_layers
+from jobs.serve import platform_layers
 from platform_runs import wait_until
 
 NEW, OLD = ["docker", "compose"], ["docker-compose"]
@@ -200,7 +200,7 @@ def test_no_service_is_root_or_may_become_it_or_write_to_its_root():
 
 def test_the_image_says_that_its_server_listens_to_others():
     (given,) = re.findall(r"FIVEFOLD_HOST=(\S+)", (ROOT / "docker" / "Dockerfile").read_text().partition("ENV HOME")[2])
-    hosts = [load([*layers_of(rest, environ), *place_layers(environ)]).serve.host for rest, environ in (
+    hosts = [load([*collect_layers(rest, environ), *platform_layers(environ)]).serve.host for rest, environ in (
         ([], {}), ([], {"FIVEFOLD_HOST": given}), (["serve.host=::1"], {"FIVEFOLD_HOST": given}),
     )]  # fmt: skip
     assert hosts == ["127.0.0.1", "0.0.0.0", "::1"]

@@ -104,7 +104,7 @@ def test_a_fold_in_a_bucket_has_no_claim(claim: Path, image: str, bucket: Bucket
     for path in sorted(train.rglob("*.png"))[::6]:
         bucket.write(f"data/train/{path.relative_to(train)}", path.read_bytes())
     at = f"s3://{bucket.name}"
-    settings = ["split.folds=2", f"kubernetes.runs={at}/runs", "kubernetes.gpus=0", *as_arguments(SETTINGS)]
+    settings = ["split.folds=2", f"kubernetes.runs_path={at}/runs", "kubernetes.gpus=0", *as_arguments(SETTINGS)]
     plan = make_plan(Inputs(f"{at}/data/train"), settings, run="first", recipe="demo")
     objects = kubernetes.objects(plan)
     assert {one["kind"] for one in objects} == {"Job"}

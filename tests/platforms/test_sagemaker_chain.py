@@ -64,7 +64,7 @@ def test_the_whole_run_is_the_same_bytes(
     # without compression only the files' form differs, and the stages that read and write each form tell that
     steps = STEPS if compress == "true" else STEPS[:4]
     some = [] if compress == "true" else ["stages=split,train-fold,ensemble"]
-    ended = submit(asked(bucket, tmp_path, f"sagemaker.compress={compress}", *some), service.environ())
+    ended = submit(asked(bucket, tmp_path, f"sagemaker.compress_outputs={compress}", *some), service.environ())
     assert ended.returncode == 0, ended.stdout
     assert len(service.jobs) == len(steps)
     there = fetched(bucket, service, tmp_path / "there")

@@ -24,7 +24,7 @@ def asked(digits: Path, runs: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("compress", ["true", "false"])
 def test_the_chain_is_the_same_bytes(compress: str, digits: Path, small_run: Path, tmp_path: Path) -> None:
-    given = asked(digits, tmp_path, f"sagemaker.compress={compress}", "parallel=2")
+    given = asked(digits, tmp_path, f"sagemaker.compress_outputs={compress}", "parallel=2")
     # another home hides Compose 2, a plugin of the user's, where 1.29 is installed too
     ended = submit(
         given, NOWHERE | ({"HOME": str(tmp_path)} if compress == "true" and shutil.which("docker-compose") else {})

@@ -49,7 +49,7 @@ def with_batcher(
 
 
 async def answers(batcher: Batcher, numbers: Sequence[int]) -> list[Any]:
-    rows = await asyncio.gather(*map(batcher.ask, numbers), return_exceptions=True)
+    rows = await asyncio.gather(*map(batcher.submit, numbers), return_exceptions=True)
     return [each if isinstance(each, Exception) else each.tolist() for each in rows]
 
 
@@ -62,9 +62,9 @@ def test_each_gets_its_own_row_in_batches_no_larger_than_the_limit() -> None:
 
 def test_the_first_waits_for_others_and_no_longer_than_it_may() -> None:
     async def work(batcher: Batcher, network: Network) -> list[Any]:
-        first = batcher.ask(1)
+        first = batcher.submit(1)
         await asyncio.sleep(0.05)
-        return [row.tolist() for row in (await first, await batcher.ask(2))]
+        return [row.tolist() for row in (await first, await batcher.submit(2))]
 
     begun = time.monotonic()
     found, network = with_batcher(work, wait=0.3)
@@ -73,9 +73,9 @@ def test_the_first_waits_for_others_and_no_longer_than_it_may() -> None:
     assert 0.6 <= time.monotonic() - begun < LONG
 
     async def together(batcher: Batcher, network: Network) -> list[Any]:
-        first = batcher.ask(1)
+        first = batcher.submit(1)
         await asyncio.sleep(0.05)
-        return await asyncio.gather(first, batcher.ask(2), batcher.ask(3))
+        return await asyncio.gather(first, batcher.submit(2), batcher.submit(3))
 
     assert with_batcher(together, size=3)[1].batches == [[1, 2, 3]]
 
@@ -90,9 +90,9 @@ def test_who_is_alone_does_not_wait() -> None:
 def test_what_comes_while_the_model_works_is_the_next_batch() -> None:
     async def work(batcher: Batcher, network: Network) -> None:
         network.gate.clear()
-        first = batcher.ask(0)
+        first = batcher.submit(0)
         await asyncio.sleep(0.1)
-        rest = asyncio.gather(*map(batcher.ask, range(1, 4)))
+        rest = asyncio.gather(*map(batcher.submit, range(1, 4)))
         await asyncio.sleep(0.1)
         network.gate.set()
         await first

@@ -29,5 +29,5 @@ def test_the_model_on_sagemaker_is_made_as_written(s3_endpoint: str, monkeypatch
 def test_every_limit_that_the_docs_name_is_a_key() -> None:
     named = set(re.findall(r"`serve\.(\w+)`", DOCS)) | {name.lower() for name in re.findall(r"SERVE__(\w+)", DOCS)}
     assert named <= set(type(Settings().serve).model_fields)
-    assert {"queue", "max_body_mb", "max_megapixels", "timeout_s", "drain_s"} <= named
+    assert {"max_queue", "max_body_mb", "max_megapixels", "timeout_s", "drain_s"} <= named
     assert [form for form in RENDERERS if f"`Accept: {form}`" not in DOCS.replace(" (default)", "")] == []

@@ -16,10 +16,10 @@ from fivefold.serving.protocol import (
     RefusedError,
     as_csv,
     as_json,
-    count_wanted,
     declared_length,
     is_list,
     negotiate_type,
+    parse_top,
     read_list,
 )
 
@@ -40,7 +40,7 @@ LOG = np.log(np.array([[0.125, 0.5, 0.375], [0.25, 0.25, 0.5]], np.float32))
 
 
 def test_the_likeliest_come_first_and_equal_ones_in_the_order_of_the_classes() -> None:
-    found = json.loads(as_json(Prediction(("a", "고양이", "c"), LOG, 3, many=True)))
+    found = json.loads(as_json(Prediction(("a", "고양이", "c"), LOG, 3, is_list=True)))
     assert [list(each["probabilities"].items()) for each in found] == [
         [("고양이", 0.5), ("c", 0.375), ("a", 0.125)],
         [("c", 0.5), ("a", 0.25), ("고양이", 0.25)],
@@ -50,13 +50,13 @@ def test_the_likeliest_come_first_and_equal_ones_in_the_order_of_the_classes() -
 
 def test_probabilities_keep_seven_digits_however_small_and_never_exceed_one() -> None:
     small = np.array([[1e-6, -20.0, -80.0]], np.float32)
-    told = json.loads(as_json(Prediction(("a", "b", "c"), small, 3, many=False)))["probabilities"]
+    told = json.loads(as_json(Prediction(("a", "b", "c"), small, 3, is_list=False)))["probabilities"]
     assert told == {"a": 1.0, "b": pytest.approx(np.exp(-20), rel=1e-6), "c": pytest.approx(np.exp(-80), rel=1e-6)}
 
 
 def test_a_table_quotes_what_a_class_may_hold() -> None:
     assert (
-        as_csv(Prediction(('a "b", c', "d"), LOG[:, 1:], 1, many=True))
+        as_csv(Prediction(('a "b", c', "d"), LOG[:, 1:], 1, is_list=True))
         == b'predicted_class,confidence\n"a ""b"", c",0.5\nd,0.5\n'
     )
 
@@ -134,7 +134,7 @@ def test_any_words_of_a_head_are_understood_or_refused(words, key) -> None:
     readers = {
         415: lambda: is_list(words),
         406: lambda: negotiate_type(words),
-        400: lambda: (count_wanted({"top": words}, 9), count_wanted({key: words}, 9)),
+        400: lambda: (parse_top({"top": words}, 9), parse_top({key: words}, 9)),
     }
     for status, read in readers.items():
         refusal = refused(read)

@@ -29,7 +29,7 @@ from platform_runs import wait_until
 from server_process import Answer, sent
 
 SECONDS = 20.0
-LIMITS = {"batch_size": 4, "max_wait_ms": 0.0, "queue": 100, "max_megapixels": 1.0, "timeout_s": SECONDS}
+LIMITS = {"batch_size": 4, "max_wait_ms": 0.0, "max_queue": 100, "max_megapixels": 1.0, "timeout_s": SECONDS}
 POISON = 13
 HEAD = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
 
@@ -56,7 +56,7 @@ class Brightness:
     def prepare(self, pixels: np.ndarray) -> int:
         return int(pixels.max())
 
-    def judge(self, images: Sequence[int]) -> np.ndarray:
+    def predict_prepared(self, images: Sequence[int]) -> np.ndarray:
         self.asked += images
         self.gate.wait(SECONDS)
         if POISON in images:
@@ -197,7 +197,7 @@ def test_bodies_that_do_not_come_hold_no_places() -> None:
 
 
 def test_bodies_have_a_bound_together_and_a_request_too_many_comes_later() -> None:
-    with served(bodies_mb=0.1) as server:
+    with served(max_total_body_mb=0.1) as server:
         with server.raw() as connection:
             connection.sendall(HEAD % 100_000 + bytes(99_990))
             wait_until(lambda: server.service.bodies == 99_990)

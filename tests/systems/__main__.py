@@ -14,7 +14,7 @@ from pathlib import Path
 
 from files import problems
 
-from fivefold.launchers.status import in_columns
+from fivefold.launchers.status import format_table
 from systems import SYSTEMS, Command, System
 
 REPOSITORY = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def as_table(results: dict[str, Result]) -> str:
     for name, found in results.items():
         files = f"{len(SYSTEMS[name].files)} as wanted" if not found.wrong else f"{len(found.wrong)} problems"
         rows.append((name, str(found.steps), f"{found.seconds:.0f}", files, found.scores))
-    return in_columns(rows, numbers=(1, 2))
+    return format_table(rows, numbers=(1, 2))
 
 
 if __name__ == "__main__":

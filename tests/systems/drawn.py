@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fivefold.data.readers.profiles import GENDERS, STEMS, age_class, label_of
+from fivefold.data.readers.profiles import GENDERS, STEMS, age_class, encode_label
 
 COLOURS = ((210, 60, 60), (60, 190, 80), (70, 90, 220), (220, 200, 60))
 CARS = ("1시리즈_F20_2013_2015", "디_올뉴니로_2022_2025", "아반떼_N_2022_2023", "K5_3세대_하이브리드_2020_2022")
@@ -85,7 +85,7 @@ def draw_faces(root: Path) -> None:
     for mask, gender, age in product(range(3), GENDERS, (25, 40, 65)):
         name = f"{hashlib.sha1(f'{mask} {gender} {age}'.encode()).hexdigest()}.jpg"
         picture(root / "eval" / "images" / name, face(mask, gender, age), (64, 48))
-        rows.append((name, label_of(mask, GENDERS.index(gender), age_class(age, CUTS))))
+        rows.append((name, encode_label(mask, GENDERS.index(gender), age_class(age, CUTS))))
     table(root / "eval" / "info.csv", ("ImageID", "ans"), [(name, 0) for name, _ in sorted(rows)], marked=False)
     table(root / "truth" / "gt.csv", ("ImageID", "ans"), sorted(rows), marked=False)
 

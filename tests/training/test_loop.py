@@ -15,29 +15,29 @@ import torch.nn.functional as F
 from torch import nn
 
 from fivefold.build import one_hot
-from fivefold.data.pipeline.dataset import ImageSet
+from fivefold.data.pipeline.dataset import ImageDataset
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.predictor import make_runtime
-from fivefold.training.loggers import csv_log
+from fivefold.training.loggers import csv_logger
 from fivefold.training.losses import LOSSES, build_loss, cross_entropy
-from fivefold.training.objectives import Rows, by_labels, once
-from fivefold.training.steps import plain
-from fivefold.training.trainer import Loop, Throughput, fit, validate
+from fivefold.training.objectives import MicroBatch, label_loss, single_pass
+from fivefold.training.steps import plain_step
+from fivefold.training.trainer import Throughput, Trainer, fit, validate
 from training_runs import CPU, SMALL, images_in, run_of, stand_still
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> ImageSet:
+def images(tmp_path: Path) -> ImageDataset:
     return images_in(tmp_path / "images", 12, size=6, noise=100, tint=120)
 
 
 @pytest.fixture
-def hard(tmp_path: Path) -> ImageSet:
+def hard(tmp_path: Path) -> ImageDataset:
     """Images that are told apart less easily."""
     return images_in(tmp_path / "hard", 24, size=6, noise=180, tint=30)
 
 
-def loop_of(images: ImageSet, **train) -> tuple[Loop, list[dict]]:
+def loop_of(images: ImageDataset, **train) -> tuple[Trainer, list[dict]]:
     return run_of(images, {"batch_size": 4} | train)
 
 
@@ -60,7 +60,7 @@ def test_the_loss_of_a_validation_is_that_of_training(images, name):
     loop, _ = loop_of(images, loss=name)
     with torch.no_grad():
         loop.model.head.weight.mul_(30)  # sure of itself, so that logits are far from log-probabilities
-        logits = loop.model.eval()(CPU.images(torch.stack([images.seen(row).images[0] for row in range(12)])))
+        logits = loop.model.eval()(CPU.images(torch.stack([images.eval_batch(row).images[0] for row in range(12)])))
     expected = build_loss(name)(logits, one_hot(np.arange(12) % 3, 3, CPU.device))
     found = validate(loop.model, loop.valid, loop)
     assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -93,19 +93,19 @@ def test_each_epoch_tells_its_images_a_second_and_the_record_their_median_withou
     told = [float(m) for text in caplog.messages for m in re.findall(r"epoch \d/4 .* ([\d.e+]+) images/s", text)]
     assert told == pytest.approx(loop.throughput.passes, rel=1e-3)
     assert len(told) == 4
-    assert loop.throughput.figures() == {"images_per_second": round(np.median(loop.throughput.passes[1:]), 2)}
+    assert loop.throughput.metrics() == {"images_per_second": round(np.median(loop.throughput.passes[1:]), 2)}
 
 
 def test_a_single_pass_is_its_own_median_and_one_that_fails_or_has_nothing_left_does_not_count():
     throughput = Throughput()
-    with pytest.raises(KeyError), throughput.of(100):
+    with pytest.raises(KeyError), throughput.measure(100):
         raise KeyError
-    with throughput.of(0):
+    with throughput.measure(0):
         pass
-    assert throughput.figures() == {}
-    with throughput.of(100):
+    assert throughput.metrics() == {}
+    with throughput.measure(100):
         pass
-    assert throughput.figures() == {"images_per_second": round(throughput.passes[0], 2)}
+    assert throughput.metrics() == {"images_per_second": round(throughput.passes[0], 2)}
 
 
 def test_a_loss_that_is_not_finite_names_its_step(images):
@@ -135,9 +135,9 @@ def test_defect_car_b5_a_scaled_gradient_is_unscaled_before_it_is_clipped():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
         before = model[1].weight.detach().clone()
-        rows = Rows(torch.full((4, 3, 2, 2), 0.5), nn.functional.one_hot(torch.zeros(4).long(), 3).float())
+        rows = MicroBatch(torch.full((4, 3, 2, 2), 0.5), nn.functional.one_hot(torch.zeros(4).long(), 3).float())
         optimizer = torch.optim.SGD(model[1:].parameters(), lr=1.0)
-        plain(model, once(by_labels(cross_entropy(0.0))), optimizer, runtime, clip=1.0)([rows])
+        plain_step(model, single_pass(label_loss(cross_entropy(0.0))), optimizer, runtime, clip=1.0)([rows])
         moved[runtime.dtype] = model[1].weight.detach() - before
     assert float(moved[None].norm()) > 0.5
     torch.testing.assert_close(moved[torch.float16], moved[None], rtol=1e-2, atol=1e-2)
@@ -154,7 +154,7 @@ def test_defect_car_convnext_the_log_grows_by_each_epoch_and_a_killed_run_keeps_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(replace(loop_of(images)[0], observers=[csv_log(log), look]))
+        fit(replace(loop_of(images)[0], observers=[csv_logger(log), look]))
     assert seen == [[1], [1, 2], [1, 2, 3]]
     header = log.read_text(encoding="utf-8").splitlines()[0].split(",")
     assert header[:6] == ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_logloss"]
@@ -182,11 +182,11 @@ def test_defect_car_convnext_raw_and_averaged_weights_are_each_selected_by_their
     noisy = (np.arange(24) + (np.arange(24) < 8)) % 3  # so that certainty is soon too much
     averaged = {"ema_decay": 0.98, "lr": 0.01, "epochs": 8, "schedule": "constant"}
     assert list(fit(run_of(hard, averaged | {"epochs": 1})[0])) == ["ema"]
-    loop, _ = run_of(hard, averaged | {"keep_raw": True}, valid_codes=noisy)
+    loop, _ = run_of(hard, averaged | {"save_raw_weights": True}, valid_codes=noisy)
     scores = {"ema": [], "raw": []}
 
     def observe(row):
-        for name, model in loop.contenders.items():
+        for name, model in loop.scored_models.items():
             scores[name].append(validate(model, loop.valid, loop)["logloss"])
 
     best = fit(replace(loop, observers=[observe]))
@@ -194,28 +194,28 @@ def test_defect_car_convnext_raw_and_averaged_weights_are_each_selected_by_their
     for name, found in scores.items():
         assert best[name].epoch == 1 + int(np.argmin(found))
         assert best[name].scores["logloss"] == min(found)
-        loop.contenders[name].load_state_dict(best[name].state)
-        assert validate(loop.contenders[name], loop.valid, loop)["logloss"] == min(found)
+        loop.scored_models[name].load_state_dict(best[name].state)
+        assert validate(loop.scored_models[name], loop.valid, loop)["logloss"] == min(found)
     assert best["ema"].epoch != best["raw"].epoch
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_defect_sketch_the_rate_falls_by_epochs_and_not_by_batches_too(hard, accumulate):
     """The original stepped its StepLR after each batch and once more after each epoch."""
-    schedule = {"schedule": "step", "step_epochs": 2, "gamma": 0.5}
-    loop, rows = run_of(hard, schedule | {"epochs": 6, "accumulate": accumulate, "batch_size": 5})
+    schedule = {"schedule": "step", "lr_step_epochs": 2, "lr_gamma": 0.5}
+    loop, rows = run_of(hard, schedule | {"epochs": 6, "grad_accum_steps": accumulate, "batch_size": 5})
     fit(loop)
     assert [row["lr"] for row in rows] == [0.05, 0.05, 0.025, 0.025, 0.0125, 0.0125]
 
 
 EVERYTHING = {
-    "epochs": 8, "batch_size": 8, "accumulate": 2, "lr": 0.02, "clip": 1.0, "ema_decay": 0.95, "keep_raw": True, "rdrop_alpha": 0.5,
-    "update": "sam", "sam_rho": 0.05, "label_smoothing": 0.05, "class_weights": "balanced", "sampler": "balanced",
+    "epochs": 8, "batch_size": 8, "grad_accum_steps": 2, "lr": 0.02, "max_grad_norm": 1.0, "ema_decay": 0.95, "save_raw_weights": True, "rdrop_alpha": 0.5,
+    "sam_rho": 0.05, "label_smoothing": 0.05, "class_weights": "balanced", "sampler": "balanced",
 }  # fmt: skip
 
 
 @pytest.fixture
-def many(tmp_path: Path) -> ImageSet:
+def many(tmp_path: Path) -> ImageDataset:
     return images_in(tmp_path / "many", 48, transforms=("horizontal_flip",))
 
 
@@ -245,9 +245,9 @@ def test_all_together_give_the_same_bytes_twice_and_each_part_leaves_its_mark(ma
     whole = weights()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights().items())
     for without in (
-        {"rdrop_alpha": 0.0}, {"update": "plain"}, {"sam_rho": 0.1}, {"clip": 0.0}, {"accumulate": 1},
+        {"rdrop_alpha": 0.0}, {"sam_rho": 0.0}, {"sam_rho": 0.1}, {"max_grad_norm": 0.0}, {"grad_accum_steps": 1},
         {"label_smoothing": 0.0}, {"sampler": "shuffle"}, {"loss": {"name": "focal", "gamma": 1.0}},
-        {"backbone_lr": 0.5}, {"freeze_epochs": 1},
+        {"backbone_lr_scale": 0.5}, {"freeze_epochs": 1},
     ):  # fmt: skip
         assert not torch.equal(whole["head.1.weight"], weights(**without)["head.1.weight"]), without
 
@@ -256,7 +256,7 @@ def test_all_together_give_the_same_bytes_twice_and_each_part_leaves_its_mark(ma
 def test_the_log_of_accumulated_batches_is_that_of_large_ones(images, more):
     """Twelve rows of a step of eight and one of four, by weights that do not move."""
     told = []
-    for chosen in ({"batch_size": 8}, {"batch_size": 4, "accumulate": 2}):
+    for chosen in ({"batch_size": 8}, {"batch_size": 4, "grad_accum_steps": 2}):
         loop, rows = run_of(images, {"epochs": 1} | chosen | more)
         stand_still(loop)
         fit(loop)

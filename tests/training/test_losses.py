@@ -10,7 +10,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from fivefold.errors import SettingsError
 from fivefold.training.losses import LOSSES, balanced_weights, bce, binary_focal, build_loss, cross_entropy, f1, focal
-from fivefold.training.objectives import Rows, by_teacher, once
+from fivefold.training.objectives import MicroBatch, distillation_loss, single_pass
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, 0.3], [-3.0, 4.0, 1.0], [0.0, 0.0, 0.0]])
 CODES = torch.tensor([0, 2, 1, 1])
@@ -29,8 +29,10 @@ def test_distillation_by_hand():
     student = torch.softmax(logits / temperature, dim=1)
     kl = 0.75 * torch.log(0.75 / student[0, 0]) + 0.25 * torch.log(0.25 / student[0, 1])
     hard = -torch.log(torch.softmax(logits, dim=1)[0, 0])
-    rows = Rows(logits, torch.tensor([[1.0, 0.0]]), teacher)
-    result = once(by_teacher(cross_entropy(0.0), lambda: alpha, lambda: temperature))(torch.nn.Identity(), rows)
+    rows = MicroBatch(logits, torch.tensor([[1.0, 0.0]]), teacher)
+    result = single_pass(distillation_loss(cross_entropy(0.0), lambda: alpha, lambda: temperature))(
+        torch.nn.Identity(), rows
+    )
     torch.testing.assert_close(result.loss, alpha * temperature**2 * kl + (1 - alpha) * hard)
 
 
@@ -152,6 +154,6 @@ def test_losses_of_each_class_against_the_rest_alone_are_read_by_sigmoids():
 def test_a_student_by_sigmoids_is_taught_its_own_probabilities():
     """Its logits say what the teacher says, so the teacher's term has nothing to teach."""
     teacher = torch.tensor([[0.7, 0.2, 0.1]])
-    rows = Rows(teacher.logit(), torch.zeros(1, 3), teacher)
-    result = once(by_teacher(bce(0.0), lambda: 1.0, lambda: 1.0))(torch.nn.Identity(), rows)
+    rows = MicroBatch(teacher.logit(), torch.zeros(1, 3), teacher)
+    result = single_pass(distillation_loss(bce(0.0), lambda: 1.0, lambda: 1.0))(torch.nn.Identity(), rows)
     assert float(result.loss) == pytest.approx(0.0, abs=1e-6)

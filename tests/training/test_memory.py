@@ -14,8 +14,8 @@ from fivefold.build import build_classifier, check_memory
 from fivefold.config.schema import Model, Settings, Train
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
-from fivefold.models.classifier import Classifier, Standardised
-from fivefold.training.memory import Estimate, check_fits, estimate
+from fivefold.models.classifier import Classifier, Standardize
+from fivefold.training.memory import MemoryEstimate, check_fits, estimate_memory
 
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
 
@@ -25,8 +25,8 @@ def test_the_estimate_counts_what_autograd_keeps():
     network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU())
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
     state, random = copy.deepcopy((network.state_dict(), other.state_dict())), torch.get_rng_state()
-    found = estimate(network, (8, 8), CPU, copies=3)
-    estimate(other, (8, 8), CPU, copies=1)
+    found = estimate_memory(network, (8, 8), CPU, copies=3)
+    estimate_memory(other, (8, 8), CPU, copies=1)
     torch.testing.assert_close((network.state_dict(), other.state_dict()), state, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random)
     image, relu = 3 * 8 * 8 * 4, 16 * 8 * 8 * 4
@@ -37,7 +37,7 @@ def test_the_estimate_counts_what_autograd_keeps():
 def test_weights_that_autocast_makes_count_once_and_not_for_each_image():
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 64), nn.Linear(64, 4096))
     bf16 = make_runtime(torch.device("cpu"), torch.bfloat16, False, [0.5] * 3, [0.5] * 3)
-    found = estimate(network, (8, 8), bf16, copies=0)
+    found = estimate_memory(network, (8, 8), bf16, copies=0)
     weight = 64 * 4096  # of the second layer: the first one's is not needed backwards
     assert found.image < 10_000
     assert found.fixed >= weight * 4 + weight * 2
@@ -45,15 +45,15 @@ def test_weights_that_autocast_makes_count_once_and_not_for_each_image():
 
 def test_meta_features_are_counted_with_their_images():
     """The linear layer keeps its input: 192 pixels, and 4 standardised numbers that the two steps before made."""
-    network = Classifier(nn.Flatten(), nn.Linear(3 * 8 * 8 + 4, 2), Standardised(4))
-    without = estimate(Classifier(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)), (8, 8), CPU, copies=0)
-    found = estimate(network, (8, 8), CPU, copies=0, meta=4)
+    network = Classifier(nn.Flatten(), nn.Linear(3 * 8 * 8 + 4, 2), Standardize(4))
+    without = estimate_memory(Classifier(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)), (8, 8), CPU, copies=0)
+    found = estimate_memory(network, (8, 8), CPU, copies=0, meta=4)
     assert without.image == 3 * 8 * 8 * 4
     assert found.image == 2 * 3 * 8 * 8 * 4 + 4 * 4  # the images, and the features that were joined
 
 
 def test_a_batch_that_does_not_fit_says_which_would():
-    found = Estimate(fixed=100 << 20, image=10 << 20)
+    found = MemoryEstimate(fixed=100 << 20, image=10 << 20)
     assert "420 MiB at batch size 32" in check_fits(found, 32, 1 << 30)
     with pytest.raises(SettingsError, match=r"train\.batch_size=15 would fit; train\.accumulate=3 keeps"):
         check_fits(found, 32, 250 << 20)
@@ -93,7 +93,7 @@ def test_the_estimate_of_a_training_is_near_its_peak(tmp_path, backbone, size, b
         Image.fromarray(random.integers(256, size=(256, 256, 3), dtype=np.uint8)).save(path)
     environ = {"SM_CHANNEL_TRAIN": tmp_path / "images", "SM_MODEL_DIR": tmp_path / "model", "OMP_NUM_THREADS": 1}
     options = f"model.backbone={backbone} model.image_size={size} model.pretrained=false train.precision=fp32"
-    options += f" train.batch_size={batch} train.epochs=1 train.trackers=[] split.folds=3 predict.batch_size={batch}"
+    options += f" train.batch_size={batch} train.epochs=1 train.loggers=[] split.folds=3 predict.batch_size={batch}"
     code = "import sys; from jobs.__main__ import main; from fivefold.contract.record import peak_memory_mib; "
     code += "code = main(sys.argv[1:]); print('peak', peak_memory_mib()); sys.exit(code)"
     ended = subprocess.run(

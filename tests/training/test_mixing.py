@@ -4,7 +4,7 @@ import torch
 
 from fivefold.errors import SettingsError
 from fivefold.training.mixing import Mixing, cutmix, mixup
-from fivefold.training.objectives import Rows
+from fivefold.training.objectives import MicroBatch
 
 IMAGES = torch.arange(4 * 3 * 8 * 8, dtype=torch.float32).reshape(4, 3, 8, 8)
 TARGETS = torch.eye(4)
@@ -30,7 +30,7 @@ def test_cutmix_says_the_share_that_is_left(seed):
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_targets_are_mixed_as_the_images_are(name):
     constant = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
-    rows = Rows(constant, TARGETS, teacher=TARGETS.clone(), meta=torch.arange(4.0)[:, None])
+    rows = MicroBatch(constant, TARGETS, teacher=TARGETS.clone(), meta=torch.arange(4.0)[:, None])
     mixed = Mixing(name, alpha=1.0, p=1.0)(rows, 1, (1, 2, 3))
     torch.testing.assert_close(mixed.targets.sum(dim=1), torch.ones(4))
     torch.testing.assert_close(mixed.teacher, mixed.targets)
@@ -40,18 +40,18 @@ def test_targets_are_mixed_as_the_images_are(name):
 
 def test_the_seed_decides_and_nothing_else():
     mixing = Mixing("cutmix", alpha=1.0, p=0.5)
-    first = mixing(Rows(IMAGES, TARGETS), 1, (1, 2, 3))
+    first = mixing(MicroBatch(IMAGES, TARGETS), 1, (1, 2, 3))
     torch.rand(7)
     np.random.default_rng().random()
-    again = mixing(Rows(IMAGES, TARGETS), 1, (1, 2, 3))
+    again = mixing(MicroBatch(IMAGES, TARGETS), 1, (1, 2, 3))
     torch.testing.assert_close(first.images, again.images)
-    kinds = {bool((mixing(Rows(IMAGES, TARGETS), 1, (0, step)).targets != TARGETS).any()) for step in range(30)}
+    kinds = {bool((mixing(MicroBatch(IMAGES, TARGETS), 1, (0, step)).targets != TARGETS).any()) for step in range(30)}
     assert kinds == {True, False}
     with pytest.raises(SettingsError, match="did you mean 'cutmix'"):
-        Mixing("cutmx", 1.0, 1.0)(Rows(IMAGES, TARGETS), 1, (0,))
+        Mixing("cutmx", 1.0, 1.0)(MicroBatch(IMAGES, TARGETS), 1, (0,))
 
 
 @pytest.mark.parametrize(("name", "last", "mixed"), [("cutmix", 3, [1, 3]), ("mixup", -3, []), ("none", None, [])])
 def test_after_its_last_epoch_nothing_is_mixed(name, last, mixed):
-    mixing, rows = Mixing(name, alpha=1.0, p=1.0, last=last), Rows(IMAGES, TARGETS)
+    mixing, rows = Mixing(name, alpha=1.0, p=1.0, last=last), MicroBatch(IMAGES, TARGETS)
     assert [epoch for epoch in (1, 3, 4, 9) if mixing(rows, epoch, (0, epoch)) is not rows] == mixed

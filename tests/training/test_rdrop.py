@@ -10,13 +10,21 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from fivefold.models.backbones import build_backbone
-from fivefold.models.classifier import Classifier, Standardised, build_head
+from fivefold.models.classifier import Classifier, Standardize, build_head
 from fivefold.training.losses import cross_entropy
-from fivefold.training.objectives import Objective, Rows, by_labels, by_teacher, draws, once, rdrop
+from fivefold.training.objectives import (
+    MicroBatch,
+    Objective,
+    distillation_loss,
+    is_stochastic,
+    label_loss,
+    rdrop,
+    single_pass,
+)
 
 IMAGES = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(1))
 TARGETS = F.one_hot(torch.tensor([0, 1, 2, 0, 1, 2]), 3).float()
-ROWS = Rows(IMAGES, TARGETS, torch.full((6, 3), 1 / 3))
+ROWS = MicroBatch(IMAGES, TARGETS, torch.full((6, 3), 1 / 3))
 LOSS = cross_entropy(0.1)
 
 
@@ -25,7 +33,7 @@ def network(*dropping: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), *dropping, nn.Linear(8, 3)).train()
 
 
-@pytest.mark.parametrize("criterion", [by_labels(LOSS), by_teacher(LOSS, lambda: 0.7, lambda: 2.0)])
+@pytest.mark.parametrize("criterion", [label_loss(LOSS), distillation_loss(LOSS, lambda: 0.7, lambda: 2.0)])
 def test_rdrop_is_the_mean_loss_and_the_mean_of_both_divergences_of_a_doubled_batch(criterion):
     model = network(nn.Dropout(0.5))
     torch.manual_seed(5)
@@ -42,16 +50,16 @@ def test_rdrop_is_the_mean_loss_and_the_mean_of_both_divergences_of_a_doubled_ba
 @pytest.mark.parametrize("share", [0.0, 0.1])
 @pytest.mark.parametrize("dropping", [nn.Dropout, DropPath, partial(StochasticDepth, mode="row")])
 def test_a_network_with_nothing_to_drop_is_warned_of_once_and_trains_as_without(dropping, share, caplog):
-    model, objective = network(dropping(share)), rdrop(by_labels(LOSS), 0.5)
+    model, objective = network(dropping(share)), rdrop(label_loss(LOSS), 0.5)
     losses = [objective(model, ROWS).loss for _ in range(2)]
     assert [record.levelname for record in caplog.records] == ([] if share else ["WARNING"])
     if not share:
-        torch.testing.assert_close(losses, [once(by_labels(LOSS))(model, ROWS).loss] * 2)
+        torch.testing.assert_close(losses, [single_pass(label_loss(LOSS))(model, ROWS).loss] * 2)
 
 
 def test_batch_statistics_are_counted_once():
     model = network(nn.BatchNorm1d(8), nn.Dropout(0.5))
-    rdrop(by_labels(LOSS), 0.5)(model, ROWS)
+    rdrop(label_loss(LOSS), 0.5)(model, ROWS)
     assert int(model[3].num_batches_tracked) == 1
 
 
@@ -69,7 +77,7 @@ def classifier(head, meta: bool = False, **options) -> Classifier:
     torch.manual_seed(0)
     backbone = build_backbone("fivefold/small_net", False, {"widths": [8, 16], "stem": 8} | options)
     made = build_head(head, 16 + 2 * meta, 3, 0.3)
-    return Classifier(backbone, made, Standardised(2) if meta else None).train()
+    return Classifier(backbone, made, Standardize(2) if meta else None).train()
 
 
 class Whole(nn.Module):
@@ -84,7 +92,7 @@ class Whole(nn.Module):
 
 
 def stepped(
-    objective: Objective, model: nn.Module, rows: Rows, bf16: bool = False
+    objective: Objective, model: nn.Module, rows: MicroBatch, bf16: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, gradients in one row, and what is drawn next, after the objective's first batch."""
     torch.manual_seed(7)
@@ -97,13 +105,13 @@ def stepped(
 @pytest.mark.parametrize("meta", [False, True])
 @pytest.mark.parametrize("head", HEADS)
 def test_where_the_head_alone_draws_one_pass_of_the_backbone_is_exact_in_loss_and_gradients(head, meta, caplog):
-    rows = Rows(LARGE.double(), TARGETS.double(), meta=META.double() if meta else None)
+    rows = MicroBatch(LARGE.double(), TARGETS.double(), meta=META.double() if meta else None)
     once, both = (classifier(HEADS[head], meta).double() for _ in range(2))
     seen = []
     once.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     with caplog.at_level("INFO"):
-        found = stepped(rdrop(by_labels(LOSS), 0.5), once, rows)
-    expected = stepped(rdrop(by_labels(LOSS), 0.5), Whole(both), rows)
+        found = stepped(rdrop(label_loss(LOSS), 0.5), once, rows)
+    expected = stepped(rdrop(label_loss(LOSS), 0.5), Whole(both), rows)
     assert seen[-1] == 6, "rows of the step, not twice as many"
     assert "the backbone runs once" in caplog.text
     for ours, theirs in zip(found, expected, strict=True):
@@ -121,7 +129,7 @@ def test_where_the_head_alone_draws_one_pass_of_the_backbone_is_exact_in_loss_an
 
 def test_under_bf16_the_first_batch_has_all_its_gradients():
     """What finds out what draws runs under no_grad within autocast, which must not keep the weights that it cast."""
-    rows, criterion = Rows(LARGE, TARGETS), by_labels(LOSS)
+    rows, criterion = MicroBatch(LARGE, TARGETS), label_loss(LOSS)
     once, both = classifier("linear"), classifier("linear")
     found = stepped(rdrop(criterion, 0.5), once, rows, bf16=True)
     expected = stepped(rdrop(criterion, 0.5), Whole(both), rows, bf16=True)
@@ -144,12 +152,12 @@ def test_randomness_in_the_backbone_is_found_wherever_it_is_written(backbone, op
     state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     torch.manual_seed(1)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert draws(made, images)
+    assert is_stochastic(made, images)
     assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(1)))
     for name, tensor in made.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     modes = [module.training for module in made.eval().modules()]
-    draws(made, images)
+    is_stochastic(made, images)
     assert [module.training for module in made.modules()] == modes
 
 
@@ -158,5 +166,5 @@ def test_a_backbone_that_draws_runs_twice():
     model.backbone = nn.Sequential(model.backbone, nn.Dropout(0.1))
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    rdrop(by_labels(LOSS), 0.5)(model, Rows(LARGE, TARGETS))
+    rdrop(label_loss(LOSS), 0.5)(model, MicroBatch(LARGE, TARGETS))
     assert seen[-1] == 12

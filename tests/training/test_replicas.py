@@ -13,9 +13,9 @@ sys.path.append(str(Path(__file__).parent))
 
 from parted import CASES, COUNTS, OTHERS, ROWS, SIZE, predicted, trained
 
-from fivefold.distributed.process_group import Replicas, with_norms_of_all
+from fivefold.distributed.process_group import ProcessGroup, convert_sync_batchnorm
 from fivefold.distributed.rank_launcher import free_port
-from fivefold.distributed.ranks import SHARED_SCRATCH, Hosts, Place
+from fivefold.distributed.ranks import SHARED_SCRATCH, HostGroup, Rank
 from fivefold.models.backbones import build_backbone
 from training_runs import images_in
 
@@ -39,7 +39,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "error", PROGRAM, folder, results],
-            env={**shared, SHARED_SCRATCH: str(results), **Hosts().variables(WORLD, rank, port)},
+            env={**shared, SHARED_SCRATCH: str(results), **HostGroup().variables(WORLD, rank, port)},
             stderr=subprocess.PIPE,
         )
         for rank in range(WORLD)
@@ -117,15 +117,15 @@ def test_every_row_is_predicted_once_and_all_processes_know_it(count: int, found
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 16, 17, 100])
 def test_shares_are_disjoint_and_whole(world: int, count: int) -> None:
-    shares = [Replicas(Place(rank, world)).share(count) for rank in range(world)]
+    shares = [ProcessGroup(Rank(rank, world)).shard(count) for rank in range(world)]
     rows = list(range(count))
     if count < 2 * world:
-        assert all(share.take(rows) == rows and not share.parted for share in shares)
+        assert all(share.take(rows) == rows and not share.is_sharded for share in shares)
         return
     taken = [share.take(rows) for share in shares]
     assert [row for part in taken for row in part] == rows
     assert max(map(len, taken)) - min(map(len, taken)) <= 1
-    assert max(map(len, taken)) == Replicas(Place(0, world)).largest_share(count)
+    assert max(map(len, taken)) == ProcessGroup(Rank(0, world)).max_shard_size(count)
 
 
 NETWORKS = {
@@ -139,8 +139,8 @@ def test_norms_on_gpus_are_synchronised_and_give_what_they_gave(name: str) -> No
     torch.manual_seed(0)
     network, images = NETWORKS[name](), torch.rand(2, 3, 32, 32)
     names, expected = list(network.state_dict()), network.eval()(images)
-    assert with_norms_of_all(network, torch.device("cpu")) is network
-    synchronised = with_norms_of_all(network, torch.device("cuda"))
+    assert convert_sync_batchnorm(network, torch.device("cpu")) is network
+    synchronised = convert_sync_batchnorm(network, torch.device("cuda"))
     norms = [module for module in synchronised.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     assert norms
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)

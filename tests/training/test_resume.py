@@ -11,40 +11,42 @@ from pathlib import Path
 import pytest
 import torch
 
-from fivefold.data.pipeline.dataset import ImageSet
+from fivefold.data.pipeline.dataset import ImageDataset
 from fivefold.errors import DataError, RetryableError, StoppedError
-from fivefold.execution import RUNTIME, Manner
-from fivefold.signals import noted
+from fivefold.execution import RUNTIME, PrecisionState
+from fivefold.signals import defer_signals
 from fivefold.training.checkpoints import Checkpoints
-from fivefold.training.trainer import Loop, _start_or_resume, fit
+from fivefold.training.trainer import Trainer, _start_or_resume, fit
 from training_runs import CPU, SMALL, images_in, run_of
 
 EPOCHS, STEPS = 4, 3
 CASES = {
-    "everything": {"accumulate": 2, "clip": 1.0, "ema_decay": 0.95, "keep_raw": True, "rdrop_alpha": 0.5,
-                   "update": "sam", "sampler": "balanced"},
-    "frozen, step": {"freeze_epochs": 2, "schedule": "step", "step_epochs": 1, "optimizer": "sgd"},
+    "everything": {"grad_accum_steps": 2, "max_grad_norm": 1.0, "ema_decay": 0.95, "save_raw_weights": True, "rdrop_alpha": 0.5,
+                   "sam_rho": 0.05, "sampler": "balanced"},
+    "frozen, step": {"freeze_epochs": 2, "schedule": "step", "lr_step_epochs": 1, "optimizer": "sgd"},
     "cooling": {"optimizer": "muon", "warmup_epochs": 1.0},
     "patience": {"patience": 1, "lr": 1e-9},
 }  # fmt: skip
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> ImageSet:
+def images(tmp_path: Path) -> ImageDataset:
     return images_in(tmp_path / "images", 24, transforms=("random_crop", "horizontal_flip"))
 
 
-def made(case: str, images: ImageSet, checkpoints: Checkpoints | None = None) -> tuple[Loop, list[dict]]:
+def made(case: str, images: ImageDataset, checkpoints: Checkpoints | None = None) -> tuple[Trainer, list[dict]]:
     """A fresh loop, as a new process makes it, and the rows of epochs that its observer is told of."""
     train = dict(CASES[case])
-    patience, size = train.pop("patience", 0), 24 // STEPS // train.get("accumulate", 1)
-    distill = {"temperature": 2.0, "temperature_decay": 0.9, "annealing": 0.7} if case == "cooling" else None
+    patience, size = train.pop("patience", 0), 24 // STEPS // train.get("grad_accum_steps", 1)
+    distill = (
+        {"temperature": 2.0, "temperature_decay": 0.9, "alpha_anneal_fraction": 0.7} if case == "cooling" else None
+    )
     train = {"epochs": EPOCHS, "batch_size": size, "lr": 0.02} | train
     loop, told = run_of(images, train, SMALL, mix="mixup", distill=distill, patience=patience)
     return replace(loop, checkpoints=checkpoints), told
 
 
-def stopped_after(loop: Loop, step: int) -> Loop:
+def stopped_after(loop: Trainer, step: int) -> Trainer:
     """The loop, in which SIGTERM comes within the given step."""
     steps = iter(range(1, 1000))
 
@@ -55,7 +57,7 @@ def stopped_after(loop: Loop, step: int) -> Loop:
     return replace(loop, after_step=[strike, *loop.after_step])
 
 
-def stopped_while_scoring(loop: Loop, call: int) -> Loop:
+def stopped_while_scoring(loop: Trainer, call: int) -> Trainer:
     """The loop, in which SIGTERM comes within a validation: the `call`-th time that a loss is taken there."""
     calls = iter(range(1, 1000))
 
@@ -71,13 +73,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def through(case: str, images: ImageSet, folder: Path, stops: list[Callable[[Loop], Loop]]) -> None:
+def through(case: str, images: ImageDataset, folder: Path, stops: list[Callable[[Trainer], Trainer]]) -> None:
     """Stops one run after the other, then lets one go on to its end, which must be that of a run without a stop."""
     reference, expected = made(case, images)
     best = fit(reference)
     for stop in stops:
         loop, _ = made(case, images, Checkpoints(folder))
-        with noted(), pytest.raises(StoppedError) as caught:
+        with defer_signals(), pytest.raises(StoppedError) as caught:
             fit(stop(loop))
         assert caught.value.exit_code == 143
         random.seed()
@@ -119,15 +121,15 @@ def test_defect_product_a_checkpoint_follows_every_epoch_and_a_run_that_is_over_
     assert same(fit(replace(again, update=None))["raw"].state, best["raw"].state), "a step would fail"
     assert told == rows
     assert Checkpoints(tmp_path / "kept").load()[RUNTIME] == {"precision": "fp32", "channels_last": True}
-    other = Manner(replace(CPU, dtype=torch.bfloat16, grouped_fp32=True))
+    other = PrecisionState(replace(CPU, dtype=torch.bfloat16, grouped_fp32=True))
     again, _ = made("patience", images, Checkpoints(tmp_path / "kept"))
     with pytest.raises(DataError, match=r"trained with .*fp32.*bf16_grouped_fp32"):
-        fit(replace(again, parts={**again.parts, RUNTIME: other}))
+        fit(replace(again, components={**again.components, RUNTIME: other}))
 
 
 def test_what_it_has_summed_up_lies_on_the_device_again(images, tmp_path):
     loop, _ = made("cooling", images, Checkpoints(tmp_path / "kept"))
-    with noted(), pytest.raises(StoppedError):
+    with defer_signals(), pytest.raises(StoppedError):
         fit(stopped_after(loop, 2))
     again, _ = made("cooling", images, Checkpoints(tmp_path / "kept"))
     elsewhere = replace(again, runtime=replace(CPU, device=torch.device("meta")))
@@ -139,7 +141,7 @@ def test_one_that_cannot_be_read_gives_way_to_the_one_before(images, tmp_path, c
     reference, _ = made("cooling", images)
     best = fit(reference)
     loop, _ = made("cooling", images, Checkpoints(folder))
-    with noted(), pytest.raises(StoppedError):
+    with defer_signals(), pytest.raises(StoppedError):
         fit(stopped_after(loop, 8))
     newest = max(folder.iterdir())
     newest.write_bytes(newest.read_bytes()[:-1000])

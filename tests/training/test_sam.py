@@ -7,12 +7,12 @@ from torch import nn
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import make_runtime
 from fivefold.training.losses import Loss, cross_entropy
-from fivefold.training.objectives import Rows, by_labels, once
+from fivefold.training.objectives import MicroBatch, label_loss, single_pass
 from fivefold.training.optim import build_optimizer
-from fivefold.training.steps import UPDATES, plain, sam
+from fivefold.training.steps import plain_step, sam_step
 
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
-OBJECTIVE = once(by_labels(cross_entropy(0.1)))
+OBJECTIVE = single_pass(label_loss(cross_entropy(0.1)))
 
 
 def network(*more: nn.Module) -> nn.Module:
@@ -20,13 +20,13 @@ def network(*more: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), *more, nn.ReLU(), nn.Linear(8, 3)).train()
 
 
-def batches(seed: int, *counts: int) -> list[Rows]:
+def batches(seed: int, *counts: int) -> list[MicroBatch]:
     generator = torch.Generator().manual_seed(seed)
     made = []
     for count in counts:
         codes = torch.randint(0, 3, (count,), generator=generator)
         images = torch.randn(count, 3, 2, 2, generator=generator)
-        made.append(Rows(images, nn.functional.one_hot(codes, 3).float()))
+        made.append(MicroBatch(images, nn.functional.one_hot(codes, 3).float()))
     return made
 
 
@@ -42,15 +42,15 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_sam_at_rho_zero_is_the_plain_step_bit_for_bit(name):
     """With dropout (the same masks in both passes), BatchNorm, accumulation and clipping."""
     found = {}
-    for update in ("plain", "sam"):
+    for update in (plain_step, sam_step):
         model = network(nn.BatchNorm1d(8), nn.Dropout(0.5))
         torch.manual_seed(3)
-        step = UPDATES[update](model, OBJECTIVE, optimizer_of(model, name), CPU, 0.05, 0.0)
+        step = update(model, OBJECTIVE, optimizer_of(model, name), CPU, 0.05, 0.0)
         losses = [result.loss.item() for n in range(4) for result in step(batches(n, 6, 6, 3))]
         found[update] = (state(model), losses, torch.rand(1))
-    assert found["plain"][1:] == found["sam"][1:]
-    for key, tensor in found["plain"][0].items():
-        assert torch.equal(tensor, found["sam"][0][key]), key
+    assert found[plain_step][1:] == found[sam_step][1:]
+    for key, tensor in found[plain_step][0].items():
+        assert torch.equal(tensor, found[sam_step][0][key]), key
 
 
 def test_sam_by_hand_on_a_quadratic():
@@ -71,8 +71,8 @@ def test_sam_by_hand_on_a_quadratic():
         return (curvature * logits**2).sum(dim=1).mean() / 2
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sam(model, once(by_labels(Loss(half_square))), optimizer, CPU, clip=0.0, rho=0.5)(
-        [Rows(torch.zeros(2, 1), torch.zeros(2, 2))]
+    sam_step(model, single_pass(label_loss(Loss(half_square))), optimizer, CPU, clip=0.0, rho=0.5)(
+        [MicroBatch(torch.zeros(2, 1), torch.zeros(2, 2))]
     )
     gradient = torch.tensor([3.0, 4.0])  # ‖g‖ = 5, so the climb is (.3, .4)
     expected = torch.tensor([3.0, 1.0]) - 0.1 * curvature * (torch.tensor([3.0, 1.0]) + 0.5 * gradient / 5)
@@ -90,7 +90,7 @@ def test_both_passes_see_the_same_dropout_masks():
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), Tell(), nn.Linear(12, 3)).train()
-    sam(model, OBJECTIVE, optimizer_of(model), CPU, clip=0.0, rho=0.2)(batches(0, 6, 6))
+    sam_step(model, OBJECTIVE, optimizer_of(model), CPU, clip=0.0, rho=0.2)(batches(0, 6, 6))
     assert len(seen) == 4
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[1], seen[3])
@@ -100,7 +100,7 @@ def test_both_passes_see_the_same_dropout_masks():
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_are_counted_once_and_at_the_weights_themselves(momentum):
     found = []
-    for update in (plain, sam):
+    for update in (plain_step, sam_step):
         model = network(nn.BatchNorm1d(8, momentum=momentum))
         update(model, OBJECTIVE, optimizer_of(model), CPU, 0.0, 0.5)(batches(2, 8, 8))
         found.append({name: buffer.clone() for name, buffer in model.named_buffers()})
@@ -114,7 +114,7 @@ def test_parameters_that_do_not_learn_stay_where_they_are():
     model[1].requires_grad_(False)
     optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
     before = state(model)
-    sam(model, OBJECTIVE, optimizer, CPU, clip=1.0, rho=0.5)(batches(4, 8))
+    sam_step(model, OBJECTIVE, optimizer, CPU, clip=1.0, rho=0.5)(batches(4, 8))
     assert torch.equal(model[1].weight, before["1.weight"])
     assert not torch.equal(model[3].weight, before["3.weight"])
 
@@ -122,8 +122,8 @@ def test_parameters_that_do_not_learn_stay_where_they_are():
 def test_fp16_is_refused_and_bf16_named():
     fp16 = make_runtime(torch.device("cpu"), torch.float16, False, [0.5] * 3, [0.5] * 3)
     model = network()
-    with pytest.raises(SettingsError, match=r"train\.update=sam .* fp16.*train\.precision=bf16"):
-        sam(model, OBJECTIVE, optimizer_of(model), fp16, clip=0.0, rho=0.05)
+    with pytest.raises(SettingsError, match=r"train\.sam_rho=0\.05 .* fp16.*train\.precision=bf16"):
+        sam_step(model, OBJECTIVE, optimizer_of(model), fp16, clip=0.0, rho=0.05)
     bf16 = make_runtime(torch.device("cpu"), torch.bfloat16, False, [0.5] * 3, [0.5] * 3)
-    results = sam(model, OBJECTIVE, optimizer_of(model), bf16, clip=0.0, rho=0.05)(batches(5, 8))
+    results = sam_step(model, OBJECTIVE, optimizer_of(model), bf16, clip=0.0, rho=0.05)(batches(5, 8))
     assert bool(torch.isfinite(results[0].loss))

@@ -14,11 +14,11 @@ from fivefold.inference.predictor import make_runtime
 from fivefold.models.classifier import Classifier
 from fivefold.training.callbacks import Ema
 from fivefold.training.losses import build_loss, cross_entropy
-from fivefold.training.objectives import Rows, by_labels, by_teacher, once, rdrop
+from fivefold.training.objectives import MicroBatch, distillation_loss, label_loss, rdrop, single_pass
 from fivefold.training.optim import Schedule, build_optimizer
-from fivefold.training.steps import plain, sam
+from fivefold.training.steps import plain_step, sam_step
 
-OBJECTIVE = once(by_labels(cross_entropy(0.1)))
+OBJECTIVE = single_pass(label_loss(cross_entropy(0.1)))
 CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
 
 
@@ -27,10 +27,10 @@ def network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3))
 
 
-def rows(count: int, seed: int) -> Rows:
+def rows(count: int, seed: int) -> MicroBatch:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 3, (count,), generator=generator)
-    return Rows(torch.randn(count, 3, 2, 2, generator=generator), nn.functional.one_hot(codes, 3).float())
+    return MicroBatch(torch.randn(count, 3, 2, 2, generator=generator), nn.functional.one_hot(codes, 3).float())
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_a_plain_step_is_torchs_own(name, reference):
     others = [p for p in theirs.parameters() if p.ndim < 2]
     optimizer = reference([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
     own = build_optimizer(name, ours, lr=0.01, weight_decay=0.1, momentum=0.9)
-    update = plain(ours, OBJECTIVE, own, CPU, clip=0.5)
+    update = plain_step(ours, OBJECTIVE, own, CPU, clip=0.5)
     for step in range(5):
         batch = rows(6, step)
         update([batch])
@@ -66,14 +66,14 @@ def test_a_plain_step_is_torchs_own(name, reference):
 RARE = torch.tensor([0.4, 1.0, 9.0])
 ACCUMULATED = {
     "labels": OBJECTIVE,
-    "class weights": once(by_labels(build_loss("cross_entropy", 0.1, RARE))),
-    "class weights, focal": once(by_labels(build_loss("focal", 0.0, RARE))),
-    "a teacher": once(by_teacher(build_loss("bce", 0.0, RARE), lambda: 0.6, lambda: 2.0)),
-    "two passes": rdrop(by_labels(build_loss("cross_entropy", 0.0, RARE)), 0.5),
+    "class weights": single_pass(label_loss(build_loss("cross_entropy", 0.1, RARE))),
+    "class weights, focal": single_pass(label_loss(build_loss("focal", 0.0, RARE))),
+    "a teacher": single_pass(distillation_loss(build_loss("bce", 0.0, RARE), lambda: 0.6, lambda: 2.0)),
+    "two passes": rdrop(label_loss(build_loss("cross_entropy", 0.0, RARE)), 0.5),
 }
 
 
-@pytest.mark.parametrize("update", [plain, sam])
+@pytest.mark.parametrize("update", [plain_step, sam_step])
 @pytest.mark.parametrize("objective", ACCUMULATED.values(), ids=ACCUMULATED)
 def test_accumulated_batches_are_one_large_batch_whatever_their_rows_count(update, objective):
     """Some rows have no label. SAM accumulates, climbs once and accumulates again: not a climb a micro-batch."""
@@ -82,7 +82,7 @@ def test_accumulated_batches_are_one_large_batch_whatever_their_rows_count(updat
     large.targets[2:5] = 0
     teacher = torch.rand(9, 3, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
     large, found = replace(large, teacher=teacher), []
-    pieces = [Rows(large.images[a:b], large.targets[a:b], teacher[a:b]) for a, b in ((0, 4), (4, 5), (5, 9))]
+    pieces = [MicroBatch(large.images[a:b], large.targets[a:b], teacher[a:b]) for a, b in ((0, 4), (4, 5), (5, 9))]
     for model, batches in ((whole, [large]), (parts, pieces)):
         optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
         results = update(model, objective, optimizer, CPU, clip=0.0, rho=0.2)(batches)
@@ -91,7 +91,7 @@ def test_accumulated_batches_are_one_large_batch_whatever_their_rows_count(updat
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("update", [plain, sam])
+@pytest.mark.parametrize("update", [plain_step, sam_step])
 def test_who_keeps_the_results_of_a_step_keeps_no_graph(update):
     model = network()
     optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
@@ -100,7 +100,7 @@ def test_who_keeps_the_results_of_a_step_keeps_no_graph(update):
     assert [result.logits.grad_fn for result in results] == [None, None]
 
 
-@pytest.mark.parametrize("update", [plain, sam])
+@pytest.mark.parametrize("update", [plain_step, sam_step])
 def test_clipping_bounds_the_gradient_and_of_sam_the_second(update):
     model = network()
     before = weights(model).clone()
@@ -130,7 +130,7 @@ def test_the_average_follows_its_formula_and_counts_batches(most):
         ("constant", {}, [1.0] * 40),
         ("cosine", {}, [0.5 * (1 + math.cos(math.pi * n / 40)) for n in range(40)]),
         ("cosine", {"warmup_epochs": 2}, [(n + 1) / 8 for n in range(8)] + [0.5 * (1 + math.cos(math.pi * n / 32)) for n in range(32)]),
-        ("step", {"step_epochs": 5, "gamma": 0.5}, [1.0] * 20 + [0.5] * 20),
+        ("step", {"lr_step_epochs": 5, "gamma": 0.5}, [1.0] * 20 + [0.5] * 20),
     ],
 )  # fmt: skip
 def test_a_schedule_sets_the_rate_of_every_step_and_goes_on_from_its_state(name, options, expected):

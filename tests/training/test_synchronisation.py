@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fivefold.build import build_loop, one_hot, seed_everything
+from fivefold.build import build_trainer, one_hot, seed_everything
 from fivefold.config.schema import Augment, Distill, Model, Settings, Train
 from fivefold.data.pipeline.dataset import Batch
 from fivefold.inference.predictor import Runtime, make_runtime
 from fivefold.models.backbones import build_backbone
 from fivefold.models.classifier import Classifier, build_head
 from fivefold.training.losses import LOSSES
-from fivefold.training.teacher import Teacher
-from fivefold.training.trainer import Loop, TrainRows, _totals, rows_of
+from fivefold.training.objectives import Teacher
+from fivefold.training.trainer import TrainData, Trainer, _totals, to_micro_batch
 from training_runs import CPU
 
 READS = (
@@ -29,7 +29,7 @@ INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 """These wait too, where an index is a mask."""
 CASES = {
     **{f"loss {name}": {"loss": name} for name in LOSSES},
-    "everything": {"update": "sam", "rdrop_alpha": 0.5, "ema_decay": 0.9, "clip": 1.0, "accumulate": 2, "freeze_epochs": 1},
+    "everything": {"sam_rho": 0.05, "rdrop_alpha": 0.5, "ema_decay": 0.9, "max_grad_norm": 1.0, "grad_accum_steps": 2, "freeze_epochs": 1},
     "sgd": {"optimizer": "sgd"},
     "muon": {"optimizer": "muon", "warmup_epochs": 1.0, "class_weights": "balanced"},
     "adam": {"optimizer": "adam", "schedule": "constant", "label_smoothing": 0.1},
@@ -60,32 +60,32 @@ class Rows:
         return np.zeros((48, 0), np.float32)
 
 
-def loop_of(case: dict, mix: str, taught: bool, runtime: Runtime) -> Loop:
-    chosen = {"epochs": 3, "batch_size": 8, "precision": "fp32", "workers": 0} | case
+def loop_of(case: dict, mix: str, taught: bool, runtime: Runtime) -> Trainer:
+    chosen = {"epochs": 3, "batch_size": 8, "precision": "fp32", "num_workers": 0} | case
     settings = Settings(
         model=Model(image_size=16),
-        augment=Augment(mix=mix),
+        augment=Augment(batch_mix=mix),
         train=Train(**chosen),
-        distill=Distill(temperature_decay=0.9, annealing=0.5),
+        distill=Distill(temperature_decay=0.9, alpha_anneal_fraction=0.5),
     )
     seed_everything(0)
     backbone = build_backbone("fivefold/small_net", False, {"widths": [8, 16], "stem": 8})
     network = Classifier(backbone, build_head("linear", 16, 3, 0.3))
     codes = np.arange(48) % 3
     teacher = Teacher(np.log(np.full((48, 3), 1 / 3, np.float32)), 0.7, 2.0, runtime.device) if taught else None
-    train = TrainRows(Rows(), one_hot(codes, 3, runtime.device), teacher)
-    return build_loop("test", network, train, None, settings, runtime, select=False, patience=0)
+    train = TrainData(Rows(), one_hot(codes, 3, runtime.device), teacher)
+    return build_trainer("test", network, train, None, settings, runtime, select=False, patience=0)
 
 
-def step(loop: Loop, number: int) -> None:
+def step(loop: Trainer, number: int) -> None:
     """A step as the loop takes it, from a batch of the loader on."""
     rows = []
-    for part in range(loop.duration.accumulate):
+    for part in range(loop.config.accumulate):
         drawn = torch.Generator().manual_seed(2 * number + part)
         images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=drawn)
         samples = [(1, row) for row in torch.randperm(48, generator=drawn)[:8].tolist()]
         batch = Batch(images, torch.tensor([row for _, row in samples]))
-        rows.append(rows_of(batch, samples, loop.train, loop.mixing, loop.runtime, 1, (0, 1, number, part)))
+        rows.append(to_micro_batch(batch, samples, loop.train, loop.mixing, loop.runtime, 1, (0, 1, number, part)))
     results = loop.update(rows)
     for call in loop.after_step:
         call()
@@ -156,5 +156,5 @@ def test_a_compiled_step_is_the_steps_own_within_rounding_and_keeps_all_names():
             step(each, number)
     compiled, plain = (dict(made[kind].model.state_dict()) for kind in (True, False))
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
-    assert list(copy.deepcopy(made[True].contenders["ema"]).state_dict()) == list(made[True].model.state_dict())
+    assert list(copy.deepcopy(made[True].scored_models["ema"]).state_dict()) == list(made[True].model.state_dict())
     assert isinstance(made[True].model.backbone, nn.Module)

@@ -18,7 +18,13 @@ ROWS = [
     {"epoch": 2, "train_loss": 0.4, "train_acc": 0.75, "lr": 0.05, "val_logloss": 0.5, "val_acc": None},
 ]
 SCORES = {"oof_accuracy": 0.875, "oof_logloss": 0.5}
-SETTINGS = {"train.epochs": 2, "train.lr": 0.1, "model.options": {"widths": [8, 16]}, "fold": None, "system": "빨강"}
+SETTINGS = {
+    "train.epochs": 2,
+    "train.lr": 0.1,
+    "model.backbone_kwargs": {"widths": [8, 16]},
+    "fold": None,
+    "system": "빨강",
+}
 NOISE = ("DeprecationWarning", "sqlalchemy.exc.SADeprecationWarning", "ResourceWarning")
 """What MLflow and W&B themselves do that Python or SQLAlchemy would have otherwise."""
 quiet = pytest.mark.filterwarnings(*(f"ignore::{name}" for name in NOISE))
@@ -36,7 +42,7 @@ def track(name: str, folder: Path, scores: dict[str, float] | None = SCORES) -> 
     path = folder.parent / f"{folder.name}.png"
     Image.new("RGB", (3, 2), (250, 120, 5)).save(path)
     for tracker in trackers:
-        tracker.picture("Val/examples", path, 1)
+        tracker.log_image("Val/examples", path, 1)
     close_trackers(trackers, scores)
 
 
@@ -61,7 +67,7 @@ def test_tensorboard_keeps_settings_epochs_and_final_scores(tmp_path: Path):
     pixels = Image.open(io.BytesIO(shown.encoded_image_string))
     assert (shown.step, pixels.size, pixels.getpixel((0, 0))) == (1, (3, 2), (250, 120, 5))
     text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert '| model.options | `{"widths": [8, 16]}` |' in text
+    assert '| model.backbone_kwargs | `{"widths": [8, 16]}` |' in text
     assert '| system | `"빨강"` |' in text
 
 
@@ -117,7 +123,7 @@ def test_an_absent_package_is_refused_only_where_it_is_asked_for(
 ):
     monkeypatch.setitem(sys.modules, name, None)  # as Python itself marks a module that cannot be imported
     assert open_trackers([], run(tmp_path)) == []
-    with pytest.raises(SettingsError, match=rf"train.trackers={name} needs {name}, .* 'fivefold\[trackers\]'"):
+    with pytest.raises(SettingsError, match=rf"train.loggers={name} needs {name}, .* 'fivefold\[trackers\]'"):
         open_trackers([name], run(tmp_path))
     with pytest.raises(SettingsError, match="unknown tracker 'wanda'; did you mean 'wandb'"):
         open_trackers(["tensorboard", "wanda"], run(tmp_path))
@@ -135,5 +141,5 @@ def test_wandb_without_a_key_says_what_to_set(tmp_path: Path):
     nowhere = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "PATH": ""}
     nowhere["PYTHONPATH"] = ":".join(sys.path)
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=nowhere, capture_output=True, text=True)
-    assert "refused: train.trackers=wandb: " in ended.stdout, ended.stderr
+    assert "refused: train.loggers=wandb: " in ended.stdout, ended.stderr
     assert "WANDB_MODE=offline" in ended.stdout

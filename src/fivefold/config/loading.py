@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fivefold.config.parsing import value_of, words
-from fivefold.config.recipes import read, system_of
-from fivefold.config.schema import EXECUTION_KEYS, OF_A_STAGE, SECTIONS, STAGES_OF_A_RUN, Settings
+from fivefold.config.parsing import parse_value, type_name
+from fivefold.config.recipes import default_system, read
+from fivefold.config.schema import EXECUTION_KEYS, PER_STAGE_KEYS, RUN_STAGES, SECTIONS, Settings
 from fivefold.contract.job import hyperparameters
-from fivefold.distributed.ranks import index_is_of_hosts
+from fivefold.distributed.ranks import index_means_host
 from fivefold.errors import SettingsError
 from fivefold.lookup import did_you_mean
 
@@ -43,7 +43,7 @@ def arguments_layer(arguments: Sequence[str]) -> Layer:
         name, equals, value = argument.partition("=")
         if not equals:
             raise SettingsError(f"argument {argument!r} is not KEY=VALUE; see --help for the keys")
-        values[normal_key(name)] = value
+        values[normalize_key(name)] = value
     return Layer("argument", values)
 
 
@@ -54,28 +54,28 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
         section, _, key = name.lower().partition("__")
         if not value or not ((key and section in SECTIONS) or name.lower() in ENVIRONMENT_KEYS):
             continue
-        other = names.setdefault(normal_key(name), name)
+        other = names.setdefault(normalize_key(name), name)
         if environ[other] != value:
             raise SettingsError(
-                f"{other}={_redact(normal_key(name), environ[other])} and {name}={_redact(normal_key(name), value)} in the "
+                f"{other}={_redact(normalize_key(name), environ[other])} and {name}={_redact(normalize_key(name), value)} in the "
                 "environment differ; set one of them"
             )
     return Layer("environment", {key: environ[name] for key, name in names.items()})
 
 
-def index_layer(environ: Mapping[str, str]) -> Layer:
+def job_index_layer(environ: Mapping[str, str]) -> Layer:
     """Return the layer of JOB_COMPLETION_INDEX of a Kubernetes Indexed Job: the fold, if no other layer sets it."""
     index = environ.get(INDEX_VARIABLE)
     return Layer(INDEX_VARIABLE, {"fold": index} if index else {})
 
 
-def layers_of(arguments: Sequence[str], environ: Mapping[str, str]) -> list[Layer]:
+def collect_layers(arguments: Sequence[str], environ: Mapping[str, str]) -> list[Layer]:
     """Return the layers of this process, highest precedence first; the recipe and the defaults come after them."""
     return [
         arguments_layer(arguments),
         environment_layer(environ),
-        Layer("hyperparameters", {normal_key(name): value for name, value in hyperparameters(environ).items()}),
-        index_layer({} if index_is_of_hosts(environ) else environ),
+        Layer("hyperparameters", {normalize_key(name): value for name, value in hyperparameters(environ).items()}),
+        job_index_layer({} if index_means_host(environ) else environ),
     ]
 
 
@@ -98,11 +98,11 @@ def load(layers: Sequence[Layer]) -> Settings:
     for key, value in values.items():
         _set_key(tree, key, value)
     if not tree.get("system"):
-        tree["system"] = system_of(tree.get("recipe") or "default")
+        tree["system"] = default_system(tree.get("recipe") or "default")
     return _validate(tree, sources)
 
 
-def normal_key(name: str) -> str:
+def normalize_key(name: str) -> str:
     """Return `train.epochs` for `TRAIN__EPOCHS`, `--train.epochs` or `Train.epochs`; `-` becomes `_`, `config` `recipe`."""
     key = name.strip().lower().lstrip("-").replace("-", "_").replace("__", ".")
     return ALIASES.get(key, key)
@@ -110,12 +110,12 @@ def normal_key(name: str) -> str:
 
 def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
     """Return the keys of `layer` that a stage with these `sections` does not read."""
-    read = ("recipe", "run", "runs", "stage", "reuse", *sections)
-    return [key for key in layer.values if not is_of(key, read)]
+    read = ("recipe", "run", "runs", "stage", "on_version_change", *sections)
+    return [key for key in layer.values if not in_sections(key, read)]
 
 
-def is_of(key: str, sections: Sequence[str]) -> bool:
-    """Return whether `key` is in `sections`, an item of which can be a single key such as `data.store_size`."""
+def in_sections(key: str, sections: Sequence[str]) -> bool:
+    """Return whether `key` is in `sections`, an item of which can be a single key such as `data.resize_shorter_side`."""
     return key in sections or key.split(".")[0] in sections
 
 
@@ -138,22 +138,24 @@ def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def key_settings(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
+def hashed_settings(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
     """Return the settings of `sections` that can change a result, flat. A stage's key is a digest of them.
 
     Of `[predict]` only keys that were set count: for the others, each model uses the values of its own recipe.
     """
     fields = type(settings.predict).model_fields.keys()
     left_out = EXECUTION_KEYS | {f"predict.{name}" for name in fields - settings.predict.model_fields_set}
-    return {key: value for key, value in flatten(settings).items() if is_of(key, sections) and key not in left_out}
+    return {
+        key: value for key, value in flatten(settings).items() if in_sections(key, sections) and key not in left_out
+    }
 
 
 def describe(sections: Sequence[str]) -> str:
     """Return the `--help` text: one line per key of `sections`, with type, description and default."""
     lines = [
-        f"  {key:24} {words(field.annotation):26} {field.description} (default: {json.dumps(field.default, ensure_ascii=False)})"
+        f"  {key:24} {type_name(field.annotation):26} {field.description} (default: {json.dumps(field.default, ensure_ascii=False)})"
         for key, field in FIELDS.items()
-        if is_of(key, sections)
+        if in_sections(key, sections)
     ]
     return "\n".join(lines)
 
@@ -179,7 +181,7 @@ def reference() -> str:
                 "|---|---|---|---|",
             ]
         default = json.dumps(field.default, ensure_ascii=False)
-        cells = [f"`{short or name}`", words(field.annotation), f"`{default}`", field.description or ""]
+        cells = [f"`{short or name}`", type_name(field.annotation), f"`{default}`", field.description or ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -187,11 +189,11 @@ def reference() -> str:
 def _convert(key: str, value: Any, source: str) -> Any:
     """Convert `value` to the type of `key`. Raise a SettingsError for an unknown key or a wrong type."""
     parent, _, option = key.partition(".options.")
-    kind = Any if option and f"{parent}.options" in KINDS else KINDS.get(key)
+    kind = Any if option and f"{parent}.options" in KEY_TYPES else KEY_TYPES.get(key)
     if kind is None:
         raise SettingsError(f"unknown key {key!r} in {source}{_hint(key)}; --help lists the keys")
     try:
-        return value_of(kind, value)
+        return parse_value(kind, value)
     except ValueError as error:
         raise SettingsError(f"{key}={_redact(key, value, repr)} ({source}): {error}") from None
 
@@ -205,13 +207,13 @@ def _hint(key: str) -> str:
     """Return a hint for an unknown `key`: the same name in a section, or the key with the nearest spelling."""
     if key in SECTIONS:
         return f"; it is a section: write {key}.NAME=VALUE or {key}__NAME=VALUE"
-    same = [known for known in KINDS if known.endswith(f".{key}") and known.count(".") == 1]
-    return f"; did you mean {' or '.join(map(repr, same))}?" if same else did_you_mean(key, [*KINDS, *SECTIONS])
+    same = [known for known in KEY_TYPES if known.endswith(f".{key}") and known.count(".") == 1]
+    return f"; did you mean {' or '.join(map(repr, same))}?" if same else did_you_mean(key, [*KEY_TYPES, *SECTIONS])
 
 
 def _check_index(layers: Sequence[Layer], fold: int | None) -> None:
     index = next((layer.values["fold"] for layer in layers if layer.source == INDEX_VARIABLE and layer.values), None)
-    if index is not None and fold != value_of(int, index):
+    if index is not None and fold != parse_value(int, index):
         raise SettingsError(f"FOLD={fold} and {INDEX_VARIABLE}={index} differ; set only one of them")
 
 
@@ -243,7 +245,7 @@ def _describe_error(problem: Mapping[str, Any], prefix: str, sources: Mapping[st
     path = ".".join(str(part) for part in parts)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {path!r}{_hint(path)}"
-    key = next((".".join(map(str, parts[:n])) for n in (3, 2, 1) if ".".join(map(str, parts[:n])) in KINDS), "")
+    key = next((".".join(map(str, parts[:n])) for n in (3, 2, 1) if ".".join(map(str, parts[:n])) in KEY_TYPES), "")
     if problem["type"] == "value_error":
         return f"{path}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     value = problem["input"]
@@ -255,7 +257,7 @@ def _requirement(problem: Mapping[str, Any], key: str) -> str:
     bound = BOUND_MESSAGES.get(problem["type"])
     if bound is not None:
         return bound.format(**problem.get("ctx", {}))
-    return f"{words(KINDS[key]) if key else 'a table of keys'} is needed"
+    return f"{type_name(KEY_TYPES[key]) if key else 'a table of keys'} is needed"
 
 
 BOUND_MESSAGES = {
@@ -271,11 +273,11 @@ FIELDS: dict[str, FieldInfo] = {}
 for _name, _field in Settings.model_fields.items():
     _fields = type(_field.default).model_fields if _name in SECTIONS else {}
     FIELDS |= {f"{_name}.{key}": field for key, field in _fields.items()} or {_name: _field}
-KINDS = {key: field.annotation for key, field in FIELDS.items()}
+KEY_TYPES = {key: field.annotation for key, field in FIELDS.items()}
 """The type of every key, including the student's overrides and the overrides per stage."""
-KINDS |= {f"distill.{key}": kind for key, kind in KINDS.items() if key.startswith(("model.", "train."))}
-KINDS |= {
-    f"sagemaker.stages.{stage}.{key}": KINDS[f"sagemaker.{key}"] for stage in STAGES_OF_A_RUN for key in OF_A_STAGE
+KEY_TYPES |= {f"distill.{key}": kind for key, kind in KEY_TYPES.items() if key.startswith(("model.", "train."))}
+KEY_TYPES |= {
+    f"sagemaker.stages.{stage}.{key}": KEY_TYPES[f"sagemaker.{key}"] for stage in RUN_STAGES for key in PER_STAGE_KEYS
 }
 
 

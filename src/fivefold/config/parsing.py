@@ -26,17 +26,17 @@ TYPE_NAMES: dict[Any, tuple[str, str]] = {
 }
 
 
-def value_of(kind: Any, given: Any) -> Any:
-    """Return `given` as a value of the type `kind`. Raise a ValueError that names the needed type."""
+def parse_value(kind: Any, value: Any) -> Any:
+    """Return `value` as a value of the type `kind`. Raise a ValueError that names the needed type."""
     if kind is Any:  # a parameter of a backbone
-        return _parse(given, default=given) if isinstance(given, str) else given
-    for reading in _readings(given):
+        return _parse(value, default=value) if isinstance(value, str) else value
+    for reading in _readings(value):
         with suppress(ValidationError):
             return _adapter(kind).validate_python(reading)
-    raise ValueError(f"{words(kind)} is needed")
+    raise ValueError(f"{type_name(kind)} is needed")
 
 
-def words(kind: Any, many: bool = False) -> str:
+def type_name(kind: Any, many: bool = False) -> str:
     """Return a description of the type `kind`: `a whole number`, `a list of numbers`."""
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     named = [_describe_member(member, many) for member in sorted(members, key=lambda member: member is str)]
@@ -89,5 +89,5 @@ def _describe_member(kind: Any, many: bool) -> str:
     if origin is Literal:
         return "one of " + ", ".join(get_args(kind))
     if origin is list:
-        return ("lists" if many else "a list") + f" of {words(get_args(kind)[0], many=True)}"
+        return ("lists" if many else "a list") + f" of {type_name(get_args(kind)[0], many=True)}"
     return TYPE_NAMES[origin][many]

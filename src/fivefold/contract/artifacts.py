@@ -1,4 +1,4 @@
-"""Find the results of earlier stages in folders and in SageMaker's tarballs."""
+"""Find the results of earlier stages, and submissions, in folders and in SageMaker's tarballs."""
 
 import hashlib
 import os
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fivefold.contract.filenames import TRUTHS, is_sample
+from fivefold.contract.filenames import GROUND_TRUTH_NAMES, is_ground_truth, is_sample_submission
 from fivefold.contract.files import (
-    MOST_OF_AN_ARCHIVE,
+    MAX_ARCHIVE_BYTES,
     check_space,
     read_json,
     sha256,
-    sha256_once,
+    sha256_cached,
     tree_files,
     tree_sha256,
 )
-from fivefold.contract.job import Job
+from fivefold.contract.job import StageContext
 from fivefold.contract.stage_specs import (
     CLASSES,
     ENSEMBLE,
@@ -47,9 +47,9 @@ HASHED_FILES = {
 
 EXTRA_HASHED_FILES = {("evaluate", "folds"): (OVERLAP, SPLIT_SUMMARY)}
 """Additional files that enter the key of one stage. Only this stage reads them, so they change no other result."""
-COMPARED = (".csv", ".parquet", ENSEMBLE, MODEL)
+COMPARED_FILES = (".csv", ".parquet", ENSEMBLE, MODEL)
 """The only files of a run that `compare` reads."""
-GROUND_TRUTH_ENDINGS = tuple(f"/{name}" for name in TRUTHS)
+GROUND_TRUTH_ENDINGS = tuple(f"/{name}" for name in GROUND_TRUTH_NAMES)
 """Ground-truth files beside test images. Stages that predict these images do not read them."""
 VERIFIED_FILES = (WEIGHTS, MODEL, OOF, HOLDOUT)
 """Files of a model that later stages read."""
@@ -77,7 +77,7 @@ class ModelDir:
 
     path: Path
     info: dict[str, Any]
-    shown: Path | None = None
+    display_path: Path | None = None
     """The path for messages: its `model.json`, or the tarball that contains it."""
 
     @property
@@ -98,13 +98,13 @@ class ModelDir:
         return f"fold {self.info['fold']} of {self.info['system']}, seed {self.info['seed']}"
 
 
-def roots(folder: Path, scratch: Path) -> dict[Path, Path]:
+def search_roots(folder: Path, scratch: Path) -> dict[Path, Path]:
     """Return the folder, and a folder below `scratch` for each tarball in it. The values are their origins, for messages."""
     tarballs = [path for path in tree_files(folder) if path.name in TARBALLS]
     return {folder: folder} | {_unpack(path, scratch): path for path in tarballs}
 
 
-def locate(job: Job, channel: str, name: str) -> Path:
+def find_one(job: StageContext, channel: str, name: str) -> Path:
     """Return the only file `name` anywhere in `channel`. Raise a DataError if there are several with different bytes."""
     paths = _find_with_origin(job.channel(channel), job.scratch, name)
     if not paths:
@@ -120,7 +120,7 @@ def _only(paths: Mapping[Path, Path], name: str, folder: Path) -> Path:
     return next(iter(paths))
 
 
-def locate_all(folder: Path, scratch: Path, name: str) -> list[Path]:
+def find_all(folder: Path, scratch: Path, name: str) -> list[Path]:
     """Return all files `name` below a folder, sorted by path."""
     return list(_find_with_origin(folder, scratch, name))
 
@@ -142,13 +142,15 @@ def find_models(folder: Path, scratch: Path) -> list[ModelDir]:
         _check_finished(model)
         other = unique.setdefault(model.identity, model)
         if not _same_bytes(model, other):
-            raise DataError(f"{other.shown} and {model.shown} are both {model.name}, but differ; remove one of them")
+            raise DataError(
+                f"{other.display_path} and {model.display_path} are both {model.name}, but differ; remove one of them"
+            )
     if not unique:
         raise MissingInputError(f"no model below {folder}: looked for **/{MODEL} and **/model.tar.gz")
     return sorted(unique.values(), key=lambda model: model.identity)
 
 
-def model_at(folder: Path) -> ModelDir:
+def open_model_dir(folder: Path) -> ModelDir:
     """Return the finished model in a folder that settings name. Errors as in `find_models`."""
     path = folder / MODEL
     if not path.is_file():
@@ -185,7 +187,7 @@ def find_predictions(folder: Path, scratch: Path) -> dict[str, Path]:
 def channel_digest(channel: str, folder: Path, scratch: Path, settings: Mapping[str, Any], stage: str = "") -> str:
     """Return the digest of the files that a `stage` with these (flat) settings reads from a channel.
 
-    With split.open_images=false the split reads tables (a .zip counts as one), and only the names of other files.
+    With split.verify_images=false the split reads tables (a .zip counts as one), and only the names of other files.
     """
     if channel == "model":
         return _digest([model.path / name for model in find_models(folder, scratch) for name in HASHED_FILES["model"]])
@@ -195,16 +197,18 @@ def channel_digest(channel: str, folder: Path, scratch: Path, settings: Mapping[
         names = (*HASHED_FILES[channel], *EXTRA_HASHED_FILES.get((stage, channel), ()))
         return _digest([path for name in names for path in _find_with_origin(folder, scratch, name)])
     if channel == "runs":
-        return tree_sha256(folder, without=(RECORD,), only=COMPARED)
+        return tree_sha256(folder, without=(RECORD,), only=COMPARED_FILES)
     without = (RECORD, *GROUND_TRUTH_ENDINGS) if channel == "eval" else (RECORD,)
     tables = (".csv", ".zip", str(settings.get("data.table", "")).lower() or ".csv")
-    return tree_sha256(folder, without=without, only=("",) if settings.get("split.open_images", True) else tables)
+    return tree_sha256(folder, without=without, only=("",) if settings.get("split.verify_images", True) else tables)
 
 
 def _submission(folder: Path, scratch: Path) -> Path:
     """Return the only CSV of a predictions channel that is not a sample submission."""
-    files = [path for root in roots(folder, scratch) for path in tree_files(root) if path.suffix.lower() == ".csv"]
-    submissions = [path for path in files if not is_sample(path.name)]
+    files = [
+        path for root in search_roots(folder, scratch) for path in tree_files(root) if path.suffix.lower() == ".csv"
+    ]
+    submissions = [path for path in files if not is_sample_submission(path.name)]
     if not submissions:
         raise MissingInputError(f"no {PREDICTIONS}, {HOLDOUT} or submission CSV below {folder}")
     if len(submissions) > 1:
@@ -217,7 +221,7 @@ def _digest(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         if path.is_file():
-            digest.update(f"{path.name}\0{sha256_once(path)}\n".encode())
+            digest.update(f"{path.name}\0{sha256_cached(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -225,7 +229,7 @@ def _find_with_origin(folder: Path, scratch: Path, name: str) -> dict[Path, Path
     """Return all files `name` below `folder`, each with its path for messages: its own, or that of its tarball."""
     return {
         path: path if origin == root else origin
-        for root, origin in roots(folder, scratch).items()
+        for root, origin in search_roots(folder, scratch).items()
         for path in tree_files(root)
         if path.name == name
     }
@@ -246,7 +250,7 @@ def _model_info(path: Path, shown: Path) -> dict[str, Any]:
 def _check_finished(model: ModelDir) -> None:
     if not (model.path / RECORD).is_file():
         raise DataError(
-            f"{model.shown}: the model has no {RECORD}, so its training did not finish or the copy is incomplete; "
+            f"{model.display_path}: the model has no {RECORD}, so its training did not finish or the copy is incomplete; "
             "run it again, copy the whole folder, or remove it"
         )
     record = read_json(model.path / RECORD)
@@ -254,9 +258,9 @@ def _check_finished(model: ModelDir) -> None:
     digests = {name.partition("/")[2]: digest for name, digest in (outputs or {}).items()}
     for name in VERIFIED_FILES:
         path = model.path / name
-        if name in digests and path.is_file() and sha256_once(path) != digests[name]:
+        if name in digests and path.is_file() and sha256_cached(path) != digests[name]:
             raise DataError(
-                f"{model.shown.parent / name} differs from the file that its stage wrote (see {RECORD} beside it): copy the "
+                f"{model.display_path.parent / name} differs from the file that its stage wrote (see {RECORD} beside it): copy the "
                 "whole folder again, or run the stage again"
             )
 
@@ -293,7 +297,7 @@ def _safe_members(archive: tarfile.TarFile, folder: Path) -> Iterator[tarfile.Ta
     Python before 3.11.4 (Debian 12 has 3.11.2) has no extraction filters. Raise a TarError for links, devices, sparse files, paths
     outside `folder`, and more bytes than the disk's size or the limit; a RetryableError if the disk has no space now.
     """
-    limit, size = min(MOST_OF_AN_ARCHIVE, shutil.disk_usage(folder).total), 0
+    limit, size = min(MAX_ARCHIVE_BYTES, shutil.disk_usage(folder).total), 0
     for member in archive:
         # a few bytes of a sparse file may represent any size
         if member.issparse() or not (member.isreg() or member.isdir()):
@@ -309,3 +313,26 @@ def _safe_members(archive: tarfile.TarFile, folder: Path) -> Iterator[tarfile.Ta
         member.mode = 0o755 if member.isdir() else 0o644
         member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
         yield member
+
+
+NOT_SUBMISSIONS = ("train.csv", "test.csv", FOLDS, OOF, HOLDOUT)
+"""Tables in the same folder that are not submissions, besides sample submissions and ground truth."""
+
+
+def find_submissions(job: StageContext, tables: bool = False) -> list[Path]:
+    """Return the submission CSVs of the channel: the file itself, or all below it. Without the channel return none.
+
+    Sample submissions and ground truth do not count. With `tables`, return the .parquet tables of predictions if there
+    is no CSV: a run's folder has the same rows in both. Raise MissingInputError if the channel has no such file.
+    """
+    if job.optional_channel("submissions") is None:
+        return []
+    files = [path for root in search_roots(job.channel("submissions"), job.scratch) for path in tree_files(root)]
+    files = [
+        p for p in files if not (p.name in NOT_SUBMISSIONS or is_sample_submission(p.name) or is_ground_truth(p.name))
+    ]
+    for suffix in (".csv", ".parquet")[: 1 + tables]:
+        if matches := [path for path in files if path.suffix.lower() == suffix]:
+            return matches
+    kind = "CSV or table of predictions" if tables else "CSV"
+    raise MissingInputError(f"no {kind} below the channel 'submissions' ({job.channel('submissions')})")

@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from fivefold.contract.files import causes, disk_is_full, write_text
-from fivefold.contract.s3.sync import shown
+from fivefold.contract.files import disk_is_full, exception_chain, write_text
+from fivefold.contract.s3.sync import with_urls
 from fivefold.contract.stage_specs import FAILURE
-from fivefold.errors import FivefoldError, LostError, RetryableError, SettingsError, StoppedError
+from fivefold.errors import FivefoldError, PeerLostError, RetryableError, SettingsError, StoppedError
 
 MAX_MESSAGE_CHARS = 1024
 """SageMaker shows only this much of the failure file, so the message comes first."""
@@ -33,7 +33,7 @@ GPU_OUT_OF_MEMORY = "OutOfMemoryError"
 PERMISSION_CODES = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def explained(error: BaseException) -> BaseException:
+def to_known_error(error: BaseException) -> BaseException:
     """Return `error`, or the FivefoldError that describes it if the machine is at fault, not the program.
 
     A full disk, an unreachable network and too little memory become RetryableErrors, even if another error
@@ -41,20 +41,20 @@ def explained(error: BaseException) -> BaseException:
     """
     if isinstance(error, RetryableError | StoppedError | KeyboardInterrupt):
         return error
-    for cause in causes(error):
+    for cause in exception_chain(error):
         if disk_is_full(cause):
             where = f" ({name})" if (name := getattr(cause, "filename", None)) else ""
             return RetryableError(f"no space left on the device{where}: free some, then run the same command again")
         if str(cause).startswith("DataLoader timed out"):
             return RetryableError(
                 f"the loader processes delivered no batch in time ({cause}): the storage does not respond, or the shared memory (/dev/shm) "
-                "is full; then start the container with --shm-size=2g or reduce train.workers"
+                "is full; then start the container with --shm-size=2g or reduce train.num_workers"
             )
         # torch's message, also if SIGBUS killed a loader process
         if "shared memory" in str(cause) and not isinstance(error, FivefoldError):
             return SettingsError(
                 f"shared memory (/dev/shm) is too small for the loader processes ({str(cause).splitlines()[0]}): start the "
-                "container with --shm-size=2g, or set fewer train.workers"
+                "container with --shm-size=2g, or set fewer train.num_workers"
             )
         if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):
             return RetryableError(
@@ -64,7 +64,7 @@ def explained(error: BaseException) -> BaseException:
             first_line, _, _ = str(cause).partition("\n")
             return SettingsError(
                 f"the device's memory is too small ({first_line}): lower predict.batch_size, "
-                "train.batch_size (train.accumulate keeps the size of a step) or model.image_size"
+                "train.batch_size (train.grad_accum_steps keeps the size of a step) or model.image_size"
             )
         if isinstance(cause, OSError) and cause.errno in UNREACHABLE_CODES:
             return RetryableError(f"storage or network failed: {cause}; the same command may succeed later")
@@ -79,7 +79,7 @@ def explained(error: BaseException) -> BaseException:
 
 def report_failure(output_dir: Path | None, error: BaseException) -> None:
     """Write the failure file: the message, then the traceback. A LostError does not replace an existing file."""
-    if output_dir is None or (isinstance(error, LostError) and (output_dir / FAILURE).is_file()):
+    if output_dir is None or (isinstance(error, PeerLostError) and (output_dir / FAILURE).is_file()):
         return
     # writing may fail for the same reason; the message is on stderr in any case
     with contextlib.suppress(OSError, FivefoldError):
@@ -96,7 +96,7 @@ def report_termination(environ: Mapping[str, str], error: BaseException) -> None
     path = Path(environ.get(TERMINATION_VARIABLE) or TERMINATION_LOG)
     # the file may belong to another user; the message is on stderr in any case
     with contextlib.suppress(OSError):
-        if path.is_file() and not (isinstance(error, LostError) and path.stat().st_size):
+        if path.is_file() and not (isinstance(error, PeerLostError) and path.stat().st_size):
             # cut at a whole character
             text = _report(error).encode("utf-8", "replace")[:MAX_TERMINATION_BYTES].decode("utf-8", "ignore")
             path.write_bytes(text.encode())
@@ -105,4 +105,4 @@ def report_termination(environ: Mapping[str, str], error: BaseException) -> None
 def _report(error: BaseException, characters: int | None = None) -> str:
     """Return at most `characters` of the message, then the traceback."""
     message = str(error) if isinstance(error, FivefoldError) else f"{type(error).__name__}: {error}".rstrip(": ")
-    return f"{shown(message)[:characters]}\n\n{shown(''.join(traceback.format_exception(error)))}"
+    return f"{with_urls(message)[:characters]}\n\n{with_urls(''.join(traceback.format_exception(error)))}"

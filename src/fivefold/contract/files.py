@@ -20,7 +20,7 @@ from typing import Any
 
 from fivefold.errors import DataError, RetryableError, SettingsError
 from fivefold.progress import MIB
-from fivefold.signals import poll
+from fivefold.signals import raise_if_stopped
 
 log = logging.getLogger("fivefold")
 
@@ -29,7 +29,7 @@ POLL_INTERVAL_S = 0.1
 CHUNK_FILES = 4096
 MAX_FILE_BYTES = 512 * MIB
 MAX_TABLE_BYTES = 4096 * MIB
-MOST_OF_AN_ARCHIVE = 200 * 1024 * MIB
+MAX_ARCHIVE_BYTES = 200 * 1024 * MIB
 """Limits in bytes: of a file and of a table that is read into memory, and of all files of an archive together."""
 UNSUPPORTED_CODES = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 """Error codes of a file system that does not support a call."""
@@ -54,7 +54,7 @@ def atomic(path: Path) -> Iterator[Path]:
     # not the process id: it is 1 in every container, and several may share this folder
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with full_disk_told(path):
+        with raise_on_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with open(temporary, "rb") as file:
@@ -75,19 +75,19 @@ def sync(file: int) -> None:
 
 
 @contextmanager
-def full_disk_told(path: Path) -> Iterator[None]:
+def raise_on_full_disk(path: Path) -> Iterator[None]:
     """Raise a RetryableError if the disk is full while the block writes `path`."""
     try:
         yield
     except Exception as error:
-        if any(disk_is_full(cause) for cause in causes(error)):
+        if any(disk_is_full(cause) for cause in exception_chain(error)):
             raise RetryableError(
                 f"no space left to write {path}: free some, then run the same command again"
             ) from error
         raise
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
+def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield `error`, then its causes or contexts."""
     while error is not None:
         yield error
@@ -99,7 +99,7 @@ def disk_is_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
-def remove_abandoned(folder: Path) -> None:
+def remove_stale_temp_files(folder: Path) -> None:
     """Remove temporary files below `folder` that a killed process left and nobody has written to for 15 minutes."""
     for path in folder.rglob(".*.tmp"):
         with suppress(OSError):
@@ -146,7 +146,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_once(path: Path) -> str:
+def sha256_cached(path: Path) -> str:
     """Return the SHA-256 of a file, cached until its size, modification time or inode changes."""
     status = path.stat()
     return _sha256_of(path, status.st_size, status.st_mtime_ns, status.st_ino)
@@ -162,15 +162,15 @@ def tree_files(root: Path) -> list[Path]:
     return [root] if root.is_file() else [root / name for name in tree_names(root)]
 
 
-def is_shown(name: str) -> bool:
+def is_visible(name: str) -> bool:
     """Return whether the name of a file or folder is neither hidden nor in SYSTEM_FOLDERS."""
     return not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
 
 
-def tree_names(root: Path, passed: dict[str, list[str]] | None = None) -> list[str]:
+def tree_names(root: Path, ignored: dict[str, list[str]] | None = None) -> list[str]:
     """Return the relative POSIX names of all files below `root`, sorted, without hidden and system files. Follow links.
 
-    Add the ignored names to `passed`, by reason. A hidden or system folder appears once per file in it; the name of an
+    Add the ignored names to `ignored`, by reason. A hidden or system folder appears once per file in it; the name of an
     empty folder ends in a slash.
     """
     names: list[str] = []
@@ -184,8 +184,8 @@ def tree_names(root: Path, passed: dict[str, list[str]] | None = None) -> list[s
             reasons[EMPTY].append(prefix)
         for entry in entries:
             name = prefix + entry.name
-            if not is_shown(entry.name):
-                if passed is not None:
+            if not is_visible(entry.name):
+                if ignored is not None:
                     files = sum(len(files) for *_, files in os.walk(entry.path))  # folders that this user may read
                     reasons[HIDDEN if entry.name.startswith(".") else SYSTEM] += [name] * max(files, 1)
             elif entry.is_symlink() and not Path(entry.path).exists():
@@ -195,8 +195,8 @@ def tree_names(root: Path, passed: dict[str, list[str]] | None = None) -> list[s
             # a link to an ancestor would recurse forever
             elif entry.is_dir() and (real := os.path.realpath(entry.path)) not in ancestors:
                 waiting.append((f"{name}/", (*ancestors, real)))
-    if passed is not None:
-        passed.update(reasons)
+    if ignored is not None:
+        ignored.update(reasons)
     return sorted(names)
 
 
@@ -217,7 +217,7 @@ def tree_sha256(root: Path, without: tuple[str, ...] = (), only: tuple[str, ...]
     return digest.hexdigest()
 
 
-def reserve(descriptor: int, size: int) -> None:
+def preallocate(descriptor: int, size: int) -> None:
     """Allocate `size` bytes of disk for an open file now, because a disk that fills under a memory map kills the process."""
     if hasattr(os, "posix_fallocate"):
         try:
@@ -229,7 +229,7 @@ def reserve(descriptor: int, size: int) -> None:
         os.pwrite(descriptor, bytes(min(MIB, size - start)), start)
 
 
-def probe_writable(folder: Path, other: str = "give another folder") -> None:
+def check_writable(folder: Path, other: str = "give another folder") -> None:
     """Create `folder` and a file in it. If not possible, raise a SettingsError with path, user and remedies; `other` is one of them."""
     probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
     renamed = probe.with_suffix(".renamed.tmp")
@@ -256,7 +256,7 @@ def probe_writable(folder: Path, other: str = "give another folder") -> None:
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Lock `folder` while the block runs, so that other processes that call this wait."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".turn", "ab") as file:
@@ -277,7 +277,7 @@ def lock(file: int, waiting: str = "") -> None:
             if error.errno in UNSUPPORTED_CODES:  # no locks on this file system; concurrent writers use different names
                 return None
             raise
-        poll()
+        raise_if_stopped()
         time.sleep(POLL_INTERVAL_S)
 
 
@@ -291,7 +291,7 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def below(root: Path, name: str) -> Path:
+def join_below(root: Path, name: str) -> Path:
     """Return the path of `name` inside `root`. Raise a DataError if it would be outside."""
     path = Path(os.path.normpath(root / name))
     if not path.is_relative_to(os.path.normpath(root)):

@@ -1,28 +1,28 @@
-"""The container contract: read SM_* variables, or the folders below /opt/ml, into one frozen Job.
+"""The container contract: read SM_* variables, or the folders below /opt/ml, into one frozen job; and what a stage returns.
 
 SageMaker sets no SM_* variables for custom images. Unset variables are therefore filled from
 `/opt/ml` (or SAGEMAKER_BASE_DIR); set variables are never overwritten.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fivefold.contract.files import probe_writable, remove_abandoned
-from fivefold.contract.s3.sync import Remote
+from fivefold.contract.files import check_writable, remove_stale_temp_files
+from fivefold.contract.s3.sync import S3Sync
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stage_specs import HOLDOUT, PREDICTIONS, Stage
-from fivefold.distributed.ranks import ALONE, SHARED_SCRATCH, Place, place_of
+from fivefold.distributed.ranks import SHARED_SCRATCH, SINGLE_RANK, Rank, rank_from_env
 from fivefold.errors import MissingInputError, SettingsError
 
-PREDICTED = (PREDICTIONS, HOLDOUT)
+PREDICTION_FILES = (PREDICTIONS, HOLDOUT)
 DIRECTORIES = ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR", "SM_CHECKPOINT_DIR", "SM_GROUND_TRUTH_DIR")
 
 
 @dataclass(frozen=True)
-class Job:
+class StageContext:
     """The input and output folders of a stage on this platform."""
 
     stage: Stage
@@ -32,9 +32,9 @@ class Job:
     output_data_dir: Path | None
     checkpoint_dir: Path | None
     scratch: Path
-    remote: Remote = field(default_factory=lambda: Remote(Path()))
+    remote: S3Sync = field(default_factory=lambda: S3Sync(Path()))
     """The URLs that some of these paths represent."""
-    place: Place = ALONE
+    rank: Rank = SINGLE_RANK
     """The rank of this process. Only rank 0 has outputs and checkpoints."""
 
     def channel(self, name: str) -> Path:
@@ -76,7 +76,7 @@ class Job:
             raise SettingsError(f"{self.stage.name} {use}, which is not set; set it to a folder")
         return folder
 
-    def of_key(self, digest: str) -> "Job":
+    def with_checkpoint_key(self, digest: str) -> "StageContext":
         """Return this job with the checkpoint folder of one digest (of settings, data and classes)."""
         return replace(self, checkpoint_dir=self.checkpoints() / digest[:16])
 
@@ -84,33 +84,33 @@ class Job:
         """Return the folder of stage.json: the model folder if the stage writes a model, else the output folder."""
         return self.model() if self.stage.writes_model else self.output()
 
-    def probe(self) -> None:
+    def check_channels(self) -> None:
         """Check that required channels exist and that outputs are writable, before any work."""
         for name in (*self.stage.channels, *self.stage.optional):
             if self.channels.get(name) not in self.remote.channels:
                 (self.channel if name in self.stage.channels else self.optional_channel)(name)
-        if not self.place.leads:
+        if not self.rank.is_main:
             return
         for folder in {self.record_dir(), self.output()}:
-            probe_writable(folder)
+            check_writable(folder)
         if self.stage.writes_model:
-            probe_writable(self.checkpoints(), "set SM_CHECKPOINT_DIR to another folder")
+            check_writable(self.checkpoints(), "set SM_CHECKPOINT_DIR to another folder")
 
-    def clean(self) -> None:
+    def remove_stale_files(self) -> None:
         """Remove temporary files of a killed process from the folders that this stage writes."""
         for folder in {self.record_dir(), self.output(), self.checkpoint_dir}:
             if folder is not None:
-                remove_abandoned(folder)
+                remove_stale_temp_files(folder)
 
 
-def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
+def context_from_env(stage: Stage, environ: Mapping[str, str], scratch: Path) -> StageContext:
     """Return the Job of `stage` in this environment: SM_* variables first, then `/opt/ml`.
 
     `scratch` is a folder for files that this process unpacks and fetches; the caller removes it.
     """
-    remote = Remote(Path(environ.get(SHARED_SCRATCH) or scratch))
-    place = place_of(environ) if stage.writes_model else ALONE
-    environ = _resolve_urls(stage, environ, remote, place.leads)
+    remote = S3Sync(Path(environ.get(SHARED_SCRATCH) or scratch))
+    rank = rank_from_env(environ) if stage.writes_model else SINGLE_RANK
+    environ = _resolve_urls(stage, environ, remote, rank.is_main)
     model_dir = _folder(environ, "SM_MODEL_DIR", "model")
     output_data_dir = output_data(environ)
     checkpoints = _folder(environ, "SM_CHECKPOINT_DIR", "checkpoints")
@@ -118,23 +118,27 @@ def job_from(stage: Stage, environ: Mapping[str, str], scratch: Path) -> Job:
         checkpoints = model_dir.parent / "checkpoints"
     if stage.output_in_model and output_data_dir is None and model_dir is not None:
         output_data_dir = model_dir / "output"
-    channels = given_channels(environ)
-    if stage.from_output and output_data_dir is not None and any((output_data_dir / n).is_file() for n in PREDICTED):
-        channels.setdefault(stage.from_output, output_data_dir)
-    return Job(
+    channels = channels_from_env(environ)
+    if (
+        stage.output_channel
+        and output_data_dir is not None
+        and any((output_data_dir / n).is_file() for n in PREDICTION_FILES)
+    ):
+        channels.setdefault(stage.output_channel, output_data_dir)
+    return StageContext(
         stage=stage,
         channels=channels,
-        model_dir=model_dir if place.leads else None,
+        model_dir=model_dir if rank.is_main else None,
         output_dir=output_dir(environ),
-        output_data_dir=output_data_dir if place.leads else None,
-        checkpoint_dir=checkpoints if place.leads else None,
+        output_data_dir=output_data_dir if rank.is_main else None,
+        checkpoint_dir=checkpoints if rank.is_main else None,
         scratch=scratch,
         remote=remote,
-        place=place,
+        rank=rank,
     )
 
 
-def _resolve_urls(stage: Stage, environ: Mapping[str, str], remote: Remote, leads: bool) -> dict[str, str]:
+def _resolve_urls(stage: Stage, environ: Mapping[str, str], remote: S3Sync, leads: bool) -> dict[str, str]:
     """Return the environment with local paths for the URLs that the stage reads and, if this process `leads`, writes.
 
     Other URLs become empty. If the model goes to a URL and no variable sets checkpoints, they go beside the model, as in folders.
@@ -155,7 +159,7 @@ def _resolve_urls(stage: Stage, environ: Mapping[str, str], remote: Remote, lead
         if variable in read:
             resolved[name] = str(remote.channel(parse(value, name)))
         elif name == "SM_CHECKPOINT_DIR" and leads and name in written:
-            resolved[name] = str(remote.keep_checkpoints(parse(value, name)))
+            resolved[name] = str(remote.checkpoint_folder(parse(value, name)))
         elif name in written and leads:
             resolved[name] = str(remote.output(parse(value, name)))
         elif name in DIRECTORIES or name.startswith("SM_CHANNEL_"):
@@ -168,7 +172,7 @@ def base_dir(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml")
 
 
-def has_base(environ: Mapping[str, str]) -> bool:
+def has_sagemaker_dirs(environ: Mapping[str, str]) -> bool:
     """Return whether the platform has SageMaker's folders: SAGEMAKER_BASE_DIR is set, or `/opt/ml/input` exists."""
     return bool(environ.get("SAGEMAKER_BASE_DIR")) or (base_dir(environ) / "input").is_dir()
 
@@ -203,10 +207,10 @@ def _folder(environ: Mapping[str, str], variable: str, below_base: str) -> Path 
     """Return the folder that `variable` names, or `below_base` in SageMaker's folders if they exist, or None."""
     if environ.get(variable):
         return Path(environ[variable])
-    return base_dir(environ) / below_base if has_base(environ) else None
+    return base_dir(environ) / below_base if has_sagemaker_dirs(environ) else None
 
 
-def given_channels(environ: Mapping[str, str]) -> dict[str, Path]:
+def channels_from_env(environ: Mapping[str, str]) -> dict[str, Path]:
     """Return the channels by name: SM_CHANNEL_* first, then SM_GROUND_TRUTH_DIR, then the folders in `input/data`."""
     base = base_dir(environ)
     config = base / "input" / "config" / "inputdataconfig.json"
@@ -239,3 +243,11 @@ def _json_map(text: str | bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SettingsError(f"{where} contains {type(value).__name__}, not a map of names to values")
     return value
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """The files that must be complete for the stage to count as done, and its figures."""
+
+    outputs: Sequence[Path]
+    metrics: Mapping[str, Any] = field(default_factory=dict)

@@ -39,21 +39,21 @@ class _RecordSchema(BaseModel):
 
 @dataclass(frozen=True)
 class Node:
-    """A stage's record at `path`. `read` has each channel's location (None: missing) and the records of its producers."""
+    """A stage's record at `path`. `inputs` has each channel's location (None: missing) and the records of its producers."""
 
     path: Path
-    facts: Mapping[str, Any]
-    read: Mapping[str, tuple[Path | None, tuple["Node", ...]]]
+    record: Mapping[str, Any]
+    inputs: Mapping[str, tuple[Path | None, tuple["Node", ...]]]
 
     @property
     def name(self) -> str:
-        return str(self.facts["stage"])
+        return str(self.record["stage"])
 
     def walk(self) -> list["Node"]:
         """Return this record and all records that it depends on, each once, dependencies first."""
         nodes = {
             node.path: node
-            for _, dependencies in self.read.values()
+            for _, dependencies in self.inputs.values()
             for dependency in dependencies
             for node in dependency.walk()
         }
@@ -123,18 +123,18 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def verify(node: Node, scratch: Path) -> list[str]:
     """Return the deviations from a record: missing or changed outputs, missing channels or channels with other contents."""
-    places = {name: place for name, (place, _) in node.read.items() if place is not None}
-    problems = [f"{node.path}: its channel {name!r} is missing" for name in node.read if name not in places]
-    for name, digest in node.facts["outputs"].items():
+    places = {name: place for name, (place, _) in node.inputs.items() if place is not None}
+    problems = [f"{node.path}: its channel {name!r} is missing" for name in node.inputs if name not in places]
+    for name, digest in node.record["outputs"].items():
         root, _, inside = name.partition("/")
-        file = node.path.parent / node.facts["roots"].get(root, root) / inside
+        file = node.path.parent / node.record["roots"].get(root, root) / inside
         if not file.is_file() or sha256(file) != digest:
             problems.append(f"{file}: {'changed since the stage wrote it' if file.is_file() else 'missing'}")
-    for channel, digest in node.facts["inputs"].items():
+    for channel, digest in node.record["inputs"].items():
         if channel not in places or digest == "given":
             continue
         try:
-            if channel_digest(channel, places[channel], scratch, node.facts["settings"], node.name) != digest:
+            if channel_digest(channel, places[channel], scratch, node.record["settings"], node.name) != digest:
                 problems.append(f"{node.path}: the contents of its channel {channel!r} ({places[channel]}) changed")
         except FivefoldError as error:
             problems.append(f"{node.path}: its channel {channel!r} is no longer readable: {error}")

@@ -11,7 +11,7 @@ METRICS = tuple(name for name in LOG_COLUMNS if name not in ("epoch", "lr"))
 START = "metric fold="
 
 
-def metric_line(fold: int | None, row: Mapping[str, Any]) -> str:
+def format_metric_line(fold: int | None, row: Mapping[str, Any]) -> str:
     """Return `metric fold=2 epoch=3 train_loss=0.4120 …` with the metrics that `row` has. Fold None is the student."""
     values = " ".join(f"{name}={row[name]:.4f}" for name in METRICS if row.get(name) is not None)
     return f"{START}{'student' if fold is None else fold} epoch={row['epoch']} {values}"

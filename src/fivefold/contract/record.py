@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import fivefold
-from fivefold.contract.artifacts import COMPARED, channel_digest
+from fivefold.contract.artifacts import COMPARED_FILES, channel_digest
 from fivefold.contract.files import read_json, sha256, tree_sha256, write_json
-from fivefold.contract.job import Job
+from fivefold.contract.job import StageContext
 from fivefold.contract.stage_specs import RECORD
 from fivefold.errors import DataError
 
@@ -43,11 +43,11 @@ PACKAGES = (
     "scikit-learn",
     "safetensors",
 )
-PATH_SETTINGS = ("model.weights", "distill.teacher", "ensemble.submissions", "compare.files", "compare.runs")
+PATH_SETTINGS = ("model.weights", "distill.teacher", "ensemble.submissions", "compare.submissions", "compare.runs")
 
 
 @dataclass(frozen=True)
-class Key:
+class CacheKey:
     """The cache key of a stage: the digests of its inputs, and its settings."""
 
     stage: str
@@ -73,18 +73,18 @@ class Stopwatch:
         }
 
 
-def key_of(job: Job, settings: Mapping[str, Any]) -> Key:
+def compute_key(job: StageContext, settings: Mapping[str, Any]) -> CacheKey:
     """Return the key of this job: digests of its hashed channels, and the settings that can change its result."""
     channels = [name for name in job.stage.hashed if job.optional_channel(name) is not None]
     digests = {
         name: channel_digest(name, job.channel(name), job.scratch, settings, job.stage.name) for name in channels
     }
     digests |= {
-        key: tree_sha256(path, without=(RECORD,), only=COMPARED if key.startswith("compare.") else ("",))
+        key: tree_sha256(path, without=(RECORD,), only=COMPARED_FILES if key.startswith("compare.") else ("",))
         for key, path in _path_settings(settings)
     }
-    digests |= {name: "given" for name in job.stage.noted if job.optional_channel(name) is not None}
-    return Key(stage=job.stage.name, inputs=digests, settings=dict(settings))
+    digests |= {name: "given" for name in job.stage.recorded_channels if job.optional_channel(name) is not None}
+    return CacheKey(stage=job.stage.name, inputs=digests, settings=dict(settings))
 
 
 def _path_settings(settings: Mapping[str, Any]) -> list[tuple[str, Path]]:
@@ -97,17 +97,17 @@ def _path_settings(settings: Mapping[str, Any]) -> list[tuple[str, Path]]:
     return [(key, path) for key, path in paths.items() if path.name and path.exists()]
 
 
-def why_run(folder: Path, key: Key, roots: Mapping[str, Path], reuse: str = "warn") -> str | None:
+def rerun_reason(folder: Path, key: CacheKey, roots: Mapping[str, Path], on_version_change: str = "warn") -> str | None:
     """Return why the stage must run, or None if the record in `folder` matches `key` and its outputs are unchanged.
 
-    If code or package versions changed, log a warning (`reuse` warn), return a reason (strict), or ignore it (force).
+    If code or package versions changed, log a warning (`on_version_change` warn), return a reason (rerun), or ignore it (ignore).
     """
     path = record_path(folder, key.stage)
     if not path.is_file():
         return "no record of an earlier run"
     try:
         record = read_json(path)
-        old = Key(record["stage"], dict(record["inputs"]), dict(record["settings"]))
+        old = CacheKey(record["stage"], dict(record["inputs"]), dict(record["settings"]))
         outputs = dict(record["outputs"])
     except (DataError, KeyError, TypeError, ValueError):
         return f"the record {path} cannot be read"
@@ -118,19 +118,19 @@ def why_run(folder: Path, key: Key, roots: Mapping[str, Path], reuse: str = "war
         file = roots[root] / relative if root in roots else None
         if file is None or not file.is_file() or sha256(file) != digest:
             return f"output missing or changed: {name}"
-    changes = changed_since(record) if reuse != "force" else ""
-    if changes and reuse == "strict":
+    changes = version_changes(record) if on_version_change != "ignore" else ""
+    if changes and on_version_change == "rerun":
         return f"code or package versions changed: {changes}"
     if changes:
         log.warning(
-            "reusing %s although code or package versions changed (%s); set reuse=strict to rerun the stage",
+            "reusing %s although code or package versions changed (%s); set on_version_change=rerun to rerun the stage",
             path,
             changes,
         )
     return None
 
 
-def sources(job: Job, folder: Path) -> dict[str, list[str]]:
+def input_locations(job: StageContext, folder: Path) -> dict[str, list[str]]:
     """Return the location of each channel: relative to the record's folder, since both may move together, and absolute.
 
     Both are the URL for a channel at a URL.
@@ -146,8 +146,8 @@ def sources(job: Job, folder: Path) -> dict[str, list[str]]:
 
 def write_record(
     folder: Path,
-    job: Job,
-    key: Key,
+    job: StageContext,
+    key: CacheKey,
     outputs: Sequence[Path],
     metrics: Mapping[str, Any],
     clock: Stopwatch,
@@ -163,7 +163,7 @@ def write_record(
             "key": key.digest(),
             "inputs": dict(key.inputs),
             "settings": dict(key.settings),
-            "sources": sources(job, folder),
+            "sources": input_locations(job, folder),
             "roots": {name: os.path.relpath(path.resolve(), folder.resolve()) for name, path in roots.items()},
             "outputs": {_name(path, roots): digest for path, digest in zip(outputs, digests, strict=True)},
             "metrics": dict(metrics),
@@ -171,7 +171,7 @@ def write_record(
             "packages": package_versions(),
             "image": os.environ.get(IMAGE_VARIABLE, ""),
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
-            "processes": job.place.world,
+            "processes": job.rank.world_size,
             **clock.read(),
             "peak_memory_mib": peak_memory_mib(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -221,7 +221,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def changed_since(record: Mapping[str, Any]) -> str:
+def version_changes(record: Mapping[str, Any]) -> str:
     """Describe the code and package versions that differ from a record's: `torch 2.13.0 -> 2.14.1`; empty if none."""
     now = {"code": code_version(), **package_versions()}
     packages = record.get("packages")
@@ -231,7 +231,7 @@ def changed_since(record: Mapping[str, Any]) -> str:
     )
 
 
-def output_roots(job: Job) -> dict[str, Path]:
+def output_roots(job: StageContext) -> dict[str, Path]:
     """Return the root folders of the output names in a record: `model/…` and `output/…`."""
     roots = {"output": job.output_data_dir, "model": job.model_dir if job.stage.writes_model else None}
     return {name: path for name, path in roots.items() if path is not None}
@@ -255,7 +255,7 @@ def _name(path: Path, roots: Mapping[str, Path]) -> str:
     raise ValueError(f"{path} is below none of {dict(roots)}")
 
 
-def _describe_difference(old: Key, new: Key) -> str:
+def _describe_difference(old: CacheKey, new: CacheKey) -> str:
     inputs = sorted(n for n in {*old.inputs, *new.inputs} if old.inputs.get(n) != new.inputs.get(n))
     settings = sorted(n for n in {*old.settings, *new.settings} if old.settings.get(n) != new.settings.get(n))
     parts = [f"inputs differ: {', '.join(inputs)}"] if inputs else []

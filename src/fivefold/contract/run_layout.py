@@ -9,9 +9,9 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fivefold.contract.filenames import truth_among
-from fivefold.contract.job import given_channels, has_base
-from fivefold.contract.s3.sync import Remote
+from fivefold.contract.filenames import pick_ground_truth_file
+from fivefold.contract.job import channels_from_env, has_sagemaker_dirs
+from fivefold.contract.s3.sync import S3Sync
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stage_specs import RECORD, STAGES, Stage
 from fivefold.errors import MissingInputError, SettingsError
@@ -23,7 +23,7 @@ CACHES = ".cache"
 """The folder of image caches that all runs in a folder share. No run can have this name."""
 
 
-def run_at(runs: str, run: str) -> str:
+def run_path(runs: str, run: str) -> str:
     """Return the folder or URL of a run in `runs`. Raise a SettingsError if the name would lead elsewhere."""
     if run in (".", "..") or "/" in run:
         raise SettingsError(
@@ -32,12 +32,12 @@ def run_at(runs: str, run: str) -> str:
     return f"{runs.rstrip('/')}/{run}"
 
 
-def channels_of(stage: str, run: str) -> dict[str, str]:
+def channel_paths(stage: str, run: str) -> dict[str, str]:
     """Return the paths of the channels that a stage reads from the run at `run` (a folder or a URL), by channel name."""
     return {name: f"{run}/{place}" if place else run for name, place in CHANNELS[stage].items()}
 
 
-def outputs_of(stage: str, step: str) -> dict[str, str]:
+def output_variables(stage: str, step: str) -> dict[str, str]:
     """Return the SM_* variables for the outputs of a stage in the step folder `step` (a folder or a URL)."""
     variables = {"SM_OUTPUT_DATA_DIR": f"{step}/output"}
     if STAGES[stage].writes_model:
@@ -45,17 +45,17 @@ def outputs_of(stage: str, step: str) -> dict[str, str]:
     return variables if is_url(step) else {**variables, "SM_OUTPUT_DIR": step}
 
 
-def in_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | None) -> Mapping[str, str]:
+def env_for_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | None) -> Mapping[str, str]:
     """Return `environ` with the stage's unset channels and folders filled from the run at `run`.
 
     Optional channels are filled only if they exist. `environ` stays unchanged for stages that are not part of a run,
     and on platforms with their own folders (`/opt/ml`), where the run is only a label.
     """
-    if stage.name not in CHANNELS or has_base(environ):
+    if stage.name not in CHANNELS or has_sagemaker_dirs(environ):
         return environ
-    variables = outputs_of(stage.name, f"{run}/{_step_name(stage, fold)}")
-    channels = given_channels(environ)
-    for name, place in channels_of(stage.name, run).items():
+    variables = output_variables(stage.name, f"{run}/{_step_name(stage, fold)}")
+    channels = channels_from_env(environ)
+    for name, place in channel_paths(stage.name, run).items():
         if name not in channels and (name in stage.channels or _exists(place)):
             variables[f"SM_CHANNEL_{name.upper()}"] = place
     prepared = f"{run}/{PREPARED}"
@@ -64,25 +64,25 @@ def in_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | None)
         exists = _exists(prepared if is_url(run) else f"{prepared}/{RECORD}")
         variables |= {"SM_CHANNEL_CACHE": prepared} if exists else {}
     if stage.name == "evaluate" and "ground_truth" not in channels and "eval" in channels:
-        variables["SM_CHANNEL_GROUND_TRUTH"] = truth_of(str(channels["eval"])) or ""
+        variables["SM_CHANNEL_GROUND_TRUTH"] = find_ground_truth(str(channels["eval"])) or ""
     return {**environ, **{name: value for name, value in variables.items() if not environ.get(name)}}
 
 
-def truth_of(eval_: str) -> str | None:
+def find_ground_truth(eval_: str) -> str | None:
     """Return the ground truth beside the test.csv in a folder or at a URL, or one folder below; None if there is none."""
     if is_url(eval_):
-        truth = truth_beside_table(Remote(Path()).names(parse(eval_, "eval")))
+        truth = pick_ground_truth(S3Sync(Path()).names(parse(eval_, "eval")))
         return f"{eval_.rstrip('/')}/{truth}" if truth else None
     folders = [Path(eval_), *sorted(path for path in Path(eval_).glob("*") if path.is_dir())]
     # lazily: a folder of images may contain many files
     files = ([str(path) for path in folder.glob("*.[cC][sS][vV]") if path.is_file()] for folder in folders)
-    return next((truth for names in files if (truth := truth_beside_table(names))), None)
+    return next((truth for names in files if (truth := pick_ground_truth(names))), None)
 
 
-def truth_beside_table(names: Sequence[str]) -> str | None:
+def pick_ground_truth(names: Sequence[str]) -> str | None:
     """Return the name of the ground truth beside a test.csv, the one with the shortest path; None if there is none."""
     folders = {posixpath.dirname(name) for name in names if posixpath.basename(name).lower() == EVAL_TABLE}
-    beside = [truth_among(n for n in names if posixpath.dirname(n) == folder) for folder in sorted(folders)]
+    beside = [pick_ground_truth_file(n for n in names if posixpath.dirname(n) == folder) for folder in sorted(folders)]
     return min((name for name in beside if name), key=len, default=None)
 
 
@@ -98,7 +98,7 @@ def _exists(place: str) -> bool:
     if not is_url(place):
         return Path(place).exists()
     try:
-        return bool(Remote(Path()).names(parse(place, "RUNS")))
+        return bool(S3Sync(Path()).names(parse(place, "RUNS")))
     except MissingInputError:
         return False
 

@@ -17,7 +17,7 @@ EXAMPLES = "validation_examples.png"
 PREDICTIONS = "predictions.parquet"
 ENSEMBLE = "ensemble.json"
 EXPORT = "export.json"
-EACH = "csv"
+PER_SYSTEM_CSV = "csv"
 OUTPUT = "output.csv"
 METRICS = "metrics.json"
 REPORT = "report.html"
@@ -33,11 +33,11 @@ class Stage:
     - `channels` are required, `optional` channels are not.
     - `hashed`: the channels whose bytes enter the stage's key. The images of a split are not hashed, because
       `folds.parquet` holds their digests. No key includes a `cache` channel, because it cannot change a result.
-    - `noted`: the key records only whether these channels are set. They supply images for plots, and change no metric.
-    - `from_output`: the channel that is read from the output data folder if it is not set.
+    - `recorded_channels`: the key records only whether these channels are set. They supply images for plots, and change no metric.
+    - `output_channel`: the channel that is read from the output data folder if it is not set.
     - `output_in_model`: the output data folder is `output/` in the model folder if it is not set.
     - `sections`: sections of the settings, or single keys of a section.
-    - `always`: the stage never skips, because its result is what it prints.
+    - `never_skipped`: the stage never skips, because its result is what it prints.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Stage:
     optional: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
     writes_model: bool = False
-    noted: tuple[str, ...] = ()
-    from_output: str = ""
+    recorded_channels: tuple[str, ...] = ()
+    output_channel: str = ""
     output_in_model: bool = False
-    always: bool = False
-    by_argument: bool = False
+    never_skipped: bool = False
+    path_arguments: bool = False
     """Whether channels may also be arguments, as in `images=photo.jpg`: for stages that people run by hand."""
 
     @property
@@ -62,7 +62,7 @@ class Stage:
 
 _IMAGES = tuple(
     f"data.{name}"
-    for name in ("store_size", "scaled_decoding", "cache", "cache_gib", "max_unpacked_gib", "max_megapixels")
+    for name in ("resize_shorter_side", "jpeg_draft", "cache", "cache_gib", "max_unpacked_gib", "max_megapixels")
 )
 _ANSWER = ("ensemble.answer", "ensemble.positive_class")
 _TRAINING = (*_IMAGES, "model", "augment", "train", "predict")
@@ -108,8 +108,8 @@ STAGES = {
             optional=("predictions", "ground_truth", "eval", "train", "model", "folds"),
             hashed=("predictions", "ground_truth", "model", "folds"),
             sections=("data", "evaluate", *_ANSWER),
-            noted=("eval", "train"),
-            from_output="predictions",
+            recorded_channels=("eval", "train"),
+            output_channel="predictions",
         ),
         Stage(
             name="compare",
@@ -125,8 +125,8 @@ STAGES = {
             optional=("folds", "cache"),
             hashed=("images", "model", "folds"),
             sections=("data", "predict"),
-            always=True,
-            by_argument=True,
+            never_skipped=True,
+            path_arguments=True,
         ),
         Stage(
             name="export",
@@ -169,7 +169,7 @@ STAGES = {
             optional=("predictions",),
             hashed=("ground_truth",),
             sections=_ANSWER,
-            always=True,
+            never_skipped=True,
         ),
     )
 }

@@ -39,11 +39,11 @@ ORIENTATION_TAG = 0x0112
 MILLION = 1e6
 MAX_PIXELS = Data().max_megapixels * MILLION
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
+METADATA_CHUNKS = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
 """Text and colour profile chunks of a PNG, which do not affect the pixels that Fivefold uses."""
-MAX_NOTES = 32
+MAX_METADATA_CHUNKS = 32
 """Such chunks that are passed to Pillow, which rejects a file if its texts are too long in total."""
-MAX_NOTE_BYTES = 1 << 20
+MAX_METADATA_BYTES = 1 << 20
 """Unpacked bytes of such a chunk. Pillow rejects a file with a longer one."""
 CHUNK_PIXELS = 1 << 18
 """Pixels to convert at a time, to avoid copies of a whole image."""
@@ -66,32 +66,32 @@ def is_image(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Pixels:
+class DecodeOptions:
     """How image files are decoded and stored, for training, for prediction and in a cache.
 
-    `store_size`: an image with a longer shorter side is shrunk until that side has this many pixels, bilinear with
+    `resize_shorter_side`: an image with a longer shorter side is shrunk until that side has this many pixels, bilinear with
     antialiasing (`transforms.resize`); 0: no resizing. `scaled`: decode a JPEG at 1/2, 1/4 or 1/8 if the result is not
-    below `store_size`; this is faster, but gives other pixels. `max_pixels`: the maximum number of pixels in a file.
+    below `resize_shorter_side`; this is faster, but gives other pixels. `max_pixels`: the maximum number of pixels in a file.
     """
 
-    store_size: int = 0
+    resize_shorter_side: int = 0
     scaled: bool = False
     max_pixels: float = field(default=MAX_PIXELS, compare=False)
 
-    def decode(self, content: bytes, name: str, least: int = 0, **bounds: Any) -> np.ndarray:
-        """Return the pixels uint8 [H, W, 3] of an image file at their stored size; `least` and `bounds` are those of `decode`.
+    def decode(self, content: bytes, name: str, min_size: int = 0, **bounds: Any) -> np.ndarray:
+        """Return the pixels uint8 [H, W, 3] of an image file at their stored size; `min_size` and `bounds` are those of `decode`.
 
         The lower of the two `max_pixels` applies.
         """
-        sides = [side for side in (self.store_size * self.scaled, least) if side]
+        sides = [side for side in (self.resize_shorter_side * self.scaled, min_size) if side]
         bounds["max_pixels"] = min(bounds.get("max_pixels", math.inf), self.max_pixels)
-        return self.shrink(decode(content, name, least=min(sides, default=0), **bounds))
+        return self.resize(decode(content, name, min_size=min(sides, default=0), **bounds))
 
-    def size_of(self, content: bytes, name: str) -> tuple[int, int]:
+    def stored_size(self, content: bytes, name: str) -> tuple[int, int]:
         """Return the stored (height, width) of an image file from its header; raise as `decode` does."""
         return self.size(*decoded_size(content, name, self.max_pixels))
 
-    def shrink(self, pixels: np.ndarray) -> np.ndarray:
+    def resize(self, pixels: np.ndarray) -> np.ndarray:
         """Return decoded pixels uint8 [H, W, 3] at their stored size, or the same array if they have that size."""
         size = self.size(*pixels.shape[:2])
         if size == pixels.shape[:2]:
@@ -106,34 +106,34 @@ class Pixels:
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Return the stored (height, width) of an image of this size."""
         shorter = min(height, width)
-        if not 0 < self.store_size < shorter:
+        if not 0 < self.resize_shorter_side < shorter:
             return height, width
-        return round(height * self.store_size / shorter), round(width * self.store_size / shorter)
+        return round(height * self.resize_shorter_side / shorter), round(width * self.resize_shorter_side / shorter)
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         scaled = ", JPEGs decoded at reduced scale" if self.scaled else ""
-        return f"resized to {self.store_size} pixels{scaled}" if self.store_size else "at full size"
+        return f"resized to {self.resize_shorter_side} pixels{scaled}" if self.resize_shorter_side else "at full size"
 
 
-def pixels_of(data: Data) -> Pixels:
+def decode_options(data: Data) -> DecodeOptions:
     """Return the decoding options that the settings in `[data]` give."""
-    return Pixels(data.store_size, data.scaled_decoding, data.max_megapixels * MILLION)
+    return DecodeOptions(data.resize_shorter_side, data.jpeg_draft, data.max_megapixels * MILLION)
 
 
 def decode(
-    content: bytes, name: str, max_pixels: float = MAX_PIXELS, least: int = 0, formats: Sequence[str] = FORMATS
+    content: bytes, name: str, max_pixels: float = MAX_PIXELS, min_size: int = 0, formats: Sequence[str] = FORMATS
 ) -> np.ndarray:
     """Return the pixels of an image file: uint8 [H, W, 3] RGB, contiguous and writable, with the EXIF orientation applied.
 
     Convert grey, CMYK, palette and 16-bit images (16 bits are scaled to 8), put transparency on white, and use the first
-    frame of an animation. Scale a JPEG down during decoding as long as its shorter side keeps `least` pixels (0: do not
+    frame of an animation. Scale a JPEG down during decoding as long as its shorter side keeps `min_size` pixels (0: do not
     scale). Raise a DataError with `name` and the reason if the file is not an image, is truncated, has none of `formats`,
     has more than MAX_SCANS scans, or would unpack to more than `max_pixels`.
     """
     with _open_image(content, name, max_pixels, formats) as image:
-        if least:
-            image.draft(None, (least, least))
+        if min_size:
+            image.draft(None, (min_size, min_size))
         image.load()
         with suppress(Exception):  # the pixels may be fine although the metadata are broken
             ImageOps.exif_transpose(image, in_place=True)
@@ -174,7 +174,7 @@ def pixel_digest(pixels: np.ndarray) -> bytes:
     return digest.digest()[:16]
 
 
-def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def map_in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield `work(item)` for each item, in order, computed by one thread per core, at most four results per core ahead.
 
     Closing the generator cancels the items that have not started.
@@ -208,9 +208,9 @@ def _strip_long_notes(content: bytes) -> bytes:
     last = count = 0
     while position < len(content):
         end = position + 12 + int.from_bytes(content[position : position + 4], "big")
-        is_note = content[position + 4 : position + 8] in NOTES
+        is_note = content[position + 4 : position + 8] in METADATA_CHUNKS
         count += is_note
-        if is_note and (count > MAX_NOTES or _is_long(content[position + 4 : end - 4])):
+        if is_note and (count > MAX_METADATA_CHUNKS or _is_long(content[position + 4 : end - 4])):
             pieces.append(content[last:position])
             last = end
         position = end
@@ -225,10 +225,10 @@ def _is_long(note: bytes) -> bool:
     elif note.startswith(b"iTXt") and rest[:1] == b"\1":
         packed = rest[2:].split(b"\0", 2)[-1]
     else:
-        return len(note) > MAX_NOTE_BYTES
+        return len(note) > MAX_METADATA_BYTES
     unpacking = zlib.decompressobj()
     try:
-        unpacking.decompress(packed, MAX_NOTE_BYTES)
+        unpacking.decompress(packed, MAX_METADATA_BYTES)
     except zlib.error:  # Pillow ignores such a chunk
         return False
     return bool(unpacking.unconsumed_tail)

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from fivefold.distributed.ranks import ALONE, FEWEST_ROWS, Place
-from fivefold.errors import LostError, SettingsError, StoppedError
-from fivefold.signals import poll
+from fivefold.distributed.ranks import MIN_ROWS_PER_RANK, SINGLE_RANK, Rank
+from fivefold.errors import PeerLostError, SettingsError, StoppedError
+from fivefold.signals import raise_if_stopped
 
 T = TypeVar("T")
 log = logging.getLogger("fivefold")
@@ -32,37 +32,41 @@ POLL_INTERVAL_S = 0.1
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """The rows `start` to `stop` of a batch of `count` rows. If a batch is too small to divide, every process has all rows."""
 
     start: int
     stop: int
     count: int
-    place: Place
+    rank: Rank
 
     @property
-    def parted(self) -> bool:
+    def is_sharded(self) -> bool:
         return self.stop - self.start < self.count
 
     def take(self, items: Sequence[T]) -> Sequence[T]:
         """Return this process's part of a batch's items."""
-        return items[self.start : self.stop] if self.parted else items
+        return items[self.start : self.stop] if self.is_sharded else items
 
-    def whole(self, own: Tensor) -> Tensor:
-        """Return the rows [count, …] of all processes in order; `own` are the rows of this process."""
-        if not self.parted:
-            return own
-        bounds = [_bounds(self.count, rank, self.place.world) for rank in range(self.place.world)]
+    def all_gather(self, local_rows: Tensor) -> Tensor:
+        """Return the rows [count, …] of all processes in order; `local_rows` are the rows of this process."""
+        if not self.is_sharded:
+            return local_rows
+        bounds = [_bounds(self.count, rank, self.rank.world_size) for rank in range(self.rank.world_size)]
         largest = max(stop - start for start, stop in bounds)
-        padded = torch.cat([own, own.new_zeros(largest - len(own), *own.shape[1:])]) if len(own) < largest else own
+        padded = (
+            torch.cat([local_rows, local_rows.new_zeros(largest - len(local_rows), *local_rows.shape[1:])])
+            if len(local_rows) < largest
+            else local_rows
+        )
         gathered = [torch.empty_like(padded, memory_format=torch.contiguous_format) for _ in bounds]
         with _translate_errors():
             dist.all_gather(gathered, padded.contiguous())
         return torch.cat([rows[: stop - start] for rows, (start, stop) in zip(gathered, bounds, strict=True)])
 
-    def logits(self, own: Tensor) -> Tensor:
-        """Like `whole`, with gradients: the gradient of a loss over all rows, summed over the processes, equals that of one process."""
-        return own if self.place.world == 1 else _AllGatherLogits.apply(own, self)
+    def all_gather_logits(self, local_rows: Tensor) -> Tensor:
+        """Like `all_gather`, with gradients: the gradient of a loss over all rows, summed over the processes, equals that of one process."""
+        return local_rows if self.rank.world_size == 1 else _AllGatherLogits.apply(local_rows, self)
 
 
 class _AllGatherLogits(torch.autograd.Function):
@@ -71,54 +75,54 @@ class _AllGatherLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own, share):
         ctx.share = share
-        return share.whole(own.detach()) if share.parted else own.view_as(own)
+        return share.all_gather(own.detach()) if share.is_sharded else own.view_as(own)
 
     @staticmethod
     def backward(ctx, grad):
         share = ctx.share
-        return (grad[share.start : share.stop] if share.parted else grad / share.place.world), None
+        return (grad[share.start : share.stop] if share.is_sharded else grad / share.rank.world_size), None
 
 
 @dataclass(frozen=True)
-class Replicas:
-    """The process group, from the view of the rank `place`. With one process, all methods do nothing."""
+class ProcessGroup:
+    """The process group, from the view of the rank `rank`. With one process, all methods do nothing."""
 
-    place: Place = ALONE
+    rank: Rank = SINGLE_RANK
 
     @property
-    def alone(self) -> bool:
-        return self.place.world == 1
+    def is_single(self) -> bool:
+        return self.rank.world_size == 1
 
-    def share(self, count: int) -> Share:
+    def shard(self, count: int) -> Shard:
         """Return this process's share of a batch of `count` rows."""
-        if self.alone or count < FEWEST_ROWS * self.place.world:
-            return Share(0, count, count, self.place)
-        return Share(*_bounds(count, self.place.rank, self.place.world), count, self.place)
+        if self.is_single or count < MIN_ROWS_PER_RANK * self.rank.world_size:
+            return Shard(0, count, count, self.rank)
+        return Shard(*_bounds(count, self.rank.index, self.rank.world_size), count, self.rank)
 
-    def largest_share(self, count: int) -> int:
+    def max_shard_size(self, count: int) -> int:
         """Return the maximum number of rows per process for a batch of `count` rows."""
-        return -(-count // self.place.world)
+        return -(-count // self.rank.world_size)
 
-    def own_device(self, device: torch.device) -> torch.device:
+    def local_device(self, device: torch.device) -> torch.device:
         """Return this process's GPU of the host and make it the current device. Raise a SettingsError if there are too few GPUs."""
         if device.type != "cuda":
             return device
-        if self.place.local_world == 1:
+        if self.rank.local_world_size == 1:
             if device.index is not None:
                 torch.cuda.set_device(device)  # streams and random state default to the current GPU
             return device
         gpus = torch.cuda.device_count()
-        if device.index is not None or self.place.local_world > gpus:
+        if device.index is not None or self.rank.local_world_size > gpus:
             raise SettingsError(
-                f"{self.place.local_world} processes on this host need one GPU each, but train.device={device} and the host has "
+                f"{self.rank.local_world_size} processes on this host need one GPU each, but train.device={device} and the host has "
                 f"{gpus} GPUs: set train.device=auto and NPROC={gpus} or less"
             )
-        torch.cuda.set_device(self.place.local_rank)
-        return torch.device("cuda", self.place.local_rank)
+        torch.cuda.set_device(self.rank.local_index)
+        return torch.device("cuda", self.rank.local_index)
 
-    def together(self, call: Callable[[], T]) -> T:
+    def run_collectively(self, call: Callable[[], T]) -> T:
         """Return what `call` returns. If a stop signal interrupts it in one process, raise StoppedError in all after each has finished."""
-        if self.alone:
+        if self.is_single:
             return call()
         result, received = None, 0
         try:
@@ -132,32 +136,32 @@ class Replicas:
             raise StoppedError(int(number))
         return result
 
-    def shared(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value in all processes: tensors, numbers, texts, and lists and dicts of them."""
-        if self.alone:
+        if self.is_single:
             return value
         buffer = io.BytesIO()
-        if self.place.leads:
+        if self.rank.is_main:
             torch.save(value, buffer)
         size = torch.tensor(buffer.tell())
         with _translate_errors():
             dist.broadcast(size, 0)
-            data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8) if self.place.leads else None
+            data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8) if self.rank.is_main else None
             data = torch.empty(int(size), dtype=torch.uint8) if data is None else data
             dist.broadcast(data, 0)
-        if self.place.leads:
+        if self.rank.is_main:
             return value
         return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
 
     def check_same(self, value: Any, complaint: str) -> None:
         """Raise a SettingsError with the text `complaint` if this process's value differs from rank 0's."""
-        if self.shared(value) != value:
-            raise SettingsError(f"process {self.place.rank} of {self.place.world}: {complaint}")
+        if self.broadcast(value) != value:
+            raise SettingsError(f"process {self.rank.index} of {self.rank.world_size}: {complaint}")
 
     @torch.no_grad()
-    def start_alike(self, model: nn.Module) -> None:
+    def broadcast_weights(self, model: nn.Module) -> None:
         """Copy rank 0's weights and buffers into the model."""
-        if self.alone:
+        if self.is_single:
             return
         with _translate_errors():
             for tensor in model.state_dict().values():
@@ -166,15 +170,15 @@ class Replicas:
                 tensor.copy_(contiguous)
 
     @torch.no_grad()
-    def sum_gradients(self, model: nn.Module) -> None:
+    def all_reduce_gradients(self, model: nn.Module) -> None:
         """Sum each gradient over the processes. Average running statistics that each process computed from its own rows."""
-        if self.alone:
+        if self.is_single:
             return
         self._sum([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         statistics = _local_batchnorm_statistics(model)
         self._sum(statistics)
         if statistics:
-            torch._foreach_div_(statistics, self.place.world)
+            torch._foreach_div_(statistics, self.rank.world_size)
 
     def _sum(self, tensors: Sequence[Tensor]) -> None:
         """Sum the tensors in one flat tensor in a fixed order, so that sums over more than two processes are bitwise reproducible."""
@@ -187,23 +191,23 @@ class Replicas:
         torch._foreach_copy_(tensors, [part.view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)])
 
 
-BY_ITSELF = Replicas()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def joined(place: Place) -> Iterator[Replicas]:
-    """Join the process group of `place` and yield it. At the end, all processes wait for rank 0."""
-    if place.world == 1:
-        yield BY_ITSELF
+def init_process_group(rank: Rank) -> Iterator[ProcessGroup]:
+    """Join the process group of `rank` and yield it. At the end, all processes wait for rank 0."""
+    if rank.world_size == 1:
+        yield SINGLE_PROCESS
         return
-    _rendezvous(place)
-    replicas = Replicas(place)
-    yield replicas
-    replicas.shared(None)
+    _rendezvous(rank)
+    process_group = ProcessGroup(rank)
+    yield process_group
+    process_group.broadcast(None)
     dist.destroy_process_group()
 
 
-def _rendezvous(place: Place) -> None:
+def _rendezvous(rank: Rank) -> None:
     """Wait for all processes, in a thread, so that a signal can stop a waiting process."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     failed: list[Exception] = []
@@ -211,9 +215,9 @@ def _rendezvous(place: Place) -> None:
     def meet() -> None:
         try:
             # torch's TCP store listens on all networks without authentication; prefer the file
-            store = dist.FileStore(place.meeting, place.world) if place.meeting else None
+            store = dist.FileStore(rank.rendezvous_file, rank.world_size) if rank.rendezvous_file else None
             dist.init_process_group(
-                backend, store=store, rank=place.rank, world_size=place.world, timeout=RENDEZVOUS_TIMEOUT
+                backend, store=store, rank=rank.index, world_size=rank.world_size, timeout=RENDEZVOUS_TIMEOUT
             )
         except Exception as error:
             failed.append(error)
@@ -221,14 +225,14 @@ def _rendezvous(place: Place) -> None:
     thread = threading.Thread(target=meet, name="rendezvous", daemon=True)
     thread.start()
     while thread.is_alive():
-        poll()
+        raise_if_stopped()
         thread.join(POLL_INTERVAL_S)
     if failed:
-        raise LostError(
-            f"process {place.rank} of {place.world} could not join the others at "
-            f"{place.meeting or 'MASTER_ADDR and MASTER_PORT'} ({failed[0]}): check that all are running and can reach it"
+        raise PeerLostError(
+            f"process {rank.index} of {rank.world_size} could not join the others at "
+            f"{rank.rendezvous_file or 'MASTER_ADDR and MASTER_PORT'} ({failed[0]}): check that all are running and can reach it"
         ) from failed[0]
-    log.info("%d processes train together", place.world)
+    log.info("%d processes train together", rank.world_size)
 
 
 @contextmanager
@@ -239,8 +243,8 @@ def _translate_errors() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        poll()
-        raise LostError(
+        raise_if_stopped()
+        raise PeerLostError(
             "another process of this training is gone; see its log for the reason. The same command resumes from the "
             "last checkpoint"
         ) from error
@@ -261,7 +265,7 @@ def _local_batchnorm_statistics(model: nn.Module) -> list[Tensor]:
     ]
 
 
-def with_norms_of_all(network: nn.Module, device: torch.device) -> nn.Module:
+def convert_sync_batchnorm(network: nn.Module, device: torch.device) -> nn.Module:
     """Return the network with BatchNorm over the rows of all processes on GPUs. On CPUs, where torch has no such norm, return it unchanged.
 
     Parameters, buffers and their names stay. If the network has BatchNorm, log which one it uses.

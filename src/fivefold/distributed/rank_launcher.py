@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from fivefold.contract.s3.sync import SCRATCH
-from fivefold.distributed.ranks import PARENT, SHARED_SCRATCH, Hosts
+from fivefold.distributed.ranks import PARENT, SHARED_SCRATCH, HostGroup
 from fivefold.errors import FivefoldError, RetryableError
-from fivefold.launchers.scheduler import SECONDS_BETWEEN_SIGNALS, Signals
+from fivefold.launchers.scheduler import SIGNAL_INTERVAL_S, Signals
 from fivefold.system import GLIBC_TUNABLES, count_cores
 
 KILL_AFTER_S = 30.0
@@ -24,10 +24,10 @@ ROOT_CAUSE_CODES = (64, 65, 66, 1)
 """Exit codes of the process that caused the failure. 75 may only mean that another process is gone."""
 
 
-def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mapping[str, str]) -> int:
+def run_ranks(arguments: Sequence[str], hosts: HostGroup, processes: int, environ: Mapping[str, str]) -> int:
     """Run `python -m fivefold.jobs` with `arguments` in `processes` processes; return the exit code of the one that caused a failure.
 
-    Return 130 or 143 after SIGINT or SIGTERM, which are forwarded; a second signal kills. Errors as for `as_one`.
+    Return 130 or 143 after SIGINT or SIGTERM, which are forwarded; a second signal kills. Errors as for `merge_exit_codes`.
     """
     command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "fivefold.jobs", *arguments]
     port, shared = hosts.port or free_port(), shared_variables(hosts, processes, environ)
@@ -45,10 +45,10 @@ def start(arguments: Sequence[str], hosts: Hosts, processes: int, environ: Mappi
             raise
     first = hosts.index * processes
     codes = {first + n: child.returncode for n, child in enumerate(children) if child not in killed}
-    return as_one(codes, hosts.count * processes, signals.received)
+    return merge_exit_codes(codes, hosts.count * processes, signals.received)
 
 
-def shared_variables(hosts: Hosts, processes: int, environ: Mapping[str, str]) -> dict[str, str]:
+def shared_variables(hosts: HostGroup, processes: int, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of all processes of this host. Variables that the user has set stay."""
     # on one host use the loopback interface only
     is_local = hosts.count == 1 and sys.platform.startswith("linux")
@@ -86,7 +86,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], signals: Signals) -> list
             for child in running:
                 child.wait()
             return running
-        time.sleep(SECONDS_BETWEEN_SIGNALS)
+        time.sleep(SIGNAL_INTERVAL_S)
     return []
 
 
@@ -97,7 +97,7 @@ def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
             child.send_signal(signal.SIGCONT)  # a stopped process does not handle signals
 
 
-def as_one(codes: Mapping[int, int], world: int, received: Sequence[int] = ()) -> int:
+def merge_exit_codes(codes: Mapping[int, int], world: int, received: Sequence[int] = ()) -> int:
     """Merge the exit codes of all ranks (negative: signals) to one, after the signals `received`.
 
     Codes that name a cause precede 75, the code of ranks that lost another one. Raise a RetryableError if a process

@@ -20,90 +20,90 @@ COUNT_GPUS = ("", "auto", "gpu")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Process `rank` of `world` processes; `local_rank` of `local_world` on its host.
+class Rank:
+    """Process `index` of `world_size` processes; `local_index` of `local_world_size` on its host.
 
-    The processes rendezvous by the file `meeting`, or at MASTER_ADDR and MASTER_PORT if it is empty.
+    The processes rendezvous by the file `rendezvous_file`, or at MASTER_ADDR and MASTER_PORT if it is empty.
     """
 
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
-    meeting: str = ""
+    index: int = 0
+    world_size: int = 1
+    local_index: int = 0
+    local_world_size: int = 1
+    rendezvous_file: str = ""
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Return whether this is rank 0, which writes the files."""
-        return self.rank == 0
+        return self.index == 0
 
 
-ALONE = Place()
+SINGLE_RANK = Rank()
 PARENT = "FIVEFOLD_PARENT"
 """Variable with the id of the parent process. A process ends if its parent ends."""
 SHARED_SCRATCH = "FIVEFOLD_SCRATCH"
 """Variable with a folder for downloads that the processes of one host share. Their parent removes it."""
-MEETING = "meeting"
+RENDEZVOUS_FILE = "meeting"
 """The rendezvous file in that folder for processes of one host."""
-FEWEST_ROWS = 2
+MIN_ROWS_PER_RANK = 2
 """Minimum rows of a batch per process. BatchNorm needs two."""
 
 
-def is_member(environ: Mapping[str, str]) -> bool:
+def started_as_rank(environ: Mapping[str, str]) -> bool:
     """Return whether a launcher started this process as a rank, also as the only one."""
     has_rank = bool(environ.get("RANK") and environ.get("WORLD_SIZE"))
     return has_rank and bool(environ.get("LOCAL_RANK") or not environ.get("PET_NNODES"))
 
 
-def place_of(environ: Mapping[str, str]) -> Place:
+def rank_from_env(environ: Mapping[str, str]) -> Rank:
     """Return the place from RANK, WORLD_SIZE and LOCAL_RANK; ALONE if they are not set. Raise a SettingsError if they are invalid."""
-    if not is_member(environ):
-        return ALONE
-    world = whole(environ, "WORLD_SIZE", 1, 1)
-    local_world = whole(environ, "LOCAL_WORLD_SIZE", 1, 1)
+    if not started_as_rank(environ):
+        return SINGLE_RANK
+    world = int_from_env(environ, "WORLD_SIZE", 1, 1)
+    local_world = int_from_env(environ, "LOCAL_WORLD_SIZE", 1, 1)
     shared = environ.get(SHARED_SCRATCH) if local_world == world else ""  # on one host a file suffices: open no port
-    place = Place(
-        below(environ, "RANK", "WORLD_SIZE", world),
+    rank = Rank(
+        index_from_env(environ, "RANK", "WORLD_SIZE", world),
         world,
-        below(environ, "LOCAL_RANK", "LOCAL_WORLD_SIZE", local_world),
+        index_from_env(environ, "LOCAL_RANK", "LOCAL_WORLD_SIZE", local_world),
         local_world,
-        str(Path(shared) / MEETING) if shared else "",
+        str(Path(shared) / RENDEZVOUS_FILE) if shared else "",
     )
     if world > 1 and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
         raise SettingsError(f"WORLD_SIZE={world} processes need MASTER_ADDR and MASTER_PORT: set both")
-    return place
+    return rank
 
 
 def check_batch(size: int, world: int) -> None:
     """Raise a SettingsError if a batch has fewer than FEWEST_ROWS rows for each of `world` processes."""
-    minimum = FEWEST_ROWS * world
+    minimum = MIN_ROWS_PER_RANK * world
     if world > 1 and size < minimum:
         raise SettingsError(
             f"train.batch_size={size} is the batch of all {world} processes together, and each process needs at least "
-            f"{FEWEST_ROWS} rows: set train.batch_size={minimum} or more, or use fewer processes (NPROC, NNODES)"
+            f"{MIN_ROWS_PER_RANK} rows: set train.batch_size={minimum} or more, or use fewer processes (NPROC, NNODES)"
         )
 
 
-def whole(environ: Mapping[str, str], name: str, least: int, otherwise: int) -> int:
-    """Return the integer in a variable, or `otherwise` if it is not set. Raise a SettingsError unless it is at least `least`."""
+def int_from_env(environ: Mapping[str, str], name: str, minimum: int, default: int) -> int:
+    """Return the integer in a variable, or `default` if it is not set. Raise a SettingsError unless it is at least `minimum`."""
     text = environ.get(name, "").strip()
     if not text:
-        return otherwise
-    if not text.isdigit() or int(text) < least:
-        raise SettingsError(f"{name}={text} is not a whole number from {least}")
+        return default
+    if not text.isdigit() or int(text) < minimum:
+        raise SettingsError(f"{name}={text} is not a whole number from {minimum}")
     return int(text)
 
 
-def below(environ: Mapping[str, str], name: str, of: str, count: int) -> int:
-    """Return the index in a variable, 0 if not set. Raise a SettingsError unless it is below `count`, the value of the variable `of`."""
-    index = whole(environ, name, 0, 0)
+def index_from_env(environ: Mapping[str, str], name: str, count_name: str, count: int) -> int:
+    """Return the index in a variable, 0 if not set. Raise a SettingsError unless it is below `count`, the value of the variable `count_name`."""
+    index = int_from_env(environ, name, 0, 0)
     if index >= count:
-        raise SettingsError(f"{name}={index} is out of range: {of}={count} allows 0 to {count - 1}")
+        raise SettingsError(f"{name}={index} is out of range: {count_name}={count} allows 0 to {count - 1}")
     return index
 
 
 @dataclass(frozen=True)
-class Hosts:
+class HostGroup:
     """Host `index` of `count`. The hosts rendezvous at `address`:`port` (0: not set), through the network `interface` if set."""
 
     count: int = 1
@@ -126,42 +126,48 @@ class Hosts:
         }
 
 
-def hosts_of(environ: Mapping[str, str]) -> Hosts:
+def hosts_from_env(environ: Mapping[str, str]) -> HostGroup:
     """Return the hosts that train together: those of NNODES or PET_NNODES, else SageMaker's, else only this one.
 
     Raise a SettingsError if the variables contradict each other.
     """
     names = _sagemaker_hosts(environ)
-    count = whole(environ, _set_variable(environ, "NNODES"), 1, max(1, len(names)))
+    count = int_from_env(environ, _set_variable(environ, "NNODES"), 1, max(1, len(names)))
     if names and count not in (1, len(names)):
         raise SettingsError(f"NNODES={count}, but SM_HOSTS names {len(names)}: {', '.join(names)}; unset NNODES")
     port_variable = _set_variable(environ, "MASTER_PORT")
     if count == 1:
         # Kubernetes sets MASTER_PORT=tcp://… in every pod if a Service has the name "master"
-        return Hosts(port=0 if "://" in environ.get(port_variable, "") else whole(environ, port_variable, 1, 0))
-    port = whole(environ, port_variable, 1, DEFAULT_PORT)
+        return HostGroup(
+            port=0 if "://" in environ.get(port_variable, "") else int_from_env(environ, port_variable, 1, 0)
+        )
+    port = int_from_env(environ, port_variable, 1, DEFAULT_PORT)
     interface = environ.get("SM_NETWORK_INTERFACE_NAME") or str(_resources(environ).get("network_interface_name", ""))
     if len(names) == count:
-        return Hosts(count, _index_of_host(environ, names), names[0], port, interface)
+        return HostGroup(count, _index_of_host(environ, names), names[0], port, interface)
     address, index_variable = environ.get(_set_variable(environ, "MASTER_ADDR")), _set_variable(environ, "NODE_RANK")
     if not address or not environ.get(index_variable):
         raise SettingsError(
             f"NNODES={count} hosts need NODE_RANK (0 to {count - 1}) and MASTER_ADDR (the address of the host with NODE_RANK=0)"
         )
-    return Hosts(
-        count, below(environ, index_variable, _set_variable(environ, "NNODES"), count), address, port, interface
+    return HostGroup(
+        count,
+        index_from_env(environ, index_variable, _set_variable(environ, "NNODES"), count),
+        address,
+        port,
+        interface,
     )
 
 
-def processes_of(environ: Mapping[str, str]) -> int | None:
+def processes_from_env(environ: Mapping[str, str]) -> int | None:
     """Return the processes per host from NPROC, PET_NPROC_PER_NODE or SM_NUM_GPUS, or None to count the GPUs."""
     name = next((name for name in ("NPROC", "PET_NPROC_PER_NODE") if environ.get(name)), "NPROC")
     if environ.get(name, "") not in COUNT_GPUS:
-        return 1 if environ[name] == "cpu" else whole(environ, name, 1, 1)
-    return max(1, whole(environ, "SM_NUM_GPUS", 0, 1)) if environ.get("SM_NUM_GPUS") else None
+        return 1 if environ[name] == "cpu" else int_from_env(environ, name, 1, 1)
+    return max(1, int_from_env(environ, "SM_NUM_GPUS", 0, 1)) if environ.get("SM_NUM_GPUS") else None
 
 
-def index_is_of_hosts(environ: Mapping[str, str]) -> bool:
+def index_means_host(environ: Mapping[str, str]) -> bool:
     """Return whether several hosts train together. Then the index of their Kubernetes Job is the host, not the fold."""
     counts = [environ.get(name, "") for name in ("NNODES", "PET_NNODES", "GROUP_WORLD_SIZE")]
     return any(count.isdigit() and int(count) > 1 for count in counts)

@@ -12,24 +12,24 @@ import pandas as pd
 from fivefold.csv_tables import check_same_ids
 from fivefold.errors import DataError
 from fivefold.evaluation import metrics, plots
-from fivefold.evaluation.ground_truth import with_truth
+from fivefold.evaluation.ground_truth import add_labels
 from fivefold.evaluation.metrics import competition_logloss
-from fivefold.evaluation.report import Picture, drawn, filled
+from fivefold.evaluation.report import ThemedImage, render_png, render_template
 from fivefold.evaluation.scored_rows import write_csv
-from fivefold.predictions import Predictions, sample
+from fivefold.predictions import Predictions, preview
 
 TEMPLATE = Path(__file__).with_name("comparison.html.j2")
-FIGURES = ["n", "accuracy", "accuracy_low", "accuracy_high", "logloss", "f1_macro"]
+SCORE_NAMES = ["n", "accuracy", "accuracy_low", "accuracy_high", "logloss", "f1_macro"]
 
 
 TITLES = {"test": "Test", "oof": "Out-of-fold"}
-ABOUT = {
+CAPTIONS = {
     "test": "Each submission scored against the supplied ground truth. Log loss follows the competition's rules: rows "
     "are normalised to sum 1 and clipped. Files of predicted classes have no log loss.",
     "oof": "Each row is predicted by fold models that did not train on it. Those models selected their best epoch on "
     "these rows. The figures cover single models (or their mean over seeds and systems), not the ensemble.",
 }
-Figures = Mapping[str, float | int | None]
+Scores = Mapping[str, float | int | None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Experiment:
 
     `source`: the path of the submission file or of the run's folder. `file` and `table`: its submission
     of the test rows; `labels_only` if that has classes without probabilities. `oof`: its out-of-fold
-    rows; `oof_words` describes their models.
+    rows; `oof_description` describes their models.
     """
 
     name: str
@@ -47,24 +47,24 @@ class Experiment:
     table: Predictions | None = None
     labels_only: bool = False
     oof: Predictions | None = None
-    oof_words: str = ""
+    oof_description: str = ""
 
-    def test_figures(self, truth: Mapping[str, str], where: Path) -> Figures | None:
+    def test_scores(self, truth: Mapping[str, str], where: Path) -> Scores | None:
         """Return FIGURES of the submission against `truth` (id to class), logloss by competition rules; None without one."""
         if self.table is None or self.file is None:
             return None
-        table = with_truth(self.table, dict(truth), where)
+        table = add_labels(self.table, dict(truth), where)
         if self.labels_only:
             return _figures(table, None)
         return _figures(table, competition_logloss(np.exp(table.log_probs.astype(np.float64)), table.codes()))
 
-    def oof_figures(self) -> Figures | None:
+    def oof_scores(self) -> Scores | None:
         """Return FIGURES of the out-of-fold rows; None without any."""
         return None if self.oof is None else _figures(self.oof, metrics.logloss(self.oof.log_probs, self.oof.codes()))
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairwiseAgreement:
     """Pairwise `agreement` and `correlation` [M, M] of the experiments `names` (by number); `rows` describes the rows."""
 
     names: Mapping[int, str]
@@ -75,7 +75,7 @@ class Pairs:
 
 def agreement(tables: Sequence[Predictions]) -> np.ndarray:
     """Return the share of rows [M, M] for which two tables (of the same rows and classes) predict the same class."""
-    guesses = np.stack([metrics.predicted(table.log_probs) for table in tables])
+    guesses = np.stack([metrics.predicted_classes(table.log_probs) for table in tables])
     return (guesses[:, None] == guesses[None]).mean(axis=2)
 
 
@@ -91,7 +91,7 @@ def correlation(tables: Sequence[Predictions]) -> np.ndarray:
     return np.clip((flat @ flat.T) / np.outer(length, length), -1, 1)
 
 
-def pairs(experiments: Sequence[Experiment]) -> tuple[Pairs | None, list[str]]:
+def pairwise_agreement(experiments: Sequence[Experiment]) -> tuple[PairwiseAgreement | None, list[str]]:
     """Return the agreement on the rows that most experiments predict, and a note for each experiment without these rows."""
     submitted = [experiment for experiment in experiments if experiment.table is not None]
     scored = [experiment for experiment in experiments if experiment.oof is not None]
@@ -111,10 +111,10 @@ def pairs(experiments: Sequence[Experiment]) -> tuple[Pairs | None, list[str]]:
         for number, experiment in enumerate(experiments, start=1)
         if any(experiment is other for other in chosen)
     }
-    return Pairs(names, rows, agreement(tables), correlation(tables)), notes
+    return PairwiseAgreement(names, rows, agreement(tables), correlation(tables)), notes
 
 
-def paired(tables: Mapping[str, Predictions], certain: Collection[str] = ()) -> list[dict[str, Any]]:
+def paired_differences(tables: Mapping[str, Predictions], certain: Collection[str] = ()) -> list[dict[str, Any]]:
     """Compare each pair of experiments on the labelled rows that both predict: first minus second.
 
     Return differences of `accuracy` and `logloss` (None if one is in `certain`, which has predicted classes only), each
@@ -130,7 +130,7 @@ def paired(tables: Mapping[str, Predictions], certain: Collection[str] = ()) -> 
             continue
         both = same_tables([one, other], [a, b], strict=False)
         codes = both[0].codes()
-        right = [(metrics.predicted(table.log_probs) == codes).astype(float) for table in both]
+        right = [(metrics.predicted_classes(table.log_probs) == codes).astype(float) for table in both]
         losses = [
             -table.log_probs[np.arange(len(codes)), codes].clip(np.log(metrics.FLOOR)).astype(float) for table in both
         ]
@@ -154,17 +154,17 @@ def same_tables(tables: Sequence[Predictions], names: Sequence[str], strict: boo
     for name, table in zip(names, tables, strict=True):
         differing = sorted(set(table.classes) ^ set(first.classes))
         if differing:
-            raise DataError(f"{names[0]} and {name} predict different classes: {sample(differing)}")
+            raise DataError(f"{names[0]} and {name} predict different classes: {preview(differing)}")
         others = set(table.ids)
         if strict:
             check_same_ids(ids, names[0], others, name)
         ids = [row_id for row_id in ids if row_id in others]
     if not ids:
         raise DataError(f"{', '.join(names)} have no row in common")
-    return [table.with_classes(first.classes).in_order(ids) for table in tables]
+    return [table.with_classes(first.classes).reindex(ids) for table in tables]
 
 
-def write_stacked(path: Path, experiments: Sequence[Experiment], id_column: str) -> Path:
+def write_all_submissions(path: Path, experiments: Sequence[Experiment], id_column: str) -> Path:
     """Write all submissions into one table: `experiment`, the ids, and one probability column per class."""
     submitted = [experiment for experiment in experiments if experiment.table is not None]
     tables = same_tables(
@@ -177,37 +177,35 @@ def write_stacked(path: Path, experiments: Sequence[Experiment], id_column: str)
 
 
 def draw(
-    experiments: Sequence[Experiment], figures: Sequence[Figures | None], alike: Pairs | None
-) -> dict[str, Picture]:
+    experiments: Sequence[Experiment], figures: Sequence[Scores | None], pairs: PairwiseAgreement | None
+) -> dict[str, ThemedImage]:
     """Return the pictures by file name without suffix; a picture without data is omitted."""
     pictures = {}
     if any(figures):
         names, known = [experiment.name for experiment in experiments], [scores or {} for scores in figures]
-        pictures["model_acc"] = drawn(lambda to, theme: plots.scores(names, known, to, theme))
-    if alike is not None:
-        heat = (alike.names, alike.agreement, alike.correlation)
-        pictures["correlation"] = drawn(lambda to, theme: plots.likeness(*heat, to, theme))
+        pictures["model_acc"] = render_png(lambda to, theme: plots.plot_scores(names, known, to, theme))
+    if pairs is not None:
+        heat = (pairs.names, pairs.agreement, pairs.correlation)
+        pictures["correlation"] = render_png(lambda to, theme: plots.plot_agreement(*heat, to, theme))
     return pictures
 
 
-def write_figures(
-    path: Path, experiments: Sequence[Experiment], tables: Mapping[str, Sequence[Figures | None]]
-) -> Path:
+def write_scores(path: Path, experiments: Sequence[Experiment], tables: Mapping[str, Sequence[Scores | None]]) -> Path:
     """Write one row per experiment: its number and name, and FIGURES of each of `tables`, empty if unknown."""
     numbers = range(1, len(experiments) + 1)
     frame = pd.DataFrame({"number": numbers, "experiment": [experiment.name for experiment in experiments]})
     for name, figures in tables.items():
-        known = pd.DataFrame([scores or {} for scores in figures], columns=FIGURES)
-        frame = frame.join(known.astype(dict.fromkeys(FIGURES, float) | {"n": "Int64"}).add_prefix(f"{name}_"))
+        known = pd.DataFrame([scores or {} for scores in figures], columns=SCORE_NAMES)
+        frame = frame.join(known.astype(dict.fromkeys(SCORE_NAMES, float) | {"n": "Int64"}).add_prefix(f"{name}_"))
     return write_csv(path, frame)
 
 
-def page(
+def render_page(
     title: str,
     experiments: Sequence[Experiment],
-    tables: Mapping[str, Sequence[Figures | None]],
-    alike: Pairs | None,
-    pictures: Mapping[str, Picture],
+    tables: Mapping[str, Sequence[Scores | None]],
+    pairs: PairwiseAgreement | None,
+    pictures: Mapping[str, ThemedImage],
     notes: Sequence[str],
     differences: Sequence[Mapping[str, Any]] = (),
 ) -> str:
@@ -216,22 +214,22 @@ def page(
         name: [(index + 1, experiments[index], scores) for index, scores in enumerate(figures) if scores]
         for name, figures in tables.items()
     }
-    return filled(
+    return render_template(
         TEMPLATE,
         title=title,
         experiments=experiments,
         tables=rows,
         titles=TITLES,
-        about=ABOUT,
-        pairs=alike,
+        about=CAPTIONS,
+        pairs=pairs,
         differences=differences,
         pictures=pictures,
         notes=notes,
     )
 
 
-def _figures(table: Predictions, logloss: float | None) -> Figures:
+def _figures(table: Predictions, logloss: float | None) -> Scores:
     codes = table.codes()
-    scores = metrics.summary(table.log_probs, codes)
+    scores = metrics.compute_metrics(table.log_probs, codes)
     low, high = metrics.wilson_interval(scores["accuracy"], len(codes))
-    return dict(zip(FIGURES, (len(codes), scores["accuracy"], low, high, logloss, scores["f1_macro"]), strict=True))
+    return dict(zip(SCORE_NAMES, (len(codes), scores["accuracy"], low, high, logloss, scores["f1_macro"]), strict=True))

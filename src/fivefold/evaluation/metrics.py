@@ -1,6 +1,7 @@
 """Metrics of log-probabilities against the true classes: scikit-learn's metrics by name, and log losses.
 
 Throughout, `log_probs` is [N, C] natural logarithms and `codes` [N] the true class indices, N >= 1.
+Calibration follows Guo et al. 2017, "On calibration of modern neural networks", arXiv 1706.04599.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,24 +10,24 @@ import numpy as np
 
 from fivefold.lookup import choose
 
-EPOCH = ("accuracy", "logloss", "f1_macro")
+EPOCH_METRICS = ("accuracy", "logloss", "f1_macro")
 FLOOR = 1e-15
 """Competitions clip probabilities to [FLOOR, 1 - FLOOR]."""
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
-def predicted(log_probs: np.ndarray) -> np.ndarray:
+def predicted_classes(log_probs: np.ndarray) -> np.ndarray:
     """Return the most probable class of each row [N] int64; the first one in a tie."""
     return log_probs.argmax(axis=1)
 
 
-def of_classes(name: str, **options: object) -> Metric:
+def sklearn_metric(name: str, **options: object) -> Metric:
     """Return the metric `sklearn.metrics.<name>` of the most probable classes; `options` are its other arguments."""
 
     def metric(log_probs: np.ndarray, codes: np.ndarray) -> float:
         from sklearn import metrics
 
-        return float(getattr(metrics, name)(codes, predicted(log_probs), **options))
+        return float(getattr(metrics, name)(codes, predicted_classes(log_probs), **options))
 
     return metric
 
@@ -34,7 +35,7 @@ def of_classes(name: str, **options: object) -> Metric:
 def top_k_accuracy(log_probs: np.ndarray, codes: np.ndarray, k: int = 5) -> float:
     """Return the share of rows with the true class among the k most probable ones; 1 if k >= C.
 
-    Of equal probabilities the earlier class ranks higher, as in `predicted` (scikit-learn takes the
+    Of equal probabilities the earlier class ranks higher, as in `predicted_classes` (scikit-learn takes the
     later one), so that k = 1 is the accuracy.
     """
     ranked = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]
@@ -56,31 +57,31 @@ def confusion_matrix(log_probs: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Return counts [C, C] int64: true class by row, predicted class by column."""
     from sklearn.metrics import confusion_matrix
 
-    return confusion_matrix(codes, predicted(log_probs), labels=range(log_probs.shape[1]))
+    return confusion_matrix(codes, predicted_classes(log_probs), labels=range(log_probs.shape[1]))
 
 
 def per_class_table(log_probs: np.ndarray, codes: np.ndarray) -> dict[str, np.ndarray]:
-    """Return per class [C]: `precision`, `recall`, `f1` in [0, 1] (0 if undefined), `support`, `predicted` counts."""
+    """Return per class [C]: `precision`, `recall`, `f1` in [0, 1] (0 if undefined), `support`, `predicted_classes` counts."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    guesses, labels = predicted(log_probs), range(log_probs.shape[1])
+    guesses, labels = predicted_classes(log_probs), range(log_probs.shape[1])
     scores = precision_recall_fscore_support(codes, guesses, labels=labels, zero_division=0)
     table = dict(zip(("precision", "recall", "f1", "support"), scores, strict=True))
     return table | {"predicted": np.bincount(guesses, minlength=len(labels))}
 
 
-def summary(log_probs: np.ndarray, codes: np.ndarray, names: Iterable[str] = EPOCH) -> dict[str, float]:
+def compute_metrics(log_probs: np.ndarray, codes: np.ndarray, names: Iterable[str] = EPOCH_METRICS) -> dict[str, float]:
     """Return the metrics `names`, by default those of an epoch."""
     return {name: choose(METRICS, "metric", name)(log_probs, codes) for name in names}
 
 
 def full_report(log_probs: np.ndarray, codes: np.ndarray, top_k: int = 5, bins: int = 15) -> dict[str, float | int]:
     """Return all figures: METRICS, `top<k>_accuracy`, `ece`, and `n`, the number of rows."""
-    from fivefold.evaluation.calibration import expected_calibration_error
+    from fivefold.evaluation.metrics import expected_calibration_error
 
     return {
         "n": len(codes),
-        **summary(log_probs, codes, METRICS),
+        **compute_metrics(log_probs, codes, METRICS),
         f"top{top_k}_accuracy": top_k_accuracy(log_probs, codes, top_k),
         "ece": expected_calibration_error(log_probs, codes, bins),
     }
@@ -102,14 +103,14 @@ def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, fl
     return float(low), float(high)
 
 
-def independent_rows(right: np.ndarray, clusters: np.ndarray) -> float:
-    """Return the effective number of independent rows of `right` [N], given the clusters of correlated rows `clusters` [N].
+def effective_rows(correct: np.ndarray, clusters: np.ndarray) -> float:
+    """Return the effective number of independent rows of `correct` [N], given the clusters of correlated rows `clusters` [N].
 
     It is N over the design effect: the variance of the share between clusters over the variance of N independent rows
     (Kish 1965, section 5.4). It is at most N, and the number of clusters if there is no variance. Clusters count from 0.
     """
-    rows, hits, share = np.bincount(clusters), np.bincount(clusters, right), right.mean()
-    groups, count, spread = len(rows), len(right), ((hits - share * rows) ** 2).sum()
+    rows, hits, share = np.bincount(clusters), np.bincount(clusters, correct), correct.mean()
+    groups, count, spread = len(rows), len(correct), ((hits - share * rows) ** 2).sum()
     if groups < 2 or spread == 0:
         return float(groups)
     effect = spread * groups / (groups - 1) / (share * (1 - share) * count**2 / (count - 1))
@@ -117,14 +118,74 @@ def independent_rows(right: np.ndarray, clusters: np.ndarray) -> float:
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": of_classes("accuracy_score"),
+    "accuracy": sklearn_metric("accuracy_score"),
     "logloss": logloss,
     "competition_logloss": lambda log_probs, codes: competition_logloss(np.exp(log_probs), codes),
-    "f1_macro": of_classes("f1_score", average="macro", zero_division=0),
-    "f1_weighted": of_classes("f1_score", average="weighted", zero_division=0),
-    "precision_macro": of_classes("precision_score", average="macro", zero_division=0),
-    "precision_weighted": of_classes("precision_score", average="weighted", zero_division=0),
-    "recall_macro": of_classes("recall_score", average="macro", zero_division=0),
-    "recall_weighted": of_classes("recall_score", average="weighted", zero_division=0),
+    "f1_macro": sklearn_metric("f1_score", average="macro", zero_division=0),
+    "f1_weighted": sklearn_metric("f1_score", average="weighted", zero_division=0),
+    "precision_macro": sklearn_metric("precision_score", average="macro", zero_division=0),
+    "precision_weighted": sklearn_metric("precision_score", average="weighted", zero_division=0),
+    "recall_macro": sklearn_metric("recall_score", average="macro", zero_division=0),
+    "recall_weighted": sklearn_metric("recall_score", average="weighted", zero_division=0),
 }
 """All metrics of a report; macro metrics cover the classes that occur as truth or as prediction. To add one, add a line."""
+
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+"""Bounds of a fitted temperature: if every row is right (or wrong), the loss has no minimum."""
+
+
+def reliability_table(log_probs: np.ndarray, codes: np.ndarray, bins: int = 15) -> dict[str, np.ndarray]:
+    """Return per bin of confidence [bins]: `low`, `high`, `rows`, mean `confidence`, `accuracy` (NaN if empty).
+
+    Bins have equal width and are open below: (low, high], as in section 2 of the paper.
+    """
+    confidence = np.exp(log_probs.max(axis=1).astype(np.float64)).clip(0, 1)
+    right = log_probs.argmax(axis=1) == codes
+    edges = np.linspace(0, 1, bins + 1)
+    bin_index = np.searchsorted(edges[1:-1], confidence, side="left")
+    rows = np.bincount(bin_index, minlength=bins)
+    sums = [np.bincount(bin_index, weights=values, minlength=bins) for values in (confidence, right)]
+    means = [np.divide(total, rows, out=np.full(bins, np.nan), where=rows > 0) for total in sums]
+    return {"low": edges[:-1], "high": edges[1:], "rows": rows, "confidence": means[0], "accuracy": means[1]}
+
+
+def expected_calibration_error(log_probs: np.ndarray, codes: np.ndarray, bins: int = 15) -> float:
+    """Return the mean distance between confidence and accuracy over bins, weighted by rows (equation 3), in [0, 1]."""
+    table = reliability_table(log_probs, codes, bins)
+    full = table["rows"] > 0
+    gap = np.abs(table["accuracy"][full] - table["confidence"][full])
+    return float((gap * table["rows"][full]).sum() / table["rows"].sum())
+
+
+def apply_temperature(log_probs: np.ndarray, temperature: float) -> np.ndarray:
+    """Return log softmax(log_probs / temperature) [N, C] in the input's precision; a temperature above 1 lowers confidence."""
+    from scipy.special import log_softmax
+
+    return log_softmax(log_probs.astype(np.float64) / temperature, axis=1).astype(log_probs.dtype)
+
+
+def fit_temperature(log_probs: np.ndarray, codes: np.ndarray) -> float:
+    """Return the temperature in [0.01, 100] that minimises the log loss of `apply_temperature` (section 4.2).
+
+    The loss is convex in 1/T, so it has a single minimum over log T.
+    """
+    from scipy.optimize import minimize_scalar
+
+    logits = np.maximum(log_probs.astype(np.float64), np.log(np.finfo(np.float64).tiny))
+    fitted = minimize_scalar(
+        lambda log_t: logloss(apply_temperature(logits, np.exp(log_t)), codes),
+        bounds=np.log([MIN_TEMPERATURE, MAX_TEMPERATURE]),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    return float(np.exp(fitted.x))
+
+
+def cross_fit_temperature(log_probs: np.ndarray, codes: np.ndarray, parts: int = 5) -> np.ndarray:
+    """Return `apply_temperature` [N, C] of each of `parts` of the rows, with the temperature fitted on the other rows."""
+    result, part = np.empty_like(log_probs), np.arange(len(codes)) % parts
+    for held_out in range(parts):
+        in_part = part == held_out
+        result[in_part] = apply_temperature(log_probs[in_part], fit_temperature(log_probs[~in_part], codes[~in_part]))
+    return result

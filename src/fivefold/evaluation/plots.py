@@ -58,7 +58,7 @@ class Theme:
     series: tuple[str, ...]
 
 
-def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light") -> None:
+def plot_training_curves(train_log_csv: Path, target_png: Target, theme: str = "light") -> None:
     """Plot loss, accuracy, log loss and learning rate by epoch from one `train_log.csv`.
 
     Missing or empty columns (no validation rows) are skipped.
@@ -82,7 +82,7 @@ def training_curves(train_log_csv: Path, target_png: Target, theme: str = "light
     save(figure, target_png, colours)
 
 
-def fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") -> None:
+def plot_fold_curves(logs: Mapping[str, Path], target: Target, theme: str = "light") -> None:
     """Plot the validation curves of several models in the same panels, with their names."""
     colours = choose(THEMES, "theme", theme)
     figure, axes = _make_panels(colours)
@@ -111,14 +111,14 @@ def read_train_log(path: Path) -> dict[str, np.ndarray]:
     return {name: log[name].to_numpy() for name in log}
 
 
-def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme: str = "light") -> None:
+def plot_confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme: str = "light") -> None:
     """Plot the confusion matrix [C, C]: hits in one colour, confusions in another, as shares of the true class.
 
     Up to 16 classes have counts in the cells, up to 40 have names at the axes; more classes have numbers.
     """
     colours = choose(THEMES, "theme", theme)
     side = 4.0 + min(len(classes), MAX_NAMED) * 0.15
-    figure = blank(colours, (side + 1.0, side))
+    figure = new_figure(colours, (side + 1.0, side))
     axis = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     hits = np.eye(len(classes), dtype=bool)
@@ -135,10 +135,10 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, theme:
     save(figure, target, colours)
 
 
-def reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, theme: str = "light") -> None:
+def plot_reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, theme: str = "light") -> None:
     """Plot the reliability diagram of `calibration.reliability_table`, and below it the number of rows per bin."""
     colours = choose(THEMES, "theme", theme)
-    figure = blank(colours, (5.2, 5.4))
+    figure = new_figure(colours, (5.2, 5.4))
     top, bottom = figure.subplots(2, 1, height_ratios=[3.2, 1], sharex=True)
     style(top, colours, f"ECE {ece:.4f}", "", "accuracy")
     style(bottom, colours, "", "confidence", "rows")
@@ -162,13 +162,15 @@ def reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, the
     save(figure, target, colours)
 
 
-def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Target, theme: str = "light") -> None:
+def plot_class_f1(
+    table: Mapping[str, np.ndarray], classes: Sequence[str], target: Target, theme: str = "light"
+) -> None:
     """Plot the F1 of each class, the lowest first; of many classes the lowest 40."""
     colours = choose(THEMES, "theme", theme)
     present = np.flatnonzero((table["support"] + table["predicted"]) > 0)
     order = present[np.argsort(table["f1"][present], kind="stable")][:MAX_BARS]
-    names = drawable([classes[code] for code in order], [int(code) for code in order])
-    figure = blank(colours, (5.2, 0.9 + 0.26 * len(order)))
+    names = printable_labels([classes[code] for code in order], [int(code) for code in order])
+    figure = new_figure(colours, (5.2, 0.9 + 0.26 * len(order)))
     axis = figure.subplots()
     title = f"the lowest {MAX_BARS} of {len(classes)} classes" if len(present) > MAX_BARS else ""
     style(axis, colours, title, "F1")
@@ -192,12 +194,12 @@ def class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Ta
     save(figure, target, colours)
 
 
-def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Target, theme: str = "light") -> None:
+def plot_confidence(log_probs: np.ndarray, codes: np.ndarray, target: Target, theme: str = "light") -> None:
     """Plot histograms of the confidence of correct and of wrong predictions, each as shares."""
     colours = choose(THEMES, "theme", theme)
     confidence = np.exp(log_probs.max(axis=1).astype(np.float64)).clip(0, 1)
     right = log_probs.argmax(axis=1) == codes
-    figure = blank(colours, (5.2, 5.4))
+    figure = new_figure(colours, (5.2, 5.4))
     axis = figure.subplots()
     style(axis, colours, "", "confidence", "share")
     edges = np.linspace(0, 1, 26)
@@ -212,7 +214,7 @@ def confidence_histogram(log_probs: np.ndarray, codes: np.ndarray, target: Targe
     save(figure, target, colours)
 
 
-def scores(
+def plot_scores(
     names: Sequence[str], figures: Sequence[Mapping[str, float | None]], target: Target, theme: str = "light"
 ) -> None:
     """Plot each experiment's accuracy with its 95 % interval, and its log loss: bars from 0 with figures beside them.
@@ -220,9 +222,9 @@ def scores(
     `figures`: `accuracy`, `accuracy_low`, `accuracy_high` and `logloss` of each of `names`; None if unknown.
     """
     colours = choose(THEMES, "theme", theme)
-    labels = numbered(dict(enumerate(names, start=1)))
+    labels = numbered_labels(dict(enumerate(names, start=1)))
     height = sum(0.24 + 0.16 * label.count("\n") + 0.12 for label in labels)
-    figure = blank(colours, (9.6, 1.15 + height))
+    figure = new_figure(colours, (9.6, 1.15 + height))
     left, right = figure.subplots(1, 2, sharey=True)
     accuracy, logloss = _column(figures, "accuracy"), _column(figures, "logloss")
     spread = np.abs(np.stack([_column(figures, "accuracy_low"), _column(figures, "accuracy_high")]) - accuracy)
@@ -238,7 +240,7 @@ def scores(
     save(figure, target, colours)
 
 
-def likeness(
+def plot_agreement(
     names: Mapping[int, str], agreement: np.ndarray, correlation: np.ndarray, target: Target, theme: str = "light"
 ) -> None:
     """Plot two heat maps [M, M] side by side: shares of rows with the same predicted class, correlations of probabilities.
@@ -247,35 +249,35 @@ def likeness(
     """
     colours = choose(THEMES, "theme", theme)
     side = 1.6 + 0.5 * min(len(names), MAX_WRITTEN) + 0.06 * min(max(len(names) - MAX_WRITTEN, 0), MAX_NAMED)
-    figure = blank(colours, (2 * side + 2.6, side + 0.8))
+    figure = new_figure(colours, (2 * side + 2.6, side + 0.8))
     left, right = figure.subplots(1, 2)
     _draw_heat_map(left, colours, "Agreement of predicted classes", agreement)
     _draw_heat_map(right, colours, "Correlation of probabilities", correlation)
     ticks = np.arange(len(names))
     if len(names) <= MAX_NAMED:
         numbers = [str(number) for number in names]
-        left.set_yticks(ticks, numbered(names))
+        left.set_yticks(ticks, numbered_labels(names))
         right.set_yticks(ticks, numbers)
         for axis in (left, right):
             axis.set_xticks(ticks, numbers)
     save(figure, target, colours)
 
 
-def numbered(names: Mapping[int, str]) -> list[str]:
+def numbered_labels(names: Mapping[int, str]) -> list[str]:
     """Return labels `1  name`, wrapped at 28 cells; only the number if no font can draw the name."""
-    drawn = drawable(list(names.values()), list(names), MAX_NAME_LENGTH)
+    drawn = printable_labels(list(names.values()), list(names), MAX_NAME_LENGTH)
     return [
         str(number) if name == f"#{number}" else "\n".join(_wrap(f"{number}  {name}"))
         for number, name in zip(names, drawn, strict=True)
     ]
 
 
-def spread_out(rows: int, most: int = MAX_IMAGES) -> np.ndarray:
-    """Return at most `most` indices of `rows` rows, evenly spaced, ascending."""
-    return np.unique(np.linspace(0, rows - 1, min(rows, most)).round().astype(np.int64))
+def evenly_spaced(rows: int, limit: int = MAX_IMAGES) -> np.ndarray:
+    """Return at most `limit` indices of `rows` rows, evenly spaced, ascending."""
+    return np.unique(np.linspace(0, rows - 1, min(rows, limit)).round().astype(np.int64))
 
 
-def image_grid(
+def plot_image_grid(
     images: Sequence[np.ndarray], truth: Sequence[str], guesses: Sequence[str], target: Target, theme: str = "light"
 ) -> None:
     """Plot images (uint8 [H, W, 3], of any size), each below its true and its predicted class; mistakes in another colour.
@@ -284,13 +286,13 @@ def image_grid(
     """
     colours = choose(THEMES, "theme", theme)
     numbers = range(len(images))
-    names = zip(drawable(truth, numbers), drawable(guesses, numbers), strict=True)
+    names = zip(printable_labels(truth, numbers), printable_labels(guesses, numbers), strict=True)
     shown = [_fit(image) for image in images]
     lines = [shown[start : start + COLUMNS] for start in range(0, len(shown), COLUMNS)]
     tops = np.cumsum([GAP, *(CAPTION + max(image.height for image in line) + GAP for line in lines)])
     size = (COLUMNS * (SIDE + GAP) + GAP, int(tops[-1]))
     pasted = Image.new("RGB", size, colours.surface)
-    figure = canvas(colours, (size[0] / DPI, size[1] / DPI))
+    figure = fixed_canvas(colours, (size[0] / DPI, size[1] / DPI))
     for number, (image, (true, guess)) in enumerate(zip(shown, names, strict=True)):
         left, top = GAP + number % COLUMNS * (SIDE + GAP), int(tops[number // COLUMNS])
         pasted.paste(image, (left, top + CAPTION))
@@ -302,7 +304,7 @@ def image_grid(
 
 
 def _make_panels(colours: Theme) -> tuple["Figure", list["Axes"]]:
-    figure = blank(colours, (9.6, 6.0))
+    figure = new_figure(colours, (9.6, 6.0))
     return figure, list(figure.subplots(2, 2).flat)
 
 
@@ -371,7 +373,7 @@ def _draw_colour_bar(figure: "Figure", axis: "Axes", picture: "AxesImage", full:
 def _set_class_ticks(axis: "Axes", classes: Sequence[str], colours: Theme) -> None:
     if len(classes) > MAX_NAMED:
         return
-    ticks, names = np.arange(len(classes)), drawable(classes, range(len(classes)))
+    ticks, names = np.arange(len(classes)), printable_labels(classes, range(len(classes)))
     axis.set_yticks(ticks, names)
     level = len(classes) <= 12 and max(len(name) for name in names) <= 3
     axis.set_xticks(ticks, names, rotation=0 if level else 90)
@@ -447,26 +449,26 @@ def _fit(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image).resize((width, height), filter_)
 
 
-def blank(colours: Theme, inches: tuple[float, float]) -> "Figure":
+def new_figure(colours: Theme, inches: tuple[float, float]) -> "Figure":
     """Create an empty figure with automatic layout."""
-    figure = canvas(colours, inches)
+    figure = fixed_canvas(colours, inches)
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
     return figure
 
 
-def canvas(colours: Theme, inches: tuple[float, float]) -> "Figure":
+def fixed_canvas(colours: Theme, inches: tuple[float, float]) -> "Figure":
     """Create an empty figure with fixed positions."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=inches, dpi=DPI, facecolor=colours.surface)
 
 
-def style(axis: "Axes", colours: Theme, title: str, across: str, up: str = "") -> None:
-    """Set the colours of `axis`, a title at the left, and the labels of the x axis (`across`) and the y axis (`up`)."""
+def style(axis: "Axes", colours: Theme, title: str, xlabel: str, ylabel: str = "") -> None:
+    """Set the colours of `axis`, a title at the left, and the labels of the x axis (`xlabel`) and the y axis (`ylabel`)."""
     axis.set_facecolor(colours.surface)
     axis.set_title(title, color=colours.text, fontsize=11, fontweight="bold", loc="left")
-    axis.set_xlabel(across, color=colours.quiet, fontsize=9)
-    axis.set_ylabel(up, color=colours.quiet, fontsize=9)
+    axis.set_xlabel(xlabel, color=colours.quiet, fontsize=9)
+    axis.set_ylabel(ylabel, color=colours.quiet, fontsize=9)
     axis.tick_params(colors=colours.quiet, labelsize=8.5, length=0)
     axis.grid(color=colours.grid, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -482,11 +484,11 @@ def legend(axis: "Axes", colours: Theme) -> None:
         axis.legend(frameon=False, labelcolor=colours.text, fontsize=9, ncols=3, handlelength=1.4, **position)
 
 
-def drawable(names: Sequence[str], numbers: Sequence[int], most: int = 24) -> list[str]:
-    """Return `names` cut to `most` characters, with `$` escaped; `#number` for a name that no font can draw."""
+def printable_labels(names: Sequence[str], numbers: Sequence[int], max_length: int = 24) -> list[str]:
+    """Return `names` cut to `max_length` characters, with `$` escaped; `#number` for a name that no font can draw."""
     covered = _covered_characters()
     return [
-        (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
+        (name if len(name) <= max_length else name[: max_length - 1] + "…").replace("$", r"\$")
         if all(ord(character) in covered for character in name)
         else f"#{number}"
         for name, number in zip(names, numbers, strict=True)

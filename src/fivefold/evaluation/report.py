@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fivefold.evaluation import calibration, metrics, plots
-from fivefold.evaluation.scored_rows import Scored, confused_pairs
+from fivefold.evaluation import metrics, plots
+from fivefold.evaluation.scored_rows import ScoredRows, confused_pairs
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-LOOK = Path(__file__).with_name("look.css")
+STYLESHEET = Path(__file__).with_name("look.css")
 """The stylesheet of the report and of the comparison page."""
 THUMBNAIL = 160
 PIXELATED = 64
 """Images up to this side length are shown with square pixels; larger ones are smoothed."""
 
-Picture = Mapping[str, bytes]
+ThemedImage = Mapping[str, bytes]
 """PNG bytes by theme: `light` and `dark`."""
 
-COMPARED = ("accuracy", "logloss", "f1_macro", "ece")
-ABOUT = {
+COMPARED_METRICS = ("accuracy", "logloss", "f1_macro", "ece")
+CAPTIONS = {
     "test": "Scored against the supplied ground truth; no earlier stage reads it.",
     "holdout": "Rows that the split set aside: no model trained on them.",
     "oof": "Each row is predicted by the fold model that did not train on it. That model selected its best epoch on "
@@ -39,7 +39,7 @@ TITLES = {"test": "Test", "holdout": "Holdout", "oof": "Out-of-fold"}
 
 
 @dataclass(frozen=True)
-class Content:
+class ReportData:
     """The content of a report.
 
     `scored`: the scored rows; the report opens with the first. `figures`: by name of `scored`. `folds`: name and
@@ -49,10 +49,10 @@ class Content:
     """
 
     title: str
-    scored: Sequence[Scored]
+    scored: Sequence[ScoredRows]
     figures: Mapping[str, Mapping[str, Any]]
     folds: Sequence[tuple[str, Mapping[str, Any]]]
-    pictures: Mapping[str, Picture]
+    pictures: Mapping[str, ThemedImage]
     mistakes: Mapping[str, pd.DataFrame]
     thumbnails: Mapping[tuple[str, str], bytes]
     records: Sequence[Mapping[str, Any]]
@@ -61,39 +61,39 @@ class Content:
     top_k: int = 5
 
 
-def draw(scored: Scored, curves: Mapping[str, Path], bins: int) -> dict[str, Picture]:
+def draw(scored: ScoredRows, curves: Mapping[str, Path], bins: int) -> dict[str, ThemedImage]:
     """Return the plots of a report by file name without suffix; `curves` are training logs by model name."""
     log_probs, codes, classes = scored.table.log_probs, scored.codes, scored.table.classes
-    calibrated = calibration.reliability_table(log_probs, codes, bins)
-    error = calibration.expected_calibration_error(log_probs, codes, bins)
+    calibrated = metrics.reliability_table(log_probs, codes, bins)
+    error = metrics.expected_calibration_error(log_probs, codes, bins)
     per_class = metrics.per_class_table(log_probs, codes)
     painters = {
-        "confusion_matrix": lambda to, theme: plots.confusion(scored.confusion, classes, to, theme),
-        "reliability": lambda to, theme: plots.reliability(calibrated, error, to, theme),
-        "confidence": lambda to, theme: plots.confidence_histogram(log_probs, codes, to, theme),
-        "per_class_f1": lambda to, theme: plots.class_f1(per_class, classes, to, theme),
+        "confusion_matrix": lambda to, theme: plots.plot_confusion(scored.confusion, classes, to, theme),
+        "reliability": lambda to, theme: plots.plot_reliability(calibrated, error, to, theme),
+        "confidence": lambda to, theme: plots.plot_confidence(log_probs, codes, to, theme),
+        "per_class_f1": lambda to, theme: plots.plot_class_f1(per_class, classes, to, theme),
     }
     if len(curves) == 1:
-        painters["training_curves"] = lambda to, theme: plots.training_curves(*curves.values(), to, theme)
+        painters["training_curves"] = lambda to, theme: plots.plot_training_curves(*curves.values(), to, theme)
     elif curves:
-        painters["training_curves"] = lambda to, theme: plots.fold_curves(curves, to, theme)
-    return {name: drawn(paint) for name, paint in painters.items()}
+        painters["training_curves"] = lambda to, theme: plots.plot_fold_curves(curves, to, theme)
+    return {name: render_png(paint) for name, paint in painters.items()}
 
 
-def render(content: Content) -> str:
+def render(content: ReportData) -> str:
     """Render the complete HTML page."""
     first = content.scored[0]
     per_class = pd.DataFrame(
         {"class": first.table.classes, **metrics.per_class_table(first.table.log_probs, first.codes)}
     )
-    return filled(
+    return render_template(
         TEMPLATE,
         content=content,
         first=first,
         headline=_headline(first, content.figures[first.name], content.top_k),
-        about=ABOUT,
+        about=CAPTIONS,
         titles=TITLES,
-        compared=COMPARED,
+        compared=COMPARED_METRICS,
         spread=_spread([figures for _, figures in content.folds]),
         per_class=per_class.to_dict("records"),
         pairs=confused_pairs(first),
@@ -101,24 +101,24 @@ def render(content: Content) -> str:
     )
 
 
-def filled(template: Path, **values: Any) -> str:
+def render_template(template: Path, **values: Any) -> str:
     """Render a template with the common stylesheet; every value is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {
-        "figure": figure,
-        "percent": percent,
+        "figure": format_number,
+        "percent": format_percent,
         "uri": data_uri,
         "pretty": _pretty,
         "sentence": _sentence,
     }
-    look = Markup(LOOK.read_text(encoding="utf-8"))
+    look = Markup(STYLESHEET.read_text(encoding="utf-8"))
     return environment.from_string(template.read_text(encoding="utf-8")).render(look=look, **values)
 
 
-def drawn(paint: Any) -> Picture:
+def render_png(paint: Any) -> ThemedImage:
     """Return the output of `paint(target, theme)` as PNG bytes by theme."""
     return {theme: _png(paint, theme) for theme in plots.THEMES}
 
@@ -143,7 +143,7 @@ def data_uri(image: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def figure(value: float | int | None) -> str:
+def format_number(value: float | int | None) -> str:
     """Format a figure: counts with commas, scores with four digits, a dash for none."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
@@ -152,7 +152,7 @@ def figure(value: float | int | None) -> str:
     return "∞" if math.isinf(value) else f"{value:.4f}"
 
 
-def percent(value: float) -> str:
+def format_percent(value: float) -> str:
     """Format a share as a percentage; a share below 1 is never 100 %."""
     rounded = "100" if value == 1 else f"{min(100 * value, 99.9):.1f}"
     return f"{rounded}\N{NO-BREAK SPACE}%"
@@ -164,18 +164,18 @@ def _png(paint: Any, theme: str) -> bytes:
     return buffer.getvalue()
 
 
-def _headline(scored: Scored, figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
+def _headline(scored: ScoredRows, figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
     """Return label, figure and remark of each headline figure, accuracy first."""
     among = f"true class in the top {top_k}" if len(scored.table.classes) > top_k else f"at most {top_k} classes"
     low, high = scored.interval()
     interval = f"95 % interval {low:.4f} to {high:.4f}" + (", adjusted for groups of rows" if scored.groups else "")
     return [
-        ("Accuracy", figure(figures["accuracy"]), interval),
-        ("Log loss", figure(figures["logloss"]), "nats per row, lower is better"),
-        ("Macro F1", figure(figures["f1_macro"]), "all classes have equal weight"),
-        (f"Top-{top_k} accuracy", figure(figures[f"top{top_k}_accuracy"]), among),
-        ("Calibration error", figure(figures["ece"]), "confidence against accuracy"),
-        ("Rows", figure(figures["n"]), TITLES[scored.name].lower()),
+        ("Accuracy", format_number(figures["accuracy"]), interval),
+        ("Log loss", format_number(figures["logloss"]), "nats per row, lower is better"),
+        ("Macro F1", format_number(figures["f1_macro"]), "all classes have equal weight"),
+        (f"Top-{top_k} accuracy", format_number(figures[f"top{top_k}_accuracy"]), among),
+        ("Calibration error", format_number(figures["ece"]), "confidence against accuracy"),
+        ("Rows", format_number(figures["n"]), TITLES[scored.name].lower()),
     ]
 
 
@@ -183,11 +183,11 @@ def _spread(folds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]
     """Return mean and standard deviation of the compared figures over folds; empty for fewer than two folds."""
     if len(folds) < 2:
         return {}
-    values = {name: [fold[name] for fold in folds] for name in COMPARED}
+    values = {name: [fold[name] for fold in folds] for name in COMPARED_METRICS}
     return {name: (float(np.mean(column)), float(np.std(column, ddof=1))) for name, column in values.items()}
 
 
-def _tiles(content: Content, name: str) -> list[dict[str, Any]]:
+def _tiles(content: ReportData, name: str) -> list[dict[str, Any]]:
     tiles = []
     for mistake in content.mistakes[name].itertuples():
         image = content.thumbnails.get((name, mistake.id))

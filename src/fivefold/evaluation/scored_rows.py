@@ -12,22 +12,22 @@ import pandas as pd
 from fivefold.contract.files import atomic
 from fivefold.errors import DataError
 from fivefold.evaluation import metrics
-from fivefold.predictions import Predictions, sample
+from fivefold.predictions import Predictions, preview
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRows:
     """Predictions with their true classes, and a description of the models and rows.
 
-    `name` is "test", "holdout" or "oof"; `what` describes the models and `rows` the rows.
+    `name` is "test", "holdout" or "oof"; `subject` describes the models and `rows` the rows.
     `paths` maps a row id to its image, `groups` to its group (a person, a product), if known.
     """
 
     name: str
-    what: str
+    subject: str
     rows: str
     table: Predictions
     paths: Mapping[str, str]
@@ -44,18 +44,18 @@ class Scored:
         return metrics.confusion_matrix(self.table.log_probs, self.codes)
 
     def figures(self, top_k: int, bins: int) -> dict[str, float | int | str]:
-        """Return `what` and `rows`, then all scores."""
+        """Return `subject` and `rows`, then all scores."""
         return {
-            "what": self.what,
+            "what": self.subject,
             "rows": self.rows,
             **metrics.full_report(self.table.log_probs, self.codes, top_k, bins),
         }
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % Wilson interval of the accuracy for the effective number of rows, given the `groups`."""
-        right = metrics.predicted(self.table.log_probs) == self.codes
+        right = metrics.predicted_classes(self.table.log_probs) == self.codes
         clusters = [self.groups.get(name) or f"\0{name}" for name in self.table.ids]
-        rows = metrics.independent_rows(right, np.unique(clusters, return_inverse=True)[1])
+        rows = metrics.effective_rows(right, np.unique(clusters, return_inverse=True)[1])
         return metrics.wilson_interval(float(right.mean()), rows)
 
     def mistakes(self) -> pd.DataFrame:
@@ -63,7 +63,7 @@ class Scored:
 
         Columns: `id`, `path` ("" if unknown), `true_class`, `predicted_class`, and its `confidence` in [0, 1].
         """
-        guesses = metrics.predicted(self.table.log_probs)
+        guesses = metrics.predicted_classes(self.table.log_probs)
         wrong = np.flatnonzero(guesses != self.codes)
         log_probs = self.table.log_probs[wrong, guesses[wrong]].astype(np.float64)
         order = np.lexsort((self.table.ids[wrong].astype(str), -log_probs))
@@ -78,7 +78,7 @@ class Scored:
         return pd.DataFrame(columns)
 
 
-def stacked(tables: Sequence[Predictions]) -> Predictions:
+def concat_tables(tables: Sequence[Predictions]) -> Predictions:
     """Concatenate the rows of all tables, with classes sorted by name.
 
     Raise a DataError if their classes differ or one has no labels.
@@ -86,7 +86,7 @@ def stacked(tables: Sequence[Predictions]) -> Predictions:
     classes = tuple(sorted(tables[0].classes))
     unlabelled = [table.system for table in tables if table.labels is None]
     if unlabelled:
-        raise DataError(f"predictions of {sample(unlabelled)} have no labels, so they cannot be scored")
+        raise DataError(f"predictions of {preview(unlabelled)} have no labels, so they cannot be scored")
     return Predictions(
         ids=np.concatenate([table.ids for table in tables]),
         fold=np.concatenate([table.fold for table in tables]),
@@ -97,23 +97,23 @@ def stacked(tables: Sequence[Predictions]) -> Predictions:
     )
 
 
-def confused_pairs(scored: Scored, most: int = 12) -> list[tuple[str, str, int, float]]:
+def confused_pairs(scored: ScoredRows, limit: int = 12) -> list[tuple[str, str, int, float]]:
     """Return the most frequent confusions: true class, predicted class, rows, share of the true class."""
     off = scored.confusion.copy()
     np.fill_diagonal(off, 0)
-    order = np.argsort(-off, axis=None, kind="stable")[:most]
+    order = np.argsort(-off, axis=None, kind="stable")[:limit]
     support, classes = scored.confusion.sum(axis=1), scored.table.classes
     cells = [divmod(int(cell), len(classes)) for cell in order if off.flat[cell]]
     return [(classes[t], classes[p], int(off[t, p]), float(off[t, p] / support[t])) for t, p in cells]
 
 
-def write_per_class(path: Path, scored: Scored) -> Path:
+def write_per_class(path: Path, scored: ScoredRows) -> Path:
     frame = pd.DataFrame(metrics.per_class_table(scored.table.log_probs, scored.codes))
     frame.insert(0, "class", scored.table.classes)
     return write_csv(path, frame)
 
 
-def write_confusion(path: Path, scored: Scored) -> Path:
+def write_confusion(path: Path, scored: ScoredRows) -> Path:
     """Write counts with true classes by row and predicted classes by column; return the path."""
     frame = pd.DataFrame(scored.confusion)
     frame.insert(0, "true_class", scored.table.classes)
@@ -127,13 +127,13 @@ def write_csv(path: Path, frame: pd.DataFrame, header: Sequence[str] = (), digit
     """
     frame = frame.copy(deep=False)
     for name in frame.select_dtypes(exclude="number"):
-        frame[name] = frame[name].map(harmless)
-    header = [harmless(name) for name in header or frame.columns]
+        frame[name] = frame[name].map(escape_formula)
+    header = [escape_formula(name) for name in header or frame.columns]
     with atomic(path) as temporary:
         frame.to_csv(temporary, header=header, index=False, float_format=digits, lineterminator="\n")
     return path
 
 
-def harmless(text: str) -> str:
+def escape_formula(text: str) -> str:
     """Prefix a text that a spreadsheet would run as a formula with a quote; a number such as -5 stays unchanged."""
     return f"'{text}" if text.startswith(FORMULA_STARTS) and not NUMBER.fullmatch(text) else text

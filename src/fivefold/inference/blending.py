@@ -16,32 +16,32 @@ MAX_ITERATIONS = 2000
 TOLERANCE = 1e-7
 MAX_PICKS = 100
 """Maximum number of picks of the greedy selection; it may pick a member several times."""
-TINY = float(np.finfo(np.float64).tiny)
-Members = Sequence[np.ndarray]
+EPS = float(np.finfo(np.float64).tiny)
+LogProbs = Sequence[np.ndarray]
 
 
-def mean(log_probs: Members) -> np.ndarray:
+def mean(log_probs: LogProbs) -> np.ndarray:
     """Return the log of the members' mean probability with equal weights; each member is [N, C]."""
-    return arithmetic(log_probs, equal(len(log_probs)))
+    return arithmetic(log_probs, equal_weights(len(log_probs)))
 
 
-def arithmetic(log_probs: Members, weights: np.ndarray) -> np.ndarray:
+def arithmetic(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
     """Return log Σ w p, float32 [N, C]."""
     total = np.zeros(log_probs[0].shape)
     for member, weight in zip(log_probs, weights, strict=True):
         total += weight * np.exp(member.astype(np.float64))
-    return np.log(np.maximum(total, TINY)).astype(np.float32)
+    return np.log(np.maximum(total, EPS)).astype(np.float32)
 
 
-def geometric(log_probs: Members, weights: np.ndarray) -> np.ndarray:
+def geometric(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
     """Return log Π p^w, each row normalised to sum 1 (Hinton 2002, product of experts): one low probability can veto a class."""
     total = np.zeros(log_probs[0].shape)
     for member, weight in zip(log_probs, weights, strict=True):
-        total += weight * np.maximum(member.astype(np.float64), np.log(TINY))
+        total += weight * np.maximum(member.astype(np.float64), np.log(EPS))
     return (total - np.logaddexp.reduce(total, axis=1, keepdims=True)).astype(np.float32)
 
 
-def rank(log_probs: Members, weights: np.ndarray) -> np.ndarray:
+def rank(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
     """Return log Σ w r, each row normalised to sum 1; r in (0, 1] is the rank of a row among all N in a member's class.
 
     Equal values share their mean rank. The members' confidence levels do not matter. The result
@@ -55,7 +55,7 @@ def rank(log_probs: Members, weights: np.ndarray) -> np.ndarray:
     return np.log(total / total.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def vote(log_probs: Members, weights: np.ndarray) -> np.ndarray:
+def vote(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
     """Return the log of the shares of votes. A member votes for its most probable class. The highest mean probability
     breaks ties; if that is equal too, the first class wins.
 
@@ -68,41 +68,41 @@ def vote(log_probs: Members, weights: np.ndarray) -> np.ndarray:
         votes[rows, member.argmax(axis=1)] += weight
         average += weight * np.exp(member.astype(np.float64))
     smallest = weights[weights > 0].min()
-    return np.log(np.maximum((votes + smallest * average) / (1 + smallest), TINY)).astype(np.float32)
+    return np.log(np.maximum((votes + smallest * average) / (1 + smallest), EPS)).astype(np.float32)
 
 
-def equal(members: int) -> np.ndarray:
+def equal_weights(members: int) -> np.ndarray:
     """Return equal weights [members]."""
     return np.full(members, 1 / members)
 
 
-def given_weights(names: Sequence[str], given: Mapping[str, float]) -> np.ndarray:
+def weights_by_name(names: Sequence[str], by_name: Mapping[str, float]) -> np.ndarray:
     """Return the weights [members] of `names`, normalised to sum 1; raise a SettingsError for a missing or unknown name."""
-    unknown = [name for name in given if name not in names]
+    unknown = [name for name in by_name if name not in names]
     if unknown:
         raise SettingsError(
             f"ensemble.weights has the unknown name {unknown[0]!r}{did_you_mean(unknown[0], names)}; "
             f"the systems are {', '.join(names)}"
         )
-    missing = [name for name in names if name not in given]
+    missing = [name for name in names if name not in by_name]
     if missing:
         raise SettingsError(
             f"ensemble.weights lacks {', '.join(missing)}; set a number for each system, 0 to exclude one"
         )
-    weights = np.array([given[name] for name in names], dtype=np.float64)
+    weights = np.array([by_name[name] for name in names], dtype=np.float64)
     if weights.sum() <= 0:
         raise SettingsError("ensemble.weights are all 0; at least one weight must be above 0")
     return weights / weights.sum()
 
 
-def fit_weights(log_probs: Members, codes: np.ndarray) -> np.ndarray:
+def fit_weights(log_probs: LogProbs, codes: np.ndarray) -> np.ndarray:
     """Return the convex weights [members] that minimise the blend's log loss on rows of class `codes` [N].
 
     The problem is convex in the weights and depends only on the true classes' probabilities. Expectation
     maximisation of mixture weights reaches its optimum (Dempster, Laird & Rubin 1977, section 4.3).
     """
     truth = _true_class_probs(log_probs, codes)
-    weights = equal(len(log_probs))
+    weights = equal_weights(len(log_probs))
     for _ in range(MAX_ITERATIONS):
         shares = weights[:, None] * truth
         new = (shares / shares.sum(axis=0)).mean(axis=1)
@@ -112,19 +112,19 @@ def fit_weights(log_probs: Members, codes: np.ndarray) -> np.ndarray:
     return weights
 
 
-def greedy(log_probs: Members, codes: np.ndarray) -> np.ndarray:
+def greedy(log_probs: LogProbs, codes: np.ndarray) -> np.ndarray:
     """Return weights [members] of a greedy selection by log loss, which needs only the true classes' probabilities."""
     columns = [row[:, None] for row in _true_class_probs(log_probs, codes)]
     return _select(columns, lambda probs: (_logloss(probs, np.zeros_like(codes)),))
 
 
-def greedy_accuracy(log_probs: Members, codes: np.ndarray) -> np.ndarray:
+def greedy_accuracy(log_probs: LogProbs, codes: np.ndarray) -> np.ndarray:
     """Return weights [members] of a greedy selection by accuracy; log loss breaks ties."""
     members = [np.exp(member.astype(np.float64)) for member in log_probs]
     return _select(members, lambda probs: (float((probs.argmax(axis=1) != codes).mean()), _logloss(probs, codes)))
 
 
-def cross_fitted(log_probs: Members, codes: np.ndarray, fold: np.ndarray, fit: "Fit" = fit_weights) -> np.ndarray:
+def cross_fit(log_probs: LogProbs, codes: np.ndarray, fold: np.ndarray, fit: "Fit" = fit_weights) -> np.ndarray:
     """Return the blend [N, C] of each fold's rows with weights that are fitted on the other folds' rows."""
     result = np.empty(log_probs[0].shape, dtype=np.float32)
     for held_out in np.unique(fold):
@@ -134,13 +134,13 @@ def cross_fitted(log_probs: Members, codes: np.ndarray, fold: np.ndarray, fit: "
     return result
 
 
-def combined(name: str, log_probs: Members, weights: np.ndarray) -> np.ndarray:
+def apply_blend(name: str, log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
     """Combine the members into one [N, C] by the blend `name`; a single member stays unchanged."""
     combine = choose(BLENDS, "blend", name).combine
     return (combine if len(log_probs) > 1 else arithmetic)(log_probs, weights)
 
 
-def _select(probs: Members, loss: Callable[[np.ndarray], tuple[float, ...]]) -> np.ndarray:
+def _select(probs: LogProbs, loss: Callable[[np.ndarray], tuple[float, ...]]) -> np.ndarray:
     """Return weights [members] by forward selection with replacement (Caruana et al. 2004, section 2).
 
     Each pick adds the member that minimises the `loss` of the mean of all picks. The weights are the
@@ -157,25 +157,25 @@ def _select(probs: Members, loss: Callable[[np.ndarray], tuple[float, ...]]) -> 
     return weights
 
 
-def _true_class_probs(log_probs: Members, codes: np.ndarray) -> np.ndarray:
+def _true_class_probs(log_probs: LogProbs, codes: np.ndarray) -> np.ndarray:
     """Return the probabilities of the true classes [members, N], above 0."""
     rows = np.arange(len(codes))
-    return np.maximum(np.stack([np.exp(member[rows, codes].astype(np.float64)) for member in log_probs]), TINY)
+    return np.maximum(np.stack([np.exp(member[rows, codes].astype(np.float64)) for member in log_probs]), EPS)
 
 
 def _logloss(probs: np.ndarray, codes: np.ndarray) -> float:
-    return float(-np.log(np.maximum(probs[np.arange(len(codes)), codes], TINY)).mean())
+    return float(-np.log(np.maximum(probs[np.arange(len(codes)), codes], EPS)).mean())
 
 
-Fit = Callable[[Members, np.ndarray], np.ndarray]
+Fit = Callable[[LogProbs, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Blend:
     """A blend: its description, how it combines members, and how it fits their weights on out-of-fold rows, if it does."""
 
-    words: str
-    combine: Callable[[Members, np.ndarray], np.ndarray]
+    description: str
+    combine: Callable[[LogProbs, np.ndarray], np.ndarray]
     fit: Fit | None = None
 
 

@@ -12,8 +12,8 @@ from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import read_json
 from fivefold.contract.stage_specs import ENSEMBLE
 from fivefold.errors import DataError
-from fivefold.evaluation.calibration import apply_temperature
-from fivefold.inference.blending import combined, equal
+from fivefold.evaluation.metrics import apply_temperature
+from fivefold.inference.blending import apply_blend, equal_weights
 from fivefold.inference.factor_product import needs_product
 
 log = logging.getLogger("fivefold")
@@ -53,8 +53,8 @@ class Ensemble:
         """Blend the log-probabilities [N, C] of each of `models` into float32 [N, C]."""
         rest = iter(log_probs)
         groups = [[next(rest) for _ in group] for group in self.systems.values()]
-        systems = [combined(self.within, group, equal(len(group))) for group in groups]
-        return apply_temperature(combined(self.between, systems, np.array(self.weights)), self.temperature)
+        systems = [apply_blend(self.within, group, equal_weights(len(group))) for group in groups]
+        return apply_temperature(apply_blend(self.between, systems, np.array(self.weights)), self.temperature)
 
     def describe(self, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the ensemble's content of `ensemble.json`, with the `scores`."""
@@ -69,7 +69,7 @@ class Ensemble:
         return facts | {"temperature": self.temperature, "scores": list(scores)}
 
 
-def by_system(models: Sequence[ModelDir]) -> dict[str, list[ModelDir]]:
+def group_by_system(models: Sequence[ModelDir]) -> dict[str, list[ModelDir]]:
     """Group the models by their system's name; a student is its own system."""
     groups: dict[str, list[ModelDir]] = {}
     for model in models:
@@ -84,15 +84,15 @@ def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: b
     files blend these models differently, or if a file is `required` and none blends these models.
     """
     if len(models) > 1:
-        check_together(models)
+        check_combinable(models)
     read = {path: read_ensemble(path, models) for path in paths}
     ensembles = {path: ensemble for path, ensemble in read.items() if ensemble is not None}
     if required and not ensembles:
         names = ", ".join(model.name for model in models)
         raise DataError(f"{', '.join(map(str, paths))} blends other models; the models here are {names}")
     if not ensembles:
-        systems = by_system(models)
-        return Ensemble(systems, tuple(equal(len(systems)).tolist()))
+        systems = group_by_system(models)
+        return Ensemble(systems, tuple(equal_weights(len(systems)).tolist()))
     path, ensemble = next(iter(ensembles.items()))
     if any(other != ensemble for other in ensembles.values()):
         raise DataError(
@@ -105,7 +105,7 @@ def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: b
 
 def read_ensemble(path: Path, models: Sequence[ModelDir]) -> Ensemble | None:
     """Read the ensemble of exactly these models from an `ensemble.json`; None if it lists others, a DataError if invalid."""
-    facts, systems = read_json(path), by_system(models)
+    facts, systems = read_json(path), group_by_system(models)
     try:
         members = sorted((member["system"], member["model"]) for member in facts["members"])
         if members != sorted((model.system, model.name) for model in models):
@@ -119,7 +119,7 @@ def read_ensemble(path: Path, models: Sequence[ModelDir]) -> Ensemble | None:
         ) from error
 
 
-def check_together(models: Sequence[ModelDir], product: bool = False) -> None:
+def check_combinable(models: Sequence[ModelDir], product: bool = False) -> None:
     """Raise a DataError with the names unless the models are one student, or fold models that `check_members` accepts."""
     if models[0].info["role"] == "fold":
         check_members(models, product)
@@ -134,17 +134,17 @@ def check_members(models: Sequence[ModelDir], product: bool = False) -> None:
     All must share one split and the same classes. In a `product`, systems may predict different factors of the classes.
     Within a system every seed must have all folds, and all models must have the same settings.
     """
-    check_same(models, "split", "come from different splits (folds.parquet)")
+    check_equal_field(models, "split", "come from different splits (folds.parquet)")
     if not product:
         factored = needs_product([model.info for model in models])
         hint = "predict different factors of their classes (ensemble.blend=product combines such systems)"
-        check_same(models, "classes", hint if factored else "predict different classes")
-    for system, group in by_system(models).items():
+        check_equal_field(models, "classes", hint if factored else "predict different classes")
+    for system, group in group_by_system(models).items():
         _check_settings(system, group)
         _check_folds(system, group)
 
 
-def check_same(models: Sequence[ModelDir], field: str, problem: str) -> None:
+def check_equal_field(models: Sequence[ModelDir], field: str, problem: str) -> None:
     """Raise a DataError with the first two models that differ in `field`, and the `problem`."""
     first = models[0]
     for model in models[1:]:

@@ -13,58 +13,61 @@ import numpy as np
 from fivefold.contract.artifacts import ModelDir
 from fivefold.errors import DataError
 from fivefold.inference.blending import mean
-from fivefold.inference.systems import System, same_rows
-from fivefold.label_factors import Factors, factors_from
+from fivefold.inference.systems import System, align_rows
+from fivefold.label_factors import LabelFactors, parse_factors
 from fivefold.predictions import Predictions
 
 
 @dataclass(frozen=True)
-class Product:
+class FactorProduct:
     """The factors of the classes and the factors that each system predicts; each factor belongs to one set of systems."""
 
-    factors: Factors
-    knows: Mapping[str, tuple[str, ...]]
+    factors: LabelFactors
+    known_factors: Mapping[str, tuple[str, ...]]
 
     @property
     def name(self) -> str:
         """The names of the combined systems, for people."""
-        return " × ".join(self.knows)
+        return " × ".join(self.known_factors)
 
     @property
-    def sets(self) -> dict[tuple[str, ...], list[str]]:
+    def systems_by_factors(self) -> dict[tuple[str, ...], list[str]]:
         """The systems that predict each set of factors."""
-        return {knows: [name for name in self.knows if self.knows[name] == knows] for knows in self.knows.values()}
+        return {
+            knows: [name for name in self.known_factors if self.known_factors[name] == knows]
+            for knows in self.known_factors.values()
+        }
 
     @property
     def weights(self) -> np.ndarray:
         """The weight of each system's log-probabilities: 1, or an equal share among systems with the same factors."""
-        return np.array([1 / len(self.sets[knows]) for knows in self.knows.values()])
+        return np.array([1 / len(self.systems_by_factors[knows]) for knows in self.known_factors.values()])
 
-    def join(self, each: Mapping[str, np.ndarray]) -> np.ndarray:
+    def combine(self, log_probs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return log p float32 [N, classes] from each system's [N, parts], with columns sorted by name.
 
         Rows are normalised to sum 1. If every combination is a class, they already sum to 1.
         """
         classes = self.factors.classes
         total = 0.0
-        for knows, names in self.sets.items():
-            parts = mean([each[name] for name in names]).astype(np.float64)
-            total = total + parts[:, self.factors.columns(knows, classes)]
+        for knows, names in self.systems_by_factors.items():
+            parts = mean([log_probs[name] for name in names]).astype(np.float64)
+            total = total + parts[:, self.factors.column_index(knows, classes)]
         return (total - np.logaddexp.reduce(total, axis=1, keepdims=True)).astype(np.float32)
 
-    def table(self, tables: Mapping[str, Predictions]) -> Predictions:
+    def combine_tables(self, tables: Mapping[str, Predictions]) -> Predictions:
         """Combine the systems' tables of the same rows into one of all classes, with labels made from the parts."""
         first = next(iter(tables.values()))
         ordered = {name: self._in_order(name, table, first.ids, tables) for name, table in tables.items()}
-        log_probs = self.join({name: table.log_probs for name, table in ordered.items()})
+        log_probs = self.combine({name: table.log_probs for name, table in ordered.items()})
         return replace(
             first, system=self.name, classes=self.factors.classes, log_probs=log_probs, labels=self._labels(ordered)
         )
 
-    def joined(self, systems: Sequence[System]) -> System:
+    def combine_systems(self, systems: Sequence[System]) -> System:
         """Combine the systems into one; it has a table if all of them have that table."""
         tables = [{s.name: getattr(s, kind) for s in systems} for kind in ("oof", "holdout")]
-        oof, holdout = (None if None in by_name.values() else self.table(by_name) for by_name in tables)
+        oof, holdout = (None if None in by_name.values() else self.combine_tables(by_name) for by_name in tables)
         chosen = [any(getattr(s, name) for s in systems) for name in ("selected", "folds_selected")]
         return System(self.name, sum(s.models for s in systems), max(s.seeds for s in systems), oof, holdout, *chosen)
 
@@ -72,19 +75,21 @@ class Product:
         self, name: str, table: Predictions, ids: np.ndarray, tables: Mapping[str, Predictions]
     ) -> Predictions:
         if set(ids) != set(table.ids):
-            same_rows([next(iter(tables.values())), table])  # raises an error with the ids
-        return table.with_classes(self.factors.parts(self.knows[name])).in_order(ids)
+            align_rows([next(iter(tables.values())), table])  # raises an error with the ids
+        return table.with_classes(self.factors.projected_classes(self.known_factors[name])).reindex(ids)
 
     def _labels(self, tables: Mapping[str, Predictions]) -> np.ndarray | None:
         if any(table.labels is None for table in tables.values()):
             return None
-        names = [systems[0] for systems in self.sets.values()]
-        class_of = {tuple(self.factors.part(c, knows) for knows in self.sets): c for c in self.factors.classes}
+        names = [systems[0] for systems in self.systems_by_factors.values()]
+        class_of = {
+            tuple(self.factors.project(c, knows) for knows in self.systems_by_factors): c for c in self.factors.classes
+        }
         rows = zip(*(tables[name].labels for name in names), strict=True)
         return np.array([class_of[row] for row in rows], dtype=object)
 
 
-def product_of(groups: Mapping[str, Sequence[ModelDir]]) -> Product:
+def build_product(groups: Mapping[str, Sequence[ModelDir]]) -> FactorProduct:
     """Return the product of systems; raise a DataError with the names unless they cover all factors without overlap."""
     first = next(iter(groups.values()))[0]
     for model in (model for models in groups.values() for model in models):
@@ -97,16 +102,16 @@ def product_of(groups: Mapping[str, Sequence[ModelDir]]) -> Product:
             raise DataError(
                 f"{first.name} and {model.name} predict factors of different classes; a product needs models of one split"
             )
-    factors = factors_of(first.info)
+    factors = read_factors(first.info)
     knows = {system: _common_factors(models) for system, models in groups.items()}
     _check_cover(factors, knows)
-    return Product(factors, knows)
+    return FactorProduct(factors, knows)
 
 
-def factors_of(info: Mapping[str, Any]) -> Factors:
+def read_factors(info: Mapping[str, Any]) -> LabelFactors:
     """Read the factors of the split's classes from a `model.json`."""
     content = info["factors"]
-    return factors_from(content, tuple(next(iter(content.values()))), "model.json")
+    return parse_factors(content, tuple(next(iter(content.values()))), "model.json")
 
 
 def needs_product(infos: Sequence[Mapping[str, Any]]) -> bool:
@@ -125,7 +130,7 @@ def _common_factors(models: Sequence[ModelDir]) -> tuple[str, ...]:
     return tuple(knows)
 
 
-def _check_cover(factors: Factors, knows: Mapping[str, tuple[str, ...]]) -> None:
+def _check_cover(factors: LabelFactors, knows: Mapping[str, tuple[str, ...]]) -> None:
     owner: dict[str, str] = {}
     for system, names in knows.items():
         for factor in names:
@@ -139,5 +144,5 @@ def _check_cover(factors: Factors, knows: Mapping[str, tuple[str, ...]]) -> None
     if missing:
         raise DataError(
             f"no model predicts the factor {', '.join(missing)}, only {', '.join(owner)}; "
-            f"train one with model.factors={','.join(missing)}, or set another ensemble.blend"
+            f"train one with model.label_factors={','.join(missing)}, or set another ensemble.blend"
         )

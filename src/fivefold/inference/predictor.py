@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.config.schema import Spec
-from fivefold.data.pipeline.dataset import Batch, ImageSet, Sample, in_order, load
-from fivefold.data.pipeline.eval_cache import Prepared
-from fivefold.data.pipeline.prefetch import ahead
-from fivefold.distributed.process_group import BY_ITSELF, Replicas
+from fivefold.data.pipeline.dataset import Batch, ImageDataset, Sample, load_batches, sequential_batches
+from fivefold.data.pipeline.eval_cache import EvalImageCache
+from fivefold.data.pipeline.loader import prefetch_to_device
+from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from fivefold.errors import DataError
 from fivefold.inference.tta import View, build_views
 from fivefold.models.classifier import LINKS
-from fivefold.models.cpu_convs import groups_in_float32
+from fivefold.models.cpu_convs import run_grouped_convs_in_fp32
 from fivefold.progress import track
 
 
@@ -25,7 +25,7 @@ class Runtime:
     """How a network runs on this machine: device, autocast precision, memory format, normalisation.
 
     `dtype` is the autocast type, None for plain float32. `mean` and `std` are float [1, 3, 1, 1]
-    on the device, for images in 0..255. `replicas` is the process group that shards the rows.
+    on the device, for images in 0..255. `process_group` is the process group that shards the rows.
     `grouped_fp32`: grouped convolutions that bf16 slows down stay in float32 under autocast.
     """
 
@@ -34,7 +34,7 @@ class Runtime:
     channels_last: bool
     mean: Tensor
     std: Tensor
-    replicas: Replicas = BY_ITSELF
+    process_group: ProcessGroup = SINGLE_PROCESS
     grouped_fp32: bool = False
     _tiled: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(
         init=False, default_factory=dict, compare=False, repr=False
@@ -44,9 +44,9 @@ class Runtime:
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def to_device(self, model: nn.Module) -> nn.Module:
         """Move the model to the device in the memory format; keep grouped convolutions in float32 if `grouped_fp32`."""
-        model = groups_in_float32(model) if self.grouped_fp32 else model
+        model = run_grouped_convs_in_fp32(model) if self.grouped_fp32 else model
         return model.to(self.device, memory_format=self.memory_format)
 
     def images(self, images: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def make_runtime(
     channels_last: bool,
     mean: Sequence[float],
     std: Sequence[float],
-    replicas: Replicas = BY_ITSELF,
+    process_group: ProcessGroup = SINGLE_PROCESS,
     grouped_fp32: bool = False,
 ) -> Runtime:
     """Build a Runtime from mean and std of images in 0..1."""
@@ -96,10 +96,10 @@ def make_runtime(
     def scaled(values: Sequence[float]) -> Tensor:
         return (torch.tensor(values, dtype=torch.float32) * 255).reshape(1, 3, 1, 1).to(device)
 
-    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std), replicas, grouped_fp32)
+    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std), process_group, grouped_fp32)
 
 
-OfViews = Callable[[Sequence[Tensor]], Tensor]
+ViewReducer = Callable[[Sequence[Tensor]], Tensor]
 """Combines the logits [B, C] of all views into [B, C]."""
 
 
@@ -117,52 +117,61 @@ def only_logits(logits: Sequence[Tensor]) -> Tensor:
 
 def predict_all(
     model: nn.Module,
-    images: ImageSet | Prepared,
+    images: ImageDataset | EvalImageCache,
     batch_size: int,
     workers: int,
     runtime: Runtime,
     views: Sequence[Spec],
     label: str = "",
     rows: Sequence[int] | None = None,
-    of_views: OfViews = log_mean,
+    reduce_views: ViewReducer = log_mean,
 ) -> np.ndarray:
     """Run `predict` on all images in order, or on their `rows`, in batches of `batch_size`; a `label` adds a progress bar.
 
-    `Prepared` images are prepared once, before the network runs, so that they take no cores from it.
+    `EvalImageCache` images are prepared once, before the network runs, so that they take no cores from it.
     In a process group each rank predicts its shard of the rows, without overlap, and all ranks get the full result.
     """
-    replicas = runtime.replicas
-    share = replicas.share(len(images) if rows is None else len(rows))
-    batches = in_order(share.stop, replicas.largest_share(batch_size) if share.parted else batch_size, share.start)
+    process_group = runtime.process_group
+    shard = process_group.shard(len(images) if rows is None else len(rows))
+    batches = sequential_batches(
+        shard.stop, process_group.max_shard_size(batch_size) if shard.is_sharded else batch_size, shard.start
+    )
     if rows is not None:
         batches = [[(epoch, int(rows[index])) for epoch, index in batch] for batch in batches]
-    predicted = replicas.together(
-        lambda: predict(model, _load_batches(images, batches, workers, label), runtime, views, of_views)
+    predicted = process_group.run_collectively(
+        lambda: predict(model, _load_batches(images, batches, workers, label), runtime, views, reduce_views)
     )
-    return share.whole(torch.from_numpy(predicted)).numpy() if share.parted else predicted
+    return shard.all_gather(torch.from_numpy(predicted)).numpy() if shard.is_sharded else predicted
 
 
 def _load_batches(
-    images: ImageSet | Prepared, batches: list[list[Sample]], workers: int, label: str
+    images: ImageDataset | EvalImageCache, batches: list[list[Sample]], workers: int, label: str
 ) -> Iterator[Batch]:
-    """Yield the batches, with a progress bar if there is a label; `Prepared` images are prepared first."""
-    prepared = isinstance(images, Prepared)
-    loaded = images.batches(batches, workers, label) if prepared else load(images, batches, workers)
+    """Yield the batches, with a progress bar if there is a label; `EvalImageCache` images are prepared first."""
+    prepared = isinstance(images, EvalImageCache)
+    loaded = images.batches(batches, workers, label) if prepared else load_batches(images, batches, workers)
     return track(loaded, len(batches), label) if label else loaded
 
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, batches: Iterable[Batch], runtime: Runtime, views: Sequence[Spec], of_views: OfViews = log_mean
+    model: nn.Module,
+    batches: Iterable[Batch],
+    runtime: Runtime,
+    views: Sequence[Spec],
+    reduce_views: ViewReducer = log_mean,
 ) -> np.ndarray:
-    """Return the views' logits combined by `of_views`, float32 [N, C] (by default log of the mean probability), in batch order.
+    """Return the views' logits combined by `reduce_views`, float32 [N, C] (by default log of the mean probability), in batch order.
 
     Raise a DataError if the network returns a value that is not finite.
     """
     was_training = model.training
     model.eval()
     chosen = build_views(views, black=-runtime.mean / runtime.std)
-    outputs = [of_views(_view_logits(model, batch, runtime, chosen)) for batch in ahead(batches, runtime.device)]
+    outputs = [
+        reduce_views(_view_logits(model, batch, runtime, chosen))
+        for batch in prefetch_to_device(batches, runtime.device)
+    ]
     model.train(was_training)
     table = torch.cat(outputs).cpu().numpy()
     if not np.isfinite(table).all():
@@ -183,6 +192,6 @@ def _view_logits(model: nn.Module, batch: Batch, runtime: Runtime, views: Sequen
 
 def _apply_views(images: Tensor, runtime: Runtime, views: Sequence[View]) -> Iterator[Tensor]:
     """Yield each view of uint8 images [B, 3, H, W], normalised on the device; views with the same move share one normalisation."""
-    for moved in dict.fromkeys(view.moved for view in views):
+    for moved in dict.fromkeys(view.rearrange for view in views):
         normalised = runtime.images(moved(images))
-        yield from (view.resampled(normalised) for view in views if view.moved == moved)
+        yield from (view.interpolate(normalised) for view in views if view.rearrange == moved)

@@ -1,18 +1,216 @@
-"""Submission files: written with exactly the columns of the sample, in its order. No torch."""
+"""Submission files, with exactly the columns of the sample, in its order. No torch.
+
+A column holds the probability of its class, or the only column holds the probability of one class, class names or numbers.
+"""
 
 import logging
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
 
+from fivefold.contract.filenames import visual_form
 from fivefold.contract.files import atomic
-from fivefold.csv_tables import check_same_ids
-from fivefold.data.class_aliases import SameClasses
-from fivefold.data.readers.eval_images import EvalTable, Submission, check_rows
-from fivefold.inference.answer_format import AS_NAMED, form_of
-from fivefold.predictions import Predictions
+from fivefold.csv_tables import CLASS_NAMES, check_same_ids, is_number
+from fivefold.data.class_aliases import ClassAliases
+from fivefold.data.readers.eval_images import EvalImages, SampleSubmission, check_rows
+from fivefold.errors import DataError, SettingsError
+from fivefold.predictions import Predictions, preview
+
+NO_ALIASES = ClassAliases()
+EMPTY = ("", "nan", "na", "n/a", "null", "none", "?")
+"""Cells that count as empty, in lower case."""
+PAIRS = (
+    ("0", "1"),
+    ("-1", "1"),
+    ("no", "yes"),
+    ("n", "y"),
+    ("neg", "pos"),
+    ("negative", "positive"),
+    ("false", "true"),
+    ("f", "t"),
+    ("absent", "present"),
+)
+"""Common names of two classes: (negative, positive)."""
+NOT = r"(?:no|not|non|without)[ -]*"
+"""A prefix that turns the name of the positive class into the name of the negative class."""
+SETTINGS = "ensemble.answer=class, number or probability (of ensemble.positive_class)"
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """The content of a submission's cells.
+
+    `kind`: `columns` (the probability of each column's class), `probability` (of one class), `class` (the name of the
+    predicted class) or `number` (its number). `names`: the classes of the columns, the one class, or all classes.
+    `cells`: for `class` and `number`, the text that stands for each name. `description`: the form as a log message.
+    `doubt`: a warning if the form is a guess.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    cells: Mapping[str, str]
+    description: str
+    doubt: str = ""
+
+
+def detect_format(
+    submission: SampleSubmission, classes: Sequence[str], same: ClassAliases = NO_ALIASES
+) -> AnswerFormat:
+    """Return the form that a sample's columns and values require of a model with `classes`.
+
+    Raise a DataError with the names if a column is not a class or a class has no column. Raise a DataError that names
+    the setting if the purpose of a single column is ambiguous. Raise a SettingsError for an invalid setting.
+    """
+    names = same.names(classes)
+    if submission.positive and not match_name(submission.positive, names):
+        raise SettingsError(f"ensemble.positive_class={submission.positive} is not one of the classes {preview(names)}")
+    if len(submission.classes) == 1:
+        column = _Column(submission.classes[0], names, submission)
+        if submission.answer != "auto" or submission.positive or not column.called or len(names) == 2:
+            return column.form()
+    elif submission.answer != "auto" or submission.positive:
+        raise SettingsError(
+            f"ensemble.answer and ensemble.positive_class apply only to samples with one column after the ids; this sample has "
+            f"{len(submission.classes)}: remove both settings"
+        )
+    matched = [match_name(name, names) or name for name in submission.classes]
+    columns = tuple(matched) if len(set(matched)) == len(matched) else submission.classes
+    _check_columns(columns, classes, same)
+    return AnswerFormat("columns", columns, {}, f"{len(columns)} columns of probabilities, one per class")
+
+
+def match_name(name: str, names: Sequence[str]) -> str:
+    """Return `name` if it is in `names`, else the only one that differs just in case, blanks and underscores; "" for none."""
+    if name in names:
+        return name
+    similar = [candidate for candidate in names if _normalise_name(candidate) == _normalise_name(name)]
+    return similar[0] if len(similar) == 1 else ""
+
+
+def guess_positive(names: Sequence[str]) -> str:
+    """Return the positive one of two classes if their names tell, as in PAIRS or `cactus` and `no_cactus`; else ""."""
+    if len(names) != 2:
+        return ""
+    for negative, positive in (names, names[::-1]):
+        pair = tuple(f"{float(name):g}" if is_number(name) else _normalise_name(name) for name in (negative, positive))
+        if pair in PAIRS or re.fullmatch(NOT + re.escape(pair[1]), pair[0]):
+            return positive
+    return ""
+
+
+def _normalise_name(name: str) -> str:
+    return " ".join(visual_form(name.replace("_", " ")).casefold().split())
+
+
+def _check_columns(columns: Sequence[str], classes: Sequence[str], same: ClassAliases) -> None:
+    matrix = same.columns(classes, columns)
+    unknown = [name for name, used in zip(columns, matrix.any(axis=0), strict=True) if not used]
+    missing = [name for name, used in zip(classes, matrix.any(axis=1), strict=True) if not used]
+    missing += sorted(set(same.names(classes)) - {*classes, *columns})
+    if unknown or missing:
+        parts = [f"{preview(sorted(unknown))} unknown to the models"] if unknown else []
+        parts += [f"{preview(sorted(missing))} without a column"] if missing else []
+        raise DataError(
+            f"the sample submission's columns are not the models' classes: {', '.join(parts)}; after the id column, "
+            "a sample has one column per class, or a single column for the answer"
+        )
+
+
+class _Column:
+    """The single answer column of a sample: its name, the classes, and the kinds of its cells."""
+
+    def __init__(self, name: str, names: Sequence[str], sample_file: SampleSubmission) -> None:
+        self.name, self.names, self.sample_file = name, tuple(names), sample_file
+        bare = re.sub(r"^(?:is|has)[ _-]+", "", name, flags=re.IGNORECASE)
+        self.called = match_name(name, names) or match_name(bare, names)
+        cells = dict.fromkeys(cell.strip() for cell in sample_file.values)
+        self.filled = [cell for cell in cells if cell in self.names or cell.casefold() not in EMPTY]
+        plain = [cell.replace(",", ".") for cell in self.filled]
+        known = bool(plain) and all(is_number(cell) and math.isfinite(float(cell)) for cell in plain)
+        self.numbers = {float(cell) for cell in plain} if known else set()
+        self.decimals = max((len(cell.partition(".")[2]) for cell in plain), default=0) if known else 0
+        self.pointed = known and any("." in cell for cell in plain)
+        by_number = {float(name): name for name in names if is_number(name)}
+        self.by_number = by_number if len(by_number) == len(names) else {}
+
+    def form(self) -> AnswerFormat:
+        """Return the form that the settings choose, else the form that the values imply."""
+        answer = "probability" if self.sample_file.positive else self.sample_file.answer
+        kind = self._kind() if answer == "auto" else answer
+        return {"class": self._classes, "number": self._numbers, "probability": self._probability}[kind]()
+
+    def _kind(self) -> str:
+        """Infer the kind from the values, the classes and the column's name; raise a DataError if it stays ambiguous."""
+        two, share = len(self.names) == 2, all(0 <= number <= 1 for number in self.numbers)
+        if not self.sample_file.values or (self.filled and all(match_name(cell, self.names) for cell in self.filled)):
+            return "probability" if self.called and self.numbers else "class"
+        if self.called and two:
+            return "probability"
+        if not self.filled:
+            return "class" if self.name.casefold() in CLASS_NAMES else self._raise_ambiguous("is empty")
+        if not self.numbers:
+            return "class"
+        if any(number % 1 for number in self.numbers):
+            return "probability" if two and share else self._raise_ambiguous(f"holds {preview(self.filled)}")
+        if self.by_number and self.numbers <= self.by_number.keys():
+            return self._raise_ambiguous(f"holds {preview(self.filled)}") if two and self.pointed and share else "class"
+        if not self.by_number and two and share and (self.pointed or guess_positive(self.names)):
+            return "probability" if self.pointed else "number"
+        several = len(self.numbers) > 1 and self.numbers <= set(range(len(self.names)))
+        return (
+            "number"
+            if several and not self.by_number and not two
+            else self._raise_ambiguous(f"holds {preview(self.filled)}")
+        )
+
+    def _raise_ambiguous(self, problem: str) -> NoReturn:
+        raise DataError(
+            f"the sample submission's column {self.name!r} {problem}, and the classes are {preview(self.names)}: it is unclear "
+            f"whether the column holds class names, class numbers or the probability of a class; set {SETTINGS}"
+        )
+
+    def _probability(self) -> AnswerFormat:
+        positive = match_name(self.sample_file.positive, self.names) if self.sample_file.positive else ""
+        positive = positive or self.called or guess_positive(self.names)
+        if not positive:
+            raise DataError(
+                f"the sample submission's column {self.name!r} holds the probability of one class, but it is unclear which of "
+                f"{preview(self.names)}; set ensemble.positive_class to it (or ensemble.answer=class for names)"
+            )
+        return AnswerFormat("probability", (positive,), {}, f"column {self.name!r}: the probability of {positive!r}")
+
+    def _classes(self) -> AnswerFormat:
+        """Return class names in the sample's spelling, if it formats numeric names or letter case differently."""
+        cells, doubt = {name: name for name in self.names}, ""
+        if self.numbers and self.by_number and not set(self.filled) <= set(self.names):
+            point = "," if self.sample_file.decimal == "," else "."
+            spelt = {name: f"{number:.{self.decimals}f}" for number, name in self.by_number.items()}
+            cells = {name: cell.replace(".", point) for name, cell in spelt.items()}
+        elif strange := [cell for cell in self.filled if cell not in self.names]:
+            spellings = {match_name(cell, self.names): cell for cell in strange}
+            if len({match_name(cell, self.names) for cell in self.filled} - {""}) == len(self.names):
+                cells |= {name: cell for name, cell in spellings.items() if name}
+            else:
+                doubt = f"the sample contains {preview(strange)}, which are not class names; the models' class names are written"
+        return AnswerFormat("class", self.names, cells, f"column {self.name!r}: the predicted class", doubt)
+
+    def _numbers(self) -> AnswerFormat:
+        """Return numbers from 0: of two classes 1 for the positive one, else in the order of the names."""
+        positive = guess_positive(self.names)
+        order = sorted(self.names, key=lambda name: (name == positive, name))
+        cells = {name: str(number) for number, name in enumerate(order)}
+        listed = ", ".join(f"{number} {name}" for name, number in list(cells.items())[:5])
+        words = f"column {self.name!r}: the number of the predicted class ({listed}{', …' if len(order) > 5 else ''})"
+        guessed = self.sample_file.answer == "auto" and not positive
+        doubt = "the numbers follow the sorted class names; set ensemble.answer=class for names" if guessed else ""
+        return AnswerFormat("number", self.names, cells, words, doubt)
+
 
 log = logging.getLogger("fivefold")
 
@@ -20,16 +218,16 @@ DIGITS = "%.9g"
 """The format of a probability in a submission: nine digits."""
 
 
-def write_submission(path: Path, table: Predictions, wanted: Submission, same: SameClasses = AS_NAMED) -> Path:
-    """Write the rows and columns of the sample `wanted`, in its order, with its header, delimiter and line endings.
+def write_submission(path: Path, table: Predictions, layout: SampleSubmission, same: ClassAliases = NO_ALIASES) -> Path:
+    """Write the rows and columns of the sample `layout`, in its order, with its header, delimiter and line endings.
 
     Class columns get probabilities; the policy of `same` applies to classes with the same meaning. A single column
-    gets the content that `form_of` chooses. The file is written atomically. Return its path. Raise a DataError
+    gets the content that `detect_format` chooses. The file is written atomically. Return its path. Raise a DataError
     with the ids or classes that do not match.
     """
-    check_same_ids(wanted.ids, "the sample submission", table.ids, "the predictions")
-    rows = table.in_order(wanted.ids)
-    form = form_of(wanted, table.classes, same)
+    check_same_ids(layout.ids, "the sample submission", table.ids, "the predictions")
+    rows = table.reindex(layout.ids)
+    form = detect_format(layout, table.classes, same)
     if form.cells:
         frame = pd.DataFrame([form.cells[name] for name in _labels(rows, same)], dtype=object)
     elif form.kind == "probability":
@@ -38,35 +236,35 @@ def write_submission(path: Path, table: Predictions, wanted: Submission, same: S
     else:
         frame = pd.DataFrame(_probabilities(rows, form.names, same))
     frame.insert(0, "id", pd.Series(rows.ids, dtype=object))
-    if wanted.numbered:
+    if layout.row_number_column:
         frame.insert(0, "number", np.arange(len(rows)))
-    encoding = "utf-8-sig" if wanted.marked else "utf-8"
+    encoding = "utf-8-sig" if layout.has_bom else "utf-8"
     with atomic(path) as temporary:
         frame.to_csv(
             temporary,
-            header=wanted.header,
+            header=layout.header,
             index=False,
-            sep=wanted.delimiter,
-            decimal=wanted.decimal,
+            sep=layout.delimiter,
+            decimal=layout.decimal,
             float_format=DIGITS,
-            lineterminator=wanted.end,
+            lineterminator=layout.line_ending,
             encoding=encoding,
         )
     return path
 
 
-def check_submission(images: EvalTable, classes: Sequence[str], same: SameClasses) -> None:
+def check_submission(images: EvalImages, classes: Sequence[str], same: ClassAliases) -> None:
     """Raise a DataError, before any training or prediction, unless the sample's rows and columns can be filled."""
     same.check_model(classes)
     if images.sample:
-        form = form_of(images.sample, classes, same)
-        log.info("submission: %s", form.words)
+        form = detect_format(images.sample, classes, same)
+        log.info("submission: %s", form.description)
         if form.doubt:
             log.warning("%s", form.doubt)
     check_rows(images)
 
 
-def _labels(table: Predictions, same: SameClasses) -> list[str]:
+def _labels(table: Predictions, same: ClassAliases) -> list[str]:
     """Return the predicted class of each row; of classes that are summed, the most probable name of the best sum."""
     probabilities = _probabilities(table, table.classes, same) if same.policy == "sum" else np.exp(table.log_probs)
     best = probabilities.max(axis=1, keepdims=True)
@@ -75,7 +273,7 @@ def _labels(table: Predictions, same: SameClasses) -> list[str]:
     return [table.classes[code] for code in codes]
 
 
-def _probabilities(table: Predictions, columns: Sequence[str], same: SameClasses) -> np.ndarray:
+def _probabilities(table: Predictions, columns: Sequence[str], same: ClassAliases) -> np.ndarray:
     """Return the probabilities of the `columns` [N, W], each row normalised to sum 1."""
     probabilities = np.exp(table.log_probs.astype(np.float64)) @ same.columns(table.classes, columns)
     return probabilities / probabilities.sum(axis=1, keepdims=True)

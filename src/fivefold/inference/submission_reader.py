@@ -8,24 +8,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fivefold.contract.filenames import plain_name
+from fivefold.contract.filenames import normalize_class_name
 from fivefold.contract.stage_specs import PREDICTIONS
 from fivefold.csv_tables import (
     PATH_NAMES,
     CsvFile,
-    check_filled,
+    check_not_empty,
     check_same_ids,
     check_unique,
     is_number,
+    normalize_names,
     open_csv,
-    plain_names,
 )
-from fivefold.data.class_aliases import SameClasses
-from fivefold.data.readers.eval_images import Submission
+from fivefold.data.class_aliases import ClassAliases
+from fivefold.data.readers.eval_images import SampleSubmission
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import FLOOR
-from fivefold.inference.answer_format import Form, form_of, match
-from fivefold.predictions import Predictions, read, read_system, sample
+from fivefold.inference.submission import AnswerFormat, detect_format, match_name
+from fivefold.predictions import Predictions, preview, read, read_system
 
 log = logging.getLogger("fivefold")
 
@@ -47,18 +47,18 @@ def has_one_column(path: Path) -> bool:
     return len(_answer_columns(open_csv(path))) < 2
 
 
-def names_classes_alone(path: Path) -> bool:
+def has_labels_only(path: Path) -> bool:
     """Return whether a file has a single column of predicted classes, by name or number, and no probabilities."""
     table = open_csv(path)
     columns = _answer_columns(table)
     return len(columns) < 2 and not (columns and _are_shares(table.read(columns)[columns[0]]))
 
 
-def read_submitted(
+def read_submission(
     path: Path,
     ids: Collection[str] | None = None,
     classes: Sequence[str] = (),
-    same: SameClasses | None = None,
+    same: ClassAliases | None = None,
     all_ids: bool = True,
     *,
     likely: Sequence[str] = (),
@@ -67,7 +67,7 @@ def read_submitted(
 ) -> Predictions:
     """Read a file of ids and one probability column per class, or of ids and a single answer column, as predictions.
 
-    Answers are predicted classes, by name or number, or probabilities of one class. `form_of` decides by the values, the
+    Answers are predicted classes, by name or number, or probabilities of one class. `detect_format` decides by the values, the
     classes (if there are none, the `likely` ones for numeric answers), and the settings `answer` and `positive`.
 
     The ids are the first column, or the column of image paths if it contains the `ids`. Unless `all_ids` is false,
@@ -77,19 +77,19 @@ def read_submitted(
     file defines them. Raise a DataError with the path and the invalid ids (missing, unknown or duplicate), rows (no
     finite probability), classes or columns. A .parquet file is a table of predictions.
     """
-    same = same or SameClasses()
+    same = same or ClassAliases()
     if is_table(path):
         return _read_table(path, ids if all_ids else None, classes, same)
     table, model_classes = open_csv(path), set(same.names(classes))
     if len(table.columns) < 2:
         raise DataError(f"{path} is not a submission: it needs an id column, class columns and rows")
     frame = table.read()
-    paths = [name for name in frame if _holds_paths(plain_name(name), frame[name].iat[0], model_classes)]
+    paths = [name for name in frame if _holds_paths(normalize_class_name(name), frame[name].iat[0], model_classes)]
     row_id = _id_column(path, frame, paths, ids, all_ids)
-    cells = frame.drop(columns={frame.columns[0], row_id, *paths}).rename(columns=plain_name)
+    cells = frame.drop(columns={frame.columns[0], row_id, *paths}).rename(columns=normalize_class_name)
     if cells.columns.empty or cells.columns.has_duplicates:
         raise DataError(f"{path} needs class columns without duplicates; its columns are {', '.join(table.columns)}")
-    if len(cells.columns) == 1 and (len(model_classes) < 3 or not match(cells.columns[0], sorted(model_classes))):
+    if len(cells.columns) == 1 and (len(model_classes) < 3 or not match_name(cells.columns[0], sorted(model_classes))):
         columns, shares = _read_answers(table, cells.iloc[:, 0], sorted(model_classes), likely, answer, positive)
     else:
         columns, shares = _read_probabilities(table, cells, model_classes)
@@ -109,7 +109,7 @@ def is_table(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
 
 
-def _read_table(path: Path, ids: Collection[str] | None, classes: Sequence[str], same: SameClasses) -> Predictions:
+def _read_table(path: Path, ids: Collection[str] | None, classes: Sequence[str], same: ClassAliases) -> Predictions:
     table = same.merge_table(replace(read(path), system=system_name(path), labels=None))
     if ids is not None:
         check_same_ids(table.ids, str(path), ids, "the test table")
@@ -119,7 +119,7 @@ def _read_table(path: Path, ids: Collection[str] | None, classes: Sequence[str],
         raise DataError(f"{path}: {error}") from error
 
 
-def holds_labels(table: Predictions) -> bool:
+def contains_labels(table: Predictions) -> bool:
     """Return whether each row has all its probability on one class, as in a file of predicted classes."""
     if len(table.classes) < 2:
         return True
@@ -144,12 +144,12 @@ def _id_column(
 
 def _read_probabilities(table: CsvFile, cells: pd.DataFrame, classes: Collection[str]) -> tuple[list[str], np.ndarray]:
     """Return the classes and their probabilities [N, C], each row normalised to sum 1 and clipped to [FLOOR, 1]."""
-    columns = [match(name, sorted(classes)) or name for name in cells.columns]
+    columns = [match_name(name, sorted(classes)) or name for name in cells.columns]
     columns = columns if len(set(columns)) == len(columns) else cells.columns.tolist()
     if classes and set(columns) != set(classes):
         missing, unknown = sorted(set(classes) - set(columns)), sorted(set(columns) - set(classes))
-        parts = [f"no column of {sample(missing)}"] if missing else []
-        parts += [f"columns that are not classes of the models: {sample(unknown)}"] if unknown else []
+        parts = [f"no column of {preview(missing)}"] if missing else []
+        parts += [f"columns that are not classes of the models: {preview(unknown)}"] if unknown else []
         raise DataError(f"{table}: {'; '.join(parts)}")
     probs = table.numbers(cells)
     sums = probs.sum(axis=1)
@@ -176,8 +176,8 @@ def _read_answers(
     table: CsvFile, cells: pd.Series, classes: Sequence[str], likely: Sequence[str], answer: str, positive: str
 ) -> tuple[list[str], np.ndarray]:
     """Return the classes and their probabilities [N, C] from a single column: 1 for a row's class, or one class's probability."""
-    check_filled(cells, "class", table)
-    labels = plain_names(cells)
+    check_not_empty(cells, "class", table)
+    labels = normalize_names(cells)
     if not classes and (_are_shares(cells) or (_are_numbers(cells) and not all(map(is_number, likely)))):
         classes = sorted(likely)
     if not classes and _are_shares(cells):
@@ -198,20 +198,22 @@ def _read_answers(
         return list(known), _normalise(np.where(np.array(known) == form.names[0], shares[:, None], 1 - shares[:, None]))
     if form:
         written = {cell: name for name, cell in form.cells.items()}
-        labels = labels.map(lambda cell: written.get(cell) or _same_number(cell, written) or match(cell, known) or cell)
+        labels = labels.map(
+            lambda cell: written.get(cell) or _same_number(cell, written) or match_name(cell, known) or cell
+        )
     unknown = sorted(set(labels) - set(known))
     if unknown:
-        raise DataError(f"{table}: predicted classes that are not classes of the models: {sample(unknown)}")
+        raise DataError(f"{table}: predicted classes that are not classes of the models: {preview(unknown)}")
     return list(known), _normalise(np.eye(len(known))[pd.Index(known).get_indexer(labels)])
 
 
-def _form(table: CsvFile, cells: pd.Series, classes: Sequence[str], answer: str, positive: str) -> Form:
+def _form(table: CsvFile, cells: pd.Series, classes: Sequence[str], answer: str, positive: str) -> AnswerFormat:
     """Return the form of a file's cells; whole numbers for two numeric classes are class names, which is never ambiguous."""
-    column = plain_name(str(cells.name))
-    form = Submission(table.columns[0], (column,), cells.to_numpy(object), values=tuple(cells.unique()))
+    column = normalize_class_name(str(cells.name))
+    form = SampleSubmission(table.columns[0], (column,), cells.to_numpy(object), values=tuple(cells.unique()))
     whole = _are_numbers(cells) and not _are_shares(cells) and len(classes) == 2 and all(map(is_number, classes))
     try:
-        return form_of(
+        return detect_format(
             replace(form, answer="class" if whole and answer == "auto" else answer, positive=positive), classes
         )
     except DataError as error:
@@ -220,7 +222,9 @@ def _form(table: CsvFile, cells: pd.Series, classes: Sequence[str], answer: str,
 
 def _answer_columns(table: CsvFile) -> list[str]:
     return [
-        name for name, plain in zip(table.columns[1:], table.plain_columns[1:], strict=True) if plain not in PATH_NAMES
+        name
+        for name, plain in zip(table.columns[1:], table.normalized_columns[1:], strict=True)
+        if plain not in PATH_NAMES
     ]
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from fivefold.csv_tables import check_same_ids
-from fivefold.evaluation.calibration import cross_tempered, fit_temperature
-from fivefold.evaluation.metrics import summary
-from fivefold.inference.blending import BLENDS, combined, cross_fitted, equal, given_weights
+from fivefold.evaluation.metrics import compute_metrics, cross_fit_temperature, fit_temperature
+from fivefold.inference.blending import BLENDS, apply_blend, cross_fit, equal_weights, weights_by_name
 from fivefold.lookup import choose
 from fivefold.predictions import Predictions, mean_by_id
 
@@ -48,16 +47,16 @@ class System:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """The names of the blends between systems and within a system; `given`: user-defined weights by system, if any."""
+class BlendConfig:
+    """The names of the blends between systems and within a system; `weights`: user-defined weights by system, if any."""
 
     between: str = "fitted"
-    given: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
     within: str = "mean"
     product: str = ""
     """For a product: the names of its systems, for people."""
 
-    def in_words(self, models: int, systems: int) -> str:
+    def describe(self, models: int, systems: int) -> str:
         """Describe an ensemble of `models` in `systems` for its score."""
         if self.product:
             return f"product of {models} models, {self.product}"
@@ -66,44 +65,44 @@ class Rule:
         return f"{models} models, {self.within} within a system" + (f", {self.between} between" if systems > 1 else "")
 
 
-def weigh(systems: Sequence[System], rule: Rule) -> tuple[np.ndarray, list[Score]]:
+def compute_weights(systems: Sequence[System], rule: BlendConfig) -> tuple[np.ndarray, list[Score]]:
     """Return convex weights [systems], and the out-of-fold scores of the systems and of their blend.
 
     Weights are fitted if there are several systems and all have out-of-fold rows of two or more folds.
     Otherwise they are equal, unless the user sets them.
     """
-    scores = scores_alone(systems)
-    blend, weights = choose(BLENDS, "blend", rule.between), equal(len(systems))
+    scores = score_systems(systems)
+    blend, weights = choose(BLENDS, "blend", rule.between), equal_weights(len(systems))
     if rule.between == "weighted":
-        weights = given_weights([system.name for system in systems], rule.given)
+        weights = weights_by_name([system.name for system in systems], rule.weights)
     tables = [system.oof for system in systems if system.oof is not None]
     if len(systems) == 1 or len(tables) < len(systems):
         if blend.fit and len(systems) > 1:
             unknown = ", ".join(system.name for system in systems if system.oof is None)
             log.warning("equal weights between the systems: no out-of-fold rows of %s to fit weights on", unknown)
         return weights, scores
-    tables = same_rows(tables)
+    tables = align_rows(tables)
     log_probs, first = [table.log_probs for table in tables], tables[0]
     selected = any(system.folds_selected for system in systems)
     codes = first.codes()
-    mixed = replace(first, log_probs=combined("mean", log_probs, equal(len(systems))))
-    scores.append(score(BLENDS["mean"].words, "out-of-fold", mixed, selected))
+    mixed = replace(first, log_probs=apply_blend("mean", log_probs, equal_weights(len(systems))))
+    scores.append(score(BLENDS["mean"].description, "out-of-fold", mixed, selected))
     if blend.fit and len(np.unique(first.fold)) > 1:  # with a single fold there are no other rows to fit on
-        mixed = replace(first, log_probs=cross_fitted(log_probs, codes, first.fold, blend.fit))
-        scores.append(score(blend.words, "out-of-fold, cross-fitted by fold", mixed, selected))
+        mixed = replace(first, log_probs=cross_fit(log_probs, codes, first.fold, blend.fit))
+        scores.append(score(blend.description, "out-of-fold, cross-fitted by fold", mixed, selected))
         return blend.fit(log_probs, codes), scores
     if blend.fit:
         log.warning(
             "equal weights between the systems: the out-of-fold rows are of one fold, so no rows are left to score on"
         )
     elif rule.between != "mean":
-        mixed = replace(first, log_probs=combined(rule.between, log_probs, weights))
-        scores.append(score(blend.words, "out-of-fold", mixed, selected))
+        mixed = replace(first, log_probs=apply_blend(rule.between, log_probs, weights))
+        scores.append(score(blend.description, "out-of-fold", mixed, selected))
     return weights, scores
 
 
-def judge_holdout(
-    systems: Sequence[System], weights: np.ndarray, rule: Rule, temperature: str
+def score_holdout(
+    systems: Sequence[System], weights: np.ndarray, rule: BlendConfig, temperature: str
 ) -> tuple[Predictions | None, float, list[Score]]:
     """Return the ensemble's table of the holdout rows, its temperature, and its scores.
 
@@ -114,31 +113,31 @@ def judge_holdout(
     tables = [system.holdout for system in systems if system.holdout is not None]
     if len(tables) < len(systems):
         return None, 1.0, []
-    tables = same_rows(tables)
+    tables = align_rows(tables)
     table = replace(tables[0], fold=np.full(len(tables[0]), -1, np.int16))
-    table = replace(table, log_probs=combined(rule.between, [other.log_probs for other in tables], weights))
+    table = replace(table, log_probs=apply_blend(rule.between, [other.log_probs for other in tables], weights))
     selected = any(system.selected for system in systems)
     rows = SELECTING if selected else "holdout"
-    scores = [score(rule.in_words(sum(s.models for s in systems), len(systems)), rows, table)]
+    scores = [score(rule.describe(sum(s.models for s in systems), len(systems)), rows, table)]
     if temperature == "none" or selected or len(table) < MIN_HOLDOUT_ROWS:
         return table, 1.0, scores
     codes = table.codes()
-    fitted, mixed = fit_temperature(table.log_probs, codes), cross_tempered(table.log_probs, codes)
+    fitted, mixed = fit_temperature(table.log_probs, codes), cross_fit_temperature(table.log_probs, codes)
     table = replace(table, log_probs=mixed)
     scores.append(score(f"the same at temperature {fitted:.3f}", TEMPERED, table))
     return table, fitted, scores
 
 
-def join(tables: Sequence[Predictions], within: str) -> Predictions:
+def blend_models(tables: Sequence[Predictions], within: str) -> Predictions:
     """Combine the tables of a system's models on the same rows into one, with equal weights."""
     if within == "mean":
         return mean_by_id(tables)
-    aligned = same_rows(tables)
-    log_probs = combined(within, [table.log_probs for table in aligned], equal(len(aligned)))
+    aligned = align_rows(tables)
+    log_probs = apply_blend(within, [table.log_probs for table in aligned], equal_weights(len(aligned)))
     return replace(aligned[0], fold=np.full(len(aligned[0]), -1, np.int16), log_probs=log_probs)
 
 
-def scores_alone(systems: Sequence[System]) -> list[Score]:
+def score_systems(systems: Sequence[System]) -> list[Score]:
     """Return the out-of-fold score of each system that has such rows."""
     return [
         score(_describe_system(system), "out-of-fold", system.oof, system.folds_selected)
@@ -153,19 +152,19 @@ def _describe_system(system: System) -> str:
     return f"means of {system.seeds} seeds of {system.name}"
 
 
-def same_rows(tables: Sequence[Predictions]) -> list[Predictions]:
+def align_rows(tables: Sequence[Predictions]) -> list[Predictions]:
     """Return all tables in the first one's order of rows and classes; raise a DataError with ids that only one side has."""
     first = tables[0]
     for table in tables[1:]:
         check_same_ids(first.ids, f"system {first.system!r}", table.ids, f"system {table.system!r}")
-    return [table.with_classes(first.classes).in_order(first.ids) for table in tables]
+    return [table.with_classes(first.classes).reindex(first.ids) for table in tables]
 
 
-def score(what: str, rows: str, table: Predictions, folds_selected: bool = False) -> Score:
-    """Return the scored models `what`, the kind of `rows`, their number, and the figures.
+def score(subject: str, rows: str, table: Predictions, folds_selected: bool = False) -> Score:
+    """Return the scored models `subject`, the kind of `rows`, their number, and the figures.
 
     `selected_on` is `oof` if the folds selected their epochs on these rows, which makes the figures optimistic.
     """
-    figures = {name: round(value, 6) for name, value in summary(table.log_probs, table.codes()).items()}
+    figures = {name: round(value, 6) for name, value in compute_metrics(table.log_probs, table.codes()).items()}
     selected_on = {"selected_on": "oof"} if folds_selected else {}
-    return {"what": what, "rows": rows, "n": len(table), **selected_on, **figures}
+    return {"what": subject, "rows": rows, "n": len(table), **selected_on, **figures}

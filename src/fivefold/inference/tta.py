@@ -19,7 +19,7 @@ from fivefold.config.schema import Spec
 from fivefold.errors import SettingsError
 from fivefold.lookup import choose
 
-Change = Callable[[Tensor], Tensor]
+ViewFn = Callable[[Tensor], Tensor]
 
 
 def _unchanged(images: Tensor) -> Tensor:
@@ -28,23 +28,23 @@ def _unchanged(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """A transform of images [B, 3, H, W]: first `moved` rearranges pixels, then `resampled` interpolates new ones.
+    """A transform of images [B, 3, H, W]: first `rearrange` rearranges pixels, then `interpolate` interpolates new ones.
 
     Moving gives the same result before and after normalisation, and is faster before it, on bytes. Resampling needs
     normalised floats.
     """
 
-    moved: Change = _unchanged
-    resampled: Change = _unchanged
+    rearrange: ViewFn = _unchanged
+    interpolate: ViewFn = _unchanged
 
     def __call__(self, normalised: Tensor) -> Tensor:
         """Apply the view to images that are already normalised."""
-        return self.resampled(self.moved(normalised))
+        return self.interpolate(self.rearrange(normalised))
 
-    def of_mirrored(self) -> "View":
+    def mirror(self) -> "View":
         """Return the same view of the images mirrored left-right."""
-        first = self.moved
-        return replace(self, moved=_mirror if first is _unchanged else lambda images: first(_mirror(images)))
+        first = self.rearrange
+        return replace(self, rearrange=_mirror if first is _unchanged else lambda images: first(_mirror(images)))
 
 
 def build_views(specs: Sequence[Spec], black: Tensor | float = 0.0) -> list[View]:
@@ -61,7 +61,7 @@ def build_views(specs: Sequence[Spec], black: Tensor | float = 0.0) -> list[View
         parameters = dict(items)
         mirrored_too = parameters.pop("flip", False)
         new = make(black=black, **parameters) if make in NEEDS_BLACK else make(**parameters)
-        views += new + [view.of_mirrored() for view in new if mirrored_too]
+        views += new + [view.mirror() for view in new if mirrored_too]
     return views
 
 
@@ -77,12 +77,12 @@ def identity(spec: Spec) -> tuple[str, tuple[tuple[str, Hashable], ...]]:
     return name, tuple(sorted({**defaults, **parameters}.items()))
 
 
-def same_views(first: Sequence[Spec], second: Sequence[Spec]) -> bool:
+def views_equal(first: Sequence[Spec], second: Sequence[Spec]) -> bool:
     """Return whether both mean the same views, regardless of order and spelling."""
     return sorted(map(identity, first)) == sorted(map(identity, second))
 
 
-def distinct(specs: Sequence[Spec]) -> list[Spec]:
+def deduplicate(specs: Sequence[Spec]) -> list[Spec]:
     """Return the specs in order without duplicates; of specs that mean the same, the first stays."""
     unique: dict[Any, Spec] = {}
     for spec in specs:
@@ -97,28 +97,28 @@ def plain() -> list[View]:
 
 def flip() -> list[View]:
     """Mirror left-right."""
-    return [View(moved=_mirror)]
+    return [View(rearrange=_mirror)]
 
 
 def rotate(degrees: float, black: Tensor | float) -> list[View]:
     """Rotate by `degrees` counter-clockwise about the centre, bilinear; the corners are black."""
-    return [View(resampled=partial(_rotate, degrees=degrees, black=black))]
+    return [View(interpolate=partial(_rotate, degrees=degrees, black=black))]
 
 
 def shift(x: int, y: int) -> list[View]:
     """Shift by `x` pixels to the right and `y` down; the uncovered border is mirrored at the edge."""
-    return [View(moved=partial(_move, x=x, y=y))]
+    return [View(rearrange=partial(_move, x=x, y=y))]
 
 
 def scale(factor: float) -> list[View]:
     """Scale by `factor` about the centre; below 1 the smaller image is mirrored at its edges."""
-    return [View(resampled=partial(_zoom, factor=factor))]
+    return [View(interpolate=partial(_zoom, factor=factor))]
 
 
 def five_crops(share: float) -> list[View]:
     """Return five views: the corners and the centre, each `share` of both sides, resized to the full size."""
     offsets = ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))
-    return [View(resampled=partial(_crop, share=share, top=top, left=left)) for top, left in offsets]
+    return [View(interpolate=partial(_crop, share=share, top=top, left=left)) for top, left in offsets]
 
 
 def _mirror(images: Tensor) -> Tensor:
@@ -184,15 +184,15 @@ def _take_along(images: Tensor, dim: int, positions: range) -> Tensor:
         (min(positions.stop, max(positions.start, size)), positions.stop),
     )
     # Created on the device: copying the positions would synchronise with it.
-    mirrored = (reflected(torch.arange(*ends, device=images.device), size) for ends in beyond)
+    mirrored = (reflect_index(torch.arange(*ends, device=images.device), size) for ends in beyond)
     first, last = (images.index_select(dim, ends) for ends in mirrored)
     return torch.cat([first, images.narrow(dim, start, stop - start), last], dim)
 
 
-def reflected(at: Tensor, size: int) -> Tensor:
+def reflect_index(positions: Tensor, size: int) -> Tensor:
     """Map any integer positions into 0 to size - 1 by mirroring at the ends, without repeating the ends."""
     last = max(1, size - 1)
-    return (last - (at % (2 * last) - last).abs()).clamp(max=size - 1)
+    return (last - (positions % (2 * last) - last).abs()).clamp(max=size - 1)
 
 
 def _check(view: str, name: str, value: object) -> None:

@@ -22,16 +22,16 @@ from pathlib import Path
 
 from fivefold.config.loading import ENVIRONMENT_KEYS
 from fivefold.config.schema import SECTIONS
-from fivefold.contract.files import atomic, probe_writable
-from fivefold.contract.run_layout import CACHES, GROUND_TRUTH, truth_beside_table, truth_of
+from fivefold.contract.files import atomic, check_writable
+from fivefold.contract.run_layout import CACHES, GROUND_TRUTH, find_ground_truth, pick_ground_truth
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stage_specs import FAILURE
 from fivefold.data.readers.stores import open_store
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.status import LOG, epochs_done, failure_of, running_pid, write_ended, write_started
-from fivefold.launchers.terminal import Screen, copy_output
+from fivefold.launchers.status import LOG, epochs_done, failure_message, record_end, record_start, running_pid
+from fivefold.launchers.terminal import SharedTerminal, copy_output
 from fivefold.system import GLIBC_TUNABLES, count_cores, free_memory
 
 POLL_INTERVAL_S = 0.03
@@ -43,7 +43,7 @@ FOLD_MEMORY_BYTES = 6 << 30
 
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
-    """Run the plan's steps, at most `parallel` at a time (0: `side_by_side` decides). Return the exit code of the first failed step.
+    """Run the plan's steps, at most `parallel` at a time (0: `default_parallelism` decides). Return the exit code of the first failed step.
 
     Return 130 or 143 after SIGINT or SIGTERM, which are forwarded to the steps; then wait for the steps.
     """
@@ -51,9 +51,9 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
         if (pid := running_pid(step)) is not None:
             raise RetryableError(f"{step.folder} is in use by process {pid}: wait for it, or stop it")
     for folder in (plan.folder, *(step.folder for step in plan.steps if step.folder.exists())):
-        probe_writable(folder)
-    devices = gpus(environ)
-    parallel = parallel or side_by_side(plan, devices)
+        check_writable(folder)
+    devices = list_gpus(environ)
+    parallel = parallel or default_parallelism(plan, devices)
     # the same number for every fold, however many run: another number of threads changes the last bits of results
     fold_threads = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
 
@@ -61,13 +61,13 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
         threads = fold_threads if step.stage == "train-fold" else 0
         return {**step_environment(step, environ, gpu, threads), **shared_cache(plan)}
 
-    screen = Screen()
-    backend = LocalBackend(screen, devices if parallel > 1 else [], environment)
-    return Scheduler(plan.steps, backend, screen, parallel, POLL_INTERVAL_S).run()
+    terminal = SharedTerminal()
+    backend = LocalBackend(terminal, devices if parallel > 1 else [], environment)
+    return Scheduler(plan.steps, backend, terminal, parallel, POLL_INTERVAL_S).run()
 
 
 @dataclass
-class Child:
+class StepProcess:
     """A step's running process, with the thread that reads its output."""
 
     process: subprocess.Popen[bytes]
@@ -80,19 +80,19 @@ class LocalBackend:
     """Run each step as a process of this machine, and forward signals to all of them."""
 
     def __init__(
-        self, screen: Screen, devices: Sequence[str], environment: Callable[[Step, str], dict[str, str]]
+        self, terminal: SharedTerminal, devices: Sequence[str], environment: Callable[[Step, str], dict[str, str]]
     ) -> None:
         """`environment(step, gpu)` returns the variables of a step's process. Each process gets one of `devices`."""
-        self.screen, self.devices, self.environment = screen, devices, environment
-        self.children: dict[str, Child] = {}
+        self.terminal, self.devices, self.environment = terminal, devices, environment
+        self.children: dict[str, StepProcess] = {}
 
     def start(self, step: Step, alone: bool) -> None:
         """Start the step's process; if it runs alone, on a pseudo-terminal, to show its progress bars."""
-        probe_writable(step.folder)
+        check_writable(step.folder)
         (step.folder / FAILURE).unlink(missing_ok=True)
         used = [child.gpu for child in self.children.values()]
         gpu = min(self.devices, key=used.count, default="")
-        as_terminal = alone and self.screen.terminal
+        as_terminal = alone and self.terminal.terminal
         read_end, write_end = _terminal() if as_terminal else os.pipe()
         process = subprocess.Popen(
             [sys.executable, "-m", "fivefold.jobs", *step.command],
@@ -104,15 +104,15 @@ class LocalBackend:
         )
         os.close(write_end)
         output = os.fdopen(read_end, encoding="utf-8", errors="replace", newline="")
-        arguments = (output, step.folder / LOG, " ".join(step.command), self.screen, "" if as_terminal else step.name)
+        arguments = (output, step.folder / LOG, " ".join(step.command), self.terminal, "" if as_terminal else step.name)
         reader = threading.Thread(target=copy_output, args=arguments, daemon=True)
         reader.start()
         try:
-            write_started(step, process.pid)
+            record_start(step, process.pid)
         except BaseException:
             process.kill()
             raise
-        self.children[step.name] = Child(process, reader, gpu)
+        self.children[step.name] = StepProcess(process, reader, gpu)
 
     def poll(self, running: Sequence[Step]) -> dict[str, int]:
         codes = {}
@@ -123,14 +123,14 @@ class LocalBackend:
             child.reader.join(LOG_DRAIN_TIMEOUT_S)
             code = child.process.returncode
             codes[step.name] = 128 - code if code < 0 else code
-            write_ended(step, codes[step.name])
+            record_end(step, codes[step.name])
             del self.children[step.name]
         return codes
 
     def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
         """Forward a signal to the processes. The second signal kills them and their child processes."""
         names = ", ".join(step.name for step in running)
-        self.screen.line(
+        self.terminal.write_line(
             f"{signal.Signals(number).name}: {'killing' if again else 'waiting for'} {names} (send again to kill)"
         )
         for child in self.children.values():
@@ -145,7 +145,7 @@ class LocalBackend:
     def describe(self, step: Step) -> str:
         child = self.children.get(step.name)
         if child is None:
-            return f"{failure_of(step)}\n  log: {step.folder / LOG}"
+            return f"{failure_message(step)}\n  log: {step.folder / LOG}"
         return f"epoch {epochs_done(step, child.started)} of {step.epochs}" if step.epochs else ""
 
 
@@ -162,7 +162,7 @@ def shared_cache(plan: Plan) -> dict[str, str]:
     return {"DATA__CACHE": str(plan.folder.parent / CACHES)} if plan.settings.data.cache == "auto" else {}
 
 
-def side_by_side(plan: Plan, devices: Sequence[str]) -> int:
+def default_parallelism(plan: Plan, devices: Sequence[str]) -> int:
     """Return the number of parallel folds: one per GPU; on CPU the fastest number, within the memory (FOLD_MEMORY_BYTES each).
 
     The threads of one fold wait for one another at each layer. With a small network on two cores,
@@ -204,7 +204,7 @@ def settings_variables(environ: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environ if _is_contract_variable(name) and not name.startswith("SM_"))
 
 
-def gpus(environ: Mapping[str, str]) -> list[str]:
+def list_gpus(environ: Mapping[str, str]) -> list[str]:
     """Return the GPUs from CUDA_VISIBLE_DEVICES or nvidia-smi, without importing torch."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -232,16 +232,16 @@ def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
         return inputs
     if not is_url(inputs.eval) and zipfile.is_zipfile(inputs.eval):
         with zipfile.ZipFile(inputs.eval) as archive:
-            name_in_archive = truth_beside_table(archive.namelist())
+            name_in_archive = pick_ground_truth(archive.namelist())
         return replace(inputs, ground_truth=str(run_folder / GROUND_TRUTH) if name_in_archive else None)
-    return replace(inputs, ground_truth=truth_of(inputs.eval))
+    return replace(inputs, ground_truth=find_ground_truth(inputs.eval))
 
 
 def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
     """Copy the ground truth from an eval that is a .zip to the path that `check_inputs` returned."""
     if inputs.ground_truth == str(run_folder / GROUND_TRUTH) and inputs.eval and zipfile.is_zipfile(inputs.eval):
         with zipfile.ZipFile(inputs.eval) as archive:
-            name = truth_beside_table(archive.namelist())
+            name = pick_ground_truth(archive.namelist())
         if name:
             content = open_store(Path(inputs.eval)).read(name)
             with atomic(Path(inputs.ground_truth)) as temporary:
@@ -255,7 +255,7 @@ def _is_contract_variable(name: str) -> bool:
     return name.startswith("SM_") and name not in KEPT_VARIABLES
 
 
-def refuse_strangers(plan: Plan) -> None:
+def check_no_foreign_models(plan: Plan) -> None:
     """Raise a SettingsError if the run's folder contains fold models that are not part of this plan.
 
     The ensemble uses every fold model below the run, so models of another seed or split would enter it.

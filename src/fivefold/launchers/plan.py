@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fivefold.config.loading import arguments_layer, is_of, load, normal_key
+from fivefold.config.loading import arguments_layer, in_sections, load, normalize_key
 from fivefold.config.schema import Settings
-from fivefold.contract.run_layout import channels_of, outputs_of
+from fivefold.contract.run_layout import channel_paths, output_variables
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
 from fivefold.lookup import choose
@@ -173,7 +173,7 @@ class _Builder:
         images = {"train": inputs.train, "weights": inputs.weights}
         seeds = self.seeds or (self.settings.seed,)
         for seed in seeds:
-            for fold in range(1 if split.parts else split.folds):
+            for fold in range(1 if split.ratios else split.folds):
                 name = f"fold-{fold}" if seed == seeds[0] else f"fold-{fold}-seed-{seed}"
                 self._add(name, "train-fold", images, ("split",), self.settings.train.epochs, fold, seed)
         teachers = tuple(step.name for step in self.steps[1:])
@@ -182,9 +182,9 @@ class _Builder:
             self.notes.append("no eval=: no test images to predict; evaluate reports on out-of-fold and holdout rows")
         elif not inputs.ground_truth and not inputs.truth_unknown:
             self.notes.append("no ground truth for eval: evaluate reports on out-of-fold and holdout rows")
-        if split.parts and self.settings.distill.teacher == "oof":  # no row is out-of-fold, so none has a teacher
+        if split.ratios and self.settings.distill.teacher == "oof":  # no row is out-of-fold, so none has a teacher
             self.notes.append(
-                "with split.parts training rows have no out-of-fold teacher, so the plan omits distill; "
+                "with split.ratios training rows have no out-of-fold teacher, so the plan omits distill; "
                 "distill.teacher=best_fold includes it"
             )
             return
@@ -205,7 +205,7 @@ class _Builder:
             channels |= {"ground_truth": inputs.ground_truth}
             needs = (ensemble,)
         truth = inputs.eval and (inputs.ground_truth or inputs.truth_unknown)
-        if evaluate == "evaluate" or truth or split.holdout > 0 or (split.parts and split.parts[2]):
+        if evaluate == "evaluate" or truth or split.holdout > 0 or (split.ratios and split.ratios[2]):
             self._add(evaluate, "evaluate", channels, needs)
         else:
             missing = "no ground truth for eval" if inputs.eval else "no eval="
@@ -225,11 +225,13 @@ class _Builder:
     ) -> None:
         """Add a step. `channels` extend or replace the channels that its stage reads from the run."""
         folder = self.folder / name
-        paths = {**channels_of(stage, str(self.folder)), **channels}
+        paths = {**channel_paths(stage, str(self.folder)), **channels}
         environment = {f"SM_CHANNEL_{channel.upper()}": path for channel, path in paths.items() if path}
-        environment |= outputs_of(stage, str(folder))
+        environment |= output_variables(stage, str(folder))
         recipe = (f"recipe={self.recipe}",) if self.recipe else ()
-        overrides = tuple(text for text in self.overrides if is_of(_key(text), (*STAGES[stage].sections, "reuse")))
+        overrides = tuple(
+            text for text in self.overrides if in_sections(_key(text), (*STAGES[stage].sections, "on_version_change"))
+        )
         seeded = (f"seed={seed}",) if self.seeds and seed is not None else ()
         empty = ("evaluate.allow_empty=true",) if name == "evaluate-student" and self.inputs.truth_unknown else ()
         arguments = (*recipe, *empty, *overrides, *seeded)
@@ -254,4 +256,4 @@ def _section(override: str) -> str:
 
 
 def _key(override: str) -> str:
-    return normal_key(override.split("=", 1)[0])
+    return normalize_key(override.split("=", 1)[0])

@@ -12,11 +12,11 @@ from typing import Generic, Protocol, TypeVar
 
 from fivefold.errors import RetryableError
 from fivefold.launchers.status import BY_SIGNAL
-from fivefold.launchers.terminal import Screen
+from fivefold.launchers.terminal import SharedTerminal
 
 MAX_FAILED_POLLS = 20
 """The run fails after this many failed polls in a row."""
-SECONDS_BETWEEN_SIGNALS = 0.05
+SIGNAL_INTERVAL_S = 0.05
 STATUS_INTERVAL_S = 0.5
 
 
@@ -83,10 +83,15 @@ class Scheduler(Generic[N]):
     """Runs the steps of one plan on one backend."""
 
     def __init__(
-        self, steps: Sequence[N], backend: Backend[N], screen: Screen, parallel: int = 0, seconds: float = 1.0
+        self,
+        steps: Sequence[N],
+        backend: Backend[N],
+        terminal: SharedTerminal,
+        parallel: int = 0,
+        poll_interval: float = 1.0,
     ) -> None:
-        """Run at most `parallel` steps at the same time (0: no limit), and poll them every `seconds`."""
-        self.backend, self.screen, self.parallel, self.seconds = backend, screen, parallel, seconds
+        """Run at most `parallel` steps at the same time (0: no limit), and poll them every `poll_interval`."""
+        self.backend, self.terminal, self.parallel, self.seconds = backend, terminal, parallel, poll_interval
         self.steps = {step.name: step for step in steps}
         self.running: dict[str, N] = {}
         self.ended: dict[str, int] = {}
@@ -106,7 +111,7 @@ class Scheduler(Generic[N]):
                 self.backend.stop(list(self.running.values()), signal.SIGTERM, again=False)
                 raise
             finally:
-                self.screen.foot("")
+                self.terminal.set_status_line("")
         self._print_skipped()
         if signals.received:
             return 128 + signals.received[0]
@@ -127,7 +132,7 @@ class Scheduler(Generic[N]):
             self._show_progress()
             until = time.monotonic() + self.seconds
             while self.running and handled == len(received) and (remaining := until - time.monotonic()) > 0:
-                time.sleep(min(remaining, SECONDS_BETWEEN_SIGNALS))
+                time.sleep(min(remaining, SIGNAL_INTERVAL_S))
 
     def _start_ready(self, received: Sequence[int]) -> None:
         """Start the ready steps in the order of the plan. After a signal, start none."""
@@ -145,7 +150,7 @@ class Scheduler(Generic[N]):
                     raise
                 if self._postponed.get(step.name) != str(error):
                     self._postponed[step.name] = str(error)
-                    self.screen.line(f"{step.name} waits: {error}")
+                    self.terminal.write_line(f"{step.name} waits: {error}")
                 return
             self._ready.remove(step.name)
             if code is None:
@@ -159,7 +164,7 @@ class Scheduler(Generic[N]):
         except RetryableError as error:
             self._failed_polls += 1
             if self._failed_polls == 1:
-                self.screen.line(f"{error}; trying again")
+                self.terminal.write_line(f"{error}; trying again")
             if self._failed_polls >= MAX_FAILED_POLLS:
                 raise
             return
@@ -173,20 +178,20 @@ class Scheduler(Generic[N]):
             self._sorter.done(step.name)
             return
         verb = f"was stopped by {BY_SIGNAL[code]}" if code in BY_SIGNAL else "failed"
-        self.screen.line(f"{step.name} {verb} (exit code {code}): {self.backend.describe(step)}")
+        self.terminal.write_line(f"{step.name} {verb} (exit code {code}): {self.backend.describe(step)}")
 
     def _show_progress(self) -> None:
         """Update the terminal's status line. A step that runs alone shows its own progress."""
         if len(self.running) < 2:
-            self.screen.foot("")
-        elif self.screen.terminal and time.monotonic() - self._last_status > STATUS_INTERVAL_S:
+            self.terminal.set_status_line("")
+        elif self.terminal.terminal and time.monotonic() - self._last_status > STATUS_INTERVAL_S:
             self._last_status = time.monotonic()
             parts = [f"{name} {self.backend.describe(step)}".rstrip() for name, step in self.running.items()]
-            self.screen.foot(" | ".join([f"{len(self.ended)} of {len(self.steps)} steps done", *parts]))
+            self.terminal.set_status_line(" | ".join([f"{len(self.ended)} of {len(self.steps)} steps done", *parts]))
 
     def _print_skipped(self) -> None:
         for step in self.steps.values():
             missing = [name for name in step.needs if self.ended.get(name) != 0]
             if step.name not in self.ended and step.name not in self.running:
                 reason = f"it needs {', '.join(missing)}" if missing else "a signal arrived before"
-                self.screen.line(f"{step.name} was not started: {reason}")
+                self.terminal.write_line(f"{step.name} was not started: {reason}")

@@ -27,9 +27,9 @@ ROWS = {"oof": "out-of-fold", "test": "test", "holdout": "holdout"}
 
 @dataclass(frozen=True)
 class Status:
-    """The status of a step: `word` is done, running, failed, stopped or waiting; `detail` is one line."""
+    """The status of a step: `state` is done, running, failed, stopped or waiting; `detail` is one line."""
 
-    word: str
+    state: str
     detail: str = ""
     exit_code: int | None = None
 
@@ -61,19 +61,19 @@ def newest_run(runs: Path) -> Path:
     return plans[-1].parent
 
 
-def write_started(step: Step, pid: int) -> None:
+def record_start(step: Step, pid: int) -> None:
     write_json(step.folder / STATE, {"pid": pid, "started": _now(), "ended": None, "exit_code": None})
 
 
-def write_ended(step: Step, exit_code: int) -> None:
+def record_end(step: Step, exit_code: int) -> None:
     state = read_json(step.folder / STATE)
     write_json(step.folder / STATE, {**state, "ended": _now(), "exit_code": exit_code})
 
 
-def status_of(step: Step) -> Status:
+def read_status(step: Step) -> Status:
     """Return the status of a step. It is `stopped` if its process ended without an exit code."""
     state = _state(step)
-    record = record_of(step)
+    record = read_step_record(step)
     if state is not None and state["ended"] is None:
         if _is_alive(state):
             done = epochs_done(step, datetime.fromisoformat(state["started"]).timestamp() - CLOCK_SLACK_S)
@@ -82,19 +82,19 @@ def status_of(step: Step) -> Status:
             return Status("stopped", f"process {state['pid']} ended without an exit code")
     if state is not None and state["exit_code"]:
         word = "stopped" if state["exit_code"] in BY_SIGNAL else "failed"
-        return Status(word, failure_of(step), state["exit_code"])
+        return Status(word, failure_message(step), state["exit_code"])
     if record is not None:
         return Status("done", f"{record['wall_seconds']:.0f} s, finished {_local_time(record['finished'])}")
     return Status("waiting")
 
 
-def record_of(step: Step) -> dict[str, Any] | None:
+def read_step_record(step: Step) -> dict[str, Any] | None:
     """Return the step's `stage.json`, or None if the step has not succeeded."""
     path = step.folder / ("model" if STAGES[step.stage].writes_model else "output") / RECORD
     return read_json(path) if path.is_file() else None
 
 
-def failure_of(step: Step) -> str:
+def failure_message(step: Step) -> str:
     """Return the first line of the failure file, or the last line of the log."""
     path = step.folder / FAILURE
     if path.is_file():
@@ -149,7 +149,7 @@ def _local_time(finished: str) -> str:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Scores:
     """Accuracy in 0..1 and logloss in nats on `rows`."""
 
     accuracy: float
@@ -160,9 +160,9 @@ class Figures:
         return f"accuracy {self.accuracy:.4f}, logloss {self.logloss:.4f} ({self.rows})"
 
 
-def figures_of(plan: Plan, step: Step) -> Figures | None:
+def read_scores(plan: Plan, step: Step) -> Scores | None:
     """Return the scores of the models that a step trained or evaluated, or None if there are none."""
-    record = record_of(step)
+    record = read_step_record(step)
     if record is None:
         return None
     if step.stage == "train-fold":
@@ -183,35 +183,35 @@ def results_table(plan: Plan) -> str:
     table = [("", "accuracy", "logloss", "rows", "seconds")]
     for step in plan.steps:
         name = {"distill": "student", "ensemble": "ensemble"}.get(step.name, step.name)
-        record = record_of(step)
+        record = read_step_record(step)
         if record is None or not (step.stage == "train-fold" or step.name in ("ensemble", "distill")):
             continue
-        figures = figures_of(plan, step)
+        figures = read_scores(plan, step)
         cells = (
             (f"{figures.accuracy:.4f}", f"{figures.logloss:.4f}", figures.rows) if figures else ("-", "-", "not scored")
         )
         table.append((name, *cells, f"{record['wall_seconds']:.1f}"))
-    return in_columns(table, numbers=(1, 2, 4)) if len(table) > 1 else "no model is trained yet"
+    return format_table(table, numbers=(1, 2, 4)) if len(table) > 1 else "no model is trained yet"
 
 
-def results_of(plan: Plan) -> str:
+def read_results(plan: Plan) -> str:
     """Return the table of the run, and the path of the report on its folds and ensemble."""
     report = plan.folder / "evaluate" / "output" / REPORT
     return results_table(plan) + (f"\n\nreport: {report}" if report.is_file() else "")
 
 
-def in_columns(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+def format_table(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """Return rows as lines with aligned columns; align the columns in `numbers` to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     formats = [f"{'>' if index in numbers else '<'}{width}" for index, width in enumerate(widths)]
     return "\n".join("  ".join(map(format, row, formats)).rstrip() for row in rows)
 
 
-def _scores_in(metrics: Mapping[str, Any] | None, rows: str, prefix: str = "") -> Figures | None:
+def _scores_in(metrics: Mapping[str, Any] | None, rows: str, prefix: str = "") -> Scores | None:
     """Return the scores in `metrics`, whose names start with `prefix`, or None if they are missing."""
     accuracy, logloss = ((metrics or {}).get(f"{prefix}{name}") for name in ("accuracy", "logloss"))
     if not metrics or accuracy is None or logloss is None:
         return None
     count = f", {metrics['n']}" if "n" in metrics else ""
     chose = ", which chose the epoch" if metrics.get("selected_on") == rows else ""
-    return Figures(accuracy, logloss, ROWS[rows] + count + chose)
+    return Scores(accuracy, logloss, ROWS[rows] + count + chose)

@@ -15,7 +15,7 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 TITLE = re.compile(r"^--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)\n", re.MULTILINE)
 
 
-class Screen:
+class SharedTerminal:
     """A terminal (or a log) that several threads share, with a status line at its bottom.
 
     Only terminals have the status line.
@@ -27,16 +27,16 @@ class Screen:
         self._foot = ""
         self._lock = threading.Lock()
 
-    def line(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         self._write(f"{text}\n")
 
-    def raw(self, text: str) -> None:
+    def write_raw(self, text: str) -> None:
         """Write text unchanged, with its own line endings and control characters."""
         with self._lock:
             self.stream.write(text)
             self.stream.flush()
 
-    def foot(self, text: str) -> None:
+    def set_status_line(self, text: str) -> None:
         """Set the status line to `text`; an empty text removes it."""
         if self.terminal:
             self._write("", text[: shutil.get_terminal_size().columns - 1])
@@ -50,7 +50,7 @@ class Screen:
 
 
 def copy_output(
-    output: IO[str], log: Path, title: str, screen: Screen, name: str = "", known: Sequence[str] = ()
+    output: IO[str], log: Path, title: str, terminal: SharedTerminal, name: str = "", known: Sequence[str] = ()
 ) -> None:
     """Append a process's output to its log, below a line with the time and `title`, and show it, until the process ends.
 
@@ -64,7 +64,7 @@ def copy_output(
     with output, open(log, "a", encoding="utf-8") as file, contextlib.suppress(OSError):
         for text in output:
             if not name:
-                screen.raw(text)
+                terminal.write_raw(text)
             line = ESCAPE.sub("", text).rstrip()
             # a progress bar ends with a carriage return, to overwrite its line
             if text.endswith("\n") or (line and not text.endswith("\r")):
@@ -75,10 +75,10 @@ def copy_output(
                 header = ""
                 file.flush()
                 if name:
-                    screen.line(f"[{name}] {line}")
+                    terminal.write_line(f"[{name}] {line}")
 
 
-def lines_of(log: Path, title: str = "") -> list[str]:
+def read_lines(log: Path, title: str = "") -> list[str]:
     """Return the lines that `copy_output` wrote to a log below `title`, or below the last title if it is empty."""
     parts = TITLE.split(log.read_text("utf-8") if log.is_file() else "")[1:]
     wanted_title = title or (parts[-2] if parts else "")

@@ -185,7 +185,7 @@ def _init_identity(convolution: nn.Conv2d) -> nn.Conv2d:
     return convolution
 
 
-def base_model(dropout: float = 0.25) -> nn.Module:
+def baseline_cnn(dropout: float = 0.25) -> nn.Module:
     """Images [B, 3, H, W] to features [B, 128]: a 7x7 and two 3x3 convolutions, then the mean over the image.
 
     A 2x2 max-pool and dropout follow the second and the third. It is the smallest network and the baseline of the recipe
@@ -201,7 +201,7 @@ def base_model(dropout: float = 0.25) -> nn.Module:
 
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "small_net": SmallNet,
-    "base_model": base_model,
+    "base_model": baseline_cnn,
 }
 """Our own small networks, for example for images of 8 to 96 pixels, which ImageNet networks downsample too much."""
 

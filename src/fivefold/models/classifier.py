@@ -31,7 +31,7 @@ class Classifier(nn.Module):
     `head(features(…))` equals the whole forward pass.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, meta: "Standardised | None" = None) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, meta: "Standardize | None" = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -46,7 +46,7 @@ class Classifier(nn.Module):
         return features if self.meta is None else torch.cat([features, self.meta(meta)], dim=1)
 
 
-class Standardised(nn.Module):
+class Standardize(nn.Module):
     """(x - mean) / std of each of M features; mean and std are buffers, saved with the weights and not trained."""
 
     mean: Tensor

@@ -11,9 +11,9 @@ oneDNN has fast forward kernels for every type and size, but some of its gradien
   themselves, with more channels or with the flipped kernel (22 ms for the first). At another stride or dilation,
   oneDNN computes them in float32. A step of ConvNeXt-Tiny takes 3.24 s instead of 3.86.
 - In bf16, the gradients of other grouped convolutions run in a reference kernel (5x5, 240 channels: 92 ms, in float32
-  21). `groups_in_float32` keeps these convolutions in float32 while the rest of the network runs in bf16.
+  21). `run_grouped_convs_in_fp32` keeps these convolutions in float32 while the rest of the network runs in bf16.
 
-`train.cpu_convs` (`quicken`) turns the first two on, `train.precision=bf16_grouped_fp32` the third.
+`train.cpu_convs` (`use_fast_convs`) turns the first two on, `train.precision=bf16_grouped_fp32` the third.
 """
 
 from functools import lru_cache
@@ -35,7 +35,7 @@ Gradients = tuple[Tensor | None, Tensor | None]
 """Gradients of images and weight; None if not needed."""
 
 
-def quicken(network: nn.Module, amx: bool) -> nn.Module:
+def use_fast_convs(network: nn.Module, amx: bool) -> nn.Module:
     """Replace the class of each convolution that trains faster with another; parameters and their names stay.
 
     `amx`: the network trains in bf16 on a CPU with bf16 matrix units.
@@ -112,10 +112,10 @@ def _convolve(convolution: nn.Conv2d, images: Tensor, weight: Tensor, bias: Tens
     """Convolve images [B, C, H, W] in autocast's type, or in their own type without autocast."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
     bias = None if bias is None else bias.to(dtype)
-    return Convolution.apply(images.to(dtype), weight.to(dtype), bias, convolution)
+    return ConvFunction.apply(images.to(dtype), weight.to(dtype), bias, convolution)
 
 
-class Convolution(torch.autograd.Function):
+class ConvFunction(torch.autograd.Function):
     """F.conv2d in one type with the gradients of the class of `convolution`."""
 
     @staticmethod
@@ -185,7 +185,7 @@ def _onednn_grads(
     return torch.ops.aten.convolution_backward(grad, images, weight, None, *options)[:2]
 
 
-class InFloat32:
+class Float32Mixin:
     """Mixin for convolutions: under autocast, compute in float32 and return autocast's type."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -197,19 +197,19 @@ class InFloat32:
         return output.to(torch.get_autocast_dtype(device))
 
 
-def has_slow_groups(network: nn.Module) -> bool:
+def has_slow_grouped_convs(network: nn.Module) -> bool:
     """Return whether the network has a grouped convolution that is slow in bf16."""
     return any(_is_slow(module) for module in network.modules())
 
 
-def groups_in_float32(network: nn.Module) -> nn.Module:
+def run_grouped_convs_in_fp32(network: nn.Module) -> nn.Module:
     """Make the grouped convolutions that are slow in bf16 run in float32, and return the network.
 
     Parameters and their names stay. Convolutions of other classes (the "same" padding ones of timm and
     efficientnet_pytorch) keep their own forward.
     """
     for module in network.modules():
-        if _is_slow(module) and not isinstance(module, InFloat32):
+        if _is_slow(module) and not isinstance(module, Float32Mixin):
             module.__class__ = _in_float32(type(module))
     return network
 
@@ -220,4 +220,4 @@ def _is_slow(module: nn.Module) -> bool:
 
 @lru_cache
 def _in_float32(kind: type) -> type:
-    return type(f"{kind.__name__}InFloat32", (InFloat32, kind), {})
+    return type(f"{kind.__name__}InFloat32", (Float32Mixin, kind), {})

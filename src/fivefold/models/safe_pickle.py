@@ -38,7 +38,7 @@ class Storage(NamedTuple):
     numel: int
 
 
-class Stored(NamedTuple):
+class TensorRecord(NamedTuple):
     """A tensor as the file describes it, before its numbers are read."""
 
     storage: Storage
@@ -53,7 +53,7 @@ class Stored(NamedTuple):
         return flat.as_strided(self.size, self.stride, self.offset)  # raises if outside of the storage
 
 
-class Inert(dict[Any, Any]):
+class Placeholder(dict[Any, Any]):
     """Placeholder for an object of any class: it keeps dict items and ignores everything else in its pickle."""
 
     kind: ClassVar[str] = ""
@@ -75,14 +75,14 @@ class Inert(dict[Any, Any]):
     __eq__ = object.__eq__
 
 
-class Ordered(Inert):
+class OrderedDictPlaceholder(Placeholder):
     """Placeholder for OrderedDict, which old pickles build from pairs."""
 
     def __init__(self, pairs: Any = ()) -> None:
         dict.__init__(self, pairs)
 
 
-class OfStorage(Inert):
+class StoragePlaceholder(Placeholder):
     """Placeholder for the function that builds a tensor from a storage."""
 
     def __new__(cls, storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Any:
@@ -92,23 +92,23 @@ class OfStorage(Inert):
         sound = isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
         numbers = (offset, *size, *stride) if sound else (None,)
         if any(type(number) is not int or number < 0 for number in numbers) or prod(size) > storage.numel:
-            return Inert()
-        return Stored(storage, offset, size, stride)
+            return Placeholder()
+        return TensorRecord(storage, offset, size, stride)
 
 
-class OfTensor(Inert):
+class TensorPlaceholder(Placeholder):
     """Placeholder for the functions that make a tensor a parameter, or move it to its device."""
 
     def __new__(cls, tensor: Any = None, *_: Any) -> Any:
         return tensor
 
 
-class OfType(Inert):
+class SubclassPlaceholder(Placeholder):
     """Placeholder for the function that builds a tensor of a subclass: keep the plain tensor."""
 
     def __new__(cls, function: Any, _type: Any, arguments: Any, *_: Any) -> Any:
-        known = function in (OfStorage, OfTensor) and isinstance(arguments, tuple)
-        return function(*arguments) if known else Inert()
+        known = function in (StoragePlaceholder, TensorPlaceholder) and isinstance(arguments, tuple)
+        return function(*arguments) if known else Placeholder()
 
 
 class Reader(pickle.Unpickler):
@@ -125,7 +125,7 @@ class Reader(pickle.Unpickler):
                 return dtype
             if name in DTYPES:
                 return DTYPES[name]
-        return MAKERS.get((module, name)) or type("Inert", (Inert,), {"kind": f"{module}.{name}"})
+        return MAKERS.get((module, name)) or type("Inert", (Placeholder,), {"kind": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
         """Return the storage of `("storage", kind, key, device, numel)`; old files add a view, which is nearly always None."""
@@ -133,19 +133,19 @@ class Reader(pickle.Unpickler):
             case ("storage" | b"storage", torch.dtype() as dtype, str() as key, _, int() as numel, *view):
                 if numel >= 0 and not any(view):
                     return self.storages.setdefault(key, Storage(dtype, key, numel))
-        return Inert()
+        return Placeholder()
 
 
-MAKERS: dict[tuple[str, str], type[Inert]] = {
-    ("collections", "OrderedDict"): Ordered,
-    **{("torch._utils", f"_rebuild_tensor{version}"): OfStorage for version in ("", "_v2", "_v3")},
-    **{("torch._utils", f"_rebuild_parameter{state}"): OfTensor for state in ("", "_with_state")},
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): OfTensor,
-    ("torch._tensor", "_rebuild_from_type_v2"): OfType,
+MAKERS: dict[tuple[str, str], type[Placeholder]] = {
+    ("collections", "OrderedDict"): OrderedDictPlaceholder,
+    **{("torch._utils", f"_rebuild_tensor{version}"): StoragePlaceholder for version in ("", "_v2", "_v3")},
+    **{("torch._utils", f"_rebuild_parameter{state}"): TensorPlaceholder for state in ("", "_with_state")},
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): TensorPlaceholder,
+    ("torch._tensor", "_rebuild_from_type_v2"): SubclassPlaceholder,
 }
 
 
-def read_pickled(path: Path) -> dict[str, Tensor]:
+def read_torch_file(path: Path) -> dict[str, Tensor]:
     """Return all tensors of the file except the optimiser's, on the CPU, by their path in it: `state_dict.conv1.weight`.
 
     Raise a DataError if the file has another format, is damaged, or has no named tensors.
@@ -221,7 +221,7 @@ def _named_tensors(path: Path, tree: Any, numbers: Callable[[Storage], bytearray
     if tensors:
         return tensors
     values = tree.values() if isinstance(tree, dict) else ()
-    kinds = [value.kind for value in (tree, *values) if isinstance(value, Inert) and value.kind]
+    kinds = [value.kind for value in (tree, *values) if isinstance(value, Placeholder) and value.kind]
     hint = (
         f"; it contains objects such as {kinds[0]!r}, whose code is never run: save the state_dict() of the network"
         if kinds
@@ -230,9 +230,9 @@ def _named_tensors(path: Path, tree: Any, numbers: Callable[[Storage], bytearray
     raise DataError(f"{path} contains no state dict (names mapped to tensors){hint}")
 
 
-def _walk(tree: Any, names: tuple[str, ...], visited: set[int]) -> Iterator[tuple[str, Stored]]:
+def _walk(tree: Any, names: tuple[str, ...], visited: set[int]) -> Iterator[tuple[str, TensorRecord]]:
     """Yield the tensors in `tree` with their names. Skip keys that are not text, which are an optimiser's, and visited dicts."""
-    if isinstance(tree, Stored):
+    if isinstance(tree, TensorRecord):
         if names:
             yield ".".join(names), tree
     elif isinstance(tree, dict | list | tuple) and len(names) < MAX_DEPTH and id(tree) not in visited:

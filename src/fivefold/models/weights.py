@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fivefold.errors import DataError, MissingInputError, SettingsError
-from fivefold.models.safe_pickle import read_pickled
+from fivefold.models.safe_pickle import read_torch_file
 
 log = logging.getLogger("fivefold")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -53,7 +53,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if head.startswith(b"version https://git-lfs"):
         raise DataError(f"{path} is a Git LFS pointer, not the weights: download them with `git lfs pull`")
     pickled = head[:1] in (b"P", b"\x80") and head[8:9] != b"{"
-    tensors = read_pickled(path) if pickled else _read_safetensors(path)
+    tensors = read_torch_file(path) if pickled else _read_safetensors(path)
     if not tensors:
         raise DataError(f"{path} contains no tensors")
     parts = {name: [part for part in name.split(".") if part not in WRAPPERS] for name in tensors}
@@ -73,26 +73,26 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Source:
-    """The match between a backbone and the tensors of a file below the prefix `place`.
+class WeightMatch:
+    """The match between a backbone and the tensors of a file below the prefix `prefix`.
 
-    `named`: tensors with the backbone's names, as in the file; `found`: those with the backbone's shapes, some of them
-    `resampled`; `learned`: number of these that training changes; `unused`: number of the file's tensors not in `found`.
+    `named`: tensors with the backbone's names, as in the file; `matched`: those with the backbone's shapes, some of them
+    `resampled`; `learned`: number of these that training changes; `unused`: number of the file's tensors not in `matched`.
     """
 
-    place: str
+    prefix: str
     named: Mapping[str, Tensor]
-    found: Mapping[str, Tensor]
+    matched: Mapping[str, Tensor]
     resampled: list[str]
     learned: int
     unused: int
 
     @property
     def averaged(self) -> bool:
-        return bool(AVERAGED & set(self.place.replace("_", ".").split(".")))
+        return bool(AVERAGED & set(self.prefix.replace("_", ".").split(".")))
 
 
-def start_from(backbone: nn.Module, path: Path) -> None:
+def load_matching(backbone: nn.Module, path: Path) -> None:
     """Load the tensors of `path` that fit `backbone`, log them, and warn about tensors that keep random values.
 
     Names can have an extra prefix, or lack one of the backbone's. If the file has several sets, the best match is loaded,
@@ -107,25 +107,25 @@ def start_from(backbone: nn.Module, path: Path) -> None:
             f"{path} fits {best.learned} of the backbone's {len(expected)} tensors, so it contains another network; "
             + _compare(tensors, best, expected)
         )
-    backbone.load_state_dict(dict(best.found), strict=False)
-    others = [other.place for other in sources if other is not best and other.learned >= MIN_FRACTION * len(expected)]
+    backbone.load_state_dict(dict(best.matched), strict=False)
+    others = [other.prefix for other in sources if other is not best and other.learned >= MIN_FRACTION * len(expected)]
     log.info(
         "weights from %s: %d of the backbone's %d tensors, %s%s%s; %d of the file's unused",
         path,
         best.learned,
         len(expected),
-        f"those below {best.place!r}" if best.place else "by their names",
+        f"those below {best.prefix!r}" if best.prefix else "by their names",
         ", an average (EMA)" if best.averaged else "",
         f", not those below {_shorten([*map(repr, others)])}" if others else "",
         best.unused,
     )
     if best.resampled:
         log.info("weights from %s: resampled to the backbone's shapes: %s", path, _shorten(best.resampled))
-    if best.unused > MAX_UNUSED * (best.unused + len(best.found)):
+    if best.unused > MAX_UNUSED * (best.unused + len(best.matched)):
         log.warning(
             "weights from %s: %d tensors are not in the backbone; are they of a larger network?", path, best.unused
         )
-    missing = [_describe_missing(name, tensor, best) for name, tensor in expected.items() if name not in best.found]
+    missing = [_describe_missing(name, tensor, best) for name, tensor in expected.items() if name not in best.matched]
     if missing:
         log.warning(
             "weights from %s: %d of the backbone's tensors stay random: %s", path, len(missing), _shorten(missing)
@@ -139,7 +139,9 @@ def _trainable_state(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name in parameters or name.endswith(counted)}
 
 
-def _find_sources(tensors: Mapping[str, Tensor], backbone: nn.Module, expected: Mapping[str, Tensor]) -> list[Source]:
+def _find_sources(
+    tensors: Mapping[str, Tensor], backbone: nn.Module, expected: Mapping[str, Tensor]
+) -> list[WeightMatch]:
     """Return the candidates of the file to load from, at least one."""
     places = _find_prefixes(tensors, expected)
     if not places or places[0][2] < MIN_FRACTION * len(expected):
@@ -179,7 +181,7 @@ def _prefixes(name: str) -> list[str]:
 
 def _match(
     place: str, backbone_prefix: str, tensors: Mapping[str, Tensor], backbone: nn.Module, expected: Mapping[str, Tensor]
-) -> Source:
+) -> WeightMatch:
     by_name = {
         backbone_prefix + name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)
     }
@@ -201,7 +203,7 @@ def _match(
                     resampled.append(f"{name!r} from {_format_shape(named[name])} to {_format_shape(tensor)}")
                 break
     learned = len(found.keys() & expected.keys())
-    return Source(place, named, found, resampled, learned, max(0, len(by_name) - len(found)))
+    return WeightMatch(place, named, found, resampled, learned, max(0, len(by_name) - len(found)))
 
 
 def _translate(tensors: Mapping[str, Tensor], backbone: nn.Module) -> Mapping[str, Tensor]:
@@ -237,14 +239,14 @@ def _resample(name: str, tensor: Tensor, expected: Tensor) -> Tensor:
     return tensor
 
 
-def _describe_missing(name: str, tensor: Tensor, best: Source) -> str:
+def _describe_missing(name: str, tensor: Tensor, best: WeightMatch) -> str:
     file_shape = f", in the file {_format_shape(best.named[name])}" if name in best.named else ""
     return f"{name!r} ({_format_shape(tensor)}{file_shape})"
 
 
-def _compare(tensors: Mapping[str, Tensor], best: Source, expected: Mapping[str, Tensor]) -> str:
+def _compare(tensors: Mapping[str, Tensor], best: WeightMatch, expected: Mapping[str, Tensor]) -> str:
     """Compare a tensor of the file and of the backbone in words: one with another shape, or else the first of each."""
-    key = next((name for name in expected if name in best.named and name not in best.found), None)
+    key = next((name for name in expected if name in best.named and name not in best.matched), None)
     if key is not None:
         return f"{key!r} is {_format_shape(best.named[key])} in the file and {_format_shape(expected[key])} in the backbone"
     file_key, key = next(iter(tensors)), next(iter(expected))
@@ -259,7 +261,7 @@ def _shorten(texts: list[str]) -> str:
     return "; ".join(texts[:MAX_SHOWN]) + (f" and {len(texts) - MAX_SHOWN} more" if len(texts) > MAX_SHOWN else "")
 
 
-def load_exactly(model: nn.Module, path: Path) -> None:
+def load_strict(model: nn.Module, path: Path) -> None:
     """Load a model that `save_weights` wrote. Raise a DataError unless every tensor is present with its shape."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

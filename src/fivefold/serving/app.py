@@ -19,11 +19,11 @@ from fivefold.serving.protocol import (
     RENDERERS,
     Prediction,
     RefusedError,
-    check_plain,
-    count_wanted,
     declared_length,
     is_list,
     negotiate_type,
+    parse_top,
+    reject_content_encoding,
     too_large,
 )
 from fivefold.serving.service import RETRY_AFTER_S, Service
@@ -37,7 +37,7 @@ DRAIN_BODY_S = 2.0
 """The server drains a rejected body for this long, so that the client reads the error."""
 
 
-class TurnedAway(JSONResponse):
+class EarlyResponse(JSONResponse):
     """The response to a request whose body was not read to its end.
 
     Closing a connection with unread bytes resets it, and the client would lose the response. So the response
@@ -67,7 +67,7 @@ def build_app(service: Service) -> Starlette:
 
     async def invocations(request: Request) -> Response:
         start = time.perf_counter()
-        response = await answered(service, request)
+        response = await handle(service, request)
         service.metrics.count_request(response.status_code, time.perf_counter() - start)
         if service.draining:
             response.headers["Connection"] = "close"
@@ -78,30 +78,30 @@ def build_app(service: Service) -> Starlette:
         Route("/metrics", metrics),
         Route("/invocations", invocations, methods=["POST"]),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: explained})
+    return Starlette(routes=routes, exception_handlers={HTTPException: handle_http_error})
 
 
-async def answered(service: Service, request: Request) -> Response:
+async def handle(service: Service, request: Request) -> Response:
     """Return the response to one request, including errors."""
     read = False
     try:
-        check_plain(request.headers.get("content-encoding", ""))
+        reject_content_encoding(request.headers.get("content-encoding", ""))
         many = is_list(request.headers.get("content-type", ""))
         form = negotiate_type(request.headers.get("accept", ""))
         if declared_length(request.headers) > service.max_body:
             raise too_large(service.max_body)
-        service.check_room()
-        top = count_wanted(request.query_params, len(service.model.classes))
-        async with service.received(request.stream()) as body, asyncio.timeout(service.limits.timeout_s):
+        service.check_capacity()
+        top = parse_top(request.query_params, len(service.model.classes))
+        async with service.receive_body(request.stream()) as body, asyncio.timeout(service.limits.timeout_s):
             read = True
             asked = await service.read(body, many)
-            with service.admitted(len(asked.files)):
-                rows = await unless_gone(request, service.predict(asked))
-                prediction = Prediction(service.model.classes, rows, top, asked.many)
+            with service.admission(len(asked.files)):
+                rows = await cancel_on_disconnect(request, service.predict(asked))
+                prediction = Prediction(service.model.classes, rows, top, asked.is_list)
                 return Response(await service.render(RENDERERS[form], prediction), media_type=form)
     except RefusedError as refused:
         headers = {} if refused.later is None else {"Retry-After": str(refused.later)}
-        return (JSONResponse if read else TurnedAway)(refused.as_json(), refused.status, headers)
+        return (JSONResponse if read else EarlyResponse)(refused.as_json(), refused.status, headers)
     except TimeoutError:
         message = f"no response within {service.limits.timeout_s:g} s (serve.timeout_s): try again later"
         return JSONResponse({"error": message}, 503, {"Retry-After": str(RETRY_AFTER_S)})
@@ -116,7 +116,7 @@ async def answered(service: Service, request: Request) -> Response:
         return JSONResponse({"error": f"internal server error: {type(error).__name__}"}, 500)
 
 
-async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
+async def cancel_on_disconnect(request: Request, work: Coroutine[None, None, T]) -> T:
     """Return the result of the work; if the client disconnects first, cancel the work and raise a ClientDisconnect."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
@@ -129,7 +129,7 @@ async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
         leaving.cancel()
 
 
-async def explained(request: Request, error: HTTPException) -> Response:
+async def handle_http_error(request: Request, error: HTTPException) -> Response:
     """Return the response to a request with an unknown path or method."""
     endpoints = "POST /invocations, GET /ping and GET /metrics"
     message = f"{request.method} {request.url.path}: {error.detail}; the endpoints are {endpoints}"

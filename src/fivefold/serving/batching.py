@@ -18,35 +18,35 @@ MAX_FAILURES = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Waiting:
+class PendingImage:
     """A queued image: prepared, with the future of its result and its time of arrival."""
 
     image: Any
-    answer: asyncio.Future[np.ndarray]
-    since: float = field(default_factory=time.monotonic)
+    result: asyncio.Future[np.ndarray]
+    queued_at: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
-    """Run `judge` (N prepared images -> rows [N, C]) in its own thread, on at most `size` images at a time.
+    """Run `predict` (N prepared images -> rows [N, C]) in its own thread, on at most `size` images at a time.
 
     The first image of a batch waits up to `max_wait` seconds for others. A single request does not wait:
-    `under_way` returns the number of requests in flight. `seen` gets the number of images of each batch. The thread
+    `in_flight` returns the number of requests in flight. `seen` gets the number of images of each batch. The thread
     calls `begin` first. Each image gets its own row.
     """
 
     def __init__(
         self,
-        judge: Callable[[Sequence[Any]], np.ndarray],
+        predict: Callable[[Sequence[Any]], np.ndarray],
         size: int,
         max_wait: float,
-        under_way: Callable[[], int],
+        in_flight: Callable[[], int],
         seen: Callable[[int], None],
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self._judge, self._size, self._max_wait = judge, size, max_wait
-        self._under_way, self._seen, self._begin = under_way, seen, begin
+        self._judge, self._size, self._max_wait = predict, size, max_wait
+        self._under_way, self._seen, self._begin = in_flight, seen, begin
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[Waiting] = deque()
+        self._queue: deque[PendingImage] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._last_requests = 0
@@ -54,13 +54,13 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="model")
         self._thread.start()
 
-    def ask(self, image: Any) -> asyncio.Future[np.ndarray]:
+    def submit(self, image: Any) -> asyncio.Future[np.ndarray]:
         """Queue an image and return the future of its row [C]; if the future is cancelled before its batch, it is skipped."""
-        waiting = Waiting(image, self._loop.create_future())
+        waiting = PendingImage(image, self._loop.create_future())
         with self._changed:
             self._queue.append(waiting)
             self._changed.notify()
-        return waiting.answer
+        return waiting.result
 
     @property
     def healthy(self) -> bool:
@@ -77,17 +77,17 @@ class Batcher:
     def _work(self) -> None:
         self._begin()
         while (batch := self._next()) is not None:
-            waiting = [entry for entry in batch if not entry.answer.cancelled()]
+            waiting = [entry for entry in batch if not entry.result.cancelled()]
             if waiting:
                 self._run(waiting)
 
-    def _next(self) -> list[Waiting] | None:
+    def _next(self) -> list[PendingImage] | None:
         """Return the next batch as soon as it is due; None after `close` if the queue is empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if not self._queue:
                 return None
-            due = self._queue[0].since + self._max_wait
+            due = self._queue[0].queued_at + self._max_wait
             self._changed.wait_for(self._complete, max(0.0, due - time.monotonic()))
             self._last_requests = self._under_way()
             return [self._queue.popleft() for _ in range(min(self._size, len(self._queue)))]
@@ -96,11 +96,11 @@ class Batcher:
         """Return whether the batch need not wait: it is full, or this and the previous batch had a single request."""
         return len(self._queue) >= self._size or self._closed or max(self._under_way(), self._last_requests) <= 1
 
-    def _run(self, batch: Sequence[Waiting]) -> None:
+    def _run(self, batch: Sequence[PendingImage]) -> None:
         """Run the model on a batch; if it fails, retry image by image, so that a bad image does not fail the others."""
         try:
             rows = self._judge([entry.image for entry in batch])
-            results = list(zip([entry.answer for entry in batch], rows, strict=True))
+            results = list(zip([entry.result for entry in batch], rows, strict=True))
         except Exception as error:
             if len(batch) > 1:
                 log.warning("a batch of %d images failed (%s); retrying image by image", len(batch), error)
@@ -109,16 +109,16 @@ class Batcher:
                 return
             self._failures += 1
             log.exception("the model failed on an image")
-            self._loop.call_soon_threadsafe(deliver, [(entry.answer, error) for entry in batch])
+            self._loop.call_soon_threadsafe(resolve_futures, [(entry.result, error) for entry in batch])
             return
         self._failures = 0
         self._seen(len(batch))
-        self._loop.call_soon_threadsafe(deliver, results)
+        self._loop.call_soon_threadsafe(resolve_futures, results)
 
 
-def deliver(found: Sequence[tuple[asyncio.Future, Any]]) -> None:
+def resolve_futures(results: Sequence[tuple[asyncio.Future, Any]]) -> None:
     """Resolve each future of (future, result): raise an Exception, return other results; skip futures that are done."""
-    for future, result in found:
+    for future, result in results:
         if future.done():
             continue
         if isinstance(result, Exception):

@@ -37,10 +37,10 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """The image files of one request; `many` if the body is a list, so that the response is a list too."""
+    """The image files of one request; `is_list` if the body is a list, so that the response is a list too."""
 
     files: list[bytes]
-    many: bool
+    is_list: bool
 
 
 def is_list(content_type: str) -> bool:
@@ -60,7 +60,7 @@ def is_list(content_type: str) -> bool:
     return False
 
 
-def check_plain(encoding: str) -> None:
+def reject_content_encoding(encoding: str) -> None:
     """Raise a RefusedError (415) for a compressed body, e.g. gzip: image files are already compressed."""
     if encoding.strip().lower() not in ("", "identity"):
         raise RefusedError(415, f"the body is compressed (Content-Encoding: {encoding}): send it uncompressed")
@@ -70,7 +70,7 @@ def read_image(body: bytes) -> ImageRequest:
     """Return the body as the only image; raise a RefusedError (400) if it is empty."""
     if not body:
         raise RefusedError(400, "the body is empty: send the bytes of an image file")
-    return ImageRequest([body], many=False)
+    return ImageRequest([body], is_list=False)
 
 
 def read_list(body: bytes) -> ImageRequest:
@@ -84,10 +84,10 @@ def read_list(body: bytes) -> ImageRequest:
     if not isinstance(content, list):
         kind = type(content).__name__
         raise RefusedError(400, f'the body is JSON of type {kind}: send a list of images in base64, ["…", "…"]')
-    return ImageRequest([_decode_base64(text, index) for index, text in enumerate(content)], many=True)
+    return ImageRequest([_decode_base64(text, index) for index, text in enumerate(content)], is_list=True)
 
 
-def count_wanted(query: Mapping[str, str], classes: int) -> int:
+def parse_top(query: Mapping[str, str], classes: int) -> int:
     """Return the number of classes in a response: `top=N`, or all; raise a RefusedError (400) for an invalid number."""
     unknown = sorted(set(query) - {"top"})
     if unknown:
@@ -112,13 +112,13 @@ def too_large(limit: float) -> RefusedError:
 class Prediction:
     """The prediction of N images: `log_probs` float32 [N, C] of `classes`; the response has the `top` most probable.
 
-    `many`: whether the request was a list, so that the response is a list too.
+    `is_list`: whether the request was a list, so that the response is a list too.
     """
 
     classes: Sequence[str]
     log_probs: np.ndarray
     top: int
-    many: bool
+    is_list: bool
 
     def probabilities(self) -> list[dict[str, float]]:
         """Return the `top` most probable classes of each image with their probabilities, the most probable first."""
@@ -136,7 +136,7 @@ def as_json(prediction: Prediction) -> bytes:
     for probabilities in prediction.probabilities():
         best, confidence = next(iter(probabilities.items()))
         answers.append({"predicted_class": best, "confidence": confidence, "probabilities": probabilities})
-    return json.dumps(answers if prediction.many else answers[0], ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(answers if prediction.is_list else answers[0], ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def as_csv(prediction: Prediction) -> bytes:

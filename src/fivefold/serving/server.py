@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fivefold.errors import SettingsError
 from fivefold.serving.app import build_app
 from fivefold.serving.service import Service
-from fivefold.signals import poll
+from fivefold.signals import raise_if_stopped
 
 log = logging.getLogger("fivefold")
 
@@ -105,10 +105,10 @@ def serve(listener: socket.socket, service: Service, load: Callable[[], Any], dr
 async def _serve(listener: socket.socket, service: Service, load: Callable[[], Any], drain: float) -> None:
     async with running(listener, service, drain) as server:
         loading = asyncio.ensure_future(asyncio.to_thread(load))
-        await told_to_stop(loading, server)
+        await wait_for_stop(loading, server)
         service.open(loading.result())
         log.info("ready: %s answers POST /invocations, GET /ping and GET /metrics", address(listener))
-        await told_to_stop(server)
+        await wait_for_stop(server)
 
 
 @asynccontextmanager
@@ -120,7 +120,7 @@ async def running(listener: socket.socket, service: Service, drain: float) -> As
     config = uvicorn.Config(
         build_app(service), http=Connection, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning",
         access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=drain,
-        limit_concurrency=service.limits.connections,
+        limit_concurrency=service.limits.max_connections,
     )  # fmt: skip
     server = Server(config)
     task = asyncio.ensure_future(server.serve([listener]))
@@ -141,8 +141,8 @@ async def running(listener: socket.socket, service: Service, drain: float) -> As
             log.info("answered %d requests, %d images", requests, images)
 
 
-async def told_to_stop(*unless: asyncio.Future) -> None:
+async def wait_for_stop(*unless: asyncio.Future) -> None:
     """Wait for a signal and raise StoppedError, or return when one of `unless` is done."""
     while not any(future.done() for future in unless):
-        poll()
+        raise_if_stopped()
         await asyncio.sleep(POLL_INTERVAL_S)

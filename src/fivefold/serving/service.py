@@ -24,7 +24,7 @@ MIN_BYTES_PER_S = 10_000.0
 """Minimum rate at which a client must send a body."""
 
 if TYPE_CHECKING:
-    from fivefold.ensemble import Committee
+    from fivefold.ensemble import EnsemblePredictor
 
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -68,7 +68,7 @@ class Service:
         self.limits = limits
         self.max_body = limits.max_body_mb * MILLION
         self.metrics = Metrics(lambda: self.images)
-        self.model: Committee | None = None
+        self.model: EnsemblePredictor | None = None
         self.draining = False
         self.requests = 0
         self.images = 0
@@ -76,20 +76,20 @@ class Service:
         self._workers: Workers | None = None
         self._batcher: Batcher | None = None
 
-    def open(self, model: "Committee") -> None:
+    def open(self, model: "EnsemblePredictor") -> None:
         """Start to accept requests. One thread runs the model with all torch threads; image threads use one torch thread each."""
         import torch
 
         threads, limits = torch.get_num_threads(), self.limits
         self._batcher = Batcher(
-            model.judge,
+            model.predict_prepared,
             limits.batch_size,
             limits.max_wait_ms / 1000,
-            under_way=lambda: self.requests,
+            in_flight=lambda: self.requests,
             seen=self.metrics.batches.observe,
             begin=lambda: torch.set_num_threads(threads),
         )
-        self._workers = Workers(min(count_cores(), threads) + 1, limits.megapixels_at_once * MILLION)
+        self._workers = Workers(min(count_cores(), threads) + 1, limits.max_total_megapixels * MILLION)
         self.model = model
 
     def close(self) -> None:
@@ -108,21 +108,22 @@ class Service:
         healthy = self._batcher.healthy and not self._workers.stalled(self.limits.timeout_s)
         return "ready" if healthy else "failing"
 
-    def check_room(self, images: int = 1) -> None:
+    def check_capacity(self, images: int = 1) -> None:
         """Raise a RefusedError: 503 without a model or if the queue is full, 413 if the images exceed the whole queue."""
         if self.model is None:
             raise RefusedError(503, "the model is still loading: try again later", later=RETRY_AFTER_S)
-        if images > self.limits.queue:
+        if images > self.limits.max_queue:
             raise RefusedError(
-                413, f"{images} images in one request, but at most {self.limits.queue} (serve.queue): send fewer"
+                413,
+                f"{images} images in one request, but at most {self.limits.max_queue} (serve.max_queue): send fewer",
             )
-        if self.images + images > self.limits.queue:
+        if self.images + images > self.limits.max_queue:
             raise RefusedError(503, f"{self.images} images are already in flight: try again later", later=RETRY_AFTER_S)
 
     @contextmanager
-    def admitted(self, images: int) -> Iterator[None]:
-        """Reserve room for the images of a request during the block; raise a RefusedError as `check_room` does."""
-        self.check_room(images)
+    def admission(self, images: int) -> Iterator[None]:
+        """Reserve room for the images of a request during the block; raise a RefusedError as `check_capacity` does."""
+        self.check_capacity(images)
         self.requests, self.images = self.requests + 1, self.images + images
         try:
             yield
@@ -130,8 +131,8 @@ class Service:
             self.requests, self.images = self.requests - 1, self.images - images
 
     @asynccontextmanager
-    async def received(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Receive the body of a request; its bytes count against `serve.bodies_mb` during the block.
+    async def receive_body(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Receive the body of a request; its bytes count against `serve.max_total_body_mb` during the block.
 
         Raise a RefusedError: 413 as soon as the body is too large, 408 if it is too slow, 503 if other bodies use all memory.
         """
@@ -145,10 +146,10 @@ class Service:
                         taken, self.bodies = len(body), self.bodies + len(chunk)
                         if taken > self.max_body:
                             raise too_large(self.max_body)
-                        if self.bodies > self.limits.bodies_mb * MILLION:
+                        if self.bodies > self.limits.max_total_body_mb * MILLION:
                             raise RefusedError(
                                 503,
-                                "other bodies use all of serve.bodies_mb: try again later",
+                                "other bodies use all of serve.max_total_body_mb: try again later",
                                 later=RETRY_AFTER_S,
                             )
                         clock.reschedule(start + min(GRACE_PERIOD_S + taken / MIN_BYTES_PER_S, limit))
@@ -168,19 +169,19 @@ class Service:
         """Return the image files of a body; a list is parsed in another thread, so that other requests need not wait."""
         return await self._workers.start(len(body), read_list, body) if many else read_image(body)
 
-    async def predict(self, asked: ImageRequest) -> np.ndarray:
+    async def predict(self, request: ImageRequest) -> np.ndarray:
         """Return log p float32 [N, C] of the images in order; raise a RefusedError (422) for the first invalid or too large one."""
-        work = [self._prepare(file, index if asked.many else None) for index, file in enumerate(asked.files)]
+        work = [self._prepare(file, index if request.is_list else None) for index, file in enumerate(request.files)]
         prepared = await asyncio.gather(*work, return_exceptions=True)
         for result in prepared:
             if isinstance(result, BaseException):
                 raise result
-        rows = await asyncio.gather(*(self._batcher.ask(image) for image in prepared))
+        rows = await asyncio.gather(*(self._batcher.submit(image) for image in prepared))
         return np.stack(rows) if rows else np.empty((0, len(self.model.classes)), np.float32)
 
     async def render(self, form: Callable[[Prediction], bytes], prediction: Prediction) -> bytes:
         """Return the body of a response; a list, which may have many classes, is rendered in another thread."""
-        return await self._workers.start(0, form, prediction) if prediction.many else form(prediction)
+        return await self._workers.start(0, form, prediction) if prediction.is_list else form(prediction)
 
     async def _prepare(self, file: bytes, index: int | None) -> Any:
         name = "the image" if index is None else f"image {index} of the list"

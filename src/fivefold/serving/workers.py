@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Any
 
-from fivefold.serving.batching import deliver
+from fivefold.serving.batching import resolve_futures
 from fivefold.system import free_memory
 
 PIXEL_BYTES = 20
@@ -84,7 +84,7 @@ class Workers:
                 self._left, self._idle, self._last_done = self._left + pixels, self._idle + 1, time.monotonic()
                 self._changed.notify_all()
                 if answer and not self._closed:
-                    self._loop.call_soon_threadsafe(deliver, [(answer, result)])
+                    self._loop.call_soon_threadsafe(resolve_futures, [(answer, result)])
             answer = work = result = None  # free their memory before the next task
 
     def _fits(self) -> bool:

@@ -11,9 +11,9 @@ import pandas as pd
 
 from fivefold import predictions
 from fivefold.config.schema import Data
-from fivefold.contract.artifacts import ModelDir, find_models, find_predictions, locate, locate_all
+from fivefold.contract.artifacts import ModelDir, find_all, find_models, find_one, find_predictions
 from fivefold.contract.files import read_json
-from fivefold.contract.job import Job
+from fivefold.contract.job import StageContext
 from fivefold.contract.record import record_path
 from fivefold.contract.stage_specs import (
     ENSEMBLE,
@@ -27,7 +27,7 @@ from fivefold.contract.stage_specs import (
     TRAIN_LOG,
 )
 from fivefold.csv_tables import open_csv
-from fivefold.data.class_aliases import SameClasses
+from fivefold.data.class_aliases import ClassAliases
 from fivefold.data.image_io import decode
 from fivefold.data.readers.eval_images import read_eval
 from fivefold.data.readers.stores import ImageStore, open_store
@@ -36,10 +36,10 @@ from fivefold.data.split.report import describe_data
 from fivefold.errors import DataError
 from fivefold.evaluation import ground_truth
 from fivefold.evaluation.report import thumbnail
-from fivefold.evaluation.scored_rows import Scored, stacked
-from fivefold.inference.ensemble_spec import by_system
-from fivefold.inference.factor_product import factors_of, needs_product, product_of
-from fivefold.inference.submission_reader import has_one_column, names_classes_alone, read_submitted
+from fivefold.evaluation.scored_rows import ScoredRows, concat_tables
+from fivefold.inference.ensemble_spec import group_by_system
+from fivefold.inference.factor_product import build_product, needs_product, read_factors
+from fivefold.inference.submission_reader import has_labels_only, has_one_column, read_submission
 from fivefold.predictions import Predictions, mean_by_id
 
 log = logging.getLogger("fivefold")
@@ -47,10 +47,10 @@ RECORDED = {"stage", "key", "settings", "inputs", "packages", "code", "wall_seco
 
 
 @dataclass(frozen=True)
-class Evidence:
+class EvaluationInputs:
     """The channels of one evaluation, read lazily."""
 
-    job: Job
+    job: StageContext
     data: Data
     answer: str = "auto"
     positive: str = ""
@@ -94,34 +94,34 @@ class Evidence:
     def split(self) -> Path | None:
         """The split from the folds channel, else from below the model channel."""
         if self.job.optional_channel("folds"):
-            return locate(self.job, "folds", FOLDS)
+            return find_one(self.job, "folds", FOLDS)
         folder = self.job.optional_channel("model")
-        return next(iter(locate_all(folder, self.job.scratch, FOLDS)), None) if folder else None
+        return next(iter(find_all(folder, self.job.scratch, FOLDS)), None) if folder else None
 
     @cached_property
     def overlap(self) -> frozenset[str]:
         """The ids of the test images that are also images of the split, if the split stage had the test images."""
         folder = self.job.optional_channel("folds")
-        paths = locate_all(folder, self.job.scratch, OVERLAP) if folder else []
+        paths = find_all(folder, self.job.scratch, OVERLAP) if folder else []
         return frozenset(open_csv(paths[0]).read(["id"])["id"]) if paths else frozenset()
 
-    def test(self) -> Scored | None:
+    def test(self) -> ScoredRows | None:
         """Return the predicted test rows with their ground truth; None without a ground truth."""
         channel = self.job.optional_channel("ground_truth")
         if channel is None:
             return None
         self.job.channel("predictions")
-        file = ground_truth.truth_file(channel)
-        same = SameClasses(self.data.same_classes, self.data.same_class)
+        file = ground_truth.find_ground_truth_file(channel)
+        same = ClassAliases(self.data.class_aliases, self.data.alias_policy)
         predicted = same.merge_table(self._predictions())
-        read = ground_truth.read_truth(file, self._id_column(), predicted.ids)
-        labels = {name: same.merged.get(label, label) for name, label in read.items()}
-        table = stacked([ground_truth.with_truth(predicted, self._as_factors(labels, predicted.classes), file)])
-        return Scored(
+        read = ground_truth.read_ground_truth(file, self._id_column(), predicted.ids)
+        labels = {name: same.canonical_names.get(label, label) for name, label in read.items()}
+        table = concat_tables([ground_truth.add_labels(predicted, self._as_factors(labels, predicted.classes), file)])
+        return ScoredRows(
             "test", self._describe_ensemble(), f"the {len(table):,} rows of {file.name}", table, self._eval_paths()
         )
 
-    def holdout(self) -> Scored | None:
+    def holdout(self) -> ScoredRows | None:
         """Return the holdout rows of the split: the ensemble's predictions, else the mean of the models'."""
         tables = [] if HOLDOUT in self.predicted else self._tables(HOLDOUT)
         if HOLDOUT in self.predicted:
@@ -140,7 +140,7 @@ class Evidence:
             which += ", each at a temperature fitted on the other rows"
         return self._from_split("holdout", what, [table], which)
 
-    def out_of_fold(self) -> Scored | None:
+    def out_of_fold(self) -> ScoredRows | None:
         """Return each out-of-fold row once; if several models (seeds, systems) predicted it, their mean. None without any."""
         folds = self.folds()
         if not folds:
@@ -154,15 +154,15 @@ class Evidence:
             what = f"{_describe_models(self.models)}, {words}"
         return self._from_split("oof", what, tables, "out-of-fold rows of the split")
 
-    def _from_split(self, name: str, what: str, tables: Sequence[Predictions], which: str) -> Scored:
+    def _from_split(self, name: str, what: str, tables: Sequence[Predictions], which: str) -> ScoredRows:
         """Return the rows of the `tables`, with paths and groups from the split."""
-        table = stacked(tables)
+        table = concat_tables(tables)
         split = read_folds(self.split) if self.split else None
         ids = split.ids.to_pylist() if split else []
         paths = dict(zip(ids, split.paths.to_pylist(), strict=True)) if split else {}
         grouped = split is not None and split.groups.null_count < len(split)
         groups = dict(zip(ids, split.groups.to_pylist(), strict=True)) if grouped else {}
-        return Scored(name, what, f"the {len(table):,} {which}", table, paths, groups)
+        return ScoredRows(name, what, f"the {len(table):,} {which}", table, paths, groups)
 
     def folds(self) -> list[tuple[ModelDir, Predictions]]:
         """Return each model that has out-of-fold rows, with its table."""
@@ -233,27 +233,29 @@ class Evidence:
         info = self.models[0].info if self.models else {}
         if not info.get("knows") or set(classes) != set(info["classes"]):
             return dict(labels)
-        factors = factors_of(info)
-        return {n: factors.part(c, info["knows"]) if c in factors.values else c for n, c in labels.items()}
+        factors = read_factors(info)
+        return {n: factors.project(c, info["knows"]) if c in factors.values else c for n, c in labels.items()}
 
     def _predictions_file(self) -> Path:
-        return self.predicted.get(PREDICTIONS) or locate(self.job, "predictions", PREDICTIONS)
+        return self.predicted.get(PREDICTIONS) or find_one(self.job, "predictions", PREDICTIONS)
 
     def _predictions(self) -> Predictions:
         path = self._predictions_file()
         if path.suffix != ".csv":
             return predictions.read(path)
-        if names_classes_alone(path):
+        if has_labels_only(path):
             raise DataError(f"{path} has no probabilities, but evaluate needs them; use `evaluation` to score classes")
-        return read_submitted(path, likely=self._true_classes(path), answer=self.answer, positive=self.positive)
+        return read_submission(path, likely=self._true_classes(path), answer=self.answer, positive=self.positive)
 
     def _true_classes(self, path: Path) -> list[str]:
         """Return the true classes for a submission of one column; none for other submissions."""
         if not has_one_column(path):
             return []
         name = self._id_column()
-        labels = ground_truth.read_truth(
-            ground_truth.truth_file(self.job.channel("ground_truth")), name, open_csv(path).read([name])[name]
+        labels = ground_truth.read_ground_truth(
+            ground_truth.find_ground_truth_file(self.job.channel("ground_truth")),
+            name,
+            open_csv(path).read([name])[name],
         )
         return sorted({*labels.values()})
 
@@ -281,9 +283,9 @@ class Evidence:
 
 def _product(tables_of_models: Sequence[tuple[ModelDir, Predictions]]) -> Predictions:
     """Combine the tables of models that predict different factors: the product of each system's mean."""
-    groups = by_system([model for model, _ in tables_of_models])
+    groups = group_by_system([model for model, _ in tables_of_models])
     tables = {name: [table for model, table in tables_of_models if model.system == name] for name in groups}
-    return product_of(groups).table({name: mean_by_id(group) for name, group in tables.items()})
+    return build_product(groups).combine_tables({name: mean_by_id(group) for name, group in tables.items()})
 
 
 def _describe_models(models: Sequence[ModelDir], prefix: str = "") -> str:

@@ -14,30 +14,30 @@ from pathlib import Path
 from fivefold.config.schema import Settings
 from fivefold.contract.s3.urls import is_url
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
-from fivefold.inference.blending import given_weights
+from fivefold.inference.blending import weights_by_name
 from fivefold.launchers.plan import Inputs, Plan
 
 log = logging.getLogger("fivefold")
 
 TRAINING = ("train-fold", "distill")
-MODULE = "fivefold.jobs.check"
+MODULE = "fivefold.stages.preflight"
 ERRORS = {error.exit_code: error for error in (SettingsError, DataError, MissingInputError, RetryableError)}
 
 
-def check_plan(plan: Plan, inputs: Inputs, here: bool) -> None:
-    """Raise the error that a step of the plan would raise for its settings; `here`: the plan runs on this machine."""
+def check_plan(plan: Plan, inputs: Inputs, local: bool) -> None:
+    """Raise the error that a step of the plan would raise for its settings; `local`: the plan runs on this machine."""
     settings, stages = plan.settings, {step.stage for step in plan.steps}
     if any(step.name == "ensemble" for step in plan.steps):
-        check_blend(settings, here)
+        check_blend(settings, local)
     trained = [name for name in TRAINING if name in stages]
     if not trained:
         return
-    if here and not is_url(inputs.weights or ""):
-        check_weights([trained_by(settings, name) for name in trained], inputs.weights)
-    check_apart(settings, trained, here)
+    if local and not is_url(inputs.weights or ""):
+        check_weights([trained_settings(settings, name) for name in trained], inputs.weights)
+    check_in_subprocess(settings, trained, local)
 
 
-def trained_by(settings: Settings, stage: str) -> Settings:
+def trained_settings(settings: Settings, stage: str) -> Settings:
     return settings.student() if stage == "distill" else settings
 
 
@@ -48,26 +48,26 @@ def check_weights(recipes: Sequence[Settings], channel: str | None) -> None:
             raise MissingInputError(f"model.weights={name}: no such file, also not in weights={channel or ''}")
 
 
-def check_blend(settings: Settings, here: bool) -> None:
+def check_blend(settings: Settings, local: bool) -> None:
     """Raise a SettingsError for weights of unknown systems, a MissingInputError for missing submission files."""
     from fivefold.inference.submission_reader import system_name
 
     options = settings.ensemble
     files = [Path(name) for name in options.submissions]
-    if missing := [path for path in files if here and not path.is_file()]:
+    if missing := [path for path in files if local and not path.is_file()]:
         raise MissingInputError(f"ensemble.submissions: no file {missing[0]}")
     if options.blend == "weighted" and not any(map(is_url, options.submissions)):
-        given_weights([settings.system, *map(system_name, files)], options.weights)
+        weights_by_name([settings.system, *map(system_name, files)], options.weights)
 
 
-def check_apart(settings: Settings, trained: Sequence[str], here: bool) -> None:
+def check_in_subprocess(settings: Settings, trained: Sequence[str], local: bool) -> None:
     """Run `check_training` in a subprocess and raise its error; log a warning if the subprocess crashes.
 
     If this process has already loaded torch, it runs the check itself.
     """
     if "torch" in sys.modules:
-        return check_training(settings, trained, here)
-    request = json.dumps([settings.model_dump(mode="json"), list(trained), here])
+        return check_training(settings, trained, local)
+    request = json.dumps([settings.model_dump(mode="json"), list(trained), local])
     ended = subprocess.run([sys.executable, "-m", MODULE], input=request, capture_output=True, text=True, check=False)
     if ended.returncode in ERRORS:
         raise ERRORS[ended.returncode](ended.stdout.strip())
@@ -76,28 +76,28 @@ def check_apart(settings: Settings, trained: Sequence[str], here: bool) -> None:
         log.warning("could not check the settings before the run (exit code %d: %s)", ended.returncode, last)
 
 
-def check_training(settings: Settings, trained: Sequence[str], here: bool) -> None:
-    """Raise the error that these stages would raise before their first step: for the settings, and `here` for this machine."""
+def check_training(settings: Settings, trained: Sequence[str], local: bool) -> None:
+    """Raise the error that these stages would raise before their first step: for the settings, and `local` for this machine."""
     from fivefold import build
-    from fivefold.distillation import TEACHERS, allowed_patience
+    from fivefold.distillation import TEACHERS, check_patience
     from fivefold.inference.tta import build_views
     from fivefold.stages.image_source import cache_folder
 
     cache_folder(settings)
-    recipes = [trained_by(settings, stage) for stage in trained]
+    recipes = [trained_settings(settings, stage) for stage in trained]
     for number, recipe in enumerate(recipes):
         if recipe in recipes[:number]:  # the student may have the folds' settings
             continue
         build.check_training(recipe)
-        network = build.tried_network(recipe, shapes_alone=not here)
-        if here:
+        network = build.build_trial_network(recipe, shapes_only=not local)
+        if local:
             build.check_machine(network, recipe)
     if "distill" in trained:
         split, options = settings.split, settings.distill
-        aside = split.parts[2] if split.parts else split.holdout
-        allowed_patience(options.patience, int(aside > 0))
-        build_views(options.views)
-        if here and options.teacher not in TEACHERS and not Path(options.teacher).is_dir():
+        aside = split.ratios[2] if split.ratios else split.holdout
+        check_patience(options.patience, int(aside > 0))
+        build_views(options.teacher_tta)
+        if local and options.teacher not in TEACHERS and not Path(options.teacher).is_dir():
             raise MissingInputError(f"distill.teacher={options.teacher} is not {' or '.join(TEACHERS)}, nor a folder")
 
 

@@ -7,31 +7,31 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
-from fivefold.config.loading import key_settings
+from fivefold.config.loading import hashed_settings
 from fivefold.config.schema import Settings
-from fivefold.contract.job import Job
+from fivefold.contract.job import StageContext
 from fivefold.contract.stage_specs import Stage
 from fivefold.distributed import rank_launcher
-from fivefold.distributed.ranks import check_batch, hosts_of, is_member, place_of, processes_of
-from fivefold.launchers.local import gpus
+from fivefold.distributed.ranks import check_batch, hosts_from_env, processes_from_env, rank_from_env, started_as_rank
+from fivefold.launchers.local import list_gpus
 
 log = logging.getLogger("fivefold")
 
 
-def run_by_others(
+def launch_ranks(
     stage: Stage, arguments: Sequence[str], environ: Mapping[str, str], settings: Callable[[], Settings]
 ) -> int | None:
     """Run a stage in subprocesses, or skip it if another host runs it; return the exit code. None: this process must run it."""
-    if is_member(environ):
-        first, several = place_of(environ).leads, place_of(environ).world > 1
+    if started_as_rank(environ):
+        first, several = rank_from_env(environ).is_main, rank_from_env(environ).world_size > 1
     else:
-        hosts = hosts_of(environ)
+        hosts = hosts_from_env(environ)
         first, several = hosts.index == 0, hosts.count > 1
     if not stage.writes_model:
         if several:
             log.info("%s runs in one process on the first host%s", stage.name, "" if first else ": nothing to do here")
         return None if first else 0
-    if is_member(environ):
+    if started_as_rank(environ):
         return None
     processes = _count_processes(stage, environ, settings)
     if hosts.count * processes == 1:
@@ -39,46 +39,46 @@ def run_by_others(
     check_batch(_trained_settings(stage, settings()).train.batch_size, hosts.count * processes)
     where = f" on each of {hosts.count} hosts; this is host {hosts.index}" if hosts.count > 1 else ""
     log.info("%s: %d process%s%s", stage.name, processes, "es" if processes > 1 else "", where)
-    return rank_launcher.start([stage.name, *arguments], hosts, processes, environ)
+    return rank_launcher.run_ranks([stage.name, *arguments], hosts, processes, environ)
 
 
-def joined(job: Job) -> AbstractContextManager[Any]:
+def process_group(job: StageContext) -> AbstractContextManager[Any]:
     """Return the process group as a context, after all ranks have joined; for a single process do not load torch."""
-    if job.place.world == 1:
+    if job.rank.world_size == 1:
         return nullcontext()
-    from fivefold.distributed.process_group import joined
+    from fivefold.distributed.process_group import init_process_group
 
-    return joined(job.place)
+    return init_process_group(job.rank)
 
 
-def decided(job: Job, settings: Settings, run: bool) -> bool:
+def broadcast_decision(job: StageContext, settings: Settings, run: bool) -> bool:
     """Return rank 0's decision whether the stage runs, on all ranks; check that all ranks have the same settings."""
-    if job.place.world == 1:
+    if job.rank.world_size == 1:
         return run
-    check_batch(_trained_settings(job.stage, settings).train.batch_size, job.place.world)
-    from fivefold.distributed.process_group import Replicas
+    check_batch(_trained_settings(job.stage, settings).train.batch_size, job.rank.world_size)
+    from fivefold.distributed.process_group import ProcessGroup
 
-    replicas = Replicas(job.place)
-    serialised = json.dumps(key_settings(settings, job.stage.sections), sort_keys=True)
-    replicas.check_same(
+    process_group = ProcessGroup(job.rank)
+    serialised = json.dumps(hashed_settings(settings, job.stage.sections), sort_keys=True)
+    process_group.check_same(
         serialised, "its settings differ from those of rank 0; give all hosts the same arguments and variables"
     )
-    return replicas.shared(run)
+    return process_group.broadcast(run)
 
 
-def follow(job: Job, settings: Settings) -> None:
+def run_as_worker(job: StageContext, settings: Settings) -> None:
     """Run the stage on a rank other than 0: train, but write no files."""
-    job.probe()
-    if decided(job, settings, False):
+    job.check_channels()
+    if broadcast_decision(job, settings, False):
         import_module(job.stage.module, __package__).main(job, settings)
 
 
 def _count_processes(stage: Stage, environ: Mapping[str, str], settings: Callable[[], Settings]) -> int:
     """Return the number of processes on this host: NPROC, else one per GPU if the settings do not fix another device."""
-    count = processes_of(environ)
+    count = processes_from_env(environ)
     if count == 1 or (count and environ.get("NPROC")):
         return count
-    count = len(gpus(environ)) if count is None else count
+    count = len(list_gpus(environ)) if count is None else count
     if count <= 1:
         return 1
     return count if _trained_settings(stage, settings()).train.device in ("auto", "cuda") else 1

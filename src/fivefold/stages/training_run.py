@@ -11,32 +11,31 @@ import numpy as np
 from torch import nn
 
 from fivefold import build, predictions
-from fivefold.config.loading import key_settings
+from fivefold.config.loading import hashed_settings
 from fivefold.config.schema import Settings
-from fivefold.contract.artifacts import locate
+from fivefold.contract.artifacts import find_one
 from fivefold.contract.files import MIB, atomic, check_space, sha256
-from fivefold.contract.job import Job
+from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import CLASSES, CURVES, EXAMPLES, FOLDS, HOLDOUT, OOF, TRAIN_LOG
-from fivefold.data.image_io import decode, pixels_of
-from fivefold.data.pipeline.dataset import MEMORY_LIMIT, ImageSet
+from fivefold.data.image_io import decode, decode_options
+from fivefold.data.pipeline.dataset import MEMORY_LIMIT, ImageDataset
 from fivefold.data.readers.stores import ImageStore
-from fivefold.data.split.fold_table import ASIDE, FoldTable, read_folds
-from fivefold.distributed.process_group import Replicas
-from fivefold.evaluation.metrics import predicted, summary
-from fivefold.evaluation.plots import image_grid, spread_out, training_curves
+from fivefold.data.split.fold_table import HELD_OUT_PARTS, FoldTable, read_folds
+from fivefold.distributed.process_group import ProcessGroup
+from fivefold.evaluation.metrics import compute_metrics, predicted_classes
+from fivefold.evaluation.plots import evenly_spaced, plot_image_grid, plot_training_curves
 from fivefold.inference.predictor import Runtime
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions
-from fivefold.stages.result import Outcome
-from fivefold.trained_model import evaluation_images, predict_images, save_member
+from fivefold.trained_model import evaluation_images, predict_images, save_model
 from fivefold.training.checkpoints import Checkpoints
-from fivefold.training.loggers import Run, Tracker, close_trackers, csv_log, metric_line, open_trackers
+from fivefold.training.loggers import Run, Tracker, close_trackers, csv_logger, open_trackers, stdout_logger
 from fivefold.training.optim import OPTIMIZER_STATES
-from fivefold.training.trainer import Best, TrainRows, ValidRows
+from fivefold.training.trainer import BestCheckpoint, TrainData, ValidData
 from fivefold.training.trainer import fit as fit_loop
 
 log = logging.getLogger("fivefold")
-DECISIONS = ".decisions"
+PROBE_CACHE_DIR = ".decisions"
 """A hidden name, so that no digest of the run includes it."""
 SAMPLED_HEADERS = 64
 """Number of image headers that are read to estimate the memory of all images."""
@@ -44,59 +43,61 @@ EXTRA_BYTES = 4 * MIB
 """Disk space for logs, curves, events and small tables of predictions."""
 
 
-def read_split(job: Job, factors: Sequence[str] = ()) -> tuple[Path, FoldTable]:
+def read_split(job: StageContext, factors: Sequence[str] = ()) -> tuple[Path, FoldTable]:
     """Return the path of `folds.parquet` in the folds channel, and its table, reduced to `factors` if there are any."""
-    path = locate(job, "folds", FOLDS)
-    Replicas(job.place).check_same(
+    path = find_one(job, "folds", FOLDS)
+    ProcessGroup(job.rank).check_same(
         sha256(path), f"its {FOLDS} differs from that of rank 0; give all hosts the same split"
     )
-    return path, read_folds(path, locate(job, "folds", CLASSES)).of_factors(factors)
+    return path, read_folds(path, find_one(job, "folds", CLASSES)).project_factors(factors)
 
 
-def processes(job: Job) -> dict[str, int]:
+def world_size(job: StageContext) -> dict[str, int]:
     """Return the world size for `model.json` if it is above 1: it changes the bits of the result."""
-    return {} if job.place.world == 1 else {"processes": job.place.world}
+    return {} if job.rank.world_size == 1 else {"processes": job.rank.world_size}
 
 
 def split_facts(path: Path, table: FoldTable) -> dict[str, Any]:
     """Return the split's entries of `model.json`: folds, digest, the model's classes, their shares and factors."""
-    factored = {} if table.factors is None else {"knows": table.knows, "factors": table.factors.as_json()}
+    factored = {} if table.factors is None else {"knows": table.known_factors, "factors": table.factors.to_json()}
     facts = {"folds": table.num_folds, "classes": table.classes, "split": sha256(path)}
-    return {**facts, "shares": [round(share, 6) for share in table.shares().tolist()], **factored}
+    return {**facts, "shares": [round(share, 6) for share in table.class_fractions().tolist()], **factored}
 
 
-def settled(job: Job, settings: Settings, network: nn.Module, replicas: Replicas) -> tuple[Settings, Runtime]:
+def resolve_runtime(
+    job: StageContext, settings: Settings, network: nn.Module, process_group: ProcessGroup
+) -> tuple[Settings, Runtime]:
     """Return the settings with the resolved precision, and their Runtime.
 
     A resumed run keeps the precision of its checkpoint. The stages of a run that share its folder share one decision.
     """
     earlier, shared = None, None
-    if settings.train.precision == "auto" and job.place.leads:
+    if settings.train.precision == "auto" and job.rank.is_main:
         earlier = (Checkpoints(job.checkpoints()).load() or {}).get(build.RUNTIME)
-        shared = decisions_of(job)
-    resolved = build.settled(settings, network, replicas, earlier, shared)
-    return resolved, build.runtime_of(resolved, replicas)
+        shared = probe_cache_dir(job)
+    resolved = build.resolve_precision(settings, network, process_group, earlier, shared)
+    return resolved, build.make_training_runtime(resolved, process_group)
 
 
-def decisions_of(job: Job) -> Path | None:
+def probe_cache_dir(job: StageContext) -> Path | None:
     """Return the folder for decisions that a run's stages share: beside the step, if the step's split lies there too.
 
     None if the split lies elsewhere, or if this user cannot write to the folder.
     """
     run, split = job.model().absolute().parent.parent, job.channels["folds"].absolute()
     together = split in (run / "split", run / "split" / "output")
-    return run / DECISIONS if together and os.access(run, os.W_OK) else None
+    return run / PROBE_CACHE_DIR if together and os.access(run, os.W_OK) else None
 
 
-def check_disk(job: Job, network: nn.Module, settings: Settings) -> None:
+def check_disk(job: StageContext, network: nn.Module, settings: Settings) -> None:
     """Raise a RetryableError before the first epoch if the weights of this stage do not fit the disk.
 
     These are the saved weights, the raw weights if they are saved too, and one temporary file.
     """
-    if not job.place.leads:
+    if not job.rank.is_main:
         return
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
-    copies = 2 + (settings.train.keep_raw and settings.train.ema_decay > 0)
+    copies = 2 + (settings.train.save_raw_weights and settings.train.ema_decay > 0)
     check_space(job.model(), copies * weights + EXTRA_BYTES)
     # A checkpoint has weights, optimiser states, the EMA and the best weights. There are two, and a temporary file.
     states = OPTIMIZER_STATES.get(settings.train.optimizer, 2)
@@ -111,7 +112,7 @@ class TrainingRun:
     `split` is the path of the `folds.parquet` of `table`, `store` has its images, `label` is the name of the run in logs.
     """
 
-    job: Job
+    job: StageContext
     settings: Settings
     split: Path
     table: FoldTable
@@ -121,7 +122,7 @@ class TrainingRun:
     runtime: Runtime
     trackers: list[Tracker] = field(default_factory=list)
 
-    def fit(self, train: TrainRows, valid_rows: np.ndarray, patience: int, select: bool, fold: int | None) -> None:
+    def fit(self, train: TrainData, valid_rows: np.ndarray, patience: int, select: bool, fold: int | None) -> None:
         """Train on `train`, validate on rows of the split (or none), and keep the best epoch if `select`.
 
         Resume from the newest checkpoint of these settings, data and classes. In a process group only rank 0 has
@@ -129,31 +130,33 @@ class TrainingRun:
         """
         self.valid_rows = valid_rows
         self.valid_images = evaluation_images(self.store, self.table, valid_rows, self.settings)
-        valid = ValidRows(self.valid_images, self.table.codes[valid_rows]) if len(valid_rows) else None
-        self.loop = build.build_loop(
+        valid = ValidData(self.valid_images, self.table.codes[valid_rows]) if len(valid_rows) else None
+        self.trainer = build.build_trainer(
             self.label, self.network, train, valid, self.settings, self.runtime, select, patience
         )
-        self.best = self._fit_tracked(fold) if self.job.place.leads else fit_loop(self.loop)
+        self.best = self._fit_tracked(fold) if self.job.rank.is_main else fit_loop(self.trainer)
         name, self.deciding = next(iter(self.best.items()))
-        self.model = self.loop.contenders[name]
+        self.model = self.trainer.scored_models[name]
         self.model.load_state_dict(self.deciding.state)
 
-    def _fit_tracked(self, fold: int | None) -> dict[str, Best]:
+    def _fit_tracked(self, fold: int | None) -> dict[str, BestCheckpoint]:
         """Run the loop with trackers and checkpoints; return its best epochs. The trackers stay open for the final scores."""
         job, chosen = self.job, self.settings.train
         name = f"{self.settings.system} {self.label}"
-        shown = key_settings(
+        shown = hashed_settings(
             self.settings, job.stage.sections
         )  # other settings are of the platform, and may hold secrets
-        run = Run(name, self.settings.system, chosen.project, shown, job.output())
-        self.trackers = open_trackers(chosen.trackers, run)
+        run = Run(name, self.settings.system, chosen.logger_project, shown, job.output())
+        self.trackers = open_trackers(chosen.loggers, run)
         checkpoints = Checkpoints(
-            job.checkpoints(), chosen.checkpoint_minutes, chosen.checkpoint_steps, job.remote.keep
+            job.checkpoints(), chosen.checkpoint_minutes, chosen.checkpoint_steps, job.remote.upload_checkpoint
         )
-        observers = [csv_log(job.model() / TRAIN_LOG), *self.trackers]
+        observers = [csv_logger(job.model() / TRAIN_LOG), *self.trackers]
         try:
             return fit_loop(
-                replace(self.loop, observers=observers, announcers=[metric_line(fold)], checkpoints=checkpoints)
+                replace(
+                    self.trainer, observers=observers, live_observers=[stdout_logger(fold)], checkpoints=checkpoints
+                )
             )
         except BaseException:
             close_trackers(self.trackers, None)
@@ -168,22 +171,24 @@ class TrainingRun:
             fold=self.table.fold[rows],
             system=self.settings.system,
             classes=self.table.classes,
-            log_probs=predict_images(self.model, self.settings, self.runtime, images, label, link=self.loop.loss.link),
+            log_probs=predict_images(
+                self.model, self.settings, self.runtime, images, label, link=self.trainer.loss.link
+            ),
             labels=self.table.labels()[rows],
         )
 
     def finish(
         self, role: str, facts: Mapping[str, Any], metrics: Mapping[str, Any], oof: Predictions | None = None
-    ) -> Outcome:
+    ) -> StageResult:
         """Predict the holdout rows, if any, and write the model directory and the plots.
 
         `facts`: the entries of `model.json` besides the split. `metrics`: figures besides the scores. In a process
         group only rank 0 writes.
         """
-        aside = self.table.aside_rows()
+        aside = self.table.held_out_rows()
         holdout = self.predict(aside, "holdout") if len(aside) else None
-        if not self.job.place.leads:
-            return Outcome([])
+        if not self.job.rank.is_main:
+            return StageResult([])
         folder = self.job.model()
         (folder / HOLDOUT).unlink(missing_ok=True)
         files, figures = [folder / TRAIN_LOG], {}
@@ -193,61 +198,67 @@ class TrainingRun:
             files.append(predictions.write(folder / name, table))
             scores = {
                 f"{prefix}_{metric}": round(value, 6)
-                for metric, value in summary(table.log_probs, table.codes()).items()
+                for metric, value in compute_metrics(table.log_probs, table.codes()).items()
             }
             words = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
             log.info("%s, %d rows not trained on: %s", self.label, len(table), words)
             figures |= scores
-        facts = {"fold": None, **split_facts(self.split, self.table), **processes(self.job), **facts}
-        files += save_member(folder, role, self.best, self.settings, self.runtime, facts)
-        training_curves(folder / TRAIN_LOG, self.job.output() / CURVES)
+        facts = {"fold": None, **split_facts(self.split, self.table), **world_size(self.job), **facts}
+        files += save_model(folder, role, self.best, self.settings, self.runtime, facts)
+        plot_training_curves(folder / TRAIN_LOG, self.job.output() / CURVES)
         if oof is not None:
             self._draw_examples(oof)
         close_trackers(self.trackers, figures)
-        return Outcome(files, {**metrics, **figures, **self.loop.throughput.figures()})
+        return StageResult(files, {**metrics, **figures, **self.trainer.throughput.metrics()})
 
     def _draw_examples(self, table: Predictions) -> None:
         """Plot some validation rows with truth and prediction of the kept epoch; send the plot to the trackers too."""
-        shown = spread_out(len(self.valid_rows))
+        shown = evenly_spaced(len(self.valid_rows))
         paths = self.table.paths_of(self.valid_rows[shown])
-        guesses = [table.classes[code] for code in predicted(table.log_probs[shown])]
+        guesses = [table.classes[code] for code in predicted_classes(table.log_probs[shown])]
         with atomic(self.job.output() / EXAMPLES) as temporary:
-            limit = pixels_of(self.settings.data).max_pixels
+            limit = decode_options(self.settings.data).max_pixels
             images = [decode(self.store.read(path), path, limit) for path in paths]
-            image_grid(images, list(table.labels[shown]), guesses, temporary)
+            plot_image_grid(images, list(table.labels[shown]), guesses, temporary)
         for tracker in self.trackers:
-            tracker.picture("Val/examples", self.job.output() / EXAMPLES, self.deciding.epoch)
+            tracker.log_image("Val/examples", self.job.output() / EXAMPLES, self.deciding.epoch)
 
 
-def start_network(job: Job, settings: Settings, classes: int) -> Classifier:
+def start_network(job: StageContext, settings: Settings, classes: int) -> Classifier:
     """Build the network with its initial weights, before images are read, since the weights may be missing or not match."""
     build.seed_everything(settings.seed)
     network = build.build_classifier(settings.model, classes)
-    build.start_weights(network, settings.model, job.optional_channel("weights"))
+    build.load_initial_weights(network, settings.model, job.optional_channel("weights"))
     return network
 
 
-def kept_images(settings: Settings, table: FoldTable, store: ImageStore) -> int:
+def kept_image_bytes(settings: Settings, table: FoldTable, store: ImageStore) -> int:
     """Estimate the bytes of decoded images that a run keeps: its training images, and the validation images of a fold."""
-    rows = np.flatnonzero(~np.isin(table.part, ASIDE))
+    rows = np.flatnonzero(~np.isin(table.part, HELD_OUT_PARTS))
     expected = 0
-    if settings.train.keep_in_memory:
-        pixels, digests = pixels_of(settings.data), table.sha256_of(rows)
-        images = ImageSet(store, table.paths_of(rows), lambda image: image, sha256=digests, pixels=pixels)
+    if settings.train.cache_in_memory:
+        options, digests = decode_options(settings.data), table.sha256_of(rows)
+        images = ImageDataset(store, table.paths_of(rows), lambda image: image, sha256=digests, decode_options=options)
         expected = round(images.expected_bytes(SAMPLED_HEADERS))
     validated = len(rows) // max(1, table.num_folds) * 3 * settings.model.size[0] * settings.model.size[1]
     return sum(size for size in (expected, validated) if size <= MEMORY_LIMIT)
 
 
 def start_run(
-    job: Job, settings: Settings, split: Path, table: FoldTable, store: ImageStore, label: str, network: Classifier
+    job: StageContext,
+    settings: Settings,
+    split: Path,
+    table: FoldTable,
+    store: ImageStore,
+    label: str,
+    network: Classifier,
 ) -> TrainingRun:
     """Return the training run of a network with initial weights, with resolved precision.
 
     Raise a SettingsError or RetryableError if the run does not fit memory and disk.
     """
-    settings, runtime = settled(job, settings, network, Replicas(job.place))
-    images = kept_images(settings, table, store) if runtime.device.type == "cpu" else 0
+    settings, runtime = resolve_runtime(job, settings, network, ProcessGroup(job.rank))
+    images = kept_image_bytes(settings, table, store) if runtime.device.type == "cpu" else 0
     build.check_memory(network, settings, runtime, images)
     check_disk(job, network, settings)
     return TrainingRun(job, settings, split, table, store, label, network, runtime)

@@ -40,7 +40,7 @@ class Ema:
             average.copy_(new)
 
 
-class Freezing:
+class FreezeBackbone:
     """Freeze the parameters and running statistics of `part` for `steps` steps, then unfreeze them.
 
     Norms with running statistics run in eval mode, whatever mode the loop sets: they use their statistics and do not

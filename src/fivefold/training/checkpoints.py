@@ -86,18 +86,18 @@ class Checkpoints:
         return sorted(self.folder.glob("[0-9]*.pt"), reverse=True)
 
 
-def captured(parts: Mapping[str, Stateful], device: torch.device) -> dict[str, Any]:
+def collect_state(components: Mapping[str, Stateful], device: torch.device) -> dict[str, Any]:
     """Return the states of all parts and of torch's random generators."""
-    return {"random": random_state(device), **{name: part.state_dict() for name, part in parts.items()}}
+    return {"random": random_state(device), **{name: part.state_dict() for name, part in components.items()}}
 
 
-def restore(parts: Mapping[str, Stateful], device: torch.device, state: Mapping[str, Any]) -> None:
+def restore(components: Mapping[str, Stateful], device: torch.device, state: Mapping[str, Any]) -> None:
     """Restore the state of each part and of torch's random generators.
 
     Raise a DataError if they do not fit, which can happen with a checkpoint of another version of the code.
     """
     try:
-        for name, part in parts.items():
+        for name, part in components.items():
             part.load_state_dict(state[name])
         generators = state["random"]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:

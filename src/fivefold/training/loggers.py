@@ -20,8 +20,7 @@ from fivefold.contract import metric_log
 from fivefold.contract.files import sync
 from fivefold.contract.metric_log import LOG_COLUMNS
 from fivefold.errors import SettingsError
-from fivefold.extras import need
-from fivefold.lookup import choose
+from fivefold.lookup import choose, require_packages
 from fivefold.training.trainer import Observer
 
 log = logging.getLogger("fivefold")
@@ -56,7 +55,7 @@ class Tracker(Protocol):
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Log the row of an epoch."""
 
-    def picture(self, tag: str, path: Path, epoch: int) -> None:
+    def log_image(self, tag: str, path: Path, epoch: int) -> None:
         """Log the image file at `path`, which shows the state after `epoch`."""
 
     def close(self, scores: Mapping[str, float] | None) -> None:
@@ -67,7 +66,7 @@ def open_trackers(names: Sequence[str], run: Run) -> list[Tracker]:
     """Open the trackers `names`. Raise a SettingsError for an unknown name or a missing package before opening any."""
     chosen = [choose(TRACKERS, "tracker", name) for name in dict.fromkeys(names)]
     for name in names:
-        need([name], "trackers", f"train.trackers={name}")
+        require_packages([name], "trackers", f"train.loggers={name}")
     return [make(run) for make in chosen]
 
 
@@ -77,12 +76,12 @@ def close_trackers(trackers: Sequence[Tracker], scores: Mapping[str, float] | No
         tracker.close(scores)
 
 
-def figures(row: Mapping[str, Any]) -> dict[str, float]:
+def tagged_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics that an epoch's row contains, by tag."""
     return {tag: row[name] for name, tag in TAGS.items() if row.get(name) is not None}
 
 
-def csv_log(path: Path) -> Observer:
+def csv_logger(path: Path) -> Observer:
     """Append each epoch to a CSV, so that a killed run keeps its rows. The CSV has no times, so equal runs give equal bytes."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerow(LOG_COLUMNS)
@@ -97,11 +96,11 @@ def csv_log(path: Path) -> Observer:
     return observe
 
 
-def metric_line(fold: int | None) -> Observer:
+def stdout_logger(fold: int | None) -> Observer:
     """Print one line per epoch in a stable format, from which platforms parse the metrics."""
 
     def observe(row: Mapping[str, Any]) -> None:
-        print(metric_log.metric_line(fold, row), flush=True)
+        print(metric_log.format_metric_line(fold, row), flush=True)
 
     return observe
 
@@ -121,11 +120,11 @@ class TensorBoard:
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         self.epoch = row["epoch"]
-        for tag, value in figures(row).items():
+        for tag, value in tagged_metrics(row).items():
             self.writer.add_scalar(tag, value, self.epoch)
         self.writer.flush()
 
-    def picture(self, tag: str, path: Path, epoch: int) -> None:
+    def log_image(self, tag: str, path: Path, epoch: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         # Write the file's bytes: `add_image` would decode and encode the image again.
@@ -159,13 +158,13 @@ class Wandb:
             )
         except wandb.Error as error:
             raise SettingsError(
-                f"train.trackers=wandb: {error}; set WANDB_API_KEY, or WANDB_MODE=offline to upload later"
+                f"train.loggers=wandb: {error}; set WANDB_API_KEY, or WANDB_MODE=offline to upload later"
             ) from error
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        self.run.log(figures(row), step=row["epoch"])
+        self.run.log(tagged_metrics(row), step=row["epoch"])
 
-    def picture(self, tag: str, path: Path, epoch: int) -> None:
+    def log_image(self, tag: str, path: Path, epoch: int) -> None:
         from wandb import Image
 
         # W&B rejects earlier steps: log the image at the current step, with its epoch in the caption.
@@ -195,7 +194,7 @@ class Mlflow:
             for start in range(0, len(settings), MAX_MLFLOW_PARAMS):
                 self.client.log_batch(self.id, params=settings[start : start + MAX_MLFLOW_PARAMS])
         except MlflowException as error:
-            raise SettingsError(f"train.trackers=mlflow: {error}; check MLFLOW_TRACKING_URI") from error
+            raise SettingsError(f"train.loggers=mlflow: {error}; check MLFLOW_TRACKING_URI") from error
 
     def _experiment_id(self, name: str, artifacts: str | None) -> str:
         """Return the id of the experiment `name`, created if it is missing; its images go to `artifacts` (None: the server's place)."""
@@ -210,9 +209,9 @@ class Mlflow:
             return experiment.experiment_id
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        self._log(figures(row), row["epoch"])
+        self._log(tagged_metrics(row), row["epoch"])
 
-    def picture(self, tag: str, path: Path, epoch: int) -> None:
+    def log_image(self, tag: str, path: Path, epoch: int) -> None:
         self.client.log_artifact(self.id, str(path), f"{tag}/epoch {epoch}")
 
     def close(self, scores: Mapping[str, float] | None) -> None:
@@ -227,35 +226,35 @@ class Mlflow:
 
 
 @dataclass
-class Outlived:
+class FaultTolerantTracker:
     """A tracker whose service may fail: the training then continues without it, with one warning."""
 
     tracker: Tracker
-    there: bool = True
+    active: bool = True
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         self._try(lambda: self.tracker(row))
 
-    def picture(self, tag: str, path: Path, epoch: int) -> None:
-        self._try(lambda: self.tracker.picture(tag, path, epoch))
+    def log_image(self, tag: str, path: Path, epoch: int) -> None:
+        self._try(lambda: self.tracker.log_image(tag, path, epoch))
 
     def close(self, scores: Mapping[str, float] | None) -> None:
         self._try(lambda: self.tracker.close(scores))
 
     def _try(self, call: Callable[[], None]) -> None:
-        if not self.there:
+        if not self.active:
             return
         try:
             call()
         except Exception as error:
-            self.there = False
+            self.active = False
             name = type(self.tracker).__name__
             log.warning("%s fails (%s: %s): the training continues without it", name, type(error).__name__, error)
 
 
 TRACKERS: dict[str, Callable[[Run], Tracker]] = {
     "tensorboard": TensorBoard,
-    "wandb": lambda run: Outlived(Wandb(run)),
-    "mlflow": lambda run: Outlived(Mlflow(run)),
+    "wandb": lambda run: FaultTolerantTracker(Wandb(run)),
+    "mlflow": lambda run: FaultTolerantTracker(Mlflow(run)),
 }
 """Trackers by the name of the package that they need."""

@@ -19,7 +19,7 @@ WORKSPACE_FACTOR = 1.3
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes: `fixed` for weights, gradients, optimiser state and averages; `image` for each image of a batch."""
 
     fixed: int
@@ -33,7 +33,9 @@ class Estimate:
         return max(0, (available - self.fixed) // max(self.image, 1))
 
 
-def estimate(model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: int, meta: int = 0) -> Estimate:
+def estimate_memory(
+    model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: int, meta: int = 0
+) -> MemoryEstimate:
     """Estimate the memory of a step on images of `size` (with `meta` features each) from the tensors that autograd saves.
 
     `copies`: number of tensors of the weights' size beside the weights (gradient, optimiser states, average). The model
@@ -46,7 +48,7 @@ def estimate(model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: 
     weights = sum(parameter.nbytes for parameter in model.parameters())
     # The part that does not grow with the batch: the weights cast by autocast.
     constant = max(0, few - image * PROBE_BATCH_SIZES[0])
-    return Estimate(fixed=weights * (1 + copies) + constant, image=image)
+    return MemoryEstimate(fixed=weights * (1 + copies) + constant, image=image)
 
 
 def _saved_bytes(probe: nn.Module, size: tuple[int, ...], runtime: Runtime, count: int, meta: int) -> int:
@@ -68,7 +70,7 @@ def _saved_bytes(probe: nn.Module, size: tuple[int, ...], runtime: Runtime, coun
     return sum(saved.values())
 
 
-def available(device: torch.device, sharers: int = 1) -> int:
+def available_bytes(device: torch.device, sharers: int = 1) -> int:
     """Return the bytes that this process can still allocate on the device, within a container's limit.
 
     `sharers`: number of ranks on this host. Each has its own GPU; they share host memory equally.
@@ -76,21 +78,21 @@ def available(device: torch.device, sharers: int = 1) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // sharers
 
 
-def of_process(found: Estimate, batch_size: int, images: int) -> int:
+def process_bytes(estimate: MemoryEstimate, batch_size: int, images: int) -> int:
     """Return the bytes that this CPU process will use: its memory now, a step, and `images` bytes of decoded images."""
     import psutil
 
-    return psutil.Process().memory_info().rss + round(WORKSPACE_FACTOR * found.total(batch_size)) + images
+    return psutil.Process().memory_info().rss + round(WORKSPACE_FACTOR * estimate.total(batch_size)) + images
 
 
-def check_fits(found: Estimate, batch_size: int, free: int, accumulate: int = 1) -> str:
+def check_fits(estimate: MemoryEstimate, batch_size: int, free: int, accumulate: int = 1) -> str:
     """Return a text about the memory that a step needs, or raise a SettingsError that names a batch size that fits."""
-    needed = found.total(batch_size)
+    needed = estimate.total(batch_size)
     figures = f"about {needed / MEBIBYTE:,.0f} MiB at batch size {batch_size}, {free / MEBIBYTE:,.0f} MiB are free"
     if needed <= free:
         return figures
-    fits = found.largest_batch(free)
+    fits = estimate.largest_batch(free)
     advice = "not even one image fits: use a smaller model or image_size"
     if fits:
-        advice = f"train.batch_size={fits} would fit; train.accumulate={accumulate * -(-batch_size // fits)} keeps the step's size"
+        advice = f"train.batch_size={fits} would fit; train.grad_accum_steps={accumulate * -(-batch_size // fits)} keeps the step's size"
     raise SettingsError(f"training needs {figures}; {advice}")

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fivefold.data.pipeline.dataset import Stream, generator
+from fivefold.data.pipeline.dataset import Stream, make_generator
 from fivefold.lookup import choose
-from fivefold.training.objectives import Rows
+from fivefold.training.objectives import MicroBatch
 
-Mix = Callable[[Tensor, float, Tensor, np.random.Generator], tuple[Tensor, float]]
+MixFn = Callable[[Tensor, float, Tensor, np.random.Generator], tuple[Tensor, float]]
 """Maps images, λ, the partner of each image (a writable copy) and a generator to the mixed images and the actual λ."""
-Partners = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+PartnerFn = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """Maps a permutation of the batch's rows to the partners' images and meta features for this rank's rows."""
 
 
@@ -29,13 +29,15 @@ class Mixing:
     p: float
     last: int | None = None
 
-    def __call__(self, rows: Rows, epoch: int, seed: tuple[int, ...], partners: Partners | None = None) -> Rows:
+    def __call__(
+        self, rows: MicroBatch, epoch: int, seed: tuple[int, ...], partners: PartnerFn | None = None
+    ) -> MicroBatch:
         """Return the rows with mixed images, and with targets, teacher and meta features mixed in the same ratio.
 
         `partners`: set if several ranks share the batch; the permutation is drawn for the whole batch.
         """
         mix = choose(MIXINGS, "mixing", self.name)
-        random = generator(Stream.MIX, *seed)
+        random = make_generator(Stream.MIX, *seed)
         if mix is None or (self.last is not None and epoch > self.last) or random.random() >= self.p:
             return rows
         lam = float(random.beta(self.alpha, self.alpha))
@@ -73,7 +75,7 @@ def _reordered(values: Tensor | None, order: Tensor) -> Tensor | None:
     return None if values is None else values[order]
 
 
-MIXINGS: dict[str, Mix | None] = {
+MIXINGS: dict[str, MixFn | None] = {
     "none": None,
     "mixup": mixup,
     "cutmix": cutmix,

@@ -1,7 +1,7 @@
 """Objectives: functions from a batch to its loss and logits.
 
 An objective combines a criterion (a loss of logits) with a way to run the network: once, or twice for R-Drop. So R-Drop
-works with labels and with a teacher.
+works with labels and with a teacher, whose softened probabilities and schedules are here too.
 """
 
 import logging
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,20 +22,20 @@ log = logging.getLogger("fivefold")
 
 
 @dataclass(frozen=True)
-class Rows:
+class MicroBatch:
     """A micro-batch on the device.
 
     `images` float [B, 3, H, W]; `targets` [B, C] probabilities, a row of zeros if there is no label; `teacher` [B, C]
     probabilities softened by the temperature, or None; `meta` [B, M] meta features, or None; `step` the targets of all
     micro-batches of its step, which the loss treats as one batch. If several ranks share the batch, `images` and `meta`
-    are this rank's rows, all other fields cover the whole batch, and `whole` gathers the logits of all ranks.
+    are this rank's rows, all other fields cover the whole batch, and `gather` gathers the logits of all ranks.
     """
 
     images: Tensor
     targets: Tensor
     teacher: Tensor | None = None
     meta: Tensor | None = None
-    whole: Callable[[Tensor], Tensor] = lambda logits: logits
+    gather: Callable[[Tensor], Tensor] = lambda logits: logits
     step: Sequence[Tensor] = ()
 
     @property
@@ -42,7 +43,7 @@ class Rows:
         """Return the arguments of the network."""
         return (self.images,) if self.meta is None else (self.images, self.meta)
 
-    def part(self, measure: Callable[[Tensor], Any]) -> Any:
+    def fraction(self, measure: Callable[[Tensor], Any]) -> Any:
         """Return this micro-batch's fraction of its step's total `measure` of the targets."""
         return measure(self.targets) / sum(map(measure, self.step)) if len(self.step) > 1 else 1.0
 
@@ -55,38 +56,40 @@ class Result:
     logits: Tensor
 
 
-Objective = Callable[[nn.Module, Rows], Result]
-Criterion = Callable[[Tensor, Rows], Tensor]
+Objective = Callable[[nn.Module, MicroBatch], Result]
+Criterion = Callable[[Tensor, MicroBatch], Tensor]
 """Maps logits [B, C] and their rows to a scalar: their part of the mean over the step."""
 
 
-def by_labels(loss: Loss) -> Criterion:
+def label_loss(loss: Loss) -> Criterion:
     """Return the criterion that compares logits with targets."""
-    return lambda logits, rows: loss(logits, rows.targets) * rows.part(loss.mass)
+    return lambda logits, rows: loss(logits, rows.targets) * rows.fraction(loss.mass)
 
 
-def by_teacher(loss: Loss, alpha: Callable[[], float], temperature: Callable[[], float]) -> Criterion:
+def distillation_loss(loss: Loss, alpha: Callable[[], float], temperature: Callable[[], float]) -> Criterion:
     """α·T²·KL(teacher_T ‖ student_T) + (1 - α)·loss (Hinton et al. 2015, arXiv 1503.02531, section 2).
 
     `alpha` returns the current weight, `temperature` the T that currently softens the rows' teacher.
     """
 
-    def criterion(logits: Tensor, rows: Rows) -> Tensor:
+    def criterion(logits: Tensor, rows: MicroBatch) -> Tensor:
         if rows.teacher is None:
             raise ValueError("distillation needs the teacher's probabilities")
         current_temperature = temperature()
         softened = (loss.scores(logits) / current_temperature).log_softmax(dim=1)
-        distillation = F.kl_div(softened, rows.teacher, reduction="batchmean") * current_temperature**2 * rows.part(len)
-        return alpha() * distillation + (1 - alpha()) * loss(logits, rows.targets) * rows.part(loss.mass)
+        distillation = (
+            F.kl_div(softened, rows.teacher, reduction="batchmean") * current_temperature**2 * rows.fraction(len)
+        )
+        return alpha() * distillation + (1 - alpha()) * loss(logits, rows.targets) * rows.fraction(loss.mass)
 
     return criterion
 
 
-def once(criterion: Criterion) -> Objective:
+def single_pass(criterion: Criterion) -> Objective:
     """Return the objective that applies the criterion to one pass through the network."""
 
-    def objective(model: nn.Module, rows: Rows) -> Result:
-        logits = rows.whole(model(*rows.inputs).float())
+    def objective(model: nn.Module, rows: MicroBatch) -> Result:
+        logits = rows.gather(model(*rows.inputs).float())
         return Result(criterion(logits, rows), logits.detach())
 
     return objective
@@ -100,25 +103,25 @@ def rdrop(criterion: Criterion, weight: float, link: str = "softmax") -> Objecti
     BatchNorm counts the batch once either way; in a backbone that runs once, its variance is over B rows, not 2B.
     The first batch shows which parts are random. The paper adds to the sum of both losses, so its α is twice this weight.
     """
-    two_passes: list[Callable[[nn.Module, Rows], Tensor]] = []
+    two_passes: list[Callable[[nn.Module, MicroBatch], Tensor]] = []
 
-    def objective(model: nn.Module, rows: Rows) -> Result:
+    def objective(model: nn.Module, rows: MicroBatch) -> Result:
         if not two_passes:
             two_passes.append(_choose_two_passes(model, rows))
-        first, second = (rows.whole(half) for half in two_passes[0](model, rows).float().chunk(2))
+        first, second = (rows.gather(half) for half in two_passes[0](model, rows).float().chunk(2))
         mean = (criterion(first, rows) + criterion(second, rows)) / 2
-        distance = divergence(LINKS[link](first), LINKS[link](second)) * rows.part(len)
+        distance = divergence(LINKS[link](first), LINKS[link](second)) * rows.fraction(len)
         return Result(mean + weight * distance, first.detach())
 
     return objective
 
 
-def whole_twice(model: nn.Module, rows: Rows) -> Tensor:
+def two_full_passes(model: nn.Module, rows: MicroBatch) -> Tensor:
     """Return logits [2B, C] of two passes through the whole network, as one batch of twice the rows."""
     return model(*[torch.cat([values, values]) for values in rows.inputs])
 
 
-def head_twice(model: Classifier, rows: Rows) -> Tensor:
+def two_head_passes(model: Classifier, rows: MicroBatch) -> Tensor:
     """Return logits [2B, C] of one pass through the backbone and two passes through the head."""
     features = model.features(*rows.inputs)
     return model.head(torch.cat([features, features]))
@@ -131,7 +134,7 @@ def divergence(first: Tensor, second: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draws(module: nn.Module, *inputs: Tensor) -> bool:
+def is_stochastic(module: nn.Module, *inputs: Tensor) -> bool:
     """Run the module in training mode and return whether it used the random generators.
 
     Buffers, mode and random state are restored. Synchronises with the device.
@@ -148,16 +151,70 @@ def draws(module: nn.Module, *inputs: Tensor) -> bool:
     return is_random
 
 
-def _choose_two_passes(model: nn.Module, rows: Rows) -> Callable[[nn.Module, Rows], Tensor]:
+def _choose_two_passes(model: nn.Module, rows: MicroBatch) -> Callable[[nn.Module, MicroBatch], Tensor]:
     """Return the cheapest function that gives two exact passes for this network; warn if both passes would be equal."""
     few = [torch.cat([values[:1], values[:1]]) for values in rows.inputs]  # two rows, for BatchNorm
-    if not draws(model, *few):
+    if not is_stochastic(model, *few):
         log.warning(
             "train.rdrop_alpha compares two passes of each image, but this network has no active dropout or "
             "stochastic depth, so both passes are equal and R-Drop only costs time; set model.dropout or "
             "model.drop_path above 0, or train.rdrop_alpha=0"
         )
-    if isinstance(model, Classifier) and not draws(model.backbone, few[0]):
+    if isinstance(model, Classifier) and not is_stochastic(model.backbone, few[0]):
         log.info("R-Drop: only the head is random, so the backbone runs once for both passes")
-        return head_twice
-    return whole_twice
+        return two_head_passes
+    return two_full_passes
+
+
+class Teacher:
+    """The teacher's log-probabilities [N, C] of N rows; `teacher[rows]` returns softened probabilities [B, C].
+
+    `temperature`: T of the current epoch. `alpha`: weight of the distillation loss at the current step.
+    """
+
+    def __init__(self, log_probs: np.ndarray, alpha: float, temperature: float, device: torch.device) -> None:
+        self.log_probs = log_probs
+        self.alpha = alpha
+        self.device = device
+        self.set_temperature(temperature)
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set the temperature and soften all rows with it."""
+        self.temperature = temperature
+        self._probs = torch.from_numpy(soften(self.log_probs, temperature)).to(self.device)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self._probs[rows]
+
+
+class DistillSchedule:
+    """Schedule of a teacher's temperature and alpha. Call it after each step.
+
+    In epoch e = 0, 1, … T = max(end, start · decay^e). Validation uses the labels at T = 1, so its epochs are comparable.
+    alpha falls linearly to 0 over the first `falling` steps (0: constant): soft targets first, labels at the end (Clark et
+    al. 2019, "BAM! Born-again multi-task networks", arXiv 1907.04829, section 3.2, whose λ is 1 - alpha).
+    """
+
+    def __init__(self, teacher: Teacher, steps_per_epoch: int, decay: float, end: float, falling: int = 0) -> None:
+        self.teacher, self.alpha, self.start = teacher, teacher.alpha, teacher.temperature
+        self.steps_per_epoch, self.decay, self.end, self.falling = steps_per_epoch, decay, min(end, self.start), falling
+        self.step = 0
+
+    def __call__(self) -> None:
+        self.load_state_dict({"step": self.step + 1})
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+        temperature = max(self.end, self.start * self.decay ** (self.step // self.steps_per_epoch))
+        if temperature != self.teacher.temperature:
+            self.teacher.set_temperature(temperature)
+        if self.falling:
+            self.teacher.alpha = self.alpha * max(0.0, 1 - self.step / self.falling)
+
+
+def soften(log_probs: np.ndarray, temperature: float) -> np.ndarray:
+    """Return softmax(log p / T), float32 [N, C] (Hinton et al. 2015, arXiv 1503.02531, equation 1)."""
+    return torch.from_numpy(log_probs).double().div(temperature).softmax(dim=1).float().numpy()

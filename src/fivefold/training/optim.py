@@ -20,31 +20,31 @@ def build_optimizer(
     lr: float,
     weight_decay: float,
     momentum: float,
-    shares: Mapping[int, float] | None = None,
+    scales: Mapping[int, float] | None = None,
 ) -> Optimizer:
     """Return the optimiser `name` over the model's parameters; norms, biases, scales and tokens have no weight decay.
 
     Those are the parameters with fewer than two dimensions of size above 1, and those that a timm backbone exempts.
 
-    `shares`: factor of `lr` per parameter, by its `id`; 1 if it is missing. Groups are in descending order of their
+    `scales`: factor of `lr` per parameter, by its `id`; 1 if it is missing. Groups are in descending order of their
     learning rates.
     """
     groups: dict[tuple[float, bool, bool], dict] = {}
-    hidden = hidden_weights(model) if name == "muon" else set()
+    hidden = muon_params(model) if name == "muon" else set()
     backbone = getattr(model, "backbone", model)
     names = getattr(backbone, "no_weight_decay", tuple)()
     exempt = {id(parameter) for name, parameter in backbone.named_parameters() if name in names}
     for parameter in model.parameters():
         if parameter.requires_grad:
             decays = sum(size > 1 for size in parameter.shape) >= 2 and id(parameter) not in exempt
-            key = (shares or {}).get(id(parameter), 1.0), decays, id(parameter) in hidden
+            key = (scales or {}).get(id(parameter), 1.0), decays, id(parameter) in hidden
             group = {"params": [], "lr": lr * key[0], "weight_decay": weight_decay if key[1] else 0.0}
             groups.setdefault(key, group | ({"use_muon": True} if key[2] else {}))["params"].append(parameter)
     ordered = [groups[key] for key in sorted(groups, reverse=True)]
     return choose(OPTIMIZERS, "optimizer", name)(ordered, lr, momentum)
 
 
-def learning_rates(backbone: nn.Module, factor: float, decay: float) -> dict[int, float]:
+def lr_scales(backbone: nn.Module, factor: float, decay: float) -> dict[int, float]:
     """Return the learning-rate factor of each backbone parameter, by `id`: factor · decay^(L - l) in layer l of 0..L-1.
 
     So the last layer has factor · decay, and the head 1 (Bao et al. 2022, arXiv 2106.08254, section 3.2). timm defines
@@ -64,7 +64,7 @@ def learning_rates(backbone: nn.Module, factor: float, decay: float) -> dict[int
     return {id(parameter): factor * decay * group["lr_scale"] for group in groups for parameter in group["params"]}
 
 
-def hidden_weights(model: nn.Module) -> set[int]:
+def muon_params(model: nn.Module) -> set[int]:
     """Return the `id`s of the weights that Muon optimises: those of the backbone's layers after the first, without the head.
 
     Depthwise convolutions and position embeddings are excluded, because they are not matrices between features.
@@ -126,13 +126,13 @@ class Schedule(LambdaLR):
         total: int,
         steps_per_epoch: int,
         warmup_epochs: float = 0.0,
-        step_epochs: int = 10,
+        lr_step_epochs: int = 10,
         gamma: float = 0.5,
     ) -> None:
         make = choose(SCHEDULES, "schedule", name)
         check_warmup(warmup_epochs, total / steps_per_epoch)
         warmup = min(round(warmup_epochs * steps_per_epoch), total - 1)
-        factor = make(total - warmup, warmup, step_epochs * steps_per_epoch, gamma)
+        factor = make(total - warmup, warmup, lr_step_epochs * steps_per_epoch, gamma)
         super().__init__(optimizer, lambda step: (step + 1) / warmup if step < warmup else factor(step))
 
     def __call__(self) -> None:

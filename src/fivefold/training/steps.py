@@ -1,4 +1,4 @@
-"""Updates by name: one optimiser step, with backward pass, accumulation, unscaling and clipping."""
+"""Updates: one optimiser step, with backward pass, accumulation, unscaling and clipping."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import Runtime
 from fivefold.training.checkpoints import random_state, set_random_state
-from fivefold.training.objectives import Objective, Result, Rows
+from fivefold.training.objectives import MicroBatch, Objective, Result
 
-Update = Callable[[Sequence[Rows]], list[Result]]
+Update = Callable[[Sequence[MicroBatch]], list[Result]]
 
 
 def build_scaler(runtime: Runtime) -> GradScaler:
@@ -21,7 +21,7 @@ def build_scaler(runtime: Runtime) -> GradScaler:
     return GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
 
 
-def plain(
+def plain_step(
     model: nn.Module,
     objective: Objective,
     optimizer: Optimizer,
@@ -33,12 +33,12 @@ def plain(
     """Return an update with one gradient, of the micro-batches as one batch, and one optimiser step.
 
     fp16 losses are scaled (by `scaler`, or a new one); gradients are unscaled before their norm is clipped to `clip`
-    (0: no clipping). `rho` is for `sam` only.
+    (0: no clipping). `rho` is for `sam_step` only.
     """
     scaler = scaler or build_scaler(runtime)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def update(micro_batches: Sequence[Rows]) -> list[Result]:
+    def update(micro_batches: Sequence[MicroBatch]) -> list[Result]:
         optimizer.zero_grad(set_to_none=True)
         results = _accumulate(model, objective, micro_batches, runtime, scaler.scale)
         scaler.unscale_(optimizer)
@@ -51,7 +51,7 @@ def plain(
     return update
 
 
-def sam(
+def sam_step(
     model: nn.Module,
     objective: Objective,
     optimizer: Optimizer,
@@ -69,18 +69,18 @@ def sam(
     """
     if runtime.dtype == torch.float16:
         raise SettingsError(
-            "train.update=sam needs two gradients per step, which fp16's loss scaling does not support: "
+            f"train.sam_rho={rho:g} needs two gradients per step, which fp16's loss scaling does not support: "
             "set train.precision=bf16 (or fp32)"
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def update(micro_batches: Sequence[Rows]) -> list[Result]:
+    def update(micro_batches: Sequence[MicroBatch]) -> list[Result]:
         state = random_state(runtime.device)
         optimizer.zero_grad(set_to_none=True)
         results = _accumulate(model, objective, micro_batches, runtime)
         counters = list(model.buffers())
         counted = [buffer.clone() for buffer in counters]
-        moved, origin = _climb(parameters, rho)
+        moved, origin = _perturb(parameters, rho)
         set_random_state(runtime.device, state)
         optimizer.zero_grad(set_to_none=True)
         _accumulate(model, objective, micro_batches, runtime)
@@ -97,7 +97,7 @@ def sam(
 def _accumulate(
     model: nn.Module,
     objective: Objective,
-    micro_batches: Sequence[Rows],
+    micro_batches: Sequence[MicroBatch],
     runtime: Runtime,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> list[Result]:
@@ -111,12 +111,12 @@ def _accumulate(
             result = objective(model, replace(batch, step=step))
         scale(result.loss).backward()
         results.append(replace(result, loss=result.loss.detach()))
-    runtime.replicas.sum_gradients(model)
+    runtime.process_group.all_reduce_gradients(model)
     return results
 
 
 @torch.no_grad()
-def _climb(parameters: Sequence[Tensor], rho: float) -> tuple[list[Tensor], list[Tensor]]:
+def _perturb(parameters: Sequence[Tensor], rho: float) -> tuple[list[Tensor], list[Tensor]]:
     """Move the parameters by ρ along their gradient, which it overwrites; return the moved ones and their old values."""
     moved = [parameter for parameter in parameters if parameter.grad is not None]
     origin = [parameter.clone() for parameter in moved]
@@ -132,9 +132,3 @@ def _climb(parameters: Sequence[Tensor], rho: float) -> tuple[list[Tensor], list
 def _copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
-
-
-UPDATES: dict[str, Callable[..., Update]] = {
-    "plain": plain,
-    "sam": sam,
-}

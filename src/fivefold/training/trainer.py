@@ -17,21 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fivefold.data.pipeline.dataset import Batch, ImageSet, Sample, derive_seed, load
-from fivefold.data.pipeline.eval_cache import Prepared
-from fivefold.data.pipeline.prefetch import ahead
+from fivefold.data.pipeline.dataset import Batch, ImageDataset, Sample, derive_seed, load_batches
+from fivefold.data.pipeline.eval_cache import EvalImageCache
+from fivefold.data.pipeline.loader import prefetch_to_device
 from fivefold.errors import DataError, SettingsError, StoppedError
-from fivefold.evaluation.metrics import summary
+from fivefold.evaluation.metrics import compute_metrics
 from fivefold.inference.predictor import Runtime, only_logits, predict_all
 from fivefold.lookup import choose
-from fivefold.progress import duration, track
-from fivefold.training.checkpoints import Checkpoints, Stateful, captured, restore
+from fivefold.progress import format_duration, track
+from fivefold.training.checkpoints import Checkpoints, Stateful, collect_state, restore
 from fivefold.training.losses import Loss
 from fivefold.training.mixing import Mixing
-from fivefold.training.objectives import Result, Rows
+from fivefold.training.objectives import MicroBatch, Result, Teacher
 from fivefold.training.optim import Schedule
 from fivefold.training.steps import Update
-from fivefold.training.teacher import Teacher
 
 log = logging.getLogger("fivefold")
 CHECK_INTERVAL_STEPS = 50
@@ -41,28 +40,28 @@ Observer = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class TrainRows:
+class TrainData:
     """The N training rows: `images`; `targets` [N, C] on the device; the `teacher` of the rows, or None."""
 
-    images: ImageSet
+    images: ImageDataset
     targets: Tensor
     teacher: Teacher | None = None
 
     def batches(self, batches: list[list[Sample]], workers: int, device: torch.device) -> Iterator[Batch]:
         """Yield the given batches; on CUDA each is copied to the device before the step that uses it."""
-        return ahead(load(self.images, batches, workers, pin=device.type == "cuda"), device)
+        return prefetch_to_device(load_batches(self.images, batches, workers, pin=device.type == "cuda"), device)
 
 
 @dataclass(frozen=True)
-class ValidRows:
+class ValidData:
     """The N validation rows: `images` and class indices `codes` [N]."""
 
-    images: ImageSet | Prepared
+    images: ImageDataset | EvalImageCache
     codes: np.ndarray
 
 
 @dataclass(frozen=True)
-class Duration:
+class LoopConfig:
     """Length, batch sizes, seed and loader processes of a run; `patience` 0 trains all epochs.
 
     The loop validates every `validate_every`th epoch and the last one.
@@ -79,7 +78,7 @@ class Duration:
 
 
 @dataclass
-class Best:
+class BestCheckpoint:
     """The best epoch so far by the metric `monitor`, with its scores and weights."""
 
     monitor: str
@@ -87,13 +86,13 @@ class Best:
     scores: Mapping[str, float] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
 
-    def offer(self, epoch: int, scores: Mapping[str, float], model: nn.Module) -> None:
+    def update(self, epoch: int, scores: Mapping[str, float], model: nn.Module) -> None:
         """Keep this epoch's weights if its score is better than all before."""
         sign = choose(MONITORS, "monitor", self.monitor)
         if not self.epoch or sign * scores[self.monitor] < sign * self.scores[self.monitor]:
-            self.keep(epoch, scores, model)
+            self.store(epoch, scores, model)
 
-    def keep(self, epoch: int, scores: Mapping[str, float], model: nn.Module) -> None:
+    def store(self, epoch: int, scores: Mapping[str, float], model: nn.Module) -> None:
         self.epoch, self.scores = epoch, dict(scores)
         self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -108,27 +107,27 @@ class Throughput:
     passes: list[float] = field(default_factory=list)
 
     @contextmanager
-    def of(self, images: int) -> Iterator[None]:
+    def measure(self, images: int) -> Iterator[None]:
         """Time an epoch over so many `images`; an epoch that raises does not count."""
         start = time.perf_counter()
         yield
         if images:
             self.passes.append(images / max(time.perf_counter() - start, 1e-9))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return `images_per_second` for the stage's record: the median without the first epoch, which warms up."""
         counted = self.passes[1:] or self.passes
         return {"images_per_second": round(statistics.median(counted), 2)} if counted else {}
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Position of a run: the current `epoch`, its completed `step`s and their `totals`, its first `lr`; `rows` of ended epochs.
 
     `best` has one entry per contender. The loop changes it only between steps, so a checkpoint can save it at any time.
     """
 
-    best: dict[str, Best]
+    best: dict[str, BestCheckpoint]
     epoch: int = 1
     step: int = 0
     lr: float = 0.0
@@ -149,21 +148,21 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Loop:
+class Trainer:
     """All components of a training run.
 
-    `contenders`: the models to validate; the first one's scores are reported and decide early stopping. `batches`:
+    `scored_models`: the models to validate; the first one's scores are reported and decide early stopping. `batches`:
     function from an epoch to its batches of (epoch, row) pairs. `select`: keep each contender's best epoch, else the
-    last one, whatever its scores. `parts`: the components with a state, which `checkpoints` save. When a run resumes,
-    `observers` get the rows of its earlier epochs again; `announcers` do not.
+    last one, whatever its scores. `components`: the components with a state, which `checkpoints` save. When a run resumes,
+    `observers` get the rows of its earlier epochs again; `live_observers` do not.
     """
 
     label: str
     model: nn.Module
-    contenders: Mapping[str, nn.Module]
-    train: TrainRows
-    valid: ValidRows | None
-    duration: Duration
+    scored_models: Mapping[str, nn.Module]
+    train: TrainData
+    valid: ValidData | None
+    config: LoopConfig
     batches: Callable[[int], list[list[Sample]]]
     mixing: Mixing
     update: Update
@@ -173,171 +172,184 @@ class Loop:
     monitor: str
     select: bool
     runtime: Runtime
-    parts: Mapping[str, Stateful] = field(default_factory=dict)
+    components: Mapping[str, Stateful] = field(default_factory=dict)
     checkpoints: Checkpoints | None = None
     observers: Sequence[Observer] = ()
-    announcers: Sequence[Observer] = ()
+    live_observers: Sequence[Observer] = ()
     throughput: Throughput = field(default_factory=Throughput)
 
 
-def fit(loop: Loop) -> dict[str, Best]:
+def fit(trainer: Trainer) -> dict[str, BestCheckpoint]:
     """Train from the newest checkpoint to the last epoch or until patience runs out; return each contender's best (or last) epoch.
 
     Raise a DataError if a loss is not finite, a SettingsError if a batch does not fit on the device, and a StoppedError,
     after saving a checkpoint, if the process received a signal to stop.
     """
-    progress = _start_or_resume(loop)
+    progress = _start_or_resume(trainer)
     try:
-        return _run_epochs(loop, progress)
+        return _run_epochs(trainer, progress)
     except StoppedError:
-        _save_checkpoint(loop, progress)
+        _save_checkpoint(trainer, progress)
         raise
     except torch.OutOfMemoryError as error:
-        size, accumulate = loop.duration.batch_size, loop.duration.accumulate
+        size, accumulate = trainer.config.batch_size, trainer.config.accumulate
         raise SettingsError(
-            f"a batch of {size} images does not fit in the memory of {loop.runtime.device}; "
-            f"train.batch_size={max(1, size // 2)} train.accumulate={2 * accumulate} needs half and keeps the step's size"
+            f"a batch of {size} images does not fit in the memory of {trainer.runtime.device}; "
+            f"train.batch_size={max(1, size // 2)} train.grad_accum_steps={2 * accumulate} needs half and keeps the step's size"
         ) from error
 
 
-def _start_or_resume(loop: Loop) -> Progress:
+def _start_or_resume(trainer: Trainer) -> TrainState:
     """Return the progress of a new run, or restore all parts and the progress from the newest readable checkpoint."""
-    progress = Progress({name: Best(loop.monitor) for name in loop.contenders})
-    loop.runtime.replicas.start_alike(loop.model)
-    state = loop.runtime.replicas.shared(loop.checkpoints.load() if loop.checkpoints is not None else None)
+    progress = TrainState({name: BestCheckpoint(trainer.monitor) for name in trainer.scored_models})
+    trainer.runtime.process_group.broadcast_weights(trainer.model)
+    state = trainer.runtime.process_group.broadcast(
+        trainer.checkpoints.load() if trainer.checkpoints is not None else None
+    )
     if state is not None:
-        restore({**loop.parts, "progress": progress}, loop.runtime.device, state)
+        restore({**trainer.components, "progress": progress}, trainer.runtime.device, state)
         progress.totals = [
-            total.to(loop.runtime.device) for total in progress.totals
+            total.to(trainer.runtime.device) for total in progress.totals
         ]  # new steps append device tensors
-        log.info("%s resumes after step %d of epoch %d", loop.label, progress.step, progress.epoch)
+        log.info("%s resumes after step %d of epoch %d", trainer.label, progress.step, progress.epoch)
         for row in progress.rows:
-            for observe in loop.observers:
+            for observe in trainer.observers:
                 observe(row)
     return progress
 
 
-def _save_checkpoint(loop: Loop, progress: Progress) -> None:
-    if loop.checkpoints is not None:
-        loop.checkpoints.save(captured({**loop.parts, "progress": progress}, loop.runtime.device))
+def _save_checkpoint(trainer: Trainer, progress: TrainState) -> None:
+    if trainer.checkpoints is not None:
+        trainer.checkpoints.save(collect_state({**trainer.components, "progress": progress}, trainer.runtime.device))
 
 
-def _run_epochs(loop: Loop, progress: Progress) -> dict[str, Best]:
-    start, before, epochs = time.monotonic(), len(progress.rows), loop.duration.epochs
-    while progress.epoch <= epochs and not _patience_is_out(loop, progress):
+def _run_epochs(trainer: Trainer, progress: TrainState) -> dict[str, BestCheckpoint]:
+    start, before, epochs = time.monotonic(), len(progress.rows), trainer.config.epochs
+    while progress.epoch <= epochs and not _patience_is_out(trainer, progress):
         epoch = progress.epoch
         if not progress.step:
-            progress.lr = loop.schedule.lr
-        row = {"epoch": epoch, **train_epoch(loop, progress), "lr": progress.lr}
-        scores = _validate_contenders(loop, epoch, progress.best) if _is_validated(loop, epoch) else {}
+            progress.lr = trainer.schedule.lr
+        row = {"epoch": epoch, **train_epoch(trainer, progress), "lr": progress.lr}
+        scores = _validate_contenders(trainer, epoch, progress.best) if _is_validated(trainer, epoch) else {}
         row |= {f"val_{name}": value for name, value in scores.items()}
-        for observe in (*loop.observers, *loop.announcers):
+        for observe in (*trainer.observers, *trainer.live_observers):
             observe(row)
-        left = duration((time.monotonic() - start) / (epoch - before) * (epochs - epoch))
-        speed = f"{loop.throughput.passes[-1]:.4g} images/s, " if loop.throughput.passes else ""
-        log.info("%s epoch %d/%d %s, %s%s left", loop.label, epoch, epochs, _format_metrics(row), speed, left)
+        left = format_duration((time.monotonic() - start) / (epoch - before) * (epochs - epoch))
+        speed = f"{trainer.throughput.passes[-1]:.4g} images/s, " if trainer.throughput.passes else ""
+        log.info("%s epoch %d/%d %s, %s%s left", trainer.label, epoch, epochs, _format_metrics(row), speed, left)
         progress.rows.append(row)
         progress.epoch, progress.step, progress.totals = epoch + 1, 0, []
-        _save_checkpoint(loop, progress)
+        _save_checkpoint(trainer, progress)
     return progress.best
 
 
-def _is_validated(loop: Loop, epoch: int) -> bool:
-    return epoch % loop.duration.validate_every == 0 or epoch == loop.duration.epochs
+def _is_validated(trainer: Trainer, epoch: int) -> bool:
+    return epoch % trainer.config.validate_every == 0 or epoch == trainer.config.epochs
 
 
-def _patience_is_out(loop: Loop, progress: Progress) -> bool:
-    allowed, ended = loop.duration.patience, len(progress.rows)
+def _patience_is_out(trainer: Trainer, progress: TrainState) -> bool:
+    allowed, ended = trainer.config.patience, len(progress.rows)
     out = (
-        allowed > 0 and _is_validated(loop, ended) and ended - progress.best[next(iter(progress.best))].epoch >= allowed
+        allowed > 0
+        and _is_validated(trainer, ended)
+        and ended - progress.best[next(iter(progress.best))].epoch >= allowed
     )
     if out:
-        log.info("%s stops: %s did not improve for %d epochs", loop.label, loop.monitor, allowed)
+        log.info("%s stops: %s did not improve for %d epochs", trainer.label, trainer.monitor, allowed)
     return out
 
 
-def train_epoch(loop: Loop, progress: Progress) -> dict[str, float]:
+def train_epoch(trainer: Trainer, progress: TrainState) -> dict[str, float]:
     """Train on the remaining batches of the epoch; return `train_loss` and `train_acc` (against the mixed targets)."""
-    batches = loop.batches(progress.epoch)[progress.step * loop.duration.accumulate :]
-    with loop.throughput.of(sum(map(len, batches))):
-        _run_steps(loop, progress, batches)
+    batches = trainer.batches(progress.epoch)[progress.step * trainer.config.accumulate :]
+    with trainer.throughput.measure(sum(map(len, batches))):
+        _run_steps(trainer, progress, batches)
         _check_finite(progress.totals, progress.epoch)  # waits for the GPU
     loss, right, rows_seen, mass = torch.stack(progress.totals).cpu().double().sum(dim=0).tolist()
     return {"train_loss": loss / rows_seen, "train_acc": right / max(mass, 1e-12)}
 
 
-def _run_steps(loop: Loop, progress: Progress, batches: list[list[Sample]]) -> None:
+def _run_steps(trainer: Trainer, progress: TrainState, batches: list[list[Sample]]) -> None:
     """Run the steps of the given batches, with checks and checkpoints between steps."""
-    plan, epoch, runtime = loop.duration, progress.epoch, loop.runtime
-    label = f"{loop.label} epoch {epoch}/{plan.epochs}"
-    loaded = loop.train.batches(own_part(batches, runtime), plan.workers, runtime.device)
+    plan, epoch, runtime = trainer.config, progress.epoch, trainer.runtime
+    label = f"{trainer.label} epoch {epoch}/{plan.epochs}"
+    loaded = trainer.train.batches(shard_batches(batches, runtime), plan.workers, runtime.device)
     micro = zip(track(loaded, len(batches), label), batches, strict=True)
-    loop.model.train()
-    while group := runtime.replicas.together(lambda: list(islice(micro, plan.accumulate))):
+    trainer.model.train()
+    while group := runtime.process_group.run_collectively(lambda: list(islice(micro, plan.accumulate))):
         step_seed = (plan.seed, epoch, progress.step)
         seed_step(runtime, *step_seed)
         rows = [
-            rows_of(batch, samples, loop.train, loop.mixing, runtime, epoch, (*step_seed, n))
+            to_micro_batch(batch, samples, trainer.train, trainer.mixing, runtime, epoch, (*step_seed, n))
             for n, (batch, samples) in enumerate(group)
         ]
-        results = loop.update(rows)
-        for call in loop.after_step:
+        results = trainer.update(rows)
+        for call in trainer.after_step:
             call()
         count = sum(len(part.targets) for part in rows)
         progress.totals += [_totals(result, part, count) for result, part in zip(results, rows, strict=True)]
         progress.step += 1
         if progress.step % CHECK_INTERVAL_STEPS == 0:
             _check_finite(progress.totals, epoch)
-        if loop.checkpoints is not None and loop.checkpoints.due():
-            _save_checkpoint(loop, progress)
+        if trainer.checkpoints is not None and trainer.checkpoints.due():
+            _save_checkpoint(trainer, progress)
 
 
-def validate(model: nn.Module, rows: ValidRows, loop: Loop) -> dict[str, float]:
+def validate(model: nn.Module, rows: ValidData, trainer: Trainer) -> dict[str, float]:
     """Return `loss`, `acc`, `logloss` and `f1_macro` on the validation rows, without test-time augmentation."""
-    plan, label = loop.duration, f"{loop.label} validation"
+    plan, label = trainer.config, f"{trainer.label} validation"
     outputs = predict_all(
-        model, rows.images, plan.predict_batch_size, plan.workers, loop.runtime, ["plain"], label, of_views=only_logits
+        model,
+        rows.images,
+        plan.predict_batch_size,
+        plan.workers,
+        trainer.runtime,
+        ["plain"],
+        label,
+        reduce_views=only_logits,
     )
     logits = torch.from_numpy(outputs)
-    figures = summary(loop.loss.scores(logits).log_softmax(dim=1).numpy(), rows.codes)
+    figures = compute_metrics(trainer.loss.scores(logits).log_softmax(dim=1).numpy(), rows.codes)
     targets = nn.functional.one_hot(torch.from_numpy(rows.codes).long(), logits.shape[1]).float()
-    loss = float(loop.loss(logits, targets))
+    loss = float(trainer.loss(logits, targets))
     names = {"acc": "accuracy", "logloss": "logloss", "f1_macro": "f1_macro"}
     metrics = {"loss": loss, **{name: float(figures[figure]) for name, figure in names.items()}}
-    return loop.runtime.replicas.shared(metrics)  # all ranks use the values of the first, since rounding differs
+    return trainer.runtime.process_group.broadcast(
+        metrics
+    )  # all ranks use the values of the first, since rounding differs
 
 
-def own_part(batches: Sequence[list[Sample]], runtime: Runtime) -> list[list[Sample]]:
+def shard_batches(batches: Sequence[list[Sample]], runtime: Runtime) -> list[list[Sample]]:
     """Return this rank's samples of each batch."""
-    return [list(runtime.replicas.share(len(batch)).take(batch)) for batch in batches]
+    return [list(runtime.process_group.shard(len(batch)).take(batch)) for batch in batches]
 
 
-def rows_of(
+def to_micro_batch(
     batch: Batch,
     samples: Sequence[Sample],
-    train: TrainRows,
+    train: TrainData,
     mixing: Mixing,
     runtime: Runtime,
     epoch: int,
     seed: tuple[int, ...],
-) -> Rows:
+) -> MicroBatch:
     """Return the rows on the device, mixed; `batch` is this rank's part of the `samples`.
 
     Mixing partners are drawn for the whole batch, so a partner's image can come from another rank.
     """
-    share, device = runtime.replicas.share(len(samples)), runtime.device
-    numbers = torch.tensor([row for _, row in samples]) if share.parted else batch.rows
+    shard, device = runtime.process_group.shard(len(samples)), runtime.device
+    numbers = torch.tensor([row for _, row in samples]) if shard.is_sharded else batch.rows
     index = numbers.to(device, non_blocking=True)
     teacher = None if train.teacher is None else train.teacher[index]
     images, meta = runtime.images(batch.images), runtime.meta(batch.meta)
-    rows = Rows(images, train.targets[index], teacher, meta, share.logits)
-    if not share.parted:
+    rows = MicroBatch(images, train.targets[index], teacher, meta, shard.all_gather_logits)
+    if not shard.is_sharded:
         return mixing(rows, epoch, seed)
 
     def partners(order: Tensor) -> tuple[Tensor, Tensor | None]:
-        chosen = share.take(order)
-        others = share.whole(batch.images.to(device, non_blocking=True))[chosen]
-        return runtime.images(others), None if meta is None else share.whole(meta)[chosen]
+        chosen = shard.take(order)
+        others = shard.all_gather(batch.images.to(device, non_blocking=True))[chosen]
+        return runtime.images(others), None if meta is None else shard.all_gather(meta)[chosen]
 
     return mixing(rows, epoch, seed, partners)
 
@@ -347,23 +359,26 @@ def seed_step(runtime: Runtime, *parts: int) -> None:
 
     So every rank draws different numbers, and a resumed run draws the same numbers as an uninterrupted one.
     """
-    if not runtime.replicas.alone:
-        torch.manual_seed(derive_seed(*parts, runtime.replicas.place.rank))
+    if not runtime.process_group.is_single:
+        torch.manual_seed(derive_seed(*parts, runtime.process_group.rank.index))
 
 
-def _validate_contenders(loop: Loop, epoch: int, best: Mapping[str, Best]) -> dict[str, float]:
+def _validate_contenders(trainer: Trainer, epoch: int, best: Mapping[str, BestCheckpoint]) -> dict[str, float]:
     """Validate all contenders and keep their best epochs; return the first contender's scores (empty without validation rows)."""
     # Validate all contenders before keeping any: after a stop in between, a resumed run validates the epoch again.
-    scores = {name: validate(model, loop.valid, loop) if loop.valid else {} for name, model in loop.contenders.items()}
-    for name, model in loop.contenders.items():
-        if loop.select and scores[name]:
-            best[name].offer(epoch, scores[name], model)
-        elif epoch == loop.duration.epochs:
-            best[name].keep(epoch, scores[name], model)
-    return scores[next(iter(loop.contenders))]
+    scores = {
+        name: validate(model, trainer.valid, trainer) if trainer.valid else {}
+        for name, model in trainer.scored_models.items()
+    }
+    for name, model in trainer.scored_models.items():
+        if trainer.select and scores[name]:
+            best[name].update(epoch, scores[name], model)
+        elif epoch == trainer.config.epochs:
+            best[name].store(epoch, scores[name], model)
+    return scores[next(iter(trainer.scored_models))]
 
 
-def _totals(result: Result, rows: Rows, of_step: int) -> Tensor:
+def _totals(result: Result, rows: MicroBatch, of_step: int) -> Tensor:
     """Return [part of the loss · rows `of_step`, mass of the hit targets, rows, mass] on the device, without synchronising."""
     hit = rows.targets.gather(1, result.logits.argmax(dim=1, keepdim=True)).sum()
     count = torch.full_like(hit, len(rows.targets))
@@ -375,7 +390,7 @@ def _check_finite(totals: Sequence[Tensor], epoch: int) -> None:
     if not bool(finite.all()):
         step = int((~finite).nonzero()[0]) + 1
         raise DataError(
-            f"the loss is not finite at batch {step} of epoch {epoch}; a smaller train.lr, train.clip=1 or "
+            f"the loss is not finite at batch {step} of epoch {epoch}; a smaller train.lr, train.max_grad_norm=1 or "
             "train.precision=fp32 may help if the images and labels are correct"
         )
 

@@ -41,7 +41,7 @@ def read(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"recipe {path}, variant {variant}: ", tree
 
 
-def system_of(recipe: str) -> str:
+def default_system(recipe: str) -> str:
     """Return the default system name: the recipe's name and its variants, without `smoke`, which changes only sizes."""
     file, variants = _split_name(recipe)
     return "_".join([Path(file).stem, *(variant for variant in variants if variant != SMOKE)])

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from fivefold.contract.files import sha256
-from fivefold.contract.s3.client import Download, Store
+from fivefold.contract.s3.client import Download, S3Client
 from fivefold.contract.s3.urls import Url
 from fivefold.errors import FivefoldError
 
@@ -27,29 +27,29 @@ class CheckpointSync:
     Each checkpoint is one object, so it is complete or absent. Its name contains its SHA-256.
     """
 
-    def __init__(self, store: Store, url: Url, folder: Path) -> None:
+    def __init__(self, store: S3Client, url: Url, folder: Path) -> None:
         self._store, self._url, self._folder = store, url, folder
         self._sent: list[Url] = []
         self._lock = threading.Lock()
         self._waiting: tuple[Path, Url] | None = None
         self._thread: threading.Thread | None = None
 
-    def restore(self, own: Path) -> set[str]:
-        """Download the newest checkpoints of a key to its folder `own`; warn about and skip damaged ones. Return all keys' names."""
-        objects = self._store.below(self._url)
-        prefix = self._url_of(own)
+    def restore(self, key_folder: Path) -> set[str]:
+        """Download the newest checkpoints of a key to its folder `key_folder`; warn about and skip damaged ones. Return all keys' names."""
+        objects = self._store.list_objects(self._url)
+        prefix = self._url_of(key_folder)
         checkpoints = [item for item in objects if item.url.parent == prefix and CHECKPOINT.fullmatch(item.url.name)]
         self._sent = [item.url for item in checkpoints]
         for item in checkpoints[-MAX_CHECKPOINTS:]:
             number, digest, _ = item.url.name.split(".")
-            path = own / f"{number}.pt"
+            path = key_folder / f"{number}.pt"
             self._store.download([Download(item, path)], f"checkpoint {item.url}")
             if sha256(path) != digest:
                 log.warning("the checkpoint %s is damaged: using the one before it", item.url)
                 path.unlink()
-        return {item.url.below(self._url).split("/")[0] for item in objects}
+        return {item.url.relative_to(self._url).split("/")[0] for item in objects}
 
-    def send(self, path: Path) -> None:
+    def upload_async(self, path: Path) -> None:
         """Upload a checkpoint in the background. It replaces one that still waits for its upload."""
         copy = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:  # the training removes the original after two newer checkpoints
@@ -64,10 +64,10 @@ class CheckpointSync:
         if replaced is not None:
             replaced[0].unlink(missing_ok=True)
 
-    def forget(self, own: Path) -> None:
+    def delete(self, key_folder: Path) -> None:
         """Delete a key's checkpoints after its stage is done."""
         self.close()
-        self._store.delete([checkpoint.url for checkpoint in self._store.below(self._url_of(own))])
+        self._store.delete([checkpoint.url for checkpoint in self._store.list_objects(self._url_of(key_folder))])
 
     def close(self) -> None:
         """Wait for the running upload, at most LAST_UPLOAD_TIMEOUT_S seconds."""

@@ -38,7 +38,7 @@ from fivefold.contract.files import disk_is_full, sha256
 from fivefold.contract.s3.urls import Url
 from fivefold.errors import FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.progress import track
-from fivefold.signals import poll
+from fivefold.signals import raise_if_stopped
 
 log = logging.getLogger("fivefold")
 T = TypeVar("T")
@@ -75,7 +75,7 @@ RETRYABLE_CODES = {
 
 
 @dataclass(frozen=True)
-class Object:
+class S3Object:
     """An object of a listing: its size in bytes, its entity tag, and its modification time (seconds since 1970)."""
 
     url: Url
@@ -89,7 +89,7 @@ class Object:
 class Download:
     """Download an object to a file. `digest` is its SHA-256, if known."""
 
-    source: Object
+    source: S3Object
     path: Path
     digest: str | None = None
 
@@ -133,7 +133,7 @@ class Upload:
         """Do nothing: the service has verified the bytes."""
 
 
-class Store:
+class S3Client:
     """The operations on objects that stages need. All errors are FivefoldErrors with the URL."""
 
     def __init__(self) -> None:
@@ -141,22 +141,22 @@ class Store:
             logging.getLogger(name).setLevel(logging.WARNING)
         self._client = _connect()
 
-    def below(self, url: Url) -> list[Object]:
+    def list_objects(self, url: Url) -> list[S3Object]:
         """Return the objects below a URL, sorted by key.
 
         Raise a MissingInputError if the bucket does not exist.
         """
         return self._list(url, f"{url.key}/" if url.key else "")
 
-    def starting(self, url: Url, start: str) -> list[Object]:
+    def list_prefix(self, url: Url, start: str) -> list[S3Object]:
         """Return the objects below a URL whose relative names start with `start`."""
         return self._list(url, (url / start).key)
 
-    def find(self, url: Url) -> Object | None:
+    def head(self, url: Url) -> S3Object | None:
         """Return the object with exactly this key, or None."""
         return next((item for item in self._list(url, url.key, limit=1) if item.url == url), None)
 
-    def find_archived(self, objects: Iterable[Object]) -> Object | None:
+    def find_archived(self, objects: Iterable[S3Object]) -> S3Object | None:
         """Return the first object that is archived and not restored, or None."""
         for item in objects:
             if item.storage_class in ARCHIVE_CLASSES:
@@ -197,13 +197,13 @@ class Store:
             ),
         )
 
-    def _list(self, url: Url, start: str, limit: int = 0) -> list[Object]:
-        def pages() -> list[Object]:
+    def _list(self, url: Url, start: str, limit: int = 0) -> list[S3Object]:
+        def pages() -> list[S3Object]:
             paginator = self._client.get_paginator("list_objects_v2")
             config = {"PaginationConfig": {"MaxItems": limit}} if limit else {}
             objects = []
             for page in paginator.paginate(Bucket=url.bucket, Prefix=start, **config):
-                poll()
+                raise_if_stopped()
                 objects += [_object(url.bucket, entry) for entry in page.get("Contents", [])]
             return objects
 
@@ -216,11 +216,11 @@ class Store:
         """
         attempt, before = 0, len(remaining)
         while True:
-            poll()
+            raise_if_stopped()
             try:
                 return call()
             except Exception as error:
-                known = as_ours(error, url)
+                known = to_known_error(error, url)
                 if len(remaining) < before:
                     attempt, before = 0, len(remaining)
                 if not isinstance(known, RetryableError) or attempt + 1 == MAX_ATTEMPTS:
@@ -242,12 +242,12 @@ class Store:
                     total = sum(transfer.size for transfer in futures)
                     for transfer in track(list(futures), total, label, bytes_of=lambda transfer: transfer.size):
                         while not futures[transfer].done():
-                            poll()
+                            raise_if_stopped()
                             time.sleep(POLL_INTERVAL_S)
                         try:
                             futures[transfer].result()
                         except Exception as error:
-                            raise as_ours(error, transfer.url) from error
+                            raise to_known_error(error, transfer.url) from error
                         transfer.check()
                         del remaining[transfer]
             except RetryableError:
@@ -265,7 +265,7 @@ class Store:
 class _ProvideMetadata(BaseSubscriber):
     """Pass size and entity tag of the listing to a download: this saves a request, and a replaced object fails."""
 
-    def __init__(self, source: Object) -> None:
+    def __init__(self, source: S3Object) -> None:
         self._source = source
 
     def on_queued(self, future: TransferFuture, **_: Any) -> None:
@@ -273,7 +273,7 @@ class _ProvideMetadata(BaseSubscriber):
         future.meta.provide_object_etag(self._source.etag)
 
 
-def as_ours(error: Exception, url: Url) -> FivefoldError:
+def to_known_error(error: Exception, url: Url) -> FivefoldError:
     """Return the FivefoldError for a failed call for `url`."""
     if isinstance(error, FivefoldError):
         return error
@@ -321,16 +321,16 @@ def _error_of_response(error: ClientError, url: Url) -> FivefoldError:
     return SettingsError(f"{url}: the store rejects the request: {message}")
 
 
-def _object(bucket: str, entry: dict[str, Any]) -> Object:
+def _object(bucket: str, entry: dict[str, Any]) -> S3Object:
     modified, storage_class = entry["LastModified"].timestamp(), entry.get("StorageClass", "")
-    return Object(Url(bucket, entry["Key"]), entry["Size"], entry["ETag"], modified, storage_class)
+    return S3Object(Url(bucket, entry["Key"]), entry["Size"], entry["ETag"], modified, storage_class)
 
 
 def _back_off(attempt: int) -> None:
     """Wait with exponential backoff and random jitter, so that many clients do not retry at the same time."""
     until = time.monotonic() + min(MAX_BACKOFF_S, 2.0**attempt) * random.uniform(0.5, 1.0)
     while time.monotonic() < until:
-        poll()
+        raise_if_stopped()
         time.sleep(POLL_INTERVAL_S)
 
 

@@ -17,13 +17,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fivefold.contract.files import below
+from fivefold.contract.files import join_below
 from fivefold.contract.s3.urls import Url
 from fivefold.contract.stage_specs import CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS
 from fivefold.errors import DataError, RetryableError
 
 if TYPE_CHECKING:
-    from fivefold.contract.s3.client import Object, Store
+    from fivefold.contract.s3.client import S3Client, S3Object
 
 log = logging.getLogger("fivefold")
 
@@ -31,60 +31,60 @@ FILES = "files.json"
 MARKERS = (RECORD, FILES)
 STAGE_FILES = {CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS}
 """Names of files that later stages read."""
-START = "attempt-"
-NAME = re.compile(START + r"([a-z]+(?:-[a-z]+)*)-\d{8}T\d{6}-[0-9a-f]{8}")
+COMMIT_PREFIX = "attempt-"
+COMMIT_NAME = re.compile(COMMIT_PREFIX + r"([a-z]+(?:-[a-z]+)*)-\d{8}T\d{6}-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Commit:
     """The objects that one run of a stage uploaded below a URL, by their relative names."""
 
     url: Url
-    objects: Mapping[str, "Object"]
+    objects: Mapping[str, "S3Object"]
 
     @property
     def stage(self) -> str:
         """Return the stage, which is a part of the attempt's name."""
-        match = NAME.fullmatch(self.url.name)
+        match = COMMIT_NAME.fullmatch(self.url.name)
         assert match, self.url
         return match.group(1)
 
     @property
-    def marker(self) -> "Object | None":
+    def marker(self) -> "S3Object | None":
         """Return the marker object, which exists if the attempt is complete, or None."""
         return next((self.objects[name] for name in MARKERS if name in self.objects), None)
 
 
 @dataclass(frozen=True)
-class Stored:
+class VisibleFile:
     """A file for readers: its name below the URL, its object, and its SHA-256 if known."""
 
     name: str
-    object: "Object"
+    object: "S3Object"
     digest: str | None = None
 
 
-def new_name(stage: str) -> str:
+def new_commit_name(stage: str) -> str:
     """Return a unique name for an attempt."""
-    return f"{START}{stage}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+    return f"{COMMIT_PREFIX}{stage}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
-def sorted_out(url: Url, objects: Iterable["Object"]) -> tuple[dict[str, "Object"], list[Attempt]]:
+def group_by_commit(url: Url, objects: Iterable["S3Object"]) -> tuple[dict[str, "S3Object"], list[Commit]]:
     """Divide the objects below a URL into those outside attempts, by name, and the attempts, complete or not. Ignore hidden ones."""
-    plain: dict[str, Object] = {}
-    attempts: dict[Url, dict[str, Object]] = {}
+    plain: dict[str, S3Object] = {}
+    attempts: dict[Url, dict[str, S3Object]] = {}
     for item in objects:
-        name = item.url.below(url)
+        name = item.url.relative_to(url)
         parts = name.split("/")
         if not parts[-1] or is_hidden(name):
             continue  # placeholder objects that consoles create for folders, and hidden files
-        index = next((index for index, part in enumerate(parts[:-1]) if NAME.fullmatch(part)), None)
+        index = next((index for index, part in enumerate(parts[:-1]) if COMMIT_NAME.fullmatch(part)), None)
         if index is None:
             plain[name] = item
         else:
             folder = url / "/".join(parts[: index + 1])
             attempts.setdefault(folder, {})["/".join(parts[index + 1 :])] = item
-    return plain, [Attempt(folder, contents) for folder, contents in attempts.items()]
+    return plain, [Commit(folder, contents) for folder, contents in attempts.items()]
 
 
 def is_hidden(name: str) -> bool:
@@ -92,21 +92,21 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
-def visible(store: "Store", url: Url, objects: Iterable["Object"]) -> list[Stored]:
+def list_visible(store: "S3Client", url: Url, objects: Iterable["S3Object"]) -> list[VisibleFile]:
     """Return the files that a reader of `url` may use, sorted by name, without stage files that are beside a complete attempt.
 
     Raise a DataError for names that no file can have, a RetryableError if another process is replacing an attempt.
     """
     objects = list(objects)
-    names = [item.url.below(url) for item in objects]
+    names = [item.url.relative_to(url) for item in objects]
     folders = {name.rpartition("/")[0] for name in names if not name.endswith("/")}
     marked = [name for name in names if name.endswith("/") and not is_hidden(name)]
     if empty := [name for name in marked if not any(f"{folder}/".startswith(name) for folder in folders)]:
         log.warning("%s: folders without any object: %s", url, ", ".join(sorted(empty)[:5]))
-    if hidden := sum(is_hidden(item.url.below(url)) for item in objects):
+    if hidden := sum(is_hidden(item.url.relative_to(url)) for item in objects):
         log.info("%s: ignored %d hidden files", url, hidden)
-    plain, attempts = sorted_out(url, objects)
-    files = {name: Stored(name, object_) for name, object_ in plain.items()}
+    plain, attempts = group_by_commit(url, objects)
+    files = {name: VisibleFile(name, object_) for name, object_ in plain.items()}
     finished = {item.url.parent for item in attempts if item.marker}
     if ignored := sorted(
         name for name in files if (url / name).parent in finished and (url / name).name in STAGE_FILES
@@ -115,29 +115,29 @@ def visible(store: "Store", url: Url, objects: Iterable["Object"]) -> list[Store
     files = {name: stored for name, stored in files.items() if name not in ignored}
     complete = sorted((item for item in attempts if item.marker), key=lambda item: item.url.parent)
     for folder, group in groupby(complete, key=lambda item: item.url.parent):
-        relative = folder.below(url)
+        relative = folder.relative_to(url)
         prefix = f"{relative}/" if folder != url else ""
         newest = {item.stage: item for item in sorted(group, key=_time_order)}
         for index, attempt in enumerate(sorted(newest.values(), key=_time_order)):
             for stored in _files(store, attempt):
                 # as in a folder with several stages: the record of the first is stage.json
                 name = f"{attempt.stage}.{RECORD}" if stored.name == RECORD and index else stored.name
-                files[prefix + name] = Stored(prefix + name, stored.object, stored.digest)
+                files[prefix + name] = VisibleFile(prefix + name, stored.object, stored.digest)
     _check_names(files, url)
     return [files[name] for name in sorted(files)]
 
 
-def marker(record: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
+def commit_record(record: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
     """Return a marker's bytes: the record, and the SHA-256 of each file of the attempt."""
     return (json.dumps({**record, "files": dict(files)}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _time_order(attempt: Attempt) -> tuple[float, Url]:
+def _time_order(attempt: Commit) -> tuple[float, Url]:
     assert attempt.marker
     return attempt.marker.modified, attempt.url
 
 
-def _files(store: "Store", attempt: Attempt) -> list[Stored]:
+def _files(store: "S3Client", attempt: Commit) -> list[VisibleFile]:
     """Return the files that the marker of a complete attempt lists, and the record."""
     marker_object = attempt.marker
     assert marker_object
@@ -152,14 +152,14 @@ def _files(store: "Store", attempt: Attempt) -> list[Stored]:
             f"{attempt.url} has no {missing[0]}, which {marker_object.url.name} lists: its stage is running again, or someone "
             "removed the file; try again later, or run the stage again"
         )
-    listed = [Stored(name, attempt.objects[name], str(digest)) for name, digest in files.items()]
-    return [*listed, Stored(RECORD, marker_object)] if marker_object.url.name == RECORD else listed
+    listed = [VisibleFile(name, attempt.objects[name], str(digest)) for name, digest in files.items()]
+    return [*listed, VisibleFile(RECORD, marker_object)] if marker_object.url.name == RECORD else listed
 
 
-def _check_names(files: Mapping[str, Stored], url: Url) -> None:
+def _check_names(files: Mapping[str, VisibleFile], url: Url) -> None:
     folders = {name[:index] for name in files for index, letter in enumerate(name) if letter == "/"}
     for name in files:
-        below(Path("/folder"), name)
+        join_below(Path("/folder"), name)
         if {"", "."} & set(name.split("/")) or "\0" in name or name in folders:
             raise DataError(
                 f"{url / name} cannot be a file name: a part of it is empty, or it is also the name of a folder; rename it"

@@ -16,16 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fivefold.contract.files import check_space, one_at_a_time, read_json, tree_files
+from fivefold.contract.files import check_space, folder_lock, read_json, tree_files
 from fivefold.contract.s3 import commit
-from fivefold.contract.s3.commit import FILES, START, Attempt, Stored
+from fivefold.contract.s3.commit import COMMIT_PREFIX, FILES, Commit, VisibleFile
 from fivefold.contract.s3.urls import Url
 from fivefold.contract.stage_specs import RECORD
 from fivefold.errors import DataError, MissingInputError, SettingsError
 
 if TYPE_CHECKING:
     from fivefold.contract.s3.checkpoints import CheckpointSync
-    from fivefold.contract.s3.client import Store
+    from fivefold.contract.s3.client import S3Client
 
 log = logging.getLogger("fivefold")
 
@@ -47,23 +47,23 @@ URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/'\"]+@")
 """The part before the host in a URL: a user, a password or a key."""
 
 
-def shown(text: str) -> str:
+def with_urls(text: str) -> str:
     """Return a message with URLs in place of the local paths that represent them, and without credentials in URLs."""
     return URL_CREDENTIALS.sub("***@", LOCAL_FOLDER_PATTERN.sub("s3://", text))
 
 
 @dataclass
-class Output:
+class SyncedOutput:
     """An output's URL, its local folder, and the state of the files that were downloaded at the start."""
 
     url: Url
     path: Path
     fetched: Mapping[Path, tuple[int, int]]
-    replaced: list[Attempt] = field(default_factory=list)
+    replaced: list[Commit] = field(default_factory=list)
 
 
 @dataclass
-class Remote:
+class S3Sync:
     """The URLs of one job, and their local folders below `scratch`. Without URLs all methods do nothing.
 
     Use it as a context manager: the exit uploads the last checkpoint.
@@ -71,11 +71,11 @@ class Remote:
 
     scratch: Path
     channels: dict[Path, Url] = field(default_factory=dict)
-    waiting: dict[Path, list[Stored]] = field(default_factory=dict)
-    outputs: list[Output] = field(default_factory=list)
+    pending: dict[Path, list[VisibleFile]] = field(default_factory=dict)
+    outputs: list[SyncedOutput] = field(default_factory=list)
     checkpoints: "CheckpointSync | None" = None
 
-    def __enter__(self) -> "Remote":
+    def __enter__(self) -> "S3Sync":
         return self
 
     def __exit__(
@@ -85,11 +85,11 @@ class Remote:
             self.checkpoints.close()
 
     @cached_property
-    def store(self) -> "Store":
+    def store(self) -> "S3Client":
         """Return the client. boto3 is imported only if there is a URL."""
-        from fivefold.contract.s3.client import Store
+        from fivefold.contract.s3.client import S3Client
 
-        return Store()
+        return S3Client()
 
     def channel(self, url: Url) -> Path:
         """Return the path that the object or the prefix has after `fetch`.
@@ -98,7 +98,7 @@ class Remote:
         """
         _check_names(url, url.key)
         path = self._local_folder("in", url)
-        self.waiting[path] = self._list_visible(url)
+        self.pending[path] = self._list_visible(url)
         self.channels[path] = url
         return path
 
@@ -111,9 +111,9 @@ class Remote:
 
         Processes that share `scratch` download one after another, and skip files that another one has downloaded.
         """
-        if path in self.waiting:
-            with one_at_a_time(self.scratch):
-                selected = [stored for stored in self.waiting.pop(path) if stored.name.endswith(only)]
+        if path in self.pending:
+            with folder_lock(self.scratch):
+                selected = [stored for stored in self.pending.pop(path) if stored.name.endswith(only)]
                 missing = [stored for stored in selected if not (path / stored.name if stored.name else path).exists()]
                 self._download(missing, path, str(self.channels[path]))
 
@@ -132,40 +132,40 @@ class Remote:
             return path
         self._check_writable(url)
         path.mkdir(parents=True, exist_ok=True)
-        stored = commit.visible(self.store, url, self.store.starting(url, START))
+        stored = commit.list_visible(self.store, url, self.store.list_prefix(url, COMMIT_PREFIX))
         self._download(stored, path, str(url))
-        self.outputs.append(Output(url, path, {path / item.name: _state(path / item.name) for item in stored}))
+        self.outputs.append(SyncedOutput(url, path, {path / item.name: _state(path / item.name) for item in stored}))
         return path
 
-    def begin(self, stage: str) -> None:
+    def invalidate_previous(self, stage: str) -> None:
         """Delete the markers of this stage's earlier attempts, records first, so that they no longer count."""
         for output in self.outputs:
-            earlier = commit.sorted_out(output.url, self.store.starting(output.url, START))[1]
+            earlier = commit.group_by_commit(output.url, self.store.list_prefix(output.url, COMMIT_PREFIX))[1]
             output.replaced = [attempt for attempt in earlier if attempt.stage == stage and attempt.marker]
         markers = [attempt.marker.url for output in self.outputs for attempt in output.replaced if attempt.marker]
         if markers:  # without URLs, do not import boto3
             self.store.delete(sorted(markers, key=lambda url: url.name != RECORD))
 
-    def publish(self, stage: str, record: Path, made: Sequence[Path]) -> None:
+    def publish(self, stage: str, record: Path, new_files: Sequence[Path]) -> None:
         """Upload the files that the stage wrote, its record last; then delete the attempts that this one replaces.
 
-        `made` are the files that the record names.
+        `new_files` are the files that the record names.
         """
         facts = read_json(record)
-        name = commit.new_name(stage)
+        name = commit.new_commit_name(stage)
         # the folder of the record comes last
         for output in sorted(self.outputs, key=lambda output: output.path == record.parent):
-            files = self._written(output, record, made)
+            files = self._written(output, record, new_files)
             urls = {output.url / name / path.relative_to(output.path).as_posix(): path for path in files}
             digests = self.store.upload([(path, url) for url, path in urls.items()], f"to {output.url}")
-            relative_digests = {url.below(output.url / name): digest for url, digest in digests.items()}
+            relative_digests = {url.relative_to(output.url / name): digest for url, digest in digests.items()}
             marker = RECORD if output.path == record.parent else FILES
-            self.store.write(output.url / name / marker, commit.marker(facts, relative_digests))
+            self.store.write(output.url / name / marker, commit.commit_record(facts, relative_digests))
             log.info("%s: %d files at %s", stage, len(files), output.url / name)
         for output in self.outputs:
             self._remove_old(output, stage, name)
 
-    def keep_checkpoints(self, url: Url) -> Path:
+    def checkpoint_folder(self, url: Url) -> Path:
         """Return the local folder of a URL of checkpoints. Errors as for `output`."""
         _check_length(url)
         self._check_writable(url)
@@ -176,29 +176,29 @@ class Remote:
         self.checkpoints = CheckpointSync(self.store, url, path)
         return path
 
-    def keep(self, path: Path) -> None:
+    def upload_checkpoint(self, path: Path) -> None:
         """Upload a new checkpoint in the background."""
         if self.checkpoints is not None:
-            self.checkpoints.send(path)
+            self.checkpoints.upload_async(path)
 
-    def restore(self, own: Path) -> set[str]:
-        """Download the newest checkpoints of a key into its folder `own`. Return the names of all keys with checkpoints."""
-        return set() if self.checkpoints is None else self.checkpoints.restore(own)
+    def restore(self, key_folder: Path) -> set[str]:
+        """Download the newest checkpoints of a key into its folder `key_folder`. Return the names of all keys with checkpoints."""
+        return set() if self.checkpoints is None else self.checkpoints.restore(key_folder)
 
-    def forget(self, own: Path) -> None:
+    def delete_checkpoints(self, key_folder: Path) -> None:
         """Delete a key's checkpoints after its stage is done."""
         if self.checkpoints is not None:
-            self.checkpoints.forget(own)
+            self.checkpoints.delete(key_folder)
 
     def _check_writable(self, url: Url) -> None:
         probe = url / f".probe.{secrets.token_hex(4)}"
         self.store.write(probe, b"probe")
         self.store.delete([probe])
 
-    def _list_visible(self, url: Url) -> list[Stored]:
-        if url.key and (object := self.store.find(url)):
-            return [Stored("", object)]
-        files = commit.visible(self.store, url, self.store.below(url))
+    def _list_visible(self, url: Url) -> list[VisibleFile]:
+        if url.key and (object := self.store.head(url)):
+            return [VisibleFile("", object)]
+        files = commit.list_visible(self.store, url, self.store.list_objects(url))
         if not files:
             raise MissingInputError(f"{url}: no object exists there, and no finished stage has written there")
         return files
@@ -206,7 +206,7 @@ class Remote:
     def _local_folder(self, kind: str, url: Url) -> Path:
         return self.scratch / kind / url.bucket / url.key
 
-    def _download(self, stored: Sequence[Stored], path: Path, label: str) -> None:
+    def _download(self, stored: Sequence[VisibleFile], path: Path, label: str) -> None:
         if not stored:
             return
         from fivefold.contract.s3.client import Download
@@ -223,7 +223,7 @@ class Remote:
         files = [Download(item.object, path / item.name if item.name else path, item.digest) for item in stored]
         self.store.download(files, f"from {label}")
 
-    def _written(self, output: Output, record: Path, recorded: Sequence[Path]) -> list[Path]:
+    def _written(self, output: SyncedOutput, record: Path, recorded: Sequence[Path]) -> list[Path]:
         """Return the files in an output's folder that this stage wrote: new or changed files, and those that its record names."""
         inner = [
             other.path for other in self.outputs if other.path != output.path and other.path.is_relative_to(output.path)
@@ -236,9 +236,9 @@ class Remote:
             and (path in recorded or output.fetched.get(path) != _state(path))
         ]
 
-    def _remove_old(self, output: Output, stage: str, current: str) -> None:
+    def _remove_old(self, output: SyncedOutput, stage: str, current: str) -> None:
         """Delete the objects of replaced attempts, and of this stage's incomplete attempts that are older than a day."""
-        existing = commit.sorted_out(output.url, self.store.starting(output.url, START))[1]
+        existing = commit.group_by_commit(output.url, self.store.list_prefix(output.url, COMMIT_PREFIX))[1]
         replaced = {attempt.url for attempt in output.replaced}
         stale_before = time.time() - STALE_AFTER_S
         for attempt in existing:

@@ -31,7 +31,7 @@ class Url:
         """Return the parent URL; for a bucket the bucket itself."""
         return Url(self.bucket, self.key.rpartition("/")[0])
 
-    def below(self, other: "Url") -> str:
+    def relative_to(self, other: "Url") -> str:
         """Return the key relative to `other`."""
         return self.key.removeprefix(f"{other.key}/" if other.key else "")
 

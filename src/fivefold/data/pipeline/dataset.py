@@ -1,4 +1,7 @@
-"""Batches of images: read, decode, verify and transform; the bytes do not depend on the number of workers."""
+"""Batches of images: read, decode, verify and transform; the bytes do not depend on the number of workers.
+
+`STATS` are image statistics by name: a few numbers of the decoded image before any augmentation.
+"""
 
 import hashlib
 import logging
@@ -14,15 +17,16 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
-from fivefold.data.image_io import Pixels, in_threads
+from fivefold.data.image_io import DecodeOptions, map_in_threads
 from fivefold.data.pipeline.image_cache import Cache
-from fivefold.data.pipeline.image_stats import count_numbers, measure
-from fivefold.data.readers.stores import ImageStore, read_unchanged
+from fivefold.data.readers.stores import ImageStore, read_verified
 from fivefold.data.transforms.registry import Transform
-from fivefold.progress import stoppable, track
+from fivefold.lookup import choose
+from fivefold.progress import interruptible, track
 
 log = logging.getLogger("fivefold")
 
@@ -50,25 +54,25 @@ class Batch:
     def tensors(self) -> list[Tensor]:
         return [self.images, self.rows, *([] if self.meta is None else [self.meta])]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return a batch with `change` applied to each tensor."""
-        return Batch(*map(change, self.tensors))
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return a batch with `function` applied to each tensor."""
+        return Batch(*map(function, self.tensors))
 
     def pin_memory(self) -> "Batch":
         """Pin the tensors; the loader calls this method of custom batch classes for its option `pin_memory`."""
         return self.map(Tensor.pin_memory)
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
+def concat_batches(batches: Sequence[Batch]) -> Batch:
     """Concatenate batches in order."""
     return Batch(*map(torch.cat, zip(*(batch.tensors for batch in batches), strict=True)))
 
 
-class ImageSet(Dataset):
+class ImageDataset(Dataset):
     """The images of N rows of a store, each requested by (epoch, row).
 
     `sha256`: the digests that the split recorded, checked at every read; None if it recorded none.
-    `pixels`: the decoding options. Images that a cache of the store holds with the same options are read from it.
+    `decode_options`: the decoding options. Images that a cache of the store holds with the same options are read from it.
     `meta`: names of the meta features of each image, measured before the transform.
     The random numbers of a sample depend only on (seed, epoch, row), not on the worker or the order.
     """
@@ -81,7 +85,7 @@ class ImageSet(Dataset):
         seed: int = 0,
         sha256: Sequence[str | None] | None = None,
         meta: Sequence[str] = (),
-        pixels: Pixels = Pixels(),  # noqa: B008
+        decode_options: DecodeOptions = DecodeOptions(),  # noqa: B008
     ) -> None:
         self.store = store
         self.paths = paths
@@ -89,9 +93,13 @@ class ImageSet(Dataset):
         self.seed = seed
         self.sha256 = sha256
         self.meta = tuple(meta)
-        self.pixels = pixels
+        self.decode_options = decode_options
         digests = [None] * len(paths) if sha256 is None else sha256
-        self.cached = [(cache, cache.find(digests)) for cache in getattr(store, "caches", ()) if cache.pixels == pixels]
+        self.cached = [
+            (cache, cache.find(digests))
+            for cache in getattr(store, "caches", ())
+            if cache.decode_options == decode_options
+        ]
         self.kept: list[np.ndarray] | None = None
         self.measured: np.ndarray | None = None
 
@@ -102,7 +110,7 @@ class ImageSet(Dataset):
         """Return how many rows are known to be in a cache; rows without a digest are unknown until they are read."""
         return int(np.any([indices >= 0 for _, indices in self.cached], axis=0).sum())
 
-    def keep_in_memory(self) -> bool:
+    def cache_in_memory(self) -> bool:
         """Decode all images once and keep them, if they fit; return whether they do. Forked workers share them.
 
         Images in a cache need not be kept.
@@ -112,8 +120,8 @@ class ImageSet(Dataset):
         expected = self.expected_bytes()
         images: list[np.ndarray] = []
         size = 0
-        with closing(in_threads(self.image, range(len(self)))) as decoded:
-            for image in stoppable(decoded if expected <= MEMORY_LIMIT else ()):
+        with closing(map_in_threads(self.image, range(len(self)))) as decoded:
+            for image in interruptible(decoded if expected <= MEMORY_LIMIT else ()):
                 images.append(image)
                 size += image.nbytes
                 if size > MEMORY_LIMIT:
@@ -124,25 +132,25 @@ class ImageSet(Dataset):
         self.kept = images
         return True
 
-    def expected_bytes(self, most: int = HEADER_SAMPLE) -> float:
-        """Estimate the bytes of all decoded images from the headers of `most` files; 0 if all images are in a cache."""
+    def expected_bytes(self, max_files: int = HEADER_SAMPLE) -> float:
+        """Estimate the bytes of all decoded images from the headers of `max_files` files; 0 if all images are in a cache."""
         if self.count_cached() == len(self):
             return 0.0
-        sample = np.linspace(0, len(self) - 1, min(most, len(self)), dtype=int)
-        with closing(in_threads(self._stored_bytes, sample.tolist())) as sizes:
-            return sum(stoppable(sizes)) / max(1, len(sample)) * len(self)
+        sample = np.linspace(0, len(self) - 1, min(max_files, len(self)), dtype=int)
+        with closing(map_in_threads(self._stored_bytes, sample.tolist())) as sizes:
+            return sum(interruptible(sizes)) / max(1, len(sample)) * len(self)
 
     def _stored_bytes(self, row: int) -> int:
         """Return the bytes of the stored pixels of a row, from its file's header."""
         digest = None if self.sha256 is None else self.sha256[row]
-        content, _ = read_unchanged(self.store, self.paths[row], digest)
-        return 3 * math.prod(self.pixels.size_of(content, self.paths[row]))
+        content, _ = read_verified(self.store, self.paths[row], digest)
+        return 3 * math.prod(self.decode_options.stored_size(content, self.paths[row]))
 
-    def measure(self) -> np.ndarray:
+    def compute_image_stats(self) -> np.ndarray:
         """Return the meta features float32 [N, M] of all rows, measured once and then cached."""
         if self.measured is None:
-            features = np.empty((len(self), count_numbers(self.meta)), np.float32)
-            with closing(in_threads(lambda row: measure(self.image(row), self.meta), range(len(self)))) as rows:
+            features = np.empty((len(self), count_stats(self.meta)), np.float32)
+            with closing(map_in_threads(lambda row: image_stats(self.image(row), self.meta), range(len(self)))) as rows:
                 for row, numbers in enumerate(track(rows, len(self), "meta features")):
                     features[row] = numbers
             self.measured = features
@@ -157,13 +165,13 @@ class ImageSet(Dataset):
                 return _from_cache(cache, int(indices[row]))
         digest = None if self.sha256 is None else self.sha256[row]
         if digest is None and not self.cached:
-            return self.pixels.decode(self.store.read(self.paths[row]), self.paths[row])
-        content, digest = read_unchanged(self.store, self.paths[row], digest)
+            return self.decode_options.decode(self.store.read(self.paths[row]), self.paths[row])
+        content, digest = read_verified(self.store, self.paths[row], digest)
         for cache, _ in self.cached:
             (index,) = cache.find([digest])
             if index >= 0:
                 return _from_cache(cache, int(index))
-        return self.pixels.decode(content, self.paths[row])
+        return self.decode_options.decode(content, self.paths[row])
 
     def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
         """Return the batch of the given (epoch, row) pairs; keep torch's global random state."""
@@ -183,7 +191,7 @@ class ImageSet(Dataset):
         rows = torch.tensor([row for _, row in samples])
         return Batch(images, rows, torch.from_numpy(np.stack(meta)) if self.meta else None)
 
-    def seen(self, row: int) -> Batch:
+    def eval_batch(self, row: int) -> Batch:
         """Return the evaluation input of a row as a batch of one; thread-safe, because nothing is random."""
         pixels = self.image(row)
         meta = torch.from_numpy(self._meta(row, pixels)[None]) if self.meta else None
@@ -192,7 +200,7 @@ class ImageSet(Dataset):
     def _meta(self, row: int, pixels: np.ndarray) -> np.ndarray | None:
         if not self.meta:
             return None
-        return measure(pixels, self.meta) if self.measured is None else self.measured[row]
+        return image_stats(pixels, self.meta) if self.measured is None else self.measured[row]
 
 
 def _from_cache(cache: Cache, index: int) -> np.ndarray:
@@ -211,17 +219,17 @@ def _ignore_read_only_warning() -> None:
 
 
 class Stream(IntEnum):
-    """NumPy random streams of training, except the order of `epoch_batches`, whose key is only (seed, epoch)."""
+    """NumPy random streams of training, except the order of `shuffled_batches`, whose key is only (seed, epoch)."""
 
     BALANCE = 1
     MIX = 2
 
 
-def generator(stream: Stream, *parts: int) -> np.random.Generator:
+def make_generator(stream: Stream, *parts: int) -> np.random.Generator:
     """Return the generator of a stream for integers below 2³² such as (seed, epoch), with epochs from 1.
 
     NumPy pads short keys with zeros. No two keys of a run are equal, because the stream comes first and the epoch third,
-    where the key of `epoch_batches` has a zero.
+    where the key of `shuffled_batches` has a zero.
     """
     return np.random.default_rng([stream, *parts])
 
@@ -232,7 +240,7 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def epoch_batches(
+def shuffled_batches(
     rows: int, batch_size: int, seed: int, epoch: int, drop_last: bool = False
 ) -> list[list[tuple[int, int]]]:
     """Return a shuffled epoch of (epoch, row) pairs in batches, as many as `count_batches` returns."""
@@ -252,12 +260,14 @@ def count_batches(rows: int, batch_size: int, drop_last: bool = False) -> int:
     return full + (remainder > 0 and (remainder >= minimum or full == 0))
 
 
-def in_order(rows: int, batch_size: int, start: int = 0) -> list[list[tuple[int, int]]]:
+def sequential_batches(rows: int, batch_size: int, start: int = 0) -> list[list[tuple[int, int]]]:
     """Return the rows from `start` to `rows` - 1 in order, in batches, with epoch 0."""
     return [[(0, row) for row in range(i, min(i + batch_size, rows))] for i in range(start, rows, batch_size)]
 
 
-def load(images: ImageSet, batches: list[list[tuple[int, int]]], workers: int, pin: bool = False) -> Iterator[Batch]:
+def load_batches(
+    images: ImageDataset, batches: list[list[tuple[int, int]]], workers: int, pin: bool = False
+) -> Iterator[Batch]:
     """Load the given batches with `workers` processes (0: in this process)."""
     return iter(
         DataLoader(
@@ -286,3 +296,32 @@ def _start_process_group(worker: int) -> None:
     If they killed the worker, torch would report a lost worker and end the training before a checkpoint is saved.
     """
     os.setpgid(0, 0)
+
+
+def image_stats(pixels: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Return the features `names` of an image uint8 [H, W, 3], concatenated in this order: float32 [M]."""
+    features = [choose(STATS, "meta feature", name)(pixels) for name in names]
+    return np.concatenate([np.zeros(0), *features]).astype(np.float32)
+
+
+def count_stats(names: Sequence[str]) -> int:
+    """Return the length M of the features `names` together; raise a SettingsError for an unknown name."""
+    return len(image_stats(np.zeros((1, 1, 3), np.uint8), names))
+
+
+def aspect(pixels: np.ndarray) -> np.ndarray:
+    """Return width over height, [1]."""
+    height, width = pixels.shape[:2]
+    return np.array([width / height])
+
+
+def color_mean(pixels: np.ndarray) -> np.ndarray:
+    """Return the mean red, green and blue of the image resized to 16x16 pixels, [3] in 0..1."""
+    small = Image.fromarray(pixels).resize((16, 16))
+    return np.asarray(small, np.float64).mean(axis=(0, 1)) / 255
+
+
+STATS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "aspect": aspect,
+    "color_mean": color_mean,
+}

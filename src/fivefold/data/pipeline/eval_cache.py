@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fivefold.contract.files import reserve
-from fivefold.data.image_io import in_threads
-from fivefold.data.pipeline.dataset import MEMORY_LIMIT, Batch, ImageSet, Sample, load
-from fivefold.data.split.verify import reasons_in_words
+from fivefold.contract.files import preallocate
+from fivefold.data.image_io import map_in_threads
+from fivefold.data.pipeline.dataset import MEMORY_LIMIT, Batch, ImageDataset, Sample, load_batches
+from fivefold.data.split.verify import describe_failures
 from fivefold.errors import DataError
 from fivefold.progress import track
 from fivefold.system import free_memory
@@ -27,24 +27,28 @@ FREE_MEMORY_DIVISOR = 4
 """The cached images take at most 1/4 of the free memory."""
 
 
-class Prepared:
+class EvalImageCache:
     """Evaluation inputs of the N images of a set, by row, computed when a row is first requested.
 
     `pixels`: uint8 [N, H, W, 3], returned in batches as [B, 3, H, W]. Batches are identical, byte for byte, to those of
-    `load` on the set itself. If the images fit neither in `limit` bytes of memory nor in a file in `scratch` (None: no
-    file), they are read again each time, as in `load`.
+    `load_batches` on the set itself. If the images fit neither in `limit` bytes of memory nor in a file in `scratch` (None: no
+    file), they are read again each time, as in `load_batches`.
 
-    With `stand_in`, an unreadable image is not an error: another image takes its place, and `unreadable` maps its row to
+    With `use_placeholders`, an unreadable image is not an error: another image takes its place, and `unreadable` maps its row to
     the reason.
     """
 
     def __init__(
-        self, images: ImageSet, scratch: Path | None = None, limit: int | None = None, stand_in: bool = False
+        self,
+        images: ImageDataset,
+        scratch: Path | None = None,
+        limit: int | None = None,
+        use_placeholders: bool = False,
     ) -> None:
         self.images = images
         self.scratch = scratch
         self.limit = limit
-        self.stand_in = stand_in
+        self.use_placeholders = use_placeholders
         self.unreadable: dict[int, str] = {}
         self.pixels: np.ndarray | None = None
         self.meta: np.ndarray | None = None
@@ -55,7 +59,7 @@ class Prepared:
         return len(self.images)
 
     @property
-    def in_memory(self) -> int:
+    def memory_bytes(self) -> int:
         """Return the bytes of memory that the cache takes, or will take when it is full."""
         return 0 if self.pixels is None or isinstance(self.pixels, np.memmap) else self.pixels.nbytes
 
@@ -66,12 +70,14 @@ class Prepared:
         """
         rows = np.array([row for batch in batches for _, row in batch], np.int64)
         if len(rows) and not self._make(rows, label):
-            return load(self.images, self._with_substitutes(batches, rows) if self.stand_in else batches, workers)
+            return load_batches(
+                self.images, self._with_substitutes(batches, rows) if self.use_placeholders else batches, workers
+            )
         return map(self._batch, batches)
 
     def _with_substitutes(self, batches: list[list[Sample]], rows: np.ndarray) -> list[list[Sample]]:
         """Return the batches with unreadable rows replaced by a readable one, after trying all rows once."""
-        with closing(in_threads(self._try_row, rows[~self.done[rows]].tolist())) as tried:
+        with closing(map_in_threads(self._try_row, rows[~self.done[rows]].tolist())) as tried:
             for row, _, reason in tried:
                 self._mark_done(row, reason)
         self._check(rows)
@@ -81,7 +87,7 @@ class Prepared:
     def _try_row(self, row: int) -> tuple[int, Batch | None, str]:
         """Return the row, its evaluation batch, and the reason if it is unreadable (then the batch is None)."""
         try:
-            return row, self.images.seen(row), ""
+            return row, self.images.eval_batch(row), ""
         except DataError as error:
             return row, None, str(error)
 
@@ -91,11 +97,11 @@ class Prepared:
             self.unreadable[row] = reason
 
     def _check(self, rows: np.ndarray) -> None:
-        """Raise a DataError for unreadable images in `rows`; with `stand_in`, only if all of them are unreadable."""
+        """Raise a DataError for unreadable images in `rows`; with `use_placeholders`, only if all of them are unreadable."""
         bad = {row: self.unreadable[row] for row in rows.tolist() if row in self.unreadable}
-        if not bad or (self.stand_in and len(bad) < len(set(rows.tolist()))):
+        if not bad or (self.use_placeholders and len(bad) < len(set(rows.tolist()))):
             return
-        reasons = reasons_in_words(list(bad.values()), [self.images.paths[row] for row in bad])
+        reasons = describe_failures(list(bad.values()), [self.images.paths[row] for row in bad])
         raise DataError(reasons if len(bad) == 1 else f"{len(bad)} of {len(rows)} images cannot be used: {reasons}")
 
     def _batch(self, samples: list[Sample]) -> Batch:
@@ -119,7 +125,7 @@ class Prepared:
             self.fits = self._allocate(missing)
         if not self.fits:
             return False
-        with closing(in_threads(self._store, missing.tolist())) as results:
+        with closing(map_in_threads(self._store, missing.tolist())) as results:
             for row, reason in track(results, len(missing), f"{label}: images") if label else results:
                 self._mark_done(row, reason)
         self._check(rows)
@@ -163,7 +169,7 @@ def _temporary_array(shape: tuple[int, ...], folder: Path) -> np.ndarray | None:
     size = int(np.prod(shape))
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            reserve(file.fileno(), size)
+            preallocate(file.fileno(), size)
         except OSError as error:
             with suppress(OSError):
                 file.truncate(0)

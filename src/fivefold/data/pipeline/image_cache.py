@@ -31,19 +31,19 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fivefold.contract.files import full_disk_told, lock, read_json, sha256, sync, write_json
-from fivefold.data.image_io import Pixels, in_threads
-from fivefold.data.readers.stores import GIB, ImageStore, read_unchanged
+from fivefold.contract.files import lock, raise_on_full_disk, read_json, sha256, sync, write_json
+from fivefold.data.image_io import DecodeOptions, map_in_threads
+from fivefold.data.readers.stores import GIB, ImageStore, read_verified
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
 from fivefold.progress import MIB, track
 
 log = logging.getLogger("fivefold")
 
-HEAD, INDEX, PIXELS = "cache.json", "index.npy", "pixels.u8"
-FORMAT = 1
+HEADER_FILE, INDEX_FILE, PIXELS_FILE = "cache.json", "index.npy", "pixels.u8"
+FORMAT = 2
 ALIGNMENT = 64
 CHUNK_BYTES = 1 << 22
-ENTRY = np.dtype([("sha256", "S32"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
+INDEX_DTYPE = np.dtype([("sha256", "S32"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
 DECODER = f"Pillow {Image.__version__}"
 SURVEY_SAMPLE = 256
 SAMPLE_MARGIN = 0.8
@@ -52,15 +52,15 @@ RESERVED_DISK_FRACTION = 0.05
 """Fraction of the free disk space that a cache leaves free."""
 
 
-class Head(BaseModel):
+class CacheHeader(BaseModel):
     """The content of `cache.json`; digests are in hex."""
 
     model_config = ConfigDict(strict=True)
 
     format: int
     decoder: str
-    store_size: int
-    scaled_decoding: bool
+    resize_shorter_side: int
+    jpeg_draft: bool
     images: int
     bytes: int
     pixels_sha256: str
@@ -73,14 +73,14 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         """Open the cache; raise MissingInputError if there is none, and a DataError if it is damaged or not a cache."""
         self.folder = folder
-        self.head = _read_head(folder)
-        self.pixels = Pixels(self.head.store_size, self.head.scaled_decoding)
-        self.index = _read_index(folder, self.head)
-        self.bytes = self.head.bytes
-        size = (folder / PIXELS).stat().st_size if (folder / PIXELS).is_file() else 0
+        self.header = _read_head(folder)
+        self.decode_options = DecodeOptions(self.header.resize_shorter_side, self.header.jpeg_draft)
+        self.index = _read_index(folder, self.header)
+        self.bytes = self.header.bytes
+        size = (folder / PIXELS_FILE).stat().st_size if (folder / PIXELS_FILE).is_file() else 0
         if size != self.bytes:
             raise DataError(
-                f"{folder / PIXELS} has {size:,} bytes, but its {HEAD} says {self.bytes:,}: it is truncated, or belongs to "
+                f"{folder / PIXELS_FILE} has {size:,} bytes, but its {HEADER_FILE} says {self.bytes:,}: it is truncated, or belongs to "
                 "another cache; copy the whole folder again, or run prepare again"
             )
 
@@ -97,36 +97,36 @@ class Cache:
         is_known = self.index["sha256"][np.minimum(positions, len(self) - 1)] == keys
         return np.where(is_known, positions, -1).astype(np.int64)
 
-    def image(self, at: int) -> np.ndarray:
+    def image(self, index: int) -> np.ndarray:
         """Return the pixels uint8 [H, W, 3] of the image at this index: a view of the file, not to be modified."""
-        _, offset, height, width = self.index[at].item()
+        _, offset, height, width = self.index[index].item()
         return self._mapped[offset : offset + height * width * 3].reshape(height, width, 3)
 
     def verify(self) -> None:
         """Read all pixels, with a progress bar; raise a DataError if their digest is not that of the header."""
         digest = hashlib.sha256()
-        with open(self.folder / PIXELS, "rb") as file:
+        with open(self.folder / PIXELS_FILE, "rb") as file:
             chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
             for chunk in track(chunks, self.bytes, "checking the image cache", bytes_of=len):
                 digest.update(chunk)
-        if digest.hexdigest() != self.head.pixels_sha256:
+        if digest.hexdigest() != self.header.pixels_sha256:
             raise DataError(
-                f"{self.folder / PIXELS} is damaged: its bytes do not match the digest in {HEAD}; copy the whole folder "
+                f"{self.folder / PIXELS_FILE} is damaged: its bytes do not match the digest in {HEADER_FILE}; copy the whole folder "
                 "again, or run prepare again"
             )
 
     @cached_property
     def _mapped(self) -> np.ndarray:
-        with open(self.folder / PIXELS, "rb") as file:
+        with open(self.folder / PIXELS_FILE, "rb") as file:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def _read_head(folder: Path) -> Head:
-    path = folder / HEAD
+def _read_head(folder: Path) -> CacheHeader:
+    path = folder / HEADER_FILE
     if not path.is_file():
-        raise MissingInputError(f"no {HEAD} in {folder}: pass the folder that prepare wrote")
+        raise MissingInputError(f"no {HEADER_FILE} in {folder}: pass the folder that prepare wrote")
     try:
-        head = Head.model_validate(read_json(path))
+        head = CacheHeader.model_validate(read_json(path))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
@@ -138,26 +138,28 @@ def _read_head(folder: Path) -> Head:
     return head
 
 
-def _read_index(folder: Path, head: Head) -> np.ndarray:
+def _read_index(folder: Path, head: CacheHeader) -> np.ndarray:
     """Return the index, checked: all of its images are inside the file of pixels."""
-    path = folder / INDEX
+    path = folder / INDEX_FILE
     if not path.is_file() or sha256(path) != head.index_sha256:
         raise DataError(
-            f"{path} does not match the digest in {HEAD}; copy the whole folder again, or run prepare again"
+            f"{path} does not match the digest in {HEADER_FILE}; copy the whole folder again, or run prepare again"
         )
     try:
         index = np.load(path, allow_pickle=False)
     except ValueError as error:
         raise DataError(f"{path} is not an index: {error}; run prepare again") from error
-    ends = index["offset"] + index["height"].astype(np.int64) * index["width"] * 3 if index.dtype == ENTRY else None
+    ends = (
+        index["offset"] + index["height"].astype(np.int64) * index["width"] * 3 if index.dtype == INDEX_DTYPE else None
+    )
     if ends is None or len(index) != head.images or not len(index) or (ends > head.bytes).any():
-        raise DataError(f"{path} does not match its {HEAD}; run prepare again")
+        raise DataError(f"{path} does not match its {HEADER_FILE}; run prepare again")
     return index
 
 
-def key_of(digests: Sequence[str], pixels: Pixels) -> str:
+def cache_name(digests: Sequence[str], options: DecodeOptions) -> str:
     """Return the name of the cache of exactly these files (SHA-256 in hex) with these decoding options."""
-    identity = [FORMAT, DECODER, pixels.store_size, pixels.scaled, sorted(set(digests))]
+    identity = [FORMAT, DECODER, options.resize_shorter_side, options.scaled, sorted(set(digests))]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
@@ -165,7 +167,7 @@ def key_of(digests: Sequence[str], pixels: Pixels) -> str:
 class ImageFile:
     """An image of a store, and the SHA-256 that its file must have (None: unknown).
 
-    `size`: its approximate stored (height, width), after `survey`.
+    `size`: its approximate stored (height, width), after `with_header`.
     """
 
     store: ImageStore
@@ -173,72 +175,74 @@ class ImageFile:
     sha256: str | None
     size: tuple[int, int] = (0, 0)
 
-    def survey(self, pixels: Pixels) -> "ImageFile":
+    def with_header(self, options: DecodeOptions) -> "ImageFile":
         """Return the image with its digest and size, from the file's bytes and header, without decoding."""
-        content, digest = read_unchanged(self.store, self.path, self.sha256)
-        return replace(self, sha256=digest, size=pixels.size_of(content, self.path))
+        content, digest = read_verified(self.store, self.path, self.sha256)
+        return replace(self, sha256=digest, size=options.stored_size(content, self.path))
 
-    def decode(self, pixels: Pixels) -> np.ndarray:
-        return pixels.decode(read_unchanged(self.store, self.path, self.sha256)[0], self.path)
+    def decode(self, options: DecodeOptions) -> np.ndarray:
+        return options.decode(read_verified(self.store, self.path, self.sha256)[0], self.path)
 
 
-def files_of(store: ImageStore, paths: Sequence[str], sha256: Sequence[str | None] | None = None) -> list[ImageFile]:
+def make_image_files(
+    store: ImageStore, paths: Sequence[str], sha256: Sequence[str | None] | None = None
+) -> list[ImageFile]:
     digests = [None] * len(paths) if sha256 is None else sha256
     return [ImageFile(store, path, digest) for path, digest in zip(paths, digests, strict=True)]
 
 
-def survey(files: Sequence[ImageFile], pixels: Pixels) -> list[ImageFile]:
+def plan_cache(files: Sequence[ImageFile], options: DecodeOptions) -> list[ImageFile]:
     """Survey the files and return one per distinct content, sorted by digest."""
-    surveyed = in_threads(lambda file: file.survey(pixels), files)
+    surveyed = map_in_threads(lambda file: file.with_header(options), files)
     images = {image.sha256: image for image in track(surveyed, len(files), "surveying images")}
     return [images[digest] for digest in sorted(images)]
 
 
-def bytes_of(images: Sequence[ImageFile]) -> int:
+def pixel_bytes(images: Sequence[ImageFile]) -> int:
     """Return the bytes of the pixels of these images, each padded to the alignment."""
     return sum(_padded(height * width * 3) for height, width in (image.size for image in images))
 
 
-def in_words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Format bytes in MiB or GiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
-def check_room(folder: Path, images: int, needed: float, most_gib: float) -> None:
+def check_cache_space(folder: Path, images: int, needed: float, most_gib: float) -> None:
     """Raise if the pixels of these images are too large: a SettingsError for `most_gib`, a RetryableError for the disk."""
     free = (1 - RESERVED_DISK_FRACTION) * shutil.disk_usage(folder).free
-    needs = f"{images} decoded images take {in_words(needed)}"
-    hint = "set data.store_size=256, for example, to shrink each to 256 pixels"
+    needs = f"{images} decoded images take {format_bytes(needed)}"
+    hint = "set data.resize_shorter_side=256, for example, to shrink each to 256 pixels"
     if needed > most_gib * GIB:
         raise SettingsError(f"{needs}, but data.cache_gib={most_gib:g} allows less: raise it, or {hint}")
     if needed > free:
         raise RetryableError(
-            f"{needs}, but {folder} has {in_words(free)} free for them: "
+            f"{needs}, but {folder} has {format_bytes(free)} free for them: "
             f"free some, then run the same command again, or use another folder, or {hint}"
         )
 
 
-def check_sample(folder: Path, files: Sequence[ImageFile], pixels: Pixels, most_gib: float) -> None:
-    """Do `check_room` with a sample of many images, to avoid reading all if the sample already shows that they do not fit."""
+def check_sample(folder: Path, files: Sequence[ImageFile], options: DecodeOptions, most_gib: float) -> None:
+    """Do `check_cache_space` with a sample of many images, to avoid reading all if the sample already shows that they do not fit."""
     if len(files) > 4 * SURVEY_SAMPLE:
-        surveyed = survey(files[:: -(-len(files) // SURVEY_SAMPLE)], pixels)
+        surveyed = plan_cache(files[:: -(-len(files) // SURVEY_SAMPLE)], options)
         count = len({file.sha256 for file in files})
-        check_room(folder, count, SAMPLE_MARGIN * bytes_of(surveyed) / len(surveyed) * count, most_gib)
+        check_cache_space(folder, count, SAMPLE_MARGIN * pixel_bytes(surveyed) / len(surveyed) * count, most_gib)
 
 
-def cached_once(folder: Path, files: Sequence[ImageFile], pixels: Pixels, most_gib: float) -> Cache | None:
+def get_or_build(folder: Path, files: Sequence[ImageFile], options: DecodeOptions, most_gib: float) -> Cache | None:
     """Return the cache of these images in `folder`; the first process that asks builds it, the others wait.
 
     All digests must be known. Return None and log a warning if the cache does not fit or `folder` is not writable; the
     images must then be read from their files. Rebuild a damaged cache.
     """
-    path = folder / key_of([file.sha256 for file in files], pixels)
+    path = folder / cache_name([file.sha256 for file in files], options)
     try:
         with suppress(MissingInputError, DataError):
             return Cache(path)
         folder.mkdir(parents=True, exist_ok=True)
-        check_sample(folder, files, pixels, most_gib)
-        return open_or_build(path, lambda: survey(files, pixels), pixels, most_gib)
+        check_sample(folder, files, options, most_gib)
+        return open_or_build(path, lambda: plan_cache(files, options), options, most_gib)
     except OSError as error:
         log.warning("no image cache in %s (%s): images are read from their files", folder, error.strerror or error)
     except (SettingsError, RetryableError) as error:
@@ -247,14 +251,14 @@ def cached_once(folder: Path, files: Sequence[ImageFile], pixels: Pixels, most_g
 
 
 def open_or_build(
-    path: Path, survey_images: Callable[[], Sequence[ImageFile]], pixels: Pixels, most_gib: float
+    path: Path, survey_images: Callable[[], Sequence[ImageFile]], options: DecodeOptions, most_gib: float
 ) -> Cache:
     """Return the cache at `path`: the existing one, or else a new one of these images, built by one process at a time.
 
-    Rebuild a damaged cache. Raise as `check_room` and `build` do.
+    Rebuild a damaged cache. Raise as `check_cache_space` and `build_cache` do.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with one_builder(path):
+    with build_lock(path):
         try:
             return Cache(path)
         except MissingInputError:
@@ -264,14 +268,16 @@ def open_or_build(
         if path.exists():
             shutil.rmtree(path)
         images = survey_images()
-        size = bytes_of(images)
-        check_room(path.parent, len(images), size, most_gib)
-        log.info("%d images are decoded once, %s, into %s (%s)", len(images), pixels.in_words, path, in_words(size))
-        return build(path, images, pixels)
+        size = pixel_bytes(images)
+        check_cache_space(path.parent, len(images), size, most_gib)
+        log.info(
+            "%d images are decoded once, %s, into %s (%s)", len(images), options.description, path, format_bytes(size)
+        )
+        return build_cache(path, images, options)
 
 
 @contextmanager
-def one_builder(path: Path) -> Iterator[None]:
+def build_lock(path: Path) -> Iterator[None]:
     """Hold the lock on the cache at `path` while others wait; remove the files that a killed process left."""
     # A read-only lock file of another user can be locked too.
     name = path.with_name(f".{path.name}.lock")
@@ -290,13 +296,13 @@ def one_builder(path: Path) -> Iterator[None]:
         os.close(file)
 
 
-def build(folder: Path, images: Sequence[ImageFile], pixels: Pixels) -> Cache:
+def build_cache(folder: Path, images: Sequence[ImageFile], options: DecodeOptions) -> Cache:
     """Build the cache of these images at `folder`, which must not exist; on a full disk, clean up and raise a RetryableError."""
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with full_disk_told(folder):
+        with raise_on_full_disk(folder):
             temporary.mkdir(parents=True)
-            _write(temporary, images, pixels)
+            _write(temporary, images, options)
             temporary.rename(folder)
             _sync_path(folder.parent)
     finally:
@@ -304,12 +310,12 @@ def build(folder: Path, images: Sequence[ImageFile], pixels: Pixels) -> Cache:
     return Cache(folder)
 
 
-def _write(folder: Path, images: Sequence[ImageFile], pixels: Pixels) -> None:
-    index = np.zeros(len(images), ENTRY)
+def _write(folder: Path, images: Sequence[ImageFile], options: DecodeOptions) -> None:
+    index = np.zeros(len(images), INDEX_DTYPE)
     digest = hashlib.sha256()
     offset = 0
-    decoded = in_threads(lambda image: image.decode(pixels), images)
-    with open(folder / PIXELS, "wb") as file:
+    decoded = map_in_threads(lambda image: image.decode(options), images)
+    with open(folder / PIXELS_FILE, "wb") as file:
         for row, image in enumerate(track(decoded, len(images), "decoding images")):
             height, width = image.shape[:2]
             index[row] = (bytes.fromhex(images[row].sha256), offset, height, width)
@@ -319,19 +325,19 @@ def _write(folder: Path, images: Sequence[ImageFile], pixels: Pixels) -> None:
             offset += _padded(image.nbytes)
         file.flush()
         sync(file.fileno())
-    np.save(folder / INDEX, index)
-    _sync_path(folder / INDEX)
-    head = Head(
+    np.save(folder / INDEX_FILE, index)
+    _sync_path(folder / INDEX_FILE)
+    head = CacheHeader(
         format=FORMAT,
         decoder=DECODER,
-        store_size=pixels.store_size,
-        scaled_decoding=pixels.scaled,
+        resize_shorter_side=options.resize_shorter_side,
+        jpeg_draft=options.scaled,
         images=len(images),
         bytes=offset,
         pixels_sha256=digest.hexdigest(),
-        index_sha256=sha256(folder / INDEX),
+        index_sha256=sha256(folder / INDEX_FILE),
     )
-    write_json(folder / HEAD, head.model_dump())
+    write_json(folder / HEADER_FILE, head.model_dump())
     _sync_path(folder)
 
 

@@ -9,35 +9,34 @@ from pathlib import Path
 
 import numpy as np
 
-from fivefold.contract.filenames import is_sample, is_truth, plain_name
+from fivefold.contract.filenames import is_ground_truth, is_sample_submission, normalize_class_name
 from fivefold.csv_tables import ANSWER_NAMES, ID_NAMES, PATH_NAMES, CsvFile, check_same_ids, check_unique
 from fivefold.data.readers import layout_detection
-from fivefold.data.readers.inventory import log_left_out, take_inventory
-from fivefold.data.readers.stores import ImageStore, open_store
+from fivefold.data.readers.stores import ImageStore, log_ignored, open_store, take_inventory
 from fivefold.errors import DataError
-from fivefold.predictions import sample
+from fivefold.predictions import preview
 
 log = logging.getLogger("fivefold")
 
-NON_EVAL = {"train", "submission"}
+NON_EVAL_TABLES = {"train", "submission"}
 PROBE_ROWS = 1000
 """Rows of a sample submission to inspect for its number format."""
 
 
 @dataclass(frozen=True)
-class Submission:
+class SampleSubmission:
     """A sample submission: the name of the id column, the other columns' names (one per class), and the ids [N] in order."""
 
     id_column: str
     classes: tuple[str, ...]
     ids: np.ndarray
-    marked: bool = False
+    has_bom: bool = False
     """Whether the file starts with a byte-order mark, as written by Excel."""
-    numbered: str = ""
+    row_number_column: str = ""
     """Name of a first column of row numbers from 0; empty: no such column."""
     written: tuple[str, ...] = ()
     """The classes as spelled in the file, with spaces or decomposed letters; empty: as in `classes`."""
-    end: str = "\n"
+    line_ending: str = "\n"
     """The line ending."""
     delimiter: str = ","
     decimal: str = "."
@@ -51,33 +50,39 @@ class Submission:
     @property
     def header(self) -> list[str]:
         """Return the cells of the header line."""
-        return [*([self.numbered] if self.numbered else []), self.id_column, *(self.written or self.classes)]
+        return [
+            *([self.row_number_column] if self.row_number_column else []),
+            self.id_column,
+            *(self.written or self.classes),
+        ]
 
 
 @dataclass(frozen=True)
-class EvalTable:
+class EvalImages:
     """The images to predict, in order: `ids` and `paths` [N] object arrays of strings."""
 
     id_column: str
     ids: np.ndarray
     paths: np.ndarray
-    sample: Submission | None
+    sample: SampleSubmission | None
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def answered_in(self, column: str, numbered: str = "", answer: str = "auto", positive: str = "") -> "EvalTable":
+    def with_label_column(
+        self, column: str, row_number_column: str = "", answer: str = "auto", positive: str = ""
+    ) -> "EvalImages":
         """Return the same images with a submission that puts predicted classes in `column`; a sample submission takes precedence.
 
         `answer` and `positive` state what a single answer column holds if its values do not show it.
         """
         submission = self.sample
         if submission is None and column:
-            submission = Submission(self.id_column, (column,), self.ids, numbered=numbered)
+            submission = SampleSubmission(self.id_column, (column,), self.ids, row_number_column=row_number_column)
         return replace(self, sample=submission and replace(submission, answer=answer, positive=positive))
 
 
-def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str = "") -> EvalTable:
+def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str = "") -> EvalImages:
     """Find the images to predict: those of test.csv (or the only CSV with paths), else of test/, else all images.
 
     Look for the columns `id_column` and `path_column` first, and guess them if the table lacks them.
@@ -87,43 +92,48 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
     store = open_store(source) if isinstance(source, Path) else source
     tables = [
         name
-        for level in layout_detection.levels(store, layout_detection.EVAL_FOLDERS)
-        for name in layout_detection.csvs(store, level)
+        for level in layout_detection.search_levels(store, layout_detection.EVAL_FOLDERS)
+        for name in layout_detection.list_csvs(store, level)
     ]
     submission = next(
-        (_read_sample(layout_detection.open_table(store, name)) for name in tables if is_sample(name)), None
+        (_read_sample(layout_detection.open_table(store, name)) for name in tables if is_sample_submission(name)), None
     )
     others = [
-        name for name in tables if not (layout_detection.stem(name) in NON_EVAL or is_sample(name) or is_truth(name))
+        name
+        for name in tables
+        if not (layout_detection.stem(name) in NON_EVAL_TABLES or is_sample_submission(name) or is_ground_truth(name))
     ]
     named = [name for name in others if layout_detection.stem(name) == "test"]
     readable = [layout_detection.open_table(store, name) for name in named[:1] or others]
     usable = [table for table in readable if _find_column(table, path_column, PATH_NAMES)] or readable[: len(named)]
     if len(usable) > 1:
         raise DataError(
-            f"several tables to predict in {store.root}: {sample([t.name for t in usable])}; rename one to test.csv"
+            f"several tables to predict in {store.root}: {preview([t.name for t in usable])}; rename one to test.csv"
         )
     return (
         _eval_table(store, usable[0], id_column, path_column, submission) if usable else _eval_folder(store, submission)
     )
 
 
-def check_rows(images: EvalTable) -> None:
+def check_rows(images: EvalImages) -> None:
     """Raise a DataError with the ids unless the sample submission has exactly one row for each image."""
     if images.sample:
         check_same_ids(images.sample.ids, "the sample submission", images.ids, "the test images")
 
 
-def _read_sample(table: CsvFile) -> Submission:
+def _read_sample(table: CsvFile) -> SampleSubmission:
     """Read a table as a sample submission: its first column holds the ids, and the output will use the same format."""
     id_column, *written = table.columns
     ids, values = (table.read([name])[name] for name in (id_column, table.columns[-1]))
     check_unique(ids, table)
-    classes, spelling = tuple(map(plain_name, written)), {"marked": table.has_mark, "end": table.line_end}
+    classes, spelling = (
+        tuple(map(normalize_class_name, written)),
+        {"has_bom": table.has_bom, "line_ending": table.line_end},
+    )
     commas = any(re.fullmatch(r"\d*,\d+", cell.strip()) for cells in table.first_rows(PROBE_ROWS) for cell in cells[1:])
     answers = tuple(values.unique()) if len(written) == 1 else ()
     spelling |= {"delimiter": table.delimiter, "decimal": "," if commas else ".", "values": answers}
-    return Submission(id_column, classes, ids.to_numpy(object), written=tuple(written), **spelling)
+    return SampleSubmission(id_column, classes, ids.to_numpy(object), written=tuple(written), **spelling)
 
 
 def _find_column(table: CsvFile, name: str, known: Sequence[str]) -> str | None:
@@ -132,27 +142,29 @@ def _find_column(table: CsvFile, name: str, known: Sequence[str]) -> str | None:
 
 
 def _eval_table(
-    store: ImageStore, table: CsvFile, id_column: str, path_column: str, submission: Submission | None
-) -> EvalTable:
+    store: ImageStore, table: CsvFile, id_column: str, path_column: str, submission: SampleSubmission | None
+) -> EvalImages:
     path = _find_column(table, path_column, PATH_NAMES) or layout_detection.guess_paths(
         table, store, layout_detection.TRAIN_FOLDERS
     )
-    path = path or table.must_have("", PATH_NAMES, "data.path_column")
+    path = path or table.require_column("", PATH_NAMES, "data.path_column")
     row_id = _find_column(table, id_column, ID_NAMES) or path
     frame = table.read([row_id, path])
     check_unique(frame[row_id], table)
-    where = layout_detection.bases(store, table.name, (*layout_detection.EVAL_FOLDERS, *layout_detection.IMAGE_FOLDERS))
+    where = layout_detection.candidate_roots(
+        store, table.name, (*layout_detection.EVAL_FOLDERS, *layout_detection.IMAGE_FOLDERS)
+    )
     paths = layout_detection.image_paths(frame[path], table, store, where, True, layout_detection.TRAIN_FOLDERS)
     if submission is None and table.columns == (row_id, table.column("", ANSWER_NAMES)) and row_id == path:
         submission = _read_sample(table)  # the table has only images and an answer column
-    return EvalTable(row_id, frame[row_id].to_numpy(object), paths.to_numpy(object), submission)
+    return EvalImages(row_id, frame[row_id].to_numpy(object), paths.to_numpy(object), submission)
 
 
-def _eval_folder(store: ImageStore, submission: Submission | None) -> EvalTable:
-    *_, level = layout_detection.levels(store, layout_detection.EVAL_FOLDERS)
+def _eval_folder(store: ImageStore, submission: SampleSubmission | None) -> EvalImages:
+    *_, level = layout_detection.search_levels(store, layout_detection.EVAL_FOLDERS)
     level += "/" if level else ""
     stock = take_inventory(store)
-    log_left_out(stock.counts(), store.root)
+    log_ignored(stock.counts(), store.root)
     paths = [name for name in stock.images if name.startswith(level)]
     if not paths:
         raise DataError(f"{store.root} holds no test.csv and no images to predict")
@@ -161,6 +173,6 @@ def _eval_folder(store: ImageStore, submission: Submission | None) -> EvalTable:
     stems = [[posixpath.splitext(name)[0] for name in form] for form in (names, paths)]
     ids = next((form for form in (stems[0], paths, stems[1]) if len(known) == len(form) and set(form) == known), names)
     log.info("data: %d images of %s/%s, sorted by name", len(paths), store.root, level)
-    return EvalTable(
+    return EvalImages(
         submission.id_column if submission else "ID", np.array(ids, object), np.array(paths, object), submission
     )

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from fivefold.contract.filenames import plain_name
+from fivefold.contract.filenames import normalize_class_name
 from fivefold.csv_tables import ID_NAMES, CsvFile, parse_csv
 from fivefold.data.image_io import is_image
 from fivefold.data.readers.stores import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
-from fivefold.predictions import sample
+from fivefold.predictions import preview
 
 log = logging.getLogger("fivefold")
 
@@ -25,22 +25,36 @@ EVAL_FOLDERS = ("test", "testing", "eval", "evaluation")
 IMAGE_FOLDERS = ("images",)
 HELD_OUT = {*EVAL_FOLDERS, "valid", "val", "validation", "pred", "unlabeled", "unlabelled"}
 SPLIT_FOLDERS = {*TRAIN_FOLDERS, *HELD_OUT}
-FILLERS = {"", "set", "data", "dataset", "image", "images", "img", "imgs", "photo", "photos", "jpg", "jpeg", "png"}
+GENERIC_WORDS = {
+    "",
+    "set",
+    "data",
+    "dataset",
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "photo",
+    "photos",
+    "jpg",
+    "jpeg",
+    "png",
+}
 """Words beside one of SPLIT_FOLDERS in a folder's name that do not name a data set of its own."""
 MAX_DEPTH = 8
 UNUSUAL_PATH = r"(?:^|/)\.{0,2}(?:/|$)|^[A-Za-z]:"
 """Paths to normalize: empty, absolute, with a drive letter, or with `.`, `..` or nothing between slashes."""
-TRIED_PATHS = 64
+MAX_PROBED_PATHS = 64
 
 
-class Part(NamedTuple):
+class SplitName(NamedTuple):
     """Meaning of a folder name: its `word` of SPLIT_FOLDERS, and the words of the data set it is a part of (empty: everything)."""
 
     word: str
-    whole: tuple[str, ...]
+    dataset_words: tuple[str, ...]
 
 
-def parts_of(folders: Collection[str]) -> dict[str, Part]:
+def split_folders(folders: Collection[str]) -> dict[str, SplitName]:
     """Return the folders whose name contains exactly one word of SPLIT_FOLDERS.
 
     ("test", ("seg",)) for Seg_Test, ("train", ()) for train-images.
@@ -50,17 +64,17 @@ def parts_of(folders: Collection[str]) -> dict[str, Part]:
         words = re.split(r"[_\-\s]+", folder.lower())
         named_as = [word for word in words if word in SPLIT_FOLDERS]
         if len(named_as) == 1:
-            parts[folder] = Part(named_as[0], tuple(w for w in words if w not in SPLIT_FOLDERS | FILLERS))
+            parts[folder] = SplitName(named_as[0], tuple(w for w in words if w not in SPLIT_FOLDERS | GENERIC_WORDS))
     return parts
 
 
-def named(folders: Collection[str], special: Sequence[str]) -> list[str]:
+def folders_named(folders: Collection[str], special: Sequence[str]) -> list[str]:
     """Return the folders named exactly as one of `special`, then those with such a word that are part of a split.
 
     The latter are seg_test beside seg_train, and test_images, which names no data set; "test tube" is not included.
     """
-    parts = parts_of(folders)
-    wholes = Counter(part.whole for part in parts.values())
+    parts = split_folders(folders)
+    wholes = Counter(part.dataset_words for part in parts.values())
     by_word = [
         folder for folder, (word, whole) in parts.items() if word in special and (not whole or wholes[whole] > 1)
     ]
@@ -70,11 +84,11 @@ def named(folders: Collection[str], special: Sequence[str]) -> list[str]:
 
 def _train_folder(folders: Collection[str], nested: Collection[str]) -> str | None:
     """Return the train folder if the folders are parts of a split, not classes: it has subfolders, or all are parts."""
-    parts = parts_of(folders)
-    wholes = Counter(part.whole for part in parts.values())
+    parts = split_folders(folders)
+    wholes = Counter(part.dataset_words for part in parts.values())
     all_parts = len(parts) == len(folders)
-    for folder in named(folders, TRAIN_FOLDERS):
-        if folder in nested or (all_parts and (len(parts) == 1 or wholes[parts[folder].whole] > 1)):
+    for folder in folders_named(folders, TRAIN_FOLDERS):
+        if folder in nested or (all_parts and (len(parts) == 1 or wholes[parts[folder].dataset_words] > 1)):
             return folder
     return None
 
@@ -90,7 +104,7 @@ def class_level(names: Sequence[str]) -> str:
         if train:
             others = [name for name in folders if name != train]
             if others:
-                log.info("data: using %s%s/; ignoring %s", level, train, sample(others))
+                log.info("data: using %s%s/; ignoring %s", level, train, preview(others))
             level += f"{train}/"
         elif len(folders) == 1 and folders.total() == len(inside) and nested:
             level += f"{next(iter(folders))}/"
@@ -98,42 +112,42 @@ def class_level(names: Sequence[str]) -> str:
             return level
 
 
-def held_out(folders: Collection[str]) -> list[str]:
+def held_out_folders(folders: Collection[str]) -> list[str]:
     """Return the folders that are parts of a split, not classes, such as a test/ beside classes."""
     lower = {folder.lower() for folder in folders}  # "valid" beside "invalid" is a class
-    parts = parts_of(sorted(folders)).items()
+    parts = split_folders(sorted(folders)).items()
     return [folder for folder, (word, whole) in parts if word in HELD_OUT and not whole and f"in{word}" not in lower]
 
 
 def class_images(inside: Sequence[str], level: str, where: str) -> list[str]:
     """Return the images in class folders; warn about ignored folders, such as a test/ beside the classes."""
-    parts = held_out({name[len(level) :].partition("/")[0] for name in inside})
+    parts = held_out_folders({name[len(level) :].partition("/")[0] for name in inside})
     if parts:
         log.warning(
             "data: ignored in %s, because their names mark parts of a split: %s; rename folders that are classes",
             where,
-            sample(parts),
+            preview(parts),
         )
     left_out = tuple(f"{level}{name}/" for name in parts)
     return [name for name in inside if not name.startswith(left_out)]
 
 
-def warn_of_deeper(inside: Sequence[str], level: str, where: str) -> None:
+def warn_nested_folders(inside: Sequence[str], level: str, where: str) -> None:
     """Warn about subfolders of class folders if a class folder has several with images: they are not classes."""
     folders = [name[len(level) :].split("/")[:2] for name in inside if name.count("/", len(level)) > 1]
     below = Counter(folder for folder, _ in {tuple(pair) for pair in folders})
     deeper = sorted({"/".join(pair) for pair in folders if below[pair[0]] > 1})
     if deeper:
-        log.warning("data: subfolders of the class folders of %s are not separate classes: %s", where, sample(deeper))
+        log.warning("data: subfolders of the class folders of %s are not separate classes: %s", where, preview(deeper))
 
 
-def levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
+def search_levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
     """Yield the folders to search for a CSV: the root, then repeatedly a folder named in `special`, or a single wrapper folder."""
     level = ""
     for _ in range(MAX_DEPTH):
         yield level
-        folders, files = store.listing(level)
-        special_folders = named(folders, special)
+        folders, files = store.list_folder(level)
+        special_folders = folders_named(folders, special)
         holds_data = any(is_image(name) or name.lower().endswith(".csv") for name in files)
         wrapper = folders if len(folders) == 1 and not holds_data else []
         if not (special_folders or wrapper):
@@ -141,22 +155,22 @@ def levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
         level = posixpath.join(level, (special_folders or wrapper)[0])
 
 
-def csvs(store: ImageStore, level: str) -> list[str]:
-    return [posixpath.join(level, name) for name in store.listing(level)[1] if name.lower().endswith(".csv")]
+def list_csvs(store: ImageStore, level: str) -> list[str]:
+    return [posixpath.join(level, name) for name in store.list_folder(level)[1] if name.lower().endswith(".csv")]
 
 
-def bases(store: ImageStore, table: str, special: Sequence[str], given: str = "") -> list[str]:
+def candidate_roots(store: ImageStore, table: str, special: Sequence[str], image_root: str = "") -> list[str]:
     """Return the folders that paths in the CSV `table` may be relative to: its own, the root, or a `special` folder beside it.
 
-    With `given`, return only that folder; raise a SettingsError if it is outside the store.
+    With `image_root`, return only that folder; raise a SettingsError if it is outside the store.
     """
-    if given:
-        base = posixpath.normpath(without_root(given.replace("\\", "/"), store.root))
+    if image_root:
+        base = posixpath.normpath(relative_to_root(image_root.replace("\\", "/"), store.root))
         if base.startswith(("/", "../")) or base == "..":
-            raise SettingsError(f"data.base_path={given} is outside {store.root}; set a folder inside it")
+            raise SettingsError(f"data.image_root={image_root} is outside {store.root}; set a folder inside it")
         return ["" if base == "." else base]
     folder = posixpath.dirname(table)
-    beside = named(store.listing(folder)[0], special)
+    beside = folders_named(store.list_folder(folder)[0], special)
     return list(dict.fromkeys([folder, "", *(posixpath.join(folder, name) for name in beside)]))
 
 
@@ -173,25 +187,25 @@ def open_table(store: ImageStore, name: str) -> CsvFile:
 
 
 def image_paths(
-    written: pd.Series,
+    raw_paths: pd.Series,
     table: CsvFile,
     store: ImageStore,
     bases: Sequence[str],
     check_files: bool,
     others: Collection[str] | None,
 ) -> pd.Series:
-    """Return the paths `written` in a CSV, relative to the store's root, without surrounding spaces.
+    """Return the paths `raw_paths` in a CSV, relative to the store's root, without surrounding spaces.
 
     They are relative to the folder of `bases` that contains most of the first paths; names without a suffix get the suffix
     of the images there. Paths of no file are searched by name in all folders except those of the other parts of a split,
-    named by the words `others`; None disables this search. The index of `written` counts rows from 0. Raise a DataError
+    named by the words `others`; None disables this search. The index of `raw_paths` counts rows from 0. Raise a DataError
     for paths that leave the root, for names that match several images, and with `check_files` for missing files.
     """
-    paths = written.str.replace("\\", "/", regex=False).str.strip()
+    paths = raw_paths.str.replace("\\", "/", regex=False).str.strip()
     for root in _root_prefixes(store.root):
         paths = paths.str.removeprefix(root)
     paths = paths.str.replace(r"^(?:\./)+", "", regex=True)
-    base, suffix = _best_base(paths[:TRIED_PATHS].tolist(), store, bases)
+    base, suffix = _best_base(paths[:MAX_PROBED_PATHS].tolist(), store, bases)
     with_suffix = paths + suffix
     normal = f"{base}/" + with_suffix if base else with_suffix.copy()
     unusual = with_suffix.str.contains(UNUSUAL_PATH)
@@ -199,7 +213,7 @@ def image_paths(
     outside = with_suffix[normal == ""]
     if len(outside):
         raise DataError(
-            f"{table}: paths that are empty or outside {store.root}: {sample(outside)}; "
+            f"{table}: paths that are empty or outside {store.root}: {preview(outside)}; "
             f"the first in row {outside.index[0] + 1} below the header"
         )
     names = store.names()
@@ -213,17 +227,17 @@ def image_paths(
     uses = Counter([*(hits[0] for hits in matches.values() if hits), *normal[~absent]])
     unique = {path: hits[0] for path, hits in matches.items() if len(hits) == 1 == uses[hits[0]]}
     if unique:
-        where = sample(sorted({posixpath.dirname(path) for path in unique.values()}))
+        where = preview(sorted({posixpath.dirname(path) for path in unique.values()}))
         log.info("data: %s: matched %d images by file name, in %s", table, len(unique), where)
         normal[absent] = [unique.get(path, name) for path, name in zip(paths[absent], normal[absent], strict=True)]
-    ambiguous = [f"{path!r} may mean {sample(hits)}" for path, hits in matches.items() if len(hits) > 1]
+    ambiguous = [f"{path!r} may mean {preview(hits)}" for path, hits in matches.items() if len(hits) > 1]
     missing = normal[absent & ~paths.isin(list(unique))].tolist()
     if missing and (check_files or ambiguous):
         folders = Counter(posixpath.dirname(name) or "." for name in names if is_image(name)).most_common(5)
         why = "; ".join(ambiguous[:3]) or f"images are in {', '.join(f'{name} ({n:,})' for name, n in folders)}"
         raise DataError(
-            f"{table} names {len(missing)} of {len(normal)} files that do not exist: {sample(missing)}; {why}; "
-            "set data.path_column or data.base_path"
+            f"{table} names {len(missing)} of {len(normal)} files that do not exist: {preview(missing)}; {why}; "
+            "set data.path_column or data.image_root"
         )
     return normal
 
@@ -235,7 +249,7 @@ def match_names(paths: Iterable[str], names: Iterable[str], others: Collection[s
     """
     by_name: dict[str, list[str]] = defaultdict(list)
     images = list(filter(is_image, names))
-    parts = {folder: parts_of(folder.split("/")).values() for folder in set(map(posixpath.dirname, images))}
+    parts = {folder: split_folders(folder.split("/")).values() for folder in set(map(posixpath.dirname, images))}
     for name in images:
         folder, file = posixpath.split(name)
         if not any(part.word in others for part in parts[folder]):
@@ -255,14 +269,14 @@ def match_names(paths: Iterable[str], names: Iterable[str], others: Collection[s
 def guess_paths(table: CsvFile, store: ImageStore, others: Collection[str], without: str = "") -> str | None:
     """Return the only column except `without` whose first values are unique and mostly names of existing images; log it."""
     try:
-        frame = table.read([name for name in table.columns if name != without])[:TRIED_PATHS].map(str.strip)
+        frame = table.read([name for name in table.columns if name != without])[:MAX_PROBED_PATHS].map(str.strip)
     except DataError:  # for example, it has no rows; the later read reports this
         return None
     matches = match_names(frame.to_numpy().ravel(), store.names(), others)
     counts = {name: sum(len(matches[cell]) == 1 for cell in frame[name]) for name in frame if frame[name].is_unique}
     best = max(counts.values(), default=0)
     candidates = [name for name, count in counts.items() if count == best > len(frame) / 2]
-    candidates = [name for name in candidates if plain_name(name).lower() in ID_NAMES] or candidates
+    candidates = [name for name in candidates if normalize_class_name(name).lower() in ID_NAMES] or candidates
     if len(candidates) == 1:
         log.info("data: %s: the paths are the column %r, which names existing images", table, candidates[0])
         return candidates[0]
@@ -290,7 +304,7 @@ def _normalize(base: str, path: str) -> str:
     return "" if outside or not path.strip() else normal
 
 
-def without_root(path: str, root: Path) -> str:
+def relative_to_root(path: str, root: Path) -> str:
     """Return an absolute path inside `root`, however `root` is written, as a relative path; return others unchanged."""
     for start in _root_prefixes(root):
         path = f"{path}/".removeprefix(start).removesuffix("/")

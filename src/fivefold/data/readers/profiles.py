@@ -13,8 +13,8 @@ from itertools import product
 import pandas as pd
 
 from fivefold.errors import DataError
-from fivefold.label_factors import Factors
-from fivefold.predictions import sample
+from fivefold.label_factors import LabelFactors
+from fivefold.predictions import preview
 
 log = logging.getLogger("fivefold")
 
@@ -33,7 +33,7 @@ def are_profiles(names: Sequence[str], level: str) -> bool:
     return 2 * profile_photos["folder"].nunique() > photos["folder"].nunique()
 
 
-def read_profiles(names: Sequence[str], level: str, age_cuts: Sequence[float], where: str) -> pd.DataFrame:
+def read_profiles(names: Sequence[str], level: str, age_bins: Sequence[float], where: str) -> pd.DataFrame:
     """Return the photographs among the image `names` below `level`: `name`, `person` and `label`, the name of the class.
 
     Images with other names are ignored with a warning.
@@ -49,15 +49,15 @@ def read_profiles(names: Sequence[str], level: str, age_cuts: Sequence[float], w
     ignored = sorted(set(names) - set(known["name"]))
     if ignored:
         log.warning(
-            "data: %d images are none of %s and are ignored: %s", len(ignored), ", ".join(STEMS), sample(ignored)
+            "data: %d images are none of %s and are ignored: %s", len(ignored), ", ".join(STEMS), preview(ignored)
         )
-    ages = known["age"].map(lambda age: age_class(int(age), age_cuts))
+    ages = known["age"].map(lambda age: age_class(int(age), age_bins))
     genders = known["gender"].str.lower().map(GENDERS.index)
-    numbers = label_of(known["stem"].map(STEMS), genders, ages, len(age_cuts) + 1)
+    numbers = encode_label(known["stem"].map(STEMS), genders, ages, len(age_bins) + 1)
     return known.assign(label=numbers.astype(str))
 
 
-def label_of(mask: int, gender: int, age: int, ages: int = 3) -> int:
+def encode_label(mask: int, gender: int, age: int, ages: int = 3) -> int:
     """Return the class number for the indices of its factors, which have 3, 2 and `ages` values."""
     return (mask * len(GENDERS) + gender) * ages + age
 
@@ -67,14 +67,14 @@ def age_class(age: float, cuts: Sequence[float]) -> int:
     return bisect.bisect_right(cuts, age)
 
 
-def profile_factors(age_cuts: Sequence[float]) -> Factors:
+def profile_factors(age_bins: Sequence[float]) -> LabelFactors:
     """Return mask, gender and age of every class, including classes without photographs."""
-    ages = [f"<{cut:g}" for cut in age_cuts] + [f">={age_cuts[-1]:g}"]
+    ages = [f"<{cut:g}" for cut in age_bins] + [f">={age_bins[-1]:g}"]
     combinations = product(enumerate(MASKS), enumerate(GENDERS), enumerate(ages))
     values = {
-        str(label_of(m, g, a, len(ages))): (mask, gender, age) for (m, mask), (g, gender), (a, age) in combinations
+        str(encode_label(m, g, a, len(ages))): (mask, gender, age) for (m, mask), (g, gender), (a, age) in combinations
     }
-    return Factors(("mask", "gender", "age"), values)
+    return LabelFactors(("mask", "gender", "age"), values)
 
 
 def _photos(names: Sequence[str], level: str) -> pd.DataFrame:
@@ -94,6 +94,6 @@ def _photos(names: Sequence[str], level: str) -> pd.DataFrame:
 def _raise_if_any(folders: pd.DataFrame, invalid: pd.Series, problem: str, where: str) -> None:
     if invalid.any():
         raise DataError(
-            f"{where}: {invalid.sum()} of {len(folders)} folders {problem}: {sample(folders['folder'][invalid])}; "
+            f"{where}: {invalid.sum()} of {len(folders)} folders {problem}: {preview(folders['folder'][invalid])}; "
             "rename or remove them"
         )

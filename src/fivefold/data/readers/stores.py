@@ -1,10 +1,12 @@
 """Image stores: a folder, or a zip that is read without unpacking it to disk.
 
 A store has `root`, `names()`, `exists(name)` and `read(name)`. It holds no open file, so threads and forked or spawned
-loader workers can share it. `caches` are the image caches (`image_cache.Cache`) that hold some of its images decoded.
+loader workers can share it. `caches` are the image caches (`image_cache.Cache`) that hold some of its images decoded. The inventory
+of a store lists its images, and all other files by the reason why they are ignored.
 """
 
 import hashlib
+import logging
 import os
 import posixpath
 import stat
@@ -13,23 +15,26 @@ import unicodedata
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 from fivefold.contract.files import (
+    DANGLING,
     EMPTY,
     HIDDEN,
-    MOST_OF_AN_ARCHIVE,
+    MAX_ARCHIVE_BYTES,
     SYSTEM,
-    below,
     check_size,
-    is_shown,
+    is_visible,
+    join_below,
     read_file,
     tree_names,
 )
+from fivefold.data.image_io import IMAGE_SUFFIXES, is_image
 from fivefold.errors import DataError, MissingInputError
 
 GIB = 2**30
@@ -46,16 +51,16 @@ class FolderStore:
     root: Path
     caches: Sequence[Any] = ()
 
-    def names(self, passed: dict[str, list[str]] | None = None) -> list[str]:
-        """Return relative POSIX names of all files, sorted; add the ignored files to `passed`, as `tree_names` does."""
-        return tree_names(self.root, passed)
+    def names(self, ignored: dict[str, list[str]] | None = None) -> list[str]:
+        """Return relative POSIX names of all files, sorted; add the ignored files to `ignored`, as `tree_names` does."""
+        return tree_names(self.root, ignored)
 
-    def listing(self, folder: str) -> tuple[list[str], list[str]]:
+    def list_folder(self, folder: str) -> tuple[list[str], list[str]]:
         """Return the sorted names of the folders and of the files directly in `folder` ("" is the root)."""
-        with os.scandir(below(self.root, folder)) as entries:
+        with os.scandir(join_below(self.root, folder)) as entries:
             # A circular link is not a folder; `e.is_dir()` raises for it, `Path.is_dir` does not.
             is_folder = {
-                e.name: (Path(e).is_dir() if e.is_symlink() else e.is_dir()) for e in entries if is_shown(e.name)
+                e.name: (Path(e).is_dir() if e.is_symlink() else e.is_dir()) for e in entries if is_visible(e.name)
             }
         return _folders_and_files(is_folder)
 
@@ -72,7 +77,7 @@ class FolderStore:
 
 def _resolve_unicode(root: Path, name: str) -> Path:
     """Return the path `name` inside `root`; if it does not exist, try each part as NFC and NFD, as it may be on disk."""
-    path = below(root, name)
+    path = join_below(root, name)
     if name.isascii() or path.exists():
         return path
     resolved = root
@@ -88,16 +93,16 @@ class ZipStore:
 
     root: Path
     entries: Mapping[str, zipfile.ZipInfo] = field(repr=False)
-    passed: Mapping[str, list[str]] = field(repr=False, default_factory=dict)
+    ignored: Mapping[str, list[str]] = field(repr=False, default_factory=dict)
     caches: Sequence[Any] = ()
 
-    def names(self, passed: dict[str, list[str]] | None = None) -> list[str]:
-        """Return relative POSIX names of all files, sorted; add the ignored files to `passed`, as `tree_names` does."""
-        if passed is not None:
-            passed.update(self.passed)
+    def names(self, ignored: dict[str, list[str]] | None = None) -> list[str]:
+        """Return relative POSIX names of all files, sorted; add the ignored files to `ignored`, as `tree_names` does."""
+        if ignored is not None:
+            ignored.update(self.ignored)
         return sorted(self.entries)
 
-    def listing(self, folder: str) -> tuple[list[str], list[str]]:
+    def list_folder(self, folder: str) -> tuple[list[str], list[str]]:
         """Return the sorted names of the folders and of the files directly in `folder` ("" is the root)."""
         prefix = f"{folder}/" if folder else ""
         inside = [name.removeprefix(prefix).partition("/") for name in self.entries if name.startswith(prefix)]
@@ -127,7 +132,7 @@ class ZipStore:
 
 
 @dataclass(frozen=True, eq=False)
-class JoinedStore:
+class MultiStore:
     """Several stores read as one: `name/rest` is the file `rest` of the store `name`."""
 
     stores: Mapping[str, FolderStore | ZipStore]
@@ -142,10 +147,10 @@ class JoinedStore:
         return self.stores[store].read(rest)
 
 
-ImageStore = FolderStore | ZipStore | JoinedStore
+ImageStore = FolderStore | ZipStore | MultiStore
 
 
-def read_unchanged(store: ImageStore, name: str, digest: str | None) -> tuple[bytes, str]:
+def read_verified(store: ImageStore, name: str, digest: str | None) -> tuple[bytes, str]:
     """Return the bytes of one file and their SHA-256; raise a DataError if `digest`, from the split, is set and differs."""
     content = store.read(name)
     actual = hashlib.sha256(content).hexdigest()
@@ -154,7 +159,7 @@ def read_unchanged(store: ImageStore, name: str, digest: str | None) -> tuple[by
     return content, actual
 
 
-def open_store(path: Path, max_unpacked_gib: float = MOST_OF_AN_ARCHIVE / GIB) -> ImageStore:
+def open_store(path: Path, max_unpacked_gib: float = MAX_ARCHIVE_BYTES / GIB) -> ImageStore:
     """Open a folder, a .zip, or a folder that holds only one .zip (and CSVs).
 
     Raise MissingInputError if the path does not exist, and a DataError for a zip that is broken, that has links or
@@ -164,7 +169,7 @@ def open_store(path: Path, max_unpacked_gib: float = MOST_OF_AN_ARCHIVE / GIB) -
         return _open_zip(path, max_unpacked_gib)
     if not path.is_dir():
         raise MissingInputError(f"{path} does not exist; pass a folder of images or a .zip")
-    rest = [entry for entry in path.iterdir() if is_shown(entry.name) and entry.suffix.lower() != ".csv"]
+    rest = [entry for entry in path.iterdir() if is_visible(entry.name) and entry.suffix.lower() != ".csv"]
     if len(rest) == 1 and rest[0].suffix.lower() == ".zip" and rest[0].is_file():
         return _open_zip(rest[0], max_unpacked_gib)
     return FolderStore(path)
@@ -190,7 +195,7 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
         name = _inside(_decoded_name(info), path)
         if stat.S_ISLNK(info.external_attr >> 16):
             raise DataError(f"{path}: entry {info.filename!r} is a symbolic link; pack the file itself")
-        if ignored := [part for part in name.split("/") if not is_shown(part)]:
+        if ignored := [part for part in name.split("/") if not is_visible(part)]:
             passed[HIDDEN if ignored[0].startswith(".") else SYSTEM].append(name)
             continue
         if name in entries:
@@ -245,3 +250,62 @@ def _inside(name: str, root: Path) -> str:
     if normal.startswith(("/", "../")) or normal in (".", "..") or normal[1:2] == ":":
         raise DataError(f"{root}: entry {name!r} leads out of the zip; pack it again with relative names")
     return normal
+
+
+log = logging.getLogger("fivefold")
+
+UNUSED = ("not in the table", "in no class folder")
+UNREAD = {".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".tga"} - IMAGE_SUFFIXES
+"""Suffixes of image formats that Fivefold cannot decode."""
+ANSWERED_REASONS = (*UNREAD, DANGLING, "without suffix")
+"""Reasons for ignoring files that still get a row if every input needs a result (as in `predict`)."""
+_OTHERS = ".db .docx .h5 .html .ini .ipynb .json .jsonl .log .mat .md .npy .npz .parquet .pdf .pkl .pth .py .tsv .txt .xml .yaml .yml"
+NON_IMAGE_REASONS = {HIDDEN, SYSTEM, EMPTY, *UNUSED, *_OTHERS.split()}
+"""Reasons for ignoring files that are certainly not images to use: suffixes common beside images, and others."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Names of the files in a store: `images` by suffix, and `ignored` by the reason for ignoring them."""
+
+    images: list[str]
+    ignored: Mapping[str, list[str]]
+
+    @property
+    def expected_images(self) -> list[str]:
+        """Return the sorted names of the images, of undecodable or broken ones, and of files without a suffix."""
+        return sorted(self.images + [name for reason in ANSWERED_REASONS for name in self.ignored.get(reason, [])])
+
+    def counts(self, used: Collection[str] = (), unused: str = "") -> dict[str, int]:
+        """Count the ignored files by reason; images that are not in `used` count under the reason `unused`, if it is set."""
+        counts = {reason: len(names) for reason, names in sorted(self.ignored.items()) if reason != EMPTY}
+        names = {normalize("NFC", name) for name in self.images if unused}
+        rest = len(names.difference(normalize("NFC", name) for name in used)) if names else 0
+        return {reason: count for reason, count in (counts | {unused: rest}).items() if count}
+
+
+def take_inventory(store: ImageStore) -> Inventory:
+    """List every file of a store. CSV files are in neither group: their readers list them."""
+    left_out: dict[str, list[str]] = {}
+    names = store.names(left_out)
+    for name in (name for name in names if not is_image(name) and not name.lower().endswith(".csv")):
+        left_out.setdefault(posixpath.splitext(name)[1].lower() or "without suffix", []).append(name)
+    return Inventory([name for name in names if is_image(name)], left_out)
+
+
+def may_be_images(reasons: Collection[str]) -> bool:
+    """Return whether files ignored for these reasons may be images."""
+    return not NON_IMAGE_REASONS.issuperset(reasons)
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Return `4 .heic, 2 hidden`, with a hint on what to install."""
+    hint = " (pip install 'fivefold[heif]' adds HEIC support)" if {".heic", ".heif"} & counts.keys() else ""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count) + hint
+
+
+def log_ignored(counts: Mapping[str, int], where: object) -> None:
+    """Log the ignored files in one line, as a warning if some may be images."""
+    if counts:
+        level = logging.WARNING if may_be_images(counts) else logging.INFO
+        log.log(level, "data: ignored files in %s: %s", where, describe_counts(counts))

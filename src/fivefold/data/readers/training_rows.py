@@ -11,41 +11,40 @@ import pandas as pd
 import pyarrow as pa
 
 from fivefold.config.schema import Data
-from fivefold.contract.filenames import is_sample, is_truth, look, plain_name
-from fivefold.contract.files import DANGLING, EMPTY, is_shown
+from fivefold.contract.filenames import is_ground_truth, is_sample_submission, normalize_class_name, visual_form
+from fivefold.contract.files import DANGLING, EMPTY, is_visible
 from fivefold.csv_tables import (
     CATEGORY_NAMES,
     ID_NAMES,
     LABEL_NAMES,
     PATH_NAMES,
     CsvFile,
-    check_filled,
+    check_not_empty,
     check_unique,
-    plain_names,
+    normalize_names,
 )
-from fivefold.data.readers.inventory import UNUSED, Inventory, in_words, may_be_images, take_inventory
 from fivefold.data.readers.layout_detection import (
     HELD_OUT,
     IMAGE_FOLDERS,
     TRAIN_FOLDERS,
-    bases,
+    candidate_roots,
     class_images,
     class_level,
-    csvs,
     guess_paths,
-    held_out,
+    held_out_folders,
     image_paths,
-    levels,
+    list_csvs,
     open_table,
+    search_levels,
     stem,
-    warn_of_deeper,
+    warn_nested_folders,
 )
 from fivefold.data.readers.profiles import are_profiles, profile_factors, read_profiles
-from fivefold.data.readers.stores import ImageStore
+from fivefold.data.readers.stores import UNUSED, ImageStore, Inventory, describe_counts, may_be_images, take_inventory
 from fivefold.errors import DataError, SettingsError
-from fivefold.label_factors import Factors
+from fivefold.label_factors import LabelFactors
 from fivefold.lookup import choose
-from fivefold.predictions import sample
+from fivefold.predictions import preview
 
 log = logging.getLogger("fivefold")
 
@@ -57,13 +56,13 @@ Column = pd.Series | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class LabelledImages:
     """N labelled images: `ids`, `paths` and `groups` (or nulls) [N] strings in Arrow, `codes` [N] int32 into `classes`.
 
     `factors`: the factors of the classes, or None if they have none.
     `strata` [N] strings: what a split balances across groups instead of the classes, or None; with strata, every
     row has a group, and all rows of a group have the same stratum.
-    `left_out`: number of files of the store that are in no row, by reason. `lost`: folders that would be classes if they
+    `ignored`: number of files of the store that are in no row, by reason. `lost`: folders that would be classes if they
     had a readable image, each with a description of its content.
     """
 
@@ -73,15 +72,15 @@ class Rows:
     classes: tuple[str, ...]
     groups: pa.Array
     layout: str
-    factors: Factors | None = None
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    factors: LabelFactors | None = None
+    ignored: Mapping[str, int] = field(default_factory=dict)
     lost: Mapping[str, str] = field(default_factory=dict)
     strata: pa.Array | None = None
 
     def __len__(self) -> int:
         return len(self.codes)
 
-    def take(self, kept: np.ndarray) -> "Rows":
+    def take(self, kept: np.ndarray) -> "LabelledImages":
         """Return the rows where `kept` [N] bool is true, without the classes that have no row left."""
         used = np.unique(self.codes[kept])
         classes = tuple(self.classes[code] for code in used)
@@ -91,12 +90,12 @@ class Rows:
             self,
             codes=np.searchsorted(used, self.codes[kept]).astype(np.int32),
             classes=classes,
-            factors=None if self.factors is None else self.factors.only(classes),
+            factors=None if self.factors is None else self.factors.restrict(classes),
             **{name: None if column is None else column.filter(pa.array(kept)) for name, column in arrow.items()},
         )
 
 
-def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Rows:
+def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> LabelledImages:
     """Read the training rows of a store as `data.layout` selects: from a CSV, products, profiles, or class folders.
 
     The CSV is `data.table`, or else the detected one. Raise a DataError for data that cannot be trained on: no images,
@@ -111,10 +110,10 @@ def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Rows:
     else:
         rows = read_folders(store, stock, _class_level(store, stock), data)
     unused = UNUSED[rows.layout.startswith(("class folders", "mask profiles"))]
-    return replace(rows, left_out=stock.counts(rows.paths.to_pylist(), unused))
+    return replace(rows, ignored=stock.counts(rows.paths.to_pylist(), unused))
 
 
-def _table_or_folders(store: ImageStore, stock: Inventory, data: Data, check_files: bool) -> Rows:
+def _table_or_folders(store: ImageStore, stock: Inventory, data: Data, check_files: bool) -> LabelledImages:
     tables = _find_tables(store, data.table, "train", partial(_is_usable, data=data))
     if not tables and data.layout == "csv":
         raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
@@ -144,13 +143,13 @@ def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[
     if name:
         return [open_table(store, name)]
     others: list[CsvFile] = []
-    for level in levels(store, TRAIN_FOLDERS):
-        tables = [open_table(store, name) for name in csvs(store, level) if _may_be_training(name)]
+    for level in search_levels(store, TRAIN_FOLDERS):
+        tables = [open_table(store, name) for name in list_csvs(store, level) if _may_be_training(name)]
         named = [table for table in tables if stem(table.name) == usual]
         usable = named or [table for table in tables if is_usable(table)]
         if len(usable) > 1:
             raise DataError(
-                f"several tables in {store.root}: {sample([t.name for t in usable])}; set data.table to one of them"
+                f"several tables in {store.root}: {preview([t.name for t in usable])}; set data.table to one of them"
             )
         if named:
             return named
@@ -161,7 +160,7 @@ def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[
 
 
 def _may_be_training(name: str) -> bool:
-    return stem(name) not in NON_TRAINING_TABLES and not is_sample(name) and not is_truth(name)
+    return stem(name) not in NON_TRAINING_TABLES and not is_sample_submission(name) and not is_ground_truth(name)
 
 
 def _warn_ignored(tables: Sequence[CsvFile]) -> None:
@@ -195,22 +194,24 @@ def _require_columns(store: ImageStore, table: CsvFile, data: Data, otherwise: s
     path, label = _columns(store, table, data)
     keys = {"data.path_column": path, "data.label_column": label}
     absent = " and ".join(key for key, column in keys.items() if column is None) + otherwise
-    path = path or table.must_have(data.path_column, PATH_NAMES, absent)
-    return path, label or table.must_have(data.label_column, LABEL_NAMES, absent)
+    path = path or table.require_column(data.path_column, PATH_NAMES, absent)
+    return path, label or table.require_column(data.label_column, LABEL_NAMES, absent)
 
 
-def _table_rows(store: ImageStore, table: CsvFile, columns: tuple[str, str], data: Data, check_files: bool) -> Rows:
+def _table_rows(
+    store: ImageStore, table: CsvFile, columns: tuple[str, str], data: Data, check_files: bool
+) -> LabelledImages:
     path, label = columns
-    group = table.must_have(data.group_column, (), "data.group_column") if data.group_column else None
+    group = table.require_column(data.group_column, (), "data.group_column") if data.group_column else None
     if data.id_column:
-        table.must_have(data.id_column, (), "data.id_column")
+        table.require_column(data.id_column, (), "data.id_column")
     row_id = table.column(data.id_column, ID_NAMES) or path
     if len({path, label, group} - {None}) < 2 + bool(group):
         raise DataError(f"{table}: one column cannot be path, label and group at once")
     frame = table.read([row_id, path, label, *([group] if group else [])])
     check_unique(frame[row_id], table)
-    labels = plain_names(frame[label])
-    check_filled(labels, "label", table)
+    labels = normalize_names(frame[label])
+    check_not_empty(labels, "label", table)
     _log_normalized(frame[label].unique(), table)
     broken = np.flatnonzero(labels.str.contains(r"[\r\n]"))
     if len(broken):
@@ -218,9 +219,9 @@ def _table_rows(store: ImageStore, table: CsvFile, columns: tuple[str, str], dat
             f"{table}: the label in row {broken[0] + 1} below the header has a line break: {labels.iloc[broken[0]][:60]!r}; "
             "a quote may be missing"
         )
-    where = bases(store, table.name, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), data.base_path)
-    paths = image_paths(frame[path], table, store, where, check_files, None if data.base_path else HELD_OUT)
-    groups = plain_names(frame[group]).replace("", None) if group else None
+    where = candidate_roots(store, table.name, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), data.image_root)
+    paths = image_paths(frame[path], table, store, where, check_files, None if data.image_root else HELD_OUT)
+    groups = normalize_names(frame[group]).replace("", None) if group else None
     return make_rows(paths, labels, str(table), f"the CSV {table.name}", ids=frame[row_id], groups=groups)
 
 
@@ -232,8 +233,8 @@ def make_rows(
     ids: Column | None = None,
     groups: Column | None = None,
     strata: Column | None = None,
-    factors: Factors | None = None,
-) -> Rows:
+    factors: LabelFactors | None = None,
+) -> LabelledImages:
     """Return N rows from their columns; without `ids`, the paths are the ids. DataErrors name `where`.
 
     Raise a DataError for fewer than two classes, and for file names that are not UTF-8.
@@ -249,13 +250,13 @@ def make_rows(
     except UnicodeEncodeError as error:
         raise DataError(f"{where} has file names that are not UTF-8, such as {error.object!r}; rename them") from error
     arrow["groups"] = pa.nulls(len(codes), TEXT) if groups is None else arrow["groups"]
-    factors = None if factors is None else factors.only(tuple(classes))
-    return Rows(codes=codes.astype(np.int32), classes=tuple(classes), layout=layout, factors=factors, **arrow)
+    factors = None if factors is None else factors.restrict(tuple(classes))
+    return LabelledImages(codes=codes.astype(np.int32), classes=tuple(classes), layout=layout, factors=factors, **arrow)
 
 
 def _log_normalized(names: Iterable[str], where: object) -> None:
-    """Log the names that `plain_name` changes."""
-    changed = sorted({name for name in names if plain_name(name) != name})
+    """Log the names that `normalize_class_name` changes."""
+    changed = sorted({name for name in names if normalize_class_name(name) != name})
     if changed:
         examples = ", ".join(map(ascii, changed[:5]))
         log.info("data: %s: normalizing %d names (spaces, invisible characters): %s", where, len(changed), examples)
@@ -263,9 +264,9 @@ def _log_normalized(names: Iterable[str], where: object) -> None:
 
 def _check_classes(classes: Sequence[str], where: str) -> None:
     if len(classes) < 2:
-        raise DataError(f"{where}: only {len(classes)} class ({sample(classes)}); at least two are needed")
-    looks = Counter(map(look, classes))
-    alike = [ascii(name) for name in classes if looks[look(name)] > 1]
+        raise DataError(f"{where}: only {len(classes)} class ({preview(classes)}); at least two are needed")
+    looks = Counter(map(visual_form, classes))
+    alike = [ascii(name) for name in classes if looks[visual_form(name)] > 1]
     if alike:
         raise DataError(
             f"{where}: different class names look the same: {', '.join(alike[:4])}; spell each class in one way"
@@ -273,7 +274,7 @@ def _check_classes(classes: Sequence[str], where: str) -> None:
     folded = Counter(map(str.casefold, classes))
     if cases := [name for name in classes if folded[name.casefold()] > 1]:
         log.warning(
-            "data: %s: class names that differ only in case count as different classes: %s", where, sample(cases)
+            "data: %s: class names that differ only in case count as different classes: %s", where, preview(cases)
         )
 
 
@@ -282,28 +283,28 @@ def _class_level(store: ImageStore, stock: Inventory) -> str:
     if not stock.images:
         archives = [name for name in store.names() if name.lower().endswith(ARCHIVES)]
         hint = (
-            f"unpack {sample(archives)}, or pass one .zip itself" if archives else "add one folder of images per class"
+            f"unpack {preview(archives)}, or pass one .zip itself" if archives else "add one folder of images per class"
         )
         raise DataError(
-            f"{store.root} holds no images and no usable CSV (content: {in_words(stock.counts()) or 'nothing'}); {hint}"
+            f"{store.root} holds no images and no usable CSV (content: {describe_counts(stock.counts()) or 'nothing'}); {hint}"
         )
-    return class_level([name for name in stock.asked if "." in name])
+    return class_level([name for name in stock.expected_images if "." in name])
 
 
-def _profiles_or_classes(store: ImageStore, stock: Inventory, level: str, data: Data) -> Rows:
+def _profiles_or_classes(store: ImageStore, stock: Inventory, level: str, data: Data) -> LabelledImages:
     """Read profiles if most folders are named as such, else class folders."""
     read = _profile_rows if are_profiles(stock.images, level) else _class_rows
     return read(store, stock, level, data)
 
 
-def _profile_rows(store: ImageStore, stock: Inventory, level: str, data: Data) -> Rows:
+def _profile_rows(store: ImageStore, stock: Inventory, level: str, data: Data) -> LabelledImages:
     where = f"{store.root}/{level}".rstrip("/")
-    photos = read_profiles(stock.images, level, data.age_cuts, where)
-    layout, factors = f"mask profiles below {level or '.'}", profile_factors(data.age_cuts)
+    photos = read_profiles(stock.images, level, data.age_bins, where)
+    layout, factors = f"mask profiles below {level or '.'}", profile_factors(data.age_bins)
     return make_rows(photos["name"], photos["label"], where, layout, groups=photos["person"], factors=factors)
 
 
-def _class_rows(store: ImageStore, stock: Inventory, level: str, _: Data) -> Rows:
+def _class_rows(store: ImageStore, stock: Inventory, level: str, _: Data) -> LabelledImages:
     inside = [name for name in stock.images if name.startswith(level) and "/" in name[len(level) :]]
     loose = sum(name.startswith(level) for name in stock.images) - len(inside)
     if loose:
@@ -317,29 +318,29 @@ def _class_rows(store: ImageStore, stock: Inventory, level: str, _: Data) -> Row
         )
     folders = [name[len(level) :].partition("/")[0] for name in inside]
     _log_normalized(set(folders), where)
-    labels = [plain_name(folder) or folder for folder in folders]
+    labels = [normalize_class_name(folder) or folder for folder in folders]
     description = f"{where} without {', '.join(lost.values())}" if lost else where
     rows = make_rows(inside, labels, description, f"class folders below {level or '.'}")
-    warn_of_deeper(inside, level, where)
+    warn_nested_folders(inside, level, where)
     return replace(rows, lost=lost)
 
 
 def _folders_without_images(stock: Inventory, level: str, where: str) -> dict[str, str]:
     """Return the folders that would be classes if they had a readable image, with their content; log all folders without images."""
     contents: dict[str, Counter[str]] = defaultdict(Counter)
-    for reason, names in stock.left_out.items():
+    for reason, names in stock.ignored.items():
         for folder, slash, _ in (name[len(level) :].partition("/") for name in names if name.startswith(level)):
             if slash or (reason == DANGLING and "." not in folder):
                 contents[folder][reason] += reason != EMPTY
     used = {name[len(level) :].partition("/")[0] for name in stock.images if name.startswith(level)}
-    without = filter(is_shown, sorted(contents.keys() - used - set(held_out(contents))))
-    descriptions = {name: f"{name!r} ({in_words(contents[name]) or 'empty'})" for name in without}
+    without = filter(is_visible, sorted(contents.keys() - used - set(held_out_folders(contents))))
+    descriptions = {name: f"{name!r} ({describe_counts(contents[name]) or 'empty'})" for name in without}
     if descriptions:
         log.warning("data: folders of %s without images are not classes: %s", where, ", ".join(descriptions.values()))
     return {name: text for name, text in descriptions.items() if may_be_images(contents[name])}
 
 
-def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
+def _product_rows(store: ImageStore, data: Data, check_files: bool) -> LabelledImages:
     """Read the images of a product table: image_data.csv, or the CSV `data.table`, or the only one with the columns.
 
     A cell holds paths separated by `&` or `,`; an empty cell holds none. The class of an image is that of its
@@ -356,8 +357,10 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> Rows:
     images = _product_images(table, data)
     if not len(images):
         raise DataError(f"{table} lists no image in the columns {', '.join(data.image_types)}")
-    where = bases(store, table.name, TRAIN_FOLDERS, data.base_path)
-    images["path"] = image_paths(images["path"], table, store, where, check_files, None if data.base_path else HELD_OUT)
+    where = candidate_roots(store, table.name, TRAIN_FOLDERS, data.image_root)
+    images["path"] = image_paths(
+        images["path"], table, store, where, check_files, None if data.image_root else HELD_OUT
+    )
     for kind, column in (("products", "product"), ("image types", "label")):
         conflicting = images[images.groupby("path")[column].transform("nunique") > 1]
         if len(conflicting):
@@ -379,13 +382,15 @@ def _product_images(table: CsvFile, data: Data) -> pd.DataFrame:
 
     Log rows without images.
     """
-    id_column = table.must_have(data.id_column, ID_NAMES, "data.id_column")
-    category_column = table.must_have(data.category_column, CATEGORY_NAMES, "data.category_column")
-    label_of = {table.must_have(name, (), "data.image_types"): label for name, label in data.image_types.items()}
+    id_column = table.require_column(data.id_column, ID_NAMES, "data.id_column")
+    category_column = table.require_column(data.category_column, CATEGORY_NAMES, "data.category_column")
+    label_of = {table.require_column(name, (), "data.image_types"): label for name, label in data.image_types.items()}
     frame = table.read([id_column, category_column, *label_of])
-    products = pd.DataFrame({"product": frame[id_column].str.strip(), "category": plain_names(frame[category_column])})
-    check_filled(products["product"], "id", table)
-    check_filled(products["category"], "category", table)
+    products = pd.DataFrame(
+        {"product": frame[id_column].str.strip(), "category": normalize_names(frame[category_column])}
+    )
+    check_not_empty(products["product"], "id", table)
+    check_not_empty(products["category"], "category", table)
     check_unique(products["product"].rename(id_column), table)
     paths = frame[list(label_of)].stack().str.split(PATH_SEPARATORS, regex=True).explode().str.strip()
     paths = paths[paths != ""]
@@ -393,7 +398,7 @@ def _product_images(table: CsvFile, data: Data) -> pd.DataFrame:
     images = products.loc[rows].assign(path=paths.to_numpy(), label=image_columns.map(label_of))
     without = products["product"].drop(rows.unique())
     if len(without):
-        log.warning("data: %d products of %s list no image and are ignored: %s", len(without), table, sample(without))
+        log.warning("data: %d products of %s list no image and are ignored: %s", len(without), table, preview(without))
     return images
 
 

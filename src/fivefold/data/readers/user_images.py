@@ -11,14 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from fivefold.contract.filenames import is_sample, plain_name
-from fivefold.contract.files import MOST_OF_AN_ARCHIVE, read_file
-from fivefold.csv_tables import PATH_NAMES, TRUE_CLASS_NAMES, CsvFile, plain_names
-from fivefold.data.readers.inventory import log_left_out, take_inventory
-from fivefold.data.readers.layout_detection import TRIED_PATHS, csvs, guess_paths, match_names, open_table
-from fivefold.data.readers.stores import GIB, FolderStore, ImageStore, ZipStore, open_store
+from fivefold.contract.filenames import is_sample_submission, normalize_class_name
+from fivefold.contract.files import MAX_ARCHIVE_BYTES, read_file
+from fivefold.csv_tables import PATH_NAMES, TRUE_CLASS_NAMES, CsvFile, normalize_names
+from fivefold.data.readers.layout_detection import MAX_PROBED_PATHS, guess_paths, list_csvs, match_names, open_table
+from fivefold.data.readers.stores import GIB, FolderStore, ImageStore, ZipStore, log_ignored, open_store, take_inventory
 from fivefold.errors import DataError, MissingInputError
-from fivefold.predictions import sample
+from fivefold.predictions import preview
 
 log = logging.getLogger("fivefold")
 
@@ -26,7 +25,7 @@ SUBMISSION = "submission.csv"
 
 
 @dataclass(frozen=True)
-class AnywhereStore:
+class LocalPathStore:
     """Files anywhere on this machine, by the paths that the user wrote."""
 
     root: Path = Path()
@@ -43,20 +42,20 @@ class AnywhereStore:
 
 
 @dataclass(frozen=True, eq=False)
-class HandedStore:
+class InMemoryStore:
     """Items passed in memory, each with a name: paths, bytes of image files, or Pillow images.
 
     With a `folder`, paths are relative to it, and paths outside it are rejected.
     """
 
-    things: Mapping[str, Any]
+    items: Mapping[str, Any]
     folder: Path | None = None
 
     def read(self, name: str) -> bytes:
         """Return one item as the bytes of an image file; raise a DataError if it is not an image, or outside the folder."""
-        thing = self.things[name]
+        thing = self.items[name]
         if isinstance(thing, str | os.PathLike):
-            return AnywhereStore().read(thing) if self.folder is None else self._read_below(self.folder, thing)
+            return LocalPathStore().read(thing) if self.folder is None else self._read_below(self.folder, thing)
         if isinstance(thing, bytes | bytearray | memoryview):
             return bytes(thing)
         if isinstance(thing, Image.Image):
@@ -71,32 +70,32 @@ class HandedStore:
             raise DataError(f"{name} cannot be read: {error}") from error
         if not path.is_relative_to(folder.resolve()):
             raise DataError(f"{name} is outside {folder}")
-        return AnywhereStore().read(path)
+        return LocalPathStore().read(path)
 
 
 @dataclass(frozen=True)
-class Given:
+class UserImages:
     """N images: their store, their paths in it, their names as the user wrote them, and their true classes, "" if unknown."""
 
-    store: ImageStore | AnywhereStore | HandedStore
+    store: ImageStore | LocalPathStore | InMemoryStore
     paths: Sequence[str]
-    shown: Sequence[str]
-    truth: Sequence[str]
+    names: Sequence[str]
+    labels: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.paths)
 
 
-def read_given(
+def read_user_images(
     path: Path,
-    base_path: str = "",
+    image_root: str = "",
     path_column: str = "",
     label_column: str = "",
-    max_unpacked_gib: float = MOST_OF_AN_ARCHIVE / GIB,
-) -> Given:
+    max_unpacked_gib: float = MAX_ARCHIVE_BYTES / GIB,
+) -> UserImages:
     """Open the images at `path`: one image, a CSV of paths, or a folder or .zip of either.
 
-    Paths in a CSV are relative to `base_path`, else to its own folder or the working directory, whichever contains more
+    Paths in a CSV are relative to `image_root`, else to its own folder or the working directory, whichever contains more
     of the first ones; in a folder or .zip, missing files are searched by name everywhere. A CSV passed as a file may lack
     a known path column if one column has the names of images beside it. The images themselves are not checked here.
     Raise MissingInputError if nothing exists at `path`, and DataError for a folder without images or a CSV without paths.
@@ -106,69 +105,71 @@ def read_given(
         table = open_table(store, path.name)
         named = path_column or table.column("", PATH_NAMES) or guess_paths(table, store, ()) or ""
         search = not path_column and table.column("", PATH_NAMES) is None
-        return _read_table(store, table, base_path, named, label_column, search)
+        return _read_table(store, table, image_root, named, label_column, search)
     if path.is_file() and path.suffix.lower() != ".zip":
-        return Given(AnywhereStore(), [str(path)], [str(path)], [""])
+        return UserImages(LocalPathStore(), [str(path)], [str(path)], [""])
     store = open_store(path, max_unpacked_gib)
-    names = [name for name in csvs(store, "") if name.lower() != SUBMISSION and not is_sample(name)]
+    names = [name for name in list_csvs(store, "") if name.lower() != SUBMISSION and not is_sample_submission(name)]
     usable = [table for table in (open_table(store, name) for name in names) if table.column(path_column, PATH_NAMES)]
     if len(usable) > 1:
-        raise DataError(f"several tables in {path}: {sample([t.name for t in usable])}; pass one of them instead")
+        raise DataError(f"several tables in {path}: {preview([t.name for t in usable])}; pass one of them instead")
     if usable:
-        return _read_table(store, usable[0], base_path, path_column, label_column, search=not base_path)
+        return _read_table(store, usable[0], image_root, path_column, label_column, search=not image_root)
     stock = take_inventory(store)
-    names = stock.asked
-    log_left_out(stock.counts(), path)
+    names = stock.expected_images
+    log_ignored(stock.counts(), path)
     if not names:
         raise DataError(f"no images below {path}, nor a CSV with their paths")
-    return Given(store, names, names, [""] * len(names))
+    return UserImages(store, names, names, [""] * len(names))
 
 
-def with_folders_as_truth(given: Given, classes: Sequence[str]) -> Given:
-    """Return `given` with each image's folder as its true class, if there are no true classes and all folders are class names."""
-    folders = [plain_name(posixpath.basename(posixpath.dirname(path))) for path in given.paths]
-    if any(given.truth) or not set(folders) <= set(classes):
-        return given
+def labels_from_folders(images: UserImages, classes: Sequence[str]) -> UserImages:
+    """Return `images` with each image's folder as its true class, if there are no true classes and all folders are class names."""
+    folders = [normalize_class_name(posixpath.basename(posixpath.dirname(path))) for path in images.paths]
+    if any(images.labels) or not set(folders) <= set(classes):
+        return images
     log.info("every image is in a folder named as a class; using the folder names as true classes")
-    return Given(given.store, given.paths, given.shown, folders)
+    return UserImages(images.store, images.paths, images.names, folders)
 
 
-def check_truth(given: Given, classes: Sequence[str]) -> None:
+def check_labels(images: UserImages, classes: Sequence[str]) -> None:
     """Raise a DataError for true classes that the model does not have."""
     known = {"", *classes}
-    unknown = [name for name in given.truth if name not in known]
+    unknown = [name for name in images.labels if name not in known]
     if unknown:
         raise DataError(
-            f"{len(unknown)} of {len(given)} rows have true classes that the model does not have: {sample(sorted(set(unknown)))}; "
-            f"its classes are {sample(list(classes))}; leave such cells empty to predict these rows without scoring them"
+            f"{len(unknown)} of {len(images)} rows have true classes that the model does not have: {preview(sorted(set(unknown)))}; "
+            f"its classes are {preview(list(classes))}; leave such cells empty to predict these rows without scoring them"
         )
 
 
 def _read_table(
-    images: FolderStore | ZipStore, table: CsvFile, base_path: str, path_column: str, label_column: str, search: bool
-) -> Given:
-    path = table.must_have(path_column, PATH_NAMES, "data.path_column")
+    images: FolderStore | ZipStore, table: CsvFile, image_root: str, path_column: str, label_column: str, search: bool
+) -> UserImages:
+    path = table.require_column(path_column, PATH_NAMES, "data.path_column")
     label = table.column(label_column, TRUE_CLASS_NAMES)
     frame = table.read([name for name in (path, label) if name])
-    truth = plain_names(frame[label]).tolist() if label else [""] * len(frame)
+    truth = normalize_names(frame[label]).tolist() if label else [""] * len(frame)
     if isinstance(images, ZipStore):
-        store, bases = images, [base_path or posixpath.dirname(table.name)]
+        store, bases = images, [image_root or posixpath.dirname(table.name)]
     else:
-        store, bases = AnywhereStore(), [base_path] if base_path else [str(images.root), ""]
-        if base_path and not Path(base_path).is_dir():
-            raise MissingInputError(f"data.base_path={base_path}: no such folder")
+        store, bases = LocalPathStore(), [image_root] if image_root else [str(images.root), ""]
+        if image_root and not Path(image_root).is_dir():
+            raise MissingInputError(f"data.image_root={image_root}: no such folder")
     paths = frame[path].str.strip().str.replace("\\", "/", regex=False).tolist()
-    base = max(bases, key=lambda base: sum(_exists(store, posixpath.join(base, name)) for name in paths[:TRIED_PATHS]))
+    base = max(
+        bases, key=lambda base: sum(_exists(store, posixpath.join(base, name)) for name in paths[:MAX_PROBED_PATHS])
+    )
     resolved = [posixpath.join(base, name) for name in paths]
     if missing := [row for row, name in enumerate(resolved) if search and not _exists(store, name)]:
         matches = match_names([paths[row] for row in missing], images.names(), ())
         for row in (row for row in missing if len(matches[paths[row]]) == 1):
             (name,) = matches[paths[row]]
             resolved[row] = name if store is images else str(images.root / name)
-    return Given(store, resolved, frame[path].tolist(), truth)
+    return UserImages(store, resolved, frame[path].tolist(), truth)
 
 
-def _exists(store: ImageStore | AnywhereStore, name: str) -> bool:
+def _exists(store: ImageStore | LocalPathStore, name: str) -> bool:
     try:
         return store.exists(name)
     except (DataError, ValueError):

@@ -37,7 +37,7 @@ class Duplicates:
     codes: np.ndarray
     sets: list[np.ndarray]
 
-    def conflicting(self, labels: np.ndarray) -> list[np.ndarray]:
+    def label_conflicts(self, labels: np.ndarray) -> list[np.ndarray]:
         """Return the sets whose rows have different `labels` [N]."""
         return [rows for rows in self.sets if len(np.unique(labels[rows])) > 1]
 
@@ -73,33 +73,33 @@ def rank_labels(classes: Sequence[str]) -> np.ndarray:
         return np.argsort(np.argsort(np.array(classes, object)))
 
 
-def divide(
-    codes: np.ndarray, groups: np.ndarray | None, pictures: np.ndarray, split: Split
+def split_rows(
+    codes: np.ndarray, groups: np.ndarray | None, image_codes: np.ndarray, split: Split
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (fold, part) of each row by the rule of `folds.py`: int16 [N] (-1 if no fold validates on the row) and str [N].
 
     `codes` [N] are classes in pandas' order, `groups` [N] integers of rows to keep together, or None; rows of equal
-    `pictures` [N] stay together too. Raise a SettingsError if a fold or part would get no row.
+    `image_codes` [N] stay together too. Raise a SettingsError if a fold or part would get no row.
     """
     if groups is not None:
-        return _split_groups(codes, _merge_groups(groups, pictures), split)
-    first = _first_rows(pictures)
+        return _split_groups(codes, _merge_groups(groups, image_codes), split)
+    first = _first_rows(image_codes)
     unique_rows = np.flatnonzero(first == np.arange(len(first)))
     fold, part = np.empty(len(first), np.int16), np.empty(len(first), "U7")
     fold[unique_rows], part[unique_rows] = _split_rows(codes[unique_rows], split)
     return fold[first], part[first]
 
 
-def divide_products(
-    strata: np.ndarray, products: np.ndarray, pictures: np.ndarray, split: Split
+def split_products(
+    strata: np.ndarray, products: np.ndarray, image_codes: np.ndarray, split: Split
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Split products like rows: ratios of 0.8, 0.1, 0.1 are fractions of the products; return as `divide` does.
+    """Split products like rows: ratios of 0.8, 0.1, 0.1 are fractions of the products; return as `split_rows` does.
 
     `products` [N] integers from 0 in order of occurrence; `strata` [N] codes, equal within a product, replace the
     classes. A product that shares an image with an earlier one goes where that one goes.
     """
     first = np.unique(products, return_index=True)[1]
-    fold, part = divide(strata[first], None, _merge_groups(products, pictures)[first], split)
+    fold, part = split_rows(strata[first], None, _merge_groups(products, image_codes)[first], split)
     return fold[products], part[products]
 
 
@@ -125,8 +125,8 @@ def _split_rows(codes: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray
     """Return (fold, part) of ungrouped rows."""
     fold, part = np.full(len(codes), -1, np.int16), np.full(len(codes), "train", "U7")
     rows = np.arange(len(codes))
-    if split.parts:
-        train, valid, test = split.parts
+    if split.ratios:
+        train, valid, test = split.ratios
         rows, aside = _set_aside(rows, codes, test, split)
         part[aside] = "test"
         _, valid_rows = _set_aside(rows, codes, valid / (train + valid), split)
@@ -192,8 +192,8 @@ def _assign_folds(codes: np.ndarray, split: Split) -> np.ndarray:
 def _split_groups(codes: np.ndarray, groups: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return (fold, part) of rows, keeping groups together."""
     codes = codes if split.stratify else np.zeros_like(codes)
-    if split.parts:
-        part = _assign_bins(codes, groups, split.parts, split.seed)
+    if split.ratios:
+        part = _assign_bins(codes, groups, split.ratios, split.seed)
         return np.where(part == 1, 0, -1).astype(np.int16), np.array(PART_NAMES)[part]
     aside = np.zeros(len(codes), bool)
     if split.holdout:

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 from fivefold.contract.files import atomic, read_json
 from fivefold.contract.stage_specs import FOLDS
 from fivefold.errors import DataError, MissingInputError, SettingsError
-from fivefold.label_factors import Factors, factors_from, must_be_factored
+from fivefold.label_factors import LabelFactors, parse_factors, require_factors
 
 PARTS = ("train", "valid", "test", "holdout")
-ASIDE = ("test", "holdout")
+HELD_OUT_PARTS = ("test", "holdout")
 COLUMNS = {
     "id": pa.string(),
     "path": pa.string(),
@@ -40,7 +40,7 @@ class FoldTable:
     `ids` and `paths` [N] strings in Arrow (to avoid a Python object per row), paths relative to the train channel;
     `codes` [N] int32, the index into `classes`, which are sorted by name; `groups` [N] strings or nulls; `fold` [N] int16,
     -1 if no fold validates on the row; `part` [N] one of PARTS; `sha256` [N] of the files' bytes, or nulls if the split
-    did not open the images. `factors`: the factors of the split's classes, if they have any; `knows`: the factors that
+    did not open the images. `factors`: the factors of the split's classes, if they have any; `known_factors`: the factors that
     `classes` cover, if these are only some of them.
     """
 
@@ -52,8 +52,8 @@ class FoldTable:
     fold: np.ndarray
     part: np.ndarray
     sha256: pa.Array
-    factors: Factors | None = None
-    knows: tuple[str, ...] = ()
+    factors: LabelFactors | None = None
+    known_factors: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -70,13 +70,13 @@ class FoldTable:
         """Return the indices of the rows that fold `fold` validates on, ascending."""
         return np.flatnonzero(self.fold == self._check_fold(fold))
 
-    def aside_rows(self) -> np.ndarray:
+    def held_out_rows(self) -> np.ndarray:
         """Return the indices of the rows that no model trains or selects on, ascending."""
-        return np.flatnonzero(np.isin(self.part, ASIDE))
+        return np.flatnonzero(np.isin(self.part, HELD_OUT_PARTS))
 
-    def shares(self) -> np.ndarray:
+    def class_fractions(self) -> np.ndarray:
         """Return the fraction of each class [C] among the rows that are not set aside."""
-        counts = np.bincount(self.codes[~np.isin(self.part, ASIDE)], minlength=len(self.classes))
+        counts = np.bincount(self.codes[~np.isin(self.part, HELD_OUT_PARTS)], minlength=len(self.classes))
         return counts / max(1, counts.sum())
 
     def ids_of(self, rows: np.ndarray) -> np.ndarray:
@@ -91,19 +91,19 @@ class FoldTable:
         """Return the digests of the rows with these indices in an object array, as strings, or None if the image was not opened."""
         return self.sha256.take(pa.array(rows)).to_numpy(zero_copy_only=False)
 
-    def of_factors(self, names: Sequence[str]) -> "FoldTable":
+    def project_factors(self, names: Sequence[str]) -> "FoldTable":
         """Return the same rows with classes that combine only the factors `names`; return self for no or all factors.
 
         Raise a SettingsError for factors that the split does not have.
         """
         if not names:
             return self
-        factors = must_be_factored(self.factors, names)
-        knows = factors.chosen(names)
+        factors = require_factors(self.factors, names)
+        knows = factors.select(names)
         if knows == factors.names:
             return self
-        codes = factors.columns(knows, self.classes)[self.codes].astype(np.int32)
-        return replace(self, codes=codes, classes=factors.parts(knows), knows=knows)
+        codes = factors.column_index(knows, self.classes)[self.codes].astype(np.int32)
+        return replace(self, codes=codes, classes=factors.projected_classes(knows), known_factors=knows)
 
     def labels(self) -> np.ndarray:
         """Return the class names of all rows [N] as Python strings in an object array."""
@@ -182,7 +182,7 @@ def _check_columns(table: pa.Table, path: Path) -> pa.Table:
         raise DataError(f"{path} has a column of the wrong type: {error}") from error
 
 
-def _read_classes(path: Path) -> tuple[tuple[str, ...], Factors | None]:
+def _read_classes(path: Path) -> tuple[tuple[str, ...], LabelFactors | None]:
     """Return the classes of `classes.json`, and their factors, if they have any."""
     if not path.is_file():
         raise MissingInputError(f"no classes at {path}")
@@ -191,7 +191,7 @@ def _read_classes(path: Path) -> tuple[tuple[str, ...], Factors | None]:
     if not isinstance(names, list) or names != sorted({str(name) for name in names}):
         raise DataError(f"{path} does not hold classes: a sorted list of unique names is needed")
     factored = content.get("factors")
-    return tuple(names), None if factored is None else factors_from(factored, names, str(path))
+    return tuple(names), None if factored is None else parse_factors(factored, names, str(path))
 
 
 def _class_codes(labels: pa.DictionaryArray, classes: tuple[str, ...], path: Path) -> np.ndarray:
@@ -213,5 +213,5 @@ def _check_values(table: FoldTable, path: Path) -> None:
         raise DataError(f"{path}: column fold has no fold to validate on")
     if set(range(table.num_folds)) - set(np.unique(table.fold)):
         raise DataError(f"{path}: folds are missing between 0 and {table.num_folds - 1}")
-    if (table.fold[np.isin(table.part, ASIDE)] != -1).any():
-        raise DataError(f"{path}: rows that are set aside (part {' or '.join(ASIDE)}) must have fold -1")
+    if (table.fold[np.isin(table.part, HELD_OUT_PARTS)] != -1).any():
+        raise DataError(f"{path}: rows that are set aside (part {' or '.join(HELD_OUT_PARTS)}) must have fold -1")

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fivefold.contract.files import atomic, write_json
-from fivefold.data.readers.inventory import in_words, log_left_out
-from fivefold.data.readers.training_rows import Rows
+from fivefold.data.readers.stores import describe_counts, log_ignored
+from fivefold.data.readers.training_rows import LabelledImages
 from fivefold.data.split.assign import Duplicates
 from fivefold.data.split.fold_table import FoldTable
-from fivefold.predictions import sample
+from fivefold.predictions import preview
 
 log = logging.getLogger("fivefold")
 MAX_LISTED_SETS = 1000
@@ -34,7 +34,7 @@ HEADER = ["product_id", "image_path", "image_type"]
 
 def summarise(
     table: FoldTable,
-    rows: Rows,
+    rows: LabelledImages,
     duplicates: Duplicates,
     skipped: Sequence[Mapping[str, str]],
     lost: Sequence[str],
@@ -45,7 +45,7 @@ def summarise(
     `skipped`: paths and reasons of unreadable images, which are not in the table; `lost`: classes that had no other images.
     """
     bins, per_class = class_counts(table)
-    conflicting = duplicates.conflicting(table.codes)
+    conflicting = duplicates.label_conflicts(table.codes)
     per_fold = per_class[:, : table.num_folds]
     trained = np.bincount(table.codes[table.part == "train"], minlength=len(table.classes))
     # With k folds, the validation rows of a fold are also of part train, but the fold does not train on them.
@@ -72,7 +72,7 @@ def summarise(
             "labels": [_labels_by_path(table, rows) for rows in conflicting[:MAX_LISTED_SETS]],
         },
         "skipped": list(skipped),
-        "left_out": dict(rows.left_out),
+        "left_out": dict(rows.ignored),
         "lost_classes": list(lost),
         "settings": dict(settings),
         "bins": bins,
@@ -91,7 +91,7 @@ def class_counts(table: FoldTable) -> tuple[list[str], np.ndarray]:
     return names, cells.reshape(len(table.classes), len(names))
 
 
-def as_text(summary: Mapping[str, Any]) -> str:
+def to_json(summary: Mapping[str, Any]) -> str:
     """Return the summary as JSON with one line per key and per class."""
     lines = [f"  {_json(key)}: {_json(value)}" for key, value in summary.items() if key != "rows_per_class"]
     per_class = [f"    {_json(name)}: {_json(counts)}" for name, counts in summary["rows_per_class"].items()]
@@ -103,7 +103,7 @@ def describe_data(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     duplicates, conflicting = summary["duplicates"], summary["conflicting_duplicates"]
     counts = [
         ("Rows", summary["rows"], f"{summary['rows']:,} of {summary['classes']} classes"),
-        ("Ignored files", summary["left_out"], in_words(summary["left_out"])),
+        ("Ignored files", summary["left_out"], describe_counts(summary["left_out"])),
         ("Unreadable images", summary["skipped"], f"{len(summary['skipped']):,}"),
         ("Classes without a readable image", summary["lost_classes"], ", ".join(summary["lost_classes"])),
         ("Duplicate images", duplicates["sets"], f"{duplicates['sets']:,} sets, {duplicates['rows']:,} rows"),
@@ -116,12 +116,12 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     """Log the main counts, and a warning for each problem in the data."""
     rows = ", ".join(f"{name} {count:,}" for name, count in summary["rows_per_bin"].items())
     log.info("split: %s rows of %d classes: %s", f"{summary['rows']:,}", summary["classes"], rows)
-    log_left_out(summary["left_out"], "the split")
+    log_ignored(summary["left_out"], "the split")
     for key, text in WARNINGS.items():
         if summary[key]:
             log.warning("split: %d %s", len(summary[key]), text)
     if summary["lost_classes"]:
-        log.warning("split: classes without a readable image are dropped: %s", sample(summary["lost_classes"]))
+        log.warning("split: classes without a readable image are dropped: %s", preview(summary["lost_classes"]))
     if summary["duplicates"]["sets"]:
         counts = summary["duplicates"]["sets"], summary["duplicates"]["rows"]
         log.warning(
@@ -131,11 +131,11 @@ def log_summary(summary: Mapping[str, Any]) -> None:
         log.warning("split: %d sets of duplicates have different labels", summary["conflicting_duplicates"]["sets"])
 
 
-def class_file(table: FoldTable) -> dict[str, Any]:
+def class_file_content(table: FoldTable) -> dict[str, Any]:
     """Return the content of `classes.json`."""
     counts = np.bincount(table.codes, minlength=len(table.classes)).tolist()
     content = {"classes": list(table.classes), "counts": dict(zip(table.classes, counts, strict=True))}
-    return content if table.factors is None else content | {"factors": table.factors.as_json()}
+    return content if table.factors is None else content | {"factors": table.factors.to_json()}
 
 
 def write_parts(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from fivefold.data.image_io import Pixels, decode, in_threads, pixel_digest
+from fivefold.data.image_io import DecodeOptions, decode, map_in_threads, pixel_digest
 from fivefold.data.readers.stores import ImageStore
-from fivefold.data.readers.training_rows import Rows
+from fivefold.data.readers.training_rows import LabelledImages
 from fivefold.errors import DataError
 from fivefold.progress import track
 
@@ -18,7 +18,7 @@ MAX_LISTED = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class VerifiedImages:
     """Result of opening N images: `sha256` [N] hex strings of the bytes, `pixels` [N] 16 bytes (`pixel_digest`).
 
     `unreadable` maps the row of an unreadable image to the reason; its digest of pixels is zeros and its SHA-256 null.
@@ -35,23 +35,23 @@ class Opened:
         readable[list(self.unreadable)] = False
         return readable
 
-    def take(self, kept: np.ndarray) -> "Opened":
+    def take(self, kept: np.ndarray) -> "VerifiedImages":
         """Return the rows where `kept` [N] bool is true, all of which must be readable."""
-        return Opened(self.sha256.filter(pa.array(kept)), self.pixels[kept], {})
+        return VerifiedImages(self.sha256.filter(pa.array(kept)), self.pixels[kept], {})
 
 
-def open_images(store: ImageStore, paths: pa.Array, kind: Pixels = Pixels()) -> Opened:  # noqa: B008
+def verify_images(store: ImageStore, paths: pa.Array, options: DecodeOptions = DecodeOptions()) -> VerifiedImages:  # noqa: B008
     """Read and decode every image of `paths` at full size in threads, with a progress bar; `kind.max_pixels` bounds their size."""
     pixels = np.zeros(len(paths), f"V{DIGEST_BYTES}")
     hashes: list[str | None] = []
     unreadable: dict[int, str] = {}
-    opened = in_threads(lambda path: _open(store, path, kind.max_pixels), paths.to_pylist())
+    opened = map_in_threads(lambda path: _open(store, path, options.max_pixels), paths.to_pylist())
     for row, (file_hash, digest, reason) in enumerate(track(opened, len(paths), "opening images")):
         hashes.append(file_hash)
         pixels[row] = digest
         if reason:
             unreadable[row] = reason
-    return Opened(pa.array(hashes, pa.string()), pixels, unreadable)
+    return VerifiedImages(pa.array(hashes, pa.string()), pixels, unreadable)
 
 
 def _open(store: ImageStore, path: str, max_pixels: float) -> tuple[str | None, bytes, str]:
@@ -63,20 +63,22 @@ def _open(store: ImageStore, path: str, max_pixels: float) -> tuple[str | None, 
         return None, bytes(DIGEST_BYTES), str(error)
 
 
-def equal_pictures(given: Opened, known: np.ndarray) -> dict[int, int]:
-    """Map each readable row of `given` whose image is among `known` (digests of pixels [N]) to the first such row of `known`."""
+def match_duplicates(images: VerifiedImages, known: np.ndarray) -> dict[int, int]:
+    """Map each readable row of `images` whose image is among `known` (digests of pixels [N]) to the first such row of `known`."""
     first = dict(zip(reversed(known.tolist()), reversed(range(len(known))), strict=True))
-    pairs = ((row, first.get(pixels)) for row, pixels in enumerate(given.pixels.tolist()))
-    return {row: other for row, other in pairs if other is not None and row not in given.unreadable}
+    pairs = ((row, first.get(pixels)) for row, pixels in enumerate(images.pixels.tolist()))
+    return {row: other for row, other in pairs if other is not None and row not in images.unreadable}
 
 
-def reasons_in_words(reasons: Sequence[str], paths: Sequence[str]) -> str:
+def describe_failures(reasons: Sequence[str], paths: Sequence[str]) -> str:
     """Return the first few reasons why the images at `paths` cannot be read, then the other paths; a reason names its image."""
     rest = f"; and {', '.join(paths[MAX_LISTED:])}" if len(paths) > MAX_LISTED else ""
     return "; ".join(reasons[:MAX_LISTED]) + rest
 
 
-def keep_readable(rows: Rows, opened: Opened, skip: bool) -> tuple[Rows, Opened, list[dict[str, str]]]:
+def drop_unreadable(
+    rows: LabelledImages, opened: VerifiedImages, skip: bool
+) -> tuple[LabelledImages, VerifiedImages, list[dict[str, str]]]:
     """Return the rows with a readable image, and the path and reason of the others.
 
     Without `skip`, raise a DataError that lists the first few unreadable images.

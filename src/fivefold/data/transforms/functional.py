@@ -16,15 +16,15 @@ from torch import Tensor
 GREY = 127.5
 
 
-def number(kind: type, least: float, most: float) -> Any:
-    """Return the type of a parameter from `least` to `most`."""
-    return Annotated[kind, Field(ge=least, le=most)]
+def number(kind: type, minimum: float, maximum: float) -> Any:
+    """Return the type of a parameter from `minimum` to `maximum`."""
+    return Annotated[kind, Field(ge=minimum, le=maximum)]
 
 
-def span(kind: type, least: float, most: float) -> Any:
-    """Return the type of a parameter that is a pair of ascending numbers from `least` to `most`."""
+def span(kind: type, minimum: float, maximum: float) -> Any:
+    """Return the type of a parameter that is a pair of ascending numbers from `minimum` to `maximum`."""
     return Annotated[
-        list[number(kind, least, most)], Field(min_length=2, max_length=2), AfterValidator(_check_ascending)
+        list[number(kind, minimum, maximum)], Field(min_length=2, max_length=2), AfterValidator(_check_ascending)
     ]
 
 
@@ -40,7 +40,7 @@ def _check_odd(kernel: int) -> int:
     return kernel
 
 
-Share = number(float, 0, 1)
+Fraction = number(float, 0, 1)
 Side, Sides = number(int, 1, 65535), span(int, 1, 65535)
 Level = number(float, 0, 255)
 Colour = Level | Annotated[list[Level], Field(min_length=3, max_length=3)]
@@ -77,10 +77,10 @@ def grid_distortion(
     The stretches accumulate from the top left corner; pixels from outside the image are `fill`.
     """
     stretches = [1 + torch.empty(steps).uniform_(*limit) for _ in range(2)]
-    return stretched(image, *stretches, fill)
+    return remap_axes(image, *stretches, fill)
 
 
-def stretched(image: Tensor, rows: Tensor, columns: Tensor, fill: Colour) -> Tensor:
+def remap_axes(image: Tensor, rows: Tensor, columns: Tensor, fill: Colour) -> Tensor:
     """Resample the image at varying speed: output pixel x comes from the integral of the column factors from 0 to x."""
     height, width = image.shape[-2:]
     y, x = _integral(rows, height), _integral(columns, width)
@@ -127,7 +127,7 @@ def centre_crop_pixels(image: Tensor, height: Side = 224, width: Side = 224) -> 
 
 def shift_scale_rotate(
     image: Tensor,
-    shift: Share = 0.0,
+    shift: Fraction = 0.0,
     zoom: span(float, 0.1, 10) = (0.9, 1.1),
     degrees: number(float, 0, 180) = 15.0,
     stretch: number(float, 1, 10) = 1.0,
@@ -159,7 +159,11 @@ def shift_scale_rotate(
 
 
 def linear_colour_jitter(
-    image: Tensor, brightness: Share = 0.1, contrast: Share = 0.2, saturation: Share = 0.2, cast: Share = 0.0
+    image: Tensor,
+    brightness: Fraction = 0.1,
+    contrast: Fraction = 0.2,
+    saturation: Fraction = 0.2,
+    cast: Fraction = 0.0,
 ) -> Tensor:
     """Apply one random linear colour transform to all pixels of the image.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fivefold.config.schema import Spec
 from fivefold.data.transforms import functional
-from fivefold.data.transforms.functional import Share, number, span
+from fivefold.data.transforms.functional import Fraction, number, span
 from fivefold.errors import SettingsError
 from fivefold.lookup import choose
 
@@ -31,7 +31,7 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Composed:
+class Compose:
     """Transforms applied in sequence; picklable, so that spawned loader workers can receive it."""
 
     steps: tuple[Transform, ...]
@@ -43,7 +43,7 @@ class Composed:
 
 
 @dataclass(frozen=True)
-class Sometimes:
+class RandomApply:
     """A transform that is applied with probability `p`."""
 
     step: Transform
@@ -61,28 +61,28 @@ def build_transforms(specs: Sequence[Spec], size: Size, evaluation: bool = False
     `evaluation`, use only the deterministic parts of a set. Raise SettingsError for an unknown name or
     parameter, and for a random transform in an evaluation.
     """
-    return Composed((*(_build(spec, size) for spec in expanded(specs, evaluation)), partial(resize, size=size)))
+    return Compose((*(_build(spec, size) for spec in expand_presets(specs, evaluation)), partial(resize, size=size)))
 
 
-def expanded(specs: Sequence[Spec], evaluation: bool) -> list[Spec]:
+def expand_presets(specs: Sequence[Spec], evaluation: bool) -> list[Spec]:
     """Return the specs with every named set replaced by its parts, in an evaluation by its deterministic parts."""
     result: list[Spec] = []
     for spec in specs:
         name, parameters = _parse_spec(spec)
-        if name in SETS and parameters:
+        if name in PRESETS and parameters:
             raise SettingsError(f"{name} is a set of transforms and takes no parameters; name its parts instead")
-        if name not in SETS and evaluation and not _is_deterministic(name, parameters):
+        if name not in PRESETS and evaluation and not _is_deterministic(name, parameters):
             raise SettingsError(
                 f"augment.eval: {name!r} is random, so predictions would not be reproducible; "
                 f"an evaluation may use {', '.join(sorted(DETERMINISTIC))}"
             )
-        parts = SETS.get(name, (spec,))
+        parts = PRESETS.get(name, (spec,))
         result += [part for part in parts if not evaluation or _is_deterministic(*_parse_spec(part))]
     return result
 
 
 def _is_deterministic(name: str, parameters: dict[str, Any]) -> bool:
-    choose(TRANSFORMS | SETS, "transform", name)
+    choose(TRANSFORMS | PRESETS, "transform", name)
     return name in DETERMINISTIC and parameters.get("p", 1) == 1
 
 
@@ -93,7 +93,7 @@ def _parse_spec(spec: Spec) -> tuple[str, dict[str, Any]]:
 
 def _build(spec: Spec, size: Size) -> Transform:
     name, parameters = _parse_spec(spec)
-    make = choose(TRANSFORMS | SETS, "transform", name)
+    make = choose(TRANSFORMS | PRESETS, "transform", name)
     p = parameters.get("p", 1)
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise SettingsError(f"transform {name!r}: p={p!r}, but a probability from 0 to 1 is needed")
@@ -128,7 +128,7 @@ def centre_box(height: int, width: int, size: Size, share: float) -> Box:
     return (height - box[0]) // 2, (width - box[1]) // 2, *box
 
 
-def horizontal_flip(image: Tensor, p: Share = 0.5) -> Tensor:
+def horizontal_flip(image: Tensor, p: Fraction = 0.5) -> Tensor:
     """Mirror left and right with probability `p`."""
     return image.flip(-1) if torch.rand(()).item() < p else image
 
@@ -218,7 +218,7 @@ def _torchvision_transform(name: str, **defaults: Any) -> Callable[..., Transfor
 
 
 def _with_probability(step: Transform, p: float | None) -> Transform:
-    return step if p is None or p == 1 else Sometimes(step, p)
+    return step if p is None or p == 1 else RandomApply(step, p)
 
 
 NORMAL_NOISE = {"name": "gaussian_noise", "sigma": 0.243}
@@ -254,7 +254,7 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
 DETERMINISTIC = {"resize", "centre_crop", "centre_crop_pixels", "brightness", "unsharp_mask"}
 """Deterministic transforms (at p = 1), which an evaluation may use."""
 
-SETS: dict[str, tuple[Spec, ...]] = {
+PRESETS: dict[str, tuple[Spec, ...]] = {
     "BaseAugmentation": ("resize",),
     "AddGaussianNoise": ("resize", NORMAL_NOISE),
     "CustomAugmentation": (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fivefold.errors import RetryableError, SettingsError
-from fivefold.launchers.kubernetes.manifests import CONTAINER, KILLED, PERMANENT, Object
+from fivefold.launchers.kubernetes.manifests import CONTAINER, KILLED_EXIT_CODE, NON_RETRYABLE_CODES, Object
 
 KUBECTL_TIMEOUT_S = 120
 UNREACHABLE_PATTERN = re.compile(
@@ -28,17 +28,17 @@ REJECTED_PATTERN = re.compile(
 """Messages of kubectl about an invalid request; these take precedence. localhost:8080 is its default without a configured cluster."""
 LOG_LINE_PATTERN = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d")
 """Start of the lines in kubectl's own log. They repeat the message of the last line at greater length."""
-AS_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 """The annotation with the object as it was applied, in JSON."""
 LIMITS_SET = "kubernetes.io/limit-ranger"
 """The annotation of a pod that lists the limits that a LimitRange has set."""
-INDEX_OF_POD = "batch.kubernetes.io/job-completion-index"
+POD_INDEX = "batch.kubernetes.io/job-completion-index"
 OWNER = "batch.kubernetes.io/controller-uid"
 INTERNAL_ERROR = 1
 """The exit code of an internal error, which another attempt would repeat."""
 
 
-def where(namespace: str, context: str) -> list[str]:
+def kubectl_options(namespace: str, context: str) -> list[str]:
     """Return the options of kubectl for a namespace and a context. Empty names use kubectl's configuration."""
     return [*(["--context", context] if context else []), *(["--namespace", namespace] if namespace else [])]
 
@@ -52,13 +52,13 @@ class Kubectl:
             raise SettingsError(
                 "platform=kubernetes needs kubectl, which is not in PATH: install it, or apply the output of --dry-run"
             )
-        self.where = where(namespace, context)
+        self.where = kubectl_options(namespace, context)
         self._program = program
 
     def command(self, *arguments: str) -> list[str]:
         return [self._program, *self.where, *arguments]
 
-    def ask(self, *arguments: str, stdin: str = "") -> str:
+    def run(self, *arguments: str, stdin: str = "") -> str:
         """Return the output of kubectl. Raise a RetryableError if the cluster is unavailable, a SettingsError if it rejects the request."""
         try:
             # a new session: Ctrl-C in the terminal must not interrupt a request
@@ -83,31 +83,31 @@ class Kubectl:
 
     def items(self, kinds: str, selector: str) -> list[Object]:
         """Return the objects of these kinds (`jobs,pods`) with these labels."""
-        return json.loads(self.ask("get", kinds, "--selector", selector, "--output", "json"))["items"]
+        return json.loads(self.run("get", kinds, "--selector", selector, "--output", "json"))["items"]
 
     def has(self, kind: str, name: str) -> bool:
-        return bool(self.ask("get", kind, name, "--ignore-not-found", "--output", "name").strip())
+        return bool(self.run("get", kind, name, "--ignore-not-found", "--output", "name").strip())
 
     def why_no_pod(self, uid: str) -> str:
         """Return why the Job with this uid could not create a pod, from its last event; an empty text without an event."""
         of_job = f"involvedObject.uid={uid},reason=FailedCreate"
         try:
-            events = json.loads(self.ask("get", "events", "--field-selector", of_job, "--output", "json"))["items"]
+            events = json.loads(self.run("get", "events", "--field-selector", of_job, "--output", "json"))["items"]
         except SettingsError as error:
             return f"it has no pod yet, for an unknown reason: {error}"
         last = max(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "", default={})
         return ": ".join(text for text in (last.get("reason"), last.get("message")) if text)
 
-    def apply(self, one: Mapping[str, Any]) -> None:
-        self.ask("apply", "--filename", "-", stdin=json.dumps(one))
+    def apply(self, manifest: Mapping[str, Any]) -> None:
+        self.run("apply", "--filename", "-", stdin=json.dumps(manifest))
 
-    def replace(self, one: Mapping[str, Any]) -> None:
+    def replace(self, manifest: Mapping[str, Any]) -> None:
         """Delete the object of this name, which is immutable, and create it again as `apply` does."""
-        self.ask("replace", "--force", "--save-config", "--filename", "-", stdin=json.dumps(one))
+        self.run("replace", "--force", "--save-config", "--filename", "-", stdin=json.dumps(manifest))
 
 
 @dataclass(frozen=True)
-class Ending:
+class PodExit:
     """How one pod failed: its exit code (None if its container never ended), and its last message.
 
     `drained`: the cluster evicted the pod, and creates a new one that does not count as a retry.
@@ -116,12 +116,12 @@ class Ending:
     pod: str
     index: int | None
     code: int | None
-    words: str
+    message: str
     drained: bool = False
 
     def __str__(self) -> str:
         how = "lost" if self.code is None else f"exit code {self.code}"
-        return f"{how}: {self.words}" if self.words else how
+        return f"{how}: {self.message}" if self.message else how
 
     @property
     def verb(self) -> str:
@@ -130,9 +130,9 @@ class Ending:
         return "stopped" if self.code in (130, 143) else "failed"
 
 
-def condition(one: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
+def condition(resource: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
     """Return the condition `kind` of an object if it is true, else None."""
-    conditions = one.get("status", {}).get("conditions") or []
+    conditions = resource.get("status", {}).get("conditions") or []
     return next((item for item in conditions if item["type"] == kind and item["status"] == "True"), None)
 
 
@@ -142,9 +142,9 @@ def pods_of_job(pods: Iterable[Mapping[str, Any]], job: Mapping[str, Any]) -> li
     return sorted(own_pods, key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
 
 
-def index_of(pod: Mapping[str, Any]) -> int | None:
+def read_pod_index(pod: Mapping[str, Any]) -> int | None:
     """Return a pod's index in an Indexed Job, or None in other Jobs."""
-    index = pod["metadata"].get("annotations", {}).get(INDEX_OF_POD)
+    index = pod["metadata"].get("annotations", {}).get(POD_INDEX)
     return None if index is None else int(index)
 
 
@@ -153,7 +153,7 @@ def has_started(pod: Mapping[str, Any]) -> bool:
     return not {"running", "terminated"}.isdisjoint(_state(pod))
 
 
-def is_over(pod: Mapping[str, Any]) -> bool:
+def has_ended(pod: Mapping[str, Any]) -> bool:
     return pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
 
 
@@ -161,16 +161,16 @@ def lacks_pods(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> boo
     """Return whether a Job that is not suspended has fewer live pods among its `pods` than it needs."""
     spec = job["spec"]
     remaining = (spec.get("completions") or 1) - (job.get("status", {}).get("succeeded") or 0)
-    live = sum(not is_over(pod) for pod in pods)
+    live = sum(not has_ended(pod) for pod in pods)
     return not spec.get("suspend") and live < min(spec.get("parallelism") or 1, remaining)
 
 
-def without_names(text: str) -> str:
+def normalize_event(text: str) -> str:
     """Return an event's text without its variable parts: names in quotes, and numbers."""
     return re.sub(r'"[^"]*"|\d\w*', "", text)
 
 
-def ending(pod: Mapping[str, Any]) -> Ending | None:
+def pod_exit(pod: Mapping[str, Any]) -> PodExit | None:
     """Return how a pod failed, or None if it runs or succeeded."""
     status = pod.get("status", {})
     if status.get("phase") != "Failed":
@@ -178,14 +178,14 @@ def ending(pod: Mapping[str, Any]) -> Ending | None:
     terminated = _state(pod).get("terminated", {})
     drained = condition(pod, "DisruptionTarget")
     lost = status.get("message") or status.get("reason") or (drained or {}).get("message") or ""
-    message = last_words(terminated.get("message") or "") or lost.strip() or terminated.get("reason") or ""
+    message = extract_message(terminated.get("message") or "") or lost.strip() or terminated.get("reason") or ""
     code = terminated.get("exitCode")
     if terminated.get("reason") == "OOMKilled":
-        code, message = KILLED, out_of_memory(pod)
-    return Ending(pod["metadata"]["name"], index_of(pod), code, message, drained is not None)
+        code, message = KILLED_EXIT_CODE, out_of_memory(pod)
+    return PodExit(pod["metadata"]["name"], read_pod_index(pod), code, message, drained is not None)
 
 
-def last_words(message: str) -> str:
+def extract_message(message: str) -> str:
     """Return the most informative line: the first line of a stage's message before a traceback, else the last line of a log.
 
     The end of a log may start in the middle of a line.
@@ -197,14 +197,14 @@ def last_words(message: str) -> str:
 
 def out_of_memory(pod: Mapping[str, Any]) -> str:
     """Return a message on a container that was killed at its memory limit: who set the limit, and the remedy."""
-    limit = container_of(pod).get("resources", {}).get("limits", {}).get("memory")
+    limit = find_container(pod).get("resources", {}).get("limits", {}).get("memory")
     place = f" at its limit of {limit}" if limit else ""
     if limit and "memory limit" in pod["metadata"].get("annotations", {}).get(LIMITS_SET, ""):
         place += " (a LimitRange of the namespace sets it by default: kubectl describe limitrange)"
-    return f"out of memory{place}: raise kubernetes.memory or kubernetes.limits, or lower train.batch_size or train.workers"
+    return f"out of memory{place}: raise kubernetes.memory or kubernetes.limits, or lower train.batch_size or train.num_workers"
 
 
-def waits_for(pod: Mapping[str, Any]) -> str:
+def pending_reason(pod: Mapping[str, Any]) -> str:
     """Return the cluster's reason why a pod does not start; an empty text if it has started or there is no reason."""
     if pod.get("status", {}).get("phase") != "Pending":
         return ""
@@ -216,9 +216,9 @@ def waits_for(pod: Mapping[str, Any]) -> str:
     return ": ".join(text for text in (reason.get("reason"), reason.get("message")) if text)
 
 
-def last_endings(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> list[Ending]:
+def final_exits(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> list[PodExit]:
     """Return the last ending of each failed index of the Job, or of the Job's last pod."""
-    endings = [last_ending for pod in pods if (last_ending := ending(pod)) and not last_ending.drained]
+    endings = [last_ending for pod in pods if (last_ending := pod_exit(pod)) and not last_ending.drained]
     last = {last_ending.index: last_ending for last_ending in endings}
     # the status `1,3-5` means 1, 3, 4 and 5
     spans = [text.split("-") for text in (job["status"].get("failedIndexes") or "").split(",") if text]
@@ -226,10 +226,10 @@ def last_endings(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> l
     return [last[index] for index in failed if index in last] if failed else list(last.values())[-1:]
 
 
-def exit_code(endings: Sequence[Ending]) -> int:
+def exit_code(exits: Sequence[PodExit]) -> int:
     """Return a permanent exit code if a pod ended with one, 1 for an internal error, else 75 (retry)."""
-    codes = [item.code for item in endings]
-    return next((code for code in codes if code in (*PERMANENT, INTERNAL_ERROR)), RetryableError.exit_code)
+    codes = [item.code for item in exits]
+    return next((code for code in codes if code in (*NON_RETRYABLE_CODES, INTERNAL_ERROR)), RetryableError.exit_code)
 
 
 def _state(pod: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -237,7 +237,7 @@ def _state(pod: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((status.get("state", {}) for status in statuses if status["name"] == CONTAINER), {})
 
 
-def container_of(pod: Mapping[str, Any]) -> Mapping[str, Any]:
+def find_container(pod: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return Fivefold's container in a pod or a pod template."""
     containers = pod.get("spec", {}).get("containers", [])
     return next((container for container in containers if container["name"] == CONTAINER), {})

@@ -15,7 +15,7 @@ from typing import Any
 
 from fivefold.errors import RetryableError, SettingsError
 from fivefold.launchers.kubernetes import cluster
-from fivefold.launchers.kubernetes.cluster import AS_APPLIED, Kubectl, where
+from fivefold.launchers.kubernetes.cluster import LAST_APPLIED, Kubectl, kubectl_options
 from fivefold.launchers.kubernetes.manifests import (
     CONTAINER,
     DATA,
@@ -24,18 +24,18 @@ from fivefold.launchers.kubernetes.manifests import (
     RUNS,
     Object,
     Task,
-    as_yaml,
     check_names,
     check_runs,
-    claim,
-    job,
+    claim_manifest,
+    job_manifest,
     job_name,
-    tasks_of,
+    plan_tasks,
+    to_yaml,
 )
 from fivefold.launchers.plan import Plan, Step
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.status import LOG, ROWS, in_columns
-from fivefold.launchers.terminal import Screen, copy_output, lines_of
+from fivefold.launchers.status import LOG, ROWS, format_table
+from fivefold.launchers.terminal import SharedTerminal, copy_output, read_lines
 
 LOG_DRAIN_TIMEOUT_S = 20.0
 
@@ -46,10 +46,10 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     Return 130 or 143 after SIGINT or SIGTERM: the Jobs continue, and this process no longer follows them.
     """
     check(plan)
-    section, screen = plan.settings.kubernetes, Screen()
-    backend = KubernetesBackend(plan, parallel, Kubectl(section.namespace, section.context, environ), screen)
+    section, terminal = plan.settings.kubernetes, SharedTerminal()
+    backend = KubernetesBackend(plan, parallel, Kubectl(section.namespace, section.context, environ), terminal)
     try:
-        return Scheduler(tasks_of(plan), backend, screen, seconds=section.poll_seconds).run()
+        return Scheduler(plan_tasks(plan), backend, terminal, poll_interval=section.poll_seconds).run()
     finally:
         backend.logs.stop()
 
@@ -58,56 +58,63 @@ def describe(plan: Plan, parallel: int = 0) -> str:
     """Return the Jobs in order, as they are applied. The claim is not included, so that deleting these objects keeps the data."""
     check(plan)
     jobs = objects(plan, parallel)
-    name = plan.settings.kubernetes.claim
-    header = f"# The claim {name} must exist: k8s/pvc.yaml creates fivefold.\n" if any(map(has_claim, jobs)) else ""
-    return header + as_yaml(jobs).rstrip("\n")
+    name = plan.settings.kubernetes.pvc
+    header = (
+        f"# The claim {name} must exist: k8s/pvc.yaml creates fivefold.\n" if any(map(is_existing_claim, jobs)) else ""
+    )
+    return header + to_yaml(jobs).rstrip("\n")
 
 
 def objects(plan: Plan, parallel: int = 0) -> list[Object]:
-    return [job(plan, task, parallel) for task in tasks_of(plan)]
+    return [job_manifest(plan, task, parallel) for task in plan_tasks(plan)]
 
 
-def has_claim(one: Mapping[str, Any]) -> bool:
-    return any("persistentVolumeClaim" in volume for volume in one["spec"]["template"]["spec"]["volumes"])
+def is_existing_claim(manifest: Mapping[str, Any]) -> bool:
+    return any("persistentVolumeClaim" in volume for volume in manifest["spec"]["template"]["spec"]["volumes"])
 
 
 def check(plan: Plan) -> None:
     """Raise a SettingsError for a plan that no cluster can run, before anything is written."""
     check_names(plan)
-    check_runs(plan.settings.kubernetes.runs)
+    check_runs(plan.settings.kubernetes.runs_path)
 
 
 def results(plan: Plan) -> str:
     """Return the scores of the run, the location of its files, and the command that copies them."""
-    section, scores = plan.settings.kubernetes, scores_of(plan)
-    place = f"the run is at {section.runs.rstrip('/')}/{plan.run}"
-    if section.runs == RUNS:
-        copy = ["kubectl", *where(section.namespace, section.context), "cp", f"fivefold-loader:{RUNS}/{plan.run}"]
+    section, scores = plan.settings.kubernetes, read_pod_scores(plan)
+    place = f"the run is at {section.runs_path.rstrip('/')}/{plan.run}"
+    if section.runs_path == RUNS:
+        copy = [
+            "kubectl",
+            *kubectl_options(section.namespace, section.context),
+            "cp",
+            f"fivefold-loader:{RUNS}/{plan.run}",
+        ]
         place = (
-            f"the run is in {RUNS}/{plan.run} of the claim {section.claim}; to copy it, start the pod of k8s/loader-pod.yaml and run:\n"
+            f"the run is in {RUNS}/{plan.run} of the claim {section.pvc}; to copy it, start the pod of k8s/loader-pod.yaml and run:\n"
             f"{shlex.join([*copy, str(plan.folder)])}    (the pod has {DATA} and {RUNS})"
         )
     return f"{scores}\n\n{place}" if scores else place
 
 
-def scores_of(plan: Plan) -> str:
+def read_pod_scores(plan: Plan) -> str:
     """Return the scores that the pods of `evaluate` printed, as a table, or an empty text if another process followed their logs."""
     table = [("", "accuracy", "logloss", "rows")]
     for step in [step for step in plan.steps if step.stage == "evaluate"]:
-        printed = [line for line in lines_of(step.folder / LOG) if line.startswith('{"')]
+        printed = [line for line in read_lines(step.folder / LOG) if line.startswith('{"')]
         for rows, scores in json.loads(printed[-1]).items() if printed else ():
             models = {"oof": "folds"}.get(rows, "ensemble") if step.name == "evaluate" else "student"
             cells = ["-" if scores[key] is None else f"{scores[key]:.4f}" for key in ("accuracy", "logloss")]
             table.append((models, *cells, f"{ROWS[rows]}, {scores['n']}"))
-    return in_columns(table, numbers=(1, 2)) if len(table) > 1 else ""
+    return format_table(table, numbers=(1, 2)) if len(table) > 1 else ""
 
 
 class KubernetesBackend:
     """Run each Task as a Job of the cluster. Jobs continue without this process, and a later process finds them."""
 
-    def __init__(self, plan: Plan, parallel: int, kubectl: Kubectl, screen: Screen) -> None:
-        self.plan, self.parallel, self.kubectl, self.screen = plan, parallel, kubectl, screen
-        self.logs = Logs(kubectl, screen)
+    def __init__(self, plan: Plan, parallel: int, kubectl: Kubectl, terminal: SharedTerminal) -> None:
+        self.plan, self.parallel, self.kubectl, self.terminal = plan, parallel, kubectl, terminal
+        self.logs = Logs(kubectl, terminal)
         self._selector = f"{RUN}={plan.run}"
         self._command_prefix = shlex.join(["kubectl", *kubectl.where])
         self._initial: dict[str, Object] | None = None
@@ -125,7 +132,7 @@ class KubernetesBackend:
         for task in running:
             if task.name not in self._followed | self._skipped:
                 self._apply_or_follow(
-                    task, job(self.plan, task, self.parallel), self._initial.get(self._job_name(task))
+                    task, job_manifest(self.plan, task, self.parallel), self._initial.get(self._job_name(task))
                 )
         objects = self.kubectl.items("jobs,pods", self._selector)
         jobs = {item["metadata"]["name"]: item for item in objects if item["kind"] == "Job"}
@@ -138,7 +145,7 @@ class KubernetesBackend:
     def stop(self, running: Sequence[Task], number: int, again: bool) -> bool:
         """Leave the Jobs in the cluster, and print how to follow and how to delete them."""
         if names := ", ".join(self._job_name(task) for task in running if task.name in self._followed):
-            self.screen.line(
+            self.terminal.write_line(
                 f"no longer following {names} of {self.plan.run} in the cluster\n"
                 f"  the same command follows them again; to delete them: {self._command_prefix} delete jobs --selector {self._selector}"
             )
@@ -155,10 +162,10 @@ class KubernetesBackend:
         objects = self.kubectl.items("jobs,pods", self._selector)
         jobs = {item["metadata"]["name"]: item for item in objects if item["kind"] == "Job"}
         pods = [item for item in objects if item["kind"] == "Pod"]
-        for task in tasks_of(self.plan):
-            name, manifest = self._job_name(task), job(self.plan, task, self.parallel)
+        for task in plan_tasks(self.plan):
+            name, manifest = self._job_name(task), job_manifest(self.plan, task, self.parallel)
             present = jobs.get(name)
-            if present is None or _is_over(present) or request_of(present) == request_of(manifest):
+            if present is None or _is_over(present) or extract_request(present) == extract_request(manifest):
                 continue
             if any(map(cluster.has_started, cluster.pods_of_job(pods, present))):
                 raise SettingsError(
@@ -174,11 +181,11 @@ class KubernetesBackend:
         if present is None:
             self._apply_claim(manifest)
             self.kubectl.apply(manifest)
-            self.screen.line(f"{name}: applied")
-        elif not _is_over(present) and request_of(present) == request_of(manifest):
-            self.screen.line(f"{name} exists and runs: following it")
-        elif done and work_of(present) == work_of(manifest) and self._skipped.issuperset(task.needs):
-            self.screen.line(
+            self.terminal.write_line(f"{name}: applied")
+        elif not _is_over(present) and extract_request(present) == extract_request(manifest):
+            self.terminal.write_line(f"{name} exists and runs: following it")
+        elif done and extract_work(present) == extract_work(manifest) and self._skipped.issuperset(task.needs):
+            self.terminal.write_line(
                 f"{name} exists and is done: skipped; {self._command_prefix} delete job {name} lets it run again"
             )
             self._skipped.add(task.name)
@@ -186,14 +193,14 @@ class KubernetesBackend:
         else:
             self.kubectl.replace(manifest)
             failed = "had failed" if cluster.condition(present, "Failed") else "had not started and had other settings"
-            self.screen.line(f"{name} {'was done with other settings or inputs' if done else failed}: replaced")
+            self.terminal.write_line(f"{name} {'was done with other settings or inputs' if done else failed}: replaced")
         self._followed.add(task.name)
 
     def _apply_claim(self, manifest: Mapping[str, Any]) -> None:
         pods = self.plan.settings.kubernetes
-        if has_claim(manifest) and not self.kubectl.has("persistentvolumeclaim", pods.claim):
-            self.kubectl.apply(claim(pods))
-            self.screen.line(f"claim {pods.claim}: applied")
+        if is_existing_claim(manifest) and not self.kubectl.has("persistentvolumeclaim", pods.pvc):
+            self.kubectl.apply(claim_manifest(pods))
+            self.terminal.write_line(f"claim {pods.pvc}: applied")
 
     def _poll_job(self, task: Task, job: Object | None, pods: Sequence[Object]) -> int | None:
         """Print new events of a Job and of its pods. Return its exit code if it has ended, else None."""
@@ -203,22 +210,22 @@ class KubernetesBackend:
             return RetryableError.exit_code
         own_pods = cluster.pods_of_job(pods, job)
         for pod in own_pods:
-            step = task.steps[cluster.index_of(pod) or 0]
+            step = task.steps[cluster.read_pod_index(pod) or 0]
             self.logs.follow(pod, step)
-            if reason := cluster.waits_for(pod):
+            if reason := cluster.pending_reason(pod):
                 self._print_once(f"{step.name} waits: {reason}", reason)
-            if ending := cluster.ending(pod):
+            if ending := cluster.pod_exit(pod):
                 self._print_once(f"{step.name}, pod {ending.pod}, {ending.verb}: {ending}", ending.pod)
         failed = cluster.condition(job, "Failed")
         if not _is_over(job):
             if cluster.lacks_pods(job, own_pods) and (reason := self.kubectl.why_no_pod(job["metadata"]["uid"])):
-                self._print_once(f"{name} waits: {reason}", cluster.without_names(reason))
+                self._print_once(f"{name} waits: {reason}", cluster.normalize_event(reason))
             return None
         self.logs.finish(own_pods)
         if failed is None:
             self._print_once(f"{name}: done", job["metadata"]["uid"])
             return 0
-        last = cluster.last_endings(job, own_pods)
+        last = cluster.final_exits(job, own_pods)
         reasons = [f"\n  {task.steps[ending.index or 0].name}: {ending}" for ending in last]
         self._failures[task.name] = f"the Job {name}, {failed.get('reason', 'unknown')}{''.join(reasons)}"
         return cluster.exit_code(last)
@@ -226,23 +233,23 @@ class KubernetesBackend:
     def _print_once(self, text: str, key: str) -> None:
         if key not in self._printed:
             self._printed.add(key)
-            self.screen.line(text)
+            self.terminal.write_line(text)
 
 
-def work_of(one: Mapping[str, Any]) -> tuple[Any, ...]:
+def extract_work(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the work of a Job: its image, arguments, variables and number of folds."""
-    container = cluster.container_of(one["spec"]["template"])
+    container = cluster.find_container(manifest["spec"]["template"])
     values = {variable["name"]: variable["value"] for variable in container.get("env", []) if "value" in variable}
-    return container.get("image"), container.get("args"), values, one["spec"].get("completions") or 1
+    return container.get("image"), container.get("args"), values, manifest["spec"].get("completions") or 1
 
 
-def request_of(one: Mapping[str, Any]) -> tuple[Any, ...]:
+def extract_request(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the work of a Job, and its resources, service account and queue as they were applied."""
-    text = one["metadata"].get("annotations", {}).get(AS_APPLIED)
-    applied = json.loads(text) if text else one  # the cluster's own has 1Gi for 1024Mi
+    text = manifest["metadata"].get("annotations", {}).get(LAST_APPLIED)
+    applied = json.loads(text) if text else manifest  # the cluster's own has 1Gi for 1024Mi
     template, queue = applied["spec"]["template"], applied["metadata"].get("labels", {}).get(QUEUE)
-    resources = cluster.container_of(template).get("resources")
-    return *work_of(one), resources, template["spec"].get("serviceAccountName"), queue
+    resources = cluster.find_container(template).get("resources")
+    return *extract_work(manifest), resources, template["spec"].get("serviceAccountName"), queue
 
 
 def _is_over(job: Mapping[str, Any]) -> bool:
@@ -252,15 +259,15 @@ def _is_over(job: Mapping[str, Any]) -> bool:
 class Logs:
     """Follow the logs of pods. Each pod has a process of kubectl and a thread that reads its output."""
 
-    def __init__(self, kubectl: Kubectl, screen: Screen) -> None:
-        self.kubectl, self.screen = kubectl, screen
+    def __init__(self, kubectl: Kubectl, terminal: SharedTerminal) -> None:
+        self.kubectl, self.terminal = kubectl, terminal
         self._streams: dict[str, tuple[subprocess.Popen[bytes], threading.Thread]] = {}
 
     def follow(self, pod: Mapping[str, Any], step: Step) -> None:
         """Follow a pod that has started, also after its stream broke. Skip lines that are already in the log."""
         name, log = pod["metadata"]["name"], step.folder / LOG
         earlier = self._streams.get(name)
-        is_read = earlier and (earlier[0].poll() is None or (cluster.is_over(pod) and not earlier[0].returncode))
+        is_read = earlier and (earlier[0].poll() is None or (cluster.has_ended(pod) and not earlier[0].returncode))
         if is_read or not cluster.has_started(pod):
             return
         if earlier:
@@ -270,7 +277,7 @@ class Logs:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, **quiet)
         output = io.TextIOWrapper(process.stdout, "utf-8", "replace", newline="")
         title = f"pod {name}"
-        arguments = (output, log, title, self.screen, step.name, lines_of(log, title))
+        arguments = (output, log, title, self.terminal, step.name, read_lines(log, title))
         self._streams[name] = process, threading.Thread(target=copy_output, args=arguments, daemon=True)
         self._streams[name][1].start()
 

@@ -15,7 +15,7 @@ import yaml
 
 from fivefold.config.schema import Kubernetes
 from fivefold.contract.files import write_text
-from fivefold.contract.run_layout import channels_of, outputs_of
+from fivefold.contract.run_layout import channel_paths, output_variables
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan
@@ -31,9 +31,11 @@ STORE = "fivefold-s3"
 UID = 10001
 READ_ONLY = {DATA: {"readOnly": True}}
 GPU = "nvidia.com/gpu"
-ON_GPU = ("train-fold", "distill", "ensemble")
-KILLED = 137
-PERMANENT = sorted({SettingsError.exit_code, DataError.exit_code, MissingInputError.exit_code, KILLED})
+GPU_STAGES = ("train-fold", "distill", "ensemble")
+KILLED_EXIT_CODE = 137
+NON_RETRYABLE_CODES = sorted(
+    {SettingsError.exit_code, DataError.exit_code, MissingInputError.exit_code, KILLED_EXIT_CODE}
+)
 """Exit codes that a retry would repeat. 137: killed, e.g. at the memory limit."""
 MAX_RETRIES = 2
 GRACE_PERIOD_S = 120
@@ -58,7 +60,7 @@ class Task:
         return self.steps[0].stage
 
 
-def tasks_of(plan: Plan) -> list[Task]:
+def plan_tasks(plan: Plan) -> list[Task]:
     """Return the plan's Jobs in order. Folds that do not start at 0 or are not consecutive get one Job each."""
     names = {step.name: _task_name(plan, step) for step in plan.steps}
     tasks = []
@@ -76,7 +78,7 @@ def job_name(run: str, task: str) -> str:
 
 def check_names(plan: Plan) -> None:
     """Raise a SettingsError if the run's name cannot be part of the names of its pods."""
-    names = [(job_name(plan.run, task.name), task) for task in tasks_of(plan)]
+    names = [(job_name(plan.run, task.name), task) for task in plan_tasks(plan)]
     longest = max((f"{name}-{len(task.steps) - 1}" if task.indexed else name for name, task in names), key=len)
     if not plan.run[-1].isalnum():
         raise SettingsError(f"run={plan.run!r}: on Kubernetes a name must end in a letter or a digit")
@@ -107,9 +109,11 @@ def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
 def check_runs(runs: str) -> None:
     """Raise a SettingsError if pods cannot write to the location of runs."""
     if is_url(runs):
-        parse(runs, "kubernetes.runs")
+        parse(runs, "kubernetes.runs_path")
     elif runs != RUNS:
-        raise SettingsError(f"kubernetes.runs={runs}: runs must be in {RUNS} of the claim, or at s3://bucket/prefix")
+        raise SettingsError(
+            f"kubernetes.runs_path={runs}: runs must be in {RUNS} of the claim, or at s3://bucket/prefix"
+        )
 
 
 def _task_name(plan: Plan, step: Step) -> str:
@@ -117,25 +121,25 @@ def _task_name(plan: Plan, step: Step) -> str:
     if step.fold is None:
         return step.name
     folds = [other.fold for other in plan.steps if other.fold is not None and other.seed == step.seed]
-    return name_with(step, "train-folds") if folds == list(range(len(folds))) else step.name
+    return name_without_fold(step, "train-folds") if folds == list(range(len(folds))) else step.name
 
 
-def name_with(step: Step, text: str) -> str:
+def name_without_fold(step: Step, text: str) -> str:
     """Return the name of a step that trains a fold, with `text` in place of `fold-2`; a seed suffix stays."""
     return step.name.replace(f"fold-{step.fold}", text, 1)
 
 
-def claim(pods: Kubernetes) -> Object:
+def claim_manifest(pods: Kubernetes) -> Object:
     """Return the claim for data and runs. Folds on several machines need ReadWriteMany."""
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
-        "metadata": {"name": pods.claim, "labels": {NAME: "fivefold"}},
+        "metadata": {"name": pods.pvc, "labels": {NAME: "fivefold"}},
         "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "50Gi"}}},
     }
 
 
-def job(plan: Plan, task: Task, parallel: int = 0) -> Object:
+def job_manifest(plan: Plan, task: Task, parallel: int = 0) -> Object:
     """Return the Job of a task, with at most `parallel` folds at the same time (0: all).
 
     Permanent exit codes end the Job (or its index) at once. A drained node does not count as a retry.
@@ -158,25 +162,25 @@ def job(plan: Plan, task: Task, parallel: int = 0) -> Object:
                     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                     {
                         "action": "FailIndex" if task.indexed else "FailJob",
-                        "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": PERMANENT},
+                        "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": NON_RETRYABLE_CODES},
                     },
                 ]
             },
             "ttlSecondsAfterFinished": TTL_S,
-            "template": {"metadata": {"labels": labels}, "spec": pod(task, pods)},
+            "template": {"metadata": {"labels": labels}, "spec": pod_template(task, pods)},
         },
     }
 
 
-def twice(quantity: str) -> str:
+def double_quantity(quantity: str) -> str:
     """Return twice a Kubernetes quantity: 8Gi for 4Gi."""
     number = re.match(r"[\d.]+", quantity)[0]
     return f"{2 * float(number):g}{quantity[len(number) :]}"
 
 
-def pod(task: Task, pods: Kubernetes) -> Object:
+def pod_template(task: Task, pods: Kubernetes) -> Object:
     """Return the pod of a task. It complies with the restricted pod security standard."""
-    on_gpu = pods.gpus > 0 and task.stage in ON_GPU
+    on_gpu = pods.gpus > 0 and task.stage in GPU_STAGES
     step = task.steps[0]
     command = (step.stage, *step.arguments) if task.indexed else step.command
     env = environment(task, pods)
@@ -205,12 +209,16 @@ def pod(task: Task, pods: Kubernetes) -> Object:
                 "name": CONTAINER,
                 "image": pods.image,
                 "imagePullPolicy": "IfNotPresent",
-                "args": [literal(text) for text in command],
+                "args": [escape_dollar(text) for text in command],
                 "env": env,
                 **({"envFrom": from_store} if at_store else {}),
                 "resources": {
                     "requests": {"cpu": str(pods.cpus), "memory": pods.memory},
-                    "limits": {"memory": twice(pods.memory), **limits, **({GPU: str(pods.gpus)} if on_gpu else {})},
+                    "limits": {
+                        "memory": double_quantity(pods.memory),
+                        **limits,
+                        **({GPU: str(pods.gpus)} if on_gpu else {}),
+                    },
                 },
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
@@ -229,7 +237,7 @@ def pod(task: Task, pods: Kubernetes) -> Object:
             }
         ],
         "volumes": [
-            *([{"name": "storage", "persistentVolumeClaim": {"claimName": pods.claim}}] if from_claim else []),
+            *([{"name": "storage", "persistentVolumeClaim": {"claimName": pods.pvc}}] if from_claim else []),
             {"name": "tmp", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
         ],
@@ -239,13 +247,19 @@ def pod(task: Task, pods: Kubernetes) -> Object:
 def environment(task: Task, pods: Kubernetes) -> list[Object]:
     """Return the container's variables: RUNS and RUN, and the variables that a stage cannot derive from these."""
     variables = {name: _map_path(value, task) for name, value in _unusual_variables(task).items()}
-    if is_url(pods.runs):  # SM_OUTPUT_DIR must not be a URL; pods also have the termination log
+    if is_url(pods.runs_path):  # SM_OUTPUT_DIR must not be a URL; pods also have the termination log
         variables.pop("SM_OUTPUT_DIR", None)
     threads = {"OMP_NUM_THREADS": str(pods.cpus), "GOMP_SPINCOUNT": "20000"}
-    on_cores = threads if task.stage in ON_GPU and not pods.gpus else {}
+    on_cores = threads if task.stage in GPU_STAGES and not pods.gpus else {}
     index = {"name": "FOLD", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
     fold = [index] if any("$(FOLD)" in value for value in variables.values()) else []
-    values = {"RUNS": pods.runs.rstrip("/"), "RUN": task.steps[0].folder.parent.name, **variables, **CACHES, **on_cores}
+    values = {
+        "RUNS": pods.runs_path.rstrip("/"),
+        "RUN": task.steps[0].folder.parent.name,
+        **variables,
+        **CACHES,
+        **on_cores,
+    }
     return fold + [{"name": name, "value": value} for name, value in values.items()]
 
 
@@ -253,12 +267,12 @@ def _unusual_variables(task: Task) -> dict[str, str]:
     """Return the step's variables that differ from the default layout of runs."""
     step = task.steps[0]
     run, usual = str(step.folder.parent), task.stage if step.fold is None else f"fold-{step.fold}"
-    known = {f"SM_CHANNEL_{name.upper()}": path for name, path in channels_of(task.stage, run).items()}
-    known |= outputs_of(task.stage, f"{run}/{usual}")
+    known = {f"SM_CHANNEL_{name.upper()}": path for name, path in channel_paths(task.stage, run).items()}
+    known |= output_variables(task.stage, f"{run}/{usual}")
     return {name: value for name, value in step.environment.items() if known.get(name) != value}
 
 
-def literal(text: str) -> str:
+def escape_dollar(text: str) -> str:
     """Escape text so that Kubernetes does not substitute $(NAME)."""
     return text.replace("$", "$$")
 
@@ -267,14 +281,14 @@ def _map_path(value: str, task: Task) -> str:
     """Return a path or URL for the pod: relative to $(RUNS)/$(RUN) if it is in the run's folder, with the pod's fold."""
     step = task.steps[0]
     if not PurePosixPath(value).is_relative_to(step.folder.parent):
-        return literal(value)
+        return escape_dollar(value)
     parts = PurePosixPath(value).relative_to(step.folder.parent).parts
     if task.indexed and parts[:1] == (step.name,):
-        parts = (name_with(step, "fold-$(FOLD)"), *parts[1:])
+        parts = (name_without_fold(step, "fold-$(FOLD)"), *parts[1:])
     return "/".join(["$(RUNS)", "$(RUN)", *parts])
 
 
-def as_yaml(objects: Sequence[Object]) -> str:
+def to_yaml(objects: Sequence[Object]) -> str:
     """Return the objects as one YAML file."""
     return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
@@ -289,15 +303,15 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("float", re.compile(r"([yYnN]|[-+.0-9][-+.0-9a-fA-FxXoO_]*)$"), list("yYnN-+.0123456789"))
 
 
-def files() -> dict[str, str]:
+def render_files() -> dict[str, str]:
     """Return the text of each rendered file by its path in `k8s/`: the Jobs of the run `first` with the recipe `small_images`."""
     inputs = Inputs(f"{DATA}/train", f"{DATA}/eval", truth_unknown=True)
     plan = make_plan(inputs, run="first", runs=RUNS, recipe="small_images")
-    texts = {"pvc.yaml": HEADER.format(CLAIM_COMMENT, "pvc.yaml") + as_yaml([claim(plan.settings.kubernetes)])}
-    for task in tasks_of(plan):
+    texts = {"pvc.yaml": HEADER.format(CLAIM_COMMENT, "pvc.yaml") + to_yaml([claim_manifest(plan.settings.kubernetes)])}
+    for task in plan_tasks(plan):
         name = f"{task.name}-job.yaml"
-        texts[name] = HEADER.format(f"{COMMENTS[name]} The claim of pvc.yaml must exist.", name) + as_yaml(
-            [job(plan, task)]
+        texts[name] = HEADER.format(f"{COMMENTS[name]} The claim of pvc.yaml must exist.", name) + to_yaml(
+            [job_manifest(plan, task)]
         )
     return texts
 
@@ -320,5 +334,5 @@ COMMENTS = {
 
 
 if __name__ == "__main__":
-    for path, text in files().items():
+    for path, text in render_files().items():
         write_text(Path(sys.argv[1]) / path, text)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fivefold.contract.s3.urls import parse
 from fivefold.errors import FivefoldError, MissingInputError, RetryableError, SettingsError
-from fivefold.launchers.sagemaker.requests import HIDDEN, Request, secrets_of
+from fivefold.launchers.sagemaker.requests import HIDDEN, Request, find_secrets
 
 log = logging.getLogger("fivefold")
 
@@ -45,7 +45,7 @@ class JobStatus:
 
 
 @contextmanager
-def translated_errors() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Translate boto3's exceptions in the block, or in the decorated function, to FivefoldErrors."""
     from botocore import exceptions
 
@@ -68,11 +68,11 @@ def translated_errors() -> Iterator[None]:
 
 def delete_outputs(output: str, job: str) -> None:
     """Delete the objects of `job` (empty: none) below the URL `output`. Raise a SettingsError if there are other objects."""
-    from fivefold.contract.s3.client import Store
+    from fivefold.contract.s3.client import S3Client
 
-    store, url = Store(), parse(output, "sagemaker.output")
-    urls = [entry.url for entry in store.below(url)]
-    foreign = [place for place in urls if not job or not place.below(url).startswith(f"{job}/")]
+    store, url = S3Client(), parse(output, "sagemaker.output")
+    urls = [entry.url for entry in store.list_objects(url)]
+    foreign = [place for place in urls if not job or not place.relative_to(url).startswith(f"{job}/")]
     if foreign:
         raise SettingsError(
             f"{foreign[0]} exists already, from a job that is not in this folder of runs: use another run=, or "
@@ -92,8 +92,8 @@ class Client:
     reads_logs: bool = True
 
     @classmethod
-    @translated_errors()
-    def of_region(cls, region: str) -> "Client":
+    @translate_errors()
+    def for_region(cls, region: str) -> "Client":
         """Return the client of `region` (empty: the user's default). Raise a SettingsError if there is no region."""
         import boto3
         from botocore.config import Config
@@ -108,22 +108,22 @@ class Client:
     def start(self, request: Request) -> None:
         """Start the job of `request`. The service's errors repeat rejected values, so hide values that may be secret."""
         try:
-            with translated_errors():
+            with translate_errors():
                 self.sagemaker.create_training_job(**request)
         except FivefoldError as error:
             text = str(error)
-            for value in sorted(filter(None, secrets_of(request).values()), key=len, reverse=True):
+            for value in sorted(filter(None, find_secrets(request).values()), key=len, reverse=True):
                 text = text.replace(value, HIDDEN)
             raise (error if text == str(error) else type(error)(text)) from None
 
-    @translated_errors()
+    @translate_errors()
     def describe(self, job: str) -> JobStatus:
         answer = self.sagemaker.describe_training_job(TrainingJobName=job)
         return JobStatus(
             answer["TrainingJobStatus"], answer.get("SecondaryStatus", ""), answer.get("FailureReason", "")
         )
 
-    @translated_errors()
+    @translate_errors()
     def upsert_pipeline(self, request: Request) -> str:
         """Create the pipeline of `request`, or update the existing one of its name. Return its ARN."""
         name = request["PipelineName"]
@@ -133,7 +133,7 @@ class Client:
         token = f"{name}-{'0' * 32}"[:128]  # constant, so that of two concurrent calls only one creates the pipeline
         return str(self.sagemaker.create_pipeline(**request, ClientRequestToken=token)["PipelineArn"])
 
-    def new_lines(self, job: str) -> list[str]:
+    def read_new_lines(self, job: str) -> list[str]:
         """Return the lines that a job has logged since the last call. If reading is not allowed, warn once and return none."""
         lines: list[str] = []
         try:
@@ -146,7 +146,7 @@ class Client:
             log.debug("%s", error)  # no log yet, or no network: the next call may succeed
         return lines
 
-    @translated_errors()
+    @translate_errors()
     def _read_logs(self, job: str, lines: list[str]) -> None:
         """Append the new lines of a job's streams to `lines`. A stream has no more lines if the token stays the same."""
         streams = self.logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")["logStreams"]

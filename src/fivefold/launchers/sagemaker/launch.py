@@ -18,11 +18,11 @@ from fivefold.contract.s3.urls import is_url, parse
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.sagemaker.client import Client, JobStatus, delete_outputs
-from fivefold.launchers.sagemaker.requests import Request, plain, root_of, secrets_of, without_secrets
-from fivefold.launchers.sagemaker.validation import check_cost, check_request, validated_requests
+from fivefold.launchers.sagemaker.requests import Request, find_secrets, redact, run_url, slug
+from fivefold.launchers.sagemaker.validation import check_cost, check_request, validate_requests
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import LOG
-from fivefold.launchers.terminal import Screen
+from fivefold.launchers.terminal import SharedTerminal
 
 log = logging.getLogger("fivefold")
 
@@ -39,15 +39,15 @@ def launch(plan: Plan, parallel: int = 0) -> int:
 
     Return the exit code of the first failed job, or 130 or 143 after SIGINT or SIGTERM; the jobs then continue.
     """
-    options, screen = plan.settings.sagemaker, Screen()
-    jobs = TrainingJobs(plan, validated_requests(plan), Client.of_region(options.region), screen)
-    return Scheduler(plan.steps, jobs, screen, parallel, options.poll_seconds).run()
+    options, terminal = plan.settings.sagemaker, SharedTerminal()
+    jobs = TrainingJobs(plan, validate_requests(plan), Client.for_region(options.region), terminal)
+    return Scheduler(plan.steps, jobs, terminal, parallel, options.poll_seconds).run()
 
 
 def check(plan: Plan) -> None:
     """Raise a SettingsError if the plan cannot run or may cost too much. Make no request to the service."""
     describe(plan)
-    Client.of_region(plan.settings.sagemaker.region)
+    Client.for_region(plan.settings.sagemaker.region)
 
 
 def check_inputs(inputs: Inputs, _: Path) -> Inputs:
@@ -65,14 +65,14 @@ def check_inputs(inputs: Inputs, _: Path) -> Inputs:
 
 def describe(plan: Plan, parallel: int = 0) -> str:
     """Return the requests of all steps as JSON, validated as before a start, without secrets."""
-    requests = {name: without_secrets(request) for name, request in validated_requests(plan).items()}
+    requests = {name: redact(request) for name, request in validate_requests(plan).items()}
     log.info("%s", check_cost(plan))
     return json.dumps(requests, indent=2, ensure_ascii=False)
 
 
 def results(plan: Plan) -> str:
     """Return the location of the results, and the command that copies them."""
-    root = root_of(plan)
+    root = run_url(plan)
     return f"results: {root}/\nto copy them: aws s3 cp --recursive {root}/ {plan.folder}/ --exclude 'checkpoints/*'"
 
 
@@ -82,13 +82,13 @@ def describe_pipeline(plan: Plan) -> str:
     Everyone who may describe a Pipeline can read its definition. So the values of the user's own variables are parameters
     without a default; the start of an execution sets them.
     """
-    steps, requests = [], validated_requests(plan)
-    parameters = parameters_of(requests)
+    steps, requests = [], validate_requests(plan)
+    parameters = pipeline_parameters(requests)
     for name, request in requests.items():
         arguments = {key: value for key, value in request.items() if key != "TrainingJobName"}
-        parameter_references = {variable: {"Get": f"Parameters.{variable}"} for variable in secrets_of(request)}
+        parameter_references = {variable: {"Get": f"Parameters.{variable}"} for variable in find_secrets(request)}
         arguments["Environment"] = {**request["Environment"], **parameter_references}
-        step = {"Name": name, "Type": "Training", "Arguments": with_execution_id(arguments, root_of(plan))}
+        step = {"Name": name, "Type": "Training", "Arguments": with_execution_id(arguments, run_url(plan))}
         needs = plan.step(name).needs
         steps.append({**step, "DependsOn": list(needs)} if needs else step)
     log.info("%s", check_cost(plan))
@@ -97,11 +97,11 @@ def describe_pipeline(plan: Plan) -> str:
     return json.dumps(definition, indent=2, ensure_ascii=False)
 
 
-def parameters_of(requests: Mapping[str, Request]) -> list[str]:
+def pipeline_parameters(requests: Mapping[str, Request]) -> list[str]:
     """Return the names of the user's own variables. Raise a SettingsError if a variable differs between steps."""
     values: dict[str, str] = {}
     for request in requests.values():
-        for name, value in secrets_of(request).items():
+        for name, value in find_secrets(request).items():
             if values.setdefault(name, value) != value:
                 raise SettingsError(
                     f"sagemaker.environment sets {name} to different values in different stages, but in a Pipeline it is one "
@@ -112,13 +112,13 @@ def parameters_of(requests: Mapping[str, Request]) -> list[str]:
 
 def upsert_pipeline(plan: Plan, parallel: int = 0) -> int:
     """Create or update the plan's Pipeline, and print its ARN. Start no execution."""
-    name, options = f"fivefold-{plain(plan.run)}", plan.settings.sagemaker
+    name, options = f"fivefold-{slug(plan.run)}", plan.settings.sagemaker
     request = {"PipelineName": name, "PipelineDefinition": describe_pipeline(plan), "RoleArn": options.role}
     if parallel:
         request["ParallelismConfiguration"] = {"MaxParallelExecutionSteps": parallel}
     check_request(name, request, "UpdatePipeline")
-    print(Client.of_region(options.region).upsert_pipeline(request))
-    assignments = "".join(f" Name={variable},Value=…" for variable in parameters_of(validated_requests(plan)))
+    print(Client.for_region(options.region).upsert_pipeline(request))
+    assignments = "".join(f" Name={variable},Value=…" for variable in pipeline_parameters(validate_requests(plan)))
     option = f" --pipeline-parameters{assignments}" if assignments else ""
     log.info("to run it: aws sagemaker start-pipeline-execution --pipeline-name %s%s", name, option)
     return 0
@@ -135,7 +135,7 @@ def with_execution_id(value: Any, root: str) -> Any:
     return value
 
 
-def digest_of(variables: Mapping[str, str]) -> dict[str, Any]:
+def variables_digest(variables: Mapping[str, str]) -> dict[str, Any]:
     """Return the recorded form of a job's variables: their names, and a digest of names and values."""
     text = json.dumps(dict(variables), sort_keys=True)
     return {"names": sorted(variables), "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -154,7 +154,7 @@ class TrainingJobs:
     plan: Plan
     requests: Mapping[str, Request]
     client: Client
-    screen: Screen
+    terminal: SharedTerminal
     jobs: dict[str, str] = field(default_factory=dict)
     """The job of each started or existing step."""
     statuses: dict[str, JobStatus] = field(default_factory=dict)
@@ -180,12 +180,12 @@ class TrainingJobs:
             self.client.start(request)
             job = request["TrainingJobName"]
             write_json(path, {"job": job, "asked": identity}, PRIVATE_MODE)
-            self.screen.line(f"{step.name}: job {job}")
+            self.terminal.write_line(f"{step.name}: job {job}")
         elif status.exit_code == 0:
-            self.screen.line(f"{step.name}: nothing to do, job {job} is completed")
+            self.terminal.write_line(f"{step.name}: nothing to do, job {job} is completed")
             return 0
         else:
-            self.screen.line(f"{step.name}: waiting for job {job}, which is already running")
+            self.terminal.write_line(f"{step.name}: waiting for job {job}, which is already running")
         self.jobs[step.name] = job
         return None
 
@@ -202,21 +202,21 @@ class TrainingJobs:
                 sources[path.parent.name] = job
         image = request["AlgorithmSpecification"]["TrainingImage"]
         parts = {part: request[part] for part in RESULT_PARTS}
-        return {"image": image, "after": sources, **parts, "Environment": digest_of(request["Environment"])}
+        return {"image": image, "after": sources, **parts, "Environment": variables_digest(request["Environment"])}
 
     def poll(self, running: Sequence[Step]) -> dict[str, int]:
         """Print new log lines and changes of status. Return the exit codes of the jobs that ended."""
         codes = {}
         for step in running:
             status = self.client.describe(self.jobs[step.name])
-            lines = self.client.new_lines(self.jobs[step.name])
+            lines = self.client.read_new_lines(self.jobs[step.name])
             if lines:
                 with open(step.folder / LOG, "a", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in lines)
             for line in lines:
-                self.screen.line(f"[{step.name}] {line}")
+                self.terminal.write_line(f"[{step.name}] {line}")
             if self.statuses.get(step.name) != status:
-                self.screen.line(f"{step.name}: {status.status}, {status.detail}")
+                self.terminal.write_line(f"{step.name}: {status.status}, {status.detail}")
             self.statuses[step.name] = status
             if status.exit_code is not None:
                 codes[step.name] = status.exit_code
@@ -229,7 +229,7 @@ class TrainingJobs:
                 f"  aws sagemaker stop-training-job --training-job-name {self.jobs[step.name]}" for step in running
             ]
             message = "jobs continue at SageMaker; the same command waits for them again. To stop them:"
-            self.screen.line("\n".join([f"{len(running)} {message}", *stops]))
+            self.terminal.write_line("\n".join([f"{len(running)} {message}", *stops]))
         return False
 
     def describe(self, step: Step) -> str:

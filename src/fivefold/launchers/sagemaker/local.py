@@ -1,7 +1,7 @@
 """The platform `sagemaker-local`: run the same jobs on the local Docker engine, through the SDK's local mode.
 
 It needs no region, no credentials and no bucket. `<run>/sagemaker/` replaces S3: it has `model.tar.gz` and `output.tar.gz`
-of each step (plain folders with `sagemaker.compress=false`), which the next step reads. Each step also has
+of each step (plain folders with `sagemaker.compress_outputs=false`), which the next step reads. Each step also has
 `model/` and `output/` as on any platform, so `status`, the table and the report work the same.
 """
 
@@ -19,7 +19,6 @@ from typing import Any
 from fivefold.contract.s3.urls import is_url
 from fivefold.contract.stage_specs import FAILURE, STAGES
 from fivefold.errors import MissingInputError, SettingsError
-from fivefold.extras import need
 from fivefold.launchers import local
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.sagemaker.requests import (
@@ -27,13 +26,14 @@ from fivefold.launchers.sagemaker.requests import (
     channels,
     environment,
     hyperparameters,
-    options_of,
-    place_of,
-    without_secrets,
+    output_prefix,
+    redact,
+    stage_options,
 )
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.status import LOG, failure_of, record_of, write_ended, write_started
-from fivefold.launchers.terminal import Screen
+from fivefold.launchers.status import LOG, failure_message, read_step_record, record_end, record_start
+from fivefold.launchers.terminal import SharedTerminal
+from fivefold.lookup import require_packages
 
 DEFAULT_IMAGE = "fivefold:latest"
 S3_FOLDER = "sagemaker"
@@ -46,23 +46,23 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
 
     Completed steps run again, because their containers start empty.
     """
-    parallel, screen = max(1, parallel), Screen()
+    parallel, terminal = max(1, parallel), SharedTerminal()
     with ThreadPoolExecutor(parallel) as pool:
-        containers = Containers(plan, jobs_of(plan), bool(local.gpus(environ)), screen, pool)
-        return Scheduler(plan.steps, containers, screen, parallel, POLL_INTERVAL_S).run()
+        containers = Containers(plan, local_jobs(plan), bool(local.list_gpus(environ)), terminal, pool)
+        return Scheduler(plan.steps, containers, terminal, parallel, POLL_INTERVAL_S).run()
 
 
 def check(plan: Plan, environ: Mapping[str, str] = os.environ) -> None:
     """Raise a SettingsError if the SDK or the Docker engine is missing."""
-    need(("sagemaker",), "launch", "platform=sagemaker-local")
+    require_packages(("sagemaker",), "launch", "platform=sagemaker-local")
     if shutil.which("docker", path=environ.get("PATH")) is None:
         raise SettingsError("platform=sagemaker-local needs docker, which is not in PATH: install a Docker engine")
-    jobs_of(plan)
+    local_jobs(plan)
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
     """Return the jobs of all steps as JSON: image, channels, hyperparameters and variables, without secrets."""
-    jobs = {name: without_secrets(job) for name, job in jobs_of(plan).items()}
+    jobs = {name: redact(job) for name, job in local_jobs(plan).items()}
     return json.dumps(jobs, indent=2, ensure_ascii=False)
 
 
@@ -74,11 +74,11 @@ def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
     return local.check_inputs(inputs, run_folder)
 
 
-def jobs_of(plan: Plan) -> dict[str, dict[str, Any]]:
+def local_jobs(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return the job of each step by the step's name. Channels are folders or files of this machine."""
     jobs = {}
     for step in plan.steps:
-        options = options_of(plan.settings, step)
+        options = stage_options(plan.settings, step)
         options = options.model_copy(update={"image": options.image or DEFAULT_IMAGE})
         paths = channels(plan, step, str(plan.folder / S3_FOLDER))
         jobs[step.name] = {
@@ -97,7 +97,7 @@ class Containers:
     plan: Plan
     jobs: Mapping[str, Mapping[str, Any]]
     gpu: bool
-    screen: Screen
+    terminal: SharedTerminal
     pool: ThreadPoolExecutor
     futures: dict[str, Future[int]] = field(default_factory=dict)
 
@@ -109,16 +109,16 @@ class Containers:
 
     def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
         """Send SIGTERM to the containers, which then save their state; the second time SIGKILL."""
-        self.screen.line(
+        self.terminal.write_line(
             f"{signal.Signals(number).name}: {'killing' if again else 'stopping'} containers (send again to kill)"
         )
         for step in running:
-            for container in containers_of(self._root(step)):
+            for container in list_containers(self._root(step)):
                 docker("kill", "--signal", "KILL" if again else "TERM", container)
         return True
 
     def describe(self, step: Step) -> str:
-        return f"{failure_of(step)}\n  log: {step.folder / LOG}" if self.futures[step.name].done() else ""
+        return f"{failure_message(step)}\n  log: {step.folder / LOG}" if self.futures[step.name].done() else ""
 
     def _root(self, step: Step) -> Path:
         """Return the folder of a job's container. Its name must be unique, because the SDK's compose project has the same name."""
@@ -130,7 +130,7 @@ class Containers:
         shutil.rmtree(root.parent, ignore_errors=True)
         root.parent.mkdir(mode=0o700, parents=True)  # the SDK's compose file contains the variables
         root.mkdir()
-        write_started(step, os.getpid())
+        record_start(step, os.getpid())
         problem = ""
         try:
             run_container(job, root, self.gpu)
@@ -138,13 +138,16 @@ class Containers:
             problem = str(error)
         code = collect_container(root, step.folder / LOG)
         collect_outputs(
-            step, root, self.plan.folder / S3_FOLDER / place_of(step), options_of(self.plan.settings, step).compress
+            step,
+            root,
+            self.plan.folder / S3_FOLDER / output_prefix(step),
+            stage_options(self.plan.settings, step).compress_outputs,
         )
         shutil.rmtree(root.parent, ignore_errors=True)
         if code is None:
             (step.folder / FAILURE).write_text(f"Docker started no container: {problem}")
-        code = 1 if code is None or (code == 0 and record_of(step) is None) else code
-        write_ended(step, code)
+        code = 1 if code is None or (code == 0 and read_step_record(step) is None) else code
+        record_end(step, code)
         return code
 
 
@@ -160,7 +163,8 @@ def run_container(job: Mapping[str, Any], root: Path, gpu: bool) -> None:
     from sagemaker.train.model_trainer import Mode
 
     folders = {
-        name: as_folder(Path(path), root.parent / "channels" / name) for name, path in job["InputDataConfig"].items()
+        name: ensure_folder(Path(path), root.parent / "channels" / name)
+        for name, path in job["InputDataConfig"].items()
     }
     trainer = ModelTrainer(
         training_mode=Mode.LOCAL_CONTAINER,
@@ -175,7 +179,7 @@ def run_container(job: Mapping[str, Any], root: Path, gpu: bool) -> None:
     trainer.train(wait=True)
 
 
-def as_folder(path: Path, folder: Path) -> Path:
+def ensure_folder(path: Path, folder: Path) -> Path:
     """Return `path`, or `folder` with only this file if it is a file, because a channel must be a folder."""
     if path.is_dir():
         return path
@@ -189,27 +193,27 @@ def as_folder(path: Path, folder: Path) -> Path:
     return folder
 
 
-def collect_outputs(step: Step, root: Path, place: Path, compress: bool) -> None:
-    """Move a container's outputs to the step's folder, and to `place`, which the next step reads."""
+def collect_outputs(step: Step, root: Path, destination: Path, compress: bool) -> None:
+    """Move a container's outputs to the step's folder, and to `destination`, which the next step reads."""
     outputs = {"model": root / "artifacts/model", "output": root / "artifacts/output/data"}
     for name, path in {**outputs, FAILURE: root / "artifacts/output" / FAILURE}.items():
         shutil.rmtree(step.folder / name, ignore_errors=True)
         (step.folder / name).unlink(missing_ok=True)
         if path.exists() and (name != "model" or STAGES[step.stage].writes_model):
             shutil.move(path, step.folder / name)
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    for name in outputs if record_of(step) is not None else ():
+    shutil.rmtree(destination, ignore_errors=True)
+    destination.mkdir(parents=True)
+    for name in outputs if read_step_record(step) is not None else ():
         if compress:
-            shutil.move(root / "compressed_artifacts" / f"{name}.tar.gz", place)
+            shutil.move(root / "compressed_artifacts" / f"{name}.tar.gz", destination)
         elif (step.folder / name).is_dir():
-            shutil.copytree(step.folder / name, place / name)
+            shutil.copytree(step.folder / name, destination / name)
 
 
 def collect_container(root: Path, log_file: Path) -> int | None:
     """Append the log of a job's container to `log_file`, remove the container, and return its exit code, or None without one."""
     code = None
-    for container in containers_of(root):
+    for container in list_containers(root):
         code = int(docker("inspect", "--format", "{{.State.ExitCode}}", container).stdout or 1)
         with open(log_file, "ab") as file:
             subprocess.run(["docker", "logs", container], stdout=file, stderr=file, check=False)
@@ -217,7 +221,7 @@ def collect_container(root: Path, log_file: Path) -> int | None:
     return code
 
 
-def containers_of(root: Path) -> list[str]:
+def list_containers(root: Path) -> list[str]:
     label = f"label=com.docker.compose.project={root.name}"
     return docker("ps", "--all", "--quiet", "--filter", label).stdout.split()
 

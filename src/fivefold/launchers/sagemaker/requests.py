@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fivefold.config.loading import is_of, normal_key
+from fivefold.config.loading import in_sections, normalize_key
 from fivefold.config.recipes import shipped_recipes
 from fivefold.config.schema import SECTIONS, SageMaker, Settings
 from fivefold.contract.metric_log import metric_patterns
@@ -39,21 +39,21 @@ STEP_VARIABLES = ("STAGE", "FOLD", IMAGE_VARIABLE)
 HIDDEN = "***"
 
 
-def requests_of(plan: Plan) -> dict[str, Request]:
+def build_requests(plan: Plan) -> dict[str, Request]:
     """Return the CreateTrainingJob of each step by the step's name, not validated. The jobs' names end with the time."""
     time_stamp = time.strftime(TIME_FORMAT)
     return {step.name: _request_of(plan, step, time_stamp) for step in plan.steps}
 
 
 def _request_of(plan: Plan, step: Step, time_stamp: str) -> Request:
-    options, root = options_of(plan.settings, step), root_of(plan)
+    options, root = stage_options(plan.settings, step), run_url(plan)
     trains = STAGES[step.stage].writes_model
     metrics = [{"Name": name, "Regex": pattern} for name, pattern in metric_patterns().items()] if trains else []
     algorithm = {"TrainingImage": options.image, "TrainingInputMode": options.input_mode, "MetricDefinitions": metrics}
     checkpoints = {"S3Uri": f"{root}/{CHECKPOINTS}/{step.name}", "LocalPath": CHECKPOINTS_IN_CONTAINER}
     output = {
-        "S3OutputPath": f"{root}/{place_of(step)}",
-        "CompressionType": "GZIP" if options.compress else "NONE",
+        "S3OutputPath": f"{root}/{output_prefix(step)}",
+        "CompressionType": "GZIP" if options.compress_outputs else "NONE",
         "KmsKeyId": options.kms_key,
     }
     resources = {
@@ -71,7 +71,9 @@ def _request_of(plan: Plan, step: Step, time_stamp: str) -> Request:
         "EnableManagedSpotTraining": options.spot,
         "VpcConfig": vpc if options.subnets else None,
         "EnableInterContainerTrafficEncryption": options.encrypt_traffic and options.instance_count > 1,
-        "EnableNetworkIsolation": fetches_nothing(plan, step) if options.isolate is None else options.isolate,
+        "EnableNetworkIsolation": needs_no_network(plan, step)
+        if options.network_isolation is None
+        else options.network_isolation,
         "Tags": [{"Key": key, "Value": str(value)} for key, value in options.tags.items()],
     }
     return {
@@ -93,41 +95,41 @@ def _present(parts: Request) -> Request:
     return {name: part for name, part in parts.items() if part}
 
 
-def options_of(settings: Settings, step: Step) -> SageMaker:
+def stage_options(settings: Settings, step: Step) -> SageMaker:
     """Return the `[sagemaker]` settings of a step's stage."""
-    return settings.sagemaker.of_stage(step.stage)
+    return settings.sagemaker.for_stage(step.stage)
 
 
-def fetches_nothing(plan: Plan, step: Step) -> bool:
+def needs_no_network(plan: Plan, step: Step) -> bool:
     """Return whether a step's container needs no network: it does not train, or trains without pretrained weights and online trackers."""
     if not STAGES[step.stage].writes_model:
         return True
     settings = plan.settings.student() if step.stage == "distill" else plan.settings
-    return not settings.model.pretrained and set(settings.train.trackers) <= {"tensorboard"}
+    return not settings.model.pretrained and set(settings.train.loggers) <= {"tensorboard"}
 
 
 def base_name(run: str, step: Step) -> str:
     """Return `fivefold-<run>-<step>`, short enough for an appended time. Cut a long run name and append a digest."""
-    tail = f"-{plain(step.name)}"
+    tail = f"-{slug(step.name)}"
     room = MAX_NAME_LENGTH - len(f"fivefold-{tail}-{time.strftime(TIME_FORMAT)}")
-    name = plain(run)
+    name = slug(run)
     if len(name) > room:
         digest = hashlib.sha256(run.encode()).hexdigest()[:6]
         name = f"{name[: room - 7].rstrip('-')}-{digest}"
     return f"fivefold-{name}{tail}"
 
 
-def plain(text: str) -> str:
+def slug(text: str) -> str:
     """Return the text with only letters, digits and single hyphens, as names of jobs require."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
-def root_of(plan: Plan) -> str:
+def run_url(plan: Plan) -> str:
     """Return the URL of the run."""
     return f"{plan.settings.sagemaker.output.rstrip('/')}/{plan.run}"
 
 
-def place_of(step: Step) -> str:
+def output_prefix(step: Step) -> str:
     """Return the path of a step's outputs below the run's URL."""
     return f"{FOLDS_PREFIX}/{step.name}" if step.stage == "train-fold" else step.name
 
@@ -160,7 +162,7 @@ def hyperparameters(plan: Plan, step: Step) -> dict[str, str]:
     Names have `__` for a dot, because SageMaker allows only [a-z0-9_].
     """
     pairs = (text.split("=", 1) for text in step.arguments)
-    values = {normal_key(name): value for name, value in pairs}
+    values = {normalize_key(name): value for name, value in pairs}
     if "recipe" in values and values["recipe"].partition(":")[0] not in shipped_recipes():
         del values["recipe"]
         values = set_values(plan.settings, STAGES[step.stage].sections) | values
@@ -175,7 +177,7 @@ def set_values(settings: Settings, sections: tuple[str, ...]) -> dict[str, str]:
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in leaves.items()
-        if is_of(key, sections) and value is not None
+        if in_sections(key, sections) and value is not None
     }
 
 
@@ -190,14 +192,14 @@ def environment(step: Step, options: SageMaker) -> dict[str, str]:
     return {"STAGE": step.stage, **fold, **image, **user_variables}
 
 
-def secrets_of(request: Request) -> dict[str, str]:
+def find_secrets(request: Request) -> dict[str, str]:
     """Return the variables of a request (or of a job of local mode) whose values may be secret, by name."""
     return {name: value for name, value in request.get("Environment", {}).items() if name not in STEP_VARIABLES}
 
 
-def without_secrets(request: Request) -> Request:
+def redact(request: Request) -> Request:
     """Return the request for printing, with `***` for the values of the user's variables."""
-    return {**request, "Environment": {**request["Environment"], **dict.fromkeys(secrets_of(request), HIDDEN)}}
+    return {**request, "Environment": {**request["Environment"], **dict.fromkeys(find_secrets(request), HIDDEN)}}
 
 
 def seconds(hours: float) -> int:

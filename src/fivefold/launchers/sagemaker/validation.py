@@ -8,7 +8,14 @@ from typing import Any
 from fivefold.contract.s3.urls import is_url, parse
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Plan
-from fivefold.launchers.sagemaker.requests import FILE_SUFFIXES, Request, channels, options_of, requests_of, root_of
+from fivefold.launchers.sagemaker.requests import (
+    FILE_SUFFIXES,
+    Request,
+    build_requests,
+    channels,
+    run_url,
+    stage_options,
+)
 from fivefold.lookup import did_you_mean
 
 HINTS = {
@@ -26,7 +33,7 @@ JAVA_PATTERNS = {r"\p{L}": r"\w", r"\p{N}": r"\d", r"\p{Z}": r"\s"}
 """Java syntax in the service's patterns, and Python's equivalents."""
 
 
-def validated_requests(plan: Plan) -> dict[str, Request]:
+def validate_requests(plan: Plan) -> dict[str, Request]:
     """Return the request of each step. Raise a SettingsError for missing settings and for requests that the service would reject."""
     output = plan.settings.sagemaker.output
     if not is_url(output):
@@ -35,7 +42,7 @@ def validated_requests(plan: Plan) -> dict[str, Request]:
         )
     parse(output, "sagemaker.output")
     for step in plan.steps:
-        options = options_of(plan.settings, step)
+        options = stage_options(plan.settings, step)
         if not options.image:
             raise SettingsError(
                 "sagemaker.image is not set: set its URI in ECR (docs/sagemaker.md describes how to push it)"
@@ -45,13 +52,13 @@ def validated_requests(plan: Plan) -> dict[str, Request]:
                 f"{step.stage} runs on one instance, but sagemaker.instance_count={options.instance_count}; set it only for "
                 f"training stages: sagemaker.stages.train_fold.instance_count={options.instance_count}"
             )
-        for name, source in channels(plan, step, root_of(plan)).items():
+        for name, source in channels(plan, step, run_url(plan)).items():
             if source.lower().endswith(FILE_SUFFIXES) and options.input_mode == "FastFile":
                 raise SettingsError(
                     f"{name}={source} is one file with random access, which is slow with FastFile: "
                     "set sagemaker.input_mode=File, or use a folder"
                 )
-    requests = requests_of(plan)
+    requests = build_requests(plan)
     for name, request in requests.items():
         check_request(name, request)
     return requests
@@ -104,9 +111,9 @@ def _limit_errors(shape: Any, value: Any, path: str) -> Iterator[str]:
 
 def max_costs(plan: Plan) -> dict[str, float]:
     """Return the maximum cost of each step, 0 without a price. The idle time of a warm pool counts, a spot discount does not."""
-    options = {step.name: options_of(plan.settings, step) for step in plan.steps}
+    options = {step.name: stage_options(plan.settings, step) for step in plan.steps}
     return {
-        name: step_options.price
+        name: step_options.hourly_price
         * step_options.instance_count
         * (step_options.max_hours + step_options.keep_alive_minutes / 60)
         for name, step_options in options.items()
@@ -119,13 +126,11 @@ def check_cost(plan: Plan) -> str:
     unpriced = [name for name, cost in costs.items() if not cost]
     if unpriced and limit:
         raise SettingsError(
-            f"sagemaker.max_cost={limit:g} needs the hourly price of the instance of {unpriced[0]}: set sagemaker.price=, or "
+            f"sagemaker.max_cost={limit:g} needs the hourly price of the instance of {unpriced[0]}: set sagemaker.hourly_price=, or "
             "sagemaker.stages.STAGE.price="
         )
     if unpriced:
-        return (
-            f"the cost of {len(unpriced)} of {len(costs)} jobs is unknown: set sagemaker.price and sagemaker.max_cost"
-        )
+        return f"the cost of {len(unpriced)} of {len(costs)} jobs is unknown: set sagemaker.hourly_price and sagemaker.max_cost"
     total, most_expensive = sum(costs.values()), max(costs, key=lambda name: costs[name])
     if limit and total > limit:
         raise SettingsError(
