@@ -33,12 +33,12 @@ demo: $(FOR_RUNS) ## split, train, ensemble, evaluate and distil on scikit-learn
 	@$(BIN)/python -m jobs demo $(DEMO_ARGS)
 
 systems: $(FOR_RUNS) ## run the five reference systems, made small, on synthetic images; SYSTEMS="mask_profile"
-	@$(BIN)/python tests/systems $(SYSTEMS)
+	@PYTHONPATH=tests $(BIN)/python tests/e2e/run_systems.py $(SYSTEMS)
 
 bench: $(FOR_RUNS) ## measure the speed on this machine, a few minutes; BENCH="train step", BENCH=all (hours)
 	@$(BIN)/python -m benchmarks $(BENCH)
 
-test: check ## run ruff, the import rules and the tests; PYTEST_ARGS="tests/data -x"
+test: check ## run ruff, the import rules and the tests; PYTEST_ARGS="tests/unit -x"
 	@$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(FOR_ALL) ## run the tests that take minutes

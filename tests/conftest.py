@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from s3_server import Bucket, served
-from toy import draw_toy_images, make_product_run, make_toy_run
+from toy_data import draw_toy_images, make_product_run, make_toy_run
 
 
 @pytest.fixture(autouse=True)

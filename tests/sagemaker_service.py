@@ -27,7 +27,7 @@ import requests
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
-from platform_runs import REPOSITORY
+from reference_run import REPOSITORY
 from s3_server import CREDENTIALS, Bucket
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"

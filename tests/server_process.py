@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from platform_runs import REPOSITORY, wait_until
+from reference_run import REPOSITORY, wait_until
 
 SECONDS = 60.0
 """So long the process has to start, to answer or to end."""

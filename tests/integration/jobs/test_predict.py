@@ -1,0 +1,381 @@
+"""A product classifier end to end: split by product, one fold, the predict job by hand and as a container, and the API."""
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fivefold import ImageClassificationAPI, predictions
+from fivefold.contract.files import read_json, write_json
+from fivefold.data.split.fold_table import FoldTable, read_folds
+from fivefold.errors import DataError, MissingInputError, SettingsError
+from jobs.__main__ import run
+from jobs.predict import write_results
+from toy_data import LEARNS, REPOSITORY, call_jobs, copy_run, failure, read_rows, run_stage
+
+TRAINING = [
+    *LEARNS,
+    "model.image_size=16",
+    "augment.batch_mix=none",
+    "augment.train=horizontal_flip",
+    "train.device=cpu",
+]
+HEADER = ["image_path", "predicted_class", "confidence", "true_class"]
+IMAGE = "사진/P001/main_0.png"
+
+
+@pytest.fixture(scope="module")
+def shop(products, tmp_path_factory) -> Path:
+    """The product system's split by parts, and its one model."""
+    root = tmp_path_factory.mktemp("shop")
+    (root / "train").symlink_to(products.root)
+    parts = ("data.layout=products", "split.ratios=0.6,0.2,0.2", "split.seed=2025")
+    assert run_stage(root, "split", "split", *parts) == 0
+    assert run_stage(root, "train-fold", "fold-0", "FOLD=0", *TRAINING, "train.ema_decay=0", "train.epochs=4") == 0
+    return root
+
+
+@pytest.fixture
+def table(shop) -> FoldTable:
+    return read_folds(shop / "split" / "output" / "folds.parquet")
+
+
+def predict(root: Path, output: Path, *arguments: str, **channels: object) -> Path:
+    """Runs predict over the images and the split of a run; returns the folder of its output."""
+    given = {"IMAGES": root / "train", "MODEL": root, "SM_OUTPUT_DATA_DIR": output, **channels}
+    assert run_stage(root, "predict", output, *arguments, **given) == 0
+    return output
+
+
+def predict_files(root: Path, images: Path, output: Path) -> list[dict[str, str]]:
+    """Runs predict on images that are no part of a split; returns its rows."""
+    assert run("predict", [f"images={images}", f"model={root}", f"output={output}"], {}) == 0
+    return read_rows(output / "predictions.csv")
+
+
+def metrics(folder: Path) -> dict:
+    return read_json(folder / "stage.json")["metrics"]
+
+
+def test_parts_train_on_train_validate_on_valid_and_hold_test_out(shop, table):
+    oof, held = (predictions.read(shop / "fold-0" / "model" / f"{name}.parquet") for name in ("oof", "holdout"))
+    part = dict(zip(table.ids.to_pylist(), table.part.tolist(), strict=True))
+    assert ({part[name] for name in oof.ids}, {part[name] for name in held.ids}) == ({"valid"}, {"test"})
+    assert len(oof) + len(held) + len(table.train_rows(0)) == len(table)
+
+
+def test_one_image_from_the_command_line_is_told_and_kept_in_a_folder_of_its_run(shop, products, tmp_path):
+    image = products.root / IMAGE
+    done = call_jobs("predict", f"images={image}", f"model={shop / 'fold-0/model'}", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "test_result").iterdir()
+    assert re.fullmatch(r"run_\d{8}_\d{6}_[0-9a-f]{8}", folder.name)
+    (row,) = read_rows(folder / "predictions.csv")
+    assert list(row) == HEADER
+    sure = float(row["confidence"])
+    told = {"image_path": str(image), "predicted_class": "full_shot", "confidence": pytest.approx(sure, abs=1e-6)}
+    assert json.loads(done.stdout) == told
+    assert row["image_path"] == str(image)
+    assert 0.25 < sure <= 1
+    assert metrics(folder)["ms_per_image"] > 0
+
+
+def test_the_split_gives_the_mistakes_of_train_valid_and_test(shop, table, tmp_path):
+    settings = ["predict.file=inference_results.csv", "predict.folder=test_result", "run=run_1"]
+    folder = predict(shop, tmp_path, *settings) / "test_result" / "run_1"
+    found = read_rows(folder / "inference_results.csv")
+    assert [row["image_path"] for row in found] == table.paths.to_pylist()
+    assert [row["true_class"] for row in found] == table.labels().tolist()
+    for part in ("train", "valid", "test"):
+        rows = [row for row, own in zip(found, table.part, strict=True) if own == part]
+        expected = {row["image_path"] for row in rows if row["predicted_class"] != row["true_class"]}
+        wrong = read_rows(folder / f"wrong_{part}.csv")
+        assert {row["path"] for row in wrong} == expected
+        confidences = [float(row["confidence"]) for row in wrong]
+        assert confidences == sorted(confidences, reverse=True)
+        scores = metrics(tmp_path)[part]
+        assert scores["n"] == len(rows)
+        assert scores["accuracy"] == pytest.approx(1 - len(expected) / len(rows), abs=1e-6)
+    # The rows that the training stage predicted itself, by the same views.
+    oof = predictions.read(shop / "fold-0" / "model" / "oof.parquet")
+    sure = {row["image_path"]: float(row["confidence"]) for row in found}
+    np.testing.assert_allclose([sure[name] for name in oof.ids], np.exp(oof.log_probs.max(axis=1)), atol=1e-5)
+    predict(shop, tmp_path / "again")
+    predict(shop, tmp_path / "again", "predict.subsets=test")
+    assert len(read_rows(tmp_path / "again" / "predictions.csv")) == (table.part == "test").sum()
+    assert [path.name for path in (tmp_path / "again").glob("wrong_*.csv")] == ["wrong_test.csv"]
+
+
+def test_a_row_that_any_model_trained_on_is_no_validation_of_the_ensemble(product_run, tmp_path):
+    folder = predict(product_run, tmp_path / "all")
+    assert sorted(path.name for path in folder.glob("wrong_*")) == ["wrong_test.csv", "wrong_train.csv"]
+    scores = metrics(predict(product_run, tmp_path / "one", MODEL=product_run / "fold-1"))
+    fold = read_folds(product_run / "split" / "output" / "folds.parquet").fold
+    assert (scores["valid"]["n"], scores["train"]["n"]) == ((fold == 1).sum(), (fold == 0).sum())
+
+
+def test_a_table_of_the_split_is_a_batch_with_its_truth(shop, products, tmp_path, capsys):
+    batch = shop / "split" / "output" / "test_data.csv"
+    given = [f"images={batch}", f"model={shop}", f"output={tmp_path}", f"data.image_root={products.root}"]
+    for more in (["predict.batch_size=3"], []):  # never skipped: what it prints is its result
+        assert run("predict", [*given, *more], {}) == 0
+        assert capsys.readouterr().out
+    found, asked = read_rows(tmp_path / "predictions.csv"), read_rows(batch)
+    assert [row["image_path"] for row in found] == [row["image_path"] for row in asked]
+    assert [row["true_class"] for row in found] == [row["image_type"] for row in asked]
+    assert (tmp_path / "wrong_test.csv").is_file()
+    right = [row["predicted_class"] == row["true_class"] for row in found]
+    assert metrics(tmp_path)["test"]["accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+
+
+def test_unreadable_images_are_rows_with_error_and_the_stage_goes_on(shop, products, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(products.root / IMAGE, folder / "좋다.png")
+    (folder / "broken.png").write_bytes(b"nothing")
+    (folder / "empty.jpg").write_bytes(b"")
+    Image.new("RGB", (1, 1)).save(folder / "tiny.png")
+    Image.new("RGB", (1, 3000)).save(folder / "thin.png")
+    (folder / "list.csv").write_text(
+        "image_path,true_class\n좋다.png,full_shot\nbroken.png,\nempty.jpg,care_label\nabsent.png,\n../../x.png,\n"
+        "tiny.png,\nthin.png,\n,\n좋다.png,\n",
+        encoding="utf-8-sig",
+    )
+    found = predict_files(shop, folder / "list.csv", tmp_path / "out")
+    wrong = ["broken.png", "empty.jpg", "absent.png", "../../x.png", ""]
+    assert [row["image_path"] for row in found] == ["좋다.png", *wrong[:4], "tiny.png", "thin.png", "", "좋다.png"]
+    bad = [row for row in found if row["predicted_class"] == "ERROR"]
+    assert ([row["image_path"] for row in bad], {row["confidence"] for row in bad}) == (wrong, {"0.000000"})
+    assert found[0]["predicted_class"] == found[-1]["predicted_class"] == "full_shot"
+    assert (metrics(tmp_path / "out")["errors"], metrics(tmp_path / "out")["test"]["n"]) == (5, 1)
+    (tmp_path / "bad").mkdir()
+    shutil.copy(folder / "broken.png", tmp_path / "bad")
+    assert [row["predicted_class"] for row in predict_files(shop, tmp_path / "bad", tmp_path / "none")] == ["ERROR"]
+
+
+def test_images_of_formats_that_nothing_reads_are_rows_with_error_and_others_are_read_by_what_they_are(
+    shop, products, tmp_path
+):
+    folder = tmp_path / "images"
+    (folder / "@eaDir").mkdir(parents=True)
+    for name in ("a.png", "b", "@eaDir/a.png"):
+        shutil.copy(products.root / IMAGE, folder / name)
+    for name in ("c.dng", "d.HEIC", "notes.txt"):
+        (folder / name).write_bytes(b"nothing")
+    found = predict_files(shop, folder, tmp_path / "out")
+    right = ["full_shot", "full_shot", "ERROR", "ERROR"]
+    assert [row["image_path"] for row in found] == ["a.png", "b", "c.dng", "d.HEIC"]
+    assert [row["predicted_class"] for row in found] == right
+
+
+def test_a_folder_and_a_zip_of_it_give_the_same(shop, products, tmp_path):
+    paths = sorted((products.root / "사진").rglob("*.png"))
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in paths:
+            archive.write(path, path.relative_to(products.root / "사진"))
+    places = (products.root / "사진", tmp_path / "images.zip")
+    rows = [predict_files(shop, images, tmp_path / f"out-{images.stem}") for images in places]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == len(paths)
+
+
+def test_a_name_that_is_a_formula_is_none_in_the_table(tmp_path):
+    results = [
+        {"image_path": "=HYPERLINK(1).png", "predicted": "a", "confidence": 0.5},
+        {"image_path": "-5", "predicted": "b", "confidence": 1},
+    ]
+    rows = read_rows(write_results(tmp_path / "p.csv", results, ["", ""]))
+    assert [row["image_path"] for row in rows] == ["'=HYPERLINK(1).png", "-5"]
+    assert [row["confidence"] for row in rows] == ["0.500000", "1.000000"]
+
+
+def test_folders_called_like_classes_are_the_truth(shop, tmp_path):
+    for name in ("full_shot", "care_label"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / name / "1.png")
+    rows = predict_files(shop, tmp_path / "images", tmp_path / "out")
+    assert [row["true_class"] for row in rows] == ["care_label", "full_shot"]
+    assert [row["true_class"] for row in read_rows(tmp_path / "out" / "wrong_test.csv")] == ["care_label"]
+
+
+@pytest.mark.parametrize(
+    ("images", "arguments", "code", "message"),
+    [
+        ("absent.jpg", [], 66, "absent.jpg does not exist"),
+        ("empty", [], 65, "no images below"),
+        ("a.png", ["model={}/empty"], 66, "no model below"),
+        ("strange.csv", [], 65, "'shoe'"),
+        ("paths.csv", [], 65, "has no column image_path, img_path, path or the like"),
+        ("a.png", ["predict.device=cuda"], 64, "predict.device=cuda, but this machine has no such device"),
+        ("a.png", ["predict.file=../x.csv"], 64, "file='../x.csv'"),
+        ("a.png", ["predict.subsets=all"], 64, "rows=['all']"),
+        ("a.png", ["image=b.png"], 64, "unknown key 'image'"),
+        ("strange.csv", ["data.image_root=/nowhere"], 66, "data.image_root=/nowhere: "),
+    ],
+)
+def test_bad_input_gets_one_clear_error(shop, tmp_path, images, arguments, code, message):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "strange.csv").write_text("image_path,true_class\na.png,shoe\n")
+    (tmp_path / "paths.csv").write_text("where\nnowhere.png\n")
+    given = [f"images={tmp_path / images}", f"model={shop}", f"output={tmp_path / 'out'}"]
+    more = [argument.format(tmp_path) for argument in arguments]
+    assert run("predict", [*given, *more], {"SM_OUTPUT_DIR": str(tmp_path / "failed")}) == code
+    assert message in failure(tmp_path / "failed")
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+@pytest.fixture
+def api(shop) -> ImageClassificationAPI:
+    return ImageClassificationAPI(shop / "fold-0" / "model")
+
+
+def test_the_api_answers_in_order_and_never_fails_for_a_bad_image(api, products, tmp_path, caplog):
+    (tmp_path / "broken.jpg").write_bytes((products.root / IMAGE).read_bytes()[:60])
+    good = sorted(map(str, (products.root / "사진").rglob("main_*.png")))[:40]
+    asked = [good[0], str(tmp_path / "broken.jpg"), *good, str(tmp_path / "absent.jpg"), str(tmp_path), "a\0b", good[0]]
+    with caplog.at_level(logging.INFO, "fivefold"):
+        found = api.predict(asked)
+    assert [row["image_path"] for row in found] == asked
+    assert all(list(row) == HEADER[:3] for row in found)
+    bad = [row for row in found if row["predicted_class"] == "ERROR"]
+    assert [(row["image_path"], row["confidence"]) for row in bad] == [(asked[at], 0.0) for at in (1, 42, 43, 44)]
+    right = [row for row in found if row not in bad]
+    assert all(0.25 < row["confidence"] <= 1 and row["predicted_class"] in api.classes for row in right)
+    assert found[0] == found[2]
+    assert found[-1] == found[0] | {"confidence": pytest.approx(found[0]["confidence"], abs=1e-5)}
+    assert "42 successes, 4 failures" in caplog.text
+    assert [path.name for path in tmp_path.rglob("*")] == ["broken.jpg"]
+    assert api.predict([]) == []
+
+
+def test_defect_product_a_bad_image_is_no_black_image_with_a_confident_class(api, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    (tmp_path / "broken.png").write_bytes(b"x")
+    black, broken = api.predict([tmp_path / "black.png", tmp_path / "broken.png"])
+    assert black["predicted_class"] in api.classes
+    assert (broken["predicted_class"], broken["confidence"]) == ("ERROR", 0.0)
+
+
+def test_the_api_takes_paths_bytes_and_pillows_images_alike(api, products):
+    path = products.root / "사진/P004/main_0.png"
+    turned, exif = BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).rotate(90, expand=True).save(turned, "PNG", exif=exif)
+    things = [str(path), path, path.read_bytes(), Image.open(path), Image.open(path).convert("HSV"), turned.getvalue()]
+    found = api.predict([*things, Image.open(BytesIO(turned.getvalue())), None, 7])
+    assert len({(row["predicted_class"], round(row["confidence"], 2)) for row in found[:7]}) == 1
+    assert [row["image_path"] for row in found[:4]] == [str(path), str(path), "image 2", str(path)]
+    assert [row["predicted_class"] for row in found[7:]] == ["ERROR", "ERROR"]
+    (alone,) = api.predict(path)
+    assert alone == found[1] | {"confidence": pytest.approx(found[1]["confidence"], abs=1e-5)}
+
+
+def test_paths_of_others_stay_in_the_folder_that_they_are_given(shop, products, tmp_path):
+    folder = tmp_path / "uploads"
+    shutil.copytree(products.root / "사진/P004", folder / "P004")
+    (tmp_path / "secret.png").write_bytes((folder / "P004/main_0.png").read_bytes())
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    good = ["P004/main_0.png", str(folder / "P004/main_0.png"), "P004/../P004/main_0.png"]
+    bad = ["../secret.png", str(tmp_path / "secret.png"), "link.png", "/dev/zero", "~/secret.png", "a\0b", "P004"]
+    api = ImageClassificationAPI(shop / "fold-0" / "model", images_folder=folder)
+    read = [row["predicted_class"] != "ERROR" for row in api.predict([*good, *bad, Path("../secret.png")])]
+    assert read == [True] * len(good) + [False] * (len(bad) + 1)
+    with pytest.raises(MissingInputError):
+        ImageClassificationAPI(shop / "fold-0" / "model", images_folder=tmp_path / "absent")
+
+
+def sure(rows: list[dict]) -> np.ndarray:
+    return np.array([row["confidence"] for row in rows])
+
+
+def test_the_api_agrees_with_the_ensemble_stage_and_takes_its_weights_and_temperature(product_run, tmp_path):
+    output = product_run / "ensemble" / "output"
+    stored = predictions.read(output / "predictions.parquet")
+    paths = [product_run / "eval" / name for name in stored.ids]
+    assert read_json(output / "ensemble.json")["temperature"] != 1  # an answer without it would differ
+    found = ImageClassificationAPI(product_run).predict(paths)
+    classes = np.array(stored.classes, object)[stored.log_probs.argmax(axis=1)]
+    assert [row["predicted_class"] for row in found] == classes.tolist()
+    expected = np.exp(stored.log_probs.max(axis=1))
+    np.testing.assert_allclose(sure(found), expected, atol=1e-5)
+
+    bare = ImageClassificationAPI(copy_run(product_run, tmp_path / "bare", "ensemble", "eval")).predict(paths)
+    single = [ImageClassificationAPI(product_run / f"fold-{fold}").predict(paths) for fold in (0, 1)]
+    same = [at for at in range(len(paths)) if len({rows[at]["predicted_class"] for rows in [*single, bare]}) == 1]
+    assert len(same) > len(paths) / 2
+    np.testing.assert_allclose(sure(bare)[same], np.mean([sure(rows)[same] for rows in single], axis=0), atol=1e-5)
+    assert np.abs(expected - sure(bare)).max() > 1e-3
+
+
+@pytest.mark.parametrize("blend", ["geometric", "vote"])
+def test_the_api_blends_as_the_ensemble_did(product_run, tmp_path, blend):
+    root = copy_run(product_run, tmp_path / "run", "ensemble")
+    assert run_stage(root, "ensemble", "e", f"ensemble.seed_blend={blend}", MODEL=product_run) == 0
+    stored = predictions.read(root / "e" / "output" / "predictions.parquet")
+    found = ImageClassificationAPI(root).predict([product_run / "eval" / name for name in stored.ids])
+    np.testing.assert_allclose(sure(found), np.exp(stored.log_probs.max(axis=1)), atol=1e-4)
+
+
+def test_the_api_reads_a_students_folder_and_a_tarball(shop, product_run, products, tmp_path):
+    path = products.root / "사진/P004/main_0.png"
+    assert ImageClassificationAPI(product_run / "distill" / "model").predict([path])[0]["confidence"] > 0.25
+    packed = Path(shutil.make_archive(str(tmp_path / "model"), "gztar", shop / "fold-0" / "model"))
+    assert ImageClassificationAPI(packed).predict([path]) == ImageClassificationAPI(shop / "fold-0").predict([path])
+
+
+def test_the_api_says_what_is_wrong_with_a_model(shop, product_run, tmp_path):
+    shutil.copytree(product_run / "fold-0", tmp_path / "both" / "a")
+    shutil.copytree(shop / "fold-0", tmp_path / "both" / "b")
+    root = copy_run(product_run, tmp_path / "run", "eval")
+    description = root / "ensemble" / "output" / "ensemble.json"
+    write_json(description, read_json(description) | {"within": "rank"})
+    (tmp_path / "empty").mkdir()
+    for folder, error, message in (
+        (tmp_path / "absent", MissingInputError, "does not exist"),
+        (tmp_path / "empty", MissingInputError, "no model below"),
+        (tmp_path / "both", DataError, "differ"),
+        (root, DataError, "blends by rank"),
+    ):
+        with pytest.raises(error, match=message):
+            ImageClassificationAPI(folder)
+    with pytest.raises(SettingsError, match=r"unknown device 'gpu'"):
+        ImageClassificationAPI(shop, device="gpu")
+    description.write_text('{"members": [{"x": 1}]}')
+    with pytest.raises(DataError, match="does not describe an ensemble"):
+        ImageClassificationAPI(root)
+
+
+def test_importing_the_package_stays_light_and_the_api_comes_when_asked_for():
+    code = (
+        "import sys, fivefold\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+        "from fivefold import ImageClassificationAPI\nassert 'torch' in sys.modules\n"
+        "print(sorted(fivefold.__all__))\nfivefold.nothing"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout == "['ImageClassificationAPI', '__version__']\n"
+    assert done.stderr.splitlines()[-1] == "AttributeError: module 'fivefold' has no attribute 'nothing'"
+
+
+def test_images_that_changed_since_the_split_are_no_truth(shop, products, tmp_path):
+    shutil.copytree(products.root, tmp_path / "data")
+    Image.new("RGB", (16, 16)).save(tmp_path / "data" / "사진/P000/main_0.png")
+    rows = read_rows(predict(shop, tmp_path / "out", IMAGES=tmp_path / "data") / "predictions.csv")
+    assert Counter(row["predicted_class"] == "ERROR" for row in rows)[True] == 1
+
+
+def test_a_disk_too_small_for_the_model_is_told_before_training(shop, tiny_disk):
+    assert run_stage(shop, "train-fold", tiny_disk, "FOLD=0", *TRAINING, "train.epochs=1000000") == 75
+    message = failure(tiny_disk).split("\n")[0]
+    assert re.search(r"has 0\.\d MiB free, .* 4\.\d MiB: free some", message)
+    assert not list((tiny_disk / "model").iterdir())

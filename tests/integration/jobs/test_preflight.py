@@ -1,0 +1,144 @@
+"""What every fold would meet is found before a run starts, with the exit code that the fold would have."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fivefold.config.loading import arguments_layer, load
+from fivefold.config.schema import Settings
+from fivefold.errors import FivefoldError, SettingsError
+from fivefold.launchers.plan import Inputs, make_plan, select
+from fivefold.stages import preflight
+from jobs import submit
+from toy_data import MODEL, call_jobs, noise_in
+
+GIVEN = ("train.precision=fp32", "train.loggers=[]", "train.device=cpu")
+
+
+def settings(*arguments: str) -> Settings:
+    return load([arguments_layer([*MODEL, *GIVEN, *arguments])])
+
+
+def code_of(*arguments: str, here: bool = False) -> int:
+    """The exit code of the check of these settings."""
+    try:
+        preflight.check_training(settings(*arguments), ["train-fold", "distill"], here)
+    except FivefoldError as error:
+        return error.exit_code
+    return 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.epochs=3", "train.warmup_epochs=3"],
+        ["train.monitor=auc"],
+        ["train.optimizer=adamw2"],
+        ["train.schedule=cosinus"],
+        ["train.sampler=rare"],
+        ["train.precision=fp8"],
+        ["train.loggers=wandbb"],
+        ["train.loss=hinge"],
+        ["train.loss={name=focal, gama=2}"],
+        ["train.layer_decay=0.7"],
+        ["augment.batch_mix=mixupp"],
+        ["augment.train=resizze"],
+        ["augment.train=[{name=rotation, degree=10}]"],
+        ["augment.eval=horizontal_flip"],
+        ["predict.tta=flipp"],
+        ["model.backbone=timm/resnet1888"],
+        ["model.backbone=resnet18"],
+        ["model.backbone=timm/vit_tiny_patch16_224", "model.backbone_kwargs={}", "model.image_size=100"],
+        ["model.image_size=1"],
+        ["model.backbone_kwargs.width=3"],
+        ["model.pretrained=true"],
+        ["model.head={name=mlp, hiden=3}"],
+        ["model.head=mlp", "train.batch_size=1"],
+        ["model.image_stats=colour"],
+        ["model.drop_path=0.1"],
+        ["data.cache=s3://bucket/cache"],
+        ["distill.patience=3"],
+        ["distill.teacher_tta=flipp"],
+        ["distill.train.monitor=auc"],
+        ["distill.model.backbone=fivefold/big_net"],
+        ["distill.train.epochs=2", "train.warmup_epochs=2"],
+    ],
+    ids=" ".join,
+)
+def test_a_setting_that_every_fold_or_the_student_would_refuse_is_64(arguments):
+    assert code_of(*arguments) == 64
+
+
+def test_settings_that_work_are_let_through():
+    assert code_of() == 0
+    assert code_of("distill.patience=3", "split.holdout=0.2") == 0
+    assert code_of("distill.patience=3", "split.ratios=[0.8,0.1,0.1]") == 0
+    assert (
+        code_of(
+            "model.pretrained=true",
+            "model.backbone=torchvision/resnet18",
+            "model.backbone_kwargs={}",
+            "model.image_size=64",
+        )
+        == 0
+    )
+
+
+def test_what_only_this_machine_lacks_is_told_only_where_the_run_is_here(tmp_path):
+    for arguments, code in (
+        (["train.batch_size=1000000000"], 64),
+        (["train.device=cuda:77"], 64),
+        (["predict.device=cuda:77"], 64),
+        (["train.precision=fp16"], 64),
+        (["train.compile=true"], 64),
+        ([f"distill.teacher={tmp_path / 'none'}"], 66),
+    ):
+        assert (code_of(*arguments), code_of(*arguments, here=True)) == (0, code), arguments
+    assert code_of(here=True) == 0
+
+
+def test_files_and_weights_that_a_run_names_are_looked_for():
+    def ends(*arguments: str, here: bool = True, stages: tuple[str, ...] = ("ensemble",)) -> int:
+        plan = select(make_plan(Inputs(train="t", eval="e"), [*MODEL, *arguments], run="r", recipe="demo"), stages)
+        try:
+            preflight.check_plan(plan, Inputs(train="t", eval="e"), here)
+        except FivefoldError as error:
+            return error.exit_code
+        return 0
+
+    blend = "ensemble.blend=weighted"
+    assert ends(blend, "ensemble.weights={demo=1}") == 0
+    assert ends(blend, "ensemble.weights={demo=1, other=1}") == 64
+    assert ends(blend, "ensemble.weights={demo=1}", "system=mine") == 64
+    assert ends(blend, "ensemble.weights={demo=1, other=1}", stages=("evaluate",)) == 0
+    assert ends("ensemble.submissions=none.csv") == 66
+    assert ends("ensemble.submissions=none.csv", here=False) == 0
+    assert ends("model.weights=none.safetensors", stages=("train-fold",)) == 66
+
+
+def test_weights_may_lie_in_the_channel_of_the_run(tmp_path):
+    (tmp_path / "start.safetensors").touch()
+    preflight.check_weights([settings("model.weights=start.safetensors")], str(tmp_path))
+
+
+def test_submit_ends_with_the_code_before_anything_is_written(tmp_path: Path):
+    noise_in(tmp_path / "train", ("a", "b"), 4)
+    given = [f"train={tmp_path / 'train'}", f"runs={tmp_path / 'runs'}", "run=r", *MODEL]
+    given += ["train.epochs=2", "train.warmup_epochs=2"]
+    with pytest.raises(SettingsError):
+        submit.main(given)
+    refused = call_jobs("submit", *given, "--dry-run")
+    assert refused.returncode == 64, refused.stderr
+    assert "train.warmup_epochs=2" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_settings_that_cannot_be_tried_stop_no_run(tmp_path: Path, monkeypatch, capsys):
+    noise_in(tmp_path / "train", ("a", "b"), 4)
+    given = [f"train={tmp_path / 'train'}", f"runs={tmp_path / 'runs'}", "run=r", *MODEL, "--dry-run"]
+    monkeypatch.setattr(preflight, "MODULE", "fivefold.nowhere")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert submit.main(given) == 0
+    assert "train-fold" in capsys.readouterr().out

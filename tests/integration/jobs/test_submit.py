@@ -1,0 +1,144 @@
+"""`python -m jobs submit` as people call it: what it refuses, what it prints, what it runs."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fivefold.contract.files import read_json
+from fivefold.errors import MissingInputError, SettingsError
+from fivefold.launchers.plan import Inputs, make_plan
+from fivefold.launchers.status import write_plan
+from jobs import status, submit
+from toy_data import REPOSITORY, call_jobs, noise, noise_in, write_csv
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with `train/a`, `train/b` and a test table with its truth."""
+    noise_in(tmp_path / "train", ("a", "b"), 6)
+    noise(tmp_path / "test" / "1.png", np.random.default_rng(1))
+    write_csv(tmp_path / "test" / "test.csv", [["ID", "img_path"], [1, "1.png"]])
+    write_csv(tmp_path / "test" / "gt.csv", [["ID", "label"], [1, "a"]])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "needs train="),
+        (["paralel=2"], "did you mean 'parallel'"),
+        (["model=resnet"], "unknown key 'model'"),
+        (["train.epohcs=2"], "did you mean 'train.epochs'"),
+        (["platform=slurm"], "known: .*local"),
+        (["parallel=0"], "parallel="),
+        (["parallel=2,3"], "parallel="),
+        (["folds=two"], "folds=two: .*integer"),
+        (["seeds=-1"], "seeds=-1"),
+        (["seeds=1,4294967296"], "seeds="),
+        (["stages=trian-fold"], "train-fold"),
+        (["folds=7"], "0 to 4"),
+        (["run=a/b"], "run='a/b'"),
+        (["--verbose"], "not KEY=VALUE"),
+        (["increment=true"], "needs run=NAME"),
+        (["increment=maybe", "run=exp"], "increment=maybe"),
+    ],
+)
+def test_a_request_that_cannot_work(data: Path, arguments: list[str], says: str) -> None:
+    given = [f"train={data / 'train'}", f"runs={data / 'runs'}"] if arguments else []
+    with pytest.raises(SettingsError, match=says):
+        submit.main([*given, *arguments, "--dry-run"])
+    assert not (data / "runs").exists()
+
+
+@pytest.mark.parametrize("file", ["runs", "runs/r", "runs/r/split", "runs/r/ensemble"])
+def test_a_file_where_the_run_needs_a_folder_is_a_setting_that_cannot_work(data: Path, file: str) -> None:
+    (data / file).parent.mkdir(parents=True, exist_ok=True)
+    (data / file).touch()
+    with pytest.raises(SettingsError, match=f"cannot write to {data}/runs/r.*: a file "):
+        submit.main(
+            [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={data / 'runs'}", "run=r", "check=false"]
+        )
+    assert not (data / "runs" / "r" / "split" / "log.txt").exists(), "nothing was started"
+
+
+def test_a_truth_without_test_images_is_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert submit.main([f"train={data / 'train'}", f"ground_truth={data / 'test'}", "check=false", "--dry-run"]) == 0
+    assert any("without eval=" in r.message and r.levelname == "WARNING" for r in caplog.records)
+    with pytest.raises(MissingInputError, match="eval="):
+        submit.main([f"train={data}", f"eval={data / 'no'}"])
+
+
+def test_a_dry_run_runs_nothing_and_its_commands_can_be_pasted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = data / "my runs"
+    given = [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}", "run=r", "split.folds=3", "--dry-run"]
+    assert submit.main([*given, "check=false"]) == 0
+    printed = capsys.readouterr().out
+    assert not runs.exists()
+    assert f"SM_CHANNEL_GROUND_TRUTH={data / 'test' / 'gt.csv'}" in printed
+    assert printed.count(" -m fivefold.jobs train-fold ") == 3
+
+    block = printed.split("\n\n")[1]
+    assert block.startswith("# split\n")
+    pasted = subprocess.run(["sh", "-e"], input=block, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert pasted.returncode == 0, pasted.stderr
+    assert (runs / "r" / "split" / "output" / "folds.parquet").is_file()
+
+
+def test_the_command_from_end_to_end(data: Path) -> None:
+    given = ["submit", f"train={data / 'train'}", f"runs={data / 'runs'}", "run=r", "split.folds=3"]
+    first = call_jobs(*given, "stages=split", FOLD="1", TRAIN__EPOCHS="many")
+    assert first.returncode == 0, first.stderr
+    assert "variables" in first.stderr
+    assert "FOLD, TRAIN__EPOCHS" in first.stderr
+    assert "no model is trained yet" in first.stdout
+
+    second = call_jobs(*given, "stages=evaluate")  # of models that nobody has trained
+    assert second.returncode == 66
+    assert "evaluate failed (exit code 66)" in second.stderr
+
+    told = call_jobs("status", f"runs={data / 'runs'}")
+    lines = {line.split()[0]: line for line in told.stdout.splitlines() if line}
+    assert told.returncode == 0
+    assert "done" in lines["split"]
+    assert "failed (66)" in lines["evaluate"]
+    assert "waiting" in lines["fold-2"]
+    assert [step["name"] for step in read_json(data / "runs" / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
+
+    typo = call_jobs("submit", f"train={data / 'train'}", "train.epohcs=3")
+    assert typo.returncode == SettingsError.exit_code
+    assert "Traceback" not in typo.stderr
+    assert "did you mean 'train.epochs'" in typo.stderr
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(key in printed for key in (*submit.Keys.model_fields, "--dry-run", *submit.PLATFORMS))
+
+
+def test_runs_of_one_name_count_up(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = data / "runs"
+    arguments = [f"train={data / 'train'}", f"runs={runs}", "run=exp", "check=false"]
+    for expected in ("exp", "exp2", "exp3"):
+        assert submit.main([*arguments, "increment=true", "--dry-run"]) == 0
+        assert f"# run {expected} in {runs / expected}" in capsys.readouterr().out
+        (runs / expected).mkdir(parents=True)
+    assert submit.main([*arguments, "--dry-run"]) == 0  # without it a run of the same name goes on
+    assert "# run exp in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["run=digit"], MissingInputError, "did you mean 'digits'"),
+        (["runs=nowhere"], MissingInputError, "no run below"),
+        (["rum=digits"], SettingsError, "did you mean 'run'"),
+    ],
+)
+def test_a_status_that_cannot_be_told_says_why(tmp_path, monkeypatch, arguments, error, message):
+    monkeypatch.chdir(tmp_path)
+    write_plan(make_plan(Inputs(train="t", eval="e"), ["split.folds=2"], run="digits", runs="runs"))
+    with pytest.raises(error, match=message):
+        status.main(arguments)

@@ -1,0 +1,289 @@
+"""The five reference systems: how each is drawn, which commands run it, which files it must leave, and its scores."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import toy_layouts
+from expected_files import REST, Expected
+
+TRAIN_LOG = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_logloss", REST)
+FOLDS_TABLE = ("id", "path", "label", "group", "fold", "part", "sha256")
+RESULTS = ("image_path", "predicted_class", "confidence", "true_class")
+SCORES = ("accuracy", "f1_macro", "n")
+API = """
+import json, sys
+from fivefold import ImageClassificationAPI
+print(json.dumps(ImageClassificationAPI(sys.argv[1]).predict(sys.argv[2:]), ensure_ascii=False))
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """`python <program> <arguments>` with variables; what it prints is kept in the file `printed`."""
+
+    arguments: tuple[str, ...]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = ("-m", "jobs")
+    printed: str = ""
+
+
+@dataclass(frozen=True)
+class System:
+    """`draw` fills a folder with its data; `commands` run there, one after the other; `files` are then there.
+
+    `commands` is told the folder, since a later one may take up what an earlier one has named.
+    """
+
+    draw: Callable[[Path], None]
+    commands: Callable[[Path], Iterator[Command]]
+    files: tuple[Expected, ...]
+    scores: Callable[[Path], str]
+
+
+def job(name: str, *arguments: str, printed: str = "", **variables: str) -> Command:
+    return Command((name, *arguments), variables, printed=printed)
+
+
+def submit(recipe: str, *arguments: str) -> Command:
+    return job("submit", "platform=local", f"recipe={recipe}", "parallel=2", *arguments)
+
+
+def export(model: str, folder: str, file: str, *arguments: str) -> Command:
+    """A model's weights as a .pth file in `folder`."""
+    given = {"SM_CHANNEL_MODEL": model, "SM_OUTPUT_DATA_DIR": folder}
+    return job("export", "export.format=pth", f"export.file={file}", *arguments, **given)
+
+
+def trained(folder: str, epochs: int, rows: int | None = None) -> list[Expected]:
+    """What a fold's training leaves in `folder`, its model dir and its output."""
+    return [
+        Expected(f"{folder}/model/model.safetensors", least=10_000),
+        Expected(f"{folder}/model/model.json"),
+        Expected(f"{folder}/model/train_log.csv", TRAIN_LOG, epochs),
+        Expected(f"{folder}/model/stage.json"),
+        Expected(f"{folder}/output/training_curves.png", least=2_000),
+        Expected(f"{folder}/output/tensorboard/events.*"),
+    ] + ([Expected(f"{folder}/model/oof.parquet", rows=rows)] if rows else [])
+
+
+def split(run: str, rows: int) -> list[Expected]:
+    folder = f"{run}/split/output"
+    return [
+        Expected(f"{folder}/folds.parquet", (*FOLDS_TABLE, REST), rows),
+        Expected(f"{folder}/classes.json"),
+        Expected(f"{folder}/split_summary.json"),
+    ]
+
+
+def report(folder: str, classes: int) -> list[Expected]:
+    return [
+        Expected(f"{folder}/report.html", least=10_000),
+        Expected(f"{folder}/metrics.json"),
+        Expected(f"{folder}/per_class.csv", ("class", "precision", "recall", "f1", "support", "predicted"), classes),
+        Expected(f"{folder}/confusion_matrix.csv", rows=classes),
+        Expected(f"{folder}/confusion_matrix.png", least=2_000),
+        Expected(f"{folder}/wrong_valid.csv"),
+    ]
+
+
+def ensemble(folder: str, submission: str, columns: tuple[str, ...], images: int) -> list[Expected]:
+    return [
+        Expected(f"{folder}/{submission}", columns, images),
+        Expected(f"{folder}/predictions.parquet", rows=images),
+        Expected(f"{folder}/ensemble.json"),
+    ]
+
+
+def folds(run: str, epochs: int, rows: int) -> list[Expected]:
+    """What the training of two folds leaves."""
+    return [each for fold in (0, 1) for each in trained(f"{run}/fold-{fold}", epochs, rows)]
+
+
+def scored_run(run: str, submission: str, columns: tuple[str, ...]) -> list[Expected]:
+    """What a run of two folds on 32 images leaves, whose ensemble predicts 8."""
+    return [
+        *split(run, 32),
+        *folds(run, 2, 16),
+        *ensemble(f"{run}/ensemble/output", submission, columns, 8),
+        *report(f"{run}/evaluate/output", 4),
+    ]
+
+
+def figures(path: Path, rows: str, *names: str) -> str:
+    """`accuracy 0.9` and the like of a metrics.json's `rows`, in words."""
+    found = json.loads(path.read_text("utf-8"))[rows]
+    return ", ".join(f"{name} {found[name]:.3f}" for name in names)
+
+
+def printed(path: Path) -> str:
+    """The figures of a line of JSON that a command printed."""
+    found = json.loads(path.read_text("utf-8").strip().splitlines()[-1])
+    return ", ".join(f"{name} {found[name]:.3f}" for name in SCORES[:2])
+
+
+SUBMISSION = "submission_fold5_ensemble_{}.csv"
+STUDENT = "Student_stage2_fold1_best.pth"
+CAR_COLUMNS = ("ID", *sorted(toy_layouts.CARS))
+
+
+def b5_commands(root: Path) -> Iterator[Command]:
+    yield submit("car_efficientnet_b5:smoke", "train=open.zip", "eval=open.zip", "run=C")
+    for name in "ABD":
+        recipe = f"car_efficientnet_b5:{name.lower()},smoke"
+        yield submit(recipe, "train=open.zip", "eval=open.zip", f"run={name}", "stages=split,train-fold,ensemble")
+    runs = ",".join(f"runs/{name}" for name in "ABCD")
+    yield job("compare", f"compare.runs={runs}", SM_GROUND_TRUTH_DIR="runs/C", SM_OUTPUT_DATA_DIR="compare")
+    yield export("runs/C/distill", "student", STUDENT)
+
+
+B5 = System(
+    draw=toy_layouts.draw_cars,
+    commands=b5_commands,
+    files=(
+        *scored_run("runs/C", SUBMISSION.format("C"), CAR_COLUMNS),
+        *trained("runs/C/distill", 3),
+        *report("runs/C/evaluate-student/output", 4)[:2],
+        *ensemble("runs/A/ensemble/output", SUBMISSION.format("A"), CAR_COLUMNS, 8),
+        *ensemble("runs/B/ensemble/output", SUBMISSION.format("B"), CAR_COLUMNS, 8),
+        *ensemble("runs/D/ensemble/output", SUBMISSION.format("D"), CAR_COLUMNS, 8),
+        Expected("runs/C/ensemble/output/csv/output_car_efficientnet_b5.csv", CAR_COLUMNS, 8),
+        Expected(f"student/{STUDENT}", least=10_000),
+        Expected("compare/all_experiments_submission_compare.csv", ("experiment", *CAR_COLUMNS), 4 * 8),
+        Expected("compare/comparison.csv", rows=4),
+        Expected("compare/model_acc.png", least=2_000),
+        Expected("compare/correlation.png", least=2_000),
+        Expected("compare/compare.html", least=5_000),
+    ),
+    scores=lambda root: figures(root / "runs/C/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
+)
+
+
+def convnext_commands(root: Path) -> Iterator[Command]:
+    stages = "stages=split,train-fold,ensemble,evaluate"
+    yield submit("car_convnext_tiny:smoke", "train=open.zip", "eval=open.zip", "run=convnext", stages)
+    yield export("runs/convnext/fold-0", "best", "best_model_ema.pth")
+    yield export("runs/convnext/fold-0", "raw", "best_model.pth", "export.weights=raw")
+
+
+CONVNEXT = System(
+    draw=toy_layouts.draw_cars,
+    commands=convnext_commands,
+    files=(
+        *scored_run("runs/convnext", "convnexttiny_ema_submission.csv", CAR_COLUMNS),
+        *(Expected(f"runs/convnext/fold-{fold}/model/model_raw.safetensors", least=10_000) for fold in (0, 1)),
+        Expected("best/best_model_ema.pth", least=10_000),
+        Expected("raw/best_model.pth", least=10_000),
+    ),
+    scores=lambda root: figures(root / "runs/convnext/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
+)
+
+
+def sketch_commands(root: Path) -> Iterator[Command]:
+    stages = "stages=split,train-fold,ensemble,evaluate"
+    yield submit("sketch_caformer:smoke", "train=data", "eval=data", "run=caformer", stages)
+    yield submit("sketch_caformer:smoke,resnet101", "train=data", "eval=data", "run=resnet101", stages)
+    runs = "compare.runs=runs/caformer,runs/resnet101"
+    yield job("compare", runs, SM_GROUND_TRUTH_DIR="data", SM_OUTPUT_DATA_DIR="compare")
+    given = {"SM_CHANNEL_MODEL": "runs", "SM_CHANNEL_EVAL": "data", "SM_OUTPUT_DATA_DIR": "blend"}
+    yield job("ensemble", "recipe=sketch_caformer:smoke", **given)
+
+
+ANSWERS = ("ID", "image_path", "target")
+SKETCH = System(
+    draw=toy_layouts.draw_sketches,
+    commands=sketch_commands,
+    files=(
+        *scored_run("runs/caformer", "output.csv", ANSWERS),
+        *folds("runs/resnet101", 2, 16),
+        *ensemble("blend", "output.csv", ANSWERS, 8),
+        Expected("blend/csv/output_sketch_caformer.csv", ("image_path", "0", "1", "2", "3"), 8),
+        Expected("blend/csv/output_sketch_caformer_resnet101.csv", ("image_path", "0", "1", "2", "3"), 8),
+        Expected("compare/model_acc.png", least=2_000),
+        Expected("compare/correlation.png", least=2_000),
+        Expected("compare/comparison.csv", rows=2),
+    ),
+    scores=lambda root: figures(root / "runs/caformer/evaluate/output/metrics.json", "test", "accuracy"),
+)
+
+
+def product_commands(root: Path) -> Iterator[Command]:
+    yield submit("product_image_type:smoke", "train=data")
+    (run,) = [path.name for path in (root / "runs").glob("run_*")]
+    recipe, model = "recipe=product_image_type:smoke", f"model=runs/{run}/fold-0"
+    yield job("predict", recipe, model, "images=batch.csv", "output=.", printed="batch.out")
+    yield job("predict", recipe, model, "images=data", f"folds=runs/{run}/split", "output=parts", "predict.folder=")
+    images = [f"data/사진/P{number:03d}/other_0.jpg" for number in range(3)]
+    api = ("-c", API, f"runs/{run}/fold-0", images[0], "broken.jpg", *images[1:])
+    yield Command((), program=api, printed="api.out")
+
+
+PRODUCT_COLUMNS = ("product_id", "image_path", "image_type")
+PRODUCT = System(
+    draw=toy_layouts.draw_products,
+    commands=product_commands,
+    files=(
+        *split("runs/run_????????_??????_????????", 120),
+        Expected("runs/run_*/split/output/train_data.csv", PRODUCT_COLUMNS, 96),
+        Expected("runs/run_*/split/output/validation_data.csv", PRODUCT_COLUMNS, 12),
+        Expected("runs/run_*/split/output/test_data.csv", PRODUCT_COLUMNS, 12),
+        Expected("runs/run_*/split/output/data_split_summary.json"),
+        *trained("runs/run_*/fold-0", 3),
+        *report("runs/run_*/evaluate/output", 4),
+        Expected("runs/run_*/evaluate/output/wrong_test.csv"),
+        Expected("test_result/run_????????_??????_????????/inference_results.csv", RESULTS, 6),
+        *(
+            Expected(f"parts/wrong_{part}.csv", ("id", "path", "true_class", "predicted_class", "confidence"))
+            for part in ("train", "valid", "test")
+        ),
+        Expected("parts/inference_results.csv", RESULTS, 120),
+        Expected("api.out", RESULTS[:3], 4),
+    ),
+    scores=lambda root: figures(
+        next((root / "runs").glob("run_*/evaluate/output/metrics.json")), "holdout", "accuracy", "f1_macro"
+    ),
+)
+
+
+def mask_commands(root: Path) -> Iterator[Command]:
+    for recipe, name in (("mask_gender", "exp"), ("age", "exp2")):
+        given = {"RECIPE": f"mask_profile:{recipe},smoke", "SM_CHANNEL_TRAIN": "train"}
+        yield job("train", SM_MODEL_DIR=f"model/{name}", **given)
+    given = {"SM_CHANNEL_EVAL": "eval", "SM_CHANNEL_MODEL": "model", "SM_OUTPUT_DATA_DIR": "output"}
+    yield job("inference", **given)
+    yield job("evaluation", SM_GROUND_TRUTH_DIR="truth", SM_OUTPUT_DATA_DIR="output", printed="inference.out")
+    for recipe in ("mask_gender", "age"):
+        given = ("train=train", "run=exp", "increment=true", "stages=split,train-fold")
+        yield submit(f"mask_profile:{recipe},smoke", *given)
+    given = {"SM_CHANNEL_MODEL": "runs", "SM_CHANNEL_EVAL": "eval", "SM_OUTPUT_DATA_DIR": "product"}
+    yield job("ensemble", "recipe=mask_profile:smoke", "ensemble.blend=product", **given)
+    yield job("evaluation", SM_GROUND_TRUTH_DIR="truth", SM_OUTPUT_DATA_DIR="product", printed="product.out")
+
+
+MASK = System(
+    draw=toy_layouts.draw_faces,
+    commands=mask_commands,
+    files=(
+        *(Expected(f"model/{name}/model.safetensors", least=10_000) for name in ("exp", "exp2")),
+        *(Expected(f"model/{name}/train_log.csv", TRAIN_LOG, 2) for name in ("exp", "exp2")),
+        *(Expected(f"model/{name}/output/tensorboard/events.*") for name in ("exp", "exp2")),
+        *(Expected(f"model/{name}/output/validation_examples.png", least=2_000) for name in ("exp", "exp2")),
+        Expected("model/exp/output/split/folds.parquet", (*FOLDS_TABLE, REST), 84),
+        *folds("runs/exp", 2, 42),
+        *folds("runs/exp2", 2, 42),
+        Expected("output/output.csv", ("ImageID", "ans"), 18),
+        *ensemble("product", "output.csv", ("ImageID", "ans"), 18),
+        Expected("inference.out", SCORES, 1),
+        Expected("product.out", SCORES, 1),
+    ),
+    scores=lambda root: printed(root / "product.out"),
+)
+
+SYSTEMS = {
+    "car_efficientnet_b5": B5,
+    "car_convnext_tiny": CONVNEXT,
+    "sketch_caformer": SKETCH,
+    "product_image_type": PRODUCT,
+    "mask_profile": MASK,
+}

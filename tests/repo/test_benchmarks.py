@@ -1,0 +1,212 @@
+"""The benchmarks: statistics, photographs, refused input; and, slow, that each runs to its end when made small."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import results
+from benchmarks.__main__ import main, plan
+from benchmarks.options import Options, parse
+from benchmarks.processes import Call, ratio_of_passes, run, run_side_by_side, spread
+from benchmarks.results import TARGETS, Finding, Target
+from benchmarks.training import parse_setting
+from benchmarks.workloads import make_photograph, photographs
+from fivefold.errors import FivefoldError, SettingsError
+
+ROOT = Path(__file__).parents[2]
+SIDE = (
+    "import json, sys, time\n"
+    "from benchmarks.processes import wait_for_turn\n"
+    "passes = []\n"
+    "for _ in range(int(sys.argv[1])):\n"
+    "    wait_for_turn()\n"
+    "    started = time.monotonic()\n"
+    "    time.sleep(.02)\n"
+    "    passes.append([started, time.monotonic()])\n"
+    "    time.sleep(.03)  # as a validation\n"
+    "print(json.dumps(passes))\n"
+)
+
+
+def test_spread_equals_numpy_percentiles():
+    values = [1.02, 0.97, 1.4, 0.99, 1.0, 1.01, 0.2]
+    found = spread(values)
+    assert [found["q1"], found["median"], found["q3"]] == pytest.approx(np.percentile(values, [25, 50, 75]))
+    assert (found["least"], found["most"], found["n"]) == (0.2, 1.4, 7)
+    assert set(spread([2.5]).values()) == {2.5, 1}
+
+
+def test_side_by_side_processes_alternate():
+    first, second = run_side_by_side(Call(["-c", SIDE, "4"]), Call(["-c", SIDE, "3"]), threads=1)
+    passes = sorted([*[(*each, "A") for each in first.output], *[(*each, "B") for each in second.output]])
+    assert "".join(name for *_, name in passes) == "ABABABA"
+    for (_, end, _), (start, *_) in itertools.pairwise(passes):
+        assert start > end + 0.03, "what follows a pass belongs to its turn"
+
+
+def test_side_by_side_reports_the_process_that_fails():
+    failing = Call(["-c", "import sys; print('broken', file=sys.stderr); sys.exit(65)"])
+    with pytest.raises(FivefoldError, match=r"(?s)ended with 65.*broken"):
+        run_side_by_side(Call(["-c", SIDE, "3"]), failing, 1)
+
+
+def test_ratio_is_of_neighbouring_passes_without_the_first():
+    def output(*seconds: float) -> dict:
+        return {"passes": [{"images": 10, "seconds": each} for each in seconds]}
+
+    assert ratio_of_passes(output(9, 1, 2, 4), output(1, 2, 4, 8)) == pytest.approx(2)
+    assert ratio_of_passes(output(2), output(4)) == pytest.approx(2)
+
+
+def test_run_measures_the_whole_process(monkeypatch):
+    monkeypatch.setenv("TRAIN__EPOCHS", "3")
+    monkeypatch.setenv("SM_CHANNEL_TRAIN", "/somewhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    code = (
+        "import json, os, time\nheld = bytearray(200_000_000)\ntime.sleep(.3)\n"
+        "print('a line before')\n"
+        "names = [name for name in os.environ if name.startswith(('TRAIN', 'SM_'))]\n"
+        "print(json.dumps([os.environ.get('OMP_NUM_THREADS'), names, time.monotonic()]))"
+    )
+    ended = run(Call(["-c", code]), threads=3)
+    assert ended.output[:2] == ["3", []]
+    assert ended.seconds >= 0.3
+    assert 200e6 < ended.peak_bytes < 400e6
+    assert ended.started < ended.output[2] < time.monotonic()
+    assert run(Call(["-c", code]), threads=0).output[0] is None
+
+
+@pytest.mark.parametrize(("size", "kilobytes"), [((500, 375), (25, 130)), ((1600, 1200), (250, 900))])
+def test_photographs_are_as_large_as_a_cameras_and_reproducible(size, kilobytes):
+    files = [make_photograph(size, seed) for seed in range(4)]
+    assert files[0] == make_photograph(size, 0)
+    assert len(set(files)) == 4
+    assert {Image.open(BytesIO(file)).size for file in files} == {size}
+    assert kilobytes[0] < statistics.mean(map(len, files)) / 1000 < kilobytes[1]
+
+
+def test_photographs_are_made_once(tmp_path):
+    options = parse([f"work={tmp_path}", "photo=341x256"])
+    folder = photographs(options, 12)
+    files = sorted(folder.glob("*/*.jpg"))
+    assert (len(files), len({path.parent.name for path in files})) == (12, 10)
+    before = [path.stat().st_mtime_ns for path in files]
+    assert photographs(options, 12) == folder
+    assert [path.stat().st_mtime_ns for path in files] == before
+    (folder / "photos.json").unlink()  # as if it had been stopped
+    assert sorted(photographs(options, 12).glob("*/*.jpg")) == files
+    assert photographs(parse([f"images={tmp_path}"]), 12) == tmp_path
+
+
+@pytest.mark.parametrize("argument", ["pair=3", "pairs=many", "pairs=0", "pairs", "device=tpu", "photo=big"])
+def test_invalid_options_are_refused(argument):
+    with pytest.raises(SettingsError, match=argument.split("=")[0]):
+        parse([argument])
+
+
+def test_options_select_rows_and_settings():
+    assert parse(["pairs=3", "cases=a,b", "work=/w"]) == Options(pairs=3, cases="a,b", work="/w")
+    with pytest.raises(SettingsError, match="unknown case 'resnet'"):
+        parse(["cases=resnet"]).select(["resnet18@64"])
+    assert parse_setting("bf16,NHWC,2") == ("bf16", "NHWC", 2)
+    for text in ("shrt", "bf16,NHWC", "fp16,NHWC,0", "fp32,NCHW,-1"):
+        with pytest.raises(SettingsError, match=re.escape(text)):
+            parse_setting(text)
+
+
+def test_plan_is_checked_before_anything_runs():
+    with pytest.raises(SettingsError, match="did you mean 'train'"):
+        plan(["loader", "trian"], [])
+    with pytest.raises(SettingsError, match="no benchmark"):
+        plan([], ["pairs=3"])
+    assert [name for name, _ in plan(["all"], [])] == list(TARGETS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_a_gpu_is_an_error():
+    assert main(["train", "device=cuda"]) == 64
+
+
+def test_targets_judge_and_format():
+    least, most = Target("a ratio", 0.97, "", False), Target("seconds", 4, "s", True)
+    assert [least.judge(value) for value in (0.97, 0.969)] == ["reached", "missed"]
+    assert [most.judge(value) for value in (4, 4.01)] == ["reached", "missed"]
+    assert (str(least), str(most)) == ("≥ 0.97", "≤ 4 s")
+    assert Target("no target", float("nan"), "", False).judge(1) == ""
+
+
+def test_rows_are_saved_beside_earlier_ones(tmp_path):
+    options = parse([f"results={tmp_path}", "pairs=3", "images=/home/me/photos", "count=99"])
+    one = {"processor": "one", "flags": ["amx_bf16"], "cores": 2}
+    other = {"processor": "two", "flags": [], "cores": 4}
+    results.save("loader", Finding("loader", spread([4100, 4200, 4900])), options, one)
+    results.save("loader", Finding("of_torchvision", spread([1.5])), options, one)
+    path = results.save("loader", Finding("of_torchvision", spread([1.25])), parse([f"results={tmp_path}"]), other)
+    rows = json.loads(path.read_text())["rows"]
+    assert rows["loader"]["verdict"] == "reached"
+    assert rows["of_torchvision"]["figure"]["median"] == 1.25
+    assert rows["loader"]["options"] == {"pairs": 3, "count": 99}
+    text = results.markdown_table(tmp_path)
+    assert "| 4,200 images/s [4,150, 4,550] (count=99) | 3 | A | `loader` |" in text
+    assert "| 1.250 | 1 | B | `loader` |" in text
+    assert text.endswith("\n\nA: one, 2 cores (amx_bf16); B: two, 4 cores (no units for bf16).")
+
+
+def test_the_documentation_has_the_table_of_the_results():
+    assert results.markdown_table(ROOT / "benchmarks" / "results") in (ROOT / "docs" / "performance.md").read_text(
+        "utf-8"
+    )
+
+
+def test_sigterm_ends_the_measured_process(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "loader", "count=40", f"work={tmp_path}", f"results={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while len(measured := psutil.Process(process.pid).children(recursive=True)) < 2:  # the meter and the stage
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert psutil.wait_procs(measured, timeout=10)[1] == []
+
+
+SMALL = ("pairs=1", "threads=1", "count=50", "size=32", "batch=8", "epochs=2")
+LONG = ("peer", "folds", "ensemble")
+"""Take minutes each however small they are: `FIVEFOLD_BENCHMARKS=all` runs them too."""
+FIRST = {"train": "resnet18@64", "peer": "resnet18@64", "step": "curve"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_each_benchmark_runs_to_its_end(name, tmp_path):
+    if name in LONG and os.environ.get("FIVEFOLD_BENCHMARKS") != "all":
+        pytest.skip("takes minutes: FIVEFOLD_BENCHMARKS=all")
+    arguments = [name, *SMALL, f"work={tmp_path / 'work'}", f"results={tmp_path / 'results'}"]
+    arguments += [f"cases={FIRST[name]}"] if name in FIRST else []
+    arguments += ["search=fp32,NHWC,0"] if name in ("folds", "peer") else []
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads((tmp_path / "results" / f"{name}.json").read_text())["rows"]
+    assert set(rows) == ({FIRST[name]} if name in FIRST else set(TARGETS[name]))
+    for key, row in rows.items():
+        assert row["figure"]["n"] >= 1
+        assert row["figure"]["median"] > 0 or key == "curve"
+        assert row["machine"]["packages"]["torch"] == torch.__version__.split("+")[0]
+        assert row["what"] in ended.stdout
+    if name == "step":
+        assert rows["curve"]["figure"]["median"] < 1e-3

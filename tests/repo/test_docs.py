@@ -1,0 +1,67 @@
+"""The README and the pages below docs/ agree with the code: stages, recipes, commands, keys, settings and links."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fivefold.config.loading import SECTIONS, normalize_key, reference
+from fivefold.config.loading import read_recipe as recipe
+from fivefold.config.recipes import shipped_recipes
+from fivefold.contract.stage_specs import STAGES
+from jobs.__main__ import COMMANDS
+from jobs.submit import Keys
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = {
+    path: path.read_text(encoding="utf-8") for path in (README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+}
+COMMAND = re.compile(r"python (?:-m jobs |jobs/)[\w-].*")
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) <= 7000
+    assert len(README.read_text(encoding="utf-8").split()) <= 1000
+
+
+def test_every_stage_and_recipe_has_its_row():
+    for page, names in (("stages.md", STAGES), ("recipes.md", shipped_recipes())):
+        for name in names:
+            assert f"\n| `{name}` |" in PAGES[ROOT / "docs" / page], name
+
+
+def test_every_recipe_that_is_named_exists():
+    for text in PAGES.values():
+        assert all(recipe(name) for name in re.findall(r"recipe=([a-z]\w*)(?![\w./])", text))
+
+
+@pytest.mark.parametrize("line", sorted({line for text in PAGES.values() for line in COMMAND.findall(text)}))
+def test_every_command_names_a_stage_and_known_keys(line):
+    command, *rest = re.findall(r"(?:-m jobs|jobs/)\s*([\w-]+)(.*)", line)[0]
+    name = command.removesuffix(".py").replace("_", "-")
+    if name == "STAGE":
+        return
+    assert name in {*STAGES, *COMMANDS, "train"} or line.startswith("python -m jobs --help")
+    stage = STAGES.get(name)
+    paths = {*stage.channels, *stage.optional, "output"} if stage and stage.path_arguments else set()
+    for key, _ in re.findall(r"(?<![\w\"{])([A-Za-z_.]+)=(\S+)", rest[0].partition(" #")[0]):
+        key = normalize_key(key)
+        assert key in Keys.model_fields or key in paths or key in ("fold", "model") or key.split(".")[0] in SECTIONS, (
+            key
+        )
+
+
+def test_the_page_of_settings_is_generated_from_them():
+    assert PAGES[ROOT / "docs" / "settings.md"] == reference(), "make docs"
+
+
+def test_linked_files_exist():
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (path.parent / target).is_file(), f"{path.name}: {target}"
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    linked = {(README.parent / target).resolve() for target in re.findall(r"\]\(([^)#:]+)\)", PAGES[README])}
+    assert {path for path in PAGES if path != README} <= linked

@@ -1,0 +1,161 @@
+"""Images made once for all who look at them: how often each is read, how often each network runs, and the same numbers."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from counting_store import CountingStore
+from fivefold.build import build_classifier, make_training_runtime, seed_everything
+from fivefold.config.schema import Augment, Model, Predict, Settings, Train
+from fivefold.contract.artifacts import ModelDir
+from fivefold.contract.files import read_json
+from fivefold.data.pipeline.dataset import ImageDataset
+from fivefold.data.readers.stores import FolderStore
+from fivefold.data.split.fold_table import FoldTable
+from fivefold.data.transforms.registry import build_transforms
+from fivefold.distillation import DistillRows, compute_soft_targets, ensemble_soft_targets
+from fivefold.inference.predictor import predict_all
+from fivefold.models.classifier import Classifier
+from fivefold.predictions import Predictions, write
+from fivefold.trained_model import ImageList, SharedEvalImages, load_model, save_model
+from fivefold.training.trainer import BestCheckpoint
+from toy_data import draw
+
+CLASSES = ["a", "b", "c"]
+COUNT, FOLDS, BATCH = 12, 3, 4
+VIEWS = ["flip", {"name": "rotate", "degrees": 20}]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CountingStore:
+    random = np.random.default_rng(0)
+    for name in names():
+        draw(tmp_path / "images" / name, random, size=(14, 16))
+    return CountingStore(tmp_path / "images")
+
+
+def saved(folder: Path, fold: int, transform: str = "resize") -> ModelDir:
+    """A fold's model with weights that were drawn, and its out-of-fold table."""
+    settings = Settings(
+        system="s",
+        model=Model(backbone="fivefold/small_net", backbone_kwargs={"widths": [8], "stem": 8}, image_size=[10, 12]),
+        augment=Augment(train=[], eval=[transform]),
+        train=Train(precision="fp32", num_workers=0),
+        predict=Predict(batch_size=BATCH, tta=["plain"]),
+    )
+    seed_everything(fold)
+    network = build_classifier(settings.model, len(CLASSES))
+    network.train()(torch.randn(16, 3, 10, 12))
+    facts = {
+        "fold": fold,
+        "folds": FOLDS,
+        "classes": CLASSES,
+        "split": "x",
+        "shares": [1 / len(CLASSES)] * len(CLASSES),
+    }
+    best = {"raw": BestCheckpoint("logloss", 1, {"logloss": 1.0}, network.state_dict())}
+    save_model(folder, "fold", best, settings, make_training_runtime(settings), facts)
+    rows = np.arange(fold, COUNT, FOLDS)
+    log_probs = np.log(np.random.default_rng(fold).dirichlet(np.ones(3), len(rows))).astype(np.float32)
+    ids = np.array([f"{row:02d}.png" for row in rows], object)
+    write(folder / "oof.parquet", Predictions(ids, np.full(len(rows), fold), "s", tuple(CLASSES), log_probs))
+    return ModelDir(folder, read_json(folder / "model.json"))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[ModelDir]:
+    return [saved(tmp_path / f"fold-{fold}", fold) for fold in range(FOLDS)]
+
+
+def names() -> list[str]:
+    return [f"{number:02d}.png" for number in range(COUNT)]
+
+
+@pytest.fixture
+def pupils(store: CountingStore) -> DistillRows:
+    ids, nulls = pa.array(names()), pa.nulls(COUNT, pa.string())
+    codes, fold = np.arange(COUNT, dtype=np.int32) % 3, (np.arange(COUNT) % FOLDS).astype(np.int16)
+    part = np.full(COUNT, "train")
+    return DistillRows(FoldTable(ids, ids, codes, tuple(CLASSES), nulls, fold, part, nulls), np.arange(COUNT), store)
+
+
+@pytest.fixture
+def ran() -> Iterator[Counter]:
+    """How many images each network was shown, by its number in the order of their first run."""
+    counted: Counter[int] = Counter()
+
+    def count(module: torch.nn.Module, given: tuple, _: object) -> None:
+        if isinstance(module, Classifier):
+            counted[id(module)] += len(given[0])
+            alive.append(module)  # so that no other network gets its id
+
+    alive: list[torch.nn.Module] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(count)
+    yield counted
+    handle.remove()
+
+
+def anew(model: ModelDir, store: FolderStore, paths: list[str], views: list) -> np.ndarray:
+    """What a model says of images that are read for it alone, by the loader."""
+    member = load_model(model, {})
+    transform = build_transforms(member.settings.augment.eval, member.settings.model.size, evaluation=True)
+    return predict_all(member.network, ImageDataset(store, paths, transform), BATCH, 0, member.runtime, views)
+
+
+def test_an_image_is_read_once_for_all_models_of_one_sight_and_all_views(models, store, tmp_path):
+    gallery = SharedEvalImages(ImageList(store, names()), tmp_path)
+    found = [load_model(model, {"tta": ["plain", *VIEWS]}).predict_cached(gallery, "") for model in models]
+    assert len(gallery.caches) == 1
+    assert sum(store.reads.values()) == COUNT + 1  # the first one tells the size
+    for model, log_probs in zip(models, found, strict=True):
+        np.testing.assert_array_equal(log_probs, anew(model, store, names(), ["plain", *VIEWS]))
+
+
+def test_models_that_see_otherwise_get_images_of_their_own(models, store, tmp_path):
+    other = saved(tmp_path / "other", 0, "centre_crop")
+    gallery = SharedEvalImages(ImageList(store, names()), tmp_path)
+    found = [load_model(model, {}).predict_cached(gallery, "") for model in (models[0], other)]
+    assert len(gallery.caches) == 2
+    assert not np.array_equal(*found)
+    np.testing.assert_array_equal(found[1], anew(other, store, names(), ["plain"]))
+
+
+def test_a_leak_free_teacher_runs_once_a_view_on_its_own_rows_alone(models, pupils, ran):
+    lesson = compute_soft_targets("oof", models, pupils, VIEWS)
+    assert sorted(ran.values()) == [len(VIEWS) * COUNT // FOLDS] * FOLDS
+    assert sum(pupils.store.reads.values()) == COUNT + 1
+    own = [np.arange(fold, COUNT, FOLDS) for fold in range(FOLDS)]
+    each = [np.zeros((COUNT, 3)) for _ in VIEWS]
+    plain = np.zeros((COUNT, 3))
+    for model, rows in zip(models, own, strict=True):
+        plain[rows] = np.random.default_rng(model.info["fold"]).dirichlet(np.ones(3), len(rows))
+        for found, view in zip(each, VIEWS, strict=True):
+            found[rows] = np.exp(anew(model, pupils.store, [names()[row] for row in rows], [view]))
+    np.testing.assert_allclose(np.exp(lesson.log_probs), np.mean([plain, *each], axis=0), rtol=1e-5)
+
+
+def test_the_plain_view_of_a_leak_free_teacher_is_in_its_table_already(models, pupils, ran):
+    compute_soft_targets("oof", models, pupils, [])
+    assert not ran
+    assert not pupils.store.reads
+
+
+def test_an_ensemble_that_teaches_reads_once_and_runs_once_a_view(models, pupils, ran):
+    lesson = compute_soft_targets("ensemble", models, pupils, VIEWS)
+    assert sorted(ran.values()) == [(1 + len(VIEWS)) * COUNT] * len(models)
+    assert sum(pupils.store.reads.values()) == COUNT + 1
+    expected = np.mean([np.exp(anew(m, pupils.store, names(), ["plain", *VIEWS])) for m in models], axis=0)
+    np.testing.assert_allclose(np.exp(lesson.log_probs), expected, rtol=1e-5)
+
+
+def test_images_that_no_fold_saw_are_read_once_for_the_whole_ensemble(models, pupils, ran):
+    found = ensemble_soft_targets(models, pupils.store, names()[:5], pupils)
+    assert sorted(ran.values()) == [5] * len(models)
+    assert sum(pupils.store.reads.values()) == 5 + 1
+    expected = np.mean([np.exp(anew(m, pupils.store, names()[:5], ["plain"])) for m in models], axis=0)
+    np.testing.assert_allclose(np.exp(found), expected, rtol=1e-5)

@@ -1,0 +1,50 @@
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fivefold.system import GLIBC_TUNABLES, cpu_limit
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({}, None),
+    ],
+)
+def test_the_limit_on_cpu_time_of_either_version_of_cgroups(files: dict[str, str], limit: float | None, tmp_path: Path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_limit(tmp_path) == limit
+
+
+FAULTS = """
+import resource
+for size in (64 << 20, 64 << 20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * size
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_taken_again_without_the_kernel():
+    """By page faults of the second of two equal allocations."""
+    faults = [
+        int(subprocess.run([sys.executable, "-c", FAULTS], env=environ, capture_output=True, check=True).stdout)
+        for environ in ({}, {"GLIBC_TUNABLES": GLIBC_TUNABLES})
+    ]
+    assert faults[0] > 8000
+    assert faults[1] < 100
+
+
+def test_the_image_sets_the_same_tunables():
+    dockerfile = (Path(__file__).parents[2] / "docker" / "Dockerfile").read_text()
+    assert f"GLIBC_TUNABLES={GLIBC_TUNABLES} " in dockerfile
