@@ -327,7 +327,7 @@ def _check_one_image(settings: Settings) -> None:
     """Raise a SettingsError if a BatchNorm of the network gets only one value per channel from one image."""
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, 2).train()
-    meta_args = (torch.zeros(1, count_stats(model.meta)),) if model.meta else ()
+    meta_args = (torch.zeros(1, count_stats(model.image_stats)),) if model.image_stats else ()
     try:
         with torch.no_grad():
             network(torch.zeros(1, 3, *model.size), *meta_args)

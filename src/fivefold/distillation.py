@@ -225,7 +225,7 @@ def _predict(
     lists: Sequence[Sequence[Spec]],
     rows: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Return a model's log-probabilities [N, C] of a gallery or of some `rows`, one per list of views; empty: the recipe's views."""
+    """Return a model's log-probabilities [N, C] of shared images or of some `rows`, one per list of views; empty: the recipe's views."""
     classes = student_rows.folds.classes
     differing = sorted(set(model.info["classes"]) ^ set(classes))
     if differing:

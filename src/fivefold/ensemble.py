@@ -21,7 +21,7 @@ from fivefold.system import count_cores
 from fivefold.trained_model import ImageList, TrainedModel, load_model
 
 PreparedImage = dict[str, Batch]
-"""A preprocessed image, by the preprocessing key (`sight`) of the models."""
+"""A preprocessed image, by the preprocessing key of the models."""
 CHUNK_IMAGES = 32
 """Images per chunk: one chunk is predicted while the next is prepared."""
 
@@ -71,13 +71,13 @@ class EnsemblePredictor:
         return list(dict.fromkeys(model.decode_options for model in self.models))
 
     def decode(self, content: bytes, name: str, **bounds: Any) -> dict[DecodeOptions, np.ndarray]:
-        """Decode an image file to uint8 [H, W, 3] for each of `decode_options`; thread-safe. `bounds` and DataError as in `images.decode`."""
+        """Decode an image file to uint8 [H, W, 3] for each of `decode_options`; thread-safe. `bounds` and DataError as in `image_io.decode`."""
         return {options: options.decode(content, name, **bounds) for options in self.decode_options}
 
     def prepare(self, decoded: Mapping[DecodeOptions, np.ndarray]) -> PreparedImage:
         """Preprocess the result of `decode` once per preprocessing key; thread-safe."""
         by_key = {model.preprocess_key: model for model in self.models}
-        return {sight: model.prepare(decoded[model.decode_options]) for sight, model in by_key.items()}
+        return {key: model.prepare(decoded[model.decode_options]) for key, model in by_key.items()}
 
     def predict_prepared(self, images: Sequence[PreparedImage]) -> np.ndarray:
         """Return log p float32 [N, C] of N prepared images.

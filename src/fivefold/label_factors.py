@@ -58,7 +58,7 @@ class LabelFactors:
 
 
 def parse_factors(content: Any, classes: Sequence[str], where: str) -> LabelFactors:
-    """Return the factors that `as_json` wrote; raise a DataError unless they distinguish all `classes`."""
+    """Return the factors that `to_json` wrote; raise a DataError unless they distinguish all `classes`."""
     is_valid = isinstance(content, dict) and content and all(isinstance(values, dict) for values in content.values())
     if not is_valid or any(sorted(values) != sorted(classes) for values in content.values()):
         raise DataError(f"{where}: factors must list a value of each factor for each class; run the split again")

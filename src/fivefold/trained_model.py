@@ -64,7 +64,7 @@ class TrainedModel:
     def predict_cached(
         self, shared: "SharedEvalImages", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
     ) -> np.ndarray:
-        """Like `predict`, for the images of a gallery (or some `rows` of it), which prepares them once for all models."""
+        """Like `predict`, for shared images (or some `rows` of them), which are prepared once for all models."""
         images = shared.for_model(self)
         return predict_images(self.network, self.settings, self.runtime, images, label, views, rows, self.link)
 

@@ -22,7 +22,7 @@ try:
             library.pthread_mutex_lock(mutex), library.pthread_mutex_lock(mutex)  # the second one waits for ever
         while True:
             time.sleep(0.05)
-            signals.poll()
+            signals.raise_if_stopped()
 except StoppedError as stopped:
     time.sleep(1)  # what it keeps takes longer than it has to ask
     print("kept", flush=True)
@@ -58,7 +58,7 @@ with signals.defer_signals(watched=True):
     os.kill(worker, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
     time.sleep(1)
-    signals.poll()
+    signals.raise_if_stopped()
 print("goes on")
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)

@@ -1,7 +1,7 @@
 """Load settings from a recipe and layers over it, and explain unknown keys and invalid values.
 
 Precedence, highest first: KEY=VALUE arguments, environment, hyperparameters, recipe, default. Keys are
-case-insensitive; a dot or `__` separates section and key. `values.py` parses the text of values.
+case-insensitive; a dot or `__` separates section and key. `parsing.py` parses the text of values.
 """
 
 import json
@@ -188,8 +188,8 @@ def reference() -> str:
 
 def _convert(key: str, value: Any, source: str) -> Any:
     """Convert `value` to the type of `key`. Raise a SettingsError for an unknown key or a wrong type."""
-    parent, _, option = key.partition(".options.")
-    kind = Any if option and f"{parent}.options" in KEY_TYPES else KEY_TYPES.get(key)
+    parent, _, option = key.partition(".backbone_kwargs.")
+    kind = Any if option and f"{parent}.backbone_kwargs" in KEY_TYPES else KEY_TYPES.get(key)
     if kind is None:
         raise SettingsError(f"unknown key {key!r} in {source}{_hint(key)}; --help lists the keys")
     try:

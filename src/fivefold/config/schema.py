@@ -1,7 +1,7 @@
 """The schema of all settings: one frozen model per section, with the type, default and description of every key.
 
-A recipe is a TOML or JSON file with these sections. `settings.py` overrides its values by hyperparameters,
-environment variables and command-line arguments. Functions below `assemble.py` take plain arguments, not settings.
+A recipe is a TOML or JSON file with these sections. `loading.py` overrides its values by hyperparameters,
+environment variables and command-line arguments. Functions below `build.py` take plain arguments, not settings.
 """
 
 import re
@@ -442,7 +442,7 @@ PLATFORM_SECTIONS = ("sagemaker", "kubernetes")
 
 
 class Settings(Section):
-    """All settings of a run. `contract.stages` names the sections that each stage reads."""
+    """All settings of a run. `contract.stage_specs` names the sections that each stage reads."""
 
     recipe: str = Field("", description="name of a shipped recipe, or path of a .toml or .json file")
     system: str = Field("", description="name of the models of this recipe; empty: the recipe's name")

@@ -70,7 +70,7 @@ class DecodeOptions:
     """How image files are decoded and stored, for training, for prediction and in a cache.
 
     `resize_shorter_side`: an image with a longer shorter side is shrunk until that side has this many pixels, bilinear with
-    antialiasing (`transforms.resize`); 0: no resizing. `scaled`: decode a JPEG at 1/2, 1/4 or 1/8 if the result is not
+    antialiasing (`registry.resize`); 0: no resizing. `scaled`: decode a JPEG at 1/2, 1/4 or 1/8 if the result is not
     below `resize_shorter_side`; this is faster, but gives other pixels. `max_pixels`: the maximum number of pixels in a file.
     """
 

@@ -136,7 +136,7 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str], target: Target, t
 
 
 def plot_reliability(table: Mapping[str, np.ndarray], ece: float, target: Target, theme: str = "light") -> None:
-    """Plot the reliability diagram of `calibration.reliability_table`, and below it the number of rows per bin."""
+    """Plot the reliability diagram of `metrics.reliability_table`, and below it the number of rows per bin."""
     colours = choose(THEMES, "theme", theme)
     figure = new_figure(colours, (5.2, 5.4))
     top, bottom = figure.subplots(2, 1, height_ratios=[3.2, 1], sharex=True)

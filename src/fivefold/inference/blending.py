@@ -189,4 +189,4 @@ BLENDS = {
     "greedy": Blend("greedy selection of the systems by logloss", arithmetic, greedy),
     "greedy_accuracy": Blend("greedy selection of the systems by accuracy", arithmetic, greedy_accuracy),
 }
-"""To add a blend: add its function above, a line here, its name to `ensemble.blend` in `recipe.py`, and a test."""
+"""To add a blend: add its function above, a line here, its name to `ensemble.blend` in `config/schema.py`, and a test."""

@@ -188,7 +188,7 @@ class Service:
         limit = self.limits.max_megapixels * MILLION
         bounds = {"max_pixels": 4 * limit if file[:3] == b"\xff\xd8\xff" else limit, "formats": self.limits.formats}
         height, width = await self._workers.start(len(file), _try, index, lambda: decoded_size(file, name, **bounds))
-        bounds["least"] = min(height, width) // 2 if height * width > limit else 0  # only for a JPEG
+        bounds["min_size"] = min(height, width) // 2 if height * width > limit else 0  # only for a JPEG
         decode, prepare = self.model.decode, self.model.prepare
         return await self._workers.start(height * width, _try, index, lambda: prepare(decode(file, name, **bounds)))
 

@@ -126,7 +126,7 @@ LONG = "train.epochs=1000000"
         ("distill", ["distill.teacher_tta=flip,flop", LONG], {}, 64, "did you mean 'flip'"),
         ("ensemble", ["ensemble.submission=../out.csv"], {}, 64, "'../out.csv'"),
         ("ensemble", ["predict.tta=plain,flop"], {}, 64, "did you mean 'flip'"),
-        ("ensemble", ["predict.tta=[]"], {}, 64, "views is empty"),
+        ("ensemble", ["predict.tta=[]"], {}, 64, "tta is empty"),
         ("ensemble", [], {"MODEL": "eval"}, 66, "no model below"),
         ("ensemble", [], {"MODEL": "fold-1"}, 65, "lacks fold 0, fold 2 of 3"),
     ],
@@ -275,8 +275,8 @@ def test_defect_car_convnext_validation_sees_no_training_augmentation_and_every_
     ("twin", "student", "teacher"),
     [
         (True, [], "best_fold"),
-        (False, ['distill.model.options={"widths": [6], "stem": 4}', "distill.train.lr=0.01"], "oof"),
-        (False, ["distill.model.backbone=timm/test_resnet", "distill.model.options={}"], "ensemble"),
+        (False, ['distill.model.backbone_kwargs={"widths": [6], "stem": 4}', "distill.train.lr=0.01"], "oof"),
+        (False, ["distill.model.backbone=timm/test_resnet", "distill.model.backbone_kwargs={}"], "ensemble"),
         (True, ["distill.temperature_decay=0.5"], "student"),
     ],
 )

@@ -218,7 +218,7 @@ def test_folders_called_like_classes_are_the_truth(shop, tmp_path):
         ("paths.csv", [], 65, "has no column image_path, img_path, path or the like"),
         ("a.png", ["predict.device=cuda"], 64, "predict.device=cuda, but this machine has no such device"),
         ("a.png", ["predict.file=../x.csv"], 64, "file='../x.csv'"),
-        ("a.png", ["predict.subsets=all"], 64, "rows=['all']"),
+        ("a.png", ["predict.subsets=all"], 64, "subsets=['all']"),
         ("a.png", ["image=b.png"], 64, "unknown key 'image'"),
         ("strange.csv", ["data.image_root=/nowhere"], 66, "data.image_root=/nowhere: "),
     ],

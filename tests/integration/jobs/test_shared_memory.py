@@ -36,7 +36,7 @@ def test_a_stage_ends_with_64_at_once_and_names_the_option_and_the_number_that_f
 
 
 def test_without_a_number_fewer_processes_are_started_with_a_warning(shared_memory, monkeypatch, caplog):
-    runtime = type("Gpu", (), {"device": torch.device("cuda"), "replicas": type("One", (), {"place": Rank()})})
+    runtime = type("Gpu", (), {"device": torch.device("cuda"), "process_group": type("One", (), {"rank": Rank()})})
     monkeypatch.setattr(build, "count_cores", lambda: 4)
     assert build.choose_workers(-1, runtime, BATCH) == 4
     leave(shared_memory, 11 * BATCH)

@@ -119,7 +119,7 @@ def served(drain: float = SECONDS, **limits: Any) -> Iterator[Served]:
 
 
 def test_a_full_queue_is_told_to_come_later_and_all_others_are_answered() -> None:
-    with served(queue=3) as server, ThreadPoolExecutor(3) as pool:
+    with served(max_queue=3) as server, ThreadPoolExecutor(3) as pool:
         server.model.gate.clear()
         waiting = [pool.submit(server.ask, grey) for grey in (1, 2, 3)]
         wait_until(lambda: server.service.images == 3)
@@ -188,7 +188,7 @@ def test_a_body_below_the_least_rate_is_408_and_a_faster_one_is_taken(monkeypatc
 
 
 def test_bodies_that_do_not_come_hold_no_places() -> None:
-    with served(queue=2) as server, ExitStack() as stack:
+    with served(max_queue=2) as server, ExitStack() as stack:
         for _ in range(50):
             stack.enter_context(server.raw()).sendall(HEAD % 100 + b"h")
         wait_until(lambda: server.service.bodies == 50)
@@ -208,7 +208,7 @@ def test_bodies_have_a_bound_together_and_a_request_too_many_comes_later() -> No
 
 
 def test_idle_connections_make_way_for_those_that_ask() -> None:
-    with served(connections=8) as server, ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+    with served(max_connections=8) as server, ExitStack() as stack, ThreadPoolExecutor(1) as pool:
         server.model.gate.clear()
         waiting = pool.submit(server.ask, 1)
         wait_until(lambda: server.model.asked == [1])

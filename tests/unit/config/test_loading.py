@@ -32,7 +32,7 @@ def given(*arguments: str) -> Settings:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "mine.toml"
-    path.write_text('[train]\nepochs = 11\nlr = 1\n[predict]\nviews = ["plain", "flip"]\n')
+    path.write_text('[train]\nepochs = 11\nlr = 1\n[predict]\ntta = ["plain", "flip"]\n')
     return path
 
 
@@ -114,9 +114,9 @@ def test_a_table_and_a_key_of_it_meet_in_the_order_of_their_strength():
 )
 def test_no_option_of_a_backbone_names_weights(section: str, option: str):
     with pytest.raises(SettingsError, match=option) as caught:
-        given(f"{section}.options.{option}=/tmp/w.pth").student()
+        given(f"{section}.backbone_kwargs.{option}=/tmp/w.pth").student()
     assert caught.value.exit_code == 64
-    assert given(f"{section}.options.weight_init=jax").student().model.backbone_kwargs == {"weight_init": "jax"}
+    assert given(f"{section}.backbone_kwargs.weight_init=jax").student().model.backbone_kwargs == {"weight_init": "jax"}
 
 
 def test_layers_can_be_used_again():
@@ -210,7 +210,7 @@ def test_a_recipe_says_the_same_in_json_behind_a_byte_order_mark(name: str, tmp_
         ("r.toml", "[train]\nepoch = 3", SettingsError, "unknown key 'train.epoch'; did you mean 'train.epochs'?"),
         ("r.toml", "[trian]\nepochs = 3", SettingsError, "unknown key 'trian'; did you mean 'train'?"),
         ("r.toml", '[train]\nepochs = "3"', SettingsError, "train.epochs='3': a whole number is needed"),
-        ("r.toml", "[split]\nparts = [1, 'x', 0]", SettingsError, "split.ratios='x': a list of numbers is needed"),
+        ("r.toml", "[split]\nratios = [1, 'x', 0]", SettingsError, "split.ratios='x': a list of numbers is needed"),
         ("r.toml", "[augment]\ntrain = [3]", SettingsError, "augment.train=3: a list of tables or texts is needed"),
         ("r.toml", 'recipe = "demo"', SettingsError, "names another recipe"),
     ],
@@ -244,10 +244,10 @@ def test_views_that_are_asked_for_are_not_those_that_a_model_chooses() -> None:
 def varied(tmp_path: Path) -> Path:
     path = tmp_path / "varied.toml"
     path.write_text(
-        '[model]\nimage_size = 384\nmeta = ["color_mean"]\noptions = { depth = 3 }\n[train]\nepochs = 30\nlr = 1\n'
-        "[distill.train]\nepochs = 50\nclip = 5\n"
-        "[variants.plain.model]\nmeta = []\n"
-        "[variants.smoke.model]\nimage_size = 32\noptions = { width = 8 }\n[variants.smoke.train]\nepochs = 1\n"
+        '[model]\nimage_size = 384\nimage_stats = ["color_mean"]\nbackbone_kwargs = { depth = 3 }\n[train]\nepochs = 30\nlr = 1\n'
+        "[distill.train]\nepochs = 50\nmax_grad_norm = 5\n"
+        "[variants.plain.model]\nimage_stats = []\n"
+        "[variants.smoke.model]\nimage_size = 32\nbackbone_kwargs = { width = 8 }\n[variants.smoke.train]\nepochs = 1\n"
         "[variants.smoke.distill.train]\nepochs = 2\n"
     )
     return path

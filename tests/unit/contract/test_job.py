@@ -135,7 +135,7 @@ def test_hyperparameters_of_all_three_kinds(base: Path):
     )
     assert hyperparameters(environ) == {"train.epochs": "1", "train.lr": "1", "train.max_grad_norm": "1", "run": "a"}
     environ["SM_HPS"] = '{"train.lr": 2, "train.max_grad_norm": 2}'
-    environ["SM_HP_TRAIN.CLIP"] = "3"
+    environ["SM_HP_TRAIN.MAX_GRAD_NORM"] = "3"
     assert hyperparameters(environ) == {"train.epochs": "1", "train.lr": 2, "train.max_grad_norm": "3", "run": "a"}
 
 

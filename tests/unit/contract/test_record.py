@@ -88,8 +88,8 @@ def test_other_code_or_packages_are_told_refused_or_passed_over(field: str, spli
     write_text(path, json.dumps(record | {field: old}))
     key, roots = compute_key(split, SETTINGS), output_roots(split)
     news = {"packages": f"torch 1.0 -> {package_versions()['torch']}", "code": f"code 0.1.0+0 -> {code_version()}"}
-    assert (rerun_reason(split.output(), key, roots, "strict") or "").endswith(f": {news[field]}")
-    assert rerun_reason(split.output(), key, roots, "force") is None
+    assert (rerun_reason(split.output(), key, roots, "rerun") or "").endswith(f": {news[field]}")
+    assert rerun_reason(split.output(), key, roots, "ignore") is None
     assert not caplog.records
     assert rerun_reason(split.output(), key, roots) is None
     assert str(path) in caplog.text

@@ -127,7 +127,7 @@ def test_tables_are_joined_by_id_and_name_with_the_label_that_their_parts_make()
 @pytest.mark.parametrize(
     ("knows", "message"),
     [
-        ({"masks": ("mask", "gender")}, r"factor age.*model\.factors=age"),
+        ({"masks": ("mask", "gender")}, r"factor age.*model\.label_factors=age"),
         ({"m": ("mask", "gender"), "a": ("gender", "age")}, r"m \(mask, gender\).* a \(gender, age\).*gender"),
         ({"m": ("mask",), "a": ("mask", "gender", "age")}, r"m \(mask\).* a \(.*mask"),
         ({"whole": ()}, "fold 0 of whole, seed 1"),

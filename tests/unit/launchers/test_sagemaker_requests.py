@@ -70,7 +70,7 @@ def test_a_fold_is_asked_for_in_full() -> None:
         },
     }
     settings = """subnets=subnet-1,subnet-2 security_groups=sg-1 kms_key=alias/out volume_kms_key=1234
-        keep_alive_minutes=10 input_mode=FastFile compress=false environment={OMP_NUM_THREADS=4} tags={team='vision'}"""
+        keep_alive_minutes=10 input_mode=FastFile compress_outputs=false environment={OMP_NUM_THREADS=4} tags={team='vision'}"""
     given = [f"sagemaker.{text}" for text in settings.split()]
     full = validate_requests(plan_of("train.epochs=3", *given, inputs=Inputs("s3://bucket/train")))["fold-2"]
     assert full["AlgorithmSpecification"]["TrainingInputMode"] == "FastFile"
@@ -94,7 +94,7 @@ def test_a_fold_is_asked_for_in_full() -> None:
         (["distill.model.pretrained=true"], {"distill"}),
         (["train.loggers=tensorboard,mlflow"], {"train-fold", "distill"}),
         (["model.pretrained=true", "sagemaker.network_isolation=true"], set()),
-        (["sagemaker.network_isolation=false", "sagemaker.stages.split.isolate=true"], {*STAGES} - {"split"}),
+        (["sagemaker.network_isolation=false", "sagemaker.stages.split.network_isolation=true"], {*STAGES} - {"split"}),
     ],
 )
 def test_a_container_has_no_network_where_nothing_is_fetched(given: list[str], connected: set[str]) -> None:
@@ -251,7 +251,7 @@ def test_a_request_that_the_service_would_refuse(path: str, value: Any, names: s
         ("environment={STAGE='split'}", "STAGE"),
         ("stages.evaluate.instance_type=ml.g5.large", "CreateTrainingJob of evaluate.*'ml.g5.large'"),
         ("max_cost=10", "max_cost=10 .*price.* of split"),
-        ("max_cost=10 price=1", r"up to 264\.00, above sagemaker.max_cost=10"),
+        ("max_cost=10 hourly_price=1", r"up to 264\.00, above sagemaker.max_cost=10"),
         ("spot=true keep_alive_minutes=5", "spot and keep_alive_minutes"),
         ("max_wait_hours=5", "max_wait_hours=5"),
         ("spot=true max_wait_hours=5", "max_hours=24"),
@@ -293,7 +293,7 @@ def test_a_region_is_needed_to_run_and_not_for_a_dry_run(tmp_path: Path) -> None
 def test_cost_is_price_times_longest_runtime_of_every_job() -> None:
     given = ["split.folds=3", "sagemaker.hourly_price=2", "sagemaker.max_hours=3"]
     given += ["sagemaker.stages.train_fold.instance_count=2", "sagemaker.stages.train_fold.keep_alive_minutes=30"]
-    plan = plan_of(*given, "sagemaker.stages.evaluate.price=0.5", "sagemaker.stages.evaluate.max_hours=1")
+    plan = plan_of(*given, "sagemaker.stages.evaluate.hourly_price=0.5", "sagemaker.stages.evaluate.max_hours=1")
     costs = max_costs(plan)
     assert (costs["split"], costs["fold-1"], costs["evaluate"]) == (2 * 3, 2 * 2 * 3.5, 0.5)
     assert sum(costs.values()) == pytest.approx(6 + 3 * 14 + 6 + 0.5 + 6 + 6 + 0.5)

@@ -55,9 +55,9 @@ def test_meta_features_are_counted_with_their_images():
 def test_a_batch_that_does_not_fit_says_which_would():
     found = MemoryEstimate(fixed=100 << 20, image=10 << 20)
     assert "420 MiB at batch size 32" in check_fits(found, 32, 1 << 30)
-    with pytest.raises(SettingsError, match=r"train\.batch_size=15 would fit; train\.accumulate=3 keeps"):
+    with pytest.raises(SettingsError, match=r"train\.batch_size=15 would fit; train\.grad_accum_steps=3 keeps"):
         check_fits(found, 32, 250 << 20)
-    with pytest.raises(SettingsError, match=r"train\.batch_size=15 would fit; train\.accumulate=12 keeps"):
+    with pytest.raises(SettingsError, match=r"train\.batch_size=15 would fit; train\.grad_accum_steps=12 keeps"):
         check_fits(found, 32, 250 << 20, accumulate=4)
     with pytest.raises(SettingsError, match="not even one image fits"):
         check_fits(found, 32, 105 << 20)

@@ -120,7 +120,7 @@ def test_a_batch_that_does_not_fit_says_what_would(images):
     def too_large(rows):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(SettingsError, match=r"train\.batch_size=2 train\.accumulate=2"):
+    with pytest.raises(SettingsError, match=r"train\.batch_size=2 train\.grad_accum_steps=2"):
         fit(replace(loop_of(images)[0], update=too_large))
 
 

@@ -76,7 +76,7 @@ def rank_labels(classes: Sequence[str]) -> np.ndarray:
 def split_rows(
     codes: np.ndarray, groups: np.ndarray | None, image_codes: np.ndarray, split: Split
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (fold, part) of each row by the rule of `folds.py`: int16 [N] (-1 if no fold validates on the row) and str [N].
+    """Return (fold, part) of each row by the rule of `fold_table.py`: int16 [N] (-1 if no fold validates on the row) and str [N].
 
     `codes` [N] are classes in pandas' order, `groups` [N] integers of rows to keep together, or None; rows of equal
     `image_codes` [N] stay together too. Raise a SettingsError if a fold or part would get no row.

@@ -2,7 +2,7 @@
 
 All random numbers come from torch's default CPU generator, which the dataset seeds for each sample
 from (seed, epoch, row). The four that most recipes run on every image are implemented here, on
-uint8 and without torchvision (importing it takes as long as importing torch). `effects.py` has those
+uint8 and without torchvision (importing it takes as long as importing torch). `functional.py` has those
 that torchvision lacks; the others are torchvision v2 transforms, imported when a recipe uses one.
 """
 

@@ -127,7 +127,7 @@ def check_cost(plan: Plan) -> str:
     if unpriced and limit:
         raise SettingsError(
             f"sagemaker.max_cost={limit:g} needs the hourly price of the instance of {unpriced[0]}: set sagemaker.hourly_price=, or "
-            "sagemaker.stages.STAGE.price="
+            "sagemaker.stages.STAGE.hourly_price="
         )
     if unpriced:
         return f"the cost of {len(unpriced)} of {len(costs)} jobs is unknown: set sagemaker.hourly_price and sagemaker.max_cost"

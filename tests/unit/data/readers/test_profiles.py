@@ -179,7 +179,7 @@ def test_factors_of_classes_without_any_are_refused(tmp_path: Path) -> None:
     table = written(
         tmp_path, rows_of(write_data(tmp_path / "two", *(f"{name}/{n}.png" for name in "ab" for n in "123")))
     )
-    with pytest.raises(SettingsError, match=r"model\.factors=age"):
+    with pytest.raises(SettingsError, match=r"model\.label_factors=age"):
         table.project_factors(["age"])
     for values, message in (({"a": "x", "b": "x"}, "the same factors"), ({"a": "x"}, "factors must")):
         (tmp_path / "classes.json").write_text(json.dumps({"classes": ["a", "b"], "factors": {"mask": values}}))

@@ -73,7 +73,7 @@ def test_parts_of_groups_have_any_shares(parts: tuple[float, ...]) -> None:
     generator = np.random.default_rng(8)
     groups = generator.integers(0, 1500, 9000)
     codes = random_codes(generator, 1500, 8)[groups]
-    fold, part = divided(codes, groups, parts=list(parts))
+    fold, part = divided(codes, groups, ratios=list(parts))
     assert are_whole(groups, fold)
     names = ["train", "valid", "test"][: np.count_nonzero(parts)]
     shares = np.stack([np.bincount(codes[part == name], minlength=8) for name in names], axis=1) / 9000
