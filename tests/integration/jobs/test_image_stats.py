@@ -91,7 +91,7 @@ def test_an_ensemble_and_a_student_with_other_features_use_them_too(world):
     arguments = [
         *SETTINGS,
         "model.image_stats=color_mean",
-        'distill.model={"meta": ["aspect"]}',
+        'distill.model={"image_stats": ["aspect"]}',
         "distill.teacher_tta=flip",
     ]
     unlabelled = {"MODEL": models, "UNLABELED": world / "eval"}

@@ -1,4 +1,4 @@
-"""The five stages over drawn images, by their entrypoint; what each leaves behind and what it refuses."""
+"""The five stages on generated images, run by their entrypoint: outputs and rejected inputs."""
 
 import shutil
 from pathlib import Path
@@ -13,11 +13,11 @@ from toy_data import CLASSES, LEARNS, call_jobs, failure, read_cells, run_stage,
 from wandb_reader import wandb_records
 
 
-def values(path: Path) -> np.ndarray:
+def read_probabilities(path: Path) -> np.ndarray:
     return np.array([row[1:] for row in read_cells(path)[1:]], float)
 
 
-def test_a_fold_leaves_a_model_that_can_be_rebuilt_and_its_out_of_fold_rows(toy_run):
+def test_fold_writes_a_complete_model_and_its_out_of_fold_rows(toy_run):
     folder = toy_run / "fold-1" / "model"
     info, record = read_json(folder / "model.json"), read_json(folder / "stage.json")
     oof = predictions.read(folder / "oof.parquet")
@@ -34,40 +34,43 @@ def test_a_fold_leaves_a_model_that_can_be_rebuilt_and_its_out_of_fold_rows(toy_
     assert list((toy_run / "fold-1" / "output" / "tensorboard").glob("events.*"))
 
 
-def test_the_folds_together_predict_each_row_once_and_learn_something(toy_run):
+def test_folds_predict_each_row_once_and_beat_chance(toy_run):
     tables = [predictions.read(toy_run / f"fold-{fold}" / "model" / "oof.parquet") for fold in range(3)]
     ids = [name for table in tables for name in table.ids]
     assert len(ids) == len(set(ids)) == 81
     assert np.concatenate([table.log_probs.argmax(axis=1) == table.codes() for table in tables]).mean() > 0.7
 
 
-def test_the_ensemble_is_the_mean_of_its_members_in_the_samples_columns(toy_run):
+def test_ensemble_is_the_mean_of_its_models_in_the_sample_columns(toy_run):
     output = toy_run / "ensemble" / "output"
-    facts = read_json(output / "ensemble.json")
-    assert [member["weight"] for member in facts["members"]] == [pytest.approx(1 / 3)] * 3
-    assert facts["temperature"] == 1.0  # nine holdout rows are too few to fit one
-    # each fold chose its epoch by its own out-of-fold rows, and none by the holdout
-    assert {(s["rows"], s.get("selected_on")) for s in facts["scores"]} == {("out-of-fold", "oof"), ("holdout", None)}
+    summary = read_json(output / "ensemble.json")
+    assert [model["weight"] for model in summary["members"]] == [pytest.approx(1 / 3)] * 3
+    assert summary["temperature"] == 1.0  # nine holdout rows are too few to fit one
+    # each fold selected its epoch on its out-of-fold rows, none on the holdout
+    assert {(score["rows"], score.get("selected_on")) for score in summary["scores"]} == {
+        ("out-of-fold", "oof"),
+        ("holdout", None),
+    }
     rows, sample = read_cells(output / "submission.csv"), read_cells(toy_run / "eval" / "sample_submission.csv")
     assert rows[0] == sample[0]
     assert [row[0] for row in rows] == [row[0] for row in sample]
-    held = predictions.read(output / "holdout.parquet")
-    members = [predictions.read(toy_run / f"fold-{fold}" / "model" / "holdout.parquet") for fold in range(3)]
-    expected = np.mean([np.exp(member.reindex(held.ids).log_probs) for member in members], axis=0)
-    np.testing.assert_allclose(np.exp(held.log_probs), expected, atol=1e-5)
+    holdout = predictions.read(output / "holdout.parquet")
+    fold_tables = [predictions.read(toy_run / f"fold-{fold}" / "model" / "holdout.parquet") for fold in range(3)]
+    expected = np.mean([np.exp(table.reindex(holdout.ids).log_probs) for table in fold_tables], axis=0)
+    np.testing.assert_allclose(np.exp(holdout.log_probs), expected, atol=1e-5)
 
 
-def test_the_student_is_leak_free_and_is_predicted_by_the_same_stage(toy_run):
+def test_student_is_leak_free_and_the_ensemble_stage_predicts_with_it(toy_run):
     info = read_json(toy_run / "distill" / "model" / "model.json")
     assert (info["role"], info["leak_free"], info["fold"], info["best"]["epoch"]) == ("student", True, None, 3)
-    found = predictions.read(toy_run / "ensemble-student" / "output" / "predictions.parquet")
-    assert found.system.endswith("(student)")
-    assert len(found) == 18
+    table = predictions.read(toy_run / "ensemble-student" / "output" / "predictions.parquet")
+    assert table.system.endswith("(student)")
+    assert len(table) == 18
 
 
-def test_the_same_seed_gives_the_same_bytes_in_a_fresh_process_and_with_workers(toy_run, tmp_path):
-    again = call_jobs("train-fold", "FOLD=1", *LEARNS, "train.num_workers=1", **variables(toy_run, tmp_path))
-    assert again.returncode == 0, again.stderr
+def test_same_seed_gives_the_same_bytes_in_a_new_process_with_workers(toy_run, tmp_path):
+    result = call_jobs("train-fold", "FOLD=1", *LEARNS, "train.num_workers=1", **variables(toy_run, tmp_path))
+    assert result.returncode == 0, result.stderr
     for name in ("model.safetensors", "oof.parquet", "holdout.parquet", "train_log.csv"):
         assert (tmp_path / "model" / name).read_bytes() == (toy_run / "fold-1" / "model" / name).read_bytes(), name
     infos = [read_json(folder / "model" / "model.json") for folder in (toy_run / "fold-1", tmp_path)]
@@ -78,9 +81,9 @@ def test_the_same_seed_gives_the_same_bytes_in_a_fresh_process_and_with_workers(
 
 @pytest.mark.parametrize("teacher", ["best_fold", "ensemble", "fold-2"])
 def test_other_teachers_are_recorded_as_not_leak_free(toy_run, tmp_path, teacher):
-    named = toy_run / "fold-2" / "model" if teacher == "fold-2" else teacher
+    teacher_value = toy_run / "fold-2" / "model" if teacher == "fold-2" else teacher
     views = 'distill.teacher_tta=[{"name": "scale", "factor": 1.2}]'
-    arguments = [*LEARNS, "train.epochs=1", f"distill.teacher={named}", views]
+    arguments = [*LEARNS, "train.epochs=1", f"distill.teacher={teacher_value}", views]
     assert run_stage(toy_run, "distill", tmp_path, *arguments, MODEL=toy_run) == 0
     info = read_json(tmp_path / "model" / "model.json")
     assert info["leak_free"] is False
@@ -88,7 +91,7 @@ def test_other_teachers_are_recorded_as_not_leak_free(toy_run, tmp_path, teacher
 
 
 @pytest.mark.parametrize(("folder", "count"), [("eval/test", 18), ("train", 0)])  # images of the split do not count
-def test_the_whole_ensemble_may_teach_images_that_no_fold_saw(toy_run, tmp_path, folder, count):
+def test_ensemble_may_teach_unlabeled_images_outside_the_split(toy_run, tmp_path, folder, count):
     channels = {"MODEL": toy_run, "UNLABELED": toy_run / folder}
     arguments = [*LEARNS, "train.epochs=1", "distill.teacher_tta=flip"]
     assert run_stage(toy_run, "distill", tmp_path, *arguments, **channels) == 0
@@ -96,7 +99,7 @@ def test_the_whole_ensemble_may_teach_images_that_no_fold_saw(toy_run, tmp_path,
     assert (info["unlabeled"], info["leak_free"]) == (count, True)
 
 
-LONG = "train.epochs=1000000"
+ENDLESS = "train.epochs=1000000"
 
 
 @pytest.mark.parametrize(
@@ -109,21 +112,21 @@ LONG = "train.epochs=1000000"
         ("train-fold", ["FOLD=0", "train.device=cuda"], {}, 64, "no such device"),
         ("train-fold", ["FOLD=0", "train.device=cpu:3"], {}, 64, "train.device=cpu:3, but this machine has cpu:0"),
         ("train-fold", ["FOLD=0", "train.device=cpu:first"], {}, 64, "train.device=cpu:first, but this machine has"),
-        # No image of the split is there: it is told before any is read.
+        # The channel has no image of the split: the error comes before any image is read.
         ("train-fold", ["FOLD=0", "train.warmup_epochs=3"], {"TRAIN": "eval"}, 64, "train.epochs=3"),
-        ("train-fold", ["FOLD=0", "predict.tta=plain,flop", LONG], {}, 64, "did you mean 'flip'"),
-        ("train-fold", ["FOLD=0", "train.monitor=auc", LONG], {}, 64, "unknown monitor 'auc'"),
-        ("train-fold", ["FOLD=0", "train.loggers=wanda", LONG], {}, 64, "did you mean 'wandb'"),
+        ("train-fold", ["FOLD=0", "predict.tta=plain,flop", ENDLESS], {}, 64, "did you mean 'flip'"),
+        ("train-fold", ["FOLD=0", "train.monitor=auc", ENDLESS], {}, 64, "unknown monitor 'auc'"),
+        ("train-fold", ["FOLD=0", "train.loggers=wanda", ENDLESS], {}, 64, "did you mean 'wandb'"),
         ("train-fold", ["FOLD=0", "train.batch_size=100000000"], {}, 64, "would fit"),
         ("train-fold", ["FOLD=0", "model.weights=absent.pth"], {}, 66, "absent.pth"),
         ("train-fold", ["FOLD=0", "train.lr=1e30", "train.epochs=2"], {}, 65, "not finite"),
-        ("train-fold", ["FOLD=0", "train.loss=focall", LONG], {}, 64, "did you mean 'focal'"),
-        ("train-fold", ["FOLD=0", "train.optimizer=adamww", LONG], {}, 64, "did you mean 'adamw'"),
-        ("train-fold", ["FOLD=0", "train.sampler=balance", LONG], {}, 64, "did you mean 'balanced'"),
-        ("train-fold", ["FOLD=0", "train.freeze_epochs=-1", LONG], {}, 64, "at least 0"),
-        ("distill", ["distill.temperature_decay=0.9", "distill.temperature=1", LONG], {}, 64, "min_temperature=1.0"),
+        ("train-fold", ["FOLD=0", "train.loss=focall", ENDLESS], {}, 64, "did you mean 'focal'"),
+        ("train-fold", ["FOLD=0", "train.optimizer=adamww", ENDLESS], {}, 64, "did you mean 'adamw'"),
+        ("train-fold", ["FOLD=0", "train.sampler=balance", ENDLESS], {}, 64, "did you mean 'balanced'"),
+        ("train-fold", ["FOLD=0", "train.freeze_epochs=-1", ENDLESS], {}, 64, "at least 0"),
+        ("distill", ["distill.temperature_decay=0.9", "distill.temperature=1", ENDLESS], {}, 64, "min_temperature=1.0"),
         ("distill", ["distill.teacher=nobody"], {}, 66, "nobody"),
-        ("distill", ["distill.teacher_tta=flip,flop", LONG], {}, 64, "did you mean 'flip'"),
+        ("distill", ["distill.teacher_tta=flip,flop", ENDLESS], {}, 64, "did you mean 'flip'"),
         ("ensemble", ["ensemble.submission=../out.csv"], {}, 64, "'../out.csv'"),
         ("ensemble", ["predict.tta=plain,flop"], {}, 64, "did you mean 'flip'"),
         ("ensemble", ["predict.tta=[]"], {}, 64, "tta is empty"),
@@ -131,62 +134,64 @@ LONG = "train.epochs=1000000"
         ("ensemble", [], {"MODEL": "fold-1"}, 65, "lacks fold 0, fold 2 of 3"),
     ],
 )
-def test_bad_input_gets_one_clear_error_and_leaves_nothing(toy_run, tmp_path, name, arguments, channels, code, message):
-    places = {"MODEL": toy_run} | {channel: toy_run / folder for channel, folder in channels.items()}
+def test_bad_input_gives_one_clear_error_and_writes_nothing(
+    toy_run, tmp_path, name, arguments, channels, code, message
+):
+    all_channels = {"MODEL": toy_run} | {channel: toy_run / folder for channel, folder in channels.items()}
     settings = [] if name == "ensemble" else LEARNS
-    assert run_stage(toy_run, name, tmp_path, *settings, *arguments, **places) == code
+    assert run_stage(toy_run, name, tmp_path, *settings, *arguments, **all_channels) == code
     assert message in failure(tmp_path)
     assert not [path for path in tmp_path.rglob("*.*") if path.name == "stage.json" or path.suffix == ".parquet"]
 
 
-def test_only_a_holdout_that_was_predicted_by_the_same_views_scores_an_ensemble(toy_run, tmp_path):
+def test_holdout_scores_an_ensemble_only_if_predicted_with_the_same_views(toy_run, tmp_path):
     views = {
         "same": '["flip", {name = "plain"}]',
         "more": '["plain", "flip", {"name": "rotate", "degrees": 15}, {"name": "shift", "x": 1, "y": 1}]',
         "plain": "plain",
     }
-    own, tables = predictions.read(toy_run / "ensemble" / "output" / "predictions.parquet"), {}
+    original, tables = predictions.read(toy_run / "ensemble" / "output" / "predictions.parquet"), {}
     for name, text in views.items():
         assert run_stage(toy_run, "ensemble", tmp_path / name, f"predict.tta={text}", MODEL=toy_run) == 0
         tables[name] = predictions.read(tmp_path / name / "output" / "predictions.parquet").log_probs
         assert (tmp_path / name / "output" / "holdout.parquet").exists() == (name == "same")
         scores = read_json(tmp_path / name / "output" / "ensemble.json")["scores"]
         assert {score["rows"] for score in scores} == {"out-of-fold", *(["holdout"] if name == "same" else [])}
-    np.testing.assert_allclose(tables["same"], own.log_probs, atol=1e-5)
-    assert np.abs(tables["more"] - own.log_probs).max() > 1e-4
+    np.testing.assert_allclose(tables["same"], original.log_probs, atol=1e-5)
+    assert np.abs(tables["more"] - original.log_probs).max() > 1e-4
 
 
-def test_a_vote_of_the_folds_and_each_systems_own_file_blended_again(toy_run, tmp_path):
+def test_vote_of_folds_and_blending_a_submission_file_with_its_models(toy_run, tmp_path):
     assert run_stage(toy_run, "ensemble", tmp_path / "vote", "ensemble.seed_blend=vote", MODEL=toy_run) == 0
     output = tmp_path / "vote" / "output"
-    held = predictions.read(output / "holdout.parquet")
+    holdout = predictions.read(output / "holdout.parquet")
     scores = [score["what"] for score in read_json(output / "ensemble.json")["scores"] if score["rows"] == "holdout"]
     assert scores == ["3 models, vote within a system"]
-    members = [predictions.read(toy_run / f"fold-{fold}" / "model" / "holdout.parquet") for fold in range(3)]
-    votes = sum(np.eye(3)[member.reindex(held.ids).log_probs.argmax(axis=1)] for member in members)
-    won = votes[np.arange(len(held)), held.log_probs.argmax(axis=1)]
-    assert (won == votes.max(axis=1)).all()
-    # The mean of the folds goes on as a file, under the system's name, and blends with the folds' own system.
+    tables = [predictions.read(toy_run / f"fold-{fold}" / "model" / "holdout.parquet") for fold in range(3)]
+    votes = sum(np.eye(3)[table.reindex(holdout.ids).log_probs.argmax(axis=1)] for table in tables)
+    winner_votes = votes[np.arange(len(holdout)), holdout.log_probs.argmax(axis=1)]
+    assert (winner_votes == votes.max(axis=1)).all()
+    # The stage writes the mean of the folds as a file; under another name it blends with the fold models.
     (mean,) = (toy_run / "ensemble" / "output" / "csv").glob("output_*.csv")
-    assert mean.name == f"output_{held.system}.csv"
+    assert mean.name == f"output_{holdout.system}.csv"
     renamed = shutil.copy(mean, tmp_path / "output_before.csv")
     arguments = ["ensemble.blend=mean", f"ensemble.submissions={renamed}"]
     assert run_stage(toy_run, "ensemble", tmp_path / "both", *arguments, MODEL=toy_run) == 0
     both, before = (folder / "output" / "submission.csv" for folder in (tmp_path / "both", toy_run / "ensemble"))
-    np.testing.assert_allclose(values(both), values(before), atol=1e-6)
+    np.testing.assert_allclose(read_probabilities(both), read_probabilities(before), atol=1e-6)
     twice = f"ensemble.submissions={mean}"
     assert run_stage(toy_run, "ensemble", tmp_path / "twice", twice, MODEL=toy_run) == 65
     assert "a system of the models" in failure(tmp_path / "twice")
 
 
-def test_weights_that_settings_name_are_part_of_the_key(toy_run, tmp_path):
+def test_initial_weights_are_part_of_the_stage_key(toy_run, tmp_path):
     arguments = ["FOLD=0", *LEARNS, "train.epochs=1", f"model.weights={tmp_path / 'start.safetensors'}"]
-    made = []
+    weights = []
     for fold in (1, 2):
         shutil.copy(toy_run / f"fold-{fold}" / "model" / "model.safetensors", tmp_path / "start.safetensors")
         assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == 0
-        made.append((tmp_path / "model" / "model.safetensors").read_bytes())
-    assert made[0] != made[1]
+        weights.append((tmp_path / "model" / "model.safetensors").read_bytes())
+    assert weights[0] != weights[1]
 
 
 @pytest.mark.parametrize(("content", "code"), [(None, 66), (b"text", 65), ({"fc.weight": torch.ones(3)}, 64)])
@@ -198,35 +203,37 @@ def test_weights_that_settings_name_are_part_of_the_key(toy_run, tmp_path):
         ("train", ["model.weights={tmp}/w.pth"]),
     ],
 )
-def test_weights_that_cannot_be_started_from_are_told_before_images_are_read(
+def test_unusable_initial_weights_are_reported_before_images_are_read(
     toy_run, tmp_path, name, arguments, content, code
 ):
     if isinstance(content, bytes):
         (tmp_path / "w.pth").write_bytes(content)
     elif content:
         torch.save(content, tmp_path / "w.pth")
-    (tmp_path / "none").mkdir()  # the train channel: whoever asks it for an image fails otherwise
-    given = [text.format(tmp=tmp_path) for text in arguments]
-    assert run_stage(toy_run, name, tmp_path / "out", *LEARNS, *given, MODEL=toy_run, TRAIN=tmp_path / "none") == code
+    (tmp_path / "none").mkdir()  # an empty train channel: reading an image would fail
+    formatted = [text.format(tmp=tmp_path) for text in arguments]
+    assert (
+        run_stage(toy_run, name, tmp_path / "out", *LEARNS, *formatted, MODEL=toy_run, TRAIN=tmp_path / "none") == code
+    )
     assert "w.pth" in failure(tmp_path / "out")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of W&B's own
-@pytest.mark.parametrize(("lr", "code", "ended"), [("0.02", 0, 0), ("1e30", 65, 1)])
-def test_a_tracker_is_told_how_the_run_ended(toy_run, lr, code, ended, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # raised inside W&B
+@pytest.mark.parametrize(("lr", "code", "logged_code"), [("0.02", 0, 0), ("1e30", 65, 1)])
+def test_logger_records_how_the_run_ended(toy_run, lr, code, logged_code, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     arguments = ["FOLD=0", *LEARNS, "train.loggers=wandb", f"train.lr={lr}", "train.epochs=2"]
     assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == code
     records = wandb_records(tmp_path / "output")
-    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [ended]
-    final = {(i.key or i.nested_key[0]) for r in records if r.HasField("summary") for i in r.summary.update}
-    assert (final >= {"oof_accuracy", "holdout_logloss"}) is (code == 0)
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [logged_code]
+    summary_keys = {(i.key or i.nested_key[0]) for r in records if r.HasField("summary") for i in r.summary.update}
+    assert (summary_keys >= {"oof_accuracy", "holdout_logloss"}) is (code == 0)
     assert not (tmp_path / "output" / "tensorboard").exists()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of the trackers' own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # raised inside the loggers
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
-def test_no_file_and_no_word_of_a_stage_holds_a_platforms_variables(toy_run, tmp_path, monkeypatch, caplog, capfd):
+def test_platform_variables_appear_in_no_file_and_no_output_of_a_stage(toy_run, tmp_path, monkeypatch, caplog, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")
     recipe, secrets = tmp_path / "mine.toml", ("canary-of-all", "canary-of-folds")
     recipe.write_text(
@@ -237,42 +244,42 @@ def test_no_file_and_no_word_of_a_stage_holds_a_platforms_variables(toy_run, tmp
     assert run_stage(toy_run, "train-fold", tmp_path / "fold", "FOLD=0", *arguments) == 0
     assert run_stage(toy_run, "train-fold", tmp_path / "failed", "FOLD=9", *arguments) == 64
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path != recipe]
-    said = [caplog.text, *capfd.readouterr(), *(path.read_bytes().decode("latin-1") for path in files)]
-    assert not [text[:200] for text in said if any(secret in text for secret in secrets)]
+    texts = [caplog.text, *capfd.readouterr(), *(path.read_bytes().decode("latin-1") for path in files)]
+    assert not [text[:200] for text in texts if any(secret in text for secret in secrets)]
     names = {path.name for path in files}
     assert {"stage.json", "model.json", "failure", "mlflow.db"} <= names
     events = next(path for path in files if path.name.startswith("events."))
-    assert b"train.epochs" in events.read_bytes(), "the stage's own settings are there"
+    assert b"train.epochs" in events.read_bytes(), "the logger records the settings of the stage"
 
 
-def test_defect_car_b5_a_student_is_not_selected_on_images_that_its_teachers_trained_on(toy_run, tmp_path):
+def test_defect_car_b5_student_is_not_selected_on_training_images_of_its_teachers(toy_run, tmp_path):
     assert run_stage(toy_run, "split", tmp_path / "split", "split.folds=3") == 0
-    channels, short = {"FOLDS": tmp_path / "split" / "output"}, [*LEARNS, "train.epochs=1"]
-    patient = [*LEARNS, "distill.patience=2"]
-    assert run_stage(toy_run, "distill", tmp_path / "bad", *patient, MODEL=toy_run, **channels) == 65
+    channels, one_epoch = {"FOLDS": tmp_path / "split" / "output"}, [*LEARNS, "train.epochs=1"]
+    with_patience = [*LEARNS, "distill.patience=2"]
+    assert run_stage(toy_run, "distill", tmp_path / "bad", *with_patience, MODEL=toy_run, **channels) == 65
     assert "split than" in failure(tmp_path / "bad")
     models = tmp_path / "models"
     for fold in range(3):
-        assert run_stage(toy_run, "train-fold", models / f"fold-{fold}", f"FOLD={fold}", *short, **channels) == 0
-    assert run_stage(toy_run, "distill", tmp_path / "bad", *patient, MODEL=models, **channels) == 64
+        assert run_stage(toy_run, "train-fold", models / f"fold-{fold}", f"FOLD={fold}", *one_epoch, **channels) == 0
+    assert run_stage(toy_run, "distill", tmp_path / "bad", *with_patience, MODEL=models, **channels) == 64
     assert "needs a holdout" in failure(tmp_path / "bad")
-    assert run_stage(toy_run, "distill", tmp_path / "distill", *short, MODEL=models, **channels) == 0
+    assert run_stage(toy_run, "distill", tmp_path / "distill", *one_epoch, MODEL=models, **channels) == 0
 
 
-def test_defect_car_convnext_validation_sees_no_training_augmentation_and_every_class(toy_run, tmp_path):
-    """The original validated on randomly cropped and flipped images of a split that it did not stratify."""
+def test_defect_car_convnext_validation_has_no_augmentation_and_every_class(toy_run, tmp_path):
+    """The original validated on randomly cropped and flipped images, with a split that was not stratified."""
     crops = 'augment.train=[{"name": "random_resized_crop", "scale": [0.08, 0.1]}]'
     arguments = ["FOLD=0", *LEARNS, "train.epochs=2", "predict.tta=plain", crops]
     assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == 0
     oof = predictions.read(tmp_path / "model" / "oof.parquet")
-    truth = oof.log_probs[np.arange(len(oof)), oof.codes()]
+    true_log_probs = oof.log_probs[np.arange(len(oof)), oof.codes()]
     best = read_json(tmp_path / "model" / "model.json")["best"]
-    assert best["logloss"] == pytest.approx(-truth.astype(float).mean(), rel=1e-5)
+    assert best["logloss"] == pytest.approx(-true_log_probs.astype(float).mean(), rel=1e-5)
     assert np.bincount(oof.codes()).tolist() == [9, 9, 9]
 
 
 @pytest.mark.parametrize(
-    ("twin", "student", "teacher"),
+    ("same_network", "student", "teacher"),
     [
         (True, [], "best_fold"),
         (False, ['distill.model.backbone_kwargs={"widths": [6], "stem": 4}', "distill.train.lr=0.01"], "oof"),
@@ -280,42 +287,42 @@ def test_defect_car_convnext_validation_sees_no_training_augmentation_and_every_
         (True, ["distill.temperature_decay=0.5"], "student"),
     ],
 )
-def test_a_student_may_be_its_teachers_twin_another_network_or_a_students_student(
-    toy_run, tmp_path, twin, student, teacher
+def test_student_may_equal_its_teacher_differ_from_it_or_learn_from_a_student(
+    toy_run, tmp_path, same_network, student, teacher
 ):
-    named = toy_run / "distill" / "model" if teacher == "student" else teacher
-    arguments = [*LEARNS, "train.epochs=2", f"distill.teacher={named}", *student]
+    teacher_value = toy_run / "distill" / "model" if teacher == "student" else teacher
+    arguments = [*LEARNS, "train.epochs=2", f"distill.teacher={teacher_value}", *student]
     assert run_stage(toy_run, "distill", tmp_path / "student", *arguments, MODEL=toy_run) == 0
     info = read_json(tmp_path / "student" / "model" / "model.json")
-    teachers = read_json(toy_run / "fold-0" / "model" / "model.json")
+    fold_info = read_json(toy_run / "fold-0" / "model" / "model.json")
     assert info["role"] == "student"
-    assert (info["settings"]["model"] == teachers["settings"]["model"]) == twin
+    assert (info["settings"]["model"] == fold_info["settings"]["model"]) == same_network
     assert run_stage(toy_run, "ensemble", tmp_path / "ensemble", MODEL=tmp_path / "student" / "model") == 0
 
 
 @pytest.mark.parametrize(
     ("name", "change", "code", "message"),
     [
-        ("model.safetensors", lambda old: old[: len(old) // 2], 65, "model.json"),
-        ("model.safetensors", lambda old: old[:-1] + b"x", 65, "see stage.json beside it"),
-        ("model.json", lambda old: old.replace("빨강 차".encode(), b"red car"), 65, "red car"),
+        ("model.safetensors", lambda content: content[: len(content) // 2], 65, "model.json"),
+        ("model.safetensors", lambda content: content[:-1] + b"x", 65, "see stage.json beside it"),
+        ("model.json", lambda content: content.replace("빨강 차".encode(), b"red car"), 65, "red car"),
     ],
 )
-def test_a_teacher_that_cannot_be_read_or_knows_other_classes_is_one_clear_error(
+def test_damaged_teacher_or_one_with_other_classes_gives_one_clear_error(
     toy_run, tmp_path, name, change, code, message
 ):
     teacher = tmp_path / "teacher"
     shutil.copytree(toy_run / "fold-1" / "model", teacher)
     (teacher / name).write_bytes(change((teacher / name).read_bytes()))
     if "stage.json" not in message:
-        (teacher / "stage.json").write_text("{}")  # of an age before digests
+        (teacher / "stage.json").write_text("{}")  # as written before records held digests
     arguments = [*LEARNS, f"distill.teacher={teacher}"]
     assert run_stage(toy_run, "distill", tmp_path / "out", *arguments, MODEL=toy_run) == code
     assert message in failure(tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-def test_parts_of_training_run_by_their_settings_alone(toy_run, tmp_path, caplog):
+def test_training_options_are_enabled_by_their_settings(toy_run, tmp_path, caplog):
     arguments = [
         "FOLD=0", *LEARNS, 'train.loss={name = "focal", alpha = 0.5, gamma = 2}', "train.class_weights=balanced",
         "train.sampler=balanced", "train.rdrop_alpha=0.5", "train.sam_rho=0.05", "train.freeze_epochs=1",

@@ -1,4 +1,4 @@
-"""The precision of a run: chosen once for all its folds, kept by one that goes on, and the one that predicts later."""
+"""The precision of a run: chosen once for all folds, kept on resume, and used again for prediction."""
 
 import json
 import os
@@ -32,8 +32,8 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A run's folder with drawn images and their split in two folds."""
+def split_run(tmp_path_factory) -> Path:
+    """A run folder with generated images, split into two folds."""
     root = tmp_path_factory.mktemp("run")
     tinted_in(root / "train", "ab", 12, by=110)
     assert run_stage(root, "split", "split", "split.folds=2") == 0
@@ -47,61 +47,63 @@ def model_json(root: Path, step: str) -> dict:
 @pytest.mark.skipif(
     choose_precision("auto", torch.device("cpu")) != "bf16", reason="one precision alone may be fastest here"
 )
-def test_all_folds_of_a_run_have_the_precision_that_one_of_them_found(world):
-    assert run_stage(world, "train-fold", "fold-0", "FOLD=0", *SETTINGS) == 0
-    (kept,) = (world / training_run.PROBE_CACHE_DIR).glob("*.json")
-    found, info = json.loads(kept.read_text()), model_json(world, "fold-0")
-    assert found["choice"] == info["precision"] == info["training"]["train.precision"]
+def test_all_folds_use_the_precision_that_the_first_one_chose(split_run):
+    assert run_stage(split_run, "train-fold", "fold-0", "FOLD=0", *SETTINGS) == 0
+    (probe_file,) = (split_run / training_run.PROBE_CACHE_DIR).glob("*.json")
+    probe, info = json.loads(probe_file.read_text()), model_json(split_run, "fold-0")
+    assert probe["choice"] == info["precision"] == info["training"]["train.precision"]
     for fold, choice in (
         (0, "fp32"),
         (1, "bf16"),
-    ):  # it takes what stands there, whatever it would have found by itself
-        kept.write_text(json.dumps(found | {"choice": choice}))
-        assert run_stage(world, "train-fold", f"fold-{choice}", f"FOLD={fold}", *SETTINGS) == 0
-        assert model_json(world, f"fold-{choice}")["precision"] == choice
+    ):  # each fold uses the choice in the file, not a probe of its own
+        probe_file.write_text(json.dumps(probe | {"choice": choice}))
+        assert run_stage(split_run, "train-fold", f"fold-{choice}", f"FOLD={fold}", *SETTINGS) == 0
+        assert model_json(split_run, f"fold-{choice}")["precision"] == choice
 
 
-def test_a_run_whose_folder_is_not_to_be_written_decides_by_itself(world, tmp_path):
-    job = context_from_env(STAGES["train-fold"], variables(world, "fold-9"), tmp_path)
-    assert training_run.probe_cache_dir(job) == world / training_run.PROBE_CACHE_DIR
+def test_read_only_run_folder_has_no_probe_cache(split_run, tmp_path):
+    job = context_from_env(STAGES["train-fold"], variables(split_run, "fold-9"), tmp_path)
+    assert training_run.probe_cache_dir(job) == split_run / training_run.PROBE_CACHE_DIR
     if os.getuid() == 0:
         pytest.skip("root may write anywhere")
-    world.chmod(0o500)
+    split_run.chmod(0o500)
     assert training_run.probe_cache_dir(job) is None
-    world.chmod(0o700)
+    split_run.chmod(0o700)
 
 
-def test_a_model_predicts_later_the_bits_that_it_predicted_in_its_training(world):
+def test_loaded_model_reproduces_its_out_of_fold_predictions_bit_for_bit(split_run):
     arguments = [
         *SETTINGS,
         f"model.backbone={GROUPED}",
         "model.backbone_kwargs={}",
         "train.precision=bf16_grouped_fp32",
     ]
-    assert run_stage(world, "train-fold", "g", "FOLD=0", *arguments) == 0
-    member = load_model(open_model_dir(world / "g" / "model"), {})
-    assert (member.source.info["precision"], member.runtime.grouped_fp32) == ("bf16_grouped_fp32", True)
-    oof = predictions.read(world / "g" / "model" / "oof.parquet")
-    table = read_folds(world / "split" / "output" / "folds.parquet", world / "split" / "output" / "classes.json")
+    assert run_stage(split_run, "train-fold", "g", "FOLD=0", *arguments) == 0
+    fold_model = load_model(open_model_dir(split_run / "g" / "model"), {})
+    assert (fold_model.source.info["precision"], fold_model.runtime.grouped_fp32) == ("bf16_grouped_fp32", True)
+    oof = predictions.read(split_run / "g" / "model" / "oof.parquet")
+    table = read_folds(
+        split_run / "split" / "output" / "folds.parquet", split_run / "split" / "output" / "classes.json"
+    )
     rows = table.valid_rows(0)
     assert list(table.ids_of(rows)) == list(oof.ids)
-    found = member.predict(open_store(world / "train"), table.paths_of(rows), "")
-    assert np.array_equal(found, oof.log_probs)
+    log_probs = fold_model.predict(open_store(split_run / "train"), table.paths_of(rows), "")
+    assert np.array_equal(log_probs, oof.log_probs)
 
 
-def test_a_run_that_goes_on_keeps_the_precision_of_its_checkpoint(world, tmp_path):
-    job = context_from_env(STAGES["train-fold"], variables(world, "resumed"), tmp_path)
+def test_resumed_run_keeps_the_precision_of_its_checkpoint(split_run, tmp_path):
+    job = context_from_env(STAGES["train-fold"], variables(split_run, "resumed"), tmp_path)
     state = {RUNTIME: {"precision": "bf16_grouped_fp32", "channels_last": True}}
     job.checkpoints().mkdir(parents=True)
     Checkpoints(job.checkpoints()).save(state)
-    of = Settings(model=Model(backbone=GROUPED, image_size=32), train=Train())
-    settings, runtime = training_run.resolve_runtime(job, of, build_classifier(of.model, 2), SINGLE_PROCESS)
+    config = Settings(model=Model(backbone=GROUPED, image_size=32), train=Train())
+    settings, runtime = training_run.resolve_runtime(job, config, build_classifier(config.model, 2), SINGLE_PROCESS)
     assert settings.train.precision == "bf16_grouped_fp32"
     assert (runtime.dtype, runtime.grouped_fp32) == (torch.bfloat16, True)
 
 
 @pytest.mark.parametrize(
-    ("folds", "model", "shared"),
+    ("folds", "model", "run_folder"),
     [
         ("r/split/output", "r/fold-0/model", "r"),
         ("r/split", "r/fold-0/model", "r"),
@@ -110,8 +112,8 @@ def test_a_run_that_goes_on_keeps_the_precision_of_its_checkpoint(world, tmp_pat
         ("q/split/output", "r/fold-0/model", None),
     ],
 )
-def test_decisions_are_shared_where_split_and_step_lie_in_one_folder(folds, model, shared, tmp_path):
+def test_probe_cache_is_shared_if_split_and_step_lie_in_one_run_folder(folds, model, run_folder, tmp_path):
     (tmp_path / model).mkdir(parents=True)
     environ = {"SM_CHANNEL_FOLDS": str(tmp_path / folds), "SM_MODEL_DIR": str(tmp_path / model)}
-    found = training_run.probe_cache_dir(context_from_env(STAGES["train-fold"], environ, tmp_path))
-    assert found == (shared and tmp_path / shared / training_run.PROBE_CACHE_DIR)
+    actual = training_run.probe_cache_dir(context_from_env(STAGES["train-fold"], environ, tmp_path))
+    assert actual == (run_folder and tmp_path / run_folder / training_run.PROBE_CACHE_DIR)

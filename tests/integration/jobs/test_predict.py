@@ -1,4 +1,4 @@
-"""A product classifier end to end: split by product, one fold, the predict job by hand and as a container, and the API."""
+"""A product classifier end to end: split by product, one fold, the predict job (command line and container), the API."""
 
 import json
 import logging
@@ -35,8 +35,8 @@ IMAGE = "사진/P001/main_0.png"
 
 
 @pytest.fixture(scope="module")
-def shop(products, tmp_path_factory) -> Path:
-    """The product system's split by parts, and its one model."""
+def parts_run(products, tmp_path_factory) -> Path:
+    """The product data, split into parts, with one model."""
     root = tmp_path_factory.mktemp("shop")
     (root / "train").symlink_to(products.root)
     parts = ("data.layout=products", "split.ratios=0.6,0.2,0.2", "split.seed=2025")
@@ -46,19 +46,19 @@ def shop(products, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def table(shop) -> FoldTable:
-    return read_folds(shop / "split" / "output" / "folds.parquet")
+def table(parts_run) -> FoldTable:
+    return read_folds(parts_run / "split" / "output" / "folds.parquet")
 
 
-def predict(root: Path, output: Path, *arguments: str, **channels: object) -> Path:
-    """Runs predict over the images and the split of a run; returns the folder of its output."""
-    given = {"IMAGES": root / "train", "MODEL": root, "SM_OUTPUT_DATA_DIR": output, **channels}
-    assert run_stage(root, "predict", output, *arguments, **given) == 0
+def run_predict(root: Path, output: Path, *arguments: str, **channels: object) -> Path:
+    """Run predict on the images and the split of a run; return the output folder."""
+    environ = {"IMAGES": root / "train", "MODEL": root, "SM_OUTPUT_DATA_DIR": output, **channels}
+    assert run_stage(root, "predict", output, *arguments, **environ) == 0
     return output
 
 
 def predict_files(root: Path, images: Path, output: Path) -> list[dict[str, str]]:
-    """Runs predict on images that are no part of a split; returns its rows."""
+    """Run predict on images outside any split; return its rows."""
     assert run("predict", [f"images={images}", f"model={root}", f"output={output}"], {}) == 0
     return read_rows(output / "predictions.csv")
 
@@ -67,78 +67,82 @@ def metrics(folder: Path) -> dict:
     return read_json(folder / "stage.json")["metrics"]
 
 
-def test_parts_train_on_train_validate_on_valid_and_hold_test_out(shop, table):
-    oof, held = (predictions.read(shop / "fold-0" / "model" / f"{name}.parquet") for name in ("oof", "holdout"))
+def test_model_trains_on_train_validates_on_valid_and_holds_out_test(parts_run, table):
+    oof, held = (predictions.read(parts_run / "fold-0" / "model" / f"{name}.parquet") for name in ("oof", "holdout"))
     part = dict(zip(table.ids.to_pylist(), table.part.tolist(), strict=True))
     assert ({part[name] for name in oof.ids}, {part[name] for name in held.ids}) == ({"valid"}, {"test"})
     assert len(oof) + len(held) + len(table.train_rows(0)) == len(table)
 
 
-def test_one_image_from_the_command_line_is_told_and_kept_in_a_folder_of_its_run(shop, products, tmp_path):
+def test_command_line_prints_one_result_and_stores_it_in_its_own_folder(parts_run, products, tmp_path):
     image = products.root / IMAGE
-    done = call_jobs("predict", f"images={image}", f"model={shop / 'fold-0/model'}", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = call_jobs("predict", f"images={image}", f"model={parts_run / 'fold-0/model'}", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "test_result").iterdir()
     assert re.fullmatch(r"run_\d{8}_\d{6}_[0-9a-f]{8}", folder.name)
     (row,) = read_rows(folder / "predictions.csv")
     assert list(row) == HEADER
-    sure = float(row["confidence"])
-    told = {"image_path": str(image), "predicted_class": "full_shot", "confidence": pytest.approx(sure, abs=1e-6)}
-    assert json.loads(done.stdout) == told
+    confidence = float(row["confidence"])
+    expected = {
+        "image_path": str(image),
+        "predicted_class": "full_shot",
+        "confidence": pytest.approx(confidence, abs=1e-6),
+    }
+    assert json.loads(result.stdout) == expected
     assert row["image_path"] == str(image)
-    assert 0.25 < sure <= 1
+    assert 0.25 < confidence <= 1
     assert metrics(folder)["ms_per_image"] > 0
 
 
-def test_the_split_gives_the_mistakes_of_train_valid_and_test(shop, table, tmp_path):
+def test_predicting_a_split_lists_the_errors_of_train_valid_and_test(parts_run, table, tmp_path):
     settings = ["predict.file=inference_results.csv", "predict.folder=test_result", "run=run_1"]
-    folder = predict(shop, tmp_path, *settings) / "test_result" / "run_1"
-    found = read_rows(folder / "inference_results.csv")
-    assert [row["image_path"] for row in found] == table.paths.to_pylist()
-    assert [row["true_class"] for row in found] == table.labels().tolist()
+    folder = run_predict(parts_run, tmp_path, *settings) / "test_result" / "run_1"
+    results = read_rows(folder / "inference_results.csv")
+    assert [row["image_path"] for row in results] == table.paths.to_pylist()
+    assert [row["true_class"] for row in results] == table.labels().tolist()
     for part in ("train", "valid", "test"):
-        rows = [row for row, own in zip(found, table.part, strict=True) if own == part]
+        rows = [row for row, row_part in zip(results, table.part, strict=True) if row_part == part]
         expected = {row["image_path"] for row in rows if row["predicted_class"] != row["true_class"]}
-        wrong = read_rows(folder / f"wrong_{part}.csv")
-        assert {row["path"] for row in wrong} == expected
-        confidences = [float(row["confidence"]) for row in wrong]
+        error_rows = read_rows(folder / f"wrong_{part}.csv")
+        assert {row["path"] for row in error_rows} == expected
+        confidences = [float(row["confidence"]) for row in error_rows]
         assert confidences == sorted(confidences, reverse=True)
         scores = metrics(tmp_path)[part]
         assert scores["n"] == len(rows)
         assert scores["accuracy"] == pytest.approx(1 - len(expected) / len(rows), abs=1e-6)
-    # The rows that the training stage predicted itself, by the same views.
-    oof = predictions.read(shop / "fold-0" / "model" / "oof.parquet")
-    sure = {row["image_path"]: float(row["confidence"]) for row in found}
-    np.testing.assert_allclose([sure[name] for name in oof.ids], np.exp(oof.log_probs.max(axis=1)), atol=1e-5)
-    predict(shop, tmp_path / "again")
-    predict(shop, tmp_path / "again", "predict.subsets=test")
+    # Compare with the rows that the training stage predicted with the same views.
+    oof = predictions.read(parts_run / "fold-0" / "model" / "oof.parquet")
+    confidence = {row["image_path"]: float(row["confidence"]) for row in results}
+    np.testing.assert_allclose([confidence[name] for name in oof.ids], np.exp(oof.log_probs.max(axis=1)), atol=1e-5)
+    run_predict(parts_run, tmp_path / "again")
+    run_predict(parts_run, tmp_path / "again", "predict.subsets=test")
     assert len(read_rows(tmp_path / "again" / "predictions.csv")) == (table.part == "test").sum()
     assert [path.name for path in (tmp_path / "again").glob("wrong_*.csv")] == ["wrong_test.csv"]
 
 
-def test_a_row_that_any_model_trained_on_is_no_validation_of_the_ensemble(product_run, tmp_path):
-    folder = predict(product_run, tmp_path / "all")
+def test_ensemble_has_no_validation_rows_because_some_model_trained_on_each(product_run, tmp_path):
+    folder = run_predict(product_run, tmp_path / "all")
     assert sorted(path.name for path in folder.glob("wrong_*")) == ["wrong_test.csv", "wrong_train.csv"]
-    scores = metrics(predict(product_run, tmp_path / "one", MODEL=product_run / "fold-1"))
+    scores = metrics(run_predict(product_run, tmp_path / "one", MODEL=product_run / "fold-1"))
     fold = read_folds(product_run / "split" / "output" / "folds.parquet").fold
     assert (scores["valid"]["n"], scores["train"]["n"]) == ((fold == 1).sum(), (fold == 0).sum())
 
 
-def test_a_table_of_the_split_is_a_batch_with_its_truth(shop, products, tmp_path, capsys):
-    batch = shop / "split" / "output" / "test_data.csv"
-    given = [f"images={batch}", f"model={shop}", f"output={tmp_path}", f"data.image_root={products.root}"]
-    for more in (["predict.batch_size=3"], []):  # never skipped: what it prints is its result
-        assert run("predict", [*given, *more], {}) == 0
+def test_part_table_of_a_split_is_predicted_and_scored(parts_run, products, tmp_path, capsys):
+    batch = parts_run / "split" / "output" / "test_data.csv"
+    common = [f"images={batch}", f"model={parts_run}", f"output={tmp_path}", f"data.image_root={products.root}"]
+    for arguments in (["predict.batch_size=3"], []):  # never skipped, because the output is the result
+        assert run("predict", [*common, *arguments], {}) == 0
         assert capsys.readouterr().out
-    found, asked = read_rows(tmp_path / "predictions.csv"), read_rows(batch)
-    assert [row["image_path"] for row in found] == [row["image_path"] for row in asked]
-    assert [row["true_class"] for row in found] == [row["image_type"] for row in asked]
+    results, table_rows = read_rows(tmp_path / "predictions.csv"), read_rows(batch)
+    assert [row["image_path"] for row in results] == [row["image_path"] for row in table_rows]
+    assert [row["true_class"] for row in results] == [row["image_type"] for row in table_rows]
     assert (tmp_path / "wrong_test.csv").is_file()
-    right = [row["predicted_class"] == row["true_class"] for row in found]
-    assert metrics(tmp_path)["test"]["accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+    correct = [row["predicted_class"] == row["true_class"] for row in results]
+    assert metrics(tmp_path)["test"]["accuracy"] == pytest.approx(np.mean(correct), abs=1e-6)
 
 
-def test_unreadable_images_are_rows_with_error_and_the_stage_goes_on(shop, products, tmp_path):
+def test_unreadable_images_give_error_rows_and_the_stage_continues(parts_run, products, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     shutil.copy(products.root / IMAGE, folder / "좋다.png")
@@ -151,45 +155,45 @@ def test_unreadable_images_are_rows_with_error_and_the_stage_goes_on(shop, produ
         "tiny.png,\nthin.png,\n,\n좋다.png,\n",
         encoding="utf-8-sig",
     )
-    found = predict_files(shop, folder / "list.csv", tmp_path / "out")
-    wrong = ["broken.png", "empty.jpg", "absent.png", "../../x.png", ""]
-    assert [row["image_path"] for row in found] == ["좋다.png", *wrong[:4], "tiny.png", "thin.png", "", "좋다.png"]
-    bad = [row for row in found if row["predicted_class"] == "ERROR"]
-    assert ([row["image_path"] for row in bad], {row["confidence"] for row in bad}) == (wrong, {"0.000000"})
-    assert found[0]["predicted_class"] == found[-1]["predicted_class"] == "full_shot"
+    results = predict_files(parts_run, folder / "list.csv", tmp_path / "out")
+    bad = ["broken.png", "empty.jpg", "absent.png", "../../x.png", ""]
+    assert [row["image_path"] for row in results] == ["좋다.png", *bad[:4], "tiny.png", "thin.png", "", "좋다.png"]
+    errors = [row for row in results if row["predicted_class"] == "ERROR"]
+    assert ([row["image_path"] for row in errors], {row["confidence"] for row in errors}) == (bad, {"0.000000"})
+    assert results[0]["predicted_class"] == results[-1]["predicted_class"] == "full_shot"
     assert (metrics(tmp_path / "out")["errors"], metrics(tmp_path / "out")["test"]["n"]) == (5, 1)
     (tmp_path / "bad").mkdir()
     shutil.copy(folder / "broken.png", tmp_path / "bad")
-    assert [row["predicted_class"] for row in predict_files(shop, tmp_path / "bad", tmp_path / "none")] == ["ERROR"]
+    assert [row["predicted_class"] for row in predict_files(parts_run, tmp_path / "bad", tmp_path / "none")] == [
+        "ERROR"
+    ]
 
 
-def test_images_of_formats_that_nothing_reads_are_rows_with_error_and_others_are_read_by_what_they_are(
-    shop, products, tmp_path
-):
+def test_unsupported_formats_give_error_rows_and_content_decides_the_format(parts_run, products, tmp_path):
     folder = tmp_path / "images"
     (folder / "@eaDir").mkdir(parents=True)
     for name in ("a.png", "b", "@eaDir/a.png"):
         shutil.copy(products.root / IMAGE, folder / name)
     for name in ("c.dng", "d.HEIC", "notes.txt"):
         (folder / name).write_bytes(b"nothing")
-    found = predict_files(shop, folder, tmp_path / "out")
-    right = ["full_shot", "full_shot", "ERROR", "ERROR"]
-    assert [row["image_path"] for row in found] == ["a.png", "b", "c.dng", "d.HEIC"]
-    assert [row["predicted_class"] for row in found] == right
+    results = predict_files(parts_run, folder, tmp_path / "out")
+    expected = ["full_shot", "full_shot", "ERROR", "ERROR"]
+    assert [row["image_path"] for row in results] == ["a.png", "b", "c.dng", "d.HEIC"]
+    assert [row["predicted_class"] for row in results] == expected
 
 
-def test_a_folder_and_a_zip_of_it_give_the_same(shop, products, tmp_path):
+def test_folder_and_zip_give_the_same_predictions(parts_run, products, tmp_path):
     paths = sorted((products.root / "사진").rglob("*.png"))
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for path in paths:
             archive.write(path, path.relative_to(products.root / "사진"))
-    places = (products.root / "사진", tmp_path / "images.zip")
-    rows = [predict_files(shop, images, tmp_path / f"out-{images.stem}") for images in places]
+    sources = (products.root / "사진", tmp_path / "images.zip")
+    rows = [predict_files(parts_run, images, tmp_path / f"out-{images.stem}") for images in sources]
     assert rows[0] == rows[1]
     assert len(rows[0]) == len(paths)
 
 
-def test_a_name_that_is_a_formula_is_none_in_the_table(tmp_path):
+def test_formula_in_a_file_name_is_escaped_in_the_table(tmp_path):
     results = [
         {"image_path": "=HYPERLINK(1).png", "predicted": "a", "confidence": 0.5},
         {"image_path": "-5", "predicted": "b", "confidence": 1},
@@ -199,11 +203,11 @@ def test_a_name_that_is_a_formula_is_none_in_the_table(tmp_path):
     assert [row["confidence"] for row in rows] == ["0.500000", "1.000000"]
 
 
-def test_folders_called_like_classes_are_the_truth(shop, tmp_path):
+def test_folders_named_after_classes_give_the_true_classes(parts_run, tmp_path):
     for name in ("full_shot", "care_label"):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / name / "1.png")
-    rows = predict_files(shop, tmp_path / "images", tmp_path / "out")
+    rows = predict_files(parts_run, tmp_path / "images", tmp_path / "out")
     assert [row["true_class"] for row in rows] == ["care_label", "full_shot"]
     assert [row["true_class"] for row in read_rows(tmp_path / "out" / "wrong_test.csv")] == ["care_label"]
 
@@ -223,43 +227,51 @@ def test_folders_called_like_classes_are_the_truth(shop, tmp_path):
         ("strange.csv", ["data.image_root=/nowhere"], 66, "data.image_root=/nowhere: "),
     ],
 )
-def test_bad_input_gets_one_clear_error(shop, tmp_path, images, arguments, code, message):
+def test_bad_input_gives_one_clear_error(parts_run, tmp_path, images, arguments, code, message):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "strange.csv").write_text("image_path,true_class\na.png,shoe\n")
     (tmp_path / "paths.csv").write_text("where\nnowhere.png\n")
-    given = [f"images={tmp_path / images}", f"model={shop}", f"output={tmp_path / 'out'}"]
-    more = [argument.format(tmp_path) for argument in arguments]
-    assert run("predict", [*given, *more], {"SM_OUTPUT_DIR": str(tmp_path / "failed")}) == code
+    common = [f"images={tmp_path / images}", f"model={parts_run}", f"output={tmp_path / 'out'}"]
+    formatted = [argument.format(tmp_path) for argument in arguments]
+    assert run("predict", [*common, *formatted], {"SM_OUTPUT_DIR": str(tmp_path / "failed")}) == code
     assert message in failure(tmp_path / "failed")
     assert not (tmp_path / "out" / "predictions.csv").exists()
 
 
 @pytest.fixture
-def api(shop) -> ImageClassificationAPI:
-    return ImageClassificationAPI(shop / "fold-0" / "model")
+def api(parts_run) -> ImageClassificationAPI:
+    return ImageClassificationAPI(parts_run / "fold-0" / "model")
 
 
-def test_the_api_answers_in_order_and_never_fails_for_a_bad_image(api, products, tmp_path, caplog):
+def test_api_keeps_the_order_and_gives_error_rows_for_bad_images(api, products, tmp_path, caplog):
     (tmp_path / "broken.jpg").write_bytes((products.root / IMAGE).read_bytes()[:60])
-    good = sorted(map(str, (products.root / "사진").rglob("main_*.png")))[:40]
-    asked = [good[0], str(tmp_path / "broken.jpg"), *good, str(tmp_path / "absent.jpg"), str(tmp_path), "a\0b", good[0]]
+    paths = sorted(map(str, (products.root / "사진").rglob("main_*.png")))[:40]
+    names = [
+        paths[0],
+        str(tmp_path / "broken.jpg"),
+        *paths,
+        str(tmp_path / "absent.jpg"),
+        str(tmp_path),
+        "a\0b",
+        paths[0],
+    ]
     with caplog.at_level(logging.INFO, "fivefold"):
-        found = api.predict(asked)
-    assert [row["image_path"] for row in found] == asked
-    assert all(list(row) == HEADER[:3] for row in found)
-    bad = [row for row in found if row["predicted_class"] == "ERROR"]
-    assert [(row["image_path"], row["confidence"]) for row in bad] == [(asked[at], 0.0) for at in (1, 42, 43, 44)]
-    right = [row for row in found if row not in bad]
-    assert all(0.25 < row["confidence"] <= 1 and row["predicted_class"] in api.classes for row in right)
-    assert found[0] == found[2]
-    assert found[-1] == found[0] | {"confidence": pytest.approx(found[0]["confidence"], abs=1e-5)}
+        results = api.predict(names)
+    assert [row["image_path"] for row in results] == names
+    assert all(list(row) == HEADER[:3] for row in results)
+    errors = [row for row in results if row["predicted_class"] == "ERROR"]
+    assert [(row["image_path"], row["confidence"]) for row in errors] == [(names[at], 0.0) for at in (1, 42, 43, 44)]
+    valid_rows = [row for row in results if row not in errors]
+    assert all(0.25 < row["confidence"] <= 1 and row["predicted_class"] in api.classes for row in valid_rows)
+    assert results[0] == results[2]
+    assert results[-1] == results[0] | {"confidence": pytest.approx(results[0]["confidence"], abs=1e-5)}
     assert "42 successes, 4 failures" in caplog.text
     assert [path.name for path in tmp_path.rglob("*")] == ["broken.jpg"]
     assert api.predict([]) == []
 
 
-def test_defect_product_a_bad_image_is_no_black_image_with_a_confident_class(api, tmp_path):
+def test_defect_product_bad_image_is_not_predicted_as_a_black_image(api, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
     (tmp_path / "broken.png").write_bytes(b"x")
     black, broken = api.predict([tmp_path / "black.png", tmp_path / "broken.png"])
@@ -267,76 +279,80 @@ def test_defect_product_a_bad_image_is_no_black_image_with_a_confident_class(api
     assert (broken["predicted_class"], broken["confidence"]) == ("ERROR", 0.0)
 
 
-def test_the_api_takes_paths_bytes_and_pillows_images_alike(api, products):
+def test_api_gives_equal_results_for_paths_bytes_and_pillow_images(api, products):
     path = products.root / "사진/P004/main_0.png"
     turned, exif = BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.open(path).rotate(90, expand=True).save(turned, "PNG", exif=exif)
-    things = [str(path), path, path.read_bytes(), Image.open(path), Image.open(path).convert("HSV"), turned.getvalue()]
-    found = api.predict([*things, Image.open(BytesIO(turned.getvalue())), None, 7])
-    assert len({(row["predicted_class"], round(row["confidence"], 2)) for row in found[:7]}) == 1
-    assert [row["image_path"] for row in found[:4]] == [str(path), str(path), "image 2", str(path)]
-    assert [row["predicted_class"] for row in found[7:]] == ["ERROR", "ERROR"]
-    (alone,) = api.predict(path)
-    assert alone == found[1] | {"confidence": pytest.approx(found[1]["confidence"], abs=1e-5)}
+    inputs = [str(path), path, path.read_bytes(), Image.open(path), Image.open(path).convert("HSV"), turned.getvalue()]
+    results = api.predict([*inputs, Image.open(BytesIO(turned.getvalue())), None, 7])
+    assert len({(row["predicted_class"], round(row["confidence"], 2)) for row in results[:7]}) == 1
+    assert [row["image_path"] for row in results[:4]] == [str(path), str(path), "image 2", str(path)]
+    assert [row["predicted_class"] for row in results[7:]] == ["ERROR", "ERROR"]
+    (single,) = api.predict(path)
+    assert single == results[1] | {"confidence": pytest.approx(results[1]["confidence"], abs=1e-5)}
 
 
-def test_paths_of_others_stay_in_the_folder_that_they_are_given(shop, products, tmp_path):
+def test_images_folder_rejects_paths_outside_it(parts_run, products, tmp_path):
     folder = tmp_path / "uploads"
     shutil.copytree(products.root / "사진/P004", folder / "P004")
     (tmp_path / "secret.png").write_bytes((folder / "P004/main_0.png").read_bytes())
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     good = ["P004/main_0.png", str(folder / "P004/main_0.png"), "P004/../P004/main_0.png"]
     bad = ["../secret.png", str(tmp_path / "secret.png"), "link.png", "/dev/zero", "~/secret.png", "a\0b", "P004"]
-    api = ImageClassificationAPI(shop / "fold-0" / "model", images_folder=folder)
+    api = ImageClassificationAPI(parts_run / "fold-0" / "model", images_folder=folder)
     read = [row["predicted_class"] != "ERROR" for row in api.predict([*good, *bad, Path("../secret.png")])]
     assert read == [True] * len(good) + [False] * (len(bad) + 1)
     with pytest.raises(MissingInputError):
-        ImageClassificationAPI(shop / "fold-0" / "model", images_folder=tmp_path / "absent")
+        ImageClassificationAPI(parts_run / "fold-0" / "model", images_folder=tmp_path / "absent")
 
 
-def sure(rows: list[dict]) -> np.ndarray:
+def get_confidences(rows: list[dict]) -> np.ndarray:
     return np.array([row["confidence"] for row in rows])
 
 
-def test_the_api_agrees_with_the_ensemble_stage_and_takes_its_weights_and_temperature(product_run, tmp_path):
+def test_api_agrees_with_the_ensemble_stage_including_weights_and_temperature(product_run, tmp_path):
     output = product_run / "ensemble" / "output"
     stored = predictions.read(output / "predictions.parquet")
     paths = [product_run / "eval" / name for name in stored.ids]
-    assert read_json(output / "ensemble.json")["temperature"] != 1  # an answer without it would differ
-    found = ImageClassificationAPI(product_run).predict(paths)
+    assert read_json(output / "ensemble.json")["temperature"] != 1  # predictions without it would differ
+    results = ImageClassificationAPI(product_run).predict(paths)
     classes = np.array(stored.classes, object)[stored.log_probs.argmax(axis=1)]
-    assert [row["predicted_class"] for row in found] == classes.tolist()
+    assert [row["predicted_class"] for row in results] == classes.tolist()
     expected = np.exp(stored.log_probs.max(axis=1))
-    np.testing.assert_allclose(sure(found), expected, atol=1e-5)
+    np.testing.assert_allclose(get_confidences(results), expected, atol=1e-5)
 
-    bare = ImageClassificationAPI(copy_run(product_run, tmp_path / "bare", "ensemble", "eval")).predict(paths)
+    unweighted = ImageClassificationAPI(copy_run(product_run, tmp_path / "bare", "ensemble", "eval")).predict(paths)
     single = [ImageClassificationAPI(product_run / f"fold-{fold}").predict(paths) for fold in (0, 1)]
-    same = [at for at in range(len(paths)) if len({rows[at]["predicted_class"] for rows in [*single, bare]}) == 1]
+    same = [at for at in range(len(paths)) if len({rows[at]["predicted_class"] for rows in [*single, unweighted]}) == 1]
     assert len(same) > len(paths) / 2
-    np.testing.assert_allclose(sure(bare)[same], np.mean([sure(rows)[same] for rows in single], axis=0), atol=1e-5)
-    assert np.abs(expected - sure(bare)).max() > 1e-3
+    np.testing.assert_allclose(
+        get_confidences(unweighted)[same], np.mean([get_confidences(rows)[same] for rows in single], axis=0), atol=1e-5
+    )
+    assert np.abs(expected - get_confidences(unweighted)).max() > 1e-3
 
 
 @pytest.mark.parametrize("blend", ["geometric", "vote"])
-def test_the_api_blends_as_the_ensemble_did(product_run, tmp_path, blend):
+def test_api_blends_like_the_ensemble_stage(product_run, tmp_path, blend):
     root = copy_run(product_run, tmp_path / "run", "ensemble")
     assert run_stage(root, "ensemble", "e", f"ensemble.seed_blend={blend}", MODEL=product_run) == 0
     stored = predictions.read(root / "e" / "output" / "predictions.parquet")
-    found = ImageClassificationAPI(root).predict([product_run / "eval" / name for name in stored.ids])
-    np.testing.assert_allclose(sure(found), np.exp(stored.log_probs.max(axis=1)), atol=1e-4)
+    results = ImageClassificationAPI(root).predict([product_run / "eval" / name for name in stored.ids])
+    np.testing.assert_allclose(get_confidences(results), np.exp(stored.log_probs.max(axis=1)), atol=1e-4)
 
 
-def test_the_api_reads_a_students_folder_and_a_tarball(shop, product_run, products, tmp_path):
+def test_api_reads_a_student_folder_and_a_tarball(parts_run, product_run, products, tmp_path):
     path = products.root / "사진/P004/main_0.png"
     assert ImageClassificationAPI(product_run / "distill" / "model").predict([path])[0]["confidence"] > 0.25
-    packed = Path(shutil.make_archive(str(tmp_path / "model"), "gztar", shop / "fold-0" / "model"))
-    assert ImageClassificationAPI(packed).predict([path]) == ImageClassificationAPI(shop / "fold-0").predict([path])
+    tarball = Path(shutil.make_archive(str(tmp_path / "model"), "gztar", parts_run / "fold-0" / "model"))
+    assert ImageClassificationAPI(tarball).predict([path]) == ImageClassificationAPI(parts_run / "fold-0").predict(
+        [path]
+    )
 
 
-def test_the_api_says_what_is_wrong_with_a_model(shop, product_run, tmp_path):
+def test_api_reports_what_is_wrong_with_a_model(parts_run, product_run, tmp_path):
     shutil.copytree(product_run / "fold-0", tmp_path / "both" / "a")
-    shutil.copytree(shop / "fold-0", tmp_path / "both" / "b")
+    shutil.copytree(parts_run / "fold-0", tmp_path / "both" / "b")
     root = copy_run(product_run, tmp_path / "run", "eval")
     description = root / "ensemble" / "output" / "ensemble.json"
     write_json(description, read_json(description) | {"within": "rank"})
@@ -350,32 +366,32 @@ def test_the_api_says_what_is_wrong_with_a_model(shop, product_run, tmp_path):
         with pytest.raises(error, match=message):
             ImageClassificationAPI(folder)
     with pytest.raises(SettingsError, match=r"unknown device 'gpu'"):
-        ImageClassificationAPI(shop, device="gpu")
+        ImageClassificationAPI(parts_run, device="gpu")
     description.write_text('{"members": [{"x": 1}]}')
     with pytest.raises(DataError, match="does not describe an ensemble"):
         ImageClassificationAPI(root)
 
 
-def test_importing_the_package_stays_light_and_the_api_comes_when_asked_for():
+def test_package_import_is_light_and_loads_the_api_on_demand():
     code = (
         "import sys, fivefold\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
         "from fivefold import ImageClassificationAPI\nassert 'torch' in sys.modules\n"
         "print(sorted(fivefold.__all__))\nfivefold.nothing"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.stdout == "['ImageClassificationAPI', '__version__']\n"
-    assert done.stderr.splitlines()[-1] == "AttributeError: module 'fivefold' has no attribute 'nothing'"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.stdout == "['ImageClassificationAPI', '__version__']\n"
+    assert result.stderr.splitlines()[-1] == "AttributeError: module 'fivefold' has no attribute 'nothing'"
 
 
-def test_images_that_changed_since_the_split_are_no_truth(shop, products, tmp_path):
+def test_images_that_changed_since_the_split_give_error_rows(parts_run, products, tmp_path):
     shutil.copytree(products.root, tmp_path / "data")
     Image.new("RGB", (16, 16)).save(tmp_path / "data" / "사진/P000/main_0.png")
-    rows = read_rows(predict(shop, tmp_path / "out", IMAGES=tmp_path / "data") / "predictions.csv")
+    rows = read_rows(run_predict(parts_run, tmp_path / "out", IMAGES=tmp_path / "data") / "predictions.csv")
     assert Counter(row["predicted_class"] == "ERROR" for row in rows)[True] == 1
 
 
-def test_a_disk_too_small_for_the_model_is_told_before_training(shop, tiny_disk):
-    assert run_stage(shop, "train-fold", tiny_disk, "FOLD=0", *TRAINING, "train.epochs=1000000") == 75
+def test_disk_too_small_for_the_model_is_reported_before_training(parts_run, tiny_disk):
+    assert run_stage(parts_run, "train-fold", tiny_disk, "FOLD=0", *TRAINING, "train.epochs=1000000") == 75
     message = failure(tiny_disk).split("\n")[0]
     assert re.search(r"has 0\.\d MiB free, .* 4\.\d MiB: free some", message)
     assert not list((tiny_disk / "model").iterdir())

@@ -1,4 +1,4 @@
-"""What every fold would meet is found before a run starts, with the exit code that the fold would have."""
+"""Preflight reports errors that every fold would hit before the run starts, with the exit code of the fold."""
 
 import sys
 from pathlib import Path
@@ -13,17 +13,17 @@ from fivefold.stages import preflight
 from jobs import submit
 from toy_data import MODEL, call_jobs, noise_in
 
-GIVEN = ("train.precision=fp32", "train.loggers=[]", "train.device=cpu")
+CPU_SETTINGS = ("train.precision=fp32", "train.loggers=[]", "train.device=cpu")
 
 
-def settings(*arguments: str) -> Settings:
-    return load([arguments_layer([*MODEL, *GIVEN, *arguments])])
+def load_settings(*arguments: str) -> Settings:
+    return load([arguments_layer([*MODEL, *CPU_SETTINGS, *arguments])])
 
 
-def code_of(*arguments: str, here: bool = False) -> int:
-    """The exit code of the check of these settings."""
+def check_exit_code(*arguments: str, here: bool = False) -> int:
+    """Check these settings; return the exit code."""
     try:
-        preflight.check_training(settings(*arguments), ["train-fold", "distill"], here)
+        preflight.check_training(load_settings(*arguments), ["train-fold", "distill"], here)
     except FivefoldError as error:
         return error.exit_code
     return 0
@@ -66,16 +66,16 @@ def code_of(*arguments: str, here: bool = False) -> int:
     ],
     ids=" ".join,
 )
-def test_a_setting_that_every_fold_or_the_student_would_refuse_is_64(arguments):
-    assert code_of(*arguments) == 64
+def test_settings_that_a_fold_or_the_student_would_reject_exit_64(arguments):
+    assert check_exit_code(*arguments) == 64
 
 
-def test_settings_that_work_are_let_through():
-    assert code_of() == 0
-    assert code_of("distill.patience=3", "split.holdout=0.2") == 0
-    assert code_of("distill.patience=3", "split.ratios=[0.8,0.1,0.1]") == 0
+def test_valid_settings_pass():
+    assert check_exit_code() == 0
+    assert check_exit_code("distill.patience=3", "split.holdout=0.2") == 0
+    assert check_exit_code("distill.patience=3", "split.ratios=[0.8,0.1,0.1]") == 0
     assert (
-        code_of(
+        check_exit_code(
             "model.pretrained=true",
             "model.backbone=torchvision/resnet18",
             "model.backbone_kwargs={}",
@@ -85,7 +85,7 @@ def test_settings_that_work_are_let_through():
     )
 
 
-def test_what_only_this_machine_lacks_is_told_only_where_the_run_is_here(tmp_path):
+def test_limits_of_this_machine_are_checked_only_for_local_runs(tmp_path):
     for arguments, code in (
         (["train.batch_size=1000000000"], 64),
         (["train.device=cuda:77"], 64),
@@ -94,12 +94,12 @@ def test_what_only_this_machine_lacks_is_told_only_where_the_run_is_here(tmp_pat
         (["train.compile=true"], 64),
         ([f"distill.teacher={tmp_path / 'none'}"], 66),
     ):
-        assert (code_of(*arguments), code_of(*arguments, here=True)) == (0, code), arguments
-    assert code_of(here=True) == 0
+        assert (check_exit_code(*arguments), check_exit_code(*arguments, here=True)) == (0, code), arguments
+    assert check_exit_code(here=True) == 0
 
 
-def test_files_and_weights_that_a_run_names_are_looked_for():
-    def ends(*arguments: str, here: bool = True, stages: tuple[str, ...] = ("ensemble",)) -> int:
+def test_missing_submissions_and_weights_are_reported():
+    def plan_exit_code(*arguments: str, here: bool = True, stages: tuple[str, ...] = ("ensemble",)) -> int:
         plan = select(make_plan(Inputs(train="t", eval="e"), [*MODEL, *arguments], run="r", recipe="demo"), stages)
         try:
             preflight.check_plan(plan, Inputs(train="t", eval="e"), here)
@@ -108,37 +108,37 @@ def test_files_and_weights_that_a_run_names_are_looked_for():
         return 0
 
     blend = "ensemble.blend=weighted"
-    assert ends(blend, "ensemble.weights={demo=1}") == 0
-    assert ends(blend, "ensemble.weights={demo=1, other=1}") == 64
-    assert ends(blend, "ensemble.weights={demo=1}", "system=mine") == 64
-    assert ends(blend, "ensemble.weights={demo=1, other=1}", stages=("evaluate",)) == 0
-    assert ends("ensemble.submissions=none.csv") == 66
-    assert ends("ensemble.submissions=none.csv", here=False) == 0
-    assert ends("model.weights=none.safetensors", stages=("train-fold",)) == 66
+    assert plan_exit_code(blend, "ensemble.weights={demo=1}") == 0
+    assert plan_exit_code(blend, "ensemble.weights={demo=1, other=1}") == 64
+    assert plan_exit_code(blend, "ensemble.weights={demo=1}", "system=mine") == 64
+    assert plan_exit_code(blend, "ensemble.weights={demo=1, other=1}", stages=("evaluate",)) == 0
+    assert plan_exit_code("ensemble.submissions=none.csv") == 66
+    assert plan_exit_code("ensemble.submissions=none.csv", here=False) == 0
+    assert plan_exit_code("model.weights=none.safetensors", stages=("train-fold",)) == 66
 
 
-def test_weights_may_lie_in_the_channel_of_the_run(tmp_path):
+def test_weights_are_searched_in_the_channel_of_the_run(tmp_path):
     (tmp_path / "start.safetensors").touch()
-    preflight.check_weights([settings("model.weights=start.safetensors")], str(tmp_path))
+    preflight.check_weights([load_settings("model.weights=start.safetensors")], str(tmp_path))
 
 
-def test_submit_ends_with_the_code_before_anything_is_written(tmp_path: Path):
+def test_submit_exits_before_it_writes_anything(tmp_path: Path):
     noise_in(tmp_path / "train", ("a", "b"), 4)
-    given = [f"train={tmp_path / 'train'}", f"runs={tmp_path / 'runs'}", "run=r", *MODEL]
-    given += ["train.epochs=2", "train.warmup_epochs=2"]
+    arguments = [f"train={tmp_path / 'train'}", f"runs={tmp_path / 'runs'}", "run=r", *MODEL]
+    arguments += ["train.epochs=2", "train.warmup_epochs=2"]
     with pytest.raises(SettingsError):
-        submit.main(given)
-    refused = call_jobs("submit", *given, "--dry-run")
+        submit.main(arguments)
+    refused = call_jobs("submit", *arguments, "--dry-run")
     assert refused.returncode == 64, refused.stderr
     assert "train.warmup_epochs=2" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "runs").exists()
 
 
-def test_settings_that_cannot_be_tried_stop_no_run(tmp_path: Path, monkeypatch, capsys):
+def test_settings_that_cannot_be_checked_do_not_stop_a_run(tmp_path: Path, monkeypatch, capsys):
     noise_in(tmp_path / "train", ("a", "b"), 4)
-    given = [f"train={tmp_path / 'train'}", f"runs={tmp_path / 'runs'}", "run=r", *MODEL, "--dry-run"]
+    arguments = [f"train={tmp_path / 'train'}", f"runs={tmp_path / 'runs'}", "run=r", *MODEL, "--dry-run"]
     monkeypatch.setattr(preflight, "MODULE", "fivefold.nowhere")
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert submit.main(given) == 0
+    assert submit.main(arguments) == 0
     assert "train-fold" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""RUN=first: stages by hand, with no path but those of the images, write what a submitted run would."""
+"""With RUN=first, stages run by hand need only the image paths and write the same files as a submitted run."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ SETTINGS = ["split.folds=2", *TINY]
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Twelve images of two classes, and six to predict with their truth; runs lie beside them."""
+def image_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twelve images of two classes and six test images with ground truth; runs are written beside them."""
     noise_in(tmp_path / "train", ["a", "b"], 6)
     noise_in(tmp_path / "eval", ["images"], 6, seed=1)
     write_test_table(tmp_path / "eval", 6, truth=True)
@@ -23,9 +23,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_stages_by_hand_are_a_run_that_submit_finds_done(data: Path, capfd):
-    given = {"SM_CHANNEL_TRAIN": "train", "SM_CHANNEL_EVAL": "eval", "RUN": "first"}
-    for stage, more in [
+def test_submit_skips_stages_that_were_run_by_hand(image_folders: Path, capfd):
+    channels = {"SM_CHANNEL_TRAIN": "train", "SM_CHANNEL_EVAL": "eval", "RUN": "first"}
+    for stage, variables in [
         ("split", {}),
         ("train-fold", {"FOLD": "0"}),
         ("train-fold", {"JOB_COMPLETION_INDEX": "1"}),
@@ -33,16 +33,16 @@ def test_stages_by_hand_are_a_run_that_submit_finds_done(data: Path, capfd):
         ("evaluate", {}),
         ("distill", {}),
     ]:
-        assert run(stage, SETTINGS, {**given, **more}) == 0
-    folder = data / "runs" / "first"
+        assert run(stage, SETTINGS, {**channels, **variables}) == 0
+    folder = image_folders / "runs" / "first"
     assert (folder / "fold-1" / "model" / OOF).is_file()
-    assert '"accuracy"' in (folder / "evaluate" / "output" / METRICS).read_text(), "the truth beside test.csv was found"
-    before = {path: path.read_bytes() for path in folder.rglob(RECORD)}
-    assert len(before) == 6
+    assert '"accuracy"' in (folder / "evaluate" / "output" / METRICS).read_text(), "ground truth beside test.csv"
+    records_before = {path: path.read_bytes() for path in folder.rglob(RECORD)}
+    assert len(records_before) == 6
 
     stages = "stages=split,train-fold,ensemble,evaluate,distill"
     assert main(["submit", "train=train", "eval=eval", "run=first", stages, *SETTINGS]) == 0
-    assert {path: path.read_bytes() for path in before} == before
-    said = capfd.readouterr()
-    assert " runs: split" not in said.out + said.err
-    assert (said.out + said.err).count("nothing to do") == 6
+    assert {path: path.read_bytes() for path in records_before} == records_before
+    printed = capfd.readouterr()
+    assert " runs: split" not in printed.out + printed.err
+    assert (printed.out + printed.err).count("nothing to do") == 6

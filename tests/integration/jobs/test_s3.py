@@ -1,4 +1,4 @@
-"""The stages with every channel and output on `s3://`, against a real server, with a proxy that breaks things between them."""
+"""Stages with every channel and output on `s3://`, against a real server, with a proxy that injects faults."""
 
 import hashlib
 import json
@@ -18,26 +18,26 @@ from toy_data import SETTINGS as TINY
 from toy_data import draw, write_test_table
 
 SETTINGS = [*TINY, "train.epochs=2"]
-IMAGES = 12
-"""Of each of two classes, and to be tested."""
-SAME = (".parquet", ".safetensors", "classes.json", "submission.csv")
-"""Files that hold neither a time nor a place."""
+IMAGES_PER_FOLDER = 12
+"""Training images of each of two classes, and test images."""
+STABLE_FILES = (".parquet", ".safetensors", "classes.json", "submission.csv")
+"""Files that contain neither times nor paths."""
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Training images, test images and their truth."""
+    """Training images, and test images with ground truth."""
     root, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for name in ("train/a", "train/b", "test/images"):
-        for number in range(IMAGES):
+        for number in range(IMAGES_PER_FOLDER):
             bright = name == "train/b" or (name == "test/images" and number % 2 == 1)
             draw(root / name / f"{number}.png", random, channel=slice(None), by=100 * bright)
-    write_test_table(root / "test", IMAGES, truth=True)
+    write_test_table(root / "test", IMAGES_PER_FOLDER, truth=True)
     return root
 
 
 @pytest.fixture
-def filled(bucket, images) -> Bucket:
+def filled_bucket(bucket, images) -> Bucket:
     """A bucket with the images and their tables."""
     for path in images.rglob("*.*"):
         bucket.write(f"data/{path.relative_to(images).as_posix()}", path.read_bytes())
@@ -54,8 +54,8 @@ STAGES = {
 }
 
 
-def stage(bucket: Bucket, step: str, *more: str, **others: str) -> int:
-    """A step of a run whose channels and outputs all lie in the bucket, but for the failure file; its exit code."""
+def run_step(bucket: Bucket, step: str, *settings: str, **variables: str) -> int:
+    """Run a step with all channels and outputs in the bucket, except the failure file; return the exit code."""
     name, arguments, channels = STAGES[step]
     places = {"TRAIN": "data/train", "EVAL": "data/test", **channels}
     places |= {"FOLDS": "run/split/output"} if name != "split" else {}
@@ -63,76 +63,79 @@ def stage(bucket: Bucket, step: str, *more: str, **others: str) -> int:
     environ["SM_GROUND_TRUTH_DIR"] = f"s3://{bucket.name}/data/test/gt.csv"
     environ["SM_MODEL_DIR"] = f"s3://{bucket.name}/run/{step}/model"
     environ["SM_OUTPUT_DATA_DIR"] = f"s3://{bucket.name}/run/{step}/output"
-    return run(name, [*arguments, *more], environ | others)
+    return run(name, [*arguments, *settings], environ | variables)
 
 
-def record(bucket: Bucket, step: str) -> dict:
-    """The one record of a step; all files that it names lie beside it."""
-    found = [key for key in bucket.listed(f"run/{step}/") if key.endswith("/stage.json")]
-    assert len(found) == 1, found
-    told = json.loads(bucket.read(found[0]))
-    attempt = found[0].removesuffix("stage.json")
-    assert {key.removeprefix(attempt) for key in bucket.listed(attempt)} == {*told["files"], "stage.json"}
-    for name, digest in told["files"].items():
+def read_record(bucket: Bucket, step: str) -> dict:
+    """Return the only record of a step; check that exactly the files it names lie beside it."""
+    keys = [key for key in bucket.listed(f"run/{step}/") if key.endswith("/stage.json")]
+    assert len(keys) == 1, keys
+    record = json.loads(bucket.read(keys[0]))
+    attempt = keys[0].removesuffix("stage.json")
+    assert {key.removeprefix(attempt) for key in bucket.listed(attempt)} == {*record["files"], "stage.json"}
+    for name, digest in record["files"].items():
         assert hashlib.sha256(bucket.read(attempt + name)).hexdigest() == digest
-    return told
+    return record
 
 
-def contents(bucket: Bucket) -> dict[str, bytes]:
+def read_objects(bucket: Bucket) -> dict[str, bytes]:
     return {key: bucket.read(key) for key in sorted(bucket.listed())}
 
 
-def results(bucket: Bucket) -> dict[str, dict[str, str]]:
-    """The digests of what each step made, but for what holds a time or a place."""
-    return {step: {n: d for n, d in record(bucket, step)["files"].items() if n.endswith(SAME)} for step in STAGES}
+def read_digests(bucket: Bucket) -> dict[str, dict[str, str]]:
+    """Return the digests of the outputs of each step that contain neither times nor paths."""
+    return {
+        step: {n: d for n, d in read_record(bucket, step)["files"].items() if n.endswith(STABLE_FILES)}
+        for step in STAGES
+    }
 
 
-def test_the_smallest_policy_is_enough_and_no_more_than_the_data_and_the_runs(filled):
-    policy = Policy("s3-policy.json", BUCKET=filled.name, PREFIX="run")
+def test_minimal_policy_is_enough_and_covers_only_the_data_and_the_runs(filled_bucket):
+    policy = Policy("s3-policy.json", BUCKET=filled_bucket.name, PREFIX="run")
     proxy = Proxy(
-        filled.endpoint, lambda request: None if policy.allows_request(request.method, request.path) else "403"
+        filled_bucket.endpoint, lambda request: None if policy.allows_request(request.method, request.path) else "403"
     )
     with proxy.listening() as endpoint, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        assert [stage(filled, step) for step in ("split", "fold-0", "split")] == [0, 0, 0]
+        assert [run_step(filled_bucket, step) for step in ("split", "fold-0", "split")] == [0, 0, 0]
         assert proxy.faults == []
         assert {request.method for request in proxy.requests} == {"GET", "PUT", "DELETE"}
-        outside = f"s3://{filled.name}/elsewhere/output"
-        assert stage(filled, "split", SM_OUTPUT_DATA_DIR=outside) == 64
-        assert stage(filled, "split", SM_CHANNEL_TRAIN=f"s3://{filled.name}/database") == 64
+        outside = f"s3://{filled_bucket.name}/elsewhere/output"
+        assert run_step(filled_bucket, "split", SM_OUTPUT_DATA_DIR=outside) == 64
+        assert run_step(filled_bucket, "split", SM_CHANNEL_TRAIN=f"s3://{filled_bucket.name}/database") == 64
         assert proxy.faults
     for key in ("data/x", "run2/x", "runs", "x"):
-        assert not policy.of_objects(filled.name, key) - ({"Get"} if key == "data/x" else set()), key
-        assert not policy.lists(filled.name, "" if key == "x" else key.replace("data/x", "data2"))
+        assert not policy.of_objects(filled_bucket.name, key) - ({"Get"} if key == "data/x" else set()), key
+        assert not policy.lists(filled_bucket.name, "" if key == "x" else key.replace("data/x", "data2"))
 
 
 @pytest.mark.slow
-def test_the_whole_run_lies_in_a_bucket_and_again_has_nothing_to_do(filled, capsys):
+def test_whole_run_in_a_bucket_and_a_second_run_has_nothing_to_do(filled_bucket, capsys):
     for step in STAGES:
-        assert stage(filled, step) == 0, step
-    assert record(filled, "evaluate")["metrics"]["test"]["n"] == IMAGES
-    assert record(filled, "distill")["sources"]["train"] == [f"s3://{filled.name}/data/train"] * 2
-    before = contents(filled)
-    assert not [key for key in before if "checkpoints" in key], "what a finished stage no longer needs"
+        assert run_step(filled_bucket, step) == 0, step
+    assert read_record(filled_bucket, "evaluate")["metrics"]["test"]["n"] == IMAGES_PER_FOLDER
+    assert read_record(filled_bucket, "distill")["sources"]["train"] == [f"s3://{filled_bucket.name}/data/train"] * 2
+    before = read_objects(filled_bucket)
+    assert not [key for key in before if "checkpoints" in key], "a finished stage keeps no checkpoints"
     capsys.readouterr()
     for step in STAGES:
-        assert stage(filled, step) == 0
-    told = capsys.readouterr().err
-    assert told.count("nothing to do") == len(STAGES)
-    assert f"match s3://{filled.name}/run/split/output/stage.json" in told
-    assert "/tmp" not in told, "paths of this process mean nothing to anybody"
-    assert contents(filled) == before
-    check_lineage(filled, capsys)
+        assert run_step(filled_bucket, step) == 0
+    log = capsys.readouterr().err
+    assert log.count("nothing to do") == len(STAGES)
+    assert f"match s3://{filled_bucket.name}/run/split/output/stage.json" in log
+    assert "/tmp" not in log, "the log names temporary paths of this process"
+    assert read_objects(filled_bucket) == before
+    assert_trace_works(filled_bucket, capsys)
 
 
-def check_lineage(bucket: Bucket, capsys) -> None:
-    """`trace` finds its way through the bucket, from a file as its stage wrote it back to the images, and tells a changed one."""
+def assert_trace_works(bucket: Bucket, capsys) -> None:
+    """Check that `trace` follows the records in the bucket from a result to the images and reports a changed image."""
     url = f"s3://{bucket.name}"
     assert main(["trace", f"{url}/run/distill/model/model.safetensors"]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith(f"distill: {url}/run/distill/model")
-    assert f"model <- train-fold: {url}/run/fold-1/model" in told
-    assert f"train: {url}/data/train" in told
+    output = capsys.readouterr().out
+    assert output.startswith(f"distill: {url}/run/distill/model")
+    assert f"model <- train-fold: {url}/run/fold-1/model" in output
+    assert f"train: {url}/data/train" in output
     assert main(["trace", f"{url}/run/ensemble", "--check"]) == 0
     assert ": 4 records" in capsys.readouterr().out
     bucket.write("data/train/a/3.png", bucket.read("data/train/a/4.png"))
@@ -142,100 +145,109 @@ def check_lineage(bucket: Bucket, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_a_changed_setting_replaces_the_attempt_and_the_stages_after_it_see_the_new_one(filled, capsys):
+def test_changed_setting_replaces_the_attempt_and_later_stages_use_the_new_one(filled_bucket, capsys):
     for step in ("split", "fold-0", "fold-1", "ensemble"):
-        assert stage(filled, step) == 0
-    old = record(filled, "fold-0")
+        assert run_step(filled_bucket, step) == 0
+    old_record = read_record(filled_bucket, "fold-0")
     capsys.readouterr()
     for step in ("fold-0", "fold-1"):
-        assert stage(filled, step, "train.lr=0.01") == 0
+        assert run_step(filled_bucket, step, "train.lr=0.01") == 0
         assert "train-fold runs: settings differ: train.lr" in capsys.readouterr().err
-    assert record(filled, "fold-0")["files"] != old["files"]
-    assert stage(filled, "ensemble") == 0
+    assert read_record(filled_bucket, "fold-0")["files"] != old_record["files"]
+    assert run_step(filled_bucket, "ensemble") == 0
     assert "ensemble runs: inputs differ: model" in capsys.readouterr().err
 
 
-def test_an_attempt_without_its_record_counts_for_nothing(filled, capsys):
-    assert stage(filled, "split") == 0
-    attempt = next(key for key in filled.listed("run/split") if key.endswith("stage.json")).removesuffix("stage.json")
-    half = attempt[:-9] + "00000000/"
-    filled.write(f"{half}folds.parquet", b"half a fi")
-    assert stage(filled, "fold-0") == 0, "reads the whole one"
-    filled.delete(f"{attempt}stage.json")
+def test_attempt_without_a_record_is_ignored(filled_bucket, capsys):
+    assert run_step(filled_bucket, "split") == 0
+    attempt = next(key for key in filled_bucket.listed("run/split") if key.endswith("stage.json")).removesuffix(
+        "stage.json"
+    )
+    incomplete = attempt[:-9] + "00000000/"
+    filled_bucket.write(f"{incomplete}folds.parquet", b"half a fi")
+    assert run_step(filled_bucket, "fold-0") == 0, "the stage reads the complete attempt"
+    filled_bucket.delete(f"{attempt}stage.json")
     capsys.readouterr()
-    assert stage(filled, "fold-1") == 66
-    assert f"s3://{filled.name}/run/split/output: no" in capsys.readouterr().err
+    assert run_step(filled_bucket, "fold-1") == 66
+    assert f"s3://{filled_bucket.name}/run/split/output: no" in capsys.readouterr().err
 
 
-def test_system_folders_of_a_bucket_are_left_out_and_counted(filled, images, capsys):
+def test_system_folders_of_a_bucket_are_ignored_and_counted(filled_bucket, images, capsys):
     content = (images / "train/a/0.png").read_bytes()
     for key in ("a/@eaDir/0.png/SYNOPHOTO_THUMB_XL.jpg", "#recycle/a/1.png", "__MACOSX/a/._0.png", "lost+found/2.png"):
-        filled.write(f"data/train/{key}", content)
-    filled.write("data/train/a/raw.dng", content)
-    filled.write("data/train/cow/", b"")
-    assert stage(filled, "split") == 0
-    (key,) = [key for key in filled.listed("run/split") if key.endswith("split_summary.json")]
-    summary = json.loads(filled.read(key))
-    assert summary["rows"] == 2 * IMAGES
+        filled_bucket.write(f"data/train/{key}", content)
+    filled_bucket.write("data/train/a/raw.dng", content)
+    filled_bucket.write("data/train/cow/", b"")
+    assert run_step(filled_bucket, "split") == 0
+    (key,) = [key for key in filled_bucket.listed("run/split") if key.endswith("split_summary.json")]
+    summary = json.loads(filled_bucket.read(key))
+    assert summary["rows"] == 2 * IMAGES_PER_FOLDER
     assert summary["left_out"] == {"in system folders": 3, ".dng": 1}
-    said = capsys.readouterr().err
-    assert "/data/train: " in said
-    assert "1 hidden" in said
-    assert "/data/train: folders without any object: cow/" in said
+    log = capsys.readouterr().err
+    assert "/data/train: " in log
+    assert "1 hidden" in log
+    assert "/data/train: folders without any object: cow/" in log
 
 
-def test_archived_objects_are_66_before_anything_is_fetched(filled, images, tmp_path, capsys):
+def test_archived_objects_exit_66_before_anything_is_downloaded(filled_bucket, images, tmp_path, capsys):
     content, key = (images / "train/a/0.png").read_bytes(), "data/train/a/0.png"
-    filled.client.put_object(Bucket=filled.name, Key=key, Body=content, StorageClass="GLACIER")
-    assert stage(filled, "split") == 66
-    assert f"s3://{filled.name}/{key}" in capsys.readouterr().err
-    assert not filled.listed("run/split")
-    filled.client.restore_object(Bucket=filled.name, Key=key, RestoreRequest={"Days": 1})
-    assert stage(filled, "split") == 0
+    filled_bucket.client.put_object(Bucket=filled_bucket.name, Key=key, Body=content, StorageClass="GLACIER")
+    assert run_step(filled_bucket, "split") == 66
+    assert f"s3://{filled_bucket.name}/{key}" in capsys.readouterr().err
+    assert not filled_bucket.listed("run/split")
+    filled_bucket.client.restore_object(Bucket=filled_bucket.name, Key=key, RestoreRequest={"Days": 1})
+    assert run_step(filled_bucket, "split") == 0
 
 
-def test_names_that_no_file_system_or_store_has_room_for_end_at_once(filled, images, capsys):
+def test_names_too_long_for_a_file_system_or_store_exit_at_once(filled_bucket, images, capsys):
     content = (images / "train/a/0.png").read_bytes()
-    filled.write(f"data/train/a/{'n' * 300}.png", content)
-    assert stage(filled, "split") == 65
+    filled_bucket.write(f"data/train/a/{'n' * 300}.png", content)
+    assert run_step(filled_bucket, "split") == 65
     assert "nnn" in capsys.readouterr().err
-    filled.delete(f"data/train/a/{'n' * 300}.png")
-    long = "/".join(["p" * 100] * 8)
-    assert stage(filled, "split", SM_OUTPUT_DATA_DIR=f"s3://{filled.name}/{long}") == 64
-    assert not filled.listed("p")
+    filled_bucket.delete(f"data/train/a/{'n' * 300}.png")
+    long_key = "/".join(["p" * 100] * 8)
+    assert run_step(filled_bucket, "split", SM_OUTPUT_DATA_DIR=f"s3://{filled_bucket.name}/{long_key}") == 64
+    assert not filled_bucket.listed("p")
 
 
 @pytest.mark.slow
-def test_two_writers_do_not_mix(filled, monkeypatch):
-    """A pod's dying twin leaves its files and its record after ours; who reads takes the one or the other."""
+def test_files_of_two_writers_are_not_mixed(filled_bucket, monkeypatch):
+    """A second pod writes its files and record after the first; a reader takes either attempt, never a mixture."""
     monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
-    assert stage(filled, "split") == 0
-    mine = record(filled, "split")
-    key = next(key for key in filled.listed("run/split") if key.endswith("stage.json"))
-    twin = key.replace(key.split("/")[-2][-8:], "ffffffff").removesuffix("stage.json")
-    other = filled.read(key.replace("stage.json", "folds.parquet")) + b"!"
-    filled.write(f"{twin}folds.parquet", other)
-    assert stage(filled, "fold-0") == 0
-    filled.write(f"{twin}stage.json", json.dumps({**mine, "files": {"folds.parquet": "0" * 64}}).encode())
-    assert stage(filled, "fold-1") == 75, "the twin's record is newer, and its file is not what it says"
-    files = {name: hashlib.sha256(filled.read(key.replace("stage.json", name))).hexdigest() for name in mine["files"]}
+    assert run_step(filled_bucket, "split") == 0
+    record = read_record(filled_bucket, "split")
+    key = next(key for key in filled_bucket.listed("run/split") if key.endswith("stage.json"))
+    other_attempt = key.replace(key.split("/")[-2][-8:], "ffffffff").removesuffix("stage.json")
+    other_table = filled_bucket.read(key.replace("stage.json", "folds.parquet")) + b"!"
+    filled_bucket.write(f"{other_attempt}folds.parquet", other_table)
+    assert run_step(filled_bucket, "fold-0") == 0
+    filled_bucket.write(
+        f"{other_attempt}stage.json", json.dumps({**record, "files": {"folds.parquet": "0" * 64}}).encode()
+    )
+    assert run_step(filled_bucket, "fold-1") == 75, "the second record is newer, but its file does not match its digest"
+    files = {
+        name: hashlib.sha256(filled_bucket.read(key.replace("stage.json", name))).hexdigest()
+        for name in record["files"]
+    }
     for name in files:
-        filled.write(f"{twin}{name}", filled.read(key.replace("stage.json", name)))
-    filled.write(f"{twin}stage.json", json.dumps({**mine, "files": files}).encode())
-    assert stage(filled, "fold-1") == 0
-    assert stage(filled, "split") == 0
+        filled_bucket.write(f"{other_attempt}{name}", filled_bucket.read(key.replace("stage.json", name)))
+    filled_bucket.write(f"{other_attempt}stage.json", json.dumps({**record, "files": files}).encode())
+    assert run_step(filled_bucket, "fold-1") == 0
+    assert run_step(filled_bucket, "split") == 0
 
 
 @pytest.mark.slow
-def test_submit_takes_its_inputs_from_a_bucket(filled, tmp_path, capsys):
-    """The stages run here; the truth beside the test table is found there."""
-    train, test = f"train=s3://{filled.name}/data/train", f"eval=s3://{filled.name}/data/test"
-    asked = ["submit", train, test, f"runs={tmp_path}", "run=r", "split.folds=2", *SETTINGS]
-    assert main([*asked, "--dry-run"]) == 0
-    assert f"=s3://{filled.name}/data/test/gt.csv" in capsys.readouterr().out
-    assert main([*asked, "stages=split"]) == 0
+def test_submit_reads_inputs_from_a_bucket(filled_bucket, tmp_path, capsys):
+    """The stages run locally; the ground truth lies beside the test table in the bucket."""
+    train, test = f"train=s3://{filled_bucket.name}/data/train", f"eval=s3://{filled_bucket.name}/data/test"
+    arguments = ["submit", train, test, f"runs={tmp_path}", "run=r", "split.folds=2", *SETTINGS]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert f"=s3://{filled_bucket.name}/data/test/gt.csv" in capsys.readouterr().out
+    assert main([*arguments, "stages=split"]) == 0
     assert (tmp_path / "r" / "split" / "output" / "folds.parquet").is_file()
-    assert main(["submit", f"train=s3://{filled.name}/nothing", f"runs={tmp_path}", "run=s", "stages=split"]) == 66
+    assert (
+        main(["submit", f"train=s3://{filled_bucket.name}/nothing", f"runs={tmp_path}", "run=s", "stages=split"]) == 66
+    )
     assert main(["submit", "train=gs://b/k", f"runs={tmp_path}", "run=s"]) == 64
 
 
@@ -243,44 +255,44 @@ FAULTS = ("503", "drop", "truncate", "slow", "lost")
 
 
 @pytest.mark.slow
-def test_faults_between_the_stages_and_the_store_change_nothing(filled, monkeypatch):
-    """A share of all requests fails in each way; every stage ends well, with the bytes of a run without faults."""
+def test_network_faults_do_not_change_results(filled_bucket, monkeypatch):
+    """Some requests fail in each way; every stage succeeds and writes the same bytes as a run without faults."""
     for step in STAGES:
-        assert stage(filled, step) == 0
-    undisturbed = results(filled)
-    for key in filled.listed("run/"):
-        filled.delete(key)
-    proxy = Proxy(filled.endpoint, now_and_then(0, 0.1, FAULTS))
+        assert run_step(filled_bucket, step) == 0
+    expected = read_digests(filled_bucket)
+    for key in filled_bucket.listed("run/"):
+        filled_bucket.delete(key)
+    proxy = Proxy(filled_bucket.endpoint, now_and_then(0, 0.1, FAULTS))
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         for step in STAGES:
-            assert stage(filled, step) == 0, step
+            assert run_step(filled_bucket, step) == 0, step
     assert {*proxy.faults} == {*FAULTS}
-    assert results(filled) == undisturbed
+    assert read_digests(filled_bucket) == expected
 
 
-def test_a_store_that_fails_again_and_again_is_not_given_up_while_objects_arrive(filled, monkeypatch, capsys):
-    """Each image fails five times: all together more often than a store without progress is tried."""
+def test_retries_continue_while_objects_arrive(filled_bucket, monkeypatch, capsys):
+    """Each image fails five times; the total exceeds the attempts allowed without progress."""
     monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
     monkeypatch.setattr("fivefold.contract.s3.client.TRANSFER_CONFIG", TransferConfig(max_concurrency=2))
-    left = dict.fromkeys((f"/{filled.name}/{key}" for key in filled.listed("data/train/")), 5)
+    failures_left = dict.fromkeys((f"/{filled_bucket.name}/{key}" for key in filled_bucket.listed("data/train/")), 5)
 
-    def five_times(request: Request) -> str | None:
+    def fail_five_times(request: Request) -> str | None:
         path = request.path.partition("?")[0]
-        left[path] = left.get(path, 0) - 1
-        return "503" if left[path] >= 0 else None
+        failures_left[path] = failures_left.get(path, 0) - 1
+        return "503" if failures_left[path] >= 0 else None
 
-    proxy = Proxy(filled.endpoint, five_times)
+    proxy = Proxy(filled_bucket.endpoint, fail_five_times)
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        assert stage(filled, "split") == 0
+        assert run_step(filled_bucket, "split") == 0
     assert capsys.readouterr().err.count("trying again") > MAX_ATTEMPTS
 
 
-def test_objects_that_arrived_are_not_fetched_again_after_a_failure(filled, monkeypatch):
-    """The first image of the listing fails once, when all others are on their way."""
+def test_objects_that_arrived_are_not_downloaded_again_after_a_failure(filled_bucket, monkeypatch):
+    """The first listed image fails once, after all others were requested."""
     monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
-    first, *others = [f"/{filled.name}/{key}" for key in filled.listed("data/train/")]
+    first, *others = [f"/{filled_bucket.name}/{key}" for key in filled_bucket.listed("data/train/")]
     requests: Counter[str] = Counter()
 
     def fail_first(request: Request) -> str | None:
@@ -288,82 +300,82 @@ def test_objects_that_arrived_are_not_fetched_again_after_a_failure(filled, monk
         requests[path] += request.method == "GET"
         if path != first or requests[first] > 1:
             return None
-        until = time.monotonic() + 30
-        while not all(requests[other] for other in others) and time.monotonic() < until:
+        deadline = time.monotonic() + 30
+        while not all(requests[other] for other in others) and time.monotonic() < deadline:
             time.sleep(0.01)
         return "503"
 
-    proxy = Proxy(filled.endpoint, fail_first)
+    proxy = Proxy(filled_bucket.endpoint, fail_first)
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        assert stage(filled, "split") == 0
+        assert run_step(filled_bucket, "split") == 0
     assert requests[first] == 2
     assert sum(requests[other] for other in others) <= len(others) + MAX_CONCURRENCY
 
 
 @pytest.mark.parametrize("fault", ["spoilt", "garbled"])
-def test_bytes_that_change_on_their_way_are_found_by_their_digest(fault, filled, monkeypatch, capsys):
-    """The first three times that folds.parquet comes by, and what TCP and ETags let through."""
-    seen: list[Request] = []
+def test_bytes_corrupted_in_transfer_are_detected_by_their_digest(fault, filled_bucket, monkeypatch, capsys):
+    """Corrupt folds.parquet in its first three transfers in ways that TCP and ETags do not detect."""
+    failed: list[Request] = []
 
-    def third(request: Request) -> str | None:
-        if "folds.parquet" not in request.path or (request.method == "PUT") != (fault == "garbled") or len(seen) == 3:
+    def fail_three_times(request: Request) -> str | None:
+        if "folds.parquet" not in request.path or (request.method == "PUT") != (fault == "garbled") or len(failed) == 3:
             return None
-        seen.append(request)
+        failed.append(request)
         return fault
 
-    proxy = Proxy(filled.endpoint, third)
+    proxy = Proxy(filled_bucket.endpoint, fail_three_times)
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        assert stage(filled, "split") == 0
-        assert stage(filled, "fold-0") == 0
+        assert run_step(filled_bucket, "split") == 0
+        assert run_step(filled_bucket, "fold-0") == 0
     assert proxy.faults == [fault] * 3
     assert " again" in capsys.readouterr().err
-    record(filled, "split")
+    read_record(filled_bucket, "split")
 
 
 @pytest.mark.slow
-def test_a_store_that_starts_again_is_waited_for(filled, monkeypatch):
-    proxy = Proxy(filled.endpoint)
+def test_stage_waits_for_a_store_that_restarts(filled_bucket, monkeypatch):
+    proxy = Proxy(filled_bucket.endpoint)
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         proxy.down_until = time.monotonic() + 3
-        assert stage(filled, "split") == 0
+        assert run_step(filled_bucket, "split") == 0
         started = time.monotonic()
 
-        def away(request: Request) -> str | None:
+        def fail_upload(request: Request) -> str | None:
             if "attempt-" in request.path and request.method == "PUT" and proxy.down_until < started:
                 proxy.down_until = time.monotonic() + 3
             return "drop" if time.monotonic() < proxy.down_until else None
 
-        proxy.fault = away
-        assert stage(filled, "fold-0") == 0
-        assert proxy.down_until > started, "it was away while the model went up"
-    record(filled, "fold-0")
+        proxy.fault = fail_upload
+        assert run_step(filled_bucket, "fold-0") == 0
+        assert proxy.down_until > started, "the store was down during the upload of the model"
+    read_record(filled_bucket, "fold-0")
 
 
 @pytest.mark.slow
-def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(filled, monkeypatch, capsys):
-    """From the first file of the model on nothing goes up any more; the checkpoint is there, so no epoch is lost."""
+def test_unavailable_store_exits_75_and_the_same_command_succeeds_later(filled_bucket, monkeypatch, capsys):
+    """Uploads fail from the first model file on; the checkpoint is stored, so no epoch is lost."""
     for step in ("split", "fold-1"):
-        assert stage(filled, step) == 0
+        assert run_step(filled_bucket, step) == 0
     monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
-    proxy = Proxy(filled.endpoint)
+    proxy = Proxy(filled_bucket.endpoint)
     proxy.fault = lambda request: "503" if "fold-0/output/attempt-" in request.path else None
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        assert stage(filled, "fold-0") == 75
-    told = capsys.readouterr().err
-    assert "the same command may succeed later" in told
-    assert not [key for key in filled.listed("run/fold-0") if key.endswith("stage.json")]
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", filled.endpoint)
-    assert stage(filled, "fold-0") == 0
-    assert "fold 0 epoch 1/2" not in capsys.readouterr().err, "epochs that a checkpoint holds are not run again"
-    record(filled, "fold-0")
+        assert run_step(filled_bucket, "fold-0") == 75
+    log = capsys.readouterr().err
+    assert "the same command may succeed later" in log
+    assert not [key for key in filled_bucket.listed("run/fold-0") if key.endswith("stage.json")]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", filled_bucket.endpoint)
+    assert run_step(filled_bucket, "fold-0") == 0
+    assert "fold 0 epoch 1/2" not in capsys.readouterr().err, "epochs in the checkpoint are not run again"
+    read_record(filled_bucket, "fold-0")
 
 
 @pytest.mark.parametrize(
-    ("given", "code", "message"),
+    ("variables", "code", "message"),
     [
         ({"SM_CHANNEL_TRAIN": "gs://b/k"}, 64, "SM_CHANNEL_TRAIN is a"),
         ({"SM_CHANNEL_TRAIN": "s3://key:hush@b/k"}, 64, "a user or a key"),
@@ -374,35 +386,42 @@ def test_a_store_that_stays_away_is_75_and_the_same_command_then_ends_well(fille
         ({"SM_OUTPUT_DIR": "s3://{}/x"}, 64, "SM_OUTPUT_DIR"),
     ],
 )
-def test_every_mistake_has_its_exit_code_and_its_words(given, code, message, filled, capsys, tmp_path, monkeypatch):
+def test_each_mistake_has_an_exit_code_and_a_message(
+    variables, code, message, filled_bucket, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    assert stage(filled, "split", **{name: value.format(filled.name) for name, value in given.items()}) == code
-    told = capsys.readouterr().err
-    assert message in told
-    assert "hush" not in told
-    assert not filled.listed("run/"), "nothing is half-written"
-    assert not list(tmp_path.iterdir()), "no folder that is named like a URL"
+    assert (
+        run_step(
+            filled_bucket, "split", **{name: value.format(filled_bucket.name) for name, value in variables.items()}
+        )
+        == code
+    )
+    log = capsys.readouterr().err
+    assert message in log
+    assert "hush" not in log
+    assert not filled_bucket.listed("run/"), "no partial output"
+    assert not list(tmp_path.iterdir()), "no folder named like a URL"
 
 
-def test_no_credentials_and_no_endpoint_are_told_and_secrets_are_not(filled, monkeypatch, capfd):
+def test_missing_credentials_and_endpoint_are_reported_and_secrets_are_not_logged(filled_bucket, monkeypatch, capfd):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "nowhere")
-    assert stage(filled, "split", SM_LOG_LEVEL="10") == 64
+    assert run_step(filled_bucket, "split", SM_LOG_LEVEL="10") == 64
     assert "check AWS_PROFILE, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL_S3" in capfd.readouterr().err
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", filled.endpoint)
-    assert stage(filled, "split", SM_LOG_LEVEL="10") == 0
-    told = "".join(capfd.readouterr())
-    assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"] not in told
-    assert CREDENTIALS["AWS_ACCESS_KEY_ID"] not in told
-    assert "Signature" not in told
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", filled_bucket.endpoint)
+    assert run_step(filled_bucket, "split", SM_LOG_LEVEL="10") == 0
+    log = "".join(capfd.readouterr())
+    assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"] not in log
+    assert CREDENTIALS["AWS_ACCESS_KEY_ID"] not in log
+    assert "Signature" not in log
     for name in CREDENTIALS:
         monkeypatch.delenv(name) if name.startswith("AWS_A") or "SECRET_A" in name else None
-    assert stage(filled, "fold-0") == 64
+    assert run_step(filled_bucket, "fold-0") == 64
     assert ": no credentials " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["../x.png", "a//x.png", "a/0.png/x.png", "a/./x.png"])
-def test_keys_that_are_no_paths_are_refused(key, filled, capsys):
-    filled.write(f"data/train/{key}", b"x")
-    assert stage(filled, "split") == 65
-    told = capsys.readouterr().err
-    assert "path '" in told or "cannot be a file" in told
+def test_keys_that_are_not_valid_paths_are_rejected(key, filled_bucket, capsys):
+    filled_bucket.write(f"data/train/{key}", b"x")
+    assert run_step(filled_bucket, "split") == 65
+    log = capsys.readouterr().err
+    assert "path '" in log or "cannot be a file" in log

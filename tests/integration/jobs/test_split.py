@@ -22,35 +22,35 @@ from toy_data import call_jobs, read_rows
 RANDOM = np.random.default_rng(0)
 
 
-def split(channel: Path | None, output: Path, *arguments: str) -> int:
-    """Runs the split of a channel in this process; returns the exit code."""
-    given = {"SM_OUTPUT_DATA_DIR": str(output), "SM_OUTPUT_DIR": str(output.parent)}
-    return run("split", arguments, given | ({"SM_CHANNEL_TRAIN": str(channel)} if channel else {}))
+def run_split(channel: Path | None, output: Path, *arguments: str) -> int:
+    """Run the split of a channel in this process; return the exit code."""
+    environ = {"SM_OUTPUT_DATA_DIR": str(output), "SM_OUTPUT_DIR": str(output.parent)}
+    return run("split", arguments, environ | ({"SM_CHANNEL_TRAIN": str(channel)} if channel else {}))
 
 
-def picture(kind: str = "PNG", mode: str = "RGB", **options: object) -> bytes:
-    """A file of 8 x 12 random pixels, no two alike."""
+def make_image(kind: str = "PNG", mode: str = "RGB", **options: object) -> bytes:
+    """Return an image file of 8 x 12 random pixels, different at each call."""
     pixels = Image.fromarray(RANDOM.integers(0, 256, (8, 12, 3), dtype=np.uint8))
     file = BytesIO()
     pixels.convert(mode).save(file, kind, **options)
     return file.getvalue()
 
 
-def odd_pictures() -> dict[str, bytes]:
-    wide, palette, exif = BytesIO(), BytesIO(), Image.Exif()
+def make_unusual_images() -> dict[str, bytes]:
+    deep, palette, exif = BytesIO(), BytesIO(), Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(RANDOM.integers(0, 65536, (8, 12), dtype=np.uint16)).save(wide, "PNG")
+    Image.fromarray(RANDOM.integers(0, 65536, (8, 12), dtype=np.uint16)).save(deep, "PNG")
     Image.frombytes("P", (4, 4), bytes(range(16))).save(palette, "PNG", transparency=bytes(range(16)))
     return {
-        "grey.jpg": picture("JPEG", "L"),
-        "cmyk.jpg": picture("JPEG", "CMYK"),
-        "wide.png": wide.getvalue(),
+        "grey.jpg": make_image("JPEG", "L"),
+        "cmyk.jpg": make_image("JPEG", "CMYK"),
+        "wide.png": deep.getvalue(),
         "palette.png": palette.getvalue(),
-        "rotated.jpg": picture("JPEG", exif=exif),
+        "rotated.jpg": make_image("JPEG", exif=exif),
     }
 
 
-def write(root: Path, files: dict[str, bytes]) -> Path:
+def write_files(root: Path, files: dict[str, bytes]) -> Path:
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,24 +58,24 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def class_folders(*classes: str, size: int = 10) -> dict[str, bytes]:
-    return {f"{name}/{number}.png": picture() for name in classes for number in range(size)}
+def make_class_folders(*classes: str, size: int = 10) -> dict[str, bytes]:
+    return {f"{name}/{number}.png": make_image() for name in classes for number in range(size)}
 
 
-def table_of(output: Path) -> FoldTable:
+def read_table(output: Path) -> FoldTable:
     return read_folds(output / "folds.parquet", output / "classes.json")
 
 
-def test_folders_with_odd_images_and_odd_class_names(tmp_path, capsys):
-    twin = picture()
-    files = class_folders("id", "fold", "p/x", "사과, 배", size=20)
-    files |= {f"id/{name}": content for name, content in odd_pictures().items()}
-    files |= {f"fold/twin{number}.png": twin for number in range(3)} | {"id/twin.bmp": bmp_of(twin)}
-    channel, output = write(tmp_path / "data" / "train", files).parent, tmp_path / "out"
-    write(channel, {"test/1.png": picture()})
+def test_class_folders_with_unusual_images_and_names(tmp_path, capsys):
+    duplicate = make_image()
+    files = make_class_folders("id", "fold", "p/x", "사과, 배", size=20)
+    files |= {f"id/{name}": content for name, content in make_unusual_images().items()}
+    files |= {f"fold/twin{number}.png": duplicate for number in range(3)} | {"id/twin.bmp": to_bmp(duplicate)}
+    channel, output = write_files(tmp_path / "data" / "train", files).parent, tmp_path / "out"
+    write_files(channel, {"test/1.png": make_image()})
 
-    assert split(channel, output, "split.holdout=0.2") == 0
-    table, summary = table_of(output), read_json(output / "split_summary.json")
+    assert run_split(channel, output, "split.holdout=0.2") == 0
+    table, summary = read_table(output), read_json(output / "split_summary.json")
     assert table.classes == ("fold", "id", "p", "사과, 배")
     assert len(table) == summary["rows"] == 89
     counts = {"fold": 23, "id": 26, "p": 20, "사과, 배": 20}
@@ -85,44 +85,44 @@ def test_folders_with_odd_images_and_odd_class_names(tmp_path, capsys):
     assert np.ptp([len(table.valid_rows(fold)) for fold in range(5)]) <= 4
     assert all(len(value) == 64 for value in table.sha256.to_pylist())
 
-    twins = [row for row, path in enumerate(table.paths.to_pylist()) if "twin" in path]
-    assert len({(table.fold[row], table.part[row]) for row in twins}) == 1
+    duplicate_rows = [row for row, path in enumerate(table.paths.to_pylist()) if "twin" in path]
+    assert len({(table.fold[row], table.part[row]) for row in duplicate_rows}) == 1
     assert summary["duplicates"]["sets"] == summary["conflicting_duplicates"]["sets"] == 1
     assert summary["conflicting_duplicates"]["labels"][0]["train/id/twin.bmp"] == "id"
     assert re.search(r"WARNING split: 1 .* labels", capsys.readouterr().err)
 
     first = (output / "folds.parquet").read_bytes()
-    assert split(channel, output, "split.holdout=0.2") == 0
+    assert run_split(channel, output, "split.holdout=0.2") == 0
     assert "nothing to do" in capsys.readouterr().err
-    write(channel, {"train/id/0.png": picture()})
-    assert split(channel, output, "split.holdout=0.2") == 0
+    write_files(channel, {"train/id/0.png": make_image()})
+    assert run_split(channel, output, "split.holdout=0.2") == 0
     assert "inputs differ: train" in capsys.readouterr().err
     assert (output / "folds.parquet").read_bytes() != first
 
 
-def bmp_of(content: bytes) -> bytes:
+def to_bmp(content: bytes) -> bytes:
     file = BytesIO()
     Image.open(BytesIO(content)).save(file, "BMP")
     return file.getvalue()
 
 
-def test_unreadable_images_stop_the_stage_or_are_left_out(tmp_path, capsys):
-    whole = picture("JPEG")
-    broken = {"b/cut.jpg": whole[: len(whole) // 2], "c/text.jpg": b"this is no image"}
-    channel = write(tmp_path / "data", {**class_folders("a", "b"), **broken})
-    assert split(channel, tmp_path / "out") == 65
+def test_unreadable_images_stop_the_stage_unless_they_are_skipped(tmp_path, capsys):
+    image = make_image("JPEG")
+    broken = {"b/cut.jpg": image[: len(image) // 2], "c/text.jpg": b"this is no image"}
+    channel = write_files(tmp_path / "data", {**make_class_folders("a", "b"), **broken})
+    assert run_split(channel, tmp_path / "out") == 65
     message = (tmp_path / "failure").read_text().splitlines()[0]
     assert "2 of 22 images cannot be read" in message
     assert "b/cut.jpg" in message
     assert "c/text.jpg" in message
     assert not list((tmp_path / "out").glob("*"))
 
-    assert split(channel, tmp_path / "out", "split.skip_unreadable=true") == 0
+    assert run_split(channel, tmp_path / "out", "split.skip_unreadable=true") == 0
     summary = read_json(tmp_path / "out" / "split_summary.json")
     assert [entry["path"] for entry in summary["skipped"]] == ["b/cut.jpg", "c/text.jpg"]
     assert summary["lost_classes"] == ["c"]
     assert re.search(r"WARNING split: .*'c'", capsys.readouterr().err)
-    assert table_of(tmp_path / "out").classes == ("a", "b")
+    assert read_table(tmp_path / "out").classes == ("a", "b")
 
 
 NOTEBOOK = {"shuffle": True, "random_state": 7}
@@ -155,82 +155,82 @@ def notebook_parts(table: pd.DataFrame) -> pd.DataFrame:
     ],
 )
 @pytest.mark.parametrize("numbers", [True, False])
-def test_folds_are_those_of_a_notebook_row_by_row(tmp_path, arguments, notebook, numbers):
-    draw = np.random.default_rng(3)
-    codes = np.concatenate([draw.choice(12, 1988, p=draw.dirichlet(np.full(12, 5.0))), np.arange(12)])
+def test_folds_equal_those_of_a_scikit_learn_notebook_row_by_row(tmp_path, arguments, notebook, numbers):
+    random = np.random.default_rng(3)
+    codes = np.concatenate([random.choice(12, 1988, p=random.dirichlet(np.full(12, 5.0))), np.arange(12)])
     names = codes.astype(str) if numbers else np.array([f"{'xab'[code % 3]}{code}" for code in codes])
-    written = pd.DataFrame({"image_path": [f"{n:04d}.jpg" for n in draw.permutation(2000)], "target": names})
+    labels = pd.DataFrame({"image_path": [f"{number:04d}.jpg" for number in random.permutation(2000)], "target": names})
     (tmp_path / "data").mkdir()
-    written.to_csv(tmp_path / "data" / "train.csv", index=False)
+    labels.to_csv(tmp_path / "data" / "train.csv", index=False)
 
-    assert split(tmp_path / "data", tmp_path / "out", "split.verify_images=false", "split.seed=7", *arguments) == 0
-    found = pd.read_parquet(tmp_path / "out" / "folds.parquet")
+    assert run_split(tmp_path / "data", tmp_path / "out", "split.verify_images=false", "split.seed=7", *arguments) == 0
+    actual = pd.read_parquet(tmp_path / "out" / "folds.parquet")
     table = pd.read_csv(tmp_path / "data" / "train.csv").assign(fold=-1, part="train")
     assert table.target.dtype == ("int64" if numbers else "str")
     expected = notebook(table).sort_index()
-    assert found.id.tolist() == expected.image_path.tolist()
-    assert found.fold.tolist() == expected.fold.tolist()
-    assert found.part.tolist() == expected.part.tolist()
+    assert actual.id.tolist() == expected.image_path.tolist()
+    assert actual.fold.tolist() == expected.fold.tolist()
+    assert actual.part.tolist() == expected.part.tolist()
 
 
-def nothing(root: Path) -> Path:
+def make_empty_folder(root: Path) -> Path:
     root.mkdir()
     return root
 
 
-def one_class(root: Path) -> Path:
-    return write(root, class_folders("only"))
+def make_one_class(root: Path) -> Path:
+    return write_files(root, make_class_folders("only"))
 
 
-def three_pictures(root: Path) -> Path:
-    twins = dict.fromkeys((f"a/{number}.png" for number in range(5)), picture())
-    return write(root, {**twins, "b/1.png": picture(), "b/2.png": picture()})
+def make_three_distinct_images(root: Path) -> Path:
+    duplicates = dict.fromkeys((f"a/{number}.png" for number in range(5)), make_image())
+    return write_files(root, {**duplicates, "b/1.png": make_image(), "b/2.png": make_image()})
 
 
 @pytest.mark.parametrize(
-    ("made", "arguments", "code", "message"),
+    ("make_channel", "arguments", "code", "message"),
     [
         (None, [], 66, "SM_CHANNEL_TRAIN"),
         (lambda root: root / "nowhere", [], 66, "does not exist"),
-        (nothing, [], 65, "holds no images"),
-        (one_class, [], 65, "only 1 class"),
-        (one_class, ["split.fold=3"], 64, "split.folds"),
-        (three_pictures, [], 64, "split.folds=5, but there are only 3 rows"),
-        (one_class, ["split.seed=-1"], 64, "split.seed=-1"),
+        (make_empty_folder, [], 65, "holds no images"),
+        (make_one_class, [], 65, "only 1 class"),
+        (make_one_class, ["split.fold=3"], 64, "split.folds"),
+        (make_three_distinct_images, [], 64, "split.folds=5, but there are only 3 rows"),
+        (make_one_class, ["split.seed=-1"], 64, "split.seed=-1"),
     ],
 )
-def test_bad_input_has_its_exit_code(tmp_path, made, arguments, code, message, capsys):
-    assert split(made(tmp_path / "data") if made else None, tmp_path / "out", *arguments) == code
-    told = capsys.readouterr().err
-    assert (message in told, "Traceback" in told) == (True, False)
+def test_bad_input_has_its_own_exit_code(tmp_path, make_channel, arguments, code, message, capsys):
+    assert run_split(make_channel(tmp_path / "data") if make_channel else None, tmp_path / "out", *arguments) == code
+    errors = capsys.readouterr().err
+    assert (message in errors, "Traceback" in errors) == (True, False)
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_without_opened_images_the_key_covers_tables_and_names(tmp_path):
-    channel = write(tmp_path, {"train.csv": b"path,label\n", "a.png": b"1", "b.zip": b"2"})
+def test_digest_without_image_verification_covers_tables_and_names(tmp_path):
+    channel = write_files(tmp_path, {"train.csv": b"path,label\n", "a.png": b"1", "b.zip": b"2"})
 
     def digests() -> list[str]:
-        return [channel_digest("train", channel, tmp_path, {"split.verify_images": opened}) for opened in (False, True)]
+        return [channel_digest("train", channel, tmp_path, {"split.verify_images": verify}) for verify in (False, True)]
 
-    seen = [digests()]
+    history = [digests()]
     for name, content in [("a.png", b"3"), ("c.png", b""), ("train.csv", b"path,label\n1,2\n"), ("b.zip", b"4")]:
-        write(channel, {name: content})
-        seen.append(digests())
-    assert [before[0] == after[0] for before, after in pairwise(seen)] == [True, False, False, False]
-    assert not any(before[1] == after[1] for before, after in pairwise(seen))
+        write_files(channel, {name: content})
+        history.append(digests())
+    assert [before[0] == after[0] for before, after in pairwise(history)] == [True, False, False, False]
+    assert not any(before[1] == after[1] for before, after in pairwise(history))
 
 
-def measure(channel: Path, output: Path, *arguments: str) -> None:
-    """Asserts the CPU seconds and the memory of the stage in a process: on an idle machine it takes no more wall seconds."""
-    given = {"SM_OUTPUT_DATA_DIR": output, "SM_CHANNEL_TRAIN": channel}
-    assert call_jobs("split", "split.verify_images=false", *arguments, **given).returncode == 0
+def assert_split_is_cheap(channel: Path, output: Path, *arguments: str) -> None:
+    """Run the stage in a process and check its CPU seconds and memory; an idle machine needs no more wall time than that."""
+    environ = {"SM_OUTPUT_DATA_DIR": output, "SM_CHANNEL_TRAIN": channel}
+    assert call_jobs("split", "split.verify_images=false", *arguments, **environ).returncode == 0
     record = read_json(output / "stage.json")
     assert record["cpu_seconds"] < 30
     assert record["peak_memory_mib"] < 2048
 
 
 @pytest.mark.slow
-def test_a_million_rows_take_seconds(tmp_path):
+def test_a_million_rows_are_split_within_cpu_and_memory_limits(tmp_path):
     rows = np.arange(1_000_000)
     columns = {
         "image_path": [f"images/{row // 1000:04d}/{row:07d}.jpg" for row in rows],
@@ -239,30 +239,32 @@ def test_a_million_rows_take_seconds(tmp_path):
     }
     (tmp_path / "data").mkdir()
     pa_csv.write_csv(pa.table(columns), tmp_path / "data" / "train.csv")
-    measure(tmp_path / "data", tmp_path / "out")
-    found = table_of(tmp_path / "out")
-    assert set(np.bincount(found.codes * 5 + found.fold)) == {500}
-    assert found.sha256.null_count == len(found)
-    measure(tmp_path / "data", tmp_path / "grouped", "data.group_column=person")
+    assert_split_is_cheap(tmp_path / "data", tmp_path / "out")
+    table = read_table(tmp_path / "out")
+    assert set(np.bincount(table.codes * 5 + table.fold)) == {500}
+    assert table.sha256.null_count == len(table)
+    assert_split_is_cheap(tmp_path / "data", tmp_path / "grouped", "data.group_column=person")
 
 
 PRODUCTS = ("data.layout=products", "split.ratios=[0.8,0.1,0.1]", "split.seed=2025")
 
 
-def test_products_are_parted_whole_and_evenly_by_category(products, tmp_path):
-    assert split(products.root, tmp_path / "out", *PRODUCTS) == 0
-    table = table_of(tmp_path / "out")
+def test_products_stay_whole_and_parts_are_balanced_by_category(products, tmp_path):
+    assert run_split(products.root, tmp_path / "out", *PRODUCTS) == 0
+    table = read_table(tmp_path / "out")
     files = {"train": "train_data.csv", "valid": "validation_data.csv", "test": "test_data.csv"}
     parts = {part: read_rows(tmp_path / "out" / name) for part, name in files.items()}
     assert sum(map(len, parts.values())) == len(table) == len(list(products.root.rglob("*.png")))
     assert all(list(row) == ["product_id", "image_path", "image_type"] for rows in parts.values() for row in rows)
-    members = {part: {row["product_id"] for row in rows} for part, rows in parts.items()}
-    # 40 products, of which 28, 8 and 4 are of a category: shares of products, whatever their numbers of images
-    assert {part: len(found) for part, found in members.items()} == {"train": 32, "valid": 4, "test": 4}
-    assert len(members["train"] | members["valid"] | members["test"]) == 40
-    tops = {part: sum(products.category[name] == "상의" for name in found) for part, found in members.items()}
-    assert tops["train"] in (22, 23)
-    assert {tops["valid"], tops["test"]} <= {2, 3}
+    part_products = {part: {row["product_id"] for row in rows} for part, rows in parts.items()}
+    # 40 products in categories of 28, 8 and 4: the shares count products, not images
+    assert {part: len(names) for part, names in part_products.items()} == {"train": 32, "valid": 4, "test": 4}
+    assert len(part_products["train"] | part_products["valid"] | part_products["test"]) == 40
+    top_counts = {
+        part: sum(products.category[name] == "상의" for name in names) for part, names in part_products.items()
+    }
+    assert top_counts["train"] in (22, 23)
+    assert {top_counts["valid"], top_counts["test"]} <= {2, 3}
 
     by_path = dict(zip(table.paths.to_pylist(), zip(table.part, table.labels(), strict=True), strict=True))
     for part, rows in parts.items():
@@ -279,31 +281,33 @@ def test_products_are_parted_whole_and_evenly_by_category(products, tmp_path):
     assert {"output/data_split_summary.json", *(f"output/{name}" for name in files.values())} <= set(recorded)
 
 
-def test_other_layouts_get_the_tables_when_asked_and_lose_them_when_not(tmp_path):
-    channel, output = write(tmp_path / "data", class_folders("a", "b")), tmp_path / "out"
-    assert split(channel, output, "split.write_csv=true", "split.ratios=0.6,0.2,0.2") == 0
+def test_write_csv_controls_part_tables_of_other_layouts(tmp_path):
+    channel, output = write_files(tmp_path / "data", make_class_folders("a", "b")), tmp_path / "out"
+    assert run_split(channel, output, "split.write_csv=true", "split.ratios=0.6,0.2,0.2") == 0
     assert len(read_rows(output / "train_data.csv")) == 12
     assert "categories" not in read_json(output / "data_split_summary.json")["total"]
-    assert split(channel, output) == 0
+    assert run_split(channel, output) == 0
     assert not list(output.glob("*_data.csv"))
 
 
-def test_files_that_are_no_images_are_counted_and_a_class_without_images_stops_the_stage(tmp_path, capsys):
-    others = dict.fromkeys(["a/x.dng", "a/y.DNG", "a/@eaDir/0.png", "@eaDir/1.png", "a/z", "cover.png", ".git/1"], b"")
-    channel = write(tmp_path / "data", {**class_folders("a", "b"), **others})
+def test_other_files_are_counted_and_a_class_without_images_stops_the_stage(tmp_path, capsys):
+    other_files = dict.fromkeys(
+        ["a/x.dng", "a/y.DNG", "a/@eaDir/0.png", "@eaDir/1.png", "a/z", "cover.png", ".git/1"], b""
+    )
+    channel = write_files(tmp_path / "data", {**make_class_folders("a", "b"), **other_files})
     (channel / "empty").mkdir()
-    assert split(channel, tmp_path / "out") == 0
+    assert run_split(channel, tmp_path / "out") == 0
     summary = read_json(tmp_path / "out" / "split_summary.json")
     counts = {".dng": 2, "hidden": 1, "in system folders": 2, "without suffix": 1, "in no class folder": 1}
     assert (summary["left_out"], summary["rows"], summary["lost_classes"]) == (counts, 20, [])
-    told = capsys.readouterr().err.splitlines()
-    assert len([line for line in told if "WARNING" in line and "2 .dng" in line]) == 1
-    assert len([line for line in told if "WARNING" in line and "'empty'" in line]) == 1
+    log = capsys.readouterr().err.splitlines()
+    assert len([line for line in log if "WARNING" in line and "2 .dng" in line]) == 1
+    assert len([line for line in log if "WARNING" in line and "'empty'" in line]) == 1
 
-    write(channel, {"c/1.dng": b"", "c/2.dng": b""})
-    for opened in ("true", "false"):
-        assert split(channel, tmp_path / "lost", f"split.verify_images={opened}") == 65
+    write_files(channel, {"c/1.dng": b"", "c/2.dng": b""})
+    for verify in ("true", "false"):
+        assert run_split(channel, tmp_path / "lost", f"split.verify_images={verify}") == 65
         assert "'c' (2 .dng)" in (tmp_path / "failure").read_text().splitlines()[0]
-    assert split(channel, tmp_path / "out", "split.skip_unreadable=true") == 0
+    assert run_split(channel, tmp_path / "out", "split.skip_unreadable=true") == 0
     summary = read_json(tmp_path / "out" / "split_summary.json")
     assert (summary["lost_classes"], summary["left_out"][".dng"], summary["classes"]) == (["c"], 4, 2)

@@ -1,4 +1,4 @@
-"""`python -m jobs submit` as people call it: what it refuses, what it prints, what it runs."""
+"""`python -m jobs submit` from the command line: rejected arguments, output, and the stages that it runs."""
 
 import subprocess
 from pathlib import Path
@@ -16,7 +16,7 @@ from toy_data import REPOSITORY, call_jobs, noise, noise_in, write_csv
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder with `train/a`, `train/b` and a test table with its truth."""
+    """A folder with `train/a`, `train/b` and a test table with ground truth."""
     noise_in(tmp_path / "train", ("a", "b"), 6)
     noise(tmp_path / "test" / "1.png", np.random.default_rng(1))
     write_csv(tmp_path / "test" / "test.csv", [["ID", "img_path"], [1, "1.png"]])
@@ -25,7 +25,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ([], "needs train="),
         (["paralel=2"], "did you mean 'parallel'"),
@@ -45,35 +45,35 @@ def data(tmp_path: Path) -> Path:
         (["increment=maybe", "run=exp"], "increment=maybe"),
     ],
 )
-def test_a_request_that_cannot_work(data: Path, arguments: list[str], says: str) -> None:
-    given = [f"train={data / 'train'}", f"runs={data / 'runs'}"] if arguments else []
-    with pytest.raises(SettingsError, match=says):
-        submit.main([*given, *arguments, "--dry-run"])
+def test_invalid_arguments_are_rejected(data: Path, arguments: list[str], message: str) -> None:
+    common = [f"train={data / 'train'}", f"runs={data / 'runs'}"] if arguments else []
+    with pytest.raises(SettingsError, match=message):
+        submit.main([*common, *arguments, "--dry-run"])
     assert not (data / "runs").exists()
 
 
 @pytest.mark.parametrize("file", ["runs", "runs/r", "runs/r/split", "runs/r/ensemble"])
-def test_a_file_where_the_run_needs_a_folder_is_a_setting_that_cannot_work(data: Path, file: str) -> None:
+def test_file_in_place_of_a_run_folder_is_rejected(data: Path, file: str) -> None:
     (data / file).parent.mkdir(parents=True, exist_ok=True)
     (data / file).touch()
     with pytest.raises(SettingsError, match=f"cannot write to {data}/runs/r.*: a file "):
         submit.main(
             [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={data / 'runs'}", "run=r", "check=false"]
         )
-    assert not (data / "runs" / "r" / "split" / "log.txt").exists(), "nothing was started"
+    assert not (data / "runs" / "r" / "split" / "log.txt").exists(), "a stage was started"
 
 
-def test_a_truth_without_test_images_is_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ground_truth_without_test_images_gives_a_warning(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert submit.main([f"train={data / 'train'}", f"ground_truth={data / 'test'}", "check=false", "--dry-run"]) == 0
     assert any("without eval=" in r.message and r.levelname == "WARNING" for r in caplog.records)
     with pytest.raises(MissingInputError, match="eval="):
         submit.main([f"train={data}", f"eval={data / 'no'}"])
 
 
-def test_a_dry_run_runs_nothing_and_its_commands_can_be_pasted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_runs_nothing_and_prints_commands_that_work(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = data / "my runs"
-    given = [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}", "run=r", "split.folds=3", "--dry-run"]
-    assert submit.main([*given, "check=false"]) == 0
+    common = [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}", "run=r", "split.folds=3", "--dry-run"]
+    assert submit.main([*common, "check=false"]) == 0
     printed = capsys.readouterr().out
     assert not runs.exists()
     assert f"SM_CHANNEL_GROUND_TRUTH={data / 'test' / 'gt.csv'}" in printed
@@ -86,21 +86,21 @@ def test_a_dry_run_runs_nothing_and_its_commands_can_be_pasted(data: Path, capsy
     assert (runs / "r" / "split" / "output" / "folds.parquet").is_file()
 
 
-def test_the_command_from_end_to_end(data: Path) -> None:
-    given = ["submit", f"train={data / 'train'}", f"runs={data / 'runs'}", "run=r", "split.folds=3"]
-    first = call_jobs(*given, "stages=split", FOLD="1", TRAIN__EPOCHS="many")
+def test_submit_and_status_end_to_end(data: Path) -> None:
+    common = ["submit", f"train={data / 'train'}", f"runs={data / 'runs'}", "run=r", "split.folds=3"]
+    first = call_jobs(*common, "stages=split", FOLD="1", TRAIN__EPOCHS="many")
     assert first.returncode == 0, first.stderr
     assert "variables" in first.stderr
     assert "FOLD, TRAIN__EPOCHS" in first.stderr
     assert "no model is trained yet" in first.stdout
 
-    second = call_jobs(*given, "stages=evaluate")  # of models that nobody has trained
+    second = call_jobs(*common, "stages=evaluate")  # no model is trained yet
     assert second.returncode == 66
     assert "evaluate failed (exit code 66)" in second.stderr
 
-    told = call_jobs("status", f"runs={data / 'runs'}")
-    lines = {line.split()[0]: line for line in told.stdout.splitlines() if line}
-    assert told.returncode == 0
+    reported = call_jobs("status", f"runs={data / 'runs'}")
+    lines = {line.split()[0]: line for line in reported.stdout.splitlines() if line}
+    assert reported.returncode == 0
     assert "done" in lines["split"]
     assert "failed (66)" in lines["evaluate"]
     assert "waiting" in lines["fold-2"]
@@ -118,14 +118,14 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(key in printed for key in (*submit.Keys.model_fields, "--dry-run", *submit.PLATFORMS))
 
 
-def test_runs_of_one_name_count_up(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_increment_picks_the_next_free_run_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = data / "runs"
     arguments = [f"train={data / 'train'}", f"runs={runs}", "run=exp", "check=false"]
     for expected in ("exp", "exp2", "exp3"):
         assert submit.main([*arguments, "increment=true", "--dry-run"]) == 0
         assert f"# run {expected} in {runs / expected}" in capsys.readouterr().out
         (runs / expected).mkdir(parents=True)
-    assert submit.main([*arguments, "--dry-run"]) == 0  # without it a run of the same name goes on
+    assert submit.main([*arguments, "--dry-run"]) == 0  # without increment, a run of the same name continues
     assert "# run exp in" in capsys.readouterr().out
 
 
@@ -137,7 +137,7 @@ def test_runs_of_one_name_count_up(data: Path, capsys: pytest.CaptureFixture[str
         (["rum=digits"], SettingsError, "did you mean 'run'"),
     ],
 )
-def test_a_status_that_cannot_be_told_says_why(tmp_path, monkeypatch, arguments, error, message):
+def test_status_explains_why_it_cannot_be_shown(tmp_path, monkeypatch, arguments, error, message):
     monkeypatch.chdir(tmp_path)
     write_plan(make_plan(Inputs(train="t", eval="e"), ["split.folds=2"], run="digits", runs="runs"))
     with pytest.raises(error, match=message):

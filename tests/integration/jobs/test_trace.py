@@ -1,4 +1,4 @@
-"""The trace command over what stages left: the way back to the images, and what is no longer as it was."""
+"""The trace command: the records that lead from a result back to the images, and files that changed since."""
 
 import json
 from pathlib import Path
@@ -11,31 +11,31 @@ from toy_data import copy_run
 
 
 @pytest.fixture
-def world(toy_run, tmp_path) -> Path:
-    """The toy run in a place of its own: it may move together with its data."""
+def copied_run(toy_run, tmp_path) -> Path:
+    """A copy of the toy run, as if it had moved together with its data."""
     return copy_run(toy_run, tmp_path / "moved")
 
 
-def test_the_way_back_ends_at_the_images_and_tells_each_record_once(world, capsys, monkeypatch):
-    monkeypatch.chdir(world)
+def test_trace_leads_to_the_images_and_prints_each_record_once(copied_run, capsys, monkeypatch):
+    monkeypatch.chdir(copied_run)
     assert main(["trace", "ensemble-student/output/submission.csv"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "ensemble: ensemble-student/output"
-    told = [line.split("<- ")[1] for line in lines if "<- " in line]
-    again = "split: split/output (above)"
-    folds = [step for fold in range(3) for step in (f"train-fold: fold-{fold}/model", again)]
-    assert sorted(told) == sorted(["distill: distill/model", "split: split/output", *folds, again])
-    assert told[:3] == ["distill: distill/model", "split: split/output", "train-fold: fold-0/model"]
+    printed_steps = [line.split("<- ")[1] for line in lines if "<- " in line]
+    repeated_split = "split: split/output (above)"
+    folds = [step for fold in range(3) for step in (f"train-fold: fold-{fold}/model", repeated_split)]
+    assert sorted(printed_steps) == sorted(["distill: distill/model", "split: split/output", *folds, repeated_split])
+    assert printed_steps[:3] == ["distill: distill/model", "split: split/output", "train-fold: fold-0/model"]
     assert sum(line.endswith("train: train") or "train: train " in line for line in lines) == 5
     record = read_json(Path("fold-1/model/stage.json"))
     assert any(f"key {record['key'][:12]}, code {record['code']}, torch" in line for line in lines)
 
 
-@pytest.mark.parametrize("where", ["ensemble", "ensemble/output", "ensemble/output/stage.json"])
-def test_a_folder_or_a_record_names_its_stage_and_all_of_it_checks_out(where, toy_run, capsys):
-    assert main(["trace", str(toy_run / where), "--check"]) == 0
+@pytest.mark.parametrize("path", ["ensemble", "ensemble/output", "ensemble/output/stage.json"])
+def test_trace_accepts_a_folder_or_a_record_and_the_check_passes(path, toy_run, capsys):
+    assert main(["trace", str(toy_run / path), "--check"]) == 0
     out = capsys.readouterr().out
-    assert "distill" not in out, "an ensemble of folds has no student in it"
+    assert "distill" not in out, "an ensemble of folds has no student"
     assert ": 5 records" in out.splitlines()[-1]
 
 
@@ -54,10 +54,10 @@ def change_test_table(root: Path) -> None:
 
 
 def move_channel(root: Path) -> None:
-    record = root / "ensemble" / "output" / "stage.json"
-    told = read_json(record)
-    told["sources"]["eval"][1] = str(root / "eval")
-    write_json(record, told)
+    path = root / "ensemble" / "output" / "stage.json"
+    record = read_json(path)
+    record["sources"]["eval"][1] = str(root / "eval")
+    write_json(path, record)
     (root / "eval").rename(root / "elsewhere")
 
 
@@ -71,9 +71,9 @@ def move_channel(root: Path) -> None:
         (move_channel, "stage.json: its channel 'eval' is"),
     ],
 )
-def test_what_is_no_longer_as_it_was_is_named(change, message, world, capsys):
-    change(world)
-    assert main(["trace", str(world / "ensemble"), "--check"]) == 65
+def test_check_reports_changed_missing_and_moved_files(change, message, copied_run, capsys):
+    change(copied_run)
+    assert main(["trace", str(copied_run / "ensemble"), "--check"]) == 65
     assert message in capsys.readouterr().err
 
 
@@ -90,10 +90,10 @@ def test_what_is_no_longer_as_it_was_is_named(change, message, world, capsys):
         (["{}/odd/stage.json"], 65, "cannot be traced, it has no sources: run its stage again"),
     ],
 )
-def test_bad_input_gets_one_clear_error(arguments, code, message, world, capsys):
-    odd = {**read_json(world / "split" / "output" / "stage.json"), "sources": {"train": [1, 2]}}
-    for name, text in (("broken", "{"), ("old", '{"stage": "split"}'), ("odd", json.dumps(odd))):
-        (world / name).mkdir()
-        (world / name / "stage.json").write_text(text)
-    assert main(["trace", *(argument.format(world) for argument in arguments)]) == code
+def test_bad_input_gives_one_clear_error(arguments, code, message, copied_run, capsys):
+    bad_sources = {**read_json(copied_run / "split" / "output" / "stage.json"), "sources": {"train": [1, 2]}}
+    for name, text in (("broken", "{"), ("old", '{"stage": "split"}'), ("odd", json.dumps(bad_sources))):
+        (copied_run / name).mkdir()
+        (copied_run / name / "stage.json").write_text(text)
+    assert main(["trace", *(argument.format(copied_run) for argument in arguments)]) == code
     assert message in capsys.readouterr().err

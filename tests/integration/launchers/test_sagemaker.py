@@ -1,4 +1,4 @@
-"""Jobs at SageMaker: what is sent, waited for, found again, refused; against moto's server and one that runs the jobs."""
+"""SageMaker jobs: requests, waiting, reuse and refusals, against moto's server and a server that runs the jobs."""
 
 import json
 import os
@@ -23,45 +23,45 @@ from sagemaker_service import Service, arguments, serving
 
 @pytest.fixture
 def service(bucket: Bucket, tmp_path: Path) -> Iterator[Service]:
-    """A service with a bucket that holds six drawn images of each of two classes."""
-    with serving(bucket.endpoint, tmp_path / "service") as found:
+    """A service with a bucket that holds six generated images for each of two classes."""
+    with serving(bucket.endpoint, tmp_path / "service") as running_service:
         for number in range(12):
             path = tmp_path / f"{number}.png"
             Image.new("L", (4, 4), number * 20).save(path)
             bucket.write(f"train/{'ab'[number % 2]}/{number}.png", path.read_bytes())
-        yield found
+        yield running_service
 
 
-def asked(bucket: Bucket, tmp_path: Path, *more: str) -> list[str]:
-    return arguments(bucket, tmp_path, f"train=s3://{bucket.name}/train", "split.folds=3", *more)
+def make_arguments(bucket: Bucket, tmp_path: Path, *overrides: str) -> list[str]:
+    return arguments(bucket, tmp_path, f"train=s3://{bucket.name}/train", "split.folds=3", *overrides)
 
 
-def command(service: Service, *given: str, **variables: str) -> subprocess.Popen[str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    environ = {**own, **service.environ(), **variables}
+def start_submit(service: Service, *args: str, **variables: str) -> subprocess.Popen[str]:
+    environ_without_aws = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environ = {**environ_without_aws, **service.environ(), **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "jobs", "submit", *given], cwd=REPOSITORY, env=environ, **pipes)
+    return subprocess.Popen([sys.executable, "-m", "jobs", "submit", *args], cwd=REPOSITORY, env=environ, **pipes)
 
 
-def submit(service: Service, *given: str, **variables: str) -> tuple[int, str]:
-    """The exit code of `submit`, and all that it said."""
-    process = command(service, *given, **variables)
-    said, _ = process.communicate(timeout=180)
-    return process.returncode, said
+def run_submit(service: Service, *args: str, **variables: str) -> tuple[int, str]:
+    """Return the exit code of `submit` and its output."""
+    process = start_submit(service, *args, **variables)
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output
 
 
 @pytest.mark.slow
-def test_a_job_is_sent_as_it_was_printed_run_and_found_again(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    given = asked(bucket, tmp_path, "stages=split", "sagemaker.tags={team='vision'}", "sagemaker.spot=true")
-    given.append("sagemaker.environment={API_TOKEN='canary'}")
-    code, printed = submit(service, *given, "--dry-run")
+def test_job_matches_the_printed_request_runs_and_is_reused(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+    args = make_arguments(bucket, tmp_path, "stages=split", "sagemaker.tags={team='vision'}", "sagemaker.spot=true")
+    args.append("sagemaker.environment={API_TOKEN='canary'}")
+    code, printed = run_submit(service, *args, "--dry-run")
     assert code == 0
     assert service.calls == []
     printed_request = json.loads(printed[printed.index("{") :])["split"]
     assert printed_request["Environment"].pop("API_TOKEN") == "***"
 
-    code, said = submit(service, *given)
-    assert code == 0, said
+    code, output = run_submit(service, *args)
+    assert code == 0, output
     (job,) = service.jobs.values()
     assert job.request["Environment"].pop("API_TOKEN") == "canary"
     assert job.request | {"TrainingJobName": ""} == printed_request | {"TrainingJobName": ""}
@@ -69,53 +69,55 @@ def test_a_job_is_sent_as_it_was_printed_run_and_found_again(service: Service, b
     assert job.details == ["Starting", "Downloading", "Training", "Uploading", "Completed"]
     log = (tmp_path / "runs" / "r" / "split" / "log.txt").read_text().splitlines()
     assert log
-    assert [line for line in said.splitlines() if line.startswith("[split]")] == [f"[split] {line}" for line in log]
-    place = f"runs/r/split/{job.name}/output"
-    assert bucket.listed("runs/") == [f"{place}/model.tar.gz", f"{place}/output.tar.gz"]
+    assert [line for line in output.splitlines() if line.startswith("[split]")] == [f"[split] {line}" for line in log]
+    prefix = f"runs/r/split/{job.name}/output"
+    assert bucket.listed("runs/") == [f"{prefix}/model.tar.gz", f"{prefix}/output.tar.gz"]
 
-    # the value is in the request alone: in no file, object or word
-    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
-    found = [path.read_bytes() for path in kept] + [bucket.read(key) for key in bucket.listed("")]
-    assert not [text for text in (*found, said.encode(), printed.encode()) if b"canary" in text]
+    # only the request contains the value: no file, object or output does
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    contents = [path.read_bytes() for path in files] + [bucket.read(key) for key in bucket.listed("")]
+    assert not [content for content in (*contents, output.encode(), printed.encode()) if b"canary" in content]
     record = tmp_path / "runs" / "r" / "split" / "sagemaker.json"
     assert record.stat().st_mode & 0o777 == 0o600
     assert "API_TOKEN" in record.read_text()
 
-    # another value, or none, is another request
-    code, said = submit(service, *given, "sagemaker.environment={API_TOKEN='parakeet'}")
+    # another value, or none, makes another request
+    code, output = run_submit(service, *args, "sagemaker.environment={API_TOKEN='parakeet'}")
     assert code == SettingsError.exit_code
-    assert "Environment" in said
-    assert "parakeet" not in said
+    assert "Environment" in output
+    assert "parakeet" not in output
 
-    # another instance makes the same result, another seed does not
-    code, said = submit(service, *given, "sagemaker.stages.split.instance_type=ml.c5.xlarge")
+    # another instance type gives the same result, another seed does not
+    code, output = run_submit(service, *args, "sagemaker.stages.split.instance_type=ml.c5.xlarge")
     assert code == 0
-    code, said = submit(service, *given, "split.seed=7")
+    code, output = run_submit(service, *args, "split.seed=7")
     assert code == SettingsError.exit_code
-    assert "HyperParameters" in said
+    assert "HyperParameters" in output
     assert len(service.jobs) == 1
 
 
 @pytest.mark.slow
-def test_a_signal_leaves_the_job_which_is_found_again(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+def test_signal_leaves_the_job_running_and_the_next_submit_follows_it(
+    service: Service, bucket: Bucket, tmp_path: Path
+) -> None:
     service.hold = "split"
-    given = asked(bucket, tmp_path, "stages=split")
-    process = command(service, *given)
+    args = make_arguments(bucket, tmp_path, "stages=split")
+    process = start_submit(service, *args)
     wait_until(lambda: "SageMaker.DescribeTrainingJob" in service.calls)
     (job,) = service.jobs.values()
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"aws sagemaker stop-training-job --training-job-name {job.name}" in said
+    assert f"aws sagemaker stop-training-job --training-job-name {job.name}" in output
     assert not job.stopped
 
-    # it cannot be waited for as something else
-    code, said = submit(service, *given, "split.seed=7")
+    # a submit with other settings cannot wait for it
+    code, output = run_submit(service, *args, "split.seed=7")
     assert code == SettingsError.exit_code
-    assert "HyperParameters" in said
+    assert "HyperParameters" in output
 
-    # the service is away for a while, the job goes on and is stopped
-    process = command(service, *given)
+    # the service is unreachable for a while; the job continues and is stopped
+    process = start_submit(service, *args)
     service.calls.clear()
     wait_until(lambda: service.calls.count("SageMaker.DescribeTrainingJob") > 2)
     service.down = 12
@@ -129,18 +131,18 @@ def test_a_signal_leaves_the_job_which_is_found_again(service: Service, bucket: 
 
 
 @pytest.mark.slow
-def test_a_failure_has_its_reason_and_its_exit_code(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+def test_failure_reports_its_reason_and_its_exit_code(service: Service, bucket: Bucket, tmp_path: Path) -> None:
     bucket.write("train/a/0.png", b"no image")
-    code, said = submit(service, *asked(bucket, tmp_path, "stages=split,train-fold"))
-    assert code == DataError.exit_code, said
+    code, output = run_submit(service, *make_arguments(bucket, tmp_path, "stages=split,train-fold"))
+    assert code == DataError.exit_code, output
     (job,) = service.jobs.values()
-    assert re.search(rf"split failed \(exit code 65\): job {job.name}: AlgorithmError: .*0\.png", said)
+    assert re.search(rf"split failed \(exit code 65\): job {job.name}: AlgorithmError: .*0\.png", output)
     bucket.write(f"runs/r/split/{job.name}/output/output.tar.gz", b"what a failed job may leave")
 
-    # mended, the same command starts it anew; a quota lets one fold wait for another
+    # after the fix, the same command starts the job again; a quota makes one fold wait for another
     bucket.delete("train/a/0.png")
     service.hold, service.quota = "r-fold", 1
-    process = command(service, *asked(bucket, tmp_path, "stages=split,train-fold"))
+    process = start_submit(service, *make_arguments(bucket, tmp_path, "stages=split,train-fold"))
     wait_until(lambda: service.refused)
     (_, split, first) = service.jobs.values()
     assert not bucket.listed(f"runs/r/split/{job.name}/")
@@ -149,54 +151,56 @@ def test_a_failure_has_its_reason_and_its_exit_code(service: Service, bucket: Bu
     service.hold = ""
     wait_until(lambda: len(service.jobs) > 3)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert "ResourceLimitExceeded" in said
+    output, _ = process.communicate(timeout=60)
+    assert "ResourceLimitExceeded" in output
     assert process.returncode == 130
 
 
-def test_what_another_job_left_is_not_mixed_in(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    place = "runs/r/split/fivefold-r-split-1/output/output.tar.gz"
-    bucket.write(place, b"another's")
-    code, said = submit(service, *asked(bucket, tmp_path, "stages=split"))
+def test_outputs_of_an_unknown_job_raise_an_error(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+    key = "runs/r/split/fivefold-r-split-1/output/output.tar.gz"
+    bucket.write(key, b"another's")
+    code, output = run_submit(service, *make_arguments(bucket, tmp_path, "stages=split"))
     assert code == SettingsError.exit_code
-    assert place in said
+    assert key in output
     assert not service.jobs
 
 
-def test_a_value_that_the_service_refuses_is_not_repeated(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+def test_error_about_a_refused_value_does_not_contain_the_value(
+    service: Service, bucket: Bucket, tmp_path: Path
+) -> None:
     service.refuses = "canary"
-    given = asked(bucket, tmp_path, "stages=split", "sagemaker.environment={API_TOKEN='canary-1234'}")
-    code, said = submit(service, *given)
+    args = make_arguments(bucket, tmp_path, "stages=split", "sagemaker.environment={API_TOKEN='canary-1234'}")
+    code, output = run_submit(service, *args)
     assert code == SettingsError.exit_code
-    assert "API_TOKEN" in said
-    assert "***" in said
-    assert "canary" not in said
+    assert "API_TOKEN" in output
+    assert "***" in output
+    assert "canary" not in output
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
 
 
-def test_without_credentials_it_says_so_before_anything_starts(
+def test_missing_credentials_are_reported_before_anything_starts(
     service: Service, bucket: Bucket, tmp_path: Path
 ) -> None:
-    nothing = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
-    code, said = submit(service, *asked(bucket, tmp_path, "stages=split"), **nothing)
-    assert code == SettingsError.exit_code, said
-    assert "AWS_PROFILE" in said
-    assert "Traceback" not in said
+    empty_credentials = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    code, output = run_submit(service, *make_arguments(bucket, tmp_path, "stages=split"), **empty_credentials)
+    assert code == SettingsError.exit_code, output
+    assert "AWS_PROFILE" in output
+    assert "Traceback" not in output
     assert not service.jobs
 
 
-def test_a_pipeline_is_created_then_updated(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    given = asked(bucket, tmp_path, "--pipeline")
-    code, said = submit(service, *given)
-    assert code == 0, said
-    assert "arn:aws:sagemaker:eu-central-1:123456789012:pipeline/fivefold-r" in said
+def test_pipeline_is_created_then_updated(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+    args = make_arguments(bucket, tmp_path, "--pipeline")
+    code, output = run_submit(service, *args)
+    assert code == 0, output
+    assert "arn:aws:sagemaker:eu-central-1:123456789012:pipeline/fivefold-r" in output
     client = service.client("sagemaker")
     stored = client.describe_pipeline(PipelineName="fivefold-r")
-    _, printed = submit(service, *given, "--dry-run")
+    _, printed = run_submit(service, *args, "--dry-run")
     assert json.loads(stored["PipelineDefinition"]) == json.loads(printed[printed.index("{") :])
 
-    code, said = submit(service, *given, "train.epochs=5", "parallel=2")
-    assert code == 0, said
+    code, output = run_submit(service, *args, "train.epochs=5", "parallel=2")
+    assert code == 0, output
     stored = client.describe_pipeline(PipelineName="fivefold-r")
     assert '"train__epochs": "5"' in stored["PipelineDefinition"]
     actions = ("ListPipelines", "CreatePipeline", "ListPipelines", "UpdatePipeline")
@@ -215,7 +219,7 @@ def test_a_pipeline_is_created_then_updated(service: Service, bucket: Bucket, tm
         ("Stopped", "MaxRuntimeExceeded", "", RetryableError.exit_code),
     ],
 )
-def test_how_a_job_ended_is_an_exit_code(status: str, detail: str, reason: str, code: int | None) -> None:
+def test_job_status_maps_to_an_exit_code(status: str, detail: str, reason: str, code: int | None) -> None:
     assert JobStatus(status, detail, reason).exit_code == code
 
 
@@ -228,15 +232,17 @@ def test_how_a_job_ended_is_an_exit_code(status: str, detail: str, reason: str, 
         ("ResourceNotFoundException", 400, MissingInputError),
     ],
 )
-def test_an_error_of_the_service_is_one_of_ours(code: str, status: int, expected: type[FivefoldError]) -> None:
-    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+def test_service_errors_are_translated_to_fivefold_errors(
+    code: str, status: int, expected: type[FivefoldError]
+) -> None:
+    response = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with pytest.raises(expected, match=f"{code}.*CreateTrainingJob"), translate_errors():
-        raise ClientError(answer, "CreateTrainingJob")
+        raise ClientError(response, "CreateTrainingJob")
 
 
-def test_what_is_kept_of_variables_tells_other_values_and_holds_none() -> None:
+def test_variables_digest_detects_changed_values_and_contains_none() -> None:
     variables = {"STAGE": "split", "API_TOKEN": "canary"}
-    kept = variables_digest(variables)
-    assert kept["names"] == sorted(variables)
-    assert "canary" not in json.dumps(kept)
-    assert kept != variables_digest({**variables, "API_TOKEN": "other"})
+    digest = variables_digest(variables)
+    assert digest["names"] == sorted(variables)
+    assert "canary" not in json.dumps(digest)
+    assert digest != variables_digest({**variables, "API_TOKEN": "other"})

@@ -1,4 +1,4 @@
-"""Decoding against Pillow's own conversions, and files that are no images."""
+"""Decoding: comparison with Pillow's conversions, and files that are not images."""
 
 import struct
 import subprocess
@@ -24,43 +24,43 @@ from fivefold.serving.workers import PIXEL_BYTES
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "JPEG", "WEBP", "GIF"])
-def test_pixels_are_as_pillow_reads_them(kind: str) -> None:
-    content = encoded(Image.fromarray(RGB), kind)
-    found = decode(content, "x")
-    assert (found == np.array(Image.open(BytesIO(content)).convert("RGB"))).all()
-    assert kind in ("JPEG", "WEBP", "GIF") or (found == RGB).all()
-    assert (found.dtype, found.flags.writeable, found.flags.c_contiguous) == (np.uint8, True, True)
+def test_decoded_pixels_equal_those_of_pillow(kind: str) -> None:
+    content = encode(Image.fromarray(RGB), kind)
+    pixels = decode(content, "x")
+    assert (pixels == np.array(Image.open(BytesIO(content)).convert("RGB"))).all()
+    assert kind in ("JPEG", "WEBP", "GIF") or (pixels == RGB).all()
+    assert (pixels.dtype, pixels.flags.writeable, pixels.flags.c_contiguous) == (np.uint8, True, True)
 
 
 @pytest.mark.parametrize("pixels", [DecodeOptions(24), DecodeOptions(24, scaled=True)])
 @pytest.mark.parametrize("size", [(96, 60), (60, 96), (47, 200), (24, 25), (20, 300), (24, 24)])
-def test_an_image_is_stored_with_a_shorter_side_of_the_size_and_a_smaller_one_as_it_is(
+def test_images_are_resized_to_the_shorter_side_and_smaller_images_are_kept(
     pixels: DecodeOptions, size: tuple[int, int]
 ) -> None:
     width, height = size
-    content = encoded(Image.fromarray(RGB).resize(size), "JPEG", quality=95)
-    found = pixels.decode(content, "x")
+    content = encode(Image.fromarray(RGB).resize(size), "JPEG", quality=95)
+    stored = pixels.decode(content, "x")
     scale = min(1, 24 / min(size))
-    assert min(found.shape[:2]) == min(24, *size)
-    assert found.shape[:2] == pytest.approx((height * scale, width * scale), abs=1.5 if pixels.scaled else 0.5)
-    whole = decode(content, "x")
+    assert min(stored.shape[:2]) == min(24, *size)
+    assert stored.shape[:2] == pytest.approx((height * scale, width * scale), abs=1.5 if pixels.scaled else 0.5)
+    original = decode(content, "x")
     if not pixels.scaled:
-        resized = v2.resize(torch.from_numpy(whole).permute(2, 0, 1), found.shape[:2], antialias=True)
-        assert (found == resized.permute(1, 2, 0).numpy()).all()
-        assert found.shape[:2] == pixels.size(height, width)
-    assert np.abs(found.astype(int) - pixels.resize(whole)[: found.shape[0], : found.shape[1]]).mean() < 12
-    assert pixels.resize(found) is found, "what is shrunk stays"
+        resized = v2.resize(torch.from_numpy(original).permute(2, 0, 1), stored.shape[:2], antialias=True)
+        assert (stored == resized.permute(1, 2, 0).numpy()).all()
+        assert stored.shape[:2] == pixels.size(height, width)
+    assert np.abs(stored.astype(int) - pixels.resize(original)[: stored.shape[0], : stored.shape[1]]).mean() < 12
+    assert pixels.resize(stored) is stored, "a resized image must not be resized again"
 
 
-def test_scaled_decoding_stops_above_the_size() -> None:
-    content = encoded(Image.fromarray(RGB).resize((400, 300)), "JPEG")
+def test_scaled_decoding_never_goes_below_the_minimum_size() -> None:
+    content = encode(Image.fromarray(RGB).resize((400, 300)), "JPEG")
     shorter = {
         least: min(decode(content, "x", min_size=least).shape[:2])
         for least in (0, 301, 300, 151, 150, 149, 75, 38, 37, 1)
@@ -73,60 +73,60 @@ KINDS = [(kind, mode) for kind in ("PNG", "TIFF") for mode in ("RGB", "L", "RGBA
 
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize(("kind", "mode"), [*KINDS, ("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB"), ("WEBP", "RGBA")])
-def test_images_are_upright_and_their_size_is_known_from_the_head(mode: str, kind: str, orientation: int) -> None:
+def test_images_are_rotated_upright_and_decoded_size_equals_their_shape(mode: str, kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     wide = Image.fromarray(RGB[..., 0].astype(np.uint16) * 257)
     image = wide if mode == "I;16" else Image.fromarray(RGB).convert(mode)
-    content = encoded(image, kind, exif=exif)
-    found = decode(content, "x")
-    flat = Image.fromarray(decode(encoded(image, kind), "x"))
+    content = encode(image, kind, exif=exif)
+    pixels = decode(content, "x")
+    flat = Image.fromarray(decode(encode(image, kind), "x"))
     flat.getexif()[0x0112] = orientation
-    assert (found == np.array(ImageOps.exif_transpose(flat))).all()
-    assert found.flags.c_contiguous
-    assert decoded_size(content, "x") == found.shape[:2]
+    assert (pixels == np.array(ImageOps.exif_transpose(flat))).all()
+    assert pixels.flags.c_contiguous
+    assert decoded_size(content, "x") == pixels.shape[:2]
     with pytest.raises(DataError, match="x cannot be decoded"):
         decoded_size(content[:3], "x")
 
 
-def test_grey_black_and_white_16_bits_and_cmyk() -> None:
-    found = decode(encoded(Image.fromarray(np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16))), "x")
-    assert found[0].tolist() == [[value] * found.shape[2] for value in (0, 0, 1, 1, 128, 255)]
+def test_grey_16_bit_black_and_white_and_cmyk_images_are_decoded() -> None:
+    pixels = decode(encode(Image.fromarray(np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16))), "x")
+    assert pixels[0].tolist() == [[value] * pixels.shape[2] for value in (0, 0, 1, 1, 128, 255)]
     grey = RGB[..., 0]
-    assert (decode(encoded(Image.fromarray(grey)), "x") == grey[..., None]).all()
+    assert (decode(encode(Image.fromarray(grey)), "x") == grey[..., None]).all()
     bits = Image.fromarray(grey).convert("1")
-    assert (decode(encoded(bits), "x") == np.array(bits.convert("L"))[..., None]).all()
-    content = encoded(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=95)
+    assert (decode(encode(bits), "x") == np.array(bits.convert("L"))[..., None]).all()
+    content = encode(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=95)
     assert (decode(content, "x") == np.array(Image.open(BytesIO(content)).convert("RGB"))).all()
 
 
-def test_transparency_is_laid_over_white() -> None:
+def test_transparency_is_composited_over_white() -> None:
     alpha = np.zeros((20, 30), np.uint8)
     alpha[:, 15:] = 255
     rgba = Image.fromarray(np.dstack([RGB, alpha]))
     expected = RGB.copy()
     expected[:, :15] = 255
-    assert (decode(encoded(rgba), "x") == expected).all()
-    grey_alpha = decode(encoded(rgba.convert("LA")), "x")
+    assert (decode(encode(rgba), "x") == expected).all()
+    grey_alpha = decode(encode(rgba.convert("LA")), "x")
     assert (grey_alpha[:, :15] == 255).all()
     assert (grey_alpha[:, 15:] == np.array(Image.fromarray(RGB).convert("L"))[:, 15:, None]).all()
 
 
-def test_a_palette_with_alpha() -> None:
+def test_palette_transparency_is_composited_over_white() -> None:
     indices = np.array([[0, 1], [2, 1]], np.uint8)
     image = Image.frombytes("P", (2, 2), indices.tobytes())
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    content = encoded(image, transparency=bytes([255, 0, 128]))
+    content = encode(image, transparency=bytes([255, 0, 128]))
     assert decode(content, "x").tolist() == [[[255, 0, 0], [255] * 3], [[127, 127, 255], [255] * 3]]
 
 
-def test_broken_metadata_neither_stops_nor_warns() -> None:
-    broken = encoded(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\xff")
-    palette = encoded(Image.fromarray(RGB).quantize(4), transparency=b"\0\1\2\3")
-    reference = encoded(Image.fromarray(RGB), "JPEG")
+def test_broken_metadata_causes_no_error_and_no_warning() -> None:
+    broken = encode(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\xff")
+    palette = encode(Image.fromarray(RGB).quantize(4), transparency=b"\0\1\2\3")
+    reference = encode(Image.fromarray(RGB), "JPEG")
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(decode, [broken] * 20, ["x"] * 20):
-            assert (found == decode(reference, "x")).all()
+        for pixels in pool.map(decode, [broken] * 20, ["x"] * 20):
+            assert (pixels == decode(reference, "x")).all()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         decode(broken, "x")
@@ -134,8 +134,8 @@ def test_broken_metadata_neither_stops_nor_warns() -> None:
     assert not caught
 
 
-def huge_png(side: int) -> bytes:
-    """A PNG that says it has side x side pixels."""
+def make_png_header_of_size(side: int) -> bytes:
+    """Return a PNG whose header declares side x side pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -144,23 +144,23 @@ def huge_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def noted(kind: bytes, text: bytes, last: bool) -> bytes:
-    """A PNG of the pixels RGB that lies on its side, with a chunk `kind` of `text` before or after its pixels."""
+def make_png_with_text(kind: bytes, text: bytes, last: bool) -> bytes:
+    """Return a PNG of the pixels RGB, rotated by EXIF, with a chunk `kind` of `text` before or after its pixels."""
     head = {b"zTXt": b"note\0\0", b"iCCP": b"note\0\0", b"iTXt": b"note\0\1\0\0\0", b"tEXt": b"note\0"}[kind]
     body = kind + head + (text if kind == b"tEXt" else zlib.compress(text))
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     exif = Image.Exif()
     exif[0x0112] = 6
-    content = encoded(Image.fromarray(RGB), exif=exif)
-    at = len(content) - 12 if last else content.index(b"IDAT") - 4
-    return content[:at] + chunk + content[at:]
+    content = encode(Image.fromarray(RGB), exif=exif)
+    position = len(content) - 12 if last else content.index(b"IDAT") - 4
+    return content[:position] + chunk + content[position:]
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt", b"tEXt"])
-def test_long_texts_and_profiles_of_a_png_cost_neither_its_pixels_nor_memory(kind: bytes, last: bool) -> None:
+def test_long_png_texts_and_profiles_neither_change_pixels_nor_use_memory(kind: bytes, last: bool) -> None:
     for size in (100, 2**26):
-        content = noted(kind, bytes(size), last)
+        content = make_png_with_text(kind, bytes(size), last)
         tracemalloc.start()
         assert decoded_size(content, "x") == (30, 20)
         assert (decode(content, "x") == np.rot90(RGB, -1)).all()
@@ -169,25 +169,25 @@ def test_long_texts_and_profiles_of_a_png_cost_neither_its_pixels_nor_memory(kin
         assert peak < 16 * 2**20 + 2 * len(content)
 
 
-def test_texts_that_are_short_alone_and_long_together_are_passed_over() -> None:
-    content = noted(b"zTXt", bytes(10), last=False)
-    at = content.index(b"zTXt") - 4
-    whole = noted(b"zTXt", bytes(2**20 - 100), last=False)
-    chunk = whole[at : at + 12 + int.from_bytes(whole[at : at + 4], "big")]
-    assert (decode(content[:at] + 70 * chunk + content[at:], "x") == np.rot90(RGB, -1)).all()
+def test_many_short_png_texts_are_ignored() -> None:
+    content = make_png_with_text(b"zTXt", bytes(10), last=False)
+    position = content.index(b"zTXt") - 4
+    long_content = make_png_with_text(b"zTXt", bytes(2**20 - 100), last=False)
+    chunk = long_content[position : position + 12 + int.from_bytes(long_content[position : position + 4], "big")]
+    assert (decode(content[:position] + 70 * chunk + content[position:], "x") == np.rot90(RGB, -1)).all()
 
 
-def test_an_image_has_no_more_pixels_than_are_allowed() -> None:
-    content = encoded(Image.fromarray(RGB))
+def test_images_with_too_many_pixels_are_rejected() -> None:
+    content = encode(Image.fromarray(RGB))
     for read in (DecodeOptions(max_pixels=599).decode, DecodeOptions(max_pixels=599).stored_size, decode, decoded_size):
         with pytest.raises(DataError, match=r"more than the .* million allowed"):
-            read(content if "Pixels" in read.__qualname__ else huge_png(11_000), "x")
+            read(content if "Pixels" in read.__qualname__ else make_png_header_of_size(11_000), "x")
     assert DecodeOptions(max_pixels=600).decode(content, "x").shape == RGB.shape
-    assert DecodeOptions(max_pixels=600) == DecodeOptions(), "a cache made under another bound holds the same pixels"
+    assert DecodeOptions(max_pixels=600) == DecodeOptions(), "caches built with another max_pixels hold the same pixels"
 
 
-JPEG = encoded(Image.fromarray(RGB.repeat(10, 0).repeat(10, 1)), "JPEG")
-PNG = encoded(Image.fromarray(RGB), "PNG")
+JPEG = encode(Image.fromarray(RGB.repeat(10, 0).repeat(10, 1)), "JPEG")
+PNG = encode(Image.fromarray(RGB), "PNG")
 
 
 @pytest.mark.parametrize(
@@ -198,18 +198,18 @@ PNG = encoded(Image.fromarray(RGB), "PNG")
         (b"this is no image", "no image of a known format"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known format"),
         (b"", "the file is empty"),
-        (huge_png(60_000), "decompression bomb"),
-        (encoded(Image.fromarray(RGB[..., 0].astype(np.float32)), "TIFF"), "floating-point"),
+        (make_png_header_of_size(60_000), "decompression bomb"),
+        (encode(Image.fromarray(RGB[..., 0].astype(np.float32)), "TIFF"), "floating-point"),
     ],
     ids=["truncated jpeg", "truncated png", "text", "postscript", "empty", "bomb", "floats"],
 )
-def test_what_cannot_be_decoded_is_named_with_the_reason(content: bytes, reason: str) -> None:
+def test_undecodable_file_is_named_with_the_reason(content: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=rf"x\.jpg cannot be decoded: .*{reason}"):
         decode(content, "x.jpg")
 
 
-def test_equal_pictures_have_equal_digests_whatever_their_files() -> None:
-    png, bmp = (decode(encoded(Image.fromarray(RGB), kind), "x") for kind in ("PNG", "BMP"))
+def test_equal_images_have_equal_digests_in_any_file_format() -> None:
+    png, bmp = (decode(encode(Image.fromarray(RGB), kind), "x") for kind in ("PNG", "BMP"))
     assert pixel_digest(png) == pixel_digest(bmp)
     assert len(pixel_digest(png)) == 16
     assert pixel_digest(png) != pixel_digest(np.ascontiguousarray(png.reshape(30, 20, 3)))
@@ -220,7 +220,7 @@ def test_equal_pictures_have_equal_digests_whatever_their_files() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "P and alpha", "PA", "RGB", "RGBA", "I;16", "CMYK"])
-def test_converting_by_bands_gives_the_pixels_of_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_in_bands_equals_conversion_of_the_whole_image(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image, options = Image.fromarray(np.dstack([RGB, RGB[..., :1]]), "RGBA"), {}
     if mode == "I;16":
         image = Image.fromarray(RGB[..., 0].astype(np.uint16) * 251)
@@ -228,46 +228,48 @@ def test_converting_by_bands_gives_the_pixels_of_the_whole(mode: str, monkeypatc
         image, options = image.convert("RGB").quantize(7), {"transparency": bytes([0, 30, 60, 90, 255])}
     elif mode != "RGBA":
         image = image.convert("RGB").convert(mode) if mode in ("1", "P", "CMYK") else image.convert(mode)
-    content = encoded(image, {"CMYK": "JPEG", "PA": "TIFF"}.get(mode, "PNG"), **options)
-    whole = decode(content, "x")
+    content = encode(image, {"CMYK": "JPEG", "PA": "TIFF"}.get(mode, "PNG"), **options)
+    unbanded = decode(content, "x")
     for band in (1, 31, 95):
         monkeypatch.setattr(image_io, "CHUNK_PIXELS", band)
-        assert (decode(content, "x") == whole).all()
+        assert (decode(content, "x") == unbanded).all()
     with Image.open(BytesIO(content)) as opened:
         rgba = opened.convert("RGBA")
     expected = np.array(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
-    assert mode == "I;16" or (whole == expected).all()
+    assert mode == "I;16" or (unbanded == expected).all()
 
 
-def scanned(scans: int, width: int = 64, height: int = 48) -> bytes:
-    """A progressive JPEG with so many scans beside its own that say nothing."""
-    own = encoded(Image.new("RGB", (width, height), "grey"), "JPEG", progressive=True)
-    return own[:-2] + own[own.rindex(b"\xff\xc4") : -2] * scans + own[-2:]
+def make_jpeg(scans: int, width: int = 64, height: int = 48) -> bytes:
+    """Return a progressive JPEG with `scans` additional empty scans."""
+    jpeg = encode(Image.new("RGB", (width, height), "grey"), "JPEG", progressive=True)
+    return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xc4") : -2] * scans + jpeg[-2:]
 
 
-def test_a_jpeg_of_a_great_many_scans_is_refused_by_its_head() -> None:
-    assert (decode(scanned(MAX_SCANS // 2), "x") == decode(scanned(0), "x")).all()
+def test_jpeg_with_too_many_scans_is_rejected_before_decoding() -> None:
+    assert (decode(make_jpeg(MAX_SCANS // 2), "x") == decode(make_jpeg(0), "x")).all()
     for scans in (MAX_SCANS, 100_000):
-        begun = time.monotonic()
+        start = time.monotonic()
         for read in (decode, decoded_size):
             with pytest.raises(DataError, match="more than 100 scans"):
-                read(scanned(scans), "x")
-        assert time.monotonic() - begun < 1
+                read(make_jpeg(scans), "x")
+        assert time.monotonic() - start < 1
 
 
-def test_what_only_looks_like_scans_is_not_counted() -> None:
+def test_only_real_jpeg_scans_are_counted() -> None:
     marks = b"\xff\xda" * 2 * MAX_SCANS
     for content in (JPEG + marks, JPEG[:2] + b"\xff\xe5" + struct.pack(">H", len(marks) + 2) + marks + JPEG[2:]):
         assert (decode(content, "x") == decode(JPEG, "x")).all()
-    # fill bytes before a marker, and one without a length, hide no scan
-    hidden = scanned(0)[:-2] + (b"\xff\xff\xff\xd0" + scanned(0)[scanned(0).rindex(b"\xff\xc4") : -2]) * 2 * MAX_SCANS
+    # Fill bytes before a marker, and a marker without a length, hide no scan.
+    scans = (
+        make_jpeg(0)[:-2] + (b"\xff\xff\xff\xd0" + make_jpeg(0)[make_jpeg(0).rindex(b"\xff\xc4") : -2]) * 2 * MAX_SCANS
+    )
     with pytest.raises(DataError, match="more than 100 scans"):
-        decode(hidden + b"\xff\xd9", "x")
+        decode(scans + b"\xff\xd9", "x")
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}, {"quality": 10}])
-def test_the_size_of_a_webp_is_checked_before_there_is_room_for_it(options: dict[str, object]) -> None:
-    content = encoded(Image.fromarray(RGB), "WEBP", **options)
+def test_webp_size_is_checked_before_memory_is_allocated(options: dict[str, object]) -> None:
+    content = encode(Image.fromarray(RGB), "WEBP", **options)
     assert decode(content, "x", max_pixels=600).shape == (20, 30, 3)
     with pytest.raises(DataError, match="30 × 20 pixels"):
         decode(content, "x", max_pixels=599)
@@ -276,15 +278,15 @@ def test_the_size_of_a_webp_is_checked_before_there_is_room_for_it(options: dict
         decode(b"RIFF" + struct.pack("<I", 4 + len(huge)) + b"WEBP" + huge, "x", max_pixels=1e6)
 
 
-def test_other_formats_than_those_allowed_are_refused() -> None:
-    content = encoded(Image.fromarray(RGB), "GIF")
+def test_formats_that_are_not_allowed_are_rejected() -> None:
+    content = encode(Image.fromarray(RGB), "GIF")
     assert decode(content, "x").shape == (20, 30, 3)
     assert decode(PNG, "x", formats=["JPEG", "PNG"]).shape == (20, 30, 3)
     with pytest.raises(DataError, match="no image of a known format, JPEG, PNG"):
         decode(content, "x", formats=["JPEG", "PNG"])
 
 
-HEAVY = {
+MEMORY_CASES = {
     "a palette with alpha": ("P", "PNG", {"transparency": b"\0\x80"}),
     "alpha": ("RGBA", "PNG", {}),
     "16 bits": ("I;16", "PNG", {}),
@@ -297,10 +299,10 @@ HEAVY = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "kind", "options"), HEAVY.values(), ids=HEAVY)
-def test_decoding_takes_no_more_memory_than_a_server_counts(mode: str, kind: str, options: dict, tmp_path) -> None:
+@pytest.mark.parametrize(("mode", "kind", "options"), MEMORY_CASES.values(), ids=MEMORY_CASES)
+def test_decoding_stays_within_the_memory_limit_of_the_server(mode: str, kind: str, options: dict, tmp_path) -> None:
     side = 4000
-    (tmp_path / "image").write_bytes(encoded(Image.new(mode, (side, side)), kind, **options))
+    (tmp_path / "image").write_bytes(encode(Image.new(mode, (side, side)), kind, **options))
     code = (
         "import sys; from pathlib import Path; from fivefold.data.image_io import decode\n"
         "content, own = Path(sys.argv[1]).read_bytes(), Path('/proc/self/status')\n"
@@ -308,6 +310,6 @@ def test_decoding_takes_no_more_memory_than_a_server_counts(mode: str, kind: str
         "before = peak(); decode(content, 'x'); print(1024 * (peak() - before))"
     )
     command = [sys.executable, "-c", code, tmp_path / "image"]
-    taken = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / side**2
-    print(f"{taken:.1f} bytes a pixel")
-    assert 4 < taken <= PIXEL_BYTES
+    bytes_per_pixel = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / side**2
+    print(f"{bytes_per_pixel:.1f} bytes a pixel")
+    assert 4 < bytes_per_pixel <= PIXEL_BYTES

@@ -1,4 +1,4 @@
-"""What a sample's single column is for: read off its values, its name and the classes, or asked for."""
+"""The format of a sample's single column: detected from its values, its name and the classes, or set explicitly."""
 
 from pathlib import Path
 
@@ -13,19 +13,21 @@ from fivefold.predictions import Predictions
 from toy_data import read_cells, write_data
 
 BINARY, PETS, NUMBERS = ("0", "1"), ("cat", "dog"), ("0", "1", "2", "3")
-SHARES = np.array([[0.9, 0.1], [0.2, 0.8]])
+PROBABILITIES = np.array([[0.9, 0.1], [0.2, 0.8]])
 
 
-def sample_of(column: str, *values: str, **settings: str) -> SampleSubmission:
+def make_sample(column: str, *values: str, **settings: str) -> SampleSubmission:
     return SampleSubmission("id", (column,), np.array(["a", "b"], object), values=values, **settings)
 
 
-def written(
-    tmp_path: Path, wanted: SampleSubmission, classes: tuple[str, ...], shares: np.ndarray = SHARES
+def write_and_read_column(
+    tmp_path: Path, sample: SampleSubmission, classes: tuple[str, ...], probabilities: np.ndarray = PROBABILITIES
 ) -> list[str]:
-    """The answers to two rows, whose probabilities are `shares`."""
-    table = Predictions(wanted.ids, np.full(2, -1, np.int16), "s", classes, np.log(shares).astype(np.float32))
-    return [row[1] for row in read_cells(write_submission(tmp_path / "s.csv", table, wanted))[1:]]
+    """Write a submission of two rows with `probabilities` and return the values of its column."""
+    predictions = Predictions(
+        sample.ids, np.full(2, -1, np.int16), "s", classes, np.log(probabilities).astype(np.float32)
+    )
+    return [row[1] for row in read_cells(write_submission(tmp_path / "s.csv", predictions, sample))[1:]]
 
 
 @pytest.mark.parametrize(
@@ -44,17 +46,15 @@ def written(
         ("label", ["0.0"], ("no", "yes"), "yes"),
     ],
 )
-def test_numbers_between_0_and_1_ask_for_the_probability_of_the_positive_class(
-    tmp_path, column, values, classes, positive
-):
-    wanted = sample_of(column, *values)
-    assert (detect_format(wanted, classes).kind, detect_format(wanted, classes).names) == ("probability", (positive,))
-    found = [float(cell) for cell in written(tmp_path, wanted, classes)]
-    np.testing.assert_allclose(found, SHARES[:, classes.index(positive)], atol=1e-6)
+def test_fractions_select_the_probability_of_the_positive_class(tmp_path, column, values, classes, positive):
+    sample = make_sample(column, *values)
+    assert (detect_format(sample, classes).kind, detect_format(sample, classes).names) == ("probability", (positive,))
+    actual = [float(cell) for cell in write_and_read_column(tmp_path, sample, classes)]
+    np.testing.assert_allclose(actual, PROBABILITIES[:, classes.index(positive)], atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "classes", "answers"),
+    ("column", "values", "classes", "expected"),
     [
         ("label", ["0"], BINARY, ["0", "1"]),
         ("has_cactus", ["1", "0"], BINARY, ["0", "1"]),
@@ -70,12 +70,12 @@ def test_numbers_between_0_and_1_ask_for_the_probability_of_the_positive_class(
         ("label", [], PETS, ["cat", "dog"]),
     ],
 )
-def test_names_and_whole_numbers_ask_for_the_predicted_class(tmp_path, column, values, classes, answers):
-    assert written(tmp_path, sample_of(column, *values), classes) == answers
+def test_names_and_whole_numbers_select_the_predicted_class(tmp_path, column, values, classes, expected):
+    assert write_and_read_column(tmp_path, make_sample(column, *values), classes) == expected
 
 
 @pytest.mark.parametrize(
-    ("values", "classes", "answers"),
+    ("values", "classes", "expected"),
     [
         (["0", "3"], NUMBERS, ["1", "3"]),
         (["0.0"], NUMBERS, ["1.0", "3.0"]),
@@ -84,13 +84,13 @@ def test_names_and_whole_numbers_ask_for_the_predicted_class(tmp_path, column, v
         (["bee"], ("ant", "bee", "cat", "dog"), ["bee", "dog"]),
     ],
 )
-def test_more_than_two_classes_are_written_by_name_or_number(tmp_path, values, classes, answers):
-    shares = np.array([[0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]])
-    if answers is None:
+def test_more_than_two_classes_are_written_by_name_or_number(tmp_path, values, classes, expected):
+    probabilities = np.array([[0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]])
+    if expected is None:
         with pytest.raises(DataError, match=r"ensemble\.answer"):
-            detect_format(sample_of("label", *values), classes)
+            detect_format(make_sample("label", *values), classes)
     else:
-        assert written(tmp_path, sample_of("label", *values), classes, shares) == answers
+        assert write_and_read_column(tmp_path, make_sample("label", *values), classes, probabilities) == expected
 
 
 @pytest.mark.parametrize(
@@ -108,15 +108,15 @@ def test_more_than_two_classes_are_written_by_name_or_number(tmp_path, values, c
         ("label", ["2.5"], BINARY),
     ],
 )
-def test_what_the_sample_does_not_say_is_asked_for_with_the_settings(column, values, classes):
+def test_ambiguous_samples_raise_errors_that_name_the_settings(column, values, classes):
     with pytest.raises(DataError) as caught:
-        detect_format(sample_of(column, *values), classes)
+        detect_format(make_sample(column, *values), classes)
     assert {"ensemble.answer", "ensemble.positive_class"} & set(str(caught.value).replace("=", " ").split())
     assert repr(column) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "values", "classes", "answers"),
+    ("settings", "values", "classes", "expected"),
     [
         ({"positive": "dog"}, ["0.5"], PETS, [0.1, 0.8]),
         ({"positive": "DOG"}, ["cat"], PETS, [0.1, 0.8]),
@@ -126,45 +126,45 @@ def test_what_the_sample_does_not_say_is_asked_for_with_the_settings(column, val
         ({"answer": "number"}, ["0"], PETS, ["0", "1"]),
     ],
 )
-def test_the_settings_say_what_the_sample_does_not(tmp_path, settings, values, classes, answers):
-    found = written(tmp_path, sample_of("label", *values, **settings), classes)
-    assert [type(want)(each) for each, want in zip(found, answers, strict=True)] == pytest.approx(answers)
+def test_settings_override_the_detected_format(tmp_path, settings, values, classes, expected):
+    actual = write_and_read_column(tmp_path, make_sample("label", *values, **settings), classes)
+    assert [type(value)(cell) for cell, value in zip(actual, expected, strict=True)] == pytest.approx(expected)
 
 
-def test_settings_that_cannot_be_are_refused():
-    for wanted in (
-        sample_of("label", "0.5", positive="bird"),
+def test_settings_that_contradict_the_sample_raise_errors():
+    for sample in (
+        make_sample("label", "0.5", positive="bird"),
         SampleSubmission("id", PETS, np.array(["a"], object), answer="class"),
     ):
         with pytest.raises(SettingsError, match=r"ensemble\.(positive_class|answer)"):
-            detect_format(wanted, PETS)
+            detect_format(sample, PETS)
     with pytest.raises(DataError, match=r"ensemble\.positive_class"):
-        detect_format(sample_of("label", "0.5", answer="probability"), NUMBERS)
+        detect_format(make_sample("label", "0.5", answer="probability"), NUMBERS)
 
 
-def test_columns_are_classes_in_other_letters_too_and_strange_ones_are_named(tmp_path):
+def test_columns_match_classes_in_any_letter_case_and_unknown_ones_are_named(tmp_path):
     ids = np.array(["a", "b"], object)
-    table = Predictions(ids, np.full(2, -1, np.int16), "s", PETS, np.log(SHARES).astype(np.float32))
-    path = write_submission(tmp_path / "s.csv", table, SampleSubmission("id", ("DOG", " Cat"), ids))
+    predictions = Predictions(ids, np.full(2, -1, np.int16), "s", PETS, np.log(PROBABILITIES).astype(np.float32))
+    path = write_submission(tmp_path / "s.csv", predictions, SampleSubmission("id", ("DOG", " Cat"), ids))
     header, *rows = read_cells(path)
     assert header == ["id", "DOG", " Cat"]
-    np.testing.assert_allclose([[float(cell) for cell in row[1:]] for row in rows], SHARES[:, ::-1], atol=1e-6)
-    np.testing.assert_allclose(np.exp(read_submission(path, ids, PETS).log_probs), SHARES, atol=1e-6)
+    np.testing.assert_allclose([[float(cell) for cell in row[1:]] for row in rows], PROBABILITIES[:, ::-1], atol=1e-6)
+    np.testing.assert_allclose(np.exp(read_submission(path, ids, PETS).log_probs), PROBABILITIES, atol=1e-6)
     for columns, names in ((("cat", "bird"), ("bird", "dog")), (("cat", "Cat", "dog"), ("Cat",))):
         with pytest.raises(DataError) as caught:
             detect_format(SampleSubmission("id", columns, ids), PETS)
         assert all(repr(name) in str(caught.value) for name in names)
     with pytest.raises(DataError, match="'ant', 'cat' without a column"):
-        detect_format(sample_of("bee", "0.5"), ("ant", "bee", "cat"))
+        detect_format(make_sample("bee", "0.5"), ("ant", "bee", "cat"))
 
 
-def test_the_values_of_one_column_are_read_with_the_sample(tmp_path):
+def test_eval_reader_reads_the_values_of_a_single_column(tmp_path):
     rows = "id,{}\na,0.5\nb,0.5\n"
     write_data(tmp_path, "a.png", "b.png", sample_submission=rows.format("has_cactus"))
-    found = read_eval(tmp_path)
-    assert detect_format(found.sample, BINARY).kind == "probability"
-    asked = found.with_label_column("", answer="class")
-    assert detect_format(asked.sample, BINARY).kind == "class"
+    images = read_eval(tmp_path)
+    assert detect_format(images.sample, BINARY).kind == "probability"
+    overridden = images.with_label_column("", answer="class")
+    assert detect_format(overridden.sample, BINARY).kind == "class"
 
 
 @pytest.mark.parametrize(
@@ -178,31 +178,31 @@ def test_the_values_of_one_column_are_read_with_the_sample(tmp_path):
         ("label", ["0"], ("0.0", "1.0")),
     ],
 )
-def test_an_answer_is_read_again_as_it_was_written(tmp_path, column, values, classes):
-    wanted = sample_of(column, *values)
-    kind = detect_format(wanted, classes).kind
-    written(tmp_path, wanted, classes)
-    expected = SHARES if kind == "probability" else np.eye(2)
-    for given in ({"classes": classes}, {"likely": classes}):
-        found = read_submission(tmp_path / "s.csv", wanted.ids, **given)
-        order = [found.classes.index(name) for name in classes] if kind != "class" else [0, 1]
-        np.testing.assert_allclose(np.exp(found.log_probs)[:, order], expected, atol=1e-6)
+def test_reader_restores_a_written_submission(tmp_path, column, values, classes):
+    sample = make_sample(column, *values)
+    kind = detect_format(sample, classes).kind
+    write_and_read_column(tmp_path, sample, classes)
+    expected = PROBABILITIES if kind == "probability" else np.eye(2)
+    for options in ({"classes": classes}, {"likely": classes}):
+        predictions = read_submission(tmp_path / "s.csv", sample.ids, **options)
+        order = [predictions.classes.index(name) for name in classes] if kind != "class" else [0, 1]
+        np.testing.assert_allclose(np.exp(predictions.log_probs)[:, order], expected, atol=1e-6)
     assert has_one_column(tmp_path / "s.csv")
     assert has_labels_only(tmp_path / "s.csv") == (kind != "probability")
 
 
-def test_a_probability_of_an_unknown_class_is_read_by_the_setting_alone(tmp_path):
+def test_probability_of_an_unknown_class_needs_the_positive_class_setting(tmp_path):
     path = tmp_path / "s.csv"
     path.write_text("id,label\na,0.25\nb,1\n")
     np.testing.assert_allclose(
         np.exp(read_submission(path, classes=PETS, positive="cat").log_probs), [[0.25, 0.75], [1, 0]], atol=1e-6
     )
-    for given in ({"classes": PETS}, {}, {"classes": NUMBERS}):
+    for options in ({"classes": PETS}, {}, {"classes": NUMBERS}):
         with pytest.raises(DataError, match="'label'"):
-            read_submission(path, **given)
+            read_submission(path, **options)
 
 
-def test_the_positive_class_is_known_by_its_name():
+def test_guess_positive_recognises_common_names():
     pairs = [("0", "1"), ("no", "yes"), ("Negative", "Positive"), ("without_mask", "mask"), ("-1", "1"), ("0.0", "1.0")]
     for negative, positive in pairs:
         assert guess_positive((negative, positive)) == guess_positive((positive, negative)) == positive

@@ -1,6 +1,6 @@
-"""Systems of different factors as one: the code of every joined row by hand, and what cannot be joined."""
+"""Systems that predict different factors combined into one: hand-computed class codes, and systems that cannot be combined."""
 
-from itertools import product as every
+from itertools import product as cartesian_product
 from pathlib import Path
 
 import numpy as np
@@ -24,108 +24,127 @@ def log_probs(rows: int, classes: int) -> np.ndarray:
     return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
 
 
-def sure_of(classes: tuple[str, ...], names: list[str]) -> np.ndarray:
-    """Log-probabilities that are all but sure of the named class of each row."""
+def confident_log_probs(classes: tuple[str, ...], names: list[str]) -> np.ndarray:
+    """Return log-probabilities that give the named class of each row 0.99."""
     probs = np.full((len(names), len(classes)), 0.01 / (len(classes) - 1))
     probs[np.arange(len(names)), [classes.index(name) for name in names]] = 0.99
     return np.log(probs).astype(np.float32)
 
 
-def info(*knows: str, factors: LabelFactors | None = FACTORS) -> dict[str, object]:
-    return {"knows": list(knows), "factors": None if factors is None else factors.to_json()}
+def make_metadata(*predicted: str, factors: LabelFactors | None = FACTORS) -> dict[str, object]:
+    return {"knows": list(predicted), "factors": None if factors is None else factors.to_json()}
 
 
-def model(system: str, fold: int, facts: dict[str, object]) -> ModelDir:
-    return ModelDir(Path(), {"role": "fold", "system": system, "seed": 1, "fold": fold, **facts})
+def make_model_dir(system: str, fold: int, metadata: dict[str, object]) -> ModelDir:
+    return ModelDir(Path(), {"role": "fold", "system": system, "seed": 1, "fold": fold, **metadata})
 
 
-def groups(**knows: tuple[str, ...]) -> dict[str, list[ModelDir]]:
-    return {name: [model(name, fold, info(*factors)) for fold in range(2)] for name, factors in knows.items()}
+def make_groups(**factors: tuple[str, ...]) -> dict[str, list[ModelDir]]:
+    return {
+        name: [make_model_dir(name, fold, make_metadata(*parts)) for fold in range(2)]
+        for name, parts in factors.items()
+    }
 
 
-def two() -> FactorProduct:
-    return build_product(groups(masks=("mask", "gender"), ages=("age",)))
+def mask_and_age_product() -> FactorProduct:
+    return build_product(make_groups(masks=("mask", "gender"), ages=("age",)))
 
 
-def test_the_joined_code_is_mask_times_6_plus_gender_times_3_plus_age() -> None:
-    rows = list(every(range(3), range(2), range(3)))
-    both = sure_of(FACTORS.projected_classes(("mask", "gender")), [f"{MASKS[m]}+{GENDERS[g]}" for m, g, _ in rows])
-    age = sure_of(FACTORS.projected_classes(("age",)), [AGES[a] for _, _, a in rows])
-    found = two().combine({"masks": both, "ages": age}).argmax(axis=1)
+def test_combined_class_code_is_mask_times_6_plus_gender_times_3_plus_age() -> None:
+    rows = list(cartesian_product(range(3), range(2), range(3)))
+    mask_and_gender = confident_log_probs(
+        FACTORS.projected_classes(("mask", "gender")), [f"{MASKS[m]}+{GENDERS[g]}" for m, g, _ in rows]
+    )
+    age = confident_log_probs(FACTORS.projected_classes(("age",)), [AGES[a] for _, _, a in rows])
+    predicted = mask_and_age_product().combine({"masks": mask_and_gender, "ages": age}).argmax(axis=1)
     assert (
-        [int(FACTORS.classes[code]) for code in found] == [encode_label(m, g, a) for m, g, a in rows] == list(range(18))
+        [int(FACTORS.classes[code]) for code in predicted]
+        == [encode_label(m, g, a) for m, g, a in rows]
+        == list(range(18))
     )
 
 
-def test_log_probabilities_add() -> None:
-    both, age = log_probs(50, 6), log_probs(50, 3)
-    found = two().combine({"masks": both, "ages": age})
-    np.testing.assert_allclose(np.exp(found).sum(axis=1), 1, atol=1e-6)
+def test_combined_log_probabilities_are_sums() -> None:
+    mask_gender_log_probs, age_log_probs = log_probs(50, 6), log_probs(50, 3)
+    combined = mask_and_age_product().combine({"masks": mask_gender_log_probs, "ages": age_log_probs})
+    np.testing.assert_allclose(np.exp(combined).sum(axis=1), 1, atol=1e-6)
     mask_and_gender, ages = FACTORS.projected_classes(("mask", "gender")), FACTORS.projected_classes(("age",))
-    for (m, mask), (g, gender), (a, years) in every(enumerate(MASKS), enumerate(GENDERS), enumerate(AGES)):
-        column = found[:, FACTORS.classes.index(str(m * 6 + g * 3 + a))]
-        parts = both[:, mask_and_gender.index(f"{mask}+{gender}")] + age[:, ages.index(years)]
+    for (m, mask), (g, gender), (a, years) in cartesian_product(enumerate(MASKS), enumerate(GENDERS), enumerate(AGES)):
+        column = combined[:, FACTORS.classes.index(str(m * 6 + g * 3 + a))]
+        parts = (
+            mask_gender_log_probs[:, mask_and_gender.index(f"{mask}+{gender}")] + age_log_probs[:, ages.index(years)]
+        )
         np.testing.assert_allclose(column, parts, atol=1e-5)
 
 
-def test_three_systems_of_one_factor_each_join_too() -> None:
-    joint = build_product(groups(a=("age",), g=("gender",), m=("mask",)))
-    each = {"a": log_probs(9, 3), "g": log_probs(9, 2), "m": log_probs(9, 3)}
-    found = joint.combine(each)
-    expected = each["m"][:, 1] + each["g"][:, 0] + each["a"][:, 2]  # parts are sorted by name: mask, female, >=60
-    np.testing.assert_allclose(found[:, FACTORS.classes.index("5")], expected, atol=1e-5)
-    assert joint.name == "a × g × m"
+def test_three_systems_of_one_factor_each_are_combined() -> None:
+    factor_product = build_product(make_groups(a=("age",), g=("gender",), m=("mask",)))
+    predictions = {"a": log_probs(9, 3), "g": log_probs(9, 2), "m": log_probs(9, 3)}
+    combined = factor_product.combine(predictions)
+    # Class names are sorted: mask, female, >=60.
+    expected = predictions["m"][:, 1] + predictions["g"][:, 0] + predictions["a"][:, 2]
+    np.testing.assert_allclose(combined[:, FACTORS.classes.index("5")], expected, atol=1e-5)
+    assert factor_product.name == "a × g × m"
 
 
-def test_systems_of_the_same_factors_are_averaged_first() -> None:
-    joint = build_product(groups(masks=("mask", "gender"), ages=("age",), other=("age",)))
-    both, one, other = log_probs(7, 6), log_probs(7, 3), log_probs(7, 3)
-    average = np.log((np.exp(one) + np.exp(other)) / 2)
+def test_systems_with_the_same_factors_are_averaged_first() -> None:
+    factor_product = build_product(make_groups(masks=("mask", "gender"), ages=("age",), other=("age",)))
+    mask_gender_log_probs, first_age, second_age = log_probs(7, 6), log_probs(7, 3), log_probs(7, 3)
+    average = np.log((np.exp(first_age) + np.exp(second_age)) / 2)
     np.testing.assert_allclose(
-        joint.combine({"masks": both, "ages": one, "other": other}),
-        two().combine({"masks": both, "ages": average}),
+        factor_product.combine({"masks": mask_gender_log_probs, "ages": first_age, "other": second_age}),
+        mask_and_age_product().combine({"masks": mask_gender_log_probs, "ages": average}),
         atol=1e-5,
     )
-    assert joint.weights.tolist() == [1, 0.5, 0.5]
+    assert factor_product.weights.tolist() == [1, 0.5, 0.5]
 
 
-def test_combinations_that_are_no_class_lend_their_probability_to_the_others() -> None:
-    some = FACTORS.restrict(["0", "1", "3"])  # masked young man, masked man under 60, masked young woman
-    joint = FactorProduct(some, {"masks": ("mask", "gender"), "ages": ("age",)})
-    both, age = np.log([[0.4, 0.6]]), np.log([[0.25, 0.75]])  # female, male; <30, <60
-    found = np.exp(joint.combine({"masks": both, "ages": age}))
+def test_probability_of_combinations_without_a_class_is_redistributed() -> None:
+    restricted = FACTORS.restrict(["0", "1", "3"])  # man under 30, man under 60, woman under 30, all with masks
+    factor_product = FactorProduct(restricted, {"masks": ("mask", "gender"), "ages": ("age",)})
+    mask_gender_log_probs, age = np.log([[0.4, 0.6]]), np.log([[0.25, 0.75]])  # female, male; <30, <60
+    combined = np.exp(factor_product.combine({"masks": mask_gender_log_probs, "ages": age}))
     weights = np.array([0.6 * 0.25, 0.6 * 0.75, 0.4 * 0.25])
-    np.testing.assert_allclose(found[0], weights / weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(combined[0], weights / weights.sum(), rtol=1e-5)
 
 
-def table(system: str, ids: list[str], knows: tuple[str, ...], classes: list[str]) -> Predictions:
-    """Rows of the given true classes as a system of some factors has them, columns in reversed order."""
-    parts = FACTORS.projected_classes(knows)
-    labels = np.array([FACTORS.project(name, knows) for name in classes], dtype=object)
-    found = Predictions(
-        np.array(ids, object), np.zeros(len(ids), np.int16), system, parts, log_probs(len(ids), len(parts)), labels
+def make_predictions(system: str, ids: list[str], factors: tuple[str, ...], classes: list[str]) -> Predictions:
+    """Return rows with the true `classes`, reduced to the system's factors, with the columns in reversed order."""
+    projected_classes = FACTORS.projected_classes(factors)
+    labels = np.array([FACTORS.project(name, factors) for name in classes], dtype=object)
+    predictions = Predictions(
+        np.array(ids, object),
+        np.zeros(len(ids), np.int16),
+        system,
+        projected_classes,
+        log_probs(len(ids), len(projected_classes)),
+        labels,
     )
-    return found.with_classes(parts[::-1])
+    return predictions.with_classes(projected_classes[::-1])
 
 
-def test_tables_are_joined_by_id_and_name_with_the_label_that_their_parts_make() -> None:
+def test_predictions_are_combined_by_id_and_class_name_and_labels_are_joined() -> None:
     classes = ["17", "0", "10", "5"]
-    masks = table("masks", list("abcd"), ("mask", "gender"), classes)
-    ages = table("ages", list("abcd"), ("age",), classes)
-    found = two().combine_tables({"masks": masks, "ages": ages.take(np.array([2, 0, 3, 1]))})
-    assert list(found.labels) == classes
-    assert (found.classes, found.system) == (FACTORS.classes, "masks × ages")
+    masks = make_predictions("masks", list("abcd"), ("mask", "gender"), classes)
+    ages = make_predictions("ages", list("abcd"), ("age",), classes)
+    combined = mask_and_age_product().combine_tables({"masks": masks, "ages": ages.take(np.array([2, 0, 3, 1]))})
+    assert list(combined.labels) == classes
+    assert (combined.classes, combined.system) == (FACTORS.classes, "masks × ages")
     expected = masks.log_probs[0, masks.classes.index("normal+female")] + ages.log_probs[0, ages.classes.index("<60")]
-    assert found.log_probs[0, FACTORS.classes.index("16")] == pytest.approx(expected, abs=1e-5)
-    joined = two().combine_systems([System("masks", 5, 1, masks, masks), System("ages", 5, 1, ages, None)])
-    assert (joined.name, joined.models, joined.holdout) == ("masks × ages", 10, None), "no holdout where one has none"
-    assert list(joined.oof.labels) == classes
+    assert combined.log_probs[0, FACTORS.classes.index("16")] == pytest.approx(expected, abs=1e-5)
+    combined_system = mask_and_age_product().combine_systems(
+        [System("masks", 5, 1, masks, masks), System("ages", 5, 1, ages, None)]
+    )
+    assert (combined_system.name, combined_system.models, combined_system.holdout) == ("masks × ages", 10, None), (
+        "no holdout if one system has none"
+    )
+    assert list(combined_system.oof.labels) == classes
     with pytest.raises(DataError, match=r"rows: .*'d'"):
-        two().combine_tables({"masks": masks, "ages": ages.take(np.arange(3))})
+        mask_and_age_product().combine_tables({"masks": masks, "ages": ages.take(np.arange(3))})
 
 
 @pytest.mark.parametrize(
-    ("knows", "message"),
+    ("factors", "message"),
     [
         ({"masks": ("mask", "gender")}, r"factor age.*model\.label_factors=age"),
         ({"m": ("mask", "gender"), "a": ("gender", "age")}, r"m \(mask, gender\).* a \(gender, age\).*gender"),
@@ -133,22 +152,28 @@ def test_tables_are_joined_by_id_and_name_with_the_label_that_their_parts_make()
         ({"whole": ()}, "fold 0 of whole, seed 1"),
     ],
 )
-def test_what_is_no_product_is_refused_by_name(knows: dict[str, tuple[str, ...]], message: str) -> None:
+def test_systems_that_form_no_product_raise_an_error_that_names_them(
+    factors: dict[str, tuple[str, ...]], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
-        build_product(groups(**knows))
+        build_product(make_groups(**factors))
 
 
-def test_models_of_other_classes_or_mixed_systems_are_refused() -> None:
-    other = info("age", factors=profile_factors([30, 58]))
+def test_models_with_other_classes_or_mixed_systems_raise_errors() -> None:
+    other = make_metadata("age", factors=profile_factors([30, 58]))
     with pytest.raises(DataError, match="fold 0 of m, seed 1 and fold 0 of a, seed 1"):
-        build_product({"m": [model("m", 0, info("mask", "gender"))], "a": [model("a", 0, other)]})
+        build_product(
+            {"m": [make_model_dir("m", 0, make_metadata("mask", "gender"))], "a": [make_model_dir("a", 0, other)]}
+        )
     with pytest.raises(DataError, match=r"fold 1 of m, seed 1 .* \(mask; age\)"):
-        build_product({"m": [model("m", 0, info("mask")), model("m", 1, info("age"))]})
+        build_product(
+            {"m": [make_model_dir("m", 0, make_metadata("mask")), make_model_dir("m", 1, make_metadata("age"))]}
+        )
     with pytest.raises(DataError, match="fold 1 of x, seed 1"):
-        build_product({"m": [model("m", 0, info("mask"))], "x": [model("x", 1, {})]})
+        build_product({"m": [make_model_dir("m", 0, make_metadata("mask"))], "x": [make_model_dir("x", 1, {})]})
 
 
-def test_a_product_is_needed_where_models_know_different_factors() -> None:
-    assert needs_product([info("mask", "gender"), info("age")])
-    assert not needs_product([info("age"), info("age")])
+def test_product_is_needed_only_if_models_predict_different_factors() -> None:
+    assert needs_product([make_metadata("mask", "gender"), make_metadata("age")])
+    assert not needs_product([make_metadata("age"), make_metadata("age")])
     assert not needs_product([{}, {}])

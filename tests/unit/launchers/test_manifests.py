@@ -1,4 +1,4 @@
-"""The files of `k8s/` and what `submit platform=kubernetes` renders: the same, what a cluster takes, what the plan says."""
+"""The files of `k8s/` and the output of `submit platform=kubernetes`: equal, accepted by a cluster, true to the plan."""
 
 import copy
 import os
@@ -36,56 +36,57 @@ K8S = Path(__file__).parents[3] / "k8s"
 FILES = sorted(path.relative_to(K8S).as_posix() for path in K8S.rglob("*.yaml"))
 OBJECTS = [name for name in FILES if not name.endswith("kustomization.yaml")]
 needs_kubectl = pytest.mark.skipif(
-    shutil.which("kubectl") is None and not os.environ.get("CI"), reason="kubectl is not here; CI has it by .ci/kubectl"
+    shutil.which("kubectl") is None and not os.environ.get("CI"),
+    reason="kubectl is not installed; CI installs it with .ci/kubectl",
 )
 
 
-def plan_of(*overrides: str, inputs: Inputs | None = None, run: str = "first", **more: Any) -> Plan:
+def make_kubernetes_plan(*overrides: str, inputs: Inputs | None = None, run: str = "first", **options: Any) -> Plan:
     inputs = inputs or Inputs("/data/train", "/data/eval", truth_unknown=True)
-    return make_plan(inputs, overrides, run=run, recipe="small_images", **more)
+    return make_plan(inputs, overrides, run=run, recipe="small_images", **options)
 
 
-def expanded(one: dict[str, Any], index: int | None = None, **given: str) -> dict[str, str]:
-    """A container's variables as Kubernetes gives them: each may be made of those before it."""
-    found = dict(given)
-    for entry in one["spec"]["template"]["spec"]["containers"][0]["env"]:
+def expand_variables(manifest: dict[str, Any], index: int | None = None, **variables: str) -> dict[str, str]:
+    """Return a container's variables as Kubernetes sets them: a variable can refer to earlier ones."""
+    expanded = dict(variables)
+    for entry in manifest["spec"]["template"]["spec"]["containers"][0]["env"]:
         value = entry.get("value")
         if value is None:
             assert entry["valueFrom"] == {"fieldRef": {"fieldPath": INDEX}}
             value = str(index)
-        found[entry["name"]] = rules.expand(value, found)
-    return found
+        expanded[entry["name"]] = rules.expand(value, expanded)
+    return expanded
 
 
-# what is shipped
+# shipped files
 
 
-def test_rendered_files_are_up_to_date_and_those_that_submit_renders() -> None:
+def test_shipped_files_equal_the_rendered_ones_and_the_output_of_submit() -> None:
     assert {name: (K8S / name).read_text("utf-8") for name in render_files()} == render_files(), (
-        "make manifests writes them anew"
+        "run `make manifests` to update them"
     )
-    names = [f"{task.name}-job.yaml" for task in plan_tasks(plan_of())]
+    names = [f"{task.name}-job.yaml" for task in plan_tasks(make_kubernetes_plan())]
     assert {*names, "pvc.yaml"} == set(render_files())
-    shipped = [one for name in names for one in rules.read(K8S / name)]
-    assert list(yaml.safe_load_all(kubernetes.describe(plan_of()))) == shipped
+    shipped = [manifest for name in names for manifest in rules.read(K8S / name)]
+    assert list(yaml.safe_load_all(kubernetes.describe(make_kubernetes_plan()))) == shipped
 
 
-def accept(one: dict[str, Any]) -> None:
-    """Raises an error for an object that a cluster would refuse, or that is not within the restricted standard."""
+def check_object(manifest: dict[str, Any]) -> None:
+    """Raise an error if a cluster would refuse the object or it violates the restricted pod security standard."""
     for version in rules.VERSIONS:
-        rules.check(one, version)
-    assert [*rules.against_the_server(one)] == []
-    assert [found for spec in rules.pod_specs(one) for found in rules.against_restricted(spec)] == []
+        rules.check(manifest, version)
+    assert [*rules.against_the_server(manifest)] == []
+    assert [violation for spec in rules.pod_specs(manifest) for violation in rules.against_restricted(spec)] == []
 
 
 @pytest.mark.parametrize("name", OBJECTS)
-def test_a_cluster_takes_every_object(name: str) -> None:
+def test_cluster_accepts_every_shipped_object(name: str) -> None:
     assert rules.VERSIONS == ["1.33.0", "1.37.0"]
-    for one in rules.read(K8S / name):
-        accept(one)
+    for manifest in rules.read(K8S / name):
+        check_object(manifest)
 
 
-ELSEWHERE = (
+OTHER_SETTINGS = (
     "kubernetes.runs_path=s3://a/b",
     "kubernetes.gpus=0",
     "kubernetes.queue=q",
@@ -93,26 +94,32 @@ ELSEWHERE = (
 )
 
 
-def test_a_cluster_takes_all_that_submit_may_render() -> None:
-    for plan in (plan_of(seeds=[1, 2], run="a" * 32), select(plan_of(), (), [3]), plan_of(*ELSEWHERE, run="Run_2.0")):
-        for one in kubernetes.objects(plan, parallel=2):
-            accept(one)
+def test_cluster_accepts_every_object_that_submit_renders() -> None:
+    for plan in (
+        make_kubernetes_plan(seeds=[1, 2], run="a" * 32),
+        select(make_kubernetes_plan(), (), [3]),
+        make_kubernetes_plan(*OTHER_SETTINGS, run="Run_2.0"),
+    ):
+        for manifest in kubernetes.objects(plan, parallel=2):
+            check_object(manifest)
 
 
-def test_the_claim_stands_in_a_file_of_its_own() -> None:
-    """What deletes the objects of another file, or of a kustomization, must not delete the data."""
-    kinds = {name: {one["kind"] for one in rules.read(K8S / name)} for name in OBJECTS}
+def test_volume_claim_is_in_its_own_file() -> None:
+    """Deleting the objects of another file or of a kustomization must not delete the data."""
+    kinds = {name: {manifest["kind"] for manifest in rules.read(K8S / name)} for name in OBJECTS}
     assert [name for name in kinds if "PersistentVolumeClaim" in kinds[name]] == ["pvc.yaml"]
     assert "pvc.yaml" not in yaml.safe_load((K8S / "kustomization.yaml").read_text())["resources"]
-    assert {one["kind"] for one in yaml.safe_load_all(kubernetes.describe(plan_of()))} == {"Job"}, "of --dry-run"
+    assert {manifest["kind"] for manifest in yaml.safe_load_all(kubernetes.describe(make_kubernetes_plan()))} == {
+        "Job"
+    }, "--dry-run prints Jobs only"
 
 
 @pytest.mark.parametrize(
     ("conditions", "code"),
     [("SuccessCriteriaMet Complete", 0), ("FailureTarget Failed", 1), ("Suspended SuccessCriteriaMet Complete", 0)],
 )
-def test_loops_in_the_docs_end_with_the_job(tmp_path: Path, conditions: str, code: int) -> None:
-    """`kubectl wait --for=condition=complete` would wait its whole time for a Job that failed."""
+def test_loops_in_the_docs_end_when_the_job_ends(tmp_path: Path, conditions: str, code: int) -> None:
+    """`kubectl wait --for=condition=complete` would wait until its timeout for a failed Job."""
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(f"""#!/bin/sh
 echo "$@" >> {tmp_path}/calls
@@ -122,8 +129,8 @@ case "$1 $(wc -l < {tmp_path}/calls)" in
 esac
 """)
     kubectl.chmod(0o755)
-    text = (K8S.parent / "docs/kubernetes.md").read_text("utf-8")
-    (loop,) = re.findall(r"(?ms)^for stage in .*?^done$", text)
+    docs = (K8S.parent / "docs/kubernetes.md").read_text("utf-8")
+    (loop,) = re.findall(r"(?ms)^for stage in .*?^done$", docs)
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = loop.replace("sleep 10", "sleep 0").replace("break", "exit 1")
     assert subprocess.run(["sh", "-c", script], env=environ, timeout=60).returncode == code
@@ -131,130 +138,153 @@ esac
     assert len(stages) == (1 if code else 7)
 
 
-def test_no_shipped_text_waits_for_one_end_of_a_job() -> None:
-    texts = [*K8S.rglob("*.yaml"), K8S.parent / "README.md", *(K8S.parent / "docs").glob("*.md")]
-    assert [path.name for path in texts if "--for=condition=complete" in path.read_text("utf-8")] == []
+def test_no_manifest_or_document_waits_only_for_the_success_of_a_job() -> None:
+    paths = [*K8S.rglob("*.yaml"), K8S.parent / "README.md", *(K8S.parent / "docs").glob("*.md")]
+    assert [path.name for path in paths if "--for=condition=complete" in path.read_text("utf-8")] == []
 
 
-FOLDS, WORKFLOW, TRAINER = "train-folds-job.yaml", "contrib/workflow.yaml", "contrib/trainjob.yaml"
-SPOILT = [
-    (FOLDS, lambda one: pod_of(one).update(tollerations=[])),
-    (WORKFLOW, lambda one: one["spec"]["templates"][1]["retryStrategy"].update(limmit=1)),
-    (TRAINER, lambda one: one["spec"].update(limmit=1)),
-    (FOLDS, lambda one: pod_of(one)["securityContext"].pop("runAsNonRoot")),
-    (FOLDS, lambda one: one["spec"].pop("backoffLimitPerIndex")),
-    (FOLDS, lambda one: container_of(one).update(name="other")),
-    (FOLDS, lambda one: pod_of(one)["volumes"].pop()),
+FOLDS_FILE, WORKFLOW_FILE, TRAINER_FILE = "train-folds-job.yaml", "contrib/workflow.yaml", "contrib/trainjob.yaml"
+INVALID_CHANGES = [
+    (FOLDS_FILE, lambda manifest: pod_spec_of(manifest).update(tollerations=[])),
+    (WORKFLOW_FILE, lambda manifest: manifest["spec"]["templates"][1]["retryStrategy"].update(limmit=1)),
+    (TRAINER_FILE, lambda manifest: manifest["spec"].update(limmit=1)),
+    (FOLDS_FILE, lambda manifest: pod_spec_of(manifest)["securityContext"].pop("runAsNonRoot")),
+    (FOLDS_FILE, lambda manifest: manifest["spec"].pop("backoffLimitPerIndex")),
+    (FOLDS_FILE, lambda manifest: container_of(manifest).update(name="other")),
+    (FOLDS_FILE, lambda manifest: pod_spec_of(manifest)["volumes"].pop()),
 ]
 
 
-def pod_of(one: dict[str, Any]) -> dict[str, Any]:
-    return rules.pod_specs(one)[0]
+def pod_spec_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    return rules.pod_specs(manifest)[0]
 
 
-def container_of(one: dict[str, Any]) -> dict[str, Any]:
-    return pod_of(one)["containers"][0]
+def container_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    return pod_spec_of(manifest)["containers"][0]
 
 
-@pytest.mark.parametrize(("name", "spoil"), SPOILT)
-def test_an_object_that_a_cluster_would_refuse_is_found(name: str, spoil: Any) -> None:
-    kind = {FOLDS: "Job", WORKFLOW: "Workflow", TRAINER: "TrainingRuntime"}[name]
-    one = next(one for one in rules.read(K8S / name) if one["kind"] == kind)
-    spoil(one)
+@pytest.mark.parametrize(("name", "change"), INVALID_CHANGES)
+def test_objects_that_a_cluster_would_refuse_are_detected(name: str, change: Any) -> None:
+    kind = {FOLDS_FILE: "Job", WORKFLOW_FILE: "Workflow", TRAINER_FILE: "TrainingRuntime"}[name]
+    manifest = next(manifest for manifest in rules.read(K8S / name) if manifest["kind"] == kind)
+    change(manifest)
     with pytest.raises((ValidationError, AssertionError)):
-        accept(one)
+        check_object(manifest)
 
 
-def test_every_container_has_a_limit_of_memory_and_the_service_one_of_cpus() -> None:
+def test_every_container_has_a_memory_limit_and_the_service_has_a_cpu_limit() -> None:
     for name in OBJECTS:
-        for one in rules.read(K8S / name):
-            for spec in rules.pod_specs(one) if one["kind"] != "TrainingRuntime" else []:  # the TrainJob has them
+        for manifest in rules.read(K8S / name):
+            # The limits of the TrainingRuntime are in the TrainJob.
+            for spec in rules.pod_specs(manifest) if manifest["kind"] != "TrainingRuntime" else []:
                 assert spec["containers"][0]["resources"]["limits"]["memory"], name
-    *_, train_job = rules.read(K8S / TRAINER)
+    *_, train_job = rules.read(K8S / TRAINER_FILE)
     assert train_job["spec"]["trainer"]["resourcesPerNode"]["limits"]["memory"]
-    service = next(one for one in rules.read(K8S / "serve-deployment.yaml") if one["kind"] == "Deployment")
+    service = next(
+        manifest for manifest in rules.read(K8S / "serve-deployment.yaml") if manifest["kind"] == "Deployment"
+    )
     assert container_of(service)["resources"]["limits"]["cpu"]
 
 
-def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    """Whether a selector takes an object with these labels."""
-    asked = {"Exists": lambda key, _: key in labels, "DoesNotExist": lambda key, _: key not in labels}
-    asked["NotIn"] = lambda key, values: labels.get(key) not in values
+def selector_matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Return whether a selector matches an object with these labels."""
+    operators = {"Exists": lambda key, _: key in labels, "DoesNotExist": lambda key, _: key not in labels}
+    operators["NotIn"] = lambda key, values: labels.get(key) not in values
     expressions = selector.get("matchExpressions", [])
     return selector.get("matchLabels", {}).items() <= labels.items() and all(
-        asked[each["operator"]](each["key"], each.get("values")) for each in expressions
+        operators[expression["operator"]](expression["key"], expression.get("values")) for expression in expressions
     )
 
 
-def test_policies_take_the_pods_that_they_are_of() -> None:
-    jobs, serve, hosts = (one["spec"] for one in rules.read(K8S / "network-policy.yaml"))
+def test_network_policies_select_only_their_pods() -> None:
+    jobs, serve, hosts = (manifest["spec"] for manifest in rules.read(K8S / "network-policy.yaml"))
     service, deployment, budget = rules.read(K8S / "serve-deployment.yaml")
-    for task in plan_tasks(plan_of()):
-        labels = job_manifest(plan_of(), task)["spec"]["template"]["metadata"]["labels"]
-        assert (selects(jobs["podSelector"], labels), selects(serve["podSelector"], labels)) == (True, False)
+    for task in plan_tasks(make_kubernetes_plan()):
+        labels = job_manifest(make_kubernetes_plan(), task)["spec"]["template"]["metadata"]["labels"]
+        assert (selector_matches(jobs["podSelector"], labels), selector_matches(serve["podSelector"], labels)) == (
+            True,
+            False,
+        )
     labels = deployment["spec"]["template"]["metadata"]["labels"]
-    assert (selects(jobs["podSelector"], labels), selects(serve["podSelector"], labels)) == (False, True)
+    assert (selector_matches(jobs["podSelector"], labels), selector_matches(serve["podSelector"], labels)) == (
+        False,
+        True,
+    )
     assert serve["ingress"][0]["ports"][0]["port"] == service["spec"]["ports"][0]["targetPort"]
     assert "ingress" not in jobs
-    assert selects(budget["spec"]["selector"], labels)
+    assert selector_matches(budget["spec"]["selector"], labels)
     (loader,) = rules.read(K8S / "loader-pod.yaml")
-    *_, workflow = rules.read(K8S / WORKFLOW)
-    of_argo = {
+    *_, workflow = rules.read(K8S / WORKFLOW_FILE)
+    argo_labels = {
         **workflow["spec"]["templates"][1]["metadata"]["labels"],
         "workflows.argoproj.io/workflow": "fivefold-first",
     }
-    assert not any(selects(jobs["podSelector"], labels) for labels in (loader["metadata"]["labels"], of_argo))
-    # JobSet, which a TrainJob becomes, says in a label of each pod which one it is of
-    runtime, _ = rules.read(K8S / TRAINER)
+    assert not any(
+        selector_matches(jobs["podSelector"], labels) for labels in (loader["metadata"]["labels"], argo_labels)
+    )
+    # A TrainJob becomes a JobSet, which labels each of its pods with its name.
+    runtime, _ = rules.read(K8S / TRAINER_FILE)
     (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    of_trainer = {**node["template"]["spec"]["template"]["metadata"]["labels"], "jobset.sigs.k8s.io/jobset-name": "x"}
-    assert [selects(each["podSelector"], of_trainer) for each in (jobs, serve, hosts)] == [False, False, True]
-    assert [each["from"] for each in hosts["ingress"]] == [[{"podSelector": hosts["podSelector"]}]]
-    assert not any(selects(hosts["podSelector"], each) for each in (labels, loader["metadata"]["labels"], of_argo))
+    trainer_labels = {
+        **node["template"]["spec"]["template"]["metadata"]["labels"],
+        "jobset.sigs.k8s.io/jobset-name": "x",
+    }
+    assert [selector_matches(policy["podSelector"], trainer_labels) for policy in (jobs, serve, hosts)] == [
+        False,
+        False,
+        True,
+    ]
+    assert [rule["from"] for rule in hosts["ingress"]] == [[{"podSelector": hosts["podSelector"]}]]
+    assert not any(
+        selector_matches(hosts["podSelector"], pod_labels)
+        for pod_labels in (labels, loader["metadata"]["labels"], argo_labels)
+    )
 
 
-# what a Job does is what the plan says
+# Jobs equal the steps of the plan
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A folder of runs in which the run `first` has what a stage looks for."""
+    """A folder of runs whose run `first` has the folders that a stage looks for."""
     for place in ("split/output", "ensemble/output", "ensemble-student/output", "distill/model"):
         (tmp_path / "first" / place).mkdir(parents=True)
     return tmp_path
 
 
-def as_seen(step: Step, variables: dict[str, str], fold: int | None) -> dict[str, str]:
-    """The SM_* variables that a stage has in the end, with those that it finds in its run by itself."""
-    found = env_for_run(STAGES[step.stage], variables, f"{variables['RUNS']}/{variables['RUN']}", fold)
-    return {name: value for name, value in found.items() if name.startswith("SM_") and value}
+def stage_variables(step: Step, variables: dict[str, str], fold: int | None) -> dict[str, str]:
+    """Return the SM_* variables of a stage, including those that it derives from its run."""
+    resolved = env_for_run(STAGES[step.stage], variables, f"{variables['RUNS']}/{variables['RUN']}", fold)
+    return {name: value for name, value in resolved.items() if name.startswith("SM_") and value}
 
 
-def test_every_pod_sees_what_its_step_sees(runs: Path) -> None:
-    plan = plan_of(f"kubernetes.runs_path={runs}", seeds=[42, 43], runs=str(runs))
+def test_every_pod_has_the_variables_and_arguments_of_its_step(runs: Path) -> None:
+    plan = make_kubernetes_plan(f"kubernetes.runs_path={runs}", seeds=[42, 43], runs=str(runs))
     for task in plan_tasks(plan):
-        one = job_manifest(plan, task)
+        manifest = job_manifest(plan, task)
         for index, step in enumerate(task.steps):
-            variables = {**expanded(one, index), "JOB_COMPLETION_INDEX": str(index)}
+            variables = {**expand_variables(manifest, index), "JOB_COMPLETION_INDEX": str(index)}
             fold = index if task.indexed else None
-            assert as_seen(step, variables, fold) == step.environment, step.name
-            container = one["spec"]["template"]["spec"]["containers"][0]
+            assert stage_variables(step, variables, fold) == step.environment, step.name
+            container = manifest["spec"]["template"]["spec"]["containers"][0]
             assert [*container["args"], *([f"FOLD={index}"] if task.indexed else [])] == list(step.command)
     assert [task.name for task in plan_tasks(plan)][1:3] == ["train-folds", "train-folds-seed-43"]
 
 
-def test_runs_at_a_store_are_urls_and_no_folder(runs: Path) -> None:
-    plan = plan_of("kubernetes.runs_path=s3://cars/runs/", seeds=[42, 43])
+def test_runs_in_a_store_are_urls_without_a_folder(runs: Path) -> None:
+    plan = make_kubernetes_plan("kubernetes.runs_path=s3://cars/runs/", seeds=[42, 43])
     for task in plan_tasks(plan):
-        found = expanded(job_manifest(plan, task), 1)
-        assert found["RUNS"] == "s3://cars/runs"
-        assert "SM_OUTPUT_DIR" not in found
-        own = {value for name, value in found.items() if name.startswith("SM_") and not value.startswith("/data")}
-        assert all(value.startswith("s3://cars/runs/first/") for value in own)
+        variables = expand_variables(job_manifest(plan, task), 1)
+        assert variables["RUNS"] == "s3://cars/runs"
+        assert "SM_OUTPUT_DIR" not in variables
+        output_urls = {
+            value for name, value in variables.items() if name.startswith("SM_") and not value.startswith("/data")
+        }
+        assert all(value.startswith("s3://cars/runs/first/") for value in output_urls)
 
 
-def test_folds_are_tried_again_alone_unless_their_exit_code_comes_again() -> None:
-    plan = plan_of()
+def test_folds_are_retried_individually_except_for_permanent_exit_codes() -> None:
+    plan = make_kubernetes_plan()
     spec = job_manifest(plan, plan_tasks(plan)[1])["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 5, 5)
     assert [job_manifest(plan, plan_tasks(plan)[1], parallel)["spec"]["parallelism"] for parallel in (2, 9)] == [2, 5]
@@ -266,108 +296,110 @@ def test_folds_are_tried_again_alone_unless_their_exit_code_comes_again() -> Non
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == 120
 
 
-def test_some_folds_are_jobs_of_their_own_and_the_first_ones_are_one() -> None:
-    plan = select(plan_of(), (), [1, 3])
-    named = {task.name: task for task in plan_tasks(plan)}
-    assert list(named) == ["split", "fold-1", "fold-3"]
-    one = job_manifest(plan, named["fold-3"])
-    assert "completionMode" not in one["spec"]
-    assert one["spec"]["podFailurePolicy"]["rules"][1]["action"] == "FailJob"
-    assert "FOLD=3" in container_of(one)["args"]
-    assert "FOLD" not in expanded(one)
-    first = select(plan_of(), (), [0, 1])
+def test_selected_folds_are_separate_jobs_unless_they_are_the_first_ones() -> None:
+    plan = select(make_kubernetes_plan(), (), [1, 3])
+    tasks = {task.name: task for task in plan_tasks(plan)}
+    assert list(tasks) == ["split", "fold-1", "fold-3"]
+    manifest = job_manifest(plan, tasks["fold-3"])
+    assert "completionMode" not in manifest["spec"]
+    assert manifest["spec"]["podFailurePolicy"]["rules"][1]["action"] == "FailJob"
+    assert "FOLD=3" in container_of(manifest)["args"]
+    assert "FOLD" not in expand_variables(manifest)
+    first = select(make_kubernetes_plan(), (), [0, 1])
     assert job_manifest(first, plan_tasks(first)[1])["spec"]["completions"] == 2
 
 
-def test_only_training_and_prediction_ask_for_a_gpu() -> None:
-    plan = plan_of("kubernetes.gpus=2")
+def test_only_training_and_prediction_request_a_gpu() -> None:
+    plan = make_kubernetes_plan("kubernetes.gpus=2")
     for task in plan_tasks(plan):
         spec = job_manifest(plan, task)["spec"]["template"]["spec"]
-        wanted = {"nvidia.com/gpu": "2"} if task.stage not in ("split", "evaluate") else {}
-        assert spec["containers"][0]["resources"]["limits"] == {"memory": "8Gi", **wanted}
-        assert ("tolerations" in spec) == bool(wanted)
+        gpu_limit = {"nvidia.com/gpu": "2"} if task.stage not in ("split", "evaluate") else {}
+        assert spec["containers"][0]["resources"]["limits"] == {"memory": "8Gi", **gpu_limit}
+        assert ("tolerations" in spec) == bool(gpu_limit)
 
 
 @pytest.mark.parametrize(
-    ("given", "limits"),
+    ("setting", "limits"),
     [
         ("kubernetes.memory=1.5Gi", {"memory": "3Gi"}),
         ('kubernetes.limits={"memory": "9Gi", "cpu": 3.5}', {"memory": "9Gi", "cpu": "3.5"}),
         ('kubernetes.limits={"ephemeral-storage": "20Gi"}', {"memory": "8Gi", "ephemeral-storage": "20Gi"}),
     ],
 )
-def test_limits_of_a_pod(given: str, limits: dict[str, str]) -> None:
-    for one in kubernetes.objects(plan_of(given)):
-        accept(one)
-        found = container_of(one)["resources"]["limits"]
-        assert {name: value for name, value in found.items() if name != "nvidia.com/gpu"} == limits
+def test_limits_of_a_pod_follow_the_settings(setting: str, limits: dict[str, str]) -> None:
+    for manifest in kubernetes.objects(make_kubernetes_plan(setting)):
+        check_object(manifest)
+        pod_limits = container_of(manifest)["resources"]["limits"]
+        assert {name: value for name, value in pod_limits.items() if name != "nvidia.com/gpu"} == limits
 
 
 @pytest.mark.parametrize("text", ["y", "No", "null", "1e3", "12", "", "a: b", "{a}", "2026-01-01", "ö"])
-def test_text_stays_text(text: str) -> None:
-    written = to_yaml([{"value": text}])
-    assert yaml.safe_load(written) == {"value": text}
-    assert written != f"value: {text}\n"
+def test_to_yaml_keeps_strings_as_strings(text: str) -> None:
+    rendered = to_yaml([{"value": text}])
+    assert yaml.safe_load(rendered) == {"value": text}
+    assert rendered != f"value: {text}\n"
 
 
-def test_text_of_the_user_is_no_variable_of_kubernetes() -> None:
-    plan = plan_of(inputs=Inputs("/data/$(HOME)/a$$b"))
-    assert expanded(job_manifest(plan, plan_tasks(plan)[0]), HOME="x")["SM_CHANNEL_TRAIN"] == "/data/$(HOME)/a$$b"
+def test_dollar_signs_of_the_user_are_not_expanded_by_kubernetes() -> None:
+    plan = make_kubernetes_plan(inputs=Inputs("/data/$(HOME)/a$$b"))
+    assert (
+        expand_variables(job_manifest(plan, plan_tasks(plan)[0]), HOME="x")["SM_CHANNEL_TRAIN"] == "/data/$(HOME)/a$$b"
+    )
 
 
-# what is refused
+# invalid requests
 
 
 @pytest.mark.parametrize("path", ["photos", "/data/../etc", "/database", "gs://bucket/x"])
-def test_data_that_no_pod_would_see_and_runs_that_none_could_write(path: str) -> None:
+def test_paths_that_pods_cannot_read_or_write_raise_errors(path: str) -> None:
     with pytest.raises(SettingsError, match="runs"):
         check_runs(path)
     with pytest.raises(SettingsError, match="train"):
         check_inputs(Inputs(path), Path("runs/first"))
     inputs = Inputs("/data/train", "s3://cars/eval", unlabeled="/data")
     assert check_inputs(inputs, Path("runs/first")) == replace(inputs, truth_unknown=True)
-    known = replace(inputs, ground_truth="s3://cars/gt.csv")
-    assert check_inputs(known, Path("runs/first")) == known
+    with_ground_truth = replace(inputs, ground_truth="s3://cars/gt.csv")
+    assert check_inputs(with_ground_truth, Path("runs/first")) == with_ground_truth
 
 
-def test_names_of_runs_become_names_of_jobs() -> None:
+def test_job_names_are_derived_from_run_names() -> None:
     assert job_name("run_2026.A", "split") == "fivefold-run-2026-a-split"
-    check_names(plan_of(run="a" * 37))
-    for run, says in (("a" * 43, "37"), ("first-", "run='first-'")):
-        with pytest.raises(SettingsError, match=says):
-            check_names(plan_of(run=run))
+    check_names(make_kubernetes_plan(run="a" * 37))
+    for run, message in (("a" * 43, "37"), ("first-", "run='first-'")):
+        with pytest.raises(SettingsError, match=message):
+            check_names(make_kubernetes_plan(run=run))
 
 
-# kustomizations, by the tool itself
+# kustomizations, rendered by kubectl
 
 
-def kustomized(folder: Path, component: str, *changes: tuple[str, str]) -> list[dict[str, Any]]:
-    """What a copy of `k8s/` in `folder` renders with a component, if any, and with texts in place of others."""
+def run_kustomize(folder: Path, component: str, *changes: tuple[str, str]) -> list[dict[str, Any]]:
+    """Copy `k8s/` to `folder`, apply the component, if any, and the text changes, and return the rendered objects."""
     shutil.copytree(K8S, folder / "k8s")
     file = folder / "k8s" / "kustomization.yaml"
     for old, new in (("components: []", f"components: [{component and f'components/{component}'}]"), *changes):
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
-    ended = subprocess.run(["kubectl", "kustomize", file.parent], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    objects = list(yaml.safe_load_all(ended.stdout))
-    for one in objects:
-        accept(one)
+    result = subprocess.run(["kubectl", "kustomize", file.parent], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    objects = list(yaml.safe_load_all(result.stdout))
+    for manifest in objects:
+        check_object(manifest)
     return objects
 
 
-def by_name(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Jobs by name; what stands in lists by name is sorted, since its order says nothing but for variables."""
-    found = {one["metadata"]["name"]: one for one in copy.deepcopy(objects) if one["kind"] == "Job"}
-    for one in found.values():
-        container_of(one)["env"] = expanded(one, 3, STORE="s3://cars/all")
-        container_of(one)["volumeMounts"].sort(key=lambda mount: mount["mountPath"])
-    return found
+def jobs_by_name(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return Jobs by name with lists of named items sorted: their order matters only for variables."""
+    jobs = {manifest["metadata"]["name"]: manifest for manifest in copy.deepcopy(objects) if manifest["kind"] == "Job"}
+    for manifest in jobs.values():
+        container_of(manifest)["env"] = expand_variables(manifest, 3, STORE="s3://cars/all")
+        container_of(manifest)["volumeMounts"].sort(key=lambda mount: mount["mountPath"])
+    return jobs
 
 
 @needs_kubectl
 @pytest.mark.parametrize(
-    ("component", "override", "at"),
+    ("component", "override", "data_url"),
     [
         ("", "kubernetes.gpus=1", "/data"),
         ("cpu", "kubernetes.gpus=0", "/data"),
@@ -375,34 +407,36 @@ def by_name(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         ("s3", "kubernetes.runs_path=s3://cars/all/runs", "s3://cars/all/data"),
     ],
 )
-def test_a_component_is_what_submit_renders_so(tmp_path: Path, component: str, override: str, at: str) -> None:
-    plan = plan_of(override, inputs=Inputs(f"{at}/train", f"{at}/eval", truth_unknown=True))
-    assert by_name(kustomized(tmp_path, component)) == by_name(kubernetes.objects(plan))
+def test_component_renders_the_same_jobs_as_submit(
+    tmp_path: Path, component: str, override: str, data_url: str
+) -> None:
+    plan = make_kubernetes_plan(override, inputs=Inputs(f"{data_url}/train", f"{data_url}/eval", truth_unknown=True))
+    assert jobs_by_name(run_kustomize(tmp_path, component)) == jobs_by_name(kubernetes.objects(plan))
 
 
 @needs_kubectl
 @pytest.mark.parametrize("component", ["cpu", "s3"])
-def test_one_line_names_another_run_image_and_recipe(tmp_path: Path, component: str) -> None:
+def test_one_changed_line_sets_the_run_image_or_recipe_of_every_job(tmp_path: Path, component: str) -> None:
     changes = [("run=first", "run=second-try"), ("newTag: latest", "newTag: v2\n    newName: here/it")]
-    found = by_name(kustomized(tmp_path, component, *changes, ("recipe=small_images", "recipe=plain:smoke")))
-    assert set(found) == {job_name("second-try", task.name) for task in plan_tasks(plan_of())}
-    for one in found.values():
-        assert container_of(one)["image"] == "here/it:v2"
-        assert container_of(one)["args"][1] == "recipe=plain:smoke"
-        assert container_of(one)["env"]["RUN"] == "second-try"
-        assert "/first" not in str(container_of(one)["env"])
-        assert one["metadata"]["labels"] == one["spec"]["template"]["metadata"]["labels"]
-        assert one["metadata"]["labels"]["app.kubernetes.io/instance"] == "second-try"
+    jobs = jobs_by_name(run_kustomize(tmp_path, component, *changes, ("recipe=small_images", "recipe=plain:smoke")))
+    assert set(jobs) == {job_name("second-try", task.name) for task in plan_tasks(make_kubernetes_plan())}
+    for manifest in jobs.values():
+        assert container_of(manifest)["image"] == "here/it:v2"
+        assert container_of(manifest)["args"][1] == "recipe=plain:smoke"
+        assert container_of(manifest)["env"]["RUN"] == "second-try"
+        assert "/first" not in str(container_of(manifest)["env"])
+        assert manifest["metadata"]["labels"] == manifest["spec"]["template"]["metadata"]["labels"]
+        assert manifest["metadata"]["labels"]["app.kubernetes.io/instance"] == "second-try"
 
 
-# engines
+# workflow engines
 
 
-def test_the_workflow_is_the_plan(runs: Path) -> None:
-    plan = plan_of(runs=str(runs))
+def test_workflow_runs_the_steps_of_the_plan(runs: Path) -> None:
+    plan = make_kubernetes_plan(runs=str(runs))
     *_, workflow = rules.read(K8S / "contrib/workflow.yaml")
-    given = {
-        f"workflow.parameters.{each['name']}": each["value"] for each in workflow["spec"]["arguments"]["parameters"]
+    workflow_parameters = {
+        f"workflow.parameters.{entry['name']}": entry["value"] for entry in workflow["spec"]["arguments"]["parameters"]
     }
     graph, stage = workflow["spec"]["templates"]
     nodes = {node["name"]: node for node in graph["dag"]["tasks"]}
@@ -411,36 +445,36 @@ def test_the_workflow_is_the_plan(runs: Path) -> None:
         name: task.needs for name, task in tasks.items()
     }
     for name, task in tasks.items():
-        own = [*stage["inputs"]["parameters"], *nodes[name]["arguments"]["parameters"]]
-        parameters = {f"inputs.parameters.{each['name']}": each.get("value", "") for each in own}
+        parameter_list = [*stage["inputs"]["parameters"], *nodes[name]["arguments"]["parameters"]]
+        parameters = {f"inputs.parameters.{entry['name']}": entry.get("value", "") for entry in parameter_list}
         for index, step in enumerate(task.steps):
             text = yaml.safe_dump({"container": stage["container"], "patch": stage["podSpecPatch"]})
-            for parameter, value in {**parameters, **given, "item": str(index)}.items():
+            for parameter, value in {**parameters, **workflow_parameters, "item": str(index)}.items():
                 text = text.replace("{{" + parameter + "}}", value)
-            found = yaml.safe_load(text.replace("/runs", str(runs)))
-            container, patch = found["container"], yaml.safe_load(found["patch"])
-            variables = expanded({"spec": {"template": {"spec": {"containers": [container]}}}})
+            rendered = yaml.safe_load(text.replace("/runs", str(runs)))
+            container, patch = rendered["container"], yaml.safe_load(rendered["patch"])
+            variables = expand_variables({"spec": {"template": {"spec": {"containers": [container]}}}})
             assert variables["FOLD"] == ("" if step.fold is None else str(step.fold))
-            seen = as_seen(step, variables, step.fold)
+            actual = stage_variables(step, variables, step.fold)
             surplus = {f"SM_CHANNEL_{channel}" for channel in ("TRAIN", "EVAL")} - set(step.environment)
-            assert {key: value for key, value in seen.items() if key not in surplus} == step.environment, step.name
-            given_by_variable = ["evaluate.allow_empty=true"] if variables["EVALUATE__ALLOW_EMPTY"] == "true" else []
-            called = [*container["command"], *container["args"], *given_by_variable]
-            assert called == ["python", "-m", "jobs", step.stage, *step.arguments]
-            wanted = {"nvidia.com/gpu": "0", **container_of(job_manifest(plan, task))["resources"]["limits"]}
-            assert container["resources"]["limits"] == {"memory": wanted.pop("memory")}
-            assert patch["containers"] == [{"name": "main", "resources": {"limits": wanted}}]
-    assert given["workflow.parameters.folds"] == str(len(tasks["train-folds"].steps))
+            assert {key: value for key, value in actual.items() if key not in surplus} == step.environment, step.name
+            variable_arguments = ["evaluate.allow_empty=true"] if variables["EVALUATE__ALLOW_EMPTY"] == "true" else []
+            command = [*container["command"], *container["args"], *variable_arguments]
+            assert command == ["python", "-m", "jobs", step.stage, *step.arguments]
+            limits = {"nvidia.com/gpu": "0", **container_of(job_manifest(plan, task))["resources"]["limits"]}
+            assert container["resources"]["limits"] == {"memory": limits.pop("memory")}
+            assert patch["containers"] == [{"name": "main", "resources": {"limits": limits}}]
+    assert workflow_parameters["workflow.parameters.folds"] == str(len(tasks["train-folds"].steps))
     assert nodes["train-folds"]["withSequence"] == {"count": "{{workflow.parameters.folds}}"}
 
 
-def test_the_train_job_is_the_fold_of_the_plan(runs: Path) -> None:
-    runtime, one = rules.read(K8S / "contrib/trainjob.yaml")
-    step = plan_of(runs=str(runs)).step("fold-0")
-    trainer = one["spec"]["trainer"]
+def test_train_job_runs_the_fold_of_the_plan(runs: Path) -> None:
+    runtime, manifest = rules.read(K8S / "contrib/trainjob.yaml")
+    step = make_kubernetes_plan(runs=str(runs)).step("fold-0")
+    trainer = manifest["spec"]["trainer"]
     assert trainer["args"] == list(step.command)
-    found = expanded({"spec": {"template": {"spec": {"containers": [trainer]}}}})
-    assert as_seen(step, {**found, "RUNS": str(runs)}, 0) == step.environment
-    assert one["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    variables = expand_variables({"spec": {"template": {"spec": {"containers": [trainer]}}}})
+    assert stage_variables(step, {**variables, "RUNS": str(runs)}, 0) == step.environment
+    assert manifest["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
     node = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]
     assert (node["name"], rules.pod_specs(runtime)[0]["containers"][0]["name"]) == ("node", "node")

@@ -1,4 +1,4 @@
-"""A plan as requests to SageMaker, checked with no region, no credentials and no network; what docs/sagemaker.md says."""
+"""SageMaker requests of a plan, checked without region, credentials and network, and the contents of docs/sagemaker.md."""
 
 import json
 import os
@@ -27,8 +27,8 @@ from jobs import submit
 from reference_run import REPOSITORY
 from sagemaker_service import IMAGE, ROLE
 
-PAGE = (REPOSITORY / "docs" / "sagemaker.md").read_text(encoding="utf-8")
-GIVEN = (
+DOCS = (REPOSITORY / "docs" / "sagemaker.md").read_text(encoding="utf-8")
+REQUIRED_SETTINGS = (
     f"sagemaker.image={IMAGE}",
     f"sagemaker.role={ROLE}",
     "sagemaker.output=s3://bucket/runs",
@@ -37,18 +37,20 @@ GIVEN = (
 INPUTS = Inputs("s3://bucket/train", "s3://bucket/eval", "s3://bucket/eval/gt.csv", "s3://bucket/more/")
 
 
-def plan_of(*overrides: str, run: str = "first", recipe: str = "demo", inputs: Inputs = INPUTS, **more: Any) -> Plan:
-    return make_plan(inputs, [*GIVEN, *overrides], run, "runs", recipe, **more)
+def make_sagemaker_plan(
+    *overrides: str, run: str = "first", recipe: str = "demo", inputs: Inputs = INPUTS, **options: Any
+) -> Plan:
+    return make_plan(inputs, [*REQUIRED_SETTINGS, *overrides], run, "runs", recipe, **options)
 
 
-def prefix(name: str, url: str) -> dict[str, Any]:
+def make_channel(name: str, url: str) -> dict[str, Any]:
     source = {"S3DataType": "S3Prefix", "S3Uri": url, "S3DataDistributionType": "FullyReplicated"}
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
 
 
-def test_a_fold_is_asked_for_in_full() -> None:
-    """The least, then everything that can be set."""
-    request = validate_requests(plan_of("train.epochs=3", "sagemaker.max_hours=1.5"))["fold-2"]
+def test_request_of_a_fold_is_complete() -> None:
+    """Check the minimal request, then one with every setting."""
+    request = validate_requests(make_sagemaker_plan("train.epochs=3", "sagemaker.max_hours=1.5"))["fold-2"]
     assert json.loads(json.dumps(request)) == request
     assert re.fullmatch(r"fivefold-first-fold-2-\d{14}", request.pop("TrainingJobName"))
     metrics = request["AlgorithmSpecification"].pop("MetricDefinitions")
@@ -59,7 +61,10 @@ def test_a_fold_is_asked_for_in_full() -> None:
         "AlgorithmSpecification": {"TrainingImage": IMAGE, "TrainingInputMode": "File"},
         "HyperParameters": {"recipe": "demo", "train__epochs": "3"},
         "Environment": {"STAGE": "train-fold", "FOLD": "2", "FIVEFOLD_IMAGE": IMAGE},
-        "InputDataConfig": [prefix("folds", "s3://bucket/runs/first/split/"), prefix("train", "s3://bucket/train/")],
+        "InputDataConfig": [
+            make_channel("folds", "s3://bucket/runs/first/split/"),
+            make_channel("train", "s3://bucket/train/"),
+        ],
         "OutputDataConfig": {"S3OutputPath": "s3://bucket/runs/first/folds/fold-2", "CompressionType": "GZIP"},
         "ResourceConfig": {"InstanceType": "ml.g5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 50},
         "EnableNetworkIsolation": True,
@@ -71,8 +76,10 @@ def test_a_fold_is_asked_for_in_full() -> None:
     }
     settings = """subnets=subnet-1,subnet-2 security_groups=sg-1 kms_key=alias/out volume_kms_key=1234
         keep_alive_minutes=10 input_mode=FastFile compress_outputs=false environment={OMP_NUM_THREADS=4} tags={team='vision'}"""
-    given = [f"sagemaker.{text}" for text in settings.split()]
-    full = validate_requests(plan_of("train.epochs=3", *given, inputs=Inputs("s3://bucket/train")))["fold-2"]
+    overrides = [f"sagemaker.{setting}" for setting in settings.split()]
+    full = validate_requests(make_sagemaker_plan("train.epochs=3", *overrides, inputs=Inputs("s3://bucket/train")))[
+        "fold-2"
+    ]
     assert full["AlgorithmSpecification"]["TrainingInputMode"] == "FastFile"
     for name in ("TrainingJobName", "AlgorithmSpecification", "StoppingCondition"):
         del full[name]
@@ -86,7 +93,7 @@ def test_a_fold_is_asked_for_in_full() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "connected"),
+    ("overrides", "connected_stages"),
     [
         ([], set()),
         (["train.loggers="], set()),
@@ -97,41 +104,48 @@ def test_a_fold_is_asked_for_in_full() -> None:
         (["sagemaker.network_isolation=false", "sagemaker.stages.split.network_isolation=true"], {*STAGES} - {"split"}),
     ],
 )
-def test_a_container_has_no_network_where_nothing_is_fetched(given: list[str], connected: set[str]) -> None:
-    plan = plan_of("distill.model={backbone='fivefold/small_net'}", *given)
+def test_container_has_network_access_only_if_the_stage_downloads_something(
+    overrides: list[str], connected_stages: set[str]
+) -> None:
+    plan = make_sagemaker_plan("distill.model={backbone='fivefold/small_net'}", *overrides)
     for name, request in validate_requests(plan).items():
-        assert request.get("EnableNetworkIsolation", False) is (plan.step(name).stage not in connected), name
+        assert request.get("EnableNetworkIsolation", False) is (plan.step(name).stage not in connected_stages), name
 
 
-def test_stages_are_chained_by_prefixes() -> None:
-    plan = plan_of()
-    places = {
-        name: {each["ChannelName"]: each["DataSource"]["S3DataSource"]["S3Uri"] for each in request["InputDataConfig"]}
+def test_input_channels_use_the_output_prefixes_of_earlier_stages() -> None:
+    plan = make_sagemaker_plan()
+    channels = {
+        name: {
+            channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"]
+            for channel in request["InputDataConfig"]
+        }
         for name, request in validate_requests(plan).items()
     }
     run = "s3://bucket/runs/first"
-    assert places["split"] == {"train": "s3://bucket/train/", "eval": "s3://bucket/eval/"}
-    assert places["ensemble"] == {"model": f"{run}/folds/", "eval": "s3://bucket/eval/", "folds": f"{run}/split/"}
-    assert places["evaluate"]["predictions"] == f"{run}/ensemble/"
-    assert places["evaluate"]["ground_truth"] == "s3://bucket/eval/gt.csv"
-    assert places["distill"]["model"] == f"{run}/folds/"
-    assert places["distill"]["unlabeled"] == "s3://bucket/more/"
-    assert places["ensemble-student"]["model"] == f"{run}/distill/"
-    assert places["evaluate-student"]["predictions"] == f"{run}/ensemble-student/"
-    # what a stage reads is what it knows, and no prefix takes in another step's outputs, or checkpoints
-    requests = validate_requests(plan_of(seeds=[1, 2]))
+    assert channels["split"] == {"train": "s3://bucket/train/", "eval": "s3://bucket/eval/"}
+    assert channels["ensemble"] == {"model": f"{run}/folds/", "eval": "s3://bucket/eval/", "folds": f"{run}/split/"}
+    assert channels["evaluate"]["predictions"] == f"{run}/ensemble/"
+    assert channels["evaluate"]["ground_truth"] == "s3://bucket/eval/gt.csv"
+    assert channels["distill"]["model"] == f"{run}/folds/"
+    assert channels["distill"]["unlabeled"] == "s3://bucket/more/"
+    assert channels["ensemble-student"]["model"] == f"{run}/distill/"
+    assert channels["evaluate-student"]["predictions"] == f"{run}/ensemble-student/"
+    # Every channel belongs to its stage. Its prefix contains no checkpoints and the outputs of one step only, or of all folds.
+    requests = validate_requests(make_sagemaker_plan(seeds=[1, 2]))
     outputs = {name: f"{request['OutputDataConfig']['S3OutputPath']}/" for name, request in requests.items()}
     assert len(set(outputs.values())) == len(requests)
     for step in plan.steps:
-        assert set(places[step.name]) <= {*STAGES[step.stage].channels, *STAGES[step.stage].optional}
-        for url in places[step.name].values():
+        assert set(channels[step.name]) <= {*STAGES[step.stage].channels, *STAGES[step.stage].optional}
+        for url in channels[step.name].values():
             assert "checkpoints" not in url
-            taken = {name for name, output in outputs.items() if output.startswith(url)}
-            assert len(taken) <= 1 or (url.endswith("/folds/") and all(name.startswith("fold-") for name in taken))
+            producers = {name for name, output in outputs.items() if output.startswith(url)}
+            assert len(producers) <= 1 or (
+                url.endswith("/folds/") and all(name.startswith("fold-") for name in producers)
+            )
 
 
 def test_each_stage_has_its_own_instance_price_and_limits() -> None:
-    plan = plan_of(
+    plan = make_sagemaker_plan(
         "sagemaker.spot=true",
         "sagemaker.stages.ensemble.instance_type=ml.c6i.xlarge",
         "SAGEMAKER__STAGES__ENSEMBLE__SPOT=no",
@@ -149,7 +163,7 @@ def test_each_stage_has_its_own_instance_price_and_limits() -> None:
     assert {step.stage.replace("-", "_") for step in plan.steps} == set(RUN_STAGES)
 
 
-MINE = """
+USER_RECIPE = """
 [model]
 backbone = "fivefold/small_net"
 backbone_kwargs = { widths = [8, 16], stem = 8 }
@@ -169,46 +183,52 @@ stages = { ensemble = { spot = false } }
 
 
 @pytest.mark.parametrize("recipe", ["demo", "small_images", "mask_profile:age,smoke", "mine.toml"])
-def test_a_container_reads_the_settings_that_the_request_was_made_of(
+def test_container_reads_the_settings_of_the_plan_from_the_request(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `jobs` reads hyperparameters.json, whose values are texts; a recipe that the image lacks is written out."""
+    """Read the settings as `jobs` reads hyperparameters.json, from strings. A recipe that is not in the image is written out."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.toml").write_text(MINE)
-    plan = plan_of("train.epochs=3", "distill.train.lr=0.01", "seed=7", recipe=recipe)
+    (tmp_path / "mine.toml").write_text(USER_RECIPE)
+    plan = make_sagemaker_plan("train.epochs=3", "distill.train.lr=0.01", "seed=7", recipe=recipe)
     for name, request in validate_requests(plan).items():
         values = request["HyperParameters"]
         assert all(re.fullmatch("[a-z0-9_]+", key) and "sagemaker" not in key for key in values)
         assert ("recipe" in values) == (recipe != "mine.toml")
-        read = load([arguments_layer([f"{key}={value}" for key, value in values.items()])])
+        settings = load([arguments_layer([f"{key}={value}" for key, value in values.items()])])
         stage = plan.step(name).stage
-        assert values_of(read, stage) == values_of(plan.settings, stage), name
+        assert settings_of_stage(settings, stage) == settings_of_stage(plan.settings, stage), name
     assert recipe != "mine.toml" or request["EnableManagedSpotTraining"] is True
 
 
-def values_of(settings: Settings, stage: str) -> dict[str, Any]:
+def settings_of_stage(settings: Settings, stage: str) -> dict[str, Any]:
     return {key: value for key, value in flatten(settings).items() if in_sections(key, STAGES[stage].sections)}
 
 
-def test_the_regexes_read_what_the_log_says() -> None:
-    full = {"epoch": 3, **dict.fromkeys(metric_log.METRICS, 0.25), "lr": 0.1, "val_loss": float("nan"), "val_acc": 1.0}
-    line = f"2026-01-01 {metric_log.format_metric_line(2, full)}"
-    for metric in build_requests(plan_of())["fold-2"]["AlgorithmSpecification"]["MetricDefinitions"]:
-        found = re.search(metric["Regex"], line)
-        assert float(found[1]) == pytest.approx(full[metric["Name"]], nan_ok=True)
+def test_metric_regexes_match_the_log() -> None:
+    metrics = {
+        "epoch": 3,
+        **dict.fromkeys(metric_log.METRICS, 0.25),
+        "lr": 0.1,
+        "val_loss": float("nan"),
+        "val_acc": 1.0,
+    }
+    line = f"2026-01-01 {metric_log.format_metric_line(2, metrics)}"
+    for metric in build_requests(make_sagemaker_plan())["fold-2"]["AlgorithmSpecification"]["MetricDefinitions"]:
+        match = re.search(metric["Regex"], line)
+        assert float(match[1]) == pytest.approx(metrics[metric["Name"]], nan_ok=True)
         assert re.search(metric["Regex"], metric_log.format_metric_line(None, {"epoch": 1})) is None
 
 
 @pytest.mark.parametrize("run", ["first", "run_20261122_005101_0a1b2c3d", "a" * 149, "x.y_z", "9" * 30 + "-"])
-def test_names_of_jobs_are_short_enough_and_told_apart(run: str) -> None:
-    plans = [plan_of(run=name, seeds=[42, 123456]) for name in (run, f"{run}0")]
+def test_job_names_are_short_enough_and_unique(run: str) -> None:
+    plans = [make_sagemaker_plan(run=name, seeds=[42, 123456]) for name in (run, f"{run}0")]
     names = [request["TrainingJobName"] for plan in plans for request in validate_requests(plan).values()]
     assert len(set(names)) == len(names)
     assert max(map(len, names)) <= 63
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "names"),
+    ("path", "value", "expected"),
     [
         ("RoleArn", "fivefold-sagemaker-role", "role/NAME"),
         ("RoleArn", None, "role/NAME"),
@@ -216,8 +236,8 @@ def test_names_of_jobs_are_short_enough_and_told_apart(run: str) -> None:
         ("HyperParameters.x", "y" * 2501, "2501 characters"),
         ("HyperParameters.x", 3, "Invalid type"),
         ("TrainingJobName", "j" * 64, "shorter run="),
-        ("InputDataConfig", [prefix(f"c{n}", "s3://b/c/") for n in range(21)], "21 entries"),
-        ("InputDataConfig", [prefix("my data", "s3://b/c/")], "'my data'"),
+        ("InputDataConfig", [make_channel(f"c{n}", "s3://b/c/") for n in range(21)], "21 entries"),
+        ("InputDataConfig", [make_channel("my data", "s3://b/c/")], "'my data'"),
         ("ResourceConfig.InstanceType", "ml.g5.xlrage", "'ml.g5.xlarge'"),
         ("ResourceConfig.KeepAlivePeriodInSeconds", 21601, "21600"),
         ("OutputDataConfig.S3OutputPath", "gs://b/x", "'gs://b/x'"),
@@ -226,8 +246,10 @@ def test_names_of_jobs_are_short_enough_and_told_apart(run: str) -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_request_that_the_service_would_refuse(path: str, value: Any, names: str) -> None:
-    request = validate_requests(plan_of("sagemaker.tags={'größe'='3 m'}"))["fold-2"]
+def test_requests_that_sagemaker_would_refuse_raise_an_error_that_names_the_value(
+    path: str, value: Any, expected: str
+) -> None:
+    request = validate_requests(make_sagemaker_plan("sagemaker.tags={'größe'='3 m'}"))["fold-2"]
     *parents, last = path.split(".")
     part = reduce(dict.__getitem__, parents, request)
     part[last] = value
@@ -235,11 +257,11 @@ def test_a_request_that_the_service_would_refuse(path: str, value: Any, names: s
         del part[last]
     with pytest.raises(SettingsError) as error:
         check_request("fold-2", request)
-    assert all(text in str(error.value) for text in ("CreateTrainingJob of fold-2", last, names))
+    assert all(text in str(error.value) for text in ("CreateTrainingJob of fold-2", last, expected))
 
 
 @pytest.mark.parametrize(
-    ("override", "names"),
+    ("override", "message"),
     [
         ("role=", "RoleArn"),
         ("image=", "sagemaker.image"),
@@ -261,91 +283,113 @@ def test_a_request_that_the_service_would_refuse(path: str, value: Any, names: s
         ("stages={ensemble={output='s3://b'}}", "stages.ensemble.output"),
     ],
 )
-def test_settings_that_cannot_run_are_refused_before_anything_is_written(
-    override: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_invalid_settings_raise_errors_before_any_file_is_written(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = ["platform=sagemaker", "recipe=demo", "run=r", "sagemaker.region=eu-central-1", *GIVEN]
-    given += [f"{name}={value}" for name, value in vars(INPUTS).items() if value]
-    given += [f"sagemaker.{text}" for text in override.split(" ")]
+    args = ["platform=sagemaker", "recipe=demo", "run=r", "sagemaker.region=eu-central-1", *REQUIRED_SETTINGS]
+    args += [f"{name}={value}" for name, value in vars(INPUTS).items() if value]
+    args += [f"sagemaker.{setting}" for setting in override.split(" ")]
     for flags in ([], ["--dry-run"], ["--dry-run", "--pipeline"]):
-        with pytest.raises(SettingsError, match=names):
-            submit.main([*given, *flags])
+        with pytest.raises(SettingsError, match=message):
+            submit.main([*args, *flags])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_region_is_needed_to_run_and_not_for_a_dry_run(tmp_path: Path) -> None:
+def test_region_is_required_except_for_a_dry_run(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=rf"aws s3 sync {tmp_path} s3://BUCKET/train"):
-        submit.main(["platform=sagemaker", f"train={tmp_path}", *GIVEN, "--dry-run"])
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    nowhere = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "jobs", "submit", "platform=sagemaker", "train=s3://b/train", *GIVEN]
-    settings = {"cwd": REPOSITORY, "env": clean | nowhere, "capture_output": True, "text": True, "timeout": 60}
+        submit.main(["platform=sagemaker", f"train={tmp_path}", *REQUIRED_SETTINGS, "--dry-run"])
+    environ_without_aws = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    empty_config = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "jobs", "submit", "platform=sagemaker", "train=s3://b/train", *REQUIRED_SETTINGS]
+    settings = {
+        "cwd": REPOSITORY,
+        "env": environ_without_aws | empty_config,
+        "capture_output": True,
+        "text": True,
+        "timeout": 60,
+    }
     for region in ([], ["sagemaker.region=nowhere"]):
-        ended = subprocess.run([*command, f"runs={tmp_path / 'runs'}", *region], check=False, **settings)
-        assert ended.returncode == SettingsError.exit_code
-        assert "sagemaker.region=" in ended.stderr
+        result = subprocess.run([*command, f"runs={tmp_path / 'runs'}", *region], check=False, **settings)
+        assert result.returncode == SettingsError.exit_code
+        assert "sagemaker.region=" in result.stderr
     assert not (tmp_path / "runs").exists()
     for flags in (["--dry-run", "check=false"], ["--dry-run", "--pipeline", "check=false"]):
         assert json.loads(subprocess.run([*command, *flags], check=True, **settings).stdout)
 
 
-def test_cost_is_price_times_longest_runtime_of_every_job() -> None:
-    given = ["split.folds=3", "sagemaker.hourly_price=2", "sagemaker.max_hours=3"]
-    given += ["sagemaker.stages.train_fold.instance_count=2", "sagemaker.stages.train_fold.keep_alive_minutes=30"]
-    plan = plan_of(*given, "sagemaker.stages.evaluate.hourly_price=0.5", "sagemaker.stages.evaluate.max_hours=1")
+def test_cost_is_price_times_maximum_runtime_of_every_job() -> None:
+    overrides = ["split.folds=3", "sagemaker.hourly_price=2", "sagemaker.max_hours=3"]
+    overrides += ["sagemaker.stages.train_fold.instance_count=2", "sagemaker.stages.train_fold.keep_alive_minutes=30"]
+    plan = make_sagemaker_plan(
+        *overrides, "sagemaker.stages.evaluate.hourly_price=0.5", "sagemaker.stages.evaluate.max_hours=1"
+    )
     costs = max_costs(plan)
     assert (costs["split"], costs["fold-1"], costs["evaluate"]) == (2 * 3, 2 * 2 * 3.5, 0.5)
     assert sum(costs.values()) == pytest.approx(6 + 3 * 14 + 6 + 0.5 + 6 + 6 + 0.5)
     assert "67.00" in check_cost(plan)
 
 
-def test_hosts_of_a_fold_encrypt_what_they_send_one_another() -> None:
-    given = ["sagemaker.encrypt_traffic=true", "sagemaker.stages.train_fold.instance_count=2"]
-    for name, request in build_requests(plan_of(*given)).items():
+def test_encrypted_traffic_applies_only_to_folds_with_several_hosts() -> None:
+    overrides = ["sagemaker.encrypt_traffic=true", "sagemaker.stages.train_fold.instance_count=2"]
+    for name, request in build_requests(make_sagemaker_plan(*overrides)).items():
         check_request(name, request)
         assert request.get("EnableInterContainerTrafficEncryption", False) == name.startswith("fold-")
 
 
-def test_a_pipeline_is_the_same_requests_in_the_same_order() -> None:
-    plan = plan_of(seeds=[1, 2])
-    definition = json.loads(launch.describe_pipeline(plan), object_hook=executed)
+def test_pipeline_has_the_same_requests_in_the_same_order() -> None:
+    plan = make_sagemaker_plan(seeds=[1, 2])
+    definition = json.loads(launch.describe_pipeline(plan), object_hook=resolve_expression)
     assert definition["Version"] == "2020-12-01"
     assert [step["Name"] for step in definition["Steps"]] == [step.name for step in plan.steps]
-    requests = json.dumps(build_requests(plan)).replace("/runs/first/", f"/runs/first/{EXECUTION}/")
-    for step, defined in zip(plan.steps, definition["Steps"], strict=True):
-        assert defined["Type"] == "Training"
-        assert defined.get("DependsOn", []) == list(step.needs)
+    requests = json.dumps(build_requests(plan)).replace("/runs/first/", f"/runs/first/{EXECUTION_ID}/")
+    for step, pipeline_step in zip(plan.steps, definition["Steps"], strict=True):
+        assert pipeline_step["Type"] == "Training"
+        assert pipeline_step.get("DependsOn", []) == list(step.needs)
         assert re.fullmatch(r"[A-Za-z0-9\-_]{1,64}", step.name)
-        name = {"TrainingJobName": f"pipelines-{EXECUTION}-fold"}
-        assert defined["Arguments"] | name == json.loads(requests)[step.name] | name
-        check_request(step.name, defined["Arguments"] | name)
+        name = {"TrainingJobName": f"pipelines-{EXECUTION_ID}-fold"}
+        assert pipeline_step["Arguments"] | name == json.loads(requests)[step.name] | name
+        check_request(step.name, pipeline_step["Arguments"] | name)
 
 
-def test_what_is_shown_of_a_plan_has_the_names_of_variables_and_no_values(capsys: pytest.CaptureFixture[str]) -> None:
-    own = "sagemaker.environment={API_TOKEN='canary', TOKENS='canaries'}"
-    split = "sagemaker.stages.split.environment={OTHER='canary-of-split'}"
+def test_printed_plans_contain_names_of_variables_and_no_values(capsys: pytest.CaptureFixture[str]) -> None:
+    common_variables = "sagemaker.environment={API_TOKEN='canary', TOKENS='canaries'}"
+    split_variables = "sagemaker.stages.split.environment={OTHER='canary-of-split'}"
     for platform, flags in (("sagemaker", []), ("sagemaker", ["--pipeline"]), ("sagemaker-local", [])):
         inputs = ["train=s3://bucket/train"] if platform == "sagemaker" else [f"train={REPOSITORY / 'docs'}"]
-        given = [f"platform={platform}", "recipe=demo", "run=r", *GIVEN, *inputs, own, split, "--dry-run", *flags]
-        assert submit.main(given) == 0
-        said = "".join(capsys.readouterr())
-        assert "API_TOKEN" in said
-        assert "OTHER" in said
-        assert "STAGE" in said
-        assert "canar" not in said
+        args = [
+            f"platform={platform}",
+            "recipe=demo",
+            "run=r",
+            *REQUIRED_SETTINGS,
+            *inputs,
+            common_variables,
+            split_variables,
+            "--dry-run",
+            *flags,
+        ]
+        assert submit.main(args) == 0
+        output = "".join(capsys.readouterr())
+        assert "API_TOKEN" in output
+        assert "OTHER" in output
+        assert "STAGE" in output
+        assert "canar" not in output
 
 
-def test_a_pipeline_takes_values_of_variables_as_parameters() -> None:
-    definition = json.loads(launch.describe_pipeline(plan_of("sagemaker.environment={API_TOKEN='canary', N=4}")))
+def test_pipeline_has_a_parameter_for_each_variable() -> None:
+    definition = json.loads(
+        launch.describe_pipeline(make_sagemaker_plan("sagemaker.environment={API_TOKEN='canary', N=4}"))
+    )
     assert definition["Parameters"] == [{"Name": "API_TOKEN", "Type": "String"}, {"Name": "N", "Type": "String"}]
     for step in definition["Steps"]:
         variables = step["Arguments"]["Environment"]
         assert (variables["API_TOKEN"], variables["N"]) == ({"Get": "Parameters.API_TOKEN"}, {"Get": "Parameters.N"})
         assert variables["STAGE"] in STAGES
-    differing = plan_of("sagemaker.environment={N=4}", "sagemaker.stages.split.environment={N=55555}")
+    conflicting_plan = make_sagemaker_plan(
+        "sagemaker.environment={N=4}", "sagemaker.stages.split.environment={N=55555}"
+    )
     with pytest.raises(SettingsError, match="sets N to") as caught:
-        launch.describe_pipeline(differing)
+        launch.describe_pipeline(conflicting_plan)
     assert "55555" not in str(caught.value)
 
 
@@ -367,64 +411,64 @@ def test_a_pipeline_takes_values_of_variables_as_parameters() -> None:
         "sagemaker.environment={STAGE='canary'}",
     ],
 )
-def test_an_error_about_a_variable_does_not_repeat_its_value(setting: str) -> None:
+def test_error_about_a_variable_does_not_contain_its_value(setting: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        validate_requests(plan_of(setting))
+        validate_requests(make_sagemaker_plan(setting))
     assert "canary" not in str(caught.value)
     assert "sagemaker" in str(caught.value).lower()
 
 
-EXECUTION = "ab12cd34"
+EXECUTION_ID = "ab12cd34"
 
 
-def executed(table: dict[str, Any]) -> Any:
-    """What the service makes of a definition's expression."""
+def resolve_expression(table: dict[str, Any]) -> Any:
+    """Resolve an expression of a pipeline definition as the service does."""
     if "Std:Join" in table:
         return table["Std:Join"]["On"].join(table["Std:Join"]["Values"])
-    return EXECUTION if table == {"Get": "Execution.PipelineExecutionId"} else table
+    return EXECUTION_ID if table == {"Get": "Execution.PipelineExecutionId"} else table
 
 
 @pytest.mark.parametrize("path", (REPOSITORY / "docs").glob("sagemaker-*-policy.json"), ids=lambda path: path.stem)
-def test_policies_name_each_action_and_each_resource(path: Path) -> None:
-    assert path.name in PAGE
+def test_policies_list_each_action_and_resource_explicitly(path: Path) -> None:
+    assert path.name in DOCS
     policy = json.loads(path.read_text())
     assert policy["Version"] == "2012-10-17"
     actions = [action for statement in policy["Statement"] for action in statement["Action"]]
     assert len(set(actions)) == len(actions)
-    assert all(re.fullmatch(r"[a-z0-9]+:[A-Z][A-Za-z]+", action) for action in actions)  # no * among them
+    assert all(re.fullmatch(r"[a-z0-9]+:[A-Z][A-Za-z]+", action) for action in actions)  # without wildcards
     for statement in policy["Statement"]:
         assert statement["Effect"] == "Allow"
-        everything = statement.get("Resource") == "*"  # only what AWS knows no resource of
+        all_resources = statement.get("Resource") == "*"  # only for actions without resources in AWS
         without_resource = {"ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "sagemaker:ListPipelines"}
-        assert not everything or {*statement["Action"]} <= without_resource
-        assert re.search("ACCOUNT|BUCKET", json.dumps(statement)) or everything
+        assert not all_resources or {*statement["Action"]} <= without_resource
+        assert re.search("ACCOUNT|BUCKET", json.dumps(statement)) or all_resources
 
 
-def test_the_role_reads_the_data_and_writes_below_the_prefix_alone() -> None:
+def test_role_reads_the_data_and_writes_only_below_the_prefix() -> None:
     role = Policy("sagemaker-role-policy.json")
     inputs = Inputs(
         "s3://bucket/data/train", "s3://bucket/data/eval", "s3://bucket/data/gt.csv", "s3://bucket/data/more/"
     )
-    for request in validate_requests(plan_of(inputs=inputs)).values():
-        for each in request["InputDataConfig"]:
-            url = parse(each["DataSource"]["S3DataSource"]["S3Uri"], "channel")
+    for request in validate_requests(make_sagemaker_plan(inputs=inputs)).values():
+        for channel in request["InputDataConfig"]:
+            url = parse(channel["DataSource"]["S3DataSource"]["S3Uri"], "channel")
             assert role.lists(url.bucket, url.key), url
             assert "Get" in role.of_objects(url.bucket, f"{url.key}/x"), url
         checkpoints = request.get("CheckpointConfig", {}).get("S3Uri")
-        for place in (request["OutputDataConfig"]["S3OutputPath"], *filter(None, [checkpoints])):
-            url = parse(place, "output")
+        for output_url in (request["OutputDataConfig"]["S3OutputPath"], *filter(None, [checkpoints])):
+            url = parse(output_url, "output")
             assert role.of_objects(url.bucket, f"{url.key}/job/output/model.tar.gz") == {"Get", "Put", "Delete"}
             assert role.allows("s3:AbortMultipartUpload", f"arn:aws:s3:::{url.bucket}/{url.key}/x")
-    check_nothing_else(role)
+    check_no_other_access(role)
     assert role.of_objects("bucket", "data/train/a.png") == {"Get"}
     assert not role.allows("ecr:BatchGetImage", "arn:aws:ecr:eu-central-1:123456789012:repository/other")
 
 
-def test_the_caller_lists_and_deletes_below_the_prefix_alone() -> None:
+def test_caller_lists_and_deletes_only_below_the_prefix() -> None:
     caller = Policy("sagemaker-caller-policy.json")
-    for request in validate_requests(plan_of()).values():
+    for request in validate_requests(make_sagemaker_plan()).values():
         url = parse(request["OutputDataConfig"]["S3OutputPath"], "output")
-        assert caller.lists(url.bucket, f"{url.key}/"), "as Store.below asks"
+        assert caller.lists(url.bucket, f"{url.key}/"), "Store.below lists this prefix"
         assert caller.of_objects(url.bucket, f"{url.key}/job/x") == {"Delete"}
         job = f"arn:aws:sagemaker:eu-central-1:123456789012:training-job/{request['TrainingJobName']}"
         for action in ("CreateTrainingJob", "DescribeTrainingJob", "StopTrainingJob", "AddTags"):
@@ -435,41 +479,41 @@ def test_the_caller_lists_and_deletes_below_the_prefix_alone() -> None:
             "iam:PassRole", f"{request['RoleArn']}-admin", PassedToService="sagemaker.amazonaws.com"
         )
     assert not caller.allows("sagemaker:StopTrainingJob", job.replace("/fivefold-", "/other-"))
-    check_nothing_else(caller)
+    check_no_other_access(caller)
     assert caller.of_objects("bucket", "data/train/a.png") == set()
 
 
-def check_nothing_else(policy: Policy) -> None:
+def check_no_other_access(policy: Policy) -> None:
     for key in ("secret", "other/x", "runs", "runs2/x", "database/x", "x/runs/y"):
         assert policy.of_objects("bucket", key) == set(), key
     assert policy.of_objects("bucket2", "runs/x") == set()
     for prefix in ("", "r", "run", "runs2/", "other/", "dat", "data2/"):
         assert not policy.lists("bucket", prefix), prefix
-    assert not policy.allows("s3:ListBucket", "arn:aws:s3:::bucket"), "without a prefix it is the whole bucket"
+    assert not policy.allows("s3:ListBucket", "arn:aws:s3:::bucket"), "without a prefix this lists the whole bucket"
 
 
-def test_the_role_trusts_sagemaker_for_this_account_alone() -> None:
+def test_role_trusts_sagemaker_only_for_this_account() -> None:
     trust = Policy("sagemaker-trust-policy.json")
-    own, job = "123456789012", "arn:aws:sagemaker:eu-central-1:{}:training-job/x"
-    assert trust.allows("sts:AssumeRole", SourceAccount=own)
-    assert trust.allows("sts:AssumeRole", SourceAccount=own, SourceArn=job.format(own))
+    account, job = "123456789012", "arn:aws:sagemaker:eu-central-1:{}:training-job/x"
+    assert trust.allows("sts:AssumeRole", SourceAccount=account)
+    assert trust.allows("sts:AssumeRole", SourceAccount=account, SourceArn=job.format(account))
     assert not trust.allows("sts:AssumeRole")
     assert not trust.allows("sts:AssumeRole", SourceAccount="999999999999")
-    assert not trust.allows("sts:AssumeRole", SourceAccount=own, SourceArn=job.format("999999999999"))
+    assert not trust.allows("sts:AssumeRole", SourceAccount=account, SourceArn=job.format("999999999999"))
     assert trust.statements[0]["Principal"] == {"Service": "sagemaker.amazonaws.com"}
 
 
-def test_the_recipe_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+def test_recipe_and_commands_in_the_docs_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", DOCS, re.DOTALL)
     path = tmp_path / "mine.toml"
     path.write_text(block.replace("BUCKET/PREFIX", "bucket/prefix"))
     assert read_recipe(str(path))["sagemaker"]["stages"]["split"]["hourly_price"] == 0.23
-    prose = re.sub(r"```python\n.*?```", "", PAGE, flags=re.DOTALL)
+    prose = re.sub(r"```python\n.*?```", "", DOCS, flags=re.DOTALL)
     keys = set(re.findall(r"sagemaker\.([a-z_]+)\b(?!/)", prose))
     assert keys <= {*SageMaker.model_fields, "md", "json", "amazonaws"}
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"python -m jobs (submit .*recipe=mine.toml.*)", PAGE)
+    commands = re.findall(r"python -m jobs (submit .*recipe=mine.toml.*)", DOCS)
     assert len(commands) == 2
     for command in commands:
-        given = shlex.split(command.replace("BUCKET", "bucket"))[1:]
-        assert submit.main([*dict.fromkeys([*given, "--dry-run", "check=false"])]) == 0
+        args = shlex.split(command.replace("BUCKET", "bucket"))[1:]
+        assert submit.main([*dict.fromkeys([*args, "--dry-run", "check=false"])]) == 0

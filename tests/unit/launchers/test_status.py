@@ -1,4 +1,4 @@
-"""Where a step stands and what its figures are, read from its files and from real processes."""
+"""The status and scores of steps, read from their files and from real processes."""
 
 import json
 import os
@@ -27,11 +27,11 @@ from fivefold.launchers.status import (
 )
 
 RECORD = {"stage": "split", "wall_seconds": 12.3, "finished": "2026-01-02T03:04:05Z", "metrics": {}}
-TEST = {"n": 360, "accuracy": 0.99, "logloss": 0.03}
-HOLDOUT = {"n": 50, "accuracy": 0.5, "logloss": 1.5}
-LEAKY = {"holdout_accuracy": 1.0, "holdout_logloss": 0.0}
-CHOSE = {"selected_on": "holdout"}
-OOF = {"n": 1437, "accuracy": 0.97, "logloss": 0.09}
+TEST_METRICS = {"n": 360, "accuracy": 0.99, "logloss": 0.03}
+HOLDOUT_METRICS = {"n": 50, "accuracy": 0.5, "logloss": 1.5}
+TRAINING_METRICS = {"holdout_accuracy": 1.0, "holdout_logloss": 0.0}
+SELECTED_ON_HOLDOUT = {"selected_on": "holdout"}
+OOF_METRICS = {"n": 1437, "accuracy": 0.97, "logloss": 0.09}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def plan(tmp_path: Path) -> Plan:
     return plan
 
 
-def test_a_plan_is_read_as_it_was_written_where_it_is_now(plan: Plan) -> None:
+def test_read_plan_restores_a_plan_also_after_its_folder_moved(plan: Plan) -> None:
     assert read_plan(plan.folder) == plan
     moved = plan.folder.with_name("moved")
     plan.folder.rename(moved)
@@ -55,10 +55,10 @@ def test_a_plan_is_read_as_it_was_written_where_it_is_now(plan: Plan) -> None:
         read_plan(moved.parent)
 
 
-def test_waiting_running_done(plan: Plan) -> None:
+def test_status_changes_from_waiting_to_running_to_done(plan: Plan) -> None:
     step = plan.step("split")
     assert read_status(step).state == "waiting"
-    record_start(step, os.getppid())  # a process older than its step
+    record_start(step, os.getppid())  # a process that started before its step
     assert read_status(step).state == "running"
     assert running_pid(step) == os.getppid()
     write_json(step.folder / "output" / "stage.json", RECORD)
@@ -67,40 +67,42 @@ def test_waiting_running_done(plan: Plan) -> None:
     assert read_status(step).detail.startswith("12 s, finished 2026-01-0")
     assert running_pid(step) is None
     write_json(plan.step("fold-0").folder / "model" / "stage.json", {**RECORD, "stage": "train-fold"})
-    assert read_status(plan.step("fold-0")).state == "done", "it was run by hand"
+    assert read_status(plan.step("fold-0")).state == "done", "the step was run by hand"
 
 
 @pytest.mark.parametrize(
-    ("files", "code", "status"),
+    ("files", "code", "expected"),
     [
         ({"output/stage.json": json.dumps(RECORD), "failure": "no images\n\nTrace"}, 66, ("failed", "no images", 66)),
         ({"log.txt": "one\ntwo\n\n"}, 137, ("stopped", "two", 137)),
     ],
 )
-def test_a_failure_says_its_first_line_or_the_last_of_the_log(plan: Plan, files: Any, code: int, status: Any) -> None:
+def test_failure_shows_its_first_line_or_the_last_line_of_the_log(
+    plan: Plan, files: Any, code: int, expected: Any
+) -> None:
     step = plan.step("split")
     record_start(step, os.getpid())
     for name, text in files.items():
         write_text(step.folder / name, text)
     record_end(step, code)
-    found = read_status(step)
-    assert (found.state, found.detail, found.exit_code) == status
+    actual = read_status(step)
+    assert (actual.state, actual.detail, actual.exit_code) == expected
 
 
-def test_a_process_that_is_gone_or_another_is_stopped(plan: Plan) -> None:
+def test_step_is_stopped_if_its_process_ended_or_its_id_was_reused(plan: Plan) -> None:
     step = plan.step("split")
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        gone.wait()
-    record_start(step, gone.pid)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    record_start(step, process.pid)
     assert read_status(step).state == "stopped"
     assert running_pid(step) is None
     record_start(step, os.getpid())
     state = json.loads((step.folder / STATE).read_text())
     write_json(step.folder / STATE, {**state, "started": "2001-01-01T00:00:00+00:00"})
-    assert read_status(step).state == "stopped", "a later process has the same number"
+    assert read_status(step).state == "stopped", "a later process has the same id"
 
 
-def test_epochs_of_this_run_alone_are_counted(plan: Plan) -> None:
+def test_epochs_done_ignores_epochs_of_earlier_runs(plan: Plan) -> None:
     step = plan.step("fold-0")
     log = step.folder / "model" / "train_log.csv"
     write_text(log, "epoch,train_loss\n1,.5\n2,.4\n")
@@ -111,7 +113,7 @@ def test_epochs_of_this_run_alone_are_counted(plan: Plan) -> None:
     assert epochs_done(step, since=2e9) == 0
 
 
-def test_the_newest_run_is_the_one_planned_last(plan: Plan) -> None:
+def test_newest_run_is_the_one_planned_last(plan: Plan) -> None:
     runs = plan.folder.parent
     later = make_plan(Inputs(train="t"), run="a", runs=str(runs))
     write_plan(later)
@@ -121,11 +123,11 @@ def test_the_newest_run_is_the_one_planned_last(plan: Plan) -> None:
         newest_run(runs / "nowhere")
 
 
-# figures
+# scores
 
 
-def finish(plan: Plan, name: str, metrics: dict[str, Any] | None = None) -> None:
-    """Leaves what the step's stage would leave: its record, and metrics.json of an evaluation."""
+def write_results(plan: Plan, name: str, metrics: dict[str, Any] | None = None) -> None:
+    """Write the files of the step's stage: its record, and metrics.json for an evaluation."""
     step = plan.step(name)
     folder = step.folder / ("model" if step.stage in ("train-fold", "distill") else "output")
     write_json(folder / "stage.json", {**RECORD, "stage": step.stage, "metrics": metrics or {}})
@@ -136,39 +138,44 @@ def finish(plan: Plan, name: str, metrics: dict[str, Any] | None = None) -> None
 @pytest.mark.parametrize(
     ("finished", "step", "accuracy", "rows"),
     [
-        ({"fold-0": {"oof_accuracy": 0.9, "oof_logloss": 0.3, **LEAKY}}, "fold-0", 0.9, "out-of-fold"),
+        ({"fold-0": {"oof_accuracy": 0.9, "oof_logloss": 0.3, **TRAINING_METRICS}}, "fold-0", 0.9, "out-of-fold"),
         ({"fold-0": {}}, "fold-1", None, None),
-        ({"ensemble": {}, "evaluate": {"test": TEST, "holdout": HOLDOUT, "oof": OOF}}, "ensemble", 0.99, "test, 360"),
-        ({"ensemble": {}, "evaluate": {"holdout": HOLDOUT}}, "ensemble", 0.5, "holdout, 50"),
         (
-            {"evaluate-student": {"holdout": HOLDOUT | CHOSE}, "distill": LEAKY},
+            {"ensemble": {}, "evaluate": {"test": TEST_METRICS, "holdout": HOLDOUT_METRICS, "oof": OOF_METRICS}},
+            "ensemble",
+            0.99,
+            "test, 360",
+        ),
+        ({"ensemble": {}, "evaluate": {"holdout": HOLDOUT_METRICS}}, "ensemble", 0.5, "holdout, 50"),
+        (
+            {"evaluate-student": {"holdout": HOLDOUT_METRICS | SELECTED_ON_HOLDOUT}, "distill": TRAINING_METRICS},
             "distill",
             0.5,
             "holdout, 50, which chose the epoch",
         ),
-        ({"distill": LEAKY | CHOSE}, "distill", 1.0, "holdout, which chose the epoch"),
-        ({"ensemble": {}, "evaluate": {"oof": OOF}}, "ensemble", None, None),
-        ({"evaluate": {"oof": OOF}}, "evaluate", 0.97, "out-of-fold, 1437"),
-        ({"evaluate": {"test": TEST}, "distill": LEAKY}, "distill", 1.0, "holdout"),
-        ({"distill": LEAKY, "evaluate-student": {"test": TEST}}, "distill", 0.99, "test, 360"),
+        ({"distill": TRAINING_METRICS | SELECTED_ON_HOLDOUT}, "distill", 1.0, "holdout, which chose the epoch"),
+        ({"ensemble": {}, "evaluate": {"oof": OOF_METRICS}}, "ensemble", None, None),
+        ({"evaluate": {"oof": OOF_METRICS}}, "evaluate", 0.97, "out-of-fold, 1437"),
+        ({"evaluate": {"test": TEST_METRICS}, "distill": TRAINING_METRICS}, "distill", 1.0, "holdout"),
+        ({"distill": TRAINING_METRICS, "evaluate-student": {"test": TEST_METRICS}}, "distill", 0.99, "test, 360"),
     ],
 )
-def test_a_step_speaks_of_test_rows_before_holdout_and_an_ensemble_never_of_out_of_fold_rows(
+def test_scores_prefer_test_rows_to_holdout_and_an_ensemble_has_none_for_out_of_fold_rows(
     plan: Plan, finished: dict[str, Any], step: str, accuracy: float | None, rows: str | None
 ) -> None:
     for name, metrics in finished.items():
-        finish(plan, name, metrics)
-    found = read_scores(plan, plan.step(step))
-    assert (found and found.accuracy, found and found.rows) == (accuracy, rows)
+        write_results(plan, name, metrics)
+    scores = read_scores(plan, plan.step(step))
+    assert (scores and scores.accuracy, scores and scores.rows) == (accuracy, rows)
 
 
-def test_the_table_has_a_line_for_each_model_that_is_there(plan: Plan) -> None:
+def test_results_table_has_a_line_for_each_trained_model(plan: Plan) -> None:
     assert read_results(plan) == "no model is trained yet"
-    finish(plan, "split", {"rows": 9})
-    finish(plan, "fold-1", {"oof_accuracy": 0.9, "oof_logloss": 0.3})
-    finish(plan, "ensemble")
-    finish(plan, "evaluate", {"test": TEST})
-    finish(plan, "distill")
+    write_results(plan, "split", {"rows": 9})
+    write_results(plan, "fold-1", {"oof_accuracy": 0.9, "oof_logloss": 0.3})
+    write_results(plan, "ensemble")
+    write_results(plan, "evaluate", {"test": TEST_METRICS})
+    write_results(plan, "distill")
     report = plan.folder / "evaluate" / "output" / "report.html"
     write_text(report, "<html></html>")
     assert read_results(plan).splitlines() == [

@@ -1,4 +1,4 @@
-"""Several processes on one terminal: whole lines, and what a terminal would show of a progress bar."""
+"""Several processes on one terminal: complete lines, and the final state of progress bars."""
 
 import io
 from pathlib import Path
@@ -8,13 +8,13 @@ import pytest
 from fivefold.launchers.terminal import SharedTerminal, copy_output, read_lines
 
 
-class Terminal(io.StringIO):
+class FakeTerminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
-def copied(printed: bytes, folder: Path, name: str) -> tuple[str, list[str]]:
-    """What the screen and the log have of what a process printed."""
+def run_copy_output(printed: bytes, folder: Path, name: str) -> tuple[str, list[str]]:
+    """Copy the output of a process and return the text on the screen and the lines in the log."""
     stream = io.StringIO()
     output = io.TextIOWrapper(io.BytesIO(printed), "utf-8", "replace", newline="")
     copy_output(output, folder / "log.txt", "split", SharedTerminal(stream), name)
@@ -33,34 +33,36 @@ def copied(printed: bytes, folder: Path, name: str) -> tuple[str, list[str]]:
         (b"\xff\r\n", ["\ufffd"]),
     ],
 )
-def test_a_log_has_whole_lines_and_of_a_bar_the_last_state(tmp_path: Path, printed: bytes, lines: list[str]) -> None:
-    assert copied(printed, tmp_path, "a") == ("".join(f"[a] {line}\n" for line in lines), lines)
-    assert copied(printed, tmp_path / "alone", "") == (printed.decode("utf-8", "replace"), lines)
+def test_log_has_complete_lines_and_the_last_state_of_a_progress_bar(
+    tmp_path: Path, printed: bytes, lines: list[str]
+) -> None:
+    assert run_copy_output(printed, tmp_path, "a") == ("".join(f"[a] {line}\n" for line in lines), lines)
+    assert run_copy_output(printed, tmp_path / "alone", "") == (printed.decode("utf-8", "replace"), lines)
 
 
 @pytest.mark.parametrize(
-    ("again", "lines"),
+    ("repeated", "lines"),
     [
         ("a\na\nb\nc\n", ["a", "a", "b", "c"]),
         ("a\n", ["a", "a", "b"]),
-        ("b\nc\n", ["a", "a", "b", "b", "c"]),  # its begin is gone: nothing new may be passed over
+        ("b\nc\n", ["a", "a", "b", "b", "c"]),  # the first lines are missing: no new line may be skipped
         ("", ["a", "a", "b"]),
     ],
 )
-def test_lines_that_are_in_the_log_are_written_no_second_time(tmp_path: Path, again: str, lines: list[str]) -> None:
+def test_repeated_output_is_not_logged_twice(tmp_path: Path, repeated: str, lines: list[str]) -> None:
     log = tmp_path / "log.txt"
-    for title, printed in (("pod x", "a\na\nb\n"), ("pod y", "a\n"), ("pod x", again)):
+    for title, printed in (("pod x", "a\na\nb\n"), ("pod y", "a\n"), ("pod x", repeated)):
         output = io.TextIOWrapper(io.BytesIO(printed.encode()), "utf-8", "replace", newline="")
         copy_output(output, log, title, SharedTerminal(io.StringIO()), "n", read_lines(log, title))
     assert read_lines(log, "pod x") == lines
     assert read_lines(log, "pod y") == ["a"]
-    assert read_lines(log) == (lines if len(lines) > 3 else ["a"]), "of the one that printed last"
+    assert read_lines(log) == (lines if len(lines) > 3 else ["a"]), "lines of the title that printed last"
     assert read_lines(tmp_path / "no.txt") == []
 
 
-def test_the_status_line_stays_below_other_lines_and_on_terminals_alone() -> None:
+def test_status_line_stays_below_other_lines_and_only_on_terminals() -> None:
     for stream, expected in (
-        (Terminal(), "1 of 3" + "\r\x1b[Khello\n1 of 3" + "\r\x1b[K"),
+        (FakeTerminal(), "1 of 3" + "\r\x1b[Khello\n1 of 3" + "\r\x1b[K"),
         (io.StringIO(), "hello\n"),
     ):
         screen = SharedTerminal(stream)

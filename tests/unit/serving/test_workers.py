@@ -1,4 +1,4 @@
-"""Threads that share a bound of pixels: what waits for what, and what is left out."""
+"""Threads that share a pixel limit: the order in which work starts, and cancelled work."""
 
 import asyncio
 import threading
@@ -11,123 +11,125 @@ import torch  # noqa: F401  (a worker imports it, which may take longer than a t
 
 from fivefold.serving.workers import SMALL_PIXELS, Workers
 
-LONG = 10.0
+TIMEOUT_S = 10.0
 
 
-class Work:
-    """Pieces of work that are held at `gate`: those begun, in order, and how many ran at once at most."""
+class BlockingTask:
+    """A task that blocks while `gate` is clear and records the order of its starts and the largest number of concurrent runs."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
-        self.begun: list[str] = []
-        self.at_once, self.most = 0, 0
+        self.started: list[str] = []
+        self.running, self.max_running = 0, 0
         self._lock = threading.Lock()
 
     def __call__(self, name: str) -> str:
         with self._lock:
-            self.begun.append(name)
-            self.at_once += 1
-            self.most = max(self.most, self.at_once)
-        self.gate.wait(LONG)
+            self.started.append(name)
+            self.running += 1
+            self.max_running = max(self.max_running, self.running)
+        self.gate.wait(TIMEOUT_S)
         with self._lock:
-            self.at_once -= 1
+            self.running -= 1
         return name
 
 
-def with_workers(work: Callable[[Workers, Work], Awaitable[Any]], threads: int, pixels: float) -> tuple[Any, Work]:
-    """What `work` gives with threads that are closed after it, and its pieces."""
+def run_with_workers(
+    work: Callable[[Workers, BlockingTask], Awaitable[Any]], threads: int, pixels: float
+) -> tuple[Any, BlockingTask]:
+    """Run `work` with workers, close them, and return the result and the task."""
 
-    async def whole() -> Any:
-        workers, pieces = Workers(threads, pixels), Work()
+    async def run() -> Any:
+        workers, task = Workers(threads, pixels), BlockingTask()
         try:
-            return await asyncio.wait_for(work(workers, pieces), LONG), pieces
+            return await asyncio.wait_for(work(workers, task), TIMEOUT_S), task
         finally:
-            pieces.gate.set()
+            task.gate.set()
             workers.close()
 
-    return asyncio.run(whole())
+    return asyncio.run(run())
 
 
-async def until(is_so: Callable[[], bool]) -> None:
-    while not is_so():
+async def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
         await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize(("pixels", "most"), [(9, 1), (20, 2), (29, 2), (1000, 3)])
-def test_no_more_pixels_are_decoded_at_once_than_there_is_room_for(pixels: int, most: int) -> None:
-    async def work(workers: Workers, pieces: Work) -> list[str]:
-        asked = [workers.start(10, pieces, name) for name in "abcdef"]
-        await until(lambda: len(pieces.begun) == most)
+@pytest.mark.parametrize(("pixels", "max_running"), [(9, 1), (20, 2), (29, 2), (1000, 3)])
+def test_pixels_decoded_at_once_stay_within_the_limit(pixels: int, max_running: int) -> None:
+    async def start_six(workers: Workers, task: BlockingTask) -> list[str]:
+        futures = [workers.start(10, task, name) for name in "abcdef"]
+        await wait_until(lambda: len(task.started) == max_running)
         await asyncio.sleep(0.05)
-        pieces.gate.set()
-        return await asyncio.gather(*asked)
+        task.gate.set()
+        return await asyncio.gather(*futures)
 
-    found, pieces = with_workers(work, 3, pixels)
-    assert found == list("abcdef")
-    assert pieces.most == most
+    results, task = run_with_workers(start_six, 3, pixels)
+    assert results == list("abcdef")
+    assert task.max_running == max_running
 
 
-def test_the_smallest_goes_first_and_has_a_thread_that_no_large_one_takes() -> None:
-    async def work(workers: Workers, pieces: Work) -> None:
-        large = [workers.start(SMALL_PIXELS + 1, pieces, name) for name in ("large", "larger", "largest")]
-        await until(lambda: len(pieces.begun) == 2)
+def test_smallest_image_runs_first_and_small_images_have_a_reserved_thread() -> None:
+    async def start_large_then_small(workers: Workers, task: BlockingTask) -> None:
+        large = [workers.start(SMALL_PIXELS + 1, task, name) for name in ("large", "larger", "largest")]
+        await wait_until(lambda: len(task.started) == 2)
         await asyncio.sleep(0.05)
-        small = workers.start(SMALL_PIXELS, pieces, "small")
-        await until(lambda: len(pieces.begun) == 3)
-        later = [workers.start(size, pieces, str(size)) for size in (3, 2, 1)]
-        pieces.gate.set()
+        small = workers.start(SMALL_PIXELS, task, "small")
+        await wait_until(lambda: len(task.started) == 3)
+        later = [workers.start(size, task, str(size)) for size in (3, 2, 1)]
+        task.gate.set()
         await asyncio.gather(*large, small, *later)
 
-    _, pieces = with_workers(work, 3, 100 * SMALL_PIXELS)
-    assert (pieces.begun[:3], pieces.begun[-1]) == (["large", "larger", "small"], "largest")
-    assert pieces.most == 3
+    _, task = run_with_workers(start_large_then_small, 3, 100 * SMALL_PIXELS)
+    assert (task.started[:3], task.started[-1]) == (["large", "larger", "small"], "largest")
+    assert task.max_running == 3
 
 
-def test_who_gives_up_is_not_begun_and_what_runs_counts_until_it_ends() -> None:
-    async def work(workers: Workers, pieces: Work) -> list[str]:
-        running, waiting = workers.start(10, pieces, "running"), workers.start(10, pieces, "waiting")
-        await until(lambda: pieces.begun == ["running"])
+def test_cancelled_work_does_not_start_and_running_work_counts_until_it_ends() -> None:
+    async def cancel_both(workers: Workers, task: BlockingTask) -> list[str]:
+        running, waiting = workers.start(10, task, "running"), workers.start(10, task, "waiting")
+        await wait_until(lambda: task.started == ["running"])
         waiting.cancel()
         running.cancel()
-        last = workers.start(10, pieces, "last")
+        last = workers.start(10, task, "last")
         await asyncio.sleep(0.1)
-        before = list(pieces.begun)
-        pieces.gate.set()
+        started = list(task.started)
+        task.gate.set()
         await last
-        return before
+        return started
 
-    before, pieces = with_workers(work, 3, 10)
-    assert before == ["running"]
-    assert pieces.begun == ["running", "last"]
+    started, task = run_with_workers(cancel_both, 3, 10)
+    assert started == ["running"]
+    assert task.started == ["running", "last"]
 
 
-def test_an_exception_is_raised_to_its_own_asker_whether_raised_or_given() -> None:
+def test_caller_gets_its_own_exception_whether_raised_or_returned() -> None:
     def fail(raised: bool) -> ValueError:
         if raised:
             raise ValueError("raised")
         return ValueError("given")
 
-    async def work(workers: Workers, _: Work) -> list[Any]:
-        asked = [workers.start(1, fail, True), workers.start(1, fail, False), workers.start(1, str, 7)]
-        return await asyncio.gather(*asked, return_exceptions=True)
+    async def start_failing(workers: Workers, _: BlockingTask) -> list[Any]:
+        futures = [workers.start(1, fail, True), workers.start(1, fail, False), workers.start(1, str, 7)]
+        return await asyncio.gather(*futures, return_exceptions=True)
 
-    found, _ = with_workers(work, 1, 0)
-    assert [str(each) for each in found] == ["raised", "given", "7"]
-    assert [type(each) for each in found] == [ValueError, ValueError, str]
+    results, _ = run_with_workers(start_failing, 1, 0)
+    assert [str(result) for result in results] == ["raised", "given", "7"]
+    assert [type(result) for result in results] == [ValueError, ValueError, str]
 
 
-def test_threads_that_do_not_end_are_told_and_do_not_hold_up_the_end() -> None:
-    async def work(workers: Workers, pieces: Work) -> list[bool]:
+def test_stalled_threads_are_reported_and_do_not_delay_closing() -> None:
+    async def stall(workers: Workers, task: BlockingTask) -> list[bool]:
         await asyncio.sleep(0.2)
         idle = workers.stalled(0.1)
-        stuck = workers.start(1, pieces, "stuck")
-        await until(lambda: bool(pieces.begun))
+        stuck = workers.start(1, task, "stuck")
+        await wait_until(lambda: bool(task.started))
         early = workers.stalled(0.1)
         await asyncio.sleep(0.2)
-        late, begun = workers.stalled(0.1), time.monotonic()
+        late, close_started = workers.stalled(0.1), time.monotonic()
         workers.close()
-        assert time.monotonic() - begun < LONG / 2
+        assert time.monotonic() - close_started < TIMEOUT_S / 2
         stuck.cancel()
         return [idle, early, late]
 
-    assert with_workers(work, 2, 0)[0] == [False, False, True]
+    assert run_with_workers(stall, 2, 0)[0] == [False, False, True]

@@ -40,26 +40,26 @@ def images(tmp_path) -> ImageDataset:
     return ImageDataset(open_store(tmp_path), names, transform, seed=5, sha256=digests)
 
 
-def epoch(images: ImageDataset, number: int, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+def load_epoch(images: ImageDataset, number: int, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
     batches = list(load_batches(images, shuffled_batches(len(images), 4, 5, number), workers))
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.rows for batch in batches])
 
 
-def test_the_same_bytes_with_any_number_of_workers_and_from_memory(images):
+def test_batches_do_not_depend_on_workers_or_caching_in_memory(images):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    plain, order = epoch(images, 1, workers=0)
-    assert torch.equal(torch.rand(3), expected), "torch's random state does not move"
+    plain, order = load_epoch(images, 1, workers=0)
+    assert torch.equal(torch.rand(3), expected), "torch's random state must not change"
     for workers in (1, 2):
-        found, rows = epoch(images, 1, workers)
-        assert torch.equal(found, plain)
+        pixels, rows = load_epoch(images, 1, workers)
+        assert torch.equal(pixels, plain)
         assert torch.equal(rows, order)
     assert images.cache_in_memory()
-    assert torch.equal(epoch(images, 1, workers=0)[0], plain)
+    assert torch.equal(load_epoch(images, 1, workers=0)[0], plain)
 
 
-def test_images_that_do_not_fit_are_not_decoded_to_find_out(images, monkeypatch):
+def test_memory_limit_is_checked_without_decoding_all_images(images, monkeypatch):
     monkeypatch.setattr(dataset, "MEMORY_LIMIT", 11 * 20 * 20 * 3)
     assert images.cache_in_memory()
     images.kept = None
@@ -68,15 +68,15 @@ def test_images_that_do_not_fit_are_not_decoded_to_find_out(images, monkeypatch)
     assert not images.cache_in_memory()
 
 
-def test_each_epoch_has_all_rows_in_another_order_with_other_augmentation(images):
-    (first, rows_1), (second, rows_2) = epoch(images, 1, 0), epoch(images, 2, 0)
+def test_each_epoch_has_all_rows_with_new_order_and_augmentation(images):
+    (first, rows_1), (second, rows_2) = load_epoch(images, 1, 0), load_epoch(images, 2, 0)
     assert sorted(rows_1.tolist()) == sorted(rows_2.tolist()) == list(range(11))
     assert not torch.equal(rows_1, rows_2)
     assert not torch.equal(first[rows_1.argsort()], second[rows_2.argsort()])
 
 
 @pytest.mark.parametrize("recipe", ["small_images", "sketch_caformer", "demo"])
-def test_a_batch_is_its_samples_one_by_one_with_any_number_of_threads(images, recipe):
+def test_batch_equals_its_samples_loaded_singly_with_any_number_of_threads(images, recipe):
     chain = load_settings([arguments_layer([f"recipe={recipe}"])]).augment.train
     images = ImageDataset(images.store, images.paths, build_transforms(chain, (16, 12)), seed=3)
     batch = images.__getitems__([(2, row) for row in range(11)]).images
@@ -86,13 +86,13 @@ def test_a_batch_is_its_samples_one_by_one_with_any_number_of_threads(images, re
     try:
         for row in range(11):
             torch.manual_seed(derive_seed(3, 2, row))
-            alone = images.transform(torch.from_numpy(images.image(row)).permute(2, 0, 1))
-            assert torch.equal(batch[row], alone)
+            sample = images.transform(torch.from_numpy(images.image(row)).permute(2, 0, 1))
+            assert torch.equal(batch[row], sample)
     finally:
         torch.set_num_threads(threads)
 
 
-STRUCK = """
+SIGNAL_SCRIPT = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from fivefold.data.pipeline.dataset import ImageDataset, load_batches, shuffled_batches
@@ -116,54 +116,54 @@ except StoppedError as stopped:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_stops_the_process_and_not_its_workers(images, tmp_path, number):
-    """As a terminal's ^C and `timeout` send it: a worker that died of it would be the training's failure."""
-    command = [sys.executable, "-c", STRUCK, tmp_path, str(int(number))]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True, check=False)
-    assert (found.returncode, found.stdout) == (0, f"stopped by {int(number)}\n"), found.stderr
+def test_signal_to_the_process_group_stops_the_process_but_not_its_workers(images, tmp_path, number):
+    """A terminal's ^C and `timeout` signal the whole group. A worker that died of it would make training fail."""
+    command = [sys.executable, "-c", SIGNAL_SCRIPT, tmp_path, str(int(number))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True, check=False)
+    assert (result.returncode, result.stdout) == (0, f"stopped by {int(number)}\n"), result.stderr
 
 
-def test_measuring_can_be_left(images):
-    seen = []
+def test_computing_image_stats_can_be_interrupted(images):
+    rows_read = []
 
-    class Slow(ImageDataset):
+    class SlowDataset(ImageDataset):
         def image(self, row):
-            seen.append(row)
-            if len(seen) == 20:
+            rows_read.append(row)
+            if len(rows_read) == 20:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.002)
             return np.zeros((8, 8, 3), np.uint8)
 
-    many = Slow(images.store, ["0.png"] * 2000, images.transform, meta=["aspect"])
+    large_dataset = SlowDataset(images.store, ["0.png"] * 2000, images.transform, meta=["aspect"])
     with defer_signals(), pytest.raises(StoppedError):
-        many.compute_image_stats()
-    assert len(seen) < 200
-    assert many.measured is None
+        large_dataset.compute_image_stats()
+    assert len(rows_read) < 200
+    assert large_dataset.measured is None
 
 
-def test_meta_features_are_of_the_image_before_its_transform_and_the_same_however_they_are_read(images):
-    named = ImageDataset(images.store, images.paths, images.transform, seed=5, meta=["color_mean", "aspect"])
+def test_meta_features_describe_the_untransformed_image_with_any_number_of_workers(images):
+    with_meta = ImageDataset(images.store, images.paths, images.transform, seed=5, meta=["color_mean", "aspect"])
     assert next(load_batches(images, [[(1, 0)]], 0)).meta is None
-    (batch,) = load_batches(named, [[(1, 3), (2, 3), (1, 7)]], 0)
+    (batch,) = load_batches(with_meta, [[(1, 3), (2, 3), (1, 7)]], 0)
     expected = np.stack([image_stats(images.image(row), ["color_mean", "aspect"]) for row in (3, 3, 7)])
     assert batch.meta.dtype == torch.float32
     np.testing.assert_array_equal(batch.meta.numpy(), expected)
-    np.testing.assert_array_equal(named.compute_image_stats()[[3, 3, 7]], expected)
-    assert named.compute_image_stats().shape == (11, 4)
+    np.testing.assert_array_equal(with_meta.compute_image_stats()[[3, 3, 7]], expected)
+    assert with_meta.compute_image_stats().shape == (11, 4)
     for workers in (0, 2):
-        (again,) = load_batches(pickle.loads(pickle.dumps(named)), [[(1, 3), (2, 3), (1, 7)]], workers)
-        assert torch.equal(again.meta, batch.meta)
-        assert torch.equal(again.images, batch.images)
+        (reloaded,) = load_batches(pickle.loads(pickle.dumps(with_meta)), [[(1, 3), (2, 3), (1, 7)]], workers)
+        assert torch.equal(reloaded.meta, batch.meta)
+        assert torch.equal(reloaded.images, batch.images)
     assert ImageDataset(images.store, [], images.transform, meta=["aspect"]).compute_image_stats().shape == (0, 1)
 
 
-def test_a_file_that_changed_since_the_split_is_named(images, tmp_path):
+def test_error_names_a_file_that_changed_after_the_split(images, tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "3.png")
     with pytest.raises(DataError, match=r"3\.png .*split"):
         list(load_batches(images, sequential_batches(len(images), 4), 0))
 
 
-def test_a_last_batch_of_few_rows_is_left_out_of_training_alone():
+def test_only_training_drops_a_last_batch_of_few_rows():
     assert [len(batch) for batch in shuffled_batches(130, 64, 0, 0)] == [64, 64]
     assert [len(batch) for batch in shuffled_batches(136, 64, 0, 0)] == [64, 64, 8]
     assert [len(batch) for batch in shuffled_batches(3, 64, 0, 0)] == [3]
@@ -180,7 +180,7 @@ def test_a_last_batch_of_few_rows_is_left_out_of_training_alone():
     assert [len(batch) for batch in sequential_batches(9, 4)] == [4, 4, 1]
 
 
-def test_seeds_of_samples_differ():
+def test_sample_seeds_are_unique():
     seeds = {derive_seed(seed, epoch, row) for seed in range(5) for epoch in range(5) for row in range(40)}
     assert len(seeds) == 1000
     assert min(seeds) >= 0

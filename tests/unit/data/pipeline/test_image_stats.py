@@ -9,18 +9,18 @@ from fivefold.errors import SettingsError
 @pytest.mark.parametrize(
     ("names", "count"), [([], 0), (["aspect"], 1), (["color_mean"], 3), (["color_mean", "aspect"], 4)]
 )
-def test_features_stand_one_after_the_other(names, count):
+def test_image_stats_concatenates_features_in_order(names, count):
     pixels = np.full((10, 25, 3), (255, 51, 0), np.uint8)
-    numbers = {"aspect": [2.5], "color_mean": [1.0, 0.2, 0.0]}
-    found = image_stats(pixels, names)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, [number for name in names for number in numbers[name]], atol=1e-6)
-    assert count_stats(names) == len(found) == count
+    expected = {"aspect": [2.5], "color_mean": [1.0, 0.2, 0.0]}
+    stats = image_stats(pixels, names)
+    assert stats.dtype == np.float32
+    np.testing.assert_allclose(stats, [number for name in names for number in expected[name]], atol=1e-6)
+    assert count_stats(names) == len(stats) == count
     with pytest.raises(SettingsError, match="did you mean 'color_mean'"):
         count_stats([*names, "color"])
 
 
-def test_the_colour_is_the_mean_of_the_image_at_sixteen_pixels():
+def test_color_mean_is_the_mean_of_the_image_resized_to_16_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     np.testing.assert_allclose(color_mean(pixels), pixels.reshape(-1, 3).mean(axis=0) / 255)
     large = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Samplers: which rows of an epoch, and that (seed, epoch) alone decides."""
+"""Samplers: the rows of an epoch depend only on (seed, epoch)."""
 
 import numpy as np
 import pytest
@@ -16,27 +16,27 @@ def rows_of(batches) -> np.ndarray:
     return np.array([row for batch in batches for _, row in batch])
 
 
-def test_shuffle_is_the_epoch_as_it_was():
+def test_shuffle_equals_shuffled_batches():
     assert shuffle(CODES, 8, seed=3, epoch=2) == shuffled_batches(len(CODES), 8, 3, 2)
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 9])
-def test_balanced_takes_each_class_alike_and_no_row_twice_before_all_others(epoch):
+def test_balanced_draws_classes_equally_and_repeats_rows_evenly(epoch):
     rows = rows_of(balanced(CODES, 8, seed=3, epoch=epoch))
     assert np.bincount(CODES[rows]).tolist() == [24, 24, 24]
-    times = np.bincount(rows, minlength=len(CODES))
+    repeats = np.bincount(rows, minlength=len(CODES))
     for code in range(3):
-        assert np.ptp(times[code == CODES]) <= 1
+        assert np.ptp(repeats[code == CODES]) <= 1
 
 
-def test_what_does_not_divide_goes_to_classes_in_turn():
+def test_balanced_gives_the_remainder_to_varying_classes():
     codes = np.repeat([0, 1, 2], [5, 5, 1])
     counts = [np.bincount(codes[rows_of(balanced(codes, 4, 0, epoch))], minlength=3) for epoch in range(40)]
     assert all(count.max() - count.min() <= 1 for count in counts)
     assert {tuple(count - 3) for count in counts} >= {(1, 1, 0), (1, 0, 1), (0, 1, 1)}
 
 
-def test_a_row_that_comes_again_has_another_augmentation():
+def test_repeated_rows_get_different_augmentation_seeds():
     first = balanced(CODES, 8, seed=3, epoch=1)
     assert balanced(CODES, 8, seed=3, epoch=1) == first
     assert first not in (balanced(CODES, 8, seed=3, epoch=2), balanced(CODES, 8, seed=4, epoch=1))
@@ -45,7 +45,7 @@ def test_a_row_that_comes_again_has_another_augmentation():
     assert {epoch % REPEAT for epoch, _ in samples} == {1}
 
 
-def test_rows_without_a_label_come_once_each():
+def test_balanced_draws_each_unlabelled_row_once():
     codes = np.array([0, 0, 0, 0, 1, 1, -1, -1, -1])
     rows = rows_of(balanced(codes, 3, seed=0, epoch=1))
     assert sorted(rows[codes[rows] == -1].tolist()) == [6, 7, 8]
@@ -54,14 +54,14 @@ def test_rows_without_a_label_come_once_each():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("codes", [np.zeros(9, int), np.arange(9) % 4, np.full(9, -1)])
-def test_every_sampler_gives_as_many_batches_as_the_schedule_counts(name, codes):
+def test_every_sampler_returns_the_scheduled_number_of_batches(name, codes):
     for size in (1, 2, 4, 20):
         for drop_last in (False, True):
             assert len(SAMPLERS[name](codes, size, 0, 1, drop_last)) == count_batches(len(codes), size, drop_last)
 
 
-def test_what_is_drawn_at_random_has_streams_apart():
-    """A key of NumPy's is filled up with zeros: (seed, epoch) alone would draw as (seed, epoch, step 0, part 0)."""
+def test_random_streams_are_independent():
+    """NumPy pads keys with zeros: (seed, epoch) alone would equal (seed, epoch, step 0, part 0)."""
     (batch,) = shuffled_batches(40, 40, 7, 3)
     plain = [np.random.default_rng(key).permutation(40).tolist() for key in ([7, 3], (7, 3, 0, 0))]
     assert [row for _, row in batch] == plain[0] == plain[1]

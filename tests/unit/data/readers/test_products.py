@@ -1,4 +1,4 @@
-"""Product tables made rows: several images a cell, one class a column, one group a product."""
+"""Rows of product tables: several images per cell, one class per column, one group per product."""
 
 import logging
 from collections import Counter
@@ -16,27 +16,29 @@ HEADER = "id,category_name,main_image,back_image,text_tag_image,neck_tag_image,o
 TYPES = Data().image_types
 
 
-def table(root: Path, *lines: str, header: str = HEADER, images: str = "abcdefgh", **options: object) -> LabelledImages:
-    """The rows of an image_data.csv with these lines, beside one-letter images."""
+def write_and_read(
+    root: Path, *lines: str, header: str = HEADER, images: str = "abcdefgh", **options: object
+) -> LabelledImages:
+    """Write an image_data.csv with these lines and images with one-letter names; return its rows."""
     text = "\n".join([f"\ufeff{header}", *lines])
-    return read(write_data(root, *(f"{name}.png" for name in images), image_data=text), **options)
+    return read_products(write_data(root, *(f"{name}.png" for name in images), image_data=text), **options)
 
 
-def read(root: Path, check_files: bool = True, **options: object) -> LabelledImages:
+def read_products(root: Path, check_files: bool = True, **options: object) -> LabelledImages:
     return read_rows(open_store(root), Data(layout="products", **options), check_files)
 
 
-def test_each_image_gets_its_columns_class_its_product_and_its_category(tmp_path: Path) -> None:
+def test_images_get_the_class_of_their_column_and_their_product_and_category(tmp_path: Path) -> None:
     lines = ["7,상의,a.png&b.png,c.png,d.png,,", '07, 하의 ,"e.png, f.png",,,g.png,h.png']
-    rows = table(tmp_path, *lines)
-    found = zip(
+    rows = write_and_read(tmp_path, *lines)
+    records = zip(
         rows.paths.to_pylist(),
         [rows.classes[code] for code in rows.codes],
         rows.groups.to_pylist(),
         rows.strata.to_pylist(),
         strict=True,
     )
-    assert list(found) == [
+    assert list(records) == [
         ("a.png", "full_shot", "7", "상의"),
         ("b.png", "full_shot", "7", "상의"),
         ("c.png", "full_shot", "7", "상의"),
@@ -49,30 +51,30 @@ def test_each_image_gets_its_columns_class_its_product_and_its_category(tmp_path
     assert rows.ids.to_pylist() == rows.paths.to_pylist()
 
 
-def test_drawn_products_are_read_whole(products) -> None:
-    rows = read(products.root)
+def test_all_images_of_the_toy_products_are_read(products) -> None:
+    rows = read_products(products.root)
     assert len(rows) == len(list(products.root.rglob("*.png")))
     assert dict(zip(rows.groups.to_pylist(), rows.strata.to_pylist(), strict=True)) == products.category
     assert set(rows.classes) == set(TYPES.values())
 
 
-def test_a_product_without_images_and_an_image_that_stands_twice_in_one_row_are_reported(
+def test_products_without_images_and_duplicate_images_in_one_row_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        rows = table(tmp_path, "1,x,a.png,,b.png,,", "2,x,,,,, & ", "3,y,c.png,./c.png,,,")
+        rows = write_and_read(tmp_path, "1,x,a.png,,b.png,,", "2,x,,,,, & ", "3,y,c.png,./c.png,,,")
     assert Counter(rows.groups.to_pylist()) == {"1": 2, "3": 1}
     assert "1 products of image_data.csv" in caplog.text
     assert "data: 1 images " in caplog.text
 
 
-def test_paths_count_from_the_base_path(tmp_path: Path) -> None:
-    table(tmp_path, "1,x,a.png,,b.png,,")
+def test_paths_are_relative_to_the_image_root(tmp_path: Path) -> None:
+    write_and_read(tmp_path, "1,x,a.png,,b.png,,")
     for base in ("deep/er", f"{tmp_path}/deep/er", "deep\\er/"):
-        rows = table(tmp_path, "1,x,a.png,,b.png,,", image_root=base, check_files=False)
+        rows = write_and_read(tmp_path, "1,x,a.png,,b.png,,", image_root=base, check_files=False)
         assert rows.paths.to_pylist() == ["deep/er/a.png", "deep/er/b.png"]
     with pytest.raises(DataError, match=r"2 of 2 files that do not exist: 'deep/er/a.png'"):
-        table(tmp_path, "1,x,a.png,,b.png,,", image_root="deep/er")
+        write_and_read(tmp_path, "1,x,a.png,,b.png,,", image_root="deep/er")
 
 
 @pytest.mark.parametrize(
@@ -89,29 +91,29 @@ def test_paths_count_from_the_base_path(tmp_path: Path) -> None:
         (["1,x,a.png,b.png,,,"], r"only 1 class \('full_shot'\)"),
     ],
 )  # fmt: skip
-def test_what_contradicts_itself_is_refused(tmp_path: Path, lines: list[str], message: str) -> None:
+def test_contradictory_or_incomplete_product_rows_are_rejected(tmp_path: Path, lines: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        table(tmp_path, *lines)
+        write_and_read(tmp_path, *lines)
 
 
-def test_columns_must_be_there_and_give_two_classes(tmp_path: Path) -> None:
+def test_missing_columns_tables_or_a_second_class_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column 'other'; it has .*; set data.image_types"):
-        table(tmp_path, "1,x,a.png,,b.png,", header=HEADER.removesuffix(",other"))
+        write_and_read(tmp_path, "1,x,a.png,,b.png,", header=HEADER.removesuffix(",other"))
     with pytest.raises(SettingsError, match="fewer than two classes"):
-        read(tmp_path, image_types={"main_image": "one", "back_image": "one"})
+        read_products(tmp_path, image_types={"main_image": "one", "back_image": "one"})
     (tmp_path / "image_data.csv").rename(tmp_path / "other.csv")
     with pytest.raises(DataError, match=r"other.csv .* has no column 'other'"):
-        read(tmp_path)
+        read_products(tmp_path)
     (tmp_path / "other.csv").unlink()
     with pytest.raises(DataError, match=r"no image_data.csv in .*, nor another CSV"):
-        read(tmp_path)
+        read_products(tmp_path)
 
 
-def test_a_table_of_another_name_is_found_by_its_columns_or_named(tmp_path: Path) -> None:
-    table(tmp_path, "1,x,a.png,,b.png,,")
+def test_table_with_another_name_is_identified_by_its_columns_or_the_setting(tmp_path: Path) -> None:
+    write_and_read(tmp_path, "1,x,a.png,,b.png,,")
     (tmp_path / "image_data.csv").rename(tmp_path / "상품.csv")
-    assert len(read(tmp_path)) == 2
+    assert len(read_products(tmp_path)) == 2
     (tmp_path / "again.csv").write_bytes((tmp_path / "상품.csv").read_bytes())
     with pytest.raises(FivefoldError, match="several tables"):
-        read(tmp_path)
-    assert len(read(tmp_path, table="again.csv")) == 2
+        read_products(tmp_path)
+    assert len(read_products(tmp_path, table="again.csv")) == 2

@@ -1,4 +1,4 @@
-"""Folders of people's photographs: which class each is, who is on it, and which folders are refused."""
+"""Folders of photographs of people: the class and person of each image, and the folders that are rejected."""
 
 import json
 import logging
@@ -31,8 +31,8 @@ PEOPLE = {
 AGES = {"000001": 0, "000002": 1, "000003": 1, "000004": 2, "000_5": 1}
 
 
-def drawn(root: Path, folders: Sequence[str] = tuple(PEOPLE), prefix: str = "train/images/") -> Path:
-    """Seven photographs for each folder, no two alike."""
+def draw(root: Path, folders: Sequence[str] = tuple(PEOPLE), prefix: str = "train/images/") -> Path:
+    """Write seven distinct photographs to each folder."""
     for number, (folder, stem) in enumerate(product(folders, STEMS)):
         path = root / f"{prefix}{folder}" / f"{stem}{['.jpg', '.jpeg', '.png'][number % 3]}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,14 +40,14 @@ def drawn(root: Path, folders: Sequence[str] = tuple(PEOPLE), prefix: str = "tra
     return root
 
 
-def rows_of(root: Path, **options: object) -> LabelledImages:
+def load(root: Path, **options: object) -> LabelledImages:
     return read_rows(open_store(root), Data(**options))
 
 
 @pytest.mark.parametrize("prefix", ["", "images/", "train/images/"])
 @pytest.mark.parametrize("layout", ["auto", "mask_profiles"])
-def test_labels_are_mask_times_6_plus_gender_times_3_plus_age(tmp_path: Path, prefix: str, layout: str) -> None:
-    rows = rows_of(drawn(tmp_path, prefix=prefix), layout=layout)
+def test_label_is_mask_times_6_plus_gender_times_3_plus_age(tmp_path: Path, prefix: str, layout: str) -> None:
+    rows = load(draw(tmp_path, prefix=prefix), layout=layout)
     assert len(rows) == 7 * len(PEOPLE)
     for path, code, person in zip(rows.paths.to_pylist(), rows.codes, rows.groups.to_pylist(), strict=True):
         folder, file = Path(path).parts[-2:]
@@ -58,43 +58,43 @@ def test_labels_are_mask_times_6_plus_gender_times_3_plus_age(tmp_path: Path, pr
     assert Counter(rows.groups.to_pylist()) == dict.fromkeys(PEOPLE.values(), 7)
 
 
-def test_defect_mask_every_combination_is_a_class_of_its_own_within_0_to_17() -> None:
+def test_defect_mask_every_combination_is_a_distinct_class_from_0_to_17() -> None:
     factors = profile_factors([30, 60])
     assert sorted(map(int, factors.values)) == list(range(18))
-    assert len(set(factors.values.values())) == 18, "the original's codes reached 32"
+    assert len(set(factors.values.values())) == 18, "the codes of the original reached 32"
     assert factors.values["0"] == ("mask", "male", "<30")
     assert factors.values["10"] == ("incorrect", "female", "<60")
     assert factors.values["17"] == ("normal", "female", ">=60")
     assert [encode_label(*parts) for parts in product(range(3), range(2), range(3))] == list(range(18))
 
 
-def test_the_cuts_of_age_are_a_setting(tmp_path: Path) -> None:
-    root = drawn(tmp_path, ["1_male_Asian_57", "2_male_Asian_58", "3_male_Asian_59", "4_male_Asian_60"])
+def test_age_bins_are_configurable(tmp_path: Path) -> None:
+    root = draw(tmp_path, ["1_male_Asian_57", "2_male_Asian_58", "3_male_Asian_59", "4_male_Asian_60"])
     for cut, expected in ((60, ["1", "1", "1", "2"]), (58, ["1", "2", "2", "2"])):
-        rows = rows_of(root, age_bins=[30, cut])
+        rows = load(root, age_bins=[30, cut])
         paths = zip(rows.paths.to_pylist(), rows.codes, strict=True)
         assert [rows.classes[code] for path, code in paths if "/mask1" in path] == expected
-    assert rows_of(root, age_bins=[58]).factors.names == ("mask", "gender", "age")
-    assert set(rows_of(root, age_bins=[58]).classes) == {str((m * 2 + 0) * 2 + a) for m in range(3) for a in range(2)}
+    assert load(root, age_bins=[58]).factors.names == ("mask", "gender", "age")
+    assert set(load(root, age_bins=[58]).classes) == {str((m * 2 + 0) * 2 + a) for m in range(3) for a in range(2)}
 
 
-def test_hidden_files_are_skipped_and_unknown_ones_reported(tmp_path: Path, caplog) -> None:
-    root = drawn(tmp_path)
+def test_hidden_files_are_skipped_and_unknown_files_are_reported(tmp_path: Path, caplog) -> None:
+    root = draw(tmp_path)
     folder = root / "train" / "images" / "000001_female_Asian_29"
     write_data(folder, "._mask1.jpg", ".hidden.png", "../._000001_female_Asian_29", "mask6.jpg", "copy/mask1.jpg")
     with caplog.at_level(logging.WARNING, "fivefold"):
-        rows = rows_of(root)
+        rows = load(root)
     assert len(rows) == 7 * len(PEOPLE)
     assert "2 images are none of mask1" in caplog.text
     assert "mask6.jpg" in caplog.text
 
 
-def test_the_table_of_people_beside_the_images_is_no_table_of_images(tmp_path: Path) -> None:
-    root = drawn(tmp_path)
+def test_table_of_people_is_not_read_as_a_table_of_images(tmp_path: Path) -> None:
+    root = draw(tmp_path)
     lines = ["id,gender,race,age,path", *(f"{p},{f.split('_')[-3]},Asian,1,{f}" for f, p in PEOPLE.items())]
     (root / "train" / "train.csv").write_text("\n".join(lines))
-    assert "mask profiles" in rows_of(root).layout
-    assert "mask profiles" in rows_of(root / "train").layout
+    assert "mask profiles" in load(root).layout
+    assert "mask profiles" in load(root / "train").layout
 
 
 @pytest.mark.parametrize(
@@ -106,24 +106,24 @@ def test_the_table_of_people_beside_the_images_is_no_table_of_images(tmp_path: P
         ([f"{n}_male_Asian_x{n}" for n in range(8)], r"8 of 13.*and 3 more"),
     ],
 )
-def test_folders_that_are_no_profiles_are_named(tmp_path: Path, folders: list[str], message: str) -> None:
-    root = drawn(tmp_path, [*PEOPLE, *folders])
+def test_error_names_folders_that_are_not_profiles(tmp_path: Path, folders: list[str], message: str) -> None:
+    root = draw(tmp_path, [*PEOPLE, *folders])
     for layout in ("auto", "mask_profiles"):
         with pytest.raises(DataError, match=message):
-            rows_of(root, layout=layout)
+            load(root, layout=layout)
 
 
-def test_folders_of_classes_are_not_taken_for_profiles(tmp_path: Path) -> None:
-    root = drawn(tmp_path, ["cat_male_tabby_3", "dog", "bird"])
-    assert set(rows_of(root).classes) == {"cat_male_tabby_3", "dog", "bird"}
-    assert rows_of(root).factors is None
-    other = write_data(tmp_path / "other", *(f"{folder}/1.png" for folder in PEOPLE))  # people's names, other files
-    assert set(rows_of(other).classes) == set(PEOPLE)
-    assert set(rows_of(drawn(tmp_path / "third"), layout="folders").classes) == set(PEOPLE)
+def test_class_folders_are_not_mistaken_for_profiles(tmp_path: Path) -> None:
+    root = draw(tmp_path, ["cat_male_tabby_3", "dog", "bird"])
+    assert set(load(root).classes) == {"cat_male_tabby_3", "dog", "bird"}
+    assert load(root).factors is None
+    other = write_data(tmp_path / "other", *(f"{folder}/1.png" for folder in PEOPLE))  # no profiles' files
+    assert set(load(other).classes) == set(PEOPLE)
+    assert set(load(draw(tmp_path / "third"), layout="folders").classes) == set(PEOPLE)
 
 
 def split_by_person(people: int, folds: int, seed: int, parts: tuple[float, ...] = ()) -> tuple[np.ndarray, ...]:
-    """(person, fold, part) of the seven rows of each of `people`."""
+    """Return (person, fold, part) of the seven rows of each of `people`."""
     random = np.random.default_rng(seed)
     gender, age = random.integers(0, 2, people), random.integers(0, 3, people)
     person = np.repeat(np.arange(people), 7)
@@ -134,18 +134,18 @@ def split_by_person(people: int, folds: int, seed: int, parts: tuple[float, ...]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_defect_mask_no_person_stands_in_two_folds_nor_twice_in_one(seed: int) -> None:
-    """The original drew its people with replacement (`random.choices`): some came twice and others never."""
+def test_defect_mask_each_person_is_in_one_fold_and_occurs_once(seed: int) -> None:
+    """The original drew people with replacement (`random.choices`): some occurred twice and others never."""
     person, fold, _ = split_by_person(60, 5, seed)
-    assert all(len(set(fold[person == one])) == 1 for one in range(60))
+    assert all(len(set(fold[person == number])) == 1 for number in range(60))
     assert np.bincount(fold).sum() == 420
     person, fold, part = split_by_person(60, 5, seed, (0.8, 0.2, 0.0))
-    assert all(len(set(part[person == one])) == 1 for one in range(60))
+    assert all(len(set(part[person == number])) == 1 for number in range(60))
     assert len(part) == 420
 
 
-def written(folder: Path, rows: LabelledImages) -> FoldTable:
-    """The table of a split in two folds, written with its classes."""
+def write_split(folder: Path, rows: LabelledImages) -> FoldTable:
+    """Split the rows into two folds, write the table and its classes, and return the table."""
     fold, part = split_rows(rows.codes, group_codes(rows.groups), np.arange(len(rows)), Split(folds=2))
     table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, rows.paths, rows.factors)
     write_folds(folder / "folds.parquet", table)
@@ -153,31 +153,31 @@ def written(folder: Path, rows: LabelledImages) -> FoldTable:
     return table
 
 
-def test_the_split_knows_what_its_classes_are_made_of(tmp_path: Path) -> None:
-    rows = rows_of(drawn(tmp_path))
-    written(tmp_path, rows)
-    found = read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
-    assert found.factors == rows.factors
+def test_split_stores_the_factors_of_its_classes(tmp_path: Path) -> None:
+    rows = load(draw(tmp_path))
+    write_split(tmp_path, rows)
+    loaded = read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
+    assert loaded.factors == rows.factors
 
-    some = found.project_factors(["gender", "mask"])
-    assert some.known_factors == ("mask", "gender")
-    assert some.classes == tuple(
+    projected = loaded.project_factors(["gender", "mask"])
+    assert projected.known_factors == ("mask", "gender")
+    assert projected.classes == tuple(
         sorted(f"{m}+{g}" for m in ("mask", "incorrect", "normal") for g in ("male", "female"))
     )
-    ages = found.project_factors(["age"])
+    ages = loaded.project_factors(["age"])
     assert ages.classes == ("<30", "<60", ">=60")
-    for path, both, age in zip(found.paths.to_pylist(), some.labels(), ages.labels(), strict=True):
-        assert both.split("+")[1] == Path(path).parent.name.split("_")[-3]
+    for path, label, age in zip(loaded.paths.to_pylist(), projected.labels(), ages.labels(), strict=True):
+        assert label.split("+")[1] == Path(path).parent.name.split("_")[-3]
         assert age == ("<30", "<60", ">=60")[AGES[PEOPLE[Path(path).parent.name]]]
-    assert found.project_factors([]) is found
-    assert found.project_factors(["age", "gender", "mask"]) is found
+    assert loaded.project_factors([]) is loaded
+    assert loaded.project_factors(["age", "gender", "mask"]) is loaded
     with pytest.raises(SettingsError, match="unknown factor 'ages'; did you mean 'age'"):
-        found.project_factors(["ages"])
+        loaded.project_factors(["ages"])
 
 
-def test_factors_of_classes_without_any_are_refused(tmp_path: Path) -> None:
-    table = written(
-        tmp_path, rows_of(write_data(tmp_path / "two", *(f"{name}/{n}.png" for name in "ab" for n in "123")))
+def test_missing_or_invalid_factors_are_rejected(tmp_path: Path) -> None:
+    table = write_split(
+        tmp_path, load(write_data(tmp_path / "two", *(f"{name}/{n}.png" for name in "ab" for n in "123")))
     )
     with pytest.raises(SettingsError, match=r"model\.label_factors=age"):
         table.project_factors(["age"])
@@ -187,15 +187,15 @@ def test_factors_of_classes_without_any_are_refused(tmp_path: Path) -> None:
             read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
 
 
-def test_the_list_of_test_images_asks_for_its_own_columns(tmp_path: Path) -> None:
+def test_info_csv_defines_the_columns_of_the_submission(tmp_path: Path) -> None:
     names = [f"{n:040x}.jpg" for n in (7, 3, 5)]
     info = "\n".join(["ImageID,ans", *(f"{name},0" for name in names)])
     write_data(tmp_path / "eval", *(f"images/{name}" for name in names), info=info)
     for root in (tmp_path / "eval", tmp_path):
-        found = read_eval(root)
-        assert list(found.ids) == names
-        assert [Path(path).name for path in found.paths] == names
-        assert (found.sample.id_column, found.sample.classes, list(found.sample.ids)) == ("ImageID", ("ans",), names)
+        table = read_eval(root)
+        assert list(table.ids) == names
+        assert [Path(path).name for path in table.paths] == names
+        assert (table.sample.id_column, table.sample.classes, list(table.sample.ids)) == ("ImageID", ("ans",), names)
     (tmp_path / "eval" / "images" / names[1]).unlink()
     with pytest.raises(DataError, match=names[1]):
         read_eval(tmp_path / "eval")

@@ -1,4 +1,4 @@
-"""Both stores against plain file access, and zips that must be refused."""
+"""Folder and zip stores: comparison with plain file access, and zips that must be rejected."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "files"
 
 
-def zipped(folder: Path, target: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
+def make_zip(folder: Path, target: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(target, "w", method) as archive:
         for path in sorted(folder.rglob("*")):
             archive.write(path, path.relative_to(folder).as_posix())
@@ -42,16 +42,16 @@ def store(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Image
     if request.param == "folder":
         return open_store(folder)
     method = zipfile.ZIP_DEFLATED if request.param == "deflated" else zipfile.ZIP_STORED
-    return open_store(zipped(folder, tmp_path / "files.zip", method))
+    return open_store(make_zip(folder, tmp_path / "files.zip", method))
 
 
-def contents(store: ImageStore) -> dict[str, bytes]:
+def read_all(store: ImageStore) -> dict[str, bytes]:
     return {name: store.read(name) for name in store.names()}
 
 
-def test_a_folder_and_its_zip_hold_the_same_files(store: ImageStore) -> None:
+def test_folder_and_zip_contain_the_same_files(store: ImageStore) -> None:
     assert store.names() == sorted(FILES)
-    assert contents(store) == FILES
+    assert read_all(store) == FILES
     assert store.exists("a/0.bin")
     assert not store.exists("a/9.bin")
     assert store.list_folder("") == (["a", "c d", "나비"], ["top.csv"])
@@ -59,7 +59,7 @@ def test_a_folder_and_its_zip_hold_the_same_files(store: ImageStore) -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/passwd"])
-def test_no_name_leads_out_of_the_root(store: ImageStore, name: str) -> None:
+def test_names_outside_the_root_are_rejected(store: ImageStore, name: str) -> None:
     with pytest.raises(DataError, match=f"'{name}'"):
         store.read(name)
     with pytest.raises(DataError, match=r"a/9\.bin"):
@@ -74,17 +74,17 @@ def test_threads_and_forked_workers_read_the_same_bytes(store: ImageStore) -> No
         assert workers.map(store.read, names) == [FILES[name] for name in names]
 
 
-def test_a_folder_with_nothing_but_a_zip_is_the_zip(folder: Path, tmp_path: Path) -> None:
+def test_folder_with_a_zip_and_no_images_is_read_as_the_zip(folder: Path, tmp_path: Path) -> None:
     channel = tmp_path / "channel"
     channel.mkdir()
-    zipped(folder, channel / "open.zip")
+    make_zip(folder, channel / "open.zip")
     (channel / "gt.csv").write_text("ID,label\n")
     assert isinstance(open_store(channel), ZipStore)
     (channel / "cat.jpg").write_bytes(b"")
     assert isinstance(open_store(channel), FolderStore)
 
 
-def test_linked_class_folders_are_walked_and_circles_are_not(folder: Path, tmp_path: Path) -> None:
+def test_linked_folders_are_followed_but_circular_links_are_not(folder: Path, tmp_path: Path) -> None:
     channel = tmp_path / "links"
     channel.mkdir()
     (channel / "linked").symlink_to(folder / "a")
@@ -93,30 +93,30 @@ def test_linked_class_folders_are_walked_and_circles_are_not(folder: Path, tmp_p
     assert open_store(channel).names() == [f"linked/{n}.bin" for n in range(4)]
 
 
-def test_names_of_korean_windows_and_of_a_mac_are_everybody_s(tmp_path: Path) -> None:
+def test_zip_names_from_korean_windows_and_macos_are_normalised(tmp_path: Path) -> None:
     path = tmp_path / "names.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("NAMES/1.bin", b"cp949")
         archive.writestr("\u1102\u1161\u1107\u1175/2.bin", b"decomposed")
-    # A zip of Korean Windows: the bytes of cp949, without the flag that says UTF-8.
+    # A zip from Korean Windows: names in cp949, without the UTF-8 flag.
     path.write_bytes(path.read_bytes().replace(b"NAMES", "가".encode("cp949") + "나b".encode("cp949")))
     store = open_store(path)
-    assert contents(store) == {"가나b/1.bin": b"cp949", "나비/2.bin": b"decomposed"}
+    assert read_all(store) == {"가나b/1.bin": b"cp949", "나비/2.bin": b"decomposed"}
     assert store.read("\u1102\u1161\u1107\u1175/2.bin") == b"decomposed"
 
 
-@pytest.mark.parametrize("other", ["가/1.jpg", "\u1100\u1161/1.jpg", "./가//1.jpg", "가\\1.jpg"])
+@pytest.mark.parametrize("duplicate", ["가/1.jpg", "\u1100\u1161/1.jpg", "./가//1.jpg", "가\\1.jpg"])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_entries_that_become_one_file_are_refused(tmp_path: Path, other: str) -> None:
+def test_zip_entries_with_equal_normalised_names_are_rejected(tmp_path: Path, duplicate: str) -> None:
     with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
         archive.writestr("가/1.jpg", b"one")
-        archive.writestr(other, b"two")
+        archive.writestr(duplicate, b"two")
     with pytest.raises(DataError, match=r"twice\.zip: .*'가/1\.jpg'"):
         open_store(tmp_path / "twice.zip")
 
 
 @pytest.mark.parametrize("name", ["../evil.jpg", "a/../../evil.jpg", "/etc/evil.jpg", "C:/evil.jpg", "..\\evil.jpg"])
-def test_entries_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
+def test_zip_entries_outside_the_root_are_rejected(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
         archive.writestr("fine.jpg", b"")
         archive.writestr(name, b"")
@@ -124,7 +124,7 @@ def test_entries_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
         open_store(tmp_path / "evil.zip")
 
 
-def test_links_in_zips_files_of_other_kinds_and_nothing_at_all_are_refused(tmp_path: Path) -> None:
+def test_zips_with_links_other_file_types_and_missing_paths_are_rejected(tmp_path: Path) -> None:
     link = zipfile.ZipInfo("link.jpg")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
@@ -141,7 +141,7 @@ def test_links_in_zips_files_of_other_kinds_and_nothing_at_all_are_refused(tmp_p
         open_store(tmp_path / "nowhere")
 
 
-def test_a_zip_that_expands_past_the_limit_is_refused(tmp_path: Path) -> None:
+def test_zip_that_expands_past_the_limit_is_rejected(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.jpg", bytes(4 * 2**20))
     assert open_store(tmp_path / "bomb.zip").names() == ["bomb.jpg"]
@@ -149,21 +149,21 @@ def test_a_zip_that_expands_past_the_limit_is_refused(tmp_path: Path) -> None:
         open_store(tmp_path / "bomb.zip", max_unpacked_gib=0.001)
 
 
-def test_a_file_larger_than_memory_may_hold_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_too_large_a_file_is_rejected_before_reading(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.jpg", bytes(2**20))
     packed, size = (tmp_path / "bomb.zip").read_bytes(), struct.pack("<I", 2**20)
     (tmp_path / "bomb.zip").write_bytes(packed.replace(size, struct.pack("<I", MAX_FILE_BYTES + 1)))
     (tmp_path / "files").mkdir()
-    for name, most in (("bomb.jpg", MAX_FILE_BYTES), ("bomb.CSV", MAX_TABLE_BYTES)):
+    for name, limit in (("bomb.jpg", MAX_FILE_BYTES), ("bomb.CSV", MAX_TABLE_BYTES)):
         with open(tmp_path / "files" / name, "wb") as file:
-            file.truncate(most + 1)
+            file.truncate(limit + 1)
     for path, name in (("bomb.zip", "bomb.jpg"), ("files", "bomb.jpg"), ("files", "bomb.CSV")):
         with pytest.raises(DataError, match=r"bomb\.(jpg|CSV) has [0-9,]+ bytes"):
             open_store(tmp_path / path).read(name)
 
 
-def test_a_device_or_a_pipe_is_no_file(tmp_path: Path) -> None:
+def test_devices_and_pipes_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "pipe.jpg")
     for read in (open_store(tmp_path).read, LocalPathStore(tmp_path).read):
@@ -172,7 +172,7 @@ def test_a_device_or_a_pipe_is_no_file(tmp_path: Path) -> None:
                 read(name)
 
 
-def test_a_read_yields_no_more_than_the_zip_declares(tmp_path: Path) -> None:
+def test_zip_entry_larger_than_declared_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "liar.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("liar.jpg", bytes(2**20))
@@ -183,15 +183,15 @@ def test_a_read_yields_no_more_than_the_zip_declares(tmp_path: Path) -> None:
         store.read("liar.jpg")
 
 
-def test_broken_and_encrypted_zips_are_refused(folder: Path, tmp_path: Path) -> None:
-    path = zipped(folder, tmp_path / "files.zip")
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+def test_broken_and_encrypted_zips_are_rejected(folder: Path, tmp_path: Path) -> None:
+    path = make_zip(folder, tmp_path / "files.zip")
+    original = path.read_bytes()
+    path.write_bytes(original[: len(original) // 2])
     with pytest.raises(DataError, match=r"not a .*\.zip"):
         open_store(path)
-    path.write_bytes(whole.replace(FILES["a/3.bin"], FILES["a/3.bin"][::-1]))
+    path.write_bytes(original.replace(FILES["a/3.bin"], FILES["a/3.bin"][::-1]))
     with pytest.raises(DataError, match=r"a/3\.bin.*damaged"):
         open_store(path).read("a/3.bin")
-    path.write_bytes(re.sub(b"(?s)(PK\x01\x02....).", rb"\g<1>" + b"\x01", whole))
+    path.write_bytes(re.sub(b"(?s)(PK\x01\x02....).", rb"\g<1>" + b"\x01", original))
     with pytest.raises(DataError, match="encrypted"):
         open_store(path)

@@ -1,4 +1,4 @@
-"""Layouts on disk, made rows: what is understood, and what is refused with which words."""
+"""Training rows from layouts on disk: the recognised layouts, and the errors for all others."""
 
 import logging
 import zipfile
@@ -13,11 +13,11 @@ from fivefold.errors import DataError, FivefoldError, MissingInputError
 from toy_data import PICTURE, write_data
 
 
-def rows_of(root: Path, check_files: bool = True, **options: object) -> LabelledImages:
+def load(root: Path, check_files: bool = True, **options: object) -> LabelledImages:
     return read_rows(open_store(root), Data(**options), check_files)
 
 
-def labelled(rows: LabelledImages) -> dict[str, str]:
+def label_map(rows: LabelledImages) -> dict[str, str]:
     return dict(zip(rows.paths.to_pylist(), [rows.classes[code] for code in rows.codes], strict=True))
 
 
@@ -26,7 +26,7 @@ CATS_AND_DOGS = {"cat/1.png": "cat", "cat/deep/er/2.png": "cat", "dog/1.png": "d
 
 @pytest.mark.parametrize("prefix", ["", "train/", "wrapper/", "wrapper/train/", "Train/images/", "a/b/c/"])
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
-def test_class_folders_are_found_below_wrappers_and_train(tmp_path: Path, prefix: str, packed: bool) -> None:
+def test_class_folders_are_found_inside_wrapper_and_train_folders(tmp_path: Path, prefix: str, packed: bool) -> None:
     root = write_data(tmp_path / "data", *(prefix + name for name in CATS_AND_DOGS), f"{prefix}.thumbs/x.png")
     (root / prefix / "cat" / "notes.txt").write_text("no image")
     if packed:
@@ -34,14 +34,14 @@ def test_class_folders_are_found_below_wrappers_and_train(tmp_path: Path, prefix
             for path in root.rglob("*"):
                 archive.write(path, path.relative_to(root))
         root = tmp_path / "data.zip"
-    rows = rows_of(root)
-    assert labelled(rows) == {prefix + name: label for name, label in CATS_AND_DOGS.items()}
+    rows = load(root)
+    assert label_map(rows) == {prefix + name: label for name, label in CATS_AND_DOGS.items()}
     assert rows.ids.to_pylist() == rows.paths.to_pylist() == sorted(rows.paths.to_pylist())
     assert rows.groups.null_count == len(rows)
 
 
 @pytest.mark.parametrize(
-    ("below", "others"),
+    ("folder", "other_files"),
     [
         ("train", "test/1.png test/2.png valid/a/3.png test.csv"),
         ("train_images", "test_images/1.png val_images/2.png"),
@@ -50,18 +50,18 @@ def test_class_folders_are_found_below_wrappers_and_train(tmp_path: Path, prefix
         (".", "Test/1.png unlabeled/1.png test_images/1.png"),
     ],
 )
-def test_folders_called_as_parts_of_a_split_are_no_classes(tmp_path: Path, below: str, others: str) -> None:
-    rows = rows_of(write_data(tmp_path / "data", f"{below}/a/1.png", f"{below}/b/1.png", *others.split()))
+def test_folders_named_like_split_parts_are_not_classes(tmp_path: Path, folder: str, other_files: str) -> None:
+    rows = load(write_data(tmp_path / "data", f"{folder}/a/1.png", f"{folder}/b/1.png", *other_files.split()))
     assert rows.classes == ("a", "b")
-    assert rows.paths.to_pylist() == [str(Path(below, name)) for name in ("a/1.png", "b/1.png")]
+    assert rows.paths.to_pylist() == [str(Path(folder, name)) for name in ("a/1.png", "b/1.png")]
 
 
-ALMOST = ["bus", "test tube", "train station"], ["bus", "fold", "id", "p,q r", "train", "사과"], ["invalid", "valid"]
+CLASSES = ["bus", "test tube", "train station"], ["bus", "fold", "id", "p,q r", "train", "사과"], ["invalid", "valid"]
 
 
-@pytest.mark.parametrize("classes", ALMOST)
-def test_classes_called_almost_as_parts_stay_classes(tmp_path: Path, classes: list[str]) -> None:
-    rows = rows_of(write_data(tmp_path / "data", *(f"{name}/1.png" for name in classes)))
+@pytest.mark.parametrize("classes", CLASSES)
+def test_class_names_similar_to_split_parts_remain_classes(tmp_path: Path, classes: list[str]) -> None:
+    rows = load(write_data(tmp_path / "data", *(f"{name}/1.png" for name in classes)))
     assert list(rows.classes) == classes
 
 
@@ -73,16 +73,16 @@ def test_classes_called_almost_as_parts_stay_classes(tmp_path: Path, classes: li
         (["a/1.png", "b/1.png", "cover.png"], "in no class folder"),
     ],
 )
-def test_images_that_may_be_meant_otherwise_are_warned_of(
+def test_ambiguous_image_folders_cause_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str], message: str
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert rows_of(write_data(tmp_path / "data", *names)).classes == ("a", "b")
+        assert load(write_data(tmp_path / "data", *names)).classes == ("a", "b")
     assert message in caplog.text
 
 
-def test_class_folders_are_called_as_labels_are(tmp_path: Path) -> None:
-    rows = rows_of(write_data(tmp_path / "data", "cat/1.png", "cat /2.png", "caf\u00e9/3.png", " cafe\u0301/4.png"))
+def test_class_folder_names_are_normalised_like_labels(tmp_path: Path) -> None:
+    rows = load(write_data(tmp_path / "data", "cat/1.png", "cat /2.png", "caf\u00e9/3.png", " cafe\u0301/4.png"))
     assert rows.classes == ("caf\u00e9", "cat")
     assert rows.codes.tolist() == [0, 0, 1, 1]
 
@@ -106,47 +106,47 @@ CSV = "image_path,target\na/1.png,cat\nb/2.png,dog\n"
         (["a/1.png", "b/2.png"], CSV.replace("a/", " a/").replace("2.png", "2.png\t ")),
     ],
 )
-def test_a_csv_s_columns_and_paths_are_found(tmp_path: Path, names: list[str], table: str) -> None:
-    rows = rows_of(write_data(tmp_path / "data", *names, train=table))
-    assert list(labelled(rows).values()) == ["cat", "dog"]
+def test_columns_and_paths_of_a_csv_are_recognised(tmp_path: Path, names: list[str], table: str) -> None:
+    rows = load(write_data(tmp_path / "data", *names, train=table))
+    assert list(label_map(rows).values()) == ["cat", "dog"]
     assert rows.paths.to_pylist() == names[:2]
     assert rows.layout == "the CSV train.csv"
 
 
-def test_paths_count_from_the_csv_or_from_the_root(tmp_path: Path) -> None:
+def test_paths_may_be_relative_to_the_csv_or_the_root(tmp_path: Path) -> None:
     root = write_data(tmp_path / "data", "img/1.png", "img/2.png")
     for start in ("../img", "img", f"{root}/img"):
         write_data(root / "meta", labels=f"path,label\n{start}/1.png,a\n{start}/2.png,b\n")
-        assert list(labelled(rows_of(root, table="meta/labels.csv"))) == ["img/1.png", "img/2.png"]
+        assert list(label_map(load(root, table="meta/labels.csv"))) == ["img/1.png", "img/2.png"]
 
 
-def test_absolute_paths_may_go_another_way_to_the_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_paths_may_use_a_link_to_the_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_data(tmp_path / "data", "img/1.png", "img/2.png")
     (tmp_path / "link").symlink_to(root)
     monkeypatch.chdir(tmp_path)
     for channel in (root, tmp_path / "link", Path("data"), Path("link")):
-        for spelled in {root, channel.absolute()}:
-            write_data(root, train=f"path,label\n{spelled}/img/1.png,a\n{spelled}/img/2.png,b\n")
-            assert list(labelled(rows_of(channel))) == ["img/1.png", "img/2.png"]
+        for absolute_root in {root, channel.absolute()}:
+            write_data(root, train=f"path,label\n{absolute_root}/img/1.png,a\n{absolute_root}/img/2.png,b\n")
+            assert list(label_map(load(channel))) == ["img/1.png", "img/2.png"]
             write_data(root, train="path,label\n1.png,a\n2.png,b\n")
-            assert list(labelled(rows_of(channel, image_root=f"{spelled}/img"))) == ["img/1.png", "img/2.png"]
+            assert list(label_map(load(channel, image_root=f"{absolute_root}/img"))) == ["img/1.png", "img/2.png"]
     write_data(root, train="path,label\nimg/1.png,a\nimg/2.png,b\n")
-    assert len(rows_of(Path("data"), image_root=str(root))) == 2
+    assert len(load(Path("data"), image_root=str(root))) == 2
 
 
-def test_groups_are_those_of_labels_without_blanks_and_composed(tmp_path: Path) -> None:
+def test_group_names_are_normalised_like_labels(tmp_path: Path) -> None:
     groups = ["p1", " p1", "p1\t", "caf\u00e9", "cafe\u0301", " ", ""]
     names = [f"{number}.png" for number in range(len(groups))]
-    lines = [f'{name},{"ab"[at % 2]},"{group}"' for at, (name, group) in enumerate(zip(names, groups, strict=True))]
+    lines = [f'{name},{"ab"[n % 2]},"{group}"' for n, (name, group) in enumerate(zip(names, groups, strict=True))]
     root = write_data(tmp_path / "data", *names, train="\n".join(["path,label,who", *lines]))
-    found = rows_of(root, group_column="who").groups.to_pylist()
-    assert found == ["p1", "p1", "p1", "caf\u00e9", "caf\u00e9", None, None]
+    loaded_groups = load(root, group_column="who").groups.to_pylist()
+    assert loaded_groups == ["p1", "p1", "p1", "caf\u00e9", "caf\u00e9", None, None]
 
 
-def test_columns_may_be_named_and_text_stays_text(tmp_path: Path) -> None:
+def test_columns_are_configurable_and_values_stay_text(tmp_path: Path) -> None:
     table = "no,file,kind,who,path,label\n007,1.png,NA,p1,x,x\n7,2.png,1.0,,x,x\n08,3.png,1,p1,x,x\n"
     root = write_data(tmp_path / "data", "1.png", "2.png", "3.png", train=table)
-    rows = rows_of(root, id_column="no", path_column="file", label_column="kind", group_column="who")
+    rows = load(root, id_column="no", path_column="file", label_column="kind", group_column="who")
     assert rows.ids.to_pylist() == ["007", "7", "08"]
     assert rows.classes == ("1", "1.0", "NA")
     assert rows.groups.to_pylist() == ["p1", None, "p1"]
@@ -154,13 +154,13 @@ def test_columns_may_be_named_and_text_stays_text(tmp_path: Path) -> None:
 
 def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_data(tmp_path / "data", *CATS_AND_DOGS, colours="name,red\na,1\n", sizes="name,wide\na,1\n")
-    assert labelled(rows_of(root, layout="folders")) == CATS_AND_DOGS
+    assert label_map(load(root, layout="folders")) == CATS_AND_DOGS
     assert not caplog.records
-    assert labelled(rows_of(root)) == CATS_AND_DOGS
+    assert label_map(load(root)) == CATS_AND_DOGS
     write_data(root / "train", labels="path,label\n../cat/1.png,a\n../dog/1.png,b\n")
-    assert rows_of(root).layout == "the CSV train/labels.csv"
-    warned = [record.getMessage().split()[1] for record in caplog.records if record.levelno == logging.WARNING]
-    assert warned == ["colours.csv", "sizes.csv"] * 2
+    assert load(root).layout == "the CSV train/labels.csv"
+    reported_tables = [record.getMessage().split()[1] for record in caplog.records if record.levelno == logging.WARNING]
+    assert reported_tables == ["colours.csv", "sizes.csv"] * 2
 
 
 @pytest.mark.parametrize(
@@ -171,15 +171,15 @@ def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path, caplog: pytest.
         ("foto,label", "data.path_column"),
     ],
 )
-def test_a_table_called_train_is_never_passed_over(tmp_path: Path, header: str, keys: str) -> None:
+def test_unusable_table_named_train_is_an_error(tmp_path: Path, header: str, keys: str) -> None:
     root = write_data(tmp_path / "data", *CATS_AND_DOGS)
     (root / "Train.csv").write_text(f"{header}\nphoto 1,x\n")
     with pytest.raises(DataError, match=rf"Train\.csv in .* has no column .*set {keys}, or data\.layout=folders"):
-        rows_of(root)
-    assert labelled(rows_of(root, layout="folders")) == CATS_AND_DOGS
+        load(root)
+    assert label_map(load(root, layout="folders")) == CATS_AND_DOGS
 
 
-def test_a_table_in_the_other_writing_of_accents_finds_its_files(tmp_path: Path) -> None:
+def test_paths_match_files_in_another_unicode_normal_form(tmp_path: Path) -> None:
     composed, apart = "caf\u00e9/\uac00.png", "cafe\u0301/\u1100\u1161.png"
     pairs = [(composed, apart), (apart, composed), ("caf\u00e9/\u1100\u1161.png", apart)]
     for number, (disk, written) in enumerate(pairs):
@@ -211,12 +211,12 @@ TABLE = "image_path,target\n1.png,a\n{},b\n"
         ("1.png", 'path,label\n1.png,"a\n2.png,b"\n', r"row 1 below the header has a line break: 'a\\n2\.png,b'"),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused(tmp_path: Path, names: str, table: str, message: str) -> None:
+def test_unusable_training_data_are_rejected(tmp_path: Path, names: str, table: str, message: str) -> None:
     root = write_data(tmp_path / "data", *names.split(), **({"train": table} if table else {}))
     with pytest.raises(DataError, match=message):
-        rows_of(root)
+        load(root)
     if "names 1 of 2 files" in message:
-        assert rows_of(root, check_files=False).paths.to_pylist() == ["1.png", "2.png"]
+        assert load(root, check_files=False).paths.to_pylist() == ["1.png", "2.png"]
 
 
 @pytest.mark.parametrize(
@@ -231,31 +231,31 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path: Path, names: str, table:
         ),
     ],
 )
-def test_what_the_settings_name_must_be_there(tmp_path: Path, options: dict, error: type, message: str) -> None:
+def test_configured_tables_and_columns_must_exist(tmp_path: Path, options: dict, error: type, message: str) -> None:
     root = write_data(tmp_path / "data", "a/1.png", "b/2.png", a=CSV, b=CSV)
     with pytest.raises(error, match=message):
-        rows_of(root, **options)
+        load(root, **options)
     with pytest.raises(DataError, match="no CSV"):
-        rows_of(write_data(tmp_path / "none", "a/1.png"), layout="csv")
+        load(write_data(tmp_path / "none", "a/1.png"), layout="csv")
 
 
-def test_rows_that_are_left_lose_the_classes_that_are_not(tmp_path: Path) -> None:
-    rows = rows_of(write_data(tmp_path / "data", "a/1.png", "b/1.png", "c/1.png"))
-    kept = rows.take(rows.codes != 1)
-    assert labelled(kept) == {"a/1.png": "a", "c/1.png": "c"}
-    assert kept.classes == ("a", "c")
+def test_selected_rows_keep_only_their_classes(tmp_path: Path) -> None:
+    rows = load(write_data(tmp_path / "data", "a/1.png", "b/1.png", "c/1.png"))
+    selected = rows.take(rows.codes != 1)
+    assert label_map(selected) == {"a/1.png": "a", "c/1.png": "c"}
+    assert selected.classes == ("a", "c")
     with pytest.raises(DataError, match="only 1 class"):
         rows.take(rows.codes == 1)
 
 
-def flat(root: Path, *folders: str, suffix: str = ".jpg", count: int = 12) -> list[str]:
-    """Images 000.jpg, 001.jpg, …, dealt out to `folders` in turn; their names."""
+def write_images(root: Path, *folders: str, suffix: str = ".jpg", count: int = 12) -> list[str]:
+    """Write images 000.jpg, 001.jpg, … to `folders` in turn; return their names."""
     names = [f"{folders[n % len(folders)]}/{n:03d}{suffix}" for n in range(count)]
     write_data(root, *names)
     return names
 
 
-def stems(header: str, count: int = 12, suffix: str = "") -> str:
+def make_table(header: str, count: int = 12, suffix: str = "") -> str:
     return f"{header}\n" + "".join(f"{n:03d}{suffix},{'ab'[n % 2]}\n" for n in range(count))
 
 
@@ -268,91 +268,91 @@ def stems(header: str, count: int = 12, suffix: str = "") -> str:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("check_files", [True, False])
-def test_ids_are_found_in_whatever_folders_the_images_lie(tmp_path: Path, folders: list[str], check_files: bool):
-    names = flat(tmp_path / "data", *folders)
-    for written in ("", ".jpg", ".JPG"):
-        root = write_data(tmp_path / "data", train=stems("image_id,label", suffix=written))
-        assert rows_of(root, check_files).paths.to_pylist() == names
+def test_ids_are_resolved_to_images_in_any_folder(tmp_path: Path, folders: list[str], check_files: bool):
+    names = write_images(tmp_path / "data", *folders)
+    for suffix in ("", ".jpg", ".JPG"):
+        root = write_data(tmp_path / "data", train=make_table("image_id,label", suffix=suffix))
+        assert load(root, check_files).paths.to_pylist() == names
 
 
-def test_a_path_in_another_case_or_one_of_several_suffixes_is_found(tmp_path: Path) -> None:
+def test_paths_match_in_another_case_or_without_suffix(tmp_path: Path) -> None:
     table = "path,label\nimg/a.jpg,x\nIMG/b.png,y\nc,x\nd,y\n"
     root = write_data(tmp_path / "data", "img/a.JPG", "img/b.png", "img/c.jpeg", "img/sub/d.png", train=table)
-    assert rows_of(root).paths.to_pylist() == ["img/a.JPG", "img/b.png", "img/c.jpeg", "img/sub/d.png"]
+    assert load(root).paths.to_pylist() == ["img/a.JPG", "img/b.png", "img/c.jpeg", "img/sub/d.png"]
 
 
-def test_an_image_is_found_for_one_row_alone_and_not_among_the_test_images(tmp_path: Path) -> None:
+def test_an_image_matches_only_one_row_and_never_a_test_image(tmp_path: Path) -> None:
     root = write_data(tmp_path / "data", "x/a.jpg", "x/b.jpg", "test/c.jpg", "test_images/d.jpg")
     for absent in ("A.jpg", "c", "d.jpg"):
         write_data(root, train=f"path,label\nx/a.jpg,1\nx/b.jpg,2\n{absent},1\n")
         with pytest.raises(DataError, match=rf"1 of 3 files that do not exist: '{absent}'.* x \(2\).*data\.image_root"):
-            rows_of(root)
+            load(root)
 
 
-def test_a_name_of_several_images_is_an_error_that_says_where_they_lie(tmp_path: Path) -> None:
+def test_error_for_an_ambiguous_image_name_lists_the_candidates(tmp_path: Path) -> None:
     root = write_data(tmp_path / "data", "p/1.jpg", "q/1.jpg", "q/2.jpg", train="image_id,label\n1,a\n2,b\n")
     for check_files in (True, False):
         with pytest.raises(DataError, match=r"'1'.*'p/1\.jpg', 'q/1\.jpg'.*data\.image_root"):
-            rows_of(root, check_files)
+            load(root, check_files)
 
 
 @pytest.mark.parametrize("header", ["id,label", "id,breed", "foto,label", "name,breed"])
 @pytest.mark.parametrize("folders", [["train"], ["images"], ["train/images"], ["photos_1", "photos_2"]])
 @pytest.mark.parametrize("name", ["train", "labels"])
-def test_the_column_that_names_the_images_is_the_path(
+def test_column_that_names_the_images_is_the_path_column(
     tmp_path: Path, header: str, folders: list[str], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = flat(tmp_path / "data", *folders)
-    write_data(tmp_path / "data", "test/900.jpg", "test/901.jpg", **{name: stems(header)})
+    names = write_images(tmp_path / "data", *folders)
+    write_data(tmp_path / "data", "test/900.jpg", "test/901.jpg", **{name: make_table(header)})
     if (name, len(folders)) == ("labels", 2):
         pytest.skip("two folders of images and a stray table: the folders are the classes, and the table is warned of")
     with caplog.at_level(logging.INFO):
-        rows = rows_of(tmp_path / "data")
+        rows = load(tmp_path / "data")
     assert (rows.paths.to_pylist(), rows.classes) == (names, ("a", "b"))
     assert f"the paths are the column {header.split(',')[0]!r}" in caplog.text
     assert ("only other column, 'breed'" in caplog.text) == header.endswith("breed")
 
 
-def test_one_image_that_is_not_there_hides_no_column(tmp_path: Path) -> None:
-    names = flat(tmp_path / "data", "train")
+def test_path_column_is_recognised_although_one_image_is_missing(tmp_path: Path) -> None:
+    names = write_images(tmp_path / "data", "train")
     (tmp_path / "data" / names[3]).unlink()
-    root = write_data(tmp_path / "data", train=stems("id,label"))
+    root = write_data(tmp_path / "data", train=make_table("id,label"))
     with pytest.raises(DataError, match="003"):
-        rows_of(root)
+        load(root)
 
 
-def test_no_column_is_guessed_where_two_could_be_or_settings_name_another(tmp_path: Path) -> None:
-    names = flat(tmp_path / "data", "train", suffix=".png")
+def test_path_column_is_not_guessed_if_ambiguous_or_configured(tmp_path: Path) -> None:
+    names = write_images(tmp_path / "data", "train", suffix=".png")
     lines = [f"{n:03d},{(n + 1) % 12:03d},{'ab'[n % 2]}" for n in range(12)]
     root = write_data(tmp_path / "data", train="\n".join(["one,two,label", *lines]))
     with pytest.raises(DataError, match=r"set data\.path_column"):
-        rows_of(root)
-    assert rows_of(root, path_column="one").paths.to_pylist() == names
+        load(root)
+    assert load(root, path_column="one").paths.to_pylist() == names
     write_data(root, train="\n".join(["id,two,label", *lines]))
-    assert rows_of(root).paths.to_pylist() == names
+    assert load(root).paths.to_pylist() == names
     with pytest.raises(DataError, match=r"no column 'three'"):
-        rows_of(root, path_column="three")
+        load(root, path_column="three")
 
 
-SPELT = ["caf\u00e9", "cafe\u0301", " caf\u00e9 ", "caf\u00e9\u200b", "\ufeffcaf\u00e9", "ca\u00adf\u00e9"]
+EQUIVALENT_LABELS = ["caf\u00e9", "cafe\u0301", " caf\u00e9 ", "caf\u00e9\u200b", "\ufeffcaf\u00e9", "ca\u00adf\u00e9"]
 
 
-def test_labels_that_differ_in_blanks_form_or_invisible_characters_are_one_class_and_said(
+def test_labels_that_differ_only_in_blanks_or_invisible_characters_are_merged_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = [f"{n}.png" for n in range(len(SPELT) + 1)]
-    lines = [f"{name},{label}" for name, label in zip(names, [*SPELT, "dog"], strict=True)]
+    names = [f"{n}.png" for n in range(len(EQUIVALENT_LABELS) + 1)]
+    lines = [f"{name},{label}" for name, label in zip(names, [*EQUIVALENT_LABELS, "dog"], strict=True)]
     root = write_data(tmp_path / "data", *names, train="\n".join(["path,label", *lines]))
     with caplog.at_level(logging.INFO):
-        rows = rows_of(root)
-    assert (rows.classes, rows.codes.tolist()) == (("caf\u00e9", "dog"), [0] * len(SPELT) + [1])
+        rows = load(root)
+    assert (rows.classes, rows.codes.tolist()) == (("caf\u00e9", "dog"), [0] * len(EQUIVALENT_LABELS) + [1])
     assert r"caf\xe9\u200b" in caplog.text
-    folders = write_data(tmp_path / "folders", *(f"{label}/1.png" for label in [*SPELT, "dog"]))
-    assert rows_of(folders).classes == rows.classes
+    folders = write_data(tmp_path / "folders", *(f"{label}/1.png" for label in [*EQUIVALENT_LABELS, "dog"]))
+    assert load(folders).classes == rows.classes
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         ("a b", "a\u00a0b"),
         ("ab", "a\u200cb"),
@@ -361,24 +361,22 @@ def test_labels_that_differ_in_blanks_form_or_invisible_characters_are_one_class
         ("cat", "\uff43\uff41\uff54"),
     ],
 )
-def test_classes_that_look_the_same_are_an_error_that_shows_their_characters(
-    tmp_path: Path, one: str, other: str
-) -> None:
-    root = write_data(tmp_path / "data", "1.png", "2.png", train=f"path,label\n1.png,{one}\n2.png,{other}\n")
+def test_error_for_classes_that_look_equal_shows_their_characters(tmp_path: Path, first: str, second: str) -> None:
+    root = write_data(tmp_path / "data", "1.png", "2.png", train=f"path,label\n1.png,{first}\n2.png,{second}\n")
     with pytest.raises(DataError) as caught:
-        rows_of(root)
-    assert ascii(other) in str(caught.value)
-    assert ascii(one) in str(caught.value)
+        load(root)
+    assert ascii(second) in str(caught.value)
+    assert ascii(first) in str(caught.value)
 
 
-def test_classes_that_differ_in_case_alone_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_classes_that_differ_only_in_case_cause_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_data(tmp_path / "data", *(f"{name}/1.png" for name in ("Cat", "cat", "dog")))
-    assert rows_of(root).classes == ("Cat", "cat", "dog")
+    assert load(root).classes == ("Cat", "cat", "dog")
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "Cat" in warning.getMessage()
 
 
-def test_a_label_of_invisible_characters_alone_is_empty(tmp_path: Path) -> None:
+def test_label_of_only_invisible_characters_counts_as_empty(tmp_path: Path) -> None:
     root = write_data(tmp_path / "data", "1.png", "2.png", train="path,label\n1.png,a\n2.png,\u200b\n")
     with pytest.raises(DataError, match="empty label, the first in row 2"):
-        rows_of(root)
+        load(root)

@@ -1,4 +1,4 @@
-"""The fold table: what is written comes back, and what is broken is refused by name."""
+"""The fold table: writing and reading, and errors that name the invalid column."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ ROWS = 24
 
 @pytest.fixture
 def table() -> FoldTable:
-    """Three folds of 20 rows, and 4 rows set aside."""
+    """Three folds over 20 rows, and 4 holdout rows."""
     rows = np.arange(ROWS)
     return FoldTable(
         ids=pa.array([f"{row:03d}" for row in rows]),
@@ -32,27 +32,27 @@ def table() -> FoldTable:
     )
 
 
-def test_what_is_written_comes_back(table: FoldTable, tmp_path: Path) -> None:
+def test_fold_table_survives_writing_and_reading(table: FoldTable, tmp_path: Path) -> None:
     write_folds(tmp_path / "folds.parquet", table)
     write_json(tmp_path / "classes.json", {"classes": list(CLASSES)})
     for classes in (None, tmp_path / "classes.json"):
-        found = read_folds(tmp_path / "folds.parquet", classes)
-        assert found.classes == CLASSES
+        loaded = read_folds(tmp_path / "folds.parquet", classes)
+        assert loaded.classes == CLASSES
         for name in ("ids", "paths", "groups", "sha256"):
-            assert getattr(found, name).equals(getattr(table, name))
+            assert getattr(loaded, name).equals(getattr(table, name))
         for name in ("codes", "fold", "part"):
-            assert (getattr(found, name) == getattr(table, name)).all()
+            assert (getattr(loaded, name) == getattr(table, name)).all()
     stored = pq.read_table(tmp_path / "folds.parquet")
     assert stored.schema.equals(pa.schema(COLUMNS))
     assert stored.column("label").to_pylist()[:4] == list(CLASSES)
     write_folds(tmp_path / "again", read_folds(tmp_path / "folds.parquet"))
     assert (tmp_path / "again").read_bytes() == (tmp_path / "folds.parquet").read_bytes()
     write_json(tmp_path / "classes.json", {"classes": [*CLASSES[:1], "extra", *CLASSES[1:]]})
-    found = read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
-    assert (found.labels() == table.labels()).all(), "a class without rows stays a class"
+    loaded = read_folds(tmp_path / "folds.parquet", tmp_path / "classes.json")
+    assert (loaded.labels() == table.labels()).all(), "a class without rows must remain a class"
 
 
-def test_rows_of_folds_and_of_parts(table: FoldTable) -> None:
+def test_fold_table_returns_the_rows_of_folds_and_parts(table: FoldTable) -> None:
     assert table.num_folds == 3
     assert table.held_out_rows().tolist() == [20, 21, 22, 23]
     assert sorted(np.concatenate([table.valid_rows(fold) for fold in range(3)]).tolist()) == list(range(20))
@@ -88,7 +88,7 @@ def test_rows_of_folds_and_of_parts(table: FoldTable) -> None:
         ("label", ["other"] * ROWS, "labels .*: 'other'"),
     ],
 )
-def test_a_broken_table_is_refused(
+def test_invalid_table_is_rejected(
     table: FoldTable, tmp_path: Path, column: str, value: list | None, message: str
 ) -> None:
     path = tmp_path / "folds.parquet"
@@ -102,7 +102,7 @@ def test_a_broken_table_is_refused(
         read_folds(path, tmp_path / "classes.json")
 
 
-def test_other_files_are_refused(table: FoldTable, tmp_path: Path) -> None:
+def test_missing_unreadable_or_empty_table_is_rejected(table: FoldTable, tmp_path: Path) -> None:
     path = tmp_path / "folds.parquet"
     with pytest.raises(MissingInputError, match="run the split stage"):
         read_folds(path)

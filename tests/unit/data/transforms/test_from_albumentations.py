@@ -1,11 +1,11 @@
-"""Ours beside albumentations 2.0.8 (MIT), with the same parameters; docs/from-albumentations.md names the differences.
+"""Fivefold's transforms and albumentations 2.0.8 (MIT) with equal parameters; docs/from-albumentations.md lists the differences.
 
-Distances are in levels of 255.
+Differences are in levels of 255.
 """
 
 import os
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or the import asks the network for a newer version
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # otherwise the import checks the network for a newer version
 
 import albumentations as A
 import numpy as np
@@ -23,14 +23,14 @@ NOISE = torch.randint(0, 256, (3, 96, 72), generator=torch.Generator().manual_se
 IMAGES = pytest.mark.parametrize("image", [SMOOTH, NOISE], ids=["smooth", "noise"])
 
 
-def theirs(transform: A.BasicTransform, image: torch.Tensor) -> np.ndarray:
-    """The image [3, H, W] as albumentations changes it."""
+def apply_albumentations(transform: A.BasicTransform, image: torch.Tensor) -> np.ndarray:
+    """Apply an albumentations transform to an image [3, H, W]."""
     return transform(image=image.permute(1, 2, 0).numpy())["image"].transpose(2, 0, 1)
 
 
-def distance(ours: torch.Tensor, other: np.ndarray) -> np.ndarray:
-    assert ours.shape == other.shape
-    return np.abs(ours.numpy().astype(float) - other)
+def absolute_difference(actual: torch.Tensor, expected: np.ndarray) -> np.ndarray:
+    assert actual.shape == expected.shape
+    return np.abs(actual.numpy().astype(float) - expected)
 
 
 EXACT = [
@@ -43,29 +43,29 @@ EXACT = [
 
 
 @IMAGES
-@pytest.mark.parametrize(("ours", "other", "levels"), EXACT)
-def test_flip_fixed_brightness_and_centre_crop_are_equal(image, ours, other, levels):
-    assert distance(ours(image), theirs(other, image)).max() <= levels
+@pytest.mark.parametrize(("transform", "reference", "levels"), EXACT)
+def test_flip_brightness_and_centre_crop_match_albumentations(image, transform, reference, levels):
+    assert absolute_difference(transform(image), apply_albumentations(reference, image)).max() <= levels
 
 
 @IMAGES
 @pytest.mark.parametrize(("amount", "threshold"), [(0.5, 10), (1.0, 10), (1.5, 10), (1.5, 25)])
-def test_unsharp_mask_is_within_a_level(image, amount, threshold):
-    found = pixel.unsharp_mask(image.permute(1, 2, 0).numpy(), 7, 1.5, amount, threshold).transpose(2, 0, 1)
-    away = distance(unsharp_mask(image, 7, 1.5, amount, threshold), found)
-    # A difference just at the threshold may fall on either side of it, and moves its neighbours a little.
-    assert (away > 1).mean() < 0.002
-    assert away.max() <= 12
+def test_unsharp_mask_matches_albumentations_within_one_level(image, amount, threshold):
+    expected = pixel.unsharp_mask(image.permute(1, 2, 0).numpy(), 7, 1.5, amount, threshold).transpose(2, 0, 1)
+    distances = absolute_difference(unsharp_mask(image, 7, 1.5, amount, threshold), expected)
+    # A difference at the threshold may fall on either side of it, which changes its neighbours slightly.
+    assert (distances > 1).mean() < 0.002
+    assert distances.max() <= 12
 
 
 @pytest.mark.parametrize("factors", [[1.25], [0.8], [0.7, 1.1, 1.0, 1.2]])
-def test_grid_distortion_reads_a_given_grid_within_two_pixels(factors):
-    """A ramp shows where each pixel comes from. Theirs lays a step's pixels over its ends, ours over its width."""
+def test_grid_distortion_matches_albumentations_within_two_pixels(factors):
+    """A ramp shows the source of each pixel. Albumentations spreads a step's pixels over its ends, Fivefold over its width."""
     ramp = torch.arange(72, dtype=torch.uint8).expand(3, 96, 72).contiguous()
     ones = [1.0] * len(factors)
     from_x, _ = geometric.generate_grid((96, 72), [*factors, 1.0], [*ones, 1.0], len(factors))
-    ours = remap_axes(ramp, torch.tensor(ones), torch.tensor(factors), 255)[0, 48].numpy().astype(float)
+    actual = remap_axes(ramp, torch.tensor(ones), torch.tensor(factors), 255)[0, 48].numpy().astype(float)
     inside = from_x[48] < 70
     assert inside.sum() > 50
-    assert np.abs(ours - from_x[48])[inside].max() < 2
+    assert np.abs(actual - from_x[48])[inside].max() < 2
     assert np.abs(np.arange(72) - from_x[48])[inside].max() > 4

@@ -1,4 +1,4 @@
-"""The augmentation lists of the five systems as specs: on images of any shape, repeatable, and fixed at evaluation."""
+"""Augmentation specs of the five systems: any image shape, repeatable, and deterministic at evaluation."""
 
 import pytest
 import torch
@@ -17,62 +17,62 @@ SYSTEMS = {
 SHAPES = {"grey": (1, 60, 60), "tiny": (3, 5, 4), "large": (3, 450, 400), "wide": (3, 30, 200), "high": (3, 200, 30)}
 
 
-def image(kind: str) -> torch.Tensor:
-    drawn = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, SHAPES[kind], generator=drawn, dtype=torch.uint8).expand(3, *SHAPES[kind][1:])
+def make_image(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, SHAPES[kind], generator=generator, dtype=torch.uint8).expand(3, *SHAPES[kind][1:])
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_each_systems_list_repeats_by_seed_and_differs_by_seed(system, kind):
-    original = image(kind)
+def test_augmentation_of_each_system_depends_only_on_the_seed(system, kind):
+    original = make_image(kind)
     before = original.clone()
     transform = build_transforms(SYSTEMS[system], (48, 40))
-    found = []
+    outputs = []
     for seed in (0, 0, *range(1, 5)):
         torch.default_generator.manual_seed(derive_seed(42, 0, seed))
-        found.append(transform(original))
-    for each in found:
-        assert each.shape == (3, 48, 40)
-        assert each.dtype == torch.uint8
-    assert torch.equal(found[0], found[1])
-    differ = any(not torch.equal(found[0], other) for other in found[2:])
+        outputs.append(transform(original))
+    for output in outputs:
+        assert output.shape == (3, 48, 40)
+        assert output.dtype == torch.uint8
+    assert torch.equal(outputs[0], outputs[1])
+    differ = any(not torch.equal(outputs[0], other) for other in outputs[2:])
     assert differ == (system != "mask_profile BaseAugmentation")
     assert torch.equal(original, before)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_set_at_evaluation_is_its_fixed_parts_alone(name):
-    """The original ran its whole set over the validation images too: jitter, noise and flips moved every score."""
+def test_preset_applies_only_its_deterministic_transforms_at_evaluation(name):
+    """The original also applied the whole preset to validation images: jitter, noise and flips changed every score."""
     transform = build_transforms([name], (48, 40), evaluation=True)
     state = torch.get_rng_state()
-    found = [transform(image("large")) for _ in range(4)]
-    assert all(torch.equal(found[0], other) for other in found)
+    outputs = [transform(make_image("large")) for _ in range(4)]
+    assert all(torch.equal(outputs[0], other) for other in outputs)
     assert torch.equal(torch.get_rng_state(), state)
     crop = {"CustomAugmentation": (320, 256), "bestAugmentation": (380, 380)}.get(name)
     parts = [{"name": "centre_crop_pixels", "height": crop[0], "width": crop[1]}] if crop else []
-    assert torch.equal(found[0], build_transforms(parts, (48, 40))(image("large")))
+    assert torch.equal(outputs[0], build_transforms(parts, (48, 40))(make_image("large")))
 
 
 @pytest.mark.parametrize("system", RECIPES)
-def test_a_training_list_is_no_evaluation(system):
-    """The ConvNeXt of the cars validated on randomly cropped, turned and jittered images."""
+def test_random_training_transforms_are_rejected_at_evaluation(system):
+    """The original car ConvNeXt validated on randomly cropped, rotated and jittered images."""
     with pytest.raises(SettingsError, match=r"augment\.eval: .* random"):
         build_transforms(SYSTEMS[system], (48, 40), evaluation=True)
 
 
-def test_sharpening_and_darkening_are_an_evaluation_as_the_sketches_have_it():
+def test_deterministic_sharpening_and_darkening_are_allowed_at_evaluation():
     specs = ["resize", "unsharp_mask", {"name": "brightness", "amount": -0.2}]
-    first = build_transforms(specs, (48, 40), evaluation=True)(image("wide"))
-    assert torch.equal(first, build_transforms(specs, (48, 40))(image("wide")))
+    first = build_transforms(specs, (48, 40), evaluation=True)(make_image("wide"))
+    assert torch.equal(first, build_transforms(specs, (48, 40))(make_image("wide")))
     with pytest.raises(SettingsError, match=r"'unsharp_mask' .*random"):
         build_transforms([{"name": "unsharp_mask", "p": 0.5}], (48, 40), evaluation=True)
 
 
-def test_a_probability_is_the_share_of_images_that_are_changed():
+def test_probability_is_the_share_of_changed_images():
     transform = build_transforms([{"name": "brightness", "amount": 0.5, "p": 0.3}], (5, 4))
     torch.manual_seed(0)
-    changed = sum(not torch.equal(transform(image("tiny")), image("tiny")) for _ in range(1000))
+    changed = sum(not torch.equal(transform(make_image("tiny")), make_image("tiny")) for _ in range(1000))
     assert 250 < changed < 350
 
 
@@ -94,6 +94,6 @@ def test_a_probability_is_the_share_of_images_that_are_changed():
         ({"name": "random_crop", "mode": "mirror"}, "mode='mirror' "),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_image_is_seen(spec, message):
+def test_invalid_transform_specs_are_rejected_before_any_image_is_read(spec, message):
     with pytest.raises(SettingsError, match=message):
         build_transforms([spec], (8, 8))

@@ -11,24 +11,24 @@ PARAMETERS = {"perspective": {"p": 1.0}, "affine": {"degrees": 10, "translate": 
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
-def test_every_transform_gives_an_image_of_the_size_and_repeats_by_seed(name):
+def test_every_transform_returns_the_requested_size_and_repeats_by_seed(name):
     transform, image = build_transforms([{"name": name, **PARAMETERS.get(name, {})}], (24, 32)), IMAGE.clone()
     for seed in range(5):
-        found = []
+        outputs = []
         for _ in range(2):
             torch.manual_seed(seed)
-            found.append(transform(image))
-        assert (found[0].shape, found[0].dtype) == ((3, 24, 32), torch.uint8)
-        assert torch.equal(*found)
-    assert torch.equal(image, IMAGE), "no transform writes to the image that it is given"
+            outputs.append(transform(image))
+        assert (outputs[0].shape, outputs[0].dtype) == ((3, 24, 32), torch.uint8)
+        assert torch.equal(*outputs)
+    assert torch.equal(image, IMAGE), "a transform must not modify its input"
 
 
-def test_a_crop_of_everything_is_a_resize():
-    whole = random_resized_crop(IMAGE, (20, 15), scale=(1.0, 1.0), ratio=(30 / 40, 30 / 40))
-    assert torch.equal(whole, resize(IMAGE, (20, 15)))
+def test_random_resized_crop_of_the_full_image_equals_resize():
+    crop = random_resized_crop(IMAGE, (20, 15), scale=(1.0, 1.0), ratio=(30 / 40, 30 / 40))
+    assert torch.equal(crop, resize(IMAGE, (20, 15)))
 
 
-def test_a_random_crop_moves_the_image_by_at_most_its_padding():
+def test_random_crop_shifts_the_image_by_at_most_its_padding():
     ramp = torch.arange(32, dtype=torch.uint8).expand(3, 32, 32).contiguous()
     transform = build_transforms([{"name": "random_crop", "padding": 2, "mode": "constant"}], (32, 32))
     shifts = set()
@@ -48,51 +48,53 @@ def test_a_random_crop_moves_the_image_by_at_most_its_padding():
         ({"name": "random_erasing", "inplace": True}, "inplace=true"),
     ],
 )
-def test_what_does_not_exist_is_explained(spec, message):
+def test_unknown_transforms_and_parameters_are_rejected_with_a_hint(spec, message):
     with pytest.raises(SettingsError, match=message):
         build_transforms([spec], (8, 8))
 
 
-def boxes(count: int, **parameters: object) -> np.ndarray:
-    """(top, left, height, width) of the crops of an image 120 × 200 whose colours are its coordinates; float [N, 4]."""
+def sample_crop_boxes(count: int, **parameters: object) -> np.ndarray:
+    """Crop an image of 120 × 200 whose colours are its coordinates; return (top, left, height, width), float [N, 4]."""
     down = torch.arange(120.0)[:, None].expand(120, 200)
     across = torch.arange(200.0)[None].expand(120, 200)
     image = torch.stack([down, across])
-    found = []
+    boxes = []
     for seed in range(count):
         torch.manual_seed(seed)
         crop = random_resized_crop(image, (8, 8), **parameters)
-        # Of a linear ramp at 8 pixels those away from the edge are the ramp at 5/16 and 11/16 of the box, less a half.
+        # A linear ramp resized to 8 pixels has, at pixels 2 and 5, its values at 5/16 and 11/16 of the box, less a half.
         (first, last), (left, right) = crop[0, [2, 5], 4].tolist(), crop[1, 4, [2, 5]].tolist()
         height, width = (last - first) * 8 / 3, (right - left) * 8 / 3
-        found.append((first + 0.5 - height * 5 / 16, left + 0.5 - width * 5 / 16, height, width))
-    return np.array(found)
+        boxes.append((first + 0.5 - height * 5 / 16, left + 0.5 - width * 5 / 16, height, width))
+    return np.array(boxes)
 
 
-def test_a_random_resized_crop_is_uniform_in_area_log_uniform_in_aspect_and_lies_anywhere():
-    found = boxes(1200, scale=(0.1, 0.28), ratio=(0.5, 2.0))  # all of which fit
-    assert np.abs(found - found.round()).max() < 0.45, "boxes of whole pixels, but for the weights' own rounding"
-    top, left, height, width = found.round().T
+def test_random_resized_crop_is_uniform_in_area_and_position_and_log_uniform_in_aspect():
+    crop_boxes = sample_crop_boxes(1200, scale=(0.1, 0.28), ratio=(0.5, 2.0))  # all these boxes fit
+    assert np.abs(crop_boxes - crop_boxes.round()).max() < 0.45, (
+        "boxes are whole pixels, except for rounding of the weights"
+    )
+    top, left, height, width = crop_boxes.round().T
     assert min(top.min(), left.min()) >= 0
     assert ((top + height).max() <= 120, (left + width).max() <= 200) == (True, True)
     area, aspect = height * width / (120 * 200), np.log(width / height)
     for values, low, high in ((area, 0.1, 0.28), (aspect, np.log(0.5), np.log(2))):
         shares, _ = np.histogram(values, bins=4, range=(low, high))
-        assert shares.sum() > 1150, "but for rounding all lie within"
+        assert shares.sum() > 1150, "all values are in range, except for rounding"
         assert shares / shares.sum() == pytest.approx(np.full(4, 0.25), abs=0.05)
     room = np.stack([top / (120 - height), left / (200 - width)])
     assert room.mean(axis=1) == pytest.approx([0.5, 0.5], abs=0.03)
     assert room.std(axis=1) == pytest.approx([12**-0.5] * 2, abs=0.03)
 
 
-def test_a_crop_that_never_fits_is_the_middle():
+def test_random_resized_crop_that_never_fits_is_a_centre_crop():
     image = IMAGE[:, :4]
-    found = random_resized_crop(image, (4, 4), scale=(1.0, 1.0), ratio=(1, 1))
-    assert torch.equal(found, image[:, :, 13:17])
+    crop = random_resized_crop(image, (4, 4), scale=(1.0, 1.0), ratio=(1, 1))
+    assert torch.equal(crop, image[:, :, 13:17])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 1.0])
-def test_a_flip_comes_as_often_as_it_is_to(p):
+def test_horizontal_flip_occurs_with_its_probability(p):
     flips = 0
     for seed in range(400):
         torch.manual_seed(seed)
@@ -100,12 +102,12 @@ def test_a_flip_comes_as_often_as_it_is_to(p):
     assert flips / 400 == pytest.approx(p, abs=0.06)
 
 
-def test_a_resize_gives_the_same_pixels_however_they_lie_in_memory():
+def test_resize_does_not_depend_on_the_memory_layout():
     rows = IMAGE.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     crop = (slice(None), slice(3, 33), slice(2, 29))
     for size in ((24, 24), (40, 13), (60, 70)):
         expected = v2.resize(IMAGE[crop].contiguous(), size, antialias=True)
         assert torch.equal(resize(IMAGE[crop], size), expected)
-        found = resize(rows[crop], size)
-        assert torch.equal(found, expected)
-        assert found.permute(1, 2, 0).is_contiguous(), "rows of colours stay so: that is what is fast"
+        resized = resize(rows[crop], size)
+        assert torch.equal(resized, expected)
+        assert resized.permute(1, 2, 0).is_contiguous(), "channels-last input must stay channels-last, which is fast"
