@@ -1,4 +1,4 @@
-"""The reference systems at their full size: each recipe's own network, trained for one step of two images on this machine."""
+"""The reference systems at full size: train each recipe's network for one step of two images on the local machine."""
 
 import numpy as np
 import pytest
@@ -28,36 +28,42 @@ SYSTEMS = {
     "mask_profile:mask_gender": 6,
     "mask_profile:age": 3,
 }
-"""Recipes with the number of classes that their models know."""
+"""Recipes with the number of classes of their models."""
 
 
-def full_recipe(name: str) -> Settings:
-    """All that the recipe says but for the hub, and a single step: two images, one epoch, float32 or bf16 on this CPU."""
-    own = ["model.pretrained=false", "train.epochs=1", "train.batch_size=2", "train.device=cpu", "train.num_workers=0"]
-    return load([arguments_layer([f"recipe={name}", *own])])
+def load_one_step_recipe(name: str) -> Settings:
+    """Load the recipe without pretrained weights, reduced to one step: two images, one epoch, float32 or bf16 on the CPU."""
+    overrides = [
+        "model.pretrained=false",
+        "train.epochs=1",
+        "train.batch_size=2",
+        "train.device=cpu",
+        "train.num_workers=0",
+    ]
+    return load([arguments_layer([f"recipe={name}", *overrides])])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_recipe_takes_a_training_step_at_its_full_size(name, tmp_path):
-    settings, classes = full_recipe(name), SYSTEMS[name]
-    random = np.random.default_rng(0)
+def test_recipe_trains_one_step_at_full_size(name, tmp_path):
+    settings, classes = load_one_step_recipe(name), SYSTEMS[name]
+    generator = np.random.default_rng(0)
     for number in range(2):
-        Image.fromarray(random.integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        Image.fromarray(generator.integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
     seed_everything(settings.seed)
     network = build_classifier(settings.model, classes)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     runtime = make_training_runtime(settings)
     images = image_dataset(open_store(tmp_path), ["0.png", "1.png"], [None, None], settings, training=True)
     rows = TrainData(images, one_hot(np.array([0, classes - 1]), classes, runtime.device))
-    loop = build_trainer(name, network, rows, None, settings, runtime, select=False, patience=0)
-    found = fit(loop)
-    assert set(found) == ({"ema", "raw"} if settings.train.ema_decay else {"raw"})
-    after = found["raw"].state
+    trainer = build_trainer(name, network, rows, None, settings, runtime, select=False, patience=0)
+    best = fit(trainer)
+    assert set(best) == ({"ema", "raw"} if settings.train.ema_decay else {"raw"})
+    after = best["raw"].state
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
-    moved = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
     frozen = settings.train.freeze_epochs > 0
-    assert any(key.startswith("head.") for key in moved)
-    assert any(key.startswith("backbone.") for key in moved) == (not frozen)
+    assert any(key.startswith("head.") for key in changed)
+    assert any(key.startswith("backbone.") for key in changed) == (not frozen)
     trained = [key for key, _ in network.named_parameters() if not (frozen and key.startswith("backbone."))]
-    assert len(moved.intersection(trained)) > 0.9 * len(trained)
+    assert len(changed.intersection(trained)) > 0.9 * len(trained)

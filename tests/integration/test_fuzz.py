@@ -1,6 +1,6 @@
-"""Whatever stands in a file, it is read or refused with one of our errors: nothing of foreign bytes ends in a traceback.
+"""Readers accept any file content or raise a FivefoldError; no bytes cause a traceback.
 
-Files that are whole are changed in a few places (which gets deeper than bytes at random), by hypothesis.
+Hypothesis changes valid files in a few places, which reaches deeper code than random bytes.
 """
 
 import argparse
@@ -40,10 +40,10 @@ from fivefold.inference.submission_reader import read_submission
 from fivefold.models.weights import read_weights
 from fivefold.predictions import Predictions
 
-MOST = int(os.environ.get("FIVEFOLD_EXAMPLES", "60"))
-"""Of each test; more of them find more."""
+MAX_EXAMPLES = int(os.environ.get("FIVEFOLD_EXAMPLES", "60"))
+"""Examples per test; higher values find more errors."""
 EXAMPLES = settings(
-    max_examples=MOST, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=MAX_EXAMPLES, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 KEYS = sorted(flatten(Settings()))
 CELLS = st.one_of(
@@ -53,9 +53,9 @@ CELLS = st.one_of(
 
 
 @st.composite
-def changed(draw, whole: bytes) -> bytes:
-    """The bytes with up to four places overwritten, taken out or filled with others, or cut off."""
-    content = bytearray(whole)
+def mutated(draw, original: bytes) -> bytes:
+    """Overwrite, remove or insert bytes in up to four places, or truncate them."""
+    content = bytearray(original)
     for _ in range(draw(st.integers(0, 4))):
         start = draw(st.integers(0, max(len(content) - 1, 0)))
         length = draw(st.sampled_from([0, 1, 1, 2, 8, 64]))
@@ -63,8 +63,8 @@ def changed(draw, whole: bytes) -> bytes:
     return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.integers(0, 4)) == 0 else content)
 
 
-def survives(read: Callable[[Path], object], content: bytes, name: str) -> None:
-    """Writes the file and reads it: a result, or an error of ours (or what amounts to one) with words."""
+def assert_handled(read: Callable[[Path], object], content: bytes, name: str) -> None:
+    """Write the file and read it: reading must succeed or raise an error that maps to a FivefoldError with a message."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,18 +77,18 @@ def survives(read: Callable[[Path], object], content: bytes, name: str) -> None:
             assert str(error).strip()
 
 
-def image(form: str, mode: str = "RGB") -> bytes:
+def make_image(form: str, mode: str = "RGB") -> bytes:
     pixels = np.random.default_rng(0).integers(0, 255, (9, 11, 4), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels, "RGBA").convert(mode).save(file, form)
     return file.getvalue()
 
 
-def table(header: list[str], rows: list[list[object]]) -> bytes:
+def make_table(header: list[str], rows: list[list[object]]) -> bytes:
     return "\n".join(",".join(map(str, row)) for row in [header, *rows]).encode("utf-8-sig")
 
 
-def parquet() -> bytes:
+def make_predictions() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         ids, fold = np.array([f"r{n}" for n in range(6)], object), np.arange(6).astype(np.int16) % 2
         log_probs = np.log(np.full((6, 2), 0.5, np.float32))
@@ -96,11 +96,11 @@ def parquet() -> bytes:
         return (Path(folder) / "p.parquet").read_bytes()
 
 
-def archive() -> bytes:
+def make_archive() -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as made:
+    with zipfile.ZipFile(file, "w") as zip_file:
         for name in ("a/1.png", "b/2.png", "사진/3.png"):
-            made.writestr(name, image("PNG"))
+            zip_file.writestr(name, make_image("PNG"))
     return file.getvalue()
 
 
@@ -111,8 +111,8 @@ def read_archive(path: Path) -> None:
 
 
 def read_image(path: Path) -> None:
-    found = decode(path.read_bytes(), "x")
-    assert (found.dtype, found.ndim, found.shape[2]) == (np.uint8, 3, 3)
+    image = decode(path.read_bytes(), "x")
+    assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
 
 
 def read_hyperparameters(path: Path) -> dict[str, object]:
@@ -123,21 +123,23 @@ HYPERPARAMETERS = "input/config/hyperparameters.json"
 RECIPE = b'{"train": {"epochs": 3, "lr": 0.1}, "augment": {"train": ["resize", {"name": "rotation"}]}}'
 
 
-def checkpoint(zipped: bool) -> bytes:
-    saved = io.BytesIO()
+def make_checkpoint(zipped: bool) -> bytes:
+    file = io.BytesIO()
     content = {
         "model": {"a.weight": torch.ones(3, 2), "a.bias": torch.ones(2)},
         "args": argparse.Namespace(lr=np.float64(0.1)),
     }
-    torch.save(content, saved, _use_new_zipfile_serialization=zipped)
-    return saved.getvalue()
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
 
 
 MODEL = b'{"format": 1, "role": "fold", "system": "s", "seed": 1, "fold": 0, "folds": 2, "classes": ["a", "b"]}'
-EARLIER = b'{"stage": "split", "inputs": {"train": "x"}, "settings": {}, "outputs": {"output/a": "1"}, "packages": {}}'
+EARLIER_RECORD = (
+    b'{"stage": "split", "inputs": {"train": "x"}, "settings": {}, "outputs": {"output/a": "1"}, "packages": {}}'
+)
 READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     **{
-        f"{form} {mode}": (read_image, image(form, mode), "x")
+        f"{form} {mode}": (read_image, make_image(form, mode), "x")
         for form, mode in (
             *(("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P")),
             *(("GIF", "P"), ("WEBP", "RGB"), ("BMP", "RGB"), ("TIFF", "RGB")),
@@ -149,43 +151,43 @@ READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     },
     "recipe in JSON": (lambda path: read_recipe(str(path)), RECIPE, "mine.json"),
     "hyperparameters": (read_hyperparameters, b'{"train.epochs": "3", "FOLD": "1"}', HYPERPARAMETERS),
-    "predictions": (predictions.read, parquet(), "predictions.parquet"),
-    "folds": (read_folds, parquet(), "folds.parquet"),
-    "submitted": (read_submission, table(["ID", "a", "b"], [[n, 0.5, 0.5] for n in range(4)]), "s.csv"),
-    "answers": (read_submission, table(["ID", "image_path", "target"], [[n, f"{n}.png", n % 2] for n in range(4)]), "s.csv"),
-    "truth": (read_ground_truth, table(["ID", "label"], [[n, "ab"[n % 2]] for n in range(4)]), "gt.csv"),
-    "batch": (read_user_images, table(["image_path", "true_class"], [[f"{n}.png", "a"] for n in range(4)]), "batch.csv"),
-    "archive": (read_archive, archive(), "images.zip"),
+    "predictions": (predictions.read, make_predictions(), "predictions.parquet"),
+    "folds": (read_folds, make_predictions(), "folds.parquet"),
+    "submission": (read_submission, make_table(["ID", "a", "b"], [[n, 0.5, 0.5] for n in range(4)]), "s.csv"),
+    "answers": (read_submission, make_table(["ID", "image_path", "target"], [[n, f"{n}.png", n % 2] for n in range(4)]), "s.csv"),
+    "ground truth": (read_ground_truth, make_table(["ID", "label"], [[n, "ab"[n % 2]] for n in range(4)]), "gt.csv"),
+    "user images": (read_user_images, make_table(["image_path", "true_class"], [[f"{n}.png", "a"] for n in range(4)]), "batch.csv"),
+    "archive": (read_archive, make_archive(), "images.zip"),
     "record": (read_record, b'{"stage": "split", "sources": {}, "roots": {}}', "stage.json"),
-    "earlier record": (lambda path: rerun_reason(path.parent, CacheKey("split", {}, {}), {"output": path.parent}), EARLIER, "stage.json"),
+    "earlier record": (lambda path: rerun_reason(path.parent, CacheKey("split", {}, {}), {"output": path.parent}), EARLIER_RECORD, "stage.json"),
     "weights": (read_weights, safetensors.torch.save({"a.weight": torch.ones(3, 2)}), "w.safetensors"),
-    "checkpoint": (read_weights, checkpoint(zipped=True), "w.pth"),
-    "checkpoint of an old torch": (read_weights, checkpoint(zipped=False), "w.pth"),
+    "checkpoint": (read_weights, make_checkpoint(zipped=True), "w.pth"),
+    "legacy checkpoint": (read_weights, make_checkpoint(zipped=False), "w.pth"),
     "model": (lambda path: find_models(path.parent, path.parent), MODEL, "model.json"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_files_that_are_read(name):
-    read, whole, file = READERS[name]
+def test_readers_handle_corrupt_files(name):
+    read, original, file = READERS[name]
 
     @EXAMPLES
-    @given(changed(whole))
+    @given(mutated(original))
     def check(content: bytes) -> None:
-        survives(read, content, file)
+        assert_handled(read, content, file)
 
     check()
 
 
 @EXAMPLES
 @given(st.dictionaries(st.sampled_from([*KEYS, "lr", "sagemaker_x", "TRAIN__EPOCHS"]), CELLS, max_size=4))
-def test_hyperparameters_and_arguments(found):
+def test_settings_handle_invalid_values(texts):
     def read(path: Path) -> None:
         values = {normalize_key(name): value for name, value in read_hyperparameters(path).items()}
         load([Layer("hyperparameters", values)])
 
-    survives(read, json.dumps(found).encode(), HYPERPARAMETERS)
-    survives(lambda _: load([arguments_layer([f"{name}={value}" for name, value in found.items()])]), b"", "x")
+    assert_handled(read, json.dumps(texts).encode(), HYPERPARAMETERS)
+    assert_handled(lambda _: load([arguments_layer([f"{name}={value}" for name, value in texts.items()])]), b"", "x")
 
 
 @EXAMPLES
@@ -193,7 +195,7 @@ def test_hyperparameters_and_arguments(found):
     st.sampled_from([[], ["image_path", "target"], ["ID", "img_path", "label"]]),
     st.lists(st.lists(CELLS, min_size=1, max_size=5), max_size=5),
 )
-def test_tables_of_odd_cells(header, rows):
+def test_table_readers_handle_unusual_cells(header, rows):
     rows = [header, *(row[: len(header)] for row in rows)] if header else rows
     content = "\n".join(",".join(row) for row in rows).encode()
     for read in (
@@ -202,4 +204,4 @@ def test_tables_of_odd_cells(header, rows):
         read_user_images,
         lambda path: read_rows(open_store(path.parent), Data()),
     ):
-        survives(read, content, "train.csv")
+        assert_handled(read, content, "train.csv")

@@ -1,4 +1,4 @@
-"""Seconds and memory that users may rely on; the limits are generous, so that a busy machine passes."""
+"""Time and memory limits that users may rely on; generous, so that the tests pass on a busy machine."""
 
 import os
 import subprocess
@@ -16,14 +16,14 @@ SYSTEMS, CLASSES = 5, 100
 
 
 def measure(*arguments: str, **environ: str) -> tuple[float, float]:
-    """Run `python -m jobs`; return its seconds and its peak of memory in MB."""
+    """Run `python -m jobs`; return its duration in seconds and its peak memory in MB."""
     started, peak = time.monotonic(), 0.0
     command = [sys.executable, "-m", "jobs", *arguments]
     process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **environ}, stdout=subprocess.DEVNULL)
-    watched = psutil.Process(process.pid)
+    monitored = psutil.Process(process.pid)
     while process.poll() is None:
         try:
-            peak = max(peak, watched.memory_info().rss / 1e6)
+            peak = max(peak, monitored.memory_info().rss / 1e6)
         except psutil.NoSuchProcess:
             break
         time.sleep(0.02)

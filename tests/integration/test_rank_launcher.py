@@ -1,4 +1,4 @@
-"""Processes that train together: what they are given, and what their ends amount to."""
+"""Launching the ranks of a training: their environment variables and merged exit codes."""
 
 import json
 import os
@@ -34,11 +34,11 @@ TERM, KILL, SEGV = -signal.SIGTERM, -signal.SIGKILL, -signal.SIGSEGV
         ((0, 0), (15,), 0),
     ],
 )
-def test_who_says_what_happened_goes_before_who_misses_it(codes, received, expected: int) -> None:
+def test_exit_codes_with_a_cause_take_precedence_over_lost_connections(codes, received, expected: int) -> None:
     assert merge_exit_codes(dict(enumerate(codes)), len(codes), received) == expected
 
 
-def test_a_process_that_was_killed_is_worth_another_try_and_a_crash_is_ours() -> None:
+def test_killed_process_is_retryable_and_a_crash_is_an_internal_error() -> None:
     with pytest.raises(RetryableError, match=r"process 5 of 8 was killed by SIGKILL.*memory runs out"):
         merge_exit_codes({4: 75, 5: KILL}, 8)
     with pytest.raises(FivefoldError, match=r"process 1 of 2 crashed \(SIGSEGV\)") as caught:
@@ -46,7 +46,7 @@ def test_a_process_that_was_killed_is_worth_another_try_and_a_crash_is_ours() ->
     assert caught.value.exit_code == 1
 
 
-def test_cores_go_round_and_what_the_user_says_stays() -> None:
+def test_cores_are_divided_among_ranks_and_user_variables_are_kept() -> None:
     shared = shared_variables(HostGroup(), 2, {"PATH": "/bin"})
     assert shared["OMP_NUM_THREADS"] == str(max(1, count_cores() // 2))
     assert (shared["PATH"], shared["FIVEFOLD_PARENT"]) == ("/bin", str(os.getpid()))
@@ -54,12 +54,12 @@ def test_cores_go_round_and_what_the_user_says_stays() -> None:
     assert "GLOO_SOCKET_IFNAME" not in shared_variables(HostGroup(2, 0, "a", 1), 2, {})
 
 
-def test_a_free_port_can_be_listened_at() -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", free_port()))
+def test_free_port_can_be_bound() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", free_port()))
 
 
-JOINED = """
+LISTENING_RANK = """
 import json, os, psutil
 from fivefold.distributed.process_group import init_process_group
 from fivefold.distributed.ranks import rank_from_env
@@ -71,31 +71,31 @@ print(json.dumps([word, [socket.laddr.ip for socket in sockets if socket.status 
 """
 
 
-def test_processes_of_one_host_listen_to_this_host_alone(tmp_path: Path) -> None:
+def test_ranks_of_one_host_listen_only_on_localhost(tmp_path: Path) -> None:
     environ = shared_variables(HostGroup(), 2, {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)})
     environ |= {SHARED_SCRATCH: str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command, port = [sys.executable, "-W", "error", "-c", JOINED], free_port()
+    command, port = [sys.executable, "-W", "error", "-c", LISTENING_RANK], free_port()
     processes = [
         subprocess.Popen(command, env={**environ, **HostGroup().variables(2, rank, port)}, stdout=subprocess.PIPE)
         for rank in range(2)
     ]
-    said = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
-    assert [word for word, _ in said] == ["of 0", "of 0"]
-    listening = [address for _, addresses in said for address in addresses]
-    assert set(listening) <= {"127.0.0.1"}, "and a port that is not there is none to find"
+    results = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
+    assert [word for word, _ in results] == ["of 0", "of 0"]
+    addresses_in_use = [address for _, addresses in results for address in addresses]
+    assert set(addresses_in_use) <= {"127.0.0.1"}, "a rank may also listen on no port"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("hosts", [HostGroup(), HostGroup(2, 1, "host-0", 29500, "eth0")])
-def test_processes_meet_in_a_file_where_all_are_on_one_host(hosts: HostGroup, tmp_path: Path) -> None:
-    place = rank_from_env({SHARED_SCRATCH: str(tmp_path), **hosts.variables(2, 1, 29500)})
-    assert place.rendezvous_file == (str(tmp_path / "meeting") if hosts.count == 1 else "")
+def test_ranks_of_one_host_rendezvous_in_a_file(hosts: HostGroup, tmp_path: Path) -> None:
+    rank = rank_from_env({SHARED_SCRATCH: str(tmp_path), **hosts.variables(2, 1, 29500)})
+    assert rank.rendezvous_file == (str(tmp_path / "meeting") if hosts.count == 1 else "")
     shared = shared_variables(hosts, 2, {})
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         assert {**shared, **hosts.variables(2, 1, 29500)}[name] == ("lo" if hosts.count == 1 else "eth0")
 
 
-def test_what_all_say_is_the_code(capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_ranks_returns_the_exit_code_of_all_ranks(capfd: pytest.CaptureFixture[str]) -> None:
     environ = {**os.environ, "NODE_RANK": "0"}
     assert run_ranks(["no-such-stage"], HostGroup(), 2, environ) == 64
     assert capfd.readouterr().err.count("no-such-stage") == 2

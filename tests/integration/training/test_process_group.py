@@ -1,4 +1,4 @@
-"""Processes that train together, for real: what two of them make is what one makes, and they stay alike."""
+"""Two real ranks that train together get the results of one process and hold equal states."""
 
 import os
 import subprocess
@@ -17,123 +17,127 @@ from fivefold.distributed.ranks import SHARED_SCRATCH, HostGroup, Rank
 from fivefold.models.backbones import build_backbone
 from toy_training import images_in
 
-PROGRAM = Path(distributed_worker.__file__)
-WORLD = 2
+WORKER = Path(distributed_worker.__file__)
+WORLD_SIZE = 2
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn images in three colours, one after the other."""
-    made = tmp_path_factory.mktemp("images")
-    images_in(made, ROWS, SIZE)
-    return made
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of generated images in three alternating colours."""
+    path = tmp_path_factory.mktemp("images")
+    images_in(path, ROWS, SIZE)
+    return path
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each of two processes made of all cases."""
+def rank_results(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """Return the results of all cases, one entry per rank."""
     results, port = tmp_path_factory.mktemp("results"), free_port()
     shared = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", PROGRAM, folder, results],
-            env={**shared, SHARED_SCRATCH: str(results), **HostGroup().variables(WORLD, rank, port)},
+            [sys.executable, "-W", "error", WORKER, image_folder, results],
+            env={**shared, SHARED_SCRATCH: str(results), **HostGroup().variables(WORLD_SIZE, rank, port)},
             stderr=subprocess.PIPE,
         )
-        for rank in range(WORLD)
+        for rank in range(WORLD_SIZE)
     ]
-    said = [process.communicate(timeout=300)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(said)
-    return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    stderr = [process.communicate(timeout=300)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0] * WORLD_SIZE, "\n".join(stderr)
+    return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_have_the_loss_curve_of_one(name: str, found: list[dict], folder: Path) -> None:
-    alone, two = trained(folder, CASES[name]), found[0][name]
-    loose = name == "bf16"
-    assert len(two["rows"]) == len(alone["rows"])
-    for one, other in zip(alone["rows"], two["rows"], strict=True):
-        assert other == pytest.approx(one, rel=2e-2 if loose else 1e-4, abs=1e-2 if loose else 1e-5)
-    assert alone["rows"][0]["train_loss"] != alone["rows"][-1]["train_loss"], "it learns something"
-    if not loose:
-        assert two["best"] == alone["best"]
-        for which, state in alone["states"].items():
+def test_two_ranks_have_the_loss_curve_of_one_process(name: str, rank_results: list[dict], image_folder: Path) -> None:
+    single, double = trained(image_folder, CASES[name]), rank_results[0][name]
+    is_bf16 = name == "bf16"
+    assert len(double["rows"]) == len(single["rows"])
+    for expected, actual in zip(single["rows"], double["rows"], strict=True):
+        assert actual == pytest.approx(expected, rel=2e-2 if is_bf16 else 1e-4, abs=1e-2 if is_bf16 else 1e-5)
+    assert single["rows"][0]["train_loss"] != single["rows"][-1]["train_loss"], "training changes the loss"
+    if not is_bf16:
+        assert double["best"] == single["best"]
+        for which, state in single["states"].items():
             for key, tensor in state.items():
                 torch.testing.assert_close(
-                    two["states"][which][key], tensor, rtol=1e-3, atol=1e-2 if name == "muon" else 1e-4
+                    double["states"][which][key], tensor, rtol=1e-3, atol=1e-2 if name == "muon" else 1e-4
                 )
 
 
 @pytest.mark.parametrize("name", [*CASES, *OTHERS, "stopped"])
-def test_all_processes_hold_the_same_bits(name: str, found: list[dict]) -> None:
-    first, second = (each[name]["states"] for each in found)
+def test_all_ranks_hold_the_same_bits(name: str, rank_results: list[dict]) -> None:
+    first, second = (result[name]["states"] for result in rank_results)
     assert first.keys() == second.keys()
     for which in first:
         assert all(torch.equal(first[which][key], second[which][key]) for key in first[which])
 
 
-def test_statistics_of_norms_are_averaged_over_the_processes(found: list[dict], folder: Path) -> None:
-    """The mean of two equal parts' means is the batch's; the variances of parts lack what is between them."""
-    alone, two = (each["states"]["raw"] for each in (trained(folder, OTHERS["one step"]), found[0]["one step"]))
+def test_norm_statistics_are_averaged_over_the_ranks(rank_results: list[dict], image_folder: Path) -> None:
+    """The mean of two equal shards' means is the batch mean; averaged variances lack the variance between shards."""
+    single, double = (
+        result["states"]["raw"] for result in (trained(image_folder, OTHERS["one step"]), rank_results[0]["one step"])
+    )
     mean, variance = "backbone.stem.1.running_mean", "backbone.stem.1.running_var"
-    torch.testing.assert_close(two[mean], alone[mean])
-    assert float(alone[mean].abs().max()) > 0.001
-    torch.testing.assert_close(two[variance], alone[variance], rtol=0.05, atol=0.0)
-    assert not torch.equal(two[variance], alone[variance])
+    torch.testing.assert_close(double[mean], single[mean])
+    assert float(single[mean].abs().max()) > 0.001
+    torch.testing.assert_close(double[variance], single[variance], rtol=0.05, atol=0.0)
+    assert not torch.equal(double[variance], single[variance])
 
 
-def test_frozen_norms_stay_as_they_are(found: list[dict]) -> None:
-    state = found[0]["frozen norms"]["states"]["raw"]
+def test_frozen_norms_stay_unchanged(rank_results: list[dict]) -> None:
+    state = rank_results[0]["frozen norms"]["states"]["raw"]
     assert all(not state[name].any() for name in state if name.endswith("running_mean"))
 
 
-def test_one_told_to_stop_is_all_told_to_stop_and_they_go_on_to_the_same_bits(found: list[dict]) -> None:
-    assert [each["stopped"]["told"] for each in found] == [15, 15]
-    for each in found:
-        assert each["shared"]["word"] == "of 0", "what the first says is known to all"
-        assert torch.equal(each["shared"]["numbers"], torch.arange(3.0))
-    whole, gone_on = found[0]["norms"], found[0]["stopped"]
-    assert gone_on["rows"] == whole["rows"]
-    for which, state in whole["states"].items():
-        assert all(torch.equal(gone_on["states"][which][key], tensor) for key, tensor in state.items())
+def test_stopping_one_rank_stops_all_and_they_resume_to_the_same_bits(rank_results: list[dict]) -> None:
+    assert [result["stopped"]["told"] for result in rank_results] == [15, 15]
+    for result in rank_results:
+        assert result["shared"]["word"] == "of 0", "all ranks get the value of rank 0"
+        assert torch.equal(result["shared"]["numbers"], torch.arange(3.0))
+    uninterrupted, resumed = rank_results[0]["norms"], rank_results[0]["stopped"]
+    assert resumed["rows"] == uninterrupted["rows"]
+    for which, state in uninterrupted["states"].items():
+        assert all(torch.equal(resumed["states"][which][key], tensor) for key, tensor in state.items())
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_every_row_is_predicted_once_and_all_processes_know_it(count: int, found: list[dict], folder: Path) -> None:
-    alone = predicted(folder, count)
-    parts = [each["predicted"][str(count)] for each in found]
+def test_every_row_is_predicted_once_and_all_ranks_get_the_result(
+    count: int, rank_results: list[dict], image_folder: Path
+) -> None:
+    single = predicted(image_folder, count)
+    parts = [result["predicted"][str(count)] for result in rank_results]
     for part in parts:
-        torch.testing.assert_close(part["found"], alone["found"])
-    read = [set(part["read"]) for part in parts]
-    assert read[0] | read[1] == set(alone["read"])
-    assert len(alone["read"]) == count
-    if count >= 2 * WORLD:
-        assert not read[0] & read[1]
-        assert sorted(parts[0]["read"] + parts[1]["read"]) == sorted(alone["read"])
+        torch.testing.assert_close(part["found"], single["found"])
+    rows_read = [set(part["read"]) for part in parts]
+    assert rows_read[0] | rows_read[1] == set(single["read"])
+    assert len(single["read"]) == count
+    if count >= 2 * WORLD_SIZE:
+        assert not rows_read[0] & rows_read[1]
+        assert sorted(parts[0]["read"] + parts[1]["read"]) == sorted(single["read"])
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 16, 17, 100])
-def test_shares_are_disjoint_and_whole(world: int, count: int) -> None:
-    shares = [ProcessGroup(Rank(rank, world)).shard(count) for rank in range(world)]
+def test_shards_are_disjoint_and_complete(world_size: int, count: int) -> None:
+    shards = [ProcessGroup(Rank(rank, world_size)).shard(count) for rank in range(world_size)]
     rows = list(range(count))
-    if count < 2 * world:
-        assert all(share.take(rows) == rows and not share.is_sharded for share in shares)
+    if count < 2 * world_size:
+        assert all(shard.take(rows) == rows and not shard.is_sharded for shard in shards)
         return
-    taken = [share.take(rows) for share in shares]
+    taken = [shard.take(rows) for shard in shards]
     assert [row for part in taken for row in part] == rows
     assert max(map(len, taken)) - min(map(len, taken)) <= 1
-    assert max(map(len, taken)) == ProcessGroup(Rank(0, world)).max_shard_size(count)
+    assert max(map(len, taken)) == ProcessGroup(Rank(0, world_size)).max_shard_size(count)
 
 
 NETWORKS = {
     "torch's": lambda: build_backbone("fivefold/small_net", False, {"widths": [8, 16]}),
-    "timm's, with activations inside": lambda: build_backbone("timm/efficientnet_b0", False, {}),
+    "timm's, with activations in its norms": lambda: build_backbone("timm/efficientnet_b0", False, {}),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_norms_on_gpus_are_synchronised_and_give_what_they_gave(name: str) -> None:
+def test_synchronised_norms_on_gpus_give_the_same_output(name: str) -> None:
     torch.manual_seed(0)
     network, images = NETWORKS[name](), torch.rand(2, 3, 32, 32)
     names, expected = list(network.state_dict()), network.eval()(images)

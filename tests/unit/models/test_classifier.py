@@ -1,4 +1,4 @@
-"""Heads against their layers as torch and torchvision write them, and meta features beside a backbone's."""
+"""Heads match the layers of torch and torchvision; meta features are appended to the backbone's features."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from fivefold.models.classifier import Classifier, Standardize, build_head
 from fivefold.training.callbacks import Ema
 
 
-def test_the_linear_head_is_torchs_own_layers_with_the_same_start():
+def test_linear_head_has_the_layers_and_initial_weights_of_torch():
     torch.manual_seed(0)
     head = build_head("linear", 5, 3, 0.25)
     torch.manual_seed(0)
@@ -29,8 +29,8 @@ def test_the_linear_head_is_torchs_own_layers_with_the_same_start():
         ({"hidden": 640, "norm": "layer", "before": 0.4, "dropout": 0.2}, nn.LayerNorm),
     ],
 )
-def test_the_heads_of_the_cars_and_of_the_product_images(options, norm):
-    assert build_head("mlp", 4, 2, 0.5)[4].p == 0.5, "the settings' dropout is for a head that gives none"
+def test_mlp_heads_have_the_layers_of_the_car_and_product_systems(options, norm):
+    assert build_head("mlp", 4, 2, 0.5)[4].p == 0.5, "model.dropout applies to heads that set no dropout themselves"
     head = build_head({"name": "mlp", **options}, 2051, 396, 0.0)
     assert [type(layer) for layer in head] == [nn.Dropout, nn.Linear, norm, nn.ReLU, nn.Dropout, nn.Linear]
     assert (head[0].p, head[4].p) == (options.get("before", 0.0), options["dropout"])
@@ -39,22 +39,22 @@ def test_the_heads_of_the_cars_and_of_the_product_images(options, norm):
     ]  # fmt: skip
 
 
-def test_the_convnext_head_on_the_bare_backbone_is_torchvisions_network():
+def test_convnext_head_on_the_bare_backbone_matches_torchvision():
     from torchvision import models
 
     torch.manual_seed(0)
-    whole = models.convnext_tiny(num_classes=7).eval()
-    nn.init.normal_(whole.classifier[0].weight)
-    own = Classifier(
+    reference = models.convnext_tiny(num_classes=7).eval()
+    nn.init.normal_(reference.classifier[0].weight)
+    classifier = Classifier(
         build_backbone("torchvision/convnext_tiny", False, {"bare": True}), build_head("convnext", 768, 7, 0.3)
     )
-    own.backbone.load_state_dict(whole.state_dict(), strict=False)
-    own.head.load_state_dict(
-        {f"{n and 2}.{name}": whole.classifier[n].state_dict()[name] for n in (0, 2) for name in ("weight", "bias")}
+    classifier.backbone.load_state_dict(reference.state_dict(), strict=False)
+    classifier.head.load_state_dict(
+        {f"{n and 2}.{name}": reference.classifier[n].state_dict()[name] for n in (0, 2) for name in ("weight", "bias")}
     )
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(own.eval()(images), whole(images))
+        torch.testing.assert_close(classifier.eval()(images), reference(images))
 
 
 @pytest.mark.parametrize(
@@ -69,33 +69,33 @@ def test_the_convnext_head_on_the_bare_backbone_is_torchvisions_network():
         ({"name": "convnext", "dropout": -0.1}, "dropout=-0.1"),
     ],
 )
-def test_a_head_that_cannot_be_is_explained(spec, message):
+def test_invalid_heads_are_rejected_with_a_hint(spec, message):
     with pytest.raises(SettingsError, match=message):
         build_head(spec, 8, 3, 0.0)
 
 
-def test_numbers_are_standardised_as_numpy_does_and_constant_ones_only_centred():
+def test_standardize_matches_numpy_and_only_centres_constant_columns():
     rows = np.random.default_rng(0).normal(5, 3, (50, 3)).astype(np.float32)
     rows[:, 1] = 0.1
     layer = Standardize(3)
     layer.fit(torch.from_numpy(rows))
-    found = layer(torch.from_numpy(rows)).numpy()
+    actual = layer(torch.from_numpy(rows)).numpy()
     expected = (rows - rows.mean(axis=0, dtype=np.float64)) / np.where([1, 0, 1], rows.std(axis=0), 1)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
     np.testing.assert_allclose(layer(torch.full((1, 3), 0.6))[0, 1], 0.5, rtol=1e-6)
 
 
-def test_meta_features_stand_behind_the_backbones():
+def test_meta_features_follow_the_backbone_features():
     layer = Standardize(1)
     layer.fit(torch.tensor([[1.0], [3.0]]))
     network = Classifier(nn.Flatten(), nn.Identity(), layer)
-    found = network(torch.zeros(2, 3, 2, 2), torch.tensor([[1.0], [4.0]]))
-    assert found.shape == (2, 13)
+    features = network(torch.zeros(2, 3, 2, 2), torch.tensor([[1.0], [4.0]]))
+    assert features.shape == (2, 13)
     assert list(Classifier(nn.Flatten(), nn.Linear(12, 3)).state_dict()) == ["head.weight", "head.bias"]
-    torch.testing.assert_close(found[:, 12], torch.tensor([-1.0, 2.0]))
+    torch.testing.assert_close(features[:, 12], torch.tensor([-1.0, 2.0]))
 
 
-def test_the_average_of_the_weights_keeps_mean_and_std_to_the_bit():
+def test_ema_keeps_mean_and_std_of_meta_features_bit_for_bit():
     network = Classifier(nn.Flatten(), nn.Linear(13, 3), Standardize(1))
     network.meta.fit(torch.tensor([[0.1], [0.7], [0.3]]))
     ema = Ema(network, 0.9)

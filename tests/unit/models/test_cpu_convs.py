@@ -1,4 +1,4 @@
-"""Quick convolutions: torch's own outputs, and its gradients for every geometry and type."""
+"""Fast convolutions match the outputs and gradients of torch for every geometry and data type."""
 
 import copy
 
@@ -20,14 +20,14 @@ from fivefold.models.cpu_convs import (
     use_fast_convs,
 )
 
-WIDE = [  # kernel, padding, size, stride, dilation
+WIDE_GEOMETRIES = [  # kernel, padding, size, stride, dilation
     ((3, 3), (1, 1), (7, 7), (1, 1), (1, 1)),
     ((3, 3), (1, 1), (8, 8), (2, 2), (1, 1)),
     ((3, 3), (0, 0), (5, 9), (1, 1), (1, 1)),
     ((1, 3), (0, 1), (6, 6), (1, 2), (1, 1)),
     ((5, 5), (2, 2), (4, 3), (1, 1), (1, 1)),
 ]
-DEPTHWISE = [
+DEPTHWISE_GEOMETRIES = [
     ((3, 3), (1, 1), (9, 9), (1, 1), (1, 1)),
     ((5, 5), (2, 2), (7, 7), (1, 1), (1, 1)),
     ((7, 7), (3, 3), (14, 5), (1, 1), (1, 1)),
@@ -44,8 +44,8 @@ DEPTHWISE = [
 ]
 
 
-def gradients(convolution: nn.Module, images: torch.Tensor, bf16: bool = False) -> list[torch.Tensor]:
-    """Those of images, weight and bias under a fixed gradient of the output, which bf16 can hold."""
+def compute_gradients(convolution: nn.Module, images: torch.Tensor, bf16: bool = False) -> list[torch.Tensor]:
+    """Return the gradients of images, weight and bias for a fixed output gradient that bf16 represents exactly."""
     convolution, images = copy.deepcopy(convolution), images.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         output = convolution(images)
@@ -54,59 +54,62 @@ def gradients(convolution: nn.Module, images: torch.Tensor, bf16: bool = False) 
     return [images.grad, *(parameter.grad for parameter in convolution.parameters())]
 
 
-def errors(convolution: nn.Conv2d, images: torch.Tensor, bf16: bool) -> list[tuple[float, float]]:
-    """Of each gradient the relative error of ours and of torch's own, against float64 of the same numbers."""
-    (quick,) = use_fast_convs(nn.Sequential(copy.deepcopy(convolution)), amx=True)
-    assert type(quick) is (DepthwiseConv2d if convolution.groups > 1 else MatmulGradConv2d)
-    exact = gradients(copy.deepcopy(convolution).double(), images.double())
-    ours, theirs = (gradients(each, images, bf16) for each in (quick, convolution))
+def measure_errors(convolution: nn.Conv2d, images: torch.Tensor, bf16: bool) -> list[tuple[float, float]]:
+    """Return for each gradient the relative errors of the fast and the torch convolution against float64."""
+    (fast,) = use_fast_convs(nn.Sequential(copy.deepcopy(convolution)), amx=True)
+    assert type(fast) is (DepthwiseConv2d if convolution.groups > 1 else MatmulGradConv2d)
+    exact_gradients = compute_gradients(copy.deepcopy(convolution).double(), images.double())
+    fast_gradients, torch_gradients = (compute_gradients(module, images, bf16) for module in (fast, convolution))
     return [
-        tuple(float((one.double() - truth).norm() / truth.norm()) for one in pair)
-        for *pair, truth in zip(ours, theirs, exact, strict=True)
+        tuple(float((gradient.double() - exact_gradient).norm() / exact_gradient.norm()) for gradient in pair)
+        for *pair, exact_gradient in zip(fast_gradients, torch_gradients, exact_gradients, strict=True)
     ]
 
 
-def convolution_of(
+def make_convolution(
     geometry: tuple, channels: int, groups: int, bias: bool, count: int
 ) -> tuple[nn.Conv2d, torch.Tensor]:
     kernel, padding, size, stride, dilation = geometry
     torch.manual_seed(0)
-    made = nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups, bias)
-    for parameter in made.parameters():
-        parameter.data = parameter.data.bfloat16().float()  # what both types can hold
+    convolution = nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups, bias)
+    for parameter in convolution.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # exact in both data types
     images = torch.randn(count, channels, *size).bfloat16().float()
-    return made.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
+    return convolution.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("geometry", "channels", "groups", "count"),
     [
-        *((each, 128, 1, 3) for each in WIDE),
-        *((each, 16, 16, 3) for each in DEPTHWISE),
-        *((DEPTHWISE[2], *numbers) for numbers in ((2, 2, 1), (17, 17, CHUNK_IMAGES), (32, 32, 2 * CHUNK_IMAGES + 3))),
+        *((geometry, 128, 1, 3) for geometry in WIDE_GEOMETRIES),
+        *((geometry, 16, 16, 3) for geometry in DEPTHWISE_GEOMETRIES),
+        *(
+            (DEPTHWISE_GEOMETRIES[2], *numbers)
+            for numbers in ((2, 2, 1), (17, 17, CHUNK_IMAGES), (32, 32, 2 * CHUNK_IMAGES + 3))
+        ),
     ],
     ids=str,
 )
-def test_gradients_are_torchs_own_within_the_precision(geometry, channels, groups, count, bias):
-    convolution, images = convolution_of(geometry, channels, groups, bias, count)
-    for ours, theirs in errors(convolution, images, bf16=True):
-        assert ours < 5e-3, "of the order of one rounding to 8 bits"
-        assert ours < 1.5 * theirs + 1e-3
-    assert all(ours < 2e-6 for ours, _ in errors(convolution, images, bf16=False))
+def test_gradients_match_torch_within_the_precision(geometry, channels, groups, count, bias):
+    convolution, images = make_convolution(geometry, channels, groups, bias, count)
+    for fast_error, torch_error in measure_errors(convolution, images, bf16=True):
+        assert fast_error < 5e-3, "of the order of one rounding to 8 bits"
+        assert fast_error < 1.5 * torch_error + 1e-3
+    assert all(fast_error < 2e-6 for fast_error, _ in measure_errors(convolution, images, bf16=False))
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(128, 1), (8, 8)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_frozen_weights_get_no_gradient_nor_do_images_that_need_none(stride, channels, groups):
-    (quick,) = use_fast_convs(nn.Sequential(nn.Conv2d(channels, channels, 5, stride, 2, groups=groups)), amx=True)
-    for learns in (True, False):
-        images = torch.randn(2, channels, 6, 6, requires_grad=not learns)
-        quick.zero_grad()
-        quick.requires_grad_(learns)
+def test_frozen_weights_and_images_get_no_gradient(stride, channels, groups):
+    (fast,) = use_fast_convs(nn.Sequential(nn.Conv2d(channels, channels, 5, stride, 2, groups=groups)), amx=True)
+    for trainable in (True, False):
+        images = torch.randn(2, channels, 6, 6, requires_grad=not trainable)
+        fast.zero_grad()
+        fast.requires_grad_(trainable)
         with torch.autocast("cpu", torch.bfloat16):
-            quick(images).sum().backward()
-        assert ((images.grad is None), (quick.weight.grad is None)) == (learns, not learns)
+            fast(images).sum().backward()
+        assert ((images.grad is None), (fast.weight.grad is None)) == (trainable, not trainable)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_frozen_weights_get_no_gradient_nor_do_images_that_need_none(stride, cha
         ({"in_channels": 128, "out_channels": 128, "padding": "same"}, False),
     ],
 )
-def test_what_cannot_gain_is_left_to_torch(arguments, depthwise):
+def test_unsupported_convolutions_stay_unchanged(arguments, depthwise):
     convolution = nn.Conv2d(**{"in_channels": 8, "out_channels": 8, "kernel_size": 5} | arguments)
     assert is_depthwise(convolution) is depthwise
     assert type(use_fast_convs(nn.Sequential(convolution), amx=True)[0]) is (
@@ -132,37 +135,44 @@ def test_what_cannot_gain_is_left_to_torch(arguments, depthwise):
     )
 
 
-def test_without_autocast_and_on_large_maps_a_wide_one_is_the_plain_convolution():
+def test_wide_convolution_without_autocast_or_on_large_maps_is_plain():
     plain = nn.Conv2d(128, 128, 3, padding=1)
-    (quick,) = use_fast_convs(nn.Sequential(copy.deepcopy(plain)), amx=True)
+    (fast,) = use_fast_convs(nn.Sequential(copy.deepcopy(plain)), amx=True)
     for size, bf16 in ((4, False), (9, True)):
         images = torch.randn(2, 128, size, size)
-        for ours, theirs in zip(gradients(quick, images, bf16), gradients(plain, images, bf16), strict=True):
-            assert torch.equal(ours, theirs)
+        for actual, expected in zip(
+            compute_gradients(fast, images, bf16), compute_gradients(plain, images, bf16), strict=True
+        ):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(
     ("name", "size", "kind", "count"),
     [("timm/convnext_atto", 64, DepthwiseConv2d, 12), ("fivefold/small_net", 32, MatmulGradConv2d, 3)],
 )
-def test_a_network_keeps_names_parameters_outputs_and_predictions(name, size, kind, count):
+def test_network_keeps_names_parameters_outputs_and_predictions(name, size, kind, count):
     torch.manual_seed(0)
     network = build_backbone(name, False, {})
     before = list(network.parameters())
-    changed = use_fast_convs(use_fast_convs(copy.deepcopy(network), amx=True), amx=True)
-    assert sum(type(module) is kind for module in changed.modules()) == count
-    assert list(changed.state_dict()) == list(network.state_dict())
-    assert [type(module) for module in copy.deepcopy(changed).modules()] == [type(each) for each in changed.modules()]
-    assert all(one is other for one, other in zip(use_fast_convs(network, amx=False).parameters(), before, strict=True))
+    converted = use_fast_convs(use_fast_convs(copy.deepcopy(network), amx=True), amx=True)
+    assert sum(type(module) is kind for module in converted.modules()) == count
+    assert list(converted.state_dict()) == list(network.state_dict())
+    assert [type(module) for module in copy.deepcopy(converted).modules()] == [
+        type(module) for module in converted.modules()
+    ]
+    assert all(
+        parameter is original
+        for parameter, original in zip(use_fast_convs(network, amx=False).parameters(), before, strict=True)
+    )
     images = torch.randn(2, 3, size, size)
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            assert torch.equal(changed.train()(images), network.train()(images)), "the forward pass is torch's"
+            assert torch.equal(converted.train()(images), network.train()(images)), "the forward pass is torch's"
             with torch.inference_mode():
-                assert torch.equal(changed.eval()(images), network.eval()(images))
+                assert torch.equal(converted.eval()(images), network.eval()(images))
 
 
-CONVOLUTIONS = {
+GROUPED_CONVOLUTIONS = {
     "torch's": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4),
     "two groups": lambda: nn.Conv2d(8, 16, 3, stride=2, groups=2),
     "timm's same": lambda: Conv2dSame(8, 8, 3, stride=2, groups=8),
@@ -170,33 +180,35 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_grouped_ones_in_float32_have_its_output_and_its_gradients_within_its_rounding(kind):
+@pytest.mark.parametrize("kind", GROUPED_CONVOLUTIONS)
+def test_grouped_convolutions_in_float32_match_torch_within_rounding(kind):
     torch.manual_seed(0)
-    plain = CONVOLUTIONS[kind]()
+    plain = GROUPED_CONVOLUTIONS[kind]()
     images = torch.randn(4, 8, 9, 9).bfloat16().float().contiguous(memory_format=torch.channels_last)
-    own = run_grouped_convs_in_fp32(nn.Sequential(copy.deepcopy(plain)))[0]
-    assert isinstance(own, Float32Mixin)
-    assert torch.equal(own.eval()(images), plain(images)), "without autocast"
+    float32 = run_grouped_convs_in_fp32(nn.Sequential(copy.deepcopy(plain)))[0]
+    assert isinstance(float32, Float32Mixin)
+    assert torch.equal(float32.eval()(images), plain(images)), "without autocast"
     with torch.autocast("cpu", torch.bfloat16):
-        output = own(images)
+        output = float32(images)
     assert torch.equal(output, plain(images).bfloat16())
-    for ours, theirs in zip(gradients(own, images, True), gradients(plain, images), strict=True):
-        assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+    for actual, expected in zip(
+        compute_gradients(float32, images, True), compute_gradients(plain, images), strict=True
+    ):
+        assert float((actual - expected).norm() / expected.norm()) < 1e-6
 
 
-def test_grouped_ones_keep_names_and_parameters_and_those_that_are_quick_in_bf16_stay():
-    quick = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 5, 2, groups=8))
-    assert not has_slow_grouped_convs(quick)
-    assert not has_slow_grouped_convs(use_fast_convs(quick, amx=False))
-    assert not any(isinstance(module, Float32Mixin) for module in run_grouped_convs_in_fp32(quick))
+def test_grouped_convolutions_keep_parameters_and_fast_bf16_ones_stay_unchanged():
+    fast = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 5, 2, groups=8))
+    assert not has_slow_grouped_convs(fast)
+    assert not has_slow_grouped_convs(use_fast_convs(fast, amx=False))
+    assert not any(isinstance(module, Float32Mixin) for module in run_grouped_convs_in_fp32(fast))
     network = build_backbone("timm/tf_mobilenetv3_small_075", False, {})
     before, classes = dict(network.named_parameters()), [type(module) for module in network.modules()]
     assert has_slow_grouped_convs(network)
-    changed = run_grouped_convs_in_fp32(run_grouped_convs_in_fp32(network))
-    assert {name: id(each) for name, each in changed.named_parameters()} == {n: id(each) for n, each in before.items()}
-    kinds = [type(module) for module in changed.modules()]
+    converted = run_grouped_convs_in_fp32(run_grouped_convs_in_fp32(network))
+    assert {name: id(p) for name, p in converted.named_parameters()} == {name: id(p) for name, p in before.items()}
+    kinds = [type(module) for module in converted.modules()]
     differing = [(new, old) for new, old in zip(kinds, classes, strict=True) if new is not old]
     assert len(differing) == 4
     assert all(new.__mro__[1:3] == (Float32Mixin, old) for new, old in differing)
-    assert [type(module) for module in copy.deepcopy(changed).modules()] == kinds
+    assert [type(module) for module in copy.deepcopy(converted).modules()] == kinds

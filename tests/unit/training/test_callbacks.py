@@ -1,4 +1,4 @@
-"""What changes from epoch to epoch: a frozen backbone, learning rates by layer, a cooling teacher."""
+"""Per-epoch changes: frozen backbone, learning rates per layer, and distillation temperature."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,152 +28,160 @@ def images(tmp_path: Path) -> ImageDataset:
     return images_in(tmp_path / "images", 18, noise=100, tint=120)
 
 
-def loop(images: ImageDataset, distill: dict | None = None, **train) -> Trainer:
+def make_trainer(images: ImageDataset, distill: dict | None = None, **train) -> Trainer:
     return run_of(images, {"lr": 0.02} | train, SMALL, distill=distill)[0]
 
 
-def states(made: Trainer) -> list[dict[str, torch.Tensor]]:
-    """The model's weights and buffers before the first epoch and after each."""
-    found = [{name: tensor.clone() for name, tensor in made.model.state_dict().items()}]
+def train_states(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
+    """Train; return the model's weights and buffers before the first epoch and after each one."""
+    snapshots = [{name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}]
 
     def observe(row):
-        found.append({name: tensor.clone() for name, tensor in made.model.state_dict().items()})
+        snapshots.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
 
-    fit(replace(made, observers=[observe]))
-    return found
+    fit(replace(trainer, observers=[observe]))
+    return snapshots
 
 
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+def changed_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.05])
-def test_defect_product_a_frozen_backbone_keeps_its_batch_statistics_too(images, rho):
-    """The original went on updating the running statistics of the BatchNorms that it froze."""
-    made = loop(images, freeze_epochs=2, sam_rho=rho, grad_accum_steps=2, ema_decay=0.9, max_grad_norm=1.0)
-    found = states(made)
-    for before, after in ((found[0], found[1]), (found[1], found[2])):
-        assert {name.partition(".")[0] for name in moved(before, after)} == {"head"}
-    freed = moved(found[2], found[3])
-    assert {"backbone.stem.1.running_mean", "backbone.stem.1.num_batches_tracked", "backbone.stem.0.weight"} <= freed
-    assert int(found[4]["backbone.stem.1.num_batches_tracked"]) == 2 * 3
+def test_defect_product_frozen_backbone_keeps_its_batch_statistics(images, rho):
+    """The original kept updating the running statistics of the BatchNorms that it froze."""
+    trainer = make_trainer(images, freeze_epochs=2, sam_rho=rho, grad_accum_steps=2, ema_decay=0.9, max_grad_norm=1.0)
+    snapshots = train_states(trainer)
+    for before, after in ((snapshots[0], snapshots[1]), (snapshots[1], snapshots[2])):
+        assert {name.partition(".")[0] for name in changed_names(before, after)} == {"head"}
+    unfrozen = changed_names(snapshots[2], snapshots[3])
+    assert {"backbone.stem.1.running_mean", "backbone.stem.1.num_batches_tracked", "backbone.stem.0.weight"} <= unfrozen
+    assert int(snapshots[4]["backbone.stem.1.num_batches_tracked"]) == 2 * 3
 
 
-def test_a_frozen_norm_normalises_by_what_it_knows(images):
-    made = loop(images, freeze_epochs=1)
-    norm = made.model.backbone.stem[1]
+def test_frozen_norm_uses_its_running_statistics(images):
+    trainer = make_trainer(images, freeze_epochs=1)
+    norm = trainer.model.backbone.stem[1]
     norm.running_mean.fill_(7.0)
-    given = torch.randn(4, norm.num_features, 3, 3)
-    made.model.train()
-    expected = nn.functional.batch_norm(given, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    torch.testing.assert_close(norm(given), expected)
+    features = torch.randn(4, norm.num_features, 3, 3)
+    trainer.model.train()
+    expected = nn.functional.batch_norm(features, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    torch.testing.assert_close(norm(features), expected)
 
 
-def test_the_schedule_and_the_optimiser_go_on_rightly_after_the_thaw(images):
-    rates = {}
-    for frozen in (0, 3):
-        rates[frozen] = rows = []
-        made = loop(images, freeze_epochs=frozen, backbone_lr_scale=0.1, warmup_epochs=1.0, optimizer="adamw")
-        fit(replace(made, observers=[rows.append]))
-    assert [row["lr"] for row in rates[0]] == [row["lr"] for row in rates[3]]
-    assert rates[3][1]["lr"] == 0.02
-    optimizer = made.schedule.optimizer
-    steps = {int(optimizer.state[p]["step"]) for p in made.model.backbone.parameters()}
-    assert steps == {3}  # the last epoch's: moments start with the thaw
-    assert {int(optimizer.state[p]["step"]) for p in made.model.head.parameters()} == {12}
+def test_schedule_and_optimizer_continue_correctly_after_unfreezing(images):
+    rows_by_freeze = {}
+    for freeze_epochs in (0, 3):
+        rows_by_freeze[freeze_epochs] = rows = []
+        trainer = make_trainer(
+            images, freeze_epochs=freeze_epochs, backbone_lr_scale=0.1, warmup_epochs=1.0, optimizer="adamw"
+        )
+        fit(replace(trainer, observers=[rows.append]))
+    assert [row["lr"] for row in rows_by_freeze[0]] == [row["lr"] for row in rows_by_freeze[3]]
+    assert rows_by_freeze[3][1]["lr"] == 0.02
+    optimizer = trainer.schedule.optimizer
+    steps = {int(optimizer.state[p]["step"]) for p in trainer.model.backbone.parameters()}
+    assert steps == {3}  # of the last epoch: moments start when the backbone is unfrozen
+    assert {int(optimizer.state[p]["step"]) for p in trainer.model.head.parameters()} == {12}
 
 
-def test_freezing_for_no_epoch_is_not_freezing_and_for_all_of_them_a_head_alone(images):
-    assert {"backbone", "head"} == {name.partition(".")[0] for name in moved(*states(loop(images))[:2])}
-    found = states(loop(images, freeze_epochs=9))
-    assert {name.partition(".")[0] for name in moved(found[0], found[-1])} == {"head"}
+def test_freeze_epochs_zero_trains_everything_and_all_epochs_train_only_the_head(images):
+    assert {"backbone", "head"} == {
+        name.partition(".")[0] for name in changed_names(*train_states(make_trainer(images))[:2])
+    }
+    snapshots = train_states(make_trainer(images, freeze_epochs=9))
+    assert {name.partition(".")[0] for name in changed_names(snapshots[0], snapshots[-1])} == {"head"}
 
 
-def test_the_backbone_learns_at_its_share_of_the_rate(images):
-    made = loop(images, backbone_lr_scale=0.1, schedule="constant")
-    groups = made.schedule.optimizer.param_groups
+def test_backbone_uses_its_scaled_learning_rate(images):
+    trainer = make_trainer(images, backbone_lr_scale=0.1, schedule="constant")
+    groups = trainer.schedule.optimizer.param_groups
     rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
-    assert {rate_of[id(p)] for p in made.model.head.parameters()} == {0.02}
-    assert {rate_of[id(p)] for p in made.model.backbone.parameters()} == {0.02 * 0.1}
-    assert len(rate_of) == len(list(made.model.parameters()))
-    assert made.schedule.lr == 0.02
+    assert {rate_of[id(p)] for p in trainer.model.head.parameters()} == {0.02}
+    assert {rate_of[id(p)] for p in trainer.model.backbone.parameters()} == {0.02 * 0.1}
+    assert len(rate_of) == len(list(trainer.model.parameters()))
+    assert trainer.schedule.lr == 0.02
     assert {group["weight_decay"] for group in groups if group["params"][0].ndim < 2} == {0.0}
 
 
-def test_at_their_defaults_the_groups_are_those_of_weight_decay_alone():
+def test_default_lr_scales_leave_only_the_weight_decay_groups():
     network = build_classifier(Model(**SMALL), 3)
-    shares = lr_scales(network.backbone, 1.0, 1.0)
-    groups = build_optimizer("adamw", network, 0.01, 0.1, 0.9, shares).param_groups
+    scales = lr_scales(network.backbone, 1.0, 1.0)
+    groups = build_optimizer("adamw", network, 0.01, 0.1, 0.9, scales).param_groups
     assert [[group["lr"], group["weight_decay"]] for group in groups] == [[0.01, 0.1], [0.01, 0.0]]
 
 
 @pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_vit.r160_in1k", "test_convnext.r160_in1k"])
-def test_layer_decay_is_timms_one_layer_below_the_head(name):
-    """timm counts from the network's last group, which here has the head above it."""
+def test_layer_decay_matches_timm_one_layer_below_the_head(name):
+    """timm counts from the last group of the network; here the head comes one layer above it."""
     network = timm.create_model(name, num_classes=0)
-    found = lr_scales(network, factor=0.5, decay=0.75)
+    scales = lr_scales(network, factor=0.5, decay=0.75)
     groups = param_groups_layer_decay(network, layer_decay=0.75)
-    assert found == {id(p): pytest.approx(0.5 * 0.75 * group["lr_scale"]) for group in groups for p in group["params"]}
-    assert max(found.values()) == 0.5 * 0.75
-    assert set(found) == {id(parameter) for parameter in network.parameters()}
+    assert scales == {id(p): pytest.approx(0.5 * 0.75 * group["lr_scale"]) for group in groups for p in group["params"]}
+    assert max(scales.values()) == 0.5 * 0.75
+    assert set(scales) == {id(parameter) for parameter in network.parameters()}
 
 
-def test_layer_decay_of_a_network_that_names_no_layers_is_refused():
+def test_layer_decay_is_rejected_for_networks_without_named_layers():
     with pytest.raises(SettingsError, match=r"train\.layer_decay=1"):
         lr_scales(build_backbone("torchvision/resnet18", False, {}), 1.0, 0.75)
 
 
-def test_a_teacher_cools_by_epochs_down_to_its_end():
+def test_teacher_temperature_decays_per_epoch_to_its_minimum():
     teacher = Teacher(LOG_PROBS, 0.7, 2.0, CPU.device)
-    cooling = DistillSchedule(teacher, steps_per_epoch=3, decay=0.95, end=1.7)
-    heats = []
+    schedule = DistillSchedule(teacher, steps_per_epoch=3, decay=0.95, end=1.7)
+    temperatures = []
     for _ in range(18):
-        heats.append(teacher.temperature)
-        torch.testing.assert_close(teacher[torch.tensor([4])], torch.from_numpy(soften(LOG_PROBS[[4]], heats[-1])))
-        cooling()
-    assert heats == pytest.approx([2.0] * 3 + [1.9] * 3 + [1.805] * 3 + [1.71475] * 3 + [1.7] * 6)
+        temperatures.append(teacher.temperature)
+        torch.testing.assert_close(
+            teacher[torch.tensor([4])], torch.from_numpy(soften(LOG_PROBS[[4]], temperatures[-1]))
+        )
+        schedule()
+    assert temperatures == pytest.approx([2.0] * 3 + [1.9] * 3 + [1.805] * 3 + [1.71475] * 3 + [1.7] * 6)
 
 
-def test_the_student_is_taught_at_the_temperature_of_its_epoch(images):
-    made = loop(images, {"temperature": 2.0, "temperature_decay": 0.5, "min_temperature": 0.8, "alpha": 1.0}, epochs=3)
-    teacher, heats = made.train.teacher, []
+def test_student_trains_at_the_temperature_of_its_epoch(images):
+    trainer = make_trainer(
+        images, {"temperature": 2.0, "temperature_decay": 0.5, "min_temperature": 0.8, "alpha": 1.0}, epochs=3
+    )
+    teacher, temperatures = trainer.train.teacher, []
 
     def watch(rows):
         assert all(torch.equal(batch.teacher.sum(dim=1).round(decimals=4), torch.ones(6)) for batch in rows)
-        heats.append(teacher.temperature)
-        return made.update(rows)
+        temperatures.append(teacher.temperature)
+        return trainer.update(rows)
 
-    fit(replace(made, update=watch))
-    assert heats == [2.0] * 3 + [1.0] * 3 + [0.8] * 3
-    assert teacher.alpha == 1.0, "without annealing the teacher's weight stays"
+    fit(replace(trainer, update=watch))
+    assert temperatures == [2.0] * 3 + [1.0] * 3 + [0.8] * 3
+    assert teacher.alpha == 1.0, "alpha stays constant without annealing"
 
 
-def test_the_teachers_weight_falls_to_nothing_over_its_share_of_the_steps(images):
-    """Clark et al. 2019, section 3.2: linear from the teacher to the labels; a step's value is the mixture of that step."""
-    made = loop(images, {"alpha": 0.8, "temperature": 1.0, "alpha_anneal_fraction": 0.5}, epochs=4)
-    teacher, weights = made.train.teacher, []
+def test_teacher_weight_falls_to_zero_over_its_fraction_of_the_steps(images):
+    """Clark et al. 2019, section 3.2: alpha falls linearly, and each step mixes both losses by its own alpha."""
+    trainer = make_trainer(images, {"alpha": 0.8, "temperature": 1.0, "alpha_anneal_fraction": 0.5}, epochs=4)
+    teacher, weights = trainer.train.teacher, []
 
     def watch(rows):
         weights.append(teacher.alpha)
-        (result,) = made.update(rows)
-        taught = nn.functional.kl_div(result.logits.log_softmax(dim=1), rows[0].teacher, reduction="batchmean")
-        labelled = nn.functional.cross_entropy(result.logits, rows[0].targets)
-        torch.testing.assert_close(result.loss, weights[-1] * taught + (1 - weights[-1]) * labelled)
+        (result,) = trainer.update(rows)
+        teacher_loss = nn.functional.kl_div(result.logits.log_softmax(dim=1), rows[0].teacher, reduction="batchmean")
+        label_loss = nn.functional.cross_entropy(result.logits, rows[0].targets)
+        torch.testing.assert_close(result.loss, weights[-1] * teacher_loss + (1 - weights[-1]) * label_loss)
         return [result]
 
-    fit(replace(made, update=watch))
+    fit(replace(trainer, update=watch))
     assert weights == pytest.approx([0.8 * (1 - step / 6) for step in range(6)] + [0.0] * 6)
 
 
-def test_defect_car_b5_validation_losses_compare_while_the_temperature_moves(images):
-    """The original validated at the T of the epoch: its losses fell with T, and so chose the wrong epoch."""
-    made = loop(images, {"temperature": 4.0, "temperature_decay": 0.5, "alpha": 1.0}, epochs=3)
-    stand_still(made)
-    for module in made.model.modules():  # nothing learns, not even a running mean
+def test_defect_car_b5_validation_losses_are_comparable_while_temperature_changes(images):
+    """The original validated at the temperature of the epoch: its losses fell with T and selected the wrong epoch."""
+    trainer = make_trainer(images, {"temperature": 4.0, "temperature_decay": 0.5, "alpha": 1.0}, epochs=3)
+    stand_still(trainer)
+    for module in trainer.model.modules():  # no parameter or running mean changes
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0
     rows = []
-    fit(replace(made, observers=[rows.append]))
-    assert made.train.teacher.temperature == 1.0
+    fit(replace(trainer, observers=[rows.append]))
+    assert trainer.train.teacher.temperature == 1.0
     assert len({row["val_loss"] for row in rows}) == len({row["val_logloss"] for row in rows}) == 1
     assert len({round(row["train_loss"], 3) for row in rows}) == 3

@@ -1,4 +1,4 @@
-"""What each tracker keeps of a run, read back with the tracker's own reader; what is refused before training."""
+"""Each tracker's record of a run, read back with the tracker's own reader; settings rejected before training."""
 
 import io
 import json
@@ -25,17 +25,17 @@ SETTINGS = {
     "fold": None,
     "system": "빨강",
 }
-NOISE = ("DeprecationWarning", "sqlalchemy.exc.SADeprecationWarning", "ResourceWarning")
-"""What MLflow and W&B themselves do that Python or SQLAlchemy would have otherwise."""
-quiet = pytest.mark.filterwarnings(*(f"ignore::{name}" for name in NOISE))
+IGNORED_WARNINGS = ("DeprecationWarning", "sqlalchemy.exc.SADeprecationWarning", "ResourceWarning")
+"""Warnings that MLflow and W&B cause themselves."""
+ignore_library_warnings = pytest.mark.filterwarnings(*(f"ignore::{name}" for name in IGNORED_WARNINGS))
 
 
-def run(folder: Path) -> Run:
+def make_run(folder: Path) -> Run:
     return Run("digits fold 1", "digits", "fivefold", SETTINGS, folder)
 
 
-def track(name: str, folder: Path, scores: dict[str, float] | None = SCORES) -> None:
-    trackers = open_trackers([name], run(folder))
+def log_run(name: str, folder: Path, scores: dict[str, float] | None = SCORES) -> None:
+    trackers = open_trackers([name], make_run(folder))
     for row in ROWS:
         for tracker in trackers:
             tracker(row)
@@ -46,15 +46,15 @@ def track(name: str, folder: Path, scores: dict[str, float] | None = SCORES) -> 
     close_trackers(trackers, scores)
 
 
-def test_tensorboard_keeps_settings_epochs_and_final_scores(tmp_path: Path):
+def test_tensorboard_records_settings_epochs_and_final_scores(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    track("tensorboard", tmp_path)
-    track("tensorboard", tmp_path)  # a run that starts over takes its predecessor's place
+    log_run("tensorboard", tmp_path)
+    log_run("tensorboard", tmp_path)  # a restarted run replaces the earlier one
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    found = {tag: [(e.step, round(e.value, 6)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert found == {
+    scalars = {tag: [(e.step, round(e.value, 6)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert scalars == {
         "Train/loss": [(1, 0.9), (2, 0.4)],
         "Train/accuracy": [(1, 0.5), (2, 0.75)],
         "Train/lr": [(1, 0.1), (2, 0.05)],
@@ -63,39 +63,39 @@ def test_tensorboard_keeps_settings_epochs_and_final_scores(tmp_path: Path):
         "Final/oof_accuracy": [(2, 0.875)],
         "Final/oof_logloss": [(2, 0.5)],
     }
-    (shown,) = events.Images("Val/examples")
-    pixels = Image.open(io.BytesIO(shown.encoded_image_string))
-    assert (shown.step, pixels.size, pixels.getpixel((0, 0))) == (1, (3, 2), (250, 120, 5))
+    (image,) = events.Images("Val/examples")
+    pixels = Image.open(io.BytesIO(image.encoded_image_string))
+    assert (image.step, pixels.size, pixels.getpixel((0, 0))) == (1, (3, 2), (250, 120, 5))
     text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert '| model.backbone_kwargs | `{"widths": [8, 16]}` |' in text
     assert '| system | `"빨강"` |' in text
 
 
-@quiet
+@ignore_library_warnings
 @pytest.mark.parametrize(("scores", "code"), [(SCORES, 0), (None, 1)])
-def test_wandb_keeps_a_run_offline(scores: dict | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_records_a_run_offline(scores: dict | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    track("wandb", tmp_path, scores)
+    log_run("wandb", tmp_path, scores)
     records = wandb_records(tmp_path)
-    (opened,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (opened.project, opened.run_group, opened.display_name) == ("fivefold", "digits", "digits fold 1")
-    config = {item.key: json.loads(item.value_json) for item in opened.config.update}
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (run.project, run.run_group, run.display_name) == ("fivefold", "digits", "digits fold 1")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert {key: config[key] for key in SETTINGS} == SETTINGS
     history = [{i.key or i.nested_key[0]: json.loads(i.value_json) for i in r.history.item} for r in records if r.HasField("history")]  # fmt: skip
     assert [(row["_step"], row["Train/loss"], row.get("Val/accuracy")) for row in history] == [(1, 0.9, 0.5), (2, 0.4, None)]  # fmt: skip
     summary = {i.key or i.nested_key[0]: json.loads(i.value_json) for r in records if r.HasField("summary") for i in r.summary.update}  # fmt: skip
     assert {name: summary.get(name) for name in SCORES} == (scores or dict.fromkeys(SCORES))
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [code]
-    (kept,) = tmp_path.glob("wandb/offline-run-*/files/media/images/Val/*.png")
-    assert Image.open(kept).getpixel((0, 0)) == (250, 120, 5)
+    (image,) = tmp_path.glob("wandb/offline-run-*/files/media/images/Val/*.png")
+    assert Image.open(image).getpixel((0, 0)) == (250, 120, 5)
 
 
-@quiet
-def test_mlflow_keeps_runs_in_a_local_store_and_a_training_goes_on_without_it(tmp_path: Path, caplog):
+@ignore_library_warnings
+def test_mlflow_records_runs_locally_and_its_failures_do_not_stop_training(tmp_path: Path, caplog):
     from mlflow import MlflowClient
 
-    track("mlflow", tmp_path)
-    track("mlflow", tmp_path, scores=None)
+    log_run("mlflow", tmp_path)
+    log_run("mlflow", tmp_path, scores=None)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("fivefold")
     failed, done = client.search_runs([experiment.experiment_id], order_by=["start_time DESC"])
@@ -104,42 +104,42 @@ def test_mlflow_keeps_runs_in_a_local_store_and_a_training_goes_on_without_it(tm
     losses = client.get_metric_history(done.info.run_id, "Train/loss")
     assert [(m.step, m.value) for m in losses] == [(1, 0.9), (2, 0.4)]
     assert {name: done.data.metrics[f"Final/{name}"] for name in SCORES} == SCORES
-    (kept,) = Path(tmp_path / "mlartifacts" / done.info.run_id).glob("artifacts/Val/examples/epoch 1/*.png")
-    assert Image.open(kept).getpixel((0, 0)) == (250, 120, 5)
+    (image,) = Path(tmp_path / "mlartifacts" / done.info.run_id).glob("artifacts/Val/examples/epoch 1/*.png")
+    assert Image.open(image).getpixel((0, 0)) == (250, 120, 5)
     assert failed.info.status == "FAILED"
     assert not [name for name in failed.data.metrics if name.startswith("Final/")]
 
-    (tracker,) = open_trackers(["mlflow"], run(tmp_path))
+    (tracker,) = open_trackers(["mlflow"], make_run(tmp_path))
     tracker(ROWS[0])
-    client.delete_run(tracker.tracker.id)  # MLflow takes no figures of a deleted run
+    client.delete_run(tracker.tracker.id)  # MLflow rejects metrics of a deleted run
     tracker(ROWS[1])
     tracker.close(SCORES)
     assert len([text for text in caplog.messages if text.startswith("Mlflow fails")]) == 1
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_an_absent_package_is_refused_only_where_it_is_asked_for(
+def test_missing_package_is_reported_only_if_its_tracker_is_selected(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(sys.modules, name, None)  # as Python itself marks a module that cannot be imported
-    assert open_trackers([], run(tmp_path)) == []
+    monkeypatch.setitem(sys.modules, name, None)  # Python's own mark for a module that cannot be imported
+    assert open_trackers([], make_run(tmp_path)) == []
     with pytest.raises(SettingsError, match=rf"train.loggers={name} needs {name}, .* 'fivefold\[trackers\]'"):
-        open_trackers([name], run(tmp_path))
+        open_trackers([name], make_run(tmp_path))
     with pytest.raises(SettingsError, match="unknown tracker 'wanda'; did you mean 'wandb'"):
-        open_trackers(["tensorboard", "wanda"], run(tmp_path))
+        open_trackers(["tensorboard", "wanda"], make_run(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-@quiet
-def test_wandb_without_a_key_says_what_to_set(tmp_path: Path):
+@ignore_library_warnings
+def test_wandb_without_a_key_names_the_setting_to_change(tmp_path: Path):
     code = (
         "from pathlib import Path\nfrom fivefold.errors import SettingsError\n"
         "from fivefold.training.loggers import Run, open_trackers\n"
         "try:\n    open_trackers(['wandb'], Run('a', 'b', 'c', {}, Path('out')))\n"
         "except SettingsError as error:\n    print('refused:', error)\n"
     )
-    nowhere = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "PATH": ""}
-    nowhere["PYTHONPATH"] = ":".join(sys.path)
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=nowhere, capture_output=True, text=True)
-    assert "refused: train.loggers=wandb: " in ended.stdout, ended.stderr
-    assert "WANDB_MODE=offline" in ended.stdout
+    environ = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "PATH": ""}
+    environ["PYTHONPATH"] = ":".join(sys.path)
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert "refused: train.loggers=wandb: " in process.stdout, process.stderr
+    assert "WANDB_MODE=offline" in process.stdout

@@ -1,4 +1,4 @@
-"""Losses and the teacher's term against torch, torchvision, scikit-learn and cases worked by hand."""
+"""Losses and the distillation term match torch, torchvision, scikit-learn and values calculated by hand."""
 
 import numpy as np
 import pytest
@@ -18,13 +18,13 @@ ONE_HOT = F.one_hot(CODES, 3).float()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
-def test_cross_entropy_is_torchs(smoothing):
-    ours = cross_entropy(smoothing)(LOGITS, ONE_HOT)
-    torch.testing.assert_close(ours, F.cross_entropy(LOGITS, CODES, label_smoothing=smoothing))
+def test_cross_entropy_matches_torch(smoothing):
+    actual = cross_entropy(smoothing)(LOGITS, ONE_HOT)
+    torch.testing.assert_close(actual, F.cross_entropy(LOGITS, CODES, label_smoothing=smoothing))
 
 
-def test_distillation_by_hand():
-    """α·T²·KL + (1 - α)·CE of two classes, worked by hand from the definition."""
+def test_distillation_matches_a_manual_calculation():
+    """α·T²·KL + (1 - α)·CE of two classes, calculated by hand from the definition."""
     logits, teacher, temperature, alpha = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.75, 0.25]]), 2.0, 0.7
     student = torch.softmax(logits / temperature, dim=1)
     kl = 0.75 * torch.log(0.75 / student[0, 0]) + 0.25 * torch.log(0.25 / student[0, 1])
@@ -37,28 +37,28 @@ def test_distillation_by_hand():
 
 
 @pytest.mark.parametrize(("gamma", "alpha"), [(2.0, 0.5), (0.5, 1.0), (1.0, 3.0), (0.0, 1.0)])
-def test_focal_is_alpha_times_doubt_times_cross_entropy(gamma, alpha):
-    each = F.cross_entropy(LOGITS, CODES, reduction="none")
-    expected = (alpha * (1 - torch.exp(-each)) ** gamma * each).mean()
+def test_focal_loss_matches_its_formula(gamma, alpha):
+    row_losses = F.cross_entropy(LOGITS, CODES, reduction="none")
+    expected = (alpha * (1 - torch.exp(-row_losses)) ** gamma * row_losses).mean()
     torch.testing.assert_close(focal(0.0, gamma=gamma, alpha=alpha)(LOGITS, ONE_HOT), expected)
 
 
-def test_focal_by_hand():
-    """p = 0.8 of the truth: 0.5 · 0.2² · -ln 0.8 = 0.004463; of a target half and half, 0.5·0.2²·-ln .8 and 0.5·0.8²·-ln .2 halved."""
+def test_focal_loss_matches_a_manual_calculation():
+    """p = 0.8 for the true class: 0.5 · 0.2² · -ln 0.8 = 0.004463; for a 50:50 target, the mean of 0.5·0.2²·-ln .8 and 0.5·0.8²·-ln .2."""
     logits = torch.tensor([[4.0, 1.0]]).log()
     loss = focal(0.0, gamma=2.0, alpha=0.5)
     assert float(loss(logits, torch.tensor([[1.0, 0.0]]))) == pytest.approx(0.004463, abs=1e-6)
     assert float(loss(logits, torch.tensor([[0.5, 0.5]]))) == pytest.approx((0.004463 + 0.515020) / 2, abs=1e-6)
 
 
-def test_the_gradient_of_focal_is_finite_where_the_network_is_sure():
+def test_focal_gradient_is_finite_for_certain_predictions():
     logits = torch.tensor([[60.0, -60.0], [-60.0, 60.0]], requires_grad=True)
     focal(0.0, gamma=0.5)(logits, torch.tensor([[1.0, 0.0], [1.0, 0.0]])).backward()
     assert bool(torch.isfinite(logits.grad).all())
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_binary_focal_and_bce_are_torchs_and_torchvisions(gamma):
+def test_binary_focal_matches_torchvision_and_bce_matches_torch(gamma):
     expected = sigmoid_focal_loss(LOGITS, ONE_HOT, alpha=-1, gamma=gamma, reduction="mean")
     torch.testing.assert_close(binary_focal(0.0, gamma=gamma)(LOGITS, ONE_HOT), expected)
     if not gamma:
@@ -67,27 +67,27 @@ def test_binary_focal_and_bce_are_torchs_and_torchvisions(gamma):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
-def test_label_smoothing_spreads_over_the_other_classes(smoothing):
-    """Truth 1 - s, each of the two others s/2; which is torch's smoothing at s·C/(C - 1)."""
+def test_label_smoothing_is_spread_over_the_other_classes(smoothing):
+    """The true class gets 1 - s and each of the two others s/2, which equals torch's smoothing at s·C/(C - 1)."""
     target = torch.full((4, 3), smoothing / 2).scatter(1, CODES[:, None], 1 - smoothing)
     expected = -(target * LOGITS.log_softmax(dim=1)).sum(dim=1).mean()
-    found = build_loss({"name": "label_smoothing", "smoothing": smoothing})(LOGITS, ONE_HOT)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(found, F.cross_entropy(LOGITS, CODES, label_smoothing=smoothing * 3 / 2))
+    actual = build_loss({"name": "label_smoothing", "smoothing": smoothing})(LOGITS, ONE_HOT)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual, F.cross_entropy(LOGITS, CODES, label_smoothing=smoothing * 3 / 2))
 
 
-def test_f1_by_hand():
-    """Certain predictions have scikit-learn's; probabilities .8/.2 and .4/.6 of truths 0 and 1: F1 is 1.6/2.2 and 1.2/1.8; a class that is not there has no say."""
-    truth, said = torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 1, 2, 0, 2])
-    certain = f1(0.0)(F.one_hot(said, 3) * 100.0, F.one_hot(truth, 3).float())
-    assert float(certain) == pytest.approx(1 - f1_score(truth, said, average="macro"), abs=1e-6)
+def test_f1_loss_matches_a_manual_calculation():
+    """Certain predictions match scikit-learn. For p .8/.2 and .4/.6 of classes 0 and 1, F1 is 1.6/2.2 and 1.2/1.8; absent classes are ignored."""
+    truth, predicted = torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 1, 2, 0, 2])
+    certain = f1(0.0)(F.one_hot(predicted, 3) * 100.0, F.one_hot(truth, 3).float())
+    assert float(certain) == pytest.approx(1 - f1_score(truth, predicted, average="macro"), abs=1e-6)
     logits = torch.tensor([[0.8, 0.2, 1e-30], [0.4, 0.6, 1e-30]]).log()
     targets = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     assert float(f1(0.0)(logits, targets)) == pytest.approx(1 - (1.6 / 2.2 + 1.2 / 1.8) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_takes_soft_targets_counts_no_row_without_a_label_and_has_a_gradient(name):
+def test_every_loss_accepts_soft_targets_ignores_unlabelled_rows_and_has_a_gradient(name):
     loss = build_loss(name)
     targets = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 0.0], [0.0, 0.4, 0.6], [0.0, 1.0, 0.0]])
     logits = LOGITS.clone().requires_grad_()
@@ -102,22 +102,22 @@ def test_every_loss_takes_soft_targets_counts_no_row_without_a_label_and_has_a_g
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_class_weights_are_torchs(gamma):
+def test_class_weights_match_torch(gamma):
     weights = torch.tensor([0.5, 2.0, 1.3])
     loss = build_loss({"name": "focal", "gamma": gamma}, weights=weights)
     log_p = LOGITS.log_softmax(dim=1)
     expected = F.nll_loss((1 - log_p.exp()) ** gamma * log_p, CODES, weight=weights)
     torch.testing.assert_close(loss(LOGITS, ONE_HOT), expected)
     if not gamma:
-        found = build_loss("cross_entropy", weights=weights)(LOGITS, ONE_HOT)
-        torch.testing.assert_close(found, F.cross_entropy(LOGITS, CODES, weight=weights))
+        actual = build_loss("cross_entropy", weights=weights)(LOGITS, ONE_HOT)
+        torch.testing.assert_close(actual, F.cross_entropy(LOGITS, CODES, weight=weights))
 
 
-def test_balanced_weights_are_scikit_learns():
+def test_balanced_weights_match_scikit_learn():
     codes = np.repeat([0, 1, 2], [7, 2, 1])
     expected = compute_class_weight("balanced", classes=np.arange(3), y=codes)
-    found = balanced_weights(F.one_hot(torch.from_numpy(codes), 3).float())
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    actual = balanced_weights(F.one_hot(torch.from_numpy(codes), 3).float())
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -131,28 +131,28 @@ def test_balanced_weights_are_scikit_learns():
         ("label_smoothing", 0.1, "train.label_smoothing must be 0"),
     ],
 )
-def test_a_loss_that_cannot_be_built_says_why(spec, smoothing, message):
+def test_invalid_losses_are_rejected_with_a_reason(spec, smoothing, message):
     with pytest.raises(SettingsError, match=message):
         build_loss(spec, smoothing)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "bce"])
-def test_where_a_loss_is_least_its_link_gives_the_true_probabilities(name):
-    """Of a class of .9 and nine of .0111: softmax of what binary cross-entropy trains would say .989."""
+def test_link_returns_the_true_probabilities_at_the_minimum_of_the_loss(name):
+    """One class has .9, nine have .0111: softmax of logits trained with binary cross-entropy would give .989."""
     truth = torch.tensor([[0.9] + [0.1 / 9] * 9], dtype=torch.float64)
     logits = (truth.logit() if name == "bce" else truth.log()).requires_grad_()
     loss = build_loss(name)
     loss(logits, truth).backward()
-    assert float(logits.grad.abs().max()) < 1e-12, "it is the least"
+    assert float(logits.grad.abs().max()) < 1e-12, "the loss is at its minimum"
     torch.testing.assert_close(loss.scores(logits.detach()).softmax(dim=1), truth)
 
 
-def test_losses_of_each_class_against_the_rest_alone_are_read_by_sigmoids():
+def test_only_bce_and_binary_focal_use_sigmoid_links():
     assert {name for name in LOSSES if build_loss(name).link == "sigmoid"} == {"bce", "binary_focal"}
 
 
-def test_a_student_by_sigmoids_is_taught_its_own_probabilities():
-    """Its logits say what the teacher says, so the teacher's term has nothing to teach."""
+def test_sigmoid_student_that_matches_its_teacher_has_no_distillation_loss():
+    """The student's logits equal the teacher's, so the distillation loss is zero."""
     teacher = torch.tensor([[0.7, 0.2, 0.1]])
     rows = MicroBatch(teacher.logit(), torch.zeros(1, 3), teacher)
     result = single_pass(distillation_loss(bce(0.0), lambda: 1.0, lambda: 1.0))(torch.nn.Identity(), rows)

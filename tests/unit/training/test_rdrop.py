@@ -1,4 +1,4 @@
-"""R-Drop: its formula, its reduction, and what it says of a network that has nothing to drop."""
+"""R-Drop: its formula, its reduction, and its warning about networks without dropout."""
 
 from functools import partial
 
@@ -28,37 +28,37 @@ ROWS = MicroBatch(IMAGES, TARGETS, torch.full((6, 3), 1 / 3))
 LOSS = cross_entropy(0.1)
 
 
-def network(*dropping: nn.Module) -> nn.Module:
+def make_network(*layers: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), *dropping, nn.Linear(8, 3)).train()
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), *layers, nn.Linear(8, 3)).train()
 
 
 @pytest.mark.parametrize("criterion", [label_loss(LOSS), distillation_loss(LOSS, lambda: 0.7, lambda: 2.0)])
-def test_rdrop_is_the_mean_loss_and_the_mean_of_both_divergences_of_a_doubled_batch(criterion):
-    model = network(nn.Dropout(0.5))
+def test_rdrop_is_the_mean_loss_plus_the_mean_divergence_of_a_doubled_batch(criterion):
+    model = make_network(nn.Dropout(0.5))
     torch.manual_seed(5)
     first, second = model(torch.cat([IMAGES, IMAGES])).chunk(2)
     log_p, log_q = first.log_softmax(dim=1), second.log_softmax(dim=1)
-    forth = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    back = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
-    expected = (criterion(first, ROWS) + criterion(second, ROWS)) / 2 + 0.5 * (forth + back) / 2
+    forward_kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    backward_kl = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    expected = (criterion(first, ROWS) + criterion(second, ROWS)) / 2 + 0.5 * (forward_kl + backward_kl) / 2
     torch.manual_seed(5)
     torch.testing.assert_close(rdrop(criterion, 0.5)(model, ROWS).loss, expected)
-    assert float((forth + back).detach()) > 0.001
+    assert float((forward_kl + backward_kl).detach()) > 0.001
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1])
-@pytest.mark.parametrize("dropping", [nn.Dropout, DropPath, partial(StochasticDepth, mode="row")])
-def test_a_network_with_nothing_to_drop_is_warned_of_once_and_trains_as_without(dropping, share, caplog):
-    model, objective = network(dropping(share)), rdrop(label_loss(LOSS), 0.5)
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.parametrize("make_dropout", [nn.Dropout, DropPath, partial(StochasticDepth, mode="row")])
+def test_network_without_dropout_warns_once_and_trains_without_rdrop(make_dropout, rate, caplog):
+    model, objective = make_network(make_dropout(rate)), rdrop(label_loss(LOSS), 0.5)
     losses = [objective(model, ROWS).loss for _ in range(2)]
-    assert [record.levelname for record in caplog.records] == ([] if share else ["WARNING"])
-    if not share:
+    assert [record.levelname for record in caplog.records] == ([] if rate else ["WARNING"])
+    if not rate:
         torch.testing.assert_close(losses, [single_pass(label_loss(LOSS))(model, ROWS).loss] * 2)
 
 
-def test_batch_statistics_are_counted_once():
-    model = network(nn.BatchNorm1d(8), nn.Dropout(0.5))
+def test_batch_statistics_are_updated_once():
+    model = make_network(nn.BatchNorm1d(8), nn.Dropout(0.5))
     rdrop(label_loss(LOSS), 0.5)(model, ROWS)
     assert int(model[3].num_batches_tracked) == 1
 
@@ -67,21 +67,21 @@ LARGE = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(2))
 META = torch.randn(6, 2, generator=torch.Generator().manual_seed(3))
 HEADS = {
     "linear": "linear",
-    "mlp, BatchNorm and dropout before": {"name": "mlp", "hidden": 16, "before": 0.2},
-    "mlp, LayerNorm": {"name": "mlp", "hidden": 16, "norm": "layer"},
+    "mlp with BatchNorm and input dropout": {"name": "mlp", "hidden": 16, "before": 0.2},
+    "mlp with LayerNorm": {"name": "mlp", "hidden": 16, "norm": "layer"},
     "convnext": "convnext",
 }
 
 
-def classifier(head, meta: bool = False, **options) -> Classifier:
+def make_classifier(head, meta: bool = False, **options) -> Classifier:
     torch.manual_seed(0)
     backbone = build_backbone("fivefold/small_net", False, {"widths": [8, 16], "stem": 8} | options)
-    made = build_head(head, 16 + 2 * meta, 3, 0.3)
-    return Classifier(backbone, made, Standardize(2) if meta else None).train()
+    built_head = build_head(head, 16 + 2 * meta, 3, 0.3)
+    return Classifier(backbone, built_head, Standardize(2) if meta else None).train()
 
 
-class Whole(nn.Module):
-    """The same network as something that R-Drop does not know the halves of."""
+class OpaqueNetwork(nn.Module):
+    """Hide backbone and head from R-Drop, so that it runs the whole network twice."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -91,10 +91,10 @@ class Whole(nn.Module):
         return self.network(*inputs)
 
 
-def stepped(
+def run_step(
     objective: Objective, model: nn.Module, rows: MicroBatch, bf16: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, gradients in one row, and what is drawn next, after the objective's first batch."""
+    """Return loss, flat gradients and the next random number after the objective's first batch."""
     torch.manual_seed(7)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = objective(model, rows).loss
@@ -104,37 +104,37 @@ def stepped(
 
 @pytest.mark.parametrize("meta", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_where_the_head_alone_draws_one_pass_of_the_backbone_is_exact_in_loss_and_gradients(head, meta, caplog):
+def test_one_backbone_pass_is_exact_if_only_the_head_is_random(head, meta, caplog):
     rows = MicroBatch(LARGE.double(), TARGETS.double(), meta=META.double() if meta else None)
-    once, both = (classifier(HEADS[head], meta).double() for _ in range(2))
-    seen = []
-    once.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    single_pass_model, two_pass_model = (make_classifier(HEADS[head], meta).double() for _ in range(2))
+    batch_sizes = []
+    single_pass_model.backbone.register_forward_pre_hook(lambda _, inputs: batch_sizes.append(len(inputs[0])))
     with caplog.at_level("INFO"):
-        found = stepped(rdrop(label_loss(LOSS), 0.5), once, rows)
-    expected = stepped(rdrop(label_loss(LOSS), 0.5), Whole(both), rows)
-    assert seen[-1] == 6, "rows of the step, not twice as many"
+        actual = run_step(rdrop(label_loss(LOSS), 0.5), single_pass_model, rows)
+    expected = run_step(rdrop(label_loss(LOSS), 0.5), OpaqueNetwork(two_pass_model), rows)
+    assert batch_sizes[-1] == 6, "the backbone gets the rows of the step once"
     assert "the backbone runs once" in caplog.text
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    statistics = zip(once.state_dict().items(), both.state_dict().values(), strict=True)
-    for name, (ours, theirs) in ((name, (one, other)) for (name, one), other in statistics):
+    for actual_tensor, expected_tensor in zip(actual, expected, strict=True):
+        torch.testing.assert_close(actual_tensor, expected_tensor, rtol=1e-9, atol=1e-12)
+    statistics = zip(single_pass_model.state_dict().items(), two_pass_model.state_dict().values(), strict=True)
+    for name, (actual_tensor, expected_tensor) in ((name, (one, other)) for (name, one), other in statistics):
         if name.endswith("running_var") and name.startswith("backbone"):
-            # the unbiased variance of n values instead of 2n, n being 6 images' pixels of one of the maps
-            ratio = (ours - 0.9) / (theirs - 0.9)
+            # the unbiased variance of n values instead of 2n; n is the number of pixels of 6 images in one of the maps
+            ratio = (actual_tensor - 0.9) / (expected_tensor - 0.9)
             possible = [n * (2 * n - 1) / ((n - 1) * 2 * n) for n in (6 * side**2 for side in range(2, 17))]
-            assert min(float((ratio - each).abs().max()) for each in possible) < 1e-9, name
+            assert min(float((ratio - value).abs().max()) for value in possible) < 1e-9, name
         else:
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(actual_tensor, expected_tensor, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_under_bf16_the_first_batch_has_all_its_gradients():
-    """What finds out what draws runs under no_grad within autocast, which must not keep the weights that it cast."""
+def test_first_batch_under_bf16_has_all_gradients():
+    """The check for randomness runs under no_grad and autocast, which must not cache the weights that it casts."""
     rows, criterion = MicroBatch(LARGE, TARGETS), label_loss(LOSS)
-    once, both = classifier("linear"), classifier("linear")
-    found = stepped(rdrop(criterion, 0.5), once, rows, bf16=True)
-    expected = stepped(rdrop(criterion, 0.5), Whole(both), rows, bf16=True)
-    assert float(found[1].abs().min() + expected[1].norm()) > 0
-    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 0.02
+    single_pass_model, two_pass_model = make_classifier("linear"), make_classifier("linear")
+    actual = run_step(rdrop(criterion, 0.5), single_pass_model, rows, bf16=True)
+    expected = run_step(rdrop(criterion, 0.5), OpaqueNetwork(two_pass_model), rows, bf16=True)
+    assert float(actual[1].abs().min() + expected[1].norm()) > 0
+    assert float((actual[1] - expected[1]).norm() / expected[1].norm()) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -146,25 +146,25 @@ def test_under_bf16_the_first_batch_has_all_its_gradients():
         ("efficientnet_pytorch/efficientnet-b0", {"drop_connect_rate": 0.2, "image_size": 64}),
     ],
 )
-def test_randomness_in_the_backbone_is_found_wherever_it_is_written(backbone, options):
+def test_is_stochastic_detects_every_kind_of_randomness_in_a_backbone(backbone, options):
     torch.manual_seed(0)
-    made = build_backbone(backbone, False, options)
-    state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    network = build_backbone(backbone, False, options)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     torch.manual_seed(1)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert is_stochastic(made, images)
+    assert is_stochastic(network, images)
     assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(1)))
-    for name, tensor in made.state_dict().items():
+    for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-    modes = [module.training for module in made.eval().modules()]
-    is_stochastic(made, images)
-    assert [module.training for module in made.modules()] == modes
+    modes = [module.training for module in network.eval().modules()]
+    is_stochastic(network, images)
+    assert [module.training for module in network.modules()] == modes
 
 
-def test_a_backbone_that_draws_runs_twice():
-    model = classifier("linear")
+def test_stochastic_backbone_runs_twice():
+    model = make_classifier("linear")
     model.backbone = nn.Sequential(model.backbone, nn.Dropout(0.1))
-    seen = []
-    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    batch_sizes = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: batch_sizes.append(len(inputs[0])))
     rdrop(label_loss(LOSS), 0.5)(model, MicroBatch(LARGE, TARGETS))
-    assert seen[-1] == 12
+    assert batch_sizes[-1] == 12
