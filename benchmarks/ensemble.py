@@ -60,7 +60,7 @@ def stage(photos: Path, models: Path, options: Options) -> Call:
         "SM_OUTPUT_DATA_DIR": str(options.empty_folder("runs", "ensemble")),
     }
     arguments = ["ensemble", "ensemble.blend=mean", f"predict.device={options.device}"]
-    return Call(["-m", "benchmarks.watched", "stage", *arguments], channels)
+    return Call(["-m", "benchmarks.instrumented_stage", "stage", *arguments], channels)
 
 
 def run_models(request: dict[str, Any]) -> list[dict[str, float]]:

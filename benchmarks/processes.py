@@ -28,7 +28,7 @@ from fivefold.launchers.local import settings_variables
 from fivefold.progress import track
 
 T = TypeVar("T")
-METER = Path(__file__).with_name("meter.py")
+RUSAGE = Path(__file__).with_name("rusage.py")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 TURN_SOCKET = "BENCHMARK_TURN_SOCKET"
 """Variable with the number of the socket that tells a process its turn. If it is not set, the process is measured alone."""
@@ -140,7 +140,7 @@ def _started(call: Call, threads: int, *files: int) -> Iterator[Callable[[], End
         stdout, stderr, used = (Path(folder) / name for name in ("stdout", "stderr", "used.json"))
         with open(stdout, "wb") as out, open(stderr, "wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", METER, used, sys.executable, *call.arguments],
+                [sys.executable, "-I", "-S", RUSAGE, used, sys.executable, *call.arguments],
                 cwd=ROOT,
                 env=_environment(threads) | dict(call.variables),
                 stdin=subprocess.DEVNULL,

@@ -69,7 +69,7 @@ class Target(NamedTuple):
     unit: str
     at_most: bool
 
-    def judge(self, value: float) -> str:
+    def check(self, value: float) -> str:
         """Return `reached`, `missed`, or "" without a limit."""
         if math.isnan(self.limit):
             return ""
@@ -120,7 +120,7 @@ def save(name: str, finding: Finding, options: Options, facts: Mapping[str, Any]
         "what": target.text,
         "bar": str(target),
         "figure": dict(finding.figure),
-        "verdict": target.judge(finding.figure["median"]),
+        "outcome": target.check(finding.figure["median"]),
         **finding.details,
         "options": options.model_dump(exclude_defaults=True, exclude=set(NOT_SAVED)),
         "machine": dict(facts),
@@ -149,7 +149,7 @@ def _cells(row: dict[str, Any], target: Target, machines: list[str]) -> list[str
     if machine not in machines:
         machines.append(machine)
     spread = "" if figure["n"] == 1 else f" [{target.number(figure['q1'])}, {target.number(figure['q3'])}]"
-    missed = ", missed" if target.judge(figure["median"]) == "missed" else ""
+    missed = ", missed" if target.check(figure["median"]) == "missed" else ""
     changed = " ".join(f"{name}={value}" for name, value in row["options"].items() if name in SHOWN)
     text = (
         f"{target.number(figure['median'])} {target.unit}".strip()

@@ -66,7 +66,7 @@ def train_fold(settings: Sequence[str], photos: Path, split: Path, options: Opti
         "SM_CHECKPOINT_DIR": folder / "checkpoints",
     }
     cache = f"data.cache={options.folder('caches')}"
-    arguments = ["-m", "benchmarks.watched", "epochs", "train-fold", "FOLD=0", cache, *settings]
+    arguments = ["-m", "benchmarks.instrumented_stage", "epochs", "train-fold", "FOLD=0", cache, *settings]
     return Call(arguments, {name: str(path) for name, path in channels.items()})
 
 
@@ -154,7 +154,7 @@ def timm_call(work: Workload, setting: Setting, **more: Any) -> Call:
         "lr": LR,
         "weight_decay": WEIGHT_DECAY,
     }
-    return Call(["-m", "benchmarks.timm_loop", json.dumps(request | more)])
+    return Call(["-m", "benchmarks.timm_train", json.dumps(request | more)])
 
 
 def fold_zero(photos: Path, split: Path, options: Options) -> Path:

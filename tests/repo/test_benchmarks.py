@@ -141,12 +141,12 @@ def test_cuda_without_a_gpu_is_an_error():
     assert main(["train", "device=cuda"]) == 64
 
 
-def test_targets_judge_and_format():
+def test_targets_check_and_format():
     least, most = Target("a ratio", 0.97, "", False), Target("seconds", 4, "s", True)
-    assert [least.judge(value) for value in (0.97, 0.969)] == ["reached", "missed"]
-    assert [most.judge(value) for value in (4, 4.01)] == ["reached", "missed"]
+    assert [least.check(value) for value in (0.97, 0.969)] == ["reached", "missed"]
+    assert [most.check(value) for value in (4, 4.01)] == ["reached", "missed"]
     assert (str(least), str(most)) == ("≥ 0.97", "≤ 4 s")
-    assert Target("no target", float("nan"), "", False).judge(1) == ""
+    assert Target("no target", float("nan"), "", False).check(1) == ""
 
 
 def test_rows_are_saved_beside_earlier_ones(tmp_path):
@@ -157,7 +157,7 @@ def test_rows_are_saved_beside_earlier_ones(tmp_path):
     results.save("loader", Finding("of_torchvision", spread([1.5])), options, one)
     path = results.save("loader", Finding("of_torchvision", spread([1.25])), parse([f"results={tmp_path}"]), other)
     rows = json.loads(path.read_text())["rows"]
-    assert rows["loader"]["verdict"] == "reached"
+    assert rows["loader"]["outcome"] == "reached"
     assert rows["of_torchvision"]["figure"]["median"] == 1.25
     assert rows["loader"]["options"] == {"pairs": 3, "count": 99}
     text = results.markdown_table(tmp_path)
@@ -176,7 +176,7 @@ def test_sigterm_ends_the_measured_process(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "loader", "count=40", f"work={tmp_path}", f"results={tmp_path}"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
-    while len(measured := psutil.Process(process.pid).children(recursive=True)) < 2:  # the meter and the stage
+    while len(measured := psutil.Process(process.pid).children(recursive=True)) < 2:  # rusage and the stage
         assert time.monotonic() < until
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)

@@ -43,7 +43,7 @@ class Batcher:
         seen: Callable[[int], None],
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self._judge, self._size, self._max_wait = predict, size, max_wait
+        self._predict, self._size, self._max_wait = predict, size, max_wait
         self._under_way, self._seen, self._begin = in_flight, seen, begin
         self._loop = asyncio.get_running_loop()
         self._queue: deque[PendingImage] = deque()
@@ -99,7 +99,7 @@ class Batcher:
     def _run(self, batch: Sequence[PendingImage]) -> None:
         """Run the model on a batch; if it fails, retry image by image, so that a bad image does not fail the others."""
         try:
-            rows = self._judge([entry.image for entry in batch])
+            rows = self._predict([entry.image for entry in batch])
             results = list(zip([entry.result for entry in batch], rows, strict=True))
         except Exception as error:
             if len(batch) > 1:

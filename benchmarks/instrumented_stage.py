@@ -1,4 +1,4 @@
-"""Run a stage and time a part of it: `python -m benchmarks.watched WATCH STAGE KEY=VALUE…`.
+"""Run a stage and time a part of it: `python -m benchmarks.instrumented_stage WATCH STAGE KEY=VALUE…`.
 
 The stage runs in this process, as in `python -m jobs STAGE …`. The last line on stdout has the times as JSON.
 """

@@ -1,4 +1,4 @@
-"""Run a command and write its time and peak memory to a file as JSON: `python -I -S benchmarks/meter.py FILE COMMAND…`.
+"""Run a command and write its time and peak memory to a file as JSON: `python -I -S benchmarks/rusage.py FILE COMMAND…`.
 
 This process is small on purpose: the kernel counts the memory of the parent at the start towards the peak of a new process.
 """

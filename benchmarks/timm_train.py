@@ -1,4 +1,4 @@
-"""timm's training loop as a user runs it: `python -m benchmarks.timm_loop JSON`.
+"""timm's training loop as a user runs it: `python -m benchmarks.timm_train JSON`.
 
 timm's training script is not part of its package, so this loop calls timm's public parts in the order of the script.
 It omits parts that cost time and are not needed: the summary CSV, EMA, mixup, checkpoints within a run. If the script has a choice,
