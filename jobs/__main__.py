@@ -97,7 +97,7 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
                 environ = env_for_run(stage, environ, run_path(settings.runs, settings.run), settings.fold)
             job = context_from_env(stage, environ, Path(scratch))
             with ranks.process_group(job), job.remote:
-                (run_stage if job.rank.is_main else ranks.run_as_worker)(job, settings)
+                (run_stage if job.rank.is_main else run_stage_as_worker)(job, settings)
             raise_if_stopped()
         return 0
     except (KeyboardInterrupt, Exception) as error:
@@ -155,6 +155,13 @@ def run_stage(job: StageContext, settings: Settings) -> None:
     if job.stage.writes_model:
         job.remote.delete_checkpoints(job.checkpoints())
         shutil.rmtree(job.checkpoints(), ignore_errors=True)
+
+
+def run_stage_as_worker(job: StageContext, settings: Settings) -> None:
+    """Run the stage on a rank other than 0: train, but write no files."""
+    job.check_channels()
+    if ranks.broadcast_decision(job, settings, False):
+        import_module(job.stage.module, __package__).main(job, settings)
 
 
 def with_checkpoint_folder(job: StageContext, key: CacheKey) -> StageContext:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from fivefold.build import (
@@ -190,13 +191,24 @@ def load_model(
         settings, link = Settings.model_validate(source.info["settings"]), source.info["link"]
         LINKS[link]
     except (ValueError, KeyError) as error:
-        raise DataError(f"{source.path}: {MODEL} does not describe a valid model: {error}") from error
+        raise DataError(f"{source.path}: {MODEL} does not describe a valid model: {_first_problem(error)}") from error
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update=dict(explicit))})
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, len(source.info["classes"]))
     load_strict(network, source.path / weights)
     runtime = make_prediction_runtime(settings, source.info["precision"], explicit.get("device", "auto"), process_group)
     return TrainedModel(source, settings, runtime.to_device(network).eval(), runtime, link)
+
+
+def _first_problem(error: Exception) -> str:
+    """Return the first problem of the settings in a model.json, and what to do if another version wrote them."""
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    problems = error.errors()
+    key, more = ".".join(map(str, problems[0]["loc"])), f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problems[0]["type"] == "extra_forbidden":
+        return f"unknown setting {key!r}{more}; another version of Fivefold wrote it: use that version, or train again"
+    return f"{key}: {problems[0]['msg']}{more}"
 
 
 def save_model(

@@ -323,3 +323,17 @@ def test_a_model_json_names_no_other_weights(option, tmp_path):
     write_json(folder / "model.json", info)
     with pytest.raises(DataError, match=option):
         load_model(open_model_dir(folder), {})
+
+
+def test_a_model_of_another_version_is_refused_in_one_line_that_names_a_setting(tmp_path):
+    folder = save(tmp_path / "model", None)
+    info = read_json(folder / "model.json")
+    info["settings"]["train"] |= {"clip": 1.0, "keep_raw": False}
+    write_json(folder / "model.json", info)
+    with pytest.raises(DataError, match=r"train\.clip.*and 1 more") as caught:
+        load_model(open_model_dir(folder), {})
+    assert "\n" not in str(caught.value)
+    info["settings"]["train"] = {"epochs": 0}
+    write_json(folder / "model.json", info)
+    with pytest.raises(DataError, match=r"train\.epochs"):
+        load_model(open_model_dir(folder), {})

@@ -1,10 +1,9 @@
-"""Multi-process stages: start the ranks, broadcast rank 0's decisions, and run the other ranks."""
+"""Multi-process stages: start the ranks, and broadcast rank 0's decisions."""
 
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from typing import Any
 
 from fivefold.config.loading import hashed_settings
@@ -64,13 +63,6 @@ def broadcast_decision(job: StageContext, settings: Settings, run: bool) -> bool
         serialised, "its settings differ from those of rank 0; give all hosts the same arguments and variables"
     )
     return process_group.broadcast(run)
-
-
-def run_as_worker(job: StageContext, settings: Settings) -> None:
-    """Run the stage on a rank other than 0: train, but write no files."""
-    job.check_channels()
-    if broadcast_decision(job, settings, False):
-        import_module(job.stage.module, __package__).main(job, settings)
 
 
 def _count_processes(stage: Stage, environ: Mapping[str, str], settings: Callable[[], Settings]) -> int:
