@@ -1,4 +1,4 @@
-"""What tests of several folders need."""
+"""Fixtures shared by tests in several folders."""
 
 import logging
 import subprocess
@@ -16,21 +16,21 @@ from toy_data import draw_toy_images, make_product_run, make_toy_run
 
 
 @pytest.fixture(autouse=True)
-def loud_log() -> Iterator[None]:
-    """A stage that ran in the place of a further process leaves the log quiet; the next test has it as it was."""
+def reset_log_level() -> Iterator[None]:
+    """Reset the log level: a stage that runs as a rank other than 0 in this process silences the log."""
     yield
     logging.getLogger("fivefold").setLevel(logging.NOTSET)
 
 
 @contextmanager
-def disk_of(size: str, folder: Path) -> Iterator[Path]:
-    """A real file system of this size, in memory; the test is skipped where none can be mounted."""
+def mount_disk(size: str, folder: Path) -> Iterator[Path]:
+    """Mount an in-memory file system of this size; skip the test if none can be mounted."""
     disk = folder / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
-    mounted = subprocess.run(command, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"no file system can be mounted here: {result.stderr.strip()}")
     yield disk
     subprocess.run(["umount", disk], check=True)
 
@@ -38,43 +38,43 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 64 KiB."""
-    with disk_of("64k", tmp_path) as disk:
+    with mount_disk("64k", tmp_path) as disk:
         yield disk
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 8 MiB."""
-    with disk_of("8m", tmp_path) as disk:
+    with mount_disk("8m", tmp_path) as disk:
         yield disk
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """The endpoint of a real server of S3's protocol, one for all tests of a process."""
-    with served() as found:
-        yield found
+    """The endpoint of a real server for S3's protocol; all tests of a process share it."""
+    with served() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
 def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
-    """An empty bucket of this test's own, and the credentials for it."""
-    found = Bucket.made(s3_endpoint, request.node.nodeid)
-    for name, value in found.environ().items():
+    """An empty bucket for this test, with its credentials in the environment."""
+    test_bucket = Bucket.made(s3_endpoint, request.node.nodeid)
+    for name, value in test_bucket.environ().items():
         monkeypatch.setenv(name, value)
-    return found
+    return test_bucket
 
 
 @dataclass(frozen=True)
 class DrawnProducts:
-    """A folder with `image_data.csv` and the images that it names; `category` of each product id."""
+    """A folder with `image_data.csv` and its images, and the category of each product id."""
 
     root: Path
     category: dict[str, str]
 
 
 def draw_products(root: Path, count: int = 40, size: int = 16) -> DrawnProducts:
-    """Products with a differing number of drawn images in each cell, in Korean categories of unequal size."""
+    """Draw products with a varying number of images per cell, in Korean categories of unequal size."""
     random = np.random.default_rng(0)
     bright = {"main": 0, "back": 0, "tag": 1, "neck": 2, "etc": None}
     category = {f"P{n:03d}": "상의" if n % 10 < 7 else "하의" if n % 10 < 9 else "가방" for n in range(count)}
@@ -82,7 +82,7 @@ def draw_products(root: Path, count: int = 40, size: int = 16) -> DrawnProducts:
     for number, (product, name) in enumerate(category.items()):
         cells = []
         for column, channel in bright.items():
-            # The other cells hold from none to two images; both signs between paths occur.
+            # The other cells hold zero to two images; both separators between paths occur.
             images = [
                 f"사진/{product}/{column}_{n}.png" for n in range(1 if column == "main" else (number + len(cells)) % 3)
             ]
@@ -99,17 +99,17 @@ def draw_products(root: Path, count: int = 40, size: int = 16) -> DrawnProducts:
 
 @pytest.fixture(scope="session")
 def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
-    """Forty drawn products in the layout `products`; read only."""
+    """Forty drawn products in the layout `products`; read-only."""
     return draw_products(tmp_path_factory.mktemp("products"))
 
 
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the toy images with all its steps, read only: a test that changes it takes `copy_run`."""
+    """A run of the toy images with all its steps; read-only: a test that changes it uses `copy_run`."""
     return make_toy_run(draw_toy_images(tmp_path_factory.mktemp("toy")))
 
 
 @pytest.fixture(scope="session")
 def product_run(products: DrawnProducts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the drawn products, read only."""
+    """A run of the drawn products; read-only."""
     return make_product_run(products.root, tmp_path_factory.mktemp("product-run"))

@@ -1,4 +1,4 @@
-"""A store of images that counts, for tests of several folders."""
+"""An image store that counts reads."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,7 +7,7 @@ from fivefold.data.readers.stores import FolderStore
 
 
 class CountingStore(FolderStore):
-    """A folder that counts how often each of its files is read."""
+    """A folder store that counts how often it reads each file."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)

@@ -1,4 +1,4 @@
-"""`python parted.py IMAGES RESULTS`: trains every case as one of the processes of RANK and WORLD_SIZE; what came out, as a file."""
+"""`python distributed_worker.py IMAGES RESULTS`: train every case as the process that RANK and WORLD_SIZE define; save the results."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ SIZE = 20
 PLAIN = {"backbone": "fivefold/base_model", "backbone_kwargs": {"dropout": 0.0}, "dropout": 0.0}
 NORMED = {"backbone": "fivefold/small_net", "backbone_kwargs": {"widths": [8, 16], "stem": 8}, "dropout": 0.3}
 CASES: dict[str, dict[str, Any]] = {
-    # 26 rows in batches of 8: parts of 4 and 4 rows, and a last batch of 2 that is too small to be parted
+    # 26 rows in batches of 8: each is split into 4 and 4 rows; the last batch of 2 is too small to split
     "plain": {},
     "uneven": {"batch_size": 7},
     "mixup": {"batch_mix": "mixup"},
@@ -49,29 +49,29 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bf16": {"precision": "bf16"},
 }
-"""Networks without BatchNorm and dropout: as one process trains them."""
+"""Networks without BatchNorm and dropout: several processes must train them as one process does."""
 OTHERS: dict[str, dict[str, Any]] = {
     "norms": {"network": NORMED, "ema_decay": 0.9, "sam_rho": 0.05, "batch_mix": "mixup"},
     "frozen norms": {"network": NORMED, "freeze_epochs": EPOCHS, "grad_accum_steps": 2},
     "one step": {"network": NORMED, "epochs": 1, "batch_size": ROWS},
 }
-"""What each process draws or counts by itself: here the processes must stay alike."""
+"""Networks with per-process random draws or statistics: the processes must stay equal to each other."""
 COUNTS = (1, 2, 3, 4, 5, ROWS)
 
 
 def images_in(
     folder: Path, transform: list[str], names: list[str] | None = None, meta: tuple[str, ...] = ()
 ) -> ImageDataset:
-    found = sorted(path.name for path in folder.iterdir()) if names is None else names
-    return ImageDataset(CountingStore(folder), found, build_transforms(transform, (SIZE, SIZE)), seed=1, meta=meta)
+    files = sorted(path.name for path in folder.iterdir()) if names is None else names
+    return ImageDataset(CountingStore(folder), files, build_transforms(transform, (SIZE, SIZE)), seed=1, meta=meta)
 
 
 def settings_of(case: dict[str, Any]) -> Settings:
-    chosen = {key: case[key] for key in case.keys() - {"batch_mix", "image_stats", "network", "unlabelled", "taught"}}
+    train = {key: case[key] for key in case.keys() - {"batch_mix", "image_stats", "network", "unlabelled", "taught"}}
     return Settings(
         model=Model(**(case.get("network", PLAIN) | {"image_size": SIZE, "image_stats": case.get("image_stats", [])})),
         augment=Augment(batch_mix=case.get("batch_mix", "none"), mix_alpha=0.7),
-        train=Train(**{"epochs": EPOCHS, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "precision": "fp32", "num_workers": 0} | chosen),
+        train=Train(**{"epochs": EPOCHS, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "precision": "fp32", "num_workers": 0} | train),
         distill=Distill(temperature=2.0, temperature_decay=0.9, alpha_anneal_fraction=0.7),
     )  # fmt: skip
 
@@ -80,10 +80,10 @@ def trained(
     folder: Path,
     case: dict[str, Any],
     replicas: ProcessGroup = SINGLE_PROCESS,
-    kept: Checkpoints | None = None,
+    checkpoints: Checkpoints | None = None,
     stop: int = 0,
 ) -> dict[str, Any]:
-    """The rows of the epochs, the states of all models at the end, the kept epochs; stopped in step `stop`, if there is one."""
+    """Train and return the rows of the epochs, the final states of all models and the best epochs; SIGTERM in step `stop`, if not 0."""
     settings = settings_of(case)
     dtype = torch.bfloat16 if case.get("precision") == "bf16" else None
     runtime = make_runtime(torch.device("cpu"), dtype, True, [0.5] * 3, [0.25] * 3, replicas)
@@ -102,52 +102,52 @@ def trained(
     rows: list[dict[str, Any]] = []
     steps = iter(range(1, 10_000))
 
-    def strike() -> None:
+    def signal_self() -> None:
         if next(steps) == stop:
             os.kill(os.getpid(), 15)
 
-    own = kept if replicas.rank.is_main else None
-    loop = replace(loop, observers=[rows.append], checkpoints=own, after_step=[strike, *loop.after_step])
+    main_only = checkpoints if replicas.rank.is_main else None
+    loop = replace(loop, observers=[rows.append], checkpoints=main_only, after_step=[signal_self, *loop.after_step])
     best = fit(loop)
     states = {
-        name: {key: each.clone() for key, each in model.state_dict().items()}
+        name: {key: value.clone() for key, value in model.state_dict().items()}
         for name, model in loop.scored_models.items()
     }
-    return {"rows": rows, "states": states, "best": {name: each.epoch for name, each in best.items()}}
+    return {"rows": rows, "states": states, "best": {name: value.epoch for name, value in best.items()}}
 
 
 def predicted(folder: Path, count: int, replicas: ProcessGroup = SINGLE_PROCESS) -> dict[str, Any]:
-    """The log-probabilities of the first `count` images, and what was read for them."""
+    """Return the log-probabilities of the first `count` images and the names of the images read."""
     seed_everything(0)
     network = build_classifier(settings_of({}).model, 3)
     images = images_in(folder, [], sorted(path.name for path in folder.iterdir())[:count])
     runtime = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.25] * 3, replicas)
-    found = predict_all(network, images, 4, 0, runtime, ["plain", "flip"])
-    return {"found": torch.from_numpy(found), "read": list(images.store.reads.elements())}
+    log_probs = predict_all(network, images, 4, 0, runtime, ["plain", "flip"])
+    return {"found": torch.from_numpy(log_probs), "read": list(images.store.reads.elements())}
 
 
-def stopped_and_gone_on(folder: Path, kept: Path, replicas: ProcessGroup) -> dict[str, Any]:
-    """A run of which the last process alone is told to stop in a step, and goes on from the first one's checkpoint."""
+def train_stop_and_resume(folder: Path, checkpoints: Path, replicas: ProcessGroup) -> dict[str, Any]:
+    """Stop a run by a signal to the last process only, then resume it from the first process's checkpoint."""
     case, is_last = OTHERS["norms"], replicas.rank.index == replicas.rank.world_size - 1
-    told = 0
+    signal_number = 0
     with defer_signals():
         try:
-            trained(folder, case, replicas, Checkpoints(kept), stop=6 if is_last else 0)
+            trained(folder, case, replicas, Checkpoints(checkpoints), stop=6 if is_last else 0)
         except StoppedError as error:
-            told = error.number
-    torch.manual_seed(99)  # whatever a new process has
-    return {"told": told, **trained(folder, case, replicas, Checkpoints(kept))}
+            signal_number = error.number
+    torch.manual_seed(99)  # a new process may have any random state
+    return {"told": signal_number, **trained(folder, case, replicas, Checkpoints(checkpoints))}
 
 
 def main(folder: Path, results: Path) -> None:
     torch.set_num_threads(1)
     with init_process_group(rank_from_env(os.environ)) as replicas:
-        found = {name: trained(folder, case, replicas) for name, case in {**CASES, **OTHERS}.items()}
-        found["stopped"] = stopped_and_gone_on(folder, results / "kept", replicas)
-        found["predicted"] = {str(count): predicted(folder, count, replicas) for count in COUNTS}
-        words = replicas.broadcast({"word": f"of {replicas.rank.index}", "numbers": torch.arange(3.0)})
-        found["shared"] = words
-        torch.save(found, results / f"{replicas.rank.index}.pt")
+        output = {name: trained(folder, case, replicas) for name, case in {**CASES, **OTHERS}.items()}
+        output["stopped"] = train_stop_and_resume(folder, results / "kept", replicas)
+        output["predicted"] = {str(count): predicted(folder, count, replicas) for count in COUNTS}
+        shared = replicas.broadcast({"word": f"of {replicas.rank.index}", "numbers": torch.arange(3.0)})
+        output["shared"] = shared
+        torch.save(output, results / f"{replicas.rank.index}.pt")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The image on a real engine, and what its stages write held against a run of this machine's own processes."""
+"""The image on a real Docker engine, and the comparison of its outputs with those of a local run."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 IMAGE = os.environ.get("FIVEFOLD_IMAGE", "fivefold:latest")
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS: dict[str, Any] = {"train.epochs": 2, "train.warmup_epochs": 0, "train.loggers": []}
-"""The demo, in seconds."""
+"""Settings with which the demo takes seconds."""
 COMPARED = (
     "folds.parquet",
     "model.safetensors",
@@ -21,9 +21,9 @@ COMPARED = (
     "predictions.parquet",
     "submission.csv",
 )
-"""What must be the same bytes on every platform."""
+"""Files whose bytes must be equal on every platform."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""Another number of threads gives other bits."""
+"""Another number of threads changes the results' bits."""
 
 
 def docker(*arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -37,7 +37,7 @@ def called(
     check: bool = True,
     timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """A process that is over, with what it printed, which an AssertionError shows where it fails (but without `check`)."""
+    """Run a command and return its result; unless `check` is false, a failure is an AssertionError with the output."""
     done = subprocess.run(command, env=environ, cwd=where, capture_output=True, text=True, timeout=timeout)
     assert not check or done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done
@@ -48,20 +48,20 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
 
 
 def run_here(runs: Path, data: Path) -> Path:
-    """The whole run by processes of this machine, of one thread each; its folder, `runs`/here."""
-    given = [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}", "run=here", "recipe=demo"]
-    command = [sys.executable, "-m", "jobs", "submit", *given, *as_arguments(SETTINGS)]
+    """Run the whole pipeline in local processes with one thread each; return its folder, `runs`/here."""
+    keys = [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}", "run=here", "recipe=demo"]
+    command = [sys.executable, "-m", "jobs", "submit", *keys, *as_arguments(SETTINGS)]
     called(command, {**os.environ, **ONE_THREAD})
     return runs / "here"
 
 
 def differing(run: Path, reference: Path, steps: Sequence[str] = ()) -> list[str]:
-    """The files of `reference` (of some of its steps alone, if any are named) that a run lacks or has with other bytes."""
-    wanted = sorted(path.relative_to(reference) for name in COMPARED for path in reference.rglob(name))
-    wanted = [path for path in wanted if not steps or path.parts[0] in steps]
-    assert wanted, f"{reference} holds nothing to compare"
-    return [str(path) for path in wanted if not _same(run / path, reference / path)]
+    """Return the files of `reference` (only those of `steps`, if any) that are missing in `run` or differ."""
+    paths = sorted(path.relative_to(reference) for name in COMPARED for path in reference.rglob(name))
+    paths = [path for path in paths if not steps or path.parts[0] in steps]
+    assert paths, f"{reference} holds nothing to compare"
+    return [str(path) for path in paths if not _have_same_bytes(run / path, reference / path)]
 
 
-def _same(one: Path, other: Path) -> bool:
+def _have_same_bytes(one: Path, other: Path) -> bool:
     return one.is_file() and one.read_bytes() == other.read_bytes()

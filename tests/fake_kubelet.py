@@ -1,6 +1,6 @@
-"""A Job's pods on a Docker engine, as a kubelet would start them: user, mounts, variables, last words.
+"""Run a Job's pods on a Docker engine as a kubelet would: user, mounts, variables, termination message.
 
-What a kubelet does and this does not: it places no pod, gives no GPU, and tries nothing again.
+Unlike a kubelet, it does not schedule pods, assign GPUs or restart containers.
 """
 
 import os
@@ -15,12 +15,12 @@ from kubernetes_schemas import expand
 
 INDEX = "batch.kubernetes.io/job-completion-index"
 MEMORY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
-SECONDS_AT_MOST = 900
+TIMEOUT_SECONDS = 900
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a pod ended: its exit code, what it said, and its termination message."""
+    """Outcome of a pod: exit code, log, and termination message (`words`)."""
 
     code: int
     log: str
@@ -29,9 +29,9 @@ class Ended:
 
 @dataclass(frozen=True)
 class Node:
-    """A machine with one claim, which is a folder; `image` stands for the one that manifests name.
+    """A machine with one claim, which is a folder; `image` replaces the image that manifests name.
 
-    `maps` are ConfigMaps and Secrets by name. Without a `network` a container reaches nothing but itself.
+    `maps` holds ConfigMaps and Secrets by name. Without a `network` a container can reach only itself.
     """
 
     claim: Path
@@ -40,52 +40,52 @@ class Node:
     network: str = "none"
 
     def run(self, job: Mapping[str, Any], index: int | None = None) -> Ended:
-        """Runs the pod of a Job, of an Indexed Job the one with this index, to its end."""
+        """Run a Job's pod to its end; `index` selects the pod of an Indexed Job."""
         spec = job["spec"]["template"]["spec"]
         assert (index is not None) == (job["spec"].get("completionMode") == "Indexed")
         container = spec["containers"][0]
-        words = self.claim.parent / f"termination-log-{job['metadata']['name']}-{index}"
-        words.write_text("")
-        words.chmod(0o666)
+        message_file = self.claim.parent / f"termination-log-{job['metadata']['name']}-{index}"
+        message_file.write_text("")
+        message_file.chmod(0o666)
         self._own_claim(spec["securityContext"]["fsGroup"])
-        known = self.variables(container, index)
+        values = self.variables(container, index)
         command = [
             *("docker", "run", "--rm", "--network", self.network),
-            *_security(spec, container),
+            *_security_options(spec, container),
             *self._mounts(spec, container),
-            *("--volume", f"{words}:{container.get('terminationMessagePath', '/dev/termination-log')}"),
-            *(text for name in known for text in ("--env", name)),
-            *_command(container, self.image, known),
+            *("--volume", f"{message_file}:{container.get('terminationMessagePath', '/dev/termination-log')}"),
+            *(text for name in values for text in ("--env", name)),
+            *_command(container, self.image, values),
         ]
-        variables = {**os.environ, **known}
-        ended = subprocess.run(
-            command, env=variables, capture_output=True, text=True, timeout=SECONDS_AT_MOST, check=False
+        environ = {**os.environ, **values}
+        result = subprocess.run(
+            command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
-        return Ended(ended.returncode, ended.stdout + ended.stderr, words.read_text("utf-8"))
+        return Ended(result.returncode, result.stdout + result.stderr, message_file.read_text("utf-8"))
 
     def run_all(self, job: Mapping[str, Any]) -> list[Ended]:
-        """Runs every index of a Job."""
+        """Run every index of a Job."""
         indexed = job["spec"].get("completionMode") == "Indexed"
         return [self.run(job, index) for index in range(job["spec"]["completions"])] if indexed else [self.run(job)]
 
     def variables(self, container: Mapping[str, Any], index: int | None) -> dict[str, str]:
-        """The container's variables: those of its maps, then its own, each made of those before it, then the index."""
-        found: dict[str, str] = {}
+        """Return the container's variables: those of its maps, its own (which may use earlier ones), and the index."""
+        values: dict[str, str] = {}
         for source in container.get("envFrom", []):
             reference = source.get("configMapRef") or source["secretRef"]
             if reference["name"] not in self.maps and not reference.get("optional"):
                 raise AssertionError(f"no {reference['name']}: the pod would not start")
-            found |= self.maps.get(reference["name"], {})
+            values |= self.maps.get(reference["name"], {})
         for entry in container.get("env", []):
             if "valueFrom" in entry:
                 assert entry["valueFrom"]["fieldRef"]["fieldPath"] == f"metadata.annotations['{INDEX}']"
-                found[entry["name"]] = str(index)
+                values[entry["name"]] = str(index)
             else:
-                found[entry["name"]] = expand(entry["value"], found)
-        return found if index is None else {**found, "JOB_COMPLETION_INDEX": str(index)}
+                values[entry["name"]] = expand(entry["value"], values)
+        return values if index is None else {**values, "JOB_COMPLETION_INDEX": str(index)}
 
     def _own_claim(self, group: int) -> None:
-        """What a kubelet does for fsGroup: the claim's files belong to the group, and so will new ones."""
+        """Apply fsGroup as a kubelet does: the claim's files, and new ones, belong to the group."""
         for path in [self.claim, *self.claim.rglob("*")]:
             if path.stat().st_gid != group:
                 os.chown(path, -1, group)
@@ -93,12 +93,12 @@ class Node:
 
     def _mounts(self, spec: Mapping[str, Any], container: Mapping[str, Any]) -> list[str]:
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
-        found: list[str] = []
+        options: list[str] = []
         for mount in container["volumeMounts"]:
-            volume, where = volumes[mount["name"]], mount["mountPath"]
+            volume, path = volumes[mount["name"]], mount["mountPath"]
             if "emptyDir" in volume:
                 size = volume["emptyDir"].get("sizeLimit")
-                found += ["--tmpfs", f"{where}:rw,exec,mode=1777{f',size={_bytes(size)}' if size else ''}"]
+                options += ["--tmpfs", f"{path}:rw,exec,mode=1777{f',size={_parse_bytes(size)}' if size else ''}"]
             else:
                 assert volume["persistentVolumeClaim"]
                 folder = self.claim / mount["subPath"]
@@ -106,28 +106,28 @@ class Node:
                     folder.mkdir()
                     os.chown(folder, -1, spec["securityContext"]["fsGroup"])
                     folder.chmod(0o2775)
-                found += ["--volume", f"{folder}:{where}:{'ro' if mount.get('readOnly') else 'rw'}"]
-        return found
+                options += ["--volume", f"{folder}:{path}:{'ro' if mount.get('readOnly') else 'rw'}"]
+        return options
 
 
-def _security(spec: Mapping[str, Any], container: Mapping[str, Any]) -> list[str]:
-    whole, own = spec["securityContext"], container["securityContext"]
-    assert whole["seccompProfile"] == {"type": "RuntimeDefault"}, "the engine's own profile stands for it"
+def _security_options(spec: Mapping[str, Any], container: Mapping[str, Any]) -> list[str]:
+    pod, context = spec["securityContext"], container["securityContext"]
+    assert pod["seccompProfile"] == {"type": "RuntimeDefault"}, "the engine's default profile replaces it"
     return [
-        *("--user", f"{whole['runAsUser']}:{whole['runAsGroup']}", "--group-add", str(whole["fsGroup"])),
-        *(text for name in own["capabilities"]["drop"] for text in ("--cap-drop", name)),
-        *(["--read-only"] if own["readOnlyRootFilesystem"] else []),
-        *([] if own["allowPrivilegeEscalation"] else ["--security-opt", "no-new-privileges"]),
+        *("--user", f"{pod['runAsUser']}:{pod['runAsGroup']}", "--group-add", str(pod["fsGroup"])),
+        *(text for name in context["capabilities"]["drop"] for text in ("--cap-drop", name)),
+        *(["--read-only"] if context["readOnlyRootFilesystem"] else []),
+        *([] if context["allowPrivilegeEscalation"] else ["--security-opt", "no-new-privileges"]),
         *("--stop-timeout", str(spec["terminationGracePeriodSeconds"])),
     ]
 
 
-def _command(container: Mapping[str, Any], image: str, known: Mapping[str, str]) -> list[str]:
+def _command(container: Mapping[str, Any], image: str, values: Mapping[str, str]) -> list[str]:
     entrypoint, *first = container.get("command", [None])
-    arguments = [expand(text, known) for text in (*first, *container.get("args", []))]
+    arguments = [expand(text, values) for text in (*first, *container.get("args", []))]
     return [*(["--entrypoint", entrypoint] if entrypoint else []), image, *arguments]
 
 
-def _bytes(text: str) -> int:
+def _parse_bytes(text: str) -> int:
     number, unit = re.fullmatch(r"(\d+)([KMG]i)", text).groups()
     return int(number) * MEMORY[unit]

@@ -1,7 +1,7 @@
-"""`python struck.py SIGNAL POINT CALL DELAY STEPS STAGE KEY=VALUE…`: a stage that a signal hits.
+"""`python fault_injection.py SIGNAL POINT CALL DELAY STEPS STAGE KEY=VALUE…`: run a stage and send it a signal.
 
-It does so DELAY seconds after the CALL-th time that it comes by POINT, and then the time stands in STEPS.struck. A byte
-goes to the file STEPS for every step of its optimiser, so that nobody has to believe a log. POINT `never` only counts.
+The signal comes DELAY seconds after the CALL-th arrival at POINT; its time is written to STEPS.struck. The file STEPS gets
+one byte per optimiser step, so that tests need not rely on the log. POINT `never` only counts steps.
 """
 
 import io
@@ -23,74 +23,74 @@ from fivefold.data.pipeline.eval_cache import EvalImageCache
 from fivefold.stages import training_run
 from fivefold.training import checkpoints, trainer
 from fivefold.training.optim import Schedule
-from jobs import __main__ as door
+from jobs import __main__ as entry_point
 
 number, point, call, delay, steps, *arguments = sys.argv[1:]
-left = int(call)
+remaining_calls = int(call)
 
 
-def hit() -> None:
+def send_signal() -> None:
     Path(f"{steps}.struck").write_text(str(time.time()))
     os.kill(os.getpid(), signal.Signals[number])
 
 
-def strike() -> None:
-    """Counts down; at the last time, the signal: at once, or after the delay while the stage goes on."""
-    global left
-    left -= 1
-    if left == 0 and float(delay) == 0:
-        hit()
-    elif left == 0:
-        late = threading.Timer(float(delay), hit)
-        late.daemon = True
-        late.start()
+def count_down() -> None:
+    """Count down; on the last call send the signal: at once, or after the delay while the stage continues."""
+    global remaining_calls
+    remaining_calls -= 1
+    if remaining_calls == 0 and float(delay) == 0:
+        send_signal()
+    elif remaining_calls == 0:
+        timer = threading.Timer(float(delay), send_signal)
+        timer.daemon = True
+        timer.start()
 
 
-def before(owner: Any, name: str) -> None:
-    """Has `strike` called before each call of a function."""
+def count_down_before(owner: Any, name: str) -> None:
+    """Make `owner.name` call `count_down` before each of its calls."""
     function: Callable = getattr(owner, name)
 
     @wraps(function)
-    def struck(*given, **named):
-        strike()
-        return function(*given, **named)
+    def wrapper(*args, **kwargs):
+        count_down()
+        return function(*args, **kwargs)
 
-    setattr(owner, name, struck)
+    setattr(owner, name, wrapper)
 
 
-def half_written(state: Any, file: io.BufferedWriter) -> None:
-    whole = io.BytesIO()
-    torch.serialization.save(state, whole)
-    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+def save_in_two_halves(state: Any, file: io.BufferedWriter) -> None:
+    buffer = io.BytesIO()
+    torch.serialization.save(state, buffer)
+    file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     file.flush()
-    strike()
-    file.write(whole.getvalue()[len(whole.getvalue()) // 2 :])
+    count_down()
+    file.write(buffer.getvalue()[len(buffer.getvalue()) // 2 :])
 
 
 def count_steps(path: Path) -> None:
     call_schedule = Schedule.__call__
 
-    def counted(self: Schedule) -> None:
+    def counting_call(self: Schedule) -> None:
         with open(path, "ab") as file:
             file.write(b".")
         call_schedule(self)
 
-    Schedule.__call__ = counted
+    Schedule.__call__ = counting_call
 
 
 POINTS: dict[str, Callable[[], None]] = {
     "never": lambda: None,
-    "start": lambda: before(door, "compute_key"),
-    "caching": lambda: before(ImageDataset, "cache_in_memory"),
-    "preparing": lambda: before(EvalImageCache, "_make"),
-    "step": lambda: before(Schedule, "__call__"),
-    "validation": lambda: before(trainer, "validate"),
-    "checkpoint": lambda: setattr(checkpoints.torch, "save", half_written),
-    "views": lambda: before(training_run, "predict_images"),
-    "weights": lambda: before(trained_model, "save_weights"),
-    "record": lambda: before(door, "write_record"),
+    "start": lambda: count_down_before(entry_point, "compute_key"),
+    "caching": lambda: count_down_before(ImageDataset, "cache_in_memory"),
+    "preparing": lambda: count_down_before(EvalImageCache, "_make"),
+    "step": lambda: count_down_before(Schedule, "__call__"),
+    "validation": lambda: count_down_before(trainer, "validate"),
+    "checkpoint": lambda: setattr(checkpoints.torch, "save", save_in_two_halves),
+    "views": lambda: count_down_before(training_run, "predict_images"),
+    "weights": lambda: count_down_before(trained_model, "save_weights"),
+    "record": lambda: count_down_before(entry_point, "write_record"),
 }
 
 count_steps(Path(steps))
 POINTS[point]()
-sys.exit(door.main(arguments))
+sys.exit(entry_point.main(arguments))

@@ -1,6 +1,6 @@
-"""Processes of Python that need not import torch again: multiprocessing's fork server has done so before it forks them.
+"""Python processes that need not import torch again: multiprocessing's fork server imports it before it forks them.
 
-A process is a real one, with its own environment, folder and output, and a signal that hits it kills it alone.
+Each is a real process with its own environment, folder and output; a signal to it affects only this process.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ PRELOADED = (
     "fivefold.training.trainer", "fivefold.models.classifier", "fivefold.data.pipeline.dataset", "fivefold.inference.predictor",
     "fivefold.contract.s3.client", "fivefold.distillation",
 )  # fmt: skip
-"""What a stage imports; a name that cannot be imported here is left to the process."""
+"""Modules that a stage imports; the fork server skips names that it cannot import, and the process imports them."""
 
 
 def _begin(arguments: list[str], environ: dict[str, str], folder: str, output: str) -> None:
@@ -37,7 +37,7 @@ def _begin(arguments: list[str], environ: dict[str, str], folder: str, output: s
 
 
 class Forked:
-    """`python SCRIPT ARGUMENTS…`, with what it said in a file; `returncode` is negative where a signal ended it."""
+    """`python SCRIPT ARGUMENTS…` with its output in a file; `returncode` is negative if a signal ended it."""
 
     def __init__(self, arguments: Sequence[str], environ: Mapping[str, str], folder: Path = REPOSITORY):
         context = multiprocessing.get_context("forkserver")
@@ -50,30 +50,30 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """The exit code; None while it runs."""
+        """The exit code, or None while the process runs."""
         return self.process.exitcode
 
     def said(self) -> str:
-        """What it has written up to now."""
+        """Return the output so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def send_signal(self, number: int) -> None:
-        """Sends it a signal if it still runs."""
+        """Send a signal if the process still runs."""
         if self.returncode is None:
             assert self.process.pid is not None
             os.kill(self.process.pid, number)
 
     def ended(self, within: float) -> bool:
-        """Waits for its end, but no longer than these seconds; whether it came."""
+        """Wait at most `within` seconds for the end; return whether the process has ended."""
         self.process.join(within)
         return self.returncode is not None
 
     def wait(self, within: float = 240) -> str:
-        """Waits for its end; what it said. An AssertionError, and the process is killed, if it takes longer."""
+        """Wait for the end and return the output; after `within` seconds kill the process and raise AssertionError."""
         if not self.ended(within):
             self.process.kill()
             self.process.join()
             raise AssertionError(f"it still ran after {within} s: {self.said()}")
-        said = self.said()
+        output = self.said()
         self.log.unlink()
-        return said
+        return output

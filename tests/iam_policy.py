@@ -1,4 +1,4 @@
-"""What the policies of docs/ allow: as much of IAM's evaluation as they use, which is Allow, `*` and a few conditions."""
+"""Evaluate the IAM policies in docs/; only the parts that they use: Allow, `*` and a few conditions."""
 
 import json
 from collections.abc import Mapping
@@ -10,32 +10,32 @@ from urllib.parse import parse_qs, unquote, urlsplit
 DOCS = Path(__file__).parents[1] / "docs"
 PLACES = {"ACCOUNT": "123456789012", "BUCKET": "bucket", "DATA": "data", "PREFIX": "runs", "ROLE": "fivefold"}
 OPERATORS = {
-    "StringEquals": lambda value, wanted: value == wanted,
-    "StringLike": lambda value, wanted: value is not None and fnmatchcase(value, wanted),
-    "ArnLikeIfExists": lambda value, wanted: value is None or fnmatchcase(value, wanted),
+    "StringEquals": lambda value, expected: value == expected,
+    "StringLike": lambda value, pattern: value is not None and fnmatchcase(value, pattern),
+    "ArnLikeIfExists": lambda value, pattern: value is None or fnmatchcase(value, pattern),
 }
 
 
 class Policy:
-    """A policy of docs/, with the names of a bucket and the like put in."""
+    """A policy in docs/ with its placeholders (BUCKET and others) filled in."""
 
     def __init__(self, name: str, **places: str) -> None:
         text = (DOCS / name).read_text(encoding="utf-8")
-        for word, value in {**PLACES, **places}.items():
-            text = text.replace(word, value)
+        for placeholder, value in {**PLACES, **places}.items():
+            text = text.replace(placeholder, value)
         self.statements = json.loads(text)["Statement"]
 
     def allows(self, action: str, resource: str = "*", **context: str) -> bool:
-        """Whether a statement allows it; `context` has the values of conditions: prefix="a/" for s3:prefix."""
+        """Return whether a statement allows the action; `context` has the values of conditions: prefix="a/" for s3:prefix."""
         return any(
             action in statement["Action"]
             and any(fnmatchcase(resource, pattern) for pattern in as_list(statement.get("Resource", "*")))
-            and meets(statement.get("Condition", {}), context)
+            and conditions_hold(statement.get("Condition", {}), context)
             for statement in self.statements
         )
 
     def allows_request(self, method: str, path: str) -> bool:
-        """Whether it allows a request of S3's protocol, with the bucket in its path."""
+        """Return whether the policy allows a request of S3's protocol, with the bucket in its path."""
         parts = urlsplit(path)
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
         query = parse_qs(parts.query, keep_blank_values=True)
@@ -49,17 +49,17 @@ class Policy:
         return self.allows("s3:ListBucket", f"arn:aws:s3:::{bucket}", prefix=prefix)
 
     def of_objects(self, bucket: str, key: str) -> set[str]:
-        """What may be done with an object: Get, Put, Delete."""
+        """Return which of Get, Put and Delete are allowed on an object."""
         return {
             name for name in ("Get", "Put", "Delete") if self.allows(f"s3:{name}Object", f"arn:aws:s3:::{bucket}/{key}")
         }
 
 
-def meets(conditions: Mapping[str, Mapping[str, Any]], context: Mapping[str, str]) -> bool:
+def conditions_hold(conditions: Mapping[str, Mapping[str, Any]], context: Mapping[str, str]) -> bool:
     return all(
-        any(OPERATORS[operator](context.get(key.partition(":")[2]), value) for value in as_list(wanted))
+        any(OPERATORS[operator](context.get(key.partition(":")[2]), value) for value in as_list(expected))
         for operator, tests in conditions.items()
-        for key, wanted in tests.items()
+        for key, expected in tests.items()
     )
 
 

@@ -1,14 +1,14 @@
-"""Who may enter the folders of tests."""
+"""Permissions of the folders of tests."""
 
 import tempfile
 from pathlib import Path
 
 
 def let_others_in(*folders: Path) -> None:
-    """Lets every user into `folders` and into what they lie in, up to the temporary folder, which is the machine's."""
-    outside = Path(tempfile.gettempdir()).resolve()
+    """Give every user access to `folders` and their parents, up to the machine's temporary folder."""
+    limit = Path(tempfile.gettempdir()).resolve()
     for folder in folders:
-        for each in (folder, *folder.parents):
-            if each.resolve() == outside or not each.resolve().is_relative_to(outside):
+        for path in (folder, *folder.parents):
+            if path.resolve() == limit or not path.resolve().is_relative_to(limit):
                 break
-            each.chmod(each.stat().st_mode | 0o055)
+            path.chmod(path.stat().st_mode | 0o055)

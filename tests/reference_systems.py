@@ -1,4 +1,4 @@
-"""The five reference systems: how each is drawn, which commands run it, which files it must leave, and its scores."""
+"""The five reference systems: how to draw their data, the commands that run them, the expected files, and their scores."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ print(json.dumps(ImageClassificationAPI(sys.argv[1]).predict(sys.argv[2:]), ensu
 
 @dataclass(frozen=True)
 class Command:
-    """`python <program> <arguments>` with variables; what it prints is kept in the file `printed`."""
+    """`python <program> <arguments>` with variables; its output is saved to the file `printed`."""
 
     arguments: tuple[str, ...]
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -31,9 +31,9 @@ class Command:
 
 @dataclass(frozen=True)
 class System:
-    """`draw` fills a folder with its data; `commands` run there, one after the other; `files` are then there.
+    """`draw` writes the data to a folder; `commands` run there one after the other; `files` must exist afterwards.
 
-    `commands` is told the folder, since a later one may take up what an earlier one has named.
+    `commands` takes the folder because a later command may use a name that an earlier one created.
     """
 
     draw: Callable[[Path], None]
@@ -51,13 +51,13 @@ def submit(recipe: str, *arguments: str) -> Command:
 
 
 def export(model: str, folder: str, file: str, *arguments: str) -> Command:
-    """A model's weights as a .pth file in `folder`."""
-    given = {"SM_CHANNEL_MODEL": model, "SM_OUTPUT_DATA_DIR": folder}
-    return job("export", "export.format=pth", f"export.file={file}", *arguments, **given)
+    """Export a model's weights as a .pth file in `folder`."""
+    channels = {"SM_CHANNEL_MODEL": model, "SM_OUTPUT_DATA_DIR": folder}
+    return job("export", "export.format=pth", f"export.file={file}", *arguments, **channels)
 
 
-def trained(folder: str, epochs: int, rows: int | None = None) -> list[Expected]:
-    """What a fold's training leaves in `folder`, its model dir and its output."""
+def fold_files(folder: str, epochs: int, rows: int | None = None) -> list[Expected]:
+    """Files that the training of a fold writes below `folder`: its model directory and its output."""
     return [
         Expected(f"{folder}/model/model.safetensors", least=10_000),
         Expected(f"{folder}/model/model.json"),
@@ -68,7 +68,7 @@ def trained(folder: str, epochs: int, rows: int | None = None) -> list[Expected]
     ] + ([Expected(f"{folder}/model/oof.parquet", rows=rows)] if rows else [])
 
 
-def split(run: str, rows: int) -> list[Expected]:
+def split_files(run: str, rows: int) -> list[Expected]:
     folder = f"{run}/split/output"
     return [
         Expected(f"{folder}/folds.parquet", (*FOLDS_TABLE, REST), rows),
@@ -77,7 +77,7 @@ def split(run: str, rows: int) -> list[Expected]:
     ]
 
 
-def report(folder: str, classes: int) -> list[Expected]:
+def report_files(folder: str, classes: int) -> list[Expected]:
     return [
         Expected(f"{folder}/report.html", least=10_000),
         Expected(f"{folder}/metrics.json"),
@@ -88,7 +88,7 @@ def report(folder: str, classes: int) -> list[Expected]:
     ]
 
 
-def ensemble(folder: str, submission: str, columns: tuple[str, ...], images: int) -> list[Expected]:
+def ensemble_files(folder: str, submission: str, columns: tuple[str, ...], images: int) -> list[Expected]:
     return [
         Expected(f"{folder}/{submission}", columns, images),
         Expected(f"{folder}/predictions.parquet", rows=images),
@@ -96,31 +96,31 @@ def ensemble(folder: str, submission: str, columns: tuple[str, ...], images: int
     ]
 
 
-def folds(run: str, epochs: int, rows: int) -> list[Expected]:
-    """What the training of two folds leaves."""
-    return [each for fold in (0, 1) for each in trained(f"{run}/fold-{fold}", epochs, rows)]
+def fold_pair_files(run: str, epochs: int, rows: int) -> list[Expected]:
+    """Files that the training of two folds writes."""
+    return [file for fold in (0, 1) for file in fold_files(f"{run}/fold-{fold}", epochs, rows)]
 
 
-def scored_run(run: str, submission: str, columns: tuple[str, ...]) -> list[Expected]:
-    """What a run of two folds on 32 images leaves, whose ensemble predicts 8."""
+def run_files(run: str, submission: str, columns: tuple[str, ...]) -> list[Expected]:
+    """Files that a run of two folds on 32 images writes; its ensemble predicts 8 images."""
     return [
-        *split(run, 32),
-        *folds(run, 2, 16),
-        *ensemble(f"{run}/ensemble/output", submission, columns, 8),
-        *report(f"{run}/evaluate/output", 4),
+        *split_files(run, 32),
+        *fold_pair_files(run, 2, 16),
+        *ensemble_files(f"{run}/ensemble/output", submission, columns, 8),
+        *report_files(f"{run}/evaluate/output", 4),
     ]
 
 
-def figures(path: Path, rows: str, *names: str) -> str:
-    """`accuracy 0.9` and the like of a metrics.json's `rows`, in words."""
-    found = json.loads(path.read_text("utf-8"))[rows]
-    return ", ".join(f"{name} {found[name]:.3f}" for name in names)
+def format_scores(path: Path, rows: str, *names: str) -> str:
+    """Format scores in `rows` of a metrics.json as `accuracy 0.900, …`."""
+    metrics = json.loads(path.read_text("utf-8"))[rows]
+    return ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
 
 
-def printed(path: Path) -> str:
-    """The figures of a line of JSON that a command printed."""
-    found = json.loads(path.read_text("utf-8").strip().splitlines()[-1])
-    return ", ".join(f"{name} {found[name]:.3f}" for name in SCORES[:2])
+def format_printed_scores(path: Path) -> str:
+    """Format the scores in the last line of a command's output, which is JSON."""
+    metrics = json.loads(path.read_text("utf-8").strip().splitlines()[-1])
+    return ", ".join(f"{name} {metrics[name]:.3f}" for name in SCORES[:2])
 
 
 SUBMISSION = "submission_fold5_ensemble_{}.csv"
@@ -142,12 +142,12 @@ B5 = System(
     draw=toy_layouts.draw_cars,
     commands=b5_commands,
     files=(
-        *scored_run("runs/C", SUBMISSION.format("C"), CAR_COLUMNS),
-        *trained("runs/C/distill", 3),
-        *report("runs/C/evaluate-student/output", 4)[:2],
-        *ensemble("runs/A/ensemble/output", SUBMISSION.format("A"), CAR_COLUMNS, 8),
-        *ensemble("runs/B/ensemble/output", SUBMISSION.format("B"), CAR_COLUMNS, 8),
-        *ensemble("runs/D/ensemble/output", SUBMISSION.format("D"), CAR_COLUMNS, 8),
+        *run_files("runs/C", SUBMISSION.format("C"), CAR_COLUMNS),
+        *fold_files("runs/C/distill", 3),
+        *report_files("runs/C/evaluate-student/output", 4)[:2],
+        *ensemble_files("runs/A/ensemble/output", SUBMISSION.format("A"), CAR_COLUMNS, 8),
+        *ensemble_files("runs/B/ensemble/output", SUBMISSION.format("B"), CAR_COLUMNS, 8),
+        *ensemble_files("runs/D/ensemble/output", SUBMISSION.format("D"), CAR_COLUMNS, 8),
         Expected("runs/C/ensemble/output/csv/output_car_efficientnet_b5.csv", CAR_COLUMNS, 8),
         Expected(f"student/{STUDENT}", least=10_000),
         Expected("compare/all_experiments_submission_compare.csv", ("experiment", *CAR_COLUMNS), 4 * 8),
@@ -156,7 +156,7 @@ B5 = System(
         Expected("compare/correlation.png", least=2_000),
         Expected("compare/compare.html", least=5_000),
     ),
-    scores=lambda root: figures(root / "runs/C/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
+    scores=lambda root: format_scores(root / "runs/C/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
 )
 
 
@@ -171,12 +171,14 @@ CONVNEXT = System(
     draw=toy_layouts.draw_cars,
     commands=convnext_commands,
     files=(
-        *scored_run("runs/convnext", "convnexttiny_ema_submission.csv", CAR_COLUMNS),
+        *run_files("runs/convnext", "convnexttiny_ema_submission.csv", CAR_COLUMNS),
         *(Expected(f"runs/convnext/fold-{fold}/model/model_raw.safetensors", least=10_000) for fold in (0, 1)),
         Expected("best/best_model_ema.pth", least=10_000),
         Expected("raw/best_model.pth", least=10_000),
     ),
-    scores=lambda root: figures(root / "runs/convnext/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
+    scores=lambda root: format_scores(
+        root / "runs/convnext/evaluate/output/metrics.json", "test", "accuracy", "logloss"
+    ),
 )
 
 
@@ -186,25 +188,25 @@ def sketch_commands(root: Path) -> Iterator[Command]:
     yield submit("sketch_caformer:smoke,resnet101", "train=data", "eval=data", "run=resnet101", stages)
     runs = "compare.runs=runs/caformer,runs/resnet101"
     yield job("compare", runs, SM_GROUND_TRUTH_DIR="data", SM_OUTPUT_DATA_DIR="compare")
-    given = {"SM_CHANNEL_MODEL": "runs", "SM_CHANNEL_EVAL": "data", "SM_OUTPUT_DATA_DIR": "blend"}
-    yield job("ensemble", "recipe=sketch_caformer:smoke", **given)
+    channels = {"SM_CHANNEL_MODEL": "runs", "SM_CHANNEL_EVAL": "data", "SM_OUTPUT_DATA_DIR": "blend"}
+    yield job("ensemble", "recipe=sketch_caformer:smoke", **channels)
 
 
-ANSWERS = ("ID", "image_path", "target")
+ANSWER_COLUMNS = ("ID", "image_path", "target")
 SKETCH = System(
     draw=toy_layouts.draw_sketches,
     commands=sketch_commands,
     files=(
-        *scored_run("runs/caformer", "output.csv", ANSWERS),
-        *folds("runs/resnet101", 2, 16),
-        *ensemble("blend", "output.csv", ANSWERS, 8),
+        *run_files("runs/caformer", "output.csv", ANSWER_COLUMNS),
+        *fold_pair_files("runs/resnet101", 2, 16),
+        *ensemble_files("blend", "output.csv", ANSWER_COLUMNS, 8),
         Expected("blend/csv/output_sketch_caformer.csv", ("image_path", "0", "1", "2", "3"), 8),
         Expected("blend/csv/output_sketch_caformer_resnet101.csv", ("image_path", "0", "1", "2", "3"), 8),
         Expected("compare/model_acc.png", least=2_000),
         Expected("compare/correlation.png", least=2_000),
         Expected("compare/comparison.csv", rows=2),
     ),
-    scores=lambda root: figures(root / "runs/caformer/evaluate/output/metrics.json", "test", "accuracy"),
+    scores=lambda root: format_scores(root / "runs/caformer/evaluate/output/metrics.json", "test", "accuracy"),
 )
 
 
@@ -224,13 +226,13 @@ PRODUCT = System(
     draw=toy_layouts.draw_products,
     commands=product_commands,
     files=(
-        *split("runs/run_????????_??????_????????", 120),
+        *split_files("runs/run_????????_??????_????????", 120),
         Expected("runs/run_*/split/output/train_data.csv", PRODUCT_COLUMNS, 96),
         Expected("runs/run_*/split/output/validation_data.csv", PRODUCT_COLUMNS, 12),
         Expected("runs/run_*/split/output/test_data.csv", PRODUCT_COLUMNS, 12),
         Expected("runs/run_*/split/output/data_split_summary.json"),
-        *trained("runs/run_*/fold-0", 3),
-        *report("runs/run_*/evaluate/output", 4),
+        *fold_files("runs/run_*/fold-0", 3),
+        *report_files("runs/run_*/evaluate/output", 4),
         Expected("runs/run_*/evaluate/output/wrong_test.csv"),
         Expected("test_result/run_????????_??????_????????/inference_results.csv", RESULTS, 6),
         *(
@@ -240,7 +242,7 @@ PRODUCT = System(
         Expected("parts/inference_results.csv", RESULTS, 120),
         Expected("api.out", RESULTS[:3], 4),
     ),
-    scores=lambda root: figures(
+    scores=lambda root: format_scores(
         next((root / "runs").glob("run_*/evaluate/output/metrics.json")), "holdout", "accuracy", "f1_macro"
     ),
 )
@@ -248,16 +250,16 @@ PRODUCT = System(
 
 def mask_commands(root: Path) -> Iterator[Command]:
     for recipe, name in (("mask_gender", "exp"), ("age", "exp2")):
-        given = {"RECIPE": f"mask_profile:{recipe},smoke", "SM_CHANNEL_TRAIN": "train"}
-        yield job("train", SM_MODEL_DIR=f"model/{name}", **given)
-    given = {"SM_CHANNEL_EVAL": "eval", "SM_CHANNEL_MODEL": "model", "SM_OUTPUT_DATA_DIR": "output"}
-    yield job("inference", **given)
+        variables = {"RECIPE": f"mask_profile:{recipe},smoke", "SM_CHANNEL_TRAIN": "train"}
+        yield job("train", SM_MODEL_DIR=f"model/{name}", **variables)
+    variables = {"SM_CHANNEL_EVAL": "eval", "SM_CHANNEL_MODEL": "model", "SM_OUTPUT_DATA_DIR": "output"}
+    yield job("inference", **variables)
     yield job("evaluation", SM_GROUND_TRUTH_DIR="truth", SM_OUTPUT_DATA_DIR="output", printed="inference.out")
     for recipe in ("mask_gender", "age"):
-        given = ("train=train", "run=exp", "increment=true", "stages=split,train-fold")
-        yield submit(f"mask_profile:{recipe},smoke", *given)
-    given = {"SM_CHANNEL_MODEL": "runs", "SM_CHANNEL_EVAL": "eval", "SM_OUTPUT_DATA_DIR": "product"}
-    yield job("ensemble", "recipe=mask_profile:smoke", "ensemble.blend=product", **given)
+        arguments = ("train=train", "run=exp", "increment=true", "stages=split,train-fold")
+        yield submit(f"mask_profile:{recipe},smoke", *arguments)
+    variables = {"SM_CHANNEL_MODEL": "runs", "SM_CHANNEL_EVAL": "eval", "SM_OUTPUT_DATA_DIR": "product"}
+    yield job("ensemble", "recipe=mask_profile:smoke", "ensemble.blend=product", **variables)
     yield job("evaluation", SM_GROUND_TRUTH_DIR="truth", SM_OUTPUT_DATA_DIR="product", printed="product.out")
 
 
@@ -270,14 +272,14 @@ MASK = System(
         *(Expected(f"model/{name}/output/tensorboard/events.*") for name in ("exp", "exp2")),
         *(Expected(f"model/{name}/output/validation_examples.png", least=2_000) for name in ("exp", "exp2")),
         Expected("model/exp/output/split/folds.parquet", (*FOLDS_TABLE, REST), 84),
-        *folds("runs/exp", 2, 42),
-        *folds("runs/exp2", 2, 42),
+        *fold_pair_files("runs/exp", 2, 42),
+        *fold_pair_files("runs/exp2", 2, 42),
         Expected("output/output.csv", ("ImageID", "ans"), 18),
-        *ensemble("product", "output.csv", ("ImageID", "ans"), 18),
+        *ensemble_files("product", "output.csv", ("ImageID", "ans"), 18),
         Expected("inference.out", SCORES, 1),
         Expected("product.out", SCORES, 1),
     ),
-    scores=lambda root: printed(root / "product.out"),
+    scores=lambda root: format_printed_scores(root / "product.out"),
 )
 
 SYSTEMS = {

@@ -1,4 +1,4 @@
-"""A real server that speaks S3's protocol, and a proxy before it that breaks what it is told to."""
+"""A real server for S3's protocol, and a proxy in front of it that injects faults."""
 
 import base64
 import hashlib
@@ -28,25 +28,25 @@ CREDENTIALS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 SECONDS_TO_START = 60.0
-ANSWERS = {"503": b"ServiceUnavailable", "403": b"AccessDenied", "400": b"BadDigest"}
-SECONDS = {"slow": 1.0, "silent": 60.0}
+ERROR_CODES = {"503": b"ServiceUnavailable", "403": b"AccessDenied", "400": b"BadDigest"}
+DELAY_SECONDS = {"slow": 1.0, "silent": 60.0}
 
 
 @contextmanager
 def served() -> Iterator[str]:
-    """The endpoint of moto's server, a process of its own with nothing in it."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    """Run moto's server, empty, as a separate process; yield its endpoint."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + SECONDS_TO_START
+        deadline = time.monotonic() + SECONDS_TO_START
         while True:
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             assert process.poll() is None, "the server ended at once"
-            assert time.monotonic() < until, "the server did not start"
+            assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -56,21 +56,21 @@ def served() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket of a server, looked at past all of our own code."""
+    """A bucket of a server, accessed with boto3 and without Fivefold's code."""
 
     endpoint: str
     name: str
 
     @classmethod
     def made(cls, endpoint: str, name: str) -> "Bucket":
-        """A new one, named after a test."""
-        found = cls(endpoint, f"b{hashlib.sha256(name.encode()).hexdigest()[:20]}")
-        found.client.create_bucket(Bucket=found.name, CreateBucketConfiguration={"LocationConstraint": REGION})
-        return found
+        """Create a bucket named after a test."""
+        bucket = cls(endpoint, f"b{hashlib.sha256(name.encode()).hexdigest()[:20]}")
+        bucket.client.create_bucket(Bucket=bucket.name, CreateBucketConfiguration={"LocationConstraint": REGION})
+        return bucket
 
     @cached_property
     def client(self):
-        """Of a session of its own, since boto3's default one is not for several threads."""
+        """A client of its own session, because boto3's default session is not thread-safe."""
         return boto3.Session().client(
             "s3",
             endpoint_url=self.endpoint,
@@ -93,13 +93,13 @@ class Bucket:
         self.client.delete_object(Bucket=self.name, Key=key)
 
     def environ(self, endpoint: str = "") -> dict[str, str]:
-        """What a process needs to work with it; `endpoint`: that of a proxy before it."""
+        """Return the variables a process needs to use the bucket; `endpoint` replaces the server's by a proxy's."""
         return {**CREDENTIALS, "AWS_ENDPOINT_URL_S3": endpoint or self.endpoint}
 
 
 @dataclass
 class Request:
-    """A request that came by: its method, path and number, counted from 0."""
+    """A request that reached the proxy: its method, path and number, counted from 0."""
 
     method: str
     path: str
@@ -108,11 +108,12 @@ class Request:
 
 @dataclass
 class Proxy:
-    """Hands requests on to a server but for those that `fault` names a fault for.
+    """Forward requests to a server, except those for which `fault` returns a fault.
 
-    503, 403: an answer in its place; drop: the connection closed; truncate: half of the answer's body, then closed; slow: a
-    second later; silent: no answer for a minute; lost: handed on, but its answer closed off; spoilt: a bit of the body turned on its way to the client,
-    garbled: on its way to the server, which then answers 400 where the request has a SHA-256.
+    503, 403: respond with this error; drop: close the connection; truncate: send half of the response's body, then close;
+    slow: respond a second later; silent: no response for a minute; lost: forward the request, but send no response;
+    spoilt: flip a bit of the response's body; garbled: flip a bit of the request's body; the server then responds with 400 if
+    the request has a SHA-256.
     """
 
     endpoint: str
@@ -120,11 +121,11 @@ class Proxy:
     requests: list[Request] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     down_until: float = 0.0
-    """Until this moment (of time.monotonic) every connection is closed at once, as by a server that starts again."""
+    """Until this time (time.monotonic) every connection is closed at once, as if the server restarted."""
 
     @contextmanager
     def listening(self) -> Iterator[str]:
-        """The proxy's own endpoint."""
+        """Start the proxy and yield its endpoint."""
         proxy = self
 
         class Handler(socketserver.BaseRequestHandler):
@@ -143,9 +144,9 @@ class Proxy:
             server.shutdown()
 
     def _serve(self, client: socket.socket) -> None:
-        """Requests of one connection, one after another; each has a connection to the server of its own."""
+        """Handle the requests of one connection in order; each uses a new connection to the server."""
         while time.monotonic() >= self.down_until:
-            head, body = _message(client)
+            head, body = _read_message(client)
             if not head:
                 return
             method, path = head.split(b" ", 2)[:2]
@@ -158,63 +159,63 @@ class Proxy:
                 return
 
     def _answer(self, client: socket.socket, head: bytes, body: bytes, fault: str | None) -> bool:
-        """Whether the connection goes on."""
+        """Respond to one request; return whether the connection stays open."""
         if fault == "drop":
             return False
-        if fault in SECONDS:
-            time.sleep(SECONDS[fault])
+        if fault in DELAY_SECONDS:
+            time.sleep(DELAY_SECONDS[fault])
         checksum = re.search(rb"(?i)\r\nx-amz-checksum-sha256: *([^\r]+)", head)
         if fault == "garbled":
-            body = _turned(body)
+            body = _flip_bit(body)
             if checksum and base64.b64decode(checksum[1]) != hashlib.sha256(body).digest():
-                fault = "400"  # moto takes it, S3 does not
-        if fault in ANSWERS:
-            told = b"<Error><Code>%s</Code><Message>a fault</Message></Error>" % ANSWERS[fault]
-            client.sendall(b"HTTP/1.1 %s Fault\r\nContent-Length: %d\r\n\r\n" % (fault.encode(), len(told)) + told)
+                fault = "400"  # moto accepts the body, S3 does not
+        if fault in ERROR_CODES:
+            error = b"<Error><Code>%s</Code><Message>a fault</Message></Error>" % ERROR_CODES[fault]
+            client.sendall(b"HTTP/1.1 %s Fault\r\nContent-Length: %d\r\n\r\n" % (fault.encode(), len(error)) + error)
             return True
         head_only = head.startswith(b"HEAD ")
         host, port = self.endpoint.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as server:
             server.sendall(re.sub(rb"(?i)\r\nexpect: [^\r]*", b"", head) + body)
-            answer, content = _message(server, head_only=head_only)
+            response, content = _read_message(server, head_only=head_only)
         if fault == "lost":
             return False
         if fault == "truncate":
-            client.sendall(answer + content[: len(content) // 2])
+            client.sendall(response + content[: len(content) // 2])
             return False
-        client.sendall(answer + (_turned(content) if fault == "spoilt" else content))
+        client.sendall(response + (_flip_bit(content) if fault == "spoilt" else content))
         return True
 
 
-def _turned(body: bytes) -> bytes:
-    """The bytes with one bit turned, in the middle."""
-    at = len(body) // 2
-    return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :] if body else body
+def _flip_bit(body: bytes) -> bytes:
+    """Return the bytes with one bit flipped, in the middle."""
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
 
 
-def _message(peer: socket.socket, head_only: bool = False) -> tuple[bytes, bytes]:
-    """Head and body of the next request or answer; empty where the other side has closed."""
-    found = b""
-    while b"\r\n\r\n" not in found:
-        more = peer.recv(65536)
-        if not more:
+def _read_message(peer: socket.socket, head_only: bool = False) -> tuple[bytes, bytes]:
+    """Read head and body of the next request or response; both are empty if the peer closed the connection."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        chunk = peer.recv(65536)
+        if not chunk:
             return b"", b""
-        found += more
-    head, _, body = found.partition(b"\r\n\r\n")
+        received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
     head += b"\r\n\r\n"
     if re.search(rb"(?i)\r\nexpect: *100-continue", head):
         peer.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
     length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
     chunked = re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head)
     while not head_only and ((length and len(body) < int(length[1])) or (chunked and not body.endswith(b"0\r\n\r\n"))):
-        more = peer.recv(65536)
-        if not more:
+        chunk = peer.recv(65536)
+        if not chunk:
             break
-        body += more
+        body += chunk
     return head, body
 
 
 def now_and_then(seed: int, share: float, faults: tuple[str, ...]) -> Callable[[Request], str | None]:
-    """A fault for this share of all requests, the same ones for the same seed."""
-    source = random.Random(seed)
-    return lambda request: source.choice(faults) if source.random() < share else None
+    """Return a fault function for this share of all requests; equal seeds give equal faults."""
+    generator = random.Random(seed)
+    return lambda request: generator.choice(faults) if generator.random() < share else None

@@ -1,9 +1,9 @@
-"""SageMaker on this machine: training jobs that really run, before moto's server for S3, logs and Pipelines.
+"""SageMaker on this machine: training jobs that really run, in front of moto's server for S3, logs and Pipelines.
 
-moto has each job completed at once, and drops its `Environment`. So the calls on training jobs are answered here: a
-job's container is a process with SageMaker's folders (SAGEMAKER_BASE_DIR for /opt/ml) and nothing of the contract in its
-environment but the job's own. Its channels come from moto's S3, its outputs and checkpoints go there, packed or not, its
-words go to moto's CloudWatch. It can be stopped, and interrupted once, as spot instances are.
+moto completes each job at once and ignores its `Environment`, so this service answers the calls on training jobs. A
+job's container is a process with SageMaker's folders (SAGEMAKER_BASE_DIR for /opt/ml); of the container contract's variables it
+gets only the job's own. Its channels come from moto's S3. Its outputs and checkpoints go there, compressed or not, and
+its log goes to moto's CloudWatch. A job can be stopped, and interrupted once, as spot instances are.
 """
 
 import json
@@ -33,13 +33,13 @@ from s3_server import CREDENTIALS, Bucket
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/fivefold:1"
 ROLE = "arn:aws:iam::123456789012:role/fivefold"
-OF_THE_CONTRACT = ("SM_", "AWS_", "SAGEMAKER_", "FOLD", "STAGE")
+CONTRACT_PREFIXES = ("SM_", "AWS_", "SAGEMAKER_", "FOLD", "STAGE")
 NOT_FORWARDED = ("content-length", "transfer-encoding", "connection", "content-encoding")
 
 
 @dataclass
 class Job:
-    """One training job: its request, and how it stands; `details` are all its secondary statuses so far."""
+    """A training job: its request and status; `details` lists all its secondary statuses so far."""
 
     request: dict[str, Any]
     folder: Path
@@ -57,7 +57,7 @@ class Job:
 
 @dataclass
 class Service:
-    """The server: `endpoint` is what AWS_ENDPOINT_URL is set to; `calls` are the actions that came by."""
+    """The server: `endpoint` is the value for AWS_ENDPOINT_URL; `calls` lists the actions requested."""
 
     moto: str
     folder: Path
@@ -65,26 +65,26 @@ class Service:
     calls: list[str] = field(default_factory=list)
     jobs: dict[str, Job] = field(default_factory=dict)
     interrupt_once: str = ""
-    """A part of the name of jobs that lose their instance once, after their first checkpoint."""
+    """Part of the name of a job that loses its instance once, after its first checkpoint."""
     hold: str = ""
-    """A part of the name of jobs that stay at Starting until this is emptied."""
+    """Part of the name of jobs that stay at Starting until this is empty again."""
     quota: int = 0
-    """How many jobs the account may run at once, 0: any number; `refused` counts those that were too many."""
+    """Maximum number of running jobs of the account, 0 for no limit; `refused` counts the jobs above it."""
     refused: int = 0
     refuses: str = ""
-    """A part of values of variables that it refuses, and repeats in its answer, as the service does."""
+    """Part of a variable's value that the service rejects; it repeats the value in its response, as SageMaker does."""
     down: int = 0
-    """How many of the next calls are answered 503."""
+    """The number of next calls that get a 503."""
 
     def client(self, name: str) -> Any:
-        """A client of moto's server; one session each, since they are not for several threads."""
+        """A client of moto's server with its own session, because sessions are not thread-safe."""
         return boto3.Session().client(name, endpoint_url=self.moto)
 
     def environ(self) -> dict[str, str]:
         return {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint}
 
     def respond(self, call: Request) -> Response:
-        """Answers a call on training jobs, and hands any other on to moto."""
+        """Answer a call on training jobs; forward any other call to moto."""
         action = call.headers.get("X-Amz-Target") or f"s3.{call.method}{'?list' if 'list-type' in call.args else ''}"
         self.calls.append(action)
         if self.down > 0:
@@ -92,26 +92,26 @@ class Service:
             return Response('{"__type": "ServiceUnavailable"}', 503)
         body = call.get_data()
         if action.endswith("TrainingJob"):
-            status, answer = self.training_job(action, json.loads(body))
-            return Response(json.dumps(answer), status, content_type="application/x-amz-json-1.1")
+            status, result = self.training_job(action, json.loads(body))
+            return Response(json.dumps(result), status, content_type="application/x-amz-json-1.1")
         url = f"{self.moto}{call.full_path.removesuffix('?')}"
         moto = requests.request(call.method, url, data=body, headers=dict(call.headers), timeout=60)
         headers = {name: value for name, value in moto.headers.items() if name.lower() not in NOT_FORWARDED}
         return Response(moto.content, moto.status_code, headers)
 
-    def training_job(self, action: str, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        name = asked["TrainingJobName"]
+    def training_job(self, action: str, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        name = request["TrainingJobName"]
         arn = {"TrainingJobArn": f"arn:aws:sagemaker:eu-central-1:123456789012:training-job/{name}"}
         if action == "SageMaker.CreateTrainingJob":
             if self.quota and sum(job.status == "InProgress" for job in self.jobs.values()) >= self.quota:
                 self.refused += 1
                 return 400, {"__type": "ResourceLimitExceeded", "message": "the account-level limit is 1 Instances"}
-            for variable, value in asked["Environment"].items():
+            for variable, value in request["Environment"].items():
                 if self.refuses and self.refuses in value:
-                    words = f"Value '{value}' at 'environment.{variable}.member' failed to satisfy constraint"
-                    return 400, {"__type": "ValidationException", "message": words}
+                    message = f"Value '{value}' at 'environment.{variable}.member' failed to satisfy constraint"
+                    return 400, {"__type": "ValidationException", "message": message}
             assert name not in self.jobs, f"two jobs are called {name}"
-            job = self.jobs[name] = Job(asked, self.folder / name)
+            job = self.jobs[name] = Job(request, self.folder / name)
             job.thread = threading.Thread(target=self._run, args=(job,), daemon=True)
             job.thread.start()
             return 200, arn
@@ -123,7 +123,7 @@ class Service:
         return 200, {"TrainingJobName": name, **arn, **{key: value for key, value in status.items() if value}}
 
     def close(self) -> None:
-        """Ends the jobs that still run, and waits for them: their folders may go then."""
+        """Stop the running jobs and wait for them, so that their folders can be deleted."""
         self.hold = ""
         for job in self.jobs.values():
             job.stopped = True
@@ -142,8 +142,8 @@ class Service:
             failure = job.folder / "output" / "failure"
             ending = "Stopped" if job.stopped else "Failed" if code else "Completed"
             if ending == "Failed":
-                words = failure.read_text()[:1024] if failure.is_file() else ""
-                job.reason = f"AlgorithmError: {words}, exit code: {code}"
+                message = failure.read_text()[:1024] if failure.is_file() else ""
+                job.reason = f"AlgorithmError: {message}, exit code: {code}"
             elif ending == "Completed":
                 job.details.append("Uploading")
                 self._upload(job)
@@ -154,10 +154,12 @@ class Service:
             raise
 
     def _attempt(self, job: Job) -> int:
-        """The job's container, once, on an instance that has nothing but what is fetched; its exit code."""
+        """Run the job's container once, on an instance with only the downloaded files; return the exit code."""
         shutil.rmtree(job.folder, ignore_errors=True)
         job.details.append("Downloading")
-        channels = {each["ChannelName"]: each["DataSource"]["S3DataSource"] for each in job.request["InputDataConfig"]}
+        channels = {
+            entry["ChannelName"]: entry["DataSource"]["S3DataSource"] for entry in job.request["InputDataConfig"]
+        }
         for folder in ("input/config", "input/data", "model", "output/data", "checkpoints"):
             (job.folder / folder).mkdir(parents=True)
         for name, source in channels.items():
@@ -179,26 +181,26 @@ class Service:
         return code
 
     def _run_container(self, job: Job) -> int:
-        own = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_CONTRACT)}
-        own |= {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}", "SAGEMAKER_BASE_DIR": str(job.folder)}
-        environ = own | {"TRAINING_JOB_NAME": job.name} | job.request.get("Environment", {})
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(CONTRACT_PREFIXES)}
+        inherited |= {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}", "SAGEMAKER_BASE_DIR": str(job.folder)}
+        environ = inherited | {"TRAINING_JOB_NAME": job.name} | job.request.get("Environment", {})
         command = [sys.executable, "-m", "jobs", "train"]
         with open(job.folder / "log", "w+", encoding="utf-8") as log:
             process = subprocess.Popen(command, cwd=job.folder, env=environ, stdout=log, stderr=log)
-            told = False
+            is_signalled = False
             while process.poll() is None:
                 time.sleep(0.05)
                 if self.interrupt_once and self.interrupt_once in job.name:
                     job.interrupted = job.interrupted or any((job.folder / "checkpoints").rglob("*.pt"))
-                if (job.stopped or job.interrupted) and not told:
-                    told = True
+                if (job.stopped or job.interrupted) and not is_signalled:
+                    is_signalled = True
                     process.send_signal(signal.SIGTERM)
             log.seek(0)
             self._log(job, [line.rstrip("\n") for line in log if line.strip()])
         return process.returncode
 
     def _fetch(self, url: str, folder: Path) -> int:
-        """Fetches all objects whose keys begin so, named by what follows the last slash of the prefix; their number."""
+        """Download all objects with this key prefix, named by what follows the prefix's last slash; return their number."""
         bucket, prefix = Bucket(self.moto, urlsplit(url).netloc), urlsplit(url).path.lstrip("/")
         keys = bucket.listed(prefix)
         for key in keys:
@@ -241,19 +243,19 @@ class Handler(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_request(self, *_: object) -> None:
-        """Nothing: the calls are kept."""
+        """Log nothing: `Service.calls` records the calls."""
 
 
 def arguments(bucket: Bucket, folder: Path, *more: str) -> list[str]:
-    """What `submit` is given for jobs whose outputs lie in `bucket`, and whose run lies in `folder`/runs."""
-    given = ["platform=sagemaker", "run=r", f"runs={folder / 'runs'}", f"sagemaker.output=s3://{bucket.name}/runs"]
-    given += [f"sagemaker.image={IMAGE}", f"sagemaker.role={ROLE}", "sagemaker.instance_type=ml.m5.large"]
-    return [*given, "sagemaker.poll_seconds=0.2", *more]
+    """Return arguments of `submit` for jobs with outputs in `bucket` and a run in `folder`/runs."""
+    keys = ["platform=sagemaker", "run=r", f"runs={folder / 'runs'}", f"sagemaker.output=s3://{bucket.name}/runs"]
+    keys += [f"sagemaker.image={IMAGE}", f"sagemaker.role={ROLE}", "sagemaker.instance_type=ml.m5.large"]
+    return [*keys, "sagemaker.poll_seconds=0.2", *more]
 
 
 @contextmanager
 def serving(moto: str, folder: Path) -> Iterator[Service]:
-    """A service before moto's server at `moto`."""
+    """Run the service in front of moto's server at `moto`."""
     service = Service(moto, folder)
     server = make_server("127.0.0.1", 0, Request.application(service.respond), threaded=True, request_handler=Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)

@@ -1,4 +1,4 @@
-"""`python -m jobs serve` as a real process on a free port of this machine, and plain clients of it."""
+"""`python -m jobs serve` as a real process on a free local port, and plain clients of it."""
 
 import http.client
 import json
@@ -18,12 +18,12 @@ from typing import Any
 from reference_run import REPOSITORY, wait_until
 
 SECONDS = 60.0
-"""So long the process has to start, to answer or to end."""
+"""Time limit for the process to start, to respond and to end."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: status, headers by their lower-case names, and the body."""
+    """A response: status, headers by lower-case name, and body."""
 
     status: int
     headers: Mapping[str, str]
@@ -35,22 +35,22 @@ class Answer:
 
 
 class ServerProcess:
-    """A server that is being started; to be used as a context, which kills what has not ended."""
+    """A server that is starting; as a context manager it kills a process that still runs."""
 
     early: Sequence[Answer] = ()
-    """What it said before it was ready, where somebody asked."""
+    """Responses that a test received before the server was ready."""
 
     def __init__(self, log: Path, *arguments: str, **environ: str) -> None:
         self.log = log
-        plain = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "SAGEMAKER_"))}
-        plain |= {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}", "OMP_NUM_THREADS": "1", **environ}
-        port = [] if "SAGEMAKER_BIND_TO_PORT" in plain else ["serve.port=0"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "SAGEMAKER_"))}
+        environment |= {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}", "OMP_NUM_THREADS": "1", **environ}
+        port = [] if "SAGEMAKER_BIND_TO_PORT" in environment else ["serve.port=0"]
         command = [sys.executable, "-W", "error", "-m", "jobs", "serve", *port, *arguments]
         with open(log, "wb") as file:
-            # a shell has what it starts in the background ignore SIGINT, and a process that ignores it goes on to
+            # a shell makes its background processes ignore SIGINT, and child processes inherit that
             self.process = subprocess.Popen(
                 command,
-                env=plain,
+                env=environment,
                 cwd=REPOSITORY,
                 stderr=file,
                 preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
@@ -67,11 +67,11 @@ class ServerProcess:
         return self.log.read_text(encoding="utf-8")
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """The match of a pattern in the log, as soon as it is there."""
+        """Wait until the log contains the pattern; return the match."""
         wait_until(lambda: re.search(pattern, self.told()) or self.process.poll() is not None, SECONDS)
-        found = re.search(pattern, self.told())
-        assert found, self.told()
-        return found
+        match = re.search(pattern, self.told())
+        assert match, self.told()
+        return match
 
     @property
     def port(self) -> int:
@@ -85,23 +85,23 @@ class ServerProcess:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
 
     def raw(self) -> socket.socket:
-        """A plain connection, to be sent any bytes."""
+        """A plain connection, for arbitrary bytes."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-        """One request on a connection of its own; `content_type="image/png"` is a header."""
+        """Send one request on its own connection; `content_type="image/png"` is a header."""
         with closing(self.connection()) as connection:
             return sent(connection, method, path, body, **headers)
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """The exit code after this signal."""
+        """Send this signal and return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(SECONDS)
 
 
 def sent(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-    """The answer to a request on this connection; a body that is iterated over goes in chunks."""
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    connection.request(method, path, body, named, encode_chunked=hasattr(body, "__next__"))
+    """Send a request on this connection and return the response; the body of an iterator is sent in chunks."""
+    http_headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, body, http_headers, encode_chunked=hasattr(body, "__next__"))
     response = connection.getresponse()
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())

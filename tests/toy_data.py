@@ -1,4 +1,4 @@
-"""A toy world for tests of stages: tiny networks, drawn images, small tables, and stages run over the folder of a run."""
+"""Toy data for tests of stages: tiny networks, generated images, small tables, and stages run on a run's folder."""
 
 import csv
 import os
@@ -15,16 +15,16 @@ from jobs.__main__ import run
 
 REPOSITORY = Path(__file__).parents[1]
 PICTURE = b"P6 2 2 255 " + bytes(12)
-"""An image of 2 x 2 pixels (PPM), which Pillow knows whatever its name."""
+"""An image of 2 x 2 pixels (PPM); Pillow recognises it whatever its file name."""
 CLASSES = ("fold", "id", "<b>빨강 차")
-"""Names of the toy run's classes, which a careless table or page would trip over."""
+"""Class names of the toy run, chosen to break careless tables and HTML pages."""
 MODEL = [
     "model.backbone=fivefold/small_net",
     'model.backbone_kwargs={"widths": [8, 16], "stem": 8}',
     "model.image_size=12",
 ]
 SETTINGS = [*MODEL, "train.epochs=1", "train.batch_size=8", "train.precision=fp32", "train.loggers=[]"]
-"""A network that trains for a moment."""
+"""A network that trains in a moment."""
 LEARNS = [
     *MODEL, "train.epochs=3", "train.batch_size=16", "train.lr=0.02", "train.ema_decay=0.9", "train.precision=fp32",
     'augment.train=["random_crop", "horizontal_flip"]', "augment.batch_mix=cutmix", "predict.tta=plain,flip",
@@ -34,7 +34,7 @@ RESUMES = [
     "FOLD=0", *MODEL, "model.dropout=0.3", "train.epochs=4", "train.batch_size=8", "train.lr=0.02", "train.ema_decay=0.9",
     "train.precision=fp32", "train.checkpoint_steps=2", "augment.batch_mix=cutmix",
 ]  # fmt: skip
-"""A fold that is long enough to be stopped in."""
+"""Training of a fold that is long enough to be interrupted."""
 
 
 def draw(
@@ -44,7 +44,7 @@ def draw(
     by: int = 100,
     size: tuple[int, int] = (12, 12),
 ) -> None:
-    """Writes an image of random pixels, of which one channel (or a slice of them) is brighter."""
+    """Write an image of random pixels; make one channel (or a slice of them) brighter by `by`."""
     pixels = random.integers(0, 120, (*size, 3))
     if channel is not None:
         pixels[..., channel] += by
@@ -53,13 +53,13 @@ def draw(
 
 
 def noise(path: Path, random: np.random.Generator, size: int = 12) -> None:
-    """Write an image of random pixels; no two are equal."""
+    """Write an image of random pixels; no two images are equal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(random.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(path)
 
 
 def noise_in(folder: Path, names: Sequence[str], count: int, seed: int = 0) -> None:
-    """Writes `count` images of random pixels to each of the folders below `folder`: 0.png, 1.png, …"""
+    """Write `count` images of random pixels to each of the named folders below `folder`: 0.png, 1.png, …"""
     random = np.random.default_rng(seed)
     for name in names:
         for number in range(count):
@@ -67,7 +67,7 @@ def noise_in(folder: Path, names: Sequence[str], count: int, seed: int = 0) -> N
 
 
 def tinted_in(folder: Path, names: Sequence[str], count: int, by: int) -> None:
-    """Writes `count` images to each of at most three folders, which have a brighter channel of their own."""
+    """Write `count` images to each of at most three folders; each folder has another brighter channel."""
     random = np.random.default_rng(0)
     for channel, name in enumerate(names):
         for number in range(count):
@@ -75,14 +75,14 @@ def tinted_in(folder: Path, names: Sequence[str], count: int, by: int) -> None:
 
 
 def write_test_table(folder: Path, count: int, truth: bool = False) -> None:
-    """Writes a `test.csv` of the images 0.png, 1.png, … in `images`, and a `gt.csv` of the classes a and b by turns."""
+    """Write a `test.csv` of the images 0.png, 1.png, … in `images`, and a `gt.csv` with the classes a and b in turn."""
     write_csv(folder / "test.csv", [["ID", "img_path"], *([n, f"images/{n}.png"] for n in range(count))])
     if truth:
         write_csv(folder / "gt.csv", [["ID", "label"], *([n, "ab"[n % 2]] for n in range(count))])
 
 
 def write_data(root: Path, *names: str, **tables: str) -> Path:
-    """A folder with the same tiny picture at each name, and `train="..."` as train.csv."""
+    """Make a folder with the same tiny image at each name; `train="..."` becomes train.csv."""
     root.mkdir(parents=True, exist_ok=True)
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -105,45 +105,45 @@ def read_cells(path: Path) -> list[list[str]]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table that has no byte order mark."""
+    """Read the rows of a table without a byte-order mark."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def variables(root: Path, step: str | Path, **channels: object) -> dict[str, str]:
-    """The contract's variables of a step of the run in `root`; `step` may be a folder elsewhere.
+    """Return the contract's variables for a step of the run in `root`; `step` may be a folder elsewhere.
 
-    A channel replaces the run's own, `None` takes it away, and a name with SM_ stands as it is.
+    A channel overrides the run's own, `None` removes it, and names with SM_ are used as they are.
     """
-    places = {
+    defaults = {
         "TRAIN": root / "train", "EVAL": root / "eval" if (root / "eval").exists() else None, "FOLDS": root / "split" / "output",
         "SM_MODEL_DIR": root / step / "model", "SM_OUTPUT_DATA_DIR": root / step / "output", "SM_OUTPUT_DIR": root / step,
     }  # fmt: skip
     return {
-        name if name.startswith("SM_") else f"SM_CHANNEL_{name}": str(place)
-        for name, place in {**places, **channels}.items()
-        if place is not None
+        name if name.startswith("SM_") else f"SM_CHANNEL_{name}": str(value)
+        for name, value in {**defaults, **channels}.items()
+        if value is not None
     }
 
 
 def run_stage(root: Path, name: str, step: str | Path, *arguments: str, **channels: object) -> int:
-    """Runs a stage in this process, as its container would over the run in `root`; returns the exit code."""
+    """Run a stage in this process, as its container would on the run in `root`; return the exit code."""
     return run(name, arguments, variables(root, step, **channels))
 
 
 def failure(folder: Path) -> str:
-    """What a container's platform shows of a failed stage."""
+    """Return what a platform shows of a failed stage: the first 1024 characters of its failure file."""
     return (folder / "failure").read_text(encoding="utf-8")[:1024]
 
 
 def environment(**more: object) -> dict[str, str]:
-    """The variables of a process that knows of this one only where to find programs."""
-    kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
-    return {**kept, "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}", **{key: str(v) for key, v in more.items()}}
+    """Return the variables for a process that inherits only PATH and OMP_NUM_THREADS."""
+    inherited = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
+    return {**inherited, "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}", **{key: str(v) for key, v in more.items()}}
 
 
 def call_jobs(*arguments: object, folder: Path = REPOSITORY, **more: object) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m jobs …` as a process of these variables alone; a warning is an error."""
+    """Run `python -m jobs …` as a process with only these variables; a warning is an error."""
     command = [sys.executable, "-W", "error", "-m", "jobs", *map(str, arguments)]
     return subprocess.run(
         command, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=240, check=False
@@ -151,12 +151,12 @@ def call_jobs(*arguments: object, folder: Path = REPOSITORY, **more: object) -> 
 
 
 def copy_run(root: Path, folder: Path, *left_out: str) -> Path:
-    """A copy of a run's folder that a test may change."""
+    """Copy a run's folder for a test that changes it."""
     return Path(shutil.copytree(root, folder, ignore=shutil.ignore_patterns(*left_out), symlinks=True))
 
 
 def draw_toy_images(root: Path) -> Path:
-    """Draws images of three classes and a test set; of each class one in ten looks like the next class."""
+    """Draw images of three classes and a test set; one in ten images per class looks like the next class."""
     random = np.random.default_rng(0)
     for code, name in enumerate(CLASSES):
         for number in range(30):
@@ -172,7 +172,7 @@ def draw_toy_images(root: Path) -> Path:
 
 
 def make_toy_run(root: Path) -> Path:
-    """Makes a split, three folds, their ensemble, a student and its ensemble of the toy images in `root`."""
+    """Make a split, three folds, their ensemble, a student and its ensemble from the toy images in `root`."""
     assert run_stage(root, "split", "split", "split.folds=3", "split.holdout=0.1") == 0
     for fold in range(3):
         assert run_stage(root, "train-fold", f"fold-{fold}", f"FOLD={fold}", *LEARNS) == 0
@@ -183,7 +183,7 @@ def make_toy_run(root: Path) -> Path:
 
 
 def make_product_run(products: Path, root: Path) -> Path:
-    """Makes a split of products, two folds, their ensemble's answers to all images, and a student."""
+    """Make a split of products, two folds, their ensemble's predictions for all images, and a student."""
     settings = [
         *LEARNS, "model.image_size=16", "train.epochs=4", "train.ema_decay=0", "augment.train=horizontal_flip", "augment.batch_mix=none",
         "train.device=cpu",

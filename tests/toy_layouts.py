@@ -1,7 +1,7 @@
-"""Small drawn images in the exact layouts of the five reference systems; the same bytes each time.
+"""Small generated images in the exact layouts of the five reference systems; every run writes the same bytes.
 
-A class is a colour, so that a network may learn it; what surrounds the images is the originals': Korean
-class names, tables with a byte-order mark, `&` between paths, folders of people, hashed names.
+Each class has its own colour, so that a network can learn it. The rest is as in the original data: Korean
+class names, tables with a byte-order mark, `&` between paths, a folder per person, hashed names.
 """
 
 import csv
@@ -29,13 +29,13 @@ def draw_cars(root: Path) -> None:
     for code, name in enumerate(CARS):
         for number in range(8):
             shape = (48, 64) if number % 2 else (64, 56)
-            picture(folder / "train" / name / f"{name}_{number:04d}.jpg", COLOURS[code], shape)
+            write_image(folder / "train" / name / f"{name}_{number:04d}.jpg", COLOURS[code], shape)
     for number, name in enumerate(names):
-        picture(folder / "test" / f"{name}.jpg", COLOURS[number % 4], (48, 64))
-    table(folder / "test.csv", ("ID", "img_path"), [(name, f"./test/{name}.jpg") for name in names])
-    table(folder / "gt.csv", ("ID", "label"), [(name, CARS[number % 4]) for number, name in enumerate(names)])
+        write_image(folder / "test" / f"{name}.jpg", COLOURS[number % 4], (48, 64))
+    write_table(folder / "test.csv", ("ID", "img_path"), [(name, f"./test/{name}.jpg") for name in names])
+    write_table(folder / "gt.csv", ("ID", "label"), [(name, CARS[number % 4]) for number, name in enumerate(names)])
     columns = sorted(CARS)
-    table(folder / "sample_submission.csv", ("ID", *columns), [(name, *[0] * len(columns)) for name in names])
+    write_table(folder / "sample_submission.csv", ("ID", *columns), [(name, *[0] * len(columns)) for name in names])
     with zipfile.ZipFile(root / "open.zip", "w") as archive:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             archive.write(path, path.relative_to(folder).as_posix())
@@ -47,17 +47,17 @@ def draw_sketches(root: Path) -> None:
     for code, name in enumerate(SKETCHES):
         for number in range(8):
             path = f"{name}/sketch_{number}.JPEG"
-            picture(root / "train" / path, COLOURS[code], (72, 64), paper=255)
+            write_image(root / "train" / path, COLOURS[code], (72, 64), paper=255)
             rows.append((name, path, code))
-    table(root / "train.csv", ("class_name", "image_path", "target"), rows)
+    write_table(root / "train.csv", ("class_name", "image_path", "target"), rows)
     for number in range(8):
-        picture(root / "test" / f"{number}.JPEG", COLOURS[number % 4], (72, 64), paper=255)
-    table(root / "test.csv", ("image_path",), [(f"{number}.JPEG",) for number in range(8)])
-    table(root / "gt.csv", ("image_path", "target"), [(f"{number}.JPEG", number % 4) for number in range(8)])
+        write_image(root / "test" / f"{number}.JPEG", COLOURS[number % 4], (72, 64), paper=255)
+    write_table(root / "test.csv", ("image_path",), [(f"{number}.JPEG",) for number in range(8)])
+    write_table(root / "gt.csv", ("image_path", "target"), [(f"{number}.JPEG", number % 4) for number in range(8)])
 
 
 def draw_products(root: Path) -> None:
-    """image_data.csv of 20 products with their images; batch.csv of six images, of which one cannot be read."""
+    """image_data.csv of 20 products with their images; batch.csv of six images, one of which is unreadable."""
     columns = {"main_image": 0, "back_image": 0, "text_tag_image": 1, "neck_tag_image": 2, "other": 3}
     rows = []
     for number in range(20):
@@ -65,13 +65,13 @@ def draw_products(root: Path) -> None:
         for column, code in columns.items():
             paths = [f"사진/P{number:03d}/{column}_{n}.jpg" for n in range(2 if column == "other" else 1)]
             for path in paths:
-                picture(root / "data" / path, COLOURS[code], (60, 50))
+                write_image(root / "data" / path, COLOURS[code], (60, 50))
             cells.append(("&" if number % 2 else ",").join(paths))
         rows.append((f"P{number:03d}", "상의" if number % 2 else "하의", *cells))
-    table(root / "data" / "image_data.csv", ("id", "category_name", *columns), rows)
+    write_table(root / "data" / "image_data.csv", ("id", "category_name", *columns), rows)
     batch = [(f"data/사진/P{number:03d}/main_image_0.jpg", "full_shot") for number in range(5)]
     (root / "broken.jpg").write_bytes(b"no image")
-    table(root / "batch.csv", ("image_path", "true_class"), [*batch, ("broken.jpg", "full_shot")])
+    write_table(root / "batch.csv", ("image_path", "true_class"), [*batch, ("broken.jpg", "full_shot")])
 
 
 def draw_faces(root: Path) -> None:
@@ -79,24 +79,24 @@ def draw_faces(root: Path) -> None:
     for number, (gender, age, _) in enumerate(product(GENDERS, (22, 45, 60), range(2))):
         folder = root / "train" / "images" / f"{number:06d}_{gender}_Asian_{age}"
         for stem, mask in STEMS.items():
-            picture(folder / f"{stem}.jpg", face(mask, gender, age), (64, 48))
+            write_image(folder / f"{stem}.jpg", face_colour(mask, gender, age), (64, 48))
         (folder / "._mask1.jpg").write_bytes(b"\0")
     rows = []
     for mask, gender, age in product(range(3), GENDERS, (25, 40, 65)):
         name = f"{hashlib.sha1(f'{mask} {gender} {age}'.encode()).hexdigest()}.jpg"
-        picture(root / "eval" / "images" / name, face(mask, gender, age), (64, 48))
+        write_image(root / "eval" / "images" / name, face_colour(mask, gender, age), (64, 48))
         rows.append((name, encode_label(mask, GENDERS.index(gender), age_class(age, CUTS))))
-    table(root / "eval" / "info.csv", ("ImageID", "ans"), [(name, 0) for name, _ in sorted(rows)], marked=False)
-    table(root / "truth" / "gt.csv", ("ImageID", "ans"), sorted(rows), marked=False)
+    write_table(root / "eval" / "info.csv", ("ImageID", "ans"), [(name, 0) for name, _ in sorted(rows)], bom=False)
+    write_table(root / "truth" / "gt.csv", ("ImageID", "ans"), sorted(rows), bom=False)
 
 
-def face(mask: int, gender: str, age: int) -> tuple[int, int, int]:
-    """A colour whose red says the mask, whose green the gender and whose blue the age."""
+def face_colour(mask: int, gender: str, age: int) -> tuple[int, int, int]:
+    """Return a colour whose red encodes the mask, green the gender and blue the age."""
     return 40 + 90 * mask, 60 + 140 * GENDERS.index(gender), 40 + 90 * age_class(age, CUTS)
 
 
-def picture(path: Path, colour: Sequence[int], shape: tuple[int, int], paper: int = 128) -> None:
-    """A JPEG of `shape` (height, width): a block of the colour on paper, with noise that its path seeds."""
+def write_image(path: Path, colour: Sequence[int], shape: tuple[int, int], paper: int = 128) -> None:
+    """Write a JPEG of `shape` (height, width): a block of the colour on paper, with noise seeded by its path."""
     random = np.random.default_rng(list("/".join(path.parts[-2:]).encode()))
     pixels = np.full((*shape, 3), float(paper))
     top, left = random.integers(2, shape[0] // 4), random.integers(2, shape[1] // 4)
@@ -106,8 +106,8 @@ def picture(path: Path, colour: Sequence[int], shape: tuple[int, int], paper: in
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, "JPEG", quality=90)
 
 
-def table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]], marked: bool = True) -> None:
-    """A CSV, behind a byte-order mark if it is `marked`."""
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]], bom: bool = True) -> None:
+    """Write a CSV, with a byte-order mark if `bom` is true."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8-sig" if marked else "utf-8", newline="") as file:
+    with open(path, "w", encoding="utf-8-sig" if bom else "utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])

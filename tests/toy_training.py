@@ -1,4 +1,4 @@
-"""Small images in three colours and training runs on them, for the tests of training."""
+"""Small images in three colours, and training loops on them, for the tests of training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +31,12 @@ SMALL = {
 def images_in(
     folder: Path, count: int, size: int = 12, noise: int = 150, tint: int = 100, transforms: tuple[str, ...] = ()
 ) -> ImageDataset:
-    """`count` images of random pixels below `noise`, drawn in `folder`, the colour number % 3 of each brighter by `tint`."""
-    drawing = np.random.default_rng(0)
+    """Draw `count` images in `folder`: random pixels below `noise`, with channel number % 3 brighter by `tint`."""
+    random = np.random.default_rng(0)
     names = [f"{number:02d}.png" for number in range(count)]
     folder.mkdir(exist_ok=True)
     for number, name in enumerate(names):
-        pixels = drawing.integers(0, noise, (size, size, 3))
+        pixels = random.integers(0, noise, (size, size, 3))
         pixels[..., number % 3] += tint
         Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
     return ImageDataset(open_store(folder), names, build_transforms(list(transforms), (size, size)), seed=1)
@@ -53,9 +53,9 @@ def run_of(
     select: bool = True,
     runtime: Runtime = CPU,
 ) -> tuple[Trainer, list[dict[str, Any]]]:
-    """A fresh loop over images of three classes, as a new process makes it, and the rows of epochs that it will tell.
+    """Return a new training loop over images of three classes, and the list that its epochs' rows are added to.
 
-    `model`: the keys of [model], None for one linear layer; `distill`: those of [distill], None without a teacher.
+    `model` has keys of [model], or is None for one linear layer; `distill` has keys of [distill], or is None for no teacher.
     """
     codes = np.arange(len(images)) % 3
     settings = Settings(
@@ -68,17 +68,17 @@ def run_of(
     flat = 3 * settings.model.size[0] * settings.model.size[1]
     network = build_classifier(settings.model, 3) if model else Classifier(nn.Flatten(), nn.Linear(flat, 3))
     log_probs = np.log(np.full((len(codes), 3), 0.1, np.float32) + 0.7 * np.eye(3, dtype=np.float32)[codes])
-    taught = settings.distill
-    teacher = None if distill is None else Teacher(log_probs, taught.alpha, taught.temperature, runtime.device)
+    teaching = settings.distill
+    teacher = None if distill is None else Teacher(log_probs, teaching.alpha, teaching.temperature, runtime.device)
     valid = ValidData(images, codes if valid_codes is None else valid_codes)
     rows = TrainData(images, one_hot(codes, 3, runtime.device), teacher)
     loop = build_trainer("test", network, rows, valid, settings, runtime, select=select, patience=patience)
-    told: list[dict[str, Any]] = []
-    return replace(loop, observers=[told.append]), told
+    epoch_rows: list[dict[str, Any]] = []
+    return replace(loop, observers=[epoch_rows.append]), epoch_rows
 
 
 def stand_still(loop: Trainer) -> None:
-    """Sets all learning rates to nothing, so that no epoch improves on another."""
+    """Set all learning rates to zero, so that no epoch improves on another."""
     loop.schedule.base_lrs = [0.0] * len(loop.schedule.base_lrs)
     for group in loop.schedule.optimizer.param_groups:
         group["lr"] = 0.0

@@ -1,39 +1,39 @@
-"""Readers of what other programs wrote, for tests of several folders."""
+"""Reader for offline runs of Weights & Biases."""
 
 import struct
 import time
 from pathlib import Path
 
-PATIENCE = 300.0
+TIMEOUT_SECONDS = 300.0
 
 
 def wandb_records(folder: Path) -> list:
-    """The records of the one offline run below `folder`; W&B's own process may still be writing the last of them."""
+    """Return the records of the one offline run below `folder`; wait for W&B's own process to write the last of them."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        records = _records(path.read_bytes())
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        records = _parse_records(path.read_bytes())
         if any(record.HasField("exit") for record in records):
             return records
         time.sleep(0.1)
-    raise AssertionError(f"{path} has no end after {PATIENCE:.0f} s: {len(records)} records")
+    raise AssertionError(f"{path} has no end after {TIMEOUT_SECONDS:.0f} s: {len(records)} records")
 
 
-def _records(data: bytes) -> list:
-    """A LevelDB log with 7 bytes ahead of its first block's records."""
+def _parse_records(data: bytes) -> list:
+    """Parse a LevelDB log with 7 bytes before the records of its first block."""
     from wandb.proto import wandb_internal_pb2
 
     assert data[:4] == b":W&B"[: len(data)]
-    at, parts, records = 7, b"", []
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # what no header fits into is left empty
-            at += 32768 - at % 32768
+    position, parts, records = 7, b"", []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # a rest too short for a header is empty
+            position += 32768 - position % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        if at + 7 + length > len(data):
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):
             break
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
         if kind in (1, 4):  # a record in one piece, or its last piece
             records.append(wandb_internal_pb2.Record.FromString(parts))
             parts = b""

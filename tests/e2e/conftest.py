@@ -1,4 +1,4 @@
-"""What the tests of platforms share: images, a run to compare with, and the image that is tested."""
+"""Fixtures that the platform tests share: images, local reference runs, and the image under test."""
 
 from pathlib import Path
 
@@ -11,9 +11,11 @@ from reference_run import submit
 
 @pytest.fixture(scope="session")
 def image() -> str:
-    """The image, which `make image` builds."""
-    found = docker("image", "inspect", IMAGE, check=False)
-    assert found.returncode == 0, f"{IMAGE} is not there, or no engine runs: make image first\n{found.stderr}"
+    """The name of the image, which `make image` builds."""
+    result = docker("image", "inspect", IMAGE, check=False)
+    assert result.returncode == 0, (
+        f"{IMAGE} does not exist, or no Docker engine runs: run `make image` first\n{result.stderr}"
+    )
     return IMAGE
 
 
@@ -26,15 +28,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def here(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """The folder of the whole run by this machine's own processes."""
+def local_run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """The folder of a complete run by local processes."""
     return run_here(tmp_path_factory.mktemp("runs"), digits)
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """The folder of the run of `platform_runs`, by this machine's own processes."""
+    """The folder of the run defined in `reference_run`, by local processes."""
     runs = tmp_path_factory.mktemp("small")
-    ended = submit([f"train={digits / 'train'}", f"eval={digits / 'test'}", f"runs={runs}"], ONE_THREAD)
-    assert ended.returncode == 0, ended.stdout
+    result = submit([f"train={digits / 'train'}", f"eval={digits / 'test'}", f"runs={runs}"], ONE_THREAD)
+    assert result.returncode == 0, result.stdout
     return runs / "r"

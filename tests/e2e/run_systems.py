@@ -1,6 +1,6 @@
-"""`python tests/e2e/run_systems.py [NAME...]`: the reference systems end to end, each made small, on drawn images.
+"""`python tests/e2e/run_systems.py [NAME...]`: run the reference systems end to end, at a small size, on generated images.
 
-Every step is a process of its own, as users start it. Prints a table, and fails if a step or a file does.
+Every step runs in its own process, as users start it. Prints a table, and fails if a step fails or a file is missing or wrong.
 """
 
 import os
@@ -18,12 +18,12 @@ from reference_systems import SYSTEMS, Command, System
 
 REPOSITORY = Path(__file__).parents[2]
 LOG = "log.txt"
-LINES_OF_A_FAILURE = 25
+LOG_LINES_ON_FAILURE = 25
 
 
 @dataclass
 class Result:
-    """How a system went: its processes, seconds on the clock, and what is wrong."""
+    """Outcome of one system: number of stages, wall-clock seconds, scores and problems."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -32,7 +32,7 @@ class Result:
 
 
 def main(names: Sequence[str]) -> int:
-    """Runs the systems named, or all; 1 if anything is missing."""
+    """Run the named systems, or all; return 1 if anything failed."""
     unknown = [name for name in names if name not in SYSTEMS]
     if unknown:
         print(f"unknown system {unknown[0]!r}; known: {', '.join(SYSTEMS)}")
@@ -41,21 +41,21 @@ def main(names: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="systems-") as folder:
         for name in names or SYSTEMS:
             print(f"{name} …", flush=True)
-            results[name] = run(SYSTEMS[name], Path(folder) / name)
+            results[name] = run_system(SYSTEMS[name], Path(folder) / name)
             for line in results[name].wrong:
                 print(f"  {line}", flush=True)
-    print(as_table(results))
+    print(format_results(results))
     return int(any(result.wrong for result in results.values()))
 
 
-def run(system: System, root: Path) -> Result:
-    """Draws the data, runs the commands until one fails, and looks at what lies there."""
+def run_system(system: System, root: Path) -> Result:
+    """Draw the data, run the commands until one fails, and check the files."""
     result, start = Result(), time.monotonic()
     root.mkdir(parents=True)
     system.draw(root)
     for command in system.commands(root):
-        if ended := failure(command, root):
-            result.wrong.append(ended)
+        if failure := run_command(command, root):
+            result.wrong.append(failure)
             break
     else:
         result.wrong = problems(root, system.files)
@@ -65,27 +65,27 @@ def run(system: System, root: Path) -> Result:
     return result
 
 
-def failure(command: Command, root: Path) -> str:
-    """Runs the command in `root`; its last lines if it fails."""
+def run_command(command: Command, root: Path) -> str:
+    """Run the command in `root`; return its last lines if it fails, else an empty string."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SM_")}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
     call = [sys.executable, "-W", "error::UserWarning:fivefold", *command.program, *command.arguments]
-    ended = subprocess.run(call, cwd=root, env={**environment, **command.variables}, capture_output=True, text=True)
+    result = subprocess.run(call, cwd=root, env={**environment, **command.variables}, capture_output=True, text=True)
     if command.printed:
-        (root / command.printed).write_text(ended.stdout, encoding="utf-8")
+        (root / command.printed).write_text(result.stdout, encoding="utf-8")
     with open(root / LOG, "a", encoding="utf-8") as log:
-        log.write(f"$ {' '.join(command.arguments)}\n{ended.stdout}{ended.stderr}\n")
-    if not ended.returncode:
+        log.write(f"$ {' '.join(command.arguments)}\n{result.stdout}{result.stderr}\n")
+    if not result.returncode:
         return ""
-    lines = [line for line in (ended.stdout + ended.stderr).splitlines() if line.strip()]
-    return "\n    ".join([f"{' '.join(command.arguments)}: exit {ended.returncode}", *lines[-LINES_OF_A_FAILURE:]])
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+    return "\n    ".join([f"{' '.join(command.arguments)}: exit {result.returncode}", *lines[-LOG_LINES_ON_FAILURE:]])
 
 
-def as_table(results: dict[str, Result]) -> str:
+def format_results(results: dict[str, Result]) -> str:
     rows = [("system", "stages", "seconds", "files", "scores")]
-    for name, found in results.items():
-        files = f"{len(SYSTEMS[name].files)} as wanted" if not found.wrong else f"{len(found.wrong)} problems"
-        rows.append((name, str(found.steps), f"{found.seconds:.0f}", files, found.scores))
+    for name, result in results.items():
+        files = f"{len(SYSTEMS[name].files)} as wanted" if not result.wrong else f"{len(result.wrong)} problems"
+        rows.append((name, str(result.steps), f"{result.seconds:.0f}", files, result.scores))
     return format_table(rows, numbers=(1, 2))
 
 

@@ -24,14 +24,14 @@ PROFILES = "--profile", "pipeline", "--profile", "stage"
 
 
 class Project:
-    """A user's checkout: compose.yaml with an .env of their own, and an empty folder of runs."""
+    """A user's checkout: compose.yaml with its own .env, and an empty folder of runs."""
 
     def __init__(self, folder: Path, digits: Path) -> None:
         self.folder, self.runs = folder, folder / "runs"
         self.runs.mkdir(parents=True)
         for name in ("compose.yaml", "compose.gpu.yaml"):
             (folder / name).write_bytes((ROOT / name).read_bytes())
-        own = {
+        variables = {
             "IMAGE": IMAGE,
             "TRAIN": digits / "train",
             "EVAL": digits / "test",
@@ -41,13 +41,13 @@ class Project:
             "SETTINGS": json.dumps(SETTINGS),
             **ONE_THREAD,
         }
-        (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in own.items()))
+        (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
 
     def container(self, service: str) -> str:
         return self(NEW, *PROFILES, "ps", "--all", "--quiet", service).stdout.strip()
 
     def times(self, service: str) -> tuple[str, str]:
-        """When a service's container was started, and when it ended: in UTC, so that they sort as texts."""
+        """Return when a service's container started and ended, in UTC, so that the strings sort by time."""
         state = json.loads(docker("inspect", self.container(service)).stdout)[0]["State"]
         return state["StartedAt"], state["FinishedAt"]
 
@@ -57,13 +57,13 @@ class Project:
 
 @pytest.fixture
 def project(tmp_path: Path, digits: Path):
-    found = Project(tmp_path / "checkout", digits)
-    yield found
-    found(NEW, *PROFILES, "down", "--remove-orphans", "--timeout", "0")
+    checkout = Project(tmp_path / "checkout", digits)
+    yield checkout
+    checkout(NEW, *PROFILES, "down", "--remove-orphans", "--timeout", "0")
 
 
 @pytest.mark.docker
-def test_each_stage_is_a_service_and_what_follows_its_name_are_its_arguments(image, project: Project, here: Path):
+def test_each_stage_is_a_service_that_takes_stage_arguments(image, project: Project, local_run: Path):
     project(NEW, "run", "--rm", "split")
     project(NEW, "run", "--rm", "train-fold", "FOLD=2")
     project(NEW, "run", "--rm", "-e", "FOLD=3", "train-fold")
@@ -72,7 +72,7 @@ def test_each_stage_is_a_service_and_what_follows_its_name_are_its_arguments(ima
     for stage in ("ensemble", "evaluate", "distill"):
         project(NEW, "run", "--rm", stage)
     steps = ["split", *(f"fold-{fold}" for fold in range(5)), "ensemble", "evaluate", "distill"]
-    assert differing(project.runs / "first", here, steps) == []
+    assert differing(project.runs / "first", local_run, steps) == []
     again = project(OLD, "run", "--rm", "train-fold", "FOLD=2")
     assert "nothing to do" in again.stdout + again.stderr
     project(NEW, "run", "--rm", "predict", "images=/data/eval/TEST_00000.png")
@@ -80,32 +80,36 @@ def test_each_stage_is_a_service_and_what_follows_its_name_are_its_arguments(ima
 
 
 @pytest.mark.docker
-def test_the_pipeline_runs_in_order_with_folds_side_by_side(image, project: Project, here: Path):
+def test_pipeline_runs_stages_in_order_and_folds_in_parallel(image, project: Project, local_run: Path):
     project(NEW, "--profile", "pipeline", "up")
-    assert differing(project.runs / "first", here) == []
+    assert differing(project.runs / "first", local_run) == []
     steps = ("split", "fold-0", "fold-4", "ensemble", "evaluate-student")
-    (_, split), (began, fold), (last, _), (ensemble, _), (student, _) = (project.times(f"pipeline-{n}") for n in steps)
-    assert split <= began
-    assert last < fold, "folds run side by side"
-    assert fold <= ensemble <= student
+    (_, split_end), (fold0_start, fold0_end), (fold4_start, _), (ensemble_start, _), (student_start, _) = (
+        project.times(f"pipeline-{step}") for step in steps
+    )
+    assert split_end <= fold0_start
+    assert fold4_start < fold0_end, "folds run in parallel"
+    assert fold0_end <= ensemble_start <= student_start
 
 
 @pytest.mark.docker
-def test_the_student_answers_and_drains_when_it_is_stopped(image, project: Project, here: Path, digits: Path):
-    shutil.copytree(here, project.runs / "first")
+def test_serve_predicts_like_the_student_and_exits_with_143_when_stopped(
+    image, project: Project, local_run: Path, digits: Path
+):
+    shutil.copytree(local_run, project.runs / "first")
     with open(project.folder / ".env", "a") as file:
         file.write("PORT=0\n")
     project(NEW, "up", "--detach", "serve")
     address = "http://" + project(NEW, "port", "serve", "8080").stdout.strip()
-    wait_until(lambda: answered(f"{address}/ping") == 200)
-    picture = (digits / "test" / "TEST_00000.png").read_bytes()
-    request = Request(f"{address}/invocations", picture, {"Content-Type": "image/png"})
-    with urlopen(request, timeout=30) as answer:
-        found = json.load(answer)
-    with open(here / "ensemble-student" / "output" / "submission.csv", encoding="utf-8-sig") as file:
+    wait_until(lambda: get_status(f"{address}/ping") == 200)
+    png = (digits / "test" / "TEST_00000.png").read_bytes()
+    request = Request(f"{address}/invocations", png, {"Content-Type": "image/png"})
+    with urlopen(request, timeout=30) as response:
+        prediction = json.load(response)
+    with open(local_run / "ensemble-student" / "output" / "submission.csv", encoding="utf-8-sig") as file:
         row = next(csv.DictReader(file))
-    expected = {name: float(row[name]) for name in found["probabilities"]}
-    assert found["probabilities"] == pytest.approx(expected, abs=1e-5)
+    expected = {name: float(row[name]) for name in prediction["probabilities"]}
+    assert prediction["probabilities"] == pytest.approx(expected, abs=1e-5)
     project(NEW, "stop", "serve")
     state = json.loads(docker("inspect", project.container("serve")).stdout)[0]
     assert state["State"]["ExitCode"] == 143
@@ -113,11 +117,11 @@ def test_the_student_answers_and_drains_when_it_is_stopped(image, project: Proje
     assert state["HostConfig"]["ReadonlyRootfs"]
 
 
-def answered(url: str) -> int:
-    """The status of a GET; 0 where nobody listens yet."""
+def get_status(url: str) -> int:
+    """Return the status of a GET, or 0 if no server listens yet."""
     try:
-        with urlopen(url, timeout=5) as answer:
-            return answer.status
+        with urlopen(url, timeout=5) as response:
+            return response.status
     except HTTPError as error:
         return error.code
     except OSError:
@@ -126,46 +130,46 @@ def answered(url: str) -> int:
 
 @pytest.mark.docker
 @pytest.mark.parametrize("tool", [NEW, OLD], ids=["2", "1.29"])
-def test_a_fold_that_fails_stops_what_needs_it(image, project: Project, tool):
-    """The recipe of three folds has no fold 3 and 4."""
+def test_failed_fold_stops_dependent_services_only(image, project: Project, tool):
+    """The split has three folds; the services of folds 3 and 4 fail."""
     with open(project.folder / ".env", "a") as file:
         file.write(f"SETTINGS={json.dumps({**SETTINGS, 'train.epochs': 1, 'split.folds': 3})}\n")
-    done = project(tool, "--profile", "pipeline", "up", check=False)
-    text = project(tool, "--profile", "pipeline", "logs").stdout
-    assert done.returncode
-    assert re.search(r"FOLD=4 is out of range: the split has the folds 0 to 2", text), text
+    result = project(tool, "--profile", "pipeline", "up", check=False)
+    log = project(tool, "--profile", "pipeline", "logs").stdout
+    assert result.returncode
+    assert re.search(r"FOLD=4 is out of range: the split has the folds 0 to 2", log), log
     docker("wait", project.container("pipeline-fold-2"))
-    assert (project.runs / "first" / "fold-2" / "model" / "stage.json").is_file(), "the others go on"
+    assert (project.runs / "first" / "fold-2" / "model" / "stage.json").is_file(), "the other folds complete"
     assert not (project.runs / "first" / "ensemble").exists()
-    assert "give FOLD=" not in text
+    assert "give FOLD=" not in log
 
 
 @pytest.mark.docker
-def test_a_missing_folder_is_named(image, project: Project):
+def test_missing_runs_folder_is_named_in_the_error(image, project: Project):
     with open(project.folder / ".env", "a") as file:
         file.write("RUNS=./nowhere\n")
     for tool in (NEW, OLD):
-        done = project(tool, "run", "--rm", "split", check=False)
-        assert done.returncode
-        assert "nowhere" in done.stdout + done.stderr
+        result = project(tool, "run", "--rm", "split", check=False)
+        assert result.returncode
+        assert "nowhere" in result.stdout + result.stderr
     assert not (project.folder / "nowhere").exists()
 
 
 @pytest.mark.docker
 @pytest.mark.parametrize("tool", [NEW, OLD], ids=["2", "1.29"])
-def test_with_gpus_each_fold_has_one_of_its_own(project: Project, tool):
-    found = project(tool, "-f", "compose.yaml", "-f", "compose.gpu.yaml", "--profile", "pipeline", "config").stdout
-    services = yaml.safe_load(found)["services"]
-    given = {
+def test_compose_gpu_file_gives_each_fold_its_own_gpu(project: Project, tool):
+    config = project(tool, "-f", "compose.yaml", "-f", "compose.gpu.yaml", "--profile", "pipeline", "config").stdout
+    services = yaml.safe_load(config)["services"]
+    gpus = {
         name: [device["device_ids"] for device in service["deploy"]["resources"]["reservations"]["devices"]]
         for name, service in services.items()
         if "deploy" in service
     }
-    assert given | {f"pipeline-fold-{fold}": [[str(fold)]] for fold in range(5)} == given
-    assert {"pipeline-distill", "pipeline-ensemble", "pipeline-ensemble-student"} <= set(given)
+    assert gpus | {f"pipeline-fold-{fold}": [[str(fold)]] for fold in range(5)} == gpus
+    assert {"pipeline-distill", "pipeline-ensemble", "pipeline-ensemble-student"} <= set(gpus)
 
 
-def test_every_service_has_its_grace_and_the_folds_are_the_recipes():
+def test_services_have_a_grace_period_and_match_stages_and_folds():
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     assert {service["stop_grace_period"] for service in services.values()} == {"120s"}
     assert all(service["init"] for service in services.values())
@@ -177,7 +181,7 @@ def test_every_service_has_its_grace_and_the_folds_are_the_recipes():
         assert set(services[step]["depends_on"]) == set(folds)
 
 
-def test_ports_are_open_to_this_machine_alone_and_servers_only_read_the_runs():
+def test_servers_listen_on_localhost_and_mount_runs_read_only():
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
     assert set(published) == {"serve", "tensorboard"}
@@ -187,26 +191,26 @@ def test_ports_are_open_to_this_machine_alone_and_servers_only_read_the_runs():
         assert (runs["target"], runs["read_only"]) == ("/runs", True), name
 
 
-def test_no_service_is_root_or_may_become_it_or_write_to_its_root():
+def test_services_run_unprivileged_with_a_read_only_root():
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     for name, service in services.items():
         assert service["user"] == "${USER_ID:-1000:1000}", name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["read_only"] is True, name
-        assert [each.partition(":")[0] for each in service["tmpfs"]] == ["/tmp"], name
+        assert [mount.partition(":")[0] for mount in service["tmpfs"]] == ["/tmp"], name
         assert not {"privileged", "cap_add"} & set(service), name
 
 
-def test_the_image_says_that_its_server_listens_to_others():
-    (given,) = re.findall(r"FIVEFOLD_HOST=(\S+)", (ROOT / "docker" / "Dockerfile").read_text().partition("ENV HOME")[2])
-    hosts = [load([*collect_layers(rest, environ), *platform_layers(environ)]).serve.host for rest, environ in (
-        ([], {}), ([], {"FIVEFOLD_HOST": given}), (["serve.host=::1"], {"FIVEFOLD_HOST": given}),
+def test_settings_override_the_images_server_host():
+    (host,) = re.findall(r"FIVEFOLD_HOST=(\S+)", (ROOT / "docker" / "Dockerfile").read_text().partition("ENV HOME")[2])
+    hosts = [load([*collect_layers(arguments, environ), *platform_layers(environ)]).serve.host for arguments, environ in (
+        ([], {}), ([], {"FIVEFOLD_HOST": host}), (["serve.host=::1"], {"FIVEFOLD_HOST": host}),
     )]  # fmt: skip
     assert hosts == ["127.0.0.1", "0.0.0.0", "::1"]
 
 
-def test_what_can_be_set_is_in_the_example():
+def test_env_example_lists_every_compose_variable():
     used = set(re.findall(r"\$\{(\w+)", (ROOT / "compose.yaml").read_text() + (ROOT / "compose.gpu.yaml").read_text()))
-    named = set(re.findall(r"^#? ?(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
-    assert used | {"OMP_NUM_THREADS", "COMPOSE_FILE"} == named
+    listed = set(re.findall(r"^#? ?(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert used | {"OMP_NUM_THREADS", "COMPOSE_FILE"} == listed

@@ -1,4 +1,4 @@
-"""The whole run as SageMaker's jobs, each really run: the same bytes as on this machine, packed or plain, interrupted or not."""
+"""A complete run as SageMaker jobs that really run: the same bytes as the local run, compressed or not, interrupted or not."""
 
 import json
 import re
@@ -22,57 +22,59 @@ ACTIONS = {
     "Logs_20140328.GetLogEvents": "logs:GetLogEvents",
     "s3.GET?list": "s3:ListBucket",
 }
-"""What each call needs."""
+"""The IAM action that each call needs."""
 
 
 @pytest.fixture
 def service(bucket: Bucket, digits: Path, tmp_path: Path) -> Iterator[Service]:
     """A service whose bucket holds the digits."""
-    with serving(bucket.endpoint, tmp_path / "service") as found:
+    with serving(bucket.endpoint, tmp_path / "service") as sagemaker:
         archive = Path(shutil.make_archive(str(tmp_path / "train"), "zip", digits / "train"))
         bucket.write("data/train.zip", archive.read_bytes())
         for path in (digits / "test").iterdir():
             bucket.write(f"data/test/{path.name}", path.read_bytes())
-        yield found
+        yield sagemaker
 
 
-def asked(bucket: Bucket, tmp_path: Path, *more: str) -> list[str]:
+def make_arguments(bucket: Bucket, tmp_path: Path, *more: str) -> list[str]:
     data = f"s3://{bucket.name}/data"
-    given = [f"train={data}/train.zip", f"eval={data}/test/", f"ground_truth={data}/test/gt.csv", "parallel=2"]
-    return arguments(bucket, tmp_path, *given, "sagemaker.environment={OMP_NUM_THREADS='1'}", *more)
+    inputs = [f"train={data}/train.zip", f"eval={data}/test/", f"ground_truth={data}/test/gt.csv", "parallel=2"]
+    return arguments(bucket, tmp_path, *inputs, "sagemaker.environment={OMP_NUM_THREADS='1'}", *more)
 
 
-def fetched(bucket: Bucket, service: Service, folder: Path) -> Path:
-    """What the jobs wrote to the bucket, as a run's folder on this machine."""
+def download_run(bucket: Bucket, service: Service, folder: Path) -> Path:
+    """Download what the jobs wrote to the bucket into a local run folder."""
     for name, job in service.jobs.items():
-        place = job.request["OutputDataConfig"]["S3OutputPath"].removeprefix(f"s3://{bucket.name}/")
+        prefix = job.request["OutputDataConfig"]["S3OutputPath"].removeprefix(f"s3://{bucket.name}/")
         step = re.sub(r"^fivefold-r-|-\d{14}$", "", name)
-        for key in bucket.listed(f"{place}/{name}/output/"):
-            inside = key.removeprefix(f"{place}/{name}/output/")
-            target = folder / step / inside.replace("data/", "output/", 1)
+        for key in bucket.listed(f"{prefix}/{name}/output/"):
+            file = key.removeprefix(f"{prefix}/{name}/output/")
+            target = folder / step / file.replace("data/", "output/", 1)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(bucket.read(key))
-            if inside.endswith(".tar.gz"):
-                shutil.unpack_archive(target, folder / step / inside.removesuffix(".tar.gz"))
+            if file.endswith(".tar.gz"):
+                shutil.unpack_archive(target, folder / step / file.removesuffix(".tar.gz"))
     return folder
 
 
 @pytest.mark.parametrize("compress", ["true", "false"])
-def test_the_whole_run_is_the_same_bytes(
+def test_complete_run_writes_the_same_bytes_as_the_local_run(
     compress: str, service: Service, bucket: Bucket, small_run: Path, tmp_path: Path
 ) -> None:
-    # without compression only the files' form differs, and the stages that read and write each form tell that
+    # compression changes only the form of the files, so the stages that read and write each form are enough
     steps = STEPS if compress == "true" else STEPS[:4]
-    some = [] if compress == "true" else ["stages=split,train-fold,ensemble"]
-    ended = submit(asked(bucket, tmp_path, f"sagemaker.compress_outputs={compress}", *some), service.environ())
-    assert ended.returncode == 0, ended.stdout
+    selection = [] if compress == "true" else ["stages=split,train-fold,ensemble"]
+    result = submit(
+        make_arguments(bucket, tmp_path, f"sagemaker.compress_outputs={compress}", *selection), service.environ()
+    )
+    assert result.returncode == 0, result.stdout
     assert len(service.jobs) == len(steps)
-    there = fetched(bucket, service, tmp_path / "there")
-    assert len(list(there.rglob("*.tar.gz"))) == (2 * len(steps) if compress == "true" else 0)
-    assert differing(there, small_run, steps) == []
-    assert f"results: s3://{bucket.name}/runs/r/" in ended.stdout
-    # the caller's policy allows what it called, and nothing that it did not
-    allowed = {action for each in json.loads(POLICY.read_text())["Statement"] for action in each["Action"]}
+    downloaded = download_run(bucket, service, tmp_path / "there")
+    assert len(list(downloaded.rglob("*.tar.gz"))) == (2 * len(steps) if compress == "true" else 0)
+    assert differing(downloaded, small_run, steps) == []
+    assert f"results: s3://{bucket.name}/runs/r/" in result.stdout
+    # besides the actions called here, the caller's policy allows only those listed below
+    allowed = {action for statement in json.loads(POLICY.read_text())["Statement"] for action in statement["Action"]}
     called = {ACTIONS[call] for call in service.calls}
     assert called <= allowed
     assert allowed - called == {
@@ -81,18 +83,20 @@ def test_the_whole_run_is_the_same_bytes(
     }  # fmt: skip
 
 
-def test_a_spot_instance_that_is_taken_back_loses_nothing(
+def test_interrupted_spot_job_resumes_to_the_same_results(
     service: Service, bucket: Bucket, small_run: Path, tmp_path: Path
 ) -> None:
     service.interrupt_once = "fold-1"
-    given = ["stages=split,train-fold", "sagemaker.spot=true", "train.checkpoint_steps=2"]
-    ended = submit(asked(bucket, tmp_path, *given), service.environ())
-    assert ended.returncode == 0, ended.stdout
+    settings = ["stages=split,train-fold", "sagemaker.spot=true", "train.checkpoint_steps=2"]
+    result = submit(make_arguments(bucket, tmp_path, *settings), service.environ())
+    assert result.returncode == 0, result.stdout
     (details,) = [job.details for name, job in service.jobs.items() if "fold-1" in name]
     assert details[1:6] == ["Downloading", "Training", "Interrupted", "Restarting", "Downloading"]
-    assert "[fold-1] " in ended.stdout
-    assert re.search(r"fold 1 .* after step \d+ of epoch", ended.stdout)
-    there = fetched(bucket, service, tmp_path / "there")
-    # the settings in model.json say checkpoint_steps=2, and nothing else differs
-    assert differing(there, small_run, ("fold-0", "fold-1")) == [f"fold-{fold}/model/model.json" for fold in (0, 1)]
+    assert "[fold-1] " in result.stdout
+    assert re.search(r"fold 1 .* after step \d+ of epoch", result.stdout)
+    downloaded = download_run(bucket, service, tmp_path / "there")
+    # model.json differs because it records checkpoint_steps=2; nothing else differs
+    assert differing(downloaded, small_run, ("fold-0", "fold-1")) == [
+        f"fold-{fold}/model/model.json" for fold in (0, 1)
+    ]
     assert not [key for key in bucket.listed("runs/r/checkpoints/") if key.endswith(".pt")]

@@ -1,6 +1,6 @@
-"""The launches of docs/sagemaker.md as they are printed there, by the real SDKs in local mode: version 3, and version 2 in a venv of its own.
+"""The launch examples of docs/sagemaker.md as printed, run by the real SDKs in local mode: version 3, and version 2 in its own venv.
 
-Only names of data, recipe and fold are changed. Each fold's `model.tar.gz` then feeds an ensemble, by the same SDK.
+Only the names of data, recipe and fold change. Each fold's `model.tar.gz` then feeds an ensemble, by the same SDK.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ ENSEMBLE = '{"STAGE": "ensemble", "OMP_NUM_THREADS": "1"}'
 
 @pytest.fixture(scope="session")
 def python_of_v2() -> Path:
-    """The interpreter of a venv with SDK v2, which is built once and kept in build/ while its pins stay."""
+    """The interpreter of a venv with SDK v2, which is built once and kept in build/ until its pins change."""
     digest = hashlib.sha256(PINS.read_bytes()).hexdigest()[:12]
     folder = REPOSITORY / "build" / "sdk-v2"
     python, stamp = folder / "bin" / "python", folder / f"built-{digest}"
@@ -40,51 +40,51 @@ def python_of_v2() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def containers_of_the_sdk() -> Iterator[None]:
-    """Removes the stopped containers that the SDKs leave."""
-    of_the_sdk = ["ps", "--all", "--quiet", "--filter", "name=algo-1", "--filter", "status=exited"]
-    before = docker(*of_the_sdk).stdout.split()
+def remove_sdk_containers() -> Iterator[None]:
+    """Remove the stopped containers that the SDKs leave."""
+    list_stopped = ["ps", "--all", "--quiet", "--filter", "name=algo-1", "--filter", "status=exited"]
+    before = docker(*list_stopped).stdout.split()
     yield
-    left = [container for container in docker(*of_the_sdk).stdout.split() if container not in before]
-    docker("rm", "--volumes", *left)
+    remaining = [container for container in docker(*list_stopped).stdout.split() if container not in before]
+    docker("rm", "--volumes", *remaining)
 
 
-def example(of: str) -> str:
-    """Return the block of the page that imports `of`."""
-    (block,) = [each for each in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if of in each]
+def read_example(statement: str) -> str:
+    """Return the page's block that contains the import `statement`."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if statement in block]
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     return block
 
 
-def changed(code: str, changes: dict[str, str]) -> str:
+def replace_all(code: str, changes: dict[str, str]) -> str:
     for old, new in changes.items():
         assert old in code, old
         code = code.replace(old, new)
     return code
 
 
-def run(python: Path | str, code: str, folder: Path, **variables: str) -> str:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    environ = {**own, "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, **variables}
+def run_python(python: Path | str, code: str, folder: Path, **variables: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environ = {**inherited, "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ended = subprocess.run([python, "-c", code], cwd=folder, env=environ, check=False, timeout=600, **pipes)
-    assert ended.returncode == 0, ended.stdout
-    return ended.stdout
+    result = subprocess.run([python, "-c", code], cwd=folder, env=environ, check=False, timeout=600, **pipes)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
 
 
-def unpacked(tarball: Path, folder: Path) -> Path:
+def unpack(tarball: Path, folder: Path) -> Path:
     shutil.unpack_archive(tarball, folder)
     return folder
 
 
-def data_folder(folder: Path, digits: Path, small_run: Path) -> Path:
-    """A folder with `photos`, `split` and `test`, as the examples name them, and `models` with the other fold's model."""
-    for name, place in (
+def make_data_folder(folder: Path, digits: Path, small_run: Path) -> Path:
+    """Make a folder with `photos`, `split` and `test`, as the examples name them, and `models` with the model of fold 0."""
+    for name, target in (
         ("photos", digits / "train"),
         ("split", small_run / "split" / "output"),
         ("test", digits / "test"),
     ):
-        (folder / name).symlink_to(place)
+        (folder / name).symlink_to(target)
     shutil.copytree(small_run / "fold-0" / "model", folder / "models" / "fold-0")
     return folder
 
@@ -96,24 +96,24 @@ def assert_same_fold(model: Path, small_run: Path) -> None:
 
 def assert_same_ensemble(output: Path, small_run: Path) -> None:
     for name in ("predictions.parquet", "submission.csv"):
-        (found,) = output.rglob(name)
-        assert found.read_bytes() == (small_run / "ensemble" / "output" / name).read_bytes(), name
+        (path,) = output.rglob(name)
+        assert path.read_bytes() == (small_run / "ensemble" / "output" / name).read_bytes(), name
 
 
-def of_fold(code: str) -> str:
-    """The example for the digits, and the fold that there is."""
-    fold = '{"STAGE": "train-fold", "FOLD": "1", "OMP_NUM_THREADS": "1"}'
-    changes = {'{"recipe": "small_images"}': SETTINGS.replace('"split__folds": "2", ', ""), FOLD: fold}
-    return changed(code, {**changes, "fivefold:latest": IMAGE})
+def make_fold_launch(code: str) -> str:
+    """Change the example to the demo recipe and fold 1."""
+    fold_1 = '{"STAGE": "train-fold", "FOLD": "1", "OMP_NUM_THREADS": "1"}'
+    changes = {'{"recipe": "small_images"}': SETTINGS.replace('"split__folds": "2", ', ""), FOLD: fold_1}
+    return replace_all(code, {**changes, "fivefold:latest": IMAGE})
 
 
-def of_ensemble(code: str, changes: dict[str, str]) -> str:
-    """The example of a fold as one of the ensemble."""
-    code = re.sub(r"environment=\{.*?\}", f"environment={ENSEMBLE}", changed(code, changes))
+def make_ensemble_launch(code: str, changes: dict[str, str]) -> str:
+    """Change the example of a fold to one of the ensemble."""
+    code = re.sub(r"environment=\{.*?\}", f"environment={ENSEMBLE}", replace_all(code, changes))
     return re.sub(r"hyperparameters=\{.*?\}", 'hyperparameters={"recipe": "demo"}', code)
 
 
-VERSIONS = {
+OUTPUTS_AND_ENSEMBLE_CHANGES = {
     "import ModelTrainer": (
         "compressed_artifacts/",
         {
@@ -131,25 +131,25 @@ VERSIONS = {
         },
     ),
 }
-"""By what an example imports: where its outputs lie below their folder, and what makes an ensemble of its fold."""
+"""By import statement: the subfolder of its outputs, and the changes that turn the fold example into an ensemble."""
 
 
-@pytest.mark.parametrize("imported", VERSIONS)
-def test_the_launch(
+@pytest.mark.parametrize("imported", OUTPUTS_AND_ENSEMBLE_CHANGES)
+def test_printed_launch_trains_the_same_fold_and_ensemble_as_the_local_run(
     imported: str, digits: Path, small_run: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     is_v2 = "Estimator" in imported
     python = request.getfixturevalue("python_of_v2") if is_v2 else sys.executable
     variables = {"AWS_DEFAULT_REGION": "eu-central-1"} if is_v2 else {}
-    place, changes = VERSIONS[imported]
-    folder = data_folder(tmp_path, digits, small_run)
-    fold = of_fold(example(imported))
-    run(python, fold, folder, **variables)
-    packed = folder / f"sdk/fold-2/{place}model.tar.gz"
-    assert_same_fold(unpacked(packed, tmp_path / "model"), small_run)
+    subfolder, changes = OUTPUTS_AND_ENSEMBLE_CHANGES[imported]
+    folder = make_data_folder(tmp_path, digits, small_run)
+    fold = make_fold_launch(read_example(imported))
+    run_python(python, fold, folder, **variables)
+    archive = folder / f"sdk/fold-2/{subfolder}model.tar.gz"
+    assert_same_fold(unpack(archive, tmp_path / "model"), small_run)
 
     (folder / "models" / "fold-1").mkdir()
-    packed.rename(folder / "models" / "fold-1" / "model.tar.gz")
-    run(python, of_ensemble(fold, changes), folder, **variables)
-    packed = folder / f"sdk/ensemble/{place}output.tar.gz"
-    assert_same_ensemble(unpacked(packed, tmp_path / "output"), small_run)
+    archive.rename(folder / "models" / "fold-1" / "model.tar.gz")
+    run_python(python, make_ensemble_launch(fold, changes), folder, **variables)
+    archive = folder / f"sdk/ensemble/{subfolder}output.tar.gz"
+    assert_same_ensemble(unpack(archive, tmp_path / "output"), small_run)

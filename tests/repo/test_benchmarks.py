@@ -1,4 +1,4 @@
-"""The benchmarks: statistics, photographs, refused input; and, slow, that each runs to its end when made small."""
+"""The benchmarks: statistics, sample images, invalid options; a slow test runs each benchmark at a small size."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ from benchmarks.workloads import make_photograph, photographs
 from fivefold.errors import FivefoldError, SettingsError
 
 ROOT = Path(__file__).parents[2]
-SIDE = (
+TIMED_PASSES = (
     "import json, sys, time\n"
     "from benchmarks.processes import wait_for_turn\n"
     "passes = []\n"
@@ -44,35 +44,35 @@ SIDE = (
 
 def test_spread_equals_numpy_percentiles():
     values = [1.02, 0.97, 1.4, 0.99, 1.0, 1.01, 0.2]
-    found = spread(values)
-    assert [found["q1"], found["median"], found["q3"]] == pytest.approx(np.percentile(values, [25, 50, 75]))
-    assert (found["least"], found["most"], found["n"]) == (0.2, 1.4, 7)
+    summary = spread(values)
+    assert [summary["q1"], summary["median"], summary["q3"]] == pytest.approx(np.percentile(values, [25, 50, 75]))
+    assert (summary["least"], summary["most"], summary["n"]) == (0.2, 1.4, 7)
     assert set(spread([2.5]).values()) == {2.5, 1}
 
 
-def test_side_by_side_processes_alternate():
-    first, second = run_side_by_side(Call(["-c", SIDE, "4"]), Call(["-c", SIDE, "3"]), threads=1)
-    passes = sorted([*[(*each, "A") for each in first.output], *[(*each, "B") for each in second.output]])
+def test_side_by_side_processes_take_turns():
+    first, second = run_side_by_side(Call(["-c", TIMED_PASSES, "4"]), Call(["-c", TIMED_PASSES, "3"]), threads=1)
+    passes = sorted([*[(*times, "A") for times in first.output], *[(*times, "B") for times in second.output]])
     assert "".join(name for *_, name in passes) == "ABABABA"
     for (_, end, _), (start, *_) in itertools.pairwise(passes):
-        assert start > end + 0.03, "what follows a pass belongs to its turn"
+        assert start > end + 0.03, "the pause after a pass belongs to the same turn"
 
 
-def test_side_by_side_reports_the_process_that_fails():
+def test_side_by_side_reports_exit_code_and_stderr_of_a_failed_process():
     failing = Call(["-c", "import sys; print('broken', file=sys.stderr); sys.exit(65)"])
     with pytest.raises(FivefoldError, match=r"(?s)ended with 65.*broken"):
-        run_side_by_side(Call(["-c", SIDE, "3"]), failing, 1)
+        run_side_by_side(Call(["-c", TIMED_PASSES, "3"]), failing, 1)
 
 
-def test_ratio_is_of_neighbouring_passes_without_the_first():
-    def output(*seconds: float) -> dict:
-        return {"passes": [{"images": 10, "seconds": each} for each in seconds]}
+def test_ratio_compares_neighbouring_passes_and_skips_the_first():
+    def make_output(*seconds: float) -> dict:
+        return {"passes": [{"images": 10, "seconds": duration} for duration in seconds]}
 
-    assert ratio_of_passes(output(9, 1, 2, 4), output(1, 2, 4, 8)) == pytest.approx(2)
-    assert ratio_of_passes(output(2), output(4)) == pytest.approx(2)
+    assert ratio_of_passes(make_output(9, 1, 2, 4), make_output(1, 2, 4, 8)) == pytest.approx(2)
+    assert ratio_of_passes(make_output(2), make_output(4)) == pytest.approx(2)
 
 
-def test_run_measures_the_whole_process(monkeypatch):
+def test_run_measures_time_and_memory_without_inherited_settings(monkeypatch):
     monkeypatch.setenv("TRAIN__EPOCHS", "3")
     monkeypatch.setenv("SM_CHANNEL_TRAIN", "/somewhere")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
@@ -82,16 +82,16 @@ def test_run_measures_the_whole_process(monkeypatch):
         "names = [name for name in os.environ if name.startswith(('TRAIN', 'SM_'))]\n"
         "print(json.dumps([os.environ.get('OMP_NUM_THREADS'), names, time.monotonic()]))"
     )
-    ended = run(Call(["-c", code]), threads=3)
-    assert ended.output[:2] == ["3", []]
-    assert ended.seconds >= 0.3
-    assert 200e6 < ended.peak_bytes < 400e6
-    assert ended.started < ended.output[2] < time.monotonic()
+    result = run(Call(["-c", code]), threads=3)
+    assert result.output[:2] == ["3", []]
+    assert result.seconds >= 0.3
+    assert 200e6 < result.peak_bytes < 400e6
+    assert result.started < result.output[2] < time.monotonic()
     assert run(Call(["-c", code]), threads=0).output[0] is None
 
 
 @pytest.mark.parametrize(("size", "kilobytes"), [((500, 375), (25, 130)), ((1600, 1200), (250, 900))])
-def test_photographs_are_as_large_as_a_cameras_and_reproducible(size, kilobytes):
+def test_photographs_are_reproducible_and_as_large_as_camera_files(size, kilobytes):
     files = [make_photograph(size, seed) for seed in range(4)]
     assert files[0] == make_photograph(size, 0)
     assert len(set(files)) == 4
@@ -99,21 +99,21 @@ def test_photographs_are_as_large_as_a_cameras_and_reproducible(size, kilobytes)
     assert kilobytes[0] < statistics.mean(map(len, files)) / 1000 < kilobytes[1]
 
 
-def test_photographs_are_made_once(tmp_path):
+def test_photographs_are_reused_or_completed(tmp_path):
     options = parse([f"work={tmp_path}", "photo=341x256"])
     folder = photographs(options, 12)
     files = sorted(folder.glob("*/*.jpg"))
     assert (len(files), len({path.parent.name for path in files})) == (12, 10)
-    before = [path.stat().st_mtime_ns for path in files]
+    modified = [path.stat().st_mtime_ns for path in files]
     assert photographs(options, 12) == folder
-    assert [path.stat().st_mtime_ns for path in files] == before
-    (folder / "photos.json").unlink()  # as if it had been stopped
+    assert [path.stat().st_mtime_ns for path in files] == modified
+    (folder / "photos.json").unlink()  # as if the first call had been interrupted
     assert sorted(photographs(options, 12).glob("*/*.jpg")) == files
     assert photographs(parse([f"images={tmp_path}"]), 12) == tmp_path
 
 
 @pytest.mark.parametrize("argument", ["pair=3", "pairs=many", "pairs=0", "pairs", "device=tpu", "photo=big"])
-def test_invalid_options_are_refused(argument):
+def test_invalid_options_are_rejected(argument):
     with pytest.raises(SettingsError, match=argument.split("=")[0]):
         parse([argument])
 
@@ -128,7 +128,7 @@ def test_options_select_rows_and_settings():
             parse_setting(text)
 
 
-def test_plan_is_checked_before_anything_runs():
+def test_plan_rejects_unknown_or_missing_benchmarks():
     with pytest.raises(SettingsError, match="did you mean 'train'"):
         plan(["loader", "trian"], [])
     with pytest.raises(SettingsError, match="no benchmark"):
@@ -141,21 +141,21 @@ def test_cuda_without_a_gpu_is_an_error():
     assert main(["train", "device=cuda"]) == 64
 
 
-def test_targets_check_and_format():
-    least, most = Target("a ratio", 0.97, "", False), Target("seconds", 4, "s", True)
-    assert [least.check(value) for value in (0.97, 0.969)] == ["reached", "missed"]
-    assert [most.check(value) for value in (4, 4.01)] == ["reached", "missed"]
-    assert (str(least), str(most)) == ("≥ 0.97", "≤ 4 s")
+def test_targets_compare_and_format_values():
+    minimum, maximum = Target("a ratio", 0.97, "", False), Target("seconds", 4, "s", True)
+    assert [minimum.check(value) for value in (0.97, 0.969)] == ["reached", "missed"]
+    assert [maximum.check(value) for value in (4, 4.01)] == ["reached", "missed"]
+    assert (str(minimum), str(maximum)) == ("≥ 0.97", "≤ 4 s")
     assert Target("no target", float("nan"), "", False).check(1) == ""
 
 
-def test_rows_are_saved_beside_earlier_ones(tmp_path):
+def test_save_keeps_earlier_rows(tmp_path):
     options = parse([f"results={tmp_path}", "pairs=3", "images=/home/me/photos", "count=99"])
-    one = {"processor": "one", "flags": ["amx_bf16"], "cores": 2}
-    other = {"processor": "two", "flags": [], "cores": 4}
-    results.save("loader", Finding("loader", spread([4100, 4200, 4900])), options, one)
-    results.save("loader", Finding("of_torchvision", spread([1.5])), options, one)
-    path = results.save("loader", Finding("of_torchvision", spread([1.25])), parse([f"results={tmp_path}"]), other)
+    machine_a = {"processor": "one", "flags": ["amx_bf16"], "cores": 2}
+    machine_b = {"processor": "two", "flags": [], "cores": 4}
+    results.save("loader", Finding("loader", spread([4100, 4200, 4900])), options, machine_a)
+    results.save("loader", Finding("of_torchvision", spread([1.5])), options, machine_a)
+    path = results.save("loader", Finding("of_torchvision", spread([1.25])), parse([f"results={tmp_path}"]), machine_b)
     rows = json.loads(path.read_text())["rows"]
     assert rows["loader"]["outcome"] == "reached"
     assert rows["of_torchvision"]["figure"]["median"] == 1.25
@@ -166,7 +166,7 @@ def test_rows_are_saved_beside_earlier_ones(tmp_path):
     assert text.endswith("\n\nA: one, 2 cores (amx_bf16); B: two, 4 cores (no units for bf16).")
 
 
-def test_the_documentation_has_the_table_of_the_results():
+def test_performance_page_contains_the_results_table():
     assert results.markdown_table(ROOT / "benchmarks" / "results") in (ROOT / "docs" / "performance.md").read_text(
         "utf-8"
     )
@@ -175,38 +175,38 @@ def test_the_documentation_has_the_table_of_the_results():
 def test_sigterm_ends_the_measured_process(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "loader", "count=40", f"work={tmp_path}", f"results={tmp_path}"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while len(measured := psutil.Process(process.pid).children(recursive=True)) < 2:  # rusage and the stage
-        assert time.monotonic() < until
+    deadline = time.monotonic() + 60
+    while len(children := psutil.Process(process.pid).children(recursive=True)) < 2:  # the rusage process and the stage
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 143
-    assert psutil.wait_procs(measured, timeout=10)[1] == []
+    assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
 SMALL = ("pairs=1", "threads=1", "count=50", "size=32", "batch=8", "epochs=2")
 LONG = ("peer", "folds", "ensemble")
-"""Take minutes each however small they are: `FIVEFOLD_BENCHMARKS=all` runs them too."""
-FIRST = {"train": "resnet18@64", "peer": "resnet18@64", "step": "curve"}
+"""Benchmarks that take minutes even when small: only `FIVEFOLD_BENCHMARKS=all` runs them."""
+ONE_CASE = {"train": "resnet18@64", "peer": "resnet18@64", "step": "curve"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_each_benchmark_runs_to_its_end(name, tmp_path):
+def test_each_benchmark_completes_at_a_small_size(name, tmp_path):
     if name in LONG and os.environ.get("FIVEFOLD_BENCHMARKS") != "all":
         pytest.skip("takes minutes: FIVEFOLD_BENCHMARKS=all")
     arguments = [name, *SMALL, f"work={tmp_path / 'work'}", f"results={tmp_path / 'results'}"]
-    arguments += [f"cases={FIRST[name]}"] if name in FIRST else []
+    arguments += [f"cases={ONE_CASE[name]}"] if name in ONE_CASE else []
     arguments += ["search=fp32,NHWC,0"] if name in ("folds", "peer") else []
     command = [sys.executable, "-m", "benchmarks", *arguments]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
-    assert ended.returncode == 0, ended.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+    assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "results" / f"{name}.json").read_text())["rows"]
-    assert set(rows) == ({FIRST[name]} if name in FIRST else set(TARGETS[name]))
+    assert set(rows) == ({ONE_CASE[name]} if name in ONE_CASE else set(TARGETS[name]))
     for key, row in rows.items():
         assert row["figure"]["n"] >= 1
         assert row["figure"]["median"] > 0 or key == "curve"
         assert row["machine"]["packages"]["torch"] == torch.__version__.split("+")[0]
-        assert row["what"] in ended.stdout
+        assert row["what"] in result.stdout
     if name == "step":
         assert rows["curve"]["figure"]["median"] < 1e-3

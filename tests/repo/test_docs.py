@@ -1,4 +1,4 @@
-"""The README and the pages below docs/ agree with the code: stages, recipes, commands, keys, settings and links."""
+"""The README and the pages in docs/ match the code: stages, recipes, commands, keys, settings and links."""
 
 import re
 from pathlib import Path
@@ -20,40 +20,40 @@ PAGES = {
 COMMAND = re.compile(r"python (?:-m jobs |jobs/)[\w-].*")
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len(README.read_bytes()) <= 7000
     assert len(README.read_text(encoding="utf-8").split()) <= 1000
 
 
-def test_every_stage_and_recipe_has_its_row():
+def test_every_stage_and_recipe_has_a_table_row():
     for page, names in (("stages.md", STAGES), ("recipes.md", shipped_recipes())):
         for name in names:
             assert f"\n| `{name}` |" in PAGES[ROOT / "docs" / page], name
 
 
-def test_every_recipe_that_is_named_exists():
+def test_every_recipe_named_in_the_docs_exists():
     for text in PAGES.values():
         assert all(recipe(name) for name in re.findall(r"recipe=([a-z]\w*)(?![\w./])", text))
 
 
 @pytest.mark.parametrize("line", sorted({line for text in PAGES.values() for line in COMMAND.findall(text)}))
-def test_every_command_names_a_stage_and_known_keys(line):
-    command, *rest = re.findall(r"(?:-m jobs|jobs/)\s*([\w-]+)(.*)", line)[0]
+def test_every_command_uses_a_known_stage_and_known_keys(line):
+    command, *arguments = re.findall(r"(?:-m jobs|jobs/)\s*([\w-]+)(.*)", line)[0]
     name = command.removesuffix(".py").replace("_", "-")
     if name == "STAGE":
         return
     assert name in {*STAGES, *COMMANDS, "train"} or line.startswith("python -m jobs --help")
     stage = STAGES.get(name)
     paths = {*stage.channels, *stage.optional, "output"} if stage and stage.path_arguments else set()
-    for key, _ in re.findall(r"(?<![\w\"{])([A-Za-z_.]+)=(\S+)", rest[0].partition(" #")[0]):
+    for key, _ in re.findall(r"(?<![\w\"{])([A-Za-z_.]+)=(\S+)", arguments[0].partition(" #")[0]):
         key = normalize_key(key)
         assert key in Keys.model_fields or key in paths or key in ("fold", "model") or key.split(".")[0] in SECTIONS, (
             key
         )
 
 
-def test_the_page_of_settings_is_generated_from_them():
-    assert PAGES[ROOT / "docs" / "settings.md"] == reference(), "make docs"
+def test_settings_page_is_up_to_date():
+    assert PAGES[ROOT / "docs" / "settings.md"] == reference(), "run make docs"
 
 
 def test_linked_files_exist():
@@ -62,6 +62,6 @@ def test_linked_files_exist():
             assert (path.parent / target).is_file(), f"{path.name}: {target}"
 
 
-def test_every_page_can_be_reached_from_the_readme():
+def test_readme_links_every_page():
     linked = {(README.parent / target).resolve() for target in re.findall(r"\]\(([^)#:]+)\)", PAGES[README])}
     assert {path for path in PAGES if path != README} <= linked

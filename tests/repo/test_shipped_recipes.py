@@ -1,4 +1,4 @@
-"""The shipped recipes: every name in them stands for something at its full size, and `smoke` changes sizes alone."""
+"""Shipped recipes at full size: every name in them exists, and `smoke` changes only sizes and counts."""
 
 import json
 import re
@@ -35,49 +35,49 @@ SIZES = {
     "split.folds", "model.image_size", "train.epochs", "train.batch_size", "train.freeze_epochs", "predict.batch_size",
     "distill.train.epochs", "distill.train.batch_size",
 }  # fmt: skip
-"""Keys that a small run may make smaller; besides, another backbone of the same family, and nothing from a hub."""
+"""Keys that `smoke` may reduce; it may also use another backbone of the same family, without pretrained weights."""
 
 
-def variants(name: str) -> dict[str, Any]:
+def read_variants(name: str) -> dict[str, Any]:
     return tomllib.loads(shipped_recipes()[name].read_text("utf-8")).get("variants", {})
 
 
-def settings_of(name: str) -> Settings:
+def read_settings(name: str) -> Settings:
     return Settings.model_validate(read_recipe(name))
 
 
-def everything(name: str) -> dict[str, Any]:
-    """All settings, flat; those of the student in place of its two tables."""
-    flat = flatten(settings_of(name))
+def flatten_settings(name: str) -> dict[str, Any]:
+    """Return all settings with flat keys, also those inside the tables `distill.model` and `distill.train`."""
+    flat = flatten(read_settings(name))
     for section in ("model", "train"):
         flat |= {f"distill.{section}.{key}": value for key, value in flat.pop(f"distill.{section}").items()}
     return flat
 
 
-EVERY = [*SYSTEMS] + [f"{name}:{variant}" for name in SYSTEMS for variant in variants(name)]
+ALL_RECIPES = [*SYSTEMS] + [f"{name}:{variant}" for name in SYSTEMS for variant in read_variants(name)]
 
 
-def small(name: str, variant: str) -> str:
-    """A variant made small; one that names another network is laid over `smoke`, whose network is the recipe's."""
-    first = "backbone" in variants(name)[variant].get("model", {})
-    return f"{name}:{SMOKE},{variant}" if first else f"{name}:{variant},{SMOKE}"
+def smoke_recipe(name: str, variant: str) -> str:
+    """Return a variant combined with `smoke`; one with a backbone of its own overrides the backbone of `smoke`."""
+    has_backbone = "backbone" in read_variants(name)[variant].get("model", {})
+    return f"{name}:{SMOKE},{variant}" if has_backbone else f"{name}:{variant},{SMOKE}"
 
 
-SMOKES = [f"{name}:{SMOKE}" for name in SYSTEMS] + [
-    small(name, variant) for name in SYSTEMS for variant in variants(name) if variant != SMOKE
+SMOKE_RECIPES = [f"{name}:{SMOKE}" for name in SYSTEMS] + [
+    smoke_recipe(name, variant) for name in SYSTEMS for variant in read_variants(name) if variant != SMOKE
 ]
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_every_name_in_a_recipe_stands_for_something(name: str) -> None:
-    settings = settings_of(name)
-    for each in (settings, settings.student()):
-        build_head(each.model.head, 8 + count_stats(each.model.image_stats), 7, each.model.dropout)
-        choose(MONITORS, "monitor", each.train.monitor)
-        choose(OPTIMIZER_STATES, "optimizer", each.train.optimizer)
-        choose(SCHEDULES, "schedule", each.train.schedule)
-        choose(SAMPLERS, "sampler", each.train.sampler)
-        build_loss(each.train.loss, each.train.label_smoothing, None)
+@pytest.mark.parametrize("name", ALL_RECIPES)
+def test_every_name_in_a_recipe_is_known(name: str) -> None:
+    settings = read_settings(name)
+    for resolved in (settings, settings.student()):
+        build_head(resolved.model.head, 8 + count_stats(resolved.model.image_stats), 7, resolved.model.dropout)
+        choose(MONITORS, "monitor", resolved.train.monitor)
+        choose(OPTIMIZER_STATES, "optimizer", resolved.train.optimizer)
+        choose(SCHEDULES, "schedule", resolved.train.schedule)
+        choose(SAMPLERS, "sampler", resolved.train.sampler)
+        build_loss(resolved.train.loss, resolved.train.label_smoothing, None)
     choose(MIXINGS, "mixing", settings.augment.batch_mix)
     build_views(settings.predict.tta)
     for specs, evaluation in ((settings.augment.train, False), (settings.augment.eval, True)):
@@ -86,13 +86,13 @@ def test_every_name_in_a_recipe_stands_for_something(name: str) -> None:
         assert transform(image).shape == (3, 40, 32)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_networks_and_the_weights_that_they_start_from_exist(name: str) -> None:
-    model = settings_of(name).model
+@pytest.mark.parametrize("name", ALL_RECIPES)
+def test_backbones_and_their_pretrained_weights_exist(name: str) -> None:
+    model = read_settings(name).model
     family, _, network = model.backbone.partition("/")
-    known = choose(NETWORKS, "family", family)
-    assert known[0](network)
-    assert known[1](network) or not model.pretrained
+    checks = choose(NETWORKS, "family", family)
+    assert checks[0](network)
+    assert checks[1](network) or not model.pretrained
 
 
 NETWORKS: dict[str, tuple[Callable[[str], bool], Callable[[str], bool]]] = {
@@ -101,51 +101,51 @@ NETWORKS: dict[str, tuple[Callable[[str], bool], Callable[[str], bool]]] = {
     "efficientnet_pytorch": (VALID_MODELS.__contains__, url_map.__contains__),
     "fivefold": (SMALL.__contains__, lambda name: False),
 }
-"""By family: whether there is a network of a name, and whether its hub has weights of it."""
+"""By family: a test whether a network exists, and a test whether its hub has weights for it."""
 
 
 @lru_cache
-def features(backbone: str, options: str, size: tuple[int, int]) -> int:
-    with torch.device("meta"):  # shapes without numbers: the real network at its real size
+def cached_feature_count(backbone: str, options: str, size: tuple[int, int]) -> int:
+    with torch.device("meta"):  # computes only shapes, of the real network at its real size
         return count_features(build_backbone(backbone, False, json.loads(options)), size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
-def test_every_network_takes_images_of_its_recipes_size(name: str) -> None:
-    model = settings_of(name).model
-    assert features(model.backbone, json.dumps(model.backbone_kwargs), model.size) >= 64
+@pytest.mark.parametrize("name", ALL_RECIPES)
+def test_backbone_accepts_the_image_size_of_its_recipe(name: str) -> None:
+    model = read_settings(name).model
+    assert cached_feature_count(model.backbone, json.dumps(model.backbone_kwargs), model.size) >= 64
 
 
-@pytest.mark.parametrize("name", SMOKES)
-def test_a_small_run_changes_sizes_and_counts_alone(name: str) -> None:
-    recipe, _, chosen = name.partition(":")
-    others = [variant for variant in chosen.split(",") if variant != SMOKE]
-    full, small = everything(f"{recipe}:{','.join(others)}"), everything(name)
-    differ = {key for key in full if full[key] != small[key]}
-    assert differ <= SIZES | {"model.backbone", "model.pretrained"}
-    for key in differ & SIZES:
-        assert pixels(small[key]) < pixels(full[key]), key
+@pytest.mark.parametrize("name", SMOKE_RECIPES)
+def test_smoke_changes_only_sizes_and_counts(name: str) -> None:
+    recipe, _, variants = name.partition(":")
+    other_variants = [variant for variant in variants.split(",") if variant != SMOKE]
+    full, small = flatten_settings(f"{recipe}:{','.join(other_variants)}"), flatten_settings(name)
+    changed = {key for key in full if full[key] != small[key]}
+    assert changed <= SIZES | {"model.backbone", "model.pretrained"}
+    for key in changed & SIZES:
+        assert size_as_number(small[key]) < size_as_number(full[key]), key
     assert not small["model.pretrained"]
-    assert family(small["model.backbone"]) == family(full["model.backbone"])
+    assert backbone_family(small["model.backbone"]) == backbone_family(full["model.backbone"])
     assert small["split.folds"] >= 2
 
 
-def pixels(value: Any) -> int:
-    """One number for a size, which may be (height, width)."""
+def size_as_number(value: Any) -> int:
+    """Return the area of a (height, width), or the number itself."""
     return value[0] * value[1] if isinstance(value, list) else value
 
 
-def family(backbone: str) -> str:
-    """`timm/efficientnet` for `timm/efficientnet_b5`: whose network it is, and its name before the size."""
+def backbone_family(backbone: str) -> str:
+    """Return the library and the network's name up to its size: `timm/efficientnet` for `timm/efficientnet_b5`."""
     return re.split(r"(?<=[a-z])[_-]", backbone.partition(".")[0])[0]
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_recipe_states_what_its_system_is(name: str) -> None:
+def test_recipe_sets_every_key_that_defines_its_system(name: str) -> None:
     tree = read_recipe(name)
     assert {"data", "split", "model", "augment", "train", "predict", "ensemble", "distill"} <= set(tree)
     assert {"seed", "ratios" if "ratios" in tree["split"] else "folds"} <= set(tree["split"])
-    stated = {"epochs", "batch_size", "loss", "optimizer", "lr", "weight_decay", "schedule", "monitor", "precision"}
-    assert stated <= set(tree["train"])
+    train_keys = {"epochs", "batch_size", "loss", "optimizer", "lr", "weight_decay", "schedule", "monitor", "precision"}
+    assert train_keys <= set(tree["train"])
     assert {"backbone", "head", "image_size", "mean", "std", "pretrained"} <= set(tree["model"])

@@ -36,7 +36,7 @@ PHASES = {
     "weights": ("weights", 1, 2, 0.0),
     "record": ("record", 1, 1, 0.0),
 }
-"""Of each a point of `struck.py`, the first and the last time that a stage comes by it, and the seconds that it lasts."""
+"""Of each a point of `fault_injection.py`, the first and the last time that a stage comes by it, and the seconds that it lasts."""
 SECONDS_TO_STOP = 30
 INSTANTS = int(os.environ.get("FIVEFOLD_INSTANTS", "1"))
 """Random instants in each phase of each stage."""
