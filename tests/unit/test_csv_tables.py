@@ -1,4 +1,4 @@
-"""Tables as people save them: read whole and as text, or refused with the place."""
+"""Reading CSV tables in common dialects as text, and errors that name the place of the fault."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from fivefold.csv_tables import PATH_NAMES, check_same_ids, check_unique, normal
 from fivefold.errors import DataError, MissingInputError
 
 
-def write(folder: Path, text: str | bytes) -> Path:
+def write_table(folder: Path, text: str | bytes) -> Path:
     (folder / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder / "t.csv"
 
@@ -37,11 +37,11 @@ def write(folder: Path, text: str | bytes) -> Path:
         "tabs and quotes",
         "blank lines",
         "index",
-        "index read again",
+        "index named by pandas",
     ],
 )
-def test_every_way_to_save_a_table_is_read_as_the_same_text(tmp_path, text):
-    table = open_csv(write(tmp_path, text))
+def test_all_csv_dialects_are_read_as_the_same_text(tmp_path, text):
+    table = open_csv(write_table(tmp_path, text))
     assert table.columns == ("id", "text")
     assert table.read().to_dict("list") == {"id": ["007", "1e3"], "text": ["NA", ""]}
     assert table.read(["text", "id", "text"]).columns.tolist() == ["text", "id"]
@@ -52,14 +52,14 @@ def test_every_way_to_save_a_table_is_read_as_the_same_text(tmp_path, text):
     "text",
     ["id;a, b;c\n1;0,5;0,5\n", "id;a, b;c\n", 'id;"a, b";c\n1;0,5;0,5\n2;0,25;0,75\n', "id\ta, b\tc\n1\t.5\t.5\n"],
 )
-def test_a_name_with_a_comma_parts_no_header_of_other_delimiters(tmp_path, text):
-    table = open_csv(write(tmp_path, text))
+def test_comma_in_a_column_name_does_not_split_headers_with_other_delimiters(tmp_path, text):
+    table = open_csv(write_table(tmp_path, text))
     assert table.columns == ("id", "a, b", "c")
 
 
-def test_a_large_table_with_line_breaks_in_cells_is_read_as_a_small_one(tmp_path):
+def test_large_table_with_line_breaks_in_cells_is_read_correctly(tmp_path):
     lines = [f'{n},"a ""note""\nof\n\nlines {n}",x' for n in range(60_000)]
-    table = open_csv(write(tmp_path, "\n".join(["id,note,label", *lines])))
+    table = open_csv(write_table(tmp_path, "\n".join(["id,note,label", *lines])))
     assert len(table.text) > 1_500_000
     assert table.read(["id", "label"]).to_dict("list") == {
         "id": [str(n) for n in range(60_000)],
@@ -67,24 +67,24 @@ def test_a_large_table_with_line_breaks_in_cells_is_read_as_a_small_one(tmp_path
     }
 
 
-def test_a_cell_may_be_longer_than_python_s_csv_module_takes(tmp_path):
+def test_cell_may_be_longer_than_the_limit_of_the_csv_module(tmp_path):
     mask = "1 2 " * 50_000
-    table = open_csv(write(tmp_path, f"id,mask,label\n1,{mask},x\n"))
+    table = open_csv(write_table(tmp_path, f"id,mask,label\n1,{mask},x\n"))
     assert table.read(["id", "label"]).values.tolist() == [["1", "x"]]
 
 
-def test_cells_may_hold_the_delimiter_quotes_and_line_breaks(tmp_path):
-    frame = open_csv(write(tmp_path, 'a,b\n"1,5","say ""no"""\n x ,"two\nlines"\n')).read()
+def test_cells_may_contain_delimiters_quotes_and_line_breaks(tmp_path):
+    frame = open_csv(write_table(tmp_path, 'a,b\n"1,5","say ""no"""\n x ,"two\nlines"\n')).read()
     assert frame.values.tolist() == [["1,5", 'say "no"'], [" x ", "two\nlines"]]
 
 
 @pytest.mark.parametrize("text", [",text\n007,NA\n", ",target,text\n1,a,b\n", ",0.5,1\n7,.25,.75\n"])
-def test_a_first_column_without_a_name_may_be_no_index(tmp_path, text):
-    assert open_csv(write(tmp_path, text)).columns[0] == ""
+def test_unnamed_first_column_that_is_no_index_is_kept(tmp_path, text):
+    assert open_csv(write_table(tmp_path, text)).columns[0] == ""
 
 
-def test_columns_are_found_by_their_names_in_any_case(tmp_path):
-    table = open_csv(write(tmp_path, "ID, Img_Path ,image\n1,2,3\n"))
+def test_column_names_are_matched_case_insensitively(tmp_path):
+    table = open_csv(write_table(tmp_path, "ID, Img_Path ,image\n1,2,3\n"))
     assert table.column("", PATH_NAMES) == " Img_Path "
     assert (table.column("id"), table.column("Image"), table.column("no")) == ("ID", "image", None)
     with pytest.raises(DataError, match=r"no column 'no'; it has ID, .*; set data\.key"):
@@ -105,23 +105,23 @@ def test_columns_are_found_by_their_names_in_any_case(tmp_path):
         ("a,b\n1,고양이\n".encode("cp949"), "UTF-8"),
     ],
 )
-def test_what_is_no_table_is_refused_with_the_place(tmp_path, text, message):
+def test_invalid_table_is_rejected_with_the_place_of_the_fault(tmp_path, text, message):
     with pytest.raises(DataError, match=rf"t\.csv.*{message}"):
-        open_csv(write(tmp_path, text)).read()
+        open_csv(write_table(tmp_path, text)).read()
     with pytest.raises(MissingInputError):
         open_csv(tmp_path / "absent.csv")
 
 
-def test_numbers_may_have_decimal_commas_and_others_are_named(tmp_path):
+def test_numbers_accept_decimal_commas_and_reject_other_cells_by_row_and_column(tmp_path):
     for text in ("a,b\n.5,1e-3\n 2 ,nan\n", 'a,b\n"0,5","1e-3"\n2,nan\n', "a;b\n0,5;1e-3\n2;nan\n"):
-        table = open_csv(write(tmp_path, text))
+        table = open_csv(write_table(tmp_path, text))
         np.testing.assert_array_equal(table.numbers(table.read()), [[0.5, 1e-3], [2, np.nan]])
-    table = open_csv(write(tmp_path, "a,b\n1,2\n3,x\n"))
+    table = open_csv(write_table(tmp_path, "a,b\n1,2\n3,x\n"))
     with pytest.raises(DataError, match="'x' in row 2 below the header, column 'b'"):
         table.numbers(table.read())
 
 
-def test_names_are_plain_and_ids_unique_and_the_same():
+def test_names_are_normalized_and_ids_must_be_unique_and_match():
     assert normalize_names(pd.Series([" e\u0301", "\u00e9 "])).tolist() == ["\u00e9", "\u00e9"]
     with pytest.raises(DataError, match=r"t: .*'id': '7'"):
         check_unique(pd.Series(["7", "8", "7"], name="id"), "t")

@@ -1,4 +1,4 @@
-"""What a teacher may say: leak-freedom, row by row."""
+"""Soft targets without leakage: every row gets its targets from models that were not trained on it."""
 
 from dataclasses import replace
 from hashlib import sha256
@@ -30,57 +30,57 @@ def folds() -> FoldTable:
     return FoldTable(ids, ids, np.arange(7, dtype=np.int32) % 3, CLASSES, nulls, FOLD, part, nulls)
 
 
-def out_of_fold(fold: int, seed: int = 0, classes: tuple[str, ...] = CLASSES) -> Predictions:
+def make_out_of_fold(fold: int, seed: int = 0, classes: tuple[str, ...] = CLASSES) -> Predictions:
     rows = np.flatnonzero(fold == FOLD)
     probs = np.random.default_rng([fold, seed]).dirichlet(np.ones(3), len(rows))
     ids = np.array([f"r{row}" for row in rows], dtype=object)
     return Predictions(ids, FOLD[rows], "s", classes, np.log(probs).astype(np.float32))
 
 
-def test_each_row_is_taught_by_the_model_that_never_saw_it(folds):
-    tables = [out_of_fold(fold) for fold in (2, 0, 1)]
+def test_targets_of_each_row_come_from_the_model_of_its_fold(folds):
+    tables = [make_out_of_fold(fold) for fold in (2, 0, 1)]
     rows = np.array([5, 0, 1, 2, 3, 4])
     targets = out_of_fold_targets(tables, folds, rows)
     for target, row in zip(targets, rows, strict=True):
-        own = next(table for table in tables if table.fold[0] == FOLD[row])
-        np.testing.assert_allclose(target, own.log_probs[list(own.ids).index(f"r{row}")], atol=1e-6)
+        predictions = next(table for table in tables if table.fold[0] == FOLD[row])
+        np.testing.assert_allclose(target, predictions.log_probs[list(predictions.ids).index(f"r{row}")], atol=1e-6)
 
 
-def test_several_seeds_are_averaged_and_columns_matched_by_name(folds):
-    tables = [out_of_fold(fold, seed) for fold in range(3) for seed in (0, 1)]
-    turned = [table.with_classes(("c", "a", "b")) if n % 2 else table for n, table in enumerate(tables)]
+def test_targets_average_seeds_and_match_columns_by_name(folds):
+    tables = [make_out_of_fold(fold, seed) for fold in range(3) for seed in (0, 1)]
+    reordered = [table.with_classes(("c", "a", "b")) if n % 2 else table for n, table in enumerate(tables)]
     rows = np.arange(6)
     expected = np.mean([np.exp(out_of_fold_targets(tables[s::2], folds, rows)) for s in (0, 1)], axis=0)
-    np.testing.assert_allclose(np.exp(out_of_fold_targets(turned, folds, rows)), expected, atol=1e-6)
+    np.testing.assert_allclose(np.exp(out_of_fold_targets(reordered, folds, rows)), expected, atol=1e-6)
 
 
-def test_a_prediction_from_another_fold_than_the_rows_own_is_refused(folds):
-    swapped = out_of_fold(0)
+def test_prediction_from_a_wrong_fold_is_rejected(folds):
+    swapped = make_out_of_fold(0)
     swapped.fold[:] = 1
     with pytest.raises(DataError, match="another fold than the split's"):
-        out_of_fold_targets([swapped, out_of_fold(1), out_of_fold(2)], folds, np.arange(6))
+        out_of_fold_targets([swapped, make_out_of_fold(1), make_out_of_fold(2)], folds, np.arange(6))
 
 
-def test_rows_without_a_prediction_say_what_to_do(folds):
+def test_rows_without_a_prediction_are_rejected(folds):
     with pytest.raises(SettingsError, match="2 of 6 training rows have no out-of-fold prediction"):
-        out_of_fold_targets([out_of_fold(0), out_of_fold(1)], folds, np.arange(6))
+        out_of_fold_targets([make_out_of_fold(0), make_out_of_fold(1)], folds, np.arange(6))
 
 
-def test_softening_at_one_is_the_identity_and_heat_flattens():
+def test_soften_keeps_probabilities_at_temperature_1_and_flattens_them_at_2():
     log_probs = np.log(np.array([[0.7, 0.2, 0.1]], np.float32))
     np.testing.assert_allclose(soften(log_probs, 1.0), [[0.7, 0.2, 0.1]], atol=1e-6)
     root = np.sqrt([0.7, 0.2, 0.1])
     np.testing.assert_allclose(soften(log_probs, 2.0), [root / root.sum()], atol=1e-6)
 
 
-def test_defect_car_b5_the_best_fold_is_that_of_the_least_logloss_and_not_the_first(tmp_path):
+def test_defect_car_b5_best_model_has_the_lowest_logloss_and_need_not_be_the_first(tmp_path):
     models = [ModelDir(tmp_path / str(n), {"best": {"logloss": loss}}) for n, loss in enumerate((0.5, 0.3, 0.4))]
     assert best_model(models).path.name == "1"
 
 
 @pytest.mark.parametrize("digests", [False, True])
-def test_unlabelled_images_that_are_the_splits_are_found_by_their_pixels(folds, tmp_path, digests, caplog):
-    """Whether the split opened its images or not; the holdout's own too, saved anew or under another name."""
+def test_unlabelled_images_with_the_pixels_of_a_split_image_are_excluded(folds, tmp_path, digests, caplog):
+    """With and without digests in the split; training and holdout images, re-encoded under another name."""
     for number in range(9):
         draw(tmp_path / f"r{number}.png", np.random.default_rng(number))
     folds = replace(folds, paths=pa.array([f"{name}.png" for name in folds.ids.to_pylist()]))
@@ -89,18 +89,18 @@ def test_unlabelled_images_that_are_the_splits_are_found_by_their_pixels(folds, 
         with Image.open(tmp_path / f"r{row}.png") as image:
             image.save(tmp_path / "given" / name, compress_level=1)
     if digests:
-        taken = [sha256((tmp_path / name).read_bytes()).hexdigest() for name in folds.paths.to_pylist()]
-        folds = replace(folds, sha256=pa.array(taken))
-    pupils = DistillRows(folds, np.arange(6), open_store(tmp_path))
+        checksums = [sha256((tmp_path / name).read_bytes()).hexdigest() for name in folds.paths.to_pylist()]
+        folds = replace(folds, sha256=pa.array(checksums))
+    distill_rows = DistillRows(folds, np.arange(6), open_store(tmp_path))
     (tmp_path / "given" / "broken.png").write_bytes((tmp_path / "given" / "new.png").read_bytes()[:60])
-    given = ["broken.png", "fold.png", "holdout.png", "new.png", "other.png"]
-    assert exclude_split_images(open_store(tmp_path / "given"), given, pupils) == ["new.png", "other.png"]
-    unreadable, same = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    unlabelled = ["broken.png", "fold.png", "holdout.png", "new.png", "other.png"]
+    assert exclude_split_images(open_store(tmp_path / "given"), unlabelled, distill_rows) == ["new.png", "other.png"]
+    unreadable, duplicates = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "broken.png" in unreadable
-    assert "2 of 5" in same
+    assert "2 of 5" in duplicates
 
 
-def test_rows_that_chose_a_students_epoch_are_not_called_unseen(folds, tmp_path):
+def test_rows_that_selected_the_epoch_of_a_student_count_as_validation(folds, tmp_path):
     student = ModelDir(tmp_path, {"fold": None, "selected_on": None})
     assert row_roles([student], folds).tolist() == ["train"] * 6 + ["test"]
     selected = ModelDir(tmp_path, {"fold": None, "selected_on": "holdout"})

@@ -1,4 +1,4 @@
-"""Exported files against the pipeline's own predictions of the same images, and what is not exported."""
+"""Exported files give the predictions of the pipeline for the same images; cases that cannot be exported are rejected."""
 
 import json
 import shutil
@@ -35,8 +35,8 @@ SIZE = (10, 12)
 NET = Model(backbone="fivefold/small_net", backbone_kwargs={"widths": [8, 16], "stem": 8}, image_size=list(SIZE), mean=[0.5, 0.4, 0.3])  # fmt: skip
 
 
-def save(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **changes) -> Path:
-    """A model dir as a stage leaves it, with weights that were drawn and averages of no layer at its start."""
+def save_model_dir(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **changes) -> Path:
+    """Save a model dir as a stage does, with random weights and normalization statistics that are not the initial ones."""
     settings = Settings(
         system=system,
         seed=seed,
@@ -61,7 +61,7 @@ def save(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **cha
         )
         with torch.no_grad():
             for parameter in network.head.parameters():
-                parameter.mul_(20)  # probabilities that are not all alike
+                parameter.mul_(20)  # so that probabilities differ
         best[name] = BestCheckpoint("logloss", 1, {"logloss": 1.0}, network.state_dict())
     facts = {"fold": fold, "folds": 2, "classes": CLASSES, "split": "x", "shares": [1 / len(CLASSES)] * len(CLASSES)}
     save_model(folder, "student" if fold is None else "fold", best, settings, make_training_runtime(settings), facts)
@@ -71,7 +71,7 @@ def save(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **cha
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Seven images at the size that the models take."""
+    """Return a folder with seven images in the input size of the models."""
     folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for number in range(7):
         draw(folder / f"{number}.png", random, number % 3, size=SIZE)
@@ -79,45 +79,45 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """Two systems of two folds, and a student."""
+def model_root(tmp_path_factory) -> Path:
+    """Return a folder with two systems of two fold models each, and a student."""
     root = tmp_path_factory.mktemp("world")
     for fold in range(2):
         views = ["flip", {"name": "shift", "x": 2}, {"name": "rotate", "degrees": 20}]
-        save(root / "folds" / f"a{fold}", fold, views=views)
-        save(root / "folds" / f"b{fold}", fold, seed=2, system="b")
-    save(root / "student", None)
+        save_model_dir(root / "folds" / f"a{fold}", fold, views=views)
+        save_model_dir(root / "folds" / f"b{fold}", fold, seed=2, system="b")
+    save_model_dir(root / "student", None)
     return root
 
 
-def export(model: Path, output: Path, *arguments: str, **channels: object) -> int:
-    own = {"MODEL": model, "SM_OUTPUT_DATA_DIR": output, "SM_OUTPUT_DIR": output}
-    return run_stage(model, "export", output, *arguments, **{**own, **channels})
+def export_model(model: Path, output: Path, *arguments: str, **channels: object) -> int:
+    defaults = {"MODEL": model, "SM_OUTPUT_DATA_DIR": output, "SM_OUTPUT_DIR": output}
+    return run_stage(model, "export", output, *arguments, **{**defaults, **channels})
 
 
-def pixels(folder: Path) -> np.ndarray:
+def read_pixels(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
 
 
-def by_onnx(path: Path, folder: Path, **more: np.ndarray) -> np.ndarray:
-    """The file's probabilities [N, C] of all images at once, after those of each one alone gave the same."""
+def predict_onnx(path: Path, folder: Path, **more: np.ndarray) -> np.ndarray:
+    """Return the probabilities [N, C] of one batch of all images; assert that single images give the same."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    given = {"images": pixels(folder).transpose(0, 3, 1, 2).astype(np.float32), **more}
-    (found,) = session.run(["probabilities"], given)
-    alone = [session.run(None, {name: value[n : n + 1] for name, value in given.items()})[0] for n in range(len(found))]
-    np.testing.assert_allclose(np.concatenate(alone), found, atol=1e-6)
-    return found
+    batch = {"images": read_pixels(folder).transpose(0, 3, 1, 2).astype(np.float32), **more}
+    (probs,) = session.run(["probabilities"], batch)
+    alone = [session.run(None, {name: value[n : n + 1] for name, value in batch.items()})[0] for n in range(len(probs))]
+    np.testing.assert_allclose(np.concatenate(alone), probs, atol=1e-6)
+    return probs
 
 
-def by_pipeline(models: list[Path], folder: Path, weights: list[float]) -> np.ndarray:
-    """The blended log-probabilities [N, C], by the code of the ensemble stage."""
+def predict_pipeline(models: list[Path], folder: Path, weights: list[float]) -> np.ndarray:
+    """Return the blended log-probabilities [N, C], computed by the code of the ensemble stage."""
     names = sorted(path.name for path in folder.iterdir())
-    members = [load_model(open_model_dir(path), {}) for path in models]
-    return arithmetic([member.predict(open_store(folder), names, "test") for member in members], np.array(weights))
+    loaded = [load_model(open_model_dir(path), {}) for path in models]
+    return arithmetic([model.predict(open_store(folder), names, "test") for model in loaded], np.array(weights))
 
 
 @pytest.mark.slow
-def test_an_ensemble_is_one_graph_with_its_weights_views_and_temperature(world, images, tmp_path):
+def test_onnx_export_puts_weights_views_and_temperature_of_an_ensemble_in_one_graph(model_root, images, tmp_path):
     weights = {"a": 0.7, "b": 0.3}
     members = [
         {"system": system, "model": f"fold {fold} of {system}, seed {seed}", "weight": weight / 2}
@@ -126,19 +126,19 @@ def test_an_ensemble_is_one_graph_with_its_weights_views_and_temperature(world, 
     ]
     blend = {"members": members, "weights": weights, "temperature": 1.7}
     write_json(tmp_path / "given" / "ensemble.json", blend)
-    assert export(world / "folds", tmp_path / "out", ENSEMBLE=tmp_path / "given") == 0
-    beside = tmp_path / "beside"
-    shutil.copytree(world / "folds", beside / "models")
-    write_json(beside / "both" / "ensemble.json", blend)
-    write_json(beside / "one" / "ensemble.json", blend | {"members": members[:2]})  # of other models: says nothing
-    assert export(beside, tmp_path / "again") == 0
+    assert export_model(model_root / "folds", tmp_path / "out", ENSEMBLE=tmp_path / "given") == 0
+    with_blends = tmp_path / "beside"
+    shutil.copytree(model_root / "folds", with_blends / "models")
+    write_json(with_blends / "both" / "ensemble.json", blend)
+    write_json(with_blends / "one" / "ensemble.json", blend | {"members": members[:2]})  # of other models: ignored
+    assert export_model(with_blends, tmp_path / "again") == 0
     assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
-    found = by_onnx(tmp_path / "out" / "model.onnx", images)
-    models = sorted((world / "folds").iterdir())
-    log_probs = by_pipeline(models, images, [member["weight"] for member in members])
-    np.testing.assert_allclose(found, np.exp(apply_temperature(log_probs, 1.7)), atol=1e-5)
-    assert np.abs(found - np.exp(log_probs)).max() > 0.01  # the temperature does something
-    assert found.std(axis=0).max() > 0.01  # and so do the images
+    probs = predict_onnx(tmp_path / "out" / "model.onnx", images)
+    models = sorted((model_root / "folds").iterdir())
+    log_probs = predict_pipeline(models, images, [member["weight"] for member in members])
+    np.testing.assert_allclose(probs, np.exp(apply_temperature(log_probs, 1.7)), atol=1e-5)
+    assert np.abs(probs - np.exp(log_probs)).max() > 0.01  # the temperature has an effect
+    assert probs.std(axis=0).max() > 0.01  # and so do the images
 
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
     metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -151,29 +151,29 @@ def test_an_ensemble_is_one_graph_with_its_weights_views_and_temperature(world, 
     assert str(Path.cwd()).encode() not in (tmp_path / "out" / "model.onnx").read_bytes()
 
 
-def test_without_its_record_all_systems_count_the_same(world, images, tmp_path):
-    assert export(world / "folds", tmp_path, "predict.tta=plain") == 0
-    models = [load_model(open_model_dir(path), {"tta": ["plain"]}) for path in sorted((world / "folds").iterdir())]
+def test_export_without_an_ensemble_record_weights_all_systems_equally(model_root, images, tmp_path):
+    assert export_model(model_root / "folds", tmp_path, "predict.tta=plain") == 0
+    models = [load_model(open_model_dir(path), {"tta": ["plain"]}) for path in sorted((model_root / "folds").iterdir())]
     names = sorted(path.name for path in images.iterdir())
-    each = [np.exp(member.predict(open_store(images), names, "test")) for member in models]
-    np.testing.assert_allclose(by_onnx(tmp_path / "model.onnx", images), np.mean(each, axis=0), atol=1e-5)
+    probs = [np.exp(model.predict(open_store(images), names, "test")) for model in models]
+    np.testing.assert_allclose(predict_onnx(tmp_path / "model.onnx", images), np.mean(probs, axis=0), atol=1e-5)
 
 
-def test_meta_features_are_a_second_input(images, tmp_path):
-    folder = save(tmp_path / "model", None, model={"image_stats": ["aspect", "color_mean"]})
-    assert export(folder, tmp_path / "out") == 0
-    meta = np.stack([image_stats(one, ["aspect", "color_mean"]) for one in pixels(images)])
-    found = by_onnx(tmp_path / "out" / "model.onnx", images, meta=meta)
-    np.testing.assert_allclose(found, np.exp(by_pipeline([folder], images, [1.0])), atol=1e-5)
+def test_onnx_export_takes_meta_features_as_a_second_input(images, tmp_path):
+    folder = save_model_dir(tmp_path / "model", None, model={"image_stats": ["aspect", "color_mean"]})
+    assert export_model(folder, tmp_path / "out") == 0
+    meta = np.stack([image_stats(image, ["aspect", "color_mean"]) for image in read_pixels(images)])
+    probs = predict_onnx(tmp_path / "out" / "model.onnx", images, meta=meta)
+    np.testing.assert_allclose(probs, np.exp(predict_pipeline([folder], images, [1.0])), atol=1e-5)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["meta"] == ["aspect", "color_mean"]
 
 
-def test_a_state_dict_is_plain_and_under_the_name_that_is_asked_for(world, images, tmp_path):
+def test_pth_export_writes_a_plain_state_dict_to_the_requested_file(model_root, images, tmp_path):
     names = {"best": "best_model_ema.pth", "raw": "best_model.pth"}
     for weights, name in names.items():
         arguments = ["export.format=pth", f"export.file={name}", f"export.weights={weights}", "FOLD=1"]
-        folder = world / "folds" / "a1"
-        assert export(folder, tmp_path, *arguments) == 0
+        folder = model_root / "folds" / "a1"
+        assert export_model(folder, tmp_path, *arguments) == 0
         network = build_classifier(load_model(open_model_dir(folder), {}).settings.model, len(CLASSES))
         network.load_state_dict(torch.load(tmp_path / name, weights_only=True))
         inputs = torch.rand(2, 3, *SIZE)
@@ -184,16 +184,18 @@ def test_a_state_dict_is_plain_and_under_the_name_that_is_asked_for(world, image
 
 
 @pytest.mark.parametrize("form", ["onnx", "pth"])
-def test_the_same_model_gives_the_same_bytes(form, world, tmp_path):
+def test_exports_of_the_same_model_have_the_same_bytes(form, model_root, tmp_path):
     for folder in ("one", "two"):
-        assert export(world / "student", tmp_path / folder, f"export.format={form}", "export.file=x") == 0
+        assert export_model(model_root / "student", tmp_path / folder, f"export.format={form}", "export.file=x") == 0
     assert (tmp_path / "one" / "x").read_bytes() == (tmp_path / "two" / "x").read_bytes()
 
 
-def spoilt(world: Path, folder: Path, what: str) -> dict[str, Path]:
-    """The channels of a case that cannot be exported."""
+def make_unexportable(model_root: Path, folder: Path, case: str) -> dict[str, Path]:
+    """Return the channels of a case that cannot be exported."""
     models, blend = folder / "models", folder / "blend"
-    shutil.copytree(world / "folds", models, ignore=lambda _, names: [name for name in names if name.startswith("b")])
+    shutil.copytree(
+        model_root / "folds", models, ignore=lambda _, names: [name for name in names if name.startswith("b")]
+    )
     members = [{"system": "a", "model": f"fold {fold} of a, seed 1", "weight": 1 / 2} for fold in range(2)]
     content = {"members": members, "weights": {"a": 1.0}, "temperature": 1.0}
     others = {
@@ -204,29 +206,29 @@ def spoilt(world: Path, folder: Path, what: str) -> dict[str, Path]:
             "c": {"model": {"image_stats": ["aspect", "color_mean"]}},
         },
     }
-    for (system, changes), fold in product(others.get(what, {}).items(), range(2)):
-        save(models / f"{system}{fold}", fold, seed=2, system=system, **changes)
-    if what == "incomplete":
-        save(models / "b0", 0, seed=2, system="b")
-    elif what == "students":
+    for (system, changes), fold in product(others.get(case, {}).items(), range(2)):
+        save_model_dir(models / f"{system}{fold}", fold, seed=2, system=system, **changes)
+    if case == "incomplete":
+        save_model_dir(models / "b0", 0, seed=2, system="b")
+    elif case == "students":
         shutil.rmtree(models)
-        save(models / "one", None, seed=1)
-        save(models / "two", None, seed=2)
-    elif what == "no raw weights":
+        save_model_dir(models / "one", None, seed=1)
+        save_model_dir(models / "two", None, seed=2)
+    elif case == "no raw weights":
         (models / "a1" / "model_raw.safetensors").unlink()
-    elif what == "strangers":
+    elif case == "strangers":
         members[0]["model"] = "file other.csv"
-    elif what == "rank":
+    elif case == "rank":
         content["blend"] = "rank"
-    elif what == "no members":
+    elif case == "no members":
         content.pop("members")
     write_json(blend / "ensemble.json", content)
-    with_blend = what in ("strangers", "rank", "no members")
+    with_blend = case in ("strangers", "rank", "no members")
     return {"MODEL": models} | ({"ENSEMBLE": blend} if with_blend else {})
 
 
 @pytest.mark.parametrize(
-    ("what", "arguments", "code", "message"),
+    ("case", "arguments", "code", "message"),
     [
         ("", ["export.format=onyx"], 64, "unknown format 'onyx'; did you mean 'onnx'?"),
         ("", ["export.file=../model.onnx"], 64, "'../model.onnx'"),
@@ -245,25 +247,25 @@ def spoilt(world: Path, folder: Path, what: str) -> dict[str, Path]:
         ("", ["predict.tta=flop"], 64, "did you mean 'flip'"),
     ],
 )
-def test_what_cannot_be_exported_is_told_and_leaves_nothing(what, arguments, code, message, world, tmp_path):
+def test_failed_export_reports_the_reason_and_leaves_no_files(case, arguments, code, message, model_root, tmp_path):
     output = tmp_path / "out"
-    channels = spoilt(world, tmp_path, what)
-    assert export(tmp_path, output, *arguments, **channels) == code
+    channels = make_unexportable(model_root, tmp_path, case)
+    assert export_model(tmp_path, output, *arguments, **channels) == code
     assert message in failure(output)
     assert [path.name for path in output.iterdir()] == ["failure"]
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_an_absent_package_names_the_extra_and_pth_needs_none(package, world, tmp_path, monkeypatch):
+def test_missing_package_error_names_the_extra_and_pth_export_needs_none(package, model_root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # as Python itself marks a module that cannot be imported
-    assert export(world / "student", tmp_path / "onnx") == 64
+    assert export_model(model_root / "student", tmp_path / "onnx") == 64
     assert f"export.format=onnx needs {package}, " in failure(tmp_path / "onnx")
     assert "'fivefold[export]'" in failure(tmp_path / "onnx")
-    assert export(world / "student", tmp_path / "pth", "export.format=pth") == 0
+    assert export_model(model_root / "student", tmp_path / "pth", "export.format=pth") == 0
 
 
-class Drifting(nn.Module):
-    """A network that gives something else at each call, which a graph cannot."""
+class DriftingNetwork(nn.Module):
+    """A network that returns a different result at each call, which a graph cannot do."""
 
     calls = count(1)
 
@@ -271,44 +273,47 @@ class Drifting(nn.Module):
         return images.mean(dim=(2, 3)) * 0 + images.new_tensor([next(self.calls), 0.0, 0.0])
 
 
-def test_a_graph_that_disagrees_with_the_networks_is_not_kept(world, tmp_path):
-    member = load_model(open_model_dir(world / "student"), {"tta": ["plain"]})
-    committee = EnsemblePredictor(Ensemble({"a": [member.source]}, (1.0,)), [replace(member, network=Drifting())])
+def test_graph_that_differs_from_the_networks_is_not_kept(model_root, tmp_path):
+    model = load_model(open_model_dir(model_root / "student"), {"tta": ["plain"]})
+    ensemble = EnsemblePredictor(Ensemble({"a": [model.source]}, (1.0,)), [replace(model, network=DriftingNetwork())])
     with pytest.raises(FivefoldError, match=r"from the networks' \(at most 0.0001 is allowed\)") as caught:
         with atomic(tmp_path / "model.onnx") as temporary:
-            write_onnx(temporary, committee)
+            write_onnx(temporary, ensemble)
     assert caught.value.exit_code == 1
     assert not list(tmp_path.iterdir())
 
 
-FAMILIES = ("timm/resnet18", "timm/caformer_s18", "timm/efficientnet_b0", "torchvision/convnext_tiny", "torchvision/vgg11_bn",
+BACKBONES = ("timm/resnet18", "timm/caformer_s18", "timm/efficientnet_b0", "torchvision/convnext_tiny", "torchvision/vgg11_bn",
             "efficientnet_pytorch/efficientnet-b0")  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", FAMILIES)
-def test_the_families_can_be_exported(backbone, tmp_path):
-    model = {"backbone": backbone, "backbone_kwargs": {}, "image_size": 64, "pretrained": False}
-    assert export(save(tmp_path / "model", None, model=model, views=["plain", "flip"]), tmp_path / "out") == 0
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_onnx_export_supports_backbone_families(backbone, tmp_path):
+    changes = {"backbone": backbone, "backbone_kwargs": {}, "image_size": 64, "pretrained": False}
+    assert (
+        export_model(save_model_dir(tmp_path / "model", None, model=changes, views=["plain", "flip"]), tmp_path / "out")
+        == 0
+    )
 
 
-def test_a_model_that_was_trained_by_sigmoids_predicts_and_is_exported_by_them(images, tmp_path):
-    folder = save(tmp_path / "model", None, loss="bce")
-    member, names = load_model(open_model_dir(folder), {}), sorted(path.name for path in images.iterdir())
+def test_model_trained_with_bce_predicts_and_is_exported_with_sigmoids(images, tmp_path):
+    folder = save_model_dir(tmp_path / "model", None, loss="bce")
+    model, names = load_model(open_model_dir(folder), {}), sorted(path.name for path in images.iterdir())
     assert read_json(folder / "model.json")["link"] == "sigmoid"
     with torch.inference_mode():
-        odds = member.network(member.runtime.images(torch.from_numpy(pixels(images)).permute(0, 3, 1, 2))).sigmoid()
+        odds = model.network(model.runtime.images(torch.from_numpy(read_pixels(images)).permute(0, 3, 1, 2))).sigmoid()
     expected = (odds / odds.sum(dim=1, keepdim=True)).numpy()
-    found = np.exp(by_pipeline([folder], images, [1.0]))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    verdict = EnsemblePredictor(Ensemble({"a": [member.source]}, (1.0,)), [member]).predict(
+    probs = np.exp(predict_pipeline([folder], images, [1.0]))
+    np.testing.assert_allclose(probs, expected, atol=1e-5)
+    result = EnsemblePredictor(Ensemble({"a": [model.source]}, (1.0,)), [model]).predict(
         ImageList(open_store(images), names)
     )
-    np.testing.assert_allclose(np.exp(verdict.log_probs), expected, atol=1e-5)
-    assert export(folder, tmp_path / "out") == 0
-    np.testing.assert_allclose(by_onnx(tmp_path / "out" / "model.onnx", images), expected, atol=1e-5)
-    softmax = np.exp(by_pipeline([save(tmp_path / "other", None)], images, [1.0]))
-    assert np.abs(found - softmax).max() > 0.01, "it is another prediction of the same weights"
+    np.testing.assert_allclose(np.exp(result.log_probs), expected, atol=1e-5)
+    assert export_model(folder, tmp_path / "out") == 0
+    np.testing.assert_allclose(predict_onnx(tmp_path / "out" / "model.onnx", images), expected, atol=1e-5)
+    softmax = np.exp(predict_pipeline([save_model_dir(tmp_path / "other", None)], images, [1.0]))
+    assert np.abs(probs - softmax).max() > 0.01, "softmax predicts otherwise with the same weights"
     for link in ("probit", None):
         write_json(folder / "model.json", read_json(folder / "model.json") | {"link": link})
         with pytest.raises(DataError, match=r"model\.json"):
@@ -316,8 +321,8 @@ def test_a_model_that_was_trained_by_sigmoids_predicts_and_is_exported_by_them(i
 
 
 @pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg_overlay", "cache_dir", "weights"])
-def test_a_model_json_names_no_other_weights(option, tmp_path):
-    folder = save(tmp_path / "model", None)
+def test_model_json_that_names_other_weights_is_rejected(option, tmp_path):
+    folder = save_model_dir(tmp_path / "model", None)
     info = read_json(folder / "model.json")
     info["settings"]["model"]["backbone_kwargs"][option] = str(tmp_path / "w.pth")
     write_json(folder / "model.json", info)

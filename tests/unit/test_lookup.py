@@ -15,7 +15,7 @@ TABLE = {"cosine": 1, "step": 2, "plateau": 3}
         ("", "unknown schedule ''; known: cosine, plateau, step"),
     ],
 )
-def test_an_unknown_name_is_explained(name: str, message: str):
+def test_choose_rejects_an_unknown_name_and_suggests_a_similar_one(name: str, message: str):
     with pytest.raises(SettingsError) as caught:
         choose(TABLE, "schedule", name)
     assert str(caught.value) == message

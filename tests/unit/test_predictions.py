@@ -1,4 +1,4 @@
-"""The table that crosses stages: what is written is read, and what is broken is named."""
+"""The prediction table that stages exchange: write and read give the same table, and errors name invalid cells."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from fivefold.predictions import ROW_GROUP_SIZE, Predictions, check, mean_by_id,
 CLASSES = ("cat", "fold", "id", "label", "")
 
 
-def table(rows: int = 4, classes: tuple[str, ...] = CLASSES, seed: int = 0, labels: bool = True) -> Predictions:
+def make_table(rows: int = 4, classes: tuple[str, ...] = CLASSES, seed: int = 0, labels: bool = True) -> Predictions:
     logits = np.random.default_rng(seed).normal(0, 20, (rows, len(classes)))
     log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     return Predictions(
@@ -28,61 +28,61 @@ def table(rows: int = 4, classes: tuple[str, ...] = CLASSES, seed: int = 0, labe
     )
 
 
-def assert_same(found: Predictions, expected: Predictions) -> None:
-    np.testing.assert_array_equal(found.ids, expected.ids)
-    np.testing.assert_array_equal(found.fold, expected.fold)
-    np.testing.assert_array_equal(found.log_probs, expected.log_probs)
-    assert (found.system, found.classes) == (expected.system, expected.classes)
+def assert_same(actual: Predictions, expected: Predictions) -> None:
+    np.testing.assert_array_equal(actual.ids, expected.ids)
+    np.testing.assert_array_equal(actual.fold, expected.fold)
+    np.testing.assert_array_equal(actual.log_probs, expected.log_probs)
+    assert (actual.system, actual.classes) == (expected.system, expected.classes)
     if expected.labels is None:
-        assert found.labels is None
+        assert actual.labels is None
     else:
-        np.testing.assert_array_equal(found.labels, expected.labels)
+        np.testing.assert_array_equal(actual.labels, expected.labels)
 
 
 @pytest.mark.parametrize(
     "expected",
     [
-        table(1),
-        table(7, labels=False),
+        make_table(1),
+        make_table(7, labels=False),
         *(
             Predictions(np.array(["x"], object), np.array([0], np.int16), "s", ("a", "b"), np.array([row], np.float32))
             for row in ([-1e-20, -46.05], [0.0, -np.inf])
         ),
     ],
-    ids=["labelled", "unlabelled", "nearly sure", "sure"],
+    ids=["labelled", "unlabelled", "almost certain", "certain"],
 )
-def test_what_is_written_is_read_and_the_same_table_gives_the_same_bytes(expected: Predictions, tmp_path: Path):
+def test_written_table_is_read_unchanged_and_has_reproducible_bytes(expected: Predictions, tmp_path: Path):
     for name in ("a", "b"):
         write(tmp_path / name, expected)
     assert_same(read(tmp_path / "a"), expected)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_table_without_rows_keeps_its_classes(tmp_path: Path):
-    write(tmp_path / "t", table(0))
+def test_empty_table_keeps_its_classes(tmp_path: Path):
+    write(tmp_path / "t", make_table(0))
     assert (len(read(tmp_path / "t")), read(tmp_path / "t").classes) == (0, CLASSES)
 
 
-def test_unknown_labels_are_empty_and_whole_number_ids_texts(tmp_path: Path):
-    write(tmp_path / "t", table(2))
-    changed = replaced("label", pa.array(["cat", None]))(
-        replaced("id", pa.array([7, 8]))(pq.read_table(tmp_path / "t"))
+def test_read_returns_null_labels_as_empty_and_integer_ids_as_text(tmp_path: Path):
+    write(tmp_path / "t", make_table(2))
+    changed = replace_column("label", pa.array(["cat", None]))(
+        replace_column("id", pa.array([7, 8]))(pq.read_table(tmp_path / "t"))
     )
     pq.write_table(changed, tmp_path / "t")
     assert (list(read(tmp_path / "t").labels), list(read(tmp_path / "t").ids)) == (["cat", ""], ["7", "8"])
 
 
-def replaced(name: str, column: Any) -> Callable[[pa.Table], pa.Table]:
-    return lambda found: found.set_column(found.column_names.index(name), name, column)
+def replace_column(name: str, column: Any) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.set_column(table.column_names.index(name), name, column)
 
 
-def with_value(row: int, value: float | None) -> Callable[[pa.Table], pa.Table]:
-    """Has another value in one row of the column of cats."""
+def replace_value(row: int, value: float | None) -> Callable[[pa.Table], pa.Table]:
+    """Return a function that replaces the value of column `p/cat` in one row."""
 
-    def change(found: pa.Table) -> pa.Table:
-        values = found.column("p/cat").to_pylist()
+    def change(table: pa.Table) -> pa.Table:
+        values = table.column("p/cat").to_pylist()
         values[row] = value
-        return replaced("p/cat", pa.array(values, pa.float32()))(found)
+        return replace_column("p/cat", pa.array(values, pa.float32()))(table)
 
     return change
 
@@ -92,36 +92,38 @@ def with_value(row: int, value: float | None) -> Callable[[pa.Table], pa.Table]:
     [
         (lambda t: t.drop_columns(["system"]), "no column system"),
         (lambda t: t.select(["id", "fold", "system"]), "no column p/<class>"),
-        (replaced("p/cat", pa.array([1, 2, 3, 4])), "column p/cat holds int64, not log-probabilities"),
-        (with_value(1, None), "the row of id 'row-1' holds NaN"),
-        (with_value(2, float("nan")), "the row of id 'row-2' holds NaN"),
-        (with_value(3, 3.5), r"the row of id 'row-3' holds 3\.5, above 0"),
-        (replaced("id", pa.array(["a", "b", "a", "c"])), "ids.*: 'a'"),
-        (replaced("id", pa.array(["a", None, "b", "c"])), "1 rows have no id"),
-        (replaced("id", pa.array([["a"], ["b"], ["c"], ["d"]])), "column id holds list"),
-        (replaced("fold", pa.array([0, None, 1, 2])), "column fold holds int64, 1 of them null"),
-        (replaced("system", pa.array(["a", "a", "b", "a"])), "rows of several systems: 'a', 'b'"),
+        (replace_column("p/cat", pa.array([1, 2, 3, 4])), "column p/cat holds int64, not log-probabilities"),
+        (replace_value(1, None), "the row of id 'row-1' holds NaN"),
+        (replace_value(2, float("nan")), "the row of id 'row-2' holds NaN"),
+        (replace_value(3, 3.5), r"the row of id 'row-3' holds 3\.5, above 0"),
+        (replace_column("id", pa.array(["a", "b", "a", "c"])), "ids.*: 'a'"),
+        (replace_column("id", pa.array(["a", None, "b", "c"])), "1 rows have no id"),
+        (replace_column("id", pa.array([["a"], ["b"], ["c"], ["d"]])), "column id holds list"),
+        (replace_column("fold", pa.array([0, None, 1, 2])), "column fold holds int64, 1 of them null"),
+        (replace_column("system", pa.array(["a", "a", "b", "a"])), "rows of several systems: 'a', 'b'"),
         (lambda t: t.append_column("p/cat", t.column("p/cat")), "columns.*: 'p/cat'"),
     ],
 )
-def test_a_broken_table_is_named(damage: Callable[[pa.Table], pa.Table], message: str, tmp_path: Path):
+def test_read_rejects_an_invalid_table_with_its_path_and_fault(
+    damage: Callable[[pa.Table], pa.Table], message: str, tmp_path: Path
+):
     path = tmp_path / "predictions.parquet"
-    write(path, table(4))
+    write(path, make_table(4))
     pq.write_table(damage(pq.read_table(path)), path)
     with pytest.raises(DataError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value)
 
 
-def test_a_row_that_does_not_sum_to_one_is_named_in_a_later_block_too():
-    good = np.log(np.full((ROW_GROUP_SIZE + 3, 2), 0.5, np.float32))
-    good[ROW_GROUP_SIZE + 1] = np.log([0.5, 0.4])
-    ids = np.array([f"{n}" for n in range(len(good))], object)
+def test_check_names_a_row_of_a_later_row_group_that_does_not_sum_to_one():
+    log_probs = np.log(np.full((ROW_GROUP_SIZE + 3, 2), 0.5, np.float32))
+    log_probs[ROW_GROUP_SIZE + 1] = np.log([0.5, 0.4])
+    ids = np.array([f"{n}" for n in range(len(log_probs))], object)
     with pytest.raises(DataError, match=rf"id '{ROW_GROUP_SIZE + 1}': its probabilities sum to 0\.9000, not 1"):
-        check(Predictions(ids, np.zeros(len(good)), "s", ("a", "b"), good), "here")
+        check(Predictions(ids, np.zeros(len(log_probs)), "s", ("a", "b"), log_probs), "here")
 
 
-def test_no_file_and_no_table(tmp_path: Path):
+def test_read_rejects_a_missing_file_and_a_file_that_is_not_parquet(tmp_path: Path):
     with pytest.raises(MissingInputError, match="no predictions at"):
         read(tmp_path / "absent.parquet")
     (tmp_path / "text.parquet").write_text("id,fold\n")
@@ -129,39 +131,43 @@ def test_no_file_and_no_table(tmp_path: Path):
         read(tmp_path / "text.parquet")
 
 
-def test_rows_are_taken_and_ordered_by_id():
-    whole = table(5)
-    ordered = whole.reindex(["row-3", "row-0"])
-    assert_same(ordered, whole.take(np.array([3, 0])))
+def test_reindex_selects_and_orders_rows_by_id():
+    predictions = make_table(5)
+    ordered = predictions.reindex(["row-3", "row-0"])
+    assert_same(ordered, predictions.take(np.array([3, 0])))
     with pytest.raises(DataError, match="predictions of a system lack 2 ids: 'x', 'y'"):
-        whole.reindex(["row-1", "x", "y"])
+        predictions.reindex(["row-1", "x", "y"])
 
 
-def test_labels_become_codes_by_name():
-    whole = table(4)
-    np.testing.assert_array_equal(whole.codes(), [0, 1, 2, 3])
+def test_codes_map_labels_to_classes_by_name():
+    predictions = make_table(4)
+    np.testing.assert_array_equal(predictions.codes(), [0, 1, 2, 3])
     with pytest.raises(DataError, match="no labels"):
-        table(2, labels=False).codes()
+        make_table(2, labels=False).codes()
     with pytest.raises(DataError, match=r"labels .*: 'cat'"):
-        Predictions(whole.ids, whole.fold, "s", ("a", "b"), whole.log_probs[:, :2], np.array(["cat"] * 4)).codes()
+        Predictions(
+            predictions.ids, predictions.fold, "s", ("a", "b"), predictions.log_probs[:, :2], np.array(["cat"] * 4)
+        ).codes()
 
 
-def test_columns_are_matched_by_name_never_by_position():
-    whole = table(3)
-    turned = whole.with_classes(CLASSES[::-1])
-    np.testing.assert_array_equal(turned.log_probs, whole.log_probs[:, ::-1])
-    assert_same(turned.with_classes(CLASSES), whole)
+def test_class_columns_are_matched_by_name_and_not_by_position():
+    predictions = make_table(3)
+    reversed_columns = predictions.with_classes(CLASSES[::-1])
+    np.testing.assert_array_equal(reversed_columns.log_probs, predictions.log_probs[:, ::-1])
+    assert_same(reversed_columns.with_classes(CLASSES), predictions)
     with pytest.raises(DataError, match="classes differ: 'cat', 'dog'"):
-        reorder_classes(whole.log_probs[:, :1], ["cat"], ["dog"])
+        reorder_classes(predictions.log_probs[:, :1], ["cat"], ["dog"])
 
 
-def test_the_mean_of_tables_by_hand():
-    def one(ids: str, labels: str, probs: list[list[float]], fold: int, classes: tuple[str, ...]) -> Predictions:
+def test_mean_by_id_averages_rows_with_the_same_id():
+    def make_predictions(
+        ids: str, labels: str, probs: list[list[float]], fold: int, classes: tuple[str, ...]
+    ) -> Predictions:
         log_probs, folds = np.log(np.array(probs, np.float32)), np.full(len(ids), fold)
         return Predictions(np.array(list(ids), object), folds, "s", classes, log_probs, np.array(list(labels), object))
 
-    first = one("ba", "xy", [[0.2, 0.8], [0.5, 0.5]], 0, ("x", "y"))
-    found = mean_by_id([first, one("ac", "yx", [[0.9, 0.1], [0.6, 0.4]], 1, ("y", "x"))])
-    assert (list(found.ids), list(found.fold), list(found.labels)) == (list("bac"), [0, -1, 1], list("xyx"))
-    np.testing.assert_allclose(np.exp(found.log_probs), [[0.2, 0.8], [0.3, 0.7], [0.4, 0.6]], rtol=1e-6)
-    assert found.fold.dtype == np.int16
+    first = make_predictions("ba", "xy", [[0.2, 0.8], [0.5, 0.5]], 0, ("x", "y"))
+    mean = mean_by_id([first, make_predictions("ac", "yx", [[0.9, 0.1], [0.6, 0.4]], 1, ("y", "x"))])
+    assert (list(mean.ids), list(mean.fold), list(mean.labels)) == (list("bac"), [0, -1, 1], list("xyx"))
+    np.testing.assert_allclose(np.exp(mean.log_probs), [[0.2, 0.8], [0.3, 0.7], [0.4, 0.6]], rtol=1e-6)
+    assert mean.fold.dtype == np.int16

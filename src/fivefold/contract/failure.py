@@ -78,7 +78,7 @@ def to_known_error(error: BaseException) -> BaseException:
 
 
 def report_failure(output_dir: Path | None, error: BaseException) -> None:
-    """Write the failure file: the message, then the traceback. A LostError does not replace an existing file."""
+    """Write the failure file: the message, then the traceback. A PeerLostError does not replace an existing file."""
     if output_dir is None or (isinstance(error, PeerLostError) and (output_dir / FAILURE).is_file()):
         return
     # writing may fail for the same reason; the message is on stderr in any case
@@ -90,7 +90,7 @@ def report_termination(environ: Mapping[str, str], error: BaseException) -> None
     """Write message and traceback to the file that `kubectl describe pod` shows, if this file exists.
 
     The platform mounts the file into the container, so it is written in place: the platform would not read a new one.
-    TERMINATION_LOG names a file other than `/dev/termination-log`, as `terminationMessagePath` may do. A LostError
+    TERMINATION_LOG names a file other than `/dev/termination-log`, as `terminationMessagePath` may do. A PeerLostError
     does not replace what another process of the training has written.
     """
     path = Path(environ.get(TERMINATION_VARIABLE) or TERMINATION_LOG)

@@ -237,7 +237,7 @@ def _rendezvous(rank: Rank) -> None:
 
 @contextmanager
 def _translate_errors() -> Iterator[None]:
-    """Translate a failed collective to a LostError, or to a StoppedError if this process received a stop signal."""
+    """Translate a failed collective to a PeerLostError, or to a StoppedError if this process received a stop signal."""
     try:
         yield
     except torch.OutOfMemoryError:

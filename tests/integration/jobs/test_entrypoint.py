@@ -1,4 +1,4 @@
-"""The contract of the entrypoint, by real processes and by `run` with a real environment: stages, settings, exit codes."""
+"""The contract of the entrypoint, in subprocesses and through `run`: stages, settings, exit codes."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from jobs.__main__ import main, run, stage_name
 from permissions import let_others_in
 from toy_data import REPOSITORY, call_jobs, environment, failure, noise_in
 
-ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root: takes another user's place")
+NEEDS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root: takes another user's place")
 NOBODY = 65534
 
 
@@ -33,8 +33,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sagemaker(base: Path, images: Path, **hyperparameters: str) -> dict[str, str]:
-    """The folders of a training job that splits `images`, and the only variable it is told."""
+def make_sagemaker_folders(base: Path, images: Path, **hyperparameters: str) -> dict[str, str]:
+    """Write the folders of a training job that splits `images`; return its only environment variable."""
     (base / "input" / "config").mkdir(parents=True)
     (base / "input" / "data").mkdir()
     (base / "input" / "data" / "train").symlink_to(images)
@@ -42,8 +42,8 @@ def sagemaker(base: Path, images: Path, **hyperparameters: str) -> dict[str, str
     return {"SAGEMAKER_BASE_DIR": str(base)}
 
 
-def as_nobody(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """The entrypoint as a user who owns nothing, which it becomes when all is loaded: Python itself may be root's."""
+def run_as_nobody(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run the entrypoint as user nobody. It switches after the imports, because only root may be able to read Python."""
     code = (
         "import os, sys, jobs.split; from jobs.__main__ import main\n"
         f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
@@ -53,35 +53,40 @@ def as_nobody(*arguments: str, **environ: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=environment(**environ), cwd=REPOSITORY, capture_output=True, text=True)
 
 
-def here(images: Path, out: Path, **more: str) -> dict[str, str]:
+def make_environment(images: Path, out: Path, **more: str) -> dict[str, str]:
     return {"SM_CHANNEL_TRAIN": str(images), "SM_OUTPUT_DATA_DIR": str(out), "SM_OUTPUT_DIR": str(out.parent), **more}
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     return read_json(folder / "stage.json")["settings"]
 
 
-def test_as_sagemaker_calls_it_with_no_variable_but_its_folders(images, tmp_path):
+def test_sagemaker_job_runs_with_only_its_folders_set(images, tmp_path):
     texts = {"stage": '"split"', "split.folds": '"2"', "run": "7", "sagemaker_program": '"x"'}
-    environ = sagemaker(tmp_path, images, **texts)
+    environ = make_sagemaker_folders(tmp_path, images, **texts)
     first = call_jobs("train", **environ)
     assert first.returncode == 0, first.stderr
     data = tmp_path / "output" / "data"
-    assert settings_of(data)["split.folds"] == 2
+    assert read_settings(data)["split.folds"] == 2
     assert not (tmp_path / "output" / "failure").exists()
     newest = max(data.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert newest.name == "stage.json"
     # SDK v3's local mode passes no argument at all; STAGE then comes from the job's environment.
-    again = call_jobs(**environ, STAGE="split")
-    assert again.returncode == 0
-    assert "split: nothing to do" in again.stderr
-    assert f" match {data / 'stage.json'}" in again.stderr
+    second = call_jobs(**environ, STAGE="split")
+    assert second.returncode == 0
+    assert "split: nothing to do" in second.stderr
+    assert f" match {data / 'stage.json'}" in second.stderr
 
 
-def test_sources_of_settings_have_their_ranks(images, tmp_path):
+def test_setting_sources_override_each_other_in_order(images, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"split": {"folds": 8, "seed": 8, "holdout": 0.4, "stratify": False}}))
-    told = {"split.folds": "7", "split.seed": "7", "split.holdout": "0.3", "recipe": str(tmp_path / "r.json")}
-    environ = sagemaker(tmp_path / "ml", images, **told)
+    hyperparameters = {
+        "split.folds": "7",
+        "split.seed": "7",
+        "split.holdout": "0.3",
+        "recipe": str(tmp_path / "r.json"),
+    }
+    environ = make_sagemaker_folders(tmp_path / "ml", images, **hyperparameters)
     environ |= {
         "SM_HP_SPLIT__FOLDS": "6",
         "SM_HP_SPLIT__SEED": "6",
@@ -89,19 +94,19 @@ def test_sources_of_settings_have_their_ranks(images, tmp_path):
         "SM_HP_SPLIT__OPEN-IMAGES": "",
     }
     environ |= {"SM_OUTPUT_DATA_DIR": str(tmp_path / "own"), "TRAIN": "x", "MODEL_DIR": "y", "DATA": "z"}
-    done = call_jobs("split", "SPLIT.FOLDS=4", "train.epochs=3", **environ)
-    assert done.returncode == 0, done.stderr
-    assert "split does not use: train.epochs" in done.stderr
-    settings = settings_of(tmp_path / "own")
-    found = {key: settings[f"split.{key}"] for key in ("folds", "seed", "holdout", "stratify", "verify_images")}
-    assert found == {"folds": 4, "seed": 6, "holdout": 0.3, "stratify": False, "verify_images": True}
+    process = call_jobs("split", "SPLIT.FOLDS=4", "train.epochs=3", **environ)
+    assert process.returncode == 0, process.stderr
+    assert "split does not use: train.epochs" in process.stderr
+    settings = read_settings(tmp_path / "own")
+    actual = {key: settings[f"split.{key}"] for key in ("folds", "seed", "holdout", "stratify", "verify_images")}
+    assert actual == {"folds": 4, "seed": 6, "holdout": 0.3, "stratify": False, "verify_images": True}
 
 
-def test_a_mistake_is_told_on_stderr_and_in_the_failure_file(images, tmp_path):
-    done = call_jobs("train", "train.epoch=3", **sagemaker(tmp_path, images))
-    assert done.returncode == 64
+def test_error_is_written_to_stderr_and_the_failure_file(images, tmp_path):
+    process = call_jobs("train", "train.epoch=3", **make_sagemaker_folders(tmp_path, images))
+    assert process.returncode == 64
     message = "unknown key 'train.epoch' in argument; did you mean 'train.epochs'?; --help lists the keys"
-    assert done.stderr.splitlines()[-1].endswith(f"ERROR   {message}")
+    assert process.stderr.splitlines()[-1].endswith(f"ERROR   {message}")
     failure = (tmp_path / "output" / "failure").read_text()
     assert failure[:1024].startswith(f"{message}\n\nTraceback")
 
@@ -122,23 +127,23 @@ def test_a_mistake_is_told_on_stderr_and_in_the_failure_file(images, tmp_path):
         ("split", [], {"MASTER_PORT": "tcp://10.96.0.12:7077"}, 66, "split needs the channel 'train'"),
     ],
 )
-def test_every_mistake_has_its_exit_code_and_its_words(stage, arguments, environ, code, message, tmp_path):
+def test_invalid_input_sets_exit_code_and_message(stage, arguments, environ, code, message, tmp_path):
     assert run(stage, arguments, {"SM_OUTPUT_DIR": str(tmp_path), **environ}) == code
     assert message in failure(tmp_path)
 
 
-def test_one_image_a_step_is_refused_where_a_batchnorm_needs_two():
-    def checked(*arguments: str) -> None:
+def test_batch_size_one_is_rejected_if_batchnorm_needs_two_images():
+    def check(*arguments: str) -> None:
         check_training(load([arguments_layer(["train.batch_size=1", *arguments])]))
 
     for arguments in (["model.head=mlp"], ["model.image_size=32"], ["model.image_stats=aspect", "model.head=mlp"]):
         with pytest.raises(SettingsError, match=r"train\.batch_size=1: .*BatchNorm"):
-            checked(*arguments)
-    checked("model.image_size=64")
-    checked("model.backbone=timm/vit_tiny_patch16_224", "model.backbone_kwargs.depth=1")
+            check(*arguments)
+    check("model.image_size=64")
+    check("model.backbone=timm/vit_tiny_patch16_224", "model.backbone_kwargs.depth=1")
 
 
-def test_a_reader_that_leaves_early_is_no_failure():
+def test_closed_stdout_exits_141_without_an_error():
     for arguments in (["--help"], ["split", "--help"]):
         command = [sys.executable, "-m", "jobs", *arguments]
         with subprocess.Popen(
@@ -149,95 +154,97 @@ def test_a_reader_that_leaves_early_is_no_failure():
         assert (process.returncode, errors) == (141, b"")
 
 
-def test_the_record_is_removed_first_and_written_last(images, tmp_path, capfd):
-    own, out = tmp_path / "own", tmp_path / "out"
-    shutil.copytree(images, own)
-    assert run("split", ["split.folds=2"], here(own, out)) == 0
+def test_stage_record_is_removed_first_and_written_last(images, tmp_path, capfd):
+    images_copy, out = tmp_path / "own", tmp_path / "out"
+    shutil.copytree(images, images_copy)
+    assert run("split", ["split.folds=2"], make_environment(images_copy, out)) == 0
     assert "split runs: no record of an earlier run" in capfd.readouterr().err
-    whole = (own / "cat" / "0.png").read_bytes()
-    (own / "cat" / "0.png").write_bytes(whole[: len(whole) // 2])
-    assert run("split", ["split.folds=2"], here(own, out)) == 65
+    image_bytes = (images_copy / "cat" / "0.png").read_bytes()
+    (images_copy / "cat" / "0.png").write_bytes(image_bytes[: len(image_bytes) // 2])
+    assert run("split", ["split.folds=2"], make_environment(images_copy, out)) == 65
     assert "split runs: inputs differ: train" in capfd.readouterr().err
     assert not (out / "stage.json").exists()
     assert "0.png" in (tmp_path / "failure").read_text()[:1024]
-    (own / "cat" / "0.png").write_bytes(whole)
-    assert run("split", ["split.folds=3"], here(own, out)) == 0
+    (images_copy / "cat" / "0.png").write_bytes(image_bytes)
+    assert run("split", ["split.folds=3"], make_environment(images_copy, out)) == 0
     assert not (tmp_path / "failure").exists()
     (tmp_path / "failure").write_text("of another attempt")
-    assert run("split", ["split.folds=3"], here(own, out)) == 0
+    assert run("split", ["split.folds=3"], make_environment(images_copy, out)) == 0
     assert "split: nothing to do" in capfd.readouterr().err
     assert not (tmp_path / "failure").exists()
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_disk_that_fills_is_worth_retrying(images, tiny_disk, tmp_path):
+def test_full_disk_exits_75(images, tiny_disk, tmp_path):
     (tiny_disk / "filler").write_bytes(bytes(60 * 1024))
-    environ = here(images, tiny_disk) | {"SM_OUTPUT_DIR": str(tmp_path / "told")}
+    environ = make_environment(images, tiny_disk) | {"SM_OUTPUT_DIR": str(tmp_path / "told")}
     assert run("split", ["split.folds=2"], environ) == 75
     assert (tmp_path / "told" / "failure").read_text().startswith("no space left to write ")
     assert not (tiny_disk / "stage.json").exists()
-    # The failure file itself may be what does not fit: the exit code stays.
+    # If the failure file itself does not fit, the exit code stays the same.
     assert run("split", ["split.folds=2"], environ | {"SM_OUTPUT_DIR": str(tiny_disk)}) == 75
     (tiny_disk / "filler").unlink()
     assert run("split", ["split.folds=2"], environ) == 0
 
 
-@ROOT
-def test_another_users_output_folder_is_refused_at_once(images, tmp_path):
+@NEEDS_ROOT
+def test_unwritable_output_folder_is_rejected(images, tmp_path):
     let_others_in(tmp_path, images)
     out = tmp_path / "out"
     out.mkdir(0o755)
-    done = as_nobody("split", **here(images, out))
-    assert done.returncode == 64
-    assert f"cannot write to {out} as uid {NOBODY}: Permission denied; mount it writable for that user" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = run_as_nobody("split", **make_environment(images, out))
+    assert process.returncode == 64
+    assert (
+        f"cannot write to {out} as uid {NOBODY}: Permission denied; mount it writable for that user" in process.stderr
+    )
+    assert "Traceback" not in process.stderr
 
 
-@ROOT
-def test_a_place_for_checkpoints_that_cannot_be_written_is_told_before_any_work(images, tmp_path):
+@NEEDS_ROOT
+def test_unwritable_checkpoint_folder_is_reported_before_training(images, tmp_path):
     let_others_in(tmp_path, images)
     for name in ("model", "output"):
         (tmp_path / name).mkdir()
         (tmp_path / name).chmod(0o777)
-    assert call_jobs("split", **here(images, tmp_path / "split")).returncode == 0
-    given = {
+    assert call_jobs("split", **make_environment(images, tmp_path / "split")).returncode == 0
+    channels = {
         "SM_CHANNEL_TRAIN": str(images), "SM_CHANNEL_FOLDS": str(tmp_path / "split"),
         "SM_MODEL_DIR": str(tmp_path / "model"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output"),
     }  # fmt: skip
-    done = as_nobody("train-fold", FOLD="0", **given)
-    assert done.returncode == 64
-    assert f"cannot write to {tmp_path / 'checkpoints'} as uid {NOBODY}" in done.stderr
-    assert "or set SM_CHECKPOINT_DIR to another folder" in done.stderr
+    process = run_as_nobody("train-fold", FOLD="0", **channels)
+    assert process.returncode == 64
+    assert f"cannot write to {tmp_path / 'checkpoints'} as uid {NOBODY}" in process.stderr
+    assert "or set SM_CHECKPOINT_DIR to another folder" in process.stderr
 
 
-@ROOT
-def test_images_that_this_user_may_not_read_are_told_as_such(images, tmp_path):
+@NEEDS_ROOT
+def test_unreadable_image_folder_is_reported_as_permission_error(images, tmp_path):
     let_others_in(tmp_path)
     locked, out = tmp_path / "locked", tmp_path / "out"
     (locked / "cat").mkdir(parents=True)
     locked.chmod(0o711)
     out.mkdir()
     out.chmod(0o777)
-    done = as_nobody("split", **here(locked, out))
-    assert done.returncode == 64
-    assert f"Permission denied: '{locked}' as uid {NOBODY}" in done.stderr
+    process = run_as_nobody("split", **make_environment(locked, out))
+    assert process.returncode == 64
+    assert f"Permission denied: '{locked}' as uid {NOBODY}" in process.stderr
 
 
-def test_interrupted_is_130_and_leaves_no_record(images, tmp_path):
-    environ = environment(**here(images, tmp_path / "out"))
+def test_interrupted_stage_exits_130_and_leaves_no_record(images, tmp_path):
+    environ = environment(**make_environment(images, tmp_path / "out"))
     command = [sys.executable, "-m", "jobs", "split", "split.folds=2"]
-    # A shell that starts the tests in the background has them ignore SIGINT, which children inherit.
-    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # If a shell starts the tests in the background, they ignore SIGINT, and children inherit this.
+    reset_sigint = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        command, env=environ, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=listens
-    ) as running:
-        assert running.stderr is not None
-        assert "split runs" in running.stderr.readline()
-        running.send_signal(signal.SIGINT)
-        rest = running.stderr.read()
-    assert running.returncode == 130, rest
+        command, env=environ, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=reset_sigint
+    ) as process:
+        assert process.stderr is not None
+        assert "split runs" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
     assert "stopped by SIGINT" in rest.rstrip().splitlines()[-1]
-    assert not (tmp_path / "failure").exists(), "being stopped is no failure"
+    assert not (tmp_path / "failure").exists(), "an interrupted stage writes no failure file"
     assert not (tmp_path / "out" / "stage.json").exists()
 
 
@@ -261,7 +268,7 @@ def test_interrupted_is_130_and_leaves_no_record(images, tmp_path):
         (["status", "run=x"], {}, "status", ["run=x"]),
     ],
 )
-def test_the_stage_is_found(arguments, environ, name, rest):
+def test_stage_name_comes_from_arguments_or_environment(arguments, environ, name, rest):
     assert stage_name(arguments, environ) == (name, rest)
 
 
@@ -273,7 +280,7 @@ def test_the_stage_is_found(arguments, environ, name, rest):
         (["train"], "spilt", "unknown stage 'spilt'; did you mean 'split'?"),
     ],
 )
-def test_no_stage_is_told(arguments, stage, message, tmp_path, monkeypatch, capfd):
+def test_unknown_or_missing_stage_fails_with_a_hint(arguments, stage, message, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("SM_OUTPUT_DIR", str(tmp_path))
     monkeypatch.setenv("STAGE", stage or "")
     assert main(arguments) == 64
@@ -289,7 +296,7 @@ def test_help_lists_stages_commands_recipes_and_every_key(capfd):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stages_help_lists_its_channels_and_keys_and_touches_nothing(stage, tmp_path, capfd):
+def test_stage_help_lists_channels_and_keys_and_writes_nothing(stage, tmp_path, capfd):
     assert run(stage, ["FOLD=2", "--help"], {"SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}) == 0
     text = capfd.readouterr().out
     for channel in (*STAGES[stage].channels, *STAGES[stage].optional):

@@ -1,4 +1,4 @@
-"""The images to predict, as each stage finds them: checked by the split before a model trains, and what the unreadable ones get."""
+"""The images to predict: the split checks them before training, and later stages handle unreadable ones."""
 
 import shutil
 from collections import Counter
@@ -20,8 +20,8 @@ UNREADABLE = ("images/1.png", "images/3.png")
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Images to train on, of three of class a to two of class b, and five to predict with a sample submission of all ids."""
+def workspace(tmp_path: Path) -> Path:
+    """12 training images of class a, 8 of class b, and 5 test images with a sample submission of all ids."""
     noise_in(tmp_path / "train", ("a",), 12, seed=1)
     noise_in(tmp_path / "train", ("b",), 8, seed=2)
     noise_in(tmp_path / "eval", ("images",), 5, seed=3)
@@ -30,43 +30,43 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def cut_off(root: Path, *names: str) -> None:
+def truncate(root: Path, *names: str) -> None:
     for name in names:
         path = root / "eval" / name
         path.write_bytes(path.read_bytes()[:60])
 
 
-def split(root: Path, *arguments: str) -> int:
+def run_split(root: Path, *arguments: str) -> int:
     return run_stage(root, "split", "split", "split.folds=2", *arguments)
 
 
-def test_the_split_names_all_test_images_that_cannot_be_read_at_once(data):
-    cut_off(data, *UNREADABLE)
-    assert split(data) == 65
-    told = failure(data / "split")
-    assert "2 of 5 test images" in told
-    assert all(name in told for name in (*UNREADABLE, "ensemble.unreadable=prior"))
-    assert not list((data / "split" / "output").glob("*"))
+def test_split_names_all_unreadable_test_images_at_once(workspace):
+    truncate(workspace, *UNREADABLE)
+    assert run_split(workspace) == 65
+    message = failure(workspace / "split")
+    assert "2 of 5 test images" in message
+    assert all(name in message for name in (*UNREADABLE, "ensemble.unreadable=prior"))
+    assert not list((workspace / "split" / "output").glob("*"))
 
 
-def test_all_of_many_unreadable_test_images_are_named(data):
-    noise_in(data / "eval", ("images",), 12, seed=3)
-    write_test_table(data / "eval", 12)
-    (data / "eval" / "sample_submission.csv").unlink()
+def test_failure_file_names_every_one_of_many_unreadable_test_images(workspace):
+    noise_in(workspace / "eval", ("images",), 12, seed=3)
+    write_test_table(workspace / "eval", 12)
+    (workspace / "eval" / "sample_submission.csv").unlink()
     names = [f"images/{number}.png" for number in range(1, 12)]
-    cut_off(data, *names)
-    assert split(data) == 65
-    assert all(name in (data / "split" / "failure").read_text() for name in names)
+    truncate(workspace, *names)
+    assert run_split(workspace) == 65
+    assert all(name in (workspace / "split" / "failure").read_text() for name in names)
 
 
-def test_a_split_that_opens_no_image_opens_no_test_image(data):
-    cut_off(data, *UNREADABLE)
-    assert split(data, "split.verify_images=false") == 0
+def test_split_without_image_verification_skips_test_images(workspace):
+    truncate(workspace, *UNREADABLE)
+    assert run_split(workspace, "split.verify_images=false") == 0
 
 
-def test_test_images_of_which_none_can_be_read_are_an_error_under_any_setting(data):
-    cut_off(data, *(f"images/{number}.png" for number in range(5)))
-    assert split(data, "ensemble.unreadable=prior") == 65
+def test_split_fails_if_no_test_image_is_readable(workspace):
+    truncate(workspace, *(f"images/{number}.png" for number in range(5)))
+    assert run_split(workspace, "ensemble.unreadable=prior") == 65
 
 
 @pytest.mark.parametrize(
@@ -76,62 +76,69 @@ def test_test_images_of_which_none_can_be_read_are_an_error_under_any_setting(da
         ([["ID", "a", "b"], *([n, 0, 0] for n in range(4))], "'4'"),
         ([["ID", "a", "c"], *([n, 0, 0] for n in range(5))], "'c'"),
     ],
-    ids=["an id without an image", "an image without an id", "a column that is no class"],
+    ids=["an id without an image", "an image without an id", "a column that is not a class"],
 )
-def test_a_sample_that_no_submission_could_fill_is_found_by_the_split(data, table, word):
-    write_csv(data / "eval" / "sample_submission.csv", table)
-    assert split(data) == 65
-    assert word in failure(data / "split")
+def test_split_rejects_sample_submission_that_does_not_match(workspace, table, word):
+    write_csv(workspace / "eval" / "sample_submission.csv", table)
+    assert run_split(workspace) == 65
+    assert word in failure(workspace / "split")
 
 
-def test_the_folds_do_not_hang_on_the_test_images_and_new_ones_are_looked_at(data, capsys):
-    assert split(data) == 0
-    first = (data / "split" / "output" / "folds.parquet").read_bytes()
-    assert read_json(data / "split" / "output" / "split_summary.json")["eval"] == {
+def test_folds_do_not_depend_on_test_images_and_changed_ones_are_checked(workspace, capsys):
+    assert run_split(workspace) == 0
+    first = (workspace / "split" / "output" / "folds.parquet").read_bytes()
+    assert read_json(workspace / "split" / "output" / "split_summary.json")["eval"] == {
         "images": 5,
         "unreadable": [],
         "in_split": 0,
     }
-    write_csv(data / "eval" / "gt.csv", [["ID", "label"], *([n, "a"] for n in range(5))])
+    write_csv(workspace / "eval" / "gt.csv", [["ID", "label"], *([n, "a"] for n in range(5))])
     capsys.readouterr()
-    assert split(data) == 0
-    assert "nothing to do" in capsys.readouterr().err, "a ground truth is not the split's"
-    cut_off(data, UNREADABLE[0])
-    assert split(data) == 65
-    assert split(data, "ensemble.unreadable=prior") == 0
-    assert (data / "split" / "output" / "folds.parquet").read_bytes() == first
+    assert run_split(workspace) == 0
+    assert "nothing to do" in capsys.readouterr().err, "the split does not use the ground truth"
+    truncate(workspace, UNREADABLE[0])
+    assert run_split(workspace) == 65
+    assert run_split(workspace, "ensemble.unreadable=prior") == 0
+    assert (workspace / "split" / "output" / "folds.parquet").read_bytes() == first
     assert [
-        row["path"] for row in read_json(data / "split" / "output" / "split_summary.json")["eval"]["unreadable"]
+        row["path"] for row in read_json(workspace / "split" / "output" / "split_summary.json")["eval"]["unreadable"]
     ] == [UNREADABLE[0]]
-    assert run_stage(data, "split", "split", "split.folds=2", EVAL=None) == 0
-    assert "eval" not in read_json(data / "split" / "output" / "split_summary.json")
+    assert run_stage(workspace, "split", "split", "split.folds=2", EVAL=None) == 0
+    assert "eval" not in read_json(workspace / "split" / "output" / "split_summary.json")
 
 
-def test_a_run_gives_its_test_images_to_the_split_on_every_platform():
+def test_plan_passes_the_eval_channel_to_the_split():
     step = make_plan(Inputs(train="t", eval="e"), ["ensemble.unreadable=prior"], run="r").step("split")
     assert step.environment["SM_CHANNEL_EVAL"] == "e"
     assert "ensemble.unreadable=prior" in step.arguments
     assert "SM_CHANNEL_EVAL" not in make_plan(Inputs(train="t"), run="r").step("split").environment
 
 
-def test_changing_what_unreadable_images_get_trains_no_fold_again():
-    having = {
+def test_only_split_ensemble_and_inference_use_ensemble_unreadable():
+    stages = {
         name
         for name, stage in STAGES.items()
         if "ensemble" in stage.sections or "ensemble.unreadable" in stage.sections
     }
-    assert having == {"split", "ensemble", "inference"}
+    assert stages == {"split", "ensemble", "inference"}
 
 
-def test_a_run_of_unreadable_test_images_ends_before_a_fold_trains(data):
-    cut_off(data, *UNREADABLE)
-    given = [f"train={data / 'train'}", f"eval={data / 'eval'}", f"runs={data}", "run=r", "split.folds=2", *SETTINGS]
-    assert submit.main(given) == 65
-    assert sorted(path.name for path in (data / "r").iterdir()) == ["plan.json", "split"]
+def test_run_with_unreadable_test_images_fails_before_training(workspace):
+    truncate(workspace, *UNREADABLE)
+    arguments = [
+        f"train={workspace / 'train'}",
+        f"eval={workspace / 'eval'}",
+        f"runs={workspace}",
+        "run=r",
+        "split.folds=2",
+        *SETTINGS,
+    ]
+    assert submit.main(arguments) == 65
+    assert sorted(path.name for path in (workspace / "r").iterdir()) == ["plan.json", "split"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained_run(tmp_path_factory) -> Path:
     """A run of two trained folds, whose classes have 12 and 8 rows."""
     root = tmp_path_factory.mktemp("trained")
     noise_in(root / "train", ("a",), 12, seed=1)
@@ -139,108 +146,110 @@ def trained(tmp_path_factory) -> Path:
     noise_in(root / "eval", ("images",), 5, seed=3)
     write_test_table(root / "eval", 5)
     write_csv(root / "eval" / "sample_submission.csv", [["ID", "a", "b"], *([n, 0, 0] for n in range(5))], "utf-8")
-    assert split(root, "split.holdout=0.2") == 0
+    assert run_split(root, "split.holdout=0.2") == 0
     for fold in range(2):
         assert run_stage(root, "train-fold", f"fold-{fold}", f"FOLD={fold}", *SETTINGS) == 0
     return root
 
 
 @pytest.fixture
-def spoilt(trained, tmp_path) -> Path:
-    """A copy of the run with two test images cut off."""
-    root = Path(shutil.copytree(trained, tmp_path / "run"))
-    cut_off(root, *UNREADABLE)
+def corrupt_run(trained_run, tmp_path) -> Path:
+    """A copy of the trained run with two truncated test images."""
+    root = Path(shutil.copytree(trained_run, tmp_path / "run"))
+    truncate(root, *UNREADABLE)
     return root
 
 
 @pytest.mark.parametrize(("stage", "file"), [("ensemble", "submission.csv"), ("inference", "output.csv")])
-def test_models_name_all_unreadable_images_or_give_each_the_classes_shares(spoilt, trained, stage, file, capsys):
-    assert run_stage(spoilt, stage, stage, MODEL=spoilt) == 65
-    assert all(name in failure(spoilt / stage) for name in UNREADABLE)
-    assert not (spoilt / stage / "output" / file).exists()
+def test_prediction_names_unreadable_images_or_uses_class_shares(corrupt_run, trained_run, stage, file, capsys):
+    assert run_stage(corrupt_run, stage, stage, MODEL=corrupt_run) == 65
+    assert all(name in failure(corrupt_run / stage) for name in UNREADABLE)
+    assert not (corrupt_run / stage / "output" / file).exists()
     capsys.readouterr()
 
-    assert run_stage(spoilt, stage, stage, "ensemble.unreadable=prior", MODEL=spoilt) == 0
-    (warned,) = [
+    assert run_stage(corrupt_run, stage, stage, "ensemble.unreadable=prior", MODEL=corrupt_run) == 0
+    (warning,) = [
         line for line in capsys.readouterr().err.splitlines() if " WARNING " in line and "cannot be read" in line
     ]
-    assert all(name in warned for name in UNREADABLE)
-    assert run_stage(trained, stage, spoilt / "whole", MODEL=trained) == 0
-    rows, whole = (read_rows(folder / "output" / file) for folder in (spoilt / stage, spoilt / "whole"))
-    table = read_folds(spoilt / "split" / "output" / "folds.parquet")
+    assert all(name in warning for name in UNREADABLE)
+    assert run_stage(trained_run, stage, corrupt_run / "whole", MODEL=trained_run) == 0
+    rows, expected_rows = (
+        read_rows(folder / "output" / file) for folder in (corrupt_run / stage, corrupt_run / "whole")
+    )
+    table = read_folds(corrupt_run / "split" / "output" / "folds.parquet")
     counts = Counter(table.labels()[table.part == "train"])
     assert sum(counts.values()) == 16
-    for row, expected in zip(rows, whole, strict=True):
+    for row, expected in zip(rows, expected_rows, strict=True):
         if f"images/{row['ID']}.png" in UNREADABLE:
             shares = [counts[name] / 16 for name in ("a", "b")]
             assert [float(row[name]) for name in ("a", "b")] == pytest.approx(shares, abs=1e-5)
         else:
             assert row == expected
     if stage == "ensemble":
-        assert read_json(spoilt / stage / "output" / "ensemble.json")["unreadable"] == ["1", "3"]
+        assert read_json(corrupt_run / stage / "output" / "ensemble.json")["unreadable"] == ["1", "3"]
 
 
-COPIED = {"images/1.png": "a/3.png", "images/4.png": "b/0.png"}
+COPIES = {"images/1.png": "a/3.png", "images/4.png": "b/0.png"}
 
 
-def copied_as_bmp(root: Path) -> None:
-    """Makes two test images pictures of the training images, in other files: equal by their pixels alone."""
-    for name, source in COPIED.items():
+def copy_as_bmp(root: Path) -> None:
+    """Replace two test images with BMP copies of training images: equal pixels, different bytes."""
+    for name, source in COPIES.items():
         with Image.open(root / "train" / source) as image:
             image.save(root / "eval" / name, "BMP")
 
 
-def test_test_images_equal_by_pixels_to_images_of_the_split_are_told_and_listed(data, capsys):
-    copied_as_bmp(data)
-    assert split(data, "split.holdout=0.2") == 0
-    (warned,) = [line for line in capsys.readouterr().err.splitlines() if " WARNING " in line and "test images" in line]
-    assert "2 of 5 test images" in warned
-    assert all(name in warned for name in COPIED)
-    output = data / "split" / "output"
+def test_split_warns_about_and_lists_test_images_equal_to_its_own(workspace, capsys):
+    copy_as_bmp(workspace)
+    assert run_split(workspace, "split.holdout=0.2") == 0
+    (warning,) = [
+        line for line in capsys.readouterr().err.splitlines() if " WARNING " in line and "test images" in line
+    ]
+    assert "2 of 5 test images" in warning
+    assert all(name in warning for name in COPIES)
+    output = workspace / "split" / "output"
     rows = read_rows(output / "test_overlap.csv")
-    assert {row["path"]: row["split_path"] for row in rows} == COPIED
+    assert {row["path"]: row["split_path"] for row in rows} == COPIES
     assert {row["id"]: row["label"] for row in rows} == {"1": "a", "4": "b"}
     assert read_json(output / "split_summary.json")["eval"]["in_split"] == 2
     assert "output/test_overlap.csv" in read_json(output / "stage.json")["outputs"]
-    noise_in(data / "eval", ("images",), 5, seed=3)
-    assert split(data, "split.holdout=0.2") == 0
+    noise_in(workspace / "eval", ("images",), 5, seed=3)
+    assert run_split(workspace, "split.holdout=0.2") == 0
     assert not (output / "test_overlap.csv").exists()
 
 
-def test_evaluate_scores_the_test_images_without_those_of_the_split_too(trained, tmp_path, capsys):
-    root = Path(shutil.copytree(trained, tmp_path / "run"))
+def test_evaluate_also_scores_test_images_that_are_not_in_the_split(trained_run, tmp_path, capsys):
+    root = Path(shutil.copytree(trained_run, tmp_path / "run"))
     truth = write_csv(root / "gt.csv", [["ID", "label"], *zip(range(5), "abbab", strict=True)])
-    given = {"MODEL": root, "PREDICTIONS": root / "ensemble" / "output", "GROUND_TRUTH": truth}
+    channels = {"MODEL": root, "PREDICTIONS": root / "ensemble" / "output", "GROUND_TRUTH": truth}
     assert run_stage(root, "ensemble", "ensemble", MODEL=root) == 0
-    assert run_stage(root, "evaluate", "evaluate", **given) == 0
+    assert run_stage(root, "evaluate", "evaluate", **channels) == 0
     before = read_json(root / "evaluate" / "output" / "metrics.json")["test"]
     assert "not_in_split" not in before
 
-    copied_as_bmp(root)
-    assert split(root, "split.holdout=0.2") == 0
+    copy_as_bmp(root)
+    assert run_split(root, "split.holdout=0.2") == 0
     assert run_stage(root, "train-fold", "fold-0", "FOLD=0", *SETTINGS) == 0
-    assert "nothing to do" in capsys.readouterr().err.splitlines()[-1], "no fold trains again for other test images"
-    assert run_stage(root, "evaluate", "evaluate", **given) == 0, (
-        "of the same predictions: what is known of them is new"
-    )
-    found = read_json(root / "evaluate" / "output" / "metrics.json")["test"]
+    assert "nothing to do" in capsys.readouterr().err.splitlines()[-1], "changed test images must not retrain a fold"
+    assert run_stage(root, "evaluate", "evaluate", **channels) == 0, "the predictions are the same, the overlap is new"
+    metrics = read_json(root / "evaluate" / "output" / "metrics.json")["test"]
     table = predictions.read(root / "ensemble" / "output" / "predictions.parquet")
     hits = [table.classes[code] == label for code, label in zip(table.log_probs.argmax(axis=1), "abbab", strict=True)]
-    assert (found["n"], found["in_split"], found["not_in_split"]["n"]) == (5, 2, 3)
-    assert found["accuracy"] == before["accuracy"] == pytest.approx(sum(hits) / 5)
-    assert found["not_in_split"]["accuracy"] == pytest.approx((hits[0] + hits[2] + hits[3]) / 3)
+    assert (metrics["n"], metrics["in_split"], metrics["not_in_split"]["n"]) == (5, 2, 3)
+    assert metrics["accuracy"] == before["accuracy"] == pytest.approx(sum(hits) / 5)
+    assert metrics["not_in_split"]["accuracy"] == pytest.approx((hits[0] + hits[2] + hits[3]) / 3)
     assert "images not in the split" in (root / "evaluate" / "output" / "report.html").read_text()
     assert lineage.verify(lineage.trace(root / "evaluate" / "output" / "stage.json"), tmp_path) == []
 
 
-def test_where_every_test_image_is_the_splits_there_is_no_other_score(trained, tmp_path):
-    root = Path(shutil.copytree(trained, tmp_path / "run"))
+def test_evaluate_has_no_second_score_if_all_test_images_are_in_the_split(trained_run, tmp_path):
+    root = Path(shutil.copytree(trained_run, tmp_path / "run"))
     for number in range(5):
         shutil.copy(root / "train" / "a" / f"{number}.png", root / "eval" / "images")
     truth = write_csv(root / "gt.csv", [["ID", "label"], *((n, "a") for n in range(5))])
-    assert split(root, "split.holdout=0.2") == 0
+    assert run_split(root, "split.holdout=0.2") == 0
     assert run_stage(root, "ensemble", "ensemble", MODEL=root) == 0
-    given = {"MODEL": root, "PREDICTIONS": root / "ensemble" / "output", "GROUND_TRUTH": truth}
-    assert run_stage(root, "evaluate", "evaluate", **given) == 0
-    found = read_json(root / "evaluate" / "output" / "metrics.json")["test"]
-    assert (found["in_split"], "not_in_split" in found) == (5, False)
+    channels = {"MODEL": root, "PREDICTIONS": root / "ensemble" / "output", "GROUND_TRUTH": truth}
+    assert run_stage(root, "evaluate", "evaluate", **channels) == 0
+    metrics = read_json(root / "evaluate" / "output" / "metrics.json")["test"]
+    assert (metrics["in_split"], "not_in_split" in metrics) == (5, False)

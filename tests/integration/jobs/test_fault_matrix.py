@@ -1,6 +1,6 @@
-"""Every file that a stage reads, spoilt in every way: its exit code, one clear error, and nothing that looks finished.
+"""Each file that a stage reads, damaged in seven ways: the exit code, one clear error, and no finished result.
 
-The cells that end otherwise than by 65 stand in OTHERWISE, each with its reason.
+OTHER_OUTCOMES lists the cases that do not end with exit code 65, with the reasons.
 """
 
 import re
@@ -53,44 +53,44 @@ INPUTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def emptied(path: Path, other: Path) -> None:
+def empty(path: Path, other_file: Path) -> None:
     path.write_bytes(b"")
 
 
-def cut_off(path: Path, other: Path) -> None:
+def truncate(path: Path, other_file: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def random_bytes(path: Path, other: Path) -> None:
+def write_random_bytes(path: Path, other_file: Path) -> None:
     path.write_bytes(np.random.default_rng(0).bytes(500))
 
 
-def a_text(path: Path, other: Path) -> None:
+def write_other_text(path: Path, other_file: Path) -> None:
     path.write_text("[1, 2, 3]\n", encoding="utf-8")
 
 
-def missing(path: Path, other: Path) -> None:
+def delete(path: Path, other_file: Path) -> None:
     path.unlink()
 
 
-def a_folder(path: Path, other: Path) -> None:
+def replace_by_folder(path: Path, other_file: Path) -> None:
     path.unlink()
     path.mkdir()
 
 
-def of_another_run(path: Path, other: Path) -> None:
-    path.write_bytes(other.read_bytes())
+def copy_from_other_run(path: Path, other_file: Path) -> None:
+    path.write_bytes(other_file.read_bytes())
 
 
 FAULTS: dict[str, Callable[[Path, Path], None]] = {
-    "emptied": emptied, "cut off": cut_off, "random bytes": random_bytes, "a text": a_text, "missing": missing,
-    "a folder": a_folder, "of another run": of_another_run,
+    "emptied": empty, "cut off": truncate, "random bytes": write_random_bytes, "a text": write_other_text, "missing": delete,
+    "a folder": replace_by_folder, "of another run": copy_from_other_run,
 }  # fmt: skip
 ABSENT = ("missing", "a folder")
 TABLE, PARQUET, NAMES = "train/train.csv", "folds/folds.parquet", "folds/classes.json"
 WEIGHTS, MODEL, OOF = (f"model/fold-0/{name}" for name in ("model.safetensors", "model.json", "oof.parquet"))
-OTHERWISE: dict[tuple[str, str, str], tuple[int, str]] = {
-    # absent: 66, with what was looked for and where
+OTHER_OUTCOMES: dict[tuple[str, str, str], tuple[int, str]] = {
+    # an absent file: 66, with the name of the file and the folder that was searched
     **{("split of a table", TABLE, fault): (66, "no table train.csv in") for fault in ABSENT},
     **{(case, PARQUET, fault): (66, "no folds.parquet below the channel 'folds'")
        for case in ("prepare", "train-fold", "ensemble", "evaluate", "distill") for fault in ABSENT},
@@ -103,109 +103,113 @@ OTHERWISE: dict[tuple[str, str, str], tuple[int, str]] = {
     **{("distill", OOF, fault): (66, "no predictions at") for fault in ABSENT},
     **{(case, "ground_truth/gt.csv", fault): (66, "gt.csv") for case in ("evaluate", "compare") for fault in ABSENT},
     **{("compare", "submissions/output_other.csv", fault): (66, "too few to compare") for fault in ABSENT},
-    # the fold that was asked for is a setting
+    # the fold is a setting, so its absence is a usage error
     **{("export", MODEL, fault): (64, "FOLD=0: no model below") for fault in ABSENT},
-    # what may be left out: a sample, one of several submissions or models, scores of rows that nobody asked for
+    # optional files: a sample, one of several submissions or models, scores of rows that are not required
     **{("split beside test images", "eval/sample_submission.csv", fault): (0, "") for fault in ABSENT},
     **{("ensemble", name, fault): (0, "")
        for name in ("eval/sample_submission.csv", "submissions/output_other.csv", OOF) for fault in ABSENT},
     **{("evaluate", name, fault): (0, "") for name in (OOF, MODEL) for fault in ABSENT},
     **{("predict", name, fault): (0, "") for name in (MODEL, "images/batch.csv") for fault in ABSENT},
-    # another image is an image; other weights of the same shapes are weights to start from
+    # another valid image is accepted, and so are other initial weights of the same shapes
     **{(case, "train/a/0.png", "of another run"): (0, "") for case in ("split", "split of a table")},
     **{(case, "eval/images/0.png", "of another run"): (0, "") for case in ("split beside test images", "prepare", "ensemble")},
     ("train-fold from weights", "weights/start.safetensors", "of another run"): (0, ""),
-    # without its table the images are all that lie there, and ids are nothing to a cache
+    # without its table, the set is all images in the folder; a cache does not depend on ids
     **{("prepare", "eval/test.csv", fault): (0, "") for fault in (*ABSENT, "of another run")},
-    # it lends the gallery the paths of training images, and finds none: no figure hangs on it
+    # evaluate takes only image paths for its report from folds.parquet; here no row matches, and no score changes
     ("evaluate", PARQUET, "of another run"): (0, ""),
-    # a folder of images that holds a text beside them
+    # a folder of images may also contain a text file
     ("predict", "images/batch.csv", "a text"): (0, ""),
 }  # fmt: skip
 
 
-def draw(root: Path, classes: tuple[str, str], seed: int) -> None:
-    """Images to train on, to test on and to predict, with their tables; seeded, so that two runs differ."""
+def write_inputs(root: Path, classes: tuple[str, str], seed: int) -> None:
+    """Write images for training, test and prediction, with their tables. Runs with different seeds differ."""
     noise_in(root, (*(f"train/{name}" for name in classes), "eval/images", "images"), 8, seed)
-    ids, answers = [f"{seed}{n}" for n in range(8)], [classes[n % 2] for n in range(8)]
+    ids, labels = [f"{seed}{n}" for n in range(8)], [classes[n % 2] for n in range(8)]
     rows = {
         "train/train.csv": [
             ["image_path", "target"],
             *([f"{name}/{n}.png", name] for name in classes for n in range(8)),
         ],
-        "eval/test.csv": [["ID", "img_path"], *([i, f"images/{n}.png"] for n, i in enumerate(ids))],
-        "eval/sample_submission.csv": [["ID", *classes], *([i, 0, 0] for i in ids)],
-        "submissions/output_other.csv": [["ID", *classes], *([i, 0.4, 0.6] for i in ids)],
-        "submissions/output_third.csv": [["ID", *classes], *([i, 0.3, 0.7] for i in ids)],
-        "ground_truth/gt.csv": [["ID", "label"], *zip(ids, answers, strict=True)],
-        "images/batch.csv": [["image_path", "true_class"], *([f"{n}.png", name] for n, name in enumerate(answers))],
+        "eval/test.csv": [["ID", "img_path"], *([id_, f"images/{n}.png"] for n, id_ in enumerate(ids))],
+        "eval/sample_submission.csv": [["ID", *classes], *([id_, 0, 0] for id_ in ids)],
+        "submissions/output_other.csv": [["ID", *classes], *([id_, 0.4, 0.6] for id_ in ids)],
+        "submissions/output_third.csv": [["ID", *classes], *([id_, 0.3, 0.7] for id_ in ids)],
+        "ground_truth/gt.csv": [["ID", "label"], *zip(ids, labels, strict=True)],
+        "images/batch.csv": [["image_path", "true_class"], *([f"{n}.png", name] for n, name in enumerate(labels))],
     }
     for name, table in rows.items():
         write_csv(root / name, table, "utf-8")
 
 
-def make(root: Path, classes: tuple[str, str], seed: int) -> Path:
-    """A whole run's files, each channel in a folder of its own."""
-    draw(root, classes, seed)
-    assert call(root, "split", root / "folds") == 0
-    assert run("prepare", [], given(root, root / "cache", ("TRAIN", "FOLDS"))) == 0
+def make_run(root: Path, classes: tuple[str, str], seed: int) -> Path:
+    """Make all files of a run, with one folder per channel. Return the root."""
+    write_inputs(root, classes, seed)
+    assert run_case(root, "split", root / "folds") == 0
+    assert run("prepare", [], make_variables(root, root / "cache", ("TRAIN", "FOLDS"))) == 0
     next((root / "cache").glob("*/cache.json")).parent.rename(
         root / "cache" / "images"
-    )  # its own name is of what it holds
+    )  # the original name depends on the content
     for fold in range(2):
         folder = root / "model" / f"fold-{fold}"
-        assert run("train-fold", [f"FOLD={fold}", *SETTINGS], given(root, folder, ("TRAIN", "FOLDS"))) == 0
-    assert run("ensemble", [], given(root, root / "predictions", ("EVAL", "MODEL", "FOLDS"))) == 0
+        assert run("train-fold", [f"FOLD={fold}", *SETTINGS], make_variables(root, folder, ("TRAIN", "FOLDS"))) == 0
+    assert run("ensemble", [], make_variables(root, root / "predictions", ("EVAL", "MODEL", "FOLDS"))) == 0
     state = load_file(root / "model" / "fold-0" / "model.safetensors")
-    start = {name.removeprefix("backbone."): each for name, each in state.items() if name.startswith("backbone.")}
+    backbone = {
+        name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")
+    }
     (root / "weights").mkdir()
-    save_file(start, root / "weights" / "start.safetensors")
+    save_file(backbone, root / "weights" / "start.safetensors")
     return root
 
 
-def given(root: Path, folder: Path, channels: tuple[str, ...]) -> dict[str, str]:
-    """The variables of a stage that is given these channels alone and writes all to one folder."""
-    places = {name: root / name.lower() if name in channels else None for name in ("TRAIN", "EVAL", "FOLDS", *channels)}
-    own = {"SM_OUTPUT_DIR": folder.parent / "failed", "SM_CHECKPOINT_DIR": folder.parent / "checkpoints"}
-    return variables(root, folder, **places, **own, SM_MODEL_DIR=folder, SM_OUTPUT_DATA_DIR=folder)
+def make_variables(root: Path, folder: Path, channels: tuple[str, ...]) -> dict[str, str]:
+    """Return the variables of a stage that has only these channels and writes all results to one folder."""
+    paths = {name: root / name.lower() if name in channels else None for name in ("TRAIN", "EVAL", "FOLDS", *channels)}
+    folders = {"SM_OUTPUT_DIR": folder.parent / "failed", "SM_CHECKPOINT_DIR": folder.parent / "checkpoints"}
+    return variables(root, folder, **paths, **folders, SM_MODEL_DIR=folder, SM_OUTPUT_DATA_DIR=folder)
 
 
-def call(root: Path, case: str, folder: Path) -> int:
+def run_case(root: Path, case: str, folder: Path) -> int:
     stage, arguments, channels = STAGES[case]
-    return run(stage, arguments, given(root, folder, channels))
+    return run(stage, arguments, make_variables(root, folder, channels))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return make(tmp_path_factory.mktemp("whole"), ("a", "b"), 1)
+def complete_run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("whole"), ("a", "b"), 1)
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory) -> Path:
-    """A run of other images, with other ids, and with one class that is called otherwise."""
-    return make(tmp_path_factory.mktemp("other"), ("a", "c"), 2)
+def other_run(tmp_path_factory) -> Path:
+    """A run of other images, with other ids and one other class name."""
+    return make_run(tmp_path_factory.mktemp("other"), ("a", "c"), 2)
 
 
 CELLS = [(case, name, fault) for case, names in INPUTS.items() for name in names for fault in FAULTS]
 
 
 @pytest.mark.parametrize("case", STAGES)
-def test_the_stage_runs_where_nothing_is_spoilt(case, whole, tmp_path):
-    assert call(whole, case, tmp_path / "out") == 0
+def test_stage_succeeds_with_undamaged_inputs(case, complete_run, tmp_path):
+    assert run_case(complete_run, case, tmp_path / "out") == 0
 
 
 @pytest.mark.parametrize(("case", "name", "fault"), CELLS)
-def test_a_spoilt_file_is_told_and_nothing_looks_finished(case, name, fault, whole, other, tmp_path, capsys):
-    root = Path(shutil.copytree(whole, tmp_path / "in"))
-    FAULTS[fault](root / name, other / name)
-    code, words = OTHERWISE.get((case, name, fault), (65, ""))
-    assert call(root, case, tmp_path / "out") == code
-    said = capsys.readouterr().err
+def test_damaged_file_gives_one_error_and_leaves_no_finished_result(
+    case, name, fault, complete_run, other_run, tmp_path, capsys
+):
+    root = Path(shutil.copytree(complete_run, tmp_path / "in"))
+    FAULTS[fault](root / name, other_run / name)
+    code, message = OTHER_OUTCOMES.get((case, name, fault), (65, ""))
+    assert run_case(root, case, tmp_path / "out") == code
+    log = capsys.readouterr().err
     if code == 0:
         return
-    errors = [line for line in said.splitlines() if re.match(r"\d\d:\d\d:\d\d ERROR", line)]
-    assert len(errors) == 1, said
-    assert "Traceback" not in said
-    assert words in errors[0]
+    errors = [line for line in log.splitlines() if re.match(r"\d\d:\d\d:\d\d ERROR", line)]
+    assert len(errors) == 1, log
+    assert "Traceback" not in log
+    assert message in errors[0]
     assert not (tmp_path / "out" / "stage.json").exists()
     assert not list((tmp_path / "out").rglob(".*.tmp"))

@@ -1,4 +1,4 @@
-"""Each stage on a disk that fills up: exit 75, nothing half-written, and the same command goes on once there is room."""
+"""Each stage on a full disk: exit code 75, no partial files, and the same command succeeds once there is space."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ STAGES = {
     "predict": (["predict.file=answers.csv"], "answers.csv"),
     "export": (["export.format=pth", "FOLD=0"], "model.pth"),
 }
-"""Of each stage its arguments, and a file that it writes."""
+"""The arguments of each stage, and a file that it writes."""
 
 
-def stage(root: Path, name: str, folder: Path) -> int:
-    """Runs a stage over the toy run with one folder for all that it writes, but for the failure file."""
+def run_in_folder(root: Path, name: str, folder: Path) -> int:
+    """Run a stage on the toy run. It writes everything to one folder, except for the failure file."""
     channels = {
         "MODEL": root, "PREDICTIONS": root / "ensemble" / "output", "IMAGES": root / "eval" / "test",
         "SM_MODEL_DIR": folder, "SM_OUTPUT_DATA_DIR": folder, "SM_OUTPUT_DIR": folder.parent.parent / "failed",
@@ -32,16 +32,16 @@ def stage(root: Path, name: str, folder: Path) -> int:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_full_disk_is_75_and_nothing_is_half_written(name, toy_run, small_disk, tmp_path):
-    folder, elsewhere = small_disk / "out", tmp_path / "elsewhere" / "out"
-    assert stage(toy_run, name, elsewhere) == 0
-    for left in (0, 4):
-        (small_disk / "filler").write_bytes(bytes((8 * 1024 - left) * 1024))
-        assert stage(toy_run, name, folder) == 75
+def test_full_disk_exits_with_75_and_leaves_no_partial_files(name, toy_run, small_disk, tmp_path):
+    folder, reference = small_disk / "out", tmp_path / "elsewhere" / "out"
+    assert run_in_folder(toy_run, name, reference) == 0
+    for free_kib in (0, 4):
+        (small_disk / "filler").write_bytes(bytes((8 * 1024 - free_kib) * 1024))
+        assert run_in_folder(toy_run, name, folder) == 75
         assert "free some, then run the same command again" in failure(tmp_path / "failed")
         assert not (folder / "stage.json").exists()
-        assert not list(small_disk.rglob(".*.tmp")), "temporary files"
+        assert not list(small_disk.rglob(".*.tmp")), "temporary files remain"
         (small_disk / "filler").unlink()
-    assert stage(toy_run, name, folder) == 0
-    made, expected = (next(root.glob(STAGES[name][1])) for root in (folder, elsewhere))
-    assert made.read_bytes() == expected.read_bytes()
+    assert run_in_folder(toy_run, name, folder) == 0
+    actual, expected = (next(root.glob(STAGES[name][1])) for root in (folder, reference))
+    assert actual.read_bytes() == expected.read_bytes()

@@ -1,4 +1,4 @@
-"""Meta features through every stage: each of the four variants trains, saves, is rebuilt and predicts the same."""
+"""Image statistics as model inputs in every stage: all four variants train, save, load and predict the same."""
 
 from pathlib import Path
 
@@ -27,13 +27,13 @@ CLASSES = ("tall", "wide")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """Plain grey images that differ between the classes in their shape alone: once resized they are the same."""
+def shape_run(tmp_path_factory) -> Path:
+    """A split of plain images whose classes differ only in shape: after resizing they look the same."""
     root = tmp_path_factory.mktemp("world")
     random = np.random.default_rng(0)
     for name, size in zip(CLASSES, ((10, 20), (20, 10)), strict=True):
         for number in range(20):
-            # The third channel stays dark: its mean is the same in all rows.
+            # The third channel is always 0, so its mean is the same in all rows.
             colour = (*random.integers(100, 140, 2).tolist(), 0)
             for folder in (root / "train" / name, root / "eval"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -43,61 +43,61 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-def train(world: Path, variant: str, fold: int) -> Path:
-    """The model dir of a trained fold; a second call finds its record and trains nothing."""
+def train_fold(shape_run: Path, variant: str, fold: int) -> Path:
+    """Train a fold and return its model folder. A second call skips the training, because the record exists."""
     folder = f"{variant}/fold-{fold}"
     arguments = [f"FOLD={fold}", *SETTINGS, f"model.image_stats={VARIANTS[variant]}", f"system={variant}"]
-    assert run_stage(world, "train-fold", folder, *arguments) == 0
-    return world / folder / "model"
+    assert run_stage(shape_run, "train-fold", folder, *arguments) == 0
+    return shape_run / folder / "model"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_defect_car_b5_each_variant_trains_and_is_rebuilt_to_the_same_predictions(world, variant):
-    folder = train(world, variant, 0)
-    saved = predictions.read(folder / "oof.parquet")
-    member = load_model(open_model_dir(folder), {})
-    table = read_folds(world / "split" / "output" / "folds.parquet")
-    found = member.predict(open_store(world / "train"), list(table.paths_of(table.valid_rows(0))), "again")
-    assert np.array_equal(found, saved.log_probs)
-    accuracy = float((saved.log_probs.argmax(axis=1) == saved.codes()).mean())
+def test_defect_car_b5_each_variant_trains_and_predicts_the_same_after_loading(shape_run, variant):
+    folder = train_fold(shape_run, variant, 0)
+    oof = predictions.read(folder / "oof.parquet")
+    model = load_model(open_model_dir(folder), {})
+    table = read_folds(shape_run / "split" / "output" / "folds.parquet")
+    log_probs = model.predict(open_store(shape_run / "train"), list(table.paths_of(table.valid_rows(0))), "again")
+    assert np.array_equal(log_probs, oof.log_probs)
+    accuracy = float((oof.log_probs.argmax(axis=1) == oof.codes()).mean())
     assert accuracy == 1.0 if "aspect" in VARIANTS[variant] else accuracy < 0.9
 
 
-def test_mean_and_std_are_those_of_the_folds_training_rows_alone(world):
-    weights = load_file(train(world, "both", 0) / "model.safetensors")
-    table = read_folds(world / "split" / "output" / "folds.parquet")
+def test_mean_and_std_come_only_from_the_training_rows_of_the_fold(shape_run):
+    weights = load_file(train_fold(shape_run, "both", 0) / "model.safetensors")
+    table = read_folds(shape_run / "split" / "output" / "folds.parquet")
 
-    def numbers(rows: np.ndarray) -> np.ndarray:
-        paths = [world / "train" / path for path in table.paths_of(rows)]
+    def compute_stats(rows: np.ndarray) -> np.ndarray:
+        paths = [shape_run / "train" / path for path in table.paths_of(rows)]
         return np.stack([image_stats(decode(path.read_bytes(), path.name), ["color_mean", "aspect"]) for path in paths])
 
-    own = numbers(table.train_rows(0)).astype(np.float64)
-    std = own.std(axis=0)
-    std[2] = 1.0  # the dark channel
-    torch.testing.assert_close(weights["meta.mean"], torch.from_numpy(own.mean(axis=0)).float())
+    training_stats = compute_stats(table.train_rows(0)).astype(np.float64)
+    std = training_stats.std(axis=0)
+    std[2] = 1.0  # the third channel is constant
+    torch.testing.assert_close(weights["meta.mean"], torch.from_numpy(training_stats.mean(axis=0)).float())
     torch.testing.assert_close(weights["meta.std"], torch.from_numpy(std).float())
-    every = numbers(np.arange(len(table.codes))).mean(axis=0)
-    assert not np.allclose(weights["meta.mean"].numpy(), every, atol=1e-6)
+    mean_of_all = compute_stats(np.arange(len(table.codes))).mean(axis=0)
+    assert not np.allclose(weights["meta.mean"].numpy(), mean_of_all, atol=1e-6)
 
 
-def test_an_ensemble_and_a_student_with_other_features_use_them_too(world):
+def test_ensemble_and_student_with_other_features_use_image_stats(shape_run):
     for fold in range(2):
-        train(world, "both", fold)
-    models = world / "both"
-    assert run_stage(world, "ensemble", "ensemble", MODEL=models) == 0
-    found = predictions.read(world / "ensemble" / "output" / "predictions.parquet")
-    truth = [CLASSES.index(Path(name).stem.rstrip("0123456789")) for name in found.ids]
-    assert (found.log_probs.argmax(axis=1) == truth).all()
+        train_fold(shape_run, "both", fold)
+    models = shape_run / "both"
+    assert run_stage(shape_run, "ensemble", "ensemble", MODEL=models) == 0
+    predicted = predictions.read(shape_run / "ensemble" / "output" / "predictions.parquet")
+    truth = [CLASSES.index(Path(name).stem.rstrip("0123456789")) for name in predicted.ids]
+    assert (predicted.log_probs.argmax(axis=1) == truth).all()
     arguments = [
         *SETTINGS,
         "model.image_stats=color_mean",
         'distill.model={"image_stats": ["aspect"]}',
         "distill.teacher_tta=flip",
     ]
-    unlabelled = {"MODEL": models, "UNLABELED": world / "eval"}
-    assert run_stage(world, "distill", "distill", *arguments, **unlabelled) == 0
-    weights = load_file(world / "distill" / "model" / "model.safetensors")
+    unlabelled = {"MODEL": models, "UNLABELED": shape_run / "eval"}
+    assert run_stage(shape_run, "distill", "distill", *arguments, **unlabelled) == 0
+    weights = load_file(shape_run / "distill" / "model" / "model.safetensors")
     assert weights["meta.mean"].shape == (1,)
-    assert run_stage(world, "ensemble", "student", MODEL=world / "distill" / "model") == 0
-    found = predictions.read(world / "student" / "output" / "predictions.parquet")
-    assert (found.log_probs.argmax(axis=1) == truth).mean() >= 0.9  # by chance 0.5
+    assert run_stage(shape_run, "ensemble", "student", MODEL=shape_run / "distill" / "model") == 0
+    predicted = predictions.read(shape_run / "student" / "output" / "predictions.parquet")
+    assert (predicted.log_probs.argmax(axis=1) == truth).mean() >= 0.9  # 0.5 by chance

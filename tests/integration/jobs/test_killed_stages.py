@@ -1,4 +1,4 @@
-"""Training stages struck by signals at every phase and at any instant: what goes on ends in the same bytes."""
+"""Training stages that a signal stops in each phase or at a random instant: resumed runs end in the same bytes."""
 
 import os
 import random
@@ -36,113 +36,122 @@ PHASES = {
     "weights": ("weights", 1, 2, 0.0),
     "record": ("record", 1, 1, 0.0),
 }
-"""Of each a point of `fault_injection.py`, the first and the last time that a stage comes by it, and the seconds that it lasts."""
+"""For each phase: a point of `fault_injection.py`, its first and last call in a stage, and its duration in seconds."""
 SECONDS_TO_STOP = 30
 INSTANTS = int(os.environ.get("FIVEFOLD_INSTANTS", "1"))
-"""Random instants in each phase of each stage."""
+"""Number of random instants in each phase of each stage."""
 slowest: dict[str, float] = {}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """Drawn images in two classes, their split, teachers, and what the stages make of them when nothing happens."""
+def reference_runs(tmp_path_factory) -> Path:
+    """Toy images in two classes, their split, teachers, and the results of uninterrupted stages."""
     root = tmp_path_factory.mktemp("world")
     tinted_in(root / "train", ["a", "b"], 53, by=100)
     assert run_stage(root, "split", "split", "split.folds=2", "split.holdout=0.1") == 0
     for fold in range(2):
         assert run_stage(root, "train-fold", f"models/fold-{fold}", f"FOLD={fold}", *SETTINGS) == 0
     for stage in STAGES:
-        assert struck(root, root / "whole" / stage, stage)[0] == 0
+        assert run_process(root, root / "whole" / stage, stage)[0] == 0
     return root
 
 
-def begin(
-    root: Path, folder: Path, stage: str, number="SIGKILL", point="never", call=1, delay=0.0, more: tuple[str, ...] = ()
+def start_process(
+    root: Path,
+    folder: Path,
+    stage: str,
+    signal_name="SIGKILL",
+    point="never",
+    call=1,
+    delay=0.0,
+    more: tuple[str, ...] = (),
 ) -> Forked:
     folder.mkdir(parents=True, exist_ok=True)
-    strike = [number, point, str(call), str(delay), str(folder / "steps")]
+    injection = [signal_name, point, str(call), str(delay), str(folder / "steps")]
     environ = environment(**variables(root, folder, MODEL=root / "models"), OMP_NUM_THREADS=1)
-    return Forked([str(PROGRAM), *strike, stage, *STAGES[stage], *more], environ)
+    return Forked([str(PROGRAM), *injection, stage, *STAGES[stage], *more], environ)
 
 
-def struck(root: Path, folder: Path, stage: str, *strike: str | float) -> tuple[int | None, str]:
-    """Runs the stage to its end, or to the strike (a signal, a point, the how-manieth time there): exit code, output."""
-    process = begin(root, folder, stage, *strike)
-    said = process.wait()
-    return process.returncode, said
+def run_process(root: Path, folder: Path, stage: str, *injection: str | float) -> tuple[int | None, str]:
+    """Run the stage to its end or to a signal (name, point, call number, delay). Return the exit code and the output."""
+    process = start_process(root, folder, stage, *injection)
+    log = process.wait()
+    return process.returncode, log
 
 
-def check_whole(root: Path, folder: Path, stage: str, kills: int) -> None:
-    """The files are those of a run to which nothing happened, and no kill has cost more than a checkpoint's interval."""
+def assert_same_as_uninterrupted(root: Path, folder: Path, stage: str, kills: int) -> None:
+    """Assert that the files equal those of an uninterrupted run and that no kill repeats more than one checkpoint interval."""
     for name in BYTES[stage]:
-        whole = (root / "whole" / stage / "model" / name).read_bytes()
-        assert (folder / "model" / name).read_bytes() == whole, name
+        expected = (root / "whole" / stage / "model" / name).read_bytes()
+        assert (folder / "model" / name).read_bytes() == expected, name
     assert (folder / "model" / "stage.json").is_file()
-    assert not any((folder / "checkpoints").iterdir()), "checkpoints of a run that is over"
+    assert not any((folder / "checkpoints").iterdir()), "checkpoints of a finished run remain"
     steps = (folder / "steps").stat().st_size
-    wanted = (root / "whole" / stage / "steps").stat().st_size
-    assert wanted <= steps <= wanted + kills * INTERVAL
+    expected_steps = (root / "whole" / stage / "steps").stat().st_size
+    assert expected_steps <= steps <= expected_steps + kills * INTERVAL
 
 
-def instant(stage: str, phase: str, seed: int) -> tuple[str, int, float]:
-    """A random instant in a phase: a point, the how-manieth time there, and seconds after it."""
-    random_ = random.Random(f"{stage} {phase} {seed}")
+def draw_instant(stage: str, phase: str, seed: int) -> tuple[str, int, float]:
+    """Return a random instant in a phase: a point, the call number, and a delay in seconds."""
+    generator = random.Random(f"{stage} {phase} {seed}")
     point, first, last, seconds = PHASES[phase]
-    return point, random_.randint(first, last), random_.uniform(0.0, seconds)
+    return point, generator.randint(first, last), generator.uniform(0.0, seconds)
 
 
-def seconds_since_strike(folder: Path) -> float:
+def seconds_since_signal(folder: Path) -> float:
     return time.time() - float((folder / "steps.struck").read_text())
 
 
 @pytest.mark.parametrize("seed", range(INSTANTS))
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_a_random_instant_of_any_phase_it_goes_on_to_the_same_bytes(stage, phase, seed, world, tmp_path):
-    code, said = struck(world, tmp_path, stage, "SIGKILL", *instant(stage, phase, seed))
-    assert code == -signal.SIGKILL, said
-    assert not (tmp_path / "model" / "stage.json").exists(), "nothing looks finished"
-    code, said = struck(world, tmp_path, stage)
-    assert code == 0, said
-    check_whole(world, tmp_path, stage, kills=1)
+def test_stage_killed_in_any_phase_resumes_to_the_same_bytes(stage, phase, seed, reference_runs, tmp_path):
+    code, log = run_process(reference_runs, tmp_path, stage, "SIGKILL", *draw_instant(stage, phase, seed))
+    assert code == -signal.SIGKILL, log
+    assert not (tmp_path / "model" / "stage.json").exists(), "a killed stage has a record"
+    code, log = run_process(reference_runs, tmp_path, stage)
+    assert code == 0, log
+    assert_same_as_uninterrupted(reference_runs, tmp_path, stage, kills=1)
 
 
 @pytest.mark.parametrize("seed", range(INSTANTS))
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_told_to_stop_at_a_random_instant_it_is_143_and_goes_on_to_the_same_bytes(stage, phase, seed, world, tmp_path):
-    code, said = struck(world, tmp_path, stage, "SIGTERM", *instant(stage, phase, seed))
-    slowest[f"{stage} {phase} {seed}"] = seconds_since_strike(tmp_path)
-    assert code == 143, said
+def test_stage_stopped_by_sigterm_exits_with_143_and_resumes_to_the_same_bytes(
+    stage, phase, seed, reference_runs, tmp_path
+):
+    code, log = run_process(reference_runs, tmp_path, stage, "SIGTERM", *draw_instant(stage, phase, seed))
+    slowest[f"{stage} {phase} {seed}"] = seconds_since_signal(tmp_path)
+    assert code == 143, log
     assert slowest[f"{stage} {phase} {seed}"] < SECONDS_TO_STOP
-    assert "stopped by SIGTERM" in said.rstrip().splitlines()[-1]
+    assert "stopped by SIGTERM" in log.rstrip().splitlines()[-1]
     assert not (tmp_path / "failure").exists()
-    code, said = struck(world, tmp_path, stage)
-    assert code == 0, said
-    check_whole(world, tmp_path, stage, kills=0)
-    where = max(slowest, key=lambda name: slowest[name])
-    print(f"slowest of {len(slowest)} exits: {slowest[where]:.2f} s ({where})")
+    code, log = run_process(reference_runs, tmp_path, stage)
+    assert code == 0, log
+    assert_same_as_uninterrupted(reference_runs, tmp_path, stage, kills=0)
+    case = max(slowest, key=lambda name: slowest[name])
+    print(f"slowest of {len(slowest)} exits: {slowest[case]:.2f} s ({case})")
 
 
 @pytest.mark.parametrize("seed", range(2 * INSTANTS))
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_three_times_at_random_instants(stage, seed, world, tmp_path):
-    instants = random.Random(seed)
+def test_stage_killed_three_times_resumes_to_the_same_bytes(stage, seed, reference_runs, tmp_path):
+    generator = random.Random(seed)
     kills = 0
     for _ in range(3):
-        process = begin(world, tmp_path, stage)
-        if not process.ended(within=instants.uniform(0.5, 3.0)):
+        process = start_process(reference_runs, tmp_path, stage)
+        if not process.ended(within=generator.uniform(0.5, 3.0)):
             kills += 1
             process.send_signal(signal.SIGKILL)
         process.wait()
-    code, said = struck(world, tmp_path, stage)
-    assert code == 0, said
-    check_whole(world, tmp_path, stage, kills)
+    code, log = run_process(reference_runs, tmp_path, stage)
+    assert code == 0, log
+    assert_same_as_uninterrupted(reference_runs, tmp_path, stage, kills)
 
 
-def test_a_second_signal_ends_it_at_once(world, tmp_path):
-    """SIGTERM, since a shell that starts something in the background has it ignore SIGINT."""
-    process = begin(world, tmp_path, "train-fold", more=("train.epochs=4000",))
+def test_second_signal_ends_the_stage_at_once(reference_runs, tmp_path):
+    """Send SIGTERM, because background processes of a shell ignore SIGINT."""
+    process = start_process(reference_runs, tmp_path, "train-fold", more=("train.epochs=4000",))
     wait_until(lambda: "trains on" in process.said())
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
@@ -150,12 +159,12 @@ def test_a_second_signal_ends_it_at_once(world, tmp_path):
     assert process.returncode == 143
 
 
-def test_checkpoints_of_other_settings_are_left_alone_and_named(world, tmp_path):
-    assert struck(world, tmp_path, "train-fold", "SIGKILL", "step", 9)[0] == -signal.SIGKILL
-    (other,) = (tmp_path / "checkpoints").iterdir()
-    kept = {path.name: path.read_bytes() for path in other.iterdir()}
-    code = run_stage(world, "train-fold", tmp_path, "FOLD=0", *SETTINGS, "train.lr=0.01")
+def test_checkpoints_of_other_settings_are_not_changed(reference_runs, tmp_path):
+    assert run_process(reference_runs, tmp_path, "train-fold", "SIGKILL", "step", 9)[0] == -signal.SIGKILL
+    (other_checkpoints,) = (tmp_path / "checkpoints").iterdir()
+    contents = {path.name: path.read_bytes() for path in other_checkpoints.iterdir()}
+    code = run_stage(reference_runs, "train-fold", tmp_path, "FOLD=0", *SETTINGS, "train.lr=0.01")
     assert code == 0
-    assert {path.name: path.read_bytes() for path in other.iterdir()} == kept
-    assert struck(world, tmp_path, "train-fold")[0] == 0
-    check_whole(world, tmp_path, "train-fold", kills=1 + EPOCHS * STEPS_OF_AN_EPOCH)
+    assert {path.name: path.read_bytes() for path in other_checkpoints.iterdir()} == contents
+    assert run_process(reference_runs, tmp_path, "train-fold")[0] == 0
+    assert_same_as_uninterrupted(reference_runs, tmp_path, "train-fold", kills=1 + EPOCHS * STEPS_OF_AN_EPOCH)

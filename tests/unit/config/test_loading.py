@@ -1,4 +1,4 @@
-"""Where settings come from, which source wins, and what a miss is told."""
+"""Sources of settings, their precedence, and the errors for unknown keys and invalid values."""
 
 import json
 import re
@@ -25,46 +25,46 @@ from fivefold.config.schema import Settings
 from fivefold.errors import FivefoldError, MissingInputError, SettingsError
 
 
-def given(*arguments: str) -> Settings:
+def load_args(*arguments: str) -> Settings:
     return load([arguments_layer(arguments)])
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "mine.toml"
     path.write_text('[train]\nepochs = 11\nlr = 1\n[predict]\ntta = ["plain", "flip"]\n')
     return path
 
 
-def test_the_strongest_source_wins(recipe: Path):
-    arguments = arguments_layer([f"recipe={recipe}", "train.epochs=44"])
+def test_settings_come_from_the_source_with_the_highest_precedence(recipe_file: Path):
+    arguments = arguments_layer([f"recipe={recipe_file}", "train.epochs=44"])
     environment = environment_layer({"TRAIN__EPOCHS": "33", "TRAIN__LR": "0.3"})
     platform = Layer("hyperparameters", {"train.epochs": "22", "train.lr": "0.2", "train.max_grad_norm": "0.2"})
     train = load([arguments, environment, platform]).train
     assert (train.epochs, train.lr, train.max_grad_norm, train.momentum) == (44, 0.3, 0.2, 0.9)
-    assert load([arguments_layer([f"recipe={recipe}"]), platform]).train.epochs == 22
-    assert given(f"recipe={recipe}").train.epochs == 11
-    assert given().train.epochs == 30
+    assert load([arguments_layer([f"recipe={recipe_file}"]), platform]).train.epochs == 22
+    assert load_args(f"recipe={recipe_file}").train.epochs == 11
+    assert load_args().train.epochs == 30
 
 
 @pytest.mark.parametrize("source", ["argument", "environment", "hyperparameters"])
-def test_any_source_may_name_the_recipe_which_names_the_system(source: str, recipe: Path):
-    settings = load([Layer(source, {"recipe": str(recipe)})])
+def test_any_source_can_set_the_recipe_and_the_recipe_names_the_system(source: str, recipe_file: Path):
+    settings = load([Layer(source, {"recipe": str(recipe_file)})])
     assert (settings.train.epochs, settings.train.lr, settings.system) == (11, 1.0, "mine")
-    assert given(f"recipe={recipe}", "system=big").system == "big"
-    assert given().system == "default"
+    assert load_args(f"recipe={recipe_file}", "system=big").system == "big"
+    assert load_args().system == "default"
 
 
 @pytest.mark.parametrize("name", ["train.epochs", "TRAIN__EPOCHS", " train.epochs ", "--train.epochs"])
-def test_keys_may_be_spelled_in_many_ways_and_the_last_counts(name: str):
+def test_keys_are_normalized_and_the_last_argument_wins(name: str):
     assert normalize_key(name) == "train.epochs"
-    assert given("Train.Epochs=1", f"{name}=3").train.epochs == 3
+    assert load_args("Train.Epochs=1", f"{name}=3").train.epochs == 3
 
 
 @pytest.mark.parametrize("argument", ["config=", "--config=", "CONFIG="])
-def test_config_is_another_name_of_recipe(argument: str, recipe: Path):
-    assert given(argument + str(recipe)) == given(f"recipe={recipe}")
-    assert given("recipe=demo", argument + str(recipe)).train.epochs == 11
+def test_config_is_an_alias_of_recipe(argument: str, recipe_file: Path):
+    assert load_args(argument + str(recipe_file)) == load_args(f"recipe={recipe_file}")
+    assert load_args("recipe=demo", argument + str(recipe_file)).train.epochs == 11
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_config_is_another_name_of_recipe(argument: str, recipe: Path):
         ("distill.model.backbone_kwargs.depth=3", "distill.model", {"backbone_kwargs": {"depth": 3}}),
     ],
 )
-def test_text_is_read_by_what_the_key_wants(argument: str, key: str, value: Any):
-    assert flatten(given(argument))[key] == value
+def test_argument_text_is_parsed_by_the_type_of_its_key(argument: str, key: str, value: Any):
+    assert flatten(load_args(argument))[key] == value
 
 
-def test_a_table_and_a_key_of_it_meet_in_the_order_of_their_strength():
+def test_tables_and_keys_inside_them_merge_by_precedence():
     weak, strong = {"distill.train.epochs": "3", "distill.train.lr": "0.3"}, {"distill.train": '{"epochs": 5}'}
     assert load([Layer("a", strong), Layer("b", weak)]).distill.train == {"epochs": 5}
     assert load([Layer("a", weak), Layer("b", strong)]).distill.train == {"epochs": 3, "lr": 0.3}
@@ -112,14 +112,16 @@ def test_a_table_and_a_key_of_it_meet_in_the_order_of_their_strength():
         "weights_path",
     ],
 )
-def test_no_option_of_a_backbone_names_weights(section: str, option: str):
+def test_backbone_options_that_name_weights_are_refused(section: str, option: str):
     with pytest.raises(SettingsError, match=option) as caught:
-        given(f"{section}.backbone_kwargs.{option}=/tmp/w.pth").student()
+        load_args(f"{section}.backbone_kwargs.{option}=/tmp/w.pth").student()
     assert caught.value.exit_code == 64
-    assert given(f"{section}.backbone_kwargs.weight_init=jax").student().model.backbone_kwargs == {"weight_init": "jax"}
+    assert load_args(f"{section}.backbone_kwargs.weight_init=jax").student().model.backbone_kwargs == {
+        "weight_init": "jax"
+    }
 
 
-def test_layers_can_be_used_again():
+def test_load_does_not_change_its_layers():
     layer = Layer("hyperparameters", {"model.backbone_kwargs": {"depth": 3}})
     load([arguments_layer(["model.backbone_kwargs.width=2"]), layer])
     assert layer.values == {"model.backbone_kwargs": {"depth": 3}}
@@ -145,15 +147,15 @@ def test_layers_can_be_used_again():
         ('distill.train={"epochs": "x"}', "distill.train.epochs='x': a whole number is needed"),
     ],
 )
-def test_a_miss_is_told_in_plain_words(argument: str, message: str):
+def test_invalid_arguments_raise_plain_messages(argument: str, message: str):
     with pytest.raises(SettingsError) as caught:
-        given(argument)
+        load_args(argument)
     assert message in str(caught.value)
     assert caught.value.exit_code == 64
     assert not [word for word in ("pydantic", "http", "Input should", "\n") if word in str(caught.value)]
 
 
-def test_the_environment_is_read_with_care():
+def test_environment_layer_ignores_other_variables_and_refuses_conflicts():
     environ = {
         "MODEL_DIR": "/x",
         "DATA": "/y",
@@ -172,26 +174,26 @@ def test_the_environment_is_read_with_care():
 
 
 @pytest.mark.parametrize(
-    ("index", "named", "argument", "fold"),
+    ("index", "variables", "arguments", "fold"),
     [("3", {}, [], 3), ("3", {"FOLD": "03"}, [], 3), ("3", {}, ["FOLD=3"], 3), ("", {}, [], None)],
 )
-def test_the_index_of_an_indexed_job_stands_in_for_the_fold(
-    index: str, named: dict[str, str], argument: list[str], fold: int | None
+def test_job_completion_index_sets_the_fold_unless_a_key_does(
+    index: str, variables: dict[str, str], arguments: list[str], fold: int | None
 ):
-    environ = {"JOB_COMPLETION_INDEX": index, **named}
-    assert load([arguments_layer(argument), environment_layer(environ), job_index_layer(environ)]).fold == fold
+    environ = {"JOB_COMPLETION_INDEX": index, **variables}
+    assert load([arguments_layer(arguments), environment_layer(environ), job_index_layer(environ)]).fold == fold
 
 
-def test_keys_that_a_stage_does_not_read_are_found():
+def test_unused_keys_returns_the_keys_that_a_stage_does_not_read():
     layer = arguments_layer(["recipe=demo", "run=a", "seed=3", "train.epochs=3", "split.folds=3"])
     assert unused_keys(layer, ("data", "split")) == ["seed", "train.epochs"]
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_a_recipe_says_the_same_in_json_behind_a_byte_order_mark(name: str, tmp_path: Path):
+def test_recipe_as_json_with_a_byte_order_mark_equals_its_toml(name: str, tmp_path: Path):
     path = tmp_path / f"{name}.json"
     path.write_text(json.dumps(read_recipe(name)), encoding="utf-8-sig")
-    as_toml, as_json = flatten(given(f"recipe={name}")), flatten(given(f"recipe={path}"))
+    as_toml, as_json = flatten(load_args(f"recipe={name}")), flatten(load_args(f"recipe={path}"))
     assert as_json | {"recipe": name} == as_toml
 
 
@@ -215,7 +217,7 @@ def test_a_recipe_says_the_same_in_json_behind_a_byte_order_mark(name: str, tmp_
         ("r.toml", 'recipe = "demo"', SettingsError, "names another recipe"),
     ],
 )
-def test_a_recipe_that_cannot_be_is_told(name: str, text: str | None, error: type, message: str, tmp_path: Path):
+def test_invalid_recipes_raise_plain_messages(name: str, text: str | None, error: type, message: str, tmp_path: Path):
     if text is not None:
         (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(FivefoldError) as caught:
@@ -226,22 +228,22 @@ def test_a_recipe_that_cannot_be_is_told(name: str, text: str | None, error: typ
     assert not [word for word in ("pydantic", "http", "Input should") if word in str(caught.value)]
 
 
-def test_help_names_every_key_with_type_default_and_meaning():
+def test_describe_lists_every_key_with_type_default_and_meaning():
     lines = describe(list(Settings.model_fields)).splitlines()
     assert [line.split()[0] for line in lines] == list(flatten(Settings()))
     epochs = next(line for line in lines if "train.epochs" in line)
     assert re.fullmatch(r"  train.epochs +a whole number +passes over the training rows \(default: 30\)", epochs)
 
 
-def test_views_that_are_asked_for_are_not_those_that_a_model_chooses() -> None:
-    silent, asked = (load([Layer("argument", given)]) for given in ({}, {"predict.tta": "plain"}))
-    assert silent.predict == asked.predict
-    assert "predict.tta" not in hashed_settings(silent, ("predict",))
-    assert hashed_settings(asked, ("predict",))["predict.tta"] == ["plain"]
+def test_hashed_settings_contain_views_only_if_they_are_set() -> None:
+    unset, explicit = (load([Layer("argument", values)]) for values in ({}, {"predict.tta": "plain"}))
+    assert unset.predict == explicit.predict
+    assert "predict.tta" not in hashed_settings(unset, ("predict",))
+    assert hashed_settings(explicit, ("predict",))["predict.tta"] == ["plain"]
 
 
 @pytest.fixture
-def varied(tmp_path: Path) -> Path:
+def variant_recipe(tmp_path: Path) -> Path:
     path = tmp_path / "varied.toml"
     path.write_text(
         '[model]\nimage_size = 384\nimage_stats = ["color_mean"]\nbackbone_kwargs = { depth = 3 }\n[train]\nepochs = 30\nlr = 1\n'
@@ -254,35 +256,35 @@ def varied(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("variants", "system", "epochs", "size", "options", "student"),
+    ("variants", "system", "epochs", "image_size", "backbone_kwargs", "student"),
     [
         ("", "varied", 30, 384, {"depth": 3}, {"epochs": 50, "max_grad_norm": 5}),
         (":smoke", "varied", 1, 32, {"width": 8}, {"epochs": 2, "max_grad_norm": 5}),
         (":plain,smoke", "varied_plain", 1, 32, {"width": 8}, {"epochs": 2, "max_grad_norm": 5}),
     ],
 )
-def test_variants_lay_their_keys_over_the_recipes_and_smoke_gives_no_name(
-    varied: Path, variants: str, system: str, epochs: int, size: int, options: Any, student: Any
+def test_variants_override_the_recipe_and_all_but_smoke_extend_the_system_name(
+    variant_recipe: Path, variants: str, system: str, epochs: int, image_size: int, backbone_kwargs: Any, student: Any
 ):
-    settings = given(f"recipe={varied}{variants}", "train.lr=2")
+    settings = load_args(f"recipe={variant_recipe}{variants}", "train.lr=2")
     assert (settings.system, settings.train.epochs, settings.train.lr) == (system, epochs, 2)
     assert (settings.model.image_size, settings.model.backbone_kwargs, settings.distill.train) == (
-        size,
-        options,
+        image_size,
+        backbone_kwargs,
         student,
     )
     assert settings.model.image_stats == ([] if "plain" in variants else ["color_mean"])
 
 
 @pytest.mark.parametrize(
-    ("more", "variant", "named"),
+    ("extra_toml", "variant", "message"),
     [
         ("", ":smok", "did you mean 'smoke'"),
         ("", ":plain,x", "variant of varied 'x'"),
         ("[variants.wrong.train]\nepoch = 1\n", ":wrong", "variant wrong: unknown key 'train.epoch'"),
     ],
 )
-def test_a_variant_that_cannot_be_is_named(varied: Path, more: str, variant: str, named: str):
-    varied.write_text(varied.read_text() + more)
-    with pytest.raises(SettingsError, match=re.escape(named)):
-        given(f"recipe={varied}{variant}")
+def test_invalid_variants_are_named_in_the_error(variant_recipe: Path, extra_toml: str, variant: str, message: str):
+    variant_recipe.write_text(variant_recipe.read_text() + extra_toml)
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        load_args(f"recipe={variant_recipe}{variant}")

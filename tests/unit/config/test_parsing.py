@@ -1,4 +1,4 @@
-"""Text becomes what a user means by it, or is refused in plain words."""
+"""Parsing of setting values from text, and the messages for invalid ones."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ SPEC = str | dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "expected"),
+    ("kind", "value", "expected"),
     [
         (int, " 3 ", 3),
         (int, "3.0", 3),
@@ -50,14 +50,14 @@ SPEC = str | dict[str, Any]
         (Any, "gelu", "gelu"),
     ],
 )
-def test_what_is_meant_is_accepted(kind: Any, given: Any, expected: Any):
-    found = parse_value(kind, given)
-    assert found == expected
-    assert type(found) is type(expected)
+def test_parse_value_converts_text_to_the_type(kind: Any, value: Any, expected: Any):
+    actual = parse_value(kind, value)
+    assert actual == expected
+    assert type(actual) is type(expected)
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "needed"),
+    ("kind", "value", "type_name"),
     [
         (int, "3.5", "a whole number"),
         (int, "0x10", "a whole number"),
@@ -77,6 +77,6 @@ def test_what_is_meant_is_accepted(kind: Any, given: Any, expected: Any):
         (dict[str, Any], "[" * 100_000, "a table"),
     ],
 )
-def test_what_is_unclear_is_refused(kind: Any, given: Any, needed: str):
-    with pytest.raises(ValueError, match=f"^{needed} is needed$"):
-        parse_value(kind, given)
+def test_parse_value_refuses_invalid_text_and_names_the_type(kind: Any, value: Any, type_name: str):
+    with pytest.raises(ValueError, match=f"^{type_name} is needed$"):
+        parse_value(kind, value)

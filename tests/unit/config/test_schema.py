@@ -1,4 +1,4 @@
-"""The settings models: what they refuse, and that every key explains itself."""
+"""The settings models: invalid values, descriptions, and the keys that each stage hashes."""
 
 import math
 from typing import Any
@@ -11,11 +11,11 @@ from fivefold.config.schema import EXECUTION_KEYS, SECTIONS, Data, Ensemble, Mod
 from fivefold.contract.stage_specs import STAGES
 
 
-def test_every_key_says_what_it_is():
+def test_every_key_has_a_description():
     for name, field in Settings.model_fields.items():
         fields = type(field.default).model_fields if name in SECTIONS else {name: field}
-        for key, sub in fields.items():
-            assert sub.description, f"{name}.{key} has no description"
+        for key, key_field in fields.items():
+            assert key_field.description, f"{name}.{key} has no description"
 
 
 @pytest.mark.parametrize(
@@ -34,12 +34,12 @@ def test_every_key_says_what_it_is():
         (Ensemble, {"row_number_column": "ID", "label_column": "ID"}, "name two columns"),
     ],
 )
-def test_what_cannot_work_is_refused(section: type, values: dict[str, Any], message: str):
+def test_sections_refuse_values_that_cannot_work(section: type, values: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         section.model_validate(values)
 
 
-def test_the_student_differs_only_where_it_says_so():
+def test_student_settings_differ_only_in_the_keys_of_distill():
     settings = Settings.model_validate(
         {"train": {"lr": 0.01}, "distill": {"train": {"epochs": 3}, "model": {"dropout": 0.5}}}
     )
@@ -49,15 +49,15 @@ def test_the_student_differs_only_where_it_says_so():
     assert (student.train.epochs, student.train.lr, student.model.dropout) == (3, 0.01, 0.5)
 
 
-def test_stages_name_sections_and_keys_that_exist():
+def test_stages_name_existing_sections_keys_and_channels():
     for stage in STAGES.values():
-        single = {key for key in stage.sections if "." in key}
-        assert set(stage.sections) - single <= set(Settings.model_fields)
-        assert single <= set(flatten(Settings()))
+        single_keys = {key for key in stage.sections if "." in key}
+        assert set(stage.sections) - single_keys <= set(Settings.model_fields)
+        assert single_keys <= set(flatten(Settings()))
         assert set(stage.hashed) <= {*stage.channels, *stage.optional}
 
 
-def test_keys_that_cannot_change_a_result_stay_out_of_a_stages_key():
+def test_hashed_settings_leave_out_keys_that_cannot_change_the_result():
     assert set(flatten(Settings())) >= EXECUTION_KEYS
     keys = hashed_settings(Settings(), STAGES["train-fold"].sections)
     assert not EXECUTION_KEYS & set(keys)

@@ -1,4 +1,4 @@
-"""Files are whole or not there, digests see what matters, and folders that cannot be written say so."""
+"""Atomic writes, digests of trees, and errors for folders that cannot be written."""
 
 import errno
 import fcntl
@@ -32,21 +32,21 @@ from fivefold.errors import DataError, RetryableError, SettingsError
 ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root: mounts a file system, or takes another user's place")
 
 
-def names(folder: Path) -> list[str]:
+def list_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_comes_with_its_folders_and_a_block_that_fails_leaves_what_was_there(tmp_path: Path):
+def test_atomic_creates_folders_and_keeps_the_old_file_if_its_block_fails(tmp_path: Path):
     path = tmp_path / "a" / "b" / "t.txt"
     write_text(path, "größe")
     with pytest.raises(TypeError), atomic(path) as temporary, open(temporary, "w") as file:
         file.writelines(["half", None])
     assert path.read_bytes() == "größe".encode()
-    assert names(path.parent) == ["t.txt"]
+    assert list_names(path.parent) == ["t.txt"]
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b'"\xff"'])
-def test_what_is_not_json_is_named(content: bytes, tmp_path: Path):
+def test_read_json_names_the_file_that_is_not_json(content: bytes, tmp_path: Path):
     (tmp_path / "v.json").write_bytes(content)
     with pytest.raises(DataError, match=r"v\.json is not JSON"):
         read_json(tmp_path / "v.json")
@@ -61,21 +61,21 @@ for _ in range(300):
 """
 
 
-def test_two_processes_never_mix_in_one_file(tmp_path: Path):
+def test_concurrent_writers_never_mix_their_content(tmp_path: Path):
     path = tmp_path / "t"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, letter]) for letter in "ab"]
-    seen = set()
+    seen_letters = set()
     while any(writer.poll() is None for writer in writers):
         if path.is_file():
             text = path.read_text()
             assert text in ("a" * 50_000, "b" * 50_000)
-            seen.add(text[0])
+            seen_letters.add(text[0])
     assert [writer.returncode for writer in writers] == [0, 0]
-    assert seen
-    assert names(tmp_path) == ["t"]
+    assert seen_letters
+    assert list_names(tmp_path) == ["t"]
 
 
-def test_what_a_killed_process_left_is_never_read_and_goes_in_time(tmp_path: Path):
+def test_temporary_file_of_a_killed_process_is_hidden_and_removed_once_stale(tmp_path: Path):
     code = (
         "import os, signal, sys; from pathlib import Path; from fivefold.contract.files import atomic\n"
         "with atomic(Path(sys.argv[1])) as temporary:\n"
@@ -88,86 +88,84 @@ def test_what_a_killed_process_left_is_never_read_and_goes_in_time(tmp_path: Pat
     assert tree_files(tmp_path) == []
     write_text(tmp_path / "model.json", "whole")
     remove_stale_temp_files(tmp_path)
-    assert leftover.exists(), "it is young: another process may still be writing it"
+    assert leftover.exists(), "another process may still be writing a recent file"
     old = time.time() - STALE_AFTER_S - 1
     os.utime(leftover, (old, old))
     remove_stale_temp_files(tmp_path)
-    assert names(tmp_path) == ["model.json"]
+    assert list_names(tmp_path) == ["model.json"]
 
 
 @ROOT
-def test_a_full_disk_is_worth_retrying_and_keeps_the_old_file(tiny_disk: Path):
+def test_full_disk_is_retryable_and_keeps_the_old_file(tiny_disk: Path):
     write_text(tiny_disk / "t", "old")
     with pytest.raises(RetryableError, match=r"no space left to write .*/t: free some") as caught:
         write_text(tiny_disk / "t", "x" * 100_000)
     assert caught.value.exit_code == 75
     with pytest.raises(RetryableError, match="no space left"), atomic(tiny_disk / "w.safetensors") as temporary:
-        save_file({"weights": np.zeros(100_000, np.float32)}, temporary)  # reports a full disk in words
+        save_file({"weights": np.zeros(100_000, np.float32)}, temporary)  # reports a full disk as text only
     assert (tiny_disk / "t").read_text() == "old"
-    assert names(tiny_disk) == ["t"]
+    assert list_names(tiny_disk) == ["t"]
 
 
 @ROOT
-def test_a_disk_without_room_or_that_is_read_only_fails_the_probe(tiny_disk: Path):
+def test_check_writable_refuses_a_full_or_read_only_disk(tiny_disk: Path):
     (tiny_disk / "filler").write_bytes(b"x" * 64 * 1024)
     with pytest.raises(RetryableError, match=r"no space left in .*/disk: free some"):
         check_writable(tiny_disk)
-    assert names(tiny_disk) == ["filler"]
+    assert list_names(tiny_disk) == ["filler"]
     subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
     with pytest.raises(SettingsError, match="Read-only file system; mount it writable"):
         check_writable(tiny_disk)
 
 
-def refuse(number: int) -> Callable[..., None]:
-    def call(*_: object, **__: object) -> None:
+def make_failing_call(number: int) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    return call
+    return fail
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL])
-def test_a_file_system_need_not_know_how_to_sync_lock_or_reserve(
+def test_file_systems_without_fsync_flock_or_fallocate_are_supported(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for module, name in ((os, "fsync"), (os, "posix_fallocate"), (fcntl, "flock")):
-        monkeypatch.setattr(module, name, refuse(number), raising=False)
+        monkeypatch.setattr(module, name, make_failing_call(number), raising=False)
     write_text(tmp_path / "t", "text")
     with open(tmp_path / "room", "wb") as file:
         preallocate(file.fileno(), 3000)
         lock(file.fileno())
     assert ((tmp_path / "t").read_text(), (tmp_path / "room").stat().st_size) == ("text", 3000)
-    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
+    monkeypatch.setattr(os, "fsync", make_failing_call(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         write_text(tmp_path / "t", "other")
     assert (tmp_path / "t").read_text() == "text"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.ENOTSUP])
-def test_a_folder_whose_files_cannot_be_renamed_fails_the_probe(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(os, "replace", refuse(number))
+def test_check_writable_refuses_a_folder_without_rename(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "replace", make_failing_call(number))
     with pytest.raises(SettingsError, match="cannot write to"):
         check_writable(tmp_path)
-    assert names(tmp_path) == []
+    assert list_names(tmp_path) == []
 
 
-def test_a_file_where_a_folder_is_needed_is_refused(tmp_path: Path):
+def test_check_writable_refuses_a_file_in_place_of_a_folder(tmp_path: Path):
     write_text(tmp_path / "f", "")
     for folder in (tmp_path / "f", tmp_path / "f" / "below"):
         with pytest.raises(SettingsError, match=f"cannot write to {tmp_path}/f.*: a file "):
             check_writable(folder)
 
 
-def test_files_of_a_tree_are_sorted_and_hidden_ones_left_out(tmp_path: Path):
+def test_tree_files_are_sorted_and_exclude_hidden_ones(tmp_path: Path):
     for name in ("b/2.png", "b/1.png", "a.png", "a/z.png", ".hidden", ".git/config", "b/.tmp"):
         write_text(tmp_path / name, name)
-    found = [path.relative_to(tmp_path).as_posix() for path in tree_files(tmp_path)]
-    assert found == sorted(["a.png", "a/z.png", "b/1.png", "b/2.png"])
+    paths = [path.relative_to(tmp_path).as_posix() for path in tree_files(tmp_path)]
+    assert paths == sorted(["a.png", "a/z.png", "b/1.png", "b/2.png"])
     assert tree_files(tmp_path / "a.png") == [tmp_path / "a.png"]
 
 
-def test_links_are_followed_but_not_for_ever(tmp_path: Path):
+def test_tree_files_follows_links_but_not_cycles(tmp_path: Path):
     write_text(tmp_path / "there" / "x.png", "x")
     root = tmp_path / "root"
     root.mkdir()
@@ -177,27 +175,27 @@ def test_links_are_followed_but_not_for_ever(tmp_path: Path):
     assert [path.relative_to(root).as_posix() for path in tree_files(root)] == ["linked/x.png"]
 
 
-def test_a_trees_digest_sees_names_and_bytes_and_nothing_else(tmp_path: Path):
+def test_tree_digest_depends_on_names_and_bytes_only(tmp_path: Path):
     trees = [tmp_path / "one", tmp_path / "other"]
     for tree in trees:
         for name in ("a/1", "a/2", "b/1"):
             write_text(tree / name, name)
     one, other = trees
-    whole = tree_sha256(one)
-    assert tree_sha256(other) == whole
+    digest = tree_sha256(one)
+    assert tree_sha256(other) == digest
     os.utime(one / "a/1", (0, 0))
     write_text(one / ".hidden", "x")
-    assert tree_sha256(one) == whole
+    assert tree_sha256(one) == digest
     write_text(one / "stage.json", "x")
     write_text(one / "evaluate.stage.json", "x")
-    assert tree_sha256(one, without=("stage.json",)) == whole
+    assert tree_sha256(one, without=("stage.json",)) == digest
     (other / "a" / "1").rename(other / "a" / "3")
-    assert tree_sha256(other) != whole
+    assert tree_sha256(other) != digest
     write_text(one / "a" / "1", "else")
-    assert tree_sha256(one, without=("stage.json",)) != whole
+    assert tree_sha256(one, without=("stage.json",)) != digest
 
 
-def test_a_digest_takes_names_that_are_no_unicode_and_many_files(tmp_path: Path):
+def test_tree_digest_accepts_many_files_and_names_that_are_not_unicode(tmp_path: Path):
     folder = tmp_path / "many"
     folder.mkdir()
     for number in range(CHUNK_FILES + 2):
@@ -207,7 +205,7 @@ def test_a_digest_takes_names_that_are_no_unicode_and_many_files(tmp_path: Path)
     assert tree_sha256(folder) != before
 
 
-def test_a_path_inside_is_given_and_one_that_leads_out_refused(tmp_path: Path):
+def test_join_below_refuses_paths_outside_the_root(tmp_path: Path):
     for name, path in {"a/b": "a/b", "a/../b": "b", "./a": "a", "..a/b..": "..a/b..", "": "."}.items():
         assert join_below(tmp_path, name) == tmp_path / path
     for name in ("../x", "a/../../x", "/etc/passwd", "..", "a/b/../../../root2/x"):

@@ -1,4 +1,4 @@
-"""stage.json: what makes a stage run, what lets it rest, and how two stages share a folder."""
+"""stage.json: the reasons to rerun a stage, and the records of two stages in one folder."""
 
 import dataclasses
 import json
@@ -29,92 +29,94 @@ SETTINGS = {"split.folds": 5, "split.verify_images": True, "data.table": ""}
 
 
 @pytest.fixture
-def split(tmp_path: Path) -> StageContext:
-    """A split job whose input and output are there."""
+def split_job(tmp_path: Path) -> StageContext:
+    """A split job with existing input and output."""
     write_text(tmp_path / "images" / "a" / "1.png", "pixels")
     write_text(tmp_path / "out" / "folds.parquet", "rows")
     environ = {"SM_CHANNEL_TRAIN": str(tmp_path / "images"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}
     return context_from_env(STAGES["split"], environ, tmp_path / "scratch")
 
 
-def finish(job: StageContext, settings: dict[str, Any] = SETTINGS, name: str = "folds.parquet") -> CacheKey:
-    """Writes the record as a stage that has just made `name`."""
+def save_record(job: StageContext, settings: dict[str, Any] = SETTINGS, name: str = "folds.parquet") -> CacheKey:
+    """Write the record of a stage whose output is `name`."""
     key = compute_key(job, settings)
     write_record(job.record_dir(), job, key, [job.output() / name], {"rows": 1}, Stopwatch())
     return key
 
 
-def reason(job: StageContext, settings: dict[str, Any] = SETTINGS) -> str | None:
+def explain(job: StageContext, settings: dict[str, Any] = SETTINGS) -> str | None:
     return rerun_reason(job.record_dir(), compute_key(job, settings), output_roots(job))
 
 
-def test_a_stage_rests_until_settings_inputs_or_outputs_differ(split: StageContext, tmp_path: Path):
-    assert reason(split) == "no record of an earlier run"
-    finish(split)
-    assert reason(split) is None
+def test_stage_is_skipped_until_settings_inputs_or_outputs_differ(split_job: StageContext, tmp_path: Path):
+    assert explain(split_job) == "no record of an earlier run"
+    save_record(split_job)
+    assert explain(split_job) is None
     changes = {
         "settings differ: split.folds 5 -> 3": {"split.folds": 3},
         "settings differ: split.folds 5 -> 3, split.seed absent -> 1": {"split.folds": 3, "split.seed": 1},
         f'settings differ: data.table "" -> "{"x" * 36}...': {"data.table": "x" * 100},
     }
-    assert [reason(split, SETTINGS | change) for change in changes.values()] == list(changes)
-    moved = split.output().rename(tmp_path / "elsewhere")
-    split = dataclasses.replace(split, output_data_dir=moved)
-    assert reason(split) is None, "a folder that is moved keeps its record"
-    write_text(moved / "folds.parquet", "other rows")
-    assert reason(split) == "output missing or changed: output/folds.parquet"
-    (moved / "folds.parquet").unlink()
-    assert reason(split) == "output missing or changed: output/folds.parquet"
+    assert [explain(split_job, SETTINGS | change) for change in changes.values()] == list(changes)
+    moved_folder = split_job.output().rename(tmp_path / "elsewhere")
+    split_job = dataclasses.replace(split_job, output_data_dir=moved_folder)
+    assert explain(split_job) is None, "the record of a moved folder stays valid"
+    write_text(moved_folder / "folds.parquet", "other rows")
+    assert explain(split_job) == "output missing or changed: output/folds.parquet"
+    (moved_folder / "folds.parquet").unlink()
+    assert explain(split_job) == "output missing or changed: output/folds.parquet"
     write_text(tmp_path / "images" / "a" / "2.png", "pixels")
-    assert reason(split) == "inputs differ: train"
-    assert reason(split, SETTINGS | {"split.folds": 3}) == "inputs differ: train; settings differ: split.folds 5 -> 3"
+    assert explain(split_job) == "inputs differ: train"
+    assert (
+        explain(split_job, SETTINGS | {"split.folds": 3}) == "inputs differ: train; settings differ: split.folds 5 -> 3"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stage": "split", "inputs": 1, "settings": [], "outputs": 2}'])
-def test_a_record_that_cannot_be_read_counts_for_nothing(text: str, split: StageContext):
-    write_text(split.output() / "stage.json", text)
-    assert reason(split) == f"the record {split.output() / 'stage.json'} cannot be read"
-    finish(split)
-    assert reason(split) is None
-    assert not (split.output() / "split.stage.json").exists()
+def test_unreadable_record_is_ignored_and_replaced(text: str, split_job: StageContext):
+    write_text(split_job.output() / "stage.json", text)
+    assert explain(split_job) == f"the record {split_job.output() / 'stage.json'} cannot be read"
+    save_record(split_job)
+    assert explain(split_job) is None
+    assert not (split_job.output() / "split.stage.json").exists()
 
 
 @pytest.mark.parametrize("field", ["code", "packages"])
-def test_other_code_or_packages_are_told_refused_or_passed_over(field: str, split: StageContext, caplog):
-    finish(split)
-    path = split.output() / "stage.json"
+def test_changed_code_or_packages_warn_rerun_or_are_ignored(field: str, split_job: StageContext, caplog):
+    save_record(split_job)
+    path = split_job.output() / "stage.json"
     record = json.loads(path.read_text())
     old = record["packages"] | {"torch": "1.0"} if field == "packages" else "0.1.0+0"
     write_text(path, json.dumps(record | {field: old}))
-    key, roots = compute_key(split, SETTINGS), output_roots(split)
-    news = {"packages": f"torch 1.0 -> {package_versions()['torch']}", "code": f"code 0.1.0+0 -> {code_version()}"}
-    assert (rerun_reason(split.output(), key, roots, "rerun") or "").endswith(f": {news[field]}")
-    assert rerun_reason(split.output(), key, roots, "ignore") is None
+    key, roots = compute_key(split_job, SETTINGS), output_roots(split_job)
+    changes = {"packages": f"torch 1.0 -> {package_versions()['torch']}", "code": f"code 0.1.0+0 -> {code_version()}"}
+    assert (rerun_reason(split_job.output(), key, roots, "rerun") or "").endswith(f": {changes[field]}")
+    assert rerun_reason(split_job.output(), key, roots, "ignore") is None
     assert not caplog.records
-    assert rerun_reason(split.output(), key, roots) is None
+    assert rerun_reason(split_job.output(), key, roots) is None
     assert str(path) in caplog.text
-    assert f"({news[field]})" in caplog.text
+    assert f"({changes[field]})" in caplog.text
 
 
-def test_the_record_says_what_was_done_with_what(split: StageContext):
-    key = finish(split)
-    record = json.loads((split.output() / "stage.json").read_text())
+def test_record_contains_inputs_settings_outputs_and_versions(split_job: StageContext):
+    key = save_record(split_job)
+    record = json.loads((split_job.output() / "stage.json").read_text())
     assert record["stage"] == "split"
     assert record["key"] == key.digest()
     assert list(record["inputs"]) == ["train"]
     assert record["settings"] == SETTINGS
-    assert record["outputs"] == {"output/folds.parquet": sha256(split.output() / "folds.parquet")}
+    assert record["outputs"] == {"output/folds.parquet": sha256(split_job.output() / "folds.parquet")}
     assert record["metrics"] == {"rows": 1}
     assert record["packages"]["numpy"] == package_versions()["numpy"]
     assert record["code"] == code_version()
-    images = split.channel("train")
+    images = split_job.channel("train")
     assert record["sources"] == {"train": ["../images", str(images.resolve())]}
     assert record["wall_seconds"] >= 0
     assert 10 < record["peak_memory_mib"] < 100_000
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["finished"])
 
 
-def test_models_and_data_are_named_by_their_roots(tmp_path: Path):
+def test_record_names_outputs_by_their_root(tmp_path: Path):
     environ = {"SM_MODEL_DIR": str(tmp_path), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
     job = context_from_env(STAGES["train-fold"], environ, tmp_path / "scratch")
     for name in ("model.json", "output/curves.png"):
@@ -126,14 +128,14 @@ def test_models_and_data_are_named_by_their_roots(tmp_path: Path):
     assert rerun_reason(tmp_path, CacheKey("train-fold", {}, {}), output_roots(job)) is None
 
 
-def test_the_key_is_the_same_however_its_parts_are_ordered():
-    one = CacheKey("s", {"a": "1", "b": "2"}, {"x": 1, "y": [1, 2]})
-    assert CacheKey("s", {"b": "2", "a": "1"}, {"y": [1, 2], "x": 1}).digest() == one.digest()
-    assert CacheKey("s", {"a": "1", "b": "2"}, {"x": 1, "y": [2, 1]}).digest() != one.digest()
-    assert CacheKey("t", {"a": "1", "b": "2"}, {"x": 1, "y": [1, 2]}).digest() != one.digest()
+def test_key_digest_ignores_the_order_of_its_parts():
+    key = CacheKey("s", {"a": "1", "b": "2"}, {"x": 1, "y": [1, 2]})
+    assert CacheKey("s", {"b": "2", "a": "1"}, {"y": [1, 2], "x": 1}).digest() == key.digest()
+    assert CacheKey("s", {"a": "1", "b": "2"}, {"x": 1, "y": [2, 1]}).digest() != key.digest()
+    assert CacheKey("t", {"a": "1", "b": "2"}, {"x": 1, "y": [1, 2]}).digest() != key.digest()
 
 
-def test_a_key_survives_the_record_for_every_default(split: StageContext):
+def test_key_of_default_settings_survives_json_for_every_stage(split_job: StageContext):
     for stage in STAGES.values():
         settings = hashed_settings(Settings(), stage.sections)
         assert (
@@ -143,8 +145,8 @@ def test_a_key_survives_the_record_for_every_default(split: StageContext):
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> tuple[StageContext, StageContext]:
-    """An ensemble and an evaluation that write to one folder."""
+def shared_jobs(tmp_path: Path) -> tuple[StageContext, StageContext]:
+    """An ensemble job and an evaluate job that write to one folder."""
     out = tmp_path / "out"
     for name in ("predictions.parquet", "metrics.json"):
         write_text(out / name, name)
@@ -155,36 +157,36 @@ def shared(tmp_path: Path) -> tuple[StageContext, StageContext]:
     return ensemble, evaluate
 
 
-FILES = {"ensemble": "predictions.parquet", "evaluate": "metrics.json"}
+OUTPUT_FILES = {"ensemble": "predictions.parquet", "evaluate": "metrics.json"}
 
 
 @pytest.mark.parametrize("order", [("ensemble", "evaluate"), ("evaluate", "ensemble")])
-def test_two_stages_share_a_folder_and_each_rests_on_its_own_record(
-    order: tuple[str, str], shared: tuple[StageContext, StageContext]
+def test_two_stages_in_one_folder_have_their_own_records(
+    order: tuple[str, str], shared_jobs: tuple[StageContext, StageContext]
 ):
-    jobs = {job.stage.name: job for job in shared}
+    jobs = {job.stage.name: job for job in shared_jobs}
     first, second = (jobs[name] for name in order)
     for job in (first, second):
-        finish(job, name=FILES[job.stage.name])
+        save_record(job, name=OUTPUT_FILES[job.stage.name])
     folder = first.output()
     assert record_path(folder, first.stage.name) == folder / "stage.json"
     assert record_path(folder, second.stage.name) == folder / f"{second.stage.name}.stage.json"
-    assert reason(first) is None
-    assert reason(second) is None
+    assert explain(first) is None
+    assert explain(second) is None
     for job in (second, first):
-        finish(job, SETTINGS | {"changed": True}, FILES[job.stage.name])
+        save_record(job, SETTINGS | {"changed": True}, OUTPUT_FILES[job.stage.name])
     assert len(list(folder.glob("*stage.json"))) == 2
-    assert reason(first, SETTINGS | {"changed": True}) is None
-    assert reason(second, SETTINGS | {"changed": True}) is None
+    assert explain(first, SETTINGS | {"changed": True}) is None
+    assert explain(second, SETTINGS | {"changed": True}) is None
 
 
-def test_a_record_that_stepped_aside_is_found_while_the_other_is_gone(shared: tuple[StageContext, StageContext]):
-    ensemble, evaluate = shared
-    for job in shared:
-        finish(job, name=FILES[job.stage.name])
+def test_second_record_of_a_folder_still_counts_if_the_first_is_deleted(shared_jobs: tuple[StageContext, StageContext]):
+    ensemble, evaluate = shared_jobs
+    for job in shared_jobs:
+        save_record(job, name=OUTPUT_FILES[job.stage.name])
     (ensemble.output() / "stage.json").unlink()
-    assert reason(ensemble) == "no record of an earlier run"
-    assert reason(evaluate) is None
-    finish(ensemble, name=FILES["ensemble"])
-    assert reason(ensemble) is None
-    assert reason(evaluate) is None
+    assert explain(ensemble) == "no record of an earlier run"
+    assert explain(evaluate) is None
+    save_record(ensemble, name=OUTPUT_FILES["ensemble"])
+    assert explain(ensemble) is None
+    assert explain(evaluate) is None

@@ -1,4 +1,4 @@
-"""Likeness of experiments by hand and under renaming, and the page that shows it."""
+"""Agreement and correlation of experiments, and the page that shows them."""
 
 from dataclasses import replace
 from math import comb
@@ -12,7 +12,7 @@ from fivefold.evaluation.comparison import Experiment, agreement, correlation, p
 from fivefold.predictions import Predictions
 
 
-def table(probs: np.ndarray, classes: tuple[str, ...] = ("a", "b", "c"), start: int = 0) -> Predictions:
+def tabulate(probs: np.ndarray, classes: tuple[str, ...] = ("a", "b", "c"), start: int = 0) -> Predictions:
     ids = np.array([f"T{start + n}" for n in range(len(probs))], object)
     return Predictions(ids, np.full(len(probs), -1, np.int16), "s", classes, np.log(probs).astype(np.float32))
 
@@ -21,51 +21,51 @@ FIRST = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.2, 0.5, 0.3], [0.6, 0.3, 
 SECOND = np.array([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.5, 0.2, 0.3], [0.3, 0.1, 0.6]])
 
 
-def test_agreement_and_correlation_by_hand():
-    np.testing.assert_allclose(agreement([table(FIRST), table(SECOND)]), [[1, 0.5], [0.5, 1]])
+def test_agreement_and_correlation_equal_values_computed_by_hand():
+    np.testing.assert_allclose(agreement([tabulate(FIRST), tabulate(SECOND)]), [[1, 0.5], [0.5, 1]])
     expected = np.corrcoef(FIRST.ravel(), SECOND.ravel())
-    np.testing.assert_allclose(correlation([table(FIRST), table(SECOND)]), expected, atol=1e-6)
-    found = correlation([table(np.full((4, 3), 1 / 3)), table(SECOND)])  # the first never changes
-    np.testing.assert_allclose(found, [[np.nan, np.nan], [np.nan, 1]])
+    np.testing.assert_allclose(correlation([tabulate(FIRST), tabulate(SECOND)]), expected, atol=1e-6)
+    actual = correlation([tabulate(np.full((4, 3), 1 / 3)), tabulate(SECOND)])  # the first table is constant
+    np.testing.assert_allclose(actual, [[np.nan, np.nan], [np.nan, 1]])
 
 
-def test_defect_sketch_likeness_does_not_hang_on_what_classes_are_called():
-    """Pearson of class indices did: in another order of the classes it says something else of the same predictions."""
-    turned = [table(FIRST[:, [1, 0, 2]]), table(SECOND[:, [1, 0, 2]])]
-    plain = [table(FIRST), table(SECOND)]
-    indices = [np.corrcoef([each.log_probs.argmax(axis=1) for each in tables])[0, 1] for tables in (plain, turned)]
+def test_defect_sketch_likeness_does_not_depend_on_the_class_order():
+    """The defect: Pearson correlation of class indices, which differs for the same predictions in another class order."""
+    permuted = [tabulate(FIRST[:, [1, 0, 2]]), tabulate(SECOND[:, [1, 0, 2]])]
+    plain = [tabulate(FIRST), tabulate(SECOND)]
+    indices = [np.corrcoef([table.log_probs.argmax(axis=1) for table in tables])[0, 1] for tables in (plain, permuted)]
     assert abs(indices[0] - indices[1]) > 0.1
-    np.testing.assert_allclose(agreement(turned), agreement(plain))
-    np.testing.assert_allclose(correlation(turned), correlation(plain), atol=1e-12)
+    np.testing.assert_allclose(agreement(permuted), agreement(plain))
+    np.testing.assert_allclose(correlation(permuted), correlation(plain), atol=1e-12)
 
 
-def test_rows_and_classes_are_matched_by_name_and_whoever_has_none_is_named():
-    turned = table(FIRST[::-1][:, [2, 0, 1]], ("c", "a", "b"))
-    turned = Predictions(turned.ids[::-1], turned.fold, "s", turned.classes, turned.log_probs)
-    given = [Experiment("x", "x", table=table(FIRST)), Experiment("none", "z"), Experiment("y", "y", table=turned)]
-    found, notes = pairwise_agreement(given)
-    assert found.names == {1: "x", 3: "y"}
-    np.testing.assert_allclose(found.agreement, 1)
-    np.testing.assert_allclose(found.correlation, 1, atol=1e-6)
+def test_pairwise_agreement_matches_by_name_and_notes_missing_predictions():
+    swapped = tabulate(FIRST[::-1][:, [2, 0, 1]], ("c", "a", "b"))
+    swapped = Predictions(swapped.ids[::-1], swapped.fold, "s", swapped.classes, swapped.log_probs)
+    inputs = [Experiment("x", "x", table=tabulate(FIRST)), Experiment("none", "z"), Experiment("y", "y", table=swapped)]
+    result, notes = pairwise_agreement(inputs)
+    assert result.names == {1: "x", 3: "y"}
+    np.testing.assert_allclose(result.agreement, 1)
+    np.testing.assert_allclose(result.correlation, 1, atol=1e-6)
     assert len(notes) == 1
     assert notes[0].startswith("none has no test predictions")
 
 
-def test_out_of_fold_rows_are_compared_where_both_have_them():
-    given = [Experiment("x", "x", oof=table(FIRST)), Experiment("y", "y", oof=table(SECOND, start=2))]
-    found, _ = pairwise_agreement(given)
-    assert found.rows == "2 out-of-fold rows"
-    given = [Experiment("x", "x", table=table(FIRST)), Experiment("y", "y", table=table(SECOND, start=2))]
+def test_pairwise_agreement_uses_the_out_of_fold_rows_of_both():
+    pair = [Experiment("x", "x", oof=tabulate(FIRST)), Experiment("y", "y", oof=tabulate(SECOND, start=2))]
+    result, _ = pairwise_agreement(pair)
+    assert result.rows == "2 out-of-fold rows"
+    pair = [Experiment("x", "x", table=tabulate(FIRST)), Experiment("y", "y", table=tabulate(SECOND, start=2))]
     with pytest.raises(DataError, match=r"x and y .*'T0', 'T1'.*'T4', 'T5'"):
-        pairwise_agreement(given)
+        pairwise_agreement(pair)
     with pytest.raises(DataError, match=r"x and y .*: 'c', 'd'"):
-        pairwise_agreement([given[0], Experiment("y", "y", table=table(SECOND, ("a", "b", "d")))])
+        pairwise_agreement([pair[0], Experiment("y", "y", table=tabulate(SECOND, ("a", "b", "d")))])
 
 
-def test_figures_are_numbers_and_empty_where_unknown(tmp_path):
-    known = dict(zip(comparison.SCORE_NAMES, (4, 0.5, 0.1, 0.9, None, 0.4), strict=True))
-    given = [Experiment("=x", "x.csv"), Experiment("y", "y.csv")]
-    comparison.write_scores(tmp_path / "c.csv", given, {"test": [known, None]})
+def test_write_scores_writes_numbers_and_empty_cells_for_unknown_ones(tmp_path):
+    scores = dict(zip(comparison.SCORE_NAMES, (4, 0.5, 0.1, 0.9, None, 0.4), strict=True))
+    experiments = [Experiment("=x", "x.csv"), Experiment("y", "y.csv")]
+    comparison.write_scores(tmp_path / "c.csv", experiments, {"test": [scores, None]})
     rows = (tmp_path / "c.csv").read_text().splitlines()
     assert rows == [
         "number,experiment," + ",".join(f"test_{name}" for name in comparison.SCORE_NAMES),
@@ -74,47 +74,47 @@ def test_figures_are_numbers_and_empty_where_unknown(tmp_path):
     ]
 
 
-def test_the_page_escapes_names_of_strangers():
-    given = [Experiment("<b>x</b>", "x.csv", table=table(FIRST)), Experiment("y", "y.csv", table=table(SECOND))]
-    figures = {"n": 4, "accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "logloss": None, "f1_macro": 0.4}
-    alike, notes = pairwise_agreement(given)
-    pictures = comparison.draw(given, [figures, None], alike)
-    text = comparison.render_page("two", given, {"test": [figures, None], "oof": [None, None]}, alike, pictures, notes)
+def test_render_page_escapes_experiment_names():
+    pair = [Experiment("<b>x</b>", "x.csv", table=tabulate(FIRST)), Experiment("y", "y.csv", table=tabulate(SECOND))]
+    scores = {"n": 4, "accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "logloss": None, "f1_macro": 0.4}
+    likeness, notes = pairwise_agreement(pair)
+    plots = comparison.draw(pair, [scores, None], likeness)
+    text = comparison.render_page("two", pair, {"test": [scores, None], "oof": [None, None]}, likeness, plots, notes)
     assert "<b>x</b>" not in text
     assert "&lt;b&gt;x" in text
     assert text.count("data:image/png") == 4
     assert "Out-of-fold</h2>" not in text
 
 
-def labelled(right: np.ndarray, start: int = 0, sure: float = 0.8) -> Predictions:
-    """Rows of class "a" that are predicted with probability `sure`, as that class where `right` [N]."""
-    probs = np.where(right[:, None], [sure, 0.9 - sure, 0.1], [0.9 - sure, sure, 0.1])
-    found = table(probs, start=start)
-    return replace(found, labels=np.full(len(right), "a", object))
+def make_labelled(correct: np.ndarray, start: int = 0, sure: float = 0.8) -> Predictions:
+    """Return rows of class "a" whose predicted class has probability `sure`: "a" if `correct` [N], else "b"."""
+    probs = np.where(correct[:, None], [sure, 0.9 - sure, 0.1], [0.9 - sure, sure, 0.1])
+    table = tabulate(probs, start=start)
+    return replace(table, labels=np.full(len(correct), "a", object))
 
 
-def test_pairs_are_tested_on_the_rows_that_both_predict():
-    """30 rows that the first alone has right against 10 of the second, of 400: McNemar's exact test by its binomial."""
+def test_paired_differences_use_the_rows_that_both_predict():
+    """Of 400 rows, 30 are correct in the first only and 10 in the second only: McNemar's exact test by its binomial."""
     first, second = np.ones(400, bool), np.ones(400, bool)
     first[:10], second[10:40] = False, False
-    given = {
-        "x": labelled(first),
-        "y": labelled(second, sure=0.7),
-        "z": labelled(second[:40], 390),
-        "w": labelled(second, 900),
+    tables = {
+        "x": make_labelled(first),
+        "y": make_labelled(second, sure=0.7),
+        "z": make_labelled(second[:40], 390),
+        "w": make_labelled(second, 900),
     }
-    found = {(row["first"], row["second"]): row for row in comparison.paired_differences(given, ["z"])}
-    assert found.keys() == {("x", "y"), ("x", "z"), ("y", "z")}, "w has no row in common with them"
-    row = found["x", "y"]
+    differences = {(row["first"], row["second"]): row for row in comparison.paired_differences(tables, ["z"])}
+    assert differences.keys() == {("x", "y"), ("x", "z"), ("y", "z")}, "w shares no row with the others"
+    row = differences["x", "y"]
     assert (row["n"], row["accuracy"]) == (400, pytest.approx(0.05))
     assert row["p"] == pytest.approx(2 * sum(comb(40, k) for k in range(11)) / 2**40)
     error = np.sqrt(40 / 400 - 0.05**2) / 20
     assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(
         (0.05 - 1.96 * error, 0.05 + 1.96 * error), abs=0.006
     )
-    losses = [-np.log(np.where(right, sure, 0.9 - sure)) for right, sure in ((first, 0.8), (second, 0.7))]
+    losses = [-np.log(np.where(correct, sure, 0.9 - sure)) for correct, sure in ((first, 0.8), (second, 0.7))]
     assert row["logloss"] == pytest.approx((losses[0] - losses[1]).mean(), abs=1e-6)
     assert row["logloss_low"] < row["logloss"] < row["logloss_high"]
-    assert (found["x", "z"]["n"], found["x", "z"]["logloss"]) == (10, None)
-    alike = comparison.paired_differences({"x": given["x"], "again": given["x"]})[0]
-    assert (alike["p"], alike["accuracy_low"], alike["accuracy_high"]) == (1.0, 0.0, 0.0)
+    assert (differences["x", "z"]["n"], differences["x", "z"]["logloss"]) == (10, None)
+    identical = comparison.paired_differences({"x": tables["x"], "again": tables["x"]})[0]
+    assert (identical["p"], identical["accuracy_low"], identical["accuracy_high"]) == (1.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Ground truth and submissions as people write them."""
+"""Reading and finding ground truth in its usual forms, and scoring answers with it."""
 
 import unicodedata
 
@@ -30,12 +30,12 @@ from fivefold.predictions import Predictions
         ("sep=;\nid;label\n1;do\u200bg\n", {"1": "dog"}),
     ],
 )
-def test_truth_is_read_as_text_whatever_its_columns_are_called(tmp_path, text, expected):
+def test_read_ground_truth_returns_text_for_any_column_names(tmp_path, text, expected):
     (tmp_path / "gt.csv").write_text(text, encoding="utf-8")
     assert ground_truth.read_ground_truth(tmp_path / "gt.csv") == expected
 
 
-def test_ids_are_the_column_that_is_called_so_or_that_has_the_predicted_ids(tmp_path, caplog):
+def test_id_column_is_set_by_name_or_contains_the_predicted_ids(tmp_path, caplog):
     caplog.set_level("INFO")
     (tmp_path / "gt.csv").write_text("number,ImageID,label,class\n0,1,dog,pet\n1,0,cat,pet\n", encoding="utf-8")
     assert ground_truth.read_ground_truth(tmp_path / "gt.csv", "imageid") == {"1": "dog", "0": "cat"}
@@ -51,7 +51,7 @@ def test_ids_are_the_column_that_is_called_so_or_that_has_the_predicted_ids(tmp_
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (b"id\n1\n", "1 column"),
         (b"id,label\n1,a\n1,a\n", "'1'"),
@@ -59,16 +59,16 @@ def test_ids_are_the_column_that_is_called_so_or_that_has_the_predicted_ids(tmp_
         (b"id,fold,breed\n1,0,cat\n", "which column is the class: 'fold', 'breed'.*target"),
     ],
 )
-def test_what_is_no_truth_is_refused(tmp_path, content, words):
+def test_invalid_ground_truth_is_refused(tmp_path, content, message):
     (tmp_path / "gt.csv").write_bytes(content)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         ground_truth.read_ground_truth(tmp_path / "gt.csv")
 
 
-def test_truth_is_found_by_name_or_because_it_is_alone(tmp_path):
-    only = tmp_path / "labels.csv"
-    only.touch()
-    assert ground_truth.find_ground_truth_file(tmp_path) == ground_truth.find_ground_truth_file(only) == only
+def test_ground_truth_file_is_the_only_file_or_found_by_name(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.touch()
+    assert ground_truth.find_ground_truth_file(tmp_path) == ground_truth.find_ground_truth_file(path) == path
     (tmp_path / "test.csv").touch()
     with pytest.raises(MissingInputError, match=r"labels\.csv, test\.csv"):
         ground_truth.find_ground_truth_file(tmp_path)
@@ -77,15 +77,15 @@ def test_truth_is_found_by_name_or_because_it_is_alone(tmp_path):
         assert ground_truth.find_ground_truth_file(tmp_path) == tmp_path / name
 
 
-def test_answers_are_scored_by_scikit_learn_and_only_of_the_same_ids(tmp_path):
-    right = {"1": "a", "2": "b", "3": "b"}
-    scores = ground_truth.score_labels({"3": "b", "2": "c", "1": "a"}, right, tmp_path)
+def test_score_labels_scores_answers_and_refuses_other_ids(tmp_path):
+    truth = {"1": "a", "2": "b", "3": "b"}
+    scores = ground_truth.score_labels({"3": "b", "2": "c", "1": "a"}, truth, tmp_path)
     assert scores == pytest.approx({"accuracy": 2 / 3, "f1_macro": (1 + 2 / 3 + 0) / 3, "n": 3})
     with pytest.raises(DataError, match="1 of the 3 ids"):
-        ground_truth.score_labels({"1": "a", "2": "b"}, right, tmp_path)
+        ground_truth.score_labels({"1": "a", "2": "b"}, truth, tmp_path)
 
 
-def test_predictions_get_their_truth_by_id(tmp_path):
+def test_add_labels_matches_predictions_by_id(tmp_path):
     table = Predictions(np.array(["1", "2"], object), np.full(2, -1), "s", ("a", "b"), np.log(np.full((2, 2), 0.5)))
     assert ground_truth.add_labels(table, {"2": "a", "1": "b"}, tmp_path).labels.tolist() == ["b", "a"]
     for labels, message in (({"1": "a"}, "1 of the 2 ids"), ({"1": "a", "2": "c"}, ": .*'c'")):

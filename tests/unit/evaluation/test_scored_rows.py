@@ -1,4 +1,4 @@
-"""Scored rows and the tables that are made of them, by hand."""
+"""Scored rows and their tables, against values computed by hand."""
 
 import csv
 from dataclasses import replace
@@ -14,8 +14,8 @@ from fivefold.evaluation.scored_rows import ScoredRows
 from fivefold.predictions import Predictions
 
 
-def predicted(rows: dict[str, tuple[str, list[float]]], classes: tuple[str, ...] = ("a", "b", "c")) -> Predictions:
-    """A table of rows `{id: (label, probabilities)}`."""
+def tabulate(rows: dict[str, tuple[str, list[float]]], classes: tuple[str, ...] = ("a", "b", "c")) -> Predictions:
+    """Return the table of rows `{id: (label, probabilities)}`."""
     return Predictions(
         ids=np.array(list(rows), object),
         fold=np.zeros(len(rows), np.int16),
@@ -35,39 +35,39 @@ ROWS = {
 }
 
 
-def test_formulas_are_harmless_and_numbers_stay_as_they_are():
+def test_escape_formula_quotes_formulas_and_keeps_numbers():
     for formula in ("=1+1", "+cmd", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "-5e"):
         assert scored_rows.escape_formula(formula) == f"'{formula}"
     for text in ("-5", "+49", "-0.25", "a=b", "5", ""):
         assert scored_rows.escape_formula(text) == text
 
 
-def test_mistakes_come_the_most_confident_first_and_equal_ones_by_id():
-    scored = ScoredRows("test", "", "", predicted(ROWS), {"r3": "x/3.png"})
+def test_mistakes_are_sorted_by_confidence_then_id():
+    scored = ScoredRows("test", "", "", tabulate(ROWS), {"r3": "x/3.png"})
     assert scored_rows.confused_pairs(scored) == [("b", "c", 2, 1.0), ("a", "b", 1, 0.5)]
     first, *others = scored.mistakes().itertuples(index=False)
     assert [mistake.id for mistake in others] == ["r2", "r4"]
     assert tuple(first) == ("r3", "x/3.png", "b", "c", pytest.approx(0.9))
 
 
-def test_stacked_matches_columns_by_name_and_sorts_them():
-    other = predicted({"r6": ("c", [0.7, 0.2, 0.1])}, classes=("c", "a", "b"))
-    both = scored_rows.concat_tables([other, predicted(ROWS)])
+def test_concat_tables_matches_columns_by_name_and_sorts_them():
+    other = tabulate({"r6": ("c", [0.7, 0.2, 0.1])}, classes=("c", "a", "b"))
+    both = scored_rows.concat_tables([other, tabulate(ROWS)])
     assert both.classes == ("a", "b", "c")
     np.testing.assert_allclose(np.exp(both.log_probs[0]), [0.2, 0.1, 0.7], rtol=1e-6)
     assert list(both.ids) == ["r6", *ROWS]
 
 
-def test_stacked_refuses_other_classes_and_missing_labels():
+def test_concat_tables_refuses_other_classes_and_missing_labels():
     with pytest.raises(DataError, match="'d'"):
-        scored_rows.concat_tables([predicted(ROWS), predicted({"x": ("d", [0.1, 0.1, 0.8])}, classes=("a", "b", "d"))])
-    silent = predicted(ROWS)
-    silent = Predictions(silent.ids, silent.fold, "s", silent.classes, silent.log_probs)
+        scored_rows.concat_tables([tabulate(ROWS), tabulate({"x": ("d", [0.1, 0.1, 0.8])}, classes=("a", "b", "d"))])
+    unlabelled = tabulate(ROWS)
+    unlabelled = Predictions(unlabelled.ids, unlabelled.fold, "s", unlabelled.classes, unlabelled.log_probs)
     with pytest.raises(DataError, match="no labels"):
-        scored_rows.concat_tables([silent])
+        scored_rows.concat_tables([unlabelled])
 
 
-def test_no_cell_is_a_formula_and_numbers_have_six_digits(tmp_path):
+def test_write_csv_escapes_formulas_and_writes_six_decimals(tmp_path):
     cells = ["=1+1", "+1", "-1", "@x", "\tx", "plain", "a=b", 'quote " and , comma', "가방"]
     frame = pd.DataFrame({"text": cells, "=whole": range(9), "share": -np.arange(9) / 3})
     scored_rows.write_csv(tmp_path / "t.csv", frame)
@@ -79,9 +79,9 @@ def test_no_cell_is_a_formula_and_numbers_have_six_digits(tmp_path):
     assert b"\r" not in (tmp_path / "t.csv").read_bytes()
 
 
-def test_a_class_may_be_called_as_a_column_is(tmp_path):
+def test_class_can_have_the_name_of_a_column(tmp_path):
     classes = ("class", "true_class", "=x")
-    table = predicted({"r": ("class", [0.1, 0.8, 0.1]), "s": ("=x", [0.1, 0.1, 0.8])}, classes)
+    table = tabulate({"r": ("class", [0.1, 0.8, 0.1]), "s": ("=x", [0.1, 0.1, 0.8])}, classes)
     scored_rows.write_confusion(tmp_path / "c.csv", ScoredRows("test", "", "", table, {}))
     expected = "true_class,class,true_class,'=x\nclass,0,1,0\ntrue_class,0,0,0\n'=x,0,0,1\n"
     assert (tmp_path / "c.csv").read_text() == expected
@@ -91,11 +91,11 @@ def test_a_class_may_be_called_as_a_column_is(tmp_path):
     assert lines[3] == "'=x,1.000000,1.000000,1.000000,1,1"
 
 
-def test_the_interval_is_of_as_many_rows_as_groups_are_worth():
+def test_interval_uses_the_effective_number_of_rows_of_the_groups():
     rows = {f"{group} {n}": ("a", [0.9, 0.1] if group % 3 else [0.1, 0.9]) for group in range(60) for n in range(4)}
-    scored = ScoredRows("oof", "", "", predicted(rows, ("a", "b")), {})
+    scored = ScoredRows("oof", "", "", tabulate(rows, ("a", "b")), {})
     assert scored.interval() == pytest.approx(wilson_interval(2 / 3, 240))
     grouped = replace(scored, groups={name: name.split()[0] for name in rows})
     assert grouped.interval() == pytest.approx(wilson_interval(2 / 3, 60), abs=0.005)
-    some = replace(scored, groups=dict.fromkeys(rows, None) | {"0 0": "x", "0 1": "x"})
-    assert some.interval() == pytest.approx(scored.interval(), abs=0.005)
+    partly_grouped = replace(scored, groups=dict.fromkeys(rows, None) | {"0 0": "x", "0 1": "x"})
+    assert partly_grouped.interval() == pytest.approx(scored.interval(), abs=0.005)
