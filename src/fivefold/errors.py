@@ -5,7 +5,7 @@
     ├── DataError           65   the data is broken or contradicts itself
     ├── MissingInputError   66   a channel, file or folder is not there
     ├── RetryableError      75   storage, network, a full disk: the same command may succeed later
-    │   └── PeerLostError       75   a process that trains with this one is gone
+    │   └── PeerLostError   75   a process that trains with this one is gone
     └── StoppedError   143, 130   stopped by SIGTERM or SIGINT: the same command resumes
 
 A message states the problem, its location and the remedy.

@@ -331,7 +331,7 @@ def test_model_json_that_names_other_weights_is_rejected(option, tmp_path):
 
 
 def test_a_model_of_another_version_is_refused_in_one_line_that_names_a_setting(tmp_path):
-    folder = save(tmp_path / "model", None)
+    folder = save_model_dir(tmp_path / "model", None)
     info = read_json(folder / "model.json")
     info["settings"]["train"] |= {"clip": 1.0, "keep_raw": False}
     write_json(folder / "model.json", info)
