@@ -77,7 +77,7 @@ def names() -> list[str]:
 
 
 @pytest.fixture
-def pupils(store: CountingStore) -> DistillRows:
+def student_rows(store: CountingStore) -> DistillRows:
     ids, nulls = pa.array(names()), pa.nulls(COUNT, pa.string())
     codes, fold = np.arange(COUNT, dtype=np.int32) % 3, (np.arange(COUNT) % FOLDS).astype(np.int16)
     part = np.full(COUNT, "train")
@@ -85,7 +85,7 @@ def pupils(store: CountingStore) -> DistillRows:
 
 
 @pytest.fixture
-def ran() -> Iterator[Counter]:
+def forward_passes() -> Iterator[Counter]:
     """How many images each network was shown, by its number in the order of their first run."""
     counted: Counter[int] = Counter()
 
@@ -100,7 +100,7 @@ def ran() -> Iterator[Counter]:
     handle.remove()
 
 
-def anew(model: ModelDir, store: FolderStore, paths: list[str], views: list) -> np.ndarray:
+def predict_directly(model: ModelDir, store: FolderStore, paths: list[str], views: list) -> np.ndarray:
     """What a model says of images that are read for it alone, by the loader."""
     member = load_model(model, {})
     transform = build_transforms(member.settings.augment.eval, member.settings.model.size, evaluation=True)
@@ -108,54 +108,58 @@ def anew(model: ModelDir, store: FolderStore, paths: list[str], views: list) -> 
 
 
 def test_an_image_is_read_once_for_all_models_of_one_sight_and_all_views(models, store, tmp_path):
-    gallery = SharedEvalImages(ImageList(store, names()), tmp_path)
-    found = [load_model(model, {"tta": ["plain", *VIEWS]}).predict_cached(gallery, "") for model in models]
-    assert len(gallery.caches) == 1
+    shared = SharedEvalImages(ImageList(store, names()), tmp_path)
+    found = [load_model(model, {"tta": ["plain", *VIEWS]}).predict_cached(shared, "") for model in models]
+    assert len(shared.caches) == 1
     assert sum(store.reads.values()) == COUNT + 1  # the first one tells the size
     for model, log_probs in zip(models, found, strict=True):
-        np.testing.assert_array_equal(log_probs, anew(model, store, names(), ["plain", *VIEWS]))
+        np.testing.assert_array_equal(log_probs, predict_directly(model, store, names(), ["plain", *VIEWS]))
 
 
 def test_models_that_see_otherwise_get_images_of_their_own(models, store, tmp_path):
     other = saved(tmp_path / "other", 0, "centre_crop")
-    gallery = SharedEvalImages(ImageList(store, names()), tmp_path)
-    found = [load_model(model, {}).predict_cached(gallery, "") for model in (models[0], other)]
-    assert len(gallery.caches) == 2
+    shared = SharedEvalImages(ImageList(store, names()), tmp_path)
+    found = [load_model(model, {}).predict_cached(shared, "") for model in (models[0], other)]
+    assert len(shared.caches) == 2
     assert not np.array_equal(*found)
-    np.testing.assert_array_equal(found[1], anew(other, store, names(), ["plain"]))
+    np.testing.assert_array_equal(found[1], predict_directly(other, store, names(), ["plain"]))
 
 
-def test_a_leak_free_teacher_runs_once_a_view_on_its_own_rows_alone(models, pupils, ran):
-    lesson = compute_soft_targets("oof", models, pupils, VIEWS)
-    assert sorted(ran.values()) == [len(VIEWS) * COUNT // FOLDS] * FOLDS
-    assert sum(pupils.store.reads.values()) == COUNT + 1
+def test_a_leak_free_teacher_runs_once_a_view_on_its_own_rows_alone(models, student_rows, forward_passes):
+    targets = compute_soft_targets("oof", models, student_rows, VIEWS)
+    assert sorted(forward_passes.values()) == [len(VIEWS) * COUNT // FOLDS] * FOLDS
+    assert sum(student_rows.store.reads.values()) == COUNT + 1
     own = [np.arange(fold, COUNT, FOLDS) for fold in range(FOLDS)]
     each = [np.zeros((COUNT, 3)) for _ in VIEWS]
     plain = np.zeros((COUNT, 3))
     for model, rows in zip(models, own, strict=True):
         plain[rows] = np.random.default_rng(model.info["fold"]).dirichlet(np.ones(3), len(rows))
         for found, view in zip(each, VIEWS, strict=True):
-            found[rows] = np.exp(anew(model, pupils.store, [names()[row] for row in rows], [view]))
-    np.testing.assert_allclose(np.exp(lesson.log_probs), np.mean([plain, *each], axis=0), rtol=1e-5)
+            found[rows] = np.exp(predict_directly(model, student_rows.store, [names()[row] for row in rows], [view]))
+    np.testing.assert_allclose(np.exp(targets.log_probs), np.mean([plain, *each], axis=0), rtol=1e-5)
 
 
-def test_the_plain_view_of_a_leak_free_teacher_is_in_its_table_already(models, pupils, ran):
-    compute_soft_targets("oof", models, pupils, [])
-    assert not ran
-    assert not pupils.store.reads
+def test_the_plain_view_of_a_leak_free_teacher_is_in_its_table_already(models, student_rows, forward_passes):
+    compute_soft_targets("oof", models, student_rows, [])
+    assert not forward_passes
+    assert not student_rows.store.reads
 
 
-def test_an_ensemble_that_teaches_reads_once_and_runs_once_a_view(models, pupils, ran):
-    lesson = compute_soft_targets("ensemble", models, pupils, VIEWS)
-    assert sorted(ran.values()) == [(1 + len(VIEWS)) * COUNT] * len(models)
-    assert sum(pupils.store.reads.values()) == COUNT + 1
-    expected = np.mean([np.exp(anew(m, pupils.store, names(), ["plain", *VIEWS])) for m in models], axis=0)
-    np.testing.assert_allclose(np.exp(lesson.log_probs), expected, rtol=1e-5)
+def test_an_ensemble_that_teaches_reads_once_and_runs_once_a_view(models, student_rows, forward_passes):
+    targets = compute_soft_targets("ensemble", models, student_rows, VIEWS)
+    assert sorted(forward_passes.values()) == [(1 + len(VIEWS)) * COUNT] * len(models)
+    assert sum(student_rows.store.reads.values()) == COUNT + 1
+    expected = np.mean(
+        [np.exp(predict_directly(m, student_rows.store, names(), ["plain", *VIEWS])) for m in models], axis=0
+    )
+    np.testing.assert_allclose(np.exp(targets.log_probs), expected, rtol=1e-5)
 
 
-def test_images_that_no_fold_saw_are_read_once_for_the_whole_ensemble(models, pupils, ran):
-    found = ensemble_soft_targets(models, pupils.store, names()[:5], pupils)
-    assert sorted(ran.values()) == [5] * len(models)
-    assert sum(pupils.store.reads.values()) == 5 + 1
-    expected = np.mean([np.exp(anew(m, pupils.store, names()[:5], ["plain"])) for m in models], axis=0)
+def test_images_that_no_fold_saw_are_read_once_for_the_whole_ensemble(models, student_rows, forward_passes):
+    found = ensemble_soft_targets(models, student_rows.store, names()[:5], student_rows)
+    assert sorted(forward_passes.values()) == [5] * len(models)
+    assert sum(student_rows.store.reads.values()) == 5 + 1
+    expected = np.mean(
+        [np.exp(predict_directly(m, student_rows.store, names()[:5], ["plain"])) for m in models], axis=0
+    )
     np.testing.assert_allclose(np.exp(found), expected, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""A process that is told to stop ends: by itself when it asks, by the watch when it hangs."""
+"""A process that gets a stop signal ends: by itself when it polls, by the watchdog when it hangs."""
 
 import signal
 import subprocess
