@@ -9,7 +9,7 @@ import pytest
 from fivefold.progress import track
 
 
-def test_a_log_gets_a_line_now_and_then(caplog: pytest.LogCaptureFixture):
+def test_log_gets_a_line_at_intervals(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="fivefold"):
         assert list(track("abcd", 4, "reading", every=0)) == list("abcd")
     lines = [record.getMessage() for record in caplog.records]
@@ -17,7 +17,7 @@ def test_a_log_gets_a_line_now_and_then(caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.parametrize("columns", [100, 0])
-def test_a_terminal_gets_a_bar_even_if_it_does_not_know_its_width(columns: int):
+def test_terminal_of_unknown_width_gets_a_bar(columns: int):
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, columns))
     os.set_blocking(controller, False)

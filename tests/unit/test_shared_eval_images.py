@@ -1,4 +1,4 @@
-"""Images made once for all who look at them: how often each is read, how often each network runs, and the same numbers."""
+"""Images shared by several models: how often each is read, how often each network runs, and equal predictions."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -39,8 +39,8 @@ def store(tmp_path: Path) -> CountingStore:
     return CountingStore(tmp_path / "images")
 
 
-def saved(folder: Path, fold: int, transform: str = "resize") -> ModelDir:
-    """A fold's model with weights that were drawn, and its out-of-fold table."""
+def save_fold_model(folder: Path, fold: int, transform: str = "resize") -> ModelDir:
+    """Write a fold model with random weights and its out-of-fold table."""
     settings = Settings(
         system="s",
         model=Model(backbone="fivefold/small_net", backbone_kwargs={"widths": [8], "stem": 8}, image_size=[10, 12]),
@@ -69,7 +69,7 @@ def saved(folder: Path, fold: int, transform: str = "resize") -> ModelDir:
 
 @pytest.fixture
 def models(tmp_path: Path) -> list[ModelDir]:
-    return [saved(tmp_path / f"fold-{fold}", fold) for fold in range(FOLDS)]
+    return [save_fold_model(tmp_path / f"fold-{fold}", fold) for fold in range(FOLDS)]
 
 
 def names() -> list[str]:
@@ -86,12 +86,12 @@ def student_rows(store: CountingStore) -> DistillRows:
 
 @pytest.fixture
 def forward_passes() -> Iterator[Counter]:
-    """How many images each network was shown, by its number in the order of their first run."""
+    """Number of images in the forward passes of each network, by its id."""
     counted: Counter[int] = Counter()
 
-    def count(module: torch.nn.Module, given: tuple, _: object) -> None:
+    def count(module: torch.nn.Module, inputs: tuple, _: object) -> None:
         if isinstance(module, Classifier):
-            counted[id(module)] += len(given[0])
+            counted[id(module)] += len(inputs[0])
             alive.append(module)  # so that no other network gets its id
 
     alive: list[torch.nn.Module] = []
@@ -101,51 +101,53 @@ def forward_passes() -> Iterator[Counter]:
 
 
 def predict_directly(model: ModelDir, store: FolderStore, paths: list[str], views: list) -> np.ndarray:
-    """What a model says of images that are read for it alone, by the loader."""
-    member = load_model(model, {})
-    transform = build_transforms(member.settings.augment.eval, member.settings.model.size, evaluation=True)
-    return predict_all(member.network, ImageDataset(store, paths, transform), BATCH, 0, member.runtime, views)
+    """Predict with a model that reads its own images with the loader."""
+    loaded = load_model(model, {})
+    transform = build_transforms(loaded.settings.augment.eval, loaded.settings.model.size, evaluation=True)
+    return predict_all(loaded.network, ImageDataset(store, paths, transform), BATCH, 0, loaded.runtime, views)
 
 
-def test_an_image_is_read_once_for_all_models_of_one_sight_and_all_views(models, store, tmp_path):
+def test_models_with_equal_preprocessing_read_each_image_once_for_all_views(models, store, tmp_path):
     shared = SharedEvalImages(ImageList(store, names()), tmp_path)
-    found = [load_model(model, {"tta": ["plain", *VIEWS]}).predict_cached(shared, "") for model in models]
+    predicted = [load_model(model, {"tta": ["plain", *VIEWS]}).predict_cached(shared, "") for model in models]
     assert len(shared.caches) == 1
-    assert sum(store.reads.values()) == COUNT + 1  # the first one tells the size
-    for model, log_probs in zip(models, found, strict=True):
+    assert sum(store.reads.values()) == COUNT + 1  # the first one gives the size
+    for model, log_probs in zip(models, predicted, strict=True):
         np.testing.assert_array_equal(log_probs, predict_directly(model, store, names(), ["plain", *VIEWS]))
 
 
-def test_models_that_see_otherwise_get_images_of_their_own(models, store, tmp_path):
-    other = saved(tmp_path / "other", 0, "centre_crop")
+def test_models_with_other_preprocessing_get_their_own_images(models, store, tmp_path):
+    other = save_fold_model(tmp_path / "other", 0, "centre_crop")
     shared = SharedEvalImages(ImageList(store, names()), tmp_path)
-    found = [load_model(model, {}).predict_cached(shared, "") for model in (models[0], other)]
+    predicted = [load_model(model, {}).predict_cached(shared, "") for model in (models[0], other)]
     assert len(shared.caches) == 2
-    assert not np.array_equal(*found)
-    np.testing.assert_array_equal(found[1], predict_directly(other, store, names(), ["plain"]))
+    assert not np.array_equal(*predicted)
+    np.testing.assert_array_equal(predicted[1], predict_directly(other, store, names(), ["plain"]))
 
 
-def test_a_leak_free_teacher_runs_once_a_view_on_its_own_rows_alone(models, student_rows, forward_passes):
+def test_leak_free_teacher_predicts_only_its_own_rows_once_per_view(models, student_rows, forward_passes):
     targets = compute_soft_targets("oof", models, student_rows, VIEWS)
     assert sorted(forward_passes.values()) == [len(VIEWS) * COUNT // FOLDS] * FOLDS
     assert sum(student_rows.store.reads.values()) == COUNT + 1
-    own = [np.arange(fold, COUNT, FOLDS) for fold in range(FOLDS)]
-    each = [np.zeros((COUNT, 3)) for _ in VIEWS]
+    held_out_rows = [np.arange(fold, COUNT, FOLDS) for fold in range(FOLDS)]
+    per_view = [np.zeros((COUNT, 3)) for _ in VIEWS]
     plain = np.zeros((COUNT, 3))
-    for model, rows in zip(models, own, strict=True):
+    for model, rows in zip(models, held_out_rows, strict=True):
         plain[rows] = np.random.default_rng(model.info["fold"]).dirichlet(np.ones(3), len(rows))
-        for found, view in zip(each, VIEWS, strict=True):
-            found[rows] = np.exp(predict_directly(model, student_rows.store, [names()[row] for row in rows], [view]))
-    np.testing.assert_allclose(np.exp(targets.log_probs), np.mean([plain, *each], axis=0), rtol=1e-5)
+        for predicted, view in zip(per_view, VIEWS, strict=True):
+            predicted[rows] = np.exp(
+                predict_directly(model, student_rows.store, [names()[row] for row in rows], [view])
+            )
+    np.testing.assert_allclose(np.exp(targets.log_probs), np.mean([plain, *per_view], axis=0), rtol=1e-5)
 
 
-def test_the_plain_view_of_a_leak_free_teacher_is_in_its_table_already(models, student_rows, forward_passes):
+def test_leak_free_teacher_takes_the_plain_view_from_its_table(models, student_rows, forward_passes):
     compute_soft_targets("oof", models, student_rows, [])
     assert not forward_passes
     assert not student_rows.store.reads
 
 
-def test_an_ensemble_that_teaches_reads_once_and_runs_once_a_view(models, student_rows, forward_passes):
+def test_ensemble_teacher_reads_each_image_once_and_predicts_once_per_view(models, student_rows, forward_passes):
     targets = compute_soft_targets("ensemble", models, student_rows, VIEWS)
     assert sorted(forward_passes.values()) == [(1 + len(VIEWS)) * COUNT] * len(models)
     assert sum(student_rows.store.reads.values()) == COUNT + 1
@@ -155,11 +157,11 @@ def test_an_ensemble_that_teaches_reads_once_and_runs_once_a_view(models, studen
     np.testing.assert_allclose(np.exp(targets.log_probs), expected, rtol=1e-5)
 
 
-def test_images_that_no_fold_saw_are_read_once_for_the_whole_ensemble(models, student_rows, forward_passes):
-    found = ensemble_soft_targets(models, student_rows.store, names()[:5], student_rows)
+def test_unlabelled_images_are_read_once_for_the_whole_ensemble(models, student_rows, forward_passes):
+    predicted = ensemble_soft_targets(models, student_rows.store, names()[:5], student_rows)
     assert sorted(forward_passes.values()) == [5] * len(models)
     assert sum(student_rows.store.reads.values()) == 5 + 1
     expected = np.mean(
         [np.exp(predict_directly(m, student_rows.store, names()[:5], ["plain"])) for m in models], axis=0
     )
-    np.testing.assert_allclose(np.exp(found), expected, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(predicted), expected, rtol=1e-5)

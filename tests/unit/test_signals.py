@@ -32,9 +32,7 @@ except StoppedError as stopped:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(("does", "printed"), [("hangs", ""), ("hangs in a library", ""), ("asks", "kept\n")])
-def test_a_process_that_hangs_ends_too_and_one_that_keeps_its_work_has_the_time(
-    does: str, printed: str, number: int, code: int
-) -> None:
+def test_hanging_process_ends_and_saving_process_gets_time(does: str, printed: str, number: int, code: int) -> None:
     command = [sys.executable, "-c", f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n{PROCESS}", does]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -44,7 +42,7 @@ def test_a_process_that_hangs_ends_too_and_one_that_keeps_its_work_has_the_time(
     assert (process.returncode, rest) == (code, printed), errors
 
 
-def test_what_a_forked_worker_is_sent_does_not_end_its_parent() -> None:
+def test_signal_to_a_forked_worker_does_not_end_its_parent() -> None:
     code = """
 import os, signal, sys, time
 from fivefold import signals

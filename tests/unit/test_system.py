@@ -18,7 +18,7 @@ from fivefold.system import GLIBC_TUNABLES, cpu_limit
         ({}, None),
     ],
 )
-def test_the_limit_on_cpu_time_of_either_version_of_cgroups(files: dict[str, str], limit: float | None, tmp_path: Path):
+def test_cpu_limit_reads_both_versions_of_cgroups(files: dict[str, str], limit: float | None, tmp_path: Path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -35,8 +35,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_taken_again_without_the_kernel():
-    """By page faults of the second of two equal allocations."""
+def test_freed_memory_is_reused_without_page_faults():
+    """Count the page faults of the second of two equal allocations."""
     faults = [
         int(subprocess.run([sys.executable, "-c", FAULTS], env=environ, capture_output=True, check=True).stdout)
         for environ in ({}, {"GLIBC_TUNABLES": GLIBC_TUNABLES})
@@ -45,6 +45,6 @@ def test_freed_memory_is_taken_again_without_the_kernel():
     assert faults[1] < 100
 
 
-def test_the_image_sets_the_same_tunables():
+def test_dockerfile_sets_the_same_malloc_tunables():
     dockerfile = (Path(__file__).parents[2] / "docker" / "Dockerfile").read_text()
     assert f"GLIBC_TUNABLES={GLIBC_TUNABLES} " in dockerfile
