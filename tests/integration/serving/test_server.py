@@ -73,7 +73,7 @@ class RunningServer:
         self.listener = listen("127.0.0.1", 0)
         self.port = int(address(self.listener).rpartition(":")[2])
 
-    def ask(self, *grey: int) -> Answer:
+    def post_image(self, *grey: int) -> Answer:
         """Post an image of one grey value on a new connection and return the answer."""
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)) as connection:
             return sent(connection, "POST", "/invocations", make_image(*grey), content_type="image/png")
@@ -86,7 +86,7 @@ class RunningServer:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)) as connection:
             return sent(connection, "GET", "/ping")
 
-    def raw(self) -> socket.socket:
+    def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_S)
 
 
