@@ -45,7 +45,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     known = {e.name: e.oof for e in experiments if e.oof} if file is None else {}
     known |= {e.name: ground_truth.add_labels(e.table, dict(labels), file) for e in experiments if file and e.table}
     differences = comparison.paired_differences(known, {e.name for e in experiments if e.labels_only})
-    pictures = comparison.draw(experiments, tables[shown], alike)
+    pictures = comparison.draw_comparison(experiments, tables[shown], alike)
     page = comparison.render_page(
         settings.run or f"{len(experiments)} experiments", experiments, tables, alike, pictures, notes, differences
     )
@@ -53,7 +53,9 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         log.info("%s", note)
 
     folder = job.output()
-    written = write_tables(folder, experiments, tables, as_json(experiments, tables, alike, notes, differences))
+    written = write_comparison_tables(
+        folder, experiments, tables, to_json(experiments, tables, alike, notes, differences)
+    )
     (folder / DIFFERENCES).unlink(missing_ok=True)
     if differences:
         written.append(
@@ -165,7 +167,7 @@ def load_ground_truth(job: StageContext) -> tuple[Path | None, Mapping[str, str]
     return file, ground_truth.read_ground_truth(file) if file else {}
 
 
-def write_tables(
+def write_comparison_tables(
     folder: Path,
     experiments: Sequence[Experiment],
     tables: Mapping[str, Sequence[comparison.Scores | None]],
@@ -182,7 +184,7 @@ def write_tables(
     return written
 
 
-def as_json(
+def to_json(
     experiments: Sequence[Experiment],
     tables: Mapping[str, Sequence[comparison.Scores | None]],
     pairs: comparison.PairwiseAgreement | None,

@@ -74,7 +74,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
     explicit = settings.predict.model_dump(exclude_unset=True)
-    request = PredictRequest(store, images, options.unreadable == "prior", job.scratch)
+    request = EnsembleRequest(store, images, options.unreadable == "prior", job.scratch)
     system_probs, unreadable = predict_each(groups, request, explicit, options.seed_blend) if groups else ({}, [])
     system_probs |= {name: table.log_probs for name, table in submitted.items()}
     systems = [load_system(name, group, explicit.get("tta"), options.seed_blend) for name, group in groups.items()]
@@ -198,7 +198,7 @@ def make_product(blend: str, groups: Mapping[str, list[ModelDir]], files: Mappin
 
 
 @dataclass(frozen=True)
-class PredictRequest:
+class EnsembleRequest:
     """The images to predict; `prior`: unreadable images get the class shares of the training data."""
 
     store: ImageStore | None
@@ -208,7 +208,7 @@ class PredictRequest:
 
 
 def predict_each(
-    groups: Mapping[str, list[ModelDir]], request: PredictRequest, explicit: Mapping[str, Any], within: str
+    groups: Mapping[str, list[ModelDir]], request: EnsembleRequest, explicit: Mapping[str, Any], within: str
 ) -> tuple[dict[str, np.ndarray], list[int]]:
     """Return each system's [N, C], and the unreadable rows, which get the class shares of the training data.
 
@@ -217,7 +217,7 @@ def predict_each(
     from fivefold.trained_model import ImageList, SharedEvalImages
 
     images = SharedEvalImages(ImageList(request.store, request.images.paths), request.scratch, request.prior)
-    log_probs = {name: predict(group, images, explicit, within) for name, group in groups.items()}
+    log_probs = {name: predict_systems(group, images, explicit, within) for name, group in groups.items()}
     if rows := images.unreadable:
         names = ", ".join(map(str, request.images.paths[rows]))
         log.warning(
@@ -232,7 +232,7 @@ def class_prior(model: ModelDir) -> np.ndarray:
     return np.log(shares / shares.sum()).astype(np.float32)
 
 
-def predict(group: list[ModelDir], eval_images: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
+def predict_systems(group: list[ModelDir], eval_images: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
     """Predict with a system's models and combine them into one [N, C] with equal weights; load one network at a time."""
     from fivefold.build import describe
     from fivefold.trained_model import load_model

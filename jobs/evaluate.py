@@ -54,7 +54,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     ]
     mistakes = {rows.name: rows.mistakes() for rows in scored}
     shown = {name: rows[: options.num_error_images] for name, rows in mistakes.items()}
-    pictures = report.draw(scored[0], inputs.curves(), options.bins)
+    pictures = report.draw_report(scored[0], inputs.curves(), options.bins)
     page = report.render(
         report.ReportData(
             title=settings.run or inputs.title(),
@@ -72,7 +72,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     )
 
     selecting = {"oof", "holdout"} if inputs.selected else {"oof"}
-    written = [folder / METRICS, *write_tables(folder, scored[0], mistakes, selecting)]
+    written = [folder / METRICS, *write_score_tables(folder, scored[0], mistakes, selecting)]
     per_fold = [{key: model.info[key] for key in ("system", "seed", "fold")} | scores for model, scores in folds]
     write_json(folder / METRICS, finite(figures | ({"oof": figures["oof"] | {"folds": per_fold}} if folds else {})))
     for name, picture in pictures.items():
@@ -109,7 +109,7 @@ def notes_on_overlap(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]
     return {"test": words} if count else {}
 
 
-def write_tables(
+def write_score_tables(
     folder: Path, first: scored_rows.ScoredRows, mistakes: Mapping[str, pd.DataFrame], selecting: Set[str]
 ) -> list[Path]:
     """Write the per-class table and confusion matrix of the `first` rows, and all mistakes; those in `selecting` go to their own file."""

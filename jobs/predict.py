@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fivefold.api import log_summary, to_results
+from fivefold.api import log_counts, to_results
 from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import ModelDir, check_split, find_one
 from fivefold.contract.job import StageContext, StageResult
@@ -54,7 +54,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     prediction = ensemble.predict(ImageList(images.store, images.paths, request.sha256), "predict")
     seconds = time.perf_counter() - start
     results = to_results(prediction, images.names, ensemble.classes)
-    log_summary(prediction, images.names, results, seconds)
+    log_counts(prediction, images.names, results, seconds)
 
     folder = results_folder(job, settings)
     scored = scored_parts(request, prediction, ensemble.classes)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fivefold.contract import lineage
-from fivefold.contract.lineage import Node
+from fivefold.contract.lineage import ResultNode
 from fivefold.contract.s3 import sync
 from fivefold.contract.s3.sync import SCRATCH, S3Sync
 from fivefold.contract.s3.urls import Url, is_url, parse
@@ -74,7 +74,7 @@ class Resolver:
         return path
 
 
-def tree(node: Node, described: set[Path], label: str = "", indent: str = "") -> Iterator[str]:
+def tree(node: ResultNode, described: set[Path], label: str = "", indent: str = "") -> Iterator[str]:
     """Yield the lines of a record, then indented those of all its inputs; each record is described once."""
     repeated = node.path in described
     yield f"{indent}{label}{node.name}: {display_path(node.path.parent)}{' (above)' if repeated else ''}"
@@ -96,7 +96,7 @@ def display_path(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def describe(node: Node) -> list[str]:
+def describe(node: ResultNode) -> list[str]:
     """Return lines with a record's time, key, versions and figures."""
     facts, packages = node.record, node.record.get("packages", {})
     metrics = [f"{name} {value:g}" for name, value in facts["metrics"].items() if isinstance(value, int | float)]
@@ -105,7 +105,7 @@ def describe(node: Node) -> list[str]:
     return [first, *([", ".join(metrics)] if metrics else [])]
 
 
-def check(node: Node, scratch: Path) -> None:
+def check(node: ResultNode, scratch: Path) -> None:
     """Recompute every digest; raise a DataError with all differences."""
     steps = node.walk()
     problems: list[str] = []
@@ -119,7 +119,7 @@ def check(node: Node, scratch: Path) -> None:
     print(f"unchanged: {len(steps)} records with their outputs and inputs")
 
 
-def changed_images(split: Node) -> list[str]:
+def changed_images(split: ResultNode) -> list[str]:
     """Return the images that changed since the split; empty if the train channel or the split's outputs are missing."""
     place, folder = split.inputs["train"][0], split.path.parent / split.record["roots"]["output"]
     if place is None or not (folder / FOLDS).is_file():

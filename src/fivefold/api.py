@@ -86,7 +86,7 @@ class ImageClassificationAPI:
         batch = self._predictor.predict(ImageList(store, keys))
         names = [_name(image, number) for number, image in enumerate(pictures)]
         results = to_results(batch, names, self.classes)
-        log_summary(batch, names, results, time.perf_counter() - start)
+        log_counts(batch, names, results, time.perf_counter() - start)
         return results
 
 
@@ -100,9 +100,7 @@ def to_results(batch: PredictionBatch, names: Sequence[str], classes: Sequence[s
     return results
 
 
-def log_summary(
-    batch: PredictionBatch, names: Sequence[str], results: Sequence[dict[str, Any]], seconds: float
-) -> None:
+def log_counts(batch: PredictionBatch, names: Sequence[str], results: Sequence[dict[str, Any]], seconds: float) -> None:
     """Log the time, the numbers of successes and failures, the reason of each failure, and the count of each class."""
     read, failed = len(batch.rows), len(batch.unreadable)
     speed = f"{1000 * seconds / len(names):.1f} ms per image" if names else "no image"

@@ -38,18 +38,18 @@ class _RecordSchema(BaseModel):
 
 
 @dataclass(frozen=True)
-class Node:
+class ResultNode:
     """A stage's record at `path`. `inputs` has each channel's location (None: missing) and the records of its producers."""
 
     path: Path
     record: Mapping[str, Any]
-    inputs: Mapping[str, tuple[Path | None, tuple["Node", ...]]]
+    inputs: Mapping[str, tuple[Path | None, tuple["ResultNode", ...]]]
 
     @property
     def name(self) -> str:
         return str(self.record["stage"])
 
-    def walk(self) -> list["Node"]:
+    def walk(self) -> list["ResultNode"]:
         """Return this record and all records that it depends on, each once, dependencies first."""
         nodes = {
             node.path: node
@@ -65,11 +65,11 @@ def resolve_path(folder: Path, places: Sequence[str]) -> Path | None:
     return next((place for place in (folder / places[0], Path(places[1])) if place.exists()), None)
 
 
-def trace(path: Path, resolve: Resolve = resolve_path, seen: tuple[Path, ...] = ()) -> Node:
+def trace(path: Path, resolve: Resolve = resolve_path, seen: tuple[Path, ...] = ()) -> ResultNode:
     """Return the record at `path` with all records that it depends on. `resolve` maps a channel's recorded locations to a path."""
     path = path.resolve()
     facts = read_record(path)
-    read: dict[str, tuple[Path | None, tuple[Node, ...]]] = {}
+    read: dict[str, tuple[Path | None, tuple[ResultNode, ...]]] = {}
     for channel, places in facts["sources"].items():
         place, producers = resolve(path.parent, places), PRODUCERS.get(channel, ())
         records = [
@@ -82,7 +82,7 @@ def trace(path: Path, resolve: Resolve = resolve_path, seen: tuple[Path, ...] = 
         chosen = [record for record, stage in stages.items() if stage != "distill"] or list(stages)
         dependencies = tuple(trace(record, resolve, (*seen, path)) for record in chosen)
         read[channel] = place and place.resolve(), dependencies
-    return Node(path, facts, read)
+    return ResultNode(path, facts, read)
 
 
 def find_record(path: Path) -> Path:
@@ -121,7 +121,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return facts
 
 
-def verify(node: Node, scratch: Path) -> list[str]:
+def verify(node: ResultNode, scratch: Path) -> list[str]:
     """Return the deviations from a record: missing or changed outputs, missing channels or channels with other contents."""
     places = {name: place for name, (place, _) in node.inputs.items() if place is not None}
     problems = [f"{node.path}: its channel {name!r} is missing" for name in node.inputs if name not in places]

@@ -176,7 +176,7 @@ def write_all_submissions(path: Path, experiments: Sequence[Experiment], id_colu
     return write_csv(path, frame, ["experiment", id_column, *tables[0].classes], digits="%.9g")
 
 
-def draw(
+def draw_comparison(
     experiments: Sequence[Experiment], figures: Sequence[Scores | None], pairs: PairwiseAgreement | None
 ) -> dict[str, ThemedImage]:
     """Return the pictures by file name without suffix; a picture without data is omitted."""

@@ -43,7 +43,7 @@ class ReportData:
     """The content of a report.
 
     `scored`: the scored rows; the report opens with the first. `figures`: by name of `scored`. `folds`: name and
-    figures of each fold's out-of-fold rows. `pictures`: from `draw`. `mistakes`: by name of `scored`.
+    figures of each fold's out-of-fold rows. `pictures`: from `draw_report`. `mistakes`: by name of `scored`.
     `thumbnails`: PNG or JPEG bytes by (name of `scored`, row id). `notes`: a remark by name of `scored`.
     `records`: the `stage.json` of the stages before. `data`: names and values of the split's counts.
     """
@@ -61,7 +61,7 @@ class ReportData:
     top_k: int = 5
 
 
-def draw(scored: ScoredRows, curves: Mapping[str, Path], bins: int) -> dict[str, ThemedImage]:
+def draw_report(scored: ScoredRows, curves: Mapping[str, Path], bins: int) -> dict[str, ThemedImage]:
     """Return the plots of a report by file name without suffix; `curves` are training logs by model name."""
     log_probs, codes, classes = scored.table.log_probs, scored.codes, scored.table.classes
     calibrated = metrics.reliability_table(log_probs, codes, bins)

@@ -130,7 +130,7 @@ class Prediction:
         ]
 
 
-def as_json(prediction: Prediction) -> bytes:
+def render_json(prediction: Prediction) -> bytes:
     """Return `{"predicted_class", "confidence", "probabilities": {class: p}}` for an image, or a list of these."""
     answers = []
     for probabilities in prediction.probabilities():
@@ -139,7 +139,7 @@ def as_json(prediction: Prediction) -> bytes:
     return json.dumps(answers if prediction.is_list else answers[0], ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def as_csv(prediction: Prediction) -> bytes:
+def render_csv(prediction: Prediction) -> bytes:
     """Return the header `predicted_class,confidence` and one row per image."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -176,4 +176,4 @@ def _decode_base64(text: object, index: int) -> bytes:
     return content
 
 
-RENDERERS: dict[str, Callable[[Prediction], bytes]] = {"application/json": as_json, "text/csv": as_csv}
+RENDERERS: dict[str, Callable[[Prediction], bytes]] = {"application/json": render_json, "text/csv": render_csv}

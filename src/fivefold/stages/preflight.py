@@ -61,12 +61,12 @@ def check_blend(settings: Settings, local: bool) -> None:
 
 
 def check_in_subprocess(settings: Settings, trained: Sequence[str], local: bool) -> None:
-    """Run `check_training` in a subprocess and raise its error; log a warning if the subprocess crashes.
+    """Run `check_stages` in a subprocess and raise its error; log a warning if the subprocess crashes.
 
     If this process has already loaded torch, it runs the check itself.
     """
     if "torch" in sys.modules:
-        return check_training(settings, trained, local)
+        return check_stages(settings, trained, local)
     request = json.dumps([settings.model_dump(mode="json"), list(trained), local])
     ended = subprocess.run([sys.executable, "-m", MODULE], input=request, capture_output=True, text=True, check=False)
     if ended.returncode in ERRORS:
@@ -76,7 +76,7 @@ def check_in_subprocess(settings: Settings, trained: Sequence[str], local: bool)
         log.warning("could not check the settings before the run (exit code %d: %s)", ended.returncode, last)
 
 
-def check_training(settings: Settings, trained: Sequence[str], local: bool) -> None:
+def check_stages(settings: Settings, trained: Sequence[str], local: bool) -> None:
     """Raise the error that these stages would raise before their first step: for the settings, and `local` for this machine."""
     from fivefold import build
     from fivefold.distillation import TEACHERS, check_patience
@@ -105,7 +105,7 @@ def main() -> int:
     """Check the request on stdin; print an error to stdout and return its exit code."""
     tree, trained, here = json.load(sys.stdin)
     try:
-        check_training(Settings.model_validate(tree), trained, here)
+        check_stages(Settings.model_validate(tree), trained, here)
     except FivefoldError as error:
         print(error)
         return error.exit_code

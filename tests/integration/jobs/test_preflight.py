@@ -23,7 +23,7 @@ def load_settings(*arguments: str) -> Settings:
 def check_exit_code(*arguments: str, here: bool = False) -> int:
     """Check these settings; return the exit code."""
     try:
-        preflight.check_training(load_settings(*arguments), ["train-fold", "distill"], here)
+        preflight.check_stages(load_settings(*arguments), ["train-fold", "distill"], here)
     except FivefoldError as error:
         return error.exit_code
     return 0

@@ -78,7 +78,7 @@ def test_render_page_escapes_experiment_names():
     pair = [Experiment("<b>x</b>", "x.csv", table=tabulate(FIRST)), Experiment("y", "y.csv", table=tabulate(SECOND))]
     scores = {"n": 4, "accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "logloss": None, "f1_macro": 0.4}
     likeness, notes = pairwise_agreement(pair)
-    plots = comparison.draw(pair, [scores, None], likeness)
+    plots = comparison.draw_comparison(pair, [scores, None], likeness)
     text = comparison.render_page("two", pair, {"test": [scores, None], "oof": [None, None]}, likeness, plots, notes)
     assert "<b>x</b>" not in text
     assert "&lt;b&gt;x" in text

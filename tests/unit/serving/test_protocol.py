@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from fivefold.serving.protocol import (
     Prediction,
     RefusedError,
-    as_csv,
-    as_json,
     declared_length,
     is_list,
     negotiate_type,
     parse_top,
     read_list,
+    render_csv,
+    render_json,
 )
 
 EXAMPLES = settings(
@@ -40,7 +40,7 @@ LOG_PROBS = np.log(np.array([[0.125, 0.5, 0.375], [0.25, 0.25, 0.5]], np.float32
 
 
 def test_json_lists_classes_by_probability_and_ties_in_class_order() -> None:
-    predictions = json.loads(as_json(Prediction(("a", "고양이", "c"), LOG_PROBS, 3, is_list=True)))
+    predictions = json.loads(render_json(Prediction(("a", "고양이", "c"), LOG_PROBS, 3, is_list=True)))
     assert [list(prediction["probabilities"].items()) for prediction in predictions] == [
         [("고양이", 0.5), ("c", 0.375), ("a", 0.125)],
         [("c", 0.5), ("a", 0.25), ("고양이", 0.25)],
@@ -53,7 +53,7 @@ def test_json_lists_classes_by_probability_and_ties_in_class_order() -> None:
 
 def test_json_probabilities_keep_seven_digits_and_never_exceed_one() -> None:
     log_probs = np.array([[1e-6, -20.0, -80.0]], np.float32)
-    probabilities = json.loads(as_json(Prediction(("a", "b", "c"), log_probs, 3, is_list=False)))["probabilities"]
+    probabilities = json.loads(render_json(Prediction(("a", "b", "c"), log_probs, 3, is_list=False)))["probabilities"]
     assert probabilities == {
         "a": 1.0,
         "b": pytest.approx(np.exp(-20), rel=1e-6),
@@ -63,7 +63,7 @@ def test_json_probabilities_keep_seven_digits_and_never_exceed_one() -> None:
 
 def test_csv_quotes_class_names() -> None:
     assert (
-        as_csv(Prediction(('a "b", c', "d"), LOG_PROBS[:, 1:], 1, is_list=True))
+        render_csv(Prediction(('a "b", c', "d"), LOG_PROBS[:, 1:], 1, is_list=True))
         == b'predicted_class,confidence\n"a ""b"", c",0.5\nd,0.5\n'
     )
 

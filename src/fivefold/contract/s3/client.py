@@ -220,7 +220,7 @@ class S3Client:
             try:
                 return call()
             except Exception as error:
-                known = to_known_error(error, url)
+                known = to_store_error(error, url)
                 if len(remaining) < before:
                     attempt, before = 0, len(remaining)
                 if not isinstance(known, RetryableError) or attempt + 1 == MAX_ATTEMPTS:
@@ -247,7 +247,7 @@ class S3Client:
                         try:
                             futures[transfer].result()
                         except Exception as error:
-                            raise to_known_error(error, transfer.url) from error
+                            raise to_store_error(error, transfer.url) from error
                         transfer.check()
                         del remaining[transfer]
             except RetryableError:
@@ -273,7 +273,7 @@ class _ProvideMetadata(BaseSubscriber):
         future.meta.provide_object_etag(self._source.etag)
 
 
-def to_known_error(error: Exception, url: Url) -> FivefoldError:
+def to_store_error(error: Exception, url: Url) -> FivefoldError:
     """Return the FivefoldError for a failed call for `url`."""
     if isinstance(error, FivefoldError):
         return error
