@@ -2,10 +2,7 @@
 
 import logging
 import os
-import shlex
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +14,10 @@ from fivefold.contract.files import check_writable
 from fivefold.errors import SettingsError
 from fivefold.launchers import local
 from fivefold.launchers.kubernetes import launch as kubernetes
-from fivefold.launchers.kubernetes import manifests
-from fivefold.launchers.plan import Inputs, Plan, describe, make_plan, new_run_name, next_run_name, select
+from fivefold.launchers.plan import Inputs, make_plan, new_run_name, next_run_name, select
 from fivefold.launchers.sagemaker import launch as sagemaker
 from fivefold.launchers.sagemaker import local as sagemaker_local
-from fivefold.launchers.status import read_results, write_plan
+from fivefold.launchers.status import write_plan
 from fivefold.lookup import choose, did_you_mean
 from fivefold.stages.preflight import check_plan
 
@@ -70,24 +66,18 @@ class Keys(BaseModel):
     )
 
 
+PLATFORMS: dict[str, Any] = {
+    "local": local,
+    "sagemaker": sagemaker,
+    "sagemaker-local": sagemaker_local,
+    "kubernetes": kubernetes,
+}
+"""The module of each platform. `check_inputs`, `describe` (which returns the plan in the platform's format) and
+`check_machine` raise errors before anything is written; `launch` runs the plan; `results` describes its results."""
 FLAGS = {
     "--dry-run": "print the plan, as commands, requests or manifests; run nothing",
     "--pipeline": "sagemaker: create or update a Pipeline for the plan instead of running it",
 }
-
-
-@dataclass(frozen=True)
-class Platform:
-    """A platform: functions that run a plan, describe it in the platform's format, check its inputs and return its results.
-
-    `check` raises an error for a plan that the platform cannot run, before anything is written.
-    """
-
-    launch: Callable[[Plan, int], int]
-    describe: Callable[[Plan, int], str]
-    check_inputs: Callable[[Inputs, Path], Inputs]
-    results: Callable[[Plan], str]
-    check: Callable[[Plan], object] = lambda plan: None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -105,19 +95,19 @@ def main(arguments: Sequence[str]) -> int:
     parallel = keys.parallel or 0
     for note in plan.notes:
         log.info("%s", note)
-    if "--pipeline" in arguments:
-        if keys.platform != "sagemaker":
-            raise SettingsError(f"--pipeline needs platform=sagemaker, but platform={keys.platform} is set")
-        if not dry_run:
-            try_settings(keys, plan, inputs)
-            return sagemaker.upsert_pipeline(plan, parallel)
+    pipeline = "--pipeline" in arguments
+    if pipeline and keys.platform != "sagemaker":
+        raise SettingsError(f"--pipeline needs platform=sagemaker, but platform={keys.platform} is set")
+    text = sagemaker.describe_pipeline(plan) if pipeline else platform.describe(plan, parallel)
+    if not dry_run and not pipeline:
+        platform.check_machine(plan)
+    if keys.check:
+        check_plan(plan, inputs, local=keys.platform == "local")
     if dry_run:
-        text = sagemaker.describe_pipeline(plan) if "--pipeline" in arguments else platform.describe(plan, parallel)
-        try_settings(keys, plan, inputs)
         print(text)
         return 0
-    platform.check(plan)
-    try_settings(keys, plan, inputs)
+    if pipeline:
+        return sagemaker.upsert_pipeline(plan, text, parallel)
     if ignored := local.settings_variables(os.environ):
         log.warning("submit takes settings only as arguments; ignored variables: %s", ", ".join(ignored))
     check_writable(plan.folder)
@@ -127,12 +117,6 @@ def main(arguments: Sequence[str]) -> int:
     code = platform.launch(plan, parallel)
     print(platform.results(everything))
     return code
-
-
-def try_settings(keys: Keys, plan: Plan, inputs: Inputs) -> None:
-    """Raise the error that every fold would raise, unless the user turns the check off."""
-    if keys.check:
-        check_plan(plan, inputs, local=keys.platform == "local")
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:
@@ -182,23 +166,3 @@ def usage() -> str:
         f"Platforms: {', '.join(PLATFORMS)}\n\nAny setting (see python -m jobs --help) is passed to the stages "
         "that use it, e.g. train.epochs=3 split.folds=4."
     )
-
-
-PLATFORMS = {
-    "local": Platform(
-        local.launch, lambda plan, _: describe(plan, shlex.quote(sys.executable)), local.check_inputs, read_results
-    ),
-    "sagemaker": Platform(
-        sagemaker.launch, sagemaker.describe, sagemaker.check_inputs, sagemaker.results, sagemaker.check
-    ),
-    "sagemaker-local": Platform(
-        sagemaker_local.launch,
-        sagemaker_local.describe,
-        sagemaker_local.check_inputs,
-        read_results,
-        sagemaker_local.check,
-    ),
-    "kubernetes": Platform(
-        kubernetes.launch, kubernetes.describe, manifests.check_inputs, kubernetes.results, kubernetes.check
-    ),
-}

@@ -237,17 +237,16 @@ def pod_status(attempt: dict, age: int, go: bool) -> tuple[dict, int | None]:
 
 
 def logs(folder: Path, arguments: list[str]) -> None:
+    """Print the log of a pod. A pod with `cut` has printed one line per step of time, and every second call fails."""
     require_permission(folder, "pods", "get")
     require_permission(folder, "pods/log", "get")
-    assert "--follow" in arguments
-    path = folder / f"pod-{arguments[1]}.json"
-    pod = json.loads(path.read_text())
+    pod = json.loads((folder / f"pod-{arguments[0]}.json").read_text())
     if pod["cut"] and pod["status"]["phase"] == "Running":
         print("\n".join(pod["log"].splitlines()[: pod["age"] - 1]), flush=True)
-        raise RefusedError("error: http2: client connection lost")
-    print(pod["log"], flush=True)
-    while path.exists() and json.loads(path.read_text())["status"]["phase"] == "Running":
-        time.sleep(0.05)
+        if pod["age"] % 2:
+            raise RefusedError("error: http2: client connection lost")
+    else:
+        print(pod["log"], flush=True)
 
 
 def resource_of(manifest: dict) -> str:

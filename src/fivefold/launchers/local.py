@@ -5,37 +5,42 @@ own SM_* variables. Its output goes to `<step>/log.txt` and to the terminal.
 """
 
 import contextlib
-import fcntl
 import os
-import pty
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import termios
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO
 
 from fivefold.config.loading import ENVIRONMENT_KEYS
 from fivefold.config.schema import SECTIONS
 from fivefold.contract.files import atomic, check_writable
 from fivefold.contract.run_layout import CACHES, GROUND_TRUTH, find_ground_truth, pick_ground_truth
-from fivefold.contract.s3.urls import is_url, parse
+from fivefold.contract.s3.urls import is_url
 from fivefold.contract.stage_specs import FAILURE
 from fivefold.data.readers.stores import open_store
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.status import LOG, epochs_done, failure_message, record_end, record_start, running_pid
-from fivefold.launchers.terminal import SharedTerminal, copy_output
+from fivefold.launchers.status import (
+    LOG,
+    describe_failure,
+    epochs_done,
+    read_results,
+    record_end,
+    record_start,
+    running_pid,
+)
+from fivefold.launchers.terminal import SharedTerminal, format_title
 from fivefold.system import GLIBC_TUNABLES, count_cores, free_memory
 
 POLL_INTERVAL_S = 0.03
-LOG_DRAIN_TIMEOUT_S = 2.0
 DROPPED_VARIABLES = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
 KEPT_VARIABLES = {"SM_LOG_LEVEL"}
 FOLD_MEMORY_BYTES = 6 << 30
@@ -50,8 +55,8 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     for step in plan.steps:
         if (pid := running_pid(step)) is not None:
             raise RetryableError(f"{step.folder} is in use by process {pid}: wait for it, or stop it")
-    for folder in (plan.folder, *(step.folder for step in plan.steps if step.folder.exists())):
-        check_writable(folder)
+        if step.folder.exists():
+            check_writable(step.folder)
     devices = list_gpus(environ)
     parallel = parallel or default_parallelism(plan, devices)
     # the same number for every fold, however many run: another number of threads changes the last bits of results
@@ -66,18 +71,42 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     return Scheduler(plan.steps, backend, terminal, parallel, POLL_INTERVAL_S).run()
 
 
+def check_machine(plan: Plan) -> None:
+    """Do nothing: a plan of local processes needs no other software."""
+
+
+def describe(plan: Plan, parallel: int = 0) -> str:
+    """Return the plan as shell commands: comments, and each step's command with its variables."""
+    blocks = [f"# run {plan.run} in {plan.folder}", *(f"# {note}" for note in plan.notes)]
+    for step in plan.steps:
+        after = f", after {', '.join(step.needs)}" if step.needs else ""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
+        command = shlex.join([sys.executable, "-m", "fivefold.jobs", *step.command])
+        blocks.append(f"\n# {step.name}{after}\n" + " \\\n  ".join([*variables, command]))
+    return "\n".join(blocks)
+
+
+results = read_results
+
+
 @dataclass
 class StepProcess:
-    """A step's running process, with the thread that reads its output."""
+    """A step's running process, and its log from the first byte that is not yet on the screen."""
 
     process: subprocess.Popen[bytes]
-    reader: threading.Thread
+    log: IO[bytes]
     gpu: str
     started: float = field(default_factory=time.time)
+    partial_line: bytes = b""
+
+    def read_new_lines(self) -> list[str]:
+        """Return the complete lines that the process has written since the last call, and of a progress bar its last state."""
+        *lines, self.partial_line = (self.partial_line + self.log.read()).split(b"\n")
+        return [line.rstrip().rpartition(b"\r")[2].decode(errors="replace") for line in lines]
 
 
 class LocalBackend:
-    """Run each step as a process of this machine, and forward signals to all of them."""
+    """Run each step as a process of this machine that writes to its log, and forward signals to all of them."""
 
     def __init__(
         self, terminal: SharedTerminal, devices: Sequence[str], environment: Callable[[Step, str], dict[str, str]]
@@ -86,45 +115,42 @@ class LocalBackend:
         self.terminal, self.devices, self.environment = terminal, devices, environment
         self.children: dict[str, StepProcess] = {}
 
-    def start(self, step: Step, alone: bool) -> None:
-        """Start the step's process; if it runs alone, on a pseudo-terminal, to show its progress bars."""
+    def start(self, step: Step) -> None:
         check_writable(step.folder)
         (step.folder / FAILURE).unlink(missing_ok=True)
         used = [child.gpu for child in self.children.values()]
         gpu = min(self.devices, key=used.count, default="")
-        as_terminal = alone and self.terminal.terminal
-        read_end, write_end = _terminal() if as_terminal else os.pipe()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fivefold.jobs", *step.command],
-            env=self.environment(step, gpu),
-            stdin=subprocess.DEVNULL,
-            stdout=write_end,
-            stderr=write_end,
-            start_new_session=True,
-        )
-        os.close(write_end)
-        output = os.fdopen(read_end, encoding="utf-8", errors="replace", newline="")
-        arguments = (output, step.folder / LOG, " ".join(step.command), self.terminal, "" if as_terminal else step.name)
-        reader = threading.Thread(target=copy_output, args=arguments, daemon=True)
-        reader.start()
+        with open(step.folder / LOG, "ab", buffering=0) as log:
+            log.write(format_title(" ".join(step.command)).encode())
+            end_of_title = log.tell()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fivefold.jobs", *step.command],
+                env=self.environment(step, gpu),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         try:
             record_start(step, process.pid)
         except BaseException:
             process.kill()
             raise
-        self.children[step.name] = StepProcess(process, reader, gpu)
+        output = open(step.folder / LOG, "rb")  # noqa: SIM115
+        output.seek(end_of_title)
+        self.children[step.name] = StepProcess(process, output, gpu)
 
     def poll(self, running: Sequence[Step]) -> dict[str, int]:
         codes = {}
         for step in running:
             child = self.children[step.name]
-            if child.process.poll() is None:
-                continue
-            child.reader.join(LOG_DRAIN_TIMEOUT_S)
-            code = child.process.returncode
-            codes[step.name] = 128 - code if code < 0 else code
-            record_end(step, codes[step.name])
-            del self.children[step.name]
+            code = child.process.poll()
+            self.terminal.write_output(step.name, child.read_new_lines())
+            if code is not None:
+                codes[step.name] = 128 - code if code < 0 else code
+                record_end(step, codes[step.name])
+                child.log.close()
+                del self.children[step.name]
         return codes
 
     def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
@@ -145,16 +171,8 @@ class LocalBackend:
     def describe(self, step: Step) -> str:
         child = self.children.get(step.name)
         if child is None:
-            return f"{failure_message(step)}\n  log: {step.folder / LOG}"
+            return describe_failure(step)
         return f"epoch {epochs_done(step, child.started)} of {step.epochs}" if step.epochs else ""
-
-
-def _terminal() -> tuple[int, int]:
-    """Return the two ends of a pseudo-terminal with the size of this process's terminal."""
-    read_end, write_end = pty.openpty()
-    size = fcntl.ioctl(sys.stderr.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
-    fcntl.ioctl(write_end, termios.TIOCSWINSZ, size)
-    return read_end, write_end
 
 
 def shared_cache(plan: Plan) -> dict[str, str]:
@@ -223,29 +241,29 @@ def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
     s3://; a .zip there is not opened.
     Raise a MissingInputError if an input does not exist.
     """
-    for name, path in vars(inputs).items():
-        if path and is_url(path):
-            parse(path, name)
-        elif path and not Path(path).exists():
+    for name, path in inputs.paths():
+        if not is_url(path) and not Path(path).exists():
             raise MissingInputError(f"{name}={path}: this folder or file does not exist")
     if inputs.ground_truth or not inputs.eval:
         return inputs
-    if not is_url(inputs.eval) and zipfile.is_zipfile(inputs.eval):
-        with zipfile.ZipFile(inputs.eval) as archive:
-            name_in_archive = pick_ground_truth(archive.namelist())
-        return replace(inputs, ground_truth=str(run_folder / GROUND_TRUTH) if name_in_archive else None)
+    if zipfile.is_zipfile(inputs.eval):
+        return replace(inputs, ground_truth=str(run_folder / GROUND_TRUTH) if _packed_truth(inputs.eval) else None)
     return replace(inputs, ground_truth=find_ground_truth(inputs.eval))
 
 
 def unpack_ground_truth(inputs: Inputs, run_folder: Path) -> None:
     """Copy the ground truth from an eval that is a .zip to the path that `check_inputs` returned."""
-    if inputs.ground_truth == str(run_folder / GROUND_TRUTH) and inputs.eval and zipfile.is_zipfile(inputs.eval):
-        with zipfile.ZipFile(inputs.eval) as archive:
-            name = pick_ground_truth(archive.namelist())
-        if name:
-            content = open_store(Path(inputs.eval)).read(name)
-            with atomic(Path(inputs.ground_truth)) as temporary:
-                temporary.write_bytes(content)
+    if inputs.eval and inputs.ground_truth == str(run_folder / GROUND_TRUTH) and (name := _packed_truth(inputs.eval)):
+        with atomic(Path(inputs.ground_truth)) as temporary:
+            temporary.write_bytes(open_store(Path(inputs.eval)).read(name))
+
+
+def _packed_truth(eval_: str) -> str | None:
+    """Return the name of the ground truth in a local .zip, or None if there is none or `eval_` is not a .zip."""
+    if not zipfile.is_zipfile(eval_):
+        return None
+    with zipfile.ZipFile(eval_) as archive:
+        return pick_ground_truth(archive.namelist())
 
 
 def _is_contract_variable(name: str) -> bool:

@@ -9,7 +9,6 @@ run it, `--dry-run` prints it, and `status` reads it.
 
 import itertools
 import re
-import shlex
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,13 +18,13 @@ from pathlib import Path
 from fivefold.config.loading import arguments_layer, in_sections, load, normalize_key
 from fivefold.config.schema import Settings
 from fivefold.contract.run_layout import channel_paths, output_variables
+from fivefold.contract.s3.urls import is_url, parse
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
 from fivefold.lookup import choose
 
 PLAN = "plan.json"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
-REPLACED_BY = {"stage": "stages=", "fold": "folds="}
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,14 @@ class Inputs:
     unlabeled: str | None = None
     weights: str | None = None
     truth_unknown: bool = False
+
+    def paths(self) -> list[tuple[str, str]]:
+        """Return the name and the path of each input that is set. Raise a SettingsError for an invalid URL."""
+        paths = [(name, path) for name, path in vars(self).items() if isinstance(path, str) and path]
+        for name, path in paths:
+            if is_url(path):
+                parse(path, name)
+        return paths
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ def select(plan: Plan, stages: Sequence[str] = (), folds: Sequence[int] = ()) ->
     stages = stages or (("split", "train-fold") if folds else ())
 
     def is_selected(step: Step) -> bool:
-        if folds and step.fold is not None and step.fold not in folds:
+        if folds and step.fold not in (None, *folds):
             return False
         by_stage = step.stage in stages and (not step.name.endswith("-student") or "distill" in stages)
         return not stages or step.name in stages or by_stage
@@ -140,18 +147,6 @@ def select(plan: Plan, stages: Sequence[str] = (), folds: Sequence[int] = ()) ->
         raise SettingsError(f"stages={','.join(stages)} selects no step of this run; {', '.join(plan.notes)}")
     steps = (replace(step, needs=tuple(name for name in step.needs if name in selected)) for step in selected.values())
     return replace(plan, steps=tuple(steps))
-
-
-def describe(plan: Plan, python: str = "python") -> str:
-    """Return the plan as shell commands: comments, and each step's command with its variables."""
-    blocks = [f"# run {plan.run} in {plan.folder}"]
-    blocks += [f"# {note}" for note in plan.notes]
-    for step in plan.steps:
-        after = f", after {', '.join(step.needs)}" if step.needs else ""
-        variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
-        command = shlex.join([python, "-m", "fivefold.jobs", *step.command])
-        blocks.append(f"\n# {step.name}{after}\n" + " \\\n  ".join([*variables, command]))
-    return "\n".join(blocks)
 
 
 @dataclass
@@ -182,10 +177,9 @@ class _Builder:
             self.notes.append("no eval=: no test images to predict; evaluate reports on out-of-fold and holdout rows")
         elif not inputs.ground_truth and not inputs.truth_unknown:
             self.notes.append("no ground truth for eval: evaluate reports on out-of-fold and holdout rows")
-        if split.ratios and self.settings.distill.teacher == "oof":  # no row is out-of-fold, so none has a teacher
+        if split.ratios and self.settings.distill.teacher == "oof":
             self.notes.append(
-                "with split.ratios training rows have no out-of-fold teacher, so the plan omits distill; "
-                "distill.teacher=best_fold includes it"
+                "split.ratios leaves no out-of-fold teacher: the plan omits distill; distill.teacher=best_fold includes it"
             )
             return
         images = {"train": inputs.train, "unlabeled": inputs.unlabeled, "weights": inputs.weights}
@@ -208,10 +202,7 @@ class _Builder:
         if evaluate == "evaluate" or truth or split.holdout > 0 or (split.ratios and split.ratios[2]):
             self._add(evaluate, "evaluate", channels, needs)
         else:
-            missing = "no ground truth for eval" if inputs.eval else "no eval="
-            self.notes.append(
-                f"{missing} and no holdout: no rows to score the student on, so the plan omits {evaluate}"
-            )
+            self.notes.append(f"no ground truth for eval and no holdout: the plan omits {evaluate}")
 
     def _add(
         self,
@@ -228,31 +219,26 @@ class _Builder:
         paths = {**channel_paths(stage, str(self.folder)), **channels}
         environment = {f"SM_CHANNEL_{channel.upper()}": path for channel, path in paths.items() if path}
         environment |= output_variables(stage, str(folder))
-        recipe = (f"recipe={self.recipe}",) if self.recipe else ()
-        overrides = tuple(
-            text for text in self.overrides if in_sections(_key(text), (*STAGES[stage].sections, "on_version_change"))
-        )
-        seeded = (f"seed={seed}",) if self.seeds and seed is not None else ()
-        empty = ("evaluate.allow_empty=true",) if name == "evaluate-student" and self.inputs.truth_unknown else ()
-        arguments = (*recipe, *empty, *overrides, *seeded)
-        self.steps.append(Step(name, stage, arguments, environment, folder, needs, epochs, fold, seed))
+        sections = (*STAGES[stage].sections, "on_version_change")
+        arguments = [f"recipe={self.recipe}"] if self.recipe else []
+        if name == "evaluate-student" and self.inputs.truth_unknown:
+            arguments.append("evaluate.allow_empty=true")
+        arguments += [text for text in self.overrides if in_sections(_key(text), sections)]
+        if self.seeds and seed is not None:
+            arguments.append(f"seed={seed}")
+        self.steps.append(Step(name, stage, tuple(arguments), environment, folder, needs, epochs, fold, seed))
 
 
 def _load_settings(overrides: Sequence[str], recipe: str, seeds: Sequence[int]) -> Settings:
     """Load the settings from the arguments, so that a typo fails before the first step."""
-    for text in overrides:
-        if _section(text) in REPLACED_BY:
-            raise SettingsError(f"{text}: for a run use {REPLACED_BY[_section(text)]}")
-    if seeds and any(_section(text) == "seed" for text in overrides):
-        raise SettingsError("seed= and seeds= are both set; give one of them")
+    for key in map(_key, overrides):
+        if key in ("stage", "fold"):
+            raise SettingsError(f"{key}=: for a run use {key}s=")
+        if key == "seed" and seeds:
+            raise SettingsError("seed= and seeds= are both set; give one of them")
     if len(set(seeds)) < len(seeds):
         raise SettingsError(f"seeds={','.join(map(str, seeds))}: duplicate seed")
-    recipe_argument = [f"recipe={recipe}"] if recipe else []
-    return load([arguments_layer([*overrides, *recipe_argument])])
-
-
-def _section(override: str) -> str:
-    return _key(override).split(".")[0]
+    return load([arguments_layer([*overrides, *([f"recipe={recipe}"] if recipe else [])])])
 
 
 def _key(override: str) -> str:

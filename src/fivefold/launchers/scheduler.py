@@ -1,16 +1,17 @@
 """Run steps in the order of their dependencies.
 
 A `Backend` runs the steps. The Scheduler handles the order, the limit of parallel steps, failed polls, signals and the
-exit code.
+exit code. It uses only `name` and `needs` of a step, so that a backend can also run Jobs of several steps.
 """
 
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from graphlib import TopologicalSorter
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 from fivefold.errors import RetryableError
+from fivefold.launchers.plan import Step
 from fivefold.launchers.status import BY_SIGNAL
 from fivefold.launchers.terminal import SharedTerminal
 
@@ -20,44 +21,30 @@ SIGNAL_INTERVAL_S = 0.05
 STATUS_INTERVAL_S = 0.5
 
 
-class Node(Protocol):
-    """A unit of work: a Step, or the Job of several steps. It starts after all that it needs have succeeded."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def needs(self) -> tuple[str, ...]: ...
-
-
-N = TypeVar("N", bound=Node)
-StepType = TypeVar("Own", bound=Node, contravariant=True)
-
-
-class Backend(Protocol[StepType]):
+class Backend(Protocol):
     """A platform that runs steps. It also shows their output on the screen and writes it to their logs."""
 
-    def start(self, step: StepType, alone: bool) -> int | None:
+    def start(self, step: Step) -> int | None:
         """Start a step, or attach to a running one, and return None. Return an exit code if there is nothing to do.
 
-        `alone`: no other step runs until this one has ended. The Scheduler calls this again after a RetryableError (e.g.
-        a quota); the error ends the run only if no other step runs.
+        The Scheduler calls this again after a RetryableError (e.g. a quota); the error ends the run only if no other
+        step runs.
         """
 
-    def poll(self, running: Sequence[StepType]) -> Mapping[str, int]:
+    def poll(self, running: Sequence[Step]) -> Mapping[str, int]:
         """Return the exit codes, by name, of the `running` steps that have ended, including since a failed poll.
 
         After a RetryableError the Scheduler polls again, up to MAX_FAILED_POLLS times in a row.
         """
 
-    def stop(self, running: Sequence[StepType], number: int, again: bool) -> bool:
+    def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
         """Handle a signal, or an error that ends the run (as SIGTERM). `again`: it is not the first signal.
 
         Return True if the steps were asked to end; the Scheduler then waits for them. Return False if they continue without
         this process; the backend has then printed the commands that follow and stop them.
         """
 
-    def describe(self, step: StepType) -> str:
+    def describe(self, step: Step) -> str:
         """Return the progress of a running step in a few words, or the reason why a step failed and the path of its log."""
 
 
@@ -79,13 +66,13 @@ class Signals:
         self.received.append(number)
 
 
-class Scheduler(Generic[N]):
+class Scheduler:
     """Runs the steps of one plan on one backend."""
 
     def __init__(
         self,
-        steps: Sequence[N],
-        backend: Backend[N],
+        steps: Sequence[Step],
+        backend: Backend,
         terminal: SharedTerminal,
         parallel: int = 0,
         poll_interval: float = 1.0,
@@ -93,7 +80,7 @@ class Scheduler(Generic[N]):
         """Run at most `parallel` steps at the same time (0: no limit), and poll them every `poll_interval`."""
         self.backend, self.terminal, self.parallel, self.seconds = backend, terminal, parallel, poll_interval
         self.steps = {step.name: step for step in steps}
-        self.running: dict[str, N] = {}
+        self.running: dict[str, Step] = {}
         self.ended: dict[str, int] = {}
         self._ready: list[str] = []
         self._sorter = TopologicalSorter({step.name: step.needs for step in steps})
@@ -124,8 +111,7 @@ class Scheduler(Generic[N]):
             if not self.running:
                 return
             if handled < len(received):
-                steps, number = list(self.running.values()), received[handled]
-                if not self.backend.stop(steps, number, again=handled > 0):
+                if not self.backend.stop(list(self.running.values()), received[handled], again=handled > 0):
                     return
                 handled += 1
             self._poll()
@@ -136,15 +122,13 @@ class Scheduler(Generic[N]):
 
     def _start_ready(self, received: Sequence[int]) -> None:
         """Start the ready steps in the order of the plan. After a signal, start none."""
-        order = list(self.steps)
         while not received and (not self.parallel or len(self.running) < self.parallel):
-            self._ready = sorted([*self._ready, *self._sorter.get_ready()], key=order.index)
+            self._ready = sorted([*self._ready, *self._sorter.get_ready()], key=list(self.steps).index)
             if not self._ready:
                 return
             step = self.steps[self._ready[0]]
-            alone = self.parallel == 1 or (not self.running and len(self._ready) == 1)
             try:
-                code = self.backend.start(step, alone)
+                code = self.backend.start(step)
             except RetryableError as error:
                 if not self.running:
                     raise
@@ -172,7 +156,7 @@ class Scheduler(Generic[N]):
         for name, code in codes.items():
             self._end(self.running.pop(name), code)
 
-    def _end(self, step: N, code: int) -> None:
+    def _end(self, step: Step, code: int) -> None:
         self.ended[step.name] = code
         if code == 0:
             self._sorter.done(step.name)
@@ -181,10 +165,8 @@ class Scheduler(Generic[N]):
         self.terminal.write_line(f"{step.name} {verb} (exit code {code}): {self.backend.describe(step)}")
 
     def _show_progress(self) -> None:
-        """Update the terminal's status line. A step that runs alone shows its own progress."""
-        if len(self.running) < 2:
-            self.terminal.set_status_line("")
-        elif self.terminal.terminal and time.monotonic() - self._last_status > STATUS_INTERVAL_S:
+        """Update the terminal's status line."""
+        if self.terminal.terminal and time.monotonic() - self._last_status > STATUS_INTERVAL_S:
             self._last_status = time.monotonic()
             parts = [f"{name} {self.backend.describe(step)}".rstrip() for name, step in self.running.items()]
             self.terminal.set_status_line(" | ".join([f"{len(self.ended)} of {len(self.steps)} steps done", *parts]))

@@ -72,17 +72,15 @@ def record_end(step: Step, exit_code: int) -> None:
 
 def read_status(step: Step) -> Status:
     """Return the status of a step. It is `stopped` if its process ended without an exit code."""
-    state = _state(step)
-    record = read_step_record(step)
-    if state is not None and state["ended"] is None:
-        if _is_alive(state):
-            done = epochs_done(step, datetime.fromisoformat(state["started"]).timestamp() - CLOCK_SLACK_S)
-            return Status("running", f"epoch {done} of {step.epochs}" if step.epochs and done else last_line(step))
-        if record is None:
-            return Status("stopped", f"process {state['pid']} ended without an exit code")
-    if state is not None and state["exit_code"]:
+    pid, state, record = running_pid(step), _state(step), read_step_record(step)
+    if pid is not None:
+        done = epochs_done(step, datetime.fromisoformat(state["started"]).timestamp() - CLOCK_SLACK_S)
+        return Status("running", f"epoch {done} of {step.epochs}" if step.epochs and done else last_line(step))
+    if state.get("exit_code"):
         word = "stopped" if state["exit_code"] in BY_SIGNAL else "failed"
         return Status(word, failure_message(step), state["exit_code"])
+    if record is None and state and state["ended"] is None:
+        return Status("stopped", f"process {state['pid']} ended without an exit code")
     if record is not None:
         return Status("done", f"{record['wall_seconds']:.0f} s, finished {_local_time(record['finished'])}")
     return Status("waiting")
@@ -102,11 +100,14 @@ def failure_message(step: Step) -> str:
     return last_line(step)
 
 
+def describe_failure(step: Step) -> str:
+    """Return the failure's message and the path of the step's log."""
+    return f"{failure_message(step)}\n  log: {step.folder / LOG}"
+
+
 def last_line(step: Step) -> str:
     path = step.folder / LOG
-    if not path.is_file():
-        return ""
-    return path.read_text("utf-8", "replace").rstrip().rpartition("\n")[2].strip()
+    return path.read_text("utf-8", "replace").strip().split("\n")[-1] if path.is_file() else ""
 
 
 def epochs_done(step: Step, since: float = 0.0) -> int:
@@ -118,26 +119,23 @@ def epochs_done(step: Step, since: float = 0.0) -> int:
 
 
 def running_pid(step: Step) -> int | None:
-    """Return the id of the process that runs this step, or None."""
-    state = _state(step)
-    return state["pid"] if state is not None and state["ended"] is None and _is_alive(state) else None
-
-
-def _state(step: Step) -> dict[str, Any] | None:
-    path = step.folder / STATE
-    return read_json(path) if path.is_file() else None
-
-
-def _is_alive(state: Mapping[str, Any]) -> bool:
-    """Return whether the process runs, and is not a later process with the same id."""
+    """Return the id of the process that runs this step, or None. A later process may have the same id as one that ended."""
     import psutil
 
-    started = datetime.fromisoformat(state["started"]).timestamp()
+    state = _state(step)
+    if not state or state["ended"] is not None:
+        return None
     try:
         process = psutil.Process(state["pid"])
-        return process.create_time() <= started + CLOCK_SLACK_S and process.status() != psutil.STATUS_ZOMBIE
+        same = process.create_time() <= datetime.fromisoformat(state["started"]).timestamp() + CLOCK_SLACK_S
+        return process.pid if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
-        return False
+        return None
+
+
+def _state(step: Step) -> dict[str, Any]:
+    path = step.folder / STATE
+    return read_json(path) if path.is_file() else {}
 
 
 def _now() -> str:
@@ -170,8 +168,7 @@ def read_scores(plan: Plan, step: Step) -> Scores | None:
     if step.stage == "split":
         return None
     evaluation = plan.folder / EVALUATION.get(step.name, step.name) / "output"
-    done = (evaluation / RECORD).is_file() and (evaluation / METRICS).is_file()
-    scored = read_json(evaluation / METRICS) if done else {}
+    scored = read_json(evaluation / METRICS) if (evaluation / RECORD).is_file() else {}
     test = _scores_in(scored.get("test"), "test") or _scores_in(scored.get("holdout"), "holdout")
     if test is not None or step.stage == "ensemble":
         return test
@@ -182,15 +179,14 @@ def results_table(plan: Plan) -> str:
     """Return a table of every fold, the ensemble and the student: accuracy, logloss, the scored rows, seconds."""
     table = [("", "accuracy", "logloss", "rows", "seconds")]
     for step in plan.steps:
-        name = {"distill": "student", "ensemble": "ensemble"}.get(step.name, step.name)
         record = read_step_record(step)
-        if record is None or not (step.stage == "train-fold" or step.name in ("ensemble", "distill")):
-            continue
-        figures = read_scores(plan, step)
-        cells = (
-            (f"{figures.accuracy:.4f}", f"{figures.logloss:.4f}", figures.rows) if figures else ("-", "-", "not scored")
-        )
-        table.append((name, *cells, f"{record['wall_seconds']:.1f}"))
+        if record is not None and (step.stage == "train-fold" or step.name in ("ensemble", "distill")):
+            name = "student" if step.name == "distill" else step.name
+            scores = read_scores(plan, step)
+            figures = (
+                (f"{scores.accuracy:.4f}", f"{scores.logloss:.4f}", scores.rows) if scores else ("-", "-", "not scored")
+            )
+            table.append((name, *figures, f"{record['wall_seconds']:.1f}"))
     return format_table(table, numbers=(1, 2, 4)) if len(table) > 1 else "no model is trained yet"
 
 
@@ -209,8 +205,9 @@ def format_table(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> 
 
 def _scores_in(metrics: Mapping[str, Any] | None, rows: str, prefix: str = "") -> Scores | None:
     """Return the scores in `metrics`, whose names start with `prefix`, or None if they are missing."""
-    accuracy, logloss = ((metrics or {}).get(f"{prefix}{name}") for name in ("accuracy", "logloss"))
-    if not metrics or accuracy is None or logloss is None:
+    metrics = metrics or {}
+    accuracy, logloss = (metrics.get(f"{prefix}{name}") for name in ("accuracy", "logloss"))
+    if accuracy is None or logloss is None:
         return None
     count = f", {metrics['n']}" if "n" in metrics else ""
     chose = ", which chose the epoch" if metrics.get("selected_on") == rows else ""

@@ -255,7 +255,7 @@ def test_signal_stops_following_the_jobs_but_not_the_jobs(cluster: FakeCluster) 
 
     followed = len(cluster.calls("logs"))
     second_process = start_submit(cluster, "kubernetes.memory=1024Mi")
-    wait_until(lambda: len(cluster.calls("logs")) == followed + 3)
+    wait_until(lambda: len(cluster.calls("logs")) >= followed + 3)
     (cluster.folder / "go").touch()
     printed, output = second_process.communicate(timeout=60)
     assert second_process.returncode == 0, output
@@ -486,7 +486,7 @@ def test_submit_prints_the_scores_and_the_command_that_copies_the_run(cluster: F
         ["folds", "0.7500", "0.5000", "out-of-fold,", "50"],
         ["student", "0.7500", "0.2500", "holdout,", "7"],
     ]
-    copy = f"kubectl --context big --namespace 'a b' cp fivefold-loader:/runs/r {cluster.runs}/r "
+    copy = f"kubectl --context big --namespace 'a b' cp fivefold-loader:/runs/r {cluster.runs}/r"
     assert copy in output
 
 

@@ -33,10 +33,10 @@ class ScriptedBackend:
     log: list[Any] = field(default_factory=list)
     running: int = 0
 
-    def start(self, step: Step, alone: bool) -> int | None:
+    def start(self, step: Step) -> int | None:
         if self.running >= self.capacity:
             raise RetryableError("the quota is used up")
-        self.log.append(f"{step.name}{' alone' if alone else ''}")
+        self.log.append(step.name)
         self.running += step.name not in self.done
         return 0 if step.name in self.done else None
 
@@ -72,18 +72,18 @@ def run(backend: ScriptedBackend, parallel: int = 0) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("backend", "parallel", "log"),
     [
-        (ScriptedBackend(), 0, ["a alone", ["a"], "b", "c", ["b", "c"], "d", "e", ["d", "e"]]),
+        (ScriptedBackend(), 0, ["a", ["a"], "b", "c", ["b", "c"], "d", "e", ["d", "e"]]),
         (
             ScriptedBackend(),
             1,
-            ["a alone", ["a"], "b alone", ["b"], "c alone", ["c"], "d alone", ["d"], "e alone", ["e"]],
+            ["a", ["a"], "b", ["b"], "c", ["c"], "d", ["d"], "e", ["e"]],
         ),
-        (ScriptedBackend(done=["a", "b"]), 2, ["a alone", "b", "c", "e", ["c", "e"], "d alone", ["d"]]),
-        (ScriptedBackend(capacity=1), 0, ["a alone", ["a"], "b", ["b"], "c", ["c"], "d", ["d"], "e alone", ["e"]]),
+        (ScriptedBackend(done=["a", "b"]), 2, ["a", "b", "c", "e", ["c", "e"], "d", ["d"]]),
+        (ScriptedBackend(capacity=1), 0, ["a", ["a"], "b", ["b"], "c", ["c"], "d", ["d"], "e", ["e"]]),
         (
             ScriptedBackend(failures=MAX_FAILED_POLLS - 1),
             0,
-            ["a alone", ["a"], "b", "c", ["b", "c"], "d", "e", ["d", "e"]],
+            ["a", ["a"], "b", "c", ["b", "c"], "d", "e", ["d", "e"]],
         ),
     ],
 )
@@ -99,7 +99,7 @@ def test_first_failure_sets_the_exit_code_and_dependent_steps_do_not_start() -> 
     backend = ScriptedBackend(codes={"b": 66, "c": 143})
     code, output = run(backend)
     assert code == 66
-    assert backend.log == ["a alone", ["a"], "b", "c", ["b", "c"]]
+    assert backend.log == ["a", ["a"], "b", "c", ["b", "c"]]
     assert output.splitlines() == [
         "b failed (exit code 66): as it is",
         "c was stopped by SIGTERM (exit code 143): as it is",
@@ -113,7 +113,7 @@ def test_signal_stops_the_backend_and_no_more_steps_start(waits: bool, log: list
     backend = ScriptedBackend(interrupt=True, waits_for_stopped=waits)
     code, output = run(backend)
     assert code == 143
-    assert backend.log == ["a alone", *log]
+    assert backend.log == ["a", *log]
     assert "b was not started" in output
 
 

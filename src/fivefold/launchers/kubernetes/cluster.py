@@ -34,8 +34,6 @@ LIMITS_SET = "kubernetes.io/limit-ranger"
 """The annotation of a pod that lists the limits that a LimitRange has set."""
 POD_INDEX = "batch.kubernetes.io/job-completion-index"
 OWNER = "batch.kubernetes.io/controller-uid"
-INTERNAL_ERROR = 1
-"""The exit code of an internal error, which another attempt would repeat."""
 
 
 def kubectl_options(namespace: str, context: str) -> list[str]:
@@ -55,22 +53,13 @@ class Kubectl:
         self.where = kubectl_options(namespace, context)
         self._program = program
 
-    def command(self, *arguments: str) -> list[str]:
-        return [self._program, *self.where, *arguments]
-
     def run(self, *arguments: str, stdin: str = "") -> str:
         """Return the output of kubectl. Raise a RetryableError if the cluster is unavailable, a SettingsError if it rejects the request."""
+        command = [self._program, *self.where, *arguments]
+        # a new session: Ctrl-C in the terminal must not interrupt a request
+        options = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "start_new_session": True}
         try:
-            # a new session: Ctrl-C in the terminal must not interrupt a request
-            result = subprocess.run(
-                self.command(*arguments),
-                input=stdin,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=KUBECTL_TIMEOUT_S,
-                start_new_session=True,
-            )
+            result = subprocess.run(command, input=stdin, check=False, timeout=KUBECTL_TIMEOUT_S, **options)
         except subprocess.TimeoutExpired as error:
             raise RetryableError(f"kubectl {arguments[0]} did not respond within {KUBECTL_TIMEOUT_S} s") from error
         if not result.returncode:
@@ -81,22 +70,21 @@ class Kubectl:
             raise RetryableError(f"the cluster is unavailable, the same command may succeed later: {message}")
         raise SettingsError(f"kubectl {arguments[0]} was refused: {message or 'without a message'}")
 
-    def items(self, kinds: str, selector: str) -> list[Object]:
-        """Return the objects of these kinds (`jobs,pods`) with these labels."""
-        return json.loads(self.run("get", kinds, "--selector", selector, "--output", "json"))["items"]
+    def items(self, kinds: str, selector: str, option: str = "--selector") -> list[Object]:
+        """Return the objects of these kinds (`jobs,pods`) with these labels, or with `--field-selector` these fields."""
+        return json.loads(self.run("get", kinds, option, selector, "--output", "json"))["items"]
 
     def has(self, kind: str, name: str) -> bool:
         return bool(self.run("get", kind, name, "--ignore-not-found", "--output", "name").strip())
 
     def why_no_pod(self, uid: str) -> str:
         """Return why the Job with this uid could not create a pod, from its last event; an empty text without an event."""
-        of_job = f"involvedObject.uid={uid},reason=FailedCreate"
         try:
-            events = json.loads(self.run("get", "events", "--field-selector", of_job, "--output", "json"))["items"]
+            events = self.items("events", f"involvedObject.uid={uid},reason=FailedCreate", "--field-selector")
         except SettingsError as error:
             return f"it has no pod yet, for an unknown reason: {error}"
         last = max(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "", default={})
-        return ": ".join(text for text in (last.get("reason"), last.get("message")) if text)
+        return join_reason(last)
 
     def apply(self, manifest: Mapping[str, Any]) -> None:
         self.run("apply", "--filename", "-", stdin=json.dumps(manifest))
@@ -213,7 +201,12 @@ def pending_reason(pod: Mapping[str, Any]) -> str:
     reason = unplaced[0] if unplaced else _state(pod).get("waiting", {})
     if reason.get("reason") in ("ContainerCreating", "PodInitializing"):
         return ""
-    return ": ".join(text for text in (reason.get("reason"), reason.get("message")) if text)
+    return join_reason(reason)
+
+
+def join_reason(item: Mapping[str, Any]) -> str:
+    """Return the reason and the message of an event, a condition or a state."""
+    return ": ".join(text for text in (item.get("reason"), item.get("message")) if text)
 
 
 def final_exits(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> list[PodExit]:
@@ -227,17 +220,20 @@ def final_exits(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> li
 
 
 def exit_code(exits: Sequence[PodExit]) -> int:
-    """Return a permanent exit code if a pod ended with one, 1 for an internal error, else 75 (retry)."""
+    """Return the exit code of a pod that another attempt would repeat (1: an internal error), else 75 (retry)."""
     codes = [item.code for item in exits]
-    return next((code for code in codes if code in (*NON_RETRYABLE_CODES, INTERNAL_ERROR)), RetryableError.exit_code)
+    return next((code for code in codes if code in (*NON_RETRYABLE_CODES, 1)), RetryableError.exit_code)
 
 
 def _state(pod: Mapping[str, Any]) -> Mapping[str, Any]:
-    statuses = pod.get("status", {}).get("containerStatuses") or []
-    return next((status.get("state", {}) for status in statuses if status["name"] == CONTAINER), {})
+    return _own(pod.get("status", {}).get("containerStatuses")).get("state", {})
+
+
+def _own(entries: Iterable[Mapping[str, Any]] | None) -> Mapping[str, Any]:
+    """Return the entry of Fivefold's container, or an empty one."""
+    return next((entry for entry in entries or () if entry["name"] == CONTAINER), {})
 
 
 def find_container(pod: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return Fivefold's container in a pod or a pod template."""
-    containers = pod.get("spec", {}).get("containers", [])
-    return next((container for container in containers if container["name"] == CONTAINER), {})
+    return _own(pod.get("spec", {}).get("containers"))

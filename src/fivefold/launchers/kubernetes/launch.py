@@ -3,13 +3,9 @@
 The Jobs stay in the cluster when this process ends. The same command finds them and continues.
 """
 
-import io
 import json
 import os
 import shlex
-import subprocess
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +14,12 @@ from fivefold.launchers.kubernetes import cluster
 from fivefold.launchers.kubernetes.cluster import LAST_APPLIED, Kubectl, kubectl_options
 from fivefold.launchers.kubernetes.manifests import (
     CONTAINER,
-    DATA,
     QUEUE,
     RUN,
     RUNS,
     Object,
     Task,
+    check_inputs,  # noqa: F401
     check_names,
     check_runs,
     claim_manifest,
@@ -35,9 +31,7 @@ from fivefold.launchers.kubernetes.manifests import (
 from fivefold.launchers.plan import Plan, Step
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import LOG, ROWS, format_table
-from fivefold.launchers.terminal import SharedTerminal, copy_output, read_lines
-
-LOG_DRAIN_TIMEOUT_S = 20.0
+from fivefold.launchers.terminal import SharedTerminal, append_lines, find_new_lines, read_lines
 
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
@@ -45,38 +39,31 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
 
     Return 130 or 143 after SIGINT or SIGTERM: the Jobs continue, and this process no longer follows them.
     """
-    check(plan)
-    section, terminal = plan.settings.kubernetes, SharedTerminal()
-    backend = KubernetesBackend(plan, parallel, Kubectl(section.namespace, section.context, environ), terminal)
-    try:
-        return Scheduler(plan_tasks(plan), backend, terminal, poll_interval=section.poll_seconds).run()
-    finally:
-        backend.logs.stop()
+    terminal = SharedTerminal()
+    backend = KubernetesBackend(plan, parallel, find_kubectl(plan, environ), terminal)
+    return Scheduler(plan_tasks(plan), backend, terminal, poll_interval=plan.settings.kubernetes.poll_seconds).run()
+
+
+def find_kubectl(plan: Plan, environ: Mapping[str, str] = os.environ) -> Kubectl:
+    """Return kubectl for the plan's cluster. Raise a SettingsError if it is not installed."""
+    return Kubectl(plan.settings.kubernetes.namespace, plan.settings.kubernetes.context, environ)
+
+
+check_machine = find_kubectl
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
-    """Return the Jobs in order, as they are applied. The claim is not included, so that deleting these objects keeps the data."""
-    check(plan)
-    jobs = objects(plan, parallel)
-    name = plan.settings.kubernetes.pvc
-    header = (
-        f"# The claim {name} must exist: k8s/pvc.yaml creates fivefold.\n" if any(map(is_existing_claim, jobs)) else ""
-    )
-    return header + to_yaml(jobs).rstrip("\n")
+    """Return the Jobs in order, as they are applied. The claim is not included, so that deleting these objects keeps the data.
+
+    Raise a SettingsError for a plan that no cluster can run.
+    """
+    check_names(plan)
+    check_runs(plan.settings.kubernetes.runs_path)
+    return to_yaml(objects(plan, parallel)).rstrip("\n")
 
 
 def objects(plan: Plan, parallel: int = 0) -> list[Object]:
     return [job_manifest(plan, task, parallel) for task in plan_tasks(plan)]
-
-
-def is_existing_claim(manifest: Mapping[str, Any]) -> bool:
-    return any("persistentVolumeClaim" in volume for volume in manifest["spec"]["template"]["spec"]["volumes"])
-
-
-def check(plan: Plan) -> None:
-    """Raise a SettingsError for a plan that no cluster can run, before anything is written."""
-    check_names(plan)
-    check_runs(plan.settings.kubernetes.runs_path)
 
 
 def results(plan: Plan) -> str:
@@ -84,15 +71,11 @@ def results(plan: Plan) -> str:
     section, scores = plan.settings.kubernetes, read_pod_scores(plan)
     place = f"the run is at {section.runs_path.rstrip('/')}/{plan.run}"
     if section.runs_path == RUNS:
-        copy = [
-            "kubectl",
-            *kubectl_options(section.namespace, section.context),
-            "cp",
-            f"fivefold-loader:{RUNS}/{plan.run}",
-        ]
+        options = kubectl_options(section.namespace, section.context)
+        copy = shlex.join(["kubectl", *options, "cp", f"fivefold-loader:{RUNS}/{plan.run}", str(plan.folder)])
         place = (
-            f"the run is in {RUNS}/{plan.run} of the claim {section.pvc}; to copy it, start the pod of k8s/loader-pod.yaml and run:\n"
-            f"{shlex.join([*copy, str(plan.folder)])}    (the pod has {DATA} and {RUNS})"
+            f"the run is in {RUNS}/{plan.run} of the claim {section.pvc}; "
+            f"to copy it, start the pod of k8s/loader-pod.yaml and run:\n{copy}"
         )
     return f"{scores}\n\n{place}" if scores else place
 
@@ -114,7 +97,6 @@ class KubernetesBackend:
 
     def __init__(self, plan: Plan, parallel: int, kubectl: Kubectl, terminal: SharedTerminal) -> None:
         self.plan, self.parallel, self.kubectl, self.terminal = plan, parallel, kubectl, terminal
-        self.logs = Logs(kubectl, terminal)
         self._selector = f"{RUN}={plan.run}"
         self._command_prefix = shlex.join(["kubectl", *kubectl.where])
         self._initial: dict[str, Object] | None = None
@@ -122,8 +104,10 @@ class KubernetesBackend:
         self._skipped: set[str] = set()
         self._printed: set[str] = set()
         self._failures: dict[str, str] = {}
+        self._lines: dict[str, list[str]] = {}
+        self._copied: set[str] = set()
 
-    def start(self, task: Task, alone: bool) -> None:
+    def start(self, task: Task) -> None:
         """Do nothing: `poll` applies the Job, because the Scheduler retries `poll` if the cluster is unavailable."""
 
     def poll(self, running: Sequence[Task]) -> dict[str, int]:
@@ -131,12 +115,8 @@ class KubernetesBackend:
             self._initial = self._find_jobs()
         for task in running:
             if task.name not in self._followed | self._skipped:
-                self._apply_or_follow(
-                    task, job_manifest(self.plan, task, self.parallel), self._initial.get(self._job_name(task))
-                )
-        objects = self.kubectl.items("jobs,pods", self._selector)
-        jobs = {item["metadata"]["name"]: item for item in objects if item["kind"] == "Job"}
-        pods = [item for item in objects if item["kind"] == "Pod"]
+                self._apply_or_follow(task, self._initial.get(self._job_name(task)))
+        jobs, pods = self._list_objects()
         followed = [task for task in running if task.name in self._followed]
         codes = {task.name: self._poll_job(task, jobs.get(self._job_name(task)), pods) for task in followed}
         skipped = {task.name: 0 for task in running if task.name in self._skipped}
@@ -146,8 +126,8 @@ class KubernetesBackend:
         """Leave the Jobs in the cluster, and print how to follow and how to delete them."""
         if names := ", ".join(self._job_name(task) for task in running if task.name in self._followed):
             self.terminal.write_line(
-                f"no longer following {names} of {self.plan.run} in the cluster\n"
-                f"  the same command follows them again; to delete them: {self._command_prefix} delete jobs --selector {self._selector}"
+                f"no longer following {names} of {self.plan.run} in the cluster\n  the same command follows them again; "
+                f"to delete them: {self._command_prefix} delete jobs --selector {self._selector}"
             )
         return False
 
@@ -157,15 +137,24 @@ class KubernetesBackend:
     def _job_name(self, task: Task) -> str:
         return job_name(self.plan.run, task.name)
 
-    def _find_jobs(self) -> dict[str, Object]:
-        """Return the run's existing Jobs before anything is applied. Raise a SettingsError if pods run with other settings."""
+    def _list_objects(self) -> tuple[dict[str, Object], list[Object]]:
+        """Return the run's Jobs by name, and its pods."""
         objects = self.kubectl.items("jobs,pods", self._selector)
         jobs = {item["metadata"]["name"]: item for item in objects if item["kind"] == "Job"}
-        pods = [item for item in objects if item["kind"] == "Pod"]
+        return jobs, [item for item in objects if item["kind"] == "Pod"]
+
+    def _manifest(self, task: Task) -> Object:
+        return job_manifest(self.plan, task, self.parallel)
+
+    def _has_same_request(self, task: Task, present: Object) -> bool:
+        return extract_request(present) == extract_request(self._manifest(task))
+
+    def _find_jobs(self) -> dict[str, Object]:
+        """Return the run's existing Jobs before anything is applied. Raise a SettingsError if pods run with other settings."""
+        jobs, pods = self._list_objects()
         for task in plan_tasks(self.plan):
-            name, manifest = self._job_name(task), job_manifest(self.plan, task, self.parallel)
-            present = jobs.get(name)
-            if present is None or _is_over(present) or extract_request(present) == extract_request(manifest):
+            name, present = self._job_name(task), jobs.get(self._job_name(task))
+            if present is None or _is_over(present) or self._has_same_request(task, present):
                 continue
             if any(map(cluster.has_started, cluster.pods_of_job(pods, present))):
                 raise SettingsError(
@@ -174,15 +163,15 @@ class KubernetesBackend:
                 )
         return jobs
 
-    def _apply_or_follow(self, task: Task, manifest: Object, present: Object | None) -> None:
+    def _apply_or_follow(self, task: Task, present: Object | None) -> None:
         """Apply a Job, or handle the existing one: skip it if done, follow it if it runs, else replace it."""
-        name = self._job_name(task)
+        name, manifest = self._job_name(task), self._manifest(task)
         done = present is not None and cluster.condition(present, "Complete")
         if present is None:
             self._apply_claim(manifest)
             self.kubectl.apply(manifest)
             self.terminal.write_line(f"{name}: applied")
-        elif not _is_over(present) and extract_request(present) == extract_request(manifest):
+        elif not _is_over(present) and self._has_same_request(task, present):
             self.terminal.write_line(f"{name} exists and runs: following it")
         elif done and extract_work(present) == extract_work(manifest) and self._skipped.issuperset(task.needs):
             self.terminal.write_line(
@@ -197,8 +186,9 @@ class KubernetesBackend:
         self._followed.add(task.name)
 
     def _apply_claim(self, manifest: Mapping[str, Any]) -> None:
-        pods = self.plan.settings.kubernetes
-        if is_existing_claim(manifest) and not self.kubectl.has("persistentvolumeclaim", pods.pvc):
+        pods, volumes = self.plan.settings.kubernetes, manifest["spec"]["template"]["spec"]["volumes"]
+        needs_claim = any("persistentVolumeClaim" in volume for volume in volumes)
+        if needs_claim and not self.kubectl.has("persistentvolumeclaim", pods.pvc):
             self.kubectl.apply(claim_manifest(pods))
             self.terminal.write_line(f"claim {pods.pvc}: applied")
 
@@ -211,7 +201,7 @@ class KubernetesBackend:
         own_pods = cluster.pods_of_job(pods, job)
         for pod in own_pods:
             step = task.steps[cluster.read_pod_index(pod) or 0]
-            self.logs.follow(pod, step)
+            self._copy_log(pod, step)
             if reason := cluster.pending_reason(pod):
                 self._print_once(f"{step.name} waits: {reason}", reason)
             if ending := cluster.pod_exit(pod):
@@ -221,7 +211,6 @@ class KubernetesBackend:
             if cluster.lacks_pods(job, own_pods) and (reason := self.kubectl.why_no_pod(job["metadata"]["uid"])):
                 self._print_once(f"{name} waits: {reason}", cluster.normalize_event(reason))
             return None
-        self.logs.finish(own_pods)
         if failed is None:
             self._print_once(f"{name}: done", job["metadata"]["uid"])
             return 0
@@ -229,6 +218,26 @@ class KubernetesBackend:
         reasons = [f"\n  {task.steps[ending.index or 0].name}: {ending}" for ending in last]
         self._failures[task.name] = f"the Job {name}, {failed.get('reason', 'unknown')}{''.join(reasons)}"
         return cluster.exit_code(last)
+
+    def _copy_log(self, pod: Mapping[str, Any], step: Step) -> None:
+        """Copy the new lines of a pod's log to the terminal and to the step's log, which may have lines of an earlier command."""
+        name, log = pod["metadata"]["name"], step.folder / LOG
+        if name in self._copied or not cluster.has_started(pod):
+            return
+        try:
+            text = self.kubectl.run("logs", name, "--container", CONTAINER).rstrip("\n")
+        except RetryableError:  # the next poll reads the log again
+            return
+        except SettingsError as error:
+            self._print_once(f"cannot read the log of {step.name}: {error}", "logs")
+            return
+        lines, title = text.split("\n") if text else [], f"pod {name}"
+        if new := find_new_lines(lines, self._lines.get(name) or read_lines(log, title)):
+            append_lines(log, title, new)
+            self.terminal.write_output(step.name, new)
+            self._lines[name] = lines
+        if cluster.has_ended(pod):
+            self._copied.add(name)
 
     def _print_once(self, text: str, key: str) -> None:
         if key not in self._printed:
@@ -254,43 +263,3 @@ def extract_request(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _is_over(job: Mapping[str, Any]) -> bool:
     return any(cluster.condition(job, kind) for kind in ("Complete", "Failed"))
-
-
-class Logs:
-    """Follow the logs of pods. Each pod has a process of kubectl and a thread that reads its output."""
-
-    def __init__(self, kubectl: Kubectl, terminal: SharedTerminal) -> None:
-        self.kubectl, self.terminal = kubectl, terminal
-        self._streams: dict[str, tuple[subprocess.Popen[bytes], threading.Thread]] = {}
-
-    def follow(self, pod: Mapping[str, Any], step: Step) -> None:
-        """Follow a pod that has started, also after its stream broke. Skip lines that are already in the log."""
-        name, log = pod["metadata"]["name"], step.folder / LOG
-        earlier = self._streams.get(name)
-        is_read = earlier and (earlier[0].poll() is None or (cluster.has_ended(pod) and not earlier[0].returncode))
-        if is_read or not cluster.has_started(pod):
-            return
-        if earlier:
-            earlier[1].join()
-        command = self.kubectl.command("logs", "--follow", name, "--container", CONTAINER)
-        quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, **quiet)
-        output = io.TextIOWrapper(process.stdout, "utf-8", "replace", newline="")
-        title = f"pod {name}"
-        arguments = (output, log, title, self.terminal, step.name, read_lines(log, title))
-        self._streams[name] = process, threading.Thread(target=copy_output, args=arguments, daemon=True)
-        self._streams[name][1].start()
-
-    def finish(self, pods: Sequence[Mapping[str, Any]]) -> None:
-        """Wait for the last log lines of pods that have ended."""
-        deadline = time.monotonic() + LOG_DRAIN_TIMEOUT_S
-        for pod in pods:
-            if stream := self._streams.get(pod["metadata"]["name"]):
-                stream[1].join(max(0.0, deadline - time.monotonic()))
-
-    def stop(self) -> None:
-        """End all processes that follow logs."""
-        for process, reader in self._streams.values():
-            process.terminate()
-            reader.join(LOG_DRAIN_TIMEOUT_S)
-            process.wait()

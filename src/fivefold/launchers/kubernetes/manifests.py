@@ -17,6 +17,7 @@ from fivefold.config.schema import Kubernetes
 from fivefold.contract.files import write_text
 from fivefold.contract.run_layout import channel_paths, output_variables
 from fivefold.contract.s3.urls import is_url, parse
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan
 
@@ -78,15 +79,11 @@ def job_name(run: str, task: str) -> str:
 
 def check_names(plan: Plan) -> None:
     """Raise a SettingsError if the run's name cannot be part of the names of its pods."""
-    names = [(job_name(plan.run, task.name), task) for task in plan_tasks(plan)]
-    longest = max((f"{name}-{len(task.steps) - 1}" if task.indexed else name for name, task in names), key=len)
-    if not plan.run[-1].isalnum():
-        raise SettingsError(f"run={plan.run!r}: on Kubernetes a name must end in a letter or a digit")
-    if len(longest) > MAX_NAME_LENGTH:
-        available = len(plan.run) - len(longest) + MAX_NAME_LENGTH
+    suffixes = [f"{task.name}-{len(task.steps) - 1}" if task.indexed else task.name for task in plan_tasks(plan)]
+    available = MAX_NAME_LENGTH - len(job_name("", max(suffixes, key=len)))
+    if not plan.run[-1].isalnum() or len(plan.run) > available:
         raise SettingsError(
-            f"run={plan.run!r} is too long for Kubernetes: {longest} has {len(longest)} of {MAX_NAME_LENGTH} characters; "
-            f"the run's name may have {available}"
+            f"run={plan.run!r}: on Kubernetes a name must end in a letter or a digit, and may have {available} characters"
         )
 
 
@@ -95,10 +92,8 @@ def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
 
     Raise a SettingsError if pods cannot read a path: it must be in /data of the claim, or at s3://.
     """
-    for name, path in vars(inputs).items():
-        if path and is_url(path):
-            parse(path, name)
-        elif path and (not PurePosixPath(path).is_relative_to(DATA) or ".." in PurePosixPath(path).parts):
+    for name, path in inputs.paths():
+        if not is_url(path) and (not PurePosixPath(path).is_relative_to(DATA) or ".." in PurePosixPath(path).parts):
             raise SettingsError(
                 f"{name}={path}: pods can read {DATA} of the claim, and s3://; copy it to the claim as docs/kubernetes.md "
                 f"shows, and set {name}={DATA}/…"
@@ -140,10 +135,7 @@ def claim_manifest(pods: Kubernetes) -> Object:
 
 
 def job_manifest(plan: Plan, task: Task, parallel: int = 0) -> Object:
-    """Return the Job of a task, with at most `parallel` folds at the same time (0: all).
-
-    Permanent exit codes end the Job (or its index) at once. A drained node does not count as a retry.
-    """
+    """Return the Job of a task, with at most `parallel` folds at the same time (0: all)."""
     pods = plan.settings.kubernetes
     labels = {NAME: "fivefold", RUN: plan.run, TASK: task.name}
     queue = {QUEUE: pods.queue} if pods.queue else {}
@@ -174,8 +166,7 @@ def job_manifest(plan: Plan, task: Task, parallel: int = 0) -> Object:
 
 def double_quantity(quantity: str) -> str:
     """Return twice a Kubernetes quantity: 8Gi for 4Gi."""
-    number = re.match(r"[\d.]+", quantity)[0]
-    return f"{2 * float(number):g}{quantity[len(number) :]}"
+    return re.sub(r"[\d.]+", lambda number: f"{2 * float(number[0]):g}", quantity, count=1)
 
 
 def pod_template(task: Task, pods: Kubernetes) -> Object:
@@ -188,6 +179,10 @@ def pod_template(task: Task, pods: Kubernetes) -> Object:
     limits = {name: str(value) for name, value in pods.limits.items()}
     at_store = any(is_url(entry.get("value", "")) for entry in env)
     from_claim = [path for path in (DATA, RUNS) if any(entry.get("value", "").startswith(path) for entry in env)]
+    claim_mounts = [
+        {"name": "storage", "mountPath": path, "subPath": path.strip("/"), **READ_ONLY.get(path, {})}
+        for path in from_claim
+    ]
     return {
         # a non-root user, with group access to the claim's files; no service account token, no service variables
         "automountServiceAccountToken": False,
@@ -227,10 +222,7 @@ def pod_template(task: Task, pods: Kubernetes) -> Object:
                 },
                 "terminationMessagePolicy": "FallbackToLogsOnError",
                 "volumeMounts": [
-                    *(
-                        {"name": "storage", "mountPath": path, "subPath": path.strip("/"), **READ_ONLY.get(path, {})}
-                        for path in from_claim
-                    ),
+                    *claim_mounts,
                     {"name": "tmp", "mountPath": "/tmp"},
                     {"name": "shm", "mountPath": "/dev/shm"},
                 ],
@@ -246,30 +238,21 @@ def pod_template(task: Task, pods: Kubernetes) -> Object:
 
 def environment(task: Task, pods: Kubernetes) -> list[Object]:
     """Return the container's variables: RUNS and RUN, and the variables that a stage cannot derive from these."""
-    variables = {name: _map_path(value, task) for name, value in _unusual_variables(task).items()}
-    if is_url(pods.runs_path):  # SM_OUTPUT_DIR must not be a URL; pods also have the termination log
-        variables.pop("SM_OUTPUT_DIR", None)
-    threads = {"OMP_NUM_THREADS": str(pods.cpus), "GOMP_SPINCOUNT": "20000"}
-    on_cores = threads if task.stage in GPU_STAGES and not pods.gpus else {}
-    index = {"name": "FOLD", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
-    fold = [index] if any("$(FOLD)" in value for value in variables.values()) else []
-    values = {
-        "RUNS": pods.runs_path.rstrip("/"),
-        "RUN": task.steps[0].folder.parent.name,
-        **variables,
-        **CACHES,
-        **on_cores,
-    }
-    return fold + [{"name": name, "value": value} for name, value in values.items()]
-
-
-def _unusual_variables(task: Task) -> dict[str, str]:
-    """Return the step's variables that differ from the default layout of runs."""
     step = task.steps[0]
     run, usual = str(step.folder.parent), task.stage if step.fold is None else f"fold-{step.fold}"
-    known = {f"SM_CHANNEL_{name.upper()}": path for name, path in channel_paths(task.stage, run).items()}
-    known |= output_variables(task.stage, f"{run}/{usual}")
-    return {name: value for name, value in step.environment.items() if known.get(name) != value}
+    derived = {f"SM_CHANNEL_{name.upper()}": path for name, path in channel_paths(task.stage, run).items()}
+    derived |= output_variables(task.stage, f"{run}/{usual}")
+    values = {"RUNS": pods.runs_path.rstrip("/"), "RUN": step.folder.parent.name}
+    for name, value in step.environment.items():
+        # SM_OUTPUT_DIR must not be a URL; pods also have the termination log
+        if derived.get(name) != value and not (name == "SM_OUTPUT_DIR" and is_url(pods.runs_path)):
+            values[name] = _map_path(value, task)
+    needs_fold = any("$(FOLD)" in value for value in values.values())
+    values |= CACHES
+    if task.stage in GPU_STAGES and not pods.gpus:
+        values |= {"OMP_NUM_THREADS": str(pods.cpus), "GOMP_SPINCOUNT": "20000"}
+    fold = [{"name": "FOLD", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}] if needs_fold else []
+    return fold + [{"name": name, "value": value} for name, value in values.items()]
 
 
 def escape_dollar(text: str) -> str:
@@ -279,13 +262,13 @@ def escape_dollar(text: str) -> str:
 
 def _map_path(value: str, task: Task) -> str:
     """Return a path or URL for the pod: relative to $(RUNS)/$(RUN) if it is in the run's folder, with the pod's fold."""
-    step = task.steps[0]
-    if not PurePosixPath(value).is_relative_to(step.folder.parent):
+    step, run = task.steps[0], str(task.steps[0].folder.parent)
+    if not f"{value}/".startswith(f"{run}/"):
         return escape_dollar(value)
-    parts = PurePosixPath(value).relative_to(step.folder.parent).parts
-    if task.indexed and parts[:1] == (step.name,):
-        parts = (name_without_fold(step, "fold-$(FOLD)"), *parts[1:])
-    return "/".join(["$(RUNS)", "$(RUN)", *parts])
+    path = value.removeprefix(run)
+    if task.indexed:
+        path = path.replace(f"/{step.name}", f"/{name_without_fold(step, 'fold-$(FOLD)')}")
+    return f"$(RUNS)/$(RUN){path}"
 
 
 def to_yaml(objects: Sequence[Object]) -> str:
@@ -307,13 +290,12 @@ def render_files() -> dict[str, str]:
     """Return the text of each rendered file by its path in `k8s/`: the Jobs of the run `first` with the recipe `small_images`."""
     inputs = Inputs(f"{DATA}/train", f"{DATA}/eval", truth_unknown=True)
     plan = make_plan(inputs, run="first", runs=RUNS, recipe="small_images")
-    texts = {"pvc.yaml": HEADER.format(CLAIM_COMMENT, "pvc.yaml") + to_yaml([claim_manifest(plan.settings.kubernetes)])}
+    files = {"pvc.yaml": (CLAIM_COMMENT, claim_manifest(plan.settings.kubernetes))}
     for task in plan_tasks(plan):
-        name = f"{task.name}-job.yaml"
-        texts[name] = HEADER.format(f"{COMMENTS[name]} The claim of pvc.yaml must exist.", name) + to_yaml(
-            [job_manifest(plan, task)]
-        )
-    return texts
+        after = f"After {', '.join(task.needs)}. " if task.needs else ""
+        comment = f"{task.name}: {STAGES[task.stage].summary}. {after}The claim of pvc.yaml must exist."
+        files[f"{task.name}-job.yaml"] = (comment, job_manifest(plan, task))
+    return {name: HEADER.format(comment, name) + to_yaml([manifest]) for name, (comment, manifest) in files.items()}
 
 
 HEADER = "# {}\n#\n#     kubectl apply -f k8s/{}\n#\n# Rendered from the plan by `make manifests`.\n"
@@ -321,16 +303,6 @@ CLAIM_COMMENT = (
     "The claim for the data and the runs. Apply it once. Deleting it deletes the data and the runs (docs/kubernetes.md\n"
     "# describes how to keep them). Folds on several machines need ReadWriteMany."
 )
-COMMENTS = {
-    "split-job.yaml": "Split the images in /data/train into folds, in /runs/first/split; check those in /data/eval.",
-    "train-folds-job.yaml": "Train every fold in its own pod, in parallel: FOLD is the pod's index. After split.",
-    "ensemble-job.yaml": "The fold models predict /data/eval; the submission is in /runs/first/ensemble/output.",
-    "evaluate-job.yaml": "Scores and the report; of test rows too if a gt.csv exists beside the test.csv. After ensemble.",
-    "distill-job.yaml": "Distill the fold models into one student. After train-folds.",
-    "ensemble-student-job.yaml": "The student predicts /data/eval. After distill.",
-    "evaluate-student-job.yaml": "The student's scores. After ensemble-student.",
-}
-"""The header comment of each Job's file."""
 
 
 if __name__ == "__main__":

@@ -33,10 +33,8 @@ class JobStatus:
     @property
     def exit_code(self) -> int | None:
         """Return None while the job runs, an exit code of Fivefold in the failure reason, 75 after a time limit, 143 if stopped."""
-        if self.status not in ("Completed", "Failed", "Stopped"):
-            return None
-        if self.status == "Completed":
-            return 0
+        if self.status in ("InProgress", "Stopping", "Completed"):
+            return 0 if self.status == "Completed" else None
         if match := EXIT_CODE.search(self.reason):
             return int(match[1])
         if self.status == "Stopped":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.contract.files import read_json, write_json
-from fivefold.contract.s3.urls import is_url, parse
+from fivefold.contract.s3.urls import is_url
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.sagemaker.client import Client, JobStatus, delete_outputs
@@ -22,7 +22,7 @@ from fivefold.launchers.sagemaker.requests import Request, find_secrets, redact,
 from fivefold.launchers.sagemaker.validation import check_cost, check_request, validate_requests
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import LOG
-from fivefold.launchers.terminal import SharedTerminal
+from fivefold.launchers.terminal import SharedTerminal, append_lines
 
 log = logging.getLogger("fivefold")
 
@@ -44,27 +44,27 @@ def launch(plan: Plan, parallel: int = 0) -> int:
     return Scheduler(plan.steps, jobs, terminal, parallel, options.poll_seconds).run()
 
 
-def check(plan: Plan) -> None:
-    """Raise a SettingsError if the plan cannot run or may cost too much. Make no request to the service."""
-    describe(plan)
+def check_machine(plan: Plan) -> None:
+    """Raise a SettingsError if no region is set. Make no request to the service."""
     Client.for_region(plan.settings.sagemaker.region)
 
 
 def check_inputs(inputs: Inputs, _: Path) -> Inputs:
     """Return the inputs, which must be in S3. S3 is not searched, so ground truth counts only if it is set."""
-    for name, path in vars(inputs).items():
-        if path and not is_url(path):
+    for name, path in inputs.paths():
+        if not is_url(path):
             raise SettingsError(
                 f"{name}={path} is on this machine, and jobs read S3: aws s3 sync {path} s3://BUCKET/{name}, then set "
                 f"{name}=s3://BUCKET/{name} (or use platform=sagemaker-local)"
             )
-        if path:
-            parse(path, name)
     return inputs
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
-    """Return the requests of all steps as JSON, validated as before a start, without secrets."""
+    """Return the requests of all steps as JSON, without secrets.
+
+    Raise a SettingsError if the service would reject a request, or if the plan may cost too much.
+    """
     requests = {name: redact(request) for name, request in validate_requests(plan).items()}
     log.info("%s", check_cost(plan))
     return json.dumps(requests, indent=2, ensure_ascii=False)
@@ -82,44 +82,38 @@ def describe_pipeline(plan: Plan) -> str:
     Everyone who may describe a Pipeline can read its definition. So the values of the user's own variables are parameters
     without a default; the start of an execution sets them.
     """
-    steps, requests = [], validate_requests(plan)
-    parameters = pipeline_parameters(requests)
-    for name, request in requests.items():
+    steps, values = [], {}
+    for name, request in validate_requests(plan).items():
+        secrets = find_secrets(request)
+        for variable, value in secrets.items():
+            if values.setdefault(variable, value) != value:
+                raise SettingsError(
+                    f"sagemaker.environment sets {variable} to different values in different stages, but in a Pipeline it is "
+                    "one parameter: use different names"
+                )
         arguments = {key: value for key, value in request.items() if key != "TrainingJobName"}
-        parameter_references = {variable: {"Get": f"Parameters.{variable}"} for variable in find_secrets(request)}
-        arguments["Environment"] = {**request["Environment"], **parameter_references}
+        arguments["Environment"] |= {variable: {"Get": f"Parameters.{variable}"} for variable in secrets}
         step = {"Name": name, "Type": "Training", "Arguments": with_execution_id(arguments, run_url(plan))}
         needs = plan.step(name).needs
         steps.append({**step, "DependsOn": list(needs)} if needs else step)
     log.info("%s", check_cost(plan))
-    declared = [{"Name": name, "Type": "String"} for name in parameters]
-    definition = {"Version": PIPELINE_VERSION, "Metadata": {}, "Parameters": declared, "Steps": steps}
+    parameters = [{"Name": name, "Type": "String"} for name in values]
+    definition = {"Version": PIPELINE_VERSION, "Metadata": {}, "Parameters": parameters, "Steps": steps}
     return json.dumps(definition, indent=2, ensure_ascii=False)
 
 
-def pipeline_parameters(requests: Mapping[str, Request]) -> list[str]:
-    """Return the names of the user's own variables. Raise a SettingsError if a variable differs between steps."""
-    values: dict[str, str] = {}
-    for request in requests.values():
-        for name, value in find_secrets(request).items():
-            if values.setdefault(name, value) != value:
-                raise SettingsError(
-                    f"sagemaker.environment sets {name} to different values in different stages, but in a Pipeline it is one "
-                    "parameter: use different names"
-                )
-    return list(values)
-
-
-def upsert_pipeline(plan: Plan, parallel: int = 0) -> int:
-    """Create or update the plan's Pipeline, and print its ARN. Start no execution."""
+def upsert_pipeline(plan: Plan, definition: str, parallel: int = 0) -> int:
+    """Create or update the plan's Pipeline with this `definition`, and print its ARN. Start no execution."""
     name, options = f"fivefold-{slug(plan.run)}", plan.settings.sagemaker
-    request = {"PipelineName": name, "PipelineDefinition": describe_pipeline(plan), "RoleArn": options.role}
+    request = {"PipelineName": name, "PipelineDefinition": definition, "RoleArn": options.role}
     if parallel:
         request["ParallelismConfiguration"] = {"MaxParallelExecutionSteps": parallel}
     check_request(name, request, "UpdatePipeline")
     print(Client.for_region(options.region).upsert_pipeline(request))
-    assignments = "".join(f" Name={variable},Value=…" for variable in pipeline_parameters(validate_requests(plan)))
-    option = f" --pipeline-parameters{assignments}" if assignments else ""
+    parameters = [parameter["Name"] for parameter in json.loads(definition)["Parameters"]]
+    option = (
+        " ".join([" --pipeline-parameters", *(f"Name={name},Value=…" for name in parameters)]) if parameters else ""
+    )
     log.info("to run it: aws sagemaker start-pipeline-execution --pipeline-name %s%s", name, option)
     return 0
 
@@ -141,12 +135,6 @@ def variables_digest(variables: Mapping[str, str]) -> dict[str, Any]:
     return {"names": sorted(variables), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def read_job(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the job that a `sagemaker.json` names, and the recorded parts of its request."""
-    record = read_json(path)
-    return record["job"], record["asked"]
-
-
 @dataclass
 class TrainingJobs:
     """Training jobs as the backend of a Scheduler. They continue without this process."""
@@ -159,7 +147,7 @@ class TrainingJobs:
     """The job of each started or existing step."""
     statuses: dict[str, JobStatus] = field(default_factory=dict)
 
-    def start(self, step: Step, alone: bool) -> int | None:
+    def start(self, step: Step) -> int | None:
         """Start a step's job, or use that of an earlier command. Return 0 if it is completed, None if it runs.
 
         Raise a SettingsError if an earlier job, running or completed, had a different request.
@@ -167,7 +155,7 @@ class TrainingJobs:
         request, path, job, status = self.requests[step.name], step.folder / JOB, "", None
         identity, output = self._identity(request), request["OutputDataConfig"]["S3OutputPath"]
         if path.is_file():
-            job, recorded = read_job(path)
+            job, recorded = read_json(path)["job"], read_json(path)["asked"]
             status = self.client.describe(job)
             if recorded != identity and not status.exit_code:
                 parts = sorted(part for part in identity if identity[part] != recorded.get(part))
@@ -195,11 +183,12 @@ class TrainingJobs:
         Variables enter as a digest, since their values may be secret.
         """
         urls = tuple(channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in request["InputDataConfig"])
-        sources = {}
-        for path in sorted(self.plan.folder.glob(f"*/{JOB}")):  # also of earlier commands
-            job, recorded = read_job(path)
-            if f"{recorded['OutputDataConfig']['S3OutputPath']}/".startswith(urls):
-                sources[path.parent.name] = job
+        records = {path.parent.name: read_json(path) for path in sorted(self.plan.folder.glob(f"*/{JOB}"))}
+        sources = {
+            name: record["job"]
+            for name, record in records.items()  # also of earlier commands
+            if f"{record['asked']['OutputDataConfig']['S3OutputPath']}/".startswith(urls)
+        }
         image = request["AlgorithmSpecification"]["TrainingImage"]
         parts = {part: request[part] for part in RESULT_PARTS}
         return {"image": image, "after": sources, **parts, "Environment": variables_digest(request["Environment"])}
@@ -208,13 +197,11 @@ class TrainingJobs:
         """Print new log lines and changes of status. Return the exit codes of the jobs that ended."""
         codes = {}
         for step in running:
-            status = self.client.describe(self.jobs[step.name])
-            lines = self.client.read_new_lines(self.jobs[step.name])
-            if lines:
-                with open(step.folder / LOG, "a", encoding="utf-8") as file:
-                    file.writelines(f"{line}\n" for line in lines)
-            for line in lines:
-                self.terminal.write_line(f"[{step.name}] {line}")
+            job = self.jobs[step.name]
+            status = self.client.describe(job)
+            if lines := self.client.read_new_lines(job):
+                append_lines(step.folder / LOG, f"job {job}", lines)
+                self.terminal.write_output(step.name, lines)
             if self.statuses.get(step.name) != status:
                 self.terminal.write_line(f"{step.name}: {status.status}, {status.detail}")
             self.statuses[step.name] = status

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fivefold.contract.record import IMAGE_VARIABLE
 from fivefold.contract.s3.urls import is_url
 from fivefold.contract.stage_specs import FAILURE, STAGES
 from fivefold.errors import MissingInputError, SettingsError
@@ -31,10 +32,11 @@ from fivefold.launchers.sagemaker.requests import (
     stage_options,
 )
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.status import LOG, failure_message, read_step_record, record_end, record_start
+from fivefold.launchers.status import LOG, describe_failure, read_results, read_step_record, record_end, record_start
 from fivefold.launchers.terminal import SharedTerminal
 from fivefold.lookup import require_packages
 
+results = read_results
 DEFAULT_IMAGE = "fivefold:latest"
 S3_FOLDER = "sagemaker"
 WORK_FOLDER = "work"
@@ -52,12 +54,11 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
         return Scheduler(plan.steps, containers, terminal, parallel, POLL_INTERVAL_S).run()
 
 
-def check(plan: Plan, environ: Mapping[str, str] = os.environ) -> None:
+def check_machine(plan: Plan) -> None:
     """Raise a SettingsError if the SDK or the Docker engine is missing."""
     require_packages(("sagemaker",), "launch", "platform=sagemaker-local")
-    if shutil.which("docker", path=environ.get("PATH")) is None:
+    if shutil.which("docker") is None:
         raise SettingsError("platform=sagemaker-local needs docker, which is not in PATH: install a Docker engine")
-    local_jobs(plan)
 
 
 def describe(plan: Plan, parallel: int = 0) -> str:
@@ -68,8 +69,8 @@ def describe(plan: Plan, parallel: int = 0) -> str:
 
 def check_inputs(inputs: Inputs, run_folder: Path) -> Inputs:
     """Return the inputs, which must be on this machine, because local mode has no credentials for S3."""
-    for name, path in vars(inputs).items():
-        if path and is_url(path):
+    for name, path in inputs.paths():
+        if is_url(path):
             raise SettingsError(f"{name}={path}: platform=sagemaker-local reads only folders and files of this machine")
     return local.check_inputs(inputs, run_folder)
 
@@ -79,13 +80,13 @@ def local_jobs(plan: Plan) -> dict[str, dict[str, Any]]:
     jobs = {}
     for step in plan.steps:
         options = stage_options(plan.settings, step)
-        options = options.model_copy(update={"image": options.image or DEFAULT_IMAGE})
+        image = options.image or DEFAULT_IMAGE
         paths = channels(plan, step, str(plan.folder / S3_FOLDER))
         jobs[step.name] = {
-            "Image": options.image,
+            "Image": image,
             "InputDataConfig": {name: str(Path(path).resolve()) for name, path in paths.items()},
             "HyperParameters": hyperparameters(plan, step),
-            "Environment": environment(step, options),
+            "Environment": {IMAGE_VARIABLE: image, **environment(step, options)},
         }
     return jobs
 
@@ -101,7 +102,7 @@ class Containers:
     pool: ThreadPoolExecutor
     futures: dict[str, Future[int]] = field(default_factory=dict)
 
-    def start(self, step: Step, alone: bool) -> None:
+    def start(self, step: Step) -> None:
         self.futures[step.name] = self.pool.submit(self._run, step)
 
     def poll(self, running: Sequence[Step]) -> dict[str, int]:
@@ -118,7 +119,7 @@ class Containers:
         return True
 
     def describe(self, step: Step) -> str:
-        return f"{failure_message(step)}\n  log: {step.folder / LOG}" if self.futures[step.name].done() else ""
+        return describe_failure(step) if self.futures[step.name].done() else ""
 
     def _root(self, step: Step) -> Path:
         """Return the folder of a job's container. Its name must be unique, because the SDK's compose project has the same name."""
@@ -127,6 +128,7 @@ class Containers:
     def _run(self, step: Step) -> int:
         """Run one job and collect its results. Return the exit code of its container, 1 without a container."""
         job, root = self.jobs[step.name], self._root(step)
+        compress = stage_options(self.plan.settings, step).compress_outputs
         shutil.rmtree(root.parent, ignore_errors=True)
         root.parent.mkdir(mode=0o700, parents=True)  # the SDK's compose file contains the variables
         root.mkdir()
@@ -137,12 +139,7 @@ class Containers:
         except (RuntimeError, ImportError, OSError) as error:  # a container that failed; no compose, no engine
             problem = str(error)
         code = collect_container(root, step.folder / LOG)
-        collect_outputs(
-            step,
-            root,
-            self.plan.folder / S3_FOLDER / output_prefix(step),
-            stage_options(self.plan.settings, step).compress_outputs,
-        )
+        collect_outputs(step, root, self.plan.folder / S3_FOLDER / output_prefix(step), compress)
         shutil.rmtree(root.parent, ignore_errors=True)
         if code is None:
             (step.folder / FAILURE).write_text(f"Docker started no container: {problem}")

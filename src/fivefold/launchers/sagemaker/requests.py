@@ -32,7 +32,7 @@ CHECKPOINTS_IN_CONTAINER = "/opt/ml/checkpoints"
 CHANNEL_PREFIX = "SM_CHANNEL_"
 MAX_NAME_LENGTH = 63
 TIME_FORMAT = "%Y%m%d%H%M%S"
-"""The time at the end of a job's name, which distinguishes the jobs of a step."""
+"""The time at the end of a job's name distinguishes the jobs of a step."""
 FILE_SUFFIXES = (".zip", ".csv", ".parquet")
 STEP_VARIABLES = ("STAGE", "FOLD", IMAGE_VARIABLE)
 """The variables that Fivefold sets. All others are the user's, and may contain secrets."""
@@ -40,12 +40,11 @@ HIDDEN = "***"
 
 
 def build_requests(plan: Plan) -> dict[str, Request]:
-    """Return the CreateTrainingJob of each step by the step's name, not validated. The jobs' names end with the time."""
-    time_stamp = time.strftime(TIME_FORMAT)
-    return {step.name: _request_of(plan, step, time_stamp) for step in plan.steps}
+    """Return the CreateTrainingJob of each step by the step's name, not validated."""
+    return {step.name: _build_request(plan, step) for step in plan.steps}
 
 
-def _request_of(plan: Plan, step: Step, time_stamp: str) -> Request:
+def _build_request(plan: Plan, step: Step) -> Request:
     options, root = stage_options(plan.settings, step), run_url(plan)
     trains = STAGES[step.stage].writes_model
     metrics = [{"Name": name, "Regex": pattern} for name, pattern in metric_patterns().items()] if trains else []
@@ -62,22 +61,21 @@ def _request_of(plan: Plan, step: Step, time_stamp: str) -> Request:
         "VolumeKmsKeyId": options.volume_kms_key,
         "KeepAlivePeriodInSeconds": 60 * options.keep_alive_minutes,
     }
-    limits = {"MaxRuntimeInSeconds": seconds(options.max_hours)}
+    limits = {"MaxRuntimeInSeconds": max(1, round(3600 * options.max_hours))}
     if options.spot:
-        limits["MaxWaitTimeInSeconds"] = seconds(options.max_wait_hours or 2 * options.max_hours)
+        limits["MaxWaitTimeInSeconds"] = max(1, round(3600 * (options.max_wait_hours or 2 * options.max_hours)))
     vpc = {"SecurityGroupIds": options.security_groups, "Subnets": options.subnets}
+    isolation = options.network_isolation
     optional = {
         "CheckpointConfig": checkpoints if trains else None,
         "EnableManagedSpotTraining": options.spot,
         "VpcConfig": vpc if options.subnets else None,
         "EnableInterContainerTrafficEncryption": options.encrypt_traffic and options.instance_count > 1,
-        "EnableNetworkIsolation": needs_no_network(plan, step)
-        if options.network_isolation is None
-        else options.network_isolation,
+        "EnableNetworkIsolation": needs_no_network(plan, step) if isolation is None else isolation,
         "Tags": [{"Key": key, "Value": str(value)} for key, value in options.tags.items()],
     }
     return {
-        "TrainingJobName": f"{base_name(plan.run, step)}-{time_stamp}",
+        "TrainingJobName": f"{base_name(plan.run, step)}-{time.strftime(TIME_FORMAT)}",
         "RoleArn": options.role,
         "AlgorithmSpecification": _present(algorithm),
         "HyperParameters": hyperparameters(plan, step),
@@ -114,8 +112,7 @@ def base_name(run: str, step: Step) -> str:
     room = MAX_NAME_LENGTH - len(f"fivefold-{tail}-{time.strftime(TIME_FORMAT)}")
     name = slug(run)
     if len(name) > room:
-        digest = hashlib.sha256(run.encode()).hexdigest()[:6]
-        name = f"{name[: room - 7].rstrip('-')}-{digest}"
+        name = f"{name[: room - 7].rstrip('-')}-{hashlib.sha256(run.encode()).hexdigest()[:6]}"
     return f"fivefold-{name}{tail}"
 
 
@@ -136,17 +133,14 @@ def output_prefix(step: Step) -> str:
 
 def channels(plan: Plan, step: Step, root: str) -> dict[str, str]:
     """Return the location of each channel of a step: an input as the user wrote it, an output of this run below `root`."""
-    variables = {name: path for name, path in step.environment.items() if name.startswith(CHANNEL_PREFIX)}
-    return {name.removeprefix(CHANNEL_PREFIX).lower(): _source(plan, path, root) for name, path in variables.items()}
-
-
-def _source(plan: Plan, path: str, root: str) -> str:
-    if is_url(path) or not Path(path).is_relative_to(plan.folder):
-        return path
-    parts = Path(path).relative_to(plan.folder).parts  # empty, `<step>/output`, `<step>/model`, or a file
-    if not parts:
-        return f"{root}/{FOLDS_PREFIX}/"
-    return f"{root}/{parts[0]}/" if len(parts) > 1 else path
+    paths = {}
+    for name, path in step.environment.items():
+        if name.startswith(CHANNEL_PREFIX):
+            if not is_url(path) and Path(path).is_relative_to(plan.folder):
+                parts = Path(path).relative_to(plan.folder).parts  # empty, `<step>/output`, `<step>/model`, or a file
+                path = path if len(parts) == 1 else f"{root}/{parts[0] if parts else FOLDS_PREFIX}/"
+            paths[name.removeprefix(CHANNEL_PREFIX).lower()] = path
+    return paths
 
 
 def channel(name: str, url: str) -> Request:
@@ -171,21 +165,19 @@ def hyperparameters(plan: Plan, step: Step) -> dict[str, str]:
 
 def set_values(settings: Settings, sections: tuple[str, ...]) -> dict[str, str]:
     """Return the set keys of `sections`, by `section.key`, as JSON texts."""
-    leaves = {}
+    values = {}
     for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
-        leaves |= {f"{name}.{key}": leaf for key, leaf in value.items()} if name in SECTIONS else {name: value}
-    return {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in leaves.items()
-        if in_sections(key, sections) and value is not None
-    }
+        for key, leaf in value.items() if name in SECTIONS else [("", value)]:
+            path = f"{name}.{key}".rstrip(".")
+            if in_sections(path, sections) and leaf is not None:
+                values[path] = leaf if isinstance(leaf, str) else json.dumps(leaf, ensure_ascii=False)
+    return values
 
 
 def environment(step: Step, options: SageMaker) -> dict[str, str]:
     """Return the variables of a step's container: stage, fold, the image for the record, and the user's variables."""
-    reserved = sorted({"STAGE", "FOLD"} & {name.upper() for name in options.environment})
-    if reserved:
-        raise SettingsError(f"sagemaker.environment sets {reserved[0]}, which Fivefold sets for each step; remove it")
+    if {"STAGE", "FOLD"} & {name.upper() for name in options.environment}:
+        raise SettingsError("sagemaker.environment sets STAGE or FOLD, which Fivefold sets for each step; remove it")
     fold = {} if step.fold is None else {"FOLD": str(step.fold)}
     image = {IMAGE_VARIABLE: options.image} if options.image else {}
     user_variables = {name: str(value) for name, value in options.environment.items()}
@@ -200,8 +192,3 @@ def find_secrets(request: Request) -> dict[str, str]:
 def redact(request: Request) -> Request:
     """Return the request for printing, with `***` for the values of the user's variables."""
     return {**request, "Environment": {**request["Environment"], **dict.fromkeys(find_secrets(request), HIDDEN)}}
-
-
-def seconds(hours: float) -> int:
-    """Return whole seconds, at least 1."""
-    return max(1, round(3600 * hours))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 from fivefold.contract.s3.urls import is_url, parse
@@ -28,8 +28,7 @@ HINTS = {
     "Environment": "see sagemaker.environment",
 }
 """The remedy for an error in a part of a request."""
-UNITS = {"string": " characters", "list": " entries", "map": " entries"}
-JAVA_PATTERNS = {r"\p{L}": r"\w", r"\p{N}": r"\d", r"\p{Z}": r"\s"}
+JAVA_PATTERNS = ((r"\p{L}", r"\w"), (r"\p{N}", r"\d"), (r"\p{Z}", r"\s"))
 """Java syntax in the service's patterns, and Python's equivalents."""
 
 
@@ -37,9 +36,7 @@ def validate_requests(plan: Plan) -> dict[str, Request]:
     """Return the request of each step. Raise a SettingsError for missing settings and for requests that the service would reject."""
     output = plan.settings.sagemaker.output
     if not is_url(output):
-        raise SettingsError(
-            f"sagemaker.output={output} is not a URL: set it to s3://bucket/prefix, the parent of the run"
-        )
+        raise SettingsError(f"sagemaker.output={output} is not a URL: set it to s3://bucket/prefix")
     parse(output, "sagemaker.output")
     for step in plan.steps:
         options = stage_options(plan.settings, step)
@@ -68,7 +65,7 @@ def check_request(name: str, request: Request, operation: str = "CreateTrainingJ
     """Raise a SettingsError if the service's model does not accept the request of the step `name`."""
     from botocore.validate import ParamValidator
 
-    shape = _input_shape(operation)
+    shape = _service_model().operation_model(operation).input_shape
     report = ParamValidator().validate(request, shape).generate_report()
     problems = report.splitlines() or list(_limit_errors(shape, request, ""))
     hinted = [problem + next((f" ({HINTS[part]})" for part in HINTS if part in problem), "") for problem in problems]
@@ -77,66 +74,57 @@ def check_request(name: str, request: Request, operation: str = "CreateTrainingJ
 
 
 @cache
-def _input_shape(operation: str) -> Any:
-    """Return the service's model of a request from botocore's files, without region, credentials and network."""
+def _service_model() -> Any:
+    """Return the service's model from botocore's files, without region, credentials and network."""
     from botocore.session import Session
 
-    return Session().get_service_model("sagemaker").operation_model(operation).input_shape
+    return Session().get_service_model("sagemaker")
 
 
 def _limit_errors(shape: Any, value: Any, path: str) -> Iterator[str]:
     """Yield the violations of limits that ParamValidator does not check. The types in `value` must be valid."""
-    parts: list[tuple[Any, Any, str]] = []
-    if shape.type_name == "structure":
-        parts = [(shape.members[name], part, f"{path}.{name}") for name, part in value.items()]
-    elif shape.type_name == "list":
-        parts = [(shape.member, part, f"{path}[{index}]") for index, part in enumerate(value)]
-    elif shape.type_name == "map":
-        parts = [(shape.key, name, f"{path}.{name}") for name in value]
-        parts += [(shape.value, part, f"{path}.{name}") for name, part in value.items()]
-    for part_shape, part, name in parts:
-        yield from _limit_errors(part_shape, part, name.removeprefix("."))
-    size, unit = len(value) if shape.type_name in UNITS else value, UNITS.get(shape.type_name, "")
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if shape.type_name == "map":
+            yield from _limit_errors(shape.key, name, f"{path}.{name}")
+            part_shape = shape.value
+        else:
+            part_shape = shape.members[name] if shape.type_name == "structure" else shape.member
+        yield from _limit_errors(part_shape, part, f"{path}.{name}".lstrip("."))
+    size = len(value) if isinstance(value, str | list | dict) else value
     if "max" in shape.metadata and size > shape.metadata["max"]:
-        yield f"{path} is {size}{unit}, but the maximum is {shape.metadata['max']}"
+        yield f"{path}: {size} is above the maximum {shape.metadata['max']} of a {shape.type_name}"
     elif shape.type_name == "string" and shape.enum and value not in shape.enum:
         yield f"{path}={value!r} is unknown{did_you_mean(value, shape.enum)}"
     elif "pattern" in shape.metadata:
-        pattern = shape.metadata["pattern"]
-        for java, python in JAVA_PATTERNS.items():
-            pattern = pattern.replace(java, python)
+        pattern = reduce(lambda text, pair: text.replace(*pair), JAVA_PATTERNS, shape.metadata["pattern"])
         if not re.fullmatch(pattern, value):
             yield f"{path}={value!r} is not of the form {shape.metadata['pattern']}"
 
 
 def max_costs(plan: Plan) -> dict[str, float]:
     """Return the maximum cost of each step, 0 without a price. The idle time of a warm pool counts, a spot discount does not."""
-    options = {step.name: stage_options(plan.settings, step) for step in plan.steps}
-    return {
-        name: step_options.hourly_price
-        * step_options.instance_count
-        * (step_options.max_hours + step_options.keep_alive_minutes / 60)
-        for name, step_options in options.items()
-    }
+    costs = {}
+    for step in plan.steps:
+        options = stage_options(plan.settings, step)
+        hours = options.max_hours + options.keep_alive_minutes / 60
+        costs[step.name] = options.hourly_price * options.instance_count * hours
+    return costs
 
 
 def check_cost(plan: Plan) -> str:
     """Describe the plan's maximum cost. Raise a SettingsError if it exceeds `sagemaker.max_cost`, or if that is set but a price is not."""
     costs, limit = max_costs(plan), plan.settings.sagemaker.max_cost
-    unpriced = [name for name, cost in costs.items() if not cost]
-    if unpriced and limit:
+    total, unpriced = sum(costs.values()), [name for name, cost in costs.items() if not cost]
+    if limit and unpriced:
         raise SettingsError(
-            f"sagemaker.max_cost={limit:g} needs the hourly price of the instance of {unpriced[0]}: set sagemaker.hourly_price=, or "
-            "sagemaker.stages.STAGE.hourly_price="
+            f"sagemaker.max_cost={limit:g} needs sagemaker.hourly_price, the price of an instance, of {unpriced[0]}"
+        )
+    if limit and total > limit:
+        most_expensive = max(costs, key=lambda name: costs[name])
+        raise SettingsError(
+            f"the plan may cost up to {total:.2f}, above sagemaker.max_cost={limit:g}; the most expensive of its {len(costs)} "
+            f"steps: {most_expensive}, up to {costs[most_expensive]:.2f}. Lower sagemaker.max_hours, or raise sagemaker.max_cost"
         )
     if unpriced:
         return f"the cost of {len(unpriced)} of {len(costs)} jobs is unknown: set sagemaker.hourly_price and sagemaker.max_cost"
-    total, most_expensive = sum(costs.values()), max(costs, key=lambda name: costs[name])
-    if limit and total > limit:
-        raise SettingsError(
-            f"the plan may cost up to {total:.2f}, above sagemaker.max_cost={limit:g}; the most expensive of its {len(costs)} "
-            f"steps: {most_expensive}, up to {costs[most_expensive]:.2f}. Lower sagemaker.max_hours, use a cheaper instance, or raise "
-            "sagemaker.max_cost"
-        )
-    limit_text = f", the limit is {limit:g}" if limit else ", sagemaker.max_cost is not set"
-    return f"{len(costs)} jobs may cost up to {total:.2f} (price × longest runtime){limit_text}"
+    return f"{len(costs)} jobs may cost up to {total:.2f} (price × longest runtime); sagemaker.max_cost={limit:g}"
