@@ -36,31 +36,18 @@ class Keys(BaseModel):
     recipe: str = Field("", description="name of a shipped recipe, or path of a .toml or .json file")
     train: str = Field("", description="training images: a folder or a .zip (required)")
     eval: str = Field("", description="test images with test.csv and sample_submission.csv: a folder or a .zip")
-    ground_truth: str = Field(
-        "",
-        description="true classes of the test images; empty: gt.csv or ground_truth.csv beside eval's test.csv",
-    )
+    ground_truth: str = Field("", description="true classes of eval; empty: gt.csv or ground_truth.csv beside test.csv")
     unlabeled: str = Field("", description="unlabelled images for distillation; the ensemble is their teacher")
     weights: str = Field("", description="folder of pretrained weights for model.weights")
-    run: str = Field(
-        "",
-        description="name of the run; empty: run_YYYYMMDD_HHMMSS_<id8>. An existing name resumes that run",
-    )
-    increment: bool = Field(
-        False, description="start a new run each time: NAME from run=NAME, or the next free NAME2, NAME3, …"
-    )
+    run: str = Field("", description="name of the run, new or to resume; empty: run_YYYYMMDD_HHMMSS_<id8>")
+    increment: bool = Field(False, description="start a new run: NAME of run=NAME, or the next free of NAME2, NAME3, …")
     runs: str = Field("runs", description="folder of all runs")
     stages: Names = Field([], description="run only these stages, e.g. split,train-fold; empty: all")
-    folds: Numbers = Field(
-        [], description="run only these folds, e.g. 2,4; empty: all. Without stages= no stage after training runs"
-    )
+    folds: Numbers = Field([], description="run only these folds, e.g. 2,4, and by default no stage after training")
     seeds: Seeds = Field(
-        [],
-        description="train every fold with each of these seeds, e.g. 42,43; the first seed's models are the teachers",
+        [], description="train every fold with each seed, e.g. 42,43; the first seed's are the teachers"
     )
-    check: bool = Field(
-        True, description="check the settings of all folds before anything runs; false: start without the check"
-    )
+    check: bool = Field(True, description="check the settings of all folds before anything runs")
     parallel: PositiveInt | None = Field(
         None, description="folds in parallel; empty: one per GPU, or on CPU one per core as far as memory allows"
     )

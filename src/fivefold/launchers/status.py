@@ -175,8 +175,8 @@ def read_scores(plan: Plan, step: Step) -> Scores | None:
     return _scores_in(record["metrics"], "holdout", "holdout_") or _scores_in(scored.get("oof"), "oof")
 
 
-def results_table(plan: Plan) -> str:
-    """Return a table of every fold, the ensemble and the student: accuracy, logloss, the scored rows, seconds."""
+def read_results(plan: Plan) -> str:
+    """Return a table of every fold, the ensemble and the student (accuracy, logloss, scored rows, seconds), and the report's path."""
     table = [("", "accuracy", "logloss", "rows", "seconds")]
     for step in plan.steps:
         record = read_step_record(step)
@@ -187,13 +187,9 @@ def results_table(plan: Plan) -> str:
                 (f"{scores.accuracy:.4f}", f"{scores.logloss:.4f}", scores.rows) if scores else ("-", "-", "not scored")
             )
             table.append((name, *figures, f"{record['wall_seconds']:.1f}"))
-    return format_table(table, numbers=(1, 2, 4)) if len(table) > 1 else "no model is trained yet"
-
-
-def read_results(plan: Plan) -> str:
-    """Return the table of the run, and the path of the report on its folds and ensemble."""
     report = plan.folder / "evaluate" / "output" / REPORT
-    return results_table(plan) + (f"\n\nreport: {report}" if report.is_file() else "")
+    text = format_table(table, numbers=(1, 2, 4)) if len(table) > 1 else "no model is trained yet"
+    return text + (f"\n\nreport: {report}" if report.is_file() else "")
 
 
 def format_table(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:

@@ -1,8 +1,7 @@
 """The platform `sagemaker-local`: run the same jobs on the local Docker engine, through the SDK's local mode.
 
 It needs no region, no credentials and no bucket. `<run>/sagemaker/` replaces S3: it has `model.tar.gz` and `output.tar.gz`
-of each step (plain folders with `sagemaker.compress_outputs=false`), which the next step reads. Each step also has
-`model/` and `output/` as on any platform, so `status`, the table and the report work the same.
+of each step, which the next step reads. Each step also has `model/` and `output/` as on any platform.
 """
 
 import json
@@ -44,10 +43,7 @@ POLL_INTERVAL_S = 0.2
 
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
-    """Run the plan's steps in containers, `parallel` at a time (0: one). Return the exit code of the first failed step.
-
-    Completed steps run again, because their containers start empty.
-    """
+    """Run the plan's steps in containers, `parallel` at a time (0: one). Return the exit code of the first failed step."""
     parallel, terminal = max(1, parallel), SharedTerminal()
     with ThreadPoolExecutor(parallel) as pool:
         containers = Containers(plan, local_jobs(plan), bool(local.list_gpus(environ)), terminal, pool)
@@ -127,19 +123,17 @@ class Containers:
 
     def _run(self, step: Step) -> int:
         """Run one job and collect its results. Return the exit code of its container, 1 without a container."""
-        job, root = self.jobs[step.name], self._root(step)
-        compress = stage_options(self.plan.settings, step).compress_outputs
+        root, problem = self._root(step), ""
         shutil.rmtree(root.parent, ignore_errors=True)
         root.parent.mkdir(mode=0o700, parents=True)  # the SDK's compose file contains the variables
         root.mkdir()
         record_start(step, os.getpid())
-        problem = ""
         try:
-            run_container(job, root, self.gpu)
+            run_container(self.jobs[step.name], root, self.gpu)
         except (RuntimeError, ImportError, OSError) as error:  # a container that failed; no compose, no engine
             problem = str(error)
         code = collect_container(root, step.folder / LOG)
-        collect_outputs(step, root, self.plan.folder / S3_FOLDER / output_prefix(step), compress)
+        collect_outputs(step, root, self.plan.folder / S3_FOLDER / output_prefix(step))
         shutil.rmtree(root.parent, ignore_errors=True)
         if code is None:
             (step.folder / FAILURE).write_text(f"Docker started no container: {problem}")
@@ -190,21 +184,23 @@ def ensure_folder(path: Path, folder: Path) -> Path:
     return folder
 
 
-def collect_outputs(step: Step, root: Path, destination: Path, compress: bool) -> None:
-    """Move a container's outputs to the step's folder, and to `destination`, which the next step reads."""
-    outputs = {"model": root / "artifacts/model", "output": root / "artifacts/output/data"}
-    for name, path in {**outputs, FAILURE: root / "artifacts/output" / FAILURE}.items():
+def collect_outputs(step: Step, root: Path, destination: Path) -> None:
+    """Move a container's outputs to the step's folder, and if it succeeded its tarballs to `destination`."""
+    artifacts = root / "artifacts"
+    outputs = {
+        "model": artifacts / "model",
+        "output": artifacts / "output/data",
+        FAILURE: artifacts / "output" / FAILURE,
+    }
+    for name, path in outputs.items():
         shutil.rmtree(step.folder / name, ignore_errors=True)
         (step.folder / name).unlink(missing_ok=True)
         if path.exists() and (name != "model" or STAGES[step.stage].writes_model):
             shutil.move(path, step.folder / name)
     shutil.rmtree(destination, ignore_errors=True)
     destination.mkdir(parents=True)
-    for name in outputs if read_step_record(step) is not None else ():
-        if compress:
-            shutil.move(root / "compressed_artifacts" / f"{name}.tar.gz", destination)
-        elif (step.folder / name).is_dir():
-            shutil.copytree(step.folder / name, destination / name)
+    for name in ("model", "output") if read_step_record(step) is not None else ():
+        shutil.move(root / "compressed_artifacts" / f"{name}.tar.gz", destination)
 
 
 def collect_container(root: Path, log_file: Path) -> int | None:

@@ -101,19 +101,16 @@ def _limit_errors(shape: Any, value: Any, path: str) -> Iterator[str]:
             yield f"{path}={value!r} is not of the form {shape.metadata['pattern']}"
 
 
-def max_costs(plan: Plan) -> dict[str, float]:
-    """Return the maximum cost of each step, 0 without a price. The idle time of a warm pool counts, a spot discount does not."""
-    costs = {}
+def check_cost(plan: Plan) -> str:
+    """Describe the plan's maximum cost. Raise a SettingsError if it exceeds `sagemaker.max_cost`, or if that is set but a price is not.
+
+    The idle time of a warm pool counts, a spot discount does not.
+    """
+    costs, limit = {}, plan.settings.sagemaker.max_cost
     for step in plan.steps:
         options = stage_options(plan.settings, step)
         hours = options.max_hours + options.keep_alive_minutes / 60
         costs[step.name] = options.hourly_price * options.instance_count * hours
-    return costs
-
-
-def check_cost(plan: Plan) -> str:
-    """Describe the plan's maximum cost. Raise a SettingsError if it exceeds `sagemaker.max_cost`, or if that is set but a price is not."""
-    costs, limit = max_costs(plan), plan.settings.sagemaker.max_cost
     total, unpriced = sum(costs.values()), [name for name, cost in costs.items() if not cost]
     if limit and unpriced:
         raise SettingsError(
