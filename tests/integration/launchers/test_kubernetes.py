@@ -153,20 +153,12 @@ LOG_TAIL = "s/s, 39 s left\n16:20:01 INFO    fold 1: epoch 3\n16:20:16 INFO    f
         ("train_folds", [{"code": 64, "message": ERROR_MESSAGE}], 64, "fold-1: exit code 64: train.lr=x\n"),
         ("train_folds", [{"code": 66, "message": "no folds"}], 66, "evaluate was not started: it needs train-folds"),
         ("train_folds", [{"code": 75, "message": "store away"}, {"code": 0}], 0, "failed: exit code 75: store away"),
-        ("split", [{"code": 75, "message": "disk is full"}], 75, "split: exit code 75: disk is"),
         ("split", [{"code": None, "message": "Allocate failed"}], 75, "lost: Allocate failed"),
-        ("split", [{"code": 1, "message": "KeyError: 'x'"}], 1, "exit code 1: KeyError: 'x'"),
         (
             "split",
             [{"code": 1, "message": f"le 'x'\n{ERROR_MESSAGE[12:]}\nKeyError: 'x'"}],
             1,
             "exit code 1: KeyError: 'x'",
-        ),
-        (
-            "split",
-            [{"code": 137, "message": LOG_TAIL}],
-            137,
-            "failed: exit code 137: 16:20:16 INFO    fold 1: epoch 4\n",
         ),
         ("split", [{"code": 143, "message": "39 s left\r\n SIGTERM: stops\n"}], 75, "0-0, stopped: exit code 143: SIG"),
     ],
@@ -193,44 +185,46 @@ def test_drained_pod_is_replaced_and_not_reported_as_failed(
 
 
 @pytest.mark.parametrize(
-    ("pod_options", "memory_limits", "reported_limit"),
-    [({}, [], "8Gi"), ({"limit_range": "2Gi"}, [], "2Gi (a LimitRange"), ({}, ["9Gi"], "9Gi")],
+    ("code", "limit_range", "memory_limit", "reported_limit"),
+    [
+        (137, None, "9Gi", "9Gi"),
+        (1, "2Gi", None, "2Gi (a LimitRange"),  # one of the main process's children was killed
+    ],
 )
 def test_pod_out_of_memory_reports_its_limit_and_is_not_retried(
     cluster: FakeCluster,
     capsys: pytest.CaptureFixture[str],
-    pod_options: dict[str, str],
-    memory_limits: list[str],
+    code: int,
+    limit_range: str | None,
+    memory_limit: str | None,
     reported_limit: str,
 ) -> None:
-    for code in (137, 1):  # the main process was killed, or one of its children
-        cluster.script_pods(split={"0": [{"code": code, "reason": "OOMKilled", "message": LOG_TAIL, **pod_options}]})
-        assert (
-            launch(
-                cluster,
-                make_demo_plan(cluster, *(f'kubernetes.limits={{"memory": "{memory}"}}' for memory in memory_limits)),
-            )
-            == 137
-        )
-        assert f"out of memory at its limit of {reported_limit}" in capsys.readouterr().err
-        assert (len(list(cluster.folder.glob("pod-*"))) == 1) == (code == 137)
+    pod = {"code": code, "reason": "OOMKilled", "message": LOG_TAIL, "limit_range": limit_range}
+    cluster.script_pods(split={"0": [pod]})
+    overrides = [f'kubernetes.limits={{"memory": "{memory_limit}"}}'] if memory_limit else []
+    assert launch(cluster, make_demo_plan(cluster, *overrides)) == 137
+    assert f"out of memory at its limit of {reported_limit}" in capsys.readouterr().err
+    assert (len(list(cluster.folder.glob("pod-*"))) == 1) == (code == 137)
 
 
 def test_same_command_reruns_only_failed_jobs_and_jobs_with_changed_settings(cluster: FakeCluster) -> None:
-    cluster.script_pods(distill={"0": [{"code": 75}]})
-    assert launch(cluster) == 75
+    def launch_training(*overrides: str) -> int:
+        return launch(cluster, select(make_demo_plan(cluster, *overrides), ["split", "train-fold"]))
+
+    cluster.script_pods(train_folds={"0": [{"code": 65}]})
+    assert launch_training() == 65
     first = cluster.uids()
     cluster.script_pods()
-    assert launch(cluster, make_demo_plan(cluster, "kubernetes.memory=6Gi")) == 0
+    assert launch_training("kubernetes.memory=6Gi") == 0
     second = cluster.uids()
-    assert {name for name in first if first[name] != second[name]} == {"distill"}, (
-        "more memory does not change the result"
+    assert {name for name in first if first[name] != second[name]} == {"train-folds"}, (
+        "memory changes no result of split"
     )
-    assert launch(cluster) == 0
-    assert cluster.uids() == second, "all jobs are done"
-    assert launch(cluster, make_demo_plan(cluster, "train.epochs=4")) == 0
+    assert launch_training("train.epochs=4") == 0
     third = cluster.uids()
     assert {name for name in second if second[name] == third[name]} == {"split"}
+    assert launch_training("train.epochs=4") == 0
+    assert cluster.uids() == third, "all jobs are done"
 
 
 def test_signal_stops_following_the_jobs_but_not_the_jobs(cluster: FakeCluster) -> None:
@@ -290,20 +284,14 @@ def test_pending_reason_is_logged_once_and_a_deleted_job_is_a_failure(cluster: F
 
 
 POD_CREATION_ERRORS = [
-    'pods "POD" is forbidden: failed quota: limits: must specify limits.cpu for: fivefold',
     'Pod "POD" is invalid: spec.containers[0].resources.requests: Invalid value: "4Gi": must be less than or equal to memory limit of 2Gi',
     'pods "POD" is forbidden: exceeded quota: team, requested: requests.memory=4Gi, used: requests.memory=7Gi, limited: requests.memory=8Gi',
-    'pods "POD" is forbidden: violates PodSecurity "restricted:latest": seccompProfile',
 ]
 
 
 @pytest.mark.parametrize(
     ("job", "max_pods", "message"),
-    [
-        ("split", 0, POD_CREATION_ERRORS[1]),
-        ("train_folds", 2, POD_CREATION_ERRORS[2]),
-        ("train_folds", 0, POD_CREATION_ERRORS[3]),
-    ],
+    [("split", 0, POD_CREATION_ERRORS[0]), ("train_folds", 2, POD_CREATION_ERRORS[1])],
 )
 def test_reason_for_missing_pods_is_logged_once(cluster: FakeCluster, job: str, max_pods: int, message: str) -> None:
     cluster.block_pods(**{job: (max_pods, message)})
@@ -332,18 +320,12 @@ def test_missing_permission_to_list_events_is_logged_once(cluster: FakeCluster) 
 
 UNREACHABLE_MESSAGES = [
     CONNECTION_REFUSED,
-    "Unable to connect to the server: dial tcp 10.0.0.1:6443: i/o timeout",
     "Unable to connect to the server: net/http: TLS handshake timeout",
     "Unable to connect to the server: dial tcp 10.0.0.1:6443: connect: network is unreachable",
     "Unable to connect to the server: dial tcp: lookup k8s.example.com: no such host",
     "Unable to connect to the server: context deadline exceeded (Client.Timeout exceeded while awaiting headers)",
-    "Unable to connect to the server: EOF",
     "error: http2: client connection lost",
     "error: stream error: stream ID 1; INTERNAL_ERROR; received from peer",
-    'error: error validating "STDIN": error validating data: failed to download openapi: Get "https://10.0.0.1:6443/openapi'
-    '/v2?timeout=32s": dial tcp 10.0.0.1:6443: connect: connection refused; if you choose to ignore these errors, turn '
-    "validation off with --validate=false",
-    'Error from server (InternalError): an error on the server ("") has prevented the request from succeeding (get jobs.batch)',
     'Error from server (InternalError): error when creating "STDIN": Internal error occurred: failed calling webhook "m.x": '
     'failed to call webhook: Post "https://m.x.svc:443/m?timeout=10s": context deadline exceeded',
     "Error from server (ServiceUnavailable): the server is currently unable to handle the request (get jobs.batch)",
@@ -366,11 +348,11 @@ def test_kubectl_errors_of_an_unreachable_cluster_are_retryable(cluster: FakeClu
         Kubectl(environ=cluster.environ).items("jobs", "a=b")
 
 
-@pytest.mark.parametrize("first_call", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("first_call", [1, 3, 5])
 def test_temporarily_unreachable_cluster_is_retried(
     cluster: FakeCluster, capsys: pytest.CaptureFixture[str], first_call: int
 ) -> None:
-    """The outage starts when submit lists objects, reads the claim, creates it, creates the Job or first lists pods."""
+    """The outage starts when submit lists objects, creates the claim, or first lists pods."""
     cluster.set_outage(first_call, first_call + 2)
     assert launch(cluster, select(make_demo_plan(cluster), ["split"])) == 0
     output = capsys.readouterr().err
@@ -391,7 +373,6 @@ def test_cluster_that_stays_unreachable_raises_a_retryable_error(
         launch(cluster)
     assert set(cluster.jobs()) == {"split"}
     output = capsys.readouterr().err
-    assert "no longer follow" in output
     assert "fivefold-r-split of r in the cluster" in output
 
 
@@ -408,20 +389,17 @@ def test_ctrl_c_interrupts_submit_while_the_cluster_is_unreachable(cluster: Fake
     "message",
     [
         'error: context "big" does not exist',
-        "error: You must be logged in to the server (Unauthorized)",
         "The connection to the server localhost:8080 was refused - did you specify the right host or port?",
         "Unable to connect to the server: tls: failed to verify certificate: x509: certificate has expired or is not yet valid",
-        'Error from server (NotFound): namespaces "eof" not found',
         'Error from server: error when creating "STDIN": admission webhook "v.kyverno.svc-fail" denied the request: no timeout',
         'The Job "fivefold-r-split" is invalid: spec.template.spec.containers[0].resources.requests: Invalid value: "4Gi": must '
         "be less than or equal to memory limit of 2Gi",
     ],
 )
 def test_requests_that_the_cluster_refuses_raise_settings_errors(cluster: FakeCluster, message: str) -> None:
-    cluster.set_outage(4, 4, message)
+    cluster.set_outage(1, 1, message)
     with pytest.raises(SettingsError, match=re.escape(message)):
-        launch(cluster)
-    assert not cluster.jobs()
+        Kubectl(environ=cluster.environ).apply({})
 
 
 def test_forbidden_actions_and_a_missing_kubectl_raise_settings_errors(cluster: FakeCluster) -> None:
@@ -449,7 +427,7 @@ def test_submit_role_grants_only_permissions_that_are_used(cluster: FakeCluster)
 
 @pytest.mark.parametrize(
     "override",
-    ["kubernetes.memory=2Gi", 'kubernetes.limits={"cpu": 4}', "kubernetes.service_account=me", "train.epochs=4"],
+    ["kubernetes.memory=2Gi", "kubernetes.service_account=me", "train.epochs=4"],
 )
 def test_job_that_has_not_started_is_replaced_if_its_resources_change(
     cluster: FakeCluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, override: str
@@ -518,14 +496,13 @@ def test_calls_name_namespace_and_context_and_a_claim_is_kept_and_not_needed_for
         (["train=photos"], r"docs/kubernetes\.md"),
         (["kubernetes.runs_path=here"], "kubernetes.runs_path=here"),
         (["kubernetes.memory=much"], "kubernetes.memory"),
-        ([f"run={'a' * 60}"], "too long for Kubernetes"),
+        ([f"run={'a' * 60}"], "may have 40 characters"),
     ],
 )
 def test_invalid_requests_raise_errors_before_anything_is_written(
     cluster: FakeCluster, arguments: list[str], message: str
 ) -> None:
-    for flags in ([], ["--dry-run"]):
-        with pytest.raises(SettingsError, match=message):
-            jobs_submit.main([f"runs={cluster.runs}", *REQUEST_ARGUMENTS, *arguments, *flags])
+    with pytest.raises(SettingsError, match=message):
+        jobs_submit.main([f"runs={cluster.runs}", *REQUEST_ARGUMENTS, *arguments])
     assert not cluster.runs.exists()
     assert not (cluster.folder / "calls.txt").exists()
