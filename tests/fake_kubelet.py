@@ -19,12 +19,12 @@ TIMEOUT_SECONDS = 900
 
 
 @dataclass(frozen=True)
-class Ended:
-    """Outcome of a pod: exit code, log, and termination message (`words`)."""
+class PodOutcome:
+    """Outcome of a pod: exit code, log, and termination message."""
 
     code: int
     log: str
-    words: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Node:
     maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     network: str = "none"
 
-    def run(self, job: Mapping[str, Any], index: int | None = None) -> Ended:
+    def run(self, job: Mapping[str, Any], index: int | None = None) -> PodOutcome:
         """Run a Job's pod to its end; `index` selects the pod of an Indexed Job."""
         spec = job["spec"]["template"]["spec"]
         assert (index is not None) == (job["spec"].get("completionMode") == "Indexed")
@@ -61,12 +61,7 @@ class Node:
         result = subprocess.run(
             command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
-        return Ended(result.returncode, result.stdout + result.stderr, message_file.read_text("utf-8"))
-
-    def run_all(self, job: Mapping[str, Any]) -> list[Ended]:
-        """Run every index of a Job."""
-        indexed = job["spec"].get("completionMode") == "Indexed"
-        return [self.run(job, index) for index in range(job["spec"]["completions"])] if indexed else [self.run(job)]
+        return PodOutcome(result.returncode, result.stdout + result.stderr, message_file.read_text("utf-8"))
 
     def variables(self, container: Mapping[str, Any], index: int | None) -> dict[str, str]:
         """Return the container's variables: those of its maps, its own (which may use earlier ones), and the index."""

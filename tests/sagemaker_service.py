@@ -116,9 +116,6 @@ class Service:
             job.thread.start()
             return 200, arn
         job = self.jobs[name]
-        if action == "SageMaker.StopTrainingJob":
-            job.stopped = True
-            return 200, {}
         status = {"TrainingJobStatus": job.status, "SecondaryStatus": job.details[-1], "FailureReason": job.reason}
         return 200, {"TrainingJobName": name, **arn, **{key: value for key, value in status.items() if value}}
 
