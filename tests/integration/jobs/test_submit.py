@@ -11,7 +11,7 @@ from fivefold.errors import MissingInputError, SettingsError
 from fivefold.launchers.plan import Inputs, make_plan
 from fivefold.launchers.status import write_plan
 from jobs import status, submit
-from toy_data import REPOSITORY, call_jobs, noise, noise_in, write_csv
+from toy_data import REPOSITORY, noise, noise_in, write_csv
 
 
 @pytest.fixture
@@ -30,16 +30,10 @@ def data(tmp_path: Path) -> Path:
         ([], "needs train="),
         (["paralel=2"], "did you mean 'parallel'"),
         (["model=resnet"], "unknown key 'model'"),
-        (["train.epohcs=2"], "did you mean 'train.epochs'"),
         (["platform=slurm"], "known: .*local"),
         (["parallel=0"], "parallel="),
-        (["parallel=2,3"], "parallel="),
         (["folds=two"], "folds=two: .*integer"),
-        (["seeds=-1"], "seeds=-1"),
         (["seeds=1,4294967296"], "seeds="),
-        (["stages=trian-fold"], "train-fold"),
-        (["folds=7"], "0 to 4"),
-        (["run=a/b"], "run='a/b'"),
         (["--verbose"], "not KEY=VALUE"),
         (["increment=true"], "needs run=NAME"),
         (["increment=maybe", "run=exp"], "increment=maybe"),
@@ -52,7 +46,7 @@ def test_invalid_arguments_are_rejected(data: Path, arguments: list[str], messag
     assert not (data / "runs").exists()
 
 
-@pytest.mark.parametrize("file", ["runs", "runs/r", "runs/r/split", "runs/r/ensemble"])
+@pytest.mark.parametrize("file", ["runs", "runs/r/ensemble"])
 def test_file_in_place_of_a_run_folder_is_rejected(data: Path, file: str) -> None:
     (data / file).parent.mkdir(parents=True, exist_ok=True)
     (data / file).touch()
@@ -86,30 +80,24 @@ def test_dry_run_runs_nothing_and_prints_commands_that_work(data: Path, capsys: 
     assert (runs / "r" / "split" / "output" / "folds.parquet").is_file()
 
 
-def test_submit_and_status_end_to_end(data: Path) -> None:
-    common = ["submit", f"train={data / 'train'}", f"runs={data / 'runs'}", "run=r", "split.folds=3"]
-    first = call_jobs(*common, "stages=split", FOLD="1", TRAIN__EPOCHS="many")
-    assert first.returncode == 0, first.stderr
-    assert "variables" in first.stderr
-    assert "FOLD, TRAIN__EPOCHS" in first.stderr
-    assert "no model is trained yet" in first.stdout
+def test_submit_and_status_end_to_end(
+    data: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLD", "1")
+    monkeypatch.setenv("TRAIN__EPOCHS", "many")
+    common = [f"train={data / 'train'}", f"runs={data / 'runs'}", "run=r", "split.folds=3"]
+    assert submit.main([*common, "stages=split"]) == 0
+    assert "FOLD, TRAIN__EPOCHS" in caplog.text
+    assert "no model is trained yet" in capfd.readouterr().out
+    assert submit.main([*common, "stages=evaluate"]) == MissingInputError.exit_code
+    assert "evaluate failed (exit code 66)" in capfd.readouterr().err
 
-    second = call_jobs(*common, "stages=evaluate")  # no model is trained yet
-    assert second.returncode == 66
-    assert "evaluate failed (exit code 66)" in second.stderr
-
-    reported = call_jobs("status", f"runs={data / 'runs'}")
-    lines = {line.split()[0]: line for line in reported.stdout.splitlines() if line}
-    assert reported.returncode == 0
+    assert status.main([f"runs={data / 'runs'}"]) == 0
+    lines = {line.split()[0]: line for line in capfd.readouterr().out.splitlines() if line}
     assert "done" in lines["split"]
     assert "failed (66)" in lines["evaluate"]
     assert "waiting" in lines["fold-2"]
     assert [step["name"] for step in read_json(data / "runs" / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
-
-    typo = call_jobs("submit", f"train={data / 'train'}", "train.epohcs=3")
-    assert typo.returncode == SettingsError.exit_code
-    assert "Traceback" not in typo.stderr
-    assert "did you mean 'train.epochs'" in typo.stderr
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
