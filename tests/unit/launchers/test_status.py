@@ -139,25 +139,21 @@ def write_results(plan: Plan, name: str, metrics: dict[str, Any] | None = None) 
     ("finished", "step", "accuracy", "rows"),
     [
         ({"fold-0": {"oof_accuracy": 0.9, "oof_logloss": 0.3, **TRAINING_METRICS}}, "fold-0", 0.9, "out-of-fold"),
-        ({"fold-0": {}}, "fold-1", None, None),
         (
             {"ensemble": {}, "evaluate": {"test": TEST_METRICS, "holdout": HOLDOUT_METRICS, "oof": OOF_METRICS}},
             "ensemble",
             0.99,
             "test, 360",
         ),
-        ({"ensemble": {}, "evaluate": {"holdout": HOLDOUT_METRICS}}, "ensemble", 0.5, "holdout, 50"),
         (
             {"evaluate-student": {"holdout": HOLDOUT_METRICS | SELECTED_ON_HOLDOUT}, "distill": TRAINING_METRICS},
             "distill",
             0.5,
             "holdout, 50, which chose the epoch",
         ),
-        ({"distill": TRAINING_METRICS | SELECTED_ON_HOLDOUT}, "distill", 1.0, "holdout, which chose the epoch"),
         ({"ensemble": {}, "evaluate": {"oof": OOF_METRICS}}, "ensemble", None, None),
         ({"evaluate": {"oof": OOF_METRICS}}, "evaluate", 0.97, "out-of-fold, 1437"),
         ({"evaluate": {"test": TEST_METRICS}, "distill": TRAINING_METRICS}, "distill", 1.0, "holdout"),
-        ({"distill": TRAINING_METRICS, "evaluate-student": {"test": TEST_METRICS}}, "distill", 0.99, "test, 360"),
     ],
 )
 def test_scores_prefer_test_rows_to_holdout_and_an_ensemble_has_none_for_out_of_fold_rows(
