@@ -104,13 +104,12 @@ def apply(folder: Path, arguments: list[str]) -> None:
     path = path_of(folder, manifest)
     if not path.exists():
         require_permission(folder, resource, "create", action='error when creating "STDIN": ')
-        create(folder, manifest, text, "created")
+        create(folder, manifest, text)
         return
     require_permission(folder, resource, "patch")
     if json.loads(json.loads(path.read_text())["metadata"]["annotations"][LAST_APPLIED])["spec"] != manifest["spec"]:
         name = manifest["metadata"]["name"]
         raise RefusedError(f'The Job "{name}" is invalid: spec.template: Invalid value: {{}}: field is immutable')
-    print(f"{resource_of(manifest)} unchanged")
 
 
 def replace(folder: Path, arguments: list[str]) -> None:
@@ -120,11 +119,10 @@ def replace(folder: Path, arguments: list[str]) -> None:
     require_permission(folder, f"{manifest['kind'].lower()}s", "get", "delete", "create")
     for pod in folder.glob(f"pod-{manifest['metadata']['name']}-*.json"):
         pod.unlink()
-    print(f'{manifest["kind"].lower()}.batch "{manifest["metadata"]["name"]}" deleted')
-    create(folder, manifest, text if "--save-config" in arguments else "", "replaced")
+    create(folder, manifest, text if "--save-config" in arguments else "")
 
 
-def create(folder: Path, manifest: dict, last_applied: str, verb: str) -> None:
+def create(folder: Path, manifest: dict, last_applied: str) -> None:
     manifest["metadata"]["uid"] = os.urandom(8).hex()
     manifest["status"] = {}
     if manifest["kind"] == "Job":
@@ -133,7 +131,6 @@ def create(folder: Path, manifest: dict, last_applied: str, verb: str) -> None:
     if last_applied:
         manifest["metadata"]["annotations"] = {LAST_APPLIED: last_applied}
     write(path_of(folder, manifest), manifest)
-    print(f"{resource_of(manifest)} {verb}")
 
 
 def advance_job(folder: Path, path: Path) -> None:
@@ -247,11 +244,6 @@ def logs(folder: Path, arguments: list[str]) -> None:
             raise RefusedError("error: http2: client connection lost")
     else:
         print(pod["log"], flush=True)
-
-
-def resource_of(manifest: dict) -> str:
-    kind, group = manifest["kind"].lower(), GROUPS.get(f"{manifest['kind'].lower()}s", "")
-    return f"{kind}{group and '.'}{group}/{manifest['metadata']['name']}"
 
 
 def path_of(folder: Path, manifest: dict) -> Path:

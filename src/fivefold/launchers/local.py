@@ -11,10 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -28,16 +27,8 @@ from fivefold.data.readers.stores import open_store
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.status import (
-    LOG,
-    describe_failure,
-    epochs_done,
-    read_results,
-    record_end,
-    record_start,
-    running_pid,
-)
-from fivefold.launchers.terminal import SharedTerminal, format_title
+from fivefold.launchers.status import LOG, describe_failure, read_results, record_end, record_start, running_pid
+from fivefold.launchers.terminal import format_title, write_line, write_output
 from fivefold.system import GLIBC_TUNABLES, count_cores, free_memory
 
 POLL_INTERVAL_S = 0.03
@@ -66,9 +57,8 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
         threads = fold_threads if step.stage == "train-fold" else 0
         return {**step_environment(step, environ, gpu, threads), **shared_cache(plan)}
 
-    terminal = SharedTerminal()
-    backend = LocalBackend(terminal, devices if parallel > 1 else [], environment)
-    return Scheduler(plan.steps, backend, terminal, parallel, POLL_INTERVAL_S).run()
+    backend = LocalBackend(devices if parallel > 1 else [], environment)
+    return Scheduler(plan.steps, backend, parallel, POLL_INTERVAL_S).run()
 
 
 def check_machine(plan: Plan) -> None:
@@ -96,7 +86,6 @@ class StepProcess:
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     gpu: str
-    started: float = field(default_factory=time.time)
     partial_line: bytes = b""
 
     def read_new_lines(self) -> list[str]:
@@ -108,11 +97,9 @@ class StepProcess:
 class LocalBackend:
     """Run each step as a process of this machine that writes to its log, and forward signals to all of them."""
 
-    def __init__(
-        self, terminal: SharedTerminal, devices: Sequence[str], environment: Callable[[Step, str], dict[str, str]]
-    ) -> None:
+    def __init__(self, devices: Sequence[str], environment: Callable[[Step, str], dict[str, str]]) -> None:
         """`environment(step, gpu)` returns the variables of a step's process. Each process gets one of `devices`."""
-        self.terminal, self.devices, self.environment = terminal, devices, environment
+        self.devices, self.environment = devices, environment
         self.children: dict[str, StepProcess] = {}
 
     def start(self, step: Step) -> None:
@@ -145,7 +132,7 @@ class LocalBackend:
         for step in running:
             child = self.children[step.name]
             code = child.process.poll()
-            self.terminal.write_output(step.name, child.read_new_lines())
+            write_output(step.name, child.read_new_lines())
             if code is not None:
                 codes[step.name] = 128 - code if code < 0 else code
                 record_end(step, codes[step.name])
@@ -156,7 +143,7 @@ class LocalBackend:
     def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
         """Forward a signal to the processes. The second signal kills them and their child processes."""
         names = ", ".join(step.name for step in running)
-        self.terminal.write_line(
+        write_line(
             f"{signal.Signals(number).name}: {'killing' if again else 'waiting for'} {names} (send again to kill)"
         )
         for child in self.children.values():
@@ -169,10 +156,7 @@ class LocalBackend:
         return True
 
     def describe(self, step: Step) -> str:
-        child = self.children.get(step.name)
-        if child is None:
-            return describe_failure(step)
-        return f"epoch {epochs_done(step, child.started)} of {step.epochs}" if step.epochs else ""
+        return describe_failure(step)
 
 
 def shared_cache(plan: Plan) -> dict[str, str]:

@@ -13,12 +13,11 @@ from typing import Protocol
 from fivefold.errors import RetryableError
 from fivefold.launchers.plan import Step
 from fivefold.launchers.status import BY_SIGNAL
-from fivefold.launchers.terminal import SharedTerminal
+from fivefold.launchers.terminal import write_line
 
 MAX_FAILED_POLLS = 20
 """The run fails after this many failed polls in a row."""
 SIGNAL_INTERVAL_S = 0.05
-STATUS_INTERVAL_S = 0.5
 
 
 class Backend(Protocol):
@@ -45,7 +44,7 @@ class Backend(Protocol):
         """
 
     def describe(self, step: Step) -> str:
-        """Return the progress of a running step in a few words, or the reason why a step failed and the path of its log."""
+        """Return the reason why a step failed, and the path of its log."""
 
 
 class Signals:
@@ -73,12 +72,11 @@ class Scheduler:
         self,
         steps: Sequence[Step],
         backend: Backend,
-        terminal: SharedTerminal,
         parallel: int = 0,
         poll_interval: float = 1.0,
     ) -> None:
         """Run at most `parallel` steps at the same time (0: no limit), and poll them every `poll_interval`."""
-        self.backend, self.terminal, self.parallel, self.seconds = backend, terminal, parallel, poll_interval
+        self.backend, self.parallel, self.seconds = backend, parallel, poll_interval
         self.steps = {step.name: step for step in steps}
         self.running: dict[str, Step] = {}
         self.ended: dict[str, int] = {}
@@ -87,7 +85,6 @@ class Scheduler:
         self._sorter.prepare()
         self._postponed: dict[str, str] = {}
         self._failed_polls = 0
-        self._last_status = 0.0
 
     def run(self) -> int:
         """Run the steps. Return 0, the exit code of the first failed step, or 128 + the first signal."""
@@ -97,8 +94,6 @@ class Scheduler:
             except BaseException:
                 self.backend.stop(list(self.running.values()), signal.SIGTERM, again=False)
                 raise
-            finally:
-                self.terminal.set_status_line("")
         self._print_skipped()
         if signals.received:
             return 128 + signals.received[0]
@@ -115,7 +110,6 @@ class Scheduler:
                     return
                 handled += 1
             self._poll()
-            self._show_progress()
             until = time.monotonic() + self.seconds
             while self.running and handled == len(received) and (remaining := until - time.monotonic()) > 0:
                 time.sleep(min(remaining, SIGNAL_INTERVAL_S))
@@ -134,7 +128,7 @@ class Scheduler:
                     raise
                 if self._postponed.get(step.name) != str(error):
                     self._postponed[step.name] = str(error)
-                    self.terminal.write_line(f"{step.name} waits: {error}")
+                    write_line(f"{step.name} waits: {error}")
                 return
             self._ready.remove(step.name)
             if code is None:
@@ -148,7 +142,7 @@ class Scheduler:
         except RetryableError as error:
             self._failed_polls += 1
             if self._failed_polls == 1:
-                self.terminal.write_line(f"{error}; trying again")
+                write_line(f"{error}; trying again")
             if self._failed_polls >= MAX_FAILED_POLLS:
                 raise
             return
@@ -162,18 +156,11 @@ class Scheduler:
             self._sorter.done(step.name)
             return
         verb = f"was stopped by {BY_SIGNAL[code]}" if code in BY_SIGNAL else "failed"
-        self.terminal.write_line(f"{step.name} {verb} (exit code {code}): {self.backend.describe(step)}")
-
-    def _show_progress(self) -> None:
-        """Update the terminal's status line."""
-        if self.terminal.terminal and time.monotonic() - self._last_status > STATUS_INTERVAL_S:
-            self._last_status = time.monotonic()
-            parts = [f"{name} {self.backend.describe(step)}".rstrip() for name, step in self.running.items()]
-            self.terminal.set_status_line(" | ".join([f"{len(self.ended)} of {len(self.steps)} steps done", *parts]))
+        write_line(f"{step.name} {verb} (exit code {code}): {self.backend.describe(step)}")
 
     def _print_skipped(self) -> None:
         for step in self.steps.values():
             missing = [name for name in step.needs if self.ended.get(name) != 0]
             if step.name not in self.ended and step.name not in self.running:
                 reason = f"it needs {', '.join(missing)}" if missing else "a signal arrived before"
-                self.terminal.write_line(f"{step.name} was not started: {reason}")
+                write_line(f"{step.name} was not started: {reason}")

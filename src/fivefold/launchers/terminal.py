@@ -1,42 +1,22 @@
 """Show the output of several steps on one terminal, and append it to one log per step."""
 
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO
 
 TITLE = re.compile(r"^--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)\n", re.MULTILINE)
 
 
-class SharedTerminal:
-    """A terminal that several steps share, with a status line at its bottom; or a log, which has no status line."""
+def write_line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
-        self.stream = stream or sys.stderr
-        self.terminal = self.stream.isatty()
-        self._foot = ""
 
-    def write_line(self, text: str) -> None:
-        self._write(f"{text}\n", self._foot)
-
-    def write_output(self, step: str, lines: Iterable[str]) -> None:
-        """Write the output of a step, each line after the step's name."""
-        for line in lines:
-            self.write_line(f"[{step}] {line}")
-
-    def set_status_line(self, text: str) -> None:
-        """Set the status line to `text`; an empty text removes it."""
-        if self.terminal:
-            self._write("", text[: shutil.get_terminal_size().columns - 1])
-
-    def _write(self, text: str, foot: str) -> None:
-        erase = "\r\x1b[K" if self._foot else ""
-        self._foot = foot
-        self.stream.write(f"{erase}{text}{foot}")
-        self.stream.flush()
+def write_output(step: str, lines: Iterable[str]) -> None:
+    """Write the output of a step to the terminal, each line after the step's name."""
+    for line in lines:
+        write_line(f"[{step}] {line}")
 
 
 def format_title(title: str) -> str:

@@ -17,7 +17,6 @@ from fivefold.launchers import local
 from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import STATE, read_status, running_pid
-from fivefold.launchers.terminal import SharedTerminal
 from fivefold.system import GLIBC_TUNABLES
 from reference_run import REPOSITORY, wait_until
 
@@ -175,9 +174,8 @@ def test_failed_folds_do_not_stop_each_other_and_each_uses_a_gpu(
         used_gpus.append(gpu)
         return local.step_environment(step, os.environ)
 
-    screen = SharedTerminal()
-    backend = local.LocalBackend(screen, ["0", "1"], environment)
-    assert Scheduler(plan.steps, backend, screen, parallel=2, poll_interval=0.03).run() == 66
+    backend = local.LocalBackend(["0", "1"], environment)
+    assert Scheduler(plan.steps, backend, parallel=2, poll_interval=0.03).run() == 66
     output = capfd.readouterr().err
     for name in ("fold-0", "fold-1", "fold-2"):
         assert read_status(plan.step(name)).state == "failed"

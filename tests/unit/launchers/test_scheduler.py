@@ -1,6 +1,5 @@
 """Order, limits and exit codes of steps, on a backend whose steps end as scripted."""
 
-import io
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ import pytest
 
 from fivefold.errors import RetryableError
 from fivefold.launchers.scheduler import MAX_FAILED_POLLS, Scheduler
-from fivefold.launchers.terminal import SharedTerminal
 
 
 @dataclass(frozen=True)
@@ -63,44 +61,35 @@ class ScriptedBackend:
 STEPS = [Step("a"), Step("b", ("a",)), Step("c", ("a",)), Step("d", ("b", "c")), Step("e", ("b",))]
 
 
-def run(backend: ScriptedBackend, parallel: int = 0) -> tuple[int, str]:
-    stream = io.StringIO()
-    code = Scheduler(STEPS, backend, SharedTerminal(stream), parallel, poll_interval=0.001).run()
-    return code, stream.getvalue()
+def run(backend: ScriptedBackend, parallel: int = 0) -> int:
+    return Scheduler(STEPS, backend, parallel, poll_interval=0.001).run()
 
 
 @pytest.mark.parametrize(
     ("backend", "parallel", "log"),
     [
         (ScriptedBackend(), 0, ["a", ["a"], "b", "c", ["b", "c"], "d", "e", ["d", "e"]]),
-        (
-            ScriptedBackend(),
-            1,
-            ["a", ["a"], "b", ["b"], "c", ["c"], "d", ["d"], "e", ["e"]],
-        ),
+        (ScriptedBackend(), 1, ["a", ["a"], "b", ["b"], "c", ["c"], "d", ["d"], "e", ["e"]]),
         (ScriptedBackend(done=["a", "b"]), 2, ["a", "b", "c", "e", ["c", "e"], "d", ["d"]]),
         (ScriptedBackend(capacity=1), 0, ["a", ["a"], "b", ["b"], "c", ["c"], "d", ["d"], "e", ["e"]]),
-        (
-            ScriptedBackend(failures=MAX_FAILED_POLLS - 1),
-            0,
-            ["a", ["a"], "b", "c", ["b", "c"], "d", "e", ["d", "e"]],
-        ),
+        (ScriptedBackend(failures=MAX_FAILED_POLLS - 1), 0, ["a", ["a"], "b", "c", ["b", "c"], "d", "e", ["d", "e"]]),
     ],
 )
-def test_steps_start_in_order_within_the_capacity(backend: ScriptedBackend, parallel: int, log: list[Any]) -> None:
+def test_steps_start_in_order_within_the_capacity(
+    capsys: pytest.CaptureFixture[str], backend: ScriptedBackend, parallel: int, log: list[Any]
+) -> None:
     failed_polls, is_limited = backend.failures, backend.capacity == 1
-    code, output = run(backend, parallel)
-    assert (code, backend.log) == (0, log)
+    assert (run(backend, parallel), backend.log) == (0, log)
+    output = capsys.readouterr().err
     assert output.count("away; ") == bool(failed_polls)
     assert output.count("c waits: the quota is used up") == is_limited
 
 
-def test_first_failure_sets_the_exit_code_and_dependent_steps_do_not_start() -> None:
+def test_first_failure_sets_the_exit_code_and_dependent_steps_do_not_start(capsys: pytest.CaptureFixture[str]) -> None:
     backend = ScriptedBackend(codes={"b": 66, "c": 143})
-    code, output = run(backend)
-    assert code == 66
+    assert run(backend) == 66
     assert backend.log == ["a", ["a"], "b", "c", ["b", "c"]]
-    assert output.splitlines() == [
+    assert capsys.readouterr().err.splitlines() == [
         "b failed (exit code 66): as it is",
         "c was stopped by SIGTERM (exit code 143): as it is",
         "d was not started: it needs b, c",
@@ -111,10 +100,8 @@ def test_first_failure_sets_the_exit_code_and_dependent_steps_do_not_start() -> 
 @pytest.mark.parametrize(("waits", "log"), [(True, [(15, False), ["a"]]), (False, [(15, False)])])
 def test_signal_stops_the_backend_and_no_more_steps_start(waits: bool, log: list[Any]) -> None:
     backend = ScriptedBackend(interrupt=True, waits_for_stopped=waits)
-    code, output = run(backend)
-    assert code == 143
+    assert run(backend) == 143
     assert backend.log == ["a", *log]
-    assert "b was not started" in output
 
 
 @pytest.mark.parametrize("backend", [ScriptedBackend(failures=MAX_FAILED_POLLS), ScriptedBackend(capacity=0)])

@@ -1,16 +1,10 @@
-"""Several processes on one terminal, and the lines of logs that are read repeatedly."""
+"""The lines of logs that are read repeatedly."""
 
-import io
 from pathlib import Path
 
 import pytest
 
-from fivefold.launchers.terminal import SharedTerminal, append_lines, find_new_lines, read_lines
-
-
-class FakeTerminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from fivefold.launchers.terminal import append_lines, find_new_lines, read_lines
 
 
 @pytest.mark.parametrize(
@@ -35,15 +29,3 @@ def test_repeated_output_is_not_logged_twice(tmp_path: Path, repeated: list[str]
     assert read_lines(log, "pod x") == [*lines, "d", "e"]
     assert log.read_text().count(" pod x\n") == 2, "a title is not repeated"
     assert read_lines(tmp_path / "no.txt") == []
-
-
-def test_status_line_stays_below_other_lines_and_only_on_terminals() -> None:
-    for stream, expected in (
-        (FakeTerminal(), "1 of 3" + "\r\x1b[K[a] hello\n1 of 3" + "\r\x1b[K"),
-        (io.StringIO(), "[a] hello\n"),
-    ):
-        screen = SharedTerminal(stream)
-        screen.set_status_line("1 of 3")
-        screen.write_output("a", ["hello"])
-        screen.set_status_line("")
-        assert stream.getvalue() == expected

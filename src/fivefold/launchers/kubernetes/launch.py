@@ -31,7 +31,7 @@ from fivefold.launchers.kubernetes.manifests import (
 from fivefold.launchers.plan import Plan, Step
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import LOG, ROWS, format_table
-from fivefold.launchers.terminal import SharedTerminal, append_lines, find_new_lines, read_lines
+from fivefold.launchers.terminal import append_lines, find_new_lines, read_lines, write_line, write_output
 
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
@@ -39,9 +39,8 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
 
     Return 130 or 143 after SIGINT or SIGTERM: the Jobs continue, and this process no longer follows them.
     """
-    terminal = SharedTerminal()
-    backend = KubernetesBackend(plan, parallel, find_kubectl(plan, environ), terminal)
-    return Scheduler(plan_tasks(plan), backend, terminal, poll_interval=plan.settings.kubernetes.poll_seconds).run()
+    backend = KubernetesBackend(plan, parallel, find_kubectl(plan, environ))
+    return Scheduler(plan_tasks(plan), backend, poll_interval=plan.settings.kubernetes.poll_seconds).run()
 
 
 def find_kubectl(plan: Plan, environ: Mapping[str, str] = os.environ) -> Kubectl:
@@ -95,8 +94,8 @@ def read_pod_scores(plan: Plan) -> str:
 class KubernetesBackend:
     """Run each Task as a Job of the cluster. Jobs continue without this process, and a later process finds them."""
 
-    def __init__(self, plan: Plan, parallel: int, kubectl: Kubectl, terminal: SharedTerminal) -> None:
-        self.plan, self.parallel, self.kubectl, self.terminal = plan, parallel, kubectl, terminal
+    def __init__(self, plan: Plan, parallel: int, kubectl: Kubectl) -> None:
+        self.plan, self.parallel, self.kubectl = plan, parallel, kubectl
         self._selector = f"{RUN}={plan.run}"
         self._command_prefix = shlex.join(["kubectl", *kubectl.where])
         self._initial: dict[str, Object] | None = None
@@ -125,7 +124,7 @@ class KubernetesBackend:
     def stop(self, running: Sequence[Task], number: int, again: bool) -> bool:
         """Leave the Jobs in the cluster, and print how to follow and how to delete them."""
         if names := ", ".join(self._job_name(task) for task in running if task.name in self._followed):
-            self.terminal.write_line(
+            write_line(
                 f"no longer following {names} of {self.plan.run} in the cluster\n  the same command follows them again; "
                 f"to delete them: {self._command_prefix} delete jobs --selector {self._selector}"
             )
@@ -170,11 +169,11 @@ class KubernetesBackend:
         if present is None:
             self._apply_claim(manifest)
             self.kubectl.apply(manifest)
-            self.terminal.write_line(f"{name}: applied")
+            write_line(f"{name}: applied")
         elif not _is_over(present) and self._has_same_request(task, present):
-            self.terminal.write_line(f"{name} exists and runs: following it")
+            write_line(f"{name} exists and runs: following it")
         elif done and extract_work(present) == extract_work(manifest) and self._skipped.issuperset(task.needs):
-            self.terminal.write_line(
+            write_line(
                 f"{name} exists and is done: skipped; {self._command_prefix} delete job {name} lets it run again"
             )
             self._skipped.add(task.name)
@@ -182,7 +181,7 @@ class KubernetesBackend:
         else:
             self.kubectl.replace(manifest)
             failed = "had failed" if cluster.condition(present, "Failed") else "had not started and had other settings"
-            self.terminal.write_line(f"{name} {'was done with other settings or inputs' if done else failed}: replaced")
+            write_line(f"{name} {'was done with other settings or inputs' if done else failed}: replaced")
         self._followed.add(task.name)
 
     def _apply_claim(self, manifest: Mapping[str, Any]) -> None:
@@ -190,7 +189,7 @@ class KubernetesBackend:
         needs_claim = any("persistentVolumeClaim" in volume for volume in volumes)
         if needs_claim and not self.kubectl.has("persistentvolumeclaim", pods.pvc):
             self.kubectl.apply(claim_manifest(pods))
-            self.terminal.write_line(f"claim {pods.pvc}: applied")
+            write_line(f"claim {pods.pvc}: applied")
 
     def _poll_job(self, task: Task, job: Object | None, pods: Sequence[Object]) -> int | None:
         """Print new events of a Job and of its pods. Return its exit code if it has ended, else None."""
@@ -234,7 +233,7 @@ class KubernetesBackend:
         lines, title = text.split("\n") if text else [], f"pod {name}"
         if new := find_new_lines(lines, self._lines.get(name) or read_lines(log, title)):
             append_lines(log, title, new)
-            self.terminal.write_output(step.name, new)
+            write_output(step.name, new)
             self._lines[name] = lines
         if cluster.has_ended(pod):
             self._copied.add(name)
@@ -242,7 +241,7 @@ class KubernetesBackend:
     def _print_once(self, text: str, key: str) -> None:
         if key not in self._printed:
             self._printed.add(key)
-            self.terminal.write_line(text)
+            write_line(text)
 
 
 def extract_work(manifest: Mapping[str, Any]) -> tuple[Any, ...]:

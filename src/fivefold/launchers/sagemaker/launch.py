@@ -22,7 +22,7 @@ from fivefold.launchers.sagemaker.requests import Request, find_secrets, redact,
 from fivefold.launchers.sagemaker.validation import check_cost, check_request, validate_requests
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import LOG
-from fivefold.launchers.terminal import SharedTerminal, append_lines
+from fivefold.launchers.terminal import append_lines, write_line, write_output
 
 log = logging.getLogger("fivefold")
 
@@ -39,9 +39,9 @@ def launch(plan: Plan, parallel: int = 0) -> int:
 
     Return the exit code of the first failed job, or 130 or 143 after SIGINT or SIGTERM; the jobs then continue.
     """
-    options, terminal = plan.settings.sagemaker, SharedTerminal()
-    jobs = TrainingJobs(plan, validate_requests(plan), Client.for_region(options.region), terminal)
-    return Scheduler(plan.steps, jobs, terminal, parallel, options.poll_seconds).run()
+    options = plan.settings.sagemaker
+    jobs = TrainingJobs(plan, validate_requests(plan), Client.for_region(options.region))
+    return Scheduler(plan.steps, jobs, parallel, options.poll_seconds).run()
 
 
 def check_machine(plan: Plan) -> None:
@@ -142,7 +142,6 @@ class TrainingJobs:
     plan: Plan
     requests: Mapping[str, Request]
     client: Client
-    terminal: SharedTerminal
     jobs: dict[str, str] = field(default_factory=dict)
     """The job of each started or existing step."""
     statuses: dict[str, JobStatus] = field(default_factory=dict)
@@ -168,12 +167,12 @@ class TrainingJobs:
             self.client.start(request)
             job = request["TrainingJobName"]
             write_json(path, {"job": job, "asked": identity}, PRIVATE_MODE)
-            self.terminal.write_line(f"{step.name}: job {job}")
+            write_line(f"{step.name}: job {job}")
         elif status.exit_code == 0:
-            self.terminal.write_line(f"{step.name}: nothing to do, job {job} is completed")
+            write_line(f"{step.name}: nothing to do, job {job} is completed")
             return 0
         else:
-            self.terminal.write_line(f"{step.name}: waiting for job {job}, which is already running")
+            write_line(f"{step.name}: waiting for job {job}, which is already running")
         self.jobs[step.name] = job
         return None
 
@@ -201,9 +200,9 @@ class TrainingJobs:
             status = self.client.describe(job)
             if lines := self.client.read_new_lines(job):
                 append_lines(step.folder / LOG, f"job {job}", lines)
-                self.terminal.write_output(step.name, lines)
+                write_output(step.name, lines)
             if self.statuses.get(step.name) != status:
-                self.terminal.write_line(f"{step.name}: {status.status}, {status.detail}")
+                write_line(f"{step.name}: {status.status}, {status.detail}")
             self.statuses[step.name] = status
             if status.exit_code is not None:
                 codes[step.name] = status.exit_code
@@ -216,7 +215,7 @@ class TrainingJobs:
                 f"  aws sagemaker stop-training-job --training-job-name {self.jobs[step.name]}" for step in running
             ]
             message = "jobs continue at SageMaker; the same command waits for them again. To stop them:"
-            self.terminal.write_line("\n".join([f"{len(running)} {message}", *stops]))
+            write_line("\n".join([f"{len(running)} {message}", *stops]))
         return False
 
     def describe(self, step: Step) -> str:

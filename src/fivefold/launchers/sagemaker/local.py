@@ -32,7 +32,7 @@ from fivefold.launchers.sagemaker.requests import (
 )
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import LOG, describe_failure, read_results, read_step_record, record_end, record_start
-from fivefold.launchers.terminal import SharedTerminal
+from fivefold.launchers.terminal import write_line
 from fivefold.lookup import require_packages
 
 results = read_results
@@ -44,10 +44,10 @@ POLL_INTERVAL_S = 0.2
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
     """Run the plan's steps in containers, `parallel` at a time (0: one). Return the exit code of the first failed step."""
-    parallel, terminal = max(1, parallel), SharedTerminal()
+    parallel = max(1, parallel)
     with ThreadPoolExecutor(parallel) as pool:
-        containers = Containers(plan, local_jobs(plan), bool(local.list_gpus(environ)), terminal, pool)
-        return Scheduler(plan.steps, containers, terminal, parallel, POLL_INTERVAL_S).run()
+        containers = Containers(plan, local_jobs(plan), bool(local.list_gpus(environ)), pool)
+        return Scheduler(plan.steps, containers, parallel, POLL_INTERVAL_S).run()
 
 
 def check_machine(plan: Plan) -> None:
@@ -94,7 +94,6 @@ class Containers:
     plan: Plan
     jobs: Mapping[str, Mapping[str, Any]]
     gpu: bool
-    terminal: SharedTerminal
     pool: ThreadPoolExecutor
     futures: dict[str, Future[int]] = field(default_factory=dict)
 
@@ -106,7 +105,7 @@ class Containers:
 
     def stop(self, running: Sequence[Step], number: int, again: bool) -> bool:
         """Send SIGTERM to the containers, which then save their state; the second time SIGKILL."""
-        self.terminal.write_line(
+        write_line(
             f"{signal.Signals(number).name}: {'killing' if again else 'stopping'} containers (send again to kill)"
         )
         for step in running:
@@ -115,7 +114,7 @@ class Containers:
         return True
 
     def describe(self, step: Step) -> str:
-        return describe_failure(step) if self.futures[step.name].done() else ""
+        return describe_failure(step)
 
     def _root(self, step: Step) -> Path:
         """Return the folder of a job's container. Its name must be unique, because the SDK's compose project has the same name."""
