@@ -63,7 +63,7 @@ PLATFORMS: dict[str, Any] = {
 `check_machine` raise errors before anything is written; `launch` runs the plan; `results` describes its results."""
 FLAGS = {
     "--dry-run": "print the plan, as commands, requests or manifests; run nothing",
-    "--pipeline": "sagemaker: create or update a Pipeline for the plan instead of running it",
+    "--pipeline": "sagemaker: print the plan as the definition of a Pipeline; run nothing",
 }
 
 
@@ -73,7 +73,6 @@ def main(arguments: Sequence[str]) -> int:
         print(usage())
         return 0
     keys, overrides = read_arguments([text for text in arguments if text not in FLAGS])
-    dry_run = "--dry-run" in arguments
     platform = choose(PLATFORMS, "platform", keys.platform)
     run = run_name(keys)
     inputs = platform.check_inputs(make_inputs(keys), Path(keys.runs) / run)
@@ -86,15 +85,14 @@ def main(arguments: Sequence[str]) -> int:
     if pipeline and keys.platform != "sagemaker":
         raise SettingsError(f"--pipeline needs platform=sagemaker, but platform={keys.platform} is set")
     text = sagemaker.describe_pipeline(plan) if pipeline else platform.describe(plan, parallel)
-    if not dry_run and not pipeline:
+    dry_run = pipeline or "--dry-run" in arguments
+    if not dry_run:
         platform.check_machine(plan)
     if keys.check:
         check_plan(plan, inputs, local=keys.platform == "local")
     if dry_run:
         print(text)
         return 0
-    if pipeline:
-        return sagemaker.upsert_pipeline(plan, text, parallel)
     if ignored := local.settings_variables(os.environ):
         log.warning("submit takes settings only as arguments; ignored variables: %s", ", ".join(ignored))
     check_writable(plan.folder)

@@ -1,4 +1,4 @@
-"""SageMaker on this machine: training jobs that really run, in front of moto's server for S3, logs and Pipelines.
+"""SageMaker on this machine: training jobs that really run, in front of moto's server for S3 and logs.
 
 moto completes each job at once and ignores its `Environment`, so this service answers the calls on training jobs. A
 job's container is a process with SageMaker's folders (SAGEMAKER_BASE_DIR for /opt/ml); of the container contract's variables it

@@ -193,25 +193,6 @@ def test_missing_credentials_are_reported_before_anything_starts(
     assert not service.jobs
 
 
-def test_pipeline_is_created_then_updated(service: Service, bucket: Bucket, tmp_path: Path) -> None:
-    args = make_arguments(bucket, tmp_path, "--pipeline")
-    code, output = run_submit(*args)
-    assert code == 0, output
-    assert "arn:aws:sagemaker:eu-central-1:123456789012:pipeline/fivefold-r" in output
-    client = service.client("sagemaker")
-    stored = client.describe_pipeline(PipelineName="fivefold-r")
-    _, printed = run_submit(*args, "--dry-run")
-    assert json.loads(stored["PipelineDefinition"]) == json.loads(printed[printed.index("{") :])
-
-    code, output = run_submit(*args, "train.epochs=5", "parallel=2")
-    assert code == 0, output
-    stored = client.describe_pipeline(PipelineName="fivefold-r")
-    assert '"train__epochs": "5"' in stored["PipelineDefinition"]
-    actions = ("ListPipelines", "CreatePipeline", "ListPipelines", "UpdatePipeline")
-    assert service.calls == [f"SageMaker.{action}" for action in actions]
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.parametrize(
     ("status", "detail", "reason", "code"),
     [

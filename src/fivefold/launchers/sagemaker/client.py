@@ -1,4 +1,4 @@
-"""Client of SageMaker through boto3: jobs and their status, logs, outputs, Pipelines. boto3's errors become FivefoldErrors."""
+"""Client of SageMaker through boto3: jobs and their status, logs and outputs. boto3's errors become FivefoldErrors."""
 
 import logging
 import os
@@ -120,16 +120,6 @@ class Client:
         return JobStatus(
             answer["TrainingJobStatus"], answer.get("SecondaryStatus", ""), answer.get("FailureReason", "")
         )
-
-    @translate_errors()
-    def upsert_pipeline(self, request: Request) -> str:
-        """Create the pipeline of `request`, or update the existing one of its name. Return its ARN."""
-        name = request["PipelineName"]
-        pipelines = self.sagemaker.list_pipelines(PipelineNamePrefix=name, MaxResults=100)["PipelineSummaries"]
-        if name in [pipeline["PipelineName"] for pipeline in pipelines]:
-            return str(self.sagemaker.update_pipeline(**request)["PipelineArn"])
-        token = f"{name}-{'0' * 32}"[:128]  # constant, so that of two concurrent calls only one creates the pipeline
-        return str(self.sagemaker.create_pipeline(**request, ClientRequestToken=token)["PipelineArn"])
 
     def read_new_lines(self, job: str) -> list[str]:
         """Return the lines that a job has logged since the last call. If reading is not allowed, warn once and return none."""

@@ -1,4 +1,4 @@
-"""The platform `sagemaker`: run a plan's steps as training jobs, or as a Pipeline, chained by their outputs in S3.
+"""The platform `sagemaker`: run a plan's steps as training jobs, chained by their outputs in S3, or print them as a Pipeline.
 
 The requests and their maximum cost are checked offline before anything starts. Each step's `sagemaker.json` in the
 run's folder names its job. So the same command waits for running jobs, skips completed jobs, and restarts failed
@@ -18,8 +18,8 @@ from fivefold.contract.s3.urls import is_url
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
 from fivefold.launchers.sagemaker.client import Client, JobStatus, delete_outputs
-from fivefold.launchers.sagemaker.requests import Request, find_secrets, redact, run_url, slug
-from fivefold.launchers.sagemaker.validation import check_cost, check_request, validate_requests
+from fivefold.launchers.sagemaker.requests import Request, find_secrets, redact, run_url
+from fivefold.launchers.sagemaker.validation import check_cost, validate_requests
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import LOG
 from fivefold.launchers.terminal import append_lines, write_line, write_output
@@ -100,22 +100,6 @@ def describe_pipeline(plan: Plan) -> str:
     parameters = [{"Name": name, "Type": "String"} for name in values]
     definition = {"Version": PIPELINE_VERSION, "Metadata": {}, "Parameters": parameters, "Steps": steps}
     return json.dumps(definition, indent=2, ensure_ascii=False)
-
-
-def upsert_pipeline(plan: Plan, definition: str, parallel: int = 0) -> int:
-    """Create or update the plan's Pipeline with this `definition`, and print its ARN. Start no execution."""
-    name, options = f"fivefold-{slug(plan.run)}", plan.settings.sagemaker
-    request = {"PipelineName": name, "PipelineDefinition": definition, "RoleArn": options.role}
-    if parallel:
-        request["ParallelismConfiguration"] = {"MaxParallelExecutionSteps": parallel}
-    check_request(name, request, "UpdatePipeline")
-    print(Client.for_region(options.region).upsert_pipeline(request))
-    parameters = [parameter["Name"] for parameter in json.loads(definition)["Parameters"]]
-    option = (
-        " ".join([" --pipeline-parameters", *(f"Name={name},Value=…" for name in parameters)]) if parameters else ""
-    )
-    log.info("to run it: aws sagemaker start-pipeline-execution --pipeline-name %s%s", name, option)
-    return 0
 
 
 def with_execution_id(value: Any, root: str) -> Any:

@@ -61,24 +61,24 @@ def validate_requests(plan: Plan) -> dict[str, Request]:
     return requests
 
 
-def check_request(name: str, request: Request, operation: str = "CreateTrainingJob") -> None:
+def check_request(name: str, request: Request) -> None:
     """Raise a SettingsError if the service's model does not accept the request of the step `name`."""
     from botocore.validate import ParamValidator
 
-    shape = _service_model().operation_model(operation).input_shape
+    shape = _input_shape()
     report = ParamValidator().validate(request, shape).generate_report()
     problems = report.splitlines() or list(_limit_errors(shape, request, ""))
     hinted = [problem + next((f" ({HINTS[part]})" for part in HINTS if part in problem), "") for problem in problems]
     if hinted:
-        raise SettingsError(f"{operation} of {name}: {'; '.join(hinted)}")
+        raise SettingsError(f"CreateTrainingJob of {name}: {'; '.join(hinted)}")
 
 
 @cache
-def _service_model() -> Any:
-    """Return the service's model from botocore's files, without region, credentials and network."""
+def _input_shape() -> Any:
+    """Return the service's model of a request from botocore's files, without region, credentials and network."""
     from botocore.session import Session
 
-    return Session().get_service_model("sagemaker")
+    return Session().get_service_model("sagemaker").operation_model("CreateTrainingJob").input_shape
 
 
 def _limit_errors(shape: Any, value: Any, path: str) -> Iterator[str]:
