@@ -73,14 +73,6 @@ def test_stopped_training_exits_with_143_and_resumes_to_the_same_bytes(
     assert differing(runs / "first", local_run, ["fold-1"]) == []
 
 
-def test_failure_is_written_to_the_failure_file(image, runs: Path, digits: Path):
-    options = run_options(runs, digits)
-    result = docker("run", "--rm", *options, image, "train-fold", "FOLD=7", *as_arguments(SETTINGS), check=False)
-    assert result.returncode == 64
-    assert (runs / "first" / "fold-7" / "failure").read_text().startswith("FOLD=7 is out of range")
-    assert docker("run", "--rm", image, "no-such-stage", check=False).returncode == 64
-
-
 def test_image_contains_runtime_packages_and_no_development_tools(image):
     config = json.loads(docker("image", "inspect", image).stdout)[0]["Config"]
     assert config["Entrypoint"] == ["python", "-m", "jobs"]

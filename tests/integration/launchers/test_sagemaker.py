@@ -17,7 +17,6 @@ from PIL import Image
 
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.sagemaker.client import JobStatus, translate_errors
-from fivefold.launchers.sagemaker.launch import variables_digest
 from jobs import submit
 from reference_run import REPOSITORY, wait_until
 from s3_server import Bucket
@@ -223,11 +222,3 @@ def test_service_errors_are_translated_to_fivefold_errors(
     response = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with pytest.raises(expected, match=f"{code}.*CreateTrainingJob"), translate_errors():
         raise ClientError(response, "CreateTrainingJob")
-
-
-def test_variables_digest_detects_changed_values_and_contains_none() -> None:
-    variables = {"STAGE": "split", "API_TOKEN": "canary"}
-    digest = variables_digest(variables)
-    assert digest["names"] == sorted(variables)
-    assert "canary" not in json.dumps(digest)
-    assert digest != variables_digest({**variables, "API_TOKEN": "other"})
