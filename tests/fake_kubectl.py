@@ -149,10 +149,9 @@ def advance_job(folder: Path, path: Path) -> None:
     codes = [advance_index(folder, job, index, indexed) for index in range(possible)] + [None] * (count - possible)
     job["status"]["succeeded"] = codes.count(0)
     if None not in codes:
-        failed = [str(index) for index, code in enumerate(codes) if code]
         reason = "FailedIndexes" if indexed else "BackoffLimitExceeded"
-        condition = {"type": "Failed" if failed else "Complete", "status": "True", "reason": reason}
-        job["status"] |= {"conditions": [condition], "failedIndexes": ",".join(failed) if indexed else ""}
+        condition = {"type": "Failed" if any(codes) else "Complete", "status": "True", "reason": reason}
+        job["status"]["conditions"] = [condition]
     write(path, job)
 
 

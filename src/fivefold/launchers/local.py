@@ -118,14 +118,10 @@ class LocalBackend:
                 stderr=log,
                 start_new_session=True,
             )
-        try:
-            record_start(step, process.pid)
-        except BaseException:
-            process.kill()
-            raise
         output = open(step.folder / LOG, "rb")  # noqa: SIM115
         output.seek(end_of_title)
         self.children[step.name] = StepProcess(process, output, gpu)
+        record_start(step, process.pid)
 
     def poll(self, running: Sequence[Step]) -> dict[str, int]:
         codes = {}

@@ -25,6 +25,7 @@ from reference_run import REPOSITORY, wait_until
 FOLDS_JOB = "fivefold-r-train-folds"
 FAST_SETTINGS = ("split.folds=3", "kubernetes.poll_seconds=0.05")
 REQUEST_ARGUMENTS = ("platform=kubernetes", "recipe=demo", "run=r", "train=/data/train")
+FAST_REQUEST = (*REQUEST_ARGUMENTS, *FAST_SETTINGS, "check=false")
 ROLE = yaml.safe_load((REPOSITORY / "k8s" / "contrib" / "submit-role.yaml").read_text())["rules"]
 KUBECTL_LOG = (
     'E1201 16:20:01.123456   12345 memcache.go:265] "Unhandled Error" err="couldn\'t get current server API group list: '
@@ -88,7 +89,8 @@ class FakeCluster:
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     fake_cluster = FakeCluster(tmp_path)
-    monkeypatch.setenv("CLUSTER", str(fake_cluster.folder))
+    for name in ("CLUSTER", "PATH"):
+        monkeypatch.setenv(name, fake_cluster.environ[name])
     return fake_cluster
 
 
@@ -108,8 +110,7 @@ def launch(cluster: FakeCluster, plan: Plan | None = None) -> int:
 
 def start_submit(cluster: FakeCluster, *arguments: str) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-m", "jobs", "submit", f"runs={cluster.runs}", "check=false"]
-    command += [*REQUEST_ARGUMENTS, *FAST_SETTINGS, *arguments]
+    command = [sys.executable, "-m", "jobs", "submit", f"runs={cluster.runs}", *FAST_REQUEST, *arguments]
     return subprocess.Popen(command, cwd=REPOSITORY, env=cluster.environ, **pipes)
 
 
@@ -436,16 +437,18 @@ def test_job_that_has_not_started_is_replaced_if_its_resources_change(
     assert ("fivefold-r-split had not started" in capsys.readouterr().err) == (override != "train.epochs=4")
 
 
-def test_submit_prints_the_scores_and_the_command_that_copies_the_run(cluster: FakeCluster) -> None:
+def test_submit_prints_the_scores_and_the_command_that_copies_the_run(
+    cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
     scores = {"rows": "x", "n": 20, "accuracy": 0.75, "logloss": None, "f1_macro": 0.5, "ece": 0.1}
     printed = json.dumps({"test": scores, "oof": {**scores, "n": 50, "logloss": 0.5}})
     cluster.script_pods(
         evaluate={"0": [{"code": 0, "log": f"10:00:00 INFO x\n{printed}\n10:00:01 INFO report"}]},
         evaluate_student={"0": [{"code": 0, "log": json.dumps({"holdout": {**scores, "n": 7, "logloss": 0.25}})}]},
     )
-    process = start_submit(cluster, "eval=/data/eval", "kubernetes.namespace=a b", "kubernetes.context=big")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    arguments = ["eval=/data/eval", "kubernetes.namespace=a b", "kubernetes.context=big"]
+    assert jobs_submit.main([f"runs={cluster.runs}", *FAST_REQUEST, *arguments]) == 0
+    output = capsys.readouterr().out
     assert [line.split() for line in output.splitlines()[:4]] == [
         ["accuracy", "logloss", "rows"],
         ["ensemble", "0.7500", "-", "test,", "20"],

@@ -154,6 +154,18 @@ def test_finished_step_has_its_files_and_is_skipped_by_the_next_launch(
     assert output == [f"[split] {line}" for line in log if not line.startswith("--- ")]
 
 
+def test_new_lines_of_a_log_are_complete_and_of_a_progress_bar_the_last_state(tmp_path: Path) -> None:
+    with open(tmp_path / "log.txt", "w+b", buffering=0) as written, open(tmp_path / "log.txt", "rb") as log:
+        process = local.StepProcess(None, log, "")
+        for text, lines in (
+            (b"one\n\nthr\xc3", ["one", ""]),
+            (b"\xa9e\r\n", ["thr\xe9e"]),
+            (b"\r 10%|\r100%|\r\n\xff\n", ["100%|", "\ufffd"]),
+        ):
+            written.write(text)
+            assert process.read_new_lines() == lines
+
+
 def test_failed_folds_do_not_stop_each_other_and_each_uses_a_gpu(
     images: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

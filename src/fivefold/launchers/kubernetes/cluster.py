@@ -209,14 +209,11 @@ def join_reason(item: Mapping[str, Any]) -> str:
     return ": ".join(text for text in (item.get("reason"), item.get("message")) if text)
 
 
-def final_exits(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> list[PodExit]:
-    """Return the last ending of each failed index of the Job, or of the Job's last pod."""
-    endings = [last_ending for pod in pods if (last_ending := pod_exit(pod)) and not last_ending.drained]
-    last = {last_ending.index: last_ending for last_ending in endings}
-    # the status `1,3-5` means 1, 3, 4 and 5
-    spans = [text.split("-") for text in (job["status"].get("failedIndexes") or "").split(",") if text]
-    failed = [index for span in spans for index in range(int(span[0]), int(span[-1]) + 1)]
-    return [last[index] for index in failed if index in last] if failed else list(last.values())[-1:]
+def final_exits(pods: Sequence[Mapping[str, Any]]) -> list[PodExit]:
+    """Return how the last pod failed, or of an Indexed Job the last pod of each index without a pod that succeeded."""
+    succeeded = {read_pod_index(pod) for pod in pods if pod["status"].get("phase") == "Succeeded"}
+    exits = [item for pod in pods if (item := pod_exit(pod)) and not item.drained and item.index not in succeeded]
+    return list({item.index: item for item in exits}.values())
 
 
 def exit_code(exits: Sequence[PodExit]) -> int:

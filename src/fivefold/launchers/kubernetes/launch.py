@@ -213,7 +213,7 @@ class KubernetesBackend:
         if failed is None:
             self._print_once(f"{name}: done", job["metadata"]["uid"])
             return 0
-        last = cluster.final_exits(job, own_pods)
+        last = cluster.final_exits(own_pods)
         reasons = [f"\n  {task.steps[ending.index or 0].name}: {ending}" for ending in last]
         self._failures[task.name] = f"the Job {name}, {failed.get('reason', 'unknown')}{''.join(reasons)}"
         return cluster.exit_code(last)

@@ -124,9 +124,13 @@ class Client:
     def read_new_lines(self, job: str) -> list[str]:
         """Return the lines that a job has logged since the last call. If reading is not allowed, warn once and return none."""
         lines: list[str] = []
+        if not self.reads_logs:
+            return lines
         try:
-            if self.reads_logs:
-                self._read_logs(job, lines)
+            with translate_errors():
+                listing = self.logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")
+                for name in sorted(stream["logStreamName"] for stream in listing["logStreams"]):
+                    lines += self._read_stream(name)
         except SettingsError as error:
             log.warning("cannot follow logs: %s", error)
             self.reads_logs = False
@@ -134,15 +138,12 @@ class Client:
             log.debug("%s", error)  # no log yet, or no network: the next call may succeed
         return lines
 
-    @translate_errors()
-    def _read_logs(self, job: str, lines: list[str]) -> None:
-        """Append the new lines of a job's streams to `lines`. A stream has no more lines if the token stays the same."""
-        streams = self.logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")["logStreams"]
-        for name in sorted(stream["logStreamName"] for stream in streams):
-            token = ""
-            while token != self.log_tokens.get(name):
-                token = self.log_tokens.get(name, "")
-                position = {"nextToken": token} if token else {"startFromHead": True}
-                answer = self.logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=name, **position)
-                lines += [event["message"] for event in answer["events"]]
-                self.log_tokens[name] = answer["nextForwardToken"]
+    def _read_stream(self, name: str) -> Iterator[str]:
+        """Yield the new lines of a log stream. It has no more lines if the token stays the same."""
+        token = ""
+        while token != self.log_tokens.get(name):
+            token = self.log_tokens.get(name, "")
+            position = {"nextToken": token} if token else {"startFromHead": True}
+            answer = self.logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=name, **position)
+            yield from (event["message"] for event in answer["events"])
+            self.log_tokens[name] = answer["nextForwardToken"]

@@ -44,8 +44,7 @@ POLL_INTERVAL_S = 0.2
 
 def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.environ) -> int:
     """Run the plan's steps in containers, `parallel` at a time (0: one). Return the exit code of the first failed step."""
-    parallel = max(1, parallel)
-    with ThreadPoolExecutor(parallel) as pool:
+    with ThreadPoolExecutor(parallel := parallel or 1) as pool:
         containers = Containers(plan, local_jobs(plan), bool(local.list_gpus(environ)), pool)
         return Scheduler(plan.steps, containers, parallel, POLL_INTERVAL_S).run()
 
