@@ -23,7 +23,7 @@ from fivefold.training.checkpoints import Checkpoints
 from fivefold.training.objectives import Teacher
 from fivefold.training.trainer import TrainData, ValidData, fit
 
-ROWS, EPOCHS = 26, 3
+ROWS, EPOCHS = 26, 2
 CODES = np.arange(ROWS) % 3
 SIZE = 20
 PLAIN = {"backbone": "fivefold/base_model", "backbone_kwargs": {"dropout": 0.0}, "dropout": 0.0}
@@ -31,8 +31,6 @@ NORMED = {"backbone": "fivefold/small_net", "backbone_kwargs": {"widths": [8, 16
 CASES: dict[str, dict[str, Any]] = {
     # 26 rows in batches of 8: each is split into 4 and 4 rows; the last batch of 2 is too small to split
     "plain": {},
-    "uneven": {"batch_size": 7},
-    "mixup": {"batch_mix": "mixup"},
     "cutmix, meta": {"batch_mix": "cutmix", "image_stats": ["color_mean"]},
     "accumulated": {"batch_mix": "mixup", "grad_accum_steps": 3, "batch_size": 5, "max_grad_norm": 0.5},
     "sam": {"grad_accum_steps": 2, "batch_mix": "cutmix", "batch_size": 6, "sam_rho": 0.1},
@@ -56,10 +54,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "one step": {"network": NORMED, "epochs": 1, "batch_size": ROWS},
 }
 """Networks with per-process random draws or statistics: the processes must stay equal to each other."""
-COUNTS = (1, 2, 3, 4, 5, ROWS)
+COUNTS = (3, 5, ROWS)
 
 
-def images_in(
+def open_images(
     folder: Path, transform: list[str], names: list[str] | None = None, meta: tuple[str, ...] = ()
 ) -> ImageDataset:
     files = sorted(path.name for path in folder.iterdir()) if names is None else names
@@ -76,17 +74,17 @@ def settings_of(case: dict[str, Any]) -> Settings:
     )  # fmt: skip
 
 
-def trained(
+def train_case(
     folder: Path,
     case: dict[str, Any],
-    replicas: ProcessGroup = SINGLE_PROCESS,
+    process_group: ProcessGroup = SINGLE_PROCESS,
     checkpoints: Checkpoints | None = None,
     stop: int = 0,
 ) -> dict[str, Any]:
     """Train and return the rows of the epochs, the final states of all models and the best epochs; SIGTERM in step `stop`, if not 0."""
     settings = settings_of(case)
     dtype = torch.bfloat16 if case.get("precision") == "bf16" else None
-    runtime = make_runtime(torch.device("cpu"), dtype, True, [0.5] * 3, [0.25] * 3, replicas)
+    runtime = make_runtime(torch.device("cpu"), dtype, True, [0.5] * 3, [0.25] * 3, process_group)
     seed_everything(0)
     network = build_classifier(settings.model, 3)
     codes = CODES.copy()
@@ -95,9 +93,9 @@ def trained(
     teacher = Teacher(np.log(probs), 0.7, 2.0, runtime.device) if case.get("taught") else None
     meta = tuple(case.get("image_stats", ()))
     train = TrainData(
-        images_in(folder, ["random_crop", "horizontal_flip"], meta=meta), one_hot(codes, 3, runtime.device), teacher
+        open_images(folder, ["random_crop", "horizontal_flip"], meta=meta), one_hot(codes, 3, runtime.device), teacher
     )
-    valid = ValidData(images_in(folder, [], meta=meta), CODES)
+    valid = ValidData(open_images(folder, [], meta=meta), CODES)
     loop = build_trainer("test", network, train, valid, settings, runtime, select=True, patience=0)
     rows: list[dict[str, Any]] = []
     steps = iter(range(1, 10_000))
@@ -106,7 +104,7 @@ def trained(
         if next(steps) == stop:
             os.kill(os.getpid(), 15)
 
-    main_only = checkpoints if replicas.rank.is_main else None
+    main_only = checkpoints if process_group.rank.is_main else None
     loop = replace(loop, observers=[rows.append], checkpoints=main_only, after_step=[signal_self, *loop.after_step])
     best = fit(loop)
     states = {
@@ -116,38 +114,38 @@ def trained(
     return {"rows": rows, "states": states, "best": {name: value.epoch for name, value in best.items()}}
 
 
-def predicted(folder: Path, count: int, replicas: ProcessGroup = SINGLE_PROCESS) -> dict[str, Any]:
+def predict_rows(folder: Path, count: int, process_group: ProcessGroup = SINGLE_PROCESS) -> dict[str, Any]:
     """Return the log-probabilities of the first `count` images and the names of the images read."""
     seed_everything(0)
     network = build_classifier(settings_of({}).model, 3)
-    images = images_in(folder, [], sorted(path.name for path in folder.iterdir())[:count])
-    runtime = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.25] * 3, replicas)
+    images = open_images(folder, [], sorted(path.name for path in folder.iterdir())[:count])
+    runtime = make_runtime(torch.device("cpu"), None, True, [0.5] * 3, [0.25] * 3, process_group)
     log_probs = predict_all(network, images, 4, 0, runtime, ["plain", "flip"])
-    return {"found": torch.from_numpy(log_probs), "read": list(images.store.reads.elements())}
+    return {"log_probs": torch.from_numpy(log_probs), "read": list(images.store.reads.elements())}
 
 
-def train_stop_and_resume(folder: Path, checkpoints: Path, replicas: ProcessGroup) -> dict[str, Any]:
+def train_stop_and_resume(folder: Path, checkpoints: Path, process_group: ProcessGroup) -> dict[str, Any]:
     """Stop a run by a signal to the last process only, then resume it from the first process's checkpoint."""
-    case, is_last = OTHERS["norms"], replicas.rank.index == replicas.rank.world_size - 1
+    case, is_last = OTHERS["norms"], process_group.rank.index == process_group.rank.world_size - 1
     signal_number = 0
     with defer_signals():
         try:
-            trained(folder, case, replicas, Checkpoints(checkpoints), stop=6 if is_last else 0)
+            train_case(folder, case, process_group, Checkpoints(checkpoints), stop=6 if is_last else 0)
         except StoppedError as error:
             signal_number = error.number
     torch.manual_seed(99)  # a new process may have any random state
-    return {"told": signal_number, **trained(folder, case, replicas, Checkpoints(checkpoints))}
+    return {"signal": signal_number, **train_case(folder, case, process_group, Checkpoints(checkpoints))}
 
 
 def main(folder: Path, results: Path) -> None:
     torch.set_num_threads(1)
-    with init_process_group(rank_from_env(os.environ)) as replicas:
-        output = {name: trained(folder, case, replicas) for name, case in {**CASES, **OTHERS}.items()}
-        output["stopped"] = train_stop_and_resume(folder, results / "kept", replicas)
-        output["predicted"] = {str(count): predicted(folder, count, replicas) for count in COUNTS}
-        shared = replicas.broadcast({"word": f"of {replicas.rank.index}", "numbers": torch.arange(3.0)})
+    with init_process_group(rank_from_env(os.environ)) as process_group:
+        output = {name: train_case(folder, case, process_group) for name, case in {**CASES, **OTHERS}.items()}
+        output["stopped"] = train_stop_and_resume(folder, results / "kept", process_group)
+        output["predicted"] = {str(count): predict_rows(folder, count, process_group) for count in COUNTS}
+        shared = process_group.broadcast({"word": f"of {process_group.rank.index}", "numbers": torch.arange(3.0)})
         output["shared"] = shared
-        torch.save(output, results / f"{replicas.rank.index}.pt")
+        torch.save(output, results / f"{process_group.rank.index}.pt")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from fivefold.training.optim import (
     check_warmup,
     lr_scales,
 )
-from fivefold.training.steps import build_scaler, plain_step, sam_step
+from fivefold.training.steps import build_scaler, build_update
 from fivefold.training.trainer import MONITORS, LoopConfig, TrainData, Trainer, ValidData
 
 log = logging.getLogger("fivefold")
@@ -142,9 +142,8 @@ def build_trainer(
     )
     raw = {"raw": model} if ema is None or chosen.save_raw_weights else {}
     scaler = build_scaler(runtime)
-    update = (sam_step if chosen.sam_rho else plain_step)(
-        model, _build_objective(settings, loss, train), optimizer, runtime, chosen.max_grad_norm, chosen.sam_rho, scaler
-    )
+    objective = _build_objective(settings, loss, train)
+    update = build_update(model, objective, optimizer, runtime, chosen.max_grad_norm, chosen.sam_rho, scaler)
     callbacks = {**({"ema": ema} if ema else {}), "schedule": schedule, **_callbacks(settings, network, train, steps)}
     parts: dict[str, Stateful] = {
         "model": model,

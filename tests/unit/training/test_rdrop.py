@@ -1,5 +1,6 @@
 """R-Drop: its formula, its reduction, and its warning about networks without dropout."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -80,15 +81,11 @@ def make_classifier(head, meta: bool = False, **options) -> Classifier:
     return Classifier(backbone, built_head, Standardize(2) if meta else None).train()
 
 
-class OpaqueNetwork(nn.Module):
+class OpaqueNetwork(nn.ModuleList):
     """Hide backbone and head from R-Drop, so that it runs the whole network twice."""
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
     def forward(self, *inputs):
-        return self.network(*inputs)
+        return self[0](*inputs)
 
 
 def run_step(
@@ -102,22 +99,22 @@ def run_step(
     return loss.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), torch.rand(1)
 
 
-@pytest.mark.parametrize("meta", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_one_backbone_pass_is_exact_if_only_the_head_is_random(head, meta, caplog):
+def test_one_backbone_pass_is_exact_if_only_the_head_is_random(head, caplog):
+    meta = head == "linear"
     rows = MicroBatch(LARGE.double(), TARGETS.double(), meta=META.double() if meta else None)
     single_pass_model, two_pass_model = (make_classifier(HEADS[head], meta).double() for _ in range(2))
     batch_sizes = []
     single_pass_model.backbone.register_forward_pre_hook(lambda _, inputs: batch_sizes.append(len(inputs[0])))
     with caplog.at_level("INFO"):
         actual = run_step(rdrop(label_loss(LOSS), 0.5), single_pass_model, rows)
-    expected = run_step(rdrop(label_loss(LOSS), 0.5), OpaqueNetwork(two_pass_model), rows)
+    expected = run_step(rdrop(label_loss(LOSS), 0.5), OpaqueNetwork([two_pass_model]), rows)
     assert batch_sizes[-1] == 6, "the backbone gets the rows of the step once"
     assert "the backbone runs once" in caplog.text
-    for actual_tensor, expected_tensor in zip(actual, expected, strict=True):
-        torch.testing.assert_close(actual_tensor, expected_tensor, rtol=1e-9, atol=1e-12)
-    statistics = zip(single_pass_model.state_dict().items(), two_pass_model.state_dict().values(), strict=True)
-    for name, (actual_tensor, expected_tensor) in ((name, (one, other)) for (name, one), other in statistics):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    expected_state = two_pass_model.state_dict()
+    for name, actual_tensor in single_pass_model.state_dict().items():
+        expected_tensor = expected_state[name]
         if name.endswith("running_var") and name.startswith("backbone"):
             # the unbiased variance of n values instead of 2n; n is the number of pixels of 6 images in one of the maps
             ratio = (actual_tensor - 0.9) / (expected_tensor - 0.9)
@@ -132,7 +129,7 @@ def test_first_batch_under_bf16_has_all_gradients():
     rows, criterion = MicroBatch(LARGE, TARGETS), label_loss(LOSS)
     single_pass_model, two_pass_model = make_classifier("linear"), make_classifier("linear")
     actual = run_step(rdrop(criterion, 0.5), single_pass_model, rows, bf16=True)
-    expected = run_step(rdrop(criterion, 0.5), OpaqueNetwork(two_pass_model), rows, bf16=True)
+    expected = run_step(rdrop(criterion, 0.5), OpaqueNetwork([two_pass_model]), rows, bf16=True)
     assert float(actual[1].abs().min() + expected[1].norm()) > 0
     assert float((actual[1] - expected[1]).norm() / expected[1].norm()) < 0.02
 
@@ -148,17 +145,13 @@ def test_first_batch_under_bf16_has_all_gradients():
 )
 def test_is_stochastic_detects_every_kind_of_randomness_in_a_backbone(backbone, options):
     torch.manual_seed(0)
-    network = build_backbone(backbone, False, options)
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network = build_backbone(backbone, False, options).eval()
+    state, images = copy.deepcopy(network.state_dict()), torch.randn(2, 3, 64, 64)
     torch.manual_seed(1)
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert is_stochastic(network, images)
     assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(1)))
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
-    modes = [module.training for module in network.eval().modules()]
-    is_stochastic(network, images)
-    assert [module.training for module in network.modules()] == modes
+    torch.testing.assert_close(network.state_dict(), state, rtol=0, atol=0)
+    assert not any(module.training for module in network.modules())
 
 
 def test_stochastic_backbone_runs_twice():
