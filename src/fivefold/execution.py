@@ -210,15 +210,8 @@ def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], im
         milliseconds, disturbed = time_undisturbed(steps)
     choice = choose_fastest(milliseconds, disturbed)
     figures = ", ".join(f"{name} {value:.4g} ms" for name, value in milliseconds.items())
-    log.info("precision %s by a probe: a step of %d images takes %s", choice, images, figures)
-    if disturbed:
-        log.warning(
-            "other processes used the cores during all %d precision probes, so Fivefold takes %s unless another precision "
-            "is ×%g as fast; set train.precision to choose it yourself",
-            MAX_PROBES,
-            USUAL,
-            CLEAR_FACTOR,
-        )
+    level, note = (logging.WARNING, ", disturbed by other processes") if disturbed else (logging.INFO, "")
+    log.log(level, "precision %s by a probe%s: a step of %d images takes %s", choice, note, images, figures)
     return {"choice": choice, "milliseconds": milliseconds, "images": images, "disturbed": disturbed}
 
 

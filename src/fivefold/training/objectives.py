@@ -1,7 +1,6 @@
-"""Objectives: functions from a batch to its loss and logits.
+"""Objectives: functions from a batch to its loss and logits; the teacher of a distillation.
 
-An objective combines a criterion (a loss of logits) with a way to run the network: once, or twice for R-Drop. So R-Drop
-works with labels and with a teacher, whose softened probabilities and schedules are here too.
+An objective combines a criterion (a loss of logits) with a way to run the network: once, or twice for R-Drop.
 """
 
 import copy
@@ -94,10 +93,9 @@ def single_pass(criterion: Criterion) -> Objective:
 def rdrop(criterion: Criterion, weight: float, link: str = "softmax") -> Objective:
     """The mean criterion of two passes + weight · ½(KL(p‖q) + KL(q‖p)) (Liang et al. 2021, arXiv 2106.14448, section 2.1).
 
-    Both passes run as one batch of twice the rows. If the backbone is deterministic, both passes would give equal
-    features: then it runs once, and the features are duplicated for the head, with the same loss and gradients.
-    BatchNorm counts the batch once either way; in a backbone that runs once, its variance is over B rows, not 2B.
-    The first batch shows which parts are random. The paper adds to the sum of both losses, so its α is twice this weight.
+    Both passes run as one batch of twice the rows. A deterministic backbone runs once, and its features are duplicated
+    for the head, with the same loss and gradients; the variance of its BatchNorms is then over B rows, not 2B. The first
+    batch shows which parts are random. The paper adds to the sum of both losses, so its α is twice this weight.
     """
     backbone_runs_once: list[bool] = []
 

@@ -11,8 +11,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from fivefold.errors import SettingsError
 from fivefold.lookup import choose
 
-ADAM_EPS = 1e-8
-
 
 def build_optimizer(
     name: str,
@@ -70,7 +68,7 @@ def muon_params(model: nn.Module) -> set[int]:
     Depthwise convolutions and position embeddings are excluded, because they are not matrices between features.
     """
     layers = [m.weight for m in getattr(model, "backbone", model).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return {id(weight) for weight in layers[1:] if weight.flatten(1).shape[1] > 1 and weight.shape[1] > 1}
+    return {id(weight) for weight in layers[1:] if weight.shape[1] > 1}
 
 
 def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
@@ -85,12 +83,9 @@ def _muon(groups: list[dict], lr: float, momentum: float) -> Optimizer:
     """Return timm's Muon with Nesterov momentum and the step size of AdamW (Liu et al. 2025, arXiv 2502.16982, equation 4)."""
     from timm.optim import Muon
 
-    # Set `nesterov` for Muon's groups only: in the other groups it would select NAdamW.
-    kinds = [
-        {"nesterov": True} if group.get("use_muon") else {"use_fallback": True, "eps": ADAM_EPS} for group in groups
-    ]
-    chosen = [group | kind for group, kind in zip(groups, kinds, strict=True)]
-    return Muon(chosen, lr, momentum=momentum, ns_coefficients="original")
+    for group in groups:  # set `nesterov` for Muon's groups only: in the other groups it would select NAdamW
+        group.update({"nesterov": True} if group.get("use_muon") else {"use_fallback": True, "eps": 1e-8})
+    return Muon(groups, lr, momentum=momentum, ns_coefficients="original")
 
 
 def _supports_fused(groups: list[dict]) -> bool:
