@@ -92,21 +92,6 @@ class BestCheckpoint:
 
 
 @dataclass
-class Throughput:
-    """Images per second of each training epoch in this process, with loading and without validation.
-
-    A resumed epoch counts only the images that this process trained on.
-    """
-
-    passes: list[float] = field(default_factory=list)
-
-    def metrics(self) -> dict[str, float]:
-        """Return `images_per_second` for the stage's record: the median without the first epoch, which warms up."""
-        counted = self.passes[1:] or self.passes
-        return {"images_per_second": round(statistics.median(counted), 2)} if counted else {}
-
-
-@dataclass
 class TrainState:
     """Position of a run: the current `epoch`, its completed `step`s and their `totals`, its first `lr`; `rows` of ended epochs.
 
@@ -137,7 +122,8 @@ class Trainer:
     `scored_models`: the models to validate; the first one's scores are reported and decide early stopping. `batches`:
     function from an epoch to its batches of (epoch, row) pairs. `select`: keep each contender's best epoch, else the
     last one, whatever its scores. `components`: the components with a state, which `checkpoints` save. When a run resumes,
-    `observers` get the rows of its earlier epochs again; `live_observers` do not.
+    `observers` get the rows of its earlier epochs again; `live_observers` do not. `speeds`: images per second of each
+    epoch trained by this process, with loading and without validation.
     """
 
     label: str
@@ -159,7 +145,11 @@ class Trainer:
     checkpoints: Checkpoints | None = None
     observers: Sequence[Observer] = ()
     live_observers: Sequence[Observer] = ()
-    throughput: Throughput = field(default_factory=Throughput)
+    speeds: list[float] = field(default_factory=list)
+
+    def speed_metrics(self) -> dict[str, float]:
+        """Return `images_per_second` for the stage's record: the median without the first epoch, which warms up."""
+        return {"images_per_second": round(statistics.median(self.speeds[1:] or self.speeds), 2)} if self.speeds else {}
 
 
 def fit(trainer: Trainer) -> dict[str, BestCheckpoint]:
@@ -215,7 +205,7 @@ def _run_epochs(trainer: Trainer, progress: TrainState) -> dict[str, BestCheckpo
         for observe in (*trainer.observers, *trainer.live_observers):
             observe(row)
         left = format_duration((time.monotonic() - start) / (epoch - before) * (epochs - epoch))
-        speed = f"{trainer.throughput.passes[-1]:.4g} images/s, " if trainer.throughput.passes else ""
+        speed = f"{trainer.speeds[-1]:.4g} images/s, " if trainer.speeds else ""
         metrics = " ".join(f"{name}={value:.4g}" for name, value in row.items() if name not in ("epoch", "lr"))
         log.info("%s epoch %d/%d %s, %s%s left", trainer.label, epoch, epochs, metrics, speed, left)
         progress.rows.append(row)
@@ -244,7 +234,7 @@ def train_epoch(trainer: Trainer, progress: TrainState) -> dict[str, float]:
     _run_steps(trainer, progress, batches)
     _check_finite(progress.totals, progress.epoch)  # waits for the GPU
     if batches:
-        trainer.throughput.passes.append(sum(map(len, batches)) / (time.perf_counter() - start))
+        trainer.speeds.append(sum(map(len, batches)) / (time.perf_counter() - start))
     loss, right, rows_seen, mass = torch.stack(progress.totals).cpu().double().sum(dim=0).tolist()
     return {"train_loss": loss / rows_seen, "train_acc": right / max(mass, 1e-12)}
 

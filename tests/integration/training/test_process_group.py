@@ -23,7 +23,6 @@ WORLD_SIZE = 2
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of generated images in three alternating colours."""
     path = tmp_path_factory.mktemp("images")
     images_in(path, ROWS, SIZE)
     return path

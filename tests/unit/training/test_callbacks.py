@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -30,20 +31,17 @@ def make_trainer(images: ImageDataset, distill: dict | None = None, **train) -> 
     return run_of(images, {"lr": 0.02} | train, SMALL, distill=distill)[0]
 
 
-def changed_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-
-
 def test_defect_product_frozen_backbone_keeps_its_batch_statistics(images):
     """The original kept updating the running statistics of the BatchNorms that it froze."""
-    trainer = make_trainer(images, freeze_epochs=2, sam_rho=0.05, grad_accum_steps=2, ema_decay=0.9, max_grad_norm=1.0)
+    trainer = make_trainer(images, freeze_epochs=1, epochs=2, sam_rho=0.05, grad_accum_steps=2, ema_decay=0.9)
     snapshots = [copy.deepcopy(trainer.model.state_dict())]
     fit(replace(trainer, observers=[lambda row: snapshots.append(copy.deepcopy(trainer.model.state_dict()))]))
-    for before, after in ((snapshots[0], snapshots[1]), (snapshots[1], snapshots[2])):
-        assert {name.partition(".")[0] for name in changed_names(before, after)} == {"head"}
-    unfrozen = changed_names(snapshots[2], snapshots[3])
-    assert {"backbone.stem.1.running_mean", "backbone.stem.1.num_batches_tracked", "backbone.stem.0.weight"} <= unfrozen
-    assert int(snapshots[4]["backbone.stem.1.num_batches_tracked"]) == 2 * 3
+    frozen, unfrozen = (
+        {name for name in after if not torch.equal(before[name], after[name])} for before, after in pairwise(snapshots)
+    )
+    assert {name.partition(".")[0] for name in frozen} == {"head"}
+    assert {"backbone.stem.1.running_mean", "backbone.stem.0.weight"} <= unfrozen
+    assert int(snapshots[-1]["backbone.stem.1.num_batches_tracked"]) == 3
 
 
 def test_frozen_norm_uses_its_running_statistics(images):
@@ -57,19 +55,13 @@ def test_frozen_norm_uses_its_running_statistics(images):
 
 
 def test_schedule_and_optimizer_continue_correctly_after_unfreezing(images):
-    rows_by_freeze = {}
-    for freeze_epochs in (0, 3):
-        rows_by_freeze[freeze_epochs] = rows = []
-        trainer = make_trainer(
-            images, freeze_epochs=freeze_epochs, backbone_lr_scale=0.1, warmup_epochs=1.0, optimizer="adamw"
-        )
-        fit(replace(trainer, observers=[rows.append]))
-    assert [row["lr"] for row in rows_by_freeze[0]] == [row["lr"] for row in rows_by_freeze[3]]
-    assert rows_by_freeze[3][1]["lr"] == 0.02
+    rows, trainer = [], make_trainer(images, epochs=3, freeze_epochs=2, backbone_lr_scale=0.1, warmup_epochs=1.0)
+    fit(replace(trainer, observers=[rows.append]))
+    assert [row["lr"] for row in rows[1:]] == pytest.approx([0.02, 0.01])
     optimizer = trainer.schedule.optimizer
     steps = {int(optimizer.state[p]["step"]) for p in trainer.model.backbone.parameters()}
     assert steps == {3}  # of the last epoch: moments start when the backbone is unfrozen
-    assert {int(optimizer.state[p]["step"]) for p in trainer.model.head.parameters()} == {12}
+    assert {int(optimizer.state[p]["step"]) for p in trainer.model.head.parameters()} == {9}
 
 
 def test_backbone_uses_its_scaled_learning_rate(images):

@@ -34,9 +34,8 @@ def make_trainer(images: ImageDataset, **train) -> tuple[Trainer, list[dict]]:
 def test_best_validated_epoch_is_kept_with_its_weights(images, every):
     trainer, rows = make_trainer(images, validate_every=every)
     best = fit(trainer)["raw"]
-    assert (best.scores["logloss"], best.epoch) == min(
-        (row["val_logloss"], row["epoch"]) for row in rows if row["epoch"] % every == 0
-    )
+    validated = [(row["val_logloss"], row["epoch"]) for row in rows if row["epoch"] % every == 0]
+    assert (best.scores["logloss"], best.epoch) == min(validated)
     assert len(rows) == 4
     trainer, _ = run_of(images, {"lr": 5.0}, select=False)
     last = fit(trainer)["raw"]
@@ -81,9 +80,9 @@ def test_epochs_log_images_per_second_and_metrics_hold_the_median_without_the_fi
     with caplog.at_level("INFO"):
         fit(trainer)
     logged = [float(m) for text in caplog.messages for m in re.findall(r"epoch \d/4 .* ([\d.e+]+) images/s", text)]
-    assert logged == pytest.approx(trainer.throughput.passes, rel=1e-3)
+    assert logged == pytest.approx(trainer.speeds, rel=1e-3)
     assert len(logged) == 4
-    assert trainer.throughput.metrics() == {"images_per_second": round(np.median(trainer.throughput.passes[1:]), 2)}
+    assert trainer.speed_metrics() == {"images_per_second": round(np.median(trainer.speeds[1:]), 2)}
 
 
 def test_non_finite_loss_names_batch_and_epoch_and_full_memory_a_smaller_batch(images):
