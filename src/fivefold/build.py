@@ -20,7 +20,7 @@ from fivefold.data.split.fold_table import FoldTable
 from fivefold.data.transforms.registry import build_transforms
 from fivefold.distributed.process_group import convert_sync_batchnorm
 from fivefold.errors import MissingInputError, SettingsError
-from fivefold.execution import PRECISIONS, RUNTIME, PrecisionState, choose_device, describe, optimize_for_cpu
+from fivefold.execution import PRECISIONS, RUNTIME, PrecisionState, choose_device, describe_runtime, optimize_for_cpu
 from fivefold.execution import make_prediction_runtime as make_prediction_runtime
 from fivefold.execution import make_training_runtime as make_training_runtime
 from fivefold.execution import precision_name as precision_name
@@ -207,7 +207,7 @@ def check_memory(network: Classifier, settings: Settings, runtime: Runtime, imag
     estimate = replace(
         estimate, image=-(-passes * estimate.image // rank.world_size)
     )  # each rank holds a part of the batch
-    log.info(describe(runtime))
+    log.info(describe_runtime(runtime))
     free = memory.available_bytes(runtime.device, rank.local_world_size)
     log.info("memory: a step takes %s", memory.check_fits(estimate, chosen.batch_size, free, chosen.grad_accum_steps))
     if runtime.device.type == "cpu":

@@ -135,7 +135,7 @@ def optimize_for_cpu(network: nn.Module, runtime: Runtime, enabled: bool) -> nn.
     return use_fast_convs(network, runtime.dtype == torch.bfloat16 and _cpu_has("amx_tile"))
 
 
-def describe(runtime: Runtime) -> str:
+def describe_runtime(runtime: Runtime) -> str:
     """Return device, precision and threads of a runtime as text for the log."""
     return f"device {runtime.device}, precision {precision_name(runtime)}, {torch.get_num_threads()} threads"
 

@@ -71,8 +71,4 @@ def cutmix(images: Tensor, lam: float, others: Tensor, random: np.random.Generat
     return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
-MIXINGS: dict[str, MixFn | None] = {
-    "none": None,
-    "mixup": mixup,
-    "cutmix": cutmix,
-}
+MIXINGS: dict[str, MixFn | None] = {"none": None, "mixup": mixup, "cutmix": cutmix}
