@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def train_stop_and_resume(folder: Path, checkpoints: Path, process_group: Proces
 
 def main(folder: Path, results: Path) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     with init_process_group(rank_from_env(os.environ)) as process_group:
         output = {name: train_case(folder, case, process_group) for name, case in {**CASES, **OTHERS}.items()}
         output["stopped"] = train_stop_and_resume(folder, results / "kept", process_group)

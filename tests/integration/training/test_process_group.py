@@ -1,8 +1,6 @@
 """Two real ranks that train together get the results of one process and hold equal states."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,9 @@ from fivefold.distributed.process_group import ProcessGroup, convert_sync_batchn
 from fivefold.distributed.rank_launcher import free_port
 from fivefold.distributed.ranks import SHARED_SCRATCH, HostGroup, Rank
 from fivefold.models.backbones import build_backbone
+from forked_process import Forked
 from toy_training import images_in
 
-WORKER = Path(distributed_worker.__file__)
 WORLD_SIZE = 2
 
 
@@ -32,17 +30,16 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rank_results(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Return the results of all cases, one entry per rank."""
     results, port = tmp_path_factory.mktemp("results"), free_port()
-    shared = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environ = {"PATH": os.environ["PATH"], SHARED_SCRATCH: str(results)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", WORKER, image_folder, results],
-            env={**shared, SHARED_SCRATCH: str(results), **HostGroup().variables(WORLD_SIZE, rank, port)},
-            stderr=subprocess.PIPE,
+        Forked(
+            [distributed_worker.__file__, str(image_folder), str(results)],
+            environ | HostGroup().variables(WORLD_SIZE, rank, port),
         )
         for rank in range(WORLD_SIZE)
     ]
-    stderr = [process.communicate(timeout=300)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0] * WORLD_SIZE, "\n".join(stderr)
+    outputs = [process.wait() for process in processes]
+    assert [process.returncode for process in processes] == [0] * WORLD_SIZE, "\n".join(outputs)
     return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 
 
