@@ -117,7 +117,7 @@ class Resident:
     def rows(self, step: int = 0) -> MicroBatch:
         """Return the rows on the device, normalised, and mixed as in this step."""
         trainer, seed = self.loop, (self.loop.config.seed, 1, step, 0)
-        return to_micro_batch(self.batch, self.samples, trainer.train, trainer.mixing, trainer.runtime, 1, seed)
+        return to_micro_batch(trainer, self.batch, self.samples, 1, seed)
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:

@@ -234,13 +234,13 @@ def class_prior(model: ModelDir) -> np.ndarray:
 
 def predict_systems(group: list[ModelDir], eval_images: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
     """Predict with a system's models and combine them into one [N, C] with equal weights; load one network at a time."""
-    from fivefold.build import describe
+    from fivefold.build import describe_runtime
     from fivefold.trained_model import load_model
 
     predicted, classes = [], group[0].info["classes"]
     for number, model in enumerate(group, start=1):
         member = load_model(model, explicit)
-        log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), describe(member.runtime))
+        log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), describe_runtime(member.runtime))
         log_probs = member.predict_cached(eval_images, model.name)
         log_probs[eval_images.unreadable] = class_prior(model)
         del member

@@ -52,10 +52,12 @@ def run_of(
     patience: int = 0,
     select: bool = True,
     runtime: Runtime = CPU,
+    unlabelled: int = 0,
 ) -> tuple[Trainer, list[dict[str, Any]]]:
     """Return a new training loop over images of three classes, and the list that its epochs' rows are added to.
 
     `model` has keys of [model], or is None for one linear layer; `distill` has keys of [distill], or is None for no teacher.
+    The first `unlabelled` rows have no label in training.
     """
     codes = np.arange(len(images)) % 3
     settings = Settings(
@@ -71,7 +73,8 @@ def run_of(
     teaching = settings.distill
     teacher = None if distill is None else Teacher(log_probs, teaching.alpha, teaching.temperature, runtime.device)
     valid = ValidData(images, codes if valid_codes is None else valid_codes)
-    rows = TrainData(images, one_hot(codes, 3, runtime.device), teacher)
+    targets = one_hot(np.where(np.arange(len(codes)) < unlabelled, -1, codes), 3, runtime.device)
+    rows = TrainData(images, targets, teacher)
     loop = build_trainer("test", network, rows, valid, settings, runtime, select=select, patience=patience)
     epoch_rows: list[dict[str, Any]] = []
     return replace(loop, observers=[epoch_rows.append]), epoch_rows

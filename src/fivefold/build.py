@@ -20,7 +20,7 @@ from fivefold.data.split.fold_table import FoldTable
 from fivefold.data.transforms.registry import build_transforms
 from fivefold.distributed.process_group import convert_sync_batchnorm
 from fivefold.errors import MissingInputError, SettingsError
-from fivefold.execution import PRECISIONS, RUNTIME, PrecisionState, choose_device, describe, optimize_for_cpu
+from fivefold.execution import PRECISIONS, RUNTIME, PrecisionState, choose_device, describe_runtime, optimize_for_cpu
 from fivefold.execution import make_prediction_runtime as make_prediction_runtime
 from fivefold.execution import make_training_runtime as make_training_runtime
 from fivefold.execution import precision_name as precision_name
@@ -57,7 +57,7 @@ from fivefold.training.optim import (
     check_warmup,
     lr_scales,
 )
-from fivefold.training.steps import build_scaler, plain_step, sam_step
+from fivefold.training.steps import build_scaler, build_update
 from fivefold.training.trainer import MONITORS, LoopConfig, TrainData, Trainer, ValidData
 
 log = logging.getLogger("fivefold")
@@ -142,9 +142,8 @@ def build_trainer(
     )
     raw = {"raw": model} if ema is None or chosen.save_raw_weights else {}
     scaler = build_scaler(runtime)
-    update = (sam_step if chosen.sam_rho else plain_step)(
-        model, _build_objective(settings, loss, train), optimizer, runtime, chosen.max_grad_norm, chosen.sam_rho, scaler
-    )
+    objective = _build_objective(settings, loss, train)
+    update = build_update(model, objective, optimizer, runtime, chosen.max_grad_norm, chosen.sam_rho, scaler)
     callbacks = {**({"ema": ema} if ema else {}), "schedule": schedule, **_callbacks(settings, network, train, steps)}
     parts: dict[str, Stateful] = {
         "model": model,
@@ -208,7 +207,7 @@ def check_memory(network: Classifier, settings: Settings, runtime: Runtime, imag
     estimate = replace(
         estimate, image=-(-passes * estimate.image // rank.world_size)
     )  # each rank holds a part of the batch
-    log.info(describe(runtime))
+    log.info(describe_runtime(runtime))
     free = memory.available_bytes(runtime.device, rank.local_world_size)
     log.info("memory: a step takes %s", memory.check_fits(estimate, chosen.batch_size, free, chosen.grad_accum_steps))
     if runtime.device.type == "cpu":

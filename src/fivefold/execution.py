@@ -4,8 +4,10 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,18 @@ from fivefold.errors import DataError, SettingsError
 from fivefold.inference.predictor import Runtime, make_runtime
 from fivefold.lookup import choose
 from fivefold.models.cpu_convs import has_slow_grouped_convs, use_fast_convs
-from fivefold.system import TICK, count_cores, count_cpus, cpu_name, other_cpu_seconds
+from fivefold.system import TICK, count_cores, count_cpus, other_cpu_seconds
 
 log = logging.getLogger("fivefold")
 RUNTIME = "runtime"
 """The key of a run's precision and memory format (`PrecisionState`) in a checkpoint."""
+PRECISIONS: dict[str, tuple[torch.dtype | None, bool]] = {
+    "fp32": (None, False),
+    "bf16": (torch.bfloat16, False),
+    "bf16_grouped_fp32": (torch.bfloat16, True),
+    "fp16": (torch.float16, False),
+}
+"""Autocast type of each precision (None: float32), and whether grouped convolutions that are slow in bf16 stay in float32."""
 MAX_PROBE_PIXELS = 4 * 224 * 224
 """Maximum pixels of the images of a timed step, which has at least two images."""
 PROBE_S, MAX_ROUNDS = 2.0, 7
@@ -34,7 +43,7 @@ MAX_DISTURBANCE = 0.1
 """Fraction of the threads' CPU time that other processes may take during a probe."""
 MAX_PROBES, PROBE_PAUSE_S = 3, 2.0
 """Maximum number of probes while other processes disturb them, and the seconds between two probes."""
-CLEAR_FACTOR = 1.5
+USUAL, CLEAR_FACTOR = "bf16", 1.5
 """In a disturbed probe, a precision must be this many times as fast as the usual one to be chosen."""
 
 
@@ -54,26 +63,25 @@ class PrecisionState:
 
 def choose_device(name: str, key: str = "train.device") -> torch.device:
     """Return the device; `auto` is CUDA, else MPS, else the CPU. Raise a SettingsError if the device does not exist."""
-    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = next(device for device, exists in devices.items() if exists)
+        name = next(kind for kind, count in counts.items() if count)
     kind, _, number = name.partition(":")
-    if not choose(devices, "device", kind):
+    if (number or "0") not in map(str, range(choose(counts, "device", kind))):
         raise SettingsError(f"{key}={name}, but this machine has no such device; set {key}=auto")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if number and not (number.isdecimal() and int(number) < count):
-        raise SettingsError(f"{key}={name}, but this machine has {kind}:0 to {kind}:{count - 1}; set {key}=auto")
     return torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
     """Return the precision `name`; `auto` without a probe is bf16 if the device is fast in it, else fp16 on CUDA, else fp32."""
-    if name == "auto":
-        return _default_precision(device)
-    dtype, _ = choose(PRECISIONS, "precision", name)
-    if dtype == torch.float16 and device.type != "cuda":
-        raise SettingsError(f"train.precision=fp16 needs CUDA, but the device is {device.type}; set bf16 or fp32")
-    return name
+    if name != "auto":
+        dtype, _ = choose(PRECISIONS, "precision", name)
+        if dtype == torch.float16 and device.type != "cuda":
+            raise SettingsError(f"train.precision=fp16 needs CUDA, but the device is {device.type}; set bf16 or fp32")
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and (_cpu_has("amx_tile") or _cpu_has("avx512_bf16")) else "fp32"
 
 
 def make_training_runtime(settings: Settings, process_group: ProcessGroup = SINGLE_PROCESS) -> Runtime:
@@ -81,9 +89,8 @@ def make_training_runtime(settings: Settings, process_group: ProcessGroup = SING
     device = process_group.local_device(choose_device(settings.train.device))
     if settings.train.compile and device.type != "cuda":
         raise SettingsError(f"train.compile=true needs CUDA, but the device is {device.type}; set it to false")
-    return _make_runtime(
-        settings, device, process_group.broadcast(choose_precision(settings.train.precision, device)), process_group
-    )
+    precision = process_group.broadcast(choose_precision(settings.train.precision, device))
+    return _make_runtime(settings, device, precision, process_group)
 
 
 def make_prediction_runtime(
@@ -128,7 +135,7 @@ def optimize_for_cpu(network: nn.Module, runtime: Runtime, enabled: bool) -> nn.
     return use_fast_convs(network, runtime.dtype == torch.bfloat16 and _cpu_has("amx_tile"))
 
 
-def describe(runtime: Runtime) -> str:
+def describe_runtime(runtime: Runtime) -> str:
     """Return device, precision and threads of a runtime as text for the log."""
     return f"device {runtime.device}, precision {precision_name(runtime)}, {torch.get_num_threads()} threads"
 
@@ -155,12 +162,11 @@ def _fastest_precision(settings: Settings, network: nn.Module, folder: Path | No
     candidates = _candidates(settings, network)
     if len(candidates) == 1:
         return candidates[0]
-    images = max(
-        2, min(settings.train.batch_size, MAX_PROBE_PIXELS // (settings.model.size[0] * settings.model.size[1]))
-    )
+    height, width = settings.model.size
+    images = max(2, min(settings.train.batch_size, MAX_PROBE_PIXELS // (height * width)))
     model = settings.model.model_dump(exclude={"pretrained", "weights", "mean", "std"})
-    asked = {"model": model, "channels_last": settings.train.channels_last, "images": images}
-    return cached_probe(asked, candidates, folder, lambda: _probe(settings, network, candidates, images))
+    question = {"model": model, "channels_last": settings.train.channels_last, "images": images}
+    return cached_probe(question, candidates, folder, lambda: _probe(settings, network, candidates, images))
 
 
 def cached_probe(
@@ -177,31 +183,21 @@ def cached_probe(
     digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
     path = folder / f"{digest[:16]}.json"
     with folder_lock(folder):
-        choice = _read_choice(path, candidates)
-        if choice is None:
-            decision = probe()
-            machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-            write_json(path, {**decision, "asked": dict(question), "by": machine})
-            choice = decision["choice"]
-    return choice
-
-
-def _read_choice(path: Path, candidates: Sequence[str]) -> str | None:
-    """Return the candidate in the file at `path`, or None if it names no candidate or cannot be read."""
-    try:
-        choice = read_json(path)["choice"]
-    except (OSError, DataError, KeyError, TypeError, ValueError):
-        return None
-    return choice if choice in candidates else None
+        with suppress(OSError, DataError, KeyError, TypeError, ValueError):
+            if (choice := read_json(path)["choice"]) in candidates:
+                return choice
+        decision = probe()
+        write_json(path, {**decision, "asked": question})
+        return decision["choice"]
 
 
 def _candidates(settings: Settings, network: nn.Module) -> list[str]:
     """Return the precisions to compare for `auto`, the simplest first."""
     device = choose_device(settings.train.device)
-    usual = choose_precision("auto", device)
-    if device.type != "cpu" or usual != "bf16":
-        return [usual]
-    return ["fp32", "bf16", *(["bf16_grouped_fp32"] if has_slow_grouped_convs(network) else [])]
+    default = choose_precision("auto", device)
+    if device.type != "cpu" or default != USUAL:
+        return [default]
+    return ["fp32", USUAL, *(["bf16_grouped_fp32"] if has_slow_grouped_convs(network) else [])]
 
 
 def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], images: int) -> dict[str, Any]:
@@ -212,46 +208,60 @@ def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], im
     with torch.random.fork_rng(devices=[]):
         steps = {name: _training_step(settings, network, name, images) for name in candidates}
         milliseconds, disturbed = time_undisturbed(steps)
-    choice = choose_fastest(milliseconds, "bf16" if "bf16" in candidates else candidates[0], disturbed)
+    choice = choose_fastest(milliseconds, disturbed)
     figures = ", ".join(f"{name} {value:.4g} ms" for name, value in milliseconds.items())
-    log.info("precision %s by a probe: a step of %d images takes %s", choice, images, figures)
-    if disturbed:
-        log.warning(
-            "other processes used the cores during all %d precision probes, so Fivefold takes the usual precision of this "
-            "CPU unless another is ×%g as fast; set train.precision to choose it yourself",
-            MAX_PROBES,
-            CLEAR_FACTOR,
-        )
+    level, note = (logging.WARNING, ", disturbed by other processes") if disturbed else (logging.INFO, "")
+    log.log(level, "precision %s by a probe%s: a step of %d images takes %s", choice, note, images, figures)
     return {"choice": choice, "milliseconds": milliseconds, "images": images, "disturbed": disturbed}
 
 
-def time_undisturbed(
-    steps: Mapping[str, Callable[[], None]], pause: float = PROBE_PAUSE_S, seconds: float = PROBE_S
-) -> tuple[dict[str, float], bool]:
+def choose_fastest(milliseconds: Mapping[str, float], disturbed: bool) -> str:
+    """Return the fastest precision; each must be faster by MIN_GAIN than the choice among those before it.
+
+    If `disturbed`, return USUAL unless the fastest is CLEAR_FACTOR times as fast.
+    """
+    chosen = next(iter(milliseconds))
+    for name, value in milliseconds.items():
+        if value < (1 - MIN_GAIN) * milliseconds[chosen]:
+            chosen = name
+    return USUAL if disturbed and milliseconds[chosen] * CLEAR_FACTOR > milliseconds[USUAL] else chosen
+
+
+def time_undisturbed(steps: Mapping[str, Callable[[], None]]) -> tuple[dict[str, float], bool]:
     """Return the times of the steps, and whether other processes disturbed every probe; repeat a disturbed probe.
 
     A probe is disturbed if other processes leave fewer CPUs than this process has threads.
     """
-    times: dict[str, float] = {}
-    threads = min(torch.get_num_threads(), count_cores())
+    times = dict.fromkeys(steps, math.inf)
+    threads, cpus = min(torch.get_num_threads(), count_cores()), count_cpus()
     for number in range(MAX_PROBES):
-        time.sleep(pause if number else 0)
+        time.sleep(PROBE_PAUSE_S if number else 0)
         before, start = other_cpu_seconds(), time.perf_counter()
-        latest = time_steps(steps, seconds)
+        latest = time_steps(steps)
         taken, wall = other_cpu_seconds() - before, time.perf_counter() - start
-        times = {name: min(value, times.get(name, value)) for name, value in latest.items()}
-        cores = count_cpus()
+        times = {name: min(value, latest[name]) for name, value in times.items()}
         # CPU times have the resolution of a tick, which matters in a short probe.
-        if cores - (taken - 2 * TICK * cores) / wall >= (1 - MAX_DISTURBANCE) * threads:
+        if cpus - (taken - 2 * TICK * cpus) / wall >= (1 - MAX_DISTURBANCE) * threads:
             return times, False
-        log.info("other processes took %.1f of %d CPUs during the precision probe", taken / wall, cores)
+        log.info("other processes took %.1f of %d CPUs during the precision probe", taken / wall, cpus)
     return times, True
 
 
-def choose_fastest(milliseconds: Mapping[str, float], usual: str, disturbed: bool) -> str:
-    """Return the fastest precision; if `disturbed`, the usual one unless the fastest is CLEAR_FACTOR times as fast."""
-    chosen = fastest(milliseconds)
-    return usual if disturbed and milliseconds[chosen] * CLEAR_FACTOR > milliseconds[usual] else chosen
+def time_steps(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    """Return the milliseconds of the fastest run of each step, in interleaved rounds; the first round is a warm-up.
+
+    The fastest run counts, because other load makes steps slower, never faster.
+    """
+    times, start = dict.fromkeys(steps, math.inf), time.perf_counter()
+    for done in range(1 + MAX_ROUNDS):
+        if done > 1 and time.perf_counter() - start > PROBE_S:
+            break
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            if done:
+                times[name] = min(times[name], 1000 * (time.perf_counter() - begun))
+    return times
 
 
 def _training_step(settings: Settings, network: nn.Module, precision: str, images: int) -> Callable[[], None]:
@@ -271,47 +281,6 @@ def _training_step(settings: Settings, network: nn.Module, precision: str, image
     return step
 
 
-def time_steps(steps: Mapping[str, Callable[[], None]], seconds: float = PROBE_S) -> dict[str, float]:
-    """Return the milliseconds of the fastest run of each step, in interleaved rounds; the first round is a warm-up.
-
-    The fastest run counts, because other load makes steps slower, never faster.
-    """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    start = time.perf_counter()
-    for done in range(1 + MAX_ROUNDS):
-        if done > 1 and time.perf_counter() - start > seconds:
-            break
-        for name, step in steps.items():
-            begun = time.perf_counter()
-            step()
-            times[name] += [1000 * (time.perf_counter() - begun)] if done else []
-    return {name: min(runs) for name, runs in times.items()}
-
-
-def fastest(times: Mapping[str, float]) -> str:
-    """Return the first of `times`, or a later one that is faster by MIN_GAIN than the choice among those before it."""
-    chosen = next(iter(times))
-    for name, value in times.items():
-        if value < (1 - MIN_GAIN) * times[chosen]:
-            chosen = name
-    return chosen
-
-
-def _default_precision(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and (_cpu_has("amx_tile") or _cpu_has("avx512_bf16")) else "fp32"
-
-
 def _cpu_has(feature: str) -> bool:
     """Return whether the CPU has a feature, by torch's name of it."""
     return bool(torch.cpu.get_capabilities().get(feature))
-
-
-PRECISIONS: dict[str, tuple[torch.dtype | None, bool]] = {
-    "fp32": (None, False),
-    "bf16": (torch.bfloat16, False),
-    "bf16_grouped_fp32": (torch.bfloat16, True),
-    "fp16": (torch.float16, False),
-}
-"""Autocast type of each precision (None: float32), and whether grouped convolutions that are slow in bf16 stay in float32."""

@@ -3,7 +3,6 @@
 import ctypes
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -67,13 +66,6 @@ def other_cpu_seconds() -> float:
         sum(times[cpu]) - sum(getattr(times[cpu], name, 0.0) for name in idle) for cpu in cpus if cpu < len(times)
     )
     return busy - time.process_time()
-
-
-def cpu_name() -> str:
-    """Return the CPU's model name, or its architecture if the system has no model name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def die_with_parent(parent: str) -> None:

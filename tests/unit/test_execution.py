@@ -1,29 +1,27 @@
 """The precision probe: its choice, its side effects, and one choice for all stages of a run; the runtime of a network."""
 
 import json
+import math
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from fivefold.build import build_classifier, resolve_precision
+from fivefold import execution
+from fivefold.build import build_classifier
 from fivefold.config.schema import Model, Settings, Train
 from fivefold.distributed.process_group import SINGLE_PROCESS
 from fivefold.errors import SettingsError
 from fivefold.execution import (
-    MAX_PROBES,
-    MAX_ROUNDS,
-    _candidates,
-    _probe,
     cached_probe,
     choose_fastest,
     choose_precision,
-    fastest,
     make_prediction_runtime,
     make_training_runtime,
     optimize_for_cpu,
@@ -32,7 +30,7 @@ from fivefold.execution import (
     time_undisturbed,
 )
 from fivefold.models.cpu_convs import DepthwiseConv2d
-from fivefold.system import count_cpus, other_cpu_seconds
+from fivefold.system import count_cpus
 
 CPU = torch.device("cpu")
 HAS_BF16 = choose_precision("auto", CPU) == "bf16"
@@ -50,28 +48,10 @@ def make_network(settings: Settings) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "choice"),
-    [((100.0, 98.0, 97.5), "fp32"), ((100.0, 80.0, 79.0), "bf16"), ((100.0, 120.0, 70.0), PRECISIONS[2])],
-)
-def test_fastest_prefers_the_simpler_precision_within_the_margin(milliseconds, choice):
-    assert fastest(dict(zip(PRECISIONS, milliseconds, strict=True))) == choice
-
-
-def test_time_steps_interleaves_steps_drops_the_first_round_and_obeys_the_time_limit():
-    order: list[str] = []
-    steps = {name: lambda name=name: (order.append(name), time.sleep(0.01)) for name in ("one", "other")}
-    times = time_steps(steps, seconds=60)
-    assert order == ["one", "other"] * (1 + MAX_ROUNDS)
-    assert all(milliseconds >= 10 for milliseconds in times.values())
-    order.clear()
-    time_steps(steps, seconds=0.0)
-    assert order == ["one", "other"] * 2
-
-
-@pytest.mark.parametrize(
     ("milliseconds", "quiet", "disturbed"),
     [
-        ((100.0, 110.0, 120.0), "fp32", "bf16"),
+        ((100.0, 98.0, 97.5), "fp32", "bf16"),
+        ((100.0, 80.0, 79.0), "bf16", "bf16"),
         ((100.0, 160.0, 155.0), "fp32", "fp32"),
         ((100.0, 80.0, 70.0), PRECISIONS[2], "bf16"),
         ((100.0, 80.0, 50.0), PRECISIONS[2], PRECISIONS[2]),
@@ -79,79 +59,83 @@ def test_time_steps_interleaves_steps_drops_the_first_round_and_obeys_the_time_l
 )
 def test_disturbed_probe_leaves_the_usual_precision_only_for_a_clearly_faster_one(milliseconds, quiet, disturbed):
     times = dict(zip(PRECISIONS, milliseconds, strict=True))
-    assert (choose_fastest(times, "bf16", False), choose_fastest(times, "bf16", True)) == (quiet, disturbed)
+    assert (choose_fastest(times, False), choose_fastest(times, True)) == (quiet, disturbed)
 
 
-def test_probe_next_to_busy_processes_is_repeated_and_reported_as_disturbed():
+@pytest.mark.parametrize(("seconds", "rounds"), [(60.0, execution.MAX_ROUNDS), (0.0, 1)])
+def test_time_steps_interleaves_steps_drops_the_first_round_and_obeys_the_time_limit(seconds, rounds, monkeypatch):
+    monkeypatch.setattr(execution, "PROBE_S", seconds)
+    order: list[str] = []
+    steps = {name: lambda name=name: (order.append(name), time.sleep(0.005)) for name in ("one", "other")}
+    times = time_steps(steps)
+    assert order == ["one", "other"] * (1 + rounds)
+    assert all(5 <= milliseconds < math.inf for milliseconds in times.values())
+
+
+def test_probe_next_to_busy_processes_is_repeated_and_reported_as_disturbed(monkeypatch):
+    monkeypatch.setattr(execution, "PROBE_S", 0.5)
+    monkeypatch.setattr(execution, "PROBE_PAUSE_S", 0.0)
     rounds: list[int] = []
     busy_processes = [
-        subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+        subprocess.Popen([sys.executable, "-S", "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
         for _ in range(2 * count_cpus())
     ]
     try:
         for process in busy_processes:
             process.stdout.readline()  # the process is running
-        steps = {"one": lambda: (rounds.append(1), sum(range(1_000_000)))}
-        times, disturbed = time_undisturbed(steps, pause=0.0, seconds=1.0)
+        times, disturbed = time_undisturbed({"one": lambda: (rounds.append(1), sum(range(1_000_000)))})
     finally:
         for process in busy_processes:
             process.kill()
             process.communicate()
     assert disturbed
-    assert times["one"] > 0
-    assert len(rounds) >= 2 * MAX_PROBES
+    assert 0 < times["one"] < math.inf
+    assert len(rounds) >= 2 * execution.MAX_PROBES
 
 
-def test_other_cpu_seconds_excludes_this_process():
-    before = other_cpu_seconds()
-    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
-    assert other_cpu_seconds() - before > 0.4
-    before = other_cpu_seconds()
-    start = time.process_time()
-    while time.process_time() < start + 0.5:
-        pass
-    assert other_cpu_seconds() >= before - 0.05 * count_cpus()
-
-
-def test_probe_does_not_change_the_network_or_the_random_state():
+def test_probe_does_not_change_the_network_or_the_random_state(monkeypatch):
+    monkeypatch.setattr(execution, "PROBE_S", 0.0)
+    monkeypatch.setattr(execution, "MAX_PROBES", 1)
     settings = make_settings()
     probed = make_network(settings)
     before = {name: tensor.clone() for name, tensor in probed.state_dict().items()}
     module_types, random_state = [type(module) for module in probed.modules()], torch.get_rng_state()
-    result = _probe(settings, probed, PRECISIONS, 2)
+    result = execution._probe(settings, probed, PRECISIONS, 2)
     assert list(result["milliseconds"]) == PRECISIONS
-    assert result["choice"] == choose_fastest(result["milliseconds"], "bf16", result["disturbed"])
+    assert result["choice"] == choose_fastest(result["milliseconds"], result["disturbed"])
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [type(module) for module in probed.modules()] == module_types
     assert all(parameter.grad is None for parameter in probed.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in probed.state_dict().items())
 
 
+def resolve(settings: Settings, folder: Path, resumed: dict | None = None) -> str:
+    """Return the precision of a run whose stages share `folder`."""
+    resolved = execution.resolve_precision(settings, make_network(settings), SINGLE_PROCESS, resumed, folder)
+    return resolved.train.precision
+
+
 @pytest.mark.skipif(not HAS_BF16, reason="bf16 is no candidate on this CPU")
 def test_all_stages_of_a_run_reuse_one_precision_choice(tmp_path):
     settings = make_settings(SMALL)
-    assert _candidates(settings, make_network(settings)) == PRECISIONS[:2]
-    assert _candidates(make_settings(), make_network(make_settings())) == PRECISIONS
-    first = resolve_precision(settings, make_network(settings), SINGLE_PROCESS, None, tmp_path)
+    assert execution._candidates(settings, make_network(settings)) == PRECISIONS[:2]
+    assert execution._candidates(make_settings(), make_network(make_settings())) == PRECISIONS
+    first = resolve(settings, tmp_path)
     (path,) = tmp_path.glob("*.json")
-    assert json.loads(path.read_text())["choice"] == first.train.precision
+    assert json.loads(path.read_text())["choice"] == first
     for name in ("fp32", "bf16"):  # other stages take the stored choice, whatever their own probe would choose
         path.write_text(json.dumps({"choice": name}))
-        assert (
-            resolve_precision(settings, make_network(settings), SINGLE_PROCESS, None, tmp_path).train.precision == name
-        )
-    resolve_precision(make_settings(SMALL, batch_size=3), make_network(settings), SINGLE_PROCESS, None, tmp_path)
+        assert resolve(settings, tmp_path) == name
+    resolve(make_settings(SMALL, batch_size=3), tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 2, "another batch size needs another probe"
 
 
-@pytest.mark.skipif(HAS_BF16, reason="bf16 is a candidate on this CPU")
-def test_single_candidate_precision_is_not_probed(tmp_path):
-    assert (
-        resolve_precision(
-            make_settings(), make_network(make_settings()), SINGLE_PROCESS, None, tmp_path
-        ).train.precision
-        == "fp32"
-    )
+def test_precision_is_not_probed_if_set_or_in_a_checkpoint_or_the_only_candidate(tmp_path):
+    assert resolve(make_settings(SMALL, precision="bf16_grouped_fp32"), tmp_path) == "bf16_grouped_fp32"
+    resumed = {"precision": "bf16_grouped_fp32", "channels_last": True}
+    assert resolve(make_settings(SMALL), tmp_path, resumed) == "bf16_grouped_fp32"
+    if not HAS_BF16:
+        assert resolve(make_settings(SMALL), tmp_path) == "fp32"
     assert not list(tmp_path.iterdir())
 
 
@@ -191,15 +175,6 @@ def test_concurrent_callers_share_the_result_of_one_probe(tmp_path):
         choices = pool.map(lambda name: cached_probe({}, ["a", "b", "c"], tmp_path, lambda: probe(name)), "abc")
         assert set(choices) == set(probed)
     assert len(probed) == 1
-
-
-def test_precision_from_settings_or_checkpoint_is_not_probed(tmp_path):
-    settings = make_settings(precision="bf16_grouped_fp32")
-    assert resolve_precision(settings, make_network(settings), SINGLE_PROCESS, None, tmp_path) is settings
-    resumed = {"precision": "bf16_grouped_fp32", "channels_last": True}
-    resolved = resolve_precision(make_settings(), make_network(make_settings()), SINGLE_PROCESS, resumed, tmp_path)
-    assert resolved.train.precision == "bf16_grouped_fp32"
-    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_or_unsupported_training_options_on_a_cpu_are_rejected():

@@ -209,7 +209,7 @@ class TrainingRun:
         if oof is not None:
             self._draw_examples(oof)
         close_trackers(self.trackers, figures)
-        return StageResult(files, {**metrics, **figures, **self.trainer.throughput.metrics()})
+        return StageResult(files, {**metrics, **figures, **self.trainer.speed_metrics()})
 
     def _draw_examples(self, table: Predictions) -> None:
         """Plot some validation rows with truth and prediction of the kept epoch; send the plot to the trackers too."""

@@ -20,8 +20,8 @@ class Ema:
         self.decay = decay
         self.steps = 0
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
-        self._floats = [(average, new) for average, new in pairs if average.is_floating_point()]
-        self._counters = [(average, new) for average, new in pairs if not average.is_floating_point()]
+        self._floats = list(zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True))
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "model": self.model.state_dict()}
@@ -35,7 +35,7 @@ class Ema:
         """Update the average with the model's current weights."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_([average for average, _ in self._floats], [new for _, new in self._floats], 1 - decay)
+        torch._foreach_lerp_(*self._floats, 1 - decay)
         for average, new in self._counters:
             average.copy_(new)
 

@@ -1,8 +1,7 @@
 """Checkpoints: the complete state of a training run, so that a resumed run gives the same bytes as an uninterrupted one.
 
-Each component with a state has `state_dict` and `load_state_dict`: network, average, optimiser, schedule, scaler,
-callbacks, and the loop's progress. Augmentation is seeded by (seed, epoch, row) and mixing by (seed, epoch, step), so the
-only random generators to save are torch's, which dropout and similar layers use.
+Augmentation is seeded by (seed, epoch, row) and mixing by (seed, epoch, step), so the only random generators to save are
+torch's, which dropout and similar layers use.
 """
 
 import logging
@@ -33,10 +32,9 @@ class Stateful(Protocol):
 
 
 class Checkpoints:
-    """The newest checkpoints of one run, numbered, in its own folder; files are written atomically.
+    """The newest checkpoints of one run, numbered, in its own folder.
 
-    `minutes` and `steps`: maximum work within an epoch between two checkpoints; 0: a whole epoch. `saved` is called with
-    the path of each new file.
+    `minutes` and `steps`: maximum work between two checkpoints of an epoch; 0: no limit. `saved` gets each new file's path.
     """
 
     def __init__(
@@ -87,25 +85,21 @@ class Checkpoints:
 
 
 def collect_state(components: Mapping[str, Stateful], device: torch.device) -> dict[str, Any]:
-    """Return the states of all parts and of torch's random generators."""
+    """Return the states of all components and of torch's random generators."""
     return {"random": random_state(device), **{name: part.state_dict() for name, part in components.items()}}
 
 
 def restore(components: Mapping[str, Stateful], device: torch.device, state: Mapping[str, Any]) -> None:
-    """Restore the state of each part and of torch's random generators.
-
-    Raise a DataError if they do not fit, which can happen with a checkpoint of another version of the code.
-    """
+    """Restore the states of `collect_state`. Raise a DataError if they do not fit, as those of another version of the code."""
     try:
         for name, part in components.items():
             part.load_state_dict(state[name])
-        generators = state["random"]
+        set_random_state(device, state["random"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
             f"the checkpoint does not fit this training ({type(error).__name__}: {error}); it may come from another "
             "version of the code: remove the checkpoints to start over, or resume with that version"
         ) from error
-    set_random_state(device, generators)
 
 
 def random_state(device: torch.device) -> list[Tensor]:

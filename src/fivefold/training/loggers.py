@@ -8,17 +8,16 @@ WANDB_MODE, WANDB_API_KEY and MLFLOW_TRACKING_URI.
 import csv
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
-from fivefold.contract import metric_log
 from fivefold.contract.files import sync
-from fivefold.contract.metric_log import LOG_COLUMNS
+from fivefold.contract.metric_log import LOG_COLUMNS, format_metric_line
 from fivefold.errors import SettingsError
 from fivefold.lookup import choose, require_packages
 from fivefold.training.trainer import Observer
@@ -34,8 +33,6 @@ TAGS = {
     "val_f1_macro": "Val/f1_macro",
 }
 """Tags of the metrics of an epoch's row, the same in every tracker."""
-MAX_MLFLOW_PARAMS = 100
-"""MLflow's limit of parameters per call."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,7 @@ def csv_logger(path: Path) -> Observer:
 
 def stdout_logger(fold: int | None) -> Observer:
     """Print one line per epoch in a stable format, from which platforms parse the metrics."""
-
-    def observe(row: Mapping[str, Any]) -> None:
-        print(metric_log.format_metric_line(fold, row), flush=True)
-
-    return observe
+    return lambda row: print(format_metric_line(fold, row), flush=True)
 
 
 class TensorBoard:
@@ -125,13 +118,8 @@ class TensorBoard:
         self.writer.flush()
 
     def log_image(self, tag: str, path: Path, epoch: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        # Write the file's bytes: `add_image` would decode and encode the image again.
         with Image.open(path) as image:
-            size = {"height": image.height, "width": image.width, "colorspace": len(image.getbands())}
-        encoded = Summary.Image(**size, encoded_image_string=path.read_bytes())
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=encoded)]), epoch)
+            self.writer.add_image(tag, np.asarray(image), epoch, dataformats="HWC")
 
     def close(self, scores: Mapping[str, float] | None) -> None:
         for name, value in (scores or {}).items():
@@ -187,42 +175,31 @@ class Mlflow:
         folder, local = run.folder.absolute(), not mlflow.is_tracking_uri_set()
         try:
             self.client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}" if local else None)
-            experiment = self._experiment_id(run.project, (folder / "mlartifacts").as_uri() if local else None)
-            created = self.client.create_run(experiment, run_name=run.name, tags={"group": run.group})
-            self.id = created.info.run_id
+            try:
+                artifacts = (folder / "mlartifacts").as_uri() if local else None
+                experiment = self.client.create_experiment(run.project, artifacts)
+            except MlflowException:  # another fold may have created it
+                existing = self.client.get_experiment_by_name(run.project)
+                if existing is None:
+                    raise
+                experiment = existing.experiment_id
+            self.id = self.client.create_run(experiment, run_name=run.name, tags={"group": run.group}).info.run_id
             settings = [Param(key, json.dumps(value, ensure_ascii=False)) for key, value in run.settings.items()]
-            for start in range(0, len(settings), MAX_MLFLOW_PARAMS):
-                self.client.log_batch(self.id, params=settings[start : start + MAX_MLFLOW_PARAMS])
+            self.client.log_batch(self.id, params=settings)
         except MlflowException as error:
             raise SettingsError(f"train.loggers=mlflow: {error}; check MLFLOW_TRACKING_URI") from error
 
-    def _experiment_id(self, name: str, artifacts: str | None) -> str:
-        """Return the id of the experiment `name`, created if it is missing; its images go to `artifacts` (None: the server's place)."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self.client.create_experiment(name, artifacts)
-        except MlflowException:  # another fold may have created it
-            experiment = self.client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-            return experiment.experiment_id
-
     def __call__(self, row: Mapping[str, Any]) -> None:
-        self._log(tagged_metrics(row), row["epoch"])
+        for tag, value in tagged_metrics(row).items():
+            self.client.log_metric(self.id, tag, value, step=row["epoch"])
 
     def log_image(self, tag: str, path: Path, epoch: int) -> None:
         self.client.log_artifact(self.id, str(path), f"{tag}/epoch {epoch}")
 
     def close(self, scores: Mapping[str, float] | None) -> None:
-        self._log({f"Final/{name}": value for name, value in (scores or {}).items()}, 0)
+        for name, value in (scores or {}).items():
+            self.client.log_metric(self.id, f"Final/{name}", value, step=0)
         self.client.set_terminated(self.id, "FAILED" if scores is None else "FINISHED")
-
-    def _log(self, values: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
 
 @dataclass

@@ -81,10 +81,8 @@ def cross_entropy(label_smoothing: float) -> Loss:
 
 def smoothed_cross_entropy(label_smoothing: float, *, smoothing: float = 0.1) -> Loss:
     """Cross-entropy with `smoothing` spread over the C - 1 other classes only: the true class keeps 1 - smoothing."""
-    if label_smoothing:
-        raise ValueError("this loss has its own parameter `smoothing`; train.label_smoothing must be 0")
-    if not 0 <= smoothing < 1:
-        raise ValueError("smoothing is a fraction: 0 <= smoothing < 1")
+    if label_smoothing or not 0 <= smoothing < 1:
+        raise ValueError("this loss needs train.label_smoothing=0 and its own parameter 0 <= smoothing < 1")
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         classes = targets.shape[1]
@@ -100,7 +98,8 @@ def focal(label_smoothing: float, *, gamma: float = 2.0, alpha: float = 1.0) -> 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         smooth, mass = _smooth(targets, label_smoothing)
         log_p = logits.log_softmax(dim=1)
-        return -alpha * (smooth * _modulation(log_p, gamma) * log_p).sum() / mass.sum().clamp(min=MIN_MASS)
+        modulation = (-log_p.expm1()).clamp(min=MIN_MASS) ** gamma if gamma else 1.0  # its gradient is finite at p = 1
+        return -alpha * (smooth * modulation * log_p).sum() / mass.sum().clamp(min=MIN_MASS)
 
     return Loss(loss)
 
@@ -149,11 +148,6 @@ def _smooth(targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Return targets [B, C] with the fraction `share` of each row spread over all classes, and the rows' mass [B, 1]."""
     mass = targets.sum(dim=1, keepdim=True)
     return targets * (1 - share) + mass * (share / targets.shape[1]), mass
-
-
-def _modulation(log_p: Tensor, gamma: float) -> Tensor | float:
-    """Return (1 - p)^γ, with a finite gradient at p = 1 for every γ."""
-    return (-log_p.expm1()).clamp(min=MIN_MASS) ** gamma if gamma else 1.0
 
 
 def _check_focal(gamma: float, alpha: float) -> None:

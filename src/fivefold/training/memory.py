@@ -11,9 +11,6 @@ from fivefold.inference.predictor import Runtime
 from fivefold.system import free_memory
 
 MEBIBYTE = 1 << 20
-PROBE_BATCH_SIZES = (2, 4)
-"""BatchNorm needs two images; the difference is the memory of two more images."""
-
 WORKSPACE_FACTOR = 1.3
 """Memory of a CPU step divided by the tensors that autograd saves: kernels need workspace, and freed memory fragments."""
 
@@ -28,10 +25,6 @@ class MemoryEstimate:
     def total(self, batch_size: int) -> int:
         return self.fixed + batch_size * self.image
 
-    def largest_batch(self, available: int) -> int:
-        """Return the largest batch size that fits in `available` bytes; 0 if not even one image fits."""
-        return max(0, (available - self.fixed) // max(self.image, 1))
-
 
 def estimate_memory(
     model: nn.Module, size: tuple[int, ...], runtime: Runtime, copies: int, meta: int = 0
@@ -43,11 +36,11 @@ def estimate_memory(
     """
     probe = copy.deepcopy(model).train()
     with torch.random.fork_rng(devices=[]):
-        few, many = (_saved_bytes(probe, size, runtime, images, meta) for images in PROBE_BATCH_SIZES)
-    image = (many - few) // (PROBE_BATCH_SIZES[1] - PROBE_BATCH_SIZES[0])
+        # BatchNorm needs two images; the difference is the memory of two more images.
+        few, many = (_saved_bytes(probe, size, runtime, images, meta) for images in (2, 4))
+    image = (many - few) // 2
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    # The part that does not grow with the batch: the weights cast by autocast.
-    constant = max(0, few - image * PROBE_BATCH_SIZES[0])
+    constant = max(0, few - 2 * image)  # the part that does not grow with the batch: the weights cast by autocast
     return MemoryEstimate(fixed=weights * (1 + copies) + constant, image=image)
 
 
@@ -65,8 +58,7 @@ def _saved_bytes(probe: nn.Module, size: tuple[int, ...], runtime: Runtime, coun
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), runtime.autocast():
-        output = probe(images, *meta_args)
-    del output
+        probe(images, *meta_args)
     return sum(saved.values())
 
 
@@ -91,8 +83,8 @@ def check_fits(estimate: MemoryEstimate, batch_size: int, free: int, accumulate:
     figures = f"about {needed / MEBIBYTE:,.0f} MiB at batch size {batch_size}, {free / MEBIBYTE:,.0f} MiB are free"
     if needed <= free:
         return figures
-    fits = estimate.largest_batch(free)
+    fits = (free - estimate.fixed) // max(estimate.image, 1)
     advice = "not even one image fits: use a smaller model or image_size"
-    if fits:
+    if fits > 0:
         advice = f"train.batch_size={fits} would fit; train.grad_accum_steps={accumulate * -(-batch_size // fits)} keeps the step's size"
     raise SettingsError(f"training needs {figures}; {advice}")

@@ -42,15 +42,15 @@ class Mixing:
             return rows
         lam = float(random.beta(self.alpha, self.alpha))
         order = torch.from_numpy(random.permutation(len(rows.targets))).to(rows.images.device, non_blocking=True)
-        others, others_meta = partners(order) if partners else (rows.images[order], _reordered(rows.meta, order))
+        if partners:
+            others, others_meta = partners(order)
+        else:
+            others, others_meta = rows.images[order], None if rows.meta is None else rows.meta[order]
         images, lam = mix(rows.images, lam, others, random)
-
-        def blend(values: Tensor | None, other: Tensor | None) -> Tensor | None:
-            return None if values is None or other is None else torch.lerp(other, values, lam)
-
         targets = torch.lerp(rows.targets[order], rows.targets, lam)
-        teacher = blend(rows.teacher, _reordered(rows.teacher, order))
-        return replace(rows, images=images, targets=targets, teacher=teacher, meta=blend(rows.meta, others_meta))
+        teacher = None if rows.teacher is None else torch.lerp(rows.teacher[order], rows.teacher, lam)
+        meta = None if rows.meta is None else torch.lerp(others_meta, rows.meta, lam)
+        return replace(rows, images=images, targets=targets, teacher=teacher, meta=meta)
 
 
 def mixup(images: Tensor, lam: float, others: Tensor, random: np.random.Generator) -> tuple[Tensor, float]:
@@ -71,12 +71,4 @@ def cutmix(images: Tensor, lam: float, others: Tensor, random: np.random.Generat
     return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def _reordered(values: Tensor | None, order: Tensor) -> Tensor | None:
-    return None if values is None else values[order]
-
-
-MIXINGS: dict[str, MixFn | None] = {
-    "none": None,
-    "mixup": mixup,
-    "cutmix": cutmix,
-}
+MIXINGS: dict[str, MixFn | None] = {"none": None, "mixup": mixup, "cutmix": cutmix}

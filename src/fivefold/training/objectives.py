@@ -1,9 +1,9 @@
-"""Objectives: functions from a batch to its loss and logits.
+"""Objectives: functions from a batch to its loss and logits; the teacher of a distillation.
 
-An objective combines a criterion (a loss of logits) with a way to run the network: once, or twice for R-Drop. So R-Drop
-works with labels and with a teacher, whose softened probabilities and schedules are here too.
+An objective combines a criterion (a loss of logits) with a way to run the network: once, or twice for R-Drop.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,13 +73,8 @@ def distillation_loss(loss: Loss, alpha: Callable[[], float], temperature: Calla
     """
 
     def criterion(logits: Tensor, rows: MicroBatch) -> Tensor:
-        if rows.teacher is None:
-            raise ValueError("distillation needs the teacher's probabilities")
-        current_temperature = temperature()
-        softened = (loss.scores(logits) / current_temperature).log_softmax(dim=1)
-        distillation = (
-            F.kl_div(softened, rows.teacher, reduction="batchmean") * current_temperature**2 * rows.fraction(len)
-        )
+        softened = (loss.scores(logits) / temperature()).log_softmax(dim=1)
+        distillation = F.kl_div(softened, rows.teacher, reduction="batchmean") * temperature() ** 2 * rows.fraction(len)
         return alpha() * distillation + (1 - alpha()) * loss(logits, rows.targets) * rows.fraction(loss.mass)
 
     return criterion
@@ -98,61 +93,45 @@ def single_pass(criterion: Criterion) -> Objective:
 def rdrop(criterion: Criterion, weight: float, link: str = "softmax") -> Objective:
     """The mean criterion of two passes + weight · ½(KL(p‖q) + KL(q‖p)) (Liang et al. 2021, arXiv 2106.14448, section 2.1).
 
-    Both passes run as one batch of twice the rows. If the backbone is deterministic, both passes would give equal
-    features: then it runs once, and the features are duplicated for the head, with the same loss and gradients.
-    BatchNorm counts the batch once either way; in a backbone that runs once, its variance is over B rows, not 2B.
-    The first batch shows which parts are random. The paper adds to the sum of both losses, so its α is twice this weight.
+    Both passes run as one batch of twice the rows. A deterministic backbone runs once, and its features are duplicated
+    for the head, with the same loss and gradients; the variance of its BatchNorms is then over B rows, not 2B. The first
+    batch shows which parts are random. The paper adds to the sum of both losses, so its α is twice this weight.
     """
-    two_passes: list[Callable[[nn.Module, MicroBatch], Tensor]] = []
+    backbone_runs_once: list[bool] = []
 
     def objective(model: nn.Module, rows: MicroBatch) -> Result:
-        if not two_passes:
-            two_passes.append(_choose_two_passes(model, rows))
-        first, second = (rows.gather(half) for half in two_passes[0](model, rows).float().chunk(2))
+        if not backbone_runs_once:
+            backbone_runs_once.append(_is_only_head_stochastic(model, rows))
+        if backbone_runs_once[0]:
+            features = model.features(*rows.inputs)
+            logits = model.head(torch.cat([features, features]))
+        else:
+            logits = model(*[torch.cat([values, values]) for values in rows.inputs])
+        first, second = (rows.gather(half) for half in logits.float().chunk(2))
         mean = (criterion(first, rows) + criterion(second, rows)) / 2
-        distance = divergence(LINKS[link](first), LINKS[link](second)) * rows.fraction(len)
-        return Result(mean + weight * distance, first.detach())
+        log_p, log_q = (LINKS[link](logits).log_softmax(dim=1) for logits in (first, second))
+        divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean() / 2
+        return Result(mean + weight * (divergence * rows.fraction(len)), first.detach())
 
     return objective
 
 
-def two_full_passes(model: nn.Module, rows: MicroBatch) -> Tensor:
-    """Return logits [2B, C] of two passes through the whole network, as one batch of twice the rows."""
-    return model(*[torch.cat([values, values]) for values in rows.inputs])
-
-
-def two_head_passes(model: Classifier, rows: MicroBatch) -> Tensor:
-    """Return logits [2B, C] of one pass through the backbone and two passes through the head."""
-    features = model.features(*rows.inputs)
-    return model.head(torch.cat([features, features]))
-
-
-def divergence(first: Tensor, second: Tensor) -> Tensor:
-    """Return ½(KL(p‖q) + KL(q‖p)) of the softmax of two predictions [B, C], mean over the rows."""
-    log_p, log_q = first.log_softmax(dim=1), second.log_softmax(dim=1)
-    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean() / 2
-
-
 @torch.no_grad()
 def is_stochastic(module: nn.Module, *inputs: Tensor) -> bool:
-    """Run the module in training mode and return whether it used the random generators.
+    """Run a copy of the module in training mode and return whether it used the random generators.
 
-    Buffers, mode and random state are restored. Synchronises with the device.
+    The random state is restored. Synchronises with the device.
     """
-    device, training = inputs[0].device, [(part, part.training) for part in module.modules()]
-    before, buffers = random_state(device), [buffer.clone() for buffer in module.buffers()]
-    module.train()(*inputs)
-    is_random = not all(torch.equal(old, new) for old, new in zip(before, random_state(device), strict=True))
+    device = inputs[0].device
+    before = random_state(device)
+    copy.deepcopy(module).train()(*inputs)
+    is_random = not all(map(torch.equal, before, random_state(device)))
     set_random_state(device, before)
-    for buffer, saved in zip(module.buffers(), buffers, strict=True):
-        buffer.copy_(saved)
-    for part, mode in training:
-        part.training = mode
     return is_random
 
 
-def _choose_two_passes(model: nn.Module, rows: MicroBatch) -> Callable[[nn.Module, MicroBatch], Tensor]:
-    """Return the cheapest function that gives two exact passes for this network; warn if both passes would be equal."""
+def _is_only_head_stochastic(model: nn.Module, rows: MicroBatch) -> bool:
+    """Return whether one pass through the backbone is enough for two exact passes; warn if both would be equal."""
     few = [torch.cat([values[:1], values[:1]]) for values in rows.inputs]  # two rows, for BatchNorm
     if not is_stochastic(model, *few):
         log.warning(
@@ -160,10 +139,10 @@ def _choose_two_passes(model: nn.Module, rows: MicroBatch) -> Callable[[nn.Modul
             "stochastic depth, so both passes are equal and R-Drop only costs time; set model.dropout or "
             "model.drop_path above 0, or train.rdrop_alpha=0"
         )
-    if isinstance(model, Classifier) and not is_stochastic(model.backbone, few[0]):
+    runs_once = isinstance(model, Classifier) and not is_stochastic(model.backbone, few[0])
+    if runs_once:
         log.info("R-Drop: only the head is random, so the backbone runs once for both passes")
-        return two_head_passes
-    return two_full_passes
+    return runs_once
 
 
 class Teacher:
@@ -173,9 +152,7 @@ class Teacher:
     """
 
     def __init__(self, log_probs: np.ndarray, alpha: float, temperature: float, device: torch.device) -> None:
-        self.log_probs = log_probs
-        self.alpha = alpha
-        self.device = device
+        self.log_probs, self.alpha, self.device = log_probs, alpha, device
         self.set_temperature(temperature)
 
     def set_temperature(self, temperature: float) -> None:

@@ -11,8 +11,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from fivefold.errors import SettingsError
 from fivefold.lookup import choose
 
-ADAM_EPS = 1e-8
-
 
 def build_optimizer(
     name: str,
@@ -70,7 +68,7 @@ def muon_params(model: nn.Module) -> set[int]:
     Depthwise convolutions and position embeddings are excluded, because they are not matrices between features.
     """
     layers = [m.weight for m in getattr(model, "backbone", model).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return {id(weight) for weight in layers[1:] if weight.flatten(1).shape[1] > 1 and weight.shape[1] > 1}
+    return {id(weight) for weight in layers[1:] if weight.shape[1] > 1}
 
 
 def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
@@ -85,12 +83,9 @@ def _muon(groups: list[dict], lr: float, momentum: float) -> Optimizer:
     """Return timm's Muon with Nesterov momentum and the step size of AdamW (Liu et al. 2025, arXiv 2502.16982, equation 4)."""
     from timm.optim import Muon
 
-    # Set `nesterov` for Muon's groups only: in the other groups it would select NAdamW.
-    kinds = [
-        {"nesterov": True} if group.get("use_muon") else {"use_fallback": True, "eps": ADAM_EPS} for group in groups
-    ]
-    chosen = [group | kind for group, kind in zip(groups, kinds, strict=True)]
-    return Muon(chosen, lr, momentum=momentum, ns_coefficients="original")
+    for group in groups:  # set `nesterov` for Muon's groups only: in the other groups it would select NAdamW
+        group.update({"nesterov": True} if group.get("use_muon") else {"use_fallback": True, "eps": 1e-8})
+    return Muon(groups, lr, momentum=momentum, ns_coefficients="original")
 
 
 def _supports_fused(groups: list[dict]) -> bool:
@@ -129,11 +124,17 @@ class Schedule(LambdaLR):
         lr_step_epochs: int = 10,
         gamma: float = 0.5,
     ) -> None:
-        make = choose(SCHEDULES, "schedule", name)
+        schedule = choose(SCHEDULES, "schedule", name)
         check_warmup(warmup_epochs, total / steps_per_epoch)
         warmup = min(round(warmup_epochs * steps_per_epoch), total - 1)
-        factor = make(total - warmup, warmup, lr_step_epochs * steps_per_epoch, gamma)
-        super().__init__(optimizer, lambda step: (step + 1) / warmup if step < warmup else factor(step))
+        drop_steps = lr_step_epochs * steps_per_epoch
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return schedule(min((step - warmup) / (total - warmup), 1.0), step // drop_steps, gamma)
+
+        super().__init__(optimizer, factor)
 
     def __call__(self) -> None:
         self.step()
@@ -144,22 +145,12 @@ class Schedule(LambdaLR):
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def constant(steps: int, warmup: int, drop_steps: int, gamma: float) -> Callable[[int], float]:
-    return lambda step: 1.0
-
-
-def cosine(steps: int, warmup: int, drop_steps: int, gamma: float) -> Callable[[int], float]:
-    """½(1 + cos πt), t from 0 to 1 (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5)."""
-    return lambda step: 0.5 * (1 + math.cos(math.pi * min((step - warmup) / steps, 1.0)))
-
-
-def step(steps: int, warmup: int, drop_steps: int, gamma: float) -> Callable[[int], float]:
-    """γ^⌊step / drop_steps⌋; `step` includes the warm-up."""
-    return lambda step: gamma ** (step // drop_steps)
-
-
-SCHEDULES: dict[str, Callable[[int, int, int, float], Callable[[int], float]]] = {
-    "constant": constant,
-    "cosine": cosine,
-    "step": step,
+SCHEDULES: dict[str, Callable[[float, int, float], float]] = {
+    "constant": lambda progress, drops, gamma: 1.0,
+    "cosine": lambda progress, drops, gamma: 0.5 * (1 + math.cos(math.pi * progress)),
+    "step": lambda progress, drops, gamma: gamma**drops,
 }
+"""Factor of the learning rate, by the progress 0..1 since the warm-up, the number of drops since step 0, and `train.lr_gamma`.
+
+cosine: Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5.
+"""

@@ -7,8 +7,7 @@ The loop does not depend on training options: the objective computes the loss, t
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -23,7 +22,6 @@ from fivefold.data.pipeline.loader import prefetch_to_device
 from fivefold.errors import DataError, SettingsError, StoppedError
 from fivefold.evaluation.metrics import compute_metrics
 from fivefold.inference.predictor import Runtime, only_logits, predict_all
-from fivefold.lookup import choose
 from fivefold.progress import format_duration, track
 from fivefold.training.checkpoints import Checkpoints, Stateful, collect_state, restore
 from fivefold.training.losses import Loss
@@ -46,10 +44,6 @@ class TrainData:
     images: ImageDataset
     targets: Tensor
     teacher: Teacher | None = None
-
-    def batches(self, batches: list[list[Sample]], workers: int, device: torch.device) -> Iterator[Batch]:
-        """Yield the given batches; on CUDA each is copied to the device before the step that uses it."""
-        return prefetch_to_device(load_batches(self.images, batches, workers, pin=device.type == "cuda"), device)
 
 
 @dataclass(frozen=True)
@@ -88,36 +82,13 @@ class BestCheckpoint:
 
     def update(self, epoch: int, scores: Mapping[str, float], model: nn.Module) -> None:
         """Keep this epoch's weights if its score is better than all before."""
-        sign = choose(MONITORS, "monitor", self.monitor)
+        sign = MONITORS[self.monitor]
         if not self.epoch or sign * scores[self.monitor] < sign * self.scores[self.monitor]:
             self.store(epoch, scores, model)
 
     def store(self, epoch: int, scores: Mapping[str, float], model: nn.Module) -> None:
         self.epoch, self.scores = epoch, dict(scores)
         self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-@dataclass
-class Throughput:
-    """Images per second of each training epoch in this process, with loading and without validation.
-
-    A resumed epoch counts only the images that this process trained on.
-    """
-
-    passes: list[float] = field(default_factory=list)
-
-    @contextmanager
-    def measure(self, images: int) -> Iterator[None]:
-        """Time an epoch over so many `images`; an epoch that raises does not count."""
-        start = time.perf_counter()
-        yield
-        if images:
-            self.passes.append(images / max(time.perf_counter() - start, 1e-9))
-
-    def metrics(self) -> dict[str, float]:
-        """Return `images_per_second` for the stage's record: the median without the first epoch, which warms up."""
-        counted = self.passes[1:] or self.passes
-        return {"images_per_second": round(statistics.median(counted), 2)} if counted else {}
 
 
 @dataclass
@@ -135,16 +106,13 @@ class TrainState:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        best = {name: {"epoch": b.epoch, "scores": dict(b.scores), "state": b.state} for name, b in self.best.items()}
         totals = torch.stack(self.totals).cpu() if self.totals else None
-        position = {"epoch": self.epoch, "step": self.step, "lr": self.lr}
-        return {**position, "totals": totals, "rows": self.rows, "best": best}
+        return {**vars(self), "totals": totals, "best": {name: vars(best) for name, best in self.best.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.step, self.lr, self.rows = (state[name] for name in ("epoch", "step", "lr", "rows"))
         self.totals = [] if state["totals"] is None else list(state["totals"])
-        for name, best in state["best"].items():
-            self.best[name].epoch, self.best[name].scores, self.best[name].state = best.values()
+        self.best = {name: BestCheckpoint(**best) for name, best in state["best"].items()}
 
 
 @dataclass(frozen=True)
@@ -154,7 +122,8 @@ class Trainer:
     `scored_models`: the models to validate; the first one's scores are reported and decide early stopping. `batches`:
     function from an epoch to its batches of (epoch, row) pairs. `select`: keep each contender's best epoch, else the
     last one, whatever its scores. `components`: the components with a state, which `checkpoints` save. When a run resumes,
-    `observers` get the rows of its earlier epochs again; `live_observers` do not.
+    `observers` get the rows of its earlier epochs again; `live_observers` do not. `speeds`: images per second of each
+    epoch trained by this process, with loading and without validation.
     """
 
     label: str
@@ -176,7 +145,11 @@ class Trainer:
     checkpoints: Checkpoints | None = None
     observers: Sequence[Observer] = ()
     live_observers: Sequence[Observer] = ()
-    throughput: Throughput = field(default_factory=Throughput)
+    speeds: list[float] = field(default_factory=list)
+
+    def speed_metrics(self) -> dict[str, float]:
+        """Return `images_per_second` for the stage's record: the median without the first epoch, which warms up."""
+        return {"images_per_second": round(statistics.median(self.speeds[1:] or self.speeds), 2)} if self.speeds else {}
 
 
 def fit(trainer: Trainer) -> dict[str, BestCheckpoint]:
@@ -202,15 +175,12 @@ def fit(trainer: Trainer) -> dict[str, BestCheckpoint]:
 def _start_or_resume(trainer: Trainer) -> TrainState:
     """Return the progress of a new run, or restore all parts and the progress from the newest readable checkpoint."""
     progress = TrainState({name: BestCheckpoint(trainer.monitor) for name in trainer.scored_models})
-    trainer.runtime.process_group.broadcast_weights(trainer.model)
-    state = trainer.runtime.process_group.broadcast(
-        trainer.checkpoints.load() if trainer.checkpoints is not None else None
-    )
+    process_group, device = trainer.runtime.process_group, trainer.runtime.device
+    process_group.broadcast_weights(trainer.model)
+    state = process_group.broadcast(trainer.checkpoints.load() if trainer.checkpoints else None)
     if state is not None:
-        restore({**trainer.components, "progress": progress}, trainer.runtime.device, state)
-        progress.totals = [
-            total.to(trainer.runtime.device) for total in progress.totals
-        ]  # new steps append device tensors
+        restore({**trainer.components, "progress": progress}, device, state)
+        progress.totals = [total.to(device) for total in progress.totals]  # new steps append device tensors
         log.info("%s resumes after step %d of epoch %d", trainer.label, progress.step, progress.epoch)
         for row in progress.rows:
             for observe in trainer.observers:
@@ -219,7 +189,7 @@ def _start_or_resume(trainer: Trainer) -> TrainState:
 
 
 def _save_checkpoint(trainer: Trainer, progress: TrainState) -> None:
-    if trainer.checkpoints is not None:
+    if trainer.checkpoints:
         trainer.checkpoints.save(collect_state({**trainer.components, "progress": progress}, trainer.runtime.device))
 
 
@@ -235,8 +205,9 @@ def _run_epochs(trainer: Trainer, progress: TrainState) -> dict[str, BestCheckpo
         for observe in (*trainer.observers, *trainer.live_observers):
             observe(row)
         left = format_duration((time.monotonic() - start) / (epoch - before) * (epochs - epoch))
-        speed = f"{trainer.throughput.passes[-1]:.4g} images/s, " if trainer.throughput.passes else ""
-        log.info("%s epoch %d/%d %s, %s%s left", trainer.label, epoch, epochs, _format_metrics(row), speed, left)
+        speed = f"{trainer.speeds[-1]:.4g} images/s, " if trainer.speeds else ""
+        metrics = " ".join(f"{name}={value:.4g}" for name, value in row.items() if name not in ("epoch", "lr"))
+        log.info("%s epoch %d/%d %s, %s%s left", trainer.label, epoch, epochs, metrics, speed, left)
         progress.rows.append(row)
         progress.epoch, progress.step, progress.totals = epoch + 1, 0, []
         _save_checkpoint(trainer, progress)
@@ -249,11 +220,8 @@ def _is_validated(trainer: Trainer, epoch: int) -> bool:
 
 def _patience_is_out(trainer: Trainer, progress: TrainState) -> bool:
     allowed, ended = trainer.config.patience, len(progress.rows)
-    out = (
-        allowed > 0
-        and _is_validated(trainer, ended)
-        and ended - progress.best[next(iter(progress.best))].epoch >= allowed
-    )
+    waited = ended - next(iter(progress.best.values())).epoch
+    out = 0 < allowed <= waited and _is_validated(trainer, ended)
     if out:
         log.info("%s stops: %s did not improve for %d epochs", trainer.label, trainer.monitor, allowed)
     return out
@@ -262,9 +230,11 @@ def _patience_is_out(trainer: Trainer, progress: TrainState) -> bool:
 def train_epoch(trainer: Trainer, progress: TrainState) -> dict[str, float]:
     """Train on the remaining batches of the epoch; return `train_loss` and `train_acc` (against the mixed targets)."""
     batches = trainer.batches(progress.epoch)[progress.step * trainer.config.accumulate :]
-    with trainer.throughput.measure(sum(map(len, batches))):
-        _run_steps(trainer, progress, batches)
-        _check_finite(progress.totals, progress.epoch)  # waits for the GPU
+    start = time.perf_counter()
+    _run_steps(trainer, progress, batches)
+    _check_finite(progress.totals, progress.epoch)  # waits for the GPU
+    if batches:
+        trainer.speeds.append(sum(map(len, batches)) / (time.perf_counter() - start))
     loss, right, rows_seen, mass = torch.stack(progress.totals).cpu().double().sum(dim=0).tolist()
     return {"train_loss": loss / rows_seen, "train_acc": right / max(mass, 1e-12)}
 
@@ -273,15 +243,17 @@ def _run_steps(trainer: Trainer, progress: TrainState, batches: list[list[Sample
     """Run the steps of the given batches, with checks and checkpoints between steps."""
     plan, epoch, runtime = trainer.config, progress.epoch, trainer.runtime
     label = f"{trainer.label} epoch {epoch}/{plan.epochs}"
-    loaded = trainer.train.batches(shard_batches(batches, runtime), plan.workers, runtime.device)
-    micro = zip(track(loaded, len(batches), label), batches, strict=True)
+    shards = [list(runtime.process_group.shard(len(batch)).take(batch)) for batch in batches]
+    loaded = load_batches(trainer.train.images, shards, plan.workers, pin=runtime.device.type == "cuda")
+    prefetched = prefetch_to_device(loaded, runtime.device)
+    micro = zip(track(prefetched, len(batches), label), batches, strict=True)
     trainer.model.train()
     while group := runtime.process_group.run_collectively(lambda: list(islice(micro, plan.accumulate))):
         step_seed = (plan.seed, epoch, progress.step)
-        seed_step(runtime, *step_seed)
+        if not runtime.process_group.is_single:  # each rank draws its own numbers for dropout, again if it resumes
+            torch.manual_seed(derive_seed(*step_seed, runtime.process_group.rank.index))
         rows = [
-            to_micro_batch(batch, samples, trainer.train, trainer.mixing, runtime, epoch, (*step_seed, n))
-            for n, (batch, samples) in enumerate(group)
+            to_micro_batch(trainer, batch, samples, epoch, (*step_seed, n)) for n, (batch, samples) in enumerate(group)
         ]
         results = trainer.update(rows)
         for call in trainer.after_step:
@@ -291,76 +263,46 @@ def _run_steps(trainer: Trainer, progress: TrainState, batches: list[list[Sample
         progress.step += 1
         if progress.step % CHECK_INTERVAL_STEPS == 0:
             _check_finite(progress.totals, epoch)
-        if trainer.checkpoints is not None and trainer.checkpoints.due():
+        if trainer.checkpoints and trainer.checkpoints.due():
             _save_checkpoint(trainer, progress)
 
 
 def validate(model: nn.Module, rows: ValidData, trainer: Trainer) -> dict[str, float]:
     """Return `loss`, `acc`, `logloss` and `f1_macro` on the validation rows, without test-time augmentation."""
-    plan, label = trainer.config, f"{trainer.label} validation"
-    outputs = predict_all(
-        model,
-        rows.images,
-        plan.predict_batch_size,
-        plan.workers,
-        trainer.runtime,
-        ["plain"],
-        label,
-        reduce_views=only_logits,
+    size, workers, label = trainer.config.predict_batch_size, trainer.config.workers, f"{trainer.label} validation"
+    logits = torch.from_numpy(
+        predict_all(model, rows.images, size, workers, trainer.runtime, ["plain"], label, reduce_views=only_logits)
     )
-    logits = torch.from_numpy(outputs)
     figures = compute_metrics(trainer.loss.scores(logits).log_softmax(dim=1).numpy(), rows.codes)
     targets = nn.functional.one_hot(torch.from_numpy(rows.codes).long(), logits.shape[1]).float()
-    loss = float(trainer.loss(logits, targets))
-    names = {"acc": "accuracy", "logloss": "logloss", "f1_macro": "f1_macro"}
-    metrics = {"loss": loss, **{name: float(figures[figure]) for name, figure in names.items()}}
-    return trainer.runtime.process_group.broadcast(
-        metrics
-    )  # all ranks use the values of the first, since rounding differs
-
-
-def shard_batches(batches: Sequence[list[Sample]], runtime: Runtime) -> list[list[Sample]]:
-    """Return this rank's samples of each batch."""
-    return [list(runtime.process_group.shard(len(batch)).take(batch)) for batch in batches]
+    metrics = {"loss": float(trainer.loss(logits, targets)), "acc": float(figures["accuracy"])}
+    metrics |= {name: float(figures[name]) for name in ("logloss", "f1_macro")}
+    return trainer.runtime.process_group.broadcast(metrics)  # the first rank's, because rounding differs
 
 
 def to_micro_batch(
-    batch: Batch,
-    samples: Sequence[Sample],
-    train: TrainData,
-    mixing: Mixing,
-    runtime: Runtime,
-    epoch: int,
-    seed: tuple[int, ...],
+    trainer: Trainer, batch: Batch, samples: Sequence[Sample], epoch: int, seed: tuple[int, ...]
 ) -> MicroBatch:
     """Return the rows on the device, mixed; `batch` is this rank's part of the `samples`.
 
     Mixing partners are drawn for the whole batch, so a partner's image can come from another rank.
     """
-    shard, device = runtime.process_group.shard(len(samples)), runtime.device
+    train, runtime, device = trainer.train, trainer.runtime, trainer.runtime.device
+    shard = runtime.process_group.shard(len(samples))
     numbers = torch.tensor([row for _, row in samples]) if shard.is_sharded else batch.rows
     index = numbers.to(device, non_blocking=True)
     teacher = None if train.teacher is None else train.teacher[index]
     images, meta = runtime.images(batch.images), runtime.meta(batch.meta)
     rows = MicroBatch(images, train.targets[index], teacher, meta, shard.all_gather_logits)
     if not shard.is_sharded:
-        return mixing(rows, epoch, seed)
+        return trainer.mixing(rows, epoch, seed)
 
     def partners(order: Tensor) -> tuple[Tensor, Tensor | None]:
         chosen = shard.take(order)
         others = shard.all_gather(batch.images.to(device, non_blocking=True))[chosen]
         return runtime.images(others), None if meta is None else shard.all_gather(meta)[chosen]
 
-    return mixing(rows, epoch, seed, partners)
-
-
-def seed_step(runtime: Runtime, *parts: int) -> None:
-    """Seed dropout and similar layers by (seed, epoch, step, rank) if several ranks train together.
-
-    So every rank draws different numbers, and a resumed run draws the same numbers as an uninterrupted one.
-    """
-    if not runtime.process_group.is_single:
-        torch.manual_seed(derive_seed(*parts, runtime.process_group.rank.index))
+    return trainer.mixing(rows, epoch, seed, partners)
 
 
 def _validate_contenders(trainer: Trainer, epoch: int, best: Mapping[str, BestCheckpoint]) -> dict[str, float]:
@@ -393,7 +335,3 @@ def _check_finite(totals: Sequence[Tensor], epoch: int) -> None:
             f"the loss is not finite at batch {step} of epoch {epoch}; a smaller train.lr, train.max_grad_norm=1 or "
             "train.precision=fp32 may help if the images and labels are correct"
         )
-
-
-def _format_metrics(row: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value:.4g}" for name, value in row.items() if name not in ("epoch", "lr"))

@@ -17,6 +17,13 @@ def read_probabilities(path: Path) -> np.ndarray:
     return np.array([row[1:] for row in read_cells(path)[1:]], float)
 
 
+def read_wandb_end(step: Path) -> tuple[list[int], set[str]]:
+    """Return the exit codes and the names of the final scores of a step's W&B run."""
+    records = wandb_records(step / "output")
+    keys = {(i.key or i.nested_key[0]) for r in records if r.HasField("summary") for i in r.summary.update}
+    return [record.exit.exit_code for record in records if record.HasField("exit")], keys
+
+
 def test_fold_writes_a_complete_model_and_its_out_of_fold_rows(toy_run):
     folder = toy_run / "fold-1" / "model"
     info, record = read_json(folder / "model.json"), read_json(folder / "stage.json")
@@ -79,24 +86,12 @@ def test_same_seed_gives_the_same_bytes_in_a_new_process_with_workers(toy_run, t
     assert infos[0] == infos[1]
 
 
-@pytest.mark.parametrize("teacher", ["best_fold", "ensemble", "fold-2"])
-def test_other_teachers_are_recorded_as_not_leak_free(toy_run, tmp_path, teacher):
-    teacher_value = toy_run / "fold-2" / "model" if teacher == "fold-2" else teacher
-    views = 'distill.teacher_tta=[{"name": "scale", "factor": 1.2}]'
-    arguments = [*LEARNS, "train.epochs=1", f"distill.teacher={teacher_value}", views]
-    assert run_stage(toy_run, "distill", tmp_path, *arguments, MODEL=toy_run) == 0
-    info = read_json(tmp_path / "model" / "model.json")
-    assert info["leak_free"] is False
-    assert "fold" in info["teacher"]
-
-
-@pytest.mark.parametrize(("folder", "count"), [("eval/test", 18), ("train", 0)])  # images of the split do not count
-def test_ensemble_may_teach_unlabeled_images_outside_the_split(toy_run, tmp_path, folder, count):
-    channels = {"MODEL": toy_run, "UNLABELED": toy_run / folder}
+def test_ensemble_may_teach_unlabeled_images_outside_the_split(toy_run, tmp_path):
+    channels = {"MODEL": toy_run, "UNLABELED": toy_run / "eval" / "test"}
     arguments = [*LEARNS, "train.epochs=1", "distill.teacher_tta=flip"]
     assert run_stage(toy_run, "distill", tmp_path, *arguments, **channels) == 0
     info = read_json(tmp_path / "model" / "model.json")
-    assert (info["unlabeled"], info["leak_free"]) == (count, True)
+    assert (info["unlabeled"], info["leak_free"]) == (18, True)
 
 
 ENDLESS = "train.epochs=1000000"
@@ -107,11 +102,9 @@ ENDLESS = "train.epochs=1000000"
     [
         ("train-fold", ["FOLD=3"], {}, 64, "FOLD=3 is out of range: the split has the folds 0 to 2"),
         ("train-fold", [], {}, 64, "FOLD=0"),
-        ("train-fold", ["FOLD=two"], {}, 64, "fold"),
         ("train-fold", ["FOLD=0", "train.precision=fp16"], {}, 64, "fp16 needs CUDA"),
         ("train-fold", ["FOLD=0", "train.device=cuda"], {}, 64, "no such device"),
-        ("train-fold", ["FOLD=0", "train.device=cpu:3"], {}, 64, "train.device=cpu:3, but this machine has cpu:0"),
-        ("train-fold", ["FOLD=0", "train.device=cpu:first"], {}, 64, "train.device=cpu:first, but this machine has"),
+        ("train-fold", ["FOLD=0", "train.device=cpu:3"], {}, 64, "no such device"),
         # The channel has no image of the split: the error comes before any image is read.
         ("train-fold", ["FOLD=0", "train.warmup_epochs=3"], {"TRAIN": "eval"}, 64, "train.epochs=3"),
         ("train-fold", ["FOLD=0", "predict.tta=plain,flop", ENDLESS], {}, 64, "did you mean 'flip'"),
@@ -123,13 +116,10 @@ ENDLESS = "train.epochs=1000000"
         ("train-fold", ["FOLD=0", "train.loss=focall", ENDLESS], {}, 64, "did you mean 'focal'"),
         ("train-fold", ["FOLD=0", "train.optimizer=adamww", ENDLESS], {}, 64, "did you mean 'adamw'"),
         ("train-fold", ["FOLD=0", "train.sampler=balance", ENDLESS], {}, 64, "did you mean 'balanced'"),
-        ("train-fold", ["FOLD=0", "train.freeze_epochs=-1", ENDLESS], {}, 64, "at least 0"),
         ("distill", ["distill.temperature_decay=0.9", "distill.temperature=1", ENDLESS], {}, 64, "min_temperature=1.0"),
         ("distill", ["distill.teacher=nobody"], {}, 66, "nobody"),
         ("distill", ["distill.teacher_tta=flip,flop", ENDLESS], {}, 64, "did you mean 'flip'"),
         ("ensemble", ["ensemble.submission=../out.csv"], {}, 64, "'../out.csv'"),
-        ("ensemble", ["predict.tta=plain,flop"], {}, 64, "did you mean 'flip'"),
-        ("ensemble", ["predict.tta=[]"], {}, 64, "tta is empty"),
         ("ensemble", [], {"MODEL": "eval"}, 66, "no model below"),
         ("ensemble", [], {"MODEL": "fold-1"}, 65, "lacks fold 0, fold 2 of 3"),
     ],
@@ -219,15 +209,13 @@ def test_unusable_initial_weights_are_reported_before_images_are_read(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # raised inside W&B
-@pytest.mark.parametrize(("lr", "code", "logged_code"), [("0.02", 0, 0), ("1e30", 65, 1)])
-def test_logger_records_how_the_run_ended(toy_run, lr, code, logged_code, tmp_path, monkeypatch):
+def test_logger_records_that_the_run_failed(toy_run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    arguments = ["FOLD=0", *LEARNS, "train.loggers=wandb", f"train.lr={lr}", "train.epochs=2"]
-    assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == code
-    records = wandb_records(tmp_path / "output")
-    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [logged_code]
-    summary_keys = {(i.key or i.nested_key[0]) for r in records if r.HasField("summary") for i in r.summary.update}
-    assert (summary_keys >= {"oof_accuracy", "holdout_logloss"}) is (code == 0)
+    arguments = ["FOLD=0", *LEARNS, "train.loggers=wandb", "train.lr=1e30", "train.epochs=2"]
+    assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == 65
+    codes, summary_keys = read_wandb_end(tmp_path)
+    assert codes == [1]
+    assert not summary_keys & {"oof_accuracy", "holdout_logloss"}
     assert not (tmp_path / "output" / "tensorboard").exists()
 
 
@@ -250,26 +238,28 @@ def test_platform_variables_appear_in_no_file_and_no_output_of_a_stage(toy_run, 
     assert {"stage.json", "model.json", "failure", "mlflow.db"} <= names
     events = next(path for path in files if path.name.startswith("events."))
     assert b"train.epochs" in events.read_bytes(), "the logger records the settings of the stage"
+    codes, summary_keys = read_wandb_end(tmp_path / "fold")
+    assert codes == [0]
+    assert summary_keys >= {"oof_accuracy", "holdout_logloss"}
 
 
 def test_defect_car_b5_student_is_not_selected_on_training_images_of_its_teachers(toy_run, tmp_path):
-    assert run_stage(toy_run, "split", tmp_path / "split", "split.folds=3") == 0
-    channels, one_epoch = {"FOLDS": tmp_path / "split" / "output"}, [*LEARNS, "train.epochs=1"]
-    with_patience = [*LEARNS, "distill.patience=2"]
-    assert run_stage(toy_run, "distill", tmp_path / "bad", *with_patience, MODEL=toy_run, **channels) == 65
+    assert run_stage(toy_run, "split", tmp_path / "split", "split.folds=2") == 0
+    channels, arguments = {"FOLDS": tmp_path / "split" / "output"}, [*LEARNS, "train.epochs=1"]
+    patience = "distill.patience=2"
+    assert run_stage(toy_run, "distill", tmp_path / "bad", *arguments, patience, MODEL=toy_run, **channels) == 65
     assert "split than" in failure(tmp_path / "bad")
     models = tmp_path / "models"
-    for fold in range(3):
-        assert run_stage(toy_run, "train-fold", models / f"fold-{fold}", f"FOLD={fold}", *one_epoch, **channels) == 0
-    assert run_stage(toy_run, "distill", tmp_path / "bad", *with_patience, MODEL=models, **channels) == 64
+    for fold in range(2):
+        assert run_stage(toy_run, "train-fold", models / f"fold-{fold}", f"FOLD={fold}", *arguments, **channels) == 0
+    assert run_stage(toy_run, "distill", tmp_path / "bad", *arguments, patience, MODEL=models, **channels) == 64
     assert "needs a holdout" in failure(tmp_path / "bad")
-    assert run_stage(toy_run, "distill", tmp_path / "distill", *one_epoch, MODEL=models, **channels) == 0
 
 
 def test_defect_car_convnext_validation_has_no_augmentation_and_every_class(toy_run, tmp_path):
     """The original validated on randomly cropped and flipped images, with a split that was not stratified."""
     crops = 'augment.train=[{"name": "random_resized_crop", "scale": [0.08, 0.1]}]'
-    arguments = ["FOLD=0", *LEARNS, "train.epochs=2", "predict.tta=plain", crops]
+    arguments = ["FOLD=0", *LEARNS, "train.epochs=1", "predict.tta=plain", crops]
     assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == 0
     oof = predictions.read(tmp_path / "model" / "oof.parquet")
     true_log_probs = oof.log_probs[np.arange(len(oof)), oof.codes()]
@@ -279,23 +269,23 @@ def test_defect_car_convnext_validation_has_no_augmentation_and_every_class(toy_
 
 
 @pytest.mark.parametrize(
-    ("same_network", "student", "teacher"),
+    ("teacher", "same_network", "student"),
     [
-        (True, [], "best_fold"),
-        (False, ['distill.model.backbone_kwargs={"widths": [6], "stem": 4}', "distill.train.lr=0.01"], "oof"),
-        (False, ["distill.model.backbone=timm/test_resnet", "distill.model.backbone_kwargs={}"], "ensemble"),
-        (True, ["distill.temperature_decay=0.5"], "student"),
+        ("best_fold", True, []),
+        ("ensemble", True, ['distill.teacher_tta=[{"name": "scale", "factor": 1.2}]']),
+        ("fold-2", False, ['distill.model.backbone_kwargs={"widths": [6], "stem": 4}', "distill.train.lr=0.01"]),
+        ("distill", True, ["distill.temperature_decay=0.5"]),
     ],
 )
-def test_student_may_equal_its_teacher_differ_from_it_or_learn_from_a_student(
-    toy_run, tmp_path, same_network, student, teacher
+def test_student_of_any_teacher_is_not_leak_free_and_may_have_another_network(
+    toy_run, tmp_path, teacher, same_network, student
 ):
-    teacher_value = toy_run / "distill" / "model" if teacher == "student" else teacher
-    arguments = [*LEARNS, "train.epochs=2", f"distill.teacher={teacher_value}", *student]
+    model = toy_run / teacher / "model"
+    arguments = [*LEARNS, "train.epochs=1", f"distill.teacher={model if model.exists() else teacher}", *student]
     assert run_stage(toy_run, "distill", tmp_path / "student", *arguments, MODEL=toy_run) == 0
     info = read_json(tmp_path / "student" / "model" / "model.json")
     fold_info = read_json(toy_run / "fold-0" / "model" / "model.json")
-    assert info["role"] == "student"
+    assert (info["role"], info["leak_free"]) == ("student", False)
     assert (info["settings"]["model"] == fold_info["settings"]["model"]) == same_network
     assert run_stage(toy_run, "ensemble", tmp_path / "ensemble", MODEL=tmp_path / "student" / "model") == 0
 
@@ -320,15 +310,3 @@ def test_damaged_teacher_or_one_with_other_classes_gives_one_clear_error(
     assert run_stage(toy_run, "distill", tmp_path / "out", *arguments, MODEL=toy_run) == code
     assert message in failure(tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.safetensors"))
-
-
-def test_training_options_are_enabled_by_their_settings(toy_run, tmp_path, caplog):
-    arguments = [
-        "FOLD=0", *LEARNS, 'train.loss={name = "focal", alpha = 0.5, gamma = 2}', "train.class_weights=balanced",
-        "train.sampler=balanced", "train.rdrop_alpha=0.5", "train.sam_rho=0.05", "train.freeze_epochs=1",
-        "train.backbone_lr_scale=0.1", "train.grad_accum_steps=2", "train.max_grad_norm=1", "model.dropout=0.3",
-    ]  # fmt: skip
-    assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == 0
-    settings = read_json(tmp_path / "model" / "model.json")["settings"]["train"]
-    assert settings["loss"] == {"name": "focal", "alpha": 0.5, "gamma": 2}
-    assert not [record for record in caplog.records if "dropout" in record.getMessage()]

@@ -52,39 +52,20 @@ def test_all_folds_use_the_precision_that_the_first_one_chose(split_run):
     (probe_file,) = (split_run / training_run.PROBE_CACHE_DIR).glob("*.json")
     probe, info = json.loads(probe_file.read_text()), model_json(split_run, "fold-0")
     assert probe["choice"] == info["precision"] == info["training"]["train.precision"]
-    for fold, choice in (
-        (0, "fp32"),
-        (1, "bf16"),
-    ):  # each fold uses the choice in the file, not a probe of its own
+    for fold, choice in enumerate(("fp32", "bf16")):  # each fold uses the choice in the file, not a probe of its own
         probe_file.write_text(json.dumps(probe | {"choice": choice}))
         assert run_stage(split_run, "train-fold", f"fold-{choice}", f"FOLD={fold}", *SETTINGS) == 0
         assert model_json(split_run, f"fold-{choice}")["precision"] == choice
 
 
-def test_read_only_run_folder_has_no_probe_cache(split_run, tmp_path):
-    job = context_from_env(STAGES["train-fold"], variables(split_run, "fold-9"), tmp_path)
-    assert training_run.probe_cache_dir(job) == split_run / training_run.PROBE_CACHE_DIR
-    if os.getuid() == 0:
-        pytest.skip("root may write anywhere")
-    split_run.chmod(0o500)
-    assert training_run.probe_cache_dir(job) is None
-    split_run.chmod(0o700)
-
-
 def test_loaded_model_reproduces_its_out_of_fold_predictions_bit_for_bit(split_run):
-    arguments = [
-        *SETTINGS,
-        f"model.backbone={GROUPED}",
-        "model.backbone_kwargs={}",
-        "train.precision=bf16_grouped_fp32",
-    ]
-    assert run_stage(split_run, "train-fold", "g", "FOLD=0", *arguments) == 0
+    network = [f"model.backbone={GROUPED}", "model.backbone_kwargs={}", "train.precision=bf16_grouped_fp32"]
+    assert run_stage(split_run, "train-fold", "g", "FOLD=0", *SETTINGS, *network) == 0
     fold_model = load_model(open_model_dir(split_run / "g" / "model"), {})
     assert (fold_model.source.info["precision"], fold_model.runtime.grouped_fp32) == ("bf16_grouped_fp32", True)
     oof = predictions.read(split_run / "g" / "model" / "oof.parquet")
-    table = read_folds(
-        split_run / "split" / "output" / "folds.parquet", split_run / "split" / "output" / "classes.json"
-    )
+    split = split_run / "split" / "output"
+    table = read_folds(split / "folds.parquet", split / "classes.json")
     rows = table.valid_rows(0)
     assert list(table.ids_of(rows)) == list(oof.ids)
     log_probs = fold_model.predict(open_store(split_run / "train"), table.paths_of(rows), "")
@@ -106,14 +87,16 @@ def test_resumed_run_keeps_the_precision_of_its_checkpoint(split_run, tmp_path):
     ("folds", "model", "run_folder"),
     [
         ("r/split/output", "r/fold-0/model", "r"),
-        ("r/split", "r/fold-0/model", "r"),
         ("opt/ml/input/data/folds", "opt/ml/model", None),
-        ("r/m/output/split", "r/m", None),
         ("q/split/output", "r/fold-0/model", None),
     ],
 )
 def test_probe_cache_is_shared_if_split_and_step_lie_in_one_run_folder(folds, model, run_folder, tmp_path):
     (tmp_path / model).mkdir(parents=True)
     environ = {"SM_CHANNEL_FOLDS": str(tmp_path / folds), "SM_MODEL_DIR": str(tmp_path / model)}
-    actual = training_run.probe_cache_dir(context_from_env(STAGES["train-fold"], environ, tmp_path))
-    assert actual == (run_folder and tmp_path / run_folder / training_run.PROBE_CACHE_DIR)
+    job = context_from_env(STAGES["train-fold"], environ, tmp_path)
+    assert training_run.probe_cache_dir(job) == (run_folder and tmp_path / run_folder / training_run.PROBE_CACHE_DIR)
+    if run_folder and os.getuid() != 0:  # root may write anywhere
+        (tmp_path / run_folder).chmod(0o500)
+        assert training_run.probe_cache_dir(job) is None
+        (tmp_path / run_folder).chmod(0o700)

@@ -1,8 +1,6 @@
 """Two real ranks that train together get the results of one process and hold equal states."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,20 +8,19 @@ import torch
 from torch import nn
 
 import distributed_worker
-from distributed_worker import CASES, COUNTS, OTHERS, ROWS, SIZE, predicted, trained
+from distributed_worker import CASES, COUNTS, OTHERS, ROWS, SIZE, predict_rows, train_case
 from fivefold.distributed.process_group import ProcessGroup, convert_sync_batchnorm
 from fivefold.distributed.rank_launcher import free_port
 from fivefold.distributed.ranks import SHARED_SCRATCH, HostGroup, Rank
 from fivefold.models.backbones import build_backbone
+from forked_process import Forked
 from toy_training import images_in
 
-WORKER = Path(distributed_worker.__file__)
 WORLD_SIZE = 2
 
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of generated images in three alternating colours."""
     path = tmp_path_factory.mktemp("images")
     images_in(path, ROWS, SIZE)
     return path
@@ -33,23 +30,22 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rank_results(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Return the results of all cases, one entry per rank."""
     results, port = tmp_path_factory.mktemp("results"), free_port()
-    shared = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environ = {"PATH": os.environ["PATH"], SHARED_SCRATCH: str(results)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", WORKER, image_folder, results],
-            env={**shared, SHARED_SCRATCH: str(results), **HostGroup().variables(WORLD_SIZE, rank, port)},
-            stderr=subprocess.PIPE,
+        Forked(
+            [distributed_worker.__file__, str(image_folder), str(results)],
+            environ | HostGroup().variables(WORLD_SIZE, rank, port),
         )
         for rank in range(WORLD_SIZE)
     ]
-    stderr = [process.communicate(timeout=300)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0] * WORLD_SIZE, "\n".join(stderr)
+    outputs = [process.wait() for process in processes]
+    assert [process.returncode for process in processes] == [0] * WORLD_SIZE, "\n".join(outputs)
     return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_have_the_loss_curve_of_one_process(name: str, rank_results: list[dict], image_folder: Path) -> None:
-    single, double = trained(image_folder, CASES[name]), rank_results[0][name]
+    single, double = train_case(image_folder, CASES[name]), rank_results[0][name]
     is_bf16 = name == "bf16"
     assert len(double["rows"]) == len(single["rows"])
     for expected, actual in zip(single["rows"], double["rows"], strict=True):
@@ -57,25 +53,20 @@ def test_two_ranks_have_the_loss_curve_of_one_process(name: str, rank_results: l
     assert single["rows"][0]["train_loss"] != single["rows"][-1]["train_loss"], "training changes the loss"
     if not is_bf16:
         assert double["best"] == single["best"]
-        for which, state in single["states"].items():
-            for key, tensor in state.items():
-                torch.testing.assert_close(
-                    double["states"][which][key], tensor, rtol=1e-3, atol=1e-2 if name == "muon" else 1e-4
-                )
+        atol = 1e-2 if name == "muon" else 1e-4
+        torch.testing.assert_close(double["states"], single["states"], rtol=1e-3, atol=atol)
 
 
-@pytest.mark.parametrize("name", [*CASES, *OTHERS, "stopped"])
-def test_all_ranks_hold_the_same_bits(name: str, rank_results: list[dict]) -> None:
-    first, second = (result[name]["states"] for result in rank_results)
-    assert first.keys() == second.keys()
-    for which in first:
-        assert all(torch.equal(first[which][key], second[which][key]) for key in first[which])
+def test_all_ranks_hold_the_same_bits(rank_results: list[dict]) -> None:
+    first, second = ({name: result[name]["states"] for name in [*CASES, *OTHERS, "stopped"]} for result in rank_results)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_norm_statistics_are_averaged_over_the_ranks(rank_results: list[dict], image_folder: Path) -> None:
     """The mean of two equal shards' means is the batch mean; averaged variances lack the variance between shards."""
     single, double = (
-        result["states"]["raw"] for result in (trained(image_folder, OTHERS["one step"]), rank_results[0]["one step"])
+        result["states"]["raw"]
+        for result in (train_case(image_folder, OTHERS["one step"]), rank_results[0]["one step"])
     )
     mean, variance = "backbone.stem.1.running_mean", "backbone.stem.1.running_var"
     torch.testing.assert_close(double[mean], single[mean])
@@ -90,34 +81,32 @@ def test_frozen_norms_stay_unchanged(rank_results: list[dict]) -> None:
 
 
 def test_stopping_one_rank_stops_all_and_they_resume_to_the_same_bits(rank_results: list[dict]) -> None:
-    assert [result["stopped"]["told"] for result in rank_results] == [15, 15]
+    assert [result["stopped"]["signal"] for result in rank_results] == [15, 15]
     for result in rank_results:
         assert result["shared"]["word"] == "of 0", "all ranks get the value of rank 0"
         assert torch.equal(result["shared"]["numbers"], torch.arange(3.0))
     uninterrupted, resumed = rank_results[0]["norms"], rank_results[0]["stopped"]
     assert resumed["rows"] == uninterrupted["rows"]
-    for which, state in uninterrupted["states"].items():
-        assert all(torch.equal(resumed["states"][which][key], tensor) for key, tensor in state.items())
+    torch.testing.assert_close(resumed["states"], uninterrupted["states"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_every_row_is_predicted_once_and_all_ranks_get_the_result(
     count: int, rank_results: list[dict], image_folder: Path
 ) -> None:
-    single = predicted(image_folder, count)
+    single = predict_rows(image_folder, count)
     parts = [result["predicted"][str(count)] for result in rank_results]
     for part in parts:
-        torch.testing.assert_close(part["found"], single["found"])
-    rows_read = [set(part["read"]) for part in parts]
-    assert rows_read[0] | rows_read[1] == set(single["read"])
+        torch.testing.assert_close(part["log_probs"], single["log_probs"])
     assert len(single["read"]) == count
-    if count >= 2 * WORLD_SIZE:
-        assert not rows_read[0] & rows_read[1]
+    if count < 2 * WORLD_SIZE:  # too few rows to shard
+        assert [sorted(part["read"]) for part in parts] == [sorted(single["read"])] * 2
+    else:
         assert sorted(parts[0]["read"] + parts[1]["read"]) == sorted(single["read"])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 16, 17, 100])
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+@pytest.mark.parametrize("count", [0, 5, 6, 17])
 def test_shards_are_disjoint_and_complete(world_size: int, count: int) -> None:
     shards = [ProcessGroup(Rank(rank, world_size)).shard(count) for rank in range(world_size)]
     rows = list(range(count))

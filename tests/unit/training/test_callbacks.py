@@ -1,7 +1,8 @@
 """Per-epoch changes: frozen backbone, learning rates per layer, and distillation temperature."""
 
+import copy
 from dataclasses import replace
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,53 +11,37 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from fivefold.build import build_classifier
-from fivefold.config.schema import Model
 from fivefold.data.pipeline.dataset import ImageDataset
 from fivefold.errors import SettingsError
 from fivefold.models.backbones import build_backbone
 from fivefold.training.objectives import DistillSchedule, Teacher, soften
-from fivefold.training.optim import build_optimizer, lr_scales
+from fivefold.training.optim import lr_scales
 from fivefold.training.trainer import Trainer, fit
 from toy_training import CPU, SMALL, images_in, run_of, stand_still
 
 LOG_PROBS = np.log(np.random.default_rng(0).dirichlet(np.ones(3), 18)).astype(np.float32)
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> ImageDataset:
-    return images_in(tmp_path / "images", 18, noise=100, tint=120)
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
+    return images_in(tmp_path_factory.mktemp("images"), 18, noise=100, tint=120)
 
 
 def make_trainer(images: ImageDataset, distill: dict | None = None, **train) -> Trainer:
     return run_of(images, {"lr": 0.02} | train, SMALL, distill=distill)[0]
 
 
-def train_states(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
-    """Train; return the model's weights and buffers before the first epoch and after each one."""
-    snapshots = [{name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}]
-
-    def observe(row):
-        snapshots.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
-
-    fit(replace(trainer, observers=[observe]))
-    return snapshots
-
-
-def changed_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.05])
-def test_defect_product_frozen_backbone_keeps_its_batch_statistics(images, rho):
+def test_defect_product_frozen_backbone_keeps_its_batch_statistics(images):
     """The original kept updating the running statistics of the BatchNorms that it froze."""
-    trainer = make_trainer(images, freeze_epochs=2, sam_rho=rho, grad_accum_steps=2, ema_decay=0.9, max_grad_norm=1.0)
-    snapshots = train_states(trainer)
-    for before, after in ((snapshots[0], snapshots[1]), (snapshots[1], snapshots[2])):
-        assert {name.partition(".")[0] for name in changed_names(before, after)} == {"head"}
-    unfrozen = changed_names(snapshots[2], snapshots[3])
-    assert {"backbone.stem.1.running_mean", "backbone.stem.1.num_batches_tracked", "backbone.stem.0.weight"} <= unfrozen
-    assert int(snapshots[4]["backbone.stem.1.num_batches_tracked"]) == 2 * 3
+    trainer = make_trainer(images, freeze_epochs=1, epochs=2, sam_rho=0.05, grad_accum_steps=2, ema_decay=0.9)
+    snapshots = [copy.deepcopy(trainer.model.state_dict())]
+    fit(replace(trainer, observers=[lambda row: snapshots.append(copy.deepcopy(trainer.model.state_dict()))]))
+    frozen, unfrozen = (
+        {name for name in after if not torch.equal(before[name], after[name])} for before, after in pairwise(snapshots)
+    )
+    assert {name.partition(".")[0] for name in frozen} == {"head"}
+    assert {"backbone.stem.1.running_mean", "backbone.stem.0.weight"} <= unfrozen
+    assert int(snapshots[-1]["backbone.stem.1.num_batches_tracked"]) == 3
 
 
 def test_frozen_norm_uses_its_running_statistics(images):
@@ -70,27 +55,13 @@ def test_frozen_norm_uses_its_running_statistics(images):
 
 
 def test_schedule_and_optimizer_continue_correctly_after_unfreezing(images):
-    rows_by_freeze = {}
-    for freeze_epochs in (0, 3):
-        rows_by_freeze[freeze_epochs] = rows = []
-        trainer = make_trainer(
-            images, freeze_epochs=freeze_epochs, backbone_lr_scale=0.1, warmup_epochs=1.0, optimizer="adamw"
-        )
-        fit(replace(trainer, observers=[rows.append]))
-    assert [row["lr"] for row in rows_by_freeze[0]] == [row["lr"] for row in rows_by_freeze[3]]
-    assert rows_by_freeze[3][1]["lr"] == 0.02
+    rows, trainer = [], make_trainer(images, epochs=3, freeze_epochs=2, backbone_lr_scale=0.1, warmup_epochs=1.0)
+    fit(replace(trainer, observers=[rows.append]))
+    assert [row["lr"] for row in rows[1:]] == pytest.approx([0.02, 0.01])
     optimizer = trainer.schedule.optimizer
     steps = {int(optimizer.state[p]["step"]) for p in trainer.model.backbone.parameters()}
     assert steps == {3}  # of the last epoch: moments start when the backbone is unfrozen
-    assert {int(optimizer.state[p]["step"]) for p in trainer.model.head.parameters()} == {12}
-
-
-def test_freeze_epochs_zero_trains_everything_and_all_epochs_train_only_the_head(images):
-    assert {"backbone", "head"} == {
-        name.partition(".")[0] for name in changed_names(*train_states(make_trainer(images))[:2])
-    }
-    snapshots = train_states(make_trainer(images, freeze_epochs=9))
-    assert {name.partition(".")[0] for name in changed_names(snapshots[0], snapshots[-1])} == {"head"}
+    assert {int(optimizer.state[p]["step"]) for p in trainer.model.head.parameters()} == {9}
 
 
 def test_backbone_uses_its_scaled_learning_rate(images):
@@ -102,13 +73,6 @@ def test_backbone_uses_its_scaled_learning_rate(images):
     assert len(rate_of) == len(list(trainer.model.parameters()))
     assert trainer.schedule.lr == 0.02
     assert {group["weight_decay"] for group in groups if group["params"][0].ndim < 2} == {0.0}
-
-
-def test_default_lr_scales_leave_only_the_weight_decay_groups():
-    network = build_classifier(Model(**SMALL), 3)
-    scales = lr_scales(network.backbone, 1.0, 1.0)
-    groups = build_optimizer("adamw", network, 0.01, 0.1, 0.9, scales).param_groups
-    assert [[group["lr"], group["weight_decay"]] for group in groups] == [[0.01, 0.1], [0.01, 0.0]]
 
 
 @pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_vit.r160_in1k", "test_convnext.r160_in1k"])
@@ -140,25 +104,9 @@ def test_teacher_temperature_decays_per_epoch_to_its_minimum():
     assert temperatures == pytest.approx([2.0] * 3 + [1.9] * 3 + [1.805] * 3 + [1.71475] * 3 + [1.7] * 6)
 
 
-def test_student_trains_at_the_temperature_of_its_epoch(images):
-    trainer = make_trainer(
-        images, {"temperature": 2.0, "temperature_decay": 0.5, "min_temperature": 0.8, "alpha": 1.0}, epochs=3
-    )
-    teacher, temperatures = trainer.train.teacher, []
-
-    def watch(rows):
-        assert all(torch.equal(batch.teacher.sum(dim=1).round(decimals=4), torch.ones(6)) for batch in rows)
-        temperatures.append(teacher.temperature)
-        return trainer.update(rows)
-
-    fit(replace(trainer, update=watch))
-    assert temperatures == [2.0] * 3 + [1.0] * 3 + [0.8] * 3
-    assert teacher.alpha == 1.0, "alpha stays constant without annealing"
-
-
 def test_teacher_weight_falls_to_zero_over_its_fraction_of_the_steps(images):
     """Clark et al. 2019, section 3.2: alpha falls linearly, and each step mixes both losses by its own alpha."""
-    trainer = make_trainer(images, {"alpha": 0.8, "temperature": 1.0, "alpha_anneal_fraction": 0.5}, epochs=4)
+    trainer = make_trainer(images, {"alpha": 0.8, "temperature": 1.0, "alpha_anneal_fraction": 0.5}, epochs=2)
     teacher, weights = trainer.train.teacher, []
 
     def watch(rows):
@@ -170,7 +118,7 @@ def test_teacher_weight_falls_to_zero_over_its_fraction_of_the_steps(images):
         return [result]
 
     fit(replace(trainer, update=watch))
-    assert weights == pytest.approx([0.8 * (1 - step / 6) for step in range(6)] + [0.0] * 6)
+    assert weights == pytest.approx([0.8 * (1 - step / 3) for step in range(3)] + [0.0] * 3)
 
 
 def test_defect_car_b5_validation_losses_are_comparable_while_temperature_changes(images):

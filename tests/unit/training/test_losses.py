@@ -10,37 +10,30 @@ from torchvision.ops import sigmoid_focal_loss
 
 from fivefold.errors import SettingsError
 from fivefold.training.losses import LOSSES, balanced_weights, bce, binary_focal, build_loss, cross_entropy, f1, focal
-from fivefold.training.objectives import MicroBatch, distillation_loss, single_pass
+from fivefold.training.objectives import MicroBatch, distillation_loss
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, 0.3], [-3.0, 4.0, 1.0], [0.0, 0.0, 0.0]])
 CODES = torch.tensor([0, 2, 1, 1])
 ONE_HOT = F.one_hot(CODES, 3).float()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.4])
 def test_cross_entropy_matches_torch(smoothing):
     actual = cross_entropy(smoothing)(LOGITS, ONE_HOT)
     torch.testing.assert_close(actual, F.cross_entropy(LOGITS, CODES, label_smoothing=smoothing))
 
 
 def test_distillation_matches_a_manual_calculation():
-    """α·T²·KL + (1 - α)·CE of two classes, calculated by hand from the definition."""
+    """α·T²·KL + (1 - α)·CE of two classes, from the definition. A sigmoid student that equals its teacher has no loss."""
     logits, teacher, temperature, alpha = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.75, 0.25]]), 2.0, 0.7
     student = torch.softmax(logits / temperature, dim=1)
     kl = 0.75 * torch.log(0.75 / student[0, 0]) + 0.25 * torch.log(0.25 / student[0, 1])
     hard = -torch.log(torch.softmax(logits, dim=1)[0, 0])
     rows = MicroBatch(logits, torch.tensor([[1.0, 0.0]]), teacher)
-    result = single_pass(distillation_loss(cross_entropy(0.0), lambda: alpha, lambda: temperature))(
-        torch.nn.Identity(), rows
-    )
-    torch.testing.assert_close(result.loss, alpha * temperature**2 * kl + (1 - alpha) * hard)
-
-
-@pytest.mark.parametrize(("gamma", "alpha"), [(2.0, 0.5), (0.5, 1.0), (1.0, 3.0), (0.0, 1.0)])
-def test_focal_loss_matches_its_formula(gamma, alpha):
-    row_losses = F.cross_entropy(LOGITS, CODES, reduction="none")
-    expected = (alpha * (1 - torch.exp(-row_losses)) ** gamma * row_losses).mean()
-    torch.testing.assert_close(focal(0.0, gamma=gamma, alpha=alpha)(LOGITS, ONE_HOT), expected)
+    loss = distillation_loss(cross_entropy(0.0), lambda: alpha, lambda: temperature)(logits, rows)
+    torch.testing.assert_close(loss, alpha * temperature**2 * kl + (1 - alpha) * hard)
+    loss = distillation_loss(bce(0.0), lambda: 1.0, lambda: 1.0)(teacher.logit(), rows)
+    assert float(loss) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_focal_loss_matches_a_manual_calculation():
@@ -66,14 +59,11 @@ def test_binary_focal_matches_torchvision_and_bce_matches_torch(gamma):
         torch.testing.assert_close(bce(0.0)(LOGITS, soft), F.binary_cross_entropy_with_logits(LOGITS, soft))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
-def test_label_smoothing_is_spread_over_the_other_classes(smoothing):
-    """The true class gets 1 - s and each of the two others s/2, which equals torch's smoothing at s·C/(C - 1)."""
-    target = torch.full((4, 3), smoothing / 2).scatter(1, CODES[:, None], 1 - smoothing)
-    expected = -(target * LOGITS.log_softmax(dim=1)).sum(dim=1).mean()
-    actual = build_loss({"name": "label_smoothing", "smoothing": smoothing})(LOGITS, ONE_HOT)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(actual, F.cross_entropy(LOGITS, CODES, label_smoothing=smoothing * 3 / 2))
+def test_label_smoothing_is_spread_over_the_other_classes():
+    """The true class gets 1 - s, and each of the two others s/2."""
+    target = torch.full((4, 3), 0.1).scatter(1, CODES[:, None], 0.8)
+    actual = build_loss({"name": "label_smoothing", "smoothing": 0.2})(LOGITS, ONE_HOT)
+    torch.testing.assert_close(actual, F.cross_entropy(LOGITS, target))
 
 
 def test_f1_loss_matches_a_manual_calculation():
@@ -128,7 +118,7 @@ def test_balanced_weights_match_scikit_learn():
         ({"name": "focal", "gamma": -1}, 0.0, "at least 0"),
         ({"name": "focal", "alpha": 0}, 0.0, "above 0"),
         ({"name": "label_smoothing", "smoothing": 1}, 0.0, "smoothing < 1"),
-        ("label_smoothing", 0.1, "train.label_smoothing must be 0"),
+        ("label_smoothing", 0.1, "train.label_smoothing=0"),
     ],
 )
 def test_invalid_losses_are_rejected_with_a_reason(spec, smoothing, message):
@@ -149,11 +139,3 @@ def test_link_returns_the_true_probabilities_at_the_minimum_of_the_loss(name):
 
 def test_only_bce_and_binary_focal_use_sigmoid_links():
     assert {name for name in LOSSES if build_loss(name).link == "sigmoid"} == {"bce", "binary_focal"}
-
-
-def test_sigmoid_student_that_matches_its_teacher_has_no_distillation_loss():
-    """The student's logits equal the teacher's, so the distillation loss is zero."""
-    teacher = torch.tensor([[0.7, 0.2, 0.1]])
-    rows = MicroBatch(teacher.logit(), torch.zeros(1, 3), teacher)
-    result = single_pass(distillation_loss(bce(0.0), lambda: 1.0, lambda: 1.0))(torch.nn.Identity(), rows)
-    assert float(result.loss) == pytest.approx(0.0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Updates, averaging, optimisers and schedules match those of torch or reduce to simpler ones."""
+"""Updates, SAM, averaging, optimisers and schedules match those of torch or reduce to simpler ones."""
 
 import copy
 import math
@@ -10,21 +10,25 @@ import torch
 from torch import nn
 
 from fivefold.errors import SettingsError
-from fivefold.inference.predictor import make_runtime
 from fivefold.models.classifier import Classifier
 from fivefold.training.callbacks import Ema
-from fivefold.training.losses import build_loss, cross_entropy
+from fivefold.training.losses import Loss, build_loss, cross_entropy
 from fivefold.training.objectives import MicroBatch, distillation_loss, label_loss, rdrop, single_pass
 from fivefold.training.optim import Schedule, build_optimizer
-from fivefold.training.steps import plain_step, sam_step
+from fivefold.training.steps import build_update
+from toy_training import CPU
 
 OBJECTIVE = single_pass(label_loss(cross_entropy(0.1)))
-CPU = make_runtime(torch.device("cpu"), None, False, [0.5] * 3, [0.5] * 3)
+BF16, FP16 = (replace(CPU, dtype=dtype) for dtype in (torch.bfloat16, torch.float16))
 
 
-def make_network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3))
+def make_network(*layers: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), *layers, nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3)).train()
+
+
+def make_sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    return build_optimizer("sgd", model, lr=lr, weight_decay=0.0, momentum=0.0)
 
 
 def make_rows(count: int, seed: int) -> MicroBatch:
@@ -52,7 +56,7 @@ def test_plain_step_matches_torch(name, reference):
     others = [p for p in reference_model.parameters() if p.ndim < 2]
     optimizer = reference([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
     built_optimizer = build_optimizer(name, model, lr=0.01, weight_decay=0.1, momentum=0.9)
-    update = plain_step(model, OBJECTIVE, built_optimizer, CPU, clip=0.5)
+    update = build_update(model, OBJECTIVE, built_optimizer, CPU, clip=0.5)
     for step in range(5):
         batch = make_rows(6, step)
         update([batch])
@@ -73,9 +77,9 @@ ACCUMULATED = {
 }
 
 
-@pytest.mark.parametrize("update", [plain_step, sam_step])
+@pytest.mark.parametrize("rho", [0.0, 0.2])
 @pytest.mark.parametrize("objective", ACCUMULATED.values(), ids=ACCUMULATED)
-def test_accumulated_micro_batches_equal_one_large_batch(update, objective):
+def test_accumulated_micro_batches_equal_one_large_batch(rho, objective):
     """Some rows have no label. SAM accumulates, climbs once and accumulates again, rather than once per micro-batch."""
     large_batch_model, accumulating_model = make_network(), make_network()
     large = make_rows(9, 1)
@@ -86,29 +90,83 @@ def test_accumulated_micro_batches_equal_one_large_batch(update, objective):
         MicroBatch(large.images[a:b], large.targets[a:b], teacher[a:b]) for a, b in ((0, 4), (4, 5), (5, 9))
     ]
     for model, batches in ((large_batch_model, [large]), (accumulating_model, micro_batches)):
-        optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
-        results = update(model, objective, optimizer, CPU, clip=0.0, rho=0.2)(batches)
+        results = build_update(model, objective, make_sgd(model), CPU, clip=0.0, rho=rho)(batches)
         losses.append(sum(float(result.loss) for result in results))
+        assert not any(result.loss.requires_grad or result.logits.requires_grad for result in results)
     torch.testing.assert_close(flat_weights(large_batch_model), flat_weights(accumulating_model))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("update", [plain_step, sam_step])
-def test_step_results_hold_no_autograd_graph(update):
-    model = make_network()
-    optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.0, momentum=0.0)
-    results = update(model, OBJECTIVE, optimizer, CPU, clip=0.0, rho=0.1)([make_rows(4, 1), make_rows(4, 2)])
-    assert [result.loss.grad_fn for result in results] == [None, None]
-    assert [result.logits.grad_fn for result in results] == [None, None]
-
-
-@pytest.mark.parametrize("update", [plain_step, sam_step])
-def test_clipping_bounds_the_gradient_and_for_sam_the_second_one(update):
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_clipping_bounds_the_gradient_and_for_sam_the_second_one(rho):
     model = make_network()
     before = flat_weights(model).clone()
-    optimizer = build_optimizer("sgd", model, lr=1.0, weight_decay=0.0, momentum=0.0)
-    update(model, OBJECTIVE, optimizer, CPU, clip=1e-3, rho=0.5)([make_rows(8, 2)])
+    build_update(model, OBJECTIVE, make_sgd(model, lr=1.0), CPU, clip=1e-3, rho=rho)([make_rows(8, 2)])
     assert float((flat_weights(model) - before).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_sam_with_a_negligible_radius_equals_the_plain_step_bit_for_bit(name):
+    """With dropout (the same masks in both passes), BatchNorm (updated once), accumulation and clipping."""
+    results = []
+    for rho in (0.0, 1e-30):
+        model = make_network(nn.BatchNorm1d(8), nn.Dropout(0.5))
+        optimizer = build_optimizer(name, model, lr=0.1, weight_decay=0.01, momentum=0.0)
+        update = build_update(model, OBJECTIVE, optimizer, CPU, clip=0.05, rho=rho)
+        torch.manual_seed(3)
+        losses = [r.loss for n in range(4) for r in update([make_rows(count, n) for count in (6, 6, 3)])]
+        results.append([model.state_dict(), losses, torch.rand(1)])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_sam_matches_a_manual_calculation_for_a_quadratic():
+    """L = ½·a·w² in two dimensions: g = a·w, and the step takes a·(w + ρ·g/‖g‖)."""
+
+    class Point(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([3.0, 1.0]))
+
+        def forward(self, images):
+            return self.w.expand(len(images), 2)
+
+    curvature, model = torch.tensor([1.0, 4.0]), Point()
+    half_square = Loss(lambda logits, targets: (curvature * logits**2).sum(dim=1).mean() / 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    update = build_update(model, single_pass(label_loss(half_square)), optimizer, CPU, clip=0.0, rho=0.5)
+    update([MicroBatch(torch.zeros(2, 1), torch.zeros(2, 2))])
+    gradient = torch.tensor([3.0, 4.0])  # ‖g‖ = 5, so the climb is (.3, .4)
+    expected = torch.tensor([3.0, 1.0]) - 0.1 * curvature * (torch.tensor([3.0, 1.0]) + 0.5 * gradient / 5)
+    torch.testing.assert_close(model.w.detach(), expected)
+
+
+def test_sam_updates_running_statistics_at_the_original_weights():
+    buffers = []
+    for rho in (0.0, 0.5):
+        model = make_network(nn.BatchNorm1d(8))
+        build_update(model, OBJECTIVE, make_sgd(model), CPU, 0.0, rho)([make_rows(8, 2), make_rows(8, 3)])
+        buffers.append(dict(model.named_buffers()))
+    torch.testing.assert_close(buffers[1], buffers[0], rtol=0, atol=0)
+
+
+def test_sam_rejects_fp16_with_a_hint_to_bf16():
+    model = make_network()
+    with pytest.raises(SettingsError, match=r"train\.sam_rho=0\.05 .* fp16.*train\.precision=bf16"):
+        build_update(model, OBJECTIVE, make_sgd(model), FP16, clip=0.0, rho=0.05)
+    (result,) = build_update(model, OBJECTIVE, make_sgd(model), BF16, clip=0.0, rho=0.05)([make_rows(8, 5)])
+    assert bool(torch.isfinite(result.loss))
+
+
+def test_defect_car_b5_scaled_gradient_is_unscaled_before_clipping():
+    """The original clipped the gradient while fp16's loss scale multiplied it, which left almost nothing of it."""
+    changes = []
+    for runtime in (CPU, FP16):
+        model = make_network()
+        before = flat_weights(model).clone()
+        build_update(model, OBJECTIVE, make_sgd(model, lr=1.0), runtime, clip=0.1)([make_rows(8, 2)])
+        changes.append(flat_weights(model) - before)
+    assert float(changes[0].norm()) == pytest.approx(0.1, rel=1e-3)
+    torch.testing.assert_close(changes[1], changes[0], rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("max_decay", [0.9, 0.0])
