@@ -14,13 +14,14 @@ import pandas as pd
 from fivefold import predictions
 from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import find_submissions
-from fivefold.contract.files import atomic, is_visible, read_json, tree_files, write_json, write_text
+from fivefold.contract.files import is_visible, read_json, tree_files, write_json, write_text
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
 from fivefold.csv_tables import open_csv
 from fivefold.errors import DataError, MissingInputError
 from fivefold.evaluation import comparison, ground_truth
 from fivefold.evaluation.comparison import Experiment
+from fivefold.evaluation.report import write_pictures
 from fivefold.evaluation.scored_rows import write_csv
 from fivefold.inference.submission_reader import has_labels_only, has_one_column, read_submission, system_name
 from fivefold.predictions import mean_by_id
@@ -28,6 +29,7 @@ from fivefold.predictions import mean_by_id
 log = logging.getLogger("fivefold")
 ALL_SUBMISSIONS = "all_experiments_submission_compare.csv"
 DIFFERENCES = "paired.csv"
+OPTIONAL = (ALL_SUBMISSIONS, DIFFERENCES, "model_acc.png", "correlation.png")
 LOGLOSS_COLUMNS = ("logloss", "logloss_low", "logloss_high")
 
 
@@ -53,20 +55,14 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         log.info("%s", note)
 
     folder = job.output()
-    written = write_comparison_tables(
-        folder, experiments, tables, to_json(experiments, tables, alike, notes, differences)
-    )
-    (folder / DIFFERENCES).unlink(missing_ok=True)
+    for name in OPTIONAL:
+        (folder / name).unlink(missing_ok=True)
+    facts = to_json(experiments, tables, alike, notes, differences)
+    written = write_comparison_tables(folder, experiments, tables, facts)
     if differences:
-        written.append(
-            write_csv(folder / DIFFERENCES, pd.DataFrame(differences).astype(dict.fromkeys(LOGLOSS_COLUMNS, float)))
-        )
-    for name in ("model_acc", "correlation"):
-        (folder / f"{name}.png").unlink(missing_ok=True)
-    for name, picture in pictures.items():
-        written.append(folder / f"{name}.png")
-        with atomic(written[-1]) as temporary:
-            temporary.write_bytes(picture["light"])
+        frame = pd.DataFrame(differences).astype(dict.fromkeys(LOGLOSS_COLUMNS, float))
+        written.append(write_csv(folder / DIFFERENCES, frame))
+    written += write_pictures(folder, pictures)
     write_text(folder / COMPARISON, page)
     figures = {experiment.name: scores for experiment, scores in zip(experiments, tables[shown], strict=True) if scores}
     print(json.dumps(figures, ensure_ascii=False), flush=True)
@@ -176,7 +172,6 @@ def write_comparison_tables(
     """Write the figures as CSV and JSON, and all submissions, if any, in one table; return the written files."""
     written = [comparison.write_scores(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
     write_json(written[1], facts)
-    (folder / ALL_SUBMISSIONS).unlink(missing_ok=True)
     submitted = next((experiment.file for experiment in experiments if experiment.file is not None), None)
     if submitted is not None:
         id_column = open_csv(submitted).columns[0]

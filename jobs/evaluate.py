@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from fivefold.config.schema import Settings
-from fivefold.contract.files import atomic, write_json, write_text
+from fivefold.contract.files import write_json, write_text
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import METRICS, REPORT
 from fivefold.errors import MissingInputError
@@ -75,10 +75,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     written = [folder / METRICS, *write_score_tables(folder, scored[0], mistakes, selecting)]
     per_fold = [{key: model.info[key] for key in ("system", "seed", "fold")} | scores for model, scores in folds]
     write_json(folder / METRICS, finite(figures | ({"oof": figures["oof"] | {"folds": per_fold}} if folds else {})))
-    for name, picture in pictures.items():
-        written.append(folder / f"{name}.png")
-        with atomic(written[-1]) as temporary:
-            temporary.write_bytes(picture["light"])
+    written += report.write_pictures(folder, pictures)
     write_text(folder / REPORT, page)
     headline = finite({name: {key: scores[key] for key in HEADLINE} for name, scores in figures.items()})
     print(json.dumps(headline, ensure_ascii=False), flush=True)

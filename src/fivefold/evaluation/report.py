@@ -6,7 +6,7 @@ Names of classes and files are untrusted, so the template escapes all of them (a
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fivefold.contract.files import atomic
 from fivefold.evaluation import metrics, plots
 from fivefold.evaluation.scored_rows import ScoredRows, confused_pairs
 
@@ -24,9 +25,6 @@ STYLESHEET = Path(__file__).with_name("look.css")
 THUMBNAIL = 160
 PIXELATED = 64
 """Images up to this side length are shown with square pixels; larger ones are smoothed."""
-
-ThemedImage = Mapping[str, bytes]
-"""PNG bytes by theme: `light` and `dark`."""
 
 COMPARED_METRICS = ("accuracy", "logloss", "f1_macro", "ece")
 CAPTIONS = {
@@ -43,7 +41,7 @@ class ReportData:
     """The content of a report.
 
     `scored`: the scored rows; the report opens with the first. `figures`: by name of `scored`. `folds`: name and
-    figures of each fold's out-of-fold rows. `pictures`: from `draw_report`. `mistakes`: by name of `scored`.
+    figures of each fold's out-of-fold rows. `pictures`: PNG bytes from `draw_report`. `mistakes`: by name of `scored`.
     `thumbnails`: PNG or JPEG bytes by (name of `scored`, row id). `notes`: a remark by name of `scored`.
     `records`: the `stage.json` of the stages before. `data`: names and values of the split's counts.
     """
@@ -52,7 +50,7 @@ class ReportData:
     scored: Sequence[ScoredRows]
     figures: Mapping[str, Mapping[str, Any]]
     folds: Sequence[tuple[str, Mapping[str, Any]]]
-    pictures: Mapping[str, ThemedImage]
+    pictures: Mapping[str, bytes]
     mistakes: Mapping[str, pd.DataFrame]
     thumbnails: Mapping[tuple[str, str], bytes]
     records: Sequence[Mapping[str, Any]]
@@ -61,23 +59,18 @@ class ReportData:
     top_k: int = 5
 
 
-def draw_report(scored: ScoredRows, curves: Mapping[str, Path], bins: int) -> dict[str, ThemedImage]:
-    """Return the plots of a report by file name without suffix; `curves` are training logs by model name."""
+def draw_report(scored: ScoredRows, curves: Mapping[str, Path], bins: int) -> dict[str, bytes]:
+    """Return the plots of a report as PNG bytes by file name without suffix; `curves` are training logs by model name."""
     log_probs, codes, classes = scored.table.log_probs, scored.codes, scored.table.classes
     calibrated = metrics.reliability_table(log_probs, codes, bins)
     error = metrics.expected_calibration_error(log_probs, codes, bins)
     per_class = metrics.per_class_table(log_probs, codes)
-    painters = {
-        "confusion_matrix": lambda to, theme: plots.plot_confusion(scored.confusion, classes, to, theme),
-        "reliability": lambda to, theme: plots.plot_reliability(calibrated, error, to, theme),
-        "confidence": lambda to, theme: plots.plot_confidence(log_probs, codes, to, theme),
-        "per_class_f1": lambda to, theme: plots.plot_class_f1(per_class, classes, to, theme),
+    pictures = {
+        "confusion_matrix": render_png(plots.plot_confusion, scored.confusion, classes),
+        "reliability": render_png(plots.plot_reliability, calibrated, error),
+        "per_class_f1": render_png(plots.plot_class_f1, per_class, classes),
     }
-    if len(curves) == 1:
-        painters["training_curves"] = lambda to, theme: plots.plot_training_curves(*curves.values(), to, theme)
-    elif curves:
-        painters["training_curves"] = lambda to, theme: plots.plot_fold_curves(curves, to, theme)
-    return {name: render_png(paint) for name, paint in painters.items()}
+    return pictures | ({"training_curves": render_png(plots.plot_training_curves, curves)} if curves else {})
 
 
 def render(content: ReportData) -> str:
@@ -111,16 +104,27 @@ def render_template(template: Path, **values: Any) -> str:
         "figure": format_number,
         "percent": format_percent,
         "uri": data_uri,
-        "pretty": _pretty,
-        "sentence": _sentence,
+        "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+        "sentence": lambda text: text[:1].upper() + text[1:],
     }
     look = Markup(STYLESHEET.read_text(encoding="utf-8"))
     return environment.from_string(template.read_text(encoding="utf-8")).render(look=look, **values)
 
 
-def render_png(paint: Any) -> ThemedImage:
-    """Return the output of `paint(target, theme)` as PNG bytes by theme."""
-    return {theme: _png(paint, theme) for theme in plots.THEMES}
+def render_png(plot: Callable[..., None], *arguments: object) -> bytes:
+    """Return the output of `plot(*arguments, target)`."""
+    target = BytesIO()
+    plot(*arguments, target)
+    return target.getvalue()
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, bytes]) -> list[Path]:
+    """Write the PNG bytes by file name without suffix; return the paths."""
+    paths = [folder / f"{name}.png" for name in pictures]
+    for path, picture in zip(paths, pictures.values(), strict=True):
+        with atomic(path) as temporary:
+            temporary.write_bytes(picture)
+    return paths
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
@@ -158,12 +162,6 @@ def format_percent(value: float) -> str:
     return f"{rounded}\N{NO-BREAK SPACE}%"
 
 
-def _png(paint: Any, theme: str) -> bytes:
-    buffer = BytesIO()
-    paint(buffer, theme)
-    return buffer.getvalue()
-
-
 def _headline(scored: ScoredRows, figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
     """Return label, figure and remark of each headline figure, accuracy first."""
     among = f"true class in the top {top_k}" if len(scored.table.classes) > top_k else f"at most {top_k} classes"
@@ -194,11 +192,3 @@ def _tiles(content: ReportData, name: str) -> list[dict[str, Any]]:
         small = image is not None and image.startswith(b"\x89PNG")
         tiles.append({"mistake": mistake, "image": image, "small": small})
     return tiles
-
-
-def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:]
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
