@@ -48,17 +48,21 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     known |= {e.name: ground_truth.add_labels(e.table, dict(labels), file) for e in experiments if file and e.table}
     differences = comparison.paired_differences(known, {e.name for e in experiments if e.labels_only})
     pictures = comparison.draw_comparison(experiments, tables[shown], alike)
-    page = comparison.render_page(
-        settings.run or f"{len(experiments)} experiments", experiments, tables, alike, pictures, notes, differences
-    )
+    title = settings.run or f"{len(experiments)} experiments"
+    content = {"pairs": alike, "pictures": pictures, "notes": notes, "differences": differences}
+    page = comparison.render_page(title, experiments, tables, **content)
     for note in notes:
         log.info("%s", note)
 
     folder = job.output()
     for name in OPTIONAL:
         (folder / name).unlink(missing_ok=True)
-    facts = to_json(experiments, tables, alike, notes, differences)
-    written = write_comparison_tables(folder, experiments, tables, facts)
+    written = [comparison.write_scores(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
+    write_json(written[1], to_json(experiments, tables, alike, notes, differences))
+    submitted = next((experiment.file for experiment in experiments if experiment.file is not None), None)
+    if submitted is not None:
+        id_column = open_csv(submitted).columns[0]
+        written.append(comparison.write_all_submissions(folder / ALL_SUBMISSIONS, experiments, id_column))
     if differences:
         frame = pd.DataFrame(differences).astype(dict.fromkeys(LOGLOSS_COLUMNS, float))
         written.append(write_csv(folder / DIFFERENCES, frame))
@@ -161,22 +165,6 @@ def load_ground_truth(job: StageContext) -> tuple[Path | None, Mapping[str, str]
     channel = job.optional_channel("ground_truth")
     file = ground_truth.find_ground_truth_file(channel) if channel else None
     return file, ground_truth.read_ground_truth(file) if file else {}
-
-
-def write_comparison_tables(
-    folder: Path,
-    experiments: Sequence[Experiment],
-    tables: Mapping[str, Sequence[comparison.Scores | None]],
-    facts: Mapping[str, Any],
-) -> list[Path]:
-    """Write the figures as CSV and JSON, and all submissions, if any, in one table; return the written files."""
-    written = [comparison.write_scores(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
-    write_json(written[1], facts)
-    submitted = next((experiment.file for experiment in experiments if experiment.file is not None), None)
-    if submitted is not None:
-        id_column = open_csv(submitted).columns[0]
-        written.append(comparison.write_all_submissions(folder / ALL_SUBMISSIONS, experiments, id_column))
-    return written
 
 
 def to_json(

@@ -56,19 +56,17 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     shown = {name: rows[: options.num_error_images] for name, rows in mistakes.items()}
     pictures = report.draw_report(scored[0], inputs.curves(), options.bins)
     page = report.render(
-        report.ReportData(
-            title=settings.run or inputs.title(),
-            scored=scored,
-            figures=figures,
-            folds=[(model.name, scores) for model, scores in folds],
-            pictures=pictures,
-            mistakes=shown,
-            thumbnails={key: image for name in shown for key, image in inputs.thumbnails(name, shown[name]).items()},
-            records=inputs.records(),
-            notes=inputs.notes() | notes_on_overlap(figures),
-            data=inputs.counts(),
-            top_k=options.top_k,
-        )
+        title=settings.run or inputs.title(),
+        scored=scored,
+        figures=figures,
+        folds=[(model.name, scores) for model, scores in folds],
+        pictures=pictures,
+        mistakes=shown,
+        thumbnails={key: image for name in shown for key, image in inputs.thumbnails(name, shown[name]).items()},
+        records=inputs.records(),
+        notes=inputs.notes() | notes_on_overlap(figures),
+        data=inputs.counts(),
+        top_k=options.top_k,
     )
 
     selecting = {"oof", "holdout"} if inputs.selected else {"oof"}

@@ -14,7 +14,7 @@ from fivefold.data.image_io import DecodeOptions
 from fivefold.data.pipeline.dataset import Batch, ImageDataset
 from fivefold.data.split.fold_table import FoldTable
 from fivefold.errors import DataError
-from fivefold.inference.ensemble_spec import Ensemble, find_ensemble
+from fivefold.inference.ensemble_spec import EnsembleSpec, find_ensemble
 from fivefold.predictions import reorder_classes
 from fivefold.progress import track
 from fivefold.system import count_cores
@@ -42,7 +42,7 @@ class PredictionBatch:
 class EnsemblePredictor:
     """An ensemble with loaded models: `models`, in the order of its models."""
 
-    ensemble: Ensemble
+    ensemble: EnsembleSpec
     models: Sequence[TrainedModel]
 
     @property

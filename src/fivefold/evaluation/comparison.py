@@ -188,27 +188,13 @@ def render_page(
     title: str,
     experiments: Sequence[Experiment],
     tables: Mapping[str, Sequence[Scores | None]],
-    pairs: PairwiseAgreement | None,
-    pictures: Mapping[str, bytes],
-    notes: Sequence[str],
-    differences: Sequence[Mapping[str, Any]] = (),
+    **content: Any,
 ) -> str:
-    """Render the complete HTML page of a comparison."""
-    rows = {
-        name: [(index + 1, experiments[index], scores) for index, scores in enumerate(figures) if scores]
-        for name, figures in tables.items()
-    }
+    """Render the complete HTML page of a comparison; `content`: the template's `pairs`, `differences`, `pictures`, `notes`."""
+    numbered = list(enumerate(experiments, start=1))
+    rows = {name: [row for row in zip(numbered, figures, strict=True) if row[1]] for name, figures in tables.items()}
     return render_template(
-        TEMPLATE,
-        title=title,
-        experiments=experiments,
-        tables=rows,
-        titles=TITLES,
-        about=CAPTIONS,
-        pairs=pairs,
-        differences=differences,
-        pictures=pictures,
-        notes=notes,
+        TEMPLATE, title=title, experiments=experiments, tables=rows, titles=TITLES, about=CAPTIONS, **content
     )
 
 

@@ -7,7 +7,6 @@ import base64
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,61 +35,62 @@ CAPTIONS = {
 TITLES = {"test": "Test", "holdout": "Holdout", "oof": "Out-of-fold"}
 
 
-@dataclass(frozen=True)
-class ReportData:
-    """The content of a report.
-
-    `scored`: the scored rows; the report opens with the first. `figures`: by name of `scored`. `folds`: name and
-    figures of each fold's out-of-fold rows. `pictures`: PNG bytes from `draw_report`. `mistakes`: by name of `scored`.
-    `thumbnails`: PNG or JPEG bytes by (name of `scored`, row id). `notes`: a remark by name of `scored`.
-    `records`: the `stage.json` of the stages before. `data`: names and values of the split's counts.
-    """
-
-    title: str
-    scored: Sequence[ScoredRows]
-    figures: Mapping[str, Mapping[str, Any]]
-    folds: Sequence[tuple[str, Mapping[str, Any]]]
-    pictures: Mapping[str, bytes]
-    mistakes: Mapping[str, pd.DataFrame]
-    thumbnails: Mapping[tuple[str, str], bytes]
-    records: Sequence[Mapping[str, Any]]
-    notes: Mapping[str, str] = field(default_factory=dict)
-    data: Sequence[tuple[str, str]] = ()
-    top_k: int = 5
-
-
 def draw_report(scored: ScoredRows, curves: Mapping[str, Path], bins: int) -> dict[str, bytes]:
     """Return the plots of a report as PNG bytes by file name without suffix; `curves` are training logs by model name."""
     log_probs, codes, classes = scored.table.log_probs, scored.codes, scored.table.classes
     calibrated = metrics.reliability_table(log_probs, codes, bins)
     error = metrics.expected_calibration_error(log_probs, codes, bins)
-    per_class = metrics.per_class_table(log_probs, codes)
     pictures = {
         "confusion_matrix": render_png(plots.plot_confusion, scored.confusion, classes),
         "reliability": render_png(plots.plot_reliability, calibrated, error),
-        "per_class_f1": render_png(plots.plot_class_f1, per_class, classes),
+        "per_class_f1": render_png(plots.plot_class_f1, scored.per_class(), classes),
     }
     return pictures | ({"training_curves": render_png(plots.plot_training_curves, curves)} if curves else {})
 
 
-def render(content: ReportData) -> str:
-    """Render the complete HTML page."""
-    first = content.scored[0]
-    per_class = pd.DataFrame(
-        {"class": first.table.classes, **metrics.per_class_table(first.table.log_probs, first.codes)}
-    )
+def render(
+    *,
+    title: str,
+    scored: Sequence[ScoredRows],
+    figures: Mapping[str, Mapping[str, Any]],
+    folds: Sequence[tuple[str, Mapping[str, Any]]],
+    pictures: Mapping[str, bytes],
+    mistakes: Mapping[str, pd.DataFrame],
+    thumbnails: Mapping[tuple[str, str], bytes],
+    records: Sequence[Mapping[str, Any]],
+    notes: Mapping[str, str],
+    data: Sequence[tuple[str, str]],
+    top_k: int,
+) -> str:
+    """Render the complete HTML page.
+
+    `scored`: the scored rows; the report opens with the first. `figures`, `mistakes` and `notes` (a remark): by name of
+    `scored`. `folds`: name and figures of each fold's out-of-fold rows. `pictures`: PNG bytes from `draw_report`.
+    `thumbnails`: PNG or JPEG bytes by (name of `scored`, row id). `records`: the `stage.json` of the stages before.
+    `data`: names and values of the split's counts.
+    """
+    first = scored[0]
+    per_class = pd.DataFrame(first.per_class()).assign(name=first.table.classes)
     return render_template(
         TEMPLATE,
-        content=content,
+        title=title,
+        scored=scored,
         first=first,
-        headline=_headline(first, content.figures[first.name], content.top_k),
+        figures=figures,
+        folds=folds,
+        pictures=pictures,
+        mistakes=mistakes,
+        thumbnails=thumbnails,
+        records=records,
+        notes=notes,
+        data=data,
+        headline=_headline(first, figures[first.name], top_k),
         about=CAPTIONS,
         titles=TITLES,
         compared=COMPARED_METRICS,
-        spread=_spread([figures for _, figures in content.folds]),
+        spread=_spread([scores for _, scores in folds]),
         per_class=per_class.to_dict("records"),
         pairs=confused_pairs(first),
-        galleries=[(scored, _tiles(content, scored.name)) for scored in content.scored],
     )
 
 
@@ -183,12 +183,3 @@ def _spread(folds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]
         return {}
     values = {name: [fold[name] for fold in folds] for name in COMPARED_METRICS}
     return {name: (float(np.mean(column)), float(np.std(column, ddof=1))) for name, column in values.items()}
-
-
-def _tiles(content: ReportData, name: str) -> list[dict[str, Any]]:
-    tiles = []
-    for mistake in content.mistakes[name].itertuples():
-        image = content.thumbnails.get((name, mistake.id))
-        small = image is not None and image.startswith(b"\x89PNG")
-        tiles.append({"mistake": mistake, "image": image, "small": small})
-    return tiles

@@ -116,7 +116,7 @@ def test_report_shows_the_record_keys_of_its_input_models(toy_run, full_evaluati
 
 def test_plots_are_png_the_record_lists_every_file_and_a_second_run_is_skipped(toy_run, full_evaluation, capsys):
     output, _ = full_evaluation
-    names = {"confusion_matrix", "reliability", "confidence", "per_class_f1", "training_curves"}
+    names = {"confusion_matrix", "reliability", "per_class_f1", "training_curves"}
     assert {path.stem for path in output.glob("*.png")} == names
     for name in names:
         with Image.open(BytesIO((output / f"{name}.png").read_bytes())) as plot:

@@ -79,10 +79,12 @@ def test_render_page_escapes_experiment_names():
     scores = {"n": 4, "accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "logloss": None, "f1_macro": 0.4}
     likeness, notes = pairwise_agreement(pair)
     plots = comparison.draw_comparison(pair, [scores, None], likeness)
-    text = comparison.render_page("two", pair, {"test": [scores, None], "oof": [None, None]}, likeness, plots, notes)
+    text = comparison.render_page(
+        "two", pair, {"test": [scores, None]}, pairs=likeness, pictures=plots, notes=notes, differences=[]
+    )
     assert "<b>x</b>" not in text
     assert "&lt;b&gt;x" in text
-    assert text.count("data:image/png") == 4
+    assert text.count("data:image/png") == 2
     assert "Out-of-fold</h2>" not in text
 
 

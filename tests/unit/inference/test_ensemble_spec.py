@@ -12,7 +12,7 @@ from fivefold.data.readers.eval_images import SampleSubmission
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import apply_temperature, logloss
 from fivefold.inference.blending import apply_blend, arithmetic, fit_weights, mean
-from fivefold.inference.ensemble_spec import Ensemble, check_combinable, group_by_system, read_ensemble
+from fivefold.inference.ensemble_spec import EnsembleSpec, check_combinable, group_by_system, read_ensemble
 from fivefold.inference.submission import write_submission
 from fivefold.inference.submission_reader import read_submission
 from fivefold.inference.systems import BlendConfig, System, compute_weights, score_holdout
@@ -93,7 +93,7 @@ def test_complete_systems_and_seeds_can_be_combined():
 
 def test_ensemble_json_round_trips(tmp_path):
     models = [make_model_dir(fold, system=system) for system in "st" for fold in range(3)]
-    ensemble = Ensemble(group_by_system(models), (0.75, 0.25), 1.5, "geometric", "weighted")
+    ensemble = EnsembleSpec(group_by_system(models), (0.75, 0.25), 1.5, "geometric", "weighted")
     assert ensemble.model_weights == [0.25] * 3 + [0.25 / 3] * 3
     write_json(tmp_path / "ensemble.json", ensemble.describe([]))
     assert read_ensemble(tmp_path / "ensemble.json", models) == ensemble
