@@ -103,16 +103,14 @@ class EnsemblePredictor:
             except DataError as error:
                 return str(error)
 
-        starts = range(0, len(files.paths), CHUNK_IMAGES)
+        rows = range(len(files.paths))
+        chunks = [rows[start : start + CHUNK_IMAGES] for start in rows[::CHUNK_IMAGES]]
         with ThreadPoolExecutor(count_cores()) as pool:
             pending = None
-            for start in starts:
-                rows = range(start, min(start + CHUNK_IMAGES, len(files.paths)))
-                ready, pending = pending, (rows, pool.map(prepare, rows))
+            for chunk in [*chunks, None]:
+                ready, pending = pending, chunk and (chunk, pool.map(prepare, chunk))
                 if ready:
                     yield dict(zip(*ready, strict=True))
-            if pending:
-                yield dict(zip(*pending, strict=True))
 
 
 def load_ensemble(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> EnsemblePredictor:

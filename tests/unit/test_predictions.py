@@ -93,9 +93,9 @@ def replace_value(row: int, value: float | None) -> Callable[[pa.Table], pa.Tabl
         (lambda t: t.drop_columns(["system"]), "no column system"),
         (lambda t: t.select(["id", "fold", "system"]), "no column p/<class>"),
         (replace_column("p/cat", pa.array([1, 2, 3, 4])), "column p/cat holds int64, not log-probabilities"),
-        (replace_value(1, None), "the row of id 'row-1' holds NaN"),
-        (replace_value(2, float("nan")), "the row of id 'row-2' holds NaN"),
-        (replace_value(3, 3.5), r"the row of id 'row-3' holds 3\.5, above 0"),
+        (replace_value(1, None), "the row of id 'row-1' .* sum to nan"),
+        (replace_value(2, float("nan")), "the row of id 'row-2' .* sum to nan"),
+        (replace_value(3, 3.5), r"the row of id 'row-3' .* logarithm is 3\.5"),
         (replace_column("id", pa.array(["a", "b", "a", "c"])), "ids.*: 'a'"),
         (replace_column("id", pa.array(["a", None, "b", "c"])), "1 rows have no id"),
         (replace_column("id", pa.array([["a"], ["b"], ["c"], ["d"]])), "column id holds list"),
@@ -119,7 +119,7 @@ def test_check_names_a_row_of_a_later_row_group_that_does_not_sum_to_one():
     log_probs = np.log(np.full((ROW_GROUP_SIZE + 3, 2), 0.5, np.float32))
     log_probs[ROW_GROUP_SIZE + 1] = np.log([0.5, 0.4])
     ids = np.array([f"{n}" for n in range(len(log_probs))], object)
-    with pytest.raises(DataError, match=rf"id '{ROW_GROUP_SIZE + 1}': its probabilities sum to 0\.9000, not 1"):
+    with pytest.raises(DataError, match=rf"id '{ROW_GROUP_SIZE + 1}' .* sum to 0\.9,"):
         check(Predictions(ids, np.zeros(len(log_probs)), "s", ("a", "b"), log_probs), "here")
 
 

@@ -186,12 +186,6 @@ def _view_logits(model: nn.Module, batch: Batch, runtime: Runtime, views: Sequen
     meta = runtime.meta(batch.meta)
     meta_inputs = () if meta is None else (meta,)
     with runtime.autocast():
-        logits = [model(images, *meta_inputs) for images in _apply_views(batch.images, runtime, views)]
+        images = runtime.images(batch.images)
+        logits = [model(view(images), *meta_inputs) for view in views]
     return [view.float() for view in logits]
-
-
-def _apply_views(images: Tensor, runtime: Runtime, views: Sequence[View]) -> Iterator[Tensor]:
-    """Yield each view of uint8 images [B, 3, H, W], normalised on the device; views with the same move share one normalisation."""
-    for moved in dict.fromkeys(view.rearrange for view in views):
-        normalised = runtime.images(moved(images))
-        yield from (view.interpolate(normalised) for view in views if view.rearrange == moved)

@@ -93,7 +93,7 @@ def compute_weights(systems: Sequence[System], rule: BlendConfig) -> tuple[np.nd
         return blend.fit(log_probs, codes), scores
     if blend.fit:
         log.warning(
-            "equal weights between the systems: the out-of-fold rows are of one fold, so no rows are left to score on"
+            "equal weights between the systems: the out-of-fold rows come from one fold, so none are left to score"
         )
     elif rule.between != "mean":
         mixed = replace(first, log_probs=apply_blend(rule.between, log_probs, weights))
@@ -139,17 +139,12 @@ def blend_models(tables: Sequence[Predictions], within: str) -> Predictions:
 
 def score_systems(systems: Sequence[System]) -> list[Score]:
     """Return the out-of-fold score of each system that has such rows."""
-    return [
-        score(_describe_system(system), "out-of-fold", system.oof, system.folds_selected)
-        for system in systems
-        if system.oof is not None
-    ]
-
-
-def _describe_system(system: System) -> str:
-    if system.seeds == 1:
-        return f"single models of {system.name}"
-    return f"means of {system.seeds} seeds of {system.name}"
+    scores = []
+    for system in systems:
+        words = "single models" if system.seeds == 1 else f"means of {system.seeds} seeds"
+        if system.oof is not None:
+            scores.append(score(f"{words} of {system.name}", "out-of-fold", system.oof, system.folds_selected))
+    return scores
 
 
 def align_rows(tables: Sequence[Predictions]) -> list[Predictions]:

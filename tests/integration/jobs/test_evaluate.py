@@ -204,7 +204,7 @@ def test_invalid_ground_truth_exits_with_65_and_names_the_file(toy_run, tmp_path
     assert [word for word in [*words, str(truth)] if word not in message] == []
 
 
-@pytest.mark.parametrize(("fault", "word"), [("nan", "NaN"), ("no classes", "p/<class>")])
+@pytest.mark.parametrize(("fault", "word"), [("nan", "sum to nan"), ("no classes", "p/<class>")])
 def test_invalid_predictions_exit_with_65(toy_run, tmp_path, fault, word):
     valid = predictions.read(toy_run / "ensemble" / "output" / "predictions.parquet")
     log_probs, classes = valid.log_probs.copy(), valid.classes

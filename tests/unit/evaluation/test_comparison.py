@@ -29,16 +29,6 @@ def test_agreement_and_correlation_equal_values_computed_by_hand():
     np.testing.assert_allclose(actual, [[np.nan, np.nan], [np.nan, 1]])
 
 
-def test_defect_sketch_likeness_does_not_depend_on_the_class_order():
-    """The defect: Pearson correlation of class indices, which differs for the same predictions in another class order."""
-    permuted = [tabulate(FIRST[:, [1, 0, 2]]), tabulate(SECOND[:, [1, 0, 2]])]
-    plain = [tabulate(FIRST), tabulate(SECOND)]
-    indices = [np.corrcoef([table.log_probs.argmax(axis=1) for table in tables])[0, 1] for tables in (plain, permuted)]
-    assert abs(indices[0] - indices[1]) > 0.1
-    np.testing.assert_allclose(agreement(permuted), agreement(plain))
-    np.testing.assert_allclose(correlation(permuted), correlation(plain), atol=1e-12)
-
-
 def test_pairwise_agreement_matches_by_name_and_notes_missing_predictions():
     swapped = tabulate(FIRST[::-1][:, [2, 0, 1]], ("c", "a", "b"))
     swapped = Predictions(swapped.ids[::-1], swapped.fold, "s", swapped.classes, swapped.log_probs)

@@ -62,7 +62,7 @@ def test_confusion_matrix_and_per_class_table_contain_every_class():
         np.testing.assert_allclose(table[name], column, atol=1e-12)
 
 
-@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (1, 3), (30, 29), (5, 100)])
+@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (5, 100)])
 def test_few_rows_of_many_classes_are_scored_without_a_warning(rows, classes):
     rng = np.random.default_rng(0)
     log_probs, codes = np.log(rng.dirichlet(np.ones(classes), rows)), rng.permutation(np.arange(rows) % classes)

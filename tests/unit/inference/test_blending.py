@@ -84,18 +84,6 @@ def test_rank_blend_equals_a_hand_computed_example():
     np.testing.assert_allclose(rank([first * 3 - 5, second], equal_weights(2)), rank([first, second], equal_weights(2)))
 
 
-def test_defect_sketch_tied_votes_use_the_mean_probability_not_the_class_index():
-    # A vote by class index chose class 0, although its mean probability is the lower of the two tied classes.
-    models = [log([0.5, 0.1, 0.4]), log([0.0001, 0.0999, 0.9])]
-    indices = [int(model.argmax()) for model in models]
-    assert np.bincount(indices).argmax() == 0
-    assert vote(models, equal_weights(2)).argmax() == 2
-    # The mean probability counts as one more vote: (1 + .25005, .09995, 1 + .65) / 3.
-    np.testing.assert_allclose(
-        np.exp(vote(models, equal_weights(2)))[0], [1.25005 / 3, 0.09995 / 3, 1.65 / 3], rtol=1e-5
-    )
-
-
 def test_vote_equals_counted_votes_with_ties_broken_by_mean_probability():
     models = [make_log_probs(0.3, seed) for seed in range(7)]
     predicted = vote(models, equal_weights(7)).argmax(axis=1)

@@ -11,7 +11,7 @@ from fivefold.contract.files import write_json
 from fivefold.data.readers.eval_images import SampleSubmission
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import apply_temperature, logloss
-from fivefold.inference.blending import apply_blend, arithmetic, fit_weights, mean
+from fivefold.inference.blending import apply_blend, arithmetic, fit_weights
 from fivefold.inference.ensemble_spec import EnsembleSpec, check_combinable, group_by_system, read_ensemble
 from fivefold.inference.submission import write_submission
 from fivefold.inference.submission_reader import read_submission
@@ -34,12 +34,6 @@ def make_predictions(log_probs: np.ndarray, system: str, fold: np.ndarray = FOLD
     ids = np.array([f"row {n}" for n in range(len(log_probs))], dtype=object)
     labels = np.array(CLASSES, dtype=object)[LABELS[: len(log_probs)]]
     return Predictions(ids, fold.astype(np.int16), system, CLASSES, log_probs, labels)
-
-
-def test_mean_blend_averages_probabilities():
-    models = [make_log_probs(1.0, 1), make_log_probs(2.0, 2), make_log_probs(0.5, 3)]
-    np.testing.assert_allclose(np.exp(mean(models)), np.mean(np.exp(models), axis=0), rtol=1e-5)
-    np.testing.assert_allclose(mean(models[:1]), models[0], atol=1e-6)
 
 
 def test_fitted_weights_equal_the_optimum_of_scipy():
@@ -186,30 +180,3 @@ def test_submission_uses_the_separators_of_its_sample_and_can_be_read(tmp_path, 
     assert first.split(delimiter)[1].replace("0" + decimal, "").isdigit()
     restored = read_submission(path, list(predicted.ids), CLASSES)
     np.testing.assert_allclose(restored.log_probs, predicted.log_probs, atol=1e-5)
-
-
-def test_submission_of_class_names_can_have_row_numbers(tmp_path):
-    predicted = make_predictions(make_log_probs(1.0, 1), "s").take(np.arange(3))
-    class_names = [CLASSES[code] for code in predicted.log_probs.argmax(axis=1)]
-    path, ids = tmp_path / "output.csv", ["row 2", "row 0", "row 1"]
-    write_submission(path, predicted, SampleSubmission("image_path", ("target",), ids, row_number_column="ID"))
-    expected = [
-        "ID,image_path,target",
-        f"0,row 2,{class_names[2]}",
-        f"1,row 0,{class_names[0]}",
-        f"2,row 1,{class_names[1]}",
-    ]
-    assert path.read_text().splitlines() == expected
-    restored = read_submission(path, ids, CLASSES).reindex(predicted.ids)
-    assert [restored.classes[code] for code in restored.log_probs.argmax(axis=1)] == class_names
-
-
-def test_submission_that_does_not_match_raises_an_error_that_names_the_difference(tmp_path):
-    predicted = make_predictions(make_log_probs(1.0, 1), "s").take(np.arange(3))
-    for classes, ids, message in (
-        (("a", "b", "c", "e"), list(predicted.ids), "'e' unknown to the models, 'd' without a column"),
-        (CLASSES, ["row 0", "row 9"], r"1 of the \d+ ids of the sample submission .*'row 9'"),
-        (CLASSES, ["row 0"], "2 of the 3 ids of the predictions"),
-    ):
-        with pytest.raises(DataError, match=message):
-            write_submission(tmp_path / "s.csv", predicted, SampleSubmission("ID", classes, ids))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fivefold.contract.artifacts import ModelDir
-from fivefold.data.readers.profiles import encode_label, profile_factors
+from fivefold.data.readers.profiles import profile_factors
 from fivefold.errors import DataError
 from fivefold.inference.factor_product import FactorProduct, build_product, needs_product
 from fivefold.inference.systems import System
@@ -22,13 +22,6 @@ RANDOM = np.random.default_rng(0)
 def log_probs(rows: int, classes: int) -> np.ndarray:
     logits = RANDOM.normal(size=(rows, classes))
     return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
-
-
-def confident_log_probs(classes: tuple[str, ...], names: list[str]) -> np.ndarray:
-    """Return log-probabilities that give the named class of each row 0.99."""
-    probs = np.full((len(names), len(classes)), 0.01 / (len(classes) - 1))
-    probs[np.arange(len(names)), [classes.index(name) for name in names]] = 0.99
-    return np.log(probs).astype(np.float32)
 
 
 def make_metadata(*predicted: str, factors: LabelFactors | None = FACTORS) -> dict[str, object]:
@@ -48,20 +41,6 @@ def make_groups(**factors: tuple[str, ...]) -> dict[str, list[ModelDir]]:
 
 def mask_and_age_product() -> FactorProduct:
     return build_product(make_groups(masks=("mask", "gender"), ages=("age",)))
-
-
-def test_combined_class_code_is_mask_times_6_plus_gender_times_3_plus_age() -> None:
-    rows = list(cartesian_product(range(3), range(2), range(3)))
-    mask_and_gender = confident_log_probs(
-        FACTORS.projected_classes(("mask", "gender")), [f"{MASKS[m]}+{GENDERS[g]}" for m, g, _ in rows]
-    )
-    age = confident_log_probs(FACTORS.projected_classes(("age",)), [AGES[a] for _, _, a in rows])
-    predicted = mask_and_age_product().combine({"masks": mask_and_gender, "ages": age}).argmax(axis=1)
-    assert (
-        [int(FACTORS.classes[code]) for code in predicted]
-        == [encode_label(m, g, a) for m, g, a in rows]
-        == list(range(18))
-    )
 
 
 def test_combined_log_probabilities_are_sums() -> None:
