@@ -214,18 +214,17 @@ def test_full_disk_leaves_no_partial_files(workspace, tiny_disk):
     assert not [path for path in (tiny_disk / "output").iterdir() if path.name != "predictions.parquet"]
 
 
-@pytest.mark.slow
-def test_five_tables_of_100_000_rows_and_100_classes_take_less_than_a_minute_and_2_gb(tmp_path):
+def test_five_tables_of_20_000_rows_and_100_classes_take_less_than_12_s_and_600_mb_and_no_torch(tmp_path):
     for seed in range(5):
         classes = tuple(f"class {number:03d}" for number in range(100))
-        save_table(tmp_path / "runs" / f"output_{seed}.parquet", "s", seed, 100_000, classes)
+        save_table(tmp_path / "runs" / f"output_{seed}.parquet", "s", seed, 20_000, classes)
     code = "import sys; from jobs.__main__ import main; code = main(['ensemble']); print('torch' in sys.modules); sys.exit(code)"
     environ = environment(SM_CHANNEL_SUBMISSIONS=tmp_path / "runs", SM_OUTPUT_DATA_DIR=tmp_path / "output")
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
     record = json.loads((tmp_path / "output" / "stage.json").read_text())
-    assert record["peak_memory_mib"] < 2000
-    assert record["cpu_seconds"] < 60
+    assert record["peak_memory_mib"] < 600
+    assert record["cpu_seconds"] < 12
 
 
 def test_split_merges_aliased_classes(workspace):
@@ -236,23 +235,18 @@ def test_split_merges_aliased_classes(workspace):
     assert split.classes == ("718_박스터", "K5")
     assert np.bincount(split.codes).tolist() == [4, 2]
     # The sample has both columns, so merging needs a model trained on the merged class.
-    assert (
-        run_without_train(workspace, "ensemble", "merge", *merge, SUBMISSIONS=workspace / "csv" / "output_eva.csv")
-        == 65
-    )
+    channels = {"SUBMISSIONS": workspace / "csv" / "output_eva.csv"}
+    assert run_without_train(workspace, "ensemble", "merge", *merge, **channels) == 65
     assert "split and train with merge" in failure(workspace / "merge")
 
 
 def test_truth_with_either_alias_matches_the_merged_class(workspace):
-    probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9]] * 2)
-    table = write_submission(workspace / "merged" / "s.csv", probs, ("718_박스터", "K5"))
-    both = write_submission(workspace / "both" / "s.csv", probs[:, [0, 0, 1]] * [0.5, 0.5, 1])
-    for path in (table, both):
-        channels = {"PREDICTIONS": path, "GROUND_TRUTH": workspace / "gt.csv"}
-        assert run_without_train(workspace, "evaluate", "score", PAIR, "data.alias_policy=merge", **channels) == 0
-        metrics = json.loads((workspace / "score" / "output" / "metrics.json").read_text())["test"]
-        assert metrics["accuracy"] == 1.0
-        assert metrics["logloss"] == pytest.approx(-np.log(0.9), abs=1e-5)
+    probs = np.array([[0.45, 0.45, 0.1], [0.45, 0.45, 0.1], [0.05, 0.05, 0.9]] * 2)
+    channels = {"PREDICTIONS": write_submission(workspace / "s.csv", probs), "GROUND_TRUTH": workspace / "gt.csv"}
+    assert run_without_train(workspace, "evaluate", "score", PAIR, "data.alias_policy=merge", **channels) == 0
+    metrics = json.loads((workspace / "score" / "output" / "metrics.json").read_text())["test"]
+    assert metrics["accuracy"] == 1.0
+    assert metrics["logloss"] == pytest.approx(-np.log(0.9), abs=1e-5)
 
 
 def test_summed_aliases_change_the_submission_but_not_the_prediction_table(workspace):
@@ -277,13 +271,11 @@ def write_two_class_files(root: Path, column: str, value: object) -> np.ndarray:
     return dog
 
 
-@pytest.mark.parametrize(("column", "setting"), [("dog", ()), ("label", ("ensemble.positive_class=dog",))])
-def test_single_probability_submission_can_be_evaluated_and_compared(workspace, capsys, column, setting):
-    dog = write_two_class_files(workspace, column, 0.5)
+def test_single_probability_submission_can_be_evaluated_and_compared(workspace):
+    dog, setting = write_two_class_files(workspace, "label", 0.5), ["ensemble.positive_class=dog"]
     assert run_without_train(workspace, "ensemble", "mean", *setting, SUBMISSIONS=workspace / "pets") == 0
-    assert f"column {column!r}: the probability of 'dog'" in capsys.readouterr().err
     path = workspace / "mean" / "output" / "submission.csv"
-    assert read_cells(path)[0] == ["ID", column]
+    assert read_cells(path)[0] == ["ID", "label"]
     np.testing.assert_allclose(read_values(path)[:, 0], dog, atol=1e-6)
     truth = np.arange(6) % 2
     channels = {"PREDICTIONS": path, "GROUND_TRUTH": workspace / "gt.csv", "EVAL": None, "SUBMISSIONS": None}
@@ -301,10 +293,6 @@ def test_unknown_class_of_a_probability_column_fails_before_prediction(workspace
     write_two_class_files(workspace, "label", 0.5)
     assert run_without_train(workspace, "ensemble", "asked", SUBMISSIONS=workspace / "pets") == 65
     assert "ensemble.positive_class" in failure(workspace / "asked")
-    assert (
-        run_without_train(
-            workspace, "ensemble", "wrong", "ensemble.positive_class=bird", SUBMISSIONS=workspace / "pets"
-        )
-        == 64
-    )
     assert not (workspace / "asked" / "output" / "submission.csv").exists()
+    setting, channels = "ensemble.positive_class=bird", {"SUBMISSIONS": workspace / "pets"}
+    assert run_without_train(workspace, "ensemble", "wrong", setting, **channels) == 64

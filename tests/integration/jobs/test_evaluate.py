@@ -4,7 +4,8 @@ import json
 import re
 import shutil
 import tarfile
-from io import BytesIO
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,11 @@ from jobs.__main__ import run
 from toy_data import (
     CLASSES,
     LEARNS,
-    call_jobs,
     copy_run,
     failure,
     read_cells,
     read_rows,
     run_stage,
-    variables,
     write_csv,
 )
 
@@ -36,13 +35,11 @@ def make_channels(toy_run: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def full_evaluation(toy_run, tmp_path_factory) -> tuple[Path, dict]:
-    """The output folder of a process with every channel, and the metrics that it printed."""
-    folder = tmp_path_factory.mktemp("whole")
-    process = call_jobs(
-        "evaluate", "evaluate.num_error_images=2", **variables(toy_run, folder, **make_channels(toy_run))
-    )
-    assert process.returncode == 0, process.stderr
-    (line,) = process.stdout.splitlines()
+    """The output folder of a stage with every channel, and the metrics that it printed."""
+    folder, printed = tmp_path_factory.mktemp("whole"), StringIO()
+    with redirect_stdout(printed):
+        assert run_stage(toy_run, "evaluate", folder, "evaluate.num_error_images=2", **make_channels(toy_run)) == 0
+    (line,) = printed.getvalue().splitlines()
     return folder / "output", json.loads(line)
 
 
@@ -65,11 +62,7 @@ def test_metrics_match_scikit_learn_and_name_the_models_they_cover(toy_run, full
     assert metrics["test"]["what"] == "ensemble of 3 models of default"
     assert metrics["oof"]["what"].startswith("3 fold models of default, ")
     folds = metrics["oof"]["folds"]
-    assert (metrics["test"]["n"], metrics["holdout"]["n"], metrics["oof"]["n"]) == (
-        18,
-        9,
-        sum(fold["n"] for fold in folds),
-    )
+    assert [scores["n"] for scores in metrics.values()] == [18, 9, sum(fold["n"] for fold in folds)]
     assert metrics["oof"]["logloss"] == pytest.approx(sum(fold["n"] * fold["logloss"] for fold in folds) / 81)
     assert 0.7 < metrics["test"]["accuracy"] < 1
     assert {name: scores["accuracy"] for name, scores in printed.items()} == {
@@ -143,39 +136,27 @@ def test_evaluate_without_ground_truth_scores_only_the_models_from_tarballs(toy_
     assert "no image" in (tmp_path / "output" / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("form", ["submission", "other columns", "output folder"])
-def test_other_formats_of_the_same_predictions_and_truth_give_equal_scores(toy_run, full_evaluation, tmp_path, form):
-    output, ensemble = tmp_path / "output", toy_run / "ensemble" / "output"
-    environ = {"SM_CHANNEL_PREDICTIONS": str(ensemble), "SM_GROUND_TRUTH_DIR": str(toy_run)}
-    if form == "submission":
-        environ["SM_CHANNEL_PREDICTIONS"] = str(ensemble / "submission.csv")
-    elif form == "other columns":
-        rows = read_cells(toy_run / "gt.csv")
-        write_csv(
-            tmp_path / "gt.csv", [["", "fold", "ID", "class"], *([n, 0, *row] for n, row in enumerate(rows[:0:-1]))]
-        )
-        environ["SM_GROUND_TRUTH_DIR"] = str(tmp_path)
-    else:  # the output folder is the fallback if no channel is set
-        output.mkdir()
-        shutil.copy(ensemble / "predictions.parquet", environ.pop("SM_CHANNEL_PREDICTIONS") and output)
-    assert run("evaluate", [], environ | {"SM_OUTPUT_DATA_DIR": str(output)}) == 0
+def test_predictions_in_the_output_folder_and_truth_with_other_columns_give_equal_scores(
+    toy_run, full_evaluation, tmp_path
+):
+    output, rows = tmp_path / "output", read_cells(toy_run / "gt.csv")
+    output.mkdir()
+    shutil.copy(toy_run / "ensemble" / "output" / "predictions.parquet", output)
+    columns = [["", "fold", "ID", "class"], *([n, 0, *row] for n, row in enumerate(rows[:0:-1]))]
+    write_csv(tmp_path / "gt.csv", columns)
+    assert run("evaluate", [], {"SM_GROUND_TRUTH_DIR": str(tmp_path), "SM_OUTPUT_DATA_DIR": str(output)}) == 0
     actual, expected = (read_json(folder / "metrics.json")["test"] for folder in (output, full_evaluation[0]))
-    for name in ("what", "rows"):
-        actual.pop(name), expected.pop(name)
-    assert actual == pytest.approx(expected, abs=1e-6)
+    assert {**actual, "what": "", "rows": ""} == pytest.approx({**expected, "what": "", "rows": ""}, abs=1e-6)
 
 
 def test_predictions_of_a_failed_ensemble_are_scored_with_a_warning(toy_run, tmp_path, capsys):
     folder = tmp_path / "ensemble"
     shutil.copytree(toy_run / "ensemble" / "output", folder)
-    (folder / "stage.json").unlink()
     environ = {"SM_CHANNEL_PREDICTIONS": str(folder), "SM_GROUND_TRUTH_DIR": str(toy_run)}
-    for number, record in enumerate((None, {"stage": "evaluate"}, {"stage": "ensemble"})):
-        if record:
-            write_json(folder / "stage.json", record)
-        assert run("evaluate", [], environ | {"SM_OUTPUT_DATA_DIR": str(tmp_path / str(number))}) == 0
-        warnings = capsys.readouterr().err.count("may be older than ")
-        assert warnings == (record != {"stage": "ensemble"})
+    for stage in ("evaluate", "ensemble"):
+        write_json(folder / "stage.json", {"stage": stage})
+        assert run("evaluate", [], environ | {"SM_OUTPUT_DATA_DIR": str(tmp_path / stage)}) == 0
+        assert capsys.readouterr().err.count("may be older than ") == (stage == "evaluate")
 
 
 def test_missing_inputs_exit_with_66(toy_run, tmp_path):
@@ -218,7 +199,7 @@ def test_invalid_predictions_exit_with_65(toy_run, tmp_path, fault, word):
     assert str(tmp_path / "predictions.parquet") in message
 
 
-def test_row_predicted_by_several_models_counts_once(toy_run, tmp_path):
+def test_row_predicted_by_several_models_counts_once(toy_run, full_evaluation, tmp_path):
     """The models of the second seed are copies with equal predictions."""
     for fold in range(3):
         for seed in (42, 43):
@@ -227,13 +208,11 @@ def test_row_predicted_by_several_models_counts_once(toy_run, tmp_path):
             write_json(folder / "stage.json", {})
     environ = {"SM_CHANNEL_MODEL": str(tmp_path), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
     assert run("evaluate", [], environ) == 0
-    single_environ = {"SM_CHANNEL_MODEL": str(toy_run), "SM_OUTPUT_DATA_DIR": str(tmp_path / "single")}
-    assert run("evaluate", [], single_environ) == 0
-    two_seeds, one_seed = (read_json(tmp_path / name / "metrics.json")["oof"] for name in ("output", "single"))
+    outputs = tmp_path / "output", full_evaluation[0]
+    two_seeds, one_seed = (read_json(output / "metrics.json")["oof"] for output in outputs)
     assert (two_seeds["n"], one_seed["n"], len(two_seeds["folds"])) == (81, 81, 6)
     assert two_seeds["logloss"] == pytest.approx(one_seed["logloss"], rel=1e-5)
-    assert two_seeds["rows"] == one_seed["rows"]
-    mistakes = [read_rows(tmp_path / name / "wrong_valid.csv") for name in ("output", "single")]
+    mistakes = [read_rows(output / "wrong_valid.csv") for output in outputs]
     assert len(mistakes[0]) == len(mistakes[1]) == round(81 * (1 - one_seed["accuracy"]))
 
 
@@ -248,13 +227,9 @@ def test_rows_that_selected_the_epoch_of_a_student_are_not_reported_as_unseen(to
         "holdout, which chose the epoch"
     ]
     for overrides in ({"MODEL": model, "PREDICTIONS": ensemble}, {"MODEL": None, "PREDICTIONS": ensemble}, {"MODEL": model, "PREDICTIONS": None, "GROUND_TRUTH": None}):  # fmt: skip
-        output = tmp_path / f"evaluate-{len(list(tmp_path.iterdir()))}"
-        assert (
-            run_stage(
-                toy_run, "evaluate", output, **{**make_channels(toy_run), **overrides, "SM_OUTPUT_DATA_DIR": output}
-            )
-            == 0
-        )
+        folder = tmp_path / f"evaluate-{len(list(tmp_path.iterdir()))}"
+        assert run_stage(toy_run, "evaluate", folder, **{**make_channels(toy_run), **overrides}) == 0
+        output = folder / "output"
         metrics = read_json(output / "metrics.json")
         assert "the student's epoch" in metrics["holdout"]["rows"]
         assert metrics["holdout"]["selected_on"] == "holdout"

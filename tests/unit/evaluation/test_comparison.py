@@ -65,17 +65,12 @@ def test_write_scores_writes_numbers_and_empty_cells_for_unknown_ones(tmp_path):
 
 
 def test_render_page_escapes_experiment_names():
-    pair = [Experiment("<b>x</b>", "x.csv", table=tabulate(FIRST)), Experiment("y", "y.csv", table=tabulate(SECOND))]
-    scores = {"n": 4, "accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "logloss": None, "f1_macro": 0.4}
-    likeness, notes = pairwise_agreement(pair)
-    plots = comparison.draw_comparison(pair, [scores, None], likeness)
-    text = comparison.render_page(
-        "two", pair, {"test": [scores, None]}, pairs=likeness, pictures=plots, notes=notes, differences=[]
-    )
-    assert "<b>x</b>" not in text
-    assert "&lt;b&gt;x" in text
-    assert text.count("data:image/png") == 2
-    assert "Out-of-fold</h2>" not in text
+    experiments = [Experiment("<b>x</b>", "x.csv"), Experiment("y", "y.csv")]
+    scores = dict(zip(comparison.SCORE_NAMES, (4, 0.5, 0.1, 0.9, None, 0.4), strict=True))
+    content = {"pairs": None, "pictures": {"model_acc": b"\x89PNG"}, "notes": ["a note"], "differences": []}
+    text = comparison.render_page("two", experiments, {"test": [scores, None], "oof": [None, None]}, **content)
+    assert ("<b>x</b>" in text, "&lt;b&gt;x" in text, "Out-of-fold</h2>" in text) == (False, True, False)
+    assert text.count("data:image/png") == 1
 
 
 def make_labelled(correct: np.ndarray, start: int = 0, sure: float = 0.8) -> Predictions:
