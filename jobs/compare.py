@@ -35,7 +35,9 @@ LOGLOSS_COLUMNS = ("logloss", "logloss_low", "logloss_high")
 
 def main(job: StageContext, settings: Settings) -> StageResult:
     """Compare all experiments; return the tables, plots and page, and the figures."""
-    file, labels = load_ground_truth(job)
+    channel = job.optional_channel("ground_truth")
+    file = ground_truth.find_ground_truth_file(channel) if channel else None
+    labels = ground_truth.read_ground_truth(file) if file else {}
     experiments = load_experiments(job, settings.compare.runs, settings.compare.submissions)
     experiments = with_tables(experiments, labels, settings.ensemble.answer, settings.ensemble.positive_class)
     tables = {"test": [experiment.test_scores(labels, file) if file else None for experiment in experiments]}
@@ -111,7 +113,7 @@ def load_run(folder: Path) -> Experiment:
     ensembles = [usual] if usual.is_file() else [path for path in files if path.name == ENSEMBLE]
     if len(ensembles) > 1:
         raise DataError(
-            f"several ensembles in the run {folder}: {', '.join(map(str, ensembles[:4]))}; set the folder of one"
+            f"several ensembles in the run {folder}: {predictions.preview(ensembles)}; set the folder of one"
         )
     submissions = [path.parent / read_json(path).get("submission", "submission.csv") for path in ensembles]
     missing = [path for path in submissions if not path.is_file()]
@@ -139,13 +141,9 @@ def with_tables(
     If a column of a file has the ids of the runs' tables, or of `labels`, it is the file's id column.
     `answer` and `positive`: see `read_submission`.
     """
-    read = {experiment.name: experiment.table for experiment in experiments if experiment.table is not None}
+    read = {e.name: e.table for e in experiments if e.table is not None}
     ids = next((table.ids.tolist() for table in read.values()), list(labels))
-    files = {
-        experiment.name: experiment.file
-        for experiment in experiments
-        if experiment.file is not None and experiment.name not in read
-    }
+    files = {e.name: e.file for e in experiments if e.file is not None and e.name not in read}
     single = {name for name, file in files.items() if has_one_column(file)}
     certain = {name for name in single if has_labels_only(files[name])}
     read |= {name: read_submission(files[name], ids, all_ids=False) for name in files.keys() - single}
@@ -155,16 +153,7 @@ def with_tables(
         alone = [read_submission(files[name], ids, **options) for name in single]
         known = sorted({name for table in alone for name in table.classes})
     read |= {name: read_submission(files[name], ids, known, **options) for name in single}
-    return [
-        replace(experiment, table=read.get(experiment.name), labels_only=experiment.name in certain)
-        for experiment in experiments
-    ]
-
-
-def load_ground_truth(job: StageContext) -> tuple[Path | None, Mapping[str, str]]:
-    channel = job.optional_channel("ground_truth")
-    file = ground_truth.find_ground_truth_file(channel) if channel else None
-    return file, ground_truth.read_ground_truth(file) if file else {}
+    return [replace(e, table=read.get(e.name), labels_only=e.name in certain) for e in experiments]
 
 
 def to_json(

@@ -111,9 +111,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     facts = {"submission": options.submission, "id_column": images.id_column}
     facts |= {"unreadable": images.ids[unreadable].tolist()} if unreadable else {}
     write_json(output / ENSEMBLE, facts | ensemble.describe(scores))
-    return StageResult(
-        [*written, output / ENSEMBLE], {"models": len(models), "images": len(images), "temperature": temperature}
-    )
+    counts = {"models": len(models), "images": len(images), "temperature": temperature}
+    return StageResult([*written, output / ENSEMBLE], counts)
 
 
 def select_rows(job: StageContext, settings: Settings, files: Sequence[Path]) -> tuple[ImageStore | None, EvalImages]:
@@ -280,16 +279,15 @@ def save_submission_per_system(
 
     Classes with the same meaning keep their own probabilities, except merged classes.
     """
-    if folder.is_dir():
-        for old in folder.glob(f"{PREFIX}*.csv"):
-            old.unlink()
+    for old in folder.glob(f"{PREFIX}*.csv"):
+        old.unlink()
     plain = replace(same, policy="merge" if same.canonical_names else "none")
     names = {system: re.sub(r"[^\w.()+-]+", "_", system) for system in probabilities}
     if len(set(names.values())) < len(names):
         raise DataError(f"several systems map to one file name: {', '.join(names)}; rename one with system=")
     columns = images.sample.classes if images.sample and len(images.sample.classes) > 1 else same.names(classes)
     layout = SampleSubmission(images.id_column, tuple(columns), images.ids)
-    tables = {
-        folder / f"{PREFIX}{names[n]}.csv": make_table(images, n, classes, probs) for n, probs in probabilities.items()
-    }
-    return [write_submission(path, table, layout, plain) for path, table in tables.items()]
+    return [
+        write_submission(folder / f"{PREFIX}{names[n]}.csv", make_table(images, n, classes, probs), layout, plain)
+        for n, probs in probabilities.items()
+    ]

@@ -64,7 +64,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         mistakes=shown,
         thumbnails={key: image for name in shown for key, image in inputs.thumbnails(name, shown[name]).items()},
         records=inputs.records(),
-        notes=inputs.notes() | notes_on_overlap(figures),
+        notes=inputs.notes(),
         data=inputs.counts(),
         top_k=options.top_k,
     )
@@ -95,13 +95,6 @@ def scores_outside_split(rows: scored_rows.ScoredRows, known: Set[str], top_k: i
     values = overlap["in_split"], len(new), overlap["not_in_split"]["accuracy"], overlap["not_in_split"]["logloss"]
     log.warning("%d of %d test images are images of the split; of the others: accuracy %.4f, logloss %.4f", *values)
     return overlap
-
-
-def notes_on_overlap(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the report's note on test images that are images of the split."""
-    count = figures.get("test", {}).get("in_split", 0)
-    words = f"{count} of these images {'has' if count == 1 else 'have'} the same pixels as an image of the split."
-    return {"test": words} if count else {}
 
 
 def write_score_tables(

@@ -49,48 +49,34 @@ def draw_report(scored: ScoredRows, curves: Mapping[str, Path], bins: int) -> di
 
 
 def render(
-    *,
-    title: str,
     scored: Sequence[ScoredRows],
     figures: Mapping[str, Mapping[str, Any]],
     folds: Sequence[tuple[str, Mapping[str, Any]]],
-    pictures: Mapping[str, bytes],
-    mistakes: Mapping[str, pd.DataFrame],
-    thumbnails: Mapping[tuple[str, str], bytes],
-    records: Sequence[Mapping[str, Any]],
-    notes: Mapping[str, str],
-    data: Sequence[tuple[str, str]],
     top_k: int,
+    **content: Any,
 ) -> str:
-    """Render the complete HTML page.
+    """Render the complete HTML page, which opens with the first of the `scored` rows.
 
-    `scored`: the scored rows; the report opens with the first. `figures`, `mistakes` and `notes` (a remark): by name of
-    `scored`. `folds`: name and figures of each fold's out-of-fold rows. `pictures`: PNG bytes from `draw_report`.
-    `thumbnails`: PNG or JPEG bytes by (name of `scored`, row id). `records`: the `stage.json` of the stages before.
-    `data`: names and values of the split's counts.
+    `figures`: by name of `scored`. `folds`: name and figures of each fold's out-of-fold rows. `content`: the template's
+    `title`; `pictures`, from `draw_report`; by name of `scored` the `mistakes` (a DataFrame) and `notes` (a remark);
+    `thumbnails`, PNG or JPEG bytes by (name of `scored`, row id); `records`, the `stage.json` of the stages before; and
+    `data`, names and values of the split's counts.
     """
     first = scored[0]
-    per_class = pd.DataFrame(first.per_class()).assign(name=first.table.classes)
     return render_template(
         TEMPLATE,
-        title=title,
         scored=scored,
         first=first,
         figures=figures,
         folds=folds,
-        pictures=pictures,
-        mistakes=mistakes,
-        thumbnails=thumbnails,
-        records=records,
-        notes=notes,
-        data=data,
         headline=_headline(first, figures[first.name], top_k),
         about=CAPTIONS,
         titles=TITLES,
         compared=COMPARED_METRICS,
         spread=_spread([scores for _, scores in folds]),
-        per_class=per_class.to_dict("records"),
+        per_class=pd.DataFrame(first.per_class()).assign(name=first.table.classes).to_dict("records"),
         pairs=confused_pairs(first),
+        **content,
     )
 
 
