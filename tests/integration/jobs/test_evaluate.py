@@ -5,17 +5,15 @@ import re
 import shutil
 import tarfile
 from contextlib import redirect_stdout
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from sklearn import metrics as reference
 
 from fivefold import predictions
 from fivefold.contract.files import read_json, write_json
-from fivefold.predictions import Predictions
 from jobs.__main__ import run
 from toy_data import (
     CLASSES,
@@ -90,19 +88,14 @@ def test_tables_list_each_class_and_every_mistake_by_descending_confidence(full_
     assert all(row["path"] in (row["id"], f"test/{row['id']}.png") for row in test)
 
 
-def test_report_is_one_file_with_embedded_images_and_escaped_class_names(toy_run, full_evaluation):
-    output, _ = full_evaluation
-    page = (output / "report.html").read_text(encoding="utf-8")
+def test_report_is_one_file_with_images_escaped_class_names_and_record_keys(toy_run, full_evaluation):
+    page = (full_evaluation[0] / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href|srcset)="(?!data:|#)', page)
     assert ("<b>빨강" in page, "&lt;b&gt;빨강 차" in page, "no image" in page) == (False, True, False)
-    scores = read_json(output / "metrics.json").values()
+    scores = read_json(full_evaluation[0] / "metrics.json").values()
     mistakes = [round(score["n"] * (1 - score["accuracy"])) for score in scores]
     assert max(mistakes) > 2
     assert page.count('<img class="small"') == sum(min(2, count) for count in mistakes)
-
-
-def test_report_shows_the_record_keys_of_its_input_models(toy_run, full_evaluation):
-    page = (full_evaluation[0] / "report.html").read_text(encoding="utf-8")
     keys = [read_json(toy_run / f"fold-{fold}" / "model" / "stage.json")["key"] for fold in range(3)]
     assert all(f"<code>{key[:16]}</code>" in page for key in keys)
 
@@ -111,9 +104,7 @@ def test_plots_are_png_the_record_lists_every_file_and_a_second_run_is_skipped(t
     output, _ = full_evaluation
     names = {"confusion_matrix", "reliability", "per_class_f1", "training_curves"}
     assert {path.stem for path in output.glob("*.png")} == names
-    for name in names:
-        with Image.open(BytesIO((output / f"{name}.png").read_bytes())) as plot:
-            assert (plot.format, min(plot.size) > 200) == ("PNG", True)
+    assert all((output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
     files = {path.name for path in output.iterdir()} - {"stage.json"}
     assert {name.removeprefix("output/") for name in read_json(output / "stage.json")["outputs"]} == files
     modified = (output / "report.html").stat().st_mtime_ns
@@ -132,7 +123,6 @@ def test_evaluate_without_ground_truth_scores_only_the_models_from_tarballs(toy_
     metrics = read_json(tmp_path / "output" / "metrics.json")
     assert list(metrics) == ["holdout", "oof"]
     assert metrics["holdout"]["what"] == "equal mean of 3 fold models of default"
-    assert not (tmp_path / "output" / "wrong_train.csv").exists()
     assert "no image" in (tmp_path / "output" / "report.html").read_text(encoding="utf-8")
 
 
@@ -171,32 +161,16 @@ def test_missing_inputs_exit_with_66(toy_run, tmp_path):
     assert "gt.csv" in expect_failure(toy_run, tmp_path / "c", 66, GROUND_TRUTH=tmp_path / "truth")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda rows: [[f"OTHER_{name}", label] for name, label in rows], ["18 of the 18 ids", "'OTHER_T00'", "'T00'"]),
-        (lambda rows: [*rows[:-1], ["T25", "ten"]], ["'ten'"]),
-    ],
-)
-def test_invalid_ground_truth_exits_with_65_and_names_the_file(toy_run, tmp_path, change, words):
+def test_invalid_ground_truth_and_predictions_exit_with_65_and_name_the_file(toy_run, tmp_path):
     rows = read_cells(toy_run / "gt.csv")
-    truth = write_csv(tmp_path / "gt.csv", [rows[0], *change(rows[1:])])
-    message = expect_failure(toy_run, tmp_path / "out", 65, GROUND_TRUTH=truth)
-    assert [word for word in [*words, str(truth)] if word not in message] == []
-
-
-@pytest.mark.parametrize(("fault", "word"), [("nan", "sum to nan"), ("no classes", "p/<class>")])
-def test_invalid_predictions_exit_with_65(toy_run, tmp_path, fault, word):
+    truth = write_csv(tmp_path / "gt.csv", [*rows[:-1], ["T25", "ten"]])
+    message = expect_failure(toy_run, tmp_path / "a", 65, GROUND_TRUTH=truth)
+    assert [word for word in ("'ten'", str(truth)) if word not in message] == []
     valid = predictions.read(toy_run / "ensemble" / "output" / "predictions.parquet")
-    log_probs, classes = valid.log_probs.copy(), valid.classes
-    if fault == "nan":
-        log_probs[4, 1] = np.nan
-    else:
-        log_probs, classes = log_probs[:, :0], ()
-    predictions.write(tmp_path / "predictions.parquet", Predictions(valid.ids, valid.fold, "s", classes, log_probs))
-    message = expect_failure(toy_run, tmp_path / "out", 65, PREDICTIONS=tmp_path)
-    assert word in message
-    assert str(tmp_path / "predictions.parquet") in message
+    valid.log_probs[4, 1] = np.nan
+    path = predictions.write(tmp_path / "predictions.parquet", valid)
+    message = expect_failure(toy_run, tmp_path / "b", 65, PREDICTIONS=tmp_path)
+    assert [word for word in (repr(valid.ids[4]), str(path)) if word not in message] == []
 
 
 def test_row_predicted_by_several_models_counts_once(toy_run, full_evaluation, tmp_path):

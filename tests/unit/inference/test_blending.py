@@ -44,9 +44,8 @@ def log(*rows: list[float]) -> np.ndarray:
 
 def make_system(name: str, log_probs: np.ndarray, holdout: bool = False) -> System:
     ids = np.array([f"row {n}" for n in range(ROWS)], dtype=object)
-    predictions = Predictions(
-        ids, FOLD.astype(np.int16), name, ("a", "b", "c"), log_probs, np.array(list("abc"), object)[LABELS]
-    )
+    labels = np.array(list("abc"), object)[LABELS]
+    predictions = Predictions(ids, FOLD.astype(np.int16), name, ("a", "b", "c"), log_probs, labels)
     return System(name, 4, 1, predictions, predictions if holdout else None)
 
 
@@ -138,11 +137,10 @@ def test_blend_without_weights_is_scored_as_it_predicts(name):
     weights, scores = compute_weights(systems, BlendConfig(name))
     assert weights.tolist() == [1 / 3] * 3
     assert (scores[-1]["what"], scores[-1]["rows"]) == (BLENDS[name].description, "out-of-fold")
-    assert scores[-1]["accuracy"] == pytest.approx(
-        METRICS["accuracy"](BLENDS[name].combine(models, weights), LABELS), abs=1e-6
-    )
+    combined = BLENDS[name].combine(models, weights)
+    assert scores[-1]["accuracy"] == pytest.approx(METRICS["accuracy"](combined, LABELS), abs=1e-6)
     holdout, _, holdout_scores = score_holdout(systems, weights, BlendConfig(name), "none")
-    np.testing.assert_array_equal(holdout.log_probs, BLENDS[name].combine(models, weights))
+    np.testing.assert_array_equal(holdout.log_probs, combined)
     assert holdout_scores[0]["what"] == f"12 models, mean within a system, {name} between"
 
 
@@ -157,8 +155,7 @@ def test_configured_weights_are_matched_by_system_name():
 
 
 def test_weights_are_equal_if_a_system_lacks_out_of_fold_rows(caplog):
-    weights, scores = compute_weights(
-        [make_system("x", make_log_probs(1.0, 1)), System("eva", 1, 1, None, None)], BlendConfig("greedy")
-    )
+    systems = [make_system("x", make_log_probs(1.0, 1)), System("eva", 1, 1, None, None)]
+    weights, scores = compute_weights(systems, BlendConfig("greedy"))
     assert (weights.tolist(), [score["what"] for score in scores]) == ([0.5, 0.5], ["single models of x"])
     assert "no out-of-fold rows of eva" in caplog.text
