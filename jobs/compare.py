@@ -19,8 +19,9 @@ from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
 from fivefold.csv_tables import open_csv
 from fivefold.errors import DataError, MissingInputError
-from fivefold.evaluation import comparison, ground_truth
+from fivefold.evaluation import comparison
 from fivefold.evaluation.comparison import Experiment
+from fivefold.evaluation.ground_truth import add_labels, find_ground_truth_file, read_ground_truth
 from fivefold.evaluation.report import write_pictures
 from fivefold.evaluation.scored_rows import write_csv
 from fivefold.inference.submission_reader import has_labels_only, has_one_column, read_submission, system_name
@@ -36,18 +37,18 @@ LOGLOSS_COLUMNS = ("logloss", "logloss_low", "logloss_high")
 def main(job: StageContext, settings: Settings) -> StageResult:
     """Compare all experiments; return the tables, plots and page, and the figures."""
     channel = job.optional_channel("ground_truth")
-    file = ground_truth.find_ground_truth_file(channel) if channel else None
-    labels = ground_truth.read_ground_truth(file) if file else {}
+    file = find_ground_truth_file(channel) if channel else None
+    labels = read_ground_truth(file) if file else {}
     experiments = load_experiments(job, settings.compare.runs, settings.compare.submissions)
     experiments = with_tables(experiments, labels, settings.ensemble.answer, settings.ensemble.positive_class)
-    tables = {"test": [experiment.test_scores(labels, file) if file else None for experiment in experiments]}
-    tables["oof"] = [experiment.oof_scores() for experiment in experiments]
+    if file:
+        experiments = [e if not e.table else replace(e, table=add_labels(e.table, labels, file)) for e in experiments]
+    tables = {"test": [e.test_scores() for e in experiments], "oof": [e.oof_scores() for e in experiments]}
     alike, notes = comparison.pairwise_agreement(experiments)
     shown = "test" if any(tables["test"]) else "oof"
     if not any(tables[shown]):
         notes.append("no scores: there is neither a ground truth nor out-of-fold rows")
-    known = {e.name: e.oof for e in experiments if e.oof} if file is None else {}
-    known |= {e.name: ground_truth.add_labels(e.table, dict(labels), file) for e in experiments if file and e.table}
+    known = {e.name: table for e in experiments if (table := e.table if file else e.oof)}
     differences = comparison.paired_differences(known, {e.name for e in experiments if e.labels_only})
     pictures = comparison.draw_comparison(experiments, tables[shown], alike)
     title = settings.run or f"{len(experiments)} experiments"
@@ -60,7 +61,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     for name in OPTIONAL:
         (folder / name).unlink(missing_ok=True)
     written = [comparison.write_scores(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
-    write_json(written[1], to_json(experiments, tables, alike, notes, differences))
+    write_json(written[1], describe_comparison(experiments, tables, alike, notes, differences))
     submitted = next((experiment.file for experiment in experiments if experiment.file is not None), None)
     if submitted is not None:
         id_column = open_csv(submitted).columns[0]
@@ -156,7 +157,7 @@ def with_tables(
     return [replace(e, table=read.get(e.name), labels_only=e.name in certain) for e in experiments]
 
 
-def to_json(
+def describe_comparison(
     experiments: Sequence[Experiment],
     tables: Mapping[str, Sequence[comparison.Scores | None]],
     pairs: comparison.PairwiseAgreement | None,

@@ -12,7 +12,6 @@ import pandas as pd
 from fivefold.csv_tables import check_same_ids
 from fivefold.errors import DataError
 from fivefold.evaluation import metrics, plots
-from fivefold.evaluation.ground_truth import add_labels
 from fivefold.evaluation.report import TITLES, render_png, render_template
 from fivefold.evaluation.scored_rows import write_csv
 from fivefold.predictions import Predictions, preview
@@ -33,7 +32,7 @@ class Experiment:
     """One experiment of a comparison.
 
     `source`: the path of the submission file or of the run's folder. `file` and `table`: its submission
-    of the test rows; `labels_only` if that has classes without probabilities. `oof`: its out-of-fold
+    of the test rows, with labels if there is a ground truth; `labels_only` if that has classes without probabilities. `oof`: its out-of-fold
     rows; `oof_description` describes their models.
     """
 
@@ -45,13 +44,14 @@ class Experiment:
     oof: Predictions | None = None
     oof_description: str = ""
 
-    def test_scores(self, truth: Mapping[str, str], where: Path) -> Scores | None:
-        """Return SCORE_NAMES of the submission against `truth` (id to class), logloss by competition rules; None without one."""
-        if self.table is None or self.file is None:
+    def test_scores(self) -> Scores | None:
+        """Return SCORE_NAMES of the submission, logloss by competition rules; None without one or without labels."""
+        if self.table is None or self.table.labels is None:
             return None
-        table = add_labels(self.table, dict(truth), where)
-        probs = np.exp(table.log_probs.astype(np.float64))
-        return _figures(table, None if self.labels_only else metrics.competition_logloss(probs, table.codes()))
+        probs = np.exp(self.table.log_probs.astype(np.float64))
+        return _figures(
+            self.table, None if self.labels_only else metrics.competition_logloss(probs, self.table.codes())
+        )
 
     def oof_scores(self) -> Scores | None:
         """Return SCORE_NAMES of the out-of-fold rows; None without any."""

@@ -26,7 +26,7 @@ COMPRESSION = 3
 FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic", "Noto Sans CJK JP", "WenQuanYi Zen Hei")
 """Fonts with Hangul and Han; if none is installed, such names are replaced by their number."""
 MAX_NAMED = 40
-"""Maximum number of classes or experiments for names beside a matrix, and of bars."""
+"""Maximum number of classes or experiments for names beside a matrix."""
 MAX_WRITTEN = 16
 """Maximum number of classes or experiments for figures in a matrix's cells."""
 MAX_NAME_LENGTH = 24
@@ -158,19 +158,6 @@ def plot_reliability(table: Mapping[str, np.ndarray], ece: float, target: Target
         bottom.legend()
 
 
-def plot_class_f1(table: Mapping[str, np.ndarray], classes: Sequence[str], target: Target) -> None:
-    """Plot the F1 of each class, the lowest first; of many classes the lowest 40."""
-    present = np.flatnonzero((table["support"] + table["predicted"]) > 0)
-    order = present[np.argsort(table["f1"][present], kind="stable")][:MAX_NAMED]
-    names = printable_labels([classes[code] for code in order], [int(code) for code in order])
-    with _new_figure(target, (5.2, 0.9 + 0.26 * len(order))) as figure:
-        axis = figure.subplots()
-        title = f"the lowest {MAX_NAMED} of {len(classes)} classes" if len(present) > MAX_NAMED else ""
-        _draw_bars(axis, title, "F1", table["f1"][order], ACCENT, "%.3f")
-        axis.set_xlim(0, 1.15)
-        axis.set_yticks(range(len(order)), names)
-
-
 def plot_scores(names: Sequence[str], figures: Sequence[Mapping[str, float | None]], target: Target) -> None:
     """Plot each experiment's accuracy with its 95 % interval, and its log loss, as bars with figures beside them.
 
@@ -181,9 +168,9 @@ def plot_scores(names: Sequence[str], figures: Sequence[Mapping[str, float | Non
     with _new_figure(target, (9.6, 1.15 + 0.4 * len(names))) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         spread = np.nan_to_num([accuracy - low, high - accuracy])
-        _draw_bars(left, "Accuracy", "share of rows, higher is better", accuracy, ACCENT, "%.4f", spread)
+        _draw_bars(left, "Accuracy", "share of rows, higher is better", accuracy, ACCENT, spread)
         left.set_xlim(0, 1.25)
-        _draw_bars(right, "Log loss", "nats per row, lower is better", logloss, SECOND, "%.4f")
+        _draw_bars(right, "Log loss", "nats per row, lower is better", logloss, SECOND)
         right.set_xlim(0, 1.25 * np.nanmax(logloss, initial=0.01))
         left.set_yticks(range(len(names)), numbered_labels(dict(enumerate(names, start=1))))
 
@@ -268,7 +255,7 @@ def _new_figure(target: Target, inches: tuple[float, float]) -> Iterator["Figure
 
 
 def _draw_bars(
-    axis: "Axes", title: str, label: str, values: np.ndarray, colour: str, digits: str, spread: np.ndarray | None = None
+    axis: "Axes", title: str, label: str, values: np.ndarray, colour: str, spread: np.ndarray | None = None
 ) -> None:
     """Draw horizontal bars from the top, with error bars `spread` [2, N] and each figure beside its bar; a dash for NaN."""
     axis.set(title=title, xlabel=label, ylim=(len(values) - 0.4, -0.6))
@@ -276,7 +263,7 @@ def _draw_bars(
     bars = axis.barh(
         range(len(values)), np.nan_to_num(values), 0.65, xerr=spread, color=colour, ecolor=TEXT, capsize=2.5
     )
-    axis.bar_label(bars, ["–" if np.isnan(value) else digits % value for value in values], padding=3, fontsize=8.5)
+    axis.bar_label(bars, ["–" if np.isnan(value) else f"{value:.4f}" for value in values], padding=3, fontsize=8.5)
 
 
 def _draw_heat_map(axis: "Axes", title: str, values: np.ndarray) -> None:

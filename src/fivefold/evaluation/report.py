@@ -43,7 +43,6 @@ def draw_report(scored: ScoredRows, curves: Mapping[str, Path], bins: int) -> di
     pictures = {
         "confusion_matrix": render_png(plots.plot_confusion, scored.confusion, classes),
         "reliability": render_png(plots.plot_reliability, calibrated, error),
-        "per_class_f1": render_png(plots.plot_class_f1, scored.per_class(), classes),
     }
     return pictures | ({"training_curves": render_png(plots.plot_training_curves, curves)} if curves else {})
 

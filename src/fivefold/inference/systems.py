@@ -22,8 +22,6 @@ log = logging.getLogger("fivefold")
 
 MIN_HOLDOUT_ROWS = 50
 """Fewer rows are too few to fit a temperature."""
-SELECTING = "holdout, which chose the epoch"
-TEMPERED = "holdout, temperature cross-fitted"
 Score = dict[str, Any]
 
 
@@ -117,14 +115,14 @@ def score_holdout(
     table = replace(tables[0], fold=np.full(len(tables[0]), -1, np.int16))
     table = replace(table, log_probs=apply_blend(rule.between, [other.log_probs for other in tables], weights))
     selected = any(system.selected for system in systems)
-    rows = SELECTING if selected else "holdout"
+    rows = "holdout, which chose the epoch" if selected else "holdout"
     scores = [score(rule.describe(sum(s.models for s in systems), len(systems)), rows, table)]
     if temperature == "none" or selected or len(table) < MIN_HOLDOUT_ROWS:
         return table, 1.0, scores
     codes = table.codes()
     fitted, mixed = fit_temperature(table.log_probs, codes), cross_fit_temperature(table.log_probs, codes)
     table = replace(table, log_probs=mixed)
-    scores.append(score(f"the same at temperature {fitted:.3f}", TEMPERED, table))
+    scores.append(score(f"the same at temperature {fitted:.3f}", "holdout, temperature cross-fitted", table))
     return table, fitted, scores
 
 

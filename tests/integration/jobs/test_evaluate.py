@@ -102,7 +102,7 @@ def test_report_is_one_file_with_images_escaped_class_names_and_record_keys(toy_
 
 def test_plots_are_png_the_record_lists_every_file_and_a_second_run_is_skipped(toy_run, full_evaluation, capsys):
     output, _ = full_evaluation
-    names = {"confusion_matrix", "reliability", "per_class_f1", "training_curves"}
+    names = {"confusion_matrix", "reliability", "training_curves"}
     assert {path.stem for path in output.glob("*.png")} == names
     assert all((output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
     files = {path.name for path in output.iterdir()} - {"stage.json"}
