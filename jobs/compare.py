@@ -42,7 +42,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     experiments = load_experiments(job, settings.compare.runs, settings.compare.submissions)
     experiments = with_tables(experiments, labels, settings.ensemble.answer, settings.ensemble.positive_class)
     if file:
-        experiments = [e if not e.table else replace(e, table=add_labels(e.table, labels, file)) for e in experiments]
+        experiments = [replace(e, table=add_labels(e.table, labels, file)) if e.table else e for e in experiments]
     tables = {"test": [e.test_scores() for e in experiments], "oof": [e.oof_scores() for e in experiments]}
     alike, notes = comparison.pairwise_agreement(experiments)
     shown = "test" if any(tables["test"]) else "oof"

@@ -113,9 +113,7 @@ def read(path: Path) -> Predictions:
         fold=_fold_column(table, path),
         system=_system_name(table, path),
         classes=classes,
-        log_probs=np.stack([table[PREFIX + name].to_numpy() for name in classes], axis=1).astype(
-            np.float32, copy=False
-        ),
+        log_probs=np.stack([table[PREFIX + name] for name in classes], axis=1).astype(np.float32, copy=False),
         labels=_text_column(table, "label", path) if "label" in names else None,
     )
     check(predictions, str(path))

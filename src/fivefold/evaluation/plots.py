@@ -213,11 +213,9 @@ def plot_image_grid(images: Sequence[np.ndarray], truth: Sequence[str], guesses:
 
 
 def numbered_labels(names: Mapping[int, str]) -> list[str]:
-    """Return labels `1  name`; only the number if no font can draw the name."""
+    """Return labels `1  name`."""
     labels = printable_labels(list(names.values()), list(names))
-    return [
-        str(number) if name == f"#{number}" else f"{number}  {name}" for number, name in zip(names, labels, strict=True)
-    ]
+    return [f"{number}  {label}" for number, label in zip(names, labels, strict=True)]
 
 
 def printable_labels(names: Sequence[str], numbers: Sequence[int]) -> list[str]:

@@ -89,7 +89,8 @@ class FactorProduct:
 def build_product(groups: Mapping[str, Sequence[ModelDir]]) -> FactorProduct:
     """Return the product of systems; raise a DataError with the names unless they cover all factors without overlap."""
     first = next(iter(groups.values()))[0]
-    for model in (model for models in groups.values() for model in models):
+    knows: dict[str, tuple[str, ...]] = {}
+    for system, model in ((system, model) for system, models in groups.items() for model in models):
         if not model.info.get("knows") or not model.info.get("factors"):
             raise DataError(
                 f"{model.name} predicts whole classes, not factors, so it cannot be part of a product; "
@@ -99,8 +100,13 @@ def build_product(groups: Mapping[str, Sequence[ModelDir]]) -> FactorProduct:
             raise DataError(
                 f"{first.name} and {model.name} predict factors of different classes; a product needs models of one split"
             )
+        own = tuple(model.info["knows"])
+        if knows.setdefault(system, own) != own:
+            raise DataError(
+                f"{model.name} and the other models of its system predict different factors ({', '.join(knows[system])}; "
+                f"{', '.join(own)}); rename one of the systems with system="
+            )
     factors = read_factors(first.info)
-    knows = {system: _common_factors(models) for system, models in groups.items()}
     _check_cover(factors, knows)
     return FactorProduct(factors, knows)
 
@@ -114,17 +120,6 @@ def read_factors(info: Mapping[str, Any]) -> LabelFactors:
 def needs_product(infos: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether the models predict different factors, so that only a product can combine them."""
     return len({tuple(info.get("knows", ())) for info in infos}) > 1
-
-
-def _common_factors(models: Sequence[ModelDir]) -> tuple[str, ...]:
-    first, knows = models[0].name, models[0].info["knows"]
-    for model in models[1:]:
-        if model.info["knows"] != knows:
-            raise DataError(
-                f"{first} and {model.name} belong to one system but predict different factors ({', '.join(knows)}; "
-                f"{', '.join(model.info['knows'])}); rename one of the systems with system="
-            )
-    return tuple(knows)
 
 
 def _check_cover(factors: LabelFactors, knows: Mapping[str, tuple[str, ...]]) -> None:
