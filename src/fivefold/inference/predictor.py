@@ -1,6 +1,6 @@
 """Prediction: log-probabilities of images from a trained classifier, averaged over views."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.config.schema import Spec
-from fivefold.data.pipeline.dataset import Batch, ImageDataset, Sample, load_batches, sequential_batches
+from fivefold.data.pipeline.dataset import Batch, ImageDataset, load_batches, sequential_batches
 from fivefold.data.pipeline.eval_cache import EvalImageCache
 from fivefold.data.pipeline.loader import prefetch_to_device
 from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -138,19 +138,14 @@ def predict_all(
     )
     if rows is not None:
         batches = [[(epoch, int(rows[index])) for epoch, index in batch] for batch in batches]
-    predicted = process_group.run_collectively(
-        lambda: predict(model, _load_batches(images, batches, workers, label), runtime, views, reduce_views)
-    )
+
+    def load() -> Iterable[Batch]:
+        prepared = isinstance(images, EvalImageCache)
+        loaded = images.batches(batches, workers, label) if prepared else load_batches(images, batches, workers)
+        return track(loaded, len(batches), label) if label else loaded
+
+    predicted = process_group.run_collectively(lambda: predict(model, load(), runtime, views, reduce_views))
     return shard.all_gather(torch.from_numpy(predicted)).numpy() if shard.is_sharded else predicted
-
-
-def _load_batches(
-    images: ImageDataset | EvalImageCache, batches: list[list[Sample]], workers: int, label: str
-) -> Iterator[Batch]:
-    """Yield the batches, with a progress bar if there is a label; `EvalImageCache` images are prepared first."""
-    prepared = isinstance(images, EvalImageCache)
-    loaded = images.batches(batches, workers, label) if prepared else load_batches(images, batches, workers)
-    return track(loaded, len(batches), label) if label else loaded
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from fivefold.data.class_aliases import ClassAliases
 from fivefold.data.readers.eval_images import SampleSubmission
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import FLOOR
-from fivefold.inference.submission import AnswerFormat, detect_format, match_columns, match_name
+from fivefold.inference.submission import NO_ALIASES, AnswerFormat, detect_format, match_columns, match_name
 from fivefold.predictions import Predictions, preview, read, read_system
 
 log = logging.getLogger("fivefold")
@@ -58,7 +58,7 @@ def read_submission(
     path: Path,
     ids: Collection[str] | None = None,
     classes: Sequence[str] = (),
-    same: ClassAliases | None = None,
+    same: ClassAliases = NO_ALIASES,
     all_ids: bool = True,
     *,
     likely: Sequence[str] = (),
@@ -77,7 +77,6 @@ def read_submission(
     file defines them. Raise a DataError with the path and the invalid ids (missing, unknown or duplicate), rows (no
     finite probability), classes or columns. A .parquet file is a table of predictions.
     """
-    same = same or ClassAliases()
     if is_table(path):
         return _read_table(path, ids if all_ids else None, classes, same)
     table, model_classes = open_csv(path), set(same.names(classes))

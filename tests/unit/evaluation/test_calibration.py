@@ -44,15 +44,6 @@ def test_temperature_1_is_the_identity_and_no_temperature_changes_the_order():
     assert (metrics.predicted_classes(hot) == metrics.predicted_classes(log_probs)).all()
 
 
-def test_calibration_error_equals_values_computed_by_hand():
-    # Two rows of confidence .9, one correct: |.5 - .9|; two of .6, both correct: |1 - .6|.
-    log_probs = np.log([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]])
-    codes = np.array([0, 1, 0, 0])
-    assert metrics.expected_calibration_error(log_probs, codes, 10) == pytest.approx(0.4)
-    # One bin: mean confidence .75, accuracy .75.
-    assert metrics.expected_calibration_error(log_probs, codes, 1) == pytest.approx(0.0, abs=1e-12)
-
-
 def test_reliability_table_counts_every_row_once_and_equals_a_loop():
     log_probs, codes = make_calibrated(2_000, 3, seed=2)
     log_probs[:2] = np.log([1.0, 1e-30, 1e-30])

@@ -62,7 +62,7 @@ def test_labels_are_cut_and_names_without_a_font_are_replaced_by_their_number():
     assert plots.numbered_labels({3: "convnext", 7: "x" * 100, 9: "\U0010fffd"}) == [
         "3  convnext",
         f"7  {'x' * 23}…",
-        "9",
+        "9  #9",
     ]
 
 

@@ -54,16 +54,6 @@ def test_combined_log_probabilities_are_sums() -> None:
         np.testing.assert_allclose(column, parts["masks"][:, of_mask] + parts["ages"][:, of_age], atol=1e-5)
 
 
-def test_three_systems_of_one_factor_each_are_combined() -> None:
-    factor_product = build_product(make_groups(a=("age",), g=("gender",), m=("mask",)))
-    predictions = {"a": log_probs(9, 3), "g": log_probs(9, 2), "m": log_probs(9, 3)}
-    combined = factor_product.combine(predictions)
-    # Class names are sorted: mask, female, >=60.
-    expected = predictions["m"][:, 1] + predictions["g"][:, 0] + predictions["a"][:, 2]
-    np.testing.assert_allclose(combined[:, FACTORS.classes.index("5")], expected, atol=1e-5)
-    assert factor_product.name == "a × g × m"
-
-
 def test_systems_with_the_same_factors_are_averaged_first() -> None:
     factor_product = build_product(make_groups(masks=("mask", "gender"), ages=("age",), other=("age",)))
     mask_gender_log_probs, first_age, second_age = log_probs(7, 6), log_probs(7, 3), log_probs(7, 3)
