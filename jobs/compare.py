@@ -14,13 +14,15 @@ import pandas as pd
 from fivefold import predictions
 from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import find_submissions
-from fivefold.contract.files import atomic, is_visible, read_json, tree_files, write_json, write_text
+from fivefold.contract.files import is_visible, read_json, tree_files, write_json, write_text
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import COMPARISON, ENSEMBLE, MODEL, OOF, PREDICTIONS
 from fivefold.csv_tables import open_csv
 from fivefold.errors import DataError, MissingInputError
-from fivefold.evaluation import comparison, ground_truth
+from fivefold.evaluation import comparison
 from fivefold.evaluation.comparison import Experiment
+from fivefold.evaluation.ground_truth import add_labels, find_ground_truth_file, read_ground_truth
+from fivefold.evaluation.report import write_pictures
 from fivefold.evaluation.scored_rows import write_csv
 from fivefold.inference.submission_reader import has_labels_only, has_one_column, read_submission, system_name
 from fivefold.predictions import mean_by_id
@@ -28,45 +30,46 @@ from fivefold.predictions import mean_by_id
 log = logging.getLogger("fivefold")
 ALL_SUBMISSIONS = "all_experiments_submission_compare.csv"
 DIFFERENCES = "paired.csv"
+OPTIONAL = (ALL_SUBMISSIONS, DIFFERENCES, "model_acc.png", "correlation.png")
 LOGLOSS_COLUMNS = ("logloss", "logloss_low", "logloss_high")
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:
     """Compare all experiments; return the tables, plots and page, and the figures."""
-    file, labels = load_ground_truth(job)
+    channel = job.optional_channel("ground_truth")
+    file = find_ground_truth_file(channel) if channel else None
+    labels = read_ground_truth(file) if file else {}
     experiments = load_experiments(job, settings.compare.runs, settings.compare.submissions)
     experiments = with_tables(experiments, labels, settings.ensemble.answer, settings.ensemble.positive_class)
-    tables = {"test": [experiment.test_scores(labels, file) if file else None for experiment in experiments]}
-    tables["oof"] = [experiment.oof_scores() for experiment in experiments]
+    if file:
+        experiments = [replace(e, table=add_labels(e.table, labels, file)) if e.table else e for e in experiments]
+    tables = {"test": [e.test_scores() for e in experiments], "oof": [e.oof_scores() for e in experiments]}
     alike, notes = comparison.pairwise_agreement(experiments)
     shown = "test" if any(tables["test"]) else "oof"
     if not any(tables[shown]):
         notes.append("no scores: there is neither a ground truth nor out-of-fold rows")
-    known = {e.name: e.oof for e in experiments if e.oof} if file is None else {}
-    known |= {e.name: ground_truth.add_labels(e.table, dict(labels), file) for e in experiments if file and e.table}
+    known = {e.name: table for e in experiments if (table := e.table if file else e.oof)}
     differences = comparison.paired_differences(known, {e.name for e in experiments if e.labels_only})
     pictures = comparison.draw_comparison(experiments, tables[shown], alike)
-    page = comparison.render_page(
-        settings.run or f"{len(experiments)} experiments", experiments, tables, alike, pictures, notes, differences
-    )
+    title = settings.run or f"{len(experiments)} experiments"
+    content = {"pairs": alike, "pictures": pictures, "notes": notes, "differences": differences}
+    page = comparison.render_page(title, experiments, tables, **content)
     for note in notes:
         log.info("%s", note)
 
     folder = job.output()
-    written = write_comparison_tables(
-        folder, experiments, tables, to_json(experiments, tables, alike, notes, differences)
-    )
-    (folder / DIFFERENCES).unlink(missing_ok=True)
+    for name in OPTIONAL:
+        (folder / name).unlink(missing_ok=True)
+    written = [comparison.write_scores(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
+    write_json(written[1], describe_comparison(experiments, tables, alike, notes, differences))
+    submitted = next((experiment.file for experiment in experiments if experiment.file is not None), None)
+    if submitted is not None:
+        id_column = open_csv(submitted).columns[0]
+        written.append(comparison.write_all_submissions(folder / ALL_SUBMISSIONS, experiments, id_column))
     if differences:
-        written.append(
-            write_csv(folder / DIFFERENCES, pd.DataFrame(differences).astype(dict.fromkeys(LOGLOSS_COLUMNS, float)))
-        )
-    for name in ("model_acc", "correlation"):
-        (folder / f"{name}.png").unlink(missing_ok=True)
-    for name, picture in pictures.items():
-        written.append(folder / f"{name}.png")
-        with atomic(written[-1]) as temporary:
-            temporary.write_bytes(picture["light"])
+        frame = pd.DataFrame(differences).astype(dict.fromkeys(LOGLOSS_COLUMNS, float))
+        written.append(write_csv(folder / DIFFERENCES, frame))
+    written += write_pictures(folder, pictures)
     write_text(folder / COMPARISON, page)
     figures = {experiment.name: scores for experiment, scores in zip(experiments, tables[shown], strict=True) if scores}
     print(json.dumps(figures, ensure_ascii=False), flush=True)
@@ -111,7 +114,7 @@ def load_run(folder: Path) -> Experiment:
     ensembles = [usual] if usual.is_file() else [path for path in files if path.name == ENSEMBLE]
     if len(ensembles) > 1:
         raise DataError(
-            f"several ensembles in the run {folder}: {', '.join(map(str, ensembles[:4]))}; set the folder of one"
+            f"several ensembles in the run {folder}: {predictions.preview(ensembles)}; set the folder of one"
         )
     submissions = [path.parent / read_json(path).get("submission", "submission.csv") for path in ensembles]
     missing = [path for path in submissions if not path.is_file()]
@@ -139,13 +142,9 @@ def with_tables(
     If a column of a file has the ids of the runs' tables, or of `labels`, it is the file's id column.
     `answer` and `positive`: see `read_submission`.
     """
-    read = {experiment.name: experiment.table for experiment in experiments if experiment.table is not None}
+    read = {e.name: e.table for e in experiments if e.table is not None}
     ids = next((table.ids.tolist() for table in read.values()), list(labels))
-    files = {
-        experiment.name: experiment.file
-        for experiment in experiments
-        if experiment.file is not None and experiment.name not in read
-    }
+    files = {e.name: e.file for e in experiments if e.file is not None and e.name not in read}
     single = {name for name, file in files.items() if has_one_column(file)}
     certain = {name for name in single if has_labels_only(files[name])}
     read |= {name: read_submission(files[name], ids, all_ids=False) for name in files.keys() - single}
@@ -155,36 +154,10 @@ def with_tables(
         alone = [read_submission(files[name], ids, **options) for name in single]
         known = sorted({name for table in alone for name in table.classes})
     read |= {name: read_submission(files[name], ids, known, **options) for name in single}
-    return [
-        replace(experiment, table=read.get(experiment.name), labels_only=experiment.name in certain)
-        for experiment in experiments
-    ]
+    return [replace(e, table=read.get(e.name), labels_only=e.name in certain) for e in experiments]
 
 
-def load_ground_truth(job: StageContext) -> tuple[Path | None, Mapping[str, str]]:
-    channel = job.optional_channel("ground_truth")
-    file = ground_truth.find_ground_truth_file(channel) if channel else None
-    return file, ground_truth.read_ground_truth(file) if file else {}
-
-
-def write_comparison_tables(
-    folder: Path,
-    experiments: Sequence[Experiment],
-    tables: Mapping[str, Sequence[comparison.Scores | None]],
-    facts: Mapping[str, Any],
-) -> list[Path]:
-    """Write the figures as CSV and JSON, and all submissions, if any, in one table; return the written files."""
-    written = [comparison.write_scores(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
-    write_json(written[1], facts)
-    (folder / ALL_SUBMISSIONS).unlink(missing_ok=True)
-    submitted = next((experiment.file for experiment in experiments if experiment.file is not None), None)
-    if submitted is not None:
-        id_column = open_csv(submitted).columns[0]
-        written.append(comparison.write_all_submissions(folder / ALL_SUBMISSIONS, experiments, id_column))
-    return written
-
-
-def to_json(
+def describe_comparison(
     experiments: Sequence[Experiment],
     tables: Mapping[str, Sequence[comparison.Scores | None]],
     pairs: comparison.PairwiseAgreement | None,

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from fivefold.data.readers.stores import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.metrics import apply_temperature
 from fivefold.inference.blending import apply_blend, equal_weights
-from fivefold.inference.ensemble_spec import Ensemble, check_combinable, group_by_system
-from fivefold.inference.factor_product import FactorProduct, build_product, read_factors
+from fivefold.inference.ensemble_spec import EnsembleSpec, check_combinable, group_by_system
+from fivefold.inference.factor_product import build_product, read_factors
 from fivefold.inference.submission import check_submission, write_submission
 from fivefold.inference.submission_reader import (
     PREFIX,
@@ -35,7 +35,6 @@ from fivefold.inference.submission_reader import (
 )
 from fivefold.inference.systems import (
     BlendConfig,
-    Score,
     System,
     blend_models,
     compute_weights,
@@ -64,20 +63,23 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         if job.optional_channel("folds") is not None:
             check_split(models, find_one(job, "folds", FOLDS))
     groups = group_by_system(models)
-    product = make_product(options.blend, groups, files)
+    if options.blend == "product" and files:
+        raise SettingsError(
+            f"ensemble.blend=product combines models of different factors, but {next(iter(files))} is a submission file; "
+            "blend it with the product's submission in a second run with another blend"
+        )
+    product = build_product(groups) if options.blend == "product" else None
     store, images = select_rows(job, settings, [] if models else list(files.values()))
     classes = product.factors.classes if product else known_classes(models, images, files)
     images = with_factor_labels(images, models, classes)
     check_submission(images, classes, same)
     submitted = read_files(files, groups, images, classes, same, options)
-    check_blend_inputs(options, submitted)
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
-    explicit = settings.predict.model_dump(exclude_unset=True)
-    request = EnsembleRequest(store, images, options.unreadable == "prior", job.scratch)
-    system_probs, unreadable = predict_each(groups, request, explicit, options.seed_blend) if groups else ({}, [])
+    system_probs, unreadable = predict_each(job, settings, groups, store, images, options.seed_blend)
     system_probs |= {name: table.log_probs for name, table in submitted.items()}
-    systems = [load_system(name, group, explicit.get("tta"), options.seed_blend) for name, group in groups.items()]
+    views = settings.predict.tta if "tta" in settings.predict.model_fields_set else None
+    systems = [load_system(name, group, views, options.seed_blend) for name, group in groups.items()]
     systems += [System(name, 1, 1, None, None) for name in submitted]
     rule, alone = BlendConfig(options.blend, options.weights, options.seed_blend), []
     if product:
@@ -86,7 +88,9 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     weights, scores = compute_weights(systems, rule)
     holdout, temperature, holdout_scores = score_holdout(systems, weights, rule, options.calibrate_on)
     scores = alone + scores + holdout_scores
-    log_scores(scores)
+    for score in scores:
+        figures = f"accuracy {score['accuracy']:.4f}, logloss {score['logloss']:.4f}"
+        log.info("%s: %s (%s rows, n=%d)", score["what"], figures, score["rows"], score["n"])
 
     blended = apply_blend(rule.between, list(system_probs.values()), weights)
     log_probs = apply_temperature(blended, temperature)
@@ -97,22 +101,18 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         predictions.write(output / PREDICTIONS, table),
         save_submission(output / options.submission, table, images, same),
     ]
-    written += save_submission_per_system(
-        output / PER_SYSTEM_CSV,
-        {name: system_probs[name] for name in groups if name in system_probs},
-        images,
-        classes,
-        same,
-    )
-    written += write_holdout(output / HOLDOUT, holdout)
+    of_models = {name: system_probs[name] for name in groups if name in system_probs}
+    written += save_submission_per_system(output / PER_SYSTEM_CSV, of_models, images, classes, same)
+    (output / HOLDOUT).unlink(missing_ok=True)
+    if holdout is not None:
+        written.append(predictions.write(output / HOLDOUT, holdout))
     shares = tuple((product.weights if product else weights).tolist())
-    ensemble = Ensemble(groups, shares, temperature, options.seed_blend, options.blend, files)
+    ensemble = EnsembleSpec(groups, shares, temperature, options.seed_blend, options.blend, files)
     facts = {"submission": options.submission, "id_column": images.id_column}
     facts |= {"unreadable": images.ids[unreadable].tolist()} if unreadable else {}
     write_json(output / ENSEMBLE, facts | ensemble.describe(scores))
-    return StageResult(
-        [*written, output / ENSEMBLE], {"models": len(models), "images": len(images), "temperature": temperature}
-    )
+    counts = {"models": len(models), "images": len(images), "temperature": temperature}
+    return StageResult([*written, output / ENSEMBLE], counts)
 
 
 def select_rows(job: StageContext, settings: Settings, files: Sequence[Path]) -> tuple[ImageStore | None, EvalImages]:
@@ -164,65 +164,46 @@ def read_files(
     same: ClassAliases,
     options: schema.Ensemble,
 ) -> dict[str, Predictions]:
-    """Read each file's predictions of the test images, in their order, by system name."""
-    duplicates = sorted(files.keys() & groups.keys())
-    if duplicates:
-        name = duplicates[0]
-        raise DataError(f"{files[name]} and a system of the models are both called {name!r}; rename one of them")
-    ids = [str(name) for name in images.ids]
+    """Read each file's predictions of the test images, in their order, by system name.
+
+    Raise a SettingsError for a file of predicted classes in a blend where it would be a veto or could not be ranked.
+    """
+    ids, submitted = [str(name) for name in images.ids], {}
     answer = {"answer": options.answer, "positive": options.positive_class}
-    tables = {name: read_submission(path, ids, classes, same, **answer) for name, path in files.items()}
-    return {name: table.reindex(ids) for name, table in tables.items()}
-
-
-def check_blend_inputs(options: schema.Ensemble, submitted: Mapping[str, Predictions]) -> None:
-    """Raise a SettingsError for a file of predicted classes in a blend where it would be a veto or could not be ranked."""
-    certain = [name for name, table in submitted.items() if contains_labels(table)]
-    if certain and options.blend in ("geometric", "rank"):
-        raise SettingsError(
-            f"ensemble.blend={options.blend} needs probabilities, but {certain[0]} has only predicted classes; "
-            "use vote, mean or weighted"
-        )
-
-
-def make_product(blend: str, groups: Mapping[str, list[ModelDir]], files: Mapping[str, Path]) -> FactorProduct | None:
-    """Return the product of the systems for the blend `product`, None for another blend; raise an error if it is impossible."""
-    if blend != "product":
-        return None
-    if files:
-        raise SettingsError(
-            f"ensemble.blend=product combines models of different factors, but {next(iter(files))} is a submission file; "
-            "blend it with the product's submission in a second run with another blend"
-        )
-    return build_product(groups)
-
-
-@dataclass(frozen=True)
-class EnsembleRequest:
-    """The images to predict; `prior`: unreadable images get the class shares of the training data."""
-
-    store: ImageStore | None
-    images: EvalImages
-    prior: bool
-    scratch: Path
+    for name, path in files.items():
+        if name in groups:
+            raise DataError(f"{path} and a system of the models are both called {name!r}; rename one of them")
+        submitted[name] = read_submission(path, ids, classes, same, **answer).reindex(ids)
+        if options.blend in ("geometric", "rank") and contains_labels(submitted[name]):
+            raise SettingsError(
+                f"ensemble.blend={options.blend} needs probabilities, but {name} has only predicted classes; "
+                "use vote, mean or weighted"
+            )
+    return submitted
 
 
 def predict_each(
-    groups: Mapping[str, list[ModelDir]], request: EnsembleRequest, explicit: Mapping[str, Any], within: str
+    job: StageContext,
+    settings: Settings,
+    groups: Mapping[str, list[ModelDir]],
+    store: ImageStore | None,
+    images: EvalImages,
+    within: str = "mean",
 ) -> tuple[dict[str, np.ndarray], list[int]]:
     """Return each system's [N, C], and the unreadable rows, which get the class shares of the training data.
 
     An image is decoded and transformed once for all models with the same preprocessing, and for all views.
     """
+    if not groups:
+        return {}, []
     from fivefold.trained_model import ImageList, SharedEvalImages
 
-    images = SharedEvalImages(ImageList(request.store, request.images.paths), request.scratch, request.prior)
-    log_probs = {name: predict_systems(group, images, explicit, within) for name, group in groups.items()}
-    if rows := images.unreadable:
-        names = ", ".join(map(str, request.images.paths[rows]))
-        log.warning(
-            "%d test images cannot be read; they get the class shares of the training data: %s", len(rows), names
-        )
+    explicit, prior = settings.predict.model_dump(exclude_unset=True), settings.ensemble.unreadable == "prior"
+    shared = SharedEvalImages(ImageList(store, images.paths), job.scratch, prior)
+    log_probs = {name: predict_system(group, shared, explicit, within) for name, group in groups.items()}
+    if rows := shared.unreadable:
+        words = "test images cannot be read; they get the class shares of the training data"
+        log.warning("%d %s: %s", len(rows), words, ", ".join(map(str, images.paths[rows])))
     return log_probs, rows
 
 
@@ -232,7 +213,7 @@ def class_prior(model: ModelDir) -> np.ndarray:
     return np.log(shares / shares.sum()).astype(np.float32)
 
 
-def predict_systems(group: list[ModelDir], eval_images: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
+def predict_system(group: list[ModelDir], eval_images: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
     """Predict with a system's models and combine them into one [N, C] with equal weights; load one network at a time."""
     from fivefold.build import describe_runtime
     from fivefold.trained_model import load_model
@@ -298,27 +279,15 @@ def save_submission_per_system(
 
     Classes with the same meaning keep their own probabilities, except merged classes.
     """
-    if folder.is_dir():
-        for old in folder.glob(f"{PREFIX}*.csv"):
-            old.unlink()
+    for old in folder.glob(f"{PREFIX}*.csv"):
+        old.unlink()
     plain = replace(same, policy="merge" if same.canonical_names else "none")
     names = {system: re.sub(r"[^\w.()+-]+", "_", system) for system in probabilities}
     if len(set(names.values())) < len(names):
         raise DataError(f"several systems map to one file name: {', '.join(names)}; rename one with system=")
     columns = images.sample.classes if images.sample and len(images.sample.classes) > 1 else same.names(classes)
     layout = SampleSubmission(images.id_column, tuple(columns), images.ids)
-    tables = {
-        folder / f"{PREFIX}{names[n]}.csv": make_table(images, n, classes, probs) for n, probs in probabilities.items()
-    }
-    return [write_submission(path, table, layout, plain) for path, table in tables.items()]
-
-
-def write_holdout(path: Path, table: Predictions | None) -> list[Path]:
-    path.unlink(missing_ok=True)
-    return [] if table is None else [predictions.write(path, table)]
-
-
-def log_scores(scores: list[Score]) -> None:
-    for score in scores:
-        figures = f"accuracy {score['accuracy']:.4f}, logloss {score['logloss']:.4f}"
-        log.info("%s: %s (%s rows, n=%d)", score["what"], figures, score["rows"], score["n"])
+    return [
+        write_submission(folder / f"{PREFIX}{names[n]}.csv", make_table(images, n, classes, probs), layout, plain)
+        for n, probs in probabilities.items()
+    ]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from fivefold.config.schema import Settings
-from fivefold.contract.files import atomic, write_json, write_text
+from fivefold.contract.files import write_json, write_text
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import METRICS, REPORT
 from fivefold.errors import MissingInputError
@@ -56,29 +56,24 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     shown = {name: rows[: options.num_error_images] for name, rows in mistakes.items()}
     pictures = report.draw_report(scored[0], inputs.curves(), options.bins)
     page = report.render(
-        report.ReportData(
-            title=settings.run or inputs.title(),
-            scored=scored,
-            figures=figures,
-            folds=[(model.name, scores) for model, scores in folds],
-            pictures=pictures,
-            mistakes=shown,
-            thumbnails={key: image for name in shown for key, image in inputs.thumbnails(name, shown[name]).items()},
-            records=inputs.records(),
-            notes=inputs.notes() | notes_on_overlap(figures),
-            data=inputs.counts(),
-            top_k=options.top_k,
-        )
+        title=settings.run or inputs.title(),
+        scored=scored,
+        figures=figures,
+        folds=[(model.name, scores) for model, scores in folds],
+        pictures=pictures,
+        mistakes=shown,
+        thumbnails={key: image for name in shown for key, image in inputs.thumbnails(name, shown[name]).items()},
+        records=inputs.records(),
+        notes=inputs.notes(),
+        data=inputs.counts(),
+        top_k=options.top_k,
     )
 
     selecting = {"oof", "holdout"} if inputs.selected else {"oof"}
     written = [folder / METRICS, *write_score_tables(folder, scored[0], mistakes, selecting)]
     per_fold = [{key: model.info[key] for key in ("system", "seed", "fold")} | scores for model, scores in folds]
     write_json(folder / METRICS, finite(figures | ({"oof": figures["oof"] | {"folds": per_fold}} if folds else {})))
-    for name, picture in pictures.items():
-        written.append(folder / f"{name}.png")
-        with atomic(written[-1]) as temporary:
-            temporary.write_bytes(picture["light"])
+    written += report.write_pictures(folder, pictures)
     write_text(folder / REPORT, page)
     headline = finite({name: {key: scores[key] for key in HEADLINE} for name, scores in figures.items()})
     print(json.dumps(headline, ensure_ascii=False), flush=True)
@@ -100,13 +95,6 @@ def scores_outside_split(rows: scored_rows.ScoredRows, known: Set[str], top_k: i
     values = overlap["in_split"], len(new), overlap["not_in_split"]["accuracy"], overlap["not_in_split"]["logloss"]
     log.warning("%d of %d test images are images of the split; of the others: accuracy %.4f, logloss %.4f", *values)
     return overlap
-
-
-def notes_on_overlap(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the report's note on test images that are images of the split."""
-    count = figures.get("test", {}).get("in_split", 0)
-    words = f"{count} of these images {'has' if count == 1 else 'have'} the same pixels as an image of the split."
-    return {"test": words} if count else {}
 
 
 def write_score_tables(

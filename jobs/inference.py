@@ -15,7 +15,7 @@ from fivefold.inference.ensemble_spec import check_equal_field, group_by_system
 from fivefold.inference.factor_product import build_product, needs_product
 from fivefold.inference.submission import check_submission
 
-from .ensemble import EnsembleRequest, make_table, predict_each, save_submission, with_factor_labels
+from .ensemble import make_table, predict_each, save_submission, with_factor_labels
 
 log = logging.getLogger("fivefold")
 
@@ -40,9 +40,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     images = with_factor_labels(images, models, classes)
     check_submission(images, classes, same)
 
-    explicit = settings.predict.model_dump(exclude_unset=True)
-    request = EnsembleRequest(store, images, settings.ensemble.unreadable == "prior", job.scratch)
-    system_probs, _ = predict_each(groups, request, explicit, "mean")
+    system_probs, _ = predict_each(job, settings, groups, store, images)
     log_probs = product.combine(system_probs) if product else mean(list(system_probs.values()))
     table = make_table(images, product.name if product else " + ".join(system_probs), classes, log_probs)
     output = job.output()

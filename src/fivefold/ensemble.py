@@ -14,7 +14,7 @@ from fivefold.data.image_io import DecodeOptions
 from fivefold.data.pipeline.dataset import Batch, ImageDataset
 from fivefold.data.split.fold_table import FoldTable
 from fivefold.errors import DataError
-from fivefold.inference.ensemble_spec import Ensemble, find_ensemble
+from fivefold.inference.ensemble_spec import EnsembleSpec, find_ensemble
 from fivefold.predictions import reorder_classes
 from fivefold.progress import track
 from fivefold.system import count_cores
@@ -42,7 +42,7 @@ class PredictionBatch:
 class EnsemblePredictor:
     """An ensemble with loaded models: `models`, in the order of its models."""
 
-    ensemble: Ensemble
+    ensemble: EnsembleSpec
     models: Sequence[TrainedModel]
 
     @property
@@ -103,16 +103,14 @@ class EnsemblePredictor:
             except DataError as error:
                 return str(error)
 
-        starts = range(0, len(files.paths), CHUNK_IMAGES)
+        rows = range(len(files.paths))
+        chunks = [rows[start : start + CHUNK_IMAGES] for start in rows[::CHUNK_IMAGES]]
         with ThreadPoolExecutor(count_cores()) as pool:
             pending = None
-            for start in starts:
-                rows = range(start, min(start + CHUNK_IMAGES, len(files.paths)))
-                ready, pending = pending, (rows, pool.map(prepare, rows))
+            for chunk in [*chunks, None]:
+                ready, pending = pending, chunk and (chunk, pool.map(prepare, chunk))
                 if ready:
                     yield dict(zip(*ready, strict=True))
-            if pending:
-                yield dict(zip(*pending, strict=True))
 
 
 def load_ensemble(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> EnsemblePredictor:

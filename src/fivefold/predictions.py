@@ -67,11 +67,10 @@ class Predictions:
         """Return the labels as class indices [N] int64; raise a DataError that lists labels that are not classes."""
         if self.labels is None:
             raise DataError("these predictions have no labels")
-        index = {name: code for code, name in enumerate(self.classes)}
-        unknown = sorted({str(label) for label in self.labels if label not in index})
-        if unknown:
+        codes = pd.Index(self.classes, dtype=object).get_indexer(self.labels).astype(np.int64)
+        if unknown := sorted({str(label) for label in self.labels[codes < 0]}):
             raise DataError(f"labels that are not classes of the model: {preview(unknown)}")
-        return np.array([index[label] for label in self.labels], dtype=np.int64)
+        return codes
 
 
 def write(path: Path, table: Predictions) -> Path:
@@ -114,9 +113,7 @@ def read(path: Path) -> Predictions:
         fold=_fold_column(table, path),
         system=_system_name(table, path),
         classes=classes,
-        log_probs=np.stack([table[PREFIX + name].to_numpy() for name in classes], axis=1).astype(
-            np.float32, copy=False
-        ),
+        log_probs=np.stack([table[PREFIX + name] for name in classes], axis=1).astype(np.float32, copy=False),
         labels=_text_column(table, "label", path) if "label" in names else None,
     )
     check(predictions, str(path))
@@ -135,14 +132,12 @@ def check(table: Predictions, where: str) -> None:
     with np.errstate(over="ignore"):
         sums = np.exp(table.log_probs).sum(axis=1, dtype=np.float64)
     bad = np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))  # written so that NaN counts as bad
-    if not len(bad):
-        return
-    values, row = table.log_probs[bad[0]], f"{where}: the row of id {table.ids[bad[0]]!r}"
-    if np.isnan(values).any():
-        raise DataError(f"{row} holds NaN")
-    if (values > TOLERANCE).any():
-        raise DataError(f"{row} holds {values.max():.4g}, above 0: natural logarithms of probabilities are needed")
-    raise DataError(f"{row}: its probabilities sum to {sums[bad[0]]:.4f}, not 1")
+    if len(bad):
+        values, total = table.log_probs[bad[0]], sums[bad[0]]
+        raise DataError(
+            f"{where}: the row of id {table.ids[bad[0]]!r} needs natural logarithms of probabilities that sum to 1; "
+            f"they sum to {total:.4g}, and the largest logarithm is {values.max():.4g}"
+        )
 
 
 def reorder_classes(log_probs: np.ndarray, classes: Sequence[str], target: Sequence[str]) -> np.ndarray:

@@ -25,7 +25,7 @@ from fivefold.errors import DataError, FivefoldError
 from fivefold.evaluation.metrics import apply_temperature
 from fivefold.export import write_onnx
 from fivefold.inference.blending import arithmetic
-from fivefold.inference.ensemble_spec import Ensemble
+from fivefold.inference.ensemble_spec import EnsembleSpec
 from fivefold.trained_model import ImageList, load_model, save_model
 from fivefold.training.trainer import BestCheckpoint
 from toy_data import draw, failure, run_stage
@@ -275,7 +275,9 @@ class DriftingNetwork(nn.Module):
 
 def test_graph_that_differs_from_the_networks_is_not_kept(model_root, tmp_path):
     model = load_model(open_model_dir(model_root / "student"), {"tta": ["plain"]})
-    ensemble = EnsemblePredictor(Ensemble({"a": [model.source]}, (1.0,)), [replace(model, network=DriftingNetwork())])
+    ensemble = EnsemblePredictor(
+        EnsembleSpec({"a": [model.source]}, (1.0,)), [replace(model, network=DriftingNetwork())]
+    )
     with pytest.raises(FivefoldError, match=r"from the networks' \(at most 0.0001 is allowed\)") as caught:
         with atomic(tmp_path / "model.onnx") as temporary:
             write_onnx(temporary, ensemble)
@@ -306,7 +308,7 @@ def test_model_trained_with_bce_predicts_and_is_exported_with_sigmoids(images, t
     expected = (odds / odds.sum(dim=1, keepdim=True)).numpy()
     probs = np.exp(predict_pipeline([folder], images, [1.0]))
     np.testing.assert_allclose(probs, expected, atol=1e-5)
-    result = EnsemblePredictor(Ensemble({"a": [model.source]}, (1.0,)), [model]).predict(
+    result = EnsemblePredictor(EnsembleSpec({"a": [model.source]}, (1.0,)), [model]).predict(
         ImageList(open_store(images), names)
     )
     np.testing.assert_allclose(np.exp(result.log_probs), expected, atol=1e-5)

@@ -12,17 +12,12 @@ import pandas as pd
 from fivefold.csv_tables import check_same_ids
 from fivefold.errors import DataError
 from fivefold.evaluation import metrics, plots
-from fivefold.evaluation.ground_truth import add_labels
-from fivefold.evaluation.metrics import competition_logloss
-from fivefold.evaluation.report import ThemedImage, render_png, render_template
+from fivefold.evaluation.report import TITLES, render_png, render_template
 from fivefold.evaluation.scored_rows import write_csv
 from fivefold.predictions import Predictions, preview
 
 TEMPLATE = Path(__file__).with_name("comparison.html.j2")
 SCORE_NAMES = ["n", "accuracy", "accuracy_low", "accuracy_high", "logloss", "f1_macro"]
-
-
-TITLES = {"test": "Test", "oof": "Out-of-fold"}
 CAPTIONS = {
     "test": "Each submission scored against the supplied ground truth. Log loss follows the competition's rules: rows "
     "are normalised to sum 1 and clipped. Files of predicted classes have no log loss.",
@@ -37,7 +32,7 @@ class Experiment:
     """One experiment of a comparison.
 
     `source`: the path of the submission file or of the run's folder. `file` and `table`: its submission
-    of the test rows; `labels_only` if that has classes without probabilities. `oof`: its out-of-fold
+    of the test rows, with labels if there is a ground truth; `labels_only` if that has classes without probabilities. `oof`: its out-of-fold
     rows; `oof_description` describes their models.
     """
 
@@ -49,17 +44,17 @@ class Experiment:
     oof: Predictions | None = None
     oof_description: str = ""
 
-    def test_scores(self, truth: Mapping[str, str], where: Path) -> Scores | None:
-        """Return FIGURES of the submission against `truth` (id to class), logloss by competition rules; None without one."""
-        if self.table is None or self.file is None:
+    def test_scores(self) -> Scores | None:
+        """Return SCORE_NAMES of the submission, logloss by competition rules; None without one or without labels."""
+        if self.table is None or self.table.labels is None:
             return None
-        table = add_labels(self.table, dict(truth), where)
-        if self.labels_only:
-            return _figures(table, None)
-        return _figures(table, competition_logloss(np.exp(table.log_probs.astype(np.float64)), table.codes()))
+        probs = np.exp(self.table.log_probs.astype(np.float64))
+        return _figures(
+            self.table, None if self.labels_only else metrics.competition_logloss(probs, self.table.codes())
+        )
 
     def oof_scores(self) -> Scores | None:
-        """Return FIGURES of the out-of-fold rows; None without any."""
+        """Return SCORE_NAMES of the out-of-fold rows; None without any."""
         return None if self.oof is None else _figures(self.oof, metrics.logloss(self.oof.log_probs, self.oof.codes()))
 
 
@@ -93,24 +88,15 @@ def correlation(tables: Sequence[Predictions]) -> np.ndarray:
 
 def pairwise_agreement(experiments: Sequence[Experiment]) -> tuple[PairwiseAgreement | None, list[str]]:
     """Return the agreement on the rows that most experiments predict, and a note for each experiment without these rows."""
-    submitted = [experiment for experiment in experiments if experiment.table is not None]
-    scored = [experiment for experiment in experiments if experiment.oof is not None]
-    chosen, kind = (submitted, "test") if len(submitted) >= len(scored) else (scored, "out-of-fold")
-    notes = [
-        f"{experiment.name} has no {kind} predictions, so the agreement excludes it"
-        for experiment in experiments
-        if not any(experiment is other for other in chosen)
-    ]
-    if len(chosen) < 2:
+    kinds = {"test": [e.table for e in experiments], "out-of-fold": [e.oof for e in experiments]}
+    kind = min(kinds, key=lambda name: kinds[name].count(None))
+    predicted = list(zip(experiments, kinds[kind], strict=True))
+    notes = [f"{e.name} has no {kind} predictions, so the agreement excludes it" for e, table in predicted if not table]
+    names = {number: e.name for number, (e, table) in enumerate(predicted, start=1) if table}
+    if len(names) < 2:
         return None, notes
-    tables = [experiment.table if kind == "test" else experiment.oof for experiment in chosen]
-    tables = same_tables(tables, [experiment.name for experiment in chosen], strict=kind == "test")
+    tables = same_tables([table for _, table in predicted if table], list(names.values()), strict=kind == "test")
     rows = f"{len(tables[0]):,} {kind} rows"
-    names = {
-        number: experiment.name
-        for number, experiment in enumerate(experiments, start=1)
-        if any(experiment is other for other in chosen)
-    }
     return PairwiseAgreement(names, rows, agreement(tables), correlation(tables)), notes
 
 
@@ -167,31 +153,29 @@ def same_tables(tables: Sequence[Predictions], names: Sequence[str], strict: boo
 def write_all_submissions(path: Path, experiments: Sequence[Experiment], id_column: str) -> Path:
     """Write all submissions into one table: `experiment`, the ids, and one probability column per class."""
     submitted = [experiment for experiment in experiments if experiment.table is not None]
-    tables = same_tables(
-        [experiment.table for experiment in submitted], [experiment.name for experiment in submitted], strict=True
-    )
+    names = [experiment.name for experiment in submitted]
+    tables = same_tables([experiment.table for experiment in submitted], names, strict=True)
     frame = pd.DataFrame(np.exp(np.concatenate([table.log_probs for table in tables]), dtype=np.float64))
     frame.insert(0, "id", np.concatenate([table.ids for table in tables]))
-    frame.insert(0, "experiment", np.repeat([experiment.name for experiment in submitted], len(tables[0])))
+    frame.insert(0, "experiment", np.repeat(names, len(tables[0])))
     return write_csv(path, frame, ["experiment", id_column, *tables[0].classes], digits="%.9g")
 
 
 def draw_comparison(
     experiments: Sequence[Experiment], figures: Sequence[Scores | None], pairs: PairwiseAgreement | None
-) -> dict[str, ThemedImage]:
-    """Return the pictures by file name without suffix; a picture without data is omitted."""
+) -> dict[str, bytes]:
+    """Return PNG bytes by file name without suffix; a picture without data is omitted."""
     pictures = {}
     if any(figures):
         names, known = [experiment.name for experiment in experiments], [scores or {} for scores in figures]
-        pictures["model_acc"] = render_png(lambda to, theme: plots.plot_scores(names, known, to, theme))
+        pictures["model_acc"] = render_png(plots.plot_scores, names, known)
     if pairs is not None:
-        heat = (pairs.names, pairs.agreement, pairs.correlation)
-        pictures["correlation"] = render_png(lambda to, theme: plots.plot_agreement(*heat, to, theme))
+        pictures["correlation"] = render_png(plots.plot_agreement, pairs.names, pairs.agreement, pairs.correlation)
     return pictures
 
 
 def write_scores(path: Path, experiments: Sequence[Experiment], tables: Mapping[str, Sequence[Scores | None]]) -> Path:
-    """Write one row per experiment: its number and name, and FIGURES of each of `tables`, empty if unknown."""
+    """Write one row per experiment: its number and name, and SCORE_NAMES of each of `tables`, empty if unknown."""
     numbers = range(1, len(experiments) + 1)
     frame = pd.DataFrame({"number": numbers, "experiment": [experiment.name for experiment in experiments]})
     for name, figures in tables.items():
@@ -204,27 +188,13 @@ def render_page(
     title: str,
     experiments: Sequence[Experiment],
     tables: Mapping[str, Sequence[Scores | None]],
-    pairs: PairwiseAgreement | None,
-    pictures: Mapping[str, ThemedImage],
-    notes: Sequence[str],
-    differences: Sequence[Mapping[str, Any]] = (),
+    **content: Any,
 ) -> str:
-    """Render the complete HTML page of a comparison."""
-    rows = {
-        name: [(index + 1, experiments[index], scores) for index, scores in enumerate(figures) if scores]
-        for name, figures in tables.items()
-    }
+    """Render the complete HTML page of a comparison; `content`: the template's `pairs`, `differences`, `pictures`, `notes`."""
+    numbered = list(enumerate(experiments, start=1))
+    rows = {name: [row for row in zip(numbered, figures, strict=True) if row[1]] for name, figures in tables.items()}
     return render_template(
-        TEMPLATE,
-        title=title,
-        experiments=experiments,
-        tables=rows,
-        titles=TITLES,
-        about=CAPTIONS,
-        pairs=pairs,
-        differences=differences,
-        pictures=pictures,
-        notes=notes,
+        TEMPLATE, title=title, experiments=experiments, tables=rows, titles=TITLES, about=CAPTIONS, **content
     )
 
 

@@ -61,7 +61,7 @@ def confusion_matrix(log_probs: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 def per_class_table(log_probs: np.ndarray, codes: np.ndarray) -> dict[str, np.ndarray]:
-    """Return per class [C]: `precision`, `recall`, `f1` in [0, 1] (0 if undefined), `support`, `predicted_classes` counts."""
+    """Return per class [C]: `precision`, `recall`, `f1` in [0, 1] (0 if undefined), and the counts `support` and `predicted`."""
     from sklearn.metrics import precision_recall_fscore_support
 
     guesses, labels = predicted_classes(log_probs), range(log_probs.shape[1])
@@ -77,8 +77,6 @@ def compute_metrics(log_probs: np.ndarray, codes: np.ndarray, names: Iterable[st
 
 def full_report(log_probs: np.ndarray, codes: np.ndarray, top_k: int = 5, bins: int = 15) -> dict[str, float | int]:
     """Return all figures: METRICS, `top<k>_accuracy`, `ece`, and `n`, the number of rows."""
-    from fivefold.evaluation.metrics import expected_calibration_error
-
     return {
         "n": len(codes),
         **compute_metrics(log_probs, codes, METRICS),
@@ -121,12 +119,11 @@ METRICS: dict[str, Metric] = {
     "accuracy": sklearn_metric("accuracy_score"),
     "logloss": logloss,
     "competition_logloss": lambda log_probs, codes: competition_logloss(np.exp(log_probs), codes),
-    "f1_macro": sklearn_metric("f1_score", average="macro", zero_division=0),
-    "f1_weighted": sklearn_metric("f1_score", average="weighted", zero_division=0),
-    "precision_macro": sklearn_metric("precision_score", average="macro", zero_division=0),
-    "precision_weighted": sklearn_metric("precision_score", average="weighted", zero_division=0),
-    "recall_macro": sklearn_metric("recall_score", average="macro", zero_division=0),
-    "recall_weighted": sklearn_metric("recall_score", average="weighted", zero_division=0),
+    **{
+        f"{name}_{average}": sklearn_metric(f"{name}_score", average=average, zero_division=0)
+        for name in ("f1", "precision", "recall")
+        for average in ("macro", "weighted")
+    },
 }
 """All metrics of a report; macro metrics cover the classes that occur as truth or as prediction. To add one, add a line."""
 

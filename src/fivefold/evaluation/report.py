@@ -6,8 +6,7 @@ Names of classes and files are untrusted, so the template escapes all of them (a
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fivefold.contract.files import atomic
 from fivefold.evaluation import metrics, plots
 from fivefold.evaluation.scored_rows import ScoredRows, confused_pairs
 
@@ -24,9 +24,6 @@ STYLESHEET = Path(__file__).with_name("look.css")
 THUMBNAIL = 160
 PIXELATED = 64
 """Images up to this side length are shown with square pixels; larger ones are smoothed."""
-
-ThemedImage = Mapping[str, bytes]
-"""PNG bytes by theme: `light` and `dark`."""
 
 COMPARED_METRICS = ("accuracy", "logloss", "f1_macro", "ece")
 CAPTIONS = {
@@ -38,66 +35,47 @@ CAPTIONS = {
 TITLES = {"test": "Test", "holdout": "Holdout", "oof": "Out-of-fold"}
 
 
-@dataclass(frozen=True)
-class ReportData:
-    """The content of a report.
-
-    `scored`: the scored rows; the report opens with the first. `figures`: by name of `scored`. `folds`: name and
-    figures of each fold's out-of-fold rows. `pictures`: from `draw_report`. `mistakes`: by name of `scored`.
-    `thumbnails`: PNG or JPEG bytes by (name of `scored`, row id). `notes`: a remark by name of `scored`.
-    `records`: the `stage.json` of the stages before. `data`: names and values of the split's counts.
-    """
-
-    title: str
-    scored: Sequence[ScoredRows]
-    figures: Mapping[str, Mapping[str, Any]]
-    folds: Sequence[tuple[str, Mapping[str, Any]]]
-    pictures: Mapping[str, ThemedImage]
-    mistakes: Mapping[str, pd.DataFrame]
-    thumbnails: Mapping[tuple[str, str], bytes]
-    records: Sequence[Mapping[str, Any]]
-    notes: Mapping[str, str] = field(default_factory=dict)
-    data: Sequence[tuple[str, str]] = ()
-    top_k: int = 5
-
-
-def draw_report(scored: ScoredRows, curves: Mapping[str, Path], bins: int) -> dict[str, ThemedImage]:
-    """Return the plots of a report by file name without suffix; `curves` are training logs by model name."""
+def draw_report(scored: ScoredRows, curves: Mapping[str, Path], bins: int) -> dict[str, bytes]:
+    """Return the plots of a report as PNG bytes by file name without suffix; `curves` are training logs by model name."""
     log_probs, codes, classes = scored.table.log_probs, scored.codes, scored.table.classes
     calibrated = metrics.reliability_table(log_probs, codes, bins)
     error = metrics.expected_calibration_error(log_probs, codes, bins)
-    per_class = metrics.per_class_table(log_probs, codes)
-    painters = {
-        "confusion_matrix": lambda to, theme: plots.plot_confusion(scored.confusion, classes, to, theme),
-        "reliability": lambda to, theme: plots.plot_reliability(calibrated, error, to, theme),
-        "confidence": lambda to, theme: plots.plot_confidence(log_probs, codes, to, theme),
-        "per_class_f1": lambda to, theme: plots.plot_class_f1(per_class, classes, to, theme),
+    pictures = {
+        "confusion_matrix": render_png(plots.plot_confusion, scored.confusion, classes),
+        "reliability": render_png(plots.plot_reliability, calibrated, error),
     }
-    if len(curves) == 1:
-        painters["training_curves"] = lambda to, theme: plots.plot_training_curves(*curves.values(), to, theme)
-    elif curves:
-        painters["training_curves"] = lambda to, theme: plots.plot_fold_curves(curves, to, theme)
-    return {name: render_png(paint) for name, paint in painters.items()}
+    return pictures | ({"training_curves": render_png(plots.plot_training_curves, curves)} if curves else {})
 
 
-def render(content: ReportData) -> str:
-    """Render the complete HTML page."""
-    first = content.scored[0]
-    per_class = pd.DataFrame(
-        {"class": first.table.classes, **metrics.per_class_table(first.table.log_probs, first.codes)}
-    )
+def render(
+    scored: Sequence[ScoredRows],
+    figures: Mapping[str, Mapping[str, Any]],
+    folds: Sequence[tuple[str, Mapping[str, Any]]],
+    top_k: int,
+    **content: Any,
+) -> str:
+    """Render the complete HTML page, which opens with the first of the `scored` rows.
+
+    `figures`: by name of `scored`. `folds`: name and figures of each fold's out-of-fold rows. `content`: the template's
+    `title`; `pictures`, from `draw_report`; by name of `scored` the `mistakes` (a DataFrame) and `notes` (a remark);
+    `thumbnails`, PNG or JPEG bytes by (name of `scored`, row id); `records`, the `stage.json` of the stages before; and
+    `data`, names and values of the split's counts.
+    """
+    first = scored[0]
     return render_template(
         TEMPLATE,
-        content=content,
+        scored=scored,
         first=first,
-        headline=_headline(first, content.figures[first.name], content.top_k),
+        figures=figures,
+        folds=folds,
+        headline=_headline(first, figures[first.name], top_k),
         about=CAPTIONS,
         titles=TITLES,
         compared=COMPARED_METRICS,
-        spread=_spread([figures for _, figures in content.folds]),
-        per_class=per_class.to_dict("records"),
+        spread=_spread([scores for _, scores in folds]),
+        per_class=pd.DataFrame(first.per_class()).assign(name=first.table.classes).to_dict("records"),
         pairs=confused_pairs(first),
-        galleries=[(scored, _tiles(content, scored.name)) for scored in content.scored],
+        **content,
     )
 
 
@@ -111,16 +89,27 @@ def render_template(template: Path, **values: Any) -> str:
         "figure": format_number,
         "percent": format_percent,
         "uri": data_uri,
-        "pretty": _pretty,
-        "sentence": _sentence,
+        "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+        "sentence": lambda text: text[:1].upper() + text[1:],
     }
     look = Markup(STYLESHEET.read_text(encoding="utf-8"))
     return environment.from_string(template.read_text(encoding="utf-8")).render(look=look, **values)
 
 
-def render_png(paint: Any) -> ThemedImage:
-    """Return the output of `paint(target, theme)` as PNG bytes by theme."""
-    return {theme: _png(paint, theme) for theme in plots.THEMES}
+def render_png(plot: Callable[..., None], *arguments: object) -> bytes:
+    """Return the output of `plot(*arguments, target)`."""
+    target = BytesIO()
+    plot(*arguments, target)
+    return target.getvalue()
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, bytes]) -> list[Path]:
+    """Write the PNG bytes by file name without suffix; return the paths."""
+    paths = [folder / f"{name}.png" for name in pictures]
+    for path, picture in zip(paths, pictures.values(), strict=True):
+        with atomic(path) as temporary:
+            temporary.write_bytes(picture)
+    return paths
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
@@ -158,12 +147,6 @@ def format_percent(value: float) -> str:
     return f"{rounded}\N{NO-BREAK SPACE}%"
 
 
-def _png(paint: Any, theme: str) -> bytes:
-    buffer = BytesIO()
-    paint(buffer, theme)
-    return buffer.getvalue()
-
-
 def _headline(scored: ScoredRows, figures: Mapping[str, Any], top_k: int) -> list[tuple[str, str, str]]:
     """Return label, figure and remark of each headline figure, accuracy first."""
     among = f"true class in the top {top_k}" if len(scored.table.classes) > top_k else f"at most {top_k} classes"
@@ -185,20 +168,3 @@ def _spread(folds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]
         return {}
     values = {name: [fold[name] for fold in folds] for name in COMPARED_METRICS}
     return {name: (float(np.mean(column)), float(np.std(column, ddof=1))) for name, column in values.items()}
-
-
-def _tiles(content: ReportData, name: str) -> list[dict[str, Any]]:
-    tiles = []
-    for mistake in content.mistakes[name].itertuples():
-        image = content.thumbnails.get((name, mistake.id))
-        small = image is not None and image.startswith(b"\x89PNG")
-        tiles.append({"mistake": mistake, "image": image, "small": small})
-    return tiles
-
-
-def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:]
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)

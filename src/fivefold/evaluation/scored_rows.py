@@ -45,11 +45,12 @@ class ScoredRows:
 
     def figures(self, top_k: int, bins: int) -> dict[str, float | int | str]:
         """Return `subject` and `rows`, then all scores."""
-        return {
-            "what": self.subject,
-            "rows": self.rows,
-            **metrics.full_report(self.table.log_probs, self.codes, top_k, bins),
-        }
+        scores = metrics.full_report(self.table.log_probs, self.codes, top_k, bins)
+        return {"what": self.subject, "rows": self.rows, **scores}
+
+    def per_class(self) -> dict[str, np.ndarray]:
+        """Return `metrics.per_class_table`: scores and counts per class [C]."""
+        return metrics.per_class_table(self.table.log_probs, self.codes)
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % Wilson interval of the accuracy for the effective number of rows, given the `groups`."""
@@ -108,7 +109,7 @@ def confused_pairs(scored: ScoredRows, limit: int = 12) -> list[tuple[str, str, 
 
 
 def write_per_class(path: Path, scored: ScoredRows) -> Path:
-    frame = pd.DataFrame(metrics.per_class_table(scored.table.log_probs, scored.codes))
+    frame = pd.DataFrame(scored.per_class())
     frame.insert(0, "class", scored.table.classes)
     return write_csv(path, frame)
 

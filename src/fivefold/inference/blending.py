@@ -27,17 +27,14 @@ def mean(log_probs: LogProbs) -> np.ndarray:
 
 def arithmetic(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
     """Return log Σ w p, float32 [N, C]."""
-    total = np.zeros(log_probs[0].shape)
-    for member, weight in zip(log_probs, weights, strict=True):
-        total += weight * np.exp(member.astype(np.float64))
+    total = sum(w * np.exp(member.astype(np.float64)) for member, w in zip(log_probs, weights, strict=True))
     return np.log(np.maximum(total, EPS)).astype(np.float32)
 
 
 def geometric(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
     """Return log Π p^w, each row normalised to sum 1 (Hinton 2002, product of experts): one low probability can veto a class."""
-    total = np.zeros(log_probs[0].shape)
-    for member, weight in zip(log_probs, weights, strict=True):
-        total += weight * np.maximum(member.astype(np.float64), np.log(EPS))
+    floor = np.log(EPS)
+    total = sum(w * np.maximum(member.astype(np.float64), floor) for member, w in zip(log_probs, weights, strict=True))
     return (total - np.logaddexp.reduce(total, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -49,9 +46,7 @@ def rank(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
     """
     from scipy.stats import rankdata
 
-    total = np.zeros(log_probs[0].shape)
-    for member, weight in zip(log_probs, weights, strict=True):
-        total += weight * rankdata(member, axis=0) / len(member)
+    total = sum(w * rankdata(member, axis=0) / len(member) for member, w in zip(log_probs, weights, strict=True))
     return np.log(total / total.sum(axis=1, keepdims=True)).astype(np.float32)
 
 

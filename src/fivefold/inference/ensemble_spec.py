@@ -20,7 +20,7 @@ log = logging.getLogger("fivefold")
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class EnsembleSpec:
     """Trained models and submission files that predict together.
 
     `systems`: the models of each system by its name, with equal weights inside a system. `files`: submission files by
@@ -77,7 +77,7 @@ def group_by_system(models: Sequence[ModelDir]) -> dict[str, list[ModelDir]]:
     return groups
 
 
-def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: bool = False) -> Ensemble:
+def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: bool = False) -> EnsembleSpec:
     """Return the models' ensemble from one of the `ensemble.json` at `paths`; without a match, weigh systems equally.
 
     Raise a DataError unless there is one model or all models are complete systems of one split. Raise it too if several
@@ -92,7 +92,7 @@ def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: b
         raise DataError(f"{', '.join(map(str, paths))} blends other models; the models here are {names}")
     if not ensembles:
         systems = group_by_system(models)
-        return Ensemble(systems, tuple(equal_weights(len(systems)).tolist()))
+        return EnsembleSpec(systems, tuple(equal_weights(len(systems)).tolist()))
     path, ensemble = next(iter(ensembles.items()))
     if any(other != ensemble for other in ensembles.values()):
         raise DataError(
@@ -103,7 +103,7 @@ def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: b
     return ensemble
 
 
-def read_ensemble(path: Path, models: Sequence[ModelDir]) -> Ensemble | None:
+def read_ensemble(path: Path, models: Sequence[ModelDir]) -> EnsembleSpec | None:
     """Read the ensemble of exactly these models from an `ensemble.json`; None if it lists others, a DataError if invalid."""
     facts, systems = read_json(path), group_by_system(models)
     try:
@@ -112,7 +112,7 @@ def read_ensemble(path: Path, models: Sequence[ModelDir]) -> Ensemble | None:
             return None
         weights = tuple(float(facts["weights"][name]) for name in systems)
         blends = [str(facts.get(key, "mean")) for key in ("within", "blend")]
-        return Ensemble(systems, weights, float(facts["temperature"]), *blends)
+        return EnsembleSpec(systems, weights, float(facts["temperature"]), *blends)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path} does not describe an ensemble: {error!r}; rerun ensemble, or remove the file"

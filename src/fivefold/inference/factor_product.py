@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from fivefold.contract.artifacts import ModelDir
+from fivefold.csv_tables import check_same_ids
 from fivefold.errors import DataError
 from fivefold.inference.blending import mean
-from fivefold.inference.systems import System, align_rows
+from fivefold.inference.systems import System
 from fivefold.label_factors import LabelFactors, parse_factors
 from fivefold.predictions import Predictions
 
@@ -48,17 +49,20 @@ class FactorProduct:
 
         Rows are normalised to sum 1. If every combination is a class, they already sum to 1.
         """
-        classes = self.factors.classes
         total = 0.0
         for knows, names in self.systems_by_factors.items():
             parts = mean([log_probs[name] for name in names]).astype(np.float64)
-            total = total + parts[:, self.factors.column_index(knows, classes)]
+            total = total + parts[:, self.factors.column_index(knows, self.factors.classes)]
         return (total - np.logaddexp.reduce(total, axis=1, keepdims=True)).astype(np.float32)
 
     def combine_tables(self, tables: Mapping[str, Predictions]) -> Predictions:
         """Combine the systems' tables of the same rows into one of all classes, with labels made from the parts."""
-        first = next(iter(tables.values()))
-        ordered = {name: self._in_order(name, table, first.ids, tables) for name, table in tables.items()}
+        first, ordered = next(iter(tables.values())), {}
+        for name, table in tables.items():
+            check_same_ids(first.ids, f"system {first.system!r}", table.ids, f"system {name!r}")
+            ordered[name] = table.with_classes(self.factors.projected_classes(self.known_factors[name])).reindex(
+                first.ids
+            )
         log_probs = self.combine({name: table.log_probs for name, table in ordered.items()})
         return replace(
             first, system=self.name, classes=self.factors.classes, log_probs=log_probs, labels=self._labels(ordered)
@@ -70,13 +74,6 @@ class FactorProduct:
         oof, holdout = (None if None in by_name.values() else self.combine_tables(by_name) for by_name in tables)
         chosen = [any(getattr(s, name) for s in systems) for name in ("selected", "folds_selected")]
         return System(self.name, sum(s.models for s in systems), max(s.seeds for s in systems), oof, holdout, *chosen)
-
-    def _in_order(
-        self, name: str, table: Predictions, ids: np.ndarray, tables: Mapping[str, Predictions]
-    ) -> Predictions:
-        if set(ids) != set(table.ids):
-            align_rows([next(iter(tables.values())), table])  # raises an error with the ids
-        return table.with_classes(self.factors.projected_classes(self.known_factors[name])).reindex(ids)
 
     def _labels(self, tables: Mapping[str, Predictions]) -> np.ndarray | None:
         if any(table.labels is None for table in tables.values()):
@@ -92,7 +89,8 @@ class FactorProduct:
 def build_product(groups: Mapping[str, Sequence[ModelDir]]) -> FactorProduct:
     """Return the product of systems; raise a DataError with the names unless they cover all factors without overlap."""
     first = next(iter(groups.values()))[0]
-    for model in (model for models in groups.values() for model in models):
+    knows: dict[str, tuple[str, ...]] = {}
+    for system, model in ((system, model) for system, models in groups.items() for model in models):
         if not model.info.get("knows") or not model.info.get("factors"):
             raise DataError(
                 f"{model.name} predicts whole classes, not factors, so it cannot be part of a product; "
@@ -102,8 +100,13 @@ def build_product(groups: Mapping[str, Sequence[ModelDir]]) -> FactorProduct:
             raise DataError(
                 f"{first.name} and {model.name} predict factors of different classes; a product needs models of one split"
             )
+        own = tuple(model.info["knows"])
+        if knows.setdefault(system, own) != own:
+            raise DataError(
+                f"{model.name} and the other models of its system predict different factors ({', '.join(knows[system])}; "
+                f"{', '.join(own)}); rename one of the systems with system="
+            )
     factors = read_factors(first.info)
-    knows = {system: _common_factors(models) for system, models in groups.items()}
     _check_cover(factors, knows)
     return FactorProduct(factors, knows)
 
@@ -117,17 +120,6 @@ def read_factors(info: Mapping[str, Any]) -> LabelFactors:
 def needs_product(infos: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether the models predict different factors, so that only a product can combine them."""
     return len({tuple(info.get("knows", ())) for info in infos}) > 1
-
-
-def _common_factors(models: Sequence[ModelDir]) -> tuple[str, ...]:
-    first, knows = models[0].name, models[0].info["knows"]
-    for model in models[1:]:
-        if model.info["knows"] != knows:
-            raise DataError(
-                f"{first} and {model.name} belong to one system but predict different factors ({', '.join(knows)}; "
-                f"{', '.join(model.info['knows'])}); rename one of the systems with system="
-            )
-    return tuple(knows)
 
 
 def _check_cover(factors: LabelFactors, knows: Mapping[str, tuple[str, ...]]) -> None:

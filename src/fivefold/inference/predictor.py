@@ -1,6 +1,6 @@
 """Prediction: log-probabilities of images from a trained classifier, averaged over views."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.config.schema import Spec
-from fivefold.data.pipeline.dataset import Batch, ImageDataset, Sample, load_batches, sequential_batches
+from fivefold.data.pipeline.dataset import Batch, ImageDataset, load_batches, sequential_batches
 from fivefold.data.pipeline.eval_cache import EvalImageCache
 from fivefold.data.pipeline.loader import prefetch_to_device
 from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -138,19 +138,14 @@ def predict_all(
     )
     if rows is not None:
         batches = [[(epoch, int(rows[index])) for epoch, index in batch] for batch in batches]
-    predicted = process_group.run_collectively(
-        lambda: predict(model, _load_batches(images, batches, workers, label), runtime, views, reduce_views)
-    )
+
+    def load() -> Iterable[Batch]:
+        prepared = isinstance(images, EvalImageCache)
+        loaded = images.batches(batches, workers, label) if prepared else load_batches(images, batches, workers)
+        return track(loaded, len(batches), label) if label else loaded
+
+    predicted = process_group.run_collectively(lambda: predict(model, load(), runtime, views, reduce_views))
     return shard.all_gather(torch.from_numpy(predicted)).numpy() if shard.is_sharded else predicted
-
-
-def _load_batches(
-    images: ImageDataset | EvalImageCache, batches: list[list[Sample]], workers: int, label: str
-) -> Iterator[Batch]:
-    """Yield the batches, with a progress bar if there is a label; `EvalImageCache` images are prepared first."""
-    prepared = isinstance(images, EvalImageCache)
-    loaded = images.batches(batches, workers, label) if prepared else load_batches(images, batches, workers)
-    return track(loaded, len(batches), label) if label else loaded
 
 
 @torch.inference_mode()
@@ -186,12 +181,6 @@ def _view_logits(model: nn.Module, batch: Batch, runtime: Runtime, views: Sequen
     meta = runtime.meta(batch.meta)
     meta_inputs = () if meta is None else (meta,)
     with runtime.autocast():
-        logits = [model(images, *meta_inputs) for images in _apply_views(batch.images, runtime, views)]
+        images = runtime.images(batch.images)
+        logits = [model(view(images), *meta_inputs) for view in views]
     return [view.float() for view in logits]
-
-
-def _apply_views(images: Tensor, runtime: Runtime, views: Sequence[View]) -> Iterator[Tensor]:
-    """Yield each view of uint8 images [B, 3, H, W], normalised on the device; views with the same move share one normalisation."""
-    for moved in dict.fromkeys(view.rearrange for view in views):
-        normalised = runtime.images(moved(images))
-        yield from (view.interpolate(normalised) for view in views if view.rearrange == moved)

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -39,7 +38,10 @@ PAIRS = (
 """Common names of two classes: (negative, positive)."""
 NOT = r"(?:no|not|non|without)[ -]*"
 """A prefix that turns the name of the positive class into the name of the negative class."""
-SETTINGS = "ensemble.answer=class, number or probability (of ensemble.positive_class)"
+DIGITS = "%.9g"
+"""The format of a probability in a submission: nine digits."""
+
+log = logging.getLogger("fivefold")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class AnswerFormat:
 
     `kind`: `columns` (the probability of each column's class), `probability` (of one class), `class` (the name of the
     predicted class) or `number` (its number). `names`: the classes of the columns, the one class, or all classes.
-    `cells`: for `class` and `number`, the text that stands for each name. `description`: the form as a log message.
-    `doubt`: a warning if the form is a guess.
+    `cells`: for `class` and `number`, the text for each name. `description`: the format as a log message.
+    `doubt`: a warning if the format is a guess.
     """
 
     kind: str
@@ -62,10 +64,10 @@ class AnswerFormat:
 def detect_format(
     submission: SampleSubmission, classes: Sequence[str], same: ClassAliases = NO_ALIASES
 ) -> AnswerFormat:
-    """Return the form that a sample's columns and values require of a model with `classes`.
+    """Return the format that a sample's columns and values require of a model with `classes`.
 
-    Raise a DataError with the names if a column is not a class or a class has no column. Raise a DataError that names
-    the setting if the purpose of a single column is ambiguous. Raise a SettingsError for an invalid setting.
+    Raise a DataError if the columns are not the classes, or if it is unclear what a single column holds. Raise a
+    SettingsError for an invalid setting.
     """
     names = same.names(classes)
     if submission.positive and not match_name(submission.positive, names):
@@ -79,9 +81,7 @@ def detect_format(
             f"ensemble.answer and ensemble.positive_class apply only to samples with one column after the ids; this sample has "
             f"{len(submission.classes)}: remove both settings"
         )
-    matched = [match_name(name, names) or name for name in submission.classes]
-    columns = tuple(matched) if len(set(matched)) == len(matched) else submission.classes
-    _check_columns(columns, classes, same)
+    columns = match_columns(submission.classes, names, "the sample submission")
     return AnswerFormat("columns", columns, {}, f"{len(columns)} columns of probabilities, one per class")
 
 
@@ -93,8 +93,23 @@ def match_name(name: str, names: Sequence[str]) -> str:
     return similar[0] if len(similar) == 1 else ""
 
 
+def match_columns(columns: Sequence[str], names: Sequence[str], where: object) -> tuple[str, ...]:
+    """Return the class of each column, as `match_name`; raise a DataError unless each of `names` has exactly one column."""
+    matched = tuple(match_name(column, names) or column for column in columns)
+    matched = matched if len(set(matched)) == len(matched) else tuple(columns)
+    unknown, missing = sorted(set(matched) - set(names)), sorted(set(names) - set(matched))
+    if unknown or missing:
+        parts = [f"{preview(unknown)} unknown to the models"] if unknown else []
+        parts += [f"{preview(missing)} without a column"] if missing else []
+        raise DataError(
+            f"{where}: the columns are not the models' classes: {', '.join(parts)}; after the id column there must be "
+            "one column per class, or a single column for the answer"
+        )
+    return matched
+
+
 def guess_positive(names: Sequence[str]) -> str:
-    """Return the positive one of two classes if their names tell, as in PAIRS or `cactus` and `no_cactus`; else ""."""
+    """Return the positive one of two classes if their names are as in PAIRS or `cactus` and `no_cactus`; else ""."""
     if len(names) != 2:
         return ""
     for negative, positive in (names, names[::-1]):
@@ -106,20 +121,6 @@ def guess_positive(names: Sequence[str]) -> str:
 
 def _normalise_name(name: str) -> str:
     return " ".join(visual_form(name.replace("_", " ")).casefold().split())
-
-
-def _check_columns(columns: Sequence[str], classes: Sequence[str], same: ClassAliases) -> None:
-    matrix = same.columns(classes, columns)
-    unknown = [name for name, used in zip(columns, matrix.any(axis=0), strict=True) if not used]
-    missing = [name for name, used in zip(classes, matrix.any(axis=1), strict=True) if not used]
-    missing += sorted(set(same.names(classes)) - {*classes, *columns})
-    if unknown or missing:
-        parts = [f"{preview(sorted(unknown))} unknown to the models"] if unknown else []
-        parts += [f"{preview(sorted(missing))} without a column"] if missing else []
-        raise DataError(
-            f"the sample submission's columns are not the models' classes: {', '.join(parts)}; after the id column, "
-            "a sample has one column per class, or a single column for the answer"
-        )
 
 
 class _Column:
@@ -140,7 +141,7 @@ class _Column:
         self.by_number = by_number if len(by_number) == len(names) else {}
 
     def form(self) -> AnswerFormat:
-        """Return the form that the settings choose, else the form that the values imply."""
+        """Return the format that the settings choose, else the one that the values imply."""
         answer = "probability" if self.sample_file.positive else self.sample_file.answer
         kind = self._kind() if answer == "auto" else answer
         return {"class": self._classes, "number": self._numbers, "probability": self._probability}[kind]()
@@ -152,28 +153,24 @@ class _Column:
             return "probability" if self.called and self.numbers else "class"
         if self.called and two:
             return "probability"
-        if not self.filled:
-            return "class" if self.name.casefold() in CLASS_NAMES else self._raise_ambiguous("is empty")
+        kind = ""
         if not self.numbers:
-            return "class"
-        if any(number % 1 for number in self.numbers):
-            return "probability" if two and share else self._raise_ambiguous(f"holds {preview(self.filled)}")
-        if self.by_number and self.numbers <= self.by_number.keys():
-            return self._raise_ambiguous(f"holds {preview(self.filled)}") if two and self.pointed and share else "class"
-        if not self.by_number and two and share and (self.pointed or guess_positive(self.names)):
-            return "probability" if self.pointed else "number"
-        several = len(self.numbers) > 1 and self.numbers <= set(range(len(self.names)))
-        return (
-            "number"
-            if several and not self.by_number and not two
-            else self._raise_ambiguous(f"holds {preview(self.filled)}")
-        )
-
-    def _raise_ambiguous(self, problem: str) -> NoReturn:
-        raise DataError(
-            f"the sample submission's column {self.name!r} {problem}, and the classes are {preview(self.names)}: it is unclear "
-            f"whether the column holds class names, class numbers or the probability of a class; set {SETTINGS}"
-        )
+            kind = "class" if self.filled or self.name.casefold() in CLASS_NAMES else ""
+        elif any(number % 1 for number in self.numbers):
+            kind = "probability" if two and share else ""
+        elif self.by_number and self.numbers <= self.by_number.keys():
+            kind = "" if two and self.pointed and share else "class"
+        elif not self.by_number and two and share and (self.pointed or guess_positive(self.names)):
+            kind = "probability" if self.pointed else "number"
+        elif not self.by_number and not two and len(self.numbers) > 1 and self.numbers <= set(range(len(self.names))):
+            kind = "number"
+        if not kind:
+            raise DataError(
+                f"the sample submission's column {self.name!r} holds {preview(self.filled) or 'nothing'}, and the classes are "
+                f"{preview(self.names)}: it is unclear whether it holds class names, class numbers or the probability of a "
+                "class; set ensemble.answer=class, number or probability (of ensemble.positive_class)"
+            )
+        return kind
 
     def _probability(self) -> AnswerFormat:
         positive = match_name(self.sample_file.positive, self.names) if self.sample_file.positive else ""
@@ -210,12 +207,6 @@ class _Column:
         guessed = self.sample_file.answer == "auto" and not positive
         doubt = "the numbers follow the sorted class names; set ensemble.answer=class for names" if guessed else ""
         return AnswerFormat("number", self.names, cells, words, doubt)
-
-
-log = logging.getLogger("fivefold")
-
-DIGITS = "%.9g"
-"""The format of a probability in a submission: nine digits."""
 
 
 def write_submission(path: Path, table: Predictions, layout: SampleSubmission, same: ClassAliases = NO_ALIASES) -> Path:

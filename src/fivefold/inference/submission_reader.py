@@ -24,7 +24,7 @@ from fivefold.data.class_aliases import ClassAliases
 from fivefold.data.readers.eval_images import SampleSubmission
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import FLOOR
-from fivefold.inference.submission import AnswerFormat, detect_format, match_name
+from fivefold.inference.submission import NO_ALIASES, AnswerFormat, detect_format, match_columns, match_name
 from fivefold.predictions import Predictions, preview, read, read_system
 
 log = logging.getLogger("fivefold")
@@ -51,14 +51,14 @@ def has_labels_only(path: Path) -> bool:
     """Return whether a file has a single column of predicted classes, by name or number, and no probabilities."""
     table = open_csv(path)
     columns = _answer_columns(table)
-    return len(columns) < 2 and not (columns and _are_shares(table.read(columns)[columns[0]]))
+    return len(columns) < 2 and not any(_are_shares(table.read([name])[name]) for name in columns)
 
 
 def read_submission(
     path: Path,
     ids: Collection[str] | None = None,
     classes: Sequence[str] = (),
-    same: ClassAliases | None = None,
+    same: ClassAliases = NO_ALIASES,
     all_ids: bool = True,
     *,
     likely: Sequence[str] = (),
@@ -77,7 +77,6 @@ def read_submission(
     file defines them. Raise a DataError with the path and the invalid ids (missing, unknown or duplicate), rows (no
     finite probability), classes or columns. A .parquet file is a table of predictions.
     """
-    same = same or ClassAliases()
     if is_table(path):
         return _read_table(path, ids if all_ids else None, classes, same)
     table, model_classes = open_csv(path), set(same.names(classes))
@@ -142,15 +141,11 @@ def _id_column(
     return row_id
 
 
-def _read_probabilities(table: CsvFile, cells: pd.DataFrame, classes: Collection[str]) -> tuple[list[str], np.ndarray]:
+def _read_probabilities(
+    table: CsvFile, cells: pd.DataFrame, classes: Collection[str]
+) -> tuple[Sequence[str], np.ndarray]:
     """Return the classes and their probabilities [N, C], each row normalised to sum 1 and clipped to [FLOOR, 1]."""
-    columns = [match_name(name, sorted(classes)) or name for name in cells.columns]
-    columns = columns if len(set(columns)) == len(columns) else cells.columns.tolist()
-    if classes and set(columns) != set(classes):
-        missing, unknown = sorted(set(classes) - set(columns)), sorted(set(columns) - set(classes))
-        parts = [f"no column of {preview(missing)}"] if missing else []
-        parts += [f"columns that are not classes of the models: {preview(unknown)}"] if unknown else []
-        raise DataError(f"{table}: {'; '.join(parts)}")
+    columns = match_columns(list(cells), sorted(classes), table) if classes else list(cells)
     probs = table.numbers(cells)
     sums = probs.sum(axis=1)
     bad = np.flatnonzero(~((probs >= 0) & (probs < np.inf)).all(axis=1) | ~((sums > 0) & (sums < np.inf)))
@@ -161,13 +156,10 @@ def _read_probabilities(table: CsvFile, cells: pd.DataFrame, classes: Collection
         )
     far = np.flatnonzero(np.minimum(np.abs(sums - 1), np.abs(sums / 100 - 1)) > SUM_TOLERANCE)
     if len(far):
+        words = "rows sum neither to 1 nor to 100, the first in row"
+        row, total = far[0] + 1, sums[far[0]]
         log.warning(
-            "%s: %d rows sum neither to 1 nor to 100, the first in row %d below the header (to %g); "
-            "Fivefold divides each row by its sum",
-            table,
-            len(far),
-            far[0] + 1,
-            sums[far[0]],
+            "%s: %d %s %d below the header (to %g); all are divided by their sum", table, len(far), words, row, total
         )
     return columns, _normalise(probs)
 
@@ -191,16 +183,12 @@ def _read_answers(
         shares = _numbers(cells)
         bad = np.flatnonzero(~((shares >= 0) & (shares <= 1)))
         if len(bad) or len(known) != 2:
-            where = (
-                f"{cells.iat[bad[0]]!r} in row {bad[0] + 1} below the header" if len(bad) else f"{len(known)} classes"
-            )
-            raise DataError(f"{table}: the column should hold the probability of {form.names[0]!r}, but has {where}")
+            problem = f"row {bad[0] + 1} holds {cells.iat[bad[0]]!r}" if len(bad) else f"there are {len(known)} classes"
+            raise DataError(f"{table}: the column should hold the probability of {form.names[0]!r}, but {problem}")
         return list(known), _normalise(np.where(np.array(known) == form.names[0], shares[:, None], 1 - shares[:, None]))
     if form:
         written = {cell: name for name, cell in form.cells.items()}
-        labels = labels.map(
-            lambda cell: written.get(cell) or _same_number(cell, written) or match_name(cell, known) or cell
-        )
+        labels = labels.map(lambda c: written.get(c) or _same_number(c, written) or match_name(c, known) or c)
     unknown = sorted(set(labels) - set(known))
     if unknown:
         raise DataError(f"{table}: predicted classes that are not classes of the models: {preview(unknown)}")
@@ -208,14 +196,13 @@ def _read_answers(
 
 
 def _form(table: CsvFile, cells: pd.Series, classes: Sequence[str], answer: str, positive: str) -> AnswerFormat:
-    """Return the form of a file's cells; whole numbers for two numeric classes are class names, which is never ambiguous."""
+    """Return the format of a file's cells; whole numbers for two numeric classes are class names, which is never ambiguous."""
     column = normalize_class_name(str(cells.name))
     form = SampleSubmission(table.columns[0], (column,), cells.to_numpy(object), values=tuple(cells.unique()))
     whole = _are_numbers(cells) and not _are_shares(cells) and len(classes) == 2 and all(map(is_number, classes))
+    answer = "class" if whole and answer == "auto" else answer
     try:
-        return detect_format(
-            replace(form, answer="class" if whole and answer == "auto" else answer, positive=positive), classes
-        )
+        return detect_format(replace(form, answer=answer, positive=positive), classes)
     except DataError as error:
         raise DataError(f"{table}: {error}") from error
 
@@ -245,9 +232,8 @@ def _are_shares(cells: pd.Series) -> bool:
 
 def _same_number(cell: str, written: Mapping[str, str]) -> str:
     """Return the class of the only cell in `written` that is the same number, as 0 and 0.0; "" for none."""
-    names = [
-        name for text, name in written.items() if is_number(text) and is_number(cell) and float(text) == float(cell)
-    ]
+    numbers = {text: float(text) for text in (cell, *written) if is_number(text)}
+    names = [name for text, name in written.items() if text in numbers and numbers[text] == numbers.get(cell)]
     return names[0] if len(names) == 1 else ""
 
 

@@ -22,8 +22,6 @@ log = logging.getLogger("fivefold")
 
 MIN_HOLDOUT_ROWS = 50
 """Fewer rows are too few to fit a temperature."""
-SELECTING = "holdout, which chose the epoch"
-TEMPERED = "holdout, temperature cross-fitted"
 Score = dict[str, Any]
 
 
@@ -93,7 +91,7 @@ def compute_weights(systems: Sequence[System], rule: BlendConfig) -> tuple[np.nd
         return blend.fit(log_probs, codes), scores
     if blend.fit:
         log.warning(
-            "equal weights between the systems: the out-of-fold rows are of one fold, so no rows are left to score on"
+            "equal weights between the systems: the out-of-fold rows come from one fold, so none are left to score"
         )
     elif rule.between != "mean":
         mixed = replace(first, log_probs=apply_blend(rule.between, log_probs, weights))
@@ -117,14 +115,14 @@ def score_holdout(
     table = replace(tables[0], fold=np.full(len(tables[0]), -1, np.int16))
     table = replace(table, log_probs=apply_blend(rule.between, [other.log_probs for other in tables], weights))
     selected = any(system.selected for system in systems)
-    rows = SELECTING if selected else "holdout"
+    rows = "holdout, which chose the epoch" if selected else "holdout"
     scores = [score(rule.describe(sum(s.models for s in systems), len(systems)), rows, table)]
     if temperature == "none" or selected or len(table) < MIN_HOLDOUT_ROWS:
         return table, 1.0, scores
     codes = table.codes()
     fitted, mixed = fit_temperature(table.log_probs, codes), cross_fit_temperature(table.log_probs, codes)
     table = replace(table, log_probs=mixed)
-    scores.append(score(f"the same at temperature {fitted:.3f}", TEMPERED, table))
+    scores.append(score(f"the same at temperature {fitted:.3f}", "holdout, temperature cross-fitted", table))
     return table, fitted, scores
 
 
@@ -139,17 +137,12 @@ def blend_models(tables: Sequence[Predictions], within: str) -> Predictions:
 
 def score_systems(systems: Sequence[System]) -> list[Score]:
     """Return the out-of-fold score of each system that has such rows."""
-    return [
-        score(_describe_system(system), "out-of-fold", system.oof, system.folds_selected)
-        for system in systems
-        if system.oof is not None
-    ]
-
-
-def _describe_system(system: System) -> str:
-    if system.seeds == 1:
-        return f"single models of {system.name}"
-    return f"means of {system.seeds} seeds of {system.name}"
+    scores = []
+    for system in systems:
+        words = "single models" if system.seeds == 1 else f"means of {system.seeds} seeds"
+        if system.oof is not None:
+            scores.append(score(f"{words} of {system.name}", "out-of-fold", system.oof, system.folds_selected))
+    return scores
 
 
 def align_rows(tables: Sequence[Predictions]) -> list[Predictions]:

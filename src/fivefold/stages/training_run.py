@@ -205,7 +205,7 @@ class TrainingRun:
             figures |= scores
         facts = {"fold": None, **split_facts(self.split, self.table), **world_size(self.job), **facts}
         files += save_model(folder, role, self.best, self.settings, self.runtime, facts)
-        plot_training_curves(folder / TRAIN_LOG, self.job.output() / CURVES)
+        plot_training_curves({self.label: folder / TRAIN_LOG}, self.job.output() / CURVES)
         if oof is not None:
             self._draw_examples(oof)
         close_trackers(self.trackers, figures)

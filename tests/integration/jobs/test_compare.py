@@ -1,6 +1,7 @@
 """The compare stage on runs and submission files, through its entrypoint."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss
 
 from fivefold import predictions
-from fivefold.contract.files import write_json
+from fivefold.contract.files import read_json, write_json
 from fivefold.predictions import Predictions
 from jobs.__main__ import run
 from toy_data import failure, read_rows, write_csv
@@ -38,12 +39,9 @@ def make_run(folder: Path, seed: int, skill: float) -> Path:
         model.mkdir(parents=True)
         rows = np.arange(40) % 2 == fold
         labels = np.array(CLASSES, object)[CODES[rows]]
-        table = Predictions(
-            np.array([f"train {n}" for n in np.flatnonzero(rows)], object),
-            np.full(rows.sum(), fold, np.int16), "s", CLASSES,
-            np.log(make_probabilities(seed + 9, skill)[rows]).astype(np.float32), labels,
-        )  # fmt: skip
-        predictions.write(model / "oof.parquet", table)
+        ids, folds = np.array([f"train {n}" for n in np.flatnonzero(rows)], object), np.full(rows.sum(), fold, np.int16)
+        log_probs = np.log(make_probabilities(seed + 9, skill)[rows]).astype(np.float32)
+        predictions.write(model / "oof.parquet", Predictions(ids, folds, "s", CLASSES, log_probs, labels))
         write_json(model / "model.json", {"role": "fold", "system": "s", "seed": 1, "fold": fold})
     return folder
 
@@ -67,42 +65,35 @@ def compare(root: Path, *arguments: str, **channels: str) -> int:
 def test_compare_reports_runs_and_submission_files_in_one_table(workspace, capsys):
     runs = f"compare.runs={workspace / 'A'},{workspace / 'B'}"
     assert compare(workspace, runs, SUBMISSIONS=str(workspace / "csv"), GROUND_TRUTH=str(workspace / "gt.csv")) == 0
-    out = workspace / "out"
+    out, names = workspace / "out", ["A", "B", "eva", "표"]
+    probs = [make_probabilities(1, 3.0), make_probabilities(2, 1.0), make_probabilities(3, 2.0)]
+    accuracies = [accuracy_score(CODES, each.argmax(axis=1)) for each in probs]
     results = read_rows(out / "comparison.csv")
-    assert [row["experiment"] for row in results] == ["A", "B", "eva", "표"]
-    for row, probs in zip(
-        results, (make_probabilities(1, 3.0), make_probabilities(2, 1.0), make_probabilities(3, 2.0)), strict=False
-    ):
-        assert float(row["test_accuracy"]) == pytest.approx(accuracy_score(CODES, probs.argmax(axis=1)))
-        assert float(row["test_logloss"]) == pytest.approx(log_loss(CODES, probs), abs=1e-5)
-        assert row["test_n"] == "40"
-    assert (results[3]["test_accuracy"], results[3]["test_logloss"]) == ("1.000000", "")
+    assert [row["experiment"] for row in results] == names
+    assert [float(row["test_accuracy"]) for row in results] == pytest.approx([*accuracies, 1])
+    losses = [log_loss(CODES, each) for each in probs]
+    assert [float(row["test_logloss"]) for row in results[:3]] == pytest.approx(losses, abs=1e-5)
+    assert (results[0]["test_n"], results[2]["oof_n"], results[3]["test_logloss"]) == ("40", "", "")
     assert float(results[0]["oof_logloss"]) == pytest.approx(log_loss(CODES, make_probabilities(10, 3.0)), abs=1e-5)
-    assert results[2]["oof_n"] == ""
     stacked = read_rows(out / "all_experiments_submission_compare.csv")
     assert list(stacked[0]) == ["experiment", "ID", *sorted(CLASSES)]
-    assert [row["experiment"] for row in stacked[::40]] == ["A", "B", "eva", "표"]
-    assert float(stacked[45]["모닝"]) == pytest.approx(make_probabilities(2, 1.0)[5, 1], abs=1e-6)
-    facts = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
-    assert facts["likeness"]["names"] == ["A", "B", "eva", "표"]
-    share = (make_probabilities(1, 3.0).argmax(axis=1) == make_probabilities(2, 1.0).argmax(axis=1)).mean()
+    assert [row["experiment"] for row in stacked[::40]] == names
+    assert float(stacked[45]["모닝"]) == pytest.approx(probs[1][5, 1], abs=1e-6)
+    facts = read_json(out / "comparison.json")
+    assert facts["likeness"]["names"] == names
+    share = (probs[0].argmax(axis=1) == probs[1].argmax(axis=1)).mean()
     assert facts["likeness"]["agreement"][0][1] == pytest.approx(share)
-    for name in ("model_acc.png", "correlation.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("model_acc.png", "correlation.png"))
     page = (out / "compare.html").read_text(encoding="utf-8")
     assert "2 fold models of s" in page
-    assert set(json.loads(capsys.readouterr().out)) == {"A", "B", "eva", "표"}
+    assert "McNemar" in page
+    assert list(json.loads(capsys.readouterr().out)) == names
     paired = read_rows(out / "paired.csv")
     assert [(row["first"], row["second"]) for row in paired[:2]] == [("A", "B"), ("A", "eva")]
     assert len(paired) == len(facts["paired"]) == 6
-    difference = accuracy_score(CODES, make_probabilities(1, 3.0).argmax(1)) - accuracy_score(
-        CODES, make_probabilities(2, 1.0).argmax(1)
-    )
-    assert float(paired[0]["accuracy"]) == pytest.approx(difference)
+    assert float(paired[0]["accuracy"]) == pytest.approx(accuracies[0] - accuracies[1])
     assert (paired[2]["second"], paired[2]["logloss"]) == ("표", "")
-    assert "McNemar" in page
-    record = json.loads((out / "stage.json").read_text())
-    assert len(record["outputs"]) == 7
+    assert len(read_json(out / "stage.json")["outputs"]) == 7
 
 
 def test_run_with_label_submission_is_scored_by_its_prediction_table(workspace, capsys):
@@ -122,7 +113,7 @@ def test_run_with_label_submission_is_scored_by_its_prediction_table(workspace, 
     other = write_csv(workspace / "other.csv", [["ID", "image_path", "target"], *numbered])
     runs = f"compare.runs={workspace / 'A'},{workspace / 'B'}"
     assert compare(workspace, runs, f"compare.submissions={other}", GROUND_TRUTH=str(workspace)) == 0
-    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    figures = json.loads(capsys.readouterr().out)
     for name, seed, skill in (("A", 1, 3.0), ("B", 2, 1.0)):
         probs = make_probabilities(seed, skill)
         assert figures[name]["accuracy"] == pytest.approx(accuracy_score(CODES, probs.argmax(1)))
@@ -140,37 +131,33 @@ def test_label_files_are_paired_by_accuracy_only(workspace):
 
 
 def test_compare_uses_out_of_fold_rows_without_ground_truth(workspace, capsys):
-    for name in "AB":
-        (workspace / name / "ensemble" / "output" / "ensemble.json").unlink()
     (workspace / "runs").mkdir()
     for name in "AB":
-        (workspace / name).rename(workspace / "runs" / name)
+        (workspace / name / "ensemble" / "output" / "ensemble.json").unlink()
+        shutil.move(workspace / name, workspace / "runs" / name)
     assert compare(workspace, RUNS=str(workspace / "runs")) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["B"]["logloss"] == pytest.approx(log_loss(CODES, make_probabilities(11, 1.0)), abs=1e-5)
-    assert (workspace / "out" / "model_acc.png").is_file()
-    assert not (workspace / "out" / "all_experiments_submission_compare.csv").exists()
-    facts = json.loads((workspace / "out" / "comparison.json").read_text(encoding="utf-8"))
+    names = {path.name for path in (workspace / "out").iterdir()}
+    assert ("model_acc.png" in names, "all_experiments_submission_compare.csv" in names) == (True, False)
+    facts = read_json(workspace / "out" / "comparison.json")
     assert facts["likeness"]["rows"] == "40 out-of-fold rows"
     assert [(row["first"], row["second"], row["n"]) for row in facts["paired"]] == [("A", "B", 40)]
 
 
-def test_files_without_truth_are_compared_by_agreement_and_recompared_after_a_change(workspace, caplog):
-    files = [
-        write_submission(workspace / name / "submission.csv", make_probabilities(seed, 1.0))
-        for seed, name in enumerate("xy")
-    ]
-    setting = f"compare.submissions={files[0]},{files[1]}"
+def test_files_without_truth_are_compared_by_agreement_and_recompared_after_a_change(workspace):
+    paths = [workspace / name / "submission.csv" for name in "xy"]
+    for seed, path in enumerate(paths):
+        write_submission(path, make_probabilities(seed, 1.0))
+    setting = f"compare.submissions={paths[0]},{paths[1]}"
     assert compare(workspace, setting) == 0
-    first = json.loads((workspace / "out" / "comparison.json").read_text())
+    first = read_json(workspace / "out" / "comparison.json")
     assert first["likeness"]["names"] == ["x/submission", "y/submission"]
-    assert len(first["notes"]) == 1
-    assert first["paired"] == []
-    assert not (workspace / "out" / "paired.csv").exists()
-    assert not (workspace / "out" / "model_acc.png").exists()
-    write_submission(files[0], make_probabilities(1, 1.0))
+    assert (len(first["notes"]), first["paired"]) == (1, [])
+    assert not {path.name for path in (workspace / "out").iterdir()} & {"paired.csv", "model_acc.png"}
+    write_submission(paths[0], make_probabilities(1, 1.0))
     assert compare(workspace, setting) == 0
-    again = json.loads((workspace / "out" / "comparison.json").read_text())
+    again = read_json(workspace / "out" / "comparison.json")
     assert again["likeness"]["agreement"][0][1] == 1 > first["likeness"]["agreement"][0][1]
 
 

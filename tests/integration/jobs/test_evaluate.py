@@ -4,28 +4,25 @@ import json
 import re
 import shutil
 import tarfile
-from io import BytesIO
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from sklearn import metrics as reference
 
 from fivefold import predictions
 from fivefold.contract.files import read_json, write_json
-from fivefold.predictions import Predictions
 from jobs.__main__ import run
 from toy_data import (
     CLASSES,
     LEARNS,
-    call_jobs,
     copy_run,
     failure,
     read_cells,
     read_rows,
     run_stage,
-    variables,
     write_csv,
 )
 
@@ -36,13 +33,11 @@ def make_channels(toy_run: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def full_evaluation(toy_run, tmp_path_factory) -> tuple[Path, dict]:
-    """The output folder of a process with every channel, and the metrics that it printed."""
-    folder = tmp_path_factory.mktemp("whole")
-    process = call_jobs(
-        "evaluate", "evaluate.num_error_images=2", **variables(toy_run, folder, **make_channels(toy_run))
-    )
-    assert process.returncode == 0, process.stderr
-    (line,) = process.stdout.splitlines()
+    """The output folder of a stage with every channel, and the metrics that it printed."""
+    folder, printed = tmp_path_factory.mktemp("whole"), StringIO()
+    with redirect_stdout(printed):
+        assert run_stage(toy_run, "evaluate", folder, "evaluate.num_error_images=2", **make_channels(toy_run)) == 0
+    (line,) = printed.getvalue().splitlines()
     return folder / "output", json.loads(line)
 
 
@@ -65,11 +60,7 @@ def test_metrics_match_scikit_learn_and_name_the_models_they_cover(toy_run, full
     assert metrics["test"]["what"] == "ensemble of 3 models of default"
     assert metrics["oof"]["what"].startswith("3 fold models of default, ")
     folds = metrics["oof"]["folds"]
-    assert (metrics["test"]["n"], metrics["holdout"]["n"], metrics["oof"]["n"]) == (
-        18,
-        9,
-        sum(fold["n"] for fold in folds),
-    )
+    assert [scores["n"] for scores in metrics.values()] == [18, 9, sum(fold["n"] for fold in folds)]
     assert metrics["oof"]["logloss"] == pytest.approx(sum(fold["n"] * fold["logloss"] for fold in folds) / 81)
     assert 0.7 < metrics["test"]["accuracy"] < 1
     assert {name: scores["accuracy"] for name, scores in printed.items()} == {
@@ -97,30 +88,23 @@ def test_tables_list_each_class_and_every_mistake_by_descending_confidence(full_
     assert all(row["path"] in (row["id"], f"test/{row['id']}.png") for row in test)
 
 
-def test_report_is_one_file_with_embedded_images_and_escaped_class_names(toy_run, full_evaluation):
-    output, _ = full_evaluation
-    page = (output / "report.html").read_text(encoding="utf-8")
+def test_report_is_one_file_with_images_escaped_class_names_and_record_keys(toy_run, full_evaluation):
+    page = (full_evaluation[0] / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href|srcset)="(?!data:|#)', page)
     assert ("<b>빨강" in page, "&lt;b&gt;빨강 차" in page, "no image" in page) == (False, True, False)
-    scores = read_json(output / "metrics.json").values()
+    scores = read_json(full_evaluation[0] / "metrics.json").values()
     mistakes = [round(score["n"] * (1 - score["accuracy"])) for score in scores]
     assert max(mistakes) > 2
     assert page.count('<img class="small"') == sum(min(2, count) for count in mistakes)
-
-
-def test_report_shows_the_record_keys_of_its_input_models(toy_run, full_evaluation):
-    page = (full_evaluation[0] / "report.html").read_text(encoding="utf-8")
     keys = [read_json(toy_run / f"fold-{fold}" / "model" / "stage.json")["key"] for fold in range(3)]
     assert all(f"<code>{key[:16]}</code>" in page for key in keys)
 
 
 def test_plots_are_png_the_record_lists_every_file_and_a_second_run_is_skipped(toy_run, full_evaluation, capsys):
     output, _ = full_evaluation
-    names = {"confusion_matrix", "reliability", "confidence", "per_class_f1", "training_curves"}
+    names = {"confusion_matrix", "reliability", "training_curves"}
     assert {path.stem for path in output.glob("*.png")} == names
-    for name in names:
-        with Image.open(BytesIO((output / f"{name}.png").read_bytes())) as plot:
-            assert (plot.format, min(plot.size) > 200) == ("PNG", True)
+    assert all((output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
     files = {path.name for path in output.iterdir()} - {"stage.json"}
     assert {name.removeprefix("output/") for name in read_json(output / "stage.json")["outputs"]} == files
     modified = (output / "report.html").stat().st_mtime_ns
@@ -139,43 +123,30 @@ def test_evaluate_without_ground_truth_scores_only_the_models_from_tarballs(toy_
     metrics = read_json(tmp_path / "output" / "metrics.json")
     assert list(metrics) == ["holdout", "oof"]
     assert metrics["holdout"]["what"] == "equal mean of 3 fold models of default"
-    assert not (tmp_path / "output" / "wrong_train.csv").exists()
     assert "no image" in (tmp_path / "output" / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("form", ["submission", "other columns", "output folder"])
-def test_other_formats_of_the_same_predictions_and_truth_give_equal_scores(toy_run, full_evaluation, tmp_path, form):
-    output, ensemble = tmp_path / "output", toy_run / "ensemble" / "output"
-    environ = {"SM_CHANNEL_PREDICTIONS": str(ensemble), "SM_GROUND_TRUTH_DIR": str(toy_run)}
-    if form == "submission":
-        environ["SM_CHANNEL_PREDICTIONS"] = str(ensemble / "submission.csv")
-    elif form == "other columns":
-        rows = read_cells(toy_run / "gt.csv")
-        write_csv(
-            tmp_path / "gt.csv", [["", "fold", "ID", "class"], *([n, 0, *row] for n, row in enumerate(rows[:0:-1]))]
-        )
-        environ["SM_GROUND_TRUTH_DIR"] = str(tmp_path)
-    else:  # the output folder is the fallback if no channel is set
-        output.mkdir()
-        shutil.copy(ensemble / "predictions.parquet", environ.pop("SM_CHANNEL_PREDICTIONS") and output)
-    assert run("evaluate", [], environ | {"SM_OUTPUT_DATA_DIR": str(output)}) == 0
+def test_predictions_in_the_output_folder_and_truth_with_other_columns_give_equal_scores(
+    toy_run, full_evaluation, tmp_path
+):
+    output, rows = tmp_path / "output", read_cells(toy_run / "gt.csv")
+    output.mkdir()
+    shutil.copy(toy_run / "ensemble" / "output" / "predictions.parquet", output)
+    columns = [["", "fold", "ID", "class"], *([n, 0, *row] for n, row in enumerate(rows[:0:-1]))]
+    write_csv(tmp_path / "gt.csv", columns)
+    assert run("evaluate", [], {"SM_GROUND_TRUTH_DIR": str(tmp_path), "SM_OUTPUT_DATA_DIR": str(output)}) == 0
     actual, expected = (read_json(folder / "metrics.json")["test"] for folder in (output, full_evaluation[0]))
-    for name in ("what", "rows"):
-        actual.pop(name), expected.pop(name)
-    assert actual == pytest.approx(expected, abs=1e-6)
+    assert {**actual, "what": "", "rows": ""} == pytest.approx({**expected, "what": "", "rows": ""}, abs=1e-6)
 
 
 def test_predictions_of_a_failed_ensemble_are_scored_with_a_warning(toy_run, tmp_path, capsys):
     folder = tmp_path / "ensemble"
     shutil.copytree(toy_run / "ensemble" / "output", folder)
-    (folder / "stage.json").unlink()
     environ = {"SM_CHANNEL_PREDICTIONS": str(folder), "SM_GROUND_TRUTH_DIR": str(toy_run)}
-    for number, record in enumerate((None, {"stage": "evaluate"}, {"stage": "ensemble"})):
-        if record:
-            write_json(folder / "stage.json", record)
-        assert run("evaluate", [], environ | {"SM_OUTPUT_DATA_DIR": str(tmp_path / str(number))}) == 0
-        warnings = capsys.readouterr().err.count("may be older than ")
-        assert warnings == (record != {"stage": "ensemble"})
+    for stage in ("evaluate", "ensemble"):
+        write_json(folder / "stage.json", {"stage": stage})
+        assert run("evaluate", [], environ | {"SM_OUTPUT_DATA_DIR": str(tmp_path / stage)}) == 0
+        assert capsys.readouterr().err.count("may be older than ") == (stage == "evaluate")
 
 
 def test_missing_inputs_exit_with_66(toy_run, tmp_path):
@@ -190,35 +161,19 @@ def test_missing_inputs_exit_with_66(toy_run, tmp_path):
     assert "gt.csv" in expect_failure(toy_run, tmp_path / "c", 66, GROUND_TRUTH=tmp_path / "truth")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda rows: [[f"OTHER_{name}", label] for name, label in rows], ["18 of the 18 ids", "'OTHER_T00'", "'T00'"]),
-        (lambda rows: [*rows[:-1], ["T25", "ten"]], ["'ten'"]),
-    ],
-)
-def test_invalid_ground_truth_exits_with_65_and_names_the_file(toy_run, tmp_path, change, words):
+def test_invalid_ground_truth_and_predictions_exit_with_65_and_name_the_file(toy_run, tmp_path):
     rows = read_cells(toy_run / "gt.csv")
-    truth = write_csv(tmp_path / "gt.csv", [rows[0], *change(rows[1:])])
-    message = expect_failure(toy_run, tmp_path / "out", 65, GROUND_TRUTH=truth)
-    assert [word for word in [*words, str(truth)] if word not in message] == []
-
-
-@pytest.mark.parametrize(("fault", "word"), [("nan", "NaN"), ("no classes", "p/<class>")])
-def test_invalid_predictions_exit_with_65(toy_run, tmp_path, fault, word):
+    truth = write_csv(tmp_path / "gt.csv", [*rows[:-1], ["T25", "ten"]])
+    message = expect_failure(toy_run, tmp_path / "a", 65, GROUND_TRUTH=truth)
+    assert [word for word in ("'ten'", str(truth)) if word not in message] == []
     valid = predictions.read(toy_run / "ensemble" / "output" / "predictions.parquet")
-    log_probs, classes = valid.log_probs.copy(), valid.classes
-    if fault == "nan":
-        log_probs[4, 1] = np.nan
-    else:
-        log_probs, classes = log_probs[:, :0], ()
-    predictions.write(tmp_path / "predictions.parquet", Predictions(valid.ids, valid.fold, "s", classes, log_probs))
-    message = expect_failure(toy_run, tmp_path / "out", 65, PREDICTIONS=tmp_path)
-    assert word in message
-    assert str(tmp_path / "predictions.parquet") in message
+    valid.log_probs[4, 1] = np.nan
+    path = predictions.write(tmp_path / "predictions.parquet", valid)
+    message = expect_failure(toy_run, tmp_path / "b", 65, PREDICTIONS=tmp_path)
+    assert [word for word in (repr(valid.ids[4]), str(path)) if word not in message] == []
 
 
-def test_row_predicted_by_several_models_counts_once(toy_run, tmp_path):
+def test_row_predicted_by_several_models_counts_once(toy_run, full_evaluation, tmp_path):
     """The models of the second seed are copies with equal predictions."""
     for fold in range(3):
         for seed in (42, 43):
@@ -227,13 +182,11 @@ def test_row_predicted_by_several_models_counts_once(toy_run, tmp_path):
             write_json(folder / "stage.json", {})
     environ = {"SM_CHANNEL_MODEL": str(tmp_path), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
     assert run("evaluate", [], environ) == 0
-    single_environ = {"SM_CHANNEL_MODEL": str(toy_run), "SM_OUTPUT_DATA_DIR": str(tmp_path / "single")}
-    assert run("evaluate", [], single_environ) == 0
-    two_seeds, one_seed = (read_json(tmp_path / name / "metrics.json")["oof"] for name in ("output", "single"))
+    outputs = tmp_path / "output", full_evaluation[0]
+    two_seeds, one_seed = (read_json(output / "metrics.json")["oof"] for output in outputs)
     assert (two_seeds["n"], one_seed["n"], len(two_seeds["folds"])) == (81, 81, 6)
     assert two_seeds["logloss"] == pytest.approx(one_seed["logloss"], rel=1e-5)
-    assert two_seeds["rows"] == one_seed["rows"]
-    mistakes = [read_rows(tmp_path / name / "wrong_valid.csv") for name in ("output", "single")]
+    mistakes = [read_rows(output / "wrong_valid.csv") for output in outputs]
     assert len(mistakes[0]) == len(mistakes[1]) == round(81 * (1 - one_seed["accuracy"]))
 
 
@@ -248,13 +201,9 @@ def test_rows_that_selected_the_epoch_of_a_student_are_not_reported_as_unseen(to
         "holdout, which chose the epoch"
     ]
     for overrides in ({"MODEL": model, "PREDICTIONS": ensemble}, {"MODEL": None, "PREDICTIONS": ensemble}, {"MODEL": model, "PREDICTIONS": None, "GROUND_TRUTH": None}):  # fmt: skip
-        output = tmp_path / f"evaluate-{len(list(tmp_path.iterdir()))}"
-        assert (
-            run_stage(
-                toy_run, "evaluate", output, **{**make_channels(toy_run), **overrides, "SM_OUTPUT_DATA_DIR": output}
-            )
-            == 0
-        )
+        folder = tmp_path / f"evaluate-{len(list(tmp_path.iterdir()))}"
+        assert run_stage(toy_run, "evaluate", folder, **{**make_channels(toy_run), **overrides}) == 0
+        output = folder / "output"
         metrics = read_json(output / "metrics.json")
         assert "the student's epoch" in metrics["holdout"]["rows"]
         assert metrics["holdout"]["selected_on"] == "holdout"

@@ -29,16 +29,6 @@ def test_agreement_and_correlation_equal_values_computed_by_hand():
     np.testing.assert_allclose(actual, [[np.nan, np.nan], [np.nan, 1]])
 
 
-def test_defect_sketch_likeness_does_not_depend_on_the_class_order():
-    """The defect: Pearson correlation of class indices, which differs for the same predictions in another class order."""
-    permuted = [tabulate(FIRST[:, [1, 0, 2]]), tabulate(SECOND[:, [1, 0, 2]])]
-    plain = [tabulate(FIRST), tabulate(SECOND)]
-    indices = [np.corrcoef([table.log_probs.argmax(axis=1) for table in tables])[0, 1] for tables in (plain, permuted)]
-    assert abs(indices[0] - indices[1]) > 0.1
-    np.testing.assert_allclose(agreement(permuted), agreement(plain))
-    np.testing.assert_allclose(correlation(permuted), correlation(plain), atol=1e-12)
-
-
 def test_pairwise_agreement_matches_by_name_and_notes_missing_predictions():
     swapped = tabulate(FIRST[::-1][:, [2, 0, 1]], ("c", "a", "b"))
     swapped = Predictions(swapped.ids[::-1], swapped.fold, "s", swapped.classes, swapped.log_probs)
@@ -75,15 +65,12 @@ def test_write_scores_writes_numbers_and_empty_cells_for_unknown_ones(tmp_path):
 
 
 def test_render_page_escapes_experiment_names():
-    pair = [Experiment("<b>x</b>", "x.csv", table=tabulate(FIRST)), Experiment("y", "y.csv", table=tabulate(SECOND))]
-    scores = {"n": 4, "accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "logloss": None, "f1_macro": 0.4}
-    likeness, notes = pairwise_agreement(pair)
-    plots = comparison.draw_comparison(pair, [scores, None], likeness)
-    text = comparison.render_page("two", pair, {"test": [scores, None], "oof": [None, None]}, likeness, plots, notes)
-    assert "<b>x</b>" not in text
-    assert "&lt;b&gt;x" in text
-    assert text.count("data:image/png") == 4
-    assert "Out-of-fold</h2>" not in text
+    experiments = [Experiment("<b>x</b>", "x.csv"), Experiment("y", "y.csv")]
+    scores = dict(zip(comparison.SCORE_NAMES, (4, 0.5, 0.1, 0.9, None, 0.4), strict=True))
+    content = {"pairs": None, "pictures": {"model_acc": b"\x89PNG"}, "notes": ["a note"], "differences": []}
+    text = comparison.render_page("two", experiments, {"test": [scores, None], "oof": [None, None]}, **content)
+    assert ("<b>x</b>" in text, "&lt;b&gt;x" in text, "Out-of-fold</h2>" in text) == (False, True, False)
+    assert text.count("data:image/png") == 1
 
 
 def make_labelled(correct: np.ndarray, start: int = 0, sure: float = 0.8) -> Predictions:

@@ -43,10 +43,8 @@ def test_id_column_is_set_by_name_or_contains_the_predicted_ids(tmp_path, caplog
     assert caplog.messages[-1].endswith("'label' (not 'class')")
     assert ground_truth.read_ground_truth(tmp_path / "gt.csv") == {"0": "dog", "1": "cat"}
     (tmp_path / "gt.csv").write_text("ID,image_path,target\n0,b.png,dog\n1,a.png,cat\n", encoding="utf-8")
-    assert ground_truth.read_ground_truth(tmp_path / "gt.csv", ids=["a.png", "b.png"]) == {
-        "b.png": "dog",
-        "a.png": "cat",
-    }
+    by_path = ground_truth.read_ground_truth(tmp_path / "gt.csv", ids=["a.png", "b.png"])
+    assert by_path == {"b.png": "dog", "a.png": "cat"}
     assert ground_truth.read_ground_truth(tmp_path / "gt.csv", ids=["x", "y"]) == {"0": "dog", "1": "cat"}
 
 

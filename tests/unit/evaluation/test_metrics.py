@@ -38,9 +38,8 @@ def test_full_report_equals_values_computed_by_hand():
     }
     assert list(scores) == list(expected)
     assert scores == pytest.approx(expected, abs=1e-12)
-    assert metrics.compute_metrics(make_log_probs(GUESSES, 4), CODES) == {
-        name: scores[name] for name in metrics.EPOCH_METRICS
-    }
+    of_epoch = metrics.compute_metrics(make_log_probs(GUESSES, 4), CODES)
+    assert of_epoch == {name: scores[name] for name in metrics.EPOCH_METRICS}
     with pytest.raises(SettingsError, match="f1_macro"):
         metrics.compute_metrics(make_log_probs(GUESSES, 4), CODES, ["f1_marco"])
 
@@ -62,7 +61,7 @@ def test_confusion_matrix_and_per_class_table_contain_every_class():
         np.testing.assert_allclose(table[name], column, atol=1e-12)
 
 
-@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (1, 3), (30, 29), (5, 100)])
+@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (5, 100)])
 def test_few_rows_of_many_classes_are_scored_without_a_warning(rows, classes):
     rng = np.random.default_rng(0)
     log_probs, codes = np.log(rng.dirichlet(np.ones(classes), rows)), rng.permutation(np.arange(rows) % classes)

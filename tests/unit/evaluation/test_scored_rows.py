@@ -16,14 +16,9 @@ from fivefold.predictions import Predictions
 
 def tabulate(rows: dict[str, tuple[str, list[float]]], classes: tuple[str, ...] = ("a", "b", "c")) -> Predictions:
     """Return the table of rows `{id: (label, probabilities)}`."""
-    return Predictions(
-        ids=np.array(list(rows), object),
-        fold=np.zeros(len(rows), np.int16),
-        system="s",
-        classes=classes,
-        log_probs=np.log(np.array([probs for _, probs in rows.values()])).astype(np.float32),
-        labels=np.array([label for label, _ in rows.values()], object),
-    )
+    ids, labels = np.array(list(rows), object), np.array([label for label, _ in rows.values()], object)
+    log_probs = np.log(np.array([probs for _, probs in rows.values()])).astype(np.float32)
+    return Predictions(ids, np.zeros(len(rows), np.int16), "s", classes, log_probs, labels)
 
 
 ROWS = {
@@ -50,21 +45,16 @@ def test_mistakes_are_sorted_by_confidence_then_id():
     assert tuple(first) == ("r3", "x/3.png", "b", "c", pytest.approx(0.9))
 
 
-def test_concat_tables_matches_columns_by_name_and_sorts_them():
+def test_concat_tables_matches_columns_by_name_and_refuses_other_classes_and_missing_labels():
     other = tabulate({"r6": ("c", [0.7, 0.2, 0.1])}, classes=("c", "a", "b"))
     both = scored_rows.concat_tables([other, tabulate(ROWS)])
     assert both.classes == ("a", "b", "c")
     np.testing.assert_allclose(np.exp(both.log_probs[0]), [0.2, 0.1, 0.7], rtol=1e-6)
     assert list(both.ids) == ["r6", *ROWS]
-
-
-def test_concat_tables_refuses_other_classes_and_missing_labels():
     with pytest.raises(DataError, match="'d'"):
         scored_rows.concat_tables([tabulate(ROWS), tabulate({"x": ("d", [0.1, 0.1, 0.8])}, classes=("a", "b", "d"))])
-    unlabelled = tabulate(ROWS)
-    unlabelled = Predictions(unlabelled.ids, unlabelled.fold, "s", unlabelled.classes, unlabelled.log_probs)
     with pytest.raises(DataError, match="no labels"):
-        scored_rows.concat_tables([unlabelled])
+        scored_rows.concat_tables([replace(other, labels=None)])
 
 
 def test_write_csv_escapes_formulas_and_writes_six_decimals(tmp_path):

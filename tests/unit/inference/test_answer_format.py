@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fivefold.data.readers.eval_images import SampleSubmission, read_eval
+from fivefold.data.readers.eval_images import SampleSubmission
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.submission import detect_format, guess_positive, write_submission
 from fivefold.inference.submission_reader import has_labels_only, has_one_column, read_submission
 from fivefold.predictions import Predictions
-from toy_data import read_cells, write_data
+from toy_data import read_cells
 
 BINARY, PETS, NUMBERS = ("0", "1"), ("cat", "dog"), ("0", "1", "2", "3")
 PROBABILITIES = np.array([[0.9, 0.1], [0.2, 0.8]])
@@ -156,15 +156,6 @@ def test_columns_match_classes_in_any_letter_case_and_unknown_ones_are_named(tmp
         assert all(repr(name) in str(caught.value) for name in names)
     with pytest.raises(DataError, match="'ant', 'cat' without a column"):
         detect_format(make_sample("bee", "0.5"), ("ant", "bee", "cat"))
-
-
-def test_eval_reader_reads_the_values_of_a_single_column(tmp_path):
-    rows = "id,{}\na,0.5\nb,0.5\n"
-    write_data(tmp_path, "a.png", "b.png", sample_submission=rows.format("has_cactus"))
-    images = read_eval(tmp_path)
-    assert detect_format(images.sample, BINARY).kind == "probability"
-    overridden = images.with_label_column("", answer="class")
-    assert detect_format(overridden.sample, BINARY).kind == "class"
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,8 @@ def log(*rows: list[float]) -> np.ndarray:
 
 def make_system(name: str, log_probs: np.ndarray, holdout: bool = False) -> System:
     ids = np.array([f"row {n}" for n in range(ROWS)], dtype=object)
-    predictions = Predictions(
-        ids, FOLD.astype(np.int16), name, ("a", "b", "c"), log_probs, np.array(list("abc"), object)[LABELS]
-    )
+    labels = np.array(list("abc"), object)[LABELS]
+    predictions = Predictions(ids, FOLD.astype(np.int16), name, ("a", "b", "c"), log_probs, labels)
     return System(name, 4, 1, predictions, predictions if holdout else None)
 
 
@@ -82,18 +81,6 @@ def test_rank_blend_equals_a_hand_computed_example():
     np.testing.assert_allclose(np.exp(rank([first, second], equal_weights(2))), expected, rtol=1e-6)
     # Only the order counts: scaling a model's log-probabilities within each class changes nothing.
     np.testing.assert_allclose(rank([first * 3 - 5, second], equal_weights(2)), rank([first, second], equal_weights(2)))
-
-
-def test_defect_sketch_tied_votes_use_the_mean_probability_not_the_class_index():
-    # A vote by class index chose class 0, although its mean probability is the lower of the two tied classes.
-    models = [log([0.5, 0.1, 0.4]), log([0.0001, 0.0999, 0.9])]
-    indices = [int(model.argmax()) for model in models]
-    assert np.bincount(indices).argmax() == 0
-    assert vote(models, equal_weights(2)).argmax() == 2
-    # The mean probability counts as one more vote: (1 + .25005, .09995, 1 + .65) / 3.
-    np.testing.assert_allclose(
-        np.exp(vote(models, equal_weights(2)))[0], [1.25005 / 3, 0.09995 / 3, 1.65 / 3], rtol=1e-5
-    )
 
 
 def test_vote_equals_counted_votes_with_ties_broken_by_mean_probability():
@@ -150,11 +137,10 @@ def test_blend_without_weights_is_scored_as_it_predicts(name):
     weights, scores = compute_weights(systems, BlendConfig(name))
     assert weights.tolist() == [1 / 3] * 3
     assert (scores[-1]["what"], scores[-1]["rows"]) == (BLENDS[name].description, "out-of-fold")
-    assert scores[-1]["accuracy"] == pytest.approx(
-        METRICS["accuracy"](BLENDS[name].combine(models, weights), LABELS), abs=1e-6
-    )
+    combined = BLENDS[name].combine(models, weights)
+    assert scores[-1]["accuracy"] == pytest.approx(METRICS["accuracy"](combined, LABELS), abs=1e-6)
     holdout, _, holdout_scores = score_holdout(systems, weights, BlendConfig(name), "none")
-    np.testing.assert_array_equal(holdout.log_probs, BLENDS[name].combine(models, weights))
+    np.testing.assert_array_equal(holdout.log_probs, combined)
     assert holdout_scores[0]["what"] == f"12 models, mean within a system, {name} between"
 
 
@@ -169,8 +155,7 @@ def test_configured_weights_are_matched_by_system_name():
 
 
 def test_weights_are_equal_if_a_system_lacks_out_of_fold_rows(caplog):
-    weights, scores = compute_weights(
-        [make_system("x", make_log_probs(1.0, 1)), System("eva", 1, 1, None, None)], BlendConfig("greedy")
-    )
+    systems = [make_system("x", make_log_probs(1.0, 1)), System("eva", 1, 1, None, None)]
+    weights, scores = compute_weights(systems, BlendConfig("greedy"))
     assert (weights.tolist(), [score["what"] for score in scores]) == ([0.5, 0.5], ["single models of x"])
     assert "no out-of-fold rows of eva" in caplog.text

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fivefold.contract.artifacts import ModelDir
-from fivefold.data.readers.profiles import encode_label, profile_factors
+from fivefold.data.readers.profiles import profile_factors
 from fivefold.errors import DataError
 from fivefold.inference.factor_product import FactorProduct, build_product, needs_product
 from fivefold.inference.systems import System
@@ -22,13 +22,6 @@ RANDOM = np.random.default_rng(0)
 def log_probs(rows: int, classes: int) -> np.ndarray:
     logits = RANDOM.normal(size=(rows, classes))
     return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
-
-
-def confident_log_probs(classes: tuple[str, ...], names: list[str]) -> np.ndarray:
-    """Return log-probabilities that give the named class of each row 0.99."""
-    probs = np.full((len(names), len(classes)), 0.01 / (len(classes) - 1))
-    probs[np.arange(len(names)), [classes.index(name) for name in names]] = 0.99
-    return np.log(probs).astype(np.float32)
 
 
 def make_metadata(*predicted: str, factors: LabelFactors | None = FACTORS) -> dict[str, object]:
@@ -50,41 +43,15 @@ def mask_and_age_product() -> FactorProduct:
     return build_product(make_groups(masks=("mask", "gender"), ages=("age",)))
 
 
-def test_combined_class_code_is_mask_times_6_plus_gender_times_3_plus_age() -> None:
-    rows = list(cartesian_product(range(3), range(2), range(3)))
-    mask_and_gender = confident_log_probs(
-        FACTORS.projected_classes(("mask", "gender")), [f"{MASKS[m]}+{GENDERS[g]}" for m, g, _ in rows]
-    )
-    age = confident_log_probs(FACTORS.projected_classes(("age",)), [AGES[a] for _, _, a in rows])
-    predicted = mask_and_age_product().combine({"masks": mask_and_gender, "ages": age}).argmax(axis=1)
-    assert (
-        [int(FACTORS.classes[code]) for code in predicted]
-        == [encode_label(m, g, a) for m, g, a in rows]
-        == list(range(18))
-    )
-
-
 def test_combined_log_probabilities_are_sums() -> None:
-    mask_gender_log_probs, age_log_probs = log_probs(50, 6), log_probs(50, 3)
-    combined = mask_and_age_product().combine({"masks": mask_gender_log_probs, "ages": age_log_probs})
+    parts = {"masks": log_probs(50, 6), "ages": log_probs(50, 3)}
+    combined = mask_and_age_product().combine(parts)
     np.testing.assert_allclose(np.exp(combined).sum(axis=1), 1, atol=1e-6)
     mask_and_gender, ages = FACTORS.projected_classes(("mask", "gender")), FACTORS.projected_classes(("age",))
     for (m, mask), (g, gender), (a, years) in cartesian_product(enumerate(MASKS), enumerate(GENDERS), enumerate(AGES)):
         column = combined[:, FACTORS.classes.index(str(m * 6 + g * 3 + a))]
-        parts = (
-            mask_gender_log_probs[:, mask_and_gender.index(f"{mask}+{gender}")] + age_log_probs[:, ages.index(years)]
-        )
-        np.testing.assert_allclose(column, parts, atol=1e-5)
-
-
-def test_three_systems_of_one_factor_each_are_combined() -> None:
-    factor_product = build_product(make_groups(a=("age",), g=("gender",), m=("mask",)))
-    predictions = {"a": log_probs(9, 3), "g": log_probs(9, 2), "m": log_probs(9, 3)}
-    combined = factor_product.combine(predictions)
-    # Class names are sorted: mask, female, >=60.
-    expected = predictions["m"][:, 1] + predictions["g"][:, 0] + predictions["a"][:, 2]
-    np.testing.assert_allclose(combined[:, FACTORS.classes.index("5")], expected, atol=1e-5)
-    assert factor_product.name == "a × g × m"
+        of_mask, of_age = mask_and_gender.index(f"{mask}+{gender}"), ages.index(years)
+        np.testing.assert_allclose(column, parts["masks"][:, of_mask] + parts["ages"][:, of_age], atol=1e-5)
 
 
 def test_systems_with_the_same_factors_are_averaged_first() -> None:
@@ -112,14 +79,8 @@ def make_predictions(system: str, ids: list[str], factors: tuple[str, ...], clas
     """Return rows with the true `classes`, reduced to the system's factors, with the columns in reversed order."""
     projected_classes = FACTORS.projected_classes(factors)
     labels = np.array([FACTORS.project(name, factors) for name in classes], dtype=object)
-    predictions = Predictions(
-        np.array(ids, object),
-        np.zeros(len(ids), np.int16),
-        system,
-        projected_classes,
-        log_probs(len(ids), len(projected_classes)),
-        labels,
-    )
+    folds, values = np.zeros(len(ids), np.int16), log_probs(len(ids), len(projected_classes))
+    predictions = Predictions(np.array(ids, object), folds, system, projected_classes, values, labels)
     return predictions.with_classes(projected_classes[::-1])
 
 
@@ -132,13 +93,10 @@ def test_predictions_are_combined_by_id_and_class_name_and_labels_are_joined() -
     assert (combined.classes, combined.system) == (FACTORS.classes, "masks × ages")
     expected = masks.log_probs[0, masks.classes.index("normal+female")] + ages.log_probs[0, ages.classes.index("<60")]
     assert combined.log_probs[0, FACTORS.classes.index("16")] == pytest.approx(expected, abs=1e-5)
-    combined_system = mask_and_age_product().combine_systems(
-        [System("masks", 5, 1, masks, masks), System("ages", 5, 1, ages, None)]
-    )
-    assert (combined_system.name, combined_system.models, combined_system.holdout) == ("masks × ages", 10, None), (
-        "no holdout if one system has none"
-    )
-    assert list(combined_system.oof.labels) == classes
+    systems = [System("masks", 5, 1, masks, masks), System("ages", 5, 1, ages, None)]
+    both = mask_and_age_product().combine_systems(systems)
+    assert (both.name, both.models, both.holdout) == ("masks × ages", 10, None), "no holdout if one system has none"
+    assert list(both.oof.labels) == classes
     with pytest.raises(DataError, match=r"rows: .*'d'"):
         mask_and_age_product().combine_tables({"masks": masks, "ages": ages.take(np.arange(3))})
 
@@ -160,17 +118,14 @@ def test_systems_that_form_no_product_raise_an_error_that_names_them(
 
 
 def test_models_with_other_classes_or_mixed_systems_raise_errors() -> None:
-    other = make_metadata("age", factors=profile_factors([30, 58]))
+    mask = make_model_dir("m", 0, make_metadata("mask"))
+    other = make_model_dir("a", 0, make_metadata("age", factors=profile_factors([30, 58])))
     with pytest.raises(DataError, match="fold 0 of m, seed 1 and fold 0 of a, seed 1"):
-        build_product(
-            {"m": [make_model_dir("m", 0, make_metadata("mask", "gender"))], "a": [make_model_dir("a", 0, other)]}
-        )
+        build_product({"m": [mask], "a": [other]})
     with pytest.raises(DataError, match=r"fold 1 of m, seed 1 .* \(mask; age\)"):
-        build_product(
-            {"m": [make_model_dir("m", 0, make_metadata("mask")), make_model_dir("m", 1, make_metadata("age"))]}
-        )
+        build_product({"m": [mask, make_model_dir("m", 1, make_metadata("age"))]})
     with pytest.raises(DataError, match="fold 1 of x, seed 1"):
-        build_product({"m": [make_model_dir("m", 0, make_metadata("mask"))], "x": [make_model_dir("x", 1, {})]})
+        build_product({"m": [mask], "x": [make_model_dir("x", 1, {})]})
 
 
 def test_product_is_needed_only_if_models_predict_different_factors() -> None:
