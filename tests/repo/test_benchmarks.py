@@ -153,9 +153,9 @@ def test_save_keeps_earlier_rows(tmp_path):
     options = parse([f"results={tmp_path}", "pairs=3", "images=/home/me/photos", "count=99"])
     machine_a = {"processor": "one", "flags": ["amx_bf16"], "cores": 2}
     machine_b = {"processor": "two", "flags": [], "cores": 4}
-    results.save("loader", Finding("loader", spread([4100, 4200, 4900])), options, machine_a)
-    results.save("loader", Finding("of_torchvision", spread([1.5])), options, machine_a)
-    path = results.save("loader", Finding("of_torchvision", spread([1.25])), parse([f"results={tmp_path}"]), machine_b)
+    results.save_row("loader", Finding("loader", spread([4100, 4200, 4900])), options, machine_a)
+    results.save_row("loader", Finding("of_torchvision", spread([1.5])), options, machine_a)
+    path = results.save_row("loader", Finding("of_torchvision", spread([1.25])), parse([f"results={tmp_path}"]), machine_b)
     rows = json.loads(path.read_text())["rows"]
     assert rows["loader"]["outcome"] == "reached"
     assert rows["of_torchvision"]["figure"]["median"] == 1.25

@@ -152,19 +152,15 @@ def _set_aside(rows: np.ndarray, codes: np.ndarray, share: float, split: Split) 
 
     labels = codes[rows]
     counts = np.bincount(labels)
-    single = counts[labels] == 1
-    if split.stratify and min(size, len(rows) - single.sum() - size) >= (counts > 1).sum():
-        repeated = ~single
-        remaining, aside = train_test_split(
-            rows[repeated], test_size=size, stratify=labels[repeated], random_state=split.seed
-        )
-        return np.concatenate([rows[single], remaining]), aside
-    if split.stratify:
-        log.warning(
-            "split: %d of %d rows are set aside without stratification: too few rows for all classes", size, len(rows)
-        )
-    remaining, aside = train_test_split(rows, test_size=size, random_state=split.seed)
-    return remaining, aside
+    drawn = counts[labels] > 1
+    stratify = split.stratify and min(size, drawn.sum() - size) >= (counts > 1).sum()
+    if not stratify:
+        drawn[:] = True
+        if split.stratify:
+            log.warning("split: %d of %d rows are set aside without stratification: too few rows", size, len(rows))
+    strata = labels[drawn] if stratify else None
+    remaining, aside = train_test_split(rows[drawn], test_size=size, stratify=strata, random_state=split.seed)
+    return np.concatenate([rows[~drawn], remaining]), aside
 
 
 def _assign_folds(codes: np.ndarray, split: Split) -> np.ndarray:

@@ -40,8 +40,7 @@ class FoldTable:
     `ids` and `paths` [N] strings in Arrow (to avoid a Python object per row), paths relative to the train channel;
     `codes` [N] int32, the index into `classes`, which are sorted by name; `groups` [N] strings or nulls; `fold` [N] int16,
     -1 if no fold validates on the row; `part` [N] one of PARTS; `sha256` [N] of the files' bytes, or nulls if the split
-    did not open the images. `factors`: the factors of the split's classes, if they have any; `known_factors`: the factors that
-    `classes` cover, if these are only some of them.
+    did not open the images; `factors` of the classes, if any; `known_factors`: those that `classes` cover, if not all.
     """
 
     ids: pa.Array
@@ -168,14 +167,12 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
 
 
 def _check_columns(table: pa.Table, path: Path) -> pa.Table:
-    absent = [name for name in COLUMNS if name not in table.column_names]
-    if absent:
+    if absent := [name for name in COLUMNS if name not in table.column_names]:
         raise DataError(f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(table.column_names)}")
     if not table.num_rows:
         raise DataError(f"{path} holds no rows")
-    for name in ("id", "path", "label", "fold", "part"):
-        if table.column(name).null_count:
-            raise DataError(f"{path}: column {name} has {table.column(name).null_count} empty values")
+    if empty := [name for name in ("id", "path", "label", "fold", "part") if table.column(name).null_count]:
+        raise DataError(f"{path} has empty values in the columns {', '.join(empty)}")
     try:
         return table.select(list(COLUMNS)).cast(pa.schema(COLUMNS)).unify_dictionaries().combine_chunks()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -197,21 +194,19 @@ def _read_classes(path: Path) -> tuple[tuple[str, ...], LabelFactors | None]:
 def _class_codes(labels: pa.DictionaryArray, classes: tuple[str, ...], path: Path) -> np.ndarray:
     index = {name: code for code, name in enumerate(classes)}
     names = labels.dictionary.to_pylist()
-    unknown = [name for name in names if name not in index]
-    if unknown:
+    if unknown := [name for name in names if name not in index]:
         raise DataError(f"{path} has labels that are not classes: {', '.join(map(repr, unknown[:5]))}")
     return np.array([index[name] for name in names], np.int32)[labels.indices.to_numpy()]
 
 
 def _check_values(table: FoldTable, path: Path) -> None:
-    if len(pc.unique(table.ids)) != len(table):
-        raise DataError(f"{path}: duplicate ids ({len(table) - len(pc.unique(table.ids))} of {len(table)})")
-    unknown = sorted(set(np.unique(table.part)) - set(PARTS))
-    if unknown:
-        raise DataError(f"{path}: column part has {', '.join(unknown)}; known: {', '.join(PARTS)}")
-    if not set(np.unique(table.fold)) - {-1} or table.fold.min() < -1:
-        raise DataError(f"{path}: column fold has no fold to validate on")
-    if set(range(table.num_folds)) - set(np.unique(table.fold)):
-        raise DataError(f"{path}: folds are missing between 0 and {table.num_folds - 1}")
-    if (table.fold[np.isin(table.part, HELD_OUT_PARTS)] != -1).any():
-        raise DataError(f"{path}: rows that are set aside (part {' or '.join(HELD_OUT_PARTS)}) must have fold -1")
+    folds = np.unique(table.fold[table.fold != -1]).tolist()
+    held_out = np.isin(table.part, HELD_OUT_PARTS)
+    problems = {
+        "duplicate ids": len(pc.unique(table.ids)) < len(table),
+        f"parts besides {', '.join(PARTS)}": not np.isin(table.part, PARTS).all(),
+        f"folds {folds}, but they must count up from 0": not folds or folds != list(range(len(folds))),
+        f"rows of part {' or '.join(HELD_OUT_PARTS)} whose fold is not -1": (table.fold[held_out] != -1).any(),
+    }
+    if present := [problem for problem, is_present in problems.items() if is_present]:
+        raise DataError(f"{path} has {', '.join(present)}; run the split again")

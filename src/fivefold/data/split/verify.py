@@ -35,6 +35,10 @@ class VerifiedImages:
         readable[list(self.unreadable)] = False
         return readable
 
+    def failures(self, paths: Sequence[str] | pa.Array) -> list[dict[str, str]]:
+        """Return the path and reason of each unreadable image; `paths` [N] are those of all images."""
+        return [{"path": str(paths[row]), "reason": reason} for row, reason in self.unreadable.items()]
+
     def take(self, kept: np.ndarray) -> "VerifiedImages":
         """Return the rows where `kept` [N] bool is true, all of which must be readable."""
         return VerifiedImages(self.sha256.filter(pa.array(kept)), self.pixels[kept], {})
@@ -85,13 +89,10 @@ def drop_unreadable(
     """
     if not opened.unreadable:
         return rows, opened, []
-    paths = rows.paths.take(pa.array(list(opened.unreadable))).to_pylist()
     if not skip:
-        reasons = list(opened.unreadable.values())[:MAX_LISTED]
-        rest = f"; and {len(paths) - MAX_LISTED} more" if len(paths) > MAX_LISTED else ""
         raise DataError(
-            f"{len(paths)} of {len(rows)} images cannot be read: {'; '.join(reasons)}{rest}; "
+            f"{len(opened.unreadable)} of {len(rows)} images cannot be read, such as: "
+            f"{'; '.join(list(opened.unreadable.values())[:MAX_LISTED])}; "
             "repair or remove them, or set split.skip_unreadable=true to ignore them"
         )
-    skipped = [{"path": path, "reason": reason} for path, reason in zip(paths, opened.unreadable.values(), strict=True)]
-    return rows.take(opened.readable), opened.take(opened.readable), skipped
+    return rows.take(opened.readable), opened.take(opened.readable), opened.failures(rows.paths)

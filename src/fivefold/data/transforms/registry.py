@@ -8,7 +8,6 @@ that torchvision lacks; the others are torchvision v2 transforms, imported when 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any, Literal
@@ -30,27 +29,16 @@ Box = tuple[int, int, int, int]
 """Top, left, height and width, in pixels."""
 
 
-@dataclass(frozen=True)
-class Compose:
-    """Transforms applied in sequence; picklable, so that spawned loader workers can receive it."""
-
-    steps: tuple[Transform, ...]
-
-    def __call__(self, image: Tensor) -> Tensor:
-        for step in self.steps:
-            image = step(image)
-        return image
+def apply_all(steps: Sequence[Transform], image: Tensor) -> Tensor:
+    """Apply the transforms in sequence."""
+    for step in steps:
+        image = step(image)
+    return image
 
 
-@dataclass(frozen=True)
-class RandomApply:
-    """A transform that is applied with probability `p`."""
-
-    step: Transform
-    p: float
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return self.step(image) if torch.rand(()).item() < self.p else image
+def apply_randomly(step: Transform, p: float, image: Tensor) -> Tensor:
+    """Apply the transform with probability `p`."""
+    return step(image) if torch.rand(()).item() < p else image
 
 
 def build_transforms(specs: Sequence[Spec], size: Size, evaluation: bool = False) -> Transform:
@@ -61,7 +49,8 @@ def build_transforms(specs: Sequence[Spec], size: Size, evaluation: bool = False
     `evaluation`, use only the deterministic parts of a set. Raise SettingsError for an unknown name or
     parameter, and for a random transform in an evaluation.
     """
-    return Compose((*(_build(spec, size) for spec in expand_presets(specs, evaluation)), partial(resize, size=size)))
+    steps = [_build(spec, size) for spec in expand_presets(specs, evaluation)]
+    return partial(apply_all, [*steps, partial(resize, size=size)])
 
 
 def expand_presets(specs: Sequence[Spec], evaluation: bool) -> list[Spec]:
@@ -218,7 +207,7 @@ def _torchvision_transform(name: str, **defaults: Any) -> Callable[..., Transfor
 
 
 def _with_probability(step: Transform, p: float | None) -> Transform:
-    return step if p is None or p == 1 else RandomApply(step, p)
+    return step if p is None or p == 1 else partial(apply_randomly, step, p)
 
 
 NORMAL_NOISE = {"name": "gaussian_noise", "sigma": 0.243}

@@ -1,13 +1,10 @@
 """Splits: comparison with scikit-learn, and properties of every split."""
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedGroupKFold
 
@@ -40,9 +37,9 @@ def largest_deviation(codes: np.ndarray, fold: np.ndarray) -> float:
 
 def test_grouped_folds_are_as_even_as_those_of_scikit_learn() -> None:
     deviations, reference_deviations = [], []
-    for case in range(10):
+    for case in range(6):
         generator = np.random.default_rng(case)
-        rows, classes = int(generator.integers(500, 3000)), int(generator.integers(2, 20))
+        rows, classes = int(generator.integers(500, 1000)), int(generator.integers(2, 20))
         groups = generator.choice(rows // 6, rows, p=generator.dirichlet(np.full(rows // 6, 0.7)))
         codes = random_codes(generator, rows, classes, least=5)
         fold, _ = split(codes, groups, seed=case)
@@ -54,18 +51,6 @@ def test_grouped_folds_are_as_even_as_those_of_scikit_learn() -> None:
         deviations.append(largest_deviation(codes, fold))
         reference_deviations.append(largest_deviation(codes, reference))
     assert np.mean(deviations) <= 1.02 * np.mean(reference_deviations)
-
-
-@pytest.mark.slow
-def test_splitting_a_million_grouped_rows_takes_seconds() -> None:
-    """StratifiedGroupKFold takes 90 seconds for these rows on a machine on which Fivefold takes 3."""
-    generator = np.random.default_rng(0)
-    codes, groups = generator.integers(0, 400, 1_000_000), generator.integers(0, 200_000, 1_000_000)
-    start = time.process_time()
-    fold, _ = split(codes, groups)
-    assert time.process_time() - start < 30
-    assert groups_are_intact(groups, fold)
-    assert largest_deviation(codes, fold) < 0.0005
 
 
 @pytest.mark.parametrize("parts", [(0.8, 0.1, 0.1), (0.7, 0.3, 0.0), (0.5, 0.35, 0.15)])
@@ -92,19 +77,15 @@ def test_unstratified_grouped_folds_have_similar_sizes_beside_a_holdout() -> Non
     assert np.ptp(np.bincount(fold + 1)) <= 6
 
 
-@pytest.mark.parametrize("case", range(6))
-def test_no_fold_is_empty_if_there_are_enough_groups(case: int) -> None:
-    generator = np.random.default_rng(case)
-    groups = np.concatenate([np.zeros(50, int), 1 + np.arange(generator.integers(4, 9)).repeat(case % 3 + 1)])
-    folds = len(np.unique(groups))
-    codes = generator.integers(0, 3, len(groups))
-    fold, _ = split(codes, groups, folds=folds, stratify=bool(case % 2))
-    assert set(fold) == set(range(folds))
+@pytest.mark.parametrize("stratify", [False, True])
+def test_no_fold_is_empty_if_there_are_enough_groups(stratify: bool) -> None:
+    groups = np.concatenate([np.zeros(50, int), 1 + np.arange(6).repeat(2)])
+    codes = np.random.default_rng(0).integers(0, 3, len(groups))
+    fold, _ = split(codes, groups, folds=7, stratify=stratify)
+    assert set(fold) == set(range(7))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"holdout": 0.2}, {"ratios": [0.6, 0.2, 0.2]}, {"stratify": False}, {"stratify": False, "folds": 7}]
-)
+@pytest.mark.parametrize("options", [{"holdout": 0.2}, {"ratios": [0.6, 0.2, 0.2]}, {"stratify": False, "folds": 7}])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_split_depends_only_on_the_seed(options: dict, grouped: bool) -> None:
     generator = np.random.default_rng(5)
@@ -170,14 +151,12 @@ def test_products_are_split_like_rows() -> None:
     assert set(fold[products == count - 1]) == {fold[0]}
 
 
-@pytest.mark.parametrize("rows", [20, 60, 200])
-def test_groups_that_share_an_image_stay_together(rows: int) -> None:
-    generator = np.random.default_rng(rows)
-    groups, images = generator.integers(0, rows // 2, rows), generator.integers(0, rows * 2, rows)
-    fold, _ = split_rows(generator.integers(0, 3, rows), groups, images, Split(folds=3))
-    shape = (rows * 3, rows * 3)
-    links = coo_matrix((np.ones(rows), (groups, rows + images)), shape)
-    assert groups_are_intact(connected_components(links, directed=False)[1][groups], fold)
+def test_groups_that_share_an_image_stay_together() -> None:
+    groups = np.repeat(np.arange(30), 4)
+    images = np.arange(120)
+    images[[4, 8, 12]] = images[[0, 5, 9]]  # groups 0, 1, 2 and 3 form a chain
+    fold, _ = split_rows(np.tile([0, 1], 60), groups, images, Split(folds=3))
+    assert groups_are_intact(np.maximum(groups, 3), fold)
 
 
 def test_duplicates_are_detected_in_digests_and_strings() -> None:
