@@ -19,7 +19,15 @@ from fivefold.data.image_io import decode_options
 from fivefold.data.readers.eval_images import EvalImages, check_rows, read_eval
 from fivefold.data.readers.stores import ImageStore, open_store
 from fivefold.data.readers.training_rows import LabelledImages, read_rows
-from fivefold.data.split.assign import Duplicates, find_duplicates, group_codes, rank_labels, split_products, split_rows
+from fivefold.data.split.assign import (
+    Duplicates,
+    find_duplicates,
+    group_codes,
+    merge_groups,
+    rank_labels,
+    split_groups,
+    split_rows,
+)
 from fivefold.data.split.fold_table import FoldTable, write_folds
 from fivefold.data.split.report import class_file_content, log_summary, remove_parts, summarise, write_parts
 from fivefold.data.split.verify import (
@@ -109,14 +117,14 @@ def verify_eval(
     paths = images.paths if settings.split.verify_images else images.paths[:0]
     opened = verify_images(store, pa.array(paths, pa.string()), decode_options(data))
     if opened.unreadable:
-        unreadable = paths[list(opened.unreadable)].tolist()
-        problem = f"{len(unreadable)} of {len(images)} test images cannot be read"
-        if settings.ensemble.unreadable == "error" or len(unreadable) == len(images):
+        problem = f"{len(opened.unreadable)} of {len(images)} test images cannot be read"
+        reasons = describe_failures(opened.unreadable, paths)
+        if settings.ensemble.unreadable == "error" or len(opened.unreadable) == len(images):
             raise DataError(
-                f"{problem}: {describe_failures(list(opened.unreadable.values()), unreadable)}; repair them, or set "
+                f"{problem}: {reasons}; repair them, or set "
                 "ensemble.unreadable=prior to predict them by the class shares of the training data"
             )
-        log.warning("%s; they will get the class shares of the training data: %s", problem, ", ".join(unreadable))
+        log.warning("%s; they will get the class shares of the training data: %s", problem, reasons)
     return images, opened
 
 
@@ -140,9 +148,9 @@ def write_overlap(path: Path, images: EvalImages, table: FoldTable, shared: Mapp
 
 def assign_rows(rows: LabelledImages, duplicates: Duplicates, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return (fold, part) of each row: rows are divided by class, or whole products by stratum if there are strata."""
-    if rows.strata is None:
-        labels = rank_labels(rows.classes)[rows.codes]
-        return split_rows(labels, group_codes(rows.groups), duplicates.codes, split)
-    strata = pc.dictionary_encode(rows.strata)
-    ranks = rank_labels(strata.dictionary.to_pylist())[strata.indices.to_numpy()]
-    return split_products(ranks, pc.dictionary_encode(rows.groups).indices.to_numpy(), duplicates.codes, split)
+    groups = group_codes(rows.groups)
+    units = duplicates.codes if groups is None else merge_groups(groups, duplicates.codes)
+    if rows.strata is not None:
+        strata = pc.dictionary_encode(rows.strata)
+        return split_rows(rank_labels(strata.dictionary.to_pylist())[strata.indices.to_numpy()], units, split)
+    return (split_rows if groups is None else split_groups)(rank_labels(rows.classes)[rows.codes], units, split)

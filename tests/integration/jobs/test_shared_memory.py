@@ -51,7 +51,7 @@ from torch.utils.data import Dataset
 from fivefold.contract.failure import to_known_error
 from fivefold.data.pipeline import dataset
 
-dataset.LOADER_TIMEOUT_S = 3
+dataset.LOADER_TIMEOUT_S = 1
 
 class Large(Dataset):
     def __getitems__(self, samples):
@@ -69,11 +69,6 @@ def test_batches_lost_for_lack_of_shared_memory_exit_75():
     isolated = ["unshare", "--mount", "sh", "-c", mount_command, "sh"]
     if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount file systems")
-    result = subprocess.run(
-        [*isolated, sys.executable, "-c", LOADER_PROGRAM],
-        env=environment(),
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+    command = [*isolated, sys.executable, "-c", LOADER_PROGRAM]
+    result = subprocess.run(command, env=environment(), capture_output=True, timeout=60, check=False)
     assert result.returncode == 75, result.stderr.decode()

@@ -10,7 +10,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -65,6 +65,7 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
     return Batch(*map(torch.cat, zip(*(batch.tensors for batch in batches), strict=True)))
 
 
+@dataclass(eq=False, repr=False)
 class ImageDataset(Dataset):
     """The images of N rows of a store, each requested by (epoch, row).
 
@@ -74,30 +75,20 @@ class ImageDataset(Dataset):
     The random numbers of a sample depend only on (seed, epoch, row), not on the worker or the order.
     """
 
-    def __init__(
-        self,
-        store: ImageStore,
-        paths: Sequence[str],
-        transform: Transform,
-        seed: int = 0,
-        sha256: Sequence[str | None] | None = None,
-        meta: Sequence[str] = (),
-        decode_options: DecodeOptions = DecodeOptions(),  # noqa: B008
-    ) -> None:
-        self.store = store
-        self.paths = paths
-        self.transform = transform
-        self.seed = seed
-        self.sha256 = [None] * len(paths) if sha256 is None else sha256
-        self.meta = tuple(meta)
-        self.decode_options = decode_options
-        self.cached = [
-            (cache, cache.find(self.sha256))
-            for cache in getattr(store, "caches", ())
-            if cache.decode_options == decode_options
-        ]
-        self.kept: list[np.ndarray] | None = None
-        self.measured: np.ndarray | None = None
+    store: ImageStore
+    paths: Sequence[str]
+    transform: Transform
+    seed: int = 0
+    sha256: Sequence[str | None] | None = None
+    meta: Sequence[str] = ()
+    decode_options: DecodeOptions = DecodeOptions()  # noqa: RUF009
+    kept: list[np.ndarray] | None = field(default=None, init=False)
+    measured: np.ndarray | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.sha256 = [None] * len(self.paths) if self.sha256 is None else self.sha256
+        caches = [cache for cache in self.store.caches if cache.decode_options == self.decode_options]
+        self.cached = [(cache, cache.find(self.sha256)) for cache in caches]
 
     def __len__(self) -> int:
         return len(self.paths)

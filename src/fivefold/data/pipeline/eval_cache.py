@@ -8,6 +8,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ FREE_MEMORY_DIVISOR = 4
 """The cached images take at most 1/4 of the free memory."""
 
 
+@dataclass(eq=False, repr=False)
 class EvalImageCache:
     """Evaluation inputs of the N images of a set, by row, computed when a row is first requested.
 
@@ -38,22 +40,17 @@ class EvalImageCache:
     the reason.
     """
 
-    def __init__(
-        self,
-        images: ImageDataset,
-        scratch: Path | None = None,
-        limit: int | None = None,
-        use_placeholders: bool = False,
-    ) -> None:
-        self.images = images
-        self.scratch = scratch
-        self.limit = limit
-        self.use_placeholders = use_placeholders
-        self.unreadable: dict[int, str] = {}
-        self.pixels: np.ndarray | None = None
-        self.meta: np.ndarray | None = None
-        self.done = np.zeros(len(images), bool)
-        self.fits = True
+    images: ImageDataset
+    scratch: Path | None = None
+    limit: int | None = None
+    use_placeholders: bool = False
+    unreadable: dict[int, str] = field(default_factory=dict, init=False)
+    pixels: np.ndarray | None = field(default=None, init=False)
+    meta: np.ndarray | None = field(default=None, init=False)
+    fits: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        self.done = np.zeros(len(self.images), bool)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -98,7 +95,7 @@ class EvalImageCache:
         bad = {row: self.unreadable[row] for row in rows.tolist() if row in self.unreadable}
         if not bad or (self.use_placeholders and len(bad) < len(set(rows.tolist()))):
             return
-        reasons = describe_failures(list(bad.values()), [self.images.paths[row] for row in bad])
+        reasons = describe_failures(bad, self.images.paths)
         raise DataError(reasons if len(bad) == 1 else f"{len(bad)} of {len(rows)} images cannot be used: {reasons}")
 
     def _batch(self, samples: list[Sample]) -> Batch:

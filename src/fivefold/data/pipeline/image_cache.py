@@ -1,16 +1,9 @@
 """The image cache: decoded images, one after the other in a file that all readers map into memory.
 
-A cache is a folder of three files: `pixels.u8` (each image uint8 [H, W, 3], aligned to 64 bytes), `index.npy`
-(the SHA-256 of each image's file, ascending, and the position of its pixels) and `cache.json`, the header, written
-last. The key of an image is the content of its file, not its name or row, so one cache serves all folds, and duplicate
-files are stored once.
-
-Opening a cache checks the header, the size of the pixels and the digest of the index. `verify` checks the
-digest of the pixels; a stage calls it on the caches of its channel, which another job wrote.
-
-The name of a cache folder is its key, so that all processes that need the same images with the same decoding options
-use the same cache. A process writes it under a temporary name while it holds a lock. The lock ends with the process;
-the next one removes the files that a killed process left.
+docs/cache.md describes its files. The key of an image is the SHA-256 of its file, so one cache serves all folds, and duplicate
+files are stored once. The name of a cache is a digest of the images and decoding options, so that all processes that need
+the same pixels use the same cache. A process writes it under a temporary name while it holds a lock; the lock ends with the
+process, and the next one removes the files that a killed process left.
 """
 
 import hashlib

@@ -9,13 +9,22 @@ from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedGroupKFold
 
 from fivefold.config.schema import Split
-from fivefold.data.split.assign import find_duplicates, group_codes, rank_labels, split_products, split_rows
+from fivefold.data.split.assign import (
+    find_duplicates,
+    group_codes,
+    merge_groups,
+    rank_labels,
+    split_groups,
+    split_rows,
+)
 from fivefold.errors import SettingsError
 
 
 def split(codes: Sequence[int], groups: np.ndarray | None = None, **options: object) -> tuple[np.ndarray, np.ndarray]:
     """Return (fold, part) of rows with distinct images."""
-    return split_rows(np.asarray(codes), groups, np.arange(len(codes)), Split(**options))
+    if groups is None:
+        return split_rows(np.asarray(codes), np.arange(len(codes)), Split(**options))
+    return split_groups(np.asarray(codes), groups, Split(**options))
 
 
 def random_codes(generator: np.random.Generator, rows: int, classes: int, least: int = 1) -> np.ndarray:
@@ -129,7 +138,7 @@ def test_duplicate_images_follow_their_first_row() -> None:
     first_rows = np.unique(images, return_index=True)[1]
     first_rows.sort()
     for options in ({}, {"holdout": 0.1}, {"ratios": [0.8, 0.1, 0.1]}):
-        fold, part = split_rows(codes, None, images, Split(**options))
+        fold, part = split_rows(codes, images, Split(**options))
         assert groups_are_intact(images, fold)
         reference = split(codes[first_rows], **options)
         assert (fold[first_rows] == reference[0]).all()
@@ -141,22 +150,17 @@ def test_products_are_split_like_rows() -> None:
     products = np.unique(np.sort(generator.integers(0, 80, 400)), return_inverse=True)[1]
     count = products.max() + 1
     strata = generator.integers(0, 3, count)
-    fold, part = split_products(strata[products], products, np.arange(400), Split(holdout=0.1))
+    fold, part = split_rows(strata[products], products, Split(holdout=0.1))
     reference = split(strata, holdout=0.1)
     assert (fold == reference[0][products]).all()
     assert (part == reference[1][products]).all()
-    images = np.arange(400)
-    images[products == count - 1] = images[0]
-    fold, _ = split_products(strata[products], products, images, Split())
-    assert set(fold[products == count - 1]) == {fold[0]}
 
 
-def test_groups_that_share_an_image_stay_together() -> None:
-    groups = np.repeat(np.arange(30), 4)
-    images = np.arange(120)
-    images[[4, 8, 12]] = images[[0, 5, 9]]  # groups 0, 1, 2 and 3 form a chain
-    fold, _ = split_rows(np.tile([0, 1], 60), groups, images, Split(folds=3))
-    assert groups_are_intact(np.maximum(groups, 3), fold)
+def test_groups_that_share_an_image_are_merged() -> None:
+    groups, images = np.array([3, 3, 0, 0, 1, 1, 2]), np.array([0, 1, 1, 2, 3, 2, 4])
+    merged = merge_groups(groups, images)
+    assert len(set(merged[:6].tolist())) == 1
+    assert merged[6] != merged[0]
 
 
 def test_duplicates_are_detected_in_digests_and_strings() -> None:

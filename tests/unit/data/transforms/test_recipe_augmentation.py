@@ -74,26 +74,3 @@ def test_probability_is_the_share_of_changed_images():
     torch.manual_seed(0)
     changed = sum(not torch.equal(transform(make_image("tiny")), make_image("tiny")) for _ in range(1000))
     assert 250 < changed < 350
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"name": "bestAugmentation", "p": 0.5}, "takes no parameters"),
-        ("BestAugmentation", "did you mean 'bestAugmentation'"),
-        ({"name": "rotation", "p": 1.5}, "a probability from 0 to 1"),
-        ({"name": "rotation", "interpolation": "cubic"}, "cubic"),
-        ({"name": "brightness", "amounts": 1}, "did you mean 'amount'"),
-        ({"name": "unsharp_mask", "kernel": 6}, "kernel=6 "),
-        ({"name": "gaussian_noise", "sigma": "much"}, "gaussian_noise"),
-        ({"name": "coarse_dropout", "holes": 8}, "holes=8 "),
-        ({"name": "coarse_dropout", "fill": 256}, "fill=256 "),
-        ({"name": "grid_distortion", "steps": 0}, "steps=0 "),
-        ({"name": "grid_distortion", "limit": [-1.0, 0.5]}, "limit=.* "),
-        ({"name": "centre_crop_pixels", "height": 0}, "height=0 "),
-        ({"name": "random_crop", "mode": "mirror"}, "mode='mirror' "),
-    ],
-)
-def test_invalid_transform_specs_are_rejected_before_any_image_is_read(spec, message):
-    with pytest.raises(SettingsError, match=message):
-        build_transforms([spec], (8, 8))

@@ -44,13 +44,24 @@ def test_random_crop_shifts_the_image_by_at_most_its_padding():
     ("spec", "message"),
     [
         ("horizontal_flop", "did you mean 'horizontal_flip'"),
-        ({"name": "random_crop", "pad": 4}, "did you mean 'padding'"),
-        ({"name": "rotation", "angle": 4}, "rotation"),
+        ("BestAugmentation", "did you mean 'bestAugmentation'"),
         ({}, "unknown transform ''"),
+        ({"name": "bestAugmentation", "p": 0.5}, "takes no parameters"),
+        ({"name": "random_crop", "pad": 4}, "did you mean 'padding'"),
+        ({"name": "random_crop", "mode": "mirror"}, "mode='mirror' "),
+        ({"name": "rotation", "angle": 4}, "rotation"),
+        ({"name": "rotation", "p": 1.5}, "p=1.5"),
+        ({"name": "rotation", "interpolation": "cubic"}, "cubic"),
         ({"name": "random_erasing", "inplace": True}, "inplace=true"),
+        ({"name": "gaussian_noise", "sigma": "much"}, "gaussian_noise"),
+        ({"name": "unsharp_mask", "kernel": 6}, "kernel=6 "),
+        ({"name": "coarse_dropout", "holes": 8}, "holes=8 "),
+        ({"name": "coarse_dropout", "height": [4, 2]}, "height="),
+        ({"name": "coarse_dropout", "fill": 256}, "fill=256 "),
+        ({"name": "grid_distortion", "limit": [-1.0, 0.5]}, "limit=.* "),
     ],
 )
-def test_unknown_transforms_and_parameters_are_rejected_with_a_hint(spec, message):
+def test_invalid_transform_specs_are_rejected_before_any_image_is_read(spec, message):
     with pytest.raises(SettingsError, match=message):
         build_transforms([spec], (8, 8))
 
