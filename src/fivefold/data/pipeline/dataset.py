@@ -159,7 +159,7 @@ class ImageDataset(Dataset):
         """Return the bytes of a row's file and their digest; raise a DataError if it changed since the split."""
         return read_verified(self.store, self.paths[row], self.sha256[row])
 
-    def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
+    def __getitems__(self, samples: Sequence[Sample]) -> Batch:
         """Return the batch of the given (epoch, row) pairs; keep torch's global random state."""
         state = torch.get_rng_state()
         images, meta = None, []
@@ -190,7 +190,7 @@ class ImageDataset(Dataset):
 
 
 class Stream(IntEnum):
-    """NumPy random streams of training, except the order of `shuffled_batches`, whose key is only (seed, epoch)."""
+    """NumPy random streams of training, except that of the sampler `shuffle`, whose key is only (seed, epoch)."""
 
     BALANCE = 1
     MIX = 2
@@ -200,7 +200,7 @@ def make_generator(stream: Stream, *parts: int) -> np.random.Generator:
     """Return the generator of a stream for integers below 2³² such as (seed, epoch), with epochs from 1.
 
     NumPy pads short keys with zeros. No two keys of a run are equal, because the stream comes first and the epoch third,
-    where the key of `shuffled_batches` has a zero.
+    where the key of `shuffle` has a zero.
     """
     return np.random.default_rng([stream, *parts])
 
@@ -209,15 +209,6 @@ def derive_seed(*parts: int) -> int:
     """Return a 63-bit seed derived from integers such as (seed, epoch, row)."""
     digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def shuffled_batches(
-    rows: int, batch_size: int, seed: int, epoch: int, drop_last: bool = False
-) -> list[list[tuple[int, int]]]:
-    """Return a shuffled epoch of (epoch, row) pairs in batches, as many as `count_batches` returns."""
-    order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
-    batches = [[(epoch, row) for row in order[i : i + batch_size]] for i in range(0, rows, batch_size)]
-    return batches[: count_batches(rows, batch_size, drop_last)]
 
 
 def count_batches(rows: int, batch_size: int, drop_last: bool = False) -> int:
@@ -231,14 +222,12 @@ def count_batches(rows: int, batch_size: int, drop_last: bool = False) -> int:
     return full + (remainder > 0 and (remainder >= minimum or full == 0))
 
 
-def sequential_batches(rows: int, batch_size: int, start: int = 0) -> list[list[tuple[int, int]]]:
+def sequential_batches(rows: int, batch_size: int, start: int = 0) -> list[list[Sample]]:
     """Return the rows from `start` to `rows` - 1 in order, in batches, with epoch 0."""
     return [[(0, row) for row in range(i, min(i + batch_size, rows))] for i in range(start, rows, batch_size)]
 
 
-def load_batches(
-    images: ImageDataset, batches: list[list[tuple[int, int]]], workers: int, pin: bool = False
-) -> Iterator[Batch]:
+def load_batches(images: ImageDataset, batches: list[list[Sample]], workers: int, pin: bool = False) -> Iterator[Batch]:
     """Load the given batches with `workers` processes (0: in this process)."""
     return iter(
         DataLoader(

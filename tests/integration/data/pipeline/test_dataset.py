@@ -11,7 +11,8 @@ from toy_data import noise
 PROGRAM = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from fivefold.data.pipeline.dataset import ImageDataset, load_batches, shuffled_batches
+from fivefold.data.pipeline.dataset import ImageDataset, load_batches
+from fivefold.data.pipeline.loader import shuffle
 from fivefold.data.readers.stores import open_store
 from fivefold.data.transforms.registry import build_transforms
 from fivefold.errors import StoppedError
@@ -23,7 +24,7 @@ images = ImageDataset(open_store(Path(sys.argv[1])), [f"{n}.png" for n in range(
 for number in (signal.SIGINT, signal.SIGTERM):
     try:
         with defer_signals():
-            for count, _ in enumerate(interruptible(load_batches(images, shuffled_batches(11, 2, 0, 1) * 1000, 2))):
+            for count, _ in enumerate(interruptible(load_batches(images, shuffle(range(11), 2, 0, 1) * 1000, 2))):
                 if count == 3:
                     subprocess.Popen(["setsid", "kill", "-s", str(int(number)), "--", f"-{os.getpid()}"])
     except StoppedError as stopped:

@@ -14,7 +14,7 @@ from PIL import Image
 from counting_store import CountingStore
 from fivefold.data.image_io import DecodeOptions, decode
 from fivefold.data.pipeline import image_cache
-from fivefold.data.pipeline.dataset import ImageDataset, load_batches, shuffled_batches
+from fivefold.data.pipeline.dataset import ImageDataset, load_batches
 from fivefold.data.pipeline.image_cache import (
     HEADER_FILE,
     INDEX_FILE,
@@ -30,6 +30,7 @@ from fivefold.data.pipeline.image_cache import (
     pixel_bytes,
     plan_cache,
 )
+from fivefold.data.pipeline.loader import shuffle
 from fivefold.data.readers.stores import FolderStore, open_store
 from fivefold.data.transforms.registry import build_transforms
 from fivefold.errors import DataError, RetryableError, SettingsError
@@ -126,7 +127,7 @@ def test_cache_name_depends_on_contents_and_decoding_but_not_on_order(source: So
 
 
 def load_bytes(images: ImageDataset, workers: int = 0) -> bytes:
-    batches = load_batches(images, shuffled_batches(len(images), 4, 5, 1), workers)
+    batches = load_batches(images, shuffle(images.paths, 4, 5, 1), workers)
     return b"".join(batch.images.contiguous().numpy().tobytes() + batch.rows.numpy().tobytes() for batch in batches)
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fivefold.data.pipeline.dataset import Stream, count_batches, make_generator, shuffled_batches
-from fivefold.data.pipeline.loader import REPEAT, SAMPLERS, balanced
+from fivefold.data.pipeline.dataset import Stream, count_batches, make_generator
+from fivefold.data.pipeline.loader import REPEAT, SAMPLERS, balanced, shuffle
 from fivefold.training.mixing import Mixing
 from fivefold.training.objectives import MicroBatch
 
@@ -57,7 +57,7 @@ def test_every_sampler_returns_the_scheduled_number_of_batches(name, codes):
 
 def test_random_streams_are_independent():
     """NumPy pads keys with zeros: (seed, epoch) alone would equal (seed, epoch, step 0, part 0)."""
-    (batch,) = shuffled_batches(40, 40, 7, 3)
+    (batch,) = shuffle(range(40), 40, 7, 3)
     plain = [np.random.default_rng(key).permutation(40).tolist() for key in ([7, 3], (7, 3, 0, 0))]
     assert [row for _, row in batch] == plain[0] == plain[1]
     streams = [
