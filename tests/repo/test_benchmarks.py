@@ -21,7 +21,7 @@ from benchmarks import results
 from benchmarks.__main__ import main, plan
 from benchmarks.options import Options, parse
 from benchmarks.processes import Call, ratio_of_passes, run, run_side_by_side, spread
-from benchmarks.results import TARGETS, Finding, Target
+from benchmarks.results import TARGETS, Finding
 from benchmarks.training import parse_setting
 from benchmarks.workloads import make_photograph
 from fivefold.errors import FivefoldError, SettingsError
@@ -41,12 +41,18 @@ TIMED_PASSES = (
 )
 
 
-def test_spread_equals_numpy_percentiles():
+def make_output(*seconds: float) -> dict:
+    return {"passes": [{"images": 10, "seconds": duration} for duration in seconds]}
+
+
+def test_figures_are_percentiles_and_ratios_of_neighbouring_passes_without_the_first():
     values = [1.02, 0.97, 1.4, 0.99, 1.0, 1.01, 0.2]
     summary = spread(values)
     assert [summary["q1"], summary["median"], summary["q3"]] == pytest.approx(np.percentile(values, [25, 50, 75]))
     assert (summary["least"], summary["most"], summary["n"]) == (0.2, 1.4, 7)
     assert set(spread([2.5]).values()) == {2.5, 1}
+    assert ratio_of_passes(make_output(9, 1, 2, 4), make_output(1, 2, 4, 8)) == pytest.approx(2)
+    assert ratio_of_passes(make_output(2), make_output(4)) == pytest.approx(2)
 
 
 def test_side_by_side_processes_take_turns_and_report_a_failed_process():
@@ -58,14 +64,6 @@ def test_side_by_side_processes_take_turns_and_report_a_failed_process():
     failing = Call(["-c", "import sys; print('broken', file=sys.stderr); sys.exit(65)"])
     with pytest.raises(FivefoldError, match=r"(?s)65.*broken"):
         run_side_by_side(failing, failing, 1)
-
-
-def test_ratio_compares_neighbouring_passes_and_skips_the_first():
-    def make_output(*seconds: float) -> dict:
-        return {"passes": [{"images": 10, "seconds": duration} for duration in seconds]}
-
-    assert ratio_of_passes(make_output(9, 1, 2, 4), make_output(1, 2, 4, 8)) == pytest.approx(2)
-    assert ratio_of_passes(make_output(2), make_output(4)) == pytest.approx(2)
 
 
 def test_run_measures_time_and_memory_without_inherited_settings(monkeypatch):
@@ -116,14 +114,6 @@ def test_options_select_benchmarks_rows_and_settings():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_a_gpu_is_an_error():
     assert main(["train", "device=cuda"]) == 64
-
-
-def test_targets_compare_and_format_values():
-    minimum, maximum = Target("a ratio", 0.97, "", False), Target("seconds", 4, "s", True)
-    assert [minimum.check(value) for value in (0.97, 0.969)] == ["reached", "missed"]
-    assert [maximum.check(value) for value in (4, 4.01)] == ["reached", "missed"]
-    assert (str(minimum), str(maximum)) == ("≥ 0.97", "≤ 4 s")
-    assert Target("no target", float("nan"), "", False).check(1) == ""
 
 
 def test_saved_rows_keep_earlier_rows_and_their_machines(tmp_path):

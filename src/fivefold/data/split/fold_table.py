@@ -30,6 +30,7 @@ COLUMNS = {
     "part": pa.dictionary(pa.int32(), pa.string()),
     "sha256": pa.string(),
 }
+OPTIONAL_COLUMNS = ("group", "sha256")
 ROW_GROUP_SIZE = 262_144
 
 
@@ -144,10 +145,12 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
     if not path.is_file():
         raise MissingInputError(f"no {FOLDS} at {path}; run the split stage first")
     try:
-        table = pq.ParquetFile(path).read()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a Parquet table: {error}") from error
-    table = _check_columns(table, path)
+        table = pq.ParquetFile(path).read().select(list(COLUMNS)).cast(pa.schema(COLUMNS))
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise DataError(f"{path} is not a table with the columns {', '.join(COLUMNS)}: {error}") from error
+    if not table.num_rows or any(table.column(name).null_count for name in COLUMNS.keys() - OPTIONAL_COLUMNS):
+        raise DataError(f"{path} holds no rows, or empty values in a column besides {' and '.join(OPTIONAL_COLUMNS)}")
+    table = table.unify_dictionaries().combine_chunks()
     labels = table.column("label").chunk(0)
     labels_in_table = tuple(sorted(pc.unique(labels.dictionary).to_pylist()))
     classes, factors = _read_classes(classes_path) if classes_path else (labels_in_table, None)
@@ -164,19 +167,6 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
     )
     _check_values(folds, path)
     return folds
-
-
-def _check_columns(table: pa.Table, path: Path) -> pa.Table:
-    if absent := [name for name in COLUMNS if name not in table.column_names]:
-        raise DataError(f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(table.column_names)}")
-    if not table.num_rows:
-        raise DataError(f"{path} holds no rows")
-    if empty := [name for name in ("id", "path", "label", "fold", "part") if table.column(name).null_count]:
-        raise DataError(f"{path} has empty values in the columns {', '.join(empty)}")
-    try:
-        return table.select(list(COLUMNS)).cast(pa.schema(COLUMNS)).unify_dictionaries().combine_chunks()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{path} has a column of the wrong type: {error}") from error
 
 
 def _read_classes(path: Path) -> tuple[tuple[str, ...], LabelFactors | None]:

@@ -78,9 +78,9 @@ def test_fold_table_returns_the_rows_of_folds_and_parts(table: FoldTable) -> Non
     ("column", "value", "message"),
     [
         ("id", ["000"] * 2 + [f"{row:03d}" for row in range(2, ROWS)], "duplicate ids"),
-        ("id", [None] + [str(row) for row in range(1, ROWS)], "columns id"),
-        ("path", None, "columns path"),
-        ("fold", ["x"] * ROWS, "wrong type"),
+        ("id", [None] + [str(row) for row in range(1, ROWS)], "empty values"),
+        ("path", None, "path"),
+        ("fold", ["x"] * ROWS, "not a table"),
         ("fold", [-1] * ROWS, r"folds \[\]"),
         ("fold", [0] * 10 + [2] * 10 + [-1] * 4, r"folds \[0, 2\]"),
         ("fold", [0] * ROWS, "rows of part test or holdout"),
@@ -107,7 +107,7 @@ def test_missing_unreadable_or_empty_table_is_rejected(table: FoldTable, tmp_pat
     with pytest.raises(MissingInputError, match="run the split stage"):
         read_folds(path)
     path.write_text("no table")
-    with pytest.raises(DataError, match="not a Parquet table"):
+    with pytest.raises(DataError, match="not a table"):
         read_folds(path)
     write_folds(path, table)
     pq.write_table(pq.read_table(path).slice(0, 0), path)
