@@ -79,13 +79,13 @@ def split_rows(codes: np.ndarray, units: np.ndarray, split: Split) -> tuple[np.n
     return fold[unit], part[unit]
 
 
-def merge_groups(groups: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+def merge_groups(groups: np.ndarray, image_codes: np.ndarray) -> np.ndarray:
     """Return groups [N] with groups that share an image merged: the connected components of the rows."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     # Groups and images are the nodes of a graph; each row is an edge between its group and its image.
-    ends = groups, pictures.astype(np.int64) + groups.max() + 1
+    ends = groups, image_codes.astype(np.int64) + groups.max() + 1
     nodes = int(ends[1].max()) + 1
     edges = coo_array((np.ones(len(groups), bool), ends), shape=(nodes, nodes))
     return connected_components(edges, directed=False)[1][groups]
@@ -156,7 +156,7 @@ def _assign_folds(codes: np.ndarray, split: Split) -> np.ndarray:
 
 
 def split_groups(codes: np.ndarray, groups: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return as `split_rows` does, but with the shares of each class in the rows; `groups` [N] of rows stay together."""
+    """Return (fold, part) as `split_rows` does, with shares of the rows of each class; rows of equal `groups` [N] stay together."""
     codes = codes if split.stratify else np.zeros_like(codes)
     if split.ratios:
         part = _assign_bins(codes, groups, split.ratios, split.seed)

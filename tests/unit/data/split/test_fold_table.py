@@ -102,18 +102,17 @@ def test_invalid_table_is_rejected(
         read_folds(path, tmp_path / "classes.json")
 
 
-def test_missing_unreadable_or_empty_table_is_rejected(table: FoldTable, tmp_path: Path) -> None:
-    path = tmp_path / "folds.parquet"
+def test_missing_unreadable_or_empty_files_are_rejected(table: FoldTable, tmp_path: Path) -> None:
+    path, empty = tmp_path / "folds.parquet", tmp_path / "empty.parquet"
     with pytest.raises(MissingInputError, match="run the split stage"):
         read_folds(path)
-    path.write_text("no table")
-    with pytest.raises(DataError, match="not a table"):
-        read_folds(path)
     write_folds(path, table)
-    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    pq.write_table(pq.read_table(path).slice(0, 0), empty)
     with pytest.raises(DataError, match="no rows"):
-        read_folds(path)
-    write_folds(path, table)
+        read_folds(empty)
+    empty.write_text("no table")
+    with pytest.raises(DataError, match="not a table"):
+        read_folds(empty)
     for content in ({"classes": ["b", "a"]}, ["a"], {}):
         write_json(tmp_path / "classes.json", content)
         with pytest.raises(DataError, match="does not hold classes"):
