@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.options import Options, describe_keys, parse
-from benchmarks.results import TARGETS, describe_machine, markdown_table, save
+from benchmarks.results import TARGETS, describe_machine, markdown_table, save_row
 from fivefold.errors import FivefoldError, SettingsError
 from fivefold.lookup import choose
 
@@ -59,7 +59,7 @@ def run_benchmark(name: str, options: Options) -> None:
     facts = describe_machine(options.cores, options.device)
     module, function = MODULES.get(name, (name, "measure"))
     for finding in getattr(importlib.import_module(f"benchmarks.{module}"), function)(options):
-        save(name, finding, options, facts)
+        save_row(name, finding, options, facts)
     print(markdown_table(Path(options.results), [name]), flush=True)
 
 

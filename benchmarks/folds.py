@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.options import Options
 from benchmarks.processes import Call, repeat, run, spread
 from benchmarks.results import Finding, ratio_finding
-from benchmarks.training import Setting, describe, search, timm_call
+from benchmarks.training import Setting, describe_setting, search, timm_call
 from benchmarks.workloads import CLASSES, FOLD_COUNT, Workload, photographs, split_of, workload
 
 WORKLOADS = {"resnet18@64": Workload("resnet18", 64, 64, 1000, 5, 128)}
@@ -32,7 +32,7 @@ def measure(options: Options) -> Iterator[Finding]:
         )
         seconds = {f"{side}_seconds": spread([pair[s] for pair in pairs]) for s, side in enumerate(("ours", "timm"))}
         ratios = [timm / ours for ours, timm in pairs]
-        yield ratio_finding(name, ratios, timm_best=describe(best), tried=tried, **seconds)
+        yield ratio_finding(name, ratios, timm_best=describe_setting(best), tried=tried, **seconds)
 
 
 def run_ours(work: Workload, photos: Path, options: Options) -> float:

@@ -111,7 +111,7 @@ def ratio_finding(key: str, ratios: Sequence[float], **details: Any) -> Finding:
     return Finding(key, spread(ratios), {"ratios": [round(each, 4) for each in ratios], **details})
 
 
-def save(name: str, finding: Finding, options: Options, facts: Mapping[str, Any]) -> Path:
+def save_row(name: str, finding: Finding, options: Options, facts: Mapping[str, Any]) -> Path:
     """Write the row into RESULTS/NAME.json atomically and keep the other rows. Return the path."""
     path = Path(options.results) / f"{name}.json"
     rows = read_json(path)["rows"] if path.is_file() else {}

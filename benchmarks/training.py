@@ -35,7 +35,7 @@ def measure_train(options: Options) -> Iterator[Finding]:
         work = workload(name, options)
         photos = photographs(options, work.images)
         data = photos, split_of(photos, options), options
-        settings = [*work.settings(), *resolve_precision(work, *data)]
+        settings = [*work.settings(), *find_precision(work, *data)]
         steps = -(-work.images * 4 // 5 // work.batch)
         alone = model_only(settings, "update", (work.epochs, steps), *data)
         pairs = repeat(
@@ -70,7 +70,7 @@ def train_fold(settings: Sequence[str], photos: Path, split: Path, options: Opti
     return Call(arguments, {name: str(path) for name, path in channels.items()})
 
 
-def resolve_precision(work: Workload, photos: Path, split: Path, options: Options) -> list[str]:
+def find_precision(work: Workload, photos: Path, split: Path, options: Options) -> list[str]:
     """Run `train-fold` once; return the precision and memory format that it chooses, as settings. This also builds the cache."""
     one_epoch = replace(work, epochs=1).settings()
     run(train_fold(one_epoch, photos, split, options), options.cores)
@@ -109,7 +109,7 @@ def measure_peer(options: Options) -> Iterator[Finding]:
         photos = photographs(options, work.images)
         data = photos, split_of(photos, options), options
         best, tried = search(work, *data)
-        settings = [*work.settings(), *resolve_precision(work, *data)]
+        settings = [*work.settings(), *find_precision(work, *data)]
         timm = timm_call(work, best, data=str(fold_zero(*data)))
         pairs = repeat(
             lambda settings=settings, timm=timm, data=data: outputs(train_fold(settings, *data), timm, options),
@@ -117,7 +117,9 @@ def measure_peer(options: Options) -> Iterator[Finding]:
             f"peer {name}",
         )
         ratios = [ratio_of_passes(*each) for each in pairs]
-        yield ratio_finding(name, ratios, timm_best=describe(best), tried=tried, **describe_pairs(pairs, "timm"))
+        yield ratio_finding(
+            name, ratios, timm_best=describe_setting(best), tried=tried, **describe_pairs(pairs, "timm")
+        )
 
 
 def search(work: Workload, photos: Path, split: Path, options: Options) -> tuple[Setting, list[str]]:
@@ -139,7 +141,7 @@ def search(work: Workload, photos: Path, split: Path, options: Options) -> tuple
     precision, layout, _ = ranking()[0]
     measure_all([(precision, layout, number) for number in workers[1:]])
     measure_all(2 * ranking()[:2])
-    return ranking()[0], [f"{describe(each)}: {rates[each]:.1f} images/s" for each in ranking()]
+    return ranking()[0], [f"{describe_setting(each)}: {rates[each]:.1f} images/s" for each in ranking()]
 
 
 def timm_call(work: Workload, setting: Setting, **more: Any) -> Call:
@@ -181,5 +183,5 @@ def parse_setting(text: str) -> Setting:
     return precision, layout, int(workers)
 
 
-def describe(setting: Setting) -> str:
+def describe_setting(setting: Setting) -> str:
     return f"{setting[0]}, {setting[1]}, {setting[2]} workers"

@@ -2,9 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +11,7 @@ import pyarrow.compute as pc
 
 from fivefold.config.loading import hashed_settings
 from fivefold.config.schema import Settings, Split
-from fivefold.contract.files import atomic, write_json, write_text
+from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import CLASSES, FOLDS, OVERLAP, SPLIT_SUMMARY
 from fivefold.data.class_aliases import ClassAliases
@@ -21,9 +19,17 @@ from fivefold.data.image_io import decode_options
 from fivefold.data.readers.eval_images import EvalImages, check_rows, read_eval
 from fivefold.data.readers.stores import ImageStore, open_store
 from fivefold.data.readers.training_rows import LabelledImages, read_rows
-from fivefold.data.split.assign import Duplicates, find_duplicates, group_codes, rank_labels, split_products, split_rows
+from fivefold.data.split.assign import (
+    Duplicates,
+    find_duplicates,
+    group_codes,
+    merge_groups,
+    rank_labels,
+    split_groups,
+    split_rows,
+)
 from fivefold.data.split.fold_table import FoldTable, write_folds
-from fivefold.data.split.report import class_file_content, log_summary, remove_parts, summarise, to_json, write_parts
+from fivefold.data.split.report import class_file_content, log_summary, remove_parts, summarise, write_parts
 from fivefold.data.split.verify import (
     VerifiedImages,
     describe_failures,
@@ -63,12 +69,15 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     outputs = [folder / FOLDS, folder / CLASSES, folder / SPLIT_SUMMARY]
     (folder / OVERLAP).unlink(missing_ok=True)
     if tested is not None:
-        shared = match_duplicates(tested.opened, pictures) if split.verify_images else {}
-        summary |= {"eval": tested.figures() | ({"in_split": len(shared)} if split.verify_images else {})}
-        outputs += [write_overlap(folder / OVERLAP, tested.images, table, shared)] if shared else []
+        images, opened = tested
+        summary["eval"] = {"images": len(images), "unreadable": opened.failures(images.paths)}
+        if split.verify_images:
+            shared = match_duplicates(opened, pictures)
+            summary["eval"]["in_split"] = len(shared)
+            outputs += [write_overlap(folder / OVERLAP, images, table, shared)] if shared else []
     write_folds(outputs[0], table)
     write_json(outputs[1], class_file_content(table))
-    write_text(outputs[2], to_json(summary))
+    write_json(outputs[2], summary)
     if split.write_csv or rows.strata is not None:
         outputs += write_parts(folder, table, rows.strata, split.seed, split.ratios)
     log_summary(summary)
@@ -87,28 +96,14 @@ def labelled_rows(store: ImageStore, settings: Settings) -> LabelledImages:
     return ClassAliases(settings.data.class_aliases, settings.data.alias_policy).merge_rows(rows)
 
 
-@dataclass(frozen=True)
-class VerifiedEval:
-    """The test images, and the results of opening them (empty if the split opens no image)."""
-
-    images: EvalImages
-    opened: VerifiedImages
-
-    @property
-    def unreadable(self) -> list[str]:
-        """The paths of unreadable images."""
-        return self.images.paths[list(self.opened.unreadable)].tolist()
-
-    def figures(self) -> dict[str, Any]:
-        reasons = zip(self.unreadable, self.opened.unreadable.values(), strict=True)
-        return {"images": len(self.images), "unreadable": [{"path": path, "reason": why} for path, why in reasons]}
-
-
-def verify_eval(job: StageContext, settings: Settings, rows: LabelledImages) -> VerifiedEval | None:
+def verify_eval(
+    job: StageContext, settings: Settings, rows: LabelledImages
+) -> tuple[EvalImages, VerifiedImages] | None:
     """Open the images of the eval channel, None without it, to find errors before a model trains.
 
-    Raise a DataError with all unreadable test images, unless they may get the class shares of the training data, and
-    for a sample submission of other rows or classes.
+    Return the test images and the results of opening them, which are empty if the split opens no image. Raise a DataError
+    with all unreadable test images, unless they may get the class shares of the training data, and for a sample submission
+    of other rows or classes.
     """
     if job.optional_channel("eval") is None:
         return None
@@ -119,17 +114,18 @@ def verify_eval(job: StageContext, settings: Settings, rows: LabelledImages) -> 
     check_rows(images)
     if rows.factors is None:  # otherwise models may predict only some factors
         check_submission(images, rows.classes, ClassAliases(data.class_aliases, data.alias_policy))
-    shown = images.paths if settings.split.verify_images else images.paths[:0]
-    tested = VerifiedEval(images, verify_images(store, pa.array(shown, pa.string()), decode_options(data)))
-    if paths := tested.unreadable:
-        problem = f"{len(paths)} of {len(images)} test images cannot be read"
-        if settings.ensemble.unreadable == "error" or len(paths) == len(images):
+    paths = images.paths if settings.split.verify_images else images.paths[:0]
+    opened = verify_images(store, pa.array(paths, pa.string()), decode_options(data))
+    if opened.unreadable:
+        problem = f"{len(opened.unreadable)} of {len(images)} test images cannot be read"
+        reasons = describe_failures(opened.unreadable, paths)
+        if settings.ensemble.unreadable == "error" or len(opened.unreadable) == len(images):
             raise DataError(
-                f"{problem}: {describe_failures(list(tested.opened.unreadable.values()), paths)}; repair them, or set "
+                f"{problem}: {reasons}; repair them, or set "
                 "ensemble.unreadable=prior to predict them by the class shares of the training data"
             )
-        log.warning("%s; they will get the class shares of the training data: %s", problem, ", ".join(paths))
-    return tested
+        log.warning("%s; they will get the class shares of the training data: %s", problem, reasons)
+    return images, opened
 
 
 def write_overlap(path: Path, images: EvalImages, table: FoldTable, shared: Mapping[int, int]) -> Path:
@@ -152,9 +148,9 @@ def write_overlap(path: Path, images: EvalImages, table: FoldTable, shared: Mapp
 
 def assign_rows(rows: LabelledImages, duplicates: Duplicates, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return (fold, part) of each row: rows are divided by class, or whole products by stratum if there are strata."""
-    if rows.strata is None:
-        labels = rank_labels(rows.classes)[rows.codes]
-        return split_rows(labels, group_codes(rows.groups), duplicates.codes, split)
-    strata = pc.dictionary_encode(rows.strata)
-    ranks = rank_labels(strata.dictionary.to_pylist())[strata.indices.to_numpy()]
-    return split_products(ranks, pc.dictionary_encode(rows.groups).indices.to_numpy(), duplicates.codes, split)
+    groups = group_codes(rows.groups)
+    units = duplicates.codes if groups is None else merge_groups(groups, duplicates.codes)
+    if rows.strata is not None:
+        strata = pc.dictionary_encode(rows.strata)
+        return split_rows(rank_labels(strata.dictionary.to_pylist())[strata.indices.to_numpy()], units, split)
+    return (split_rows if groups is None else split_groups)(rank_labels(rows.classes)[rows.codes], units, split)

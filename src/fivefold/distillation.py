@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from fivefold import predictions
@@ -20,7 +21,7 @@ from fivefold.contract.stage_specs import OOF
 from fivefold.data.image_io import DecodeOptions
 from fivefold.data.readers.stores import ImageStore, MultiStore
 from fivefold.data.split.fold_table import FoldTable
-from fivefold.data.split.verify import verify_images
+from fivefold.data.split.verify import match_duplicates, verify_images
 from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.inference.blending import mean
@@ -94,10 +95,10 @@ def compute_soft_targets(
         models = [_load_teacher(teacher, models[0].info["split"])]
     names = ", ".join(model.name for model in models)
     log.warning("the teacher (%s) was trained on rows that it predicts: this distillation is not leak-free", names)
-    eval_images, log_probs = student_rows.eval_images(), []
+    images, log_probs = student_rows.eval_images(), []
     for model in models:
         recipe_views = model.info["settings"].get("predict", {}).get("tta", ["plain"])
-        log_probs += _predict(model, student_rows, eval_images, [deduplicate([*recipe_views, *views])])
+        log_probs += _predict(model, student_rows, images, [deduplicate([*recipe_views, *views])])
     return SoftTargets(mean(log_probs), leak_free=False, teacher=names)
 
 
@@ -112,24 +113,17 @@ def exclude_split_images(
     Otherwise models would predict targets of images that they were trained on, and the student would train on the
     holdout. `options` limits the image size: it must accept every image that the split accepts.
     """
-    split, unlabelled = (
-        verify_images(student_rows.store, student_rows.folds.paths, options),
-        verify_images(store, pa.array(paths), options),
-    )
-    known = set(split.pixels[split.readable].tolist())
-    if unlabelled.unreadable:
-        reasons = preview(list(unlabelled.unreadable.values()))
-        log.warning(
-            "%d of %d unlabelled images cannot be read and are ignored: %s",
-            len(unlabelled.unreadable),
-            len(paths),
-            reasons,
-        )
-    images = zip(paths, unlabelled.pixels.tolist(), unlabelled.readable.tolist(), strict=True)
-    fresh = [path for path, pixels, readable in images if readable and pixels not in known]
-    if same := len(paths) - len(unlabelled.unreadable) - len(fresh):
-        log.warning("%d of %d unlabelled images are duplicates of images of the split; ignored", same, len(paths))
-    return fresh
+    split = verify_images(student_rows.store, student_rows.folds.paths, options)
+    unlabelled = verify_images(store, pa.array(paths), options)
+    duplicates = match_duplicates(unlabelled, split.pixels[split.readable])
+    for problem, names in {
+        "cannot be read and are ignored": list(unlabelled.unreadable.values()),
+        "are duplicates of images of the split and are ignored": [paths[row] for row in duplicates],
+    }.items():
+        if names:
+            log.warning("%d of %d unlabelled images %s: %s", len(names), len(paths), problem, preview(names))
+    ignored = unlabelled.unreadable.keys() | duplicates.keys()
+    return [path for row, path in enumerate(paths) if row not in ignored]
 
 
 def ensemble_soft_targets(
@@ -155,7 +149,7 @@ def build_train_data(
         store = MultiStore({"labelled": store, "unlabelled": unlabelled.store})
         paths = [f"labelled/{path}" for path in paths] + [f"unlabelled/{path}" for path in unlabelled.paths]
         digests += [None] * len(unlabelled.paths)
-        codes = np.concatenate([codes, np.full(len(unlabelled.paths), -1, codes.dtype)])
+        codes = np.append(codes, np.full(len(unlabelled.paths), -1, codes.dtype))
         log_probs = np.concatenate([log_probs, unlabelled.log_probs])
     images = image_dataset(store, paths, digests, settings, training=True)
     teacher = Teacher(log_probs, settings.distill.alpha, settings.distill.temperature, runtime.device)
@@ -167,10 +161,10 @@ def out_of_fold_targets(tables: Sequence[Predictions], folds: FoldTable, rows: n
 
     Raise a DataError if a prediction comes from another fold than the row's, and a SettingsError if a row has none.
     """
-    position = {name: index for index, name in enumerate(folds.ids_of(rows))}
+    ids = pd.Index(folds.ids_of(rows))
     total, count = np.zeros((len(rows), len(folds.classes))), np.zeros(len(rows), dtype=np.int64)
     for table in tables:
-        index = np.array([position.get(name, -1) for name in table.ids], dtype=np.int64)
+        index = ids.get_indexer(table.ids)
         table, index = table.take(index >= 0), index[index >= 0]
         wrong = table.fold != folds.fold[rows[index]]
         if wrong.any():
@@ -200,9 +194,8 @@ def _oof_soft_targets(models: Sequence[ModelDir], student_rows: DistillRows, vie
     ids, fold = folds.ids_of(rows), folds.fold[rows]
     for model in models if views else ():
         held_out = np.flatnonzero(fold == model.info["fold"])
-        for table, log_probs in zip(
-            tables[1:], _predict(model, student_rows, eval_images, [(view,) for view in views], held_out), strict=True
-        ):
+        predicted = _predict(model, student_rows, eval_images, [(view,) for view in views], held_out)
+        for table, log_probs in zip(tables[1:], predicted, strict=True):
             table.append(Predictions(ids[held_out], fold[held_out], model.system, folds.classes, log_probs))
     targets = [out_of_fold_targets(table, folds, rows) for table in tables]
     return SoftTargets(mean(targets), leak_free=True, teacher=f"out-of-fold predictions of {len(models)} models")
@@ -227,11 +220,9 @@ def _predict(
 ) -> list[np.ndarray]:
     """Return a model's log-probabilities [N, C] of shared images or of some `rows`, one per list of views; empty: the recipe's views."""
     classes = student_rows.folds.classes
-    differing = sorted(set(model.info["classes"]) ^ set(classes))
-    if differing:
+    if differing := sorted(set(model.info["classes"]) ^ set(classes)):
         raise DataError(
-            f"the teacher {model.display_path} and the student's split have different classes: {preview(differing)} are in only one "
-            "of them; use a teacher with the same classes"
+            f"the teacher {model.display_path} and the student's split have different classes: {preview(differing)}"
         )
     member = load_model(model, {}, process_group=student_rows.process_group)
     predicted = [member.predict_cached(eval_images, f"teacher {model.name}", views, rows) for views in lists]

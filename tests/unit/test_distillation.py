@@ -30,11 +30,11 @@ def folds() -> FoldTable:
     return FoldTable(ids, ids, np.arange(7, dtype=np.int32) % 3, CLASSES, nulls, FOLD, part, nulls)
 
 
-def make_out_of_fold(fold: int, seed: int = 0, classes: tuple[str, ...] = CLASSES) -> Predictions:
+def make_out_of_fold(fold: int, seed: int = 0) -> Predictions:
     rows = np.flatnonzero(fold == FOLD)
     probs = np.random.default_rng([fold, seed]).dirichlet(np.ones(3), len(rows))
     ids = np.array([f"r{row}" for row in rows], dtype=object)
-    return Predictions(ids, FOLD[rows], "s", classes, np.log(probs).astype(np.float32))
+    return Predictions(ids, FOLD[rows], "s", CLASSES, np.log(probs).astype(np.float32))
 
 
 def test_targets_of_each_row_come_from_the_model_of_its_fold(folds):
@@ -54,16 +54,13 @@ def test_targets_average_seeds_and_match_columns_by_name(folds):
     np.testing.assert_allclose(np.exp(out_of_fold_targets(reordered, folds, rows)), expected, atol=1e-6)
 
 
-def test_prediction_from_a_wrong_fold_is_rejected(folds):
-    swapped = make_out_of_fold(0)
-    swapped.fold[:] = 1
-    with pytest.raises(DataError, match="another fold than the split's"):
-        out_of_fold_targets([swapped, make_out_of_fold(1), make_out_of_fold(2)], folds, np.arange(6))
-
-
-def test_rows_without_a_prediction_are_rejected(folds):
-    with pytest.raises(SettingsError, match="2 of 6 training rows have no out-of-fold prediction"):
-        out_of_fold_targets([make_out_of_fold(0), make_out_of_fold(1)], folds, np.arange(6))
+def test_missing_predictions_and_those_of_a_wrong_fold_are_rejected(folds):
+    tables = [make_out_of_fold(0), make_out_of_fold(1)]
+    with pytest.raises(SettingsError, match="2 of 6 training rows"):
+        out_of_fold_targets(tables, folds, np.arange(6))
+    tables[0].fold[:] = 1
+    with pytest.raises(DataError, match="another fold"):
+        out_of_fold_targets([*tables, make_out_of_fold(2)], folds, np.arange(6))
 
 
 def test_soften_keeps_probabilities_at_temperature_1_and_flattens_them_at_2():

@@ -28,15 +28,22 @@ from toy_data import draw
 
 CLASSES = ["a", "b", "c"]
 COUNT, FOLDS, BATCH = 12, 3, 4
+NAMES = [f"{number:02d}.png" for number in range(COUNT)]
 VIEWS = ["flip", {"name": "rotate", "degrees": 20}]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> CountingStore:
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
-    for name in names():
-        draw(tmp_path / "images" / name, random, size=(14, 16))
-    return CountingStore(tmp_path / "images")
+    for name in NAMES:
+        draw(folder / name, random, size=(14, 16))
+    return folder
+
+
+@pytest.fixture
+def store(images: Path) -> CountingStore:
+    return CountingStore(images)
 
 
 def save_fold_model(folder: Path, fold: int, transform: str = "resize") -> ModelDir:
@@ -51,34 +58,28 @@ def save_fold_model(folder: Path, fold: int, transform: str = "resize") -> Model
     seed_everything(fold)
     network = build_classifier(settings.model, len(CLASSES))
     network.train()(torch.randn(16, 3, 10, 12))
-    facts = {
-        "fold": fold,
-        "folds": FOLDS,
-        "classes": CLASSES,
-        "split": "x",
-        "shares": [1 / len(CLASSES)] * len(CLASSES),
-    }
+    facts = {"fold": fold, "folds": FOLDS, "classes": CLASSES, "split": "x", "shares": [1 / 3] * 3}
     best = {"raw": BestCheckpoint("logloss", 1, {"logloss": 1.0}, network.state_dict())}
     save_model(folder, "fold", best, settings, make_training_runtime(settings), facts)
     rows = np.arange(fold, COUNT, FOLDS)
-    log_probs = np.log(np.random.default_rng(fold).dirichlet(np.ones(3), len(rows))).astype(np.float32)
-    ids = np.array([f"{row:02d}.png" for row in rows], object)
+    ids = np.array([NAMES[row] for row in rows], object)
+    log_probs = np.log(out_of_fold_probs(fold)).astype(np.float32)
     write(folder / "oof.parquet", Predictions(ids, np.full(len(rows), fold), "s", tuple(CLASSES), log_probs))
     return ModelDir(folder, read_json(folder / "model.json"))
 
 
-@pytest.fixture
-def models(tmp_path: Path) -> list[ModelDir]:
-    return [save_fold_model(tmp_path / f"fold-{fold}", fold) for fold in range(FOLDS)]
+def out_of_fold_probs(fold: int) -> np.ndarray:
+    return np.random.default_rng(fold).dirichlet(np.ones(3), COUNT // FOLDS)
 
 
-def names() -> list[str]:
-    return [f"{number:02d}.png" for number in range(COUNT)]
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[ModelDir]:
+    return [save_fold_model(tmp_path_factory.mktemp("models") / f"fold-{fold}", fold) for fold in range(FOLDS)]
 
 
 @pytest.fixture
 def student_rows(store: CountingStore) -> DistillRows:
-    ids, nulls = pa.array(names()), pa.nulls(COUNT, pa.string())
+    ids, nulls = pa.array(NAMES), pa.nulls(COUNT, pa.string())
     codes, fold = np.arange(COUNT, dtype=np.int32) % 3, (np.arange(COUNT) % FOLDS).astype(np.int16)
     part = np.full(COUNT, "train")
     return DistillRows(FoldTable(ids, ids, codes, tuple(CLASSES), nulls, fold, part, nulls), np.arange(COUNT), store)
@@ -88,13 +89,13 @@ def student_rows(store: CountingStore) -> DistillRows:
 def forward_passes() -> Iterator[Counter]:
     """Number of images in the forward passes of each network, by its id."""
     counted: Counter[int] = Counter()
+    alive: list[torch.nn.Module] = []
 
     def count(module: torch.nn.Module, inputs: tuple, _: object) -> None:
         if isinstance(module, Classifier):
             counted[id(module)] += len(inputs[0])
             alive.append(module)  # so that no other network gets its id
 
-    alive: list[torch.nn.Module] = []
     handle = torch.nn.modules.module.register_module_forward_hook(count)
     yield counted
     handle.remove()
@@ -108,60 +109,42 @@ def predict_directly(model: ModelDir, store: FolderStore, paths: list[str], view
 
 
 def test_models_with_equal_preprocessing_read_each_image_once_for_all_views(models, store, tmp_path):
-    shared = SharedEvalImages(ImageList(store, names()), tmp_path)
-    predicted = [load_model(model, {"tta": ["plain", *VIEWS]}).predict_cached(shared, "") for model in models]
+    other = save_fold_model(tmp_path / "other", 0, "centre_crop")
+    shared = SharedEvalImages(ImageList(store, NAMES), tmp_path)
+    views = ["plain", *VIEWS]
+    predicted = [load_model(model, {"tta": views}).predict_cached(shared, "") for model in models]
     assert len(shared.caches) == 1
     assert sum(store.reads.values()) == COUNT + 1  # the first one gives the size
-    for model, log_probs in zip(models, predicted, strict=True):
-        np.testing.assert_array_equal(log_probs, predict_directly(model, store, names(), ["plain", *VIEWS]))
-
-
-def test_models_with_other_preprocessing_get_their_own_images(models, store, tmp_path):
-    other = save_fold_model(tmp_path / "other", 0, "centre_crop")
-    shared = SharedEvalImages(ImageList(store, names()), tmp_path)
-    predicted = [load_model(model, {}).predict_cached(shared, "") for model in (models[0], other)]
+    predicted.append(load_model(other, {"tta": views}).predict_cached(shared, ""))
     assert len(shared.caches) == 2
-    assert not np.array_equal(*predicted)
-    np.testing.assert_array_equal(predicted[1], predict_directly(other, store, names(), ["plain"]))
+    for model, log_probs in zip([*models, other], predicted, strict=True):
+        np.testing.assert_array_equal(log_probs, predict_directly(model, store, NAMES, views))
+    assert not np.array_equal(predicted[0], predicted[-1])
 
 
 def test_leak_free_teacher_predicts_only_its_own_rows_once_per_view(models, student_rows, forward_passes):
+    compute_soft_targets("oof", models, student_rows, [])
+    assert not forward_passes, "the plain view is in the table"
+    assert not student_rows.store.reads
     targets = compute_soft_targets("oof", models, student_rows, VIEWS)
     assert sorted(forward_passes.values()) == [len(VIEWS) * COUNT // FOLDS] * FOLDS
     assert sum(student_rows.store.reads.values()) == COUNT + 1
-    held_out_rows = [np.arange(fold, COUNT, FOLDS) for fold in range(FOLDS)]
-    per_view = [np.zeros((COUNT, 3)) for _ in VIEWS]
-    plain = np.zeros((COUNT, 3))
-    for model, rows in zip(models, held_out_rows, strict=True):
-        plain[rows] = np.random.default_rng(model.info["fold"]).dirichlet(np.ones(3), len(rows))
-        for predicted, view in zip(per_view, VIEWS, strict=True):
-            predicted[rows] = np.exp(
-                predict_directly(model, student_rows.store, [names()[row] for row in rows], [view])
-            )
-    np.testing.assert_allclose(np.exp(targets.log_probs), np.mean([plain, *per_view], axis=0), rtol=1e-5)
+    for fold, model in enumerate(models):
+        rows = np.arange(fold, COUNT, FOLDS)
+        paths = [NAMES[row] for row in rows]
+        per_view = [np.exp(predict_directly(model, student_rows.store, paths, [view])) for view in VIEWS]
+        expected = np.mean([out_of_fold_probs(fold), *per_view], axis=0)
+        np.testing.assert_allclose(np.exp(targets.log_probs[rows]), expected, rtol=1e-5)
 
 
-def test_leak_free_teacher_takes_the_plain_view_from_its_table(models, student_rows, forward_passes):
-    compute_soft_targets("oof", models, student_rows, [])
-    assert not forward_passes
-    assert not student_rows.store.reads
-
-
-def test_ensemble_teacher_reads_each_image_once_and_predicts_once_per_view(models, student_rows, forward_passes):
-    targets = compute_soft_targets("ensemble", models, student_rows, VIEWS)
+def test_ensemble_reads_each_image_once_and_predicts_once_per_view(models, student_rows, forward_passes):
+    targets = compute_soft_targets("ensemble", models, student_rows, VIEWS).log_probs
     assert sorted(forward_passes.values()) == [(1 + len(VIEWS)) * COUNT] * len(models)
     assert sum(student_rows.store.reads.values()) == COUNT + 1
-    expected = np.mean(
-        [np.exp(predict_directly(m, student_rows.store, names(), ["plain", *VIEWS])) for m in models], axis=0
-    )
-    np.testing.assert_allclose(np.exp(targets.log_probs), expected, rtol=1e-5)
-
-
-def test_unlabelled_images_are_read_once_for_the_whole_ensemble(models, student_rows, forward_passes):
-    predicted = ensemble_soft_targets(models, student_rows.store, names()[:5], student_rows)
+    forward_passes.clear()
+    unlabelled = ensemble_soft_targets(models, student_rows.store, NAMES[:5], student_rows)
     assert sorted(forward_passes.values()) == [5] * len(models)
-    assert sum(student_rows.store.reads.values()) == 5 + 1
-    expected = np.mean(
-        [np.exp(predict_directly(m, student_rows.store, names()[:5], ["plain"])) for m in models], axis=0
-    )
-    np.testing.assert_allclose(np.exp(predicted), expected, rtol=1e-5)
+    assert sum(student_rows.store.reads.values()) == COUNT + 1 + 5 + 1
+    for predicted, count, views in ((targets, COUNT, ["plain", *VIEWS]), (unlabelled, 5, ["plain"])):
+        direct = [predict_directly(model, student_rows.store, NAMES[:count], views) for model in models]
+        np.testing.assert_allclose(np.exp(predicted), np.mean(np.exp(direct), axis=0), rtol=1e-5)

@@ -1,6 +1,3 @@
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,26 +20,6 @@ def test_cpu_limit_reads_both_versions_of_cgroups(files: dict[str, str], limit: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert cpu_limit(tmp_path) == limit
-
-
-FAULTS = """
-import resource
-for size in (64 << 20, 64 << 20):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    b"x" * size
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_reused_without_page_faults():
-    """Count the page faults of the second of two equal allocations."""
-    faults = [
-        int(subprocess.run([sys.executable, "-c", FAULTS], env=environ, capture_output=True, check=True).stdout)
-        for environ in ({}, {"GLIBC_TUNABLES": GLIBC_TUNABLES})
-    ]
-    assert faults[0] > 8000
-    assert faults[1] < 100
 
 
 def test_dockerfile_sets_the_same_malloc_tunables():

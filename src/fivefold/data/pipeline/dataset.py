@@ -8,12 +8,10 @@ import logging
 import math
 import os
 import struct
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
 from fivefold.data.image_io import DecodeOptions, map_in_threads
-from fivefold.data.pipeline.image_cache import Cache
 from fivefold.data.readers.stores import ImageStore, read_verified
 from fivefold.data.transforms.registry import Transform
 from fivefold.lookup import choose
@@ -68,40 +65,30 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
     return Batch(*map(torch.cat, zip(*(batch.tensors for batch in batches), strict=True)))
 
 
+@dataclass(eq=False, repr=False)
 class ImageDataset(Dataset):
     """The images of N rows of a store, each requested by (epoch, row).
 
-    `sha256`: the digests that the split recorded, checked at every read; None if it recorded none.
+    `sha256`: the digests that the split recorded, checked at every read; None if unknown.
     `decode_options`: the decoding options. Images that a cache of the store holds with the same options are read from it.
     `meta`: names of the meta features of each image, measured before the transform.
     The random numbers of a sample depend only on (seed, epoch, row), not on the worker or the order.
     """
 
-    def __init__(
-        self,
-        store: ImageStore,
-        paths: Sequence[str],
-        transform: Transform,
-        seed: int = 0,
-        sha256: Sequence[str | None] | None = None,
-        meta: Sequence[str] = (),
-        decode_options: DecodeOptions = DecodeOptions(),  # noqa: B008
-    ) -> None:
-        self.store = store
-        self.paths = paths
-        self.transform = transform
-        self.seed = seed
-        self.sha256 = sha256
-        self.meta = tuple(meta)
-        self.decode_options = decode_options
-        digests = [None] * len(paths) if sha256 is None else sha256
-        self.cached = [
-            (cache, cache.find(digests))
-            for cache in getattr(store, "caches", ())
-            if cache.decode_options == decode_options
-        ]
-        self.kept: list[np.ndarray] | None = None
-        self.measured: np.ndarray | None = None
+    store: ImageStore
+    paths: Sequence[str]
+    transform: Transform
+    seed: int = 0
+    sha256: Sequence[str | None] | None = None
+    meta: Sequence[str] = ()
+    decode_options: DecodeOptions = DecodeOptions()  # noqa: RUF009
+    kept: list[np.ndarray] | None = field(default=None, init=False)
+    measured: np.ndarray | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.sha256 = [None] * len(self.paths) if self.sha256 is None else self.sha256
+        caches = [cache for cache in self.store.caches if cache.decode_options == self.decode_options]
+        self.cached = [(cache, cache.find(self.sha256)) for cache in caches]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -117,20 +104,19 @@ class ImageDataset(Dataset):
         """
         if self.count_cached() == len(self):
             return True
-        expected = self.expected_bytes()
-        images: list[np.ndarray] = []
-        size = 0
-        with closing(map_in_threads(self.image, range(len(self)))) as decoded:
-            for image in interruptible(decoded if expected <= MEMORY_LIMIT else ()):
-                images.append(image)
-                size += image.nbytes
-                if size > MEMORY_LIMIT:
-                    break
-        if max(expected, size) > MEMORY_LIMIT:
-            log.info("%d decoded images do not fit in memory; they are read in each epoch", len(self))
-            return False
-        self.kept = images
-        return True
+        images, size = [], 0
+        if self.expected_bytes() <= MEMORY_LIMIT:
+            with closing(map_in_threads(self.image, range(len(self)))) as decoded:
+                for image in interruptible(decoded):
+                    images.append(image)
+                    size += image.nbytes
+                    if size > MEMORY_LIMIT:
+                        break
+                else:
+                    self.kept = images
+                    return True
+        log.info("%d decoded images do not fit in memory; they are read in each epoch", len(self))
+        return False
 
     def expected_bytes(self, max_files: int = HEADER_SAMPLE) -> float:
         """Estimate the bytes of all decoded images from the headers of `max_files` files; 0 if all images are in a cache."""
@@ -142,8 +128,7 @@ class ImageDataset(Dataset):
 
     def _stored_bytes(self, row: int) -> int:
         """Return the bytes of the stored pixels of a row, from its file's header."""
-        digest = None if self.sha256 is None else self.sha256[row]
-        content, _ = read_verified(self.store, self.paths[row], digest)
+        content, _ = self._read_file(row)
         return 3 * math.prod(self.decode_options.stored_size(content, self.paths[row]))
 
     def compute_image_stats(self) -> np.ndarray:
@@ -162,18 +147,19 @@ class ImageDataset(Dataset):
             return self.kept[row]
         for cache, indices in self.cached:
             if indices[row] >= 0:
-                return _from_cache(cache, int(indices[row]))
-        digest = None if self.sha256 is None else self.sha256[row]
-        if digest is None and not self.cached:
-            return self.decode_options.decode(self.store.read(self.paths[row]), self.paths[row])
-        content, digest = read_verified(self.store, self.paths[row], digest)
+                return cache.image(indices[row])
+        content, digest = self._read_file(row)
         for cache, _ in self.cached:
             (index,) = cache.find([digest])
             if index >= 0:
-                return _from_cache(cache, int(index))
+                return cache.image(index)
         return self.decode_options.decode(content, self.paths[row])
 
-    def __getitems__(self, samples: Sequence[tuple[int, int]]) -> Batch:
+    def _read_file(self, row: int) -> tuple[bytes, str]:
+        """Return the bytes of a row's file and their digest; raise a DataError if it changed since the split."""
+        return read_verified(self.store, self.paths[row], self.sha256[row])
+
+    def __getitems__(self, samples: Sequence[Sample]) -> Batch:
         """Return the batch of the given (epoch, row) pairs; keep torch's global random state."""
         state = torch.get_rng_state()
         images, meta = None, []
@@ -203,23 +189,8 @@ class ImageDataset(Dataset):
         return image_stats(pixels, self.meta) if self.measured is None else self.measured[row]
 
 
-def _from_cache(cache: Cache, index: int) -> np.ndarray:
-    _ignore_read_only_warning()
-    return cache.image(index)
-
-
-@lru_cache(maxsize=1)
-def _ignore_read_only_warning() -> None:
-    """Hide torch's warning about read-only arrays, which it prints once per process; the images of a cache are such arrays.
-
-    No transform modifies its input image.
-    """
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    torch.from_numpy(np.frombuffer(b"0", np.uint8))
-
-
 class Stream(IntEnum):
-    """NumPy random streams of training, except the order of `shuffled_batches`, whose key is only (seed, epoch)."""
+    """NumPy random streams of training, except that of the sampler `shuffle`, whose key is only (seed, epoch)."""
 
     BALANCE = 1
     MIX = 2
@@ -229,7 +200,7 @@ def make_generator(stream: Stream, *parts: int) -> np.random.Generator:
     """Return the generator of a stream for integers below 2³² such as (seed, epoch), with epochs from 1.
 
     NumPy pads short keys with zeros. No two keys of a run are equal, because the stream comes first and the epoch third,
-    where the key of `shuffled_batches` has a zero.
+    where the key of `shuffle` has a zero.
     """
     return np.random.default_rng([stream, *parts])
 
@@ -238,15 +209,6 @@ def derive_seed(*parts: int) -> int:
     """Return a 63-bit seed derived from integers such as (seed, epoch, row)."""
     digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def shuffled_batches(
-    rows: int, batch_size: int, seed: int, epoch: int, drop_last: bool = False
-) -> list[list[tuple[int, int]]]:
-    """Return a shuffled epoch of (epoch, row) pairs in batches, as many as `count_batches` returns."""
-    order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
-    batches = [[(epoch, row) for row in order[i : i + batch_size]] for i in range(0, rows, batch_size)]
-    return batches[: count_batches(rows, batch_size, drop_last)]
 
 
 def count_batches(rows: int, batch_size: int, drop_last: bool = False) -> int:
@@ -260,14 +222,12 @@ def count_batches(rows: int, batch_size: int, drop_last: bool = False) -> int:
     return full + (remainder > 0 and (remainder >= minimum or full == 0))
 
 
-def sequential_batches(rows: int, batch_size: int, start: int = 0) -> list[list[tuple[int, int]]]:
+def sequential_batches(rows: int, batch_size: int, start: int = 0) -> list[list[Sample]]:
     """Return the rows from `start` to `rows` - 1 in order, in batches, with epoch 0."""
     return [[(0, row) for row in range(i, min(i + batch_size, rows))] for i in range(start, rows, batch_size)]
 
 
-def load_batches(
-    images: ImageDataset, batches: list[list[tuple[int, int]]], workers: int, pin: bool = False
-) -> Iterator[Batch]:
+def load_batches(images: ImageDataset, batches: list[list[Sample]], workers: int, pin: bool = False) -> Iterator[Batch]:
     """Load the given batches with `workers` processes (0: in this process)."""
     return iter(
         DataLoader(

@@ -8,6 +8,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ FREE_MEMORY_DIVISOR = 4
 """The cached images take at most 1/4 of the free memory."""
 
 
+@dataclass(eq=False, repr=False)
 class EvalImageCache:
     """Evaluation inputs of the N images of a set, by row, computed when a row is first requested.
 
@@ -38,22 +40,17 @@ class EvalImageCache:
     the reason.
     """
 
-    def __init__(
-        self,
-        images: ImageDataset,
-        scratch: Path | None = None,
-        limit: int | None = None,
-        use_placeholders: bool = False,
-    ) -> None:
-        self.images = images
-        self.scratch = scratch
-        self.limit = limit
-        self.use_placeholders = use_placeholders
-        self.unreadable: dict[int, str] = {}
-        self.pixels: np.ndarray | None = None
-        self.meta: np.ndarray | None = None
-        self.done = np.zeros(len(images), bool)
-        self.fits = True
+    images: ImageDataset
+    scratch: Path | None = None
+    limit: int | None = None
+    use_placeholders: bool = False
+    unreadable: dict[int, str] = field(default_factory=dict, init=False)
+    pixels: np.ndarray | None = field(default=None, init=False)
+    meta: np.ndarray | None = field(default=None, init=False)
+    fits: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        self.done = np.zeros(len(self.images), bool)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -69,79 +66,63 @@ class EvalImageCache:
         Show a progress bar if `label` is set. Raise one DataError for all unreadable images.
         """
         rows = np.array([row for batch in batches for _, row in batch], np.int64)
-        if len(rows) and not self._make(rows, label):
-            return load_batches(
-                self.images, self._with_substitutes(batches, rows) if self.use_placeholders else batches, workers
-            )
-        return map(self._batch, batches)
+        if not len(rows) or self._make(rows, label):
+            return map(self._batch, batches)
+        if self.use_placeholders:
+            readable = next(row for row in rows.tolist() if row not in self.unreadable)
+            batches = [[(epoch, readable if row in self.unreadable else row) for epoch, row in b] for b in batches]
+        return load_batches(self.images, batches, workers)
 
-    def _with_substitutes(self, batches: list[list[Sample]], rows: np.ndarray) -> list[list[Sample]]:
-        """Return the batches with unreadable rows replaced by a readable one, after trying all rows once."""
-        with closing(map_in_threads(self._try_row, rows[~self.done[rows]].tolist())) as tried:
-            for row, _, reason in tried:
-                self._mark_done(row, reason)
-        self._check(rows)
-        substitute = next(row for row in rows.tolist() if row not in self.unreadable)
-        return [[(epoch, substitute if row in self.unreadable else row) for epoch, row in batch] for batch in batches]
+    def _make(self, rows: np.ndarray, label: str) -> bool:
+        """Compute the missing ones of `rows`; return whether there is room for them.
 
-    def _try_row(self, row: int) -> tuple[int, Batch | None, str]:
-        """Return the row, its evaluation batch, and the reason if it is unreadable (then the batch is None)."""
-        try:
-            return row, self.images.eval_batch(row), ""
-        except DataError as error:
-            return row, None, str(error)
-
-    def _mark_done(self, row: int, reason: str) -> None:
-        self.done[row] = True
-        if reason:
-            self.unreadable[row] = reason
+        Without room, only try each row once, to know the unreadable ones, if they get placeholders.
+        """
+        missing = rows[~self.done[rows]]
+        if len(missing) and self.pixels is None and self.fits:
+            self.fits = self._allocate(missing)
+        if self.fits or self.use_placeholders:
+            with closing(map_in_threads(self._store, missing.tolist())) as results:
+                for row, reason in track(results, len(missing), f"{label}: images") if label else results:
+                    self.done[row] = True
+                    if reason:
+                        self.unreadable[row] = reason
+            self._check(rows)
+        return self.fits
 
     def _check(self, rows: np.ndarray) -> None:
         """Raise a DataError for unreadable images in `rows`; with `use_placeholders`, only if all of them are unreadable."""
         bad = {row: self.unreadable[row] for row in rows.tolist() if row in self.unreadable}
         if not bad or (self.use_placeholders and len(bad) < len(set(rows.tolist()))):
             return
-        reasons = describe_failures(list(bad.values()), [self.images.paths[row] for row in bad])
+        reasons = describe_failures(bad, self.images.paths)
         raise DataError(reasons if len(bad) == 1 else f"{len(bad)} of {len(rows)} images cannot be used: {reasons}")
 
     def _batch(self, samples: list[Sample]) -> Batch:
         rows = np.array([row for _, row in samples], np.int64)
-        start = int(rows[0])
-        is_contiguous = np.array_equal(rows, np.arange(start, start + len(rows)))
-        selection = slice(start, start + len(rows)) if is_contiguous else rows
-        meta = None if self.meta is None else torch.from_numpy(self.meta[selection].copy())
-        images = torch.from_numpy(self.pixels[selection]).permute(0, 3, 1, 2)
-        return Batch(images, torch.from_numpy(rows), meta)
-
-    def _make(self, rows: np.ndarray, label: str) -> bool:
-        """Compute the missing ones of `rows`; return whether there is room for them."""
-        missing = rows[~self.done[rows]]
-        if not self.fits:
-            return False
-        if not len(missing):
-            self._check(rows)
-            return True
-        if self.pixels is None:
-            self.fits = self._allocate(missing)
-        if not self.fits:
-            return False
-        with closing(map_in_threads(self._store, missing.tolist())) as results:
-            for row, reason in track(results, len(missing), f"{label}: images") if label else results:
-                self._mark_done(row, reason)
-        self._check(rows)
-        return True
+        meta = None if self.meta is None else torch.from_numpy(self.meta[rows])
+        return Batch(torch.from_numpy(self.pixels[rows]).permute(0, 3, 1, 2), torch.from_numpy(rows), meta)
 
     def _store(self, row: int) -> tuple[int, str]:
-        _, batch, reason = self._try_row(row)
-        self.pixels[row] = 0 if batch is None else batch.images[0].permute(1, 2, 0).numpy()
-        if self.meta is not None:
-            self.meta[row] = 0 if batch is None else batch.meta[0].numpy()
+        """Keep the evaluation input of a row, if there is room; return the row, and the reason if it is unreadable."""
+        batch, reason = self._read(row)
+        if self.pixels is not None:
+            self.pixels[row] = 0 if batch is None else batch.images[0].permute(1, 2, 0).numpy()
+            if self.meta is not None:
+                self.meta[row] = 0 if batch is None else batch.meta[0].numpy()
         return row, reason
+
+    def _read(self, row: int) -> tuple[Batch | None, str]:
+        """Return the evaluation input of a row, or None and the reason if it is unreadable."""
+        try:
+            return self.images.eval_batch(row), ""
+        except DataError as error:
+            return None, str(error)
 
     def _allocate(self, rows: np.ndarray) -> bool:
         """Allocate room for all images, each as large as the first readable one of `rows`; return whether there is any."""
         for row in rows.tolist():
-            _, first, reason = self._try_row(row)
+            first, reason = self._read(row)
             if first is not None:
                 break
             self.unreadable[row] = reason
@@ -153,10 +134,9 @@ class EvalImageCache:
             self.pixels = np.empty(shape, np.uint8)  # pages that are never written take no memory
         elif self.scratch is not None:
             self.pixels = _temporary_array(shape, self.scratch)
-        if self.pixels is None:
-            return False
-        self.meta = None if first.meta is None else np.empty((len(self), first.meta.shape[1]), np.float32)
-        return True
+        if first.meta is not None:
+            self.meta = np.empty((len(self), first.meta.shape[1]), np.float32)
+        return self.pixels is not None
 
 
 def memory_limit() -> int:

@@ -1,16 +1,9 @@
 """The image cache: decoded images, one after the other in a file that all readers map into memory.
 
-A cache is a folder of three files: `pixels.u8` (each image uint8 [H, W, 3], aligned to 64 bytes), `index.npy`
-(the SHA-256 of each image's file, ascending, and the position of its pixels) and `cache.json`, the header, written
-last. The key of an image is the content of its file, not its name or row, so one cache serves all folds, and duplicate
-files are stored once.
-
-Opening a cache checks the header, the sizes of both files and the digest of the index. `verify` checks the
-digest of the pixels; a stage calls it on the caches of its channel, which another job wrote.
-
-The name of a cache folder is its key, so that all processes that need the same images with the same decoding options
-use the same cache. A process writes it under a temporary name while it holds a lock. The lock ends with the process;
-the next one removes the files that a killed process left.
+docs/cache.md describes its files. The key of an image is the SHA-256 of its file, so one cache serves all folds, and duplicate
+files are stored once. The name of a cache is a digest of the images and decoding options, so that all processes that need
+the same pixels use the same cache. A process writes it under a temporary name while it holds a lock; the lock ends with the
+process, and the next one removes the files that a killed process left.
 """
 
 import hashlib
@@ -20,12 +13,14 @@ import mmap
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -57,11 +52,10 @@ class CacheHeader(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    format: int
+    format: Literal[FORMAT]
     decoder: str
     resize_shorter_side: int
     jpeg_draft: bool
-    images: int
     bytes: int
     pixels_sha256: str
     index_sha256: str
@@ -73,16 +67,18 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         """Open the cache; raise MissingInputError if there is none, and a DataError if it is damaged or not a cache."""
         self.folder = folder
-        self.header = _read_head(folder)
+        self.header = _read_header(folder)
         self.decode_options = DecodeOptions(self.header.resize_shorter_side, self.header.jpeg_draft)
-        self.index = _read_index(folder, self.header)
         self.bytes = self.header.bytes
-        size = (folder / PIXELS_FILE).stat().st_size if (folder / PIXELS_FILE).is_file() else 0
-        if size != self.bytes:
-            raise DataError(
-                f"{folder / PIXELS_FILE} has {size:,} bytes, but its {HEADER_FILE} says {self.bytes:,}: it is truncated, or belongs to "
-                "another cache; copy the whole folder again, or run prepare again"
-            )
+        index, pixels = folder / INDEX_FILE, folder / PIXELS_FILE
+        if not index.is_file() or sha256(index) != self.header.index_sha256:
+            raise _damage_error(index)
+        self.index = np.load(index, allow_pickle=False)
+        ends = self.index["offset"] + self.index["height"].astype(np.int64) * self.index["width"] * 3
+        if not len(ends) or ends.max() > self.bytes:
+            raise _damage_error(index)
+        if not pixels.is_file() or pixels.stat().st_size != self.bytes:
+            raise _damage_error(pixels)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Cache, (self.folder,)
@@ -110,51 +106,32 @@ class Cache:
             for chunk in track(chunks, self.bytes, "checking the image cache", bytes_of=len):
                 digest.update(chunk)
         if digest.hexdigest() != self.header.pixels_sha256:
-            raise DataError(
-                f"{self.folder / PIXELS_FILE} is damaged: its bytes do not match the digest in {HEADER_FILE}; copy the whole folder "
-                "again, or run prepare again"
-            )
+            raise _damage_error(self.folder / PIXELS_FILE)
 
     @cached_property
     def _mapped(self) -> np.ndarray:
+        # torch warns once per process of a read-only array; no transform modifies its input image
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         with open(self.folder / PIXELS_FILE, "rb") as file:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def _read_head(folder: Path) -> CacheHeader:
+def _read_header(folder: Path) -> CacheHeader:
     path = folder / HEADER_FILE
     if not path.is_file():
         raise MissingInputError(f"no {HEADER_FILE} in {folder}: pass the folder that prepare wrote")
     try:
-        head = CacheHeader.model_validate(read_json(path))
+        return CacheHeader.model_validate(read_json(path))
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
+        key = ".".join(map(str, problem["loc"]))
         raise DataError(
-            f"{path} does not describe an image cache: {where}: {problem['msg']}; run prepare again"
+            f"{path} is not the header of an image cache: {key}: {problem['msg']}; run prepare again"
         ) from None
-    if head.format != FORMAT:
-        raise DataError(f"{path} has format {head.format}, but this version reads {FORMAT}; run prepare again")
-    return head
 
 
-def _read_index(folder: Path, head: CacheHeader) -> np.ndarray:
-    """Return the index, checked: all of its images are inside the file of pixels."""
-    path = folder / INDEX_FILE
-    if not path.is_file() or sha256(path) != head.index_sha256:
-        raise DataError(
-            f"{path} does not match the digest in {HEADER_FILE}; copy the whole folder again, or run prepare again"
-        )
-    try:
-        index = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise DataError(f"{path} is not an index: {error}; run prepare again") from error
-    ends = (
-        index["offset"] + index["height"].astype(np.int64) * index["width"] * 3 if index.dtype == INDEX_DTYPE else None
-    )
-    if ends is None or len(index) != head.images or not len(index) or (ends > head.bytes).any():
-        raise DataError(f"{path} does not match its {HEADER_FILE}; run prepare again")
-    return index
+def _damage_error(path: Path) -> DataError:
+    return DataError(f"{path} does not match its {HEADER_FILE}; copy the whole folder again, or run prepare again")
 
 
 def cache_name(digests: Sequence[str], options: DecodeOptions) -> str:
@@ -167,18 +144,18 @@ def cache_name(digests: Sequence[str], options: DecodeOptions) -> str:
 class ImageFile:
     """An image of a store, and the SHA-256 that its file must have (None: unknown).
 
-    `size`: its approximate stored (height, width), after `with_header`.
+    `bytes`: the approximate size of its pixels in a cache, with padding, after `with_header`.
     """
 
     store: ImageStore
     path: str
     sha256: str | None
-    size: tuple[int, int] = (0, 0)
+    bytes: int = 0
 
     def with_header(self, options: DecodeOptions) -> "ImageFile":
         """Return the image with its digest and size, from the file's bytes and header, without decoding."""
         content, digest = read_verified(self.store, self.path, self.sha256)
-        return replace(self, sha256=digest, size=options.stored_size(content, self.path))
+        return replace(self, sha256=digest, bytes=_padded(3 * prod(options.stored_size(content, self.path))))
 
     def decode(self, options: DecodeOptions) -> np.ndarray:
         return options.decode(read_verified(self.store, self.path, self.sha256)[0], self.path)
@@ -199,8 +176,7 @@ def plan_cache(files: Sequence[ImageFile], options: DecodeOptions) -> list[Image
 
 
 def pixel_bytes(images: Sequence[ImageFile]) -> int:
-    """Return the bytes of the pixels of these images, each padded to the alignment."""
-    return sum(_padded(height * width * 3) for height, width in (image.size for image in images))
+    return sum(image.bytes for image in images)
 
 
 def format_bytes(size: float) -> str:
@@ -243,10 +219,8 @@ def get_or_build(folder: Path, files: Sequence[ImageFile], options: DecodeOption
         folder.mkdir(parents=True, exist_ok=True)
         check_sample(folder, files, options, most_gib)
         return open_or_build(path, lambda: plan_cache(files, options), options, most_gib)
-    except OSError as error:
-        log.warning("no image cache in %s (%s): images are read from their files", folder, error.strerror or error)
-    except (SettingsError, RetryableError) as error:
-        log.warning("no image cache: %s; images are read from their files", error)
+    except (OSError, SettingsError, RetryableError) as error:
+        log.warning("no image cache in %s (%s): images are read from their files", folder, error)
     return None
 
 
@@ -317,27 +291,25 @@ def _write(folder: Path, images: Sequence[ImageFile], options: DecodeOptions) ->
     decoded = map_in_threads(lambda image: image.decode(options), images)
     with open(folder / PIXELS_FILE, "wb") as file:
         for row, image in enumerate(track(decoded, len(images), "decoding images")):
-            height, width = image.shape[:2]
-            index[row] = (bytes.fromhex(images[row].sha256), offset, height, width)
-            for chunk in (image.reshape(-1), bytes(_padded(image.nbytes) - image.nbytes)):
-                file.write(chunk)
-                digest.update(chunk)
-            offset += _padded(image.nbytes)
+            index[row] = (bytes.fromhex(images[row].sha256), offset, *image.shape[:2])
+            content = image.tobytes().ljust(_padded(image.nbytes), b"\0")
+            file.write(content)
+            digest.update(content)
+            offset += len(content)
         file.flush()
         sync(file.fileno())
     np.save(folder / INDEX_FILE, index)
     _sync_path(folder / INDEX_FILE)
-    head = CacheHeader(
+    header = CacheHeader(
         format=FORMAT,
         decoder=DECODER,
         resize_shorter_side=options.resize_shorter_side,
         jpeg_draft=options.scaled,
-        images=len(images),
         bytes=offset,
         pixels_sha256=digest.hexdigest(),
         index_sha256=sha256(folder / INDEX_FILE),
     )
-    write_json(folder / HEADER_FILE, head.model_dump())
+    write_json(folder / HEADER_FILE, header.model_dump())
     _sync_path(folder)
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fivefold.data.pipeline.dataset import Batch, Sample, Stream, count_batches, make_generator, shuffled_batches
+from fivefold.data.pipeline.dataset import Batch, Sample, Stream, count_batches, make_generator
 
 Sampler = Callable[..., list[list[Sample]]]
 REPEAT = 1 << 32
@@ -19,7 +19,8 @@ REPEAT = 1 << 32
 
 def shuffle(codes: np.ndarray, batch_size: int, seed: int, epoch: int, drop_last: bool = False) -> list[list[Sample]]:
     """Return every row once, in shuffled order."""
-    return shuffled_batches(len(codes), batch_size, seed, epoch, drop_last)
+    order = np.random.default_rng([seed, epoch]).permutation(len(codes)).tolist()
+    return _make_batches([(epoch, row) for row in order], batch_size, drop_last)
 
 
 def balanced(codes: np.ndarray, batch_size: int, seed: int, epoch: int, drop_last: bool = False) -> list[list[Sample]]:
@@ -35,9 +36,13 @@ def balanced(codes: np.ndarray, batch_size: int, seed: int, epoch: int, drop_las
     samples = list(unlabelled)
     for index, code in enumerate(classes):
         samples += _rounds(np.flatnonzero(codes == code), quota + (index < more), epoch, random)
-    shuffled = [samples[index] for index in random.permutation(len(samples))]
-    batches = [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
-    return batches[: count_batches(len(shuffled), batch_size, drop_last)]
+    return _make_batches([samples[index] for index in random.permutation(len(samples))], batch_size, drop_last)
+
+
+def _make_batches(samples: list[Sample], batch_size: int, drop_last: bool) -> list[list[Sample]]:
+    """Return the samples in batches, as many as `count_batches` returns."""
+    count = count_batches(len(samples), batch_size, drop_last)
+    return [samples[i * batch_size : (i + 1) * batch_size] for i in range(count)]
 
 
 def _rounds(rows: np.ndarray, count: int, epoch: int, random: np.random.Generator) -> list[Sample]:

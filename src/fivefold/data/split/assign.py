@@ -1,16 +1,9 @@
 """Assign rows to folds and parts.
 
-scikit-learn splits ungrouped rows, so that folds equal those of a notebook with the same seed, row by row.
-With `table` the rows in order, without duplicate images, and `label` as pandas reads it:
-
-    StratifiedKFold(split.folds, shuffle=True, random_state=split.seed).split(table, table.label)
-
-A holdout is set aside first, and the folds are made of `train` as returned, in shuffled order:
-
-    train, holdout = train_test_split(table, test_size=split.holdout, stratify=table.label, random_state=split.seed)
-
-Parts are set aside in the same way: `test` of all rows, then `valid` with test_size = valid / (train + valid).
-With split.stratify=false: KFold, and train_test_split without `stratify`. Duplicate images follow the first of their rows.
+scikit-learn splits ungrouped rows, so that folds equal those of a notebook with the same seed, row by row: StratifiedKFold
+(KFold without split.stratify) on the rows that train_test_split leaves after a holdout, in the order in which it returns them.
+Parts are set aside in the same way: `test` of all rows, then `valid` with test_size = valid / (train + valid). Duplicate
+images follow the first of their rows. See docs/data.md.
 """
 
 import logging
@@ -73,56 +66,33 @@ def rank_labels(classes: Sequence[str]) -> np.ndarray:
         return np.argsort(np.argsort(np.array(classes, object)))
 
 
-def split_rows(
-    codes: np.ndarray, groups: np.ndarray | None, image_codes: np.ndarray, split: Split
-) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(codes: np.ndarray, units: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return (fold, part) of each row by the rule of `fold_table.py`: int16 [N] (-1 if no fold validates on the row) and str [N].
 
-    `codes` [N] are classes in pandas' order, `groups` [N] integers of rows to keep together, or None; rows of equal
-    `image_codes` [N] stay together too. Raise a SettingsError if a fold or part would get no row.
+    `codes` [N] are classes in pandas' order. Rows of equal `units` [N], such as duplicates of an image or images of a product,
+    go where the first of them goes; shares are fractions of the units. Raise a SettingsError if a fold or part would get no row.
     """
-    if groups is not None:
-        return _split_groups(codes, _merge_groups(groups, image_codes), split)
-    first = _first_rows(image_codes)
-    unique_rows = np.flatnonzero(first == np.arange(len(first)))
+    first, unit = np.unique(units, return_index=True, return_inverse=True)[1:]
+    order = np.argsort(first)
     fold, part = np.empty(len(first), np.int16), np.empty(len(first), "U7")
-    fold[unique_rows], part[unique_rows] = _split_rows(codes[unique_rows], split)
-    return fold[first], part[first]
+    fold[order], part[order] = _split_units(codes[first[order]], split)
+    return fold[unit], part[unit]
 
 
-def split_products(
-    strata: np.ndarray, products: np.ndarray, image_codes: np.ndarray, split: Split
-) -> tuple[np.ndarray, np.ndarray]:
-    """Split products like rows: ratios of 0.8, 0.1, 0.1 are fractions of the products; return as `split_rows` does.
-
-    `products` [N] integers from 0 in order of occurrence; `strata` [N] codes, equal within a product, replace the
-    classes. A product that shares an image with an earlier one goes where that one goes.
-    """
-    first = np.unique(products, return_index=True)[1]
-    fold, part = split_rows(strata[first], None, _merge_groups(products, image_codes)[first], split)
-    return fold[products], part[products]
-
-
-def _first_rows(codes: np.ndarray) -> np.ndarray:
-    """Return for each row the first row with the same code: [N]."""
-    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-    return first[inverse]
-
-
-def _merge_groups(groups: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+def merge_groups(groups: np.ndarray, image_codes: np.ndarray) -> np.ndarray:
     """Return groups [N] with groups that share an image merged: the connected components of the rows."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     # Groups and images are the nodes of a graph; each row is an edge between its group and its image.
-    ends = groups, pictures.astype(np.int64) + groups.max() + 1
+    ends = groups, image_codes.astype(np.int64) + groups.max() + 1
     nodes = int(ends[1].max()) + 1
     edges = coo_array((np.ones(len(groups), bool), ends), shape=(nodes, nodes))
     return connected_components(edges, directed=False)[1][groups]
 
 
-def _split_rows(codes: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return (fold, part) of ungrouped rows."""
+def _split_units(codes: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return (fold, part) of units of these classes, in the order of their first rows."""
     fold, part = np.full(len(codes), -1, np.int16), np.full(len(codes), "train", "U7")
     rows = np.arange(len(codes))
     if split.ratios:
@@ -152,19 +122,15 @@ def _set_aside(rows: np.ndarray, codes: np.ndarray, share: float, split: Split) 
 
     labels = codes[rows]
     counts = np.bincount(labels)
-    single = counts[labels] == 1
-    if split.stratify and min(size, len(rows) - single.sum() - size) >= (counts > 1).sum():
-        repeated = ~single
-        remaining, aside = train_test_split(
-            rows[repeated], test_size=size, stratify=labels[repeated], random_state=split.seed
-        )
-        return np.concatenate([rows[single], remaining]), aside
-    if split.stratify:
-        log.warning(
-            "split: %d of %d rows are set aside without stratification: too few rows for all classes", size, len(rows)
-        )
-    remaining, aside = train_test_split(rows, test_size=size, random_state=split.seed)
-    return remaining, aside
+    drawn = counts[labels] > 1
+    stratify = split.stratify and min(size, drawn.sum() - size) >= (counts > 1).sum()
+    if not stratify:
+        drawn[:] = True
+        if split.stratify:
+            log.warning("split: %d of %d rows are set aside without stratification: too few rows", size, len(rows))
+    strata = labels[drawn] if stratify else None
+    remaining, aside = train_test_split(rows[drawn], test_size=size, stratify=strata, random_state=split.seed)
+    return np.concatenate([rows[~drawn], remaining]), aside
 
 
 def _assign_folds(codes: np.ndarray, split: Split) -> np.ndarray:
@@ -189,8 +155,8 @@ def _assign_folds(codes: np.ndarray, split: Split) -> np.ndarray:
     return fold
 
 
-def _split_groups(codes: np.ndarray, groups: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return (fold, part) of rows, keeping groups together."""
+def split_groups(codes: np.ndarray, groups: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return (fold, part) as `split_rows` does, with shares of the rows of each class; rows of equal `groups` [N] stay together."""
     codes = codes if split.stratify else np.zeros_like(codes)
     if split.ratios:
         part = _assign_bins(codes, groups, split.ratios, split.seed)

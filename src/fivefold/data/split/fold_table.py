@@ -30,6 +30,7 @@ COLUMNS = {
     "part": pa.dictionary(pa.int32(), pa.string()),
     "sha256": pa.string(),
 }
+OPTIONAL_COLUMNS = ("group", "sha256")
 ROW_GROUP_SIZE = 262_144
 
 
@@ -40,8 +41,7 @@ class FoldTable:
     `ids` and `paths` [N] strings in Arrow (to avoid a Python object per row), paths relative to the train channel;
     `codes` [N] int32, the index into `classes`, which are sorted by name; `groups` [N] strings or nulls; `fold` [N] int16,
     -1 if no fold validates on the row; `part` [N] one of PARTS; `sha256` [N] of the files' bytes, or nulls if the split
-    did not open the images. `factors`: the factors of the split's classes, if they have any; `known_factors`: the factors that
-    `classes` cover, if these are only some of them.
+    did not open the images; `factors` of the classes, if any; `known_factors`: those that `classes` cover, if not all.
     """
 
     ids: pa.Array
@@ -145,10 +145,12 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
     if not path.is_file():
         raise MissingInputError(f"no {FOLDS} at {path}; run the split stage first")
     try:
-        table = pq.ParquetFile(path).read()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a Parquet table: {error}") from error
-    table = _check_columns(table, path)
+        table = pq.ParquetFile(path).read().select(list(COLUMNS)).cast(pa.schema(COLUMNS))
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise DataError(f"{path} is not a table with the columns {', '.join(COLUMNS)}: {error}") from error
+    if not table.num_rows or any(table.column(name).null_count for name in COLUMNS.keys() - OPTIONAL_COLUMNS):
+        raise DataError(f"{path} holds no rows, or empty values in a column besides {' and '.join(OPTIONAL_COLUMNS)}")
+    table = table.unify_dictionaries().combine_chunks()
     labels = table.column("label").chunk(0)
     labels_in_table = tuple(sorted(pc.unique(labels.dictionary).to_pylist()))
     classes, factors = _read_classes(classes_path) if classes_path else (labels_in_table, None)
@@ -167,21 +169,6 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
     return folds
 
 
-def _check_columns(table: pa.Table, path: Path) -> pa.Table:
-    absent = [name for name in COLUMNS if name not in table.column_names]
-    if absent:
-        raise DataError(f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(table.column_names)}")
-    if not table.num_rows:
-        raise DataError(f"{path} holds no rows")
-    for name in ("id", "path", "label", "fold", "part"):
-        if table.column(name).null_count:
-            raise DataError(f"{path}: column {name} has {table.column(name).null_count} empty values")
-    try:
-        return table.select(list(COLUMNS)).cast(pa.schema(COLUMNS)).unify_dictionaries().combine_chunks()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{path} has a column of the wrong type: {error}") from error
-
-
 def _read_classes(path: Path) -> tuple[tuple[str, ...], LabelFactors | None]:
     """Return the classes of `classes.json`, and their factors, if they have any."""
     if not path.is_file():
@@ -197,21 +184,19 @@ def _read_classes(path: Path) -> tuple[tuple[str, ...], LabelFactors | None]:
 def _class_codes(labels: pa.DictionaryArray, classes: tuple[str, ...], path: Path) -> np.ndarray:
     index = {name: code for code, name in enumerate(classes)}
     names = labels.dictionary.to_pylist()
-    unknown = [name for name in names if name not in index]
-    if unknown:
+    if unknown := [name for name in names if name not in index]:
         raise DataError(f"{path} has labels that are not classes: {', '.join(map(repr, unknown[:5]))}")
     return np.array([index[name] for name in names], np.int32)[labels.indices.to_numpy()]
 
 
 def _check_values(table: FoldTable, path: Path) -> None:
-    if len(pc.unique(table.ids)) != len(table):
-        raise DataError(f"{path}: duplicate ids ({len(table) - len(pc.unique(table.ids))} of {len(table)})")
-    unknown = sorted(set(np.unique(table.part)) - set(PARTS))
-    if unknown:
-        raise DataError(f"{path}: column part has {', '.join(unknown)}; known: {', '.join(PARTS)}")
-    if not set(np.unique(table.fold)) - {-1} or table.fold.min() < -1:
-        raise DataError(f"{path}: column fold has no fold to validate on")
-    if set(range(table.num_folds)) - set(np.unique(table.fold)):
-        raise DataError(f"{path}: folds are missing between 0 and {table.num_folds - 1}")
-    if (table.fold[np.isin(table.part, HELD_OUT_PARTS)] != -1).any():
-        raise DataError(f"{path}: rows that are set aside (part {' or '.join(HELD_OUT_PARTS)}) must have fold -1")
+    folds = np.unique(table.fold[table.fold != -1]).tolist()
+    held_out = np.isin(table.part, HELD_OUT_PARTS)
+    problems = {
+        "duplicate ids": len(pc.unique(table.ids)) < len(table),
+        f"parts besides {', '.join(PARTS)}": not np.isin(table.part, PARTS).all(),
+        f"folds {folds}, but they must count up from 0": not folds or folds != list(range(len(folds))),
+        f"rows of part {' or '.join(HELD_OUT_PARTS)} whose fold is not -1": (table.fold[held_out] != -1).any(),
+    }
+    if present := [problem for problem, is_present in problems.items() if is_present]:
+        raise DataError(f"{path} has {', '.join(present)}; run the split again")

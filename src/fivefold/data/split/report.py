@@ -1,6 +1,5 @@
 """Summary of a split: counts for `split_summary.json` and the log, and a CSV for each part."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,23 +44,19 @@ def summarise(
     `skipped`: paths and reasons of unreadable images, which are not in the table; `lost`: classes that had no other images.
     """
     bins, per_class = class_counts(table)
-    conflicting = duplicates.label_conflicts(table.codes)
-    per_fold = per_class[:, : table.num_folds]
-    trained = np.bincount(table.codes[table.part == "train"], minlength=len(table.classes))
-    # With k folds, the validation rows of a fold are also of part train, but the fold does not train on them.
-    trained_per_fold = trained[:, None] - (per_fold if (table.fold[table.part == "train"] >= 0).any() else 0)
-    small = np.flatnonzero(np.bincount(table.codes, minlength=len(table.classes)) < table.num_folds)
+    conflicting, labels = duplicates.label_conflicts(table.codes), table.labels()
+    counts = dict(zip(table.classes, per_class.sum(axis=1).tolist(), strict=True))
+    untrained = {
+        f"fold {fold}": sorted(set(table.classes) - set(labels[table.train_rows(fold)]))
+        for fold in range(table.num_folds)
+    }
     return {
         "rows": len(table),
         "classes": len(table.classes),
         "source": rows.layout,
         "rows_per_bin": dict(zip(bins, per_class.sum(axis=0).tolist(), strict=True)),
-        "fewer_rows_than_folds": {table.classes[code]: int(per_class[code].sum()) for code in small},
-        "not_trained_on": {
-            f"fold {fold}": [table.classes[code] for code in np.flatnonzero(trained_per_fold[:, fold] == 0)]
-            for fold in range(table.num_folds)
-            if (trained_per_fold[:, fold] == 0).any()
-        },
+        "fewer_rows_than_folds": {name: count for name, count in counts.items() if count < table.num_folds},
+        "not_trained_on": {fold: names for fold, names in untrained.items() if names},
         "duplicates": {
             "sets": len(duplicates.sets),
             "rows": int(sum(map(len, duplicates.sets))),
@@ -69,7 +64,9 @@ def summarise(
         },
         "conflicting_duplicates": {
             "sets": len(conflicting),
-            "labels": [_labels_by_path(table, rows) for rows in conflicting[:MAX_LISTED_SETS]],
+            "labels": [
+                dict(zip(table.paths_of(rows), labels[rows], strict=True)) for rows in conflicting[:MAX_LISTED_SETS]
+            ],
         },
         "skipped": list(skipped),
         "left_out": dict(rows.ignored),
@@ -82,20 +79,11 @@ def summarise(
 
 def class_counts(table: FoldTable) -> tuple[list[str], np.ndarray]:
     """Return the names of the bins (each fold, then each part without a fold), and the rows per class and bin: [C, bins]."""
-    parts = sorted(set(np.unique(table.part[table.fold < 0]).tolist()))
-    bins = table.fold.astype(np.int64)
-    for position, part in enumerate(parts):
-        bins[(table.fold < 0) & (table.part == part)] = table.num_folds + position
-    names = [f"fold {fold}" for fold in range(table.num_folds)] + parts
+    parts = np.unique(table.part[table.fold < 0])
+    bins = np.where(table.fold < 0, table.num_folds + np.searchsorted(parts, table.part), table.fold)
+    names = [f"fold {fold}" for fold in range(table.num_folds)] + parts.tolist()
     cells = np.bincount(table.codes * len(names) + bins, minlength=len(table.classes) * len(names))
     return names, cells.reshape(len(table.classes), len(names))
-
-
-def to_json(summary: Mapping[str, Any]) -> str:
-    """Return the summary as JSON with one line per key and per class."""
-    lines = [f"  {_json(key)}: {_json(value)}" for key, value in summary.items() if key != "rows_per_class"]
-    per_class = [f"    {_json(name)}: {_json(counts)}" for name, counts in summary["rows_per_class"].items()]
-    return "{\n" + ",\n".join([*lines, '  "rows_per_class": {\n' + ",\n".join(per_class) + "\n  }"]) + "\n}\n"
 
 
 def describe_data(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -117,18 +105,18 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     rows = ", ".join(f"{name} {count:,}" for name, count in summary["rows_per_bin"].items())
     log.info("split: %s rows of %d classes: %s", f"{summary['rows']:,}", summary["classes"], rows)
     log_ignored(summary["left_out"], "the split")
-    for key, text in WARNINGS.items():
-        if summary[key]:
-            log.warning("split: %d %s", len(summary[key]), text)
-    if summary["lost_classes"]:
-        log.warning("split: classes without a readable image are dropped: %s", preview(summary["lost_classes"]))
-    if summary["duplicates"]["sets"]:
-        counts = summary["duplicates"]["sets"], summary["duplicates"]["rows"]
-        log.warning(
-            "split: %d images occur more than once (%d rows); duplicates stay on the same side of every fold", *counts
-        )
-    if summary["conflicting_duplicates"]["sets"]:
-        log.warning("split: %d sets of duplicates have different labels", summary["conflicting_duplicates"]["sets"])
+    lost, duplicates = summary["lost_classes"], summary["duplicates"]
+    problems = {
+        "classes have fewer rows than folds; some folds validate without them": len(summary["fewer_rows_than_folds"]),
+        "folds have a class without rows to train on, because they are in other parts": len(summary["not_trained_on"]),
+        "images cannot be read and are ignored": len(summary["skipped"]),
+        f"classes without a readable image are dropped: {preview(lost)}": len(lost),
+        f"images occur more than once ({duplicates['rows']} rows), always in the same fold": duplicates["sets"],
+        "sets of duplicates have different labels": summary["conflicting_duplicates"]["sets"],
+    }
+    for problem, count in problems.items():
+        if count:
+            log.warning("split: %d %s", count, problem)
 
 
 def class_file_content(table: FoldTable) -> dict[str, Any]:
@@ -172,15 +160,6 @@ def remove_parts(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _labels_by_path(table: FoldTable, rows: np.ndarray) -> dict[str, str]:
-    labels = [table.classes[code] for code in table.codes[rows]]
-    return dict(zip(table.paths.take(pa.array(rows)).to_pylist(), labels, strict=True))
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _count(rows: pd.DataFrame) -> dict[str, Any]:
     """Return the number of products and images of `rows`, images per type, and products per category if they have one."""
     counts = {
@@ -188,12 +167,5 @@ def _count(rows: pd.DataFrame) -> dict[str, Any]:
         "images": len(rows),
         "image_types": rows["image_type"].value_counts().sort_index().to_dict(),
     }
-    categories = rows.drop_duplicates("product_id", keep="last")["category"].value_counts().sort_index().to_dict()
+    categories = rows.groupby("category")["product_id"].nunique().to_dict()
     return counts | ({"categories": categories} if categories else {})
-
-
-WARNINGS = {
-    "fewer_rows_than_folds": "classes have fewer rows than folds; some folds validate without them",
-    "not_trained_on": "folds have a class that they do not train on, because all its rows are in other parts",
-    "skipped": "images cannot be read and are ignored",
-}

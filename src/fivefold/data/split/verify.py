@@ -1,7 +1,7 @@
 """Verify a data set: open every image once, hash its bytes and pixels, and record why it cannot be read."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,13 +35,13 @@ class VerifiedImages:
         readable[list(self.unreadable)] = False
         return readable
 
-    def take(self, kept: np.ndarray) -> "VerifiedImages":
-        """Return the rows where `kept` [N] bool is true, all of which must be readable."""
-        return VerifiedImages(self.sha256.filter(pa.array(kept)), self.pixels[kept], {})
+    def failures(self, paths: Sequence[str] | pa.Array) -> list[dict[str, str]]:
+        """Return the path and reason of each unreadable image; `paths` [N] are those of all images."""
+        return [{"path": str(paths[row]), "reason": reason} for row, reason in self.unreadable.items()]
 
 
 def verify_images(store: ImageStore, paths: pa.Array, options: DecodeOptions = DecodeOptions()) -> VerifiedImages:  # noqa: B008
-    """Read and decode every image of `paths` at full size in threads, with a progress bar; `kind.max_pixels` bounds their size."""
+    """Read and decode every image of `paths` at full size in threads, with a progress bar; only `options.max_pixels` applies."""
     pixels = np.zeros(len(paths), f"V{DIGEST_BYTES}")
     hashes: list[str | None] = []
     unreadable: dict[int, str] = {}
@@ -70,10 +70,10 @@ def match_duplicates(images: VerifiedImages, known: np.ndarray) -> dict[int, int
     return {row: other for row, other in pairs if other is not None and row not in images.unreadable}
 
 
-def describe_failures(reasons: Sequence[str], paths: Sequence[str]) -> str:
-    """Return the first few reasons why the images at `paths` cannot be read, then the other paths; a reason names its image."""
-    rest = f"; and {', '.join(paths[MAX_LISTED:])}" if len(paths) > MAX_LISTED else ""
-    return "; ".join(reasons[:MAX_LISTED]) + rest
+def describe_failures(unreadable: Mapping[int, str], paths: Sequence[str]) -> str:
+    """Return the first few reasons of `unreadable` rows, which name their images, then the paths of the others among all `paths`."""
+    rest = [paths[row] for row in unreadable][MAX_LISTED:]
+    return "; ".join(list(unreadable.values())[:MAX_LISTED]) + (f"; and {', '.join(rest)}" if rest else "")
 
 
 def drop_unreadable(
@@ -83,15 +83,11 @@ def drop_unreadable(
 
     Without `skip`, raise a DataError that lists the first few unreadable images.
     """
-    if not opened.unreadable:
-        return rows, opened, []
-    paths = rows.paths.take(pa.array(list(opened.unreadable))).to_pylist()
-    if not skip:
-        reasons = list(opened.unreadable.values())[:MAX_LISTED]
-        rest = f"; and {len(paths) - MAX_LISTED} more" if len(paths) > MAX_LISTED else ""
+    if opened.unreadable and not skip:
         raise DataError(
-            f"{len(paths)} of {len(rows)} images cannot be read: {'; '.join(reasons)}{rest}; "
+            f"{len(opened.unreadable)} of {len(rows)} images cannot be read, such as: "
+            f"{'; '.join(list(opened.unreadable.values())[:MAX_LISTED])}; "
             "repair or remove them, or set split.skip_unreadable=true to ignore them"
         )
-    skipped = [{"path": path, "reason": reason} for path, reason in zip(paths, opened.unreadable.values(), strict=True)]
-    return rows.take(opened.readable), opened.take(opened.readable), skipped
+    kept = VerifiedImages(opened.sha256.drop_null(), opened.pixels[opened.readable], {})
+    return rows.take(opened.readable), kept, opened.failures(rows.paths)

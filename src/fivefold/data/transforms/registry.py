@@ -8,7 +8,6 @@ that torchvision lacks; the others are torchvision v2 transforms, imported when 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any, Literal
@@ -30,75 +29,66 @@ Box = tuple[int, int, int, int]
 """Top, left, height and width, in pixels."""
 
 
-@dataclass(frozen=True)
-class Compose:
-    """Transforms applied in sequence; picklable, so that spawned loader workers can receive it."""
-
-    steps: tuple[Transform, ...]
-
-    def __call__(self, image: Tensor) -> Tensor:
-        for step in self.steps:
-            image = step(image)
-        return image
+def apply_all(steps: Sequence[Transform], image: Tensor) -> Tensor:
+    """Apply the transforms in sequence."""
+    for step in steps:
+        image = step(image)
+    return image
 
 
-@dataclass(frozen=True)
-class RandomApply:
-    """A transform that is applied with probability `p`."""
-
-    step: Transform
-    p: float
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return self.step(image) if torch.rand(()).item() < self.p else image
+def apply_randomly(step: Transform, p: float, image: Tensor) -> Tensor:
+    """Apply the transform with probability `p`."""
+    return step(image) if torch.rand(()).item() < p else image
 
 
 def build_transforms(specs: Sequence[Spec], size: Size, evaluation: bool = False) -> Transform:
     """Return the composition of `specs`, whose result always has `size` (height, width).
 
-    A spec is a name in TRANSFORMS or SETS, or a table with `name` and that transform's parameters;
-    each accepts a probability `p`. A plain resize is always the last step, and does nothing at the right size. With
-    `evaluation`, use only the deterministic parts of a set. Raise SettingsError for an unknown name or
-    parameter, and for a random transform in an evaluation.
+    A spec is a name in TRANSFORMS or PRESETS, or a table with `name` and that transform's parameters; each accepts a
+    probability `p`. A plain resize is always the last step, and does nothing at the right size. With `evaluation`, use only
+    the deterministic parts of a preset. Raise a SettingsError for an unknown name or parameter, and for a random transform
+    in an evaluation.
     """
-    return Compose((*(_build(spec, size) for spec in expand_presets(specs, evaluation)), partial(resize, size=size)))
+    steps = [_build(spec, size) for spec in expand_presets(specs, evaluation)]
+    return partial(apply_all, [*steps, partial(resize, size=size)])
 
 
 def expand_presets(specs: Sequence[Spec], evaluation: bool) -> list[Spec]:
-    """Return the specs with every named set replaced by its parts, in an evaluation by its deterministic parts."""
+    """Return the specs with every preset replaced by its parts, in an evaluation by its deterministic parts."""
     result: list[Spec] = []
     for spec in specs:
         name, parameters = _parse_spec(spec)
         if name in PRESETS and parameters:
             raise SettingsError(f"{name} is a set of transforms and takes no parameters; name its parts instead")
-        if name not in PRESETS and evaluation and not _is_deterministic(name, parameters):
+        if evaluation and name not in PRESETS and not _is_deterministic(spec):
             raise SettingsError(
                 f"augment.eval: {name!r} is random, so predictions would not be reproducible; "
                 f"an evaluation may use {', '.join(sorted(DETERMINISTIC))}"
             )
-        parts = PRESETS.get(name, (spec,))
-        result += [part for part in parts if not evaluation or _is_deterministic(*_parse_spec(part))]
+        result += [part for part in PRESETS.get(name, (spec,)) if not evaluation or _is_deterministic(part)]
     return result
 
 
-def _is_deterministic(name: str, parameters: dict[str, Any]) -> bool:
-    choose(TRANSFORMS | PRESETS, "transform", name)
+def _is_deterministic(spec: Spec) -> bool:
+    name, parameters = _parse_spec(spec)
     return name in DETERMINISTIC and parameters.get("p", 1) == 1
 
 
 def _parse_spec(spec: Spec) -> tuple[str, dict[str, Any]]:
+    """Return the name and the parameters of a spec; raise a SettingsError for an unknown name."""
     parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
-    return str(parameters.pop("name", "")), parameters
+    name = str(parameters.pop("name", ""))
+    choose(TRANSFORMS | PRESETS, "transform", name)
+    return name, parameters
 
 
 def _build(spec: Spec, size: Size) -> Transform:
     name, parameters = _parse_spec(spec)
-    make = choose(TRANSFORMS | PRESETS, "transform", name)
     p = parameters.get("p", 1)
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise SettingsError(f"transform {name!r}: p={p!r}, but a probability from 0 to 1 is needed")
     try:
-        return make(size=size, **parameters)
+        return TRANSFORMS[name](size=size, **parameters)
     except ValidationError as error:
         problem = error.errors()[0]
         key = problem["loc"][0]
@@ -175,80 +165,71 @@ def _resized_box(image: Tensor, box: Box, size: Size) -> Tensor:
     return resize(image[:, top : top + height, left : left + width], size)
 
 
-def _local_transform(function: Callable[..., Tensor]) -> Callable[..., Transform]:
-    """Return a builder for an image function; its annotations validate the parameters. Add `p` if the function has none."""
-
-    def make(size: Size, **parameters: Any) -> Transform:
-        fields = {
-            name: (parameter.annotation, parameter.default)
-            for name, parameter in signature(function).parameters.items()
-        }
-        sized = {"size": size} if fields.pop("size", None) else {}
-        del fields["image"]
-        p = None if "p" in fields else parameters.pop("p", None)
-        for key in parameters:
-            choose(fields, f"parameter of transform {function.__name__}:", key)
-        kind = create_model(function.__name__, __config__=ConfigDict(strict=True), **fields)
-        return _with_probability(partial(function, **sized, **dict(kind(**parameters))), p)
-
-    return make
+def _local_transform(function: Callable[..., Tensor], /, *, size: Size, **parameters: Any) -> Transform:
+    """Return an image function with its parameters, validated by its annotations; `p` is added if it has none."""
+    fields = {
+        name: (parameter.annotation, parameter.default) for name, parameter in signature(function).parameters.items()
+    }
+    sized = {"size": size} if fields.pop("size", None) else {}
+    del fields["image"]
+    p = None if "p" in fields else parameters.pop("p", None)
+    for key in parameters:
+        choose(fields, f"parameter of transform {function.__name__}:", key)
+    kind = create_model(function.__name__, __config__=ConfigDict(strict=True), **fields)
+    return _with_probability(partial(function, **sized, **dict(kind(**parameters))), p)
 
 
-def _torchvision_transform(name: str, **defaults: Any) -> Callable[..., Transform]:
-    """Return a builder for the transform `name` of torchvision.transforms.v2; `interpolation` by name, `p` added if it has none.
+def _torchvision_transform(name: str, /, *, size: Size, **parameters: Any) -> Transform:
+    """Return the transform `name` of torchvision.transforms.v2; `interpolation` by name, `p` added if it has none.
 
-    The builder tries the transform on a black image, because some transforms validate parameters only when they run.
+    Try the transform on a black image, because some transforms validate parameters only when they run.
     """
+    from torchvision.transforms import v2
 
-    def make(size: Size, **parameters: Any) -> Transform:
-        from torchvision.transforms import v2
-
-        if parameters.get("inplace"):
-            raise ValueError("inplace=true would modify the image that other epochs use too; remove it")
-        transform_class = getattr(v2, name)
-        p = None if "p" in signature(transform_class).parameters else parameters.pop("p", None)
-        if "interpolation" in parameters:
-            parameters["interpolation"] = v2.InterpolationMode(parameters["interpolation"])
-        step = transform_class(**{**defaults, **parameters})
-        with torch.random.fork_rng(devices=[]):
-            step(torch.zeros(3, *size, dtype=torch.uint8))
-        return _with_probability(step, p)
-
-    return make
+    if parameters.get("inplace"):
+        raise ValueError("inplace=true would modify the image that other epochs use too; remove it")
+    transform_class = getattr(v2, name)
+    p = None if "p" in signature(transform_class).parameters else parameters.pop("p", None)
+    if "interpolation" in parameters:
+        parameters["interpolation"] = v2.InterpolationMode(parameters["interpolation"])
+    step = transform_class(**parameters)
+    with torch.random.fork_rng(devices=[]):
+        step(torch.zeros(3, *size, dtype=torch.uint8))
+    return _with_probability(step, p)
 
 
 def _with_probability(step: Transform, p: float | None) -> Transform:
-    return step if p is None or p == 1 else RandomApply(step, p)
+    return step if p is None or p == 1 else partial(apply_randomly, step, p)
 
 
 NORMAL_NOISE = {"name": "gaussian_noise", "sigma": 0.243}
 """Noise with standard deviation 1 after the mask system's normalisation, averaged over the channels."""
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
-    "resize": _local_transform(resize),
-    "centre_crop": _local_transform(centre_crop_resize),
-    "horizontal_flip": _local_transform(horizontal_flip),
-    "random_crop": _local_transform(random_crop),
-    "random_resized_crop": _local_transform(random_resized_crop),
-    "centre_crop_pixels": _local_transform(functional.centre_crop_pixels),
-    "brightness": _local_transform(functional.brightness),
-    "unsharp_mask": _local_transform(functional.unsharp_mask),
-    "coarse_dropout": _local_transform(functional.coarse_dropout),
-    "grid_distortion": _local_transform(functional.grid_distortion),
-    "shift_scale_rotate": _local_transform(functional.shift_scale_rotate),
-    "linear_colour_jitter": _local_transform(functional.linear_colour_jitter),
-    "gaussian_noise": _torchvision_transform("GaussianNoise"),
-    "vertical_flip": _torchvision_transform("RandomVerticalFlip"),
-    "rotation": _torchvision_transform("RandomRotation", degrees=15),
-    "affine": _torchvision_transform("RandomAffine", degrees=0),
-    "perspective": _torchvision_transform("RandomPerspective", distortion_scale=0.2),
-    "color_jitter": _torchvision_transform("ColorJitter"),
-    "grayscale": _torchvision_transform("RandomGrayscale"),
-    "gaussian_blur": _torchvision_transform("GaussianBlur", kernel_size=5),
-    "trivial_augment": _torchvision_transform("TrivialAugmentWide"),
-    "rand_augment": _torchvision_transform("RandAugment"),
-    "auto_contrast": _torchvision_transform("RandomAutocontrast"),
-    "random_erasing": _torchvision_transform("RandomErasing"),
+    "resize": partial(_local_transform, resize),
+    "centre_crop": partial(_local_transform, centre_crop_resize),
+    "horizontal_flip": partial(_local_transform, horizontal_flip),
+    "random_crop": partial(_local_transform, random_crop),
+    "random_resized_crop": partial(_local_transform, random_resized_crop),
+    "centre_crop_pixels": partial(_local_transform, functional.centre_crop_pixels),
+    "brightness": partial(_local_transform, functional.brightness),
+    "unsharp_mask": partial(_local_transform, functional.unsharp_mask),
+    "coarse_dropout": partial(_local_transform, functional.coarse_dropout),
+    "grid_distortion": partial(_local_transform, functional.grid_distortion),
+    "shift_scale_rotate": partial(_local_transform, functional.shift_scale_rotate),
+    "linear_colour_jitter": partial(_local_transform, functional.linear_colour_jitter),
+    "gaussian_noise": partial(_torchvision_transform, "GaussianNoise"),
+    "vertical_flip": partial(_torchvision_transform, "RandomVerticalFlip"),
+    "rotation": partial(_torchvision_transform, "RandomRotation", degrees=15),
+    "affine": partial(_torchvision_transform, "RandomAffine", degrees=0),
+    "perspective": partial(_torchvision_transform, "RandomPerspective", distortion_scale=0.2),
+    "color_jitter": partial(_torchvision_transform, "ColorJitter"),
+    "grayscale": partial(_torchvision_transform, "RandomGrayscale"),
+    "gaussian_blur": partial(_torchvision_transform, "GaussianBlur", kernel_size=5),
+    "trivial_augment": partial(_torchvision_transform, "TrivialAugmentWide"),
+    "rand_augment": partial(_torchvision_transform, "RandAugment"),
+    "auto_contrast": partial(_torchvision_transform, "RandomAutocontrast"),
+    "random_erasing": partial(_torchvision_transform, "RandomErasing"),
 }
 
 DETERMINISTIC = {"resize", "centre_crop", "centre_crop_pixels", "brightness", "unsharp_mask"}

@@ -85,7 +85,7 @@ def test_unreadable_images_raise_one_error_or_get_placeholders(images, tmp_path,
     bad = [0, 5]
     for row in bad:
         (images.store.root / images.paths[row]).write_bytes(b"no image")
-    images.sha256 = None
+    images.sha256 = [None] * COUNT
     scratch = tmp_path if in_file else None
     with pytest.raises(DataError) as error:
         list(EvalImageCache(images, scratch, limit).batches(BATCHES, 0))
@@ -101,11 +101,10 @@ def test_unreadable_images_raise_one_error_or_get_placeholders(images, tmp_path,
             assert torch.equal(batch.meta[readable], expected.meta[readable])
 
 
-def test_placeholders_are_not_used_if_every_image_is_unreadable(images):
+@pytest.mark.parametrize("limit", [1 << 20, 0])
+def test_placeholders_are_not_used_if_every_image_is_unreadable(images, limit):
     for path in images.paths:
         (images.store.root / path).write_bytes(b"no image")
-    images.sha256 = None
-    cache = EvalImageCache(images, limit=1 << 20, use_placeholders=True)
-    for _ in range(2):
-        with pytest.raises(DataError, match="11 of 11 images"):
-            list(cache.batches(BATCHES, 0))
+    images.sha256 = [None] * COUNT
+    with pytest.raises(DataError, match="11 of 11 images"):
+        list(EvalImageCache(images, limit=limit, use_placeholders=True).batches(BATCHES, 0))

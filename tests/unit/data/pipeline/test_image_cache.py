@@ -2,15 +2,8 @@
 
 import hashlib
 import json
-import logging
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,18 +13,16 @@ from PIL import Image
 
 from counting_store import CountingStore
 from fivefold.data.image_io import DecodeOptions, decode
-from fivefold.data.pipeline.dataset import ImageDataset, load_batches, shuffled_batches
+from fivefold.data.pipeline import image_cache
+from fivefold.data.pipeline.dataset import ImageDataset, load_batches
 from fivefold.data.pipeline.image_cache import (
     HEADER_FILE,
-    INDEX_DTYPE,
     INDEX_FILE,
     PIXELS_FILE,
     Cache,
     ImageFile,
     build_cache,
-    build_lock,
     cache_name,
-    check_cache_space,
     check_sample,
     get_or_build,
     make_image_files,
@@ -39,14 +30,15 @@ from fivefold.data.pipeline.image_cache import (
     pixel_bytes,
     plan_cache,
 )
+from fivefold.data.pipeline.loader import shuffle
 from fivefold.data.readers.stores import FolderStore, open_store
 from fivefold.data.transforms.registry import build_transforms
-from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
-from permissions import let_others_in
+from fivefold.errors import DataError, RetryableError, SettingsError
 from toy_data import noise
 
 GIB = 2**30
-KINDS = [DecodeOptions(), DecodeOptions(24), DecodeOptions(24, scaled=True)]
+FULL = DecodeOptions()
+KINDS = [FULL, DecodeOptions(24), DecodeOptions(24, scaled=True)]
 
 
 def digest_of(path: Path) -> str:
@@ -76,105 +68,99 @@ def draw_images(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Source:
+    """Images of a store with their digests."""
+
     store: FolderStore
-    paths: np.ndarray
-    sha256: np.ndarray
+    paths: list[str]
+    sha256: list[str]
 
     @property
     def files(self) -> list[ImageFile]:
         return make_image_files(self.store, self.paths, self.sha256)
+
+    def dataset(self, store: FolderStore, **options: object) -> ImageDataset:
+        transform = build_transforms(["random_resized_crop", "horizontal_flip"], (16, 16))
+        return ImageDataset(store, self.paths, transform, 5, **{"sha256": self.sha256} | options)
+
+
+def open_source(folder: Path) -> Source:
+    store = open_store(folder)
+    return Source(store, store.names(), [digest_of(folder / name) for name in store.names()])
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("odd") / "images"
     draw_images(folder)
-    store = open_store(folder)
-    names = np.array(store.names(), object)
-    return Source(store, names, np.array([digest_of(folder / name) for name in names], object))
+    return open_source(folder)
 
 
-def make_cache(source: Source, folder: Path, pixels: DecodeOptions = KINDS[0]) -> Cache:
-    return open_or_build(
-        folder / cache_name(list(source.sha256), pixels), lambda: plan_cache(source.files, pixels), pixels, 1.0
-    )
+def make_cache(source: Source, folder: Path, options: DecodeOptions = FULL) -> Cache:
+    cache = get_or_build(folder, source.files, options, 1.0)
+    assert cache is not None
+    return cache
 
 
-@pytest.mark.parametrize("pixels", KINDS, ids=lambda pixels: pixels.description)
+def visible_files(folder: Path) -> list[Path]:
+    return list(folder.glob("[!.]*"))
+
+
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: options.description)
 def test_cached_pixels_equal_the_decoded_file_for_every_kind_of_image(
-    source: Source, tmp_path: Path, pixels: DecodeOptions
+    source: Source, tmp_path: Path, options: DecodeOptions
 ) -> None:
-    cache = make_cache(source, tmp_path, pixels)
+    cache = make_cache(source, tmp_path, options)
     cache.verify()
     assert len(cache) == len(source.paths) - 1, "equal files must be stored once"
     for name, index in zip(source.paths, cache.find(source.sha256), strict=True):
-        expected = pixels.decode(source.store.read(name), name)
-        assert np.array_equal(cache.image(index), expected), name
+        assert np.array_equal(cache.image(index), options.decode(source.store.read(name), name)), name
         assert cache.image(index).ctypes.data % 64 == 0
         assert not cache.image(index).flags.writeable
-    assert cache.bytes == (cache.folder / PIXELS_FILE).stat().st_size
-    assert pixels.scaled or cache.bytes == pixel_bytes(plan_cache(source.files, pixels)), (
-        "the estimated size must equal the written size"
-    )
+    assert options.scaled or cache.bytes == pixel_bytes(plan_cache(source.files, options)), "the estimate must be exact"
     assert cache.find(["00" * 32, None, "ff" * 32]).tolist() == [-1, -1, -1]
-    assert pickle.loads(pickle.dumps(cache)).image(3).tobytes() == cache.image(3).tobytes()
 
 
 def test_cache_name_depends_on_contents_and_decoding_but_not_on_order(source: Source) -> None:
-    digests = list(source.sha256)
-    assert cache_name(digests, DecodeOptions()) == cache_name([*digests[::-1], digests[0]], DecodeOptions())
-    others = [cache_name(digests[1:], DecodeOptions()), *(cache_name(digests, pixels) for pixels in KINDS)]
-    assert len(set(others)) == 4
+    digests = source.sha256
+    assert cache_name(digests, FULL) == cache_name([*digests[::-1], digests[0]], FULL)
+    assert len({cache_name(digests[1:], FULL), *(cache_name(digests, options) for options in KINDS)}) == 4
 
 
 def load_bytes(images: ImageDataset, workers: int = 0) -> bytes:
-    batches = load_batches(images, shuffled_batches(len(images), 4, 5, 1), workers)
+    batches = load_batches(images, shuffle(images.paths, 4, 5, 1), workers)
     return b"".join(batch.images.contiguous().numpy().tobytes() + batch.rows.numpy().tobytes() for batch in batches)
 
 
-@pytest.mark.parametrize("pixels", KINDS[:2], ids=lambda pixels: pixels.description)
 def test_batches_are_equal_from_files_memory_and_cache_with_any_number_of_workers(
-    source: Source, tmp_path: Path, pixels: DecodeOptions
+    source: Source, tmp_path: Path
 ) -> None:
-    transform = build_transforms(["random_resized_crop", "horizontal_flip"], (16, 16))
-
-    def make_dataset(store: object, digests: object = source.sha256) -> ImageDataset:
-        return ImageDataset(store, source.paths, transform, 5, digests, ["aspect", "color_mean"], pixels)
-
-    plain, in_memory = make_dataset(source.store), make_dataset(source.store)
-    cached_store = replace(source.store, caches=[make_cache(source, tmp_path, pixels)])
+    options = {"meta": ["aspect", "color_mean"], "decode_options": KINDS[1]}
+    cached_store = replace(source.store, caches=[make_cache(source, tmp_path, KINDS[1])])
+    plain, in_memory = source.dataset(source.store, **options), source.dataset(source.store, **options)
     assert in_memory.cache_in_memory()
     expected = load_bytes(plain)
-    assert load_bytes(in_memory) == expected
-    cached, undigested = make_dataset(cached_store), make_dataset(cached_store, None)
+    assert load_bytes(plain, workers=1) == load_bytes(in_memory) == expected
+    cached, undigested = source.dataset(cached_store, **options), source.dataset(cached_store, sha256=None, **options)
     assert (cached.count_cached(), undigested.count_cached()) == (len(source.paths), 0)
-    for dataset in (cached, undigested, pickle.loads(pickle.dumps(cached))):
-        for workers in (0, 1, 2):
-            assert load_bytes(dataset, workers) == expected
+    for dataset, workers in ((cached, 0), (undigested, 0), (pickle.loads(pickle.dumps(cached)), 2)):
+        assert load_bytes(dataset, workers) == expected
     assert cached.cache_in_memory()
     assert cached.kept is None, "memory-mapped images need no second copy in memory"
     assert cached.compute_image_stats().tobytes() == plain.compute_image_stats().tobytes()
 
 
 def test_cached_rows_open_no_file_and_uncached_rows_are_read_from_files(source: Source, tmp_path: Path) -> None:
-    first_five = Source(source.store, source.paths[:5], source.sha256[:5])
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    cache = make_cache(first_five, tmp_path / "caches")
-    transform = build_transforms(["resize"], (8, 8))
-    images = ImageDataset(replace(open_store(empty), caches=[cache]), source.paths, transform, 0, source.sha256)
+    cache = make_cache(Source(source.store, source.paths[:5], source.sha256[:5]), tmp_path / "caches")
+    (tmp_path / "empty").mkdir()
+    images = source.dataset(replace(open_store(tmp_path / "empty"), caches=[cache]))
     assert images.count_cached() == 5
     assert images.image(4).shape[2] == 3
     with pytest.raises(DataError, match="cannot be read"):
         images.image(6)
-    partly_cached = ImageDataset(replace(source.store, caches=[cache]), source.paths, transform, 0, source.sha256)
-    assert np.array_equal(partly_cached.image(6), decode(source.store.read(source.paths[6]), "6"))
-    assert (
-        ImageDataset(
-            partly_cached.store, source.paths, transform, 0, source.sha256, decode_options=DecodeOptions(24)
-        ).count_cached()
-        == 0
-    )
+    partly_cached = replace(source.store, caches=[cache])
+    uncached = source.dataset(partly_cached).image(6)
+    assert np.array_equal(uncached, decode(source.store.read(source.paths[6]), "6"))
+    assert source.dataset(partly_cached, decode_options=DecodeOptions(24)).count_cached() == 0
 
 
 def edit_header(**values: object) -> Callable[[Path], object]:
@@ -185,213 +171,94 @@ def edit_header(**values: object) -> Callable[[Path], object]:
 
 def set_offset_outside_file(folder: Path) -> None:
     index = np.load(folder / INDEX_FILE)
-    assert index.dtype == INDEX_DTYPE
     index["offset"][-1] = 2**40
     np.save(folder / INDEX_FILE, index)
     edit_header(index_sha256=digest_of(folder / INDEX_FILE))(folder)
 
 
-def write_garbage(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(b"\xff\x00garbage")
-
-
-def truncate(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-64])
+def truncate_pixels(folder: Path) -> None:
+    (folder / PIXELS_FILE).write_bytes((folder / PIXELS_FILE).read_bytes()[:-64])
 
 
 CORRUPTIONS = {
-    "garbage header": (write_garbage(HEADER_FILE), "is not JSON"),
-    "header is a list": (lambda folder: (folder / HEADER_FILE).write_text("[1]"), "does not describe an image cache"),
-    "header value of another type": (edit_header(resize_shorter_side="24"), "does not describe an image cache"),
-    "format": (edit_header(format=99), "format 99"),
-    "size": (edit_header(bytes=2**30), "has [0-9,]+ bytes"),
-    "truncated pixels": (truncate(PIXELS_FILE), "has [0-9,]+ bytes"),
-    "missing pixels": (lambda folder: (folder / PIXELS_FILE).unlink(), "has 0 bytes"),
-    "truncated index": (truncate(INDEX_FILE), r"index\.npy .*cache\.json"),
-    "garbage index": (write_garbage(INDEX_FILE), r"index\.npy .*cache\.json"),
-    "missing index": (lambda folder: (folder / INDEX_FILE).unlink(), r"index\.npy .*cache\.json"),
-    "index outside the file": (set_offset_outside_file, r"index\.npy .*cache\.json"),
+    "header is a list": (lambda folder: (folder / HEADER_FILE).write_text("[1]"), "cache.json"),
+    "header value of another type": (edit_header(resize_shorter_side="24"), "resize_shorter_side"),
+    "format": (edit_header(format=99), "format"),
+    "truncated pixels": (truncate_pixels, "pixels.u8"),
+    "missing index": (lambda folder: (folder / INDEX_FILE).unlink(), "index.npy"),
+    "index outside the file": (set_offset_outside_file, "index.npy"),
 }
 
 
 @pytest.mark.parametrize("fault", CORRUPTIONS)
 def test_corrupt_cache_is_rejected_and_rebuilt_on_first_use(
-    source: Source, tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    corrupt, message = CORRUPTIONS[fault]
-    with pytest.raises(MissingInputError):
-        Cache(tmp_path)
-    cache = make_cache(source, tmp_path)
+    corrupt, named = CORRUPTIONS[fault]
+    noise(tmp_path / "images" / "1.png", np.random.default_rng(0), 8)
+    source, caches = open_source(tmp_path / "images"), tmp_path / "caches"
+    cache = make_cache(source, caches)
     original = (cache.folder / PIXELS_FILE).read_bytes()
     corrupt(cache.folder)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError) as error:
         Cache(cache.folder)
-    rebuilt = get_or_build(tmp_path, source.files, DecodeOptions(), 1.0)
+    assert named in str(error.value)
+    assert (make_cache(source, caches).folder / PIXELS_FILE).read_bytes() == original
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
-    assert rebuilt is not None
-    assert (rebuilt.folder / PIXELS_FILE).read_bytes() == original
 
 
-def test_oversized_cache_is_an_error_with_a_remedy(source: Source, tmp_path: Path) -> None:
-    images = plan_cache(source.files, DecodeOptions())
+def test_no_cache_is_built_if_it_is_too_large_or_its_folder_cannot_be_created(source: Source, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"16 decoded images take .*data\.resize_shorter_side"):
-        check_cache_space(tmp_path, len(images), pixel_bytes(images), 1e-5)
-    assert get_or_build(tmp_path / "caches", source.files, DecodeOptions(), 1e-5) is None
-    assert not list((tmp_path / "caches").glob("[!.]*"))
+        open_or_build(tmp_path / "key", lambda: plan_cache(source.files, FULL), FULL, 1e-5)
     (tmp_path / "file").write_text("")
-    assert get_or_build(tmp_path / "file" / "caches", source.files, DecodeOptions(), 1.0) is None, (
-        "the folder cannot be created"
-    )
+    for folder, most_gib in ((tmp_path / "caches", 1e-5), (tmp_path / "file" / "caches", 1.0)):
+        assert get_or_build(folder, source.files, FULL, most_gib) is None
+        assert not visible_files(folder)
 
 
-def test_a_sample_of_the_images_shows_that_the_cache_is_far_too_large(tmp_path: Path) -> None:
-    random, names = np.random.default_rng(0), [f"{number}.bmp" for number in range(1100)]
-    for name in names:
-        noise(tmp_path / "images" / name, random, 8)
-    small = Source(open_store(tmp_path / "images"), names, [digest_of(tmp_path / "images" / name) for name in names])
-    size = pixel_bytes(plan_cache(small.files, DecodeOptions()))
-    assert size == 1100 * 192
-    for share in (2, 1.01, 0.99):
-        check_sample(tmp_path, small.files, DecodeOptions(), share * size / GIB)
-    with pytest.raises(SettingsError, match=r"1100 decoded images take 0\.2 MiB, .*data\.cache_gib="):
-        check_sample(tmp_path, small.files, DecodeOptions(), 0.5 * size / GIB)
+def test_a_sample_of_the_images_shows_that_the_cache_is_far_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_cache, "SURVEY_SAMPLE", 10)
+    for number in range(50):
+        noise(tmp_path / "images" / f"{number}.bmp", np.random.default_rng(number), 8)
+    source = open_source(tmp_path / "images")
+    size = pixel_bytes(plan_cache(source.files, FULL)) / GIB
+    assert size * GIB == 50 * 192
+    check_sample(tmp_path, source.files, FULL, 0.99 * size)
+    with pytest.raises(SettingsError, match=r"50 decoded images .*data\.cache_gib="):
+        check_sample(tmp_path, source.files, FULL, 0.5 * size)
     counted = CountingStore(tmp_path / "images")
-    assert (
-        get_or_build(
-            tmp_path / "caches", make_image_files(counted, names, small.sha256), DecodeOptions(), 0.5 * size / GIB
-        )
-        is None
-    )
-    assert counted.reads.total() < 300, "not all files may be read"
+    files = make_image_files(counted, source.paths, source.sha256)
+    assert get_or_build(tmp_path / "caches", files, FULL, 0.5 * size) is None
+    assert counted.reads.total() == 10, "not all files may be read"
 
 
 def test_too_small_a_disk_is_reported_before_anything_is_decoded(
     source: Source, tiny_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images = plan_cache(source.files, DecodeOptions())
     with pytest.raises(RetryableError, match="MiB free for them: free some"):
-        open_or_build(tiny_disk / "key", lambda: images, DecodeOptions(), 1.0)
-    assert get_or_build(tiny_disk, source.files, DecodeOptions(), 1.0) is None
+        open_or_build(tiny_disk / "key", lambda: plan_cache(source.files, FULL), FULL, 1.0)
+    assert get_or_build(tiny_disk, source.files, FULL, 1.0) is None
     assert "images are read from their files" in caplog.text
-    assert not list(tiny_disk.glob("[!.]*"))
+    assert not visible_files(tiny_disk)
     assert not list(tiny_disk.glob(".*.tmp"))
 
 
 def test_full_disk_during_a_build_is_retryable_and_leaves_nothing(source: Source, tiny_disk: Path) -> None:
-    with pytest.raises(RetryableError, match=r"no space left to write .*free some, then run the same command again"):
-        build_cache(tiny_disk / "key", plan_cache(source.files, DecodeOptions()), DecodeOptions())
+    with pytest.raises(RetryableError, match="no space left to write"):
+        build_cache(tiny_disk / "key", plan_cache(source.files, FULL), FULL)
     assert not list(tiny_disk.iterdir())
-
-
-PROGRAM = """
-import hashlib, os, sys
-from pathlib import Path
-from fivefold.data.pipeline.image_cache import get_or_build, make_image_files
-from fivefold.data.image_io import DecodeOptions
-from fivefold.data.readers.stores import open_store
-images, caches, user, *digests = sys.argv[1:]
-if user != "0":
-    os.setgroups([]); os.setgid(int(user)); os.setuid(int(user))
-store = open_store(Path(images))
-cache = get_or_build(Path(caches), make_image_files(store, store.names()[:len(digests)], digests), DecodeOptions(), 1.0)
-pixels = [] if cache is None else [cache.image(number).tobytes() for number in range(len(cache))]
-print(cache and cache.folder.stat().st_ino, hashlib.sha256(b"".join(pixels)).hexdigest())
-"""
-"""Builds or opens the cache as a user; prints the inode of its folder and the digest of all its pixels."""
-
-
-def cache_command(images: Path, caches: Path, digests: list[str], user: int = 0) -> list[str]:
-    return [sys.executable, "-c", PROGRAM, str(images), str(caches), str(user), *digests]
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_can_read_a_cache_and_continues_if_it_cannot_build_one(source: Source, tmp_path: Path) -> None:
-    cache = make_cache(source, tmp_path / "caches")
-    let_others_in(tmp_path / "caches", source.store.root)
-
-    def cached_as(user: int, digests: list[str]) -> tuple[str, str]:
-        command = cache_command(source.store.root, tmp_path / "caches", digests, user)
-        ended = subprocess.run(command, capture_output=True, text=True, check=True)
-        return ended.stdout, ended.stderr
-
-    opened, warnings = cached_as(65534, list(source.sha256))
-    assert opened.startswith(f"{cache.folder.stat().st_ino} ")
-    assert (opened, warnings) == cached_as(0, list(source.sha256))
-    refused, warnings = cached_as(65534, list(source.sha256[:2]))
-    assert refused.startswith("None ")
-    assert "Permission denied" in warnings
-
-
-def test_finished_cache_is_used_without_writing_anything(source: Source, tmp_path: Path) -> None:
-    cache = make_cache(source, tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    opened = get_or_build(tmp_path, source.files, DecodeOptions(), 1e-9)
-    assert opened is not None
-    assert opened.folder == cache.folder
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize(("digest", "reason"), [("00" * 32, ".*split"), (None, "cannot be decoded")])
 def test_changed_or_truncated_file_is_named_and_no_cache_is_left(
     tmp_path: Path, digest: str | None, reason: str
 ) -> None:
-    images, caches = tmp_path / "images", tmp_path / "caches"
-    draw_images(images)
-    (images / "grey.jpg").write_bytes((images / "grey.jpg").read_bytes()[:-40])
-    digests = [digest or digest_of(images / "grey.jpg"), digest_of(images / "cmyk.jpg")]
-    with pytest.raises(DataError, match=rf"grey\.jpg {reason}"):
-        get_or_build(
-            caches, make_image_files(open_store(images), ["grey.jpg", "cmyk.jpg"], digests), DecodeOptions(), 1.0
-        )
-    assert [path.name for path in caches.iterdir() if not path.name.endswith(".lock")] == []
-
-
-def test_concurrent_processes_share_one_cache(source: Source, tmp_path: Path) -> None:
-    command = cache_command(source.store.root, tmp_path, list(source.sha256))
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
-    assert len({process.communicate(timeout=60)[0] for process in processes}) == 1
-    assert len(list(tmp_path.glob("[!.]*"))) == 1
-    assert not list(tmp_path.glob(".*.tmp"))
-
-
-def test_second_process_logs_that_it_waits_and_uses_the_first_build(
-    source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    path = tmp_path / cache_name(list(source.sha256), DecodeOptions())
-    with ThreadPoolExecutor(1) as pool:
-        with build_lock(path):
-            second = pool.submit(get_or_build, tmp_path, source.files, DecodeOptions(), 1.0)
-            deadline = time.monotonic() + 30
-            while "waiting for it" not in caplog.text:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            first = build_cache(path, plan_cache(source.files, DecodeOptions()), DecodeOptions())
-            assert not second.done()
-        assert second.result(30).folder == first.folder
-    assert "decoded once" not in caplog.text, "the second process must not build"
-
-
-@pytest.mark.slow
-def test_killed_build_leaves_no_finished_cache_and_the_next_build_cleans_up(tmp_path: Path) -> None:
-    images, caches = tmp_path / "images", tmp_path / "caches"
-    random = np.random.default_rng(0)
-    for number in range(60):
-        noise(images / f"{number}.png", random, 400)
-    command = cache_command(images, caches, [digest_of(images / name) for name in open_store(images).names()])
-    process = subprocess.Popen(command)
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_size > 10**6 for path in caches.glob(".*.tmp/pixels.u8")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "the build ended before the test could kill it"
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(list(caches.glob(".*.tmp"))) == 1
-    assert not list(caches.glob("[!.]*"))
-    subprocess.run(command, check=True)
-    assert not list(caches.glob(".*.tmp"))
-    (folder,) = caches.glob("[!.]*")
-    cache = Cache(folder)
-    cache.verify()
-    assert len(cache) == 60
+    path = tmp_path / "images" / "1.png"
+    noise(path, np.random.default_rng(0), 20)
+    path.write_bytes(path.read_bytes()[:-40])
+    files = make_image_files(open_store(path.parent), [path.name], [digest or digest_of(path)])
+    with pytest.raises(DataError, match=rf"1\.png {reason}"):
+        get_or_build(tmp_path / "caches", files, FULL, 1.0)
+    assert not visible_files(tmp_path / "caches")

@@ -7,7 +7,6 @@ import torch
 
 from fivefold.data.pipeline.dataset import Batch
 from fivefold.data.pipeline.loader import prefetch_one, prefetch_to_device
-from fivefold.errors import DataError
 
 
 def make_batches(count: int, read: list[int], meta: bool = False) -> Iterator[Batch]:
@@ -28,7 +27,7 @@ def test_cpu_prefetch_returns_the_source_unchanged():
     assert read == [0]
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 3])
 def test_prefetch_sends_each_item_once_before_returning_the_previous_one(count):
     events: list[str] = []
     prefetched = prefetch_one(
@@ -41,17 +40,6 @@ def test_prefetch_sends_each_item_once_before_returning_the_previous_one(count):
     received = [f"receive {number}" for number in range(count)]
     pairs = [event for pair in zip(sent[1:], received, strict=False) for event in pair]
     assert events == sent[:1] + pairs + received[-1:]
-
-
-def test_read_error_is_raised_one_step_early():
-    def failing_batches() -> Iterator[Batch]:
-        yield from make_batches(2, [])
-        raise DataError("2.png cannot be decoded")
-
-    prefetched = prefetch_one(failing_batches(), lambda batch: batch, lambda batch: batch)
-    next(prefetched)
-    with pytest.raises(DataError, match=r"2\.png"):
-        next(prefetched)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ SYSTEMS = {
     **{f"mask_profile {name}": [name] for name in PRESETS},
     "automatic": ["rand_augment", "trivial_augment", {"name": "random_erasing", "p": 1.0}],
 }
-SHAPES = {"grey": (1, 60, 60), "tiny": (3, 5, 4), "large": (3, 450, 400), "wide": (3, 30, 200), "high": (3, 200, 30)}
+SHAPES = {"grey": (1, 60, 60), "tiny": (3, 5, 4), "large": (3, 390, 330), "high": (3, 200, 30)}
 
 
 def make_image(kind: str) -> torch.Tensor:
@@ -29,7 +29,7 @@ def test_augmentation_of_each_system_depends_only_on_the_seed(system, kind):
     before = original.clone()
     transform = build_transforms(SYSTEMS[system], (48, 40))
     outputs = []
-    for seed in (0, 0, *range(1, 5)):
+    for seed in (0, 0, 1, 2):
         torch.default_generator.manual_seed(derive_seed(42, 0, seed))
         outputs.append(transform(original))
     for output in outputs:
@@ -63,8 +63,8 @@ def test_random_training_transforms_are_rejected_at_evaluation(system):
 
 def test_deterministic_sharpening_and_darkening_are_allowed_at_evaluation():
     specs = ["resize", "unsharp_mask", {"name": "brightness", "amount": -0.2}]
-    first = build_transforms(specs, (48, 40), evaluation=True)(make_image("wide"))
-    assert torch.equal(first, build_transforms(specs, (48, 40))(make_image("wide")))
+    first = build_transforms(specs, (48, 40), evaluation=True)(make_image("high"))
+    assert torch.equal(first, build_transforms(specs, (48, 40))(make_image("high")))
     with pytest.raises(SettingsError, match=r"'unsharp_mask' .*random"):
         build_transforms([{"name": "unsharp_mask", "p": 0.5}], (48, 40), evaluation=True)
 
@@ -74,26 +74,3 @@ def test_probability_is_the_share_of_changed_images():
     torch.manual_seed(0)
     changed = sum(not torch.equal(transform(make_image("tiny")), make_image("tiny")) for _ in range(1000))
     assert 250 < changed < 350
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"name": "bestAugmentation", "p": 0.5}, "takes no parameters"),
-        ("BestAugmentation", "did you mean 'bestAugmentation'"),
-        ({"name": "rotation", "p": 1.5}, "a probability from 0 to 1"),
-        ({"name": "rotation", "interpolation": "cubic"}, "cubic"),
-        ({"name": "brightness", "amounts": 1}, "did you mean 'amount'"),
-        ({"name": "unsharp_mask", "kernel": 6}, "kernel=6 "),
-        ({"name": "gaussian_noise", "sigma": "much"}, "gaussian_noise"),
-        ({"name": "coarse_dropout", "holes": 8}, "holes=8 "),
-        ({"name": "coarse_dropout", "fill": 256}, "fill=256 "),
-        ({"name": "grid_distortion", "steps": 0}, "steps=0 "),
-        ({"name": "grid_distortion", "limit": [-1.0, 0.5]}, "limit=.* "),
-        ({"name": "centre_crop_pixels", "height": 0}, "height=0 "),
-        ({"name": "random_crop", "mode": "mirror"}, "mode='mirror' "),
-    ],
-)
-def test_invalid_transform_specs_are_rejected_before_any_image_is_read(spec, message):
-    with pytest.raises(SettingsError, match=message):
-        build_transforms([spec], (8, 8))
