@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -166,7 +167,7 @@ def run_stage_as_worker(job: StageContext, settings: Settings) -> None:
 
 def with_checkpoint_folder(job: StageContext, key: CacheKey) -> StageContext:
     """Return the job with the checkpoint folder of this key; log the checkpoints of other keys, which stay untouched."""
-    keyed = job.with_checkpoint_key(key.digest())
+    keyed = replace(job, checkpoint_dir=job.checkpoints() / key.digest()[:16])
     others = {path.name for path in job.checkpoints().iterdir() if path.is_dir()}
     keyed.checkpoints().mkdir(exist_ok=True)
     others |= job.remote.restore(keyed.checkpoints())

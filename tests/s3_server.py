@@ -33,7 +33,7 @@ DELAY_SECONDS = {"slow": 1.0, "silent": 60.0}
 
 
 @contextmanager
-def served() -> Iterator[str]:
+def run_server() -> Iterator[str]:
     """Run moto's server, empty, as a separate process; yield its endpoint."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -62,7 +62,7 @@ class Bucket:
     name: str
 
     @classmethod
-    def made(cls, endpoint: str, name: str) -> "Bucket":
+    def create(cls, endpoint: str, name: str) -> "Bucket":
         """Create a bucket named after a test."""
         bucket = cls(endpoint, f"b{hashlib.sha256(name.encode()).hexdigest()[:20]}")
         bucket.client.create_bucket(Bucket=bucket.name, CreateBucketConfiguration={"LocationConstraint": REGION})
@@ -99,11 +99,10 @@ class Bucket:
 
 @dataclass
 class Request:
-    """A request that reached the proxy: its method, path and number, counted from 0."""
+    """A request that reached the proxy."""
 
     method: str
     path: str
-    number: int
 
 
 @dataclass
@@ -150,7 +149,7 @@ class Proxy:
             if not head:
                 return
             method, path = head.split(b" ", 2)[:2]
-            request = Request(method.decode(), path.decode(), len(self.requests))
+            request = Request(method.decode(), path.decode())
             self.requests.append(request)
             fault = self.fault(request)
             if fault:

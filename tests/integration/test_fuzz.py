@@ -27,8 +27,7 @@ from fivefold.config.schema import Data, Settings
 from fivefold.contract.artifacts import find_models
 from fivefold.contract.failure import to_known_error
 from fivefold.contract.job import hyperparameters
-from fivefold.contract.lineage import read_record
-from fivefold.contract.record import CacheKey, rerun_reason
+from fivefold.contract.record import CacheKey, read_record, rerun_reason
 from fivefold.data.image_io import decode
 from fivefold.data.readers.stores import open_store
 from fivefold.data.readers.training_rows import read_rows

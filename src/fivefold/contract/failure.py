@@ -18,19 +18,14 @@ TERMINATION_VARIABLE, TERMINATION_LOG = "TERMINATION_LOG", "/dev/termination-log
 MAX_TERMINATION_BYTES = 4096
 """Kubernetes keeps only this much of a container's termination message."""
 UNREACHABLE_CODES = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.ETIMEDOUT,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.EHOSTUNREACH,
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH,
     errno.ENETUNREACH,
-}
+}  # fmt: skip
 """Error codes of an unreachable network or network file system."""
 GPU_OUT_OF_MEMORY = "OutOfMemoryError"
 """torch's exception for a full GPU, by its name, because a failure may precede the import of torch."""
-PERMISSION_CODES = {errno.EACCES, errno.EPERM, errno.EROFS}
+PATH_CODES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+"""Error codes of a path that this user or this file system does not allow."""
 
 
 def to_known_error(error: BaseException) -> BaseException:
@@ -68,12 +63,8 @@ def to_known_error(error: BaseException) -> BaseException:
             )
         if isinstance(cause, OSError) and cause.errno in UNREACHABLE_CODES:
             return RetryableError(f"storage or network failed: {cause}; the same command may succeed later")
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return SettingsError(
-            f"a name is too long for this file system: {str(error.filename)[:300]}…; use a shorter one"
-        )
-    if isinstance(error, OSError) and error.errno in PERMISSION_CODES:
-        return SettingsError(f"{error} as uid {os.getuid()}; let that user read and write there, or set another folder")
+    if isinstance(error, OSError) and error.errno in PATH_CODES:
+        return SettingsError(f"{error} as uid {os.getuid()}; let that user read and write there, or set another path")
     return error
 
 

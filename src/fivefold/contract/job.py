@@ -6,7 +6,7 @@ SageMaker sets no SM_* variables for custom images. Unset variables are therefor
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,6 @@ class StageContext:
         if folder is None:
             raise SettingsError(f"{self.stage.name} {use}, which is not set; set it to a folder")
         return folder
-
-    def with_checkpoint_key(self, digest: str) -> "StageContext":
-        """Return this job with the checkpoint folder of one digest (of settings, data and classes)."""
-        return replace(self, checkpoint_dir=self.checkpoints() / digest[:16])
 
     def record_dir(self) -> Path:
         """Return the folder of stage.json: the model folder if the stage writes a model, else the output folder."""
