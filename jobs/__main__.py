@@ -154,7 +154,8 @@ def run_stage(job: StageContext, settings: Settings) -> None:
     write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
     job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
     if job.stage.writes_model:
-        job.remote.delete_checkpoints(job.checkpoints())
+        if job.remote.checkpoints:
+            job.remote.checkpoints.delete(job.checkpoints())
         shutil.rmtree(job.checkpoints(), ignore_errors=True)
 
 
@@ -170,7 +171,8 @@ def with_checkpoint_folder(job: StageContext, key: CacheKey) -> StageContext:
     keyed = replace(job, checkpoint_dir=job.checkpoints() / key.digest()[:16])
     others = {path.name for path in job.checkpoints().iterdir() if path.is_dir()}
     keyed.checkpoints().mkdir(exist_ok=True)
-    others |= job.remote.restore(keyed.checkpoints())
+    if job.remote.checkpoints:
+        others |= job.remote.checkpoints.restore(keyed.checkpoints())
     if others := sorted(others - {keyed.checkpoints().name}):
         log.info("keeping checkpoints of other settings, data or classes: %s", ", ".join(others))
     return keyed

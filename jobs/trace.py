@@ -150,6 +150,6 @@ def display_path(path: Path) -> str:
 def describe(record: Mapping[str, Any]) -> list[str]:
     """Return lines with a record's time, key, versions and figures."""
     metrics = [f"{name} {value:g}" for name, value in record["metrics"].items() if isinstance(value, int | float)]
-    code = f"code {record.get('code', 'unknown')}, torch {record.get('packages', {}).get('torch', 'unknown')}"
+    code = f"code {record['code']}, torch {record['packages'].get('torch')}"
     first = f"{record.get('finished', '')}, key {record['key'][:12]}, {code}, {record.get('wall_seconds', 0):.0f} s"
     return [first, *([", ".join(metrics)] if metrics else [])]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 
 import boto3
 
@@ -54,6 +54,18 @@ def run_server() -> Iterator[str]:
         process.wait()
 
 
+@cache
+def _connect(endpoint: str):
+    """Return a client of its own session, because boto3's default session is not thread-safe."""
+    return boto3.Session().client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        region_name=REGION,
+    )
+
+
 @dataclass(frozen=True)
 class Bucket:
     """A bucket of a server, accessed with boto3 and without Fivefold's code."""
@@ -68,16 +80,9 @@ class Bucket:
         bucket.client.create_bucket(Bucket=bucket.name, CreateBucketConfiguration={"LocationConstraint": REGION})
         return bucket
 
-    @cached_property
+    @property
     def client(self):
-        """A client of its own session, because boto3's default session is not thread-safe."""
-        return boto3.Session().client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
-            region_name=REGION,
-        )
+        return _connect(self.endpoint)
 
     def listed(self, prefix: str = "") -> list[str]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)

@@ -181,8 +181,7 @@ def find_predictions(folder: Path, scratch: Path) -> dict[str, Path]:
             parent = _only(paths, name, folder).parent
             candidates = {other: parent / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
             return {other: path for other, path in candidates.items() if path.is_file()}
-    files = [path for root in search_roots(folder, scratch) for path in tree_files(root)]
-    submissions = [p for p in files if p.suffix.lower() == ".csv" and not is_sample_submission(p.name)]
+    submissions = _submissions_below(folder, scratch, ".csv")
     if not submissions:
         raise MissingInputError(f"no {PREDICTIONS}, {HOLDOUT} or submission CSV below {folder}")
     if len(submissions) > 1:
@@ -326,12 +325,19 @@ def find_submissions(job: StageContext, tables: bool = False) -> list[Path]:
     """
     if job.optional_channel("submissions") is None:
         return []
-    files = [path for root in search_roots(job.channel("submissions"), job.scratch) for path in tree_files(root)]
-    files = [
-        p for p in files if not (p.name in NOT_SUBMISSIONS or is_sample_submission(p.name) or is_ground_truth(p.name))
-    ]
     for suffix in (".csv", ".parquet")[: 1 + tables]:
-        if matches := [path for path in files if path.suffix.lower() == suffix]:
-            return matches
+        if submissions := _submissions_below(job.channel("submissions"), job.scratch, suffix):
+            return submissions
     kind = "CSV or table of predictions" if tables else "CSV"
     raise MissingInputError(f"no {kind} below the channel 'submissions' ({job.channel('submissions')})")
+
+
+def _submissions_below(folder: Path, scratch: Path, suffix: str) -> list[Path]:
+    """Return the tables with this suffix that are neither sample submissions nor ground truth nor in NOT_SUBMISSIONS."""
+    files = [path for root in search_roots(folder, scratch) for path in tree_files(root)]
+    return [
+        path
+        for path in files
+        if path.suffix.lower() == suffix
+        and not (path.name in NOT_SUBMISSIONS or is_sample_submission(path.name) or is_ground_truth(path.name))
+    ]

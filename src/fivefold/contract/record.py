@@ -189,6 +189,8 @@ class _RecordSchema(BaseModel):
     outputs: dict[str, str]
     settings: dict[str, Any]
     metrics: dict[str, Any]
+    code: str
+    packages: dict[str, str]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -207,9 +209,10 @@ def read_record(path: Path) -> dict[str, Any]:
 def _stage_of(path: Path) -> str | None:
     """Return the stage of the record at `path`, or None if there is no readable record."""
     try:
-        return read_record(path)["stage"]
+        record = read_json(path)
     except (OSError, DataError):
         return None
+    return record.get("stage") if isinstance(record, dict) else None
 
 
 @lru_cache(maxsize=1)
@@ -239,8 +242,7 @@ def package_versions() -> dict[str, str]:
 def version_changes(record: Mapping[str, Any]) -> str:
     """Describe the code and package versions that differ from a record's: `torch 2.13.0 -> 2.14.1`; empty if none."""
     now = {"code": code_version(), **package_versions()}
-    packages = record.get("packages")
-    then = {"code": record.get("code"), **(packages if isinstance(packages, Mapping) else {})}
+    then = {"code": record["code"], **record["packages"]}
     return ", ".join(
         f"{name} {then.get(name) or 'unknown'} -> {now[name]}" for name in now if then.get(name) != now[name]
     )

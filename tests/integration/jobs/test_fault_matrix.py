@@ -50,35 +50,19 @@ INPUTS: dict[str, tuple[str, ...]] = {
 """For each stage the files whose reader it does not share with an earlier stage, or that it treats in another way."""
 
 
-def empty(path: Path, other_file: Path) -> None:
-    path.write_bytes(b"")
-
-
-def truncate(path: Path, other_file: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def write_other_text(path: Path, other_file: Path) -> None:
-    path.write_text("[1, 2, 3]\n", encoding="utf-8")
-
-
-def delete(path: Path, other_file: Path) -> None:
-    path.unlink()
-
-
 def replace_by_folder(path: Path, other_file: Path) -> None:
     path.unlink()
     path.mkdir()
 
 
-def copy_from_other_run(path: Path, other_file: Path) -> None:
-    path.write_bytes(other_file.read_bytes())
-
-
-FAULTS: dict[str, Callable[[Path, Path], None]] = {
-    "emptied": empty, "cut off": truncate, "a text": write_other_text, "missing": delete,
-    "a folder": replace_by_folder, "of another run": copy_from_other_run,
-}  # fmt: skip
+FAULTS: dict[str, Callable[[Path, Path], object]] = {
+    "emptied": lambda path, _: path.write_bytes(b""),
+    "cut off": lambda path, _: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a text": lambda path, _: path.write_text("[1, 2, 3]\n", encoding="utf-8"),
+    "missing": lambda path, _: path.unlink(),
+    "a folder": replace_by_folder,
+    "of another run": lambda path, other_file: path.write_bytes(other_file.read_bytes()),
+}
 ABSENT = ("missing", "a folder")
 TABLE, PARQUET, NAMES = "train/train.csv", "folds/folds.parquet", "folds/classes.json"
 WEIGHTS, MODEL, OOF = (f"model/fold-0/{name}" for name in ("model.safetensors", "model.json", "oof.parquet"))

@@ -123,9 +123,8 @@ def test_second_signal_ends_the_stage_at_once(reference_runs, tmp_path):
 
 
 def test_checkpoints_of_other_settings_are_not_changed(reference_runs, tmp_path):
-    assert run_process(reference_runs, tmp_path, "train-fold", "SIGKILL", "step", 9)[0] == -signal.SIGKILL
-    (other_checkpoints,) = (tmp_path / "checkpoints").iterdir()
-    contents = {path.name: path.read_bytes() for path in other_checkpoints.iterdir()}
-    code = run_stage(reference_runs, "train-fold", tmp_path, "FOLD=0", *SETTINGS, "train.lr=0.01")
-    assert code == 0
-    assert {path.name: path.read_bytes() for path in other_checkpoints.iterdir()} == contents
+    other = tmp_path / "checkpoints" / "0123" / "00000001.pt"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"x")
+    assert run_stage(reference_runs, "train-fold", tmp_path, "FOLD=0", *SETTINGS, "train.epochs=1") == 0
+    assert other.read_bytes() == b"x"

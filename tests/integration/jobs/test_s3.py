@@ -138,8 +138,12 @@ def test_whole_run_in_a_bucket_survives_faults_and_repeats_only_what_changed(fil
     assert {*proxy.faults} == {*FAULTS}
 
     capsys.readouterr()
-    for step, reason in {"fold-0": "settings differ: train.lr", "ensemble": "inputs differ: model"}.items():
-        assert run_step(filled_bucket, step, *(["train.lr=0.01"] if step == "fold-0" else [])) == 0
+    for step, settings, reason in (
+        ("fold-0", ["train.lr=0.01"], "settings differ: train.lr"),
+        ("fold-1", ["train.lr=0.01"], "settings differ: train.lr"),
+        ("ensemble", [], "inputs differ: model"),
+    ):
+        assert run_step(filled_bucket, step, *settings) == 0
         assert f" runs: {reason}" in capsys.readouterr().err
     assert read_digests(filled_bucket, "fold-0") != read_digests(filled_bucket, "fold-0", "other")
     assert_trace_works(filled_bucket, capsys)
@@ -266,7 +270,7 @@ def test_unavailable_store_exits_75_and_the_same_command_succeeds_later(filled_b
         ({"SM_CHANNEL_TRAIN": "gs://b/k"}, 64, "SM_CHANNEL_TRAIN is a"),
         ({"SM_CHANNEL_TRAIN": "s3://key:hush@b/k"}, 64, "a user or a key"),
         ({"SM_CHANNEL_TRAIN": "s3://{}/no/where"}, 66, "/no/where: no"),
-        ({"SM_CHANNEL_TRAIN": "s3://no such bucket!/x"}, 64, "s3://no such bucket!/x "),
+        ({"SM_CHANNEL_TRAIN": "s3://no such bucket!/x"}, 64, "s3://no such bucket!/x"),
         ({"SM_CHANNEL_TRAIN": "s3://no-bucket/x"}, 66, "bucket 'no-bucket'"),
         ({"SM_OUTPUT_DATA_DIR": "s3://no-bucket/x"}, 66, "bucket 'no-bucket'"),
         ({"SM_OUTPUT_DATA_DIR": f"s3://{{}}/{'/'.join(['p' * 100] * 8)}"}, 64, "a shorter prefix"),
@@ -275,7 +279,8 @@ def test_unavailable_store_exits_75_and_the_same_command_succeeds_later(filled_b
 )
 def test_each_mistake_has_an_exit_code_and_a_message(variables, code, message, bucket, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bucket.write("data/train/a/0.png", b"x")
+    for key in ("train/a/0.png", "test/0.png"):
+        bucket.write(f"data/{key}", b"x")
     assert run_step(bucket, "split", **{name: value.format(bucket.name) for name, value in variables.items()}) == code
     log = capsys.readouterr().err
     assert message in log

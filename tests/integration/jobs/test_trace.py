@@ -92,7 +92,7 @@ def test_bad_input_gives_one_clear_error(copied_run, capsys):
         ("{}/train/id/1.png", 66, "/train/id/1.png"),
         ("{}", 66, "(stage.json)"),
         ("{}/broken/stage.json", 65, "is not JSON"),
-        ("{}/old/stage.json", 65, "key, sources, roots, inputs, outputs, settings, metrics"),
+        ("{}/old/stage.json", 65, "key, sources, roots, inputs, outputs, settings, metrics, code, packages"),
         ("{}/odd/stage.json", 65, "without valid sources:"),
     ):
         assert main(["trace", *([argument.format(copied_run)] if argument else [])]) == code, argument

@@ -71,12 +71,11 @@ class CheckpointSync:
 
     def close(self) -> None:
         """Wait for the running upload, at most LAST_UPLOAD_TIMEOUT_S seconds."""
-        thread = self._thread
-        if thread is not None:
+        if (thread := self._thread) is not None:
             thread.join(LAST_UPLOAD_TIMEOUT_S)
             if thread.is_alive():
                 log.warning(
-                    "the last checkpoint is not uploaded to %s: the next run resumes from the one before", self._url
+                    "the last checkpoint is not uploaded to %s: a new run resumes from the one before", self._url
                 )
 
     def _url_of(self, folder: Path) -> Url:

@@ -172,20 +172,6 @@ class S3Sync:
         self.checkpoints = CheckpointSync(self.store, url, path)
         return path
 
-    def upload_checkpoint(self, path: Path) -> None:
-        """Upload a new checkpoint in the background."""
-        if self.checkpoints is not None:
-            self.checkpoints.upload_async(path)
-
-    def restore(self, key_folder: Path) -> set[str]:
-        """Download the newest checkpoints of a key into its folder `key_folder`. Return the names of all keys with checkpoints."""
-        return set() if self.checkpoints is None else self.checkpoints.restore(key_folder)
-
-    def delete_checkpoints(self, key_folder: Path) -> None:
-        """Delete a key's checkpoints after its stage is done."""
-        if self.checkpoints is not None:
-            self.checkpoints.delete(key_folder)
-
     def _check_writable(self, url: Url) -> None:
         if len(url.key.encode()) > MAX_KEY_BYTES:
             raise SettingsError(f"{url}: the key has more than {MAX_KEY_BYTES} bytes; use a shorter prefix")
