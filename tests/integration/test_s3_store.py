@@ -83,25 +83,19 @@ def test_bytes_corrupted_in_transfer_are_detected_by_their_digest(
     fault, method, bucket, url, tmp_path, monkeypatch, caplog
 ):
     """Corrupt the first three transfers in ways that TCP and entity tags do not detect."""
-    content = os.urandom(1000)
+    content, left = os.urandom(1000), [fault] * 3
     (tmp_path / "x").write_bytes(content)
-    left = [fault] * 3
+    bucket.write((url / "x").key, content)
+    (listed,) = S3Client().list_objects(url)
+    download = Download(listed, tmp_path / "y", hashlib.sha256(content).hexdigest())
     proxy = Proxy(bucket.endpoint, lambda request: left.pop() if left and request.method == method else None)
     monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.01)
     with proxy.listening() as endpoint, caplog.at_level("DEBUG", "fivefold"):
-        store = S3Client()
-        if method == "GET":
-            store.transfer([Upload(tmp_path / "x", url / "x")], "up")
-            (listed,) = store.list_objects(url)
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        if method == "GET":
-            S3Client().transfer([Download(listed, tmp_path / "y", hashlib.sha256(content).hexdigest())], "down")
-        else:
-            S3Client().transfer([Upload(tmp_path / "x", url / "x")], "up")
+        S3Client().transfer([download if method == "GET" else Upload(tmp_path / "x", url / "x")], "x")
     assert proxy.faults == [fault] * 3
     assert caplog.text.count(" again") == 3
-    assert (tmp_path / "y" if method == "GET" else tmp_path / "x").read_bytes() == content
-    assert bucket.read((url / "x").key) == content
+    assert (tmp_path / ("y" if method == "GET" else "x")).read_bytes() == bucket.read((url / "x").key) == content
 
 
 def test_fetch_checks_free_disk_space_first(bucket, tiny_disk):

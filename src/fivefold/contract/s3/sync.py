@@ -36,7 +36,7 @@ MAX_KEY_BYTES = 1024 - 300
 
 SCRATCH = "fivefold-"
 """Prefix of the names of temporary folders."""
-LOCAL_FOLDER_PATTERN = re.compile(rf"[^\s'\"(]*/{SCRATCH}\w+/(?:in|out|checkpoints)/")
+LOCAL_FOLDER_PATTERN = re.compile(rf"(?<![^\s'\"(])[^\s'\"(]*/{SCRATCH}\w+/(?:in|out|checkpoints)/")
 
 URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/'\"]+@")
 """The part before the host in a URL: a user, a password or a key."""
