@@ -219,7 +219,7 @@ def fail(error: BaseException, environ: Mapping[str, str]) -> int:
         log.warning("%s", error)
         return error.exit_code
     report_failure(output_dir(environ), error)
-    report_termination(environ, error)
+    report_termination(error)
     if isinstance(error, FivefoldError):
         log.error("%s", error)
         return error.exit_code

@@ -26,7 +26,7 @@ from fivefold.errors import (
     SettingsError,
     StoppedError,
 )
-from jobs.__main__ import run, start_log
+from jobs.__main__ import start_log
 
 
 def raise_and_catch(inner: BaseException, outer: BaseException | None = None) -> BaseException:
@@ -115,6 +115,7 @@ def termination_log(tmp_path: Path) -> Path:
     """The empty termination log that the platform creates in a pod."""
     path = tmp_path / "termination-log"
     path.touch()
+    os.link(path, tmp_path / "mounted")
     return path
 
 
@@ -127,8 +128,8 @@ def write_report(request: pytest.FixtureRequest, termination_log: Path) -> Calla
         return (termination_log.parent / "output" / "failure").read_text(encoding="utf-8")
 
     def write_termination_log(error: BaseException) -> str:
-        report_termination({"TERMINATION_LOG": str(termination_log)}, error)
-        return termination_log.read_text(encoding="utf-8")
+        report_termination(error, termination_log)
+        return (termination_log.parent / "mounted").read_text(encoding="utf-8")
 
     return write_failure_file if request.param == "failure file" else write_termination_log
 
@@ -154,7 +155,7 @@ def test_failure_file_cuts_long_messages_to_the_shown_length(tmp_path: Path):
 
 @pytest.mark.parametrize("prefix", ["", "a"])
 def test_termination_log_is_cut_between_characters(termination_log: Path, prefix: str):
-    report_termination({"TERMINATION_LOG": str(termination_log)}, DataError(prefix + "ö" * MAX_TERMINATION_BYTES))
+    report_termination(DataError(prefix + "ö" * MAX_TERMINATION_BYTES), termination_log)
     written = termination_log.read_bytes()
     assert MAX_TERMINATION_BYTES - 1 <= len(written) <= MAX_TERMINATION_BYTES
     assert written.decode() == prefix + "ö" * ((MAX_TERMINATION_BYTES - len(prefix)) // 2)
@@ -165,16 +166,9 @@ def test_report_that_cannot_be_written_raises_no_error(tmp_path: Path):
     for folder in (tmp_path / "file", None):
         report_failure(folder, DataError("x"))
     for log_path in (tmp_path / "no", tmp_path):  # Fivefold creates no termination log of its own
-        report_termination({"TERMINATION_LOG": str(log_path)}, DataError("x"))
+        report_termination(DataError("x"), log_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == ""
-
-
-def test_stage_writes_its_error_into_a_linked_termination_log(termination_log: Path, tmp_path: Path):
-    os.link(termination_log, tmp_path / "bound")
-    environ = {"TERMINATION_LOG": str(termination_log), "SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}
-    assert run("split", [], environ | {"SM_CHANNEL_TRAIN": str(tmp_path / "nowhere")}) == 66
-    assert (tmp_path / "bound").read_text().startswith(f"channel 'train': {tmp_path / 'nowhere'} does not exist")
 
 
 def test_every_error_class_has_its_own_exit_code():
