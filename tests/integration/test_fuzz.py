@@ -133,8 +133,9 @@ def make_checkpoint(zipped: bool) -> bytes:
 
 
 MODEL = b'{"format": 1, "role": "fold", "system": "s", "seed": 1, "fold": 0, "folds": 2, "classes": ["a", "b"]}'
-EARLIER_RECORD = (
-    b'{"stage": "split", "inputs": {"train": "x"}, "settings": {}, "outputs": {"output/a": "1"}, "packages": {}}'
+RECORD = (
+    b'{"stage": "split", "key": "k", "sources": {}, "roots": {"output": "."}, "inputs": {}, "settings": {}, '
+    b'"outputs": {"output/a": "1"}, "metrics": {}, "code": "1", "packages": {}}'
 )
 READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     **{
@@ -157,8 +158,8 @@ READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     "ground truth": (read_ground_truth, make_table(["ID", "label"], [[n, "ab"[n % 2]] for n in range(4)]), "gt.csv"),
     "user images": (read_user_images, make_table(["image_path", "true_class"], [[f"{n}.png", "a"] for n in range(4)]), "batch.csv"),
     "archive": (read_archive, make_archive(), "images.zip"),
-    "record": (read_record, b'{"stage": "split", "sources": {}, "roots": {}}', "stage.json"),
-    "earlier record": (lambda path: rerun_reason(path.parent, CacheKey("split", {}, {}), {"output": path.parent}), EARLIER_RECORD, "stage.json"),
+    "record": (read_record, RECORD, "stage.json"),
+    "earlier record": (lambda path: rerun_reason(path.parent, CacheKey("split", {}, {}), {"output": path.parent}), RECORD, "stage.json"),
     "weights": (read_weights, safetensors.torch.save({"a.weight": torch.ones(3, 2)}), "w.safetensors"),
     "checkpoint": (read_weights, make_checkpoint(zipped=True), "w.pth"),
     "legacy checkpoint": (read_weights, make_checkpoint(zipped=False), "w.pth"),
