@@ -239,7 +239,8 @@ def test_evaluate_also_scores_test_images_that_are_not_in_the_split(trained_run,
     assert metrics["accuracy"] == before["accuracy"] == pytest.approx(sum(hits) / 5)
     assert metrics["not_in_split"]["accuracy"] == pytest.approx((hits[0] + hits[2] + hits[3]) / 3)
     assert "images not in the split" in (root / "evaluate" / "output" / "report.html").read_text()
-    assert main(["trace", str(root / "evaluate"), "--check"]) == 0
+    assert main(["trace", str(root / "evaluate"), "--check"]) == 65, "the ensemble is older than the test images"
+    assert "evaluate/output/stage.json" not in capsys.readouterr().err
 
 
 def test_evaluate_has_no_second_score_if_all_test_images_are_in_the_split(trained_run, tmp_path):
