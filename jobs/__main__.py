@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -153,7 +154,8 @@ def run_stage(job: StageContext, settings: Settings) -> None:
     write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
     job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
     if job.stage.writes_model:
-        job.remote.delete_checkpoints(job.checkpoints())
+        if job.remote.checkpoints:
+            job.remote.checkpoints.delete(job.checkpoints())
         shutil.rmtree(job.checkpoints(), ignore_errors=True)
 
 
@@ -166,10 +168,11 @@ def run_stage_as_worker(job: StageContext, settings: Settings) -> None:
 
 def with_checkpoint_folder(job: StageContext, key: CacheKey) -> StageContext:
     """Return the job with the checkpoint folder of this key; log the checkpoints of other keys, which stay untouched."""
-    keyed = job.with_checkpoint_key(key.digest())
+    keyed = replace(job, checkpoint_dir=job.checkpoints() / key.digest()[:16])
     others = {path.name for path in job.checkpoints().iterdir() if path.is_dir()}
     keyed.checkpoints().mkdir(exist_ok=True)
-    others |= job.remote.restore(keyed.checkpoints())
+    if job.remote.checkpoints:
+        others |= job.remote.checkpoints.restore(keyed.checkpoints())
     if others := sorted(others - {keyed.checkpoints().name}):
         log.info("keeping checkpoints of other settings, data or classes: %s", ", ".join(others))
     return keyed
@@ -216,7 +219,7 @@ def fail(error: BaseException, environ: Mapping[str, str]) -> int:
         log.warning("%s", error)
         return error.exit_code
     report_failure(output_dir(environ), error)
-    report_termination(environ, error)
+    report_termination(error)
     if isinstance(error, FivefoldError):
         log.error("%s", error)
         return error.exit_code

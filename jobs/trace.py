@@ -1,26 +1,31 @@
 """`python -m jobs trace PATH [--check]`: show the origin of an artifact, back to the images.
 
 PATH is a file that a stage wrote, its folder, or its stage.json, local or at s3://. --check recomputes every
-digest: of the outputs, of each stage's inputs, and of the images of the split.
+digest: of each stage's outputs and inputs, and so of the images.
 """
 
-import hashlib
-import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from fivefold.contract import lineage
-from fivefold.contract.lineage import ResultNode
-from fivefold.contract.s3 import sync
-from fivefold.contract.s3.sync import SCRATCH, S3Sync
+from fivefold.contract.artifacts import changed_outputs, channel_digest
+from fivefold.contract.files import tree_files
+from fivefold.contract.record import read_record
+from fivefold.contract.s3.sync import SCRATCH, S3Sync, with_urls
 from fivefold.contract.s3.urls import Url, is_url, parse
-from fivefold.contract.stage_specs import CLASSES, FOLDS, RECORD
-from fivefold.data.readers.stores import open_store
-from fivefold.data.split.fold_table import read_folds
+from fivefold.contract.stage_specs import RECORD
 from fivefold.errors import DataError, FivefoldError, MissingInputError, SettingsError
-from fivefold.progress import track
 from fivefold.signals import defer_signals
+
+PRODUCERS = {
+    "folds": ("split",),
+    "model": ("train-fold", "distill", "train"),
+    "predictions": ("ensemble",),
+    "ensemble": ("ensemble",),
+    "runs": ("ensemble", "train-fold"),
+}
+"""The stages whose results a channel contains. Other channels contain no stage's result."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,37 +37,84 @@ def main(arguments: Sequence[str]) -> int:
     if len(paths) != 1 or paths[0].startswith("-"):
         raise SettingsError("trace takes one path, e.g. python -m jobs trace runs/first/ensemble/output --check")
     with defer_signals(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
-        resolver = Resolver(Path(scratch), everything="--check" in arguments)
-        node = lineage.trace(lineage.find_record(resolver.path(paths[0])), resolver)
-        print(sync.with_urls("\n".join(tree(node, set()))))
-        if "--check" in arguments:
-            check(node, Path(scratch))
+        tracer = Tracer(Path(scratch), check="--check" in arguments)
+        tracer.show(tracer.find_record(paths[0]))
+        if tracer.problems:
+            raise DataError(f"{len(tracer.problems)} differences: {'; '.join(tracer.problems[:10])}")
+        if tracer.check:
+            print(f"unchanged: {len(tracer.shown)} records with their outputs and inputs")
     return 0
 
 
-class Resolver:
-    """Resolve the paths and s3:// URLs in records; from s3:// fetch only the records, or everything."""
+class Tracer:
+    """Follow records to the records of their inputs. From s3:// fetch only the records, or with `check` everything."""
 
-    def __init__(self, scratch: Path, everything: bool) -> None:
-        self._remote, self._everything = S3Sync(scratch), everything
-        self._known: dict[str, Path | None] = {}
+    def __init__(self, scratch: Path, check: bool) -> None:
+        self.scratch, self.check = scratch, check
+        self.shown: set[Path] = set()
+        self.problems: list[str] = []
+        self._remote = S3Sync(scratch)
+        self._fetched: dict[str, Path | None] = {}
 
-    def __call__(self, folder: Path, places: Sequence[str]) -> Path | None:
-        """Return the path of a channel from the record in `folder`; None if it no longer exists."""
+    def find_record(self, text: str) -> Path:
+        """Return the record of the stage that wrote the file or folder at a path or URL.
+
+        Raise a MissingInputError if there is none, a DataError if a folder has several.
+        """
+        path = Path(text) if not is_url(text) else self._fetch_file_or_folder(parse(text, "trace"))
+        if path.name.endswith(RECORD) and path.exists():
+            return path
+        folders = [path, path / "model", path / "output"] if path.is_dir() else path.resolve().parents
+        records = [record for folder in folders for record in sorted(folder.glob(f"*{RECORD}"))]
+        if not path.is_dir():
+            records = [r for r in records if any(Path(name).name == path.name for name in read_record(r)["outputs"])]
+        if not path.exists() or not records:
+            raise MissingInputError(f"no record ({RECORD}) of {path}; give a stage's folder, or a file that it wrote")
+        if path.is_dir() and len(records) > 1:
+            raise DataError(f"{path} has the records of several stages: give one of {', '.join(map(str, records))}")
+        return records[0]
+
+    def show(self, path: Path, label: str = "", indent: str = "") -> None:
+        """Print the lines of a record, then indented those of all its inputs; each record is described once."""
+        path = path.resolve()
+        record, repeated = read_record(path), path in self.shown
+        suffix = " (above)" if repeated else ""
+        print(with_urls(f"{indent}{label}{record['stage']}: {display_path(path.parent)}{suffix}"))
+        if repeated:
+            return
+        self.shown.add(path)
+        print(*(f"{indent}   {line}" for line in describe(record)), sep="\n")
+        channels = {name: self._resolve(path.parent, places) for name, places in record["sources"].items()}
+        for name, place in channels.items():
+            producers = self._producers(name, place, path)
+            for producer in producers:
+                self.show(producer, f"{name} <- ", f"{indent}   ")
+            if not producers:
+                print(with_urls(f"{indent}   {name}: {display_path(place) if place else 'missing'}"))
+        if self.check:
+            self.problems += [f"{path}: {problem}" for problem in self._changes(path, record, channels)]
+
+    def _producers(self, channel: str, place: Path | None, path: Path) -> list[Path]:
+        """Return the records in a channel whose stages made it, except `path`, and without a student beside fold models."""
+        if place is None or channel not in PRODUCERS:
+            return []
+        records = [file for file in tree_files(place.resolve()) if file.name.endswith(RECORD) and file != path]
+        stages = {file: read_record(file)["stage"] for file in records}
+        stages = {file: stage for file, stage in stages.items() if stage in PRODUCERS[channel]}
+        return [file for file, stage in stages.items() if stage != "distill"] or list(stages)
+
+    def _resolve(self, folder: Path, places: Sequence[str]) -> Path | None:
+        """Return a channel's place: its URL, relative to its record's `folder`, or absolute; None if it is missing."""
         if not is_url(places[1]):
-            return lineage.resolve_path(folder, places)
-        if places[1] not in self._known:
+            return next((place for place in (folder / places[0], Path(places[1])) if place.exists()), None)
+        if places[1] not in self._fetched:
             try:
-                self._known[places[1]] = self._fetch(parse(places[1], "a record"))
+                self._fetched[places[1]] = self._fetch(parse(places[1], "a record"))
             except MissingInputError:
-                self._known[places[1]] = None
-        return self._known[places[1]]
+                self._fetched[places[1]] = None
+        return self._fetched[places[1]]
 
-    def path(self, text: str) -> Path:
-        """Resolve the user's argument: a path, or a URL of a folder or of a file that a stage wrote."""
-        if not is_url(text):
-            return Path(text)
-        url = parse(text, "trace")
+    def _fetch_file_or_folder(self, url: Url) -> Path:
         try:
             return self._fetch(url)
         except MissingInputError:
@@ -70,24 +122,23 @@ class Resolver:
 
     def _fetch(self, url: Url, *files: str) -> Path:
         path = self._remote.channel(url)
-        self._remote.fetch(path, only=("",) if self._everything else (RECORD, *files))
+        self._remote.fetch(path, only=("",) if self.check else (RECORD, *files))
         return path
 
-
-def tree(node: ResultNode, described: set[Path], label: str = "", indent: str = "") -> Iterator[str]:
-    """Yield the lines of a record, then indented those of all its inputs; each record is described once."""
-    repeated = node.path in described
-    yield f"{indent}{label}{node.name}: {display_path(node.path.parent)}{' (above)' if repeated else ''}"
-    if repeated:
-        return
-    described.add(node.path)
-    indent += "   "
-    yield from (indent + line for line in describe(node))
-    for channel, (place, behind) in node.inputs.items():
-        for step in behind:
-            yield from tree(step, described, f"{channel} <- ", indent)
-        if not behind:
-            yield f"{indent}{channel}: {display_path(place) if place else 'missing'}"
+    def _changes(self, path: Path, record: Mapping[str, Any], channels: Mapping[str, Path | None]) -> Iterator[str]:
+        """Yield the differences from a record: of its outputs and of its channels."""
+        roots = {name: path.parent / place for name, place in record["roots"].items()}
+        yield from (f"{name} is missing or changed" for name in changed_outputs(record["outputs"], roots))
+        yield from (f"its channel {name!r} is missing" for name, place in channels.items() if place is None)
+        for name, digest in record["inputs"].items():
+            if (place := channels.get(name)) is None or digest == "given":
+                continue
+            try:
+                scratch = Path(tempfile.mkdtemp(dir=self.scratch))
+                if channel_digest(name, place, scratch, record["settings"], record["stage"]) != digest:
+                    yield f"the contents of its channel {name!r} ({place}) changed"
+            except FivefoldError as error:
+                yield f"its channel {name!r} is no longer readable: {error}"
 
 
 def display_path(path: Path) -> str:
@@ -96,43 +147,9 @@ def display_path(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def describe(node: ResultNode) -> list[str]:
+def describe(record: Mapping[str, Any]) -> list[str]:
     """Return lines with a record's time, key, versions and figures."""
-    facts, packages = node.record, node.record.get("packages", {})
-    metrics = [f"{name} {value:g}" for name, value in facts["metrics"].items() if isinstance(value, int | float)]
-    code = f"code {facts.get('code', 'unknown')}, torch {packages.get('torch', 'unknown')}"
-    first = f"{facts.get('finished', '')}, key {facts['key'][:12]}, {code}, {facts.get('wall_seconds', 0):.0f} s"
+    metrics = [f"{name} {value:g}" for name, value in record["metrics"].items() if isinstance(value, int | float)]
+    code = f"code {record['code']}, torch {record['packages'].get('torch')}"
+    first = f"{record.get('finished', '')}, key {record['key'][:12]}, {code}, {record.get('wall_seconds', 0):.0f} s"
     return [first, *([", ".join(metrics)] if metrics else [])]
-
-
-def check(node: ResultNode, scratch: Path) -> None:
-    """Recompute every digest; raise a DataError with all differences."""
-    steps = node.walk()
-    problems: list[str] = []
-    for number, step in enumerate(track(steps, len(steps), "records")):
-        folder = scratch / str(number)
-        folder.mkdir()
-        problems += lineage.verify(step, folder)
-        problems += changed_images(step) if step.name == "split" else []
-    if problems:
-        raise DataError(f"{len(problems)} differences: {'; '.join(problems[:10])}")
-    print(f"unchanged: {len(steps)} records with their outputs and inputs")
-
-
-def changed_images(split: ResultNode) -> list[str]:
-    """Return the images that changed since the split; empty if the train channel or the split's outputs are missing."""
-    place, folder = split.inputs["train"][0], split.path.parent / split.record["roots"]["output"]
-    if place is None or not (folder / FOLDS).is_file():
-        return []
-    table = read_folds(folder / FOLDS, folder / CLASSES)
-    store = open_store(place, math.inf)  # the split accepted the zip's size; records do not contain the limit
-    problems = []
-    for path, digest in track(
-        zip(table.paths.to_pylist(), table.sha256.to_pylist(), strict=True), len(table), "images"
-    ):
-        try:  # without a digest the split did not open the image
-            if digest is not None and hashlib.sha256(store.read(path)).hexdigest() != digest:
-                problems.append(f"{path} changed since the split")
-        except FivefoldError as error:
-            problems.append(str(error))
-    return problems

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from s3_server import Bucket, served
+from s3_server import Bucket, run_server
 from toy_data import draw_toy_images, make_product_run, make_toy_run
 
 
@@ -52,14 +52,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The endpoint of a real server for S3's protocol; all tests of a process share it."""
-    with served() as endpoint:
+    with run_server() as endpoint:
         yield endpoint
 
 
 @pytest.fixture
 def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
     """An empty bucket for this test, with its credentials in the environment."""
-    test_bucket = Bucket.made(s3_endpoint, request.node.nodeid)
+    test_bucket = Bucket.create(s3_endpoint, request.node.nodeid)
     for name, value in test_bucket.environ().items():
         monkeypatch.setenv(name, value)
     return test_bucket

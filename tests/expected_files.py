@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,37 +41,25 @@ def _find_problem(root: Path, expected: Expected) -> str:
         return f"{size} bytes, at least {expected.least} are wanted"
     if not expected.columns and expected.rows is None:
         return ""
-    columns, rows = READERS[paths[0].suffix](paths[0])
-    if not _columns_match(columns, expected.columns):
+    columns, rows = _measure(paths[0])
+    wanted = list(expected.columns)
+    if wanted[-1:] == [REST]:
+        wanted = [*wanted[:-1], *columns[len(wanted) - 1 :]]
+    if wanted and columns != wanted:
         return f"columns {', '.join(columns)}; wanted {', '.join(expected.columns)}"
-    if expected.rows is not None and rows != expected.rows:
-        return f"{rows} rows; wanted {expected.rows}"
-    return ""
+    return "" if expected.rows in (None, rows) else f"{rows} rows; wanted {expected.rows}"
 
 
-def _columns_match(columns: Sequence[str], expected: tuple[str, ...]) -> bool:
-    if expected[-1:] == (REST,):
-        return list(columns[: len(expected) - 1]) == list(expected[:-1])
-    return not expected or list(columns) == list(expected)
-
-
-def _measure_csv(path: Path) -> tuple[list[str], int]:
+def _measure(path: Path) -> tuple[list[str], int]:
+    """Return the columns and the number of rows of a table. An .out file is a command's output, whose last line is JSON."""
+    if path.suffix == ".parquet":
+        table = pq.read_table(path)
+        return table.column_names, table.num_rows
+    if path.suffix == ".out":
+        content: Any = json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1])
+        rows = content if isinstance(content, list) else [content]
+        return list(rows[0]), len(rows)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        header, *rows = csv.reader(file)
-    ragged = [row for row in rows if len(row) != len(header) or not all(row[:1])]
-    return (header, len(rows)) if not ragged else ([*header, f"a row of {len(ragged[0])} cells"], len(rows))
-
-
-def _measure_parquet(path: Path) -> tuple[list[str], int]:
-    table = pq.read_table(path)
-    return table.column_names, table.num_rows
-
-
-def _measure_output(path: Path) -> tuple[list[str], int]:
-    content: Any = json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1])
-    rows = content if isinstance(content, list) else [content]
-    return list(rows[0]), len(rows)
-
-
-READERS = {".csv": _measure_csv, ".parquet": _measure_parquet, ".out": _measure_output}
-"""By suffix: a function for a file's columns and number of rows. `.out` is a command's output, whose last line is JSON."""
+        header, *lines = csv.reader(file)
+    ragged = [line for line in lines if len(line) != len(header) or not all(line[:1])]
+    return [*header, *(f"a row of {len(line)} cells" for line in ragged[:1])], len(lines)

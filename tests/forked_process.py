@@ -53,7 +53,7 @@ class Forked:
         """The exit code, or None while the process runs."""
         return self.process.exitcode
 
-    def said(self) -> str:
+    def read_output(self) -> str:
         """Return the output so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
@@ -63,17 +63,13 @@ class Forked:
             assert self.process.pid is not None
             os.kill(self.process.pid, number)
 
-    def ended(self, within: float) -> bool:
-        """Wait at most `within` seconds for the end; return whether the process has ended."""
-        self.process.join(within)
-        return self.returncode is not None
-
     def wait(self, within: float = 240) -> str:
         """Wait for the end and return the output; after `within` seconds kill the process and raise AssertionError."""
-        if not self.ended(within):
+        self.process.join(within)
+        if self.returncode is None:
             self.process.kill()
             self.process.join()
-            raise AssertionError(f"it still ran after {within} s: {self.said()}")
-        output = self.said()
+            raise AssertionError(f"it still ran after {within} s: {self.read_output()}")
+        output = self.read_output()
         self.log.unlink()
         return output

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 
 import boto3
 
@@ -33,7 +33,7 @@ DELAY_SECONDS = {"slow": 1.0, "silent": 60.0}
 
 
 @contextmanager
-def served() -> Iterator[str]:
+def run_server() -> Iterator[str]:
     """Run moto's server, empty, as a separate process; yield its endpoint."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -54,6 +54,18 @@ def served() -> Iterator[str]:
         process.wait()
 
 
+@cache
+def _connect(endpoint: str):
+    """Return a client of its own session, because boto3's default session is not thread-safe."""
+    return boto3.Session().client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        region_name=REGION,
+    )
+
+
 @dataclass(frozen=True)
 class Bucket:
     """A bucket of a server, accessed with boto3 and without Fivefold's code."""
@@ -62,22 +74,15 @@ class Bucket:
     name: str
 
     @classmethod
-    def made(cls, endpoint: str, name: str) -> "Bucket":
+    def create(cls, endpoint: str, name: str) -> "Bucket":
         """Create a bucket named after a test."""
         bucket = cls(endpoint, f"b{hashlib.sha256(name.encode()).hexdigest()[:20]}")
         bucket.client.create_bucket(Bucket=bucket.name, CreateBucketConfiguration={"LocationConstraint": REGION})
         return bucket
 
-    @cached_property
+    @property
     def client(self):
-        """A client of its own session, because boto3's default session is not thread-safe."""
-        return boto3.Session().client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
-            region_name=REGION,
-        )
+        return _connect(self.endpoint)
 
     def listed(self, prefix: str = "") -> list[str]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
@@ -99,11 +104,10 @@ class Bucket:
 
 @dataclass
 class Request:
-    """A request that reached the proxy: its method, path and number, counted from 0."""
+    """A request that reached the proxy."""
 
     method: str
     path: str
-    number: int
 
 
 @dataclass
@@ -150,7 +154,7 @@ class Proxy:
             if not head:
                 return
             method, path = head.split(b" ", 2)[:2]
-            request = Request(method.decode(), path.decode(), len(self.requests))
+            request = Request(method.decode(), path.decode())
             self.requests.append(request)
             fault = self.fault(request)
             if fault:

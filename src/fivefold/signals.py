@@ -30,14 +30,13 @@ def raise_if_stopped() -> None:
 def defer_signals(at_once: bool = True, watched: bool = False) -> Iterator[None]:
     """Record SIGTERM and SIGINT for `raise_if_stopped` while the block runs. With `at_once` a second signal ends the process immediately.
 
-    A `watched` process that does not call `raise_if_stopped` within a minute also ends; the same command resumes from its last checkpoint.
-    It may wait forever, e.g. for workers that are gone, or in a library for another process of its training.
+    A `watched` process also ends if it does not call `raise_if_stopped` within a minute after a signal, because it may wait
+    forever for another process or in a library. Set `at_once=False` if the parent forwards its own signals: a signal to all
+    processes then arrives twice.
 
-    Set `at_once=False` if the parent handles signals and forwards its own: a signal to all processes then arrives twice.
-
-    The kernel sends process 1 of a container no signal that it does not handle, so the container would be killed
-    after its grace period. A signal that the process was started to ignore stays ignored. Outside the main thread
-    nothing is recorded, because Python handles signals only in the main thread.
+    Without a handler, process 1 of a container gets no signal, and the platform kills it after the grace period. A signal
+    that the process was started to ignore stays ignored. Outside the main thread nothing is recorded, because Python
+    handles signals only in the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -52,11 +51,8 @@ def defer_signals(at_once: bool = True, watched: bool = False) -> Iterator[None]
             os._exit(128 + number)
         elif not _received:
             _received.append(number)
-            # no logging here: the signal may have interrupted a call of it
-            os.write(
-                2,
-                f"{signal.Signals(number).name} received: saving, then exiting (send again to quit at once)\n".encode(),
-            )
+            notice = f"{signal.Signals(number).name} received: saving, then exiting (send again to quit at once)\n"
+            os.write(2, notice.encode())  # no logging here: the signal may have interrupted a call of it
 
     _polled.clear()
     previous = {number: signal.getsignal(number) for number in SIGNALS}

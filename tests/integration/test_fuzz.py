@@ -27,8 +27,7 @@ from fivefold.config.schema import Data, Settings
 from fivefold.contract.artifacts import find_models
 from fivefold.contract.failure import to_known_error
 from fivefold.contract.job import hyperparameters
-from fivefold.contract.lineage import read_record
-from fivefold.contract.record import CacheKey, rerun_reason
+from fivefold.contract.record import CacheKey, read_record, rerun_reason
 from fivefold.data.image_io import decode
 from fivefold.data.readers.stores import open_store
 from fivefold.data.readers.training_rows import read_rows
@@ -40,7 +39,7 @@ from fivefold.inference.submission_reader import read_submission
 from fivefold.models.weights import read_weights
 from fivefold.predictions import Predictions
 
-MAX_EXAMPLES = int(os.environ.get("FIVEFOLD_EXAMPLES", "60"))
+MAX_EXAMPLES = int(os.environ.get("FIVEFOLD_EXAMPLES", "40"))
 """Examples per test; higher values find more errors."""
 EXAMPLES = settings(
     max_examples=MAX_EXAMPLES, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -111,7 +110,7 @@ def read_archive(path: Path) -> None:
 
 
 def read_image(path: Path) -> None:
-    image = decode(path.read_bytes(), "x")
+    image = decode(path.read_bytes(), "x", max_pixels=1e6)
     assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
 
 
@@ -134,8 +133,9 @@ def make_checkpoint(zipped: bool) -> bytes:
 
 
 MODEL = b'{"format": 1, "role": "fold", "system": "s", "seed": 1, "fold": 0, "folds": 2, "classes": ["a", "b"]}'
-EARLIER_RECORD = (
-    b'{"stage": "split", "inputs": {"train": "x"}, "settings": {}, "outputs": {"output/a": "1"}, "packages": {}}'
+RECORD = (
+    b'{"stage": "split", "key": "k", "sources": {}, "roots": {"output": "."}, "inputs": {}, "settings": {}, '
+    b'"outputs": {"output/a": "1"}, "metrics": {}, "code": "1", "packages": {}}'
 )
 READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     **{
@@ -158,8 +158,8 @@ READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     "ground truth": (read_ground_truth, make_table(["ID", "label"], [[n, "ab"[n % 2]] for n in range(4)]), "gt.csv"),
     "user images": (read_user_images, make_table(["image_path", "true_class"], [[f"{n}.png", "a"] for n in range(4)]), "batch.csv"),
     "archive": (read_archive, make_archive(), "images.zip"),
-    "record": (read_record, b'{"stage": "split", "sources": {}, "roots": {}}', "stage.json"),
-    "earlier record": (lambda path: rerun_reason(path.parent, CacheKey("split", {}, {}), {"output": path.parent}), EARLIER_RECORD, "stage.json"),
+    "record": (read_record, RECORD, "stage.json"),
+    "earlier record": (lambda path: rerun_reason(path.parent, CacheKey("split", {}, {}), {"output": path.parent}), RECORD, "stage.json"),
     "weights": (read_weights, safetensors.torch.save({"a.weight": torch.ones(3, 2)}), "w.safetensors"),
     "checkpoint": (read_weights, make_checkpoint(zipped=True), "w.pth"),
     "legacy checkpoint": (read_weights, make_checkpoint(zipped=False), "w.pth"),

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from fivefold.contract.run_layout import env_for_run
 from fivefold.contract.s3 import commit, sync
 from fivefold.contract.s3.checkpoints import CheckpointSync
-from fivefold.contract.s3.client import Download, S3Client
+from fivefold.contract.s3.client import Download, S3Client, Upload
 from fivefold.contract.s3.sync import S3Sync, with_urls
 from fivefold.contract.s3.urls import Url, parse
+from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import DataError, RetryableError, SettingsError
 from s3_server import Bucket, Proxy, Request
 
@@ -58,9 +60,9 @@ def test_large_file_is_transferred_in_parts_and_arrives_complete(bucket, url, tm
     with proxy.listening() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         store = S3Client()
-        store.upload([(tmp_path / "weights", url / "weights")], "up")
+        store.transfer([Upload(tmp_path / "weights", url / "weights")], "up")
         (uploaded,) = store.list_objects(url)
-        store.download([Download(uploaded, tmp_path / "back")], "down")
+        store.transfer([Download(uploaded, tmp_path / "back")], "down")
     assert (tmp_path / "back").read_bytes() == (tmp_path / "weights").read_bytes()
     assert sum("partNumber=" in request.path for request in proxy.requests) == 3
 
@@ -72,8 +74,28 @@ def test_download_fails_if_the_object_changes(bucket, url, tmp_path, monkeypatch
     bucket.write((url / "x").key, b"b" * 20 * MIB)
     monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.01)
     with pytest.raises(RetryableError, match=r"s3://.* changed"):
-        store.download([Download(listed, tmp_path / "x")], "down")
+        store.transfer([Download(listed, tmp_path / "x")], "down")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("fault", "method"), [("spoilt", "GET"), ("garbled", "PUT")])
+def test_bytes_corrupted_in_transfer_are_detected_by_their_digest(
+    fault, method, bucket, url, tmp_path, monkeypatch, caplog
+):
+    """Corrupt the first three transfers in ways that TCP and entity tags do not detect."""
+    content, left = os.urandom(1000), [fault] * 3
+    (tmp_path / "x").write_bytes(content)
+    bucket.write((url / "x").key, content)
+    (listed,) = S3Client().list_objects(url)
+    download = Download(listed, tmp_path / "y", hashlib.sha256(content).hexdigest())
+    proxy = Proxy(bucket.endpoint, lambda request: left.pop() if left and request.method == method else None)
+    monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.01)
+    with proxy.listening() as endpoint, caplog.at_level("DEBUG", "fivefold"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        S3Client().transfer([download if method == "GET" else Upload(tmp_path / "x", url / "x")], "x")
+    assert proxy.faults == [fault] * 3
+    assert caplog.text.count(" again") == 3
+    assert (tmp_path / ("y" if method == "GET" else "x")).read_bytes() == bucket.read((url / "x").key) == content
 
 
 def test_fetch_checks_free_disk_space_first(bucket, tiny_disk):
@@ -249,6 +271,24 @@ def test_denied_requests_name_the_required_permissions(bucket, url, monkeypatch)
             S3Sync(Path("/tmp")).output(url)
 
 
+@pytest.mark.parametrize("key", ["../x.png", "a//x.png", "a/0.png/x.png", "a/./x.png", f"a/{'n' * 300}.png"])
+def test_keys_that_are_not_valid_paths_are_rejected(key, bucket):
+    for name in ("a/0.png", key):
+        bucket.write(f"data/{name}", b"x")
+    with pytest.raises(DataError):
+        S3Sync(Path("/tmp")).channel(Url(bucket.name, "data"))
+
+
+def test_env_for_run_accepts_a_run_in_a_bucket(bucket):
+    bucket.write("runs/first/split/output/folds.parquet", b"x")
+    environ = dict(env_for_run(STAGES["ensemble"], {}, f"s3://{bucket.name}/runs/first", None))
+    assert environ["SM_CHANNEL_FOLDS"] == f"s3://{bucket.name}/runs/first/split/output"
+    assert environ["SM_OUTPUT_DATA_DIR"] == f"s3://{bucket.name}/runs/first/ensemble/output"
+    assert "SM_OUTPUT_DIR" not in environ, "the failure file stays on the machine"
+    empty = dict(env_for_run(STAGES["evaluate"], {}, f"s3://{bucket.name}/runs/none", None))
+    assert not [name for name in empty if name.startswith("SM_CHANNEL_")]
+
+
 @pytest.mark.parametrize(
     ("text", "key"), [("s3://b/k", "k"), ("s3://b/a/b/", "a/b"), ("s3://b//a", "a"), ("S3://b/k", "k"), ("s3://b", "")]
 )
@@ -256,7 +296,16 @@ def test_urls_are_normalised_and_invalid_ones_rejected(text, key):
     url = parse(text, "here")
     assert url == Url("b", key)
     assert parse(str(url), "here") == url
-    for invalid in ("s3://", "s3:///k", "s3://b/../k", "s3://b/./k", "http://b/k", "file:///x", "s3://u:p@b/k"):
+    for invalid in (
+        "s3://",
+        "s3:///k",
+        "s3://b/../k",
+        "s3://b/./k",
+        "http://b/k",
+        "file:///x",
+        "s3://u:p@b/k",
+        f"s3://b/{'n' * 300}",
+    ):
         with pytest.raises(SettingsError, match="here"):
             parse(invalid, "here")
 

@@ -1,11 +1,10 @@
 """Find the results of earlier stages, and submissions, in folders and in SageMaker's tarballs."""
 
 import hashlib
-import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from fivefold.contract.filenames import GROUND_TRUTH_NAMES, is_ground_truth, is_
 from fivefold.contract.files import (
     MAX_ARCHIVE_BYTES,
     check_space,
+    join_below,
     read_json,
     sha256,
     sha256_cached,
@@ -44,9 +44,8 @@ HASHED_FILES = {
     "ensemble": (ENSEMBLE,),
 }
 """The only files of these channels that enter a key. Other files in the folder do not count."""
-
-EXTRA_HASHED_FILES = {("evaluate", "folds"): (OVERLAP, SPLIT_SUMMARY)}
-"""Additional files that enter the key of one stage. Only this stage reads them, so they change no other result."""
+EVALUATE_FILES = (OVERLAP, SPLIT_SUMMARY)
+"""Files of the channel folds that only `evaluate` reads, so they change no other result."""
 COMPARED_FILES = (".csv", ".parquet", ENSEMBLE, MODEL)
 """The only files of a run that `compare` reads."""
 GROUND_TRUTH_ENDINGS = tuple(f"/{name}" for name in GROUND_TRUTH_NAMES)
@@ -97,6 +96,10 @@ class ModelDir:
             return f"student of {self.info['system']}, seed {self.info['seed']}"
         return f"fold {self.info['fold']} of {self.info['system']}, seed {self.info['seed']}"
 
+    def digest(self, *names: str) -> str:
+        """Return a digest of these files, as far as they exist."""
+        return _digest([self.path / name for name in names])
+
 
 def search_roots(folder: Path, scratch: Path) -> dict[Path, Path]:
     """Return the folder, and a folder below `scratch` for each tarball in it. The values are their origins, for messages."""
@@ -132,16 +135,13 @@ def find_models(folder: Path, scratch: Path) -> list[ModelDir]:
     one model. Raise a MissingInputError if there is no model, a DataError if a model is
     not finished or if two models of the same fold differ.
     """
-    models = [
-        ModelDir(p.parent, _model_info(p, shown), shown)
-        for p, shown in _find_with_origin(folder, scratch, MODEL).items()
-    ]
+    models = [_read_model(path, shown) for path, shown in _find_with_origin(folder, scratch, MODEL).items()]
     folds = [model for model in models if model.info["role"] == "fold"]
     unique: dict[tuple[Any, ...], ModelDir] = {}
     for model in folds or models:
         _check_finished(model)
         other = unique.setdefault(model.identity, model)
-        if not _same_bytes(model, other):
+        if other is not model and model.digest(WEIGHTS, MODEL) != other.digest(WEIGHTS, MODEL):
             raise DataError(
                 f"{other.display_path} and {model.display_path} are both {model.name}, but differ; remove one of them"
             )
@@ -155,7 +155,7 @@ def open_model_dir(folder: Path) -> ModelDir:
     path = folder / MODEL
     if not path.is_file():
         raise MissingInputError(f"{folder} contains no {MODEL}: give the folder of a trained model")
-    model = ModelDir(folder, _model_info(path, path), path)
+    model = _read_model(path, path)
     _check_finished(model)
     return model
 
@@ -181,7 +181,13 @@ def find_predictions(folder: Path, scratch: Path) -> dict[str, Path]:
             parent = _only(paths, name, folder).parent
             candidates = {other: parent / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
             return {other: path for other, path in candidates.items() if path.is_file()}
-    return {PREDICTIONS: _submission(folder, scratch)}
+    submissions = _submissions_below(folder, scratch, ".csv")
+    if not submissions:
+        raise MissingInputError(f"no {PREDICTIONS}, {HOLDOUT} or submission CSV below {folder}")
+    if len(submissions) > 1:
+        listed = ", ".join(str(path) for path in submissions[:4])
+        raise DataError(f"several CSVs below {folder}: {listed}; give the path of the submission")
+    return {PREDICTIONS: submissions[0]}
 
 
 def channel_digest(channel: str, folder: Path, scratch: Path, settings: Mapping[str, Any], stage: str = "") -> str:
@@ -194,27 +200,13 @@ def channel_digest(channel: str, folder: Path, scratch: Path, settings: Mapping[
     if channel == "predictions":
         return _digest(list(find_predictions(folder, scratch).values()))
     if channel in HASHED_FILES:
-        names = (*HASHED_FILES[channel], *EXTRA_HASHED_FILES.get((stage, channel), ()))
+        names = HASHED_FILES[channel] + (EVALUATE_FILES if (stage, channel) == ("evaluate", "folds") else ())
         return _digest([path for name in names for path in _find_with_origin(folder, scratch, name)])
     if channel == "runs":
         return tree_sha256(folder, without=(RECORD,), only=COMPARED_FILES)
     without = (RECORD, *GROUND_TRUTH_ENDINGS) if channel == "eval" else (RECORD,)
     tables = (".csv", ".zip", str(settings.get("data.table", "")).lower() or ".csv")
     return tree_sha256(folder, without=without, only=("",) if settings.get("split.verify_images", True) else tables)
-
-
-def _submission(folder: Path, scratch: Path) -> Path:
-    """Return the only CSV of a predictions channel that is not a sample submission."""
-    files = [
-        path for root in search_roots(folder, scratch) for path in tree_files(root) if path.suffix.lower() == ".csv"
-    ]
-    submissions = [path for path in files if not is_sample_submission(path.name)]
-    if not submissions:
-        raise MissingInputError(f"no {PREDICTIONS}, {HOLDOUT} or submission CSV below {folder}")
-    if len(submissions) > 1:
-        listed = ", ".join(str(path) for path in submissions[:4])
-        raise DataError(f"several CSVs below {folder}: {listed}; give the path of the submission")
-    return submissions[0]
 
 
 def _digest(paths: Sequence[Path]) -> str:
@@ -235,8 +227,8 @@ def _find_with_origin(folder: Path, scratch: Path, name: str) -> dict[Path, Path
     }
 
 
-def _model_info(path: Path, shown: Path) -> dict[str, Any]:
-    """Return the contents of `model.json`; raise a DataError unless it describes a model."""
+def _read_model(path: Path, shown: Path) -> ModelDir:
+    """Return the model of a `model.json`; raise a DataError unless it describes one. `shown` is its path for messages."""
     info = read_json(path)
     if not isinstance(info, dict) or not all(
         n in info and isinstance(info[n], kind) for n, kind in REQUIRED_KEYS.items()
@@ -244,7 +236,7 @@ def _model_info(path: Path, shown: Path) -> dict[str, Any]:
         raise DataError(f"{path} does not describe a model: it needs {', '.join(REQUIRED_KEYS)}")
     if info["role"] not in ("fold", "student"):
         raise DataError(f"{path}: role must be fold or student, not {info['role']!r}")
-    return info
+    return ModelDir(path.parent, info, shown)
 
 
 def _check_finished(model: ModelDir) -> None:
@@ -265,9 +257,15 @@ def _check_finished(model: ModelDir) -> None:
             )
 
 
-def _same_bytes(model: ModelDir, other: ModelDir) -> bool:
-    files = [[folder / name for name in (WEIGHTS, MODEL)] for folder in (model.path, other.path)]
-    return model is other or _digest(files[0]) == _digest(files[1])
+def changed_outputs(outputs: Mapping[str, str], roots: Mapping[str, Path]) -> list[str]:
+    """Return the names of a record's outputs that are missing or differ from the SHA-256 in the record."""
+
+    def is_unchanged(name: str, digest: str) -> bool:
+        root, _, relative = name.partition("/")
+        path = roots.get(root, Path()) / relative
+        return root in roots and path.is_file() and sha256_cached(path) == digest
+
+    return [name for name, digest in outputs.items() if not is_unchanged(name, digest)]
 
 
 def _unpack(tarball: Path, scratch: Path) -> Path:
@@ -279,23 +277,22 @@ def _unpack(tarball: Path, scratch: Path) -> Path:
     partial.mkdir(exist_ok=True)
     try:
         with tarfile.open(tarball) as archive:
-            checked = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            archive.extractall(partial, _safe_members(archive, partial), **checked)
+            _extract(archive, partial)
             # tarfile stops silently at a damaged header, and gzip stores its checksum at the end
             while archive.fileobj is not None and archive.fileobj.read(1 << 20):
                 pass
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, OSError, DataError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DataError(f"{tarball} cannot be unpacked: {error}") from error
     return partial.rename(target)
 
 
-def _safe_members(archive: tarfile.TarFile, folder: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the files and folders of an archive, and make this process their owner.
+def _extract(archive: tarfile.TarFile, folder: Path) -> None:
+    """Write the files of an archive to `folder`, without their modes and owners.
 
-    Python before 3.11.4 (Debian 12 has 3.11.2) has no extraction filters. Raise a TarError for links, devices, sparse files, paths
-    outside `folder`, and more bytes than the disk's size or the limit; a RetryableError if the disk has no space now.
+    Raise a TarError for links, devices, sparse files, and more bytes than the disk's size or the limit; a DataError for
+    paths outside `folder`; a RetryableError if the disk has no space now. `extractall` checks less before Python 3.11.4.
     """
     limit, size = min(MAX_ARCHIVE_BYTES, shutil.disk_usage(folder).total), 0
     for member in archive:
@@ -308,11 +305,12 @@ def _safe_members(archive: tarfile.TarFile, folder: Path) -> Iterator[tarfile.Ta
                 f"its files have more than {limit:,} bytes, the limit (or the size of the disk of {folder})"
             )
         check_space(folder, member.size)
-        if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
-            raise tarfile.ExtractError(f"{member.name!r} is outside the archive's folder")
-        member.mode = 0o755 if member.isdir() else 0o644
-        member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
-        yield member
+        path = join_below(folder, member.name)
+        (path if member.isdir() else path.parent).mkdir(parents=True, exist_ok=True)
+        content = archive.extractfile(member)
+        if content is not None:  # it is None for folders
+            with open(path, "wb") as file:
+                shutil.copyfileobj(content, file)
 
 
 NOT_SUBMISSIONS = ("train.csv", "test.csv", FOLDS, OOF, HOLDOUT)
@@ -327,12 +325,19 @@ def find_submissions(job: StageContext, tables: bool = False) -> list[Path]:
     """
     if job.optional_channel("submissions") is None:
         return []
-    files = [path for root in search_roots(job.channel("submissions"), job.scratch) for path in tree_files(root)]
-    files = [
-        p for p in files if not (p.name in NOT_SUBMISSIONS or is_sample_submission(p.name) or is_ground_truth(p.name))
-    ]
     for suffix in (".csv", ".parquet")[: 1 + tables]:
-        if matches := [path for path in files if path.suffix.lower() == suffix]:
-            return matches
+        if submissions := _submissions_below(job.channel("submissions"), job.scratch, suffix):
+            return submissions
     kind = "CSV or table of predictions" if tables else "CSV"
     raise MissingInputError(f"no {kind} below the channel 'submissions' ({job.channel('submissions')})")
+
+
+def _submissions_below(folder: Path, scratch: Path, suffix: str) -> list[Path]:
+    """Return the tables with this suffix that are neither sample submissions nor ground truth nor in NOT_SUBMISSIONS."""
+    files = [path for root in search_roots(folder, scratch) for path in tree_files(root)]
+    return [
+        path
+        for path in files
+        if path.suffix.lower() == suffix
+        and not (path.name in NOT_SUBMISSIONS or is_sample_submission(path.name) or is_ground_truth(path.name))
+    ]

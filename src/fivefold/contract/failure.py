@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 
 from fivefold.contract.files import disk_is_full, exception_chain, write_text
@@ -14,23 +13,18 @@ from fivefold.errors import FivefoldError, PeerLostError, RetryableError, Settin
 
 MAX_MESSAGE_CHARS = 1024
 """SageMaker shows only this much of the failure file, so the message comes first."""
-TERMINATION_VARIABLE, TERMINATION_LOG = "TERMINATION_LOG", "/dev/termination-log"
+TERMINATION_LOG = Path("/dev/termination-log")
 MAX_TERMINATION_BYTES = 4096
 """Kubernetes keeps only this much of a container's termination message."""
 UNREACHABLE_CODES = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.ETIMEDOUT,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.EHOSTUNREACH,
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH,
     errno.ENETUNREACH,
-}
+}  # fmt: skip
 """Error codes of an unreachable network or network file system."""
 GPU_OUT_OF_MEMORY = "OutOfMemoryError"
 """torch's exception for a full GPU, by its name, because a failure may precede the import of torch."""
-PERMISSION_CODES = {errno.EACCES, errno.EPERM, errno.EROFS}
+PATH_CODES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+"""Error codes of a path that this user or this file system does not allow."""
 
 
 def to_known_error(error: BaseException) -> BaseException:
@@ -68,12 +62,8 @@ def to_known_error(error: BaseException) -> BaseException:
             )
         if isinstance(cause, OSError) and cause.errno in UNREACHABLE_CODES:
             return RetryableError(f"storage or network failed: {cause}; the same command may succeed later")
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return SettingsError(
-            f"a name is too long for this file system: {str(error.filename)[:300]}…; use a shorter one"
-        )
-    if isinstance(error, OSError) and error.errno in PERMISSION_CODES:
-        return SettingsError(f"{error} as uid {os.getuid()}; let that user read and write there, or set another folder")
+    if isinstance(error, OSError) and error.errno in PATH_CODES:
+        return SettingsError(f"{error} as uid {os.getuid()}; let that user read and write there, or set another path")
     return error
 
 
@@ -86,14 +76,12 @@ def report_failure(output_dir: Path | None, error: BaseException) -> None:
         write_text(output_dir / FAILURE, _report(error, MAX_MESSAGE_CHARS))
 
 
-def report_termination(environ: Mapping[str, str], error: BaseException) -> None:
+def report_termination(error: BaseException, path: Path = TERMINATION_LOG) -> None:
     """Write message and traceback to the file that `kubectl describe pod` shows, if this file exists.
 
-    The platform mounts the file into the container, so it is written in place: the platform would not read a new one.
-    TERMINATION_LOG names a file other than `/dev/termination-log`, as `terminationMessagePath` may do. A PeerLostError
-    does not replace what another process of the training has written.
+    The platform mounts the file into the container, so it is written in place: the platform would not read a new one. A
+    PeerLostError does not replace what another process of the training has written.
     """
-    path = Path(environ.get(TERMINATION_VARIABLE) or TERMINATION_LOG)
     # the file may belong to another user; the message is on stderr in any case
     with contextlib.suppress(OSError):
         if path.is_file() and not (isinstance(error, PeerLostError) and path.stat().st_size):

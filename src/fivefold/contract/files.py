@@ -230,29 +230,19 @@ def preallocate(descriptor: int, size: int) -> None:
 
 
 def check_writable(folder: Path, other: str = "give another folder") -> None:
-    """Create `folder` and a file in it. If not possible, raise a SettingsError with path, user and remedies; `other` is one of them."""
+    """Create `folder` and a file in it. If not possible, raise a SettingsError with path, user and remedies; `other` is one of them.
+
+    Raise a RetryableError if the disk is full.
+    """
     probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
-    renamed = probe.with_suffix(".renamed.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # a full disk still accepts an empty file, and some bucket mounts cannot rename
-        probe.write_bytes(b"probe")
-        os.replace(probe, renamed)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise SettingsError(
-            f"cannot write to {folder.absolute()}: a file exists in place of this folder; give another folder"
-        ) from error
+        write_text(probe, "probe")  # a full disk still accepts an empty file, and some bucket mounts cannot rename
+        probe.unlink()
     except OSError as error:
-        if disk_is_full(error):
-            raise RetryableError(f"no space left in {folder}: free some, then run the same command again") from error
         raise SettingsError(
             f"cannot write to {folder.absolute()} as uid {os.getuid()}: {error.strerror}; "
             f"mount it writable for that user, or {other}"
         ) from error
-    finally:
-        for path in (probe, renamed):
-            with suppress(OSError):
-                path.unlink()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ SageMaker sets no SM_* variables for custom images. Unset variables are therefor
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,6 @@ class StageContext:
             raise SettingsError(f"{self.stage.name} {use}, which is not set; set it to a folder")
         return folder
 
-    def with_checkpoint_key(self, digest: str) -> "StageContext":
-        """Return this job with the checkpoint folder of one digest (of settings, data and classes)."""
-        return replace(self, checkpoint_dir=self.checkpoints() / digest[:16])
-
     def record_dir(self) -> Path:
         """Return the folder of stage.json: the model folder if the stage writes a model, else the output folder."""
         return self.model() if self.stage.writes_model else self.output()
@@ -104,7 +100,7 @@ class StageContext:
 
 
 def context_from_env(stage: Stage, environ: Mapping[str, str], scratch: Path) -> StageContext:
-    """Return the Job of `stage` in this environment: SM_* variables first, then `/opt/ml`.
+    """Return the context of `stage` in this environment: SM_* variables first, then `/opt/ml`.
 
     `scratch` is a folder for files that this process unpacks and fetches; the caller removes it.
     """
@@ -212,13 +208,7 @@ def _folder(environ: Mapping[str, str], variable: str, below_base: str) -> Path 
 
 def channels_from_env(environ: Mapping[str, str]) -> dict[str, Path]:
     """Return the channels by name: SM_CHANNEL_* first, then SM_GROUND_TRUTH_DIR, then the folders in `input/data`."""
-    base = base_dir(environ)
-    config = base / "input" / "config" / "inputdataconfig.json"
-    modes = _json_map(config.read_bytes(), str(config)) if config.is_file() else {}
-    for name, entry in modes.items():
-        if isinstance(entry, dict) and entry.get("TrainingInputMode") == "Pipe":
-            raise SettingsError(f"channel {name!r} uses Pipe mode, which has no random access; use File or FastFile")
-    data = base / "input" / "data"
+    data = base_dir(environ) / "input" / "data"
     channels = (
         {_canonical_name(path.name): path for path in sorted(data.iterdir()) if path.is_dir()} if data.is_dir() else {}
     )

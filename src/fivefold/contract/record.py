@@ -19,13 +19,15 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import fivefold
-from fivefold.contract.artifacts import COMPARED_FILES, channel_digest
+from fivefold.contract.artifacts import COMPARED_FILES, changed_outputs, channel_digest
 from fivefold.contract.files import read_json, sha256, tree_sha256, write_json
 from fivefold.contract.job import StageContext
-from fivefold.contract.stage_specs import RECORD
+from fivefold.contract.stage_specs import RECORD, STAGES
 from fivefold.errors import DataError
 
 log = logging.getLogger("fivefold")
@@ -33,16 +35,8 @@ log = logging.getLogger("fivefold")
 IMAGE_VARIABLE = "FIVEFOLD_IMAGE"
 """Variable with the digest of the container's image, if the user sets it."""
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "efficientnet-pytorch",
-    "numpy",
-    "pillow",
-    "pyarrow",
-    "scikit-learn",
-    "safetensors",
-)
+    "torch", "torchvision", "timm", "efficientnet-pytorch", "numpy", "pillow", "pyarrow", "scikit-learn", "safetensors"
+)  # fmt: skip
 PATH_SETTINGS = ("model.weights", "distill.teacher", "ensemble.submissions", "compare.submissions", "compare.runs")
 
 
@@ -106,18 +100,14 @@ def rerun_reason(folder: Path, key: CacheKey, roots: Mapping[str, Path], on_vers
     if not path.is_file():
         return "no record of an earlier run"
     try:
-        record = read_json(path)
-        old = CacheKey(record["stage"], dict(record["inputs"]), dict(record["settings"]))
-        outputs = dict(record["outputs"])
-    except (DataError, KeyError, TypeError, ValueError):
+        record = read_record(path)
+    except DataError:
         return f"the record {path} cannot be read"
+    old = CacheKey(record["stage"], record["inputs"], record["settings"])
     if old.digest() != key.digest():
         return _describe_difference(old, key)
-    for name, digest in outputs.items():
-        root, _, relative = name.partition("/")
-        file = roots[root] / relative if root in roots else None
-        if file is None or not file.is_file() or sha256(file) != digest:
-            return f"output missing or changed: {name}"
+    for name in changed_outputs(record["outputs"], roots):
+        return f"output missing or changed: {name}"
     changes = version_changes(record) if on_version_change != "ignore" else ""
     if changes and on_version_change == "rerun":
         return f"code or package versions changed: {changes}"
@@ -188,6 +178,34 @@ def record_path(folder: Path, stage: str) -> Path:
     return own_record if own_record.is_file() or _stage_of(path) not in (None, stage) else path
 
 
+class _RecordSchema(BaseModel):
+    """The fields of a record that later stages and `trace` read."""
+
+    model_config = ConfigDict(strict=True)
+    key: str
+    sources: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]]
+    roots: dict[str, str]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    settings: dict[str, Any]
+    metrics: dict[str, Any]
+    code: str
+    packages: dict[str, str]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the record at `path`; raise a DataError unless it is one with all its fields."""
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("stage") not in STAGES:
+        raise DataError(f"{path} is not a record of a stage")
+    try:
+        _RecordSchema.model_validate(record)
+    except ValidationError as error:
+        names = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors())
+        raise DataError(f"{path} is a record without valid {', '.join(names)}: run its stage again") from None
+    return record
+
+
 def _stage_of(path: Path) -> str | None:
     """Return the stage of the record at `path`, or None if there is no readable record."""
     try:
@@ -224,8 +242,7 @@ def package_versions() -> dict[str, str]:
 def version_changes(record: Mapping[str, Any]) -> str:
     """Describe the code and package versions that differ from a record's: `torch 2.13.0 -> 2.14.1`; empty if none."""
     now = {"code": code_version(), **package_versions()}
-    packages = record.get("packages")
-    then = {"code": record.get("code"), **(packages if isinstance(packages, Mapping) else {})}
+    then = {"code": record["code"], **record["packages"]}
     return ", ".join(
         f"{name} {then.get(name) or 'unknown'} -> {now[name]}" for name in now if then.get(name) != now[name]
     )

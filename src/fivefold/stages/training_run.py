@@ -148,9 +148,8 @@ class TrainingRun:
         )  # other settings are of the platform, and may hold secrets
         run = Run(name, self.settings.system, chosen.logger_project, shown, job.output())
         self.trackers = open_trackers(chosen.loggers, run)
-        checkpoints = Checkpoints(
-            job.checkpoints(), chosen.checkpoint_minutes, chosen.checkpoint_steps, job.remote.upload_checkpoint
-        )
+        upload = job.remote.checkpoints.upload_async if job.remote.checkpoints else None
+        checkpoints = Checkpoints(job.checkpoints(), chosen.checkpoint_minutes, chosen.checkpoint_steps, upload)
         observers = [csv_logger(job.model() / TRAIN_LOG), *self.trackers]
         try:
             return fit_loop(

@@ -14,11 +14,9 @@ from fivefold.contract.s3.client import MAX_ATTEMPTS, MAX_CONCURRENCY
 from iam_policy import Policy
 from jobs.__main__ import main, run
 from s3_server import CREDENTIALS, Bucket, Proxy, Request, now_and_then
-from toy_data import SETTINGS as TINY
-from toy_data import draw, write_test_table
+from toy_data import SETTINGS, draw, write_test_table
 
-SETTINGS = [*TINY, "train.epochs=2"]
-IMAGES_PER_FOLDER = 12
+IMAGES_PER_FOLDER = 8
 """Training images of each of two classes, and test images."""
 STABLE_FILES = (".parquet", ".safetensors", "classes.json", "submission.csv")
 """Files that contain neither times nor paths."""
@@ -54,21 +52,24 @@ STAGES = {
 }
 
 
-def run_step(bucket: Bucket, step: str, *settings: str, **variables: str) -> int:
-    """Run a step with all channels and outputs in the bucket, except the failure file; return the exit code."""
+def run_step(bucket: Bucket, step: str, *settings: str, output: str = "run", **variables: str) -> int:
+    """Run a step with all channels and outputs in the bucket, except the failure file; return the exit code.
+
+    It reads from `run/` and writes to `output`.
+    """
     name, arguments, channels = STAGES[step]
     places = {"TRAIN": "data/train", "EVAL": "data/test", **channels}
     places |= {"FOLDS": "run/split/output"} if name != "split" else {}
     environ = {f"SM_CHANNEL_{channel}": f"s3://{bucket.name}/{key}" for channel, key in places.items()}
     environ["SM_GROUND_TRUTH_DIR"] = f"s3://{bucket.name}/data/test/gt.csv"
-    environ["SM_MODEL_DIR"] = f"s3://{bucket.name}/run/{step}/model"
-    environ["SM_OUTPUT_DATA_DIR"] = f"s3://{bucket.name}/run/{step}/output"
+    environ["SM_MODEL_DIR"] = f"s3://{bucket.name}/{output}/{step}/model"
+    environ["SM_OUTPUT_DATA_DIR"] = f"s3://{bucket.name}/{output}/{step}/output"
     return run(name, [*arguments, *settings], environ | variables)
 
 
-def read_record(bucket: Bucket, step: str) -> dict:
+def read_record(bucket: Bucket, step: str, output: str = "run") -> dict:
     """Return the only record of a step; check that exactly the files it names lie beside it."""
-    keys = [key for key in bucket.listed(f"run/{step}/") if key.endswith("/stage.json")]
+    keys = [key for key in bucket.listed(f"{output}/{step}/") if key.endswith("/stage.json")]
     assert len(keys) == 1, keys
     record = json.loads(bucket.read(keys[0]))
     attempt = keys[0].removesuffix("stage.json")
@@ -82,12 +83,10 @@ def read_objects(bucket: Bucket) -> dict[str, bytes]:
     return {key: bucket.read(key) for key in sorted(bucket.listed())}
 
 
-def read_digests(bucket: Bucket) -> dict[str, dict[str, str]]:
-    """Return the digests of the outputs of each step that contain neither times nor paths."""
-    return {
-        step: {n: d for n, d in read_record(bucket, step)["files"].items() if n.endswith(STABLE_FILES)}
-        for step in STAGES
-    }
+def read_digests(bucket: Bucket, step: str, output: str = "run") -> dict[str, str]:
+    """Return the digests of a step's outputs that contain neither times nor paths."""
+    files = read_record(bucket, step, output)["files"]
+    return {name: digest for name, digest in files.items() if name.endswith(STABLE_FILES)}
 
 
 def test_minimal_policy_is_enough_and_covers_only_the_data_and_the_runs(filled_bucket):
@@ -109,8 +108,12 @@ def test_minimal_policy_is_enough_and_covers_only_the_data_and_the_runs(filled_b
         assert not policy.lists(filled_bucket.name, "" if key == "x" else key.replace("data/x", "data2"))
 
 
+FAULTS = ("503", "drop", "truncate", "slow", "lost")
+
+
 @pytest.mark.slow
-def test_whole_run_in_a_bucket_and_a_second_run_has_nothing_to_do(filled_bucket, capsys):
+def test_whole_run_in_a_bucket_survives_faults_and_repeats_only_what_changed(filled_bucket, monkeypatch, capsys):
+    """A second run has nothing to do; requests that fail change no byte; a changed setting replaces the attempt."""
     for step in STAGES:
         assert run_step(filled_bucket, step) == 0, step
     assert read_record(filled_bucket, "evaluate")["metrics"]["test"]["n"] == IMAGES_PER_FOLDER
@@ -125,6 +128,24 @@ def test_whole_run_in_a_bucket_and_a_second_run_has_nothing_to_do(filled_bucket,
     assert f"match s3://{filled_bucket.name}/run/split/output/stage.json" in log
     assert "/tmp" not in log, "the log names temporary paths of this process"
     assert read_objects(filled_bucket) == before
+
+    proxy = Proxy(filled_bucket.endpoint, now_and_then(0, 0.1, FAULTS))
+    with proxy.listening() as endpoint, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        for step in ("split", "fold-0", "ensemble"):
+            assert run_step(filled_bucket, step, output="other") == 0, step
+            assert read_digests(filled_bucket, step, "other") == read_digests(filled_bucket, step)
+    assert {*proxy.faults} == {*FAULTS}
+
+    capsys.readouterr()
+    for step, settings, reason in (
+        ("fold-0", ["train.lr=0.01"], "settings differ: train.lr"),
+        ("fold-1", ["train.lr=0.01"], "settings differ: train.lr"),
+        ("ensemble", [], "inputs differ: model"),
+    ):
+        assert run_step(filled_bucket, step, *settings) == 0
+        assert f" runs: {reason}" in capsys.readouterr().err
+    assert read_digests(filled_bucket, "fold-0") != read_digests(filled_bucket, "fold-0", "other")
     assert_trace_works(filled_bucket, capsys)
 
 
@@ -140,36 +161,8 @@ def assert_trace_works(bucket: Bucket, capsys) -> None:
     assert ": 4 records" in capsys.readouterr().out
     bucket.write("data/train/a/3.png", bucket.read("data/train/a/4.png"))
     assert main(["trace", f"{url}/run/ensemble", "--check"]) == 65
-    assert "a/3.png " in capsys.readouterr().err
+    assert "its channel 'train'" in capsys.readouterr().err
     assert main(["trace", f"{url}/no/where"]) == 66
-
-
-@pytest.mark.slow
-def test_changed_setting_replaces_the_attempt_and_later_stages_use_the_new_one(filled_bucket, capsys):
-    for step in ("split", "fold-0", "fold-1", "ensemble"):
-        assert run_step(filled_bucket, step) == 0
-    old_record = read_record(filled_bucket, "fold-0")
-    capsys.readouterr()
-    for step in ("fold-0", "fold-1"):
-        assert run_step(filled_bucket, step, "train.lr=0.01") == 0
-        assert "train-fold runs: settings differ: train.lr" in capsys.readouterr().err
-    assert read_record(filled_bucket, "fold-0")["files"] != old_record["files"]
-    assert run_step(filled_bucket, "ensemble") == 0
-    assert "ensemble runs: inputs differ: model" in capsys.readouterr().err
-
-
-def test_attempt_without_a_record_is_ignored(filled_bucket, capsys):
-    assert run_step(filled_bucket, "split") == 0
-    attempt = next(key for key in filled_bucket.listed("run/split") if key.endswith("stage.json")).removesuffix(
-        "stage.json"
-    )
-    incomplete = attempt[:-9] + "00000000/"
-    filled_bucket.write(f"{incomplete}folds.parquet", b"half a fi")
-    assert run_step(filled_bucket, "fold-0") == 0, "the stage reads the complete attempt"
-    filled_bucket.delete(f"{attempt}stage.json")
-    capsys.readouterr()
-    assert run_step(filled_bucket, "fold-1") == 66
-    assert f"s3://{filled_bucket.name}/run/split/output: no" in capsys.readouterr().err
 
 
 def test_system_folders_of_a_bucket_are_ignored_and_counted(filled_bucket, images, capsys):
@@ -189,7 +182,7 @@ def test_system_folders_of_a_bucket_are_ignored_and_counted(filled_bucket, image
     assert "/data/train: folders without any object: cow/" in log
 
 
-def test_archived_objects_exit_66_before_anything_is_downloaded(filled_bucket, images, tmp_path, capsys):
+def test_archived_object_exits_66_until_it_is_restored(filled_bucket, images, capsys):
     content, key = (images / "train/a/0.png").read_bytes(), "data/train/a/0.png"
     filled_bucket.client.put_object(Bucket=filled_bucket.name, Key=key, Body=content, StorageClass="GLACIER")
     assert run_step(filled_bucket, "split") == 66
@@ -199,76 +192,15 @@ def test_archived_objects_exit_66_before_anything_is_downloaded(filled_bucket, i
     assert run_step(filled_bucket, "split") == 0
 
 
-def test_names_too_long_for_a_file_system_or_store_exit_at_once(filled_bucket, images, capsys):
-    content = (images / "train/a/0.png").read_bytes()
-    filled_bucket.write(f"data/train/a/{'n' * 300}.png", content)
-    assert run_step(filled_bucket, "split") == 65
-    assert "nnn" in capsys.readouterr().err
-    filled_bucket.delete(f"data/train/a/{'n' * 300}.png")
-    long_key = "/".join(["p" * 100] * 8)
-    assert run_step(filled_bucket, "split", SM_OUTPUT_DATA_DIR=f"s3://{filled_bucket.name}/{long_key}") == 64
-    assert not filled_bucket.listed("p")
-
-
-@pytest.mark.slow
-def test_files_of_two_writers_are_not_mixed(filled_bucket, monkeypatch):
-    """A second pod writes its files and record after the first; a reader takes either attempt, never a mixture."""
-    monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
-    assert run_step(filled_bucket, "split") == 0
-    record = read_record(filled_bucket, "split")
-    key = next(key for key in filled_bucket.listed("run/split") if key.endswith("stage.json"))
-    other_attempt = key.replace(key.split("/")[-2][-8:], "ffffffff").removesuffix("stage.json")
-    other_table = filled_bucket.read(key.replace("stage.json", "folds.parquet")) + b"!"
-    filled_bucket.write(f"{other_attempt}folds.parquet", other_table)
-    assert run_step(filled_bucket, "fold-0") == 0
-    filled_bucket.write(
-        f"{other_attempt}stage.json", json.dumps({**record, "files": {"folds.parquet": "0" * 64}}).encode()
-    )
-    assert run_step(filled_bucket, "fold-1") == 75, "the second record is newer, but its file does not match its digest"
-    files = {
-        name: hashlib.sha256(filled_bucket.read(key.replace("stage.json", name))).hexdigest()
-        for name in record["files"]
-    }
-    for name in files:
-        filled_bucket.write(f"{other_attempt}{name}", filled_bucket.read(key.replace("stage.json", name)))
-    filled_bucket.write(f"{other_attempt}stage.json", json.dumps({**record, "files": files}).encode())
-    assert run_step(filled_bucket, "fold-1") == 0
-    assert run_step(filled_bucket, "split") == 0
-
-
 @pytest.mark.slow
 def test_submit_reads_inputs_from_a_bucket(filled_bucket, tmp_path, capsys):
-    """The stages run locally; the ground truth lies beside the test table in the bucket."""
+    """The stages run locally; the ground truth is beside the test table in the bucket."""
     train, test = f"train=s3://{filled_bucket.name}/data/train", f"eval=s3://{filled_bucket.name}/data/test"
     arguments = ["submit", train, test, f"runs={tmp_path}", "run=r", "split.folds=2", *SETTINGS]
     assert main([*arguments, "--dry-run"]) == 0
     assert f"=s3://{filled_bucket.name}/data/test/gt.csv" in capsys.readouterr().out
     assert main([*arguments, "stages=split"]) == 0
     assert (tmp_path / "r" / "split" / "output" / "folds.parquet").is_file()
-    assert (
-        main(["submit", f"train=s3://{filled_bucket.name}/nothing", f"runs={tmp_path}", "run=s", "stages=split"]) == 66
-    )
-    assert main(["submit", "train=gs://b/k", f"runs={tmp_path}", "run=s"]) == 64
-
-
-FAULTS = ("503", "drop", "truncate", "slow", "lost")
-
-
-@pytest.mark.slow
-def test_network_faults_do_not_change_results(filled_bucket, monkeypatch):
-    """Some requests fail in each way; every stage succeeds and writes the same bytes as a run without faults."""
-    for step in STAGES:
-        assert run_step(filled_bucket, step) == 0
-    expected = read_digests(filled_bucket)
-    for key in filled_bucket.listed("run/"):
-        filled_bucket.delete(key)
-    proxy = Proxy(filled_bucket.endpoint, now_and_then(0, 0.1, FAULTS))
-    with proxy.listening() as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        for step in STAGES:
-            assert run_step(filled_bucket, step) == 0, step
-    assert {*proxy.faults} == {*FAULTS}
-    assert read_digests(filled_bucket) == expected
 
 
 def test_retries_continue_while_objects_arrive(filled_bucket, monkeypatch, capsys):
@@ -313,52 +245,10 @@ def test_objects_that_arrived_are_not_downloaded_again_after_a_failure(filled_bu
     assert sum(requests[other] for other in others) <= len(others) + MAX_CONCURRENCY
 
 
-@pytest.mark.parametrize("fault", ["spoilt", "garbled"])
-def test_bytes_corrupted_in_transfer_are_detected_by_their_digest(fault, filled_bucket, monkeypatch, capsys):
-    """Corrupt folds.parquet in its first three transfers in ways that TCP and ETags do not detect."""
-    failed: list[Request] = []
-
-    def fail_three_times(request: Request) -> str | None:
-        if "folds.parquet" not in request.path or (request.method == "PUT") != (fault == "garbled") or len(failed) == 3:
-            return None
-        failed.append(request)
-        return fault
-
-    proxy = Proxy(filled_bucket.endpoint, fail_three_times)
-    with proxy.listening() as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        assert run_step(filled_bucket, "split") == 0
-        assert run_step(filled_bucket, "fold-0") == 0
-    assert proxy.faults == [fault] * 3
-    assert " again" in capsys.readouterr().err
-    read_record(filled_bucket, "split")
-
-
-@pytest.mark.slow
-def test_stage_waits_for_a_store_that_restarts(filled_bucket, monkeypatch):
-    proxy = Proxy(filled_bucket.endpoint)
-    with proxy.listening() as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        proxy.down_until = time.monotonic() + 3
-        assert run_step(filled_bucket, "split") == 0
-        started = time.monotonic()
-
-        def fail_upload(request: Request) -> str | None:
-            if "attempt-" in request.path and request.method == "PUT" and proxy.down_until < started:
-                proxy.down_until = time.monotonic() + 3
-            return "drop" if time.monotonic() < proxy.down_until else None
-
-        proxy.fault = fail_upload
-        assert run_step(filled_bucket, "fold-0") == 0
-        assert proxy.down_until > started, "the store was down during the upload of the model"
-    read_record(filled_bucket, "fold-0")
-
-
 @pytest.mark.slow
 def test_unavailable_store_exits_75_and_the_same_command_succeeds_later(filled_bucket, monkeypatch, capsys):
     """Uploads fail from the first model file on; the checkpoint is stored, so no epoch is lost."""
-    for step in ("split", "fold-1"):
-        assert run_step(filled_bucket, step) == 0
+    assert run_step(filled_bucket, "split") == 0
     monkeypatch.setattr("fivefold.contract.s3.client.MAX_BACKOFF_S", 0.1)
     proxy = Proxy(filled_bucket.endpoint)
     proxy.fault = lambda request: "503" if "fold-0/output/attempt-" in request.path else None
@@ -370,7 +260,7 @@ def test_unavailable_store_exits_75_and_the_same_command_succeeds_later(filled_b
     assert not [key for key in filled_bucket.listed("run/fold-0") if key.endswith("stage.json")]
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", filled_bucket.endpoint)
     assert run_step(filled_bucket, "fold-0") == 0
-    assert "fold 0 epoch 1/2" not in capsys.readouterr().err, "epochs in the checkpoint are not run again"
+    assert "fold 0 epoch 1/1" not in capsys.readouterr().err, "epochs in the checkpoint are not run again"
     read_record(filled_bucket, "fold-0")
 
 
@@ -380,26 +270,22 @@ def test_unavailable_store_exits_75_and_the_same_command_succeeds_later(filled_b
         ({"SM_CHANNEL_TRAIN": "gs://b/k"}, 64, "SM_CHANNEL_TRAIN is a"),
         ({"SM_CHANNEL_TRAIN": "s3://key:hush@b/k"}, 64, "a user or a key"),
         ({"SM_CHANNEL_TRAIN": "s3://{}/no/where"}, 66, "/no/where: no"),
-        ({"SM_CHANNEL_TRAIN": "s3://no such bucket!/x"}, 64, "s3://no such bucket!/x "),
+        ({"SM_CHANNEL_TRAIN": "s3://no such bucket!/x"}, 64, "s3://no such bucket!/x"),
         ({"SM_CHANNEL_TRAIN": "s3://no-bucket/x"}, 66, "bucket 'no-bucket'"),
         ({"SM_OUTPUT_DATA_DIR": "s3://no-bucket/x"}, 66, "bucket 'no-bucket'"),
+        ({"SM_OUTPUT_DATA_DIR": f"s3://{{}}/{'/'.join(['p' * 100] * 8)}"}, 64, "a shorter prefix"),
         ({"SM_OUTPUT_DIR": "s3://{}/x"}, 64, "SM_OUTPUT_DIR"),
     ],
 )
-def test_each_mistake_has_an_exit_code_and_a_message(
-    variables, code, message, filled_bucket, capsys, tmp_path, monkeypatch
-):
+def test_each_mistake_has_an_exit_code_and_a_message(variables, code, message, bucket, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert (
-        run_step(
-            filled_bucket, "split", **{name: value.format(filled_bucket.name) for name, value in variables.items()}
-        )
-        == code
-    )
+    for key in ("train/a/0.png", "test/0.png"):
+        bucket.write(f"data/{key}", b"x")
+    assert run_step(bucket, "split", **{name: value.format(bucket.name) for name, value in variables.items()}) == code
     log = capsys.readouterr().err
     assert message in log
     assert "hush" not in log
-    assert not filled_bucket.listed("run/"), "no partial output"
+    assert not bucket.listed("run/"), "no partial output"
     assert not list(tmp_path.iterdir()), "no folder named like a URL"
 
 
@@ -417,11 +303,3 @@ def test_missing_credentials_and_endpoint_are_reported_and_secrets_are_not_logge
         monkeypatch.delenv(name) if name.startswith("AWS_A") or "SECRET_A" in name else None
     assert run_step(filled_bucket, "fold-0") == 64
     assert ": no credentials " in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("key", ["../x.png", "a//x.png", "a/0.png/x.png", "a/./x.png"])
-def test_keys_that_are_not_valid_paths_are_rejected(key, filled_bucket, capsys):
-    filled_bucket.write(f"data/train/{key}", b"x")
-    assert run_step(filled_bucket, "split") == 65
-    log = capsys.readouterr().err
-    assert "path '" in log or "cannot be a file" in log

@@ -24,8 +24,8 @@ def load(stage: str, environ: dict[str, str], tmp_path: Path) -> StageContext:
     return context_from_env(STAGES[stage], environ, tmp_path / "scratch")
 
 
-def write_config(base_dir: Path, name: str, value: object) -> dict[str, str]:
-    write_text(base_dir / "input" / "config" / f"{name}.json", json.dumps(value))
+def write_hyperparameters(base_dir: Path, value: object) -> dict[str, str]:
+    write_text(base_dir / "input" / "config" / "hyperparameters.json", json.dumps(value))
     return {"SAGEMAKER_BASE_DIR": str(base_dir)}
 
 
@@ -112,26 +112,16 @@ def test_invalid_urls_are_refused_and_never_used_as_folders(name: str, url: str,
     assert ("model" in job.channels, job.model_dir) == (False, None)
 
 
-def test_pipe_mode_is_refused(base_dir: Path, tmp_path: Path):
-    modes = {"train": {"TrainingInputMode": "File"}, "eval": {"TrainingInputMode": "Pipe"}}
-    with pytest.raises(SettingsError, match="channel 'eval' uses Pipe mode, which has no random access; use File or"):
-        load("split", write_config(base_dir, "inputdataconfig", modes), tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", '"a"', "", b"\xff\xfe"])
-def test_configuration_that_is_not_a_map_is_named_in_the_error(text: str | bytes, base_dir: Path, tmp_path: Path):
-    for name in ("hyperparameters", "inputdataconfig"):
-        path = base_dir / "input" / "config" / f"{name}.json"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        environ = {"SAGEMAKER_BASE_DIR": str(base_dir)}
-        with pytest.raises(SettingsError, match=rf"{name}\.json (is not JSON|\w+ \w+, not a map)"):
-            hyperparameters(environ) if name == "hyperparameters" else load("split", environ, tmp_path)
-        path.unlink()
+@pytest.mark.parametrize("content", [b"{", b"[1]", b'"a"', b"", b"\xff\xfe"])
+def test_hyperparameters_that_are_not_a_map_are_named_in_the_error(content: bytes, base_dir: Path):
+    (base_dir / "input" / "config" / "hyperparameters.json").write_bytes(content)
+    with pytest.raises(SettingsError, match=r"hyperparameters\.json (is not JSON|\w+ \w+, not a map)"):
+        hyperparameters({"SAGEMAKER_BASE_DIR": str(base_dir)})
 
 
 def test_hyperparameters_merge_file_sm_hps_and_sm_hp_variables(base_dir: Path):
-    environ = write_config(
-        base_dir, "hyperparameters", {"train.epochs": "1", "train.lr": "1", "train.max_grad_norm": "1", "Run": "a"}
+    environ = write_hyperparameters(
+        base_dir, {"train.epochs": "1", "train.lr": "1", "train.max_grad_norm": "1", "Run": "a"}
     )
     assert hyperparameters(environ) == {"train.epochs": "1", "train.lr": "1", "train.max_grad_norm": "1", "run": "a"}
     environ["SM_HPS"] = '{"train.lr": 2, "train.max_grad_norm": 2}'
@@ -141,7 +131,7 @@ def test_hyperparameters_merge_file_sm_hps_and_sm_hp_variables(base_dir: Path):
 
 def test_hyperparameters_normalize_hyphens_and_ignore_empty_and_service_ones(base_dir: Path):
     service = {"sagemaker_program": '"x"', "SAGEMAKER_REGION": "x", "_tuning_objective_metric": "y"}
-    environ = write_config(base_dir, "hyperparameters", {"train__batch-size": "8", **service})
+    environ = write_hyperparameters(base_dir, {"train__batch-size": "8", **service})
     environ["SM_HP_SAGEMAKER_JOB_NAME"] = "z"
     assert hyperparameters(environ) == {"train__batch_size": "8"}
     assert hyperparameters(environ | {"SM_HP_TRAIN__BATCH-SIZE": "16"}) == {"train__batch_size": "16"}

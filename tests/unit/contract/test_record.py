@@ -144,49 +144,25 @@ def test_key_of_default_settings_survives_json_for_every_stage(split_job: StageC
         )
 
 
-@pytest.fixture
-def shared_jobs(tmp_path: Path) -> tuple[StageContext, StageContext]:
-    """An ensemble job and an evaluate job that write to one folder."""
-    out = tmp_path / "out"
-    for name in ("predictions.parquet", "metrics.json"):
-        write_text(out / name, name)
-    environ = {"SM_OUTPUT_DATA_DIR": str(out)}
-    ensemble, evaluate = (
-        context_from_env(STAGES[name], environ, tmp_path / "scratch") for name in ("ensemble", "evaluate")
-    )
-    return ensemble, evaluate
-
-
 OUTPUT_FILES = {"ensemble": "predictions.parquet", "evaluate": "metrics.json"}
 
 
 @pytest.mark.parametrize("order", [("ensemble", "evaluate"), ("evaluate", "ensemble")])
-def test_two_stages_in_one_folder_have_their_own_records(
-    order: tuple[str, str], shared_jobs: tuple[StageContext, StageContext]
-):
-    jobs = {job.stage.name: job for job in shared_jobs}
-    first, second = (jobs[name] for name in order)
-    for job in (first, second):
-        save_record(job, name=OUTPUT_FILES[job.stage.name])
-    folder = first.output()
-    assert record_path(folder, first.stage.name) == folder / "stage.json"
-    assert record_path(folder, second.stage.name) == folder / f"{second.stage.name}.stage.json"
-    assert explain(first) is None
-    assert explain(second) is None
-    for job in (second, first):
-        save_record(job, SETTINGS | {"changed": True}, OUTPUT_FILES[job.stage.name])
-    assert len(list(folder.glob("*stage.json"))) == 2
-    assert explain(first, SETTINGS | {"changed": True}) is None
-    assert explain(second, SETTINGS | {"changed": True}) is None
-
-
-def test_second_record_of_a_folder_still_counts_if_the_first_is_deleted(shared_jobs: tuple[StageContext, StageContext]):
-    ensemble, evaluate = shared_jobs
-    for job in shared_jobs:
-        save_record(job, name=OUTPUT_FILES[job.stage.name])
-    (ensemble.output() / "stage.json").unlink()
-    assert explain(ensemble) == "no record of an earlier run"
-    assert explain(evaluate) is None
-    save_record(ensemble, name=OUTPUT_FILES["ensemble"])
-    assert explain(ensemble) is None
-    assert explain(evaluate) is None
+def test_two_stages_in_one_folder_have_their_own_records(order: tuple[str, str], tmp_path: Path):
+    for name in OUTPUT_FILES.values():
+        write_text(tmp_path / name, name)
+    first, second = (
+        context_from_env(STAGES[name], {"SM_OUTPUT_DATA_DIR": str(tmp_path)}, tmp_path / "scratch") for name in order
+    )
+    for settings in (SETTINGS, SETTINGS | {"changed": True}):
+        for job in (first, second):
+            save_record(job, settings, OUTPUT_FILES[job.stage.name])
+        assert record_path(tmp_path, order[0]) == tmp_path / "stage.json"
+        assert record_path(tmp_path, order[1]) == tmp_path / f"{order[1]}.stage.json"
+        assert [explain(job, settings) for job in (first, second)] == [None, None]
+    assert len(list(tmp_path.glob("*stage.json"))) == 2
+    (tmp_path / "stage.json").unlink()
+    assert explain(first, settings) == "no record of an earlier run"
+    assert explain(second, settings) is None
+    save_record(first, settings, OUTPUT_FILES[order[0]])
+    assert [explain(job, settings) for job in (first, second)] == [None, None]

@@ -61,16 +61,6 @@ def test_run_path_refuses_names_that_lead_outside(name: str):
     assert run_path("s3://bucket/runs/", "first") == "s3://bucket/runs/first"
 
 
-def test_env_for_run_accepts_a_run_in_a_bucket(bucket):
-    bucket.write("runs/first/split/output/folds.parquet", b"x")
-    environ = dict(env_for_run(STAGES["ensemble"], {}, f"s3://{bucket.name}/runs/first", None))
-    assert environ["SM_CHANNEL_FOLDS"] == f"s3://{bucket.name}/runs/first/split/output"
-    assert environ["SM_OUTPUT_DATA_DIR"] == f"s3://{bucket.name}/runs/first/ensemble/output"
-    assert "SM_OUTPUT_DIR" not in environ, "the failure file stays on the machine"
-    empty = dict(env_for_run(STAGES["evaluate"], {}, f"s3://{bucket.name}/runs/none", None))
-    assert not [name for name in empty if name.startswith("SM_CHANNEL_")]
-
-
 @pytest.mark.parametrize("name", ["ground_truth.csv", "GT.csv", "Ground-Truth.CSV"])
 def test_ground_truth_file_is_found_in_any_spelling(tmp_path: Path, name: str):
     (tmp_path / "Test.csv").write_text("ID,img_path\n")

@@ -1,1 +1,1 @@
-"""Objects at `s3://bucket/key`. `urls` and `attempts` need no client; the other modules import boto3, so import them late."""
+"""Objects at `s3://bucket/key`. `urls` and `commit` need no client; the other modules import boto3, so import them late."""

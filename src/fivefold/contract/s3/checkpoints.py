@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from fivefold.contract.files import sha256
-from fivefold.contract.s3.client import Download, S3Client
+from fivefold.contract.s3.client import Download, S3Client, Upload
 from fivefold.contract.s3.urls import Url
 from fivefold.errors import FivefoldError
 
@@ -43,7 +43,7 @@ class CheckpointSync:
         for item in checkpoints[-MAX_CHECKPOINTS:]:
             number, digest, _ = item.url.name.split(".")
             path = key_folder / f"{number}.pt"
-            self._store.download([Download(item, path)], f"checkpoint {item.url}")
+            self._store.transfer([Download(item, path)], f"checkpoint {item.url}")
             if sha256(path) != digest:
                 log.warning("the checkpoint %s is damaged: using the one before it", item.url)
                 path.unlink()
@@ -71,12 +71,11 @@ class CheckpointSync:
 
     def close(self) -> None:
         """Wait for the running upload, at most LAST_UPLOAD_TIMEOUT_S seconds."""
-        thread = self._thread
-        if thread is not None:
+        if (thread := self._thread) is not None:
             thread.join(LAST_UPLOAD_TIMEOUT_S)
             if thread.is_alive():
                 log.warning(
-                    "the last checkpoint is not uploaded to %s: the next run resumes from the one before", self._url
+                    "the last checkpoint is not uploaded to %s: a new run resumes from the one before", self._url
                 )
 
     def _url_of(self, folder: Path) -> Url:
@@ -88,7 +87,7 @@ class CheckpointSync:
             copy, folder = waiting
             try:
                 url = folder / f"{copy.name.split('.')[1]}.{sha256(copy)}.pt"
-                self._store.write_file(copy, url)
+                self._store.transfer([Upload(copy, url)], f"to {url}")
                 self._sent.append(url)
                 self._store.delete(self._sent[:-MAX_CHECKPOINTS])
                 del self._sent[:-MAX_CHECKPOINTS]

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,16 +57,11 @@ POLL_INTERVAL_S = 0.05
 CHECKSUM = {"ChecksumAlgorithm": "SHA256"}
 QUIET_LOGGERS = ("boto3", "botocore", "s3transfer", "urllib3")
 """Loggers that would log signed requests at level DEBUG."""
-ACCESS_CODES = {
-    "AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch",
-    "AccountProblem", "Forbidden", "403",
-}  # fmt: skip
+ACCESS_CODES = {"ExpiredToken", "InvalidToken"}
+"""Codes of refused credentials whose status is not 403."""
 NO_CREDENTIALS = (
     CredentialRetrievalError, NoCredentialsError, PartialCredentialsError, ProfileNotFound, SSOError, TokenRetrievalError,
 )  # fmt: skip
-NOT_FOUND_CODES = {"NoSuchBucket", "NoSuchKey", "NotFound", "404"}
-ARCHIVE_CLASSES = {"GLACIER", "DEEP_ARCHIVE"}
-"""Storage classes whose objects must be restored before anybody can read them."""
 RETRYABLE_CODES = {
     "BadDigest", "XAmzContentSHA256Mismatch", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException",
     "RequestTimeTooSkewed", "PreconditionFailed",
@@ -82,7 +76,6 @@ class S3Object:
     size: int
     etag: str
     modified: float
-    storage_class: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,9 +96,8 @@ class Download:
 
     def start(self, manager: TransferManager) -> TransferFuture:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        return manager.download(
-            self.url.bucket, self.url.key, str(self.path), subscribers=[_ProvideMetadata(self.source)]
-        )
+        subscribers = [_ProvideMetadata(self.source)]
+        return manager.download(self.url.bucket, self.url.key, str(self.path), subscribers=subscribers)
 
     def check(self) -> None:
         """Remove the file and raise a RetryableError if it differs from the object."""
@@ -141,29 +133,16 @@ class S3Client:
             logging.getLogger(name).setLevel(logging.WARNING)
         self._client = _connect()
 
-    def list_objects(self, url: Url) -> list[S3Object]:
-        """Return the objects below a URL, sorted by key.
+    def list_objects(self, url: Url, start: str = "") -> list[S3Object]:
+        """Return the objects below a URL whose relative names start with `start`, sorted by key.
 
         Raise a MissingInputError if the bucket does not exist.
         """
-        return self._list(url, f"{url.key}/" if url.key else "")
-
-    def list_prefix(self, url: Url, start: str) -> list[S3Object]:
-        """Return the objects below a URL whose relative names start with `start`."""
-        return self._list(url, (url / start).key)
+        return self._list(url, f"{url.key}/{start}" if url.key else start)
 
     def head(self, url: Url) -> S3Object | None:
         """Return the object with exactly this key, or None."""
         return next((item for item in self._list(url, url.key, limit=1) if item.url == url), None)
-
-    def find_archived(self, objects: Iterable[S3Object]) -> S3Object | None:
-        """Return the first object that is archived and not restored, or None."""
-        for item in objects:
-            if item.storage_class in ARCHIVE_CLASSES:
-                call = partial(self._client.head_object, Bucket=item.url.bucket, Key=item.url.key)
-                if 'ongoing-request="false"' not in self._retry(item.url, call).get("Restore", ""):
-                    return item
-        return None
 
     def read(self, url: Url) -> bytes:
         """Return all bytes of a small object."""
@@ -178,31 +157,44 @@ class S3Client:
         for url in urls:
             self._retry(url, lambda url=url: self._client.delete_object(Bucket=url.bucket, Key=url.key))
 
-    def download(self, downloads: Sequence[Download], label: str) -> None:
-        """Download objects to files. Each file is complete or absent."""
-        self._transfer(downloads, label)
+    def transfer(self, transfers: Sequence[Download | Upload], label: str) -> None:
+        """Transfer files in parallel; after a failure retry those that have not arrived. Each is complete or absent."""
+        remaining = dict.fromkeys(transfers)
 
-    def upload(self, files: Sequence[tuple[Path, Url]], label: str) -> dict[Url, str]:
-        """Upload files to objects, and return the SHA-256 of each."""
-        digests = {url: sha256(path) for path, url in files}
-        self._transfer([Upload(path, url) for path, url in files], label)
-        return digests
+        def finish(transfer: Download | Upload, future: TransferFuture) -> None:
+            future.result()
+            transfer.check()
+            del remaining[transfer]
 
-    def write_file(self, path: Path, url: Url) -> None:
-        """Upload a file to an object, with its parts in parallel and without progress."""
-        self._retry(
-            url,
-            lambda: self._client.upload_file(
-                str(path), url.bucket, url.key, ExtraArgs=CHECKSUM, Config=TRANSFER_CONFIG
-            ),
-        )
+        def move() -> None:
+            futures: dict[Download | Upload, TransferFuture] = {}
+            try:
+                # if an error leaves the manager, it cancels transfers that have not started
+                with TransferManager(self._client, TRANSFER_CONFIG) as manager:
+                    futures |= {transfer: transfer.start(manager) for transfer in remaining}
+                    total = sum(transfer.size for transfer in futures)
+                    for transfer in track(futures, total, label, bytes_of=lambda transfer: transfer.size):
+                        while not futures[transfer].done():
+                            raise_if_stopped()
+                            time.sleep(POLL_INTERVAL_S)
+                        try:
+                            finish(transfer, futures[transfer])
+                        except Exception as error:
+                            raise to_store_error(error, transfer.url) from error
+            except RetryableError:
+                for transfer in futures.keys() & remaining:
+                    with suppress(Exception):
+                        finish(transfer, futures[transfer])
+                raise
 
-    def _list(self, url: Url, start: str, limit: int = 0) -> list[S3Object]:
+        if transfers:
+            self._retry(transfers[0].url, move, remaining)
+
+    def _list(self, url: Url, prefix: str, limit: int | None = None) -> list[S3Object]:
         def pages() -> list[S3Object]:
             paginator = self._client.get_paginator("list_objects_v2")
-            config = {"PaginationConfig": {"MaxItems": limit}} if limit else {}
             objects = []
-            for page in paginator.paginate(Bucket=url.bucket, Prefix=start, **config):
+            for page in paginator.paginate(Bucket=url.bucket, Prefix=prefix, PaginationConfig={"MaxItems": limit}):
                 raise_if_stopped()
                 objects += [_object(url.bucket, entry) for entry in page.get("Contents", [])]
             return objects
@@ -212,7 +204,7 @@ class S3Client:
     def _retry(self, url: Url, call: Callable[[], T], remaining: Sized = ()) -> T:
         """Return what `call` returns; retry after a RetryableError. A signal stops the process between two attempts.
 
-        The attempts are counted anew after each one that made `remaining` shorter: only a store without progress is given up.
+        An attempt that made `remaining` shorter does not count: only a store without progress is given up.
         """
         attempt, before = 0, len(remaining)
         while True:
@@ -228,38 +220,6 @@ class S3Client:
                 log.log(logging.WARNING if known is error else logging.DEBUG, "%s; trying again", known)
             _back_off(attempt)
             attempt += 1
-
-    def _transfer(self, transfers: Sequence[Download | Upload], label: str) -> None:
-        """Transfer all in parallel; after a failure retry those that have not arrived."""
-        remaining = dict.fromkeys(transfers)
-
-        def move() -> None:
-            futures: dict[Download | Upload, TransferFuture] = {}
-            try:
-                # if an error leaves the manager, it cancels transfers that have not started
-                with TransferManager(self._client, TRANSFER_CONFIG) as manager:
-                    futures.update((transfer, transfer.start(manager)) for transfer in remaining)
-                    total = sum(transfer.size for transfer in futures)
-                    for transfer in track(list(futures), total, label, bytes_of=lambda transfer: transfer.size):
-                        while not futures[transfer].done():
-                            raise_if_stopped()
-                            time.sleep(POLL_INTERVAL_S)
-                        try:
-                            futures[transfer].result()
-                        except Exception as error:
-                            raise to_store_error(error, transfer.url) from error
-                        transfer.check()
-                        del remaining[transfer]
-            except RetryableError:
-                for transfer in [*remaining]:
-                    with suppress(Exception):
-                        futures[transfer].result()
-                        transfer.check()
-                        del remaining[transfer]
-                raise
-
-        if transfers:
-            self._retry(transfers[0].url, move, remaining)
 
 
 class _ProvideMetadata(BaseSubscriber):
@@ -277,27 +237,25 @@ def to_store_error(error: Exception, url: Url) -> FivefoldError:
     """Return the FivefoldError for a failed call for `url`."""
     if isinstance(error, FivefoldError):
         return error
+    if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, ClientError):
+        error = error.__context__
+    if isinstance(error, ClientError):
+        return _error_of_response(error, url)
     if disk_is_full(error):
         return RetryableError(f"no space left for {url}: free some, then run the same command again")
-    if isinstance(error, ParamValidationError):
-        return SettingsError(f"{url} is not a valid URL of a store: {' '.join(str(error).split())}")
     if isinstance(error, NO_CREDENTIALS):
         return SettingsError(
             f"{url}: no credentials ({error}); set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "or assign a role to this machine or pod"
         )
-    if isinstance(error, ClientError):
-        return _error_of_response(error, url)
-    if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, ClientError):
-        return _error_of_response(error.__context__, url)
     if isinstance(error, S3DownloadFailedError):
         return RetryableError(f"{url} changed during the download, the same command may succeed later")
+    if isinstance(error, ParamValidationError | ValueError):
+        return SettingsError(f"{url}: {' '.join(str(error).split())}; check this URL and AWS_ENDPOINT_URL_S3")
     if isinstance(error, BotoCoreError | RetriesExceededError | S3UploadFailedError | OSError):
         return RetryableError(
             f"{url}: the store is unreachable or closed the connection, the same command may succeed later: {error}"
         )
-    if isinstance(error, ValueError):  # the endpoint is not a URL
-        return SettingsError(f"{url}: {error}; check AWS_ENDPOINT_URL_S3")
     return FivefoldError(f"{url}: unexpected {type(error).__name__}: {error}")
 
 
@@ -305,6 +263,8 @@ def _error_of_response(error: ClientError, url: Url) -> FivefoldError:
     details = error.response.get("Error", {})
     code, status = str(details.get("Code", "")), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     message = f"{code} {details.get('Message', '')}".strip()
+    if code == "InvalidObjectState":
+        return MissingInputError(f"{url} is archived; restore it (aws s3api restore-object), then run the same command")
     if code in ACCESS_CODES or status == 403:
         return SettingsError(
             f"{url}: access refused ({message}); the credentials in use need s3:ListBucket, s3:GetObject, s3:PutObject, "
@@ -312,18 +272,15 @@ def _error_of_response(error: ClientError, url: Url) -> FivefoldError:
         )
     if code == "NoSuchBucket":
         return MissingInputError(f"{url}: the bucket {url.bucket!r} does not exist")
-    if code == "InvalidObjectState":
-        return MissingInputError(f"{url} is archived; restore it (aws s3api restore-object), then run the same command")
-    if code in NOT_FOUND_CODES:
-        return RetryableError(f"{url} was deleted during the download, e.g. because its stage runs again: try again")
-    if code in RETRYABLE_CODES or status >= 500 or status == 429:
-        return RetryableError(f"{url}: the store is busy or failed, the same command may succeed later: {message}")
+    if code in RETRYABLE_CODES or status in (404, 429) or status >= 500:
+        return RetryableError(
+            f"{url}: the store failed or the object has gone, the same command may succeed later: {message}"
+        )
     return SettingsError(f"{url}: the store rejects the request: {message}")
 
 
 def _object(bucket: str, entry: dict[str, Any]) -> S3Object:
-    modified, storage_class = entry["LastModified"].timestamp(), entry.get("StorageClass", "")
-    return S3Object(Url(bucket, entry["Key"]), entry["Size"], entry["ETag"], modified, storage_class)
+    return S3Object(Url(bucket, entry["Key"]), entry["Size"], entry["ETag"], entry["LastModified"].timestamp())
 
 
 def _back_off(attempt: int) -> None:

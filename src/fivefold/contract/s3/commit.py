@@ -12,13 +12,12 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fivefold.contract.files import join_below
-from fivefold.contract.s3.urls import Url
+from fivefold.contract.s3.urls import Url, has_long_name
 from fivefold.contract.stage_specs import CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS
 from fivefold.errors import DataError, RetryableError
 
@@ -32,7 +31,9 @@ MARKERS = (RECORD, FILES)
 STAGE_FILES = {CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS}
 """Names of files that later stages read."""
 COMMIT_PREFIX = "attempt-"
-COMMIT_NAME = re.compile(COMMIT_PREFIX + r"([a-z]+(?:-[a-z]+)*)-\d{8}T\d{6}-[0-9a-f]{8}")
+COMMIT_FOLDER = re.compile(
+    rf"(?P<folder>(?:[^/]+/)*?{COMMIT_PREFIX}(?P<stage>[a-z]+(?:-[a-z]+)*)-\d{{8}}T\d{{6}}-[0-9a-f]{{8}})/"
+)
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,8 @@ class Commit:
     """The objects that one run of a stage uploaded below a URL, by their relative names."""
 
     url: Url
-    objects: Mapping[str, "S3Object"]
-
-    @property
-    def stage(self) -> str:
-        """Return the stage, which is a part of the attempt's name."""
-        match = COMMIT_NAME.fullmatch(self.url.name)
-        assert match, self.url
-        return match.group(1)
+    stage: str
+    objects: dict[str, "S3Object"] = field(default_factory=dict)
 
     @property
     def marker(self) -> "S3Object | None":
@@ -72,19 +67,18 @@ def new_commit_name(stage: str) -> str:
 def group_by_commit(url: Url, objects: Iterable["S3Object"]) -> tuple[dict[str, "S3Object"], list[Commit]]:
     """Divide the objects below a URL into those outside attempts, by name, and the attempts, complete or not. Ignore hidden ones."""
     plain: dict[str, S3Object] = {}
-    attempts: dict[Url, dict[str, S3Object]] = {}
+    attempts: dict[Url, Commit] = {}
     for item in objects:
         name = item.url.relative_to(url)
-        parts = name.split("/")
-        if not parts[-1] or is_hidden(name):
+        if name.endswith("/") or not name or is_hidden(name):
             continue  # placeholder objects that consoles create for folders, and hidden files
-        index = next((index for index, part in enumerate(parts[:-1]) if COMMIT_NAME.fullmatch(part)), None)
-        if index is None:
+        match = COMMIT_FOLDER.match(name)
+        if match is None:
             plain[name] = item
         else:
-            folder = url / "/".join(parts[: index + 1])
-            attempts.setdefault(folder, {})["/".join(parts[index + 1 :])] = item
-    return plain, [Commit(folder, contents) for folder, contents in attempts.items()]
+            folder = url / match["folder"]
+            attempts.setdefault(folder, Commit(folder, match["stage"])).objects[name[match.end() :]] = item
+    return plain, [*attempts.values()]
 
 
 def is_hidden(name: str) -> bool:
@@ -99,25 +93,22 @@ def list_visible(store: "S3Client", url: Url, objects: Iterable["S3Object"]) -> 
     """
     objects = list(objects)
     names = [item.url.relative_to(url) for item in objects]
+    if hidden := sum(map(is_hidden, names)):
+        log.info("%s: ignored %d hidden files", url, hidden)
     folders = {name.rpartition("/")[0] for name in names if not name.endswith("/")}
     marked = [name for name in names if name.endswith("/") and not is_hidden(name)]
     if empty := [name for name in marked if not any(f"{folder}/".startswith(name) for folder in folders)]:
         log.warning("%s: folders without any object: %s", url, ", ".join(sorted(empty)[:5]))
-    if hidden := sum(is_hidden(item.url.relative_to(url)) for item in objects):
-        log.info("%s: ignored %d hidden files", url, hidden)
     plain, attempts = group_by_commit(url, objects)
     files = {name: VisibleFile(name, object_) for name, object_ in plain.items()}
     finished = {item.url.parent for item in attempts if item.marker}
-    if ignored := sorted(
-        name for name in files if (url / name).parent in finished and (url / name).name in STAGE_FILES
-    ):
+    if ignored := sorted(n for n in files if (url / n).parent in finished and (url / n).name in STAGE_FILES):
         log.warning("%s: ignored files that are not from the finished stage there: %s", url, ", ".join(ignored))
     files = {name: stored for name, stored in files.items() if name not in ignored}
-    complete = sorted((item for item in attempts if item.marker), key=lambda item: item.url.parent)
-    for folder, group in groupby(complete, key=lambda item: item.url.parent):
-        relative = folder.relative_to(url)
-        prefix = f"{relative}/" if folder != url else ""
-        newest = {item.stage: item for item in sorted(group, key=_time_order)}
+    for folder in sorted(finished):
+        prefix = f"{folder.relative_to(url)}/" if folder != url else ""
+        complete = sorted((item for item in attempts if item.marker and item.url.parent == folder), key=_time_order)
+        newest = {item.stage: item for item in complete}
         for index, attempt in enumerate(sorted(newest.values(), key=_time_order)):
             for stored in _files(store, attempt):
                 # as in a folder with several stages: the record of the first is stage.json
@@ -160,7 +151,7 @@ def _check_names(files: Mapping[str, VisibleFile], url: Url) -> None:
     folders = {name[:index] for name in files for index, letter in enumerate(name) if letter == "/"}
     for name in files:
         join_below(Path("/folder"), name)
-        if {"", "."} & set(name.split("/")) or "\0" in name or name in folders:
+        if {"", "."} & set(name.split("/")) or "\0" in name or name in folders or has_long_name(name):
             raise DataError(
-                f"{url / name} cannot be a file name: a part of it is empty, or it is also the name of a folder; rename it"
+                f"{str(url / name)[:1000]} cannot be a file: a part of it is empty or too long, or also a folder; rename it"
             )

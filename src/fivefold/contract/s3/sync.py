@@ -13,15 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fivefold.contract.files import check_space, folder_lock, read_json, tree_files
+from fivefold.contract.files import check_space, folder_lock, read_json, sha256, tree_files
 from fivefold.contract.s3 import commit
 from fivefold.contract.s3.commit import COMMIT_PREFIX, FILES, Commit, VisibleFile
 from fivefold.contract.s3.urls import Url
 from fivefold.contract.stage_specs import RECORD
-from fivefold.errors import DataError, MissingInputError, SettingsError
+from fivefold.errors import MissingInputError, SettingsError
 
 if TYPE_CHECKING:
     from fivefold.contract.s3.checkpoints import CheckpointSync
@@ -32,16 +31,12 @@ log = logging.getLogger("fivefold")
 STALE_AFTER_S = 86_400.0
 """An attempt without a marker is removed if nobody has written to it for this many seconds."""
 
-MAX_KEY_BYTES, RESERVED_KEY_BYTES = 1024, 300
-"""Bytes of the longest key of S3, and the bytes that are reserved for the names of an attempt and of a file in it."""
-MAX_NAME_BYTES = 255
-"""Bytes of the longest file name of common file systems."""
+MAX_KEY_BYTES = 1024 - 300
+"""Bytes of the longest key of S3, without those for the names of an attempt and of a file in it."""
 
-FOLDER_KINDS = ("in", "out", "checkpoints")
 SCRATCH = "fivefold-"
 """Prefix of the names of temporary folders."""
-LOCAL_FOLDER_PATTERN = re.compile(rf"[^\s'\"(]*/{SCRATCH}\w+/(?:{'|'.join(FOLDER_KINDS)})/")
-
+LOCAL_FOLDER_PATTERN = re.compile(rf"(?<![^\s'\"(])[^\s'\"(]*/{SCRATCH}\w+/(?:in|out|checkpoints)/")
 
 URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/'\"]+@")
 """The part before the host in a URL: a user, a password or a key."""
@@ -78,9 +73,7 @@ class S3Sync:
     def __enter__(self) -> "S3Sync":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.checkpoints is not None:
             self.checkpoints.close()
 
@@ -96,7 +89,6 @@ class S3Sync:
 
         Raise a MissingInputError if there is no object.
         """
-        _check_names(url, url.key)
         path = self._local_folder("in", url)
         self.pending[path] = self._list_visible(url)
         self.channels[path] = url
@@ -126,13 +118,12 @@ class S3Sync:
 
         Raise a SettingsError if writing or deleting there is not allowed.
         """
-        _check_length(url)
         path = self._local_folder("out", url)
         if any(output.url == url for output in self.outputs):
             return path
         self._check_writable(url)
         path.mkdir(parents=True, exist_ok=True)
-        stored = commit.list_visible(self.store, url, self.store.list_prefix(url, COMMIT_PREFIX))
+        stored = commit.list_visible(self.store, url, self.store.list_objects(url, COMMIT_PREFIX))
         self._download(stored, path, str(url))
         self.outputs.append(SyncedOutput(url, path, {path / item.name: _state(path / item.name) for item in stored}))
         return path
@@ -140,7 +131,7 @@ class S3Sync:
     def invalidate_previous(self, stage: str) -> None:
         """Delete the markers of this stage's earlier attempts, records first, so that they no longer count."""
         for output in self.outputs:
-            earlier = commit.group_by_commit(output.url, self.store.list_prefix(output.url, COMMIT_PREFIX))[1]
+            earlier = commit.group_by_commit(output.url, self.store.list_objects(output.url, COMMIT_PREFIX))[1]
             output.replaced = [attempt for attempt in earlier if attempt.stage == stage and attempt.marker]
         markers = [attempt.marker.url for output in self.outputs for attempt in output.replaced if attempt.marker]
         if markers:  # without URLs, do not import boto3
@@ -151,23 +142,28 @@ class S3Sync:
 
         `new_files` are the files that the record names.
         """
+        if not self.outputs:
+            return
+        from fivefold.contract.s3.client import Upload
+
         facts = read_json(record)
         name = commit.new_commit_name(stage)
         # the folder of the record comes last
         for output in sorted(self.outputs, key=lambda output: output.path == record.parent):
-            files = self._written(output, record, new_files)
-            urls = {output.url / name / path.relative_to(output.path).as_posix(): path for path in files}
-            digests = self.store.upload([(path, url) for url, path in urls.items()], f"to {output.url}")
-            relative_digests = {url.relative_to(output.url / name): digest for url, digest in digests.items()}
+            files = {
+                path.relative_to(output.path).as_posix(): path for path in self._written(output, record, new_files)
+            }
+            digests = {relative: sha256(path) for relative, path in files.items()}
+            uploads = [Upload(path, output.url / name / relative) for relative, path in files.items()]
+            self.store.transfer(uploads, f"to {output.url}")
             marker = RECORD if output.path == record.parent else FILES
-            self.store.write(output.url / name / marker, commit.commit_record(facts, relative_digests))
+            self.store.write(output.url / name / marker, commit.commit_record(facts, digests))
             log.info("%s: %d files at %s", stage, len(files), output.url / name)
         for output in self.outputs:
             self._remove_old(output, stage, name)
 
     def checkpoint_folder(self, url: Url) -> Path:
         """Return the local folder of a URL of checkpoints. Errors as for `output`."""
-        _check_length(url)
         self._check_writable(url)
         path = self._local_folder("checkpoints", url)
         path.mkdir(parents=True, exist_ok=True)
@@ -176,21 +172,9 @@ class S3Sync:
         self.checkpoints = CheckpointSync(self.store, url, path)
         return path
 
-    def upload_checkpoint(self, path: Path) -> None:
-        """Upload a new checkpoint in the background."""
-        if self.checkpoints is not None:
-            self.checkpoints.upload_async(path)
-
-    def restore(self, key_folder: Path) -> set[str]:
-        """Download the newest checkpoints of a key into its folder `key_folder`. Return the names of all keys with checkpoints."""
-        return set() if self.checkpoints is None else self.checkpoints.restore(key_folder)
-
-    def delete_checkpoints(self, key_folder: Path) -> None:
-        """Delete a key's checkpoints after its stage is done."""
-        if self.checkpoints is not None:
-            self.checkpoints.delete(key_folder)
-
     def _check_writable(self, url: Url) -> None:
+        if len(url.key.encode()) > MAX_KEY_BYTES:
+            raise SettingsError(f"{url}: the key has more than {MAX_KEY_BYTES} bytes; use a shorter prefix")
         probe = url / f".probe.{secrets.token_hex(4)}"
         self.store.write(probe, b"probe")
         self.store.delete([probe])
@@ -211,34 +195,25 @@ class S3Sync:
             return
         from fivefold.contract.s3.client import Download
 
-        if archived := self.store.find_archived(item.object for item in stored):
-            raise MissingInputError(
-                f"{archived.url} is archived (storage class {archived.storage_class}); restore it and the others below {label} "
-                "(aws s3api restore-object), then run the same command"
-            )
-        for item in stored:
-            _check_names(item.object.url, item.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         check_space(path.parent, sum(item.object.size for item in stored))
         files = [Download(item.object, path / item.name if item.name else path, item.digest) for item in stored]
-        self.store.download(files, f"from {label}")
+        self.store.transfer(files, f"from {label}")
 
     def _written(self, output: SyncedOutput, record: Path, recorded: Sequence[Path]) -> list[Path]:
         """Return the files in an output's folder that this stage wrote: new or changed files, and those that its record names."""
-        inner = [
-            other.path for other in self.outputs if other.path != output.path and other.path.is_relative_to(output.path)
-        ]
+        others = [other.path for other in self.outputs if output.path in other.path.parents]
         return [
             path
             for path in tree_files(output.path)
             if path != record
-            and not any(path.is_relative_to(other) for other in inner)
+            and not any(path.is_relative_to(other) for other in others)
             and (path in recorded or output.fetched.get(path) != _state(path))
         ]
 
     def _remove_old(self, output: SyncedOutput, stage: str, current: str) -> None:
         """Delete the objects of replaced attempts, and of this stage's incomplete attempts that are older than a day."""
-        existing = commit.group_by_commit(output.url, self.store.list_prefix(output.url, COMMIT_PREFIX))[1]
+        existing = commit.group_by_commit(output.url, self.store.list_objects(output.url, COMMIT_PREFIX))[1]
         replaced = {attempt.url for attempt in output.replaced}
         stale_before = time.time() - STALE_AFTER_S
         for attempt in existing:
@@ -246,25 +221,6 @@ class S3Sync:
             abandoned = attempt.stage == stage and attempt.marker is None and newest <= stale_before
             if attempt.url.name != current and (attempt.url in replaced or abandoned):
                 self.store.delete(item.url for item in attempt.objects.values())
-
-
-def _check_length(url: Url) -> None:
-    """Raise a SettingsError if the keys below `url` would be longer than S3 allows."""
-    if len(url.key.encode()) > MAX_KEY_BYTES - RESERVED_KEY_BYTES:
-        raise SettingsError(
-            f"{url}: this key has {len(url.key.encode())} bytes, and the limit is {MAX_KEY_BYTES - RESERVED_KEY_BYTES}, to leave room "
-            "for the names of files below it; use a shorter prefix"
-        )
-    _check_names(url, url.key)
-
-
-def _check_names(url: Url, key: str) -> None:
-    """Raise a DataError if a part of `key` is longer than a file name may be."""
-    for name in key.split("/"):
-        if len(name.encode()) > MAX_NAME_BYTES:
-            raise DataError(
-                f"{url}: {name[:40]!r}… is longer than {MAX_NAME_BYTES} bytes, the limit of file systems; rename it"
-            )
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 from fivefold.errors import SettingsError
 
 SCHEME = "s3"
+MAX_NAME_BYTES = 255
+"""Bytes of the longest file name of common file systems."""
 
 
 @dataclass(frozen=True, order=True)
@@ -40,6 +42,11 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
+def has_long_name(key: str) -> bool:
+    """Return whether a part of a key is longer than a file name may be."""
+    return any(len(name.encode()) > MAX_NAME_BYTES for name in key.split("/"))
+
+
 def parse(text: str, where: str) -> Url:
     """Parse a URL; raise a SettingsError that names the variable `where` if it is invalid."""
     parts = urlsplit(text)
@@ -51,6 +58,8 @@ def parse(text: str, where: str) -> Url:
     if "@" in parts.netloc:  # do not print the text: the part before @ may be a key
         raise SettingsError(f"{where} contains a user or a key; credentials must come from the environment or a role")
     names = [name for name in text.partition("://")[2].split("/") if name]
-    if not parts.netloc or not names or {".", ".."} & set(names):
-        raise SettingsError(f"{where}={text} is incomplete: it must be {SCHEME}://bucket/prefix")
+    if not parts.netloc or not names or {".", ".."} & set(names) or has_long_name(text):
+        raise SettingsError(
+            f"{where}={text} must be {SCHEME}://bucket/prefix, without . and .. and names of more than {MAX_NAME_BYTES} bytes"
+        )
     return Url(names[0], "/".join(names[1:]))
