@@ -182,11 +182,15 @@ def test_system_folders_of_a_bucket_are_ignored_and_counted(filled_bucket, image
     assert "/data/train: folders without any object: cow/" in log
 
 
-def test_archived_object_exits_66_until_it_is_restored(filled_bucket, images, capsys):
+def test_archived_object_exits_66_before_downloads_until_it_is_restored(filled_bucket, images, capsys, monkeypatch):
     content, key = (images / "train/a/0.png").read_bytes(), "data/train/a/0.png"
     filled_bucket.client.put_object(Bucket=filled_bucket.name, Key=key, Body=content, StorageClass="GLACIER")
-    assert run_step(filled_bucket, "split") == 66
+    proxy = Proxy(filled_bucket.endpoint)
+    with proxy.listening() as endpoint, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        assert run_step(filled_bucket, "split") == 66
     assert f"s3://{filled_bucket.name}/{key}" in capsys.readouterr().err
+    assert not [request for request in proxy.requests if request.method == "GET" and ".png" in request.path]
     assert not filled_bucket.listed("run/split")
     filled_bucket.client.restore_object(Bucket=filled_bucket.name, Key=key, RestoreRequest={"Days": 1})
     assert run_step(filled_bucket, "split") == 0
