@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
-from unicodedata import normalize
 
 from fivefold.contract.files import (
     DANGLING,
@@ -36,6 +35,8 @@ from fivefold.contract.files import (
 )
 from fivefold.data.image_io import IMAGE_SUFFIXES, is_image
 from fivefold.errors import DataError, MissingInputError
+
+log = logging.getLogger("fivefold")
 
 GIB = 2**30
 LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -181,7 +182,10 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
             with zipfile.ZipFile(file) as archive:
                 all_infos = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-            raise DataError(_not_a_zip_message(path, error)) from error
+            raise DataError(
+                f"{path} is neither a folder nor a complete .zip: {error}; "
+                "pass a folder of images, with data.table=NAME for a CSV in it, or a .zip"
+            ) from error
     infos = [info for info in all_infos if not info.filename.endswith(("/", "\\"))]
     size = sum(info.file_size for info in infos)
     if size > max_unpacked_gib * GIB:
@@ -200,31 +204,15 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
             continue
         if name in entries:
             raise DataError(f"{path}: duplicate entry {name!r} (after Unicode normalization); pack it again with one")
-        _check_entry(info, path)
+        if info.flag_bits & 0x1 or info.compress_type not in METHODS or info.header_offset < 0:
+            raise DataError(
+                f"{path}: entry {name!r} is encrypted, incomplete or not packed with deflate; pack it again"
+            )
         entries[name] = info
     non_empty = {posixpath.dirname(name) for name in chain(entries, *passed.values())}
     non_empty = {f"{parent}/" for name in non_empty for parent in (name, *PurePosixPath(name).parents)}
     passed[EMPTY] = sorted({_decoded_name(info) for info in all_infos if info.is_dir()} - non_empty)
     return ZipStore(path, entries, dict(passed))
-
-
-def _not_a_zip_message(path: Path, error: Exception) -> str:
-    """Return the error message for a file that is not a zip, depending on its suffix."""
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
-        return f"{path} is a CSV, but a folder or a .zip is needed: pass its folder, and set data.table={path.name}"
-    if suffix != ".zip":
-        return f"{path} is neither a folder nor a .zip; pass a folder of images or a .zip"
-    return f"{path} is not a complete .zip: {error}; copy it again"
-
-
-def _check_entry(info: zipfile.ZipInfo, path: Path) -> None:
-    if info.header_offset < 0:
-        raise DataError(f"{path} is not a complete .zip: entry {info.filename!r} has a negative offset; copy it again")
-    if info.flag_bits & 0x1:
-        raise DataError(f"{path}: entry {info.filename!r} is encrypted; pack it without a password")
-    if info.compress_type not in METHODS:
-        raise DataError(f"{path}: entry {info.filename!r} uses compression method {info.compress_type}; use deflate")
 
 
 def _decoded_name(info: zipfile.ZipInfo) -> str:
@@ -245,14 +233,16 @@ def _folders_and_files(is_folder: Mapping[str, bool]) -> tuple[list[str], list[s
 
 def _inside(name: str, root: Path) -> str:
     """Return the normalized form of a name inside the zip `root`; raise a DataError if it leaves the zip."""
-    plain = unicodedata.normalize("NFC", name).replace("\\", "/")
-    normal = posixpath.normpath(plain)
-    if normal.startswith(("/", "../")) or normal in (".", "..") or normal[1:2] == ":":
+    normal = posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+    if is_outside(normal):
         raise DataError(f"{root}: entry {name!r} leads out of the zip; pack it again with relative names")
     return normal
 
 
-log = logging.getLogger("fivefold")
+def is_outside(path: str) -> bool:
+    """Return whether a normalized relative path names its root or leads out of it, as an absolute one does."""
+    return path.startswith(("/", "../")) or path in (".", "..") or path[1:2] == ":"
+
 
 UNUSED = ("not in the table", "in no class folder")
 UNREAD = {".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".tga"} - IMAGE_SUFFIXES
@@ -279,9 +269,12 @@ class Inventory:
     def counts(self, used: Collection[str] = (), unused: str = "") -> dict[str, int]:
         """Count the ignored files by reason; images that are not in `used` count under the reason `unused`, if it is set."""
         counts = {reason: len(names) for reason, names in sorted(self.ignored.items()) if reason != EMPTY}
-        names = {normalize("NFC", name) for name in self.images if unused}
-        rest = len(names.difference(normalize("NFC", name) for name in used)) if names else 0
-        return {reason: count for reason, count in (counts | {unused: rest}).items() if count}
+        if unused:
+            names, used_names = (
+                {unicodedata.normalize("NFC", name) for name in group} for group in (self.images, used)
+            )
+            counts[unused] = len(names - used_names)
+        return {reason: count for reason, count in counts.items() if count}
 
 
 def take_inventory(store: ImageStore) -> Inventory:

@@ -26,27 +26,27 @@ SUBMISSION = "submission.csv"
 
 @dataclass(frozen=True)
 class LocalPathStore:
-    """Files anywhere on this machine, by the paths that the user wrote."""
+    """Files anywhere on this machine, by the paths that the user wrote; with a `folder`, only files below it."""
 
-    root: Path = Path()
+    folder: Path | None = None
 
     def exists(self, name: str) -> bool:
-        return (self.root / name).is_file()
+        return Path(name).is_file()
 
     def read(self, name: str | os.PathLike[str]) -> bytes:
-        """Return the bytes of one file; raise a DataError if it is not a file or too large."""
+        """Return the bytes of one file; raise a DataError if it is not a file, too large, or outside the folder."""
         try:
-            return read_file(self.root / name)
+            path = Path(name) if self.folder is None else (self.folder / name).resolve()
+            if self.folder and not path.is_relative_to(self.folder.resolve()):
+                raise DataError(f"{name} is outside {self.folder}")
+            return read_file(path)
         except (OSError, ValueError, TypeError) as error:  # for a null character in the path, or a path of bytes
             raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 @dataclass(frozen=True, eq=False)
 class InMemoryStore:
-    """Items passed in memory, each with a name: paths, bytes of image files, or Pillow images.
-
-    With a `folder`, paths are relative to it, and paths outside it are rejected.
-    """
+    """Items passed in memory, each with a name: bytes of image files, Pillow images, or paths as in LocalPathStore(folder)."""
 
     items: Mapping[str, Any]
     folder: Path | None = None
@@ -55,22 +55,12 @@ class InMemoryStore:
         """Return one item as the bytes of an image file; raise a DataError if it is not an image, or outside the folder."""
         thing = self.items[name]
         if isinstance(thing, str | os.PathLike):
-            return LocalPathStore().read(thing) if self.folder is None else self._read_below(self.folder, thing)
+            return LocalPathStore(self.folder).read(thing)
         if isinstance(thing, bytes | bytearray | memoryview):
             return bytes(thing)
         if isinstance(thing, Image.Image):
             return _encode(thing)
         raise DataError(f"{type(thing).__name__} is neither a path, nor bytes, nor a Pillow image")
-
-    @staticmethod
-    def _read_below(folder: Path, name: str | os.PathLike[str]) -> bytes:
-        try:
-            path = (folder / name).resolve()
-        except (OSError, ValueError, TypeError) as error:  # for a null character in the path, or a path of bytes
-            raise DataError(f"{name} cannot be read: {error}") from error
-        if not path.is_relative_to(folder.resolve()):
-            raise DataError(f"{name} is outside {folder}")
-        return LocalPathStore().read(path)
 
 
 @dataclass(frozen=True)

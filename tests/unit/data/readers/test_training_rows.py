@@ -69,7 +69,6 @@ def test_class_names_similar_to_split_parts_remain_classes(tmp_path: Path, class
     ("names", "message"),
     [
         (["a/1.png", "b/1.png", "test/1.png"], ": 'test'; rename"),
-        (["a/x/1.png", "a/y/1.png", "a/y/2.png", "b/deep/1.png"], ": 'a/x', 'a/y'\n"),
         (["a/1.png", "b/1.png", "cover.png"], "in no class folder"),
     ],
 )
