@@ -31,8 +31,6 @@ GENERIC_WORDS = {
 # fmt: on
 """Words beside one of SPLIT_FOLDERS in a folder's name that do not name a data set of its own."""
 MAX_DEPTH = 8
-UNUSUAL_PATH = r"(?:^|/)\.{0,2}(?:/|$)|^[A-Za-z]:"
-"""Paths to normalize: empty, absolute, with a drive letter, or with `.`, `..` or nothing between slashes."""
 MAX_PROBED_PATHS = 64
 
 
@@ -107,7 +105,7 @@ def search_levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
     level = ""
     for _ in range(MAX_DEPTH):
         yield level
-        folders, files = store.list_folder(level)
+        folders, files = list_folder(store, level)
         special_folders = folders_named(folders, special)
         holds_data = any(is_image(name) or name.lower().endswith(".csv") for name in files)
         wrapper = folders if len(folders) == 1 and not holds_data else []
@@ -116,8 +114,15 @@ def search_levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
         level = posixpath.join(level, (special_folders or wrapper)[0])
 
 
+def list_folder(store: ImageStore, folder: str) -> tuple[list[str], list[str]]:
+    """Return the sorted names of the folders and of the files directly in `folder` ("" is the root)."""
+    prefix = f"{folder}/" if folder else ""
+    inside = {name[len(prefix) :].partition("/")[:2] for name in store.names() if name.startswith(prefix)}
+    return tuple(sorted(name for name, slash in inside if bool(slash) == is_folder) for is_folder in (True, False))
+
+
 def list_csvs(store: ImageStore, level: str) -> list[str]:
-    return [posixpath.join(level, name) for name in store.list_folder(level)[1] if name.lower().endswith(".csv")]
+    return [posixpath.join(level, name) for name in list_folder(store, level)[1] if name.lower().endswith(".csv")]
 
 
 def candidate_roots(store: ImageStore, table: str, special: Sequence[str], image_root: str = "") -> list[str]:
@@ -133,8 +138,8 @@ def candidate_roots(store: ImageStore, table: str, special: Sequence[str], image
         if base != "." and is_outside(base):
             raise SettingsError(f"data.image_root={image_root} is outside {store.root}; set a folder inside it")
         return ["" if base == "." else base]
-    folder = posixpath.dirname(table)
-    beside = folders_named(store.list_folder(folder)[0], special)
+    folder = posixpath.dirname(posixpath.normpath(table))
+    beside = folders_named(list_folder(store, folder)[0], special)
     return list(dict.fromkeys([folder, "", *(posixpath.join(folder, name) for name in beside)]))
 
 
@@ -170,11 +175,8 @@ def image_paths(
         paths = paths.str.removeprefix(root)
     paths = paths.str.replace(r"^(?:\./)+", "", regex=True)
     base, suffix = _best_base(paths[:MAX_PROBED_PATHS].tolist(), store, bases)
-    with_suffix = paths + suffix
-    normal = f"{base}/" + with_suffix if base else with_suffix.copy()
-    unusual = with_suffix.str.contains(UNUSUAL_PATH)
-    normal[unusual] = [_normalize(base, path) for path in with_suffix[unusual]]
-    outside = with_suffix[normal == ""]
+    normal = paths.map(lambda path: _normalize(base, path + suffix))
+    outside = paths[normal == ""]
     if len(outside):
         raise DataError(
             f"{table}: paths that are empty or outside {store.root}: {preview(outside)}; "

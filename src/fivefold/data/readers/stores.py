@@ -1,6 +1,6 @@
 """Image stores: a folder, or a zip that is read without unpacking it to disk.
 
-A store has `root`, `names()`, `exists(name)` and `read(name)`. It holds no open file, so threads and forked or spawned
+A store has `root`, `names()`, `ignored`, `exists(name)` and `read(name)`. It holds no open file, so threads and forked or spawned
 loader workers can share it. `caches` are the image caches (`image_cache.Cache`) that hold some of its images decoded. The inventory
 of a store lists its images, and all other files by the reason why they are ignored.
 """
@@ -17,6 +17,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -52,18 +53,19 @@ class FolderStore:
     root: Path
     caches: Sequence[Any] = ()
 
-    def names(self, ignored: dict[str, list[str]] | None = None) -> list[str]:
-        """Return relative POSIX names of all files, sorted; add the ignored files to `ignored`, as `tree_names` does."""
-        return tree_names(self.root, ignored)
+    @cached_property
+    def _tree(self) -> tuple[list[str], Mapping[str, list[str]]]:
+        ignored: dict[str, list[str]] = {}
+        return tree_names(self.root, ignored), ignored
 
-    def list_folder(self, folder: str) -> tuple[list[str], list[str]]:
-        """Return the sorted names of the folders and of the files directly in `folder` ("" is the root)."""
-        with os.scandir(join_below(self.root, folder)) as entries:
-            # A circular link is not a folder; `e.is_dir()` raises for it, `Path.is_dir` does not.
-            is_folder = {
-                e.name: (Path(e).is_dir() if e.is_symlink() else e.is_dir()) for e in entries if is_visible(e.name)
-            }
-        return _folders_and_files(is_folder)
+    def names(self) -> list[str]:
+        """Return relative POSIX names of all files, sorted, as they were at the first call."""
+        return self._tree[0]
+
+    @property
+    def ignored(self) -> Mapping[str, list[str]]:
+        """Return the names of ignored files and folders, by reason (see `tree_names`)."""
+        return self._tree[1]
 
     def exists(self, name: str) -> bool:
         return _resolve_unicode(self.root, name).is_file()
@@ -97,17 +99,9 @@ class ZipStore:
     ignored: Mapping[str, list[str]] = field(repr=False, default_factory=dict)
     caches: Sequence[Any] = ()
 
-    def names(self, ignored: dict[str, list[str]] | None = None) -> list[str]:
-        """Return relative POSIX names of all files, sorted; add the ignored files to `ignored`, as `tree_names` does."""
-        if ignored is not None:
-            ignored.update(self.ignored)
+    def names(self) -> list[str]:
+        """Return relative POSIX names of all files, sorted."""
         return sorted(self.entries)
-
-    def list_folder(self, folder: str) -> tuple[list[str], list[str]]:
-        """Return the sorted names of the folders and of the files directly in `folder` ("" is the root)."""
-        prefix = f"{folder}/" if folder else ""
-        inside = [name.removeprefix(prefix).partition("/") for name in self.entries if name.startswith(prefix)]
-        return _folders_and_files({name: bool(slash) for name, slash, _ in inside})
 
     def exists(self, name: str) -> bool:
         return _inside(name, self.root) in self.entries
@@ -227,10 +221,6 @@ def _decoded_name(info: zipfile.ZipInfo) -> str:
     return info.filename
 
 
-def _folders_and_files(is_folder: Mapping[str, bool]) -> tuple[list[str], list[str]]:
-    return tuple(sorted(name for name in is_folder if is_folder[name] is folders) for folders in (True, False))
-
-
 def _inside(name: str, root: Path) -> str:
     """Return the normalized form of a name inside the zip `root`; raise a DataError if it leaves the zip."""
     normal = posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
@@ -279,11 +269,13 @@ class Inventory:
 
 def take_inventory(store: ImageStore) -> Inventory:
     """List every file of a store. CSV files are in neither group: their readers list them."""
-    left_out: dict[str, list[str]] = {}
-    names = store.names(left_out)
-    for name in (name for name in names if not is_image(name) and not name.lower().endswith(".csv")):
-        left_out.setdefault(posixpath.splitext(name)[1].lower() or "without suffix", []).append(name)
-    return Inventory([name for name in names if is_image(name)], left_out)
+    images, ignored = [], defaultdict(list, {reason: list(names) for reason, names in store.ignored.items()})
+    for name in store.names():
+        if is_image(name):
+            images.append(name)
+        elif not name.lower().endswith(".csv"):
+            ignored[posixpath.splitext(name)[1].lower() or "without suffix"].append(name)
+    return Inventory(images, ignored)
 
 
 def may_be_images(reasons: Collection[str]) -> bool:

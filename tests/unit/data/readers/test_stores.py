@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fivefold.contract.files import MAX_FILE_BYTES, MAX_TABLE_BYTES
+from fivefold.data.readers.layout_detection import list_folder
 from fivefold.data.readers.stores import FolderStore, ImageStore, ZipStore, open_store
 from fivefold.data.readers.user_images import LocalPathStore
 from fivefold.errors import DataError, MissingInputError
@@ -54,8 +55,8 @@ def test_folder_and_zip_contain_the_same_files(store: ImageStore) -> None:
     assert read_all(store) == FILES
     assert store.exists("a/0.bin")
     assert not store.exists("a/9.bin")
-    assert store.list_folder("") == (["a", "c d", "나비"], ["top.csv"])
-    assert store.list_folder("a") == ([], [f"{n}.bin" for n in range(4)])
+    assert list_folder(store, "") == (["a", "c d", "나비"], ["top.csv"])
+    assert list_folder(store, "a") == ([], [f"{n}.bin" for n in range(4)])
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/passwd"])
