@@ -204,14 +204,11 @@ def check_unique(ids: pd.Series, where: object) -> None:
 
 def check_same_ids(ids: Collection[str], ids_label: str, others: Collection[str], others_label: str) -> None:
     """Raise a DataError that counts and lists the ids of one side only; `ids_label` and `others_label` describe the two sides."""
-    left, right = set(ids), set(others)
+    left, right = (set(ids), ids_label), (set(others), others_label)
     problems = [
-        f"{len(unmatched)} of the {len(all_ids)} ids of {side} are not in {other} ({preview(sorted(unmatched))})"
-        for unmatched, all_ids, side, other in (
-            (left - right, left, ids_label, others_label),
-            (right - left, right, others_label, ids_label),
-        )
-        if unmatched
+        f"{len(some - rest)} of the {len(some)} ids of {side} are not in {other} ({preview(sorted(some - rest))})"
+        for (some, side), (rest, other) in ((left, right), (right, left))
+        if some - rest
     ]
     if problems:
         raise DataError(

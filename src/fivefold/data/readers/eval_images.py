@@ -15,7 +15,6 @@ from fivefold.data.readers.layout_detection import (
     EVAL_FOLDERS,
     IMAGE_FOLDERS,
     TRAIN_FOLDERS,
-    candidate_roots,
     guess_paths,
     image_paths,
     list_csvs,
@@ -36,36 +35,32 @@ PROBE_ROWS = 1000
 
 @dataclass(frozen=True)
 class SampleSubmission:
-    """A sample submission: the name of the id column, the other columns' names (one per class), and the ids [N] in order."""
+    """A sample submission: the name of the id column, the other columns' names (one per class), and the ids [N] in order.
+
+    `has_bom`: the file starts with a byte-order mark, as written by Excel. `row_number_column`: name of a first column
+    of row numbers from 0, or empty. `written`: the classes as spelled in the file; empty: as in `classes`. `values`: the
+    distinct cells of a single answer column; empty: unknown. `answer` and `positive`: the configured content of such a
+    column (class, number, probability), and the class of a probability.
+    """
 
     id_column: str
     classes: tuple[str, ...]
     ids: np.ndarray
     has_bom: bool = False
-    """Whether the file starts with a byte-order mark, as written by Excel."""
     row_number_column: str = ""
-    """Name of a first column of row numbers from 0; empty: no such column."""
     written: tuple[str, ...] = ()
-    """The classes as spelled in the file, with spaces or decomposed letters; empty: as in `classes`."""
     line_ending: str = "\n"
-    """The line ending."""
     delimiter: str = ","
     decimal: str = "."
-    """The cell separator and the decimal mark."""
     values: tuple[str, ...] = ()
-    """The distinct cells of a single answer column; empty: unknown, because no file shows them."""
     answer: str = "auto"
     positive: str = ""
-    """The configured content of such a column (class, number, probability), and the class of a probability."""
 
     @property
     def header(self) -> list[str]:
         """Return the cells of the header line."""
-        return [
-            *([self.row_number_column] if self.row_number_column else []),
-            self.id_column,
-            *(self.written or self.classes),
-        ]
+        first = [self.row_number_column] if self.row_number_column else []
+        return [*first, self.id_column, *(self.written or self.classes)]
 
 
 @dataclass(frozen=True)
@@ -158,8 +153,7 @@ def _eval_table(
     row_id = _find_column(table, id_column, ID_NAMES) or path
     frame = table.read([row_id, path])
     check_unique(frame[row_id], table)
-    where = candidate_roots(store, table.name, (*EVAL_FOLDERS, *IMAGE_FOLDERS))
-    paths = image_paths(frame[path], table, store, where, True, TRAIN_FOLDERS)
+    paths = image_paths(frame[path], table, store, (*EVAL_FOLDERS, *IMAGE_FOLDERS), TRAIN_FOLDERS)
     if submission is None and table.columns == (row_id, table.column("", ANSWER_NAMES)) and row_id == path:
         submission = _read_sample(table)  # the table has only images and an answer column
     return EvalImages(row_id, frame[row_id].to_numpy(object), paths.to_numpy(object), submission)

@@ -30,7 +30,6 @@ GENERIC_WORDS = {
 }
 # fmt: on
 """Words beside one of SPLIT_FOLDERS in a folder's name that do not name a data set of its own."""
-MAX_DEPTH = 8
 MAX_PROBED_PATHS = 64
 
 
@@ -91,11 +90,8 @@ def class_images(inside: Sequence[str], level: str, where: str) -> list[str]:
     """Return the images in class folders; warn about ignored folders, such as a test/ beside the classes."""
     parts = held_out_folders({name[len(level) :].partition("/")[0] for name in inside})
     if parts:
-        log.warning(
-            "data: ignored in %s, because their names mark parts of a split: %s; rename folders that are classes",
-            where,
-            preview(parts),
-        )
+        hint = "rename folders that are classes"
+        log.warning("data: ignored in %s, as their names mark parts of a split: %s; %s", where, preview(parts), hint)
     left_out = tuple(f"{level}{name}/" for name in parts)
     return [name for name in inside if not name.startswith(left_out)]
 
@@ -103,7 +99,7 @@ def class_images(inside: Sequence[str], level: str, where: str) -> list[str]:
 def search_levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
     """Yield the folders to search for a CSV: the root, then repeatedly a folder named in `special`, or a single wrapper folder."""
     level = ""
-    for _ in range(MAX_DEPTH):
+    while True:
         yield level
         folders, files = list_folder(store, level)
         special_folders = folders_named(folders, special)
@@ -125,24 +121,6 @@ def list_csvs(store: ImageStore, level: str) -> list[str]:
     return [posixpath.join(level, name) for name in list_folder(store, level)[1] if name.lower().endswith(".csv")]
 
 
-def candidate_roots(store: ImageStore, table: str, special: Sequence[str], image_root: str = "") -> list[str]:
-    """Return the folders that paths in the CSV `table` may be relative to: its own, the root, or a `special` folder beside it.
-
-    With `image_root`, return only that folder; raise a SettingsError if it is outside the store.
-    """
-    if image_root:
-        path = f"{image_root}/".replace("\\", "/")
-        for prefix in _root_prefixes(store.root):
-            path = path.removeprefix(prefix)
-        base = posixpath.normpath(path)
-        if base != "." and is_outside(base):
-            raise SettingsError(f"data.image_root={image_root} is outside {store.root}; set a folder inside it")
-        return ["" if base == "." else base]
-    folder = posixpath.dirname(posixpath.normpath(table))
-    beside = folders_named(list_folder(store, folder)[0], special)
-    return list(dict.fromkeys([folder, "", *(posixpath.join(folder, name) for name in beside)]))
-
-
 def stem(name: str) -> str:
     """Return `train` for `a/b/Train.csv`."""
     return posixpath.basename(name).lower().removesuffix(".csv")
@@ -159,21 +137,24 @@ def image_paths(
     raw_paths: pd.Series,
     table: CsvFile,
     store: ImageStore,
-    bases: Sequence[str],
-    check_files: bool,
-    others: Collection[str] | None,
+    special: Sequence[str],
+    others: Collection[str],
+    check_files: bool = True,
+    image_root: str = "",
 ) -> pd.Series:
     """Return the paths `raw_paths` in a CSV, relative to the store's root, without surrounding spaces.
 
-    They are relative to the folder of `bases` that contains most of the first paths; names without a suffix get the suffix
-    of the images there. Paths of no file are searched by name in all folders except those of the other parts of a split,
-    named by the words `others`; None disables this search. The index of `raw_paths` counts rows from 0. Raise a DataError
-    for paths that leave the root, for names that match several images, and with `check_files` for missing files.
+    They are relative to `image_root`, or else to the table's folder, the root, or a `special` folder beside the table,
+    whichever contains most of the first paths; names without a suffix get the suffix of the images there. Without
+    `image_root`, paths of no file are searched by name in all folders except those of the other parts of a split, named by
+    the words `others`. The index of `raw_paths` counts rows from 0. Raise a DataError for paths that leave the root, for
+    names that match several images, and with `check_files` for missing files.
     """
     paths = raw_paths.str.replace("\\", "/", regex=False).str.strip()
     for root in _root_prefixes(store.root):
         paths = paths.str.removeprefix(root)
     paths = paths.str.replace(r"^(?:\./)+", "", regex=True)
+    bases = _candidate_roots(store, table.name, special, image_root)
     base, suffix = _best_base(paths[:MAX_PROBED_PATHS].tolist(), store, bases)
     normal = paths.map(lambda path: _normalize(base, path + suffix))
     outside = paths[normal == ""]
@@ -183,13 +164,13 @@ def image_paths(
             f"the first in row {outside.index[0] + 1} below the header"
         )
     names = store.names()
-    if not check_files and (others is None or not any(map(is_image, names))):
+    if not check_files and (image_root or not any(map(is_image, names))):
         return normal
     existing = set(names)
     absent = np.array([path not in existing and not store.exists(path) for path in normal.tolist()], bool)
     if not absent.any():
         return normal
-    matches = {} if others is None else match_names(paths[absent], names, others)
+    matches = {} if image_root else match_names(paths[absent], names, others)
     uses = Counter([*(hits[0] for hits in matches.values() if hits), *normal[~absent]])
     unique = {path: hits[0] for path, hits in matches.items() if len(hits) == 1 == uses[hits[0]]}
     if unique:
@@ -243,6 +224,24 @@ def guess_paths(table: CsvFile, store: ImageStore, others: Collection[str], with
         log.info("data: %s: the paths are the column %r, which names existing images", table, candidates[0])
         return candidates[0]
     return None
+
+
+def _candidate_roots(store: ImageStore, table: str, special: Sequence[str], image_root: str) -> list[str]:
+    """Return the folders that paths in the CSV `table` may be relative to: its own, the root, or a `special` folder beside it.
+
+    With `image_root`, return only that folder; raise a SettingsError if it is outside the store.
+    """
+    if image_root:
+        path = f"{image_root}/".replace("\\", "/")
+        for prefix in _root_prefixes(store.root):
+            path = path.removeprefix(prefix)
+        base = posixpath.normpath(path)
+        if base != "." and is_outside(base):
+            raise SettingsError(f"data.image_root={image_root} is outside {store.root}; set a folder inside it")
+        return ["" if base == "." else base]
+    folder = posixpath.dirname(posixpath.normpath(table))
+    beside = folders_named(list_folder(store, folder)[0], special)
+    return list(dict.fromkeys([folder, "", *(posixpath.join(folder, name) for name in beside)]))
 
 
 def _best_base(paths: Sequence[str], store: ImageStore, bases: Sequence[str]) -> tuple[str, str]:

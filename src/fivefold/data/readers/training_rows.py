@@ -26,7 +26,6 @@ from fivefold.data.readers.layout_detection import (
     HELD_OUT,
     IMAGE_FOLDERS,
     TRAIN_FOLDERS,
-    candidate_roots,
     class_images,
     class_level,
     guess_paths,
@@ -48,7 +47,6 @@ log = logging.getLogger("fivefold")
 
 LAYOUTS = ("auto", "csv", "folders", "mask_profiles", "products")
 NON_TRAINING_TABLES = {"test", "submission", "valid", "val"}
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 PATH_SEPARATORS = "[&,]"
 TEXT = pa.string()
 Column = pd.Series | Sequence[str]
@@ -148,9 +146,8 @@ def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[
         named = [table for table in tables if stem(table.name) == usual]
         usable = named or [table for table in tables if is_usable(table)]
         if len(usable) > 1:
-            raise DataError(
-                f"several tables in {store.root}: {preview([t.name for t in usable])}; set data.table to one of them"
-            )
+            names = preview([table.name for table in usable])
+            raise DataError(f"several tables in {store.root}: {names}; set data.table to one of them")
         if named:
             return named
         others += [table for table in tables if table not in usable]
@@ -216,12 +213,10 @@ def _table_rows(
     _log_normalized(frame[label].unique(), table)
     broken = np.flatnonzero(labels.str.contains(r"[\r\n]"))
     if len(broken):
-        raise DataError(
-            f"{table}: the label in row {broken[0] + 1} below the header has a line break: {labels.iloc[broken[0]][:60]!r}; "
-            "a quote may be missing"
-        )
-    where = candidate_roots(store, table.name, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), data.image_root)
-    paths = image_paths(frame[path], table, store, where, check_files, None if data.image_root else HELD_OUT)
+        place = f"the label in row {broken[0] + 1} below the header"
+        raise DataError(f"{table}: {place} has a line break: {labels.iloc[broken[0]][:60]!r}; a quote may be missing")
+    special = (*TRAIN_FOLDERS, *IMAGE_FOLDERS)
+    paths = image_paths(frame[path], table, store, special, HELD_OUT, check_files, data.image_root)
     groups = normalize_names(frame[group]).replace("", None) if group else None
     return make_rows(paths, labels, str(table), f"the CSV {table.name}", ids=frame[row_id], groups=groups)
 
@@ -275,14 +270,11 @@ def _check_classes(classes: Sequence[str], where: str) -> None:
     looks = Counter(map(visual_form, classes))
     alike = [ascii(name) for name in classes if looks[visual_form(name)] > 1]
     if alike:
-        raise DataError(
-            f"{where}: different class names look the same: {', '.join(alike[:4])}; spell each class in one way"
-        )
+        names = ", ".join(alike[:4])
+        raise DataError(f"{where}: different class names look the same: {names}; spell each class in one way")
     folded = Counter(map(str.casefold, classes))
-    if cases := [name for name in classes if folded[name.casefold()] > 1]:
-        log.warning(
-            "data: %s: class names that differ only in case count as different classes: %s", where, preview(cases)
-        )
+    if cases := preview([name for name in classes if folded[name.casefold()] > 1]):
+        log.warning("data: %s: class names that differ only in case count as different classes: %s", where, cases)
 
 
 def _class_level(stock: Inventory) -> str:
@@ -293,9 +285,8 @@ def _class_level(stock: Inventory) -> str:
 def _folder_rows(store: ImageStore, stock: Inventory, data: Data) -> LabelledImages:
     """Read profiles if `data.layout` selects them or most folders are named as such, else class folders."""
     if not stock.images:
-        archives = [name for name in store.names() if name.lower().endswith(ARCHIVES)]
-        hint = f"unpack {preview(archives)}, or pass one .zip itself" if archives else "add one folder per class"
         content = describe_counts(stock.counts()) or "nothing"
+        hint = "add a folder of images per class, or pass a .zip itself"
         raise DataError(f"{store.root} holds no images and no usable CSV (content: {content}); {hint}")
     level = _class_level(stock)
     where = f"{store.root}/{level}".rstrip("/")
@@ -357,10 +348,7 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> LabelledI
     images = _product_images(table, data)
     if not len(images):
         raise DataError(f"{table} lists no image in the columns {', '.join(data.image_types)}")
-    where = candidate_roots(store, table.name, TRAIN_FOLDERS, data.image_root)
-    images["path"] = image_paths(
-        images["path"], table, store, where, check_files, None if data.image_root else HELD_OUT
-    )
+    images["path"] = image_paths(images["path"], table, store, TRAIN_FOLDERS, HELD_OUT, check_files, data.image_root)
     for kind, column in (("products", "product"), ("image types", "label")):
         conflicting = images[images.groupby("path")[column].transform("nunique") > 1]
         if len(conflicting):
@@ -369,10 +357,8 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> LabelledI
             lines = [f"{name!r} (row {row + 1})" for row, name in owners.items()]
             raise DataError(f"{table}: {path!r} is an image of two {kind}, {' and '.join(lines[:2])}; list it once")
     unique = images.drop_duplicates("path")
-    if len(unique) < len(images):
-        log.warning(
-            "data: %d images are duplicates within a product's row and are used once", len(images) - len(unique)
-        )
+    if repeated := len(images) - len(unique):
+        log.warning("data: %d images are duplicates within a product's row and are used once", repeated)
     columns = {"groups": unique["product"], "strata": unique["category"]}
     return make_rows(unique["path"], unique["label"], str(table), f"the products of {table.name}", **columns)
 

@@ -128,8 +128,8 @@ def check_labels(images: UserImages, classes: Sequence[str]) -> None:
     unknown = [name for name in images.labels if name not in known]
     if unknown:
         raise DataError(
-            f"{len(unknown)} of {len(images)} rows have true classes that the model does not have: {preview(sorted(set(unknown)))}; "
-            f"its classes are {preview(list(classes))}; leave such cells empty to predict these rows without scoring them"
+            f"{len(unknown)} of {len(images)} rows have true classes that the model does not have: "
+            f"{preview(sorted(set(unknown)))}; leave such cells empty to predict these rows without scoring them"
         )
 
 
@@ -147,9 +147,8 @@ def _read_table(
         if image_root and not Path(image_root).is_dir():
             raise MissingInputError(f"data.image_root={image_root}: no such folder")
     paths = frame[path].str.strip().str.replace("\\", "/", regex=False).tolist()
-    base = max(
-        bases, key=lambda base: sum(_exists(store, posixpath.join(base, name)) for name in paths[:MAX_PROBED_PATHS])
-    )
+    probed = paths[:MAX_PROBED_PATHS]
+    base = max(bases, key=lambda base: sum(_exists(store, posixpath.join(base, name)) for name in probed))
     resolved = [posixpath.join(base, name) for name in paths]
     if missing := [row for row, name in enumerate(resolved) if search and not _exists(store, name)]:
         matches = match_names([paths[row] for row in missing], images.names(), ())

@@ -194,7 +194,7 @@ TABLE = "image_path,target\n1.png,a\n{},b\n"
     ("names", "table", "message"),
     [
         ("", "", "holds no images"),
-        ("train.zip test.zip", "", r"unpack 'test\.zip', 'train\.zip', or "),
+        ("train.zip test.zip", "", r"content: 2 \.zip"),
         ("cat/1.png cat/2.png", "", r"only 1 class \('cat'\)"),
         ("test/1.png", "", "holds no class folders"),
         ("train_images/1.png test_images/1.png train_masks/1.png", "", "data/train_images holds no class folders"),
