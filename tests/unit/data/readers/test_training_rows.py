@@ -80,12 +80,6 @@ def test_ambiguous_image_folders_cause_a_warning(
     assert message in caplog.text
 
 
-def test_class_folder_names_are_normalised_like_labels(tmp_path: Path) -> None:
-    rows = load(write_data(tmp_path / "data", "cat/1.png", "cat /2.png", "caf\u00e9/3.png", " cafe\u0301/4.png"))
-    assert rows.classes == ("caf\u00e9", "cat")
-    assert rows.codes.tolist() == [0, 0, 1, 1]
-
-
 CSV = "image_path,target\na/1.png,cat\nb/2.png,dog\n"
 
 
