@@ -114,21 +114,20 @@ def test_broken_metadata_causes_no_error_and_no_warning() -> None:
     assert not caught
 
 
+def make_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def make_png_header_of_size(side: int) -> bytes:
     """Return a PNG whose header declares side x side pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = make_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + make_chunk(b"IDAT", zlib.compress(b"")) + make_chunk(b"IEND", b"")
 
 
 def make_png_with_text(kind: bytes, text: bytes, last: bool) -> bytes:
     """Return a PNG of the pixels RGB, rotated by EXIF, with a chunk `kind` of `text` before or after its pixels."""
     head = {b"zTXt": b"note\0\0", b"iCCP": b"note\0\0", b"iTXt": b"note\0\1\0\0\0", b"tEXt": b"note\0"}[kind]
-    body = kind + head + (text if kind == b"tEXt" else zlib.compress(text))
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    chunk = make_chunk(kind, head + (text if kind == b"tEXt" else zlib.compress(text)))
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encode(Image.fromarray(RGB), exif=exif)
@@ -152,8 +151,7 @@ def test_long_png_texts_and_profiles_neither_change_pixels_nor_use_memory(kind: 
 def test_many_short_png_texts_are_ignored() -> None:
     content = make_png_with_text(b"zTXt", bytes(10), last=False)
     position = content.index(b"zTXt") - 4
-    long_content = make_png_with_text(b"zTXt", bytes(2**20 - 100), last=False)
-    chunk = long_content[position : position + 12 + int.from_bytes(long_content[position : position + 4], "big")]
+    chunk = make_chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(2**20 - 100)))
     assert (decode(content[:position] + 70 * chunk + content[position:], "x") == np.rot90(RGB, -1)).all()
 
 
