@@ -17,24 +17,12 @@ from fivefold.errors import DataError, MissingInputError
 from fivefold.predictions import preview
 
 ID_NAMES = ("id",)
+# fmt: off
 PATH_NAMES = (
-    "image_path",
-    "img_path",
-    "path",
-    "file_path",
-    "filepath",
-    "filename",
-    "file_name",
-    "file",
-    "image",
-    "img",
-    "imageid",
-    "image_id",
-    "img_id",
-    "image_name",
-    "img_name",
-    "imagename",
+    "image_path", "img_path", "path", "file_path", "filepath", "filename", "file_name", "file", "image", "img", "imageid",
+    "image_id", "img_id", "image_name", "img_name", "imagename",
 )
+# fmt: on
 LABEL_NAMES = ("target", "label", "class_name", "class", "category")
 ANSWER_NAMES = ("ans", "answer")
 CLASS_NAMES = (*LABEL_NAMES, *ANSWER_NAMES)
@@ -95,33 +83,25 @@ class CsvFile:
 
         Raise a DataError for no rows, rows of another length than the header, broken quotes, and duplicate columns.
         """
-        names = list(dict.fromkeys(columns or self.columns))
-        duplicates = [name for name in names if self.columns.count(name) > 1]
-        if duplicates:
+        cells_of: dict[str, list[str]] = {name: [] for name in columns or self.columns}
+        if duplicates := [name for name in cells_of if self.columns.count(name) > 1]:
             raise DataError(f"{self} has two columns {duplicates[0]!r}; rename one of them")
-        self._check_lines()
-        positions = [self.columns.index(name) + self.has_index for name in names]
+        places = [(cells_of[name], self.columns.index(name) + self.has_index) for name in cells_of]
+        width, reader = len(self.columns) + self.has_index, _open_reader(self.text, self.delimiter, strict=True)
         try:
-            frame = pd.read_csv(
-                io.StringIO(self.text),
-                sep=self.delimiter,
-                header=0,
-                names=list(range(len(self.columns) + self.has_index)),
-                usecols=positions,
-                dtype=str,
-                keep_default_na=False,
-                na_filter=False,
-            )
-        except (pd.errors.ParserError, ValueError) as error:
-            raise DataError(f"{self} cannot be read: {error}") from error
+            for row in reader:
+                if _is_blank(row):
+                    continue
+                if len(row) != width:
+                    raise DataError(f"{self}: line {reader.line_num} has {len(row)} cells, the header {width}")
+                for column, position in places:
+                    column.append(row[position])
+        except csv.Error as error:
+            raise DataError(f"{self} cannot be read: {error}; a quote may be missing") from error
+        frame = pd.DataFrame(cells_of, dtype=str)[1:].reset_index(drop=True)
         if not len(frame):
             raise DataError(f"{self} holds no rows, only the header {', '.join(self.columns)}")
-        return frame[positions].set_axis(names, axis=1)
-
-    def first_rows(self, count: int) -> list[list[str]]:
-        """Return the cells of at most `count` rows below the header, as far as they are readable."""
-        reader = csv.reader(io.StringIO(self.text, newline=""), delimiter=self.delimiter)
-        return [*islice((cells for cells in reader if not _is_blank(cells)), 1, 1 + count)]
+        return frame
 
     def numbers(self, cells: pd.DataFrame) -> np.ndarray:
         """Return the cells as float64 [N, C]; a comma in a cell is a decimal comma.
@@ -137,17 +117,6 @@ class CsvFile:
                 f"{self}: {cells.iat[row, column]!r} in row {row + 1} below the header, "
                 f"column {cells.columns[column]!r}, is not a number"
             ) from error
-
-    def _check_lines(self) -> None:
-        """Raise a DataError for the first line that is broken or has another length, because pandas would fill it up."""
-        width = len(self.columns) + self.has_index
-        reader = csv.reader(io.StringIO(self.text, newline=""), delimiter=self.delimiter, strict=True)
-        try:
-            for cells in reader:
-                if len(cells) != width and not _is_blank(cells):
-                    raise DataError(f"{self}: line {reader.line_num} has {len(cells)} cells, the header {width}")
-        except csv.Error as error:
-            raise DataError(f"{self} cannot be read: {error}; a quote may be missing") from error
 
 
 def open_csv(path: Path) -> CsvFile:
@@ -178,10 +147,13 @@ def parse_csv(content: bytes, where: str, name: str) -> CsvFile:
     return CsvFile(where, name, text, tuple(top[0][index:]), delimiter, index, content.startswith(codecs.BOM_UTF8))
 
 
+def _open_reader(text: str, delimiter: str, strict: bool = False) -> "csv._reader":
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
+
+
 def _first_two_rows(text: str, delimiter: str) -> list[list[str]]:
     """Return the cells of the header and of the first row; empty lists for missing ones."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    return [*islice((cells for cells in reader if not _is_blank(cells)), 2), [], []][:2]
+    return [*islice((cells for cells in _open_reader(text, delimiter) if not _is_blank(cells)), 2), [], []][:2]
 
 
 def _is_blank(cells: list[str]) -> bool:
@@ -219,30 +191,24 @@ def check_not_empty(cells: pd.Series, column: str, where: object) -> None:
     """Raise a DataError with the first row (counted from 1 below the header) whose cell is empty or only spaces."""
     empty = np.flatnonzero(cells.str.strip() == "")
     if len(empty):
-        raise DataError(
-            f"{where} has {len(empty)} rows with an empty {column}, the first in row {empty[0] + 1} below the header"
-        )
+        place = f"the first in row {empty[0] + 1} below the header"
+        raise DataError(f"{where} has {len(empty)} rows with an empty {column}, {place}")
 
 
 def check_unique(ids: pd.Series, where: object) -> None:
     """Raise a DataError that lists duplicate ids."""
     if not ids.is_unique:
-        duplicates = ids[ids.duplicated()].unique()
-        raise DataError(
-            f"{where}: duplicate ids in the column {ids.name!r}: {preview(duplicates)}; use another id column"
-        )
+        duplicates = preview(ids[ids.duplicated()].unique())
+        raise DataError(f"{where}: duplicate ids in the column {ids.name!r}: {duplicates}; use another id column")
 
 
 def check_same_ids(ids: Collection[str], ids_label: str, others: Collection[str], others_label: str) -> None:
     """Raise a DataError that counts and lists the ids of one side only; `ids_label` and `others_label` describe the two sides."""
-    left, right = set(ids), set(others)
+    left, right = (set(ids), ids_label), (set(others), others_label)
     problems = [
-        f"{len(unmatched)} of the {len(all_ids)} ids of {side} are not in {other} ({preview(sorted(unmatched))})"
-        for unmatched, all_ids, side, other in (
-            (left - right, left, ids_label, others_label),
-            (right - left, right, others_label, ids_label),
-        )
-        if unmatched
+        f"{len(some - rest)} of the {len(some)} ids of {side} are not in {other} ({preview(sorted(some - rest))})"
+        for (some, side), (rest, other) in ((left, right), (right, left))
+        if some - rest
     ]
     if problems:
         raise DataError(

@@ -28,17 +28,6 @@ def write_table(folder: Path, text: str | bytes) -> Path:
         ",id,text\n0,007,NA\n1,1e3,\n",
         "Unnamed: 0,id,text\n0,007,NA\n1,1e3,\n",
     ],
-    ids=[
-        "plain",
-        "Excel",
-        "old Mac",
-        "semicolons",
-        "Excel semicolons",
-        "tabs and quotes",
-        "blank lines",
-        "index",
-        "index named by pandas",
-    ],
 )
 def test_all_csv_dialects_are_read_as_the_same_text(tmp_path, text):
     table = open_csv(write_table(tmp_path, text))
@@ -58,24 +47,16 @@ def test_comma_in_a_column_name_does_not_split_headers_with_other_delimiters(tmp
 
 
 def test_large_table_with_line_breaks_in_cells_is_read_correctly(tmp_path):
-    lines = [f'{n},"a ""note""\nof\n\nlines {n}",x' for n in range(60_000)]
+    lines = [f'{n},"a, ""note""\nof\n\nlines {n}",x' for n in range(60_000)]
     table = open_csv(write_table(tmp_path, "\n".join(["id,note,label", *lines])))
-    assert len(table.text) > 1_500_000
-    assert table.read(["id", "label"]).to_dict("list") == {
-        "id": [str(n) for n in range(60_000)],
-        "label": ["x"] * 60_000,
-    }
+    expected = [[str(n), f'a, "note"\nof\n\nlines {n}', "x"] for n in range(60_000)]
+    assert table.read().values.tolist() == expected
 
 
 def test_cell_may_be_longer_than_the_limit_of_the_csv_module(tmp_path):
     mask = "1 2 " * 50_000
     table = open_csv(write_table(tmp_path, f"id,mask,label\n1,{mask},x\n"))
     assert table.read(["id", "label"]).values.tolist() == [["1", "x"]]
-
-
-def test_cells_may_contain_delimiters_quotes_and_line_breaks(tmp_path):
-    frame = open_csv(write_table(tmp_path, 'a,b\n"1,5","say ""no"""\n x ,"two\nlines"\n')).read()
-    assert frame.values.tolist() == [["1,5", 'say "no"'], [" x ", "two\nlines"]]
 
 
 @pytest.mark.parametrize("text", [",text\n007,NA\n", ",target,text\n1,a,b\n", ",0.5,1\n7,.25,.75\n"])

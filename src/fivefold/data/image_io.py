@@ -36,6 +36,8 @@ FORMATS = [*get_args(ImageFormat)]
 PLUGINS = {"pillow_heif.HeifImagePlugin": ("HEIF", ".heic", ".heif", ".hif"), "pillow_jxl": ("JXL", ".jxl")}
 """Modules that add a format to Pillow: name of the format, then its suffixes."""
 ORIENTATION_TAG = 0x0112
+ROTATED_ORIENTATIONS = (5, 6, 7, 8)
+"""The EXIF tag of the orientation, and its values that swap height and width."""
 MILLION = 1e6
 MAX_PIXELS = Data().max_megapixels * MILLION
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -296,7 +298,3 @@ def _silence_pillow(max_pixels: float) -> None:
     first = warnings.filters[0] if warnings.filters else None
     if first is None or first[:1] + first[3:4] != ("ignore", _PILLOW):
         warnings.filterwarnings("ignore", module=_PILLOW.pattern)
-
-
-ROTATED_ORIENTATIONS = (5, 6, 7, 8)
-"""Values of the EXIF orientation that swap height and width."""

@@ -1,4 +1,4 @@
-"""Image statistics as model inputs in every stage: all four variants train, save, load and predict the same."""
+"""Image statistics as model inputs in every stage: the variants train, save, load and predict the same."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ SETTINGS = [
     *TINY, 'model.backbone_kwargs={"widths": [4], "stem": 4}', "model.image_size=8", 'model.head={"name": "mlp", "hidden": 8, "dropout": 0.1}',
     "train.epochs=6", "train.lr=0.05", "augment.train=[]", "augment.batch_mix=mixup", "augment.mix_alpha=0.2",
 ]  # fmt: skip
-VARIANTS = {"none": "", "aspect": "aspect", "color": "color_mean", "both": "color_mean,aspect"}
+VARIANTS = {"none": "", "aspect": "aspect", "both": "color_mean,aspect"}
 CLASSES = ("tall", "wide")
 
 

@@ -22,10 +22,10 @@ from toy_data import call_jobs, read_rows
 RANDOM = np.random.default_rng(0)
 
 
-def run_split(channel: Path | None, output: Path, *arguments: str) -> int:
+def run_split(channel: Path, output: Path, *arguments: str) -> int:
     """Run the split of a channel in this process; return the exit code."""
-    environ = {"SM_OUTPUT_DATA_DIR": str(output), "SM_OUTPUT_DIR": str(output.parent)}
-    return run("split", arguments, environ | ({"SM_CHANNEL_TRAIN": str(channel)} if channel else {}))
+    environ = {"SM_OUTPUT_DATA_DIR": output, "SM_OUTPUT_DIR": output.parent, "SM_CHANNEL_TRAIN": channel}
+    return run("split", arguments, {name: str(path) for name, path in environ.items()})
 
 
 def make_image(kind: str = "PNG", mode: str = "RGB", **options: object) -> bytes:
@@ -34,20 +34,6 @@ def make_image(kind: str = "PNG", mode: str = "RGB", **options: object) -> bytes
     file = BytesIO()
     pixels.convert(mode).save(file, kind, **options)
     return file.getvalue()
-
-
-def make_unusual_images() -> dict[str, bytes]:
-    deep, palette, exif = BytesIO(), BytesIO(), Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(RANDOM.integers(0, 65536, (8, 12), dtype=np.uint16)).save(deep, "PNG")
-    Image.frombytes("P", (4, 4), bytes(range(16))).save(palette, "PNG", transparency=bytes(range(16)))
-    return {
-        "grey.jpg": make_image("JPEG", "L"),
-        "cmyk.jpg": make_image("JPEG", "CMYK"),
-        "wide.png": deep.getvalue(),
-        "palette.png": palette.getvalue(),
-        "rotated.jpg": make_image("JPEG", exif=exif),
-    }
 
 
 def write_files(root: Path, files: dict[str, bytes]) -> Path:
@@ -66,10 +52,10 @@ def read_table(output: Path) -> FoldTable:
     return read_folds(output / "folds.parquet", output / "classes.json")
 
 
-def test_class_folders_with_unusual_images_and_names(tmp_path, capsys):
+def test_class_folders_with_unusual_names_are_split(tmp_path, capsys):
     duplicate = make_image()
     files = make_class_folders("id", "fold", "p/x", "사과, 배", size=20)
-    files |= {f"id/{name}": content for name, content in make_unusual_images().items()}
+    files |= {f"id/{mode}.jpg": make_image("JPEG", mode) for mode in ("L", "CMYK")}
     files |= {f"fold/twin{number}.png": duplicate for number in range(3)} | {"id/twin.bmp": to_bmp(duplicate)}
     channel, output = write_files(tmp_path / "data" / "train", files).parent, tmp_path / "out"
     write_files(channel, {"test/1.png": make_image()})
@@ -77,11 +63,11 @@ def test_class_folders_with_unusual_images_and_names(tmp_path, capsys):
     assert run_split(channel, output, "split.holdout=0.2") == 0
     table, summary = read_table(output), read_json(output / "split_summary.json")
     assert table.classes == ("fold", "id", "p", "사과, 배")
-    assert len(table) == summary["rows"] == 89
-    counts = {"fold": 23, "id": 26, "p": 20, "사과, 배": 20}
+    assert len(table) == summary["rows"] == 86
+    counts = {"fold": 23, "id": 23, "p": 20, "사과, 배": 20}
     assert read_json(output / "classes.json")["counts"] == counts
     assert table.num_folds == 5
-    assert 17 <= len(table.held_out_rows()) <= 19
+    assert 16 <= len(table.held_out_rows()) <= 18
     assert np.ptp([len(table.valid_rows(fold)) for fold in range(5)]) <= 4
     assert all(len(value) == 64 for value in table.sha256.to_pylist())
 
@@ -112,9 +98,7 @@ def test_unreadable_images_stop_the_stage_unless_they_are_skipped(tmp_path, caps
     channel = write_files(tmp_path / "data", {**make_class_folders("a", "b"), **broken})
     assert run_split(channel, tmp_path / "out") == 65
     message = (tmp_path / "failure").read_text().splitlines()[0]
-    assert "2 of 22 images cannot be read" in message
-    assert "b/cut.jpg" in message
-    assert "c/text.jpg" in message
+    assert all(part in message for part in ("2 of 22 images", "b/cut.jpg", "c/text.jpg"))
     assert not list((tmp_path / "out").glob("*"))
 
     assert run_split(channel, tmp_path / "out", "split.skip_unreadable=true") == 0
@@ -173,34 +157,24 @@ def test_folds_equal_those_of_a_scikit_learn_notebook_row_by_row(tmp_path, argum
     assert actual.part.tolist() == expected.part.tolist()
 
 
-def make_empty_folder(root: Path) -> Path:
-    root.mkdir()
-    return root
-
-
-def make_one_class(root: Path) -> Path:
-    return write_files(root, make_class_folders("only"))
-
-
-def make_three_distinct_images(root: Path) -> Path:
-    duplicates = dict.fromkeys((f"a/{number}.png" for number in range(5)), make_image())
-    return write_files(root, {**duplicates, "b/1.png": make_image(), "b/2.png": make_image()})
+ONE_CLASS = make_class_folders("only")
+THREE_IMAGES = dict.fromkeys((f"a/{n}.png" for n in range(5)), make_image()) | make_class_folders("b", size=2)
 
 
 @pytest.mark.parametrize(
-    ("make_channel", "arguments", "code", "message"),
+    ("files", "arguments", "code", "message"),
     [
-        (None, [], 66, "SM_CHANNEL_TRAIN"),
-        (lambda root: root / "nowhere", [], 66, "does not exist"),
-        (make_empty_folder, [], 65, "holds no images"),
-        (make_one_class, [], 65, "only 1 class"),
-        (make_one_class, ["split.fold=3"], 64, "split.folds"),
-        (make_three_distinct_images, [], 64, "split.folds=5, but there are only 3 rows"),
-        (make_one_class, ["split.seed=-1"], 64, "split.seed=-1"),
+        (None, [], 66, "does not exist"),
+        ({".hidden": b""}, [], 65, "holds no images"),
+        (ONE_CLASS, [], 65, "only 1 class"),
+        (ONE_CLASS, ["split.fold=3"], 64, "split.folds"),
+        (THREE_IMAGES, [], 64, "split.folds=5"),
+        (ONE_CLASS, ["split.seed=-1"], 64, "split.seed=-1"),
     ],
 )
-def test_bad_input_has_its_own_exit_code(tmp_path, make_channel, arguments, code, message, capsys):
-    assert run_split(make_channel(tmp_path / "data") if make_channel else None, tmp_path / "out", *arguments) == code
+def test_bad_input_has_its_own_exit_code(tmp_path, files, arguments, code, message, capsys):
+    write_files(tmp_path / "data", files or {})
+    assert run_split(tmp_path / "data", tmp_path / "out", *arguments) == code
     errors = capsys.readouterr().err
     assert (message in errors, "Traceback" in errors) == (True, False)
     assert not list((tmp_path / "out").glob("*"))

@@ -11,7 +11,17 @@ import numpy as np
 
 from fivefold.contract.filenames import is_ground_truth, is_sample_submission, normalize_class_name
 from fivefold.csv_tables import ANSWER_NAMES, ID_NAMES, PATH_NAMES, CsvFile, check_same_ids, check_unique
-from fivefold.data.readers import layout_detection
+from fivefold.data.readers.layout_detection import (
+    EVAL_FOLDERS,
+    IMAGE_FOLDERS,
+    TRAIN_FOLDERS,
+    guess_paths,
+    image_paths,
+    list_csvs,
+    open_table,
+    search_levels,
+    stem,
+)
 from fivefold.data.readers.stores import ImageStore, log_ignored, open_store, take_inventory
 from fivefold.errors import DataError
 from fivefold.predictions import preview
@@ -25,36 +35,32 @@ PROBE_ROWS = 1000
 
 @dataclass(frozen=True)
 class SampleSubmission:
-    """A sample submission: the name of the id column, the other columns' names (one per class), and the ids [N] in order."""
+    """A sample submission: the name of the id column, the other columns' names (one per class), and the ids [N] in order.
+
+    `has_bom`: the file starts with a byte-order mark, as written by Excel. `row_number_column`: name of a first column
+    of row numbers from 0, or empty. `written`: the classes as spelled in the file; empty: as in `classes`. `values`: the
+    distinct cells of a single answer column; empty: unknown. `answer` and `positive`: the configured content of such a
+    column (class, number, probability), and the class of a probability.
+    """
 
     id_column: str
     classes: tuple[str, ...]
     ids: np.ndarray
     has_bom: bool = False
-    """Whether the file starts with a byte-order mark, as written by Excel."""
     row_number_column: str = ""
-    """Name of a first column of row numbers from 0; empty: no such column."""
     written: tuple[str, ...] = ()
-    """The classes as spelled in the file, with spaces or decomposed letters; empty: as in `classes`."""
     line_ending: str = "\n"
-    """The line ending."""
     delimiter: str = ","
     decimal: str = "."
-    """The cell separator and the decimal mark."""
     values: tuple[str, ...] = ()
-    """The distinct cells of a single answer column; empty: unknown, because no file shows them."""
     answer: str = "auto"
     positive: str = ""
-    """The configured content of such a column (class, number, probability), and the class of a probability."""
 
     @property
     def header(self) -> list[str]:
         """Return the cells of the header line."""
-        return [
-            *([self.row_number_column] if self.row_number_column else []),
-            self.id_column,
-            *(self.written or self.classes),
-        ]
+        first = [self.row_number_column] if self.row_number_column else []
+        return [*first, self.id_column, *(self.written or self.classes)]
 
 
 @dataclass(frozen=True)
@@ -90,29 +96,22 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
     paths, or either without suffix, whichever matches the sample submission. Files must exist.
     """
     store = open_store(source) if isinstance(source, Path) else source
-    tables = [
-        name
-        for level in layout_detection.search_levels(store, layout_detection.EVAL_FOLDERS)
-        for name in layout_detection.list_csvs(store, level)
-    ]
-    submission = next(
-        (_read_sample(layout_detection.open_table(store, name)) for name in tables if is_sample_submission(name)), None
-    )
+    tables = [name for level in search_levels(store, EVAL_FOLDERS) for name in list_csvs(store, level)]
+    submission = next((_read_sample(open_table(store, name)) for name in tables if is_sample_submission(name)), None)
     others = [
         name
         for name in tables
-        if not (layout_detection.stem(name) in NON_EVAL_TABLES or is_sample_submission(name) or is_ground_truth(name))
+        if not (stem(name) in NON_EVAL_TABLES or is_sample_submission(name) or is_ground_truth(name))
     ]
-    named = [name for name in others if layout_detection.stem(name) == "test"]
-    readable = [layout_detection.open_table(store, name) for name in named[:1] or others]
+    named = [name for name in others if stem(name) == "test"]
+    readable = [open_table(store, name) for name in named[:1] or others]
     usable = [table for table in readable if _find_column(table, path_column, PATH_NAMES)] or readable[: len(named)]
     if len(usable) > 1:
-        raise DataError(
-            f"several tables to predict in {store.root}: {preview([t.name for t in usable])}; rename one to test.csv"
-        )
-    return (
-        _eval_table(store, usable[0], id_column, path_column, submission) if usable else _eval_folder(store, submission)
-    )
+        names = preview([table.name for table in usable])
+        raise DataError(f"several tables to predict in {store.root}: {names}; rename one to test.csv")
+    if usable:
+        return _eval_table(store, usable[0], id_column, path_column, submission)
+    return _eval_folder(store, submission)
 
 
 def check_rows(images: EvalImages) -> None:
@@ -124,16 +123,21 @@ def check_rows(images: EvalImages) -> None:
 def _read_sample(table: CsvFile) -> SampleSubmission:
     """Read a table as a sample submission: its first column holds the ids, and the output will use the same format."""
     id_column, *written = table.columns
-    ids, values = (table.read([name])[name] for name in (id_column, table.columns[-1]))
-    check_unique(ids, table)
-    classes, spelling = (
+    frame = table.read()
+    check_unique(frame[id_column], table)
+    cells = frame.iloc[:PROBE_ROWS, 1:].to_numpy(object).ravel()
+    commas = any(re.fullmatch(r"\d*,\d+", cell.strip()) for cell in cells)
+    return SampleSubmission(
+        id_column,
         tuple(map(normalize_class_name, written)),
-        {"has_bom": table.has_bom, "line_ending": table.line_end},
+        frame[id_column].to_numpy(object),
+        has_bom=table.has_bom,
+        written=tuple(written),
+        line_ending=table.line_end,
+        delimiter=table.delimiter,
+        decimal="," if commas else ".",
+        values=tuple(frame[written[0]].unique()) if len(written) == 1 else (),
     )
-    commas = any(re.fullmatch(r"\d*,\d+", cell.strip()) for cells in table.first_rows(PROBE_ROWS) for cell in cells[1:])
-    answers = tuple(values.unique()) if len(written) == 1 else ()
-    spelling |= {"delimiter": table.delimiter, "decimal": "," if commas else ".", "values": answers}
-    return SampleSubmission(id_column, classes, ids.to_numpy(object), written=tuple(written), **spelling)
 
 
 def _find_column(table: CsvFile, name: str, known: Sequence[str]) -> str | None:
@@ -144,24 +148,19 @@ def _find_column(table: CsvFile, name: str, known: Sequence[str]) -> str | None:
 def _eval_table(
     store: ImageStore, table: CsvFile, id_column: str, path_column: str, submission: SampleSubmission | None
 ) -> EvalImages:
-    path = _find_column(table, path_column, PATH_NAMES) or layout_detection.guess_paths(
-        table, store, layout_detection.TRAIN_FOLDERS
-    )
+    path = _find_column(table, path_column, PATH_NAMES) or guess_paths(table, store, TRAIN_FOLDERS)
     path = path or table.require_column("", PATH_NAMES, "data.path_column")
     row_id = _find_column(table, id_column, ID_NAMES) or path
     frame = table.read([row_id, path])
     check_unique(frame[row_id], table)
-    where = layout_detection.candidate_roots(
-        store, table.name, (*layout_detection.EVAL_FOLDERS, *layout_detection.IMAGE_FOLDERS)
-    )
-    paths = layout_detection.image_paths(frame[path], table, store, where, True, layout_detection.TRAIN_FOLDERS)
+    paths = image_paths(frame[path], table, store, (*EVAL_FOLDERS, *IMAGE_FOLDERS), TRAIN_FOLDERS)
     if submission is None and table.columns == (row_id, table.column("", ANSWER_NAMES)) and row_id == path:
         submission = _read_sample(table)  # the table has only images and an answer column
     return EvalImages(row_id, frame[row_id].to_numpy(object), paths.to_numpy(object), submission)
 
 
 def _eval_folder(store: ImageStore, submission: SampleSubmission | None) -> EvalImages:
-    *_, level = layout_detection.search_levels(store, layout_detection.EVAL_FOLDERS)
+    *_, level = search_levels(store, EVAL_FOLDERS)
     level += "/" if level else ""
     stock = take_inventory(store)
     log_ignored(stock.counts(), store.root)

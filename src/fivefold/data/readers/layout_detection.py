@@ -6,7 +6,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ import pandas as pd
 from fivefold.contract.filenames import normalize_class_name
 from fivefold.csv_tables import ID_NAMES, CsvFile, parse_csv
 from fivefold.data.image_io import is_image
-from fivefold.data.readers.stores import ImageStore
+from fivefold.data.readers.stores import ImageStore, is_outside
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.predictions import preview
 
@@ -25,37 +24,17 @@ EVAL_FOLDERS = ("test", "testing", "eval", "evaluation")
 IMAGE_FOLDERS = ("images",)
 HELD_OUT = {*EVAL_FOLDERS, "valid", "val", "validation", "pred", "unlabeled", "unlabelled"}
 SPLIT_FOLDERS = {*TRAIN_FOLDERS, *HELD_OUT}
+# fmt: off
 GENERIC_WORDS = {
-    "",
-    "set",
-    "data",
-    "dataset",
-    "image",
-    "images",
-    "img",
-    "imgs",
-    "photo",
-    "photos",
-    "jpg",
-    "jpeg",
-    "png",
+    "", "set", "data", "dataset", "image", "images", "img", "imgs", "photo", "photos", "jpg", "jpeg", "png",
 }
+# fmt: on
 """Words beside one of SPLIT_FOLDERS in a folder's name that do not name a data set of its own."""
-MAX_DEPTH = 8
-UNUSUAL_PATH = r"(?:^|/)\.{0,2}(?:/|$)|^[A-Za-z]:"
-"""Paths to normalize: empty, absolute, with a drive letter, or with `.`, `..` or nothing between slashes."""
 MAX_PROBED_PATHS = 64
 
 
-class SplitName(NamedTuple):
-    """Meaning of a folder name: its `word` of SPLIT_FOLDERS, and the words of the data set it is a part of (empty: everything)."""
-
-    word: str
-    dataset_words: tuple[str, ...]
-
-
-def split_folders(folders: Collection[str]) -> dict[str, SplitName]:
-    """Return the folders whose name contains exactly one word of SPLIT_FOLDERS.
+def split_folders(folders: Iterable[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Map the folders whose name contains exactly one word of SPLIT_FOLDERS to that word and the words of their data set.
 
     ("test", ("seg",)) for Seg_Test, ("train", ()) for train-images.
     """
@@ -64,7 +43,7 @@ def split_folders(folders: Collection[str]) -> dict[str, SplitName]:
         words = re.split(r"[_\-\s]+", folder.lower())
         named_as = [word for word in words if word in SPLIT_FOLDERS]
         if len(named_as) == 1:
-            parts[folder] = SplitName(named_as[0], tuple(w for w in words if w not in SPLIT_FOLDERS | GENERIC_WORDS))
+            parts[folder] = named_as[0], tuple(word for word in words if word not in SPLIT_FOLDERS | GENERIC_WORDS)
     return parts
 
 
@@ -74,23 +53,10 @@ def folders_named(folders: Collection[str], special: Sequence[str]) -> list[str]
     The latter are seg_test beside seg_train, and test_images, which names no data set; "test tube" is not included.
     """
     parts = split_folders(folders)
-    wholes = Counter(part.dataset_words for part in parts.values())
-    by_word = [
-        folder for folder, (word, whole) in parts.items() if word in special and (not whole or wholes[whole] > 1)
-    ]
+    datasets = Counter(dataset for _, dataset in parts.values())
+    by_word = [f for f, (word, dataset) in parts.items() if word in special and (not dataset or datasets[dataset] > 1)]
     by_name = [folder for folder in folders if folder.lower() in special]
     return list(dict.fromkeys([*by_name, *by_word]))
-
-
-def _train_folder(folders: Collection[str], nested: Collection[str]) -> str | None:
-    """Return the train folder if the folders are parts of a split, not classes: it has subfolders, or all are parts."""
-    parts = split_folders(folders)
-    wholes = Counter(part.dataset_words for part in parts.values())
-    all_parts = len(parts) == len(folders)
-    for folder in folders_named(folders, TRAIN_FOLDERS):
-        if folder in nested or (all_parts and (len(parts) == 1 or wholes[parts[folder].dataset_words] > 1)):
-            return folder
-    return None
 
 
 def class_level(names: Sequence[str]) -> str:
@@ -100,7 +66,8 @@ def class_level(names: Sequence[str]) -> str:
         inside = [name[len(level) :] for name in names if name.startswith(level)]
         folders = Counter(name.partition("/")[0] for name in inside if "/" in name)
         nested = {name.partition("/")[0] for name in inside if name.count("/") > 1}
-        train = _train_folder(folders, nested)
+        are_parts = len(split_folders(folders)) == len(folders)
+        train = next((name for name in folders_named(folders, TRAIN_FOLDERS) if are_parts or name in nested), None)
         if train:
             others = [name for name in folders if name != train]
             if others:
@@ -116,37 +83,25 @@ def held_out_folders(folders: Collection[str]) -> list[str]:
     """Return the folders that are parts of a split, not classes, such as a test/ beside classes."""
     lower = {folder.lower() for folder in folders}  # "valid" beside "invalid" is a class
     parts = split_folders(sorted(folders)).items()
-    return [folder for folder, (word, whole) in parts if word in HELD_OUT and not whole and f"in{word}" not in lower]
+    return [f for f, (word, dataset) in parts if word in HELD_OUT and not dataset and f"in{word}" not in lower]
 
 
 def class_images(inside: Sequence[str], level: str, where: str) -> list[str]:
     """Return the images in class folders; warn about ignored folders, such as a test/ beside the classes."""
     parts = held_out_folders({name[len(level) :].partition("/")[0] for name in inside})
     if parts:
-        log.warning(
-            "data: ignored in %s, because their names mark parts of a split: %s; rename folders that are classes",
-            where,
-            preview(parts),
-        )
+        hint = "rename folders that are classes"
+        log.warning("data: ignored in %s, as their names mark parts of a split: %s; %s", where, preview(parts), hint)
     left_out = tuple(f"{level}{name}/" for name in parts)
     return [name for name in inside if not name.startswith(left_out)]
-
-
-def warn_nested_folders(inside: Sequence[str], level: str, where: str) -> None:
-    """Warn about subfolders of class folders if a class folder has several with images: they are not classes."""
-    folders = [name[len(level) :].split("/")[:2] for name in inside if name.count("/", len(level)) > 1]
-    below = Counter(folder for folder, _ in {tuple(pair) for pair in folders})
-    deeper = sorted({"/".join(pair) for pair in folders if below[pair[0]] > 1})
-    if deeper:
-        log.warning("data: subfolders of the class folders of %s are not separate classes: %s", where, preview(deeper))
 
 
 def search_levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
     """Yield the folders to search for a CSV: the root, then repeatedly a folder named in `special`, or a single wrapper folder."""
     level = ""
-    for _ in range(MAX_DEPTH):
+    while True:
         yield level
-        folders, files = store.list_folder(level)
+        folders, files = list_folder(store, level)
         special_folders = folders_named(folders, special)
         holds_data = any(is_image(name) or name.lower().endswith(".csv") for name in files)
         wrapper = folders if len(folders) == 1 and not holds_data else []
@@ -155,23 +110,15 @@ def search_levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
         level = posixpath.join(level, (special_folders or wrapper)[0])
 
 
+def list_folder(store: ImageStore, folder: str) -> tuple[list[str], list[str]]:
+    """Return the sorted names of the folders and of the files directly in `folder` ("" is the root)."""
+    prefix = f"{folder}/" if folder else ""
+    inside = {name[len(prefix) :].partition("/")[:2] for name in store.names() if name.startswith(prefix)}
+    return tuple(sorted(name for name, slash in inside if bool(slash) == is_folder) for is_folder in (True, False))
+
+
 def list_csvs(store: ImageStore, level: str) -> list[str]:
-    return [posixpath.join(level, name) for name in store.list_folder(level)[1] if name.lower().endswith(".csv")]
-
-
-def candidate_roots(store: ImageStore, table: str, special: Sequence[str], image_root: str = "") -> list[str]:
-    """Return the folders that paths in the CSV `table` may be relative to: its own, the root, or a `special` folder beside it.
-
-    With `image_root`, return only that folder; raise a SettingsError if it is outside the store.
-    """
-    if image_root:
-        base = posixpath.normpath(relative_to_root(image_root.replace("\\", "/"), store.root))
-        if base.startswith(("/", "../")) or base == "..":
-            raise SettingsError(f"data.image_root={image_root} is outside {store.root}; set a folder inside it")
-        return ["" if base == "." else base]
-    folder = posixpath.dirname(table)
-    beside = folders_named(store.list_folder(folder)[0], special)
-    return list(dict.fromkeys([folder, "", *(posixpath.join(folder, name) for name in beside)]))
+    return [posixpath.join(level, name) for name in list_folder(store, level)[1] if name.lower().endswith(".csv")]
 
 
 def stem(name: str) -> str:
@@ -190,40 +137,40 @@ def image_paths(
     raw_paths: pd.Series,
     table: CsvFile,
     store: ImageStore,
-    bases: Sequence[str],
-    check_files: bool,
-    others: Collection[str] | None,
+    special: Sequence[str],
+    others: Collection[str],
+    check_files: bool = True,
+    image_root: str = "",
 ) -> pd.Series:
     """Return the paths `raw_paths` in a CSV, relative to the store's root, without surrounding spaces.
 
-    They are relative to the folder of `bases` that contains most of the first paths; names without a suffix get the suffix
-    of the images there. Paths of no file are searched by name in all folders except those of the other parts of a split,
-    named by the words `others`; None disables this search. The index of `raw_paths` counts rows from 0. Raise a DataError
-    for paths that leave the root, for names that match several images, and with `check_files` for missing files.
+    They are relative to `image_root`, or else to the table's folder, the root, or a `special` folder beside the table,
+    whichever contains most of the first paths; names without a suffix get the suffix of the images there. Without
+    `image_root`, paths of no file are searched by name in all folders except those of the other parts of a split, named by
+    the words `others`. The index of `raw_paths` counts rows from 0. Raise a DataError for paths that leave the root, for
+    names that match several images, and with `check_files` for missing files.
     """
     paths = raw_paths.str.replace("\\", "/", regex=False).str.strip()
     for root in _root_prefixes(store.root):
         paths = paths.str.removeprefix(root)
     paths = paths.str.replace(r"^(?:\./)+", "", regex=True)
+    bases = _candidate_roots(store, table.name, special, image_root)
     base, suffix = _best_base(paths[:MAX_PROBED_PATHS].tolist(), store, bases)
-    with_suffix = paths + suffix
-    normal = f"{base}/" + with_suffix if base else with_suffix.copy()
-    unusual = with_suffix.str.contains(UNUSUAL_PATH)
-    normal[unusual] = [_normalize(base, path) for path in with_suffix[unusual]]
-    outside = with_suffix[normal == ""]
+    normal = paths.map(lambda path: _normalize(base, path + suffix))
+    outside = paths[normal == ""]
     if len(outside):
         raise DataError(
             f"{table}: paths that are empty or outside {store.root}: {preview(outside)}; "
             f"the first in row {outside.index[0] + 1} below the header"
         )
     names = store.names()
-    if not check_files and (others is None or not any(map(is_image, names))):
+    if not check_files and (image_root or not any(map(is_image, names))):
         return normal
     existing = set(names)
     absent = np.array([path not in existing and not store.exists(path) for path in normal.tolist()], bool)
     if not absent.any():
         return normal
-    matches = {} if others is None else match_names(paths[absent], names, others)
+    matches = {} if image_root else match_names(paths[absent], names, others)
     uses = Counter([*(hits[0] for hits in matches.values() if hits), *normal[~absent]])
     unique = {path: hits[0] for path, hits in matches.items() if len(hits) == 1 == uses[hits[0]]}
     if unique:
@@ -247,21 +194,17 @@ def match_names(paths: Iterable[str], names: Iterable[str], others: Collection[s
 
     Images in folders of the other parts of a split, named by the words `others`, are excluded.
     """
-    by_name: dict[str, list[str]] = defaultdict(list)
+    by_name: dict[str, list[tuple[str, str]]] = defaultdict(list)
     images = list(filter(is_image, names))
     parts = {folder: split_folders(folder.split("/")).values() for folder in set(map(posixpath.dirname, images))}
     for name in images:
-        folder, file = posixpath.split(name)
-        if not any(part.word in others for part in parts[folder]):
-            for key in (file, posixpath.splitext(file)[0]):
-                by_name[key.lower()].append(name)
+        if not any(word in others for word, _ in parts[posixpath.dirname(name)]):
+            whole = f"/{name.lower()}"
+            for form in (whole, posixpath.splitext(whole)[0]):
+                by_name[posixpath.basename(form)].append((form, name))
     ends = {path: f"/{path.lower()}" for path in paths}
     return {
-        path: [
-            name
-            for name in by_name.get(posixpath.basename(end), [])
-            if end in (f"/{name.lower()}"[-len(end) :], posixpath.splitext(f"/{name.lower()}")[0][-len(end) :])
-        ]
+        path: [name for form, name in by_name.get(posixpath.basename(end), []) if form.endswith(end)]
         for path, end in ends.items()
     }
 
@@ -283,6 +226,24 @@ def guess_paths(table: CsvFile, store: ImageStore, others: Collection[str], with
     return None
 
 
+def _candidate_roots(store: ImageStore, table: str, special: Sequence[str], image_root: str) -> list[str]:
+    """Return the folders that paths in the CSV `table` may be relative to: its own, the root, or a `special` folder beside it.
+
+    With `image_root`, return only that folder; raise a SettingsError if it is outside the store.
+    """
+    if image_root:
+        path = f"{image_root}/".replace("\\", "/")
+        for prefix in _root_prefixes(store.root):
+            path = path.removeprefix(prefix)
+        base = posixpath.normpath(path)
+        if base != "." and is_outside(base):
+            raise SettingsError(f"data.image_root={image_root} is outside {store.root}; set a folder inside it")
+        return ["" if base == "." else base]
+    folder = posixpath.dirname(posixpath.normpath(table))
+    beside = folders_named(list_folder(store, folder)[0], special)
+    return list(dict.fromkeys([folder, "", *(posixpath.join(folder, name) for name in beside)]))
+
+
 def _best_base(paths: Sequence[str], store: ImageStore, bases: Sequence[str]) -> tuple[str, str]:
     """Return the base with the most existing paths, and the suffix that the paths lack; if none exists, the first base."""
     suffixes = [""]
@@ -300,15 +261,7 @@ def _best_base(paths: Sequence[str], store: ImageStore, bases: Sequence[str]) ->
 def _normalize(base: str, path: str) -> str:
     """Return the normalized path of `path` below `base`; "" if it is empty or leaves the root."""
     normal = posixpath.normpath(posixpath.join(base, path))
-    outside = normal.startswith(("/", "../")) or normal in (".", "..") or normal[1:2] == ":"
-    return "" if outside or not path.strip() else normal
-
-
-def relative_to_root(path: str, root: Path) -> str:
-    """Return an absolute path inside `root`, however `root` is written, as a relative path; return others unchanged."""
-    for start in _root_prefixes(root):
-        path = f"{path}/".removeprefix(start).removesuffix("/")
-    return path or "."
+    return "" if is_outside(normal) or not path.strip() else normal
 
 
 def _root_prefixes(root: Path) -> list[str]:

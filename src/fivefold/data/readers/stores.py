@@ -1,6 +1,6 @@
 """Image stores: a folder, or a zip that is read without unpacking it to disk.
 
-A store has `root`, `names()`, `exists(name)` and `read(name)`. It holds no open file, so threads and forked or spawned
+A store has `root`, `names()`, `ignored`, `exists(name)` and `read(name)`. It holds no open file, so threads and forked or spawned
 loader workers can share it. `caches` are the image caches (`image_cache.Cache`) that hold some of its images decoded. The inventory
 of a store lists its images, and all other files by the reason why they are ignored.
 """
@@ -17,10 +17,10 @@ import zlib
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
-from unicodedata import normalize
 
 from fivefold.contract.files import (
     DANGLING,
@@ -37,6 +37,8 @@ from fivefold.contract.files import (
 from fivefold.data.image_io import IMAGE_SUFFIXES, is_image
 from fivefold.errors import DataError, MissingInputError
 
+log = logging.getLogger("fivefold")
+
 GIB = 2**30
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """The 30-byte local header of a zip entry: its signature, and the lengths of the name and of the extra field."""
@@ -51,18 +53,19 @@ class FolderStore:
     root: Path
     caches: Sequence[Any] = ()
 
-    def names(self, ignored: dict[str, list[str]] | None = None) -> list[str]:
-        """Return relative POSIX names of all files, sorted; add the ignored files to `ignored`, as `tree_names` does."""
-        return tree_names(self.root, ignored)
+    @cached_property
+    def _tree(self) -> tuple[list[str], Mapping[str, list[str]]]:
+        ignored: dict[str, list[str]] = {}
+        return tree_names(self.root, ignored), ignored
 
-    def list_folder(self, folder: str) -> tuple[list[str], list[str]]:
-        """Return the sorted names of the folders and of the files directly in `folder` ("" is the root)."""
-        with os.scandir(join_below(self.root, folder)) as entries:
-            # A circular link is not a folder; `e.is_dir()` raises for it, `Path.is_dir` does not.
-            is_folder = {
-                e.name: (Path(e).is_dir() if e.is_symlink() else e.is_dir()) for e in entries if is_visible(e.name)
-            }
-        return _folders_and_files(is_folder)
+    def names(self) -> list[str]:
+        """Return relative POSIX names of all files, sorted, as they were at the first call."""
+        return self._tree[0]
+
+    @property
+    def ignored(self) -> Mapping[str, list[str]]:
+        """Return the names of ignored files and folders, by reason (see `tree_names`)."""
+        return self._tree[1]
 
     def exists(self, name: str) -> bool:
         return _resolve_unicode(self.root, name).is_file()
@@ -96,17 +99,9 @@ class ZipStore:
     ignored: Mapping[str, list[str]] = field(repr=False, default_factory=dict)
     caches: Sequence[Any] = ()
 
-    def names(self, ignored: dict[str, list[str]] | None = None) -> list[str]:
-        """Return relative POSIX names of all files, sorted; add the ignored files to `ignored`, as `tree_names` does."""
-        if ignored is not None:
-            ignored.update(self.ignored)
+    def names(self) -> list[str]:
+        """Return relative POSIX names of all files, sorted."""
         return sorted(self.entries)
-
-    def list_folder(self, folder: str) -> tuple[list[str], list[str]]:
-        """Return the sorted names of the folders and of the files directly in `folder` ("" is the root)."""
-        prefix = f"{folder}/" if folder else ""
-        inside = [name.removeprefix(prefix).partition("/") for name in self.entries if name.startswith(prefix)]
-        return _folders_and_files({name: bool(slash) for name, slash, _ in inside})
 
     def exists(self, name: str) -> bool:
         return _inside(name, self.root) in self.entries
@@ -181,7 +176,10 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
             with zipfile.ZipFile(file) as archive:
                 all_infos = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-            raise DataError(_not_a_zip_message(path, error)) from error
+            raise DataError(
+                f"{path} is neither a folder nor a complete .zip: {error}; "
+                "pass a folder of images, with data.table=NAME for a CSV in it, or a .zip"
+            ) from error
     infos = [info for info in all_infos if not info.filename.endswith(("/", "\\"))]
     size = sum(info.file_size for info in infos)
     if size > max_unpacked_gib * GIB:
@@ -200,31 +198,15 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
             continue
         if name in entries:
             raise DataError(f"{path}: duplicate entry {name!r} (after Unicode normalization); pack it again with one")
-        _check_entry(info, path)
+        if info.flag_bits & 0x1 or info.compress_type not in METHODS or info.header_offset < 0:
+            raise DataError(
+                f"{path}: entry {name!r} is encrypted, incomplete or not packed with deflate; pack it again"
+            )
         entries[name] = info
     non_empty = {posixpath.dirname(name) for name in chain(entries, *passed.values())}
     non_empty = {f"{parent}/" for name in non_empty for parent in (name, *PurePosixPath(name).parents)}
     passed[EMPTY] = sorted({_decoded_name(info) for info in all_infos if info.is_dir()} - non_empty)
     return ZipStore(path, entries, dict(passed))
-
-
-def _not_a_zip_message(path: Path, error: Exception) -> str:
-    """Return the error message for a file that is not a zip, depending on its suffix."""
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
-        return f"{path} is a CSV, but a folder or a .zip is needed: pass its folder, and set data.table={path.name}"
-    if suffix != ".zip":
-        return f"{path} is neither a folder nor a .zip; pass a folder of images or a .zip"
-    return f"{path} is not a complete .zip: {error}; copy it again"
-
-
-def _check_entry(info: zipfile.ZipInfo, path: Path) -> None:
-    if info.header_offset < 0:
-        raise DataError(f"{path} is not a complete .zip: entry {info.filename!r} has a negative offset; copy it again")
-    if info.flag_bits & 0x1:
-        raise DataError(f"{path}: entry {info.filename!r} is encrypted; pack it without a password")
-    if info.compress_type not in METHODS:
-        raise DataError(f"{path}: entry {info.filename!r} uses compression method {info.compress_type}; use deflate")
 
 
 def _decoded_name(info: zipfile.ZipInfo) -> str:
@@ -239,20 +221,18 @@ def _decoded_name(info: zipfile.ZipInfo) -> str:
     return info.filename
 
 
-def _folders_and_files(is_folder: Mapping[str, bool]) -> tuple[list[str], list[str]]:
-    return tuple(sorted(name for name in is_folder if is_folder[name] is folders) for folders in (True, False))
-
-
 def _inside(name: str, root: Path) -> str:
     """Return the normalized form of a name inside the zip `root`; raise a DataError if it leaves the zip."""
-    plain = unicodedata.normalize("NFC", name).replace("\\", "/")
-    normal = posixpath.normpath(plain)
-    if normal.startswith(("/", "../")) or normal in (".", "..") or normal[1:2] == ":":
+    normal = posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+    if is_outside(normal):
         raise DataError(f"{root}: entry {name!r} leads out of the zip; pack it again with relative names")
     return normal
 
 
-log = logging.getLogger("fivefold")
+def is_outside(path: str) -> bool:
+    """Return whether a normalized relative path names its root or leads out of it, as an absolute one does."""
+    return path.startswith(("/", "../")) or path in (".", "..") or path[1:2] == ":"
+
 
 UNUSED = ("not in the table", "in no class folder")
 UNREAD = {".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".tga"} - IMAGE_SUFFIXES
@@ -279,18 +259,23 @@ class Inventory:
     def counts(self, used: Collection[str] = (), unused: str = "") -> dict[str, int]:
         """Count the ignored files by reason; images that are not in `used` count under the reason `unused`, if it is set."""
         counts = {reason: len(names) for reason, names in sorted(self.ignored.items()) if reason != EMPTY}
-        names = {normalize("NFC", name) for name in self.images if unused}
-        rest = len(names.difference(normalize("NFC", name) for name in used)) if names else 0
-        return {reason: count for reason, count in (counts | {unused: rest}).items() if count}
+        if unused:
+            names, used_names = (
+                {unicodedata.normalize("NFC", name) for name in group} for group in (self.images, used)
+            )
+            counts[unused] = len(names - used_names)
+        return {reason: count for reason, count in counts.items() if count}
 
 
 def take_inventory(store: ImageStore) -> Inventory:
     """List every file of a store. CSV files are in neither group: their readers list them."""
-    left_out: dict[str, list[str]] = {}
-    names = store.names(left_out)
-    for name in (name for name in names if not is_image(name) and not name.lower().endswith(".csv")):
-        left_out.setdefault(posixpath.splitext(name)[1].lower() or "without suffix", []).append(name)
-    return Inventory([name for name in names if is_image(name)], left_out)
+    images, ignored = [], defaultdict(list, {reason: list(names) for reason, names in store.ignored.items()})
+    for name in store.names():
+        if is_image(name):
+            images.append(name)
+        elif not name.lower().endswith(".csv"):
+            ignored[posixpath.splitext(name)[1].lower() or "without suffix"].append(name)
+    return Inventory(images, ignored)
 
 
 def may_be_images(reasons: Collection[str]) -> bool:

@@ -4,7 +4,6 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -27,7 +26,6 @@ from fivefold.data.readers.layout_detection import (
     HELD_OUT,
     IMAGE_FOLDERS,
     TRAIN_FOLDERS,
-    candidate_roots,
     class_images,
     class_level,
     guess_paths,
@@ -37,7 +35,6 @@ from fivefold.data.readers.layout_detection import (
     open_table,
     search_levels,
     stem,
-    warn_nested_folders,
 )
 from fivefold.data.readers.profiles import are_profiles, profile_factors, read_profiles
 from fivefold.data.readers.stores import UNUSED, ImageStore, Inventory, describe_counts, may_be_images, take_inventory
@@ -48,8 +45,8 @@ from fivefold.predictions import preview
 
 log = logging.getLogger("fivefold")
 
+LAYOUTS = ("auto", "csv", "folders", "mask_profiles", "products")
 NON_TRAINING_TABLES = {"test", "submission", "valid", "val"}
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 PATH_SEPARATORS = "[&,]"
 TEXT = pa.string()
 Column = pd.Series | Sequence[str]
@@ -101,38 +98,39 @@ def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Labell
     The CSV is `data.table`, or else the detected one. Raise a DataError for data that cannot be trained on: no images,
     a single class, missing files or columns, paths outside the store, duplicate ids, empty labels. Log a detected layout.
     """
-    read_folders = choose(LAYOUTS, "data.layout", data.layout)
+    choose(dict.fromkeys(LAYOUTS), "data.layout", data.layout)
     stock = take_inventory(store)
     if data.layout == "products":
         rows = _product_rows(store, data, check_files)
     elif data.table or data.layout in ("auto", "csv"):
         rows = _table_or_folders(store, stock, data, check_files)
     else:
-        rows = read_folders(store, stock, _class_level(store, stock), data)
+        rows = _folder_rows(store, stock, data)
     unused = UNUSED[rows.layout.startswith(("class folders", "mask profiles"))]
     return replace(rows, ignored=stock.counts(rows.paths.to_pylist(), unused))
 
 
 def _table_or_folders(store: ImageStore, stock: Inventory, data: Data, check_files: bool) -> LabelledImages:
-    tables = _find_tables(store, data.table, "train", partial(_is_usable, data=data))
+    tables = _find_tables(store, data.table, "train", lambda table: _is_usable(table, data))
     if not tables and data.layout == "csv":
         raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
-    if tables and (data.table or data.layout == "csv" or _is_usable(tables[0], data)):
+    if tables and (
+        data.table
+        or data.layout == "csv"
+        or _is_usable(tables[0], data)
+        or (stem(tables[0].name) == "train" and not are_profiles(stock.images, _class_level(stock)))
+    ):
         log.info("data: reading rows from %s", tables[0])
         _warn_ignored(tables[1:])
         return _table_rows(store, tables[0], _require_columns(store, tables[0], data), data, check_files)
     try:
-        rows = _profiles_or_classes(store, stock, _class_level(store, stock), data)
+        rows = _folder_rows(store, stock, data)
     except DataError:
         usable = [(table, names) for table in tables if all(names := _columns(store, table, data))]
-        if len(usable) == 1:
-            return _table_rows(store, *usable[0], data, check_files)
-        if tables:
-            _require_columns(store, tables[0], data)
-        raise
-    if tables and stem(tables[0].name) == "train" and rows.factors is None:
-        columns = _require_columns(store, tables[0], data, ", or data.layout=folders if the folders are the classes")
-        return _table_rows(store, tables[0], columns, data, check_files)
+        if not tables or len(usable) > 1:
+            raise
+        table, columns = usable[0] if usable else (tables[0], _require_columns(store, tables[0], data))
+        return _table_rows(store, table, columns, data, check_files)
     _warn_ignored(tables)
     log.info("data: no CSV of labels, so the classes are the %s", rows.layout)
     return rows
@@ -148,9 +146,8 @@ def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[
         named = [table for table in tables if stem(table.name) == usual]
         usable = named or [table for table in tables if is_usable(table)]
         if len(usable) > 1:
-            raise DataError(
-                f"several tables in {store.root}: {preview([t.name for t in usable])}; set data.table to one of them"
-            )
+            names = preview([table.name for table in usable])
+            raise DataError(f"several tables in {store.root}: {names}; set data.table to one of them")
         if named:
             return named
         others += [table for table in tables if table not in usable]
@@ -189,11 +186,12 @@ def _columns(store: ImageStore, table: CsvFile, data: Data) -> tuple[str | None,
     return path, label
 
 
-def _require_columns(store: ImageStore, table: CsvFile, data: Data, otherwise: str = "") -> tuple[str, str]:
-    """Return the columns of paths and labels; the DataError for a missing one lists all keys to set, and the alternative `otherwise`."""
+def _require_columns(store: ImageStore, table: CsvFile, data: Data) -> tuple[str, str]:
+    """Return the columns of paths and labels; the DataError for a missing one lists all keys to set, and the alternative."""
     path, label = _columns(store, table, data)
     keys = {"data.path_column": path, "data.label_column": label}
-    absent = " and ".join(key for key, column in keys.items() if column is None) + otherwise
+    absent = " and ".join(key for key, column in keys.items() if column is None)
+    absent += ", or data.layout=folders if the folders are the classes"
     path = path or table.require_column(data.path_column, PATH_NAMES, absent)
     return path, label or table.require_column(data.label_column, LABEL_NAMES, absent)
 
@@ -215,12 +213,10 @@ def _table_rows(
     _log_normalized(frame[label].unique(), table)
     broken = np.flatnonzero(labels.str.contains(r"[\r\n]"))
     if len(broken):
-        raise DataError(
-            f"{table}: the label in row {broken[0] + 1} below the header has a line break: {labels.iloc[broken[0]][:60]!r}; "
-            "a quote may be missing"
-        )
-    where = candidate_roots(store, table.name, (*TRAIN_FOLDERS, *IMAGE_FOLDERS), data.image_root)
-    paths = image_paths(frame[path], table, store, where, check_files, None if data.image_root else HELD_OUT)
+        place = f"the label in row {broken[0] + 1} below the header"
+        raise DataError(f"{table}: {place} has a line break: {labels.iloc[broken[0]][:60]!r}; a quote may be missing")
+    special = (*TRAIN_FOLDERS, *IMAGE_FOLDERS)
+    paths = image_paths(frame[path], table, store, special, HELD_OUT, check_files, data.image_root)
     groups = normalize_names(frame[group]).replace("", None) if group else None
     return make_rows(paths, labels, str(table), f"the CSV {table.name}", ids=frame[row_id], groups=groups)
 
@@ -241,17 +237,23 @@ def make_rows(
     """
     codes, classes = pd.factorize(np.asarray(labels, object), sort=True)
     _check_classes(classes, where)
-    columns = {"paths": paths, "ids": paths if ids is None else ids, "groups": groups, "strata": strata}
+
+    def to_arrow(column: Column | None) -> pa.Array | None:
+        return None if column is None else pa.array(np.asarray(column, object), TEXT, from_pandas=True)
+
     try:
-        arrow = {
-            name: None if column is None else pa.array(np.asarray(column, object), TEXT, from_pandas=True)
-            for name, column in columns.items()
-        }
+        return LabelledImages(
+            ids=to_arrow(paths if ids is None else ids),
+            paths=to_arrow(paths),
+            codes=codes.astype(np.int32),
+            classes=tuple(classes),
+            groups=pa.nulls(len(codes), TEXT) if groups is None else to_arrow(groups),
+            layout=layout,
+            factors=None if factors is None else factors.restrict(tuple(classes)),
+            strata=to_arrow(strata),
+        )
     except UnicodeEncodeError as error:
         raise DataError(f"{where} has file names that are not UTF-8, such as {error.object!r}; rename them") from error
-    arrow["groups"] = pa.nulls(len(codes), TEXT) if groups is None else arrow["groups"]
-    factors = None if factors is None else factors.restrict(tuple(classes))
-    return LabelledImages(codes=codes.astype(np.int32), classes=tuple(classes), layout=layout, factors=factors, **arrow)
 
 
 def _log_normalized(names: Iterable[str], where: object) -> None:
@@ -268,48 +270,39 @@ def _check_classes(classes: Sequence[str], where: str) -> None:
     looks = Counter(map(visual_form, classes))
     alike = [ascii(name) for name in classes if looks[visual_form(name)] > 1]
     if alike:
-        raise DataError(
-            f"{where}: different class names look the same: {', '.join(alike[:4])}; spell each class in one way"
-        )
+        names = ", ".join(alike[:4])
+        raise DataError(f"{where}: different class names look the same: {names}; spell each class in one way")
     folded = Counter(map(str.casefold, classes))
-    if cases := [name for name in classes if folded[name.casefold()] > 1]:
-        log.warning(
-            "data: %s: class names that differ only in case count as different classes: %s", where, preview(cases)
-        )
+    if cases := preview([name for name in classes if folded[name.casefold()] > 1]):
+        log.warning("data: %s: class names that differ only in case count as different classes: %s", where, cases)
 
 
-def _class_level(store: ImageStore, stock: Inventory) -> str:
+def _class_level(stock: Inventory) -> str:
     """Return the prefix below which folders are classes or profiles."""
-    if not stock.images:
-        archives = [name for name in store.names() if name.lower().endswith(ARCHIVES)]
-        hint = (
-            f"unpack {preview(archives)}, or pass one .zip itself" if archives else "add one folder of images per class"
-        )
-        raise DataError(
-            f"{store.root} holds no images and no usable CSV (content: {describe_counts(stock.counts()) or 'nothing'}); {hint}"
-        )
     return class_level([name for name in stock.expected_images if "." in name])
 
 
-def _profiles_or_classes(store: ImageStore, stock: Inventory, level: str, data: Data) -> LabelledImages:
-    """Read profiles if most folders are named as such, else class folders."""
-    read = _profile_rows if are_profiles(stock.images, level) else _class_rows
-    return read(store, stock, level, data)
-
-
-def _profile_rows(store: ImageStore, stock: Inventory, level: str, data: Data) -> LabelledImages:
+def _folder_rows(store: ImageStore, stock: Inventory, data: Data) -> LabelledImages:
+    """Read profiles if `data.layout` selects them or most folders are named as such, else class folders."""
+    if not stock.images:
+        content = describe_counts(stock.counts()) or "nothing"
+        hint = "add a folder of images per class, or pass a .zip itself"
+        raise DataError(f"{store.root} holds no images and no usable CSV (content: {content}); {hint}")
+    level = _class_level(stock)
     where = f"{store.root}/{level}".rstrip("/")
+    if data.layout == "folders" or not (data.layout == "mask_profiles" or are_profiles(stock.images, level)):
+        return _class_rows(stock, level, where)
     photos = read_profiles(stock.images, level, data.age_bins, where)
     layout, factors = f"mask profiles below {level or '.'}", profile_factors(data.age_bins)
     return make_rows(photos["name"], photos["label"], where, layout, groups=photos["person"], factors=factors)
 
 
-def _class_rows(store: ImageStore, stock: Inventory, level: str, _: Data) -> LabelledImages:
-    inside = [name for name in stock.images if name.startswith(level) and "/" in name[len(level) :]]
-    loose = sum(name.startswith(level) for name in stock.images) - len(inside)
+def _class_rows(stock: Inventory, level: str, where: str) -> LabelledImages:
+    below = [name for name in stock.images if name.startswith(level)]
+    inside = [name for name in below if "/" in name[len(level) :]]
+    loose = len(below) - len(inside)
     if loose:
-        log.warning("data: %d images are in no class folder of %s and are ignored", loose, level or store.root)
-    where = f"{store.root}/{level}".rstrip("/")
+        log.warning("data: %d images are in no class folder of %s and are ignored", loose, where)
     lost = _folders_without_images(stock, level, where)
     inside = class_images(inside, level, where)
     if not inside:
@@ -320,9 +313,7 @@ def _class_rows(store: ImageStore, stock: Inventory, level: str, _: Data) -> Lab
     _log_normalized(set(folders), where)
     labels = [normalize_class_name(folder) or folder for folder in folders]
     description = f"{where} without {', '.join(lost.values())}" if lost else where
-    rows = make_rows(inside, labels, description, f"class folders below {level or '.'}")
-    warn_nested_folders(inside, level, where)
-    return replace(rows, lost=lost)
+    return replace(make_rows(inside, labels, description, f"class folders below {level or '.'}"), lost=lost)
 
 
 def _folders_without_images(stock: Inventory, level: str, where: str) -> dict[str, str]:
@@ -357,10 +348,7 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> LabelledI
     images = _product_images(table, data)
     if not len(images):
         raise DataError(f"{table} lists no image in the columns {', '.join(data.image_types)}")
-    where = candidate_roots(store, table.name, TRAIN_FOLDERS, data.image_root)
-    images["path"] = image_paths(
-        images["path"], table, store, where, check_files, None if data.image_root else HELD_OUT
-    )
+    images["path"] = image_paths(images["path"], table, store, TRAIN_FOLDERS, HELD_OUT, check_files, data.image_root)
     for kind, column in (("products", "product"), ("image types", "label")):
         conflicting = images[images.groupby("path")[column].transform("nunique") > 1]
         if len(conflicting):
@@ -369,10 +357,8 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> LabelledI
             lines = [f"{name!r} (row {row + 1})" for row, name in owners.items()]
             raise DataError(f"{table}: {path!r} is an image of two {kind}, {' and '.join(lines[:2])}; list it once")
     unique = images.drop_duplicates("path")
-    if len(unique) < len(images):
-        log.warning(
-            "data: %d images are duplicates within a product's row and are used once", len(images) - len(unique)
-        )
+    if repeated := len(images) - len(unique):
+        log.warning("data: %d images are duplicates within a product's row and are used once", repeated)
     columns = {"groups": unique["product"], "strata": unique["category"]}
     return make_rows(unique["path"], unique["label"], str(table), f"the products of {table.name}", **columns)
 
@@ -400,13 +386,3 @@ def _product_images(table: CsvFile, data: Data) -> pd.DataFrame:
     if len(without):
         log.warning("data: %d products of %s list no image and are ignored: %s", len(without), table, preview(without))
     return images
-
-
-LAYOUTS = {
-    "auto": _profiles_or_classes,
-    "csv": _profiles_or_classes,
-    "folders": _class_rows,
-    "mask_profiles": _profile_rows,
-    "products": _profiles_or_classes,
-}
-"""Reader of the folders of a store for each layout. auto, csv and products read a CSV first or instead."""

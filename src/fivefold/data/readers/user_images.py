@@ -24,23 +24,6 @@ log = logging.getLogger("fivefold")
 SUBMISSION = "submission.csv"
 
 
-@dataclass(frozen=True)
-class LocalPathStore:
-    """Files anywhere on this machine, by the paths that the user wrote."""
-
-    root: Path = Path()
-
-    def exists(self, name: str) -> bool:
-        return (self.root / name).is_file()
-
-    def read(self, name: str | os.PathLike[str]) -> bytes:
-        """Return the bytes of one file; raise a DataError if it is not a file or too large."""
-        try:
-            return read_file(self.root / name)
-        except (OSError, ValueError, TypeError) as error:  # for a null character in the path, or a path of bytes
-            raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
 @dataclass(frozen=True, eq=False)
 class InMemoryStore:
     """Items passed in memory, each with a name: paths, bytes of image files, or Pillow images.
@@ -55,29 +38,28 @@ class InMemoryStore:
         """Return one item as the bytes of an image file; raise a DataError if it is not an image, or outside the folder."""
         thing = self.items[name]
         if isinstance(thing, str | os.PathLike):
-            return LocalPathStore().read(thing) if self.folder is None else self._read_below(self.folder, thing)
+            return self._read_path(thing)
         if isinstance(thing, bytes | bytearray | memoryview):
             return bytes(thing)
         if isinstance(thing, Image.Image):
             return _encode(thing)
         raise DataError(f"{type(thing).__name__} is neither a path, nor bytes, nor a Pillow image")
 
-    @staticmethod
-    def _read_below(folder: Path, name: str | os.PathLike[str]) -> bytes:
+    def _read_path(self, name: str | os.PathLike[str]) -> bytes:
         try:
-            path = (folder / name).resolve()
+            path = Path(name) if self.folder is None else (self.folder / name).resolve()
+            if self.folder and not path.is_relative_to(self.folder.resolve()):
+                raise DataError(f"{name} is outside {self.folder}")
+            return read_file(path)
         except (OSError, ValueError, TypeError) as error:  # for a null character in the path, or a path of bytes
-            raise DataError(f"{name} cannot be read: {error}") from error
-        if not path.is_relative_to(folder.resolve()):
-            raise DataError(f"{name} is outside {folder}")
-        return LocalPathStore().read(path)
+            raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 @dataclass(frozen=True)
 class UserImages:
     """N images: their store, their paths in it, their names as the user wrote them, and their true classes, "" if unknown."""
 
-    store: ImageStore | LocalPathStore | InMemoryStore
+    store: ImageStore | InMemoryStore
     paths: Sequence[str]
     names: Sequence[str]
     labels: Sequence[str]
@@ -107,7 +89,7 @@ def read_user_images(
         search = not path_column and table.column("", PATH_NAMES) is None
         return _read_table(store, table, image_root, named, label_column, search)
     if path.is_file() and path.suffix.lower() != ".zip":
-        return UserImages(LocalPathStore(), [str(path)], [str(path)], [""])
+        return UserImages(InMemoryStore({str(path): path}), [str(path)], [str(path)], [""])
     store = open_store(path, max_unpacked_gib)
     names = [name for name in list_csvs(store, "") if name.lower() != SUBMISSION and not is_sample_submission(name)]
     usable = [table for table in (open_table(store, name) for name in names) if table.column(path_column, PATH_NAMES)]
@@ -138,8 +120,8 @@ def check_labels(images: UserImages, classes: Sequence[str]) -> None:
     unknown = [name for name in images.labels if name not in known]
     if unknown:
         raise DataError(
-            f"{len(unknown)} of {len(images)} rows have true classes that the model does not have: {preview(sorted(set(unknown)))}; "
-            f"its classes are {preview(list(classes))}; leave such cells empty to predict these rows without scoring them"
+            f"{len(unknown)} of {len(images)} rows have true classes that the model does not have: "
+            f"{preview(sorted(set(unknown)))}; leave such cells empty to predict these rows without scoring them"
         )
 
 
@@ -150,30 +132,28 @@ def _read_table(
     label = table.column(label_column, TRUE_CLASS_NAMES)
     frame = table.read([name for name in (path, label) if name])
     truth = normalize_names(frame[label]).tolist() if label else [""] * len(frame)
-    if isinstance(images, ZipStore):
-        store, bases = images, [image_root or posixpath.dirname(table.name)]
-    else:
-        store, bases = LocalPathStore(), [image_root] if image_root else [str(images.root), ""]
-        if image_root and not Path(image_root).is_dir():
-            raise MissingInputError(f"data.image_root={image_root}: no such folder")
+    is_zip = isinstance(images, ZipStore)
+    bases = [image_root or posixpath.dirname(table.name)] if is_zip or image_root else [str(images.root), ""]
+    if image_root and not is_zip and not Path(image_root).is_dir():
+        raise MissingInputError(f"data.image_root={image_root}: no such folder")
+
+    def exists(name: str) -> bool:
+        try:
+            return images.exists(name) if is_zip else Path(name).is_file()
+        except DataError:  # it leads out of the zip
+            return False
+
     paths = frame[path].str.strip().str.replace("\\", "/", regex=False).tolist()
-    base = max(
-        bases, key=lambda base: sum(_exists(store, posixpath.join(base, name)) for name in paths[:MAX_PROBED_PATHS])
-    )
+    probed = paths[:MAX_PROBED_PATHS]
+    base = max(bases, key=lambda base: sum(exists(posixpath.join(base, name)) for name in probed))
     resolved = [posixpath.join(base, name) for name in paths]
-    if missing := [row for row, name in enumerate(resolved) if search and not _exists(store, name)]:
+    if missing := [row for row, name in enumerate(resolved) if search and not exists(name)]:
         matches = match_names([paths[row] for row in missing], images.names(), ())
         for row in (row for row in missing if len(matches[paths[row]]) == 1):
             (name,) = matches[paths[row]]
-            resolved[row] = name if store is images else str(images.root / name)
+            resolved[row] = name if is_zip else str(images.root / name)
+    store = images if is_zip else InMemoryStore(dict(zip(resolved, resolved, strict=True)))
     return UserImages(store, resolved, frame[path].tolist(), truth)
-
-
-def _exists(store: ImageStore | LocalPathStore, name: str) -> bool:
-    try:
-        return store.exists(name)
-    except (DataError, ValueError):
-        return False
 
 
 def _encode(image: Image.Image) -> bytes:

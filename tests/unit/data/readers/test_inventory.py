@@ -96,15 +96,6 @@ def test_files_of_other_formats_are_counted_by_suffix(tmp_path: Path, pack: Call
     assert image_paths == sorted([*IMAGE_FILES, "cat/3.dng", "cat/4.DNG", "dog/4", "cover.png"])
 
 
-def test_broken_and_circular_links_are_counted(tmp_path: Path) -> None:
-    root = write_data(tmp_path / "data", *IMAGE_FILES)
-    (root / "cat" / "3.png").symlink_to(tmp_path / "nowhere.png")
-    (root / "cat" / "4.png").symlink_to(root / "cat" / "4.png")
-    rows = load_rows(root)
-    assert (len(rows), rows.ignored) == (4, {"links that lead nowhere": 2})
-    assert len(read_user_images(root)) == 6
-
-
 def test_images_missing_from_the_table_are_counted(tmp_path: Path) -> None:
     table = "path,label\ncat/1.png,a\ndog/1.png,b\n"
     assert load_rows(write_data(tmp_path / "data", *IMAGE_FILES, train=table)).ignored == {"not in the table": 2}

@@ -13,7 +13,6 @@ from fivefold.errors import DataError, FivefoldError, SettingsError
 from toy_data import write_data
 
 HEADER = "id,category_name,main_image,back_image,text_tag_image,neck_tag_image,other"
-TYPES = Data().image_types
 
 
 def write_and_read(
@@ -49,13 +48,6 @@ def test_images_get_the_class_of_their_column_and_their_product_and_category(tmp
         ("h.png", "detail_shot", "07", "하의"),
     ]
     assert rows.ids.to_pylist() == rows.paths.to_pylist()
-
-
-def test_all_images_of_the_toy_products_are_read(products) -> None:
-    rows = read_products(products.root)
-    assert len(rows) == len(list(products.root.rglob("*.png")))
-    assert dict(zip(rows.groups.to_pylist(), rows.strata.to_pylist(), strict=True)) == products.category
-    assert set(rows.classes) == set(TYPES.values())
 
 
 def test_products_without_images_and_duplicate_images_in_one_row_are_reported(

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from fivefold.contract.files import MAX_FILE_BYTES, MAX_TABLE_BYTES
+from fivefold.data.readers.layout_detection import list_folder
 from fivefold.data.readers.stores import FolderStore, ImageStore, ZipStore, open_store
-from fivefold.data.readers.user_images import LocalPathStore
+from fivefold.data.readers.user_images import InMemoryStore
 from fivefold.errors import DataError, MissingInputError
 
 FILES = {f"{kind}/{n}.bin": os.urandom(50 + 400 * n) for kind in ("a", "나비", "c d") for n in range(4)} | {
@@ -54,8 +55,8 @@ def test_folder_and_zip_contain_the_same_files(store: ImageStore) -> None:
     assert read_all(store) == FILES
     assert store.exists("a/0.bin")
     assert not store.exists("a/9.bin")
-    assert store.list_folder("") == (["a", "c d", "나비"], ["top.csv"])
-    assert store.list_folder("a") == ([], [f"{n}.bin" for n in range(4)])
+    assert list_folder(store, "") == (["a", "c d", "나비"], ["top.csv"])
+    assert list_folder(store, "a") == ([], [f"{n}.bin" for n in range(4)])
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/passwd"])
@@ -131,8 +132,8 @@ def test_zips_with_links_other_file_types_and_missing_paths_are_rejected(tmp_pat
         archive.writestr(link, "/etc/passwd")
     for name, message in (
         ("link.zip", r"link\.jpg.*symbolic link"),
-        ("Labels.csv", r"Labels\.csv .*data\.table=Labels\.csv"),
-        ("photos.tar.gz", r"photos\.tar\.gz is neither a folder nor a \.zip"),
+        ("Labels.csv", r"Labels\.csv .*data\.table="),
+        ("photos.tar.gz", r"photos\.tar\.gz is neither a folder nor a .*\.zip"),
     ):
         (tmp_path / name).touch()
         with pytest.raises(DataError, match=message):
@@ -166,10 +167,10 @@ def test_too_large_a_file_is_rejected_before_reading(tmp_path: Path) -> None:
 def test_devices_and_pipes_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "pipe.jpg")
-    for read in (open_store(tmp_path).read, LocalPathStore(tmp_path).read):
-        for name in ("zero.jpg", "pipe.jpg"):
+    for name in ("zero.jpg", "pipe.jpg"):
+        for store in (open_store(tmp_path), InMemoryStore({name: tmp_path / name})):
             with pytest.raises(DataError, match="is a device or a pipe"):
-                read(name)
+                store.read(name)
 
 
 def test_zip_entry_larger_than_declared_is_rejected(tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_broken_and_encrypted_zips_are_rejected(folder: Path, tmp_path: Path) ->
     path = make_zip(folder, tmp_path / "files.zip")
     original = path.read_bytes()
     path.write_bytes(original[: len(original) // 2])
-    with pytest.raises(DataError, match=r"not a .*\.zip"):
+    with pytest.raises(DataError, match=r"nor a complete \.zip"):
         open_store(path)
     path.write_bytes(original.replace(FILES["a/3.bin"], FILES["a/3.bin"][::-1]))
     with pytest.raises(DataError, match=r"a/3\.bin.*damaged"):
