@@ -65,8 +65,8 @@ def test_convnext_head_on_the_bare_backbone_matches_torchvision():
         ({"name": "mlp", "hiden": 3}, "head 'mlp' .*'hiden'"),
         ({"name": "mlp", "hidden": 0}, "hidden=0 is not a whole number from 1"),
         ({"name": "mlp", "norm": "bach"}, "unknown norm 'bach'; did you mean 'batch'"),
-        ({"name": "mlp", "before": 1.0}, "before=1.0 is not a number from 0 to below 1"),
-        ({"name": "convnext", "dropout": -0.1}, "dropout=-0.1"),
+        ({"name": "mlp", "hidden": 8.5}, "head 'mlp'"),
+        ({"name": "convnext", "dropout": -0.1}, "head 'convnext'.*-0.1"),
     ],
 )
 def test_invalid_heads_are_rejected_with_a_hint(spec, message):
