@@ -139,13 +139,3 @@ def size_as_number(value: Any) -> int:
 def backbone_family(backbone: str) -> str:
     """Return the library and the network's name up to its size: `timm/efficientnet` for `timm/efficientnet_b5`."""
     return re.split(r"(?<=[a-z])[_-]", backbone.partition(".")[0])[0]
-
-
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_recipe_sets_every_key_that_defines_its_system(name: str) -> None:
-    tree = read_recipe(name)
-    assert {"data", "split", "model", "augment", "train", "predict", "ensemble", "distill"} <= set(tree)
-    assert {"seed", "ratios" if "ratios" in tree["split"] else "folds"} <= set(tree["split"])
-    train_keys = {"epochs", "batch_size", "loss", "optimizer", "lr", "weight_decay", "schedule", "monitor", "precision"}
-    assert train_keys <= set(tree["train"])
-    assert {"backbone", "head", "image_size", "mean", "std", "pretrained"} <= set(tree["model"])

@@ -101,20 +101,17 @@ class ProcessGroup:
 
     def local_device(self, device: torch.device) -> torch.device:
         """Return this process's GPU of the host and make it the current device. Raise a SettingsError if there are too few GPUs."""
-        if device.type != "cuda":
-            return device
-        if self.rank.local_world_size == 1:
-            if device.index is not None:
-                torch.cuda.set_device(device)  # streams and random state default to the current GPU
-            return device
-        gpus = torch.cuda.device_count()
-        if device.index is not None or self.rank.local_world_size > gpus:
-            raise SettingsError(
-                f"{self.rank.local_world_size} processes on this host need one GPU each, but train.device={device} and the host has "
-                f"{gpus} GPUs: set train.device=auto and NPROC={gpus} or less"
-            )
-        torch.cuda.set_device(self.rank.local_index)
-        return torch.device("cuda", self.rank.local_index)
+        if device.type == "cuda" and self.rank.local_world_size > 1:
+            gpus = torch.cuda.device_count()
+            if device.index is not None or self.rank.local_world_size > gpus:
+                raise SettingsError(
+                    f"{self.rank.local_world_size} processes on this host need one GPU each, but train.device={device} and the "
+                    f"host has {gpus} GPUs: set train.device=auto and NPROC={gpus} or less"
+                )
+            device = torch.device("cuda", self.rank.local_index)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and random state default to the current GPU
+        return device
 
     def run_collectively(self, call: Callable[[], T]) -> T:
         """Return what `call` returns. If a stop signal interrupts it in one process, raise StoppedError in all after each has finished."""

@@ -12,7 +12,6 @@ from torch import nn
 import distributed_worker
 from distributed_worker import CASES, COUNTS, OTHERS, ROWS, SIZE, predicted, trained
 from fivefold.distributed.process_group import ProcessGroup, convert_sync_batchnorm
-from fivefold.distributed.rank_launcher import free_port
 from fivefold.distributed.ranks import SHARED_SCRATCH, HostGroup, Rank
 from fivefold.models.backbones import build_backbone
 from toy_training import images_in
@@ -32,12 +31,12 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rank_results(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Return the results of all cases, one entry per rank."""
-    results, port = tmp_path_factory.mktemp("results"), free_port()
+    results = tmp_path_factory.mktemp("results")
     shared = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "error", WORKER, image_folder, results],
-            env={**shared, SHARED_SCRATCH: str(results), **HostGroup().variables(WORLD_SIZE, rank, port)},
+            env={**shared, SHARED_SCRATCH: str(results), **HostGroup().variables(WORLD_SIZE, rank)},
             stderr=subprocess.PIPE,
         )
         for rank in range(WORLD_SIZE)
