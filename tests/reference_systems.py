@@ -33,13 +33,14 @@ class Command:
 class System:
     """`draw` writes the data to a folder; `commands` run there one after the other; `files` must exist afterwards.
 
-    `commands` takes the folder because a later command may use a name that an earlier one created.
+    `commands` takes the folder because a later command may use a name that an earlier one created. `scores`: the path of a
+    metrics.json (or, if the second item is empty, of an output whose last line is JSON), a section in it, and names of scores.
     """
 
     draw: Callable[[Path], None]
     commands: Callable[[Path], Iterator[Command]]
     files: tuple[Expected, ...]
-    scores: Callable[[Path], str]
+    scores: tuple[str, ...]
 
 
 def job(name: str, *arguments: str, printed: str = "", **variables: str) -> Command:
@@ -111,16 +112,12 @@ def run_files(run: str, submission: str, columns: tuple[str, ...]) -> list[Expec
     ]
 
 
-def format_scores(path: Path, rows: str, *names: str) -> str:
-    """Format scores in `rows` of a metrics.json as `accuracy 0.900, …`."""
-    metrics = json.loads(path.read_text("utf-8"))[rows]
+def format_scores(system: System, root: Path) -> str:
+    """Format the scores of a finished system as `accuracy 0.900, …`."""
+    pattern, section, *names = system.scores
+    text = next(root.glob(pattern)).read_text("utf-8")
+    metrics = json.loads(text)[section] if section else json.loads(text.strip().splitlines()[-1])
     return ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
-
-
-def format_printed_scores(path: Path) -> str:
-    """Format the scores in the last line of a command's output, which is JSON."""
-    metrics = json.loads(path.read_text("utf-8").strip().splitlines()[-1])
-    return ", ".join(f"{name} {metrics[name]:.3f}" for name in SCORES[:2])
 
 
 SUBMISSION = "submission_fold5_ensemble_{}.csv"
@@ -156,7 +153,7 @@ B5 = System(
         Expected("compare/correlation.png", least=2_000),
         Expected("compare/compare.html", least=5_000),
     ),
-    scores=lambda root: format_scores(root / "runs/C/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
+    scores=("runs/C/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
 )
 
 
@@ -176,9 +173,7 @@ CONVNEXT = System(
         Expected("best/best_model_ema.pth", least=10_000),
         Expected("raw/best_model.pth", least=10_000),
     ),
-    scores=lambda root: format_scores(
-        root / "runs/convnext/evaluate/output/metrics.json", "test", "accuracy", "logloss"
-    ),
+    scores=("runs/convnext/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
 )
 
 
@@ -206,7 +201,7 @@ SKETCH = System(
         Expected("compare/correlation.png", least=2_000),
         Expected("compare/comparison.csv", rows=2),
     ),
-    scores=lambda root: format_scores(root / "runs/caformer/evaluate/output/metrics.json", "test", "accuracy"),
+    scores=("runs/caformer/evaluate/output/metrics.json", "test", "accuracy"),
 )
 
 
@@ -242,9 +237,7 @@ PRODUCT = System(
         Expected("parts/inference_results.csv", RESULTS, 120),
         Expected("api.out", RESULTS[:3], 4),
     ),
-    scores=lambda root: format_scores(
-        next((root / "runs").glob("run_*/evaluate/output/metrics.json")), "holdout", "accuracy", "f1_macro"
-    ),
+    scores=("runs/run_*/evaluate/output/metrics.json", "holdout", "accuracy", "f1_macro"),
 )
 
 
@@ -267,10 +260,11 @@ MASK = System(
     draw=toy_layouts.draw_faces,
     commands=mask_commands,
     files=(
-        *(Expected(f"model/{name}/model.safetensors", least=10_000) for name in ("exp", "exp2")),
-        *(Expected(f"model/{name}/train_log.csv", TRAIN_LOG, 2) for name in ("exp", "exp2")),
-        *(Expected(f"model/{name}/output/tensorboard/events.*") for name in ("exp", "exp2")),
-        *(Expected(f"model/{name}/output/validation_examples.png", least=2_000) for name in ("exp", "exp2")),
+        Expected("model/exp/model.safetensors", least=10_000),
+        Expected("model/exp/train_log.csv", TRAIN_LOG, 2),
+        Expected("model/exp/output/tensorboard/events.*"),
+        Expected("model/exp/output/validation_examples.png", least=2_000),
+        Expected("model/exp2/model.safetensors", least=10_000),
         Expected("model/exp/output/split/folds.parquet", (*FOLDS_TABLE, REST), 84),
         *fold_pair_files("runs/exp", 2, 42),
         *fold_pair_files("runs/exp2", 2, 42),
@@ -279,7 +273,7 @@ MASK = System(
         Expected("inference.out", SCORES, 1),
         Expected("product.out", SCORES, 1),
     ),
-    scores=lambda root: format_printed_scores(root / "product.out"),
+    scores=("product.out", "", "accuracy", "f1_macro"),
 )
 
 SYSTEMS = {

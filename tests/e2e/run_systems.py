@@ -14,7 +14,8 @@ from pathlib import Path
 
 from expected_files import problems
 from fivefold.launchers.status import format_table
-from reference_systems import SYSTEMS, Command, System
+from fivefold.lookup import choose
+from reference_systems import SYSTEMS, Command, System, format_scores
 
 REPOSITORY = Path(__file__).parents[2]
 LOG = "log.txt"
@@ -33,15 +34,11 @@ class Result:
 
 def main(names: Sequence[str]) -> int:
     """Run the named systems, or all; return 1 if anything failed."""
-    unknown = [name for name in names if name not in SYSTEMS]
-    if unknown:
-        print(f"unknown system {unknown[0]!r}; known: {', '.join(SYSTEMS)}")
-        return 64
     results = {}
     with tempfile.TemporaryDirectory(prefix="systems-") as folder:
         for name in names or SYSTEMS:
             print(f"{name} …", flush=True)
-            results[name] = run_system(SYSTEMS[name], Path(folder) / name)
+            results[name] = run_system(choose(SYSTEMS, "system", name), Path(folder) / name)
             for line in results[name].wrong:
                 print(f"  {line}", flush=True)
     print(format_results(results))
@@ -59,7 +56,7 @@ def run_system(system: System, root: Path) -> Result:
             break
     else:
         result.wrong = problems(root, system.files)
-        result.scores = "" if result.wrong else system.scores(root)
+        result.scores = "" if result.wrong else format_scores(system, root)
     result.steps = len(list(root.rglob("stage.json")))
     result.seconds = time.monotonic() - start
     return result
@@ -84,7 +81,7 @@ def run_command(command: Command, root: Path) -> str:
 def format_results(results: dict[str, Result]) -> str:
     rows = [("system", "stages", "seconds", "files", "scores")]
     for name, result in results.items():
-        files = f"{len(SYSTEMS[name].files)} as wanted" if not result.wrong else f"{len(result.wrong)} problems"
+        files = f"{len(SYSTEMS[name].files)} as expected" if not result.wrong else f"{len(result.wrong)} problems"
         rows.append((name, str(result.steps), f"{result.seconds:.0f}", files, result.scores))
     return format_table(rows, numbers=(1, 2))
 

@@ -151,16 +151,10 @@ class ProcessGroup:
         if self.broadcast(value) != value:
             raise SettingsError(f"process {self.rank.index} of {self.rank.world_size}: {complaint}")
 
-    @torch.no_grad()
     def broadcast_weights(self, model: nn.Module) -> None:
         """Copy rank 0's weights and buffers into the model."""
-        if self.is_single:
-            return
-        with _translate_errors():
-            for tensor in model.state_dict().values():
-                contiguous = tensor.contiguous()
-                dist.broadcast(contiguous, 0)
-                tensor.copy_(contiguous)
+        if not self.is_single:
+            model.load_state_dict(self.broadcast(model.state_dict()))
 
     @torch.no_grad()
     def all_reduce_gradients(self, model: nn.Module) -> None:

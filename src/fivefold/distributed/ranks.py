@@ -125,10 +125,12 @@ class HostGroup:
 
 
 def hosts_from_env(environ: Mapping[str, str]) -> HostGroup:
-    """Return the hosts that train together: those of NNODES or PET_NNODES, else SageMaker's, else only this one.
+    """Return the hosts on which to start processes: those of NNODES or PET_NNODES, else SageMaker's, else only this one.
 
-    Raise a SettingsError if the variables contradict each other.
+    In a process that a launcher started, it is also only this one. Raise a SettingsError if variables contradict each other.
     """
+    if started_as_rank(environ):
+        return HostGroup()
     names, current, interface = _sagemaker_hosts(environ)
     count_variable = _set_variable(environ, "NNODES")
     count = int_from_env(environ, count_variable, 1, max(1, len(names)))
@@ -150,7 +152,9 @@ def hosts_from_env(environ: Mapping[str, str]) -> HostGroup:
 
 
 def processes_from_env(environ: Mapping[str, str]) -> int | None:
-    """Return the processes per host from NPROC, PET_NPROC_PER_NODE or SM_NUM_GPUS, or None to count the GPUs."""
+    """Return the processes per host from NPROC, PET_NPROC_PER_NODE or SM_NUM_GPUS; None: count the GPUs; 1 in a started rank."""
+    if started_as_rank(environ):
+        return 1
     name = next((name for name in ("NPROC", "PET_NPROC_PER_NODE") if environ.get(name)), "NPROC")
     if environ.get(name, "") not in COUNT_GPUS:
         return 1 if environ[name] == "cpu" else int_from_env(environ, name, 1, 1)

@@ -8,6 +8,7 @@ checkpoint's settings, are ignored.
 import pickle
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -46,19 +47,6 @@ class Placeholder(dict[Any, Any]):
     __eq__ = object.__eq__
 
 
-class OrderedDictPlaceholder(Placeholder):
-    """Placeholder for OrderedDict, which old pickles build from pairs."""
-
-    def __init__(self, pairs: Any = ()) -> None:
-        dict.__init__(self, pairs)
-
-
-class UntypedStoragePlaceholder(Placeholder):
-    """Placeholder for torch's class of storages without a type, as `torch.load` uses it."""
-
-    dtype = torch.uint8
-
-
 class StoragePlaceholder(Placeholder):
     """Placeholder for the functions that build a tensor from a storage."""
 
@@ -83,9 +71,9 @@ class SubclassPlaceholder(Placeholder):
         return function(*arguments) if function in (StoragePlaceholder, TensorPlaceholder) else Placeholder()
 
 
-MAKERS: dict[tuple[str, str], type[Placeholder]] = {
-    ("collections", "OrderedDict"): OrderedDictPlaceholder,
-    ("torch.storage", "UntypedStorage"): UntypedStoragePlaceholder,
+MAKERS: dict[tuple[str, str], type] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch.storage", "UntypedStorage"): type("UntypedStorage", (Placeholder,), {"dtype": torch.uint8}),
     **{("torch._utils", f"_rebuild_tensor{version}"): StoragePlaceholder for version in ("", "_v2", "_v3")},
     **{("torch._utils", f"_rebuild_parameter{state}"): TensorPlaceholder for state in ("", "_with_state")},
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): TensorPlaceholder,

@@ -11,14 +11,7 @@ from fivefold.config.schema import Settings
 from fivefold.contract.job import StageContext
 from fivefold.contract.stage_specs import Stage
 from fivefold.distributed import rank_launcher
-from fivefold.distributed.ranks import (
-    HostGroup,
-    check_batch,
-    hosts_from_env,
-    processes_from_env,
-    rank_from_env,
-    started_as_rank,
-)
+from fivefold.distributed.ranks import check_batch, hosts_from_env, processes_from_env, rank_from_env
 from fivefold.launchers.local import list_gpus
 
 log = logging.getLogger("fivefold")
@@ -28,16 +21,13 @@ def launch_ranks(
     stage: Stage, arguments: Sequence[str], environ: Mapping[str, str], settings: Callable[[], Settings]
 ) -> int | None:
     """Run a stage in subprocesses, or skip it if another host runs it; return the exit code. None: this process must run it."""
-    started = started_as_rank(environ)
-    rank, hosts = rank_from_env(environ), HostGroup() if started else hosts_from_env(environ)
+    rank, hosts = rank_from_env(environ), hosts_from_env(environ)
     if not stage.writes_model:
         is_first = rank.is_main and hosts.index == 0
         if rank.world_size > 1 or hosts.count > 1:
-            log.info(
-                "%s runs in one process on the first host%s", stage.name, "" if is_first else ": nothing to do here"
-            )
+            log.info("%s runs in one process on the first host%s", stage.name, "" if is_first else ": nothing to do")
         return None if is_first else 0
-    processes = 1 if started else _count_processes(stage, environ, settings)
+    processes = _count_processes(stage, environ, settings)
     if hosts.count * processes == 1:
         return None
     check_batch(_trained_settings(stage, settings()).train.batch_size, hosts.count * processes)

@@ -11,17 +11,6 @@ from fivefold.models.classifier import Classifier, Standardize, build_head
 from fivefold.training.callbacks import Ema
 
 
-def test_linear_head_has_the_layers_and_initial_weights_of_torch():
-    torch.manual_seed(0)
-    head = build_head("linear", 5, 3, 0.25)
-    torch.manual_seed(0)
-    reference = nn.Sequential(nn.Dropout(0.25), nn.Linear(5, 3))
-    assert [type(layer) for layer in head] == [type(layer) for layer in reference]
-    assert head[0].p == 0.25
-    for name, tensor in reference.state_dict().items():
-        assert torch.equal(head.state_dict()[name], tensor)
-
-
 @pytest.mark.parametrize(
     ("options", "norm"),
     [
