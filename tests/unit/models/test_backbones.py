@@ -20,7 +20,6 @@ from fivefold.models.weights import load_strict, read_weights, save_weights
     [
         ("timm/resnet10t", 32, 512),
         ("timm/efficientnet_b5", 32, 2048),
-        ("timm/caformer_b36.sail_in22k", 64, 768),
         ("torchvision/resnet18", 32, 512),
         ("torchvision/mobilenet_v3_small", 32, 1024),
         ("torchvision/convnext_tiny", 32, 768),
