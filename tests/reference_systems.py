@@ -127,10 +127,10 @@ CAR_COLUMNS = ("ID", *sorted(toy_layouts.CARS))
 
 def b5_commands(root: Path) -> Iterator[Command]:
     yield submit("car_efficientnet_b5:smoke", "train=open.zip", "eval=open.zip", "run=C")
-    for name in "ABD":
+    for name in "AB":
         recipe = f"car_efficientnet_b5:{name.lower()},smoke"
         yield submit(recipe, "train=open.zip", "eval=open.zip", f"run={name}", "stages=split,train-fold,ensemble")
-    runs = ",".join(f"runs/{name}" for name in "ABCD")
+    runs = ",".join(f"runs/{name}" for name in "ABC")
     yield job("compare", f"compare.runs={runs}", SM_GROUND_TRUTH_DIR="runs/C", SM_OUTPUT_DATA_DIR="compare")
     yield export("runs/C/distill", "student", STUDENT)
 
@@ -144,11 +144,10 @@ B5 = System(
         *report_files("runs/C/evaluate-student/output", 4)[:2],
         *ensemble_files("runs/A/ensemble/output", SUBMISSION.format("A"), CAR_COLUMNS, 8),
         *ensemble_files("runs/B/ensemble/output", SUBMISSION.format("B"), CAR_COLUMNS, 8),
-        *ensemble_files("runs/D/ensemble/output", SUBMISSION.format("D"), CAR_COLUMNS, 8),
         Expected("runs/C/ensemble/output/csv/output_car_efficientnet_b5.csv", CAR_COLUMNS, 8),
         Expected(f"student/{STUDENT}", least=10_000),
-        Expected("compare/all_experiments_submission_compare.csv", ("experiment", *CAR_COLUMNS), 4 * 8),
-        Expected("compare/comparison.csv", rows=4),
+        Expected("compare/all_experiments_submission_compare.csv", ("experiment", *CAR_COLUMNS), 3 * 8),
+        Expected("compare/comparison.csv", rows=3),
         Expected("compare/model_acc.png", least=2_000),
         Expected("compare/correlation.png", least=2_000),
         Expected("compare/compare.html", least=5_000),
@@ -181,8 +180,6 @@ def sketch_commands(root: Path) -> Iterator[Command]:
     stages = "stages=split,train-fold,ensemble,evaluate"
     yield submit("sketch_caformer:smoke", "train=data", "eval=data", "run=caformer", stages)
     yield submit("sketch_caformer:smoke,resnet101", "train=data", "eval=data", "run=resnet101", stages)
-    runs = "compare.runs=runs/caformer,runs/resnet101"
-    yield job("compare", runs, SM_GROUND_TRUTH_DIR="data", SM_OUTPUT_DATA_DIR="compare")
     channels = {"SM_CHANNEL_MODEL": "runs", "SM_CHANNEL_EVAL": "data", "SM_OUTPUT_DATA_DIR": "blend"}
     yield job("ensemble", "recipe=sketch_caformer:smoke", **channels)
 
@@ -197,9 +194,6 @@ SKETCH = System(
         *ensemble_files("blend", "output.csv", ANSWER_COLUMNS, 8),
         Expected("blend/csv/output_sketch_caformer.csv", ("image_path", "0", "1", "2", "3"), 8),
         Expected("blend/csv/output_sketch_caformer_resnet101.csv", ("image_path", "0", "1", "2", "3"), 8),
-        Expected("compare/model_acc.png", least=2_000),
-        Expected("compare/correlation.png", least=2_000),
-        Expected("compare/comparison.csv", rows=2),
     ),
     scores=("runs/caformer/evaluate/output/metrics.json", "test", "accuracy"),
 )

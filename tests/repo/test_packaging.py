@@ -25,16 +25,14 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 
 def find_other_pythons() -> list[str]:
-    """Return the newest installed later Python (from PATH or pyenv), or all of them with FIVEFOLD_PYTHONS=all."""
-    pythons = []
-    for version in ("3.12", "3.13", "3.14"):
+    """Return the newest later Python on the PATH or in pyenv, or none."""
+    for version in ("3.14", "3.13", "3.12"):
         installed = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*/bin/python")
         for path in (shutil.which(f"python{version}"), *map(str, sorted(installed))):
             # a name on the PATH may be pyenv's shim of a version that is not active here: it exits with 127
             if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
-                pythons.append(path)
-                break
-    return pythons if os.environ.get("FIVEFOLD_PYTHONS") == "all" else pythons[-1:]
+                return [path]
+    return []
 
 
 def read_pins(path: Path) -> dict[str, str]:

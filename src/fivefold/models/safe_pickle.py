@@ -64,20 +64,12 @@ class TensorPlaceholder(Placeholder):
         return tensor
 
 
-class SubclassPlaceholder(Placeholder):
-    """Placeholder for the function that builds a tensor of a subclass: keep the plain tensor."""
-
-    def __new__(cls, function: Any, _type: Any, arguments: Any, *_: Any) -> Any:
-        return function(*arguments) if function in (StoragePlaceholder, TensorPlaceholder) else Placeholder()
-
-
 MAKERS: dict[tuple[str, str], type] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch.storage", "UntypedStorage"): type("UntypedStorage", (Placeholder,), {"dtype": torch.uint8}),
     **{("torch._utils", f"_rebuild_tensor{version}"): StoragePlaceholder for version in ("", "_v2", "_v3")},
     **{("torch._utils", f"_rebuild_parameter{state}"): TensorPlaceholder for state in ("", "_with_state")},
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): TensorPlaceholder,
-    ("torch._tensor", "_rebuild_from_type_v2"): SubclassPlaceholder,
 }
 
 

@@ -99,9 +99,10 @@ def load_matching(backbone: nn.Module, path: Path) -> None:
     matches = [_match(prefix, tensors, backbone, expected) for prefix in _find_prefixes(tensors, expected)]
     best = max(matches, key=lambda match: (match.learned, match.averaged))
     if best.learned < MIN_FRACTION * len(expected):
+        file_name, name = next(iter(tensors)), next(iter(expected))
         raise SettingsError(
-            f"{path} fits {best.learned} of the backbone's {len(expected)} tensors, so it contains another network; "
-            + _compare(tensors, best, expected)
+            f"{path} fits {best.learned} of the backbone's {len(expected)} tensors, so it contains another network; the file "
+            f"has {file_name!r} ({_format_shape(tensors[file_name])}), the backbone {name!r} ({_format_shape(expected[name])})"
         )
     backbone.load_state_dict(dict(best.matched), strict=False)
     others = [repr(m.prefix) for m in matches if m is not best and m.learned >= MIN_FRACTION * len(expected)]
@@ -207,14 +208,6 @@ def _resample(name: str, tensor: Tensor, expected: Tensor) -> Tensor:
 
             return resample_abs_pos_embed(tensor, [new, new])
     return tensor
-
-
-def _compare(tensors: Mapping[str, Tensor], best: WeightMatch, expected: Mapping[str, Tensor]) -> str:
-    """Compare a tensor of the file and of the backbone in words: one with another shape, or else the first of each."""
-    other = next((name for name in expected if name in best.named and name not in best.matched), None)
-    key, file_key = other or next(iter(expected)), other or next(iter(tensors))
-    file_shape = _format_shape(best.named[other] if other else tensors[file_key])
-    return f"the file has {file_key!r} ({file_shape}), the backbone {key!r} ({_format_shape(expected[key])})"
 
 
 def _format_shape(tensor: Tensor) -> str:
