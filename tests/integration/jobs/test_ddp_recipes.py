@@ -23,7 +23,8 @@ SMOKE = {
 }
 """For each recipe with a smoke variant: the function that generates its data, and the path of the training images."""
 SMALL_RUN = ["split.folds=2", "train.epochs=2", "train.warmup_epochs=1", "train.batch_size=8"]
-OTHERS = {"demo": SMALL_RUN, "small_images": [*SMALL_RUN, "augment.mixup_off_epochs=1"]}
+NARROW = 'model.backbone_kwargs={"widths": [16, 16], "stem": 8}'
+OTHERS = {"demo": SMALL_RUN, "small_images": [*SMALL_RUN, NARROW, "augment.mixup_off_epochs=1"]}
 """For each other recipe: sizes and counts for few images."""
 
 
