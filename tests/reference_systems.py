@@ -1,6 +1,5 @@
-"""The five reference systems: how to draw their data, the commands that run them, the expected files, and their scores."""
+"""The five reference systems: how to draw their data, the commands that run them, and the expected files."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,14 +32,12 @@ class Command:
 class System:
     """`draw` writes the data to a folder; `commands` run there one after the other; `files` must exist afterwards.
 
-    `commands` takes the folder because a later command may use a name that an earlier one created. `scores`: the path of a
-    metrics.json (or, if the second item is empty, of an output whose last line is JSON), a section in it, and names of scores.
+    `commands` takes the folder because a later command may use a name that an earlier one created.
     """
 
     draw: Callable[[Path], None]
     commands: Callable[[Path], Iterator[Command]]
     files: tuple[Expected, ...]
-    scores: tuple[str, ...]
 
 
 def job(name: str, *arguments: str, printed: str = "", **variables: str) -> Command:
@@ -112,14 +109,6 @@ def run_files(run: str, submission: str, columns: tuple[str, ...]) -> list[Expec
     ]
 
 
-def format_scores(system: System, root: Path) -> str:
-    """Format the scores of a finished system as `accuracy 0.900, …`."""
-    pattern, section, *names = system.scores
-    text = next(root.glob(pattern)).read_text("utf-8")
-    metrics = json.loads(text)[section] if section else json.loads(text.strip().splitlines()[-1])
-    return ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
-
-
 SUBMISSION = "submission_fold5_ensemble_{}.csv"
 STUDENT = "Student_stage2_fold1_best.pth"
 CAR_COLUMNS = ("ID", *sorted(toy_layouts.CARS))
@@ -152,7 +141,6 @@ B5 = System(
         Expected("compare/correlation.png", least=2_000),
         Expected("compare/compare.html", least=5_000),
     ),
-    scores=("runs/C/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
 )
 
 
@@ -172,7 +160,6 @@ CONVNEXT = System(
         Expected("best/best_model_ema.pth", least=10_000),
         Expected("raw/best_model.pth", least=10_000),
     ),
-    scores=("runs/convnext/evaluate/output/metrics.json", "test", "accuracy", "logloss"),
 )
 
 
@@ -195,7 +182,6 @@ SKETCH = System(
         Expected("blend/csv/output_sketch_caformer.csv", ("image_path", "0", "1", "2", "3"), 8),
         Expected("blend/csv/output_sketch_caformer_resnet101.csv", ("image_path", "0", "1", "2", "3"), 8),
     ),
-    scores=("runs/caformer/evaluate/output/metrics.json", "test", "accuracy"),
 )
 
 
@@ -231,7 +217,6 @@ PRODUCT = System(
         Expected("parts/inference_results.csv", RESULTS, 120),
         Expected("api.out", RESULTS[:3], 4),
     ),
-    scores=("runs/run_*/evaluate/output/metrics.json", "holdout", "accuracy", "f1_macro"),
 )
 
 
@@ -267,7 +252,6 @@ MASK = System(
         Expected("inference.out", SCORES, 1),
         Expected("product.out", SCORES, 1),
     ),
-    scores=("product.out", "", "accuracy", "f1_macro"),
 )
 
 SYSTEMS = {
