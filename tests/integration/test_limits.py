@@ -32,11 +32,6 @@ def measure(*arguments: str, **environ: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_help_is_printed_within_a_second() -> None:
-    assert min(measure("--help")[0] for _ in range(3)) < 1
-
-
-@pytest.mark.slow
 def test_split_of_a_million_rows_takes_30_seconds_and_2_gb(tmp_path: Path) -> None:
     rows = 1_000_000
     codes = (CLASSES * np.random.default_rng(0).random(rows) ** 2).astype(int)

@@ -53,15 +53,11 @@ class Shard:
         if not self.is_sharded:
             return local_rows
         bounds = [_bounds(self.count, rank, self.rank.world_size) for rank in range(self.rank.world_size)]
-        largest = max(stop - start for start, stop in bounds)
-        padded = (
-            torch.cat([local_rows, local_rows.new_zeros(largest - len(local_rows), *local_rows.shape[1:])])
-            if len(local_rows) < largest
-            else local_rows
-        )
-        gathered = [torch.empty_like(padded, memory_format=torch.contiguous_format) for _ in bounds]
+        padded = local_rows.new_zeros(max(stop - start for start, stop in bounds), *local_rows.shape[1:])
+        padded[: len(local_rows)] = local_rows
+        gathered = [torch.empty_like(padded) for _ in bounds]
         with _translate_errors():
-            dist.all_gather(gathered, padded.contiguous())
+            dist.all_gather(gathered, padded)
         return torch.cat([rows[: stop - start] for rows, (start, stop) in zip(gathered, bounds, strict=True)])
 
     def all_gather_logits(self, local_rows: Tensor) -> Tensor:
@@ -73,14 +69,14 @@ class _AllGatherLogits(torch.autograd.Function):
     """Gather rows; in the backward pass keep only the gradient of this process's rows, since every process has the same loss."""
 
     @staticmethod
-    def forward(ctx, own, share):
-        ctx.share = share
-        return share.all_gather(own.detach()) if share.is_sharded else own.view_as(own)
+    def forward(ctx, local_rows, shard):
+        ctx.shard = shard
+        return shard.all_gather(local_rows.detach()) if shard.is_sharded else local_rows.view_as(local_rows)
 
     @staticmethod
     def backward(ctx, grad):
-        share = ctx.share
-        return (grad[share.start : share.stop] if share.is_sharded else grad / share.rank.world_size), None
+        shard = ctx.shard
+        return (grad[shard.start : shard.stop] if shard.is_sharded else grad / shard.rank.world_size), None
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class ProcessGroup:
         return self.rank.world_size == 1
 
     def shard(self, count: int) -> Shard:
-        """Return this process's share of a batch of `count` rows."""
+        """Return this process's shard of a batch of `count` rows."""
         if self.is_single or count < MIN_ROWS_PER_RANK * self.rank.world_size:
             return Shard(0, count, count, self.rank)
         return Shard(*_bounds(count, self.rank.index, self.rank.world_size), count, self.rank)
@@ -105,20 +101,17 @@ class ProcessGroup:
 
     def local_device(self, device: torch.device) -> torch.device:
         """Return this process's GPU of the host and make it the current device. Raise a SettingsError if there are too few GPUs."""
-        if device.type != "cuda":
-            return device
-        if self.rank.local_world_size == 1:
-            if device.index is not None:
-                torch.cuda.set_device(device)  # streams and random state default to the current GPU
-            return device
-        gpus = torch.cuda.device_count()
-        if device.index is not None or self.rank.local_world_size > gpus:
-            raise SettingsError(
-                f"{self.rank.local_world_size} processes on this host need one GPU each, but train.device={device} and the host has "
-                f"{gpus} GPUs: set train.device=auto and NPROC={gpus} or less"
-            )
-        torch.cuda.set_device(self.rank.local_index)
-        return torch.device("cuda", self.rank.local_index)
+        if device.type == "cuda" and self.rank.local_world_size > 1:
+            gpus = torch.cuda.device_count()
+            if device.index is not None or self.rank.local_world_size > gpus:
+                raise SettingsError(
+                    f"{self.rank.local_world_size} processes on this host need one GPU each, but train.device={device} and the "
+                    f"host has {gpus} GPUs: set train.device=auto and NPROC={gpus} or less"
+                )
+            device = torch.device("cuda", self.rank.local_index)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and random state default to the current GPU
+        return device
 
     def run_collectively(self, call: Callable[[], T]) -> T:
         """Return what `call` returns. If a stop signal interrupts it in one process, raise StoppedError in all after each has finished."""
@@ -146,28 +139,22 @@ class ProcessGroup:
         size = torch.tensor(buffer.tell())
         with _translate_errors():
             dist.broadcast(size, 0)
-            data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8) if self.rank.is_main else None
-            data = torch.empty(int(size), dtype=torch.uint8) if data is None else data
+            content = buffer.getbuffer() if self.rank.is_main else bytearray(int(size))
+            data = torch.frombuffer(content, dtype=torch.uint8)
             dist.broadcast(data, 0)
         if self.rank.is_main:
             return value
-        return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
     def check_same(self, value: Any, complaint: str) -> None:
         """Raise a SettingsError with the text `complaint` if this process's value differs from rank 0's."""
         if self.broadcast(value) != value:
             raise SettingsError(f"process {self.rank.index} of {self.rank.world_size}: {complaint}")
 
-    @torch.no_grad()
     def broadcast_weights(self, model: nn.Module) -> None:
         """Copy rank 0's weights and buffers into the model."""
-        if self.is_single:
-            return
-        with _translate_errors():
-            for tensor in model.state_dict().values():
-                contiguous = tensor.contiguous()
-                dist.broadcast(contiguous, 0)
-                tensor.copy_(contiguous)
+        if not self.is_single:
+            model.load_state_dict(self.broadcast(model.state_dict()))
 
     @torch.no_grad()
     def all_reduce_gradients(self, model: nn.Module) -> None:
@@ -197,11 +184,11 @@ SINGLE_PROCESS = ProcessGroup()
 @contextmanager
 def init_process_group(rank: Rank) -> Iterator[ProcessGroup]:
     """Join the process group of `rank` and yield it. At the end, all processes wait for rank 0."""
-    if rank.world_size == 1:
-        yield SINGLE_PROCESS
+    process_group = ProcessGroup(rank)
+    if process_group.is_single:
+        yield process_group
         return
     _rendezvous(rank)
-    process_group = ProcessGroup(rank)
     yield process_group
     process_group.broadcast(None)
     dist.destroy_process_group()
@@ -209,20 +196,19 @@ def init_process_group(rank: Rank) -> Iterator[ProcessGroup]:
 
 def _rendezvous(rank: Rank) -> None:
     """Wait for all processes, in a thread, so that a signal can stop a waiting process."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     failed: list[Exception] = []
 
-    def meet() -> None:
+    def join() -> None:
         try:
             # torch's TCP store listens on all networks without authentication; prefer the file
             store = dist.FileStore(rank.rendezvous_file, rank.world_size) if rank.rendezvous_file else None
-            dist.init_process_group(
-                backend, store=store, rank=rank.index, world_size=rank.world_size, timeout=RENDEZVOUS_TIMEOUT
-            )
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            options = {"rank": rank.index, "world_size": rank.world_size, "timeout": RENDEZVOUS_TIMEOUT}
+            dist.init_process_group(backend, store=store, **options)
         except Exception as error:
             failed.append(error)
 
-    thread = threading.Thread(target=meet, name="rendezvous", daemon=True)
+    thread = threading.Thread(target=join, name="rendezvous", daemon=True)
     thread.start()
     while thread.is_alive():
         raise_if_stopped()
@@ -257,12 +243,8 @@ def _bounds(count: int, rank: int, world: int) -> tuple[int, int]:
 def _local_batchnorm_statistics(model: nn.Module) -> list[Tensor]:
     """Return mean and variance of each norm that computes them from this process's rows only, i.e. not of SyncBatchNorm."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and not isinstance(m, nn.SyncBatchNorm)]
-    return [
-        tensor
-        for norm in norms
-        if norm.training and norm.running_mean is not None
-        for tensor in (norm.running_mean, norm.running_var)
-    ]
+    used = [norm for norm in norms if norm.training and norm.running_mean is not None]
+    return [tensor for norm in used for tensor in (norm.running_mean, norm.running_var)]
 
 
 def convert_sync_batchnorm(network: nn.Module, device: torch.device) -> nn.Module:
@@ -277,7 +259,7 @@ def convert_sync_batchnorm(network: nn.Module, device: torch.device) -> nn.Modul
             "BatchNorm normalises by each process's own rows; its running statistics are averaged over the processes"
         )
         return network
-    from timm.layers import convert_sync_batchnorm  # torch's own would drop the activations in timm's norms
+    import timm.layers  # torch's own would drop the activations in timm's norms
 
     log.info("BatchNorm normalises by the rows of all processes (SyncBatchNorm)")
-    return convert_sync_batchnorm(network)
+    return timm.layers.convert_sync_batchnorm(network)

@@ -1,10 +1,7 @@
 """Run one stage as several processes of this host, forward signals to them and merge their exit codes."""
 
-import contextlib
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +16,6 @@ from fivefold.system import GLIBC_TUNABLES, count_cores
 
 KILL_AFTER_S = 30.0
 """After one process failed, the others have this many seconds to notice at their next communication, and to end."""
-PORTS = range(20_000, 29_000)
 ROOT_CAUSE_CODES = (64, 65, 66, 1)
 """Exit codes of the process that caused the failure. 75 may only mean that another process is gone."""
 
@@ -30,12 +26,12 @@ def run_ranks(arguments: Sequence[str], hosts: HostGroup, processes: int, enviro
     Return 130 or 143 after SIGINT or SIGTERM, which are forwarded; a second signal kills. Errors as for `merge_exit_codes`.
     """
     command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "fivefold.jobs", *arguments]
-    port, shared = hosts.port or free_port(), shared_variables(hosts, processes, environ)
+    shared = shared_variables(hosts, processes, environ)
     with Signals() as signals, tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         children: list[subprocess.Popen[bytes]] = []
         try:
             for local_rank in range(processes):
-                variables = {**shared, SHARED_SCRATCH: scratch, **hosts.variables(processes, local_rank, port)}
+                variables = {**shared, SHARED_SCRATCH: scratch, **hosts.variables(processes, local_rank)}
                 # a new session: Ctrl-C reaches the child once, from this process, not also from the terminal
                 children.append(subprocess.Popen(command, env=variables, start_new_session=True))
             killed = _wait(children, signals)
@@ -56,15 +52,6 @@ def shared_variables(hosts: HostGroup, processes: int, environ: Mapping[str, str
     # the same number of threads for every process: another number would change the last bits of results
     threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // processes)), "GOMP_SPINCOUNT": "20000"}
     return {**loopback, **threads, "GLIBC_TUNABLES": GLIBC_TUNABLES, **environ, PARENT: str(os.getpid())}
-
-
-def free_port() -> int:
-    """Return a free port of this host, below the range of ephemeral ports."""
-    while True:
-        port = PORTS.start + secrets.randbelow(len(PORTS))
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]], signals: Signals) -> list[subprocess.Popen[bytes]]:
@@ -92,9 +79,8 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], signals: Signals) -> list
 
 def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
     for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(number)
-            child.send_signal(signal.SIGCONT)  # a stopped process does not handle signals
+        child.send_signal(number)
+        child.send_signal(signal.SIGCONT)  # a stopped process does not handle signals
 
 
 def merge_exit_codes(codes: Mapping[int, int], world: int, received: Sequence[int] = ()) -> int:
@@ -104,13 +90,10 @@ def merge_exit_codes(codes: Mapping[int, int], world: int, received: Sequence[in
     was killed, a FivefoldError if one crashed.
     """
     failed = {rank: code for rank, code in codes.items() if code}
-    if not failed:
-        return 0
-    if received:
+    if received and failed:
         return 128 + received[0]
-    for code in failed.values():
-        if code in ROOT_CAUSE_CODES:
-            return code
+    if causes := [code for code in failed.values() if code in ROOT_CAUSE_CODES]:
+        return causes[0]
     for rank, code in failed.items():
         if code == -signal.SIGKILL:
             raise RetryableError(
@@ -123,7 +106,7 @@ def merge_exit_codes(codes: Mapping[int, int], world: int, received: Sequence[in
             raise FivefoldError(
                 f"process {rank} of {world} crashed ({signal.Signals(-code).name}); see its last lines above"
             )
-    return next(iter(failed.values()))
+    return next(iter(failed.values()), 0)
 
 
 def _signal_of(code: int) -> int:

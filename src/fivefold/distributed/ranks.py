@@ -9,9 +9,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fivefold.errors import DataError, SettingsError
+from fivefold.errors import SettingsError
 
 DEFAULT_PORT = 29500
 """Default of MASTER_PORT, as in torchrun."""
@@ -56,26 +55,25 @@ def started_as_rank(environ: Mapping[str, str]) -> bool:
 
 
 def rank_from_env(environ: Mapping[str, str]) -> Rank:
-    """Return the place from RANK, WORLD_SIZE and LOCAL_RANK; ALONE if they are not set. Raise a SettingsError if they are invalid."""
+    """Return the rank from RANK, WORLD_SIZE and LOCAL_RANK, or SINGLE_RANK if not set. Raise a SettingsError if they are invalid."""
     if not started_as_rank(environ):
         return SINGLE_RANK
     world = int_from_env(environ, "WORLD_SIZE", 1, 1)
     local_world = int_from_env(environ, "LOCAL_WORLD_SIZE", 1, 1)
     shared = environ.get(SHARED_SCRATCH) if local_world == world else ""  # on one host a file suffices: open no port
-    rank = Rank(
+    if world > 1 and not shared and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
+        raise SettingsError(f"WORLD_SIZE={world} processes need MASTER_ADDR and MASTER_PORT: set both")
+    return Rank(
         index_from_env(environ, "RANK", "WORLD_SIZE", world),
         world,
         index_from_env(environ, "LOCAL_RANK", "LOCAL_WORLD_SIZE", local_world),
         local_world,
         str(Path(shared) / RENDEZVOUS_FILE) if shared else "",
     )
-    if world > 1 and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
-        raise SettingsError(f"WORLD_SIZE={world} processes need MASTER_ADDR and MASTER_PORT: set both")
-    return rank
 
 
 def check_batch(size: int, world: int) -> None:
-    """Raise a SettingsError if a batch has fewer than FEWEST_ROWS rows for each of `world` processes."""
+    """Raise a SettingsError if a batch has fewer than MIN_ROWS_PER_RANK rows for each of `world` processes."""
     minimum = MIN_ROWS_PER_RANK * world
     if world > 1 and size < minimum:
         raise SettingsError(
@@ -104,15 +102,15 @@ def index_from_env(environ: Mapping[str, str], name: str, count_name: str, count
 
 @dataclass(frozen=True)
 class HostGroup:
-    """Host `index` of `count`. The hosts rendezvous at `address`:`port` (0: not set), through the network `interface` if set."""
+    """Host `index` of `count`. Several hosts rendezvous at `address`:`port`, through the network `interface` if set."""
 
     count: int = 1
     index: int = 0
     address: str = "127.0.0.1"
-    port: int = 0
+    port: int = DEFAULT_PORT
     interface: str = ""
 
-    def variables(self, processes: int, local_rank: int, port: int) -> dict[str, str]:
+    def variables(self, processes: int, local_rank: int) -> dict[str, str]:
         """Return the variables of the process `local_rank` of this host's `processes`."""
         interfaces = {name: self.interface for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if self.interface}
         return interfaces | {
@@ -122,45 +120,41 @@ class HostGroup:
             "LOCAL_WORLD_SIZE": str(processes),
             "GROUP_WORLD_SIZE": str(self.count),
             "MASTER_ADDR": self.address,
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(self.port),
         }
 
 
 def hosts_from_env(environ: Mapping[str, str]) -> HostGroup:
-    """Return the hosts that train together: those of NNODES or PET_NNODES, else SageMaker's, else only this one.
+    """Return the hosts on which to start processes: those of NNODES or PET_NNODES, else SageMaker's, else only this one.
 
-    Raise a SettingsError if the variables contradict each other.
+    In a process that a launcher started, it is also only this one. Raise a SettingsError if variables contradict each other.
     """
-    names = _sagemaker_hosts(environ)
-    count = int_from_env(environ, _set_variable(environ, "NNODES"), 1, max(1, len(names)))
+    if started_as_rank(environ):
+        return HostGroup()
+    names, current, interface = _sagemaker_hosts(environ)
+    count_variable = _set_variable(environ, "NNODES")
+    count = int_from_env(environ, count_variable, 1, max(1, len(names)))
     if names and count not in (1, len(names)):
         raise SettingsError(f"NNODES={count}, but SM_HOSTS names {len(names)}: {', '.join(names)}; unset NNODES")
-    port_variable = _set_variable(environ, "MASTER_PORT")
     if count == 1:
-        # Kubernetes sets MASTER_PORT=tcp://… in every pod if a Service has the name "master"
-        return HostGroup(
-            port=0 if "://" in environ.get(port_variable, "") else int_from_env(environ, port_variable, 1, 0)
-        )
-    port = int_from_env(environ, port_variable, 1, DEFAULT_PORT)
-    interface = environ.get("SM_NETWORK_INTERFACE_NAME") or str(_resources(environ).get("network_interface_name", ""))
-    if len(names) == count:
-        return HostGroup(count, _index_of_host(environ, names), names[0], port, interface)
+        return HostGroup()
+    port = int_from_env(environ, _set_variable(environ, "MASTER_PORT"), 1, DEFAULT_PORT)
+    if names:
+        if current not in names:
+            raise SettingsError(f"SM_CURRENT_HOST={current} is none of the hosts {', '.join(names)}")
+        return HostGroup(count, names.index(current), names[0], port, interface)
     address, index_variable = environ.get(_set_variable(environ, "MASTER_ADDR")), _set_variable(environ, "NODE_RANK")
     if not address or not environ.get(index_variable):
         raise SettingsError(
             f"NNODES={count} hosts need NODE_RANK (0 to {count - 1}) and MASTER_ADDR (the address of the host with NODE_RANK=0)"
         )
-    return HostGroup(
-        count,
-        index_from_env(environ, index_variable, _set_variable(environ, "NNODES"), count),
-        address,
-        port,
-        interface,
-    )
+    return HostGroup(count, index_from_env(environ, index_variable, count_variable, count), address, port, interface)
 
 
 def processes_from_env(environ: Mapping[str, str]) -> int | None:
-    """Return the processes per host from NPROC, PET_NPROC_PER_NODE or SM_NUM_GPUS, or None to count the GPUs."""
+    """Return the processes per host from NPROC, PET_NPROC_PER_NODE or SM_NUM_GPUS; None: count the GPUs; 1 in a started rank."""
+    if started_as_rank(environ):
+        return 1
     name = next((name for name in ("NPROC", "PET_NPROC_PER_NODE") if environ.get(name)), "NPROC")
     if environ.get(name, "") not in COUNT_GPUS:
         return 1 if environ[name] == "cpu" else int_from_env(environ, name, 1, 1)
@@ -178,30 +172,19 @@ def _set_variable(environ: Mapping[str, str], name: str) -> str:
     return f"PET_{name}" if environ.get(f"PET_{name}") and not environ.get(name) else name
 
 
-def _sagemaker_hosts(environ: Mapping[str, str]) -> list[str]:
-    """Return SageMaker's hosts, sorted. The first is the rendezvous host."""
+def _sagemaker_hosts(environ: Mapping[str, str]) -> tuple[list[str], str, str]:
+    """Return SageMaker's hosts, sorted (the first is the rendezvous host), this host's name, and its network interface.
+
+    They come from SM_HOSTS, SM_CURRENT_HOST and SM_NETWORK_INTERFACE_NAME, or else from SageMaker's `resourceconfig.json`.
+    """
+    path = Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml") / "input" / "config" / "resourceconfig.json"
     text = environ.get("SM_HOSTS", "")
     try:
-        hosts = json.loads(text) if text else _resources(environ).get("hosts", [])
-    except ValueError as error:
-        raise SettingsError(f"SM_HOSTS={text} is not a JSON list of names: {error}") from error
-    if not isinstance(hosts, list) or not all(isinstance(name, str) for name in hosts):
-        raise SettingsError(f'SM_HOSTS={text} is not a JSON list of names, such as ["algo-1", "algo-2"]')
-    return sorted(hosts)
-
-
-def _index_of_host(environ: Mapping[str, str], names: list[str]) -> int:
-    current = environ.get("SM_CURRENT_HOST") or str(_resources(environ).get("current_host", ""))
-    if current not in names:
-        raise SettingsError(f"SM_CURRENT_HOST={current} is none of the hosts {', '.join(names)}")
-    return names.index(current)
-
-
-def _resources(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return SageMaker's `resourceconfig.json`, empty if there is none. Raise a DataError if it is not JSON."""
-    path = Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml") / "input" / "config" / "resourceconfig.json"
-    try:
         config = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    return config if isinstance(config, dict) else {}
+        hosts = json.loads(text) if text else config.get("hosts", [])
+        if not isinstance(hosts, list) or not all(isinstance(name, str) for name in hosts):
+            raise ValueError('not a list such as ["algo-1", "algo-2"]')
+    except (ValueError, AttributeError) as error:
+        raise SettingsError(f"SM_HOSTS={text} is not a JSON list of names, or {path} is not valid: {error}") from error
+    current = environ.get("SM_CURRENT_HOST") or config.get("current_host", "")
+    return sorted(hosts), current, environ.get("SM_NETWORK_INTERFACE_NAME") or config.get("network_interface_name", "")

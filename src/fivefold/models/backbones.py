@@ -34,7 +34,12 @@ def build_backbone(
         options[choose(DROP_PATHS, "family of backbones for drop_path", family)] = drop_path
     try:
         return build(rest, pretrained, dict(options))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        if pretrained and isinstance(error, OSError | RuntimeError):
+            raise RetryableError(
+                f"the pretrained weights of {name} cannot be downloaded ({type(error).__name__}); without internet access "
+                "set a file: model.pretrained=false model.weights=PATH, or its name in SM_CHANNEL_WEIGHTS"
+            ) from error
         raise SettingsError(f"backbone {name!r} with options {options}: {error}") from error
 
 
@@ -58,12 +63,7 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
     if not timm.is_model(name):
         raise SettingsError(f"timm has no model {name!r}{did_you_mean(name.split('.')[0], timm.list_models())}")
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-    except (OSError, RuntimeError) as error:
-        raise (
-            _download_error(f"timm/{name}", error) if pretrained else SettingsError(f"timm/{name}: {error}")
-        ) from error
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
 
 
 def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
@@ -74,10 +74,7 @@ def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mod
     if name not in known:
         raise SettingsError(f"torchvision has no classifier {name!r}{did_you_mean(name, known)}")
     bare = options.pop("bare", False)
-    try:
-        model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
-    except OSError as error:
-        raise _download_error(f"torchvision/{name}", error) from error
+    model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
     known = {*signature(type(model)).parameters, *signature(models.get_model_builder(name)).parameters}
     unknown = sorted(options.keys() - known)
     if unknown:
@@ -101,11 +98,7 @@ def _efficientnet_pytorch(name: str, pretrained: bool, options: dict[str, Any]) 
 
     if name not in VALID_MODELS:
         raise SettingsError(f"efficientnet_pytorch has no model {name!r}{did_you_mean(name, VALID_MODELS)}")
-    make = EfficientNet.from_pretrained if pretrained else EfficientNet.from_name
-    try:
-        model = make(name, **options)
-    except OSError as error:
-        raise _download_error(f"efficientnet_pytorch/{name}", error) from error
+    model = (EfficientNet.from_pretrained if pretrained else EfficientNet.from_name)(name, **options)
     model._fc = nn.Identity()
     return _use_builtin_padding(model)
 
@@ -131,13 +124,6 @@ def _fivefold(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module
     if pretrained:
         raise SettingsError(f"fivefold/{name} has no hub weights; set model.pretrained=false, or set model.weights")
     return choose(SMALL, "fivefold backbone", name)(**options)
-
-
-def _download_error(name: str, error: Exception) -> RetryableError:
-    return RetryableError(
-        f"the pretrained weights of {name} cannot be downloaded ({type(error).__name__}); without internet access "
-        "set a file: model.pretrained=false model.weights=PATH, or its name in SM_CHANNEL_WEIGHTS"
-    )
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}

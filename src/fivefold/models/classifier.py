@@ -89,7 +89,7 @@ def build_head(spec: str | dict[str, Any], features: int, classes: int, dropout:
 
 def linear(features: int, classes: int, *, dropout: float) -> nn.Module:
     """Dropout, then one linear layer."""
-    return nn.Sequential(nn.Dropout(_check_rate("dropout", dropout)), nn.Linear(features, classes))
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(features, classes))
 
 
 def mlp(
@@ -102,12 +102,14 @@ def mlp(
     before: float = 0.0,
 ) -> nn.Module:
     """Dropout `before`, then linear to `hidden`, `norm` (batch, layer or none), ReLU, dropout and linear."""
+    if hidden < 1:
+        raise ValueError(f"hidden={hidden} is not a whole number from 1")
     return nn.Sequential(
-        nn.Dropout(_check_rate("before", before)),
-        nn.Linear(features, _check_positive("hidden", hidden)),
+        nn.Dropout(before),
+        nn.Linear(features, hidden),
         choose(NORMS, "norm", str(norm))(hidden),
         nn.ReLU(),
-        nn.Dropout(_check_rate("dropout", dropout)),
+        nn.Dropout(dropout),
         nn.Linear(hidden, classes),
     )
 
@@ -115,18 +117,6 @@ def mlp(
 def convnext(features: int, classes: int, *, dropout: float) -> nn.Module:
     """LayerNorm, dropout and one linear layer (Liu et al. 2022, arXiv 2201.03545; ε = 1e-6 as in its code)."""
     return nn.Sequential(nn.LayerNorm(features, eps=1e-6), *linear(features, classes, dropout=dropout))
-
-
-def _check_rate(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{name}={value!r} is not a number from 0 to below 1")
-    return float(value)
-
-
-def _check_positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} is not a whole number from 1")
-    return value
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {

@@ -1,17 +1,13 @@
 """Convolutions that train faster on CPUs than torch's, with the same outputs: oneDNN's forward pass, other gradients.
 
-oneDNN has fast forward kernels for every type and size, but some of its gradients are slow:
+oneDNN has fast forward kernels for every type and size, but some of its gradients are slow (docs/performance.md has times):
 
-- The weight gradient of a small map with many channels takes ten times as long as a matrix product, if the CPU has bf16
-  matrix units (AMX). As [out, B·h·w] @ [B·h·w, k·k·in] of gathered patches: 3x3, 256 channels, 3x3 pixels, batch 64,
-  6.3 -> 0.9 ms on one core.
-- The gradients of depthwise convolutions take many times the forward pass: the weight gradient of a wide kernel (7x7, 96
-  channels, 32 images of 56 pixels, bf16, two cores without AMX: 105 ms, the forward pass 5), and in bf16 the image
-  gradient at stride 2 (5x5, 144 channels: 106 ms, in float32 20). At stride 1, both gradients are depthwise convolutions
-  themselves, with more channels or with the flipped kernel (22 ms for the first). At another stride or dilation,
-  oneDNN computes them in float32. A step of ConvNeXt-Tiny takes 3.24 s instead of 3.86.
-- In bf16, the gradients of other grouped convolutions run in a reference kernel (5x5, 240 channels: 92 ms, in float32
-  21). `run_grouped_convs_in_fp32` keeps these convolutions in float32 while the rest of the network runs in bf16.
+- The weight gradient of a small map with many channels, if the CPU has bf16 matrix units (AMX). It becomes the matrix product
+  [out, B·h·w] @ [B·h·w, k·k·in] of gathered patches, which takes a seventh of the time.
+- The gradients of depthwise convolutions. At stride 1, both are depthwise convolutions themselves, with more channels or with
+  the flipped kernel. At another stride or dilation, oneDNN computes them in float32.
+- In bf16, the gradients of other grouped convolutions. `run_grouped_convs_in_fp32` keeps these convolutions in float32 while
+  the rest of the network runs in bf16.
 
 `train.cpu_convs` (`use_fast_convs`) turns the first two on, `train.precision=bf16_grouped_fp32` the third.
 """

@@ -4,7 +4,7 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -24,8 +24,6 @@ AVERAGED = {"ema", "swa", "teacher", "averaged"}
 """Name parts of weights that are an average over the training."""
 MIN_FRACTION = 0.5
 """If a smaller fraction of the backbone's tensors fits, the file contains another network."""
-MAX_UNUSED = 0.25
-"""If a larger fraction of the tensors below a prefix is unused, they may be of a larger network; a head has fewer."""
 MAX_SHOWN = 20
 """Maximum number of tensors that a message names."""
 
@@ -42,7 +40,7 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors or `torch.save` file with any suffix, without running code from the file.
+    """Return all tensors of a safetensors or `torch.save` file, without running code from the file.
 
     Names are the paths to the tensors in the file, such as `state_dict.module.conv1.weight`.
     """
@@ -56,8 +54,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     tensors = read_torch_file(path) if pickled else _read_safetensors(path)
     if not tensors:
         raise DataError(f"{path} contains no tensors")
-    parts = {name: [part for part in name.split(".") if part not in WRAPPERS] for name in tensors}
-    return {".".join(parts[name]): tensor for name, tensor in tensors.items()}
+    return {".".join(p for p in name.split(".") if p not in WRAPPERS): tensor for name, tensor in tensors.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -77,13 +74,12 @@ class WeightMatch:
     """The match between a backbone and the tensors of a file below the prefix `prefix`.
 
     `named`: tensors with the backbone's names, as in the file; `matched`: those with the backbone's shapes, some of them
-    `resampled`; `learned`: number of these that training changes; `unused`: number of the file's tensors not in `matched`.
+    resampled; `learned`: number of these that training changes; `unused`: number of the file's tensors not in `matched`.
     """
 
     prefix: str
     named: Mapping[str, Tensor]
     matched: Mapping[str, Tensor]
-    resampled: list[str]
     learned: int
     unused: int
 
@@ -95,20 +91,21 @@ class WeightMatch:
 def load_matching(backbone: nn.Module, path: Path) -> None:
     """Load the tensors of `path` that fit `backbone`, log them, and warn about tensors that keep random values.
 
-    Names can have an extra prefix, or lack one of the backbone's. If the file has several sets, the best match is loaded,
-    or an average (EMA) of equal matches. Position embeddings, relative position tables and a first convolution with
-    other channels are resampled. Raise a SettingsError if fewer than half of the backbone's tensors match.
+    Names can have an extra prefix. If the file has several sets, the best match is loaded, or an average (EMA) of equal
+    matches. Position embeddings, relative position tables and a first convolution with other channels are resampled.
+    Raise a SettingsError if fewer than half of the backbone's tensors match.
     """
     tensors, expected = read_weights(path), _trainable_state(backbone)
-    sources = _find_sources(tensors, backbone, expected)
-    best = max(sources, key=lambda source: (source.learned, source.averaged))
+    matches = [_match(prefix, tensors, backbone, expected) for prefix in _find_prefixes(tensors, expected)]
+    best = max(matches, key=lambda match: (match.learned, match.averaged))
     if best.learned < MIN_FRACTION * len(expected):
+        file_name, name = next(iter(tensors)), next(iter(expected))
         raise SettingsError(
-            f"{path} fits {best.learned} of the backbone's {len(expected)} tensors, so it contains another network; "
-            + _compare(tensors, best, expected)
+            f"{path} fits {best.learned} of the backbone's {len(expected)} tensors, so it contains another network; the file "
+            f"has {file_name!r} ({_format_shape(tensors[file_name])}), the backbone {name!r} ({_format_shape(expected[name])})"
         )
     backbone.load_state_dict(dict(best.matched), strict=False)
-    others = [other.prefix for other in sources if other is not best and other.learned >= MIN_FRACTION * len(expected)]
+    others = [repr(m.prefix) for m in matches if m is not best and m.learned >= MIN_FRACTION * len(expected)]
     log.info(
         "weights from %s: %d of the backbone's %d tensors, %s%s%s; %d of the file's unused",
         path,
@@ -116,16 +113,22 @@ def load_matching(backbone: nn.Module, path: Path) -> None:
         len(expected),
         f"those below {best.prefix!r}" if best.prefix else "by their names",
         ", an average (EMA)" if best.averaged else "",
-        f", not those below {_shorten([*map(repr, others)])}" if others else "",
+        f", not those below {_shorten(others)}" if others else "",
         best.unused,
     )
-    if best.resampled:
-        log.info("weights from %s: resampled to the backbone's shapes: %s", path, _shorten(best.resampled))
-    if best.unused > MAX_UNUSED * (best.unused + len(best.matched)):
-        log.warning(
-            "weights from %s: %d tensors are not in the backbone; are they of a larger network?", path, best.unused
-        )
-    missing = [_describe_missing(name, tensor, best) for name, tensor in expected.items() if name not in best.matched]
+    resampled = [
+        f"{name!r} from {_format_shape(best.named[name])} to {_format_shape(tensor)}"
+        for name, tensor in best.matched.items()
+        if best.named[name].shape != tensor.shape
+    ]
+    if resampled:
+        log.info("weights from %s: resampled to the backbone's shapes: %s", path, _shorten(resampled))
+    missing = [
+        f"{name!r} ({_format_shape(tensor)}"
+        + (f", in the file {_format_shape(best.named[name])})" if name in best.named else ")")
+        for name, tensor in expected.items()
+        if name not in best.matched
+    ]
     if missing:
         log.warning(
             "weights from %s: %d of the backbone's tensors stay random: %s", path, len(missing), _shorten(missing)
@@ -134,44 +137,21 @@ def load_matching(backbone: nn.Module, path: Path) -> None:
 
 def _trainable_state(backbone: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that training changes: parameters, and the running means and variances of BatchNorm."""
-    parameters, counted = dict(backbone.named_parameters()), ("running_mean", "running_var")
+    parameters, statistics = dict(backbone.named_parameters()), ("running_mean", "running_var")
     state = backbone.state_dict()
-    return {name: tensor for name, tensor in state.items() if name in parameters or name.endswith(counted)}
+    return {name: tensor for name, tensor in state.items() if name in parameters or name.endswith(statistics)}
 
 
-def _find_sources(
-    tensors: Mapping[str, Tensor], backbone: nn.Module, expected: Mapping[str, Tensor]
-) -> list[WeightMatch]:
-    """Return the candidates of the file to load from, at least one."""
-    places = _find_prefixes(tensors, expected)
-    if not places or places[0][2] < MIN_FRACTION * len(expected):
+def _find_prefixes(names: Iterable[str], expected: Collection[str]) -> list[str]:
+    """Return the prefixes in the file that may precede the backbone's names, at least one."""
+    sizes = Counter(prefix for name in names for prefix in _prefixes(name))
+    equal = Counter(prefix for name in names for prefix in _prefixes(name) if name[len(prefix) :] in expected)
+    most = max(equal.values(), default=0)
+    prefixes = [prefix for prefix, count in equal.most_common() if count >= MIN_FRACTION * most]
+    if most < MIN_FRACTION * len(expected):
         # Other names, which timm may translate: try every prefix with enough tensors.
-        counts = Counter(prefix for name in tensors for prefix in _prefixes(name))
-        places += [(prefix, "", 0) for prefix, count in counts.items() if count >= MIN_FRACTION * len(expected)]
-    pairs = dict.fromkeys((place, backbone_prefix) for place, backbone_prefix, _ in places) or {("", ""): None}
-    return [_match(place, backbone_prefix, tensors, backbone, expected) for place, backbone_prefix in pairs]
-
-
-def _find_prefixes(names: Iterable[str], expected: Iterable[str]) -> list[tuple[str, str, int]]:
-    """Return prefixes of the file and of the backbone whose removal makes names equal, and the number of equal names, most first."""
-    targets = list(expected)
-    common = [
-        prefix
-        for prefix, count in Counter(s for name in targets for s in _prefixes(name)).items()
-        if count > len(targets) / 2
-    ]
-    counts: Counter[tuple[str, str]] = Counter()
-    for backbone_prefix in common:
-        ends = {name.removeprefix(backbone_prefix) for name in targets if name.startswith(backbone_prefix)}
-        part = backbone_prefix.rpartition(".")[0].rpartition(".")[2]
-        for name in names:
-            for prefix in _prefixes(name):
-                redundant = part and f".{prefix}".endswith(f".{part}.")
-                if name[len(prefix) :] in ends and not redundant:
-                    counts[prefix, backbone_prefix] += 1
-    most = max(counts.values(), default=0)
-    near = [(*pair, count) for pair, count in counts.items() if count >= MIN_FRACTION * most]
-    return sorted(near, key=lambda place: -place[2])
+        prefixes += [prefix for prefix, count in sizes.items() if count >= MIN_FRACTION * len(expected)]
+    return list(dict.fromkeys(prefixes)) or [""]
 
 
 def _prefixes(name: str) -> list[str]:
@@ -180,33 +160,25 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _match(
-    place: str, backbone_prefix: str, tensors: Mapping[str, Tensor], backbone: nn.Module, expected: Mapping[str, Tensor]
+    prefix: str, tensors: Mapping[str, Tensor], backbone: nn.Module, expected: Mapping[str, Tensor]
 ) -> WeightMatch:
-    by_name = {
-        backbone_prefix + name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)
-    }
+    by_name = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    def count_equal(table: Mapping[str, Tensor]) -> int:
+        return sum(name in table and table[name].shape == tensor.shape for name, tensor in expected.items())
+
+    table: Mapping[str, Tensor] = by_name
+    if count_equal(by_name) < len(expected):
+        table = max((by_name, by_name | _translate(by_name, backbone)), key=count_equal)
     state = backbone.state_dict()
-    candidates = [by_name]
-    if any(name not in by_name or by_name[name].shape != tensor.shape for name, tensor in expected.items()):
-        candidates.append(_translate(by_name, backbone))
-        candidates.sort(
-            key=lambda table: -sum(name in table and table[name].shape == expected[name].shape for name in expected)
-        )
-    named, found, resampled = {}, {}, []
-    for name, tensor in state.items():
-        for source in [table[name] for table in candidates if name in table]:
-            named.setdefault(name, by_name.get(name, source))
-            fitting = _resample(name, source, tensor)
-            if fitting.shape == tensor.shape:
-                found[name] = fitting
-                if named[name].shape != tensor.shape:
-                    resampled.append(f"{name!r} from {_format_shape(named[name])} to {_format_shape(tensor)}")
-                break
-    learned = len(found.keys() & expected.keys())
-    return WeightMatch(place, named, found, resampled, learned, max(0, len(by_name) - len(found)))
+    named = {name: by_name.get(name, table[name]) for name in state if name in table}
+    resampled = {name: _resample(name, table[name], state[name]) for name in named}
+    matched = {name: tensor for name, tensor in resampled.items() if tensor.shape == state[name].shape}
+    learned = len(matched.keys() & expected.keys())
+    return WeightMatch(prefix, named, matched, learned, max(0, len(by_name) - len(matched)))
 
 
-def _translate(tensors: Mapping[str, Tensor], backbone: nn.Module) -> Mapping[str, Tensor]:
+def _translate(tensors: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
     """Return the tensors with timm's names and shapes if timm can translate or resample the authors' tensors, else none."""
     module = sys.modules[type(backbone).__module__]
     translate = getattr(module, "checkpoint_filter_fn", None) or getattr(module, "_filter_fn", None)
@@ -216,7 +188,7 @@ def _translate(tensors: Mapping[str, Tensor], backbone: nn.Module) -> Mapping[st
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in parameters else {}
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns about timm's code
-            renamed = translate(dict(tensors), backbone, **options) if len(parameters) > 1 else translate(dict(tensors))
+            renamed = translate(dict(tensors), *[backbone][: len(parameters) - 1], **options)
     except Exception as error:  # timm's function can fail in any way on unexpected names
         log.debug("timm does not translate these weights: %s", error)
         return {}
@@ -224,33 +196,18 @@ def _translate(tensors: Mapping[str, Tensor], backbone: nn.Module) -> Mapping[st
 
 
 def _resample(name: str, tensor: Tensor, expected: Tensor) -> Tensor:
-    """Adapt a first convolution to 3 channels as timm does, or positions to another square grid; return others unchanged."""
+    """Adapt a first convolution to 3 channels as timm does, or torchvision's positions to another square grid; return others unchanged."""
     shape, target = tuple(tensor.shape), tuple(expected.shape)
     if len(shape) == len(target) == 4 and target[1] == 3 != shape[1] and shape == (target[0], shape[1], *target[2:]):
         channels = max(1, shape[1])
         return tensor.float().repeat(1, -(-3 // channels), 1, 1)[:, :3] * (channels / 3)
-    if name.endswith(("pos_embed", "pos_embedding")) and len(shape) == len(target) == 3 and shape[::2] == target[::2]:
-        for extra in (1, 0, 2, 5):  # tokens without position: class token, and distillation token or registers
-            sides = [isqrt(max(0, size[1] - extra)) for size in (shape, target)]
-            if [side * side + extra for side in sides] == [shape[1], target[1]] and all(sides):
-                from timm.layers import resample_abs_pos_embed
+    if name.endswith("pos_embedding") and len(shape) == len(target) == 3 and shape[::2] == target[::2]:
+        old, new = (isqrt(max(0, size[1] - 1)) for size in (shape, target))  # without the class token
+        if old and [old * old + 1, new * new + 1] == [shape[1], target[1]]:
+            from timm.layers import resample_abs_pos_embed
 
-                return resample_abs_pos_embed(tensor, [sides[1]] * 2, num_prefix_tokens=extra)
+            return resample_abs_pos_embed(tensor, [new, new])
     return tensor
-
-
-def _describe_missing(name: str, tensor: Tensor, best: WeightMatch) -> str:
-    file_shape = f", in the file {_format_shape(best.named[name])}" if name in best.named else ""
-    return f"{name!r} ({_format_shape(tensor)}{file_shape})"
-
-
-def _compare(tensors: Mapping[str, Tensor], best: WeightMatch, expected: Mapping[str, Tensor]) -> str:
-    """Compare a tensor of the file and of the backbone in words: one with another shape, or else the first of each."""
-    key = next((name for name in expected if name in best.named and name not in best.matched), None)
-    if key is not None:
-        return f"{key!r} is {_format_shape(best.named[key])} in the file and {_format_shape(expected[key])} in the backbone"
-    file_key, key = next(iter(tensors)), next(iter(expected))
-    return f"the file has {file_key!r} ({_format_shape(tensors[file_key])}), the backbone {key!r} ({_format_shape(expected[key])})"
 
 
 def _format_shape(tensor: Tensor) -> str:
@@ -263,12 +220,9 @@ def _shorten(texts: list[str]) -> str:
 
 def load_strict(model: nn.Module, path: Path) -> None:
     """Load a model that `save_weights` wrote. Raise a DataError unless every tensor is present with its shape."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise MissingInputError(f"no weights at {path}")
     try:
-        model.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
+        model.load_state_dict(_read_safetensors(path))
+    except RuntimeError as error:
         raise DataError(f"{path} does not contain the weights that its model.json describes: {error}") from error

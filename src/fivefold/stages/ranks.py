@@ -11,7 +11,7 @@ from fivefold.config.schema import Settings
 from fivefold.contract.job import StageContext
 from fivefold.contract.stage_specs import Stage
 from fivefold.distributed import rank_launcher
-from fivefold.distributed.ranks import check_batch, hosts_from_env, processes_from_env, rank_from_env, started_as_rank
+from fivefold.distributed.ranks import check_batch, hosts_from_env, processes_from_env, rank_from_env
 from fivefold.launchers.local import list_gpus
 
 log = logging.getLogger("fivefold")
@@ -21,17 +21,12 @@ def launch_ranks(
     stage: Stage, arguments: Sequence[str], environ: Mapping[str, str], settings: Callable[[], Settings]
 ) -> int | None:
     """Run a stage in subprocesses, or skip it if another host runs it; return the exit code. None: this process must run it."""
-    if started_as_rank(environ):
-        first, several = rank_from_env(environ).is_main, rank_from_env(environ).world_size > 1
-    else:
-        hosts = hosts_from_env(environ)
-        first, several = hosts.index == 0, hosts.count > 1
+    rank, hosts = rank_from_env(environ), hosts_from_env(environ)
     if not stage.writes_model:
-        if several:
-            log.info("%s runs in one process on the first host%s", stage.name, "" if first else ": nothing to do here")
-        return None if first else 0
-    if started_as_rank(environ):
-        return None
+        is_first = rank.is_main and hosts.index == 0
+        if rank.world_size > 1 or hosts.count > 1:
+            log.info("%s runs in one process on the first host%s", stage.name, "" if is_first else ": nothing to do")
+        return None if is_first else 0
     processes = _count_processes(stage, environ, settings)
     if hosts.count * processes == 1:
         return None
@@ -57,18 +52,18 @@ def broadcast_decision(job: StageContext, settings: Settings, run: bool) -> bool
     check_batch(_trained_settings(job.stage, settings).train.batch_size, job.rank.world_size)
     from fivefold.distributed.process_group import ProcessGroup
 
-    process_group = ProcessGroup(job.rank)
-    serialised = json.dumps(hashed_settings(settings, job.stage.sections), sort_keys=True)
-    process_group.check_same(
-        serialised, "its settings differ from those of rank 0; give all hosts the same arguments and variables"
+    group = ProcessGroup(job.rank)
+    group.check_same(
+        json.dumps(hashed_settings(settings, job.stage.sections), sort_keys=True),
+        "its settings differ from those of rank 0; give all hosts the same arguments and variables",
     )
-    return process_group.broadcast(run)
+    return group.broadcast(run)
 
 
 def _count_processes(stage: Stage, environ: Mapping[str, str], settings: Callable[[], Settings]) -> int:
     """Return the number of processes on this host: NPROC, else one per GPU if the settings do not fix another device."""
     count = processes_from_env(environ)
-    if count == 1 or (count and environ.get("NPROC")):
+    if count is not None and environ.get("NPROC"):
         return count
     count = len(list_gpus(environ)) if count is None else count
     if count <= 1:

@@ -14,36 +14,27 @@ from toy_data import read_cells
 
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    demo_folder = tmp_path_factory.mktemp("demo")
-    demo.write_digits(demo_folder)
-    return demo_folder
+    folder = tmp_path_factory.mktemp("demo")
+    demo.write_digits(folder)
+    return folder
 
 
-def test_demo_writes_every_digit_once_with_its_class(demo_folder: Path) -> None:
+def test_demo_writes_every_digit_once_and_a_fifth_of_every_class_as_test_images(demo_folder: Path) -> None:
     digits = load_digits()
     truth = dict(read_cells(demo_folder / "test" / "gt.csv")[1:])
-    labels = {path: path.parent.name for path in (demo_folder / "train").glob("*/*.png")}
-    assert len(labels) == 1437
-    labels |= {path: truth[path.stem] for path in (demo_folder / "test").glob("*.png")}
-    assert len(labels) == 1797
-
+    train = {path: path.parent.name for path in (demo_folder / "train").glob("*/*.png")}
+    labels = {**train, **{path: truth[path.stem] for path in (demo_folder / "test").glob("*.png")}}
+    assert (len(train), len(labels)) == (1437, 1797)
     pixels = sorted((str(label), np.asarray(Image.open(path)).tobytes()) for path, label in labels.items())
     expected = np.rint(digits.images / 16 * 255).astype(np.uint8)
     assert pixels == sorted((str(t), image.tobytes()) for t, image in zip(digits.target, expected, strict=True))
-
-
-def test_a_fifth_of_every_class_is_test_images(demo_folder: Path) -> None:
-    labels = [label for _, label in read_cells(demo_folder / "test" / "gt.csv")[1:]]
     for digit in "0123456789":
-        trained = len(list((demo_folder / "train" / digit).glob("*.png")))
-        assert labels.count(digit) / (trained + labels.count(digit)) == pytest.approx(0.2, abs=0.005)
+        shares = [list(table.values()).count(digit) for table in (truth, labels)]
+        assert shares[0] / shares[1] == pytest.approx(0.2, abs=0.005)
 
 
 def test_demo_writes_tables_in_competition_format(demo_folder: Path) -> None:
-    table, sample = (
-        read_cells(demo_folder / "test" / "test.csv"),
-        read_cells(demo_folder / "test" / "sample_submission.csv"),
-    )
+    table, sample = (read_cells(demo_folder / "test" / f"{name}.csv") for name in ("test", "sample_submission"))
     assert table[0] == ["ID", "img_path"]
     assert sample[0] == ["ID", *"0123456789"]
     assert [row[0] for row in table] == [row[0] for row in sample]
@@ -55,7 +46,7 @@ def test_demo_keeps_complete_files_and_rewrites_incomplete_ones(demo_folder: Pat
     demo.write_digits(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
     demo.write_digits(tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     (tmp_path / demo.MARKER).unlink()
     (tmp_path / "test" / "gt.csv").unlink()
     demo.write_digits(tmp_path)

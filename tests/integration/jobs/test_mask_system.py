@@ -17,7 +17,7 @@ from fivefold.contract.files import sha256
 from fivefold.data.readers.profiles import STEMS, age_class, encode_label
 from fivefold.data.split.fold_table import read_folds
 from jobs.__main__ import run
-from toy_data import LEARNS, call_jobs, failure, read_cells, run_stage, write_csv
+from toy_data import LEARNS, failure, read_cells, run_stage, write_csv
 
 AGES = (25, 45, 65)
 TINY = [
@@ -61,6 +61,11 @@ def mask_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def run_command(name: str, *arguments: str, **variables: object) -> int:
+    """Run a command in this process with only these variables."""
+    return run(name, arguments, {variable: str(value) for variable, value in variables.items()})
+
+
 def write_table(path: Path, rows: list[tuple[str, int]]) -> None:
     write_csv(path, [["ImageID", "ans"], *rows], "utf-8")
 
@@ -68,9 +73,9 @@ def write_table(path: Path, rows: list[tuple[str, int]]) -> None:
 @pytest.fixture(scope="module")
 def model(mask_data: Path) -> Path:
     """The model of `train` with only two variables (the images and the model folder) and the settings of a tiny model."""
-    process = call_jobs("train", *TINY, SM_CHANNEL_TRAIN=mask_data / "train", SM_MODEL_DIR=mask_data / "model" / "exp")
-    assert process.returncode == 0, process.stderr
-    return mask_data / "model" / "exp"
+    folder = mask_data / "model" / "exp"
+    assert run_command("train", *TINY, SM_CHANNEL_TRAIN=mask_data / "train", SM_MODEL_DIR=folder) == 0
+    return folder
 
 
 def test_train_makes_its_own_split_and_trains_fold_0_by_default(mask_data, model):
@@ -81,19 +86,17 @@ def test_train_makes_its_own_split_and_trains_fold_0_by_default(mask_data, model
     assert info["split"] == sha256(split / "folds.parquet")
     assert info["classes"] == sorted(map(str, range(18)))
     assert len(table) == 24 * 7
-    people = {}
-    for person, fold in zip(table.groups.to_pylist(), table.fold.tolist(), strict=True):
-        people.setdefault(person, set()).add(fold)
-    assert len(people) == 24
-    assert all(len(folds) == 1 for folds in people.values())
-    second_run = call_jobs("train", *TINY, SM_CHANNEL_TRAIN=mask_data / "train", SM_MODEL_DIR=model)
-    assert "nothing to do" in second_run.stderr
+    people = set(zip(table.groups.to_pylist(), table.fold.tolist(), strict=True))
+    assert len(people) == len({person for person, _ in people}) == 24, "no person is in two folds"
+    before = (model / "stage.json").stat().st_mtime_ns
+    assert run_command("train", *TINY, SM_CHANNEL_TRAIN=mask_data / "train", SM_MODEL_DIR=model) == 0
+    assert (model / "stage.json").stat().st_mtime_ns == before, "the second run has nothing to do"
 
 
 def test_train_accepts_another_fold_and_another_output_folder(mask_data, tmp_path):
-    environ = {"SM_CHANNEL_TRAIN": str(mask_data / "train"), "SM_MODEL_DIR": str(tmp_path / "model")}
-    environ["SM_OUTPUT_DATA_DIR"] = str(tmp_path / "out")
-    assert run("train", [*TINY, "train.epochs=1", "FOLD=1", "split.folds=3"], environ) == 0
+    outputs = {"SM_MODEL_DIR": tmp_path / "model", "SM_OUTPUT_DATA_DIR": tmp_path / "out"}
+    arguments = (*TINY, "train.epochs=1", "FOLD=1", "split.folds=3")
+    assert run_command("train", *arguments, SM_CHANNEL_TRAIN=mask_data / "train", **outputs) == 0
     assert json.loads((tmp_path / "model" / "model.json").read_text())["fold"] == 1
     assert (tmp_path / "out" / "split" / "folds.parquet").is_file()
     assert not (tmp_path / "model" / "output").exists()
@@ -111,45 +114,36 @@ def test_tensorboard_has_all_tags_and_the_image_of_validation_examples(model):
         assert np.asarray(image.convert("L")).std() > 10
 
 
-def test_defect_mask_evaluation_prints_the_scores_of_scikit_learn(mask_data, tmp_path):
+def test_evaluation_prints_the_scores_of_scikit_learn(mask_data, tmp_path, capsys):
     truth = read_cells(mask_data / "truth" / "gt.csv")[1:]
     random = np.random.default_rng(1)
     answers = [(name, int(label) if random.random() < 0.6 else int(random.integers(0, 18))) for name, label in truth]
     write_table(tmp_path / "output.csv", answers[::-1])
-    for _ in range(2):  # twice: a skipped stage would print nothing, like the original program
-        process = call_jobs("evaluation", SM_GROUND_TRUTH_DIR=mask_data / "truth", SM_OUTPUT_DATA_DIR=tmp_path)
-        assert process.returncode == 0, process.stderr
-        printed = json.loads(process.stdout)
-        true, predicted = [label for _, label in truth], [str(label) for _, label in answers]
+    true, predicted = [label for _, label in truth], [str(label) for _, label in answers]
+    for _ in range(2):  # twice: a skipped stage would print nothing, unlike the original program
+        channels = {"SM_GROUND_TRUTH_DIR": mask_data / "truth", "SM_OUTPUT_DATA_DIR": tmp_path}
+        assert run_command("evaluation", **channels) == 0
+        printed = json.loads(capsys.readouterr().out)
         assert printed["accuracy"] == pytest.approx(reference.accuracy_score(true, predicted))
         assert printed["f1_macro"] == pytest.approx(reference.f1_score(true, predicted, average="macro"))
         assert printed["n"] == 36
 
 
-def test_evaluation_accepts_probabilities(tmp_path, capsys):
-    (tmp_path / "gt.csv").write_text("ImageID,ans\na,x\nb,y\nc,y\n")
-    (tmp_path / "output.csv").write_text("ImageID,x,y\na,0.9,0.1\nb,0.2,0.8\nc,0.6,0.4\n")
-    environ = {"SM_GROUND_TRUTH_DIR": str(tmp_path), "SM_OUTPUT_DATA_DIR": str(tmp_path)}
-    assert run("evaluation", [], environ) == 0
-    assert json.loads(capsys.readouterr().out) == {"accuracy": 2 / 3, "f1_macro": pytest.approx(2 / 3), "n": 3}
-
-
 @pytest.mark.parametrize(
     ("truth", "answers", "code", "message"),
     [
-        (None, "ImageID,ans\na,1\n", 66, "no gt.csv"),
-        ("ImageID,ans\na,1\n", None, 66, "no answers at"),
+        (None, "ImageID,ans\na,1\n", 66, "gt.csv"),
+        ("ImageID,ans\na,1\n", None, 66, "answers"),
         ("ImageID,ans\na,1\nb,2\n", "ImageID,ans\na,1\n", 65, "1 of the 2 ids"),
     ],
 )
 def test_evaluation_rejects_missing_files_and_missing_answers(tmp_path, truth, answers, code, message, capfd):
-    (tmp_path / "truth").mkdir()
-    (tmp_path / "out").mkdir()
-    for name, text in {"truth/gt.csv": truth, "out/output.csv": answers}.items():
+    for folder, name, text in (("truth", "gt.csv", truth), ("out", "output.csv", answers)):
+        (tmp_path / folder).mkdir()
         if text is not None:
-            (tmp_path / name).write_text(text)
-    environ = {"SM_GROUND_TRUTH_DIR": str(tmp_path / "truth"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "out")}
-    assert run("evaluation", [], environ) == code
+            (tmp_path / folder / name).write_text(text)
+    channels = {"SM_GROUND_TRUTH_DIR": tmp_path / "truth", "SM_OUTPUT_DATA_DIR": tmp_path / "out"}
+    assert run_command("evaluation", **channels) == code
     output = capfd.readouterr()
     assert message in output.err
     assert not output.out
@@ -181,9 +175,8 @@ def link_models(factor_models: Path, folder: Path, *names: str) -> Path:
 
 
 def test_model_of_some_factors_has_only_the_classes_of_these_factors(factor_models):
-    table = read_folds(
-        factor_models / "split" / "output" / "folds.parquet", factor_models / "split" / "output" / "classes.json"
-    )
+    split = factor_models / "split" / "output"
+    table = read_folds(split / "folds.parquet", split / "classes.json")
     assert table.factors.names == ("mask", "gender", "age")
     labels = dict(zip(table.ids.to_pylist(), table.labels(), strict=True))
     for name, factors, classes in (("masks", ["mask", "gender"], 6), ("ages", ["age"], 3)):
@@ -206,22 +199,18 @@ def test_student_must_have_the_factors_of_its_teachers(mask_data, factor_models,
     assert (info["role"], info["knows"], len(info["classes"])) == ("student", ["mask", "gender"], 6)
 
 
-def test_inference_with_one_model_uses_the_columns_and_order_of_info_csv(mask_data, model, tmp_path):
-    channels = {"SM_CHANNEL_EVAL": mask_data / "eval", "SM_CHANNEL_MODEL": model, "SM_OUTPUT_DATA_DIR": tmp_path}
-    process = call_jobs("inference", **channels)
-    assert process.returncode == 0, process.stderr
+def test_inference_with_one_model_uses_the_columns_and_order_of_info_csv(mask_data, model, tmp_path, capsys):
+    outputs = {"SM_OUTPUT_DATA_DIR": tmp_path}
+    assert run_command("inference", SM_CHANNEL_EVAL=mask_data / "eval", SM_CHANNEL_MODEL=model, **outputs) == 0
     answers, listed = read_cells(tmp_path / "output.csv"), read_cells(mask_data / "eval" / "info.csv")
     assert answers[0] == ["ImageID", "ans"]
     assert [name for name, _ in answers] == [name for name, _ in listed]
     assert {label for _, label in answers[1:]} <= set(map(str, range(18)))
-    predicted = predictions.read(tmp_path / "predictions.parquet")
-    assert [predicted.classes[code] for code in predicted.log_probs.argmax(axis=1)] == [
-        label for _, label in answers[1:]
-    ]
-    evaluation = call_jobs("evaluation", SM_GROUND_TRUTH_DIR=mask_data / "truth", SM_OUTPUT_DATA_DIR=tmp_path)
-    assert (
-        json.loads(evaluation.stdout)["accuracy"] > 3 / 18
-    )  # three times chance: the network is tiny and its training short
+    table = predictions.read(tmp_path / "predictions.parquet")
+    assert [table.classes[code] for code in table.log_probs.argmax(axis=1)] == [label for _, label in answers[1:]]
+    capsys.readouterr()
+    assert run_command("evaluation", SM_GROUND_TRUTH_DIR=mask_data / "truth", **outputs) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] > 3 / 18, "three times chance: the training is short"
 
 
 def test_inference_combines_models_of_different_factors_automatically(mask_data, factor_models, tmp_path):
@@ -232,9 +221,8 @@ def test_inference_combines_models_of_different_factors_automatically(mask_data,
     run_and_check(mask_data, "inference", tmp_path, MODEL=models)
     predicted = predictions.read(tmp_path / "output" / "predictions.parquet")
     assert (len(predicted.classes), predicted.system) == (18, "ages × masks")
-    mask_gender_labels, age_labels = (
-        dict(read_cells(tmp_path / name / "output" / "output.csv")[1:]) for name in ("masks-0", "ages-1")
-    )
+    tables = (read_cells(tmp_path / name / "output" / "output.csv") for name in ("masks-0", "ages-1"))
+    mask_gender_labels, age_labels = (dict(cells[1:]) for cells in tables)
     answers = read_cells(tmp_path / "output" / "output.csv")[1:]
     assert len(answers) == 36
     for name, answer in answers:
@@ -290,10 +278,6 @@ def test_product_ensemble_is_evaluated_on_the_combined_classes(mask_data, factor
 def test_age_models_alone_are_scored_on_age(mask_data, factor_models, tmp_path):
     models = {"MODEL": link_models(factor_models, tmp_path / "models", "ages-0", "ages-1")}
     run_and_check(mask_data, "ensemble", tmp_path / "ages", **models)
-    channels = {
-        **models,
-        "SM_CHANNEL_PREDICTIONS": tmp_path / "ages" / "output",
-        "SM_GROUND_TRUTH_DIR": mask_data / "truth",
-    }
-    run_and_check(mask_data, "evaluate", tmp_path / "report", **channels)
+    channels = {"SM_CHANNEL_PREDICTIONS": tmp_path / "ages" / "output", "SM_GROUND_TRUTH_DIR": mask_data / "truth"}
+    run_and_check(mask_data, "evaluate", tmp_path / "report", **models, **channels)
     assert json.loads((tmp_path / "report" / "output" / "metrics.json").read_text())["test"]["accuracy"] > 0.8

@@ -10,7 +10,6 @@ from torch import nn
 import distributed_worker
 from distributed_worker import CASES, COUNTS, OTHERS, ROWS, SIZE, predict_rows, train_case
 from fivefold.distributed.process_group import ProcessGroup, convert_sync_batchnorm
-from fivefold.distributed.rank_launcher import free_port
 from fivefold.distributed.ranks import SHARED_SCRATCH, HostGroup, Rank
 from fivefold.models.backbones import build_backbone
 from forked_process import Forked
@@ -29,12 +28,12 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rank_results(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Return the results of all cases, one entry per rank."""
-    results, port = tmp_path_factory.mktemp("results"), free_port()
+    results = tmp_path_factory.mktemp("results")
     environ = {"PATH": os.environ["PATH"], SHARED_SCRATCH: str(results)}
     processes = [
         Forked(
             [distributed_worker.__file__, str(image_folder), str(results)],
-            environ | HostGroup().variables(WORLD_SIZE, rank, port),
+            environ | HostGroup().variables(WORLD_SIZE, rank),
         )
         for rank in range(WORLD_SIZE)
     ]

@@ -12,41 +12,32 @@ from fivefold.errors import DataError, RetryableError, SettingsError
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, build_head
 from fivefold.models.cpu_convs import DepthwiseConv2d, use_fast_convs
-from fivefold.models.weights import load_matching, load_strict, read_weights, save_weights
-
-LARGE_BACKBONES = [
-    ("torchvision/resnext50_32x4d", 64, 2048),
-    ("torchvision/resnext101_32x8d", 64, 2048),
-    ("torchvision/vgg19", 32, 4096),
-    ("timm/caformer_b36.sail_in22k", 64, 768),
-    ("efficientnet_pytorch/efficientnet-b4", 64, 1792),
-    ("efficientnet_pytorch/efficientnet-b5", 64, 2048),
-]
+from fivefold.models.weights import load_strict, read_weights, save_weights
 
 
 @pytest.mark.parametrize(
     ("name", "size", "features"),
     [
         ("timm/resnet10t", 32, 512),
-        ("timm/mobilenetv3_small_050", 32, 1024),
+        ("timm/efficientnet_b5", 32, 2048),
         ("torchvision/resnet18", 32, 512),
         ("torchvision/mobilenet_v3_small", 32, 1024),
         ("torchvision/convnext_tiny", 32, 768),
+        ("torchvision/resnext101_32x8d", 64, 2048),
+        ("torchvision/vgg19", 32, 4096),
         ("efficientnet_pytorch/efficientnet-b0", 32, 1280),
-        ("torchvision/resnet34", 32, 512),
-        ("timm/efficientnet_b5", 32, 2048),
-        ("efficientnet_pytorch/efficientnet-b3", 32, 1536),
+        ("efficientnet_pytorch/efficientnet-b5", 64, 2048),
         ("fivefold/small_net", 32, 256),
         ("fivefold/base_model", 32, 128),
-        *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE_BACKBONES),
     ],
 )
 def test_backbones_of_every_family_return_features(name, size, features):
-    backbone = build_backbone(name, False, {})
-    assert count_features(backbone, (size, size)) == features
-    assert backbone.training
-    network = Classifier(backbone, build_head("linear", features, 7, 0.1)).eval()
-    assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
+    with torch.device("meta"):  # only shapes
+        backbone = build_backbone(name, False, {})
+        assert count_features(backbone, (size, size)) == features
+        assert backbone.training
+        network = Classifier(backbone, build_head("linear", features, 7, 0.1)).eval()
+        assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +67,11 @@ def test_unknown_backbone_names_are_rejected_with_a_hint(name, message):
 def test_drop_path_works_in_all_families_and_unknown_options_are_rejected(name, get_rate):
     with pytest.raises(SettingsError, match="no_such_option"):
         build_backbone(name, False, {"no_such_option": 1})
-    assert get_rate(build_backbone(name, False, {}, drop_path=0.3)) == pytest.approx(0.3)
-    assert get_rate(build_backbone(name, False, {})) < 0.3
-    assert get_rate(build_backbone(name, False, {}, drop_path=0.0)) == 0.0
+    with torch.device("meta"):
+        rates = [get_rate(build_backbone(name, False, {}, drop_path=rate)) for rate in (0.3, None, 0.0)]
+    assert rates[0] == pytest.approx(0.3)
+    assert rates[1] < 0.3
+    assert rates[2] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -90,13 +83,8 @@ def test_drop_path_is_rejected_by_networks_without_stochastic_depth(name, messag
         build_backbone(name, False, {}, drop_path=0.1)
 
 
-def test_bare_backbone_returns_pooled_features():
-    bare = build_backbone("torchvision/convnext_tiny", False, {"bare": True}).eval()
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(bare(images), bare.features(images).mean(dim=(2, 3)))
-    assert bare(images).shape == (2, 768)
-    with pytest.raises(SettingsError, match="nothing before its last layer"):
+def test_bare_is_rejected_by_networks_with_nothing_before_their_last_layer():
+    with torch.device("meta"), pytest.raises(SettingsError, match="bare"):
         build_backbone("torchvision/resnet18", False, {"bare": True})
 
 
@@ -127,19 +115,14 @@ def test_failed_weight_download_suggests_model_weights(monkeypatch, tmp_path):
 
 def test_saved_weights_load_unchanged(tmp_path):
     network, loaded = (
-        Classifier(build_backbone("timm/resnet10t", False, {}), build_head("linear", 512, 3, 0.0)) for _ in range(2)
+        Classifier(build_backbone("fivefold/small_net", False, {"widths": [8]}), nn.Linear(8, 3)) for _ in range(2)
     )
     (tmp_path / "plain").touch()
     save_weights(tmp_path / "model.safetensors", network.state_dict())
-    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode, (
-        "the file has the default permissions"
-    )
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     load_strict(loaded, tmp_path / "model.safetensors")
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
-    start = build_backbone("timm/resnet10t", False, {})
-    load_matching(start, tmp_path / "model.safetensors")
-    assert torch.equal(start.state_dict()["conv1.0.weight"], network.backbone.state_dict()["conv1.0.weight"])
 
 
 def test_loading_weights_of_another_network_fails(tmp_path):
@@ -148,8 +131,7 @@ def test_loading_weights_of_another_network_fails(tmp_path):
         load_strict(nn.Linear(4, 3), tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("size", [64, 45])
-def test_efficientnet_pytorch_pads_in_its_convolutions_and_matches_the_original(size):
+def test_efficientnet_pytorch_pads_in_its_convolutions_and_matches_the_original():
     torch.manual_seed(0)
     reference = EfficientNet.from_name("efficientnet-b0")
     reference._fc = nn.Identity()
@@ -160,21 +142,16 @@ def test_efficientnet_pytorch_pads_in_its_convolutions_and_matches_the_original(
     strided = [name for name, module in backbone.named_modules() if getattr(module, "stride", None) in ((2, 2), [2, 2])]
     assert padded == strided
     assert len(padded) == 5
-    depthwise = [
-        module
-        for module in use_fast_convs(copy.deepcopy(backbone), amx=False).modules()
-        if isinstance(module, DepthwiseConv2d)
-    ]
+    converted = use_fast_convs(copy.deepcopy(backbone), amx=False)
+    depthwise = [module for module in converted.modules() if isinstance(module, DepthwiseConv2d)]
     assert [module.stride for module in depthwise] == [(1, 1)] * 12
-    images = torch.randn(4, 3, size, size)
-    results = []
+    images, results = torch.randn(2, 3, 45, 45), []
     for network in (backbone.train(), reference.train()):
         torch.manual_seed(1)
         features = network(images)
         features.square().sum().backward()
-        results.append(
-            [features.detach(), *(parameter.grad for parameter in network.parameters() if parameter.grad is not None)]
-        )
+        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        results.append([features.detach(), *gradients])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
     torch.testing.assert_close(backbone.eval()(images), reference.eval()(images), rtol=1e-5, atol=1e-6)
