@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fivefold.contract.files import atomic, read_json, write_json
+from fivefold.contract.files import atomic
 from fivefold.progress import track
 
 from . import submit
@@ -18,9 +18,8 @@ from . import submit
 log = logging.getLogger("fivefold")
 
 DATA = Path("data/demo")
-MARKER = "written.json"
-FORMAT = 1
-"""Increase it when the files change, so that older files are rewritten."""
+LAST_TABLE = "gt.csv"
+"""The file that is written last: if it exists, all others do."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def write_digits(folder: Path) -> None:
     """Write train/<digit>/NNNN.png (80 %) and test/ with test.csv, sample_submission.csv and gt.csv (20 %)."""
-    if (folder / MARKER).is_file() and read_json(folder / MARKER) == {"format": FORMAT}:
+    if (folder / "test" / LAST_TABLE).is_file():
         return
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -53,7 +52,6 @@ def write_digits(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images[row]).save(folder / name)
     write_tables(folder / "test", [str(digits.target[row]) for row in test])
-    write_json(folder / MARKER, {"format": FORMAT})
     log.info("wrote %d training and %d test images to %s", len(train), len(test), folder)
 
 
@@ -65,7 +63,7 @@ def write_tables(folder: Path, labels: Sequence[str]) -> None:
     tables = {
         "test.csv": pd.DataFrame({"ID": ids, "img_path": [f"./{name}.png" for name in ids]}),
         "sample_submission.csv": pd.DataFrame(0.0, pd.Index(ids, name="ID"), sorted(set(labels))).reset_index(),
-        "gt.csv": pd.DataFrame({"ID": ids, "label": labels}),
+        LAST_TABLE: pd.DataFrame({"ID": ids, "label": labels}),
     }
     for name, table in tables.items():
         with atomic(folder / name) as temporary:

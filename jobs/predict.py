@@ -56,15 +56,19 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     results = to_results(prediction, images.names, ensemble.classes)
     log_counts(prediction, images.names, results, seconds)
 
-    folder = results_folder(job, settings)
+    folder = job.output()
+    if settings.predict.folder:
+        folder = folder / settings.predict.folder / (settings.run or new_run_name())
     scored = scored_parts(request, prediction, ensemble.classes)
     files = [write_results(folder / settings.predict.file, results, images.labels), *write_mistakes(folder, scored)]
     figures = {
         "images": len(images),
         "errors": len(prediction.unreadable),
         "ms_per_image": round(1000 * seconds / len(images), 3),
-        **{part: {"n": len(rows.table), **rounded_scores(rows)} for part, rows in scored.items()},
     }
+    for part, rows in scored.items():
+        metrics = compute_metrics(rows.table.log_probs, rows.codes)
+        figures[part] = {"n": len(rows.table)} | {name: round(value, 6) for name, value in metrics.items()}
     shown = results[0] if len(results) == 1 else figures
     print(json.dumps(shown, ensure_ascii=False), flush=True)
     log.info("predictions: %s", files[0])
@@ -97,13 +101,6 @@ def select_images(
     return PredictRequest(images, part[rows], table.sha256_of(rows))
 
 
-def results_folder(job: StageContext, settings: Settings) -> Path:
-    """Return the output folder, or `<predict.folder>/<run>` in it."""
-    if not settings.predict.folder:
-        return job.output()
-    return job.output() / settings.predict.folder / (settings.run or new_run_name())
-
-
 def scored_parts(request: PredictRequest, batch: PredictionBatch, classes: tuple[str, ...]) -> dict[str, ScoredRows]:
     """Return the readable rows with a known class, by part."""
     scored = {}
@@ -117,10 +114,6 @@ def scored_parts(request: PredictRequest, batch: PredictionBatch, classes: tuple
             table = Predictions(names[rows], unknown, "", classes, batch.log_probs[selected], truth[rows])
             scored[part] = ScoredRows(part, "", "", table, dict(zip(names[rows], names[rows], strict=True)))
     return scored
-
-
-def rounded_scores(rows: ScoredRows) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in compute_metrics(rows.table.log_probs, rows.codes).items()}
 
 
 def write_results(path: Path, results: Sequence[Mapping[str, Any]], truth: Sequence[str]) -> Path:

@@ -48,12 +48,10 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     from fivefold.serving.server import address, listen, serve
     from fivefold.serving.service import Service
 
-    options = settings.serve
     with defer_signals(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
-        with listen(options.host, options.port) as listener:
+        with listen(settings.serve.host, settings.serve.port) as listener:
             log.info("listens at %s, loading %s", address(listener), path)
-            service = Service(options)
-            serve(listener, service, lambda: load_served_model(path, settings, Path(scratch)), options.drain_s)
+            serve(listener, Service(settings.serve), lambda: load_served_model(path, settings, Path(scratch)))
     return 0
 
 
