@@ -8,6 +8,7 @@ s3://bucket/prefix), else SM_CHANNEL_MODEL, else SM_MODEL_DIR, else the student 
     GET /metrics        counters for Prometheus
 """
 
+import asyncio
 import logging
 import os
 import tempfile
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     with defer_signals(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         with listen(settings.serve.host, settings.serve.port) as listener:
             log.info("listens at %s, loading %s", address(listener), path)
-            serve(listener, Service(settings.serve), lambda: load_served_model(path, settings, Path(scratch)))
+            asyncio.run(
+                serve(listener, Service(settings.serve), lambda: load_served_model(path, settings, Path(scratch)))
+            )
     return 0
 
 

@@ -83,12 +83,13 @@ def load(layers: Sequence[Layer]) -> Settings:
     sources: dict[str, str] = {}
     for layer in reversed(layers):
         for key, value in layer.values.items():
-            # Values of higher precedence go last, so that a table does not overwrite such a key inside it.
-            values.pop(key, None)
+            values.pop(
+                key, None
+            )  # values of higher precedence go last: a table must not overwrite such a key inside it
             values[key] = _convert(key, value, layer.source)
             sources[key] = layer.source
-    index = next((layer.values["fold"] for layer in layers if layer.source == INDEX_VARIABLE and layer.values), None)
-    if index is not None and values["fold"] != parse_value(int, index):
+    index = next((layer.values["fold"] for layer in layers if layer.source == INDEX_VARIABLE and layer.values), "none")
+    if parse_value(int | None, index) not in (None, values.get("fold")):
         raise SettingsError(f"FOLD={values['fold']} and {INDEX_VARIABLE}={index} differ; set only one of them")
     tree = read_recipe(values["recipe"]) if values.get("recipe") else {}
     for key, value in values.items():
@@ -147,12 +148,11 @@ def hashed_settings(settings: Settings, sections: Sequence[str]) -> dict[str, An
 
 def describe(sections: Sequence[str]) -> str:
     """Return the `--help` text: one line per key of `sections`, with type, description and default."""
-    lines = [
+    return "\n".join(
         f"  {key:24} {type_name(field.annotation):26} {field.description} (default: {json.dumps(field.default, ensure_ascii=False)})"
         for key, field in FIELDS.items()
         if in_sections(key, sections)
-    ]
-    return "\n".join(lines)
+    )
 
 
 def reference() -> str:
@@ -215,18 +215,18 @@ def _validate(tree: Mapping[str, Any], sources: Mapping[str, str], where: str = 
         return settings
     except ValidationError as error:
         # The student's sections are validated as separate models; their keys are in [distill].
-        prefix = "" if error.title == "Settings" else f"distill.{error.title.lower()}."
+        prefix = () if error.title == "Settings" else ("distill", error.title.lower())
         problems = {_describe_error(problem, prefix, sources): None for problem in error.errors()}
         raise SettingsError(where + "; ".join(problems)) from None
 
 
-def _describe_error(problem: Mapping[str, Any], prefix: str, sources: Mapping[str, str]) -> str:
+def _describe_error(problem: Mapping[str, Any], prefix: Sequence[str], sources: Mapping[str, str]) -> str:
     """Return a pydantic error in plain words: `train.epochs=0 (argument): at least 1 is needed`."""
-    parts = [*prefix.split(".")[:-1], *problem["loc"]]
-    path = ".".join(str(part) for part in parts)
+    parts = [*prefix, *problem["loc"]]
+    path = ".".join(map(str, parts))
     if problem["type"] == "extra_forbidden":
         return f"unknown key {path!r}{_hint(path)}"
-    key = next((".".join(map(str, parts[:n])) for n in (3, 2, 1) if ".".join(map(str, parts[:n])) in KEY_TYPES), "")
+    key = next((name for n in (3, 2, 1) if (name := ".".join(map(str, parts[:n]))) in KEY_TYPES), "")
     if problem["type"] == "value_error":
         return f"{path}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     text = BOUND_MESSAGES.get(problem["type"], "{type} is needed")

@@ -39,8 +39,8 @@ DRAIN_BODY_S = 2.0
 class EarlyResponse(JSONResponse):
     """The response to a request whose body was not read to its end.
 
-    Closing a connection with unread bytes resets it, and the client would lose the response. So the response
-    is sent at once, further bytes are discarded for a while, then the connection is closed.
+    It is sent at once, then the remaining body is discarded for a while: closing a connection with unread bytes resets
+    it, and the client would lose the response.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

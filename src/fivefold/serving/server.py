@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 import uvicorn
@@ -64,9 +64,8 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server without signal handlers: the process handles the signals itself."""
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    def capture_signals(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting; every accepted connection may still send its request and get its response."""
@@ -91,15 +90,11 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(listener: socket.socket, service: Service, load: Callable[[], Any]) -> None:
+async def serve(listener: socket.socket, service: Service, load: Callable[[], Any]) -> None:
     """Serve the model that `load` returns at `listener`, until a signal raises StoppedError; raise the errors of `load`.
 
     `/ping` is 503 while the model loads and after the signal. Requests in flight then have `serve.drain_s` seconds.
     """
-    asyncio.run(_serve(listener, service, load))
-
-
-async def _serve(listener: socket.socket, service: Service, load: Callable[[], Any]) -> None:
     async with running(listener, service) as server:
         loading = asyncio.ensure_future(asyncio.to_thread(load))
         await wait_for_stop(loading, server)

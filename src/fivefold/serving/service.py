@@ -24,9 +24,7 @@ MIN_BYTES_PER_S = 10_000.0
 if TYPE_CHECKING:
     from fivefold.ensemble import EnsemblePredictor
 
-SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Upper bounds of the histograms' buckets."""
 disable_created_metrics()
 
 
@@ -40,7 +38,7 @@ class Metrics:
         in_flight = Gauge("fivefold_images_under_way", "images of requests in flight", registry=registry)
         in_flight.set_function(images)
         seconds = "seconds from a request's header to its response"
-        self._seconds = Histogram("fivefold_request_seconds", seconds, buckets=SECONDS_BUCKETS, registry=registry)
+        self._seconds = Histogram("fivefold_request_seconds", seconds, registry=registry)
         images_per_batch = "images per batch of the model"
         self.batches = Histogram("fivefold_batch_images", images_per_batch, buckets=IMAGES_BUCKETS, registry=registry)
 
