@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -174,17 +173,6 @@ def test_unsupported_formats_give_error_rows_and_content_decides_the_format(part
     results = predict_files(parts_run, folder, tmp_path / "out")
     assert [row["image_path"] for row in results] == ["a.png", "b", "c.dng", "d.HEIC"]
     assert [row["predicted_class"] for row in results] == ["full_shot", "full_shot", "ERROR", "ERROR"]
-
-
-def test_folder_and_zip_give_the_same_predictions(parts_run, products, tmp_path):
-    paths = sorted((products.root / "사진").rglob("*.png"))
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for path in paths:
-            archive.write(path, path.relative_to(products.root / "사진"))
-    sources = (products.root / "사진", tmp_path / "images.zip")
-    rows = [predict_files(parts_run, images, tmp_path / f"out-{images.stem}") for images in sources]
-    assert rows[0] == rows[1]
-    assert len(rows[0]) == len(paths)
 
 
 def test_formula_in_a_file_name_is_escaped_in_the_table(tmp_path):
