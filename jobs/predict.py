@@ -29,13 +29,13 @@ from fivefold.trained_model import ImageList
 
 log = logging.getLogger("fivefold")
 
-MISTAKE_FILES = {"train": "wrong_train.csv", "valid": "wrong_valid.csv", "test": "wrong_test.csv"}
-"""Mistakes on rows that the models trained on, on rows that selected their best epoch, and on new rows."""
+PARTS = ("train", "valid", "test")
+"""Rows that the models trained on, rows that selected their best epoch, and new rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class PredictRequest:
-    """N images to predict, and the role of each in training: `part` [N], a key of MISTAKE_FILES."""
+    """N images to predict, and the role of each in training: `part` [N], one of PARTS."""
 
     images: UserImages
     part: np.ndarray
@@ -106,7 +106,7 @@ def scored_parts(request: PredictRequest, batch: PredictionBatch, classes: tuple
     scored = {}
     truth = np.array(request.images.labels, object)
     names = np.array(request.images.names, object)
-    for part in MISTAKE_FILES:
+    for part in PARTS:
         selected = (request.part[batch.rows] == part) & (truth[batch.rows] != "")
         rows = batch.rows[selected]
         if len(rows):
@@ -123,6 +123,6 @@ def write_results(path: Path, results: Sequence[Mapping[str, Any]], truth: Seque
 
 def write_mistakes(folder: Path, scored: Mapping[str, ScoredRows]) -> list[Path]:
     """Write the mistakes of each part, the most confident first; return the files."""
-    for file in MISTAKE_FILES.values():
-        (folder / file).unlink(missing_ok=True)
-    return [write_csv(folder / MISTAKE_FILES[part], rows.mistakes()) for part, rows in scored.items()]
+    for part in PARTS:
+        (folder / f"wrong_{part}.csv").unlink(missing_ok=True)
+    return [write_csv(folder / f"wrong_{part}.csv", rows.mistakes()) for part, rows in scored.items()]

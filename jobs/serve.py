@@ -40,12 +40,13 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     if {"-h", "--help"} & set(arguments):
         print(f"{__doc__.strip()}\n\nKeys, as arguments or environment variables (SERVE__PORT=8081):\n{describe(KEYS)}")
         return 0
-    path, rest = split_arguments(arguments)
+    models = [argument for argument in arguments if normalize_key(argument.partition("=")[0]) == "model"]
+    rest = [argument for argument in arguments if argument not in models]
     layers = [*collect_layers(rest, environ), *platform_layers(environ)]
     settings = load(layers)
     if unused := unused_keys(layers[0], ("predict", "serve")):
         log.info("serve does not use: %s", ", ".join(unused))
-    path = path or model_path(environ, settings)
+    path = (models[-1].partition("=")[2] if models else "") or model_path(environ, settings)
     from fivefold.serving.server import address, listen, serve
     from fivefold.serving.service import Service
 
@@ -56,13 +57,6 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
                 serve(listener, Service(settings.serve), lambda: load_served_model(path, settings, Path(scratch)))
             )
     return 0
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the model path from the arguments, "" if none, and the other arguments."""
-    models = [argument for argument in arguments if normalize_key(argument.partition("=")[0]) == "model"]
-    rest = [argument for argument in arguments if argument not in models]
-    return (models[-1].partition("=")[2] if models else ""), rest
 
 
 def platform_layers(environ: Mapping[str, str]) -> list[Layer]:

@@ -140,7 +140,8 @@ class Service:
                 rate = f"{MIN_BYTES_PER_S / 1000:g} kB/s after {GRACE_PERIOD_S:g} s"
                 message = f"{taken} bytes have arrived; send all within {limit:g} s (serve.timeout_s) and at {rate}"
                 raise RefusedError(408, message) from None
-            yield bytes(body)
+            body = bytes(body)  # frees the bytearray
+            yield body
         finally:
             self.bodies -= taken
 

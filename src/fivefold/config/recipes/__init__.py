@@ -53,10 +53,9 @@ def _load_tree(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         tree = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise MissingInputError(
-            f"recipe {path} does not exist; give a file or one of: {', '.join(shipped_recipes())}"
-        ) from error
+    except OSError:
+        known = ", ".join(shipped_recipes())
+        raise MissingInputError(f"recipe {str(path)!r} does not exist; give a file or one of: {known}") from None
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"recipe {path} cannot be read: {error}") from error
     variants = tree.get("variants", {}) if isinstance(tree, dict) else None
