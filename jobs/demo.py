@@ -10,17 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fivefold.contract.files import atomic, read_json, write_json
-from fivefold.progress import track
+from fivefold.contract.files import atomic
 
 from . import submit
 
 log = logging.getLogger("fivefold")
 
 DATA = Path("data/demo")
-MARKER = "written.json"
-FORMAT = 1
-"""Increase it when the files change, so that older files are rewritten."""
+LAST_TABLE = "gt.csv"
+"""The file that is written last: if it exists, all others do."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,8 +36,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def write_digits(folder: Path) -> None:
     """Write train/<digit>/NNNN.png (80 %) and test/ with test.csv, sample_submission.csv and gt.csv (20 %)."""
-    if (folder / MARKER).is_file() and read_json(folder / MARKER) == {"format": FORMAT}:
+    if (folder / "test" / LAST_TABLE).is_file():
         return
+    import pandas as pd
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -49,24 +48,16 @@ def write_digits(folder: Path) -> None:
     train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=42, stratify=digits.target)
     names = {int(row): f"train/{digits.target[row]}/{row:04d}.png" for row in train}
     names |= {int(row): f"test/TEST_{number:05d}.png" for number, row in enumerate(test)}
-    for row, name in track(names.items(), len(names), "writing digits"):
+    for row, name in names.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images[row]).save(folder / name)
-    write_tables(folder / "test", [str(digits.target[row]) for row in test])
-    write_json(folder / MARKER, {"format": FORMAT})
-    log.info("wrote %d training and %d test images to %s", len(train), len(test), folder)
-
-
-def write_tables(folder: Path, labels: Sequence[str]) -> None:
-    """Write the tables of a competition's download: the test rows, the sample submission and the ground truth."""
-    import pandas as pd
-
-    ids = [f"TEST_{number:05d}" for number in range(len(labels))]
+    ids, labels = [f"TEST_{number:05d}" for number in range(len(test))], digits.target[test].astype(str)
     tables = {
         "test.csv": pd.DataFrame({"ID": ids, "img_path": [f"./{name}.png" for name in ids]}),
         "sample_submission.csv": pd.DataFrame(0.0, pd.Index(ids, name="ID"), sorted(set(labels))).reset_index(),
-        "gt.csv": pd.DataFrame({"ID": ids, "label": labels}),
+        LAST_TABLE: pd.DataFrame({"ID": ids, "label": labels}),
     }
     for name, table in tables.items():
-        with atomic(folder / name) as temporary:
+        with atomic(folder / "test" / name) as temporary:
             table.to_csv(temporary, index=False, encoding="utf-8-sig")
+    log.info("wrote %d training and %d test images to %s", len(train), len(test), folder)

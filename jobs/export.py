@@ -4,7 +4,7 @@ import logging
 
 from fivefold import export
 from fivefold.config.schema import Settings
-from fivefold.contract.artifacts import ModelDir, find_all, find_models, find_one
+from fivefold.contract.artifacts import find_all, find_models, find_one
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import ENSEMBLE, EXPORT, RAW_WEIGHTS, WEIGHTS
@@ -23,7 +23,11 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     name, write = choose(export.FORMATS, "format", options.format)
     path = job.output() / (options.file or name)
     models = find_models(job.channel("model"), job.scratch)
-    models = models if settings.fold is None else [model_of_fold(models, settings.fold)]
+    if settings.fold is not None:
+        models = [model for model in models if model.info["fold"] == settings.fold]
+        if len(models) != 1:
+            names = ", ".join(model.name for model in models)
+            raise SettingsError(f"FOLD={settings.fold}: {len(models)} models below the channel 'model' ({names})")
     if job.optional_channel("ensemble") is None:
         ensemble = find_ensemble(models, find_all(job.channel("model"), job.scratch, ENSEMBLE))
     else:
@@ -39,14 +43,3 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     facts = {"file": path.name, "format": options.format, **export.describe(predictor)}
     write_json(job.output() / EXPORT, facts)
     return StageResult([path, job.output() / EXPORT], {"models": len(models), "bytes": path.stat().st_size})
-
-
-def model_of_fold(models: list[ModelDir], fold: int) -> ModelDir:
-    """Return the only model of a fold; raise a SettingsError if there is none or several."""
-    models = [model for model in models if model.info["fold"] == fold]
-    if len(models) != 1:
-        words = f"{len(models)} models ({', '.join(model.name for model in models)})" if models else "no model"
-        raise SettingsError(
-            f"FOLD={fold}: {words} below the channel 'model'; set it to the model directory of one fold"
-        )
-    return models[0]

@@ -29,13 +29,13 @@ from fivefold.trained_model import ImageList
 
 log = logging.getLogger("fivefold")
 
-MISTAKE_FILES = {"train": "wrong_train.csv", "valid": "wrong_valid.csv", "test": "wrong_test.csv"}
-"""Mistakes on rows that the models trained on, on rows that selected their best epoch, and on new rows."""
+PARTS = ("train", "valid", "test")
+"""Rows that the models trained on, rows that selected their best epoch, and new rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class PredictRequest:
-    """N images to predict, and the role of each in training: `part` [N], a key of MISTAKE_FILES."""
+    """N images to predict, and the role of each in training: `part` [N], one of PARTS."""
 
     images: UserImages
     part: np.ndarray
@@ -56,15 +56,19 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     results = to_results(prediction, images.names, ensemble.classes)
     log_counts(prediction, images.names, results, seconds)
 
-    folder = results_folder(job, settings)
+    folder = job.output()
+    if settings.predict.folder:
+        folder = folder / settings.predict.folder / (settings.run or new_run_name())
     scored = scored_parts(request, prediction, ensemble.classes)
     files = [write_results(folder / settings.predict.file, results, images.labels), *write_mistakes(folder, scored)]
     figures = {
         "images": len(images),
         "errors": len(prediction.unreadable),
         "ms_per_image": round(1000 * seconds / len(images), 3),
-        **{part: {"n": len(rows.table), **rounded_scores(rows)} for part, rows in scored.items()},
     }
+    for part, rows in scored.items():
+        metrics = compute_metrics(rows.table.log_probs, rows.codes)
+        figures[part] = {"n": len(rows.table)} | {name: round(value, 6) for name, value in metrics.items()}
     shown = results[0] if len(results) == 1 else figures
     print(json.dumps(shown, ensure_ascii=False), flush=True)
     log.info("predictions: %s", files[0])
@@ -97,19 +101,12 @@ def select_images(
     return PredictRequest(images, part[rows], table.sha256_of(rows))
 
 
-def results_folder(job: StageContext, settings: Settings) -> Path:
-    """Return the output folder, or `<predict.folder>/<run>` in it."""
-    if not settings.predict.folder:
-        return job.output()
-    return job.output() / settings.predict.folder / (settings.run or new_run_name())
-
-
 def scored_parts(request: PredictRequest, batch: PredictionBatch, classes: tuple[str, ...]) -> dict[str, ScoredRows]:
     """Return the readable rows with a known class, by part."""
     scored = {}
     truth = np.array(request.images.labels, object)
     names = np.array(request.images.names, object)
-    for part in MISTAKE_FILES:
+    for part in PARTS:
         selected = (request.part[batch.rows] == part) & (truth[batch.rows] != "")
         rows = batch.rows[selected]
         if len(rows):
@@ -119,10 +116,6 @@ def scored_parts(request: PredictRequest, batch: PredictionBatch, classes: tuple
     return scored
 
 
-def rounded_scores(rows: ScoredRows) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in compute_metrics(rows.table.log_probs, rows.codes).items()}
-
-
 def write_results(path: Path, results: Sequence[Mapping[str, Any]], truth: Sequence[str]) -> Path:
     """Write one row per image, in input order; return the path."""
     return write_csv(path, pd.DataFrame(results).assign(true_class=list(truth)))
@@ -130,6 +123,6 @@ def write_results(path: Path, results: Sequence[Mapping[str, Any]], truth: Seque
 
 def write_mistakes(folder: Path, scored: Mapping[str, ScoredRows]) -> list[Path]:
     """Write the mistakes of each part, the most confident first; return the files."""
-    for file in MISTAKE_FILES.values():
-        (folder / file).unlink(missing_ok=True)
-    return [write_csv(folder / MISTAKE_FILES[part], rows.mistakes()) for part, rows in scored.items()]
+    for part in PARTS:
+        (folder / f"wrong_{part}.csv").unlink(missing_ok=True)
+    return [write_csv(folder / f"wrong_{part}.csv", rows.mistakes()) for part, rows in scored.items()]

@@ -8,6 +8,7 @@ s3://bucket/prefix), else SM_CHANNEL_MODEL, else SM_MODEL_DIR, else the student 
     GET /metrics        counters for Prometheus
 """
 
+import asyncio
 import logging
 import os
 import tempfile
@@ -39,29 +40,23 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     if {"-h", "--help"} & set(arguments):
         print(f"{__doc__.strip()}\n\nKeys, as arguments or environment variables (SERVE__PORT=8081):\n{describe(KEYS)}")
         return 0
-    path, rest = split_arguments(arguments)
+    models = [argument for argument in arguments if normalize_key(argument.partition("=")[0]) == "model"]
+    rest = [argument for argument in arguments if argument not in models]
     layers = [*collect_layers(rest, environ), *platform_layers(environ)]
     settings = load(layers)
     if unused := unused_keys(layers[0], ("predict", "serve")):
         log.info("serve does not use: %s", ", ".join(unused))
-    path = path or model_path(environ, settings)
+    path = (models[-1].partition("=")[2] if models else "") or model_path(environ, settings)
     from fivefold.serving.server import address, listen, serve
     from fivefold.serving.service import Service
 
-    options = settings.serve
     with defer_signals(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
-        with listen(options.host, options.port) as listener:
+        with listen(settings.serve.host, settings.serve.port) as listener:
             log.info("listens at %s, loading %s", address(listener), path)
-            service = Service(options)
-            serve(listener, service, lambda: load_served_model(path, settings, Path(scratch)), options.drain_s)
+            asyncio.run(
+                serve(listener, Service(settings.serve), lambda: load_served_model(path, settings, Path(scratch)))
+            )
     return 0
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the model path from the arguments, "" if none, and the other arguments."""
-    models = [argument for argument in arguments if normalize_key(argument.partition("=")[0]) == "model"]
-    rest = [argument for argument in arguments if argument not in models]
-    return (models[-1].partition("=")[2] if models else ""), rest
 
 
 def platform_layers(environ: Mapping[str, str]) -> list[Layer]:

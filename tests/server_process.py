@@ -4,20 +4,18 @@ import http.client
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from reference_run import REPOSITORY, wait_until
 
-SECONDS = 60.0
+TIMEOUT_S = 60.0
 """Time limit for the process to start, to respond and to end."""
 
 
@@ -47,14 +45,7 @@ class ServerProcess:
         port = [] if "SAGEMAKER_BIND_TO_PORT" in environment else ["serve.port=0"]
         command = [sys.executable, "-W", "error", "-m", "jobs", "serve", *port, *arguments]
         with open(log, "wb") as file:
-            # a shell makes its background processes ignore SIGINT, and child processes inherit that
-            self.process = subprocess.Popen(
-                command,
-                env=environment,
-                cwd=REPOSITORY,
-                stderr=file,
-                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-            )
+            self.process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stderr=file)
 
     def __enter__(self) -> "ServerProcess":
         return self
@@ -63,14 +54,14 @@ class ServerProcess:
         self.process.kill()
         self.process.wait()
 
-    def told(self) -> str:
+    def read_log(self) -> str:
         return self.log.read_text(encoding="utf-8")
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """Wait until the log contains the pattern; return the match."""
-        wait_until(lambda: re.search(pattern, self.told()) or self.process.poll() is not None, SECONDS)
-        match = re.search(pattern, self.told())
-        assert match, self.told()
+        wait_until(lambda: re.search(pattern, self.read_log()) or self.process.poll() is not None, TIMEOUT_S)
+        match = re.search(pattern, self.read_log())
+        assert match, self.read_log()
         return match
 
     @property
@@ -82,24 +73,26 @@ class ServerProcess:
         return self
 
     def connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
 
     def raw(self) -> socket.socket:
         """A plain connection, for arbitrary bytes."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_S)
 
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         """Send one request on its own connection; `content_type="image/png"` is a header."""
         with closing(self.connection()) as connection:
-            return sent(connection, method, path, body, **headers)
+            return send_request(connection, method, path, body, **headers)
 
-    def end(self, number: int = signal.SIGTERM) -> int:
-        """Send this signal and return the exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(SECONDS)
+    def stop(self) -> int:
+        """Send SIGTERM and return the exit code."""
+        self.process.terminate()
+        return self.process.wait(TIMEOUT_S)
 
 
-def sent(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+def send_request(
+    connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, **headers: str
+) -> Answer:
     """Send a request on this connection and return the response; the body of an iterator is sent in chunks."""
     http_headers = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body, http_headers, encode_chunked=hasattr(body, "__next__"))

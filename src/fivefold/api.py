@@ -18,16 +18,12 @@ from fivefold.contract.files import tree_files
 from fivefold.data.readers.user_images import InMemoryStore
 from fivefold.ensemble import EnsemblePredictor, PredictionBatch, load_ensemble
 from fivefold.errors import MissingInputError
-from fivefold.predictions import preview
 from fivefold.trained_model import ImageList
 
 log = logging.getLogger("fivefold")
 
 ERROR = "ERROR"
 """The predicted class of an image that cannot be read, with a confidence of 0."""
-
-MAX_LISTED = 5
-"""Maximum number of reasons in the warning about unreadable images; the others get one line each."""
 
 ImageInput = str | os.PathLike[str] | bytes | Image.Image
 IMAGE_INPUT_TYPES = (str, os.PathLike, bytes, Image.Image)
@@ -105,14 +101,10 @@ def log_counts(batch: PredictionBatch, names: Sequence[str], results: Sequence[d
     read, failed = len(batch.rows), len(batch.unreadable)
     speed = f"{1000 * seconds / len(names):.1f} ms per image" if names else "no image"
     log.info("predicted %d images in %.2f s (%s): %d successes, %d failures", len(names), seconds, speed, read, failed)
-    counts = Counter(result["predicted_class"] for result in results if result["predicted_class"] != ERROR)
-    if counts:
-        log.info("classes: %s", ", ".join(f"{name} {count}" for name, count in counts.most_common()))
-    if failed:
-        reasons = list(batch.unreadable.values())
-        log.warning("%d images cannot be read: %s", failed, preview(reasons, MAX_LISTED))
-        for reason in reasons[MAX_LISTED:]:
-            log.info("cannot be read: %s", reason)
+    counts = Counter(result["predicted_class"] for result in results)
+    log.info("classes: %s", ", ".join(f"{name} {count}" for name, count in counts.most_common()))
+    for reason in batch.unreadable.values():
+        log.warning("cannot be read: %s", reason)
 
 
 def _name(image: Any, number: int) -> str:

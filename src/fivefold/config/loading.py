@@ -6,7 +6,7 @@ case-insensitive; a dot or `__` separates section and key. `parsing.py` parses t
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,18 +49,12 @@ def arguments_layer(arguments: Sequence[str]) -> Layer:
 
 def environment_layer(environ: Mapping[str, str]) -> Layer:
     """Return the layer of FOLD, STAGE, RECIPE, RUN, RUNS, SEED and SECTION__KEY; an empty variable counts as not set."""
-    names: dict[str, str] = {}
+    values = {}
     for name, value in environ.items():
         section, _, key = name.lower().partition("__")
-        if not value or not ((key and section in SECTIONS) or name.lower() in ENVIRONMENT_KEYS):
-            continue
-        other = names.setdefault(normalize_key(name), name)
-        if environ[other] != value:
-            raise SettingsError(
-                f"{other}={_redact(normalize_key(name), environ[other])} and {name}={_redact(normalize_key(name), value)} in the "
-                "environment differ; set one of them"
-            )
-    return Layer("environment", {key: environ[name] for key, name in names.items()})
+        if value and ((key and section in SECTIONS) or name.lower() in ENVIRONMENT_KEYS):
+            values[normalize_key(name)] = value
+    return Layer("environment", values)
 
 
 def job_index_layer(environ: Mapping[str, str]) -> Layer:
@@ -89,11 +83,14 @@ def load(layers: Sequence[Layer]) -> Settings:
     sources: dict[str, str] = {}
     for layer in reversed(layers):
         for key, value in layer.values.items():
-            # Values of higher precedence go last, so that a table does not overwrite such a key inside it.
-            values.pop(key, None)
+            values.pop(
+                key, None
+            )  # values of higher precedence go last: a table must not overwrite such a key inside it
             values[key] = _convert(key, value, layer.source)
             sources[key] = layer.source
-    _check_index(layers, values.get("fold"))
+    index = next((layer.values["fold"] for layer in layers if layer.source == INDEX_VARIABLE and layer.values), "none")
+    if parse_value(int | None, index) not in (None, values.get("fold")):
+        raise SettingsError(f"FOLD={values['fold']} and {INDEX_VARIABLE}={index} differ; set only one of them")
     tree = read_recipe(values["recipe"]) if values.get("recipe") else {}
     for key, value in values.items():
         _set_key(tree, key, value)
@@ -121,9 +118,8 @@ def in_sections(key: str, sections: Sequence[str]) -> bool:
 
 def read_recipe(name: str) -> dict[str, Any]:
     """Return the tree of a shipped recipe or a recipe file, with its variants: `name:a,b`; see `recipes.read`."""
-    tree: dict[str, Any] = {}
-    for where, tree in read(name):
-        _validate(tree, {}, where)
+    tree = read(name)
+    _validate(tree, {}, f"recipe {name}: ")
     return tree
 
 
@@ -152,38 +148,29 @@ def hashed_settings(settings: Settings, sections: Sequence[str]) -> dict[str, An
 
 def describe(sections: Sequence[str]) -> str:
     """Return the `--help` text: one line per key of `sections`, with type, description and default."""
-    lines = [
+    return "\n".join(
         f"  {key:24} {type_name(field.annotation):26} {field.description} (default: {json.dumps(field.default, ensure_ascii=False)})"
         for key, field in FIELDS.items()
         if in_sections(key, sections)
-    ]
-    return "\n".join(lines)
+    )
 
 
 def reference() -> str:
     """Return docs/settings.md: every key with type, default and meaning, a table per section."""
-    lines = [
-        "# Settings",
-        "",
-        "Every key with its type, default and meaning. `make docs` generates this page from `src/fivefold/config/schema.py`. Keys are written as",
-        "`section.key` on the command line, as `SECTION__KEY` in the environment, and below `[section]` in a recipe: [docs/training.md](training.md).",
-    ]
-    section = None
-    for key, field in FIELDS.items():
-        name, dot, short = key.partition(".")
-        if name != section and (dot or section is None):
-            section = name if dot else ""
-            lines += [
-                "",
-                f"## [{section}]" if section else "## Top level",
-                "",
-                "| key | type | default | meaning |",
-                "|---|---|---|---|",
-            ]
-        default = json.dumps(field.default, ensure_ascii=False)
-        cells = [f"`{short or name}`", type_name(field.annotation), f"`{default}`", field.description or ""]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    text = (
+        "# Settings\n\nEvery key with its type, default and meaning. `make docs` generates this page from "
+        "`src/fivefold/config/schema.py`. Keys are written as\n`section.key` on the command line, as `SECTION__KEY` "
+        "in the environment, and below `[section]` in a recipe: [docs/training.md](training.md).\n"
+    )
+    for section in ("", *(name for name in Settings.model_fields if name in SECTIONS)):
+        text += f"\n## {f'[{section}]' if section else 'Top level'}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
+        for key, field in FIELDS.items():
+            name, _, short = key.rpartition(".")
+            if name == section:
+                default = json.dumps(field.default, ensure_ascii=False)
+                cells = [f"`{short}`", type_name(field.annotation), f"`{default}`", field.description or ""]
+                text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    return text
 
 
 def _convert(key: str, value: Any, source: str) -> Any:
@@ -195,12 +182,12 @@ def _convert(key: str, value: Any, source: str) -> Any:
     try:
         return parse_value(kind, value)
     except ValueError as error:
-        raise SettingsError(f"{key}={_redact(key, value, repr)} ({source}): {error}") from None
+        raise SettingsError(f"{key}={_redact(key, value)} ({source}): {error}") from None
 
 
-def _redact(key: str, value: Any, to_text: Callable[[Any], str] = str) -> str:
+def _redact(key: str, value: Any) -> str:
     """Return the text of a setting's value for a message, or `***` if the value may be secret."""
-    return "***" if SECRET.fullmatch(key) else to_text(value)
+    return "***" if SECRET.fullmatch(key) else repr(value)
 
 
 def _hint(key: str) -> str:
@@ -209,12 +196,6 @@ def _hint(key: str) -> str:
         return f"; it is a section: write {key}.NAME=VALUE or {key}__NAME=VALUE"
     same = [known for known in KEY_TYPES if known.endswith(f".{key}") and known.count(".") == 1]
     return f"; did you mean {' or '.join(map(repr, same))}?" if same else did_you_mean(key, [*KEY_TYPES, *SECTIONS])
-
-
-def _check_index(layers: Sequence[Layer], fold: int | None) -> None:
-    index = next((layer.values["fold"] for layer in layers if layer.source == INDEX_VARIABLE and layer.values), None)
-    if index is not None and fold != parse_value(int, index):
-        raise SettingsError(f"FOLD={fold} and {INDEX_VARIABLE}={index} differ; set only one of them")
 
 
 def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -234,30 +215,24 @@ def _validate(tree: Mapping[str, Any], sources: Mapping[str, str], where: str = 
         return settings
     except ValidationError as error:
         # The student's sections are validated as separate models; their keys are in [distill].
-        prefix = "" if error.title == "Settings" else f"distill.{error.title.lower()}."
+        prefix = () if error.title == "Settings" else ("distill", error.title.lower())
         problems = {_describe_error(problem, prefix, sources): None for problem in error.errors()}
         raise SettingsError(where + "; ".join(problems)) from None
 
 
-def _describe_error(problem: Mapping[str, Any], prefix: str, sources: Mapping[str, str]) -> str:
+def _describe_error(problem: Mapping[str, Any], prefix: Sequence[str], sources: Mapping[str, str]) -> str:
     """Return a pydantic error in plain words: `train.epochs=0 (argument): at least 1 is needed`."""
-    parts = [*prefix.split(".")[:-1], *problem["loc"]]
-    path = ".".join(str(part) for part in parts)
+    parts = [*prefix, *problem["loc"]]
+    path = ".".join(map(str, parts))
     if problem["type"] == "extra_forbidden":
         return f"unknown key {path!r}{_hint(path)}"
-    key = next((".".join(map(str, parts[:n])) for n in (3, 2, 1) if ".".join(map(str, parts[:n])) in KEY_TYPES), "")
+    key = next((name for n in (3, 2, 1) if (name := ".".join(map(str, parts[:n]))) in KEY_TYPES), "")
     if problem["type"] == "value_error":
         return f"{path}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-    value = problem["input"]
+    text = BOUND_MESSAGES.get(problem["type"], "{type} is needed")
+    requirement = text.format(type=type_name(KEY_TYPES[key]) if key else "a table of keys", **problem.get("ctx", {}))
     source = f" ({sources[key]})" if key in sources else ""
-    return f"{key or path}={_redact(key or path, value, repr)}{source}: {_requirement(problem, key)}"
-
-
-def _requirement(problem: Mapping[str, Any], key: str) -> str:
-    bound = BOUND_MESSAGES.get(problem["type"])
-    if bound is not None:
-        return bound.format(**problem.get("ctx", {}))
-    return f"{type_name(KEY_TYPES[key]) if key else 'a table of keys'} is needed"
+    return f"{key or path}={_redact(key or path, problem['input'])}{source}: {requirement}"
 
 
 BOUND_MESSAGES = {

@@ -5,14 +5,12 @@ environment variables and command-line arguments. Functions below `build.py` tak
 """
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Spec = str | dict[str, Any]
 """A component by name, or by a table with parameters: `"horizontal_flip"` or `{ name = "rotation", degrees = 15 }`."""
-
-
 IMAGE_TYPES = {
     "main_image": "full_shot",
     "back_image": "full_shot",
@@ -20,12 +18,8 @@ IMAGE_TYPES = {
     "neck_tag_image": "neck_label",
     "other": "detail_shot",
 }
-
-
 Blend = Literal["mean", "weighted", "fitted", "geometric", "rank", "vote", "product", "greedy", "greedy_accuracy"]
 ImageFormat = Literal["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM"]
-
-
 MAX_NAME_BYTES = 150
 """Limit of the names of a system and of a run, because file names contain them."""
 
@@ -33,111 +27,121 @@ MAX_NAME_BYTES = 150
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _check_all(self) -> Self:
+        self.check()
+        return self
 
-def _check_name(key: str, name: str, needed: bool = False) -> None:
-    if set(name) & set("/\\") or name in (".", "..") or (needed and not name):
-        raise ValueError(f"{key}={name!r} must be a plain name inside the output folder, without / and \\")
+    def check(self) -> None:
+        """Raise a ValueError for values that are invalid together."""
+
+
+def setting(default: Any, description: str, **constraints: Any) -> Any:
+    """Return a field with its default, its description and its bounds."""
+    return Field(default, description=description, **constraints)
+
+
+def reject_if(condition: object, message: str) -> None:
+    """Raise a ValueError with the message if the condition is true."""
+    if condition:
+        raise ValueError(message)
+
+
+def _check_name(name: str) -> str:
+    reject_if(
+        set(name) & set("/\\") or name in (".", ".."),
+        f"{name!r} must be a plain name inside the output folder, without / and \\",
+    )
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_check_name)]
 
 
 class Data(Section):
-    layout: str = Field("auto", description="auto, folders, mask_profiles (by person), csv, or products (one per row)")
-    table: str = Field("", description="CSV file inside the channel; empty: train.csv, or the only CSV")
-    id_column: str = Field("", description="CSV column of row ids; empty: id if it exists, else the image path")
-    path_column: str = Field("", description="CSV column of image paths; empty: image_path, img_path, path or similar")
-    label_column: str = Field("", description="CSV column of classes; empty: target, label, class_name or similar")
-    group_column: str = Field("", description="CSV column of groups (people, products) that folds must not split")
-    image_root: str = Field("", description="folder that relative CSV paths start from; empty: where they exist")
-    category_column: str = Field("", description="products: column of categories; empty: category_name or category")
-    image_types: dict[str, str] = Field(IMAGE_TYPES, description="products: class of the images in each column")
-    age_bins: list[float] = Field([30, 60], description="mask_profiles: ages at which the next age class begins")
-    class_aliases: list[list[str]] = Field([], description='synonymous class names, e.g. [["A", "B"], ["C", "D"]]')
-    alias_policy: Literal["none", "merge", "sum"] = Field(
-        "none", description="class_aliases: merge before training, or sum their probabilities when predicting"
+    layout: str = setting("auto", "auto, folders, mask_profiles (by person), csv, or products (one per row)")
+    table: str = setting("", "CSV file inside the channel; empty: train.csv, or the only CSV")
+    id_column: str = setting("", "CSV column of row ids; empty: id if it exists, else the image path")
+    path_column: str = setting("", "CSV column of image paths; empty: image_path, img_path, path or similar")
+    label_column: str = setting("", "CSV column of classes; empty: target, label, class_name or similar")
+    group_column: str = setting("", "CSV column of groups (people, products) that folds must not split")
+    image_root: str = setting("", "folder that relative CSV paths start from; empty: where they exist")
+    category_column: str = setting("", "products: column of categories; empty: category_name or category")
+    image_types: dict[str, str] = setting(IMAGE_TYPES, "products: class of the images in each column")
+    age_bins: list[float] = setting([30, 60], "mask_profiles: ages at which the next age class begins")
+    class_aliases: list[list[str]] = setting([], 'synonymous class names, e.g. [["A", "B"], ["C", "D"]]')
+    alias_policy: Literal["none", "merge", "sum"] = setting(
+        "none", "class_aliases: merge before training, or sum their probabilities when predicting"
     )
-    resize_shorter_side: int = Field(
-        0, ge=0, description="first shrink images to this shorter side, in pixels; 0: keep size"
-    )
-    jpeg_draft: bool = Field(
-        False, description="decode JPEGs at 1/2, 1/4 or 1/8, never below resize_shorter_side; faster"
-    )
-    cache: str = Field("auto", description="folder of decoded images for all stages; auto: .cache beside the runs; off")
-    cache_gib: float = Field(64.0, gt=0, description="maximum size of an image cache in GiB; larger ones are not built")
-    max_unpacked_gib: float = Field(200.0, gt=0, description="maximum unpacked size of a .zip, in GiB")
-    max_megapixels: float = Field(100.0, gt=0, description="maximum image size, in megapixels")
+    resize_shorter_side: int = setting(0, "first shrink images to this shorter side, in pixels; 0: keep size", ge=0)
+    jpeg_draft: bool = setting(False, "decode JPEGs at 1/2, 1/4 or 1/8, never below resize_shorter_side; faster")
+    cache: str = setting("auto", "folder of decoded images for all stages; auto: .cache beside the runs; off")
+    cache_gib: float = setting(64.0, "maximum size of an image cache in GiB; larger ones are not built", gt=0)
+    max_unpacked_gib: float = setting(200.0, "maximum unpacked size of a .zip, in GiB", gt=0)
+    max_megapixels: float = setting(100.0, "maximum image size, in megapixels", gt=0)
 
-    @model_validator(mode="after")
-    def _check(self) -> "Data":
-        if not self.age_bins or sorted(set(self.age_bins)) != self.age_bins or self.age_bins[0] <= 0:
-            raise ValueError(f"age_bins={self.age_bins} must be ages above 0 in ascending order")
-        names = [name for group in self.class_aliases for name in group]
-        duplicates = sorted({name for name in names if names.count(name) > 1})
-        if any(len(group) < 2 for group in self.class_aliases):
-            raise ValueError("every group of class_aliases needs at least two names")
-        if duplicates:
-            raise ValueError(f"class_aliases has a duplicate name {duplicates[0]!r}; a name can be in one group only")
-        if self.alias_policy != "none" and not names:
-            raise ValueError(f"alias_policy={self.alias_policy} needs class_aliases, the groups of names")
-        if self.jpeg_draft and not self.resize_shorter_side:
-            raise ValueError("jpeg_draft=true needs resize_shorter_side, the size that it must not go below")
-        return self
+    def check(self) -> None:
+        ages, names = self.age_bins, [name for group in self.class_aliases for name in group]
+        reject_if(
+            not ages or sorted(set(ages)) != ages or ages[0] <= 0,
+            f"age_bins={ages} must be ages above 0 in ascending order",
+        )
+        reject_if(
+            len(set(names)) < len(names) or any(len(group) < 2 for group in self.class_aliases),
+            f"class_aliases={self.class_aliases}: a group needs two names or more, and a name can be in one group only",
+        )
+        reject_if(self.alias_policy != "none" and not names, f"alias_policy={self.alias_policy} needs class_aliases")
+        reject_if(self.jpeg_draft and not self.resize_shorter_side, "jpeg_draft=true needs resize_shorter_side")
 
 
 class Split(Section):
-    folds: int = Field(5, ge=2, description="number of folds")
-    stratify: bool = Field(True, description="give every fold the same class proportions")
-    holdout: float = Field(0.0, ge=0, lt=1, description="fraction of rows that no model trains on or selects epochs on")
-    ratios: list[float] = Field([], description="instead of folds: fractions of train, valid and test, e.g. [.8,.1,.1]")
-    seed: int = Field(42, ge=0, le=2**32 - 1, description="seed of the shuffle")
-    verify_images: bool = Field(True, description="open images to find unreadable and duplicate ones; false: trust CSV")
-    write_csv: bool = Field(False, description="also write train, validation and test as CSVs; products always do")
-    skip_unreadable: bool = Field(False, description="leave out unreadable images instead of stopping")
+    folds: int = setting(5, "number of folds", ge=2)
+    stratify: bool = setting(True, "give every fold the same class proportions")
+    holdout: float = setting(0.0, "fraction of rows that no model trains on or selects epochs on", ge=0, lt=1)
+    ratios: list[float] = setting([], "instead of folds: fractions of train, valid and test, e.g. [.8,.1,.1]")
+    seed: int = setting(42, "seed of the shuffle", ge=0, le=2**32 - 1)
+    verify_images: bool = setting(True, "open images to find unreadable and duplicate ones; false: trust CSV")
+    write_csv: bool = setting(False, "also write train, validation and test as CSVs; products always do")
+    skip_unreadable: bool = setting(False, "leave out unreadable images instead of stopping")
 
-    @model_validator(mode="after")
-    def _check_parts(self) -> "Split":
-        if self.ratios and (len(self.ratios) != 3 or min(self.ratios) < 0 or abs(sum(self.ratios) - 1) > 1e-6):
-            raise ValueError("ratios must be three fractions (train, valid, test) that sum to 1")
-        if self.ratios and self.ratios[1] == 0:
-            raise ValueError("ratios need a valid fraction above 0: it selects the best epoch")
-        if self.ratios and self.holdout:
-            raise ValueError("ratios and holdout exclude each other: the test part is the holdout")
-        return self
+    def check(self) -> None:
+        if self.ratios:
+            parts = self.ratios
+            reject_if(
+                len(parts) != 3 or min(parts) < 0 or parts[1] == 0 or abs(sum(parts) - 1) > 1e-6,
+                "ratios must be three fractions (train, valid, test) that sum to 1, with valid above 0",
+            )
+            reject_if(self.holdout, "ratios and holdout exclude each other: the test part is the holdout")
 
 
 class Model(Section):
-    backbone: str = Field("timm/resnet18", description="timm/, torchvision/, efficientnet_pytorch/ or fivefold/NAME")
-    backbone_kwargs: dict[str, Any] = Field(
-        {}, description="backbone arguments; torchvision: bare=true ends at the pooling"
-    )
-    pretrained: bool = Field(False, description="start from the pretrained weights of the backbone's hub")
-    weights: str = Field("", description="initial weights or checkpoint file: a path, or a name in SM_CHANNEL_WEIGHTS")
-    label_factors: list[str] = Field([], description="label factors to predict, e.g. mask,gender; empty: the classes")
-    drop_path: float | None = Field(None, ge=0, lt=1, description="stochastic depth rate; none: the backbone's default")
-    head: Spec = Field("linear", description="linear, mlp or convnext, or a table with parameters")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate before the last layer")
-    image_stats: list[str] = Field([], description="image statistics appended to the features: aspect, color_mean")
-    image_size: int | list[int] = Field(224, description="input size in pixels: one number, or [height, width]")
-    mean: list[float] = Field([0.485, 0.456, 0.406], description="mean per channel, for images in 0..1")
-    std: list[float] = Field([0.229, 0.224, 0.225], description="standard deviation per channel, for images in 0..1")
+    backbone: str = setting("timm/resnet18", "timm/, torchvision/, efficientnet_pytorch/ or fivefold/NAME")
+    backbone_kwargs: dict[str, Any] = setting({}, "backbone arguments; torchvision: bare=true ends at the pooling")
+    pretrained: bool = setting(False, "start from the pretrained weights of the backbone's hub")
+    weights: str = setting("", "initial weights or checkpoint file: a path, or a name in SM_CHANNEL_WEIGHTS")
+    label_factors: list[str] = setting([], "label factors to predict, e.g. mask,gender; empty: the classes")
+    drop_path: float | None = setting(None, "stochastic depth rate; none: the backbone's default", ge=0, lt=1)
+    head: Spec = setting("linear", "linear, mlp or convnext, or a table with parameters")
+    dropout: float = setting(0.0, "dropout rate before the last layer", ge=0, lt=1)
+    image_stats: list[str] = setting([], "image statistics appended to the features: aspect, color_mean")
+    image_size: int | list[int] = setting(224, "input size in pixels: one number, or [height, width]")
+    mean: list[float] = setting([0.485, 0.456, 0.406], "mean per channel, for images in 0..1")
+    std: list[float] = setting([0.229, 0.224, 0.225], "standard deviation per channel, for images in 0..1")
 
-    @model_validator(mode="after")
-    def _check_shapes(self) -> "Model":
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError("image_size must be one positive number, or [height, width]")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError("mean and std must be three numbers each, and every std is positive")
-        if len(set(self.image_stats)) < len(self.image_stats):
-            raise ValueError("image_stats names a feature twice")
-        return self
-
-    @model_validator(mode="after")
-    def _check_options(self) -> "Model":
-        """Reject arguments that load weights: Fivefold checks the files of `weights` and `pretrained` only."""
-        for option in self.backbone_kwargs:
-            if option.startswith(("pretrained", "weights", "checkpoint", "cache_dir")):
-                raise ValueError(
-                    f"backbone_kwargs.{option}: backbone_kwargs cannot load weights; set pretrained=true or weights=PATH"
-                )
-        return self
+    def check(self) -> None:
+        reject_if(
+            len(self.size) != 2 or min(self.size) < 1, "image_size must be one positive number, or [height, width]"
+        )
+        reject_if(
+            len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0,
+            "mean and std must be three numbers each, and every std is positive",
+        )
+        reject_if(len(set(self.image_stats)) < len(self.image_stats), "image_stats names a feature twice")
+        for option in self.backbone_kwargs:  # Fivefold checks the files of `weights` and `pretrained` only
+            reject_if(
+                option.startswith(("pretrained", "weights", "checkpoint", "cache_dir")),
+                f"backbone_kwargs.{option}: backbone_kwargs cannot load weights; set pretrained=true or weights=PATH",
+            )
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -146,259 +150,204 @@ class Model(Section):
 
 
 class Augment(Section):
-    train: list[Spec] = Field(
+    train: list[Spec] = setting(
         [{"name": "random_resized_crop", "scale": [0.7, 1.0]}, "horizontal_flip"],
-        description="transforms of a training image, in order",
+        "transforms of a training image, in order",
     )
-    eval: list[Spec] = Field(["resize"], description="transforms of an image for evaluation and prediction, in order")
-    batch_mix: str = Field("none", description="mixing of the images of a batch: none, mixup or cutmix")
-    mix_alpha: float = Field(1.0, gt=0, description="alpha of the mixing ratio lambda ~ Beta(alpha, alpha)")
-    mix_prob: float = Field(1.0, ge=0, le=1, description="fraction of batches that are mixed")
-    mixup_off_epochs: int = Field(0, ge=0, description="disable mixup/cutmix for the last N epochs")
+    eval: list[Spec] = setting(["resize"], "transforms of an image for evaluation and prediction, in order")
+    batch_mix: str = setting("none", "mixing of the images of a batch: none, mixup or cutmix")
+    mix_alpha: float = setting(1.0, "alpha of the mixing ratio lambda ~ Beta(alpha, alpha)", gt=0)
+    mix_prob: float = setting(1.0, "fraction of batches that are mixed", ge=0, le=1)
+    mixup_off_epochs: int = setting(0, "disable mixup/cutmix for the last N epochs", ge=0)
 
 
 class Train(Section):
-    epochs: int = Field(30, ge=1, description="passes over the training rows")
-    batch_size: int = Field(32, ge=1, description="images per batch")
-    grad_accum_steps: int = Field(1, ge=1, description="batches per optimiser step (gradient accumulation)")
-    drop_last: bool = Field(False, description="drop a partial last batch; false: only below 1/8, or with 1 row")
-    loss: Spec = Field("cross_entropy", description="cross_entropy, label_smoothing, focal, binary_focal, bce or f1")
-    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: weight by inverse frequency")
-    sampler: str = Field("shuffle", description="shuffle: every row once per epoch; balanced: classes equally often")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="fraction of a target that is spread over all classes")
-    rdrop_alpha: float = Field(
-        0.0, ge=0, description="R-Drop weight: half the paper's α, which adds two losses; 0: off"
+    epochs: int = setting(30, "passes over the training rows", ge=1)
+    batch_size: int = setting(32, "images per batch", ge=1)
+    grad_accum_steps: int = setting(1, "batches per optimiser step (gradient accumulation)", ge=1)
+    drop_last: bool = setting(False, "drop a partial last batch; false: only below 1/8, or with 1 row")
+    loss: Spec = setting("cross_entropy", "cross_entropy, label_smoothing, focal, binary_focal, bce or f1")
+    class_weights: Literal["none", "balanced"] = setting("none", "balanced: weight by inverse frequency")
+    sampler: str = setting("shuffle", "shuffle: every row once per epoch; balanced: classes equally often")
+    label_smoothing: float = setting(0.0, "fraction of a target that is spread over all classes", ge=0, lt=1)
+    rdrop_alpha: float = setting(0.0, "R-Drop weight: half the paper's α, which adds two losses; 0: off", ge=0)
+    sam_rho: float = setting(0.0, "radius ρ of SAM (sharpness-aware steps, two gradients each); 0: off", ge=0)
+    optimizer: str = setting("adamw", "adamw, adam, sgd (Nesterov), or muon (AdamW where it does not apply)")
+    lr: float = setting(1e-3, "peak learning rate", gt=0)
+    backbone_lr_scale: float = setting(1.0, "learning rate of the backbone, as a fraction of lr", gt=0, le=1)
+    layer_decay: float = setting(
+        1.0, "learning rate factor per layer, from the last to the first; below 1: timm/ only", gt=0, le=1
     )
-    sam_rho: float = Field(0.0, ge=0, description="radius ρ of SAM (sharpness-aware steps, two gradients each); 0: off")
-    optimizer: str = Field("adamw", description="adamw, adam, sgd (Nesterov), or muon (AdamW where it does not apply)")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    backbone_lr_scale: float = Field(1.0, gt=0, le=1, description="learning rate of the backbone, as a fraction of lr")
-    layer_decay: float = Field(
-        1.0, gt=0, le=1, description="learning rate factor per layer, from the last to the first; below 1: timm/ only"
-    )
-    freeze_epochs: int = Field(0, ge=0, description="first N epochs with a frozen backbone, BatchNorm included")
-    weight_decay: float = Field(1e-4, ge=0, description="not applied to norms, biases, scales and timm's exemptions")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd and muon")
-    schedule: str = Field("cosine", description="learning rate schedule: constant, cosine or step")
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear learning rate warm-up")
-    lr_step_epochs: int = Field(10, ge=1, description="schedule=step: epochs between two drops")
-    lr_gamma: float = Field(0.5, gt=0, lt=1, description="schedule=step: factor of each drop")
-    max_grad_norm: float = Field(0.0, ge=0, description="maximum gradient norm; 0: no clipping")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights (EMA); 0: no averaging")
-    patience: int = Field(0, ge=0, description="epochs without improvement before stopping; 0: never")
-    validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch is always validated")
-    monitor: str = Field("logloss", description="metric that selects the best epoch: logloss, loss, acc or f1_macro")
-    precision: str = Field("auto", description="fp32, bf16, bf16_grouped_fp32, fp16, or auto: the fastest in a probe")
-    channels_last: bool = Field(True, description="NHWC memory layout, faster on most machines")
-    cpu_convs: bool = Field(True, description="CPU: convolutions with faster gradients than PyTorch's")
-    compile: bool = Field(False, description="CUDA: torch.compile the backbone; slower start, faster steps")
-    save_raw_weights: bool = Field(False, description="with ema_decay: also save the best raw weights; validates twice")
-    deterministic: bool = Field(True, description="CUDA: bitwise repeatable where kernels allow it; false: fastest")
-    device: str = Field("auto", description="auto (CUDA, else MPS, else CPU), cuda, mps or cpu")
-    num_workers: int = Field(-1, ge=-1, description="loader processes; -1: choose for this machine")
-    cache_in_memory: bool = Field(True, description="keep decoded images in memory if they fit in 1 GiB")
-    checkpoint_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints within an epoch; 0: none")
-    checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints within an epoch; 0: by time only")
-    loggers: list[str] = Field(["tensorboard"], description="experiment trackers: tensorboard, wandb, mlflow")
-    logger_project: str = Field("fivefold", min_length=1, description="wandb project and mlflow experiment")
+    freeze_epochs: int = setting(0, "first N epochs with a frozen backbone, BatchNorm included", ge=0)
+    weight_decay: float = setting(1e-4, "not applied to norms, biases, scales and timm's exemptions", ge=0)
+    momentum: float = setting(0.9, "momentum of sgd and muon", ge=0, lt=1)
+    schedule: str = setting("cosine", "learning rate schedule: constant, cosine or step")
+    warmup_epochs: float = setting(0.0, "epochs of linear learning rate warm-up", ge=0)
+    lr_step_epochs: int = setting(10, "schedule=step: epochs between two drops", ge=1)
+    lr_gamma: float = setting(0.5, "schedule=step: factor of each drop", gt=0, lt=1)
+    max_grad_norm: float = setting(0.0, "maximum gradient norm; 0: no clipping", ge=0)
+    ema_decay: float = setting(0.0, "decay of the averaged weights (EMA); 0: no averaging", ge=0, lt=1)
+    patience: int = setting(0, "epochs without improvement before stopping; 0: never", ge=0)
+    validate_every: int = setting(1, "epochs between validations; the last epoch is always validated", ge=1)
+    monitor: str = setting("logloss", "metric that selects the best epoch: logloss, loss, acc or f1_macro")
+    precision: str = setting("auto", "fp32, bf16, bf16_grouped_fp32, fp16, or auto: the fastest in a probe")
+    channels_last: bool = setting(True, "NHWC memory layout, faster on most machines")
+    cpu_convs: bool = setting(True, "CPU: convolutions with faster gradients than PyTorch's")
+    compile: bool = setting(False, "CUDA: torch.compile the backbone; slower start, faster steps")
+    save_raw_weights: bool = setting(False, "with ema_decay: also save the best raw weights; validates twice")
+    deterministic: bool = setting(True, "CUDA: bitwise repeatable where kernels allow it; false: fastest")
+    device: str = setting("auto", "auto (CUDA, else MPS, else CPU), cuda, mps or cpu")
+    num_workers: int = setting(-1, "loader processes; -1: choose for this machine", ge=-1)
+    cache_in_memory: bool = setting(True, "keep decoded images in memory if they fit in 1 GiB")
+    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints within an epoch; 0: none", ge=0)
+    checkpoint_steps: int = setting(0, "steps between checkpoints within an epoch; 0: by time only", ge=0)
+    loggers: list[str] = setting(["tensorboard"], "experiment trackers: tensorboard, wandb, mlflow")
+    logger_project: str = setting("fivefold", "wandb project and mlflow experiment", min_length=1)
 
 
 class Predict(Section):
-    batch_size: int = Field(0, ge=0, description="images per batch; 0: twice train.batch_size")
-    device: str = Field("auto", description="auto (CUDA, else MPS, else CPU), cuda, mps or cpu")
-    file: str = Field("predictions.csv", description="predict: file name of the table of images and their classes")
-    folder: str = Field("", description="predict: output subfolder in which each run creates run_…; empty: none")
-    subsets: list[str] = Field(["train", "valid", "test"], description="predict with SM_CHANNEL_FOLDS: rows to predict")
-    tta: list[Spec] = Field(["plain"], description="views to average: plain, flip, rotate, shift, scale, five_crops")
-
-    @model_validator(mode="after")
-    def _check(self) -> "Predict":
-        _check_name("file", self.file, needed=True)
-        _check_name("folder", self.folder)
-        if not self.subsets or set(self.subsets) - {"train", "valid", "test"}:
-            raise ValueError(
-                f"subsets={self.subsets} must contain only train, valid and test, and at least one of them"
-            )
-        if not self.tta:
-            raise ValueError("tta is empty; write plain to predict each image without augmentation")
-        return self
+    batch_size: int = setting(0, "images per batch; 0: twice train.batch_size", ge=0)
+    device: str = setting("auto", "auto (CUDA, else MPS, else CPU), cuda, mps or cpu")
+    file: FileName = setting("predictions.csv", "predict: name of the table of images and classes", min_length=1)
+    folder: FileName = setting("", "predict: output subfolder in which each run creates run_…; empty: none")
+    subsets: list[Literal["train", "valid", "test"]] = setting(
+        ["train", "valid", "test"], "predict with SM_CHANNEL_FOLDS: rows to predict", min_length=1
+    )
+    tta: list[Spec] = setting(["plain"], "averaged views: plain, flip, rotate, shift, scale, five_crops", min_length=1)
 
 
 class Ensemble(Section):
-    blend: Blend = Field("fitted", description="how to blend systems; fitted: weights by out-of-fold logloss")
-    weights: dict[str, Any] = Field({}, description="blend=weighted: weight of each system, by name")
-    seed_blend: Literal["mean", "geometric", "rank", "vote"] = Field(
-        "mean", description="blend of one system's models, equal weights"
+    blend: Blend = setting("fitted", "how to blend systems; fitted: weights by out-of-fold logloss")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = setting({}, "blend=weighted: weight of each system, by name")
+    seed_blend: Literal["mean", "geometric", "rank", "vote"] = setting("mean", "blend of one system's models")
+    submissions: list[str] = setting([], "submission files to blend as systems, like SM_CHANNEL_SUBMISSIONS")
+    calibrate_on: Literal["none", "holdout"] = setting("holdout", "holdout: fit on the holdout, if any")
+    unreadable: Literal["error", "prior"] = setting(
+        "error", "test images that cannot be read: error, or prior (class frequencies of the training rows)"
     )
-    submissions: list[str] = Field([], description="submission files to blend as systems, like SM_CHANNEL_SUBMISSIONS")
-    calibrate_on: Literal["none", "holdout"] = Field("holdout", description="holdout: fit on the holdout, if any")
-    unreadable: Literal["error", "prior"] = Field(
-        "error",
-        description="test images that cannot be read: error, or prior (class frequencies of the training rows)",
+    submission: FileName = setting("submission.csv", "file name of the submission", min_length=1)
+    answer: Literal["auto", "class", "number", "probability"] = setting(
+        "auto", "content of a sample submission's only column; auto: guess from its values"
     )
-    submission: str = Field("submission.csv", description="file name of the submission")
-    answer: Literal["auto", "class", "number", "probability"] = Field(
-        "auto", description="content of a sample submission's only column; auto: guess from its values"
-    )
-    positive_class: str = Field("", description="class whose probability goes into a sample submission's only column")
-    label_column: str = Field("", description="column of predicted classes without a sample; empty: one per class")
-    row_number_column: str = Field("", description="with label_column: first column, with row numbers; empty: none")
+    positive_class: str = setting("", "class whose probability goes into a sample submission's only column")
+    label_column: str = setting("", "column of predicted classes without a sample; empty: one per class")
+    row_number_column: str = setting("", "with label_column: first column, with row numbers; empty: none")
 
-    @model_validator(mode="after")
-    def _check(self) -> "Ensemble":
-        if bool(self.weights) != (self.blend == "weighted"):
-            raise ValueError(f"weights={self.weights}: blend=weighted needs weights, other blends take none")
-        for name, value in self.weights.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"weights.{name}={value!r}: a finite number of at least 0 is needed")
-        _check_name("submission", self.submission, needed=True)
-        if self.row_number_column and self.row_number_column == self.label_column:
-            raise ValueError(
-                f"row_number_column and label_column are both {self.row_number_column!r}; name two columns"
-            )
-        if self.row_number_column and not self.label_column:
-            raise ValueError(
-                f"row_number_column={self.row_number_column!r} needs label_column, the column of the classes"
-            )
-        if self.positive_class and self.answer in ("class", "number"):
-            raise ValueError(
-                f"answer={self.answer} excludes positive_class={self.positive_class!r}; remove one of them"
-            )
-        return self
+    def check(self) -> None:
+        reject_if(
+            bool(self.weights) != (self.blend == "weighted"),
+            f"weights={self.weights}: blend=weighted needs weights, other blends take none",
+        )
+        reject_if(
+            self.row_number_column and self.label_column in ("", self.row_number_column),
+            f"row_number_column={self.row_number_column!r} needs another column, label_column, for the classes",
+        )
+        reject_if(
+            self.positive_class and self.answer in ("class", "number"),
+            f"answer={self.answer} excludes positive_class={self.positive_class!r}; remove one of them",
+        )
 
 
 class Distill(Section):
-    teacher: str = Field("oof", description="oof (leak-free), best_fold, ensemble, or the path of a model folder")
-    teacher_tta: list[Spec] = Field([], description="extra views of the teacher, averaged into its targets")
-    alpha: float = Field(0.7, ge=0, le=1, description="weight of the distillation loss; the label loss gets 1 - alpha")
-    alpha_anneal_fraction: float = Field(
-        0.0, ge=0, le=1, description="fraction of steps over which alpha falls to 0; 0: constant"
-    )
-    temperature: float = Field(2.0, gt=0, description="temperature of teacher and student in the distillation loss")
-    temperature_decay: float = Field(1.0, gt=0, le=1, description="factor of the temperature per epoch; 1: constant")
-    min_temperature: float = Field(1.0, gt=0, description="with temperature_decay: minimum temperature")
-    patience: int = Field(0, ge=0, description="epochs without improvement on the holdout before stopping; 0: never")
-    model: dict[str, Any] = Field({}, description="overrides of [model] for the student")
-    train: dict[str, Any] = Field({}, description="overrides of [train] for the student")
+    teacher: str = setting("oof", "oof (leak-free), best_fold, ensemble, or the path of a model folder")
+    teacher_tta: list[Spec] = setting([], "extra views of the teacher, averaged into its targets")
+    alpha: float = setting(0.7, "weight of the distillation loss; the label loss gets 1 - alpha", ge=0, le=1)
+    alpha_anneal_fraction: float = setting(0.0, "fraction of steps until alpha is 0; 0: constant", ge=0, le=1)
+    temperature: float = setting(2.0, "temperature of teacher and student in the distillation loss", gt=0)
+    temperature_decay: float = setting(1.0, "factor of the temperature per epoch; 1: constant", gt=0, le=1)
+    min_temperature: float = setting(1.0, "with temperature_decay: minimum temperature", gt=0)
+    patience: int = setting(0, "epochs without improvement on the holdout before stopping; 0: never", ge=0)
+    model: dict[str, Any] = setting({}, "overrides of [model] for the student")
+    train: dict[str, Any] = setting({}, "overrides of [train] for the student")
 
-    @model_validator(mode="after")
-    def _check_temperature(self) -> "Distill":
-        if self.temperature_decay < 1 and self.min_temperature >= self.temperature:
-            raise ValueError(f"temperature={self.temperature} must be above min_temperature={self.min_temperature}")
-        return self
+    def check(self) -> None:
+        reject_if(
+            self.temperature_decay < 1 and self.min_temperature >= self.temperature,
+            f"temperature={self.temperature} must be above min_temperature={self.min_temperature}",
+        )
 
 
 class Export(Section):
-    format: str = Field("onnx", description="onnx (a graph with all models), or pth (the state dict of one model)")
-    file: str = Field("", description="file name; empty: model.onnx, model.pth")
-    weights: Literal["best", "raw"] = Field("best", description="best: weights that predict (EMA); raw: not averaged")
-
-    @model_validator(mode="after")
-    def _check_file(self) -> "Export":
-        _check_name("file", self.file)
-        return self
+    format: str = setting("onnx", "onnx (a graph with all models), or pth (the state dict of one model)")
+    file: FileName = setting("", "file name; empty: model.onnx, model.pth")
+    weights: Literal["best", "raw"] = setting("best", "best: weights that predict (EMA); raw: not averaged")
 
 
 class Evaluate(Section):
-    bins: int = Field(15, ge=1, description="bins of the calibration error")
-    top_k: int = Field(5, ge=1, description="k of the top-k accuracy")
-    num_error_images: int = Field(
-        48, ge=0, description="number of most confident mistakes that the report shows as images"
-    )
-    allow_empty: bool = Field(False, description="succeed even if no row has a ground truth")
+    bins: int = setting(15, "bins of the calibration error", ge=1)
+    top_k: int = setting(5, "k of the top-k accuracy", ge=1)
+    num_error_images: int = setting(48, "number of most confident mistakes that the report shows as images", ge=0)
+    allow_empty: bool = setting(False, "succeed even if no row has a ground truth")
 
 
 class Serve(Section):
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 or :: (with IPv6) for all")
-    port: int = Field(8080, ge=0, le=65535, description="port to listen on (or SAGEMAKER_BIND_TO_PORT); 0: any free")
-    batch_size: int = Field(32, ge=1, description="maximum images per batch, across requests")
-    max_wait_ms: float = Field(5.0, ge=0, description="milliseconds that the first image of a batch waits for others")
-    max_queue: int = Field(256, ge=1, description="maximum images in flight, across requests; further requests get 503")
-    max_connections: int = Field(
-        900, ge=2, description="maximum open connections; beyond it, the one that has been sending longest is closed"
-    )
-    max_body_mb: float = Field(8.0, gt=0, description="maximum request body, in MB (10^6 bytes)")
-    max_total_body_mb: float = Field(
-        256.0, gt=0, description="maximum bodies of all requests in memory, in MB (10^6 bytes)"
-    )
-    max_megapixels: float = Field(
-        16.0, gt=0, description="maximum image size, in megapixels; JPEG: 4 times that, decoded at half size"
-    )
-    max_total_megapixels: float = Field(
-        0.0, ge=0, description="maximum megapixels being decoded, across requests; 0: a quarter of free memory"
-    )
-    formats: list[ImageFormat] = Field(["JPEG", "PNG", "WEBP"], min_length=1, description="accepted image formats")
-    timeout_s: float = Field(60.0, gt=0, description="seconds to receive and answer a request")
-    drain_s: float = Field(25.0, ge=0, description="seconds to finish requests in flight after SIGTERM")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 or :: (with IPv6) for all", min_length=1)
+    port: int = setting(8080, "port to listen on (or SAGEMAKER_BIND_TO_PORT); 0: any free", ge=0, le=65535)
+    batch_size: int = setting(32, "maximum images per batch, across requests", ge=1)
+    max_wait_ms: float = setting(5.0, "milliseconds that the first image of a batch waits for others", ge=0)
+    max_queue: int = setting(256, "maximum images in flight, across requests; further requests get 503", ge=1)
+    max_connections: int = setting(900, "maximum open connections; above it, the one sending longest is closed", ge=2)
+    max_body_mb: float = setting(8.0, "maximum request body, in MB (10^6 bytes)", gt=0)
+    max_total_body_mb: float = setting(256.0, "maximum bodies of all requests in memory, in MB (10^6 bytes)", gt=0)
+    max_megapixels: float = setting(16.0, "maximum megapixels; JPEG: 4 times that, decoded at half size", gt=0)
+    max_total_megapixels: float = setting(0.0, "maximum megapixels decoded at once; 0: a quarter of free memory", ge=0)
+    formats: list[ImageFormat] = setting(["JPEG", "PNG", "WEBP"], "accepted image formats", min_length=1)
+    timeout_s: float = setting(60.0, "seconds to receive and answer a request", gt=0)
+    drain_s: float = setting(25.0, "seconds to finish requests in flight after SIGTERM", ge=0)
 
 
 class Compare(Section):
-    runs: list[str] = Field([], description="run folders, each with an ensemble's submission, models, or both")
-    submissions: list[str] = Field([], description="submission files, beside those in SM_CHANNEL_SUBMISSIONS")
+    runs: list[str] = setting([], "run folders, each with an ensemble's submission, models, or both")
+    submissions: list[str] = setting([], "submission files, beside those in SM_CHANNEL_SUBMISSIONS")
 
 
 class SageMaker(Section):
-    image: str = Field("", description="image URI in ECR; sagemaker-local: a local image; empty: fivefold:latest")
-    role: str = Field("", description="ARN of the jobs' execution role, arn:aws:iam::ACCOUNT:role/NAME")
-    output: str = Field("", description="s3://bucket/prefix that holds a folder per run")
-    region: str = Field("", description="AWS region; empty: AWS_DEFAULT_REGION, or the profile's region")
-    instance_type: str = Field("", description="instance type of each job, e.g. ml.g5.xlarge")
-    instance_count: int = Field(1, ge=1, description="instances per training job")
-    volume_gb: int = Field(50, ge=1, description="disk of each instance, in GB")
-    max_hours: float = Field(24.0, gt=0, le=672, description="maximum runtime of a job, in hours")
-    spot: bool = Field(False, description="use spot instances: cheaper; interrupted jobs resume from checkpoints")
-    max_wait_hours: float = Field(0.0, ge=0, description="spot: maximum hours from request to end; 0: twice max_hours")
-    keep_alive_minutes: int = Field(0, ge=0, le=360, description="warm pool: wait for the next job; not with spot")
-    subnets: list[str] = Field([], description="VPC subnets of the jobs; with security_groups")
-    security_groups: list[str] = Field([], description="VPC security groups of the jobs; with subnets")
-    network_isolation: bool | None = Field(
-        None, description="no network in containers; empty: if the job downloads nothing"
-    )
-    encrypt_traffic: bool = Field(False, description="encrypt the traffic between the hosts of a fold; slower")
-    kms_key: str = Field("", description="KMS key that encrypts outputs in S3")
-    volume_kms_key: str = Field("", description="KMS key that encrypts disks; not for instances with NVMe disks")
-    tags: dict[str, Any] = Field({}, description="tags of each job")
-    environment: dict[str, Any] = Field({}, description="extra environment variables of each container, shown as ***")
-    input_mode: Literal["File", "FastFile"] = Field("File", description="copy channels first, or stream them")
-    compress_outputs: bool = Field(
-        True, description="upload outputs as model.tar.gz and output.tar.gz; false: as plain files"
-    )
-    hourly_price: float = Field(0.0, ge=0, description="price per instance hour that you pay; 0: unknown")
-    max_cost: float = Field(0.0, ge=0, description="maximum cost of all jobs, in the currency of price; 0: no limit")
-    poll_seconds: float = Field(15.0, ge=0.1, description="seconds between job status checks")
-    stages: dict[str, Any] = Field(
-        {}, description="per stage, e.g. sagemaker.stages.ensemble.instance_type=ml.m5.xlarge"
-    )
+    image: str = setting("", "image URI in ECR; sagemaker-local: a local image; empty: fivefold:latest")
+    role: str = setting("", "ARN of the jobs' execution role, arn:aws:iam::ACCOUNT:role/NAME")
+    output: str = setting("", "s3://bucket/prefix that holds a folder per run")
+    region: str = setting("", "AWS region; empty: AWS_DEFAULT_REGION, or the profile's region")
+    instance_type: str = setting("", "instance type of each job, e.g. ml.g5.xlarge")
+    instance_count: int = setting(1, "instances per training job", ge=1)
+    volume_gb: int = setting(50, "disk of each instance, in GB", ge=1)
+    max_hours: float = setting(24.0, "maximum runtime of a job, in hours", gt=0, le=672)
+    spot: bool = setting(False, "use spot instances: cheaper; interrupted jobs resume from checkpoints")
+    max_wait_hours: float = setting(0.0, "spot: maximum hours from request to end; 0: twice max_hours", ge=0)
+    keep_alive_minutes: int = setting(0, "warm pool: wait for the next job; not with spot", ge=0, le=360)
+    subnets: list[str] = setting([], "VPC subnets of the jobs; with security_groups")
+    security_groups: list[str] = setting([], "VPC security groups of the jobs; with subnets")
+    network_isolation: bool | None = setting(None, "no network in containers; empty: if the job downloads nothing")
+    encrypt_traffic: bool = setting(False, "encrypt the traffic between the hosts of a fold; slower")
+    kms_key: str = setting("", "KMS key that encrypts outputs in S3")
+    volume_kms_key: str = setting("", "KMS key that encrypts disks; not for instances with NVMe disks")
+    tags: dict[str, str | int | float] = setting({}, "tags of each job")
+    environment: dict[str, str | int | float] = setting({}, "extra variables of each container, shown as ***")
+    input_mode: Literal["File", "FastFile"] = setting("File", "copy channels first, or stream them")
+    compress_outputs: bool = setting(True, "upload outputs as model.tar.gz and output.tar.gz; false: as plain files")
+    hourly_price: float = setting(0.0, "price per instance hour that you pay; 0: unknown", ge=0)
+    max_cost: float = setting(0.0, "maximum cost of all jobs, in the currency of price; 0: no limit", ge=0)
+    poll_seconds: float = setting(15.0, "seconds between job status checks", ge=0.1)
+    stages: dict[str, Any] = setting({}, "per stage, e.g. sagemaker.stages.ensemble.instance_type=ml.m5.xlarge")
 
-    @model_validator(mode="after")
-    def _check(self) -> "SageMaker":
-        if self.spot and self.keep_alive_minutes:
-            raise ValueError("spot and keep_alive_minutes exclude each other: spot instances have no warm pool")
-        if self.max_wait_hours and not self.spot:
-            raise ValueError(f"max_wait_hours={self.max_wait_hours:g} applies to spot instances only: set spot=true")
-        if 0 < self.max_wait_hours < self.max_hours:
-            raise ValueError(f"max_wait_hours={self.max_wait_hours:g} is less than max_hours={self.max_hours:g}")
-        if bool(self.subnets) != bool(self.security_groups):
-            raise ValueError("set both subnets and security_groups, or neither: a VPC needs both")
-        for key, table in (("tags", self.tags), ("environment", self.environment)):
-            for name, value in table.items():
-                if isinstance(value, bool) or not isinstance(value, str | int | float):
-                    raise ValueError(f"{key}.{name} must be a text or a number, not a {type(value).__name__}")
+    def check(self) -> None:
+        reject_if(self.spot and self.keep_alive_minutes, "spot and keep_alive_minutes exclude each other")
+        reject_if(
+            self.max_wait_hours and not (self.spot and self.max_wait_hours >= self.max_hours),
+            f"max_wait_hours={self.max_wait_hours:g} needs spot=true and at least max_hours={self.max_hours:g}",
+        )
+        reject_if(bool(self.subnets) != bool(self.security_groups), "set both subnets and security_groups, or neither")
         for name, table in self.stages.items():
-            if name not in RUN_STAGES or not isinstance(table, dict):
-                raise ValueError(f"stages.{name} must be a table of a stage; the stages: {', '.join(RUN_STAGES)}")
-            unknown = sorted(set(table) - PER_STAGE_KEYS)
-            if unknown:
-                raise ValueError(
-                    f"stages.{name}.{unknown[0]} cannot be set per stage; these can: {', '.join(sorted(PER_STAGE_KEYS))}"
-                )
+            reject_if(
+                name not in RUN_STAGES or not isinstance(table, dict),
+                f"stages.{name} must be a table of a stage; the stages: {', '.join(RUN_STAGES)}",
+            )
+            for key in set(table) - PER_STAGE_KEYS:
+                raise ValueError(f"stages.{name}.{key} cannot be set per stage; these can: {sorted(PER_STAGE_KEYS)}")
             try:
                 self.for_stage(name)
             except ValidationError as error:
                 problem = error.errors()[0]
                 where = ".".join(map(str, ("stages", name, *problem["loc"])))
                 raise ValueError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
-        return self
 
     def for_stage(self, stage: str) -> "SageMaker":
         """Return these settings with the overrides of `stage`, whose name may have hyphens or underscores."""
@@ -416,25 +365,24 @@ QUANTITY = r"^\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?$"
 
 
 class Kubernetes(Section):
-    image: str = Field("fivefold:latest", min_length=1, description="image of every pod")
-    namespace: str = Field("", description="namespace; empty: that of the kubectl context")
-    context: str = Field("", description="kubectl context of the cluster; empty: the current one")
-    pvc: str = Field("fivefold", min_length=1, description="PersistentVolumeClaim of data and runs; made if missing")
-    runs_path: str = Field("/runs", description="location of runs: /runs on the claim, or s3://bucket/prefix")
-    gpus: int = Field(1, ge=0, description="GPUs of a pod that trains or predicts; 0: none")
-    cpus: int = Field(2, ge=1, description="CPU request of a pod; without a GPU also its number of threads")
-    memory: str = Field("4Gi", pattern=QUANTITY, description="memory request of a pod; its limit is twice as much")
-    limits: dict[str, Any] = Field({}, description='limits of a pod, beside GPUs, e.g. cpu = 4, memory = "8Gi"')
-    service_account: str = Field("", description="service account of the pods, for a role with access to s3://")
-    queue: str = Field("", description="Kueue LocalQueue in which the Jobs wait")
-    poll_seconds: float = Field(5.0, ge=0.05, description="seconds between Job status checks")
+    image: str = setting("fivefold:latest", "image of every pod", min_length=1)
+    namespace: str = setting("", "namespace; empty: that of the kubectl context")
+    context: str = setting("", "kubectl context of the cluster; empty: the current one")
+    pvc: str = setting("fivefold", "PersistentVolumeClaim of data and runs; made if missing", min_length=1)
+    runs_path: str = setting("/runs", "location of runs: /runs on the claim, or s3://bucket/prefix")
+    gpus: int = setting(1, "GPUs of a pod that trains or predicts; 0: none", ge=0)
+    cpus: int = setting(2, "CPU request of a pod; without a GPU also its number of threads", ge=1)
+    memory: str = setting("4Gi", "memory request of a pod; its limit is twice as much", pattern=QUANTITY)
+    limits: dict[str, Any] = setting({}, 'limits of a pod, beside GPUs, e.g. cpu = 4, memory = "8Gi"')
+    service_account: str = setting("", "service account of the pods, for a role with access to s3://")
+    queue: str = setting("", "Kueue LocalQueue in which the Jobs wait")
+    poll_seconds: float = setting(5.0, "seconds between Job status checks", ge=0.05)
 
-    @model_validator(mode="after")
-    def _check(self) -> "Kubernetes":
+    def check(self) -> None:
         for name, value in self.limits.items():
-            if not re.fullmatch(QUANTITY, str(value)):
-                raise ValueError(f"limits.{name}={value!r} is not a quantity such as 4, 500m or 8Gi")
-        return self
+            reject_if(
+                not re.fullmatch(QUANTITY, str(value)), f"limits.{name}={value!r} is not a quantity such as 4 or 8Gi"
+            )
 
 
 PLATFORM_SECTIONS = ("sagemaker", "kubernetes")
@@ -444,15 +392,15 @@ PLATFORM_SECTIONS = ("sagemaker", "kubernetes")
 class Settings(Section):
     """All settings of a run. `contract.stage_specs` names the sections that each stage reads."""
 
-    recipe: str = Field("", description="name of a shipped recipe, or path of a .toml or .json file")
-    system: str = Field("", description="name of the models of this recipe; empty: the recipe's name")
-    seed: int = Field(42, ge=0, le=2**32 - 1, description="seed of weights, order and augmentation")
-    fold: int | None = Field(None, ge=0, description="fold to train (or to export); also FOLD or JOB_COMPLETION_INDEX")
-    stage: str = Field("", description="stage to run if no argument names it")
-    run: str = Field("", description="run name and report title; a stage reads and writes in the run's folder")
-    runs: str = Field("runs", description="folder of all runs, or an s3://bucket/prefix")
-    on_version_change: Literal["rerun", "warn", "ignore"] = Field(
-        "warn", description="what to do with results of other code or package versions: rerun, warn or ignore"
+    recipe: str = setting("", "name of a shipped recipe, or path of a .toml or .json file")
+    system: str = setting("", "name of the models of this recipe; empty: the recipe's name")
+    seed: int = setting(42, "seed of weights, order and augmentation", ge=0, le=2**32 - 1)
+    fold: int | None = setting(None, "fold to train (or to export); also FOLD or JOB_COMPLETION_INDEX", ge=0)
+    stage: str = setting("", "stage to run if no argument names it")
+    run: str = setting("", "run name and report title; a stage reads and writes in the run's folder")
+    runs: str = setting("runs", "folder of all runs, or an s3://bucket/prefix")
+    on_version_change: Literal["rerun", "warn", "ignore"] = setting(
+        "warn", "what to do with results of other code or package versions: rerun, warn or ignore"
     )
     data: Data = Data()
     split: Split = Split()
@@ -469,12 +417,9 @@ class Settings(Section):
     sagemaker: SageMaker = SageMaker()
     kubernetes: Kubernetes = Kubernetes()
 
-    @model_validator(mode="after")
-    def _check_names(self) -> "Settings":
+    def check(self) -> None:
         for key in ("system", "run"):
-            if len(getattr(self, key).encode()) > MAX_NAME_BYTES:
-                raise ValueError(f"{key} is longer than {MAX_NAME_BYTES} bytes, too long for file names")
-        return self
+            reject_if(len(getattr(self, key).encode()) > MAX_NAME_BYTES, f"{key} is longer than {MAX_NAME_BYTES} bytes")
 
     def student(self) -> "Settings":
         """Return the settings with `[distill.model]` and `[distill.train]` applied over `[model]` and `[train]`."""
@@ -492,15 +437,11 @@ EXECUTION_KEYS = {
     "data.cache",
     "data.cache_gib",
     "data.max_unpacked_gib",
-} | {
-    f"train.{name}"
-    for name in (
-        "checkpoint_minutes",
-        "checkpoint_steps",
-        "cache_in_memory",
-        "logger_project",
-        "loggers",
-        "num_workers",
-    )
+    "train.checkpoint_minutes",
+    "train.checkpoint_steps",
+    "train.cache_in_memory",
+    "train.logger_project",
+    "train.loggers",
+    "train.num_workers",
 }
 """Keys that cannot change a result; a stage's key does not contain them."""

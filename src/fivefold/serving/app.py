@@ -19,14 +19,13 @@ from fivefold.serving.protocol import (
     RENDERERS,
     Prediction,
     RefusedError,
-    declared_length,
     is_list,
     negotiate_type,
     parse_top,
     reject_content_encoding,
     too_large,
 )
-from fivefold.serving.service import RETRY_AFTER_S, Service
+from fivefold.serving.service import Service
 
 log = logging.getLogger("fivefold")
 
@@ -40,8 +39,8 @@ DRAIN_BODY_S = 2.0
 class EarlyResponse(JSONResponse):
     """The response to a request whose body was not read to its end.
 
-    Closing a connection with unread bytes resets it, and the client would lose the response. So the response
-    is sent at once, further bytes are discarded for a while, then the connection is closed.
+    It is sent at once, then the remaining body is discarded for a while: closing a connection with unread bytes resets
+    it, and the client would lose the response.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,32 +87,33 @@ async def handle(service: Service, request: Request) -> Response:
         reject_content_encoding(request.headers.get("content-encoding", ""))
         many = is_list(request.headers.get("content-type", ""))
         form = negotiate_type(request.headers.get("accept", ""))
-        if declared_length(request.headers) > service.max_body:
+        if int(request.headers.get("content-length", "0")) > service.max_body:  # h11 has checked that it is a number
             raise too_large(service.max_body)
         service.check_capacity()
         top = parse_top(request.query_params, len(service.model.classes))
         async with service.receive_body(request.stream()) as body, asyncio.timeout(service.limits.timeout_s):
             read = True
-            asked = await service.read(body, many)
-            with service.admission(len(asked.files)):
-                rows = await cancel_on_disconnect(request, service.predict(asked))
-                prediction = Prediction(service.model.classes, rows, top, asked.is_list)
+            files = await service.read(body, many)
+            with service.admission(len(files)):
+                rows = await cancel_on_disconnect(request, service.predict(files, many))
+                prediction = Prediction(service.model.classes, rows, top, many)
                 return Response(await service.render(RENDERERS[form], prediction), media_type=form)
-    except RefusedError as refused:
-        headers = {} if refused.later is None else {"Retry-After": str(refused.later)}
-        return (JSONResponse if read else EarlyResponse)(refused.as_json(), refused.status, headers)
+    except RefusedError as error:
+        refused = error
     except TimeoutError:
-        message = f"no response within {service.limits.timeout_s:g} s (serve.timeout_s): try again later"
-        return JSONResponse({"error": message}, 503, {"Retry-After": str(RETRY_AFTER_S)})
+        limit = service.limits.timeout_s
+        refused = RefusedError(503, f"no response within {limit:g} s (serve.timeout_s): try again later")
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED)
     except asyncio.CancelledError:
         if not service.draining:
             raise
-        return JSONResponse({"error": "the server is stopping: try another one"}, 503, {"Retry-After": "1"})
+        read, refused = True, RefusedError(503, "the server is stopping: try another one")
     except Exception as error:
         log.exception("a request failed")
-        return JSONResponse({"error": f"internal server error: {type(error).__name__}"}, 500)
+        refused = RefusedError(500, f"internal server error: {type(error).__name__}")
+    headers = {"Retry-After": "1"} if refused.status == 503 else {}
+    return (JSONResponse if read else EarlyResponse)(refused.as_json(), refused.status, headers)
 
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[None, None, T]) -> T:
@@ -131,6 +131,5 @@ async def cancel_on_disconnect(request: Request, work: Coroutine[None, None, T])
 
 async def handle_http_error(request: Request, error: HTTPException) -> Response:
     """Return the response to a request with an unknown path or method."""
-    endpoints = "POST /invocations, GET /ping and GET /metrics"
-    message = f"{request.method} {request.url.path}: {error.detail}; the endpoints are {endpoints}"
+    message = f"{request.method} {request.url.path}: {error.detail}; see POST /invocations, GET /ping and GET /metrics"
     return JSONResponse({"error": message}, error.status_code, error.headers)

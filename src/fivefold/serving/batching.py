@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,6 @@ log = logging.getLogger("fivefold")
 
 MAX_FAILURES = 3
 """After this many consecutive failed batches the model counts as broken."""
-
-
-@dataclass(frozen=True, eq=False)
-class PendingImage:
-    """A queued image: prepared, with the future of its result and its time of arrival."""
-
-    image: Any
-    result: asyncio.Future[np.ndarray]
-    queued_at: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
@@ -46,7 +36,7 @@ class Batcher:
         self._predict, self._size, self._max_wait = predict, size, max_wait
         self._under_way, self._seen, self._begin = in_flight, seen, begin
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[PendingImage] = deque()
+        self._queue: deque[tuple[Any, asyncio.Future[np.ndarray], float]] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._last_requests = 0
@@ -56,11 +46,11 @@ class Batcher:
 
     def submit(self, image: Any) -> asyncio.Future[np.ndarray]:
         """Queue an image and return the future of its row [C]; if the future is cancelled before its batch, it is skipped."""
-        waiting = PendingImage(image, self._loop.create_future())
+        result = self._loop.create_future()
         with self._changed:
-            self._queue.append(waiting)
+            self._queue.append((image, result, time.monotonic()))
             self._changed.notify()
-        return waiting.result
+        return result
 
     @property
     def healthy(self) -> bool:
@@ -77,17 +67,16 @@ class Batcher:
     def _work(self) -> None:
         self._begin()
         while (batch := self._next()) is not None:
-            waiting = [entry for entry in batch if not entry.result.cancelled()]
-            if waiting:
+            if waiting := [(image, result) for image, result, _ in batch if not result.cancelled()]:
                 self._run(waiting)
 
-    def _next(self) -> list[PendingImage] | None:
+    def _next(self) -> list[tuple[Any, asyncio.Future[np.ndarray], float]] | None:
         """Return the next batch as soon as it is due; None after `close` if the queue is empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if not self._queue:
                 return None
-            due = self._queue[0].queued_at + self._max_wait
+            due = self._queue[0][2] + self._max_wait
             self._changed.wait_for(self._complete, max(0.0, due - time.monotonic()))
             self._last_requests = self._under_way()
             return [self._queue.popleft() for _ in range(min(self._size, len(self._queue)))]
@@ -96,11 +85,13 @@ class Batcher:
         """Return whether the batch need not wait: it is full, or this and the previous batch had a single request."""
         return len(self._queue) >= self._size or self._closed or max(self._under_way(), self._last_requests) <= 1
 
-    def _run(self, batch: Sequence[PendingImage]) -> None:
+    def _run(self, batch: Sequence[tuple[Any, asyncio.Future[np.ndarray]]]) -> None:
         """Run the model on a batch; if it fails, retry image by image, so that a bad image does not fail the others."""
+        images, futures = zip(*batch, strict=True)
         try:
-            rows = self._predict([entry.image for entry in batch])
-            results = list(zip([entry.result for entry in batch], rows, strict=True))
+            results = list(zip(futures, self._predict(images), strict=True))
+            self._failures = 0
+            self._seen(len(batch))
         except Exception as error:
             if len(batch) > 1:
                 log.warning("a batch of %d images failed (%s); retrying image by image", len(batch), error)
@@ -109,10 +100,7 @@ class Batcher:
                 return
             self._failures += 1
             log.exception("the model failed on an image")
-            self._loop.call_soon_threadsafe(resolve_futures, [(entry.result, error) for entry in batch])
-            return
-        self._failures = 0
-        self._seen(len(batch))
+            results = [(futures[0], error)]
         self._loop.call_soon_threadsafe(resolve_futures, results)
 
 

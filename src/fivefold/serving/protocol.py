@@ -4,7 +4,7 @@ import binascii
 import csv
 import io
 import json
-import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,28 +19,15 @@ DIGITS = 7
 
 
 class RefusedError(Exception):
-    """A request is rejected with an HTTP status; the process goes on.
+    """A request is rejected with an HTTP status; the process goes on. `image`: the index of the invalid image in a list."""
 
-    `image`: the index of the invalid image in a list. `later`: seconds until the client may retry.
-    """
-
-    def __init__(self, status: int, message: str, *, image: int | None = None, later: int | None = None) -> None:
+    def __init__(self, status: int, message: str, image: int | None = None) -> None:
         super().__init__(message)
-        self.status = status
-        self.image = image
-        self.later = later
+        self.status, self.image = status, image
 
     def as_json(self) -> dict[str, str | int]:
         """Return the body of the response."""
         return {"error": str(self)} | ({} if self.image is None else {"image": self.image})
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """The image files of one request; `is_list` if the body is a list, so that the response is a list too."""
-
-    files: list[bytes]
-    is_list: bool
 
 
 def is_list(content_type: str) -> bool:
@@ -66,42 +53,31 @@ def reject_content_encoding(encoding: str) -> None:
         raise RefusedError(415, f"the body is compressed (Content-Encoding: {encoding}): send it uncompressed")
 
 
-def read_image(body: bytes) -> ImageRequest:
-    """Return the body as the only image; raise a RefusedError (400) if it is empty."""
+def read_image(body: bytes) -> list[bytes]:
+    """Return the body as the only image file; raise a RefusedError (400) if it is empty."""
     if not body:
         raise RefusedError(400, "the body is empty: send the bytes of an image file")
-    return ImageRequest([body], is_list=False)
+    return [body]
 
 
-def read_list(body: bytes) -> ImageRequest:
-    """Return the images of a JSON list of base64 strings; raise a RefusedError (400) for anything else."""
+def read_list(body: bytes) -> list[bytes]:
+    """Return the image files of a JSON list of base64 strings; raise a RefusedError (400) for anything else."""
     try:
         content = json.loads(body, strict=False)  # allows line breaks in strings, as the program `base64` writes them
-    except RecursionError:
-        raise RefusedError(400, "the body is not JSON: it is nested too deeply") from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise RefusedError(400, f"the body is not JSON: {error}") from None
     if not isinstance(content, list):
         kind = type(content).__name__
         raise RefusedError(400, f'the body is JSON of type {kind}: send a list of images in base64, ["…", "…"]')
-    return ImageRequest([_decode_base64(text, index) for index, text in enumerate(content)], is_list=True)
+    return [_decode_base64(text, index) for index, text in enumerate(content)]
 
 
 def parse_top(query: Mapping[str, str], classes: int) -> int:
-    """Return the number of classes in a response: `top=N`, or all; raise a RefusedError (400) for an invalid number."""
-    unknown = sorted(set(query) - {"top"})
-    if unknown:
-        raise RefusedError(400, f"unknown parameter {unknown[0]!r}; use top=N, the number of classes in the response")
+    """Return the number of classes in a response: `top=N`, or all; raise a RefusedError (400) for any other parameter."""
     text = query.get("top", str(classes))
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
-        raise RefusedError(400, f"top={text!r}: must be a whole number of at least 1")
+    if set(query) - {"top"} or not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise RefusedError(400, f"{dict(query)}: the only parameter is top=N, the number of classes in the response")
     return min(int(text), classes)
-
-
-def declared_length(headers: Mapping[str, str]) -> float:
-    """Return the body's length in bytes by the Content-Length header; 0 without one, infinite if it is invalid."""
-    text = headers.get("content-length", "0")
-    return float(text) if text.isdecimal() else math.inf
 
 
 def too_large(limit: float) -> RefusedError:
@@ -150,29 +126,26 @@ def render_csv(prediction: Prediction) -> bytes:
 
 def negotiate_type(accept: str) -> str:
     """Return the first of RENDERERS that an Accept header allows, JSON if it is empty; raise a RefusedError (406) for none."""
-    accepted = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
-    for name in [name for name in accepted if name]:
+    for name in (part.partition(";")[0].strip().lower() for part in (accept or "*/*").split(",")):
         for known in RENDERERS:
             if name in (known, "*/*", f"{known.partition('/')[0]}/*"):
                 return known
-    if any(accepted):
-        raise RefusedError(406, f"Accept is {accept!r}: the response types are {' or '.join(RENDERERS)}")
-    return next(iter(RENDERERS))
+    raise RefusedError(406, f"Accept is {accept!r}: the response types are {' or '.join(RENDERERS)}")
 
 
 def _decode_base64(text: object, index: int) -> bytes:
     """Decode the base64 of one image file, with or without line breaks or `data:` prefix; raise a RefusedError (400) with its index."""
     if not isinstance(text, str):
-        raise RefusedError(400, f"image {index} of the list is {type(text).__name__}, not a base64 string", image=index)
+        raise RefusedError(400, f"image {index} of the list is {type(text).__name__}, not a base64 string", index)
     head, comma, rest = text.partition(",")
     if comma and head.lower().startswith("data:") and head.lower().endswith(";base64"):
         text = rest
     try:
         content = binascii.a2b_base64("".join(text.split()), strict_mode=True)
     except ValueError as error:
-        raise RefusedError(400, f"image {index} of the list is not base64: {error}", image=index) from None
+        raise RefusedError(400, f"image {index} of the list is not base64: {error}", index) from None
     if not content:
-        raise RefusedError(400, f"image {index} of the list is empty", image=index)
+        raise RefusedError(400, f"image {index} of the list is empty", index)
     return content
 
 

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 import uvicorn
@@ -64,9 +64,8 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server without signal handlers: the process handles the signals itself."""
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    def capture_signals(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting; every accepted connection may still send its request and get its response."""
@@ -82,10 +81,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
     except (OSError, OverflowError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]
-        raise SettingsError(
-            f"serve.host={host} serve.port={port}: cannot listen there: {reason}; set another serve.port, or port 0 for a free one"
-        ) from error
+        raise SettingsError(f"serve.host={host} serve.port={port}: cannot listen there: {error}") from error
 
 
 def address(listener: socket.socket) -> str:
@@ -94,16 +90,12 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(listener: socket.socket, service: Service, load: Callable[[], Any], drain: float) -> None:
+async def serve(listener: socket.socket, service: Service, load: Callable[[], Any]) -> None:
     """Serve the model that `load` returns at `listener`, until a signal raises StoppedError; raise the errors of `load`.
 
-    `/ping` is 503 while the model loads and after the signal. Requests in flight then have `drain` seconds.
+    `/ping` is 503 while the model loads and after the signal. Requests in flight then have `serve.drain_s` seconds.
     """
-    asyncio.run(_serve(listener, service, load, drain))
-
-
-async def _serve(listener: socket.socket, service: Service, load: Callable[[], Any], drain: float) -> None:
-    async with running(listener, service, drain) as server:
+    async with running(listener, service) as server:
         loading = asyncio.ensure_future(asyncio.to_thread(load))
         await wait_for_stop(loading, server)
         service.open(loading.result())
@@ -112,14 +104,11 @@ async def _serve(listener: socket.socket, service: Service, load: Callable[[], A
 
 
 @asynccontextmanager
-async def running(listener: socket.socket, service: Service, drain: float) -> AsyncIterator[asyncio.Future[None]]:
-    """Run the server during the block; afterwards accept no more requests, and finish those in flight.
-
-    They have `drain` seconds after the block.
-    """
+async def running(listener: socket.socket, service: Service) -> AsyncIterator[asyncio.Future[None]]:
+    """Run the server during the block; then accept no more requests, and finish those in flight in `serve.drain_s` seconds."""
     config = uvicorn.Config(
         build_app(service), http=Connection, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning",
-        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=drain,
+        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=service.limits.drain_s,
         limit_concurrency=service.limits.max_connections,
     )  # fmt: skip
     server = Server(config)
@@ -128,17 +117,13 @@ async def running(listener: socket.socket, service: Service, drain: float) -> As
         yield task
     finally:
         service.draining, server.should_exit = True, True
-        if service.model is not None:
-            log.info("stopping: %d requests in flight", service.requests)
+        log.info("stopping: %d requests in flight", service.requests)
         try:
             await task
         finally:
             service.close()
-        if service.model is not None:
-            requests, images = map(
-                service.metrics.read, ("fivefold_request_seconds_count", "fivefold_batch_images_sum")
-            )
-            log.info("answered %d requests, %d images", requests, images)
+        requests, images = map(service.metrics.read, ("fivefold_request_seconds_count", "fivefold_batch_images_sum"))
+        log.info("answered %d requests, %d images", requests, images)
 
 
 async def wait_for_stop(*unless: asyncio.Future) -> None:

@@ -1,7 +1,7 @@
 """The service: read, decode and prepare the images of requests, predict them in batches, and count metrics."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,10 @@ from fivefold.config.schema import Serve
 from fivefold.data.image_io import decoded_size
 from fivefold.errors import DataError
 from fivefold.serving.batching import Batcher
-from fivefold.serving.protocol import MILLION, ImageRequest, Prediction, RefusedError, read_image, read_list, too_large
+from fivefold.serving.protocol import MILLION, Prediction, RefusedError, read_image, read_list, too_large
 from fivefold.serving.workers import Workers
 from fivefold.system import count_cores
 
-RETRY_AFTER_S = 1
-"""The client may retry after this time if the queue is full."""
 GRACE_PERIOD_S = 10.0
 """After this time a body must have arrived at MIN_BYTES_PER_S on average."""
 MIN_BYTES_PER_S = 10_000.0
@@ -26,9 +24,7 @@ MIN_BYTES_PER_S = 10_000.0
 if TYPE_CHECKING:
     from fivefold.ensemble import EnsemblePredictor
 
-SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Upper bounds of the histograms' buckets."""
 disable_created_metrics()
 
 
@@ -37,20 +33,14 @@ class Metrics:
 
     def __init__(self, images: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "fivefold_requests", "requests to /invocations by response status", ["status"], registry=registry
-        )
+        requests = "requests to /invocations by response status"
+        self._requests = Counter("fivefold_requests", requests, ["status"], registry=registry)
         in_flight = Gauge("fivefold_images_under_way", "images of requests in flight", registry=registry)
         in_flight.set_function(images)
-        self._seconds = Histogram(
-            "fivefold_request_seconds",
-            "seconds from a request's header to its response",
-            buckets=SECONDS_BUCKETS,
-            registry=registry,
-        )
-        self.batches = Histogram(
-            "fivefold_batch_images", "images per batch of the model", buckets=IMAGES_BUCKETS, registry=registry
-        )
+        seconds = "seconds from a request's header to its response"
+        self._seconds = Histogram("fivefold_request_seconds", seconds, registry=registry)
+        images_per_batch = "images per batch of the model"
+        self.batches = Histogram("fivefold_batch_images", images_per_batch, buckets=IMAGES_BUCKETS, registry=registry)
 
     def count_request(self, status: int, seconds: float) -> None:
         self._requests.labels(status).inc()
@@ -111,14 +101,11 @@ class Service:
     def check_capacity(self, images: int = 1) -> None:
         """Raise a RefusedError: 503 without a model or if the queue is full, 413 if the images exceed the whole queue."""
         if self.model is None:
-            raise RefusedError(503, "the model is still loading: try again later", later=RETRY_AFTER_S)
+            raise RefusedError(503, "the model is still loading: try again later")
         if images > self.limits.max_queue:
-            raise RefusedError(
-                413,
-                f"{images} images in one request, but at most {self.limits.max_queue} (serve.max_queue): send fewer",
-            )
+            raise RefusedError(413, f"{images} images in one request, but serve.max_queue={self.limits.max_queue}")
         if self.images + images > self.limits.max_queue:
-            raise RefusedError(503, f"{self.images} images are already in flight: try again later", later=RETRY_AFTER_S)
+            raise RefusedError(503, f"{self.images} images are already in flight: try again later")
 
     @contextmanager
     def admission(self, images: int) -> Iterator[None]:
@@ -147,31 +134,24 @@ class Service:
                         if taken > self.max_body:
                             raise too_large(self.max_body)
                         if self.bodies > self.limits.max_total_body_mb * MILLION:
-                            raise RefusedError(
-                                503,
-                                "other bodies use all of serve.max_total_body_mb: try again later",
-                                later=RETRY_AFTER_S,
-                            )
+                            raise RefusedError(503, "other bodies use all of serve.max_total_body_mb: try again later")
                         clock.reschedule(start + min(GRACE_PERIOD_S + taken / MIN_BYTES_PER_S, limit))
             except TimeoutError:
                 rate = f"{MIN_BYTES_PER_S / 1000:g} kB/s after {GRACE_PERIOD_S:g} s"
-                raise RefusedError(
-                    408,
-                    f"the body is too slow ({taken} bytes so far); it must arrive within {limit:g} s (serve.timeout_s) "
-                    f"and at {rate}",
-                ) from None
-            body = bytes(body)
+                message = f"{taken} bytes have arrived; send all within {limit:g} s (serve.timeout_s) and at {rate}"
+                raise RefusedError(408, message) from None
+            body = bytes(body)  # frees the bytearray
             yield body
         finally:
             self.bodies -= taken
 
-    async def read(self, body: bytes, many: bool) -> ImageRequest:
+    async def read(self, body: bytes, many: bool) -> list[bytes]:
         """Return the image files of a body; a list is parsed in another thread, so that other requests need not wait."""
         return await self._workers.start(len(body), read_list, body) if many else read_image(body)
 
-    async def predict(self, request: ImageRequest) -> np.ndarray:
+    async def predict(self, files: Sequence[bytes], many: bool) -> np.ndarray:
         """Return log p float32 [N, C] of the images in order; raise a RefusedError (422) for the first invalid or too large one."""
-        work = [self._prepare(file, index if request.is_list else None) for index, file in enumerate(request.files)]
+        work = [self._prepare(file, index if many else None) for index, file in enumerate(files)]
         prepared = await asyncio.gather(*work, return_exceptions=True)
         for result in prepared:
             if isinstance(result, BaseException):
@@ -198,4 +178,4 @@ def _try(index: int | None, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except DataError as error:
-        return RefusedError(422, str(error), image=index)
+        return RefusedError(422, str(error), index)

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +20,7 @@ from fivefold.data.split.fold_table import FoldTable, read_folds
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from jobs.__main__ import run
 from jobs.predict import write_results
-from toy_data import LEARNS, REPOSITORY, call_jobs, copy_run, failure, read_rows, run_stage
+from toy_data import LEARNS, REPOSITORY, copy_run, failure, read_rows, run_stage
 
 TRAINING = [
     *LEARNS,
@@ -74,23 +73,21 @@ def test_model_trains_on_train_validates_on_valid_and_holds_out_test(parts_run, 
     assert len(oof) + len(held) + len(table.train_rows(0)) == len(table)
 
 
-def test_command_line_prints_one_result_and_stores_it_in_its_own_folder(parts_run, products, tmp_path):
+def test_command_line_prints_one_result_and_stores_it_in_its_own_folder(
+    parts_run, products, tmp_path, monkeypatch, capsys
+):
     image = products.root / IMAGE
-    result = call_jobs("predict", f"images={image}", f"model={parts_run / 'fold-0/model'}", folder=tmp_path)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    assert run("predict", [f"images={image}", f"model={parts_run / 'fold-0/model'}"], {}) == 0
     (folder,) = (tmp_path / "test_result").iterdir()
     assert re.fullmatch(r"run_\d{8}_\d{6}_[0-9a-f]{8}", folder.name)
     (row,) = read_rows(folder / "predictions.csv")
     assert list(row) == HEADER
-    confidence = float(row["confidence"])
-    expected = {
-        "image_path": str(image),
-        "predicted_class": "full_shot",
-        "confidence": pytest.approx(confidence, abs=1e-6),
-    }
-    assert json.loads(result.stdout) == expected
-    assert row["image_path"] == str(image)
-    assert 0.25 < confidence <= 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["image_path"] == row["image_path"] == str(image)
+    assert printed["predicted_class"] == row["predicted_class"] == "full_shot"
+    assert printed["confidence"] == pytest.approx(float(row["confidence"]), abs=1e-6)
+    assert 0.25 < printed["confidence"] <= 1
     assert metrics(folder)["ms_per_image"] > 0
 
 
@@ -162,11 +159,8 @@ def test_unreadable_images_give_error_rows_and_the_stage_continues(parts_run, pr
     assert ([row["image_path"] for row in errors], {row["confidence"] for row in errors}) == (bad, {"0.000000"})
     assert results[0]["predicted_class"] == results[-1]["predicted_class"] == "full_shot"
     assert (metrics(tmp_path / "out")["errors"], metrics(tmp_path / "out")["test"]["n"]) == (5, 1)
-    (tmp_path / "bad").mkdir()
-    shutil.copy(folder / "broken.png", tmp_path / "bad")
-    assert [row["predicted_class"] for row in predict_files(parts_run, tmp_path / "bad", tmp_path / "none")] == [
-        "ERROR"
-    ]
+    (row,) = predict_files(parts_run, folder / "broken.png", tmp_path / "none")
+    assert row["predicted_class"] == "ERROR"
 
 
 def test_unsupported_formats_give_error_rows_and_content_decides_the_format(parts_run, products, tmp_path):
@@ -177,20 +171,8 @@ def test_unsupported_formats_give_error_rows_and_content_decides_the_format(part
     for name in ("c.dng", "d.HEIC", "notes.txt"):
         (folder / name).write_bytes(b"nothing")
     results = predict_files(parts_run, folder, tmp_path / "out")
-    expected = ["full_shot", "full_shot", "ERROR", "ERROR"]
     assert [row["image_path"] for row in results] == ["a.png", "b", "c.dng", "d.HEIC"]
-    assert [row["predicted_class"] for row in results] == expected
-
-
-def test_folder_and_zip_give_the_same_predictions(parts_run, products, tmp_path):
-    paths = sorted((products.root / "사진").rglob("*.png"))
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for path in paths:
-            archive.write(path, path.relative_to(products.root / "사진"))
-    sources = (products.root / "사진", tmp_path / "images.zip")
-    rows = [predict_files(parts_run, images, tmp_path / f"out-{images.stem}") for images in sources]
-    assert rows[0] == rows[1]
-    assert len(rows[0]) == len(paths)
+    assert [row["predicted_class"] for row in results] == ["full_shot", "full_shot", "ERROR", "ERROR"]
 
 
 def test_formula_in_a_file_name_is_escaped_in_the_table(tmp_path):
@@ -221,8 +203,8 @@ def test_folders_named_after_classes_give_the_true_classes(parts_run, tmp_path):
         ("strange.csv", [], 65, "'shoe'"),
         ("paths.csv", [], 65, "has no column image_path, img_path, path or the like"),
         ("a.png", ["predict.device=cuda"], 64, "predict.device=cuda, but this machine has no such device"),
-        ("a.png", ["predict.file=../x.csv"], 64, "file='../x.csv'"),
-        ("a.png", ["predict.subsets=all"], 64, "subsets=['all']"),
+        ("a.png", ["predict.file=../x.csv"], 64, "predict.file: '../x.csv'"),
+        ("a.png", ["predict.subsets=all"], 64, "predict.subsets='all'"),
         ("a.png", ["image=b.png"], 64, "unknown key 'image'"),
         ("strange.csv", ["data.image_root=/nowhere"], 66, "data.image_root=/nowhere: "),
     ],
@@ -247,15 +229,8 @@ def api(parts_run) -> ImageClassificationAPI:
 def test_api_keeps_the_order_and_gives_error_rows_for_bad_images(api, products, tmp_path, caplog):
     (tmp_path / "broken.jpg").write_bytes((products.root / IMAGE).read_bytes()[:60])
     paths = sorted(map(str, (products.root / "사진").rglob("main_*.png")))[:40]
-    names = [
-        paths[0],
-        str(tmp_path / "broken.jpg"),
-        *paths,
-        str(tmp_path / "absent.jpg"),
-        str(tmp_path),
-        "a\0b",
-        paths[0],
-    ]
+    bad = [str(tmp_path / "absent.jpg"), str(tmp_path), "a\0b"]
+    names = [paths[0], str(tmp_path / "broken.jpg"), *paths, *bad, paths[0]]
     with caplog.at_level(logging.INFO, "fivefold"):
         results = api.predict(names)
     assert [row["image_path"] for row in results] == names
@@ -269,14 +244,6 @@ def test_api_keeps_the_order_and_gives_error_rows_for_bad_images(api, products, 
     assert "42 successes, 4 failures" in caplog.text
     assert [path.name for path in tmp_path.rglob("*")] == ["broken.jpg"]
     assert api.predict([]) == []
-
-
-def test_defect_product_bad_image_is_not_predicted_as_a_black_image(api, tmp_path):
-    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
-    (tmp_path / "broken.png").write_bytes(b"x")
-    black, broken = api.predict([tmp_path / "black.png", tmp_path / "broken.png"])
-    assert black["predicted_class"] in api.classes
-    assert (broken["predicted_class"], broken["confidence"]) == ("ERROR", 0.0)
 
 
 def test_api_gives_equal_results_for_paths_bytes_and_pillow_images(api, products):
@@ -332,10 +299,9 @@ def test_api_agrees_with_the_ensemble_stage_including_weights_and_temperature(pr
     assert np.abs(expected - get_confidences(unweighted)).max() > 1e-3
 
 
-@pytest.mark.parametrize("blend", ["geometric", "vote"])
-def test_api_blends_like_the_ensemble_stage(product_run, tmp_path, blend):
+def test_api_blends_like_the_ensemble_stage(product_run, tmp_path):
     root = copy_run(product_run, tmp_path / "run", "ensemble")
-    assert run_stage(root, "ensemble", "e", f"ensemble.seed_blend={blend}", MODEL=product_run) == 0
+    assert run_stage(root, "ensemble", "e", "ensemble.seed_blend=geometric", MODEL=product_run) == 0
     stored = predictions.read(root / "e" / "output" / "predictions.parquet")
     results = ImageClassificationAPI(root).predict([product_run / "eval" / name for name in stored.ids])
     np.testing.assert_allclose(get_confidences(results), np.exp(stored.log_probs.max(axis=1)), atol=1e-4)
@@ -345,9 +311,8 @@ def test_api_reads_a_student_folder_and_a_tarball(parts_run, product_run, produc
     path = products.root / "사진/P004/main_0.png"
     assert ImageClassificationAPI(product_run / "distill" / "model").predict([path])[0]["confidence"] > 0.25
     tarball = Path(shutil.make_archive(str(tmp_path / "model"), "gztar", parts_run / "fold-0" / "model"))
-    assert ImageClassificationAPI(tarball).predict([path]) == ImageClassificationAPI(parts_run / "fold-0").predict(
-        [path]
-    )
+    expected = ImageClassificationAPI(parts_run / "fold-0").predict([path])
+    assert ImageClassificationAPI(tarball).predict([path]) == expected
 
 
 def test_api_reports_what_is_wrong_with_a_model(parts_run, product_run, tmp_path):
@@ -372,10 +337,9 @@ def test_api_reports_what_is_wrong_with_a_model(parts_run, product_run, tmp_path
         ImageClassificationAPI(root)
 
 
-def test_package_import_is_light_and_loads_the_api_on_demand():
+def test_package_import_is_light():
     code = (
         "import sys, fivefold\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
-        "from fivefold import ImageClassificationAPI\nassert 'torch' in sys.modules\n"
         "print(sorted(fivefold.__all__))\nfivefold.nothing"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)

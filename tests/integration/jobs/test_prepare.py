@@ -29,7 +29,7 @@ from toy_data import SETTINGS as TINY
 SETTINGS = [
     *TINY, 'model.backbone_kwargs={"widths": [4], "stem": 4}', "model.image_size=8", "train.epochs=2", "model.image_stats=aspect,color_mean",
 ]  # fmt: skip
-RESIZE = ["data.resize_shorter_side=10", "data.jpeg_draft=true"]
+RESIZE = ["system=sized", "data.resize_shorter_side=10", "data.jpeg_draft=true"]
 IDENTICAL_FILES = ("model.safetensors", "oof.parquet", "holdout.parquet", "train_log.csv", "model.json")
 CACHE_OFF, MEMORY_OFF = "data.cache=off", "train.cache_in_memory=false"
 
@@ -62,9 +62,17 @@ def train_fold(root: Path, folder: str, *arguments: str, **channels: Path) -> Pa
 
 
 @pytest.fixture(scope="module")
-def uncached_model(inputs: Path) -> Path:
-    """A model whose images were read from their files in each epoch."""
-    return train_fold(inputs, "plain", CACHE_OFF, MEMORY_OFF)
+def models(inputs: Path) -> Path:
+    """Two fold models of full-size images and two of resized ones; each read its images from files in each epoch."""
+    for fold in range(2):
+        train_fold(inputs, f"models/whole/fold-{fold}", CACHE_OFF, MEMORY_OFF, f"FOLD={fold}")
+        train_fold(inputs, f"models/sized/fold-{fold}", CACHE_OFF, MEMORY_OFF, f"FOLD={fold}", *RESIZE)
+    return inputs / "models"
+
+
+@pytest.fixture(scope="module")
+def uncached_model(models: Path) -> Path:
+    return models / "whole" / "fold-0" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +107,11 @@ def test_memory_channel_and_first_use_caches_give_the_same_bytes(inputs, uncache
     assert models_equal(train_fold(inputs, "kept", CACHE_OFF), uncached_model)
     assert models_equal(train_fold(inputs, "channel", CACHE_OFF, MEMORY_OFF, CACHE=prepared_cache), uncached_model)
     assert re.search(r"image cache: .* \(48 images, .*, 0.1 MiB\)", capsys.readouterr().err)
-    assert models_equal(
-        train_fold(inputs, "first", f"data.cache={inputs / 'caches'}", "train.num_workers=1"), uncached_model
-    )
-    assert len(list((inputs / "caches").glob(f"*/{HEADER_FILE}"))) == 1
+    run_folder = ("run=first", f"runs={inputs / 'runs'}")
+    assert models_equal(train_fold(inputs, "first", *run_folder, "train.num_workers=1"), uncached_model)
+    assert len(list((inputs / "runs" / ".cache").glob(f"*/{HEADER_FILE}"))) == 1
     assert "32 images are decoded once" in capsys.readouterr().err
-    capsys.readouterr()
-    assert models_equal(train_fold(inputs, "second", f"data.cache={inputs / 'caches'}"), uncached_model)
+    assert models_equal(train_fold(inputs, "second", *run_folder), uncached_model)
     assert "are decoded once" not in capsys.readouterr().err
 
 
@@ -124,8 +130,8 @@ def test_images_missing_from_the_cache_are_read_from_files(inputs, uncached_mode
     assert models_equal(model, uncached_model)
 
 
-def test_resizing_changes_the_weights_but_the_cache_does_not(inputs, uncached_model, capsys):
-    small = train_fold(inputs, "small", *RESIZE, CACHE_OFF, MEMORY_OFF)
+def test_resizing_changes_the_weights_but_the_cache_does_not(inputs, models, uncached_model):
+    small = models / "sized" / "fold-0" / "model"
     assert (small / "model.safetensors").read_bytes() != (uncached_model / "model.safetensors").read_bytes()
     assert models_equal(train_fold(inputs, "small-first", *RESIZE, f"data.cache={inputs / 'caches'}"), small)
     facts = json.loads((small / "model.json").read_text())
@@ -135,32 +141,24 @@ def test_resizing_changes_the_weights_but_the_cache_does_not(inputs, uncached_mo
     assert not {"data.cache", "data.cache_gib"} & record["settings"].keys()
 
 
-@pytest.mark.slow
-def test_prediction_uses_the_pixels_that_the_model_was_trained_on(inputs, prepared_cache):
+def test_prediction_uses_the_pixels_that_the_model_was_trained_on(inputs, models, prepared_cache):
     """`predict` (which decodes once for all models), the fold and the ensemble use the same pixels, cached or not."""
-    models = [train_fold(inputs, f"both/fold-{fold}", *RESIZE, CACHE_OFF, f"FOLD={fold}") for fold in range(2)]
-    arguments = ["predict.subsets=valid"]
-    assert run_step(inputs, "predict", "answers", *arguments, IMAGES=inputs / "train", MODEL=models[0]) == 0
+    model = models / "sized" / "fold-0"
+    assert run_step(inputs, "predict", "answers", "predict.subsets=valid", IMAGES=inputs / "train", MODEL=model) == 0
     rows = read_rows(inputs / "answers" / "output" / "predictions.csv")
     confidence = {row["image_path"]: float(row["confidence"]) for row in rows}
-    table = read(models[0] / "oof.parquet")
+    table = read(model / "model" / "oof.parquet")
     expected = {name: float(np.exp(row.max())) for name, row in zip(table.ids, table.log_probs, strict=True)}
     assert {name: confidence[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert run_step(inputs, "prepare", "prepared-small", *RESIZE, EVAL=inputs / "eval") == 0
-    folders = {
-        "without": {},
-        "with": {"CACHE": inputs / "prepared-small" / "output"},
-        "other": {"CACHE": prepared_cache},
-    }
-    for name, cache in folders.items():
-        assert (
-            run_step(inputs, "ensemble", f"ensemble-{name}", MODEL=inputs / "both", EVAL=inputs / "eval", **cache) == 0
-        )
-    tables = [(inputs / f"ensemble-{name}" / "output" / "predictions.parquet").read_bytes() for name in folders]
-    assert len(set(tables)) == 1
+    tables = set()
+    for number, cache in enumerate((None, inputs / "prepared-small" / "output", prepared_cache)):
+        channels = {"MODEL": models / "sized", "EVAL": inputs / "eval", "CACHE": cache}
+        assert run_step(inputs, "ensemble", f"ensemble-{number}", **channels) == 0
+        tables.add((inputs / f"ensemble-{number}" / "output" / "predictions.parquet").read_bytes())
+    assert len(tables) == 1
 
 
-@pytest.mark.slow
 def test_sigterm_exits_143_leaves_nothing_and_a_rerun_builds_the_cache(tmp_path):
     random = np.random.default_rng(0)
     for number in range(80):
@@ -168,8 +166,7 @@ def test_sigterm_exits_143_leaves_nothing_and_a_rerun_builds_the_cache(tmp_path)
     assert run_step(tmp_path, "split", "split", "split.folds=2") == 0
     output = tmp_path / "prepared"
     environ = environment(**variables(tmp_path, "prepared", EVAL=None, SM_OUTPUT_DATA_DIR=output))
-    command = [sys.executable, "-m", "jobs", "prepare"]
-    process = subprocess.Popen(command, env=environ, cwd=REPOSITORY)
+    process = subprocess.Popen([sys.executable, "-m", "jobs", "prepare"], env=environ, cwd=REPOSITORY)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size > 10**6 for path in output.glob(".*.tmp/pixels.u8")):
         assert time.monotonic() < deadline
@@ -178,11 +175,10 @@ def test_sigterm_exits_143_leaves_nothing_and_a_rerun_builds_the_cache(tmp_path)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     assert not [path for path in output.iterdir() if not path.name.endswith(".lock")]
-    assert subprocess.run(command, env=environ, cwd=REPOSITORY).returncode == 0
+    assert run_step(tmp_path, "prepare", "prepared", SM_OUTPUT_DATA_DIR=output) == 0
     Cache(next(output.glob(f"*/{HEADER_FILE}")).parent).verify()
 
 
-@pytest.mark.slow
 def test_run_in_a_bucket_reads_its_cache_from_there(inputs, uncached_model, bucket, tmp_path, capsys):
     for path in (inputs / "split" / "output").iterdir():
         bucket.write(f"runs/first/split/output/{path.name}", path.read_bytes())
@@ -196,34 +192,23 @@ def test_run_in_a_bucket_reads_its_cache_from_there(inputs, uncached_model, buck
     assert models_equal(tmp_path / "model", uncached_model)
 
 
-@pytest.mark.slow
-def test_models_with_different_resizing_predict_together(inputs):
+def test_models_with_different_resizing_predict_together(inputs, models):
     """Compare `predict`, which decodes for all models, with the ensemble stage, in which each model reads for itself."""
-    for name, *settings in (("sized", "data.resize_shorter_side=10", "data.jpeg_draft=true"), ("whole",)):
-        for fold in range(2):
-            train_fold(inputs, f"mixed/{name}-{fold}", f"system={name}", *settings, CACHE_OFF, f"FOLD={fold}")
-    channels = {"MODEL": inputs / "mixed", "EVAL": inputs / "eval"}
-    assert (
-        run_step(inputs, "ensemble", "mixed-ensemble", "ensemble.blend=mean", "ensemble.calibrate_on=none", **channels)
-        == 0
-    )
+    arguments = ("ensemble.blend=mean", "ensemble.calibrate_on=none")
+    assert run_step(inputs, "ensemble", "mixed-ensemble", *arguments, MODEL=models, EVAL=inputs / "eval") == 0
     table = read(inputs / "mixed-ensemble" / "output" / "predictions.parquet")
-    expected = {
-        f"images/{name}.png": float(np.exp(row.max())) for name, row in zip(table.ids, table.log_probs, strict=True)
-    }
-    assert run_step(inputs, "predict", "mixed-predict", IMAGES=inputs / "eval", MODEL=inputs / "mixed", FOLDS=None) == 0
+    confidences = np.exp(table.log_probs.max(axis=1)).tolist()
+    assert run_step(inputs, "predict", "mixed-predict", IMAGES=inputs / "eval", MODEL=models, FOLDS=None) == 0
     rows = read_rows(inputs / "mixed-predict" / "output" / "predictions.csv")
     actual = {row["image_path"]: float(row["confidence"]) for row in rows}
+    expected = {f"images/{name}.png": value for name, value in zip(table.ids, confidences, strict=True)}
     assert actual == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.slow
-def test_unlabeled_images_of_a_student_come_from_the_cache(inputs, uncached_model, prepared_cache):
-    train_fold(inputs, "teachers/fold-0", CACHE_OFF)
-    train_fold(inputs, "teachers/fold-1", CACHE_OFF, "FOLD=1")
-    channels = {"MODEL": inputs / "teachers", "UNLABELED": inputs / "eval"}
-    for name, extra in {"student": {}, "student-cached": {"CACHE": prepared_cache}}.items():
-        assert run_step(inputs, "distill", name, *SETTINGS, CACHE_OFF, **channels, **extra) == 0
+def test_unlabeled_images_of_a_student_come_from_the_cache(inputs, models, prepared_cache):
+    channels = {"MODEL": models / "whole", "UNLABELED": inputs / "eval"}
+    for name, cache in {"student": None, "student-cached": prepared_cache}.items():
+        assert run_step(inputs, "distill", name, *SETTINGS, CACHE_OFF, **channels, CACHE=cache) == 0
     weights = [(inputs / name / "model" / "model.safetensors").read_bytes() for name in ("student", "student-cached")]
     assert weights[0] == weights[1]
 
@@ -237,21 +222,17 @@ def test_cache_with_other_decode_settings_gives_one_clear_error(inputs, prepared
     assert run_step(inputs, "prepare", "bad", "data.jpeg_draft=true") == 64, "jpeg_draft needs a size"
 
 
-@pytest.mark.slow
-def test_prepare_accepts_an_unverified_split_and_train_fold_makes_no_cache(inputs, uncached_model, capsys):
+def test_prepare_accepts_an_unverified_split_and_train_fold_makes_no_cache(inputs):
     assert run_step(inputs, "split", "trusting", "split.folds=2", "split.holdout=0.1", "split.verify_images=false") == 0
-    folds = inputs / "trusting" / "output"
-    assert run_step(inputs, "prepare", "trusting/prepared", FOLDS=folds) == 0
-    cached_model = train_fold(
-        inputs, "trusting/cached", CACHE_OFF, FOLDS=folds, CACHE=inputs / "trusting" / "prepared" / "output"
-    )
-    expected_model = train_fold(inputs, "trusting/plain", CACHE_OFF, MEMORY_OFF, FOLDS=folds)
-    assert models_equal(cached_model, expected_model)
-    train_fold(inputs, "trusting/first", f"data.cache={inputs / 'untouched'}", FOLDS=folds)
+    channels = {"FOLDS": inputs / "trusting" / "output"}
+    assert run_step(inputs, "prepare", "trusting/prepared", **channels) == 0
+    uncached = train_fold(inputs, "trusting/first", f"data.cache={inputs / 'untouched'}", **channels)
     assert not (inputs / "untouched").exists()
+    channels["CACHE"] = inputs / "trusting" / "prepared" / "output"
+    assert models_equal(train_fold(inputs, "trusting/cached", CACHE_OFF, **channels), uncached)
 
 
-def test_cache_folder_lies_beside_the_runs_and_is_absent_outside_a_run(inputs, uncached_model, tmp_path):
+def test_cache_folder_lies_beside_the_runs_and_is_absent_outside_a_run(tmp_path):
     def folder(**data: object) -> Path | None:
         return cache_folder(Settings(run="first", runs=str(tmp_path / "r"), data=Data(**data)))
 
@@ -262,9 +243,6 @@ def test_cache_folder_lies_beside_the_runs_and_is_absent_outside_a_run(inputs, u
     assert folder(cache="/x") == Path("/x")
     assert cache_folder(Settings()) is None
     assert cache_folder(Settings(run="first", runs="s3://b/runs")) is None
-    model = train_fold(inputs, "told", "run=first", f"runs={inputs / 'runs'}")
-    assert models_equal(model, uncached_model)
-    assert len(list((inputs / "runs" / ".cache").glob(f"*/{HEADER_FILE}"))) == 1
 
 
 def test_steps_of_a_local_run_share_one_cache_unless_set_otherwise(tmp_path):

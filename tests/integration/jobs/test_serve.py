@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -24,9 +23,12 @@ import pytest
 from PIL import Image
 
 from fivefold import ImageClassificationAPI
+from fivefold.config.schema import Settings
+from fivefold.errors import FivefoldError
 from fivefold.serving.workers import PIXEL_BYTES
 from fivefold.system import GLIBC_TUNABLES
-from server_process import SECONDS, Answer, ServerProcess, sent
+from jobs import serve
+from server_process import TIMEOUT_S, Answer, ServerProcess, send_request
 from toy_data import copy_run, run_stage
 
 TOLERANCE = 1e-5
@@ -72,7 +74,10 @@ def server(trained_run, tmp_path_factory) -> Iterator[ServerProcess]:
     """The served ensemble; `early` holds its responses while it was loading."""
     limits = ["serve.max_body_mb=0.5", "serve.max_megapixels=4", "serve.max_queue=400", "serve.batch_size=16"]
     with ServerProcess(tmp_path_factory.mktemp("served") / "log", f"model={trained_run}", *limits) as process:
-        process.early = [process.ask("GET", "/ping"), process.ask("POST", "/invocations", b"x", content_type=PNG)]
+        process.early = [
+            process.request("GET", "/ping"),
+            process.request("POST", "/invocations", b"x", content_type=PNG),
+        ]
         yield process.ready()
 
 
@@ -92,9 +97,8 @@ def make_image(width: int = 8, height: int = 8, mode: str = "RGB", file_format: 
 
 def test_image_response_equals_the_api_result(server, images) -> None:
     for expected in list(images.values())[:5]:
-        answer = server.ask("POST", "/invocations", expected[0], content_type=PNG)
-        assert answer.status == 200
-        assert answer.headers["content-type"] == "application/json"
+        answer = server.request("POST", "/invocations", expected[0], content_type=PNG)
+        assert (answer.status, answer.headers["content-type"]) == (200, JSON)
         result = answer.json
         assert list(result) == ["predicted_class", "confidence", "probabilities"]
         assert matches(result, expected)
@@ -102,45 +106,33 @@ def test_image_response_equals_the_api_result(server, images) -> None:
         assert sorted(result["probabilities"].values(), reverse=True) == list(result["probabilities"].values())
         assert set(result["probabilities"]) == {"full_shot", "care_label", "neck_label", "detail_shot"}
         assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "kind", ["image/jpeg", "image/webp", "application/x-image", "application/octet-stream", "Image/PNG; q=1", ""]
-)
-def test_every_image_content_type_is_accepted(server, images, kind) -> None:
-    expected = next(iter(images.values()))
-    assert matches(server.ask("POST", "/invocations", expected[0], content_type=kind).json, expected)
+    for kind in ("image/webp", "application/x-image", "application/octet-stream", "Image/PNG; q=1", ""):
+        assert matches(server.request("POST", "/invocations", expected[0], content_type=kind).json, expected)
 
 
 def test_list_response_keeps_the_order(server, images) -> None:
     names = list(images)[:40]
     names = [*names, *reversed(names)]
-    answer = server.ask("POST", "/invocations", encode_list([images[name][0] for name in names]), content_type=JSON)
+    answer = server.request("POST", "/invocations", encode_list([images[name][0] for name in names]), content_type=JSON)
     assert answer.status == 200
     assert len(answer.json) == 80
     assert [name for result, name in zip(answer.json, names, strict=True) if not matches(result, images[name])] == []
-    list_of_one = server.ask("POST", "/invocations", encode_list([images[names[0]][0]]), content_type=JSON).json
-    single = server.ask("POST", "/invocations", images[names[0]][0], content_type=PNG).json["probabilities"]
+    list_of_one = server.request("POST", "/invocations", encode_list([images[names[0]][0]]), content_type=JSON).json
+    single = server.request("POST", "/invocations", images[names[0]][0], content_type=PNG).json["probabilities"]
     assert {name: pytest.approx(p, abs=TOLERANCE) for name, p in single.items()} == list_of_one[0]["probabilities"]
-    assert server.ask("POST", "/invocations", b" [] ", content_type=JSON).json == []
+    assert server.request("POST", "/invocations", b" [] ", content_type=JSON).json == []
 
 
 def test_response_has_the_requested_length_and_format(server, images) -> None:
     files = [file for file, _, _ in list(images.values())[:2]]
-    short = server.ask("POST", "/invocations?top=2", files[0], content_type=PNG).json
+    short = server.request("POST", "/invocations?top=2", files[0], content_type=PNG).json
     assert len(short["probabilities"]) == 2
-    assert len(server.ask("POST", "/invocations?top=99", files[0], content_type=PNG).json["probabilities"]) == 4
-    table = server.ask("POST", "/invocations", encode_list(files), content_type=JSON, accept="text/csv")
+    table = server.request("POST", "/invocations", encode_list(files), content_type=JSON, accept="text/*;q=0.5, */*")
     assert table.headers["content-type"].startswith("text/csv")
-    default_body = server.ask(
-        "POST", "/invocations", encode_list(files), content_type=JSON, accept="text/*;q=0.5, */*"
-    ).body
-    assert default_body == table.body
-    lines = table.body.decode().splitlines()
-    assert lines[0] == "predicted_class,confidence"
-    name, confidence = lines[1].split(",")
+    header, first, _ = table.body.decode().splitlines()
+    assert header == "predicted_class,confidence"
+    name, confidence = first.split(",")
     assert (name, float(confidence)) == (short["predicted_class"], pytest.approx(short["confidence"], rel=1e-5))
-    assert len(lines) == 3
 
 
 def send_concurrently(
@@ -156,7 +148,7 @@ def send_concurrently(
             chosen = [names[index] for index in random.integers(0, len(names), 1 if turn % 3 else 7)]
             files, is_list = [images[name][0] for name in chosen], turn % 3 == 0
             body, kind = (encode_list(files), JSON) if is_list else (files[0], PNG)
-            answer = sent(connection, "POST", "/invocations", body, content_type=kind)
+            answer = send_request(connection, "POST", "/invocations", body, content_type=kind)
             answers = (answer.json if is_list else [answer.json]) if answer.status == 200 else []
             correct = [matches(item, images[name]) for item, name in zip(answers, chosen, strict=False)]
             outcomes["right" if all(correct) and len(answers) == len(chosen) else f"wrong: {answer}"] += 1
@@ -170,7 +162,7 @@ def send_concurrently(
 
 
 def read_metrics(server: ServerProcess) -> dict[str, float]:
-    text = server.ask("GET", "/metrics").body.decode()
+    text = server.request("GET", "/metrics").body.decode()
     return {
         name: float(value) for name, _, value in (line.rpartition(" ") for line in text.splitlines() if line[0] != "#")
     }
@@ -191,47 +183,42 @@ def test_concurrent_clients_get_their_own_responses_and_share_batches(server, im
 
 
 VALID_IMAGE = make_image(64, 64)
-INVALID_BODIES = {
-    "no image": (PNG, b"nothing", 422, "the image cannot be decoded: it is no image of a known format"),
-    "cut off": (PNG, VALID_IMAGE[:60], 422, "the image cannot be decoded: "),
-    "empty": (PNG, b"", 400, "the body is empty"),
-    "too many pixels": (PNG, make_image(5000, 1000, "1"), 422, "it has 5000 × 1000 pixels, more than the 4 million allowed"),
-    "a program": (PNG, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 422, "no image of a known format"),
-    "too large": (PNG, bytes(600_000), 413, "larger than 0.5 MB (serve.max_body_mb)"),
-    "a text": ("text/plain", b"x", 415, "'text/plain'"),
-    "half JSON": (JSON, b'["', 400, "the body is not JSON: "),
-    "deep": (JSON, b"[" * 100_000, 400, "the body is not JSON: it is nested too deeply"),
-    "an object": (JSON, b'{"instances": []}', 400, "the body is JSON of type dict: send a list"),
-    "no base64": (JSON, b'["eA==", "###"]', 400, "image 1 of the list is not base64"),
-    "one bad of three": (JSON, encode_list([VALID_IMAGE, VALID_IMAGE, b"x"]), 422, "image 2 of the list cannot be decoded: it is no image"),
-    "too many": (JSON, encode_list([b"x"] * 401), 413, "at most 400 (serve.max_queue)"),
-}  # fmt: skip
+INVALID_REQUESTS = {
+    "no image": (PNG, b"nothing", 422),
+    "empty": (PNG, b"", 400),
+    "too many pixels": (PNG, make_image(5000, 1000, "1"), 422),
+    "too large": (PNG, bytes(600_000), 413),
+    "a text": ("text/plain", b"x", 415),
+    "deep": (JSON, b"[" * 100_000, 400),
+    "no base64": (JSON, b'["eA==", "###"]', 400),
+    "one bad of three": (JSON, encode_list([VALID_IMAGE, VALID_IMAGE, b"x"]), 422),
+    "too many": (JSON, encode_list([b"x"] * 401), 413),
+}
 
 
-@pytest.mark.parametrize(("kind", "body", "status", "message"), INVALID_BODIES.values(), ids=INVALID_BODIES)
-def test_invalid_body_gives_a_clear_4xx(server, kind, body, status, message) -> None:
-    answer = server.ask("POST", "/invocations", body, content_type=kind)
+@pytest.mark.parametrize("name", INVALID_REQUESTS)
+def test_invalid_body_gives_a_clear_4xx(server, name) -> None:
+    kind, body, status = INVALID_REQUESTS[name]
+    answer = server.request("POST", "/invocations", body, content_type=kind)
     assert answer.status == status
-    assert message in answer.json["error"]
-    if "image 1" in message or "image 2" in message:
-        assert f"image {answer.json['image']}" in message
-    assert server.ask("GET", "/ping").status == 200
+    assert answer.json.get("image") == {"no base64": 1, "one bad of three": 2}.get(name)
+    assert len(answer.json["error"]) > 10
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "headers", "status", "message"),
+    ("method", "path", "headers", "status"),
     [
-        ("GET", "/invocations", {}, 405, "GET /invocations: Method Not Allowed; "),
-        ("GET", "/nothing", {}, 404, "GET /nothing: Not Found; "),
-        ("POST", "/invocations?top=0", {"content_type": PNG}, 400, "top='0': "),
-        ("POST", "/invocations?tpo=2", {"content_type": PNG}, 400, "unknown parameter 'tpo'; "),
-        ("POST", "/invocations", {"content_type": PNG, "content_encoding": "gzip"}, 415, "(Content-Encoding: gzip)"),
-        ("POST", "/invocations", {"content_type": PNG, "accept": "image/png"}, 406, "application/json or"),
+        ("GET", "/invocations", {}, 405),
+        ("GET", "/nothing", {}, 404),
+        ("POST", "/invocations?top=0", {}, 400),
+        ("POST", "/invocations?tpo=2", {}, 400),
+        ("POST", "/invocations", {"content_encoding": "gzip"}, 415),
+        ("POST", "/invocations", {"accept": "image/png"}, 406),
+        ("POST", "/invocations", {"content_length": "-1"}, 400),
     ],
 )
-def test_invalid_request_gives_a_clear_4xx(server, method, path, headers, status, message) -> None:
-    answer = server.ask(method, path, VALID_IMAGE, **headers)
-    assert (answer.status, message in answer.json["error"]) == (status, True), answer
+def test_invalid_request_gives_a_clear_4xx(server, method, path, headers, status) -> None:
+    assert server.request(method, path, VALID_IMAGE, **{"content_type": PNG, **headers}).status == status
 
 
 def test_oversized_body_is_rejected_before_it_is_complete(server) -> None:
@@ -243,7 +230,7 @@ def test_oversized_body_is_rejected_before_it_is_complete(server) -> None:
             sent_bytes += 100_000
             yield bytes(100_000)
 
-    answer = server.ask("POST", "/invocations", long_body(), content_type=PNG)
+    answer = server.request("POST", "/invocations", long_body(), content_type=PNG)
     assert (answer.status, answer.headers["connection"]) == (413, "close")
     with server.raw() as connection:  # the server responds before the client has sent the whole body
         connection.sendall(
@@ -253,32 +240,13 @@ def test_oversized_body_is_rejected_before_it_is_complete(server) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-def test_clients_that_disconnect_or_stall_do_not_block_others(server, images) -> None:
-    head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
-    file = next(iter(images.values()))[0]
-    stalled = [server.raw() for _ in range(20)]
-    for number, connection in enumerate(stalled):
-        connection.sendall((head % len(file) + file[: len(file) // 2]) if number % 2 else head[:30])
-    for _ in range(20):
-        with server.raw() as connection:
-            connection.sendall(head % len(file) + file)
-    outcomes, _ = send_concurrently(server, images, clients=4, rounds=6)
-    assert outcomes == {"right": 24}
-    for connection in stalled[1::2]:  # stalled clients get a response, too
-        connection.sendall(file[len(file) // 2 :])
-        assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
-    for connection in stalled:
-        connection.close()
-    assert read_metrics(server)["fivefold_images_under_way"] == 0
-
-
 def test_server_is_not_ready_before_the_model_is_loaded(server) -> None:
     ping, early = server.early
     assert (ping.status, ping.json) == (503, {"status": "loading"})
     assert (early.status, early.headers["retry-after"]) == (503, "1")
     assert "the model is still" in early.json["error"]
-    assert server.ask("GET", "/ping").json == {"status": "ready"}
-    assert server.ask("HEAD", "/ping").status == 200
+    assert server.request("GET", "/ping").json == {"status": "ready"}
+    assert server.request("HEAD", "/ping").status == 200
 
 
 @contextmanager
@@ -304,7 +272,7 @@ def send_until_refused(server: ServerProcess, file: bytes, stop: threading.Event
     outcomes: Counter[str] = Counter()
     while not stop.is_set():
         try:
-            outcomes[str(server.ask("POST", "/invocations", file, content_type=PNG).status)] += 1
+            outcomes[str(server.request("POST", "/invocations", file, content_type=PNG).status)] += 1
         except ConnectionRefusedError:
             outcomes["refused"] += 1
             return outcomes
@@ -315,9 +283,14 @@ def send_until_refused(server: ServerProcess, file: bytes, stop: threading.Event
 
 
 def test_sigterm_under_load_answers_every_accepted_request(trained_run, student_images, tmp_path) -> None:
+    """The server is started as SageMaker starts it."""
     expected = next(iter(student_images.values()))
-    with ServerProcess(tmp_path / "log", f"model={trained_run / 'distill'}") as server:
-        server.ready()
+    shutil.copytree(trained_run / "distill/model", tmp_path / "opt/model")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    environ = {"SAGEMAKER_BASE_DIR": str(tmp_path / "opt"), "SAGEMAKER_BIND_TO_PORT": str(port)}
+    with ServerProcess(tmp_path / "log", **environ) as server:
+        assert server.ready().port == port
         stop = threading.Event()
         with (
             ThreadPoolExecutor(6) as pool,
@@ -327,91 +300,60 @@ def test_sigterm_under_load_answers_every_accepted_request(trained_run, student_
             loads = [pool.submit(send_until_refused, server, expected[0], stop) for _ in range(6)]
             time.sleep(0.5)
             server.process.send_signal(signal.SIGTERM)
-            late_answers = [
-                server.wait_for("stop[a-z]+: [0-9]+ requests ") and finish() for finish in (finish_first, finish_second)
-            ]
-            outcomes = sum((load.result(SECONDS) for load in loads), Counter())
-        assert server.process.wait(SECONDS) == 143
+            server.wait_for("stop[a-z]+: [0-9]+ requests ")
+            late_answers = [finish_first(), finish_second()]
+            outcomes = sum((load.result(TIMEOUT_S) for load in loads), Counter())
+        assert server.process.wait(TIMEOUT_S) == 143
     assert [answer.status for answer in late_answers] == [200, 200]
     assert all(matches(answer.json, expected) for answer in late_answers)
     assert set(outcomes) <= {"200", "refused", "reset"}
     assert outcomes["200"] > 20
-    assert f"answered {outcomes['200'] + len(late_answers)} requests" in server.told()
-
-
-def test_server_that_cannot_start_reports_why(trained_run, tmp_path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        code, message = start_and_fail(tmp_path, f"model={trained_run}", f"serve.port={port}")
-        assert code == 64
-        assert f"serve.host=127.0.0.1 serve.port={port}: " in message
-        assert "Address already in use" in message
-    assert start_and_fail(tmp_path, f"model={tmp_path / 'absent'}")[0] == 66
-    assert start_and_fail(tmp_path, "model=", SAGEMAKER_BASE_DIR=str(tmp_path))[0] == 66
-    assert start_and_fail(tmp_path, "serve.prot=1") == (64, "unknown key 'serve.prot' in argument; did you mean 'serve.port'?; --help lists the keys")  # fmt: skip
-    code, message = start_and_fail(tmp_path, f"model={trained_run}", SAGEMAKER_BIND_TO_PORT="80800")
-    assert (code, message) == (64, "serve.port=80800 (SAGEMAKER_BIND_TO_PORT): at most 65535 is needed")
-
-
-def start_and_fail(folder: Path, *arguments: str, **environ: str) -> tuple[int, str]:
-    """Start a server that fails; return its exit code and its last error message."""
-    with ServerProcess(folder / "log", *arguments, **environ) as server:
-        code = server.process.wait(SECONDS)
-    return code, server.told().splitlines()[-1].partition("ERROR   ")[2]
-
-
-@pytest.mark.slow
-def test_server_works_as_sagemaker_starts_it(trained_run, products, tmp_path) -> None:
-    images = predict_images(trained_run / "fold-1", products.root)
-    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
-        archive.add(trained_run / "fold-1/model", ".")
-    (tmp_path / "opt/model").mkdir(parents=True)
-    shutil.unpack_archive(tmp_path / "model.tar.gz", tmp_path / "opt/model")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-    environ = {"SAGEMAKER_BASE_DIR": str(tmp_path / "opt"), "SAGEMAKER_BIND_TO_PORT": port}
-    with ServerProcess(tmp_path / "log", **environ) as server:
-        assert server.ready().port == int(port)
-        outcomes, _ = send_concurrently(server, images, clients=4, rounds=6)
-        assert outcomes == {"right": 24}
-        assert server.end(signal.SIGINT) == 130
+    assert f"answered {outcomes['200'] + len(late_answers)} requests" in server.read_log()
     assert not (tmp_path / "opt/output").exists()
 
 
-@pytest.mark.slow
-def test_model_may_be_a_tarball_or_lie_in_a_bucket(trained_run, student_images, bucket, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "environ", "code"),
+    [
+        (["model={run}", "serve.port={used_port}"], {}, 64),
+        (["model={run}", "predict.device=gpu"], {}, 64),
+        (["model={run}"], {"SAGEMAKER_BIND_TO_PORT": "80800"}, 64),
+        (["serve.prot=1"], {}, 64),
+        (["model={tmp}/unfinished"], {}, 65),
+        (["model={tmp}/absent"], {}, 66),
+        (["model="], {"SAGEMAKER_BASE_DIR": "/absent"}, 66),
+    ],
+)
+def test_server_that_cannot_start_reports_why(arguments, environ, code, trained_run, tmp_path) -> None:
+    shutil.copytree(trained_run / "distill/model", tmp_path / "unfinished")
+    (tmp_path / "unfinished/stage.json").unlink()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        names = {"run": trained_run, "tmp": tmp_path, "used_port": listener.getsockname()[1]}
+        arguments = [argument.format(**names) for argument in arguments]
+        with pytest.raises(FivefoldError) as caught:
+            serve.main(arguments, environ or {"SERVE__PORT": "0"})
+    assert caught.value.exit_code == code
+
+
+def test_model_comes_from_the_first_source_that_is_set(tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    environ = {"SAGEMAKER_BASE_DIR": str(tmp_path), "SM_MODEL_DIR": "/b", "SM_CHANNEL_MODEL": "/a"}
+    settings = Settings(run="first", runs="/runs")
+    assert serve.model_path(environ, settings) == "/a"
+    assert serve.model_path(environ | {"SM_CHANNEL_MODEL": ""}, settings) == "/b"
+    del environ["SM_CHANNEL_MODEL"], environ["SM_MODEL_DIR"]
+    assert serve.model_path(environ, settings) == "/runs/first/distill"
+    assert serve.model_path(environ, Settings()) == str(tmp_path / "model")
+
+
+def test_model_may_be_a_tarball_or_lie_in_a_bucket(trained_run, bucket, tmp_path) -> None:
     shutil.make_archive(str(tmp_path / "packed/model"), "gztar", trained_run / "distill/model")
     for path in (trained_run / "distill/model").iterdir():
         bucket.write(f"student/{path.name}", path.read_bytes())
-    for model in (str(tmp_path / "packed"), f"s3://{bucket.name}/student"):
-        with ServerProcess(tmp_path / "log", f"model={model}", **bucket.environ()) as server:
-            outcomes, _ = send_concurrently(server.ready(), student_images, clients=4, rounds=6)
-            assert outcomes == {"right": 24}, model
-            assert server.end() == 143
-
-
-@pytest.mark.slow
-def test_serving_a_run_uses_its_student(trained_run, student_images, tmp_path) -> None:
-    with ServerProcess(tmp_path / "log", f"run={trained_run.name}", RUNS=str(trained_run.parent)) as server:
-        outcomes, _ = send_concurrently(server.ready(), student_images, clients=2, rounds=3)
-    assert outcomes == {"right": 6}
-
-
-@pytest.mark.slow
-def test_signal_during_loading_ends_the_server(trained_run, tmp_path) -> None:
-    with ServerProcess(tmp_path / "log", f"model={trained_run}") as server:
-        assert server.port
-        assert server.end() == 143
-        assert "ready: " not in server.told()
-
-
-@pytest.mark.slow
-def test_invalid_model_gives_the_same_errors_as_in_a_stage(trained_run, tmp_path) -> None:
-    shutil.copytree(trained_run / "distill/model", tmp_path / "half")
-    (tmp_path / "half/stage.json").unlink()
-    code, message = start_and_fail(tmp_path, f"model={tmp_path / 'half'}")
-    assert (code, "its training did not finish" in message) == (65, True)
-    assert start_and_fail(tmp_path, f"model={trained_run}", "predict.device=gpu")[0] == 64
+    for number, model in enumerate((str(tmp_path / "packed"), f"s3://{bucket.name}/student")):
+        (tmp_path / str(number)).mkdir()
+        ensemble = serve.load_served_model(model, Settings(), tmp_path / str(number))
+        assert (len(ensemble.models), len(ensemble.classes)) == (1, 4)
 
 
 POD_BYTES = 4 * 1024**3
@@ -434,7 +376,7 @@ def repeat_concurrently(requests: Sequence[Callable[[], str]]) -> Iterator[Count
         finally:
             stop.set()
             for future in clients:
-                future.result(SECONDS)
+                future.result(TIMEOUT_S)
 
 
 @pytest.mark.slow
@@ -463,7 +405,7 @@ def test_hostile_clients_do_not_block_a_normal_client_or_exhaust_memory(trained_
 
         def post(name: str) -> str:
             try:
-                return f"{name} {server.ask('POST', '/invocations', hostile[name], content_type=PNG).status}"
+                return f"{name} {server.request('POST', '/invocations', hostile[name], content_type=PNG).status}"
             except ConnectionError:
                 return f"{name} dropped"
 
@@ -477,18 +419,18 @@ def test_hostile_clients_do_not_block_a_normal_client_or_exhaust_memory(trained_
         requests = [partial(post, name) for name in [*bombs, "scans"]]
         latencies = []
         with repeat_concurrently(requests) as outcomes:
-            for expected in list(student_images.values())[:60]:
+            for expected in list(student_images.values())[:20]:
                 started = time.monotonic()
-                answer = server.ask("POST", "/invocations", expected[0], content_type=PNG)
+                answer = server.request("POST", "/invocations", expected[0], content_type=PNG)
                 latencies.append(time.monotonic() - started)
                 assert matches(answer.json, expected), answer
-                assert server.ask("GET", "/ping").status == 200
+                assert server.request("GET", "/ping").status == 200
                 time.sleep(0.05)
         peak = peak_memory(server)
         print(
             f"{len(latencies)} requests, mean {np.mean(latencies):.3f} s, longest {max(latencies):.3f} s; {idle_memory / 1e6:.0f} -> {peak / 1e6:.0f} MB; {dict(outcomes)}"
         )
-        assert server.end() == 143
+        assert server.stop() == 143
     assert np.mean(latencies) < 1, "on an otherwise idle machine each request takes less"
     assert max(latencies) < 5
     assert peak < POD_BYTES

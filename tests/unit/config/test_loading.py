@@ -20,7 +20,6 @@ from fivefold.config.loading import (
     read_recipe,
     unused_keys,
 )
-from fivefold.config.recipes import shipped_recipes
 from fivefold.config.schema import Settings
 from fivefold.errors import FivefoldError, MissingInputError, SettingsError
 
@@ -47,9 +46,8 @@ def test_settings_come_from_the_source_with_the_highest_precedence(recipe_file: 
     assert load_args().train.epochs == 30
 
 
-@pytest.mark.parametrize("source", ["argument", "environment", "hyperparameters"])
-def test_any_source_can_set_the_recipe_and_the_recipe_names_the_system(source: str, recipe_file: Path):
-    settings = load([Layer(source, {"recipe": str(recipe_file)})])
+def test_recipe_names_the_system_unless_the_system_is_set(recipe_file: Path):
+    settings = load([Layer("hyperparameters", {"recipe": str(recipe_file)})])
     assert (settings.train.epochs, settings.train.lr, settings.system) == (11, 1.0, "mine")
     assert load_args(f"recipe={recipe_file}", "system=big").system == "big"
     assert load_args().system == "default"
@@ -61,24 +59,16 @@ def test_keys_are_normalized_and_the_last_argument_wins(name: str):
     assert load_args("Train.Epochs=1", f"{name}=3").train.epochs == 3
 
 
-@pytest.mark.parametrize("argument", ["config=", "--config=", "CONFIG="])
-def test_config_is_an_alias_of_recipe(argument: str, recipe_file: Path):
-    assert load_args(argument + str(recipe_file)) == load_args(f"recipe={recipe_file}")
-    assert load_args("recipe=demo", argument + str(recipe_file)).train.epochs == 11
+def test_config_is_an_alias_of_recipe(recipe_file: Path):
+    assert load_args("recipe=demo", f"--CONFIG={recipe_file}") == load_args(f"recipe={recipe_file}")
 
 
 @pytest.mark.parametrize(
     ("argument", "key", "value"),
     [
-        ("run=5", "run", "5"),
         ("model.weights=a=b", "model.weights", "a=b"),
         ("data.table=", "data.table", ""),
-        ("predict.tta=plain,flip", "predict.tta", ["plain", "flip"]),
-        ("split.stratify=False", "split.stratify", False),
-        ("fold=none", "fold", None),
-        ("model.drop_path=.1", "model.drop_path", 0.1),
         ('model.head={ name = "mlp", dropout = 0.3 }', "model.head", {"name": "mlp", "dropout": 0.3}),
-        ("model.image_stats=color_mean,aspect", "model.image_stats", ["color_mean", "aspect"]),
         ("model.backbone_kwargs.depth=3", "model.backbone_kwargs", {"depth": 3}),
         ("model.backbone_kwargs.act.name=gelu", "model.backbone_kwargs", {"act": {"name": "gelu"}}),
         ('model.backbone_kwargs={"depth": 3}', "model.backbone_kwargs", {"depth": 3}),
@@ -100,32 +90,12 @@ def test_tables_and_keys_inside_them_merge_by_precedence():
 
 
 @pytest.mark.parametrize("section", ["model", "distill.model"])
-@pytest.mark.parametrize(
-    "option",
-    [
-        "checkpoint_path",
-        "cache_dir",
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "weights",
-        "weights_path",
-    ],
-)
+@pytest.mark.parametrize("option", ["checkpoint_path", "cache_dir", "pretrained_cfg_overlay", "weights"])
 def test_backbone_options_that_name_weights_are_refused(section: str, option: str):
-    with pytest.raises(SettingsError, match=option) as caught:
+    with pytest.raises(SettingsError, match=option):
         load_args(f"{section}.backbone_kwargs.{option}=/tmp/w.pth").student()
-    assert caught.value.exit_code == 64
-    assert load_args(f"{section}.backbone_kwargs.weight_init=jax").student().model.backbone_kwargs == {
-        "weight_init": "jax"
-    }
-
-
-def test_load_does_not_change_its_layers():
-    layer = Layer("hyperparameters", {"model.backbone_kwargs": {"depth": 3}})
-    load([arguments_layer(["model.backbone_kwargs.width=2"]), layer])
-    assert layer.values == {"model.backbone_kwargs": {"depth": 3}}
-    assert load([layer]).model.backbone_kwargs == {"depth": 3}
+    allowed = load_args(f"{section}.backbone_kwargs.weight_init=jax").student()
+    assert allowed.model.backbone_kwargs == {"weight_init": "jax"}
 
 
 @pytest.mark.parametrize(
@@ -135,13 +105,9 @@ def test_load_does_not_change_its_layers():
         ("epochs=3", "unknown key 'epochs' in argument; did you mean 'train.epochs'?; --help lists the keys"),
         ("train=1", "unknown key 'train' in argument; it is a section: write train.NAME=VALUE"),
         ("fold", "argument 'fold' is not KEY=VALUE"),
-        ("=3", "unknown key '' in argument; --help lists the keys"),
         ("train.options.x=3", "unknown key 'train.options.x'"),
         ("train.epochs=many", "train.epochs='many' (argument): a whole number is needed"),
         ("train.epochs=0", "train.epochs=0 (argument): at least 1 is needed"),
-        ("seed=-1", "seed=-1 (argument): at least 0 is needed"),
-        (f"seed={2**63}", "(argument): at most 4294967295 is needed"),
-        ("split.seed=-1", "split.seed=-1 (argument): at least 0 is needed"),
         (f"split.seed={2**32}", "(argument): at most 4294967295 is needed"),
         ("train.lr=0", "train.lr=0.0 (argument): more than 0 is needed"),
         ('distill.train={"epochs": "x"}', "distill.train.epochs='x': a whole number is needed"),
@@ -155,33 +121,22 @@ def test_invalid_arguments_raise_plain_messages(argument: str, message: str):
     assert not [word for word in ("pydantic", "http", "Input should", "\n") if word in str(caught.value)]
 
 
-def test_environment_layer_ignores_other_variables_and_refuses_conflicts():
-    environ = {
-        "MODEL_DIR": "/x",
-        "DATA": "/y",
-        "TRAIN": "1",
-        "MODEL__": "z",
-        "TRIAN__EPOCHS": "1",
-        "__X": "1",
-        "PATH": "/bin",
-    }
-    assert environment_layer(environ).values == {}
-    environ = {"FOLD": "2", "train__epochs": "3", "DISTILL__TRAIN__EPOCHS": "4", "RUN": "", "TRAIN__LR": ""}
+def test_environment_layer_ignores_other_and_empty_variables():
+    environ = dict.fromkeys(("MODEL_DIR", "DATA", "TRAIN", "MODEL__", "TRIAN__EPOCHS", "__X", "PATH"), "1")
+    environ |= {"FOLD": "2", "train__epochs": "3", "DISTILL__TRAIN__EPOCHS": "4", "RUN": "", "TRAIN__LR": ""}
     assert environment_layer(environ).values == {"fold": "2", "train.epochs": "3", "distill.train.epochs": "4"}
-    assert environment_layer({"FOLD": "2", "fold": "2"}).values == {"fold": "2"}
-    with pytest.raises(SettingsError, match="FOLD=2 and fold=3"):
-        environment_layer({"FOLD": "2", "fold": "3"})
 
 
 @pytest.mark.parametrize(
-    ("index", "variables", "arguments", "fold"),
-    [("3", {}, [], 3), ("3", {"FOLD": "03"}, [], 3), ("3", {}, ["FOLD=3"], 3), ("", {}, [], None)],
+    ("environ", "fold"),
+    [
+        ({"JOB_COMPLETION_INDEX": "3"}, 3),
+        ({"JOB_COMPLETION_INDEX": "3", "FOLD": "03"}, 3),
+        ({"JOB_COMPLETION_INDEX": ""}, None),
+    ],
 )
-def test_job_completion_index_sets_the_fold_unless_a_key_does(
-    index: str, variables: dict[str, str], arguments: list[str], fold: int | None
-):
-    environ = {"JOB_COMPLETION_INDEX": index, **variables}
-    assert load([arguments_layer(arguments), environment_layer(environ), job_index_layer(environ)]).fold == fold
+def test_job_completion_index_sets_the_fold(environ: dict[str, str], fold: int | None):
+    assert load([environment_layer(environ), job_index_layer(environ)]).fold == fold
 
 
 def test_unused_keys_returns_the_keys_that_a_stage_does_not_read():
@@ -189,29 +144,25 @@ def test_unused_keys_returns_the_keys_that_a_stage_does_not_read():
     assert unused_keys(layer, ("data", "split")) == ["seed", "train.epochs"]
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_recipe_as_json_with_a_byte_order_mark_equals_its_toml(name: str, tmp_path: Path):
-    path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps(read_recipe(name)), encoding="utf-8-sig")
-    as_toml, as_json = flatten(load_args(f"recipe={name}")), flatten(load_args(f"recipe={path}"))
-    assert as_json | {"recipe": name} == as_toml
+def test_recipe_as_json_with_a_byte_order_mark_equals_its_toml(tmp_path: Path):
+    path = tmp_path / "demo.json"
+    path.write_text(json.dumps(read_recipe("demo")), encoding="utf-8-sig")
+    as_toml, as_json = flatten(load_args("recipe=demo")), flatten(load_args(f"recipe={path}"))
+    assert as_json | {"recipe": "demo"} == as_toml
 
 
 @pytest.mark.parametrize(
     ("name", "text", "error", "message"),
     [
         ("absent.toml", None, MissingInputError, "does not exist; give a file or one of: car_"),
-        ("r.yaml", "a: 1", SettingsError, "recipes are TOML or JSON"),
+        ("r.yaml", "a: 1", SettingsError, "unknown recipe"),
         ("r.toml", "[train\n", SettingsError, "cannot be read: "),
         ("r.toml", 'system = "größer"', SettingsError, "cannot be read: "),
         ("r.json", '{"train": {"lr": NaN}}', SettingsError, "train.lr=nan: "),
-        ("r.json", '{"train": {"epochs": null}}', SettingsError, "train.epochs=None: a whole number is needed"),
         ("r.json", '{"config": "demo"}', SettingsError, "unknown key 'config'"),
-        ("r.json", "[1]", SettingsError, "list, not a table of sections"),
+        ("r.json", "[1]", SettingsError, "is not a table of sections"),
         ("r.toml", "train = 3", SettingsError, "r.toml: train=3: a table of keys is needed"),
         ("r.toml", "[train]\nepoch = 3", SettingsError, "unknown key 'train.epoch'; did you mean 'train.epochs'?"),
-        ("r.toml", "[trian]\nepochs = 3", SettingsError, "unknown key 'trian'; did you mean 'train'?"),
-        ("r.toml", '[train]\nepochs = "3"', SettingsError, "train.epochs='3': a whole number is needed"),
         ("r.toml", "[split]\nratios = [1, 'x', 0]", SettingsError, "split.ratios='x': a list of numbers is needed"),
         ("r.toml", "[augment]\ntrain = [3]", SettingsError, "augment.train=3: a list of tables or texts is needed"),
         ("r.toml", 'recipe = "demo"', SettingsError, "names another recipe"),
@@ -225,7 +176,6 @@ def test_invalid_recipes_raise_plain_messages(name: str, text: str | None, error
     assert type(caught.value) is error
     assert message in str(caught.value)
     assert name in str(caught.value)
-    assert not [word for word in ("pydantic", "http", "Input should") if word in str(caught.value)]
 
 
 def test_describe_lists_every_key_with_type_default_and_meaning():
@@ -281,7 +231,7 @@ def test_variants_override_the_recipe_and_all_but_smoke_extend_the_system_name(
     [
         ("", ":smok", "did you mean 'smoke'"),
         ("", ":plain,x", "variant of varied 'x'"),
-        ("[variants.wrong.train]\nepoch = 1\n", ":wrong", "variant wrong: unknown key 'train.epoch'"),
+        ("[variants.wrong.train]\nepoch = 1\n", ":wrong", ":wrong: unknown key 'train.epoch'"),
     ],
 )
 def test_invalid_variants_are_named_in_the_error(variant_recipe: Path, extra_toml: str, variant: str, message: str):

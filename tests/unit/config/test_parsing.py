@@ -1,6 +1,6 @@
 """Parsing of setting values from text, and the messages for invalid ones."""
 
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -14,24 +14,17 @@ SPEC = str | dict[str, Any]
     [
         (int, " 3 ", 3),
         (int, "3.0", 3),
-        (int, "3e2", 300),
         (int, "007", 7),
         (int, "1_000", 1000),
-        (int, 3.0, 3),
         (float, "5e-5", 5e-5),
-        (float, 1, 1.0),
         (bool, "True", True),
-        (bool, "1", True),
         (bool, "No", False),
-        (bool, 1, True),
         (str, "5", "5"),
         (str, '"demo"', "demo"),
         (str, '"a" and "b"', '"a" and "b"'),
         (str, 5, "5"),
         (Any, '"3"', "3"),
         (int | None, "none", None),
-        (Literal["mean", "fitted"], "mean", "mean"),
-        (list[str], "plain", ["plain"]),
         (list[str], "plain, flip", ["plain", "flip"]),
         (list[str], '["plain", "flip"]', ["plain", "flip"]),
         (list[str], "['plain', 'flip']", ["plain", "flip"]),
@@ -39,15 +32,12 @@ SPEC = str | dict[str, Any]
         (list[str], '"plain","flip"', ["plain", "flip"]),
         (list[str], "", []),
         (list[float], "[.8,.1,.1]", [0.8, 0.1, 0.1]),
-        (int | list[int], "224", 224),
         (int | list[int], "224,192", [224, 192]),
         (list[SPEC], '["flip", {"name": "rotation", "degrees": 15}]', ["flip", {"name": "rotation", "degrees": 15}]),
         (list[SPEC], '["flip", { name = "rotation", degrees = 15 }]', ["flip", {"name": "rotation", "degrees": 15}]),
         (list[SPEC], '{ name = "rotation", degrees = 15 }', [{"name": "rotation", "degrees": 15}]),
-        (dict[str, Any], '{"depth": 3}', {"depth": 3}),
         (dict[str, Any], "{ depth = 3 }", {"depth": 3}),
         (Any, "3", 3),
-        (Any, "gelu", "gelu"),
     ],
 )
 def test_parse_value_converts_text_to_the_type(kind: Any, value: Any, expected: Any):
@@ -60,15 +50,10 @@ def test_parse_value_converts_text_to_the_type(kind: Any, value: Any, expected: 
     ("kind", "value", "type_name"),
     [
         (int, "3.5", "a whole number"),
-        (int, "0x10", "a whole number"),
-        (int, "", "a whole number"),
         (int, True, "a whole number"),
         (float, "0,001", "a number"),
         (float, "nan", "a number"),
-        (float, "1e999", "a number"),
-        (float, float("nan"), "a number"),
         (bool, "2", "true or false"),
-        (str, ["a"], "text"),
         (list[str], "plain,,flip", "a list of texts"),
         (list[float], "a,b", "a list of numbers"),
         (list[SPEC], "flip,{name=rotation}", "a list of tables or texts"),

@@ -6,16 +6,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fivefold.config.loading import flatten, hashed_settings
-from fivefold.config.schema import EXECUTION_KEYS, SECTIONS, Data, Ensemble, Model, Settings, Split
+from fivefold.config.loading import FIELDS, flatten, hashed_settings
+from fivefold.config.schema import EXECUTION_KEYS, SECTIONS, Data, Ensemble, Model, SageMaker, Settings, Split
 from fivefold.contract.stage_specs import STAGES
 
 
 def test_every_key_has_a_description():
-    for name, field in Settings.model_fields.items():
-        fields = type(field.default).model_fields if name in SECTIONS else {name: field}
-        for key, key_field in fields.items():
-            assert key_field.description, f"{name}.{key} has no description"
+    assert [key for key, field in FIELDS.items() if key not in SECTIONS and not field.description] == []
 
 
 @pytest.mark.parametrize(
@@ -23,15 +20,22 @@ def test_every_key_has_a_description():
     [
         (Split, {"ratios": [0.8, 0.1, 0.2]}, "sum to 1"),
         (Split, {"ratios": [1.2, -0.1, -0.1]}, "three"),
-        (Split, {"ratios": [0.9, 0.0, 0.1]}, "valid .* above 0"),
+        (Data, {"class_aliases": [["a", "b"], ["b", "c"]]}, "class_aliases"),
+        (Data, {"class_aliases": [["a"]]}, "class_aliases"),
+        (Data, {"age_bins": [60, 30]}, "ascending"),
+        (Ensemble, {"blend": "weighted", "weights": {"a": -1.0}}, "greater than or equal to 0"),
+        (Ensemble, {"weights": {"a": 1.0}}, "other blends"),
+        (Ensemble, {"submission": "../x.csv"}, "plain name"),
+        (SageMaker, {"tags": {"a": [1]}}, "tags"),
+        (Split, {"ratios": [0.9, 0.0, 0.1]}, "valid above 0"),
         (Split, {"ratios": [0.8, 0.1, 0.1], "holdout": 0.1}, "exclude each other"),
         (Data, {"max_unpacked_gib": math.inf}, "finite"),
         (Model, {"image_size": [224]}, "one positive number"),
         (Model, {"mean": [0.5]}, "three numbers"),
         (Model, {"std": [0.2, 0.0, 0.2]}, "std is positive"),
         (Model, {"image_stats": ["aspect", "aspect"]}, "names a feature twice"),
-        (Ensemble, {"row_number_column": "ID"}, "needs label_column"),
-        (Ensemble, {"row_number_column": "ID", "label_column": "ID"}, "name two columns"),
+        (Ensemble, {"row_number_column": "ID"}, "label_column"),
+        (Ensemble, {"row_number_column": "ID", "label_column": "ID"}, "label_column"),
     ],
 )
 def test_sections_refuse_values_that_cannot_work(section: type, values: dict[str, Any], message: str):

@@ -104,29 +104,23 @@ def test_cancelled_work_does_not_start_and_running_work_counts_until_it_ends() -
 
 
 def test_caller_gets_its_own_exception_whether_raised_or_returned() -> None:
-    def fail(raised: bool) -> ValueError:
-        if raised:
-            raise ValueError("raised")
-        return ValueError("given")
-
     async def start_failing(workers: Workers, _: BlockingTask) -> list[Any]:
-        futures = [workers.start(1, fail, True), workers.start(1, fail, False), workers.start(1, str, 7)]
+        futures = [workers.start(1, int, "x"), workers.start(1, lambda: KeyError("y")), workers.start(1, str, 7)]
         return await asyncio.gather(*futures, return_exceptions=True)
 
     results, _ = run_with_workers(start_failing, 1, 0)
-    assert [str(result) for result in results] == ["raised", "given", "7"]
-    assert [type(result) for result in results] == [ValueError, ValueError, str]
+    assert list(map(type, results)) == [ValueError, KeyError, str]
 
 
 def test_stalled_threads_are_reported_and_do_not_delay_closing() -> None:
     async def stall(workers: Workers, task: BlockingTask) -> list[bool]:
-        await asyncio.sleep(0.2)
-        idle = workers.stalled(0.1)
+        await asyncio.sleep(0.1)
+        idle = workers.stalled(0.05)
         stuck = workers.start(1, task, "stuck")
         await wait_until(lambda: bool(task.started))
-        early = workers.stalled(0.1)
-        await asyncio.sleep(0.2)
-        late, close_started = workers.stalled(0.1), time.monotonic()
+        early = workers.stalled(0.05)
+        await asyncio.sleep(0.1)
+        late, close_started = workers.stalled(0.05), time.monotonic()
         workers.close()
         assert time.monotonic() - close_started < TIMEOUT_S / 2
         stuck.cancel()

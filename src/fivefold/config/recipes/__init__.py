@@ -5,7 +5,7 @@ A variant is a table `[variants.NAME]` of the recipe that overrides keys, sectio
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,17 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
 
 
-def read(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the tree of a shipped recipe, or of the TOML or JSON file at a path; `name:a,b` adds its variants `a` and `b`.
-
-    Yield the same tree again after each variant is applied, with a prefix for error messages that names recipe and variant.
-    """
+def read(name: str) -> dict[str, Any]:
+    """Return the tree of a shipped recipe, or of the TOML or JSON file at a path; `name:a,b` adds its variants `a` and `b`."""
     file, variants = _split_name(name)
-    path = _recipe_path(file)
+    path = Path(file)
+    if path.suffix.lower() not in (".toml", ".json"):
+        path = choose(shipped_recipes(), "recipe", file)
     tree = _load_tree(path)
-    variant_tables = tree.pop("variants", {})
-    if not isinstance(variant_tables, dict) or not all(
-        isinstance(variant, dict) for variant in variant_tables.values()
-    ):
-        raise SettingsError(f"recipe {path}: variants must be tables of sections, such as [variants.small.train]")
-    yield f"recipe {path}: ", tree
+    tables = tree.pop("variants", {})
     for variant in variants:
-        _apply_variant(tree, choose(variant_tables, f"variant of {path.stem}", variant))
-        yield f"recipe {path}, variant {variant}: ", tree
+        _apply_variant(tree, choose(tables, f"variant of {path.stem}", variant))
+    return tree
 
 
 def default_system(recipe: str) -> str:
@@ -55,31 +49,20 @@ def _split_name(name: str) -> tuple[str, list[str]]:
     return file, [variant.strip() for variant in variants.split(",") if variant.strip()]
 
 
-def _recipe_path(name: str) -> Path:
-    path = Path(name)
-    if path.suffix.lower() in (".yaml", ".yml"):
-        raise SettingsError(f"recipe {name}: recipes are TOML or JSON, because YAML reads 5e-5 as text")
-    if path.suffix.lower() not in (".toml", ".json"):
-        path = choose(shipped_recipes(), "recipe", name)
-    if not path.is_file():
-        raise MissingInputError(
-            f"recipe {name!r} does not exist; give a file or one of: {', '.join(shipped_recipes())}"
-        )
-    return path
-
-
 def _load_tree(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         tree = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except OSError:
+        known = ", ".join(shipped_recipes())
+        raise MissingInputError(f"recipe {str(path)!r} does not exist; give a file or one of: {known}") from None
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"recipe {path} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise SettingsError(f"recipe {path} contains a {type(tree).__name__}, not a table of sections")
+    variants = tree.get("variants", {}) if isinstance(tree, dict) else None
+    if not isinstance(variants, dict) or not all(isinstance(variant, dict) for variant in variants.values()):
+        raise SettingsError(f"recipe {path} is not a table of sections, and of variants such as [variants.small.train]")
     if "recipe" in tree:
-        raise SettingsError(
-            f"recipe {path} names another recipe in the key 'recipe', but recipes cannot build on others"
-        )
+        raise SettingsError(f"recipe {path} names another recipe, but recipes cannot build on others")
     return tree
 
 
