@@ -19,7 +19,6 @@ from importlib import import_module
 from pathlib import Path
 
 from fivefold.config import loading as settings_
-from fivefold.config.parsing import parse_value
 from fivefold.config.recipes import shipped_recipes
 from fivefold.config.schema import Settings
 from fivefold.contract.failure import report_failure, report_termination, to_known_error
@@ -199,7 +198,7 @@ def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[st
         layers = settings_.collect_layers([argument for argument in rest if "=" in argument], environ)
         chosen = next((layer.values["stage"] for layer in layers if layer.values.get("stage")), None)
         name = (
-            parse_value(str, chosen)
+            settings_.parse_value(str, chosen)
             if chosen
             else first and ("train-fold" if "folds" in channels_from_env(environ) else "train")
         )

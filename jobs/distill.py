@@ -17,6 +17,7 @@ from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble_spec import check_members
 from fivefold.stages import image_source
 from fivefold.stages.training_run import read_split, start_network, start_run
+from fivefold.training.loggers import stdout_logger
 
 log = logging.getLogger("fivefold")
 
@@ -44,7 +45,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     run = start_run(job, student, split, table, store, "student", network)
     unseen = load_unlabelled(job, models, train_rows, settings.data)
     train = distillation.build_train_data(train_rows, targets, unseen, run.settings, run.runtime)
-    run.fit(train, aside, patience, select=patience > 0, fold=None)
+    run.fit(train, aside, patience, select=patience > 0, logger=stdout_logger(None))
     facts = {
         "teacher": targets.teacher,
         "leak_free": targets.leak_free,

@@ -8,6 +8,7 @@ from fivefold.contract.job import StageContext, StageResult
 from fivefold.errors import SettingsError
 from fivefold.stages import image_source
 from fivefold.stages.training_run import read_split, start_network, start_run
+from fivefold.training.loggers import stdout_logger
 from fivefold.training.trainer import TrainData
 
 log = logging.getLogger("fivefold")
@@ -32,7 +33,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     run = start_run(job, settings, split, table, store, f"fold {fold}", network)
     targets = build.one_hot(table.codes[rows], len(table.classes), run.runtime.device)
     train = TrainData(build.split_dataset(store, table, rows, run.settings, training=True), targets)
-    run.fit(train, valid_rows, settings.train.patience, select=True, fold=fold)
+    run.fit(train, valid_rows, settings.train.patience, select=True, logger=stdout_logger(fold))
     oof = run.predict(valid_rows, f"{run.label} out-of-fold")
     return run.finish("fold", {"fold": fold}, {"best_epoch": run.deciding.epoch}, oof)
 

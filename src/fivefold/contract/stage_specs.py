@@ -24,6 +24,12 @@ REPORT = "report.html"
 COMPARISON = "compare.html"
 RECORD = "stage.json"
 FAILURE = "failure"
+LOG_COLUMNS = (
+    "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_logloss", "val_f1_macro", "lr"
+)  # fmt: skip
+"""The columns of the training log."""
+LOGGED_METRICS = LOG_COLUMNS[1:-1]
+"""The columns that the line `metric fold=…` contains."""
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions
 from fivefold.trained_model import evaluation_images, predict_images, save_model
 from fivefold.training.checkpoints import Checkpoints
-from fivefold.training.loggers import Run, Tracker, close_trackers, csv_logger, open_trackers, stdout_logger
+from fivefold.training.loggers import Run, Tracker, close_trackers, csv_logger, open_trackers
 from fivefold.training.optim import OPTIMIZER_STATES
-from fivefold.training.trainer import BestCheckpoint, TrainData, ValidData
+from fivefold.training.trainer import BestCheckpoint, Observer, TrainData, ValidData
 from fivefold.training.trainer import fit as fit_loop
 
 log = logging.getLogger("fivefold")
@@ -122,11 +122,11 @@ class TrainingRun:
     runtime: Runtime
     trackers: list[Tracker] = field(default_factory=list)
 
-    def fit(self, train: TrainData, valid_rows: np.ndarray, patience: int, select: bool, fold: int | None) -> None:
+    def fit(self, train: TrainData, valid_rows: np.ndarray, patience: int, select: bool, logger: Observer) -> None:
         """Train on `train`, validate on rows of the split (or none), and keep the best epoch if `select`.
 
         Resume from the newest checkpoint of these settings, data and classes. In a process group only rank 0 has
-        trackers and writes checkpoints.
+        trackers and a `logger` of epochs, and writes checkpoints.
         """
         self.valid_rows = valid_rows
         self.valid_images = evaluation_images(self.store, self.table, valid_rows, self.settings)
@@ -134,29 +134,24 @@ class TrainingRun:
         self.trainer = build.build_trainer(
             self.label, self.network, train, valid, self.settings, self.runtime, select, patience
         )
-        self.best = self._fit_tracked(fold) if self.job.rank.is_main else fit_loop(self.trainer)
+        self.best = self._fit_tracked(logger) if self.job.rank.is_main else fit_loop(self.trainer)
         name, self.deciding = next(iter(self.best.items()))
         self.model = self.trainer.scored_models[name]
         self.model.load_state_dict(self.deciding.state)
 
-    def _fit_tracked(self, fold: int | None) -> dict[str, BestCheckpoint]:
+    def _fit_tracked(self, logger: Observer) -> dict[str, BestCheckpoint]:
         """Run the loop with trackers and checkpoints; return its best epochs. The trackers stay open for the final scores."""
         job, chosen = self.job, self.settings.train
         name = f"{self.settings.system} {self.label}"
-        shown = hashed_settings(
-            self.settings, job.stage.sections
-        )  # other settings are of the platform, and may hold secrets
+        shown = hashed_settings(self.settings, job.stage.sections)  # the platform's settings may hold secrets
         run = Run(name, self.settings.system, chosen.logger_project, shown, job.output())
         self.trackers = open_trackers(chosen.loggers, run)
         upload = job.remote.checkpoints.upload_async if job.remote.checkpoints else None
         checkpoints = Checkpoints(job.checkpoints(), chosen.checkpoint_minutes, chosen.checkpoint_steps, upload)
         observers = [csv_logger(job.model() / TRAIN_LOG), *self.trackers]
         try:
-            return fit_loop(
-                replace(
-                    self.trainer, observers=observers, live_observers=[stdout_logger(fold)], checkpoints=checkpoints
-                )
-            )
+            trainer = replace(self.trainer, observers=observers, live_observers=[logger], checkpoints=checkpoints)
+            return fit_loop(trainer)
         except BaseException:
             close_trackers(self.trackers, None)
             raise

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fivefold.contract.files import sync
-from fivefold.contract.metric_log import LOG_COLUMNS, format_metric_line
+from fivefold.contract.stage_specs import LOG_COLUMNS, LOGGED_METRICS
 from fivefold.errors import SettingsError
 from fivefold.lookup import choose, require_packages
 from fivefold.training.trainer import Observer
@@ -94,8 +94,17 @@ def csv_logger(path: Path) -> Observer:
 
 
 def stdout_logger(fold: int | None) -> Observer:
-    """Print one line per epoch in a stable format, from which platforms parse the metrics."""
-    return lambda row: print(format_metric_line(fold, row), flush=True)
+    """Print `metric fold=2 epoch=3 train_loss=0.4120 …` with the metrics that a row has; fold None is the student.
+
+    The format is stable: SageMaker parses it with the regular expressions of `requests.py`.
+    """
+    model = "student" if fold is None else fold
+
+    def observe(row: Mapping[str, Any]) -> None:
+        values = " ".join(f"{name}={row[name]:.4f}" for name in LOGGED_METRICS if row.get(name) is not None)
+        print(f"metric fold={model} epoch={row['epoch']} {values}", flush=True)
+
+    return observe
 
 
 class TensorBoard:

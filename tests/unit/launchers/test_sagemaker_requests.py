@@ -12,14 +12,14 @@ import pytest
 
 from fivefold.config.loading import arguments_layer, flatten, in_sections, load, read_recipe
 from fivefold.config.schema import RUN_STAGES, SageMaker, Settings
-from fivefold.contract import metric_log
 from fivefold.contract.s3.urls import parse
-from fivefold.contract.stage_specs import STAGES
+from fivefold.contract.stage_specs import LOGGED_METRICS, STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, make_plan
 from fivefold.launchers.sagemaker import launch
 from fivefold.launchers.sagemaker.requests import build_requests
 from fivefold.launchers.sagemaker.validation import check_cost, check_request, validate_requests
+from fivefold.training.loggers import stdout_logger
 from iam_policy import Policy
 from jobs import submit
 from reference_run import REPOSITORY
@@ -52,7 +52,7 @@ def test_request_of_a_fold_is_complete() -> None:
     assert json.loads(json.dumps(request)) == request
     assert re.fullmatch(r"fivefold-first-fold-2-\d{14}", request.pop("TrainingJobName"))
     metrics = request["AlgorithmSpecification"].pop("MetricDefinitions")
-    assert [metric["Name"] for metric in metrics] == list(metric_log.METRICS)
+    assert [metric["Name"] for metric in metrics] == list(LOGGED_METRICS)
     request["InputDataConfig"].sort(key=lambda channel: channel["ChannelName"])
     assert request == {
         "RoleArn": ROLE,
@@ -197,19 +197,22 @@ def settings_of_stage(settings: Settings, stage: str) -> dict[str, Any]:
     return {key: value for key, value in flatten(settings).items() if in_sections(key, STAGES[stage].sections)}
 
 
-def test_metric_regexes_match_the_log() -> None:
+def test_metric_regexes_match_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {
         "epoch": 3,
-        **dict.fromkeys(metric_log.METRICS, 0.25),
+        **dict.fromkeys(LOGGED_METRICS, 0.25),
         "lr": 0.1,
         "val_loss": float("nan"),
         "val_acc": 1.0,
     }
-    line = f"2026-01-01 {metric_log.format_metric_line(2, metrics)}"
+    stdout_logger(2)(metrics)
+    stdout_logger(None)({"epoch": 1})
+    line, line_without_metrics = (f"2026-01-01 {line}" for line in capsys.readouterr().out.splitlines())
+    assert line_without_metrics.split()[1:3] == ["metric", "fold=student"]
     for metric in build_requests(make_sagemaker_plan())["fold-2"]["AlgorithmSpecification"]["MetricDefinitions"]:
         match = re.search(metric["Regex"], line)
         assert float(match[1]) == pytest.approx(metrics[metric["Name"]], nan_ok=True)
-        assert re.search(metric["Regex"], metric_log.format_metric_line(None, {"epoch": 1})) is None
+        assert re.search(metric["Regex"], line_without_metrics) is None
 
 
 @pytest.mark.parametrize("run", ["run_20261122_005101_0a1b2c3d", "a" * 149, "9" * 30 + "-"])

@@ -87,13 +87,21 @@ def held_out_folders(folders: Collection[str]) -> list[str]:
 
 
 def class_images(inside: Sequence[str], level: str, where: str) -> list[str]:
-    """Return the images in class folders; warn about ignored folders, such as a test/ beside the classes."""
+    """Return the images in class folders; warn about ignored folders, such as a test/ beside the classes.
+
+    Also warn about class folders with several subfolders of images: these are not classes.
+    """
     parts = held_out_folders({name[len(level) :].partition("/")[0] for name in inside})
     if parts:
         hint = "rename folders that are classes"
         log.warning("data: ignored in %s, as their names mark parts of a split: %s; %s", where, preview(parts), hint)
     left_out = tuple(f"{level}{name}/" for name in parts)
-    return [name for name in inside if not name.startswith(left_out)]
+    images = [name for name in inside if not name.startswith(left_out)]
+    subfolders = {tuple(name[len(level) :].split("/")[:2]) for name in images if name.count("/", len(level)) > 1}
+    counts = Counter(folder for folder, _ in subfolders)
+    if nested := sorted("/".join(pair) for pair in subfolders if counts[pair[0]] > 1):
+        log.warning("data: subfolders of the class folders of %s are not separate classes: %s", where, preview(nested))
+    return images
 
 
 def search_levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:

@@ -17,10 +17,9 @@ from typing import Any
 from fivefold.config.loading import in_sections, normalize_key
 from fivefold.config.recipes import shipped_recipes
 from fivefold.config.schema import SECTIONS, SageMaker, Settings
-from fivefold.contract.metric_log import metric_patterns
 from fivefold.contract.record import IMAGE_VARIABLE
 from fivefold.contract.s3.urls import is_url
-from fivefold.contract.stage_specs import STAGES
+from fivefold.contract.stage_specs import LOGGED_METRICS, STAGES
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Plan, Step
 
@@ -34,6 +33,8 @@ MAX_NAME_LENGTH = 63
 TIME_FORMAT = "%Y%m%d%H%M%S"
 """The time at the end of a job's name distinguishes the jobs of a step."""
 FILE_SUFFIXES = (".zip", ".csv", ".parquet")
+METRIC_PATTERN = r"metric fold=.* {}=([-+.0-9a-z]+)"
+"""A regular expression for a metric of the training log, in basic syntax. Its only group is the value."""
 STEP_VARIABLES = ("STAGE", "FOLD", IMAGE_VARIABLE)
 """The variables that Fivefold sets. All others are the user's, and may contain secrets."""
 HIDDEN = "***"
@@ -47,7 +48,7 @@ def build_requests(plan: Plan) -> dict[str, Request]:
 def _build_request(plan: Plan, step: Step) -> Request:
     options, root = stage_options(plan.settings, step), run_url(plan)
     trains = STAGES[step.stage].writes_model
-    metrics = [{"Name": name, "Regex": pattern} for name, pattern in metric_patterns().items()] if trains else []
+    metrics = [{"Name": name, "Regex": METRIC_PATTERN.format(name)} for name in LOGGED_METRICS] if trains else []
     algorithm = {"TrainingImage": options.image, "TrainingInputMode": options.input_mode, "MetricDefinitions": metrics}
     checkpoints = {"S3Uri": f"{root}/{CHECKPOINTS}/{step.name}", "LocalPath": CHECKPOINTS_IN_CONTAINER}
     output = {

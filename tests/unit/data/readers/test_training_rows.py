@@ -70,6 +70,7 @@ def test_class_names_similar_to_split_parts_remain_classes(tmp_path: Path, class
     [
         (["a/1.png", "b/1.png", "test/1.png"], ": 'test'; rename"),
         (["a/1.png", "b/1.png", "cover.png"], "in no class folder"),
+        (["a/1.png", "b/x/1.png", "b/y/1.png"], "'b/x', 'b/y'"),
     ],
 )
 def test_ambiguous_image_folders_cause_a_warning(
