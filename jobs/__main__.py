@@ -39,7 +39,7 @@ from fivefold.distributed.ranks import PARENT
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
 from fivefold.lookup import choose
 from fivefold.signals import defer_signals, raise_if_stopped
-from fivefold.stages import ranks
+from fivefold.stages import rank_control
 from fivefold.system import die_with_parent, limit_threads
 
 log = logging.getLogger("fivefold")
@@ -85,7 +85,7 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
         if stage.path_arguments:
             arguments, environ = extract_paths(stage, arguments, environ)
         settings_once = cache(lambda: load_settings(stage, arguments, environ))
-        code = ranks.launch_ranks(stage, arguments, environ, settings_once)
+        code = rank_control.launch_ranks(stage, arguments, environ, settings_once)
         if code is not None:
             return code
         limit_threads(os.environ)
@@ -96,7 +96,7 @@ def run(name: str, arguments: Sequence[str], environ: Mapping[str, str] = os.env
             if settings.run:
                 environ = env_for_run(stage, environ, run_path(settings.runs, settings.run), settings.fold)
             job = context_from_env(stage, environ, Path(scratch))
-            with ranks.process_group(job), job.remote:
+            with rank_control.process_group(job), job.remote:
                 (run_stage if job.rank.is_main else run_stage_as_worker)(job, settings)
             raise_if_stopped()
         return 0
@@ -136,7 +136,7 @@ def run_stage(job: StageContext, settings: Settings) -> None:
     )
     if job.output_dir is not None:
         (job.output_dir / FAILURE).unlink(missing_ok=True)
-    if not ranks.broadcast_decision(job, settings, reason is not None):
+    if not rank_control.broadcast_decision(job, settings, reason is not None):
         log.info(
             "%s: nothing to do: inputs, settings and outputs match %s", job.stage.name, record_path(folder, key.stage)
         )
@@ -161,7 +161,7 @@ def run_stage(job: StageContext, settings: Settings) -> None:
 def run_stage_as_worker(job: StageContext, settings: Settings) -> None:
     """Run the stage on a rank other than 0: train, but write no files."""
     job.check_channels()
-    if ranks.broadcast_decision(job, settings, False):
+    if rank_control.broadcast_decision(job, settings, False):
         import_module(job.stage.module, __package__).main(job, settings)
 
 
@@ -261,7 +261,7 @@ def overview() -> str:
     stages = summaries(name for name in STAGES if name not in REFERENCE_STAGES)
     commands = "\n".join(f"  {name:12} {summary}" for name, (_, summary) in COMMANDS.items())
     recipes = ", ".join(shipped_recipes())
-    keys = settings_.describe(list(Settings.model_fields))
+    keys = settings_.describe_keys(list(Settings.model_fields))
     return (
         f"{__doc__.strip()}\n\nStages:\n{stages}\n\nCommands:\n{commands}\n\n"
         f"Commands of the reference systems:\n{summaries(REFERENCE_STAGES)}\n\nShipped recipes: {recipes}\n\n"
@@ -282,7 +282,7 @@ def stage_help(stage: Stage) -> str:
         + f"Output:            {'SM_MODEL_DIR, SM_OUTPUT_DATA_DIR' if stage.writes_model else 'SM_OUTPUT_DATA_DIR'}\n"
         + "Each is a folder or s3://bucket/prefix (AWS_ENDPOINT_URL_S3 selects another store).\n\n"
         + "Keys, as arguments, environment variables (SECTION__KEY), hyperparameters or in a recipe:\n"
-        + settings_.describe(keys)
+        + settings_.describe_keys(keys)
     )
 
 

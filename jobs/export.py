@@ -40,6 +40,6 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     with atomic(path) as temporary:
         write(temporary, predictor)
     log.info("%s: %s, %.1f MB", path, ", ".join(model.name for model in models), path.stat().st_size / 1e6)
-    facts = {"file": path.name, "format": options.format, **export.describe(predictor)}
+    facts = {"file": path.name, "format": options.format, **export.describe_model(predictor)}
     write_json(job.output() / EXPORT, facts)
     return StageResult([path, job.output() / EXPORT], {"models": len(models), "bytes": path.stat().st_size})

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fivefold.config.loading import Layer, collect_layers, describe, load, normalize_key, unused_keys
+from fivefold.config.loading import Layer, collect_layers, describe_keys, load, normalize_key, unused_keys
 from fivefold.config.schema import Settings
 from fivefold.contract.job import base_dir, context_from_env
 from fivefold.contract.run_layout import run_path
@@ -38,7 +38,9 @@ KEYS = ("recipe", "predict.device", "predict.tta", "serve")
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Serve until a signal raises StoppedError, as in any stage."""
     if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__.strip()}\n\nKeys, as arguments or environment variables (SERVE__PORT=8081):\n{describe(KEYS)}")
+        print(
+            f"{__doc__.strip()}\n\nKeys, as arguments or environment variables (SERVE__PORT=8081):\n{describe_keys(KEYS)}"
+        )
         return 0
     models = [argument for argument in arguments if normalize_key(argument.partition("=")[0]) == "model"]
     rest = [argument for argument in arguments if argument not in models]

@@ -29,7 +29,7 @@ from fivefold.data.split.assign import (
     split_rows,
 )
 from fivefold.data.split.fold_table import FoldTable, write_folds
-from fivefold.data.split.report import class_file_content, log_summary, remove_parts, summarise, write_parts
+from fivefold.data.split.summary import class_file_content, log_summary, remove_parts, summarise, write_parts
 from fivefold.data.split.verify import (
     VerifiedImages,
     describe_failures,

@@ -16,7 +16,7 @@ from fivefold.launchers import local
 from fivefold.launchers.kubernetes import launch as kubernetes
 from fivefold.launchers.plan import Inputs, make_plan, new_run_name, next_run_name, select
 from fivefold.launchers.sagemaker import launch as sagemaker
-from fivefold.launchers.sagemaker import local as sagemaker_local
+from fivefold.launchers.sagemaker import local_mode
 from fivefold.launchers.status import write_plan
 from fivefold.lookup import choose, did_you_mean
 from fivefold.stages.preflight import check_plan
@@ -56,7 +56,7 @@ class Keys(BaseModel):
 PLATFORMS: dict[str, Any] = {
     "local": local,
     "sagemaker": sagemaker,
-    "sagemaker-local": sagemaker_local,
+    "sagemaker-local": local_mode,
     "kubernetes": kubernetes,
 }
 """The module of each platform. `check_inputs`, `describe` (which returns the plan in the platform's format) and

@@ -83,7 +83,7 @@ class Tracer:
         if repeated:
             return
         self.shown.add(path)
-        print(*(f"{indent}   {line}" for line in describe(record)), sep="\n")
+        print(*(f"{indent}   {line}" for line in describe_record(record)), sep="\n")
         channels = {name: self._resolve(path.parent, places) for name, places in record["sources"].items()}
         for name, place in channels.items():
             producers = self._producers(name, place, path)
@@ -147,7 +147,7 @@ def display_path(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def describe(record: Mapping[str, Any]) -> list[str]:
+def describe_record(record: Mapping[str, Any]) -> list[str]:
     """Return lines with a record's time, key, versions and figures."""
     metrics = [f"{name} {value:g}" for name, value in record["metrics"].items() if isinstance(value, int | float)]
     code = f"code {record['code']}, torch {record['packages'].get('torch')}"

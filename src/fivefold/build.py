@@ -312,7 +312,7 @@ def build_trial_network(settings: Settings, shapes_only: bool) -> Classifier:
     return network
 
 
-def check_machine(network: Classifier, settings: Settings) -> None:
+def check_resources(network: Classifier, settings: Settings) -> None:
     """Raise a SettingsError if this machine cannot train: no such device, too little memory, missing tracker packages."""
     runtime = make_training_runtime(settings)
     choose_device(settings.predict.device, "predict.device")

@@ -109,7 +109,7 @@ def make_traceable(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def describe(predictor: EnsemblePredictor) -> dict[str, Any]:
+def describe_model(predictor: EnsemblePredictor) -> dict[str, Any]:
     """Return the metadata that a user of the file needs: ordered classes, image size, preprocessing, views, models."""
     first, (height, width) = predictor.models[0].settings, predictor.models[0].settings.model.size
     return {
@@ -145,7 +145,7 @@ def write_onnx(path: Path, predictor: EnsemblePredictor) -> None:
             f"most {MAX_BYTES / 1e9:.0f} GB: export one fold (FOLD=0), or a student"
         )
     program = _trace(blended, _random_inputs(predictor, 2))
-    for key, value in describe(predictor).items():
+    for key, value in describe_model(predictor).items():
         program.model.metadata_props[key] = json.dumps(value, ensure_ascii=False)
     program.save(path, external_data=False)
     difference = _largest_difference(path, blended, _random_inputs(predictor, CHECKED_IMAGES))

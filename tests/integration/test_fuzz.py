@@ -26,7 +26,7 @@ from fivefold.config.recipes import shipped_recipes
 from fivefold.config.schema import Data, Settings
 from fivefold.contract.artifacts import find_models
 from fivefold.contract.failure import to_known_error
-from fivefold.contract.job import hyperparameters
+from fivefold.contract.job import hyperparameters_from_env
 from fivefold.contract.record import CacheKey, read_record, rerun_reason
 from fivefold.data.image_io import decode
 from fivefold.data.readers.stores import open_store
@@ -115,7 +115,7 @@ def read_image(path: Path) -> None:
 
 
 def read_hyperparameters(path: Path) -> dict[str, object]:
-    return hyperparameters({"SAGEMAKER_BASE_DIR": str(path.parents[2])})
+    return hyperparameters_from_env({"SAGEMAKER_BASE_DIR": str(path.parents[2])})
 
 
 HYPERPARAMETERS = "input/config/hyperparameters.json"

@@ -11,7 +11,7 @@ import pytest
 
 from fivefold.contract.run_layout import env_for_run
 from fivefold.contract.s3 import commit, sync
-from fivefold.contract.s3.checkpoints import CheckpointSync
+from fivefold.contract.s3.checkpoint_sync import CheckpointSync
 from fivefold.contract.s3.client import Download, S3Client, Upload
 from fivefold.contract.s3.sync import S3Sync, with_urls
 from fivefold.contract.s3.urls import Url, parse

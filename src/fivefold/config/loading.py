@@ -20,9 +20,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from fivefold.config.recipes import default_system, read
+from fivefold.config.recipes import default_system, parse_recipe
 from fivefold.config.schema import EXECUTION_KEYS, PER_STAGE_KEYS, RUN_STAGES, SECTIONS, Settings
-from fivefold.contract.job import hyperparameters
+from fivefold.contract.job import hyperparameters_from_env
 from fivefold.distributed.ranks import index_means_host
 from fivefold.errors import SettingsError
 from fivefold.lookup import did_you_mean
@@ -85,7 +85,9 @@ def collect_layers(arguments: Sequence[str], environ: Mapping[str, str]) -> list
     return [
         arguments_layer(arguments),
         environment_layer(environ),
-        Layer("hyperparameters", {normalize_key(name): value for name, value in hyperparameters(environ).items()}),
+        Layer(
+            "hyperparameters", {normalize_key(name): value for name, value in hyperparameters_from_env(environ).items()}
+        ),
         job_index_layer({} if index_means_host(environ) else environ),
     ]
 
@@ -134,8 +136,8 @@ def in_sections(key: str, sections: Sequence[str]) -> bool:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """Return the tree of a shipped recipe or a recipe file, with its variants: `name:a,b`; see `recipes.read`."""
-    tree = read(name)
+    """Return the tree of a shipped recipe or a recipe file, with its variants: `name:a,b`; see `recipes.parse_recipe`."""
+    tree = parse_recipe(name)
     _validate(tree, {}, f"recipe {name}: ")
     return tree
 
@@ -163,7 +165,7 @@ def hashed_settings(settings: Settings, sections: Sequence[str]) -> dict[str, An
     }
 
 
-def describe(sections: Sequence[str]) -> str:
+def describe_keys(sections: Sequence[str]) -> str:
     """Return the `--help` text: one line per key of `sections`, with type, description and default."""
     return "\n".join(
         f"  {key:24} {type_name(field.annotation):26} {field.description} (default: {json.dumps(field.default, ensure_ascii=False)})"

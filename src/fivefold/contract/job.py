@@ -178,7 +178,7 @@ def output_dir(environ: Mapping[str, str]) -> Path | None:
     return None if is_url(environ.get("SM_OUTPUT_DIR", "")) else _folder(environ, "SM_OUTPUT_DIR", "output")
 
 
-def hyperparameters(environ: Mapping[str, str]) -> dict[str, Any]:
+def hyperparameters_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
     """Return `hyperparameters.json`, overlaid by SM_HPS, overlaid by SM_HP_*, with lower-case names and no hyphens.
 
     An empty SM_HP_* variable counts as not set. The service's own names are ignored.

@@ -32,7 +32,7 @@ from fivefold.data.image_io import decode
 from fivefold.data.readers.eval_images import read_eval
 from fivefold.data.readers.stores import ImageStore, open_store
 from fivefold.data.split.fold_table import read_folds
-from fivefold.data.split.report import describe_data
+from fivefold.data.split.summary import describe_data
 from fivefold.errors import DataError
 from fivefold.evaluation import ground_truth
 from fivefold.evaluation.report import thumbnail

@@ -91,7 +91,7 @@ def check_stages(settings: Settings, trained: Sequence[str], local: bool) -> Non
         build.check_training(recipe)
         network = build.build_trial_network(recipe, shapes_only=not local)
         if local:
-            build.check_machine(network, recipe)
+            build.check_resources(network, recipe)
     if "distill" in trained:
         split, options = settings.split, settings.distill
         aside = split.ratios[2] if split.ratios else split.holdout

@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError
 from PIL import Image
 
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
-from fivefold.launchers.sagemaker.client import JobStatus, translate_errors
+from fivefold.launchers.sagemaker.training_jobs import JobStatus, translate_errors
 from jobs import submit
 from reference_run import REPOSITORY, wait_until
 from s3_server import Bucket

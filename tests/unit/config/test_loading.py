@@ -10,7 +10,7 @@ import pytest
 from fivefold.config.loading import (
     Layer,
     arguments_layer,
-    describe,
+    describe_keys,
     environment_layer,
     flatten,
     hashed_settings,
@@ -180,7 +180,7 @@ def test_invalid_recipes_raise_plain_messages(name: str, text: str | None, error
 
 
 def test_describe_lists_every_key_with_type_default_and_meaning():
-    lines = describe(list(Settings.model_fields)).splitlines()
+    lines = describe_keys(list(Settings.model_fields)).splitlines()
     assert [line.split()[0] for line in lines] == list(flatten(Settings()))
     epochs = next(line for line in lines if "train.epochs" in line)
     assert re.fullmatch(r"  train.epochs +a whole number +passes over the training rows \(default: 30\)", epochs)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fivefold.contract.files import write_text
-from fivefold.contract.job import StageContext, context_from_env, hyperparameters, output_dir
+from fivefold.contract.job import StageContext, context_from_env, hyperparameters_from_env, output_dir
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import MissingInputError, SettingsError
 
@@ -116,27 +116,37 @@ def test_invalid_urls_are_refused_and_never_used_as_folders(name: str, url: str,
 def test_hyperparameters_that_are_not_a_map_are_named_in_the_error(content: bytes, base_dir: Path):
     (base_dir / "input" / "config" / "hyperparameters.json").write_bytes(content)
     with pytest.raises(SettingsError, match=r"hyperparameters\.json (is not JSON|\w+ \w+, not a map)"):
-        hyperparameters({"SAGEMAKER_BASE_DIR": str(base_dir)})
+        hyperparameters_from_env({"SAGEMAKER_BASE_DIR": str(base_dir)})
 
 
 def test_hyperparameters_merge_file_sm_hps_and_sm_hp_variables(base_dir: Path):
     environ = write_hyperparameters(
         base_dir, {"train.epochs": "1", "train.lr": "1", "train.max_grad_norm": "1", "Run": "a"}
     )
-    assert hyperparameters(environ) == {"train.epochs": "1", "train.lr": "1", "train.max_grad_norm": "1", "run": "a"}
+    assert hyperparameters_from_env(environ) == {
+        "train.epochs": "1",
+        "train.lr": "1",
+        "train.max_grad_norm": "1",
+        "run": "a",
+    }
     environ["SM_HPS"] = '{"train.lr": 2, "train.max_grad_norm": 2}'
     environ["SM_HP_TRAIN.MAX_GRAD_NORM"] = "3"
-    assert hyperparameters(environ) == {"train.epochs": "1", "train.lr": 2, "train.max_grad_norm": "3", "run": "a"}
+    assert hyperparameters_from_env(environ) == {
+        "train.epochs": "1",
+        "train.lr": 2,
+        "train.max_grad_norm": "3",
+        "run": "a",
+    }
 
 
 def test_hyperparameters_normalize_hyphens_and_ignore_empty_and_service_ones(base_dir: Path):
     service = {"sagemaker_program": '"x"', "SAGEMAKER_REGION": "x", "_tuning_objective_metric": "y"}
     environ = write_hyperparameters(base_dir, {"train__batch-size": "8", **service})
     environ["SM_HP_SAGEMAKER_JOB_NAME"] = "z"
-    assert hyperparameters(environ) == {"train__batch_size": "8"}
-    assert hyperparameters(environ | {"SM_HP_TRAIN__BATCH-SIZE": "16"}) == {"train__batch_size": "16"}
-    assert hyperparameters(environ | {"SM_HP_TRAIN__BATCH_SIZE": ""}) == {"train__batch_size": "8"}
-    assert hyperparameters({"SM_HP_RUN": "", "SM_HPS": ""}) == {}
+    assert hyperparameters_from_env(environ) == {"train__batch_size": "8"}
+    assert hyperparameters_from_env(environ | {"SM_HP_TRAIN__BATCH-SIZE": "16"}) == {"train__batch_size": "16"}
+    assert hyperparameters_from_env(environ | {"SM_HP_TRAIN__BATCH_SIZE": ""}) == {"train__batch_size": "8"}
+    assert hyperparameters_from_env({"SM_HP_RUN": "", "SM_HPS": ""}) == {}
 
 
 def test_output_dir_is_none_unless_the_platform_names_one(base_dir: Path):

@@ -22,7 +22,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
 
 
-def read(name: str) -> dict[str, Any]:
+def parse_recipe(name: str) -> dict[str, Any]:
     """Return the tree of a shipped recipe, or of the TOML or JSON file at a path; `name:a,b` adds its variants `a` and `b`."""
     file, variants = _split_name(name)
     path = Path(file)

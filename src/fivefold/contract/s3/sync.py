@@ -23,7 +23,7 @@ from fivefold.contract.stage_specs import RECORD
 from fivefold.errors import MissingInputError, SettingsError
 
 if TYPE_CHECKING:
-    from fivefold.contract.s3.checkpoints import CheckpointSync
+    from fivefold.contract.s3.checkpoint_sync import CheckpointSync
     from fivefold.contract.s3.client import S3Client
 
 log = logging.getLogger("fivefold")
@@ -167,7 +167,7 @@ class S3Sync:
         self._check_writable(url)
         path = self._local_folder("checkpoints", url)
         path.mkdir(parents=True, exist_ok=True)
-        from fivefold.contract.s3.checkpoints import CheckpointSync
+        from fivefold.contract.s3.checkpoint_sync import CheckpointSync
 
         self.checkpoints = CheckpointSync(self.store, url, path)
         return path

@@ -17,8 +17,8 @@ from fivefold.contract.files import read_json, write_json
 from fivefold.contract.s3.urls import is_url
 from fivefold.errors import SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
-from fivefold.launchers.sagemaker.client import Client, JobStatus, delete_outputs
 from fivefold.launchers.sagemaker.requests import Request, find_secrets, redact, run_url
+from fivefold.launchers.sagemaker.training_jobs import Client, JobStatus, delete_outputs
 from fivefold.launchers.sagemaker.validation import check_cost, validate_requests
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import LOG

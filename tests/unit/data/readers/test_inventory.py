@@ -18,7 +18,7 @@ from fivefold.data.readers.eval_images import read_eval
 from fivefold.data.readers.stores import open_store
 from fivefold.data.readers.training_rows import LabelledImages, read_rows
 from fivefold.data.readers.user_images import read_user_images
-from fivefold.data.split.report import describe_data
+from fivefold.data.split.summary import describe_data
 from fivefold.errors import DataError
 from permissions import let_others_in
 from toy_data import write_data

@@ -17,7 +17,7 @@ from fivefold.data.readers.stores import open_store
 from fivefold.data.readers.training_rows import LabelledImages, read_rows
 from fivefold.data.split.assign import group_codes, split_rows
 from fivefold.data.split.fold_table import FoldTable, read_folds, write_folds
-from fivefold.data.split.report import class_file_content
+from fivefold.data.split.summary import class_file_content
 from fivefold.errors import DataError, SettingsError
 from toy_data import PICTURE, write_data
 
