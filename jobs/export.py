@@ -26,8 +26,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     if settings.fold is not None:
         models = [model for model in models if model.info["fold"] == settings.fold]
         if len(models) != 1:
-            names = ", ".join(model.name for model in models)
-            raise SettingsError(f"FOLD={settings.fold}: {len(models)} models below the channel 'model' ({names})")
+            names = ", ".join(model.name for model in models) or "no model"
+            raise SettingsError(f"FOLD={settings.fold}: {names} below the channel 'model'; one is needed")
     if job.optional_channel("ensemble") is None:
         ensemble = find_ensemble(models, find_all(job.channel("model"), job.scratch, ENSEMBLE))
     else:

@@ -293,7 +293,7 @@ def test_student_of_any_teacher_is_not_leak_free_and_may_have_another_network(
 @pytest.mark.parametrize(
     ("name", "change", "code", "message"),
     [
-        ("model.safetensors", lambda content: content[: len(content) // 2], 65, "model.json"),
+        ("model.safetensors", lambda content: content[: len(content) // 2], 65, "model.safetensors is damaged"),
         ("model.safetensors", lambda content: content[:-1] + b"x", 65, "see stage.json beside it"),
         ("model.json", lambda content: content.replace("빨강 차".encode(), b"red car"), 65, "red car"),
     ],

@@ -50,7 +50,7 @@ def test_invalid_arguments_are_rejected(data: Path, arguments: list[str], messag
 def test_file_in_place_of_a_run_folder_is_rejected(data: Path, file: str) -> None:
     (data / file).parent.mkdir(parents=True, exist_ok=True)
     (data / file).touch()
-    with pytest.raises(SettingsError, match=f"cannot write to {data}/runs/r.*: a file "):
+    with pytest.raises(SettingsError, match=f"cannot write to {data}/runs/r"):
         submit.main(
             [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={data / 'runs'}", "run=r", "check=false"]
         )

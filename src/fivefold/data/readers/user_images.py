@@ -33,6 +33,7 @@ class InMemoryStore:
 
     items: Mapping[str, Any]
     folder: Path | None = None
+    caches: Sequence[Any] = ()
 
     def read(self, name: str) -> bytes:
         """Return one item as the bytes of an image file; raise a DataError if it is not an image, or outside the folder."""

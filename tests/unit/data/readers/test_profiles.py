@@ -15,7 +15,7 @@ from fivefold.data.readers.eval_images import read_eval
 from fivefold.data.readers.profiles import STEMS, encode_label, profile_factors
 from fivefold.data.readers.stores import open_store
 from fivefold.data.readers.training_rows import LabelledImages, read_rows
-from fivefold.data.split.assign import group_codes, split_rows
+from fivefold.data.split.assign import group_codes, split_groups, split_rows
 from fivefold.data.split.fold_table import FoldTable, read_folds, write_folds
 from fivefold.data.split.summary import class_file_content
 from fivefold.errors import DataError, SettingsError
@@ -128,14 +128,18 @@ def test_defect_mask_each_person_is_in_one_fold_and_occurs_once(ratios: tuple[fl
     random, person = np.random.default_rng(0), np.repeat(np.arange(60), len(STEMS))
     gender, age = random.integers(0, 2, 60)[person], random.integers(0, 3, 60)[person]
     codes = encode_label(np.tile(list(STEMS.values()), 60), gender, age)
-    fold, part = split_rows(codes, person, np.arange(len(codes)), Split(folds=5, ratios=list(ratios), seed=0))
+    fold, part = split_groups(codes, person, Split(folds=5, ratios=list(ratios), seed=0))
     pairs = set(zip(person, part if ratios else fold, strict=True))
     assert (len(fold), len(pairs), len({group for _, group in pairs})) == (420, 60, 2 if ratios else 5)
 
 
 def write_split(folder: Path, rows: LabelledImages) -> FoldTable:
     """Split the rows into two folds, write the table and its classes, and return the table."""
-    fold, part = split_rows(rows.codes, group_codes(rows.groups), np.arange(len(rows)), Split(folds=2))
+    groups, split = group_codes(rows.groups), Split(folds=2)
+    if groups is None:
+        fold, part = split_rows(rows.codes, np.arange(len(rows)), split)
+    else:
+        fold, part = split_groups(rows.codes, groups, split)
     table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, rows.paths, rows.factors)
     write_folds(folder / "folds.parquet", table)
     (folder / "classes.json").write_text(json.dumps(class_file_content(table)))
