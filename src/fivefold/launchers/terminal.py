@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 TITLE = re.compile(r"^--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)\n", re.MULTILINE)
 
 
@@ -14,9 +15,9 @@ def write_line(text: str) -> None:
 
 
 def write_output(step: str, lines: Iterable[str]) -> None:
-    """Write the output of a step to the terminal, each line after the step's name."""
+    """Write the output of a step to the terminal, each line after the step's name and without escape codes."""
     for line in lines:
-        write_line(f"[{step}] {line}")
+        write_line(f"[{step}] {ESCAPE.sub('', line)}")
 
 
 def format_title(title: str) -> str:

@@ -1,10 +1,10 @@
-"""The lines of logs that are read repeatedly."""
+"""The output of steps on the terminal, and the lines of logs that are read repeatedly."""
 
 from pathlib import Path
 
 import pytest
 
-from fivefold.launchers.terminal import append_lines, find_new_lines, read_lines
+from fivefold.launchers.terminal import append_lines, find_new_lines, read_lines, write_output
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,8 @@ def test_repeated_output_is_not_logged_twice(tmp_path: Path, repeated: list[str]
     assert read_lines(log, "pod x") == [*lines, "d", "e"]
     assert log.read_text().count(" pod x\n") == 2, "a title is not repeated"
     assert read_lines(tmp_path / "no.txt") == []
+
+
+def test_output_is_shown_after_the_name_of_its_step_without_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    write_output("fold-0", ["\x1b[31mred\x1b[0m\x1b[A", "plain"])
+    assert capsys.readouterr().err == "[fold-0] red\n[fold-0] plain\n"
