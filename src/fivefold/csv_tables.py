@@ -1,4 +1,4 @@
-"""Read CSV files as text with pandas, so that the id 007 does not become 7, nor the class "NA" a missing value."""
+"""Read CSV files as text, so that the id 007 does not become 7, nor the class "NA" a missing value."""
 
 import codecs
 import csv
