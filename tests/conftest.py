@@ -16,10 +16,13 @@ from toy_data import draw_toy_images, make_product_run, make_toy_run
 
 
 @pytest.fixture(autouse=True)
-def reset_log_level() -> Iterator[None]:
-    """Reset the log level: a stage that runs as a rank other than 0 in this process silences the log."""
+def reset_log() -> Iterator[None]:
+    """Undo what stages that run in this process change: the level as a rank other than 0, and a handler on a captured stream."""
     yield
     logging.getLogger("fivefold").setLevel(logging.NOTSET)
+    for handler in list(logging.getLogger().handlers):
+        if type(handler) is logging.StreamHandler:  # pytest's are of derived classes
+            logging.getLogger().removeHandler(handler)
 
 
 @contextmanager
