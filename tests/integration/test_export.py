@@ -51,6 +51,7 @@ def model_root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_onnx_export_puts_weights_and_temperature_of_an_ensemble_in_one_graph(model_root, images, tmp_path):
     models = tmp_path / "models"
     shutil.copytree(model_root / "folds", models)
@@ -82,6 +83,7 @@ def test_onnx_export_puts_weights_and_temperature_of_an_ensemble_in_one_graph(mo
     assert (session.get_inputs()[0].shape, session.get_inputs()[0].type) == (["N", 3, *SIZE], "tensor(float)")
 
 
+@pytest.mark.slow
 def test_onnx_export_contains_views_and_meta_features_and_always_has_the_same_bytes(images, tmp_path):
     stats, views = ["aspect", "color_mean"], ["flip", {"name": "shift", "x": 2}, {"name": "rotate", "degrees": 20}]
     folder = save_model_dir(tmp_path / "model", None, model={"image_stats": stats}, views=views)

@@ -151,6 +151,7 @@ def test_wheel_has_one_top_level_package_and_all_files(wheel: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_wheel_keeps_an_installed_earlier_pytorch_and_prints_the_help_of_the_checkout(
     wheel: Path, tmp_path: Path
 ) -> None:

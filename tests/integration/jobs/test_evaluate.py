@@ -190,6 +190,7 @@ def test_row_predicted_by_several_models_counts_once(toy_run, full_evaluation, t
     assert len(mistakes[0]) == len(mistakes[1]) == round(81 * (1 - one_seed["accuracy"]))
 
 
+@pytest.mark.slow
 def test_rows_that_selected_the_epoch_of_a_student_are_not_reported_as_unseen(toy_run, tmp_path):
     arguments = [*LEARNS, "train.epochs=2", "distill.patience=1"]
     assert run_stage(toy_run, "distill", tmp_path / "distill", *arguments, MODEL=toy_run) == 0

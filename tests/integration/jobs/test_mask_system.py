@@ -19,6 +19,8 @@ from fivefold.data.split.fold_table import read_folds
 from jobs.__main__ import run
 from toy_data import LEARNS, failure, read_cells, run_stage, write_csv
 
+pytestmark = pytest.mark.slow
+
 AGES = (25, 45, 65)
 TINY = [
     *LEARNS,

@@ -75,6 +75,7 @@ def test_student_is_leak_free_and_the_ensemble_stage_predicts_with_it(toy_run):
     assert len(table) == 18
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes_in_a_new_process_with_workers(toy_run, tmp_path):
     result = call_jobs("train-fold", "FOLD=1", *LEARNS, "train.num_workers=1", **variables(toy_run, tmp_path))
     assert result.returncode == 0, result.stderr
@@ -219,6 +220,7 @@ def test_logger_records_that_the_run_failed(toy_run, tmp_path, monkeypatch):
     assert not (tmp_path / "output" / "tensorboard").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # raised inside the loggers
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 def test_platform_variables_appear_in_no_file_and_no_output_of_a_stage(toy_run, tmp_path, monkeypatch, caplog, capfd):

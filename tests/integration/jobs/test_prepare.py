@@ -26,6 +26,8 @@ from jobs.__main__ import run
 from toy_data import REPOSITORY, draw, environment, failure, read_rows, run_stage, variables, write_test_table
 from toy_data import SETTINGS as TINY
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [
     *TINY, 'model.backbone_kwargs={"widths": [4], "stem": 4}', "model.image_size=8", "train.epochs=2", "model.image_stats=aspect,color_mean",
 ]  # fmt: skip

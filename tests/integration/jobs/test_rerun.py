@@ -13,6 +13,8 @@ from fivefold.launchers.plan import Inputs, make_plan
 from jobs.__main__ import run
 from toy_data import SETTINGS, call_jobs, copy_run, noise_in, write_test_table
 
+pytestmark = pytest.mark.slow
+
 FOLDS = {"fold-0", "fold-1"}
 EVALUATIONS = {"evaluate", "evaluate-student"}
 AFTER_FOLDS = {"ensemble", "distill", "ensemble-student", *EVALUATIONS}

@@ -15,6 +15,8 @@ from fivefold.models.backbones import build_backbone
 from forked_process import Forked
 from toy_training import images_in
 
+pytestmark = pytest.mark.slow
+
 WORLD_SIZE = 2
 
 
