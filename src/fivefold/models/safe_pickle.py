@@ -97,9 +97,11 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
         _check_format(path, zipped)
-        with warnings.catch_warnings(action="ignore"):  # torch warns about its own classes of storages
-            options = {"weights_only": False, "mmap": zipped, "encoding": "latin1"}  # Python 2 wrote names as bytes
-            tree = torch.load(path, "cpu", sys.modules[__name__], **options)
+        mmap = zipped and path.suffix != ".safetensors"  # of a path with this suffix torch.load expects that format
+        options = {"weights_only": False, "mmap": mmap, "encoding": "latin1"}  # Python 2 wrote names as bytes
+        # torch warns about its own classes of storages
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            tree = torch.load(path if mmap else file, "cpu", sys.modules[__name__], **options)
     except DataError:
         raise
     except Exception as error:  # the unpickler can raise any error if the file has another format

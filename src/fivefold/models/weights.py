@@ -24,6 +24,8 @@ AVERAGED = {"ema", "swa", "teacher", "averaged"}
 """Name parts of weights that are an average over the training."""
 MIN_FRACTION = 0.5
 """If a smaller fraction of the backbone's tensors fits, the file contains another network."""
+MAX_UNUSED = 0.25
+"""If a larger fraction of the tensors below a prefix is unused, they may be of a larger network; a head has fewer."""
 MAX_SHOWN = 20
 """Maximum number of tensors that a message names."""
 
@@ -123,6 +125,10 @@ def load_matching(backbone: nn.Module, path: Path) -> None:
     ]
     if resampled:
         log.info("weights from %s: resampled to the backbone's shapes: %s", path, _shorten(resampled))
+    if best.unused > MAX_UNUSED * (best.unused + len(best.matched)):
+        log.warning(
+            "weights from %s: %d tensors are not in the backbone; are they of a larger network?", path, best.unused
+        )
     missing = [
         f"{name!r} ({_format_shape(tensor)}"
         + (f", in the file {_format_shape(best.named[name])})" if name in best.named else ")")

@@ -299,11 +299,14 @@ def test_files_without_weights_raise_plain_errors(kind, tmp_path):
         read_weights(tmp_path / "absent.pth")
 
 
-def test_file_format_does_not_depend_on_the_suffix(tmp_path):
-    safetensors.torch.save_file(add_prefix("model.encoder."), tmp_path / "c.pth")
-    backbone = build_backbone("timm/test_resnet", False, {})
-    load_matching(backbone, tmp_path / "c.pth")
-    assert all(torch.equal(tensor, WEIGHTS[key]) for key, tensor in backbone.state_dict().items())
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
+def test_file_format_does_not_depend_on_the_suffix(suffix, tmp_path):
+    safetensors.torch.save_file(add_prefix("model.encoder."), tmp_path / f"s{suffix}")
+    torch.save(add_prefix("model.encoder."), tmp_path / f"t{suffix}")
+    for name in ("s", "t"):
+        backbone = build_backbone("timm/test_resnet", False, {})
+        load_matching(backbone, tmp_path / f"{name}{suffix}")
+        assert all(torch.equal(tensor, WEIGHTS[key]) for key, tensor in backbone.state_dict().items())
 
 
 def load_logged(backbone, content, tmp_path, caplog):
@@ -454,3 +457,9 @@ def test_weights_of_another_network_are_rejected_naming_both(content, parts, tmp
         load_logged(backbone, content(), tmp_path, caplog)
     assert all(part in str(error.value) for part in parts)
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_weights_of_a_larger_network_log_a_warning(tmp_path, caplog):
+    content = dict(WEIGHTS) | {f"layer1.{n}.{name}": t for n in range(1, 5) for name, t in WEIGHTS.items()}
+    logged, _ = load_logged(build_backbone("timm/test_resnet", False, {}), content, tmp_path, caplog)
+    assert [level for level, _ in logged] == ["INFO", "WARNING"]
