@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fivefold.errors import DataError, SettingsError
+from fivefold.errors import DataError
 from fivefold.lookup import choose
-
-JOINT = "+"
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,12 @@ class LabelFactors:
     def select(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the factors called `names`, in the order of `self.names`; raise a SettingsError for an unknown one."""
         for name in names:
-            choose({known: known for known in self.names}, "factor", name)
+            choose(dict.fromkeys(self.names), "factor", name)
         return tuple(name for name in self.names if name in names)
 
     def project(self, of_class: str, names: Sequence[str]) -> str:
         """Return the class of a model that predicts only the factors `names`: `mask+male` for class `0`."""
-        values = self.values[of_class]
-        return JOINT.join(values[self.names.index(name)] for name in names)
+        return "+".join(self.values[of_class][self.names.index(name)] for name in names)
 
     def projected_classes(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return all classes of a model that predicts only the factors `names`, sorted by name."""
@@ -62,18 +59,7 @@ def parse_factors(content: Any, classes: Sequence[str], where: str) -> LabelFact
     is_valid = isinstance(content, dict) and content and all(isinstance(values, dict) for values in content.values())
     if not is_valid or any(sorted(values) != sorted(classes) for values in content.values()):
         raise DataError(f"{where}: factors must list a value of each factor for each class; run the split again")
-    names = tuple(content)
-    factors = LabelFactors(names, {c: tuple(str(content[name][c]) for name in names) for c in classes})
+    factors = LabelFactors(tuple(content), {c: tuple(str(content[name][c]) for name in content) for c in classes})
     if len(set(factors.values.values())) < len(classes):
         raise DataError(f"{where}: two classes have the same factors; run the split again")
-    return factors
-
-
-def require_factors(factors: LabelFactors | None, names: Sequence[str]) -> LabelFactors:
-    """Return the factors of a split; raise a SettingsError if a model selects factors but the split has none."""
-    if factors is None:
-        raise SettingsError(
-            f"model.label_factors={','.join(names)}, but the classes of this split have no factors; "
-            "leave it empty, or split with a layout that has factors (data.layout=mask_profiles)"
-        )
     return factors

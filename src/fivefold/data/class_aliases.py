@@ -3,9 +3,6 @@
 `merge`: the split replaces each name by the first of its group, the model has only that class, and a submission divides
 its probability equally among the names. `sum`: the model has all names, and in a submission each of them
 gets the sum of their probabilities. In both cases rows are normalized to sum 1, as the competition's metric does.
-
-If the names are equally frequent, equal parts score better than the sum for each name: the sum costs
-log(1 + s) through the normalization, the equal parts s·log 2 on average, which is never more.
 """
 
 from collections.abc import Sequence
@@ -30,14 +27,16 @@ class ClassAliases:
     policy: str = "none"
 
     @cached_property
-    def normalized_groups(self) -> tuple[tuple[str, ...], ...]:
-        """Return the groups with names as the split normalizes them (NFC, without surrounding spaces)."""
-        return tuple(tuple(normalize_class_name(name) for name in group) for group in self.groups)
+    def group_of(self) -> dict[str, tuple[str, ...]]:
+        """Map each name to its group, with names as the split normalizes them; empty under the policy none."""
+        groups = [tuple(map(normalize_class_name, group)) for group in self.groups if self.policy != "none"]
+        return {name: group for group in groups for name in group}
 
     @cached_property
     def canonical_names(self) -> dict[str, str]:
         """Map each merged name to the one that replaces it; empty under another policy than merge."""
-        return {other: first for first, *others in self.normalized_groups for other in others if self.policy == "merge"}
+        merged = self.group_of if self.policy == "merge" else {}
+        return {name: group[0] for name, group in merged.items() if name != group[0]}
 
     def columns(self, classes: Sequence[str], target_columns: Sequence[str]) -> np.ndarray:
         """Return the matrix [C, W] that maps probabilities of `classes` [N, C] to those of the columns `target_columns` [N, W].
@@ -46,17 +45,15 @@ class ClassAliases:
         """
         matrix = np.zeros((len(classes), len(target_columns)))
         index = {name: code for code, name in enumerate(classes)}
-        group_of = {name: group for group in self.normalized_groups for name in group if self.policy != "none"}
         for column, name in enumerate(target_columns):
-            group = group_of.get(name, (name,))
+            group = self.group_of.get(name, (name,))
             sources, share = (group[:1], 1 / len(group)) if self.policy == "merge" else (group, 1.0)
             matrix[[index[source] for source in sources if source in index], column] = share
         return matrix
 
     def names(self, classes: Sequence[str]) -> tuple[str, ...]:
         """Return the columns of a submission by a model of `classes`: all names including merged ones, sorted."""
-        existing = set(classes)
-        return tuple(sorted({*classes, *(other for other, first in self.canonical_names.items() if first in existing)}))
+        return tuple(sorted({*classes, *(other for other, first in self.canonical_names.items() if first in classes)}))
 
     def merge_labels(self, labels: Sequence[str]) -> list[str]:
         """Return the labels with merged names replaced."""
@@ -84,11 +81,10 @@ class ClassAliases:
 
     def check(self, classes: Sequence[str], owner: str) -> None:
         """Raise a DataError for a name in a group that is not one of `classes`, unless the policy is none."""
-        for name in (name for group in self.normalized_groups for name in group if self.policy != "none"):
+        for name in self.group_of:
             if name not in classes:
-                raise DataError(
-                    f"data.class_aliases names {name!r}, which is not a class of {owner}{did_you_mean(name, classes)}"
-                )
+                hint = did_you_mean(name, classes)
+                raise DataError(f"data.class_aliases names {name!r}, which is not a class of {owner}{hint}")
 
     def check_model(self, classes: Sequence[str]) -> None:
         """Raise a DataError unless models of `classes` were trained under this policy."""

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from fivefold.contract.files import atomic, read_json
 from fivefold.contract.stage_specs import FOLDS
 from fivefold.errors import DataError, MissingInputError, SettingsError
-from fivefold.label_factors import LabelFactors, parse_factors, require_factors
+from fivefold.label_factors import LabelFactors, parse_factors
+from fivefold.predictions import preview
 
 PARTS = ("train", "valid", "test", "holdout")
 HELD_OUT_PARTS = ("test", "holdout")
@@ -98,12 +99,16 @@ class FoldTable:
         """
         if not names:
             return self
-        factors = require_factors(self.factors, names)
-        knows = factors.select(names)
-        if knows == factors.names:
+        if self.factors is None:
+            raise SettingsError(
+                f"model.label_factors={','.join(names)}, but the classes of this split have no factors; "
+                "leave it empty, or split with a layout that has factors (data.layout=mask_profiles)"
+            )
+        knows = self.factors.select(names)
+        if knows == self.factors.names:
             return self
-        codes = factors.column_index(knows, self.classes)[self.codes].astype(np.int32)
-        return replace(self, codes=codes, classes=factors.projected_classes(knows), known_factors=knows)
+        codes = self.factors.column_index(knows, self.classes)[self.codes].astype(np.int32)
+        return replace(self, codes=codes, classes=self.factors.projected_classes(knows), known_factors=knows)
 
     def labels(self) -> np.ndarray:
         """Return the class names of all rows [N] as Python strings in an object array."""
@@ -127,14 +132,10 @@ def write_folds(path: Path, table: FoldTable) -> None:
         "part": pa.array(table.part, pa.string()).dictionary_encode(),
         "sha256": table.sha256,
     }
+    content = pa.table(columns, schema=pa.schema(COLUMNS))
+    options = {"compression": "zstd", "use_dictionary": ["label", "group", "part"]}
     with atomic(path) as temporary:
-        pq.write_table(
-            pa.table(columns, schema=pa.schema(COLUMNS)),
-            temporary,
-            row_group_size=ROW_GROUP_SIZE,
-            compression="zstd",
-            use_dictionary=["label", "group", "part"],
-        )
+        pq.write_table(content, temporary, row_group_size=ROW_GROUP_SIZE, **options)
 
 
 def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
@@ -151,20 +152,15 @@ def read_folds(path: Path, classes_path: Path | None = None) -> FoldTable:
     if not table.num_rows or any(table.column(name).null_count for name in COLUMNS.keys() - OPTIONAL_COLUMNS):
         raise DataError(f"{path} holds no rows, or empty values in a column besides {' and '.join(OPTIONAL_COLUMNS)}")
     table = table.unify_dictionaries().combine_chunks()
-    labels = table.column("label").chunk(0)
-    labels_in_table = tuple(sorted(pc.unique(labels.dictionary).to_pylist()))
-    classes, factors = _read_classes(classes_path) if classes_path else (labels_in_table, None)
-    folds = FoldTable(
-        ids=table.column("id").chunk(0),
-        paths=table.column("path").chunk(0),
-        codes=_class_codes(labels, classes, path),
-        classes=classes,
-        groups=table.column("group").chunk(0),
-        fold=table.column("fold").to_numpy(),
-        part=table.column("part").cast(pa.string()).to_numpy().astype("U7"),
-        sha256=table.column("sha256").chunk(0),
-        factors=factors,
-    )
+    ids, paths, labels, groups, sha256 = (table[name].chunk(0) for name in ("id", "path", "label", "group", "sha256"))
+    names = labels.dictionary
+    classes, factors = _read_classes(classes_path) if classes_path else (tuple(sorted(set(names.to_pylist()))), None)
+    codes = pc.index_in(names, pa.array(classes, pa.string()))
+    if codes.null_count:
+        raise DataError(f"{path} has labels that are not classes: {preview(names.filter(codes.is_null()).to_pylist())}")
+    codes = codes.to_numpy()[labels.indices.to_numpy()]
+    part = table["part"].cast(pa.string()).to_numpy().astype("U7")
+    folds = FoldTable(ids, paths, codes, classes, groups, table["fold"].to_numpy(), part, sha256, factors)
     _check_values(folds, path)
     return folds
 
@@ -179,14 +175,6 @@ def _read_classes(path: Path) -> tuple[tuple[str, ...], LabelFactors | None]:
         raise DataError(f"{path} does not hold classes: a sorted list of unique names is needed")
     factored = content.get("factors")
     return tuple(names), None if factored is None else parse_factors(factored, names, str(path))
-
-
-def _class_codes(labels: pa.DictionaryArray, classes: tuple[str, ...], path: Path) -> np.ndarray:
-    index = {name: code for code, name in enumerate(classes)}
-    names = labels.dictionary.to_pylist()
-    if unknown := [name for name in names if name not in index]:
-        raise DataError(f"{path} has labels that are not classes: {', '.join(map(repr, unknown[:5]))}")
-    return np.array([index[name] for name in names], np.int32)[labels.indices.to_numpy()]
 
 
 def _check_values(table: FoldTable, path: Path) -> None:
