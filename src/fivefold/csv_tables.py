@@ -17,12 +17,10 @@ from fivefold.errors import DataError, MissingInputError
 from fivefold.predictions import preview
 
 ID_NAMES = ("id",)
-# fmt: off
 PATH_NAMES = (
     "image_path", "img_path", "path", "file_path", "filepath", "filename", "file_name", "file", "image", "img", "imageid",
     "image_id", "img_id", "image_name", "img_name", "imagename",
-)
-# fmt: on
+)  # fmt: skip
 LABEL_NAMES = ("target", "label", "class_name", "class", "category")
 ANSWER_NAMES = ("ans", "answer")
 CLASS_NAMES = (*LABEL_NAMES, *ANSWER_NAMES)
@@ -87,7 +85,8 @@ class CsvFile:
         if duplicates := [name for name in cells_of if self.columns.count(name) > 1]:
             raise DataError(f"{self} has two columns {duplicates[0]!r}; rename one of them")
         places = [(cells_of[name], self.columns.index(name) + self.has_index) for name in cells_of]
-        width, reader = len(self.columns) + self.has_index, _open_reader(self.text, self.delimiter, strict=True)
+        width = len(self.columns) + self.has_index
+        reader = csv.reader(io.StringIO(self.text, newline=""), delimiter=self.delimiter, strict=True)
         try:
             for row in reader:
                 if _is_blank(row):
@@ -134,26 +133,21 @@ def parse_csv(content: bytes, where: str, name: str) -> CsvFile:
     try:
         text = re.sub('^"?sep=."?\r?\n', "", content.decode("utf-8-sig"))  # a line that Excel adds and hides
         rows = {delimiter: _first_two_rows(text, delimiter) for delimiter in DELIMITERS}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 text: {error}; save it as UTF-8") from error
-    except csv.Error as error:
-        raise DataError(f"{where} cannot be read: {error}; a quote may be missing") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{where} is not a CSV in UTF-8: {error}; save it as UTF-8") from error
     # A comma in a name also splits a header of semicolons, but not into as many cells as the first row has.
     delimiter = max(DELIMITERS, key=lambda d: (1 < len(rows[d][0]) == len(rows[d][1]), len(rows[d][0])))
-    top = rows[delimiter]
-    if not top[0]:
+    header, row = rows[delimiter]
+    if not header:
         raise DataError(f"{where} is empty")
-    index = _has_index(*top)
-    return CsvFile(where, name, text, tuple(top[0][index:]), delimiter, index, content.startswith(codecs.BOM_UTF8))
-
-
-def _open_reader(text: str, delimiter: str, strict: bool = False) -> "csv._reader":
-    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
+    index = _has_index(header, row)
+    return CsvFile(where, name, text, tuple(header[index:]), delimiter, index, content.startswith(codecs.BOM_UTF8))
 
 
 def _first_two_rows(text: str, delimiter: str) -> list[list[str]]:
     """Return the cells of the header and of the first row; empty lists for missing ones."""
-    return [*islice((cells for cells in _open_reader(text, delimiter) if not _is_blank(cells)), 2), [], []][:2]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    return [*islice((cells for cells in reader if not _is_blank(cells)), 2), [], []][:2]
 
 
 def _is_blank(cells: list[str]) -> bool:
@@ -191,8 +185,8 @@ def check_not_empty(cells: pd.Series, column: str, where: object) -> None:
     """Raise a DataError with the first row (counted from 1 below the header) whose cell is empty or only spaces."""
     empty = np.flatnonzero(cells.str.strip() == "")
     if len(empty):
-        place = f"the first in row {empty[0] + 1} below the header"
-        raise DataError(f"{where} has {len(empty)} rows with an empty {column}, {place}")
+        first = f"the first in row {empty[0] + 1} below the header"
+        raise DataError(f"{where} has {len(empty)} rows with an empty {column}, {first}")
 
 
 def check_unique(ids: pd.Series, where: object) -> None:

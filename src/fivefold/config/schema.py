@@ -59,7 +59,7 @@ FileName = Annotated[str, AfterValidator(_check_name)]
 
 
 class Data(Section):
-    layout: str = setting("auto", "auto, folders, mask_profiles (by person), csv, or products (one per row)")
+    layout: Literal["auto", "csv", "folders", "mask_profiles", "products"] = setting("auto", "layout of the images")
     table: str = setting("", "CSV file inside the channel; empty: train.csv, or the only CSV")
     id_column: str = setting("", "CSV column of row ids; empty: id if it exists, else the image path")
     path_column: str = setting("", "CSV column of image paths; empty: image_path, img_path, path or similar")

@@ -24,11 +24,9 @@ EVAL_FOLDERS = ("test", "testing", "eval", "evaluation")
 IMAGE_FOLDERS = ("images",)
 HELD_OUT = {*EVAL_FOLDERS, "valid", "val", "validation", "pred", "unlabeled", "unlabelled"}
 SPLIT_FOLDERS = {*TRAIN_FOLDERS, *HELD_OUT}
-# fmt: off
 GENERIC_WORDS = {
     "", "set", "data", "dataset", "image", "images", "img", "imgs", "photo", "photos", "jpg", "jpeg", "png",
-}
-# fmt: on
+}  # fmt: skip
 """Words beside one of SPLIT_FOLDERS in a folder's name that do not name a data set of its own."""
 MAX_PROBED_PATHS = 64
 
@@ -110,12 +108,11 @@ def search_levels(store: ImageStore, special: Sequence[str]) -> Iterator[str]:
     while True:
         yield level
         folders, files = list_folder(store, level)
-        special_folders = folders_named(folders, special)
         holds_data = any(is_image(name) or name.lower().endswith(".csv") for name in files)
-        wrapper = folders if len(folders) == 1 and not holds_data else []
-        if not (special_folders or wrapper):
+        inner = folders_named(folders, special) or (folders if len(folders) == 1 and not holds_data else [])
+        if not inner:
             return
-        level = posixpath.join(level, (special_folders or wrapper)[0])
+        level = posixpath.join(level, inner[0])
 
 
 def list_folder(store: ImageStore, folder: str) -> tuple[list[str], list[str]]:
@@ -150,13 +147,12 @@ def image_paths(
     check_files: bool = True,
     image_root: str = "",
 ) -> pd.Series:
-    """Return the paths `raw_paths` in a CSV, relative to the store's root, without surrounding spaces.
+    """Return the paths `raw_paths` in a CSV (its index counts rows from 0), relative to the store's root, without outer spaces.
 
     They are relative to `image_root`, or else to the table's folder, the root, or a `special` folder beside the table,
     whichever contains most of the first paths; names without a suffix get the suffix of the images there. Without
-    `image_root`, paths of no file are searched by name in all folders except those of the other parts of a split, named by
-    the words `others`. The index of `raw_paths` counts rows from 0. Raise a DataError for paths that leave the root, for
-    names that match several images, and with `check_files` for missing files.
+    `image_root`, paths of no file are searched by name in all folders except the other parts of a split (`others`).
+    Raise a DataError for paths that leave the root, names that match several images, and, with `check_files`, missing files.
     """
     paths = raw_paths.str.replace("\\", "/", regex=False).str.strip()
     for root in _root_prefixes(store.root):

@@ -9,46 +9,23 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from fivefold import csv_tables
 from fivefold.config.schema import Data
 from fivefold.contract.filenames import is_ground_truth, is_sample_submission, normalize_class_name, visual_form
 from fivefold.contract.files import DANGLING, EMPTY, is_visible
-from fivefold.csv_tables import (
-    CATEGORY_NAMES,
-    ID_NAMES,
-    LABEL_NAMES,
-    PATH_NAMES,
-    CsvFile,
-    check_not_empty,
-    check_unique,
-    normalize_names,
-)
-from fivefold.data.readers.layout_detection import (
-    HELD_OUT,
-    IMAGE_FOLDERS,
-    TRAIN_FOLDERS,
-    class_images,
-    class_level,
-    guess_paths,
-    held_out_folders,
-    image_paths,
-    list_csvs,
-    open_table,
-    search_levels,
-    stem,
-)
+from fivefold.csv_tables import LABEL_NAMES, PATH_NAMES, CsvFile, normalize_names
+from fivefold.data.readers import layout_detection as layouts
+from fivefold.data.readers.layout_detection import HELD_OUT, TRAIN_FOLDERS, image_paths
 from fivefold.data.readers.profiles import are_profiles, profile_factors, read_profiles
 from fivefold.data.readers.stores import UNUSED, ImageStore, Inventory, describe_counts, may_be_images, take_inventory
 from fivefold.errors import DataError, SettingsError
 from fivefold.label_factors import LabelFactors
-from fivefold.lookup import choose
 from fivefold.predictions import preview
 
 log = logging.getLogger("fivefold")
 
-LAYOUTS = ("auto", "csv", "folders", "mask_profiles", "products")
 NON_TRAINING_TABLES = {"test", "submission", "valid", "val"}
 PATH_SEPARATORS = "[&,]"
-TEXT = pa.string()
 Column = pd.Series | Sequence[str]
 
 
@@ -98,7 +75,6 @@ def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Labell
     The CSV is `data.table`, or else the detected one. Raise a DataError for data that cannot be trained on: no images,
     a single class, missing files or columns, paths outside the store, duplicate ids, empty labels. Log a detected layout.
     """
-    choose(dict.fromkeys(LAYOUTS), "data.layout", data.layout)
     stock = take_inventory(store)
     if data.layout == "products":
         rows = _product_rows(store, data, check_files)
@@ -118,7 +94,7 @@ def _table_or_folders(store: ImageStore, stock: Inventory, data: Data, check_fil
         data.table
         or data.layout == "csv"
         or _is_usable(tables[0], data)
-        or (stem(tables[0].name) == "train" and not are_profiles(stock.images, _class_level(stock)))
+        or (layouts.stem(tables[0].name) == "train" and not are_profiles(stock.images, _class_level(stock)))
     ):
         log.info("data: reading rows from %s", tables[0])
         _warn_ignored(tables[1:])
@@ -139,11 +115,13 @@ def _table_or_folders(store: ImageStore, stock: Inventory, data: Data, check_fil
 def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[CsvFile], bool]) -> list[CsvFile]:
     """Return the CSV `name`, or the one called `usual`, or the only usable one, followed by the CSVs that are not usable."""
     if name:
-        return [open_table(store, name)]
+        return [layouts.open_table(store, name)]
     others: list[CsvFile] = []
-    for level in search_levels(store, TRAIN_FOLDERS):
-        tables = [open_table(store, name) for name in list_csvs(store, level) if _may_be_training(name)]
-        named = [table for table in tables if stem(table.name) == usual]
+    for level in layouts.search_levels(store, TRAIN_FOLDERS):
+        names = [name for name in layouts.list_csvs(store, level) if layouts.stem(name) not in NON_TRAINING_TABLES]
+        names = [name for name in names if not is_sample_submission(name) and not is_ground_truth(name)]
+        tables = [layouts.open_table(store, name) for name in names]
+        named = [table for table in tables if layouts.stem(table.name) == usual]
         usable = named or [table for table in tables if is_usable(table)]
         if len(usable) > 1:
             names = preview([table.name for table in usable])
@@ -154,10 +132,6 @@ def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[
         if usable:
             return usable + others
     return others
-
-
-def _may_be_training(name: str) -> bool:
-    return stem(name) not in NON_TRAINING_TABLES and not is_sample_submission(name) and not is_ground_truth(name)
 
 
 def _warn_ignored(tables: Sequence[CsvFile]) -> None:
@@ -177,11 +151,11 @@ def _columns(store: ImageStore, table: CsvFile, data: Data) -> tuple[str | None,
     path, label = table.column(data.path_column, PATH_NAMES), table.column(data.label_column, LABEL_NAMES)
     guessed = path is None and not data.path_column
     if guessed:
-        path = guess_paths(table, store, HELD_OUT, label or "")
-    other_columns = [name for name in table.columns if name != path]
-    label_is_only_other = path and label is None and not data.label_column and len(other_columns) == 1
-    if label_is_only_other and (guessed or guess_paths(table, store, HELD_OUT, other_columns[0])):
-        label = other_columns[0]
+        path = layouts.guess_paths(table, store, HELD_OUT, label or "")
+    rest = [name for name in table.columns if name != path]
+    is_only_other = path and label is None and not data.label_column and len(rest) == 1
+    if is_only_other and (guessed or layouts.guess_paths(table, store, HELD_OUT, rest[0])):
+        label = rest[0]
         log.warning("data: %s: taking the labels from the only other column, %r", table, label)
     return path, label
 
@@ -201,21 +175,20 @@ def _table_rows(
 ) -> LabelledImages:
     path, label = columns
     group = table.require_column(data.group_column, (), "data.group_column") if data.group_column else None
-    if data.id_column:
-        table.require_column(data.id_column, (), "data.id_column")
-    row_id = table.column(data.id_column, ID_NAMES) or path
+    row_id = table.require_column(data.id_column, (), "data.id_column") if data.id_column else table.column("id")
+    row_id = row_id or path
     if len({path, label, group} - {None}) < 2 + bool(group):
         raise DataError(f"{table}: one column cannot be path, label and group at once")
     frame = table.read([row_id, path, label, *([group] if group else [])])
-    check_unique(frame[row_id], table)
+    csv_tables.check_unique(frame[row_id], table)
     labels = normalize_names(frame[label])
-    check_not_empty(labels, "label", table)
+    csv_tables.check_not_empty(labels, "label", table)
     _log_normalized(frame[label].unique(), table)
     broken = np.flatnonzero(labels.str.contains(r"[\r\n]"))
     if len(broken):
         place = f"the label in row {broken[0] + 1} below the header"
         raise DataError(f"{table}: {place} has a line break: {labels.iloc[broken[0]][:60]!r}; a quote may be missing")
-    special = (*TRAIN_FOLDERS, *IMAGE_FOLDERS)
+    special = (*TRAIN_FOLDERS, *layouts.IMAGE_FOLDERS)
     paths = image_paths(frame[path], table, store, special, HELD_OUT, check_files, data.image_root)
     groups = normalize_names(frame[group]).replace("", None) if group else None
     return make_rows(paths, labels, str(table), f"the CSV {table.name}", ids=frame[row_id], groups=groups)
@@ -237,23 +210,17 @@ def make_rows(
     """
     codes, classes = pd.factorize(np.asarray(labels, object), sort=True)
     _check_classes(classes, where)
-
-    def to_arrow(column: Column | None) -> pa.Array | None:
-        return None if column is None else pa.array(np.asarray(column, object), TEXT, from_pandas=True)
-
+    columns = {"ids": paths if ids is None else ids, "paths": paths, "groups": groups, "strata": strata}
     try:
-        return LabelledImages(
-            ids=to_arrow(paths if ids is None else ids),
-            paths=to_arrow(paths),
-            codes=codes.astype(np.int32),
-            classes=tuple(classes),
-            groups=pa.nulls(len(codes), TEXT) if groups is None else to_arrow(groups),
-            layout=layout,
-            factors=None if factors is None else factors.restrict(tuple(classes)),
-            strata=to_arrow(strata),
-        )
+        arrow = {
+            name: None if column is None else pa.array(np.asarray(column, object), pa.string(), from_pandas=True)
+            for name, column in columns.items()
+        }
     except UnicodeEncodeError as error:
         raise DataError(f"{where} has file names that are not UTF-8, such as {error.object!r}; rename them") from error
+    arrow["groups"] = pa.nulls(len(codes), pa.string()) if groups is None else arrow["groups"]
+    factors = None if factors is None else factors.restrict(tuple(classes))
+    return LabelledImages(codes=codes.astype(np.int32), classes=tuple(classes), layout=layout, factors=factors, **arrow)
 
 
 def _log_normalized(names: Iterable[str], where: object) -> None:
@@ -268,8 +235,7 @@ def _check_classes(classes: Sequence[str], where: str) -> None:
     if len(classes) < 2:
         raise DataError(f"{where}: only {len(classes)} class ({preview(classes)}); at least two are needed")
     looks = Counter(map(visual_form, classes))
-    alike = [ascii(name) for name in classes if looks[visual_form(name)] > 1]
-    if alike:
+    if alike := [ascii(name) for name in classes if looks[visual_form(name)] > 1]:
         names = ", ".join(alike[:4])
         raise DataError(f"{where}: different class names look the same: {names}; spell each class in one way")
     folded = Counter(map(str.casefold, classes))
@@ -279,7 +245,7 @@ def _check_classes(classes: Sequence[str], where: str) -> None:
 
 def _class_level(stock: Inventory) -> str:
     """Return the prefix below which folders are classes or profiles."""
-    return class_level([name for name in stock.expected_images if "." in name])
+    return layouts.class_level([name for name in stock.expected_images if "." in name])
 
 
 def _folder_rows(store: ImageStore, stock: Inventory, data: Data) -> LabelledImages:
@@ -304,7 +270,7 @@ def _class_rows(stock: Inventory, level: str, where: str) -> LabelledImages:
     if loose:
         log.warning("data: %d images are in no class folder of %s and are ignored", loose, where)
     lost = _folders_without_images(stock, level, where)
-    inside = class_images(inside, level, where)
+    inside = layouts.class_images(inside, level, where)
     if not inside:
         raise DataError(
             f"{where} holds no class folders ({loose} images are in no folder), and there is no CSV of labels"
@@ -324,7 +290,7 @@ def _folders_without_images(stock: Inventory, level: str, where: str) -> dict[st
             if slash or (reason == DANGLING and "." not in folder):
                 contents[folder][reason] += reason != EMPTY
     used = {name[len(level) :].partition("/")[0] for name in stock.images if name.startswith(level)}
-    without = filter(is_visible, sorted(contents.keys() - used - set(held_out_folders(contents))))
+    without = filter(is_visible, sorted(contents.keys() - used - set(layouts.held_out_folders(contents))))
     descriptions = {name: f"{name!r} ({describe_counts(contents[name]) or 'empty'})" for name in without}
     if descriptions:
         log.warning("data: folders of %s without images are not classes: %s", where, ", ".join(descriptions.values()))
@@ -353,9 +319,8 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> LabelledI
         conflicting = images[images.groupby("path")[column].transform("nunique") > 1]
         if len(conflicting):
             path = conflicting["path"].iloc[0]
-            owners = conflicting[column][conflicting["path"] == path].drop_duplicates()
-            lines = [f"{name!r} (row {row + 1})" for row, name in owners.items()]
-            raise DataError(f"{table}: {path!r} is an image of two {kind}, {' and '.join(lines[:2])}; list it once")
+            owners = preview(conflicting[column][conflicting["path"] == path].unique())
+            raise DataError(f"{table}: {path!r} is an image of two {kind}, {owners}; list it once")
     unique = images.drop_duplicates("path")
     if repeated := len(images) - len(unique):
         log.warning("data: %d images are duplicates within a product's row and are used once", repeated)
@@ -368,21 +333,19 @@ def _product_images(table: CsvFile, data: Data) -> pd.DataFrame:
 
     Log rows without images.
     """
-    id_column = table.require_column(data.id_column, ID_NAMES, "data.id_column")
-    category_column = table.require_column(data.category_column, CATEGORY_NAMES, "data.category_column")
+    id_column = table.require_column(data.id_column, csv_tables.ID_NAMES, "data.id_column")
+    category_column = table.require_column(data.category_column, csv_tables.CATEGORY_NAMES, "data.category_column")
     label_of = {table.require_column(name, (), "data.image_types"): label for name, label in data.image_types.items()}
     frame = table.read([id_column, category_column, *label_of])
-    products = pd.DataFrame(
-        {"product": frame[id_column].str.strip(), "category": normalize_names(frame[category_column])}
-    )
-    check_not_empty(products["product"], "id", table)
-    check_not_empty(products["category"], "category", table)
-    check_unique(products["product"].rename(id_column), table)
+    ids, categories = frame[id_column].str.strip(), normalize_names(frame[category_column])
+    csv_tables.check_not_empty(ids, "id", table)
+    csv_tables.check_not_empty(categories, "category", table)
+    csv_tables.check_unique(ids, table)
     paths = frame[list(label_of)].stack().str.split(PATH_SEPARATORS, regex=True).explode().str.strip()
     paths = paths[paths != ""]
     rows, image_columns = (paths.index.get_level_values(level) for level in (0, 1))
-    images = products.loc[rows].assign(path=paths.to_numpy(), label=image_columns.map(label_of))
-    without = products["product"].drop(rows.unique())
+    without = ids.drop(rows.unique())
     if len(without):
         log.warning("data: %d products of %s list no image and are ignored: %s", len(without), table, preview(without))
-    return images
+    products = pd.DataFrame({"product": ids, "category": categories})
+    return products.loc[rows].assign(path=paths.to_numpy(), label=image_columns.map(label_of))
