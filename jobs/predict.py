@@ -81,10 +81,7 @@ def select_images(
     """Return the images of the channel; with a split, return the split's rows with their classes and parts."""
     data = settings.data
     if job.optional_channel("folds") is None:
-        images = read_user_images(
-            job.channel("images"), data.image_root, data.path_column, data.label_column, data.max_unpacked_gib
-        )
-        images = labels_from_folders(images, classes)
+        images = labels_from_folders(read_user_images(job.channel("images"), data), classes)
         check_labels(images, classes)
         return PredictRequest(images, np.full(len(images), "test"))
     path = find_one(job, "folds", FOLDS)

@@ -11,17 +11,8 @@ import numpy as np
 
 from fivefold.contract.filenames import is_ground_truth, is_sample_submission, normalize_class_name
 from fivefold.csv_tables import ANSWER_NAMES, ID_NAMES, PATH_NAMES, CsvFile, check_same_ids, check_unique
-from fivefold.data.readers.layout_detection import (
-    EVAL_FOLDERS,
-    IMAGE_FOLDERS,
-    TRAIN_FOLDERS,
-    guess_paths,
-    image_paths,
-    list_csvs,
-    open_table,
-    search_levels,
-    stem,
-)
+from fivefold.data.readers import layout_detection as layouts
+from fivefold.data.readers.layout_detection import EVAL_FOLDERS, TRAIN_FOLDERS, open_table, stem
 from fivefold.data.readers.stores import ImageStore, log_ignored, open_store, take_inventory
 from fivefold.errors import DataError
 from fivefold.predictions import preview
@@ -96,13 +87,10 @@ def read_eval(source: ImageStore | Path, id_column: str = "", path_column: str =
     paths, or either without suffix, whichever matches the sample submission. Files must exist.
     """
     store = open_store(source) if isinstance(source, Path) else source
-    tables = [name for level in search_levels(store, EVAL_FOLDERS) for name in list_csvs(store, level)]
+    tables = [name for level in layouts.search_levels(store, EVAL_FOLDERS) for name in layouts.list_csvs(store, level)]
     submission = next((_read_sample(open_table(store, name)) for name in tables if is_sample_submission(name)), None)
-    others = [
-        name
-        for name in tables
-        if not (stem(name) in NON_EVAL_TABLES or is_sample_submission(name) or is_ground_truth(name))
-    ]
+    others = [name for name in tables if not (is_sample_submission(name) or is_ground_truth(name))]
+    others = [name for name in others if stem(name) not in NON_EVAL_TABLES]
     named = [name for name in others if stem(name) == "test"]
     readable = [open_table(store, name) for name in named[:1] or others]
     usable = [table for table in readable if _find_column(table, path_column, PATH_NAMES)] or readable[: len(named)]
@@ -142,25 +130,25 @@ def _read_sample(table: CsvFile) -> SampleSubmission:
 
 def _find_column(table: CsvFile, name: str, known: Sequence[str]) -> str | None:
     """Return the column `name`, if the table has it (only the training table may), else the first of `known`."""
-    return (table.column(name, known) if name else None) or table.column("", known)
+    return table.column("", [name, *known] if name else known)
 
 
 def _eval_table(
     store: ImageStore, table: CsvFile, id_column: str, path_column: str, submission: SampleSubmission | None
 ) -> EvalImages:
-    path = _find_column(table, path_column, PATH_NAMES) or guess_paths(table, store, TRAIN_FOLDERS)
+    path = _find_column(table, path_column, PATH_NAMES) or layouts.guess_paths(table, store, TRAIN_FOLDERS)
     path = path or table.require_column("", PATH_NAMES, "data.path_column")
     row_id = _find_column(table, id_column, ID_NAMES) or path
     frame = table.read([row_id, path])
     check_unique(frame[row_id], table)
-    paths = image_paths(frame[path], table, store, (*EVAL_FOLDERS, *IMAGE_FOLDERS), TRAIN_FOLDERS)
+    paths = layouts.image_paths(frame[path], table, store, (*EVAL_FOLDERS, *layouts.IMAGE_FOLDERS), TRAIN_FOLDERS)
     if submission is None and table.columns == (row_id, table.column("", ANSWER_NAMES)) and row_id == path:
         submission = _read_sample(table)  # the table has only images and an answer column
     return EvalImages(row_id, frame[row_id].to_numpy(object), paths.to_numpy(object), submission)
 
 
 def _eval_folder(store: ImageStore, submission: SampleSubmission | None) -> EvalImages:
-    *_, level = search_levels(store, EVAL_FOLDERS)
+    *_, level = layouts.search_levels(store, EVAL_FOLDERS)
     level += "/" if level else ""
     stock = take_inventory(store)
     log_ignored(stock.counts(), store.root)
@@ -172,6 +160,5 @@ def _eval_folder(store: ImageStore, submission: SampleSubmission | None) -> Eval
     stems = [[posixpath.splitext(name)[0] for name in form] for form in (names, paths)]
     ids = next((form for form in (stems[0], paths, stems[1]) if len(known) == len(form) and set(form) == known), names)
     log.info("data: %d images of %s/%s, sorted by name", len(paths), store.root, level)
-    return EvalImages(
-        submission.id_column if submission else "ID", np.array(ids, object), np.array(paths, object), submission
-    )
+    id_column = submission.id_column if submission else "ID"
+    return EvalImages(id_column, np.array(ids, object), np.array(paths, object), submission)

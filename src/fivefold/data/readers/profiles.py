@@ -22,7 +22,6 @@ MASKS = ("mask", "incorrect", "normal")
 GENDERS = ("male", "female")
 STEMS = {**{f"mask{number}": 0 for number in range(1, 6)}, "incorrect_mask": 1, "normal": 2}
 """File name without suffix -> index into MASKS."""
-PROFILE_NAME = "<id>_<gender>_<race>_<age>"
 PROFILE_PATTERN = rf"^(?P<person>.+)_(?P<gender>(?i:{'|'.join(GENDERS)}))_[^_]+_(?P<age>[^_]+)$"
 
 
@@ -36,15 +35,16 @@ def are_profiles(names: Sequence[str], level: str) -> bool:
 def read_profiles(names: Sequence[str], level: str, age_bins: Sequence[float], where: str) -> pd.DataFrame:
     """Return the photographs among the image `names` below `level`: `name`, `person` and `label`, the name of the class.
 
-    Images with other names are ignored with a warning.
-
-    Raise a DataError that lists folders whose name is not a profile, or whose age is not a number.
+    Images with other names are ignored with a warning. Raise a DataError that lists folders whose name is not a profile.
     """
     photos = _photos(names, level)
     folders = photos.drop_duplicates("folder").sort_values("folder")
-    _raise_if_any(folders, folders["person"].isna(), f"are not named {PROFILE_NAME} (gender male or female)", where)
-    ageless = ~folders["age"].astype(object).str.fullmatch("[0-9]+").astype(bool)
-    _raise_if_any(folders, ageless, f"named {PROFILE_NAME}, have an age that is not a number", where)
+    invalid = folders["folder"][[not str(age).isdecimal() for age in folders["age"]]]
+    if len(invalid):
+        raise DataError(
+            f"{where}: {len(invalid)} of {len(folders)} folders are not named <id>_<gender>_<race>_<age> (gender male or "
+            f"female, age a number): {preview(invalid)}; rename or remove them"
+        )
     known = photos[photos["stem"].isin(STEMS)]
     ignored = sorted(set(names) - set(known["name"]))
     if ignored:
@@ -70,11 +70,8 @@ def age_class(age: float, cuts: Sequence[float]) -> int:
 def profile_factors(age_bins: Sequence[float]) -> LabelFactors:
     """Return mask, gender and age of every class, including classes without photographs."""
     ages = [f"<{cut:g}" for cut in age_bins] + [f">={age_bins[-1]:g}"]
-    combinations = product(enumerate(MASKS), enumerate(GENDERS), enumerate(ages))
-    values = {
-        str(encode_label(m, g, a, len(ages))): (mask, gender, age) for (m, mask), (g, gender), (a, age) in combinations
-    }
-    return LabelFactors(("mask", "gender", "age"), values)
+    classes = enumerate(product(MASKS, GENDERS, ages))  # in the order of `encode_label`
+    return LabelFactors(("mask", "gender", "age"), {str(number): values for number, values in classes})
 
 
 def _photos(names: Sequence[str], level: str) -> pd.DataFrame:
@@ -89,11 +86,3 @@ def _photos(names: Sequence[str], level: str) -> pd.DataFrame:
             rows.append((name, folder, posixpath.splitext(rest)[0]))
     photos = pd.DataFrame(rows, columns=["name", "folder", "stem"], dtype=object)
     return photos.join(photos["folder"].str.extract(PROFILE_PATTERN))
-
-
-def _raise_if_any(folders: pd.DataFrame, invalid: pd.Series, problem: str, where: str) -> None:
-    if invalid.any():
-        raise DataError(
-            f"{where}: {invalid.sum()} of {len(folders)} folders {problem}: {preview(folders['folder'][invalid])}; "
-            "rename or remove them"
-        )

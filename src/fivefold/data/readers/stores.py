@@ -1,8 +1,7 @@
 """Image stores: a folder, or a zip that is read without unpacking it to disk.
 
 A store has `root`, `names()`, `ignored`, `exists(name)` and `read(name)`. It holds no open file, so threads and forked or spawned
-loader workers can share it. `caches` are the image caches (`image_cache.Cache`) that hold some of its images decoded. The inventory
-of a store lists its images, and all other files by the reason why they are ignored.
+loader workers can share it. `caches` are the image caches (`image_cache.Cache`) that hold some of its images decoded.
 """
 
 import hashlib
@@ -16,24 +15,15 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fivefold.contract.files import (
-    DANGLING,
-    EMPTY,
-    HIDDEN,
-    MAX_ARCHIVE_BYTES,
-    SYSTEM,
-    check_size,
-    is_visible,
-    join_below,
-    read_file,
-    tree_names,
-)
+from fivefold.contract import files
+from fivefold.contract.files import DANGLING, EMPTY, HIDDEN, SYSTEM, is_visible
 from fivefold.data.image_io import IMAGE_SUFFIXES, is_image
 from fivefold.errors import DataError, MissingInputError
 
@@ -56,7 +46,7 @@ class FolderStore:
     @cached_property
     def _tree(self) -> tuple[list[str], Mapping[str, list[str]]]:
         ignored: dict[str, list[str]] = {}
-        return tree_names(self.root, ignored), ignored
+        return files.tree_names(self.root, ignored), ignored
 
     def names(self) -> list[str]:
         """Return relative POSIX names of all files, sorted, as they were at the first call."""
@@ -73,14 +63,14 @@ class FolderStore:
     def read(self, name: str) -> bytes:
         """Return the bytes of one file; raise a DataError if the path leaves the root, is not a file, or the file is too large."""
         try:
-            return read_file(_resolve_unicode(self.root, name))
+            return files.read_file(_resolve_unicode(self.root, name))
         except OSError as error:
             raise DataError(f"{name} in {self.root} cannot be read: {error.strerror}") from error
 
 
 def _resolve_unicode(root: Path, name: str) -> Path:
     """Return the path `name` inside `root`; if it does not exist, try each part as NFC and NFD, as it may be on disk."""
-    path = join_below(root, name)
+    path = files.join_below(root, name)
     if name.isascii() or path.exists():
         return path
     resolved = root
@@ -111,7 +101,7 @@ class ZipStore:
         entry = self.entries.get(_inside(name, self.root))
         if entry is None:
             raise DataError(f"{name} in {self.root} cannot be read: no such file")
-        check_size(f"{self.root}: {name}", entry.file_size)
+        files.check_size(f"{self.root}: {name}", entry.file_size)
         # No ZipFile is kept open (forked workers would share its file position) or reopened (it would reread the directory).
         with open(self.root, "rb") as file:
             file.seek(entry.header_offset)
@@ -154,7 +144,7 @@ def read_verified(store: ImageStore, name: str, digest: str | None) -> tuple[byt
     return content, actual
 
 
-def open_store(path: Path, max_unpacked_gib: float = MAX_ARCHIVE_BYTES / GIB) -> ImageStore:
+def open_store(path: Path, max_unpacked_gib: float = files.MAX_ARCHIVE_BYTES / GIB) -> ImageStore:
     """Open a folder, a .zip, or a folder that holds only one .zip (and CSVs).
 
     Raise MissingInputError if the path does not exist, and a DataError for a zip that is broken, that has links or
@@ -173,8 +163,7 @@ def open_store(path: Path, max_unpacked_gib: float = MAX_ARCHIVE_BYTES / GIB) ->
 def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
     with open(path, "rb") as file:  # outside the try: a permission error does not mean a broken zip
         try:
-            with zipfile.ZipFile(file) as archive:
-                all_infos = archive.infolist()
+            all_infos = zipfile.ZipFile(file).infolist()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise DataError(
                 f"{path} is neither a folder nor a complete .zip: {error}; "
@@ -191,17 +180,15 @@ def _open_zip(path: Path, max_unpacked_gib: float) -> ZipStore:
     passed: dict[str, list[str]] = defaultdict(list)
     for info in infos:
         name = _inside(_decoded_name(info), path)
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise DataError(f"{path}: entry {info.filename!r} is a symbolic link; pack the file itself")
         if ignored := [part for part in name.split("/") if not is_visible(part)]:
             passed[HIDDEN if ignored[0].startswith(".") else SYSTEM].append(name)
             continue
         if name in entries:
             raise DataError(f"{path}: duplicate entry {name!r} (after Unicode normalization); pack it again with one")
-        if info.flag_bits & 0x1 or info.compress_type not in METHODS or info.header_offset < 0:
-            raise DataError(
-                f"{path}: entry {name!r} is encrypted, incomplete or not packed with deflate; pack it again"
-            )
+        is_link = stat.S_ISLNK(info.external_attr >> 16)
+        if is_link or info.flag_bits & 0x1 or info.compress_type not in METHODS or info.header_offset < 0:
+            kinds = "a symbolic link, encrypted, incomplete or not packed with deflate"
+            raise DataError(f"{path}: entry {name!r} is {kinds}; pack the file itself again")
         entries[name] = info
     non_empty = {posixpath.dirname(name) for name in chain(entries, *passed.values())}
     non_empty = {f"{parent}/" for name in non_empty for parent in (name, *PurePosixPath(name).parents)}
@@ -214,10 +201,8 @@ def _decoded_name(info: zipfile.ZipInfo) -> str:
     if info.flag_bits & 0x800:
         return info.filename
     for encoding in ("utf-8", "cp949"):
-        try:
+        with suppress(UnicodeError):
             return info.filename.encode("cp437").decode(encoding)
-        except UnicodeError:
-            continue
     return info.filename
 
 
