@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fivefold.config.loading import hashed_settings
-from fivefold.config.schema import Settings, Split
+from fivefold.config.schema import Settings
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import CLASSES, FOLDS, OVERLAP, SPLIT_SUMMARY
@@ -19,24 +18,10 @@ from fivefold.data.image_io import decode_options
 from fivefold.data.readers.eval_images import EvalImages, check_rows, read_eval
 from fivefold.data.readers.stores import ImageStore, open_store
 from fivefold.data.readers.training_rows import LabelledImages, read_rows
-from fivefold.data.split.assign import (
-    Duplicates,
-    find_duplicates,
-    group_codes,
-    merge_groups,
-    rank_labels,
-    split_groups,
-    split_rows,
-)
+from fivefold.data.split import verify
+from fivefold.data.split.assign import assign_rows, find_duplicates
 from fivefold.data.split.fold_table import FoldTable, write_folds
-from fivefold.data.split.summary import class_file_content, log_summary, remove_parts, summarise, write_parts
-from fivefold.data.split.verify import (
-    VerifiedImages,
-    describe_failures,
-    drop_unreadable,
-    match_duplicates,
-    verify_images,
-)
+from fivefold.data.split.summary import FILES, SUMMARY, class_file_content, log_summary, summarise, write_parts
 from fivefold.errors import DataError
 from fivefold.inference.submission import check_submission
 from fivefold.predictions import preview
@@ -53,9 +38,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
 
     hashes, skipped, pictures, known = pa.nulls(len(rows), pa.string()), [], rows.paths, rows.classes
     if split.verify_images:
-        rows, opened, skipped = drop_unreadable(
-            rows, verify_images(store, rows.paths, decode_options(settings.data)), split.skip_unreadable
-        )
+        opened = verify.verify_images(store, rows.paths, decode_options(settings.data))
+        rows, opened, skipped = verify.drop_unreadable(rows, opened, split.skip_unreadable)
         hashes, pictures = opened.sha256, opened.pixels
     tested = verify_eval(job, settings, rows)
     duplicates = find_duplicates(pictures)
@@ -65,14 +49,14 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     lost = sorted({*rows.lost, *known} - set(rows.classes))
     summary = summarise(table, rows, duplicates, skipped, lost, hashed_settings(settings, job.stage.sections))
     folder = job.output()
-    remove_parts(folder)
+    for name in (*FILES.values(), SUMMARY, OVERLAP):  # an earlier split may have written other files
+        (folder / name).unlink(missing_ok=True)
     outputs = [folder / FOLDS, folder / CLASSES, folder / SPLIT_SUMMARY]
-    (folder / OVERLAP).unlink(missing_ok=True)
     if tested is not None:
         images, opened = tested
         summary["eval"] = {"images": len(images), "unreadable": opened.failures(images.paths)}
         if split.verify_images:
-            shared = match_duplicates(opened, pictures)
+            shared = verify.match_duplicates(opened, pictures)
             summary["eval"]["in_split"] = len(shared)
             outputs += [write_overlap(folder / OVERLAP, images, table, shared)] if shared else []
     write_folds(outputs[0], table)
@@ -98,12 +82,11 @@ def labelled_rows(store: ImageStore, settings: Settings) -> LabelledImages:
 
 def verify_eval(
     job: StageContext, settings: Settings, rows: LabelledImages
-) -> tuple[EvalImages, VerifiedImages] | None:
+) -> tuple[EvalImages, verify.VerifiedImages] | None:
     """Open the images of the eval channel, None without it, to find errors before a model trains.
 
-    Return the test images and the results of opening them, which are empty if the split opens no image. Raise a DataError
-    with all unreadable test images, unless they may get the class shares of the training data, and for a sample submission
-    of other rows or classes.
+    Return the test images and the results of opening them, which are empty if the split opens no image. Raise a DataError for
+    unreadable images, unless they may get the class shares of the training data, and for a sample of other rows or classes.
     """
     if job.optional_channel("eval") is None:
         return None
@@ -115,10 +98,10 @@ def verify_eval(
     if rows.factors is None:  # otherwise models may predict only some factors
         check_submission(images, rows.classes, ClassAliases(data.class_aliases, data.alias_policy))
     paths = images.paths if settings.split.verify_images else images.paths[:0]
-    opened = verify_images(store, pa.array(paths, pa.string()), decode_options(data))
+    opened = verify.verify_images(store, pa.array(paths, pa.string()), decode_options(data))
     if opened.unreadable:
         problem = f"{len(opened.unreadable)} of {len(images)} test images cannot be read"
-        reasons = describe_failures(opened.unreadable, paths)
+        reasons = verify.describe_failures(opened.unreadable, paths)
         if settings.ensemble.unreadable == "error" or len(opened.unreadable) == len(images):
             raise DataError(
                 f"{problem}: {reasons}; repair them, or set "
@@ -131,26 +114,10 @@ def verify_eval(
 def write_overlap(path: Path, images: EvalImages, table: FoldTable, shared: Mapping[int, int]) -> Path:
     """Write and log the test images with the same pixels as an image of the split; `shared` maps test rows to split rows."""
     test_rows, rows = list(shared), np.array(list(shared.values()), np.int64)
-    log.warning(
-        "split: %d of %d test images have the same pixels as images of the split, e.g. %s: their score says nothing about "
-        "new images; %s lists them, and evaluate also scores the other images separately",
-        len(shared),
-        len(images),
-        preview(images.paths[test_rows]),
-        path.name,
-    )
+    counts = len(shared), len(images), preview(images.paths[test_rows]), path.name
+    log.warning("split: %d of %d test images have the pixels of an image of the split, e.g. %s; %s lists them", *counts)
     columns = {"id": images.ids[test_rows], "path": images.paths[test_rows], "split_path": table.paths_of(rows)}
     frame = pd.DataFrame(columns | {"label": table.labels()[rows], "part": table.part[rows]}, dtype=object)
     with atomic(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
     return path
-
-
-def assign_rows(rows: LabelledImages, duplicates: Duplicates, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return (fold, part) of each row: rows are divided by class, or whole products by stratum if there are strata."""
-    groups = group_codes(rows.groups)
-    units = duplicates.codes if groups is None else merge_groups(groups, duplicates.codes)
-    if rows.strata is not None:
-        strata = pc.dictionary_encode(rows.strata)
-        return split_rows(rank_labels(strata.dictionary.to_pylist())[strata.indices.to_numpy()], units, split)
-    return (split_rows if groups is None else split_groups)(rank_labels(rows.classes)[rows.codes], units, split)

@@ -58,15 +58,12 @@ def channel_caches(job: StageContext, options: DecodeOptions | None = None) -> l
         return []
     caches = [Cache(path.parent) for path in find_all(folder, job.scratch, HEADER_FILE)]
     if not caches:
-        raise MissingInputError(
-            f"no {HEADER_FILE} below the channel 'cache' ({folder}): set it to the output of prepare"
-        )
+        raise MissingInputError(f"no {HEADER_FILE} below the channel 'cache' ({folder}): set it to prepare's output")
     for cache in caches:
         if job.rank.local_index == 0:
             cache.verify()
-        decoder = cache.header.decoder
-        if decoder != DECODER:
-            log.warning("%s was decoded by %s, not by %s: pixels may differ", cache.folder, decoder, DECODER)
+        if cache.header.decoder != DECODER:
+            log.warning("%s was decoded by %s, not %s: pixels may differ", cache.folder, cache.header.decoder, DECODER)
     matching = [cache for cache in caches if options in (None, cache.decode_options)]
     if not matching:
         raise SettingsError(
@@ -85,7 +82,5 @@ def cache_folder(settings: Settings) -> Path | None:
         local = settings.run and not is_url(settings.runs) and Path(settings.runs).is_dir()
         return Path(settings.runs) / CACHES if local else None
     if is_url(chosen):
-        raise SettingsError(
-            f"data.cache={chosen} must be a local folder, not a URL; prepare builds a cache that can be stored at a URL"
-        )
+        raise SettingsError(f"data.cache={chosen} must be a local folder; only prepare can store a cache at a URL")
     return None if chosen in ("", "off") else Path(chosen)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fivefold.config.schema import Split
+from fivefold.data.readers.training_rows import LabelledImages
 from fivefold.errors import SettingsError
 
 log = logging.getLogger("fivefold")
@@ -64,6 +65,16 @@ def rank_labels(classes: Sequence[str]) -> np.ndarray:
         return np.argsort(np.argsort(np.array(classes, float), kind="stable"))
     except ValueError:
         return np.argsort(np.argsort(np.array(classes, object)))
+
+
+def assign_rows(rows: LabelledImages, duplicates: Duplicates, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return (fold, part) of each row: rows are divided by class, or whole products by stratum if there are strata."""
+    groups = group_codes(rows.groups)
+    units = duplicates.codes if groups is None else merge_groups(groups, duplicates.codes)
+    if rows.strata is not None:
+        strata = pc.dictionary_encode(rows.strata)
+        return split_rows(rank_labels(strata.dictionary.to_pylist())[strata.indices.to_numpy()], units, split)
+    return (split_rows if groups is None else split_groups)(rank_labels(rows.classes)[rows.codes], units, split)
 
 
 def split_rows(codes: np.ndarray, units: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -21,12 +21,7 @@ log = logging.getLogger("fivefold")
 MAX_LISTED_SETS = 1000
 """Maximum number of duplicate sets that the summary lists; it always counts all of them."""
 SUMMARY = "data_split_summary.json"
-FILES = {
-    "train": "train_data.csv",
-    "valid": "validation_data.csv",
-    "test": "test_data.csv",
-    "holdout": "test_data.csv",
-}
+FILES = {"train": "train_data.csv", "valid": "validation_data.csv", "test": "test_data.csv", "holdout": "test_data.csv"}
 """The CSV of each part. With k folds, train_data.csv has the rows of all folds, and there is no validation CSV."""
 HEADER = ["product_id", "image_path", "image_type"]
 
@@ -135,7 +130,7 @@ def write_parts(
     to the train channel. A row without a group counts as a separate product.
     """
     columns = (pc.coalesce(table.groups, table.ids), table.paths, table.labels())
-    frame = pd.DataFrame({name: np.asarray(column) for name, column in zip(HEADER, columns, strict=True)})
+    frame = pd.DataFrame(dict(zip(HEADER, map(np.asarray, columns), strict=True)))
     frame["category"] = None if strata is None else np.asarray(strata)
     counts, written = {}, []
     for part in [name for name in FILES if (table.part == name).any()]:
@@ -144,20 +139,9 @@ def write_parts(
         with atomic(written[-1]) as temporary:
             rows.to_csv(temporary, columns=HEADER, index=False, lineterminator="\n")
         counts[part] = _count(rows)
-    summary = {
-        "seed": seed,
-        "shares": dict(zip(("train", "valid", "test"), shares, strict=False)),
-        "total": _count(frame),
-        "parts": counts,
-    }
-    write_json(folder / SUMMARY, summary)
+    of_parts = dict(zip(FILES, shares, strict=False))
+    write_json(folder / SUMMARY, {"seed": seed, "shares": of_parts, "total": _count(frame), "parts": counts})
     return [*written, folder / SUMMARY]
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove the CSVs of an earlier split, which may have had other parts."""
-    for name in {*FILES.values(), SUMMARY}:
-        (folder / name).unlink(missing_ok=True)
 
 
 def _count(rows: pd.DataFrame) -> dict[str, Any]:
