@@ -31,10 +31,6 @@ class Duplicates:
     codes: np.ndarray
     sets: list[np.ndarray]
 
-    def label_conflicts(self, labels: np.ndarray) -> list[np.ndarray]:
-        """Return the sets whose rows have different `labels` [N]."""
-        return [rows for rows in self.sets if len(np.unique(labels[rows])) > 1]
-
 
 def find_duplicates(keys: np.ndarray | pa.Array) -> Duplicates:
     """Return the rows with equal keys (digests [N] as fixed bytes, or strings [N] in Arrow)."""
@@ -42,7 +38,7 @@ def find_duplicates(keys: np.ndarray | pa.Array) -> Duplicates:
         codes = np.unique(keys, return_inverse=True)[1].astype(np.int32)
     else:
         codes = pc.dictionary_encode(keys).indices.to_numpy()
-    repeated = np.flatnonzero(np.bincount(codes)[codes] > 1) if len(codes) else codes
+    repeated = np.flatnonzero(np.bincount(codes)[codes] > 1)
     repeated = repeated[np.argsort(codes[repeated], kind="stable")]
     borders = np.flatnonzero(np.diff(codes[repeated])) + 1
     return Duplicates(codes, np.split(repeated, borders) if len(repeated) else [])

@@ -39,7 +39,8 @@ def summarise(
     `skipped`: paths and reasons of unreadable images, which are not in the table; `lost`: classes that had no other images.
     """
     bins, per_class = class_counts(table)
-    conflicting, labels = duplicates.label_conflicts(table.codes), table.labels()
+    conflicting = [rows for rows in duplicates.sets if len(np.unique(table.codes[rows])) > 1]
+    labels = table.labels()
     counts = dict(zip(table.classes, per_class.sum(axis=1).tolist(), strict=True))
     untrained = {
         f"fold {fold}": sorted(set(table.classes) - set(labels[table.train_rows(fold)]))
