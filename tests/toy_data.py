@@ -5,12 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from fivefold.config.schema import Data
+from fivefold.data.readers import training_rows
+from fivefold.data.readers.stores import open_store
 from jobs.__main__ import run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -90,6 +94,20 @@ def write_data(root: Path, *names: str, **tables: str) -> Path:
     for name, text in tables.items():
         (root / f"{name}.csv").write_text(text, encoding="utf-8", newline="")
     return root
+
+
+def load_rows(root: Path, check_files: bool = True, **options: object) -> training_rows.LabelledImages:
+    """Read the training rows of a folder or zip; `options` are settings of `data`."""
+    return training_rows.read_rows(open_store(root), Data(**options), check_files)
+
+
+def zip_folder(folder: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    """Pack a folder as a zip beside it that also has an entry for each subfolder."""
+    path = folder.parent / f"{folder.name}.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder))
+    return path
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[object]], encoding: str = "utf-8-sig") -> Path:

@@ -19,7 +19,6 @@ from fivefold.data.readers.profiles import GENDERS, STEMS, age_class, encode_lab
 COLOURS = ((210, 60, 60), (60, 190, 80), (70, 90, 220), (220, 200, 60))
 CARS = ("1시리즈_F20_2013_2015", "디_올뉴니로_2022_2025", "아반떼_N_2022_2023", "K5_3세대_하이브리드_2020_2022")
 SKETCHES = ("n01443537", "n01608432", "n02119789", "n03291819")
-TYPES = ("full_shot", "care_label", "neck_label", "detail_shot")
 CUTS = (30, 60)
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fivefold.config.schema import Data
 from fivefold.contract.files import tree_files, tree_sha256
 from fivefold.data.image_io import decode
 from fivefold.data.readers.eval_images import read_eval
 from fivefold.data.readers.stores import open_store
-from fivefold.data.readers.training_rows import LabelledImages, read_rows
 from fivefold.data.readers.user_images import read_user_images
 from fivefold.data.split.summary import describe_data
 from fivefold.errors import DataError
 from permissions import let_others_in
-from toy_data import write_data
+from toy_data import load_rows, write_data, zip_folder
 
 IMAGE_FILES = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
 SYSTEM_FILES = (
@@ -31,20 +28,7 @@ SYSTEM_FILES = (
 )  # fmt: skip
 
 
-def load_rows(root: Path, **options: object) -> LabelledImages:
-    return read_rows(open_store(root), Data(**options))
-
-
-def make_zip(root: Path) -> Path:
-    """Pack the folder as a zip that also has an entry for each subfolder."""
-    target = root.parent / f"{root.name}.zip"
-    with zipfile.ZipFile(target, "w") as archive:
-        for path in sorted(root.rglob("*")):
-            archive.write(path, path.relative_to(root))
-    return target
-
-
-@pytest.fixture(params=[Path, make_zip], ids=["folder", "zip"])
+@pytest.fixture(params=[Path, zip_folder], ids=["folder", "zip"])
 def pack(request: pytest.FixtureRequest) -> Callable[[Path], Path]:
     return request.param
 
@@ -62,10 +46,9 @@ def as_unprivileged_user() -> Iterator[None]:
 def test_files_in_system_folders_are_ignored_and_counted(tmp_path: Path, pack: Callable[[Path], Path]) -> None:
     root = pack(write_data(tmp_path / "data", *IMAGE_FILES, *SYSTEM_FILES, ".Trash/1.png", "cat/._1.png"))
     rows = load_rows(root)
-    assert rows.paths.to_pylist() == list(IMAGE_FILES)
     assert rows.ignored == {"hidden": 2, "in system folders": len(SYSTEM_FILES)}
-    assert read_eval(open_store(root)).paths.tolist() == list(IMAGE_FILES)
-    assert list(read_user_images(root).paths) == list(IMAGE_FILES)
+    for paths in (rows.paths.to_pylist(), read_eval(open_store(root)).paths, read_user_images(root).paths):
+        assert list(paths) == list(IMAGE_FILES)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root: takes another user's place")
@@ -119,12 +102,10 @@ def test_warning_names_class_folders_without_images(
 def test_classes_without_readable_files_are_reported_as_lost(
     tmp_path: Path, pack: Callable[[Path], Path], names: list[str], prefix: str
 ) -> None:
-    root = pack(write_data(tmp_path / "data", *(prefix + name for name in (*IMAGE_FILES, *names))))
-    rows = load_rows(root)
+    rows = load_rows(pack(write_data(tmp_path / "data", *(prefix + name for name in (*IMAGE_FILES, *names)))))
     assert (rows.classes, list(rows.lost)) == (("cat", "dog"), ["cow"])
-    single_class_root = pack(write_data(tmp_path / "alone", "dog/1.png", *names))
     with pytest.raises(DataError, match=r"'cow'.* only 1 class"):
-        load_rows(single_class_root)
+        load_rows(pack(write_data(tmp_path / "alone", "dog/1.png", *names)))
 
 
 def test_classes_of_broken_links_are_reported_as_lost(tmp_path: Path) -> None:
