@@ -10,17 +10,16 @@ from fivefold.errors import DataError
 from toy_data import write_data
 
 CLASSES = ("dog", unicodedata.normalize("NFC", "été"))
-
-
 DECOMPOSED = unicodedata.normalize("NFD", "été")
 
 
-def test_true_classes_of_a_table_are_normalised(tmp_path: Path):
-    text = f"image_path,true_class\na.png,{DECOMPOSED}\nb.png, dog \nc.png,\n"
-    (tmp_path / "list.csv").write_text(text, encoding="utf-8")
+def test_true_classes_of_a_table_are_normalised_and_unknown_ones_are_rejected(tmp_path: Path):
+    write_data(tmp_path, list=f"image_path,true_class\na.png,{DECOMPOSED}\nb.png, dog \nc.png,\n")
     images = read_user_images(tmp_path / "list.csv")
     assert tuple(images.labels) == (CLASSES[1], "dog", "")
     check_labels(images, CLASSES)
+    with pytest.raises(DataError, match=r"1 of 3 rows have true classes .*: 'dog'; .*leave such cells empty"):
+        check_labels(images, CLASSES[1:])
 
 
 def test_class_folders_with_decomposed_names_give_the_true_classes(tmp_path: Path):
@@ -28,20 +27,12 @@ def test_class_folders_with_decomposed_names_give_the_true_classes(tmp_path: Pat
     assert sorted(labels_from_folders(read_user_images(tmp_path), CLASSES).labels) == sorted(CLASSES)
 
 
-def test_unknown_true_class_is_rejected_with_a_remedy(tmp_path: Path):
-    (tmp_path / "list.csv").write_text("image_path,true_class\na.png,cow\nb.png,dog\nc.png,cow\n")
-    with pytest.raises(DataError, match=r"2 of 3 rows have true classes .*: 'cow'; .*leave such cells empty"):
-        check_labels(read_user_images(tmp_path / "list.csv"), CLASSES)
-
-
 @pytest.mark.parametrize(
     ("header", "names"),
     [("image_id", ["a", "b"]), ("image", ["images/A.PNG", "images/b.png"]), ("path", ["b.png", "a.png"])],
 )
 def test_table_names_are_resolved_to_images_in_the_folder(tmp_path: Path, header: str, names: list[str]):
-    root = write_data(tmp_path / "data", "images/a.png", "images/b.png")
-    (root / "test.csv").write_text("\n".join([header, *names]) + "\n")
-    images = read_user_images(root)
+    images = read_user_images(write_data(tmp_path, "images/a.png", "images/b.png", test="\n".join([header, *names])))
     assert list(images.names) == names
     assert all(images.store.read(path) for path in images.paths)
     assert [Path(path).stem for path in images.paths] == [Path(name).stem.lower() for name in names]
@@ -55,7 +46,6 @@ def test_id_column_can_name_the_images_next_to_the_table(tmp_path: Path):
 
 
 def test_sample_submission_is_not_read_as_a_table_of_images(tmp_path: Path):
-    (tmp_path / "list.csv").write_text("image_path\na.png\n")
-    (tmp_path / "sampleSubmission.csv").write_text("image,label\na.png,x\n")
-    (tmp_path / "Submission.csv").write_text("image,label\na.png,x\n")
+    sample = "image,label\na.png,x\n"
+    write_data(tmp_path, list="image_path\na.png\n", sampleSubmission=sample, Submission=sample)
     assert list(read_user_images(tmp_path).names) == ["a.png"]

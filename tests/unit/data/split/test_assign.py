@@ -9,14 +9,7 @@ from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedGroupKFold
 
 from fivefold.config.schema import Split
-from fivefold.data.split.assign import (
-    find_duplicates,
-    group_codes,
-    merge_groups,
-    rank_labels,
-    split_groups,
-    split_rows,
-)
+from fivefold.data.split.assign import find_duplicates, group_codes, merge_groups, rank_labels, split_groups, split_rows
 from fivefold.errors import SettingsError
 
 
@@ -130,25 +123,12 @@ def test_more_folds_or_parts_than_rows_or_groups_are_rejected(groups: np.ndarray
 def test_duplicate_images_follow_their_first_row() -> None:
     generator = np.random.default_rng(1)
     codes, images = random_codes(generator, 300, 4, 20), generator.integers(0, 250, 300)
-    first_rows = np.unique(images, return_index=True)[1]
-    first_rows.sort()
+    first_rows = np.sort(np.unique(images, return_index=True)[1])
     for options in ({}, {"holdout": 0.1}, {"ratios": [0.8, 0.1, 0.1]}):
         fold, part = split_rows(codes, images, Split(**options))
         assert groups_are_intact(images, fold)
         reference = split(codes[first_rows], **options)
-        assert (fold[first_rows] == reference[0]).all()
-        assert (part[first_rows] == reference[1]).all()
-
-
-def test_products_are_split_like_rows() -> None:
-    generator = np.random.default_rng(2)
-    products = np.unique(np.sort(generator.integers(0, 80, 400)), return_inverse=True)[1]
-    count = products.max() + 1
-    strata = generator.integers(0, 3, count)
-    fold, part = split_rows(strata[products], products, Split(holdout=0.1))
-    reference = split(strata, holdout=0.1)
-    assert (fold == reference[0][products]).all()
-    assert (part == reference[1][products]).all()
+        assert (fold[first_rows].tolist(), part[first_rows].tolist()) == (reference[0].tolist(), reference[1].tolist())
 
 
 def test_groups_that_share_an_image_are_merged() -> None:
@@ -161,10 +141,7 @@ def test_groups_that_share_an_image_are_merged() -> None:
 def test_duplicates_are_detected_in_digests_and_strings() -> None:
     digests = np.array([b"b", b"a", b"b", b"c", b"a", b"b"]).astype("V16")
     for keys in (digests, pa.array(["b", "a", "b", "c", "a", "b"])):
-        duplicates = find_duplicates(keys)
-        assert sorted(rows.tolist() for rows in duplicates.sets) == [[0, 2, 5], [1, 4]]
-        conflicts = duplicates.label_conflicts(np.array([0, 1, 0, 2, 2, 0]))
-        assert [rows.tolist() for rows in conflicts] == [[1, 4]]
+        assert sorted(rows.tolist() for rows in find_duplicates(keys).sets) == [[0, 2, 5], [1, 4]]
     assert find_duplicates(digests[[0, 1, 3]]).sets == []
 
 
@@ -172,7 +149,6 @@ def test_each_row_without_a_group_gets_its_own_code() -> None:
     for groups in (pa.nulls(3, pa.string()), pa.array(["a", None, "b", None])):
         assert group_codes(groups) is None
     codes = group_codes(pa.array(["p", None, "q", "p", None]))
-    assert codes is not None
     assert codes[0] == codes[3]
     assert len(set(codes.tolist())) == 4
 
