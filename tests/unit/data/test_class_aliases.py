@@ -3,18 +3,18 @@
 import unicodedata
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from fivefold.data.class_aliases import ClassAliases
 from fivefold.data.readers.eval_images import SampleSubmission
-from fivefold.data.readers.training_rows import LabelledImages
+from fivefold.data.readers.training_rows import make_rows
 from fivefold.errors import DataError
 from fivefold.inference.submission import write_submission
 from fivefold.predictions import Predictions
 
 ALIASES = (("K5_3세대", "더_뉴_K5"),)
 NAMES = ("718", "K5_3세대", "더_뉴_K5")
+ROWS = make_rows(["a", "b", "c"], NAMES[::-1], "rows", "test")
 
 
 def make_table(classes: tuple[str, ...], *rows: list[float]) -> Predictions:
@@ -53,25 +53,19 @@ def test_sum_policy_labels_use_the_more_probable_alias_of_the_best_class(tmp_pat
 
 def test_merge_replaces_aliases_with_the_first_name_in_rows_and_tables():
     aliases = ClassAliases((tuple(unicodedata.normalize("NFD", name) for name in ALIASES[0]),), "merge")
-    names = pa.array(["a", "b", "c"])
-    rows = LabelledImages(names, names, np.array([2, 1, 0], np.int32), NAMES, pa.nulls(3, pa.string()), "test")
-    merged = aliases.merge_rows(rows)
-    assert merged.classes == ("718", "K5_3세대")
-    assert merged.codes.tolist() == [1, 1, 0]
+    merged = aliases.merge_rows(ROWS)
+    assert (merged.classes, merged.codes.tolist()) == (("718", "K5_3세대"), [1, 1, 0])
     merged_table = aliases.merge_table(make_table(NAMES, [0.5, 0.3, 0.2]))
     assert merged_table.classes == ("718", "K5_3세대")
     np.testing.assert_allclose(np.exp(merged_table.log_probs), [[0.5, 0.5]], atol=1e-6)
-    assert ClassAliases(ALIASES, "sum").merge_rows(rows) is rows
+    assert ClassAliases(ALIASES, "sum").merge_rows(ROWS) is ROWS
 
 
 def test_unusable_aliases_are_rejected_by_name():
-    rows = LabelledImages(
-        pa.array(["a"]), pa.array(["a"]), np.zeros(1, np.int32), NAMES, pa.nulls(1, pa.string()), "test"
-    )
     with pytest.raises(DataError, match=r"'더_누_K5'.* did you mean '더_뉴_K5'"):
-        ClassAliases((("K5_3세대", "더_누_K5"),), "merge").merge_rows(rows)
+        ClassAliases((("K5_3세대", "더_누_K5"),), "merge").merge_rows(ROWS)
     with pytest.raises(DataError, match="single class"):
-        ClassAliases((NAMES,), "merge").merge_rows(rows)
+        ClassAliases((NAMES,), "merge").merge_rows(ROWS)
     with pytest.raises(DataError, match=r"models .*'더_뉴_K5'.*split and train with merge"):
         ClassAliases(ALIASES, "merge").check_model(NAMES)
     with pytest.raises(DataError, match="class of the models"):
